@@ -1,0 +1,240 @@
+"""The model's and the engine's configuration: frozen, parsed once from ``config.json``, never mutated."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SLIDING, CSA_RATIO, HCA_RATIO = 0, 4, 128
+_ARCHITECTURE, _MODEL_TYPE = "DeepseekV4ForCausalLM", "deepseek_v4"
+
+
+class ConfigError(ValueError):
+    """A configuration this code cannot honour; the message names the file and the field."""
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN interpolation of the compressed layers' rotary frequencies (no mscale: DeepSeek-V4 applies none)."""
+
+    factor: float
+    beta_fast: float
+    beta_slow: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """DeepSeek-V4's shape and constants, under the names of the published ``config.json``.
+
+    compress_ratios: one entry per backbone layer: 0 sliding window only, 4 CSA, 128 HCA.
+    num_hash_layers: the first layers whose experts are looked up by token id.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    head_dim: int
+    qk_rope_head_dim: int
+    q_lora_rank: int
+    o_groups: int
+    o_lora_rank: int
+    n_routed_experts: int
+    n_shared_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    routed_scaling_factor: float
+    swiglu_limit: float
+    num_hash_layers: int
+    hc_mult: int
+    hc_sinkhorn_iters: int
+    hc_eps: float
+    rms_norm_eps: float
+    sliding_window: int
+    compress_ratios: tuple[int, ...]
+    index_n_heads: int
+    index_head_dim: int
+    index_topk: int
+    rope_theta: float
+    compress_rope_theta: float
+    yarn: Yarn | None
+    max_position_embeddings: int
+    bos_token_id: int
+    eos_token_id: int
+
+    @property
+    def softmax_scale(self) -> float:
+        return float(self.head_dim**-0.5)
+
+    def is_hash_layer(self, layer_idx: int) -> bool:
+        return layer_idx < self.num_hash_layers
+
+    @classmethod
+    def from_file(cls, path: Path) -> "ModelConfig":
+        """Reads ``config.json``. Errors: ConfigError naming the file and the field."""
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: no such file; a model folder needs a config.json") from None
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ConfigError(f"{path}: not readable as JSON ({error})") from None
+        if not isinstance(fields, dict):
+            raise ConfigError(f"{path}: expected a JSON object, found {type(fields).__name__}")
+        return cls.from_dict(fields, source=str(path))
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any], source: str = "config") -> "ModelConfig":
+        """Parses the published field names. Errors: ConfigError naming ``source`` and the field."""
+        _refuse_other_architectures(fields, source)
+        read = _Reader(fields, source)
+        num_layers = read.integer("num_hidden_layers")
+        config = cls(
+            vocab_size=read.integer("vocab_size"),
+            hidden_size=read.integer("hidden_size"),
+            num_hidden_layers=num_layers,
+            num_attention_heads=read.integer("num_attention_heads"),
+            head_dim=read.integer("head_dim"),
+            qk_rope_head_dim=read.integer("qk_rope_head_dim"),
+            q_lora_rank=read.integer("q_lora_rank"),
+            o_groups=read.integer("o_groups"),
+            o_lora_rank=read.integer("o_lora_rank"),
+            n_routed_experts=read.integer("n_routed_experts"),
+            n_shared_experts=read.integer("n_shared_experts"),
+            num_experts_per_tok=read.integer("num_experts_per_tok"),
+            moe_intermediate_size=read.integer("moe_intermediate_size"),
+            routed_scaling_factor=read.number("routed_scaling_factor"),
+            swiglu_limit=read.number("swiglu_limit"),
+            num_hash_layers=read.integer("num_hash_layers", minimum=0),
+            hc_mult=read.integer("hc_mult"),
+            hc_sinkhorn_iters=read.integer("hc_sinkhorn_iters"),
+            hc_eps=read.number("hc_eps"),
+            rms_norm_eps=read.number("rms_norm_eps"),
+            sliding_window=read.integer("sliding_window"),
+            compress_ratios=read.compress_ratios(num_layers),
+            index_n_heads=read.integer("index_n_heads"),
+            index_head_dim=read.integer("index_head_dim"),
+            index_topk=read.integer("index_topk"),
+            rope_theta=read.number("rope_theta"),
+            compress_rope_theta=read.number("compress_rope_theta"),
+            yarn=read.yarn(),
+            max_position_embeddings=read.integer("max_position_embeddings"),
+            bos_token_id=read.integer("bos_token_id", minimum=0),
+            eos_token_id=read.integer("eos_token_id", minimum=0),
+        )
+        _check_semantics(config, fields, source)
+        return config
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How to run: where, in which activation dtype, and with which limits.
+
+    device: a torch device name.
+    dtype: dtype of activations and caches. Sums, norms, softmax and router scores are at least float32 anyway.
+    max_model_len: tokens (prompt + answer) that one sequence may reach; caches are allocated for it once.
+    max_num_seqs: sequences that run together.
+    max_prefill_tokens: prompt tokens that one step may process, over all sequences.
+    """
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    max_model_len: int = 4096
+    max_num_seqs: int = 16
+    max_prefill_tokens: int = 512
+
+    @classmethod
+    def for_device(cls, device: str, max_model_len: int = 4096) -> "EngineConfig":
+        """The defaults of a device: float32 activations on CPU (bf16 products are slow there), bfloat16 on CUDA."""
+        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        return cls(device=device, dtype=dtype, max_model_len=max_model_len)
+
+
+def _refuse_other_architectures(fields: dict[str, Any], source: str) -> None:
+    architectures = fields.get("architectures") or []
+    model_type = fields.get("model_type")
+    if model_type == _MODEL_TYPE or (model_type is None and _ARCHITECTURE in architectures):
+        return
+    found = f"model_type {model_type!r}, architectures {architectures!r}"
+    hint = ""
+    if model_type == "deepseek_v41" or "DeepseekV41ForCausalLM" in architectures:
+        hint = " DeepSeek-V4.1 shares KV across layers and adds n-gram tables: a different model."
+    raise ConfigError(f"{source}: {found}: ownpath runs {_ARCHITECTURE} only.{hint}")
+
+
+def _check_semantics(config: ModelConfig, fields: dict[str, Any], source: str) -> None:
+    """Refuses values that would make the forward mean something else than this code computes."""
+    required = {
+        "scoring_func": ("sqrtsoftplus",),
+        "topk_method": ("noaux_tc",),
+        "norm_topk_prob": (True,),
+        "num_key_value_heads": (1,),
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "tie_word_embeddings": (False,),
+    }
+    for field, allowed in required.items():
+        if field in fields and fields[field] not in allowed:
+            raise ConfigError(f"{source}: {field} is {fields[field]!r}; DeepSeek-V4 defines {allowed[0]!r}")
+    checks = (
+        ("o_groups", config.num_attention_heads % config.o_groups == 0, "must divide num_attention_heads"),
+        ("qk_rope_head_dim", config.qk_rope_head_dim % 2 == 0, "must be even"),
+        ("qk_rope_head_dim", config.qk_rope_head_dim <= config.head_dim, "must not exceed head_dim"),
+        ("qk_rope_head_dim", config.qk_rope_head_dim <= config.index_head_dim, "must not exceed index_head_dim"),
+        ("num_experts_per_tok", config.num_experts_per_tok <= config.n_routed_experts, "exceeds n_routed_experts"),
+        ("num_hash_layers", config.num_hash_layers <= config.num_hidden_layers, "exceeds num_hidden_layers"),
+        ("bos_token_id", config.bos_token_id < config.vocab_size, "is outside the vocabulary"),
+        ("eos_token_id", config.eos_token_id < config.vocab_size, "is outside the vocabulary"),
+        ("n_shared_experts", config.n_shared_experts == 1, "must be 1"),
+    )
+    for field, holds, problem in checks:
+        if not holds:
+            raise ConfigError(f"{source}: {field} = {getattr(config, field)} {problem}")
+
+
+class _Reader:
+    """Typed access to the fields of one config, with errors that name them."""
+
+    def __init__(self, fields: dict[str, Any], source: str) -> None:
+        self.fields, self.source = fields, source
+
+    def _get(self, field: str) -> Any:
+        if field not in self.fields:
+            raise ConfigError(f"{self.source}: field {field!r} is missing")
+        return self.fields[field]
+
+    def integer(self, field: str, minimum: int = 1) -> int:
+        value = self._get(field)
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value < 2**31:
+            raise ConfigError(f"{self.source}: {field} must be an integer >= {minimum}, found {value!r}")
+        return value
+
+    def number(self, field: str) -> float:
+        value = self._get(field)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ConfigError(f"{self.source}: {field} must be a positive finite number, found {value!r}")
+        return float(value)
+
+    def compress_ratios(self, num_layers: int) -> tuple[int, ...]:
+        """The backbone's entries. Entries past the backbone (MTP, DSpark drafts) are not this model's."""
+        ratios = self._get("compress_ratios")
+        if not isinstance(ratios, list) or len(ratios) < num_layers:
+            raise ConfigError(f"{self.source}: compress_ratios must list at least {num_layers} entries")
+        for layer_idx, ratio in enumerate(ratios[:num_layers]):
+            if ratio not in (SLIDING, CSA_RATIO, HCA_RATIO):
+                raise ConfigError(f"{self.source}: compress_ratios[{layer_idx}] is {ratio!r}; known: 0, 4, 128")
+        return tuple(ratios[:num_layers])
+
+    def yarn(self) -> Yarn | None:
+        scaling = self.fields.get("rope_scaling")
+        if scaling is None:
+            return None
+        kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
+        if kind != "yarn":
+            raise ConfigError(f"{self.source}: rope_scaling must be null or of type 'yarn', found {scaling!r}")
+        read = _Reader(scaling, f"{self.source}: rope_scaling")
+        original = read.integer("original_max_position_embeddings")
+        return Yarn(read.number("factor"), read.number("beta_fast"), read.number("beta_slow"), original)
