@@ -1,30 +1,48 @@
-"""Streams tensors out of the shards: memory-mapped, one at a time, and sliced where only a part is wanted."""
+"""Streams tensors out of the shards: memory-mapped, in row slices, so that extra memory stays bounded."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from safetensors import safe_open
 
-from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
+
+MAX_SLICE_BYTES = 64 * 2**20
 
 
-def stream_tensors(index: CheckpointIndex, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields (name, tensor) for each name, shard by shard; each shard is opened once.
+@dataclass(frozen=True)
+class TensorSlice:
+    """Rows ``rows`` (first dimension; all of a 0-d tensor) of a stored tensor, as stored."""
 
-    A yielded tensor may lie in the mapped file: copy what must outlive the iteration step.
+    info: TensorInfo
+    rows: slice
+    data: torch.Tensor
+
+
+def stream(
+    index: CheckpointIndex, names: Iterable[str], max_slice_bytes: int = MAX_SLICE_BYTES
+) -> Iterator[TensorSlice]:
+    """Yields every named tensor in row slices of at most ``max_slice_bytes`` (or one row), shard by shard.
+
+    A slice may lie in the mapped file: copy what must outlive the iteration step.
     Errors: CheckpointError naming a tensor the checkpoint does not hold.
     """
     infos = sorted((index[name] for name in names), key=lambda info: info.file)
     for file, group in groupby(infos, key=lambda info: info.file):
         with safe_open(file, framework="pt") as shard:
             for info in group:
-                yield info.name, shard.get_tensor(info.name)
+                if info.num_bytes <= max_slice_bytes or not info.shape:
+                    yield TensorSlice(info, slice(None), shard.get_tensor(info.name))
+                    continue
+                stored = shard.get_slice(info.name)
+                for rows in _row_slices(info, max_slice_bytes):
+                    yield TensorSlice(info, rows, stored[rows])
 
 
-def read_slice(index: CheckpointIndex, name: str, rows: slice) -> torch.Tensor:
-    """Reads only ``rows`` of one tensor's first dimension. Errors: CheckpointError for an unknown name."""
-    info = index[name]
-    with safe_open(info.file, framework="pt") as shard:
-        part: torch.Tensor = shard.get_slice(name)[rows]
-    return part
+def _row_slices(info: TensorInfo, max_slice_bytes: int) -> Iterator[slice]:
+    num_rows = info.shape[0]
+    rows_per_slice = max(1, max_slice_bytes * num_rows // info.num_bytes)
+    for start in range(0, num_rows, rows_per_slice):
+        yield slice(start, min(start + rows_per_slice, num_rows))

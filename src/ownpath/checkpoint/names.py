@@ -1,0 +1,62 @@
+"""The names and shapes of a DeepSeek-V4 backbone, as its checkpoints have them (native, prefixless)."""
+
+from collections.abc import Iterator
+
+from ownpath.checkpoint.schema import ModuleSpec, ParamSpec
+from ownpath.config import CSA_RATIO, ModelConfig
+
+NORM_DTYPES = ("BF16", "F32")
+
+
+def model_params(config: ModelConfig) -> Iterator[ParamSpec]:
+    """Every tensor that is used as stored: embedding, norms, hyper-connections, sinks, router bias and tables."""
+    dim, streams = config.hidden_size, config.hc_mult
+    yield ParamSpec("embed.weight", (config.vocab_size, dim), ("BF16", "F32"))
+    yield ParamSpec("norm.weight", (dim,), NORM_DTYPES)
+    yield from _hyper("hc_head", streams, streams * dim, num_scales=1)
+    for layer_idx, ratio in enumerate(config.compress_ratios):
+        layer = f"layers.{layer_idx}"
+        yield ParamSpec(f"{layer}.attn_norm.weight", (dim,), NORM_DTYPES)
+        yield ParamSpec(f"{layer}.ffn_norm.weight", (dim,), NORM_DTYPES)
+        yield from _hyper(f"{layer}.hc_attn", (2 + streams) * streams, streams * dim, num_scales=3)
+        yield from _hyper(f"{layer}.hc_ffn", (2 + streams) * streams, streams * dim, num_scales=3)
+        yield from _attention_params(config, f"{layer}.attn", ratio)
+        if config.is_hash_layer(layer_idx):
+            table = (config.vocab_size, config.num_experts_per_tok)
+            yield ParamSpec(f"{layer}.ffn.gate.tid2eid", table, ("I64", "I32"))
+        else:
+            yield ParamSpec(f"{layer}.ffn.gate.bias", (config.n_routed_experts,), ("F32",))
+
+
+def _hyper(name: str, num_mixes: int, in_dim: int, num_scales: int) -> Iterator[ParamSpec]:
+    yield ParamSpec(f"{name}_fn", (num_mixes, in_dim), ("F32",))
+    yield ParamSpec(f"{name}_base", (num_mixes,), ("F32",))
+    yield ParamSpec(f"{name}_scale", (num_scales,), ("F32",))
+
+
+def _attention_params(config: ModelConfig, attn: str, ratio: int) -> Iterator[ParamSpec]:
+    yield ParamSpec(f"{attn}.attn_sink", (config.num_attention_heads,), ("F32",))
+    yield ParamSpec(f"{attn}.q_norm.weight", (config.q_lora_rank,), NORM_DTYPES)
+    yield ParamSpec(f"{attn}.kv_norm.weight", (config.head_dim,), NORM_DTYPES)
+    if ratio:
+        yield from _compressor_params(f"{attn}.compressor", ratio, config.head_dim)
+    if ratio == CSA_RATIO:
+        yield from _compressor_params(f"{attn}.indexer.compressor", ratio, config.index_head_dim)
+
+
+def _compressor_params(name: str, ratio: int, head_dim: int) -> Iterator[ParamSpec]:
+    yield ParamSpec(f"{name}.ape", (ratio, compressor_width(ratio, head_dim)), ("F32",))
+    yield ParamSpec(f"{name}.norm.weight", (head_dim,), NORM_DTYPES)
+
+
+def compressor_width(ratio: int, head_dim: int) -> int:
+    """Channels per token of a compressor: CSA windows overlap, so that each token feeds two of them."""
+    return 2 * head_dim if ratio == CSA_RATIO else head_dim
+
+
+def expert_modules(config: ModelConfig, layer_idx: int, projection: str) -> tuple[ModuleSpec, ...]:
+    """The routed experts' ``w1`` (gate), ``w3`` (up) or ``w2`` (down) of one layer, in expert order."""
+    dim, inter = config.hidden_size, config.moe_intermediate_size
+    shape = (dim, inter) if projection == "w2" else (inter, dim)
+    experts = range(config.n_routed_experts)
+    return tuple(ModuleSpec(f"layers.{layer_idx}.ffn.experts.{e}.{projection}", shape) for e in experts)

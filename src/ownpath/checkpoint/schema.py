@@ -1,0 +1,189 @@
+"""How V4 checkpoints name and store their weights: the only place where a format is decided.
+
+A checkpoint stores each weight matrix (a *module*, ``layers.3.attn.wq_b``) as one or more tensors (*parts*). An
+``Encoding`` says which: it maps roles (``qdata``, ``scale``, ``global_scale``, ``input_scale``) to key suffixes, dtypes
+and shapes, in both directions. Another export is one more entry in ``ENCODINGS``.
+
+The format of a module is read off its own tensors. ``config.json`` is not asked: exports differ in what they write
+there, and one checkpoint mixes formats.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ownpath.checkpoint.errors import CheckpointError
+from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.formats import BF16, FP8_BLOCK, FP32, NVFP4, Format
+from ownpath.qtensor import QuantTensor
+
+ShapeRule = Callable[[int, int], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stored tensor of a module: its key suffix, the dtypes it may have, its shape for a weight [N, K]."""
+
+    role: str
+    suffix: str
+    dtypes: tuple[str, ...]
+    shape: ShapeRule
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """One way to store a module; ``format`` is what the parts mean once read."""
+
+    name: str
+    format: Format
+    parts: tuple[Part, ...]
+
+    def part(self, role: str) -> Part:
+        return next(part for part in self.parts if part.role == role)
+
+    def key(self, module: str, role: str) -> str:
+        return f"{module}.{self.part(role).suffix}"
+
+    def keys(self, module: str) -> tuple[str, ...]:
+        return tuple(f"{module}.{part.suffix}" for part in self.parts)
+
+    def encode(
+        self, module: str, weight: QuantTensor, input_scale: torch.Tensor | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and tensors that store ``weight`` [N, K]; the inverse of reading them through this encoding.
+
+        Errors: CheckpointError when the weight has another format or a part is not given.
+        """
+        if weight.format != self.format:
+            raise CheckpointError(f"{module}: a {weight.format} weight cannot be stored as {self.name}")
+        parts = {"qdata": weight.qdata, "scale": weight.scale, "global_scale": weight.global_scale}
+        parts["input_scale"] = input_scale
+        for part in self.parts:
+            tensor = parts[part.role]
+            if tensor is None:
+                raise CheckpointError(f"{module}.{part.suffix}: {self.name} needs it and none was given")
+            yield f"{module}.{part.suffix}", tensor
+
+
+def _ceil_div(value: int, divisor: int) -> int:
+    return -(-value // divisor)
+
+
+def _scalar(_n: int, _k: int) -> tuple[int, ...]:
+    return ()
+
+
+# ModelOpt writes U8; DeepSeek's own packed tensors are I8. The bytes are the same; both are viewed as uint8.
+MODELOPT_NVFP4 = Encoding(
+    "modelopt-nvfp4",
+    NVFP4,
+    (
+        Part("qdata", "weight", ("U8", "I8"), lambda n, k: (n, k // 2)),
+        Part("scale", "weight_scale", ("F8_E4M3",), lambda n, k: (n, k // 16)),
+        Part("global_scale", "weight_scale_2", ("F32",), _scalar),
+        Part("input_scale", "input_scale", ("F32",), _scalar),
+    ),
+)
+NATIVE_FP8 = Encoding(
+    "native-fp8-block",
+    FP8_BLOCK,
+    (
+        Part("qdata", "weight", ("F8_E4M3",), lambda n, k: (n, k)),
+        Part("scale", "scale", FP8_BLOCK.scale_dtypes, lambda n, k: (_ceil_div(n, 128), _ceil_div(k, 128))),
+    ),
+)
+PLAIN_BF16 = Encoding("bf16", BF16, (Part("qdata", "weight", ("BF16",), lambda n, k: (n, k)),))
+PLAIN_FP32 = Encoding("fp32", FP32, (Part("qdata", "weight", ("F32",), lambda n, k: (n, k)),))
+
+ENCODINGS = (MODELOPT_NVFP4, NATIVE_FP8, PLAIN_BF16, PLAIN_FP32)
+
+IGNORED_KEYS = (
+    (re.compile(r"mtp\.\d+\."), "draft module (MTP or DSpark): not part of the backbone's forward"),
+)
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """A weight matrix the model multiplies by: its name and logical shape [out, in]."""
+
+    name: str
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """A tensor used as it is stored: its full key, shape and the dtypes it may have."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...]
+
+
+def detect(index: CheckpointIndex, module: ModuleSpec) -> Encoding:
+    """Decides how ``module`` is stored, from its tensors' names, dtypes and shapes.
+
+    Errors: CheckpointError naming the tensor that is missing, or has a dtype or shape no known encoding has.
+    """
+    encoding = _closest_encoding(index, module)
+    for part in encoding.parts:
+        key = f"{module.name}.{part.suffix}"
+        if key not in index:
+            raise CheckpointError(f"{index.folder}: tensor {key!r} is missing ({encoding.name} stores it)")
+        info = index[key]
+        if info.dtype not in part.dtypes:
+            raise CheckpointError(f"tensor {info}: {encoding.name} stores {' or '.join(part.dtypes)}")
+        expected = part.shape(*module.shape)
+        if info.shape != expected:
+            raise CheckpointError(f"tensor {info}: a weight {list(module.shape)} needs shape {list(expected)}")
+    return encoding
+
+
+def _closest_encoding(index: CheckpointIndex, module: ModuleSpec) -> Encoding:
+    """The encoding whose weight tensor is there with its dtype and which misses the fewest other parts."""
+    candidates = []
+    found = []
+    for encoding in ENCODINGS:
+        weight = encoding.part("qdata")
+        key = f"{module.name}.{weight.suffix}"
+        if key in index:
+            found.append(str(index[key]))
+            if index[key].dtype in weight.dtypes:
+                candidates.append(encoding)
+    if not candidates and found:
+        known = ", ".join(f"{encoding.name} {'/'.join(encoding.part('qdata').dtypes)}" for encoding in ENCODINGS)
+        raise CheckpointError(f"tensor {found[0]}: no known encoding has this dtype (known: {known})")
+    if not candidates:
+        raise CheckpointError(f"{index.folder}: tensor '{module.name}.weight' is missing")
+    return min(candidates, key=lambda e: sum(key not in index for key in e.keys(module.name)))
+
+
+def check_param(index: CheckpointIndex, spec: ParamSpec) -> None:
+    """Errors: CheckpointError when the tensor is missing or has another dtype or shape."""
+    info = index[spec.key]
+    if info.dtype not in spec.dtypes:
+        raise CheckpointError(f"tensor {info}: expected {' or '.join(spec.dtypes)}")
+    if info.shape != spec.shape:
+        raise CheckpointError(f"tensor {info}: expected shape {list(spec.shape)}")
+
+
+def ignore_reason(key: str) -> str | None:
+    """Why a key that no module consumes may stay unread, or ``None`` when there is no reason."""
+    return next((reason for pattern, reason in IGNORED_KEYS if pattern.match(key)), None)
+
+
+def check_census(index: CheckpointIndex, consumed: set[str]) -> dict[str, str]:
+    """Every key is consumed or ignored for a stated reason; returns the ignored ones with their reasons.
+
+    Errors: CheckpointError naming a tensor that nothing reads.
+    """
+    ignored = {}
+    for key, info in index.tensors.items():
+        if key in consumed:
+            continue
+        reason = ignore_reason(key)
+        if reason is None:
+            raise CheckpointError(f"tensor {info}: nothing in this model reads it")
+        ignored[key] = reason
+    return ignored
