@@ -1,0 +1,16 @@
+"""Runners: an operand in its planned layout with the kernel that uses it, behind one call."""
+
+from ownpath.runners.ledger import Ledger
+from ownpath.runners.linear import ConcatLinear, Fp8Linear, GroupedLinear, Linear, Nvfp4Linear, PlainLinear
+from ownpath.runners.moe import Nvfp4MoE
+
+__all__ = [
+    "ConcatLinear",
+    "Fp8Linear",
+    "GroupedLinear",
+    "Ledger",
+    "Linear",
+    "Nvfp4Linear",
+    "Nvfp4MoE",
+    "PlainLinear",
+]

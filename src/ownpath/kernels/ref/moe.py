@@ -1,0 +1,43 @@
+"""Torch reference of the routed experts.
+
+Shape suffixes: T tokens, K experts per token, E experts, D hidden, F expert width, S rows sent to one expert.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from ownpath.kernels.ref.linear import nvfp4_linear, sum_dtype
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
+    """silu(min(gate, limit)) * clamp(up, -limit, limit): DeepSeek-V4's clamped SwiGLU, in the dtype given."""
+    return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+
+
+def nvfp4_moe(
+    x_TD: torch.Tensor,
+    topk_ids_TK: torch.Tensor,
+    topk_weights_TK: torch.Tensor,
+    w13: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    w2: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    swiglu_limit: float,
+) -> torch.Tensor:
+    """y[t] = sum over chosen experts of weight * w2 swiglu(w13 x[t]), gate rows first in w13.
+
+    Shapes: x [T, D]; topk_ids int [T, K]; topk_weights float32 [T, K]; y [T, D].
+        w13: qdata uint8 [E, 2F, D/2], scale E4M3 [E, 2F, D/16], global_scale float32 [E, 2] (gate, up).
+        w2: qdata uint8 [E, D, F/2], scale E4M3 [E, D, F/16], global_scale float32 [E].
+    Expert outputs are summed in float32 in the order of expert ids, so that the result does not depend on timing.
+    """
+    dtype = sum_dtype(x_TD)
+    y_TD = torch.zeros_like(x_TD, dtype=dtype)
+    inter, dim = w13[0].shape[1] // 2, w2[0].shape[1]
+    for expert in topk_ids_TK.unique().tolist():
+        token_ids, slots = torch.where(topk_ids_TK == expert)
+        gate_up_scale = w13[2][expert].repeat_interleave(inter)
+        x_SD = x_TD[token_ids].to(dtype)
+        gate_SF, up_SF = nvfp4_linear(x_SD, w13[0][expert], w13[1][expert], gate_up_scale).split(inter, dim=-1)
+        hidden_SF = swiglu(gate_SF, up_SF, swiglu_limit).to(x_TD.dtype).to(dtype)
+        out_SD = nvfp4_linear(hidden_SF, w2[0][expert], w2[1][expert], w2[2][expert].expand(dim))
+        y_TD.index_add_(0, token_ids, out_SD * topk_weights_TK[token_ids, slots, None].to(dtype))
+    return y_TD.to(x_TD.dtype)

@@ -1,0 +1,150 @@
+"""Dense runners: an operand in its planned layout and the kernel that multiplies by it, behind one call."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from ownpath.kernels.registry import KERNELS, Kernel
+from ownpath.runners.checks import require, require_input
+
+
+class Linear(Protocol):
+    """y = x Wᵀ for x [..., K]; y [..., N] in the dtype of x."""
+
+    in_features: int
+    out_features: int
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+Shards = torch.Tensor | Sequence[torch.Tensor]
+
+
+def _shards(value: Shards) -> tuple[torch.Tensor, ...]:
+    return (value,) if isinstance(value, torch.Tensor) else tuple(value)
+
+
+def _fuse(shards: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """One tensor of all rows; a single shard is used as it is, without a copy."""
+    return shards[0] if len(shards) == 1 else torch.cat(shards)
+
+
+class Nvfp4Linear:
+    """W4A16 product with an NVFP4 weight, or with several fused ones that keep their own global scales.
+
+    Shapes: weight uint8 [N, K/2], low nibble = even k (int8 storage is viewed as uint8); weight_scale E4M3
+        [N, K/16]; weight_scale_2 float32 [], a multiplier (ModelOpt's convention), or [N], one per output row.
+        Lists of these are fused shards: their rows follow each other in y.
+    Errors: ValueError naming the operand for a wrong dtype, shape or device.
+    Source: NVIDIA ModelOpt's NVFP4 export.
+    """
+
+    def __init__(
+        self,
+        weight: Shards,
+        weight_scale: Shards,
+        weight_scale_2: Shards,
+        *,
+        kernel: Kernel = KERNELS["ref.nvfp4_linear"],
+    ) -> None:
+        weights, scales, globals_ = _shards(weight), _shards(weight_scale), _shards(weight_scale_2)
+        if not len(weights) == len(scales) == len(globals_):
+            raise ValueError("weight, weight_scale and weight_scale_2 must have the same number of shards")
+        for idx, (w, s, g) in enumerate(zip(weights, scales, globals_, strict=True)):
+            num_rows, packed = w.shape
+            require(f"weight[{idx}]", w, (torch.uint8, torch.int8), (num_rows, weights[0].shape[1]))
+            require(f"weight_scale[{idx}]", s, (torch.float8_e4m3fn,), (num_rows, packed // 8))
+            require(f"weight_scale_2[{idx}]", g, (torch.float32,), (num_rows,) if g.ndim else ())
+        self.weight = _fuse(weights).view(torch.uint8)
+        self.weight_scale = _fuse(scales)
+        rows = (g.expand(len(w)) for w, g in zip(weights, globals_, strict=True))
+        self.weight_scale_2 = _fuse(tuple(rows))
+        self.out_features, self.in_features = self.weight.shape[0], 2 * self.weight.shape[1]
+        self._kernel = kernel
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        require_input(x, self.in_features, self.weight)
+        y = self._kernel(x.flatten(0, -2), self.weight, self.weight_scale, self.weight_scale_2)
+        return y.unflatten(0, x.shape[:-1])
+
+
+class Fp8Linear:
+    """W8A16 product with E4M3 weights in 128x128 blocks, one or several fused ones.
+
+    Shapes: weight E4M3 [N, K]; scale E8M0 or float32 [ceil(N/128), ceil(K/128)]; lists are fused shards. Shards
+        stay apart, because a shard's last block may hold fewer than 128 rows.
+    Errors: ValueError naming the operand for a wrong dtype, shape or device.
+    """
+
+    def __init__(self, weight: Shards, scale: Shards, *, kernel: Kernel = KERNELS["ref.fp8_linear"]) -> None:
+        self.shards = tuple(zip(_shards(weight), _shards(scale), strict=True))
+        for idx, (w, s) in enumerate(self.shards):
+            num_rows, width = w.shape
+            require(f"weight[{idx}]", w, (torch.float8_e4m3fn,), (num_rows, self.shards[0][0].shape[1]))
+            blocks = (-(-num_rows // 128), -(-width // 128))
+            require(f"scale[{idx}]", s, (torch.float8_e8m0fnu, torch.float32), blocks)
+        self.out_features = sum(len(w) for w, _ in self.shards)
+        self.in_features = self.shards[0][0].shape[1]
+        self._kernel = kernel
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        require_input(x, self.in_features, self.shards[0][0])
+        rows = x.flatten(0, -2)
+        y = [self._kernel(rows, weight, scale) for weight, scale in self.shards]
+        return (y[0] if len(y) == 1 else torch.cat(y, dim=-1)).unflatten(0, x.shape[:-1])
+
+
+class PlainLinear:
+    """Product with an unquantised weight. Shapes: weight bfloat16 or float32 [N, K]; a list is fused shards."""
+
+    def __init__(self, weight: Shards, *, kernel: Kernel = KERNELS["ref.plain_linear"]) -> None:
+        weights = _shards(weight)
+        for idx, w in enumerate(weights):
+            require(f"weight[{idx}]", w, (torch.bfloat16, torch.float32), (len(w), weights[0].shape[1]))
+        self.weight = _fuse(weights)
+        self.out_features, self.in_features = self.weight.shape
+        self._kernel = kernel
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        require_input(x, self.in_features, self.weight)
+        y: torch.Tensor = self._kernel(x, self.weight)
+        return y
+
+
+class ConcatLinear:
+    """Several linears on the same input, outputs side by side: a fused slot whose shards are stored differently."""
+
+    def __init__(self, linears: Sequence[Linear]) -> None:
+        if len({linear.in_features for linear in linears}) != 1:
+            raise ValueError("linears of one slot must take the same number of features")
+        self.linears = tuple(linears)
+        self.in_features = linears[0].in_features
+        self.out_features = sum(linear.out_features for linear in linears)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([linear(x) for linear in self.linears], dim=-1)
+
+
+class GroupedLinear:
+    """y[..., g] = W[g] x[..., g]: ``wo_a``, one matrix per group of heads, plain floating point.
+
+    Shapes: weight bfloat16 or float32 [G*R, I], groups one after the other; x [..., G, I]; y [..., G, R].
+    Errors: ValueError for a wrong dtype or shape.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, num_groups: int, *, kernel: Kernel = KERNELS["ref.grouped_linear"]
+    ) -> None:
+        require("weight", weight, (torch.bfloat16, torch.float32), (len(weight), weight.shape[1]))
+        if len(weight) % num_groups:
+            raise ValueError(f"weight has {len(weight)} rows, not a multiple of {num_groups} groups")
+        self.weight_GRI = weight.unflatten(0, (num_groups, -1))
+        self.num_groups, self.out_features, self.in_features = self.weight_GRI.shape
+        self._kernel = kernel
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        require_input(x, self.in_features, self.weight_GRI)
+        if x.shape[-2] != self.num_groups:
+            raise ValueError(f"x has {x.shape[-2]} groups, the weight {self.num_groups}")
+        return self._kernel(x.flatten(0, -3), self.weight_GRI).unflatten(0, x.shape[:-2])
