@@ -1,0 +1,51 @@
+"""The definitions of the number formats, in plain torch on any device. Kernels are compared with these."""
+
+from ownpath.numerics.dequantize import (
+    decode_fp8_block,
+    decode_mxfp4_blocks,
+    decode_nvfp4_blocks,
+    dequantize,
+)
+from ownpath.numerics.e2m1 import (
+    E2M1_MAGNITUDES,
+    E2M1_MAX,
+    decode_e2m1,
+    decode_packed_e2m1,
+    encode_e2m1,
+    pack_e2m1,
+    unpack_e2m1,
+)
+from ownpath.numerics.e4m3 import E4M3_MAX, decode_e4m3, encode_e4m3
+from ownpath.numerics.e8m0 import decode_e8m0, e8m0_from_bytes, encode_e8m0_ceil
+from ownpath.numerics.quantize import (
+    nvfp4_global_scale,
+    quantize_fp8_block,
+    quantize_mxfp4,
+    quantize_nvfp4,
+    quantize_nvfp4_activation,
+)
+
+__all__ = [
+    "E2M1_MAGNITUDES",
+    "E2M1_MAX",
+    "E4M3_MAX",
+    "decode_e2m1",
+    "decode_e4m3",
+    "decode_e8m0",
+    "decode_fp8_block",
+    "decode_mxfp4_blocks",
+    "decode_nvfp4_blocks",
+    "decode_packed_e2m1",
+    "dequantize",
+    "e8m0_from_bytes",
+    "encode_e2m1",
+    "encode_e4m3",
+    "encode_e8m0_ceil",
+    "nvfp4_global_scale",
+    "pack_e2m1",
+    "quantize_fp8_block",
+    "quantize_mxfp4",
+    "quantize_nvfp4",
+    "quantize_nvfp4_activation",
+    "unpack_e2m1",
+]
