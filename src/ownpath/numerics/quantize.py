@@ -31,7 +31,7 @@ block holds [0.5, -0.13, 0.07, 0, ...] with amax 0.5:
 The first byte is 0xB7: the even k (code 7) in the low nibble, the odd k (code 11) in the high nibble.
 
 Edges, decided once. A block of zeros gets scale 1.0 and codes 0. A scale that would round to 0 is lifted to
-2^-9, the smallest E4M3. (Both are NVIDIA ModelOpt's choices, so its checkpoints and ours agree byte for byte.)
+2^-9, the smallest E4M3. (Both are NVIDIA ModelOpt's choices: its files and ours agree byte for byte.)
 A matrix of zeros gets global_scale 1.0, because a stored global scale is always finite and positive. Weights
 with an infinity or NaN are refused.
 
@@ -56,8 +56,8 @@ def quantize_nvfp4(w: Tensor, global_scale: Tensor | None = None) -> QuantTensor
     """Weights as NVFP4, by the three steps above; with ``global_scale`` given, by the last two.
 
     Shapes: w [..., N, K], K a multiple of 16; global_scale float32 [...], one for each matrix.
-    Errors: ValueError for a K that 16 does not divide, an infinity or NaN, an empty w, or a global scale that is
-        not a finite positive multiplier of the right shape.
+    Errors: ValueError for a K that 16 does not divide, an infinity or NaN, an empty w, or a global scale
+        that is not a finite positive multiplier of the right shape.
     Source: NVIDIA ModelOpt's NVFP4 weight quantiser (equal byte for byte, but for the sign of -0).
     """
     blocks = _blocks(w, 16, "w")
@@ -106,7 +106,8 @@ def quantize_mxfp4(w: Tensor) -> QuantTensor:
     """Weights as MXFP4: for each block of 32, scale = 2^ceil(log2(amax / 6)), code = e2m1(w / scale).
 
     Nothing saturates, because the scale is rounded up. (The OCP text rounds it down,
-    2^(floor(log2 amax) - 2), which can saturate; a decoder cannot tell the two apart.) A block of zeros gets scale 1.
+    2^(floor(log2 amax) - 2), which can saturate; a decoder cannot tell the two apart.) A block of zeros gets
+    scale 1.
 
     Shapes: w [..., N, K], K a multiple of 32.
     Errors: ValueError for a K that 32 does not divide, an infinity or NaN.
