@@ -183,8 +183,16 @@ def _check_semantics(config: ModelConfig, fields: dict[str, Any], source: str) -
         ("o_groups", config.num_attention_heads % config.o_groups == 0, "must divide num_attention_heads"),
         ("qk_rope_head_dim", config.qk_rope_head_dim % 2 == 0, "must be even"),
         ("qk_rope_head_dim", config.qk_rope_head_dim <= config.head_dim, "must not exceed head_dim"),
-        ("qk_rope_head_dim", config.qk_rope_head_dim <= config.index_head_dim, "must not exceed index_head_dim"),
-        ("num_experts_per_tok", config.num_experts_per_tok <= config.n_routed_experts, "exceeds n_routed_experts"),
+        (
+            "qk_rope_head_dim",
+            config.qk_rope_head_dim <= config.index_head_dim,
+            "must not exceed index_head_dim",
+        ),
+        (
+            "num_experts_per_tok",
+            config.num_experts_per_tok <= config.n_routed_experts,
+            "exceeds n_routed_experts",
+        ),
         ("num_hash_layers", config.num_hash_layers <= config.num_hidden_layers, "exceeds num_hidden_layers"),
         ("bos_token_id", config.bos_token_id < config.vocab_size, "is outside the vocabulary"),
         ("eos_token_id", config.eos_token_id < config.vocab_size, "is outside the vocabulary"),

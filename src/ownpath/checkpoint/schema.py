@@ -99,9 +99,7 @@ PLAIN_FP32 = Encoding("fp32", FP32, (Part("qdata", "weight", ("F32",), lambda n,
 
 ENCODINGS = (MODELOPT_NVFP4, NATIVE_FP8, PLAIN_BF16, PLAIN_FP32)
 
-IGNORED_KEYS = (
-    (re.compile(r"mtp\.\d+\."), "draft module (MTP or DSpark): not part of the backbone's forward"),
-)
+IGNORED_KEYS = ((re.compile(r"mtp\.\d+\."), "draft module (MTP or DSpark): not part of the backbone's forward"),)
 
 
 @dataclass(frozen=True)

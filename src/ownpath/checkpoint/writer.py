@@ -1,7 +1,6 @@
 """Writes a sharded safetensors checkpoint with its index; nothing half-written ever looks like a checkpoint."""
 
 import json
-import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,12 +28,12 @@ def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], 
         weight_map: dict[str, str] = {}
         for number, (path, names) in enumerate(shards, start=1):
             final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            os.replace(path, folder / final)
+            path.replace(folder / final)
             weight_map.update(dict.fromkeys(names, final))
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         staged_index = Path(staging) / INDEX_NAME
         staged_index.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-        os.replace(staged_index, folder / INDEX_NAME)
+        staged_index.replace(folder / INDEX_NAME)
 
 
 def _write_shards(

@@ -100,9 +100,7 @@ CATALOGUE = (
 )
 
 
-def select(
-    kind: OpKind, stored: Format, caps: Caps, catalogue: tuple[KernelSpec, ...] = CATALOGUE
-) -> Choice | Refusal:
+def select(kind: OpKind, stored: Format, caps: Caps, catalogue: tuple[KernelSpec, ...] = CATALOGUE) -> Choice | Refusal:
     """The first kernel of the catalogue (best first) that runs ``kind`` on weights stored as ``stored``."""
     reasons = []
     for kernel in catalogue:

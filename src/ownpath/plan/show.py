@@ -57,7 +57,12 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
     for op in plan.ops:
         cells = dict(zip(("encoding", "format", "runner", "kernel", "layout"), _cells(op), strict=True))
         modules = [module.name for module in op.spec.modules]
-        entry = {"slot": op.spec.slot, "kind": str(op.spec.kind), "shape": list(op.spec.shape), "modules": modules}
+        entry = {
+            "slot": op.spec.slot,
+            "kind": str(op.spec.kind),
+            "shape": list(op.spec.shape),
+            "modules": modules,
+        }
         ops.append(entry | cells | {"why": op.choice.why})
     params = [{"key": param.key, "shape": list(param.shape)} for param in plan.params]
     return {"device": plan.caps.name, "ops": ops, "params": params, "ignored": dict(plan.ignored)}

@@ -2,6 +2,7 @@
 
 from ownpath.runners.ledger import Ledger
 from ownpath.runners.linear import ConcatLinear, Fp8Linear, GroupedLinear, Linear, Nvfp4Linear, PlainLinear
+from ownpath.runners.mlp import SwigluMlp
 from ownpath.runners.moe import Nvfp4MoE
 
 __all__ = [
@@ -13,4 +14,5 @@ __all__ = [
     "Nvfp4Linear",
     "Nvfp4MoE",
     "PlainLinear",
+    "SwigluMlp",
 ]

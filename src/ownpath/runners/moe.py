@@ -44,9 +44,7 @@ class Nvfp4MoE:
         self.hidden_size, self.swiglu_limit = dim, swiglu_limit
         self._kernel = kernel
 
-    def __call__(
-        self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """x [T, D], topk_ids int32 or int64 [T, K], topk_weights float32 [T, K] -> y [T, D] in the dtype of x."""
         require_input(x, self.hidden_size, self.w13[0])
         routed = (x.shape[0], topk_ids.shape[-1])

@@ -1,0 +1,50 @@
+"""DeepSeek-V4's backbone and head: token ids in, logits out, caches extended on the way."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ownpath.config import ModelConfig
+from ownpath.model.batch import ForwardBatch
+from ownpath.model.block import Block
+from ownpath.model.caches import CacheSpec, SequenceCache
+from ownpath.model.hyper import HyperHead
+from ownpath.model.norm import RMSNorm, wide_dtype
+from ownpath.model.rope import Rope
+from ownpath.runners import Ledger, Linear
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model. ``ledger`` counts which runner each module really ran on."""
+
+    config: ModelConfig
+    embed_VD: torch.Tensor
+    blocks: tuple[Block, ...]
+    hc_head: HyperHead
+    norm: RMSNorm
+    head: Linear
+    sliding_rope: Rope
+    compress_rope: Rope
+    cache_spec: CacheSpec
+    ledger: Ledger
+
+    def new_cache(self) -> SequenceCache:
+        """Empty caches for one sequence of up to ``cache_spec.max_tokens`` tokens."""
+        return SequenceCache(self.cache_spec)
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Runs one step and returns logits, at least float32, of the rows ``batch.logits_ids``: [R, vocab].
+
+        Every span's cache then holds the span's tokens too.
+        """
+        h_TD = self.embed_VD[batch.token_ids_T].to(self.cache_spec.dtype)
+        x_TSD = h_TD.unsqueeze(1).expand(-1, self.config.hc_mult, -1)
+        sliding, compress = self.sliding_rope.at(batch.positions_T), self.compress_rope.at(batch.positions_T)
+        for block, ratio in zip(self.blocks, self.config.compress_ratios, strict=True):
+            x_TSD = block(x_TSD, compress if ratio else sliding, batch)
+        for span in batch.spans:
+            span.cache.num_tokens += span.stop - span.start
+        h_RD = self.norm(self.hc_head(x_TSD[batch.logits_ids]))
+        return self.head(h_RD.to(wide_dtype(h_RD.dtype)))

@@ -1,0 +1,155 @@
+"""The memory an op's operand lives in, in its planned layout, and which checkpoint tensor fills which part of it.
+
+Every buffer starts as a sentinel: NaN where the dtype has one, all ones otherwise. A slot is a view of a buffer that
+exactly one checkpoint tensor fills; the slots of an op tile its buffers without gap or overlap.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ownpath.checkpoint.schema import Encoding, ModuleSpec
+from ownpath.formats import BF16, FP8_BLOCK, FP32, NVFP4
+from ownpath.plan.opspec import OpKind
+from ownpath.plan.plan import PlannedOp
+
+STORAGE = {
+    "U8": torch.uint8,
+    "I8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "I32": torch.int64,
+}
+"""Safetensors dtype -> dtype in memory. Packed codes are bytes; token tables index, so they are int64."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """``target``: the view of an operand buffer that the checkpoint tensor ``key`` fills; ``role``: its meaning."""
+
+    key: str
+    role: str
+    target: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Operand:
+    """An op's buffers by the argument names of its runner, and the slots that fill them."""
+
+    buffers: dict[str, tuple[torch.Tensor, ...]]
+    slots: tuple[Slot, ...]
+
+
+def sentinel(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A buffer whose every element is NaN, or all bits one where the dtype has no NaN."""
+    buffer = torch.empty(shape, dtype=dtype, device=device)
+    if dtype in (torch.float32, torch.bfloat16):
+        return buffer.fill_(torch.nan)
+    buffer.view(torch.uint8).fill_(0xFF)
+    return buffer
+
+
+def make_operand(op: PlannedOp, stored: dict[str, str], device: torch.device) -> Operand:
+    """Allocates the operand of ``op``. stored: checkpoint key -> safetensors dtype name."""
+    encoding, modules = op.encoding, op.spec.modules
+    if op.spec.kind is OpKind.MOE:
+        assert encoding.format is NVFP4, encoding
+        return _moe(encoding, modules, device)
+    if encoding.format is NVFP4:
+        return _nvfp4_linear(encoding, modules, device)
+    if encoding.format is FP8_BLOCK:
+        return _fp8_shards(encoding, modules, stored, device)
+    assert encoding.format in (BF16, FP32), encoding
+    return _plain(encoding, modules, stored, device)
+
+
+def _nvfp4_linear(encoding: Encoding, modules: tuple[ModuleSpec, ...], device: torch.device) -> Operand:
+    num_rows = sum(module.shape[0] for module in modules)
+    width = modules[0].shape[1]
+    weight = sentinel((num_rows, width // 2), torch.uint8, device)
+    scale = sentinel((num_rows, width // 16), torch.float8_e4m3fn, device)
+    global_scale = sentinel((num_rows,), torch.float32, device)
+    input_scale = sentinel((len(modules),), torch.float32, device)
+    slots: list[Slot] = []
+    start = 0
+    for idx, module in enumerate(modules):
+        rows = slice(start, start + module.shape[0])
+        targets = {"qdata": weight[rows], "scale": scale[rows]}
+        targets |= {"global_scale": global_scale[rows], "input_scale": input_scale[idx]}
+        slots += _slots(encoding, module, targets)
+        start = rows.stop
+    named = {
+        "weight": weight,
+        "weight_scale": scale,
+        "weight_scale_2": global_scale,
+        "input_scale": input_scale,
+    }
+    return Operand({name: (buffer,) for name, buffer in named.items()}, tuple(slots))
+
+
+def _moe(encoding: Encoding, modules: tuple[ModuleSpec, ...], device: torch.device) -> Operand:
+    num_experts = len(modules) // 3
+    inter, dim = modules[0].shape
+    w13 = sentinel((num_experts, 2 * inter, dim // 2), torch.uint8, device)
+    w13_scale = sentinel((num_experts, 2 * inter, dim // 16), torch.float8_e4m3fn, device)
+    w2 = sentinel((num_experts, dim, inter // 2), torch.uint8, device)
+    w2_scale = sentinel((num_experts, dim, inter // 16), torch.float8_e4m3fn, device)
+    scalars = {
+        name: sentinel(shape, torch.float32, device)
+        for name, shape in (
+            ("w13_scale_2", (num_experts, 2)),
+            ("w13_input_scale", (num_experts, 2)),
+            ("w2_scale_2", (num_experts,)),
+            ("w2_input_scale", (num_experts,)),
+        )
+    }
+    slots: list[Slot] = []
+    for idx, module in enumerate(modules):
+        projection, expert = divmod(idx, num_experts)
+        if projection < 2:
+            rows = slice(projection * inter, (projection + 1) * inter)
+            targets = {"qdata": w13[expert, rows], "scale": w13_scale[expert, rows]}
+            targets["global_scale"] = scalars["w13_scale_2"][expert, projection]
+            targets["input_scale"] = scalars["w13_input_scale"][expert, projection]
+        else:
+            targets = {"qdata": w2[expert], "scale": w2_scale[expert]}
+            targets["global_scale"] = scalars["w2_scale_2"][expert]
+            targets["input_scale"] = scalars["w2_input_scale"][expert]
+        slots += _slots(encoding, module, targets)
+    named = {"w13": w13, "w13_scale": w13_scale, "w2": w2, "w2_scale": w2_scale} | scalars
+    return Operand({name: (buffer,) for name, buffer in named.items()}, tuple(slots))
+
+
+def _fp8_shards(
+    encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, str], device: torch.device
+) -> Operand:
+    """One weight and one scale per shard: a shard's last block may be partial, so shards do not concatenate."""
+    weights, scales = [], []
+    slots: list[Slot] = []
+    for module in modules:
+        dtype = STORAGE[stored[encoding.key(module.name, "scale")]]
+        weights.append(sentinel(module.shape, torch.float8_e4m3fn, device))
+        scales.append(sentinel(encoding.part("scale").shape(*module.shape), dtype, device))
+        slots += _slots(encoding, module, {"qdata": weights[-1], "scale": scales[-1]})
+    return Operand({"weight": tuple(weights), "scale": tuple(scales)}, tuple(slots))
+
+
+def _plain(
+    encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, str], device: torch.device
+) -> Operand:
+    num_rows = sum(module.shape[0] for module in modules)
+    dtype = STORAGE[stored[encoding.key(modules[0].name, "qdata")]]
+    weight = sentinel((num_rows, modules[0].shape[1]), dtype, device)
+    slots: list[Slot] = []
+    start = 0
+    for module in modules:
+        slots += _slots(encoding, module, {"qdata": weight[start : start + module.shape[0]]})
+        start += module.shape[0]
+    return Operand({"weight": (weight,)}, tuple(slots))
+
+
+def _slots(encoding: Encoding, module: ModuleSpec, targets: dict[str, torch.Tensor]) -> list[Slot]:
+    return [Slot(encoding.key(module.name, part.role), part.role, targets[part.role]) for part in encoding.parts]
