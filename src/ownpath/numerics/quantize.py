@@ -78,7 +78,7 @@ def nvfp4_global_scale(w: Tensor) -> Tensor:
     Shapes: w [..., N, K] -> float32 [...].
     """
     amax = w.to(torch.float32).abs().amax(dim=(-2, -1))
-    s2 = (amax / (E2M1_MAX * E4M3_MAX)).clamp(min=_FLOAT32_TINY)
+    s2 = _divide(amax, E2M1_MAX * E4M3_MAX).clamp(min=_FLOAT32_TINY)
     return torch.where(amax == 0, 1.0, s2)
 
 
@@ -96,7 +96,7 @@ def quantize_nvfp4_activation(x: Tensor, global_scale: Tensor) -> QuantTensor:
     if global_scale.shape != x.shape[:-2]:
         raise ValueError(f"global_scale {tuple(global_scale.shape)} must be {tuple(x.shape[:-2])} for this x")
     s2 = global_scale.to(torch.float32)
-    scale = encode_e4m3(blocks.abs().amax(dim=-1) / E2M1_MAX / s2[..., None, None])
+    scale = encode_e4m3(_divide(blocks.abs().amax(dim=-1), E2M1_MAX) / s2[..., None, None])
     unit = (decode_e4m3(scale) * s2[..., None, None]).unsqueeze(-1)
     zero = torch.copysign(torch.zeros_like(blocks), blocks)
     return QuantTensor(_packed_codes(torch.where(unit == 0, zero, blocks / unit)), scale, s2, NVFP4)
@@ -139,7 +139,7 @@ def quantize_fp8_block(
         scale = encode_e8m0_ceil(amax, E4M3_MAX)
         factor = decode_e8m0(scale)
     elif scale_dtype == torch.float32:
-        scale = torch.where(amax == 0, 1.0, (amax / E4M3_MAX).clamp(min=_FLOAT32_TINY))
+        scale = torch.where(amax == 0, 1.0, _divide(amax, E4M3_MAX).clamp(min=_FLOAT32_TINY))
         factor = scale
     else:
         raise ValueError(f"scale_dtype must be float8_e8m0fnu or float32, not {scale_dtype}")
@@ -153,6 +153,11 @@ def _blocks(x: Tensor, group: int, name: str) -> Tensor:
         raise ValueError(f"{name}: K = {x.shape[-1]} is not a multiple of {group}")
     *lead, k = x.shape
     return x.to(torch.float32).reshape(*lead, k // group, group)
+
+
+def _divide(a: Tensor, divisor: float) -> Tensor:
+    """a / divisor, correctly rounded on every device: torch's CUDA kernel takes a Python number as a reciprocal."""
+    return a / torch.full((), divisor, dtype=a.dtype, device=a.device)
 
 
 def _check_matrix(x: Tensor, name: str) -> None:

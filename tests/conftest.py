@@ -1,0 +1,16 @@
+"""Options and fixtures that every test shares."""
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", default="cpu", help="torch device for the tests that take `device` (default: cpu)"
+    )
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device under test: the same suite runs with ``--device cuda``."""
+    return torch.device(request.config.getoption("--device"))
