@@ -15,9 +15,7 @@ CODES = list(range(16))
 
 def every_code_under_every_scale(group: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """qdata [256, group/2] whose rows hold all 16 codes (twice for 32), and 256 scale bytes [256, 1]."""
-    row = torch.tensor(
-        [code | (code + 1) << 4 for code in range(0, 16, 2)] * (group // 16), dtype=torch.uint8
-    )
+    row = torch.tensor([code | (code + 1) << 4 for code in range(0, 16, 2)] * (group // 16), dtype=torch.uint8)
     return row.repeat(256, 1).to(device), torch.arange(256, dtype=torch.uint8, device=device).view(256, 1)
 
 
@@ -71,15 +69,11 @@ def test_mxfp4_is_exact_in_bfloat16_inside_the_stated_range(device: torch.device
     qdata, raw = every_code_under_every_scale(32, device)
     stated = slice(127 - 125, 127 + 125 + 1)
     got = decode_mxfp4_blocks(qdata[stated], raw[stated], torch.bfloat16)
-    assert_same(
-        got, [[e2m1_value(c) * e8m0_value(b) for c in CODES * 2] for b in range(stated.start, stated.stop)]
-    )
+    assert_same(got, [[e2m1_value(c) * e8m0_value(b) for c in CODES * 2] for b in range(stated.start, stated.stop)])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_fp8_block_all_bytes_under_every_stated_e8m0_scale_are_exact(
-    device: torch.device, dtype: torch.dtype
-) -> None:
+def test_fp8_block_all_bytes_under_every_stated_e8m0_scale_are_exact(device: torch.device, dtype: torch.dtype) -> None:
     exponents = list(range(-117, 120))
     values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     raw = torch.tensor([[e + 127] for e in exponents], dtype=torch.uint8)
@@ -90,9 +84,7 @@ def test_fp8_block_all_bytes_under_every_stated_e8m0_scale_are_exact(
 
 
 @pytest.mark.parametrize("shape", [(256, 384), (130, 300), (1, 1), (127, 129), (2, 130, 128)])
-def test_fp8_block_scale_covers_its_own_128_by_128_block(
-    device: torch.device, shape: tuple[int, ...]
-) -> None:
+def test_fp8_block_scale_covers_its_own_128_by_128_block(device: torch.device, shape: tuple[int, ...]) -> None:
     *lead, rows, cols = shape
     qdata = torch.ones(shape, device=device).to(torch.float8_e4m3fn)
     grid = [*lead, -(-rows // 128), -(-cols // 128)]
@@ -118,9 +110,7 @@ def test_plain_formats_are_only_cast(device: torch.device) -> None:
 def test_result_is_rounded_once_from_float32(device: torch.device) -> None:
     """BF16 of (block value x global scale), not BF16(block value) x BF16(global scale)."""
     qdata, raw = every_code_under_every_scale(16, device)
-    q = QuantTensor(
-        qdata[:127], raw[:127].view(torch.float8_e4m3fn), torch.tensor(1 / 3, device=device), NVFP4
-    )
+    q = QuantTensor(qdata[:127], raw[:127].view(torch.float8_e4m3fn), torch.tensor(1 / 3, device=device), NVFP4)
     assert torch.equal(dequantize(q, torch.bfloat16), dequantize(q, torch.float32).to(torch.bfloat16))
 
 
@@ -133,9 +123,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         "scale is None": QuantTensor(qdata, None, one, NVFP4),
         "row_major": QuantTensor(qdata, scale, one, NVFP4, layout="swizzled"),
         "E8M0": QuantTensor(qdata, torch.ones(4, 1), None, MXFP4),
-        "does not cover": QuantTensor(
-            torch.zeros(4, 4).to(torch.float8_e4m3fn), torch.ones(2, 1), None, FP8_BLOCK
-        ),
+        "does not cover": QuantTensor(torch.zeros(4, 4).to(torch.float8_e4m3fn), torch.ones(2, 1), None, FP8_BLOCK),
         "block scale must be": QuantTensor(
             torch.zeros(4, 4).to(torch.float8_e4m3fn), torch.ones(1, 1, dtype=torch.uint8), None, FP8_BLOCK
         ),

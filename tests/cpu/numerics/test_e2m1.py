@@ -34,9 +34,7 @@ def test_the_eight_magnitudes_follow_from_the_bits() -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_decode_gives_all_sixteen_values_with_the_sign_of_zero(
-    device: torch.device, dtype: torch.dtype
-) -> None:
+def test_decode_gives_all_sixteen_values_with_the_sign_of_zero(device: torch.device, dtype: torch.dtype) -> None:
     values = decode_e2m1(torch.arange(16, dtype=torch.uint8, device=device), dtype)
     assert values.dtype == dtype
     assert values.tolist() == [e2m1_value(code) for code in range(16)]
@@ -116,9 +114,7 @@ def test_all_256_bytes_unpack_to_two_codes_and_pack_again(device: torch.device) 
 def test_int8_storage_means_the_same_as_uint8(device: torch.device, dtype: torch.dtype) -> None:
     byte = torch.arange(256, dtype=torch.uint8, device=device).view(4, 64)
     signed = byte.view(torch.int8)
-    assert int(signed.min()) == -128, (
-        "the upper half of the bytes must be negative for this test to mean anything"
-    )
+    assert int(signed.min()) == -128, "the upper half of the bytes must be negative for this test to mean anything"
     assert torch.equal(unpack_e2m1(signed), unpack_e2m1(byte))
     expected = torch.tensor([e2m1_value(n) for b in range(256) for n in (b & 15, b >> 4)], dtype=dtype)
     for storage in (byte, signed):

@@ -83,9 +83,7 @@ def test_trap_a_numeric_copy_of_e8m0_destroys_it() -> None:
 
 
 @pytest.mark.parametrize("largest", [1.0, 6.0, 448.0])
-def test_e8m0_ceil_is_the_smallest_power_of_two_that_covers_amax(
-    device: torch.device, largest: float
-) -> None:
+def test_e8m0_ceil_is_the_smallest_power_of_two_that_covers_amax(device: torch.device, largest: float) -> None:
     exact = torch.tensor([largest * 2.0**k for k in range(-126, 110)], dtype=torch.float32)
     up, down = torch.full_like(exact, math.inf), torch.zeros_like(exact)
     amax = torch.cat((torch.nextafter(exact, down)[1:], exact, torch.nextafter(exact, up)))

@@ -171,9 +171,7 @@ def test_mxfp4_values_come_back_unchanged(device: torch.device) -> None:
 
 @pytest.mark.parametrize("scale_dtype", [torch.float8_e8m0fnu, torch.float32])
 @pytest.mark.parametrize("shape", [(256, 256), (130, 300), (3, 129, 64)])
-def test_fp8_block_error_is_half_a_step(
-    device: torch.device, shape: tuple[int, ...], scale_dtype: torch.dtype
-) -> None:
+def test_fp8_block_error_is_half_a_step(device: torch.device, shape: tuple[int, ...], scale_dtype: torch.dtype) -> None:
     w = torch.randn(shape, generator=torch.Generator().manual_seed(6)).to(device)
     q = quantize_fp8_block(w, scale_dtype)
     assert q.format is FP8_BLOCK
