@@ -28,7 +28,7 @@ def dequantize(q: QuantTensor, dtype: torch.dtype = torch.float32) -> Tensor:
         if q.global_scale is None:
             raise ValueError("dequantize: NVFP4 needs a global scale, and global_scale is None")
         value = decode_nvfp4_blocks(q.qdata, q.scale, work)
-        return (value * q.global_scale.to(work)[..., None, None]).to(dtype)
+        return value.mul_(q.global_scale.to(work)[..., None, None]).to(dtype)
     if q.format == MXFP4:
         return decode_mxfp4_blocks(q.qdata, q.scale, work).to(dtype)
     if q.format == FP8_BLOCK:
@@ -79,10 +79,10 @@ def decode_fp8_block(
     value = decode_e4m3(qdata, work)
     factor = _block_scale_values(scale, work)
     if rows % block[0] == 0 and cols % block[1] == 0:
-        tiles = value.reshape(*grid[:-1], block[0], grid[-1], block[1])
-        return (tiles * factor[..., :, None, :, None]).view(qdata.shape).to(dtype)
+        tiles = value.view(*grid[:-1], block[0], grid[-1], block[1])
+        return tiles.mul_(factor[..., :, None, :, None]).view(qdata.shape).to(dtype)
     by_row = factor.repeat_interleave(block[0], dim=-2)[..., :rows, :]
-    return (value * by_row.repeat_interleave(block[1], dim=-1)[..., :cols]).to(dtype)
+    return value.mul_(by_row.repeat_interleave(block[1], dim=-1)[..., :cols]).to(dtype)
 
 
 def _block_scale_values(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -95,8 +95,8 @@ def _block_scale_values(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _scale_groups(value: Tensor, factor: Tensor, group: int) -> Tensor:
-    """Each run of ``group`` values along K times its own factor."""
+    """Each run of ``group`` values along K times its own factor. ``value`` is fresh from a table: written over."""
     *lead, k = value.shape
     if list(factor.shape) != [*lead, k // group] or k % group:
         raise ValueError(f"scale {tuple(factor.shape)} is not one per {group} values of {tuple(value.shape)}")
-    return (value.view(*lead, k // group, group) * factor.unsqueeze(-1)).view(value.shape)
+    return value.view(*lead, k // group, group).mul_(factor.unsqueeze(-1)).view(value.shape)
