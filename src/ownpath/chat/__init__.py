@@ -1,0 +1,1 @@
+"""Messages <-> token ids. No torch here, and nothing from the other rooms."""

@@ -1,0 +1,102 @@
+"""Token ids -> text while they arrive: whole characters only, and stop strings never shown."""
+
+import codecs
+from collections.abc import Sequence
+
+from ownpath.chat.tokenizer import Tokenizer
+
+
+class Detokenizer:
+    """Turns tokens into text as soon as their bytes are whole characters.
+
+    A character split over tokens appears with its last byte. Bytes that can never become a character appear
+    as U+FFFD once that is certain. A tail still incomplete when the tokens end is not text and is not shown.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, show_special: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._show_special = show_special
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, token_id: int) -> str:
+        """The text that this token completes; may be empty."""
+        if self._tokenizer.is_hidden(token_id) and not self._show_special:
+            return ""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+
+class StopMatcher:
+    """Lets text through up to the first stop string.
+
+    The first is the one that is complete first, so the result does not depend on how the text was cut into
+    pieces. Text that could still become a stop string is held back.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        assert all(stops), "an empty stop string would stop everything"
+        self._stops = tuple(stops)
+        self._held = ""
+        self.matched: str | None = None
+
+    def feed(self, text: str) -> str:
+        """The part of the text so far that can be shown now. After a match nothing more is shown."""
+        if self.matched is not None:
+            return ""
+        pending = self._held + text
+        found = self._first_match(pending)
+        if found is not None:
+            start, self.matched = found
+            self._held = ""
+            return pending[:start]
+        cut = len(pending) - self._num_held(pending)
+        self._held = pending[cut:]
+        return pending[:cut]
+
+    def flush(self) -> str:
+        """What was held back, when no more text can complete a stop string."""
+        held, self._held = self._held, ""
+        return held
+
+    def _first_match(self, text: str) -> tuple[int, str] | None:
+        """(start, stop) of the match that ends first; of several that end together, the longest."""
+        starts = [(text.find(stop), stop) for stop in self._stops]
+        matches = [(start + len(stop), start, stop) for start, stop in starts if start >= 0]
+        if not matches:
+            return None
+        _, start, stop = min(matches)
+        return start, stop
+
+    def _num_held(self, text: str) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        longest = max((len(stop) - 1 for stop in self._stops), default=0)
+        for size in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self._stops):
+                return size
+        return 0
+
+
+class AnswerText:
+    """The visible text of one answer, token by token: whole characters, up to the first stop string.
+
+    num_chars: characters generated so far, shown or held back.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._matcher = StopMatcher(stops)
+        self.num_chars = 0
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop string was completed; nothing is shown any more."""
+        return self._matcher.matched is not None
+
+    def feed(self, token_id: int) -> str:
+        """The text that can be shown after this token."""
+        text = self._detokenizer.feed(token_id)
+        self.num_chars += len(text)
+        return self._matcher.feed(text)
+
+    def finish(self) -> str:
+        """The text that was held back, once no token follows."""
+        return self._matcher.flush()

@@ -1,0 +1,145 @@
+"""Text <-> token ids over the checkpoint's ``tokenizer.json``.
+
+Two readings of the same vocabulary are kept. ``encode_text`` knows no special tokens, so a marker spelled out
+in somebody's text is ordinary text. ``encode_raw`` recognises them: the raw prompt form gives its author full
+control.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as BackendTokenizer
+
+from ownpath.chat.encode import BOS, EOS, Special
+
+
+class TokenizerError(ValueError):
+    """A tokenizer file, or a text, that cannot be used; the message names which."""
+
+
+class Tokenizer:
+    """Byte-level BPE with explicit special tokens.
+
+    num_tokens: the vocabulary proper: every id it can name is below. An embedding may have more (padding)
+        rows.
+    max_token_bytes: bytes of the longest token; n tokens never hold more than n times that.
+    """
+
+    def __init__(self, spec: dict[str, Any], add_bos: bool = False, source: str = "tokenizer.json") -> None:
+        self.add_bos = add_bos
+        self._source = source
+        self._special_ids, self._hidden_ids = _added_tokens(spec, source)
+        self._raw = _backend(spec, source)
+        self._plain = _backend({**spec, "added_tokens": [], "post_processor": None}, source)
+        self._token_bytes = _token_bytes(self._raw, self._special_ids)
+        self.num_tokens = max(self._token_bytes) + 1
+        self.max_token_bytes = max(len(data) for data in self._token_bytes.values())
+        self.eos_id = self.special_id(EOS)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "Tokenizer":
+        """Reads ``tokenizer.json`` and, if there, ``tokenizer_config.json``. Errors: TokenizerError."""
+        spec = _read_json(folder / "tokenizer.json")
+        config_path = folder / "tokenizer_config.json"
+        config = _read_json(config_path) if config_path.exists() else {}
+        return cls(spec, config.get("add_bos_token") is True, str(folder / "tokenizer.json"))
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of text in which nothing is special."""
+        return self._encode(self._plain, text)
+
+    def encode_raw(self, text: str) -> list[int]:
+        """Token ids of text in which special tokens are recognised; opens with BOS iff ``add_bos``."""
+        bos = [self.special_id(BOS)] if self.add_bos else []
+        return bos + self._encode(self._raw, text)
+
+    def encode_segments(self, segments: Sequence[Special | str]) -> list[int]:
+        """Token ids of an encoded conversation."""
+        ids: list[int] = []
+        for segment in segments:
+            ids += [self.special_id(segment.text)] if isinstance(segment, Special) else self.encode_text(segment)
+        return ids
+
+    def special_id(self, text: str) -> int:
+        """The id of a special token. Errors: TokenizerError when this vocabulary has none of that name."""
+        if text not in self._special_ids:
+            raise TokenizerError(f"{self._source}: special token {text!r} is missing")
+        return self._special_ids[text]
+
+    def is_hidden(self, token_id: int) -> bool:
+        """Whether a token is a marker that answers do not show."""
+        return token_id in self._hidden_ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for, not always whole characters. An id without a token has none."""
+        return self._token_bytes.get(token_id, b"")
+
+    def token_text(self, token_id: int) -> str:
+        """A token's printable name: its text, or ``bytes:\\x..`` when that is not whole characters."""
+        data = self.token_bytes(token_id)
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def _encode(self, backend: Any, text: str) -> list[int]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise TokenizerError(f"the text is not valid Unicode at character {error.start}") from None
+        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TokenizerError(f"{path}: no such file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise TokenizerError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _added_tokens(spec: dict[str, Any], source: str) -> tuple[dict[str, int], frozenset[int]]:
+    """Added tokens by text, and the ids of those marked special."""
+    try:
+        tokens = [(str(token["content"]), int(token["id"]), bool(token["special"])) for token in spec["added_tokens"]]
+    except (KeyError, TypeError, ValueError):
+        raise TokenizerError(f"{source}: added_tokens must list objects with content, id and special") from None
+    return {text: i for text, i, _ in tokens}, frozenset(i for _, i, special in tokens if special)
+
+
+def _backend(spec: dict[str, Any], source: str) -> Any:
+    decoder = spec.get("decoder")
+    if not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
+        raise TokenizerError(f"{source}: decoder must be ByteLevel, found {decoder!r}")
+    try:
+        backend = BackendTokenizer.from_str(json.dumps(spec))
+    except Exception as error:  # the backend raises bare Exception for every malformed file
+        raise TokenizerError(f"{source}: {error}") from None
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _token_bytes(backend: Any, added: dict[str, int]) -> dict[int, bytes]:
+    """Undoes byte-level BPE's alphabet for every token; added tokens stand for their own text."""
+    alphabet = _byte_alphabet()
+    literal = set(added.values())
+    table = {}
+    for text, token_id in backend.get_vocab(with_added_tokens=True).items():
+        is_literal = token_id in literal or not all(character in alphabet for character in text)
+        table[token_id] = text.encode("utf-8") if is_literal else bytes(alphabet[c] for c in text)
+    return table
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Byte-level BPE writes printable Latin-1 bytes as themselves, the others in order from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}
