@@ -1,0 +1,57 @@
+"""A scheduled step -> the tensors of one forward, and which of its logits belong to whom."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ownpath.engine.scheduler import ScheduledChunk
+from ownpath.model.batch import ForwardBatch
+
+
+@dataclass(frozen=True)
+class LogitsShare:
+    """One chunk's rows of the step's logits: first those that score prompt tokens, then the one that samples.
+
+    scored_ids: the prompt tokens that rows [start, start + len(scored_ids)) predict.
+    sample_row: the row that predicts the next token; None when the chunk does not reach the end of what is
+        known, or when no token is wanted.
+    ends_prompt: whether the whole prompt has been through the model after this chunk.
+    """
+
+    chunk: ScheduledChunk
+    start: int
+    scored_ids: tuple[int, ...]
+    sample_row: int | None
+    ends_prompt: bool
+
+
+def build_batch(chunks: Sequence[ScheduledChunk], device: torch.device | str) -> tuple[ForwardBatch, list[LogitsShare]]:
+    """The forward of a step. Every chunk's request has its cache already."""
+    parts = []
+    for chunk in chunks:
+        assert chunk.request.cache is not None
+        parts.append((chunk.request.next_ids(chunk.num_tokens), chunk.request.cache))
+    batch = ForwardBatch.of(parts, device)
+    shares: list[LogitsShare] = []
+    logits_ids: list[int] = []
+    for chunk, span in zip(chunks, batch.spans, strict=True):
+        scored_ids = _scored_ids(chunk)
+        samples = chunk.reaches_end and chunk.request.params.max_tokens > 0
+        ends_prompt = chunk.reaches_end and chunk.request.is_prefilling
+        start = len(logits_ids)
+        logits_ids += range(span.start, span.start + len(scored_ids))
+        sample_row = len(logits_ids) if samples else None
+        logits_ids += [span.stop - 1] if samples else []
+        shares.append(LogitsShare(chunk, start, scored_ids, sample_row, ends_prompt))
+    wanted = torch.tensor(logits_ids, dtype=torch.int64, device=device)
+    return replace(batch, logits_ids=wanted), shares
+
+
+def _scored_ids(chunk: ScheduledChunk) -> tuple[int, ...]:
+    """The prompt tokens that this chunk's rows predict, if the request asks for their log-probabilities."""
+    request = chunk.request
+    if not (request.params.prompt_logprobs and request.is_prefilling):
+        return ()
+    first = request.num_computed + 1
+    return tuple(request.prompt_ids[first : first + chunk.num_tokens])

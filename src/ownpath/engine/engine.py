@@ -1,0 +1,255 @@
+"""The engine: one thread that runs steps while there is work. Token ids in and out; it knows no text."""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from ownpath.config import EngineConfig, ModelConfig
+from ownpath.engine.batch import LogitsShare, build_batch
+from ownpath.engine.request import FinishReason, Request, RequestError, ScoredToken, StepOutput
+from ownpath.engine.sampler import (
+    NON_FINITE,
+    NonFiniteLogits,
+    SampleRow,
+    choose_tokens,
+    finite_rows,
+    new_generator,
+    score_tokens,
+)
+from ownpath.engine.scheduler import ScheduledChunk, Scheduler
+from ownpath.model.batch import ForwardBatch
+from ownpath.model.caches import SequenceCache
+
+logger = logging.getLogger(__name__)
+
+_STEP_FAILED = "the step that this request was part of failed"
+_STOPPED = "the engine has stopped"
+
+
+class LanguageModel(Protocol):
+    """What the engine needs of a model."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def new_cache(self) -> SequenceCache: ...
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor: ...
+
+
+class EngineOverloaded(RuntimeError):
+    """Too many requests are open; nothing of this call was accepted."""
+
+
+class EngineStopped(RuntimeError):
+    """The engine runs no more requests."""
+
+
+class Engine:
+    """Runs requests together, each with its own parameters, random stream and reports.
+
+    num_vocab: token ids below it are tokens; embedding rows from there on are padding and never chosen or
+        scored.
+    max_num_queued: requests that may wait beyond those that run.
+    """
+
+    def __init__(self, model: LanguageModel, config: EngineConfig, num_vocab: int, max_num_queued: int = 256) -> None:
+        if not 0 < num_vocab <= model.config.vocab_size:
+            raise ValueError(f"{num_vocab} tokens do not fit the model's vocab_size {model.config.vocab_size}")
+        self.config = config
+        self.num_vocab = num_vocab
+        self.eos_token_id = model.config.eos_token_id
+        self._model = model
+        self._scheduler = Scheduler(config.max_num_seqs, config.max_prefill_tokens)
+        self._max_num_open = config.max_num_seqs + max_num_queued
+        self._open: set[Request] = set()
+        self._lock = threading.Lock()
+        self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="ownpath-engine", daemon=True)
+
+    # -- called from any thread
+
+    def start(self) -> None:
+        """Starts the thread; once."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """Ends the thread after the step it is in; open requests end with an error."""
+        with self._lock:
+            self._stopping = True
+        self._inbox.put(lambda: None)
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive() and not self._stopping
+
+    @property
+    def num_open(self) -> int:
+        """Requests submitted and not yet finished or aborted."""
+        return len(self._open)
+
+    def check(self, request: Request) -> None:
+        """Errors: RequestError if the request could not run here, with the numbers."""
+        num_prompt, limit = len(request.prompt_ids), self.config.max_model_len
+        if num_prompt == 0:
+            raise RequestError("the prompt has no tokens")
+        bad_ids = [i for i in request.prompt_ids if not 0 <= i < self.num_vocab]
+        if bad_ids:
+            raise RequestError(f"token id {bad_ids[0]} is outside the vocabulary of {self.num_vocab} tokens")
+        if num_prompt + request.params.max_tokens > limit:
+            raise RequestError(
+                f"{num_prompt} prompt tokens and {request.params.max_tokens} tokens to generate exceed the "
+                f"maximum context of {limit} tokens"
+            )
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Takes all of these requests, or none. Errors: RequestError, EngineOverloaded, EngineStopped."""
+        for request in requests:
+            self.check(request)
+        with self._lock:
+            if self._stopping or not self._thread.is_alive():
+                raise EngineStopped(_STOPPED)
+            if len(self._open) + len(requests) > self._max_num_open:
+                raise EngineOverloaded(f"{len(self._open)} of at most {self._max_num_open} requests are open")
+            self._open.update(requests)
+            for request in requests:
+                self._inbox.put(lambda request=request: self._scheduler.add(request))  # type: ignore[misc]
+
+    def abort(self, request: Request) -> None:
+        """Drops a request wherever it is. Nothing more is reported, apart from a step already under way."""
+        self._inbox.put(lambda: self._close(request))
+
+    # -- the engine's thread
+
+    def _run(self) -> None:
+        try:
+            while self._take_messages():
+                self._step_or_fail()
+        finally:
+            with self._lock:
+                self._stopping = True
+                abandoned = list(self._open)
+            for request in abandoned:
+                self._fail(request, _STOPPED)
+
+    def _take_messages(self) -> bool:
+        """Handles what other threads asked for; sleeps while there is nothing to do. False: stop."""
+        while not self._stopping:
+            try:
+                handle = self._inbox.get(block=not self._scheduler.has_work)
+            except queue.Empty:
+                return True
+            handle()
+        return False
+
+    def _step_or_fail(self) -> None:
+        """A step that fails takes the requests that were in it with it, and only those."""
+        chunks = [chunk for chunk in self._scheduler.schedule() if self._prepare(chunk.request)]
+        if not chunks:
+            return
+        try:
+            with torch.inference_mode():
+                self.step(chunks)
+        except Exception:
+            logger.exception("a step of %d sequences failed", len(chunks))
+            for chunk in chunks:
+                self._fail(chunk.request, _STEP_FAILED)
+
+    def _prepare(self, request: Request) -> bool:
+        """Gives a newly admitted request its cache and random stream; False, and its end, if it gets none."""
+        if request.cache is not None:
+            return True
+        try:
+            request.cache = self._model.new_cache()
+            request.generator = new_generator(request.params)
+        except Exception:
+            logger.exception("no cache for a request of %d tokens", request.num_tokens)
+            self._fail(request, "there is no memory for this request")
+            return False
+        return True
+
+    def step(self, chunks: list[ScheduledChunk]) -> None:
+        """Runs the scheduled chunks: one forward, one token for each sequence that is due one."""
+        batch, shares = build_batch(chunks, self.config.device)
+        logits_RV = self._model.forward(batch)[:, : self.num_vocab]
+        sampled = self._sample(logits_RV, shares)
+        for share, token_id in zip(shares, sampled, strict=True):
+            self._report(share, token_id, logits_RV)
+
+    def _sample(self, logits_RV: torch.Tensor, shares: list[LogitsShare]) -> list[int | None]:
+        """The next token of every share; None where none is due or none can be chosen."""
+        finite = finite_rows(logits_RV)
+        due = {n: s.sample_row for n, s in enumerate(shares) if s.sample_row is not None and finite[s.sample_row]}
+        sampled: list[int | None] = [None] * len(shares)
+        if due:
+            requests = [shares[n].chunk.request for n in due]
+            rows = [SampleRow(request.params, request.generator) for request in requests]
+            for n, token_id in zip(due, choose_tokens(logits_RV[list(due.values())], rows), strict=True):
+                sampled[n] = token_id
+        return sampled
+
+    def _report(self, share: LogitsShare, token_id: int | None, logits_RV: torch.Tensor) -> None:
+        """Advances one request by its chunk and tells it what came of it. Only this request can fail here."""
+        request = share.chunk.request
+        try:
+            output = self._advance(share, token_id, logits_RV)
+        except NonFiniteLogits as error:
+            self._fail(request, str(error))
+            return
+        if output.finish_reason is not None:
+            self._close(request)
+        if output != StepOutput():
+            self._deliver(request, output)
+
+    def _advance(self, share: LogitsShare, token_id: int | None, logits_RV: torch.Tensor) -> StepOutput:
+        request, params = share.chunk.request, share.chunk.request.params
+        if share.sample_row is not None and token_id is None:
+            raise NonFiniteLogits(NON_FINITE)
+        num_top = params.num_logprobs or 0
+        if share.scored_ids:
+            rows = logits_RV[share.start : share.start + len(share.scored_ids)]
+            request.scored_prompt += score_tokens(rows, share.scored_ids, num_top)
+        token = None
+        if share.sample_row is not None and token_id is not None:
+            request.output_ids.append(token_id)
+            token = ScoredToken(token_id)
+            if params.num_logprobs is not None:
+                row = logits_RV[share.sample_row : share.sample_row + 1]
+                token = score_tokens(row, [token_id], num_top)[0]
+        request.num_computed += share.chunk.num_tokens
+        prompt: tuple[ScoredToken, ...] = ()
+        if share.ends_prompt and params.prompt_logprobs:
+            prompt = (ScoredToken(request.prompt_ids[0]), *request.scored_prompt)
+        return StepOutput(prompt, token, self._finish_reason(request))
+
+    def _finish_reason(self, request: Request) -> FinishReason | None:
+        if request.output_ids and request.output_ids[-1] == self.eos_token_id:
+            return FinishReason.STOP
+        if not request.is_prefilling and len(request.output_ids) >= request.params.max_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    def _fail(self, request: Request, message: str) -> None:
+        self._close(request)
+        self._deliver(request, StepOutput(finish_reason=FinishReason.ERROR, error=message))
+
+    def _deliver(self, request: Request, output: StepOutput) -> None:
+        """A listener that is gone is no reason to stop: its request is dropped."""
+        try:
+            request.sink(output)
+        except Exception:
+            logger.exception("a request's listener failed; the request is dropped")
+            self._close(request)
+
+    def _close(self, request: Request) -> None:
+        self._scheduler.remove(request)
+        request.cache = None
+        with self._lock:
+            self._open.discard(request)

@@ -1,0 +1,139 @@
+"""One request: what was asked, how far it is, and what it reports back."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+
+from ownpath.model.caches import SequenceCache
+
+MAX_TEMPERATURE = 2.0
+MAX_TOP_LOGPROBS = 20
+_SEED_LIMIT = 2**63
+
+
+class RequestError(ValueError):
+    """A request that cannot be run as asked; the message names the field."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and how many.
+
+    max_tokens: upper bound on generated tokens; 0 only scores the prompt.
+    temperature: 0 takes the likeliest token, otherwise the logits are divided by it.
+    top_p: sample among the likeliest tokens that together reach this probability.
+    seed: same seed, prompt and parameters: same tokens, whatever else runs. None draws a fresh one.
+    num_logprobs: None reports no log-probabilities; n reports the token's own and the n likeliest.
+    prompt_logprobs: also report them for the prompt's tokens.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    num_logprobs: int | None = None
+    prompt_logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("max_tokens", self.max_tokens >= 0, "must not be negative"),
+            (
+                "temperature",
+                0 <= self.temperature <= MAX_TEMPERATURE,
+                f"must be between 0 and {MAX_TEMPERATURE:g}",
+            ),
+            ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1"),
+            (
+                "seed",
+                self.seed is None or -_SEED_LIMIT <= self.seed < _SEED_LIMIT,
+                "must be a 64-bit integer",
+            ),
+            (
+                "num_logprobs",
+                self.num_logprobs is None or 0 <= self.num_logprobs <= MAX_TOP_LOGPROBS,
+                f"must be between 0 and {MAX_TOP_LOGPROBS}",
+            ),
+        )
+        for name, holds, problem in checks:
+            if not holds:
+                raise RequestError(f"{name} {problem}, found {getattr(self, name)!r}")
+        assert math.isfinite(self.temperature)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+class FinishReason(Enum):
+    """Why the last token was the last. EOS ends with ``STOP``, a reached limit with ``LENGTH``."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """A token and, if asked for, its log-probability and those of the likeliest tokens, best first.
+
+    Log-probabilities are the model's own, over the tokenizer's vocabulary, before temperature and top_p.
+    ``None``: not asked for, or a prompt's first token, which nothing precedes.
+    """
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one step brought to one request. The one with a ``finish_reason`` is the last."""
+
+    prompt: tuple[ScoredToken, ...] = ()
+    token: ScoredToken | None = None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+OutputSink = Callable[[StepOutput], None]
+
+
+@dataclass(eq=False)
+class Request:
+    """A request's state, owned by the engine's thread after submission.
+
+    num_computed: tokens of ``prompt_ids + output_ids`` that the cache already holds.
+    sink: called with every output, from the engine's thread; must not block.
+    """
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    sink: OutputSink
+    output_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    cache: SequenceCache | None = None
+    generator: torch.Generator | None = None
+    scored_prompt: list[ScoredToken] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens known but not yet through the model."""
+        return self.num_tokens - self.num_computed
+
+    @property
+    def is_prefilling(self) -> bool:
+        return self.num_computed < len(self.prompt_ids)
+
+    def next_ids(self, num_tokens: int) -> list[int]:
+        """The next tokens to run."""
+        if self.is_prefilling:
+            return self.prompt_ids[self.num_computed : self.num_computed + num_tokens]
+        start = self.num_computed - len(self.prompt_ids)
+        return self.output_ids[start : start + num_tokens]
