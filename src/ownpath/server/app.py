@@ -1,0 +1,40 @@
+"""The ASGI application: paths, error shapes, and the engine's life."""
+
+import contextlib
+import time
+from collections.abc import AsyncIterator
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+
+from ownpath.chat.tokenizer import Tokenizer
+from ownpath.engine.engine import Engine
+from ownpath.server import errors
+from ownpath.server.body import Limits
+from ownpath.server.routes import Api
+
+
+def create_app(engine: Engine, tokenizer: Tokenizer, model_id: str, limits: Limits | None = None) -> Starlette:
+    """The server for one model. The engine must be started; the application stops it when it shuts down."""
+    api = Api(engine, tokenizer, model_id, int(time.time()), limits or Limits())
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        engine.stop()
+
+    routes = [
+        Route("/health", api.health),
+        Route("/v1/models", api.models),
+        Route("/v1/models/{model_id:path}", api.model),
+        Route("/v1/completions", api.completions, methods=["POST"]),
+        Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
+    ]
+    handlers = {
+        errors.ApiError: errors.on_api_error,
+        errors.ClientGone: errors.on_client_gone,
+        HTTPException: errors.on_http_error,
+        Exception: errors.on_unexpected_error,
+    }
+    return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)

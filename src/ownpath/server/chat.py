@@ -1,0 +1,83 @@
+"""``/v1/chat/completions``: one generator of chunks; the answer in one piece is those chunks folded."""
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+from ownpath.chat.tokenizer import Tokenizer
+from ownpath.engine.request import SamplingParams, ScoredToken
+from ownpath.server.generation import Generation
+from ownpath.server.prompts import Prompt
+from ownpath.server.protocol import ChatRequest
+
+Chunk = dict[str, Any]
+
+
+def sampling_params(request: ChatRequest, prompt: Prompt, max_model_len: int) -> SamplingParams:
+    """The request's parameters; without a limit of its own the answer may fill the context."""
+    room = max(max_model_len - len(prompt.ids), 1)
+    max_tokens = request.max_completion_tokens or request.max_tokens or room
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        seed=request.seed,
+        num_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+    )
+
+
+async def chat_chunks(
+    request: ChatRequest, generation: Generation, tokenizer: Tokenizer, model_id: str
+) -> AsyncIterator[Chunk]:
+    """The answer as ``chat.completion.chunk`` objects; the last one has the usage and no choices."""
+    head = {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": "chat.completion.chunk",
+        "created": int(time.time()),
+        "model": model_id,
+    }
+    opening: Chunk = {**head, "choices": [_choice({"role": "assistant", "content": ""})]}
+    if request.return_token_ids:
+        opening["prompt_token_ids"] = generation.prompts[0].ids
+    yield opening
+    async for delta in generation.deltas():
+        choice = _choice({"content": delta.text} if delta.text else {}, delta.finish_reason)
+        if request.logprobs and delta.token is not None:
+            choice["logprobs"] = {"content": [_logprob_entry(delta.token, tokenizer)], "refusal": None}
+        if request.return_token_ids and delta.token is not None:
+            choice["token_ids"] = [delta.token.token_id]
+        if choice != _choice({}):
+            yield {**head, "choices": [choice]}
+    yield {**head, "choices": [], "usage": generation.usage()}
+
+
+def fold_chat(chunks: Iterable[Chunk]) -> dict[str, Any]:
+    """The chunks of one answer -> the ``chat.completion`` object."""
+    answer: dict[str, Any] = {}
+    message = {"role": "assistant", "content": "", "refusal": None}
+    choice: dict[str, Any] = {"index": 0, "message": message, "logprobs": None, "finish_reason": None}
+    for chunk in chunks:
+        answer |= chunk
+        for part in chunk["choices"]:
+            message["content"] += part["delta"].get("content", "")
+            choice["finish_reason"] = part["finish_reason"] or choice["finish_reason"]
+            if part["logprobs"] is not None:
+                choice["logprobs"] = choice["logprobs"] or {"content": [], "refusal": None}
+                choice["logprobs"]["content"] += part["logprobs"]["content"]
+            if "token_ids" in part:
+                choice["token_ids"] = choice.get("token_ids", []) + part["token_ids"]
+    return answer | {"object": "chat.completion", "choices": [choice]}
+
+
+def _choice(delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+    return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+
+
+def _logprob_entry(token: ScoredToken, tokenizer: Tokenizer) -> dict[str, Any]:
+    def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
+        data = tokenizer.token_bytes(token_id)
+        return {"token": tokenizer.token_text(token_id), "logprob": logprob, "bytes": list(data)}
+
+    top = [entry(token_id, logprob) for token_id, logprob in token.top_logprobs]
+    return entry(token.token_id, token.logprob) | {"top_logprobs": top}

@@ -1,0 +1,141 @@
+"""``/v1/completions``: one generator of chunks over all prompts; the answer in one piece is those chunks folded."""
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Any
+
+from ownpath.chat.detokenize import Detokenizer
+from ownpath.chat.tokenizer import Tokenizer
+from ownpath.engine.request import SamplingParams, ScoredToken
+from ownpath.server.generation import Delta, Generation
+from ownpath.server.prompts import Prompt
+from ownpath.server.protocol import CompletionRequest
+
+Chunk = dict[str, Any]
+_DEFAULT_MAX_TOKENS = 16
+_LOGPROB_KEYS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+
+
+def sampling_params(request: CompletionRequest, prompts: list[Prompt], max_model_len: int) -> SamplingParams:
+    """The request's parameters. The default limit, unlike a given one, shrinks to what the context has left."""
+    room = min(max_model_len - len(prompt.ids) for prompt in prompts)
+    default = max(min(_DEFAULT_MAX_TOKENS, room), 1)
+    return SamplingParams(
+        max_tokens=default if request.max_tokens is None else request.max_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        seed=request.seed,
+        num_logprobs=request.logprobs,
+        prompt_logprobs=request.echo and request.logprobs is not None,
+    )
+
+
+async def completion_chunks(
+    request: CompletionRequest, generation: Generation, tokenizer: Tokenizer, model_id: str
+) -> AsyncIterator[Chunk]:
+    """The answer as ``text_completion`` objects; the last one has the usage and no choices."""
+    head = {
+        "id": f"cmpl-{uuid.uuid4().hex}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": model_id,
+    }
+    writers = [_ChoiceWriter(request, prompt, tokenizer) for prompt in generation.prompts]
+    async for delta in generation.deltas():
+        choice = writers[delta.index].write(delta)
+        if choice is not None:
+            yield {**head, "choices": [choice]}
+    yield {**head, "choices": [], "usage": generation.usage()}
+
+
+def fold_completion(chunks: Iterable[Chunk]) -> dict[str, Any]:
+    """The chunks of one answer -> one ``text_completion`` object with every choice whole."""
+    answer: dict[str, Any] = {}
+    choices: dict[int, dict[str, Any]] = {}
+    for chunk in chunks:
+        answer |= chunk
+        for part in chunk["choices"]:
+            if part["index"] not in choices:
+                choices[part["index"]] = part
+            else:
+                _extend(choices[part["index"]], part)
+    return answer | {"choices": [choices[index] for index in sorted(choices)]}
+
+
+def _extend(choice: dict[str, Any], part: dict[str, Any]) -> None:
+    choice["text"] += part["text"]
+    choice["finish_reason"] = part["finish_reason"]
+    if part["logprobs"] is not None:
+        for key in _LOGPROB_KEYS:
+            choice["logprobs"][key] += part["logprobs"][key]
+    if "token_ids" in part:
+        choice["token_ids"] += part["token_ids"]
+
+
+class _ChoiceWriter:
+    """Writes one choice's deltas as chunks; the first also repeats what was asked to be repeated of the prompt."""
+
+    def __init__(self, request: CompletionRequest, prompt: Prompt, tokenizer: Tokenizer) -> None:
+        self._request, self._prompt, self._tokenizer = request, prompt, tokenizer
+        self._echo_text = prompt.as_text(tokenizer) if request.echo else ""
+        self._is_first = True
+
+    def write(self, delta: Delta) -> dict[str, Any] | None:
+        """The chunk's choice; None when there is nothing to say yet."""
+        text = (self._echo_text if self._is_first else "") + delta.text
+        choice = {
+            "index": delta.index,
+            "text": text,
+            "logprobs": self._logprobs(delta),
+            "finish_reason": delta.finish_reason,
+        }
+        if self._request.return_token_ids:
+            choice["token_ids"] = [] if delta.token is None else [delta.token.token_id]
+            if self._is_first:
+                choice["prompt_token_ids"] = self._prompt.ids
+        says_something = text or choice["logprobs"] or choice.get("token_ids") or delta.finish_reason
+        if not says_something:
+            return None
+        self._is_first = False
+        return choice
+
+    def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
+        if self._request.logprobs is None:
+            return None
+        tokens = list(delta.prompt)
+        offsets = self._prompt_offsets() if tokens else []
+        if delta.token is not None:
+            tokens.append(delta.token)
+            offsets.append(len(self._echo_text) + delta.text_offset)
+        return {
+            "tokens": [self._tokenizer.token_text(token.token_id) for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [self._top(token) for token in tokens],
+            "text_offset": offsets,
+        }
+
+    def _prompt_offsets(self) -> list[int]:
+        """Where each prompt token's text begins. A BOS that was added is not part of the echoed text."""
+        detokenizer = Detokenizer(self._tokenizer, show_special=True)
+        texts = [detokenizer.feed(token_id) for token_id in self._prompt.ids]
+        if self._prompt.text is not None and self._tokenizer.add_bos:
+            texts[0] = ""
+        return _starts(texts)
+
+    def _top(self, token: ScoredToken) -> dict[str, float] | None:
+        """The likeliest tokens by text, and always the token itself."""
+        if token.logprob is None:
+            return None
+        top: dict[str, float] = {}
+        for token_id, logprob in (*token.top_logprobs, (token.token_id, token.logprob)):
+            top.setdefault(self._tokenizer.token_text(token_id), logprob)
+        return top
+
+
+def _starts(texts: Sequence[str]) -> list[int]:
+    starts, position = [], 0
+    for text in texts:
+        starts.append(position)
+        position += len(text)
+    return starts

@@ -1,0 +1,81 @@
+"""Errors in OpenAI's shape. Their texts name the field or the limit, never a path, an address or a traceback."""
+
+import logging
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+logger = logging.getLogger(__name__)
+
+_MAX_MESSAGE_CHARS = 400
+_RETRY_AFTER_S = "1"
+
+
+class ApiError(Exception):
+    """An answer other than 200: status, a message for people, and the field (``param``) it is about."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code, self.headers = status, param, code, headers
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object that clients see."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        message = str(self)
+        if len(message) > _MAX_MESSAGE_CHARS:
+            message = message[:_MAX_MESSAGE_CHARS] + "..."
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        return JSONResponse(self.body(), self.status, self.headers)
+
+
+class ClientGone(Exception):
+    """The client closed the connection; nobody reads the answer."""
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    return ApiError(400, message, param=param, code=code)
+
+
+def overloaded(message: str) -> ApiError:
+    return ApiError(503, message, code="overloaded", headers={"Retry-After": _RETRY_AFTER_S})
+
+
+def shorten(value: object, limit: int = 60) -> str:
+    """A client's own value, quoted and short enough for a message."""
+    text = repr(value)
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+async def on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own 404 and 405."""
+    assert isinstance(error, HTTPException)
+    texts = {404: "there is nothing at this path", 405: "this method is not allowed here"}
+    headers = dict(error.headers) if error.headers else None
+    return ApiError(error.status_code, texts.get(error.status_code, "the request failed"), headers=headers).response()
+
+
+async def on_client_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)
+
+
+async def on_unexpected_error(request: Request, error: Exception) -> Response:
+    """A bug of ours: the traceback goes to the log (by the server below), never to the client."""
+    logger.error("unexpected %s while answering", type(error).__name__)
+    return ApiError(500, "the server failed while answering this request").response()

@@ -1,0 +1,128 @@
+"""From the engine's thread to the event loop, and from tokens to text.
+
+One ``Generation`` is everything that one HTTP request generates: one or several prompts, each a choice with
+an index. Its ``deltas`` are the only source of both the streamed and the folded answer.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from ownpath.chat.detokenize import AnswerText
+from ownpath.chat.tokenizer import Tokenizer
+from ownpath.engine.engine import Engine, EngineOverloaded, EngineStopped
+from ownpath.engine.request import (
+    FinishReason,
+    Request,
+    RequestError,
+    SamplingParams,
+    ScoredToken,
+    StepOutput,
+)
+from ownpath.server.errors import ApiError, bad_request, overloaded
+from ownpath.server.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one step adds to one choice.
+
+    text: new text, whole characters, nothing that belongs to a stop string.
+    token: the step's token, also when its text is not to be shown yet or at all.
+    text_offset: characters of generated text before that token.
+    prompt: the scored prompt, once, if it was asked for.
+    finish_reason: "stop" or "length" with the last delta of the choice.
+    """
+
+    index: int
+    text: str
+    token: ScoredToken | None
+    text_offset: int
+    prompt: tuple[ScoredToken, ...]
+    finish_reason: str | None
+
+
+class _Choice:
+    """One choice's way from tokens to text."""
+
+    def __init__(self, index: int, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self._index = index
+        self._text = AnswerText(tokenizer, stops)
+        self.num_tokens = 0
+        self.is_finished = False
+
+    def feed(self, output: StepOutput) -> Delta:
+        """Errors: ApiError 500 when the engine could not go on."""
+        if output.finish_reason is FinishReason.ERROR:
+            self.is_finished = True
+            raise ApiError(500, output.error or "the generation failed")
+        offset, text = self._text.num_chars, ""
+        self.num_tokens += output.token is not None
+        # The token that ends the answer (EOS) is a marker, not text.
+        if output.token is not None and output.finish_reason is not FinishReason.STOP:
+            text = self._text.feed(output.token.token_id)
+        reason = output.finish_reason.value if output.finish_reason else None
+        if self._text.is_stopped:
+            reason = FinishReason.STOP.value
+        elif reason is not None:
+            text += self._text.finish()
+        self.is_finished = reason is not None
+        return Delta(self._index, text, output.token, offset, output.prompt, reason)
+
+
+class Generation:
+    """Submitted requests and the text that comes of them. ``close`` must be called; more than once is fine."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, prompts: list[Prompt], stops: list[str]) -> None:
+        self.prompts = prompts
+        self._engine = engine
+        self._choices = [_Choice(index, tokenizer, stops) for index in range(len(prompts))]
+        self._requests: list[Request] = []
+        self._outputs: asyncio.Queue[tuple[int, StepOutput]] = asyncio.Queue()
+
+    def submit(self, params: SamplingParams) -> None:
+        """Hands all prompts to the engine. Errors: ApiError 400 (does not fit) or 503 (no room, or stopped)."""
+        loop = asyncio.get_running_loop()
+
+        def request(index: int, prompt: Prompt) -> Request:
+            def sink(output: StepOutput) -> None:
+                loop.call_soon_threadsafe(self._outputs.put_nowait, (index, output))
+
+            return Request(prompt.ids, params, sink)
+
+        requests = [request(index, prompt) for index, prompt in enumerate(self.prompts)]
+        try:
+            self._engine.submit(requests)
+        except RequestError as error:
+            raise bad_request(str(error), code="context_length_exceeded") from None
+        except (EngineOverloaded, EngineStopped) as error:
+            raise overloaded(str(error)) from None
+        self._requests = requests
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """Everything that is generated, as it comes; choices interleave. Errors: ApiError 500."""
+        while not all(choice.is_finished for choice in self._choices):
+            index, output = await self._outputs.get()
+            if self._choices[index].is_finished:
+                continue
+            delta = self._choices[index].feed(output)
+            if self._choices[index].is_finished and output.finish_reason is None:
+                self._engine.abort(self._requests[index])
+            yield delta
+
+    def close(self) -> None:
+        """Stops whatever still runs."""
+        for choice, request in zip(self._choices, self._requests, strict=False):
+            if not choice.is_finished:
+                self._engine.abort(request)
+        self._requests = []
+
+    def usage(self) -> dict[str, int]:
+        """Tokens so far. EOS and the tokens of a stop string count: they were generated."""
+        num_prompt = sum(len(prompt.ids) for prompt in self.prompts)
+        num_generated = sum(choice.num_tokens for choice in self._choices)
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_generated,
+            "total_tokens": num_prompt + num_generated,
+        }

@@ -1,0 +1,95 @@
+"""Requests -> prompts as token ids, refusing early what cannot fit. Long texts are tokenised off the event loop."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ownpath.chat.detokenize import Detokenizer
+from ownpath.chat.encode import Message, encode_messages
+from ownpath.chat.tokenizer import Tokenizer, TokenizerError
+from ownpath.server.errors import ApiError, bad_request
+from ownpath.server.protocol import ChatRequest, CompletionRequest
+
+# Tokenising this much takes about a millisecond; longer texts would hold up other requests.
+_INLINE_CHARS = 4096
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids, and the text they came from when it was text."""
+
+    ids: list[int]
+    text: str | None = None
+
+    def as_text(self, tokenizer: Tokenizer) -> str:
+        """The prompt as ``echo`` repeats it: the given text, or every token's own."""
+        if self.text is not None:
+            return self.text
+        detokenizer = Detokenizer(tokenizer, show_special=True)
+        return "".join(detokenizer.feed(token_id) for token_id in self.ids)
+
+
+async def chat_prompt(request: ChatRequest, tokenizer: Tokenizer, max_model_len: int) -> Prompt:
+    """The conversation in the model's format. Errors: ApiError 400."""
+    messages = [Message(message.role, message.content) for message in request.messages]
+    num_chars = sum(len(message.content) for message in messages)
+    _refuse_hopeless(num_chars, tokenizer, max_model_len, "messages")
+    ids = await _tokenise(lambda: tokenizer.encode_segments(encode_messages(messages)), num_chars, "messages")
+    _check_length(len(ids), max_model_len, "messages")
+    return Prompt(ids)
+
+
+async def completion_prompts(
+    request: CompletionRequest, tokenizer: Tokenizer, max_model_len: int, max_prompts: int
+) -> list[Prompt]:
+    """Every prompt of the request; raw text may spell special tokens. Errors: ApiError 400."""
+    if len(request.prompt) > max_prompts:
+        raise bad_request(f"prompt: {len(request.prompt)} prompts; at most {max_prompts} are allowed", "prompt")
+    prompts = []
+    for given in request.prompt:
+        if isinstance(given, str):
+            prompts.append(await _text_prompt(given, tokenizer, max_model_len))
+        else:
+            prompts.append(_ids_prompt(given, tokenizer))
+        _check_length(len(prompts[-1].ids), max_model_len, "prompt")
+    return prompts
+
+
+async def _text_prompt(text: str, tokenizer: Tokenizer, max_model_len: int) -> Prompt:
+    _refuse_hopeless(len(text), tokenizer, max_model_len, "prompt")
+    ids = await _tokenise(lambda: tokenizer.encode_raw(text), len(text), "prompt")
+    if not ids:
+        raise bad_request("prompt: an empty text has no tokens to continue", "prompt")
+    return Prompt(ids, text)
+
+
+def _ids_prompt(ids: list[int], tokenizer: Tokenizer) -> Prompt:
+    for token_id in ids:
+        if token_id >= tokenizer.num_tokens:
+            raise bad_request(f"prompt: token id {token_id} is not below {tokenizer.num_tokens}", "prompt")
+    return Prompt(ids)
+
+
+async def _tokenise(encode: Callable[[], list[int]], num_chars: int, param: str) -> list[int]:
+    try:
+        return encode() if num_chars <= _INLINE_CHARS else await asyncio.to_thread(encode)
+    except TokenizerError as error:
+        raise bad_request(f"{param}: {error}", param) from None
+
+
+def _refuse_hopeless(num_chars: int, tokenizer: Tokenizer, max_model_len: int, param: str) -> None:
+    """A text that is too long however well it compresses need not be tokenised."""
+    least = -(-num_chars // tokenizer.max_token_bytes)
+    if least > max_model_len:
+        raise _too_long(f"at least {least}", max_model_len, param)
+
+
+def _check_length(num_tokens: int, max_model_len: int, param: str) -> None:
+    """A prompt that fills the context leaves nothing to generate, but can still be scored."""
+    if num_tokens > max_model_len:
+        raise _too_long(str(num_tokens), max_model_len, param)
+
+
+def _too_long(num_tokens: str, max_model_len: int, param: str) -> ApiError:
+    message = f"{param}: {num_tokens} prompt tokens exceed the maximum context of {max_model_len} tokens"
+    return bad_request(message, param, "context_length_exceeded")

@@ -1,0 +1,193 @@
+"""Requests as types: what is read, in which range, and the refusal of everything else."""
+
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from ownpath.engine.request import MAX_TEMPERATURE, MAX_TOP_LOGPROBS
+from ownpath.server import fields
+from ownpath.server.errors import ApiError, bad_request, shorten
+
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+_MAX_INT = 2**31 - 1
+_SEED_LIMIT = 2**63
+
+
+class _Strict(BaseModel):
+    """Strict types (no "1" for 1, no true for 1), finite numbers, no unnamed fields."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _stops(value: Any) -> list[str]:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError("must be a string or a list of strings")
+    if len(stops) > MAX_STOPS:
+        raise ValueError(f"lists {len(stops)} strings; at most {MAX_STOPS} are allowed")
+    if not all(1 <= len(stop) <= MAX_STOP_CHARS for stop in stops):
+        raise ValueError(f"each string must have 1 to {MAX_STOP_CHARS} characters")
+    return stops
+
+
+def _prompts(value: Any) -> list[str] | list[list[int]]:
+    """All four forms of a prompt as a list of prompts, texts or token ids."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(isinstance(item, str) for item in value):
+            return value
+        if _is_token_ids(value):
+            return [value]
+        if all(isinstance(item, list) and _is_token_ids(item) for item in value):
+            return value
+    raise ValueError("must be a string, a list of strings, a list of token ids, or a list of such lists; not empty")
+
+
+def _is_token_ids(value: list[Any]) -> bool:
+    return bool(value) and all(type(item) is int and 0 <= item <= _MAX_INT for item in value)
+
+
+def _content(value: Any) -> str:
+    """Text, or text parts joined as the format joins the parts of a turn."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise ValueError("must be a string or a non-empty list of text parts")
+    for index, part in enumerate(value):
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise ValueError(f"part {index} must be an object with a type")
+        if part["type"] != "text":
+            raise ValueError(f"part {index} is of type {shorten(part['type'])}; only text is supported yet")
+        if not isinstance(part.get("text"), str) or len(part) != 2:
+            raise ValueError(f"part {index} must have exactly the fields type and text")
+    return "\n\n".join(part["text"] for part in value)
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+
+
+class _GenerationRequest(_Strict):
+    model: str | None = None
+    max_tokens: int | None = Field(None, ge=0, le=_MAX_INT)
+    temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int | None = Field(None, ge=-_SEED_LIMIT, lt=_SEED_LIMIT)
+    stop: Annotated[list[str], BeforeValidator(_stops)] = []
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool = False
+    user: str | None = None
+
+
+class ChatMessage(_Strict):
+    role: str
+    content: Annotated[str, BeforeValidator(_content)]
+
+
+class ChatRequest(_GenerationRequest):
+    """``POST /v1/chat/completions``."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1, le=_MAX_INT)
+    max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_INT)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+
+
+class CompletionRequest(_GenerationRequest):
+    """``POST /v1/completions``. ``prompt`` holds texts or lists of token ids."""
+
+    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)]
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    echo: bool = False
+
+
+def read_chat_request(body: dict[str, Any]) -> ChatRequest:
+    """Errors: ApiError 400 naming the field."""
+    body = _known_fields(body, fields.CHAT, ChatRequest)
+    body = _known_nested(body)
+    if isinstance(body.get("messages"), list):
+        body["messages"] = [
+            _known_fields(message, fields.MESSAGE, ChatMessage, f"messages.{index}.")
+            if isinstance(message, dict)
+            else message
+            for index, message in enumerate(body["messages"])
+        ]
+    request = _validate(ChatRequest, body)
+    _check_chat(request)
+    return request
+
+
+def read_completion_request(body: dict[str, Any]) -> CompletionRequest:
+    """Errors: ApiError 400 naming the field."""
+    body = _known_nested(_known_fields(body, fields.COMPLETION, CompletionRequest))
+    request = _validate(CompletionRequest, body)
+    _check_stream_options(request)
+    if request.max_tokens == 0 and not request.echo:
+        raise bad_request("max_tokens: 0 generates nothing; it needs echo", "max_tokens")
+    return request
+
+
+def _check_chat(request: ChatRequest) -> None:
+    _check_stream_options(request)
+    for index, message in enumerate(request.messages):
+        if message.role not in ("system", "user", "assistant"):
+            param = f"messages.{index}.role"
+            raise bad_request(f"{param}: {shorten(message.role)} is not supported yet", param, "unsupported_value")
+    if request.messages[-1].role != "user":
+        raise bad_request("messages: the last message must be the user's", "messages")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise bad_request("top_logprobs: needs logprobs to be true", "top_logprobs")
+    given = (request.max_tokens, request.max_completion_tokens)
+    if None not in given and given[0] != given[1]:
+        raise bad_request("max_tokens and max_completion_tokens contradict each other", "max_tokens")
+
+
+def _check_stream_options(request: _GenerationRequest) -> None:
+    if request.stream_options is not None and not request.stream:
+        raise bad_request("stream_options: needs stream to be true", "stream_options")
+
+
+def _known_nested(body: dict[str, Any]) -> dict[str, Any]:
+    options = body.get("stream_options")
+    if not isinstance(options, dict):
+        return body
+    return body | {"stream_options": _known_fields(options, fields.STREAM_OPTIONS, StreamOptions, "stream_options.")}
+
+
+def _known_fields(
+    body: dict[str, Any], unsupported: fields.Neutral, model: type[BaseModel], prefix: str = ""
+) -> dict[str, Any]:
+    """The fields that are implemented; neutral values of the others are dropped, everything else is refused."""
+    known = {}
+    for name, value in body.items():
+        if value is None:
+            continue
+        if name in model.model_fields:
+            known[name] = value
+        elif name not in unsupported:
+            param = prefix + name
+            raise bad_request(f"unknown field {shorten(param)}", param[:100], "unknown_parameter")
+        elif fields.asks_for_something(value, unsupported[name]):
+            param = prefix + name
+            raise bad_request(f"{param} is not supported yet", param, "unsupported_parameter")
+    return known
+
+
+RequestModel = TypeVar("RequestModel", bound=BaseModel)
+
+
+def _validate(model: type[RequestModel], body: dict[str, Any]) -> RequestModel:
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        raise _first_error(error) from None
+
+
+def _first_error(error: ValidationError) -> ApiError:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    param = ".".join(str(part) for part in first["loc"])[:100]
+    return bad_request(f"{param}: {first['msg'].removeprefix('Value error, ')}", param, "invalid_value")

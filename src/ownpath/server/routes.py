@@ -1,0 +1,115 @@
+"""The endpoints."""
+
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from ownpath.chat.tokenizer import Tokenizer
+from ownpath.engine.engine import Engine
+from ownpath.server import chat, completions
+from ownpath.server.body import Limits, read_json_object
+from ownpath.server.errors import ApiError, shorten
+from ownpath.server.generation import Generation
+from ownpath.server.prompts import chat_prompt, completion_prompts
+from ownpath.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    read_chat_request,
+    read_completion_request,
+)
+from ownpath.server.sse import EventStream, until_disconnect
+
+Chunk = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Api:
+    """What every endpoint works with. ``created`` is when the model was loaded, in seconds since 1970."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    model_id: str
+    created: int
+    limits: Limits
+
+    async def health(self, request: Request) -> Response:
+        """``GET /health``: whether requests can still be run."""
+        alive = self.engine.is_alive
+        return JSONResponse({"status": "ok" if alive else "the engine has stopped"}, 200 if alive else 503)
+
+    async def models(self, request: Request) -> Response:
+        """``GET /v1/models``"""
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        """``GET /v1/models/{id}``"""
+        self._check_model(request.path_params["model_id"])
+        return JSONResponse(self._model())
+
+    async def chat_completions(self, request: Request) -> Response:
+        """``POST /v1/chat/completions``"""
+        asked = read_chat_request(await read_json_object(request, self.limits))
+        self._check_model(asked.model)
+        max_model_len = self.engine.config.max_model_len
+        prompt = await chat_prompt(asked, self.tokenizer, max_model_len)
+        generation = Generation(self.engine, self.tokenizer, [prompt], asked.stop)
+        generation.submit(chat.sampling_params(asked, prompt, max_model_len))
+        chunks = chat.chat_chunks(asked, generation, self.tokenizer, self.model_id)
+        return await self._answer(request, asked, generation, chunks, chat.fold_chat)
+
+    async def completions(self, request: Request) -> Response:
+        """``POST /v1/completions``"""
+        asked = read_completion_request(await read_json_object(request, self.limits))
+        self._check_model(asked.model)
+        max_model_len = self.engine.config.max_model_len
+        prompts = await completion_prompts(asked, self.tokenizer, max_model_len, self.limits.max_prompts)
+        generation = Generation(self.engine, self.tokenizer, prompts, asked.stop)
+        generation.submit(completions.sampling_params(asked, prompts, max_model_len))
+        chunks = completions.completion_chunks(asked, generation, self.tokenizer, self.model_id)
+        return await self._answer(request, asked, generation, chunks, completions.fold_completion)
+
+    async def _answer(
+        self,
+        request: Request,
+        asked: ChatRequest | CompletionRequest,
+        generation: Generation,
+        chunks: AsyncIterator[Chunk],
+        fold: Callable[[Iterable[Chunk]], dict[str, Any]],
+    ) -> Response:
+        """The chunks as a stream, or folded; either way the generation ends when the client goes."""
+        if asked.stream:
+            wants_usage = asked.stream_options is not None and asked.stream_options.include_usage
+            return EventStream(_stream_events(chunks, wants_usage), generation.close)
+        try:
+            return JSONResponse(fold(await until_disconnect(request.receive, _collect(chunks))))
+        finally:
+            generation.close()
+
+    def _model(self) -> dict[str, Any]:
+        return {
+            "id": self.model_id,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "ownpath",
+            "max_model_len": self.engine.config.max_model_len,
+        }
+
+    def _check_model(self, model_id: str | None) -> None:
+        if model_id is not None and model_id != self.model_id:
+            message = f"there is no model {shorten(model_id)} here; this server has {self.model_id!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+
+async def _collect(events: AsyncIterator[Chunk]) -> list[Chunk]:
+    return [event async for event in events]
+
+
+async def _stream_events(events: AsyncIterator[Chunk], wants_usage: bool) -> AsyncIterator[Chunk]:
+    """The chunks as clients expect them: usage only if asked for, and then a null in every other chunk."""
+    async for event in events:
+        if not wants_usage and not event["choices"]:
+            continue
+        yield {**event, "usage": event.get("usage")} if wants_usage else event

@@ -1,0 +1,70 @@
+"""Answers that arrive piece by piece, and what to do when nobody is listening any more."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from ownpath.server.errors import ApiError, ClientGone
+
+Result = TypeVar("Result")
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of the work, unless the client goes first: then the work is cancelled. Errors: ClientGone."""
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0].done():
+            return tasks[0].result()  # type: ignore[return-value]
+        raise ClientGone
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Server-sent events: one ``data:`` line per object, then ``[DONE]``. ``on_end`` is called however it
+    ends.
+
+    A failure after the first byte cannot change the status any more: it becomes an event with an ``error``
+    object, and the stream ends without ``[DONE]``.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[dict[str, Any]], on_end: Callable[[], None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events, self._on_end = events, on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await until_disconnect(receive, self._send_all(send))
+        except ClientGone:
+            return
+        finally:
+            self._on_end()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            async for event in self._events:
+                await _send_data(send, json.dumps(event, ensure_ascii=False, separators=(",", ":")))
+            await _send_data(send, "[DONE]")
+        except ApiError as error:
+            await _send_data(send, json.dumps(error.body(), ensure_ascii=False))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _send_data(send: Send, data: str) -> None:
+    await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
