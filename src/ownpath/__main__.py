@@ -1,0 +1,7 @@
+"""``python -m ownpath``"""
+
+import sys
+
+from ownpath.cli import main
+
+sys.exit(main())

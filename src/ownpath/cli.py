@@ -1,0 +1,29 @@
+"""The ``ownpath`` command: composes the subcommands. Each is a module with ``add_parser`` and ``run``."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+_COMMANDS = ("generate", "serve")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code: 0, or 2 with one line on stderr for what users can cause."""
+    parser = argparse.ArgumentParser(
+        prog="ownpath", description="Runs DeepSeek-V4 NVFP4 checkpoints on a path whose every step has a name."
+    )
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name in _COMMANDS:
+        # Command modules import nothing heavy at their top, so that --help is quick.
+        module = importlib.import_module(f"ownpath.commands.{name}")
+        module.add_parser(subparsers).set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    try:
+        code: int = args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"ownpath: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return code

@@ -1,0 +1,32 @@
+"""Arguments that several commands share. Nothing heavy is imported here."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """The optional model folder, ``args.model``."""
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="model folder (default: the embedded model)")
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where to run and how long a sequence may get."""
+    parser.add_argument("--device", default="cpu", help="torch device to run on (default: cpu)")
+    parser.add_argument(
+        "--max-model-len",
+        type=positive_int,
+        default=4096,
+        metavar="N",
+        help="most tokens of one prompt and its answer (default: 4096)",
+    )
+
+
+def positive_int(text: str) -> int:
+    """An argparse type."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, found {value}")
+    return value

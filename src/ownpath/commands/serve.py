@@ -1,0 +1,39 @@
+"""Serve the model over HTTP, in OpenAI's shape, until interrupted or terminated."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from ownpath.commands.arguments import add_engine_arguments, add_model_argument
+
+if TYPE_CHECKING:
+    from ownpath.commands.arguments import Subparsers
+
+
+def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
+    """``ownpath serve [MODEL]``"""
+    parser = subparsers.add_parser("serve", help="serve the model over HTTP", description=__doc__)
+    add_model_argument(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=_port, default=8000, help="port; 0 takes a free one (default: 8000)")
+    parser.add_argument("--served-model-name", metavar="NAME", help="default: the model folder's name")
+    add_engine_arguments(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until SIGINT or SIGTERM. Errors: ValueError for what the user can cause."""
+    from ownpath.commands.session import open_session
+    from ownpath.server.app import create_app
+    from ownpath.server.run import run_server
+
+    with open_session(args) as session:
+        model_id = args.served_model_name or session.folder.resolve().name
+        app = create_app(session.engine, session.tokenizer, model_id)
+        return run_server(app, args.host, args.port, model_id)
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**16:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 65535, found {value}")
+    return value

@@ -1,0 +1,44 @@
+"""What ``generate`` and ``serve`` share: a model folder -> tokenizer and running engine."""
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ownpath.chat.tokenizer import Tokenizer
+from ownpath.config import EngineConfig
+from ownpath.engine.engine import Engine
+from ownpath.loading import default_model_dir, load_model
+
+
+@dataclass(frozen=True)
+class Session:
+    """A loaded model, ready for requests."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    engine: Engine
+
+
+@contextlib.contextmanager
+def open_session(args: argparse.Namespace) -> Iterator[Session]:
+    """Loads the model that the arguments name (none: the embedded one) and runs its engine.
+
+    Errors: ValueError naming the file or field.
+    """
+    folder = default_model_dir() if args.model is None else Path(args.model)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such model folder")
+    tokenizer = Tokenizer.from_folder(folder)
+    config = EngineConfig.for_device(args.device, args.max_model_len)
+    model = load_model(folder, config)
+    if model.config.eos_token_id != tokenizer.eos_id:
+        ids = f"eos_token_id {model.config.eos_token_id}, but the tokenizer's EOS is {tokenizer.eos_id}"
+        raise ValueError(f"{folder}: config.json says {ids}")
+    engine = Engine(model, config, tokenizer.num_tokens)
+    engine.start()
+    try:
+        yield Session(folder, tokenizer, engine)
+    finally:
+        engine.stop()
