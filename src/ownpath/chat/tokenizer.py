@@ -31,7 +31,9 @@ class Tokenizer:
         self.add_bos = add_bos
         self._source = source
         self._special_ids, self._hidden_ids = _added_tokens(spec, source)
+        self._marker_ids = frozenset(self._special_ids.values())
         self._raw = _backend(spec, source)
+        _check_ids(self._raw, self._special_ids, source)
         self._plain = _backend({**spec, "added_tokens": [], "post_processor": None}, source)
         self._token_bytes = _token_bytes(self._raw, self._special_ids)
         self.num_tokens = max(self._token_bytes) + 1
@@ -48,7 +50,11 @@ class Tokenizer:
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of text in which nothing is special."""
-        return self._encode(self._plain, text)
+        ids = self._encode(self._plain, text)
+        markers = self._marker_ids.intersection(ids)
+        if markers:  # a vocabulary that lists a marker among its ordinary words
+            raise TokenizerError(f"{self._source}: cannot write {self.token_text(min(markers))!r} as plain text")
+        return ids
 
     def encode_raw(self, text: str) -> list[int]:
         """Token ids of text in which special tokens are recognised; opens with BOS iff ``add_bos``."""
@@ -125,6 +131,14 @@ def _backend(spec: dict[str, Any], source: str) -> Any:
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+def _check_ids(backend: Any, added: dict[str, int], source: str) -> None:
+    """The backend numbers added tokens itself and only hopes to arrive at the file's numbers."""
+    for text, token_id in added.items():
+        if backend.token_to_id(text) != token_id:
+            found = backend.token_to_id(text)
+            raise TokenizerError(f"{source}: added token {text!r} has id {token_id}, but would be read as {found}")
 
 
 def _token_bytes(backend: Any, added: dict[str, int]) -> dict[int, bytes]:
