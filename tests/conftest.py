@@ -5,9 +5,7 @@ import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--device", default="cpu", help="torch device for the tests that take `device` (default: cpu)"
-    )
+    parser.addoption("--device", default="cpu", help="torch device for the tests that take `device` (default: cpu)")
 
 
 @pytest.fixture(scope="session")
