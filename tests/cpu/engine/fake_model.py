@@ -1,0 +1,76 @@
+"""Models whose next-token logits are a function of the tokens so far and nothing else, for tests of what surrounds one.
+
+They keep the real contract: caches advance by what was run, spans continue where their cache ends, one logits row per
+``logits_ids`` entry.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from support.checkpoints import SMALL
+
+from ownpath.config import ModelConfig
+from ownpath.model.batch import ForwardBatch
+
+Rule = Callable[[tuple[int, ...]], torch.Tensor]
+EOS_ID = 1
+
+
+@dataclass
+class FakeCache:
+    max_tokens: int
+    ids: list[int] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids)
+
+
+class FakeModel:
+    """``rule``: all tokens so far -> logits [vocab_size]."""
+
+    def __init__(self, rule: Rule, vocab_size: int, max_model_len: int = 256) -> None:
+        self.config = ModelConfig.from_dict(SMALL | {"vocab_size": vocab_size, "eos_token_id": EOS_ID})
+        self.rule, self.max_model_len = rule, max_model_len
+        self.step_sizes: list[list[int]] = []
+
+    def new_cache(self) -> Any:
+        return FakeCache(self.max_model_len)
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        self.step_sizes.append([span.stop - span.start for span in batch.spans])
+        rows = []
+        for span in batch.spans:
+            cache: Any = span.cache
+            assert span.position == cache.num_tokens
+            for token_id in batch.token_ids_T[span.start : span.stop].tolist():
+                cache.ids.append(token_id)
+                rows.append(tuple(cache.ids))
+        wanted = batch.logits_ids.tolist()
+        assert len(rows) == len(batch.token_ids_T)
+        return torch.stack([self.rule(rows[i]) for i in wanted]) if wanted else torch.empty(0, self.config.vocab_size)
+
+
+def random_rule(vocab_size: int, forbidden: Sequence[int] = (EOS_ID,)) -> Rule:
+    """Reproducible random logits for every history; ``forbidden`` tokens are very unlikely."""
+
+    def rule(history: tuple[int, ...]) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(hash(history) % 2**63)
+        logits = torch.randn(vocab_size, generator=generator) * 3
+        logits[list(forbidden)] = -50.0
+        return logits
+
+    return rule
+
+
+def script_rule(script: Sequence[int], vocab_size: int, prompt_len: int) -> Rule:
+    """After a prompt of ``prompt_len`` tokens: the script's tokens in order, then EOS."""
+
+    def rule(history: tuple[int, ...]) -> torch.Tensor:
+        position = len(history) - prompt_len
+        token_id = script[position] if 0 <= position < len(script) else EOS_ID
+        return torch.nn.functional.one_hot(torch.tensor(token_id), vocab_size).float() * 30
+
+    return rule

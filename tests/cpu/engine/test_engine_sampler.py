@@ -1,0 +1,133 @@
+"""Choosing and scoring tokens."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ownpath.engine.request import RequestError, SamplingParams
+from ownpath.engine.sampler import (
+    NonFiniteLogits,
+    SampleRow,
+    choose_tokens,
+    finite_rows,
+    new_generator,
+    score_tokens,
+)
+
+
+def row(temperature: float = 1.0, top_p: float = 1.0, seed: int | None = 0) -> SampleRow:
+    params = SamplingParams(8, temperature=temperature, top_p=top_p, seed=seed)
+    return SampleRow(params, new_generator(params))
+
+
+def test_greedy_takes_the_likeliest_and_needs_no_random_numbers() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0], [5.0, 2.0, 1.0]])
+    greedy = row(temperature=0)
+    assert greedy.generator is None
+    assert choose_tokens(logits, [greedy, greedy]) == [1, 0]
+
+
+def test_frequencies_follow_the_softmax_of_the_scaled_logits() -> None:
+    """20,000 draws; each count is binomial, so 5 standard deviations fail once in about a million runs per token."""
+    logits, temperature, num_draws = torch.tensor([0.0, 1.0, -1.0, 0.5]), 0.7, 20_000
+    sampler = row(temperature)
+    counts = torch.zeros(4)
+    for token_id in choose_tokens(logits.expand(num_draws, 4), [sampler] * num_draws):
+        counts[token_id] += 1
+    weights = [math.exp(float(value) / temperature) for value in logits]
+    for token_id, weight in enumerate(weights):
+        p = weight / sum(weights)
+        deviation = math.sqrt(num_draws * p * (1 - p))
+        assert abs(float(counts[token_id]) - num_draws * p) < 5 * deviation
+
+
+@pytest.mark.parametrize(
+    ("top_p", "allowed"),
+    [(1.0, {0, 1, 2, 3}), (0.95, {0, 1, 2}), (0.7, {0, 1}), (0.5, {0}), (0.51, {0, 1}), (1e-9, {0})],
+)
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(top_p: float, allowed: set[int]) -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64).log()
+    sampler = row(top_p=top_p)
+    assert set(choose_tokens(logits.expand(2000, 4), [sampler] * 2000)) == allowed
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-9, 1e-3])
+def test_a_tiny_temperature_is_greedy_not_nan(temperature: float) -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0], [1e30, -1e30, 0.0]])
+    assert choose_tokens(logits, [row(temperature), row(temperature)]) == [1, 0]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 2**32), st.sampled_from([0.3, 1.0, 2.0]), st.sampled_from([0.1, 0.9, 1.0]))
+def test_a_row_does_not_depend_on_its_neighbours(seed: int, temperature: float, top_p: float) -> None:
+    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(seed))
+    rows = [row(temperature, top_p, seed + n) for n in range(4)] + [row(temperature=0)]
+    together = choose_tokens(logits, rows)
+    rows = [row(temperature, top_p, seed + n) for n in range(4)] + [row(temperature=0)]
+    alone = [choose_tokens(logits[n : n + 1], [rows[n]])[0] for n in range(5)]
+    assert together == alone
+    assert all(0 <= token_id < 300 for token_id in together)
+
+
+def test_seeds() -> None:
+    logits = torch.zeros(1, 1000)
+
+    def draws(seed: int | None) -> list[int]:
+        sampler = row(seed=seed)
+        return [choose_tokens(logits, [sampler])[0] for _ in range(8)]
+
+    assert draws(7) == draws(7)
+    assert draws(7) != draws(8)
+    assert draws(None) != draws(None)
+    assert draws(-(2**63)) != draws(2**63 - 1)
+
+
+def test_scores_are_the_models_own_log_probabilities() -> None:
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    scored = score_tokens(logits, [4, 0, 49], 5)
+    for n, (token_id, entry) in enumerate(zip([4, 0, 49], scored, strict=True)):
+        total = math.log(sum(math.exp(float(value)) for value in logits[n]))
+        # Everything here is below 8, where float32 has steps of 2**-21; 16 of them for a sum of 50 terms.
+        bound = 16 * 2**-21
+        assert entry.token_id == token_id
+        assert entry.logprob == pytest.approx(float(logits[n, token_id]) - total, abs=bound)
+        best = sorted(range(50), key=lambda i: -float(logits[n, i]))[:5]
+        assert [i for i, _ in entry.top_logprobs] == best
+        assert [p for _, p in entry.top_logprobs] == sorted((p for _, p in entry.top_logprobs), reverse=True)
+    assert score_tokens(logits, [4, 0, 49], 0)[0].top_logprobs == ()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_rows_that_are_not_finite_are_seen(bad: float) -> None:
+    logits = torch.zeros(3, 4)
+    logits[1, 2] = bad
+    assert finite_rows(logits) == [True, False, True]
+    with pytest.raises(NonFiniteLogits):
+        score_tokens(logits, [0, 0, 0], 0)
+    with pytest.raises(NonFiniteLogits):
+        score_tokens(torch.full((1, 4), math.nan), [0], 0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_tokens": -1},
+        {"temperature": -0.1},
+        {"temperature": 2.1},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": math.nan},
+        {"seed": 2**63},
+        {"seed": -(2**63) - 1},
+        {"num_logprobs": -1},
+        {"num_logprobs": 21},
+    ],
+)
+def test_parameters_out_of_range_are_refused_by_name(changes: dict[str, float]) -> None:
+    with pytest.raises(RequestError, match=next(iter(changes))):
+        SamplingParams(**({"max_tokens": 1} | changes))  # type: ignore[arg-type]
