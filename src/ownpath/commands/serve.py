@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     with open_session(args) as session:
         model_id = args.served_model_name or session.folder.resolve().name
         app = create_app(session.engine, session.tokenizer, model_id)
-        return run_server(app, args.host, args.port, model_id)
+        return run_server(app, session.engine, args.host, args.port, model_id)
 
 
 def _port(text: str) -> int:

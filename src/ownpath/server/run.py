@@ -1,5 +1,6 @@
 """The application behind uvicorn: limits of the HTTP layer, one line at the start, a clean end."""
 
+import asyncio
 import logging
 import signal
 import socket
@@ -8,18 +9,24 @@ import sys
 import uvicorn
 from starlette.applications import Starlette
 
+from ownpath.engine.engine import Engine
+
 _MAX_HEADER_BYTES = 64 * 1024
 _MAX_CONNECTIONS = 512
-# How long answers may go on after SIGTERM before they are cut off.
-_DRAIN_S = 5
+_DRAIN_S = 5.0
+# After the engine has stopped, answers still have to be written out.
+_WRITE_OUT_S = 5
 
 
 class Server(uvicorn.Server):
-    """uvicorn that says where the model can be reached, once it can."""
+    """uvicorn that says where the model can be reached, and that ends open answers with an error, not a cut.
 
-    def __init__(self, config: uvicorn.Config, model_id: str) -> None:
+    drain_s: how long answers may go on after a signal; then the engine stops, which ends them.
+    """
+
+    def __init__(self, config: uvicorn.Config, model_id: str, engine: Engine, drain_s: float) -> None:
         super().__init__(config)
-        self._model_id = model_id
+        self._model_id, self._engine, self._drain_s = model_id, engine, drain_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -28,8 +35,21 @@ class Server(uvicorn.Server):
             host = f"[{host}]" if ":" in host else host
             print(f"ownpath serves {self._model_id} at http://{host}:{port}/v1", file=sys.stderr, flush=True)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        draining = asyncio.ensure_future(self._stop_engine_after_drain())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            draining.cancel()
 
-def make_server(app: Starlette, host: str, port: int, model_id: str) -> Server:
+    async def _stop_engine_after_drain(self) -> None:
+        await asyncio.sleep(self._drain_s)
+        await asyncio.to_thread(self._engine.stop)
+
+
+def make_server(
+    app: Starlette, engine: Engine, host: str, port: int, model_id: str, drain_s: float = _DRAIN_S
+) -> Server:
     """A server that has not started yet."""
     config = uvicorn.Config(
         app,
@@ -43,14 +63,14 @@ def make_server(app: Starlette, host: str, port: int, model_id: str) -> Server:
         proxy_headers=False,
         limit_concurrency=_MAX_CONNECTIONS,
         h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
-        timeout_graceful_shutdown=_DRAIN_S,
+        timeout_graceful_shutdown=int(drain_s) + _WRITE_OUT_S,
     )
-    return Server(config, model_id)
+    return Server(config, model_id, engine, drain_s)
 
 
-def run_server(app: Starlette, host: str, port: int, model_id: str) -> int:
+def run_server(app: Starlette, engine: Engine, host: str, port: int, model_id: str) -> int:
     """Serves until SIGINT or SIGTERM; 0 after a clean end, 1 if it could not start (uvicorn has said why)."""
-    server = make_server(app, host, port, model_id)
+    server = make_server(app, engine, host, port, model_id)
     # uvicorn raises the signal again after its shutdown, for whoever handled it before. Being asked to end is not
     # a failure here: without these, a clean end would look like a crash to whoever started us.
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,0 +1,183 @@
+"""Every field is honoured or refused by name; defaults that ask for nothing are accepted."""
+
+import math
+from typing import Any
+
+import pytest
+from cpu.server.harness import HELLO
+
+from ownpath.server import fields
+from ownpath.server.errors import ApiError
+from ownpath.server.protocol import MAX_STOP_CHARS, MAX_STOPS, read_chat_request, read_completion_request
+
+CHAT: dict[str, Any] = {"messages": HELLO}
+COMPLETION: dict[str, Any] = {"prompt": "hello"}
+
+
+def refusal(read: Any, body: dict[str, Any]) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        read(dict(body))
+    assert caught.value.status == 400
+    return caught.value
+
+
+NEUTRAL = [
+    (read, base, name, value)
+    for read, base, table in (
+        (read_chat_request, CHAT, fields.CHAT),
+        (read_completion_request, COMPLETION, fields.COMPLETION),
+    )
+    for name, values in table.items()
+    for value in (None, *values)
+]
+
+
+@pytest.mark.parametrize(("read", "base", "name", "value"), NEUTRAL)
+def test_defaults_of_what_is_not_supported_are_accepted(read: Any, base: Any, name: str, value: Any) -> None:
+    assert read(base | {name: value}) == read(dict(base))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", 2), ("n", True), ("n", 0), ("best_of", 2), ("presence_penalty", 0.5), ("frequency_penalty", -1),
+        ("logit_bias", {"5": 1}), ("tools", [{"type": "function"}]), ("tool_choice", "required"),
+        ("response_format", {"type": "json_object"}), ("reasoning_effort", "high"), ("top_k", 5), ("min_p", 0.1),
+        ("ignore_eos", True), ("stop_token_ids", [5]), ("thinking", {"type": "enabled"}), ("functions", [{}]),
+        ("chat_template", "{{x}}"), ("chat_template_kwargs", {"thinking": True}), ("echo", True), ("priority", False),
+        ("modalities", ["text", "audio"]), ("store", True), ("metadata", {"a": "b"}), ("guided_json", {}),
+        ("prompt_logprobs", 1), ("min_tokens", 3), ("skip_special_tokens", False),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_is_refused_by_name(name: str, value: Any) -> None:
+    error = refusal(read_chat_request, CHAT | {name: value})
+    assert error.param == name
+    assert str(error) == f"{name} is not supported yet"
+
+
+@pytest.mark.parametrize(("read", "base"), [(read_chat_request, CHAT), (read_completion_request, COMPLETION)])
+@pytest.mark.parametrize("name", ["typo", "max_token", "", "model_config", "temperature ", "__class__"])
+def test_unknown_fields_are_refused_by_name(read: Any, base: Any, name: str) -> None:
+    error = refusal(read, base | {name: 1})
+    assert (error.param, error.code) == (name, "unknown_parameter")
+    assert repr(name) in str(error)
+    assert read(base | {name: None}) == read(dict(base)), "null is not sent"
+
+
+BAD_VALUES = [
+    ("temperature", [-0.1, 2.1, "1", True, [], math.inf, math.nan]),
+    ("top_p", [0, 1.1, "1", math.nan]),
+    ("seed", [1.5, "1", 2**63, -(2**63) - 1, True]),
+    ("max_tokens", [-1, 1.0, "5", 2**31, True]),
+    ("stream", [1, "true"]),
+    ("return_token_ids", [1, "yes"]),
+    ("model", [5, ["tiny"]]),
+    ("user", [5]),
+    ("stop", [[""], 5, [5], "", ["a"] * (MAX_STOPS + 1), ["a" * (MAX_STOP_CHARS + 1)], {"a": 1}]),
+    ("stream_options", [True, [], "x"]),
+]
+
+
+@pytest.mark.parametrize(("read", "base"), [(read_chat_request, CHAT), (read_completion_request, COMPLETION)])
+@pytest.mark.parametrize(("name", "values"), BAD_VALUES, ids=[name for name, _ in BAD_VALUES])
+def test_values_of_the_wrong_type_or_range_name_the_field(read: Any, base: Any, name: str, values: list[Any]) -> None:
+    for value in values:
+        error = refusal(read, base | {name: value})
+        assert error.param == name
+        assert str(error).startswith(name)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [None, [], "missing", [[]], [1, "a"], [[1], "a"], [1.0], [True], [-1], [[2**40]], [[1], []], {"a": 1}, 5],
+)
+def test_prompts_that_are_none(prompt: Any) -> None:
+    body = {} if prompt == "missing" else {"prompt": prompt}
+    assert refusal(read_completion_request, body).param == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]]), ("", [""])],
+)
+def test_the_four_forms_of_a_prompt(prompt: Any, prompts: Any) -> None:
+    assert read_completion_request({"prompt": prompt}).prompt == prompts
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        (None, "messages"),
+        ([], "messages"),
+        ("hello", "messages"),
+        (["hello"], "messages.0"),
+        ([{"role": "user"}], "messages.0.content"),
+        ([{"content": "a"}], "messages.0.role"),
+        ([{"role": "user", "content": None}], "messages.0.content"),
+        ([{"role": "user", "content": 5}], "messages.0.content"),
+        ([{"role": "user", "content": []}], "messages.0.content"),
+        ([{"role": "user", "content": ["a"]}], "messages.0.content"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "messages.0.content"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "messages.0.content"),
+        ([{"role": "user", "content": [{"type": "text", "text": "a", "more": 1}]}], "messages.0.content"),
+        ([{"role": "tool", "content": "a"}], "messages.0.role"),
+        ([{"role": "developer", "content": "a"}, *HELLO], "messages.0.role"),
+        ([{"role": 5, "content": "a"}], "messages.0.role"),
+        ([{"role": "user", "content": "a", "name": "Ann"}], "messages.0.name"),
+        ([{"role": "user", "content": "a", "typo": 1}], "messages.0.typo"),
+        ([{"role": "assistant", "content": "a", "tool_calls": [{}]}, *HELLO], "messages.0.tool_calls"),
+        ([{"role": "assistant", "content": "a", "reasoning_content": "b"}, *HELLO], "messages.0.reasoning_content"),
+        ([*HELLO, {"role": "assistant", "content": "a"}], "messages"),
+        ([*HELLO, {"role": "system", "content": "a"}], "messages"),
+    ],
+)
+def test_messages_that_cannot_be_encoded(messages: Any, param: str) -> None:
+    assert refusal(read_chat_request, {"messages": messages}).param == param
+
+
+def test_text_parts_are_joined_like_the_parts_of_a_turn() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    request = read_chat_request({"messages": [{"role": "user", "content": parts}]})
+    assert request.messages[0].content == "a\n\nb"
+
+
+def test_neutral_fields_of_a_message_are_accepted() -> None:
+    message = {"role": "assistant", "content": "a", "tool_calls": [], "refusal": None, "annotations": []}
+    assert read_chat_request({"messages": [message, *HELLO]}).messages[0].content == "a"
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+        ({"top_logprobs": -1, "logprobs": True}, "top_logprobs"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream_options": {"include_usage": 1}, "stream": True}, "stream_options.include_usage"),
+        ({"stream_options": {"typo": 1}, "stream": True}, "stream_options.typo"),
+        ({"stream_options": {"continuous_usage_stats": True}, "stream": True}, "stream_options.continuous_usage_stats"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    ],
+)
+def test_fields_that_contradict_each_other(changes: dict[str, Any], param: str) -> None:
+    assert refusal(read_chat_request, CHAT | changes).param == param
+
+
+@pytest.mark.parametrize(
+    "changes", [{"max_tokens": 0}, {"logprobs": True}, {"logprobs": 21}, {"logprobs": -1}, {"echo": 1}]
+)
+def test_completion_fields_out_of_range(changes: dict[str, Any]) -> None:
+    assert refusal(read_completion_request, COMPLETION | changes).param == next(iter(changes))
+
+
+def test_stop_as_text_and_as_list() -> None:
+    assert read_chat_request(CHAT | {"stop": "a"}).stop == ["a"]
+    assert read_chat_request(CHAT | {"stop": ["a", "b"]}).stop == ["a", "b"]
+    assert read_chat_request(CHAT | {"stop": []}).stop == []
+
+
+def test_integers_are_numbers() -> None:
+    assert read_chat_request(CHAT | {"temperature": 1, "top_p": 1}).temperature == 1.0
