@@ -83,11 +83,13 @@ def _runner(op: PlannedOp, operand: Operand, config: ModelConfig) -> Callable[..
 
 
 def _grouped_weight(op: PlannedOp, operand: Operand) -> torch.Tensor:
+    """``wo_a`` as plain floating point; from FP8, BF16 where that is exact (power-of-two scales), else float32."""
     (weight,) = operand.buffers["weight"]
-    if op.choice.kernel.layout != "dequantized_bf16":
+    if op.choice.kernel.layout != "dequantized":
         return weight
     (scale,) = operand.buffers["scale"]
-    return dequantize(QuantTensor(weight, scale, None, FP8_BLOCK), torch.bfloat16)
+    dtype = torch.bfloat16 if scale.dtype == torch.float8_e8m0fnu else torch.float32
+    return dequantize(QuantTensor(weight, scale, None, FP8_BLOCK), dtype)
 
 
 def _watch(slot: str, parts: list[Callable[..., Any]], plan: Plan, ledger: Ledger) -> Callable[..., Any]:

@@ -93,6 +93,10 @@ def _shard_path(folder: Path, name: str, index_path: Path) -> Path:
     path = folder / name
     if not path.exists():
         raise CheckpointError(f"{index_path}: shard {name!r} does not exist")
+    home = folder.resolve()
+    # A model hub's cache keeps snapshots/<revision>/ as links into the blobs/ two folders up.
+    if path.resolve().parent not in (home, home.parent.parent / "blobs"):
+        raise CheckpointError(f"{index_path}: shard {name!r} is a link out of the checkpoint folder")
     return path
 
 

@@ -106,15 +106,18 @@ class Attention:
         self, projected: Projected, rows: slice, positions_t: torch.Tensor, position: int, cache: LayerCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compressed entries after these tokens, and which of them each query sees: complete windows only."""
-        assert self.compressor is not None and cache.compressor is not None
+        assert self.compressor is not None
+        assert cache.compressor is not None
         assert projected.compressor_rows is not None
         entries_CH = self.compressor.append(projected.compressor_rows[rows], position, cache.compressor)
         num_complete_t = (positions_t + 1) // self.compressor.ratio
         visible_tC = torch.arange(len(entries_CH), device=positions_t.device) < num_complete_t[:, None]
         if self.indexer is None:
             return entries_CH, visible_tC
-        assert cache.indexer is not None and projected.indexer_rows is not None
-        assert projected.index_q_TIH is not None and projected.index_weights_TI is not None
+        assert cache.indexer is not None
+        assert projected.indexer_rows is not None
+        assert projected.index_q_TIH is not None
+        assert projected.index_weights_TI is not None
         keys_CH = self.indexer.append(projected.indexer_rows[rows], position, cache.indexer)
         q_tIH, weights_tI = projected.index_q_TIH[rows], projected.index_weights_TI[rows]
         return entries_CH, self.indexer.select(q_tIH, weights_tI, keys_CH, visible_tC)

@@ -86,8 +86,8 @@ CATALOGUE = (
         OpKind.GROUPED,
         (FP8_BLOCK,),
         "GroupedLinear",
-        "dequantized_bf16",
-        "FP8 on disk, decoded to BF16 at load (exact for power-of-two scales), as DeepSeek's own conversion does",
+        "dequantized",
+        "FP8 on disk, decoded at load as DeepSeek's own conversion does: to BF16 (exact) for E8M0 scales, else FP32",
     ),
     KernelSpec(
         "ref.nvfp4_moe",

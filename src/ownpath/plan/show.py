@@ -41,9 +41,9 @@ def plan_text(plan: Plan) -> str:
     """A table of every module's format, runner, kernel and layout, then the reasons, params and ignored keys."""
     rows = plan_rows(plan)
     lines = _align([_HEADINGS, *((row.title, *row.cells) for row in rows)])
-    reasons = {row.cells[3]: row.why for row in rows}
+    reasons = {(row.cells[3], row.cells[1]): row.why for row in rows}
     lines += ["", f"device: {plan.caps.name}", "why:"]
-    lines += [f"  {kernel}: {why}" for kernel, why in reasons.items()]
+    lines += [f"  {kernel} on {stored}: {why}" for (kernel, stored), why in reasons.items()]
     lines.append(f"used as stored: {len(plan.params)} tensors (embedding, norms, hyper-connections, sinks, tables)")
     for reason in dict.fromkeys(plan.ignored.values()):
         num_keys = sum(value == reason for value in plan.ignored.values())

@@ -1,0 +1,177 @@
+"""Random V4 checkpoints on disk, in the layouts people have, and the weights that they decode to."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ownpath.checkpoint.names import model_params
+from ownpath.checkpoint.schema import MODELOPT_NVFP4, NATIVE_FP8, PLAIN_BF16, Encoding, ModuleSpec, ParamSpec
+from ownpath.checkpoint.writer import write_checkpoint
+from ownpath.config import ModelConfig
+from ownpath.formats import BF16
+from ownpath.numerics import dequantize, nvfp4_global_scale, quantize_fp8_block, quantize_nvfp4
+from ownpath.plan.opspec import model_ops
+from ownpath.qtensor import QuantTensor
+
+Layout = Callable[[str], Encoding]
+Tensors = dict[str, torch.Tensor]
+
+SMALL: dict[str, Any] = {
+    "architectures": ["DeepseekV4ForCausalLM"],
+    "model_type": "deepseek_v4",
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "q_lora_rank": 48,
+    "o_groups": 2,
+    "o_lora_rank": 32,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 48,
+    "scoring_func": "sqrtsoftplus",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.5,
+    "swiglu_limit": 10.0,
+    "num_hash_layers": 1,
+    "hc_mult": 4,
+    "hc_sinkhorn_iters": 20,
+    "hc_eps": 1e-6,
+    "rms_norm_eps": 1e-6,
+    "sliding_window": 128,
+    "compress_ratios": [0, 4, 128, 4, 128, 0],
+    "index_n_heads": 16,
+    "index_head_dim": 32,
+    "index_topk": 48,
+    "rope_theta": 10000.0,
+    "compress_rope_theta": 160000.0,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 16,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "original_max_position_embeddings": 256,
+    },
+    "max_position_embeddings": 4096,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+"""A config of every layer type, small enough for CPU; its indexer's top-k is passed at 192 tokens."""
+
+
+def experts_only(module: str) -> Encoding:
+    """NVIDIA's ModelOpt export: routed experts NVFP4, other projections FP8 blocks, small ones BF16."""
+    if ".ffn.experts." in module:
+        return MODELOPT_NVFP4
+    return NATIVE_FP8 if _is_projection(module) else PLAIN_BF16
+
+
+def full_nvfp4(module: str) -> Encoding:
+    """The full export: attention projections and shared experts NVFP4 too, ``wo_a`` BF16 without a scale."""
+    if module.endswith(".wo_a"):
+        return PLAIN_BF16
+    if module.endswith(".indexer.wq_b"):
+        return NATIVE_FP8
+    return MODELOPT_NVFP4 if _is_projection(module) or ".ffn.experts." in module else PLAIN_BF16
+
+
+LAYOUTS: dict[str, Layout] = {"modelopt-experts-only": experts_only, "full-nvfp4": full_nvfp4}
+
+
+def _is_projection(module: str) -> bool:
+    leaf = module.rsplit(".", 1)[-1]
+    in_shared = ".shared_experts." in module
+    return in_shared or (leaf in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b") and "compressor" not in module)
+
+
+@dataclass(frozen=True)
+class RandomCheckpoint:
+    """``decoded``: native module or parameter name -> the float32 values that the stored tensors mean."""
+
+    folder: Path
+    config: ModelConfig
+    fields: dict[str, Any]
+    decoded: Tensors
+
+
+def random_checkpoint(
+    folder: Path,
+    layout: str = "full-nvfp4",
+    seed: int = 0,
+    fp8_scale: torch.dtype = torch.float8_e8m0fnu,
+    **changes: Any,
+) -> RandomCheckpoint:
+    """Writes a random checkpoint of ``SMALL`` with ``changes``, in shards of at most 200 kB."""
+    fields = SMALL | changes
+    config = ModelConfig.from_dict(fields)
+    generator = torch.Generator().manual_seed(seed)
+    tensors: Tensors = {}
+    decoded: Tensors = {}
+    for spec in model_params(config):
+        tensors[spec.key] = _random_param(spec, config, generator)
+        decoded[spec.key] = tensors[spec.key]
+    for name, weight, encoding, shared_amax in _random_modules(config, LAYOUTS[layout], generator):
+        quantized = _quantize(weight, encoding, shared_amax, fp8_scale)
+        input_scale = torch.rand((), generator=generator) * 0.01 + 1e-4
+        tensors.update(encoding.encode(name, quantized, input_scale))
+        decoded[name] = dequantize(quantized)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(fields))
+    write_checkpoint(folder, tensors.items(), max_shard_bytes=200_000)
+    return RandomCheckpoint(folder, config, fields, decoded)
+
+
+def _random_modules(
+    config: ModelConfig, layout: Layout, generator: torch.Generator
+) -> Iterator[tuple[str, torch.Tensor, Encoding, float | None]]:
+    """(name, weight, encoding, amax to share). Routed w1 and w3 share a global scale, as ModelOpt ties them."""
+    for op in model_ops(config):
+        weights = {module.name: _random_weight(module, generator) for module in op.modules}
+        for module in op.modules:
+            partner = (
+                module.name.replace(".w1", ".w3") if module.name.endswith(".w1") else module.name.replace(".w3", ".w1")
+            )
+            tied = ".ffn.experts." in module.name and partner in weights
+            amax = max(float(weights[name].abs().max()) for name in (module.name, partner)) if tied else None
+            yield module.name, weights[module.name], layout(module.name), amax
+
+
+def _random_weight(module: ModuleSpec, generator: torch.Generator) -> torch.Tensor:
+    n, k = module.shape
+    gain = torch.rand((), generator=generator) + 0.5  # a different amplitude, hence global scale, for every module
+    return torch.randn(n, k, generator=generator) * gain * k**-0.5
+
+
+def _quantize(
+    weight: torch.Tensor, encoding: Encoding, shared_amax: float | None, fp8_scale: torch.dtype
+) -> QuantTensor:
+    if encoding is MODELOPT_NVFP4:
+        tied = None if shared_amax is None else nvfp4_global_scale(torch.tensor([[shared_amax]]))
+        return quantize_nvfp4(weight, tied)
+    if encoding is NATIVE_FP8:
+        return quantize_fp8_block(weight, fp8_scale)
+    assert encoding is PLAIN_BF16, encoding
+    return QuantTensor(weight.to(torch.bfloat16), None, None, BF16)
+
+
+def _random_param(spec: ParamSpec, config: ModelConfig, generator: torch.Generator) -> torch.Tensor:
+    shape, key = spec.shape, spec.key
+    if key.endswith("tid2eid"):
+        order = torch.rand(shape[0], config.n_routed_experts, generator=generator).argsort(dim=1)
+        return order[:, : shape[1]].contiguous()
+    noise = torch.randn(shape, generator=generator)
+    if key.endswith("norm.weight"):
+        return (1 + 0.2 * noise).to(torch.bfloat16)
+    if key == "embed.weight":
+        return noise.to(torch.bfloat16)
+    if key.endswith("_fn"):
+        return noise * shape[-1] ** -0.5
+    return noise * 0.3 + (1.0 if key.endswith("_scale") else 0.0)

@@ -1,0 +1,96 @@
+"""transformers' DeepseekV4ForCausalLM, in float32, on the weights a checkpoint decodes to: the forward's oracle."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from support.checkpoints import RandomCheckpoint, Tensors
+
+# Order matters: earlier rules make the names that later ones see.
+_RENAMES = (
+    (r"\.attn\.", ".self_attn."),
+    (r"\.ffn\.", ".mlp."),
+    (r"\.indexer\.compressor\.", ".compressor.indexer."),
+    (r"\.self_attn\.indexer\.weights_proj", ".self_attn.compressor.indexer.scorer.weights_proj"),
+    (r"\.self_attn\.indexer\.wq_b", ".self_attn.compressor.indexer.q_b_proj"),
+    (r"^embed", "model.embed_tokens"),
+    (r"^head", "lm_head"),
+    (r"^norm", "model.norm"),
+    (r"^hc_head_", "model.hc_head.hc_"),
+    (r"^layers", "model.layers"),
+    (r"\.attn_norm", ".input_layernorm"),
+    (r"\.ffn_norm", ".post_attention_layernorm"),
+    (r"\.hc_attn_", ".attn_hc."),
+    (r"\.hc_ffn_", ".ffn_hc."),
+    (r"\.attn_sink", ".sinks"),
+    (r"(compressor(\.indexer)?)\.norm\.", r"\1.kv_norm."),
+    (r"\.ape$", ".position_bias"),
+    (r"\.wq_a", ".q_a_proj"),
+    (r"\.wq_b", ".q_b_proj"),
+    (r"\.wkv", ".kv_proj"),
+    (r"\.wgate", ".gate_proj"),
+    (r"\.wo_a", ".o_a_proj"),
+    (r"\.wo_b", ".o_b_proj"),
+    (r"\.q_norm", ".q_a_norm"),
+    (r"\.gate\.bias", ".gate.e_score_correction_bias"),
+    (r"\.shared_experts\.w1", ".shared_experts.gate_proj"),
+    (r"\.shared_experts\.w3", ".shared_experts.up_proj"),
+    (r"\.shared_experts\.w2", ".shared_experts.down_proj"),
+)
+
+
+def reference_model(checkpoint: RandomCheckpoint, device: torch.device) -> Any:
+    """The oracle with every weight set; fails on any missing or unexpected one."""
+    transformers = pytest.importorskip("transformers", reason="the forward's oracle is transformers")
+    config_class = getattr(transformers, "DeepseekV4Config", None)
+    if config_class is None:
+        pytest.skip("this transformers has no DeepSeek-V4")
+    fields = {key: value for key, value in checkpoint.fields.items() if key != "rope_scaling"}
+    yarn = dict(checkpoint.fields["rope_scaling"])
+    yarn["rope_type"] = yarn.pop("type")
+    config = config_class(**fields, rope_parameters=yarn)
+    config._attn_implementation = "eager"
+    model = transformers.DeepseekV4ForCausalLM(config).to(torch.float32)
+    result = model.load_state_dict(_state_dict(checkpoint.decoded), strict=False)
+    assert not result.missing_keys, result.missing_keys
+    assert not result.unexpected_keys, result.unexpected_keys
+    return model.eval().to(device)
+
+
+def reference_logprobs(checkpoint: RandomCheckpoint, token_ids: list[int], device: torch.device) -> torch.Tensor:
+    """Log-probabilities float32 [T, vocab] of one sequence in one pass."""
+    model = reference_model(checkpoint, device)
+    with torch.inference_mode():
+        logits = model(torch.tensor([token_ids], device=device), use_cache=False).logits[0]
+    return logits.float().log_softmax(-1)
+
+
+def _state_dict(decoded: Tensors) -> Tensors:
+    state: Tensors = {}
+    for name, value in decoded.items():
+        if ".ffn.experts." in name:
+            continue
+        is_module = value.ndim == 2 and not re.search(r"(_fn|ape|tid2eid|weight)$", name)
+        key = f"{name}.weight" if is_module else name
+        for pattern, replacement in _RENAMES:
+            key = re.sub(pattern, replacement, key)
+        state[key] = value if value.dtype == torch.int64 else value.float()
+    state.update(_stacked_experts(decoded))
+    return state
+
+
+def _stacked_experts(decoded: Tensors) -> Tensors:
+    layers = sorted({int(name.split(".")[1]) for name in decoded if ".ffn.experts." in name})
+    stacked: Tensors = {}
+    for layer_idx in layers:
+        prefix = f"layers.{layer_idx}.ffn.experts."
+        num_experts = sum(name.startswith(prefix) and name.endswith(".w1") for name in decoded)
+        w1, w3, w2 = (
+            torch.stack([decoded[f"{prefix}{e}.{projection}"] for e in range(num_experts)])
+            for projection in ("w1", "w3", "w2")
+        )
+        stacked[f"model.layers.{layer_idx}.mlp.experts.gate_up_proj"] = torch.cat((w1, w3), dim=1)
+        stacked[f"model.layers.{layer_idx}.mlp.experts.down_proj"] = w2
+    return stacked
