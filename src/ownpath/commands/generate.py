@@ -2,6 +2,7 @@
 
 import argparse
 import queue
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,10 @@ if TYPE_CHECKING:
     from ownpath.commands.arguments import Subparsers
     from ownpath.commands.session import Session
     from ownpath.engine.request import Request, StepOutput
+
+
+class GenerationFailed(RuntimeError):
+    """The engine could not go on with the request."""
 
 
 def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
@@ -30,7 +35,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the answer. Errors: ValueError for what the user can cause; RuntimeError if the engine fails."""
+    """Prints the answer; 1 if the engine fails on the way. Errors: ValueError for what the user can cause."""
     from ownpath.commands.session import open_session
     from ownpath.engine.request import Request, SamplingParams
 
@@ -41,8 +46,12 @@ def run(args: argparse.Namespace) -> int:
         outputs: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
         request = Request(_prompt_ids(session, args), params, outputs.put)
         session.engine.submit([request])
-        for piece in _pieces(session, request, outputs, args):
-            print(piece, end="", flush=True)
+        try:
+            for piece in _pieces(session, request, outputs, args):
+                print(piece, end="", flush=True)
+        except GenerationFailed as error:
+            print(f"ownpath: {error}", file=sys.stderr)
+            return 1
     if not args.token_ids:
         print()
     return 0
@@ -70,7 +79,7 @@ def _pieces(
     while True:
         output = outputs.get()
         if output.error is not None:
-            raise RuntimeError(output.error)
+            raise GenerationFailed(output.error)
         text = ""
         if output.token is not None and output.finish_reason is not FinishReason.STOP:
             text = answer.feed(output.token.token_id)

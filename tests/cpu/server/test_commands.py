@@ -1,0 +1,189 @@
+"""``ownpath generate`` and ``ownpath serve``, as people start them."""
+
+import functools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from cpu.chat.small_tokenizer import small_tokenizer, tokenizer_spec
+from cpu.server.model_folder import write_model_folder
+
+from ownpath.chat.encode import Message, encode_messages
+from ownpath.cli import main
+from ownpath.commands import session
+from ownpath.model.model import Model
+
+TOKENIZER = small_tokenizer()
+load_once = functools.cache(session.load_model)
+GENERATED = ["--max-tokens", "12", "--max-model-len", "128"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model_folder(tmp_path_factory.mktemp("random-v4"))
+
+
+@pytest.fixture(autouse=True)
+def _load_each_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "load_model", load_once)
+
+
+def generate(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    assert main(["generate", *args, *GENERATED]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+def text_of(ids: list[int]) -> str:
+    return b"".join(TOKENIZER.token_bytes(i) for i in ids if not TOKENIZER.is_hidden(i)).decode("utf-8", "replace")
+
+
+def test_generate_prints_the_continuation(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = generate(capsys, str(folder), "hello")
+    ids = [int(line) for line in generate(capsys, str(folder), "hello", "--token-ids").split()]
+    assert 0 < len(ids) <= 12
+    whole = text_of(ids)
+    assert text.endswith("\n")
+    assert whole.startswith(text[:-1])
+    assert len(whole) - len(text[:-1]) <= 1, "only a character that was cut off may be missing"
+
+
+def test_generate_is_greedy_unless_told_otherwise(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(capsys, str(folder), "hello") == generate(capsys, str(folder), "hello")
+    drawn = [generate(capsys, str(folder), "hello", "--temperature", "2", "--seed", str(n)) for n in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_generate_knows_two_forms_of_prompt(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The raw form that spells the chat format out is the chat form."""
+    raw = "".join(s if isinstance(s, str) else s.text for s in encode_messages([Message("user", "hello")]))
+    chat = generate(capsys, str(folder), "hello", "--chat", "--token-ids")
+    assert generate(capsys, str(folder), raw, "--token-ids") == chat
+    assert generate(capsys, str(folder), raw, "--chat", "--token-ids") != chat
+    assert generate(capsys, str(folder), "hello", "--token-ids") != chat
+
+
+def test_generate_stops_at_a_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = generate(capsys, str(folder), "hello")
+    assert len(text) > 4
+    stopped = generate(capsys, str(folder), "hello", "--stop", text[2:4])
+    assert stopped == text[: text.index(text[2:4])] + "\n"
+
+
+def failing(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    assert main(list(args)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("ownpath: ")
+    assert captured.err.count("\n") == 1, "one line"
+    return captured.err
+
+
+def test_what_users_can_cause_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = str(folder)
+    assert "no such model folder" in failing(capsys, "generate", str(tmp_path / "nothing"), "a")
+    assert "tokenizer.json" in failing(capsys, "generate", str(tmp_path), "a")
+    assert "no such model folder" in failing(capsys, "serve", str(tmp_path / "nothing"))
+    assert "temperature" in failing(capsys, "generate", name, "a", "--temperature", "9")
+    assert "max_tokens" in failing(capsys, "generate", name, "a", "--max-tokens", "-1")
+    assert "--stop" in failing(capsys, "generate", name, "a", "--stop", "")
+    assert "the prompt has no tokens" in failing(capsys, "generate", name, "")
+    assert "maximum context of 8" in failing(capsys, "generate", name, "a" * 9, "--max-model-len", "8")
+    assert "not valid Unicode" in failing(capsys, "generate", name, "a\udcff")
+    assert "device" in failing(capsys, "generate", name, "a", "--device", "abacus")
+
+
+def test_an_engine_that_fails_is_one_line_too(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Model, "forward", lambda self, batch: torch.full((1, self.config.vocab_size), torch.nan))
+    assert main(["generate", str(folder), "a"]) == 1
+    assert capsys.readouterr() == ("", "ownpath: the model produced a logit that is not finite\n")
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_model_folder(tmp_path)
+    specials = {"<｜begin▁of▁sentence｜>": 1, "<｜end▁of▁sentence｜>": 0}
+    spec = tokenizer_spec(specials=specials)
+    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    assert "eos_token_id 1, but the tokenizer's EOS is 0" in failing(capsys, "generate", str(folder), "a")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [[], ["dance"], ["generate"], ["serve", "--port", "70000"], ["generate", "a", "--max-model-len", "0"]],
+)
+def test_wrong_usage_explains_itself(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(args)
+    assert caught.value.code == 2
+    assert "usage: ownpath" in capsys.readouterr().err
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = """
+import sys, ownpath.cli
+try:
+    ownpath.cli.main(["--help"])
+except SystemExit as end:
+    assert end.code == 0
+heavy = {"torch", "pydantic", "starlette", "uvicorn", "tokenizers"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """``ownpath serve`` as a process of its own; yields it and its base URL."""
+    command = [sys.executable, "-m", "ownpath", "serve", str(folder), "--port", "0", "--max-model-len", "4096"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        found = re.fullmatch(r"ownpath serves (\S+) at (http://127\.0\.0\.1:\d+/v1)\n", line)
+        assert found, line + process.stderr.read()
+        assert found[1] == folder.name
+        yield process, found[2]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serve_says_where_and_ends_cleanly(
+    server: tuple[subprocess.Popen[str], str], number: signal.Signals, folder: Path
+) -> None:
+    process, url = server
+    assert [model["id"] for model in httpx.get(url + "/models").json()["data"]] == [folder.name]
+    answer = httpx.post(
+        url + "/completions", json={"prompt": "hello", "max_tokens": 3, "model": folder.name}, timeout=30
+    )
+    assert answer.json()["usage"]["completion_tokens"] >= 1
+    process.send_signal(number)
+    assert process.wait(20) == 0
+    assert process.stderr is not None
+    assert process.stdout is not None
+    assert process.stderr.read() == ""
+    assert process.stdout.read() == ""
+
+
+def test_a_port_in_use_is_an_error(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        command = [sys.executable, "-m", "ownpath", "serve", str(folder), "--port", str(taken.getsockname()[1])]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 1
+    assert "address already in use" in done.stderr
+    assert "Traceback" not in done.stderr
