@@ -5,7 +5,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-_COMMANDS = ("generate", "serve")
+_COMMANDS = ("plan", "generate", "serve")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -62,9 +62,9 @@ class HyperConnection:
         """Collapses the streams into the block's input [T, D] and derives the weights for ``post``."""
         s = self.num_streams
         logits_TM = _mixing_logits(x_TSD, self.fn, self.norm_eps)
-        scale_M = torch.repeat_interleave(self.scale, torch.tensor([s, s, s * s], device=self.scale.device))
-        logits_TM = logits_TM * scale_M + self.base
-        pre, post, comb = logits_TM.split((s, s, s * s), dim=-1)
+        sizes = (s, s, s * s)
+        parts = zip(logits_TM.split(sizes, dim=-1), self.scale, self.base.split(sizes), strict=True)
+        pre, post, comb = (logits * scale + base for logits, scale, base in parts)
         comb_TSS = sinkhorn(comb.unflatten(-1, (s, s)), self.num_iters, self.eps)
         y_TD = _collapse(torch.sigmoid(pre) + self.eps, x_TSD)
         return y_TD, Mix(2 * torch.sigmoid(post), comb_TSS)

@@ -10,6 +10,8 @@ from ownpath.config import CSA_RATIO, ModelConfig
 
 
 class OpKind(StrEnum):
+    """The kinds of product a kernel can compute."""
+
     LINEAR = "linear"
     """y = x Wᵀ; several modules are rows of one fused W."""
     GROUPED = "grouped_linear"

@@ -34,7 +34,7 @@ def nvfp4_moe(
     inter, dim = w13[0].shape[1] // 2, w2[0].shape[1]
     for expert in topk_ids_TK.unique().tolist():
         token_ids, slots = torch.where(topk_ids_TK == expert)
-        gate_up_scale = w13[2][expert].repeat_interleave(inter)
+        gate_up_scale = w13[2][expert, :, None].expand(-1, inter).flatten()
         x_SD = x_TD[token_ids].to(dtype)
         gate_SF, up_SF = nvfp4_linear(x_SD, w13[0][expert], w13[1][expert], gate_up_scale).split(inter, dim=-1)
         hidden_SF = swiglu(gate_SF, up_SF, swiglu_limit).to(x_TD.dtype).to(dtype)

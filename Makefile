@@ -1,0 +1,41 @@
+# demo: the main job. test: what CI runs. The rest are parts of these, or need a GPU.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint type test-gpu bench size
+
+demo: $(VENV)/.base
+	$(BIN)/python tools/demo.py
+
+test: lint type
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(VENV)/.dev
+	$(BIN)/mypy
+
+# On a machine with a CUDA device, with the interpreter that has torch there: make test-gpu PYTHON=python3
+test-gpu:
+	PYTHONPATH=src $(PYTHON) -m pytest --device cuda
+
+bench: $(VENV)/.base
+	$(BIN)/python bench/first_light.py --out bench/results/first_light.jsonl
+
+size: $(VENV)/.dev
+	$(BIN)/python tools/size.py
+
+# torch first, alone: whatever depends on it must not choose another build.
+$(VENV)/.base: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) --editable '.[dev]'
+	touch $@

@@ -1,0 +1,164 @@
+"""The house rules that a test can hold: import direction, purity, banned calls, file and function sizes."""
+
+import ast
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import ownpath
+
+PACKAGE = Path(ownpath.__file__).parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+ROOMS = (
+    ("config", "formats"),
+    ("qtensor",),
+    ("numerics",),
+    ("checkpoint",),
+    ("plan",),
+    ("weights",),
+    ("kernels",),
+    ("runners",),
+    ("model",),
+    ("loading",),
+    ("engine", "chat"),
+    ("server",),
+    ("commands",),
+    ("cli",),
+    ("__main__",),
+)
+"""Top to bottom: a room imports only from rooms above it, or from itself. Rooms on one line do not see each other."""
+
+LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_imports_of(path: Path) -> set[str]:
+    names = (name.split(".") for name in imports_of(path) if name.startswith("ownpath."))
+    return {parts[1] for parts in names if parts[1] in LEVEL}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_rooms_import_only_from_above(path: Path) -> None:
+    room = room_of(path)
+    if room == "__init__":
+        return
+    assert room in LEVEL, f"{room} is not on the map"
+    for imported in own_imports_of(path) - {room}:
+        assert LEVEL[imported] < LEVEL[room], f"{path}: {room} imports {imported}"
+
+
+@pytest.mark.parametrize(
+    ("room", "forbidden"),
+    [("kernels", {"model", "weights"}), ("model", {"kernels", "weights", "checkpoint", "plan"}), ("chat", {"config"})],
+)
+def test_rooms_that_must_not_meet(room: str, forbidden: set[str]) -> None:
+    for path in (PACKAGE / room).rglob("*.py"):
+        assert not own_imports_of(path) & forbidden, path
+
+
+@pytest.mark.parametrize(
+    ("module", "banned"),
+    [
+        ("plan", "torch"),
+        ("chat", "torch"),
+        ("server", "torch"),
+        ("engine/scheduler.py", "torch"),
+        ("formats.py", "torch"),
+    ],
+)
+def test_pure_rooms_do_not_import_torch(module: str, banned: str) -> None:
+    target = PACKAGE / module
+    for path in [target] if target.suffix else target.rglob("*.py"):
+        assert banned not in {name.split(".")[0] for name in imports_of(path)}, path
+
+
+def test_nothing_from_config_to_weights_touches_cuda() -> None:
+    for path in SOURCES:
+        if room_of(path) in LEVEL and LEVEL[room_of(path)] <= LEVEL["weights"]:
+            assert "torch.cuda" not in path.read_text(encoding="utf-8"), path
+
+
+BANNED_CALLS = {"eval", "exec", "compile", "__import__"}
+BANNED_IMPORTS = {"pickle", "dill", "marshal", "shelve", "cloudpickle"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_code_from_data(path: Path) -> None:
+    """No pickle, eval, exec, torch.load, trust_remote_code or shell: data never becomes code."""
+    assert not {name.split(".")[0] for name in imports_of(path)} & BANNED_IMPORTS
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in BANNED_CALLS | {"torch.load", "os.system"}, f"{path}: {called}"
+            names = {keyword.arg for keyword in node.keywords}
+            assert not names & {"trust_remote_code"}, path
+            assert not any(k.arg == "shell" and ast.unparse(k.value) == "True" for k in node.keywords), path
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_exception_is_swallowed(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"{path}:{node.lineno} bare except"
+            broad = ast.unparse(node.type) in ("Exception", "BaseException")
+            silent = all(isinstance(statement, ast.Pass) for statement in node.body)
+            assert not (broad and silent), f"{path}:{node.lineno} swallows everything"
+
+
+def functions() -> list[tuple[Path, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                found.append((path, node))
+    return found
+
+
+def body_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function without its docstring."""
+    body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+    return sum((statement.end_lineno or 0) - statement.lineno + 1 for statement in body)
+
+
+def test_functions_are_small() -> None:
+    sizes = sorted(body_lines(node) for _, node in functions())
+    assert statistics.median(sizes) <= 15
+    assert sizes[int(0.9 * len(sizes))] <= 50
+
+
+def test_functions_take_at_most_eight_parameters() -> None:
+    for path, node in functions():
+        arguments = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        count = len([name for name in arguments if name not in ("self", "cls")])
+        assert count <= 8, f"{path}: {node.name} takes {count}"
+
+
+def test_files_are_one_room_with_one_job() -> None:
+    for path in SOURCES:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path
+
+
+def test_public_functions_say_what_they_compute() -> None:
+    missing = []
+    for path in SOURCES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            named = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            if named and not node.name.startswith("_") and ast.get_docstring(node) is None:
+                missing.append(f"{path.name}:{node.name}")
+    assert not missing

@@ -1,0 +1,200 @@
+"""The plan: decided from headers alone, per tensor, with a reason; a refusal names what is lacking."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.checkpoints import LAYOUTS, SMALL, random_checkpoint
+
+from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.checkpoint.schema import ENCODINGS, MODELOPT_NVFP4, NATIVE_FP8, PLAIN_BF16
+from ownpath.checkpoint.writer import INDEX_NAME
+from ownpath.cli import main
+from ownpath.config import EngineConfig, ModelConfig
+from ownpath.formats import BF16, FP8_BLOCK, MXFP4, NVFP4
+from ownpath.kernels.registry import KERNELS
+from ownpath.loading import load_model, plan_model
+from ownpath.model.batch import ForwardBatch
+from ownpath.numerics import quantize_fp8_block, quantize_nvfp4
+from ownpath.plan.opspec import OpKind, model_ops
+from ownpath.plan.plan import PlanError, make_plan
+from ownpath.plan.select import CATALOGUE, Caps, Choice, KernelSpec, Refusal, select
+from ownpath.plan.show import plan_rows, plan_text
+
+CPU = Caps("cpu", "CPU")
+
+
+def test_every_module_has_its_format_runner_and_kernel(tmp_path: Path) -> None:
+    random_checkpoint(tmp_path, "full-nvfp4")
+    plan = plan_model(tmp_path, "cpu")
+    decided = {op.spec.slot: (op.encoding.format, op.choice.kernel.runner) for op in plan.ops}
+    assert decided["layers.0.attn.wqa_wkv"] == (NVFP4, "Nvfp4Linear")
+    assert decided["layers.1.attn.indexer.wq_b"] == (FP8_BLOCK, "Fp8Linear")
+    assert decided["layers.4.attn.wo_a"] == (BF16, "GroupedLinear")
+    assert decided["layers.2.attn.compressor.wkv_wgate"] == (BF16, "PlainLinear")
+    assert decided["layers.3.ffn.experts"] == (NVFP4, "Nvfp4MoE")
+    assert decided["head"] == (BF16, "PlainLinear")
+    assert [op.spec for op in plan.ops] == list(model_ops(plan.config))
+    assert all(op.choice.why for op in plan.ops)
+
+
+def test_the_plan_moves_no_weight_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random_checkpoint(tmp_path, "full-nvfp4")
+
+    class HeadersOnly:
+        """safe_open without the calls that read data."""
+
+        def __init__(self, path: Path, framework: str) -> None:
+            self._open = real(path, framework=framework)
+
+        def __enter__(self) -> "HeadersOnly":
+            self._shard = self._open.__enter__()
+            return self
+
+        def __exit__(self, *args: object) -> None:
+            self._open.__exit__(*args)
+
+        def keys(self) -> list[str]:
+            return list(self._shard.keys())
+
+        def get_slice(self, name: str) -> "Header":
+            return Header(self._shard.get_slice(name))
+
+    class Header:
+        def __init__(self, part: object) -> None:
+            self.get_dtype, self.get_shape = part.get_dtype, part.get_shape  # type: ignore[attr-defined]
+
+    import ownpath.checkpoint.index as index_module
+
+    real = index_module.safe_open
+    monkeypatch.setattr(index_module, "safe_open", HeadersOnly)
+    assert plan_model(tmp_path, "cpu").ops
+
+
+def test_the_format_is_read_off_the_tensor_not_the_config(tmp_path: Path) -> None:
+    """A config that calls everything FP8 changes nothing: exports write different things there."""
+    checkpoint = random_checkpoint(tmp_path, "full-nvfp4")
+    claimed = {"quantization_config": {"quant_method": "fp8", "moe_quant_algo": None, "ignore": ["*"]}}
+    (tmp_path / "config.json").write_text(json.dumps(checkpoint.fields | claimed))
+    formats = {op.encoding.format for op in plan_model(tmp_path, "cpu").ops}
+    assert formats == {NVFP4, FP8_BLOCK, BF16}
+
+
+def test_a_fused_slot_stored_in_two_formats_becomes_two_ops(tmp_path: Path) -> None:
+    """wq_a NVFP4 beside wkv BF16: two kernels, one slot, the right sum of rows."""
+    checkpoint = random_checkpoint(tmp_path, "full-nvfp4")
+    name = "layers.0.attn.wkv"
+    plain = checkpoint.decoded[name].to(torch.bfloat16)
+    index = json.loads((tmp_path / INDEX_NAME).read_text())
+    for key in MODELOPT_NVFP4.keys(name):
+        shard = tmp_path / index["weight_map"].pop(key)
+        save_file({k: v for k, v in load_file(shard).items() if k != key}, shard)
+    save_file({f"{name}.weight": plain}, tmp_path / "extra.safetensors")
+    index["weight_map"][f"{name}.weight"] = "extra.safetensors"
+    (tmp_path / INDEX_NAME).write_text(json.dumps(index))
+    plan = plan_model(tmp_path, "cpu")
+    shards = plan.ops_of("layers.0.attn.wqa_wkv")
+    assert [op.choice.kernel.runner for op in shards] == ["Nvfp4Linear", "PlainLinear"]
+    assert [op.label for op in shards] == ["layers.0.attn.wq_a", name]
+    model = load_model(tmp_path, EngineConfig(max_model_len=64))
+    logits = model.forward(ForwardBatch.of([([1, 2, 3], model.new_cache())], "cpu"))
+    assert torch.isfinite(logits).all()
+    runs = {slot: runner for slot, (runner, _) in model.ledger.kernels.items()}
+    assert runs["layers.0.attn.wqa_wkv"] == "Nvfp4Linear+PlainLinear"
+
+
+def test_experts_of_one_layer_must_agree(tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(tmp_path, "full-nvfp4")
+    index = CheckpointIndex.open(tmp_path)
+    infos = dict(index.tensors)
+    module = "layers.1.ffn.experts.2.w3"
+    for key in MODELOPT_NVFP4.keys(module):
+        del infos[key]
+    shape = tuple(checkpoint.decoded[module].shape)
+    infos[f"{module}.weight"] = type(index["norm.weight"])(f"{module}.weight", "BF16", shape, tmp_path)
+    with pytest.raises(ValueError, match=f"'{module}' is bf16; experts of one layer must agree"):
+        make_plan(checkpoint.config, CheckpointIndex(tmp_path, infos), CPU)  # type: ignore[arg-type]
+
+
+def test_a_refusal_says_what_each_candidate_lacks() -> None:
+    refusal = select(OpKind.MOE, MXFP4, CPU)
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason == "no moe kernel for MXFP4: ref.nvfp4_moe takes NVFP4"
+    hopper_only = KernelSpec("x.fast", OpKind.LINEAR, (NVFP4,), "Nvfp4Linear", "row_major", "fast", min_sm=90)
+    on_cpu = select(OpKind.LINEAR, NVFP4, CPU, (hopper_only,))
+    assert isinstance(on_cpu, Refusal)
+    assert "x.fast needs sm_90, this is CPU" in on_cpu.reason
+    on_hopper = select(OpKind.LINEAR, NVFP4, Caps("cuda", "H200", 90), (hopper_only, *CATALOGUE))
+    assert on_hopper == Choice(hopper_only, "fast")
+
+
+def test_a_module_no_kernel_runs_is_an_error_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = random_checkpoint(tmp_path, "full-nvfp4")
+    monkeypatch.setattr("ownpath.plan.plan.select", lambda kind, stored, caps: Refusal(f"no kernel for {stored}"))
+    with pytest.raises(PlanError, match=r"layers.0.attn.wqa_wkv: no kernel for NVFP4"):
+        make_plan(checkpoint.config, CheckpointIndex.open(tmp_path), CPU)
+
+
+def test_every_catalogued_kernel_is_registered() -> None:
+    assert {kernel.name for kernel in CATALOGUE} == set(KERNELS)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_runs_is_what_was_planned(layout: str, tmp_path: Path, device: torch.device) -> None:
+    """After one step the ledger holds every slot of the plan, under the plan's runner and kernel, and no other."""
+    random_checkpoint(tmp_path, layout)
+    plan = plan_model(tmp_path, str(device))
+    model = load_model(tmp_path, EngineConfig(device=str(device), max_model_len=64))
+    model.forward(ForwardBatch.of([([5, 6, 7, 8, 9], model.new_cache())], device))
+    planned = {op.spec.slot: (op.choice.kernel.runner, op.choice.kernel.name) for op in plan.ops}
+    assert {slot: model.ledger.kernels[slot] for slot in model.ledger.calls} == planned
+    assert sum(modules for _, _, modules, _ in model.ledger.summary()) == len(planned)
+
+
+def test_text_folds_equal_layers_and_keeps_every_module(tmp_path: Path) -> None:
+    random_checkpoint(tmp_path, "modelopt-experts-only")
+    plan = plan_model(tmp_path, "cpu")
+    rows = plan_rows(plan)
+    assert sum(max(1, len(row.layers)) for row in rows) == len(plan.ops)
+    text = plan_text(plan)
+    assert "layers.{0-4}.ffn.experts " in text
+    assert "layers.{1,3}.attn.indexer.wq_b " in text
+    assert "ref.nvfp4_moe on NVFP4: W4A16 per expert" in text
+
+
+def test_the_command_prints_and_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    random_checkpoint(tmp_path / "model", "full-nvfp4")
+    assert main(["plan", str(tmp_path / "model"), "--json"]) == 0
+    entries = json.loads(capsys.readouterr().out)["ops"]
+    assert {entry["slot"] for entry in entries} == {op.slot for op in model_ops(ModelConfig.from_dict(SMALL))}
+    assert main(["plan", str(tmp_path / "absent")]) == 2
+    assert "config.json: no such file" in capsys.readouterr().err
+    assert main(["plan", str(tmp_path / "model"), "--device", "tpu"]) == 2
+    assert "device 'tpu'" in capsys.readouterr().err
+
+
+def test_encodings_are_told_apart_and_round_trip(tmp_path: Path) -> None:
+    """What an encoding writes is what detection reads back: names, dtypes and shapes, in both directions."""
+    from ownpath.checkpoint.schema import ModuleSpec, detect
+    from ownpath.checkpoint.writer import write_checkpoint
+    from ownpath.qtensor import QuantTensor
+
+    weight = torch.randn(130, 256, generator=torch.Generator().manual_seed(0))
+    stored = {
+        MODELOPT_NVFP4: quantize_nvfp4(weight),
+        NATIVE_FP8: quantize_fp8_block(weight),
+        PLAIN_BF16: QuantTensor(weight.bfloat16(), None, None, BF16),
+    }
+    for encoding, quantized in stored.items():
+        folder = tmp_path / encoding.name
+        write_checkpoint(folder, encoding.encode("m", quantized, torch.tensor(0.01)), 2**20)
+        index = CheckpointIndex.open(folder)
+        assert set(index.tensors) == set(encoding.keys("m"))
+        assert detect(index, ModuleSpec("m", (130, 256))) is encoding
+    assert set(stored) < set(ENCODINGS)
+    with pytest.raises(ValueError, match="a BF16 weight cannot be stored as modelopt-nvfp4"):
+        list(MODELOPT_NVFP4.encode("m", stored[PLAIN_BF16]))
+    with pytest.raises(ValueError, match=r"m\.input_scale: modelopt-nvfp4 needs it"):
+        list(MODELOPT_NVFP4.encode("m", stored[MODELOPT_NVFP4]))
