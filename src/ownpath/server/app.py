@@ -37,4 +37,7 @@ def create_app(engine: Engine, tokenizer: Tokenizer, model_id: str, limits: Limi
         HTTPException: errors.on_http_error,
         Exception: errors.on_unexpected_error,
     }
-    return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+    # A redirect would be built from the client's own Host header, and POST clients do not follow it anyway.
+    app.router.redirect_slashes = False
+    return app

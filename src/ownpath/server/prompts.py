@@ -10,7 +10,7 @@ from ownpath.chat.tokenizer import Tokenizer, TokenizerError
 from ownpath.server.errors import ApiError, bad_request
 from ownpath.server.protocol import ChatRequest, CompletionRequest
 
-# Tokenising this much takes about a millisecond; longer texts would hold up other requests.
+# Tokenising this much takes a millisecond or two; longer texts would hold up other requests.
 _INLINE_CHARS = 4096
 
 

@@ -4,7 +4,8 @@ import itertools
 from typing import Any
 
 import pytest
-from cpu.chat.small_tokenizer import FIRST_BYTE_ID
+import torch
+from cpu.chat.small_tokenizer import FIRST_BYTE_ID, tokenizer_spec
 from cpu.engine.fake_model import EOS_ID
 from cpu.server.harness import (
     HELLO,
@@ -19,6 +20,7 @@ from cpu.server.harness import (
 )
 
 from ownpath.chat.encode import SPECIALS
+from ownpath.chat.tokenizer import Tokenizer
 
 PATH = "/v1/chat/completions"
 
@@ -139,6 +141,14 @@ def test_stop_strings_across_token_boundaries(stop: Any, text: str, num_tokens: 
         assert served.settled(), "the rest of the answer is not generated for nobody"
 
 
+def test_eos_is_not_text_even_if_the_tokenizer_does_not_mark_it_special() -> None:
+    spec = tokenizer_spec()
+    for token in spec["added_tokens"]:
+        token["special"] = False
+    with harness(saying("hi", chat_ids("hello")), Tokenizer(spec)) as served:
+        assert served.chat()["choices"][0]["message"]["content"] == "hi"
+
+
 def test_characters_split_over_tokens_stream_whole() -> None:
     text = "naïve 🙂 日本"
     with harness(saying(text, chat_ids("hello"))) as served:
@@ -229,7 +239,6 @@ def test_max_completion_tokens_is_max_tokens(served: Harness) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_model_that_breaks_in_the_middle(stream: bool) -> None:
     """The start of a stream cannot be taken back: the error is its last event, and there is no [DONE]."""
-    import torch
 
     class Breaking:
         def __init__(self) -> None:

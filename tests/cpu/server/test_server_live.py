@@ -120,6 +120,22 @@ def leave_after_asking(url: str, is_stream: bool, num_bytes_read: int) -> None:
             time.sleep(10 * STEP_S)
 
 
+def test_nothing_is_generated_after_a_stop_string(live: tuple[Harness, str]) -> None:
+    """The answer would be 250 tokens; its sixth character ends it."""
+    served, url = live
+    body = {"messages": HELLO, "temperature": 0}
+    answer = httpx.post(url + "/v1/chat/completions", json=body | {"max_tokens": 30}, timeout=WAIT_S).json()
+    text = answer["choices"][0]["message"]["content"]
+    assert len(text) > 6
+    assert served.settled()
+    before = served.model.num_steps
+    answer = httpx.post(url + "/v1/chat/completions", json=body | {"stop": text[3:6]}, timeout=WAIT_S).json()
+    assert answer["choices"][0]["message"]["content"] == text[: text.index(text[3:6])]
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert served.settled()
+    assert served.model.num_steps - before < 150
+
+
 @pytest.mark.parametrize("is_stream", [True, False])
 def test_who_leaves_is_not_generated_for(live: tuple[Harness, str], is_stream: bool) -> None:
     """T17: an answer of 250 tokens takes half a second here; after the client is gone it ends within a few steps."""
