@@ -1,6 +1,8 @@
 """Every field is honoured or refused by name; defaults that ask for nothing are accepted."""
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +10,15 @@ from cpu.server.harness import HELLO
 
 from ownpath.server import fields
 from ownpath.server.errors import ApiError
-from ownpath.server.protocol import MAX_STOP_CHARS, MAX_STOPS, read_chat_request, read_completion_request
+from ownpath.server.protocol import (
+    MAX_STOP_CHARS,
+    MAX_STOPS,
+    ChatRequest,
+    CompletionRequest,
+    StreamOptions,
+    read_chat_request,
+    read_completion_request,
+)
 
 CHAT: dict[str, Any] = {"messages": HELLO}
 COMPLETION: dict[str, Any] = {"prompt": "hello"}
@@ -181,3 +191,11 @@ def test_stop_as_text_and_as_list() -> None:
 
 def test_integers_are_numbers() -> None:
     assert read_chat_request(CHAT | {"temperature": 1, "top_p": 1}).temperature == 1.0
+
+
+def test_the_documentation_names_every_field() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+)`", text))
+    honoured = {*ChatRequest.model_fields, *CompletionRequest.model_fields, *StreamOptions.model_fields}
+    refused = {*fields.CHAT, *fields.COMPLETION, *fields.MESSAGE, *fields.STREAM_OPTIONS}
+    assert honoured | refused <= named, (honoured | refused) - named
