@@ -45,10 +45,12 @@ class ClientGone(Exception):
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """400: what the client sent is at fault."""
     return ApiError(400, message, param=param, code=code)
 
 
 def overloaded(message: str) -> ApiError:
+    """503: there is no room now; the client is told when to come back."""
     return ApiError(503, message, code="overloaded", headers={"Retry-After": _RETRY_AFTER_S})
 
 
@@ -59,6 +61,7 @@ def shorten(value: object, limit: int = 60) -> str:
 
 
 async def on_api_error(request: Request, error: Exception) -> Response:
+    """Our own errors, wherever they were raised."""
     assert isinstance(error, ApiError)
     return error.response()
 
@@ -72,6 +75,7 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 
 
 async def on_client_gone(request: Request, error: Exception) -> Response:
+    """Nobody reads this; 499 is what logs of other servers call it."""
     return Response(status_code=499)
 
 

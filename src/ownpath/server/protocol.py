@@ -66,6 +66,8 @@ def _content(value: Any) -> str:
 
 
 class StreamOptions(_Strict):
+    """What a stream ends with."""
+
     include_usage: bool = False
 
 
@@ -83,6 +85,8 @@ class _GenerationRequest(_Strict):
 
 
 class ChatMessage(_Strict):
+    """One turn of the conversation; a list of text parts has become one text."""
+
     role: str
     content: Annotated[str, BeforeValidator(_content)]
 
