@@ -1,6 +1,7 @@
-"""Serve the model over HTTP, in OpenAI's shape, until interrupted or terminated."""
+"""Serve the model over HTTP, in OpenAI's shape, until interrupted or terminated; then say which runners ran."""
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 from ownpath.commands.arguments import add_engine_arguments, add_model_argument
@@ -29,7 +30,10 @@ def run(args: argparse.Namespace) -> int:
     with open_session(args) as session:
         model_id = args.served_model_name or session.folder.resolve().name
         app = create_app(session.engine, session.tokenizer, model_id)
-        return run_server(app, session.engine, args.host, args.port, model_id)
+        code = run_server(app, session.engine, args.host, args.port, model_id)
+        for runner, kernel, num_modules, num_calls in session.ledger.summary():
+            print(f"ran: {num_modules} modules on {runner} ({kernel}), {num_calls} calls", file=sys.stderr)
+        return code
 
 
 def _port(text: str) -> int:

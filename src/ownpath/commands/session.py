@@ -10,6 +10,7 @@ from ownpath.chat.tokenizer import Tokenizer
 from ownpath.config import EngineConfig
 from ownpath.engine.engine import Engine
 from ownpath.loading import default_model_dir, device_caps, load_model
+from ownpath.runners import Ledger
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Session:
     folder: Path
     tokenizer: Tokenizer
     engine: Engine
+    ledger: Ledger
 
 
 @contextlib.contextmanager
@@ -40,6 +42,6 @@ def open_session(args: argparse.Namespace) -> Iterator[Session]:
     engine = Engine(model, config, tokenizer.num_tokens)
     engine.start()
     try:
-        yield Session(folder, tokenizer, engine)
+        yield Session(folder, tokenizer, engine, model.ledger)
     finally:
         engine.stop()
