@@ -23,16 +23,16 @@ def row(temperature: float = 1.0, top_p: float = 1.0, seed: int | None = 0) -> S
     return SampleRow(params, new_generator(params))
 
 
-def test_greedy_takes_the_likeliest_and_needs_no_random_numbers() -> None:
-    logits = torch.tensor([[0.0, 2.0, 1.0], [5.0, 2.0, 1.0]])
+def test_greedy_takes_the_likeliest_and_needs_no_random_numbers(device: torch.device) -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0], [5.0, 2.0, 1.0]], device=device)
     greedy = row(temperature=0)
     assert greedy.generator is None
     assert choose_tokens(logits, [greedy, greedy]) == [1, 0]
 
 
-def test_frequencies_follow_the_softmax_of_the_scaled_logits() -> None:
+def test_frequencies_follow_the_softmax_of_the_scaled_logits(device: torch.device) -> None:
     """20,000 draws; each count is binomial, so 5 standard deviations fail once in about a million runs per token."""
-    logits, temperature, num_draws = torch.tensor([0.0, 1.0, -1.0, 0.5]), 0.7, 20_000
+    logits, temperature, num_draws = torch.tensor([0.0, 1.0, -1.0, 0.5], device=device), 0.7, 20_000
     sampler = row(temperature)
     counts = torch.zeros(4)
     for token_id in choose_tokens(logits.expand(num_draws, 4), [sampler] * num_draws):
@@ -48,22 +48,26 @@ def test_frequencies_follow_the_softmax_of_the_scaled_logits() -> None:
     ("top_p", "allowed"),
     [(1.0, {0, 1, 2, 3}), (0.95, {0, 1, 2}), (0.7, {0, 1}), (0.5, {0}), (0.51, {0, 1}), (1e-9, {0})],
 )
-def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(top_p: float, allowed: set[int]) -> None:
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64).log()
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(
+    top_p: float, allowed: set[int], device: torch.device
+) -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64, device=device).log()
     sampler = row(top_p=top_p)
     assert set(choose_tokens(logits.expand(2000, 4), [sampler] * 2000)) == allowed
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-9, 1e-3])
-def test_a_tiny_temperature_is_greedy_not_nan(temperature: float) -> None:
-    logits = torch.tensor([[1.0, 3.0, 2.0], [1e30, -1e30, 0.0]])
+def test_a_tiny_temperature_is_greedy_not_nan(temperature: float, device: torch.device) -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0], [1e30, -1e30, 0.0]], device=device)
     assert choose_tokens(logits, [row(temperature), row(temperature)]) == [1, 0]
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 2**32), st.sampled_from([0.3, 1.0, 2.0]), st.sampled_from([0.1, 0.9, 1.0]))
-def test_a_row_does_not_depend_on_its_neighbours(seed: int, temperature: float, top_p: float) -> None:
-    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(seed))
+def test_a_row_does_not_depend_on_its_neighbours(
+    device: torch.device, seed: int, temperature: float, top_p: float
+) -> None:
+    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(seed)).to(device)
     rows = [row(temperature, top_p, seed + n) for n in range(4)] + [row(temperature=0)]
     together = choose_tokens(logits, rows)
     rows = [row(temperature, top_p, seed + n) for n in range(4)] + [row(temperature=0)]
@@ -85,8 +89,8 @@ def test_seeds() -> None:
     assert draws(-(2**63)) != draws(2**63 - 1)
 
 
-def test_scores_are_the_models_own_log_probabilities() -> None:
-    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+def test_scores_are_the_models_own_log_probabilities(device: torch.device) -> None:
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).to(device)
     scored = score_tokens(logits, [4, 0, 49], 5)
     for n, (token_id, entry) in enumerate(zip([4, 0, 49], scored, strict=True)):
         total = math.log(sum(math.exp(float(value)) for value in logits[n]))

@@ -104,11 +104,15 @@ def eventually(condition: Any) -> bool:
 
 @contextlib.contextmanager
 def harness(
-    model: Any = None, tokenizer: Tokenizer = TOKENIZER, limits: Limits | None = None, max_num_queued: int = 64
+    model: Any = None,
+    tokenizer: Tokenizer = TOKENIZER,
+    limits: Limits | None = None,
+    max_num_queued: int = 64,
+    device: str = "cpu",
 ) -> Iterator[Harness]:
     """Default model: reproducible random logits that never end an answer by themselves."""
     model = model or FakeModel(random_rule(VOCAB), VOCAB, MAX_MODEL_LEN)
-    config = EngineConfig(max_model_len=MAX_MODEL_LEN, max_num_seqs=8, max_prefill_tokens=64)
+    config = EngineConfig(device, max_model_len=MAX_MODEL_LEN, max_num_seqs=8, max_prefill_tokens=64)
     engine = Engine(model, config, tokenizer.num_tokens, max_num_queued)
     engine.start()
     try:

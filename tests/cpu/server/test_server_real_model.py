@@ -18,20 +18,20 @@ TOLERANCE = 5 * 64 * 2**-23
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+def model(tmp_path_factory: pytest.TempPathFactory, device: torch.device) -> Model:
     folder = write_model_folder(tmp_path_factory.mktemp("model"))
-    return load_model(folder, EngineConfig(max_model_len=MAX_MODEL_LEN))
+    return load_model(folder, EngineConfig(device=str(device), max_model_len=MAX_MODEL_LEN))
 
 
 @pytest.fixture(scope="module")
-def served(model: Model) -> Iterator[Harness]:
-    with harness(model) as running:
+def served(model: Model, device: torch.device) -> Iterator[Harness]:
+    with harness(model, device=str(device)) as running:
         yield running
 
 
 def direct_logprobs(model: Model, ids: list[int]) -> torch.Tensor:
-    batch = ForwardBatch.of([(ids, model.new_cache())], "cpu", all_logits=True)
-    return model.forward(batch)[:, : TOKENIZER.num_tokens].log_softmax(-1)
+    batch = ForwardBatch.of([(ids, model.new_cache())], model.cache_spec.device, all_logits=True)
+    return model.forward(batch)[:, : TOKENIZER.num_tokens].log_softmax(-1).cpu()
 
 
 def test_echo_scores_are_those_of_a_direct_forward(model: Model, served: Harness) -> None:
