@@ -170,12 +170,17 @@ def test_serve_says_where_and_ends_cleanly(
     answer = httpx.post(
         url + "/completions", json={"prompt": "hello", "max_tokens": 3, "model": folder.name}, timeout=30
     )
-    assert answer.json()["usage"]["completion_tokens"] >= 1
+    num_steps = answer.json()["usage"]["completion_tokens"]
+    assert 1 <= num_steps <= 3
     process.send_signal(number)
     assert process.wait(20) == 0
     assert process.stderr is not None
     assert process.stdout is not None
-    assert process.stderr.read() == ""
+    ran = [re.fullmatch(r"ran: (\d+) modules on \w+ \(ref\.\w+\), (\d+) calls\n", line) for line in process.stderr]
+    assert ran, "the end says what ran"
+    for match in ran:
+        assert match
+        assert int(match[2]) == int(match[1]) * num_steps, "every module ran once for each generated token"
     assert process.stdout.read() == ""
 
 
