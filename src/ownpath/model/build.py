@@ -58,9 +58,13 @@ class Builder:
         return self.params[f"{name}_fn"], self.params[f"{name}_base"], self.params[f"{name}_scale"]
 
     def _hyper(self, name: str) -> HyperConnection:
-        config = self.config
-        sizes = (config.hc_mult, config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps)
-        return HyperConnection(*self._hyper_tensors(name), *sizes)
+        return HyperConnection(
+            *self._hyper_tensors(name),
+            num_streams=self.config.hc_mult,
+            num_iters=self.config.hc_sinkhorn_iters,
+            eps=self.config.hc_eps,
+            norm_eps=self.config.rms_norm_eps,
+        )
 
     def _block(self, layer_idx: int, compress_rope: Rope) -> Block:
         layer = f"layers.{layer_idx}"

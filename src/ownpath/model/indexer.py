@@ -30,11 +30,12 @@ class Indexer:
 
     def queries(self, qr_TR: torch.Tensor, rotation: Rotation) -> torch.Tensor:
         """Rotated index queries [T, I, H]."""
-        return rotation.apply(self.wq_b(qr_TR).unflatten(-1, (self.num_heads, self.head_dim)))
+        q_TIH: torch.Tensor = self.wq_b(qr_TR).unflatten(-1, (self.num_heads, self.head_dim))
+        return rotation.apply(q_TIH)
 
     def head_weights(self, x_TD: torch.Tensor) -> torch.Tensor:
         """w [T, I], with both softmax scales folded in."""
-        weights_TI = self.weights_proj(x_TD)
+        weights_TI: torch.Tensor = self.weights_proj(x_TD)
         return weights_TI.to(wide_dtype(weights_TI.dtype)) * (self.head_dim**-0.5 * self.num_heads**-0.5)
 
     def select(

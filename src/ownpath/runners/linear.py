@@ -65,8 +65,8 @@ class Nvfp4Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         require_input(x, self.in_features, self.weight)
-        y = self._kernel(x.flatten(0, -2), self.weight, self.weight_scale, self.weight_scale_2)
-        return y.unflatten(0, x.shape[:-1])
+        y: torch.Tensor = self._kernel(x.flatten(0, -2), self.weight, self.weight_scale, self.weight_scale_2)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 class Fp8Linear:
@@ -92,7 +92,8 @@ class Fp8Linear:
         require_input(x, self.in_features, self.shards[0][0])
         rows = x.flatten(0, -2)
         y = [self._kernel(rows, weight, scale) for weight, scale in self.shards]
-        return (y[0] if len(y) == 1 else torch.cat(y, dim=-1)).unflatten(0, x.shape[:-1])
+        fused: torch.Tensor = y[0] if len(y) == 1 else torch.cat(y, dim=-1)
+        return fused.view(*x.shape[:-1], self.out_features)
 
 
 class PlainLinear:
@@ -147,4 +148,5 @@ class GroupedLinear:
         require_input(x, self.in_features, self.weight_GRI)
         if x.shape[-2] != self.num_groups:
             raise ValueError(f"x has {x.shape[-2]} groups, the weight {self.num_groups}")
-        return self._kernel(x.flatten(0, -3), self.weight_GRI).unflatten(0, x.shape[:-2])
+        y: torch.Tensor = self._kernel(x.flatten(0, -3), self.weight_GRI)
+        return y.reshape(*x.shape[:-1], self.out_features)
