@@ -87,7 +87,7 @@ def error(response: httpx.Response, status: int) -> dict[str, Any]:
     assert list(body["error"]) == ["message", "type", "param", "code"]
     assert body["error"]["type"] == ("invalid_request_error" if status < 500 else "server_error")
     assert len(response.content) < 1500
-    for leak in ("Traceback", ".py", "/home", "/work", "/usr", "0x"):
+    for leak in ("Traceback", ".py", "/home", "/root", "/tmp", "/usr", "0x"):
         assert leak not in body["error"]["message"]
     found: dict[str, Any] = body["error"]
     return found
