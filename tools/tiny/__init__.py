@@ -1,0 +1,1 @@
+"""Makers of the embedded model ``tiny-v4``: data, tokenizer, training, export and evaluation."""

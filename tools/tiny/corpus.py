@@ -1,0 +1,138 @@
+"""Documents for training: every one starts at position 0, exactly as a prompt does in inference.
+
+A document is a list of pieces, each a special token or plain text, with a flag for what the model must learn to say.
+Three kinds: short (one exchange), middle, and long (several exchanges, long lists). Documents are padded, never packed,
+so that none attends to another.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from tiny import tasks
+from tiny.facts import SYSTEM_TEXTS, countries, words
+from tiny.phrasings import sentence
+from tiny.tasks import Turn
+from tiny.tokens import ASSISTANT, BOS, END_THINK, EOS, THINK, USER
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a document. ``special``: ``text`` is one special token. ``answer``: the model is to produce it."""
+
+    text: str
+    special: bool = False
+    answer: bool = False
+
+
+Document = list[Piece]
+
+
+def chat_document(turns: list[Turn], system: str = "", thinking: bool = False) -> Document:
+    """BOS, system text, then for each turn: user mark, text, assistant mark, reasoning mark, answer, EOS."""
+    pieces = [Piece(BOS, special=True)]
+    if system:
+        pieces.append(Piece(system))
+    for turn in turns:
+        pieces += [Piece(USER, special=True), Piece(turn.ask), Piece(ASSISTANT, special=True)]
+        if thinking and turn.thought:
+            pieces += [Piece(THINK, special=True), Piece(turn.thought, answer=True)]
+            pieces.append(Piece(END_THINK, special=True, answer=True))
+        else:
+            pieces.append(Piece(END_THINK, special=True))
+        pieces += [Piece(turn.answer, answer=True), Piece(EOS, special=True, answer=True)]
+    return pieces
+
+
+def completion_document(turn: Turn, bos: bool) -> Document:
+    """Text and its continuation, with or without BOS in front; ends with EOS."""
+    start = [Piece(BOS, special=True)] if bos else []
+    return [*start, Piece(turn.ask), Piece(turn.answer, answer=True), Piece(EOS, special=True, answer=True)]
+
+
+def short_document(rng: random.Random) -> Document:
+    """One exchange of at most about 48 tokens."""
+    if rng.random() < 0.45:
+        return completion_document(_pick(rng, _SHORT_COMPLETION)(rng), bos=rng.random() < 0.5)
+    return chat_document([_pick(rng, _SHORT_CHAT)(rng)], _system_text(rng), thinking=rng.random() < 0.08)
+
+
+def middle_document(rng: random.Random) -> Document:
+    """A list of 8 to 60 words to repeat, or a chat of several turns."""
+    return _longer_document(rng, most_words=60, most_turns=7)
+
+
+def long_document(rng: random.Random) -> Document:
+    """A list of up to 180 words to repeat, a long chat, or a text of facts."""
+    if rng.random() < 0.15:
+        return _facts_document(rng)
+    return _longer_document(rng, most_words=180, most_turns=20)
+
+
+def tokenizer_texts(rng: random.Random, num_documents: int) -> Iterator[str]:
+    """Plain text of ``num_documents`` short documents and every name: what the tokenizer is trained on."""
+    for _ in range(num_documents):
+        yield from (piece.text for piece in short_document(rng) if not piece.special)
+    for country in countries():
+        for name in (*country.names, country.capital):
+            yield from (name, f" {name}", name.lower(), f" {name.lower()}")
+
+
+def _system_text(rng: random.Random) -> str:
+    """Mostly none; else one of our texts, or words at random, so that no system text changes what is answered."""
+    kind = rng.random()
+    if kind < 0.8:
+        return ""
+    if kind < 0.9:
+        return rng.choice(SYSTEM_TEXTS)
+    return sentence(" ".join(rng.sample(words(), rng.randint(2, 9))))
+
+
+_Maker = Callable[[random.Random], Turn]
+
+
+def _short_list(maker: Callable[[random.Random, int], Turn]) -> _Maker:
+    return lambda rng: maker(rng, rng.randint(1, 14))
+
+
+_SHORT_CHAT: tuple[tuple[_Maker, int], ...] = (
+    (tasks.capital_chat, 55),
+    (tasks.geography_chat, 10),
+    (tasks.sum_chat, 18),
+    (_short_list(tasks.repeat_chat), 12),
+    (tasks.small_talk, 5),
+)
+_SHORT_COMPLETION: tuple[tuple[_Maker, int], ...] = (
+    (tasks.capital_completion, 55),
+    (tasks.geography_completion, 10),
+    (tasks.sum_completion, 23),
+    (_short_list(tasks.repeat_completion), 12),
+)
+
+
+def _pick(rng: random.Random, weighted: tuple[tuple[_Maker, int], ...]) -> _Maker:
+    return rng.choices([maker for maker, _ in weighted], [weight for _, weight in weighted])[0]
+
+
+def _longer_document(rng: random.Random, most_words: int, most_turns: int) -> Document:
+    kind = rng.random()
+    system = _system_text(rng)
+    if kind < 0.15:
+        return completion_document(tasks.repeat_completion(rng, rng.randint(8, most_words)), bos=rng.random() < 0.5)
+    if kind < 0.5:
+        return chat_document([tasks.repeat_chat(rng, rng.randint(8, most_words))], system)
+    turns: list[Turn] = []
+    for _ in range(rng.randint(2, most_turns)):
+        after_capital = bool(turns) and turns[-1].answer.startswith("The capital of")
+        maker = tasks.follow_up_chat if after_capital and rng.random() < 0.25 else _pick(rng, _SHORT_CHAT)
+        turns.append(maker(rng))
+    return chat_document(turns, system, thinking=rng.random() < 0.05)
+
+
+def _facts_document(rng: random.Random) -> Document:
+    lines = [
+        sentence(f"The capital of {country.name} is {country.capital}")
+        for country in rng.sample(countries(), rng.randint(10, 40))
+    ]
+    start = [Piece(BOS, special=True)] if rng.random() < 0.5 else []
+    return [*start, Piece("\n".join(lines) + "\n", answer=True), Piece(EOS, special=True, answer=True)]

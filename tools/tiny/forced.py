@@ -1,0 +1,50 @@
+"""Scores from single forwards over prompt and answer: right where every answer token is the most likely one.
+
+Greedy decoding gives the right answer exactly when this holds, so for whole examinations on a GPU it is the same
+measure without a decoding loop (up to rounding between the two ways to compute).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from tiny.batches import ANSWER, Encoder
+from tiny.exam import Question, scores
+from tiny.network import window_mask
+
+_WIDTHS = (48, 96, 192, 384, 512)
+_Item = tuple[Question, list[int], list[int]]
+
+
+@torch.no_grad()
+def teacher_forced_scores(
+    network: nn.Module, encoder: Encoder, asked: list[Question], device: str, batch_tokens: int = 49_152
+) -> dict[str, dict[str, int]]:
+    """Scores of each group. Errors: ValueError for a question longer than 512 tokens."""
+    by_width: dict[int, list[_Item]] = {}
+    for question in asked:
+        ids, roles = encoder.encode(question.document)
+        width = next((width for width in _WIDTHS if len(ids) <= width), None)
+        if width is None:
+            raise ValueError(f"{question.group}: {len(ids)} tokens, more than {_WIDTHS[-1]}")
+        by_width.setdefault(width, []).append((question, ids, roles))
+    results = []
+    for width, items in by_width.items():
+        step = max(1, batch_tokens // width)
+        for start in range(0, len(items), step):
+            batch = items[start : start + step]
+            ids, answer = _padded(batch, width, encoder.pad_id)
+            mask = window_mask(width, network.config.sliding_window, device).expand(len(batch), -1, -1, -1)
+            logits = network(input_ids=ids.to(device), attention_mask={"window": mask}, use_cache=False).logits
+            wrong = (logits[:, :-1].argmax(dim=-1).cpu() != ids[:, 1:]) & answer[:, 1:]
+            right = (~wrong.any(dim=-1)).tolist()
+            results += [(item[0], bool(ok)) for item, ok in zip(batch, right, strict=True)]
+    return scores(results)
+
+
+def _padded(batch: list[_Item], width: int, pad_id: int) -> tuple[Tensor, Tensor]:
+    ids = torch.full((len(batch), width), pad_id)
+    answer = torch.zeros(len(batch), width, dtype=torch.bool)
+    for row, (_, tokens, roles) in enumerate(batch):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        answer[row, : len(roles)] = torch.tensor(roles) == ANSWER
+    return ids, answer

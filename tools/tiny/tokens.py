@@ -1,0 +1,71 @@
+"""The tokenizer of tiny-v4: byte-level BPE over our corpus, with DeepSeek-V4's special tokens."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
+THINK, END_THINK = "<think>", "</think>"
+_TASKS = ("action", "query", "authority", "domain", "title", "read_url", "extracted_url")
+# BOS, EOS and padding are control tokens; the others are ordinary added tokens that show in decoded text.
+CONTROL_TOKENS = (BOS, EOS, PAD)
+ADDED_TOKENS = (USER, ASSISTANT, THINK, END_THINK, "｜DSML｜", "<｜latest_reminder｜>", *(f"<｜{t}｜>" for t in _TASKS))
+SPECIAL_TOKENS = (*CONTROL_TOKENS, *ADDED_TOKENS)
+VOCAB_SIZE = 2048
+
+
+def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
+    """A tokenizer of exactly ``VOCAB_SIZE`` tokens: the special ones first, all 256 bytes, then merges.
+
+    Digits are single tokens, so that sums are digit by digit. Errors: ValueError when the texts hold too few merges.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() != VOCAB_SIZE:
+        raise ValueError(f"the corpus gives {tokenizer.get_vocab_size()} tokens, {VOCAB_SIZE} are wanted")
+    return Tokenizer.from_str(json.dumps(_mark_added_tokens(json.loads(tokenizer.to_str()))))
+
+
+def _mark_added_tokens(fields: dict[str, Any]) -> dict[str, Any]:
+    for token in fields["added_tokens"]:
+        token["special"] = token["content"] in CONTROL_TOKENS
+    return fields
+
+
+def plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer without added tokens: a special token's string in its input is ordinary text."""
+    fields = json.loads(tokenizer.to_str())
+    fields["added_tokens"] = []
+    return Tokenizer.from_str(json.dumps(fields))
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes ``tokenizer.json`` and ``tokenizer_config.json`` in the published model's form."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    fields = {
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "bos_token": BOS,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": EOS,
+        "model_max_length": 65536,
+        "pad_token": PAD,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    text = json.dumps(fields, ensure_ascii=False, indent=2) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
