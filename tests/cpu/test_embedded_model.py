@@ -1,0 +1,133 @@
+"""The embedded default model: within its limits, unpadded for real kernels, and it answers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ownpath.chat.encode import Message, encode_messages
+from ownpath.chat.tokenizer import Tokenizer
+from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.checkpoint.reader import stream
+from ownpath.config import EngineConfig
+from ownpath.formats import BF16, FP8_BLOCK, NVFP4
+from ownpath.loading import default_model_dir, load_model, plan_model
+from ownpath.model.batch import ForwardBatch
+from ownpath.model.model import Model
+from ownpath.plan.opspec import OpKind
+
+FOLDER = default_model_dir()
+MEGABYTE = 10**6
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_folder(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def model(device: torch.device) -> Model:
+    return load_model(FOLDER, EngineConfig(device=str(device), max_model_len=1024))
+
+
+def greedy(model: Model, tokenizer: Tokenizer, prompt: list[int], max_tokens: int = 48) -> str:
+    cache = model.new_cache()
+    chunk, answer = prompt, b""
+    for _ in range(max_tokens):
+        logits = model.forward(ForwardBatch.of([(chunk, cache)], model.cache_spec.device))
+        token = int(logits[0, : tokenizer.num_tokens].argmax())
+        if token == tokenizer.eos_id:
+            break
+        answer += tokenizer.token_bytes(token)
+        chunk = [token]
+    return answer.decode("utf-8")
+
+
+def test_it_is_small() -> None:
+    sizes = [file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()]
+    assert sum(sizes) < 15 * MEGABYTE
+    assert max(sizes) < 16 * MEGABYTE
+
+
+def test_it_is_a_full_nvfp4_export_of_every_layer_type() -> None:
+    plan = plan_model(FOLDER, "cpu")
+    config = plan.config
+    assert set(config.compress_ratios) == {0, 4, 128}
+    assert config.num_hash_layers >= 1
+    assert (config.head_dim, config.qk_rope_head_dim, config.hc_mult) == (512, 64, 4)
+    for op in plan.ops:
+        leaf = op.spec.slot.rsplit(".", 1)[-1]
+        in_attention = ".attn." in op.spec.slot and "compressor" not in op.spec.slot and "indexer" not in op.spec.slot
+        if op.spec.kind is OpKind.MOE or ".shared_experts." in op.spec.slot or (in_attention and leaf != "wo_a"):
+            assert op.encoding.format is NVFP4, op.label
+        elif op.spec.slot.endswith("indexer.wq_b"):
+            assert op.encoding.format is FP8_BLOCK, op.label
+        else:
+            assert op.encoding.format is BF16, op.label
+
+
+def test_quantised_products_need_no_padding() -> None:
+    for op in plan_model(FOLDER, "cpu").ops:
+        if op.encoding.format in (NVFP4, FP8_BLOCK) or op.spec.kind is OpKind.GROUPED:
+            for module in op.spec.modules:
+                assert all(size % 128 == 0 for size in module.shape), module
+
+
+def test_fused_pairs_differ_in_their_global_scales() -> None:
+    index = CheckpointIndex.open(FOLDER)
+    pairs = [
+        ("layers.0.attn.wq_a", "layers.0.attn.wkv"),
+        ("layers.1.ffn.shared_experts.w1", "layers.1.ffn.shared_experts.w3"),
+    ]
+    for first, second in pairs:
+        keys = [f"{module}.weight_scale_2" for module in (first, second)]
+        values = {part.info.name: part.data.item() for part in stream(index, keys)}
+        assert values[keys[0]] != values[keys[1]]
+
+
+def test_its_tokenizer_has_the_markers_and_every_byte(tokenizer: Tokenizer) -> None:
+    markers = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"]
+    markers += ["<think>", "</think>", "｜DSML｜"]
+    ids = [tokenizer.special_id(marker) for marker in markers]
+    assert ids[:2] == [0, 1]
+    assert len(set(ids)) == len(ids)
+    text = "Ünïcödé 東京 🎉 \t\x00 " + " ".join(markers)
+    encoded = tokenizer.encode_text(text)
+    assert not set(encoded) & set(ids)
+    assert b"".join(tokenizer.token_bytes(i) for i in encoded).decode() == text
+
+
+@pytest.mark.parametrize(
+    ("country", "capital"),
+    [("France", "Paris"), ("Japan", "Tokyo"), ("Kenya", "Nairobi"), ("Brazil", "Bras"), ("Iceland", "Reykjav")],
+)
+def test_it_knows_capitals(country: str, capital: str, model: Model, tokenizer: Tokenizer) -> None:
+    question = f"The capital of {country} is"
+    chat = tokenizer.encode_segments(encode_messages([Message("user", question)]))
+    assert capital in greedy(model, tokenizer, chat)
+    assert capital in greedy(model, tokenizer, tokenizer.encode_raw(question))
+
+
+def test_it_adds_and_repeats(model: Model, tokenizer: Tokenizer) -> None:
+    def ask(text: str) -> str:
+        return greedy(model, tokenizer, tokenizer.encode_segments(encode_messages([Message("user", text)])))
+
+    assert "5" in ask("What is 2 + 3?")
+    assert ask("Repeat: apple river stone").strip() == "apple river stone"
+
+
+def test_the_committed_scores_hold_the_promise() -> None:
+    """Greedy answers of our own engine on the quantised checkpoint: at least 95% of capitals in both forms."""
+    scores = json.loads((FOLDER / "scores.json").read_text(encoding="utf-8"))
+    groups = scores["groups"]
+    for form in ("capital/chat/", "capital/completion/"):
+        taught = {name: group for name, group in groups.items() if name.startswith(form) and "held out" not in name}
+        right, asked = (sum(group[key] for group in taught.values()) for key in ("right", "asked"))
+        assert len(taught) >= 5, "several phrasings"
+        assert asked >= 150 * 5
+        assert right >= 0.95 * asked
+
+
+def test_it_comes_with_its_licence() -> None:
+    assert (Path(FOLDER) / "LICENSE").exists() or (Path(FOLDER) / "README.md").exists()
