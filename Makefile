@@ -21,7 +21,7 @@ type: $(VENV)/.dev
 
 # On a machine with a CUDA device, with the interpreter that has torch there: make test-gpu PYTHON=python3
 test-gpu:
-	PYTHONPATH=src $(PYTHON) -m pytest --device cuda
+	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -m pytest --device cuda $(PYTEST_ARGS)
 
 bench: $(VENV)/.base
 	$(BIN)/python bench/first_light.py --out bench/results/first_light.jsonl
