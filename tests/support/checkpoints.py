@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from ownpath.checkpoint.names import model_params
 from ownpath.checkpoint.schema import MODELOPT_NVFP4, NATIVE_FP8, PLAIN_BF16, Encoding, ModuleSpec, ParamSpec
 from ownpath.checkpoint.writer import write_checkpoint
 from ownpath.config import ModelConfig
-from ownpath.formats import BF16
+from ownpath.formats import BF16, FP8_BLOCK, NVFP4
 from ownpath.numerics import dequantize, nvfp4_global_scale, quantize_fp8_block, quantize_nvfp4
 from ownpath.plan.opspec import model_ops
 from ownpath.qtensor import QuantTensor
@@ -93,7 +94,7 @@ def _is_projection(module: str) -> bool:
 
 
 @dataclass(frozen=True)
-class RandomCheckpoint:
+class Checkpoint:
     """``decoded``: native module or parameter name -> the float32 values that the stored tensors mean."""
 
     folder: Path
@@ -108,7 +109,7 @@ def random_checkpoint(
     seed: int = 0,
     fp8_scale: torch.dtype = torch.float8_e8m0fnu,
     **changes: Any,
-) -> RandomCheckpoint:
+) -> Checkpoint:
     """Writes a random checkpoint of ``SMALL`` with ``changes``, in shards of at most 200 kB."""
     fields = SMALL | changes
     config = ModelConfig.from_dict(fields)
@@ -126,7 +127,27 @@ def random_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(fields))
     write_checkpoint(folder, tensors.items(), max_shard_bytes=200_000)
-    return RandomCheckpoint(folder, config, fields, decoded)
+    return Checkpoint(folder, config, fields, decoded)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint on disk decoded by the definitions alone, without the project's schema, plan or loader."""
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stored: Tensors = {}
+    for shard in folder.glob("*.safetensors"):
+        stored.update(load_file(shard))
+    decoded: Tensors = {}
+    for name, tensor in stored.items():
+        module = name.removesuffix(".weight")
+        if f"{module}.weight_scale_2" in stored and name.endswith(".weight"):
+            scales = stored[f"{module}.weight_scale"], stored[f"{module}.weight_scale_2"]
+            decoded[module] = dequantize(QuantTensor(tensor, *scales, NVFP4))
+        elif f"{module}.scale" in stored and name.endswith(".weight"):
+            decoded[module] = dequantize(QuantTensor(tensor, stored[f"{module}.scale"], None, FP8_BLOCK))
+        elif not name.endswith((".weight_scale", ".weight_scale_2", ".input_scale", ".scale")):
+            is_norm_or_table = tensor.ndim != 2 or name == "embed.weight" or not name.endswith(".weight")
+            decoded[name if is_norm_or_table else module] = tensor
+    return Checkpoint(folder, ModelConfig.from_dict(fields), fields, decoded)
 
 
 def _random_modules(

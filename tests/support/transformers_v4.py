@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from support.checkpoints import RandomCheckpoint, Tensors
+from support.checkpoints import Checkpoint, Tensors
 
 # Order matters: earlier rules make the names that later ones see.
 _RENAMES = (
@@ -41,7 +41,7 @@ _RENAMES = (
 )
 
 
-def reference_model(checkpoint: RandomCheckpoint, device: torch.device) -> Any:
+def reference_model(checkpoint: Checkpoint, device: torch.device) -> Any:
     """The oracle with every weight set; fails on any missing or unexpected one."""
     transformers = pytest.importorskip("transformers", reason="the forward's oracle is transformers")
     config_class = getattr(transformers, "DeepseekV4Config", None)
@@ -59,7 +59,7 @@ def reference_model(checkpoint: RandomCheckpoint, device: torch.device) -> Any:
     return model.eval().to(device)
 
 
-def reference_logprobs(checkpoint: RandomCheckpoint, token_ids: list[int], device: torch.device) -> torch.Tensor:
+def reference_logprobs(checkpoint: Checkpoint, token_ids: list[int], device: torch.device) -> torch.Tensor:
     """Log-probabilities float32 [T, vocab] of one sequence in one pass."""
     model = reference_model(checkpoint, device)
     with torch.inference_mode():

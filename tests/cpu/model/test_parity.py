@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import LAYOUTS, random_checkpoint
+from support.checkpoints import LAYOUTS, random_checkpoint, read_checkpoint
 from support.transformers_v4 import reference_logprobs
 
+from ownpath.chat.tokenizer import Tokenizer
 from ownpath.config import EngineConfig
-from ownpath.loading import load_model
+from ownpath.loading import default_model_dir, load_model
 from ownpath.model.batch import ForwardBatch
 
 NUM_POSITIONS = 640
@@ -44,6 +45,22 @@ def test_logprobs_equal_transformers(layout: str, fp8_scale: torch.dtype, tmp_pa
     assert torch.isfinite(ours).all()
     worst = (ours - reference).abs().max().item()
     print(f"parity {layout}: max |log-prob difference| {worst:.2e} over {NUM_POSITIONS} positions")
+    assert worst <= TOLERANCE
+
+
+def test_the_embedded_models_logprobs_equal_transformers(device: torch.device) -> None:
+    """Real weights: the embedded model reading sentences it knows, then random tokens."""
+    folder = default_model_dir()
+    checkpoint = read_checkpoint(folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    facts = "The capital of France is Paris. Repeat: apple river stone. What is 2 + 3?\n" * 12
+    token_ids = tokenizer.encode_text(facts)
+    token_ids += tokens(NUM_POSITIONS - len(token_ids), vocab_size=tokenizer.num_tokens)
+    ours = our_logprobs(folder, token_ids, device)
+    reference = reference_logprobs(checkpoint, token_ids, device)
+    worst = (ours - reference).abs().max().item()
+    print(f"parity tiny-v4: max |log-prob difference| {worst:.2e} over {NUM_POSITIONS} positions")
+    assert ours.shape == reference.shape == (NUM_POSITIONS, checkpoint.config.vocab_size)
     assert worst <= TOLERANCE
 
 
