@@ -1,6 +1,7 @@
-"""Examines a tiny-v4 checkpoint with greedy decoding and writes the scores.
+r"""Examines a tiny-v4 checkpoint with greedy decoding and writes the scores.
 
-    PYTHONPATH=src python tools/eval_tiny.py --model src/ownpath/assets/tiny-v4 --out src/ownpath/assets/tiny-v4/scores.json
+    PYTHONPATH=src python tools/eval_tiny.py --model src/ownpath/assets/tiny-v4 \
+        --out src/ownpath/assets/tiny-v4/scores.json
 
 With ``--trained FOLDER`` transformers answers, on the values that the checkpoint made from FOLDER holds (an oracle).
 """

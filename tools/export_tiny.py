@@ -10,7 +10,8 @@ from pathlib import Path
 
 from tiny import corpus
 from tiny.batches import Encoder, make_rows
-from tiny.export import Calibration, checkpoint_tensors, read_trained, stored_network, write_json_files
+from tiny.calibrate import Calibration
+from tiny.export import checkpoint_tensors, read_trained, stored_network, write_json_files
 from tiny.tokens import write_tokenizer
 from tiny.train import Recipe
 from tokenizers import Tokenizer

@@ -32,7 +32,7 @@ class Encoder:
     """Documents -> token ids. Text is encoded piece by piece without special tokens, as the chat encoder does."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._special = {token: tokenizer.token_to_id(token) for token in tokenizer.get_vocab()}
+        self._special: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
         self._plain = plain_tokenizer(tokenizer)
         self.pad_id = self._special[PAD]
 
@@ -54,7 +54,10 @@ class Encoder:
 def make_rows(
     encoder: Encoder, make: Callable[[random.Random], Document], widths: tuple[int, ...], num_rows: int, seed: int
 ) -> list[Rows]:
-    """``num_rows`` documents, each in the narrowest of ``widths`` (ascending) that holds it; longer ones are redrawn."""
+    """``num_rows`` documents, each in the narrowest of ``widths`` that holds it; longer ones are drawn again.
+
+    widths: ascending.
+    """
     rng = random.Random(seed)
     sorted_in: dict[int, list[tuple[list[int], list[int]]]] = {width: [] for width in widths}
     for _ in range(num_rows):

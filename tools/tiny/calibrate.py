@@ -17,11 +17,11 @@ _INPUT_SCALE_DIVISOR = 6 * 448
 class Calibration:
     """Runs a network on rows and keeps the largest magnitude that enters each linear.
 
-    ``amax`` is keyed by native module names (``layers.0.attn.wq_a``, ``layers.0.ffn.experts.3.w1``). The network must be
-    transformers' own (no replaced experts); its experts are replaced here by a loop that looks at each one.
+    ``amax`` is keyed by native module names (``layers.0.attn.wq_a``, ``layers.0.ffn.experts.3.w1``). The network must
+    be transformers' own; its experts are replaced here by a loop that looks at each one.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: Any) -> None:
         self.amax: dict[str, float] = {}
         self._network = network
         for name, module in network.named_modules():

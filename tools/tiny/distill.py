@@ -18,7 +18,7 @@ class IndexerTeacher:
     Legend: B rows, H heads, T query positions, S compressed entries.
     """
 
-    def __init__(self, network: nn.Module, ratio: int = 4) -> None:
+    def __init__(self, network: Any, ratio: int = 4) -> None:
         self._ratio = ratio
         self._scores: dict[int, Tensor] = {}
         self._attention: dict[int, Tensor] = {}

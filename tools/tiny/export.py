@@ -81,7 +81,8 @@ def _modules(name: str, weight: QuantTensor) -> Iterator[tuple[str, QuantTensor]
 
 
 def _rows(weight: QuantTensor, expert: int, rows: slice) -> QuantTensor:
-    assert weight.scale is not None and weight.global_scale is not None
+    assert weight.scale is not None
+    assert weight.global_scale is not None
     qdata, scale = weight.qdata[expert, rows].contiguous(), weight.scale[expert, rows].contiguous()
     return QuantTensor(qdata, scale, weight.global_scale[expert].clone(), weight.format)
 
@@ -135,5 +136,3 @@ def _quantized_layers(trained: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-

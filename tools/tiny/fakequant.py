@@ -69,6 +69,7 @@ class MasterWeights:
     @torch.no_grad()
     def collect_gradients(self) -> None:
         """Moves the network's gradients to the master copies, leaving zeros."""
-        grads = [parameter.grad for parameter in self.params]
-        torch._foreach_copy_([master.grad for master in self.masters], grads)
+        grads = [parameter.grad for parameter in self.params if parameter.grad is not None]
+        kept = [master.grad for master in self.masters if master.grad is not None]
+        torch._foreach_copy_(kept, grads)
         torch._foreach_zero_(grads)

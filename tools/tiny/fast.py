@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts, DeepseekV4TopKRouter
+
+_Function = Callable[..., Any]
 
 
 @dataclass
@@ -35,13 +37,13 @@ class ExpertCounts:
 
 @dataclass(frozen=True)
 class _Functions:
-    hyper: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    mix: Callable[..., Tensor]
-    gated: Callable[..., Tensor]
-    unit_norm: Callable[..., Tensor]
+    hyper: _Function
+    mix: _Function
+    gated: _Function
+    unit_norm: _Function
 
 
-def make_fast(network: nn.Module, compiled: bool) -> list[ExpertCounts]:
+def make_fast(network: Any, compiled: bool) -> list[ExpertCounts]:
     """Puts the replacements in, on every layer; returns the counts of the layers whose router has a selection bias.
 
     compiled: also compile the element-wise parts (worth it on a GPU).
@@ -74,12 +76,15 @@ def _layer_forward(layer: Any, functions: _Functions, streams: Tensor, input_ids
     post, comb, collapsed = _hyper(layer.ffn_hc, functions, streams)
     x = layer.post_attention_layernorm(collapsed).unflatten(0, (rows, width))
     output = layer.mlp(x, input_ids=input_ids)
-    return functions.mix(post, comb, output.flatten(0, 1), streams).unflatten(0, (rows, width))
+    mixed: Tensor = functions.mix(post, comb, output.flatten(0, 1), streams)
+    return mixed.view(rows, width, *mixed.shape[1:])
 
 
 def _hyper(module: Any, functions: _Functions, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     eps = (module.hc_eps, module.input_norm.eps)
-    return functions.hyper(streams, module.fn, module.base, module.scale, module.hc_sinkhorn_iters, eps)
+    found = functions.hyper(streams, module.fn, module.base, module.scale, module.hc_sinkhorn_iters, eps)
+    post, comb, collapsed = found
+    return post, comb, collapsed
 
 
 def hyper_weights(
@@ -129,7 +134,7 @@ def unit_norm(x: Tensor, eps: float) -> Tensor:
 class _DenseExperts:
     """Legend: T tokens, E experts, D model width, F expert width."""
 
-    def __init__(self, experts: DeepseekV4Experts, counts: Tensor, gated: Callable[..., Tensor]) -> None:
+    def __init__(self, experts: DeepseekV4Experts, counts: Tensor, gated: _Function) -> None:
         self.experts, self.counts, self.gated = experts, counts, gated
 
     def __call__(self, x_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

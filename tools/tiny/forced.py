@@ -4,8 +4,10 @@ Greedy decoding gives the right answer exactly when this holds, so for whole exa
 measure without a decoding loop (up to rounding between the two ways to compute).
 """
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tiny.batches import ANSWER, Encoder
 from tiny.exam import Question, scores
@@ -17,7 +19,7 @@ _Item = tuple[Question, list[int], list[int]]
 
 @torch.no_grad()
 def teacher_forced_scores(
-    network: nn.Module, encoder: Encoder, asked: list[Question], device: str, batch_tokens: int = 49_152
+    network: Any, encoder: Encoder, asked: list[Question], device: str, batch_tokens: int = 49_152
 ) -> dict[str, dict[str, int]]:
     """Scores of each group. Errors: ValueError for a question longer than 512 tokens."""
     by_width: dict[int, list[_Item]] = {}
@@ -32,10 +34,10 @@ def teacher_forced_scores(
         step = max(1, batch_tokens // width)
         for start in range(0, len(items), step):
             batch = items[start : start + step]
-            ids, answer = _padded(batch, width, encoder.pad_id)
+            padded, answer = _padded(batch, width, encoder.pad_id)
             mask = window_mask(width, network.config.sliding_window, device).expand(len(batch), -1, -1, -1)
-            logits = network(input_ids=ids.to(device), attention_mask={"window": mask}, use_cache=False).logits
-            wrong = (logits[:, :-1].argmax(dim=-1).cpu() != ids[:, 1:]) & answer[:, 1:]
+            logits = network(input_ids=padded.to(device), attention_mask={"window": mask}, use_cache=False).logits
+            wrong = (logits[:, :-1].argmax(dim=-1).cpu() != padded[:, 1:]) & answer[:, 1:]
             right = (~wrong.any(dim=-1)).tolist()
             results += [(item[0], bool(ok)) for item, ok in zip(batch, right, strict=True)]
     return scores(results)
