@@ -19,12 +19,13 @@ from pathlib import Path
 import torch
 
 from ownpath.config import EngineConfig
-from ownpath.loading import default_model_dir, device_caps, load_model
+from ownpath.loading import default_model_dir, device_caps, leave_a_core, load_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
 
 PROMPT_TOKENS, DECODE_TOKENS, NUM_RUNS = 20, 64, 7
-TARGETS = {"load_s": 5.0, "first_token_s": 1.0, "tokens_per_s": 15.0}
+TARGETS = {"load_s": "< 5", "first_token_cold_s": "< 1", "first_token_s": "< 1", "tokens_per_s": ">= 15"}
+"""What the embedded model must reach on two CPU cores."""
 
 
 def main() -> int:
@@ -36,7 +37,8 @@ def main() -> int:
     row = measure(args.device)
     width = max(map(len, row))
     for key, value in row.items():
-        print(f"{key:{width}}  {value:.4g}" if isinstance(value, float) else f"{key:{width}}  {value}")
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        print(f"{key:{width}}  {text:10} {TARGETS.get(key, '')}".rstrip())
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with args.out.open("a", encoding="utf-8") as out:
@@ -47,15 +49,17 @@ def main() -> int:
 def measure(device: str) -> dict[str, object]:
     """One row: seconds and tokens per second, with what they were measured on."""
     config = EngineConfig.for_device(device)
+    leave_a_core()
     start = time.perf_counter()
     model = load_model(default_model_dir(), config)
     _synchronize(device)
     load_s = time.perf_counter() - start
-    _generate(model, device)  # warm-up: lazy initialisation of torch's libraries
+    cold_s, _ = _generate(model, device)  # the first call also initialises torch's libraries
     runs = [_generate(model, device) for _ in range(NUM_RUNS)]
     return {
         "bench": "first_light",
         "load_s": load_s,
+        "first_token_cold_s": cold_s,
         "first_token_s": statistics.median(first for first, _ in runs),
         "tokens_per_s": statistics.median(DECODE_TOKENS / decode for _, decode in runs),
         "prompt_tokens": PROMPT_TOKENS,

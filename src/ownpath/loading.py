@@ -1,5 +1,6 @@
 """From a model folder to a running model: headers, plan, weights, runners, model, in that order."""
 
+import os
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -25,6 +26,15 @@ from ownpath.weights.operands import Operand
 def default_model_dir() -> Path:
     """The embedded model, ``assets/tiny-v4``."""
     return Path(str(files("ownpath"))) / "assets" / "tiny-v4"
+
+
+def leave_a_core() -> None:
+    """Gives torch all cores but one (at least one), for the whole process; entry points call it once.
+
+    Torch's threads spin while they wait for each other. With as many of them as cores, anything else that runs (the
+    HTTP server, a neighbour) stalls all of them: on two cores, decode of the embedded model fell from 39 to 7 tokens/s.
+    """
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
 
 
 def device_caps(device: str) -> Caps:

@@ -9,7 +9,7 @@ from pathlib import Path
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.config import EngineConfig
 from ownpath.engine.engine import Engine
-from ownpath.loading import default_model_dir, device_caps, load_model
+from ownpath.loading import default_model_dir, device_caps, leave_a_core, load_model
 from ownpath.runners import Ledger
 
 
@@ -33,6 +33,7 @@ def open_session(args: argparse.Namespace) -> Iterator[Session]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such model folder")
     device_caps(args.device)  # says what is wrong with the device's name before torch does
+    leave_a_core()
     tokenizer = Tokenizer.from_folder(folder)
     config = EngineConfig.for_device(args.device, args.max_model_len)
     model = load_model(folder, config)
