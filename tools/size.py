@@ -29,7 +29,7 @@ def _closure(root: str) -> set[str]:
     waiting = [root]
     while waiting:
         for requirement in importlib.metadata.requires(waiting.pop()) or []:
-            name = re.split(r"[^\w.-]", requirement)[0].lower()
+            name = re.split(r"[^\w.-]", requirement)[0].lower().replace("_", "-")
             if "extra ==" not in requirement and name not in found and _installed(name):
                 found.add(name)
                 waiting.append(name)

@@ -3,7 +3,7 @@
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 _COMMANDS = ("plan", "generate", "serve")
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Command modules import nothing heavy at their top, so that --help is quick.
         module = importlib.import_module(f"ownpath.commands.{name}")
         module.add_parser(subparsers).set_defaults(run=module.run)
-    args = parser.parse_args(argv)
+    args = _parse(parser, subparsers.choices, list(sys.argv[1:] if argv is None else argv))
     try:
         code: int = args.run(args)
     except (ValueError, OSError) as error:
@@ -27,3 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return code
+
+
+def _parse(
+    parser: argparse.ArgumentParser, commands: Mapping[str, argparse.ArgumentParser], argv: list[str]
+) -> argparse.Namespace:
+    """Parses one command's arguments, with options allowed between its positional arguments too."""
+    if argv and argv[0] in commands:
+        return commands[argv[0]].parse_intermixed_args(argv[1:])
+    return parser.parse_args(argv)

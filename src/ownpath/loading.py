@@ -55,8 +55,7 @@ def device_caps(device: str) -> Caps:
 
 def plan_model(folder: Path, device: str) -> Plan:
     """The plan of the checkpoint in ``folder``, from headers alone. Errors: as ``make_plan`` and ``ModelConfig``."""
-    config = ModelConfig.from_file(folder / "config.json")
-    return make_plan(config, CheckpointIndex.open(folder), device_caps(device))
+    return _plan_and_index(folder, device)[0]
 
 
 def load_model(folder: Path, engine_config: EngineConfig) -> Model:
@@ -64,14 +63,23 @@ def load_model(folder: Path, engine_config: EngineConfig) -> Model:
 
     Errors: ConfigError, CheckpointError or PlanError (all ValueError), naming the file, field, tensor or op.
     """
-    plan = plan_model(folder, engine_config.device)
-    weights = load_weights(plan, CheckpointIndex.open(folder), torch.device(engine_config.device))
+    plan, index = _plan_and_index(folder, engine_config.device)
+    if engine_config.max_model_len > plan.config.max_position_embeddings:
+        limit = f"max_position_embeddings {plan.config.max_position_embeddings}"
+        raise ValueError(f"max_model_len {engine_config.max_model_len} exceeds {folder / 'config.json'}: {limit}")
+    weights = load_weights(plan, index, torch.device(engine_config.device))
     ledger = Ledger()
     built: dict[str, list[Callable[..., Any]]] = {}
     for op, operand in zip(plan.ops, weights.operands, strict=True):
         built.setdefault(op.spec.slot, []).append(_runner(op, operand, plan.config))
     runners = {slot: _watch(slot, parts, plan, ledger) for slot, parts in built.items()}
     return Builder(plan.config, engine_config, runners, weights.params, ledger).model()
+
+
+def _plan_and_index(folder: Path, device: str) -> tuple[Plan, CheckpointIndex]:
+    config = ModelConfig.from_file(folder / "config.json")
+    index = CheckpointIndex.open(folder)
+    return make_plan(config, index, device_caps(device)), index
 
 
 def _runner(op: PlannedOp, operand: Operand, config: ModelConfig) -> Callable[..., Any]:

@@ -35,8 +35,9 @@ class Indexer:
 
     def head_weights(self, x_TD: torch.Tensor) -> torch.Tensor:
         """w [T, I], with both softmax scales folded in."""
-        weights_TI: torch.Tensor = self.weights_proj(x_TD)
-        return weights_TI.to(wide_dtype(weights_TI.dtype)) * (self.head_dim**-0.5 * self.num_heads**-0.5)
+        weights_TI = self.weights_proj(x_TD)
+        scale: float = self.head_dim**-0.5 * self.num_heads**-0.5
+        return weights_TI.to(wide_dtype(weights_TI.dtype)) * scale
 
     def select(
         self, q_TIH: torch.Tensor, weights_TI: torch.Tensor, keys_CH: torch.Tensor, visible_TC: torch.Tensor

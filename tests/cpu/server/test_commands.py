@@ -192,3 +192,15 @@ def test_a_port_in_use_is_an_error(folder: Path) -> None:
     assert done.returncode == 1
     assert "address already in use" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("order", ["before", "between", "after"])
+def test_options_go_anywhere(order: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--chat", "--max-tokens", "2", "--token-ids"]
+    arguments = {
+        "before": [*options, str(folder), "hello"],
+        "between": [str(folder), *options, "hello"],
+        "after": [str(folder), "hello", *options],
+    }
+    assert main(["generate", *arguments[order]]) == 0
+    assert capsys.readouterr().out.split()
