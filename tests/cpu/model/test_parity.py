@@ -44,7 +44,9 @@ def test_logprobs_equal_transformers(layout: str, fp8_scale: torch.dtype, tmp_pa
     assert ours.shape == reference.shape == (NUM_POSITIONS, checkpoint.config.vocab_size)
     assert torch.isfinite(ours).all()
     worst = (ours - reference).abs().max().item()
-    print(f"parity {layout}: max |log-prob difference| {worst:.2e} over {NUM_POSITIONS} positions")
+    print(
+        f"parity {layout}, FP8 scales {fp8_scale}: max |log-prob difference| {worst:.2e} over {NUM_POSITIONS} positions"
+    )
     assert worst <= TOLERANCE
 
 
