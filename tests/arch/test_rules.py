@@ -162,3 +162,48 @@ def test_public_functions_say_what_they_compute() -> None:
             if named and not node.name.startswith("_") and ast.get_docstring(node) is None:
                 missing.append(f"{path.name}:{node.name}")
     assert not missing
+
+
+def names_of(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    names |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    return names | {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+def test_one_meaning_of_scale() -> None:
+    """Reciprocals end at the door: beyond ``checkpoint`` nothing is called ``*_inv``."""
+    for path in SOURCES:
+        if room_of(path) != "checkpoint":
+            assert not {name for name in names_of(path) if name.endswith("_inv")}, path
+
+
+def test_formats_are_decided_in_one_place() -> None:
+    """Only the schema maps safetensors dtypes to formats; only the plan asks it, and nobody asks config.json."""
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        assert "quantization_config" not in text or path.name == "schema.py", path
+        if room_of(path) not in ("checkpoint", "plan"):
+            assert "detect" not in names_of(path), path
+
+
+def test_no_global_state() -> None:
+    """Per-step state is an argument: no ``global`` statement, and no mutable container at module level."""
+    for path in SOURCES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert not [node for node in ast.walk(tree) if isinstance(node, ast.Global | ast.Nonlocal)], path
+        for node in tree.body:
+            value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
+            named_all = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+            if isinstance(value, ast.List | ast.Set | ast.Dict) and not named_all:
+                target = node.targets[0] if isinstance(node, ast.Assign) else node.target  # type: ignore[union-attr]
+                assert ast.unparse(target).isupper(), f"{path}: {ast.unparse(target)} is mutable module state"
+
+
+def test_configurations_are_frozen() -> None:
+    from dataclasses import FrozenInstanceError
+
+    from ownpath.config import EngineConfig
+
+    with pytest.raises(FrozenInstanceError):
+        EngineConfig().device = "cuda"  # type: ignore[misc]
