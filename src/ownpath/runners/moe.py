@@ -12,7 +12,8 @@ class Nvfp4MoE:
     Shapes (E experts, D hidden, F expert width): w13 uint8 [E, 2F, D/2], gate rows first; w13_scale E4M3
         [E, 2F, D/16]; w13_scale_2 float32 [E], or [E, 2] when gate and up have their own; w2 uint8 [E, D, F/2];
         w2_scale E4M3 [E, D, F/16]; w2_scale_2 float32 [E]. Global scales are multipliers (ModelOpt's convention).
-    Errors: ValueError naming the operand for a wrong dtype, shape or device, or expert ids out of range on CPU.
+    Errors: ValueError naming the operand for a wrong dtype, shape or device. Expert ids must lie in [0, E); looking
+        at their values would stall a GPU, so that they are not checked here but where they are made or loaded.
     """
 
     def __init__(

@@ -236,3 +236,8 @@ def test_a_config_that_cannot_be_honoured_is_named(change: dict[str, object], me
     (folder / "config.json").write_text(json.dumps(fields | change))
     with pytest.raises(ConfigError, match=message):
         load(folder)
+
+
+def test_a_context_beyond_the_models_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"max_model_len 4097 exceeds .*max_position_embeddings 4096"):
+        load_model(folder, EngineConfig(max_model_len=4097))

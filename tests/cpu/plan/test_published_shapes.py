@@ -1,0 +1,181 @@
+"""The published V4-Flash and V4-Pro in NVIDIA's NVFP4 export: their headers, written out here, make a plan.
+
+Names, dtypes and shapes are those of the published files' tables, not derived from the code under test. No weight
+exists in this test: a plan needs headers alone.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+
+from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
+from ownpath.config import ModelConfig
+from ownpath.plan.opspec import OpKind
+from ownpath.plan.plan import make_plan
+from ownpath.plan.select import Caps
+from ownpath.plan.show import plan_rows
+
+Header = tuple[str, str, tuple[int, ...]]
+
+COMMON: dict[str, Any] = {
+    "architectures": ["DeepseekV4ForCausalLM"],
+    "model_type": "deepseek_v4",
+    "attention_bias": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "expert_dtype": "fp4",
+    "hc_eps": 1e-06,
+    "hc_mult": 4,
+    "hc_sinkhorn_iters": 20,
+    "head_dim": 512,
+    "hidden_act": "silu",
+    "index_head_dim": 128,
+    "index_n_heads": 64,
+    "max_position_embeddings": 1048576,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_experts_per_tok": 6,
+    "num_hash_layers": 3,
+    "num_key_value_heads": 1,
+    "num_nextn_predict_layers": 1,
+    "o_lora_rank": 1024,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 16,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "original_max_position_embeddings": 65536,
+    },
+    "rope_theta": 10000,
+    "compress_rope_theta": 160000,
+    "scoring_func": "sqrtsoftplus",
+    "sliding_window": 128,
+    "swiglu_limit": 10.0,
+    "tie_word_embeddings": False,
+    "topk_method": "noaux_tc",
+    "vocab_size": 129280,
+}
+FLASH = COMMON | {
+    "hidden_size": 4096,
+    "num_hidden_layers": 43,
+    "num_attention_heads": 64,
+    "q_lora_rank": 1024,
+    "o_groups": 8,
+    "n_routed_experts": 256,
+    "moe_intermediate_size": 2048,
+    "routed_scaling_factor": 1.5,
+    "index_topk": 512,
+    "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0],
+}
+PRO = COMMON | {
+    "hidden_size": 7168,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "q_lora_rank": 1536,
+    "o_groups": 16,
+    "n_routed_experts": 384,
+    "moe_intermediate_size": 3072,
+    "routed_scaling_factor": 2.5,
+    "index_topk": 1024,
+    "compress_ratios": [128, 128, *[4, 128] * 29, 4, 0],
+}
+
+
+def fp8(name: str, n: int, k: int) -> Iterator[Header]:
+    yield f"{name}.weight", "F8_E4M3", (n, k)
+    yield f"{name}.scale", "F8_E8M0", (-(-n // 128), k // 128)
+
+
+def nvfp4(name: str, n: int, k: int) -> Iterator[Header]:
+    yield f"{name}.weight", "U8", (n, k // 2)
+    yield f"{name}.weight_scale", "F8_E4M3", (n, k // 16)
+    yield f"{name}.weight_scale_2", "F32", ()
+    yield f"{name}.input_scale", "F32", ()
+
+
+def hyper(name: str, rows: int, scales: int, dim: int) -> Iterator[Header]:
+    yield f"{name}_fn", "F32", (rows, 4 * dim)
+    yield f"{name}_base", "F32", (rows,)
+    yield f"{name}_scale", "F32", (scales,)
+
+
+def compressor(name: str, ratio: int, head_dim: int, dim: int) -> Iterator[Header]:
+    width = 2 * head_dim if ratio == 4 else head_dim
+    yield f"{name}.wkv.weight", "BF16", (width, dim)
+    yield f"{name}.wgate.weight", "BF16", (width, dim)
+    yield f"{name}.ape", "F32", (ratio, width)
+    yield f"{name}.norm.weight", "BF16", (head_dim,)
+
+
+def layer_headers(c: dict[str, Any], layer_idx: int) -> Iterator[Header]:
+    name, dim, rank = f"layers.{layer_idx}", c["hidden_size"], c["q_lora_rank"]
+    heads_dim, out_rank = 512 * c["num_attention_heads"], 1024 * c["o_groups"]
+    ratio = c["compress_ratios"][layer_idx]
+    for norm, size in (("attn_norm", dim), ("ffn_norm", dim), ("attn.q_norm", rank), ("attn.kv_norm", 512)):
+        yield f"{name}.{norm}.weight", "BF16", (size,)
+    for part in ("attn", "ffn"):
+        yield from hyper(f"{name}.hc_{part}", 24, 3, dim)
+    yield f"{name}.attn.attn_sink", "F32", (c["num_attention_heads"],)
+    yield from fp8(f"{name}.attn.wq_a", rank, dim)
+    yield from fp8(f"{name}.attn.wq_b", heads_dim, rank)
+    yield from fp8(f"{name}.attn.wkv", 512, dim)
+    yield from fp8(f"{name}.attn.wo_a", out_rank, heads_dim // c["o_groups"])
+    yield from fp8(f"{name}.attn.wo_b", dim, out_rank)
+    if ratio:
+        yield from compressor(f"{name}.attn.compressor", ratio, 512, dim)
+    if ratio == 4:
+        yield from fp8(f"{name}.attn.indexer.wq_b", 8192, rank)
+        yield f"{name}.attn.indexer.weights_proj.weight", "BF16", (64, dim)
+        yield from compressor(f"{name}.attn.indexer.compressor", 4, 128, dim)
+    inter, num_experts = c["moe_intermediate_size"], c["n_routed_experts"]
+    yield f"{name}.ffn.gate.weight", "BF16", (num_experts, dim)
+    if layer_idx < 3:
+        yield f"{name}.ffn.gate.tid2eid", "I64", (129280, 6)
+    else:
+        yield f"{name}.ffn.gate.bias", "F32", (num_experts,)
+    for projection, n, k in (("w1", inter, dim), ("w2", dim, inter), ("w3", inter, dim)):
+        yield from fp8(f"{name}.ffn.shared_experts.{projection}", n, k)
+        for expert in range(num_experts):
+            yield from nvfp4(f"{name}.ffn.experts.{expert}.{projection}", n, k)
+
+
+def model_headers(c: dict[str, Any]) -> Iterator[Header]:
+    dim = c["hidden_size"]
+    yield "embed.weight", "BF16", (129280, dim)
+    yield "head.weight", "BF16", (129280, dim)
+    yield "norm.weight", "BF16", (dim,)
+    yield from hyper("hc_head", 4, 1, dim)
+    for layer_idx in range(c["num_hidden_layers"]):
+        yield from layer_headers(c, layer_idx)
+    # The draft keeps DeepSeek's MXFP4 experts; the backbone does not read it.
+    yield "mtp.0.ffn.experts.0.w1.weight", "I8", (c["moe_intermediate_size"], dim // 2)
+    yield "mtp.0.ffn.experts.0.w1.scale", "F8_E8M0", (c["moe_intermediate_size"], dim // 32)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sliding", "csa", "hca"), [(FLASH, 2, 21, 20), (PRO, 0, 30, 31)], ids=["V4-Flash", "V4-Pro"]
+)
+def test_the_published_export_makes_a_plan(fields: dict[str, Any], sliding: int, csa: int, hca: int) -> None:
+    config = ModelConfig.from_dict(fields)
+    assert [config.compress_ratios.count(ratio) for ratio in (0, 4, 128)] == [sliding, csa, hca]
+    file = Path("model-00001-of-00001.safetensors")
+    infos = {name: TensorInfo(name, dtype, shape, file) for name, dtype, shape in model_headers(fields)}
+    start = time.perf_counter()
+    plan = make_plan(config, CheckpointIndex(Path(), MappingProxyType(infos)), Caps("cuda", "H200", 90))
+    seconds = time.perf_counter() - start
+    print(f"{len(infos)} tensors planned in {seconds:.2f} s")
+    runners = {op.spec.slot: op.choice.kernel.runner for op in plan.ops}
+    assert runners["layers.5.ffn.experts"] == "Nvfp4MoE"
+    assert runners["layers.5.attn.wqa_wkv"] == "Fp8Linear"
+    assert runners["layers.5.attn.wo_a"] == "GroupedLinear"
+    num_modules = sum(len(op.spec.modules) for op in plan.ops if op.spec.kind is OpKind.MOE)
+    assert num_modules == 3 * fields["num_hidden_layers"] * fields["n_routed_experts"]
+    assert set(plan.ignored) == {name for name in infos if name.startswith("mtp.")}
+    assert len(plan_rows(plan)) < 20, "equal layers share a row"
+    assert seconds < 30
