@@ -211,7 +211,7 @@ def test_pipelined_requests_are_answered_in_order(live: tuple[Harness, str]) -> 
 def test_health_answers_while_a_long_text_is_tokenised(
     live: tuple[Harness, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """T16: tokenising happens off the event loop."""
+    """Tokenising happens off the event loop."""
     served, url = live
     begun, go_on = threading.Event(), threading.Event()
 
