@@ -90,11 +90,14 @@ def _check_finite(part: TensorSlice) -> None:
 
 
 def _check_multiplier(part: TensorSlice) -> None:
-    """A decode multiplier is amax / 2688. At 1 or more it is a divisor (2688 / amax) in the wrong place."""
+    """A decode multiplier is amax / 2688. Above 1 it is a divisor (2688 / amax) in the wrong place.
+
+    At exactly 1, which quantisers write for a matrix of zeros, multiplier and divisor are the same number.
+    """
     value = part.data.item()
     if not 0 < value < float("inf"):
         raise CheckpointError(f"tensor {part.info}: scale is {value}; it must be finite and positive")
-    if value >= 1:
+    if value > 1:
         raise CheckpointError(
             f"tensor {part.info}: scale is {value}, a divisor by its size; this encoding stores the multiplier"
         )

@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from support.checkpoints import random_checkpoint
 
 from ownpath.checkpoint.errors import CheckpointError
+from ownpath.checkpoint.schema import MODELOPT_NVFP4
 from ownpath.checkpoint.writer import INDEX_NAME, write_checkpoint
 from ownpath.config import ConfigError, EngineConfig
 from ownpath.loading import load_model
+from ownpath.numerics import quantize_nvfp4
 
 Tensors = dict[str, torch.Tensor]
 EXPERT = "layers.1.ffn.experts.3.w2"
@@ -105,6 +107,13 @@ def test_a_divisor_where_the_multiplier_belongs_is_named(folder: Path) -> None:
     """compressed-tensors stores 2688 / amax; read as a multiplier it would blow every value up."""
     key = f"{EXPERT}.weight_scale_2"
     change_tensors(folder, lambda tensors: tensors.update({key: 1 / tensors[key]}))
+    with pytest.raises(CheckpointError, match=rf"'{key}' .*a divisor by its size"):
+        load(folder)
+
+
+def test_the_smallest_divisor_above_one_is_named(folder: Path) -> None:
+    key = f"{EXPERT}.input_scale"
+    change_tensors(folder, lambda tensors: tensors.update({key: torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))}))
     with pytest.raises(CheckpointError, match=rf"'{key}' .*a divisor by its size"):
         load(folder)
 
@@ -241,3 +250,12 @@ def test_a_config_that_cannot_be_honoured_is_named(change: dict[str, object], me
 def test_a_context_beyond_the_models_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"max_model_len 4097 exceeds .*max_position_embeddings 4096"):
         load_model(folder, EngineConfig(max_model_len=4097))
+
+
+def test_a_zero_matrix_as_our_own_quantiser_writes_it_loads(folder: Path) -> None:
+    """amax 0 has no 2688th part: its global scale is 1.0, a multiplier of zeros, and not a misplaced divisor."""
+    zero = quantize_nvfp4(torch.zeros(64, 48))
+    written = dict(MODELOPT_NVFP4.encode(EXPERT, zero, torch.tensor(1e-3)))
+    assert written[f"{EXPERT}.weight_scale_2"] == 1
+    change_tensors(folder, lambda tensors: tensors.update(written))
+    load(folder)

@@ -22,12 +22,12 @@ from ownpath.qtensor import QuantTensor
 def ct(device: torch.device) -> Any:
     if device.type != "cpu":
         pytest.skip("compared on the CPU: the oracle's own CUDA paths are other kernels")
-    reason = "compressed-tensors (test-only oracle) is not installed"
-    helpers = pytest.importorskip("compressed_tensors.compressors.nvfp4.helpers", reason=reason)
-    utils = pytest.importorskip("compressed_tensors.quantization.utils", reason=reason)
-    fp4 = pytest.importorskip("compressed_tensors.quantization.utils.fp4_utils", reason=reason)
-    schemes = pytest.importorskip("compressed_tensors.quantization.quant_scheme", reason=reason)
-    lifecycle = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward", reason=reason)
+    from compressed_tensors.compressors.nvfp4 import helpers
+    from compressed_tensors.quantization import quant_scheme as schemes
+    from compressed_tensors.quantization import utils
+    from compressed_tensors.quantization.lifecycle import forward as lifecycle
+    from compressed_tensors.quantization.utils import fp4_utils as fp4
+
     return SimpleNamespace(
         args=schemes.NVFP4["weights"],
         cast=fp4.cast_to_fp4,

@@ -20,11 +20,10 @@ CPU_ONLY = "compared on the CPU: the oracle's own CUDA paths are other kernels"
 def modelopt(device: torch.device) -> Any:
     if device.type != "cpu":
         pytest.skip(CPU_ONLY)
-    reason = "nvidia-modelopt (test-only oracle) is not installed"
-    path = "modelopt.torch.quantization.qtensor."
-    nvfp4 = pytest.importorskip(path + "nvfp4_tensor", reason=reason, exc_type=ImportError)
-    mxfp4 = pytest.importorskip(path + "mxfp4_tensor", reason=reason, exc_type=ImportError)
-    return SimpleNamespace(NVFP4=nvfp4.NVFP4QTensor, MXFP4=mxfp4.MXFP4QTensor)
+    from modelopt.torch.quantization.qtensor.mxfp4_tensor import MXFP4QTensor
+    from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
+
+    return SimpleNamespace(NVFP4=NVFP4QTensor, MXFP4=MXFP4QTensor)
 
 
 def test_modelopt_nvfp4_rounds_ties_to_even(modelopt: Any) -> None:

@@ -22,10 +22,9 @@ from ownpath.numerics import (
 def ao(device: torch.device) -> Any:
     if device.type != "cpu":
         pytest.skip("compared on the CPU: the oracle's own CUDA paths are other kernels")
-    reason = "torchao (test-only oracle) is not installed"
-    path = "torchao.prototype.mx_formats."
-    kernels = pytest.importorskip(path + "kernels", reason=reason, exc_type=ImportError)
-    nvfp4 = pytest.importorskip(path + "nvfp4_tensor", reason=reason, exc_type=ImportError)
+    from torchao.prototype.mx_formats import kernels
+    from torchao.prototype.mx_formats import nvfp4_tensor as nvfp4
+
     return SimpleNamespace(
         encode=kernels.f32_to_f4_unpacked,
         decode=kernels.f4_unpacked_to_f32,

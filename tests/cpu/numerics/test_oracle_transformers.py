@@ -16,10 +16,10 @@ from ownpath.qtensor import QuantTensor
 @pytest.fixture(scope="module")
 def decoder(device: torch.device) -> Any:
     if device.type != "cpu":
-        pytest.skip("compared on the CPU")
-    reason = "transformers (test-only oracle) is not installed"
-    module = pytest.importorskip("transformers.integrations.finegrained_fp8", reason=reason, exc_type=ImportError)
-    return module.Fp8Dequantize(None)
+        pytest.skip("compared on the CPU: the oracle's own CUDA paths are other kernels")
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    return Fp8Dequantize(None)
 
 
 def test_transformers_decodes_native_int8_fp4_alike(decoder: Any) -> None:
