@@ -11,6 +11,7 @@ demo: $(VENV)/.base
 
 test: lint type
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/interpret
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
