@@ -78,7 +78,9 @@ def _cast(interpreter: Any) -> Callable[..., Any]:
     def run(self: Any, source: Any, dst_type: Any, rounding: Any = None) -> Any:
         if rounding not in (None, interpreter._ir.ROUNDING_MODE.RTNE):
             raise NotImplementedError(f"rounding mode {rounding}")
-        src, dst = source.dtype.scalar.name, dst_type.scalar.name
+        # A comparison's handle keeps the type of its operands; only its data says that it is a truth value.
+        src = "int1" if source.data.dtype == np.bool_ else source.dtype.scalar.name
+        dst = dst_type.scalar.name
         dtype = interpreter._get_np_dtype(dst_type)
         if dst in TORCH_FLOATS:
             values = _to_torch(source.data, src) if src in TORCH_FLOATS else torch.from_numpy(source.data * 1.0)

@@ -1,0 +1,1 @@
+"""Triton kernels. Each module imports triton itself: nothing here is imported before a plan asks for it."""

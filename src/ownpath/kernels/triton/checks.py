@@ -1,0 +1,39 @@
+"""Operand checks before a launch: a wrong tensor is a ValueError that names it, and costs about a microsecond."""
+
+import torch
+
+VECTOR_BYTES = 16
+"""Alignment that the kernels' widest loads assume."""
+
+
+def check(
+    name: str,
+    tensor: torch.Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int, ...],
+    device: torch.device,
+) -> None:
+    """Errors: ValueError naming the operand for a wrong dtype, shape, device, stride or alignment."""
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, found {tensor.dtype}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, found {list(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, the first operand on {device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, found strides {list(tensor.stride())}")
+    check_alignment(name, tensor)
+
+
+def check_alignment(name: str, tensor: torch.Tensor) -> None:
+    """Errors: ValueError when the first element is not at a multiple of 16 bytes."""
+    if tensor.data_ptr() % VECTOR_BYTES:
+        raise ValueError(f"{name} must start at a multiple of {VECTOR_BYTES} bytes")
+
+
+def check_rank(name: str, tensor: torch.Tensor, rank: int, runs_on_cpu: bool) -> None:
+    """The first operand: its rank, and that the kernel can reach it. Errors: ValueError naming it."""
+    if tensor.ndim != rank:
+        raise ValueError(f"{name} must have {rank} dimensions, found shape {list(tensor.shape)}")
+    if not tensor.is_cuda and not runs_on_cpu:
+        raise ValueError(f"{name} is on {tensor.device}; this kernel runs on CUDA")
