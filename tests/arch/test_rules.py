@@ -23,7 +23,7 @@ ROOMS = (
     ("runners",),
     ("model",),
     ("loading",),
-    ("engine", "chat"),
+    ("engine", "chat", "bench"),
     ("server",),
     ("commands",),
     ("cli",),

@@ -1,0 +1,71 @@
+"""One contender in one case: a warm-up that must be right, then its time; whatever goes wrong becomes a row."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ownpath.bench.check import MAX_REL_L2, poison, rel_l2
+from ownpath.bench.contender import Contender
+from ownpath.bench.floor import H200, Ceilings
+from ownpath.bench.row import Case, Row, Status
+from ownpath.bench.timing import Timer, choose_timer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where and how to measure. ceilings: None where nobody measured them, and then no floor is shown."""
+
+    device: str
+    seed: int
+    timer: Timer
+    ceilings: Ceilings | None
+
+    @staticmethod
+    def of(device: str, seed: int = 0, budget_s: float = 0.2) -> "Settings":
+        """Errors: ValueError when the device is not there."""
+        timer = choose_timer(device, budget_s)
+        on_h200 = torch.device(device).type == "cuda" and "H200" in torch.cuda.get_device_name(device)
+        return Settings(device, seed, timer, H200 if on_h200 else None)
+
+    def generator(self, offset: int = 0) -> torch.Generator:
+        """Random numbers on the device, the same for the same seed and offset."""
+        return torch.Generator(self.device).manual_seed(self.seed + offset)
+
+
+@dataclass(frozen=True)
+class Round:
+    """The calls that are timed together, each on its own weights or routing, and what the first must return.
+
+    Shapes: reference float64 [sampled rows, N].
+    """
+
+    calls: Sequence[Callable[[], torch.Tensor]]
+    reference: torch.Tensor
+
+
+def measure(case: Case, contender: Contender, make_round: Callable[[], Round], timer: Timer) -> Row:
+    """Checks the first call's answer, then times the round."""
+    try:
+        around = make_round()
+        first = around.calls[0]
+        poison(tuple(first().shape), around.reference.device)
+        error = rel_l2(first(), around.reference)
+        timing = timer.time(around.calls)
+    except Exception as failure:  # a contender's failure is a result, shown in the table
+        return without_time(case, contender, "failed", describe(failure))
+    if not error <= MAX_REL_L2:  # NaN too
+        why = f"relative L2 {error:.1e} from float64, more than {MAX_REL_L2}"
+        return Row(case, contender.name, contender.is_peer, "wrong", why, timing, error)
+    return Row(case, contender.name, contender.is_peer, "ok", "", timing, error)
+
+
+def without_time(case: Case, contender: Contender, status: Status, reason: str) -> Row:
+    """The row of a contender that gave no time."""
+    return Row(case, contender.name, contender.is_peer, status, reason)
+
+
+def describe(failure: Exception) -> str:
+    """One line: the class and the first line of what it says."""
+    first_line = (str(failure).splitlines() or [""])[0]
+    return f"{type(failure).__name__}: {first_line}"[:300]

@@ -1,0 +1,42 @@
+"""This package's own runners, through the public API."""
+
+from collections.abc import Sequence
+
+from ownpath.bench.contender import SWIGLU_LIMIT, LinearCall, Missing, MoeCall
+from ownpath.bench.operands import Fp8Operands, MoeOperands, Nvfp4Operands
+from ownpath.runners import Fp8Linear, Nvfp4Linear, Nvfp4MoE
+
+
+class _Ours:
+    name = "ownpath"
+    is_peer = False
+
+    def missing(self, device: str) -> Missing | None:
+        """Runs everywhere."""
+        return None
+
+
+class OwnMoe(_Ours):
+    """``ownpath.Nvfp4MoE``."""
+
+    def prepare(self, operands: MoeOperands, num_tokens: Sequence[int], top_k: int) -> MoeCall:
+        own = operands.clone()
+        return Nvfp4MoE(
+            own.w13, own.w13_scale, own.w13_scale_2, own.w2, own.w2_scale, own.w2_scale_2, swiglu_limit=SWIGLU_LIMIT
+        )
+
+
+class OwnNvfp4Linear(_Ours):
+    """``ownpath.Nvfp4Linear``."""
+
+    def prepare(self, operands: Nvfp4Operands, num_rows: Sequence[int]) -> LinearCall:
+        own = operands.clone()
+        return Nvfp4Linear(own.weight, own.weight_scale, own.weight_scale_2)
+
+
+class OwnFp8Linear(_Ours):
+    """``ownpath.runners.Fp8Linear``."""
+
+    def prepare(self, operands: Fp8Operands, num_rows: Sequence[int]) -> LinearCall:
+        own = operands.clone()
+        return Fp8Linear(own.weight, own.scale)

@@ -1,0 +1,80 @@
+"""One JSON line for each row, with everything needed to say where the number comes from."""
+
+import importlib.metadata
+import json
+import math
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from ownpath.bench.row import Row
+
+_PACKAGES = ("ownpath", "torch", "triton", "nvidia-cutlass-dsl", "humming-kernels", "quack-kernels")
+
+
+def provenance(device: str, commit: str, command: str, timer: str) -> dict[str, object]:
+    """Device, versions, commit, command, timer and date of a run."""
+    return {
+        "device": device_name(device),
+        "timer": timer,
+        "versions": {name: version for name in _PACKAGES if (version := _version(name))}
+        | {"python": platform.python_version(), "cuda": torch.version.cuda or ""},
+        "commit": commit,
+        "command": command,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def row_dict(row: Row, seed: int, origin: Mapping[str, object]) -> dict[str, object]:
+    """One row as plain data. Units are in the keys; NaN becomes null, so that the line is JSON everywhere."""
+    case, timing = row.case, row.timing
+    measured = {"us": None, "us_p10": None, "us_p90": None, "calls_per_replay": None, "replays": None}
+    if timing is not None:
+        values = (timing.us, timing.us_p10, timing.us_p90, timing.num_calls, timing.num_replays)
+        measured = dict(zip(measured, values, strict=True))  # type: ignore[arg-type]
+    rel_l2 = None if row.rel_l2 is None or math.isnan(row.rel_l2) else row.rel_l2
+    return {
+        "bench": case.bench,
+        "shape": case.shape,
+        **case.dims,
+        "tokens": case.num_tokens,
+        "contender": row.contender,
+        "is_peer": row.is_peer,
+        "status": row.status,
+        "reason": row.reason,
+        **measured,
+        "rel_l2": rel_l2,
+        "floor_us": case.floor_us,
+        "bytes": case.num_bytes,
+        "flop": case.num_flop,
+        "tb_per_s": row.tb_per_s,
+        "tflop_per_s": row.tflop_per_s,
+        "distinct_experts": case.distinct_experts,
+        "seed": seed,
+        **origin,
+    }
+
+
+def append_lines(path: Path, records: Sequence[Mapping[str, object]]) -> None:
+    """Adds to a JSON-lines file, made if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as out:
+        for record in records:
+            out.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+def device_name(device: str) -> str:
+    """As the driver calls it; a CPU is called one."""
+    if torch.device(device).type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"cpu {platform.machine()}"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

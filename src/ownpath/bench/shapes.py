@@ -1,0 +1,67 @@
+"""The shapes that are measured."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MoeShape:
+    """A mixture of SwiGLU experts: E experts of width ``inter`` on ``hidden`` features, ``top_k`` per token."""
+
+    name: str
+    num_experts: int
+    hidden: int
+    inter: int
+    top_k: int
+
+    @property
+    def params_per_expert(self) -> int:
+        """Weights of gate, up and down of one expert."""
+        return 3 * self.hidden * self.inter
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """A dense weight [out_features, in_features]."""
+
+    name: str
+    out_features: int
+    in_features: int
+
+    @property
+    def num_params(self) -> int:
+        return self.out_features * self.in_features
+
+
+MOE_SHAPES = (
+    MoeShape("v4-flash", num_experts=256, hidden=4096, inter=2048, top_k=6),
+    MoeShape("v4-pro", num_experts=384, hidden=7168, inter=3072, top_k=6),
+    MoeShape("tiny", num_experts=8, hidden=256, inter=128, top_k=2),
+)
+LINEAR_SHAPES = (
+    LinearShape("wqa_wkv", 1536, 4096),
+    LinearShape("wq_b", 32768, 1024),
+    LinearShape("wo_b", 4096, 8192),
+    LinearShape("gate_up", 4096, 4096),
+    LinearShape("down", 4096, 2048),
+    LinearShape("tiny", 256, 128),
+)
+"""DeepSeek-V4-Flash's dense matrices, gate_up and down being the shared expert's; tiny is for trying the harness."""
+
+MOE_TOKENS = (1, 4, 8, 16, 64, 256, 1024, 4096, 8192)
+LINEAR_TOKENS = (1, 16, 64, 256, 2048)
+
+
+def moe_shape(name: str) -> MoeShape:
+    """Errors: ValueError for an unknown name."""
+    for shape in MOE_SHAPES:
+        if shape.name == name:
+            return shape
+    raise ValueError(f"--shape: no MoE shape {name!r}; known: {', '.join(s.name for s in MOE_SHAPES)}")
+
+
+def linear_shape(name: str) -> LinearShape:
+    """Errors: ValueError for an unknown name."""
+    for shape in LINEAR_SHAPES:
+        if shape.name == name:
+            return shape
+    raise ValueError(f"--shape: no linear shape {name!r}; known: {', '.join(s.name for s in LINEAR_SHAPES)}")

@@ -1,0 +1,114 @@
+"""How long a call takes: CUDA-graph replays on a GPU, a wall clock on a CPU, never one in the other's name."""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ownpath.bench.row import Timing
+
+Call = Callable[[], object]
+
+
+class Timer(Protocol):
+    """Times a round of calls; ``name`` goes into every record."""
+
+    @property
+    def name(self) -> str: ...
+
+    def time(self, calls: Sequence[Call]) -> Timing: ...
+
+
+def choose_timer(device: str, budget_s: float = 0.2) -> Timer:
+    """The timer for a device. budget_s: how long to replay, at least.
+
+    Errors: ValueError when a GPU is asked for and there is none: a CPU's time must not stand in a GPU's table.
+    """
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return WallClock(budget_s)
+    if kind != "cuda":
+        raise ValueError(f"--device {device}: cuda or cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "--device cuda: no CUDA device here. --device cpu tries the harness on tiny shapes; "
+            "its times are a CPU's and say nothing about a GPU"
+        )
+    return CudaGraph(budget_s)
+
+
+@dataclass(frozen=True)
+class CudaGraph:
+    """Captures the round once and replays it; events around each replay, the median over replays."""
+
+    budget_s: float
+    name: str = "cuda graph replay"
+    least_replays: int = 11
+    most_replays: int = 400
+
+    def time(self, calls: Sequence[Call]) -> Timing:
+        graph = self._capture(calls)
+        round_us = self._replay(graph, 3)[-1]
+        replays = int(min(max(self.budget_s * 1e6 / round_us, self.least_replays), self.most_replays))
+        return _timing(self._replay(graph, replays), len(calls))
+
+    def _capture(self, calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+        """Calls run once outside the graph first: that compiles, and allocates what is allocated once."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for call in calls:
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        return graph
+
+    def _replay(self, graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
+        """Microseconds of each of ``count`` replays."""
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
+            graph.replay()
+            mark.record()
+        torch.cuda.synchronize()
+        return [1e3 * first.elapsed_time(second) for first, second in itertools.pairwise(marks)]
+
+
+@dataclass(frozen=True)
+class WallClock:
+    """A CPU's own clock around each round. Says nothing about a GPU."""
+
+    budget_s: float
+    name: str = "cpu wall clock"
+    least_replays: int = 3
+    most_replays: int = 50
+
+    def time(self, calls: Sequence[Call]) -> Timing:
+        round_us = self._round(calls)
+        replays = int(min(max(self.budget_s * 1e6 / round_us, self.least_replays), self.most_replays))
+        return _timing([self._round(calls) for _ in range(replays)], len(calls))
+
+    def _round(self, calls: Sequence[Call]) -> float:
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        return 1e6 * (time.perf_counter() - start)
+
+
+def _timing(rounds_us: Sequence[float], num_calls: int) -> Timing:
+    tenths = statistics.quantiles(rounds_us, n=10, method="inclusive")
+    return Timing(
+        statistics.median(rounds_us) / num_calls,
+        tenths[0] / num_calls,
+        tenths[-1] / num_calls,
+        num_calls,
+        len(rounds_us),
+    )

@@ -1,0 +1,114 @@
+"""Runs candidate configurations of a kernel family and writes the table that its kernels choose from.
+
+    ownpath bench --tune FAMILY
+
+A family is a module ``ownpath.kernels.cute.tuners.FAMILY`` with a function ``family(device) -> Family``. Tuning happens
+here and never while serving: kernels read ``src/ownpath/kernels/cute/tuned/FAMILY.json``, and that is all.
+"""
+
+import importlib
+import importlib.util
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+Config = Mapping[str, int | str | bool]
+"""One candidate: what a kernel family calls its knobs, as JSON values."""
+
+Run = Callable[[str, Config], float]
+"""(case, candidate) -> median microseconds. It checks the answer first.
+
+Errors: CandidateFailed for a candidate that does not compile, fit or compute the right thing.
+"""
+
+Report = Callable[[str], None]
+
+_TUNERS = "ownpath.kernels.cute.tuners"
+
+
+class CandidateFailed(ValueError):
+    """This candidate is no choice for this case; the message says why."""
+
+
+class Family(Protocol):
+    """What ``--tune`` needs to know of a kernel family."""
+
+    candidates: Mapping[str, Sequence[Config]]
+    """Case (a key that the kernels look up, such as "m=64,n=4096,k=4096") -> what to try, the present choice first."""
+
+    table: Path
+    """Where its kernels read the choice from."""
+
+    def run(self, case: str, config: Config) -> float:
+        """See Run."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One candidate in one case. us is NaN when it failed."""
+
+    config: Config
+    us: float
+    reason: str = ""
+
+
+def tune(
+    family: str,
+    candidates: Mapping[str, Sequence[Config]],
+    run: Run,
+    out: Path,
+    provenance: Mapping[str, object],
+    report: Report = print,
+) -> dict[str, Tried]:
+    """Runs every candidate and writes the fastest for each case to ``out``; cases of an earlier table stay.
+
+    A tie goes to the earlier candidate. Errors: CandidateFailed when no candidate of a case runs; nothing is written.
+    """
+    best = {}
+    for case, configs in candidates.items():
+        tried = [_try(case, config, run) for config in configs]
+        for one in tried:
+            report(f"{family} {case} {json.dumps(dict(one.config))}: " + (one.reason or f"{one.us:.2f} us"))
+        best[case] = _fastest(family, case, tried)
+    entries = _entries(out) | {case: {"config": dict(one.config), "us": round(one.us, 3)} for case, one in best.items()}
+    table = {"family": family, "measured": dict(provenance), "entries": dict(sorted(entries.items()))}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    return best
+
+
+def load_family(name: str, device: str) -> Family:
+    """The family's candidates. Errors: ValueError for a family without a tuner."""
+    if not name.isidentifier() or not _has_tuner(name):
+        raise ValueError(f"--tune: no kernel family {name!r} with candidates in {_TUNERS}")
+    family: Family = importlib.import_module(f"{_TUNERS}.{name}").family(device)
+    return family
+
+
+def _has_tuner(name: str) -> bool:
+    return importlib.util.find_spec(_TUNERS) is not None and importlib.util.find_spec(f"{_TUNERS}.{name}") is not None
+
+
+def _try(case: str, config: Config, run: Run) -> Tried:
+    try:
+        return Tried(config, run(case, config))
+    except CandidateFailed as failure:
+        return Tried(config, math.nan, str(failure) or "failed")
+
+
+def _fastest(family: str, case: str, tried: Sequence[Tried]) -> Tried:
+    ran = [one for one in tried if not math.isnan(one.us)]
+    if not ran:
+        reasons = "; ".join(one.reason for one in tried)
+        raise CandidateFailed(f"--tune {family}: no candidate for {case} runs: {reasons}")
+    return min(ran, key=lambda one: one.us)
+
+
+def _entries(path: Path) -> dict[str, object]:
+    if not path.exists():
+        return {}
+    entries: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))["entries"]
+    return entries

@@ -1,0 +1,161 @@
+"""Measure the runners beside other systems' kernels, or tune a kernel family's table."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from ownpath.bench.contender import Contender
+    from ownpath.bench.measure import Settings
+    from ownpath.bench.row import Row
+    from ownpath.bench.shapes import LinearShape, MoeShape
+    from ownpath.commands.arguments import Subparsers
+
+_BENCHES = ("moe", "linear", "fp8")
+_Some = TypeVar("_Some", bound="Contender")
+
+
+def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
+    """``ownpath bench moe|linear|fp8``, ``ownpath bench --tune FAMILY``"""
+    parser = subparsers.add_parser("bench", help="measure kernels beside other systems'", description=__doc__)
+    parser.add_argument("bench", nargs="?", metavar="BENCH", help="moe, linear (NVFP4) or fp8")
+    parser.add_argument("--tune", metavar="FAMILY", help="run a kernel family's candidates and write its table")
+    parser.add_argument("--shape", action="append", default=[], metavar="NAME", help="repeatable (default: V4-Flash's)")
+    parser.add_argument("--tokens", metavar="N,N,...", help="token counts (default: those of the published tables)")
+    parser.add_argument("--contenders", metavar="A,B,...", help="who takes part (default: everyone)")
+    parser.add_argument("--device", default="cuda", help="cuda; cpu only tries the harness (default: cuda)")
+    parser.add_argument("--seed", type=int, default=0, help="of operands and routing (default: 0)")
+    parser.add_argument("--seconds", type=float, default=0.2, help="least replay time of a measurement (default: 0.2)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="append one JSON line for each row")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG (needs the extra 'bench')")
+    parser.add_argument("--commit", default="unknown", metavar="ID", help="recorded with every row")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the table and writes what was asked for; 1 if one of our own rows has no right answer.
+
+    Errors: ValueError for an unknown name or a device that is not there.
+    """
+    if (args.bench is None) == (args.tune is None):
+        raise ValueError("bench: name one of moe, linear and fp8, or give --tune FAMILY")
+    if args.tune is not None:
+        return _tune(args)
+    if args.bench not in _BENCHES:
+        raise ValueError(f"bench: no benchmark {args.bench!r}; known: {', '.join(_BENCHES)}")
+    from ownpath.bench.measure import Settings
+    from ownpath.bench.table import table_text
+
+    settings = Settings.of(args.device, args.seed, args.seconds)
+    rows: list[Row] = []
+    for row in _rows(args, settings):
+        print(".", end="", file=sys.stderr, flush=True)
+        rows.append(row)
+    print(file=sys.stderr)
+    print(table_text(rows, _title(args, settings)))
+    _keep(args, settings, rows)
+    return 0 if all(row.status == "ok" for row in rows if not row.is_peer) else 1
+
+
+def _rows(args: argparse.Namespace, settings: "Settings") -> "Iterator[Row]":
+    """Benchmarks shape by shape, so that only one shape's weights are in memory."""
+    from ownpath.bench import shapes
+
+    if args.bench == "moe":
+        for moe_shape in map(shapes.moe_shape, args.shape or ["v4-flash"]):
+            yield from _moe_rows(args, settings, moe_shape)
+        return
+    for shape in [shapes.linear_shape(name) for name in args.shape] or shapes.LINEAR_SHAPES[:5]:
+        yield from (_nvfp4_rows if args.bench == "linear" else _fp8_rows)(args, settings, shape)
+
+
+def _moe_rows(args: argparse.Namespace, settings: "Settings", shape: "MoeShape") -> "Iterator[Row]":
+    from ownpath.bench.contender import MoeContender
+    from ownpath.bench.moe import run_moe
+    from ownpath.bench.ours import OwnMoe
+    from ownpath.bench.peers.humming import HummingMoe
+    from ownpath.bench.shapes import MOE_TOKENS
+
+    everyone: list[MoeContender] = [OwnMoe(), HummingMoe()]
+    return run_moe(settings, shape, _counts(args.tokens) or MOE_TOKENS, _chosen(everyone, args.contenders))
+
+
+def _nvfp4_rows(args: argparse.Namespace, settings: "Settings", shape: "LinearShape") -> "Iterator[Row]":
+    from ownpath.bench.contender import Nvfp4Contender
+    from ownpath.bench.linear import NVFP4_BENCH, run_linear
+    from ownpath.bench.ours import OwnNvfp4Linear
+    from ownpath.bench.peers.cublas import CublasNvfp4
+    from ownpath.bench.peers.humming import HummingNvfp4
+    from ownpath.bench.peers.quack import QuackNvfp4
+    from ownpath.bench.shapes import LINEAR_TOKENS
+
+    everyone: list[Nvfp4Contender] = [OwnNvfp4Linear(), HummingNvfp4(), QuackNvfp4(), CublasNvfp4()]
+    chosen = _chosen(everyone, args.contenders)
+    return run_linear(NVFP4_BENCH, settings, shape, _counts(args.tokens) or LINEAR_TOKENS, chosen)
+
+
+def _fp8_rows(args: argparse.Namespace, settings: "Settings", shape: "LinearShape") -> "Iterator[Row]":
+    from ownpath.bench.contender import Fp8Contender
+    from ownpath.bench.linear import FP8_BENCH, run_linear
+    from ownpath.bench.ours import OwnFp8Linear
+    from ownpath.bench.peers.cublas import CublasFp8
+    from ownpath.bench.shapes import LINEAR_TOKENS
+
+    everyone: list[Fp8Contender] = [OwnFp8Linear(), CublasFp8()]
+    chosen = _chosen(everyone, args.contenders)
+    return run_linear(FP8_BENCH, settings, shape, _counts(args.tokens) or LINEAR_TOKENS, chosen)
+
+
+def _chosen(everyone: list[_Some], names: str | None) -> list[_Some]:
+    if names is None:
+        return everyone
+    known = {contender.name: contender for contender in everyone}
+    wanted = names.split(",")
+    if unknown := [name for name in wanted if name not in known]:
+        raise ValueError(f"--contenders: {', '.join(unknown)} not among {', '.join(known)}")
+    return [known[name] for name in wanted]
+
+
+def _counts(text: str | None) -> tuple[int, ...]:
+    counts = tuple(int(part) for part in text.split(",")) if text else ()
+    if any(count < 1 for count in counts):
+        raise ValueError(f"--tokens {text}: counts must be at least 1")
+    return counts
+
+
+def _title(args: argparse.Namespace, settings: "Settings") -> str:
+    from ownpath.bench.record import device_name
+
+    kind = "" if args.device.startswith("cuda") else " — a CPU's wall clock: says nothing about a GPU"
+    return f"bench {args.bench} on {device_name(args.device)}, {settings.timer.name}, seed {args.seed}{kind}"
+
+
+def _keep(args: argparse.Namespace, settings: "Settings", rows: "list[Row]") -> None:
+    """JSON lines before the plot: a missing matplotlib must not cost the numbers."""
+    from ownpath.bench.plot import plot_rows
+    from ownpath.bench.record import append_lines, provenance, row_dict
+
+    if args.out is not None:
+        origin = provenance(args.device, args.commit, _command(), settings.timer.name)
+        append_lines(args.out, [row_dict(row, args.seed, origin) for row in rows])
+    if args.plot is not None:
+        plot_rows(rows, _title(args, settings), args.plot)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from ownpath.bench.record import provenance
+    from ownpath.bench.timing import choose_timer
+    from ownpath.bench.tune import load_family, tune
+
+    timer = choose_timer(args.device)
+    family = load_family(args.tune, args.device)
+    origin = provenance(args.device, args.commit, _command(), timer.name)
+    tune(args.tune, family.candidates, family.run, args.out or family.table, origin)
+    return 0
+
+
+def _command() -> str:
+    return shlex.join(["ownpath", *sys.argv[1:]])
