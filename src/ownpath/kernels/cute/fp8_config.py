@@ -1,0 +1,122 @@
+"""What is fixed when an FP8 kernel is compiled, and which shape is chosen for which product. Needs no DSL."""
+
+from dataclasses import dataclass
+
+from ownpath.kernels.fp8_packing import ACT_BLOCK_BYTES, BLOCK_BYTES
+
+WG = 128
+BLOCK_K = 128
+CHUNK_K = 64
+ENTRY_BYTES = 16
+MAX_SMEM = 232448
+NUM_CONSUMERS = 2
+MAX_K_BLOCKS = 64
+QUANTIZE_ROWS = 32
+QUANTIZE_THREADS = 8 * QUANTIZE_ROWS
+ACT_STRIDE = 9216
+"""Activation blocks start at multiples of 1024, as the swizzle needs: 8192 bytes, 256 of scales, a gap."""
+
+assert ACT_BLOCK_BYTES <= ACT_STRIDE
+
+
+@dataclass(frozen=True)
+class W8A16Config:
+    """The shape of one compiled W8A16 kernel.
+
+    num_m64: 64-row blocks per CTA, 2 or 4. num_n: tokens per tile. cluster_k: CTAs that share rows and split K.
+    folded: block scales ride on the decode multiply. ragged: outputs are written one by one.
+    """
+
+    num_m64: int
+    num_n: int
+    num_stages: int
+    cluster_k: int
+    folded: bool
+    ragged: bool = False
+
+    @property
+    def name(self) -> str:
+        shape = f"r{self.num_m64}n{self.num_n}s{self.num_stages}c{self.cluster_k}"
+        return f"fp8_w8a16_{shape}{'_folded' if self.folded else ''}{'_ragged' if self.ragged else ''}"
+
+    @property
+    def num_threads(self) -> int:
+        return WG * (NUM_CONSUMERS + 1)
+
+    @property
+    def cluster(self) -> int:
+        return self.cluster_k
+
+    def grid(self, num_tokens: int, num_row_blocks: int) -> int:
+        return -(-num_row_blocks // self.num_m64) * self.cluster_k * -(-num_tokens // self.num_n)
+
+
+@dataclass(frozen=True)
+class W8A8Config:
+    """The shape of one compiled W8A8 kernel.
+
+    warpgroups: consumers, 2 or 3; num_m64: 64-token blocks of each. cluster_n: CTAs that share activations, 1 or 2.
+    ragged: outputs are written one by one.
+    """
+
+    warpgroups: int
+    num_m64: int
+    num_stages: int
+    cluster_n: int = 2
+    ragged: bool = False
+
+    @property
+    def name(self) -> str:
+        shape = f"w{self.warpgroups}r{self.num_m64}s{self.num_stages}c{self.cluster_n}"
+        return f"fp8_w8a8_{shape}{'_ragged' if self.ragged else ''}"
+
+    @property
+    def num_threads(self) -> int:
+        return WG * (self.warpgroups + 1)
+
+    @property
+    def cluster(self) -> int:
+        return self.cluster_n
+
+    @property
+    def m64_per_tile(self) -> int:
+        return self.warpgroups * self.num_m64
+
+    def num_tiles(self, num_tokens: int, num_row_blocks: int) -> int:
+        return -(-num_tokens // (64 * self.m64_per_tile)) * -(-num_row_blocks // (2 * self.cluster_n))
+
+    def grid(self, num_tokens: int, num_row_blocks: int, num_sms: int) -> int:
+        return self.cluster_n * min(self.num_tiles(num_tokens, num_row_blocks), num_sms // self.cluster_n)
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """power_of_two: activation scales are powers of two (``ue8m0``); otherwise any float32."""
+
+    power_of_two: bool
+
+    @property
+    def name(self) -> str:
+        return f"fp8_quantize_{'ue8m0' if self.power_of_two else 'fp32'}"
+
+    @property
+    def num_threads(self) -> int:
+        return QUANTIZE_THREADS
+
+    @property
+    def cluster(self) -> int:
+        return 1
+
+
+def w8a16_stages(num_m64: int, num_n: int, budget: int = MAX_SMEM) -> int:
+    """Stages of the ring that fit ``budget`` bytes of shared memory, at most 12."""
+    fixed = num_m64 * MAX_K_BLOCKS * ENTRY_BYTES + 1024
+    return min(12, (budget - fixed) // (num_m64 * BLOCK_BYTES + num_n * BLOCK_K * 2 + 16))
+
+
+def w8a8_stages(m64_per_tile: int) -> int:
+    """Stages of the ring that fit an SM's shared memory."""
+    return (MAX_SMEM - 1024) // (m64_per_tile * ACT_STRIDE + 2 * (BLOCK_BYTES + ENTRY_BYTES) + 16)
+
+
+Fp8Config = W8A16Config | W8A8Config | QuantizeConfig
