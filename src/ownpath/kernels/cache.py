@@ -1,0 +1,112 @@
+"""Compiled kernels on disk: what is compiled once is loaded ever after, by machines without a compiler too.
+
+A kernel is named by its configuration; its key is a hash of the kernels' sources, the architecture and the compiler's
+version, so that a change of any of them compiles anew. Files: ``NAME-KEY.cubin`` and ``NAME-KEY.json``, the latter
+written last and atomically: a cubin without it does not count.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+from ownpath.kernels.driver import Binary, Kernel
+
+ARCH = "sm_90a"
+COMPILER = "nvidia-cutlass-dsl 4.8.1"
+SOURCES = Path(__file__).parent / "cute"
+
+
+class Config(Protocol):
+    """A kernel's compile-time configuration; frozen dataclasses in ``kernels.cute.config`` fit."""
+
+    @property
+    def name(self) -> str: ...
+
+
+class CompileError(RuntimeError):
+    """A kernel that is not in the cache and could not be compiled here."""
+
+
+def cache_dir() -> Path:
+    """``$OWNPATH_KERNEL_CACHE``, or ``ownpath/kernels`` in the user's cache folder."""
+    chosen = os.environ.get("OWNPATH_KERNEL_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ownpath" / "kernels"
+
+
+@lru_cache(maxsize=1)
+def source_key() -> str:
+    digest = hashlib.sha256(f"{ARCH} {COMPILER}".encode())
+    for path in sorted(SOURCES.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def stem(config: Config) -> Path:
+    return cache_dir() / f"{config.name}-{source_key()}"
+
+
+def is_cached(config: Config) -> bool:
+    return stem(config).with_suffix(".json").exists()
+
+
+def store(config: Config, code: bytes, facts: dict[str, str | int | bool]) -> None:
+    """Writes a kernel so that a reader sees all of it or nothing."""
+    target = stem(config)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, data in ((".cubin", code), (".json", json.dumps(facts).encode())):
+        scratch = target.with_suffix(f".{os.getpid()}.tmp")
+        scratch.write_bytes(data)
+        scratch.replace(target.with_suffix(suffix))
+
+
+def compile_missing(configs: Iterable[Config], progress: Callable[[int, int, str], None] | None = None) -> int:
+    """Compiles what the cache lacks, one process per core, and returns how many that were.
+
+    progress: called with (done, total, name) after each kernel. Errors: CompileError with the compiler's words.
+    """
+    missing = {config.name: config for config in configs if not is_cached(config)}
+    waiting, running, done = list(missing.values()), [], 0
+    workers = max(1, min(len(waiting), os.cpu_count() or 1))
+    shares = [waiting[idx::workers] for idx in range(workers)] if waiting else []
+    for share in shares:
+        command = [sys.executable, "-m", "ownpath.kernels.cute.build"]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdin
+        process.stdin.write(json.dumps([[type(config).__name__, vars(config)] for config in share]))
+        process.stdin.close()
+        running.append(process)
+    for process in running:
+        assert process.stdout
+        assert process.stderr
+        for line in process.stdout:
+            done += 1
+            if progress:
+                progress(done, len(missing), line.strip())
+        errors = process.stderr.read()
+        if process.wait():
+            raise CompileError(f"a kernel could not be compiled; the compiler is {COMPILER}\n{errors[-2000:]}")
+    return len(missing)
+
+
+@lru_cache(maxsize=512)
+def load(config: Config, device_index: int) -> Kernel:
+    """The kernel on a device, compiled if the cache lacks it. Errors: CompileError, CudaError."""
+    compile_missing([config])
+    facts = json.loads(stem(config).with_suffix(".json").read_text())
+    code = stem(config).with_suffix(".cubin").read_bytes()
+    return Kernel(Binary(code, facts["entry"], facts["num_threads"], facts["cluster"]))
+
+
+def load_all(configs: Sequence[Config], device_index: int) -> None:
+    """Loads kernels before they are needed, so that no call in the serving path waits for one."""
+    compile_missing(configs)
+    for config in configs:
+        load(config, device_index)

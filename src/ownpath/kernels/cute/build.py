@@ -1,0 +1,72 @@
+"""Compiles kernels into the cache: ``python -m ownpath.kernels.cute.build``, configurations as JSON on stdin.
+
+A process of its own, because the DSL reads its target from the environment when it is imported.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from typing import Any
+
+from ownpath.kernels.cache import ARCH, COMPILER, Config, store
+from ownpath.kernels.cute.config import (
+    ALIGN_THREADS,
+    COPY_THREADS,
+    AlignConfig,
+    CombineConfig,
+    GemmConfig,
+    PermuteConfig,
+)
+from ownpath.kernels.cute.fp8_config import QuantizeConfig, W8A8Config, W8A16Config
+
+FP8 = (W8A16Config, W8A8Config, QuantizeConfig)
+CONFIGS = {cls.__name__: cls for cls in (GemmConfig, AlignConfig, PermuteConfig, CombineConfig, *FP8)}
+
+
+def compiled(config: Config) -> tuple[Any, int, int]:
+    """The DSL's compiled function, threads per CTA, CTAs per cluster."""
+    if isinstance(config, FP8):
+        return compiled_fp8(config), config.num_threads, config.cluster
+    from ownpath.kernels.cute import gemm_sm90, moe_sm90
+
+    if isinstance(config, GemmConfig):
+        return gemm_sm90.compile_gemm(config), config.num_threads, config.cluster_k
+    if isinstance(config, AlignConfig):
+        return moe_sm90.compile_align(config), ALIGN_THREADS, 1
+    if isinstance(config, CombineConfig):
+        return moe_sm90.compile_combine(config.num_shared), COPY_THREADS, 1
+    assert isinstance(config, PermuteConfig)
+    return moe_sm90.compile_permute(), COPY_THREADS, 1
+
+
+def compiled_fp8(config: W8A16Config | W8A8Config | QuantizeConfig) -> Any:
+    from ownpath.kernels.cute import fp8_quantize_sm90, fp8_w8a8_sm90, fp8_w8a16_sm90
+
+    if isinstance(config, W8A16Config):
+        return fp8_w8a16_sm90.compile_w8a16(config)
+    if isinstance(config, W8A8Config):
+        return fp8_w8a8_sm90.compile_w8a8(config)
+    return fp8_quantize_sm90.compile_quantize(config)
+
+
+def build(config: Config) -> None:
+    function, num_threads, cluster = compiled(config)
+    entry = next(line.split()[2].split("(")[0] for line in function.__ptx__.splitlines() if ".visible .entry" in line)
+    facts = {"entry": entry, "num_threads": num_threads, "cluster": cluster, "compiler": COMPILER, "arch": ARCH}
+    store(config, bytes(function.__cubin__), facts)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = {"ARCH": ARCH, "KEEP_PTX": "1", "KEEP_CUBIN": "1", "DUMP_DIR": scratch}
+        os.environ.update({f"CUTE_DSL_{key}": value for key, value in settings.items()})
+        for kind, fields in json.load(sys.stdin):
+            fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+            config = CONFIGS[kind](**fields)
+            build(config)
+            print(config.name, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""What is fixed when a kernel is compiled. Importable without the DSL: launchers and the cache need only this."""
+
+from dataclasses import dataclass
+
+BLOCK_K = 128
+CODE_BYTES = 64 * BLOCK_K // 2
+SCALE_BYTES = 64 * BLOCK_K // 16
+CHUNK_K = 64
+UNSCALE = 2.0**19
+WG = 128
+ALIGN_THREADS = 1024
+COPY_THREADS = 256
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """The shape of one compiled kernel.
+
+    num_m64: 64-row blocks per consumer warpgroup. warpgroups_m, warpgroups_k: consumer warpgroups along weight rows
+        and along K; those along K work on different 128-wide blocks and are summed in a fixed order.
+    n_sizes: token counts of a tile for which ``wgmma`` code exists, ascending.
+    cluster_k: CTAs of a cluster that share a tile along K and are summed through distributed shared memory.
+    grouped: tiles come from a device-side schedule of experts; otherwise from the token count.
+    swiglu: rows are gate/up pairs, the output is silu(gate) * up.
+    gather: token rows are looked up one by one, in an index behind the schedule, instead of following each other.
+    """
+
+    num_m64: int
+    warpgroups_m: int
+    warpgroups_k: int
+    n_sizes: tuple[int, ...]
+    num_stages: int
+    cluster_k: int = 1
+    grouped: bool = False
+    swiglu: bool = False
+    gather: bool = False
+
+    @property
+    def name(self) -> str:
+        sizes = "_".join(map(str, self.n_sizes))
+        kind = ("moe" if self.grouped else "linear") + ("_swiglu" if self.swiglu else "") + ("_gather" if self.gather else "")
+        shape = f"r{self.num_m64}m{self.warpgroups_m}k{self.warpgroups_k}c{self.cluster_k}s{self.num_stages}"
+        return f"nvfp4_{kind}_{shape}_n{sizes}"
+
+    @property
+    def m64_per_tile(self) -> int:
+        return self.num_m64 * self.warpgroups_m
+
+    @property
+    def num_threads(self) -> int:
+        return WG * (self.warpgroups_m * self.warpgroups_k + 1)
+
+    @property
+    def box_rows(self) -> int:
+        return 1 if self.gather else min(16, self.n_sizes[0])
+
+    @property
+    def reduces(self) -> bool:
+        return self.warpgroups_k * self.cluster_k > 1
+
+    @property
+    def stage_bytes(self) -> int:
+        blocks = self.m64_per_tile * self.warpgroups_k
+        tokens = self.n_sizes[-1] * BLOCK_K * 2 * self.warpgroups_k
+        return blocks * (CODE_BYTES + SCALE_BYTES) + tokens
+
+    @property
+    def reduce_bytes(self) -> int:
+        buffers = 1 if self.cluster_k > 1 else 2
+        return buffers * self.warpgroups_k * self.num_m64 * self.n_sizes[-1] // 8 * WG * 16 if self.reduces else 0
+
+    @property
+    def smem_bytes(self) -> int:
+        return self.num_stages * (self.stage_bytes + 16) + self.reduce_bytes + 1024
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """wide_ids: ids are int64. mapped: ids go through an expert map. num_shared: experts every token goes to, behind
+    the routed ones."""
+
+    wide_ids: bool
+    mapped: bool
+    num_shared: int
+
+    @property
+    def name(self) -> str:
+        return f"moe_align_{'i64' if self.wide_ids else 'i32'}{'_mapped' if self.mapped else ''}_s{self.num_shared}"
+
+
+@dataclass(frozen=True)
+class PermuteConfig:
+    """Copies token rows into the experts' order."""
+
+    @property
+    def name(self) -> str:
+        return "moe_permute"
+
+
+@dataclass(frozen=True)
+class CombineConfig:
+    """Sums expert outputs per token. num_shared: slots behind the routed ones, with weight 1."""
+
+    num_shared: int
+
+    @property
+    def name(self) -> str:
+        return f"moe_combine_s{self.num_shared}"

@@ -1,0 +1,196 @@
+"""The few PTX instructions that the kernels issue themselves, as typed functions."""
+
+from typing import Any
+
+from cutlass import Float32, Int32, Int64, Uint32, cute
+from cutlass._mlir.dialects import cute as _cute_ir
+from cutlass._mlir.dialects import cute_nvgpu as _cute_nvgpu_ir
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import T, dsl_user_op
+
+Value = Any
+"""A traced value of the DSL; its classes are not typed."""
+
+
+def _asm(text: str, constraints: str, result: Any, operands: list[Any], pure: bool, loc: Any, ip: Any) -> Any:
+    return llvm.inline_asm(
+        result,
+        operands,
+        text,
+        constraints,
+        has_side_effects=not pure,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+        loc=loc,
+        ip=ip,
+    )
+
+
+@dsl_user_op
+def prmt(x: Value, selector: int, *, loc: Any = None, ip: Any = None) -> Uint32:
+    """Bytes of ``x`` picked by the selector's nibbles; 4 picks zero."""
+    text = f"prmt.b32 $0, $1, 0, {selector:#06x};"
+    return Uint32(_asm(text, "=r,r", T.i32(), [Uint32(x).ir_value(loc=loc, ip=ip)], True, loc, ip))
+
+
+@dsl_user_op
+def mad(x: Value, factor: int, addend: int, *, loc: Any = None, ip: Any = None) -> Uint32:
+    """x * factor + addend on 32 bits, on the multiplier's pipe rather than the logic one."""
+    text = f"mad.lo.u32 $0, $1, {factor:#x}, {addend:#x};"
+    return Uint32(_asm(text, "=r,r", T.i32(), [Uint32(x).ir_value(loc=loc, ip=ip)], True, loc, ip))
+
+
+@dsl_user_op
+def mul_bf16x2(a: Value, b: Value, *, loc: Any = None, ip: Any = None) -> Uint32:
+    """Two BF16 products; subnormal operands keep their value."""
+    operands = [Uint32(a).ir_value(loc=loc, ip=ip), Uint32(b).ir_value(loc=loc, ip=ip)]
+    return Uint32(_asm("mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", T.i32(), operands, True, loc, ip))
+
+
+@dsl_user_op
+def pack_bf16x2(low: Value, high: Value, *, loc: Any = None, ip: Any = None) -> Uint32:
+    """Two float32 rounded to nearest even, ``low`` in the lower half."""
+    operands = [Float32(high).ir_value(loc=loc, ip=ip), Float32(low).ir_value(loc=loc, ip=ip)]
+    return Uint32(_asm("cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", T.i32(), operands, True, loc, ip))
+
+
+def _unary(instruction: str, x: Value, loc: Any, ip: Any) -> Float32:
+    operands = [Float32(x).ir_value(loc=loc, ip=ip)]
+    return Float32(_asm(f"{instruction} $0, $1;", "=f,f", T.f32(), operands, True, loc, ip))
+
+
+def _binary(instruction: str, a: Value, b: Value, loc: Any, ip: Any) -> Float32:
+    operands = [Float32(a).ir_value(loc=loc, ip=ip), Float32(b).ir_value(loc=loc, ip=ip)]
+    return Float32(_asm(f"{instruction} $0, $1, $2;", "=f,f,f", T.f32(), operands, True, loc, ip))
+
+
+@dsl_user_op
+def exp2(x: Value, *, loc: Any = None, ip: Any = None) -> Float32:
+    """2**x within 2 ulp; subnormal results are kept."""
+    return _unary("ex2.approx.f32", x, loc, ip)
+
+
+@dsl_user_op
+def reciprocal(x: Value, *, loc: Any = None, ip: Any = None) -> Float32:
+    """1/x within 1 ulp."""
+    return _unary("rcp.approx.f32", x, loc, ip)
+
+
+@dsl_user_op
+def minimum(a: Value, b: Value, *, loc: Any = None, ip: Any = None) -> Float32:
+    """The smaller of two; NaN if either is NaN, as torch.clamp has it."""
+    return _binary("min.NaN.f32", a, b, loc, ip)
+
+
+@dsl_user_op
+def maximum(a: Value, b: Value, *, loc: Any = None, ip: Any = None) -> Float32:
+    """The larger of two; NaN if either is NaN."""
+    return _binary("max.NaN.f32", a, b, loc, ip)
+
+
+@dsl_user_op
+def load_bulk(dst: Value, src: Value, num_bytes: Value, barrier: Value, *, loc: Any = None, ip: Any = None) -> None:
+    """A contiguous copy, global to shared memory, by the copy engine; ``barrier`` counts its bytes.
+
+    Weights pass once: they are marked to leave L2 first, so that activations stay.
+    """
+    text = (
+        "{ .reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0; "
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[$0], [$1], $2, [$3], policy; }"
+    )
+    operands = [
+        dst.toint().ir_value(loc=loc, ip=ip),
+        src.toint().ir_value(loc=loc, ip=ip),
+        Int32(num_bytes).ir_value(loc=loc, ip=ip),
+        barrier.toint().ir_value(loc=loc, ip=ip),
+    ]
+    _asm(text, "r,l,r,r", None, operands, False, loc, ip)
+
+
+@dsl_user_op
+def descriptor_address(atom: Value, *, loc: Any = None, ip: Any = None) -> Int64:
+    """Generic address of the tensor map behind a TMA copy atom."""
+    pointer = _cute_ir.PtrType.get(T.i8(), cute.AddressSpace.generic, 64)
+    runnable = _cute_nvgpu_ir.atom_make_exec_tma(atom._trait.value, loc=loc, ip=ip)
+    return Int64(_cute_nvgpu_ir.get_tma_desc_addr(pointer, runnable, loc=loc, ip=ip).toint())
+
+
+@dsl_user_op
+def load_box(
+    dst: Value, descriptor: Value, col: Value, row: Value, barrier: Value, *, loc: Any = None, ip: Any = None
+) -> None:
+    """A two-dimensional TMA box with its upper left corner at (row, col); rows outside the tensor arrive as zeros."""
+    text = (
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+        "[$0], [$1, {$2, $3}], [$4];"
+    )
+    operands = [
+        dst.toint().ir_value(loc=loc, ip=ip),
+        Int64(descriptor).ir_value(loc=loc, ip=ip),
+        Int32(col).ir_value(loc=loc, ip=ip),
+        Int32(row).ir_value(loc=loc, ip=ip),
+        barrier.toint().ir_value(loc=loc, ip=ip),
+    ]
+    _asm(text, "r,l,r,r,r", None, operands, False, loc, ip)
+
+
+@dsl_user_op
+def load_shared_vec4(address: Value, *, loc: Any = None, ip: Any = None) -> tuple[Uint32, Uint32, Uint32, Uint32]:
+    """16 bytes of shared memory at a byte address."""
+    struct = llvm.StructType.get_literal([T.i32()] * 4)
+    operands = [Int32(address).ir_value(loc=loc, ip=ip)]
+    loaded = _asm("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", struct, operands, False, loc, ip)
+    words = [Uint32(llvm.extractvalue(T.i32(), loaded, [idx], loc=loc, ip=ip)) for idx in range(4)]
+    return words[0], words[1], words[2], words[3]
+
+
+@dsl_user_op
+def named_barrier(barrier_id: int, num_threads: int, *, loc: Any = None, ip: Any = None) -> None:
+    """All ``num_threads`` threads that name this barrier wait for each other."""
+    _asm(f"bar.sync {barrier_id}, {num_threads};", "", None, [], False, loc, ip)
+
+
+@dsl_user_op
+def load_cluster_vec4(address: Value, rank: Value, *, loc: Any = None, ip: Any = None) -> tuple[Float32, ...]:
+    """Four float32 at a shared-memory byte address of the cluster's CTA ``rank``."""
+    struct = llvm.StructType.get_literal([T.f32()] * 4)
+    text = (
+        "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, $4, $5; "
+        "ld.shared::cluster.v4.f32 {$0, $1, $2, $3}, [remote]; }"
+    )
+    operands = [Int32(address).ir_value(loc=loc, ip=ip), Int32(rank).ir_value(loc=loc, ip=ip)]
+    loaded = _asm(text, "=f,=f,=f,=f,r,r", struct, operands, False, loc, ip)
+    return tuple(Float32(llvm.extractvalue(T.f32(), loaded, [idx], loc=loc, ip=ip)) for idx in range(4))
+
+
+@dsl_user_op
+def store_shared_vec4(address: Value, values: tuple[Any, ...], *, loc: Any = None, ip: Any = None) -> None:
+    """Four float32 to shared memory at a byte address."""
+    operands = [Int32(address).ir_value(loc=loc, ip=ip)] + [Float32(v).ir_value(loc=loc, ip=ip) for v in values]
+    _asm("st.shared.v4.f32 [$0], {$1, $2, $3, $4};", "r,f,f,f,f", None, operands, False, loc, ip)
+
+
+
+@dsl_user_op
+def load_global_vec4(address: Value, *, loc: Any = None, ip: Any = None) -> tuple[Uint32, Uint32, Uint32, Uint32]:
+    """16 bytes of global memory at an aligned byte address."""
+    struct = llvm.StructType.get_literal([T.i32()] * 4)
+    operands = [Int64(address).ir_value(loc=loc, ip=ip)]
+    loaded = _asm("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", struct, operands, False, loc, ip)
+    words = [Uint32(llvm.extractvalue(T.i32(), loaded, [idx], loc=loc, ip=ip)) for idx in range(4)]
+    return words[0], words[1], words[2], words[3]
+
+
+@dsl_user_op
+def store_global_vec4(address: Value, words: tuple[Any, ...], *, loc: Any = None, ip: Any = None) -> None:
+    """16 bytes to global memory at an aligned byte address."""
+    operands = [Int64(address).ir_value(loc=loc, ip=ip)] + [Uint32(w).ir_value(loc=loc, ip=ip) for w in words]
+    _asm("st.global.v4.b32 [$0], {$1, $2, $3, $4};", "l,r,r,r,r", None, operands, False, loc, ip)
+
+
+@dsl_user_op
+def widen_bf16(word: Value, high: bool, *, loc: Any = None, ip: Any = None) -> Float32:
+    """The lower or upper BF16 of a word as float32."""
+    text = "and.b32 $0, $1, 0xffff0000;" if high else "shl.b32 $0, $1, 16;"
+    return Float32(_asm(text, "=f,r", T.f32(), [Uint32(word).ir_value(loc=loc, ip=ip)], True, loc, ip))

@@ -1,0 +1,161 @@
+"""The layout in which Hopper kernels read NVFP4 weights, and its inverse.
+
+Weights are cut into blocks of 64 rows x 128 columns; a block's 4096 bytes of codes lie behind each other, and so do
+its 512 bytes of scales. Blocks follow each other along K, then along rows.
+
+One ``wgmma`` takes 64 rows x 16 columns of weights from the registers of 128 threads. Thread 32 w + 4 g + q holds rows
+16 w + g and 16 w + g + 8, columns 2 q + {0, 1} and 8 + 2 q + {0, 1}: eight codes, one 32-bit word. Bits of a word, in
+each 16-bit half (low half: even column):
+
+    row g,     low columns    sign 15, exponent and mantissa 8..6
+    row g + 8, low columns    sign 12, exponent and mantissa 5..3
+    row g,     high columns   sign 9,  exponent and mantissa 2..0
+    row g + 8, high columns   sign 14, exponent 11..10, mantissa 13
+
+A left shift by 0, 3 or 6 brings the first three to where BF16 has sign, low exponent and top mantissa bits. A thread's
+words of steps 0..3 are 16 contiguous bytes, those of steps 4..7 are 2048 bytes further.
+
+Scales become bytes with 5 exponent and 3 mantissa bits, value 2**(e - 10) * (1 + m / 8): every positive E4M3 value,
+subnormals too, and never needs a shift by a data-dependent amount. Zero has no code: codes under a zero scale are
+zeroed instead, which gives the same product. Scale byte of row half h and step s: 128 w + 16 g + 2 s + h.
+
+Example: code 0b1011 (-1.5) at row 0, column 0 sets bits 15 (sign), 7 (exponent 01) and 6 (mantissa 1) of word 0.
+
+Rows of a block are not in order: rows g and g + 8 of warp w hold output features 16 w + 2 g and 16 w + 2 g + 1 of the
+block (``plain``), or gate and up of feature 8 w + g of 32 (``gate_up``), so that one thread ends up with both.
+"""
+
+from functools import lru_cache
+
+import torch
+
+BLOCK_ROWS, BLOCK_COLS = 64, 128
+MAX_EXPONENT = 30
+
+
+def plain_rows(num_rows: int) -> torch.Tensor:
+    """Source row of each packed row. Shapes: int64 [num_rows], blocks of [warp 4, half 2, g 8]."""
+    block, warp, half, g = torch.meshgrid(*map(torch.arange, (num_rows // 64, 4, 2, 8)), indexing="ij")
+    return (block * 64 + warp * 16 + 2 * g + half).flatten()
+
+
+def gate_up_rows(num_rows: int) -> torch.Tensor:
+    """As ``plain_rows`` for gate rows followed by as many up rows."""
+    block, warp, half, g = torch.meshgrid(*map(torch.arange, (num_rows // 64, 4, 2, 8)), indexing="ij")
+    return (block * 32 + warp * 8 + g + half * (num_rows // 2)).flatten()
+
+
+@lru_cache(maxsize=8)
+def _code_tables(device: torch.device) -> torch.Tensor:
+    """Word bits of a byte with two neighbouring codes, for each of the four registers. Shapes: int32 [4, 256]."""
+    byte = torch.arange(256)
+    tables = torch.zeros(4, 256, dtype=torch.int64)
+    for lane, code in enumerate((byte & 15, byte >> 4)):
+        sign, exponent_mantissa = code >> 3, code & 7
+        fields = (
+            sign << 15 | exponent_mantissa << 6,
+            sign << 12 | exponent_mantissa << 3,
+            sign << 9 | exponent_mantissa,
+            sign << 14 | (exponent_mantissa >> 1) << 10 | (exponent_mantissa & 1) << 13,
+        )
+        for register, bits in enumerate(fields):
+            tables[register] |= bits << (16 * lane)
+    return torch.where(tables >= 1 << 31, tables - (1 << 32), tables).to(torch.int32).to(device)
+
+
+@lru_cache(maxsize=8)
+def _scale_table(device: torch.device) -> torch.Tensor:
+    """E5M3 byte of each positive E4M3 byte. Shapes: uint8 [128]; entries 0 and 127 (NaN) are never used."""
+    table = []
+    for byte in range(128):
+        exponent, mantissa = byte >> 3, byte & 7
+        if exponent:
+            table.append(exponent + 3 << 3 | mantissa)
+        else:
+            shift = max(mantissa.bit_length() - 1, 0)
+            table.append(shift + 1 << 3 | (mantissa << 3 - shift) & 7)
+    return torch.tensor(table, dtype=torch.uint8, device=device)
+
+
+def pack_codes(codes: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Two codes a byte, row-major, to the layout above.
+
+    Shapes: codes uint8 [N, K/2], low nibble = even column; rows int64 [N] from ``plain_rows`` or ``gate_up_rows``;
+    returns uint8 [N * K / 2]. N a multiple of 64, K of 128.
+    """
+    num_rows, num_bytes = codes.shape
+    # [block, warp, half, g, k block, step high, step low, column half, q]
+    ordered = codes[rows].view(num_rows // 64, 4, 2, 8, num_bytes // 64, 2, 4, 2, 4).long()
+    tables = _code_tables(codes.device)
+    words = torch.zeros_like(ordered[:, :, 0, :, :, :, :, 0], dtype=torch.int32)
+    for register in range(4):
+        words |= tables[register][ordered[:, :, register % 2, :, :, :, :, register // 2]]
+    # [block, warp, g, k block, step high, step low, q] -> [block, k block, step high, warp, g, q, step low]
+    return words.permute(0, 3, 4, 1, 2, 6, 5).contiguous().view(torch.uint8).flatten()
+
+
+def unpack_codes(packed: torch.Tensor, rows: torch.Tensor, num_cols: int) -> torch.Tensor:
+    """Inverse of ``pack_codes``: uint8 [N, K/2]."""
+    num_rows = len(rows)
+    words = packed.view(torch.int32).view(num_rows // 64, num_cols // 128, 2, 4, 8, 4, 4)
+    words = words.permute(0, 3, 4, 1, 2, 6, 5).long()
+    ordered = torch.empty(num_rows // 64, 4, 2, 8, num_cols // 128, 2, 4, 2, 4, dtype=torch.uint8)
+    for register, (sign, fields) in enumerate(
+        ((15, (8, 7, 6)), (12, (5, 4, 3)), (9, (2, 1, 0)), (14, (11, 10, 13)))
+    ):
+        byte = torch.zeros_like(words)
+        for lane in range(2):
+            half = words >> (16 * lane)
+            for target, source in zip((3, 2, 1, 0), (sign, *fields), strict=True):
+                byte |= (half >> source & 1) << (target + 4 * lane)
+        ordered[:, :, register % 2, :, :, :, :, register // 2] = byte.to(torch.uint8)
+    codes = torch.empty(num_rows, num_cols // 2, dtype=torch.uint8)
+    codes[rows] = ordered.view(num_rows, num_cols // 2)
+    return codes
+
+
+def pack_scales(scale: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """E4M3 block scales to E5M3 bytes in the layout above.
+
+    Shapes: scale E4M3 [N, K/16] (or its bytes), zero or positive; returns uint8 [N * K / 16].
+    """
+    bytes_ = scale.view(torch.uint8)
+    encoded = _scale_table(scale.device)[(bytes_ & 0x7F).long()]
+    return order_scales(encoded, rows)
+
+
+def order_scales(encoded: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Row-major bytes [N, K/16] to the block layout."""
+    num_rows, num_groups = encoded.shape
+    ordered = encoded[rows].view(num_rows // 64, 4, 2, 8, num_groups // 8, 8)
+    return ordered.permute(0, 4, 1, 3, 5, 2).contiguous().flatten()
+
+
+def unpack_scales(packed: torch.Tensor, rows: torch.Tensor, num_cols: int) -> torch.Tensor:
+    """Inverse of ``pack_scales`` as float32 values [N, K/16]; zero scales come back as 2**-9 or 2**-10."""
+    num_rows = len(rows)
+    bytes_ = packed.view(num_rows // 64, num_cols // 128, 4, 8, 8, 2).permute(0, 2, 5, 3, 1, 4)
+    ordered = bytes_.reshape(num_rows, num_cols // 16).int()
+    values = torch.empty(num_rows, num_cols // 16)
+    values[rows] = torch.ldexp(1 + (ordered & 7) / 8, (ordered >> 3) - 10)
+    return values
+
+
+def pack_weight_(codes: torch.Tensor, scale: torch.Tensor, rows: torch.Tensor) -> None:
+    """Packs one matrix in place: its bytes are the same, their order and the scales' encoding change.
+
+    Shapes: codes uint8 [N, K/2] and scale E4M3 [N, K/16], contiguous; N a multiple of 64, K of 128.
+    """
+    dead = scale.view(torch.uint8) & 0x7F == 0
+    codes.masked_fill_(dead.repeat_interleave(8, dim=1), 0)
+    codes.view(-1).copy_(pack_codes(codes, rows))
+    scale.view(torch.uint8).view(-1).copy_(pack_scales(scale, rows))
+
+
+def check_scales(name: str, scale: torch.Tensor) -> None:
+    """Errors: ValueError naming the tensor for a NaN or negative block scale."""
+    bytes_ = scale.view(torch.uint8)
+    if bool((bytes_ & 0x7F == 0x7F).any()):
+        raise ValueError(f"{name} holds a NaN block scale")
+    if bool((bytes_ > 0x80).any()):
+        raise ValueError(f"{name} holds a negative block scale")
