@@ -138,6 +138,7 @@ class EngineConfig:
     max_model_len: tokens (prompt + answer) that one sequence may reach; caches are allocated for it once.
     max_num_seqs: sequences that run together.
     max_prefill_tokens: prompt tokens that one step may process, over all sequences.
+    is_batch_invariant: ask for kernels whose result for a row does not depend on the other rows of the step.
     """
 
     device: str = "cpu"
@@ -145,6 +146,7 @@ class EngineConfig:
     max_model_len: int = 4096
     max_num_seqs: int = 16
     max_prefill_tokens: int = 512
+    is_batch_invariant: bool = False
 
     @classmethod
     def for_device(cls, device: str, max_model_len: int = 4096) -> "EngineConfig":

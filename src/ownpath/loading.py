@@ -1,26 +1,23 @@
 """From a model folder to a running model: headers, plan, weights, runners, model, in that order."""
 
 import os
-from collections.abc import Callable
+from dataclasses import replace
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.config import EngineConfig, ModelConfig
-from ownpath.formats import FP8_BLOCK
 from ownpath.kernels.registry import KERNELS
 from ownpath.model.build import Builder
 from ownpath.model.model import Model
-from ownpath.numerics import dequantize
-from ownpath.plan.plan import Plan, PlannedOp, make_plan
-from ownpath.plan.select import Caps
-from ownpath.qtensor import QuantTensor
-from ownpath.runners import ConcatLinear, Fp8Linear, GroupedLinear, Ledger, Nvfp4Linear, Nvfp4MoE, PlainLinear
+from ownpath.plan.plan import Plan, make_plan
+from ownpath.plan.select import Caps, Demands
+from ownpath.runners import Ledger
+from ownpath.runners.make import make_runners
 from ownpath.weights.load import load_weights
-from ownpath.weights.operands import Operand
 
 
 def default_model_dir() -> Path:
@@ -50,12 +47,18 @@ def device_caps(device: str) -> Caps:
     if not torch.cuda.is_available():
         raise ValueError(f"device {device!r}: torch sees no CUDA device here")
     major, minor = torch.cuda.get_device_capability(parsed)
-    return Caps("cuda", torch.cuda.get_device_name(parsed), 10 * major + minor)
+    packages = frozenset(name for name in ("triton",) if find_spec(name) is not None)
+    return Caps("cuda", torch.cuda.get_device_name(parsed), 10 * major + minor, packages)
 
 
-def plan_model(folder: Path, device: str) -> Plan:
-    """The plan of the checkpoint in ``folder``, from headers alone. Errors: as ``make_plan`` and ``ModelConfig``."""
-    return _plan_and_index(folder, device)[0]
+def plan_model(folder: Path, device: str, *, batch_invariant: bool = False) -> Plan:
+    """The plan of the checkpoint in ``folder`` with a device's default engine configuration, from headers alone.
+
+    Errors: as ``make_plan`` and ``ModelConfig``.
+    """
+    caps = device_caps(device)  # says what is wrong with the device's name before torch does
+    engine_config = replace(EngineConfig.for_device(device), is_batch_invariant=batch_invariant)
+    return _plan_and_index(folder, engine_config, caps)[0]
 
 
 def load_model(folder: Path, engine_config: EngineConfig) -> Model:
@@ -63,56 +66,18 @@ def load_model(folder: Path, engine_config: EngineConfig) -> Model:
 
     Errors: ConfigError, CheckpointError or PlanError (all ValueError), naming the file, field, tensor or op.
     """
-    plan, index = _plan_and_index(folder, engine_config.device)
+    plan, index = _plan_and_index(folder, engine_config, device_caps(engine_config.device))
     if engine_config.max_model_len > plan.config.max_position_embeddings:
         limit = f"max_position_embeddings {plan.config.max_position_embeddings}"
         raise ValueError(f"max_model_len {engine_config.max_model_len} exceeds {folder / 'config.json'}: {limit}")
     weights = load_weights(plan, index, torch.device(engine_config.device))
-    ledger = Ledger()
-    built: dict[str, list[Callable[..., Any]]] = {}
-    for op, operand in zip(plan.ops, weights.operands, strict=True):
-        built.setdefault(op.spec.slot, []).append(_runner(op, operand, plan.config))
-    runners = {slot: _watch(slot, parts, plan, ledger) for slot, parts in built.items()}
-    return Builder(plan.config, engine_config, runners, weights.params, ledger).model()
+    runners = make_runners(plan, weights.operands)
+    kernels = {op.spec.slot: KERNELS[op.choice.kernel.name] for op in plan.companions}
+    return Builder(plan.config, engine_config, runners, kernels, weights.params, Ledger(plan.slots)).model()
 
 
-def _plan_and_index(folder: Path, device: str) -> tuple[Plan, CheckpointIndex]:
+def _plan_and_index(folder: Path, engine_config: EngineConfig, caps: Caps) -> tuple[Plan, CheckpointIndex]:
     config = ModelConfig.from_file(folder / "config.json")
     index = CheckpointIndex.open(folder)
-    return make_plan(config, index, device_caps(device)), index
-
-
-def _runner(op: PlannedOp, operand: Operand, config: ModelConfig) -> Callable[..., Any]:
-    """The runner that the plan names, around its operand."""
-    kernel = KERNELS[op.choice.kernel.name]
-    buffers = operand.buffers
-    if op.choice.kernel.runner == "Nvfp4MoE":
-        names = ("w13", "w13_scale", "w13_scale_2", "w2", "w2_scale", "w2_scale_2")
-        tensors = {name: buffers[name][0] for name in names}
-        return Nvfp4MoE(**tensors, swiglu_limit=config.swiglu_limit, kernel=kernel)
-    if op.choice.kernel.runner == "Nvfp4Linear":
-        return Nvfp4Linear(buffers["weight"], buffers["weight_scale"], buffers["weight_scale_2"], kernel=kernel)
-    if op.choice.kernel.runner == "Fp8Linear":
-        return Fp8Linear(buffers["weight"], buffers["scale"], kernel=kernel)
-    if op.choice.kernel.runner == "GroupedLinear":
-        return GroupedLinear(_grouped_weight(op, operand), config.o_groups, kernel=kernel)
-    assert op.choice.kernel.runner == "PlainLinear", op.choice.kernel.runner
-    return PlainLinear(buffers["weight"], kernel=kernel)
-
-
-def _grouped_weight(op: PlannedOp, operand: Operand) -> torch.Tensor:
-    """``wo_a`` as plain floating point; from FP8, BF16 where that is exact (power-of-two scales), else float32."""
-    (weight,) = operand.buffers["weight"]
-    if op.choice.kernel.layout != "dequantized":
-        return weight
-    (scale,) = operand.buffers["scale"]
-    dtype = torch.bfloat16 if scale.dtype == torch.float8_e8m0fnu else torch.float32
-    return dequantize(QuantTensor(weight, scale, None, FP8_BLOCK), dtype)
-
-
-def _watch(slot: str, parts: list[Callable[..., Any]], plan: Plan, ledger: Ledger) -> Callable[..., Any]:
-    """One runner per slot, counted by the ledger under the plan's names."""
-    kernels = [op.choice.kernel for op in plan.ops_of(slot)]
-    runner = parts[0] if len(parts) == 1 else ConcatLinear(parts)  # type: ignore[arg-type]
-    names = "+".join(dict.fromkeys(kernel.runner for kernel in kernels))
-    return ledger.watch(slot, names, "+".join(dict.fromkeys(kernel.name for kernel in kernels)), runner)
+    dtype = str(engine_config.dtype).removeprefix("torch.")
+    return make_plan(config, index, caps, Demands(dtype, engine_config.is_batch_invariant)), index

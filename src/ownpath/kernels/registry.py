@@ -1,19 +1,42 @@
-"""The implementations behind the kernel names of the plan's catalogue."""
+"""The implementations behind the kernel names of the plan's catalogue, imported when one is first asked for."""
 
-from collections.abc import Callable
-from types import MappingProxyType
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from typing import Any
-
-from ownpath.kernels.ref import linear, moe
 
 Kernel = Callable[..., Any]
 
-KERNELS: MappingProxyType[str, Kernel] = MappingProxyType(
+
+class Registry(Mapping[str, Kernel]):
+    """Kernel name -> implementation. A name whose module needs an extra does not need it until it is looked up."""
+
+    def __init__(self, places: Mapping[str, str]) -> None:
+        self._places = dict(places)
+
+    def __getitem__(self, name: str) -> Kernel:
+        module, _, attribute = self._places[name].partition(":")
+        kernel: Kernel = getattr(import_module(f"ownpath.kernels.{module}"), attribute)
+        return kernel
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+KERNELS = Registry(
     {
-        "ref.nvfp4_linear": linear.nvfp4_linear,
-        "ref.fp8_linear": linear.fp8_linear,
-        "ref.plain_linear": linear.plain_linear,
-        "ref.grouped_linear": linear.grouped_linear,
-        "ref.nvfp4_moe": moe.nvfp4_moe,
+        "ref.nvfp4_linear": "ref.linear:nvfp4_linear",
+        "ref.fp8_linear": "ref.linear:fp8_linear",
+        "torch.plain_linear": "cublas:plain_linear",
+        "ref.plain_linear": "ref.linear:plain_linear",
+        "ref.grouped_linear": "ref.small:rope_grouped_linear",
+        "ref.nvfp4_moe": "ref.moe:nvfp4_moe",
+        "ref.hyper_boundary": "ref.hyper:hyper_boundary",
+        "ref.rms_norm": "ref.small:rms_norm",
+        "ref.router": "ref.small:router",
+        "ref.swiglu": "ref.small:swiglu",
+        "ref.attention": "ref.attention:attend",
     }
 )

@@ -8,6 +8,7 @@ Legend: T tokens of the step, t of one sequence, D hidden, R low rank, N heads, 
 K keys seen (window, then compressed), C compressed entries.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +18,8 @@ from ownpath.model.batch import ForwardBatch, Span
 from ownpath.model.caches import LayerCache
 from ownpath.model.compressor import Compressor
 from ownpath.model.indexer import Indexer
-from ownpath.model.norm import RMSNorm, unweighted_rms_norm, wide_dtype
 from ownpath.model.rope import Rotation
-from ownpath.runners import GroupedLinear, Linear
+from ownpath.runners import GroupedLinear, Linear, RMSNorm, SharedKeyAttention
 
 
 @dataclass(frozen=True)
@@ -35,67 +35,33 @@ class Projected:
 
 
 @dataclass(frozen=True)
-class Attention:
-    """One layer's attention. wqa_wkv: fused [R + H, D]; wo_a: one [rank, N/G*H] matrix per group; sink [N]."""
+class AttentionCore:
+    """One layer's attention without its projections: caches, compressed entries, which of them count, softmax."""
 
-    config: ModelConfig
     layer_idx: int
-    wqa_wkv: Linear
-    wq_b: Linear
-    wo_a: GroupedLinear
-    wo_b: Linear
-    q_norm: RMSNorm
-    kv_norm: RMSNorm
-    sink_N: torch.Tensor
+    sliding_window: int
+    softmax: SharedKeyAttention
     compressor: Compressor | None
     indexer: Indexer | None
 
-    def __call__(self, x_TD: torch.Tensor, rotation: Rotation, batch: ForwardBatch) -> torch.Tensor:
-        """x [T, D] -> [T, D]; reads and extends each span's caches of this layer."""
-        projected = self._project(x_TD, rotation)
-        o_TNH = torch.cat([self._attend(projected, span) for span in batch.spans])
-        o_TNH = rotation.invert(o_TNH)
-        o_TGI = o_TNH.flatten(1).unflatten(-1, (self.config.o_groups, -1))
-        return self.wo_b(self.wo_a(o_TGI).flatten(1))
-
-    def _project(self, x_TD: torch.Tensor, rotation: Rotation) -> Projected:
-        config = self.config
-        qr, kv = self.wqa_wkv(x_TD).split((config.q_lora_rank, config.head_dim), dim=-1)
-        qr_TR = self.q_norm(qr)
-        q_TNH = self.wq_b(qr_TR).unflatten(-1, (config.num_attention_heads, config.head_dim))
-        q_TNH = rotation.apply(unweighted_rms_norm(q_TNH, config.rms_norm_eps))
-        kv_TH = rotation.apply(self.kv_norm(kv))
-        if self.compressor is None:
-            return Projected(q_TNH, kv_TH)
-        rows = self.compressor.project(x_TD)
-        if self.indexer is None:
-            return Projected(q_TNH, kv_TH, rows)
-        return Projected(
-            q_TNH,
-            kv_TH,
-            rows,
-            self.indexer.compressor.project(x_TD),
-            self.indexer.queries(qr_TR, rotation),
-            self.indexer.head_weights(x_TD),
-        )
-
-    def _attend(self, projected: Projected, span: Span) -> torch.Tensor:
+    def __call__(self, projected: Projected, span: Span) -> torch.Tensor:
         """Attention of one sequence's new tokens over its window and compressed entries: [t, N, H]."""
         cache = span.cache.layers[self.layer_idx]
         rows = slice(span.start, span.stop)
-        positions_t = torch.arange(span.position, span.position + span.stop - span.start, device=self.sink_N.device)
+        device = projected.q_TNH.device
+        positions_t = torch.arange(span.position, span.position + span.stop - span.start, device=device)
         keys_KH, visible_tK = self._window(projected.kv_TH[rows], positions_t, span.position, cache)
         if self.compressor is not None:
             entries_CH, visible_tC = self._compressed(projected, rows, positions_t, span.position, cache)
             keys_KH = torch.cat((keys_KH, entries_CH))
             visible_tK = torch.cat((visible_tK, visible_tC), dim=1)
-        return self._softmax_sum(projected.q_TNH[rows], keys_KH, visible_tK)
+        return self.softmax(projected.q_TNH[rows], keys_KH, visible_tK)
 
     def _window(
         self, kv_tH: torch.Tensor, positions_t: torch.Tensor, position: int, cache: LayerCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys of the window before and among the new tokens, and which of them each query sees."""
-        window = self.config.sliding_window
+        window = self.sliding_window
         start = max(0, position - window + 1)
         keys_KH = torch.cat((cache.window.read(start, position), kv_tH))
         cache.window.write(kv_tH, position)
@@ -122,11 +88,49 @@ class Attention:
         q_tIH, weights_tI = projected.index_q_TIH[rows], projected.index_weights_TI[rows]
         return entries_CH, self.indexer.select(q_tIH, weights_tI, keys_CH, visible_tC)
 
-    def _softmax_sum(self, q_tNH: torch.Tensor, keys_KH: torch.Tensor, visible_tK: torch.Tensor) -> torch.Tensor:
-        """Softmax in at least float32 over visible keys and the sink; weights rounded to the values' dtype."""
-        wide = wide_dtype(q_tNH.dtype)
-        scores_tNK = (q_tNH @ keys_KH.T).to(wide) * self.config.softmax_scale
-        scores_tNK = scores_tNK.masked_fill(~visible_tK[:, None], -torch.inf)
-        sink_tN1 = self.sink_N.to(wide).expand(len(q_tNH), -1).unsqueeze(-1)
-        weights_tNK = torch.cat((scores_tNK, sink_tN1), dim=-1).softmax(dim=-1)[..., :-1]
-        return weights_tNK.to(keys_KH.dtype) @ keys_KH
+
+@dataclass(frozen=True)
+class Attention:
+    """One layer's attention. wqa_wkv: fused [R + H, D]; wo_a: one [rank, N/G*H] matrix per group.
+
+    q_head_norm: the norm of each query head, without a weight. core: (projected, span) -> [t, N, H].
+    """
+
+    config: ModelConfig
+    wqa_wkv: Linear
+    wq_b: Linear
+    wo_a: GroupedLinear
+    wo_b: Linear
+    q_norm: RMSNorm
+    kv_norm: RMSNorm
+    q_head_norm: RMSNorm
+    compressor: Compressor | None
+    indexer: Indexer | None
+    core: Callable[[Projected, Span], torch.Tensor]
+
+    def __call__(self, x_TD: torch.Tensor, rotation: Rotation, batch: ForwardBatch) -> torch.Tensor:
+        """x [T, D] -> [T, D]; reads and extends each span's caches of this layer."""
+        projected = self._project(x_TD, rotation)
+        o_TNH = torch.cat([self.core(projected, span) for span in batch.spans])
+        return self.wo_b(self.wo_a(o_TNH, rotation.angles).flatten(1))
+
+    def _project(self, x_TD: torch.Tensor, rotation: Rotation) -> Projected:
+        config = self.config
+        qr, kv = self.wqa_wkv(x_TD).split((config.q_lora_rank, config.head_dim), dim=-1)
+        qr_TR = self.q_norm(qr)
+        q_TNH = self.wq_b(qr_TR).unflatten(-1, (config.num_attention_heads, config.head_dim))
+        q_TNH = rotation.apply(self.q_head_norm(q_TNH))
+        kv_TH = rotation.apply(self.kv_norm(kv))
+        if self.compressor is None:
+            return Projected(q_TNH, kv_TH)
+        rows = self.compressor.project(x_TD)
+        if self.indexer is None:
+            return Projected(q_TNH, kv_TH, rows)
+        return Projected(
+            q_TNH,
+            kv_TH,
+            rows,
+            self.indexer.compressor.project(x_TD),
+            self.indexer.queries(qr_TR, rotation),
+            self.indexer.head_weights(x_TD),
+        )

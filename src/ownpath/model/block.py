@@ -1,4 +1,4 @@
-"""One decoder layer: attention, then the mixture of experts, each between its hyper-connection's pre and post."""
+"""One decoder layer: attention, then the mixture of experts, each behind a boundary of the hyper-connections."""
 
 from dataclasses import dataclass
 
@@ -6,25 +6,40 @@ import torch
 
 from ownpath.model.attention import Attention
 from ownpath.model.batch import ForwardBatch
-from ownpath.model.hyper import HyperConnection
 from ownpath.model.moe import MoE
-from ownpath.model.norm import RMSNorm
 from ownpath.model.rope import Rotation
+from ownpath.runners import HyperBoundary, Mix
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The residual between two sublayers: S streams, and the last sublayer's output that they have not taken in yet.
+
+    x [T, S, D]; y [T, D] and its mix are ``None`` before the first sublayer.
+    """
+
+    x_TSD: torch.Tensor
+    y_TD: torch.Tensor | None = None
+    mix: Mix | None = None
+
+    def rows(self, ids_R: torch.Tensor) -> "Residual":
+        """The residual of some tokens."""
+        assert self.y_TD is not None
+        assert self.mix is not None
+        return Residual(self.x_TSD[ids_R], self.y_TD[ids_R], self.mix.rows(ids_R))
 
 
 @dataclass(frozen=True)
 class Block:
-    """x [T, S, D] -> [T, S, D]: S residual streams of D channels."""
+    """Residual -> residual. Each boundary takes the output before it into the streams and makes the next input."""
 
-    hc_attn: HyperConnection
-    attn_norm: RMSNorm
+    hc_attn: HyperBoundary
     attn: Attention
-    hc_ffn: HyperConnection
-    ffn_norm: RMSNorm
+    hc_ffn: HyperBoundary
     ffn: MoE
 
-    def __call__(self, x_TSD: torch.Tensor, rotation: Rotation, batch: ForwardBatch) -> torch.Tensor:
-        h_TD, mix = self.hc_attn.pre(x_TSD)
-        x_TSD = self.hc_attn.post(self.attn(self.attn_norm(h_TD), rotation, batch), x_TSD, mix)
-        h_TD, mix = self.hc_ffn.pre(x_TSD)
-        return self.hc_ffn.post(self.ffn(self.ffn_norm(h_TD), batch.token_ids_T), x_TSD, mix)
+    def __call__(self, residual: Residual, rotation: Rotation, batch: ForwardBatch) -> Residual:
+        at = self.hc_attn(residual.x_TSD, residual.y_TD, residual.mix)
+        y_TD = self.attn(at.h_TD, rotation, batch)
+        at = self.hc_ffn(at.x_TSD, y_TD, at.mix)
+        return Residual(at.x_TSD, self.ffn(at.h_TD, batch.token_ids_T), at.mix)

@@ -1,107 +1,127 @@
-"""Puts a model together from runners (by slot) and tensors used as stored (by checkpoint key)."""
+"""Puts a model together from runners (by slot), tensors used as stored (by checkpoint key) and planned companions."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ownpath.config import CSA_RATIO, EngineConfig, ModelConfig
-from ownpath.model.attention import Attention
+from ownpath.model.attention import Attention, AttentionCore
 from ownpath.model.block import Block
 from ownpath.model.caches import CacheSpec
 from ownpath.model.compressor import Compressor
-from ownpath.model.hyper import HyperConnection, HyperHead
 from ownpath.model.indexer import Indexer
 from ownpath.model.model import Model
 from ownpath.model.moe import MoE
-from ownpath.model.norm import RMSNorm
 from ownpath.model.rope import Rope
-from ownpath.model.router import Router
-from ownpath.runners import Ledger, SwigluMlp
+from ownpath.runners import (
+    HyperBoundary,
+    HyperWeights,
+    Ledger,
+    RMSNorm,
+    Router,
+    SharedKeyAttention,
+    SwiGLU,
+    SwigluMlp,
+)
 
-Runners = Mapping[str, Any]
+Runners = Mapping[str, Callable[..., Any]]
 Params = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Builder:
-    """The materials of one model."""
+    """The materials of one model. kernels: the implementation that the plan chose for each companion, by slot."""
 
     config: ModelConfig
     engine: EngineConfig
     runners: Runners
+    kernels: Mapping[str, Callable[..., Any]]
     params: Params
     ledger: Ledger
 
     def model(self) -> Model:
+        """The model, every runner and companion watched by the ledger."""
         config, device = self.config, torch.device(self.engine.device)
         sliding = Rope.for_layer(config, compressing=False, device=device)
         compress = Rope.for_layer(config, compressing=True, device=device)
         return Model(
             config=config,
             embed_VD=self.params["embed.weight"],
-            blocks=tuple(self._block(layer_idx, compress) for layer_idx in range(config.num_hidden_layers)),
-            hc_head=HyperHead(*self._hyper_tensors("hc_head"), config.hc_eps, config.rms_norm_eps),
-            norm=self._norm("norm"),
-            head=self.runners["head"],
+            blocks=tuple(self.block(layer_idx, compress) for layer_idx in range(config.num_hidden_layers)),
+            hc_head=self._boundary("hc_head", "norm"),
+            head=self._runner("head"),
             sliding_rope=sliding,
             compress_rope=compress,
             cache_spec=CacheSpec.of(config, self.engine),
             ledger=self.ledger,
         )
 
-    def _norm(self, name: str) -> RMSNorm:
-        return RMSNorm(self.params[f"{name}.weight"], self.config.rms_norm_eps)
-
-    def _hyper_tensors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.params[f"{name}_fn"], self.params[f"{name}_base"], self.params[f"{name}_scale"]
-
-    def _hyper(self, name: str) -> HyperConnection:
-        return HyperConnection(
-            *self._hyper_tensors(name),
-            num_streams=self.config.hc_mult,
-            num_iters=self.config.hc_sinkhorn_iters,
-            eps=self.config.hc_eps,
-            norm_eps=self.config.rms_norm_eps,
-        )
-
-    def _block(self, layer_idx: int, compress_rope: Rope) -> Block:
+    def block(self, layer_idx: int, compress_rope: Rope) -> Block:
+        """One decoder layer."""
         layer = f"layers.{layer_idx}"
         return Block(
-            hc_attn=self._hyper(f"{layer}.hc_attn"),
-            attn_norm=self._norm(f"{layer}.attn_norm"),
+            hc_attn=self._boundary(f"{layer}.hc_attn", f"{layer}.attn_norm"),
             attn=self._attention(layer_idx, compress_rope),
-            hc_ffn=self._hyper(f"{layer}.hc_ffn"),
-            ffn_norm=self._norm(f"{layer}.ffn_norm"),
+            hc_ffn=self._boundary(f"{layer}.hc_ffn", f"{layer}.ffn_norm"),
             ffn=self._moe(layer_idx),
         )
+
+    def _runner(self, slot: str) -> Any:
+        return self.ledger.watch(slot, self.runners[slot])
+
+    def _boundary(self, slot: str, norm: str) -> Any:
+        config = self.config
+        weights = HyperWeights(
+            fn=self.params[f"{slot}_fn"],
+            base=self.params[f"{slot}_base"],
+            scale=self.params[f"{slot}_scale"],
+            norm_weight=self.params[f"{norm}.weight"],
+            num_iters=config.hc_sinkhorn_iters,
+            eps=config.hc_eps,
+            mix_norm_eps=config.rms_norm_eps,
+            norm_eps=config.rms_norm_eps,
+        )
+        return self.ledger.watch(slot, HyperBoundary(weights, kernel=self.kernels[slot]))
+
+    def _norm(self, slot: str, weight: torch.Tensor | None) -> Any:
+        norm = RMSNorm(weight, self.config.rms_norm_eps, kernel=self.kernels[slot])
+        return self.ledger.watch(slot, norm)
 
     def _attention(self, layer_idx: int, compress_rope: Rope) -> Attention:
         attn = f"layers.{layer_idx}.attn"
         ratio = self.config.compress_ratios[layer_idx]
+        compressor = self._compressor(f"{attn}.compressor", ratio, compress_rope) if ratio else None
+        indexer = self._indexer(f"{attn}.indexer", compress_rope) if ratio == CSA_RATIO else None
+        sink_N, softmax_scale = self.params[f"{attn}.attn_sink"], self.config.softmax_scale
+        softmax = SharedKeyAttention(sink_N, softmax_scale, kernel=self.kernels[f"{attn}.core"])
+        core = AttentionCore(layer_idx, self.config.sliding_window, softmax, compressor, indexer)
         return Attention(
             config=self.config,
-            layer_idx=layer_idx,
-            wqa_wkv=self.runners[f"{attn}.wqa_wkv"],
-            wq_b=self.runners[f"{attn}.wq_b"],
-            wo_a=self.runners[f"{attn}.wo_a"],
-            wo_b=self.runners[f"{attn}.wo_b"],
-            q_norm=self._norm(f"{attn}.q_norm"),
-            kv_norm=self._norm(f"{attn}.kv_norm"),
-            sink_N=self.params[f"{attn}.attn_sink"],
-            compressor=self._compressor(f"{attn}.compressor", ratio, compress_rope) if ratio else None,
-            indexer=self._indexer(f"{attn}.indexer", compress_rope) if ratio == CSA_RATIO else None,
+            wqa_wkv=self._runner(f"{attn}.wqa_wkv"),
+            wq_b=self._runner(f"{attn}.wq_b"),
+            wo_a=self._runner(f"{attn}.wo_a"),
+            wo_b=self._runner(f"{attn}.wo_b"),
+            q_norm=self._norm(f"{attn}.q_norm", self.params[f"{attn}.q_norm.weight"]),
+            kv_norm=self._norm(f"{attn}.kv_norm", self.params[f"{attn}.kv_norm.weight"]),
+            q_head_norm=self._norm(f"{attn}.q_head_norm", None),
+            compressor=compressor,
+            indexer=indexer,
+            core=self.ledger.watch(f"{attn}.core", core),
         )
 
     def _compressor(self, name: str, ratio: int, rope: Rope) -> Compressor:
-        projection = self.runners[f"{name}.wkv_wgate"]
-        return Compressor(projection, self.params[f"{name}.ape"], self._norm(f"{name}.norm"), rope, ratio)
+        """Its norm runs only when a window is complete, inside the layer's attention, with the layer's norm kernel."""
+        attn = name.partition(".attn.")[0] + ".attn"
+        weight, kernel = self.params[f"{name}.norm.weight"], self.kernels[f"{attn}.kv_norm"]
+        norm = RMSNorm(weight, self.config.rms_norm_eps, kernel=kernel)
+        return Compressor(self._runner(f"{name}.wkv_wgate"), self.params[f"{name}.ape"], norm, rope, ratio)
 
     def _indexer(self, name: str, rope: Rope) -> Indexer:
         return Indexer(
-            wq_b=self.runners[f"{name}.wq_b"],
-            weights_proj=self.runners[f"{name}.weights_proj"],
+            wq_b=self._runner(f"{name}.wq_b"),
+            weights_proj=self._runner(f"{name}.weights_proj"),
             compressor=self._compressor(f"{name}.compressor", CSA_RATIO, rope),
             num_heads=self.config.index_n_heads,
             head_dim=self.config.index_head_dim,
@@ -112,11 +132,14 @@ class Builder:
         ffn = f"layers.{layer_idx}.ffn"
         shared = f"{ffn}.shared_experts"
         router = Router(
-            gate=self.runners[f"{ffn}.gate"],
+            gate=self._runner(f"{ffn}.gate"),
             num_experts_per_tok=self.config.num_experts_per_tok,
             routed_scaling_factor=self.config.routed_scaling_factor,
             bias_E=self.params.get(f"{ffn}.gate.bias"),
             tid2eid_VK=self.params.get(f"{ffn}.gate.tid2eid"),
+            kernel=self.kernels[f"{ffn}.router"],
         )
-        mlp = SwigluMlp(self.runners[f"{shared}.w13"], self.runners[f"{shared}.w2"], self.config.swiglu_limit)
-        return MoE(router, self.runners[f"{ffn}.experts"], mlp)
+        limit = self.config.swiglu_limit
+        activation = self.ledger.watch(f"{shared}.swiglu", SwiGLU(limit, kernel=self.kernels[f"{shared}.swiglu"]))
+        mlp = SwigluMlp(self._runner(f"{shared}.w13"), self._runner(f"{shared}.w2"), limit, activation=activation)
+        return MoE(self.ledger.watch(f"{ffn}.router", router), self._runner(f"{ffn}.experts"), mlp)

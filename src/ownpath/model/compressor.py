@@ -16,14 +16,14 @@ import torch
 
 from ownpath.config import CSA_RATIO
 from ownpath.model.caches import CompressorCache
-from ownpath.model.norm import RMSNorm, wide_dtype
 from ownpath.model.rope import Rope
-from ownpath.runners import Linear
+from ownpath.runners import Linear, RMSNorm
 
 
 @dataclass(frozen=True)
 class Compressor:
-    """wkv_wgate: fused projection to (kv, score) [.., 2P]; ape float32 [ratio, P]: score bias by place in window."""
+    """wkv_wgate: fused projection to (kv, score) [.., 2P], at least float32; ape float32 [ratio, P]: score bias by
+    place in window."""
 
     wkv_wgate: Linear
     ape: torch.Tensor
@@ -33,7 +33,7 @@ class Compressor:
 
     def project(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Raw (kv, score) rows [T, 2P] in at least float32, as the official code computes them."""
-        return self.wkv_wgate(x_TD.to(wide_dtype(x_TD.dtype)))
+        return self.wkv_wgate(x_TD)
 
     def append(self, rows_TP2: torch.Tensor, position: int, cache: CompressorCache) -> torch.Tensor:
         """Adds the rows of positions position, position + 1, ...; returns all finished entries so far [C, H]."""

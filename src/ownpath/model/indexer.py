@@ -12,8 +12,8 @@ import torch
 
 from ownpath.model.caches import CompressorCache
 from ownpath.model.compressor import Compressor
-from ownpath.model.norm import wide_dtype
 from ownpath.model.rope import Rotation
+from ownpath.numerics import wide_dtype
 from ownpath.runners import Linear
 
 

@@ -6,12 +6,10 @@ import torch
 
 from ownpath.config import ModelConfig
 from ownpath.model.batch import ForwardBatch
-from ownpath.model.block import Block
+from ownpath.model.block import Block, Residual
 from ownpath.model.caches import CacheSpec, SequenceCache
-from ownpath.model.hyper import HyperHead
-from ownpath.model.norm import RMSNorm, wide_dtype
 from ownpath.model.rope import Rope
-from ownpath.runners import Ledger, Linear
+from ownpath.runners import HyperBoundary, Ledger, Linear
 
 
 @dataclass(frozen=True)
@@ -21,8 +19,7 @@ class Model:
     config: ModelConfig
     embed_VD: torch.Tensor
     blocks: tuple[Block, ...]
-    hc_head: HyperHead
-    norm: RMSNorm
+    hc_head: HyperBoundary
     head: Linear
     sliding_rope: Rope
     compress_rope: Rope
@@ -40,11 +37,11 @@ class Model:
         Every span's cache then holds the span's tokens too.
         """
         h_TD = self.embed_VD[batch.token_ids_T].to(self.cache_spec.dtype)
-        x_TSD = h_TD.unsqueeze(1).expand(-1, self.config.hc_mult, -1)
+        residual = Residual(h_TD.unsqueeze(1).expand(-1, self.config.hc_mult, -1).contiguous())
         sliding, compress = self.sliding_rope.at(batch.positions_T), self.compress_rope.at(batch.positions_T)
         for block, ratio in zip(self.blocks, self.config.compress_ratios, strict=True):
-            x_TSD = block(x_TSD, compress if ratio else sliding, batch)
+            residual = block(residual, compress if ratio else sliding, batch)
         for span in batch.spans:
             span.cache.num_tokens += span.stop - span.start
-        h_RD = self.norm(self.hc_head(x_TSD[batch.logits_ids]))
-        return self.head(h_RD.to(wide_dtype(h_RD.dtype)))
+        wanted = residual.rows(batch.logits_ids)
+        return self.head(self.hc_head(wanted.x_TSD, wanted.y_TD, wanted.mix).h_TD)

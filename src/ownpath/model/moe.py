@@ -1,18 +1,21 @@
 """The feed-forward block: routed experts plus the shared expert."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from ownpath.model.router import Router
 from ownpath.runners import Nvfp4MoE, SwigluMlp
 
 
 @dataclass(frozen=True)
 class MoE:
-    """y = experts(x, routed) + shared_experts(x), both clamped SwiGLU."""
+    """y = experts(x, routed) + shared_experts(x), both clamped SwiGLU.
 
-    router: Router
+    router: (x [T, D], token_ids [T]) -> expert ids and weights [T, K].
+    """
+
+    router: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     experts: Nvfp4MoE
     shared_experts: SwigluMlp
 

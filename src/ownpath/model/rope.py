@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ownpath.config import ModelConfig, Yarn
-from ownpath.model.norm import wide_dtype
+from ownpath.numerics import rotate_pairs
 
 
 def rotary_frequencies(rotary_dim: int, theta: float, yarn: Yarn | None) -> torch.Tensor:
@@ -49,24 +49,19 @@ class Rotation:
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """Rotates the last R channels of x [T, ..., >=R] in pairs (2i, 2i+1); other channels pass unchanged."""
-        return _rotate(x, self.cos_TF, self.sin_TF)
+        return rotate_pairs(x, self.cos_TF, self.sin_TF)
 
     def invert(self, x: torch.Tensor) -> torch.Tensor:
         """The inverse rotation: by the negative angle."""
-        return _rotate(x, self.cos_TF, -self.sin_TF)
+        return rotate_pairs(x, self.cos_TF, -self.sin_TF)
+
+    @property
+    def angles(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin), as kernels that undo the rotation take them."""
+        return self.cos_TF, self.sin_TF
 
     def rows(self, start: int, stop: int) -> "Rotation":
         return Rotation(self.cos_TF[start:stop], self.sin_TF[start:stop])
-
-
-def _rotate(x: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor) -> torch.Tensor:
-    rotary_dim = 2 * cos_TF.shape[-1]
-    passed, rotary = x[..., :-rotary_dim], x[..., -rotary_dim:]
-    even, odd = rotary.to(wide_dtype(x.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
-    shape = (len(cos_TF), *[1] * (x.ndim - 2), rotary_dim // 2)
-    cos, sin = cos_TF.view(shape), sin_TF.view(shape)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
-    return torch.cat((passed, turned.to(x.dtype)), dim=-1)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from ownpath.numerics.quantize import (
     quantize_nvfp4,
     quantize_nvfp4_activation,
 )
+from ownpath.numerics.rotary import rotate_pairs, wide_dtype
 
 __all__ = [
     "E2M1_MAGNITUDES",
@@ -47,5 +48,7 @@ __all__ = [
     "quantize_mxfp4",
     "quantize_nvfp4",
     "quantize_nvfp4_activation",
+    "rotate_pairs",
     "unpack_e2m1",
+    "wide_dtype",
 ]

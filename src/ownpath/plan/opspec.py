@@ -1,4 +1,4 @@
-"""The operations a V4 backbone needs planned: every product with a stored weight matrix, in forward order."""
+"""The operations a V4 backbone needs planned: every product with a stored weight matrix, and what lies between them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from ownpath.config import CSA_RATIO, ModelConfig
 
 
 class OpKind(StrEnum):
-    """The kinds of product a kernel can compute."""
+    """The kinds of operation a kernel can compute: products with stored weights first, then their companions."""
 
     LINEAR = "linear"
     """y = x Wᵀ; several modules are rows of one fused W."""
@@ -18,15 +18,29 @@ class OpKind(StrEnum):
     """y[t, g] = W[g] x[t, g]: one matrix per group of heads."""
     MOE = "moe"
     """Routed SwiGLU experts; modules are all w1, then all w3, then all w2."""
+    HYPER = "hyper_boundary"
+    """Between two sublayers: streams take one's output in, the other's normed input is made of them."""
+    NORM = "rms_norm"
+    """RMS norm over the last dimension."""
+    ROUTER = "router"
+    """Expert ids and weights from the gate's logits."""
+    SWIGLU = "swiglu"
+    """The clamped activation between two products."""
+    ATTENTION = "attention"
+    """Everything between a layer's projections: caches, compression, selection, softmax and the sums over values."""
 
 
 @dataclass(frozen=True)
 class OpSpec:
-    """One planned product. ``slot`` is the name the model calls it by; ``modules`` the weights behind it."""
+    """One planned product. ``slot`` is the name the model calls it by; ``modules`` the weights behind it.
+
+    is_wide: the result is kept in at least float32 (router, compressor and vocabulary logits).
+    """
 
     slot: str
     kind: OpKind
     modules: tuple[ModuleSpec, ...]
+    is_wide: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -36,17 +50,47 @@ class OpSpec:
             return 2 * inter, dim
         return sum(module.shape[0] for module in self.modules), self.modules[0].shape[1]
 
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Every dimension of every stored matrix, each once."""
+        return tuple(sorted({size for module in self.modules for size in module.shape}))
+
+
+@dataclass(frozen=True)
+class CompanionSpec:
+    """One planned operation without a stored matrix. ``dims``: the sizes that a kernel for it depends on."""
+
+    slot: str
+    kind: OpKind
+    dims: tuple[int, ...]
+
 
 def model_ops(config: ModelConfig) -> Iterator[OpSpec]:
     """Every op of the backbone and the head."""
     for layer_idx, ratio in enumerate(config.compress_ratios):
         yield from _attention_ops(config, f"layers.{layer_idx}.attn", ratio)
         yield from _ffn_ops(config, layer_idx)
-    yield _linear("head", ("head", config.vocab_size, config.hidden_size))
+    yield _linear("head", ("head", config.vocab_size, config.hidden_size), is_wide=True)
 
 
-def _linear(slot: str, *modules: tuple[str, int, int]) -> OpSpec:
-    return OpSpec(slot, OpKind.LINEAR, tuple(ModuleSpec(name, (n, k)) for name, n, k in modules))
+def companion_ops(config: ModelConfig) -> Iterator[CompanionSpec]:
+    """Every planned operation that has no stored matrix. Each runs once a step (attention: once a sequence)."""
+    boundary = (config.hc_mult, config.hidden_size)
+    for layer_idx in range(config.num_hidden_layers):
+        layer = f"layers.{layer_idx}"
+        yield CompanionSpec(f"{layer}.hc_attn", OpKind.HYPER, boundary)
+        yield CompanionSpec(f"{layer}.attn.q_norm", OpKind.NORM, (config.q_lora_rank,))
+        yield CompanionSpec(f"{layer}.attn.kv_norm", OpKind.NORM, (config.head_dim,))
+        yield CompanionSpec(f"{layer}.attn.q_head_norm", OpKind.NORM, (config.head_dim,))
+        yield CompanionSpec(f"{layer}.attn.core", OpKind.ATTENTION, (config.num_attention_heads, config.head_dim))
+        yield CompanionSpec(f"{layer}.hc_ffn", OpKind.HYPER, boundary)
+        yield CompanionSpec(f"{layer}.ffn.router", OpKind.ROUTER, (config.n_routed_experts, config.num_experts_per_tok))
+        yield CompanionSpec(f"{layer}.ffn.shared_experts.swiglu", OpKind.SWIGLU, (config.moe_intermediate_size,))
+    yield CompanionSpec("hc_head", OpKind.HYPER, boundary)
+
+
+def _linear(slot: str, *modules: tuple[str, int, int], is_wide: bool = False) -> OpSpec:
+    return OpSpec(slot, OpKind.LINEAR, tuple(ModuleSpec(name, (n, k)) for name, n, k in modules), is_wide)
 
 
 def _attention_ops(config: ModelConfig, attn: str, ratio: int) -> Iterator[OpSpec]:
@@ -69,13 +113,13 @@ def _attention_ops(config: ModelConfig, attn: str, ratio: int) -> Iterator[OpSpe
 
 
 def _compressor_op(name: str, width: int, dim: int) -> OpSpec:
-    return _linear(f"{name}.wkv_wgate", (f"{name}.wkv", width, dim), (f"{name}.wgate", width, dim))
+    return _linear(f"{name}.wkv_wgate", (f"{name}.wkv", width, dim), (f"{name}.wgate", width, dim), is_wide=True)
 
 
 def _ffn_ops(config: ModelConfig, layer_idx: int) -> Iterator[OpSpec]:
     ffn = f"layers.{layer_idx}.ffn"
     dim, inter = config.hidden_size, config.moe_intermediate_size
-    yield _linear(f"{ffn}.gate", (f"{ffn}.gate", config.n_routed_experts, dim))
+    yield _linear(f"{ffn}.gate", (f"{ffn}.gate", config.n_routed_experts, dim), is_wide=True)
     projections = (expert_modules(config, layer_idx, projection) for projection in ("w1", "w3", "w2"))
     yield OpSpec(f"{ffn}.experts", OpKind.MOE, tuple(module for group in projections for module in group))
     shared = f"{ffn}.shared_experts"

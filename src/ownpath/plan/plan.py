@@ -1,9 +1,10 @@
 """The plan: for every product of the model, the stored format, the runner and the kernel, decided from headers alone.
 
+What lies between the products (companions: boundaries, norms, expert choice, attention) is planned the same way.
 It is made before any weight byte moves, decides the layout that weights are loaded into, and nothing overrides it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from types import MappingProxyType
 
@@ -12,8 +13,9 @@ from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.names import model_params
 from ownpath.checkpoint.schema import Encoding, ModuleSpec, ParamSpec, check_census, check_param, detect
 from ownpath.config import ModelConfig
-from ownpath.plan.opspec import OpKind, OpSpec, model_ops
-from ownpath.plan.select import Caps, Choice, Refusal, select
+from ownpath.formats import BF16, FP32, Format
+from ownpath.plan.opspec import CompanionSpec, OpKind, OpSpec, companion_ops, model_ops
+from ownpath.plan.select import Caps, Choice, Demands, Refusal, select
 
 
 class PlanError(ValueError):
@@ -36,26 +38,58 @@ class PlannedOp:
 
 
 @dataclass(frozen=True)
+class PlannedCompanion:
+    """One operation without a stored matrix, with its decision."""
+
+    spec: CompanionSpec
+    choice: Choice
+
+
+@dataclass(frozen=True)
 class Plan:
     """Every op in forward order, the tensors used as stored, and the keys left unread with the reason for each."""
 
     config: ModelConfig
     caps: Caps
+    demands: Demands
     ops: tuple[PlannedOp, ...]
+    companions: tuple[PlannedCompanion, ...]
     params: tuple[ParamSpec, ...]
     ignored: MappingProxyType[str, str]
+
+    @property
+    def decided(self) -> tuple["PlannedOp | PlannedCompanion", ...]:
+        """Products and companions."""
+        return (*self.ops, *self.companions)
+
+    @property
+    def slots(self) -> dict[str, tuple[str, str]]:
+        """slot -> (runner, kernel), for products and companions; a slot of several ops joins their names by "+"."""
+        decided: dict[str, list[Choice]] = {}
+        for planned in self.decided:
+            decided.setdefault(planned.spec.slot, []).append(planned.choice)
+        return {
+            slot: (
+                "+".join(dict.fromkeys(choice.kernel.runner for choice in choices)),
+                "+".join(dict.fromkeys(choice.kernel.name for choice in choices)),
+            )
+            for slot, choices in decided.items()
+        }
 
     def ops_of(self, slot: str) -> tuple[PlannedOp, ...]:
         return tuple(op for op in self.ops if op.spec.slot == slot)
 
 
-def make_plan(config: ModelConfig, index: CheckpointIndex, caps: Caps) -> Plan:
+def make_plan(config: ModelConfig, index: CheckpointIndex, caps: Caps, demands: Demands | None = None) -> Plan:
     """Plans every op of ``config`` for the checkpoint behind ``index`` on a device.
 
     Errors: CheckpointError naming the tensor that is missing, unexpected, or of a wrong dtype or shape; PlanError
         naming the op that no kernel runs.
     """
-    ops = tuple(chain.from_iterable(_plan_op(spec, index, caps) for spec in model_ops(config)))
+    demands = demands or Demands()
+    planner = _Planner(index, caps, demands)
+    ops = tuple(chain.from_iterable(planner.op(spec) for spec in model_ops(config)))
+    companions = tuple(planner.companion(spec) for spec in companion_ops(config))
     params = tuple(model_params(config))
     for param in params:
         check_param(index, param)
@@ -64,25 +98,39 @@ def make_plan(config: ModelConfig, index: CheckpointIndex, caps: Caps) -> Plan:
         for module in op.spec.modules:
             consumed.update(op.encoding.keys(module.name))
     ignored = check_census(index, consumed)
-    return Plan(config, caps, ops, params, MappingProxyType(ignored))
+    return Plan(config, caps, demands, ops, companions, params, MappingProxyType(ignored))
 
 
-def _plan_op(spec: OpSpec, index: CheckpointIndex, caps: Caps) -> list[PlannedOp]:
-    """One planned op; a fused linear whose shards are stored differently becomes one op per shard."""
-    encodings = [detect(index, module) for module in spec.modules]
-    if len(set(encodings)) == 1:
-        return [_decide(spec, encodings[0], caps)]
-    if spec.kind is not OpKind.LINEAR:
-        raise CheckpointError(f"{spec.slot}: {_first_difference(spec.modules, encodings)}")
-    shards = [OpSpec(spec.slot, spec.kind, (module,)) for module in spec.modules]
-    return [_decide(shard, encoding, caps) for shard, encoding in zip(shards, encodings, strict=True)]
+@dataclass(frozen=True)
+class _Planner:
+    index: CheckpointIndex
+    caps: Caps
+    demands: Demands
 
+    def op(self, spec: OpSpec) -> list[PlannedOp]:
+        """One planned op; a fused linear whose shards are stored differently becomes one op per shard."""
+        encodings = [detect(self.index, module) for module in spec.modules]
+        if len(set(encodings)) == 1:
+            return [self._decided(spec, encodings[0])]
+        if spec.kind is not OpKind.LINEAR:
+            raise CheckpointError(f"{spec.slot}: {_first_difference(spec.modules, encodings)}")
+        shards = [replace(spec, modules=(module,)) for module in spec.modules]
+        return [self._decided(shard, encoding) for shard, encoding in zip(shards, encodings, strict=True)]
 
-def _decide(spec: OpSpec, encoding: Encoding, caps: Caps) -> PlannedOp:
-    decision = select(spec.kind, encoding.format, caps)
-    if isinstance(decision, Refusal):
-        raise PlanError(f"{spec.slot}: {decision.reason}")
-    return PlannedOp(spec, encoding, decision)
+    def companion(self, spec: CompanionSpec) -> PlannedCompanion:
+        return PlannedCompanion(spec, self._choice(spec, None))
+
+    def _decided(self, spec: OpSpec, encoding: Encoding) -> PlannedOp:
+        return PlannedOp(spec, encoding, self._choice(spec, encoding.format))
+
+    def _choice(self, spec: OpSpec | CompanionSpec, stored: Format | None) -> Choice:
+        demands = self.demands
+        if isinstance(spec, OpSpec) and spec.is_wide and stored not in (BF16, FP32):
+            demands = replace(demands, activations="float32")  # a quantised weight's kernel rounds to what it takes
+        decision = select(spec.kind, stored, self.caps, demands=demands, dims=spec.dims)
+        if isinstance(decision, Refusal):
+            raise PlanError(f"{spec.slot}: {decision.reason}")
+        return decision
 
 
 def _first_difference(modules: tuple[ModuleSpec, ...], encodings: list[Encoding]) -> str:

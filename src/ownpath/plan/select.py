@@ -2,43 +2,43 @@
 
 from dataclasses import dataclass
 
-from ownpath.formats import BF16, FP8_BLOCK, FP32, NVFP4, Format
+from ownpath.formats import Format
+from ownpath.plan.catalogue import CATALOGUE, KernelSpec
 from ownpath.plan.opspec import OpKind
 
 
 @dataclass(frozen=True)
 class Caps:
-    """What a device is, as data. sm: CUDA compute capability times ten, ``None`` off CUDA."""
+    """What a device is, as data. sm: CUDA compute capability times ten, ``None`` off CUDA.
+
+    packages: the kernel toolchains that can be imported.
+    """
 
     device_type: str
     name: str
     sm: int | None = None
+    packages: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
-class KernelSpec:
-    """A kernel's contract: what it computes, on which stored format, where, and in which layout.
+class Demands:
+    """What the engine asks of every kernel.
 
-    name: key of the implementation in ``ownpath.kernels``.
-    runner: the class in ``ownpath.runners`` that holds its operand.
-    min_sm: lowest compute capability times ten; ``None`` runs anywhere torch does.
+    activations: name of the activations' dtype.
+    is_batch_invariant: a row's bits must not depend on the other rows of the call, nor on their number.
     """
 
-    name: str
-    kind: OpKind
-    formats: tuple[Format, ...]
-    runner: str
-    layout: str
-    why: str
-    min_sm: int | None = None
+    activations: str = "float32"
+    is_batch_invariant: bool = False
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel that runs an op, and why."""
+    """The kernel that runs an op, and why; ``passed_over`` says why each better kernel does not."""
 
     kernel: KernelSpec
     why: str
+    passed_over: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,68 +48,46 @@ class Refusal:
     reason: str
 
 
-CATALOGUE = (
-    KernelSpec(
-        "ref.nvfp4_linear",
-        OpKind.LINEAR,
-        (NVFP4,),
-        "Nvfp4Linear",
-        "row_major",
-        "W4A16: E2M1 x E4M3 decoded exactly, float32 sums, global scale per shard after the product",
-    ),
-    KernelSpec(
-        "ref.fp8_linear",
-        OpKind.LINEAR,
-        (FP8_BLOCK,),
-        "Fp8Linear",
-        "row_major",
-        "W8A16: E4M3 x block scale decoded, float32 sums",
-    ),
-    KernelSpec(
-        "ref.plain_linear",
-        OpKind.LINEAR,
-        (BF16, FP32),
-        "PlainLinear",
-        "row_major",
-        "stored unquantised: a matrix product in the activations' dtype",
-    ),
-    KernelSpec(
-        "ref.grouped_linear",
-        OpKind.GROUPED,
-        (BF16, FP32),
-        "GroupedLinear",
-        "row_major",
-        "batched matrix product over head groups, no scale anywhere",
-    ),
-    KernelSpec(
-        "ref.grouped_linear",
-        OpKind.GROUPED,
-        (FP8_BLOCK,),
-        "GroupedLinear",
-        "dequantized",
-        "FP8 on disk, decoded at load as DeepSeek's own conversion does: to BF16 (exact) for E8M0 scales, else FP32",
-    ),
-    KernelSpec(
-        "ref.nvfp4_moe",
-        OpKind.MOE,
-        (NVFP4,),
-        "Nvfp4MoE",
-        "row_major",
-        "W4A16 per expert: exact decode, gate and up keep their own global scales, float32 combine",
-    ),
-)
+def select(
+    kind: OpKind,
+    stored: Format | None,
+    caps: Caps,
+    catalogue: tuple[KernelSpec, ...] = CATALOGUE,
+    demands: Demands | None = None,
+    dims: tuple[int, ...] = (),
+) -> Choice | Refusal:
+    """The first kernel of the catalogue (best first) that runs ``kind`` on weights stored as ``stored``.
 
-
-def select(kind: OpKind, stored: Format, caps: Caps, catalogue: tuple[KernelSpec, ...] = CATALOGUE) -> Choice | Refusal:
-    """The first kernel of the catalogue (best first) that runs ``kind`` on weights stored as ``stored``."""
-    reasons = []
+    stored: ``None`` for an op without a stored matrix. dims: the op's sizes, where a kernel's tiles constrain them.
+    """
+    lacks: list[str] = []
     for kernel in catalogue:
         if kernel.kind is not kind:
             continue
-        if stored not in kernel.formats:
-            reasons.append(f"{kernel.name} takes {'/'.join(map(str, kernel.formats))}")
-        elif kernel.min_sm is not None and (caps.sm is None or caps.sm < kernel.min_sm):
-            reasons.append(f"{kernel.name} needs sm_{kernel.min_sm}, this is {caps.name}")
-        else:
-            return Choice(kernel, kernel.why)
-    return Refusal(f"no {kind} kernel for {stored}: " + "; ".join(reasons))
+        lack = _lack(kernel, stored, caps, demands or Demands(), dims)
+        if lack is None:
+            return Choice(kernel, kernel.why, tuple(lacks))
+        lacks.append(f"{kernel.name} {lack}")
+    for_what = f" for {stored}" if stored is not None else ""
+    return Refusal(f"no {kind} kernel{for_what}: " + "; ".join(lacks))
+
+
+def _lack(kernel: KernelSpec, stored: Format | None, caps: Caps, demands: Demands, dims: tuple[int, ...]) -> str | None:
+    """What keeps a kernel from running an op; ``None``: nothing."""
+    if stored is not None and stored not in kernel.formats:
+        return f"takes {'/'.join(map(str, kernel.formats))}"
+    if kernel.min_sm is not None and (caps.sm is None or caps.sm < kernel.min_sm):
+        return f"needs sm_{kernel.min_sm}, this is {caps.name}"
+    if kernel.end_sm is not None and caps.sm is not None and caps.sm >= kernel.end_sm:
+        return f"is made for sm_{kernel.min_sm}, this is {caps.name}"
+    missing = [package for package in kernel.packages if package not in caps.packages]
+    if missing:
+        return f"needs the package {missing[0]}"
+    if kernel.activations and demands.activations not in kernel.activations:
+        return f"takes {'/'.join(kernel.activations)} activations, not {demands.activations}"
+    if demands.is_batch_invariant and not kernel.is_batch_invariant:
+        return "is not batch-invariant"
+    uneven = [size for size in dims if size % kernel.dim_multiple]
+    if uneven:
+        return f"needs dimensions that are multiples of {kernel.dim_multiple}, not {uneven[0]}"
+    return None

@@ -1,13 +1,15 @@
 """The plan as people and programs read it."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ownpath.plan.plan import Plan, PlannedOp
+from ownpath.plan.plan import Plan, PlannedCompanion, PlannedOp
 
 _LAYER = re.compile(r"layers\.(\d+)\.(.*)")
 _HEADINGS = ("module", "stored as", "format", "runner", "kernel", "layout")
+_COMPANION_HEADINGS = ("between them", "runner", "kernel")
 
 
 @dataclass(frozen=True)
@@ -25,25 +27,39 @@ class Row:
 
 
 def plan_rows(plan: Plan) -> list[Row]:
-    """Rows in forward order; layers that decide alike share a row."""
+    """Rows of the products in forward order; layers that decide alike share a row."""
+    return _folded((op.label, _cells(op), op.choice.why) for op in plan.ops)
+
+
+def companion_rows(plan: Plan) -> list[Row]:
+    """Rows of the operations without a stored matrix, folded like the products'."""
+    return _folded((op.spec.slot, _companion_cells(op), op.choice.why) for op in plan.companions)
+
+
+def _folded(decisions: Iterable[tuple[str, tuple[str, ...], str]]) -> list[Row]:
     rows: dict[tuple[str, tuple[str, ...]], Row] = {}
-    for op in plan.ops:
-        match = _LAYER.fullmatch(op.label)
-        layers, module = ((int(match[1]),), match[2]) if match else ((), op.label)
-        cells = _cells(op)
+    for label, cells, why in decisions:
+        match = _LAYER.fullmatch(label)
+        layers, module = ((int(match[1]),), match[2]) if match else ((), label)
         known = rows.get((module, cells))
         all_layers = known.layers + layers if known else layers
-        rows[module, cells] = Row(module, all_layers, cells, op.choice.why)
+        rows[module, cells] = Row(module, all_layers, cells, why)
     return list(rows.values())
 
 
 def plan_text(plan: Plan) -> str:
     """A table of every module's format, runner, kernel and layout, then the reasons, params and ignored keys."""
-    rows = plan_rows(plan)
+    rows, companions = plan_rows(plan), companion_rows(plan)
     lines = _align([_HEADINGS, *((row.title, *row.cells) for row in rows)])
-    reasons = {(row.cells[3], row.cells[1]): row.why for row in rows}
-    lines += ["", f"device: {plan.caps.name}", "why:"]
-    lines += [f"  {kernel} on {stored}: {why}" for (kernel, stored), why in reasons.items()]
+    lines += ["", *_align([_COMPANION_HEADINGS, *((row.title, *row.cells) for row in companions)])]
+    demands = f"activations: {plan.demands.activations}"
+    demands += ", every row's bits independent of the others (batch-invariant)" * plan.demands.is_batch_invariant
+    lines += ["", f"device: {plan.caps.name}", demands, "why:"]
+    reasons = {f"{row.cells[3]} on {row.cells[1]}": row.why for row in rows}
+    reasons |= {row.cells[1]: row.why for row in companions}
+    lines += [f"  {kernel}: {why}" for kernel, why in reasons.items()]
+    passed_over = dict.fromkeys(lack for op in plan.decided for lack in op.choice.passed_over)
+    lines += ["passed over:", *(f"  {lack}" for lack in passed_over)] if passed_over else []
     lines.append(f"used as stored: {len(plan.params)} tensors (embedding, norms, hyper-connections, sinks, tables)")
     for reason in dict.fromkeys(plan.ignored.values()):
         num_keys = sum(value == reason for value in plan.ignored.values())
@@ -63,14 +79,35 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
             "shape": list(op.spec.shape),
             "modules": modules,
         }
-        ops.append(entry | cells | {"why": op.choice.why})
+        ops.append(entry | cells | {"why": op.choice.why, "passed_over": list(op.choice.passed_over)})
     params = [{"key": param.key, "shape": list(param.shape)} for param in plan.params]
-    return {"device": plan.caps.name, "ops": ops, "params": params, "ignored": dict(plan.ignored)}
+    plan_level = {
+        "device": plan.caps.name,
+        "activations": plan.demands.activations,
+        "batch_invariant": plan.demands.is_batch_invariant,
+    }
+    return plan_level | {
+        "ops": ops,
+        "companions": [_companion_entry(op) for op in plan.companions],
+        "params": params,
+        "ignored": dict(plan.ignored),
+    }
+
+
+def _companion_entry(op: PlannedCompanion) -> dict[str, Any]:
+    runner, kernel = _companion_cells(op)
+    entry: dict[str, Any] = {"slot": op.spec.slot, "kind": str(op.spec.kind), "dims": list(op.spec.dims)}
+    entry |= {"runner": runner, "kernel": kernel, "why": op.choice.why}
+    return entry | {"passed_over": list(op.choice.passed_over)}
 
 
 def _cells(op: PlannedOp) -> tuple[str, ...]:
     kernel = op.choice.kernel
     return (op.encoding.name, str(op.encoding.format), kernel.runner, kernel.name, kernel.layout)
+
+
+def _companion_cells(op: PlannedCompanion) -> tuple[str, str]:
+    return op.choice.kernel.runner, op.choice.kernel.name
 
 
 def _align(table: list[tuple[str, ...]]) -> list[str]:

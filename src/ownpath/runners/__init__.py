@@ -1,7 +1,16 @@
 """Runners: an operand in its planned layout with the kernel that uses it, behind one call."""
 
+from ownpath.runners.companions import HyperBoundary, HyperWeights, Mix, RMSNorm, Router, SharedKeyAttention, SwiGLU
 from ownpath.runners.ledger import Ledger
-from ownpath.runners.linear import ConcatLinear, Fp8Linear, GroupedLinear, Linear, Nvfp4Linear, PlainLinear
+from ownpath.runners.linear import (
+    ConcatLinear,
+    Fp8Linear,
+    GroupedLinear,
+    Linear,
+    Nvfp4Linear,
+    PlainLinear,
+    WideLinear,
+)
 from ownpath.runners.mlp import SwigluMlp
 from ownpath.runners.moe import Nvfp4MoE
 
@@ -9,10 +18,18 @@ __all__ = [
     "ConcatLinear",
     "Fp8Linear",
     "GroupedLinear",
+    "HyperBoundary",
+    "HyperWeights",
     "Ledger",
     "Linear",
+    "Mix",
     "Nvfp4Linear",
     "Nvfp4MoE",
     "PlainLinear",
+    "RMSNorm",
+    "Router",
+    "SharedKeyAttention",
+    "SwiGLU",
     "SwigluMlp",
+    "WideLinear",
 ]

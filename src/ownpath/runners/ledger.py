@@ -2,20 +2,25 @@
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 
 @dataclass
 class Ledger:
-    """Calls per slot, and the runner and kernel behind each slot."""
+    """Calls per slot, beside the runner and the kernel that the plan names for it.
 
-    kernels: dict[str, tuple[str, str]] = field(default_factory=dict)
+    mark: entered around every call, with the slot's name; a recorder of launched kernels puts its own here.
+    """
+
+    kernels: dict[str, tuple[str, str]]
     calls: Counter[str] = field(default_factory=Counter)
+    mark: Callable[[str], AbstractContextManager[object]] = nullcontext
 
-    def watch(self, slot: str, runner_name: str, kernel_name: str, runner: Callable[..., Any]) -> "Watched":
-        """Registers a slot; the returned callable counts and runs it."""
-        self.kernels[slot] = (runner_name, kernel_name)
+    def watch(self, slot: str, runner: Callable[..., Any]) -> "Watched":
+        """A callable that counts and runs; the slot must be one of the plan."""
+        assert slot in self.kernels, f"{slot} is not planned"
         return Watched(slot, runner, self)
 
     def summary(self) -> list[tuple[str, str, int, int]]:
@@ -38,4 +43,5 @@ class Watched:
 
     def __call__(self, *args: Any) -> Any:
         self.ledger.calls[self.slot] += 1
-        return self.runner(*args)
+        with self.ledger.mark(self.slot):
+            return self.runner(*args)

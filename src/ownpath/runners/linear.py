@@ -5,6 +5,7 @@ from typing import Protocol
 
 import torch
 
+from ownpath.kernels.ref.linear import grouped_linear
 from ownpath.kernels.registry import KERNELS, Kernel
 from ownpath.runners.checks import require, require_input
 
@@ -107,10 +108,23 @@ class PlainLinear:
         self.out_features, self.in_features = self.weight.shape
         self._kernel = kernel
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        """y in the dtype of x, or unrounded in a wider ``out_dtype``."""
         require_input(x, self.in_features, self.weight)
-        y: torch.Tensor = self._kernel(x, self.weight)
+        y: torch.Tensor = self._kernel(x, self.weight, out_dtype or x.dtype)
         return y
+
+
+class WideLinear:
+    """A linear whose result is at least float32: sums are kept as they are, not rounded to the dtype of x."""
+
+    def __init__(self, linear: Linear) -> None:
+        self.linear = linear
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return self.linear(x, wide) if isinstance(self.linear, PlainLinear) else self.linear(x.to(wide))
 
 
 class ConcatLinear:
@@ -130,7 +144,8 @@ class ConcatLinear:
 class GroupedLinear:
     """y[..., g] = W[g] x[..., g]: ``wo_a``, one matrix per group of heads, plain floating point.
 
-    Shapes: weight bfloat16 or float32 [G*R, I], groups one after the other; x [..., G, I]; y [..., G, R].
+    Shapes: weight bfloat16 or float32 [G*R, I], groups one after the other; y [..., G, R]. x is [..., G, I]; or, with
+        a rotation, attention's output [T, N, H], whose rotary channels are turned back before the product.
     Errors: ValueError for a wrong dtype or shape.
     """
 
@@ -144,9 +159,20 @@ class GroupedLinear:
         self.num_groups, self.out_features, self.in_features = self.weight_GRI.shape
         self._kernel = kernel
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        """rotation: (cos, sin) float32 [T, A] of each row's angles, to be undone; the planned kernel does both."""
+        if rotation is not None:
+            return self._turned_back(x, *rotation)
         require_input(x, self.in_features, self.weight_GRI)
         if x.shape[-2] != self.num_groups:
             raise ValueError(f"x has {x.shape[-2]} groups, the weight {self.num_groups}")
-        y: torch.Tensor = self._kernel(x.flatten(0, -3), self.weight_GRI)
+        y = grouped_linear(x.flatten(0, -3), self.weight_GRI)
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _turned_back(self, o_TNH: torch.Tensor, cos_TA: torch.Tensor, sin_TA: torch.Tensor) -> torch.Tensor:
+        if o_TNH.ndim != 3 or o_TNH.shape[1] * o_TNH.shape[2] != self.num_groups * self.in_features:
+            width, found = self.num_groups * self.in_features, list(o_TNH.shape)
+            raise ValueError(f"heads must be [T, N, H] with N * H = {width}, found {found}")
+        require_input(o_TNH, o_TNH.shape[-1], self.weight_GRI)
+        y_TGR: torch.Tensor = self._kernel(o_TNH, cos_TA, sin_TA, self.weight_GRI)
+        return y_TGR

@@ -5,15 +5,14 @@ import math
 import pytest
 import torch
 
+from ownpath.kernels.ref.hyper import HyperWeights, hyper_post, hyper_pre, sinkhorn
 from ownpath.kernels.ref.moe import swiglu
+from ownpath.kernels.ref.small import rms_norm
 from ownpath.model.caches import CompressorCache, Ring
 from ownpath.model.compressor import Compressor
-from ownpath.model.hyper import HyperConnection, sinkhorn
 from ownpath.model.indexer import Indexer
-from ownpath.model.norm import RMSNorm, unweighted_rms_norm
 from ownpath.model.rope import Rope
-from ownpath.model.router import Router
-from ownpath.runners import PlainLinear, SwigluMlp
+from ownpath.runners import PlainLinear, RMSNorm, Router, SwigluMlp
 
 EPS_F32 = torch.finfo(torch.float32).eps
 
@@ -42,21 +41,23 @@ def test_hyper_connection_mixes_from_stream_to_stream(device: torch.device) -> N
     """With fn = 0 the weights are the base alone; stream k receives sum over j of comb[j, k] * stream j."""
     streams = 2
     base = torch.tensor([0.0, math.log(3.0), 0.0, -math.log(3.0), 50.0, 0.0, 50.0, 0.0], device=device)
-    hyper = HyperConnection(
-        fn=torch.zeros(8, 2 * 3, device=device),
+    hyper = HyperWeights(
+        fn=torch.zeros(8, streams * 3, device=device),
         base=base,
         scale=torch.ones(3, device=device),
-        num_streams=streams,
+        norm_weight=torch.ones(3, device=device),
         num_iters=1,
         eps=0.0,
+        mix_norm_eps=1e-6,
         norm_eps=1e-6,
     )
     x = torch.tensor([[[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]]], device=device)
-    y, mix = hyper.pre(x)
+    y, mix = hyper_pre(x, hyper)
+    assert mix is not None
     torch.testing.assert_close(y, 0.5 * x[:, 0] + 0.75 * x[:, 1])
     torch.testing.assert_close(mix.post_TS, torch.tensor([[1.0, 0.5]], device=device))
     # Both rows put everything on stream 0: its column is shared, [0.5, 0.5]; stream 1's column underflows evenly.
-    out = hyper.post(torch.ones_like(y), x, mix)
+    out = hyper_post(x, torch.ones_like(y), mix)
     torch.testing.assert_close(out[:, 0], 1.0 + 0.5 * (x[:, 0] + x[:, 1]))
 
 
@@ -67,7 +68,7 @@ def test_norms_against_float64(dtype: torch.dtype, generator: torch.Generator, d
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
     bound = torch.finfo(dtype).eps + 8 * EPS_F32
     for found, expected in (
-        (unweighted_rms_norm(x, 1e-6), exact),
+        (rms_norm(x, None, 1e-6), exact),
         (RMSNorm(weight, 1e-6)(x), exact * weight.double()),
     ):
         assert found.dtype == dtype

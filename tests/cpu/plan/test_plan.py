@@ -132,7 +132,7 @@ def test_a_refusal_says_what_each_candidate_lacks() -> None:
 
 def test_a_module_no_kernel_runs_is_an_error_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = random_checkpoint(tmp_path, "full-nvfp4")
-    monkeypatch.setattr("ownpath.plan.plan.select", lambda kind, stored, caps: Refusal(f"no kernel for {stored}"))
+    monkeypatch.setattr("ownpath.plan.plan.select", lambda kind, stored, caps, **_: Refusal(f"no kernel for {stored}"))
     with pytest.raises(PlanError, match=r"layers.0.attn.wqa_wkv: no kernel for NVFP4"):
         make_plan(checkpoint.config, CheckpointIndex.open(tmp_path), CPU)
 
@@ -146,9 +146,9 @@ def test_what_runs_is_what_was_planned(layout: str, tmp_path: Path, device: torc
     """After one step the ledger holds every slot of the plan, under the plan's runner and kernel, and no other."""
     random_checkpoint(tmp_path, layout)
     plan = plan_model(tmp_path, str(device))
-    model = load_model(tmp_path, EngineConfig(device=str(device), max_model_len=64))
+    model = load_model(tmp_path, EngineConfig.for_device(str(device), max_model_len=64))
     model.forward(ForwardBatch.of([([5, 6, 7, 8, 9], model.new_cache())], device))
-    planned = {op.spec.slot: (op.choice.kernel.runner, op.choice.kernel.name) for op in plan.ops}
+    planned = {op.spec.slot: (op.choice.kernel.runner, op.choice.kernel.name) for op in plan.decided}
     assert {slot: model.ledger.kernels[slot] for slot in model.ledger.calls} == planned
     assert sum(modules for _, _, modules, _ in model.ledger.summary()) == len(planned)
 

@@ -36,9 +36,12 @@ def fp8_linear(x_MK: torch.Tensor, qdata_NK: torch.Tensor, scale_NK128: torch.Te
     return F.linear(x_MK.to(dtype), decode_fp8_block(qdata_NK, scale_NK128, dtype)).to(x_MK.dtype)
 
 
-def plain_linear(x_MK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
-    """y = x Wᵀ in the dtype of x. Shapes: x [M, K]; weight [N, K]; y [M, N]."""
-    return F.linear(x_MK, weight_NK.to(x_MK.dtype))
+def plain_linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    """y = x Wᵀ computed and returned in ``out_dtype``, never narrower than x.
+
+    Shapes: x [..., K]; weight [N, K]; y [..., N].
+    """
+    return F.linear(x_MK.to(out_dtype), weight_NK.to(out_dtype))
 
 
 def grouped_linear(x_MGI: torch.Tensor, weight_GRI: torch.Tensor) -> torch.Tensor:

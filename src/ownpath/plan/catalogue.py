@@ -1,0 +1,118 @@
+"""The kernels there are, best first, each with its contract: what it computes, on what, where, and what it promises."""
+
+from dataclasses import dataclass
+
+from ownpath.formats import BF16, FP8_BLOCK, FP32, NVFP4, Format
+from ownpath.plan.opspec import OpKind
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """A kernel's contract.
+
+    name: key of the implementation in ``ownpath.kernels``.
+    formats: stored formats it takes; empty for an op without a stored matrix.
+    runner: the class in ``ownpath.runners`` that holds its operand.
+    min_sm, end_sm: lowest compute capability times ten, and the first that is too new; ``None`` runs anywhere
+        torch does.
+    dim_multiple: every dimension of its operand must be a multiple of it.
+    activations: dtypes it takes; empty for any.
+    is_batch_invariant: a row's bits do not depend on the other rows of the call, nor on their number.
+    packages: what must be importable.
+    """
+
+    name: str
+    kind: OpKind
+    formats: tuple[Format, ...]
+    runner: str
+    layout: str
+    why: str
+    min_sm: int | None = None
+    end_sm: int | None = None
+    dim_multiple: int = 1
+    activations: tuple[str, ...] = ()
+    is_batch_invariant: bool = False
+    packages: tuple[str, ...] = ()
+
+
+CATALOGUE = (
+    KernelSpec(
+        "ref.nvfp4_linear",
+        OpKind.LINEAR,
+        (NVFP4,),
+        "Nvfp4Linear",
+        "row_major",
+        "W4A16: E2M1 x E4M3 decoded exactly, float32 sums, global scale per shard after the product",
+    ),
+    KernelSpec(
+        "ref.fp8_linear",
+        OpKind.LINEAR,
+        (FP8_BLOCK,),
+        "Fp8Linear",
+        "row_major",
+        "W8A16: E4M3 x block scale decoded, float32 sums",
+    ),
+    KernelSpec(
+        "torch.plain_linear",
+        OpKind.LINEAR,
+        (BF16, FP32),
+        "PlainLinear",
+        "row_major",
+        "stored unquantised: cuBLAS, float32 sums, kept in float32 where the model asks for it",
+        min_sm=80,
+    ),
+    KernelSpec(
+        "ref.plain_linear",
+        OpKind.LINEAR,
+        (BF16, FP32),
+        "PlainLinear",
+        "row_major",
+        "stored unquantised: a matrix product in the activations' dtype",
+    ),
+    KernelSpec(
+        "ref.grouped_linear",
+        OpKind.GROUPED,
+        (BF16, FP32),
+        "GroupedLinear",
+        "row_major",
+        "inverse rotation, then a batched matrix product over head groups, no scale anywhere",
+    ),
+    KernelSpec(
+        "ref.grouped_linear",
+        OpKind.GROUPED,
+        (FP8_BLOCK,),
+        "GroupedLinear",
+        "dequantized",
+        "FP8 on disk, decoded at load as DeepSeek's own conversion does: to BF16 (exact) for E8M0 scales, else FP32",
+    ),
+    KernelSpec(
+        "ref.nvfp4_moe",
+        OpKind.MOE,
+        (NVFP4,),
+        "Nvfp4MoE",
+        "row_major",
+        "W4A16 per expert: exact decode, gate and up keep their own global scales, float32 combine",
+    ),
+    KernelSpec(
+        "ref.hyper_boundary",
+        OpKind.HYPER,
+        (),
+        "HyperBoundary",
+        "row_major",
+        "post, pre and norm as torch computes them one after the other",
+    ),
+    KernelSpec("ref.rms_norm", OpKind.NORM, (), "RMSNorm", "row_major", "torch, at least float32 inside"),
+    KernelSpec(
+        "ref.router", OpKind.ROUTER, (), "Router", "row_major", "torch: a stable sort, so that ties are decided"
+    ),
+    KernelSpec("ref.swiglu", OpKind.SWIGLU, (), "SwiGLU", "row_major", "torch, at least float32 inside"),
+    KernelSpec(
+        "ref.attention",
+        OpKind.ATTENTION,
+        (),
+        "SharedKeyAttention",
+        "row_major",
+        "torch, one sequence at a time: products with keys and values are not projections, no weight is involved",
+        is_batch_invariant=True,
+    ),
+)

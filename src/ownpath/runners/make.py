@@ -1,0 +1,59 @@
+"""From a plan and its filled operands to runners, one per slot of the plan's products."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from ownpath.config import ModelConfig
+from ownpath.formats import FP8_BLOCK
+from ownpath.kernels.registry import KERNELS
+from ownpath.numerics import dequantize
+from ownpath.plan.plan import Plan, PlannedOp
+from ownpath.qtensor import QuantTensor
+from ownpath.runners.linear import ConcatLinear, Fp8Linear, GroupedLinear, Nvfp4Linear, PlainLinear, WideLinear
+from ownpath.runners.moe import Nvfp4MoE
+from ownpath.weights.operands import Operand
+
+Runner = Callable[..., Any]
+
+
+def make_runners(plan: Plan, operands: Iterable[Operand]) -> dict[str, Runner]:
+    """The runner of each slot, around the operands in the order of ``plan.ops``.
+
+    A runner whose kernel has a layout of its own repacks the operand's buffers in place, one expert at a time, so
+    that two copies never exist.
+    """
+    parts: dict[str, list[Any]] = {}
+    for op, operand in zip(plan.ops, operands, strict=True):
+        runner = make_runner(op, operand, plan.config)
+        parts.setdefault(op.spec.slot, []).append(WideLinear(runner) if op.spec.is_wide else runner)
+    return {slot: found[0] if len(found) == 1 else ConcatLinear(found) for slot, found in parts.items()}
+
+
+def make_runner(op: PlannedOp, operand: Operand, config: ModelConfig) -> Any:
+    """The runner that the plan names for one op, around its operand."""
+    kernel = KERNELS[op.choice.kernel.name]
+    buffers = operand.buffers
+    if op.choice.kernel.runner == "Nvfp4MoE":
+        names = ("w13", "w13_scale", "w13_scale_2", "w2", "w2_scale", "w2_scale_2")
+        tensors = {name: buffers[name][0] for name in names}
+        return Nvfp4MoE(**tensors, swiglu_limit=config.swiglu_limit, kernel=kernel)
+    if op.choice.kernel.runner == "Nvfp4Linear":
+        return Nvfp4Linear(buffers["weight"], buffers["weight_scale"], buffers["weight_scale_2"], kernel=kernel)
+    if op.choice.kernel.runner == "Fp8Linear":
+        return Fp8Linear(buffers["weight"], buffers["scale"], kernel=kernel)
+    if op.choice.kernel.runner == "GroupedLinear":
+        return GroupedLinear(_grouped_weight(op, operand), config.o_groups, kernel=kernel)
+    assert op.choice.kernel.runner == "PlainLinear", op.choice.kernel.runner
+    return PlainLinear(buffers["weight"], kernel=kernel)
+
+
+def _grouped_weight(op: PlannedOp, operand: Operand) -> torch.Tensor:
+    """``wo_a`` as plain floating point; from FP8, BF16 where that is exact (power-of-two scales), else float32."""
+    (weight,) = operand.buffers["weight"]
+    if op.choice.kernel.layout != "dequantized":
+        return weight
+    (scale,) = operand.buffers["scale"]
+    dtype = torch.bfloat16 if scale.dtype == torch.float8_e8m0fnu else torch.float32
+    return dequantize(QuantTensor(weight, scale, None, FP8_BLOCK), dtype)
