@@ -1,5 +1,6 @@
 """One contender in one case: a warm-up that must be right, then its time; whatever goes wrong becomes a row."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -66,6 +67,6 @@ def without_time(case: Case, contender: Contender, status: Status, reason: str) 
 
 
 def describe(failure: Exception) -> str:
-    """One line: the class and the first line of what it says."""
-    first_line = (str(failure).splitlines() or [""])[0]
-    return f"{type(failure).__name__}: {first_line}"[:300]
+    """One line for the table: the class and what it says. The traceback goes to the log."""
+    logging.getLogger(__name__).warning("a contender failed", exc_info=failure)
+    return " ".join(f"{type(failure).__name__}: {failure}".split())[:400]

@@ -49,8 +49,8 @@ class HummingMoe(_Humming):
 
     def prepare(self, operands: MoeOperands, num_tokens: Sequence[int], top_k: int) -> MoeCall:
         num_experts = len(operands.w2)
-        gate_up = _layer(operands.w13, operands.w13_scale, operands.w13_scale_2[:, None], num_experts)
-        down = _layer(operands.w2, operands.w2_scale, operands.w2_scale_2[:, None], num_experts)
+        gate_up = _layer(operands.w13, operands.w13_scale, operands.w13_scale_2, num_experts)
+        down = _layer(operands.w2, operands.w2_scale, operands.w2_scale_2, num_experts)
         slots = [tokens * top_k for tokens in num_tokens]
         gate_up_tunings = _compile(gate_up, slots, "indexed", _INDEXED)
         return _Moe(gate_up, down, gate_up_tunings, _compile(down, slots, "indexed", _INDEXED), num_experts)
