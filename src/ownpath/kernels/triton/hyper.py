@@ -1,0 +1,487 @@
+"""Hyper-connection boundary: post of one sublayer, pre of the next and its RMS norm, as two launches.
+
+How it works. Two sums over all S * D channels of a token stand in the way: the 24 mixing logits, and the root mean
+square that divides them. Everything before them is local to a channel, everything after needs only their values.
+  1. ``spread`` gives each program a slice of channels (and 1 or 16 tokens): it forms the new streams, writes them,
+     and leaves its part of the 24 dot products and of the sum of squares in the workspace.
+  2. ``collapse`` gives each token a program: it adds the parts in a fixed order, collapses the streams with the
+     ``pre`` weights and normalises; other programs beside it run Sinkhorn and write the mix for the next boundary.
+Both are launched with programmatic dependent launch: the second grid is resident and has its constants loaded when the
+first one ends, and the first one reads ``fn`` (which no earlier kernel writes) before it waits for its predecessor.
+
+Why it is fast. At T = 1 the boundary moves 1.6 MB (0.4 us), so latency is all that counts: ``fn`` is split over 128
+programs, one reduction per program, no atomics, no host work. From ``MIN_DOT_TOKENS`` tokens on, the dot products run
+on tensor cores. The streams are bfloat16 already; ``fn`` is split into three bfloat16 terms (24 bits of mantissa), so
+that every product is exact and the sum is float32, as in the reference.
+
+Roofline. fn once, and per token S*D streams read, written and read again: (24 * 4 * S*D + T * (6 * S*D + 4 * D)) bytes.
+
+Limits. S = 4, bfloat16 streams, D a multiple of 8 up to 16384. Bits are the same on every repetition. The two ways of
+summing differ in the last float32 bits, so a token's result may depend on how many tokens run with it;
+``hyper_boundary_invariant`` always takes the second way, whose sums do not depend on T.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ownpath.kernels.ref.hyper import HyperOut, HyperWeights, Mix
+from ownpath.kernels.triton.checks import check, check_rank
+
+NUM_STREAMS = 4
+NUM_MIX = (2 + NUM_STREAMS) * NUM_STREAMS
+PART_ROWS = 32
+INTERPRETED = triton.knobs.runtime.interpret
+MIN_DOT_TOKENS = 5
+MANY_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the first launch cuts its work: channels per slice, and whether tensor cores add the products."""
+
+    channels: int
+    use_dot: bool
+
+
+INVARIANT_TILES = Tiles(32, True)
+
+
+def choose_tiles(num_tokens: int, invariant: bool) -> Tiles:
+    """Tiles by token count; the invariant variant keeps one slicing and one way of summing."""
+    if invariant:
+        return INVARIANT_TILES
+    return Tiles(128 if num_tokens > MANY_TOKENS else 32, num_tokens >= MIN_DOT_TOKENS)
+
+
+@triton.jit
+def _fn_rows(r, NUM_MIX: tl.constexpr):
+    """Row of fn for each row of a part, -1 for none. Parts hold pre in 0..3, squares in 4, post 8..11, comb 12..27."""
+    if NUM_MIX == 24:
+        return tl.where(r < 4, r, tl.where((r >= 8) & (r < 28), r - 4, -1))
+    else:
+        return tl.where(r < 4, r, -1)
+
+
+@triton.jit
+def _new_stream(x0, x1, x2, x3, y, post, comb, t, in_t, k, HAS_POST: tl.constexpr):
+    """Stream k of [tokens, channels], as the bfloat16 that is stored."""
+    if HAS_POST:
+        p = tl.load(post + t * 4 + k, mask=in_t, other=0.0)
+        c0 = tl.load(comb + t * 16 + k, mask=in_t, other=0.0)
+        c1 = tl.load(comb + t * 16 + 4 + k, mask=in_t, other=0.0)
+        c2 = tl.load(comb + t * 16 + 8 + k, mask=in_t, other=0.0)
+        c3 = tl.load(comb + t * 16 + 12 + k, mask=in_t, other=0.0)
+        mixed = c0[:, None] * x0.to(tl.float32) + c1[:, None] * x1.to(tl.float32)
+        mixed += c2[:, None] * x2.to(tl.float32) + c3[:, None] * x3.to(tl.float32)
+        return (p[:, None] * y.to(tl.float32) + mixed).to(tl.bfloat16)
+    else:
+        return tl.where(k < 2, tl.where(k == 0, x0, x1), tl.where(k == 2, x2, x3))
+
+
+@triton.jit
+def spread_few(
+    x_ptr,
+    y_ptr,
+    post_ptr,
+    comb_ptr,
+    fn_ptr,
+    new_ptr,
+    part_ptr,
+    D,
+    num_slices,
+    HAS_POST: tl.constexpr,
+    NUM_MIX: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One token, one slice: new streams, and the slice's part of the mixing logits and of the sum of squares."""
+    t = tl.program_id(1).to(tl.int64) + tl.arange(0, 1)
+    d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    r = tl.arange(0, 32)
+    in_t, in_d = t >= 0, d < D
+    rows = _fn_rows(r, NUM_MIX)
+    in_fn = (rows[:, None] >= 0) & in_d[None, :]
+    fn_at = fn_ptr + rows[:, None] * (4 * D) + d[None, :]
+    fn0 = tl.load(fn_at, mask=in_fn, other=0.0)
+    fn1 = tl.load(fn_at + D, mask=in_fn, other=0.0)
+    fn2 = tl.load(fn_at + 2 * D, mask=in_fn, other=0.0)
+    fn3 = tl.load(fn_at + 3 * D, mask=in_fn, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    inside = in_t[:, None] & in_d[None, :]
+    at = t[:, None] * (4 * D) + d[None, :]
+    x0 = tl.load(x_ptr + at, mask=inside, other=0.0)
+    x1 = tl.load(x_ptr + at + D, mask=inside, other=0.0)
+    x2 = tl.load(x_ptr + at + 2 * D, mask=inside, other=0.0)
+    x3 = tl.load(x_ptr + at + 3 * D, mask=inside, other=0.0)
+    y = x0
+    if HAS_POST:
+        y = tl.load(y_ptr + t[:, None] * D + d[None, :], mask=inside, other=0.0)
+    n0 = _new_stream(x0, x1, x2, x3, y, post_ptr, comb_ptr, t, in_t, 0, HAS_POST)
+    n1 = _new_stream(x0, x1, x2, x3, y, post_ptr, comb_ptr, t, in_t, 1, HAS_POST)
+    n2 = _new_stream(x0, x1, x2, x3, y, post_ptr, comb_ptr, t, in_t, 2, HAS_POST)
+    n3 = _new_stream(x0, x1, x2, x3, y, post_ptr, comb_ptr, t, in_t, 3, HAS_POST)
+    tl.store(new_ptr + at, n0, mask=inside)
+    tl.store(new_ptr + at + D, n1, mask=inside)
+    tl.store(new_ptr + at + 2 * D, n2, mask=inside)
+    tl.store(new_ptr + at + 3 * D, n3, mask=inside)
+    w0, w1, w2, w3 = n0.to(tl.float32), n1.to(tl.float32), n2.to(tl.float32), n3.to(tl.float32)
+    # Row 4 of the part collects the squares, in the same reduction as the products.
+    is_square = (r == 4)[:, None] & in_d[None, :]
+    acc = tl.where(is_square, w0, fn0) * w0 + tl.where(is_square, w1, fn1) * w1
+    acc += tl.where(is_square, w2, fn2) * w2 + tl.where(is_square, w3, fn3) * w3
+    part = part_ptr + (tl.program_id(1).to(tl.int64) * num_slices + tl.program_id(0)) * 32
+    tl.store(part + r, tl.sum(acc, axis=1))
+
+
+@triton.jit
+def spread_many(
+    x_ptr,
+    y_ptr,
+    post_ptr,
+    comb_ptr,
+    fn_ptr,
+    new_ptr,
+    part_ptr,
+    num_tokens,
+    D,
+    num_slices,
+    HAS_POST: tl.constexpr,
+    NUM_MIX: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The same for 16 tokens at a time, by one warp: 32 channels and one stream a step, summed by tensor cores."""
+    t = tl.program_id(1).to(tl.int64) * 16 + tl.arange(0, 16)
+    c, r = tl.arange(0, 32), tl.arange(0, 32)
+    in_t = t < num_tokens
+    rows = _fn_rows(r, NUM_MIX)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    acc = tl.zeros((16, 32), dtype=tl.float32)
+    squares = tl.zeros((16, 32), dtype=tl.float32)
+    for chunk in range(CHANNELS // 32):
+        d = tl.program_id(0) * CHANNELS + chunk * 32 + c
+        in_d = d < D
+        inside = in_t[:, None] & in_d[None, :]
+        in_fn = (rows[:, None] >= 0) & in_d[None, :]
+        at = t[:, None] * (4 * D) + d[None, :]
+        x0 = tl.load(x_ptr + at, mask=inside, other=0.0)
+        x1 = tl.load(x_ptr + at + D, mask=inside, other=0.0)
+        x2 = tl.load(x_ptr + at + 2 * D, mask=inside, other=0.0)
+        x3 = tl.load(x_ptr + at + 3 * D, mask=inside, other=0.0)
+        y = x0
+        if HAS_POST:
+            y = tl.load(y_ptr + t[:, None] * D + d[None, :], mask=inside, other=0.0)
+        for k in range(4):
+            fn = tl.load(fn_ptr + rows[:, None] * (4 * D) + k * D + d[None, :], mask=in_fn, other=0.0)
+            n = _new_stream(x0, x1, x2, x3, y, post_ptr, comb_ptr, t, in_t, k, HAS_POST)
+            tl.store(new_ptr + at + k * D, n, mask=inside)
+            high = fn.to(tl.bfloat16)
+            rest = fn - high.to(tl.float32)
+            middle = rest.to(tl.bfloat16)
+            low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+            acc = tl.dot(n, tl.trans(low), acc)
+            acc = tl.dot(n, tl.trans(middle), acc)
+            acc = tl.dot(n, tl.trans(high), acc)
+            wide = n.to(tl.float32)
+            squares += wide * wide
+    acc = tl.where((r == 4)[None, :], tl.sum(squares, axis=1)[:, None], acc)
+    part = part_ptr + (t * num_slices + tl.program_id(0)) * 32
+    tl.store(part[:, None] + r[None, :], acc, mask=in_t[:, None])
+
+
+@triton.jit
+def _one(vector, WIDTH: tl.constexpr, AT: tl.constexpr):
+    """Element AT of a vector, as a scalar."""
+    return tl.sum(tl.where(tl.arange(0, WIDTH) == AT, vector, 0.0), axis=0)
+
+
+@triton.jit
+def _collapse(
+    new_ptr, weight, d, in_d, part_ptr, base, scale, h_ptr, t, D, num_slices, mix_norm_eps, eps, norm_eps,
+    SLICES: tl.constexpr,
+):  # fmt: skip
+    """Collapse and norm of one token."""
+    row = new_ptr + t * (4 * D) + d
+    x0 = tl.load(row, mask=in_d, other=0.0)
+    x1 = tl.load(row + D, mask=in_d, other=0.0)
+    x2 = tl.load(row + 2 * D, mask=in_d, other=0.0)
+    x3 = tl.load(row + 3 * D, mask=in_d, other=0.0)
+    r, s = tl.arange(0, 8), tl.arange(0, SLICES)
+    part = part_ptr + (t * num_slices + s[:, None]) * 32 + r[None, :]
+    sums = tl.sum(tl.load(part, mask=(s < num_slices)[:, None], other=0.0), axis=0)
+    rms = tl.rsqrt(_one(sums, 8, 4) / (4 * D) + mix_norm_eps)
+    pre = tl.sigmoid(sums * rms * scale + base) + eps
+    h = _one(pre, 8, 0) * x0.to(tl.float32) + _one(pre, 8, 1) * x1.to(tl.float32)
+    h += _one(pre, 8, 2) * x2.to(tl.float32) + _one(pre, 8, 3) * x3.to(tl.float32)
+    h = h.to(tl.bfloat16).to(tl.float32)
+    h = h * tl.rsqrt(tl.sum(h * h, axis=0) / D + norm_eps) * weight
+    tl.store(h_ptr + t * D + d, h.to(tl.bfloat16), mask=in_d)
+
+
+@triton.jit
+def _sum_parts(part, mask, column, WIDTH: tl.constexpr, TOKENS: tl.constexpr, SLICES: tl.constexpr):
+    """Columns column .. column + WIDTH of some tokens' parts, summed over slices: [TOKENS, WIDTH]."""
+    columns = tl.load(part[:, None] + column + tl.arange(0, WIDTH)[None, :], mask=mask[:, None], other=0.0)
+    return tl.sum(tl.reshape(columns, (TOKENS, SLICES, WIDTH)), axis=1)
+
+
+@triton.jit
+def _sinkhorn(
+    part_ptr, base_ptr, scale_ptr, post_ptr, comb_ptr, first, num_tokens, D, num_slices, mix_norm_eps, eps,
+    NUM_ITERS: tl.constexpr, TOKENS: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """post and comb of some tokens."""
+    i, j, q = tl.arange(0, 16), tl.arange(0, 4), tl.arange(0, TOKENS * SLICES)
+    t, s = first + tl.arange(0, TOKENS), q % SLICES
+    scale1, scale2 = tl.load(scale_ptr + 1), tl.load(scale_ptr + 2)
+    base1, base2 = tl.load(base_ptr + 4 + j), tl.load(base_ptr + 8 + i)
+    in_t, mask = t < num_tokens, (first + q // SLICES < num_tokens) & (s < num_slices)
+    part = part_ptr + ((first + q // SLICES) * num_slices + s) * 32
+    comb = _sum_parts(part, mask, 12, 16, TOKENS, SLICES)
+    post = _sum_parts(part, mask, 8, 4, TOKENS, SLICES)
+    squares = tl.sum(_sum_parts(part, mask, 4, 1, TOKENS, SLICES), axis=1)
+    rms = tl.rsqrt(squares / (4 * D) + mix_norm_eps)
+    post = 2 * tl.sigmoid(post * rms[:, None] * scale1 + base1[None, :])
+    tl.store(post_ptr + t[:, None] * 4 + j[None, :], post, mask=in_t[:, None])
+    c = tl.reshape(comb * rms[:, None] * scale2 + base2[None, :], (TOKENS, 4, 4))
+    c = tl.exp(c - tl.max(c, axis=2)[:, :, None])
+    c = c / tl.sum(c, axis=2)[:, :, None] + eps
+    c = c / (tl.sum(c, axis=1)[:, None, :] + eps)
+    for _ in range(NUM_ITERS - 1):
+        c = c / (tl.sum(c, axis=2)[:, :, None] + eps)
+        c = c / (tl.sum(c, axis=1)[:, None, :] + eps)
+    at = t[:, None, None] * 16 + j[None, :, None] * 4 + j[None, None, :]
+    tl.store(comb_ptr + at, c, mask=in_t[:, None, None])
+
+
+@triton.jit
+def collapse(
+    new_ptr,
+    part_ptr,
+    base_ptr,
+    scale_ptr,
+    weight_ptr,
+    h_ptr,
+    post_ptr,
+    comb_ptr,
+    num_tokens,
+    D,
+    num_slices,
+    mix_norm_eps,
+    eps,
+    norm_eps,
+    NUM_MIX: tl.constexpr,
+    NUM_ITERS: tl.constexpr,
+    SINKHORN_TOKENS: tl.constexpr,
+    SLICES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """First the Sinkhorn programs (none after the last sublayer), which take longest, then one program per token."""
+    num_sinkhorn = 0
+    if NUM_MIX == 24:
+        num_sinkhorn = (num_tokens + SINKHORN_TOKENS - 1) // SINKHORN_TOKENS
+    d, r = tl.arange(0, BLOCK_D), tl.arange(0, 8)
+    in_d = d < D
+    weight = tl.load(weight_ptr + d, mask=in_d, other=0.0).to(tl.float32)
+    base = tl.load(base_ptr + r, mask=r < 4, other=0.0)
+    scale = tl.load(scale_ptr)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    program = tl.program_id(0)
+    if program < num_sinkhorn:
+        first = program.to(tl.int64) * SINKHORN_TOKENS
+        _sinkhorn(
+            part_ptr, base_ptr, scale_ptr, post_ptr, comb_ptr, first, num_tokens, D, num_slices, mix_norm_eps, eps,
+            NUM_ITERS, SINKHORN_TOKENS, SLICES,
+        )  # fmt: skip
+    else:
+        token = (program - num_sinkhorn).to(tl.int64)
+        _collapse(
+            new_ptr, weight, d, in_d, part_ptr, base, scale, h_ptr, token, D, num_slices, mix_norm_eps, eps, norm_eps,
+            SLICES,
+        )  # fmt: skip
+
+
+def num_workspace_floats(num_tokens: int, hidden_size: int, tiles: Tiles | None = None) -> int:
+    """float32 elements that one boundary needs; without tiles, enough for every variant."""
+    if tiles is None:
+        default = num_workspace_floats(num_tokens, hidden_size, choose_tiles(num_tokens, invariant=False))
+        return max(default, num_workspace_floats(num_tokens, hidden_size, INVARIANT_TILES))
+    return PART_ROWS * triton.cdiv(hidden_size, tiles.channels) * num_tokens
+
+
+def new_out(x_TSD: torch.Tensor, with_mix: bool) -> HyperOut:
+    """Unwritten outputs for streams like ``x_TSD``; there is no mix after the last sublayer."""
+    num_tokens, s, dim = x_TSD.shape
+    mix = None
+    if with_mix:
+        floats = x_TSD.new_empty(num_tokens * (s + s * s), dtype=torch.float32)
+        post, comb = floats.split((num_tokens * s, num_tokens * s * s))
+        mix = Mix(post.view(num_tokens, s), comb.view(num_tokens, s, s))
+    return HyperOut(torch.empty_like(x_TSD), x_TSD.new_empty(num_tokens, dim), mix)
+
+
+def _check_mix(name: str, mix: Mix, num_tokens: int, device: torch.device) -> None:
+    s = NUM_STREAMS
+    check(f"{name}.post_TS", mix.post_TS, (torch.float32,), (num_tokens, s), device)
+    check(f"{name}.comb_TSS", mix.comb_TSS, (torch.float32,), (num_tokens, s, s), device)
+
+
+def _check_weights(weights: HyperWeights, dim: int, device: torch.device) -> None:
+    num_mix = len(weights.fn)
+    if num_mix not in (NUM_STREAMS, NUM_MIX):
+        raise ValueError(f"fn must have {NUM_MIX} rows, or {NUM_STREAMS} after the last sublayer, found {num_mix}")
+    check("fn", weights.fn, (torch.float32,), (num_mix, NUM_STREAMS * dim), device)
+    check("base", weights.base, (torch.float32,), (num_mix,), device)
+    check("scale", weights.scale, (torch.float32,), (3 if num_mix == NUM_MIX else 1,), device)
+    check("norm_weight", weights.norm_weight, (torch.bfloat16,), (dim,), device)
+
+
+def _check_inputs(x_TSD: torch.Tensor, y_TD: torch.Tensor | None, mix: Mix | None, weights: HyperWeights) -> None:
+    check_rank("x_TSD", x_TSD, 3, INTERPRETED)
+    num_tokens, s, dim = x_TSD.shape
+    if s != NUM_STREAMS or dim % 8 or not 0 < dim <= 16384:
+        raise ValueError(f"x_TSD must be [T, 4, D] with D a multiple of 8 up to 16384, found {list(x_TSD.shape)}")
+    check("x_TSD", x_TSD, (torch.bfloat16,), (num_tokens, s, dim), x_TSD.device)
+    if (y_TD is None) != (mix is None):
+        raise ValueError("y_TD and mix come together: both after a sublayer, neither before the first one")
+    if y_TD is not None and mix is not None:
+        check("y_TD", y_TD, (torch.bfloat16,), (num_tokens, dim), x_TSD.device)
+        _check_mix("mix", mix, num_tokens, x_TSD.device)
+    _check_weights(weights, dim, x_TSD.device)
+
+
+def _check_out(out: HyperOut, x_TSD: torch.Tensor, with_mix: bool) -> None:
+    num_tokens, s, dim = x_TSD.shape
+    check("out.x_TSD", out.x_TSD, (torch.bfloat16,), (num_tokens, s, dim), x_TSD.device)
+    check("out.h_TD", out.h_TD, (torch.bfloat16,), (num_tokens, dim), x_TSD.device)
+    if with_mix != (out.mix is not None):
+        raise ValueError("out.mix must be given exactly when fn has 24 rows")
+    if out.mix is not None:
+        _check_mix("out.mix", out.mix, num_tokens, x_TSD.device)
+
+
+def _launch_spread(
+    x_TSD: torch.Tensor,
+    y_TD: torch.Tensor | None,
+    mix: Mix | None,
+    weights: HyperWeights,
+    new_TSD: torch.Tensor,
+    workspace: torch.Tensor,
+    tiles: Tiles,
+) -> None:
+    num_tokens, _, dim = x_TSD.shape
+    num_slices, pdl = triton.cdiv(dim, tiles.channels), not INTERPRETED
+    unused = weights.base  # a pointer for operands that this boundary does not have; never read
+    pointers = (
+        x_TSD,
+        x_TSD if y_TD is None else y_TD,
+        unused if mix is None else mix.post_TS,
+        unused if mix is None else mix.comb_TSS,
+        weights.fn,
+        new_TSD,
+        workspace,
+    )
+    constants = {"HAS_POST": mix is not None, "NUM_MIX": len(weights.fn), "CHANNELS": tiles.channels, "PDL": pdl}
+    if tiles.use_dot:
+        grid = (num_slices, triton.cdiv(num_tokens, 16))
+        spread_many[grid](*pointers, num_tokens, dim, num_slices, **constants, num_warps=1, launch_pdl=pdl)
+    else:
+        spread_few[(num_slices, num_tokens)](*pointers, dim, num_slices, **constants, num_warps=4, launch_pdl=pdl)
+
+
+def _launch_collapse(out: HyperOut, weights: HyperWeights, workspace: torch.Tensor, num_slices: int) -> None:
+    num_tokens, _, dim = out.x_TSD.shape
+    mix, num_mix, block_d = out.mix, len(weights.fn), triton.next_power_of_2(dim)
+    sinkhorn_tokens = 1 if num_tokens <= 256 else 4
+    num_sinkhorn = 0 if mix is None else triton.cdiv(num_tokens, sinkhorn_tokens)
+    collapse[(num_sinkhorn + num_tokens,)](
+        out.x_TSD,
+        workspace,
+        weights.base,
+        weights.scale,
+        weights.norm_weight,
+        out.h_TD,
+        weights.base if mix is None else mix.post_TS,
+        weights.base if mix is None else mix.comb_TSS,
+        num_tokens,
+        dim,
+        num_slices,
+        weights.mix_norm_eps,
+        weights.eps,
+        weights.norm_eps,
+        NUM_MIX=num_mix,
+        NUM_ITERS=weights.num_iters,
+        SINKHORN_TOKENS=sinkhorn_tokens,
+        SLICES=triton.next_power_of_2(num_slices),
+        BLOCK_D=block_d,
+        PDL=not INTERPRETED,
+        num_warps=min(16, max(4, block_d // 256)),
+        launch_pdl=not INTERPRETED,
+    )
+
+
+def _boundary(
+    x_TSD: torch.Tensor,
+    y_TD: torch.Tensor | None,
+    mix: Mix | None,
+    weights: HyperWeights,
+    out: HyperOut | None,
+    workspace: torch.Tensor | None,
+    invariant: bool,
+) -> HyperOut:
+    _check_inputs(x_TSD, y_TD, mix, weights)
+    num_tokens, _, dim = x_TSD.shape
+    with_mix, tiles = len(weights.fn) == NUM_MIX, choose_tiles(num_tokens, invariant)
+    if out is None:
+        out = new_out(x_TSD, with_mix)
+    _check_out(out, x_TSD, with_mix)
+    num_floats = num_workspace_floats(num_tokens, dim, tiles)
+    if workspace is None:
+        workspace = x_TSD.new_empty(num_floats, dtype=torch.float32)
+    if workspace.numel() < num_floats:
+        raise ValueError(f"workspace must hold {num_floats} float32 elements, found {workspace.numel()}")
+    check("workspace", workspace, (torch.float32,), tuple(workspace.shape), x_TSD.device)
+    if num_tokens:
+        _launch_spread(x_TSD, y_TD, mix, weights, out.x_TSD, workspace, tiles)
+        _launch_collapse(out, weights, workspace, triton.cdiv(dim, tiles.channels))
+    return out
+
+
+def hyper_boundary(
+    x_TSD: torch.Tensor,
+    y_TD: torch.Tensor | None,
+    mix: Mix | None,
+    weights: HyperWeights,
+    out: HyperOut | None = None,
+    workspace: torch.Tensor | None = None,
+) -> HyperOut:
+    """Post of the sublayer that made ``y_TD`` (none before the first), pre of the coming one, and its norm.
+
+    With fn of 4 rows (after the last sublayer) only the collapse and the norm follow, and there is no new mix.
+    Shapes: x bfloat16 [T, 4, D]; y bfloat16 [T, D]; workspace float32, ``num_workspace_floats(T, D)`` elements.
+        out.x_TSD may be x_TSD; otherwise outputs must not overlap inputs.
+    Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment, before any launch.
+    """
+    return _boundary(x_TSD, y_TD, mix, weights, out, workspace, invariant=False)
+
+
+def hyper_boundary_invariant(
+    x_TSD: torch.Tensor,
+    y_TD: torch.Tensor | None,
+    mix: Mix | None,
+    weights: HyperWeights,
+    out: HyperOut | None = None,
+    workspace: torch.Tensor | None = None,
+) -> HyperOut:
+    """As ``hyper_boundary``, with sums whose order does not depend on how many tokens run together."""
+    return _boundary(x_TSD, y_TD, mix, weights, out, workspace, invariant=True)
