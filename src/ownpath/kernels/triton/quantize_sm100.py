@@ -4,8 +4,9 @@ How it works. A program takes ``ROWS`` rows and ``COLUMNS`` values of K: it find
 divides it by 6 and by the calibrated ``input_scale``, rounds to E4M3, and rounds every value divided by its scale to
 E2M1. All of it is ``numerics.quantize_nvfp4_activation`` in float32, with true division (``div.rn``; Triton's ``/``
 is an approximation), so that the bytes are equal to the definition's, ties, infinities and zero blocks included. A
-block with a NaN gets the scale NaN and so reaches the output. Codes go out row-major, two to a byte; scales go
-straight to the 128 x 4 order (``kernels.layouts_sm100``), which saves the pass that would swizzle them.
+block with a NaN gets the scale NaN (and codes 0, which no longer matter), and so reaches the output. Codes go out
+row-major, two to a byte; scales go straight to the 128 x 4 order (``kernels.layouts_sm100``), which saves the pass
+that would swizzle them.
 
 Rows beyond the last one are padding of a 128-row tile. They are written as zeros, scales included: whoever reads a
 padding row reads a zero, never an old NaN.

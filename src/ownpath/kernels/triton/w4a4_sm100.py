@@ -9,9 +9,9 @@ the same bits on repetition, and a token's row does not depend on the other toke
 Why it is fast, and the rooflines: in the kernels' modules. Tiles are chosen by arithmetic, not by measurement: 128
 columns while the weight's bytes bound a product, 256 from 2048 rows on, where the activations' traffic would.
 
-Limits: BF16 activations; workspaces come from torch's allocator on every call; descriptors are made on the host on
-every call. Compiled for sm_100a and interpreted on a CPU; never run on a device, which is why ``prove_sm100`` compares
-these calls with their torch twin before a runner trusts them.
+Limits: BF16 activations; workspaces come from torch's allocator and descriptors are made on the host on every call.
+Compiled for sm_100a and interpreted on a CPU; never run on a device, which is why ``runners.proof`` compares these
+calls with their torch twin before a runner trusts them.
 """
 
 import torch
@@ -132,6 +132,11 @@ def place_pairs(topk_ids_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tens
     return pair_of_row, row_of_pair, expert_of_tile
 
 
+def columns_per_tile(num_rows: int, n: int) -> int:
+    """Columns of y that one program owns: more of them share the rows' traffic when there are many rows."""
+    return 256 if num_rows >= 2048 and n % 256 == 0 else 128
+
+
 def _expert_hidden(
     x_TD: torch.Tensor,
     num_choices: int,
@@ -192,7 +197,7 @@ def _product(
     """Writes y [M, N]; with ``expert_of_tile`` the weights are those of each row tile's expert."""
     num_rows, n = y.shape
     num_tiles = triton.cdiv(num_rows, ROW_TILE)
-    block_n = 256 if num_rows >= 2048 and n % 256 == 0 else 128
+    block_n = columns_per_tile(num_rows, n)
     gemm_w4a4_kernel[(num_tiles * triton.cdiv(n, block_n),)](
         _code_box(codes, ROW_TILE),
         _scale_box(scale, ROW_TILE),
