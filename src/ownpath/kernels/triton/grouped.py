@@ -1,0 +1,168 @@
+"""``wo_a``: one matrix per group of heads, applied to attention outputs whose rotation is undone while they are loaded.
+
+How it works. y[t, g] = W[g] u[t, g]; u is the attention output of the group's heads, with the last 2A channels of each
+head turned back by the token's angles. A program owns some rows of one W[g] and some tokens, and runs over the heads;
+the weights are the left operand (their rows fill the tensor core's 64-row tile even for a single token). The tile at
+the end of each head loads each channel and its partner of the pair, and turns them in registers; the others pass.
+
+Why it is fast. At decode W (67 MB for V4-Flash) is read once and nothing else matters: 128 programs, each streaming
+its rows through a deep pipeline of asynchronous copies. The un-rotated outputs are never written to memory.
+
+Roofline. 2 * G * R * I bytes at decode; 2 * T * G * R * I operations at prefill.
+
+Limits. bfloat16; head dim a multiple of 64, rotary channels at most 64, R a multiple of 64. Bits are the same on every
+repetition; a token's bits depend on T only through the choice of tile, whose sums all run over the channels in the
+same order.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ownpath.kernels.triton.checks import check, check_rank
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows of W, tokens and channels per step of a program, pipeline depth, warps."""
+
+    rows: int
+    tokens: int
+    channels: int
+    num_stages: int
+    num_warps: int
+
+
+def choose_tiles(num_tokens: int, num_rows: int) -> Tiles:
+    """Tiles by token count. Measured on an H200 at V4-Flash's shape."""
+    if num_tokens <= 16:
+        return Tiles(64, 16, 64, 8, 4)
+    if num_tokens <= 32:
+        return Tiles(64, 32, 64, 8, 4)
+    if num_tokens <= 64:
+        return Tiles(64, 64, 64, 6, 4)
+    if num_rows % 128:
+        return Tiles(64, 128, 64, 4, 4)
+    return Tiles(128, 128, 64, 4, 8)
+
+
+@triton.jit
+def rope_grouped_kernel(
+    o_ptr,
+    cos_ptr,
+    sin_ptr,
+    weight_ptr,
+    y_ptr,
+    num_tokens,
+    num_groups,
+    num_rows,
+    num_heads,
+    H: tl.constexpr,
+    A: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """ROWS outputs of one group for TOKENS tokens. num_heads: heads per group."""
+    g = tl.program_id(1)
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    t = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
+    c = tl.arange(0, CHANNELS)
+    in_t = (t < num_tokens)[None, :]
+    width = num_heads * H
+    w_row = weight_ptr + (g * num_rows + r).to(tl.int64)[:, None] * width + c[None, :]
+    o_row = o_ptr + (t.to(tl.int64) * num_groups + g)[None, :] * width
+    acc = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    # The rotary ends of the heads first, then everything else: each loop keeps one kind of load in its pipeline.
+    angle = (c - (CHANNELS - 2 * A)) // 2
+    turns = (angle >= 0)[:, None] & in_t
+    angle_at = t.to(tl.int64)[None, :] * A + angle[:, None]
+    cos = tl.load(cos_ptr + angle_at, mask=turns, other=1.0)
+    sin = tl.load(sin_ptr + angle_at, mask=turns, other=0.0)
+    sin = tl.where((c % 2 == 0)[:, None], sin, -sin)
+    for head in range(num_heads):
+        k = head * H + H - CHANNELS
+        w = tl.load(w_row + k)
+        u = tl.load(o_row + (k + c)[:, None], mask=in_t, other=0.0).to(tl.float32)
+        partner = tl.load(o_row + (k + (c ^ 1))[:, None], mask=in_t, other=0.0).to(tl.float32)
+        acc = tl.dot(w, (u * cos + partner * sin).to(tl.bfloat16), acc)
+    plain: tl.constexpr = H // CHANNELS - 1
+    for step in range(num_heads * plain):
+        k = (step // plain) * H + (step % plain) * CHANNELS
+        w = tl.load(w_row + k)
+        u = tl.load(o_row + (k + c)[:, None], mask=in_t, other=0.0)
+        acc = tl.dot(w, u, acc)
+    y_at = y_ptr + ((t.to(tl.int64) * num_groups + g) * num_rows)[None, :] + r[:, None]
+    tl.store(y_at, acc.to(tl.bfloat16), mask=in_t)
+
+
+def _check(
+    o_TNH: torch.Tensor, cos_TA: torch.Tensor, sin_TA: torch.Tensor, weight_GRI: torch.Tensor, out: torch.Tensor
+) -> None:
+    num_tokens, num_heads, head_dim = o_TNH.shape
+    device, bf16 = o_TNH.device, (torch.bfloat16,)
+    num_groups, num_rows, width = weight_GRI.shape
+    if num_heads * head_dim != num_groups * width or head_dim % 64 or width % head_dim:
+        raise ValueError(f"weight_GRI {list(weight_GRI.shape)} does not fit o_TNH {list(o_TNH.shape)}")
+    if num_rows % 64:
+        raise ValueError(f"weight_GRI must have a multiple of 64 rows per group, found {num_rows}")
+    check("o_TNH", o_TNH, bf16, (num_tokens, num_heads, head_dim), device)
+    check("weight_GRI", weight_GRI, bf16, (num_groups, num_rows, width), device)
+    if cos_TA.ndim != 2 or not 0 < cos_TA.shape[1] <= 32:
+        raise ValueError(f"cos_TA must be [T, 1..32], found {list(cos_TA.shape)}")
+    check("cos_TA", cos_TA, (torch.float32,), (num_tokens, cos_TA.shape[1]), device)
+    check("sin_TA", sin_TA, (torch.float32,), (num_tokens, cos_TA.shape[1]), device)
+    check("out", out, bf16, (num_tokens, num_groups, num_rows), device)
+
+
+def rope_grouped_linear(
+    o_TNH: torch.Tensor,
+    cos_TA: torch.Tensor,
+    sin_TA: torch.Tensor,
+    weight_GRI: torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y[t, g] = W[g] u[t, g], where u is the attention output with the rotation of its channels undone.
+
+    Shapes: o bfloat16 [T, N, H]; cos and sin float32 [T, A]; weight bfloat16 [G, R, I]; y bfloat16 [T, G, R].
+    Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
+    """
+    check_rank("o_TNH", o_TNH, 3, INTERPRETED)
+    check_rank("weight_GRI", weight_GRI, 3, INTERPRETED)
+    num_groups, num_rows, width = weight_GRI.shape
+    num_tokens, _, head_dim = o_TNH.shape
+    if out is None:
+        out = o_TNH.new_empty(num_tokens, num_groups, num_rows)
+    _check(o_TNH, cos_TA, sin_TA, weight_GRI, out)
+    if num_tokens:
+        tiles, pdl = choose_tiles(num_tokens, num_rows), not INTERPRETED
+        grid = (num_rows // tiles.rows, num_groups, triton.cdiv(num_tokens, tiles.tokens))
+        rope_grouped_kernel[grid](
+            o_TNH,
+            cos_TA,
+            sin_TA,
+            weight_GRI,
+            out,
+            num_tokens,
+            num_groups,
+            num_rows,
+            width // head_dim,
+            H=head_dim,
+            A=cos_TA.shape[1],
+            ROWS=tiles.rows,
+            TOKENS=tiles.tokens,
+            CHANNELS=tiles.channels,
+            PDL=pdl,
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+            launch_pdl=pdl,
+        )
+    return out
