@@ -82,8 +82,9 @@ def rope_grouped_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     # The rotary ends of the heads first, then everything else: each loop keeps one kind of load in its pipeline.
-    angle = (c - (CHANNELS - 2 * A)) // 2
-    turns = (angle >= 0)[:, None] & in_t
+    first: tl.constexpr = CHANNELS - 2 * A
+    angle = tl.maximum(c - first, 0) // 2
+    turns = (c >= first)[:, None] & in_t
     angle_at = t.to(tl.int64)[None, :] * A + angle[:, None]
     cos = tl.load(cos_ptr + angle_at, mask=turns, other=1.0)
     sin = tl.load(sin_ptr + angle_at, mask=turns, other=0.0)
