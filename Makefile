@@ -12,6 +12,7 @@ demo: $(VENV)/.base
 test: lint type
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest tests/interpret
+	$(BIN)/python -m pytest tests/aot
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
