@@ -17,7 +17,8 @@ from ownpath.plan.plan import Plan, make_plan
 from ownpath.plan.select import Caps, Demands
 from ownpath.runners import Ledger
 from ownpath.runners.make import make_runners
-from ownpath.weights.load import load_weights
+from ownpath.startup import compile_kernels
+from ownpath.weights.load import find_lossless_casts, load_weights
 
 
 def default_model_dir() -> Path:
@@ -73,7 +74,14 @@ def load_model(folder: Path, engine_config: EngineConfig) -> Model:
     weights = load_weights(plan, index, torch.device(engine_config.device))
     runners = make_runners(plan, weights.operands)
     kernels = {op.spec.slot: KERNELS[op.choice.kernel.name] for op in plan.companions}
-    return Builder(plan.config, engine_config, runners, kernels, weights.params, Ledger(plan.slots)).model()
+    builder = Builder(plan.config, engine_config, runners, kernels, weights.params, Ledger(plan.slots))
+    compile_kernels(runners.values())
+    return replace(builder.model(), lossless_casts=weights.lossless_casts)
+
+
+def lossless_casts(plan: Plan, folder: Path) -> tuple[str, ...]:
+    """Slots of a plan whose NVFP4 weights were cast from MXFP4 without loss, by their scales on disk."""
+    return find_lossless_casts(plan, CheckpointIndex.open(folder))
 
 
 def _plan_and_index(folder: Path, engine_config: EngineConfig, caps: Caps) -> tuple[Plan, CheckpointIndex]:

@@ -22,6 +22,7 @@ ROOMS = (
     ("kernels",),
     ("runners",),
     ("model",),
+    ("startup",),
     ("loading",),
     ("engine", "chat", "bench"),
     ("server",),

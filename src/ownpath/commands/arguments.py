@@ -13,14 +13,24 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where to run and how long a sequence may get."""
-    parser.add_argument("--device", default="cpu", help="torch device to run on (default: cpu)")
+    """Where to run, what to ask of the kernels, and how long a sequence may get."""
+    add_plan_arguments(parser)
     parser.add_argument(
         "--max-model-len",
         type=positive_int,
         default=4096,
         metavar="N",
         help="most tokens of one prompt and its answer (default: 4096)",
+    )
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a plan depends on besides the checkpoint."""
+    parser.add_argument("--device", default="cpu", help="torch device to run on (default: cpu)")
+    parser.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="only kernels whose result for a token does not depend on the other tokens of the step",
     )
 
 

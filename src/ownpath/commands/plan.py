@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ownpath.commands.arguments import add_model_argument
+from ownpath.commands.arguments import add_model_argument, add_plan_arguments
 
 if TYPE_CHECKING:
     from ownpath.commands.arguments import Subparsers
@@ -15,17 +15,27 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     """``ownpath plan [MODEL]``"""
     parser = subparsers.add_parser("plan", help="show which kernel runs what, and why", description=__doc__)
     add_model_argument(parser)
-    parser.add_argument("--device", default="cpu", help="torch device to plan for (default: cpu)")
+    add_plan_arguments(parser)
+    parser.add_argument("--scales", action="store_true", help="read the scales: which weights are lossless casts?")
     parser.add_argument("--json", action="store_true", help="one entry per module, for programs")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the plan, from headers alone. Errors: ValueError naming the file, field, tensor or module."""
-    from ownpath.loading import default_model_dir, plan_model
+    """Prints the plan, from headers alone (and the scales, if asked for).
+
+    Errors: ValueError naming the file, field, tensor or module.
+    """
+    from ownpath.loading import default_model_dir, lossless_casts, plan_model
     from ownpath.plan.show import plan_dict, plan_text
 
     folder = default_model_dir() if args.model is None else Path(args.model)
-    plan = plan_model(folder, args.device)
-    print(json.dumps(plan_dict(plan), indent=1) if args.json else plan_text(plan))
+    plan = plan_model(folder, args.device, batch_invariant=args.batch_invariant)
+    casts = lossless_casts(plan, folder) if args.scales else None
+    if args.json:
+        print(json.dumps(plan_dict(plan) | ({} if casts is None else {"lossless_casts": casts}), indent=1))
+        return 0
+    print(plan_text(plan))
+    if casts is not None:
+        print(f"cast from MXFP4 without loss: {', '.join(casts) or 'none'}")
     return 0

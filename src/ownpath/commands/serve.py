@@ -33,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
         code = run_server(app, session.engine, args.host, args.port, model_id)
         for runner, kernel, num_modules, num_calls in session.ledger.summary():
             print(f"ran: {num_modules} modules on {runner} ({kernel}), {num_calls} calls", file=sys.stderr)
+        if session.lossless_casts:
+            print(f"cast from MXFP4 without loss: {len(session.lossless_casts)} modules", file=sys.stderr)
         return code
 
 

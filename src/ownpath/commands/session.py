@@ -3,14 +3,17 @@
 import argparse
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.config import EngineConfig
 from ownpath.engine.engine import Engine
 from ownpath.loading import default_model_dir, device_caps, leave_a_core, load_model
 from ownpath.runners import Ledger
+from ownpath.startup import warm_up
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Session:
     tokenizer: Tokenizer
     engine: Engine
     ledger: Ledger
+    lossless_casts: tuple[str, ...]
 
 
 @contextlib.contextmanager
@@ -36,13 +40,16 @@ def open_session(args: argparse.Namespace) -> Iterator[Session]:
     leave_a_core()
     tokenizer = Tokenizer.from_folder(folder)
     config = EngineConfig.for_device(args.device, args.max_model_len)
+    config = replace(config, is_batch_invariant=args.batch_invariant)
     model = load_model(folder, config)
     if model.config.eos_token_id != tokenizer.eos_id:
         ids = f"eos_token_id {model.config.eos_token_id}, but the tokenizer's EOS is {tokenizer.eos_id}"
         raise ValueError(f"{folder}: config.json says {ids}")
+    if torch.device(args.device).type == "cuda":
+        warm_up(model, config)
     engine = Engine(model, config, tokenizer.num_tokens)
     engine.start()
     try:
-        yield Session(folder, tokenizer, engine, model.ledger)
+        yield Session(folder, tokenizer, engine, model.ledger, model.lossless_casts)
     finally:
         engine.stop()

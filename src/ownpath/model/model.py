@@ -14,7 +14,10 @@ from ownpath.runners import HyperBoundary, Ledger, Linear
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model. ``ledger`` counts which runner each module really ran on."""
+    """A loaded model. ``ledger`` counts which runner each module really ran on.
+
+    lossless_casts: slots whose NVFP4 weights are MXFP4 weights written in another way.
+    """
 
     config: ModelConfig
     embed_VD: torch.Tensor
@@ -25,6 +28,7 @@ class Model:
     compress_rope: Rope
     cache_spec: CacheSpec
     ledger: Ledger
+    lossless_casts: tuple[str, ...] = ()
 
     def new_cache(self) -> SequenceCache:
         """Empty caches for one sequence of up to ``cache_spec.max_tokens`` tokens."""

@@ -16,6 +16,7 @@ class KernelSpec:
     min_sm, end_sm: lowest compute capability times ten, and the first that is too new; ``None`` runs anywhere
         torch does.
     dim_multiple: every dimension of its operand must be a multiple of it.
+    first_dim: what the first dimension must be; the multiple is asked of the others then.
     activations: dtypes it takes; empty for any.
     is_batch_invariant: a row's bits do not depend on the other rows of the call, nor on their number.
     packages: what must be importable.
@@ -30,10 +31,15 @@ class KernelSpec:
     min_sm: int | None = None
     end_sm: int | None = None
     dim_multiple: int = 1
+    first_dim: int | None = None
     activations: tuple[str, ...] = ()
     is_batch_invariant: bool = False
     packages: tuple[str, ...] = ()
 
+
+_BF16 = ("bfloat16",)
+_FLOATS = ("bfloat16", "float32")
+_TRITON = ("triton",)
 
 CATALOGUE = (
     KernelSpec(
@@ -70,6 +76,30 @@ CATALOGUE = (
         "stored unquantised: a matrix product in the activations' dtype",
     ),
     KernelSpec(
+        "triton.grouped_linear",
+        OpKind.GROUPED,
+        (BF16,),
+        "GroupedLinear",
+        "row_major",
+        "inverse rotation in registers on the way to the tensor cores, one launch",
+        min_sm=90,
+        dim_multiple=64,
+        activations=_BF16,
+        packages=_TRITON,
+    ),
+    KernelSpec(
+        "triton.grouped_linear",
+        OpKind.GROUPED,
+        (FP8_BLOCK,),
+        "GroupedLinear",
+        "dequantized",
+        "FP8 on disk, decoded to BF16 at load (exact for E8M0 scales); inverse rotation in registers, one launch",
+        min_sm=90,
+        dim_multiple=64,
+        activations=_BF16,
+        packages=_TRITON,
+    ),
+    KernelSpec(
         "ref.grouped_linear",
         OpKind.GROUPED,
         (BF16, FP32),
@@ -94,6 +124,33 @@ CATALOGUE = (
         "W4A16 per expert: exact decode, gate and up keep their own global scales, float32 combine",
     ),
     KernelSpec(
+        "triton.hyper_boundary",
+        OpKind.HYPER,
+        (),
+        "HyperBoundary",
+        "row_major",
+        "post, pre and norm in two launches that overlap; the mixing logits split over the whole device",
+        min_sm=90,
+        dim_multiple=8,
+        first_dim=4,
+        activations=_BF16,
+        packages=_TRITON,
+    ),
+    KernelSpec(
+        "triton.hyper_boundary_invariant",
+        OpKind.HYPER,
+        (),
+        "HyperBoundary",
+        "row_major",
+        "as triton.hyper_boundary, with one way of summing for every number of tokens",
+        min_sm=90,
+        dim_multiple=8,
+        first_dim=4,
+        activations=_BF16,
+        is_batch_invariant=True,
+        packages=_TRITON,
+    ),
+    KernelSpec(
         "ref.hyper_boundary",
         OpKind.HYPER,
         (),
@@ -101,9 +158,47 @@ CATALOGUE = (
         "row_major",
         "post, pre and norm as torch computes them one after the other",
     ),
+    KernelSpec(
+        "triton.rms_norm",
+        OpKind.NORM,
+        (),
+        "RMSNorm",
+        "row_major",
+        "a row stays in registers between its sum of squares and its scaling",
+        min_sm=90,
+        dim_multiple=8,
+        activations=_FLOATS,
+        is_batch_invariant=True,
+        packages=_TRITON,
+    ),
     KernelSpec("ref.rms_norm", OpKind.NORM, (), "RMSNorm", "row_major", "torch, at least float32 inside"),
     KernelSpec(
+        "triton.router",
+        OpKind.ROUTER,
+        (),
+        "Router",
+        "row_major",
+        "a warp a token: K rounds of the largest score, the lowest id first, in registers",
+        min_sm=90,
+        activations=_FLOATS,
+        is_batch_invariant=True,
+        packages=_TRITON,
+    ),
+    KernelSpec(
         "ref.router", OpKind.ROUTER, (), "Router", "row_major", "torch: a stable sort, so that ties are decided"
+    ),
+    KernelSpec(
+        "triton.swiglu",
+        OpKind.SWIGLU,
+        (),
+        "SwiGLU",
+        "row_major",
+        "one launch, float32 inside",
+        min_sm=90,
+        dim_multiple=8,
+        activations=_FLOATS,
+        is_batch_invariant=True,
+        packages=_TRITON,
     ),
     KernelSpec("ref.swiglu", OpKind.SWIGLU, (), "SwiGLU", "row_major", "torch, at least float32 inside"),
     KernelSpec(

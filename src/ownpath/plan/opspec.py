@@ -35,12 +35,14 @@ class OpSpec:
     """One planned product. ``slot`` is the name the model calls it by; ``modules`` the weights behind it.
 
     is_wide: the result is kept in at least float32 (router, compressor and vocabulary logits).
+    inner_dims: sizes inside the matrix that a kernel's tiles must fit too.
     """
 
     slot: str
     kind: OpKind
     modules: tuple[ModuleSpec, ...]
     is_wide: bool = False
+    inner_dims: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -52,8 +54,8 @@ class OpSpec:
 
     @property
     def dims(self) -> tuple[int, ...]:
-        """Every dimension of every stored matrix, each once."""
-        return tuple(sorted({size for module in self.modules for size in module.shape}))
+        """Every dimension of every stored matrix and inside it, each once."""
+        return tuple(sorted({size for module in self.modules for size in module.shape} | set(self.inner_dims)))
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ def _attention_ops(config: ModelConfig, attn: str, ratio: int) -> Iterator[OpSpe
         width = compressor_width(ratio, config.index_head_dim)
         yield _compressor_op(f"{attn}.indexer.compressor", width, dim)
     group_dim = heads_dim // config.o_groups
-    yield OpSpec(f"{attn}.wo_a", OpKind.GROUPED, (ModuleSpec(f"{attn}.wo_a", (out_rank, group_dim)),))
+    wo_a = ModuleSpec(f"{attn}.wo_a", (out_rank, group_dim))
+    yield OpSpec(f"{attn}.wo_a", OpKind.GROUPED, (wo_a,), inner_dims=(config.o_lora_rank, config.head_dim))
     yield _linear(f"{attn}.wo_b", (f"{attn}.wo_b", dim, out_rank))
 
 

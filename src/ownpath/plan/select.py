@@ -34,7 +34,7 @@ class Demands:
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel that runs an op, and why; ``passed_over`` says why each better kernel does not."""
+    """The kernel that runs an op, and why; ``passed_over`` says why each better kernel for the same format does not."""
 
     kernel: KernelSpec
     why: str
@@ -61,13 +61,16 @@ def select(
     stored: ``None`` for an op without a stored matrix. dims: the op's sizes, where a kernel's tiles constrain them.
     """
     lacks: list[str] = []
+    passed_over: list[str] = []
     for kernel in catalogue:
         if kernel.kind is not kind:
             continue
         lack = _lack(kernel, stored, caps, demands or Demands(), dims)
         if lack is None:
-            return Choice(kernel, kernel.why, tuple(lacks))
+            return Choice(kernel, kernel.why, tuple(passed_over))
         lacks.append(f"{kernel.name} {lack}")
+        if stored is None or stored in kernel.formats:
+            passed_over.append(lacks[-1])
     for_what = f" for {stored}" if stored is not None else ""
     return Refusal(f"no {kind} kernel{for_what}: " + "; ".join(lacks))
 
@@ -87,7 +90,9 @@ def _lack(kernel: KernelSpec, stored: Format | None, caps: Caps, demands: Demand
         return f"takes {'/'.join(kernel.activations)} activations, not {demands.activations}"
     if demands.is_batch_invariant and not kernel.is_batch_invariant:
         return "is not batch-invariant"
-    uneven = [size for size in dims if size % kernel.dim_multiple]
+    if kernel.first_dim is not None and dims and dims[0] != kernel.first_dim:
+        return f"needs a first dimension of {kernel.first_dim}, not {dims[0]}"
+    uneven = [size for size in dims[kernel.first_dim is not None :] if size % kernel.dim_multiple]
     if uneven:
         return f"needs dimensions that are multiples of {kernel.dim_multiple}, not {uneven[0]}"
     return None

@@ -31,6 +31,17 @@ def make_runners(plan: Plan, operands: Iterable[Operand]) -> dict[str, Runner]:
     return {slot: found[0] if len(found) == 1 else ConcatLinear(found) for slot, found in parts.items()}
 
 
+def compile_configs(runners: Iterable[Runner]) -> list[Any]:
+    """The compile-time configurations of every kernel that the runners may launch, each once."""
+    found: dict[str, Any] = {}
+    for runner in runners:
+        for part in getattr(runner, "linears", None) or (runner,):
+            inner = part.linear if isinstance(part, WideLinear) else part
+            configs = getattr(inner, "compile_configs", None)
+            found |= {config.name: config for config in configs()} if configs is not None else {}
+    return list(found.values())
+
+
 def make_runner(op: PlannedOp, operand: Operand, config: ModelConfig) -> Any:
     """The runner that the plan names for one op, around its operand."""
     kernel = KERNELS[op.choice.kernel.name]
@@ -50,10 +61,14 @@ def make_runner(op: PlannedOp, operand: Operand, config: ModelConfig) -> Any:
 
 
 def _grouped_weight(op: PlannedOp, operand: Operand) -> torch.Tensor:
-    """``wo_a`` as plain floating point; from FP8, BF16 where that is exact (power-of-two scales), else float32."""
+    """``wo_a`` as plain floating point; from FP8, BF16 where that is exact (power-of-two scales), else float32.
+
+    A kernel that takes BF16 alone gets BF16: the activations' dtype, to which any other kernel would round too.
+    """
     (weight,) = operand.buffers["weight"]
     if op.choice.kernel.layout != "dequantized":
         return weight
     (scale,) = operand.buffers["scale"]
-    dtype = torch.bfloat16 if scale.dtype == torch.float8_e8m0fnu else torch.float32
+    is_narrow = scale.dtype == torch.float8_e8m0fnu or op.choice.kernel.activations == ("bfloat16",)
+    dtype = torch.bfloat16 if is_narrow else torch.float32
     return dequantize(QuantTensor(weight, scale, None, FP8_BLOCK), dtype)

@@ -11,16 +11,22 @@ import torch
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.reader import TensorSlice, stream
-from ownpath.plan.plan import Plan
+from ownpath.formats import NVFP4
+from ownpath.plan.plan import Plan, PlannedOp
+from ownpath.weights.lossless import is_lossless_cast
 from ownpath.weights.operands import STORAGE, Operand, Slot, make_operand, sentinel
 
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """Operands in the order of ``plan.ops``, and the tensors used as stored, by key."""
+    """Operands in the order of ``plan.ops``, and the tensors used as stored, by key.
+
+    lossless_casts: slots whose NVFP4 weights are MXFP4 weights written in another way (see ``lossless``).
+    """
 
     operands: tuple[Operand, ...]
     params: dict[str, torch.Tensor]
+    lossless_casts: tuple[str, ...] = ()
 
 
 def load_weights(plan: Plan, index: CheckpointIndex, device: torch.device) -> LoadedWeights:
@@ -37,7 +43,37 @@ def load_weights(plan: Plan, index: CheckpointIndex, device: torch.device) -> Lo
     for key, table in params.items():
         if not table.is_floating_point():
             _check_expert_ids(key, table, plan.config.n_routed_experts)
-    return LoadedWeights(operands, params)
+    casts = [op.spec.slot for op, operand in zip(plan.ops, operands, strict=True) if _is_cast(op, operand)]
+    return LoadedWeights(operands, params, tuple(dict.fromkeys(casts)))
+
+
+def find_lossless_casts(plan: Plan, index: CheckpointIndex) -> tuple[str, ...]:
+    """Slots whose NVFP4 weights were cast from MXFP4 without loss, from the scales alone; no weight is read."""
+    return tuple(dict.fromkeys(op.spec.slot for op in plan.ops if _is_stored_cast(op, index)))
+
+
+def _is_stored_cast(op: PlannedOp, index: CheckpointIndex) -> bool:
+    if op.encoding.format is not NVFP4:
+        return False
+    for module in op.spec.modules:
+        keys = [op.encoding.key(module.name, role) for role in ("scale", "global_scale")]
+        parts: dict[str, list[torch.Tensor]] = {key: [] for key in keys}
+        for part in stream(index, keys):
+            parts[part.info.name].append(part.data)
+        ((global_scale,), scales) = parts[keys[1]], parts[keys[0]]
+        if not all(is_lossless_cast(scale, global_scale) for scale in scales):
+            return False
+    return True
+
+
+def _is_cast(op: PlannedOp, operand: Operand) -> bool:
+    """Whether all of an op's NVFP4 matrices were cast from MXFP4 without loss; other formats never were."""
+    if op.encoding.format is not NVFP4:
+        return False
+    pairs = (("weight_scale", "weight_scale_2"), ("w13_scale", "w13_scale_2"), ("w2_scale", "w2_scale_2"))
+    buffers = operand.buffers
+    present = [(buffers[scale], buffers[global_scale]) for scale, global_scale in pairs if scale in buffers]
+    return all(is_lossless_cast(s, g) for scales, globals_ in present for s, g in zip(scales, globals_, strict=True))
 
 
 def _fill(slots: list[Slot], index: CheckpointIndex) -> None:

@@ -139,6 +139,9 @@ def test_a_module_no_kernel_runs_is_an_error_that_names_it(tmp_path: Path, monke
 
 def test_every_catalogued_kernel_is_registered() -> None:
     assert {kernel.name for kernel in CATALOGUE} == set(KERNELS)
+    for name in KERNELS:
+        if name.startswith(("ref.", "torch.")):
+            assert callable(KERNELS[name])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

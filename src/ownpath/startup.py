@@ -1,0 +1,79 @@
+"""Before the first request on CUDA: everything that compiles is compiled, so that no step waits for a compiler.
+
+First the kernels that are compiled to disk (only those the cache lacks), then a few steps on scratch caches, of the
+numbers of tokens at which kernels change their tiles: they compile what is compiled at its first call and let the
+libraries choose and allocate. Progress is one line on a terminal, and nothing where stderr is none.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from ownpath.config import EngineConfig
+from ownpath.kernels.cache import compile_missing
+from ownpath.model.batch import ForwardBatch
+from ownpath.model.model import Model
+from ownpath.runners.make import compile_configs
+
+WARM_UP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def compile_kernels(runners: Iterable[Callable[..., Any]]) -> int:
+    """Compiles what the runners may launch and the cache on disk lacks; returns how many kernels that were.
+
+    Errors: CompileError naming the compiler.
+    """
+    show = Progress("compiling kernels")
+    count = compile_missing(compile_configs(runners), show)
+    show.end()
+    return count
+
+
+def warm_up(model: Model, engine: EngineConfig) -> None:
+    """Runs a step of every size that matters, so that no later step compiles anything. CUDA only."""
+    show = Progress("warming up")
+    sizes = warm_up_sizes(engine)
+    for done, num_tokens in enumerate(sizes, start=1):
+        _step(model, engine, num_tokens)
+        show(done, len(sizes), f"{num_tokens} tokens")
+    torch.cuda.synchronize()
+    model.ledger.calls.clear()
+    show.end()
+
+
+def warm_up_sizes(engine: EngineConfig) -> list[int]:
+    """Numbers of tokens to try: powers of two up to the largest step, and that step itself."""
+    largest = min(engine.max_prefill_tokens + engine.max_num_seqs, engine.max_model_len)
+    return sorted({size for size in WARM_UP_TOKENS if size < largest} | {largest})
+
+
+def _step(model: Model, engine: EngineConfig, num_tokens: int) -> None:
+    token_ids = [idx % model.config.vocab_size for idx in range(num_tokens)]
+    model.forward(ForwardBatch.of([(token_ids, model.new_cache())], engine.device))
+
+
+class Progress:
+    """One line on stderr that is written over: what is done of how much, and for how long."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self._start = time.perf_counter()
+        self._is_shown = False
+
+    def __call__(self, done: int, total: int, name: str) -> None:
+        """``done`` of ``total`` are ready, the last of them ``name``."""
+        if not sys.stderr.isatty():
+            return
+        self._is_shown = True
+        seconds = time.perf_counter() - self._start
+        bar = "#" * (24 * done // total)
+        print(f"\r{self.title} [{bar:24}] {done}/{total} {seconds:5.1f} s  {name:.48}\x1b[K", end="", file=sys.stderr)
+        sys.stderr.flush()
+
+    def end(self) -> None:
+        """Leaves the line, if there was one."""
+        if self._is_shown:
+            print(file=sys.stderr)

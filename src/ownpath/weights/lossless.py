@@ -1,0 +1,35 @@
+"""Recognises NVFP4 weights that are MXFP4 weights written in another way.
+
+ModelOpt can cast MXFP4 (one E8M0 scale for 32 values) to NVFP4 without loss: codes stay as they are, each power-of-two
+scale is written twice, as an E4M3 scale for either half of its 32 values, and the power of two that E4M3 cannot reach
+goes into the global scale. Such weights convert back exactly, and two neighbouring 16-value blocks always share one
+scale, so that a K = 32 tensor-core step may take them as they are.
+"""
+
+import torch
+
+
+def is_lossless_cast(scale: torch.Tensor, global_scale: torch.Tensor) -> bool:
+    """Whether every block scale is a power of two, pairwise equal along K, and every global scale a power of two.
+
+    Zero is no power of two: the cast never writes it.
+
+    Shapes: scale E4M3 [..., K/16]; global_scale float32, any shape.
+    """
+    if scale.shape[-1] % 2 or not _are_powers_of_two(global_scale):
+        return False
+    head = scale.flatten(0, -2)[:64]  # a checkpoint that was not cast shows it at once
+    return _is_cast(head) and _is_cast(scale)
+
+
+def _is_cast(scale: torch.Tensor) -> bool:
+    codes = scale.view(torch.uint8)
+    pairs = codes.unflatten(-1, (-1, 2))
+    is_normal_power = (codes >= 0x08) & ((codes & 0x07) == 0)
+    is_subnormal_power = (codes == 0x01) | (codes == 0x02) | (codes == 0x04)
+    return bool((pairs[..., 0] == pairs[..., 1]).all() & (is_normal_power | is_subnormal_power).all())
+
+
+def _are_powers_of_two(values: torch.Tensor) -> bool:
+    mantissa, _ = torch.frexp(values)
+    return bool((mantissa == 0.5).all())

@@ -1,0 +1,128 @@
+"""What an engine asks of kernels is an input of the plan: batch invariance, activations, sizes, packages."""
+
+from pathlib import Path
+
+import pytest
+from support.checkpoints import random_checkpoint
+
+from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.cli import main
+from ownpath.formats import BF16, NVFP4
+from ownpath.plan.catalogue import CATALOGUE, KernelSpec
+from ownpath.plan.opspec import OpKind, companion_ops, model_ops
+from ownpath.plan.plan import PlanError, make_plan
+from ownpath.plan.select import Caps, Choice, Demands, Refusal, select
+from ownpath.plan.show import companion_rows, plan_text
+
+HOPPER = Caps("cuda", "H200", 90, frozenset({"triton"}))
+BLACKWELL = Caps("cuda", "B200", 100, frozenset({"triton"}))
+
+
+def spec(name: str, **changes: object) -> KernelSpec:
+    return KernelSpec(name, OpKind.LINEAR, (NVFP4,), "Nvfp4Linear", "row_major", "why", **changes)  # type: ignore[arg-type]
+
+
+def chosen(*catalogue: KernelSpec, caps: Caps = HOPPER, **demands: object) -> Choice | Refusal:
+    asked = Demands(**{"activations": "bfloat16"} | demands)  # type: ignore[arg-type]
+    return select(OpKind.LINEAR, NVFP4, caps, catalogue, asked, dims=(256, 384))
+
+
+PLAIN = spec("plain")
+
+
+@pytest.mark.parametrize(
+    ("better", "lack"),
+    [
+        (spec("better", min_sm=100), "needs sm_100, this is H200"),
+        (spec("better", min_sm=80, end_sm=90), "is made for sm_80, this is H200"),
+        (spec("better", packages=("cutlass",)), "needs the package cutlass"),
+        (spec("better", activations=("float32",)), "takes float32 activations, not bfloat16"),
+        (spec("better", dim_multiple=256), "needs dimensions that are multiples of 256, not 384"),
+        (spec("better", first_dim=128), "needs a first dimension of 128, not 256"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_a_better_kernel_lacks_is_told_with_the_choice(better: KernelSpec, lack: str) -> None:
+    assert chosen(better, PLAIN) == Choice(PLAIN, "why", (f"better {lack}",))
+    refusal = chosen(better)
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason == f"no linear kernel for NVFP4: better {lack}"
+
+
+def test_a_kernel_of_another_format_is_not_called_passed_over() -> None:
+    other = KernelSpec("other", OpKind.LINEAR, (BF16,), "PlainLinear", "row_major", "why")
+    assert chosen(other, PLAIN) == Choice(PLAIN, "why")
+
+
+def test_a_first_dimension_that_fits_leaves_the_multiple_to_the_others() -> None:
+    fits = spec("fits", first_dim=256, dim_multiple=384)
+    assert chosen(fits) == Choice(fits, "why")
+
+
+def test_batch_invariance_is_an_input() -> None:
+    fast, same = spec("fast"), spec("same", is_batch_invariant=True)
+    assert chosen(fast, same) == Choice(fast, "why")
+    assert chosen(fast, same, is_batch_invariant=True) == Choice(same, "why", ("fast is not batch-invariant",))
+
+
+def test_every_companion_is_planned_with_a_reason(tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(tmp_path)
+    plan = make_plan(checkpoint.config, CheckpointIndex.open(tmp_path), HOPPER, Demands("bfloat16"))
+    assert [op.spec for op in plan.companions] == list(companion_ops(checkpoint.config))
+    assert all(op.choice.why for op in plan.companions)
+    kernels = {op.spec.slot: op.choice.kernel.name for op in plan.companions}
+    assert kernels["layers.0.hc_attn"] == kernels["hc_head"] == "triton.hyper_boundary"
+    assert kernels["layers.4.ffn.router"] == "triton.router"
+    boundaries = [slot for slot, kernel in kernels.items() if kernel == "triton.hyper_boundary"]
+    assert len(boundaries) == 2 * checkpoint.config.num_hidden_layers + 1
+    rows = companion_rows(plan)
+    assert sum(max(1, len(row.layers)) for row in rows) == len(plan.companions)
+    text = plan_text(plan)
+    assert "layers.{0-4}.ffn.router " in text
+    assert "triton.router: a warp a token" in text
+
+
+def test_slots_are_unique_and_the_plan_names_each(tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(tmp_path)
+    plan = make_plan(checkpoint.config, CheckpointIndex.open(tmp_path), HOPPER)
+    slots = [op.slot for op in model_ops(checkpoint.config)] + [op.slot for op in companion_ops(checkpoint.config)]
+    assert len(set(slots)) == len(slots)
+    assert set(plan.slots) == set(slots)
+    assert plan.slots["head"] == ("PlainLinear", "torch.plain_linear")
+
+
+def test_other_activations_pass_kernels_over_by_name(tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(tmp_path)
+    plan = make_plan(checkpoint.config, CheckpointIndex.open(tmp_path), HOPPER, Demands("float64"))
+    (boundary,) = {op.choice for op in plan.companions if op.spec.slot == "hc_head"}
+    assert boundary.kernel.name == "ref.hyper_boundary"
+    assert "triton.hyper_boundary takes bfloat16 activations, not float64" in boundary.passed_over
+    assert "passed over:\n" in plan_text(plan)
+
+
+def test_a_demand_no_kernel_meets_is_a_refusal_that_names_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = random_checkpoint(tmp_path)
+    cpu = Caps("cpu", "CPU")
+    with pytest.raises(PlanError, match="ref.nvfp4_linear is not batch-invariant"):
+        make_plan(checkpoint.config, CheckpointIndex.open(tmp_path), cpu, Demands("float32", is_batch_invariant=True))
+    assert main(["plan", str(tmp_path), "--batch-invariant"]) == 2
+    assert "not batch-invariant" in capsys.readouterr().err
+
+
+def test_blackwell_never_runs_what_is_made_for_hopper_alone(tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(tmp_path)
+    plan = make_plan(checkpoint.config, CheckpointIndex.open(tmp_path), BLACKWELL, Demands("bfloat16"))
+    for op in plan.decided:
+        assert op.choice.kernel.end_sm is None or op.choice.kernel.end_sm > 100
+
+
+def test_contracts_are_consistent() -> None:
+    """A kernel appears once for each format, and one that is bound to a toolchain says so."""
+    seen = [(kernel.name, stored) for kernel in CATALOGUE for stored in kernel.formats or (None,)]
+    assert len(set(seen)) == len(seen)
+    for kernel in CATALOGUE:
+        if kernel.name.startswith("triton."):
+            assert "triton" in kernel.packages, kernel.name
+        assert kernel.end_sm is None or (kernel.min_sm is not None and kernel.min_sm < kernel.end_sm)
