@@ -1,6 +1,5 @@
 """Blackwell's NVFP4 kernels compile for sm_100a to the block-scaled instruction, without a spill. Nothing is run."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,7 +29,7 @@ def moe(num_experts: int, dim: int, inter: int) -> W4A4MoeOperand:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Compiled]]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
     """Every distinct launch of V4-Flash's linears and experts, at one token and at many, compiled for sm_100."""
     with pytest.MonkeyPatch.context() as patch, recorded_launches() as launches:
         patch.setattr(kernels, "_check_input", lambda x, width, device: None)  # it refuses what no GPU holds
@@ -43,8 +42,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Compiled
             for ids_dtype in (torch.int32, torch.int64):
                 ids = torch.empty(num_tokens, 6, dtype=ids_dtype)
                 kernels.nvfp4_moe_w4a4(x, ids, torch.empty(num_tokens, 6), operand)
-    folder: Path = tmp_path_factory.mktemp("cubins")
-    yield [compile_launch(launch, 100, folder) for launch in launches]
+    folder = tmp_path_factory.mktemp("cubins")
+    return [compile_launch(launch, 100, folder) for launch in launches]
 
 
 def test_every_kernel_of_the_path_is_there(compiled: list[Compiled]) -> None:

@@ -86,7 +86,7 @@ def compile_launch(launch: Launch, sm: int, folder: Path) -> Compiled:
     attrs = {(names.index(name),): DIVISIBLE for name in launch.divisible}
     source = ASTSource(launch.kernel, dict(launch.signature), constexprs=dict(launch.constants), attrs=attrs)
     built = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=dict(launch.options))
-    cubin = folder / f"{launch.name}.cubin"
+    cubin = folder / f"{launch.name}.{sm}.{sum(1 for _ in folder.iterdir())}.cubin"
     cubin.write_bytes(built.asm["cubin"])
     usage = _run("cuobjdump", "-res-usage", str(cubin))
     registers, stack = (int(re.findall(rf"{what}:(\d+)", usage)[-1]) for what in ("REG", "STACK"))
