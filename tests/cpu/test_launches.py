@@ -1,0 +1,98 @@
+"""The record of launched kernels: from the profiler's trace to slots, on a trace written out here."""
+
+from typing import Any
+
+import pytest
+
+from ownpath.runners import Ledger
+from ownpath.runners.launches import Launch, launches_of
+
+
+def mark(name: str, start: float, stop: float, thread: int = 1) -> dict[str, Any]:
+    return {"cat": "user_annotation", "name": f"slot {name}", "ts": start, "dur": stop - start, "tid": thread}
+
+
+def kernel(name: str, correlation: int, launched: float, ran: float, thread: int = 1) -> list[dict[str, Any]]:
+    """A driver launch on the host, and the kernel that it started on the device some time later."""
+    launch = {"cat": "cuda_driver", "name": "cuLaunchKernelEx", "ts": launched, "dur": 1.0, "tid": thread}
+    device = {"cat": "kernel", "name": name, "ts": ran, "dur": 2.5, "tid": 7}
+    return [launch | {"args": {"correlation": correlation}}, device | {"args": {"correlation": correlation}}]
+
+
+def test_a_kernel_belongs_to_the_innermost_call_around_its_launch() -> None:
+    events = [
+        mark("router", 10, 30),
+        mark("gate", 12, 20),
+        {"cat": "user_annotation", "name": "somebody else's", "ts": 13, "dur": 1, "tid": 1},
+        *kernel("outer", 1, launched=25, ran=90),
+        *kernel("inner", 2, launched=13, ran=80),
+        *kernel("after", 3, launched=31, ran=95),
+        *kernel("other thread", 4, launched=15, ran=96, thread=2),
+        {"cat": "kernel", "name": "no launch seen", "ts": 97, "dur": 1, "tid": 7, "args": {"correlation": 99}},
+    ]
+    assert launches_of(events) == [
+        Launch("gate", "inner", 2.5),
+        Launch("router", "outer", 2.5),
+        Launch(None, "after", 2.5),
+        Launch(None, "other thread", 2.5),
+        Launch(None, "no launch seen", 1.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nvjet_tst_64x8_64x16_4x1_v_bz_TNT",
+        "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16_16x16_128x2_tn_align8>(Params)",
+        "void gemv2T_kernel_val<int, int, float, float, float, float, 128, 16, 4, 4, false>(float)",
+        "ampere_sgemm_32x32_sliced1x4_tn",
+        "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize64x64x64_cublas",
+        "void cublasLt::splitKreduce_kernel<32, 16, int, float, float>(cublasSplitKParams<float>)",
+        "void dot_kernel<float, 128, 0>(cublasDotParams)",
+    ],
+)
+def test_library_products_are_recognised(name: str) -> None:
+    assert Launch(None, name, 1.0).is_library_product
+    assert Launch(None, name, 1.0).is_product
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::BFloat16>>(int)",
+        "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::MeanOps<float>>>(int)",
+        "kernel_cutlass_kernel_ownpathkernelscutegemm_sm90Gemm_object_at__0",
+        "router_kernel",
+        "Memcpy DtoD (Device -> Device)",
+    ],
+)
+def test_other_kernels_are_no_library_products(name: str) -> None:
+    assert not Launch(None, name, 1.0).is_library_product
+
+
+def test_our_own_products_are_products_too() -> None:
+    assert Launch(None, "kernel_cutlass_kernel_ownpathkernelscutegemm_sm90Gemm_object_at__0", 1.0).is_product
+    assert Launch(None, "rope_grouped_linear_kernel", 1.0).is_product
+
+
+def test_the_ledger_marks_every_call() -> None:
+    ledger = Ledger({"a": ("Runner", "kernel"), "b": ("Runner", "kernel")})
+    entered = []
+
+    class Mark:
+        def __init__(self, slot: str) -> None:
+            self.slot = slot
+
+        def __enter__(self) -> None:
+            entered.append(self.slot)
+
+        def __exit__(self, *args: object) -> None:
+            entered.append(f"/{self.slot}")
+
+    ledger.mark = Mark
+    inner = ledger.watch("b", lambda x: x + 1)
+    outer = ledger.watch("a", lambda x: 2 * inner(x))
+    assert outer(3) == 8
+    assert entered == ["a", "b", "/b", "/a"]
+    assert dict(ledger.calls) == {"a": 1, "b": 1}
+    assert ledger.summary() == [("Runner", "kernel", 2, 2)]

@@ -1,0 +1,78 @@
+"""What really ran on the device, kernel by kernel, against the plan: no product outside the planned runners."""
+
+from collections import defaultdict
+
+import pytest
+import torch
+
+from ownpath.config import EngineConfig
+from ownpath.loading import default_model_dir, load_model, plan_model
+from ownpath.model.batch import ForwardBatch
+from ownpath.plan.opspec import OpKind
+from ownpath.runners.launches import Launch, record_launches
+
+pytestmark = pytest.mark.gpu
+
+BY_TORCH = ("torch.", "ref.")
+"""Kernels of the plan that torch's libraries compute: cuBLAS is what the plan names there, and nowhere else."""
+
+
+@pytest.fixture(scope="module")
+def launches(cuda: torch.device) -> list[Launch]:
+    """A prefill that completes CSA and HCA windows beside a decode step, then both sequences' next tokens."""
+    model = load_model(default_model_dir(), EngineConfig.for_device(str(cuda), 512))
+    first, second = model.new_cache(), model.new_cache()
+    model.forward(ForwardBatch.of([([3] * 130, first)], cuda))  # compiles what its first call compiles
+
+    def run() -> None:
+        model.forward(ForwardBatch.of([([5], first), (list(range(2, 200)), second)], cuda))
+        model.forward(ForwardBatch.of([([6], first), ([7], second)], cuda))
+
+    return record_launches(model.ledger, run)
+
+
+def by_slot(launches: list[Launch]) -> dict[str | None, list[Launch]]:
+    found: dict[str | None, list[Launch]] = defaultdict(list)
+    for launch in launches:
+        found[launch.slot].append(launch)
+    return found
+
+
+def test_every_planned_slot_launched_its_kernels(launches: list[Launch], cuda: torch.device) -> None:
+    plan = plan_model(default_model_dir(), str(cuda))
+    seen = set(by_slot(launches)) - {None}
+    composites = {slot for slot, (runner, _) in plan.slots.items() if runner == "Router"}  # its gate is a slot itself
+    assert seen - composites == set(plan.slots) - composites
+
+
+def test_no_product_runs_outside_the_planned_runners(launches: list[Launch]) -> None:
+    glue = by_slot(launches)[None]
+    assert [launch.kernel for launch in glue if launch.is_product] == []
+
+
+def test_libraries_compute_only_where_the_plan_names_them(launches: list[Launch], cuda: torch.device) -> None:
+    slots = plan_model(default_model_dir(), str(cuda)).slots
+    for slot, found in by_slot(launches).items():
+        kernel = slots[slot][1] if slot is not None else ""
+        products = [launch.kernel for launch in found if launch.is_library_product]
+        if not kernel.startswith(BY_TORCH):
+            assert products == [], f"{slot} is planned on {kernel}"
+
+
+@pytest.mark.sm90
+def test_on_hopper_only_attention_and_plain_projections_are_left_to_libraries(
+    launches: list[Launch], cuda: torch.device
+) -> None:
+    plan = plan_model(default_model_dir(), str(cuda))
+    if plan.caps.sm != 90:
+        pytest.skip(f"{plan.caps.name} is not Hopper")
+    for planned in plan.decided:
+        kernel, kind = planned.choice.kernel, planned.spec.kind
+        if kernel.name.startswith(BY_TORCH):
+            assert kernel.runner == "PlainLinear" or kind is OpKind.ATTENTION, f"{planned.spec.slot}: {kernel.name}"
+    table: dict[tuple[str, str], float] = defaultdict(float)
+    for launch in launches:
+        kernel_name = "(glue)" if launch.slot is None else plan.slots[launch.slot][1]
+        table[kernel_name, launch.kernel[:70]] += launch.duration_us
+    for (kernel_name, launched), total_us in sorted(table.items()):
+        print(f"{kernel_name:32} {launched:70} {total_us:9.1f} us")
