@@ -1,0 +1,238 @@
+"""One whole decoder layer of a published shape on the planned kernels: timed, and compared with the reference layer.
+
+    python tools/full_layer.py --shape flash --layer csa --export nvidia --tokens 1 64 1024 [--out results.jsonl]
+
+The layer's weights are made in device memory; the same values go to a layer whose plan allows the torch references
+alone. A layer is everything between two residuals: both boundaries, attention (torch) and experts. Tokens are one
+chunk of one sequence behind a context; both layers see the same streams and caches. The planned layer is captured in
+a CUDA graph, and the L2 cache is overwritten before every timed replay; medians.
+
+Cosines are of the whole output streams, and of what the experts added, so that the residual cannot hide an error.
+With --routing score two experts that nearly tie may change places between two roundings; hash routing has no ties.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from layer.synthetic import RATIOS, SHAPES, Values, headers, layer_config
+
+from ownpath.config import EngineConfig, ModelConfig
+from ownpath.kernels.ref.hyper import hyper_post, sinkhorn
+from ownpath.kernels.registry import KERNELS
+from ownpath.loading import device_caps
+from ownpath.model.batch import ForwardBatch
+from ownpath.model.block import Block, Residual
+from ownpath.model.build import Builder
+from ownpath.model.caches import CacheSpec, SequenceCache
+from ownpath.model.rope import Rope
+from ownpath.plan.plan import Plan, make_plan
+from ownpath.plan.select import Caps, Demands
+from ownpath.runners import Ledger, Mix
+from ownpath.runners.launches import record_launches
+from ownpath.runners.make import make_runners
+from ownpath.startup import compile_kernels
+
+MIN_COSINE = 0.9999
+NUM_REPLAYS = 20
+L2_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer on the kernels of its plan."""
+
+    plan: Plan
+    block: Block
+    rope: Rope
+    ledger: Ledger
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a layer is given: the residual before it, and a chunk of tokens behind a context."""
+
+    residual: Residual
+    batch: ForwardBatch
+
+
+def main() -> int:
+    """Prints a table of sizes; 1 if a cosine is too low."""
+    args = _arguments()
+    config = layer_config(args.shape, args.layer, args.routing)
+    engine = EngineConfig(args.device, getattr(torch, args.dtype), args.context + max(args.tokens))
+    caps = device_caps(args.device)
+    start = time.perf_counter()
+    ours = make_layer(config, engine, args.export, caps)
+    setup_s = time.perf_counter() - start
+    reference = make_layer(config, engine, args.export, Caps(caps.device_type, f"{caps.name}, references alone"))
+    fixed = {name: getattr(args, name) for name in ("shape", "layer", "export", "routing", "context", "dtype")}
+    fixed |= {"bench": "full_layer", "setup_s": round(setup_s, 2), "device": caps.name, "torch": torch.__version__}
+    fixed |= {"python": platform.python_version(), "date": time.strftime("%Y-%m-%d"), "commit": args.commit}
+    fixed["kernels"] = sorted({kernel for _, kernel in ours.plan.slots.values()})
+    rows = [fixed | measure(ours, reference, engine, args.context, num_tokens) for num_tokens in args.tokens]
+    for row in rows:
+        print(_line(row), flush=True)
+        if args.out:
+            with args.out.open("a", encoding="utf-8") as out:
+                out.write(json.dumps(row) + "\n")
+    return int(any(row["cosine_streams"] < MIN_COSINE or row["cosine_experts"] < MIN_COSINE for row in rows))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="flash")
+    parser.add_argument("--layer", choices=tuple(RATIOS), default="csa")
+    parser.add_argument("--export", choices=("nvidia", "full"), default="nvidia", help="dense weights: FP8 or NVFP4")
+    parser.add_argument("--routing", choices=("hash", "score"), default="hash")
+    parser.add_argument("--context", type=int, default=1024, help="tokens before the chunk")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 256, 1024])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", default=_commit(), help="the commit measured (default: asked of git)")
+    return parser.parse_args()
+
+
+def make_layer(config: ModelConfig, engine: EngineConfig, export: str, caps: Caps) -> Layer:
+    """The layer that ``caps`` plan, of the same weights for any of them."""
+    index = headers(config, export)
+    plan = make_plan(config, index, caps, Demands(str(engine.dtype).removeprefix("torch.")))
+    device = torch.device(engine.device)
+    params = Values.seeded(device, 0).params(config)
+    runners = make_runners(plan, Values.seeded(device, 1).operands(plan, index))
+    compile_kernels(runners.values())
+    kernels = {op.spec.slot: KERNELS[op.choice.kernel.name] for op in plan.companions}
+    ledger = Ledger(plan.slots)
+    is_compressing = bool(config.compress_ratios[0])
+    rope = Rope.for_layer(config, is_compressing, device)
+    block = Builder(config, engine, runners, kernels, params, ledger).block(0, rope)
+    return Layer(plan, block, rope, ledger)
+
+
+def make_input(config: ModelConfig, engine: EngineConfig, context: int, num_tokens: int) -> Input:
+    """The same for the same sizes: streams, a pending output with its mix, and caches full of random entries."""
+    device = torch.device(engine.device)
+    values = Values.seeded(device, 2)
+    cache = SequenceCache(CacheSpec.of(config, engine))
+    for tensor in _cache_tensors(cache):
+        tensor.copy_(values.normal(*tensor.shape))
+    cache.num_tokens = context
+    streams, dim = config.hc_mult, config.hidden_size
+    comb = sinkhorn(values.normal(num_tokens, streams, streams), config.hc_sinkhorn_iters, config.hc_eps)
+    mix = Mix(2 * torch.sigmoid(values.normal(num_tokens, streams)), comb)
+    x_TSD = values.normal(num_tokens, streams, dim).to(engine.dtype)
+    y_TD = values.normal(num_tokens, dim).to(engine.dtype)
+    token_ids = (values.integers(0, 255, torch.Size((num_tokens,))).int() * 16).tolist()
+    return Input(Residual(x_TSD, y_TD, mix), ForwardBatch.of([(token_ids, cache)], device))
+
+
+def _cache_tensors(cache: SequenceCache) -> list[torch.Tensor]:
+    (layer,) = cache.layers
+    parts = [part for part in (layer.compressor, layer.indexer) if part is not None]
+    return [layer.window.rows, *(tensor for part in parts for tensor in (part.entries_CH, part.state.rows))]
+
+
+def run(layer: Layer, given: Input) -> Residual:
+    """The layer's step."""
+    return layer.block(given.residual, layer.rope.at(given.batch.positions_T), given.batch)
+
+
+@torch.inference_mode()
+def measure(ours: Layer, reference: Layer, engine: EngineConfig, context: int, num_tokens: int) -> dict[str, object]:
+    """Cosines first, then times, of one number of tokens."""
+    config = ours.plan.config
+    found = run(ours, make_input(config, engine, context, num_tokens))
+    expected = run(reference, make_input(config, engine, context, num_tokens))
+    row: dict[str, object] = {
+        "tokens": num_tokens,
+        "cosine_streams": cosine(_streams(found), _streams(expected)),
+        "cosine_experts": cosine(_output(found), _output(expected)),
+    }
+    if torch.device(engine.device).type != "cuda":
+        return row
+    given = make_input(config, engine, context, num_tokens)
+    times = _graph_us(lambda: run(ours, given))
+    slots: dict[str, float] = defaultdict(float)
+    again = make_input(config, engine, context, num_tokens)
+    for launch in record_launches(ours.ledger, lambda: run(ours, again)):
+        slots["(glue)" if launch.slot is None else launch.slot.removeprefix("layers.0.")] += launch.duration_us
+    row |= {"us": statistics.median(times), "us_min": min(times), "us_max": max(times)}
+    row["reference_us"] = statistics.median(_events_us(lambda: run(reference, given), 3))
+    row["slot_us"] = {slot: round(total, 1) for slot, total in sorted(slots.items(), key=lambda item: -item[1])}
+    return row
+
+
+def cosine(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of two tensors as vectors, in float64; NaN where either is not finite."""
+    a, b = found.double().flatten(), expected.double().flatten()
+    return float(torch.dot(a, b) / (a.norm() * b.norm()))
+
+
+def _streams(residual: Residual) -> torch.Tensor:
+    assert residual.mix is not None
+    return hyper_post(residual.x_TSD, _output(residual), residual.mix)
+
+
+def _output(residual: Residual) -> torch.Tensor:
+    assert residual.y_TD is not None
+    return residual.y_TD
+
+
+def _graph_us(step: Callable[[], object]) -> list[float]:
+    """Microseconds of each replay of the captured step, with a cold L2 cache."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return _events_us(graph.replay, NUM_REPLAYS)
+
+
+def _events_us(step: Callable[[], object], num_runs: int) -> list[float]:
+    flush = torch.empty(L2_BYTES, dtype=torch.uint8, device="cuda")
+    times = []
+    for idx in range(num_runs + 1):
+        flush.fill_(idx % 251)
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        step()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(1e3 * start.elapsed_time(stop))
+    return times[1:]
+
+
+def _line(row: dict[str, object]) -> str:
+    head = f"{row['shape']} {row['layer']} {row['export']} T={row['tokens']}"
+    cosines = f"cosine {row['cosine_streams']:.7f} streams, {row['cosine_experts']:.7f} experts"
+    if "us" not in row:
+        return f"{head}: {cosines}"
+    slots = row["slot_us"]
+    assert isinstance(slots, dict)
+    top = ", ".join(f"{slot} {total:.0f}" for slot, total in list(slots.items())[:8])
+    return f"{head}: {row['us']:.1f} us (reference {row['reference_us']:.0f} us), {cosines}; us by slot: {top}"
+
+
+def _commit() -> str:
+    """The commit measured, or "unknown" outside a checkout."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Synthetic decoder layers of the published shapes, made directly in device memory."""

@@ -1,0 +1,185 @@
+"""A checkpoint of one decoder layer that was never on disk: headers, then operands and parameters of random values.
+
+The values are valid and of sensible size: weights have a standard deviation near 1/sqrt(in), fused shards and experts
+differ in their global scales, norms are near one. The same seed gives the same values in any planned layout.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
+from ownpath.checkpoint.names import model_params
+from ownpath.checkpoint.schema import MODELOPT_NVFP4, NATIVE_FP8, PLAIN_BF16, Encoding, ParamSpec
+from ownpath.config import ModelConfig
+from ownpath.plan.opspec import model_ops
+from ownpath.plan.plan import Plan
+from ownpath.weights.operands import STORAGE, Operand, Slot, make_operand
+
+COMMON: dict[str, Any] = {
+    "model_type": "deepseek_v4",
+    "vocab_size": 4096,  # of the tables only the router's is part of a layer
+    "num_hidden_layers": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 512,
+    "qk_rope_head_dim": 64,
+    "o_lora_rank": 1024,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 6,
+    "swiglu_limit": 10.0,
+    "hc_mult": 4,
+    "hc_sinkhorn_iters": 20,
+    "hc_eps": 1e-6,
+    "rms_norm_eps": 1e-6,
+    "sliding_window": 128,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "rope_theta": 10000.0,
+    "compress_rope_theta": 160000.0,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 16,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "original_max_position_embeddings": 65536,
+    },
+    "max_position_embeddings": 1048576,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+FLASH: dict[str, Any] = {
+    "hidden_size": 4096,
+    "num_attention_heads": 64,
+    "q_lora_rank": 1024,
+    "o_groups": 8,
+    "n_routed_experts": 256,
+    "moe_intermediate_size": 2048,
+    "routed_scaling_factor": 1.5,
+    "index_topk": 512,
+}
+PRO: dict[str, Any] = {
+    "hidden_size": 7168,
+    "num_attention_heads": 128,
+    "q_lora_rank": 1536,
+    "o_groups": 16,
+    "n_routed_experts": 384,
+    "moe_intermediate_size": 3072,
+    "routed_scaling_factor": 2.5,
+    "index_topk": 1024,
+}
+SMALL: dict[str, Any] = FLASH | {
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "q_lora_rank": 128,
+    "o_groups": 2,
+    "o_lora_rank": 128,
+    "n_routed_experts": 8,
+    "moe_intermediate_size": 256,
+}
+SHAPES = MappingProxyType({"flash": FLASH, "pro": PRO, "small": SMALL})
+RATIOS = MappingProxyType({"sliding": 0, "csa": 4, "hca": 128})
+
+E2M1_RMS = 2.926  # of the 16 codes, each as likely as the others
+
+
+def layer_config(shape: str, layer: str, routing: str) -> ModelConfig:
+    """One layer of a published shape. layer: "sliding", "csa", "hca"; routing: "hash" or "score"."""
+    own = {"compress_ratios": [RATIOS[layer]], "num_hash_layers": int(routing == "hash")}
+    return ModelConfig.from_dict(COMMON | SHAPES[shape] | own)
+
+
+def encoding_of(module: str, export: str) -> Encoding:
+    """How an export stores a module: "nvidia" keeps FP8 outside the experts, "full" has NVFP4 there too."""
+    leaf = module.rsplit(".", 1)[-1]
+    if ".ffn.experts." in module:
+        return MODELOPT_NVFP4
+    is_projection = leaf in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b") and "compressor" not in module
+    if not is_projection and ".shared_experts." not in module:
+        return PLAIN_BF16
+    if export == "nvidia" or ".indexer." in module:
+        return NATIVE_FP8
+    return PLAIN_BF16 if leaf == "wo_a" else MODELOPT_NVFP4
+
+
+def headers(config: ModelConfig, export: str) -> CheckpointIndex:
+    """The index that a checkpoint of this layer would have."""
+    file = Path("synthetic.safetensors")
+    infos = {spec.key: TensorInfo(spec.key, spec.dtypes[0], spec.shape, file) for spec in model_params(config)}
+    for op in model_ops(config):
+        for module in op.modules:
+            encoding = encoding_of(module.name, export)
+            for part in encoding.parts:
+                key = encoding.key(module.name, part.role)
+                dtype = "F8_E8M0" if encoding is NATIVE_FP8 and part.role == "scale" else part.dtypes[0]
+                infos[key] = TensorInfo(key, dtype, part.shape(*module.shape), file)
+    return CheckpointIndex(Path("synthetic"), MappingProxyType(infos))
+
+
+@dataclass(frozen=True)
+class Values:
+    """Random values on a device, reproducible: each tensor's depend on the seed and on the order of asking."""
+
+    device: torch.device
+    generator: torch.Generator
+
+    @classmethod
+    def seeded(cls, device: torch.device, seed: int) -> "Values":
+        return cls(device, torch.Generator(device).manual_seed(seed))
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device)
+
+    def integers(self, low: int, high: int, shape: torch.Size) -> torch.Tensor:
+        """uint8 in [low, high)."""
+        return torch.randint(low, high, shape, generator=self.generator, device=self.device, dtype=torch.uint8)
+
+    def operands(self, plan: Plan, index: CheckpointIndex) -> Iterator[Operand]:
+        """Filled operands in the order of ``plan.ops``."""
+        stored = {name: info.dtype for name, info in index.tensors.items()}
+        for op in plan.ops:
+            operand = make_operand(op, stored, self.device)
+            width = {key: m.shape[1] for m in op.spec.modules for key in op.encoding.keys(m.name)}
+            for slot in operand.slots:
+                self._fill(slot, width[slot.key])
+            yield operand
+
+    def _fill(self, slot: Slot, width: int) -> None:
+        target = slot.target
+        gain = width**-0.5
+        if slot.role == "global_scale":
+            spread = torch.rand((), generator=self.generator, device=self.device) * 0.5 + 0.75
+            target.fill_(gain / E2M1_RMS * spread)
+        elif slot.role == "input_scale":
+            target.fill_(0.01)
+        elif target.dtype == torch.uint8:
+            target.copy_(self.integers(0, 256, target.shape))
+        elif target.dtype == torch.float8_e8m0fnu:  # about 2^-5 / sqrt(in), for codes of about 2^5
+            low = 127 - 5 - (width.bit_length() - 1) // 2
+            target.view(torch.uint8).copy_(self.integers(low - 1, low + 1, target.shape))
+        elif slot.role == "scale":  # E4M3 from 0.5 to 1.875
+            target.view(torch.uint8).copy_(self.integers(0x30, 0x40, target.shape))
+        elif target.dtype == torch.float8_e4m3fn:
+            target.copy_((self.normal(*target.shape) * 32).clamp(-448, 448))
+        else:
+            target.copy_(self.normal(*target.shape) * gain)
+
+    def params(self, config: ModelConfig) -> dict[str, torch.Tensor]:
+        """The tensors that a layer uses as stored."""
+        return {spec.key: self._param(spec, config) for spec in model_params(config)}
+
+    def _param(self, spec: ParamSpec, config: ModelConfig) -> torch.Tensor:
+        if spec.key.endswith("tid2eid"):
+            order = torch.rand(spec.shape[0], config.n_routed_experts, generator=self.generator, device=self.device)
+            return order.argsort(dim=1)[:, : spec.shape[1]].contiguous()
+        noise = self.normal(*spec.shape)
+        if spec.key.endswith("norm.weight"):
+            noise = 1 + 0.1 * noise
+        elif spec.key.endswith("_fn"):
+            noise *= spec.shape[-1] ** -0.5
+        elif not spec.key.endswith("embed.weight"):
+            noise = 0.3 * noise + float(spec.key.endswith("_scale"))
+        return noise.to(STORAGE[spec.dtypes[0]])
