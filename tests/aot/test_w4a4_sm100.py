@@ -67,14 +67,15 @@ def test_no_kernel_spills_or_asks_for_more_than_an_sm_has(compiled: list[Compile
 
 def test_the_products_are_block_scaled_tensor_core_instructions(compiled: list[Compiled]) -> None:
     """Codes go from TMA to the tensor cores as they are: nothing decodes, nothing falls back to BF16 or FP8."""
-    products = [one for one in compiled if one.launch.name in PRODUCTS]
-    assert products
-    for one in products:
+    for one in (one for one in compiled if one.launch.name in PRODUCTS):
         assert BLOCK_SCALED in one.ptx, one
         assert one.ptx.count("tcgen05.mma.") == one.ptx.count(BLOCK_SCALED), "another kind of product"
         assert "mma.sync" not in one.ptx
         assert "tcgen05.cp.cta_group::1.warpx4.32x128b" in one.ptx, "scales do not go straight to tensor memory"
         assert "cp.async.bulk.tensor.5d" in one.ptx, "scales are not fetched by TMA"
+        products = [line for line in one.intermediate.splitlines() if "ttng.tc_gen5_mma_scaled" in line]
+        assert products
+        assert all("is_async" in line for line in products), "a product is waited for before the next fetch"
         assert "UTCOMMA.4X" in one.sass(), "the SASS has no block-scaled FP4 product"
 
 

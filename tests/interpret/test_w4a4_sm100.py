@@ -194,7 +194,7 @@ def test_a_token_does_not_depend_on_its_batch_and_repetition_changes_no_bit() ->
     weights = torch.rand(ids.shape, generator=generator(10))
     y = kernels.nvfp4_moe_w4a4(x, ids, weights, operand)
     assert same_bytes(y, kernels.nvfp4_moe_w4a4(x, ids, weights, operand))
-    alone = kernels.nvfp4_moe_w4a4(x[5:6].clone(), ids[5:6].clone(), weights[5:6].clone(), operand)
+    alone = kernels.nvfp4_moe_w4a4_invariant(x[5:6].clone(), ids[5:6].clone(), weights[5:6].clone(), operand)
     assert same_bytes(y[5:6], alone)
 
 
@@ -231,9 +231,11 @@ def test_wide_tiles_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert w.global_scale is not None
     operand = linear_operand(w.qdata, w.scale, w.global_scale.expand(512), nvfp4_global_scale(x))
     y = kernels.nvfp4_linear_w4a4(x, operand)
+    assert same_bytes(y, kernels.nvfp4_linear_w4a4_invariant(x, operand))
+    assert kernels.columns_per_tile(2048, 512) == 256
     monkeypatch.setattr(kernels, "columns_per_tile", lambda num_rows, n: 256)
     assert same_bytes(y, kernels.nvfp4_linear_w4a4(x, operand))
-    assert kernels.columns_per_tile(2048, 512) == 256
+    assert same_bytes(y, kernels.nvfp4_linear_w4a4_invariant(x, operand))
 
 
 def test_the_proof_accepts_the_kernels_and_finds_a_wrong_layout(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,10 @@ class Registry(Mapping[str, Kernel]):
 KERNELS = Registry(
     {
         "ref.nvfp4_linear": "ref.linear:nvfp4_linear",
+        "triton.nvfp4_linear_w4a4_sm100": "triton.w4a4_sm100:nvfp4_linear_w4a4",
+        "triton.nvfp4_linear_w4a4_sm100_invariant": "triton.w4a4_sm100:nvfp4_linear_w4a4_invariant",
+        "triton.nvfp4_moe_w4a4_sm100": "triton.w4a4_sm100:nvfp4_moe_w4a4",
+        "triton.nvfp4_moe_w4a4_sm100_invariant": "triton.w4a4_sm100:nvfp4_moe_w4a4_invariant",
         "ref.fp8_linear": "ref.linear:fp8_linear",
         "torch.plain_linear": "cublas:plain_linear",
         "ref.plain_linear": "ref.linear:plain_linear",

@@ -41,7 +41,36 @@ _BF16 = ("bfloat16",)
 _FLOATS = ("bfloat16", "float32")
 _TRITON = ("triton",)
 
+_NOT_RUN = "compiled and interpreted, never run on a device: compared with its torch twin when it is loaded"
+
 CATALOGUE = (
+    KernelSpec(
+        "triton.nvfp4_linear_w4a4_sm100",
+        OpKind.LINEAR,
+        (NVFP4,),
+        "Nvfp4LinearW4A4",
+        "scales_128x4",
+        f"W4A4: activations quantised with the checkpoint's input_scale, block-scaled tensor cores; {_NOT_RUN}",
+        min_sm=100,
+        end_sm=104,
+        dim_multiple=64,
+        activations=_BF16,
+        packages=_TRITON,
+    ),
+    KernelSpec(
+        "triton.nvfp4_linear_w4a4_sm100_invariant",
+        OpKind.LINEAR,
+        (NVFP4,),
+        "Nvfp4LinearW4A4",
+        "scales_128x4",
+        f"as triton.nvfp4_linear_w4a4_sm100, with one width of tiles; {_NOT_RUN}",
+        min_sm=100,
+        end_sm=104,
+        dim_multiple=64,
+        activations=_BF16,
+        is_batch_invariant=True,
+        packages=_TRITON,
+    ),
     KernelSpec(
         "ref.nvfp4_linear",
         OpKind.LINEAR,
@@ -114,6 +143,33 @@ CATALOGUE = (
         "GroupedLinear",
         "dequantized",
         "FP8 on disk, decoded at load as DeepSeek's own conversion does: to BF16 (exact) for E8M0 scales, else FP32",
+    ),
+    KernelSpec(
+        "triton.nvfp4_moe_w4a4_sm100",
+        OpKind.MOE,
+        (NVFP4,),
+        "Nvfp4MoEW4A4",
+        "scales_128x4",
+        f"W4A4 per expert, SwiGLU and its quantisation inside the first product; {_NOT_RUN}",
+        min_sm=100,
+        end_sm=104,
+        dim_multiple=128,
+        activations=_BF16,
+        packages=_TRITON,
+    ),
+    KernelSpec(
+        "triton.nvfp4_moe_w4a4_sm100_invariant",
+        OpKind.MOE,
+        (NVFP4,),
+        "Nvfp4MoEW4A4",
+        "scales_128x4",
+        f"as triton.nvfp4_moe_w4a4_sm100, with one width of tiles; {_NOT_RUN}",
+        min_sm=100,
+        end_sm=104,
+        dim_multiple=128,
+        activations=_BF16,
+        is_batch_invariant=True,
+        packages=_TRITON,
     ),
     KernelSpec(
         "ref.nvfp4_moe",

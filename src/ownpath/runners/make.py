@@ -13,6 +13,7 @@ from ownpath.plan.plan import Plan, PlannedOp
 from ownpath.qtensor import QuantTensor
 from ownpath.runners.linear import ConcatLinear, Fp8Linear, GroupedLinear, Nvfp4Linear, PlainLinear, WideLinear
 from ownpath.runners.moe import Nvfp4MoE
+from ownpath.runners.w4a4 import Nvfp4LinearW4A4, Nvfp4MoEW4A4
 from ownpath.weights.operands import Operand
 
 Runner = Callable[..., Any]
@@ -52,6 +53,15 @@ def make_runner(op: PlannedOp, operand: Operand, config: ModelConfig) -> Any:
         return Nvfp4MoE(**tensors, swiglu_limit=config.swiglu_limit, kernel=kernel)
     if op.choice.kernel.runner == "Nvfp4Linear":
         return Nvfp4Linear(buffers["weight"], buffers["weight_scale"], buffers["weight_scale_2"], kernel=kernel)
+    if op.choice.kernel.runner == "Nvfp4MoEW4A4":
+        w13, w2 = (
+            [buffers[f"{name}{part}"][0] for part in ("", "_scale", "_scale_2", "_input_scale")]
+            for name in ("w13", "w2")
+        )
+        return Nvfp4MoEW4A4(w13, w2, config.swiglu_limit, kernel=kernel)
+    if op.choice.kernel.runner == "Nvfp4LinearW4A4":
+        parts = (buffers[name] for name in ("weight", "weight_scale", "weight_scale_2", "input_scale"))
+        return Nvfp4LinearW4A4(*parts, kernel=kernel)
     if op.choice.kernel.runner == "Fp8Linear":
         return Fp8Linear(buffers["weight"], buffers["scale"], kernel=kernel)
     if op.choice.kernel.runner == "GroupedLinear":

@@ -4,7 +4,8 @@
 quantise into sorted rows, gate_up with SwiGLU and quantisation, down, combine (6 launches, whatever the routing).
 Nothing is read back to the host and no launch depends on data, so that a CUDA graph can capture both; the grid of the
 grouped products is the bound over all routings, its unused tiles end at once. Every sum has one order: the result is
-the same bits on repetition, and a token's row does not depend on the other tokens.
+the same bits on repetition. A row's arithmetic does not depend on the other rows; only the width of the tiles follows
+their number, and the ``_invariant`` calls fix that too.
 
 Why it is fast, and the rooflines: in the kernels' modules. Tiles are chosen by arithmetic, not by measurement: 128
 columns while the weight's bytes bound a product, 256 from 2048 rows on, where the activations' traffic would.
@@ -26,6 +27,7 @@ from ownpath.kernels.triton.route_sm100 import combine_kernel, count_kernel, num
 from ownpath.kernels.w4a4_operands import W4A4LinearOperand, W4A4MoeOperand, boxed_shape
 
 ROW_TILE = 128
+NARROW, WIDE, WIDE_FROM_ROWS = 128, 256, 2048
 BLOCK_K = 256
 STAGES = 3
 QUANTIZE_ROWS, QUANTIZE_COLUMNS = 8, 512
@@ -37,13 +39,21 @@ def nvfp4_linear_w4a4(x_MK: torch.Tensor, operand: W4A4LinearOperand) -> torch.T
 
     Errors: ValueError for another dtype, width, stride or device than the operand's, or a device without tcgen05.
     """
+    return _linear(x_MK, operand, columns_per_tile(len(x_MK), operand.shape[0]))
+
+
+def nvfp4_linear_w4a4_invariant(x_MK: torch.Tensor, operand: W4A4LinearOperand) -> torch.Tensor:
+    """As ``nvfp4_linear_w4a4``, with the same tiles for every number of rows."""
+    return _linear(x_MK, operand, NARROW)
+
+
+def _linear(x_MK: torch.Tensor, operand: W4A4LinearOperand, columns: int) -> torch.Tensor:
     n, k = operand.shape
-    num_rows = x_MK.shape[0]
     _check_input(x_MK, k, operand.codes.device)
-    y = torch.empty((num_rows, n), dtype=torch.bfloat16, device=x_MK.device)
-    if num_rows:
+    y = torch.empty((len(x_MK), n), dtype=torch.bfloat16, device=x_MK.device)
+    if len(x_MK):
         codes, scale = quantize_activation(x_MK, operand.input_scale)
-        _product(codes, scale, operand.codes, operand.scale, y, operand.alpha)
+        _product(codes, scale, operand.codes, operand.scale, y, operand.alpha, columns)
     return y
 
 
@@ -84,6 +94,24 @@ def nvfp4_moe_w4a4(
         [T, K]; y bfloat16 [T, D].
     Errors: ValueError for another dtype, shape, stride or device, or a device without tcgen05.
     """
+    num_rows = ROW_TILE * num_tiles_bound(topk_ids_TK.numel(), operand.num_experts, ROW_TILE)
+    return _moe(x_TD, topk_ids_TK, topk_weights_TK, operand, columns_per_tile(num_rows, operand.hidden_size))
+
+
+def nvfp4_moe_w4a4_invariant(
+    x_TD: torch.Tensor, topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor, operand: W4A4MoeOperand
+) -> torch.Tensor:
+    """As ``nvfp4_moe_w4a4``, with the same tiles for every number of tokens."""
+    return _moe(x_TD, topk_ids_TK, topk_weights_TK, operand, NARROW)
+
+
+def _moe(
+    x_TD: torch.Tensor,
+    topk_ids_TK: torch.Tensor,
+    topk_weights_TK: torch.Tensor,
+    operand: W4A4MoeOperand,
+    columns: int,
+) -> torch.Tensor:
     _check_input(x_TD, operand.hidden_size, operand.w13.device)
     routed = (len(x_TD), topk_ids_TK.shape[-1])
     check("topk_ids", topk_ids_TK, (torch.int32, torch.int64), routed, x_TD.device)
@@ -94,7 +122,7 @@ def nvfp4_moe_w4a4(
     pair_of_row, row_of_pair, expert_of_tile = place_pairs(topk_ids_TK, operand.num_experts)
     h_codes, h_scale = _expert_hidden(x_TD, routed[1], pair_of_row, expert_of_tile, operand)
     out = torch.empty((len(pair_of_row), operand.hidden_size), dtype=torch.bfloat16, device=x_TD.device)
-    _product(h_codes, h_scale, operand.w2, operand.w2_scale, out, operand.w2_alpha, expert_of_tile)
+    _product(h_codes, h_scale, operand.w2, operand.w2_scale, out, operand.w2_alpha, columns, expert_of_tile)
     grid = (len(x_TD), triton.cdiv(operand.hidden_size, CHUNK))
     combine_kernel[grid](
         out,
@@ -134,7 +162,7 @@ def place_pairs(topk_ids_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tens
 
 def columns_per_tile(num_rows: int, n: int) -> int:
     """Columns of y that one program owns: more of them share the rows' traffic when there are many rows."""
-    return 256 if num_rows >= 2048 and n % 256 == 0 else 128
+    return WIDE if num_rows >= WIDE_FROM_ROWS and n % WIDE == 0 else NARROW
 
 
 def _expert_hidden(
@@ -192,12 +220,12 @@ def _product(
     w_scale: torch.Tensor,
     y: torch.Tensor,
     alpha: torch.Tensor,
+    block_n: int,
     expert_of_tile: torch.Tensor | None = None,
 ) -> None:
     """Writes y [M, N]; with ``expert_of_tile`` the weights are those of each row tile's expert."""
     num_rows, n = y.shape
     num_tiles = triton.cdiv(num_rows, ROW_TILE)
-    block_n = columns_per_tile(num_rows, n)
     gemm_w4a4_kernel[(num_tiles * triton.cdiv(n, block_n),)](
         _code_box(codes, ROW_TILE),
         _scale_box(scale, ROW_TILE),
@@ -212,7 +240,7 @@ def _product(
         BK=BLOCK_K,
         STAGES=STAGES,
         EXPERTS=expert_of_tile is not None,
-        num_warps=8 if block_n == 256 else 4,
+        num_warps=8 if block_n == WIDE else 4,
         enable_fp_fusion=False,
     )
 

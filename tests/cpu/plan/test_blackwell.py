@@ -1,0 +1,102 @@
+"""What a plan says on Blackwell: the W4A4 kernels by name, and that no device has run them; nowhere else."""
+
+import pytest
+import torch
+
+from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.config import ModelConfig
+from ownpath.formats import NVFP4
+from ownpath.kernels.w4a4_operands import W4A4LinearOperand, W4A4MoeOperand
+from ownpath.loading import default_model_dir
+from ownpath.plan.opspec import OpKind
+from ownpath.plan.plan import Plan, make_plan
+from ownpath.plan.select import Caps, Choice, Demands, select
+from ownpath.plan.show import plan_text
+from ownpath.runners import make
+from ownpath.weights.load import load_weights
+
+TRITON = frozenset({"triton"})
+B200 = Caps("cuda", "NVIDIA B200", 100, TRITON)
+BF16 = Demands("bfloat16")
+LINEAR, MOE = "triton.nvfp4_linear_w4a4_sm100", "triton.nvfp4_moe_w4a4_sm100"
+
+
+def chosen(kind: OpKind, caps: Caps, demands: Demands = BF16, dims: tuple[int, ...] = (4096, 2048)) -> str:
+    choice = select(kind, NVFP4, caps, demands=demands, dims=dims)
+    assert isinstance(choice, Choice)
+    return choice.kernel.name
+
+
+def plan_on(caps: Caps) -> Plan:
+    folder = default_model_dir()
+    config = ModelConfig.from_file(folder / "config.json")
+    return make_plan(config, CheckpointIndex.open(folder), caps, BF16)
+
+
+def test_the_plan_of_a_blackwell_device_names_them_and_says_that_they_never_ran() -> None:
+    text = plan_text(plan_on(B200))
+    for name in (LINEAR, MOE):
+        reason = next(line for line in text.splitlines() if f"{name} on NVFP4:" in line)
+        assert "W4A4" in reason
+        assert "never run on a device" in reason
+
+
+@pytest.mark.parametrize(
+    "caps",
+    [
+        Caps("cpu", "CPU", None, TRITON),
+        Caps("cuda", "H200", 90, TRITON),
+        Caps("cuda", "RTX PRO 6000 Blackwell", 120, TRITON),  # FP4, but by another instruction: Triton would spill
+        Caps("cuda", "Thor", 110, TRITON),
+        Caps("cuda", "B200 without Triton", 100),
+    ],
+    ids=lambda caps: caps.name,
+)
+def test_no_other_device_gets_them(caps: Caps) -> None:
+    assert chosen(OpKind.LINEAR, caps) != LINEAR
+    assert chosen(OpKind.MOE, caps) != MOE
+
+
+def test_what_they_do_not_promise_is_not_asked_of_them() -> None:
+    assert chosen(OpKind.LINEAR, B200) == LINEAR
+    assert chosen(OpKind.MOE, Caps("cuda", "B300", 103, TRITON)) == MOE
+    assert chosen(OpKind.LINEAR, B200, Demands("float32")) != LINEAR
+    for kind, name in ((OpKind.LINEAR, LINEAR), (OpKind.MOE, MOE)):
+        assert chosen(kind, B200, Demands("bfloat16", is_batch_invariant=True)) == f"{name}_invariant"
+    assert chosen(OpKind.MOE, B200, dims=(4096, 2048 + 64)) != MOE
+    assert chosen(OpKind.LINEAR, B200, dims=(4096, 2048 + 32)) != LINEAR
+
+
+def test_the_runners_get_the_checkpoints_own_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded model's full NVFP4 layers through plan, loader and runners, with kernels that look at operands."""
+    seen: list[W4A4LinearOperand | W4A4MoeOperand] = []
+
+    def linear(x: torch.Tensor, operand: W4A4LinearOperand) -> torch.Tensor:
+        seen.append(operand)
+        return x.new_zeros(len(x), operand.shape[0])
+
+    def moe(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, operand: W4A4MoeOperand) -> torch.Tensor:
+        seen.append(operand)
+        return torch.zeros_like(x)
+
+    plan = plan_on(B200)
+    monkeypatch.setattr(
+        make, "KERNELS", dict.fromkeys({op.choice.kernel.name for op in plan.ops}) | {LINEAR: linear, MOE: moe}
+    )
+    weights = load_weights(plan, CheckpointIndex.open(default_model_dir()), torch.device("cpu"))
+    for op, operand in zip(plan.ops, weights.operands, strict=True):
+        runner = make.make_runner(op, operand, plan.config)
+        buffers = {name: parts[0] for name, parts in operand.buffers.items()}
+        x = torch.zeros(2, op.spec.shape[1], dtype=torch.bfloat16)
+        if op.choice.kernel.name == LINEAR:
+            assert runner(x).shape == (2, op.spec.shape[0])
+            held = seen.pop()
+            assert isinstance(held, W4A4LinearOperand)
+            assert held.input_scale == buffers["input_scale"].max()
+            assert torch.equal(held.alpha, held.input_scale * buffers["weight_scale_2"])
+        elif op.choice.kernel.name == MOE:
+            runner(x, torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 2))
+            held_experts = seen.pop()
+            assert isinstance(held_experts, W4A4MoeOperand)
+            assert torch.equal(held_experts.w13_input_scale, buffers["w13_input_scale"].amax(dim=1))
+            assert torch.equal(held_experts.w2_alpha, buffers["w2_input_scale"] * buffers["w2_scale_2"])
