@@ -34,6 +34,7 @@ KERNELS = Registry(
         "triton.nvfp4_moe_w4a4_sm100_invariant": "triton.w4a4_sm100:nvfp4_moe_w4a4_invariant",
         "ref.fp8_linear": "ref.linear:fp8_linear",
         "torch.plain_linear": "cublas:plain_linear",
+        "triton.plain_linear_invariant": "triton.plain:plain_linear_invariant",
         "ref.plain_linear": "ref.linear:plain_linear",
         "ref.grouped_linear": "ref.small:rope_grouped_linear",
         "ref.nvfp4_moe": "ref.moe:nvfp4_moe",
