@@ -1,6 +1,7 @@
 """From a model folder to a running model: headers, plan, weights, runners, model, in that order."""
 
 import os
+import re
 from dataclasses import replace
 from importlib.resources import files
 from importlib.util import find_spec
@@ -48,17 +49,28 @@ def device_caps(device: str) -> Caps:
     if not torch.cuda.is_available():
         raise ValueError(f"device {device!r}: torch sees no CUDA device here")
     major, minor = torch.cuda.get_device_capability(parsed)
-    packages = frozenset(name for name in ("triton",) if find_spec(name) is not None)
-    return Caps("cuda", torch.cuda.get_device_name(parsed), 10 * major + minor, packages)
+    return Caps("cuda", torch.cuda.get_device_name(parsed), 10 * major + minor, _packages())
+
+
+def planned_caps(device: str) -> Caps:
+    """What ``device`` is, or, for ``sm_100`` and the like, a GPU that need not be here. Errors: as ``device_caps``."""
+    named = re.fullmatch(r"sm_(\d{2,3})", device)
+    return device_caps(device) if named is None else Caps("cuda", device, int(named[1]), _packages())
+
+
+def _packages() -> frozenset[str]:
+    """The kernel toolchains that can be imported here."""
+    return frozenset(name for name in ("triton",) if find_spec(name) is not None)
 
 
 def plan_model(folder: Path, device: str, *, batch_invariant: bool = False) -> Plan:
     """The plan of the checkpoint in ``folder`` with a device's default engine configuration, from headers alone.
 
+    device: a torch device, or ``sm_100`` and the like for a GPU that need not be here.
     Errors: as ``make_plan`` and ``ModelConfig``.
     """
-    caps = device_caps(device)  # says what is wrong with the device's name before torch does
-    engine_config = replace(EngineConfig.for_device(device), is_batch_invariant=batch_invariant)
+    caps = planned_caps(device)  # says what is wrong with the device's name before torch does
+    engine_config = replace(EngineConfig.for_device(caps.device_type), is_batch_invariant=batch_invariant)
     return _plan_and_index(folder, engine_config, caps)[0]
 
 

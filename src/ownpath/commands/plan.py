@@ -1,4 +1,7 @@
-"""Print, for every product of the model, how it is stored and which runner and kernel compute it, and why."""
+"""Print, for every product of the model, how it is stored and which runner and kernel compute it, and why.
+
+A GPU that is not here is named by its compute capability: --device sm_90 or --device sm_100.
+"""
 
 import argparse
 import json

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.cli import main
 from ownpath.config import ModelConfig
 from ownpath.formats import NVFP4
 from ownpath.kernels.w4a4_operands import W4A4LinearOperand, W4A4MoeOperand
@@ -39,6 +40,17 @@ def test_the_plan_of_a_blackwell_device_names_them_and_says_that_they_never_ran(
         reason = next(line for line in text.splitlines() if f"{name} on NVFP4:" in line)
         assert "W4A4" in reason
         assert "never run on a device" in reason
+
+
+def test_the_command_plans_for_a_device_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--device", "sm_100"]) == 0
+    text = capsys.readouterr().out
+    assert LINEAR in text
+    assert MOE in text
+    assert "device: sm_100" in text
+    assert main(["plan", "--device", "sm_90"]) == 0
+    assert "W4A4" not in capsys.readouterr().out
+    assert main(["plan", "--device", "sm_"]) == 2
 
 
 @pytest.mark.parametrize(
