@@ -7,10 +7,6 @@ from ownpath.bench.routing import Routing
 from ownpath.kernels.ref.linear import fp8_linear, nvfp4_linear
 from ownpath.kernels.ref.moe import nvfp4_moe
 
-MAX_REL_L2 = 1e-2
-"""Beyond this a contender computes something else: bfloat16 rounding of the output and of what passes between an MoE's
-two products gives 2e-3 to 3e-3, and storing weights in bfloat16 or rounding scales adds less than as much again."""
-
 NUM_SAMPLED = 8
 """Rows compared with float64; every row must be finite."""
 

@@ -27,11 +27,21 @@ class Missing:
     reason: str
 
 
+W4A16_MAX_REL_L2 = 1e-2
+"""Beyond this a contender that keeps bfloat16 activations computes something else: bfloat16 rounding of the output and
+of what passes between an MoE's two products gives 2e-3 to 3e-3, and a peer that rounds scales stays below 6e-3."""
+
+W8A8_MAX_REL_L2 = 5e-2
+"""Activations in E4M3: an error of at most 2^-4, 2.6e-2 in the quadratic mean of random ones, with half as much again
+for the rounding of weights that a peer may do."""
+
+
 class Contender(Protocol):
-    """Imports nothing of its system until it is asked to prepare."""
+    """Imports nothing of its system until it is asked to prepare. max_rel_l2: a larger error marks a row as wrong."""
 
     name: str
     is_peer: bool
+    max_rel_l2: float
 
     def missing(self, device: str) -> Missing | None:
         """Why it cannot run here, or None if it can."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ownpath.bench.check import MAX_REL_L2, poison, rel_l2
+from ownpath.bench.check import poison, rel_l2
 from ownpath.bench.contender import Contender
 from ownpath.bench.floor import H200, Ceilings
 from ownpath.bench.row import Case, Row, Status
@@ -55,8 +55,8 @@ def measure(case: Case, contender: Contender, make_round: Callable[[], Round], t
         timing = timer.time(around.calls)
     except Exception as failure:  # a contender's failure is a result, shown in the table
         return without_time(case, contender, "failed", describe(failure))
-    if not error <= MAX_REL_L2:  # NaN too
-        why = f"relative L2 {error:.1e} from float64, more than {MAX_REL_L2}"
+    if not error <= contender.max_rel_l2:  # NaN too
+        why = f"relative L2 {error:.1e} from float64, more than {contender.max_rel_l2}"
         return Row(case, contender.name, contender.is_peer, "wrong", why, timing, error)
     return Row(case, contender.name, contender.is_peer, "ok", "", timing, error)
 

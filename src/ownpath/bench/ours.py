@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ownpath.bench.contender import SWIGLU_LIMIT, LinearCall, Missing, MoeCall
+from ownpath.bench.contender import SWIGLU_LIMIT, W4A16_MAX_REL_L2, W8A8_MAX_REL_L2, LinearCall, Missing, MoeCall
 from ownpath.bench.operands import Fp8Operands, MoeOperands, Nvfp4Operands
 from ownpath.runners import Fp8Linear, Nvfp4Linear, Nvfp4MoE
 
@@ -10,6 +10,7 @@ from ownpath.runners import Fp8Linear, Nvfp4Linear, Nvfp4MoE
 class _Ours:
     name = "ownpath"
     is_peer = False
+    max_rel_l2 = W4A16_MAX_REL_L2
 
     def missing(self, device: str) -> Missing | None:
         """Runs everywhere."""
@@ -35,7 +36,9 @@ class OwnNvfp4Linear(_Ours):
 
 
 class OwnFp8Linear(_Ours):
-    """``ownpath.runners.Fp8Linear``."""
+    """``ownpath.runners.Fp8Linear``: W8A16, or W8A8 for many rows."""
+
+    max_rel_l2 = W8A8_MAX_REL_L2
 
     def prepare(self, operands: Fp8Operands, num_rows: Sequence[int]) -> LinearCall:
         own = operands.clone()

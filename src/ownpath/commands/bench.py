@@ -139,7 +139,7 @@ def _keep(args: argparse.Namespace, settings: "Settings", rows: "list[Row]") -> 
     from ownpath.bench.record import append_lines, provenance, row_dict
 
     if args.out is not None:
-        origin = provenance(args.device, args.commit, _command(), settings.timer.name)
+        origin = provenance(args.device, args.commit, _command(args), settings.timer.name)
         append_lines(args.out, [row_dict(row, args.seed, origin) for row in rows])
     if args.plot is not None:
         plot_rows(rows, _title(args, settings), args.plot)
@@ -152,10 +152,17 @@ def _tune(args: argparse.Namespace) -> int:
 
     timer = choose_timer(args.device)
     family = load_family(args.tune, args.device)
-    origin = provenance(args.device, args.commit, _command(), timer.name)
+    origin = provenance(args.device, args.commit, _command(args), timer.name)
     tune(args.tune, family.candidates, family.run, args.out or family.table, origin)
     return 0
 
 
-def _command() -> str:
-    return shlex.join(["ownpath", *sys.argv[1:]])
+def _command(args: argparse.Namespace) -> str:
+    """What reproduces the rows: where they were written to is nobody's business, and left out."""
+    words = ["ownpath", "bench", args.bench] if args.tune is None else ["ownpath", "bench", "--tune", args.tune]
+    for shape in args.shape:
+        words += ["--shape", shape]
+    for option in ("tokens", "contenders", "device", "seed", "seconds"):
+        if (value := getattr(args, option)) is not None:
+            words += [f"--{option}", str(value)]
+    return shlex.join(words)

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from ownpath.bench.contender import LinearCall, Missing
+from ownpath.bench.contender import W4A16_MAX_REL_L2, LinearCall, Missing
 from ownpath.bench.operands import Fp8Operands, Nvfp4Operands
 from ownpath.bench.peers import missing_package
 from ownpath.numerics import decode_fp8_block, decode_nvfp4_blocks
@@ -15,6 +15,7 @@ from ownpath.numerics import decode_fp8_block, decode_nvfp4_blocks
 class _Cublas:
     name = "cublas bf16"
     is_peer = True
+    max_rel_l2 = W4A16_MAX_REL_L2
 
     def missing(self, device: str) -> Missing | None:
         """Part of torch."""

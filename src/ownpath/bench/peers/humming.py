@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ownpath.bench.contender import SWIGLU_LIMIT, LinearCall, Missing, MoeCall
+from ownpath.bench.contender import SWIGLU_LIMIT, W4A16_MAX_REL_L2, LinearCall, Missing, MoeCall
 from ownpath.bench.operands import MoeOperands, Nvfp4Operands
 from ownpath.bench.peers import missing_package
 
@@ -24,6 +24,7 @@ Tuning = Mapping[str, Any]
 class _Humming:
     name = "humming"
     is_peer = True
+    max_rel_l2 = W4A16_MAX_REL_L2
 
     def missing(self, device: str) -> Missing | None:
         """Needs humming-kernels, and CUDA's headers and NVRTC to compile with."""

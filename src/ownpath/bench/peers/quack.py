@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ownpath.bench.contender import LinearCall, Missing
+from ownpath.bench.contender import W4A16_MAX_REL_L2, LinearCall, Missing
 from ownpath.bench.operands import Nvfp4Operands
 from ownpath.bench.peers import missing_package
 
@@ -14,6 +14,7 @@ class QuackNvfp4:
 
     name = "quack"
     is_peer = True
+    max_rel_l2 = W4A16_MAX_REL_L2
 
     def missing(self, device: str) -> Missing | None:
         """Needs quack-kernels and, below it, the CuTe DSL."""
