@@ -22,7 +22,7 @@ def linear(n: int, k: int) -> W4A4LinearOperand:
 
 
 def moe(num_experts: int, dim: int, inter: int) -> W4A4MoeOperand:
-    """V4's widths; the number of experts is kept small here, except that it decides how many lanes count them."""
+    """V4-Flash's widths, with few experts: their number matters to ``place_pairs`` alone, which gets all 256."""
     gate_up, down = linear(num_experts * 2 * inter, dim), linear(num_experts * dim, inter)
     pair, one = torch.empty(num_experts, 2), torch.empty(num_experts)
     return W4A4MoeOperand(gate_up.codes, gate_up.scale, pair, one, down.codes, down.scale, one, one, 10.0)
@@ -42,6 +42,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
             for ids_dtype in (torch.int32, torch.int64):
                 ids = torch.empty(num_tokens, 6, dtype=ids_dtype)
                 kernels.nvfp4_moe_w4a4(x, ids, torch.empty(num_tokens, 6), operand)
+                kernels.place_pairs(ids, 256)
     folder = tmp_path_factory.mktemp("cubins")
     return [compile_launch(launch, 100, folder) for launch in launches]
 
@@ -56,6 +57,14 @@ def test_every_kernel_of_the_path_is_there(compiled: list[Compiled]) -> None:
     }
     tiles = {dict(one.launch.constants)["BN"] for one in compiled if one.launch.name == "gemm_w4a4_kernel"}
     assert tiles == {128, 256}
+
+
+def test_no_batch_size_compiles_anew(compiled: list[Compiled]) -> None:
+    """From 1 token to 2048: one quantiser for each K and use, one placement for each id type and number of experts."""
+    quantisers = [one for one in compiled if one.launch.name == "quantize_kernel"]
+    assert len(quantisers) == len({k for _, k in FLASH_LINEARS.values()}) + 1
+    assert len([one for one in compiled if one.launch.name == "count_kernel"]) == 2
+    assert len([one for one in compiled if one.launch.name == "place_kernel"]) == 4
 
 
 def test_no_kernel_spills_or_asks_for_more_than_an_sm_has(compiled: list[Compiled]) -> None:

@@ -102,18 +102,18 @@ def _launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launc
     signature, constants, divisible = [], [], []
     for param in kernel.params:
         value = given[param.name]
-        kind = _type(value) if not param.is_constexpr else "constexpr"
+        kind = "constexpr" if param.is_constexpr else _type(value, not param.do_not_specialize)
         signature.append((param.name, kind))
         if kind == "constexpr":
             constants.append((param.name, value))
-        elif kind.startswith("*") or (kind == "i32" and value % 16 == 0):
+        elif kind.startswith("*") or (kind == "i32" and value % 16 == 0 and not param.do_not_specialize):
             divisible.append(param.name)
     return Launch(kernel, tuple(signature), tuple(constants), tuple(divisible), tuple(sorted(options.items())))
 
 
-def _type(value: Any) -> str:
+def _type(value: Any, specialize: bool) -> str:
     """Triton's name of an argument's type; None and 1 are compile-time constants, as in a launch."""
-    if value is None or (type(value) is int and value == 1):
+    if value is None or (specialize and type(value) is int and value == 1):
         return "constexpr"
     if isinstance(value, torch.Tensor):
         assert value.data_ptr() % 16 == 0

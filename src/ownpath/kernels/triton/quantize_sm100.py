@@ -55,7 +55,7 @@ def pack_codes(code, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return (even | (odd << 4)).to(tl.uint8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_choices"])
 def quantize_kernel(
     x_ptr,
     input_scale_ptr,

@@ -19,6 +19,8 @@ Roofline. Placing 8192 x 6 ids reads 256 x 196 KB from L2, about 10 us and indep
 it is a launch's latency. Combining 8192 x 6 rows of 4096 reads 403 MB and writes 67 MB: 59 us at 8 TB/s, the cost of
 writing expert outputs before their sum, which is what keeps the sum deterministic.
 
+Numbers that follow the batch are not specialised (``do_not_specialize``), so that no batch size compiles anew.
+
 Limits: E at most 1024; ids int32 or int64. Compiled for sm_100a and interpreted on a CPU; never run on a device.
 """
 
@@ -32,7 +34,7 @@ def num_tiles_bound(num_pairs: int, num_experts: int, tile: int = 128) -> int:
     return used + (num_pairs - used) // tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def count_kernel(ids_ptr, count_ptr, num_pairs, CHUNK: tl.constexpr):
     """count[e] = pairs of expert e; the grid is E."""
     expert = tl.program_id(0)
@@ -43,7 +45,7 @@ def count_kernel(ids_ptr, count_ptr, num_pairs, CHUNK: tl.constexpr):
     tl.store(count_ptr + expert, tl.sum(total, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
 def place_kernel(
     ids_ptr,
     count_ptr,
