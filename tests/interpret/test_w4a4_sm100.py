@@ -29,6 +29,8 @@ LIMIT = 2.0  # low enough that random gates and ups pass it
 def unwritten_memory_is_nan() -> Iterator[None]:
     """torch.empty returns NaN, or the largest integer, under this mode: a byte nobody writes shows."""
     torch.use_deterministic_algorithms(True)
+    assert bool(torch.isnan(torch.empty(8)).all())
+    assert bool((torch.empty(8, dtype=torch.uint8) == 255).all())
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -96,6 +98,21 @@ def test_linear_is_the_twin_within_bf16_rounding(num_rows: int, n: int, k: int) 
     assert bool(torch.isfinite(y).all())
     assert bool(((y.double() - exact).abs() <= bound).all())
     assert bool((y != 0).any())
+
+
+@pytest.mark.parametrize("amplitude", [1e-4, 1.0, 1e4])
+def test_linear_with_every_code_and_every_scale(amplitude: float) -> None:
+    """Random bytes as codes; block scales over all of E4M3, zero and 448 included."""
+    n, k = 128, 128
+    x = (torch.randn(3, k, generator=generator(15)) * amplitude).to(torch.bfloat16)
+    qdata = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, generator=generator(16))
+    scale = (torch.arange(n * k // 16, dtype=torch.int64) % 127).to(torch.uint8).view(n, k // 16)
+    scale = scale.view(torch.float8_e4m3fn)
+    global_scale, input_scale = torch.full((n,), 1e-3), nvfp4_global_scale(x)
+    y = kernels.nvfp4_linear_w4a4(x, linear_operand(qdata, scale, global_scale, input_scale))
+    exact = ref.nvfp4_linear_w4a4(x.double(), input_scale, qdata, scale, global_scale)
+    bound = sum_bound(x, input_scale, qdata, scale, input_scale * global_scale) + BF16_HALF_ULP * exact.abs()
+    assert bool(((y.double() - exact).abs() <= bound).all())
 
 
 def experts(num_experts: int, dim: int, inter: int) -> tuple[ref.W4A4Weight, ref.W4A4Weight]:
