@@ -187,8 +187,9 @@ def judge_hyper(result: hyper.HyperOut, inputs: Inputs) -> None:
     if mix is None:
         assert torch.equal(result.x_TSD, x_TSD)
     else:
-        expected = hyper.hyper_post(x_TSD.double(), y_TD.double(), hyper.Mix(mix.post_TS.double(), mix.comb_TSS.double()))
-        terms = hyper.hyper_post(x_TSD.double().abs(), y_TD.double().abs(), hyper.Mix(mix.post_TS.double(), mix.comb_TSS.double()))
+        wide_mix = hyper.Mix(mix.post_TS.double(), mix.comb_TSS.double())  # not negative
+        expected = hyper.hyper_post(x_TSD.double(), y_TD.double(), wide_mix)
+        terms = hyper.hyper_post(x_TSD.double().abs(), y_TD.double().abs(), wide_mix)
         _within("x", result.x_TSD, expected, BF16 * expected.abs() + 8 * F32 * terms)
     wide = _wide(weights)
     found = hyper.hyper_boundary(new_TSD, None, None, wide)
@@ -217,7 +218,8 @@ def judge_router(result: tuple[torch.Tensor, torch.Tensor], inputs: Inputs) -> N
         assert (ids_TK.sort(dim=1).values.diff(dim=1) > 0).all(), "an expert was chosen twice"
         ranks_TE = scores_TE + bias_E
         best_TK = ranks_TE.sort(dim=1, descending=True).values[:, :k]
-        _within("rank", ranks_TE.gather(1, ids_TK), best_TK, 16 * F32 * ranks_TE.abs().amax(1, keepdim=True) + 0 * best_TK)
+        rounding = 16 * F32 * ranks_TE.abs().amax(1, keepdim=True)
+        _within("rank", ranks_TE.gather(1, ids_TK), best_TK, rounding.expand_as(best_TK))
     chosen_TK = scores_TE.gather(1, ids_TK)
     expected = chosen_TK / chosen_TK.sum(1, keepdim=True) * factor
     _within("weights", weights_TK, expected, 64 * F32 * expected)

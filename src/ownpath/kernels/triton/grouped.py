@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ownpath.kernels.triton.checks import check, check_rank
 
@@ -28,7 +29,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 @dataclass(frozen=True)
 class Tiles:
-    """Rows of W, tokens and channels per step of a program, pipeline depth, warps."""
+    """Rows of W, tokens and channels per step of a program; pipeline depth and warps."""
 
     rows: int
     tokens: int
@@ -37,25 +38,32 @@ class Tiles:
     num_warps: int
 
 
-def choose_tiles(num_tokens: int, num_rows: int) -> Tiles:
-    """Tiles by token count. Measured on an H200 at V4-Flash's shape."""
-    if num_tokens <= 16:
-        return Tiles(64, 16, 64, 8, 4)
-    if num_tokens <= 32:
-        return Tiles(64, 32, 64, 8, 4)
+def choose_tiles(num_tokens: int, num_rows: int, head_dim: int) -> Tiles:
+    """Tiles by token count, measured on an H200 at V4-Flash's shape."""
     if num_tokens <= 64:
-        return Tiles(64, 64, 64, 6, 4)
-    if num_rows % 128:
-        return Tiles(64, 128, 64, 4, 4)
-    return Tiles(128, 128, 64, 4, 8)
+        channels = 64 if head_dim % 128 else 128
+        if num_tokens <= 16:
+            return Tiles(64, 16, channels, 5, 4)
+        return Tiles(64, 32 if num_tokens <= 32 else 64, channels, 4, 4)
+    if num_tokens <= 256 or num_rows % 128:
+        return Tiles(64, 128, 64, 6, 4)
+    return Tiles(128, 256, 64, 3, 8)
+
+
+@triton.jit
+def _turn_back(u, cos, sin, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Pairs of channels [TOKENS, CHANNELS] turned by the negative angle, rounded once."""
+    even, odd = tl.split(tl.reshape(u.to(tl.float32), (TOKENS, CHANNELS // 2, 2)))
+    turned = tl.join(even * cos + odd * sin, odd * cos - even * sin)
+    return tl.reshape(turned, (TOKENS, CHANNELS)).to(tl.bfloat16)
 
 
 @triton.jit
 def rope_grouped_kernel(
-    o_ptr,
+    o_desc,
+    w_desc,
     cos_ptr,
     sin_ptr,
-    weight_ptr,
     y_ptr,
     num_tokens,
     num_groups,
@@ -68,41 +76,33 @@ def rope_grouped_kernel(
     CHANNELS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """ROWS outputs of one group for TOKENS tokens. num_heads: heads per group."""
-    g = tl.program_id(1)
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    t = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
-    c = tl.arange(0, CHANNELS)
-    in_t = (t < num_tokens)[None, :]
-    width = num_heads * H
-    w_row = weight_ptr + (g * num_rows + r).to(tl.int64)[:, None] * width + c[None, :]
-    o_row = o_ptr + (t.to(tl.int64) * num_groups + g)[None, :] * width
-    acc = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+    """ROWS outputs of one group for TOKENS tokens. num_heads: heads per group; o is [T, G*I], w [G*R, I]."""
+    g = tl.program_id(2)
+    first_row, first_token = tl.program_id(0) * ROWS, tl.program_id(1) * TOKENS
+    t, pair = first_token + tl.arange(0, TOKENS), tl.arange(0, CHANNELS // 2)
+    in_t = t < num_tokens
+    w_row, o_column = g * num_rows + first_row, g * num_heads * H
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    # The rotary ends of the heads first, then everything else: each loop keeps one kind of load in its pipeline.
-    first: tl.constexpr = CHANNELS - 2 * A
-    angle = tl.maximum(c - first, 0) // 2
-    turns = (c >= first)[:, None] & in_t
-    angle_at = t.to(tl.int64)[None, :] * A + angle[:, None]
+    # Pairs before the rotary ones turn by nothing: cos 1, sin 0.
+    angle = pair - (CHANNELS // 2 - A)
+    angle_at, turns = t.to(tl.int64)[:, None] * A + angle[None, :], (angle >= 0)[None, :] & in_t[:, None]
     cos = tl.load(cos_ptr + angle_at, mask=turns, other=1.0)
     sin = tl.load(sin_ptr + angle_at, mask=turns, other=0.0)
-    sin = tl.where((c % 2 == 0)[:, None], sin, -sin)
+    acc = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+    # The rotary ends of the heads first, then everything else: each loop keeps one kind of step in its pipeline.
     for head in range(num_heads):
         k = head * H + H - CHANNELS
-        w = tl.load(w_row + k)
-        u = tl.load(o_row + (k + c)[:, None], mask=in_t, other=0.0).to(tl.float32)
-        partner = tl.load(o_row + (k + (c ^ 1))[:, None], mask=in_t, other=0.0).to(tl.float32)
-        acc = tl.dot(w, (u * cos + partner * sin).to(tl.bfloat16), acc)
+        u = _turn_back(o_desc.load([first_token, o_column + k]), cos, sin, TOKENS, CHANNELS)
+        acc = tl.dot(w_desc.load([w_row, k]), u.T, acc)
     plain: tl.constexpr = H // CHANNELS - 1
     for step in range(num_heads * plain):
         k = (step // plain) * H + (step % plain) * CHANNELS
-        w = tl.load(w_row + k)
-        u = tl.load(o_row + (k + c)[:, None], mask=in_t, other=0.0)
-        acc = tl.dot(w, u, acc)
-    y_at = y_ptr + ((t.to(tl.int64) * num_groups + g) * num_rows)[None, :] + r[:, None]
-    tl.store(y_at, acc.to(tl.bfloat16), mask=in_t)
+        acc = tl.dot(w_desc.load([w_row, k]), o_desc.load([first_token, o_column + k]).T, acc)
+    r = first_row + tl.arange(0, ROWS)
+    y_row = y_ptr + (t.to(tl.int64) * num_groups + g) * num_rows
+    tl.store(y_row[None, :] + r[:, None], acc.to(tl.bfloat16), mask=in_t[None, :])
 
 
 def _check(
@@ -144,13 +144,16 @@ def rope_grouped_linear(
         out = o_TNH.new_empty(num_tokens, num_groups, num_rows)
     _check(o_TNH, cos_TA, sin_TA, weight_GRI, out)
     if num_tokens:
-        tiles, pdl = choose_tiles(num_tokens, num_rows), not INTERPRETED
-        grid = (num_rows // tiles.rows, num_groups, triton.cdiv(num_tokens, tiles.tokens))
+        tiles, pdl = choose_tiles(num_tokens, num_rows, head_dim), not INTERPRETED
+        rows_a_token = num_groups * width
+        o_desc = TensorDescriptor(o_TNH, [num_tokens, rows_a_token], [rows_a_token, 1], [tiles.tokens, tiles.channels])
+        w_desc = TensorDescriptor(weight_GRI, [num_groups * num_rows, width], [width, 1], [tiles.rows, tiles.channels])
+        grid = (num_rows // tiles.rows, triton.cdiv(num_tokens, tiles.tokens), num_groups)
         rope_grouped_kernel[grid](
-            o_TNH,
+            o_desc,
+            w_desc,
             cos_TA,
             sin_TA,
-            weight_GRI,
             out,
             num_tokens,
             num_groups,

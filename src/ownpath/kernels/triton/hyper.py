@@ -34,26 +34,35 @@ NUM_STREAMS = 4
 NUM_MIX = (2 + NUM_STREAMS) * NUM_STREAMS
 PART_ROWS = 32
 INTERPRETED = triton.knobs.runtime.interpret
-MIN_DOT_TOKENS = 5
+MIN_DOT_TOKENS = 17
 MANY_TOKENS = 256
+COLLAPSE_WARPS = 4
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the first launch cuts its work: channels per slice, and whether tensor cores add the products."""
+    """How the first launch cuts its work: channels and tokens of a program, and whether tensor cores sum."""
 
     channels: int
+    tokens: int
     use_dot: bool
+    num_warps: int
+    num_stages: int
 
 
-INVARIANT_TILES = Tiles(32, True)
+ONE_TILES = Tiles(32, 1, False, 4, 1)
+FEW_TILES = Tiles(64, 1, False, 4, 1)
+INVARIANT_TILES = Tiles(32, 16, True, 1, 3)
+MANY_TILES = Tiles(128, 16, True, 1, 3)
 
 
 def choose_tiles(num_tokens: int, invariant: bool) -> Tiles:
-    """Tiles by token count; the invariant variant keeps one slicing and one way of summing."""
-    if invariant:
+    """Tiles by token count, measured on an H200; the invariant variant keeps one slicing and one way of summing."""
+    if num_tokens > MANY_TOKENS and not invariant:
+        return MANY_TILES
+    if num_tokens >= MIN_DOT_TOKENS or invariant:
         return INVARIANT_TILES
-    return Tiles(128 if num_tokens > MANY_TOKENS else 32, num_tokens >= MIN_DOT_TOKENS)
+    return ONE_TILES if num_tokens == 1 else FEW_TILES
 
 
 @triton.jit
@@ -61,7 +70,7 @@ def _fn_rows(r, NUM_MIX: tl.constexpr):
     """Row of fn for each row of a part, -1 for none. Parts hold pre in 0..3, squares in 4, post 8..11, comb 12..27."""
     if NUM_MIX == 24:
         return tl.where(r < 4, r, tl.where((r >= 8) & (r < 28), r - 4, -1))
-    else:
+    else:  # noqa: RET505 (one of the two branches is compiled)
         return tl.where(r < 4, r, -1)
 
 
@@ -77,7 +86,7 @@ def _new_stream(x0, x1, x2, x3, y, post, comb, t, in_t, k, HAS_POST: tl.constexp
         mixed = c0[:, None] * x0.to(tl.float32) + c1[:, None] * x1.to(tl.float32)
         mixed += c2[:, None] * x2.to(tl.float32) + c3[:, None] * x3.to(tl.float32)
         return (p[:, None] * y.to(tl.float32) + mixed).to(tl.bfloat16)
-    else:
+    else:  # noqa: RET505
         return tl.where(k < 2, tl.where(k == 0, x0, x1), tl.where(k == 2, x2, x3))
 
 
@@ -90,18 +99,18 @@ def spread_few(
     fn_ptr,
     new_ptr,
     part_ptr,
+    num_tokens,
     D,
     num_slices,
     HAS_POST: tl.constexpr,
     NUM_MIX: tl.constexpr,
+    TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One token, one slice: new streams, and the slice's part of the mixing logits and of the sum of squares."""
-    t = tl.program_id(1).to(tl.int64) + tl.arange(0, 1)
+    """One slice of TOKENS tokens: new streams, and the slice's part of the logits and of the sum of squares."""
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    r = tl.arange(0, 32)
-    in_t, in_d = t >= 0, d < D
+    r, in_d = tl.arange(0, 32), d < D
     rows = _fn_rows(r, NUM_MIX)
     in_fn = (rows[:, None] >= 0) & in_d[None, :]
     fn_at = fn_ptr + rows[:, None] * (4 * D) + d[None, :]
@@ -109,33 +118,51 @@ def spread_few(
     fn1 = tl.load(fn_at + D, mask=in_fn, other=0.0)
     fn2 = tl.load(fn_at + 2 * D, mask=in_fn, other=0.0)
     fn3 = tl.load(fn_at + 3 * D, mask=in_fn, other=0.0)
+    # Row 4 of a part collects the squares, in the same reduction as the products.
+    is_square = (r == 4)[:, None] & in_d[None, :]
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    inside = in_t[:, None] & in_d[None, :]
-    at = t[:, None] * (4 * D) + d[None, :]
-    x0 = tl.load(x_ptr + at, mask=inside, other=0.0)
-    x1 = tl.load(x_ptr + at + D, mask=inside, other=0.0)
-    x2 = tl.load(x_ptr + at + 2 * D, mask=inside, other=0.0)
-    x3 = tl.load(x_ptr + at + 3 * D, mask=inside, other=0.0)
-    y = x0
-    if HAS_POST:
-        y = tl.load(y_ptr + t[:, None] * D + d[None, :], mask=inside, other=0.0)
-    n0 = _new_stream(x0, x1, x2, x3, y, post_ptr, comb_ptr, t, in_t, 0, HAS_POST)
-    n1 = _new_stream(x0, x1, x2, x3, y, post_ptr, comb_ptr, t, in_t, 1, HAS_POST)
-    n2 = _new_stream(x0, x1, x2, x3, y, post_ptr, comb_ptr, t, in_t, 2, HAS_POST)
-    n3 = _new_stream(x0, x1, x2, x3, y, post_ptr, comb_ptr, t, in_t, 3, HAS_POST)
-    tl.store(new_ptr + at, n0, mask=inside)
-    tl.store(new_ptr + at + D, n1, mask=inside)
-    tl.store(new_ptr + at + 2 * D, n2, mask=inside)
-    tl.store(new_ptr + at + 3 * D, n3, mask=inside)
-    w0, w1, w2, w3 = n0.to(tl.float32), n1.to(tl.float32), n2.to(tl.float32), n3.to(tl.float32)
-    # Row 4 of the part collects the squares, in the same reduction as the products.
-    is_square = (r == 4)[:, None] & in_d[None, :]
-    acc = tl.where(is_square, w0, fn0) * w0 + tl.where(is_square, w1, fn1) * w1
-    acc += tl.where(is_square, w2, fn2) * w2 + tl.where(is_square, w3, fn3) * w3
-    part = part_ptr + (tl.program_id(1).to(tl.int64) * num_slices + tl.program_id(0)) * 32
-    tl.store(part + r, tl.sum(acc, axis=1))
+    for i in tl.static_range(TOKENS):
+        t = tl.program_id(1).to(tl.int64) * TOKENS + i + tl.arange(0, 1)
+        in_t = t < num_tokens
+        inside = in_t[:, None] & in_d[None, :]
+        at = t[:, None] * (4 * D) + d[None, :]
+        x0 = tl.load(x_ptr + at, mask=inside, other=0.0)
+        x1 = tl.load(x_ptr + at + D, mask=inside, other=0.0)
+        x2 = tl.load(x_ptr + at + 2 * D, mask=inside, other=0.0)
+        x3 = tl.load(x_ptr + at + 3 * D, mask=inside, other=0.0)
+        y = x0
+        if HAS_POST:
+            y = tl.load(y_ptr + t[:, None] * D + d[None, :], mask=inside, other=0.0)
+        n0 = _new_stream(x0, x1, x2, x3, y, post_ptr, comb_ptr, t, in_t, 0, HAS_POST)
+        n1 = _new_stream(x0, x1, x2, x3, y, post_ptr, comb_ptr, t, in_t, 1, HAS_POST)
+        n2 = _new_stream(x0, x1, x2, x3, y, post_ptr, comb_ptr, t, in_t, 2, HAS_POST)
+        n3 = _new_stream(x0, x1, x2, x3, y, post_ptr, comb_ptr, t, in_t, 3, HAS_POST)
+        tl.store(new_ptr + at, n0, mask=inside)
+        tl.store(new_ptr + at + D, n1, mask=inside)
+        tl.store(new_ptr + at + 2 * D, n2, mask=inside)
+        tl.store(new_ptr + at + 3 * D, n3, mask=inside)
+        w0, w1, w2, w3 = n0.to(tl.float32), n1.to(tl.float32), n2.to(tl.float32), n3.to(tl.float32)
+        acc = tl.where(is_square, w0, fn0) * w0 + tl.where(is_square, w1, fn1) * w1
+        acc += tl.where(is_square, w2, fn2) * w2 + tl.where(is_square, w3, fn3) * w3
+        token = tl.program_id(1).to(tl.int64) * TOKENS + i
+        part = part_ptr + (token * num_slices + tl.program_id(0)) * 32
+        tl.store(part + r, tl.sum(acc, axis=1), mask=(r < 32) & (token < num_tokens))
+
+
+@triton.jit
+def _add_products(acc, squares, n, fn):
+    """acc + n fnᵀ with fn as three bfloat16 terms, smallest first; squares + n²."""
+    high = fn.to(tl.bfloat16)
+    rest = fn - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    acc = tl.dot(n, tl.trans(low), acc)
+    acc = tl.dot(n, tl.trans(middle), acc)
+    acc = tl.dot(n, tl.trans(high), acc)
+    wide = n.to(tl.float32)
+    return acc, squares + wide * wide
 
 
 @triton.jit
@@ -152,19 +179,20 @@ def spread_many(
     num_slices,
     HAS_POST: tl.constexpr,
     NUM_MIX: tl.constexpr,
+    TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The same for 16 tokens at a time, by one warp: 32 channels and one stream a step, summed by tensor cores."""
-    t = tl.program_id(1).to(tl.int64) * 16 + tl.arange(0, 16)
+    """The same for all TOKENS at a time, by one warp: 32 channels and one stream a step, summed by tensor cores."""
+    t = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     c, r = tl.arange(0, 32), tl.arange(0, 32)
     in_t = t < num_tokens
     rows = _fn_rows(r, NUM_MIX)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    acc = tl.zeros((16, 32), dtype=tl.float32)
-    squares = tl.zeros((16, 32), dtype=tl.float32)
+    acc = tl.zeros((TOKENS, 32), dtype=tl.float32)
+    squares = tl.zeros((TOKENS, 32), dtype=tl.float32)
     for chunk in range(CHANNELS // 32):
         d = tl.program_id(0) * CHANNELS + chunk * 32 + c
         in_d = d < D
@@ -178,19 +206,12 @@ def spread_many(
         y = x0
         if HAS_POST:
             y = tl.load(y_ptr + t[:, None] * D + d[None, :], mask=inside, other=0.0)
+        fn_at = fn_ptr + rows[:, None] * (4 * D) + d[None, :]
         for k in range(4):
-            fn = tl.load(fn_ptr + rows[:, None] * (4 * D) + k * D + d[None, :], mask=in_fn, other=0.0)
+            fn = tl.load(fn_at + k * D, mask=in_fn, other=0.0)
             n = _new_stream(x0, x1, x2, x3, y, post_ptr, comb_ptr, t, in_t, k, HAS_POST)
             tl.store(new_ptr + at + k * D, n, mask=inside)
-            high = fn.to(tl.bfloat16)
-            rest = fn - high.to(tl.float32)
-            middle = rest.to(tl.bfloat16)
-            low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-            acc = tl.dot(n, tl.trans(low), acc)
-            acc = tl.dot(n, tl.trans(middle), acc)
-            acc = tl.dot(n, tl.trans(high), acc)
-            wide = n.to(tl.float32)
-            squares += wide * wide
+            acc, squares = _add_products(acc, squares, n, fn)
     acc = tl.where((r == 4)[None, :], tl.sum(squares, axis=1)[:, None], acc)
     part = part_ptr + (t * num_slices + tl.program_id(0)) * 32
     tl.store(part[:, None] + r[None, :], acc, mask=in_t[:, None])
@@ -233,11 +254,44 @@ def _sum_parts(part, mask, column, WIDTH: tl.constexpr, TOKENS: tl.constexpr, SL
 
 
 @triton.jit
+def _softmax_row(logits, row: tl.constexpr, eps):
+    """Row of [TOKENS, 16], softmaxed, plus eps: four vectors [TOKENS]."""
+    i = tl.arange(0, 16)[None, :]
+    a = tl.sum(tl.where(i == row * 4, logits, 0.0), axis=1)
+    b = tl.sum(tl.where(i == row * 4 + 1, logits, 0.0), axis=1)
+    c = tl.sum(tl.where(i == row * 4 + 2, logits, 0.0), axis=1)
+    d = tl.sum(tl.where(i == row * 4 + 3, logits, 0.0), axis=1)
+    top = tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
+    a, b, c, d = tl.exp(a - top), tl.exp(b - top), tl.exp(c - top), tl.exp(d - top)
+    total = (a + b) + (c + d)
+    return a / total + eps, b / total + eps, c / total + eps, d / total + eps
+
+
+@triton.jit
+def _unit_sum(a, b, c, d, eps, APPROX: tl.constexpr):
+    """The four divided by their sum plus eps."""
+    total = (a + b) + (c + d) + eps
+    if APPROX:  # one instruction, one unit in the last place; the sum is between eps and 5
+        r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [total], tl.float32, is_pure=True, pack=1)
+    else:
+        r = 1.0 / total
+    return a * r, b * r, c * r, d * r
+
+
+@triton.jit
+def _store_row(at, a, b, c, d, in_t):
+    tl.store(at, a, mask=in_t)
+    tl.store(at + 1, b, mask=in_t)
+    tl.store(at + 2, c, mask=in_t)
+    tl.store(at + 3, d, mask=in_t)
+
+
+@triton.jit
 def _sinkhorn(
     part_ptr, base_ptr, scale_ptr, post_ptr, comb_ptr, first, num_tokens, D, num_slices, mix_norm_eps, eps,
-    NUM_ITERS: tl.constexpr, TOKENS: tl.constexpr, SLICES: tl.constexpr,
+    NUM_ITERS: tl.constexpr, TOKENS: tl.constexpr, SLICES: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
-    """post and comb of some tokens."""
+    """post and comb of some tokens. A token's 16 entries stay in one thread: 39 normalisations without a shuffle."""
     i, j, q = tl.arange(0, 16), tl.arange(0, 4), tl.arange(0, TOKENS * SLICES)
     t, s = first + tl.arange(0, TOKENS), q % SLICES
     scale1, scale2 = tl.load(scale_ptr + 1), tl.load(scale_ptr + 2)
@@ -250,15 +304,28 @@ def _sinkhorn(
     rms = tl.rsqrt(squares / (4 * D) + mix_norm_eps)
     post = 2 * tl.sigmoid(post * rms[:, None] * scale1 + base1[None, :])
     tl.store(post_ptr + t[:, None] * 4 + j[None, :], post, mask=in_t[:, None])
-    c = tl.reshape(comb * rms[:, None] * scale2 + base2[None, :], (TOKENS, 4, 4))
-    c = tl.exp(c - tl.max(c, axis=2)[:, :, None])
-    c = c / tl.sum(c, axis=2)[:, :, None] + eps
-    c = c / (tl.sum(c, axis=1)[:, None, :] + eps)
+    logits = comb * rms[:, None] * scale2 + base2[None, :]
+    c00, c01, c02, c03 = _softmax_row(logits, 0, eps)
+    c10, c11, c12, c13 = _softmax_row(logits, 1, eps)
+    c20, c21, c22, c23 = _softmax_row(logits, 2, eps)
+    c30, c31, c32, c33 = _softmax_row(logits, 3, eps)
+    c00, c10, c20, c30 = _unit_sum(c00, c10, c20, c30, eps, APPROX)
+    c01, c11, c21, c31 = _unit_sum(c01, c11, c21, c31, eps, APPROX)
+    c02, c12, c22, c32 = _unit_sum(c02, c12, c22, c32, eps, APPROX)
+    c03, c13, c23, c33 = _unit_sum(c03, c13, c23, c33, eps, APPROX)
     for _ in range(NUM_ITERS - 1):
-        c = c / (tl.sum(c, axis=2)[:, :, None] + eps)
-        c = c / (tl.sum(c, axis=1)[:, None, :] + eps)
-    at = t[:, None, None] * 16 + j[None, :, None] * 4 + j[None, None, :]
-    tl.store(comb_ptr + at, c, mask=in_t[:, None, None])
+        c00, c01, c02, c03 = _unit_sum(c00, c01, c02, c03, eps, APPROX)
+        c10, c11, c12, c13 = _unit_sum(c10, c11, c12, c13, eps, APPROX)
+        c20, c21, c22, c23 = _unit_sum(c20, c21, c22, c23, eps, APPROX)
+        c30, c31, c32, c33 = _unit_sum(c30, c31, c32, c33, eps, APPROX)
+        c00, c10, c20, c30 = _unit_sum(c00, c10, c20, c30, eps, APPROX)
+        c01, c11, c21, c31 = _unit_sum(c01, c11, c21, c31, eps, APPROX)
+        c02, c12, c22, c32 = _unit_sum(c02, c12, c22, c32, eps, APPROX)
+        c03, c13, c23, c33 = _unit_sum(c03, c13, c23, c33, eps, APPROX)
+    _store_row(comb_ptr + t * 16, c00, c01, c02, c03, in_t)
+    _store_row(comb_ptr + t * 16 + 4, c10, c11, c12, c13, in_t)
+    _store_row(comb_ptr + t * 16 + 8, c20, c21, c22, c23, in_t)
+    _store_row(comb_ptr + t * 16 + 12, c30, c31, c32, c33, in_t)
 
 
 @triton.jit
@@ -301,7 +368,7 @@ def collapse(
         first = program.to(tl.int64) * SINKHORN_TOKENS
         _sinkhorn(
             part_ptr, base_ptr, scale_ptr, post_ptr, comb_ptr, first, num_tokens, D, num_slices, mix_norm_eps, eps,
-            NUM_ITERS, SINKHORN_TOKENS, SLICES,
+            NUM_ITERS, SINKHORN_TOKENS, SLICES, PDL,
         )  # fmt: skip
     else:
         token = (program - num_sinkhorn).to(tl.int64)
@@ -316,7 +383,7 @@ def num_workspace_floats(num_tokens: int, hidden_size: int, tiles: Tiles | None 
     if tiles is None:
         default = num_workspace_floats(num_tokens, hidden_size, choose_tiles(num_tokens, invariant=False))
         return max(default, num_workspace_floats(num_tokens, hidden_size, INVARIANT_TILES))
-    return PART_ROWS * triton.cdiv(hidden_size, tiles.channels) * num_tokens
+    return PART_ROWS * int(triton.cdiv(hidden_size, tiles.channels)) * num_tokens
 
 
 def new_out(x_TSD: torch.Tensor, with_mix: bool) -> HyperOut:
@@ -391,18 +458,27 @@ def _launch_spread(
         new_TSD,
         workspace,
     )
-    constants = {"HAS_POST": mix is not None, "NUM_MIX": len(weights.fn), "CHANNELS": tiles.channels, "PDL": pdl}
-    if tiles.use_dot:
-        grid = (num_slices, triton.cdiv(num_tokens, 16))
-        spread_many[grid](*pointers, num_tokens, dim, num_slices, **constants, num_warps=1, launch_pdl=pdl)
-    else:
-        spread_few[(num_slices, num_tokens)](*pointers, dim, num_slices, **constants, num_warps=4, launch_pdl=pdl)
+    kernel = spread_many if tiles.use_dot else spread_few
+    kernel[(num_slices, triton.cdiv(num_tokens, tiles.tokens))](
+        *pointers,
+        num_tokens,
+        dim,
+        num_slices,
+        HAS_POST=mix is not None,
+        NUM_MIX=len(weights.fn),
+        TOKENS=tiles.tokens,
+        CHANNELS=tiles.channels,
+        PDL=pdl,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        launch_pdl=pdl,
+    )
 
 
 def _launch_collapse(out: HyperOut, weights: HyperWeights, workspace: torch.Tensor, num_slices: int) -> None:
     num_tokens, _, dim = out.x_TSD.shape
     mix, num_mix, block_d = out.mix, len(weights.fn), triton.next_power_of_2(dim)
-    sinkhorn_tokens = 1 if num_tokens <= 256 else 4
+    sinkhorn_tokens = 1 if num_tokens <= MANY_TOKENS else 4
     num_sinkhorn = 0 if mix is None else triton.cdiv(num_tokens, sinkhorn_tokens)
     collapse[(num_sinkhorn + num_tokens,)](
         out.x_TSD,
@@ -425,7 +501,7 @@ def _launch_collapse(out: HyperOut, weights: HyperWeights, workspace: torch.Tens
         SLICES=triton.next_power_of_2(num_slices),
         BLOCK_D=block_d,
         PDL=not INTERPRETED,
-        num_warps=min(16, max(4, block_d // 256)),
+        num_warps=COLLAPSE_WARPS,
         launch_pdl=not INTERPRETED,
     )
 

@@ -119,7 +119,7 @@ def rms_norm_kernel(
 
 
 @triton.jit
-def swiglu_kernel(gate_up_ptr, y_ptr, num_rows, F, limit, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def swiglu_kernel(gate_up_ptr, y_ptr, F, limit, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """BLOCK outputs of one row."""
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -246,7 +246,8 @@ def _check_norm(x: torch.Tensor, weight_D: torch.Tensor | None) -> None:
     dim, vector = x.shape[-1], VECTOR_BYTES // x.element_size()
     if not 0 < dim <= MAX_WIDTH or dim % vector:
         raise ValueError(f"x must have rows of a multiple of {vector} up to {MAX_WIDTH} elements, found {dim}")
-    if x.stride(-1) != 1 or any(step % vector for step, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1):
+    steps = [step for step, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
+    if x.stride(-1) != 1 or any(step % vector for step in steps):
         raise ValueError(f"x must have contiguous rows at multiples of 16 bytes, found strides {list(x.stride())}")
     check_alignment("x", x)
     if weight_D is not None:
@@ -308,8 +309,9 @@ def swiglu(gate_up_TF2: torch.Tensor, limit: float, out: torch.Tensor | None = N
         out = gate_up_TF2.new_empty(*lead, half)
     check("out", out, (gate_up_TF2.dtype,), (*lead, half), gate_up_TF2.device)
     if out.numel():
-        num_rows, pdl, block = out.numel() // half, not INTERPRETED, min(1024, triton.next_power_of_2(half))
-        swiglu_kernel[(num_rows, triton.cdiv(half, block))](
-            gate_up_TF2, out, num_rows, half, limit, BLOCK=block, PDL=pdl, num_warps=max(1, block // 256), launch_pdl=pdl
+        pdl, block = not INTERPRETED, min(1024, triton.next_power_of_2(half))
+        grid = (out.numel() // half, triton.cdiv(half, block))
+        swiglu_kernel[grid](
+            gate_up_TF2, out, half, limit, BLOCK=block, PDL=pdl, num_warps=max(1, block // 256), launch_pdl=pdl
         )
     return out

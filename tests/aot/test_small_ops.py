@@ -1,0 +1,75 @@
+"""The small operations compile for sm_90 as their launchers launch them: nothing spills. Nothing is run."""
+
+import pytest
+import torch
+from small_ops_cases import CASES, make_inputs
+from support.triton_aot import Compiled, compile_launch, recorded_launches
+
+from ownpath.kernels.registry import KERNELS
+from ownpath.kernels.triton import grouped, hyper, small
+
+SHARED_BYTES = 232448  # what one program may use on sm_90
+SHAPES = {
+    ("hyper_boundary", "flash"): (1, 64, 300),
+    ("hyper_boundary", "flash last"): (1,),
+    ("hyper_boundary", "pro"): (1,),
+    ("router", "flash"): (1,),
+    ("router", "by token"): (1,),
+    ("rms_norm", "hidden"): (1,),
+    ("rms_norm", "heads, no weight"): (33,),
+    ("swiglu", "flash shared"): (1,),
+    ("grouped_linear", "flash"): (1, 64, 128),
+}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
+    """Every distinct launch of these shapes, compiled for sm_90."""
+    cases = {(case.op, case.label): case for case in CASES if not case.variant}
+    with pytest.MonkeyPatch.context() as patch, recorded_launches() as launches:
+        for module in (grouped, hyper, small):
+            patch.setattr(module, "check_rank", lambda name, tensor, rank, runs_on_cpu: None)  # refuses what is on CPU
+        for key, counts in SHAPES.items():
+            for num_tokens in counts:
+                inputs = make_inputs(cases[key], num_tokens, torch.device("cpu"))
+                KERNELS[f"triton.{key[0]}"](*inputs)
+    folder = tmp_path_factory.mktemp("cubins")
+    return [compile_launch(launch, 90, folder) for launch in launches]
+
+
+def test_every_kernel_is_there(compiled: list[Compiled]) -> None:
+    assert {one.launch.name for one in compiled} == {
+        "spread_few",
+        "spread_many",
+        "collapse",
+        "router_kernel",
+        "rms_norm_kernel",
+        "swiglu_kernel",
+        "rope_grouped_kernel",
+    }
+
+
+def test_nothing_spills(compiled: list[Compiled]) -> None:
+    found = {(one.launch.name, one.launch.constants): one.stack_bytes for one in compiled}
+    assert not {key: stack for key, stack in found.items() if stack}
+
+
+def test_shared_memory_fits(compiled: list[Compiled]) -> None:
+    assert all(one.shared_bytes <= SHARED_BYTES for one in compiled)
+
+
+def test_launches_overlap_with_their_neighbours(compiled: list[Compiled]) -> None:
+    """Each waits for the grid before it, and lets the one after it start."""
+    for one in compiled:
+        assert dict(one.launch.options)["launch_pdl"]
+        assert "griddepcontrol.wait" in one.ptx
+        assert "griddepcontrol.launch_dependents" in one.ptx
+
+
+def test_products_use_the_tensor_cores(compiled: list[Compiled]) -> None:
+    for one in compiled:
+        if one.launch.name == "rope_grouped_kernel":
+            assert "wgmma.mma_async" in one.ptx
+            assert "cp.async.bulk.tensor" in one.ptx
+        if one.launch.name == "spread_many":
+            assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in one.ptx

@@ -1,0 +1,105 @@
+"""The Triton kernels of the small operations on the device: values, repetition, graphs, invariance, refusals."""
+
+from typing import Any
+
+import pytest
+import torch
+from small_ops_cases import CASES, Case, judge, make_inputs, tensors
+
+from ownpath.kernels.ref.hyper import HyperOut
+from ownpath.kernels.registry import KERNELS
+
+pytestmark = pytest.mark.gpu
+
+RUNS = [(case, num_tokens) for case in CASES for num_tokens in case.tokens]
+
+
+def label(value: Any) -> str:
+    return f"{value.kernel} {value.label}" if isinstance(value, Case) else str(value)
+
+
+def out_arguments(case: Case, inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """Outputs and workspace, all NaN or -1, for a call that must allocate nothing."""
+    result = KERNELS[f"triton.{case.kernel}"](*inputs)
+    for tensor in tensors(result):
+        tensor.fill_(torch.nan if tensor.is_floating_point() else -1)
+    arguments = {"out": result}
+    if isinstance(result, HyperOut):
+        num_floats = 32 * -(-case.sizes[0] // 32) * len(result.x_TSD)
+        arguments["workspace"] = torch.full((num_floats,), torch.nan, device=result.x_TSD.device)
+    return arguments
+
+
+def bits(result: Any) -> list[torch.Tensor]:
+    views = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return [tensor.view(views[tensor.element_size()]).clone() for tensor in tensors(result)]
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize(("case", "num_tokens"), RUNS, ids=label)
+def test_values_and_repetition(case: Case, num_tokens: int, cuda: torch.device) -> None:
+    """Right, every element written, the same bits again, and no allocation in the call."""
+    kernel, inputs = KERNELS[f"triton.{case.kernel}"], make_inputs(case, num_tokens, cuda)
+    arguments = out_arguments(case, inputs)
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    result = kernel(*inputs, **arguments)
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    judge(case, result, inputs)
+    first = bits(result)
+    for _ in range(3):
+        assert equal(bits(kernel(*inputs, **arguments)), first)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.bench], ids=label)
+def test_graph_replay(case: Case, cuda: torch.device) -> None:
+    """A captured call follows its inputs: new values in the same tensors give new, right outputs."""
+    kernel, num_tokens = KERNELS[f"triton.{case.kernel}"], case.tokens[0]
+    inputs, fresh = (make_inputs(case, num_tokens, cuda, seed=seed) for seed in (0, 5))
+    arguments = out_arguments(case, inputs)
+    kernel(*inputs, **arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kernel(*inputs, **arguments)
+    inputs[0].copy_(fresh[0])
+    for tensor in tensors(arguments["out"]):
+        tensor.zero_()
+    graph.replay()
+    judge(case, arguments["out"], inputs)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.op != "hyper_boundary" or case.variant], ids=label)
+def test_a_token_does_not_depend_on_its_neighbours(case: Case, cuda: torch.device) -> None:
+    """The first rows of a long call have the bits of a short call."""
+    if case.op == "grouped_linear":
+        pytest.skip("its tile depends on the number of tokens")
+    kernel, inputs = KERNELS[f"triton.{case.kernel}"], make_inputs(case, 33, cuda)
+    whole = tensors(kernel(*inputs))
+    for num_rows in (1, 3, 20):
+        part = kernel(*(rows_of(value, num_rows) for value in inputs))
+        assert equal(bits(part), bits(tuple(tensor[:num_rows].contiguous() for tensor in whole)))
+
+
+def rows_of(value: Any, num_rows: int) -> Any:
+    """The first rows of a per-token operand; anything else as it is."""
+    from ownpath.kernels.ref.hyper import Mix
+
+    if isinstance(value, Mix):
+        return Mix(value.post_TS[:num_rows].contiguous(), value.comb_TSS[:num_rows].contiguous())
+    if isinstance(value, torch.Tensor) and len(value) == 33:
+        return value[:num_rows]
+    return value
+
+
+def test_streams_in_place(cuda: torch.device) -> None:
+    """out.x_TSD may be the input streams."""
+    case = next(case for case in CASES if case.label == "flash" and case.op == "hyper_boundary")
+    kernel = KERNELS["triton.hyper_boundary"]
+    for num_tokens in (1, 64, 1024):
+        inputs = make_inputs(case, num_tokens, cuda)
+        apart = kernel(*inputs)
+        place = HyperOut(inputs[0], torch.empty_like(apart.h_TD), apart.mix)
+        first = bits(apart)
+        assert equal(bits(kernel(*inputs, out=place)), first)
