@@ -33,13 +33,14 @@ def compile_kernels(runners: Iterable[Callable[..., Any]]) -> int:
 
 
 def warm_up(model: Model, engine: EngineConfig) -> None:
-    """Runs a step of every size that matters, so that no later step compiles anything. CUDA only."""
+    """Runs a step of every size that matters, so that no later step compiles anything; the ledger starts anew."""
     show = Progress("warming up")
     sizes = warm_up_sizes(engine)
     for done, num_tokens in enumerate(sizes, start=1):
         _step(model, engine, num_tokens)
         show(done, len(sizes), f"{num_tokens} tokens")
-    torch.cuda.synchronize()
+    if torch.device(engine.device).type == "cuda":
+        torch.cuda.synchronize()
     model.ledger.calls.clear()
     show.end()
 

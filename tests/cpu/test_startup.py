@@ -1,0 +1,88 @@
+"""Before the first request: what is compiled, in which sizes steps are tried, and what people see of it."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from support.checkpoints import random_checkpoint
+
+from ownpath import startup
+from ownpath.config import EngineConfig
+from ownpath.loading import load_model
+from ownpath.runners import ConcatLinear, PlainLinear, WideLinear
+from ownpath.runners.make import compile_configs
+from ownpath.startup import Progress, compile_kernels, warm_up, warm_up_sizes
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str
+
+
+class Runner:
+    """A runner whose kernel comes in several compiled variants."""
+
+    in_features = out_features = 8
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def compile_configs(self) -> Iterator[Config]:
+        return (Config(name) for name in self.names)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_every_variant_is_asked_for_once() -> None:
+    plain = PlainLinear(torch.zeros(8, 8))
+    runners = [Runner("a", "b"), WideLinear(Runner("c")), ConcatLinear([Runner("b"), WideLinear(Runner("d"))]), plain]
+    assert [config.name for config in compile_configs(runners)] == ["a", "b", "c", "d"]
+
+
+def test_what_is_missing_is_compiled_under_a_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def compile_missing(configs: list[Config], progress: Progress) -> int:
+        for done, config in enumerate(configs, start=1):
+            progress(done, len(configs), config.name)
+        return len(configs)
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setattr(startup, "compile_missing", compile_missing)
+    assert compile_kernels([Runner("first", "second")]) == 2
+    shown = terminal.getvalue()
+    assert shown.count("\r") == 2
+    assert "compiling kernels [############            ] 1/2" in shown
+    assert "compiling kernels [########################] 2/2" in shown
+    assert shown.endswith("second\x1b[K\n")
+
+
+def test_nothing_is_printed_where_stderr_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress("compiling kernels")
+    progress(1, 1, "kernel")
+    progress.end()
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("max_prefill_tokens", "max_model_len", "expected"),
+    [(512, 4096, [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 528]), (512, 100, [1, 2, 4, 8, 16, 32, 64, 100])],
+)
+def test_steps_are_tried_up_to_the_largest(max_prefill_tokens: int, max_model_len: int, expected: list[int]) -> None:
+    engine = EngineConfig(max_prefill_tokens=max_prefill_tokens, max_num_seqs=16, max_model_len=max_model_len)
+    assert warm_up_sizes(engine) == expected
+
+
+def test_a_warm_up_leaves_no_trace_in_the_ledger(tmp_path: Path, device: torch.device) -> None:
+    random_checkpoint(tmp_path)
+    engine = EngineConfig.for_device(str(device), 40)
+    model = load_model(tmp_path, engine)
+    warm_up(model, engine)
+    assert not model.ledger.calls
