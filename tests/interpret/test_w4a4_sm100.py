@@ -35,6 +35,13 @@ def unwritten_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def one_program_quantises_a_tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpretation pays for each program. The quantiser's own test keeps the tile of 8 rows that devices get."""
+    if "input_scale" not in request.fixturenames:
+        monkeypatch.setattr(kernels, "QUANTIZE_ROWS", kernels.ROW_TILE)
+
+
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
