@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from layer.synthetic import RATIOS, SHAPES, Values, headers, layer_config
@@ -147,17 +148,20 @@ def run(layer: Layer, given: Input) -> Residual:
     return layer.block(given.residual, layer.rope.at(given.batch.positions_T), given.batch)
 
 
-@torch.inference_mode()
-def measure(ours: Layer, reference: Layer, engine: EngineConfig, context: int, num_tokens: int) -> dict[str, object]:
-    """Cosines first, then times, of one number of tokens."""
-    config = ours.plan.config
-    found = run(ours, make_input(config, engine, context, num_tokens))
-    expected = run(reference, make_input(config, engine, context, num_tokens))
-    row: dict[str, object] = {
-        "tokens": num_tokens,
+def compare(ours: Layer, reference: Layer, engine: EngineConfig, context: int, num_tokens: int) -> dict[str, float]:
+    """Cosines of the layer's output streams and of its experts' output."""
+    found, expected = (run(one, make_input(one.plan.config, engine, context, num_tokens)) for one in (ours, reference))
+    return {
         "cosine_streams": cosine(_streams(found), _streams(expected)),
         "cosine_experts": cosine(_output(found), _output(expected)),
     }
+
+
+@torch.inference_mode()
+def measure(ours: Layer, reference: Layer, engine: EngineConfig, context: int, num_tokens: int) -> dict[str, Any]:
+    """Cosines first, then times, of one number of tokens."""
+    config = ours.plan.config
+    row: dict[str, Any] = {"tokens": num_tokens} | compare(ours, reference, engine, context, num_tokens)
     if torch.device(engine.device).type != "cuda":
         return row
     given = make_input(config, engine, context, num_tokens)
@@ -218,14 +222,12 @@ def _events_us(step: Callable[[], object], num_runs: int = NUM_REPLAYS) -> list[
     return times[1:]
 
 
-def _line(row: dict[str, object]) -> str:
+def _line(row: dict[str, Any]) -> str:
     head = f"{row['shape']} {row['layer']} {row['export']} T={row['tokens']}"
     cosines = f"cosine {row['cosine_streams']:.7f} streams, {row['cosine_experts']:.7f} experts"
     if "us" not in row:
         return f"{head}: {cosines}"
-    slots = row["slot_us"]
-    assert isinstance(slots, dict)
-    top = ", ".join(f"{slot} {total:.0f}" for slot, total in list(slots.items())[:8])
+    top = ", ".join(f"{slot} {total:.0f}" for slot, total in list(row["slot_us"].items())[:8])
     return f"{head}: {row['us']:.1f} us (reference {row['reference_us']:.0f} us), {cosines}; us by slot: {top}"
 
 
