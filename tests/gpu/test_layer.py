@@ -1,4 +1,4 @@
-"""Whole decoder layers of the published shapes on the planned kernels, against the reference layer of the same weights."""
+"""Whole decoder layers of the published shapes on the planned kernels, against references with the same weights."""
 
 import sys
 from pathlib import Path
@@ -8,12 +8,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
-import full_layer  # noqa: E402
-from layer.synthetic import layer_config  # noqa: E402
+import full_layer
+from layer.synthetic import layer_config
 
-from ownpath.config import EngineConfig  # noqa: E402
-from ownpath.loading import device_caps  # noqa: E402
-from ownpath.plan.select import Caps  # noqa: E402
+from ownpath.config import EngineConfig
+from ownpath.loading import device_caps
+from ownpath.plan.select import Caps
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
