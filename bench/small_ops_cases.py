@@ -75,6 +75,8 @@ SWIGLU = (
 GROUPED = (  # groups, heads per group, head dim, rotary channels, rows
     Case("grouped_linear", "tiny", (2, 2, 512, 64, 128), (1, 5, 17), tiny=True),
     Case("grouped_linear", "short heads", (3, 4, 64, 32, 64), (1, 33), tiny=True),
+    Case("grouped_linear", "tiny", (2, 2, 512, 64, 128), (1, 17), tiny=True, variant="_invariant"),
+    Case("grouped_linear", "flash", (8, 8, 512, 64, 1024), (1, 33, 255), variant="_invariant"),
     Case(
         "grouped_linear",
         "flash",
@@ -83,7 +85,8 @@ GROUPED = (  # groups, heads per group, head dim, rotary channels, rows
         bench=True,
     ),
 )
-CASES = (*HYPER, *ROUTER, *NORM, *SWIGLU, *GROUPED)
+GROUPED_INVARIANT = tuple(replace(case, tokens=case.tokens[:3], bench=False, variant="_invariant") for case in GROUPED)
+CASES = (*HYPER, *ROUTER, *NORM, *SWIGLU, *GROUPED, *GROUPED_INVARIANT)
 
 
 def _uniform(generator: torch.Generator, *shape: int) -> torch.Tensor:

@@ -27,11 +27,21 @@ class Registry(Mapping[str, Kernel]):
 
 KERNELS = Registry(
     {
+        "cute.nvfp4_linear": "cute.linear:nvfp4_linear",
+        "cute.nvfp4_linear_invariant": "cute.linear:nvfp4_linear_invariant",
+        "cute.nvfp4_moe": "cute.moe:nvfp4_moe",
+        "cute.nvfp4_moe_invariant": "cute.moe:nvfp4_moe_invariant",
+        "cute.nvfp4_linear": "cute.linear:nvfp4_linear",
+        "cute.nvfp4_linear_invariant": "cute.linear:nvfp4_linear_invariant",
+        "cute.nvfp4_moe": "cute.moe:nvfp4_moe",
+        "cute.nvfp4_moe_invariant": "cute.moe:nvfp4_moe_invariant",
         "ref.nvfp4_linear": "ref.linear:nvfp4_linear",
         "triton.nvfp4_linear_w4a4_sm100": "triton.w4a4_sm100:nvfp4_linear_w4a4",
         "triton.nvfp4_linear_w4a4_sm100_invariant": "triton.w4a4_sm100:nvfp4_linear_w4a4_invariant",
         "triton.nvfp4_moe_w4a4_sm100": "triton.w4a4_sm100:nvfp4_moe_w4a4",
         "triton.nvfp4_moe_w4a4_sm100_invariant": "triton.w4a4_sm100:nvfp4_moe_w4a4_invariant",
+        "cute.fp8_linear_sm90": "cute.fp8_launch:fp8_linear",
+        "cute.fp8_linear_w8a16_sm90_invariant": "cute.fp8_launch:fp8_linear_invariant",
         "ref.fp8_linear": "ref.linear:fp8_linear",
         "torch.plain_linear": "cublas:plain_linear",
         "triton.plain_linear_invariant": "triton.plain:plain_linear_invariant",
@@ -49,5 +59,6 @@ KERNELS = Registry(
         "triton.router": "triton.small:router",
         "triton.swiglu": "triton.small:swiglu",
         "triton.grouped_linear": "triton.grouped:rope_grouped_linear",
+        "triton.grouped_linear_invariant": "triton.grouped:rope_grouped_linear_invariant",
     }
 )

@@ -11,8 +11,8 @@ its rows through a deep pipeline of asynchronous copies. The un-rotated outputs 
 Roofline. 2 * G * R * I bytes at decode; 2 * T * G * R * I operations at prefill.
 
 Limits. bfloat16; head dim a multiple of 64, rotary channels at most 64, R a multiple of 64. Bits are the same on every
-repetition; a token's bits depend on T only through the choice of tile, whose sums all run over the channels in the
-same order.
+repetition; a token's bits depend on T only through the choice of tile. ``rope_grouped_linear_invariant`` has one tile,
+and so one order of sums, for every T; it reads W once for each 16 tokens.
 """
 
 from dataclasses import dataclass
@@ -48,6 +48,11 @@ def choose_tiles(num_tokens: int, num_rows: int, head_dim: int) -> Tiles:
     if num_tokens <= 256 or num_rows % 128:
         return Tiles(64, 128, 64, 6, 4)
     return Tiles(128, 256, 64, 3, 8)
+
+
+def invariant_tiles(head_dim: int) -> Tiles:
+    """The tiles of every token count where bits must not depend on it."""
+    return Tiles(64, 16, 64 if head_dim % 128 else 128, 5, 4)
 
 
 @triton.jit
@@ -138,13 +143,34 @@ def rope_grouped_linear(
     """
     check_rank("o_TNH", o_TNH, 3, INTERPRETED)
     check_rank("weight_GRI", weight_GRI, 3, INTERPRETED)
+    tiles = choose_tiles(len(o_TNH), weight_GRI.shape[1], o_TNH.shape[2])
+    return _launch((o_TNH, cos_TA, sin_TA, weight_GRI), out, tiles)
+
+
+def rope_grouped_linear_invariant(
+    o_TNH: torch.Tensor,
+    cos_TA: torch.Tensor,
+    sin_TA: torch.Tensor,
+    weight_GRI: torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As ``rope_grouped_linear``; a token's bits do not depend on the other tokens, nor on their number."""
+    check_rank("o_TNH", o_TNH, 3, INTERPRETED)
+    check_rank("weight_GRI", weight_GRI, 3, INTERPRETED)
+    return _launch((o_TNH, cos_TA, sin_TA, weight_GRI), out, invariant_tiles(o_TNH.shape[2]))
+
+
+def _launch(
+    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], out: torch.Tensor | None, tiles: Tiles
+) -> torch.Tensor:
+    o_TNH, cos_TA, sin_TA, weight_GRI = operands
     num_groups, num_rows, width = weight_GRI.shape
     num_tokens, _, head_dim = o_TNH.shape
     if out is None:
         out = o_TNH.new_empty(num_tokens, num_groups, num_rows)
     _check(o_TNH, cos_TA, sin_TA, weight_GRI, out)
     if num_tokens:
-        tiles, pdl = choose_tiles(num_tokens, num_rows, head_dim), not INTERPRETED
+        pdl = not INTERPRETED
         rows_a_token = num_groups * width
         o_desc = TensorDescriptor(o_TNH, [num_tokens, rows_a_token], [rows_a_token, 1], [tiles.tokens, tiles.channels])
         w_desc = TensorDescriptor(weight_GRI, [num_groups * num_rows, width], [width, 1], [tiles.rows, tiles.channels])
