@@ -119,7 +119,9 @@ def pack_fp8(weights: Sequence[Tensor], scales: Sequence[Tensor]) -> PackedFp8:
             raise ValueError(f"scale[{idx}] must be finite and positive")
     folded = all(_foldable(factor) for factor in factors)
     blocks = torch.cat([pack_blocks(weight, row_order()) for weight in weights])
-    entries = torch.cat([_entries(len(weight), factor, folded) for weight, factor in zip(weights, factors, strict=True)])
+    entries = torch.cat(
+        [_entries(len(weight), factor, folded) for weight, factor in zip(weights, factors, strict=True)]
+    )
     rows = _row_table([len(weight) for weight in weights])
     if len(blocks) % 2:
         blocks, entries = (torch.cat([part, torch.zeros_like(part[:1])]) for part in (blocks, entries))

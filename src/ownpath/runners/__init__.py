@@ -1,10 +1,10 @@
 """Runners: an operand in its planned layout with the kernel that uses it, behind one call."""
 
 from ownpath.runners.companions import HyperBoundary, HyperWeights, Mix, RMSNorm, Router, SharedKeyAttention, SwiGLU
+from ownpath.runners.fp8 import Fp8Linear
 from ownpath.runners.ledger import Ledger
 from ownpath.runners.linear import (
     ConcatLinear,
-    Fp8Linear,
     GroupedLinear,
     Linear,
     Nvfp4Linear,

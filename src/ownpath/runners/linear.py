@@ -70,33 +70,6 @@ class Nvfp4Linear:
         return y.view(*x.shape[:-1], self.out_features)
 
 
-class Fp8Linear:
-    """W8A16 product with E4M3 weights in 128x128 blocks, one or several fused ones.
-
-    Shapes: weight E4M3 [N, K]; scale E8M0 or float32 [ceil(N/128), ceil(K/128)]; lists are fused shards. Shards
-        stay apart, because a shard's last block may hold fewer than 128 rows.
-    Errors: ValueError naming the operand for a wrong dtype, shape or device.
-    """
-
-    def __init__(self, weight: Shards, scale: Shards, *, kernel: Kernel = KERNELS["ref.fp8_linear"]) -> None:
-        self.shards = tuple(zip(_shards(weight), _shards(scale), strict=True))
-        for idx, (w, s) in enumerate(self.shards):
-            num_rows, width = w.shape
-            require(f"weight[{idx}]", w, (torch.float8_e4m3fn,), (num_rows, self.shards[0][0].shape[1]))
-            blocks = (-(-num_rows // 128), -(-width // 128))
-            require(f"scale[{idx}]", s, (torch.float8_e8m0fnu, torch.float32), blocks)
-        self.out_features = sum(len(w) for w, _ in self.shards)
-        self.in_features = self.shards[0][0].shape[1]
-        self._kernel = kernel
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        require_input(x, self.in_features, self.shards[0][0])
-        rows = x.flatten(0, -2)
-        y = [self._kernel(rows, weight, scale) for weight, scale in self.shards]
-        fused: torch.Tensor = y[0] if len(y) == 1 else torch.cat(y, dim=-1)
-        return fused.view(*x.shape[:-1], self.out_features)
-
-
 class PlainLinear:
     """Product with an unquantised weight. Shapes: weight bfloat16 or float32 [N, K]; a list is fused shards."""
 

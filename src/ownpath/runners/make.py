@@ -11,7 +11,8 @@ from ownpath.kernels.registry import KERNELS
 from ownpath.numerics import dequantize
 from ownpath.plan.plan import Plan, PlannedOp
 from ownpath.qtensor import QuantTensor
-from ownpath.runners.linear import ConcatLinear, Fp8Linear, GroupedLinear, Nvfp4Linear, PlainLinear, WideLinear
+from ownpath.runners.fp8 import Fp8Linear
+from ownpath.runners.linear import ConcatLinear, GroupedLinear, Nvfp4Linear, PlainLinear, WideLinear
 from ownpath.runners.moe import Nvfp4MoE
 from ownpath.runners.w4a4 import Nvfp4LinearW4A4, Nvfp4MoEW4A4
 from ownpath.weights.operands import Operand

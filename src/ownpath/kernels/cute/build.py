@@ -41,6 +41,7 @@ def compiled(config: Config) -> tuple[Any, int, int]:
 
 
 def compiled_fp8(config: W8A16Config | W8A8Config | QuantizeConfig) -> Any:
+    """The DSL's compiled function of an FP8 kernel."""
     from ownpath.kernels.cute import fp8_quantize_sm90, fp8_w8a8_sm90, fp8_w8a16_sm90
 
     if isinstance(config, W8A16Config):

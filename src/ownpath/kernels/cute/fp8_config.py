@@ -9,7 +9,6 @@ BLOCK_K = 128
 CHUNK_K = 64
 ENTRY_BYTES = 16
 MAX_SMEM = 232448
-NUM_CONSUMERS = 2
 MAX_K_BLOCKS = 64
 QUANTIZE_ROWS = 32
 QUANTIZE_THREADS = 8 * QUANTIZE_ROWS
@@ -18,6 +17,8 @@ ACT_STRIDE = 9216
 
 assert ACT_BLOCK_BYTES <= ACT_STRIDE
 
+_SHARED_SOURCES = ("fp8_ptx.py", "fp8_config.py", "ptx.py", "../fp8_packing.py")
+
 
 @dataclass(frozen=True)
 class W8A16Config:
@@ -25,6 +26,8 @@ class W8A16Config:
 
     num_m64: 64-row blocks per CTA, 2 or 4. num_n: tokens per tile. cluster_k: CTAs that share rows and split K.
     folded: block scales ride on the decode multiply. ragged: outputs are written one by one.
+    per_sm: CTAs that shall fit an SM together, so that the next kernel's may fetch while this one's finish.
+    consumers: warpgroups that multiply. wgmma: they use ``wgmma``; otherwise ``mma``, which costs less for few tokens.
     """
 
     num_m64: int
@@ -33,15 +36,23 @@ class W8A16Config:
     cluster_k: int
     folded: bool
     ragged: bool = False
+    per_sm: int = 1
+    consumers: int = 2
+    wgmma: bool = False
 
     @property
     def name(self) -> str:
-        shape = f"r{self.num_m64}n{self.num_n}s{self.num_stages}c{self.cluster_k}"
+        shape = f"r{self.num_m64}n{self.num_n}s{self.num_stages}c{self.cluster_k}p{self.per_sm}w{self.consumers}"
+        shape += "_wgmma" if self.wgmma else "_mma"
         return f"fp8_w8a16_{shape}{'_folded' if self.folded else ''}{'_ragged' if self.ragged else ''}"
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        return ("fp8_w8a16_sm90.py", *_SHARED_SOURCES)
+
+    @property
     def num_threads(self) -> int:
-        return WG * (NUM_CONSUMERS + 1)
+        return WG * (self.consumers + 1)
 
     @property
     def cluster(self) -> int:
@@ -71,6 +82,10 @@ class W8A8Config:
         return f"fp8_w8a8_{shape}{'_ragged' if self.ragged else ''}"
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        return ("fp8_w8a8_sm90.py", *_SHARED_SOURCES)
+
+    @property
     def num_threads(self) -> int:
         return WG * (self.warpgroups + 1)
 
@@ -98,6 +113,10 @@ class QuantizeConfig:
     @property
     def name(self) -> str:
         return f"fp8_quantize_{'ue8m0' if self.power_of_two else 'fp32'}"
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return ("fp8_quantize_sm90.py", *_SHARED_SOURCES)
 
     @property
     def num_threads(self) -> int:

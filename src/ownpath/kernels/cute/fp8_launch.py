@@ -1,7 +1,8 @@
-"""Launches of the FP8 kernels on tensors: the choice of shape, arguments in their order, grids. No checks: see runners."""
+"""Launches of the FP8 kernels on tensors: choice of shape, arguments in their order, grids. No checks: see runners."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from ctypes import c_int
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -20,14 +21,22 @@ from ownpath.kernels.cute.fp8_config import (
     w8a16_stages,
 )
 from ownpath.kernels.driver import pointer
-from ownpath.kernels.fp8_packing import ACT_BLOCK_BYTES, PackedFp8
+from ownpath.kernels.fp8_packing import ACT_BLOCK_BYTES, PackedFp8, pack_fp8
+from ownpath.plan.catalogue import FP8_PREFILL_FROM
 
 TOKEN_TILES = (8, 16, 32, 64)
+MAX_WIDTH = 8 * MAX_K_BLOCKS * 128
+CLUSTERS = {1: 132, 2: 66, 4: 30, 8: 15}
+"""Clusters of 1, 2, 4 and 8 CTAs that an H200 runs at once with one CTA per SM, as its driver tells."""
+WAVE_BLOCKS = 12
+"""What a wave of CTAs costs beside its weights, in blocks of 8 KiB per CTA: about 3 us."""
+W8A8_SHAPES = ((2, 2), (3, 1), (2, 1))
 ROWS_PER_WORKSPACE_BLOCK = 64
 
 
 @lru_cache(maxsize=16)
 def num_sms(device_index: int) -> int:
+    """Multiprocessors of a CUDA device."""
     return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
@@ -41,46 +50,56 @@ def workspace_rows(workspace: Tensor, num_k_blocks: int) -> int:
     return workspace.numel() // (num_k_blocks * ACT_BLOCK_BYTES) * ROWS_PER_WORKSPACE_BLOCK
 
 
-def split_rows_and_k(num_row_blocks: int, num_k_blocks: int, sms: int) -> tuple[int, int]:
-    """64-row blocks per CTA and CTAs per cluster along K: what keeps the busiest SM's share smallest.
+@lru_cache(maxsize=4096)
+def w8a16_config(
+    num_tokens: int, weight_key: tuple[int, int, bool, bool], sms: int, is_batch_invariant: bool = False
+) -> W8A16Config:
+    """Kernel shape for a token count and a weight (row blocks, K blocks, folded, ragged).
 
-    Ties go to fewer CTAs per cluster (less to add up), then to more rows per CTA (tokens are fetched less often).
+    is_batch_invariant: always the same instructions in the same order for a row, whatever the number of rows.
     """
+    sizes = TOKEN_TILES[:3] if is_batch_invariant else TOKEN_TILES
+    num_n = next((size for size in sizes if num_tokens <= size), sizes[-1])
+    return w8a16_shape(num_n, weight_key, sms, wgmma=num_n == 64)
+
+
+def w8a16_shape(num_n: int, weight_key: tuple[int, int, bool, bool], sms: int, wgmma: bool) -> W8A16Config:
+    """Rows per CTA and CTAs per cluster along K that keep the busiest SM's share of the weight smallest.
+
+    Ties go to more rows per CTA (tokens are fetched less often), then to fewer CTAs per cluster (less to add up).
+    """
+    num_row_blocks, num_k_blocks, folded, ragged = weight_key
     best = (1 << 62, 0, 0)
     for num_m64 in (4, 2):
-        for cluster_k in (1, 2, 4, 8):
+        for cluster_k, clusters in CLUSTERS.items():
             per_cta = -(-num_k_blocks // cluster_k)
             if per_cta > MAX_K_BLOCKS or cluster_k > num_k_blocks:
                 continue
-            waves = -(--(-num_row_blocks // num_m64) * cluster_k // sms)
-            best = min(best, (waves * per_cta * num_m64, cluster_k, -num_m64))
-    return -best[2], best[1]
-
-
-@lru_cache(maxsize=4096)
-def w8a16_config(num_tokens: int, weight_key: tuple[int, int, bool, bool], sms: int) -> W8A16Config:
-    """Kernel shape for a token count and a weight (row blocks, K blocks, folded, ragged)."""
-    num_row_blocks, num_k_blocks, folded, ragged = weight_key
-    num_n = next((size for size in TOKEN_TILES if num_tokens <= size), TOKEN_TILES[-1])
-    num_m64, cluster_k = split_rows_and_k(num_row_blocks, num_k_blocks, sms)
-    return W8A16Config(num_m64, num_n, w8a16_stages(num_m64, num_n, MAX_SMEM), cluster_k, folded, ragged)
+            groups = -(-num_row_blocks // num_m64)
+            waves = -(-groups // max(1, clusters * sms // 132))
+            best = min(best, (waves * (per_cta * num_m64 + WAVE_BLOCKS), -num_m64, cluster_k))
+    num_m64, cluster_k = -best[1], best[2]
+    stages = w8a16_stages(num_m64, num_n, MAX_SMEM)
+    return W8A16Config(num_m64, num_n, stages, cluster_k, folded, ragged, wgmma=wgmma)
 
 
 @lru_cache(maxsize=4096)
 def w8a8_config(num_tokens: int, num_row_blocks: int, ragged: bool, sms: int) -> W8A8Config:
     """Kernel shape whose tiles waste the least of the device: fewest tensor-core steps of the busiest SM."""
-    best: tuple[float, W8A8Config] | None = None
-    for warpgroups, num_m64 in ((2, 2), (3, 1), (2, 1)):
-        config = W8A8Config(warpgroups, num_m64, w8a8_stages(warpgroups * num_m64), 2, ragged)
-        waves = -(-config.num_tiles(num_tokens, num_row_blocks) // (sms // config.cluster_n))
-        cost = waves * config.m64_per_tile
-        if best is None or cost < best[0]:
-            best = cost, config
-    assert best is not None
-    return best[1]
+    candidates = [w8a8_shape(*shape, ragged) for shape in W8A8_SHAPES]
+    return min(
+        candidates,
+        key=lambda config: -(-config.num_tiles(num_tokens, num_row_blocks) // sms) * config.m64_per_tile,
+    )
+
+
+def w8a8_shape(warpgroups: int, num_m64: int, ragged: bool) -> W8A8Config:
+    """A tile of 64 * warpgroups * num_m64 tokens, as many stages as fit. Sharing by pairs of CTAs gained nothing."""
+    return W8A8Config(warpgroups, num_m64, w8a8_stages(warpgroups * num_m64), 1, ragged)
 
 
 def weight_key(weight: PackedFp8) -> tuple[int, int, bool, bool]:
+    """What of a weight decides its kernels: row blocks, K blocks, folded, ragged."""
     return weight.num_row_blocks, weight.num_k_blocks, weight.folded, weight.ragged
 
 
@@ -114,6 +133,11 @@ def fp8_w8a16(x: Tensor, weight: PackedFp8, out: Tensor) -> None:
     w8a16_launch(w8a16_config(len(x), weight_key(weight), num_sms(x.device.index)), x, weight, out)
 
 
+def fp8_w8a16_invariant(x: Tensor, weight: PackedFp8, out: Tensor) -> None:
+    """As ``fp8_w8a16``; a row's bits do not depend on the other rows, nor on their number."""
+    w8a16_launch(w8a16_config(len(x), weight_key(weight), num_sms(x.device.index), True), x, weight, out)
+
+
 def fp8_w8a8(x: Tensor, weight: PackedFp8, out: Tensor, workspace: Tensor) -> None:
     """out = (x in E4M3 with a scale per 1 x 128) (E4M3 x block scale).T, in as many passes as the workspace asks."""
     sms = num_sms(x.device.index)
@@ -125,11 +149,41 @@ def fp8_w8a8(x: Tensor, weight: PackedFp8, out: Tensor, workspace: Tensor) -> No
         w8a8_launch(config, workspace, weight, out[rows])
 
 
-def configs(weight: PackedFp8, sms: int) -> Iterator[Fp8Config]:
-    """Every kernel that a weight may ask for, to be compiled and loaded before the first call."""
-    key = weight_key(weight)
-    for num_tokens in TOKEN_TILES:
-        yield w8a16_config(num_tokens, key, sms)
-    yield QuantizeConfig(weight.power_of_two)
-    for warpgroups, num_m64 in ((2, 2), (3, 1), (2, 1)):
-        yield W8A8Config(warpgroups, num_m64, w8a8_stages(warpgroups * num_m64), 2, weight.ragged)
+@dataclass(frozen=True)
+class Fp8Kernel:
+    """W8A16 for fewer rows than ``prefill_from``, W8A8 from there; ``None``: W8A16 always."""
+
+    prefill_from: int | None
+    is_batch_invariant: bool = False
+
+    def pack(self, weights: Sequence[Tensor], scales: Sequence[Tensor]) -> PackedFp8:
+        """The operand in the kernels' layout. Errors: ValueError for a K that 8 does not divide, or more than 64K."""
+        width = weights[0].shape[1]
+        if width % 8 or width > MAX_WIDTH:
+            raise ValueError(f"weight has {width} columns; the Hopper kernels take multiples of 8 up to {MAX_WIDTH}")
+        return pack_fp8(weights, scales)
+
+    def workspace_bytes(self, weight: PackedFp8, num_tokens: int) -> int:
+        """What calls of up to ``num_tokens`` rows use at once; 0 where every call is W8A16."""
+        return 0 if self.prefill_from is None else workspace_bytes(num_tokens, weight.num_k_blocks)
+
+    def configs(self, weight: PackedFp8) -> list[Fp8Config]:
+        """Every kernel that a call may launch, to be compiled and loaded before the first one."""
+        key, sms = weight_key(weight), num_sms(weight.blocks.device.index)
+        found: list[Fp8Config] = [w8a16_config(size, key, sms, self.is_batch_invariant) for size in TOKEN_TILES]
+        if self.prefill_from is not None:
+            found.append(QuantizeConfig(weight.power_of_two))
+            found += [w8a8_shape(*shape, weight.ragged) for shape in W8A8_SHAPES]
+        return list({config.name: config for config in found}.values())
+
+    def __call__(self, x: Tensor, weight: PackedFp8, out: Tensor, workspace: Tensor) -> None:
+        if self.prefill_from is not None and len(x) >= self.prefill_from:
+            fp8_w8a8(x, weight, out, workspace)
+        elif self.is_batch_invariant:
+            fp8_w8a16_invariant(x, weight, out)
+        else:
+            fp8_w8a16(x, weight, out)
+
+
+fp8_linear = Fp8Kernel(FP8_PREFILL_FROM)
+fp8_linear_invariant = Fp8Kernel(None, is_batch_invariant=True)

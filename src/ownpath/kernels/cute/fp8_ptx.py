@@ -97,26 +97,48 @@ def to_e4m3x4(v0: Value, v1: Value, v2: Value, v3: Value, *, loc: Any = None, ip
 
 
 @dsl_user_op
-def load_bulk_shared(
+def load_bulk(
     dst: Value, src: Value, num_bytes: Value, barrier: Value, peers: int = 0, *, loc: Any = None, ip: Any = None
 ) -> None:
-    """A contiguous copy, global to shared memory, that stays in L2; ``peers``: mask of cluster CTAs that all get it."""
-    cast = ".multicast::cluster" if peers else ""
-    text = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes" + cast + " [$0], [$1], $2, [$3]"
+    """A contiguous copy, global to shared memory, by the copy engine; ``barrier`` counts its bytes.
+
+    peers: mask of the cluster's CTAs that all receive it, each at the same place of its memory; 0 for this CTA only.
+    """
+    copy = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+    text = f"{copy} [$0], [$1], $2, [$3];"
     if peers:
-        text = "{ .reg .b16 mask; mov.b16 mask, " + f"{peers:#x}; {text}, mask; }}"
+        text = f"{{ .reg .b16 mask; mov.b16 mask, {peers:#x}; {copy}.multicast::cluster [$0], [$1], $2, [$3], mask; }}"
     operands = [
         dst.toint().ir_value(loc=loc, ip=ip),
         src.toint().ir_value(loc=loc, ip=ip),
         Int32(num_bytes).ir_value(loc=loc, ip=ip),
         barrier.toint().ir_value(loc=loc, ip=ip),
     ]
-    _asm(text if peers else text + ";", "r,l,r,r", None, operands, False, loc, ip)
+    _asm(text, "r,l,r,r", None, operands, False, loc, ip)
+
+
+@dsl_user_op
+def load_bulk_once(
+    dst: Value, src: Value, num_bytes: Value, barrier: Value, *, loc: Any = None, ip: Any = None
+) -> None:
+    """``load_bulk`` of bytes that pass once: they are the first to leave L2, so that activations stay."""
+    text = (
+        "{ .reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0; "
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[$0], [$1], $2, [$3], policy; }"
+    )
+    operands = [
+        dst.toint().ir_value(loc=loc, ip=ip),
+        src.toint().ir_value(loc=loc, ip=ip),
+        Int32(num_bytes).ir_value(loc=loc, ip=ip),
+        barrier.toint().ir_value(loc=loc, ip=ip),
+    ]
+    _asm(text, "r,l,r,r", None, operands, False, loc, ip)
 
 
 @dsl_user_op
 def arrive_at_peer(barrier: Value, rank: Value, *, loc: Any = None, ip: Any = None) -> None:
-    """Arrives at the same barrier of the cluster's CTA ``rank``; orders earlier reads only, no write travels with it."""
+    """Arrives at the same barrier of the cluster's CTA ``rank``; no write travels with it."""
     text = (
         "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, $0, $1; "
         "mbarrier.arrive.shared::cluster.b64 _, [remote]; }"
@@ -149,3 +171,27 @@ def nan_unless_finite(value: Value, bits: Value, *, loc: Any = None, ip: Any = N
     text = "{ .reg .pred p; setp.lt.u32 p, $2, 0x7F800000; selp.f32 $0, $1, 0f7FC00000, p; }"
     operands = [Float32(value).ir_value(loc=loc, ip=ip), Uint32(bits).ir_value(loc=loc, ip=ip)]
     return Float32(_asm(text, "=f,f,r", T.f32(), operands, True, loc, ip))
+
+
+@dsl_user_op
+def load_matrix4(address: Value, *, loc: Any = None, ip: Any = None) -> list[Uint32]:
+    """Four 8 x 8 matrices of 16-bit values; lane 8 i + t addresses row t of matrix i."""
+    struct = llvm.StructType.get_literal([T.i32()] * 4)
+    text = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];"
+    operands = [Int32(address).ir_value(loc=loc, ip=ip)]
+    loaded = _asm(text, "=r,=r,=r,=r,r", struct, operands, False, loc, ip)
+    return [Uint32(llvm.extractvalue(T.i32(), loaded, [idx], loc=loc, ip=ip)) for idx in range(4)]
+
+
+@dsl_user_op
+def mma_bf16(a: Value, b: Value, c: Value, *, loc: Any = None, ip: Any = None) -> list[Float32]:
+    """c + a b for a warp: 16 x 16 of BF16 times 16 x 8, float32 sums."""
+    struct = llvm.StructType.get_literal([T.f32()] * 4)
+    text = (
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    )
+    operands = [Uint32(v).ir_value(loc=loc, ip=ip) for v in (*a, *b)]
+    operands += [Float32(v).ir_value(loc=loc, ip=ip) for v in c]
+    summed = _asm(text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", struct, operands, True, loc, ip)
+    return [Float32(llvm.extractvalue(T.f32(), summed, [idx], loc=loc, ip=ip)) for idx in range(4)]

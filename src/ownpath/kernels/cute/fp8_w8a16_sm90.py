@@ -29,10 +29,20 @@ from cutlass.cute.nvgpu import warpgroup
 from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
 from ownpath.kernels.cute import fp8_ptx, ptx
-from ownpath.kernels.cute.fp8_config import BLOCK_K, CHUNK_K, ENTRY_BYTES, MAX_K_BLOCKS, NUM_CONSUMERS, WG, W8A16Config
+from ownpath.kernels.cute.fp8_config import BLOCK_K, CHUNK_K, ENTRY_BYTES, MAX_K_BLOCKS, WG, W8A16Config
 from ownpath.kernels.fp8_packing import BLOCK_BYTES
 
 TOKEN_THREADS = 64
+LAG = 1
+REGISTERS = {
+    (1, 2): (40, 232),
+    (2, 2): (32, 104),
+    (1, 4): (32, 112),
+    (2, 1): (40, 216),
+    (3, 1): (24, 136),
+    (4, 1): (24, 104),
+}
+"""Registers of loading and multiplying threads, by CTAs per SM and consumers, within what a CTA is launched with."""
 
 
 class W8A16:
@@ -40,7 +50,8 @@ class W8A16:
 
     def __init__(self, config: W8A16Config) -> None:
         self.cfg = config
-        self.per_wg = config.num_m64 // NUM_CONSUMERS
+        self.per_wg = config.num_m64 // config.consumers
+        self.registers = REGISTERS[config.per_sm, config.consumers]
         self.group = 4 if self.per_wg == 1 else 2
 
     @cute.jit
@@ -62,7 +73,13 @@ class W8A16:
         """Host side, used to compile only."""
         self.kernel(
             x, blocks, scales, row_table, out, num_tokens, width, ld_x, ld_out, num_row_blocks, num_k_blocks
-        ).launch(grid=[grid, 1, 1], block=[self.cfg.num_threads, 1, 1], cluster=[self.cfg.cluster_k, 1, 1])
+        ).launch(
+            grid=[grid, 1, 1],
+            block=[self.cfg.num_threads, 1, 1],
+            cluster=[self.cfg.cluster_k, 1, 1],
+            min_blocks_per_mp=self.cfg.per_sm,
+            preferred_smem_carveout=100,
+        )
 
     @cute.kernel
     def kernel(
@@ -92,10 +109,11 @@ class W8A16:
         if thread == 0:
             for stage in cutlass.range_constexpr(cfg.num_stages):
                 cute.arch.mbarrier_init(full + stage, 1 + TOKEN_THREADS)
-                cute.arch.mbarrier_init(empty + stage, NUM_CONSUMERS * 4)
+                cute.arch.mbarrier_init(empty + stage, cfg.consumers * 4)
             cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
+        cute.arch.griddepcontrol_launch_dependents()
         rank = cta % cfg.cluster_k
         num_groups = (num_row_blocks + cfg.num_m64 - 1) // cfg.num_m64
         first_block = cta // cfg.cluster_k % num_groups * cfg.num_m64
@@ -106,8 +124,9 @@ class W8A16:
         if rank < rest:
             k_iters = share + 1
 
-        if warp_group == NUM_CONSUMERS:
-            worker = thread - NUM_CONSUMERS * WG
+        if warp_group == cfg.consumers:
+            cute.arch.setmaxregister_decrease(self.registers[0])
+            worker = thread - cfg.consumers * WG
             if worker == 0:
                 self.load_weights(
                     blocks, scales, smem_w, smem_scales, full, empty, first_block, num_row_blocks, num_k_blocks,
@@ -119,6 +138,7 @@ class W8A16:
                     k_iters,
                 )  # fmt: skip
         else:
+            cute.arch.setmaxregister_increase(self.registers[1])
             self.consume(
                 out, row_table, smem_x, smem_w, smem_scales, full, empty, thread % WG, warp_group, rank, first_block,
                 num_row_blocks, token0, num_tokens, ld_out, k_iters,
@@ -155,11 +175,11 @@ class W8A16:
                 row_block = cutlass.min(first_block + r, num_row_blocks - 1)
                 idx = Int64(row_block) * num_k_blocks + k_start
                 if k == 0:
-                    ptx.load_bulk(
+                    fp8_ptx.load_bulk_once(
                         smem_scales + r * (MAX_K_BLOCKS * ENTRY_BYTES), scales + idx * ENTRY_BYTES,
                         k_iters * ENTRY_BYTES, full + slot,
                     )  # fmt: skip
-                ptx.load_bulk(
+                fp8_ptx.load_bulk_once(
                     smem_w + (slot * cfg.num_m64 + r) * BLOCK_BYTES, blocks + (idx + k) * BLOCK_BYTES, BLOCK_BYTES,
                     full + slot,
                 )  # fmt: skip
@@ -186,25 +206,38 @@ class W8A16:
         """Two warps: each stage's tokens, zeros where there is no token or no k."""
         cfg = self.cfg
         cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
         unit, first = worker % 16, worker // 16
-        slot, phase = Int32(0), Int32(1)
+        slot, phase, done = Int32(0), Int32(1), Int32(0)
         for k in cutlass.range(k_iters, unroll=1):
             cute.arch.mbarrier_wait(empty + slot, phase)
             column = (k_start + k) * BLOCK_K + unit * 8
-            for step in cutlass.range_constexpr(cfg.num_n // 4):
+            for step in cutlass.range(cfg.num_n // 4, unroll=4):
                 row = first + 4 * step
                 valid = token0 + row < num_tokens and column < width
                 source = x + (Int64(token0 + row) * ld_x + column if valid else Int64(0))
                 chunk = (slot * 2 + unit // 8) * (cfg.num_n * CHUNK_K)
                 target = smem_x + chunk + row * CHUNK_K + (unit % 8 ^ row % 8) * 8
                 fp8_ptx.load_async16(target, source, Int32(16) if valid else Int32(0))
-            cute.arch.cp_async_mbarrier_arrive_noinc(full + slot)
+            if cutlass.const_expr(cfg.wgmma):
+                # wgmma reads through another proxy than these copies write by: wait, fence, then tell.
+                cute.arch.cp_async_commit_group()
+                if k >= LAG:
+                    cute.arch.cp_async_wait_group(LAG)
+                    cute.arch.fence_view_async_shared()
+                    cute.arch.mbarrier_arrive(full + done)
+                    done = done + 1 if done + 1 < cfg.num_stages else Int32(0)
+            else:
+                cute.arch.cp_async_mbarrier_arrive_noinc(full + slot)
             slot += 1
             if slot == cfg.num_stages:
                 slot = Int32(0)
                 phase = phase ^ 1
         fp8_ptx.wait_async16()
+        if cutlass.const_expr(cfg.wgmma):
+            cute.arch.fence_view_async_shared()
+            for _ in cutlass.range(cutlass.min(Int32(LAG), k_iters), unroll=1):
+                cute.arch.mbarrier_arrive(full + done)
+                done = done + 1 if done + 1 < cfg.num_stages else Int32(0)
 
     @cute.jit
     def consume(
@@ -228,6 +261,33 @@ class W8A16:
     ) -> None:
         """One warpgroup: the product of its row blocks with the tile's tokens, then the sum and the store."""
         cfg = self.cfg
+        totals = [cute.make_rmem_tensor(cfg.num_n // 2, Float32) for _ in range(self.per_wg)]
+        for total in totals:
+            total.fill(0.0)
+        if cutlass.const_expr(cfg.wgmma):
+            self.multiply_wgmma(totals, smem_x, smem_w, smem_scales, full, empty, lane, warp_group, k_iters)
+        else:
+            self.multiply_mma(totals, smem_x, smem_w, smem_scales, full, empty, lane, warp_group, k_iters)
+        self.reduce_and_store(
+            totals, out, row_table, smem_w, lane, warp_group, rank, first_block, num_row_blocks, token0, num_tokens,
+            ld_out,
+        )  # fmt: skip
+
+    @cute.jit
+    def multiply_wgmma(
+        self,
+        totals: list[Any],
+        smem_x: cute.Pointer,
+        smem_w: cute.Pointer,
+        smem_scales: cute.Pointer,
+        full: cute.Pointer,
+        empty: cute.Pointer,
+        lane: Int32,
+        warp_group: Int32,
+        k_iters: Int32,
+    ) -> None:
+        """Decodes one group of k16 steps while the tensor cores multiply the one before."""
+        cfg = self.cfg
         mma = make_trivial_tiled_mma(
             BFloat16, BFloat16, cute.nvgpu.OperandMajorMode.K, cute.nvgpu.OperandMajorMode.K, Float32,
             (1, 1, 1), (64, cfg.num_n), a_source=warpgroup.OperandSource.RMEM,
@@ -237,9 +297,8 @@ class W8A16:
         thr_mma = mma.get_slice(lane)
         tokens = thr_mma.make_fragment_B(thr_mma.partition_B(shared))
         acc_shape = thr_mma.partition_shape_C((64, cfg.num_n))
-        totals = [cute.make_rmem_tensor(acc_shape, Float32) for _ in range(self.per_wg)]
-        sums = totals if cfg.folded else [cute.make_rmem_tensor(acc_shape, Float32) for _ in range(self.per_wg)]
-        for acc in totals:
+        sums = [cute.make_rmem_tensor(acc_shape, Float32) for _ in range(self.per_wg)]
+        for acc in sums:
             acc.fill(0.0)
         weights = [
             [thr_mma.make_fragment_A(thr_mma.partition_shape_A((64, 16 * self.group))) for _ in range(self.per_wg)]
@@ -249,16 +308,16 @@ class W8A16:
         last = slot
         for k in cutlass.range(k_iters, unroll=1):
             cute.arch.mbarrier_wait(full + slot, phase)
-            # cp.async wrote the tokens as ordinary stores; the tensor cores read through the other proxy.
-            cute.arch.fence_view_async_shared()
-            words = self.load_words(smem_w, slot, warp_group, lane)
             entries = self.load_entries(smem_scales, k, warp_group)
+            words = [None] * self.per_wg
             for part in cutlass.range_constexpr(8 // self.group):
+                if cutlass.const_expr(part * self.group % 4 == 0):
+                    words = self.load_words(smem_w, slot, warp_group, part * self.group // 4, lane)
                 for r in cutlass.range_constexpr(self.per_wg):
                     fragment = cute.recast_tensor(weights[part % 2][r], Uint32)
                     for kk in cutlass.range_constexpr(self.group):
                         k16 = part * self.group + kk
-                        self.decode(words[r][0][k16], words[r][1][k16], entries[r][0], fragment, 4 * kk)
+                        self.decode(words[r][0][k16 % 4], words[r][1][k16 % 4], entries[r][0], fragment, 4 * kk)
                 warpgroup.fence()
                 for kk in cutlass.range_constexpr(self.group):
                     k16 = part * self.group + kk
@@ -269,7 +328,7 @@ class W8A16:
                         cute.gemm(atom, sums[r], a, tokens[None, None, k16 % 4, slot * 2 + k16 // 4], sums[r])
                 warpgroup.commit_group()
                 warpgroup.wait_group(1)
-                if cutlass.const_expr(part == 0 and cfg.folded):
+                if cutlass.const_expr(part == 0 and cfg.folded):  # noqa: SIM102, one is decided when compiling
                     # Every product of the stage before is done: only this part's are in flight.
                     if k > 0 and lane % 32 == 0:
                         cute.arch.mbarrier_arrive(empty + last)
@@ -288,10 +347,66 @@ class W8A16:
                 phase = phase ^ 1
         if cutlass.const_expr(cfg.folded):
             warpgroup.wait_group(0)
-        self.reduce_and_store(
-            totals, out, row_table, smem_w, lane, warp_group, rank, first_block, num_row_blocks, token0, num_tokens,
-            ld_out,
-        )  # fmt: skip
+            for r in cutlass.range_constexpr(self.per_wg):
+                for idx in cutlass.range_constexpr(cfg.num_n // 2):
+                    totals[r][idx] = sums[r][idx]
+
+    @cute.jit
+    def multiply_mma(
+        self,
+        totals: list[Any],
+        smem_x: cute.Pointer,
+        smem_w: cute.Pointer,
+        smem_scales: cute.Pointer,
+        full: cute.Pointer,
+        empty: cute.Pointer,
+        lane: Int32,
+        warp_group: Int32,
+        k_iters: Int32,
+    ) -> None:
+        """Each warp multiplies 16 rows of every row block by itself; nothing waits for another warp."""
+        cfg = self.cfg
+        pieces = cfg.num_n // 8
+        # ldmatrix: lane 8 i + t gives the address of token t, 16-byte unit i of four; units are exchanged by t.
+        row, unit = lane % 8, lane % 32 // 8
+        token_base = smem_x.toint() + row * 128
+        slot, phase = Int32(0), Int32(0)
+        for k in cutlass.range(k_iters, unroll=1):
+            cute.arch.mbarrier_wait(full + slot, phase)
+            entries = self.load_entries(smem_scales, k, warp_group)
+            sums = totals
+            if cutlass.const_expr(not cfg.folded):
+                sums = [cute.make_rmem_tensor(cfg.num_n // 2, Float32) for _ in range(self.per_wg)]
+                for acc in sums:
+                    acc.fill(0.0)
+            for half in cutlass.range_constexpr(2):
+                words = self.load_words(smem_w, slot, warp_group, half, lane)
+                chunk = token_base + (slot * 2 + half) * (cfg.num_n * 128)
+                for pair in cutlass.range_constexpr(2):
+                    tokens = [
+                        fp8_ptx.load_matrix4(chunk + j * 1024 + ((unit ^ row) ^ (4 * pair)) * 16) for j in range(pieces)
+                    ]
+                    for step in cutlass.range_constexpr(2):
+                        for r in cutlass.range_constexpr(self.per_wg):
+                            at = 2 * pair + step
+                            a = self.decode_step(words[r][0][at], words[r][1][at], entries[r][0])
+                            for j in cutlass.range_constexpr(pieces):
+                                b = tokens[j][2 * step : 2 * step + 2]
+                                old = [sums[r][4 * j + idx] for idx in range(4)]
+                                new = fp8_ptx.mma_bf16(a, b, old)
+                                for idx in cutlass.range_constexpr(4):
+                                    sums[r][4 * j + idx] = new[idx]
+            if lane % 32 == 0:
+                cute.arch.mbarrier_arrive(empty + slot)
+            if cutlass.const_expr(not cfg.folded):
+                for r in cutlass.range_constexpr(self.per_wg):
+                    factor = fp8_ptx.as_float(entries[r][1])
+                    for idx in cutlass.range_constexpr(cfg.num_n // 2):
+                        totals[r][idx] = totals[r][idx] + factor * sums[r][idx]
+            slot += 1
+            if slot == cfg.num_stages:
+                slot = Int32(0)
+                phase = phase ^ 1
 
     def token_layout(self) -> Any:
         """[tokens, 64, chunks] of BF16, K contiguous, 128-byte swizzle."""
@@ -301,17 +416,15 @@ class W8A16:
         )
         return cute.make_composed_layout(cute.make_swizzle(3, 4, 3), 0, outer)
 
-    def load_words(self, smem_w: cute.Pointer, slot: Int32, warp_group: Int32, lane: Int32) -> list[Any]:
-        """This thread's bytes of each row block: for its rows g and g + 8, one word per k16 step."""
+    def load_words(self, smem_w: cute.Pointer, slot: Int32, warp_group: Int32, half: int, lane: Int32) -> list[Any]:
+        """This thread's bytes of half of each block's k: for its rows g and g + 8, one word per k16 step."""
         g, q, warp = lane % 32 // 4, lane % 4, lane // 32
         words = []
         for r in range(self.per_wg):
             block = slot * self.cfg.num_m64 + warp_group * self.per_wg + r
             base = smem_w.toint() + block * BLOCK_BYTES + (warp * 16 + g) * 128
-            near, far = base + ((2 * q) ^ g) * 16, base + ((2 * q + 1) ^ g) * 16
-            upper = [*ptx.load_shared_vec4(near), *ptx.load_shared_vec4(far)]
-            lower = [*ptx.load_shared_vec4(near + 1024), *ptx.load_shared_vec4(far + 1024)]
-            words.append((upper, lower))
+            unit = base + ((2 * q + half) ^ g) * 16
+            words.append((ptx.load_shared_vec4(unit), ptx.load_shared_vec4(unit + 1024)))
         return words
 
     def load_entries(self, smem_scales: cute.Pointer, k: Int32, warp_group: Int32) -> list[Any]:
@@ -323,12 +436,18 @@ class W8A16:
         return entries
 
     def decode(self, upper: Any, lower: Any, multiplier: Any, fragment: Any, start: int) -> None:
-        """Eight weights of one k16 step to BF16: registers (row g, low k), (g + 8, low), (g, high), (g + 8, high)."""
-        for idx, word in enumerate((upper, lower)):
+        """``decode_step`` into four registers of a fragment."""
+        for idx, value in enumerate(self.decode_step(upper, lower, multiplier)):
+            fragment[start + idx] = value
+
+    def decode_step(self, upper: Any, lower: Any, multiplier: Any) -> list[Any]:
+        """Eight weights of one k16 step as BF16 pairs: (row g, low k), (g + 8, low), (g, high), (g + 8, high)."""
+        pairs = []
+        for word in (upper, lower):
             odd = (word & Uint32(0x80008000)) | ((word >> 4) & Uint32(0x07F007F0))
             even = (ptx.mad(word, 256, 0) & Uint32(0x80008000)) | (ptx.mad(word, 16, 0) & Uint32(0x07F007F0))
-            fragment[start + idx] = ptx.mul_bf16x2(odd, multiplier)
-            fragment[start + 2 + idx] = ptx.mul_bf16x2(even, multiplier)
+            pairs.append((ptx.mul_bf16x2(odd, multiplier), ptx.mul_bf16x2(even, multiplier)))
+        return [pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1]]
 
     @cute.jit
     def reduce_and_store(
@@ -351,7 +470,7 @@ class W8A16:
         pieces = cfg.num_n // 8
         base = smem.toint() + warp_group * (self.per_wg * pieces * WG * 16) + lane * 16
         if cutlass.const_expr(cfg.cluster_k > 1):
-            ptx.named_barrier(1, NUM_CONSUMERS * WG)  # the ring is read to its end before sums overwrite it
+            ptx.named_barrier(1, cfg.consumers * WG)  # the ring is read to its end before sums overwrite it
             for r in cutlass.range_constexpr(self.per_wg):
                 for j in cutlass.range_constexpr(pieces):
                     values = tuple(totals[r][4 * j + idx] for idx in range(4))

@@ -151,17 +151,17 @@ class W8A8:
                 cute.arch.mbarrier_arrive_and_expect_tx(full + slot, stage_bytes)
                 for r in cutlass.range_constexpr(cfg.m64_per_tile):
                     m64 = cutlass.min(m_tile * cfg.m64_per_tile + r, last_m64)
-                    fp8_ptx.load_bulk_shared(
+                    fp8_ptx.load_bulk(
                         smem_a + ((slot * cfg.m64_per_tile + r) * ACT_STRIDE + rank * part),
                         acts + ((Int64(m64) * num_k_blocks + k) * ACT_BLOCK_BYTES + rank * part),
                         part, full + slot, peers,
                     )  # fmt: skip
                 for half in cutlass.range_constexpr(2):
                     idx = Int64(row_block + half) * num_k_blocks + k
-                    fp8_ptx.load_bulk_shared(
+                    fp8_ptx.load_bulk(
                         smem_b + (slot * 2 + half) * BLOCK_BYTES, blocks + idx * BLOCK_BYTES, BLOCK_BYTES, full + slot
                     )
-                    fp8_ptx.load_bulk_shared(
+                    fp8_ptx.load_bulk(
                         smem_scales + (slot * 2 + half) * ENTRY_BYTES, scales + idx * ENTRY_BYTES, ENTRY_BYTES,
                         full + slot,
                     )  # fmt: skip
@@ -332,4 +332,3 @@ def compile_w8a8(config: W8A8Config) -> Any:
         ptr(BFloat16, 1024, space, assumed_align=2 if config.ragged else 8),
         one, Int32(64), Int32(2), one, Int32(config.cluster_n),
     )  # fmt: skip
-

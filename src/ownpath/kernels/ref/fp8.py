@@ -1,0 +1,64 @@
+"""Torch twins of the Hopper FP8 products, on the same packed operand and with the same signatures.
+
+W8A16 is exact decode and float32 sums. W8A8 is the published scheme step by step: E4M3 activations with one scale per
+1 x 128, a product per 128 of K, each added to the total times both scales. The device's tensor cores keep about 14
+bits while they sum inside 128 of K; here that sum is float32.
+
+Shape suffixes: M rows, N out, K in, B = ceil(K / 128) blocks of K.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ownpath.kernels.fp8_packing import PackedFp8, row_order, unpack_blocks
+from ownpath.numerics.e4m3 import E4M3_MAX, decode_e4m3, encode_e4m3
+from ownpath.numerics.e8m0 import decode_e8m0, encode_e8m0_ceil
+
+AMAX_FLOOR = 1e-4
+
+
+def unpack_fp8(weight: PackedFp8) -> tuple[Tensor, Tensor]:
+    """Codes E4M3 [N, K] and the float32 scale of each row and block of K, [N, B]."""
+    blocks, (num_tiles, num_k_blocks, _) = weight.blocks, weight.blocks.shape
+    codes = unpack_blocks(blocks, row_order(), 64 * num_tiles, weight.in_features).view(num_tiles, 64, -1)
+    scale = weight.scales[..., 2].contiguous().view(torch.float32)
+    valid = torch.arange(64, device=blocks.device) < weight.rows[:, 1, None]
+    spread = scale[:, None, :].expand(num_tiles, 64, num_k_blocks)
+    return codes[valid].view(torch.float8_e4m3fn), spread[valid]
+
+
+def quantize_rows(x_MK: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    """E4M3 codes [M, B, 128] of x and their float32 scales [M, B]; columns beyond K are 0.
+
+    power_of_two: 2**ceil(log2(max(amax, 1e-4) / 448)); otherwise max(amax, 1e-4) / 448. A block with a NaN or an
+    infinity gets a NaN scale. Source: DeepSeek's released activation quantiser, block 128.
+    """
+    x_MBK = F.pad(x_MK.float(), (0, -x_MK.shape[1] % 128)).unflatten(1, (-1, 128))
+    amax = x_MBK.abs().amax(dim=-1)
+    floored = amax.clamp(min=AMAX_FLOOR)
+    if power_of_two:
+        scale = decode_e8m0(encode_e8m0_ceil(floored, E4M3_MAX))
+    else:
+        scale = floored / torch.full((), E4M3_MAX, device=x_MK.device)
+    codes = encode_e4m3(x_MBK / scale[..., None])
+    return codes, torch.where(torch.isfinite(amax), scale, torch.nan)
+
+
+def fp8_w8a16(x: Tensor, weight: PackedFp8, out: Tensor) -> None:
+    """out = x (E4M3 x block scale).T. Shapes: x [M, K]; out [M, N]."""
+    codes_NK, scale_NB = unpack_fp8(weight)
+    wide = scale_NB.repeat_interleave(128, dim=1)[:, : weight.in_features]
+    out.copy_(x.float() @ (decode_e4m3(codes_NK) * wide).T)
+
+
+def fp8_w8a8(x: Tensor, weight: PackedFp8, out: Tensor, workspace: Tensor) -> None:
+    """out = sum over blocks of K of (codes codes.T) * token scale * weight scale. ``workspace`` is not used."""
+    codes_MBK, scale_MB = quantize_rows(x, weight.power_of_two)
+    codes_NK, scale_NB = unpack_fp8(weight)
+    codes_NBK = F.pad(decode_e4m3(codes_NK), (0, -weight.in_features % 128)).unflatten(1, (-1, 128))
+    total_MN = torch.zeros(out.shape, device=x.device)
+    for block_idx in range(scale_MB.shape[1]):
+        product = decode_e4m3(codes_MBK[:, block_idx].contiguous()) @ codes_NBK[:, block_idx].T
+        total_MN += product * (scale_MB[:, block_idx, None] * scale_NB[None, :, block_idx])
+    out.copy_(total_MN)

@@ -1,0 +1,180 @@
+"""FP8 linears on Hopper: W8A16 against float64, W8A8 against the emulation, bits on repetition, errors by name."""
+
+import pytest
+import torch
+from support.fp8_cases import (
+    AMPLITUDES,
+    CASES,
+    NUM_ROWS,
+    W8A16_MAX_REL_L2,
+    Fp8Case,
+    draw_rows,
+    draw_weights,
+    relative_l2,
+)
+
+from ownpath.kernels.fp8_packing import ACT_BLOCK_BYTES, pack_fp8, unpack_blocks
+from ownpath.kernels.ref.fp8 import quantize_rows
+from ownpath.numerics import decode_fp8_block
+from ownpath.runners import Fp8Linear
+
+pytestmark = [pytest.mark.gpu, pytest.mark.sm90]
+
+BF16_HALF_ULP = 2.0**-8
+"""Largest relative error of one rounding to BF16 (8 significant bits), as a bound on |y| rather than on its binade."""
+TENSOR_CORE_ULP = 2.0**-13
+"""FP8 products are aligned to the largest of a step and cut to at least 13 fraction bits before they are added."""
+
+
+@pytest.fixture(autouse=True)
+def hopper(cuda: torch.device) -> None:
+    if torch.cuda.get_device_capability(cuda) != (9, 0):
+        pytest.skip("needs a Hopper device")
+
+
+def reference_weight(weights: list[torch.Tensor], scales: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([decode_fp8_block(w, s, torch.float64) for w, s in zip(weights, scales, strict=True)])
+
+
+def poisoned(num_rows: int, width: int, device: torch.device) -> torch.Tensor:
+    return torch.full((num_rows, width), torch.nan, dtype=torch.bfloat16, device=device)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("is_invariant", [False, True], ids=["fastest", "invariant"])
+def test_w8a16_against_float64(case: Fp8Case, is_invariant: bool, cuda: torch.device) -> None:
+    from ownpath.kernels.cute.fp8_launch import fp8_w8a16, fp8_w8a16_invariant
+
+    product = fp8_w8a16_invariant if is_invariant else fp8_w8a16
+    weights, scales = draw_weights(case, 1, cuda)
+    packed = pack_fp8(weights, scales)
+    exact = reference_weight(weights, scales)
+    for num_rows in NUM_ROWS:
+        for amplitude in AMPLITUDES:
+            x = draw_rows(num_rows, case.width, amplitude, cuda)
+            first, again = (poisoned(num_rows, packed.out_features, cuda) for _ in range(2))
+            product(x, packed, first)
+            product(x, packed, again)
+            reference = x.double() @ exact.T
+            assert torch.isfinite(first).all(), (num_rows, amplitude)
+            assert torch.equal(first, again), (num_rows, amplitude)
+            assert relative_l2(first, reference) <= W8A16_MAX_REL_L2, (num_rows, amplitude)
+            # One rounding to BF16, and float32 sums of K products: 2**-24 of their absolute sum each.
+            bound = BF16_HALF_ULP * reference.abs() + 2.0**-24 * case.width * (x.double().abs() @ exact.abs().T)
+            assert ((first.double() - reference).abs() <= bound).all(), (num_rows, amplitude)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_invariant_rows_keep_their_bits(case: Fp8Case, cuda: torch.device) -> None:
+    from ownpath.kernels.cute.fp8_launch import fp8_w8a16_invariant
+
+    weights, scales = draw_weights(case, 2, cuda)
+    packed = pack_fp8(weights, scales)
+    x = draw_rows(100, case.width, 1.0, cuda)
+    whole = poisoned(100, packed.out_features, cuda)
+    fp8_w8a16_invariant(x, packed, whole)
+    for start, stop in ((0, 1), (5, 12), (17, 33), (40, 73)):
+        part = poisoned(stop - start, packed.out_features, cuda)
+        fp8_w8a16_invariant(x[start:stop], packed, part)
+        assert torch.equal(part, whole[start:stop]), (start, stop)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_quantised_blocks_are_the_definition(case: Fp8Case, cuda: torch.device) -> None:
+    from ownpath.kernels.cute.fp8_config import QuantizeConfig
+    from ownpath.kernels.cute.fp8_launch import quantize_launch, workspace_bytes
+
+    for num_rows in (1, 63, 64, 130):
+        for amplitude in AMPLITUDES:
+            x = draw_rows(num_rows, case.width, amplitude, cuda)
+            num_blocks = -(-case.width // 128)
+            workspace = torch.full((workspace_bytes(num_rows, num_blocks),), 255, dtype=torch.uint8, device=cuda)
+            is_power_of_two = case.scales != "float32"
+            quantize_launch(QuantizeConfig(is_power_of_two), x, workspace, num_blocks)
+            blocks = workspace.view(-1, num_blocks, ACT_BLOCK_BYTES)
+            codes, scale = quantize_rows(x, is_power_of_two)
+            found = unpack_blocks(blocks[..., :8192].contiguous(), torch.arange(64), num_rows, num_blocks * 128)
+            assert torch.equal(found, codes.view(torch.uint8).flatten(1))
+            found_scale = blocks[..., 8192:].contiguous().view(torch.float32).transpose(1, 2).flatten(0, 1)[:num_rows]
+            assert torch.equal(found_scale, scale)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_w8a8_against_the_emulation(case: Fp8Case, cuda: torch.device) -> None:
+    from ownpath.kernels.cute.fp8_launch import fp8_w8a8, workspace_bytes
+
+    weights, scales = draw_weights(case, 3, cuda)
+    packed = pack_fp8(weights, scales)
+    exact = reference_weight(weights, scales)
+    for num_rows in (1, 7, 64, 129, 255, 1024, 2048, 4096):
+        for amplitude in AMPLITUDES:
+            x = draw_rows(num_rows, case.width, amplitude, cuda)
+            # Room for 1024 rows only: more go through it in turns.
+            num_bytes = workspace_bytes(min(num_rows, 1024), packed.num_k_blocks)
+            workspace = torch.full((num_bytes,), 255, dtype=torch.uint8, device=cuda)
+            first, again = (poisoned(num_rows, packed.out_features, cuda) for _ in range(2))
+            fp8_w8a8(x, packed, first, workspace)
+            fp8_w8a8(x, packed, again, workspace)
+            codes, scale = quantize_rows(x, packed.power_of_two)
+            rows = (codes.double() * scale.double()[..., None]).flatten(1)[:, : case.width]
+            reference = rows @ exact.T
+            assert torch.isfinite(first).all(), (num_rows, amplitude)
+            assert torch.equal(first, again), (num_rows, amplitude)
+            assert relative_l2(first, reference) <= W8A16_MAX_REL_L2, (num_rows, amplitude)
+            # Four steps of 32 products per block of K, each cut below the largest term; one rounding to BF16.
+            bound = BF16_HALF_ULP * reference.abs() + 4 * TENSOR_CORE_ULP * (rows.abs() @ exact.abs().T)
+            assert ((first.double() - reference).abs() <= bound).all(), (num_rows, amplitude)
+
+
+def test_a_nan_reaches_only_its_own_row(cuda: torch.device) -> None:
+    from ownpath.kernels.cute.fp8_launch import fp8_w8a8, fp8_w8a16, workspace_bytes
+
+    weights, scales = draw_weights(CASES[4], 4, cuda)
+    packed = pack_fp8(weights, scales)
+    x = draw_rows(70, CASES[4].width, 1.0, cuda)
+    x[3, 5], x[66, 200] = torch.nan, torch.inf
+    workspace = torch.empty(workspace_bytes(70, packed.num_k_blocks), dtype=torch.uint8, device=cuda)
+    for product, more in ((fp8_w8a16, ()), (fp8_w8a8, (workspace,))):
+        y = poisoned(70, packed.out_features, cuda)
+        product(x, packed, y, *more)
+        bad = ~torch.isfinite(y)
+        assert bad[3].all()
+        assert bad[66].any()
+        bad[[3, 66]] = False
+        assert not bad.any()
+
+
+def test_one_call_is_captured_and_replayed(cuda: torch.device) -> None:
+    weights, scales = draw_weights(CASES[0], 5, cuda)
+    linear = Fp8Linear(weights, scales)
+    for num_rows in (5, 512):
+        x = draw_rows(num_rows, CASES[0].width, 1.0, cuda)
+        expected = linear(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = linear(x)
+        y.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, expected)
+
+
+def test_wrong_inputs_are_named(cuda: torch.device) -> None:
+    weights, scales = draw_weights(CASES[0], 6, cuda)
+    linear = Fp8Linear(weights, scales)
+    x = draw_rows(4, CASES[0].width, 1.0, cuda)
+    with pytest.raises(ValueError, match="features"):
+        linear(x[:, :128])
+    with pytest.raises(ValueError, match="bfloat16"):
+        linear(x.float())
+    with pytest.raises(ValueError, match=r"x is on cpu"):
+        linear(x.cpu())
+    with pytest.raises(ValueError, match="aligned"):
+        linear(torch.empty(4 * 4096 + 1, dtype=torch.bfloat16, device=cuda)[1:].view(4, 4096))
+    with pytest.raises(ValueError, match="contiguous"):
+        linear(torch.empty(4096, 4, dtype=torch.bfloat16, device=cuda).T)
+    with pytest.raises(ValueError, match="workspace"):
+        Fp8Linear(weights, scales, workspace=torch.empty(64, dtype=torch.uint8, device=cuda))
+    with pytest.raises(ValueError, match="NaN code"):
+        Fp8Linear(weights[0].view(torch.uint8).fill_(0x7F).view(torch.float8_e4m3fn), scales[0])
