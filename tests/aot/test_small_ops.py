@@ -18,7 +18,7 @@ SHAPES = {
     ("rms_norm", "hidden"): (1,),
     ("rms_norm", "heads, no weight"): (33,),
     ("swiglu", "flash shared"): (1,),
-    ("grouped_linear", "flash"): (1, 64, 128),
+    ("grouped_linear", "flash"): (1, 32, 64, 128, 300),
 }
 
 

@@ -272,7 +272,7 @@ def rms_norm(
     if num_rows:
         inner_rows, outer_stride, row_stride = _row_steps(x)
         block_d, pdl = triton.next_power_of_2(dim), not INTERPRETED
-        rows = max(1, min(8, 2048 // block_d)) if num_rows > 128 else 1
+        rows = max(1, min(8, 2048 // block_d))  # by width alone, so that a row's sum never depends on the other rows
         rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
             x,
             x if weight_D is None else weight_D,

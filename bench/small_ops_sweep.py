@@ -1,0 +1,73 @@
+"""Times tiles of the small operations that have a choice: ``python bench/small_ops_sweep.py --out FILE``.
+
+``choose_tiles`` in ``kernels/triton/hyper.py`` and ``grouped.py`` is the outcome of such a sweep. A tile is judged
+before it is timed; one that is wrong is reported, not timed.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from small_ops import bound_call, machine, num_sets, replay_us
+from small_ops_cases import CASES, Case, judge, make_inputs
+
+from ownpath.kernels.registry import KERNELS
+from ownpath.kernels.triton import grouped, hyper
+
+HYPER = (
+    *(hyper.Tiles(channels, 1, False, 4, 1, 1) for channels in (32, 64)),
+    *(hyper.Tiles(64, tokens, False, 4, 1, 1) for tokens in (2, 4)),
+    *(hyper.Tiles(channels, 16, True, 1, 3, 1) for channels in (32, 64, 128)),
+)
+GROUPED = (
+    *(grouped.Tiles(64, 16, channels, 5, 4) for channels in (64, 128)),
+    *(grouped.Tiles(64, tokens, 128, 4, 4) for tokens in (32, 64)),
+    *(grouped.Tiles(64, 128, 64, stages, 4) for stages in (4, 6)),
+    *(grouped.Tiles(128, tokens, 64, 3, 8) for tokens in (128, 256)),
+)
+TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 1024)
+
+
+def time_tiles(case: Case, module: Any, tiles: Any, sets: Sequence[tuple[Any, ...]]) -> float | str:
+    """Microseconds a call with these tiles, or what is wrong with them."""
+    kernel = KERNELS[f"triton.{case.kernel}"]
+    with mock.patch.object(module, "choose_tiles", return_value=tiles):
+        try:
+            judge(case, kernel(*sets[0]), sets[0])
+        except (AssertionError, RuntimeError) as error:
+            return repr(error)[:120]
+        return round(replay_us([bound_call(kernel, inputs) for inputs in sets], 12), 2)
+
+
+def main() -> None:
+    """Prints and records one line for each case, number of tokens and tile."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
+    options = parser.parse_args()
+    facts, device = machine(), torch.device("cuda")
+    pairs: tuple[tuple[str, Any, Sequence[Any]], ...] = (
+        ("hyper_boundary", hyper, HYPER),
+        ("grouped_linear", grouped, GROUPED),
+    )
+    for op, module, candidates in pairs:
+        case = next(case for case in CASES if case.op == op and case.label == "flash" and not case.variant)
+        for num_tokens in options.tokens:
+            make = partial(make_inputs, case, num_tokens, device)
+            sets = [make(seed) for seed in range(num_sets(case, num_tokens))]
+            for tiles in candidates:
+                found = time_tiles(case, module, tiles, sets)
+                print(f"{op:20}{num_tokens:6}  {found!s:12} {tiles}", flush=True)
+                if options.out:
+                    row = {"op": op, "tokens": num_tokens, "variant": str(tiles), "us": found, **facts}
+                    with options.out.open("a", encoding="utf-8") as lines:
+                        lines.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
