@@ -12,8 +12,9 @@ first one ends, and the first one reads ``fn`` (which no earlier kernel writes) 
 
 Why it is fast. At T = 1 the boundary moves 1.6 MB (0.4 us), so latency is all that counts: ``fn`` is split over 128
 programs, one reduction per program, no atomics, no host work: 5.0 us on an H200, of which a graph's two empty kernels
-would be 2.2. From ``MIN_DOT_TOKENS`` tokens on, the dot products run on tensor cores. The streams are bfloat16 already; ``fn`` is split into three bfloat16 terms (24 bits of mantissa), so
-that every product is exact and the sum is float32, as in the reference.
+would be 2.2. From ``MIN_DOT_TOKENS`` tokens on, the dot products run on tensor cores. The streams are bfloat16 already;
+``fn`` is split into three bfloat16 terms (24 bits of mantissa), so that every product is exact and the sum is float32,
+as in the reference.
 
 Roofline. fn once, and per token S*D streams read, written and read again: (24 * 4 * S*D + T * (6 * S*D + 4 * D)) bytes.
 
