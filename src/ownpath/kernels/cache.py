@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -22,11 +22,14 @@ COMPILER = "nvidia-cutlass-dsl 4.8.1"
 SOURCES = Path(__file__).parent / "cute"
 
 
-class Config(Protocol):
+class Config(Hashable, Protocol):
     """A kernel's compile-time configuration; frozen dataclasses in ``kernels.cute.config`` fit."""
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def sources(self) -> tuple[str, ...]: ...
 
 
 class CompileError(RuntimeError):
@@ -41,19 +44,22 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ownpath" / "kernels"
 
 
-@lru_cache(maxsize=1)
-def source_key() -> str:
+@lru_cache(maxsize=64)
+def source_key(sources: tuple[str, ...]) -> str:
+    """Hash of the modules (names in ``kernels.cute``) that a kernel is compiled from."""
     digest = hashlib.sha256(f"{ARCH} {COMPILER}".encode())
-    for path in sorted(SOURCES.glob("*.py")):
-        digest.update(path.read_bytes())
+    for name in sources:
+        digest.update((SOURCES / name).read_bytes())
     return digest.hexdigest()[:16]
 
 
 def stem(config: Config) -> Path:
-    return cache_dir() / f"{config.name}-{source_key()}"
+    """Path of a kernel's files without their suffix."""
+    return cache_dir() / f"{config.name}-{source_key(config.sources)}"
 
 
 def is_cached(config: Config) -> bool:
+    """Whether all of a kernel lies in the cache."""
     return stem(config).with_suffix(".json").exists()
 
 
@@ -78,7 +84,9 @@ def compile_missing(configs: Iterable[Config], progress: Callable[[int, int, str
     shares = [waiting[idx::workers] for idx in range(workers)] if waiting else []
     for share in shares:
         command = [sys.executable, "-m", "ownpath.kernels.cute.build"]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         assert process.stdin
         process.stdin.write(json.dumps([[type(config).__name__, vars(config)] for config in share]))
         process.stdin.close()

@@ -59,7 +59,10 @@ def _check(name: str, code: int) -> None:
 
 @dataclass(frozen=True)
 class Binary:
-    """A compiled kernel: machine code, entry name, threads per CTA, CTAs per cluster, sums of shared memory in bytes."""
+    """A compiled kernel: machine code, entry name, threads per CTA, CTAs per cluster.
+
+    dependent: it may be started while its predecessor drains.
+    """
 
     code: bytes
     entry: str
@@ -135,4 +138,5 @@ def tensor_map(tensor: torch.Tensor, box_rows: int, box_cols: int) -> TensorMap:
 
 
 def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
+    """The address of a tensor's first element as a kernel argument."""
     return ctypes.c_void_p(tensor.data_ptr())

@@ -9,10 +9,11 @@ each 16-bit half (low half: even column):
 
     row g,     low columns    sign 15, exponent and mantissa 8..6
     row g + 8, low columns    sign 12, exponent and mantissa 5..3
-    row g,     high columns   sign 9,  exponent and mantissa 2..0
-    row g + 8, high columns   sign 14, exponent 11..10, mantissa 13
+    row g,     high columns   sign 14, exponent and mantissa 2..0
+    row g + 8, high columns   sign 13, exponent and mantissa 11..9
 
-A left shift by 0, 3 or 6 brings the first three to where BF16 has sign, low exponent and top mantissa bits. A thread's
+Shifts by 0, 3 and 6 to the left and 3 to the right bring exponent and mantissa to where BF16 has its low exponent and
+top mantissa bits; for the first two the sign comes along. A thread's
 words of steps 0..3 are 16 contiguous bytes, those of steps 4..7 are 2048 bytes further.
 
 Scales become bytes with 5 exponent and 3 mantissa bits, value 2**(e - 10) * (1 + m / 8): every positive E4M3 value,
@@ -55,8 +56,8 @@ def _code_tables(device: torch.device) -> torch.Tensor:
         fields = (
             sign << 15 | exponent_mantissa << 6,
             sign << 12 | exponent_mantissa << 3,
-            sign << 9 | exponent_mantissa,
-            sign << 14 | (exponent_mantissa >> 1) << 10 | (exponent_mantissa & 1) << 13,
+            sign << 14 | exponent_mantissa,
+            sign << 13 | exponent_mantissa << 9,
         )
         for register, bits in enumerate(fields):
             tables[register] |= bits << (16 * lane)
@@ -100,9 +101,7 @@ def unpack_codes(packed: torch.Tensor, rows: torch.Tensor, num_cols: int) -> tor
     words = packed.view(torch.int32).view(num_rows // 64, num_cols // 128, 2, 4, 8, 4, 4)
     words = words.permute(0, 3, 4, 1, 2, 6, 5).long()
     ordered = torch.empty(num_rows // 64, 4, 2, 8, num_cols // 128, 2, 4, 2, 4, dtype=torch.uint8)
-    for register, (sign, fields) in enumerate(
-        ((15, (8, 7, 6)), (12, (5, 4, 3)), (9, (2, 1, 0)), (14, (11, 10, 13)))
-    ):
+    for register, (sign, fields) in enumerate(((15, (8, 7, 6)), (12, (5, 4, 3)), (14, (2, 1, 0)), (13, (11, 10, 9)))):
         byte = torch.zeros_like(words)
         for lane in range(2):
             half = words >> (16 * lane)

@@ -1,13 +1,14 @@
 """Dense runners: an operand in its planned layout and the kernel that multiplies by it, behind one call."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from ownpath.kernels.ref.linear import grouped_linear
 from ownpath.kernels.registry import KERNELS, Kernel
 from ownpath.runners.checks import require, require_input
+from ownpath.runners.prepare import compile_configs, default_kernel, prepared
 
 
 class Linear(Protocol):
@@ -36,7 +37,9 @@ class Nvfp4Linear:
 
     Shapes: weight uint8 [N, K/2], low nibble = even k (int8 storage is viewed as uint8); weight_scale E4M3
         [N, K/16]; weight_scale_2 float32 [], a multiplier (ModelOpt's convention), or [N], one per output row.
-        Lists of these are fused shards: their rows follow each other in y.
+        Lists of these are fused shards: their rows follow each other in y. x [..., K]; y [..., N] in its dtype.
+    On a Hopper GPU the operands are taken over: they are repacked in place, so that a weight never exists twice. Pass
+    clones of tensors that are needed later. (Fused shards are copied together first and stay as they are.)
     Errors: ValueError naming the operand for a wrong dtype, shape or device.
     Source: NVIDIA ModelOpt's NVFP4 export.
     """
@@ -47,7 +50,7 @@ class Nvfp4Linear:
         weight_scale: Shards,
         weight_scale_2: Shards,
         *,
-        kernel: Kernel = KERNELS["ref.nvfp4_linear"],
+        kernel: Kernel | None = None,
     ) -> None:
         weights, scales, globals_ = _shards(weight), _shards(weight_scale), _shards(weight_scale_2)
         if not len(weights) == len(scales) == len(globals_):
@@ -57,16 +60,20 @@ class Nvfp4Linear:
             require(f"weight[{idx}]", w, (torch.uint8, torch.int8), (num_rows, weights[0].shape[1]))
             require(f"weight_scale[{idx}]", s, (torch.float8_e4m3fn,), (num_rows, packed // 8))
             require(f"weight_scale_2[{idx}]", g, (torch.float32,), (num_rows,) if g.ndim else ())
-        self.weight = _fuse(weights).view(torch.uint8)
-        self.weight_scale = _fuse(scales)
-        rows = (g.expand(len(w)) for w, g in zip(weights, globals_, strict=True))
-        self.weight_scale_2 = _fuse(tuple(rows))
-        self.out_features, self.in_features = self.weight.shape[0], 2 * self.weight.shape[1]
-        self._kernel = kernel
+        rows = tuple(g.expand(len(w)) for w, g in zip(weights, globals_, strict=True))
+        weight = _fuse(weights).view(torch.uint8)
+        self.out_features, self.in_features = weight.shape[0], 2 * weight.shape[1]
+        self._kernel = default_kernel("nvfp4_linear", weight) if kernel is None else kernel
+        self._operand = prepared(self._kernel, weight, _fuse(scales), _fuse(rows))
+        self._weight = weight
+
+    def compile_configs(self) -> list[Any]:
+        """The kernels that calls may launch, for compiling ahead."""
+        return compile_configs(self._kernel, self._operand)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        require_input(x, self.in_features, self.weight)
-        y: torch.Tensor = self._kernel(x.flatten(0, -2), self.weight, self.weight_scale, self.weight_scale_2)
+        require_input(x, self.in_features, self._weight)
+        y: torch.Tensor = self._kernel(x.reshape(-1, self.in_features), *self._operand)
         return y.view(*x.shape[:-1], self.out_features)
 
 

@@ -1,9 +1,13 @@
 """The routed experts' runner."""
 
+from typing import Any
+
 import torch
 
-from ownpath.kernels.registry import KERNELS, Kernel
+from ownpath.kernels.registry import Kernel
+from ownpath.numerics import mxfp4_scale_as_nvfp4
 from ownpath.runners.checks import require, require_input
+from ownpath.runners.prepare import compile_configs, default_kernel, prepared
 
 
 class Nvfp4MoE:
@@ -12,8 +16,10 @@ class Nvfp4MoE:
     Shapes (E experts, D hidden, F expert width): w13 uint8 [E, 2F, D/2], gate rows first; w13_scale E4M3
         [E, 2F, D/16]; w13_scale_2 float32 [E], or [E, 2] when gate and up have their own; w2 uint8 [E, D, F/2];
         w2_scale E4M3 [E, D, F/16]; w2_scale_2 float32 [E]. Global scales are multipliers (ModelOpt's convention).
-    Errors: ValueError naming the operand for a wrong dtype, shape or device. Expert ids must lie in [0, E); looking
-        at their values would stall a GPU, so that they are not checked here but where they are made or loaded.
+    On a Hopper GPU the stacks are taken over: they are repacked in place, one expert at a time, so that the experts
+    never exist twice. Pass clones of tensors that are needed later.
+    Errors: ValueError naming the operand for a wrong dtype, shape or device. Expert ids are not read by the host, which
+        would stall a GPU: an id outside the experts contributes nothing.
     """
 
     def __init__(
@@ -26,7 +32,7 @@ class Nvfp4MoE:
         w2_scale_2: torch.Tensor,
         swiglu_limit: float,
         *,
-        kernel: Kernel = KERNELS["ref.nvfp4_moe"],
+        kernel: Kernel | None = None,
     ) -> None:
         self.num_experts, rows, packed = w13.shape
         dim, inter = 2 * packed, rows // 2
@@ -40,16 +46,58 @@ class Nvfp4MoE:
         require("w2_scale_2", w2_scale_2, (torch.float32,), (self.num_experts,))
         if w13_scale_2.ndim == 1:
             w13_scale_2 = w13_scale_2[:, None].expand(-1, 2)
-        self.w13 = (w13.view(torch.uint8), w13_scale, w13_scale_2)
-        self.w2 = (w2.view(torch.uint8), w2_scale, w2_scale_2)
         self.hidden_size, self.swiglu_limit = dim, swiglu_limit
-        self._kernel = kernel
+        self._kernel = default_kernel("nvfp4_moe", w13) if kernel is None else kernel
+        self._codes = w13.view(torch.uint8)
+        gate_up, down = (self._codes, w13_scale, w13_scale_2), (w2.view(torch.uint8), w2_scale, w2_scale_2)
+        self._operand = prepared(self._kernel, gate_up, down)
 
-    def __call__(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-        """x [T, D], topk_ids int32 or int64 [T, K], topk_weights float32 [T, K] -> y [T, D] in the dtype of x."""
-        require_input(x, self.hidden_size, self.w13[0])
+    @classmethod
+    def from_mxfp4(
+        cls,
+        w13: torch.Tensor,
+        w13_scale: torch.Tensor,
+        w2: torch.Tensor,
+        w2_scale: torch.Tensor,
+        swiglu_limit: float,
+        **options: Any,
+    ) -> "Nvfp4MoE":
+        """From MXFP4 experts, exactly: each E8M0 scale becomes two E4M3 ones and a power of two per expert.
+
+        Shapes: w13 uint8 [E, 2F, D/2] and w13_scale E8M0 [E, 2F, D/32], gate rows first; w2 uint8 [E, D, F/2] and
+            w2_scale E8M0 [E, D, F/32]. Scales take twice their bytes: 0.5625 a weight instead of 0.53125.
+        Errors: ValueError naming the operand and expert whose scales span more than E4M3's 18 powers of two.
+        """
+        gate_up_scale, gate_up_global = mxfp4_scale_as_nvfp4("w13_scale", w13.view(torch.uint8), w13_scale)
+        down_scale, down_global = mxfp4_scale_as_nvfp4("w2_scale", w2.view(torch.uint8), w2_scale)
+        return cls(w13, gate_up_scale, gate_up_global, w2, down_scale, down_global, swiglu_limit, **options)
+
+    def compile_configs(self) -> list[Any]:
+        """The kernels that calls may launch (without shared experts or an expert map), for compiling ahead."""
+        return compile_configs(self._kernel, self._operand)
+
+    def workspace(self, num_tokens: int, num_slots: int) -> Any:
+        """Scratch that spares calls of up to ``num_tokens`` tokens every allocation; None where none is used.
+
+        num_slots: experts per token, shared ones included.
+        """
+        make = getattr(self._kernel, "workspace", None)
+        return None if make is None else make(*self._operand, num_tokens, num_slots)
+
+    def __call__(
+        self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, **given: Any
+    ) -> torch.Tensor:
+        """y[t] = sum over slots k of topk_weights[t, k] * expert topk_ids[t, k] of x[t], and the shared experts.
+
+        Shapes: x [T, D]; topk_ids int32 or int64 [T, K]; topk_weights float32 [T, K]; y [T, D] in the dtype of x.
+        given: ``num_shared``, how many experts at the end of the stacks are shared: every token goes to them with
+            weight 1; ``expert_map`` int32 [global experts], local expert or -1, when this runner holds some of the experts;
+            ``workspace`` (Hopper kernels only), so that the call allocates nothing; y is then a view of its ``out``,
+            which the next call overwrites.
+        """
+        require_input(x, self.hidden_size, self._codes)
         routed = (x.shape[0], topk_ids.shape[-1])
         require("topk_ids", topk_ids, (torch.int32, torch.int64), routed)
         require("topk_weights", topk_weights, (torch.float32, torch.float64), routed)
-        y: torch.Tensor = self._kernel(x, topk_ids, topk_weights, self.w13, self.w2, self.swiglu_limit)
+        y: torch.Tensor = self._kernel(x, topk_ids, topk_weights, *self._operand, self.swiglu_limit, **given)
         return y

@@ -35,7 +35,7 @@ def compiled(config: Config) -> tuple[Any, int, int]:
     if isinstance(config, AlignConfig):
         return moe_sm90.compile_align(config), ALIGN_THREADS, 1
     if isinstance(config, CombineConfig):
-        return moe_sm90.compile_combine(config.num_shared), COPY_THREADS, 1
+        return moe_sm90.compile_combine(config), COPY_THREADS, 1
     assert isinstance(config, PermuteConfig)
     return moe_sm90.compile_permute(), COPY_THREADS, 1
 
@@ -52,6 +52,7 @@ def compiled_fp8(config: W8A16Config | W8A8Config | QuantizeConfig) -> Any:
 
 
 def build(config: Config) -> None:
+    """Compiles one kernel into the cache."""
     function, num_threads, cluster = compiled(config)
     entry = next(line.split()[2].split("(")[0] for line in function.__ptx__.splitlines() if ".visible .entry" in line)
     facts = {"entry": entry, "num_threads": num_threads, "cluster": cluster, "compiler": COMPILER, "arch": ARCH}
@@ -59,6 +60,7 @@ def build(config: Config) -> None:
 
 
 def main() -> None:
+    """Compiles what stdin names and prints each name when it is done."""
     with tempfile.TemporaryDirectory() as scratch:
         settings = {"ARCH": ARCH, "KEEP_PTX": "1", "KEEP_CUBIN": "1", "DUMP_DIR": scratch}
         os.environ.update({f"CUTE_DSL_{key}": value for key, value in settings.items()})

@@ -10,6 +10,7 @@ UNSCALE = 2.0**19
 WG = 128
 ALIGN_THREADS = 1024
 COPY_THREADS = 256
+MAX_SHARED_BYTES = 232448
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class GemmConfig:
     cluster_k: CTAs of a cluster that share a tile along K and are summed through distributed shared memory.
     grouped: tiles come from a device-side schedule of experts; otherwise from the token count.
     swiglu: rows are gate/up pairs, the output is silu(gate) * up.
+    depth: register buffers of decoded weights; that many less one ``wgmma`` groups run while the next is decoded.
+    wide: the output is float32, for sums that are still to be added up.
     gather: token rows are looked up one by one, in an index behind the schedule, instead of following each other.
     """
 
@@ -34,13 +37,34 @@ class GemmConfig:
     grouped: bool = False
     swiglu: bool = False
     gather: bool = False
+    depth: int = 4
+    wide: bool = False
+
+    def __post_init__(self) -> None:
+        if self.smem_bytes > MAX_SHARED_BYTES:
+            raise ValueError(
+                f"{self.name} needs {self.smem_bytes} bytes of shared memory, there are {MAX_SHARED_BYTES}"
+            )
+        if self.reduces and self.warpgroups_m > 1:
+            raise ValueError(f"{self.name}: warpgroups along K need tiles of one warpgroup along M")
 
     @property
     def name(self) -> str:
         sizes = "_".join(map(str, self.n_sizes))
-        kind = ("moe" if self.grouped else "linear") + ("_swiglu" if self.swiglu else "") + ("_gather" if self.gather else "")
-        shape = f"r{self.num_m64}m{self.warpgroups_m}k{self.warpgroups_k}c{self.cluster_k}s{self.num_stages}"
+        kind = (
+            ("moe" if self.grouped else "linear")
+            + ("_swiglu" if self.swiglu else "")
+            + ("_gather" if self.gather else "")
+            + ("_wide" if self.wide else "")
+        )
+        shape = (
+            f"r{self.num_m64}m{self.warpgroups_m}k{self.warpgroups_k}c{self.cluster_k}s{self.num_stages}d{self.depth}"
+        )
         return f"nvfp4_{kind}_{shape}_n{sizes}"
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return ("gemm_sm90.py", "ptx.py", "config.py", "build.py")
 
     @property
     def m64_per_tile(self) -> int:
@@ -49,6 +73,16 @@ class GemmConfig:
     @property
     def num_threads(self) -> int:
         return WG * (self.warpgroups_m * self.warpgroups_k + 1)
+
+    @property
+    def consumer_registers(self) -> int:
+        """Registers a consumer thread gets once the producer has given its own up; 0 where two CTAs share an SM."""
+        if self.num_m64 == 1 and self.n_sizes[-1] < 64:
+            return 0
+        # The CTA's pool is what it was launched with; asking for more than that would wait for ever.
+        pool = 65536 // self.num_threads // 8 * 8 * self.num_threads
+        consumers = self.warpgroups_m * self.warpgroups_k
+        return min(240, (pool - 24 * WG) // (consumers * WG) // 8 * 8)
 
     @property
     def box_rows(self) -> int:
@@ -71,7 +105,7 @@ class GemmConfig:
 
     @property
     def smem_bytes(self) -> int:
-        return self.num_stages * (self.stage_bytes + 16) + self.reduce_bytes + 1024
+        return self.num_stages * (self.stage_bytes + 16) + self.reduce_bytes
 
 
 @dataclass(frozen=True)
@@ -84,6 +118,10 @@ class AlignConfig:
     num_shared: int
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        return ("moe_sm90.py", "ptx.py", "config.py", "build.py")
+
+    @property
     def name(self) -> str:
         return f"moe_align_{'i64' if self.wide_ids else 'i32'}{'_mapped' if self.mapped else ''}_s{self.num_shared}"
 
@@ -93,16 +131,25 @@ class PermuteConfig:
     """Copies token rows into the experts' order."""
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        return ("moe_sm90.py", "ptx.py", "config.py", "build.py")
+
+    @property
     def name(self) -> str:
         return "moe_permute"
 
 
 @dataclass(frozen=True)
 class CombineConfig:
-    """Sums expert outputs per token. num_shared: slots behind the routed ones, with weight 1."""
+    """Sums expert outputs per token. num_shared: slots behind the routed ones, with weight 1. wide: float32 rows."""
 
     num_shared: int
+    wide: bool
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return ("moe_sm90.py", "ptx.py", "config.py", "build.py")
 
     @property
     def name(self) -> str:
-        return f"moe_combine_s{self.num_shared}"
+        return f"moe_combine_s{self.num_shared}{'_wide' if self.wide else ''}"

@@ -25,6 +25,8 @@ from ownpath.kernels.fp8_packing import ACT_BLOCK_BYTES, PackedFp8, pack_fp8
 from ownpath.plan.catalogue import FP8_PREFILL_FROM
 
 TOKEN_TILES = (8, 16, 32, 64)
+WGMMA_FROM = 32
+"""Tokens of a tile from which ``wgmma`` beats ``mma``, whose cost grows with them."""
 MAX_WIDTH = 8 * MAX_K_BLOCKS * 128
 CLUSTERS = {1: 132, 2: 66, 4: 30, 8: 15}
 """Clusters of 1, 2, 4 and 8 CTAs that an H200 runs at once with one CTA per SM, as its driver tells."""
@@ -60,7 +62,7 @@ def w8a16_config(
     """
     sizes = TOKEN_TILES[:3] if is_batch_invariant else TOKEN_TILES
     num_n = next((size for size in sizes if num_tokens <= size), sizes[-1])
-    return w8a16_shape(num_n, weight_key, sms, wgmma=num_n == 64)
+    return w8a16_shape(num_n, weight_key, sms, wgmma=num_n >= WGMMA_FROM and not is_batch_invariant)
 
 
 def w8a16_shape(num_n: int, weight_key: tuple[int, int, bool, bool], sms: int, wgmma: bool) -> W8A16Config:

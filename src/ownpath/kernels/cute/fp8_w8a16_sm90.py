@@ -33,7 +33,6 @@ from ownpath.kernels.cute.fp8_config import BLOCK_K, CHUNK_K, ENTRY_BYTES, MAX_K
 from ownpath.kernels.fp8_packing import BLOCK_BYTES
 
 TOKEN_THREADS = 64
-LAG = 1
 REGISTERS = {
     (1, 2): (40, 232),
     (2, 2): (32, 104),
@@ -207,7 +206,7 @@ class W8A16:
         cfg = self.cfg
         cute.arch.griddepcontrol_wait()
         unit, first = worker % 16, worker // 16
-        slot, phase, done = Int32(0), Int32(1), Int32(0)
+        slot, phase = Int32(0), Int32(1)
         for k in cutlass.range(k_iters, unroll=1):
             cute.arch.mbarrier_wait(empty + slot, phase)
             column = (k_start + k) * BLOCK_K + unit * 8
@@ -218,26 +217,12 @@ class W8A16:
                 chunk = (slot * 2 + unit // 8) * (cfg.num_n * CHUNK_K)
                 target = smem_x + chunk + row * CHUNK_K + (unit % 8 ^ row % 8) * 8
                 fp8_ptx.load_async16(target, source, Int32(16) if valid else Int32(0))
-            if cutlass.const_expr(cfg.wgmma):
-                # wgmma reads through another proxy than these copies write by: wait, fence, then tell.
-                cute.arch.cp_async_commit_group()
-                if k >= LAG:
-                    cute.arch.cp_async_wait_group(LAG)
-                    cute.arch.fence_view_async_shared()
-                    cute.arch.mbarrier_arrive(full + done)
-                    done = done + 1 if done + 1 < cfg.num_stages else Int32(0)
-            else:
-                cute.arch.cp_async_mbarrier_arrive_noinc(full + slot)
+            cute.arch.cp_async_mbarrier_arrive_noinc(full + slot)
             slot += 1
             if slot == cfg.num_stages:
                 slot = Int32(0)
                 phase = phase ^ 1
         fp8_ptx.wait_async16()
-        if cutlass.const_expr(cfg.wgmma):
-            cute.arch.fence_view_async_shared()
-            for _ in cutlass.range(cutlass.min(Int32(LAG), k_iters), unroll=1):
-                cute.arch.mbarrier_arrive(full + done)
-                done = done + 1 if done + 1 < cfg.num_stages else Int32(0)
 
     @cute.jit
     def consume(
@@ -308,6 +293,8 @@ class W8A16:
         last = slot
         for k in cutlass.range(k_iters, unroll=1):
             cute.arch.mbarrier_wait(full + slot, phase)
+            # cp.async wrote the tokens as ordinary stores; the tensor cores read through the other proxy.
+            cute.arch.fence_view_async_shared()
             entries = self.load_entries(smem_scales, k, warp_group)
             words = [None] * self.per_wg
             for part in cutlass.range_constexpr(8 // self.group):
@@ -328,7 +315,7 @@ class W8A16:
                         cute.gemm(atom, sums[r], a, tokens[None, None, k16 % 4, slot * 2 + k16 // 4], sums[r])
                 warpgroup.commit_group()
                 warpgroup.wait_group(1)
-                if cutlass.const_expr(part == 0 and cfg.folded):  # noqa: SIM102, one is decided when compiling
+                if cutlass.const_expr(part == 0 and cfg.folded):
                     # Every product of the stage before is done: only this part's are in flight.
                     if k > 0 and lane % 32 == 0:
                         cute.arch.mbarrier_arrive(empty + last)

@@ -29,7 +29,8 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
 from ownpath.kernels.cute import ptx
-from ownpath.kernels.cute.config import BLOCK_K, CHUNK_K, CODE_BYTES, SCALE_BYTES, UNSCALE, WG, GemmConfig
+from ownpath.kernels.cute.config import CHUNK_K, CODE_BYTES, SCALE_BYTES, UNSCALE, WG, GemmConfig
+
 
 class Gemm:
     """Builds the kernel of one ``GemmConfig``."""
@@ -37,7 +38,6 @@ class Gemm:
     def __init__(self, config: GemmConfig) -> None:
         self.cfg = config
         self.num_consumers = config.warpgroups_m * config.warpgroups_k
-        self.group = 4 if config.num_m64 == 1 else 2
         self.max_n = config.n_sizes[-1]
         self.num_chunks = 2 * config.warpgroups_k
 
@@ -72,9 +72,7 @@ class Gemm:
     def chunk_layout(self, num_rows: int, num_chunks: Any) -> Any:
         """[rows, 64, chunks] of BF16, K contiguous, 128-byte swizzle; chunks are ``max_n`` rows apart."""
         stride = self.max_n * CHUNK_K
-        outer = cute.make_layout(
-            ((8, num_rows // 8), CHUNK_K, num_chunks), stride=((CHUNK_K, 8 * CHUNK_K), 1, stride)
-        )
+        outer = cute.make_layout(((8, num_rows // 8), CHUNK_K, num_chunks), stride=((CHUNK_K, 8 * CHUNK_K), 1, stride))
         return cute.make_composed_layout(cute.make_swizzle(3, 4, 3), 0, outer)
 
     @cute.kernel
@@ -111,7 +109,7 @@ class Gemm:
         if thread == 0:
             cpasync.prefetch_descriptor(tma_x)
             for stage in cutlass.range_constexpr(cfg.num_stages):
-                cute.arch.mbarrier_init(full + stage, 1)
+                cute.arch.mbarrier_init(full + stage, 3)
                 cute.arch.mbarrier_init(empty + stage, self.num_consumers)
             cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
@@ -132,17 +130,28 @@ class Gemm:
         k_iters = num_k_blocks // (cfg.warpgroups_k * cfg.cluster_k)
 
         if warp_group == self.num_consumers:
-            if cutlass.const_expr(self.max_n >= 64):
+            if cutlass.const_expr(cfg.consumer_registers):
                 cute.arch.setmaxregister_decrease(24)
-            # Single rows are loaded by all lanes of a warp, boxes by one thread.
-            if thread - self.num_consumers * WG < (32 if cfg.gather else 1):
-                self.produce(
-                    ptx.descriptor_address(tma_x), thread % 32, codes, scales, schedule, smem_x, smem_codes, smem_scales,
-                    full, empty, worker, num_workers, num_tiles, num_m_tiles, num_k_blocks, k_iters, rank, num_rows, rows_per_tile,
-                )  # fmt: skip
+            warp = cute.arch.make_warp_uniform(thread % WG // 32)
+            if warp < 2:
+                if thread % 32 == 0:
+                    source, shared, num_bytes = codes, smem_codes, Int32(CODE_BYTES)
+                    if warp == 1:
+                        source, shared, num_bytes = scales, smem_scales, Int32(SCALE_BYTES)
+                    self.produce_weights(
+                        source, shared, num_bytes, schedule, full, empty, worker, num_workers, num_tiles, num_m_tiles,
+                        num_k_blocks, k_iters, rank,
+                    )  # fmt: skip
+            elif warp == 2:
+                # Single rows are loaded by all lanes of the warp, boxes by one.
+                if thread % 32 < (32 if cfg.gather else 1):
+                    self.produce_tokens(
+                        ptx.descriptor_address(tma_x), thread % 32, schedule, smem_x, full, empty, worker, num_workers,
+                        num_tiles, num_m_tiles, k_iters, rank, num_rows, rows_per_tile,
+                    )  # fmt: skip
         else:
-            if cutlass.const_expr(self.max_n >= 64):
-                cute.arch.setmaxregister_increase(240)
+            if cutlass.const_expr(cfg.consumer_registers):
+                cute.arch.setmaxregister_increase(cfg.consumer_registers)
             step = Int32(0)
             parity = Int32(0)
             for tile in cutlass.range(worker, num_tiles, num_workers, unroll=1):
@@ -176,16 +185,12 @@ class Gemm:
         return expert, row0, rows
 
     @cute.jit
-    def produce(
+    def produce_weights(
         self,
-        descriptor: Int64,
-        lane: Int32,
-        codes: cute.Pointer,
-        scales: cute.Pointer,
+        source: cute.Pointer,
+        shared: cute.Pointer,
+        num_bytes: Int32,
         schedule: cute.Pointer,
-        smem_x: cute.Pointer,
-        smem_codes: cute.Pointer,
-        smem_scales: cute.Pointer,
         full: cute.Pointer,
         empty: cute.Pointer,
         worker: Int32,
@@ -195,111 +200,82 @@ class Gemm:
         num_k_blocks: Int32,
         k_iters: Int32,
         rank: Int32,
-        num_rows: Int32,
-        rows_per_tile: Int32,
     ) -> None:
-        """One warp or thread: fills stages in order; the weights of the first ones do not wait for the previous kernel."""
+        """One thread: the codes (or the scales) of every stage, ``num_bytes`` per block, as fast as stages free up.
+
+        It does not wait for the previous kernel: weights do not depend on it.
+        """
         cfg = self.cfg
-        ahead = Int32(0)
-        if cutlass.const_expr(not (cfg.grouped and cfg.swiglu)):
-            if worker < num_tiles:
-                expert, row0, rows = self.tile_rows(schedule, worker // num_m_tiles, num_rows, rows_per_tile)
-                ahead = cutlass.min(k_iters, Int32(cfg.num_stages))
-                for k in cutlass.range(ahead, unroll=1):
-                    self.load_weights(
-                        lane, codes, scales, smem_codes, smem_scales, full, k, expert, worker % num_m_tiles, k, rows,
-                        num_m_tiles, num_k_blocks, k_iters, rank,
-                    )  # fmt: skip
-            cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
+        m64, k_blocks = cfg.m64_per_tile, cfg.warpgroups_k
         slot, phase = Int32(0), Int32(1)
-        done = Int32(0)
         for tile in cutlass.range(worker, num_tiles, num_workers, unroll=1):
-            expert, row0, rows = self.tile_rows(schedule, tile // num_m_tiles, num_rows, rows_per_tile)
-            for k in cutlass.range(k_iters, unroll=1):
-                if done >= ahead:
-                    cute.arch.mbarrier_wait(empty + slot, phase)
-                    self.load_weights(
-                        lane, codes, scales, smem_codes, smem_scales, full, slot, expert, tile % num_m_tiles, k, rows,
-                        num_m_tiles, num_k_blocks, k_iters, rank,
-                    )  # fmt: skip
-                k_block = (rank * k_iters + k) * cfg.warpgroups_k
-                for chunk in cutlass.range_constexpr(self.num_chunks):
-                    self.load_tokens(
-                        descriptor, lane, schedule, smem_x, full, slot, chunk, row0, rows, k_block * 2 + chunk
-                    )
-                done += 1
+            expert = Int32(0)
+            if cutlass.const_expr(cfg.grouped):
+                expert = self.read(schedule, 4 + 4 * (tile // num_m_tiles))
+            first = Int64((expert * num_m_tiles + tile % num_m_tiles) * m64) * num_k_blocks
+            start = source.toint() + (first + rank * k_iters * k_blocks) * num_bytes
+            for _ in cutlass.range(k_iters, unroll=1):
+                cute.arch.mbarrier_wait(empty + slot, phase)
+                cute.arch.mbarrier_arrive_and_expect_tx(full + slot, m64 * k_blocks * num_bytes)
+                target = shared.toint() + slot * (m64 * k_blocks) * num_bytes
+                for idx in cutlass.range_constexpr(m64):
+                    block = start + Int64(idx * num_k_blocks * num_bytes)
+                    ptx.load_bulk(target + idx * k_blocks * num_bytes, block, k_blocks * num_bytes, full + slot)
+                start += k_blocks * num_bytes
                 slot += 1
                 if slot == cfg.num_stages:
                     slot = Int32(0)
                     phase = phase ^ 1
 
     @cute.jit
-    def load_weights(
-        self,
-        lane: Int32,
-        codes: cute.Pointer,
-        scales: cute.Pointer,
-        smem_codes: cute.Pointer,
-        smem_scales: cute.Pointer,
-        full: cute.Pointer,
-        slot: Int32,
-        expert: Int32,
-        m_tile: Int32,
-        k: Int32,
-        rows: Int32,
-        num_m_tiles: Int32,
-        num_k_blocks: Int32,
-        k_iters: Int32,
-        rank: Int32,
-    ) -> None:
-        """Announces a stage's bytes and starts the copies of its weight blocks."""
-        cfg = self.cfg
-        m64, k_blocks = cfg.m64_per_tile, cfg.warpgroups_k
-        boxes = (rows + cfg.box_rows - 1) // cfg.box_rows
-        token_bytes = boxes * (cfg.box_rows * CHUNK_K * 2 * self.num_chunks)
-        weight_bytes = m64 * k_blocks * (CODE_BYTES + SCALE_BYTES)
-        first = (expert * num_m_tiles + m_tile) * m64
-        k_block = (rank * k_iters + k) * k_blocks
-        if not cfg.gather or lane == 0:
-            cute.arch.mbarrier_arrive_and_expect_tx(full + slot, weight_bytes + token_bytes)
-            for idx in cutlass.range_constexpr(m64):
-                block = Int64(first + idx) * num_k_blocks + k_block
-                stage = (slot * m64 + idx) * k_blocks
-                ptx.load_bulk(
-                    smem_codes + stage * CODE_BYTES, codes + block * CODE_BYTES, k_blocks * CODE_BYTES, full + slot
-                )
-                ptx.load_bulk(
-                    smem_scales + stage * SCALE_BYTES, scales + block * SCALE_BYTES, k_blocks * SCALE_BYTES, full + slot
-                )
-
-    @cute.jit
-    def load_tokens(
+    def produce_tokens(
         self,
         descriptor: Int64,
         lane: Int32,
         schedule: cute.Pointer,
         smem_x: cute.Pointer,
         full: cute.Pointer,
-        slot: Int32,
-        chunk: int,
-        row0: Int32,
-        rows: Int32,
-        k_chunk: Int32,
+        empty: cute.Pointer,
+        worker: Int32,
+        num_workers: Int32,
+        num_tiles: Int32,
+        num_m_tiles: Int32,
+        k_iters: Int32,
+        rank: Int32,
+        num_rows: Int32,
+        rows_per_tile: Int32,
     ) -> None:
-        """Starts the boxes that cover ``rows`` rows of one 64-wide chunk of K."""
+        """One thread (or warp, for single rows): the tokens of every stage."""
         cfg = self.cfg
-        boxes = (rows + cfg.box_rows - 1) // cfg.box_rows
-        chunk_start = smem_x + (slot * self.num_chunks + chunk) * (self.max_n * CHUNK_K)
-        if cutlass.const_expr(cfg.gather):
-            index = schedule + self.read(schedule, 1)
-            for row in cutlass.range(lane, rows, 32, unroll=1):
-                token = self.read(index, row0 + row)
-                ptx.load_box(chunk_start + row * CHUNK_K, descriptor, k_chunk * CHUNK_K, token, full + slot)
-        else:
-            for box in cutlass.range(boxes, unroll=1):
-                row = box * cfg.box_rows
-                ptx.load_box(chunk_start + row * CHUNK_K, descriptor, k_chunk * CHUNK_K, row0 + row, full + slot)
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+        slot, phase = Int32(0), Int32(1)
+        for tile in cutlass.range(worker, num_tiles, num_workers, unroll=1):
+            _, row0, rows = self.tile_rows(schedule, tile // num_m_tiles, num_rows, rows_per_tile)
+            boxes = (rows + cfg.box_rows - 1) // cfg.box_rows
+            token = Int32(0)
+            if cutlass.const_expr(cfg.gather):
+                if lane < rows:
+                    token = self.read(schedule + self.read(schedule, 1), row0 + lane)
+            for k in cutlass.range(k_iters, unroll=1):
+                cute.arch.mbarrier_wait(empty + slot, phase)
+                if lane == 0:
+                    num_bytes = boxes * (cfg.box_rows * CHUNK_K * 2 * self.num_chunks)
+                    cute.arch.mbarrier_arrive_and_expect_tx(full + slot, num_bytes)
+                for chunk in cutlass.range_constexpr(self.num_chunks):
+                    column = ((rank * k_iters + k) * self.num_chunks + chunk) * CHUNK_K
+                    start = smem_x + (slot * self.num_chunks + chunk) * (self.max_n * CHUNK_K)
+                    if cutlass.const_expr(cfg.gather):
+                        if lane < rows:
+                            ptx.load_box(start + lane * CHUNK_K, descriptor, column, token, full + slot)
+                    else:
+                        for box in cutlass.range(boxes, unroll=1):
+                            row = box * cfg.box_rows
+                            ptx.load_box(start + row * CHUNK_K, descriptor, column, row0 + row, full + slot)
+                slot += 1
+                if slot == cfg.num_stages:
+                    slot = Int32(0)
+                    phase = phase ^ 1
 
     @cute.jit
     def consume(
@@ -338,14 +314,13 @@ class Gemm:
         shared = cute.make_tensor(cute.recast_ptr(smem_x, layout.inner, BFloat16), layout.outer)
         thr_mma = mma.get_slice(lane)
         tokens = thr_mma.make_fragment_B(thr_mma.partition_B(shared))
-        sums = [
-            cute.make_rmem_tensor(thr_mma.partition_shape_C((64, num_n)), Float32) for _ in range(cfg.num_m64)
-        ]
+        sums = [cute.make_rmem_tensor(thr_mma.partition_shape_C((64, num_n)), Float32) for _ in range(cfg.num_m64)]
         for acc in sums:
             acc.fill(0.0)
+        depth = cfg.depth
         weights = [
-            [thr_mma.make_fragment_A(thr_mma.partition_shape_A((64, 16 * self.group))) for _ in range(cfg.num_m64)]
-            for _ in range(2)
+            [thr_mma.make_fragment_A(thr_mma.partition_shape_A((64, 16))) for _ in range(cfg.num_m64)]
+            for _ in range(depth)
         ]
         slot = step % cfg.num_stages
         phase = (step // cfg.num_stages) % 2
@@ -353,25 +328,22 @@ class Gemm:
         for k in cutlass.range(k_iters, unroll=1):
             cute.arch.mbarrier_wait(full + slot, phase)
             words, scale_words = self.load_fragments(smem_codes, smem_scales, slot, wg_m, wg_k, lane)
-            for part in cutlass.range_constexpr(8 // self.group):
+            for k16 in cutlass.range_constexpr(8):
+                # Buffers take turns: products of the last ``depth - 1`` steps run while this step is decoded.
+                buffer = weights[k16 % depth]
                 for r in cutlass.range_constexpr(cfg.num_m64):
-                    fragment = cute.recast_tensor(weights[part % 2][r], Uint32)
-                    for kk in cutlass.range_constexpr(self.group):
-                        k16 = part * self.group + kk
-                        self.decode(words[r][k16], scale_words[r][k16 // 2], k16 % 2, fragment, 4 * kk)
+                    fragment = cute.recast_tensor(buffer[r], Uint32)
+                    self.decode(words[r][k16], scale_words[r][k16 // 2], k16 % 2, fragment)
                 warpgroup.fence()
-                for kk in cutlass.range_constexpr(self.group):
-                    k16 = part * self.group + kk
-                    chunk = slot * self.num_chunks + wg_k * 2 + k16 // 4
-                    for r in cutlass.range_constexpr(cfg.num_m64):
-                        atom = cute.make_mma_atom(mma.op)
-                        atom.set(warpgroup.Field.ACCUMULATE, True)
-                        a = weights[part % 2][r][None, None, kk]
-                        cute.gemm(atom, sums[r], a, tokens[None, None, k16 % 4, chunk], sums[r])
+                chunk = slot * self.num_chunks + wg_k * 2 + k16 // 4
+                for r in cutlass.range_constexpr(cfg.num_m64):
+                    atom = cute.make_mma_atom(mma.op)
+                    atom.set(warpgroup.Field.ACCUMULATE, True)
+                    cute.gemm(atom, sums[r], buffer[r][None, None, 0], tokens[None, None, k16 % 4, chunk], sums[r])
                 warpgroup.commit_group()
-                warpgroup.wait_group(1)
-                if cutlass.const_expr(part == 0):
-                    # Every product of the previous stage is done: only this part's group is in flight.
+                warpgroup.wait_group(depth - 1)
+                if cutlass.const_expr(k16 == depth - 2):
+                    # Every product of the previous stage is done.
                     if k > 0 and lane == 0:
                         cute.arch.mbarrier_arrive(empty + last)
             last = slot
@@ -391,9 +363,11 @@ class Gemm:
             for r in cutlass.range_constexpr(cfg.num_m64):
                 block = m_tile * cfg.m64_per_tile + wg_m * cfg.num_m64 + r
                 factors = self.factors(global_scale, expert, block, lane)
+                place, pitch = self.place(out, row0, block, lane, ld_out)
                 for j in cutlass.range_constexpr(num_n // 8):
                     values = [sums[r][4 * j + idx] for idx in range(4)]
-                    self.store(values, factors, out, block, j, lane, row0, rows, ld_out, swiglu_limit)
+                    self.store(values, factors, place, pitch, rows - (8 * j + 2 * (lane % 4)), lane, swiglu_limit)
+                    place += 8 * pitch
 
     def load_fragments(
         self,
@@ -416,20 +390,19 @@ class Gemm:
             scale_words.append([*ptx.load_shared_vec4(scale_base)])
         return words, scale_words
 
-    def decode(self, word: Any, scale_word: Any, half: int, fragment: Any, start: int) -> None:
+    def decode(self, word: Any, scale_word: Any, half: int, fragment: Any) -> None:
         """Eight codes of one k16 step to BF16: registers (row g, low k), (g + 8, low), (g, high), (g + 8, high)."""
-        scale_low = ptx.mad(ptx.prmt(scale_word, 0x4040 + 0x0202 * half), 16, 0x70007000)
-        scale_high = ptx.mad(ptx.prmt(scale_word, 0x4141 + 0x0202 * half), 16, 0x70007000)
-        mask = Uint32(0x81C081C0)
-        first = word & mask
-        second = ptx.mad(word, 8, 0) & mask
-        third = ptx.mad(word, 64, 0) & mask
-        fourth = (ptx.mad(word, 2, 0) & Uint32(0x80008000)) | ((word >> 3) & Uint32(0x01800180))
-        fourth = fourth | ((word >> 7) & Uint32(0x00400040))
-        fragment[start] = ptx.mul_bf16x2(first, scale_low)
-        fragment[start + 1] = ptx.mul_bf16x2(second, scale_high)
-        fragment[start + 2] = ptx.mul_bf16x2(third, scale_low)
-        fragment[start + 3] = ptx.mul_bf16x2(fourth, scale_high)
+        pair = ptx.mad(ptx.prmt(scale_word, 0x4140 + 0x0202 * half), 16, 0x70007000)
+        scale_low, scale_high = ptx.broadcast_halves(pair)
+        eem, sign = Uint32(0x01C001C0), Uint32(0x80008000)
+        first = word & (eem | sign)
+        second = ptx.mad(word, 8, 0) & (eem | sign)
+        third = (ptx.mad(word, 64, 0) & eem) | (ptx.mad(word, 2, 0) & sign)
+        fourth = ((word >> 3) & eem) | (ptx.mad(word, 4, 0) & sign)
+        fragment[0] = ptx.mul_bf16x2(first, scale_low)
+        fragment[1] = ptx.mul_bf16x2(second, scale_high)
+        fragment[2] = ptx.mul_bf16x2(third, scale_low)
+        fragment[3] = ptx.mul_bf16x2(fourth, scale_high)
 
     def factors(self, global_scale: cute.Pointer, expert: Int32, block: Int32, lane: Int32) -> tuple[Any, Any]:
         """What the sums of rows g and g + 8 of this thread are multiplied by."""
@@ -442,53 +415,54 @@ class Gemm:
             first, second = table[row], table[row + 1]
         return first * Float32(UNSCALE), second * Float32(UNSCALE)
 
+    def place(self, out: cute.Pointer, row0: Int32, block: Int32, lane: Int32, ld_out: Int32) -> tuple[Int64, Int64]:
+        """Byte address of this thread's first output element, and bytes from token to token."""
+        g, q, warp = lane % 32 // 4, lane % 4, lane // 32
+        width = 4 if self.cfg.wide else 2
+        if self.cfg.swiglu:
+            # Odd g write the second token of the pair.
+            feature, token = block * 32 + warp * 8 + g // 2 * 2, 2 * q + g % 2
+        else:
+            feature, token = block * 64 + warp * 16 + 2 * g, 2 * q
+        pitch = Int64(ld_out) * width
+        return out.toint() + Int64(feature) * width + Int64(row0 + token) * pitch, pitch
+
     @cute.jit
     def store(
         self,
         values: list[Any],
         factors: tuple[Any, Any],
-        out: cute.Pointer,
-        block: Int32,
-        j: int,
+        place: Int64,
+        pitch: Int64,
+        left: Int32,
         lane: Int32,
-        row0: Int32,
-        rows: Int32,
-        ld_out: Int32,
         swiglu_limit: Float32,
     ) -> None:
-        """Writes one 16 x 8 piece of a warp: rows (g, g + 8) of tokens (2q, 2q + 1).
+        """Writes one 16 x 8 piece of a warp: rows (g, g + 8) of tokens (2q, 2q + 1), of which ``left`` exist.
 
         Packing puts output features 2g and 2g + 1 (or gate and up of one feature) into rows g and g + 8, so that a
         thread holds a pair of neighbouring features of each token.
         """
-        g, q, warp = lane % 32 // 4, lane % 4, lane // 32
-        token = 8 * j + 2 * q
         even = [values[0] * factors[0], values[2] * factors[1]]
         odd = [values[1] * factors[0], values[3] * factors[1]]
         if cutlass.const_expr(self.cfg.swiglu):
             hidden_even = self.activate(even[0], even[1], swiglu_limit)
             hidden_odd = self.activate(odd[0], odd[1], swiglu_limit)
             # Neighbours in g trade, so that each writes two features of one token.
-            is_low = g % 2 == 0
-            given = hidden_odd if is_low else hidden_even
+            odd_g = lane // 4 % 2
+            given = hidden_even if odd_g == 1 else hidden_odd
             taken = cute.arch.shuffle_sync_bfly(given, offset=4)
-            low = hidden_even if is_low else taken
-            high = taken if is_low else hidden_odd
-            token_mine = token if is_low else token + 1
-            feature = block * 32 + warp * 8 + g // 2 * 2
-            if token_mine < rows:
-                self.write(out, row0 + token_mine, feature, ld_out, ptx.pack_bf16x2(low, high))
+            low = taken if odd_g == 1 else hidden_even
+            high = hidden_odd if odd_g == 1 else taken
+            if odd_g < left:
+                ptx.store_global(place, ptx.pack_bf16x2(low, high))
         else:
-            feature = block * 64 + warp * 16 + 2 * g
-            if token < rows:
-                self.write(out, row0 + token, feature, ld_out, ptx.pack_bf16x2(even[0], even[1]))
-            if token + 1 < rows:
-                self.write(out, row0 + token + 1, feature, ld_out, ptx.pack_bf16x2(odd[0], odd[1]))
-
-    def write(self, out: cute.Pointer, row: Int32, feature: Int32, ld_out: Int32, pair: Uint32) -> None:
-        offset = Int64(row) * ld_out + feature
-        target = cute.recast_ptr(out + offset, dtype=Uint32)
-        cute.make_tensor(target, cute.make_layout(1))[0] = pair
+            for column, pair in enumerate((even, odd)):
+                if column < left:
+                    if cutlass.const_expr(self.cfg.wide):
+                        ptx.store_global_vec2(place + column * pitch, pair)
+                    else:
+                        ptx.store_global(place + column * pitch, ptx.pack_bf16x2(*pair))
 
     def activate(self, gate: Float32, up: Float32, limit: Float32) -> Float32:
         """silu(min(gate, limit)) * clamp(up, -limit, limit)."""
@@ -544,7 +518,9 @@ class Gemm:
                         piece = ptx.load_cluster_vec4(address, Int32(part // cfg.warpgroups_k))
                         total = [a + b for a, b in zip(total, piece, strict=True)]
                     factors = self.factors(global_scale, expert, block, lane)
-                    self.store(total, factors, out, block, j, lane, row0, rows, ld_out, swiglu_limit)
+                    place, pitch = self.place(out, row0, block, lane, ld_out)
+                    left = rows - (8 * j + 2 * (lane % 4))
+                    self.store(total, factors, place + 8 * j * pitch, pitch, left, lane, swiglu_limit)
         if cutlass.const_expr(cfg.cluster_k > 1):
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
@@ -565,4 +541,3 @@ def compile_gemm(config: GemmConfig) -> Any:
         ptr(Int32, 1024, space, assumed_align=16),
         count, Int32(64), count, count, count, count, Float32(0.0), count,
     )  # fmt: skip
-

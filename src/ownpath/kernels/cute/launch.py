@@ -36,10 +36,12 @@ class PackedWeight:
 
 @lru_cache(maxsize=16)
 def num_sms(device_index: int) -> int:
+    """Multiprocessors of a device."""
     return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
 def current_stream(tensor: torch.Tensor) -> int:
+    """Handle of the stream that torch uses on the tensor's device."""
     return torch.cuda.current_stream(tensor.device).cuda_stream
 
 
@@ -81,6 +83,7 @@ def align(
     tile_rows: int,
     index_offset: int,
 ) -> None:
+    """Fills the schedule of one call. expert_map: any tensor when the configuration has no map."""
     num_ids = len(expert_map) if config.mapped else num_experts - config.num_shared
     sizes = (*ids.shape, num_ids, num_experts, tile_rows, index_offset)
     args = (pointer(ids), pointer(expert_map), pointer(schedule), *map(c_int, sizes))
@@ -88,6 +91,7 @@ def align(
 
 
 def permute(x: torch.Tensor, schedule: torch.Tensor, out: torch.Tensor) -> None:
+    """Copies the rows of x [T, D] into the experts' order, out [pairs, D]."""
     grid = min(len(out), 8 * num_sms(x.device.index))
     args = (pointer(x), pointer(schedule), pointer(out), *map(c_int, out.shape))
     load(PermuteConfig(), x.device.index).launch(grid, args, current_stream(x))
@@ -96,6 +100,7 @@ def permute(x: torch.Tensor, schedule: torch.Tensor, out: torch.Tensor) -> None:
 def combine(
     config: CombineConfig, rows: torch.Tensor, schedule: torch.Tensor, weights: torch.Tensor, out: torch.Tensor
 ) -> None:
+    """Sums the experts' rows per token into out [T, D]."""
     num_tokens, width = out.shape
     grid = -(-num_tokens * (width // 8) // COPY_THREADS)
     sizes = (num_tokens, weights.shape[1], width)

@@ -17,7 +17,8 @@ import cutlass
 from cutlass import BFloat16, Float32, Int32, Int64, cute
 
 from ownpath.kernels.cute import ptx
-from ownpath.kernels.cute.config import ALIGN_THREADS, COPY_THREADS, AlignConfig
+from ownpath.kernels.cute.config import ALIGN_THREADS, COPY_THREADS, AlignConfig, CombineConfig
+
 
 def element(pointer: Any, idx: Any) -> Any:
     """A one-element view at ``idx``."""
@@ -25,6 +26,8 @@ def element(pointer: Any, idx: Any) -> Any:
 
 
 class Align:
+    """Counts, places and tiles the (token, slot) pairs of one call."""
+
     def __init__(self, config: AlignConfig) -> None:
         self.cfg = config
 
@@ -41,9 +44,9 @@ class Align:
         tile_rows: Int32,
         index_offset: Int32,
     ) -> None:
-        self.kernel(
-            ids, expert_map, schedule, num_tokens, top_k, num_ids, num_experts, tile_rows, index_offset
-        ).launch(grid=[1, 1, 1], block=[ALIGN_THREADS, 1, 1])
+        self.kernel(ids, expert_map, schedule, num_tokens, top_k, num_ids, num_experts, tile_rows, index_offset).launch(
+            grid=[1, 1, 1], block=[ALIGN_THREADS, 1, 1]
+        )
 
     @cute.kernel
     def kernel(
@@ -69,7 +72,7 @@ class Align:
         cute.arch.griddepcontrol_launch_dependents()
         slots = top_k + self.cfg.num_shared
         total = num_tokens * slots
-        for idx in cutlass.range(thread, total, ALIGN_THREADS, unroll=1):
+        for idx in cutlass.range(thread, total, ALIGN_THREADS, unroll=4):
             expert = self.expert_of(ids, expert_map, idx, top_k, slots, num_ids, num_experts)
             if expert >= 0:
                 cute.arch.atomic_add(counts + expert, Int32(1))
@@ -91,7 +94,7 @@ class Align:
             element(schedule, 0)[0] = tile_start + tiles
             element(schedule, 1)[0] = index_offset
         cute.arch.sync_threads()
-        for idx in cutlass.range(thread, total, ALIGN_THREADS, unroll=1):
+        for idx in cutlass.range(thread, total, ALIGN_THREADS, unroll=4):
             expert = self.expert_of(ids, expert_map, idx, top_k, slots, num_ids, num_experts)
             row = Int32(-1)
             if expert >= 0:
@@ -166,9 +169,7 @@ class Permute:
         self.kernel(x, schedule, out, num_rows, width).launch(grid=[grid, 1, 1], block=[COPY_THREADS, 1, 1])
 
     @cute.kernel
-    def kernel(
-        self, x: cute.Pointer, schedule: cute.Pointer, out: cute.Pointer, num_rows: Int32, width: Int32
-    ) -> None:
+    def kernel(self, x: cute.Pointer, schedule: cute.Pointer, out: cute.Pointer, num_rows: Int32, width: Int32) -> None:
         thread, _, _ = cute.arch.thread_idx()
         cta, _, _ = cute.arch.block_idx()
         grid, _, _ = cute.arch.grid_dim()
@@ -192,8 +193,8 @@ class Permute:
 class Combine:
     """y[t] = sum over slots k, in order, of weight[t, k] * rows[row of (t, k)]; shared slots have weight 1."""
 
-    def __init__(self, num_shared: int) -> None:
-        self.num_shared = num_shared
+    def __init__(self, config: CombineConfig) -> None:
+        self.num_shared, self.wide = config.num_shared, config.wide
 
     @cute.jit
     def __call__(
@@ -240,11 +241,19 @@ class Combine:
                     weight = Float32(1.0)
                     if slot < top_k:
                         weight = element(weights, token * top_k + slot)[0]
-                    words = ptx.load_global_vec4(address(rows, row, width, piece))
+                    values = self.load(rows, row, width, piece)
                     for idx in cutlass.range_constexpr(8):
-                        total[idx] = total[idx] + weight * ptx.widen_bf16(words[idx // 2], idx % 2 == 1)
+                        total[idx] = total[idx] + weight * values[idx]
             packed = tuple(ptx.pack_bf16x2(total[2 * idx], total[2 * idx + 1]) for idx in range(4))
             ptx.store_global_vec4(address(out, token, width, piece), packed)
+
+    def load(self, rows: cute.Pointer, row: Any, width: Any, piece: Any) -> list[Any]:
+        """Eight values of a row."""
+        if self.wide:
+            start = rows.toint() + (Int64(row) * width + piece * 8) * 4
+            return [ptx.as_float(word) for half in (0, 16) for word in ptx.load_global_vec4(start + half)]
+        words = ptx.load_global_vec4(address(rows, row, width, piece))
+        return [ptx.widen_bf16(words[idx // 2], idx % 2 == 1) for idx in range(8)]
 
 
 def _pointer(dtype: Any, align: int = 16) -> Any:
@@ -252,16 +261,19 @@ def _pointer(dtype: Any, align: int = 16) -> Any:
 
 
 def compile_align(config: AlignConfig) -> Any:
+    """Compiles for sm_90a; no GPU is needed."""
     ids = _pointer(Int64 if config.wide_ids else Int32, 4)
     one = Int32(1)
     return cute.compile(Align(config), ids, _pointer(Int32), _pointer(Int32), *[one] * 6)
 
 
 def compile_permute() -> Any:
+    """Compiles for sm_90a; no GPU is needed."""
     one = Int32(1)
     return cute.compile(Permute(), _pointer(BFloat16), _pointer(Int32), _pointer(BFloat16), one, one, one)
 
 
-def compile_combine(num_shared: int) -> Any:
+def compile_combine(config: CombineConfig) -> Any:
+    """Compiles for sm_90a; no GPU is needed."""
     args = (_pointer(BFloat16), _pointer(Int32), _pointer(Float32, 4), _pointer(BFloat16))
-    return cute.compile(Combine(num_shared), *args, *[Int32(1)] * 4)
+    return cute.compile(Combine(config), *args, *[Int32(1)] * 4)

@@ -41,6 +41,16 @@ def mad(x: Value, factor: int, addend: int, *, loc: Any = None, ip: Any = None) 
 
 
 @dsl_user_op
+def broadcast_halves(pair: Value, *, loc: Any = None, ip: Any = None) -> tuple[Uint32, Uint32]:
+    """The lower half twice and the upper half twice; the multiplier selects halves by itself, at no cost."""
+    struct = llvm.StructType.get_literal([T.i32()] * 2)
+    text = "{ .reg .b16 low, high; mov.b32 {low, high}, $2; mov.b32 $0, {low, low}; mov.b32 $1, {high, high}; }"
+    both = _asm(text, "=r,=r,r", struct, [Uint32(pair).ir_value(loc=loc, ip=ip)], True, loc, ip)
+    low, high = (Uint32(llvm.extractvalue(T.i32(), both, [idx], loc=loc, ip=ip)) for idx in range(2))
+    return low, high
+
+
+@dsl_user_op
 def mul_bf16x2(a: Value, b: Value, *, loc: Any = None, ip: Any = None) -> Uint32:
     """Two BF16 products; subnormal operands keep their value."""
     operands = [Uint32(a).ir_value(loc=loc, ip=ip), Uint32(b).ir_value(loc=loc, ip=ip)]
@@ -90,7 +100,7 @@ def maximum(a: Value, b: Value, *, loc: Any = None, ip: Any = None) -> Float32:
 
 @dsl_user_op
 def load_bulk(dst: Value, src: Value, num_bytes: Value, barrier: Value, *, loc: Any = None, ip: Any = None) -> None:
-    """A contiguous copy, global to shared memory, by the copy engine; ``barrier`` counts its bytes.
+    """A contiguous copy, global to shared memory (byte addresses), by the copy engine; ``barrier`` counts its bytes.
 
     Weights pass once: they are marked to leave L2 first, so that activations stay.
     """
@@ -100,8 +110,8 @@ def load_bulk(dst: Value, src: Value, num_bytes: Value, barrier: Value, *, loc: 
         "[$0], [$1], $2, [$3], policy; }"
     )
     operands = [
-        dst.toint().ir_value(loc=loc, ip=ip),
-        src.toint().ir_value(loc=loc, ip=ip),
+        Int32(dst).ir_value(loc=loc, ip=ip),
+        Int64(src).ir_value(loc=loc, ip=ip),
         Int32(num_bytes).ir_value(loc=loc, ip=ip),
         barrier.toint().ir_value(loc=loc, ip=ip),
     ]
@@ -122,8 +132,7 @@ def load_box(
 ) -> None:
     """A two-dimensional TMA box with its upper left corner at (row, col); rows outside the tensor arrive as zeros."""
     text = (
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-        "[$0], [$1, {$2, $3}], [$4];"
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [$0], [$1, {$2, $3}], [$4];"
     )
     operands = [
         dst.toint().ir_value(loc=loc, ip=ip),
@@ -171,7 +180,6 @@ def store_shared_vec4(address: Value, values: tuple[Any, ...], *, loc: Any = Non
     _asm("st.shared.v4.f32 [$0], {$1, $2, $3, $4};", "r,f,f,f,f", None, operands, False, loc, ip)
 
 
-
 @dsl_user_op
 def load_global_vec4(address: Value, *, loc: Any = None, ip: Any = None) -> tuple[Uint32, Uint32, Uint32, Uint32]:
     """16 bytes of global memory at an aligned byte address."""
@@ -194,3 +202,24 @@ def widen_bf16(word: Value, high: bool, *, loc: Any = None, ip: Any = None) -> F
     """The lower or upper BF16 of a word as float32."""
     text = "and.b32 $0, $1, 0xffff0000;" if high else "shl.b32 $0, $1, 16;"
     return Float32(_asm(text, "=f,r", T.f32(), [Uint32(word).ir_value(loc=loc, ip=ip)], True, loc, ip))
+
+
+@dsl_user_op
+def store_global(address: Value, word: Value, *, loc: Any = None, ip: Any = None) -> None:
+    """Four bytes to global memory at an aligned byte address."""
+    operands = [Int64(address).ir_value(loc=loc, ip=ip), Uint32(word).ir_value(loc=loc, ip=ip)]
+    _asm("st.global.b32 [$0], $1;", "l,r", None, operands, False, loc, ip)
+
+
+@dsl_user_op
+def store_global_vec2(address: Value, pair: Any, *, loc: Any = None, ip: Any = None) -> None:
+    """Two float32 to global memory at an aligned byte address."""
+    operands = [Int64(address).ir_value(loc=loc, ip=ip)] + [Float32(v).ir_value(loc=loc, ip=ip) for v in pair]
+    _asm("st.global.v2.f32 [$0], {$1, $2};", "l,f,f", None, operands, False, loc, ip)
+
+
+@dsl_user_op
+def as_float(word: Value, *, loc: Any = None, ip: Any = None) -> Float32:
+    """The same bits as float32."""
+    operands = [Uint32(word).ir_value(loc=loc, ip=ip)]
+    return Float32(_asm("mov.b32 $0, $1;", "=f,r", T.f32(), operands, True, loc, ip))

@@ -21,18 +21,27 @@ def nvfp4_moe(
     w13: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     w2: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     swiglu_limit: float,
+    *,
+    num_shared: int = 0,
+    expert_map: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y[t] = sum over chosen experts of weight * w2 swiglu(w13 x[t]), gate rows first in w13.
 
     Shapes: x [T, D]; topk_ids int [T, K]; topk_weights float32 [T, K]; y [T, D].
         w13: qdata uint8 [E, 2F, D/2], scale E4M3 [E, 2F, D/16], global_scale float32 [E, 2] (gate, up).
         w2: qdata uint8 [E, D, F/2], scale E4M3 [E, D, F/16], global_scale float32 [E].
-    Expert outputs are summed in float32 in the order of expert ids, so that the result does not depend on timing.
+    The last num_shared experts run for every token, with weight 1. expert_map int32 [global experts]: the expert
+    here, or -1. Ids outside the experts contribute nothing. Expert outputs are summed in float32 in the order of
+    expert ids, so that the result does not depend on timing.
     """
     dtype = sum_dtype(x_TD)
+    local_TK = _local_experts(topk_ids_TK, len(w13[0]) - num_shared, expert_map)
+    shared_TS = torch.arange(len(w13[0]) - num_shared, len(w13[0]), device=x_TD.device).expand(len(x_TD), -1)
+    topk_ids_TK = torch.cat([local_TK, shared_TS], dim=1)
+    topk_weights_TK = torch.cat([topk_weights_TK, torch.ones_like(shared_TS, dtype=topk_weights_TK.dtype)], dim=1)
     y_TD = torch.zeros_like(x_TD, dtype=dtype)
     inter, dim = w13[0].shape[1] // 2, w2[0].shape[1]
-    for expert in topk_ids_TK.unique().tolist():
+    for expert in topk_ids_TK[topk_ids_TK >= 0].unique().tolist():
         token_ids, slots = torch.where(topk_ids_TK == expert)
         gate_up_scale = w13[2][expert, :, None].expand(-1, inter).flatten()
         x_SD = x_TD[token_ids].to(dtype)
@@ -41,3 +50,13 @@ def nvfp4_moe(
         out_SD = nvfp4_linear(hidden_SF, w2[0][expert], w2[1][expert], w2[2][expert].expand(dim))
         y_TD.index_add_(0, token_ids, out_SD * topk_weights_TK[token_ids, slots, None].to(dtype))
     return y_TD.to(x_TD.dtype)
+
+
+def _local_experts(ids_TK: torch.Tensor, num_routed: int, expert_map: torch.Tensor | None) -> torch.Tensor:
+    """int64 ids of the experts held here, -1 for others."""
+    num_ids = num_routed if expert_map is None else len(expert_map)
+    known = (ids_TK >= 0) & (ids_TK < num_ids)
+    local = ids_TK.long().clamp(0, num_ids - 1)
+    if expert_map is not None:
+        local = expert_map.long()[local]
+    return torch.where(known, local, -1)

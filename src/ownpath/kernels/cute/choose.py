@@ -1,0 +1,155 @@
+"""Which compiled kernel serves which sizes: a tuned table for the experts, arithmetic for dense products.
+
+The table (``tuned/moe.json``, written by ``ownpath bench --tune moe``) is keyed by (token, slot) pairs per expert.
+Nothing is measured while serving.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from ownpath.kernels.cute.config import BLOCK_K, MAX_SHARED_BYTES, GemmConfig
+
+TUNED = Path(__file__).parent / "tuned" / "moe.json"
+BLOCK_ROWS = 64
+SMS = 132
+WIDE_PAIRS = 4096
+"""Up to this many pairs the experts' outputs stay float32 until they are summed; above, rounding them to BF16 saves
+bytes that would cost more than 5% of the time."""
+
+
+@dataclass(frozen=True)
+class MoeChoice:
+    """The two products of one call. ctas_per_sm: how many CTAs share an SM."""
+
+    gate_up: GemmConfig
+    down: GemmConfig
+    ctas_per_sm: int
+
+    @property
+    def tile_rows(self) -> int:
+        return self.gate_up.n_sizes[-1]
+
+    @property
+    def is_wide(self) -> bool:
+        return self.down.wide
+
+
+@lru_cache(maxsize=1)
+def moe_table() -> tuple[tuple[float, dict[str, object]], ...]:
+    """(pairs per expert up to which it holds, knobs), ascending."""
+    entries = json.loads(TUNED.read_text(encoding="utf-8"))["entries"]
+    return tuple(
+        sorted(((float(case.split("<=")[1]), entry["config"]) for case, entry in entries.items()), key=lambda e: e[0])
+    )
+
+
+def choose_moe(pairs: int, num_experts: int, hidden: int, inter: int, invariant: bool) -> MoeChoice:
+    """The kernels for ``pairs`` (token, slot) pairs. invariant: nothing that changes bits may follow ``pairs``."""
+    density = pairs / num_experts
+    knobs = next((knobs for limit, knobs in moe_table() if density <= limit), moe_table()[-1][1])
+    return moe_choice(knobs, hidden, inter, wide=invariant or pairs <= WIDE_PAIRS)
+
+
+@lru_cache(maxsize=256)
+def _moe_choice(knobs: tuple[tuple[str, int], ...], hidden: int, inter: int, wide: bool) -> MoeChoice:
+    read = dict(knobs)
+    sizes = tuple(size for size in (read.get(f"n{idx}") for idx in range(8)) if size)
+    gate_up = _fitted(read, sizes, 2 * inter // BLOCK_ROWS, swiglu=True, gather=bool(read["gather"]))
+    down = _fitted(read, sizes, hidden // BLOCK_ROWS, wide=wide)
+    return MoeChoice(gate_up, down, read["ctas_per_sm"])
+
+
+def moe_choice(knobs: Mapping[str, object], hidden: int, inter: int, wide: bool) -> MoeChoice:
+    """Table knobs to kernels. Knobs: num_m64, warpgroups_m, n0, n1, ... (sizes), stages, depth, gather, ctas_per_sm."""
+    return _moe_choice(tuple((name, int(str(value))) for name, value in sorted(knobs.items())), hidden, inter, wide)
+
+
+def _fitted(read: Mapping[str, int], sizes: tuple[int, ...], num_blocks: int, **flags: bool) -> GemmConfig:
+    """The tuned tile, or the next smaller one that divides the rows."""
+    tiles = ((read["num_m64"], read["warpgroups_m"]), (2, 2), (1, 2))
+    num_m64, warpgroups_m = next(tile for tile in tiles if num_blocks % (tile[0] * tile[1]) == 0)
+    return fit(
+        GemmConfig(num_m64, warpgroups_m, 1, sizes, 1, grouped=True, depth=read["depth"], **flags), read["stages"]
+    )
+
+
+def fit(config: GemmConfig, stages: int) -> GemmConfig:
+    """``config`` with as many of the wanted stages as shared memory holds."""
+    per_stage = config.stage_bytes + 16
+    most = (MAX_SHARED_BYTES - config.reduce_bytes) // per_stage
+    return GemmConfig(**{**vars(config), "num_stages": max(1, min(stages, most))})
+
+
+@dataclass(frozen=True)
+class LinearChoice:
+    """One dense product. rows_per_tile: tokens of a tile; grid: CTAs."""
+
+    gemm: GemmConfig
+    rows_per_tile: int
+    grid: int
+
+
+@lru_cache(maxsize=4096)
+def choose_linear(num_tokens: int, num_rows: int, num_cols: int, invariant: bool) -> LinearChoice:
+    """The kernel for x [num_tokens, num_cols] and a weight of num_rows.
+
+    Few tokens: K is split over two warpgroups and a cluster until the CTAs fill the GPU once, because a small matrix
+    is a matter of latency. Many: tiles that leave the last wave full. ``invariant`` never splits K.
+    """
+    blocks, k_blocks = num_rows // BLOCK_ROWS, num_cols // BLOCK_K
+    if num_tokens <= 64:
+        size = next(size for size in (8, 16, 32, 64) if num_tokens <= size)
+        if blocks >= 2 * SMS or invariant or k_blocks % 2:
+            tiles = ((1, 4), (1, 2), (1, 1)) if blocks >= 2 * SMS and size < 64 else ((1, 2), (1, 1))
+            config = fit(_dense(_tile(blocks, tiles), size), 8)
+        else:
+            config = _split(blocks, k_blocks, size)
+    elif num_tokens <= 512:
+        wide = blocks >= 2 * SMS and num_tokens > 128 and blocks % 4 == 0
+        config = fit(_dense((2, 2), 128), 4) if wide else fit(_dense(_tile(blocks, ((1, 2), (1, 1))), 64), 6)
+    else:
+        config = _waves(num_tokens, blocks)
+    return _spread(config, num_tokens, blocks)
+
+
+def _tile(blocks: int, tiles: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    return next(tile for tile in tiles if blocks % (tile[0] * tile[1]) == 0)
+
+
+def _dense(tile: tuple[int, int], size: int) -> GemmConfig:
+    return GemmConfig(tile[0], tile[1], 1, (size,), 1)
+
+
+def _split(blocks: int, k_blocks: int, size: int) -> GemmConfig:
+    """K over two warpgroups, and over as large a cluster as leaves at most one CTA per SM."""
+    # Wide tiles read the tokens half as often; they need a cluster to fill the GPU and to sum through one buffer.
+    for num_m64 in (2, 1) if size == 64 and blocks % 2 == 0 else (1,):
+        tiles, cluster = blocks // num_m64, 1
+        while cluster < 8 and tiles * cluster * 2 <= SMS and k_blocks % (cluster * 4) == 0:
+            cluster *= 2
+        if cluster > 1:
+            break
+    return fit(GemmConfig(num_m64, 1, 2, (size,), 1, cluster_k=cluster), 6)
+
+
+def _waves(num_tokens: int, blocks: int) -> GemmConfig:
+    """The tile width with the fewest columns of work on the busiest SM; 16 stands for the fixed part of a tile."""
+    tile = _tile(blocks, ((2, 2), (1, 2), (1, 1)))
+    m_tiles = blocks // (tile[0] * tile[1])
+
+    def cost(size: int) -> int:
+        return -(-m_tiles * -(-num_tokens // size) // SMS) * (size + 16)
+
+    return fit(_dense(tile, min((128, 112, 96), key=cost)), 4)
+
+
+def _spread(config: GemmConfig, num_tokens: int, blocks: int) -> LinearChoice:
+    size = config.n_sizes[-1]
+    n_tiles = -(-num_tokens // size)
+    rows_per_tile = -(-num_tokens // (n_tiles * 8)) * 8
+    tiles = blocks // config.m64_per_tile * -(-num_tokens // rows_per_tile)
+    grid = tiles * config.cluster_k if config.reduces else min(tiles, SMS)
+    return LinearChoice(config, rows_per_tile, grid)
