@@ -79,6 +79,30 @@ def test_invariant_rows_keep_their_bits(case: Fp8Case, cuda: torch.device) -> No
         assert torch.equal(part, whole[start:stop]), (start, stop)
 
 
+@pytest.mark.parametrize("num_n", [8, 16])
+@pytest.mark.parametrize(
+    ("num_m64", "per_sm", "consumers", "budget"),
+    [(4, 1, 4, 231936), (2, 2, 2, 114688), (2, 3, 1, 76288), (1, 4, 1, 56832)],
+)
+@pytest.mark.parametrize("cluster_k", [1, 4, 8])
+def test_shapes_that_are_not_chosen_yet(
+    num_n: int, num_m64: int, per_sm: int, consumers: int, budget: int, cluster_k: int, cuda: torch.device
+) -> None:
+    """More and smaller CTAs per SM: the measured next step (docs/kernels-fp8.md), right before they are chosen."""
+    from ownpath.kernels.cute.fp8_config import W8A16Config, w8a16_stages
+    from ownpath.kernels.cute.fp8_launch import w8a16_launch
+
+    weights, scales = draw_weights(CASES[1], 7, cuda)
+    packed = pack_fp8(weights, scales)
+    stages = w8a16_stages(num_m64, num_n, budget)
+    config = W8A16Config(num_m64, num_n, stages, cluster_k, packed.folded, False, per_sm, consumers)
+    x = draw_rows(num_n - 1, CASES[1].width, 1.0, cuda)
+    y = poisoned(num_n - 1, packed.out_features, cuda)
+    w8a16_launch(config, x, packed, y)
+    assert torch.isfinite(y).all()
+    assert relative_l2(y, x.double() @ reference_weight(weights, scales).T) <= W8A16_MAX_REL_L2
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_quantised_blocks_are_the_definition(case: Fp8Case, cuda: torch.device) -> None:
     from ownpath.kernels.cute.fp8_config import QuantizeConfig

@@ -1,0 +1,74 @@
+"""FP8 kernels compiled for Hopper without one: they fit an SM, nothing spills, and the instructions are those meant."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ownpath.kernels.cache import compile_missing, stem
+from ownpath.kernels.cute.fp8_config import MAX_SMEM, Fp8Config, QuantizeConfig, W8A8Config, W8A16Config
+from ownpath.kernels.cute.fp8_launch import W8A8_SHAPES, w8a8_config, w8a8_shape, w8a16_config
+
+pytest.importorskip("cutlass")
+nvidia = pytest.importorskip("triton.backends.nvidia.compiler")  # for the disassembler it carries
+
+SMS = 132
+# Row blocks, K blocks, scales folded, ragged: V4-Flash's shapes, float32 scales, uneven shards, the smallest.
+WEIGHTS = ((24, 32, True, False), (512, 8, True, False), (64, 64, True, False), (24, 16, False, False),
+           (14, 5, False, True), (2, 1, True, False))  # fmt: skip
+
+
+def configs() -> list[Fp8Config]:
+    found: list[Fp8Config] = [QuantizeConfig(True), QuantizeConfig(False)]
+    found += [w8a8_shape(*shape, ragged) for shape in W8A8_SHAPES for ragged in (False, True)]
+    for weight in WEIGHTS:
+        found += [w8a16_config(num_tokens, weight, SMS) for num_tokens in (8, 16, 32, 64)]
+        found.append(w8a16_config(32, weight, SMS, is_batch_invariant=True))
+    return list({config.name: config for config in found}.values())
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All kernels, compiled once into a cache of their own."""
+    folder = tmp_path_factory.mktemp("kernels")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OWNPATH_KERNEL_CACHE", str(folder))
+        compile_missing(configs())
+    return folder
+
+
+def cuobjdump(option: str, cache: Path, config: Fp8Config, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("OWNPATH_KERNEL_CACHE", str(cache))
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    command = [str(tool), option, str(stem(config).with_suffix(".cubin"))]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("config", configs(), ids=lambda config: config.name)
+def test_it_fits_without_spilling(config: Fp8Config, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = cuobjdump("-res-usage", cache, config, monkeypatch)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
+    assert found, usage
+    registers, stack, shared = map(int, found.groups())
+    assert stack == 0
+    assert shared <= MAX_SMEM
+    assert registers * config.num_threads <= 65536
+
+
+@pytest.mark.parametrize(
+    ("config", "instruction"),
+    [
+        (w8a16_config(8, WEIGHTS[1], SMS), "HMMA.16816.F32.BF16"),
+        (w8a16_config(64, WEIGHTS[1], SMS), "HGMMA.64x64x16.F32.BF16"),
+        (w8a8_config(2048, 512, False, SMS), "QGMMA.64x128x32.F32.E4M3.E4M3"),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_it_uses_the_tensor_cores(
+    config: W8A16Config | W8A8Config, instruction: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sass = cuobjdump("-sass", cache, config, monkeypatch)
+    assert instruction in sass
+    assert "UBLKCP" in sass, "operands come by bulk copies"
+    assert "STL" not in sass
