@@ -1,12 +1,14 @@
 """W8A16 on Hopper: E4M3 block weights times BF16 activations, for decode (up to 64 tokens a tile).
 
-How it works. The product is taken transposed, y.T = W x.T: weight rows are the M of ``wgmma`` (64 per instruction)
-and tokens its N, so that one token costs 8 columns rather than 64 rows. A CTA owns ``num_m64`` blocks of 64 rows and
+How it works. The product is taken transposed, y.T = W x.T: weight rows are the M of the tensor cores (64 to a block)
+and tokens their N, so that one token costs 8 columns rather than 64 rows. A CTA owns ``num_m64`` blocks of 64 rows and
 a share of K. One thread streams 8 KiB weight blocks into a ring of shared-memory stages by bulk copies; two warps
-bring the tokens in with 16-byte ``cp.async``, swizzled as ``wgmma`` reads them. Two consumer warpgroups read their
-blocks with conflict-free 16-byte loads (``kernels.fp8_packing``), decode to BF16 in registers and multiply from there,
-decoding one half while the tensor cores work on the other. CTAs that share rows and split K form a cluster and add
-their float32 sums through distributed shared memory, in the order of their rank: no workspace, the same bits always.
+bring the tokens in with 16-byte ``cp.async``, swizzled as the tensor cores read them. Consumer warpgroups read their
+blocks with conflict-free 16-byte loads (``kernels.fp8_packing``), decode to BF16 in registers and multiply from there:
+below 32 tokens by ``mma``, each warp its own 16 rows, waiting for nobody; from 32 by ``wgmma``, decoding one group of
+steps while the tensor cores work on the other. CTAs that share rows and split K form a cluster and add their float32
+sums through distributed shared memory, in the order of their rank: no workspace, the same bits always. The next kernel
+may start at once: its CTAs fetch weights while this one's finish, and wait before they touch a token.
 
 Decode. E4M3's sign, exponent and mantissa are moved into BF16's fields, which gives value * 2**-120, subnormals
 included; one BF16 multiply by 2**120 makes it exact. Where every block scale is a power of two in range, that multiply
@@ -18,7 +20,8 @@ multiplies. Nearly a CTA's whole share of the weights is in flight at once (up t
 weights, tokens and results passes through memory.
 
 Roofline. 1 byte per weight at 4.41 TB/s up to M = 64, where tensor cores are at about half their rate; tokens beyond
-64 go to further CTAs, which read the weights again from L2. Limits: sm_90a; K a multiple of 8; 16-byte aligned rows.
+64 go to further CTAs, which read the weights again from L2. Reached: 29% to 74% of it over 16 MB (docs/kernels-fp8.md
+says what is in the way). Limits: sm_90a; K a multiple of 8; 16-byte aligned rows.
 """
 
 from typing import Any
