@@ -13,7 +13,7 @@ from ownpath import startup
 from ownpath.config import EngineConfig
 from ownpath.loading import load_model
 from ownpath.runners import ConcatLinear, PlainLinear, WideLinear
-from ownpath.runners.make import compile_configs
+from ownpath.runners.make import compile_configs, share_workspace
 from ownpath.startup import Progress, compile_kernels, warm_up, warm_up_sizes
 
 
@@ -86,3 +86,17 @@ def test_a_warm_up_leaves_no_trace_in_the_ledger(tmp_path: Path, device: torch.d
     model = load_model(tmp_path, engine)
     warm_up(model, engine)
     assert not model.ledger.calls
+
+
+def test_runners_of_a_kind_share_the_largest_workspace() -> None:
+    @dataclass
+    class WithWorkspace:
+        workspace: torch.Tensor
+
+    runners = [WithWorkspace(torch.empty(size)) for size in (3, 7, 5)]
+    largest = runners[1].workspace
+    sharing: list[WithWorkspace] = []
+    for runner in runners:
+        share_workspace(sharing, runner)
+    assert sharing == runners
+    assert all(runner.workspace is largest for runner in runners)

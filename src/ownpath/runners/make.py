@@ -27,10 +27,24 @@ def make_runners(plan: Plan, operands: Iterable[Operand]) -> dict[str, Runner]:
     that two copies never exist.
     """
     parts: dict[str, list[Any]] = {}
+    with_workspace: dict[type, list[Any]] = {}
     for op, operand in zip(plan.ops, operands, strict=True):
         runner = make_runner(op, operand, plan.config)
+        if isinstance(getattr(runner, "workspace", None), torch.Tensor):
+            share_workspace(with_workspace.setdefault(type(runner), []), runner)
         parts.setdefault(op.spec.slot, []).append(WideLinear(runner) if op.spec.is_wide else runner)
     return {slot: found[0] if len(found) == 1 else ConcatLinear(found) for slot, found in parts.items()}
+
+
+def share_workspace(sharing: list[Any], runner: Any) -> None:
+    """Adds a runner to those of its kind that use one workspace, the largest that any of them asked for.
+
+    They run one after the other on one stream, so that none needs what another left there.
+    """
+    sharing.append(runner)
+    largest = max((other.workspace for other in sharing), key=lambda workspace: workspace.numel())
+    for other in sharing:
+        other.workspace = largest
 
 
 def compile_configs(runners: Iterable[Runner]) -> list[Any]:
