@@ -2,21 +2,20 @@
 
 How it works. A tile is ``64 * warpgroups * num_m64`` tokens by 128 features. One producer thread fills a ring of
 shared-memory stages (128 of K each) with plain bulk copies, because both operands already stand in memory as ``wgmma``
-reads them (``kernels.fp8_packing``, ``fp8_quantize_sm90``): no tensor maps, no address arithmetic. With ``cluster_n`` 2,
-two CTAs take neighbouring features of the same tokens and each fetches half of every activation block for both; L2
-has bandwidth to spare on an H200, so that this gained nothing and is not chosen. Consumer
-warpgroups multiply a stage from shared memory into a temporary accumulator, then add it to the float32 total times
-token scale x weight scale: the promotion per 128 of K that the published numerics ask for (FP8 ``wgmma`` keeps about
-14 bits while it sums). While one warpgroup promotes, the others keep the tensor cores busy. CTAs are persistent: the
-ring is filled for the next tile while the last one is written.
+reads them (``kernels.fp8_packing``, ``fp8_quantize_sm90``): no tensor maps, no address arithmetic. Consumer warpgroups
+multiply a stage from shared memory into a temporary accumulator, then add it to the float32 total times token scale x
+weight scale: the promotion per 128 of K that the published numerics ask for (FP8 ``wgmma`` keeps about 14 bits while
+it sums). While one warpgroup promotes, the others keep the tensor cores busy. CTAs are persistent: the ring is filled
+for the next tile while the last one is written. (With ``cluster_n`` 2, two CTAs with neighbouring features fetch half
+of every activation block for both; on an H200 this gained nothing, so it is not chosen.)
 
-Why it is fast. Per 128 of K a 256 x 128 tile asks 48 KiB of L2 for 1024 tensor
-cycles, and 64 x 2 multiply-adds per thread for the promotion, hidden behind the other warpgroup's products. The row
-order of the packed weights gives each thread four neighbouring features, so results leave as 8-byte stores without a
-trip through shared memory.
+Why it is fast. Per 128 of K a 256 x 128 tile asks 48 KiB of L2 for 1024 tensor cycles, and 128 multiply-adds per
+thread for the promotion, hidden behind the other warpgroup's products. The row order of the packed weights gives each
+thread four neighbouring features, so results leave as 8-byte stores without a trip through shared memory.
 
-Roofline. 1979 TFLOP/s on paper; power allows about two thirds of it on random data. Limits: sm_90a; the activation
-blocks of ``fp8_quantize_sm90``; the sum inside 128 of K has the tensor core's precision, not float32's.
+Roofline. 1979 TFLOP/s on paper; 1222 reached (docs/kernels-fp8.md). Limits: sm_90a; the activation blocks of
+``fp8_quantize_sm90``; the sum inside 128 of K has the tensor core's precision, not float32's; K is not split, so few
+tokens with a long K keep few SMs busy.
 """
 
 from typing import Any
