@@ -23,6 +23,10 @@ def mxfp4_scale_as_nvfp4(name: str, codes: torch.Tensor, scale: torch.Tensor) ->
     for expert in torch.where((power < E4M3_MIN_POWER).flatten(1).any(dim=1))[0].tolist():
         raise ValueError(f"{name} of expert {expert} spans more than the {E4M3_MAX_POWER - E4M3_MIN_POWER + 1} "
                          "powers of two that NVFP4 block scales have")  # fmt: skip
-    narrow = torch.ldexp(torch.ones((), device=scale.device), power).to(torch.float8_e4m3fn)
-    global_scale = torch.ldexp(torch.ones((), device=scale.device), top.int() - 127 - E4M3_MAX_POWER)
+    narrow = _power_of_two(power).to(torch.float8_e4m3fn)
+    global_scale = _power_of_two(top - 127 - E4M3_MAX_POWER)
     return narrow.view(torch.uint8).repeat_interleave(2, dim=-1).view(torch.float8_e4m3fn), global_scale
+
+
+def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent.int())

@@ -1,0 +1,72 @@
+"""The torch reference of the experts: shared experts, maps, unknown ids; and the error bounds the GPU tests use."""
+
+import pytest
+import torch
+from support.nvfp4_cases import Dense, Experts, Routed, dense_reference, first_beyond, moe_reference, relative_l2
+
+from ownpath import Nvfp4Linear, Nvfp4MoE
+from ownpath.numerics import mxfp4_scale_as_nvfp4
+
+CPU = torch.device("cpu")
+LIMIT = 10.0
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(1)
+
+
+def test_the_reference_keeps_the_bounds() -> None:
+    dense = Dense.draw(64, 128, CPU)
+    x = torch.randn(5, 128).bfloat16()
+    exact, bound = dense_reference(x, dense.weight())
+    assert not first_beyond(Nvfp4Linear(dense.codes, dense.scale, dense.global_scale)(x), exact, bound)
+    experts = Experts.draw(5, 128, 128, CPU)
+    routed = Routed.draw(9, 128, 4, 2, CPU)
+    exact, bound = moe_reference(experts, routed, LIMIT, num_shared=1)
+    y = Nvfp4MoE(*experts.tensors(), swiglu_limit=LIMIT)(routed.x, routed.ids, routed.weights, num_shared=1)
+    assert not first_beyond(y, exact, bound)
+    assert relative_l2(y, exact) < 3e-3
+
+
+def test_the_bounds_see_a_wrong_scale() -> None:
+    experts = Experts.draw(4, 128, 128, CPU)
+    routed = Routed.draw(9, 128, 4, 2, CPU)
+    exact, bound = moe_reference(experts, routed, LIMIT)
+    experts.w2_scale_2[2] *= 1.05
+    y = Nvfp4MoE(*experts.tensors(), swiglu_limit=LIMIT)(routed.x, routed.ids, routed.weights)
+    assert first_beyond(y, exact, bound)
+
+
+def test_maps_and_unknown_ids() -> None:
+    experts = Experts.draw(4, 128, 128, CPU)
+    routed = Routed.draw(9, 128, 4, 2, CPU)
+    x = routed.x.double()
+    whole = Nvfp4MoE(*experts.tensors(), swiglu_limit=LIMIT)(x, routed.ids, routed.weights)
+    total = torch.zeros_like(whole)
+    for parity in (0, 1):
+        expert_map = torch.full((4,), -1, dtype=torch.int32)
+        expert_map[parity::2] = torch.arange(2, dtype=torch.int32)
+        local = Nvfp4MoE(*(tensor[parity::2] for tensor in experts.tensors()), swiglu_limit=LIMIT)
+        total += local(x, routed.ids, routed.weights, expert_map=expert_map)
+    torch.testing.assert_close(total, whole, rtol=1e-12, atol=1e-12)
+    nobody = torch.tensor([[-1, 4]], dtype=torch.int32)
+    assert not Nvfp4MoE(*experts.tensors(), swiglu_limit=LIMIT)(x[:1], nobody, routed.weights[:1]).any()
+
+
+def test_mxfp4_scales_become_nvfp4_ones_exactly() -> None:
+    codes = torch.randint(0, 256, (3, 8, 64), dtype=torch.uint8)
+    codes[1, 2, :16] = 0x80  # a block of zeros may have any scale
+    scale = torch.randint(100, 118, (3, 8, 4), dtype=torch.uint8)
+    scale[1, 2, 0] = 0
+    narrow, global_scale = mxfp4_scale_as_nvfp4("w", codes, scale.view(torch.float8_e8m0fnu))
+    value = narrow.double() * global_scale[:, None, None].double()
+    wanted = (2.0 ** (scale.double() - 127)).repeat_interleave(2, dim=-1)
+    assert torch.equal(value[0], wanted[0])
+    assert torch.equal(value[1, 3:], wanted[1, 3:])
+    scale[2, 0, 0] = 80
+    with pytest.raises(ValueError, match="w of expert 2 spans"):
+        mxfp4_scale_as_nvfp4("w", codes, scale.view(torch.float8_e8m0fnu))
+    scale[0, 0, 0] = 255
+    with pytest.raises(ValueError, match="w of expert 0 holds a NaN"):
+        mxfp4_scale_as_nvfp4("w", codes, scale.view(torch.float8_e8m0fnu))

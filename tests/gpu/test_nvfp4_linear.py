@@ -1,0 +1,113 @@
+"""``Nvfp4Linear`` on Hopper against float64: every count of tokens, amplitudes, scales, shards; bits; refusals."""
+
+import pytest
+import torch
+from support.nvfp4_cases import MAX_REL_L2, NUM_TOKENS, Dense, dense_reference, first_beyond, relative_l2
+
+from ownpath import Nvfp4Linear
+from ownpath.kernels.registry import KERNELS
+
+pytestmark = [pytest.mark.gpu, pytest.mark.sm90]
+
+SHAPES = ((1536, 4096), (4096, 2048), (640, 256), (192, 384), (64, 128))
+KERNEL_NAMES = ("cute.nvfp4_linear", "cute.nvfp4_linear_invariant")
+
+
+@pytest.fixture(autouse=True)
+def hopper(cuda: torch.device) -> None:
+    torch.manual_seed(0)
+    if torch.cuda.get_device_capability(cuda) != (9, 0):
+        pytest.skip("needs a Hopper device")
+
+
+def poisoned(num_rows: int, width: int, device: torch.device) -> torch.Tensor:
+    return torch.full((num_rows, width), torch.nan, dtype=torch.bfloat16, device=device)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", KERNEL_NAMES)
+def test_against_float64(name: str, shape: tuple[int, int], cuda: torch.device) -> None:
+    dense = Dense.draw(*shape, cuda)
+    weight = dense.weight()
+    kernel = KERNELS[name]
+    operand = kernel.prepare(dense.codes, dense.scale, dense.global_scale)
+    for num_tokens in NUM_TOKENS:
+        x = torch.randn(num_tokens, shape[1], device=cuda).bfloat16()
+        first, again = (kernel(x, operand, out=poisoned(num_tokens, shape[0], cuda)) for _ in range(2))
+        exact, bound = dense_reference(x, weight)
+        assert torch.isfinite(first).all(), num_tokens
+        assert first.any(), num_tokens
+        assert torch.equal(first, again), num_tokens
+        assert relative_l2(first, exact) <= MAX_REL_L2, num_tokens
+        assert not first_beyond(first, exact, bound), (num_tokens, first_beyond(first, exact, bound))
+
+
+@pytest.mark.parametrize("amplitude", [1e-4, 1e-2, 1e2, 1e4])
+@pytest.mark.parametrize("num_tokens", [1, 33, 600])
+def test_amplitudes_and_extreme_scales(amplitude: float, num_tokens: int, cuda: torch.device) -> None:
+    dense = Dense.draw(640, 512, cuda, extreme=True)
+    weight = dense.weight()
+    x = (torch.randn(num_tokens, 512, device=cuda) * amplitude).bfloat16()
+    y = Nvfp4Linear(dense.codes, dense.scale, dense.global_scale)(x)
+    exact, bound = dense_reference(x, weight)
+    assert relative_l2(y, exact) <= MAX_REL_L2
+    assert not first_beyond(y, exact, bound)
+
+
+def test_every_code_with_every_scale_is_exact(cuda: torch.device) -> None:
+    """A one-hot input reads weights back: with a global scale of 1 each is code * scale, exact in BF16."""
+    codes = torch.arange(256, dtype=torch.uint8, device=cuda).repeat(128, 1).view(128, 256)
+    scale = torch.arange(128, dtype=torch.uint8, device=cuda)[:, None].repeat(1, 32)
+    scale[127] = 0  # NaN
+    dense = Dense(codes, scale.view(torch.float8_e4m3fn), torch.ones(128, device=cuda))
+    weight = dense.weight()
+    y = Nvfp4Linear(dense.codes, dense.scale, dense.global_scale)(torch.eye(512, dtype=torch.bfloat16, device=cuda))
+    assert torch.equal(y.double(), weight.T)
+
+
+def test_shards_keep_their_own_global_scales(cuda: torch.device) -> None:
+    shards = [Dense.draw(rows, 256, cuda) for rows in (192, 64, 128)]
+    scales = [torch.tensor(value, device=cuda) for value in (1e-3, 7.0, 1.0)]
+    weight = torch.cat([Dense(s.codes, s.scale, g.expand(len(s.codes))).weight() for s, g in zip(shards, scales)])
+    linear = Nvfp4Linear([s.codes for s in shards], [s.scale for s in shards], scales)
+    x = torch.randn(9, 256, device=cuda).bfloat16()
+    exact, bound = dense_reference(x, weight)
+    assert not first_beyond(linear(x), exact, bound)
+
+
+def test_an_invariant_rows_bits_do_not_depend_on_the_batch(cuda: torch.device) -> None:
+    dense = Dense.draw(1536, 1024, cuda)
+    kernel = KERNELS["cute.nvfp4_linear_invariant"]
+    operand = kernel.prepare(dense.codes, dense.scale, dense.global_scale)
+    x = torch.randn(2100, 1024, device=cuda).bfloat16()
+    whole = kernel(x, operand)
+    for count in (1, 5, 16, 40, 100, 300, 700):
+        assert torch.equal(kernel(x[:count], operand), whole[:count]), count
+
+
+def test_a_captured_call_replays(cuda: torch.device) -> None:
+    dense = Dense.draw(1536, 1024, cuda)
+    linear = Nvfp4Linear(dense.codes, dense.scale, dense.global_scale)
+    x = torch.randn(4, 1024, device=cuda).bfloat16()
+    linear(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = linear(x)
+    x.copy_(torch.randn(4, 1024, device=cuda))
+    graph.replay()
+    assert torch.equal(y, linear(x))
+
+
+def test_what_it_cannot_take_is_named(cuda: torch.device) -> None:
+    dense = Dense.draw(128, 256, cuda)
+    with pytest.raises(ValueError, match="columns of 128"):
+        Nvfp4Linear(dense.codes[:, :96].contiguous(), dense.scale[:, :12].contiguous(), torch.ones((), device=cuda))
+    linear = Nvfp4Linear(dense.codes, dense.scale, dense.global_scale)
+    with pytest.raises(ValueError, match="x must be torch.bfloat16"):
+        linear(torch.randn(2, 256, device=cuda))
+    with pytest.raises(ValueError, match="256"):
+        linear(torch.randn(2, 128, device=cuda).bfloat16())
+    with pytest.raises(ValueError, match="16 bytes"):
+        linear(torch.randn(2 * 256 + 1, device=cuda).bfloat16()[1:].view(2, 256))
+    with pytest.raises(ValueError, match="cpu"):
+        linear(torch.randn(2, 256).bfloat16())

@@ -1,0 +1,205 @@
+"""``Nvfp4MoE`` on Hopper against float64: token counts, routings, amplitudes, clamps, maps; bits; refusals."""
+
+import pytest
+import torch
+from support.nvfp4_cases import (
+    MAX_REL_L2,
+    NUM_TOKENS,
+    Experts,
+    Routed,
+    first_beyond,
+    moe_reference,
+    random_codes,
+    relative_l2,
+)
+
+from ownpath import Nvfp4MoE
+from ownpath.kernels.registry import KERNELS
+from ownpath.numerics import decode_mxfp4_blocks
+
+pytestmark = [pytest.mark.gpu, pytest.mark.sm90]
+
+LIMIT = 10.0
+
+
+@pytest.fixture(autouse=True)
+def hopper(cuda: torch.device) -> None:
+    torch.manual_seed(0)
+    if torch.cuda.get_device_capability(cuda) != (9, 0):
+        pytest.skip("needs a Hopper device")
+
+
+def runner(experts: Experts, name: str = "cute.nvfp4_moe", limit: float = LIMIT) -> Nvfp4MoE:
+    return Nvfp4MoE(*experts.clone().tensors(), swiglu_limit=limit, kernel=KERNELS[name])
+
+
+def poison(workspace: object) -> None:
+    for tensor in vars(workspace).values():
+        tensor.view(torch.uint8).fill_(0xFF)
+
+
+def check(moe: Nvfp4MoE, experts: Experts, routed: Routed, limit: float = LIMIT, num_shared: int = 0) -> None:
+    given = {"num_shared": num_shared} if num_shared else {}
+    workspace = moe.workspace(len(routed.x), routed.ids.shape[1] + num_shared)
+    found = []
+    for _ in range(2):
+        poison(workspace)
+        y = moe(routed.x, routed.ids, routed.weights, workspace=workspace, **given)
+        found.append(y.clone())
+    exact, bound = moe_reference(experts, routed, limit, num_shared)
+    assert torch.isfinite(found[0]).all()
+    assert found[0].any()
+    assert torch.equal(*found)
+    assert relative_l2(found[0], exact) <= MAX_REL_L2
+    assert not first_beyond(found[0], exact, bound), first_beyond(found[0], exact, bound)
+
+
+@pytest.mark.parametrize("name", ["cute.nvfp4_moe", "cute.nvfp4_moe_invariant"])
+@pytest.mark.parametrize("dims", [(16, 4, 1024, 512), (8, 2, 256, 256), (3, 2, 128, 384), (64, 6, 512, 128)], ids=str)
+def test_against_float64(name: str, dims: tuple[int, int, int, int], cuda: torch.device) -> None:
+    num_experts, top_k, hidden, inter = dims
+    experts = Experts.draw(num_experts, hidden, inter, cuda)
+    moe = runner(experts, name)
+    for num_tokens in NUM_TOKENS:
+        check(moe, experts, Routed.draw(num_tokens, hidden, num_experts, top_k, cuda))
+
+
+@pytest.mark.parametrize("shape", [(256, 4096, 2048), (384, 7168, 3072)], ids=["V4-Flash", "V4-Pro"])
+def test_full_shapes(shape: tuple[int, int, int], cuda: torch.device) -> None:
+    """All experts exist; tokens go to a few of them, so that the float64 reference stays small."""
+    num_experts, hidden, inter = shape
+    experts = Experts.draw(num_experts, hidden, inter, cuda)
+    moe = Nvfp4MoE(*experts.clone().tensors(), swiglu_limit=LIMIT)
+    few = torch.tensor([0, 1, num_experts // 2, num_experts - 2, num_experts - 1, 7], device=cuda)
+    for num_tokens in (1, 8, 100, 700):
+        routed = Routed.draw(num_tokens, hidden, len(few), 6, cuda)
+        check(moe, experts, Routed(routed.x, few[routed.ids.long()].int(), routed.weights))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 40, 700, 6144])
+def test_skewed_routings(num_tokens: int, cuda: torch.device) -> None:
+    experts = Experts.draw(16, 512, 256, cuda)
+    moe = runner(experts)
+    drawn = Routed.draw(num_tokens, 512, 16, 4, cuda)
+    one = torch.full_like(drawn.ids, 11)
+    half = torch.where(torch.rand(drawn.ids.shape, device=cuda) < 0.5, one, drawn.ids)
+    for ids in (one, half, drawn.ids.clamp(max=3)):
+        check(moe, experts, Routed(drawn.x, ids, drawn.weights))
+
+
+@pytest.mark.parametrize("amplitude", [1e-4, 1e-2, 1e2, 1e4])
+@pytest.mark.parametrize("limit", [0.5, 10.0, 1e9])
+def test_amplitudes_and_clamps(amplitude: float, limit: float, cuda: torch.device) -> None:
+    experts = Experts.draw(8, 256, 256, cuda, extreme=True)
+    check(runner(experts, limit=limit), experts, Routed.draw(50, 256, 8, 3, cuda, amplitude), limit)
+
+
+def test_shared_experts(cuda: torch.device) -> None:
+    experts = Experts.draw(9, 512, 256, cuda)
+    for num_tokens in (1, 30, 900):
+        check(runner(experts), experts, Routed.draw(num_tokens, 512, 8, 3, cuda), num_shared=1)
+
+
+def test_an_expert_map_adds_up_to_the_whole(cuda: torch.device) -> None:
+    """Two runners with every other expert: their float64 sum is the reference of all."""
+    experts = Experts.draw(8, 512, 256, cuda)
+    routed = Routed.draw(77, 512, 8, 3, cuda)
+    exact, bound = moe_reference(experts, routed, LIMIT)
+    total = torch.zeros_like(exact)
+    for parity in (0, 1):
+        local = Experts(*(tensor[parity::2].contiguous() for tensor in experts.tensors()))
+        expert_map = torch.full((8,), -1, dtype=torch.int32, device=cuda)
+        expert_map[parity::2] = torch.arange(4, dtype=torch.int32, device=cuda)
+        total += runner(local)(routed.x, routed.ids, routed.weights, expert_map=expert_map).double()
+    # Each half is rounded once more.
+    assert not first_beyond(total, exact, 2 * bound)
+
+
+def test_ids_outside_the_experts_contribute_nothing(cuda: torch.device) -> None:
+    experts = Experts.draw(8, 256, 256, cuda)
+    routed = Routed.draw(20, 256, 8, 2, cuda)
+    ids = routed.ids.clone()
+    ids[3], ids[4, 0], ids[5, 1] = -1, 8, 1 << 30
+    check(runner(experts), experts, Routed(routed.x, ids, routed.weights))
+    y = runner(experts)(routed.x[3:4], ids[3:4], routed.weights[3:4])
+    assert not y.any()
+
+
+def test_wide_ids_give_the_same_bits(cuda: torch.device) -> None:
+    experts = Experts.draw(8, 256, 256, cuda)
+    routed = Routed.draw(33, 256, 8, 2, cuda)
+    moe = runner(experts)
+    assert torch.equal(moe(routed.x, routed.ids, routed.weights), moe(routed.x, routed.ids.long(), routed.weights))
+
+
+def test_an_invariant_tokens_bits_do_not_depend_on_the_batch(cuda: torch.device) -> None:
+    experts = Experts.draw(16, 512, 256, cuda)
+    moe = runner(experts, "cute.nvfp4_moe_invariant")
+    routed = Routed.draw(3000, 512, 16, 4, cuda)
+    whole = moe(routed.x, routed.ids, routed.weights)
+    for count in (1, 9, 130, 1100):
+        part = moe(routed.x[:count], routed.ids[:count], routed.weights[:count])
+        assert torch.equal(part, whole[:count]), count
+
+
+def test_from_mxfp4(cuda: torch.device) -> None:
+    shapes = ((8, 512, 128), (8, 256, 128))
+    codes = [random_codes(shape, cuda) for shape in shapes]
+    scales = [torch.randint(110, 125, (e, n, k // 16), dtype=torch.uint8, device=cuda) for e, n, k in shapes]
+    w13, w2 = (
+        torch.stack([decode_mxfp4_blocks(c[i], s[i].view(torch.float8_e8m0fnu), torch.float64) for i in range(8)])
+        for c, s in zip(codes, scales, strict=True)
+    )
+    routed = Routed.draw(21, 256, 8, 2, cuda)
+    y = torch.zeros(21, 256, dtype=torch.float64, device=cuda)
+    for expert in range(8):
+        token_ids, slots = torch.where(routed.ids == expert)
+        gate, up = (routed.x[token_ids].double() @ w13[expert].T).split(256, dim=-1)
+        hidden = torch.nn.functional.silu(gate.clamp(max=LIMIT)) * up.clamp(-LIMIT, LIMIT)
+        y.index_add_(0, token_ids, hidden @ w2[expert].T * routed.weights[token_ids, slots, None].double())
+    e8m0 = [scale.view(torch.float8_e8m0fnu) for scale in scales]
+    moe = Nvfp4MoE.from_mxfp4(codes[0], e8m0[0], codes[1], e8m0[1], swiglu_limit=LIMIT)
+    assert relative_l2(moe(routed.x, routed.ids, routed.weights), y) <= MAX_REL_L2
+
+
+def test_a_captured_call_replays_without_allocating(cuda: torch.device) -> None:
+    experts = Experts.draw(8, 256, 256, cuda)
+    moe = runner(experts)
+    routed, other = (Routed.draw(12, 256, 8, 2, cuda) for _ in range(2))
+    workspace = moe.workspace(12, 2)
+    moe(routed.x, routed.ids, routed.weights, workspace=workspace)
+    held = torch.cuda.memory_stats(cuda)["allocation.all.allocated"]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = moe(routed.x, routed.ids, routed.weights, workspace=workspace)
+    assert torch.cuda.memory_stats(cuda)["allocation.all.allocated"] == held
+    for name in ("x", "ids", "weights"):
+        getattr(routed, name).copy_(getattr(other, name))
+    graph.replay()
+    replayed = y.clone()
+    assert torch.equal(replayed, moe(other.x, other.ids, other.weights))
+
+
+def test_what_it_cannot_take_is_named(cuda: torch.device) -> None:
+    experts = Experts.draw(4, 256, 256, cuda)
+    routed = Routed.draw(5, 256, 4, 2, cuda)
+    moe = runner(experts)
+    with pytest.raises(ValueError, match="x must be torch.bfloat16"):
+        moe(routed.x.float(), routed.ids, routed.weights)
+    with pytest.raises(ValueError, match="topk_ids"):
+        moe(routed.x, routed.ids[:3], routed.weights)
+    with pytest.raises(ValueError, match="topk_weights"):
+        moe(routed.x, routed.ids, routed.weights.double())
+    with pytest.raises(ValueError, match="workspace holds 1 tokens"):
+        moe(routed.x, routed.ids, routed.weights, workspace=moe.workspace(1, 2))
+    with pytest.raises(ValueError, match="num_shared is 4"):
+        moe(routed.x, routed.ids, routed.weights, num_shared=4)
+    bad = experts.clone()
+    bad.w2_scale.view(torch.uint8)[1, 2, 3] = 0x7F
+    kept = bad.w13.clone()
+    with pytest.raises(ValueError, match="w2_scale holds a NaN"):
+        Nvfp4MoE(*bad.tensors(), swiglu_limit=LIMIT)
+    assert torch.equal(bad.w13, kept), "a refused operand must stay as it was"
+    odd = Experts.draw(2, 192, 128, cuda)
+    with pytest.raises(ValueError, match="multiples of 128"):
+        Nvfp4MoE(*odd.tensors(), swiglu_limit=LIMIT)
