@@ -31,7 +31,7 @@ def compiled(config: Config) -> tuple[Any, int, int]:
     from ownpath.kernels.cute import gemm_sm90, moe_sm90
 
     if isinstance(config, GemmConfig):
-        return gemm_sm90.compile_gemm(config), config.num_threads, config.cluster_k
+        return gemm_sm90.compile_gemm(config), config.num_threads, config.cluster
     if isinstance(config, AlignConfig):
         return moe_sm90.compile_align(config), ALIGN_THREADS, 1
     if isinstance(config, CombineConfig):

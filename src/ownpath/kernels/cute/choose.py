@@ -71,8 +71,21 @@ def _fitted(read: Mapping[str, int], sizes: tuple[int, ...], num_blocks: int, **
     """The tuned tile, or the next smaller one that divides the rows."""
     tiles = ((read["num_m64"], read["warpgroups_m"]), (2, 2), (1, 2))
     num_m64, warpgroups_m = next(tile for tile in tiles if num_blocks % (tile[0] * tile[1]) == 0)
+    pairs_up = num_blocks // (num_m64 * warpgroups_m) % 2 == 0 and not flags.get("gather")
     return fit(
-        GemmConfig(num_m64, warpgroups_m, 1, sizes, 1, grouped=True, depth=read["depth"], **flags), read["stages"]
+        GemmConfig(
+            num_m64,
+            warpgroups_m,
+            1,
+            sizes,
+            1,
+            grouped=True,
+            depth=read["depth"],
+            group=read.get("group", 1),
+            cluster_m=min(read.get("cluster_m", 1), 2 if pairs_up else 1),
+            **flags,
+        ),
+        read["stages"],
     )
 
 
@@ -123,14 +136,18 @@ def _dense(tile: tuple[int, int], size: int) -> GemmConfig:
     return GemmConfig(tile[0], tile[1], 1, (size,), 1)
 
 
+CLUSTER_CTAS = {1: 132, 2: 132, 4: 120, 8: 120}
+"""CTAs of clusters of each size that an H200 holds at one CTA per SM (measured): graphics clusters lose their rest."""
+
+
 def _split(blocks: int, k_blocks: int, size: int) -> GemmConfig:
-    """K over two warpgroups, and over as large a cluster as leaves at most one CTA per SM."""
+    """K over two warpgroups, and over as large a cluster as still runs in one wave."""
     # Wide tiles read the tokens half as often; they need a cluster to fill the GPU and to sum through one buffer.
     for num_m64 in (2, 1) if size == 64 and blocks % 2 == 0 else (1,):
         tiles, cluster = blocks // num_m64, 1
-        while cluster < 8 and tiles * cluster * 2 <= SMS and k_blocks % (cluster * 4) == 0:
+        while cluster < 8 and tiles * cluster * 2 <= CLUSTER_CTAS[cluster * 2] and k_blocks % (cluster * 4) == 0:
             cluster *= 2
-        if cluster > 1:
+        if tiles * cluster > SMS // 2:
             break
     return fit(GemmConfig(num_m64, 1, 2, (size,), 1, cluster_k=cluster), 6)
 

@@ -24,6 +24,7 @@ class GemmConfig:
     grouped: tiles come from a device-side schedule of experts; otherwise from the token count.
     swiglu: rows are gate/up pairs, the output is silu(gate) * up.
     depth: register buffers of decoded weights; that many less one ``wgmma`` groups run while the next is decoded.
+    group: k16 steps of a buffer. cluster_m: CTAs of a cluster that share the tokens of neighbouring tiles.
     wide: the output is float32, for sums that are still to be added up.
     gather: token rows are looked up one by one, in an index behind the schedule, instead of following each other.
     """
@@ -38,6 +39,8 @@ class GemmConfig:
     swiglu: bool = False
     gather: bool = False
     depth: int = 4
+    group: int = 1
+    cluster_m: int = 1
     wide: bool = False
 
     def __post_init__(self) -> None:
@@ -47,6 +50,10 @@ class GemmConfig:
             )
         if self.reduces and self.warpgroups_m > 1:
             raise ValueError(f"{self.name}: warpgroups along K need tiles of one warpgroup along M")
+        if self.cluster_m > 1 and (self.gather or self.cluster_k > 1):
+            raise ValueError(f"{self.name}: tokens are shared as boxes, in clusters along M only")
+        if self.depth < 2 or self.depth - 2 >= 8 // self.group:
+            raise ValueError(f"{self.name}: a stage has {8 // self.group} groups, its release needs {self.depth - 1}")
 
     @property
     def name(self) -> str:
@@ -57,9 +64,8 @@ class GemmConfig:
             + ("_gather" if self.gather else "")
             + ("_wide" if self.wide else "")
         )
-        shape = (
-            f"r{self.num_m64}m{self.warpgroups_m}k{self.warpgroups_k}c{self.cluster_k}s{self.num_stages}d{self.depth}"
-        )
+        shape = f"r{self.num_m64}m{self.warpgroups_m}k{self.warpgroups_k}c{self.cluster_k}"
+        shape += f"s{self.num_stages}d{self.depth}g{self.group}x{self.cluster_m}"
         return f"nvfp4_{kind}_{shape}_n{sizes}"
 
     @property
@@ -69,6 +75,10 @@ class GemmConfig:
     @property
     def m64_per_tile(self) -> int:
         return self.num_m64 * self.warpgroups_m
+
+    @property
+    def cluster(self) -> int:
+        return self.cluster_k * self.cluster_m
 
     @property
     def num_threads(self) -> int:

@@ -67,7 +67,7 @@ class Gemm:
         self.kernel(
             atom, codes, scales, global_scale, out, schedule,
             num_rows, num_m_tiles, num_k_blocks, rows_per_tile, ld_out, swiglu_limit,
-        ).launch(grid=[grid, 1, 1], block=[self.cfg.num_threads, 1, 1], cluster=[self.cfg.cluster_k, 1, 1])  # fmt: skip
+        ).launch(grid=[grid, 1, 1], block=[self.cfg.num_threads, 1, 1], cluster=[self.cfg.cluster, 1, 1])  # fmt: skip
 
     def chunk_layout(self, num_rows: int, num_chunks: Any) -> Any:
         """[rows, 64, chunks] of BF16, K contiguous, 128-byte swizzle; chunks are ``max_n`` rows apart."""
@@ -110,15 +110,21 @@ class Gemm:
             cpasync.prefetch_descriptor(tma_x)
             for stage in cutlass.range_constexpr(cfg.num_stages):
                 cute.arch.mbarrier_init(full + stage, 3)
-                cute.arch.mbarrier_init(empty + stage, self.num_consumers)
+                cute.arch.mbarrier_init(empty + stage, 4 * self.num_consumers * cfg.cluster_m)
             cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
-        rank = Int32(0)
+        rank, rank_m = Int32(0), Int32(0)
         worker, num_workers = cta, grid
+        if cutlass.const_expr(cfg.cluster > 1):
+            worker, num_workers = cta // cfg.cluster, grid // cfg.cluster
         if cutlass.const_expr(cfg.cluster_k > 1):
             rank = cute.arch.block_idx_in_cluster()
-            worker, num_workers = cta // cfg.cluster_k, grid // cfg.cluster_k
+        if cutlass.const_expr(cfg.cluster_m > 1):
+            # The neighbour writes tokens into this CTA's memory: its barriers must stand before that.
+            rank_m = cute.arch.block_idx_in_cluster()
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
         if cutlass.const_expr(cfg.grouped and cfg.swiglu):
             cute.arch.griddepcontrol_wait()
         num_n_tiles = Int32(0)
@@ -126,7 +132,9 @@ class Gemm:
             num_n_tiles = self.read(schedule, 0)
         else:
             num_n_tiles = (num_rows + rows_per_tile - 1) // rows_per_tile
-        num_tiles = num_n_tiles * num_m_tiles
+        # With clusters along M a worker is a cluster, and a tile one of its CTAs' each.
+        m_per_worker = num_m_tiles // cfg.cluster_m
+        num_tiles = num_n_tiles * m_per_worker
         k_iters = num_k_blocks // (cfg.warpgroups_k * cfg.cluster_k)
 
         if warp_group == self.num_consumers:
@@ -139,15 +147,15 @@ class Gemm:
                     if warp == 1:
                         source, shared, num_bytes = scales, smem_scales, Int32(SCALE_BYTES)
                     self.produce_weights(
-                        source, shared, num_bytes, schedule, full, empty, worker, num_workers, num_tiles, num_m_tiles,
-                        num_k_blocks, k_iters, rank,
+                        source, shared, num_bytes, schedule, full, empty, worker, num_workers, num_tiles, m_per_worker,
+                        num_k_blocks, k_iters, rank, rank_m,
                     )  # fmt: skip
             elif warp == 2:
                 # Single rows are loaded by all lanes of the warp, boxes by one.
                 if thread % 32 < (32 if cfg.gather else 1):
                     self.produce_tokens(
                         ptx.descriptor_address(tma_x), thread % 32, schedule, smem_x, full, empty, worker, num_workers,
-                        num_tiles, num_m_tiles, k_iters, rank, num_rows, rows_per_tile,
+                        num_tiles, m_per_worker, k_iters, rank, rank_m, num_rows, rows_per_tile,
                     )  # fmt: skip
         else:
             if cutlass.const_expr(cfg.consumer_registers):
@@ -155,17 +163,23 @@ class Gemm:
             step = Int32(0)
             parity = Int32(0)
             for tile in cutlass.range(worker, num_tiles, num_workers, unroll=1):
-                expert, row0, rows = self.tile_rows(schedule, tile // num_m_tiles, num_rows, rows_per_tile)
+                expert, row0, rows = self.tile_rows(schedule, tile // m_per_worker, num_rows, rows_per_tile)
+                m_tile = tile % m_per_worker * cfg.cluster_m + rank_m
                 for idx in cutlass.range_constexpr(len(cfg.n_sizes)):
                     below = cfg.n_sizes[idx - 1] if idx else 0
                     if rows > below and rows <= cfg.n_sizes[idx]:
                         self.consume(
                             cfg.n_sizes[idx], global_scale, out, smem_x, smem_codes, smem_scales, smem_sums, full,
-                            empty, step, parity, k_iters, thread, warp_group, tile % num_m_tiles, expert, row0, rows,
-                            ld_out, swiglu_limit, rank,
+                            empty, step, parity, k_iters, thread, warp_group, m_tile, expert, row0, rows, ld_out,
+                            swiglu_limit, rank,
                         )  # fmt: skip
                 step += k_iters
                 parity = parity ^ 1
+        if cutlass.const_expr(cfg.cluster_m > 1):
+            # No CTA leaves while its neighbour may still write to it or signal it.
+            cute.arch.sync_threads()
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
 
     def read(self, schedule: cute.Pointer, idx: Any) -> Int32:
         return cute.make_tensor(schedule + idx, cute.make_layout(1))[0]
@@ -196,10 +210,11 @@ class Gemm:
         worker: Int32,
         num_workers: Int32,
         num_tiles: Int32,
-        num_m_tiles: Int32,
+        m_per_worker: Int32,
         num_k_blocks: Int32,
         k_iters: Int32,
         rank: Int32,
+        rank_m: Int32,
     ) -> None:
         """One thread: the codes (or the scales) of every stage, ``num_bytes`` per block, as fast as stages free up.
 
@@ -211,8 +226,9 @@ class Gemm:
         for tile in cutlass.range(worker, num_tiles, num_workers, unroll=1):
             expert = Int32(0)
             if cutlass.const_expr(cfg.grouped):
-                expert = self.read(schedule, 4 + 4 * (tile // num_m_tiles))
-            first = Int64((expert * num_m_tiles + tile % num_m_tiles) * m64) * num_k_blocks
+                expert = self.read(schedule, 4 + 4 * (tile // m_per_worker))
+            m_tile = (expert * m_per_worker + tile % m_per_worker) * cfg.cluster_m + rank_m
+            first = Int64(m_tile * m64) * num_k_blocks
             start = source.toint() + (first + rank * k_iters * k_blocks) * num_bytes
             for _ in cutlass.range(k_iters, unroll=1):
                 cute.arch.mbarrier_wait(empty + slot, phase)
@@ -239,9 +255,10 @@ class Gemm:
         worker: Int32,
         num_workers: Int32,
         num_tiles: Int32,
-        num_m_tiles: Int32,
+        m_per_worker: Int32,
         k_iters: Int32,
         rank: Int32,
+        rank_m: Int32,
         num_rows: Int32,
         rows_per_tile: Int32,
     ) -> None:
@@ -251,12 +268,15 @@ class Gemm:
         cute.arch.griddepcontrol_launch_dependents()
         slot, phase = Int32(0), Int32(1)
         for tile in cutlass.range(worker, num_tiles, num_workers, unroll=1):
-            _, row0, rows = self.tile_rows(schedule, tile // num_m_tiles, num_rows, rows_per_tile)
+            _, row0, rows = self.tile_rows(schedule, tile // m_per_worker, num_rows, rows_per_tile)
             boxes = (rows + cfg.box_rows - 1) // cfg.box_rows
-            token = Int32(0)
+            places = cute.make_rmem_tensor(cute.make_layout((self.max_n + 31) // 32), Int32)
             if cutlass.const_expr(cfg.gather):
-                if lane < rows:
-                    token = self.read(schedule + self.read(schedule, 1), row0 + lane)
+                index = schedule + self.read(schedule, 1)
+                for turn in cutlass.range_constexpr((self.max_n + 31) // 32):
+                    places[turn] = Int32(0)
+                    if lane + 32 * turn < rows:
+                        places[turn] = self.read(index, row0 + lane + 32 * turn)
             for k in cutlass.range(k_iters, unroll=1):
                 cute.arch.mbarrier_wait(empty + slot, phase)
                 if lane == 0:
@@ -266,8 +286,17 @@ class Gemm:
                     column = ((rank * k_iters + k) * self.num_chunks + chunk) * CHUNK_K
                     start = smem_x + (slot * self.num_chunks + chunk) * (self.max_n * CHUNK_K)
                     if cutlass.const_expr(cfg.gather):
-                        if lane < rows:
-                            ptx.load_box(start + lane * CHUNK_K, descriptor, column, token, full + slot)
+                        for turn in cutlass.range_constexpr((self.max_n + 31) // 32):
+                            row = lane + 32 * turn
+                            if row < rows:
+                                ptx.load_box(start + row * CHUNK_K, descriptor, column, places[turn], full + slot)
+                    elif cutlass.const_expr(cfg.cluster_m > 1):
+                        # Each CTA of the cluster loads every other box, for both.
+                        for box in cutlass.range(rank_m, boxes, cfg.cluster_m, unroll=1):
+                            row = box * cfg.box_rows
+                            ptx.load_box_for_all(
+                                start + row * CHUNK_K, descriptor, column, row0 + row, full + slot, cfg.cluster_m
+                            )
                     else:
                         for box in cutlass.range(boxes, unroll=1):
                             row = box * cfg.box_rows
@@ -317,9 +346,9 @@ class Gemm:
         sums = [cute.make_rmem_tensor(thr_mma.partition_shape_C((64, num_n)), Float32) for _ in range(cfg.num_m64)]
         for acc in sums:
             acc.fill(0.0)
-        depth = cfg.depth
+        depth, group = cfg.depth, cfg.group
         weights = [
-            [thr_mma.make_fragment_A(thr_mma.partition_shape_A((64, 16))) for _ in range(cfg.num_m64)]
+            [thr_mma.make_fragment_A(thr_mma.partition_shape_A((64, 16 * group))) for _ in range(cfg.num_m64)]
             for _ in range(depth)
         ]
         slot = step % cfg.num_stages
@@ -328,32 +357,36 @@ class Gemm:
         for k in cutlass.range(k_iters, unroll=1):
             cute.arch.mbarrier_wait(full + slot, phase)
             words, scale_words = self.load_fragments(smem_codes, smem_scales, slot, wg_m, wg_k, lane)
-            for k16 in cutlass.range_constexpr(8):
-                # Buffers take turns: products of the last ``depth - 1`` steps run while this step is decoded.
-                buffer = weights[k16 % depth]
+            for part in cutlass.range_constexpr(8 // group):
+                # Buffers take turns: products of the last ``depth - 1`` groups run while this one is decoded.
+                buffer = weights[part % depth]
                 for r in cutlass.range_constexpr(cfg.num_m64):
                     fragment = cute.recast_tensor(buffer[r], Uint32)
-                    self.decode(words[r][k16], scale_words[r][k16 // 2], k16 % 2, fragment)
+                    for kk in cutlass.range_constexpr(group):
+                        k16 = part * group + kk
+                        self.decode(words[r][k16], scale_words[r][k16 // 2], k16 % 2, fragment, 4 * kk)
                 warpgroup.fence()
-                chunk = slot * self.num_chunks + wg_k * 2 + k16 // 4
-                for r in cutlass.range_constexpr(cfg.num_m64):
-                    atom = cute.make_mma_atom(mma.op)
-                    atom.set(warpgroup.Field.ACCUMULATE, True)
-                    cute.gemm(atom, sums[r], buffer[r][None, None, 0], tokens[None, None, k16 % 4, chunk], sums[r])
+                for kk in cutlass.range_constexpr(group):
+                    k16 = part * group + kk
+                    chunk = slot * self.num_chunks + wg_k * 2 + k16 // 4
+                    for r in cutlass.range_constexpr(cfg.num_m64):
+                        atom = cute.make_mma_atom(mma.op)
+                        atom.set(warpgroup.Field.ACCUMULATE, True)
+                        a = buffer[r][None, None, kk]
+                        cute.gemm(atom, sums[r], a, tokens[None, None, k16 % 4, chunk], sums[r])
                 warpgroup.commit_group()
                 warpgroup.wait_group(depth - 1)
-                if cutlass.const_expr(k16 == depth - 2):
+                if cutlass.const_expr(part == depth - 2):
                     # Every product of the previous stage is done.
-                    if k > 0 and lane == 0:
-                        cute.arch.mbarrier_arrive(empty + last)
+                    if k > 0:
+                        self.release(empty + last, lane)
             last = slot
             slot += 1
             if slot == cfg.num_stages:
                 slot = Int32(0)
                 phase = phase ^ 1
         warpgroup.wait_group(0)
-        if lane == 0:
-            cute.arch.mbarrier_arrive(empty + last)
+        self.release(empty + last, lane)
         if cutlass.const_expr(cfg.reduces):
             self.reduce_and_store(
                 num_n, sums, smem_sums, parity, lane, wg_k, rank, global_scale, out,
@@ -368,6 +401,17 @@ class Gemm:
                     values = [sums[r][4 * j + idx] for idx in range(4)]
                     self.store(values, factors, place, pitch, rows - (8 * j + 2 * (lane % 4)), lane, swiglu_limit)
                     place += 8 * pitch
+
+    @cute.jit
+    def release(self, barrier: cute.Pointer, lane: Int32) -> None:
+        """A warp is done with a stage: it has read its codes and its products are finished. Every CTA that writes
+        into the stage must know."""
+        if cutlass.const_expr(self.cfg.cluster_m > 1):
+            if lane % 32 < self.cfg.cluster_m:
+                ptx.arrive_remote(barrier, lane % 32)
+        else:
+            if lane % 32 == 0:
+                cute.arch.mbarrier_arrive(barrier)
 
     def load_fragments(
         self,
@@ -390,7 +434,7 @@ class Gemm:
             scale_words.append([*ptx.load_shared_vec4(scale_base)])
         return words, scale_words
 
-    def decode(self, word: Any, scale_word: Any, half: int, fragment: Any) -> None:
+    def decode(self, word: Any, scale_word: Any, half: int, fragment: Any, start: int) -> None:
         """Eight codes of one k16 step to BF16: registers (row g, low k), (g + 8, low), (g, high), (g + 8, high)."""
         pair = ptx.mad(ptx.prmt(scale_word, 0x4140 + 0x0202 * half), 16, 0x70007000)
         scale_low, scale_high = ptx.broadcast_halves(pair)
@@ -399,10 +443,10 @@ class Gemm:
         second = ptx.mad(word, 8, 0) & (eem | sign)
         third = (ptx.mad(word, 64, 0) & eem) | (ptx.mad(word, 2, 0) & sign)
         fourth = ((word >> 3) & eem) | (ptx.mad(word, 4, 0) & sign)
-        fragment[0] = ptx.mul_bf16x2(first, scale_low)
-        fragment[1] = ptx.mul_bf16x2(second, scale_high)
-        fragment[2] = ptx.mul_bf16x2(third, scale_low)
-        fragment[3] = ptx.mul_bf16x2(fourth, scale_high)
+        fragment[start] = ptx.mul_bf16x2(first, scale_low)
+        fragment[start + 1] = ptx.mul_bf16x2(second, scale_high)
+        fragment[start + 2] = ptx.mul_bf16x2(third, scale_low)
+        fragment[start + 3] = ptx.mul_bf16x2(fourth, scale_high)
 
     def factors(self, global_scale: cute.Pointer, expert: Int32, block: Int32, lane: Int32) -> tuple[Any, Any]:
         """What the sums of rows g and g + 8 of this thread are multiplied by."""

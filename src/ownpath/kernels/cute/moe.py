@@ -225,7 +225,8 @@ def _run(
         (choice.gate_up, source, operand.w13, hidden),
         (choice.down, hidden, operand.w2, rows),
     ):
-        grid = min(resident, tiles * (weight.num_rows // (64 * config.m64_per_tile)))
+        most = tiles * (weight.num_rows // (64 * config.m64_per_tile)) // config.cluster
+        grid = min(resident // config.cluster, most) * config.cluster
         launch.gemm(config, given, weight, result, workspace.schedule, 0, grid, swiglu_limit)
     launch.combine(
         CombineConfig(num_shared, choice.is_wide), rows, workspace.schedule, routing.weights, workspace.out[: len(ids)]

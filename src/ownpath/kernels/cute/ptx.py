@@ -145,6 +145,46 @@ def load_box(
 
 
 @dsl_user_op
+def load_box_for_all(
+    dst: Value,
+    descriptor: Value,
+    col: Value,
+    row: Value,
+    barrier: Value,
+    num_ctas: int,
+    *,
+    loc: Any = None,
+    ip: Any = None,
+) -> None:
+    """As ``load_box``, into the same place of every CTA of the cluster; each one's own barrier counts the bytes."""
+    text = (
+        "{ .reg .b16 all; mov.b16 all, "
+        f"{(1 << num_ctas) - 1}; "
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[$0], [$1, {$2, $3}], [$4], all; }"
+    )
+    operands = [
+        dst.toint().ir_value(loc=loc, ip=ip),
+        Int64(descriptor).ir_value(loc=loc, ip=ip),
+        Int32(col).ir_value(loc=loc, ip=ip),
+        Int32(row).ir_value(loc=loc, ip=ip),
+        barrier.toint().ir_value(loc=loc, ip=ip),
+    ]
+    _asm(text, "r,l,r,r,r", None, operands, False, loc, ip)
+
+
+@dsl_user_op
+def arrive_remote(barrier: Value, rank: Value, *, loc: Any = None, ip: Any = None) -> None:
+    """Arrives at the barrier in the same place of the cluster's CTA ``rank``."""
+    text = (
+        "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, $0, $1; "
+        "mbarrier.arrive.shared::cluster.b64 _, [remote]; }"
+    )
+    operands = [barrier.toint().ir_value(loc=loc, ip=ip), Int32(rank).ir_value(loc=loc, ip=ip)]
+    _asm(text, "r,r", None, operands, False, loc, ip)
+
+
+@dsl_user_op
 def load_shared_vec4(address: Value, *, loc: Any = None, ip: Any = None) -> tuple[Uint32, Uint32, Uint32, Uint32]:
     """16 bytes of shared memory at a byte address."""
     struct = llvm.StructType.get_literal([T.i32()] * 4)
