@@ -68,7 +68,9 @@ def test_every_code_with_every_scale_is_exact(cuda: torch.device) -> None:
 def test_shards_keep_their_own_global_scales(cuda: torch.device) -> None:
     shards = [Dense.draw(rows, 256, cuda) for rows in (192, 64, 128)]
     scales = [torch.tensor(value, device=cuda) for value in (1e-3, 7.0, 1.0)]
-    weight = torch.cat([Dense(s.codes, s.scale, g.expand(len(s.codes))).weight() for s, g in zip(shards, scales)])
+    weight = torch.cat(
+        [Dense(s.codes, s.scale, g.expand(len(s.codes))).weight() for s, g in zip(shards, scales, strict=True)]
+    )
     linear = Nvfp4Linear([s.codes for s in shards], [s.scale for s in shards], scales)
     x = torch.randn(9, 256, device=cuda).bfloat16()
     exact, bound = dense_reference(x, weight)
@@ -103,7 +105,7 @@ def test_what_it_cannot_take_is_named(cuda: torch.device) -> None:
     with pytest.raises(ValueError, match="columns of 128"):
         Nvfp4Linear(dense.codes[:, :96].contiguous(), dense.scale[:, :12].contiguous(), torch.ones((), device=cuda))
     linear = Nvfp4Linear(dense.codes, dense.scale, dense.global_scale)
-    with pytest.raises(ValueError, match="x must be torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"x must be torch\.bfloat16"):
         linear(torch.randn(2, 256, device=cuda))
     with pytest.raises(ValueError, match="256"):
         linear(torch.randn(2, 128, device=cuda).bfloat16())

@@ -184,7 +184,7 @@ def test_what_it_cannot_take_is_named(cuda: torch.device) -> None:
     experts = Experts.draw(4, 256, 256, cuda)
     routed = Routed.draw(5, 256, 4, 2, cuda)
     moe = runner(experts)
-    with pytest.raises(ValueError, match="x must be torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"x must be torch\.bfloat16"):
         moe(routed.x.float(), routed.ids, routed.weights)
     with pytest.raises(ValueError, match="topk_ids"):
         moe(routed.x, routed.ids[:3], routed.weights)

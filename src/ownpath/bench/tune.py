@@ -2,7 +2,7 @@
 
     ownpath bench --tune FAMILY
 
-A family is a module ``ownpath.kernels.cute.tuners.FAMILY`` with a function ``family(device) -> Family``. Tuning happens
+A family is a module ``ownpath.bench.tuners.FAMILY`` with a function ``family(device) -> Family``. Tuning happens
 here and never while serving: kernels read ``src/ownpath/kernels/cute/tuned/FAMILY.json``, and that is all.
 """
 
@@ -26,7 +26,7 @@ Errors: CandidateFailed for a candidate that does not compile, fit or compute th
 
 Report = Callable[[str], None]
 
-_TUNERS = "ownpath.kernels.cute.tuners"
+_TUNERS = "ownpath.bench.tuners"
 
 
 class CandidateFailed(ValueError):

@@ -91,7 +91,7 @@ class Nvfp4MoE:
 
         Shapes: x [T, D]; topk_ids int32 or int64 [T, K]; topk_weights float32 [T, K]; y [T, D] in the dtype of x.
         given: ``num_shared``, how many experts at the end of the stacks are shared: every token goes to them with
-            weight 1; ``expert_map`` int32 [global experts], local expert or -1, when this runner holds some of the experts;
+            weight 1; ``expert_map`` int32 [global experts], local expert or -1, when this runner holds only some;
             ``workspace`` (Hopper kernels only), so that the call allocates nothing; y is then a view of its ``out``,
             which the next call overwrites.
         """

@@ -82,7 +82,7 @@ class GemmConfig:
 
     @property
     def num_threads(self) -> int:
-        return WG * (self.warpgroups_m * self.warpgroups_k + 1)
+        return WG * (self.num_consumers + 1)
 
     @property
     def consumer_registers(self) -> int:
@@ -90,9 +90,21 @@ class GemmConfig:
         if self.num_m64 == 1 and self.n_sizes[-1] < 64:
             return 0
         # The CTA's pool is what it was launched with; asking for more than that would wait for ever.
-        pool = 65536 // self.num_threads // 8 * 8 * self.num_threads
-        consumers = self.warpgroups_m * self.warpgroups_k
-        return min(240, (pool - 24 * WG) // (consumers * WG) // 8 * 8)
+        return min(240, (self._register_pool - 24) // self.num_consumers // 8 * 8)
+
+    @property
+    def producer_registers(self) -> int:
+        """What the producer keeps: 24, or more where the pool does not divide."""
+        return min(56, (self._register_pool - self.num_consumers * self.consumer_registers) // 8 * 8)
+
+    @property
+    def num_consumers(self) -> int:
+        return self.warpgroups_m * self.warpgroups_k
+
+    @property
+    def _register_pool(self) -> int:
+        """Registers per thread, summed over the CTA's warpgroups."""
+        return 65536 // self.num_threads // 8 * 8 * self.num_threads // WG
 
     @property
     def box_rows(self) -> int:

@@ -29,7 +29,14 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
 from ownpath.kernels.cute import ptx
-from ownpath.kernels.cute.config import CHUNK_K, CODE_BYTES, SCALE_BYTES, UNSCALE, WG, GemmConfig
+from ownpath.kernels.cute.config import (
+    CHUNK_K,
+    CODE_BYTES,
+    SCALE_BYTES,
+    UNSCALE,
+    WG,
+    GemmConfig,
+)
 
 
 class Gemm:
@@ -37,7 +44,7 @@ class Gemm:
 
     def __init__(self, config: GemmConfig) -> None:
         self.cfg = config
-        self.num_consumers = config.warpgroups_m * config.warpgroups_k
+        self.num_consumers = config.num_consumers
         self.max_n = config.n_sizes[-1]
         self.num_chunks = 2 * config.warpgroups_k
 
@@ -139,7 +146,7 @@ class Gemm:
 
         if warp_group == self.num_consumers:
             if cutlass.const_expr(cfg.consumer_registers):
-                cute.arch.setmaxregister_decrease(24)
+                cute.arch.setmaxregister_decrease(cfg.producer_registers)
             warp = cute.arch.make_warp_uniform(thread % WG // 32)
             if warp < 2:
                 if thread % 32 == 0:

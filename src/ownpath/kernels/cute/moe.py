@@ -7,6 +7,7 @@ other tokens nor on their number, except that up to 4096 (token, slot) pairs the
 they are rounded to BF16; the invariant kernel always does so.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -67,8 +68,9 @@ class Routing:
 class Nvfp4MoeKernel:
     """Packs experts in place and runs them."""
 
-    def __init__(self, is_batch_invariant: bool) -> None:
+    def __init__(self, is_batch_invariant: bool, choose: Callable[..., MoeChoice] = choose_moe) -> None:
         self.is_batch_invariant = is_batch_invariant
+        self._choose = choose
 
     def prepare(
         self,
@@ -103,7 +105,8 @@ class Nvfp4MoeKernel:
         )
 
     def choose(self, pairs: int, operand: MoeOperand) -> MoeChoice:
-        return choose_moe(pairs, operand.num_experts, operand.hidden, operand.inter, self.is_batch_invariant)
+        """The kernels of a call with ``pairs`` (token, slot) pairs."""
+        return self._choose(pairs, operand.num_experts, operand.hidden, operand.inter, self.is_batch_invariant)
 
     def configs(self, operand: MoeOperand) -> list[object]:
         """Every kernel that a call without shared experts or an expert map may launch."""

@@ -235,7 +235,7 @@ class Combine:
         if token < num_tokens:
             total = cute.make_rmem_tensor(cute.make_layout(8), Float32)
             total.fill(0.0)
-            for slot in cutlass.range(slots, unroll=4):
+            for slot in cutlass.range(slots, unroll=2):
                 row = element(place, token * slots + slot)[0]
                 if row >= 0:
                     weight = Float32(1.0)

@@ -1,0 +1,1 @@
+"""Kernel families that ``ownpath bench --tune`` can tune, one module each."""

@@ -1,0 +1,89 @@
+"""The NVFP4 kernels that the table and the rules pick, compiled for Hopper without one.
+
+They fit an SM, nothing spills, weights reach the tensor cores from registers, and products overlap with decoding: the
+assembler has not put a full wait behind every ``wgmma``, which it does in silence when registers run short.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ownpath.kernels.cache import compile_missing, stem
+from ownpath.kernels.cute.choose import choose_linear, moe_choice, moe_table
+from ownpath.kernels.cute.config import (
+    MAX_SHARED_BYTES,
+    AlignConfig,
+    CombineConfig,
+    GemmConfig,
+    PermuteConfig,
+)
+
+pytest.importorskip("cutlass")
+nvidia = pytest.importorskip("triton.backends.nvidia.compiler")  # for the disassembler it carries
+
+
+def gemms() -> list[GemmConfig]:
+    found = [choose_linear(count, 4096, 4096, False).gemm for count in (1, 64, 2048)]
+    found.append(choose_linear(1, 32768, 1024, False).gemm)
+    for _, knobs in moe_table():
+        choice = moe_choice(knobs, 4096, 2048, wide=False)
+        found += [choice.gate_up, choice.down]
+    return list({config.name: config for config in found}.values())
+
+
+HELPERS = (AlignConfig(False, False, 0), AlignConfig(True, True, 1), PermuteConfig(), CombineConfig(0, True),
+           CombineConfig(1, False))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All kernels, compiled once into a cache of their own."""
+    folder = tmp_path_factory.mktemp("kernels")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OWNPATH_KERNEL_CACHE", str(folder))
+        compile_missing([*gemms(), *HELPERS])
+    return folder
+
+
+def tool(name: str, *options: str) -> str:
+    command = [str(Path(nvidia.__file__).parent / "bin" / name), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture
+def binary(cache: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    monkeypatch.setenv("OWNPATH_KERNEL_CACHE", str(cache))
+    return str(stem(request.getfixturevalue("config")).with_suffix(".cubin"))
+
+
+@pytest.mark.parametrize("config", [*gemms(), *HELPERS], ids=lambda config: config.name)
+def test_it_fits_without_spilling(config: GemmConfig, binary: str) -> None:
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", tool("cuobjdump", "-res-usage", binary))
+    assert found
+    registers, stack, shared = map(int, found.groups())
+    # Eight bytes: a slot the compiler reserves and the code does not use.
+    assert stack <= 8
+    assert "LDL" not in tool("nvdisasm", "-c", binary)
+    assert shared <= MAX_SHARED_BYTES
+    if isinstance(config, GemmConfig):
+        assert registers * config.num_threads <= 65536
+
+
+@pytest.mark.parametrize("config", gemms(), ids=lambda config: config.name)
+def test_decoding_overlaps_with_the_tensor_cores(config: GemmConfig, binary: str) -> None:
+    code = tool("nvdisasm", "-c", binary)
+    products = len(re.findall(r"HGMMA\.64x\d+x16\.F32\.BF16 R\d+, R\d+", code))
+    assert products == len(config.n_sizes) * config.num_m64 * 8, "weights come from registers, 8 steps per stage"
+    full_waits = code.count("WARPGROUP.DEPBAR.LE gsb0, 0x0")
+    assert full_waits == len(config.n_sizes), "one at the end of a tile; more: the assembler has serialised them"
+    assert "F2F." not in code, "codes and scales are decoded by bits, not by conversions"
+
+
+@pytest.mark.parametrize("config", gemms()[:1], ids=lambda config: config.name)
+def test_half_selection_is_free(config: GemmConfig, binary: str) -> None:
+    """Scales of two rows share a register: the multiplier picks halves, no instruction spreads them."""
+    code = tool("nvdisasm", "-c", binary)
+    assert re.search(r"HMUL2\.BF16_V2 R\d+, R\d+, R\d+(\.reuse)?\.H0_H0", code)
+    assert re.search(r"HMUL2\.BF16_V2 R\d+, R\d+, R\d+(\.reuse)?\.H1_H1", code)
