@@ -75,7 +75,7 @@ def test_it_fits_without_spilling(config: GemmConfig, binary: str) -> None:
 def test_decoding_overlaps_with_the_tensor_cores(config: GemmConfig, binary: str) -> None:
     code = tool("nvdisasm", "-c", binary)
     products = len(re.findall(r"HGMMA\.64x\d+x16\.F32\.BF16 R\d+, R\d+", code))
-    assert products == len(config.n_sizes) * config.num_m64 * 8, "weights come from registers, 8 steps per stage"
+    assert products == len(config.n_sizes) * config.num_m64 * config.num_steps, "weights come from registers"
     full_waits = code.count("WARPGROUP.DEPBAR.LE gsb0, 0x0")
     assert full_waits == len(config.n_sizes), "one at the end of a tile; more: the assembler has serialised them"
     assert "F2F." not in code, "codes and scales are decoded by bits, not by conversions"

@@ -18,7 +18,8 @@ words of steps 0..3 are 16 contiguous bytes, those of steps 4..7 are 2048 bytes 
 
 Scales become bytes with 5 exponent and 3 mantissa bits, value 2**(e - 10) * (1 + m / 8): every positive E4M3 value,
 subnormals too, and never needs a shift by a data-dependent amount. Zero has no code: codes under a zero scale are
-zeroed instead, which gives the same product. Scale byte of row half h and step s: 128 w + 16 g + 2 s + h.
+zeroed instead, which gives the same product. Scale byte of row half h and step s: 256 (s / 4) + 64 w + 8 g + 2 (s % 4) + h;
+so each half of a block along K, codes and scales, is contiguous too.
 
 Example: code 0b1011 (-1.5) at row 0, column 0 sets bits 15 (sign), 7 (exponent 01) and 6 (mantissa 1) of word 0.
 
@@ -126,14 +127,15 @@ def pack_scales(scale: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 def order_scales(encoded: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Row-major bytes [N, K/16] to the block layout."""
     num_rows, num_groups = encoded.shape
-    ordered = encoded[rows].view(num_rows // 64, 4, 2, 8, num_groups // 8, 8)
-    return ordered.permute(0, 4, 1, 3, 5, 2).contiguous().flatten()
+    # [block, warp, half, g, k block, step high, step low] -> [block, k block, step high, warp, g, step low, half]
+    ordered = encoded[rows].view(num_rows // 64, 4, 2, 8, num_groups // 8, 2, 4)
+    return ordered.permute(0, 4, 5, 1, 3, 6, 2).contiguous().flatten()
 
 
 def unpack_scales(packed: torch.Tensor, rows: torch.Tensor, num_cols: int) -> torch.Tensor:
     """Inverse of ``pack_scales`` as float32 values [N, K/16]; zero scales come back as 2**-9 or 2**-10."""
     num_rows = len(rows)
-    bytes_ = packed.view(num_rows // 64, num_cols // 128, 4, 8, 8, 2).permute(0, 2, 5, 3, 1, 4)
+    bytes_ = packed.view(num_rows // 64, num_cols // 128, 2, 4, 8, 4, 2).permute(0, 3, 6, 4, 1, 2, 5)
     ordered = bytes_.reshape(num_rows, num_cols // 16).int()
     values = torch.empty(num_rows, num_cols // 16)
     values[rows] = torch.ldexp(1 + (ordered & 7) / 8, (ordered >> 3) - 10)

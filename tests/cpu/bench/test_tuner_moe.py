@@ -23,7 +23,7 @@ def test_the_table_is_ascending_and_ends_open() -> None:
     limits = [limit for limit, _ in moe_table()]
     assert limits == sorted(limits)
     assert limits[-1] >= 1e9
-    assert json.loads(TUNED.read_text())["family"] == "moe"
+    assert json.loads((TUNED / "moe.json").read_text())["family"] == "moe"
 
 
 def test_it_does_not_tune_on_a_cpu() -> None:

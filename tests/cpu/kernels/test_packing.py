@@ -58,7 +58,7 @@ def test_the_kernels_decode_is_exact() -> None:
     rows = packing.plain_rows(ROWS)
     words = packing.pack_codes(codes, rows).view(torch.int32).long() & 0xFFFFFFFF
     words = words.view(ROWS // 64, COLS // 128, 2, 4, 8, 4, 4)
-    packed_scales = packing.pack_scales(scale, rows).long().view(ROWS // 64, COLS // 128, 4, 8, 8, 2)
+    packed_scales = packing.pack_scales(scale, rows).long().view(ROWS // 64, COLS // 128, 2, 4, 8, 4, 2)
     wanted = torch.empty(ROWS, COLS, dtype=torch.float64)
     wanted[:] = decode_packed_e2m1(codes, torch.float64) * decode_e4m3(
         scale.view(torch.uint8), torch.float64
@@ -66,7 +66,7 @@ def test_the_kernels_decode_is_exact() -> None:
     found = torch.full((ROWS, COLS), torch.nan, dtype=torch.float64)
     for step in range(8):
         word = words[:, :, step // 4, :, :, :, step % 4]  # [block, k block, warp, g, q]
-        scales = packed_scales[:, :, :, :, step, None, :].expand(-1, -1, -1, -1, 4, -1)
+        scales = packed_scales[:, :, step // 4, :, :, step % 4, None, :].expand(-1, -1, -1, -1, 4, -1)
         for register, (field, factor) in enumerate(bf16_words(word, scales, step)):
             for lane in range(2):
                 product = as_float64(field >> (16 * lane) & 0xFFFF) * as_float64(factor)

@@ -69,8 +69,10 @@ MANY = (
     _tile(2, 2, (96, 112), 4, depth=4, cluster_m=2),
     _tile(2, 2, (64, 96, 128), 4, depth=4, gather=1),
     _tile(2, 2, (64, 96, 128), 4, group=2, cluster_m=2),
-    _tile(1, 2, (128, 192, 224), 3, group=2, cluster_m=2),
-    _tile(1, 2, (128, 192, 224), 3, group=4, cluster_m=2),
+    _tile(2, 2, (64, 96, 128), 8, cluster_m=2, stage_k=64),
+    _tile(1, 2, (192, 208, 256), 5, group=2, cluster_m=2, stage_k=64),
+    _tile(1, 2, (192, 208, 256), 5, depth=4, cluster_m=2, stage_k=64),
+    _tile(1, 2, (128, 192, 224), 6, group=2, cluster_m=2, stage_k=64),
 )
 
 
@@ -78,7 +80,7 @@ class MoeFamily:
     """The family that ``--tune moe`` asks for."""
 
     candidates: Mapping[str, Sequence[Config]]
-    table: Path = TUNED
+    table: Path = TUNED / "moe.json"
 
     def __init__(self, device: str) -> None:
         lists = (FEW, FEW, FEW, SOME, SOME, MANY, MANY)

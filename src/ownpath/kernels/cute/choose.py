@@ -1,7 +1,7 @@
-"""Which compiled kernel serves which sizes: a tuned table for the experts, arithmetic for dense products.
+"""Which compiled kernel serves which sizes: tuned tables, and arithmetic for dense sizes that no table holds.
 
-The table (``tuned/moe.json``, written by ``ownpath bench --tune moe``) is keyed by (token, slot) pairs per expert.
-Nothing is measured while serving.
+``tuned/moe.json`` is keyed by (token, slot) pairs per expert, ``tuned/linear.json`` by tokens and matrix; ``ownpath
+bench --tune`` writes them. Nothing is measured while serving.
 """
 
 import json
@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from ownpath.kernels.cute.config import BLOCK_K, MAX_SHARED_BYTES, GemmConfig
 
-TUNED = Path(__file__).parent / "tuned" / "moe.json"
+TUNED = Path(__file__).parent / "tuned"
 BLOCK_ROWS = 64
 SMS = 132
 WIDE_PAIRS = 4096
@@ -40,7 +41,7 @@ class MoeChoice:
 @lru_cache(maxsize=1)
 def moe_table() -> tuple[tuple[float, dict[str, object]], ...]:
     """(pairs per expert up to which it holds, knobs), ascending."""
-    entries = json.loads(TUNED.read_text(encoding="utf-8"))["entries"]
+    entries = json.loads((TUNED / "moe.json").read_text(encoding="utf-8"))["entries"]
     return tuple(
         sorted(((float(case.split("<=")[1]), entry["config"]) for case, entry in entries.items()), key=lambda e: e[0])
     )
@@ -83,6 +84,7 @@ def _fitted(read: Mapping[str, int], sizes: tuple[int, ...], num_blocks: int, **
             depth=read["depth"],
             group=read.get("group", 1),
             cluster_m=min(read.get("cluster_m", 1), 2 if pairs_up else 1),
+            stage_k=read.get("stage_k", BLOCK_K),
             **flags,
         ),
         read["stages"],
@@ -113,7 +115,11 @@ def choose_linear(num_tokens: int, num_rows: int, num_cols: int, invariant: bool
     is a matter of latency. Many: tiles that leave the last wave full. ``invariant`` never splits K.
     """
     blocks, k_blocks = num_rows // BLOCK_ROWS, num_cols // BLOCK_K
-    if num_tokens <= 64:
+    tuned = linear_table().get((num_rows, num_cols), ())
+    knobs = next((knobs for limit, knobs in tuned if num_tokens <= limit), None)
+    if knobs is not None and not invariant:
+        config = linear_config(knobs)
+    elif num_tokens <= 64:
         size = next(size for size in (8, 16, 32, 64) if num_tokens <= size)
         if blocks >= 2 * SMS or invariant or k_blocks % 2:
             tiles = ((1, 4), (1, 2), (1, 1)) if blocks >= 2 * SMS and size < 64 else ((1, 2), (1, 1))
@@ -125,7 +131,24 @@ def choose_linear(num_tokens: int, num_rows: int, num_cols: int, invariant: bool
         config = fit(_dense((2, 2), 128), 4) if wide else fit(_dense(_tile(blocks, ((1, 2), (1, 1))), 64), 6)
     else:
         config = _waves(num_tokens, blocks)
-    return _spread(config, num_tokens, blocks)
+    return linear_choice(config, num_tokens, num_rows)
+
+
+@lru_cache(maxsize=1)
+def linear_table() -> Mapping[tuple[int, int], tuple[tuple[int, dict[str, int]], ...]]:
+    """(rows, columns) of a matrix -> (tokens up to which it holds, knobs), ascending."""
+    found: dict[tuple[int, int], list[tuple[int, dict[str, int]]]] = {}
+    for case, entry in json.loads((TUNED / "linear.json").read_text(encoding="utf-8"))["entries"].items():
+        tokens, rows, cols = (int(part.split("=")[1]) for part in case.split(","))
+        found.setdefault((rows, cols), []).append((tokens, entry["config"]))
+    return {matrix: tuple(sorted(entries, key=lambda entry: entry[0])) for matrix, entries in found.items()}
+
+
+def linear_config(knobs: Mapping[str, object]) -> GemmConfig:
+    """Table knobs to a kernel: fields of ``GemmConfig``, ``size`` for the tile's tokens, ``stages`` at most."""
+    read: dict[str, Any] = {name: int(str(value)) for name, value in knobs.items()}
+    size, stages = read.pop("size"), read.pop("stages")
+    return fit(GemmConfig(n_sizes=(size,), num_stages=1, **read), stages)
 
 
 def _tile(blocks: int, tiles: tuple[tuple[int, int], ...]) -> tuple[int, int]:
@@ -163,10 +186,11 @@ def _waves(num_tokens: int, blocks: int) -> GemmConfig:
     return fit(_dense(tile, min((128, 112, 96), key=cost)), 4)
 
 
-def _spread(config: GemmConfig, num_tokens: int, blocks: int) -> LinearChoice:
-    size = config.n_sizes[-1]
-    n_tiles = -(-num_tokens // size)
+def linear_choice(config: GemmConfig, num_tokens: int, num_rows: int) -> LinearChoice:
+    """Even tiles of at most the kernel's tokens, and the grid that runs them."""
+    n_tiles = -(-num_tokens // config.n_sizes[-1])
     rows_per_tile = -(-num_tokens // (n_tiles * 8)) * 8
-    tiles = blocks // config.m64_per_tile * -(-num_tokens // rows_per_tile)
-    grid = tiles * config.cluster_k if config.reduces else min(tiles, SMS)
-    return LinearChoice(config, rows_per_tile, grid)
+    tiles = num_rows // (BLOCK_ROWS * config.m64_per_tile) * -(-num_tokens // rows_per_tile)
+    if config.reduces:
+        return LinearChoice(config, rows_per_tile, tiles * config.cluster_k)
+    return LinearChoice(config, rows_per_tile, min(tiles, SMS) // config.cluster_m * config.cluster_m)

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 
 BLOCK_K = 128
-CODE_BYTES = 64 * BLOCK_K // 2
-SCALE_BYTES = 64 * BLOCK_K // 16
 CHUNK_K = 64
 UNSCALE = 2.0**19
 WG = 128
@@ -25,6 +23,7 @@ class GemmConfig:
     swiglu: rows are gate/up pairs, the output is silu(gate) * up.
     depth: register buffers of decoded weights; that many less one ``wgmma`` groups run while the next is decoded.
     group: k16 steps of a buffer. cluster_m: CTAs of a cluster that share the tokens of neighbouring tiles.
+    stage_k: columns of a stage, 128 or 64: half as much makes more and finer stages for wide tiles.
     wide: the output is float32, for sums that are still to be added up.
     gather: token rows are looked up one by one, in an index behind the schedule, instead of following each other.
     """
@@ -41,6 +40,7 @@ class GemmConfig:
     depth: int = 4
     group: int = 1
     cluster_m: int = 1
+    stage_k: int = BLOCK_K
     wide: bool = False
 
     def __post_init__(self) -> None:
@@ -52,8 +52,9 @@ class GemmConfig:
             raise ValueError(f"{self.name}: warpgroups along K need tiles of one warpgroup along M")
         if self.cluster_m > 1 and (self.gather or self.cluster_k > 1):
             raise ValueError(f"{self.name}: tokens are shared as boxes, in clusters along M only")
-        if self.depth < 2 or self.depth - 2 >= 8 // self.group:
-            raise ValueError(f"{self.name}: a stage has {8 // self.group} groups, its release needs {self.depth - 1}")
+        if self.depth < 2 or self.depth - 2 >= self.num_steps // self.group:
+            groups = self.num_steps // self.group
+            raise ValueError(f"{self.name}: a stage has {groups} groups, its release needs {self.depth - 1}")
 
     @property
     def name(self) -> str:
@@ -65,12 +66,26 @@ class GemmConfig:
             + ("_wide" if self.wide else "")
         )
         shape = f"r{self.num_m64}m{self.warpgroups_m}k{self.warpgroups_k}c{self.cluster_k}"
-        shape += f"s{self.num_stages}d{self.depth}g{self.group}x{self.cluster_m}"
+        shape += f"s{self.num_stages}d{self.depth}g{self.group}x{self.cluster_m}b{self.stage_k}"
         return f"nvfp4_{kind}_{shape}_n{sizes}"
 
     @property
     def sources(self) -> tuple[str, ...]:
         return ("gemm_sm90.py", "ptx.py", "config.py", "build.py")
+
+    @property
+    def num_steps(self) -> int:
+        return self.stage_k // 16
+
+    @property
+    def code_bytes(self) -> int:
+        """Codes of 64 rows in a stage."""
+        return 64 * self.stage_k // 2
+
+    @property
+    def scale_bytes(self) -> int:
+        """Scales of 64 rows in a stage."""
+        return 64 * self.stage_k // 16
 
     @property
     def m64_per_tile(self) -> int:
@@ -117,8 +132,8 @@ class GemmConfig:
     @property
     def stage_bytes(self) -> int:
         blocks = self.m64_per_tile * self.warpgroups_k
-        tokens = self.n_sizes[-1] * BLOCK_K * 2 * self.warpgroups_k
-        return blocks * (CODE_BYTES + SCALE_BYTES) + tokens
+        tokens = self.n_sizes[-1] * self.stage_k * 2 * self.warpgroups_k
+        return blocks * (self.code_bytes + self.scale_bytes) + tokens
 
     @property
     def reduce_bytes(self) -> int:

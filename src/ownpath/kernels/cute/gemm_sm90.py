@@ -29,14 +29,7 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
 from ownpath.kernels.cute import ptx
-from ownpath.kernels.cute.config import (
-    CHUNK_K,
-    CODE_BYTES,
-    SCALE_BYTES,
-    UNSCALE,
-    WG,
-    GemmConfig,
-)
+from ownpath.kernels.cute.config import BLOCK_K, CHUNK_K, UNSCALE, WG, GemmConfig
 
 
 class Gemm:
@@ -46,7 +39,8 @@ class Gemm:
         self.cfg = config
         self.num_consumers = config.num_consumers
         self.max_n = config.n_sizes[-1]
-        self.num_chunks = 2 * config.warpgroups_k
+        self.chunks_per_group = config.stage_k // CHUNK_K
+        self.num_chunks = self.chunks_per_group * config.warpgroups_k
 
     @cute.jit
     def __call__(
@@ -106,8 +100,8 @@ class Gemm:
 
         smem_x = cute.arch.alloc_smem(BFloat16, cfg.num_stages * self.num_chunks * self.max_n * CHUNK_K, 1024)
         blocks = cfg.m64_per_tile * cfg.warpgroups_k
-        smem_codes = cute.arch.alloc_smem(Uint8, cfg.num_stages * blocks * CODE_BYTES, 128)
-        smem_scales = cute.arch.alloc_smem(Uint8, cfg.num_stages * blocks * SCALE_BYTES, 128)
+        smem_codes = cute.arch.alloc_smem(Uint8, cfg.num_stages * blocks * cfg.code_bytes, 128)
+        smem_scales = cute.arch.alloc_smem(Uint8, cfg.num_stages * blocks * cfg.scale_bytes, 128)
         smem_sums = smem_codes
         if cutlass.const_expr(cfg.reduces):
             smem_sums = cute.arch.alloc_smem(Uint8, cfg.reduce_bytes, 128)
@@ -142,7 +136,8 @@ class Gemm:
         # With clusters along M a worker is a cluster, and a tile one of its CTAs' each.
         m_per_worker = num_m_tiles // cfg.cluster_m
         num_tiles = num_n_tiles * m_per_worker
-        k_iters = num_k_blocks // (cfg.warpgroups_k * cfg.cluster_k)
+        k_units = num_k_blocks * (BLOCK_K // cfg.stage_k)
+        k_iters = k_units // (cfg.warpgroups_k * cfg.cluster_k)
 
         if warp_group == self.num_consumers:
             if cutlass.const_expr(cfg.consumer_registers):
@@ -150,12 +145,12 @@ class Gemm:
             warp = cute.arch.make_warp_uniform(thread % WG // 32)
             if warp < 2:
                 if thread % 32 == 0:
-                    source, shared, num_bytes = codes, smem_codes, Int32(CODE_BYTES)
+                    source, shared, num_bytes = codes, smem_codes, Int32(cfg.code_bytes)
                     if warp == 1:
-                        source, shared, num_bytes = scales, smem_scales, Int32(SCALE_BYTES)
+                        source, shared, num_bytes = scales, smem_scales, Int32(cfg.scale_bytes)
                     self.produce_weights(
                         source, shared, num_bytes, schedule, full, empty, worker, num_workers, num_tiles, m_per_worker,
-                        num_k_blocks, k_iters, rank, rank_m,
+                        k_units, k_iters, rank, rank_m,
                     )  # fmt: skip
             elif warp == 2:
                 # Single rows are loaded by all lanes of the warp, boxes by one.
@@ -218,7 +213,7 @@ class Gemm:
         num_workers: Int32,
         num_tiles: Int32,
         m_per_worker: Int32,
-        num_k_blocks: Int32,
+        k_units: Int32,
         k_iters: Int32,
         rank: Int32,
         rank_m: Int32,
@@ -235,14 +230,14 @@ class Gemm:
             if cutlass.const_expr(cfg.grouped):
                 expert = self.read(schedule, 4 + 4 * (tile // m_per_worker))
             m_tile = (expert * m_per_worker + tile % m_per_worker) * cfg.cluster_m + rank_m
-            first = Int64(m_tile * m64) * num_k_blocks
+            first = Int64(m_tile * m64) * k_units
             start = source.toint() + (first + rank * k_iters * k_blocks) * num_bytes
             for _ in cutlass.range(k_iters, unroll=1):
                 cute.arch.mbarrier_wait(empty + slot, phase)
                 cute.arch.mbarrier_arrive_and_expect_tx(full + slot, m64 * k_blocks * num_bytes)
                 target = shared.toint() + slot * (m64 * k_blocks) * num_bytes
                 for idx in cutlass.range_constexpr(m64):
-                    block = start + Int64(idx * num_k_blocks * num_bytes)
+                    block = start + Int64(idx * k_units * num_bytes)
                     ptx.load_bulk(target + idx * k_blocks * num_bytes, block, k_blocks * num_bytes, full + slot)
                 start += k_blocks * num_bytes
                 slot += 1
@@ -364,7 +359,7 @@ class Gemm:
         for k in cutlass.range(k_iters, unroll=1):
             cute.arch.mbarrier_wait(full + slot, phase)
             words, scale_words = self.load_fragments(smem_codes, smem_scales, slot, wg_m, wg_k, lane)
-            for part in cutlass.range_constexpr(8 // group):
+            for part in cutlass.range_constexpr(cfg.num_steps // group):
                 # Buffers take turns: products of the last ``depth - 1`` groups run while this one is decoded.
                 buffer = weights[part % depth]
                 for r in cutlass.range_constexpr(cfg.num_m64):
@@ -375,7 +370,7 @@ class Gemm:
                 warpgroup.fence()
                 for kk in cutlass.range_constexpr(group):
                     k16 = part * group + kk
-                    chunk = slot * self.num_chunks + wg_k * 2 + k16 // 4
+                    chunk = slot * self.num_chunks + wg_k * self.chunks_per_group + k16 // 4
                     for r in cutlass.range_constexpr(cfg.num_m64):
                         atom = cute.make_mma_atom(mma.op)
                         atom.set(warpgroup.Field.ACCUMULATE, True)
@@ -429,16 +424,16 @@ class Gemm:
         wg_k: Int32,
         lane: Int32,
     ) -> tuple[list[Any], list[Any]]:
-        """This thread's codes (8 words, one per k16 step) and scales (4 words, two steps each) of each 64-row block."""
+        """This thread's codes (one word per k16 step) and scales (one word for two steps) of each 64-row block."""
         cfg = self.cfg
         words, scale_words = [], []
         for r in range(cfg.num_m64):
             block = (slot * cfg.m64_per_tile + wg_m * cfg.num_m64 + r) * cfg.warpgroups_k + wg_k
-            base = smem_codes.toint() + block * CODE_BYTES + lane * 16
-            low, high = ptx.load_shared_vec4(base), ptx.load_shared_vec4(base + WG * 16)
-            words.append([*low, *high])
-            scale_base = smem_scales.toint() + block * SCALE_BYTES + (lane // 32) * 128 + (lane % 32) // 4 * 16
-            scale_words.append([*ptx.load_shared_vec4(scale_base)])
+            base = smem_codes.toint() + block * cfg.code_bytes + lane * 16
+            scale_base = smem_scales.toint() + block * cfg.scale_bytes + (lane // 32) * 64 + (lane % 32) // 4 * 8
+            halves = range(self.chunks_per_group)
+            words.append([word for half in halves for word in ptx.load_shared_vec4(base + half * (WG * 16))])
+            scale_words.append([word for half in halves for word in ptx.load_shared_vec2(scale_base + half * 256)])
         return words, scale_words
 
     def decode(self, word: Any, scale_word: Any, half: int, fragment: Any, start: int) -> None:

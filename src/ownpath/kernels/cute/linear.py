@@ -1,11 +1,12 @@
 """``cute.nvfp4_linear``: one dense NVFP4 product as a call. Its kernel: ``gemm_sm90``."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from ownpath.kernels.cute import launch
-from ownpath.kernels.cute.choose import choose_linear
+from ownpath.kernels.cute.choose import LinearChoice, choose_linear
 from ownpath.kernels.cute.config import GemmConfig
 from ownpath.kernels.packing import check_scales, pack_weight_, plain_rows
 
@@ -29,8 +30,9 @@ class LinearOperand:
 class Nvfp4LinearKernel:
     """Packs weights in place and multiplies by them. is_batch_invariant: K is never split, whatever the batch."""
 
-    def __init__(self, is_batch_invariant: bool) -> None:
+    def __init__(self, is_batch_invariant: bool, choose: Callable[..., LinearChoice] = choose_linear) -> None:
         self.is_batch_invariant = is_batch_invariant
+        self._choose = choose
 
     def prepare(self, weight: torch.Tensor, scale: torch.Tensor, global_scale: torch.Tensor) -> LinearOperand:
         """Repacks in place: weight and scale afterwards hold the kernel's layout.
@@ -51,7 +53,7 @@ class Nvfp4LinearKernel:
     def configs(self, operand: LinearOperand) -> list[GemmConfig]:
         """Every kernel that a call may launch."""
         counts = (*TOKEN_COUNTS, *range(2048, 8193, 512))
-        chosen = (choose_linear(count, *operand.shape, self.is_batch_invariant).gemm for count in counts)
+        chosen = (self._choose(count, *operand.shape, self.is_batch_invariant).gemm for count in counts)
         return list({config.name: config for config in chosen}.values())
 
     def __call__(self, x: torch.Tensor, operand: LinearOperand, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -68,7 +70,7 @@ class Nvfp4LinearKernel:
             if len(out) != len(x):
                 raise ValueError(f"out has {len(out)} rows, x has {len(x)}")
         if len(x):
-            choice = choose_linear(len(x), num_rows, num_cols, self.is_batch_invariant)
+            choice = self._choose(len(x), num_rows, num_cols, self.is_batch_invariant)
             launch.gemm(choice.gemm, x, operand.weight, out, operand.schedule, choice.rows_per_tile, choice.grid)
         return out
 

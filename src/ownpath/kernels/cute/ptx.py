@@ -195,6 +195,16 @@ def load_shared_vec4(address: Value, *, loc: Any = None, ip: Any = None) -> tupl
 
 
 @dsl_user_op
+def load_shared_vec2(address: Value, *, loc: Any = None, ip: Any = None) -> tuple[Uint32, Uint32]:
+    """Eight bytes of shared memory at a byte address."""
+    struct = llvm.StructType.get_literal([T.i32()] * 2)
+    operands = [Int32(address).ir_value(loc=loc, ip=ip)]
+    loaded = _asm("ld.shared.v2.b32 {$0, $1}, [$2];", "=r,=r,r", struct, operands, False, loc, ip)
+    words = [Uint32(llvm.extractvalue(T.i32(), loaded, [idx], loc=loc, ip=ip)) for idx in range(2)]
+    return words[0], words[1]
+
+
+@dsl_user_op
 def named_barrier(barrier_id: int, num_threads: int, *, loc: Any = None, ip: Any = None) -> None:
     """All ``num_threads`` threads that name this barrier wait for each other."""
     _asm(f"bar.sync {barrier_id}, {num_threads};", "", None, [], False, loc, ip)
