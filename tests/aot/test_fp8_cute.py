@@ -5,13 +5,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import triton.backends.nvidia.compiler as nvidia  # for the disassembler it carries
 
 from ownpath.kernels.cache import compile_missing, stem
 from ownpath.kernels.cute.fp8_config import MAX_SMEM, Fp8Config, QuantizeConfig, W8A8Config, W8A16Config
 from ownpath.kernels.cute.fp8_launch import W8A8_SHAPES, w8a8_config, w8a8_shape, w8a16_config
 
-pytest.importorskip("cutlass")
-nvidia = pytest.importorskip("triton.backends.nvidia.compiler")  # for the disassembler it carries
 
 SMS = 132
 # Row blocks, K blocks, scales folded, ragged: V4-Flash's shapes, float32 scales, uneven shards, the smallest.

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import triton.backends.nvidia.compiler as nvidia  # for the disassembler it carries
 
 from ownpath.kernels.cache import compile_missing, stem
 from ownpath.kernels.cute.choose import choose_linear, moe_choice, moe_table
@@ -20,8 +21,6 @@ from ownpath.kernels.cute.config import (
     PermuteConfig,
 )
 
-pytest.importorskip("cutlass")
-nvidia = pytest.importorskip("triton.backends.nvidia.compiler")  # for the disassembler it carries
 
 
 def gemms() -> list[GemmConfig]:

@@ -18,7 +18,8 @@ words of steps 0..3 are 16 contiguous bytes, those of steps 4..7 are 2048 bytes 
 
 Scales become bytes with 5 exponent and 3 mantissa bits, value 2**(e - 10) * (1 + m / 8): every positive E4M3 value,
 subnormals too, and never needs a shift by a data-dependent amount. Zero has no code: codes under a zero scale are
-zeroed instead, which gives the same product. Scale byte of row half h and step s: 256 (s / 4) + 64 w + 8 g + 2 (s % 4) + h;
+zeroed instead, which gives the same product. Scale byte of row half h and step s: 256 (s / 4) + 64 w + 8 g +
+2 (s % 4) + h;
 so each half of a block along K, codes and scales, is contiguous too.
 
 Example: code 0b1011 (-1.5) at row 0, column 0 sets bits 15 (sign), 7 (exponent 01) and 6 (mantissa 1) of word 0.
