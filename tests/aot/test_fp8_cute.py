@@ -11,7 +11,6 @@ from ownpath.kernels.cache import compile_missing, stem
 from ownpath.kernels.cute.fp8_config import MAX_SMEM, Fp8Config, QuantizeConfig, W8A8Config, W8A16Config
 from ownpath.kernels.cute.fp8_launch import W8A8_SHAPES, w8a8_config, w8a8_shape, w8a16_config
 
-
 SMS = 132
 # Row blocks, K blocks, scales folded, ragged: V4-Flash's shapes, float32 scales, uneven shards, the smallest.
 WEIGHTS = ((24, 32, True, False), (512, 8, True, False), (64, 64, True, False), (24, 16, False, False),

@@ -22,7 +22,6 @@ from ownpath.kernels.cute.config import (
 )
 
 
-
 def gemms() -> list[GemmConfig]:
     found = [choose_linear(count, 4096, 4096, False).gemm for count in (1, 64, 2048)]
     found.append(choose_linear(1, 32768, 1024, False).gemm)
