@@ -47,7 +47,10 @@ class Nvfp4LinearKernel:
         require_packable("weight_scale", scale)
         check_scales("weight_scale", scale)
         pack_weight_(weight, scale, plain_rows(num_rows).to(weight.device))
-        packed = launch.PackedWeight(weight, scale, global_scale.contiguous(), num_rows, num_cols)
+        per_row = global_scale.contiguous()
+        # Kernels read weights before they wait for their predecessor: what wrote them must be over by then.
+        torch.cuda.synchronize(weight.device)
+        packed = launch.PackedWeight(weight, scale, per_row, num_rows, num_cols)
         return LinearOperand(packed, torch.zeros(4, dtype=torch.int32, device=weight.device))
 
     def configs(self, operand: LinearOperand) -> list[GemmConfig]:

@@ -97,10 +97,13 @@ class Nvfp4MoeKernel:
             placed = order.to(codes.device)
             for expert in range(num_experts):
                 pack_weight_(codes[expert], scale[expert], placed)
-        both = w2[2][:, None].expand(-1, 2)
+        both = w2[2][:, None].expand(-1, 2).contiguous()
+        gate_up_scale = w13[2].contiguous()
+        # Kernels read weights before they wait for their predecessor: what wrote them must be over by then.
+        torch.cuda.synchronize(both.device)
         return MoeOperand(
-            launch.PackedWeight(w13[0], w13[1], w13[2].contiguous(), 2 * inter, hidden),
-            launch.PackedWeight(w2[0], w2[1], both.contiguous(), hidden, inter),
+            launch.PackedWeight(w13[0], w13[1], gate_up_scale, 2 * inter, hidden),
+            launch.PackedWeight(w2[0], w2[1], both, hidden, inter),
             num_experts,
         )
 
