@@ -59,6 +59,8 @@ class Fp8Linear:
         self.shards: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
         if self._is_packed:
             self.operand: PackedFp8 = chosen.pack(weights, scales)
+            # Kernels read weights before they wait for their predecessor: packing must be over by then.
+            torch.cuda.synchronize(self._device)
             self.workspace = self._workspace(workspace)
         else:
             self.shards = tuple(zip(weights, scales, strict=True))
