@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint type test-gpu bench size
+.PHONY: demo test lint type test-gpu sanitize bench size
 
 demo: $(VENV)/.base
 	$(BIN)/python tools/demo.py
@@ -24,6 +24,11 @@ type: $(VENV)/.dev
 # On a machine with a CUDA device, with the interpreter that has torch there: make test-gpu PYTHON=python3
 test-gpu:
 	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -m pytest --device cuda $(PYTEST_ARGS)
+
+# As test-gpu, where the CUDA toolkit has compute-sanitizer.
+sanitize:
+	PYTHONPATH=src:$$PYTHONPATH compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tools/small_shapes.py
+	PYTHONPATH=src:$$PYTHONPATH compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tools/small_shapes.py
 
 bench: $(VENV)/.base
 	$(BIN)/python bench/first_light.py --out bench/results/first_light.jsonl
