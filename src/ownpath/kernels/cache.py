@@ -10,9 +10,12 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Protocol
 
 from ownpath.kernels.driver import Binary, Kernel
@@ -79,29 +82,46 @@ def compile_missing(configs: Iterable[Config], progress: Callable[[int, int, str
     progress: called with (done, total, name) after each kernel. Errors: CompileError with the compiler's words.
     """
     missing = {config.name: config for config in configs if not is_cached(config)}
-    waiting, running, done = list(missing.values()), [], 0
-    workers = max(1, min(len(waiting), os.cpu_count() or 1))
-    shares = [waiting[idx::workers] for idx in range(workers)] if waiting else []
-    for share in shares:
-        command = [sys.executable, "-m", "ownpath.kernels.cute.build"]
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        assert process.stdin
-        process.stdin.write(json.dumps([[type(config).__name__, vars(config)] for config in share]))
-        process.stdin.close()
-        running.append(process)
-    for process in running:
-        assert process.stdout
-        assert process.stderr
-        for line in process.stdout:
-            done += 1
+    if not missing:
+        return 0
+    waiting, finished, lock = list(missing.values()), list[str](), Lock()
+    workers = min(len(waiting), os.cpu_count() or 1)
+
+    def count(name: str) -> None:
+        with lock:
+            finished.append(name)
             if progress:
-                progress(done, len(missing), line.strip())
-        errors = process.stderr.read()
-        if process.wait():
-            raise CompileError(f"a kernel could not be compiled; the compiler is {COMPILER}\n{errors[-2000:]}")
+                progress(len(finished), len(missing), name)
+
+    with ThreadPoolExecutor(workers) as pool:
+        shares = [waiting[idx::workers] for idx in range(workers)]
+        # Every share runs to its end before the first failure is raised: what compiles stays compiled.
+        for failure in list(pool.map(lambda share: _compile(share, count), shares)):
+            if failure:
+                raise CompileError(failure)
     return len(missing)
+
+
+def _compile(share: Sequence[Config], compiled: Callable[[str], None]) -> str:
+    """Compiles kernels one after the other in a process of their own; returns what went wrong."""
+    request = json.dumps([[type(config).__name__, vars(config)] for config in share])
+    with tempfile.TemporaryFile("w+") as errors:
+        command = [sys.executable, "-m", "ownpath.kernels.cute.build"]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write(request)
+        process.stdin.close()
+        for line in process.stdout:
+            compiled(line.strip())
+        if process.wait() == 0:
+            return ""
+        errors.seek(0)
+        words = errors.read()[-2000:]
+    return (
+        f"a kernel could not be compiled. The compiler is {COMPILER}: pip install 'ownpath[cute]', or bring a cache "
+        f"that holds {', '.join(config.name for config in share[:3])}, ... in {cache_dir()}\n{words}"
+    )
 
 
 @lru_cache(maxsize=512)
