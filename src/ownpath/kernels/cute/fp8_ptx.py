@@ -6,22 +6,7 @@ from cutlass import Float32, Int32, Uint32
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
-Value = Any
-"""A traced value of the DSL; its classes are not typed."""
-
-
-def _asm(text: str, constraints: str, result: Any, operands: list[Any], pure: bool, loc: Any, ip: Any) -> Any:
-    return llvm.inline_asm(
-        result,
-        operands,
-        text,
-        constraints,
-        has_side_effects=not pure,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-        loc=loc,
-        ip=ip,
-    )
+from ownpath.kernels.cute.ptx import Value, asm
 
 
 @dsl_user_op
@@ -32,19 +17,13 @@ def load_async16(dst: Value, src: Value, num_bytes: Value, *, loc: Any = None, i
         src.toint().ir_value(loc=loc, ip=ip),
         Int32(num_bytes).ir_value(loc=loc, ip=ip),
     ]
-    _asm("cp.async.cg.shared.global [$0], [$1], 16, $2;", "r,l,r", None, operands, False, loc, ip)
+    asm("cp.async.cg.shared.global [$0], [$1], 16, $2;", "r,l,r", None, operands, False, loc, ip)
 
 
 @dsl_user_op
 def wait_async16(*, loc: Any = None, ip: Any = None) -> None:
     """Waits for this thread's own ``load_async16``."""
-    _asm("cp.async.wait_all;", "", None, [], False, loc, ip)
-
-
-@dsl_user_op
-def as_float(word: Value, *, loc: Any = None, ip: Any = None) -> Float32:
-    """The float32 with these bits."""
-    return Float32(_asm("mov.b32 $0, $1;", "=f,r", T.f32(), [Uint32(word).ir_value(loc=loc, ip=ip)], True, loc, ip))
+    asm("cp.async.wait_all;", "", None, [], False, loc, ip)
 
 
 @dsl_user_op
@@ -55,7 +34,7 @@ def cluster_barrier(relaxed: bool = False, *, loc: Any = None, ip: Any = None) -
     """
     order = "relaxed" if relaxed else "release"
     text = f"barrier.cluster.arrive.{order}.aligned; barrier.cluster.wait.aligned;"
-    _asm(text, "", None, [], False, loc, ip)
+    asm(text, "", None, [], False, loc, ip)
 
 
 @dsl_user_op
@@ -67,7 +46,7 @@ def load_global16_or_zero(src: Value, inside: Value, *, loc: Any = None, ip: Any
         "@p ld.global.v4.b32 {$0, $1, $2, $3}, [$4]; }"
     )
     operands = [src.toint().ir_value(loc=loc, ip=ip), Int32(inside).ir_value(loc=loc, ip=ip)]
-    loaded = _asm(text, "=&r,=&r,=&r,=&r,l,r", struct, operands, False, loc, ip)
+    loaded = asm(text, "=&r,=&r,=&r,=&r,l,r", struct, operands, False, loc, ip)
     return [Uint32(llvm.extractvalue(T.i32(), loaded, [idx], loc=loc, ip=ip)) for idx in range(4)]
 
 
@@ -75,14 +54,14 @@ def load_global16_or_zero(src: Value, inside: Value, *, loc: Any = None, ip: Any
 def max_u32(a: Value, b: Value, *, loc: Any = None, ip: Any = None) -> Uint32:
     """The larger of two unsigned words."""
     operands = [Uint32(a).ir_value(loc=loc, ip=ip), Uint32(b).ir_value(loc=loc, ip=ip)]
-    return Uint32(_asm("max.u32 $0, $1, $2;", "=r,r,r", T.i32(), operands, True, loc, ip))
+    return Uint32(asm("max.u32 $0, $1, $2;", "=r,r,r", T.i32(), operands, True, loc, ip))
 
 
 @dsl_user_op
 def divide(a: Value, b: Value, *, loc: Any = None, ip: Any = None) -> Float32:
     """a / b, correctly rounded."""
     operands = [Float32(a).ir_value(loc=loc, ip=ip), Float32(b).ir_value(loc=loc, ip=ip)]
-    return Float32(_asm("div.rn.f32 $0, $1, $2;", "=f,f,f", T.f32(), operands, True, loc, ip))
+    return Float32(asm("div.rn.f32 $0, $1, $2;", "=f,f,f", T.f32(), operands, True, loc, ip))
 
 
 @dsl_user_op
@@ -93,7 +72,7 @@ def to_e4m3x4(v0: Value, v1: Value, v2: Value, v3: Value, *, loc: Any = None, ip
         "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }"
     )
     operands = [Float32(v).ir_value(loc=loc, ip=ip) for v in (v0, v1, v2, v3)]
-    return Uint32(_asm(text, "=r,f,f,f,f", T.i32(), operands, True, loc, ip))
+    return Uint32(asm(text, "=r,f,f,f,f", T.i32(), operands, True, loc, ip))
 
 
 @dsl_user_op
@@ -114,44 +93,14 @@ def load_bulk(
         Int32(num_bytes).ir_value(loc=loc, ip=ip),
         barrier.toint().ir_value(loc=loc, ip=ip),
     ]
-    _asm(text, "r,l,r,r", None, operands, False, loc, ip)
-
-
-@dsl_user_op
-def load_bulk_once(
-    dst: Value, src: Value, num_bytes: Value, barrier: Value, *, loc: Any = None, ip: Any = None
-) -> None:
-    """``load_bulk`` of bytes that pass once: they are the first to leave L2, so that activations stay."""
-    text = (
-        "{ .reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0; "
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-        "[$0], [$1], $2, [$3], policy; }"
-    )
-    operands = [
-        dst.toint().ir_value(loc=loc, ip=ip),
-        src.toint().ir_value(loc=loc, ip=ip),
-        Int32(num_bytes).ir_value(loc=loc, ip=ip),
-        barrier.toint().ir_value(loc=loc, ip=ip),
-    ]
-    _asm(text, "r,l,r,r", None, operands, False, loc, ip)
-
-
-@dsl_user_op
-def arrive_at_peer(barrier: Value, rank: Value, *, loc: Any = None, ip: Any = None) -> None:
-    """Arrives at the same barrier of the cluster's CTA ``rank``; no write travels with it."""
-    text = (
-        "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, $0, $1; "
-        "mbarrier.arrive.shared::cluster.b64 _, [remote]; }"
-    )
-    operands = [barrier.toint().ir_value(loc=loc, ip=ip), Int32(rank).ir_value(loc=loc, ip=ip)]
-    _asm(text, "r,r", None, operands, False, loc, ip)
+    asm(text, "r,l,r,r", None, operands, False, loc, ip)
 
 
 @dsl_user_op
 def load_shared_float(address: Value, *, loc: Any = None, ip: Any = None) -> Float32:
     """One float32 of shared memory at a byte address."""
     operands = [Int32(address).ir_value(loc=loc, ip=ip)]
-    return Float32(_asm("ld.shared.f32 $0, [$1];", "=f,r", T.f32(), operands, False, loc, ip))
+    return Float32(asm("ld.shared.f32 $0, [$1];", "=f,r", T.f32(), operands, False, loc, ip))
 
 
 @dsl_user_op
@@ -162,7 +111,7 @@ def store_global8(dst: Value, low: Value, high: Value, *, loc: Any = None, ip: A
         Uint32(low).ir_value(loc=loc, ip=ip),
         Uint32(high).ir_value(loc=loc, ip=ip),
     ]
-    _asm("st.global.v2.b32 [$0], {$1, $2};", "l,r,r", None, operands, False, loc, ip)
+    asm("st.global.v2.b32 [$0], {$1, $2};", "l,r,r", None, operands, False, loc, ip)
 
 
 @dsl_user_op
@@ -170,7 +119,7 @@ def nan_unless_finite(value: Value, bits: Value, *, loc: Any = None, ip: Any = N
     """``value``, or NaN where the non-negative float32 with these bits is infinite or NaN."""
     text = "{ .reg .pred p; setp.lt.u32 p, $2, 0x7F800000; selp.f32 $0, $1, 0f7FC00000, p; }"
     operands = [Float32(value).ir_value(loc=loc, ip=ip), Uint32(bits).ir_value(loc=loc, ip=ip)]
-    return Float32(_asm(text, "=f,f,r", T.f32(), operands, True, loc, ip))
+    return Float32(asm(text, "=f,f,r", T.f32(), operands, True, loc, ip))
 
 
 @dsl_user_op
@@ -179,7 +128,7 @@ def load_matrix4(address: Value, *, loc: Any = None, ip: Any = None) -> list[Uin
     struct = llvm.StructType.get_literal([T.i32()] * 4)
     text = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];"
     operands = [Int32(address).ir_value(loc=loc, ip=ip)]
-    loaded = _asm(text, "=r,=r,=r,=r,r", struct, operands, False, loc, ip)
+    loaded = asm(text, "=r,=r,=r,=r,r", struct, operands, False, loc, ip)
     return [Uint32(llvm.extractvalue(T.i32(), loaded, [idx], loc=loc, ip=ip)) for idx in range(4)]
 
 
@@ -193,5 +142,5 @@ def mma_bf16(a: Value, b: Value, c: Value, *, loc: Any = None, ip: Any = None) -
     )
     operands = [Uint32(v).ir_value(loc=loc, ip=ip) for v in (*a, *b)]
     operands += [Float32(v).ir_value(loc=loc, ip=ip) for v in c]
-    summed = _asm(text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", struct, operands, True, loc, ip)
+    summed = asm(text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", struct, operands, True, loc, ip)
     return [Float32(llvm.extractvalue(T.f32(), summed, [idx], loc=loc, ip=ip)) for idx in range(4)]

@@ -17,7 +17,7 @@ from typing import Any
 import cutlass
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, cute
 
-from ownpath.kernels.cute import fp8_ptx
+from ownpath.kernels.cute import fp8_ptx, ptx
 from ownpath.kernels.cute.fp8_config import QUANTIZE_ROWS, QUANTIZE_THREADS, QuantizeConfig
 from ownpath.kernels.fp8_packing import ACT_BLOCK_BYTES, BLOCK_BYTES
 
@@ -76,7 +76,7 @@ class Quantize:
             largest = fp8_ptx.max_u32(largest, cute.arch.shuffle_sync_bfly(largest, offset=step))
         values = []
         for word in words:
-            values += [fp8_ptx.as_float(word << 16), fp8_ptx.as_float(word & Uint32(0xFFFF0000))]
+            values += [ptx.as_float(word << 16), ptx.as_float(word & Uint32(0xFFFF0000))]
         scale, scaled = self.scale_values(largest << 16, values)
         if token < num_tokens:
             block = blocks + (Int64(token // 64) * num_k_blocks + k_block) * ACT_BLOCK_BYTES
@@ -93,11 +93,11 @@ class Quantize:
             # 448 = 1.75 * 2**8: the biased exponent, less 8, plus one where the mantissa is above 1.75's.
             exponent = (bits + Uint32(0x1FFFFF)) >> 23
             exponent = exponent - Uint32(8)
-            scale = fp8_ptx.as_float(exponent << 23)
-            factor = fp8_ptx.as_float((Uint32(254) - exponent) << 23)
+            scale = ptx.as_float(exponent << 23)
+            factor = ptx.as_float((Uint32(254) - exponent) << 23)
             scaled = [value * factor for value in values]
         else:
-            scale = fp8_ptx.divide(fp8_ptx.as_float(bits), Float32(448.0))
+            scale = fp8_ptx.divide(ptx.as_float(bits), Float32(448.0))
             scaled = [fp8_ptx.divide(value, scale) for value in values]
         return fp8_ptx.nan_unless_finite(scale, amax_bits), scaled
 

@@ -177,13 +177,13 @@ class W8A16:
                 row_block = cutlass.min(first_block + r, num_row_blocks - 1)
                 idx = Int64(row_block) * num_k_blocks + k_start
                 if k == 0:
-                    fp8_ptx.load_bulk_once(
-                        smem_scales + r * (MAX_K_BLOCKS * ENTRY_BYTES), scales + idx * ENTRY_BYTES,
+                    ptx.load_bulk(
+                        (smem_scales + r * (MAX_K_BLOCKS * ENTRY_BYTES)).toint(), (scales + idx * ENTRY_BYTES).toint(),
                         k_iters * ENTRY_BYTES, full + slot,
                     )  # fmt: skip
-                fp8_ptx.load_bulk_once(
-                    smem_w + (slot * cfg.num_m64 + r) * BLOCK_BYTES, blocks + (idx + k) * BLOCK_BYTES, BLOCK_BYTES,
-                    full + slot,
+                ptx.load_bulk(
+                    (smem_w + (slot * cfg.num_m64 + r) * BLOCK_BYTES).toint(),
+                    (blocks + (idx + k) * BLOCK_BYTES).toint(), BLOCK_BYTES, full + slot,
                 )  # fmt: skip
             slot += 1
             if slot == cfg.num_stages:
@@ -325,7 +325,7 @@ class W8A16:
             if cutlass.const_expr(not cfg.folded):
                 warpgroup.wait_group(0)
                 for r in cutlass.range_constexpr(self.per_wg):
-                    factor = fp8_ptx.as_float(entries[r][1])
+                    factor = ptx.as_float(entries[r][1])
                     for idx in cutlass.range_constexpr(cfg.num_n // 2):
                         totals[r][idx] = totals[r][idx] + factor * sums[r][idx]
                 if lane % 32 == 0:
@@ -390,7 +390,7 @@ class W8A16:
                 cute.arch.mbarrier_arrive(empty + slot)
             if cutlass.const_expr(not cfg.folded):
                 for r in cutlass.range_constexpr(self.per_wg):
-                    factor = fp8_ptx.as_float(entries[r][1])
+                    factor = ptx.as_float(entries[r][1])
                     for idx in cutlass.range_constexpr(cfg.num_n // 2):
                         totals[r][idx] = totals[r][idx] + factor * sums[r][idx]
             slot += 1

@@ -264,7 +264,7 @@ class W8A8:
                 cute.arch.mbarrier_arrive(barrier)
         else:
             if lane % 32 < self.cfg.cluster_n:
-                fp8_ptx.arrive_at_peer(barrier, lane % 32)
+                ptx.arrive_remote(barrier, lane % 32)
 
     def promote(self, total: Any, sums: Any, token_scales: tuple[Any, Any], weight_scales: tuple[Any, Any]) -> None:
         """total += sums * (token scale * weight scale); the product of the scales is rounded to float32 first."""

@@ -292,17 +292,12 @@ class Gemm:
                             row = lane + 32 * turn
                             if row < rows:
                                 ptx.load_box(start + row * CHUNK_K, descriptor, column, places[turn], full + slot)
-                    elif cutlass.const_expr(cfg.cluster_m > 1):
-                        # Each CTA of the cluster loads every other box, for both.
+                    else:
+                        # The CTAs of a cluster take turns, each loading for all of them.
                         for box in cutlass.range(rank_m, boxes, cfg.cluster_m, unroll=1):
                             row = box * cfg.box_rows
-                            ptx.load_box_for_all(
-                                start + row * CHUNK_K, descriptor, column, row0 + row, full + slot, cfg.cluster_m
-                            )
-                    else:
-                        for box in cutlass.range(boxes, unroll=1):
-                            row = box * cfg.box_rows
-                            ptx.load_box(start + row * CHUNK_K, descriptor, column, row0 + row, full + slot)
+                            target = start + row * CHUNK_K
+                            ptx.load_box(target, descriptor, column, row0 + row, full + slot, cfg.cluster_m)
                 slot += 1
                 if slot == cfg.num_stages:
                     slot = Int32(0)

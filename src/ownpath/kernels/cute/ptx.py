@@ -12,7 +12,8 @@ Value = Any
 """A traced value of the DSL; its classes are not typed."""
 
 
-def _asm(text: str, constraints: str, result: Any, operands: list[Any], pure: bool, loc: Any, ip: Any) -> Any:
+def asm(text: str, constraints: str, result: Any, operands: list[Any], pure: bool, loc: Any, ip: Any) -> Any:
+    """Inline PTX. pure: it may be moved, merged or dropped like arithmetic."""
     return llvm.inline_asm(
         result,
         operands,
@@ -30,14 +31,14 @@ def _asm(text: str, constraints: str, result: Any, operands: list[Any], pure: bo
 def prmt(x: Value, selector: int, *, loc: Any = None, ip: Any = None) -> Uint32:
     """Bytes of ``x`` picked by the selector's nibbles; 4 picks zero."""
     text = f"prmt.b32 $0, $1, 0, {selector:#06x};"
-    return Uint32(_asm(text, "=r,r", T.i32(), [Uint32(x).ir_value(loc=loc, ip=ip)], True, loc, ip))
+    return Uint32(asm(text, "=r,r", T.i32(), [Uint32(x).ir_value(loc=loc, ip=ip)], True, loc, ip))
 
 
 @dsl_user_op
 def mad(x: Value, factor: int, addend: int, *, loc: Any = None, ip: Any = None) -> Uint32:
     """x * factor + addend on 32 bits, on the multiplier's pipe rather than the logic one."""
     text = f"mad.lo.u32 $0, $1, {factor:#x}, {addend:#x};"
-    return Uint32(_asm(text, "=r,r", T.i32(), [Uint32(x).ir_value(loc=loc, ip=ip)], True, loc, ip))
+    return Uint32(asm(text, "=r,r", T.i32(), [Uint32(x).ir_value(loc=loc, ip=ip)], True, loc, ip))
 
 
 @dsl_user_op
@@ -45,7 +46,7 @@ def broadcast_halves(pair: Value, *, loc: Any = None, ip: Any = None) -> tuple[U
     """The lower half twice and the upper half twice; the multiplier selects halves by itself, at no cost."""
     struct = llvm.StructType.get_literal([T.i32()] * 2)
     text = "{ .reg .b16 low, high; mov.b32 {low, high}, $2; mov.b32 $0, {low, low}; mov.b32 $1, {high, high}; }"
-    both = _asm(text, "=r,=r,r", struct, [Uint32(pair).ir_value(loc=loc, ip=ip)], True, loc, ip)
+    both = asm(text, "=r,=r,r", struct, [Uint32(pair).ir_value(loc=loc, ip=ip)], True, loc, ip)
     low, high = (Uint32(llvm.extractvalue(T.i32(), both, [idx], loc=loc, ip=ip)) for idx in range(2))
     return low, high
 
@@ -54,24 +55,24 @@ def broadcast_halves(pair: Value, *, loc: Any = None, ip: Any = None) -> tuple[U
 def mul_bf16x2(a: Value, b: Value, *, loc: Any = None, ip: Any = None) -> Uint32:
     """Two BF16 products; subnormal operands keep their value."""
     operands = [Uint32(a).ir_value(loc=loc, ip=ip), Uint32(b).ir_value(loc=loc, ip=ip)]
-    return Uint32(_asm("mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", T.i32(), operands, True, loc, ip))
+    return Uint32(asm("mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", T.i32(), operands, True, loc, ip))
 
 
 @dsl_user_op
 def pack_bf16x2(low: Value, high: Value, *, loc: Any = None, ip: Any = None) -> Uint32:
     """Two float32 rounded to nearest even, ``low`` in the lower half."""
     operands = [Float32(high).ir_value(loc=loc, ip=ip), Float32(low).ir_value(loc=loc, ip=ip)]
-    return Uint32(_asm("cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", T.i32(), operands, True, loc, ip))
+    return Uint32(asm("cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", T.i32(), operands, True, loc, ip))
 
 
 def _unary(instruction: str, x: Value, loc: Any, ip: Any) -> Float32:
     operands = [Float32(x).ir_value(loc=loc, ip=ip)]
-    return Float32(_asm(f"{instruction} $0, $1;", "=f,f", T.f32(), operands, True, loc, ip))
+    return Float32(asm(f"{instruction} $0, $1;", "=f,f", T.f32(), operands, True, loc, ip))
 
 
 def _binary(instruction: str, a: Value, b: Value, loc: Any, ip: Any) -> Float32:
     operands = [Float32(a).ir_value(loc=loc, ip=ip), Float32(b).ir_value(loc=loc, ip=ip)]
-    return Float32(_asm(f"{instruction} $0, $1, $2;", "=f,f,f", T.f32(), operands, True, loc, ip))
+    return Float32(asm(f"{instruction} $0, $1, $2;", "=f,f,f", T.f32(), operands, True, loc, ip))
 
 
 @dsl_user_op
@@ -115,7 +116,7 @@ def load_bulk(dst: Value, src: Value, num_bytes: Value, barrier: Value, *, loc: 
         Int32(num_bytes).ir_value(loc=loc, ip=ip),
         barrier.toint().ir_value(loc=loc, ip=ip),
     ]
-    _asm(text, "r,l,r,r", None, operands, False, loc, ip)
+    asm(text, "r,l,r,r", None, operands, False, loc, ip)
 
 
 @dsl_user_op
@@ -128,41 +129,28 @@ def descriptor_address(atom: Value, *, loc: Any = None, ip: Any = None) -> Int64
 
 @dsl_user_op
 def load_box(
-    dst: Value, descriptor: Value, col: Value, row: Value, barrier: Value, *, loc: Any = None, ip: Any = None
-) -> None:
-    """A two-dimensional TMA box with its upper left corner at (row, col); rows outside the tensor arrive as zeros."""
-    text = (
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [$0], [$1, {$2, $3}], [$4];"
-    )
-    operands = [
-        dst.toint().ir_value(loc=loc, ip=ip),
-        Int64(descriptor).ir_value(loc=loc, ip=ip),
-        Int32(col).ir_value(loc=loc, ip=ip),
-        Int32(row).ir_value(loc=loc, ip=ip),
-        barrier.toint().ir_value(loc=loc, ip=ip),
-    ]
-    _asm(text, "r,l,r,r,r", None, operands, False, loc, ip)
-
-
-@dsl_user_op
-def load_box_for_all(
     dst: Value,
     descriptor: Value,
     col: Value,
     row: Value,
     barrier: Value,
-    num_ctas: int,
+    num_ctas: int = 1,
     *,
     loc: Any = None,
     ip: Any = None,
 ) -> None:
-    """As ``load_box``, into the same place of every CTA of the cluster; each one's own barrier counts the bytes."""
-    text = (
-        "{ .reg .b16 all; mov.b16 all, "
-        f"{(1 << num_ctas) - 1}; "
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-        "[$0], [$1, {$2, $3}], [$4], all; }"
-    )
+    """A two-dimensional TMA box with its upper left corner at (row, col); rows outside the tensor arrive as zeros.
+
+    With ``num_ctas`` of a cluster it arrives in the same place of each, and each one's own barrier counts its bytes.
+    """
+    copy = "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+    text = f"{copy} [$0], [$1, {{$2, $3}}], [$4];"
+    if num_ctas > 1:
+        everyone = (1 << num_ctas) - 1
+        text = (
+            f"{{ .reg .b16 all; mov.b16 all, {everyone}; "
+            f"{copy}.multicast::cluster [$0], [$1, {{$2, $3}}], [$4], all; }}"
+        )
     operands = [
         dst.toint().ir_value(loc=loc, ip=ip),
         Int64(descriptor).ir_value(loc=loc, ip=ip),
@@ -170,7 +158,7 @@ def load_box_for_all(
         Int32(row).ir_value(loc=loc, ip=ip),
         barrier.toint().ir_value(loc=loc, ip=ip),
     ]
-    _asm(text, "r,l,r,r,r", None, operands, False, loc, ip)
+    asm(text, "r,l,r,r,r", None, operands, False, loc, ip)
 
 
 @dsl_user_op
@@ -181,7 +169,7 @@ def arrive_remote(barrier: Value, rank: Value, *, loc: Any = None, ip: Any = Non
         "mbarrier.arrive.shared::cluster.b64 _, [remote]; }"
     )
     operands = [barrier.toint().ir_value(loc=loc, ip=ip), Int32(rank).ir_value(loc=loc, ip=ip)]
-    _asm(text, "r,r", None, operands, False, loc, ip)
+    asm(text, "r,r", None, operands, False, loc, ip)
 
 
 @dsl_user_op
@@ -189,7 +177,7 @@ def load_shared_vec4(address: Value, *, loc: Any = None, ip: Any = None) -> tupl
     """16 bytes of shared memory at a byte address."""
     struct = llvm.StructType.get_literal([T.i32()] * 4)
     operands = [Int32(address).ir_value(loc=loc, ip=ip)]
-    loaded = _asm("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", struct, operands, False, loc, ip)
+    loaded = asm("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", struct, operands, False, loc, ip)
     words = [Uint32(llvm.extractvalue(T.i32(), loaded, [idx], loc=loc, ip=ip)) for idx in range(4)]
     return words[0], words[1], words[2], words[3]
 
@@ -199,7 +187,7 @@ def load_shared_vec2(address: Value, *, loc: Any = None, ip: Any = None) -> tupl
     """Eight bytes of shared memory at a byte address."""
     struct = llvm.StructType.get_literal([T.i32()] * 2)
     operands = [Int32(address).ir_value(loc=loc, ip=ip)]
-    loaded = _asm("ld.shared.v2.b32 {$0, $1}, [$2];", "=r,=r,r", struct, operands, False, loc, ip)
+    loaded = asm("ld.shared.v2.b32 {$0, $1}, [$2];", "=r,=r,r", struct, operands, False, loc, ip)
     words = [Uint32(llvm.extractvalue(T.i32(), loaded, [idx], loc=loc, ip=ip)) for idx in range(2)]
     return words[0], words[1]
 
@@ -207,7 +195,7 @@ def load_shared_vec2(address: Value, *, loc: Any = None, ip: Any = None) -> tupl
 @dsl_user_op
 def named_barrier(barrier_id: int, num_threads: int, *, loc: Any = None, ip: Any = None) -> None:
     """All ``num_threads`` threads that name this barrier wait for each other."""
-    _asm(f"bar.sync {barrier_id}, {num_threads};", "", None, [], False, loc, ip)
+    asm(f"bar.sync {barrier_id}, {num_threads};", "", None, [], False, loc, ip)
 
 
 @dsl_user_op
@@ -219,7 +207,7 @@ def load_cluster_vec4(address: Value, rank: Value, *, loc: Any = None, ip: Any =
         "ld.shared::cluster.v4.f32 {$0, $1, $2, $3}, [remote]; }"
     )
     operands = [Int32(address).ir_value(loc=loc, ip=ip), Int32(rank).ir_value(loc=loc, ip=ip)]
-    loaded = _asm(text, "=f,=f,=f,=f,r,r", struct, operands, False, loc, ip)
+    loaded = asm(text, "=f,=f,=f,=f,r,r", struct, operands, False, loc, ip)
     return tuple(Float32(llvm.extractvalue(T.f32(), loaded, [idx], loc=loc, ip=ip)) for idx in range(4))
 
 
@@ -227,7 +215,7 @@ def load_cluster_vec4(address: Value, rank: Value, *, loc: Any = None, ip: Any =
 def store_shared_vec4(address: Value, values: tuple[Any, ...], *, loc: Any = None, ip: Any = None) -> None:
     """Four float32 to shared memory at a byte address."""
     operands = [Int32(address).ir_value(loc=loc, ip=ip)] + [Float32(v).ir_value(loc=loc, ip=ip) for v in values]
-    _asm("st.shared.v4.f32 [$0], {$1, $2, $3, $4};", "r,f,f,f,f", None, operands, False, loc, ip)
+    asm("st.shared.v4.f32 [$0], {$1, $2, $3, $4};", "r,f,f,f,f", None, operands, False, loc, ip)
 
 
 @dsl_user_op
@@ -235,7 +223,7 @@ def load_global_vec4(address: Value, *, loc: Any = None, ip: Any = None) -> tupl
     """16 bytes of global memory at an aligned byte address."""
     struct = llvm.StructType.get_literal([T.i32()] * 4)
     operands = [Int64(address).ir_value(loc=loc, ip=ip)]
-    loaded = _asm("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", struct, operands, False, loc, ip)
+    loaded = asm("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", struct, operands, False, loc, ip)
     words = [Uint32(llvm.extractvalue(T.i32(), loaded, [idx], loc=loc, ip=ip)) for idx in range(4)]
     return words[0], words[1], words[2], words[3]
 
@@ -244,32 +232,32 @@ def load_global_vec4(address: Value, *, loc: Any = None, ip: Any = None) -> tupl
 def store_global_vec4(address: Value, words: tuple[Any, ...], *, loc: Any = None, ip: Any = None) -> None:
     """16 bytes to global memory at an aligned byte address."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip)] + [Uint32(w).ir_value(loc=loc, ip=ip) for w in words]
-    _asm("st.global.v4.b32 [$0], {$1, $2, $3, $4};", "l,r,r,r,r", None, operands, False, loc, ip)
+    asm("st.global.v4.b32 [$0], {$1, $2, $3, $4};", "l,r,r,r,r", None, operands, False, loc, ip)
 
 
 @dsl_user_op
 def widen_bf16(word: Value, high: bool, *, loc: Any = None, ip: Any = None) -> Float32:
     """The lower or upper BF16 of a word as float32."""
     text = "and.b32 $0, $1, 0xffff0000;" if high else "shl.b32 $0, $1, 16;"
-    return Float32(_asm(text, "=f,r", T.f32(), [Uint32(word).ir_value(loc=loc, ip=ip)], True, loc, ip))
+    return Float32(asm(text, "=f,r", T.f32(), [Uint32(word).ir_value(loc=loc, ip=ip)], True, loc, ip))
 
 
 @dsl_user_op
 def store_global(address: Value, word: Value, *, loc: Any = None, ip: Any = None) -> None:
     """Four bytes to global memory at an aligned byte address."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip), Uint32(word).ir_value(loc=loc, ip=ip)]
-    _asm("st.global.b32 [$0], $1;", "l,r", None, operands, False, loc, ip)
+    asm("st.global.b32 [$0], $1;", "l,r", None, operands, False, loc, ip)
 
 
 @dsl_user_op
 def store_global_vec2(address: Value, pair: Any, *, loc: Any = None, ip: Any = None) -> None:
     """Two float32 to global memory at an aligned byte address."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip)] + [Float32(v).ir_value(loc=loc, ip=ip) for v in pair]
-    _asm("st.global.v2.f32 [$0], {$1, $2};", "l,f,f", None, operands, False, loc, ip)
+    asm("st.global.v2.f32 [$0], {$1, $2};", "l,f,f", None, operands, False, loc, ip)
 
 
 @dsl_user_op
 def as_float(word: Value, *, loc: Any = None, ip: Any = None) -> Float32:
     """The same bits as float32."""
     operands = [Uint32(word).ir_value(loc=loc, ip=ip)]
-    return Float32(_asm("mov.b32 $0, $1;", "=f,r", T.f32(), operands, True, loc, ip))
+    return Float32(asm("mov.b32 $0, $1;", "=f,r", T.f32(), operands, True, loc, ip))
