@@ -131,10 +131,3 @@ def load(config: Config, device_index: int) -> Kernel:
     facts = json.loads(stem(config).with_suffix(".json").read_text())
     code = stem(config).with_suffix(".cubin").read_bytes()
     return Kernel(Binary(code, facts["entry"], facts["num_threads"], facts["cluster"]))
-
-
-def load_all(configs: Sequence[Config], device_index: int) -> None:
-    """Loads kernels before they are needed, so that no call in the serving path waits for one."""
-    compile_missing(configs)
-    for config in configs:
-        load(config, device_index)

@@ -32,9 +32,6 @@ from functools import lru_cache
 
 import torch
 
-BLOCK_ROWS, BLOCK_COLS = 64, 128
-MAX_EXPONENT = 30
-
 
 def plain_rows(num_rows: int) -> torch.Tensor:
     """Source row of each packed row. Shapes: int64 [num_rows], blocks of [warp 4, half 2, g 8]."""
