@@ -36,40 +36,45 @@ def _config(num_m64: int, warpgroups_m: int, warpgroups_k: int, size: int, stage
 
 def _few(size: int) -> tuple[dict[str, int], ...]:
     split = [
-        _config(1, 1, warpgroups, size, 6, cluster_k=cluster, group=group, depth=2)
-        for warpgroups in (2, 4)
+        _config(1, 1, warpgroups, size, stages, cluster_k=cluster, group=group, depth=2, per_sm=per_sm)
+        for warpgroups, stages, per_sm, group in ((2, 6, 1, 2), (2, 4, 2, 2), (2, 3, 2, 4), (4, 6, 1, 2))
         for cluster in (1, 2, 4)
-        for group in (2, 4)
     ]
     whole = [_config(r, m, 1, size, 8, group=2, depth=2) for r, m in ((1, 4), (2, 4), (2, 2), (1, 2))]
-    return (*split, _config(1, 1, 2, size, 6, cluster_k=8), *whole)
+    shared = [_config(r, m, 1, size, 6, group=2, depth=2, per_sm=2) for r, m in ((1, 2), (1, 1))]
+    return (*split, _config(1, 1, 2, size, 6, cluster_k=8), *whole, *shared)
 
 
 WIDE = (
-    *(_config(1, 1, 2, 64, 4, cluster_k=cluster, group=group, depth=2) for cluster in (1, 2, 4) for group in (1, 4)),
+    *(_config(1, 1, 2, 64, 4, cluster_k=cluster, group=4, depth=2) for cluster in (1, 2, 4)),
+    *(_config(1, 1, 2, 64, 4, cluster_k=cluster, group=1, depth=2) for cluster in (1, 2, 4)),
+    *(_config(1, 1, 2, 64, 2, cluster_k=cluster, group=1, depth=2, per_sm=2) for cluster in (1, 2, 4)),
     *(_config(2, 1, 2, 64, 3, cluster_k=cluster, depth=2) for cluster in (2, 4)),
     *(_config(1, 1, 2, 32, 6, cluster_k=cluster, group=4, depth=2) for cluster in (1, 2)),
     *(_config(1, 1, 4, 32, 4, cluster_k=cluster, group=4, depth=2) for cluster in (1, 2)),
     _config(1, 2, 1, 64, 8),
+    _config(1, 2, 1, 64, 4, group=2, depth=2, per_sm=2),
     _config(2, 2, 1, 64, 6, depth=2),
 )
 MIDDLE = (
     _config(1, 2, 1, 64, 6),
-    _config(1, 2, 1, 64, 8, cluster_m=2, group=2, depth=2),
+    _config(1, 2, 1, 64, 8, cluster_m=2, group=2, depth=2, box=32),
     _config(1, 2, 1, 128, 8, stage_k=64, group=2, depth=2),
     _config(2, 2, 1, 128, 4, depth=2),
+    _config(1, 1, 2, 64, 4, group=4, depth=2),
+    _config(1, 1, 2, 64, 4, cluster_k=2, group=4, depth=2),
     _config(1, 1, 2, 128, 2, cluster_k=2, depth=2),
+    _config(1, 1, 2, 128, 2, depth=2),
 )
 LONG = (
-    _config(2, 2, 1, 128, 4),
-    _config(2, 2, 1, 128, 8, stage_k=64),
-    _config(2, 2, 1, 128, 8, stage_k=64, cluster_m=2),
-    _config(2, 2, 1, 96, 4),
-    _config(2, 2, 1, 96, 8, stage_k=64, cluster_m=2),
-    _config(1, 2, 1, 256, 5, stage_k=64, cluster_m=2, group=2, depth=2),
-    _config(1, 2, 1, 256, 5, stage_k=64, cluster_m=2, depth=3),
-    _config(1, 2, 1, 256, 5, stage_k=64, group=2, depth=2),
-    _config(1, 2, 1, 192, 6, stage_k=64, cluster_m=2, group=2, depth=2),
+    _config(1, 2, 1, 256, 6, stage_k=64, group=2, depth=2),
+    _config(1, 2, 1, 256, 6, stage_k=64, depth=3),
+    _config(1, 2, 1, 256, 3, group=2, depth=2),
+    _config(1, 2, 1, 256, 6, stage_k=64, group=2, depth=2, cluster_m=2),
+    _config(1, 2, 1, 192, 6, stage_k=64, group=2, depth=2),
+    _config(2, 2, 1, 128, 4, depth=2),
+    _config(2, 2, 1, 96, 4, depth=2, box=48),
+    _config(1, 4, 1, 128, 4, depth=2),
 )
 LISTS = {8: _few(8), 16: _few(16), 64: WIDE, 256: MIDDLE, 2048: LONG}
 

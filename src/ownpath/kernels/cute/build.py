@@ -33,7 +33,7 @@ def compiled(config: Config) -> tuple[Any, int, int]:
     if isinstance(config, GemmConfig):
         return gemm_sm90.compile_gemm(config), config.num_threads, config.cluster
     if isinstance(config, AlignConfig):
-        return moe_sm90.compile_align(config), ALIGN_THREADS, 1
+        return moe_sm90.compile_align(config), ALIGN_THREADS, config.num_ctas
     if isinstance(config, CombineConfig):
         return moe_sm90.compile_combine(config), COPY_THREADS, 1
     assert isinstance(config, PermuteConfig)

@@ -5,13 +5,14 @@ bench --tune`` writes them. Nothing is measured while serving.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ownpath.kernels.cute.config import BLOCK_K, MAX_SHARED_BYTES, GemmConfig
+from ownpath.kernels.cute.config import BLOCK_K, GemmConfig
 
 TUNED = Path(__file__).parent / "tuned"
 BLOCK_ROWS = 64
@@ -23,11 +24,10 @@ bytes that would cost more than 5% of the time."""
 
 @dataclass(frozen=True)
 class MoeChoice:
-    """The two products of one call. ctas_per_sm: how many CTAs share an SM."""
+    """The two products of one call."""
 
     gate_up: GemmConfig
     down: GemmConfig
-    ctas_per_sm: int
 
     @property
     def tile_rows(self) -> int:
@@ -60,11 +60,11 @@ def _moe_choice(knobs: tuple[tuple[str, int], ...], hidden: int, inter: int, wid
     sizes = tuple(size for size in (read.get(f"n{idx}") for idx in range(8)) if size)
     gate_up = _fitted(read, sizes, 2 * inter // BLOCK_ROWS, swiglu=True, gather=bool(read["gather"]))
     down = _fitted(read, sizes, hidden // BLOCK_ROWS, wide=wide)
-    return MoeChoice(gate_up, down, read["ctas_per_sm"])
+    return MoeChoice(gate_up, down)
 
 
 def moe_choice(knobs: Mapping[str, object], hidden: int, inter: int, wide: bool) -> MoeChoice:
-    """Table knobs to kernels. Knobs: num_m64, warpgroups_m, n0, n1, ... (sizes), stages, depth, gather, ctas_per_sm."""
+    """Table knobs to kernels. Knobs: num_m64, warpgroups_m, n0, n1, ... (sizes), stages, depth, gather, per_sm."""
     return _moe_choice(tuple((name, int(str(value))) for name, value in sorted(knobs.items())), hidden, inter, wide)
 
 
@@ -72,7 +72,8 @@ def _fitted(read: Mapping[str, int], sizes: tuple[int, ...], num_blocks: int, **
     """The tuned tile, or the next smaller one that divides the rows."""
     tiles = ((read["num_m64"], read["warpgroups_m"]), (2, 2), (1, 2))
     num_m64, warpgroups_m = next(tile for tile in tiles if num_blocks % (tile[0] * tile[1]) == 0)
-    pairs_up = num_blocks // (num_m64 * warpgroups_m) % 2 == 0 and not flags.get("gather")
+    num_tiles = num_blocks // (num_m64 * warpgroups_m)
+    cluster_m = 1 if flags.get("gather") else math.gcd(read.get("cluster_m", 1), num_tiles)
     return fit(
         GemmConfig(
             num_m64,
@@ -83,7 +84,9 @@ def _fitted(read: Mapping[str, int], sizes: tuple[int, ...], num_blocks: int, **
             grouped=True,
             depth=read["depth"],
             group=read.get("group", 1),
-            cluster_m=min(read.get("cluster_m", 1), 2 if pairs_up else 1),
+            cluster_m=cluster_m,
+            per_sm=read["per_sm"],
+            box=read.get("box", 64),
             stage_k=read.get("stage_k", BLOCK_K),
             **flags,
         ),
@@ -94,7 +97,7 @@ def _fitted(read: Mapping[str, int], sizes: tuple[int, ...], num_blocks: int, **
 def fit(config: GemmConfig, stages: int) -> GemmConfig:
     """``config`` with as many of the wanted stages as shared memory holds."""
     per_stage = config.stage_bytes + 16
-    most = (MAX_SHARED_BYTES - config.reduce_bytes) // per_stage
+    most = (config.max_smem_bytes - config.reduce_bytes) // per_stage
     return GemmConfig(**{**vars(config), "num_stages": max(1, min(stages, most))})
 
 
@@ -193,4 +196,5 @@ def linear_choice(config: GemmConfig, num_tokens: int, num_rows: int) -> LinearC
     tiles = num_rows // (BLOCK_ROWS * config.m64_per_tile) * -(-num_tokens // rows_per_tile)
     if config.reduces:
         return LinearChoice(config, rows_per_tile, tiles * config.cluster_k)
-    return LinearChoice(config, rows_per_tile, min(tiles, SMS) // config.cluster_m * config.cluster_m)
+    resident = SMS * config.per_sm
+    return LinearChoice(config, rows_per_tile, min(tiles, resident) // config.cluster_m * config.cluster_m)

@@ -1,5 +1,6 @@
 """What is fixed when a kernel is compiled. Importable without the DSL: launchers and the cache need only this."""
 
+import math
 from dataclasses import dataclass
 
 BLOCK_K = 128
@@ -26,6 +27,8 @@ class GemmConfig:
     stage_k: columns of a stage, 128 or 64: half as much makes more and finer stages for wide tiles.
     wide: the output is float32, for sums that are still to be added up.
     gather: token rows are looked up one by one, in an index behind the schedule, instead of following each other.
+    per_sm: CTAs that share an SM, its registers and its shared memory.
+    box: token rows of one TMA copy at most.
     """
 
     num_m64: int
@@ -42,12 +45,12 @@ class GemmConfig:
     cluster_m: int = 1
     stage_k: int = BLOCK_K
     wide: bool = False
+    per_sm: int = 1
+    box: int = 64
 
     def __post_init__(self) -> None:
-        if self.smem_bytes > MAX_SHARED_BYTES:
-            raise ValueError(
-                f"{self.name} needs {self.smem_bytes} bytes of shared memory, there are {MAX_SHARED_BYTES}"
-            )
+        if self.smem_bytes > self.max_smem_bytes:
+            raise ValueError(f"{self.name} needs {self.smem_bytes} bytes of shared memory, has {self.max_smem_bytes}")
         if self.reduces and self.warpgroups_m > 1:
             raise ValueError(f"{self.name}: warpgroups along K need tiles of one warpgroup along M")
         if self.cluster_m > 1 and (self.gather or self.cluster_k > 1):
@@ -67,6 +70,7 @@ class GemmConfig:
         )
         shape = f"r{self.num_m64}m{self.warpgroups_m}k{self.warpgroups_k}c{self.cluster_k}"
         shape += f"s{self.num_stages}d{self.depth}g{self.group}x{self.cluster_m}b{self.stage_k}"
+        shape += f"p{self.per_sm}t{self.box_rows}"
         return f"nvfp4_{kind}_{shape}_n{sizes}"
 
     @property
@@ -101,7 +105,7 @@ class GemmConfig:
 
     @property
     def consumer_registers(self) -> int:
-        """Registers a consumer thread gets once the producer has given its own up; 0 where two CTAs share an SM."""
+        """Registers a consumer thread gets once the producer has given its own up; 0 where it needs no more."""
         if self.num_m64 == 1 and self.n_sizes[-1] < 64:
             return 0
         # The CTA's pool is what it was launched with; asking for more than that would wait for ever.
@@ -119,11 +123,16 @@ class GemmConfig:
     @property
     def _register_pool(self) -> int:
         """Registers per thread, summed over the CTA's warpgroups."""
-        return 65536 // self.num_threads // 8 * 8 * self.num_threads // WG
+        return 65536 // self.per_sm // self.num_threads // 8 * 8 * self.num_threads // WG
 
     @property
     def box_rows(self) -> int:
-        return 1 if self.gather else min(16, self.n_sizes[0])
+        return 1 if self.gather else math.gcd(self.box, self.n_sizes[-1])
+
+    @property
+    def reuses_weights(self) -> bool:
+        """Whether several tiles of tokens read the same weights, so that these are worth keeping in L2."""
+        return self.n_sizes[-1] > 64
 
     @property
     def reduces(self) -> bool:
@@ -141,6 +150,11 @@ class GemmConfig:
         return buffers * self.warpgroups_k * self.num_m64 * self.n_sizes[-1] // 8 * WG * 16 if self.reduces else 0
 
     @property
+    def max_smem_bytes(self) -> int:
+        """What one of the CTAs of an SM may ask for: each costs 1 KiB besides."""
+        return (MAX_SHARED_BYTES + 1024) // self.per_sm - 1024
+
+    @property
     def smem_bytes(self) -> int:
         return self.num_stages * (self.stage_bytes + 16) + self.reduce_bytes
 
@@ -148,11 +162,12 @@ class GemmConfig:
 @dataclass(frozen=True)
 class AlignConfig:
     """wide_ids: ids are int64. mapped: ids go through an expert map. num_shared: experts every token goes to, behind
-    the routed ones."""
+    the routed ones. num_ctas: of the cluster that shares the work."""
 
     wide_ids: bool
     mapped: bool
     num_shared: int
+    num_ctas: int = 1
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -160,7 +175,8 @@ class AlignConfig:
 
     @property
     def name(self) -> str:
-        return f"moe_align_{'i64' if self.wide_ids else 'i32'}{'_mapped' if self.mapped else ''}_s{self.num_shared}"
+        ids = ("i64" if self.wide_ids else "i32") + ("_mapped" if self.mapped else "")
+        return f"moe_align_{ids}_s{self.num_shared}c{self.num_ctas}"
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 from ownpath.kernels.cute import ptx
 from ownpath.kernels.cute.config import BLOCK_K, CHUNK_K, UNSCALE, WG, GemmConfig
 
+BAND_TILES = 16
+
 
 class Gemm:
     """Builds the kernel of one ``GemmConfig``."""
@@ -68,7 +70,13 @@ class Gemm:
         self.kernel(
             atom, codes, scales, global_scale, out, schedule,
             num_rows, num_m_tiles, num_k_blocks, rows_per_tile, ld_out, swiglu_limit,
-        ).launch(grid=[grid, 1, 1], block=[self.cfg.num_threads, 1, 1], cluster=[self.cfg.cluster, 1, 1])  # fmt: skip
+        ).launch(
+            grid=[grid, 1, 1],
+            block=[self.cfg.num_threads, 1, 1],
+            cluster=[self.cfg.cluster, 1, 1],
+            min_blocks_per_mp=self.cfg.per_sm,
+            preferred_smem_carveout=100,
+        )  # fmt: skip
 
     def chunk_layout(self, num_rows: int, num_chunks: Any) -> Any:
         """[rows, 64, chunks] of BF16, K contiguous, 128-byte swizzle; chunks are ``max_n`` rows apart."""
@@ -150,14 +158,14 @@ class Gemm:
                         source, shared, num_bytes = scales, smem_scales, Int32(cfg.scale_bytes)
                     self.produce_weights(
                         source, shared, num_bytes, schedule, full, empty, worker, num_workers, num_tiles, m_per_worker,
-                        k_units, k_iters, rank, rank_m,
+                        num_n_tiles, k_units, k_iters, rank, rank_m,
                     )  # fmt: skip
             elif warp == 2:
                 # Single rows are loaded by all lanes of the warp, boxes by one.
                 if thread % 32 < (32 if cfg.gather else 1):
                     self.produce_tokens(
                         ptx.descriptor_address(tma_x), thread % 32, schedule, smem_x, full, empty, worker, num_workers,
-                        num_tiles, m_per_worker, k_iters, rank, rank_m, num_rows, rows_per_tile,
+                        num_tiles, m_per_worker, num_n_tiles, k_iters, rank, rank_m, num_rows, rows_per_tile,
                     )  # fmt: skip
         else:
             if cutlass.const_expr(cfg.consumer_registers):
@@ -165,8 +173,9 @@ class Gemm:
             step = Int32(0)
             parity = Int32(0)
             for tile in cutlass.range(worker, num_tiles, num_workers, unroll=1):
-                expert, row0, rows = self.tile_rows(schedule, tile // m_per_worker, num_rows, rows_per_tile)
-                m_tile = tile % m_per_worker * cfg.cluster_m + rank_m
+                m_tile, n_tile = self.place_in_grid(tile, m_per_worker, num_n_tiles)
+                expert, row0, rows = self.tile_rows(schedule, n_tile, num_rows, rows_per_tile)
+                m_tile = m_tile * cfg.cluster_m + rank_m
                 for idx in cutlass.range_constexpr(len(cfg.n_sizes)):
                     below = cfg.n_sizes[idx - 1] if idx else 0
                     if rows > below and rows <= cfg.n_sizes[idx]:
@@ -185,6 +194,22 @@ class Gemm:
 
     def read(self, schedule: cute.Pointer, idx: Any) -> Int32:
         return cute.make_tensor(schedule + idx, cute.make_layout(1))[0]
+
+    @cute.jit
+    def place_in_grid(self, tile: Int32, m_per_worker: Int32, num_n_tiles: Int32) -> tuple[Int32, Int32]:
+        """Which weight rows and which tokens a worker's tile has.
+
+        Experts go one after another. Dense products go in bands of weight rows, all tokens of a band first: a wave of
+        CTAs then reads few weights and few tokens from memory, and the rest from L2.
+        """
+        m_tile, n_tile = tile % m_per_worker, tile // m_per_worker
+        if cutlass.const_expr(not self.cfg.grouped):
+            band_tiles = BAND_TILES // self.cfg.cluster_m
+            first = tile // (band_tiles * num_n_tiles) * band_tiles
+            in_band = tile - first * num_n_tiles
+            height = cutlass.min(band_tiles, m_per_worker - first)
+            m_tile, n_tile = first + in_band % height, in_band // height
+        return m_tile, n_tile
 
     @cute.jit
     def tile_rows(
@@ -213,6 +238,7 @@ class Gemm:
         num_workers: Int32,
         num_tiles: Int32,
         m_per_worker: Int32,
+        num_n_tiles: Int32,
         k_units: Int32,
         k_iters: Int32,
         rank: Int32,
@@ -226,10 +252,11 @@ class Gemm:
         m64, k_blocks = cfg.m64_per_tile, cfg.warpgroups_k
         slot, phase = Int32(0), Int32(1)
         for tile in cutlass.range(worker, num_tiles, num_workers, unroll=1):
+            m_tile, n_tile = self.place_in_grid(tile, m_per_worker, num_n_tiles)
             expert = Int32(0)
             if cutlass.const_expr(cfg.grouped):
-                expert = self.read(schedule, 4 + 4 * (tile // m_per_worker))
-            m_tile = (expert * m_per_worker + tile % m_per_worker) * cfg.cluster_m + rank_m
+                expert = self.read(schedule, 4 + 4 * n_tile)
+            m_tile = (expert * m_per_worker + m_tile) * cfg.cluster_m + rank_m
             first = Int64(m_tile * m64) * k_units
             start = source.toint() + (first + rank * k_iters * k_blocks) * num_bytes
             for _ in cutlass.range(k_iters, unroll=1):
@@ -238,7 +265,10 @@ class Gemm:
                 target = shared.toint() + slot * (m64 * k_blocks) * num_bytes
                 for idx in cutlass.range_constexpr(m64):
                     block = start + Int64(idx * k_units * num_bytes)
-                    ptx.load_bulk(target + idx * k_blocks * num_bytes, block, k_blocks * num_bytes, full + slot)
+                    ptx.load_bulk(
+                        target + idx * k_blocks * num_bytes, block, k_blocks * num_bytes, full + slot,
+                        not cfg.reuses_weights,
+                    )  # fmt: skip
                 start += k_blocks * num_bytes
                 slot += 1
                 if slot == cfg.num_stages:
@@ -258,6 +288,7 @@ class Gemm:
         num_workers: Int32,
         num_tiles: Int32,
         m_per_worker: Int32,
+        num_n_tiles: Int32,
         k_iters: Int32,
         rank: Int32,
         rank_m: Int32,
@@ -270,7 +301,8 @@ class Gemm:
         cute.arch.griddepcontrol_launch_dependents()
         slot, phase = Int32(0), Int32(1)
         for tile in cutlass.range(worker, num_tiles, num_workers, unroll=1):
-            _, row0, rows = self.tile_rows(schedule, tile // m_per_worker, num_rows, rows_per_tile)
+            _, n_tile = self.place_in_grid(tile, m_per_worker, num_n_tiles)
+            _, row0, rows = self.tile_rows(schedule, n_tile, num_rows, rows_per_tile)
             boxes = (rows + cfg.box_rows - 1) // cfg.box_rows
             places = cute.make_rmem_tensor(cute.make_layout((self.max_n + 31) // 32), Int32)
             if cutlass.const_expr(cfg.gather):

@@ -87,13 +87,15 @@ def align(
     num_ids = len(expert_map) if config.mapped else num_experts - config.num_shared
     sizes = (*ids.shape, num_ids, num_experts, tile_rows, index_offset)
     args = (pointer(ids), pointer(expert_map), pointer(schedule), *map(c_int, sizes))
-    load(config, ids.device.index).launch(1, args, current_stream(ids))
+    load(config, ids.device.index).launch(config.num_ctas, args, current_stream(ids))
 
 
 def permute(x: torch.Tensor, schedule: torch.Tensor, out: torch.Tensor) -> None:
-    """Copies the rows of x [T, D] into the experts' order, out [pairs, D]."""
-    grid = min(len(out), 8 * num_sms(x.device.index))
-    args = (pointer(x), pointer(schedule), pointer(out), *map(c_int, out.shape))
+    """Copies each row of x [T, D] to its places in the experts' order, out [T * slots, D]."""
+    num_tokens, width = x.shape
+    grid = -(-num_tokens * (width // 8) // COPY_THREADS)
+    sizes = (num_tokens, len(out) // num_tokens, width)
+    args = (pointer(x), pointer(schedule), pointer(out), *map(c_int, sizes))
     load(PermuteConfig(), x.device.index).launch(grid, args, current_stream(x))
 
 

@@ -1,9 +1,10 @@
 """The kernels around the grouped products: which rows go to which expert, and the weighted sum of what comes back.
 
-``Align`` (one CTA) counts the tokens of every expert, lays the experts' rows one after another and cuts them into
-tiles; ``Permute`` copies token rows into that order, for prompts so long that looking rows up one by one would cost
-more; ``Combine`` sums each token's expert outputs in the order of its top-k slots, so that the result is the same bits
-every time. The order of rows inside an expert is free: a row's sums do not depend on its place in a tile.
+``Align`` (one CTA, or a cluster for long prompts) counts the tokens of every expert, lays the experts' rows one after
+another and cuts them into tiles; ``Permute`` copies token rows into that order, for prompts so long that looking rows
+up one by one would cost more; ``Combine`` sums each token's expert outputs in the order of its top-k slots, so that
+the result is the same bits every time. The order of rows inside an expert is free: a row's sums do not depend on its
+place in a tile.
 
 Schedule (int32): [number of tiles, offset of the row index, 0, 0], then (expert, first row, rows, 0) per tile; at the
 offset, the token of each sorted row; behind it, the sorted row of each (token, slot), -1 where no local expert has it.
@@ -44,8 +45,9 @@ class Align:
         tile_rows: Int32,
         index_offset: Int32,
     ) -> None:
+        ctas = [self.cfg.num_ctas, 1, 1]
         self.kernel(ids, expert_map, schedule, num_tokens, top_k, num_ids, num_experts, tile_rows, index_offset).launch(
-            grid=[1, 1, 1], block=[ALIGN_THREADS, 1, 1]
+            grid=ctas, block=[ALIGN_THREADS, 1, 1], cluster=ctas
         )
 
     @cute.kernel
@@ -63,6 +65,9 @@ class Align:
     ) -> None:
         """num_ids: experts the ids name; num_experts: experts held here, shared ones included and last."""
         thread, _, _ = cute.arch.thread_idx()
+        rank, num_ctas = Int32(0), self.cfg.num_ctas
+        if cutlass.const_expr(num_ctas > 1):
+            rank = cute.arch.block_idx_in_cluster()
         counts = cute.arch.alloc_smem(Int32, ALIGN_THREADS, 16)
         cursors = cute.arch.alloc_smem(Int32, ALIGN_THREADS, 16)
         partial = cute.arch.alloc_smem(Int32, 64, 16)
@@ -72,35 +77,53 @@ class Align:
         cute.arch.griddepcontrol_launch_dependents()
         slots = top_k + self.cfg.num_shared
         total = num_tokens * slots
-        for idx in cutlass.range(thread, total, ALIGN_THREADS, unroll=4):
+        # Every CTA of the cluster counts and places its own share of the pairs.
+        pairs = (total + num_ctas - 1) // num_ctas
+        begin = rank * pairs
+        end = cutlass.min(begin + pairs, total)
+        for idx in cutlass.range(begin + thread, end, ALIGN_THREADS, unroll=4):
             expert = self.expert_of(ids, expert_map, idx, top_k, slots, num_ids, num_experts)
             if expert >= 0:
                 cute.arch.atomic_add(counts + expert, Int32(1))
         cute.arch.sync_threads()
         count = element(counts, thread)[0]
+        before = Int32(0)
+        if cutlass.const_expr(num_ctas > 1):
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+            count = Int32(0)
+            for other in cutlass.range_constexpr(num_ctas):
+                there = ptx.load_cluster((counts + thread).toint(), Int32(other))
+                count += there
+                if other < rank:
+                    before += there
+            cute.arch.cluster_arrive()
         tiles = (count + tile_rows - 1) // tile_rows
         row_start = self.prefix(count, thread, partial)
         tile_start = self.prefix(tiles, thread, partial)
-        element(cursors, thread)[0] = row_start
+        element(cursors, thread)[0] = row_start + before
         # Even tiles: 192 rows in tiles of at most 128 become twice 96, not 128 and 64.
         share = (count + cutlass.max(tiles, 1) - 1) // cutlass.max(tiles, 1)
-        for tile in cutlass.range(tiles, unroll=1):
+        for tile in cutlass.range(rank, tiles, num_ctas, unroll=1):
             entry = 4 + 4 * (tile_start + tile)
             first = tile * share
             element(schedule, entry)[0] = thread
             element(schedule, entry + 1)[0] = row_start + first
             element(schedule, entry + 2)[0] = cutlass.min(share, count - first)
-        if thread == ALIGN_THREADS - 1:
+        if thread == ALIGN_THREADS - 1 and rank == 0:
             element(schedule, 0)[0] = tile_start + tiles
             element(schedule, 1)[0] = index_offset
         cute.arch.sync_threads()
-        for idx in cutlass.range(thread, total, ALIGN_THREADS, unroll=4):
+        for idx in cutlass.range(begin + thread, end, ALIGN_THREADS, unroll=4):
             expert = self.expert_of(ids, expert_map, idx, top_k, slots, num_ids, num_experts)
             row = Int32(-1)
             if expert >= 0:
                 row = cute.arch.atomic_add(cursors + expert, Int32(1))
                 element(schedule, index_offset + row)[0] = idx // slots
             element(schedule, index_offset + total + idx)[0] = row
+        if cutlass.const_expr(num_ctas > 1):
+            # No CTA leaves while another may still read its counts.
+            cute.arch.cluster_wait()
 
     @cute.jit
     def expert_of(
@@ -160,34 +183,45 @@ def address(pointer: Any, row: Any, width: Any, piece: Any) -> Int64:
 
 
 class Permute:
-    """sorted[r] = x[token of row r]."""
+    """sorted[row of (t, k)] = x[t]: each token is read once."""
 
     @cute.jit
     def __call__(
-        self, x: cute.Pointer, schedule: cute.Pointer, out: cute.Pointer, num_rows: Int32, width: Int32, grid: Int32
+        self,
+        x: cute.Pointer,
+        schedule: cute.Pointer,
+        out: cute.Pointer,
+        num_tokens: Int32,
+        slots: Int32,
+        width: Int32,
+        grid: Int32,
     ) -> None:
-        self.kernel(x, schedule, out, num_rows, width).launch(grid=[grid, 1, 1], block=[COPY_THREADS, 1, 1])
+        self.kernel(x, schedule, out, num_tokens, slots, width).launch(grid=[grid, 1, 1], block=[COPY_THREADS, 1, 1])
 
     @cute.kernel
-    def kernel(self, x: cute.Pointer, schedule: cute.Pointer, out: cute.Pointer, num_rows: Int32, width: Int32) -> None:
+    def kernel(
+        self,
+        x: cute.Pointer,
+        schedule: cute.Pointer,
+        out: cute.Pointer,
+        num_tokens: Int32,
+        slots: Int32,
+        width: Int32,
+    ) -> None:
         thread, _, _ = cute.arch.thread_idx()
         cta, _, _ = cute.arch.block_idx()
-        grid, _, _ = cute.arch.grid_dim()
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
-        # Rows behind the last tile's belong to no local expert.
-        last = element(schedule, 0)[0] - 1
-        used = Int32(0)
-        if last >= 0:
-            used = element(schedule, 4 + 4 * last + 1)[0] + element(schedule, 4 + 4 * last + 2)[0]
-        index = schedule + element(schedule, 1)[0]
+        place = schedule + (element(schedule, 1)[0] + num_tokens * slots)
         pieces = width // 8
-        for row in cutlass.range(cta, used, grid, unroll=1):
-            token = element(index, row)[0]
-            for piece in cutlass.range(thread, pieces, COPY_THREADS, unroll=2):
-                ptx.store_global_vec4(
-                    address(out, row, width, piece), ptx.load_global_vec4(address(x, token, width, piece))
-                )
+        unit = cta * COPY_THREADS + thread
+        token, piece = unit // pieces, unit % pieces
+        if token < num_tokens:
+            words = ptx.load_global_vec4(address(x, token, width, piece))
+            for slot in cutlass.range(slots, unroll=4):
+                row = element(place, token * slots + slot)[0]
+                if row >= 0:
+                    ptx.store_global_vec4(address(out, row, width, piece), words)
 
 
 class Combine:
@@ -235,15 +269,16 @@ class Combine:
         if token < num_tokens:
             total = cute.make_rmem_tensor(cute.make_layout(8), Float32)
             total.fill(0.0)
-            for slot in cutlass.range(slots, unroll=2):
+            for slot in cutlass.range(slots, unroll=4):
                 row = element(place, token * slots + slot)[0]
-                if row >= 0:
-                    weight = Float32(1.0)
-                    if slot < top_k:
-                        weight = element(weights, token * top_k + slot)[0]
-                    values = self.load(rows, row, width, piece)
-                    for idx in cutlass.range_constexpr(8):
-                        total[idx] = total[idx] + weight * values[idx]
+                weight = Float32(1.0)
+                if slot < top_k:
+                    weight = element(weights, token * top_k + slot)[0]
+                # Loads without a branch, so that several are on their way; what an absent row holds is not used.
+                values = self.load(rows, cutlass.max(row, 0), width, piece)
+                for idx in cutlass.range_constexpr(8):
+                    term = weight * values[idx]
+                    total[idx] = total[idx] + (term if row >= 0 else Float32(0.0))
             packed = tuple(ptx.pack_bf16x2(total[2 * idx], total[2 * idx + 1]) for idx in range(4))
             ptx.store_global_vec4(address(out, token, width, piece), packed)
 
@@ -269,8 +304,8 @@ def compile_align(config: AlignConfig) -> Any:
 
 def compile_permute() -> Any:
     """Compiles for sm_90a; no GPU is needed."""
-    one = Int32(1)
-    return cute.compile(Permute(), _pointer(BFloat16), _pointer(Int32), _pointer(BFloat16), one, one, one)
+    tensors = (_pointer(BFloat16), _pointer(Int32), _pointer(BFloat16))
+    return cute.compile(Permute(), *tensors, *[Int32(1)] * 4)
 
 
 def compile_combine(config: CombineConfig) -> Any:

@@ -100,16 +100,27 @@ def maximum(a: Value, b: Value, *, loc: Any = None, ip: Any = None) -> Float32:
 
 
 @dsl_user_op
-def load_bulk(dst: Value, src: Value, num_bytes: Value, barrier: Value, *, loc: Any = None, ip: Any = None) -> None:
+def load_bulk(
+    dst: Value,
+    src: Value,
+    num_bytes: Value,
+    barrier: Value,
+    passes_once: bool = True,
+    *,
+    loc: Any = None,
+    ip: Any = None,
+) -> None:
     """A contiguous copy, global to shared memory (byte addresses), by the copy engine; ``barrier`` counts its bytes.
 
-    Weights pass once: they are marked to leave L2 first, so that activations stay.
+    passes_once: nobody reads it again, so it is marked to leave L2 first.
     """
-    text = (
-        "{ .reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0; "
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-        "[$0], [$1], $2, [$3], policy; }"
-    )
+    copy = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+    text = f"{copy} [$0], [$1], $2, [$3];"
+    if passes_once:
+        text = (
+            "{ .reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0; "
+            f"{copy}.L2::cache_hint [$0], [$1], $2, [$3], policy; }}"
+        )
     operands = [
         Int32(dst).ir_value(loc=loc, ip=ip),
         Int64(src).ir_value(loc=loc, ip=ip),
@@ -209,6 +220,14 @@ def load_cluster_vec4(address: Value, rank: Value, *, loc: Any = None, ip: Any =
     operands = [Int32(address).ir_value(loc=loc, ip=ip), Int32(rank).ir_value(loc=loc, ip=ip)]
     loaded = asm(text, "=f,=f,=f,=f,r,r", struct, operands, False, loc, ip)
     return tuple(Float32(llvm.extractvalue(T.f32(), loaded, [idx], loc=loc, ip=ip)) for idx in range(4))
+
+
+@dsl_user_op
+def load_cluster(address: Value, rank: Value, *, loc: Any = None, ip: Any = None) -> Int32:
+    """An integer at a shared-memory byte address of the cluster's CTA ``rank``."""
+    text = "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, $1, $2; ld.shared::cluster.b32 $0, [remote]; }"
+    operands = [Int32(address).ir_value(loc=loc, ip=ip), Int32(rank).ir_value(loc=loc, ip=ip)]
+    return Int32(asm(text, "=r,r,r", T.i32(), operands, False, loc, ip))
 
 
 @dsl_user_op
