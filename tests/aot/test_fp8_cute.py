@@ -8,21 +8,21 @@ import pytest
 import triton.backends.nvidia.compiler as nvidia  # for the disassembler it carries
 
 from ownpath.kernels.cache import compile_missing, stem
-from ownpath.kernels.cute.fp8_config import MAX_SMEM, Fp8Config, QuantizeConfig, W8A8Config, W8A16Config
-from ownpath.kernels.cute.fp8_launch import W8A8_SHAPES, w8a8_config, w8a8_shape, w8a16_config
+from ownpath.kernels.cute.fp8_choose import w8a8_config, w8a8_configs, w8a16_config, w8a16_configs
+from ownpath.kernels.cute.fp8_config import CTA_SMEM, MAX_SMEM, Fp8Config, QuantizeConfig, W8A8Config, W8A16Config
 
 SMS = 132
 # Row blocks, K blocks, scales folded, ragged: V4-Flash's shapes, float32 scales, uneven shards, the smallest.
-WEIGHTS = ((24, 32, True, False), (512, 8, True, False), (64, 64, True, False), (24, 16, False, False),
-           (14, 5, False, True), (2, 1, True, False))  # fmt: skip
+WEIGHTS = ((24, 32, True, False), (512, 8, True, False), (64, 64, True, False), (64, 32, True, False),
+           (64, 16, True, False), (24, 16, False, False), (14, 5, False, True), (2, 1, True, False))  # fmt: skip
 
 
 def configs() -> list[Fp8Config]:
+    """What the table and the rules can choose for these weights."""
     found: list[Fp8Config] = [QuantizeConfig(True), QuantizeConfig(False)]
-    found += [w8a8_shape(*shape, ragged) for shape in W8A8_SHAPES for ragged in (False, True)]
     for weight in WEIGHTS:
-        found += [w8a16_config(num_tokens, weight, SMS) for num_tokens in (8, 16, 32, 64)]
-        found.append(w8a16_config(32, weight, SMS, is_batch_invariant=True))
+        found += [*w8a16_configs(weight, SMS, None, False), *w8a16_configs(weight, SMS, None, True)]
+        found += w8a8_configs(weight)
     return list({config.name: config for config in found}.values())
 
 
@@ -50,16 +50,17 @@ def test_it_fits_without_spilling(config: Fp8Config, cache: Path, monkeypatch: p
     assert found, usage
     registers, stack, shared = map(int, found.groups())
     assert stack == 0
-    assert shared <= MAX_SMEM
-    assert registers * config.num_threads <= 65536
+    per_sm = config.per_sm if isinstance(config, W8A16Config) else 1
+    assert shared <= CTA_SMEM[per_sm] <= MAX_SMEM // per_sm
+    assert registers * config.num_threads * per_sm <= 65536
 
 
 @pytest.mark.parametrize(
     ("config", "instruction"),
     [
-        (w8a16_config(8, WEIGHTS[1], SMS), "HMMA.16816.F32.BF16"),
-        (w8a16_config(64, WEIGHTS[1], SMS), "HGMMA.64x64x16.F32.BF16"),
-        (w8a8_config(2048, 512, False, SMS), "QGMMA.64x128x32.F32.E4M3.E4M3"),
+        (w8a16_config(8, WEIGHTS[1], SMS, is_batch_invariant=True), "HMMA.16816.F32.BF16"),
+        (w8a16_config(64, WEIGHTS[5], SMS), "HGMMA.64x64x16.F32.BF16"),
+        (w8a8_config(2048, WEIGHTS[1], SMS), "QGMMA.64x128x32.F32.E4M3.E4M3"),
     ],
     ids=lambda value: getattr(value, "name", value),
 )
@@ -70,3 +71,15 @@ def test_it_uses_the_tensor_cores(
     assert instruction in sass
     assert "UBLKCP" in sass, "operands come by bulk copies"
     assert "STL" not in sass
+
+
+@pytest.mark.parametrize(
+    "config",
+    [config for config in configs() if isinstance(config, W8A16Config) and config.wgmma and config.folded],
+    ids=lambda config: config.name,
+)
+def test_decoding_overlaps_with_the_tensor_cores(
+    config: W8A16Config, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sass = cuobjdump("-sass", cache, config, monkeypatch)
+    assert sass.count("WARPGROUP.DEPBAR.LE gsb0, 0x0") == 1, "one at the end; more: the assembler has serialised them"

@@ -1,5 +1,7 @@
 """FP8 linears on Hopper: W8A16 against float64, W8A8 against the emulation, bits on repetition, errors by name."""
 
+from typing import TypeVar
+
 import pytest
 import torch
 from support.fp8_cases import (
@@ -13,6 +15,10 @@ from support.fp8_cases import (
     relative_l2,
 )
 
+from ownpath.bench.shapes import LINEAR_SHAPES
+from ownpath.bench.tuners.fp8 import Fp8Family
+from ownpath.kernels.cute.fp8_choose import knobs_config
+from ownpath.kernels.cute.fp8_config import QuantizeConfig, W8A8Config, W8A16Config
 from ownpath.kernels.fp8_packing import ACT_BLOCK_BYTES, pack_fp8, unpack_blocks
 from ownpath.kernels.ref.fp8 import quantize_rows
 from ownpath.numerics import decode_fp8_block
@@ -20,6 +26,8 @@ from ownpath.runners import Fp8Linear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sm90]
 
+MATRICES = [(shape.out_features, shape.in_features) for shape in LINEAR_SHAPES if shape.name != "tiny"]
+Kernel = TypeVar("Kernel", W8A16Config, W8A8Config)
 BF16_HALF_ULP = 2.0**-8
 """Largest relative error of one rounding to BF16 (8 significant bits), as a bound on |y| rather than on its binade."""
 TENSOR_CORE_ULP = 2.0**-13
@@ -40,6 +48,24 @@ def poisoned(num_rows: int, width: int, device: torch.device) -> torch.Tensor:
     return torch.full((num_rows, width), torch.nan, dtype=torch.bfloat16, device=device)
 
 
+def assert_right(y: torch.Tensor, reference: torch.Tensor, slack: torch.Tensor, what: object) -> None:
+    """Every element written, near in the mean, and off by one rounding to BF16 and ``slack`` at most."""
+    assert torch.isfinite(y).all(), what
+    assert relative_l2(y, reference) <= W8A16_MAX_REL_L2, what
+    assert ((y.double() - reference).abs() <= BF16_HALF_ULP * reference.abs() + slack).all(), what
+
+
+def tuner_kernels(matrix: tuple[int, int], kind: type[Kernel]) -> list[Kernel]:
+    """What ``ownpath bench --tune fp8`` tries for a matrix, every kernel once."""
+    found = {}
+    for case, candidates in Fp8Family("cpu").candidates.items():
+        if case.endswith(",rows={},cols={}".format(*matrix)):
+            kernels = [knobs_config(knobs, matrix[1] // 128) for knobs in candidates]
+            found |= {kernel.name: kernel for kernel in kernels if isinstance(kernel, kind)}
+    assert found
+    return list(found.values())
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("is_invariant", [False, True], ids=["fastest", "invariant"])
 def test_w8a16_against_float64(case: Fp8Case, is_invariant: bool, cuda: torch.device) -> None:
@@ -56,12 +82,10 @@ def test_w8a16_against_float64(case: Fp8Case, is_invariant: bool, cuda: torch.de
             product(x, packed, first)
             product(x, packed, again)
             reference = x.double() @ exact.T
-            assert torch.isfinite(first).all(), (num_rows, amplitude)
             assert torch.equal(first, again), (num_rows, amplitude)
-            assert relative_l2(first, reference) <= W8A16_MAX_REL_L2, (num_rows, amplitude)
-            # One rounding to BF16, and float32 sums of K products: 2**-24 of their absolute sum each.
-            bound = BF16_HALF_ULP * reference.abs() + 2.0**-24 * case.width * (x.double().abs() @ exact.abs().T)
-            assert ((first.double() - reference).abs() <= bound).all(), (num_rows, amplitude)
+            # Float32 sums of K products: 2**-24 of their absolute sum each.
+            slack = 2.0**-24 * case.width * (x.double().abs() @ exact.abs().T)
+            assert_right(first, reference, slack, (num_rows, amplitude))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -79,33 +103,54 @@ def test_invariant_rows_keep_their_bits(case: Fp8Case, cuda: torch.device) -> No
         assert torch.equal(part, whole[start:stop]), (start, stop)
 
 
-@pytest.mark.parametrize("num_n", [8, 16])
-@pytest.mark.parametrize(
-    ("num_m64", "per_sm", "consumers", "budget"),
-    [(4, 1, 4, 231936), (2, 2, 2, 114688), (2, 3, 1, 76288), (1, 4, 1, 56832)],
-)
-@pytest.mark.parametrize("cluster_k", [1, 4, 8])
-def test_shapes_that_are_not_chosen_yet(
-    num_n: int, num_m64: int, per_sm: int, consumers: int, budget: int, cluster_k: int, cuda: torch.device
-) -> None:
-    """More and smaller CTAs per SM: the measured next step (docs/kernels-fp8.md), right before they are chosen."""
-    from ownpath.kernels.cute.fp8_config import W8A16Config, w8a16_stages
+@pytest.mark.parametrize("matrix", MATRICES, ids=lambda matrix: "x".join(map(str, matrix)))
+def test_every_candidate_of_the_tuner_for_few_rows(matrix: tuple[int, int], cuda: torch.device) -> None:
     from ownpath.kernels.cute.fp8_launch import w8a16_launch
 
-    weights, scales = draw_weights(CASES[1], 7, cuda)
+    case = Fp8Case("tuned", matrix[:1], matrix[1], "e8m0")
+    weights, scales = draw_weights(case, 7, cuda)
     packed = pack_fp8(weights, scales)
-    stages = w8a16_stages(num_m64, num_n, budget)
-    config = W8A16Config(num_m64, num_n, stages, cluster_k, packed.folded, False, per_sm, consumers)
-    x = draw_rows(num_n - 1, CASES[1].width, 1.0, cuda)
-    y = poisoned(num_n - 1, packed.out_features, cuda)
-    w8a16_launch(config, x, packed, y)
-    assert torch.isfinite(y).all()
-    assert relative_l2(y, x.double() @ reference_weight(weights, scales).T) <= W8A16_MAX_REL_L2
+    exact = reference_weight(weights, scales)
+    magnitude = exact.abs()
+    for config in tuner_kernels(matrix, W8A16Config):
+        # One row, most of a tile, all of it, and a second tile.
+        for num_rows in (1, config.num_n - 1, config.num_n, config.num_n + 3):
+            x = draw_rows(num_rows, case.width, 1.0, cuda)
+            first, again = (poisoned(num_rows, packed.out_features, cuda) for _ in range(2))
+            w8a16_launch(config, x, packed, first)
+            w8a16_launch(config, x, packed, again)
+            assert torch.equal(first, again), (config.name, num_rows)
+            slack = 2.0**-24 * case.width * (x.double().abs() @ magnitude.T)
+            assert_right(first, x.double() @ exact.T, slack, (config.name, num_rows))
+
+
+@pytest.mark.parametrize("matrix", MATRICES, ids=lambda matrix: "x".join(map(str, matrix)))
+def test_every_candidate_of_the_tuner_for_many_rows(matrix: tuple[int, int], cuda: torch.device) -> None:
+    from ownpath.kernels.cute.fp8_launch import quantize_launch, w8a8_launch, workspace_bytes
+
+    case = Fp8Case("tuned", matrix[:1], matrix[1], "e8m0")
+    weights, scales = draw_weights(case, 8, cuda)
+    packed = pack_fp8(weights, scales)
+    exact = reference_weight(weights, scales)
+    for num_rows in (65, 449, 2048):
+        x = draw_rows(num_rows, case.width, 1.0, cuda)
+        num_bytes = workspace_bytes(num_rows, packed.num_k_blocks)
+        workspace = torch.full((num_bytes,), 255, dtype=torch.uint8, device=cuda)
+        quantize_launch(QuantizeConfig(packed.power_of_two), x, workspace, packed.num_k_blocks)
+        codes, scale = quantize_rows(x, packed.power_of_two)
+        rows = (codes.double() * scale.double()[..., None]).flatten(1)[:, : case.width]
+        reference = rows @ exact.T
+        slack = 4 * TENSOR_CORE_ULP * (rows.abs() @ exact.abs().T)
+        for config in tuner_kernels(matrix, W8A8Config):
+            first, again = (poisoned(num_rows, packed.out_features, cuda) for _ in range(2))
+            w8a8_launch(config, workspace, packed, first)
+            w8a8_launch(config, workspace, packed, again)
+            assert torch.equal(first, again), (config.name, num_rows)
+            assert_right(first, reference, slack, (config.name, num_rows))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_quantised_blocks_are_the_definition(case: Fp8Case, cuda: torch.device) -> None:
-    from ownpath.kernels.cute.fp8_config import QuantizeConfig
     from ownpath.kernels.cute.fp8_launch import quantize_launch, workspace_bytes
 
     for num_rows in (1, 63, 64, 130):
@@ -142,12 +187,10 @@ def test_w8a8_against_the_emulation(case: Fp8Case, cuda: torch.device) -> None:
             codes, scale = quantize_rows(x, packed.power_of_two)
             rows = (codes.double() * scale.double()[..., None]).flatten(1)[:, : case.width]
             reference = rows @ exact.T
-            assert torch.isfinite(first).all(), (num_rows, amplitude)
             assert torch.equal(first, again), (num_rows, amplitude)
-            assert relative_l2(first, reference) <= W8A16_MAX_REL_L2, (num_rows, amplitude)
-            # Four steps of 32 products per block of K, each cut below the largest term; one rounding to BF16.
-            bound = BF16_HALF_ULP * reference.abs() + 4 * TENSOR_CORE_ULP * (rows.abs() @ exact.abs().T)
-            assert ((first.double() - reference).abs() <= bound).all(), (num_rows, amplitude)
+            # Four steps of 32 products per block of K, each cut below the largest term.
+            slack = 4 * TENSOR_CORE_ULP * (rows.abs() @ exact.abs().T)
+            assert_right(first, reference, slack, (num_rows, amplitude))
 
 
 def test_a_nan_reaches_only_its_own_row(cuda: torch.device) -> None:

@@ -12,6 +12,23 @@ MAX_SMEM = 232448
 MAX_K_BLOCKS = 64
 QUANTIZE_ROWS = 32
 QUANTIZE_THREADS = 8 * QUANTIZE_ROWS
+CTA_SMEM = {1: MAX_SMEM, 2: 114688, 3: 76288, 4: 56832}
+"""Shared memory for each of 1 to 4 CTAs that share an SM."""
+W8A16_REGISTERS = {
+    (1, 2): (40, 232),
+    (2, 2): (32, 104),
+    (1, 4): (32, 112),
+    (2, 1): (40, 216),
+    (3, 1): (24, 136),
+    (4, 1): (24, 104),
+}
+"""Registers of loading and multiplying threads, by CTAs per SM and consumers, within what a CTA is launched with."""
+W8A8_REGISTERS = {2: 240, 3: 160}
+"""Registers of multiplying threads, by warpgroups."""
+SUM_REGISTERS = 64
+"""Of 64 tokens x 128 features per thread of a warpgroup: one set for the block of K, one for each block's total."""
+MAX_CLUSTER = 8
+TOKEN_TILES = (8, 16, 32, 64)
 ACT_STRIDE = 9216
 """Activation blocks start at multiples of 1024, as the swizzle needs: 8192 bytes, 256 of scales, a gap."""
 
@@ -24,10 +41,11 @@ _SHARED_SOURCES = ("fp8_ptx.py", "fp8_config.py", "ptx.py", "../fp8_packing.py")
 class W8A16Config:
     """The shape of one compiled W8A16 kernel.
 
-    num_m64: 64-row blocks per CTA, 2 or 4. num_n: tokens per tile. cluster_k: CTAs that share rows and split K.
+    num_m64: 64-row blocks per CTA, 1, 2 or 4. num_n: tokens per tile. cluster_k: CTAs that share rows and split K.
     folded: block scales ride on the decode multiply. ragged: outputs are written one by one.
     per_sm: CTAs that shall fit an SM together, so that the next kernel's may fetch while this one's finish.
     consumers: warpgroups that multiply. wgmma: they use ``wgmma``; otherwise ``mma``, which costs less for few tokens.
+    Errors: ValueError for a shape that has no kernel, with the field's name.
     """
 
     num_m64: int
@@ -39,6 +57,19 @@ class W8A16Config:
     per_sm: int = 1
     consumers: int = 2
     wgmma: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.per_sm, self.consumers) not in W8A16_REGISTERS:
+            raise ValueError(f"per_sm={self.per_sm} with consumers={self.consumers}: no split of the registers")
+        if self.num_m64 not in (1, 2, 4) or self.num_m64 % self.consumers:
+            raise ValueError(f"num_m64={self.num_m64}: 1, 2 or 4 blocks, shared by consumers={self.consumers}")
+        if self.num_n not in TOKEN_TILES:
+            raise ValueError(f"num_n={self.num_n}: tiles have {', '.join(map(str, TOKEN_TILES))} tokens")
+        if not 1 <= self.cluster_k <= MAX_CLUSTER:
+            raise ValueError(f"cluster_k={self.cluster_k}: clusters have 1 to {MAX_CLUSTER} CTAs")
+        stages = w8a16_stages(self.num_m64, self.num_n, CTA_SMEM[self.per_sm])
+        if not 2 <= self.num_stages <= stages:
+            raise ValueError(f"num_stages={self.num_stages}: at least 2, at most {stages} fit shared memory")
 
     @property
     def name(self) -> str:
@@ -67,7 +98,7 @@ class W8A8Config:
     """The shape of one compiled W8A8 kernel.
 
     warpgroups: consumers, 2 or 3; num_m64: 64-token blocks of each. cluster_n: CTAs that share activations, 1 or 2.
-    ragged: outputs are written one by one.
+    ragged: outputs are written one by one. Errors: ValueError for a shape that has no kernel, with the field's name.
     """
 
     warpgroups: int
@@ -75,6 +106,17 @@ class W8A8Config:
     num_stages: int
     cluster_n: int = 2
     ragged: bool = False
+
+    def __post_init__(self) -> None:
+        if self.warpgroups not in W8A8_REGISTERS:
+            raise ValueError(f"warpgroups={self.warpgroups}: 2 or 3")
+        if not 1 <= self.num_m64 < W8A8_REGISTERS[self.warpgroups] // SUM_REGISTERS:
+            raise ValueError(f"num_m64={self.num_m64}: its sums do not fit a thread's registers")
+        if self.cluster_n not in (1, 2):
+            raise ValueError(f"cluster_n={self.cluster_n}: 1 or 2")
+        stages = w8a8_stages(self.m64_per_tile)
+        if not 2 <= self.num_stages <= stages:
+            raise ValueError(f"num_stages={self.num_stages}: at least 2, at most {stages} fit shared memory")
 
     @property
     def name(self) -> str:

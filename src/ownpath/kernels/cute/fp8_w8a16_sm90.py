@@ -32,19 +32,18 @@ from cutlass.cute.nvgpu import warpgroup
 from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
 from ownpath.kernels.cute import fp8_ptx, ptx
-from ownpath.kernels.cute.fp8_config import BLOCK_K, CHUNK_K, ENTRY_BYTES, MAX_K_BLOCKS, WG, W8A16Config
+from ownpath.kernels.cute.fp8_config import (
+    BLOCK_K,
+    CHUNK_K,
+    ENTRY_BYTES,
+    MAX_K_BLOCKS,
+    W8A16_REGISTERS,
+    WG,
+    W8A16Config,
+)
 from ownpath.kernels.fp8_packing import BLOCK_BYTES
 
 TOKEN_THREADS = 64
-REGISTERS = {
-    (1, 2): (40, 232),
-    (2, 2): (32, 104),
-    (1, 4): (32, 112),
-    (2, 1): (40, 216),
-    (3, 1): (24, 136),
-    (4, 1): (24, 104),
-}
-"""Registers of loading and multiplying threads, by CTAs per SM and consumers, within what a CTA is launched with."""
 
 
 class W8A16:
@@ -53,7 +52,7 @@ class W8A16:
     def __init__(self, config: W8A16Config) -> None:
         self.cfg = config
         self.per_wg = config.num_m64 // config.consumers
-        self.registers = REGISTERS[config.per_sm, config.consumers]
+        self.registers = W8A16_REGISTERS[config.per_sm, config.consumers]
         self.group = 4 if self.per_wg == 1 else 2
 
     @cute.jit

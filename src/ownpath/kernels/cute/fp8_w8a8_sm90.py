@@ -26,11 +26,10 @@ from cutlass.cute.nvgpu import warpgroup
 from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
 from ownpath.kernels.cute import fp8_ptx, ptx
-from ownpath.kernels.cute.fp8_config import ACT_STRIDE, ENTRY_BYTES, WG, W8A8Config
+from ownpath.kernels.cute.fp8_config import ACT_STRIDE, ENTRY_BYTES, W8A8_REGISTERS, WG, W8A8Config
 from ownpath.kernels.fp8_packing import ACT_BLOCK_BYTES, BLOCK_BYTES
 
 TILE_N = 128
-CONSUMER_REGISTERS = {2: 240, 3: 160}
 
 
 class W8A8:
@@ -108,7 +107,7 @@ class W8A8:
                     num_tiles, num_m_tiles, num_tokens, num_row_blocks, num_k_blocks,
                 )  # fmt: skip
         else:
-            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[cfg.warpgroups])
+            cute.arch.setmaxregister_increase(W8A8_REGISTERS[cfg.warpgroups])
             self.consume(
                 row_table, out, smem_a, smem_b, smem_scales, full, empty, thread % WG, warp_group, rank, worker,
                 num_workers, num_tiles, num_m_tiles, num_tokens, ld_out, num_row_blocks, num_k_blocks,

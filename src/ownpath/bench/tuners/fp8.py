@@ -1,0 +1,170 @@
+"""Shapes of the FP8 products, by tokens, on V4-Flash's five matrices: W8A16 for few tokens, W8A8 for many.
+
+A candidate of W8A16 names rows (``num_m64`` blocks of 64) and tokens (``num_n``) of a CTA, ``cluster_k`` CTAs that
+split K, ``consumers`` warpgroups and ``per_sm`` CTAs that share an SM, and ``wgmma`` or ``mma``. One of W8A8 names
+``warpgroups`` of ``num_m64`` 64-token blocks each, ``cluster_n`` CTAs that share activations, and stages.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+
+from ownpath.bench.check import fp8_reference, rel_l2
+from ownpath.bench.measure import Settings
+from ownpath.bench.operands import Fp8Operands, random_activations, random_fp8
+from ownpath.bench.rotation import num_calls
+from ownpath.bench.shapes import LINEAR_SHAPES, LinearShape
+from ownpath.bench.timing import CudaGraph
+from ownpath.bench.tune import CandidateFailed, Config
+from ownpath.kernels.cache import CompileError
+from ownpath.kernels.cute.fp8_choose import (
+    CLUSTERS,
+    TABLE,
+    W8A8_SHAPES,
+    WGMMA_FROM,
+    knobs_config,
+    w8a16_shape,
+)
+from ownpath.kernels.cute.fp8_config import QuantizeConfig, W8A8Config, W8A16Config, w8a8_stages
+from ownpath.kernels.cute.fp8_launch import quantize_launch, w8a8_launch, w8a16_launch, workspace_bytes
+from ownpath.kernels.driver import CudaError
+from ownpath.kernels.fp8_packing import PackedFp8, pack_fp8
+from ownpath.kernels.ref.fp8 import quantize_rows
+
+MAX_REL_L2 = 3e-3
+"""Of the product of what the kernel multiplies: for W8A8 the activations after rounding to E4M3. The rounding to BF16
+leaves at most 1.7e-3."""
+FEW = (8, 16, 32, 64)
+"""Token counts of W8A16: an entry holds down to the one before."""
+MANY = (256, 512, 1024, 2048)
+"""Token counts of W8A8."""
+SMS = 132
+FITTING = CLUSTERS | {3: 40, 6: 16, 7: 16}
+"""Clusters of each size that run at once with one CTA per SM. 3, 6 and 7: what GPCs of 16 or 18 SMs hold at least."""
+
+Tile = tuple[int, int, int, bool]
+"""num_m64, consumers, per_sm, wgmma."""
+
+SMALL: tuple[Tile, ...] = ((2, 2, 2, False), (2, 1, 3, False), (1, 1, 4, False), (2, 1, 2, False))
+TILES: dict[int, tuple[Tile, ...]] = {
+    8: (*SMALL, (1, 1, 3, False), (4, 4, 1, False)),
+    16: (*SMALL, (2, 2, 2, True), (4, 4, 1, False)),
+    32: ((2, 2, 2, True), (2, 1, 2, True), (1, 1, 4, True), (2, 2, 2, False), (1, 1, 3, False), (4, 4, 1, True)),
+    64: ((2, 2, 2, True), (2, 1, 2, True), (1, 1, 2, True), (1, 1, 3, True), (4, 2, 1, True), (4, 4, 1, True)),
+}
+"""What is tried for each number of tokens, beside the rule's choice. Four CTAs per SM spill at 32 tokens by ``mma``."""
+UNEVEN = (6, 7)
+"""Clusters that are tried for the largest tiles only, where 4 leave half of the SMs idle and 8 do not fit."""
+
+
+def few(shape: LinearShape, tokens: int) -> list[Config]:
+    """W8A16 candidates: the rule's choice, then tiles in as many CTAs as fill most of the device, up to twice."""
+    blocks, k_blocks = shape.out_features // 64, shape.in_features // 128
+    rule = w8a16_shape(tokens, (blocks, k_blocks, True, False), SMS, tokens >= WGMMA_FROM)
+    found = [_tile((rule.num_m64, rule.consumers, rule.per_sm, rule.wgmma), tokens, rule.cluster_k)]
+    for tile in TILES[tokens]:
+        num_m64, _, per_sm, _ = tile
+        for cluster_k in (1, 2, 4, 8, *(UNEVEN if num_m64 == 4 else ())):
+            groups = -(-blocks // num_m64)
+            # One CTA per SM leaves nothing to cover a second wave with.
+            waves_fit = per_sm > 1 or groups <= FITTING[cluster_k]
+            num_ctas_fits = 2 * SMS // 3 <= groups * cluster_k <= (2 * SMS if cluster_k > 1 else 4 * SMS)
+            if waves_fit and num_ctas_fits and cluster_k <= k_blocks:
+                found.append(_tile(tile, tokens, cluster_k))
+    return [knobs for idx, knobs in enumerate(found) if knobs not in found[:idx]]
+
+
+def _tile(tile: Tile, num_n: int, cluster_k: int) -> Config:
+    num_m64, consumers, per_sm, wgmma = tile
+    named = {"num_m64": num_m64, "num_n": num_n, "cluster_k": cluster_k, "per_sm": per_sm, "consumers": consumers}
+    return named | {"wgmma": wgmma}
+
+
+def many() -> list[Config]:
+    """W8A8 candidates: every tile, alone and by pairs of CTAs that share activations, with all stages and one less."""
+    found: list[Config] = []
+    for warpgroups, num_m64 in W8A8_SHAPES:
+        stages = w8a8_stages(warpgroups * num_m64)
+        for cluster_n, num_stages in ((1, stages), (2, stages), (1, stages - 1)):
+            named = {"warpgroups": warpgroups, "num_m64": num_m64, "cluster_n": cluster_n, "num_stages": num_stages}
+            found.append(named)
+    return found
+
+
+class Fp8Family:
+    """The family that ``--tune fp8`` asks for."""
+
+    candidates: Mapping[str, Sequence[Config]]
+    table: Path = TABLE
+
+    def __init__(self, device: str) -> None:
+        shapes = [shape for shape in LINEAR_SHAPES if shape.name != "tiny"]
+        self.candidates = {
+            f"tokens={tokens},rows={shape.out_features},cols={shape.in_features}": (
+                few(shape, tokens) if tokens in FEW else many()
+            )
+            for shape in shapes
+            for tokens in (*FEW, *MANY)
+        }
+        self._shapes = {(shape.out_features, shape.in_features): shape for shape in shapes}
+        self._settings = Settings.of(device)
+        self._operands = lru_cache(maxsize=1)(self._make_operands)
+        self._reference = lru_cache(maxsize=1)(self._make_reference)
+
+    def run(self, case: str, config: Config) -> float:
+        """Median microseconds of a call, W8A8's with its quantiser; the answer is compared with float64 first."""
+        tokens, rows, cols = (int(part.split("=")[1]) for part in case.split(","))
+        shape = self._shapes[rows, cols]
+        _, packed = self._operands(shape)
+        x = self._activations(tokens, cols)
+        out = torch.full((tokens, rows), torch.nan, dtype=torch.bfloat16, device=x.device)
+        try:
+            kernel = knobs_config(config, packed[0].num_k_blocks)
+            calls = [_call(kernel, x, weight, out) for weight in packed]
+            calls[0]()
+        except (CompileError, CudaError, ValueError) as failure:
+            raise CandidateFailed(str(failure).splitlines()[0]) from failure
+        error = rel_l2(out, self._reference(shape, tokens))
+        if not error <= MAX_REL_L2:
+            raise CandidateFailed(f"wrong: relative L2 {error:.1e}")
+        return CudaGraph(0.05).time(calls).us
+
+    def _activations(self, tokens: int, cols: int) -> torch.Tensor:
+        return random_activations(tokens, cols, self._settings.generator(tokens))
+
+    def _make_operands(self, shape: LinearShape) -> tuple[Fp8Operands, list[PackedFp8]]:
+        """One stored operand for the reference, and packed ones in rotation so that L2 is cold."""
+        stored = [random_fp8(shape, self._settings.generator(idx)) for idx in range(num_calls(shape.num_params))]
+        return stored[0], [pack_fp8([one.weight], [one.scale]) for one in stored]
+
+    def _make_reference(self, shape: LinearShape, tokens: int) -> torch.Tensor:
+        x = self._activations(tokens, shape.in_features)
+        if tokens in MANY:
+            codes, scale = quantize_rows(x, power_of_two=True)
+            x = (codes.double() * scale.double()[..., None]).flatten(1)
+        return fp8_reference(x, self._operands(shape)[0])
+
+
+def _call(
+    kernel: W8A16Config | W8A8Config, x: torch.Tensor, weight: PackedFp8, out: torch.Tensor
+) -> Callable[[], None]:
+    """What a runner launches for ``kernel``."""
+    if isinstance(kernel, W8A16Config):
+        return partial(w8a16_launch, kernel, x, weight, out)
+    num_bytes = workspace_bytes(len(x), weight.num_k_blocks)
+    workspace = torch.empty(num_bytes, dtype=torch.uint8, device=x.device)
+
+    def both() -> None:
+        quantize_launch(QuantizeConfig(weight.power_of_two), x, workspace, weight.num_k_blocks)
+        w8a8_launch(kernel, workspace, weight, out)
+
+    return both
+
+
+def family(device: str) -> Fp8Family:
+    """The FP8 products' tuner. Errors: ValueError off CUDA."""
+    if not device.startswith("cuda"):
+        raise ValueError(f"--tune fp8 measures on a CUDA device, not on {device}")
+    return Fp8Family(device)

@@ -1,0 +1,162 @@
+"""Which FP8 kernel is chosen: the table's where it has an entry, else the rule's; one arithmetic when invariant."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from ownpath.kernels.cute import fp8_choose
+from ownpath.kernels.cute.fp8_choose import (
+    TABLE,
+    W8A8_SHAPES,
+    WeightKey,
+    read_table,
+    w8a8_config,
+    w8a8_configs,
+    w8a8_shape,
+    w8a16_config,
+    w8a16_configs,
+)
+from ownpath.kernels.cute.fp8_config import CTA_SMEM, TOKEN_TILES, W8A8Config, W8A16Config, w8a16_stages
+
+SMS = 132
+TUNED: WeightKey = (64, 32, True, False)
+OTHERS: tuple[WeightKey, ...] = (
+    (64, 32, False, False),
+    (64, 32, True, True),
+    (62, 32, True, False),
+    (64, 31, True, False),
+)
+FEW = {"num_m64": 1, "num_n": 16, "cluster_k": 4, "per_sm": 3, "consumers": 1, "wgmma": False}
+MORE = {"num_m64": 4, "num_n": 64, "cluster_k": 7, "per_sm": 1, "consumers": 2, "wgmma": True}
+LONG = {"warpgroups": 3, "num_m64": 1, "cluster_n": 2, "num_stages": 4}
+ENTRIES: dict[str, dict[str, Any]] = {
+    "tokens=64,rows=4096,cols=4096": {"config": MORE},
+    "tokens=16,rows=4096,cols=4096": {"config": FEW},
+    "tokens=2048,rows=4096,cols=4096": {"config": LONG},
+}
+
+
+@pytest.fixture
+def entries(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, dict[str, Any]]]:
+    """A table in place of the package's."""
+    entries: dict[str, dict[str, Any]] = {}
+    monkeypatch.setattr(fp8_choose, "fp8_table", lambda: read_table(entries))
+    forget()
+    yield entries
+    forget()
+
+
+def forget() -> None:
+    w8a16_config.cache_clear()
+    w8a8_config.cache_clear()
+
+
+def rule(num_tokens: int, key: WeightKey, entries: dict[str, Any]) -> W8A16Config | W8A8Config:
+    """What is chosen without a table."""
+    kept = dict(entries)
+    entries.clear()
+    forget()
+    found = w8a16_config(num_tokens, key, SMS) if num_tokens <= 64 else w8a8_config(num_tokens, key, SMS)
+    entries.update(kept)
+    forget()
+    return found
+
+
+def test_an_entry_holds_for_its_tokens_and_fewer(entries: dict[str, dict[str, Any]]) -> None:
+    entries.update(ENTRIES)
+    stages = w8a16_stages(1, 16, CTA_SMEM[3])
+    few = W8A16Config(1, 16, stages, 4, folded=True, per_sm=3, consumers=1)
+    more = W8A16Config(4, 64, w8a16_stages(4, 64, CTA_SMEM[1]), 7, folded=True, wgmma=True)
+    for num_tokens in (1, 8, 9, 16):
+        assert w8a16_config(num_tokens, TUNED, SMS) == few
+    for num_tokens in (17, 32, 64):
+        assert w8a16_config(num_tokens, TUNED, SMS) == more
+
+
+def test_an_entry_of_many_tokens_holds_for_as_many_blocks(entries: dict[str, dict[str, Any]]) -> None:
+    entries.update(ENTRIES)
+    for num_tokens in (1985, 2047, 2048):
+        assert w8a8_config(num_tokens, TUNED, SMS) == W8A8Config(3, 1, 4, 2)
+    for num_tokens in (65, 1984, 2049, 4096):
+        assert w8a8_config(num_tokens, TUNED, SMS) == rule(num_tokens, TUNED, entries)
+
+
+@pytest.mark.parametrize("key", OTHERS)
+def test_other_weights_follow_the_rule(key: WeightKey, entries: dict[str, dict[str, Any]]) -> None:
+    entries.update(ENTRIES)
+    for num_tokens in (1, 16, 33, 64, 2048):
+        choose = w8a16_config if num_tokens <= 64 else w8a8_config
+        assert choose(num_tokens, key, SMS) == rule(num_tokens, key, entries)
+
+
+def test_an_invariant_plan_never_reads_the_table(entries: dict[str, dict[str, Any]]) -> None:
+    """Rows per CTA and the share of K decide the order of sums: they must not follow the number of rows."""
+    before = [w8a16_config(count, TUNED, SMS, is_batch_invariant=True) for count in (1, 9, 17, 64, 4096)]
+    assert len({(config.num_m64, config.cluster_k, config.consumers, config.wgmma) for config in before}) == 1
+    entries.update(ENTRIES)
+    forget()
+    assert [w8a16_config(count, TUNED, SMS, is_batch_invariant=True) for count in (1, 9, 17, 64, 4096)] == before
+
+
+@pytest.mark.parametrize("with_entries", [False, True])
+@pytest.mark.parametrize(("prefill_from", "invariant"), [(65, False), (None, False), (None, True), (33, False)])
+def test_what_is_compiled_first_covers_every_count(
+    with_entries: bool, prefill_from: int | None, invariant: bool, entries: dict[str, dict[str, Any]]
+) -> None:
+    entries.update(ENTRIES if with_entries else {})
+    for key in (TUNED, *OTHERS):
+        listed = w8a16_configs(key, SMS, prefill_from, invariant)
+        for num_tokens in range(1, prefill_from or 300):
+            assert w8a16_config(num_tokens, key, SMS, invariant) in listed
+        for num_tokens in range(prefill_from or 65, 5000, 61):
+            assert w8a8_config(num_tokens, key, SMS) in w8a8_configs(key)
+        assert w8a8_config(2048, key, SMS) in w8a8_configs(key)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        (FEW | {"num_m64": 3}, "num_m64=3"),
+        (FEW | {"num_m64": 1, "consumers": 2, "per_sm": 2}, "num_m64=1"),
+        (FEW | {"consumers": 2}, "per_sm=3 with consumers=2"),
+        (FEW | {"per_sm": 5}, "per_sm=5"),
+        (FEW | {"num_n": 24}, "num_n=24"),
+        (FEW | {"cluster_k": 16}, "cluster_k=16"),
+        (FEW | {"cluster_k": 0}, "cluster_k=0"),
+        (FEW | {"num_m64": 4, "num_n": 64}, "num_stages="),
+        (LONG | {"warpgroups": 4}, "warpgroups=4"),
+        (LONG | {"num_m64": 2}, "num_m64=2"),
+        (LONG | {"cluster_n": 4}, "cluster_n=4"),
+        (LONG | {"num_stages": 9}, "num_stages=9"),
+        ({"num_n": 8}, "knobs num_n instead of"),
+        (LONG | {"depth": 2}, "depth"),
+    ],
+)
+def test_an_entry_that_is_no_kernel_is_named(knobs: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=f"fp8.json, tokens=16,rows=4096,cols=4096: .*{words}"):
+        read_table({"tokens=16,rows=4096,cols=4096": {"config": knobs}})
+
+
+def test_k_is_not_shared_by_more_ctas_than_it_has_blocks() -> None:
+    with pytest.raises(ValueError, match="cluster_k=4 does not share 3 blocks of K"):
+        read_table({"tokens=16,rows=4096,cols=384": {"config": FEW}})
+    with pytest.raises(ValueError, match="cluster_k=1 does not share 65 blocks of K"):
+        read_table({"tokens=16,rows=4096,cols=8320": {"config": FEW | {"cluster_k": 1}}})
+
+
+def test_the_package_s_table_is_valid() -> None:
+    table = json.loads(TABLE.read_text())
+    assert table["family"] == "fp8"
+    assert sum(map(len, read_table(table["entries"]).values())) == len(table["entries"])
+
+
+def test_the_rule_gives_full_tiles_for_any_weight() -> None:
+    for key in (TUNED, *OTHERS, (2, 1, True, False), (512, 8, True, False), (24, 512, False, False)):
+        for num_n in TOKEN_TILES:
+            config = w8a16_config(num_n, key, SMS)
+            assert config.num_n == num_n
+            assert config.cluster_k <= key[1]
+    for shape in W8A8_SHAPES:
+        assert w8a8_shape(*shape, ragged=False).num_stages >= 4
