@@ -12,7 +12,7 @@ from ownpath.kernels.cute.fp8_choose import knobs_config, w8a8_shape, w8a16_shap
 from ownpath.kernels.cute.fp8_config import W8A8Config, W8A16Config
 from ownpath.kernels.ref.fp8 import fp8_w8a8, fp8_w8a16
 
-MOST = 14
+MOST = 12
 """Candidates in a case: every one is compiled, checked and timed."""
 
 

@@ -41,8 +41,9 @@ FEW = (8, 16, 32, 64)
 MANY = (256, 512, 1024, 2048)
 """Token counts of W8A8."""
 SMS = 132
-FITTING = CLUSTERS | {3: 40, 6: 16, 7: 16}
-"""Clusters of each size that run at once with one CTA per SM. 3, 6 and 7: what GPCs of 16 or 18 SMs hold at least."""
+FITTING = CLUSTERS | {6: 20}
+"""Clusters of each size that run at once with one CTA per SM. 15 of 8 and 30 of 4 on 132 SMs mean seven GPCs of 16 or
+18 SMs and one of 8 or 10, which hold 20 of 6 (but only 15 of 7)."""
 
 Tile = tuple[int, int, int, bool]
 """num_m64, consumers, per_sm, wgmma."""
@@ -55,7 +56,7 @@ TILES: dict[int, tuple[Tile, ...]] = {
     64: ((2, 2, 2, True), (2, 1, 2, True), (1, 1, 2, True), (1, 1, 3, True), (4, 2, 1, True), (4, 4, 1, True)),
 }
 """What is tried for each number of tokens, beside the rule's choice. Four CTAs per SM spill at 32 tokens by ``mma``."""
-UNEVEN = (6, 7)
+UNEVEN = (6,)
 """Clusters that are tried for the largest tiles only, where 4 leave half of the SMs idle and 8 do not fit."""
 
 
