@@ -5,11 +5,12 @@ split K, ``consumers`` warpgroups and ``per_sm`` CTAs that share an SM, and ``wg
 ``warpgroups`` of ``num_m64`` 64-token blocks each, ``cluster_n`` CTAs that share activations, and stages.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ownpath.bench.check import fp8_reference, rel_l2
 from ownpath.bench.measure import Settings
@@ -121,9 +122,11 @@ class Fp8Family:
         _, packed = self._operands(shape)
         x = self._activations(tokens, cols)
         out = torch.full((tokens, rows), torch.nan, dtype=torch.bfloat16, device=x.device)
+        num_bytes = workspace_bytes(tokens, packed[0].num_k_blocks)
+        workspace = torch.empty(num_bytes, dtype=torch.uint8, device=x.device)
         try:
             kernel = knobs_config(config, packed[0].num_k_blocks)
-            calls = [_call(kernel, x, weight, out) for weight in packed]
+            calls = [partial(_call, kernel, x, out, workspace, weight) for weight in packed]
             calls[0]()
         except (CompileError, CudaError, ValueError) as failure:
             raise CandidateFailed(str(failure).splitlines()[0]) from failure
@@ -132,7 +135,7 @@ class Fp8Family:
             raise CandidateFailed(f"wrong: relative L2 {error:.1e}")
         return CudaGraph(0.05).time(calls).us
 
-    def _activations(self, tokens: int, cols: int) -> torch.Tensor:
+    def _activations(self, tokens: int, cols: int) -> Tensor:
         return random_activations(tokens, cols, self._settings.generator(tokens))
 
     def _make_operands(self, shape: LinearShape) -> tuple[Fp8Operands, list[PackedFp8]]:
@@ -140,7 +143,7 @@ class Fp8Family:
         stored = [random_fp8(shape, self._settings.generator(idx)) for idx in range(num_calls(shape.num_params))]
         return stored[0], [pack_fp8([one.weight], [one.scale]) for one in stored]
 
-    def _make_reference(self, shape: LinearShape, tokens: int) -> torch.Tensor:
+    def _make_reference(self, shape: LinearShape, tokens: int) -> Tensor:
         x = self._activations(tokens, shape.in_features)
         if tokens in MANY:
             codes, scale = quantize_rows(x, power_of_two=True)
@@ -148,20 +151,13 @@ class Fp8Family:
         return fp8_reference(x, self._operands(shape)[0])
 
 
-def _call(
-    kernel: W8A16Config | W8A8Config, x: torch.Tensor, weight: PackedFp8, out: torch.Tensor
-) -> Callable[[], None]:
-    """What a runner launches for ``kernel``."""
+def _call(kernel: W8A16Config | W8A8Config, x: Tensor, out: Tensor, workspace: Tensor, weight: PackedFp8) -> None:
+    """What a runner launches for ``kernel``. workspace: for W8A8, one for all calls as in a model."""
     if isinstance(kernel, W8A16Config):
-        return partial(w8a16_launch, kernel, x, weight, out)
-    num_bytes = workspace_bytes(len(x), weight.num_k_blocks)
-    workspace = torch.empty(num_bytes, dtype=torch.uint8, device=x.device)
-
-    def both() -> None:
+        w8a16_launch(kernel, x, weight, out)
+    else:
         quantize_launch(QuantizeConfig(weight.power_of_two), x, workspace, weight.num_k_blocks)
         w8a8_launch(kernel, workspace, weight, out)
-
-    return both
 
 
 def family(device: str) -> Fp8Family:
