@@ -5,22 +5,24 @@ its 512 bytes of scales. Blocks follow each other along K, then along rows.
 
 One ``wgmma`` takes 64 rows x 16 columns of weights from the registers of 128 threads. Thread 32 w + 4 g + q holds rows
 16 w + g and 16 w + g + 8, columns 2 q + {0, 1} and 8 + 2 q + {0, 1}: eight codes, one 32-bit word. Bits of a word, in
-each 16-bit half (low half: even column):
+each 16-bit half (low half: even column; * in the other half), and what a kernel does before it masks bits 15 and 8..6
+of each half, where BF16 has its sign, low exponent and top mantissa bits:
 
-    row g,     low columns    sign 15, exponent and mantissa 8..6
-    row g + 8, low columns    sign 12, exponent and mantissa 5..3
-    row g,     high columns   sign 14, exponent and mantissa 2..0
-    row g + 8, high columns   sign 13, exponent and mantissa 11..9
+    row g,     low columns    sign 15, exponent and mantissa 8..6           nothing
+    row g + 8, low columns    sign 2*, exponent and mantissa 11..9          rotate right by 3
+    row g,     high columns   sign 5*, exponent and mantissa 14..12         rotate right by 6
+    row g + 8, high columns   sign 3, exponent 1 and 0, mantissa 4          keep only these, times 2**12 + 2**7 + 2**2
 
-Shifts by 0, 3 and 6 to the left and 3 to the right bring exponent and mantissa to where BF16 has its low exponent and
-top mantissa bits; for the first two the sign comes along. A thread's
-words of steps 0..3 are 16 contiguous bytes, those of steps 4..7 are 2048 bytes further.
+No three of these could be had with two operations each and the fourth as well: 15, 8..6 does not tile the 16 bits. The
+product in the last row moves its bits by three distances at once; none of their nine copies meet.
+A thread's words of steps 0..3 are 16 contiguous bytes, those of steps 4..7 are 2048 bytes further.
 
 Scales become bytes with 5 exponent and 3 mantissa bits, value 2**(e - 10) * (1 + m / 8): every positive E4M3 value,
 subnormals too, and never needs a shift by a data-dependent amount. Zero has no code: codes under a zero scale are
-zeroed instead, which gives the same product. Scale byte of row half h and step s: 256 (s / 4) + 64 w + 8 g +
-2 (s % 4) + h;
-so each half of a block along K, codes and scales, is contiguous too.
+zeroed instead, which gives the same product. Scale word of warp w, thread group g and step pair s / 2 is at byte
+256 (s / 4) + 64 w + 8 g + 4 (s / 2 % 2): row g of the even and the odd step, then row g + 8 of both, a byte each, the
+word then rotated left by 4, so that masking leaves both rows of the even step where BF16 has exponent and mantissa,
+and those of the odd step after a rotation by 8. Each half of a block along K, codes and scales, is contiguous.
 
 Example: code 0b1011 (-1.5) at row 0, column 0 sets bits 15 (sign), 7 (exponent 01) and 6 (mantissa 1) of word 0.
 
@@ -31,6 +33,10 @@ block (``plain``), or gate and up of feature 8 w + g of 32 (``gate_up``), so tha
 from functools import lru_cache
 
 import torch
+
+SIGN_BITS = (15, 18, 21, 3)
+EXPONENT_MANTISSA_BITS = ((8, 7, 6), (11, 10, 9), (14, 13, 12), (1, 0, 4))
+"""Bits of the even column's code in a word, for each register; the odd column's are 16 further, modulo 32."""
 
 
 def plain_rows(num_rows: int) -> torch.Tensor:
@@ -52,14 +58,12 @@ def _code_tables(device: torch.device) -> torch.Tensor:
     tables = torch.zeros(4, 256, dtype=torch.int64)
     for lane, code in enumerate((byte & 15, byte >> 4)):
         sign, exponent_mantissa = code >> 3, code & 7
-        fields = (
-            sign << 15 | exponent_mantissa << 6,
-            sign << 12 | exponent_mantissa << 3,
-            sign << 14 | exponent_mantissa,
-            sign << 13 | exponent_mantissa << 9,
-        )
-        for register, bits in enumerate(fields):
-            tables[register] |= bits << (16 * lane)
+        for register, (sign_bit, exponent_mantissa_bits) in enumerate(
+            zip(SIGN_BITS, EXPONENT_MANTISSA_BITS, strict=True)
+        ):
+            tables[register] |= sign << (sign_bit + 16 * lane) % 32
+            for target, bit in enumerate(reversed(exponent_mantissa_bits)):
+                tables[register] |= (exponent_mantissa >> target & 1) << (bit + 16 * lane)
     return torch.where(tables >= 1 << 31, tables - (1 << 32), tables).to(torch.int32).to(device)
 
 
@@ -100,12 +104,11 @@ def unpack_codes(packed: torch.Tensor, rows: torch.Tensor, num_cols: int) -> tor
     words = packed.view(torch.int32).view(num_rows // 64, num_cols // 128, 2, 4, 8, 4, 4)
     words = words.permute(0, 3, 4, 1, 2, 6, 5).long()
     ordered = torch.empty(num_rows // 64, 4, 2, 8, num_cols // 128, 2, 4, 2, 4, dtype=torch.uint8)
-    for register, (sign, fields) in enumerate(((15, (8, 7, 6)), (12, (5, 4, 3)), (14, (2, 1, 0)), (13, (11, 10, 9)))):
+    for register, (sign, fields) in enumerate(zip(SIGN_BITS, EXPONENT_MANTISSA_BITS, strict=True)):
         byte = torch.zeros_like(words)
         for lane in range(2):
-            half = words >> (16 * lane)
             for target, source in zip((3, 2, 1, 0), (sign, *fields), strict=True):
-                byte |= (half >> source & 1) << (target + 4 * lane)
+                byte |= (words >> (source + 16 * lane) % 32 & 1) << (target + 4 * lane)
         ordered[:, :, register % 2, :, :, :, :, register // 2] = byte.to(torch.uint8)
     codes = torch.empty(num_rows, num_cols // 2, dtype=torch.uint8)
     codes[rows] = ordered.view(num_rows, num_cols // 2)
@@ -125,16 +128,19 @@ def pack_scales(scale: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 def order_scales(encoded: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Row-major bytes [N, K/16] to the block layout."""
     num_rows, num_groups = encoded.shape
-    # [block, warp, half, g, k block, step high, step low] -> [block, k block, step high, warp, g, step low, half]
-    ordered = encoded[rows].view(num_rows // 64, 4, 2, 8, num_groups // 8, 2, 4)
-    return ordered.permute(0, 4, 5, 1, 3, 6, 2).contiguous().flatten()
+    # [block, warp, half, g, k block, step high, pair, odd] -> [block, k block, step high, warp, g, pair, half, odd]
+    ordered = encoded[rows].view(num_rows // 64, 4, 2, 8, num_groups // 8, 2, 2, 2)
+    words = ordered.permute(0, 4, 5, 1, 3, 6, 2, 7).contiguous().flatten().view(torch.int32)
+    return (words << 4 | words >> 28 & 15).view(torch.uint8).flatten()
 
 
 def unpack_scales(packed: torch.Tensor, rows: torch.Tensor, num_cols: int) -> torch.Tensor:
     """Inverse of ``pack_scales`` as float32 values [N, K/16]; zero scales come back as 2**-9 or 2**-10."""
     num_rows = len(rows)
-    bytes_ = packed.view(num_rows // 64, num_cols // 128, 2, 4, 8, 4, 2).permute(0, 3, 6, 4, 1, 2, 5)
-    ordered = bytes_.reshape(num_rows, num_cols // 16).int()
+    words = packed.view(torch.int32)
+    bytes_ = (words >> 4 & 0x0FFFFFFF | words << 28).view(torch.uint8)
+    ordered = bytes_.view(num_rows // 64, num_cols // 128, 2, 4, 8, 2, 2, 2).permute(0, 3, 6, 4, 1, 2, 5, 7)
+    ordered = ordered.reshape(num_rows, num_cols // 16).int()
     values = torch.empty(num_rows, num_cols // 16)
     values[rows] = torch.ldexp(1 + (ordered & 7) / 8, (ordered >> 3) - 10)
     return values

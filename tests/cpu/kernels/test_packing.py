@@ -35,17 +35,23 @@ def test_rows_of_a_thread_are_neighbours_or_gate_and_up() -> None:
             assert (gate_up[low], gate_up[high]) == (32 + 8 * warp + g, 64 + 32 + 8 * warp + g)
 
 
-def bf16_words(words: torch.Tensor, scales: torch.Tensor, step: int) -> list[torch.Tensor]:
-    """What the kernel computes from a thread's word and its two scales: four words with two BF16 each."""
-    eem, sign = 0x01C001C0, 0x80008000
+def rotate_right(words: torch.Tensor, distance: int) -> torch.Tensor:
+    return (words >> distance | words << (32 - distance)) & 0xFFFFFFFF
+
+
+def bf16_words(words: torch.Tensor, scales: torch.Tensor, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What the kernel computes from a thread's word and its word of scales: four words with two BF16 each, and the
+    BF16 that each is multiplied by."""
+    wanted = 0x81C081C0
     fields = [
-        words & (eem | sign),
-        (words << 3) & (eem | sign),
-        ((words << 6) & eem) | ((words << 1) & sign),
-        ((words >> 3) & eem) | ((words << 2) & sign),
+        words & wanted,
+        rotate_right(words, 3) & wanted,
+        rotate_right(words, 6) & wanted,
+        (words & 0x001B001B) * 0x1084 & wanted,
     ]
-    factors = [(scales[..., half] << 4) + 0x7000 for half in (0, 1)]
-    return [(field & 0xFFFFFFFF, factors[idx % 2]) for idx, field in enumerate(fields)]
+    both = (rotate_right(scales, 8) if step % 2 else scales) & 0x0FF00FF0 | 0x70007000
+    factors = (both & 0xFFFF, both >> 16)
+    return [(field, factors[idx % 2]) for idx, field in enumerate(fields)]
 
 
 def as_float64(bits: torch.Tensor) -> torch.Tensor:
@@ -58,7 +64,8 @@ def test_the_kernels_decode_is_exact() -> None:
     rows = packing.plain_rows(ROWS)
     words = packing.pack_codes(codes, rows).view(torch.int32).long() & 0xFFFFFFFF
     words = words.view(ROWS // 64, COLS // 128, 2, 4, 8, 4, 4)
-    packed_scales = packing.pack_scales(scale, rows).long().view(ROWS // 64, COLS // 128, 2, 4, 8, 4, 2)
+    packed_scales = packing.pack_scales(scale, rows).view(torch.int32).long() & 0xFFFFFFFF
+    packed_scales = packed_scales.view(ROWS // 64, COLS // 128, 2, 4, 8, 2)
     wanted = torch.empty(ROWS, COLS, dtype=torch.float64)
     wanted[:] = decode_packed_e2m1(codes, torch.float64) * decode_e4m3(
         scale.view(torch.uint8), torch.float64
@@ -66,7 +73,7 @@ def test_the_kernels_decode_is_exact() -> None:
     found = torch.full((ROWS, COLS), torch.nan, dtype=torch.float64)
     for step in range(8):
         word = words[:, :, step // 4, :, :, :, step % 4]  # [block, k block, warp, g, q]
-        scales = packed_scales[:, :, step // 4, :, :, step % 4, None, :].expand(-1, -1, -1, -1, 4, -1)
+        scales = packed_scales[:, :, step // 4, :, :, step % 4 // 2, None].expand(-1, -1, -1, -1, 4)
         for register, (field, factor) in enumerate(bf16_words(word, scales, step)):
             for lane in range(2):
                 product = as_float64(field >> (16 * lane) & 0xFFFF) * as_float64(factor)

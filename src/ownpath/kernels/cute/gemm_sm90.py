@@ -3,22 +3,24 @@
 How it works. The product is taken transposed, y.T = W x.T: weight rows are the M of ``wgmma`` (64 per instruction)
 and tokens its N (any multiple of 8), so that one token costs 8 columns rather than 64 rows. Operand A may come from
 registers; the packed weights (``kernels.packing``) put the 4-bit codes of each thread's share of A behind each other,
-so that a thread gets 32 codes with one 16-byte load and needs no exchange with others. A producer thread fills a ring
-of shared-memory stages: weights and block scales by plain bulk copies (each 64 x 128 block is contiguous), tokens by
-a TMA box with the 128-byte swizzle that ``wgmma`` reads. Consumer warpgroups decode two or four k16 steps into one of
-two register buffers while the tensor cores work on the other.
+so that a thread gets 32 codes with one 16-byte load and needs no exchange with others. Three producer warps (codes,
+scales, tokens) fill a ring of shared-memory stages: weights by plain bulk copies (each 64 x 128 block is contiguous),
+tokens by TMA boxes with the 128-byte swizzle that ``wgmma`` reads. Consumer warpgroups decode one to four k16 steps
+into a register buffer while the tensor cores work on another.
 
 Decode. E2M1's sign, exponent and mantissa bits are moved to the sign, low exponent and top mantissa bits of BF16,
 which is the value times 2**-126 (subnormals included); the block scale, stored as a byte with a 5-bit exponent, is
 expanded to BF16 times 2**107. One BF16 multiply gives code * scale * 2**-19: 2 + 4 significant bits, exact. The
 epilogue multiplies the float32 sum by global_scale * 2**19.
 
-Why it is fast. Per k16 step and thread: 10 logic operations, 5 multiply-adds and 4 BF16 multiplies for 8 weights.
-Logic runs at half rate on Hopper, so this is what keeps one from streaming weights at memory speed, and the reason
-for the odd bit layout. All weight bytes move as 4 KiB bulk copies, many in flight.
+Why it is fast. Up to about 30 tokens per expert the issue slots are what competes with memory: 13.5 instructions per 8
+weights and thread (5 logic, 2 rotations, 1 multiply-add, 4 BF16 multiplies, 1.5 for the scale) is why the bit layout is
+as odd as it is. With many tokens the size of the token boxes decides: 64 rows a copy, not 8 or 16, and tiles of up to
+256 tokens, so that a decoded weight is used often.
 
 Roofline. Below about 150 tokens per expert: bytes, 0.5625 per weight at 4.41 TB/s. Above: ``wgmma``, 781 TFLOP/s
-(measured with cuBLAS). Limits: K a multiple of 128, rows a multiple of 64 times the tile; sm_90a only.
+(measured with cuBLAS) and in practice the power limit. Limits: K a multiple of 128, rows a multiple of 64 times the
+tile; sm_90a only.
 """
 
 from typing import Any
@@ -380,6 +382,8 @@ class Gemm:
             [thr_mma.make_fragment_A(thr_mma.partition_shape_A((64, 16 * group))) for _ in range(cfg.num_m64)]
             for _ in range(depth)
         ]
+        # A constant that the assembler does not know to be one: it would load it again for every use.
+        scale_bits = Uint32(0x0FF00FF0) | Uint32(ld_out >> 31)
         slot = step % cfg.num_stages
         phase = (step // cfg.num_stages) % 2
         last = slot
@@ -393,7 +397,10 @@ class Gemm:
                     fragment = cute.recast_tensor(buffer[r], Uint32)
                     for kk in cutlass.range_constexpr(group):
                         k16 = part * group + kk
-                        self.decode(words[r][k16], scale_words[r][k16 // 2], k16 % 2, fragment, 4 * kk)
+                        scales = scale_words[r][k16 // 2]
+                        if cutlass.const_expr(k16 % 2):
+                            scales = ptx.rotate_right(scales, 8)
+                        self.decode(words[r][k16], scales & scale_bits, fragment, 4 * kk)
                 warpgroup.fence()
                 for kk in cutlass.range_constexpr(group):
                     k16 = part * group + kk
@@ -463,15 +470,14 @@ class Gemm:
             scale_words.append([word for half in halves for word in ptx.load_shared_vec2(scale_base + half * 256)])
         return words, scale_words
 
-    def decode(self, word: Any, scale_word: Any, half: int, fragment: Any, start: int) -> None:
+    def decode(self, word: Any, scales: Any, fragment: Any, start: int) -> None:
         """Eight codes of one k16 step to BF16: registers (row g, low k), (g + 8, low), (g, high), (g + 8, high)."""
-        pair = ptx.mad(ptx.prmt(scale_word, 0x4140 + 0x0202 * half), 16, 0x70007000)
-        scale_low, scale_high = ptx.broadcast_halves(pair)
-        eem, sign = Uint32(0x01C001C0), Uint32(0x80008000)
-        first = word & (eem | sign)
-        second = ptx.mad(word, 8, 0) & (eem | sign)
-        third = (ptx.mad(word, 64, 0) & eem) | (ptx.mad(word, 2, 0) & sign)
-        fourth = ((word >> 3) & eem) | (ptx.mad(word, 4, 0) & sign)
+        scale_low, scale_high = ptx.broadcast_halves(scales | Uint32(0x70007000))
+        wanted = Uint32(0x81C081C0)
+        first = word & wanted
+        second = ptx.rotate_right(word, 3) & wanted
+        third = ptx.rotate_right(word, 6) & wanted
+        fourth = ptx.mad(word & Uint32(0x001B001B), 0x1084, 0) & wanted
         fragment[start] = ptx.mul_bf16x2(first, scale_low)
         fragment[start + 1] = ptx.mul_bf16x2(second, scale_high)
         fragment[start + 2] = ptx.mul_bf16x2(third, scale_low)

@@ -28,9 +28,9 @@ def asm(text: str, constraints: str, result: Any, operands: list[Any], pure: boo
 
 
 @dsl_user_op
-def prmt(x: Value, selector: int, *, loc: Any = None, ip: Any = None) -> Uint32:
-    """Bytes of ``x`` picked by the selector's nibbles; 4 picks zero."""
-    text = f"prmt.b32 $0, $1, 0, {selector:#06x};"
+def rotate_right(x: Value, distance: int, *, loc: Any = None, ip: Any = None) -> Uint32:
+    """The bits of ``x``, lowest ones to the top."""
+    text = f"shf.r.wrap.b32 $0, $1, $1, {distance};"
     return Uint32(asm(text, "=r,r", T.i32(), [Uint32(x).ir_value(loc=loc, ip=ip)], True, loc, ip))
 
 
