@@ -20,8 +20,8 @@ multiplies. Nearly a CTA's whole share of the weights is in flight at once (up t
 weights, tokens and results passes through memory.
 
 Roofline. 1 byte per weight at 4.41 TB/s up to M = 64, where tensor cores are at about half their rate; tokens beyond
-64 go to further CTAs, which read the weights again from L2. Reached: 29% to 74% of it over 16 MB (docs/kernels-fp8.md
-says what is in the way). Limits: sm_90a; K a multiple of 8; 16-byte aligned rows.
+64 go to further CTAs, which read the weights again from L2. docs/kernels-fp8.md has what is reached, and what is in the
+way. Limits: sm_90a; K a multiple of 8; 16-byte aligned rows.
 """
 
 from typing import Any

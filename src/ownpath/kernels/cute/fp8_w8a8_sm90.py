@@ -1,8 +1,9 @@
 """W8A8 on Hopper: E4M3 block weights times E4M3 activations with a scale per 1 x 128, for prefill.
 
-How it works. A tile is ``64 * warpgroups * num_m64`` tokens by 128 features. One producer thread fills a ring of
+How it works. A tile is ``64 * warpgroups * num_m64`` tokens by 128 features. Two producer threads fill a ring of
 shared-memory stages (128 of K each) with plain bulk copies, because both operands already stand in memory as ``wgmma``
-reads them (``kernels.fp8_packing``, ``fp8_quantize_sm90``): no tensor maps, no address arithmetic. Consumer warpgroups
+reads them (``kernels.fp8_packing``, ``fp8_quantize_sm90``): no tensor maps, no address arithmetic. The one for weights
+starts while the quantiser still runs. Consumer warpgroups
 multiply a stage from shared memory into a temporary accumulator, then add it to the float32 total times token scale x
 weight scale: the promotion per 128 of K that the published numerics ask for (FP8 ``wgmma`` keeps about 14 bits while
 it sums). While one warpgroup promotes, the others keep the tensor cores busy. CTAs are persistent: the ring is filled
@@ -86,7 +87,7 @@ class W8A8:
         empty = cute.arch.alloc_smem(Int64, cfg.num_stages, 8)
         if thread == 0:
             for stage in cutlass.range_constexpr(cfg.num_stages):
-                cute.arch.mbarrier_init(full + stage, 1)
+                cute.arch.mbarrier_init(full + stage, 2)
                 cute.arch.mbarrier_init(empty + stage, 4 * cfg.warpgroups * cfg.cluster_n)
             cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
@@ -102,9 +103,14 @@ class W8A8:
         if warp_group == cfg.warpgroups:
             cute.arch.setmaxregister_decrease(24)
             if thread == cfg.warpgroups * WG:
-                self.produce(
-                    acts, blocks, scales, smem_a, smem_b, smem_scales, full, empty, rank, worker, num_workers,
-                    num_tiles, num_m_tiles, num_tokens, num_row_blocks, num_k_blocks,
+                self.produce_acts(
+                    acts, smem_a, full, empty, rank, worker, num_workers, num_tiles, num_m_tiles, num_tokens,
+                    num_k_blocks,
+                )  # fmt: skip
+            if thread == cfg.warpgroups * WG + 32:
+                self.produce_weights(
+                    blocks, scales, smem_b, smem_scales, full, empty, rank, worker, num_workers, num_tiles,
+                    num_m_tiles, num_row_blocks, num_k_blocks,
                 )  # fmt: skip
         else:
             cute.arch.setmaxregister_increase(W8A8_REGISTERS[cfg.warpgroups])
@@ -114,12 +120,50 @@ class W8A8:
             )  # fmt: skip
 
     @cute.jit
-    def produce(
+    def produce_acts(
         self,
         acts: cute.Pointer,
+        smem_a: cute.Pointer,
+        full: cute.Pointer,
+        empty: cute.Pointer,
+        rank: Int32,
+        worker: Int32,
+        num_workers: Int32,
+        num_tiles: Int32,
+        num_m_tiles: Int32,
+        num_tokens: Int32,
+        num_k_blocks: Int32,
+    ) -> None:
+        """One thread: this CTA's share of the cluster's activations, once the quantiser has written them."""
+        cfg = self.cfg
+        part = ACT_BLOCK_BYTES // cfg.cluster_n
+        peers = (1 << cfg.cluster_n) - 1 if cfg.cluster_n > 1 else 0
+        last_m64 = (num_tokens + 63) // 64 - 1
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+        slot, phase = Int32(0), Int32(1)
+        for tile in cutlass.range(worker, num_tiles, num_workers, unroll=1):
+            m_tile = tile % num_m_tiles
+            for k in cutlass.range(num_k_blocks, unroll=1):
+                cute.arch.mbarrier_wait(empty + slot, phase)
+                cute.arch.mbarrier_arrive_and_expect_tx(full + slot, cfg.m64_per_tile * ACT_BLOCK_BYTES)
+                for r in cutlass.range_constexpr(cfg.m64_per_tile):
+                    m64 = cutlass.min(m_tile * cfg.m64_per_tile + r, last_m64)
+                    fp8_ptx.load_bulk(
+                        smem_a + ((slot * cfg.m64_per_tile + r) * ACT_STRIDE + rank * part),
+                        acts + ((Int64(m64) * num_k_blocks + k) * ACT_BLOCK_BYTES + rank * part),
+                        part, full + slot, peers,
+                    )  # fmt: skip
+                slot += 1
+                if slot == cfg.num_stages:
+                    slot = Int32(0)
+                    phase = phase ^ 1
+
+    @cute.jit
+    def produce_weights(
+        self,
         blocks: cute.Pointer,
         scales: cute.Pointer,
-        smem_a: cute.Pointer,
         smem_b: cute.Pointer,
         smem_scales: cute.Pointer,
         full: cute.Pointer,
@@ -129,32 +173,17 @@ class W8A8:
         num_workers: Int32,
         num_tiles: Int32,
         num_m_tiles: Int32,
-        num_tokens: Int32,
         num_row_blocks: Int32,
         num_k_blocks: Int32,
     ) -> None:
-        """One thread: every stage's weights for this CTA, and its share of the cluster's activations."""
+        """One thread: every stage's weights for this CTA. No earlier kernel writes them: it waits for none."""
         cfg = self.cfg
-        part = ACT_BLOCK_BYTES // cfg.cluster_n
-        stage_bytes = cfg.m64_per_tile * ACT_BLOCK_BYTES + 2 * (BLOCK_BYTES + ENTRY_BYTES)
-        peers = (1 << cfg.cluster_n) - 1 if cfg.cluster_n > 1 else 0
-        last_m64 = (num_tokens + 63) // 64 - 1
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
         slot, phase = Int32(0), Int32(1)
         for tile in cutlass.range(worker, num_tiles, num_workers, unroll=1):
-            m_tile, n_tile = tile % num_m_tiles, tile // num_m_tiles
-            row_block = cutlass.min((n_tile * cfg.cluster_n + rank) * 2, num_row_blocks - 2)
+            row_block = cutlass.min((tile // num_m_tiles * cfg.cluster_n + rank) * 2, num_row_blocks - 2)
             for k in cutlass.range(num_k_blocks, unroll=1):
                 cute.arch.mbarrier_wait(empty + slot, phase)
-                cute.arch.mbarrier_arrive_and_expect_tx(full + slot, stage_bytes)
-                for r in cutlass.range_constexpr(cfg.m64_per_tile):
-                    m64 = cutlass.min(m_tile * cfg.m64_per_tile + r, last_m64)
-                    fp8_ptx.load_bulk(
-                        smem_a + ((slot * cfg.m64_per_tile + r) * ACT_STRIDE + rank * part),
-                        acts + ((Int64(m64) * num_k_blocks + k) * ACT_BLOCK_BYTES + rank * part),
-                        part, full + slot, peers,
-                    )  # fmt: skip
+                cute.arch.mbarrier_arrive_and_expect_tx(full + slot, 2 * (BLOCK_BYTES + ENTRY_BYTES))
                 for half in cutlass.range_constexpr(2):
                     idx = Int64(row_block + half) * num_k_blocks + k
                     fp8_ptx.load_bulk(

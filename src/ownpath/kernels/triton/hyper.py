@@ -54,7 +54,7 @@ class Tiles:
 
 ONE_TILES = Tiles(32, 1, False, 4, 1, 1)
 FEW_TILES = Tiles(64, 1, False, 4, 1, 1)
-INVARIANT_TILES = Tiles(32, 16, True, 1, 3, 1)
+INVARIANT_TILES = Tiles(32, 16, True, 2, 3, 1)
 MANY_TILES = Tiles(128, 16, True, 1, 3, 4)
 
 
