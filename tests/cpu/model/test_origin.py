@@ -9,6 +9,7 @@ from support.checkpoints import LAYOUTS, SMALL, random_checkpoint
 
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.config import ModelConfig
+from ownpath.kernels.registry import KERNELS
 from ownpath.loading import plan_model
 from ownpath.model.rope import Rope
 from ownpath.numerics import dequantize, quantize_nvfp4
@@ -16,6 +17,8 @@ from ownpath.qtensor import QuantTensor
 from ownpath.runners import GroupedLinear, Nvfp4Linear, Nvfp4MoE
 from ownpath.weights.load import load_weights
 
+REFERENCE_LINEAR, REFERENCE_MOE = KERNELS["ref.nvfp4_linear"], KERNELS["ref.nvfp4_moe"]
+"""The twins that every other kernel is held against; the kernels' own tests are in tests/gpu."""
 EPS_F32 = torch.finfo(torch.float32).eps
 EPS_BF16 = torch.finfo(torch.bfloat16).eps
 
@@ -105,7 +108,7 @@ def test_wo_b_nvfp4_linear(
     n, k = 96, 256
     weight = quantize_nvfp4(torch.randn(n, k, generator=generator))
     x = torch.randn(num_tokens, k, generator=generator).to(device, dtype)
-    y = Nvfp4Linear(*parts(weight, device))(x)
+    y = Nvfp4Linear(*parts(weight, device), kernel=REFERENCE_LINEAR)(x)
     dense = dequantize(weight, torch.float64).to(device)
     assert y.dtype == dtype
     assert_close_to_float64(y, x.double() @ dense.T, x.double().abs() @ dense.abs().T, k + 2)
@@ -115,8 +118,8 @@ def test_fused_shards_keep_their_own_global_scales(generator: torch.Generator, d
     """wq_a + wkv with global scales 1000 times apart: each shard's rows equal the shard computed alone, bit for bit."""
     shards = [quantize_nvfp4(torch.randn(32, 64, generator=generator) * gain) for gain in (1.0, 1e-3)]
     x = torch.randn(5, 64, generator=generator).to(device)
-    fused = Nvfp4Linear(*zip(*(parts(shard, device) for shard in shards), strict=True))
-    alone = [Nvfp4Linear(*parts(shard, device))(x) for shard in shards]
+    fused = Nvfp4Linear(*zip(*(parts(shard, device) for shard in shards), strict=True), kernel=REFERENCE_LINEAR)
+    alone = [Nvfp4Linear(*parts(shard, device), kernel=REFERENCE_LINEAR)(x) for shard in shards]
     assert shards[0].global_scale != shards[1].global_scale
     torch.testing.assert_close(fused(x), torch.cat(alone, dim=-1), rtol=64 * EPS_F32, atol=0)
 
@@ -213,7 +216,7 @@ def _fused_moe(
     pairs = [torch.stack((a.global_scale, b.global_scale)) for a, b in zip(w1, w3, strict=True)]  # type: ignore[arg-type]
     w13_scale_2 = torch.stack(pairs).to(device)
     down_scale_2 = torch.stack([w.global_scale for w in w2]).to(device)  # type: ignore[misc]
-    return Nvfp4MoE(w13, w13_scale, w13_scale_2, down, down_scale, down_scale_2, limit)
+    return Nvfp4MoE(w13, w13_scale, w13_scale_2, down, down_scale, down_scale_2, limit, kernel=REFERENCE_MOE)
 
 
 def test_runners_refuse_wrong_operands_by_name(device: torch.device) -> None:
@@ -223,6 +226,6 @@ def test_runners_refuse_wrong_operands_by_name(device: torch.device) -> None:
     with pytest.raises(ValueError, match=r"weight_scale_2\[0\] must be torch.float32"):
         Nvfp4Linear(weight, scale, scalar.double())
     with pytest.raises(ValueError, match="x has 63 features, the weight takes 64"):
-        Nvfp4Linear(weight, scale, scalar)(torch.zeros(1, 63, device=device))
+        Nvfp4Linear(weight, scale, scalar, kernel=REFERENCE_LINEAR)(torch.zeros(1, 63, device=device))
     with pytest.raises(ValueError, match="same number of shards"):
         Nvfp4Linear([weight, weight], [scale], [scalar])

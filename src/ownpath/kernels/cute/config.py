@@ -75,7 +75,7 @@ class GemmConfig:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        return ("gemm_sm90.py", "ptx.py", "config.py", "build.py")
+        return ("gemm_sm90.py", "epilogue_sm90.py", "ptx.py", "config.py", "build.py")
 
     @property
     def num_steps(self) -> int:

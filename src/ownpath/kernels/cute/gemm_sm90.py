@@ -31,7 +31,8 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
 from ownpath.kernels.cute import ptx
-from ownpath.kernels.cute.config import BLOCK_K, CHUNK_K, UNSCALE, WG, GemmConfig
+from ownpath.kernels.cute.config import BLOCK_K, CHUNK_K, WG, GemmConfig
+from ownpath.kernels.cute.epilogue_sm90 import Epilogue
 
 BAND_TILES = 16
 
@@ -43,6 +44,7 @@ class Gemm:
         self.cfg = config
         self.num_consumers = config.num_consumers
         self.max_n = config.n_sizes[-1]
+        self.epilogue = Epilogue(config)
         self.chunks_per_group = config.stage_k // CHUNK_K
         self.num_chunks = self.chunks_per_group * config.warpgroups_k
 
@@ -431,11 +433,13 @@ class Gemm:
         else:
             for r in cutlass.range_constexpr(cfg.num_m64):
                 block = m_tile * cfg.m64_per_tile + wg_m * cfg.num_m64 + r
-                factors = self.factors(global_scale, expert, block, lane)
-                place, pitch = self.place(out, row0, block, lane, ld_out)
+                factors = self.epilogue.factors(global_scale, expert, block, lane)
+                place, pitch = self.epilogue.place(out, row0, block, lane, ld_out)
                 for j in cutlass.range_constexpr(num_n // 8):
                     values = [sums[r][4 * j + idx] for idx in range(4)]
-                    self.store(values, factors, place, pitch, rows - (8 * j + 2 * (lane % 4)), lane, swiglu_limit)
+                    self.epilogue.store(
+                        values, factors, place, pitch, rows - (8 * j + 2 * (lane % 4)), lane, swiglu_limit
+                    )
                     place += 8 * pitch
 
     @cute.jit
@@ -482,72 +486,6 @@ class Gemm:
         fragment[start + 1] = ptx.mul_bf16x2(second, scale_high)
         fragment[start + 2] = ptx.mul_bf16x2(third, scale_low)
         fragment[start + 3] = ptx.mul_bf16x2(fourth, scale_high)
-
-    def factors(self, global_scale: cute.Pointer, expert: Int32, block: Int32, lane: Int32) -> tuple[Any, Any]:
-        """What the sums of rows g and g + 8 of this thread are multiplied by."""
-        cfg = self.cfg
-        table = cute.make_tensor(global_scale, cute.make_layout(1 << 30))
-        if cutlass.const_expr(cfg.grouped):
-            first, second = table[2 * expert], table[2 * expert + 1]
-        else:
-            row = block * 64 + lane // 32 * 16 + lane % 32 // 4 * 2
-            first, second = table[row], table[row + 1]
-        return first * Float32(UNSCALE), second * Float32(UNSCALE)
-
-    def place(self, out: cute.Pointer, row0: Int32, block: Int32, lane: Int32, ld_out: Int32) -> tuple[Int64, Int64]:
-        """Byte address of this thread's first output element, and bytes from token to token."""
-        g, q, warp = lane % 32 // 4, lane % 4, lane // 32
-        width = 4 if self.cfg.wide else 2
-        if self.cfg.swiglu:
-            # Odd g write the second token of the pair.
-            feature, token = block * 32 + warp * 8 + g // 2 * 2, 2 * q + g % 2
-        else:
-            feature, token = block * 64 + warp * 16 + 2 * g, 2 * q
-        pitch = Int64(ld_out) * width
-        return out.toint() + Int64(feature) * width + Int64(row0 + token) * pitch, pitch
-
-    @cute.jit
-    def store(
-        self,
-        values: list[Any],
-        factors: tuple[Any, Any],
-        place: Int64,
-        pitch: Int64,
-        left: Int32,
-        lane: Int32,
-        swiglu_limit: Float32,
-    ) -> None:
-        """Writes one 16 x 8 piece of a warp: rows (g, g + 8) of tokens (2q, 2q + 1), of which ``left`` exist.
-
-        Packing puts output features 2g and 2g + 1 (or gate and up of one feature) into rows g and g + 8, so that a
-        thread holds a pair of neighbouring features of each token.
-        """
-        even = [values[0] * factors[0], values[2] * factors[1]]
-        odd = [values[1] * factors[0], values[3] * factors[1]]
-        if cutlass.const_expr(self.cfg.swiglu):
-            hidden_even = self.activate(even[0], even[1], swiglu_limit)
-            hidden_odd = self.activate(odd[0], odd[1], swiglu_limit)
-            # Neighbours in g trade, so that each writes two features of one token.
-            odd_g = lane // 4 % 2
-            given = hidden_even if odd_g == 1 else hidden_odd
-            taken = cute.arch.shuffle_sync_bfly(given, offset=4)
-            low = taken if odd_g == 1 else hidden_even
-            high = hidden_odd if odd_g == 1 else taken
-            if odd_g < left:
-                ptx.store_global(place, ptx.pack_bf16x2(low, high))
-        else:
-            for column, pair in enumerate((even, odd)):
-                if column < left:
-                    if cutlass.const_expr(self.cfg.wide):
-                        ptx.store_global_vec2(place + column * pitch, pair)
-                    else:
-                        ptx.store_global(place + column * pitch, ptx.pack_bf16x2(*pair))
-
-    def activate(self, gate: Float32, up: Float32, limit: Float32) -> Float32:
-        """silu(min(gate, limit)) * clamp(up, -limit, limit)."""
-        gate = ptx.minimum(gate, limit)
-        up = ptx.maximum(ptx.minimum(up, limit), -limit)
-        return gate * up * ptx.reciprocal(1.0 + ptx.exp2(gate * Float32(-1.4426950408889634)))
 
     @cute.jit
     def reduce_and_store(
@@ -596,10 +534,10 @@ class Gemm:
                         address = base + part % cfg.warpgroups_k * part_bytes + unit * (WG * 16) + lane * 16
                         piece = ptx.load_cluster_vec4(address, Int32(part // cfg.warpgroups_k))
                         total = [a + b for a, b in zip(total, piece, strict=True)]
-                    factors = self.factors(global_scale, expert, block, lane)
-                    place, pitch = self.place(out, row0, block, lane, ld_out)
+                    factors = self.epilogue.factors(global_scale, expert, block, lane)
+                    place, pitch = self.epilogue.place(out, row0, block, lane, ld_out)
                     left = rows - (8 * j + 2 * (lane % 4))
-                    self.store(total, factors, place + 8 * j * pitch, pitch, left, lane, swiglu_limit)
+                    self.epilogue.store(total, factors, place + 8 * j * pitch, pitch, left, lane, swiglu_limit)
         if cutlass.const_expr(cfg.cluster_k > 1):
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
