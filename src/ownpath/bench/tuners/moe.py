@@ -28,7 +28,7 @@ from ownpath.kernels.driver import CudaError
 SHAPE = "v4-flash"
 MAX_REL_L2 = 3e-3
 
-TOKENS = {0.05: 1, 0.3: 8, 2.2: 64, 8.0: 256, 16.0: 512, 40.0: 1024, 64.0: 2048, 120.0: 4096, 1e9: 8192}
+TOKENS = {0.05: 1, 0.3: 8, 2.2: 64, 8.0: 256, 16.0: 512, 40.0: 1024, 56.0: 2048, 120.0: 4096, 1e9: 8192}
 """Pairs per expert up to which an entry holds -> the number of tokens it is measured with."""
 
 
