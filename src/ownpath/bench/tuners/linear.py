@@ -75,6 +75,9 @@ LONG = (
     _config(2, 2, 1, 128, 4, depth=2),
     _config(2, 2, 1, 96, 4, depth=2, box=48),
     _config(1, 4, 1, 128, 4, depth=2),
+    _config(2, 1, 1, 128, 5, stage_k=64, depth=2, per_sm=2),
+    _config(2, 1, 1, 128, 5, stage_k=64, depth=2, per_sm=2, cluster_m=2),
+    _config(1, 1, 1, 192, 4, stage_k=64, group=2, depth=2, per_sm=2),
 )
 LISTS = {8: _few(8), 16: _few(16), 64: WIDE, 256: MIDDLE, 2048: LONG}
 

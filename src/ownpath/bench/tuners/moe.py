@@ -28,7 +28,7 @@ from ownpath.kernels.driver import CudaError
 SHAPE = "v4-flash"
 MAX_REL_L2 = 3e-3
 
-TOKENS = {0.05: 1, 0.3: 8, 2.2: 64, 8.0: 256, 16.0: 512, 40.0: 1024, 56.0: 2048, 120.0: 4096, 1e9: 8192}
+TOKENS = {0.05: 1, 0.12: 4, 0.3: 8, 2.2: 64, 8.0: 256, 16.0: 512, 40.0: 1024, 56.0: 2048, 120.0: 4096, 1e9: 8192}
 """Pairs per expert up to which an entry holds -> the number of tokens it is measured with."""
 
 
@@ -49,6 +49,8 @@ FEW = (
     _tile(1, 1, (8,), 10, group=4, gather=1, per_sm=3),
     _tile(1, 1, (8,), 8, group=4, gather=1, per_sm=4),
     _tile(1, 2, (8,), 8, group=4, gather=1, per_sm=2),
+    _tile(2, 2, (8,), 5, group=2, gather=1, per_sm=2),
+    _tile(2, 2, (8,), 5, group=2, per_sm=2),
     _tile(2, 4, (8,), 5, gather=1),
     _tile(2, 4, (8,), 5, group=2, gather=1),
     _tile(2, 4, (8,), 5, group=4, gather=1),
@@ -65,6 +67,9 @@ SOME = (
     _tile(2, 4, (24, 40), 4, box=40),
     _tile(2, 4, (8, 16), 4),
     _tile(2, 4, (8, 16), 4, gather=1),
+    _tile(2, 2, (8, 16), 5, per_sm=2),
+    _tile(2, 2, (8, 16, 24), 4, box=24, per_sm=2),
+    _tile(2, 2, (24, 32), 4, per_sm=2),
     _tile(2, 2, (16, 24, 32, 40), 6, box=40),
     _tile(2, 2, (16, 32, 48), 6, depth=4, box=16),
 )
@@ -87,6 +92,10 @@ MANY = (
     _tile(1, 2, (128, 160, 176, 192, 208, 224, 256), 3, group=2),
     _tile(1, 2, (128, 160, 176, 192, 208, 224, 256), 6, group=2, stage_k=64, cluster_m=2),
     _tile(1, 2, (128, 160, 176, 192, 208, 224), 6, group=2, stage_k=64, box=56),
+    _tile(2, 1, (64, 96, 128), 5, stage_k=64, per_sm=2),
+    _tile(2, 1, (80, 96, 112), 5, stage_k=64, per_sm=2, box=56),
+    _tile(1, 1, (96, 128, 160, 176, 192), 4, group=2, stage_k=64, per_sm=2),
+    _tile(1, 1, (96, 128, 160, 176, 192), 4, group=2, stage_k=64, per_sm=2, cluster_m=2),
 )
 
 
@@ -97,7 +106,7 @@ class MoeFamily:
     table: Path = TUNED / "moe.json"
 
     def __init__(self, device: str) -> None:
-        lists = (FEW, FEW, FEW, SOME, SOME, SOME, MIDDLE, MANY, MANY)
+        lists = (FEW, FEW, FEW, FEW, SOME, SOME, SOME, MIDDLE, MANY, MANY)
         self.candidates = {f"pairs_per_expert<={limit}": tried for limit, tried in zip(TOKENS, lists, strict=True)}
         self._settings = Settings.of(device)
         self._shape = moe_shape(SHAPE)

@@ -17,6 +17,7 @@ from ownpath.kernels.cute.fp8_choose import (
     w8a16_configs,
 )
 from ownpath.kernels.cute.fp8_config import (
+    CHUNK_K,
     MAX_K_BLOCKS,
     QUANTIZE_ROWS,
     Fp8Config,
@@ -24,7 +25,7 @@ from ownpath.kernels.cute.fp8_config import (
     W8A8Config,
     W8A16Config,
 )
-from ownpath.kernels.driver import pointer
+from ownpath.kernels.driver import pointer, tensor_map
 from ownpath.kernels.fp8_packing import ACT_BLOCK_BYTES, PackedFp8, pack_fp8
 from ownpath.plan.catalogue import FP8_PREFILL_FROM
 
@@ -55,9 +56,9 @@ def weight_key(weight: PackedFp8) -> WeightKey:
 
 def w8a16_launch(config: W8A16Config, x: Tensor, weight: PackedFp8, out: Tensor) -> None:
     """out = x (E4M3 x scale).T with the kernel of ``config``. x bfloat16 [M, K] with 16-byte rows, out [M, N]."""
-    sizes = (*x.shape, x.stride(0), out.stride(0), weight.num_row_blocks, weight.num_k_blocks)
-    operands = (x, weight.blocks, weight.scales, weight.rows, out)
-    args = (*map(pointer, operands), *map(c_int, sizes))
+    sizes = (len(x), out.stride(0), weight.num_row_blocks, weight.num_k_blocks)
+    operands = (weight.blocks, weight.scales, weight.rows, out)
+    args = (tensor_map(x, config.num_n, CHUNK_K), *map(pointer, operands), *map(c_int, sizes))
     grid = config.grid(len(x), weight.num_row_blocks)
     load(config, x.device.index).launch(grid, args, torch.cuda.current_stream(x.device).cuda_stream)
 

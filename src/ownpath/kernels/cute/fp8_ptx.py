@@ -10,23 +10,6 @@ from ownpath.kernels.cute.ptx import Value, asm
 
 
 @dsl_user_op
-def load_async16(dst: Value, src: Value, num_bytes: Value, *, loc: Any = None, ip: Any = None) -> None:
-    """16 bytes global to shared without registers; of those, what lies beyond ``num_bytes`` (0 or 16) is zero."""
-    operands = [
-        dst.toint().ir_value(loc=loc, ip=ip),
-        src.toint().ir_value(loc=loc, ip=ip),
-        Int32(num_bytes).ir_value(loc=loc, ip=ip),
-    ]
-    asm("cp.async.cg.shared.global [$0], [$1], 16, $2;", "r,l,r", None, operands, False, loc, ip)
-
-
-@dsl_user_op
-def wait_async16(*, loc: Any = None, ip: Any = None) -> None:
-    """Waits for this thread's own ``load_async16``."""
-    asm("cp.async.wait_all;", "", None, [], False, loc, ip)
-
-
-@dsl_user_op
 def cluster_barrier(relaxed: bool = False, *, loc: Any = None, ip: Any = None) -> None:
     """All threads of the cluster that have not exited wait for each other.
 

@@ -2,13 +2,13 @@
 
 How it works. The product is taken transposed, y.T = W x.T: weight rows are the M of the tensor cores (64 to a block)
 and tokens their N, so that one token costs 8 columns rather than 64 rows. A CTA owns ``num_m64`` blocks of 64 rows and
-a share of K. One thread streams 8 KiB weight blocks into a ring of shared-memory stages by bulk copies; two warps
-bring the tokens in with 16-byte ``cp.async``, swizzled as the tensor cores read them. Consumer warpgroups read their
-blocks with conflict-free 16-byte loads (``kernels.fp8_packing``), decode to BF16 in registers and multiply from there:
-below 32 tokens by ``mma``, each warp its own 16 rows, waiting for nobody; from 32 by ``wgmma``, decoding one group of
-steps while the tensor cores work on the other. CTAs that share rows and split K form a cluster and add their float32
-sums through distributed shared memory, in the order of their rank: no workspace, the same bits always. The next kernel
-may start at once: its CTAs fetch weights while this one's finish, and wait before they touch a token.
+a share of K. One thread streams 8 KiB weight blocks into a ring of shared-memory stages by bulk copies; another brings
+the tokens as TMA boxes of all rows by 64 columns, swizzled as the tensor cores read them. Consumer warpgroups read
+their blocks with conflict-free 16-byte loads (``kernels.fp8_packing``), decode to BF16 in registers and multiply from
+there: below 32 tokens by ``mma``, each warp its own 16 rows, waiting for nobody; from 32 by ``wgmma``, decoding one
+group of steps while the tensor cores work on the other. CTAs that share rows and split K form a cluster and add their
+float32 sums through distributed shared memory, in the order of their rank: no workspace, the same bits always. The
+next kernel may start at once: its CTAs fetch weights while this one's finish, and wait before they touch a token.
 
 Decode. E4M3's sign, exponent and mantissa are moved into BF16's fields, which gives value * 2**-120, subnormals
 included; one BF16 multiply by 2**120 makes it exact. Where every block scale is a power of two in range, that multiply
@@ -28,7 +28,7 @@ from typing import Any
 
 import cutlass
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, cute
-from cutlass.cute.nvgpu import warpgroup
+from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
 from ownpath.kernels.cute import fp8_ptx, ptx
@@ -42,8 +42,6 @@ from ownpath.kernels.cute.fp8_config import (
     W8A16Config,
 )
 from ownpath.kernels.fp8_packing import BLOCK_BYTES
-
-TOKEN_THREADS = 64
 
 
 class W8A16:
@@ -64,17 +62,17 @@ class W8A16:
         row_table: cute.Pointer,
         out: cute.Pointer,
         num_tokens: Int32,
-        width: Int32,
-        ld_x: Int32,
         ld_out: Int32,
         num_row_blocks: Int32,
         num_k_blocks: Int32,
         grid: Int32,
     ) -> None:
-        """Host side, used to compile only."""
-        self.kernel(
-            x, blocks, scales, row_table, out, num_tokens, width, ld_x, ld_out, num_row_blocks, num_k_blocks
-        ).launch(
+        """Host side, used to compile only: the launcher passes the same arguments with its own tensor map."""
+        width = num_k_blocks * BLOCK_K
+        tokens = cute.make_tensor(x, cute.make_layout((num_tokens, width), stride=(width, 1)))
+        box = cute.make_layout((8, CHUNK_K), stride=(CHUNK_K, 1))
+        atom, _ = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), tokens, box, (8, CHUNK_K))
+        self.kernel(atom, blocks, scales, row_table, out, num_tokens, ld_out, num_row_blocks, num_k_blocks).launch(
             grid=[grid, 1, 1],
             block=[self.cfg.num_threads, 1, 1],
             cluster=[self.cfg.cluster_k, 1, 1],
@@ -85,14 +83,12 @@ class W8A16:
     @cute.kernel
     def kernel(
         self,
-        x: cute.Pointer,
+        tma_x: cute.CopyAtom,
         blocks: cute.Pointer,
         scales: cute.Pointer,
         row_table: cute.Pointer,
         out: cute.Pointer,
         num_tokens: Int32,
-        width: Int32,
-        ld_x: Int32,
         ld_out: Int32,
         num_row_blocks: Int32,
         num_k_blocks: Int32,
@@ -108,8 +104,9 @@ class W8A16:
         full = cute.arch.alloc_smem(Int64, cfg.num_stages, 8)
         empty = cute.arch.alloc_smem(Int64, cfg.num_stages, 8)
         if thread == 0:
+            cpasync.prefetch_descriptor(tma_x)
             for stage in cutlass.range_constexpr(cfg.num_stages):
-                cute.arch.mbarrier_init(full + stage, 1 + TOKEN_THREADS)
+                cute.arch.mbarrier_init(full + stage, 2)
                 cute.arch.mbarrier_init(empty + stage, cfg.consumers * 4)
             cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
@@ -133,11 +130,8 @@ class W8A16:
                     blocks, scales, smem_w, smem_scales, full, empty, first_block, num_row_blocks, num_k_blocks,
                     k_start, k_iters,
                 )  # fmt: skip
-            if worker >= WG - TOKEN_THREADS:
-                self.load_tokens(
-                    x, smem_x, full, empty, worker - (WG - TOKEN_THREADS), token0, num_tokens, width, ld_x, k_start,
-                    k_iters,
-                )  # fmt: skip
+            if worker == 32:
+                self.load_tokens(ptx.descriptor_address(tma_x), smem_x, full, empty, token0, k_start, k_iters)
         else:
             cute.arch.setmaxregister_increase(self.registers[1])
             self.consume(
@@ -192,39 +186,28 @@ class W8A16:
     @cute.jit
     def load_tokens(
         self,
-        x: cute.Pointer,
+        descriptor: Int64,
         smem_x: cute.Pointer,
         full: cute.Pointer,
         empty: cute.Pointer,
-        worker: Int32,
         token0: Int32,
-        num_tokens: Int32,
-        width: Int32,
-        ld_x: Int32,
         k_start: Int32,
         k_iters: Int32,
     ) -> None:
-        """Two warps: each stage's tokens, zeros where there is no token or no k."""
+        """One thread: each stage's tokens as two boxes, zeros where there is no token or no k."""
         cfg = self.cfg
         cute.arch.griddepcontrol_wait()
-        unit, first = worker % 16, worker // 16
         slot, phase = Int32(0), Int32(1)
         for k in cutlass.range(k_iters, unroll=1):
             cute.arch.mbarrier_wait(empty + slot, phase)
-            column = (k_start + k) * BLOCK_K + unit * 8
-            for step in cutlass.range(cfg.num_n // 4, unroll=4):
-                row = first + 4 * step
-                valid = token0 + row < num_tokens and column < width
-                source = x + (Int64(token0 + row) * ld_x + column if valid else Int64(0))
-                chunk = (slot * 2 + unit // 8) * (cfg.num_n * CHUNK_K)
-                target = smem_x + chunk + row * CHUNK_K + (unit % 8 ^ row % 8) * 8
-                fp8_ptx.load_async16(target, source, Int32(16) if valid else Int32(0))
-            cute.arch.cp_async_mbarrier_arrive_noinc(full + slot)
+            cute.arch.mbarrier_arrive_and_expect_tx(full + slot, cfg.num_n * BLOCK_K * 2)
+            for half in cutlass.range_constexpr(2):
+                target = smem_x + (slot * 2 + half) * (cfg.num_n * CHUNK_K)
+                ptx.load_box(target, descriptor, (k_start + k) * BLOCK_K + half * CHUNK_K, token0, full + slot)
             slot += 1
             if slot == cfg.num_stages:
                 slot = Int32(0)
                 phase = phase ^ 1
-        fp8_ptx.wait_async16()
 
     @cute.jit
     def consume(
@@ -295,8 +278,6 @@ class W8A16:
         last = slot
         for k in cutlass.range(k_iters, unroll=1):
             cute.arch.mbarrier_wait(full + slot, phase)
-            # cp.async wrote the tokens as ordinary stores; the tensor cores read through the other proxy.
-            cute.arch.fence_view_async_shared()
             entries = self.load_entries(smem_scales, k, warp_group)
             words = [None] * self.per_wg
             for part in cutlass.range_constexpr(8 // self.group):
@@ -543,5 +524,5 @@ def compile_w8a16(config: W8A16Config) -> Any:
         ptr(Uint8, 1024, space, assumed_align=16),
         ptr(Int32, 1024, space, assumed_align=8),
         ptr(BFloat16, 1024, space, assumed_align=2 if config.ragged else 4),
-        Int32(8), Int32(128), Int32(128), Int32(64), one, one, one,
+        Int32(8), Int32(64), one, one, one,
     )  # fmt: skip
