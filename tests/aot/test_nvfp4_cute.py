@@ -31,7 +31,7 @@ def gemms() -> list[GemmConfig]:
     return list({config.name: config for config in found}.values())
 
 
-HELPERS = (AlignConfig(False, False, 0), AlignConfig(True, True, 1), PermuteConfig(), CombineConfig(0, True),
+HELPERS = (AlignConfig(False, False, 0, few=True), AlignConfig(True, True, 1), AlignConfig(False, False, 0, 8), PermuteConfig(), CombineConfig(0, True),
            CombineConfig(1, False))  # fmt: skip
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from ownpath.kernels.cache import ARCH, COMPILER, Config, store
 from ownpath.kernels.cute.config import (
-    ALIGN_THREADS,
     COPY_THREADS,
     AlignConfig,
     CombineConfig,
@@ -33,7 +32,7 @@ def compiled(config: Config) -> tuple[Any, int, int]:
     if isinstance(config, GemmConfig):
         return gemm_sm90.compile_gemm(config), config.num_threads, config.cluster
     if isinstance(config, AlignConfig):
-        return moe_sm90.compile_align(config), ALIGN_THREADS, config.num_ctas
+        return moe_sm90.compile_align(config), config.num_threads, config.num_ctas
     if isinstance(config, CombineConfig):
         return moe_sm90.compile_combine(config), COPY_THREADS, 1
     assert isinstance(config, PermuteConfig)

@@ -162,12 +162,17 @@ class GemmConfig:
 @dataclass(frozen=True)
 class AlignConfig:
     """wide_ids: ids are int64. mapped: ids go through an expert map. num_shared: experts every token goes to, behind
-    the routed ones. num_ctas: of the cluster that shares the work."""
+    the routed ones. num_ctas: of the cluster that shares the work. few: at most 32 pairs, for one warp."""
 
     wide_ids: bool
     mapped: bool
     num_shared: int
     num_ctas: int = 1
+    few: bool = False
+
+    @property
+    def num_threads(self) -> int:
+        return 32 if self.few else ALIGN_THREADS
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -176,7 +181,7 @@ class AlignConfig:
     @property
     def name(self) -> str:
         ids = ("i64" if self.wide_ids else "i32") + ("_mapped" if self.mapped else "")
-        return f"moe_align_{ids}_s{self.num_shared}c{self.num_ctas}"
+        return f"moe_align{'_few' if self.few else ''}_{ids}_s{self.num_shared}c{self.num_ctas}"
 
 
 @dataclass(frozen=True)

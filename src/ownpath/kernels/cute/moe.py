@@ -21,6 +21,7 @@ from ownpath.kernels.packing import check_scales, gate_up_rows, pack_weight_, pl
 DIM_MULTIPLE = 128
 MAX_EXPERTS = ALIGN_THREADS - 1
 ALIGN_CTAS = 8
+PAIRS_PER_ALIGN_WARP = 32
 PAIRS_PER_ALIGN_CTA = 4096
 """Above, a cluster sorts the pairs: one CTA takes 12 us for 6144 of them."""
 
@@ -66,6 +67,12 @@ class Routing:
     weights: torch.Tensor
     num_shared: int
     expert_map: torch.Tensor | None
+
+
+def align_config(wide_ids: bool, mapped: bool, num_shared: int, pairs: int) -> AlignConfig:
+    """One warp, one CTA or a cluster, by the number of (token, slot) pairs."""
+    ctas = ALIGN_CTAS if pairs > PAIRS_PER_ALIGN_CTA else 1
+    return AlignConfig(wide_ids, mapped, num_shared, ctas, few=pairs <= PAIRS_PER_ALIGN_WARP)
 
 
 class Nvfp4MoeKernel:
@@ -116,7 +123,8 @@ class Nvfp4MoeKernel:
 
     def configs(self, operand: MoeOperand) -> list[object]:
         """Every kernel that a call without shared experts or an expert map may launch."""
-        found: list[object] = [AlignConfig(wide, False, 0, ctas) for wide in (False, True) for ctas in (1, ALIGN_CTAS)]
+        counts = (1, PAIRS_PER_ALIGN_CTA, PAIRS_PER_ALIGN_CTA + 1)
+        found: list[object] = [align_config(wide, False, 0, pairs) for wide in (False, True) for pairs in counts]
         found += [PermuteConfig(), CombineConfig(0, True)]
         if not self.is_batch_invariant:
             found.append(CombineConfig(0, False))
@@ -216,12 +224,7 @@ def _run(
     rows = _rows(workspace, pairs, operand.hidden, choice.is_wide)
     tiles = min(operand.num_experts, pairs) + pairs // choice.tile_rows + 1
     launch.align(
-        AlignConfig(
-            ids.dtype == torch.int64,
-            routing.expert_map is not None,
-            num_shared,
-            ALIGN_CTAS if pairs > PAIRS_PER_ALIGN_CTA else 1,
-        ),
+        align_config(ids.dtype == torch.int64, routing.expert_map is not None, num_shared, pairs),
         ids,
         ids if routing.expert_map is None else routing.expert_map,
         workspace.schedule,

@@ -1,10 +1,10 @@
 """The kernels around the grouped products: which rows go to which expert, and the weighted sum of what comes back.
 
-``Align`` (one CTA, or a cluster for long prompts) counts the tokens of every expert, lays the experts' rows one after
-another and cuts them into tiles; ``Permute`` copies token rows into that order, for prompts so long that looking rows
-up one by one would cost more; ``Combine`` sums each token's expert outputs in the order of its top-k slots, so that
-the result is the same bits every time. The order of rows inside an expert is free: a row's sums do not depend on its
-place in a tile.
+``Align`` (one CTA, a cluster for long prompts, one warp for up to 32 pairs) counts the tokens of every expert, lays
+the experts' rows one after another and cuts them into tiles; ``Permute`` copies token rows into that order, for
+prompts so long that looking rows up one by one would cost more; ``Combine`` sums each token's expert outputs in the
+order of its top-k slots, so that the result is the same bits every time. The order of rows inside an expert is free: a
+row's sums do not depend on its place in a tile.
 
 Schedule (int32): [number of tiles, offset of the row index, 0, 0], then (expert, first row, rows, 0) per tile; at the
 offset, the token of each sorted row; behind it, the sorted row of each (token, slot), -1 where no local expert has it.
@@ -47,7 +47,7 @@ class Align:
     ) -> None:
         ctas = [self.cfg.num_ctas, 1, 1]
         self.kernel(ids, expert_map, schedule, num_tokens, top_k, num_ids, num_experts, tile_rows, index_offset).launch(
-            grid=ctas, block=[ALIGN_THREADS, 1, 1], cluster=ctas
+            grid=ctas, block=[self.cfg.num_threads, 1, 1], cluster=ctas
         )
 
     @cute.kernel
@@ -102,14 +102,7 @@ class Align:
         row_start = self.prefix(count, thread, partial)
         tile_start = self.prefix(tiles, thread, partial)
         element(cursors, thread)[0] = row_start + before
-        # Even tiles: 192 rows in tiles of at most 128 become twice 96, not 128 and 64.
-        share = (count + cutlass.max(tiles, 1) - 1) // cutlass.max(tiles, 1)
-        for tile in cutlass.range(rank, tiles, num_ctas, unroll=1):
-            entry = 4 + 4 * (tile_start + tile)
-            first = tile * share
-            element(schedule, entry)[0] = thread
-            element(schedule, entry + 1)[0] = row_start + first
-            element(schedule, entry + 2)[0] = cutlass.min(share, count - first)
+        self.write_tiles(schedule, thread, count, row_start, tiles, tile_start, rank)
         if thread == ALIGN_THREADS - 1 and rank == 0:
             element(schedule, 0)[0] = tile_start + tiles
             element(schedule, 1)[0] = index_offset
@@ -124,6 +117,26 @@ class Align:
         if cutlass.const_expr(num_ctas > 1):
             # No CTA leaves while another may still read its counts.
             cute.arch.cluster_wait()
+
+    @cute.jit
+    def write_tiles(
+        self,
+        schedule: cute.Pointer,
+        expert: Int32,
+        count: Int32,
+        row_start: Int32,
+        tiles: Int32,
+        tile_start: Int32,
+        rank: Int32,
+    ) -> None:
+        """The tiles of one expert, even ones: 192 rows in tiles of at most 128 become twice 96, not 128 and 64."""
+        share = (count + cutlass.max(tiles, 1) - 1) // cutlass.max(tiles, 1)
+        for tile in cutlass.range(rank, tiles, self.cfg.num_ctas, unroll=1):
+            entry = 4 + 4 * (tile_start + tile)
+            first = tile * share
+            element(schedule, entry)[0] = expert
+            element(schedule, entry + 1)[0] = row_start + first
+            element(schedule, entry + 2)[0] = cutlass.min(share, count - first)
 
     @cute.jit
     def expert_of(
@@ -175,6 +188,62 @@ class Align:
         result = before + running - value
         cute.arch.sync_threads()
         return result
+
+
+class AlignFew(Align):
+    """As ``Align``, for at most 32 pairs: one warp, a pair a lane, and neither barriers nor counters."""
+
+    @cute.kernel
+    def kernel(
+        self,
+        ids: cute.Pointer,
+        expert_map: cute.Pointer,
+        schedule: cute.Pointer,
+        num_tokens: Int32,
+        top_k: Int32,
+        num_ids: Int32,
+        num_experts: Int32,
+        tile_rows: Int32,
+        index_offset: Int32,
+    ) -> None:
+        """Experts come in the order in which pairs first name them."""
+        lane, _, _ = cute.arch.thread_idx()
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+        slots = top_k + self.cfg.num_shared
+        total = num_tokens * slots
+        expert = Int32(-1)
+        if lane < total:
+            expert = self.expert_of(ids, expert_map, lane, top_k, slots, num_ids, num_experts)
+        same = Int32(cute.arch.match_sync(0xFFFFFFFF, expert))
+        earlier = Int32(cute.arch.popc(same & ((Int32(1) << lane) - 1)))
+        count, tiles = Int32(0), Int32(0)
+        if expert >= 0 and earlier == 0:
+            count = Int32(cute.arch.popc(same))
+            tiles = (count + tile_rows - 1) // tile_rows
+        row_start, tile_start = self.before(count, lane), self.before(tiles, lane)
+        self.write_tiles(schedule, expert, count, row_start, tiles, tile_start, Int32(0))
+        leader = Int32(cute.arch.popc((same & -same) - 1))
+        first_row = cute.arch.shuffle_sync(row_start, leader)
+        if lane < total:
+            row = Int32(-1)
+            if expert >= 0:
+                row = first_row + earlier
+                element(schedule, index_offset + row)[0] = lane // slots
+            element(schedule, index_offset + total + lane)[0] = row
+        if lane == 31:
+            element(schedule, 0)[0] = tile_start + tiles
+            element(schedule, 1)[0] = index_offset
+
+    @cute.jit
+    def before(self, value: Int32, lane: Int32) -> Int32:
+        """Sum of ``value`` over the lanes before this one."""
+        running = value
+        for power in cutlass.range_constexpr(5):
+            other = cute.arch.shuffle_sync_up(running, offset=1 << power, mask_and_clamp=0)
+            if lane >= 1 << power:
+                running += other
+        return running - value
 
 
 def address(pointer: Any, row: Any, width: Any, piece: Any) -> Int64:
@@ -299,7 +368,8 @@ def compile_align(config: AlignConfig) -> Any:
     """Compiles for sm_90a; no GPU is needed."""
     ids = _pointer(Int64 if config.wide_ids else Int32, 4)
     one = Int32(1)
-    return cute.compile(Align(config), ids, _pointer(Int32), _pointer(Int32), *[one] * 6)
+    align = AlignFew(config) if config.few else Align(config)
+    return cute.compile(align, ids, _pointer(Int32), _pointer(Int32), *[one] * 6)
 
 
 def compile_permute() -> Any:
