@@ -31,8 +31,14 @@ def gemms() -> list[GemmConfig]:
     return list({config.name: config for config in found}.values())
 
 
-HELPERS = (AlignConfig(False, False, 0, few=True), AlignConfig(True, True, 1), AlignConfig(False, False, 0, 8), PermuteConfig(), CombineConfig(0, True),
-           CombineConfig(1, False))  # fmt: skip
+HELPERS = (
+    AlignConfig(False, False, 0, few=True),
+    AlignConfig(True, True, 1),
+    AlignConfig(False, False, 0, 8),
+    PermuteConfig(),
+    CombineConfig(0, True),
+    CombineConfig(1, False),
+)
 
 
 @pytest.fixture(scope="module")
