@@ -25,9 +25,10 @@ from ownpath.kernels.cute.config import (
 def gemms() -> list[GemmConfig]:
     found = [choose_linear(count, 4096, 4096, False).gemm for count in (1, 64, 2048)]
     found.append(choose_linear(1, 32768, 1024, False).gemm)
-    for _, knobs in moe_table():
-        choice = moe_choice(knobs, 4096, 2048, wide=False)
-        found += [choice.gate_up, choice.down]
+    for shape in ((4096, 2048), (7168, 3072)):
+        for _, knobs in moe_table(*shape):
+            choice = moe_choice(knobs, *shape, wide=False)
+            found += [choice.gate_up, choice.down]
     return list({config.name: config for config in found}.values())
 
 

@@ -1,4 +1,4 @@
-"""Tiles of the routed experts, by (token, slot) pairs per expert, on V4-Flash's shape.
+"""Tiles of the routed experts, by (token, slot) pairs per expert, on V4-Flash's and V4-Pro's shape.
 
 A candidate names a tile: ``num_m64`` 64-row blocks for each of ``warpgroups_m`` warpgroups, token counts ``n0``,
 ``n1``, ... for which there is code, ``stages`` of shared memory, ``depth`` buffers of ``group`` k16 steps, ``gather``
@@ -6,8 +6,10 @@ for rows that are looked up instead of copied first, ``box`` token rows of one c
 ``cluster_m`` CTAs that share tokens, ``per_sm`` CTAs on an SM.
 """
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ from ownpath.bench.contender import SWIGLU_LIMIT
 from ownpath.bench.measure import Settings
 from ownpath.bench.operands import MoeOperands, random_activations, random_moe
 from ownpath.bench.routing import uniform_routing
-from ownpath.bench.shapes import moe_shape
+from ownpath.bench.shapes import MoeShape, moe_shape
 from ownpath.bench.timing import CudaGraph
 from ownpath.bench.tune import CandidateFailed, Config
 from ownpath.kernels.cache import CompileError
@@ -25,11 +27,11 @@ from ownpath.kernels.cute.choose import TUNED, WIDE_PAIRS, MoeChoice, moe_choice
 from ownpath.kernels.cute.moe import MoeOperand, Nvfp4MoeKernel
 from ownpath.kernels.driver import CudaError
 
-SHAPE = "v4-flash"
+SHAPES = ("v4-flash", "v4-pro")
 MAX_REL_L2 = 3e-3
 
-TOKENS = {0.05: 1, 0.12: 4, 0.3: 8, 2.2: 64, 8.0: 256, 16.0: 512, 40.0: 1024, 56.0: 2048, 120.0: 4096, 1e9: 8192}
-"""Pairs per expert up to which an entry holds -> the number of tokens it is measured with."""
+TOKENS = (1, 4, 8, 64, 256, 512, 1024, 2048, 4096, 8192)
+"""Numbers of tokens that an entry is measured with."""
 
 
 def _tile(num_m64: int, warpgroups_m: int, sizes: Sequence[int], stages: int, **more: int) -> dict[str, int]:
@@ -99,6 +101,24 @@ MANY = (
 )
 
 
+def cases(shape: MoeShape) -> dict[str, int]:
+    """Case -> number of tokens. An entry holds up to 17% more pairs per expert than it was measured with, so that few
+    experts exceed the tile; where a tile holds all rows anyway, halfway to the next one."""
+    densities = [num_tokens * shape.top_k / shape.num_experts for num_tokens in TOKENS]
+    limits = [
+        1.17 * density if density >= 4 else math.sqrt(density * following)
+        for density, following in itertools.pairwise(densities)
+    ]
+    named = f"hidden={shape.hidden},inter={shape.inter},pairs_per_expert<="
+    return {f"{named}{limit:.3g}": tokens for limit, tokens in zip((*limits, 1e9), TOKENS, strict=True)}
+
+
+def candidates(pairs_per_expert: float) -> tuple[dict[str, int], ...]:
+    """What is worth trying with so many rows per expert."""
+    lists = ((FEW, 0, 2.2), (SOME, 2.2, 40), (MIDDLE, 20, 80), (MANY, 60, math.inf))
+    return tuple(one for tried, least, most in lists if least <= pairs_per_expert < most for one in tried)
+
+
 class MoeFamily:
     """The family that ``--tune moe`` asks for."""
 
@@ -106,45 +126,49 @@ class MoeFamily:
     table: Path = TUNED / "moe.json"
 
     def __init__(self, device: str) -> None:
-        lists = (FEW, FEW, FEW, FEW, SOME, SOME, SOME, MIDDLE, MANY, MANY)
-        self.candidates = {f"pairs_per_expert<={limit}": tried for limit, tried in zip(TOKENS, lists, strict=True)}
         self._settings = Settings.of(device)
-        self._shape = moe_shape(SHAPE)
+        self._problems = {
+            case: (shape, num_tokens) for shape in map(moe_shape, SHAPES) for case, num_tokens in cases(shape).items()
+        }
+        self.candidates = {
+            case: candidates(num_tokens * shape.top_k / shape.num_experts)
+            for case, (shape, num_tokens) in self._problems.items()
+        }
+        self._operands = lru_cache(maxsize=1)(self._make_operands)
         self._reference = lru_cache(maxsize=1)(self._make_reference)
 
-    @cached_property
-    def _operands(self) -> MoeOperands:
-        return random_moe(self._shape, self._settings.generator())
-
-    @cached_property
-    def _packed(self) -> MoeOperand:
-        own = self._operands.clone()
+    def _make_operands(self, shape: MoeShape) -> tuple[MoeOperands, MoeOperand]:
+        """Stored experts for the reference, and packed ones."""
+        stored = random_moe(shape, self._settings.generator())
+        own = stored.clone()
         w13 = own.w13_scale_2 if own.w13_scale_2.ndim == 2 else own.w13_scale_2[:, None].expand(-1, 2)
         kernel = Nvfp4MoeKernel(is_batch_invariant=False)
-        return kernel.prepare((own.w13, own.w13_scale, w13), (own.w2, own.w2_scale, own.w2_scale_2))
+        return stored, kernel.prepare((own.w13, own.w13_scale, w13), (own.w2, own.w2_scale, own.w2_scale_2))
 
     def run(self, case: str, config: Config) -> float:
         """Median microseconds of a call; the answer is compared with the torch reference first."""
-        num_tokens = TOKENS[float(case.split("<=")[1])]
+        shape, num_tokens = self._problems[case]
+        packed = self._operands(shape)[1]
         kernel = Nvfp4MoeKernel(is_batch_invariant=False, choose=partial(_chosen, config))
-        inputs = [self._input(num_tokens, idx) for idx in range(6 if num_tokens <= 64 else 2)]
-        calls = [partial(kernel, *given, self._packed, SWIGLU_LIMIT) for given in inputs]
+        inputs = [self._input(shape, num_tokens, idx) for idx in range(6 if num_tokens <= 64 else 2)]
+        calls = [partial(kernel, *given, packed, SWIGLU_LIMIT) for given in inputs]
         try:
             y = calls[0]()
         except (CompileError, CudaError, ValueError) as failure:
             raise CandidateFailed(str(failure).splitlines()[0]) from failure
-        error = rel_l2(y, self._reference(num_tokens))
+        error = rel_l2(y, self._reference(shape, num_tokens))
         if not error <= MAX_REL_L2:
             raise CandidateFailed(f"wrong: relative L2 {error:.1e}")
         return CudaGraph(0.1).time(calls).us
 
-    def _make_reference(self, num_tokens: int) -> torch.Tensor:
-        routing = uniform_routing(self._shape, num_tokens, num_tokens, self._settings.device)
-        return moe_reference(self._input(num_tokens, 0)[0], routing, self._operands, SWIGLU_LIMIT)
+    def _make_reference(self, shape: MoeShape, num_tokens: int) -> torch.Tensor:
+        routing = uniform_routing(shape, num_tokens, num_tokens, self._settings.device)
+        x = self._input(shape, num_tokens, 0)[0]
+        return moe_reference(x, routing, self._operands(shape)[0], SWIGLU_LIMIT)
 
-    def _input(self, num_tokens: int, idx: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        x = random_activations(num_tokens, self._shape.hidden, self._settings.generator(num_tokens + idx))
-        routing = uniform_routing(self._shape, num_tokens, num_tokens + idx, self._settings.device)
+    def _input(self, shape: MoeShape, num_tokens: int, idx: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x = random_activations(num_tokens, shape.hidden, self._settings.generator(num_tokens + idx))
+        routing = uniform_routing(shape, num_tokens, num_tokens + idx, self._settings.device)
         return x, routing.topk_ids, routing.topk_weights
 
 

@@ -1,7 +1,7 @@
 """Which compiled kernel serves which sizes: tuned tables, and arithmetic for dense sizes that no table holds.
 
-``tuned/moe.json`` is keyed by (token, slot) pairs per expert, ``tuned/linear.json`` by tokens and matrix; ``ownpath
-bench --tune`` writes them. Nothing is measured while serving.
+``tuned/moe.json`` is keyed by the experts' shape and (token, slot) pairs per expert, ``tuned/linear.json`` by tokens
+and matrix; ``ownpath bench --tune`` writes them. Nothing is measured while serving.
 """
 
 import json
@@ -38,19 +38,36 @@ class MoeChoice:
         return self.down.wide
 
 
+MoeEntries = tuple[tuple[float, dict[str, object]], ...]
+MEASURED_FIRST = (4096, 2048)
+"""Hidden and width of the experts whose entries serve shapes that nobody measured: V4-Flash's."""
+
+
+def moe_table(hidden: int, inter: int) -> MoeEntries:
+    """(pairs per expert up to which it holds, knobs), ascending, for experts hidden -> inter."""
+    tables = _moe_tables()
+    return tables.get((hidden, inter), tables[MEASURED_FIRST])
+
+
 @lru_cache(maxsize=1)
-def moe_table() -> tuple[tuple[float, dict[str, object]], ...]:
-    """(pairs per expert up to which it holds, knobs), ascending."""
-    entries = json.loads((TUNED / "moe.json").read_text(encoding="utf-8"))["entries"]
-    return tuple(
-        sorted(((float(case.split("<=")[1]), entry["config"]) for case, entry in entries.items()), key=lambda e: e[0])
-    )
+def _moe_tables() -> Mapping[tuple[int, int], MoeEntries]:
+    found: dict[tuple[int, int], list[tuple[float, dict[str, object]]]] = {}
+    for case, entry in json.loads((TUNED / "moe.json").read_text(encoding="utf-8"))["entries"].items():
+        (hidden, inter), limit = moe_case(case)
+        found.setdefault((hidden, inter), []).append((limit, entry["config"]))
+    return {shape: tuple(sorted(entries, key=lambda entry: entry[0])) for shape, entries in found.items()}
+
+
+def moe_case(case: str) -> tuple[tuple[int, int], float]:
+    """Hidden, width and limit of a case such as ``hidden=4096,inter=2048,pairs_per_expert<=8``."""
+    hidden, inter, limit = (part.split("=")[-1] for part in case.split(","))
+    return (int(hidden), int(inter)), float(limit)
 
 
 def choose_moe(pairs: int, num_experts: int, hidden: int, inter: int, invariant: bool) -> MoeChoice:
     """The kernels for ``pairs`` (token, slot) pairs. invariant: nothing that changes bits may follow ``pairs``."""
-    density = pairs / num_experts
-    knobs = next((knobs for limit, knobs in moe_table() if density <= limit), moe_table()[-1][1])
+    density, table = pairs / num_experts, moe_table(hidden, inter)
+    knobs = next((knobs for limit, knobs in table if density <= limit), table[-1][1])
     return moe_choice(knobs, hidden, inter, wide=invariant or pairs <= WIDE_PAIRS)
 
 

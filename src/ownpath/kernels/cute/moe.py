@@ -128,7 +128,7 @@ class Nvfp4MoeKernel:
         found += [PermuteConfig(), CombineConfig(0, True)]
         if not self.is_batch_invariant:
             found.append(CombineConfig(0, False))
-        for _, knobs in moe_table():
+        for _, knobs in moe_table(operand.hidden, operand.inter):
             for wide in (True,) if self.is_batch_invariant else (False, True):
                 choice = moe_choice(knobs, operand.hidden, operand.inter, wide)
                 found += [choice.gate_up, choice.down]
