@@ -68,17 +68,12 @@ def test_it_fits_without_spilling(config: GemmConfig, binary: str) -> None:
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", tool("cuobjdump", "-res-usage", binary))
     assert found
     registers, stack, shared = map(int, found.groups())
-    code = tool("nvdisasm", "-c", binary)
-    # Eight bytes: a count that is read once for each tile, or a slot that the code does not use.
+    # Eight bytes: a slot the compiler reserves and the code does not use.
     assert stack <= 8
+    assert "LDL" not in tool("nvdisasm", "-c", binary)
     assert shared <= MAX_SHARED_BYTES
     if isinstance(config, GemmConfig):
         assert registers * config.num_threads <= 65536
-        events = "".join("p" if op == "HGMMA" else "s" for op in re.findall(r"\b(HGMMA|LDL|STL)\b", code))
-        per_tile_size = config.num_m64 * config.num_steps
-        assert all(len(run) % per_tile_size == 0 for run in events.split("s")), "a spill inside the loop over K"
-    else:
-        assert "LDL" not in code
 
 
 @pytest.mark.parametrize("config", gemms(), ids=lambda config: config.name)

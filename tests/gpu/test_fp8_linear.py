@@ -34,12 +34,6 @@ TENSOR_CORE_ULP = 2.0**-13
 """FP8 products are aligned to the largest of a step and cut to at least 13 fraction bits before they are added."""
 
 
-@pytest.fixture(autouse=True)
-def hopper(cuda: torch.device) -> None:
-    if torch.cuda.get_device_capability(cuda) != (9, 0):
-        pytest.skip("needs a Hopper device")
-
-
 def reference_weight(weights: list[torch.Tensor], scales: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([decode_fp8_block(w, s, torch.float64) for w, s in zip(weights, scales, strict=True)])
 

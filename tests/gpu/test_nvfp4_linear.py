@@ -13,13 +13,6 @@ SHAPES = ((1536, 4096), (4096, 2048), (640, 256), (192, 384), (64, 128))
 KERNEL_NAMES = ("cute.nvfp4_linear", "cute.nvfp4_linear_invariant")
 
 
-@pytest.fixture(autouse=True)
-def hopper(cuda: torch.device) -> None:
-    torch.manual_seed(0)
-    if torch.cuda.get_device_capability(cuda) != (9, 0):
-        pytest.skip("needs a Hopper device")
-
-
 def poisoned(num_rows: int, width: int, device: torch.device) -> torch.Tensor:
     return torch.full((num_rows, width), torch.nan, dtype=torch.bfloat16, device=device)
 

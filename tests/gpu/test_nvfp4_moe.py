@@ -22,13 +22,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.sm90]
 LIMIT = 10.0
 
 
-@pytest.fixture(autouse=True)
-def hopper(cuda: torch.device) -> None:
-    torch.manual_seed(0)
-    if torch.cuda.get_device_capability(cuda) != (9, 0):
-        pytest.skip("needs a Hopper device")
-
-
 def runner(experts: Experts, name: str = "cute.nvfp4_moe", limit: float = LIMIT) -> Nvfp4MoE:
     return Nvfp4MoE(*experts.clone().tensors(), swiglu_limit=limit, kernel=KERNELS[name])
 

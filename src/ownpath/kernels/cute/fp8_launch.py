@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from ctypes import c_int
 from dataclasses import dataclass
-from functools import lru_cache
 
-import torch
 from torch import Tensor
 
 from ownpath.kernels.cache import load
@@ -25,18 +23,13 @@ from ownpath.kernels.cute.fp8_config import (
     W8A8Config,
     W8A16Config,
 )
+from ownpath.kernels.cute.launch import current_stream, num_sms
 from ownpath.kernels.driver import pointer, tensor_map
 from ownpath.kernels.fp8_packing import ACT_BLOCK_BYTES, PackedFp8, pack_fp8
 from ownpath.plan.catalogue import FP8_PREFILL_FROM
 
 MAX_WIDTH = 8 * MAX_K_BLOCKS * 128
 ROWS_PER_WORKSPACE_BLOCK = 64
-
-
-@lru_cache(maxsize=16)
-def num_sms(device_index: int) -> int:
-    """Multiprocessors of a CUDA device."""
-    return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
 def workspace_bytes(num_tokens: int, num_k_blocks: int) -> int:
@@ -60,14 +53,14 @@ def w8a16_launch(config: W8A16Config, x: Tensor, weight: PackedFp8, out: Tensor)
     operands = (weight.blocks, weight.scales, weight.rows, out)
     args = (tensor_map(x, config.num_n, CHUNK_K), *map(pointer, operands), *map(c_int, sizes))
     grid = config.grid(len(x), weight.num_row_blocks)
-    load(config, x.device.index).launch(grid, args, torch.cuda.current_stream(x.device).cuda_stream)
+    load(config, x.device.index).launch(grid, args, current_stream(x))
 
 
 def quantize_launch(config: QuantizeConfig, x: Tensor, workspace: Tensor, num_k_blocks: int) -> None:
     """Quantised blocks of x into ``workspace``."""
     args = (pointer(x), pointer(workspace), *map(c_int, (*x.shape, x.stride(0), num_k_blocks)))
     grid = -(-len(x) // QUANTIZE_ROWS) * num_k_blocks
-    load(config, x.device.index).launch(grid, args, torch.cuda.current_stream(x.device).cuda_stream)
+    load(config, x.device.index).launch(grid, args, current_stream(x))
 
 
 def w8a8_launch(config: W8A8Config, workspace: Tensor, weight: PackedFp8, out: Tensor) -> None:
@@ -76,7 +69,7 @@ def w8a8_launch(config: W8A8Config, workspace: Tensor, weight: PackedFp8, out: T
     operands = (workspace, weight.blocks, weight.scales, weight.rows, out)
     args = (*map(pointer, operands), *map(c_int, sizes))
     grid = config.grid(len(out), weight.num_row_blocks, num_sms(out.device.index))
-    load(config, out.device.index).launch(grid, args, torch.cuda.current_stream(out.device).cuda_stream)
+    load(config, out.device.index).launch(grid, args, current_stream(out))
 
 
 def fp8_w8a16(x: Tensor, weight: PackedFp8, out: Tensor) -> None:

@@ -48,8 +48,8 @@ class MoeWorkspace:
     """Scratch for calls of at most ``len(hidden)`` (token, slot) pairs; not to be shared between streams.
 
     Shapes (P pairs, D hidden, F width): schedule int32; sorted bfloat16 [P, D] (empty when rows are looked up one by
-    one); hidden bfloat16 [P, F]; rows uint8, float32 or bfloat16 [P, D] once
-        viewed; out bfloat16 [tokens, D], the result.
+    one); hidden bfloat16 [P, F]; rows uint8, viewed as float32 or bfloat16 [P, D]; out bfloat16 [tokens, D], the
+    result.
     """
 
     schedule: torch.Tensor
