@@ -50,7 +50,6 @@ FEW = (
     _tile(1, 1, (8,), 10, depth=4, gather=1, per_sm=3),
     _tile(1, 1, (8,), 10, group=4, gather=1, per_sm=3),
     _tile(1, 1, (8,), 8, group=4, gather=1, per_sm=4),
-    _tile(1, 1, (8,), 8, group=2, gather=1, per_sm=4),
     _tile(2, 1, (8,), 5, group=2, gather=1, per_sm=3),
     _tile(2, 1, (8,), 5, group=4, gather=1, per_sm=3),
     _tile(2, 1, (8,), 5, group=2, gather=1, per_sm=4),

@@ -75,7 +75,17 @@ class GemmConfig:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        return ("gemm_sm90.py", "epilogue_sm90.py", "ptx.py", "config.py", "build.py")
+        return ("gemm_sm90.py", "epilogue_sm90.py", "handover.py", "ring.py", "ptx.py", "config.py", "build.py")
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether it is the experts' first product, whose tiles the second one takes as they are finished."""
+        return self.grouped and self.swiglu
+
+    @property
+    def follows(self) -> bool:
+        """Whether it is the experts' second product."""
+        return self.grouped and not self.swiglu
 
     @property
     def num_steps(self) -> int:

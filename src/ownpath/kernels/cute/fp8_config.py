@@ -34,7 +34,7 @@ ACT_STRIDE = 9216
 
 assert ACT_BLOCK_BYTES <= ACT_STRIDE
 
-_SHARED_SOURCES = ("fp8_ptx.py", "fp8_config.py", "ptx.py", "../fp8_packing.py")
+_SHARED_SOURCES = ("fp8_ptx.py", "fp8_config.py", "ring.py", "ptx.py", "../fp8_packing.py")
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ from ownpath.kernels.cute.fp8_config import (
     WG,
     W8A16Config,
 )
+from ownpath.kernels.cute.ring import next_stage
 from ownpath.kernels.fp8_packing import BLOCK_BYTES
 
 
@@ -178,10 +179,7 @@ class W8A16:
                     (smem_w + (slot * cfg.num_m64 + r) * BLOCK_BYTES).toint(),
                     (blocks + (idx + k) * BLOCK_BYTES).toint(), BLOCK_BYTES, full + slot,
                 )  # fmt: skip
-            slot += 1
-            if slot == cfg.num_stages:
-                slot = Int32(0)
-                phase = phase ^ 1
+            slot, phase = next_stage(slot, phase, cfg.num_stages)
 
     @cute.jit
     def load_tokens(
@@ -204,10 +202,7 @@ class W8A16:
             for half in cutlass.range_constexpr(2):
                 target = smem_x + (slot * 2 + half) * (cfg.num_n * CHUNK_K)
                 ptx.load_box(target, descriptor, (k_start + k) * BLOCK_K + half * CHUNK_K, token0, full + slot)
-            slot += 1
-            if slot == cfg.num_stages:
-                slot = Int32(0)
-                phase = phase ^ 1
+            slot, phase = next_stage(slot, phase, cfg.num_stages)
 
     @cute.jit
     def consume(
@@ -311,10 +306,7 @@ class W8A16:
                 if lane % 32 == 0:
                     cute.arch.mbarrier_arrive(empty + slot)
             last = slot
-            slot += 1
-            if slot == cfg.num_stages:
-                slot = Int32(0)
-                phase = phase ^ 1
+            slot, phase = next_stage(slot, phase, cfg.num_stages)
         if cutlass.const_expr(cfg.folded):
             warpgroup.wait_group(0)
             for r in cutlass.range_constexpr(self.per_wg):
@@ -373,10 +365,7 @@ class W8A16:
                     factor = ptx.as_float(entries[r][1])
                     for idx in cutlass.range_constexpr(cfg.num_n // 2):
                         totals[r][idx] = totals[r][idx] + factor * sums[r][idx]
-            slot += 1
-            if slot == cfg.num_stages:
-                slot = Int32(0)
-                phase = phase ^ 1
+            slot, phase = next_stage(slot, phase, cfg.num_stages)
 
     def token_layout(self) -> Any:
         """[tokens, 64, chunks] of BF16, K contiguous, 128-byte swizzle."""

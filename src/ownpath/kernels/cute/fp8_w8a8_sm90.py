@@ -28,6 +28,7 @@ from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
 from ownpath.kernels.cute import fp8_ptx, ptx
 from ownpath.kernels.cute.fp8_config import ACT_STRIDE, ENTRY_BYTES, W8A8_REGISTERS, WG, W8A8Config
+from ownpath.kernels.cute.ring import next_stage
 from ownpath.kernels.fp8_packing import ACT_BLOCK_BYTES, BLOCK_BYTES
 
 TILE_N = 128
@@ -154,10 +155,7 @@ class W8A8:
                         acts + ((Int64(m64) * num_k_blocks + k) * ACT_BLOCK_BYTES + rank * part),
                         part, full + slot, peers,
                     )  # fmt: skip
-                slot += 1
-                if slot == cfg.num_stages:
-                    slot = Int32(0)
-                    phase = phase ^ 1
+                slot, phase = next_stage(slot, phase, cfg.num_stages)
 
     @cute.jit
     def produce_weights(
@@ -193,10 +191,7 @@ class W8A8:
                         smem_scales + (slot * 2 + half) * ENTRY_BYTES, scales + idx * ENTRY_BYTES, ENTRY_BYTES,
                         full + slot,
                     )  # fmt: skip
-                slot += 1
-                if slot == cfg.num_stages:
-                    slot = Int32(0)
-                    phase = phase ^ 1
+                slot, phase = next_stage(slot, phase, cfg.num_stages)
 
     @cute.jit
     def consume(
@@ -254,10 +249,7 @@ class W8A8:
                     if cutlass.const_expr(r == cfg.num_m64 - 1):
                         self.release(empty + slot, lane)
                     self.promote(totals[r], sums, token_scales, weight_scales)
-                slot += 1
-                if slot == cfg.num_stages:
-                    slot = Int32(0)
-                    phase = phase ^ 1
+                slot, phase = next_stage(slot, phase, cfg.num_stages)
             m64 = tile % num_m_tiles * cfg.m64_per_tile + warp_group * cfg.num_m64
             row_block = (tile // num_m_tiles * cfg.cluster_n + rank) * 2
             for half in cutlass.range_constexpr(2):

@@ -33,6 +33,8 @@ from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 from ownpath.kernels.cute import ptx
 from ownpath.kernels.cute.config import BLOCK_K, CHUNK_K, WG, GemmConfig
 from ownpath.kernels.cute.epilogue_sm90 import Epilogue
+from ownpath.kernels.cute.handover import announce, await_rows
+from ownpath.kernels.cute.ring import next_stage
 
 BAND_TILES = 16
 
@@ -188,6 +190,8 @@ class Gemm:
                             empty, step, parity, k_iters, thread, warp_group, m_tile, expert, row0, rows, ld_out,
                             swiglu_limit, rank,
                         )  # fmt: skip
+                if cutlass.const_expr(cfg.hands_over):
+                    announce(schedule + (4 + 4 * n_tile + 3), thread, 16 * cfg.num_m64 // cfg.warpgroups_k)
                 step += k_iters
                 parity = parity ^ 1
         if cutlass.const_expr(cfg.cluster_m > 1):
@@ -274,10 +278,7 @@ class Gemm:
                         not cfg.reuses_weights,
                     )  # fmt: skip
                 start += k_blocks * num_bytes
-                slot += 1
-                if slot == cfg.num_stages:
-                    slot = Int32(0)
-                    phase = phase ^ 1
+                slot, phase = next_stage(slot, phase, cfg.num_stages)
 
     @cute.jit
     def produce_tokens(
@@ -301,12 +302,16 @@ class Gemm:
     ) -> None:
         """One thread (or warp, for single rows): the tokens of every stage."""
         cfg = self.cfg
-        cute.arch.griddepcontrol_wait()
+        if cutlass.const_expr(not cfg.follows):
+            cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
         slot, phase = Int32(0), Int32(1)
         for tile in cutlass.range(worker, num_tiles, num_workers, unroll=1):
             _, n_tile = self.place_in_grid(tile, m_per_worker, num_n_tiles)
             _, row0, rows = self.tile_rows(schedule, n_tile, num_rows, rows_per_tile)
+            if cutlass.const_expr(cfg.follows):
+                # Gate and up rows: two for each of this product's columns.
+                await_rows(schedule + (4 + 4 * n_tile + 3), 2 * CHUNK_K * self.num_chunks * k_iters)
             boxes = (rows + cfg.box_rows - 1) // cfg.box_rows
             places = cute.make_rmem_tensor(cute.make_layout((self.max_n + 31) // 32), Int32)
             if cutlass.const_expr(cfg.gather):
@@ -334,10 +339,7 @@ class Gemm:
                             row = box * cfg.box_rows
                             target = start + row * CHUNK_K
                             ptx.load_box(target, descriptor, column, row0 + row, full + slot, cfg.cluster_m)
-                slot += 1
-                if slot == cfg.num_stages:
-                    slot = Int32(0)
-                    phase = phase ^ 1
+                slot, phase = next_stage(slot, phase, cfg.num_stages)
 
     @cute.jit
     def consume(
@@ -419,10 +421,7 @@ class Gemm:
                     if k > 0:
                         self.release(empty + last, lane)
             last = slot
-            slot += 1
-            if slot == cfg.num_stages:
-                slot = Int32(0)
-                phase = phase ^ 1
+            slot, phase = next_stage(slot, phase, cfg.num_stages)
         warpgroup.wait_group(0)
         self.release(empty + last, lane)
         if cutlass.const_expr(cfg.reduces):

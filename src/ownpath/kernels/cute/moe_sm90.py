@@ -6,8 +6,9 @@ prompts so long that looking rows up one by one would cost more; ``Combine`` sum
 order of its top-k slots, so that the result is the same bits every time. The order of rows inside an expert is free: a
 row's sums do not depend on its place in a tile.
 
-Schedule (int32): [number of tiles, offset of the row index, 0, 0], then (expert, first row, rows, 0) per tile; at the
-offset, the token of each sorted row; behind it, the sorted row of each (token, slot), -1 where no local expert has it.
+Schedule (int32): [number of tiles, offset of the row index, 0, 0], then (expert, first row, rows, 0) per tile, where
+``handover`` counts; at the offset, the token of each sorted row; behind it, the sorted row of each (token, slot), -1
+where no local expert has it.
 
 Roofline: bytes of the copied rows. Limits: at most 1024 experts, and ids outside the map count as absent.
 """
@@ -137,6 +138,7 @@ class Align:
             element(schedule, entry)[0] = expert
             element(schedule, entry + 1)[0] = row_start + first
             element(schedule, entry + 2)[0] = cutlass.min(share, count - first)
+            element(schedule, entry + 3)[0] = Int32(0)
 
     @cute.jit
     def expert_of(
