@@ -1,0 +1,116 @@
+"""What calls cost on the host: ``python bench/host_costs.py``, on a Hopper GPU.
+
+A refused call (time until its ValueError), an accepted one (time until it returns; the GPU runs behind it), and what a
+process pays to have all kernels of V4-Flash's shapes ready when the cache on disk is warm: read, and put on the device.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ownpath import Nvfp4Linear, Nvfp4MoE
+from ownpath.bench.operands import random_activations, random_fp8, random_moe, random_nvfp4
+from ownpath.bench.record import provenance
+from ownpath.bench.routing import uniform_routing
+from ownpath.bench.shapes import LINEAR_SHAPES, moe_shape
+from ownpath.kernels.cache import is_cached, load
+from ownpath.runners import Fp8Linear
+
+CALLS = 2000
+
+
+def host_us(call: Callable[[], object]) -> float:
+    """Median microseconds until a call returns or raises ValueError."""
+    times = []
+    for idx in range(CALLS):
+        start = time.perf_counter()
+        with suppress(ValueError):
+            call()
+        times.append(1e6 * (time.perf_counter() - start))
+        if idx % 100 == 0:
+            torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def make_runners(generator: torch.Generator) -> tuple[list[Nvfp4Linear], list[Fp8Linear], Nvfp4MoE]:
+    """Everything of V4-Flash's shapes that these kernels serve."""
+    shapes = [shape for shape in LINEAR_SHAPES if shape.name != "tiny"]
+    nvfp4 = [random_nvfp4(shape, generator) for shape in shapes]
+    fp8 = [random_fp8(shape, generator) for shape in shapes]
+    experts = random_moe(moe_shape("v4-flash"), generator)
+    moe = Nvfp4MoE(
+        experts.w13, experts.w13_scale, experts.w13_scale_2, experts.w2, experts.w2_scale, experts.w2_scale_2, 10.0
+    )
+    return (
+        [Nvfp4Linear(one.weight, one.weight_scale, one.weight_scale_2) for one in nvfp4],
+        [Fp8Linear(one.weight, one.scale) for one in fp8],
+        moe,
+    )
+
+
+def calls(
+    linear: Nvfp4Linear, fp8: Fp8Linear, moe: Nvfp4MoE, generator: torch.Generator
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """(what, call) with every kind of input that is refused, and one that is taken."""
+    width = linear.in_features
+    x = random_activations(4, width + 8, generator)
+    good = x[:, :width].contiguous()
+    bad = {
+        "dtype": good.half(),
+        "shape": good[:, :-16],
+        "device": good.cpu(),
+        "stride": good.T.contiguous().T,
+        "alignment": x.flatten()[1 : 4 * width + 1].view(4, width),
+        "nothing (accepted)": good,
+    }
+    for name, runner in (("Nvfp4Linear", linear), ("Fp8Linear", fp8)):
+        for what, given in bad.items():
+            yield f"{name}, {what}", partial(runner, given)
+    routing = uniform_routing(moe_shape("v4-flash"), 4, 0, "cuda")
+    ids, weights = routing.topk_ids, routing.topk_weights
+    for what, given in bad.items():
+        yield f"Nvfp4MoE, {what}", partial(moe, given, ids, weights)
+    yield "Nvfp4MoE, ids' dtype", partial(moe, good, ids.float(), weights)
+    yield "Nvfp4MoE, weights' shape", partial(moe, good, ids, weights[:, :-1])
+
+
+def main() -> None:
+    """Prints the table; ``--out`` adds a JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", default="")
+    args = parser.parse_args()
+    generator = torch.Generator("cuda").manual_seed(0)
+    linears, fp8, moe = make_runners(generator)
+    runners: list[Nvfp4Linear | Fp8Linear | Nvfp4MoE] = [*linears, *fp8, moe]
+    configs = {config.name: config for runner in runners for config in runner.compile_configs()}
+    missing = [name for name, config in configs.items() if not is_cached(config)]
+    if missing:
+        raise SystemExit(f"the cache is not warm: {len(missing)} kernels are missing, {missing[0]} is one")
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for config in configs.values():
+        load(config, 0)
+    ready_s = time.perf_counter() - start
+    print(f"{len(configs)} kernels from a warm cache onto the device: {ready_s:.3f} s")
+    by_shape = {(one.out_features, one.in_features): one for one in linears}
+    square = next(one for one in fp8 if one.in_features == moe.hidden_size)
+    costs = {what: host_us(call) for what, call in calls(by_shape[4096, 4096], square, moe, generator)}
+    for what, us in costs.items():
+        print(f"{what:32s} {us:8.1f} us")
+    if args.out:
+        origin = provenance("cuda", args.commit, "python bench/host_costs.py", "host clock")
+        line = {"bench": "host_costs", "kernels": len(configs), "ready_s": ready_s, "host_us": costs, **origin}
+        with args.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()
