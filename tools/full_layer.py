@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +38,7 @@ from ownpath.model.rope import Rope
 from ownpath.plan.plan import Plan, make_plan
 from ownpath.plan.select import Caps, Demands
 from ownpath.runners import Ledger, Mix
-from ownpath.runners.launches import record_launches
+from ownpath.runners.launches import record_launches, slot_times
 from ownpath.runners.make import make_runners
 from ownpath.startup import compile_kernels
 
@@ -168,10 +167,9 @@ def measure(ours: Layer, reference: Layer, engine: EngineConfig, context: int, n
     # The torch reference of the experts asks the host which experts were chosen: no graph can hold that.
     is_captured = "ref.nvfp4_moe" not in {kernel for _, kernel in ours.plan.slots.values()}
     times = (_graph_us if is_captured else _events_us)(lambda: run(ours, given))
-    slots: dict[str, float] = defaultdict(float)
     again = make_input(config, engine, context, num_tokens)
-    for launch in record_launches(ours.ledger, lambda: run(ours, again)):
-        slots["(glue)" if launch.slot is None else launch.slot.removeprefix("layers.0.")] += launch.duration_us
+    launches = record_launches(ours.ledger, lambda: run(ours, again))
+    slots = {(slot or "(glue)").removeprefix("layers.0."): us for slot, us in slot_times(launches).items()}
     row |= {"us": statistics.median(times), "us_min": min(times), "us_max": max(times), "graph": is_captured}
     row["reference_us"] = statistics.median(_events_us(lambda: run(reference, given), num_runs=3))
     row["slot_us"] = {slot: round(total, 1) for slot, total in sorted(slots.items(), key=lambda item: -item[1])}

@@ -1,9 +1,13 @@
 """Token ids -> text while they arrive: whole characters only, and stop strings never shown."""
 
 import codecs
+import re
 from collections.abc import Sequence
 
 from ownpath.chat.tokenizer import Tokenizer
+
+SURROGATE = re.compile(rb"\xed[\xa0-\xbf]")
+"""The start of what UTF-8 has for half a UTF-16 pair: well-formed in its bits, and no character."""
 
 
 class Detokenizer:
@@ -22,7 +26,12 @@ class Detokenizer:
         """The text that this token completes; may be empty."""
         if self._tokenizer.is_hidden(token_id) and not self._show_special:
             return ""
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        text = self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        pending, _ = self._decoder.getstate()
+        if SURROGATE.fullmatch(pending):
+            # The decoder waits for the third byte, which cannot make a character of it.
+            text += self._decoder.decode(b"", final=True)
+        return text
 
 
 class StopMatcher:

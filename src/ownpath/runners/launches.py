@@ -31,10 +31,11 @@ _PREFIX = "slot "
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel on the device: the slot it worked for (``None``: none), its name, how long it ran."""
+    """One kernel on the device: the slot it worked for (``None``: none), its name, when it began, how long it ran."""
 
     slot: str | None
     kernel: str
+    start_us: float
     duration_us: float
 
     @property
@@ -86,8 +87,20 @@ def launches_of(events: Iterable[dict[str, Any]]) -> list[Launch]:
         launch = launch_of.get(kernel["args"].get("correlation"))
         around = by_thread.get(launch["tid"]) if launch else None
         slot = around.innermost(float(launch["ts"])) if launch and around else None
-        found.append(Launch(slot, str(kernel["name"]), float(kernel["dur"])))
+        found.append(Launch(slot, str(kernel["name"]), float(kernel["ts"]), float(kernel["dur"])))
     return found
+
+
+def slot_times(launches: Iterable[Launch]) -> dict[str | None, float]:
+    """Microseconds for each slot. While several kernels run, the time is that of the one that began first: a kernel
+    that is already there while its predecessor drains must not count twice."""
+    times: dict[str | None, float] = defaultdict(float)
+    counted_to = float("-inf")
+    for launch in sorted(launches, key=lambda launch: launch.start_us):
+        end = launch.start_us + launch.duration_us
+        times[launch.slot] += max(0.0, end - max(launch.start_us, counted_to))
+        counted_to = max(counted_to, end)
+    return dict(times)
 
 
 class _Marks:
