@@ -82,7 +82,7 @@ def test_other_kernels_are_no_library_products(name: str) -> None:
 
 def test_our_own_products_are_products_too() -> None:
     assert Launch(None, "kernel_cutlass_kernel_ownpathkernelscutegemm_sm90Gemm_object_at__0", 0.0, 1.0).is_product
-    assert Launch(None, "rope_grouped_linear_kernel", 1.0).is_product
+    assert Launch(None, "rope_grouped_linear_kernel", 0.0, 1.0).is_product
 
 
 def test_the_ledger_marks_every_call() -> None:
