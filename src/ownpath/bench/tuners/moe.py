@@ -30,7 +30,7 @@ from ownpath.kernels.driver import CudaError
 SHAPES = ("v4-flash", "v4-pro")
 MAX_REL_L2 = 3e-3
 
-TOKENS = (1, 4, 8, 64, 256, 512, 1024, 2048, 4096, 8192)
+TOKENS = (1, 4, 8, 16, 32, 64, 256, 512, 1024, 2048, 4096, 8192)
 """Numbers of tokens that an entry is measured with."""
 
 
@@ -47,7 +47,6 @@ def _tile(num_m64: int, warpgroups_m: int, sizes: Sequence[int], stages: int, **
 
 
 FEW = (
-    _tile(1, 1, (8,), 10, depth=4, gather=1, per_sm=3),
     _tile(1, 1, (8,), 10, group=4, gather=1, per_sm=3),
     _tile(1, 1, (8,), 8, group=4, gather=1, per_sm=4),
     _tile(2, 1, (8,), 5, group=2, gather=1, per_sm=3),
