@@ -23,7 +23,7 @@ class Settings:
     ceilings: Ceilings | None
 
     @staticmethod
-    def of(device: str, seed: int = 0, budget_s: float = 0.2) -> "Settings":
+    def of(device: str, seed: int = 0, budget_s: float = 0.5) -> "Settings":
         """Errors: ValueError when the device is not there."""
         timer = choose_timer(device, budget_s)
         on_h200 = torch.device(device).type == "cuda" and "H200" in torch.cuda.get_device_name(device)

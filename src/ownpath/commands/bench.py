@@ -28,7 +28,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     parser.add_argument("--contenders", metavar="A,B,...", help="who takes part (default: everyone)")
     parser.add_argument("--device", default="cuda", help="cuda; cpu only tries the harness (default: cuda)")
     parser.add_argument("--seed", type=int, default=0, help="of operands and routing (default: 0)")
-    parser.add_argument("--seconds", type=float, default=0.2, help="least replay time of a measurement (default: 0.2)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="least replay time of a measurement (default: 0.5)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="append one JSON line for each row")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG (needs the extra 'bench')")
     parser.add_argument("--commit", default="unknown", metavar="ID", help="recorded with every row")

@@ -125,7 +125,7 @@ class LinearFamily:
         if not error <= MAX_REL_L2:
             raise CandidateFailed(f"wrong: relative L2 {error:.1e}")
         out = torch.empty_like(y)
-        return CudaGraph(0.05).time([partial(kernel, x, operand, out) for operand in packed]).us
+        return CudaGraph(0.05, warm_up_s=0.1).time([partial(kernel, x, operand, out) for operand in packed]).us
 
 
 def fits(config: Config, shape: LinearShape) -> bool:
