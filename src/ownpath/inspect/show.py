@@ -81,7 +81,7 @@ def _findings_lines(inspection: Inspection, findings: Findings) -> list[str]:
     shape = ", ".join(f"{label} {getattr(findings.config, field)}" for field, label in _SHAPE)
     sizes = ", ".join(f"{name} {_size(size)}" for name, size in bytes_by_format(census, index).items())
     lines = [f"shape: {shape}", f"parameters: {num_parameters(census, index):,}", f"bytes: {sizes}", ""]
-    table = [("module", "stored as", "format", "shape", "modules", "bytes")]
+    table: list[tuple[str, ...]] = [("module", "stored as", "format", "shape", "modules", "bytes")]
     for row in module_rows(census, index):
         cells = (f"{row.shape[0]} x {row.shape[1]}", str(row.num_modules), _size(row.num_bytes))
         table.append((row.modules, row.encoding, row.format, *cells))
