@@ -22,6 +22,7 @@ REMEDIES = MappingProxyType(
         "wrong-dtype": "export again, in one of the encodings that docs/checkpoint.md lists",
         "wrong-shape": "check that config.json belongs to these shards",
         "mixed-experts": "export the routed experts of a layer in one encoding",
+        "no-kernel": "export again in a format that `ownpath plan` has a kernel for",
         "config": "take config.json from the release that the shards came from",
         "config-contradiction": "take config.json from the release that the shards came from",
         "format-contradiction": "trust the tensors; correct hf_quant_config.json for engines that read it",

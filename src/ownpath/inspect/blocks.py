@@ -20,6 +20,7 @@ MAX_SATURATED_SHARE = 1 / 8
 """A tensor's largest block is scaled to E4M3's largest number, 448; an eighth of all blocks is not, unless the global
 scale was taken from smaller values."""
 
+_BATCH_BYTES = 2**18
 _DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu, "F32": torch.float32}
 _BITS = {"F8_E4M3": torch.uint8, "F8_E8M0": torch.uint8, "F32": torch.int32}
 _LARGEST = {"F8_E4M3": b"\x7e", "F8_E8M0": b"\xfe"}
@@ -64,6 +65,7 @@ def read_blocks(
     global_scales = {scalar.module: scalar.value for scalar in scalars if scalar.role == "global_scale"}
     owners = {stored.info(index, "scale").name: stored for stored in modules if stored.encoding.format.block}
     report = BlockReport()
+    casts = _Casts(global_scales)
     for info, data in read_values((index[key] for key in owners), broken, problems, max_bytes):
         stored = owners[info.name]
         found = _scan(info.dtype, data)
@@ -75,9 +77,9 @@ def read_blocks(
         report.num_blocks += num_blocks
         report.num_zero += found.num_zero
         report.num_saturated += found.num_saturated
-        if stored.encoding.format is NVFP4 and report.cast_slots.get(stored.slot, True):
-            global_scale = global_scales.get(stored.spec.name)
-            report.cast_slots[stored.slot] = global_scale is not None and _is_cast(info, data, global_scale)
+        if stored.encoding.format is NVFP4:
+            casts.add(stored, info, data)
+    report.cast_slots = casts.finish()
     return report
 
 
@@ -126,9 +128,34 @@ def _has_codes(stored: StoredModule, index: CheckpointIndex, num_blocks: int) ->
     return magnitudes.any(dim=1)
 
 
-def _is_cast(info: TensorInfo, data: bytes, global_scale: float) -> bool:
-    """Rows are whole pairs or the tensor is no cast; the bytes read may end inside a row, but not inside a pair."""
-    if info.shape[-1] % 2:
-        return False
-    scale = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(1, -1).view(torch.float8_e4m3fn)
-    return is_lossless_cast(scale, torch.tensor(global_scale))
+class _Casts:
+    """Whether each slot's scales are a lossless cast; several modules' scales are looked at in one go."""
+
+    def __init__(self, global_scales: dict[str, float]) -> None:
+        self.global_scales = global_scales
+        self.verdicts: dict[str, bool] = {}
+        self.waiting: dict[str, tuple[bytearray, list[float]]] = {}
+
+    def add(self, stored: StoredModule, info: TensorInfo, data: bytes) -> None:
+        """Rows are whole pairs or the tensor is no cast; the bytes read may end inside a row, not inside a pair."""
+        slot, global_scale = stored.slot, self.global_scales.get(stored.spec.name)
+        if not self.verdicts.setdefault(slot, True):
+            return
+        if info.shape[-1] % 2 or global_scale is None:
+            self.verdicts[slot] = False
+            return
+        scales, global_scales = self.waiting.setdefault(slot, (bytearray(), []))
+        scales += data
+        global_scales.append(global_scale)
+        if len(scales) >= _BATCH_BYTES:
+            self._decide(slot)
+
+    def finish(self) -> dict[str, bool]:
+        for slot in list(self.waiting):
+            self._decide(slot)
+        return self.verdicts
+
+    def _decide(self, slot: str) -> None:
+        scales, global_scales = self.waiting.pop(slot)
+        pairs = torch.frombuffer(scales, dtype=torch.uint8).view(-1, 2).view(torch.float8_e4m3fn)
+        self.verdicts[slot] &= is_lossless_cast(pairs, torch.tensor(global_scales))

@@ -14,6 +14,7 @@ from ownpath.inspect.memory import Memory, memory_needed
 from ownpath.inspect.scalars import Coverage, GateUp, calibration, gate_up, out_of_band, read_scalars
 from ownpath.inspect.tables import table_problems
 from ownpath.plan.census import Census, take_census
+from ownpath.plan.plan import PlanError
 
 
 @dataclass(frozen=True)
@@ -106,4 +107,6 @@ def _memory(config: ModelConfig, index: CheckpointIndex, problems: list[Problem]
         return memory_needed(config, index)
     except CheckpointError as error:
         problems.append(Problem("mixed-experts", "experts", str(error)))
-        return ()
+    except PlanError as error:
+        problems.append(Problem("no-kernel", "plan", str(error)))
+    return ()

@@ -11,7 +11,7 @@ import torch
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.model.caches import CacheSpec, SequenceCache
-from ownpath.plan.plan import Plan, PlanError, PlannedOp, make_plan
+from ownpath.plan.plan import Plan, PlanError, PlannedOp, make_plan, replan
 from ownpath.plan.select import Caps, Demands
 from ownpath.weights.operands import STORAGE, make_operand
 
@@ -36,17 +36,22 @@ class Memory:
 
 
 def memory_needed(config: ModelConfig, index: CheckpointIndex) -> tuple[Memory, ...]:
-    """One entry per kind of device. Errors: CheckpointError when the experts of a layer are stored differently."""
-    return tuple(_memory_on(caps, config, index) for caps in KINDS)
+    """One entry per kind of device.
 
-
-def _memory_on(caps: Caps, config: ModelConfig, index: CheckpointIndex) -> Memory:
+    Errors: CheckpointError when the experts of a layer are stored differently; PlanError when the torch references,
+        which run everything on a CPU, do not run this.
+    """
     num_tokens = min(EngineConfig.max_model_len, config.max_position_embeddings)
+    first = make_plan(config, index, KINDS[0])
+    return tuple(_memory_on(caps, first, index, num_tokens) for caps in KINDS)
+
+
+def _memory_on(caps: Caps, first: Plan, index: CheckpointIndex, num_tokens: int) -> Memory:
     engine = EngineConfig.for_device(caps.device_type, num_tokens)
     dtype = str(engine.dtype).removeprefix("torch.")
-    cache = SequenceCache(CacheSpec(config, num_tokens, engine.dtype, torch.device("meta"))).num_bytes()
+    cache = SequenceCache(CacheSpec(first.config, num_tokens, engine.dtype, torch.device("meta"))).num_bytes()
     try:
-        plan = make_plan(config, index, caps, Demands(dtype))
+        plan = replan(first, caps, Demands(dtype))
     except PlanError as error:
         return Memory(caps.name, dtype, 0, cache, num_tokens, str(error))
     return Memory(caps.name, dtype, _weights_bytes(plan, index), cache, num_tokens)
