@@ -25,7 +25,7 @@ ROOMS = (
     ("startup",),
     ("loading",),
     ("engine", "chat", "bench"),
-    ("server",),
+    ("server", "calibration"),
     ("commands",),
     ("cli",),
     ("__main__",),

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -46,3 +48,25 @@ def _row_slices(info: TensorInfo, max_slice_bytes: int) -> Iterator[slice]:
     rows_per_slice = max(1, max_slice_bytes * num_rows // info.num_bytes)
     for start in range(0, num_rows, rows_per_slice):
         yield slice(start, min(start + rows_per_slice, num_rows))
+
+
+class TensorReader:
+    """Whole tensors by name, out of shards that stay mapped until the end of the block."""
+
+    def __init__(self, index: CheckpointIndex) -> None:
+        self._index = index
+        self._open: dict[Path, Any] = {}
+
+    def __enter__(self) -> "TensorReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.clear()
+
+    def __call__(self, key: str) -> torch.Tensor:
+        """Errors: CheckpointError naming a tensor the checkpoint does not hold."""
+        file = self._index[key].file
+        if file not in self._open:
+            self._open[file] = safe_open(file, framework="pt")
+        tensor: torch.Tensor = self._open[file].get_tensor(key)
+        return tensor

@@ -2,7 +2,8 @@
 
 MXFP4 experts are cast: their codes stay, and nothing is lost unless a matrix spans more than 18 powers of two. Other
 weights are quantised from their values. Everything else is carried over byte for byte. An interrupted run goes on
-where it stopped. There is no calibration: input_scale is 1.0, which kernels with BF16 activations do not read.
+where it stopped. --calibrate runs the source model over a text and writes each weight's input_scale; without it that
+is 1.0. Kernels with BF16 activations do not read it.
 """
 
 import argparse
@@ -26,6 +27,8 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
         default="experts",
         help="routed experts only, or attention and shared experts too (default: experts)",
     )
+    parser.add_argument("--calibrate", type=Path, metavar="TEXT", help="text file to run the source model over")
+    parser.add_argument("--device", default="cpu", help="torch device for --calibrate (default: cpu)")
     parser.add_argument(
         "--max-shard-mb", type=positive_int, default=4096, metavar="MB", help="largest shard (default: 4096)"
     )
@@ -34,16 +37,20 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Quantises and says what became of the weights. Errors: ValueError naming the file, field or tensor."""
-    from ownpath.quantize.run import quantize_checkpoint
+    from ownpath.calibration import calibrate
+    from ownpath.quantize.run import Options, quantize_checkpoint, require_free
     from ownpath.quantize.steps import Scope
     from ownpath.startup import Progress
 
+    require_free(args.target)
+    scope, scales = Scope(args.scope), {}
+    if args.calibrate is not None:
+        scales = calibrate(args.source, args.calibrate.read_text(encoding="utf-8"), scope, args.device)
     show = Progress("quantising")
     report = quantize_checkpoint(
         args.source,
         args.target,
-        Scope(args.scope),
-        args.max_shard_mb * 10**6,
+        Options(scope, args.max_shard_mb * 10**6, scales),
         lambda done, total, num_bytes: show(done, total, f"{num_bytes / 1e9:.1f} GB"),
     )
     show.end()

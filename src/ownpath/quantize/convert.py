@@ -1,13 +1,13 @@
 """One step's tensors: read, converted, named as ModelOpt names them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.schema import MODELOPT_NVFP4
-from ownpath.formats import BF16, FP32, MXFP4
+from ownpath.formats import BF16, FP32, MXFP4, Format
 from ownpath.numerics import dequantize, mxfp4_as_nvfp4, nvfp4_global_scale, quantize_nvfp4
 from ownpath.qtensor import QuantTensor
 from ownpath.quantize.steps import Carry, Convert, Step
@@ -35,23 +35,27 @@ class Counts:
         )
 
 
-def step_tensors(step: Step, read: Read) -> tuple[dict[str, torch.Tensor], Counts]:
-    """The tensors that a step writes. Errors: CheckpointError naming the weight."""
+def step_tensors(step: Step, read: Read, input_scales: Mapping[str, float]) -> tuple[dict[str, torch.Tensor], Counts]:
+    """The tensors that a step writes. input_scales: by module; others are uncalibrated.
+
+    Errors: CheckpointError naming the weight.
+    """
     if isinstance(step, Carry):
         return {step.key: read(step.key)}, Counts()
     try:
-        weights, counts = _converted(step, [_stored(step, module.name, read) for module in step.modules])
+        weights, counts = _converted(step, [stored_weight(step.source, module.name, read) for module in step.modules])
     except ValueError as error:
         raise CheckpointError(f"{' and '.join(module.name for module in step.modules)}: {error}") from None
-    return dict(_named(step, weights)), counts
+    return dict(_named(step, weights, input_scales)), counts
 
 
-def _stored(step: Convert, module: str, read: Read) -> QuantTensor:
+def stored_weight(source: Format, module: str, read: Read) -> QuantTensor:
+    """A weight as the source stores it."""
     weight = read(f"{module}.weight")
-    if step.source in (BF16, FP32):
-        return QuantTensor(weight, None, None, step.source)
-    return QuantTensor(weight.view(torch.uint8) if step.source is MXFP4 else weight, read(f"{module}.scale"), None,
-                       step.source)  # fmt: skip
+    if source in (BF16, FP32):
+        return QuantTensor(weight, None, None, source)
+    codes = weight.view(torch.uint8) if source is MXFP4 else weight
+    return QuantTensor(codes, read(f"{module}.scale"), None, source)
 
 
 def _converted(step: Convert, stored: list[QuantTensor]) -> tuple[list[QuantTensor], Counts]:
@@ -67,6 +71,9 @@ def _converted(step: Convert, stored: list[QuantTensor]) -> tuple[list[QuantTens
     return weights, Counts(num_quantized=len(weights))
 
 
-def _named(step: Convert, weights: list[QuantTensor]) -> Iterator[tuple[str, torch.Tensor]]:
+def _named(
+    step: Convert, weights: list[QuantTensor], input_scales: Mapping[str, float]
+) -> Iterator[tuple[str, torch.Tensor]]:
     for module, weight in zip(step.modules, weights, strict=True):
-        yield from MODELOPT_NVFP4.encode(module.name, weight, torch.tensor(UNCALIBRATED))
+        input_scale = torch.tensor(input_scales.get(module.name, UNCALIBRATED))
+        yield from MODELOPT_NVFP4.encode(module.name, weight, input_scale)

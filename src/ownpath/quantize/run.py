@@ -8,17 +8,17 @@ before that no loader takes it for a checkpoint.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.checkpoint.reader import TensorReader
 from ownpath.checkpoint.writer import INDEX_NAME
 from ownpath.config import ModelConfig
 from ownpath.quantize.convert import Counts, step_tensors
@@ -31,6 +31,15 @@ VERSION = 1
 """Of what a step writes: another version does not go on with an older one's shards."""
 
 ShowProgress = Callable[[int, int, int], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to write. input_scales: of calibrated weights, by module."""
+
+    scope: Scope = Scope.EXPERTS
+    max_shard_bytes: int = 4 * 10**9
+    input_scales: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,46 +60,52 @@ class Report:
     counts: Counts
 
 
-def quantize_checkpoint(
-    source: Path, target: Path, scope: Scope, max_shard_bytes: int, show: ShowProgress | None = None
-) -> Report:
+def quantize_checkpoint(source: Path, target: Path, options: Options, show: ShowProgress | None = None) -> Report:
     """Quantises ``source`` into ``target``, or goes on where an interrupted run stopped.
 
     show: called with (finished shards, all shards, bytes read and written so far).
     Memory: one shard. Errors: CheckpointError or ConfigError naming the file, field or tensor; ``target`` is then no
     checkpoint, and what was finished is kept.
     """
+    require_free(target)
     config = ModelConfig.from_file(source / CONFIG)
     index = CheckpointIndex.open(source)
-    steps = plan_steps(index, config, scope)
-    shards = plan_shards(steps, max_shard_bytes)
-    staging = _open_staging(target, _plan(index, scope, max_shard_bytes))
+    steps = plan_steps(index, config, options.scope)
+    shards = plan_shards(steps, options.max_shard_bytes)
+    staging = _open_staging(target, _plan(index, options))
     done: list[Shard] = []
     for number, shard in enumerate(shards):
-        done.append(_finished(staging, number) or _make_shard(staging, number, shard, index))
+        done.append(_finished(staging, number) or _make_shard(staging / str(number), shard, index, options))
         if show:
             show(len(done), len(shards), sum(sum(one.tensors.values()) for one in done))
     converts = [step for step in steps if isinstance(step, Convert)]
-    _finish(source, target, staging, done, (scope, converts))
+    _finish(source, target, done, (options.scope, converts))
     num_bytes = sum(sum(shard.tensors.values()) for shard in done)
     num_converted = sum(len(convert.modules) for convert in converts)
     return Report(len(done), num_bytes, num_converted, sum((shard.counts for shard in done), Counts()))
 
 
-def _plan(index: CheckpointIndex, scope: Scope, max_shard_bytes: int) -> dict[str, Any]:
+def require_free(target: Path) -> None:
+    """Errors: CheckpointError where a checkpoint is already."""
+    for name in (INDEX_NAME, CONFIG, "model.safetensors"):
+        if (target / name).exists() and not (target / STAGING / PLAN).exists():
+            raise CheckpointError(f"{target / name} exists; a checkpoint is never overwritten")
+
+
+def _plan(index: CheckpointIndex, options: Options) -> dict[str, Any]:
     """What decides every byte of the result."""
     files = sorted({info.file for info in index.tensors.values()})
     files.append(index.folder / CONFIG)
     facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    return {"version": VERSION, "scope": scope.value, "max_shard_bytes": max_shard_bytes, "source": digest}
+    digests = {
+        name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        for name, value in (("source", facts), ("input_scales", dict(options.input_scales)))
+    }
+    return {"version": VERSION, "scope": options.scope.value, "max_shard_bytes": options.max_shard_bytes} | digests
 
 
 def _open_staging(target: Path, plan: dict[str, Any]) -> Path:
-    """Errors: CheckpointError where a checkpoint is already, or an unfinished one of other inputs."""
-    for name in (INDEX_NAME, CONFIG, "model.safetensors"):
-        if (target / name).exists() and not (target / STAGING / PLAN).exists():
-            raise CheckpointError(f"{target / name} exists; a checkpoint is never overwritten")
+    """Errors: CheckpointError where an unfinished run of other inputs is."""
     staging = target / STAGING
     staging.mkdir(parents=True, exist_ok=True)
     if not (staging / PLAN).exists():
@@ -109,47 +124,25 @@ def _finished(staging: Path, number: int) -> Shard | None:
     return Shard(fields["tensors"], Counts(**fields["counts"]))
 
 
-def _make_shard(staging: Path, number: int, steps: Sequence[Step], index: CheckpointIndex) -> Shard:
+def _make_shard(stem: Path, steps: Sequence[Step], index: CheckpointIndex, options: Options) -> Shard:
     tensors: dict[str, torch.Tensor] = {}
     counts = Counts()
-    with _Reader(index) as read:
+    with TensorReader(index) as read:
         for step in steps:
-            made, counted = step_tensors(step, read)
+            made, counted = step_tensors(step, read, options.input_scales)
             tensors |= made
             counts += counted
-    scratch = staging / f"{number}.tmp"
+    scratch = stem.with_suffix(".tmp")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, metadata={"format": "pt"})
-    scratch.replace(staging / f"{number}.safetensors")
+    scratch.replace(stem.with_suffix(".safetensors"))
     shard = Shard({name: tensor.nbytes for name, tensor in tensors.items()}, counts)
-    _write_json(staging / f"{number}.json", {"tensors": shard.tensors, "counts": asdict(counts)})
+    _write_json(stem.with_suffix(".json"), {"tensors": shard.tensors, "counts": asdict(counts)})
     return shard
 
 
-class _Reader:
-    """Tensors by name, out of shards that stay open until the end of the block."""
-
-    def __init__(self, index: CheckpointIndex) -> None:
-        self._index = index
-        self._open: dict[Path, Any] = {}
-
-    def __enter__(self) -> "_Reader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.clear()
-
-    def __call__(self, key: str) -> torch.Tensor:
-        file = self._index[key].file
-        if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt")
-        tensor: torch.Tensor = self._open[file].get_tensor(key)
-        return tensor
-
-
-def _finish(
-    source: Path, target: Path, staging: Path, shards: Sequence[Shard], what: tuple[Scope, list[Convert]]
-) -> None:
+def _finish(source: Path, target: Path, shards: Sequence[Shard], what: tuple[Scope, list[Convert]]) -> None:
     """Names the shards, writes what describes them, and the index last."""
+    staging = target / STAGING
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards):
         final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
