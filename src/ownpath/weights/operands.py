@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ownpath.checkpoint.schema import Encoding, ModuleSpec
+from ownpath.checkpoint.schema import Encoding, ModuleSpec, Part
 from ownpath.formats import BF16, FP8_BLOCK, FP32, NVFP4
 from ownpath.plan.opspec import OpKind
 from ownpath.plan.plan import PlannedOp
@@ -28,11 +28,18 @@ STORAGE = {
 
 @dataclass(frozen=True)
 class Slot:
-    """``target``: the view of an operand buffer that the checkpoint tensor ``key`` fills; ``role``: its meaning."""
+    """``target``: the view of a buffer that the checkpoint tensor ``key`` fills; ``part``: what that tensor is.
+
+    A tensor that is used as stored is no part of a module.
+    """
 
     key: str
-    role: str
     target: torch.Tensor
+    part: Part | None = None
+
+    @property
+    def role(self) -> str:
+        return "param" if self.part is None else self.part.role
 
 
 @dataclass(frozen=True)
@@ -126,11 +133,15 @@ def _moe(encoding: Encoding, modules: tuple[ModuleSpec, ...], device: torch.devi
 def _fp8_shards(
     encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, str], device: torch.device
 ) -> Operand:
-    """One weight and one scale per shard: a shard's last block may be partial, so shards do not concatenate."""
+    """One weight and one scale per shard: a shard's last block may be partial, so shards do not concatenate.
+
+    BF16 scales are widened to float32, exactly.
+    """
     weights, scales = [], []
     slots: list[Slot] = []
     for module in modules:
-        dtype = STORAGE[stored[encoding.key(module.name, "scale")]]
+        is_e8m0 = stored[encoding.key(module.name, "scale")] == "F8_E8M0"
+        dtype = torch.float8_e8m0fnu if is_e8m0 else torch.float32
         weights.append(sentinel(module.shape, torch.float8_e4m3fn, device))
         scales.append(sentinel(encoding.part("scale").shape(*module.shape), dtype, device))
         slots += _slots(encoding, module, {"qdata": weights[-1], "scale": scales[-1]})
@@ -152,4 +163,4 @@ def _plain(
 
 
 def _slots(encoding: Encoding, module: ModuleSpec, targets: dict[str, torch.Tensor]) -> list[Slot]:
-    return [Slot(encoding.key(module.name, part.role), part.role, targets[part.role]) for part in encoding.parts]
+    return [Slot(encoding.key(module.name, part.role), targets[part.role], part) for part in encoding.parts]
