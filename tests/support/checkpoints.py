@@ -15,6 +15,7 @@ from ownpath.checkpoint.schema import (
     COMPRESSED_NVFP4,
     MODELOPT_NVFP4,
     NATIVE_FP8,
+    NATIVE_MXFP4,
     PLAIN_BF16,
     Encoding,
     ModuleSpec,
@@ -23,7 +24,7 @@ from ownpath.checkpoint.schema import (
 from ownpath.checkpoint.writer import write_checkpoint
 from ownpath.config import ModelConfig
 from ownpath.formats import BF16, FP8_BLOCK, NVFP4
-from ownpath.numerics import dequantize, nvfp4_global_scale, quantize_fp8_block, quantize_nvfp4
+from ownpath.numerics import dequantize, nvfp4_global_scale, quantize_fp8_block, quantize_mxfp4, quantize_nvfp4
 from ownpath.plan.opspec import model_ops
 from ownpath.qtensor import QuantTensor
 
@@ -93,6 +94,13 @@ def full_nvfp4(module: str) -> Encoding:
     return MODELOPT_NVFP4 if _is_projection(module) or ".ffn.experts." in module else PLAIN_BF16
 
 
+def deepseek_native(module: str) -> Encoding:
+    """DeepSeek's own release: routed experts MXFP4, other projections (``wo_a`` too) FP8 blocks, small ones BF16."""
+    if ".ffn.experts." in module:
+        return NATIVE_MXFP4
+    return NATIVE_FP8 if _is_projection(module) else PLAIN_BF16
+
+
 def compressed_tensors(module: str) -> Encoding:
     """llm-compressor's mixed export: routed experts NVFP4, attention projections FP8 blocks, all else BF16."""
     if ".ffn.experts." in module:
@@ -105,6 +113,7 @@ LAYOUTS: dict[str, Layout] = {
     "modelopt-experts-only": experts_only,
     "full-nvfp4": full_nvfp4,
     "compressed-tensors": compressed_tensors,
+    "deepseek-native": deepseek_native,
 }
 
 
@@ -135,7 +144,7 @@ def random_checkpoint(
 
     fp8_scale: dtype of FP8 block scales; by default the one that the layout's published checkpoints have.
     """
-    fields = SMALL | changes
+    fields = SMALL | ({"moe_intermediate_size": 64} if layout == "deepseek-native" else {}) | changes  # blocks of 32
     config = ModelConfig.from_dict(fields)
     generator = torch.Generator().manual_seed(seed)
     tensors: Tensors = {}
@@ -201,6 +210,8 @@ def _quantize(
     if encoding in (MODELOPT_NVFP4, COMPRESSED_NVFP4):
         tied = None if shared_amax is None else nvfp4_global_scale(torch.tensor([[shared_amax]]))
         return quantize_nvfp4(weight, tied)
+    if encoding is NATIVE_MXFP4:
+        return quantize_mxfp4(weight)
     if encoding is NATIVE_FP8:
         return quantize_fp8_block(weight, fp8_scale or torch.float8_e8m0fnu)
     if encoding is COMPRESSED_FP8:

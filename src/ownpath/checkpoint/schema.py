@@ -19,7 +19,7 @@ import torch
 
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
-from ownpath.formats import BF16, FP8_BLOCK, FP32, NVFP4, Format
+from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4, Format
 from ownpath.qtensor import QuantTensor
 
 ShapeRule = Callable[[int, int], tuple[int, ...]]
@@ -29,6 +29,7 @@ ShapeRule = Callable[[int, int], tuple[int, ...]]
 class Part:
     """One stored tensor of a module: its key suffix, the dtypes it may have, its shape for a weight [N, K].
 
+    dtypes: the first is the one that is written.
     is_divisor: the stored number is 1 / the multiplier that is meant.
     other_shapes: shapes that are read as well; ``shape`` is the one that is written.
     """
@@ -46,7 +47,9 @@ class Part:
 
     def stored(self, meant: torch.Tensor) -> torch.Tensor:
         """The tensor to write for what is meant: itself, or for a multiplier [] its reciprocal in the part's shape."""
-        return (1 / meant.float()).reshape(self.shape(0, 0)) if self.is_divisor else meant
+        if self.is_divisor:
+            return (1 / meant.float()).reshape(self.shape(0, 0))
+        return meant.view(torch.int8) if self.dtypes[0] == "I8" else meant
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,14 @@ NATIVE_FP8 = Encoding(
         Part("scale", "scale", ("F8_E8M0", "F32"), _fp8_blocks),
     ),
 )
+NATIVE_MXFP4 = Encoding(
+    "native-mxfp4",
+    MXFP4,
+    (
+        Part("qdata", "weight", ("I8", "U8"), lambda n, k: (n, k // 2)),
+        Part("scale", "scale", ("F8_E8M0",), lambda n, k: (n, k // 32)),
+    ),
+)
 # Global scales are written as 2688 / amax, [1] by the library and [] by tools that squeeze it.
 COMPRESSED_NVFP4 = Encoding(
     "compressed-tensors-nvfp4",
@@ -141,7 +152,7 @@ COMPRESSED_FP8 = Encoding(
 PLAIN_BF16 = Encoding("bf16", BF16, (Part("qdata", "weight", ("BF16",), lambda n, k: (n, k)),))
 PLAIN_FP32 = Encoding("fp32", FP32, (Part("qdata", "weight", ("F32",), lambda n, k: (n, k)),))
 
-ENCODINGS = (MODELOPT_NVFP4, NATIVE_FP8, COMPRESSED_NVFP4, COMPRESSED_FP8, PLAIN_BF16, PLAIN_FP32)
+ENCODINGS = (MODELOPT_NVFP4, NATIVE_MXFP4, NATIVE_FP8, COMPRESSED_NVFP4, COMPRESSED_FP8, PLAIN_BF16, PLAIN_FP32)
 
 IGNORED_KEYS = ((re.compile(r"mtp\.\d+\."), "draft module (MTP or DSpark): not part of the backbone's forward"),)
 
