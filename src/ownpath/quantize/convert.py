@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from ownpath.checkpoint.errors import CheckpointError
-from ownpath.checkpoint.schema import MODELOPT_NVFP4
-from ownpath.formats import BF16, FP32, MXFP4, Format
+from ownpath.checkpoint.schema import MODELOPT_NVFP4, Encoding
+from ownpath.formats import MXFP4
 from ownpath.numerics import dequantize, mxfp4_as_nvfp4, nvfp4_global_scale, quantize_nvfp4
 from ownpath.qtensor import QuantTensor
 from ownpath.quantize.steps import Carry, Convert, Step
@@ -49,17 +49,16 @@ def step_tensors(step: Step, read: Read, input_scales: Mapping[str, float]) -> t
     return dict(_named(step, weights, input_scales)), counts
 
 
-def stored_weight(source: Format, module: str, read: Read) -> QuantTensor:
-    """A weight as the source stores it."""
-    weight = read(f"{module}.weight")
-    if source in (BF16, FP32):
-        return QuantTensor(weight, None, None, source)
-    codes = weight.view(torch.uint8) if source is MXFP4 else weight
-    return QuantTensor(codes, read(f"{module}.scale"), None, source)
+def stored_weight(source: Encoding, module: str, read: Read) -> QuantTensor:
+    """A weight as the source stores it; packed codes are bytes."""
+    parts = {part.role: read(f"{module}.{part.suffix}") for part in source.parts}
+    is_packed = source.format.packed_per_byte > 1
+    codes = parts["qdata"].view(torch.uint8) if is_packed else parts["qdata"]
+    return QuantTensor(codes, parts.get("scale"), None, source.format)
 
 
 def _converted(step: Convert, stored: list[QuantTensor]) -> tuple[list[QuantTensor], Counts]:
-    if step.source is MXFP4:
+    if step.source.format is MXFP4:
         weights, num_rounded = mxfp4_as_nvfp4(stored)
         return weights, Counts(num_cast=sum(w.scale.numel() for w in stored if w.scale is not None),
                                num_rounded=num_rounded)  # fmt: skip

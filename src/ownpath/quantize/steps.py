@@ -11,12 +11,11 @@ from enum import StrEnum
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.names import expert_modules
-from ownpath.checkpoint.schema import ModuleSpec
+from ownpath.checkpoint.schema import Encoding, ModuleSpec, detect
 from ownpath.config import ModelConfig
-from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4, Format
+from ownpath.formats import NVFP4
 
 NVFP4_COLUMNS = 16
-PLAIN = {"BF16": BF16, "F32": FP32}
 
 
 class Scope(StrEnum):
@@ -38,10 +37,10 @@ class Carry:
 
 @dataclass(frozen=True)
 class Convert:
-    """Weights that become NVFP4 with one global scale, and the format in which they are stored now."""
+    """Weights that become NVFP4 with one global scale, and how they are stored now."""
 
     modules: tuple[ModuleSpec, ...]
-    source: Format
+    source: Encoding
 
     @property
     def num_bytes(self) -> int:
@@ -50,8 +49,7 @@ class Convert:
     @property
     def keys(self) -> tuple[str, ...]:
         """What is read, instead of being carried over."""
-        suffixes = ("weight",) if self.source in (BF16, FP32) else ("weight", "scale")
-        return tuple(f"{module.name}.{suffix}" for module in self.modules for suffix in suffixes)
+        return tuple(key for module in self.modules for key in self.source.keys(module.name))
 
 
 Step = Carry | Convert
@@ -62,7 +60,7 @@ def plan_steps(index: CheckpointIndex, config: ModelConfig, scope: Scope) -> lis
 
     Errors: CheckpointError naming a weight that is missing, has another shape, or cannot become NVFP4.
     """
-    converts = [Convert(group, _stored_format(index, group)) for group in _groups(config, scope)]
+    converts = [Convert(group, _encoding(index, group)) for group in _groups(config, scope)]
     read = {key: convert for convert in converts for key in convert.keys}
     steps: dict[Step, None] = {}
     for key, info in sorted(index.tensors.items(), key=lambda item: (item[1].file, item[0])):
@@ -105,35 +103,16 @@ def _projections(config: ModelConfig, attn: str) -> Iterator[ModuleSpec]:
     yield ModuleSpec(f"{attn}.wo_b", (dim, config.o_groups * config.o_lora_rank))
 
 
-def _stored_format(index: CheckpointIndex, group: tuple[ModuleSpec, ...]) -> Format:
-    """How all of a group are stored. Errors: CheckpointError naming the tensor."""
-    formats = [_format(index, module) for module in group]
-    if len(set(formats)) > 1:
-        named = ", ".join(f"{module.name} is {found}" for module, found in zip(group, formats, strict=True))
+def _encoding(index: CheckpointIndex, group: tuple[ModuleSpec, ...]) -> Encoding:
+    """How all of a group are stored. Errors: CheckpointError naming the weight."""
+    found = [detect(index, module) for module in group]
+    for module, encoding in zip(group, found, strict=True):
+        if encoding.format is NVFP4:
+            raise CheckpointError(f"{index.folder}: {module.name} is {NVFP4} already ({encoding.name})")
+        if module.shape[1] % NVFP4_COLUMNS:
+            columns = f"a multiple of {NVFP4_COLUMNS} columns, it has {module.shape[1]}"
+            raise CheckpointError(f"{index.folder}: {module.name} cannot become {NVFP4}, which needs {columns}")
+    if len(set(found)) > 1:
+        named = ", ".join(f"{module.name} is {one.name}" for module, one in zip(group, found, strict=True))
         raise CheckpointError(f"{index.folder}: {named}: weights that share a global scale must be stored alike")
-    return formats[0]
-
-
-def _format(index: CheckpointIndex, module: ModuleSpec) -> Format:
-    info = index[f"{module.name}.weight"]
-    n, k = module.shape
-    if k % NVFP4_COLUMNS:
-        raise CheckpointError(f"tensor {info}: {NVFP4} needs a multiple of {NVFP4_COLUMNS} columns, found {k}")
-    if f"{module.name}.weight_scale_2" in index:
-        raise CheckpointError(f"tensor {info}: {module.name} is {NVFP4} already")
-    if info.dtype in PLAIN:
-        found, stored = PLAIN[info.dtype], {"weight": (n, k)}
-    elif info.dtype == "F8_E4M3":
-        found, stored = FP8_BLOCK, {"weight": (n, k), "scale": (-(-n // 128), -(-k // 128))}
-    elif info.dtype in ("I8", "U8"):
-        found, stored = MXFP4, {"weight": (n, k // 2), "scale": (n, k // 32)}
-    else:
-        raise CheckpointError(f"tensor {info}: weights are quantised from BF16, F32, FP8 blocks or MXFP4")
-    for suffix, shape in stored.items():
-        part = index[f"{module.name}.{suffix}"]
-        if part.shape != shape:
-            raise CheckpointError(f"tensor {part}: a weight {[n, k]} stored as {found} needs shape {list(shape)}")
-    if "scale" in stored and index[f"{module.name}.scale"].dtype not in found.scale_dtypes:
-        wanted = " or ".join(found.scale_dtypes)
-        raise CheckpointError(f"tensor {index[f'{module.name}.scale']}: {found} has scales of {wanted}")
-    return found
+    return found[0]

@@ -1,9 +1,11 @@
 """Random checkpoints to quantise: experts in MXFP4 as DeepSeek releases them, or in BF16; the rest FP8 and BF16."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from cpu.chat.small_tokenizer import tokenizer_spec
 from safetensors.torch import load_file
 from support.checkpoints import Tensors, random_checkpoint
 
@@ -27,7 +29,9 @@ def store_bf16(name: str, value: torch.Tensor) -> Tensors:
 
 def write_source(folder: Path, store: Store, seed: int = 0) -> Tensors:
     """Writes a checkpoint with its experts stored so; returns all of its tensors."""
-    made = random_checkpoint(folder / "made", "modelopt-experts-only", seed=seed, moe_intermediate_size=64)
+    made = random_checkpoint(
+        folder / "made", "modelopt-experts-only", seed=seed, moe_intermediate_size=64, vocab_size=512
+    )
     tensors = read_tensors(made.folder)
     experts = {name for name in made.decoded if ".ffn.experts." in name}
     for name in experts:
@@ -37,7 +41,7 @@ def write_source(folder: Path, store: Store, seed: int = 0) -> Tensors:
     target = folder / "source"
     target.mkdir()
     (target / "config.json").write_bytes((made.folder / "config.json").read_bytes())
-    (target / "tokenizer.json").write_text("{}")
+    (target / "tokenizer.json").write_text(json.dumps(tokenizer_spec()))
     write_checkpoint(target, tensors.items(), max_shard_bytes=300_000)
     return tensors
 
