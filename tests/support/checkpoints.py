@@ -109,11 +109,17 @@ def compressed_tensors(module: str) -> Encoding:
     return COMPRESSED_FP8 if is_attention and _is_projection(module) else PLAIN_BF16
 
 
+def bf16(_module: str) -> Encoding:
+    """Nothing quantised."""
+    return PLAIN_BF16
+
+
 LAYOUTS: dict[str, Layout] = {
     "modelopt-experts-only": experts_only,
     "full-nvfp4": full_nvfp4,
     "compressed-tensors": compressed_tensors,
     "deepseek-native": deepseek_native,
+    "bf16": bf16,
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ownpath.checkpoint.errors import CheckpointError
+from ownpath.checkpoint.renamed import Source, are_renamed, native_tensors
 from ownpath.checkpoint.writer import INDEX_NAME
 
 SINGLE_NAME = "model.safetensors"
@@ -21,24 +22,29 @@ DTYPE_BITS = MappingProxyType(
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor: its safetensors dtype name, its shape and the shard it lies in."""
+    """One stored tensor: its safetensors dtype name, its shape and the shard it lies in.
+
+    source: where it lies there, if not as a whole under its own name.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: Path
+    source: Source | None = None
 
     @property
     def num_bytes(self) -> int:
         return prod(self.shape) * DTYPE_BITS.get(self.dtype, 8) // 8
 
     def __str__(self) -> str:
-        return f"{self.name!r} ({self.dtype} {list(self.shape)} in {self.file.name})"
+        there = f", there {self.source.key!r}" if self.source is not None else ""
+        return f"{self.name!r} ({self.dtype} {list(self.shape)} in {self.file.name}{there})"
 
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """Every tensor of a checkpoint by name."""
+    """Every tensor of a checkpoint by DeepSeek's name for it."""
 
     folder: Path
     tensors: MappingProxyType[str, TensorInfo]
@@ -69,7 +75,7 @@ class CheckpointIndex:
             tensors = _read_headers([folder / SINGLE_NAME])
         else:
             raise CheckpointError(f"{folder}: found neither {INDEX_NAME} nor {SINGLE_NAME}")
-        return cls(folder, MappingProxyType(tensors))
+        return cls(folder, MappingProxyType(_under_native_names(tensors) if are_renamed(tensors) else tensors))
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:
@@ -128,3 +134,13 @@ def _compare(weight_map: dict[str, str], tensors: dict[str, TensorInfo], index_p
     for name in tensors:
         if name not in weight_map:
             raise CheckpointError(f"{index_path}: tensor {tensors[name]} is not listed")
+
+
+def _under_native_names(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    native: dict[str, TensorInfo] = {}
+    for key, info in tensors.items():
+        for name, shape, source in native_tensors(key, info.shape):
+            if name in native:
+                raise CheckpointError(f"tensor {native[name]} is also stored as {key!r} in {info.file.name}")
+            native[name] = TensorInfo(name, info.dtype, shape, info.file, source)
+    return native

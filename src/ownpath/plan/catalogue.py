@@ -274,6 +274,14 @@ _KERNELS = (
         "W4A16 per expert: exact decode, gate and up keep their own global scales, float32 combine",
     ),
     KernelSpec(
+        "ref.plain_moe",
+        OpKind.MOE,
+        (BF16, FP32),
+        "PlainMoE",
+        "row_major",
+        "stored unquantised: torch's products per expert, float32 sums and combine",
+    ),
+    KernelSpec(
         "triton.hyper_boundary",
         OpKind.HYPER,
         (),

@@ -14,7 +14,7 @@ from ownpath.plan.plan import Plan, PlannedOp
 from ownpath.qtensor import QuantTensor
 from ownpath.runners.fp8 import Fp8Linear
 from ownpath.runners.linear import ConcatLinear, GroupedLinear, Nvfp4Linear, PlainLinear, WideLinear
-from ownpath.runners.moe import Nvfp4MoE
+from ownpath.runners.moe import Nvfp4MoE, PlainMoE
 from ownpath.runners.w4a4 import Nvfp4LinearW4A4, Nvfp4MoEW4A4
 from ownpath.weights.operands import Operand
 
@@ -65,6 +65,8 @@ def make_runner(op: PlannedOp, operand: Operand, config: ModelConfig) -> Any:
     buffers = operand.buffers
     if op.choice.kernel.runner == "Nvfp4MoE":
         return _nvfp4_moe(op, buffers, config.swiglu_limit, kernel)
+    if op.choice.kernel.runner == "PlainMoE":
+        return PlainMoE(buffers["w13"][0], buffers["w2"][0], config.swiglu_limit, kernel=kernel)
     if op.choice.kernel.runner == "Nvfp4Linear":
         return Nvfp4Linear(buffers["weight"], buffers["weight_scale"], buffers["weight_scale_2"], kernel=kernel)
     if op.choice.kernel.runner == "Nvfp4MoEW4A4":

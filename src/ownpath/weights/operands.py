@@ -123,6 +123,8 @@ def _expert_stack(
 ) -> dict[str, torch.Tensor]:
     """Buffers by role for experts' matrices [E, N, K]; scalars: the shape of what each matrix has one of."""
     num_experts, n, k = shape
+    if fmt in (BF16, FP32):
+        return {"qdata": sentinel(shape, torch.bfloat16 if fmt is BF16 else torch.float32, device)}
     assert fmt in (NVFP4, MXFP4), fmt
     stack = {"qdata": sentinel((num_experts, n, k // 2), torch.uint8, device)}
     if fmt is MXFP4:

@@ -15,7 +15,9 @@ from ownpath.config import EngineConfig
 from ownpath.formats import FP8_BLOCK, MXFP4
 from ownpath.loading import load_model, plan_model
 from ownpath.model.batch import ForwardBatch
+from ownpath.numerics import dequantize
 from ownpath.plan.show import plan_text
+from ownpath.qtensor import QuantTensor
 
 Tensors = dict[str, torch.Tensor]
 SMALLER = {"num_hidden_layers": 2, "compress_ratios": [0, 4]}
@@ -107,6 +109,26 @@ def test_the_lossless_cast_of_the_same_weights_gives_the_same_bits(folder: Path,
     names = {op.encoding.name for op in plan_model(tmp_path / "cast", "cpu").ops}
     assert names == {"modelopt-nvfp4", "native-fp8-block", "bf16"}
     assert torch.equal(logits(folder), logits(tmp_path / "cast"))
+
+
+def test_the_experts_as_bf16_give_the_same_bits(folder: Path, tmp_path: Path) -> None:
+    """E2M1 x 2^k has two significant bits: BF16 holds it, and sums of it keep their order on the plain runner."""
+    shutil.copytree(folder, tmp_path / "bf16")
+
+    def decode(tensors: Tensors) -> Tensors:
+        decoded = dict(tensors)
+        for name in tensors:
+            module = name.removesuffix(".weight")
+            if ".ffn.experts." in name and name != module:
+                weight = QuantTensor(tensors[name].view(torch.uint8), decoded.pop(f"{module}.scale"), None, MXFP4)
+                decoded[name] = dequantize(weight).to(torch.bfloat16)
+                assert torch.equal(decoded[name].float(), dequantize(weight))
+        return decoded
+
+    rewrite(tmp_path / "bf16", decode)
+    experts = next(op for op in plan_model(tmp_path / "bf16", "cpu").ops if op.label == "layers.1.ffn.experts")
+    assert (experts.encoding.name, experts.choice.kernel.runner) == ("bf16", "PlainMoE")
+    assert torch.equal(logits(folder), logits(tmp_path / "bf16"))
 
 
 @pytest.mark.parametrize(("projection", "operand"), [("w1", "w13_scale"), ("w3", "w13_scale"), ("w2", "w2_scale")])

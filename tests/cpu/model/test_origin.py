@@ -155,7 +155,8 @@ def _decoded_modules(op, operand):  # type: ignore[no-untyped-def]
             scalar = None
             if str(fmt) == "NVFP4":
                 scalar = buffers[f"{which}_scale_2"][0][expert if projection == 2 else (expert, projection)]
-            codes, scale = buffers[which][0][expert, rows], buffers[f"{which}_scale"][0][expert, rows]
+            codes = buffers[which][0][expert, rows]
+            scale = buffers[f"{which}_scale"][0][expert, rows] if f"{which}_scale" in buffers else None
             yield module.name, dequantize(QuantTensor(codes, scale, scalar, fmt))
         return
     start = 0
