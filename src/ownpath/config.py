@@ -9,6 +9,11 @@ from typing import Any
 import torch
 
 SLIDING, CSA_RATIO, HCA_RATIO = 0, 4, 128
+_LAYER_TYPES = {
+    "sliding_attention": SLIDING,
+    "compressed_sparse_attention": CSA_RATIO,
+    "heavily_compressed_attention": HCA_RATIO,
+}
 _ARCHITECTURE, _MODEL_TYPE = "DeepseekV4ForCausalLM", "deepseek_v4"
 
 
@@ -88,8 +93,9 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any], source: str = "config") -> "ModelConfig":
-        """Parses the published field names. Errors: ConfigError naming ``source`` and the field."""
+        """Parses the published field names, or transformers'. Errors: ConfigError naming ``source`` and the field."""
         _refuse_other_architectures(fields, source)
+        fields = _published_fields(fields, source)
         read = _Reader(fields, source)
         num_layers = read.integer("num_hidden_layers")
         config = cls(
@@ -166,6 +172,33 @@ def _refuse_other_architectures(fields: dict[str, Any], source: str) -> None:
     if model_type == "deepseek_v41" or "DeepseekV41ForCausalLM" in architectures:
         hint = " DeepSeek-V4.1 shares KV across layers and adds n-gram tables: a different model."
     raise ConfigError(f"{source}: {found}: ownpath runs {_ARCHITECTURE} only.{hint}")
+
+
+def _published_fields(fields: dict[str, Any], source: str) -> dict[str, Any]:
+    """transformers' spelling, which its ``save_pretrained`` writes, turned back where the published one is absent."""
+    published = dict(fields)
+    if "layer_types" in fields and "compress_ratios" not in fields:
+        layer_types = _listed(fields, "layer_types", source)
+        published["compress_ratios"] = [_LAYER_TYPES.get(kind, kind) for kind in layer_types]
+    if "mlp_layer_types" in fields and "num_hash_layers" not in fields:
+        kinds = _listed(fields, "mlp_layer_types", source)
+        published["num_hash_layers"] = kinds.count("hash_moe")
+        if "hash_moe" in kinds[kinds.count("hash_moe") :]:
+            raise ConfigError(f"{source}: mlp_layer_types has a hash_moe layer after another kind")
+    if "rope_parameters" in fields and "rope_scaling" not in fields:
+        ropes = fields["rope_parameters"]
+        compress = ropes.get("compress") if isinstance(ropes, dict) else None
+        if not isinstance(compress, dict):
+            raise ConfigError(f"{source}: rope_parameters must have an object 'compress', found {ropes!r}")
+        published["rope_scaling"] = None if compress.get("rope_type") == "default" else compress
+    return published
+
+
+def _listed(fields: dict[str, Any], field: str, source: str) -> list[Any]:
+    value = fields[field]
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ConfigError(f"{source}: {field} must be a list of names, found {value!r}")
+    return value
 
 
 def _check_semantics(config: ModelConfig, fields: dict[str, Any], source: str) -> None:

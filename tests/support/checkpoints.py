@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,21 @@ import torch
 from safetensors.torch import load_file
 
 from ownpath.checkpoint.names import model_params
-from ownpath.checkpoint.schema import MODELOPT_NVFP4, NATIVE_FP8, PLAIN_BF16, Encoding, ModuleSpec, ParamSpec
+from ownpath.checkpoint.schema import (
+    COMPRESSED_FP8,
+    COMPRESSED_NVFP4,
+    MODELOPT_NVFP4,
+    NATIVE_FP8,
+    NATIVE_MXFP4,
+    PLAIN_BF16,
+    Encoding,
+    ModuleSpec,
+    ParamSpec,
+)
 from ownpath.checkpoint.writer import write_checkpoint
 from ownpath.config import ModelConfig
 from ownpath.formats import BF16, FP8_BLOCK, NVFP4
-from ownpath.numerics import dequantize, nvfp4_global_scale, quantize_fp8_block, quantize_nvfp4
+from ownpath.numerics import dequantize, nvfp4_global_scale, quantize_fp8_block, quantize_mxfp4, quantize_nvfp4
 from ownpath.plan.opspec import model_ops
 from ownpath.qtensor import QuantTensor
 
@@ -84,7 +94,33 @@ def full_nvfp4(module: str) -> Encoding:
     return MODELOPT_NVFP4 if _is_projection(module) or ".ffn.experts." in module else PLAIN_BF16
 
 
-LAYOUTS: dict[str, Layout] = {"modelopt-experts-only": experts_only, "full-nvfp4": full_nvfp4}
+def deepseek_native(module: str) -> Encoding:
+    """DeepSeek's own release: routed experts MXFP4, other projections (``wo_a`` too) FP8 blocks, small ones BF16."""
+    if ".ffn.experts." in module:
+        return NATIVE_MXFP4
+    return NATIVE_FP8 if _is_projection(module) else PLAIN_BF16
+
+
+def compressed_tensors(module: str) -> Encoding:
+    """llm-compressor's mixed export: routed experts NVFP4, attention projections FP8 blocks, all else BF16."""
+    if ".ffn.experts." in module:
+        return COMPRESSED_NVFP4
+    is_attention = ".attn." in module and ".indexer." not in module
+    return COMPRESSED_FP8 if is_attention and _is_projection(module) else PLAIN_BF16
+
+
+def bf16(_module: str) -> Encoding:
+    """Nothing quantised."""
+    return PLAIN_BF16
+
+
+LAYOUTS: dict[str, Layout] = {
+    "modelopt-experts-only": experts_only,
+    "full-nvfp4": full_nvfp4,
+    "compressed-tensors": compressed_tensors,
+    "deepseek-native": deepseek_native,
+    "bf16": bf16,
+}
 
 
 def _is_projection(module: str) -> bool:
@@ -107,11 +143,14 @@ def random_checkpoint(
     folder: Path,
     layout: str = "full-nvfp4",
     seed: int = 0,
-    fp8_scale: torch.dtype = torch.float8_e8m0fnu,
+    fp8_scale: torch.dtype | None = None,
     **changes: Any,
 ) -> Checkpoint:
-    """Writes a random checkpoint of ``SMALL`` with ``changes``, in shards of at most 200 kB."""
-    fields = SMALL | changes
+    """Writes a random checkpoint of ``SMALL`` with ``changes``, in shards of at most 200 kB.
+
+    fp8_scale: dtype of FP8 block scales; by default the one that the layout's published checkpoints have.
+    """
+    fields = SMALL | ({"moe_intermediate_size": 64} if layout == "deepseek-native" else {}) | changes  # blocks of 32
     config = ModelConfig.from_dict(fields)
     generator = torch.Generator().manual_seed(seed)
     tensors: Tensors = {}
@@ -123,7 +162,7 @@ def random_checkpoint(
         quantized = _quantize(weight, encoding, shared_amax, fp8_scale)
         input_scale = torch.rand((), generator=generator) * 0.01 + 1e-4
         tensors.update(encoding.encode(name, quantized, input_scale))
-        decoded[name] = dequantize(quantized)
+        decoded[name] = dequantize(_read_back(quantized, encoding))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(fields))
     write_checkpoint(folder, tensors.items(), max_shard_bytes=200_000)
@@ -172,15 +211,29 @@ def _random_weight(module: ModuleSpec, generator: torch.Generator) -> torch.Tens
 
 
 def _quantize(
-    weight: torch.Tensor, encoding: Encoding, shared_amax: float | None, fp8_scale: torch.dtype
+    weight: torch.Tensor, encoding: Encoding, shared_amax: float | None, fp8_scale: torch.dtype | None
 ) -> QuantTensor:
-    if encoding is MODELOPT_NVFP4:
+    if encoding in (MODELOPT_NVFP4, COMPRESSED_NVFP4):
         tied = None if shared_amax is None else nvfp4_global_scale(torch.tensor([[shared_amax]]))
         return quantize_nvfp4(weight, tied)
+    if encoding is NATIVE_MXFP4:
+        return quantize_mxfp4(weight)
     if encoding is NATIVE_FP8:
-        return quantize_fp8_block(weight, fp8_scale)
+        return quantize_fp8_block(weight, fp8_scale or torch.float8_e8m0fnu)
+    if encoding is COMPRESSED_FP8:
+        quantized = quantize_fp8_block(weight, torch.float32)
+        assert quantized.scale is not None
+        return replace(quantized, scale=quantized.scale.to(fp8_scale or torch.bfloat16))
     assert encoding is PLAIN_BF16, encoding
     return QuantTensor(weight.to(torch.bfloat16), None, None, BF16)
+
+
+def _read_back(weight: QuantTensor, encoding: Encoding) -> QuantTensor:
+    """What a weight means once it was stored: a stored divisor is a float32, and so is the multiplier it means."""
+    if encoding is not COMPRESSED_NVFP4:
+        return weight
+    assert weight.global_scale is not None
+    return replace(weight, global_scale=1 / (1 / weight.global_scale))
 
 
 def _random_param(spec: ParamSpec, config: ModelConfig, generator: torch.Generator) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.header import DTYPE_BITS, MAX_HEADER_BYTES, read_header
 from ownpath.checkpoint.problems import Problem
+from ownpath.checkpoint.renamed import Source, are_renamed, native_tensors
 from ownpath.checkpoint.writer import INDEX_NAME
 
 SINGLE_NAME = "model.safetensors"
@@ -18,12 +19,16 @@ MAX_INDEX_BYTES = MAX_HEADER_BYTES
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor: its safetensors dtype name, its shape, and the shard and byte it lies at."""
+    """One stored tensor: its safetensors dtype name, its shape and the shard it lies in.
+
+    source: where it lies there, if not as a whole under its own name. start: the byte of the file it begins at.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: Path
+    source: Source | None = None
     start: int = 0
 
     @property
@@ -31,12 +36,13 @@ class TensorInfo:
         return prod(self.shape) * DTYPE_BITS.get(self.dtype, 8) // 8
 
     def __str__(self) -> str:
-        return f"{self.name!r} ({self.dtype} {list(self.shape)} in {self.file.name})"
+        there = f", there {self.source.key!r}" if self.source is not None else ""
+        return f"{self.name!r} ({self.dtype} {list(self.shape)} in {self.file.name}{there})"
 
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """Every tensor of a checkpoint by name."""
+    """Every tensor of a checkpoint by DeepSeek's name for it."""
 
     folder: Path
     tensors: MappingProxyType[str, TensorInfo]
@@ -86,6 +92,8 @@ def scan_checkpoint(folder: Path) -> Scan:
         scanner.read_shards([folder / SINGLE_NAME])
     else:
         scanner.add("folder", folder.name, f"{folder}: found neither {INDEX_NAME} nor {SINGLE_NAME}")
+    if are_renamed(scanner.tensors):
+        scanner.rename()
     index = CheckpointIndex(folder, MappingProxyType(scanner.tensors))
     return Scan(index, tuple(scanner.problems), frozenset(scanner.broken), bool(scanner.tensors))
 
@@ -117,12 +125,25 @@ class _Scanner:
             if header.problems:
                 self.broken.add(path)
             for entry in header.entries:
-                info = TensorInfo(entry.name, entry.dtype, entry.shape, path, entry.start)
+                info = TensorInfo(entry.name, entry.dtype, entry.shape, path, start=entry.start)
                 if entry.name in self.tensors:
                     other = self.tensors[entry.name].file.name
                     self.add("duplicated-tensor", entry.name, f"tensor {info} also lies in {other}")
                 else:
                     self.tensors[entry.name] = info
+
+    def rename(self) -> None:
+        """Puts every tensor under DeepSeek's name; stacked experts become one tensor each."""
+        stored, self.tensors = self.tensors, {}
+        for key, info in stored.items():
+            for name, shape, source in native_tensors(key, info.shape):
+                if name in self.tensors:
+                    message = f"tensor {self.tensors[name]} is also stored as {key!r} in {info.file.name}"
+                    self.add("duplicated-tensor", name, message)
+                    continue
+                first_row = 0 if source.expert is None else source.expert * info.shape[1] + source.first_row
+                start = info.start + first_row * prod(shape[1:]) * DTYPE_BITS[info.dtype] // 8
+                self.tensors[name] = TensorInfo(name, info.dtype, shape, info.file, source, start)
 
     def _weight_map(self, path: Path) -> dict[str, str]:
         """The index's tensor -> shard; entries that are no such pair are reported and left out."""

@@ -3,11 +3,14 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 
 from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
+from ownpath.checkpoint.renamed import Source
 
 MAX_SLICE_BYTES = 64 * 2**20
 
@@ -33,16 +36,40 @@ def stream(
     for file, group in groupby(infos, key=lambda info: info.file):
         with safe_open(file, framework="pt") as shard:
             for info in group:
-                if info.num_bytes <= max_slice_bytes or not info.shape:
-                    yield TensorSlice(info, slice(None), shard.get_tensor(info.name))
+                source = info.source or Source(info.name)
+                if source.expert is None and (info.num_bytes <= max_slice_bytes or not info.shape):
+                    yield TensorSlice(info, slice(None), shard.get_tensor(source.key))
                     continue
-                stored = shard.get_slice(info.name)
+                stored = shard.get_slice(source.key)
                 for rows in _row_slices(info, max_slice_bytes):
-                    yield TensorSlice(info, rows, stored[rows])
+                    there = slice(rows.start + source.first_row, rows.stop + source.first_row)
+                    yield TensorSlice(info, rows, stored[there if source.expert is None else (source.expert, there)])
 
 
 def _row_slices(info: TensorInfo, max_slice_bytes: int) -> Iterator[slice]:
     num_rows = info.shape[0]
-    rows_per_slice = max(1, max_slice_bytes * num_rows // info.num_bytes)
+    rows_per_slice = max(1, max_slice_bytes * num_rows // max(1, info.num_bytes))
     for start in range(0, num_rows, rows_per_slice):
         yield slice(start, min(start + rows_per_slice, num_rows))
+
+
+class TensorReader:
+    """Whole tensors by name, out of shards that stay mapped until the end of the block."""
+
+    def __init__(self, index: CheckpointIndex) -> None:
+        self._index = index
+        self._open: dict[Path, Any] = {}
+
+    def __enter__(self) -> "TensorReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.clear()
+
+    def __call__(self, key: str) -> torch.Tensor:
+        """Errors: CheckpointError naming a tensor the checkpoint does not hold."""
+        file = self._index[key].file
+        if file not in self._open:
+            self._open[file] = safe_open(file, framework="pt")
+        tensor: torch.Tensor = self._open[file].get_tensor(key)
+        return tensor

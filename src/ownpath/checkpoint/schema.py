@@ -4,6 +4,9 @@ A checkpoint stores each weight matrix (a *module*, ``layers.3.attn.wq_b``) as o
 ``Encoding`` says which: it maps roles (``qdata``, ``scale``, ``global_scale``, ``input_scale``) to key suffixes, dtypes
 and shapes, in both directions. Another export is one more entry in ``ENCODINGS``.
 
+Some exports store a global scale as its reciprocal. A ``Part`` knows (``is_divisor``), and converts both ways; nothing
+beyond the schema sees a divisor.
+
 The format of a module is read off its own tensors. ``config.json`` is not asked: exports differ in what they write
 there, and one checkpoint mixes formats.
 """
@@ -16,7 +19,7 @@ import torch
 
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
-from ownpath.formats import BF16, FP8_BLOCK, FP32, NVFP4, Format
+from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4, Format
 from ownpath.qtensor import QuantTensor
 
 ShapeRule = Callable[[int, int], tuple[int, ...]]
@@ -24,12 +27,29 @@ ShapeRule = Callable[[int, int], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Part:
-    """One stored tensor of a module: its key suffix, the dtypes it may have, its shape for a weight [N, K]."""
+    """One stored tensor of a module: its key suffix, the dtypes it may have, its shape for a weight [N, K].
+
+    dtypes: the first is the one that is written.
+    is_divisor: the stored number is 1 / the multiplier that is meant.
+    other_shapes: shapes that are read as well; ``shape`` is the one that is written.
+    """
 
     role: str
     suffix: str
     dtypes: tuple[str, ...]
     shape: ShapeRule
+    is_divisor: bool = False
+    other_shapes: tuple[tuple[int, ...], ...] = ()
+
+    def meant(self, stored: torch.Tensor) -> torch.Tensor:
+        """What a stored tensor means: itself, or for a divisor the multiplier [], by one float32 division."""
+        return 1 / stored.float().reshape(()) if self.is_divisor else stored
+
+    def stored(self, meant: torch.Tensor) -> torch.Tensor:
+        """The tensor to write for what is meant: itself, or for a multiplier [] its reciprocal in the part's shape."""
+        if self.is_divisor:
+            return (1 / meant.float()).reshape(self.shape(0, 0))
+        return meant.view(torch.int8) if self.dtypes[0] == "I8" else meant
 
 
 @dataclass(frozen=True)
@@ -64,7 +84,7 @@ class Encoding:
             tensor = parts[part.role]
             if tensor is None:
                 raise CheckpointError(f"{module}.{part.suffix}: {self.name} needs it and none was given")
-            yield f"{module}.{part.suffix}", tensor
+            yield f"{module}.{part.suffix}", part.stored(tensor)
 
 
 def _ceil_div(value: int, divisor: int) -> int:
@@ -73,6 +93,14 @@ def _ceil_div(value: int, divisor: int) -> int:
 
 def _scalar(_n: int, _k: int) -> tuple[int, ...]:
     return ()
+
+
+def _one(_n: int, _k: int) -> tuple[int, ...]:
+    return (1,)
+
+
+def _fp8_blocks(n: int, k: int) -> tuple[int, ...]:
+    return _ceil_div(n, 128), _ceil_div(k, 128)
 
 
 # ModelOpt writes U8; DeepSeek's own packed tensors are I8. The bytes are the same; both are viewed as uint8.
@@ -91,13 +119,40 @@ NATIVE_FP8 = Encoding(
     FP8_BLOCK,
     (
         Part("qdata", "weight", ("F8_E4M3",), lambda n, k: (n, k)),
-        Part("scale", "scale", FP8_BLOCK.scale_dtypes, lambda n, k: (_ceil_div(n, 128), _ceil_div(k, 128))),
+        Part("scale", "scale", ("F8_E8M0", "F32"), _fp8_blocks),
+    ),
+)
+NATIVE_MXFP4 = Encoding(
+    "native-mxfp4",
+    MXFP4,
+    (
+        Part("qdata", "weight", ("I8", "U8"), lambda n, k: (n, k // 2)),
+        Part("scale", "scale", ("F8_E8M0",), lambda n, k: (n, k // 32)),
+    ),
+)
+# Global scales are written as 2688 / amax, [1] by the library and [] by tools that squeeze it.
+COMPRESSED_NVFP4 = Encoding(
+    "compressed-tensors-nvfp4",
+    NVFP4,
+    (
+        Part("qdata", "weight_packed", ("U8",), lambda n, k: (n, k // 2)),
+        Part("scale", "weight_scale", ("F8_E4M3",), lambda n, k: (n, k // 16)),
+        Part("global_scale", "weight_global_scale", ("F32",), _one, is_divisor=True, other_shapes=((),)),
+        Part("input_scale", "input_global_scale", ("F32",), _one, is_divisor=True, other_shapes=((),)),
+    ),
+)
+COMPRESSED_FP8 = Encoding(
+    "compressed-tensors-fp8-block",
+    FP8_BLOCK,
+    (
+        Part("qdata", "weight", ("F8_E4M3",), lambda n, k: (n, k)),
+        Part("scale", "weight_scale", ("BF16", "F32"), _fp8_blocks),
     ),
 )
 PLAIN_BF16 = Encoding("bf16", BF16, (Part("qdata", "weight", ("BF16",), lambda n, k: (n, k)),))
 PLAIN_FP32 = Encoding("fp32", FP32, (Part("qdata", "weight", ("F32",), lambda n, k: (n, k)),))
 
-ENCODINGS = (MODELOPT_NVFP4, NATIVE_FP8, PLAIN_BF16, PLAIN_FP32)
+ENCODINGS = (MODELOPT_NVFP4, NATIVE_MXFP4, NATIVE_FP8, COMPRESSED_NVFP4, COMPRESSED_FP8, PLAIN_BF16, PLAIN_FP32)
 
 IGNORED_KEYS = ((re.compile(r"mtp\.\d+\."), "draft module (MTP or DSpark): not part of the backbone's forward"),)
 
@@ -133,7 +188,7 @@ def detect(index: CheckpointIndex, module: ModuleSpec) -> Encoding:
         if info.dtype not in part.dtypes:
             raise CheckpointError(f"tensor {info}: {encoding.name} stores {' or '.join(part.dtypes)}")
         expected = part.shape(*module.shape)
-        if info.shape != expected:
+        if info.shape != expected and info.shape not in part.other_shapes:
             raise CheckpointError(f"tensor {info}: a weight {list(module.shape)} needs shape {list(expected)}")
     return encoding
 
@@ -152,9 +207,12 @@ def _closest_encoding(index: CheckpointIndex, module: ModuleSpec) -> Encoding:
     if not candidates and found:
         known = ", ".join(f"{encoding.name} {'/'.join(encoding.part('qdata').dtypes)}" for encoding in ENCODINGS)
         raise CheckpointError(f"tensor {found[0]}: no known encoding has this dtype (known: {known})")
-    if not candidates:
-        raise CheckpointError(f"{index.folder}: tensor '{module.name}.weight' is missing")
-    return min(candidates, key=lambda e: sum(key not in index for key in e.keys(module.name)))
+    # Without a weight tensor, the scales that are there tell which one is missing.
+    return min(candidates or ENCODINGS, key=lambda e: _num_missing(index, e, module))
+
+
+def _num_missing(index: CheckpointIndex, encoding: Encoding, module: ModuleSpec) -> int:
+    return sum(key not in index for key in encoding.keys(module.name))
 
 
 def check_param(index: CheckpointIndex, spec: ParamSpec) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ownpath.runners import Nvfp4MoE, SwigluMlp
+from ownpath.runners import SwigluMlp
 
 
 @dataclass(frozen=True)
@@ -13,10 +13,11 @@ class MoE:
     """y = experts(x, routed) + shared_experts(x), both clamped SwiGLU.
 
     router: (x [T, D], token_ids [T]) -> expert ids and weights [T, K].
+    experts: (x [T, D], ids [T, K], weights [T, K]) -> y [T, D].
     """
 
     router: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-    experts: Nvfp4MoE
+    experts: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     shared_experts: SwigluMlp
 
     def __call__(self, x_TD: torch.Tensor, token_ids_T: torch.Tensor) -> torch.Tensor:

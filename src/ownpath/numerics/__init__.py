@@ -17,7 +17,7 @@ from ownpath.numerics.e2m1 import (
 )
 from ownpath.numerics.e4m3 import E4M3_MAX, decode_e4m3, encode_e4m3
 from ownpath.numerics.e8m0 import decode_e8m0, e8m0_from_bytes, encode_e8m0_ceil
-from ownpath.numerics.mxfp4 import mxfp4_scale_as_nvfp4
+from ownpath.numerics.mxfp4 import mxfp4_as_nvfp4, mxfp4_scale_as_nvfp4
 from ownpath.numerics.quantize import (
     nvfp4_global_scale,
     quantize_fp8_block,
@@ -43,6 +43,7 @@ __all__ = [
     "encode_e2m1",
     "encode_e4m3",
     "encode_e8m0_ceil",
+    "mxfp4_as_nvfp4",
     "mxfp4_scale_as_nvfp4",
     "nvfp4_global_scale",
     "pack_e2m1",

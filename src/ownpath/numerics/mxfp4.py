@@ -1,6 +1,14 @@
 """MXFP4 scales as NVFP4 ones: the same weights, exactly, for kernels that read NVFP4."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
+
+from ownpath.formats import NVFP4
+from ownpath.numerics.dequantize import dequantize
+from ownpath.numerics.quantize import quantize_nvfp4
+from ownpath.qtensor import QuantTensor
 
 E4M3_MAX_POWER, E4M3_MIN_POWER = 8, -9
 NAN = 255
@@ -25,8 +33,55 @@ def mxfp4_scale_as_nvfp4(name: str, codes: torch.Tensor, scale: torch.Tensor) ->
                          "powers of two that NVFP4 block scales have")  # fmt: skip
     narrow = _power_of_two(power).to(torch.float8_e4m3fn)
     global_scale = _power_of_two(top - 127 - E4M3_MAX_POWER)
-    return narrow.view(torch.uint8).repeat_interleave(2, dim=-1).view(torch.float8_e4m3fn), global_scale
+    return _twice(narrow.view(torch.uint8)).view(torch.float8_e4m3fn), global_scale
 
 
-def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
+def mxfp4_as_nvfp4(weights: Sequence[QuantTensor]) -> tuple[list[QuantTensor], int]:
+    """MXFP4 matrices as NVFP4 ones with one global scale, 2^(largest exponent - 8), and how many blocks were rounded.
+
+    Codes stay as they are and each power of two is written twice, so that nothing changes. Only a block of 32 more
+    than 17 powers of two below the largest has no E4M3 scale of its own: it is quantised anew from its values.
+
+    Shapes: each [N, K] MXFP4. Errors: ValueError for a NaN scale.
+    """
+    exponents = [_exponents(weight) for weight in weights]
+    if any(bool((exponent == NAN).any()) for exponent in exponents):
+        raise ValueError("an MXFP4 scale is NaN")
+    zeros = [(weight.qdata.unflatten(-1, (-1, 16)) & 0x77 == 0).all(dim=-1) for weight in weights]
+    top = torch.stack([torch.where(zero, 0, e).amax() for zero, e in zip(zeros, exponents, strict=True)]).amax()
+    is_all_zero = all(bool(zero.all()) for zero in zeros)  # no largest exponent then: as the quantiser has it
+    global_scale = torch.ones(()) if is_all_zero else _power_of_two(top - 127 - E4M3_MAX_POWER)
+    cast, num_rounded = [], 0
+    for weight, exponent, zero in zip(weights, exponents, zeros, strict=True):
+        power = torch.where(zero, 0, exponent - top + E4M3_MAX_POWER)
+        rounded = power < E4M3_MIN_POWER
+        narrow = _power_of_two(power.clamp(min=E4M3_MIN_POWER)).to(torch.float8_e4m3fn).view(torch.uint8)
+        exact = QuantTensor(weight.qdata, _twice(narrow).view(torch.float8_e4m3fn), global_scale.clone(), NVFP4)
+        num_rounded += int(rounded.sum())
+        if rounded.any():
+            exact = _with_blocks(exact, quantize_nvfp4(dequantize(weight), global_scale), rounded)
+        cast.append(exact)
+    return cast, num_rounded
+
+
+def _exponents(weight: QuantTensor) -> Tensor:
+    assert weight.scale is not None, weight
+    return weight.scale.view(torch.uint8).to(torch.int16)
+
+
+def _with_blocks(weight: QuantTensor, other: QuantTensor, chosen: Tensor) -> QuantTensor:
+    """``weight`` with the blocks of 32 that are ``chosen`` [N, K/32] taken from ``other``."""
+    assert weight.scale is not None
+    assert other.scale is not None
+    codes = torch.where(chosen.repeat_interleave(16, dim=-1), other.qdata, weight.qdata)
+    scale = torch.where(_twice(chosen), other.scale.view(torch.uint8), weight.scale.view(torch.uint8))
+    return QuantTensor(codes, scale.view(torch.float8_e4m3fn), weight.global_scale, NVFP4)
+
+
+def _twice(per_block: Tensor) -> Tensor:
+    """One entry for 32 values to one for each 16."""
+    return per_block.repeat_interleave(2, dim=-1)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent.int())

@@ -1,41 +1,10 @@
 """The kernels there are, best first, each with its contract: what it computes, on what, where, and what it promises."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 
-from ownpath.formats import BF16, FP8_BLOCK, FP32, NVFP4, Format
+from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4
+from ownpath.plan.kernel_spec import KernelSpec
 from ownpath.plan.opspec import OpKind
-
-
-@dataclass(frozen=True)
-class KernelSpec:
-    """A kernel's contract.
-
-    name: key of the implementation in ``ownpath.kernels``.
-    formats: stored formats it takes; empty for an op without a stored matrix.
-    runner: the class in ``ownpath.runners`` that holds its operand.
-    min_sm, end_sm: lowest compute capability times ten, and the first that is too new; ``None`` runs anywhere
-        torch does.
-    dim_multiple: every dimension of its operand must be a multiple of it.
-    first_dim: what the first dimension must be; the multiple is asked of the others then.
-    activations: dtypes it takes; empty for any.
-    is_batch_invariant: a row's bits do not depend on the other rows of the call, nor on their number.
-    packages: what must be importable.
-    """
-
-    name: str
-    kind: OpKind
-    formats: tuple[Format, ...]
-    runner: str
-    layout: str
-    why: str
-    min_sm: int | None = None
-    end_sm: int | None = None
-    dim_multiple: int = 1
-    first_dim: int | None = None
-    activations: tuple[str, ...] = ()
-    is_batch_invariant: bool = False
-    packages: tuple[str, ...] = ()
-
 
 _BF16 = ("bfloat16",)
 _FLOATS = ("bfloat16", "float32")
@@ -46,7 +15,15 @@ _NOT_RUN = "compiled and interpreted, never run on a device: compared with its t
 FP8_PREFILL_FROM = 65
 """Rows from which FP8 linears on Hopper quantise their activations: up to 64, W8A16 is faster, and exact."""
 
-CATALOGUE = (
+
+def _for_mxfp4(kernel: KernelSpec) -> KernelSpec:
+    """The contract of an NVFP4 kernel on MXFP4 experts: codes are the same, scales change their spelling at load."""
+    layout = "nvfp4_scales" if kernel.layout == "row_major" else kernel.layout
+    why = f"MXFP4 on disk, its scales written as NVFP4's at load (exact, or an error); then {kernel.why}"
+    return replace(kernel, formats=(MXFP4,), layout=layout, why=why)
+
+
+_KERNELS = (
     KernelSpec(
         "triton.nvfp4_linear_w4a4_sm100",
         OpKind.LINEAR,
@@ -297,6 +274,14 @@ CATALOGUE = (
         "W4A16 per expert: exact decode, gate and up keep their own global scales, float32 combine",
     ),
     KernelSpec(
+        "ref.plain_moe",
+        OpKind.MOE,
+        (BF16, FP32),
+        "PlainMoE",
+        "row_major",
+        "stored unquantised: torch's products per expert, float32 sums and combine",
+    ),
+    KernelSpec(
         "triton.hyper_boundary",
         OpKind.HYPER,
         (),
@@ -384,3 +369,5 @@ CATALOGUE = (
         is_batch_invariant=True,
     ),
 )
+
+CATALOGUE = (*_KERNELS, *(_for_mxfp4(kernel) for kernel in _KERNELS if kernel.runner == "Nvfp4MoE"))

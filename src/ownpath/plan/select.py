@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from ownpath.formats import Format
-from ownpath.plan.catalogue import CATALOGUE, KernelSpec
+from ownpath.plan.catalogue import CATALOGUE
+from ownpath.plan.kernel_spec import KernelSpec
 from ownpath.plan.opspec import OpKind
 
 

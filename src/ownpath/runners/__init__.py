@@ -12,7 +12,7 @@ from ownpath.runners.linear import (
     WideLinear,
 )
 from ownpath.runners.mlp import SwigluMlp
-from ownpath.runners.moe import Nvfp4MoE
+from ownpath.runners.moe import Nvfp4MoE, PlainMoE
 
 __all__ = [
     "ConcatLinear",
@@ -26,6 +26,7 @@ __all__ = [
     "Nvfp4Linear",
     "Nvfp4MoE",
     "PlainLinear",
+    "PlainMoE",
     "RMSNorm",
     "Router",
     "SharedKeyAttention",

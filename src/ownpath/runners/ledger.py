@@ -12,11 +12,13 @@ class Ledger:
     """Calls per slot, beside the runner and the kernel that the plan names for it.
 
     mark: entered around every call, with the slot's name; a recorder of launched kernels puts its own here.
+    see: told of every call before it runs, with the slot's name and the arguments; a calibration puts its own here.
     """
 
     kernels: dict[str, tuple[str, str]]
     calls: Counter[str] = field(default_factory=Counter)
     mark: Callable[[str], AbstractContextManager[object]] = nullcontext
+    see: Callable[[str, tuple[Any, ...]], None] | None = None
 
     def watch(self, slot: str, runner: Callable[..., Any]) -> "Watched":
         """A callable that counts and runs; the slot must be one of the plan."""
@@ -43,5 +45,7 @@ class Watched:
 
     def __call__(self, *args: Any) -> Any:
         self.ledger.calls[self.slot] += 1
+        if self.ledger.see:
+            self.ledger.see(self.slot, args)
         with self.ledger.mark(self.slot):
             return self.runner(*args)

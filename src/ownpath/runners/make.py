@@ -5,15 +5,16 @@ from typing import Any
 
 import torch
 
+from ownpath.checkpoint.errors import CheckpointError
 from ownpath.config import ModelConfig
-from ownpath.formats import FP8_BLOCK
-from ownpath.kernels.registry import KERNELS
+from ownpath.formats import FP8_BLOCK, NVFP4
+from ownpath.kernels.registry import KERNELS, Kernel
 from ownpath.numerics import dequantize
 from ownpath.plan.plan import Plan, PlannedOp
 from ownpath.qtensor import QuantTensor
 from ownpath.runners.fp8 import Fp8Linear
 from ownpath.runners.linear import ConcatLinear, GroupedLinear, Nvfp4Linear, PlainLinear, WideLinear
-from ownpath.runners.moe import Nvfp4MoE
+from ownpath.runners.moe import Nvfp4MoE, PlainMoE
 from ownpath.runners.w4a4 import Nvfp4LinearW4A4, Nvfp4MoEW4A4
 from ownpath.weights.operands import Operand
 
@@ -63,9 +64,9 @@ def make_runner(op: PlannedOp, operand: Operand, config: ModelConfig) -> Any:
     kernel = KERNELS[op.choice.kernel.name]
     buffers = operand.buffers
     if op.choice.kernel.runner == "Nvfp4MoE":
-        names = ("w13", "w13_scale", "w13_scale_2", "w2", "w2_scale", "w2_scale_2")
-        tensors = {name: buffers[name][0] for name in names}
-        return Nvfp4MoE(**tensors, swiglu_limit=config.swiglu_limit, kernel=kernel)
+        return _nvfp4_moe(op, buffers, config.swiglu_limit, kernel)
+    if op.choice.kernel.runner == "PlainMoE":
+        return PlainMoE(buffers["w13"][0], buffers["w2"][0], config.swiglu_limit, kernel=kernel)
     if op.choice.kernel.runner == "Nvfp4Linear":
         return Nvfp4Linear(buffers["weight"], buffers["weight_scale"], buffers["weight_scale_2"], kernel=kernel)
     if op.choice.kernel.runner == "Nvfp4MoEW4A4":
@@ -83,6 +84,20 @@ def make_runner(op: PlannedOp, operand: Operand, config: ModelConfig) -> Any:
         return GroupedLinear(_grouped_weight(op, operand), config.o_groups, kernel=kernel)
     assert op.choice.kernel.runner == "PlainLinear", op.choice.kernel.runner
     return PlainLinear(buffers["weight"], kernel=kernel)
+
+
+def _nvfp4_moe(
+    op: PlannedOp, buffers: dict[str, tuple[torch.Tensor, ...]], swiglu_limit: float, kernel: Kernel
+) -> Nvfp4MoE:
+    """Experts for an NVFP4 kernel. Errors: CheckpointError naming slot and expert for MXFP4 that NVFP4 cannot say."""
+    if op.encoding.format is NVFP4:
+        names = ("w13", "w13_scale", "w13_scale_2", "w2", "w2_scale", "w2_scale_2")
+        return Nvfp4MoE(**{name: buffers[name][0] for name in names}, swiglu_limit=swiglu_limit, kernel=kernel)
+    tensors = {name: buffers[name][0] for name in ("w13", "w13_scale", "w2", "w2_scale")}
+    try:
+        return Nvfp4MoE.from_mxfp4(**tensors, swiglu_limit=swiglu_limit, kernel=kernel)
+    except ValueError as error:
+        raise CheckpointError(f"{op.spec.slot}: {error}") from None
 
 
 def _grouped_weight(op: PlannedOp, operand: Operand) -> torch.Tensor:

@@ -1,10 +1,10 @@
-"""The routed experts' runner."""
+"""The routed experts' runners."""
 
 from typing import Any
 
 import torch
 
-from ownpath.kernels.registry import Kernel
+from ownpath.kernels.registry import KERNELS, Kernel
 from ownpath.numerics import mxfp4_scale_as_nvfp4
 from ownpath.runners.checks import require, require_input
 from ownpath.runners.prepare import compile_configs, default_kernel, prepared
@@ -96,8 +96,40 @@ class Nvfp4MoE:
             which the next call overwrites.
         """
         require_input(x, self.hidden_size, self._codes)
-        routed = (x.shape[0], topk_ids.shape[-1])
-        require("topk_ids", topk_ids, (torch.int32, torch.int64), routed)
-        require("topk_weights", topk_weights, (torch.float32, torch.float64), routed)
+        _require_routing(x, topk_ids, topk_weights)
         y: torch.Tensor = self._kernel(x, topk_ids, topk_weights, *self._operand, self.swiglu_limit, **given)
         return y
+
+
+class PlainMoE:
+    """Top-k mixture of SwiGLU experts with unquantised weights, by the torch reference.
+
+    Shapes (E experts, D hidden, F expert width): w13 bfloat16 or float32 [E, 2F, D], gate rows first; w2 [E, D, F].
+    Errors: ValueError naming the operand for a wrong dtype, shape or device.
+    """
+
+    def __init__(
+        self, w13: torch.Tensor, w2: torch.Tensor, swiglu_limit: float, *, kernel: Kernel = KERNELS["ref.plain_moe"]
+    ) -> None:
+        self.num_experts, rows, dim = w13.shape
+        floats = (torch.bfloat16, torch.float32)
+        require("w13", w13, floats, (self.num_experts, rows // 2 * 2, dim))
+        require("w2", w2, floats, (self.num_experts, dim, rows // 2))
+        self.hidden_size, self.swiglu_limit = dim, swiglu_limit
+        self.w13, self.w2 = w13, w2
+        self._kernel = kernel
+
+    def __call__(
+        self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, **given: Any
+    ) -> torch.Tensor:
+        """As ``Nvfp4MoE``; given: ``num_shared`` and ``expert_map``."""
+        require_input(x, self.hidden_size, self.w13)
+        _require_routing(x, topk_ids, topk_weights)
+        y: torch.Tensor = self._kernel(x, topk_ids, topk_weights, self.w13, self.w2, self.swiglu_limit, **given)
+        return y
+
+
+def _require_routing(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
+    routed = (x.shape[0], topk_ids.shape[-1])
+    require("topk_ids", topk_ids, (torch.int32, torch.int64), routed)
+    require("topk_weights", topk_weights, (torch.float32, torch.float64), routed)

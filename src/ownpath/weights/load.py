@@ -1,7 +1,8 @@
 """Streams a checkpoint into the planned operands: complete, or an error that names the tensor.
 
 Each slot is written exactly once, from the one tensor planned for it; bytes are copied as bytes, never converted
-(a numeric copy of an E8M0 scale would turn 2^-7 into 0). Scales are checked on the way in.
+(a numeric copy of an E8M0 scale would turn 2^-7 into 0). Scales are checked on the way in, and a stored divisor becomes
+the multiplier that its schema says it means.
 """
 
 from dataclasses import dataclass
@@ -11,10 +12,13 @@ import torch
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.reader import TensorSlice, stream
+from ownpath.checkpoint.scales import scale_fault
 from ownpath.formats import NVFP4
 from ownpath.plan.plan import Plan, PlannedOp
 from ownpath.weights.lossless import is_lossless_cast
 from ownpath.weights.operands import STORAGE, Operand, Slot, make_operand, sentinel
+
+_EXACTLY_WIDENED = ((torch.int32, torch.int64), (torch.bfloat16, torch.float32))
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ def load_weights(plan: Plan, index: CheckpointIndex, device: torch.device) -> Lo
     operands = tuple(make_operand(op, stored, device) for op in plan.ops)
     params = {spec.key: sentinel(spec.shape, STORAGE[stored[spec.key]], device) for spec in plan.params}
     slots = [slot for operand in operands for slot in operand.slots]
-    slots += [Slot(key, "param", target) for key, target in params.items()]
+    slots += [Slot(key, target) for key, target in params.items()]
     _fill(slots, index)
     for key, table in params.items():
         if not table.is_floating_point():
@@ -57,11 +61,12 @@ def _is_stored_cast(op: PlannedOp, index: CheckpointIndex) -> bool:
         return False
     for module in op.spec.modules:
         keys = [op.encoding.key(module.name, role) for role in ("scale", "global_scale")]
+        meant = op.encoding.part("global_scale").meant
         parts: dict[str, list[torch.Tensor]] = {key: [] for key in keys}
         for part in stream(index, keys):
             parts[part.info.name].append(part.data)
         ((global_scale,), scales) = parts[keys[1]], parts[keys[0]]
-        if not all(is_lossless_cast(scale, global_scale) for scale in scales):
+        if not all(is_lossless_cast(scale, meant(global_scale)) for scale in scales):
             return False
     return True
 
@@ -84,9 +89,9 @@ def _fill(slots: list[Slot], index: CheckpointIndex) -> None:
     missing_rows = {key: _num_rows(slot.target) for key, slot in by_key.items()}
     for part in stream(index, by_key):
         slot = by_key[part.info.name]
-        _check(slot.role, part)
-        _copy(part, slot.target)
-        missing_rows[slot.key] -= _num_rows(slot.target[part.rows]) if part.data.ndim else missing_rows[slot.key]
+        _check(slot, part)
+        _copy(slot, part)
+        missing_rows[slot.key] -= missing_rows[slot.key] if _is_scalar(slot) else _num_rows(slot.target[part.rows])
     for key, count in missing_rows.items():
         if count:
             raise CheckpointError(f"tensor {key!r}: {count} rows were not written exactly once")
@@ -96,21 +101,29 @@ def _num_rows(target: torch.Tensor) -> int:
     return target.shape[0] if target.ndim else 1
 
 
-def _copy(part: TensorSlice, target: torch.Tensor) -> None:
-    data = part.data
-    if data.ndim == 0:
-        target.fill_(data.item())  # one multiplier for all rows of a fused shard
+def _is_scalar(slot: Slot) -> bool:
+    """One multiplier, stored as [] or [1], for everything the slot covers."""
+    return slot.role in ("global_scale", "input_scale")
+
+
+def _copy(slot: Slot, part: TensorSlice) -> None:
+    data, target = part.data, slot.target
+    if _is_scalar(slot):
+        assert slot.part is not None
+        target.fill_(slot.part.meant(data).item())  # one multiplier for all rows of a fused shard
     elif data.element_size() == 1:
         target[part.rows].view(torch.uint8).copy_(data.view(torch.uint8))
     else:
-        assert data.dtype == target.dtype or data.dtype == torch.int32, (part.info, target.dtype)
+        is_widened = (data.dtype, target.dtype) in _EXACTLY_WIDENED
+        assert data.dtype == target.dtype or is_widened, (part.info, target.dtype)
         target[part.rows].copy_(data)
 
 
-def _check(role: str, part: TensorSlice) -> None:
-    if role in ("global_scale", "input_scale"):
-        _check_multiplier(part)
-    elif role == "scale":
+def _check(slot: Slot, part: TensorSlice) -> None:
+    if _is_scalar(slot):
+        assert slot.part is not None
+        _check_global_scale(part, slot.part.is_divisor)
+    elif slot.role == "scale":
         _check_block_scale(part)
     elif part.data.is_floating_point():
         _check_finite(part)
@@ -125,23 +138,15 @@ def _check_finite(part: TensorSlice) -> None:
         raise CheckpointError(f"tensor {part.info} holds NaN or infinity")
 
 
-def _check_multiplier(part: TensorSlice) -> None:
-    """A decode multiplier is amax / 2688. Above 1 it is a divisor (2688 / amax) in the wrong place.
-
-    At exactly 1, which quantisers write for a matrix of zeros, multiplier and divisor are the same number.
-    """
-    value = part.data.item()
-    if not 0 < value < float("inf"):
-        raise CheckpointError(f"tensor {part.info}: scale is {value}; it must be finite and positive")
-    if value > 1:
-        raise CheckpointError(
-            f"tensor {part.info}: scale is {value}, a divisor by its size; this encoding stores the multiplier"
-        )
+def _check_global_scale(part: TensorSlice, is_divisor: bool) -> None:
+    fault = scale_fault(part.data.item(), is_divisor)
+    if fault is not None:
+        raise CheckpointError(f"tensor {part.info}: {fault[1]}")
 
 
 def _check_block_scale(part: TensorSlice) -> None:
     data = part.data
-    if data.dtype == torch.float32:
+    if data.dtype in (torch.float32, torch.bfloat16):
         bad = ~(torch.isfinite(data) & (data >= 0))
     elif data.dtype == torch.float8_e8m0fnu:
         bad = data.view(torch.uint8) == 0xFF

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ownpath.checkpoint.schema import Encoding, ModuleSpec
-from ownpath.formats import BF16, FP8_BLOCK, FP32, NVFP4
+from ownpath.checkpoint.schema import Encoding, ModuleSpec, Part
+from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4, Format
 from ownpath.plan.opspec import OpKind
 from ownpath.plan.plan import PlannedOp
 
@@ -25,14 +25,23 @@ STORAGE = {
 }
 """Safetensors dtype -> dtype in memory. Packed codes are bytes; token tables index, so they are int64."""
 
+_MOE_SUFFIX = {"qdata": "", "scale": "_scale", "global_scale": "_scale_2", "input_scale": "_input_scale"}
+
 
 @dataclass(frozen=True)
 class Slot:
-    """``target``: the view of an operand buffer that the checkpoint tensor ``key`` fills; ``role``: its meaning."""
+    """``target``: the view of a buffer that the checkpoint tensor ``key`` fills; ``part``: what that tensor is.
+
+    A tensor that is used as stored is no part of a module.
+    """
 
     key: str
-    role: str
     target: torch.Tensor
+    part: Part | None = None
+
+    @property
+    def role(self) -> str:
+        return "param" if self.part is None else self.part.role
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,6 @@ def make_operand(op: PlannedOp, stored: dict[str, str], device: torch.device) ->
     """Allocates the operand of ``op``. stored: checkpoint key -> safetensors dtype name."""
     encoding, modules = op.encoding, op.spec.modules
     if op.spec.kind is OpKind.MOE:
-        assert encoding.format is NVFP4, encoding
         return _moe(encoding, modules, device)
     if encoding.format is NVFP4:
         return _nvfp4_linear(encoding, modules, device)
@@ -93,44 +101,50 @@ def _nvfp4_linear(encoding: Encoding, modules: tuple[ModuleSpec, ...], device: t
 def _moe(encoding: Encoding, modules: tuple[ModuleSpec, ...], device: torch.device) -> Operand:
     num_experts = len(modules) // 3
     inter, dim = modules[0].shape
-    w13 = sentinel((num_experts, 2 * inter, dim // 2), torch.uint8, device)
-    w13_scale = sentinel((num_experts, 2 * inter, dim // 16), torch.float8_e4m3fn, device)
-    w2 = sentinel((num_experts, dim, inter // 2), torch.uint8, device)
-    w2_scale = sentinel((num_experts, dim, inter // 16), torch.float8_e4m3fn, device)
-    scalars = {
-        name: sentinel(shape, torch.float32, device)
-        for name, shape in (
-            ("w13_scale_2", (num_experts, 2)),
-            ("w13_input_scale", (num_experts, 2)),
-            ("w2_scale_2", (num_experts,)),
-            ("w2_input_scale", (num_experts,)),
-        )
-    }
+    gate_up = _expert_stack(encoding.format, (num_experts, 2 * inter, dim), (num_experts, 2), device)
+    down = _expert_stack(encoding.format, (num_experts, dim, inter), (num_experts,), device)
     slots: list[Slot] = []
     for idx, module in enumerate(modules):
         projection, expert = divmod(idx, num_experts)
         if projection < 2:
             rows = slice(projection * inter, (projection + 1) * inter)
-            targets = {"qdata": w13[expert, rows], "scale": w13_scale[expert, rows]}
-            targets["global_scale"] = scalars["w13_scale_2"][expert, projection]
-            targets["input_scale"] = scalars["w13_input_scale"][expert, projection]
+            per_row, per_matrix = (expert, rows), (expert, projection)
+            targets = {role: t[per_row if t.ndim == 3 else per_matrix] for role, t in gate_up.items()}
         else:
-            targets = {"qdata": w2[expert], "scale": w2_scale[expert]}
-            targets["global_scale"] = scalars["w2_scale_2"][expert]
-            targets["input_scale"] = scalars["w2_input_scale"][expert]
+            targets = {role: t[expert] for role, t in down.items()}
         slots += _slots(encoding, module, targets)
-    named = {"w13": w13, "w13_scale": w13_scale, "w2": w2, "w2_scale": w2_scale} | scalars
+    named = {f"w13{_MOE_SUFFIX[role]}": buffer for role, buffer in gate_up.items()}
+    named |= {f"w2{_MOE_SUFFIX[role]}": buffer for role, buffer in down.items()}
     return Operand({name: (buffer,) for name, buffer in named.items()}, tuple(slots))
+
+
+def _expert_stack(
+    fmt: Format, shape: tuple[int, int, int], scalars: tuple[int, ...], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Buffers by role for experts' matrices [E, N, K]; scalars: the shape of what each matrix has one of."""
+    num_experts, n, k = shape
+    if fmt in (BF16, FP32):
+        return {"qdata": sentinel(shape, torch.bfloat16 if fmt is BF16 else torch.float32, device)}
+    assert fmt in (NVFP4, MXFP4), fmt
+    stack = {"qdata": sentinel((num_experts, n, k // 2), torch.uint8, device)}
+    if fmt is MXFP4:
+        return stack | {"scale": sentinel((num_experts, n, k // 32), torch.float8_e8m0fnu, device)}
+    stack["scale"] = sentinel((num_experts, n, k // 16), torch.float8_e4m3fn, device)
+    return stack | {role: sentinel(scalars, torch.float32, device) for role in ("global_scale", "input_scale")}
 
 
 def _fp8_shards(
     encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, str], device: torch.device
 ) -> Operand:
-    """One weight and one scale per shard: a shard's last block may be partial, so shards do not concatenate."""
+    """One weight and one scale per shard: a shard's last block may be partial, so shards do not concatenate.
+
+    BF16 scales are widened to float32, exactly.
+    """
     weights, scales = [], []
     slots: list[Slot] = []
     for module in modules:
-        dtype = STORAGE[stored[encoding.key(module.name, "scale")]]
+        is_e8m0 = stored[encoding.key(module.name, "scale")] == "F8_E8M0"
+        dtype = torch.float8_e8m0fnu if is_e8m0 else torch.float32
         weights.append(sentinel(module.shape, torch.float8_e4m3fn, device))
         scales.append(sentinel(encoding.part("scale").shape(*module.shape), dtype, device))
         slots += _slots(encoding, module, {"qdata": weights[-1], "scale": scales[-1]})
@@ -152,4 +166,4 @@ def _plain(
 
 
 def _slots(encoding: Encoding, module: ModuleSpec, targets: dict[str, torch.Tensor]) -> list[Slot]:
-    return [Slot(encoding.key(module.name, part.role), part.role, targets[part.role]) for part in encoding.parts]
+    return [Slot(encoding.key(module.name, part.role), targets[part.role], part) for part in encoding.parts]

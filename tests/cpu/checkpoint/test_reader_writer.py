@@ -105,9 +105,10 @@ def test_a_slot_left_unwritten_is_an_error(tmp_path: Path, monkeypatch: pytest.M
         load_weights(plan_model(tmp_path, "cpu"), CheckpointIndex.open(tmp_path), torch.device("cpu"))
 
 
-def test_e8m0_scales_are_copied_as_bytes(tmp_path: Path, device: torch.device) -> None:
+@pytest.mark.parametrize("layout", ["modelopt-experts-only", "deepseek-native"])
+def test_e8m0_scales_are_copied_as_bytes(layout: str, tmp_path: Path, device: torch.device) -> None:
     """2^-7 copied as a number into bytes becomes 0: the loaded scales must hold the file's bits."""
-    random_checkpoint(tmp_path, "modelopt-experts-only")
+    random_checkpoint(tmp_path, layout)
     plan = plan_model(tmp_path, str(device))
     loaded = load_weights(plan, CheckpointIndex.open(tmp_path), device)
     index = CheckpointIndex.open(tmp_path)

@@ -5,7 +5,10 @@ import torch
 from support.nvfp4_cases import Dense, Experts, Routed, dense_reference, first_beyond, moe_reference, relative_l2
 
 from ownpath import Nvfp4Linear, Nvfp4MoE
-from ownpath.numerics import mxfp4_scale_as_nvfp4
+from ownpath.formats import NVFP4
+from ownpath.numerics import dequantize, mxfp4_scale_as_nvfp4
+from ownpath.qtensor import QuantTensor
+from ownpath.runners import PlainMoE
 
 CPU = torch.device("cpu")
 LIMIT = 10.0
@@ -52,6 +55,28 @@ def test_maps_and_unknown_ids() -> None:
     torch.testing.assert_close(total, whole, rtol=1e-12, atol=1e-12)
     nobody = torch.tensor([[-1, 4]], dtype=torch.int32)
     assert not Nvfp4MoE(*experts.tensors(), swiglu_limit=LIMIT)(x[:1], nobody, routed.weights[:1]).any()
+
+
+def test_plain_experts_are_the_same_mixture() -> None:
+    """Decoded NVFP4 experts in float32 with power-of-two global scales: equal to the packed ones, bit for bit."""
+    experts = Experts.draw(5, 128, 64, CPU)
+    for scalar in (experts.w13_scale_2, experts.w2_scale_2):
+        scalar.copy_(2.0 ** torch.randint(-12, -6, scalar.shape))
+    w13, w13_scale, w13_scale_2, w2, w2_scale, w2_scale_2 = experts.tensors()
+    shared = w13_scale_2 if w13_scale_2.ndim == 1 else w13_scale_2[:, 0]
+    packed = Nvfp4MoE(w13, w13_scale, shared, w2, w2_scale, w2_scale_2, swiglu_limit=LIMIT)
+    decoded = [
+        dequantize(QuantTensor(*parts, NVFP4)) for parts in ((w13, w13_scale, shared), (w2, w2_scale, w2_scale_2))
+    ]
+    routed = Routed.draw(9, 128, 4, 2, CPU)
+    expert_map = torch.tensor([2, 0, -1, 3], dtype=torch.int32)
+    for given in ({}, {"num_shared": 1}, {"num_shared": 1, "expert_map": expert_map}):
+        call = (routed.x, routed.ids, routed.weights)
+        assert torch.equal(PlainMoE(*decoded, LIMIT)(*call, **given), packed(*call, **given))
+    with pytest.raises(ValueError, match="w2 must have shape"):
+        PlainMoE(decoded[0], decoded[1][:, :, 1:], LIMIT)
+    with pytest.raises(ValueError, match="topk_ids must have shape"):
+        PlainMoE(*decoded, LIMIT)(routed.x, routed.ids[1:], routed.weights)
 
 
 def test_mxfp4_scales_become_nvfp4_ones_exactly() -> None:

@@ -152,9 +152,11 @@ def _decoded_modules(op, operand):  # type: ignore[no-untyped-def]
             projection, expert = divmod(idx, num_experts)
             which = "w2" if projection == 2 else "w13"
             rows = slice(None) if projection == 2 else slice(projection * inter, (projection + 1) * inter)
-            scalar = buffers[f"{which}_scale_2"][0][expert]
-            scalar = scalar if projection == 2 else scalar[projection]
-            codes, scale = buffers[which][0][expert, rows], buffers[f"{which}_scale"][0][expert, rows]
+            scalar = None
+            if str(fmt) == "NVFP4":
+                scalar = buffers[f"{which}_scale_2"][0][expert if projection == 2 else (expert, projection)]
+            codes = buffers[which][0][expert, rows]
+            scale = buffers[f"{which}_scale"][0][expert, rows] if f"{which}_scale" in buffers else None
             yield module.name, dequantize(QuantTensor(codes, scale, scalar, fmt))
         return
     start = 0

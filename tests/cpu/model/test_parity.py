@@ -34,9 +34,21 @@ def our_logprobs(folder: Path, token_ids: list[int], device: torch.device) -> to
     return model.forward(batch).log_softmax(-1)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("fp8_scale", [torch.float8_e8m0fnu, torch.float32], ids=["e8m0", "f32"])
-def test_logprobs_equal_transformers(layout: str, fp8_scale: torch.dtype, tmp_path: Path, device: torch.device) -> None:
+def fp8_scale_dtypes(layout: str) -> list[torch.dtype]:
+    """The dtypes in which checkpoints of a layout have been seen to store FP8 block scales."""
+    return [torch.bfloat16 if layout == "compressed-tensors" else torch.float8_e8m0fnu, torch.float32]
+
+
+CASES: list[tuple[str, torch.dtype | None]] = [
+    (layout, dtype) for layout in LAYOUTS if layout != "bf16" for dtype in fp8_scale_dtypes(layout)
+]
+CASES.append(("bf16", None))
+
+
+@pytest.mark.parametrize(("layout", "fp8_scale"), CASES, ids=str)
+def test_logprobs_equal_transformers(
+    layout: str, fp8_scale: torch.dtype | None, tmp_path: Path, device: torch.device
+) -> None:
     checkpoint = random_checkpoint(tmp_path, layout, seed=SEED, fp8_scale=fp8_scale)
     token_ids = tokens(NUM_POSITIONS)
     ours = our_logprobs(tmp_path, token_ids, device)

@@ -119,11 +119,12 @@ def test_experts_of_one_layer_must_agree(tmp_path: Path) -> None:
 
 
 def test_a_refusal_says_what_each_candidate_lacks() -> None:
-    refusal = select(OpKind.MOE, MXFP4, CPU)
+    refusal = select(OpKind.GROUPED, MXFP4, CPU)
     assert isinstance(refusal, Refusal)
-    assert refusal.reason.startswith("no moe kernel for MXFP4: ")
+    assert refusal.reason.startswith("no grouped_linear kernel for MXFP4: ")
     lacks = refusal.reason.split(": ")[1].split("; ")
-    assert lacks == [f"{kernel.name} takes NVFP4" for kernel in CATALOGUE if kernel.kind is OpKind.MOE]
+    grouped = [kernel for kernel in CATALOGUE if kernel.kind is OpKind.GROUPED]
+    assert lacks == [f"{kernel.name} takes {'/'.join(map(str, kernel.formats))}" for kernel in grouped]
     hopper_only = KernelSpec("x.fast", OpKind.LINEAR, (NVFP4,), "Nvfp4Linear", "row_major", "fast", min_sm=90)
     on_cpu = select(OpKind.LINEAR, NVFP4, CPU, (hopper_only,))
     assert isinstance(on_cpu, Refusal)

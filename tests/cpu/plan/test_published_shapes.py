@@ -1,11 +1,11 @@
-"""The published V4-Flash and V4-Pro in NVIDIA's NVFP4 export: their headers, written out here, make a plan.
+"""The published V4-Flash and V4-Pro, DeepSeek's own and NVIDIA's NVFP4 export: their headers make a plan.
 
 Names, dtypes and shapes are those of the published files' tables, not derived from the code under test. No weight
 exists in this test: a plan needs headers alone.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +20,7 @@ from ownpath.plan.select import Caps
 from ownpath.plan.show import plan_rows
 
 Header = tuple[str, str, tuple[int, ...]]
+Expert = Callable[[str, int, int], Iterator[Header]]
 
 COMMON: dict[str, Any] = {
     "architectures": ["DeepseekV4ForCausalLM"],
@@ -99,6 +100,11 @@ def nvfp4(name: str, n: int, k: int) -> Iterator[Header]:
     yield f"{name}.input_scale", "F32", ()
 
 
+def mxfp4(name: str, n: int, k: int) -> Iterator[Header]:
+    yield f"{name}.weight", "I8", (n, k // 2)
+    yield f"{name}.scale", "F8_E8M0", (n, k // 32)
+
+
 def hyper(name: str, rows: int, scales: int, dim: int) -> Iterator[Header]:
     yield f"{name}_fn", "F32", (rows, 4 * dim)
     yield f"{name}_base", "F32", (rows,)
@@ -113,7 +119,7 @@ def compressor(name: str, ratio: int, head_dim: int, dim: int) -> Iterator[Heade
     yield f"{name}.norm.weight", "BF16", (head_dim,)
 
 
-def layer_headers(c: dict[str, Any], layer_idx: int) -> Iterator[Header]:
+def layer_headers(c: dict[str, Any], layer_idx: int, expert: Expert) -> Iterator[Header]:
     name, dim, rank = f"layers.{layer_idx}", c["hidden_size"], c["q_lora_rank"]
     heads_dim, out_rank = 512 * c["num_attention_heads"], 1024 * c["o_groups"]
     ratio = c["compress_ratios"][layer_idx]
@@ -141,31 +147,33 @@ def layer_headers(c: dict[str, Any], layer_idx: int) -> Iterator[Header]:
         yield f"{name}.ffn.gate.bias", "F32", (num_experts,)
     for projection, n, k in (("w1", inter, dim), ("w2", dim, inter), ("w3", inter, dim)):
         yield from fp8(f"{name}.ffn.shared_experts.{projection}", n, k)
-        for expert in range(num_experts):
-            yield from nvfp4(f"{name}.ffn.experts.{expert}.{projection}", n, k)
+        for expert_idx in range(num_experts):
+            yield from expert(f"{name}.ffn.experts.{expert_idx}.{projection}", n, k)
 
 
-def model_headers(c: dict[str, Any]) -> Iterator[Header]:
+def model_headers(c: dict[str, Any], expert: Expert) -> Iterator[Header]:
     dim = c["hidden_size"]
     yield "embed.weight", "BF16", (129280, dim)
     yield "head.weight", "BF16", (129280, dim)
     yield "norm.weight", "BF16", (dim,)
     yield from hyper("hc_head", 4, 1, dim)
     for layer_idx in range(c["num_hidden_layers"]):
-        yield from layer_headers(c, layer_idx)
+        yield from layer_headers(c, layer_idx, expert)
     # The draft keeps DeepSeek's MXFP4 experts; the backbone does not read it.
-    yield "mtp.0.ffn.experts.0.w1.weight", "I8", (c["moe_intermediate_size"], dim // 2)
-    yield "mtp.0.ffn.experts.0.w1.scale", "F8_E8M0", (c["moe_intermediate_size"], dim // 32)
+    yield from mxfp4("mtp.0.ffn.experts.0.w1", c["moe_intermediate_size"], dim)
 
 
 @pytest.mark.parametrize(
     ("fields", "sliding", "csa", "hca"), [(FLASH, 2, 21, 20), (PRO, 0, 30, 31)], ids=["V4-Flash", "V4-Pro"]
 )
-def test_the_published_export_makes_a_plan(fields: dict[str, Any], sliding: int, csa: int, hca: int) -> None:
+@pytest.mark.parametrize("expert", [nvfp4, mxfp4], ids=["nvidia", "deepseek"])
+def test_the_published_export_makes_a_plan(
+    expert: Expert, fields: dict[str, Any], sliding: int, csa: int, hca: int
+) -> None:
     config = ModelConfig.from_dict(fields)
     assert [config.compress_ratios.count(ratio) for ratio in (0, 4, 128)] == [sliding, csa, hca]
     file = Path("model-00001-of-00001.safetensors")
-    infos = {name: TensorInfo(name, dtype, shape, file) for name, dtype, shape in model_headers(fields)}
+    infos = {name: TensorInfo(name, dtype, shape, file) for name, dtype, shape in model_headers(fields, expert)}
     start = time.perf_counter()
     plan = make_plan(config, CheckpointIndex(Path(), MappingProxyType(infos)), Caps("cuda", "H200", 90))
     seconds = time.perf_counter() - start

@@ -1,0 +1,106 @@
+"""Largest inputs of the weights that are to become NVFP4, from a text that the source model reads.
+
+The model runs as its plan says; the ledger shows every product's input. What enters ``w2`` of a routed expert is made
+inside a fused operation, so it is computed here once more, from the expert's stored weights.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ownpath.chat.tokenizer import Tokenizer
+from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.checkpoint.reader import TensorReader
+from ownpath.config import EngineConfig, ModelConfig
+from ownpath.loading import load_model, plan_model
+from ownpath.model.batch import ForwardBatch
+from ownpath.numerics import dequantize
+from ownpath.quantize.convert import stored_weight
+from ownpath.quantize.steps import Convert, Scope, plan_steps
+from ownpath.runners import SwiGLU
+
+NVFP4_MAX = 6 * 448
+CHUNK_TOKENS = 512
+"""The text is read in pieces of so many tokens, each on its own."""
+
+
+def calibrate(source: Path, text: str, scope: Scope, device: str) -> dict[str, float]:
+    """``input_scale``, amax / 2688, of every weight that ``scope`` converts, by module.
+
+    An expert that no token reached gets the largest of its projection: in its layer, or anywhere if none was there.
+    Memory: the whole model. Errors: ValueError for a text without tokens, and as ``load_model``.
+    """
+    token_ids = Tokenizer.from_folder(source).encode_text(text)
+    if not token_ids:
+        raise ValueError("the calibration text has no tokens")
+    config = ModelConfig.from_file(source / "config.json")
+    index = CheckpointIndex.open(source)
+    converts = [step for step in plan_steps(index, config, scope) if isinstance(step, Convert)]
+    model = load_model(source, EngineConfig.for_device(device, CHUNK_TOKENS))
+    slots = {op.spec.slot: [module.name for module in op.spec.modules] for op in plan_model(source, device).ops}
+    with TensorReader(index) as read:
+        watch = _Watch(converts, slots, read, config.swiglu_limit)
+        model.ledger.see = watch
+        for start in range(0, len(token_ids), CHUNK_TOKENS):
+            chunk = (token_ids[start : start + CHUNK_TOKENS], model.new_cache())
+            model.forward(ForwardBatch.of([chunk], device))
+    return input_scales([module.name for step in converts for module in step.modules], watch.amax)
+
+
+def input_scales(modules: Sequence[str], amax: Mapping[str, float]) -> dict[str, float]:
+    """amax / 2688 of each module; of one that was never reached, the largest of its like."""
+    near: dict[tuple[str, str], float] = defaultdict(float)
+    far: dict[str, float] = defaultdict(float)
+    for module, value in amax.items():
+        group, projection = _kind(module)
+        near[group, projection] = max(near[group, projection], value)
+        far[projection] = max(far[projection], value)
+    found = {}
+    for module in modules:
+        group, projection = _kind(module)
+        value = amax.get(module) or near[group, projection] or far[projection]
+        found[module] = value / NVFP4_MAX if value else 1.0
+    return found
+
+
+def _kind(module: str) -> tuple[str, str]:
+    """(layer's experts or the module itself, projection)."""
+    group, _, rest = module.partition(".experts.")
+    return (group, rest.rpartition(".")[2]) if rest else (module, module.rpartition(".")[2])
+
+
+class _Watch:
+    """Takes the largest magnitude that enters each weight, call by call."""
+
+    def __init__(
+        self, converts: Sequence[Convert], slots: Mapping[str, Sequence[str]], read: TensorReader, swiglu_limit: float
+    ) -> None:
+        self.amax: dict[str, float] = defaultdict(float)
+        self._source = {module.name: step.source for step in converts for module in step.modules}
+        self._slots, self._read = slots, read
+        self._activation = SwiGLU(swiglu_limit)
+
+    def __call__(self, slot: str, args: tuple[Any, ...]) -> None:
+        modules = [name for name in self._slots.get(slot, ()) if name in self._source]
+        if modules and ".experts." in modules[0]:
+            x, topk_ids = args[0].float(), args[1]
+            for expert in topk_ids.unique().tolist():
+                self._see_expert(f"{slot}.{expert}", x[(topk_ids == expert).any(dim=-1)])
+        else:
+            for module in modules:
+                self._see(module, args[0])
+
+    def _see_expert(self, expert: str, x: torch.Tensor) -> None:
+        gate, up = (x @ self._values(f"{expert}.{name}", x.device).T for name in ("w1", "w3"))
+        self._see(f"{expert}.w1", x)
+        self._see(f"{expert}.w3", x)
+        self._see(f"{expert}.w2", self._activation(torch.cat([gate, up], dim=-1)))
+
+    def _values(self, module: str, device: torch.device) -> torch.Tensor:
+        return dequantize(stored_weight(self._source[module], module, self._read)).to(device)
+
+    def _see(self, module: str, x: torch.Tensor) -> None:
+        self.amax[module] = max(self.amax[module], float(x.abs().max()))

@@ -1,0 +1,1 @@
+"""Writes a checkpoint of NVFP4 weights from one that stores them otherwise."""

@@ -1,0 +1,50 @@
+"""What ``config.json`` and ``hf_quant_config.json`` say about a checkpoint that we quantised, as ModelOpt writes it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from ownpath.quantize.steps import Convert, Scope
+
+GROUP_SIZE = 16
+IGNORE = {
+    Scope.EXPERTS: ["*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"],
+    Scope.FULL: ["*.attn.compressor.*", "*.attn.indexer.*", "*.attn.wo_a", "*.ffn.gate", "head", "mtp.*"],
+}
+PRODUCER = {"name": "ownpath", "version": "1"}
+
+
+def quantized_layers(converts: Iterable[Convert]) -> dict[str, dict[str, Any]]:
+    """One entry for each layer's experts, and one for each other weight."""
+    names = (module.name for convert in converts for module in convert.modules)
+    layers = dict.fromkeys(name.split(".experts.")[0] + ".experts" if ".experts." in name else name for name in names)
+    return {layer: {"quant_algo": "NVFP4", "group_size": GROUP_SIZE} for layer in sorted(layers)}
+
+
+def config_fields(source: dict[str, Any], scope: Scope, converts: Iterable[Convert]) -> dict[str, Any]:
+    """``config.json`` of the result: the source's, with the quantisation added to what it said about the rest."""
+    numbers = {"num_bits": 4, "type": "float", "group_size": GROUP_SIZE, "dynamic": False}
+    added = {
+        "quant_algo": "MIXED_PRECISION",
+        "moe_quant_algo": "NVFP4",
+        "group_size": GROUP_SIZE,
+        "kv_cache_quant_algo": None,
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": numbers, "input_activations": numbers}},
+        "quantized_layers": quantized_layers(converts),
+        "ignore": IGNORE[scope],
+        "producer": PRODUCER,
+    }
+    stored = source.get("quantization_config")
+    # The FP8 blocks of what is carried over are read by what the source says of them.
+    return source | {"quantization_config": (stored if isinstance(stored, dict) else {}) | added}
+
+
+def quant_config_fields(scope: Scope, converts: Iterable[Convert]) -> dict[str, Any]:
+    """``hf_quant_config.json``."""
+    quantization = {
+        "quant_algo": "MIXED_PRECISION",
+        "kv_cache_quant_algo": None,
+        "group_size": GROUP_SIZE,
+        "quantized_layers": quantized_layers(converts),
+        "exclude_modules": IGNORE[scope],
+    }
+    return {"producer": PRODUCER, "quantization": quantization}

@@ -1,0 +1,118 @@
+"""What a quantised checkpoint holds, in which order and in which shards: decided from headers, before a weight moves.
+
+A *step* is what is written together: one tensor carried over as it is, or one or two weights that become NVFP4 (two
+where they share a global scale: a runner multiplies gate and up as one matrix).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from ownpath.checkpoint.errors import CheckpointError
+from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.checkpoint.names import expert_modules
+from ownpath.checkpoint.schema import Encoding, ModuleSpec, detect
+from ownpath.config import ModelConfig
+from ownpath.formats import NVFP4
+
+NVFP4_COLUMNS = 16
+
+
+class Scope(StrEnum):
+    """Which weights become NVFP4."""
+
+    EXPERTS = "experts"
+    """The backbone's routed experts, as NVIDIA publishes DeepSeek-V4."""
+    FULL = "full"
+    """These, the attention's large projections except ``wo_a``, and the shared experts."""
+
+
+@dataclass(frozen=True)
+class Carry:
+    """One tensor that is written as it was read."""
+
+    key: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Weights that become NVFP4 with one global scale, and how they are stored now."""
+
+    modules: tuple[ModuleSpec, ...]
+    source: Encoding
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(n * k // 2 + n * k // 16 + 8 for n, k in (module.shape for module in self.modules))
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What is read, instead of being carried over."""
+        return tuple(key for module in self.modules for key in self.source.keys(module.name))
+
+
+Step = Carry | Convert
+
+
+def plan_steps(index: CheckpointIndex, config: ModelConfig, scope: Scope) -> list[Step]:
+    """Every step, in the order of the source's shards, so that each shard is read once.
+
+    Errors: CheckpointError naming a weight that is missing, has another shape, or cannot become NVFP4.
+    """
+    converts = [Convert(group, _encoding(index, group)) for group in _groups(config, scope)]
+    read = {key: convert for convert in converts for key in convert.keys}
+    steps: dict[Step, None] = {}
+    for key, info in sorted(index.tensors.items(), key=lambda item: (item[1].file, item[0])):
+        steps[read.get(key) or Carry(key, info.num_bytes)] = None
+    return list(steps)
+
+
+def plan_shards(steps: Sequence[Step], max_shard_bytes: int) -> list[list[Step]]:
+    """The steps in shards of at most so many bytes; one larger step gets a shard of its own."""
+    shards: list[list[Step]] = []
+    room = 0
+    for step in steps:
+        if not shards or step.num_bytes > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(step)
+        room -= step.num_bytes
+    return shards
+
+
+def _groups(config: ModelConfig, scope: Scope) -> Iterator[tuple[ModuleSpec, ...]]:
+    """Weights that share a global scale: gate and up of an expert, and what a runner fuses beside them."""
+    dim, inter = config.hidden_size, config.moe_intermediate_size
+    for layer_idx in range(config.num_hidden_layers):
+        gates, ups, downs = (expert_modules(config, layer_idx, projection) for projection in ("w1", "w3", "w2"))
+        yield from zip(gates, ups, strict=True)
+        yield from ((down,) for down in downs)
+        if scope is Scope.FULL:
+            shared = f"layers.{layer_idx}.ffn.shared_experts"
+            yield ModuleSpec(f"{shared}.w1", (inter, dim)), ModuleSpec(f"{shared}.w3", (inter, dim))
+            yield (ModuleSpec(f"{shared}.w2", (dim, inter)),)
+            yield from ((module,) for module in _projections(config, f"layers.{layer_idx}.attn"))
+
+
+def _projections(config: ModelConfig, attn: str) -> Iterator[ModuleSpec]:
+    dim, rank = config.hidden_size, config.q_lora_rank
+    yield ModuleSpec(f"{attn}.wq_a", (rank, dim))
+    yield ModuleSpec(f"{attn}.wkv", (config.head_dim, dim))
+    yield ModuleSpec(f"{attn}.wq_b", (config.num_attention_heads * config.head_dim, rank))
+    yield ModuleSpec(f"{attn}.wo_b", (dim, config.o_groups * config.o_lora_rank))
+
+
+def _encoding(index: CheckpointIndex, group: tuple[ModuleSpec, ...]) -> Encoding:
+    """How all of a group are stored. Errors: CheckpointError naming the weight."""
+    found = [detect(index, module) for module in group]
+    for module, encoding in zip(group, found, strict=True):
+        if encoding.format is NVFP4:
+            raise CheckpointError(f"{index.folder}: {module.name} is {NVFP4} already ({encoding.name})")
+        if module.shape[1] % NVFP4_COLUMNS:
+            columns = f"a multiple of {NVFP4_COLUMNS} columns, it has {module.shape[1]}"
+            raise CheckpointError(f"{index.folder}: {module.name} cannot become {NVFP4}, which needs {columns}")
+    if len(set(found)) > 1:
+        named = ", ".join(f"{module.name} is {one.name}" for module, one in zip(group, found, strict=True))
+        raise CheckpointError(f"{index.folder}: {named}: weights that share a global scale must be stored alike")
+    return found[0]
