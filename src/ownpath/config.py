@@ -1,7 +1,7 @@
 """The model's and the engine's configuration: frozen, parsed once from ``config.json``, never mutated."""
 
 import json
-import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ class ModelConfig:
             fields = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such file; a model folder needs a config.json") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: not readable as JSON ({error})") from None
         if not isinstance(fields, dict):
             raise ConfigError(f"{path}: expected a JSON object, found {type(fields).__name__}")
@@ -162,7 +162,8 @@ class EngineConfig:
 
 
 def _refuse_other_architectures(fields: dict[str, Any], source: str) -> None:
-    architectures = fields.get("architectures") or []
+    listed = fields.get("architectures")
+    architectures = listed if isinstance(listed, list) else []
     model_type = fields.get("model_type")
     if model_type == _MODEL_TYPE or (model_type is None and _ARCHITECTURE in architectures):
         return
@@ -257,7 +258,7 @@ class _Reader:
 
     def number(self, field: str) -> float:
         value = self._get(field)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
             raise ConfigError(f"{self.source}: {field} must be a positive finite number, found {value!r}")
         return float(value)
 
@@ -267,7 +268,7 @@ class _Reader:
         if not isinstance(ratios, list) or len(ratios) < num_layers:
             raise ConfigError(f"{self.source}: compress_ratios must list at least {num_layers} entries")
         for layer_idx, ratio in enumerate(ratios[:num_layers]):
-            if ratio not in (SLIDING, CSA_RATIO, HCA_RATIO):
+            if type(ratio) is not int or ratio not in (SLIDING, CSA_RATIO, HCA_RATIO):
                 raise ConfigError(f"{self.source}: compress_ratios[{layer_idx}] is {ratio!r}; known: 0, 4, 128")
         return tuple(ratios[:num_layers])
 

@@ -25,7 +25,7 @@ ROOMS = (
     ("startup",),
     ("loading",),
     ("engine", "chat", "bench"),
-    ("server", "calibration"),
+    ("server", "calibration", "inspect"),
     ("commands",),
     ("cli",),
     ("__main__",),
@@ -66,7 +66,12 @@ def test_rooms_import_only_from_above(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("room", "forbidden"),
-    [("kernels", {"model", "weights"}), ("model", {"kernels", "weights", "checkpoint", "plan"}), ("chat", {"config"})],
+    [
+        ("inspect", {"kernels", "runners", "engine", "loading", "startup", "bench"}),
+        ("kernels", {"model", "weights"}),
+        ("model", {"kernels", "weights", "checkpoint", "plan"}),
+        ("chat", {"config"}),
+    ],
 )
 def test_rooms_that_must_not_meet(room: str, forbidden: set[str]) -> None:
     for path in (PACKAGE / room).rglob("*.py"):

@@ -7,22 +7,19 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from ownpath.checkpoint.errors import CheckpointError
+from ownpath.checkpoint.header import DTYPE_BITS, MAX_HEADER_BYTES, read_header
+from ownpath.checkpoint.problems import Problem
 from ownpath.checkpoint.renamed import Source, are_renamed, native_tensors
 from ownpath.checkpoint.writer import INDEX_NAME
 
 SINGLE_NAME = "model.safetensors"
-DTYPE_BITS = MappingProxyType(
-    {"F64": 64, "F32": 32, "BF16": 16, "F16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8}
-    | {"I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
-)
+MAX_INDEX_BYTES = MAX_HEADER_BYTES
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor: its safetensors dtype name, its shape and the shard it lies in.
+    """One stored tensor: its safetensors dtype name, its shape, and the shard and byte it lies at.
 
     source: where it lies there, if not as a whole under its own name.
     """
@@ -31,6 +28,7 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     file: Path
+    start: int = 0
     source: Source | None = None
 
     @property
@@ -65,82 +63,153 @@ class CheckpointIndex:
         Errors: CheckpointError naming the file or tensor: no checkpoint, unreadable or truncated shard, an index
         that leaves the folder, and any tensor that index and shards do not agree on.
         """
-        index_path = folder / INDEX_NAME
-        if index_path.exists():
-            weight_map = _read_weight_map(index_path)
-            files = sorted(set(weight_map.values()))
-            tensors = _read_headers([_shard_path(folder, name, index_path) for name in files])
-            _compare(weight_map, tensors, index_path)
-        elif (folder / SINGLE_NAME).exists():
-            tensors = _read_headers([folder / SINGLE_NAME])
-        else:
-            raise CheckpointError(f"{folder}: found neither {INDEX_NAME} nor {SINGLE_NAME}")
-        return cls(folder, MappingProxyType(_under_native_names(tensors) if are_renamed(tensors) else tensors))
+        scan = scan_checkpoint(folder)
+        if scan.problems:
+            raise CheckpointError(scan.problems[0].message)
+        return scan.index
 
 
-def _read_weight_map(path: Path) -> dict[str, str]:
-    try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path}: no 'weight_map' object")
-    for name, file in weight_map.items():
-        if not isinstance(file, str):
-            raise CheckpointError(f"{path}: tensor {name!r} is mapped to {file!r}, not to a file name")
-    return weight_map
+@dataclass(frozen=True)
+class Scan:
+    """The headers of a folder with everything that is wrong with them.
+
+    broken: shards whose bytes mean nothing. has_tensors: whether an index or a shard was there to read.
+    """
+
+    index: CheckpointIndex
+    problems: tuple[Problem, ...]
+    broken: frozenset[Path]
+    has_tensors: bool
 
 
-def _shard_path(folder: Path, name: str, index_path: Path) -> Path:
-    """A shard is a plain file name beside its index; anything that could point elsewhere is refused."""
-    if name in ("", ".", "..") or any(char in name for char in "/\\\0"):
-        raise CheckpointError(f"{index_path}: shard {name!r} is not a file name inside the checkpoint folder")
-    path = folder / name
-    if not path.exists():
-        raise CheckpointError(f"{index_path}: shard {name!r} does not exist")
-    home = folder.resolve()
-    # A model hub's cache keeps snapshots/<revision>/ as links into the blobs/ two folders up.
-    if path.resolve().parent not in (home, home.parent.parent / "blobs"):
-        raise CheckpointError(f"{index_path}: shard {name!r} is a link out of the checkpoint folder")
-    return path
+def scan_checkpoint(folder: Path) -> Scan:
+    """Reads the headers of a checkpoint folder and collects every problem; nothing raises."""
+    scanner = _Scanner(folder)
+    index_path = folder / INDEX_NAME
+    if index_path.exists():
+        scanner.read_index(index_path)
+    elif (folder / SINGLE_NAME).exists():
+        scanner.read_shards([folder / SINGLE_NAME])
+    else:
+        scanner.add("folder", folder.name, f"{folder}: found neither {INDEX_NAME} nor {SINGLE_NAME}")
+    if are_renamed(scanner.tensors):
+        scanner.rename()
+    index = CheckpointIndex(folder, MappingProxyType(scanner.tensors))
+    return Scan(index, tuple(scanner.problems), frozenset(scanner.broken), bool(scanner.tensors))
 
 
-def _read_headers(paths: list[Path]) -> dict[str, TensorInfo]:
-    tensors: dict[str, TensorInfo] = {}
-    for path in paths:
-        for info in _read_header(path):
-            if info.name in tensors:
-                raise CheckpointError(f"tensor {info} also lies in {tensors[info.name].file.name}")
-            tensors[info.name] = info
-    return tensors
+class _Scanner:
+    """Tensors and problems of one folder, as they are found."""
 
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tensors: dict[str, TensorInfo] = {}
+        self.problems: list[Problem] = []
+        self.broken: set[Path] = set()
 
-def _read_header(path: Path) -> list[TensorInfo]:
-    try:
-        with safe_open(path, framework="pt") as shard:
-            slices = [(name, shard.get_slice(name)) for name in shard.keys()]  # noqa: SIM118 (not a dict)
-            return [TensorInfo(name, part.get_dtype(), tuple(part.get_shape()), path) for name, part in slices]
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a complete safetensors file ({error})") from None
+    def add(self, check: str, where: str, message: str) -> None:
+        self.problems.append(Problem(check, where, message))
 
+    def read_index(self, path: Path) -> None:
+        weight_map = self._weight_map(path)
+        names = sorted(set(weight_map.values()))
+        shards = {name: shard for name in names if (shard := self._shard_path(name, path)) is not None}
+        self.read_shards(list(shards.values()))
+        unread = {shard.name for shard in self.broken} | (set(names) - set(shards))
+        self._compare(weight_map, unread, path)
 
-def _compare(weight_map: dict[str, str], tensors: dict[str, TensorInfo], index_path: Path) -> None:
-    for name, file in weight_map.items():
-        if name not in tensors:
-            raise CheckpointError(f"{index_path}: tensor {name!r} is listed but in no shard")
-        if tensors[name].file.name != file:
-            raise CheckpointError(f"{index_path}: tensor {tensors[name]} is listed in {file!r}")
-    for name in tensors:
-        if name not in weight_map:
-            raise CheckpointError(f"{index_path}: tensor {tensors[name]} is not listed")
+    def read_shards(self, paths: list[Path]) -> None:
+        for path in paths:
+            header = read_header(path)
+            self.problems += header.problems
+            if header.problems:
+                self.broken.add(path)
+            for entry in header.entries:
+                info = TensorInfo(entry.name, entry.dtype, entry.shape, path, entry.start)
+                if entry.name in self.tensors:
+                    other = self.tensors[entry.name].file.name
+                    self.add("duplicated-tensor", entry.name, f"tensor {info} also lies in {other}")
+                else:
+                    self.tensors[entry.name] = info
 
+    def rename(self) -> None:
+        """Transformers' names to native ones; each of stacked experts becomes a tensor of its own."""
+        stored, self.tensors = self.tensors, {}
+        for key, info in stored.items():
+            start = info.start
+            # Experts' slices come in the order of the file, one behind the other.
+            for name, shape, source in native_tensors(key, info.shape):
+                native = TensorInfo(name, info.dtype, shape, info.file, start, source)
+                start += native.num_bytes
+                if name in self.tensors:
+                    where = f"is also stored as {key!r} in {info.file.name}"
+                    self.add("duplicated-tensor", name, f"tensor {self.tensors[name]} {where}")
+                else:
+                    self.tensors[name] = native
 
-def _under_native_names(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    native: dict[str, TensorInfo] = {}
-    for key, info in tensors.items():
-        for name, shape, source in native_tensors(key, info.shape):
-            if name in native:
-                raise CheckpointError(f"tensor {native[name]} is also stored as {key!r} in {info.file.name}")
-            native[name] = TensorInfo(name, info.dtype, shape, info.file, source)
-    return native
+    def _weight_map(self, path: Path) -> dict[str, str]:
+        """The index's tensor -> shard; entries that are no such pair are reported and left out."""
+        content = self._read_json(path)
+        if content is None:
+            return {}
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            self.add("index", path.name, f"{path}: no 'weight_map' object")
+            return {}
+        for name, file in weight_map.items():
+            if not isinstance(file, str):
+                self.add("index", name, f"{path}: tensor {name!r} is mapped to {file!r}, not to a file name")
+        return {name: file for name, file in weight_map.items() if isinstance(file, str)}
+
+    def _read_json(self, path: Path) -> Any:
+        def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            content: dict[str, Any] = {}
+            for name, value in pairs:
+                if name in content:
+                    self.add("duplicated-tensor", name, f"{path}: names {name!r} twice")
+                content[name] = value
+            return content
+
+        try:
+            if not path.is_file() or path.stat().st_size > MAX_INDEX_BYTES:
+                self.add("index", path.name, f"{path}: not a regular file of at most {MAX_INDEX_BYTES} bytes")
+                return None
+            return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        except (ValueError, RecursionError, OSError) as error:
+            self.add("index", path.name, f"{path}: not readable as JSON ({error})")
+            return None
+
+    def _shard_path(self, name: str, index_path: Path) -> Path | None:
+        """A shard is a plain file name beside its index; anything that could point elsewhere is refused."""
+        if name in ("", ".", "..") or any(char in name for char in "/\\\0"):
+            message = f"{index_path}: shard {name!r} is not a file name inside the checkpoint folder"
+            self.add("escaping-shard", name, message)
+            return None
+        path = self.folder / name
+        try:
+            exists = path.exists()
+        except OSError:  # a name that no file can have
+            exists = False
+        if not exists:
+            self.add("missing-shard", name, f"{index_path}: shard {name!r} does not exist")
+            return None
+        home = self.folder.resolve()
+        # A model hub's cache keeps snapshots/<revision>/ as links into the blobs/ two folders up.
+        if path.resolve().parent not in (home, home.parent.parent / "blobs"):
+            message = f"{index_path}: shard {name!r} is a link out of the checkpoint folder"
+            self.add("escaping-shard", name, message)
+            return None
+        return path
+
+    def _compare(self, weight_map: dict[str, str], unread: set[str], index_path: Path) -> None:
+        """Index against shards, both ways; what an unreadable shard was to hold is covered by that shard's problem."""
+        for name, file in weight_map.items():
+            if name not in self.tensors:
+                if file not in unread:
+                    message = f"{index_path}: tensor {name!r} is listed but in no shard"
+                    self.add("missing-tensor", name, message)
+            elif self.tensors[name].file.name != file:
+                self.add("index", name, f"{index_path}: tensor {self.tensors[name]} is listed in {file!r}")
+        for name, info in self.tensors.items():
+            if name not in weight_map:
+                self.add("unlisted-tensor", name, f"{index_path}: tensor {info} is not listed")

@@ -6,6 +6,7 @@ It is made before any weight byte moves, decides the layout that weights are loa
 
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from types import MappingProxyType
 
 from ownpath.checkpoint.errors import CheckpointError
@@ -101,6 +102,14 @@ def make_plan(config: ModelConfig, index: CheckpointIndex, caps: Caps, demands: 
     return Plan(config, caps, demands, ops, companions, params, MappingProxyType(ignored))
 
 
+def replan(plan: Plan, caps: Caps, demands: Demands) -> Plan:
+    """The same checkpoint's plan for another device; no tensor is looked at again. Errors: PlanError."""
+    planner = _Planner(CheckpointIndex(Path(), MappingProxyType({})), caps, demands)
+    ops = tuple(planner.decided(op.spec, op.encoding) for op in plan.ops)
+    companions = tuple(planner.companion(op.spec) for op in plan.companions)
+    return replace(plan, caps=caps, demands=demands, ops=ops, companions=companions)
+
+
 @dataclass(frozen=True)
 class _Planner:
     index: CheckpointIndex
@@ -111,16 +120,16 @@ class _Planner:
         """One planned op; a fused linear whose shards are stored differently becomes one op per shard."""
         encodings = [detect(self.index, module) for module in spec.modules]
         if len(set(encodings)) == 1:
-            return [self._decided(spec, encodings[0])]
+            return [self.decided(spec, encodings[0])]
         if spec.kind is not OpKind.LINEAR:
             raise CheckpointError(f"{spec.slot}: {_first_difference(spec.modules, encodings)}")
         shards = [replace(spec, modules=(module,)) for module in spec.modules]
-        return [self._decided(shard, encoding) for shard, encoding in zip(shards, encodings, strict=True)]
+        return [self.decided(shard, encoding) for shard, encoding in zip(shards, encodings, strict=True)]
 
     def companion(self, spec: CompanionSpec) -> PlannedCompanion:
         return PlannedCompanion(spec, self._choice(spec, None))
 
-    def _decided(self, spec: OpSpec, encoding: Encoding) -> PlannedOp:
+    def decided(self, spec: OpSpec, encoding: Encoding) -> PlannedOp:
         return PlannedOp(spec, encoding, self._choice(spec, encoding.format))
 
     def _choice(self, spec: OpSpec | CompanionSpec, stored: Format | None) -> Choice:

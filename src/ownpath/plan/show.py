@@ -23,7 +23,7 @@ class Row:
 
     @property
     def title(self) -> str:
-        return f"layers.{_ranges(self.layers)}.{self.module}" if self.layers else self.module
+        return f"layers.{ranges(self.layers)}.{self.module}" if self.layers else self.module
 
 
 def plan_rows(plan: Plan) -> list[Row]:
@@ -50,8 +50,8 @@ def _folded(decisions: Iterable[tuple[str, tuple[str, ...], str]]) -> list[Row]:
 def plan_text(plan: Plan) -> str:
     """A table of every module's format, runner, kernel and layout, then the reasons, params and ignored keys."""
     rows, companions = plan_rows(plan), companion_rows(plan)
-    lines = _align([_HEADINGS, *((row.title, *row.cells) for row in rows)])
-    lines += ["", *_align([_COMPANION_HEADINGS, *((row.title, *row.cells) for row in companions)])]
+    lines = align([_HEADINGS, *((row.title, *row.cells) for row in rows)])
+    lines += ["", *align([_COMPANION_HEADINGS, *((row.title, *row.cells) for row in companions)])]
     demands = f"activations: {plan.demands.activations}"
     demands += ", every row's bits independent of the others (batch-invariant)" * plan.demands.is_batch_invariant
     lines += ["", f"device: {plan.caps.name}", demands, "why:"]
@@ -110,12 +110,13 @@ def _companion_cells(op: PlannedCompanion) -> tuple[str, str]:
     return op.choice.kernel.runner, op.choice.kernel.name
 
 
-def _align(table: list[tuple[str, ...]]) -> list[str]:
+def align(table: list[tuple[str, ...]]) -> list[str]:
+    """Lines of a table whose columns are as wide as their widest cell."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
 
 
-def _ranges(values: tuple[int, ...]) -> str:
+def ranges(values: tuple[int, ...]) -> str:
     """Compact layer list: (0, 1, 2, 5) -> "{0-2,5}"; a single layer stays bare."""
     if len(values) == 1:
         return str(values[0])

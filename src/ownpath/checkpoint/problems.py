@@ -1,0 +1,56 @@
+"""What can be wrong with a checkpoint, by name, and what to do about each."""
+
+from dataclasses import dataclass
+from types import MappingProxyType
+
+REMEDIES = MappingProxyType(
+    {
+        "folder": "give the folder that holds config.json and the *.safetensors files",
+        "file": "download the file again; a model folder holds plain files, or links into its hub cache",
+        "index": "download model.safetensors.index.json again, or write it anew from the shards",
+        "escaping-shard": "do not use this index as it is: its shards must be plain files beside it",
+        "missing-shard": "download the shard",
+        "shard": "download the shard again and compare its checksum",
+        "truncated-shard": "download the shard again: its end is missing",
+        "over-long-shard": "download the shard again: bytes were appended to it",
+        "overlapping-tensors": "do not use this shard: two tensors claim the same bytes; export or download it again",
+        "header-bomb": "do not use this shard: no honest header is that large",
+        "duplicated-tensor": "keep one of the two: export again, or remove the stale shard",
+        "unlisted-tensor": "write the index anew from the shards, or remove the stale shard",
+        "missing-tensor": "download the shard that should hold it, or export again with every expert",
+        "unexpected-tensor": "check that config.json belongs to these shards; another export's tensors are not read",
+        "wrong-dtype": "export again, in one of the encodings that docs/checkpoint.md lists",
+        "wrong-shape": "check that config.json belongs to these shards",
+        "mixed-experts": "export the routed experts of a layer in one encoding",
+        "no-kernel": "export again in a format that `ownpath plan` has a kernel for",
+        "config": "take config.json from the release that the shards came from",
+        "config-contradiction": "take config.json from the release that the shards came from",
+        "format-contradiction": "trust the tensors; correct hf_quant_config.json for engines that read it",
+        "scalar-scale": "export again with a calibration pass that reaches every expert",
+        "reciprocal-scale": "store the multiplier (amax / 2688), not its reciprocal",
+        "out-of-band-scale": "compare with the source: training does not set one scale so far from the others",
+        "block-scale": "export again: the bytes are damaged, or another format's",
+        "zero-block-scale": "export again with a scale that does not underflow E4M3",
+        "saturated-block-scale": "export again: the global scale is too small for the blocks",
+        "gate-up-scale": "export again with one global scale for w1 and w3; other engines apply w1's to both",
+        "expert-ids": "download the shard again, or check n_routed_experts in config.json",
+        "tokenizer": "take tokenizer.json and tokenizer_config.json from the release that the shards came from",
+    }
+)
+"""check -> what to do. The names are stable: programs may match them."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong. check: a key of ``REMEDIES``. where: the tensor, file or field. message: one line."""
+
+    check: str
+    where: str
+    message: str
+
+    def __post_init__(self) -> None:
+        assert self.check in REMEDIES, self.check
+
+    @property
+    def remedy(self) -> str:
+        return REMEDIES[self.check]

@@ -1,0 +1,43 @@
+"""Print what a checkpoint is, how it is stored, what it takes to run, and everything that is wrong with it.
+
+Reads headers, scalars, tables of expert ids and the first 4 KiB of every module's block scales; no weights.
+Exit code: 0 nothing is wrong, 1 problems, 2 config.json or the tensors cannot be read (or wrong usage).
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ownpath.commands.arguments import add_model_argument
+
+if TYPE_CHECKING:
+    from ownpath.commands.arguments import Subparsers
+
+
+def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
+    """``ownpath inspect [MODEL]``"""
+    parser = subparsers.add_parser("inspect", help="show what a checkpoint is and what is wrong", description=__doc__)
+    add_model_argument(parser)
+    parser.add_argument("--all-scales", action="store_true", help="read every block scale instead of a sample")
+    parser.add_argument("--json", action="store_true", help="one object with every problem, for programs")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the inspection. Errors: ValueError when there is no such folder."""
+    from ownpath.inspect.inspection import inspect_folder
+    from ownpath.inspect.show import inspection_dict, inspection_text
+    from ownpath.loading import default_model_dir
+
+    folder = default_model_dir() if args.model is None else Path(args.model)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such model folder")
+    inspection = inspect_folder(folder, read_all_scales=args.all_scales)
+    if args.json:
+        print(json.dumps(inspection_dict(inspection), indent=1))
+    else:
+        print(inspection_text(inspection))
+    if inspection.findings is None:
+        return 2
+    return 1 if inspection.problems else 0

@@ -1,0 +1,161 @@
+"""Block scales: bytes that no quantiser writes, blocks that vanished or overflowed, and scales cast from MXFP4."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
+from ownpath.checkpoint.problems import Problem
+from ownpath.formats import NVFP4
+from ownpath.inspect.scalars import Scalar
+from ownpath.inspect.values import read_values
+from ownpath.plan.census import StoredModule
+from ownpath.weights.lossless import is_lossless_cast
+
+SAMPLE_BYTES = 4096
+"""Of every module's block scales, unless all are asked for: one page of the file."""
+MAX_SATURATED_SHARE = 1 / 8
+"""A tensor's largest block is scaled to E4M3's largest number, 448; an eighth of all blocks is not, unless the global
+scale was taken from smaller values."""
+
+_BATCH_BYTES = 2**18
+_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu, "F32": torch.float32}
+_BITS = {"F8_E4M3": torch.uint8, "F8_E8M0": torch.uint8, "F32": torch.int32}
+_LARGEST = {"F8_E4M3": b"\x7e", "F8_E8M0": b"\xfe"}
+_LEGAL = {"F8_E4M3": bytes(range(0x7F)), "F8_E8M0": bytes(range(0xFF))}
+"""Above the largest number lie NaN and, for E4M3, the negative numbers: no block scale is one."""
+
+
+@dataclass
+class BlockReport:
+    """num_zero, num_saturated: of the ``num_blocks`` scales that were read, in ``num_modules`` modules.
+
+    cast_slots: slot -> whether all its modules' scales (those read) are as a lossless cast from MXFP4 writes them.
+    """
+
+    num_modules: int = 0
+    num_blocks: int = 0
+    num_zero: int = 0
+    num_saturated: int = 0
+    cast_slots: dict[str, bool] = field(default_factory=dict)
+
+    @property
+    def lossless_casts(self) -> tuple[str, ...]:
+        return tuple(slot for slot, is_cast in self.cast_slots.items() if is_cast)
+
+
+@dataclass(frozen=True)
+class _Found:
+    num_bad: int
+    num_zero: int
+    num_saturated: int
+
+
+def read_blocks(
+    modules: Iterable[StoredModule],
+    scalars: Iterable[Scalar],
+    index: CheckpointIndex,
+    broken: frozenset[Path],
+    problems: list[Problem],
+    max_bytes: int | None,
+) -> BlockReport:
+    """Reads the first ``max_bytes`` (``None``: all) of every module's block scales; faults go to ``problems``."""
+    global_scales = {scalar.module: scalar.value for scalar in scalars if scalar.role == "global_scale"}
+    owners = {stored.info(index, "scale").name: stored for stored in modules if stored.encoding.format.block}
+    report = BlockReport()
+    casts = _Casts(global_scales)
+    for info, data in read_values((index[key] for key in owners), broken, problems, max_bytes):
+        stored = owners[info.name]
+        found = _scan(info.dtype, data)
+        num_blocks = len(data) // _DTYPES[info.dtype].itemsize
+        problems += _faults(info, found, num_blocks)
+        if found.num_zero:
+            problems += _zero_faults(stored, index, data, found.num_zero == num_blocks)
+        report.num_modules += 1
+        report.num_blocks += num_blocks
+        report.num_zero += found.num_zero
+        report.num_saturated += found.num_saturated
+        if stored.encoding.format is NVFP4:
+            casts.add(stored, info, data)
+    report.cast_slots = casts.finish()
+    return report
+
+
+def _scan(dtype: str, data: bytes) -> _Found:
+    if dtype == "F32":
+        values = torch.frombuffer(bytearray(data), dtype=torch.float32)
+        num_bad = int((~(torch.isfinite(values) & (values >= 0))).sum())
+        return _Found(num_bad, int((values == 0).sum()), 0)
+    num_bad = len(data.translate(None, _LEGAL[dtype]))
+    return _Found(num_bad, data.count(b"\0"), data.count(_LARGEST[dtype]))
+
+
+def _faults(info: TensorInfo, found: _Found, num_blocks: int) -> Iterator[Problem]:
+    of_all = f"of {num_blocks} block scales read"
+    if found.num_bad:
+        message = f"tensor {info}: {found.num_bad} {of_all} are NaN, infinite or negative"
+        yield Problem("block-scale", info.name, message)
+    allowed = 0 if info.dtype == "F8_E8M0" else max(1, int(MAX_SATURATED_SHARE * num_blocks))
+    if found.num_saturated > allowed:
+        message = f"tensor {info}: {found.num_saturated} {of_all} are the largest {info.dtype} number"
+        yield Problem("saturated-block-scale", info.name, message)
+
+
+def _zero_faults(stored: StoredModule, index: CheckpointIndex, data: bytes, are_all_zero: bool) -> Iterator[Problem]:
+    """A zero scale is right for a block of zeros. It is wrong over other codes, and for all that was read."""
+    info = stored.info(index, "scale")
+    if are_all_zero:
+        yield Problem("zero-block-scale", info.name, f"tensor {info}: every block scale read is zero")
+        return
+    scales = torch.frombuffer(bytearray(data), dtype=_DTYPES[info.dtype]).view(_BITS[info.dtype])
+    lost = (scales == 0) & _has_codes(stored, index, len(scales))
+    if lost.any():
+        where = f"{int(lost.sum())} of {len(scales)} block scales read are zero over values that are not"
+        message = f"tensor {info}: {where}, the first at block {int(lost.nonzero()[0])}"
+        yield Problem("zero-block-scale", info.name, message)
+
+
+def _has_codes(stored: StoredModule, index: CheckpointIndex, num_blocks: int) -> torch.Tensor:
+    """Whether each of a module's first blocks holds anything but zeros; blocks of several rows are taken to."""
+    rows, columns = stored.encoding.format.block or (1, 1)
+    if rows != 1 or stored.encoding.format.bits != 4:
+        return torch.ones(num_blocks, dtype=torch.bool)
+    num_bytes = columns // 2
+    ((_, codes),) = read_values([stored.info(index, "qdata")], frozenset(), [], num_blocks * num_bytes)
+    magnitudes = torch.frombuffer(bytearray(codes), dtype=torch.uint8).view(num_blocks, num_bytes) & 0x77
+    return magnitudes.any(dim=1)
+
+
+class _Casts:
+    """Whether each slot's scales are a lossless cast; several modules' scales are looked at in one go."""
+
+    def __init__(self, global_scales: dict[str, float]) -> None:
+        self.global_scales = global_scales
+        self.verdicts: dict[str, bool] = {}
+        self.waiting: dict[str, tuple[bytearray, list[float]]] = {}
+
+    def add(self, stored: StoredModule, info: TensorInfo, data: bytes) -> None:
+        """Rows are whole pairs or the tensor is no cast; the bytes read may end inside a row, not inside a pair."""
+        slot, global_scale = stored.slot, self.global_scales.get(stored.spec.name)
+        if not self.verdicts.setdefault(slot, True):
+            return
+        if info.shape[-1] % 2 or global_scale is None:
+            self.verdicts[slot] = False
+            return
+        scales, global_scales = self.waiting.setdefault(slot, (bytearray(), []))
+        scales += data
+        global_scales.append(global_scale)
+        if len(scales) >= _BATCH_BYTES:
+            self._decide(slot)
+
+    def finish(self) -> dict[str, bool]:
+        for slot in list(self.waiting):
+            self._decide(slot)
+        return self.verdicts
+
+    def _decide(self, slot: str) -> None:
+        scales, global_scales = self.waiting.pop(slot)
+        pairs = torch.frombuffer(scales, dtype=torch.uint8).view(-1, 2).view(torch.float8_e4m3fn)
+        self.verdicts[slot] &= is_lossless_cast(pairs, torch.tensor(global_scales))

@@ -1,0 +1,128 @@
+"""Where config.json, hf_quant_config.json and the tokenizer say something else than the tensors."""
+
+import json
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from ownpath.chat.encode import BOS
+from ownpath.chat.tokenizer import Tokenizer, TokenizerError
+from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.checkpoint.problems import Problem
+from ownpath.config import CSA_RATIO, ModelConfig
+from ownpath.plan.census import StoredModule
+
+MAX_JSON_BYTES = 256 * 2**20
+"""Of any JSON file beside the weights; the largest honest one is a tokenizer of a few dozen MB."""
+
+QUANT_CONFIG = "hf_quant_config.json"
+_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+_EXPERT = re.compile(r"ffn\.experts\.(\d+)\.")
+_ALGORITHMS = {"NVFP4": "NVFP4", "FP8_PB_WO": "FP8_BLOCK", "MXFP4": "MXFP4"}
+"""ModelOpt's name of an algorithm -> the format of a module stored so."""
+
+
+def file_problem(path: Path, check: str) -> Problem | None:
+    """Why a JSON file beside the weights cannot be opened safely; ``None``: it can, or it is not there."""
+    if path.exists() and (not path.is_file() or path.stat().st_size > MAX_JSON_BYTES):
+        return Problem(check, path.name, f"{path}: not a regular file of at most {MAX_JSON_BYTES} bytes")
+    return None
+
+
+def config_problems(config: ModelConfig, index: CheckpointIndex) -> Iterator[Problem]:
+    """Counts and layer types of config.json against those that the tensors' names show."""
+    layers: dict[int, set[str]] = {}
+    experts: set[int] = set()
+    for name in index.tensors:
+        match = _LAYER.match(name)
+        if match is not None and len(match[1]) < 10:
+            layers.setdefault(int(match[1]), set()).add(match[2])
+            expert = _EXPERT.match(match[2])
+            if expert is not None and len(expert[1]) < 10:
+                experts.add(int(expert[1]))
+    num_layers, num_experts = max(layers, default=-1) + 1, max(experts, default=-1) + 1
+    if layers and num_layers != config.num_hidden_layers:
+        yield _contradiction("num_hidden_layers", config.num_hidden_layers, f"layers 0..{num_layers - 1}")
+    if experts and num_experts != config.n_routed_experts:
+        yield _contradiction("n_routed_experts", config.n_routed_experts, f"experts 0..{num_experts - 1}")
+    for layer_idx in sorted(layers.keys() & set(range(config.num_hidden_layers))):
+        yield from _layer_problems(config, layer_idx, layers[layer_idx])
+
+
+def _layer_problems(config: ModelConfig, layer_idx: int, names: set[str]) -> Iterator[Problem]:
+    is_hash, ratio = config.is_hash_layer(layer_idx), config.compress_ratios[layer_idx]
+    if ("ffn.gate.tid2eid" in names) != is_hash and ("ffn.gate.bias" in names) == is_hash:
+        kind = "a router bias" if is_hash else "a table of expert ids"
+        yield _contradiction("num_hash_layers", config.num_hash_layers, f"{kind} in layer {layer_idx}")
+    for part, is_there in (("compressor", ratio != 0), ("indexer", ratio == CSA_RATIO)):
+        found = any(name.startswith(f"attn.{part}.") for name in names)
+        if found != is_there:
+            yield _contradiction(f"compress_ratios[{layer_idx}]", ratio, f"{'a' if found else 'no'} {part} there")
+
+
+def _contradiction(field: str, value: int, found: str) -> Problem:
+    return Problem("config-contradiction", field, f"config.json: {field} is {value}, but the tensors have {found}")
+
+
+def format_problems(folder: Path, modules: tuple[StoredModule, ...]) -> Iterator[Problem]:
+    """Modules that hf_quant_config.json (where there is one) says are stored in another format than they are."""
+    path = folder / QUANT_CONFIG
+    problem = file_problem(path, "format-contradiction")
+    if problem is not None:
+        yield problem
+    elif path.exists():
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError, OSError) as error:
+            yield Problem("format-contradiction", path.name, f"{path}: not readable as JSON ({error})")
+            return
+        declared = content.get("quantization") if isinstance(content, dict) else None
+        if isinstance(declared, dict):
+            yield from _format_problems(declared, modules)
+
+
+def _format_problems(declared: dict[str, Any], modules: tuple[StoredModule, ...]) -> Iterator[Problem]:
+    layers, excluded = declared.get("quantized_layers"), declared.get("exclude_modules")
+    layers = layers if isinstance(layers, dict) else {}
+    patterns = [entry for entry in excluded if isinstance(entry, str)] if isinstance(excluded, list) else []
+    for stored in modules:
+        name, found = stored.spec.name, stored.encoding.format.name
+        group = name.split(".experts.")[0] + ".experts" if ".ffn.experts." in name else name
+        entry = layers.get(name, layers.get(group))
+        algorithm = entry.get("quant_algo") if isinstance(entry, dict) else None
+        said = _ALGORITHMS.get(algorithm) if isinstance(algorithm, str) else None
+        if said is not None and said != found:
+            yield _format_contradiction(name, f"says {algorithm}", found)
+        elif entry is None and found == "NVFP4" and any(fnmatchcase(name, pattern) for pattern in patterns):
+            yield _format_contradiction(name, "excludes it from quantisation", found)
+
+
+def _format_contradiction(name: str, said: str, found: str) -> Problem:
+    return Problem("format-contradiction", name, f"module {name!r}: {QUANT_CONFIG} {said}, the tensors are {found}")
+
+
+def tokenizer_problems(folder: Path, config: ModelConfig) -> Iterator[Problem]:
+    """The tokenizer against the embedding's rows and config.json's ids."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        problem = file_problem(folder / name, "tokenizer")
+        if problem is not None:
+            yield problem
+            return
+    try:
+        tokenizer = Tokenizer.from_folder(folder)
+        bos_id = tokenizer.special_id(BOS)
+    except (TokenizerError, OSError) as error:
+        yield Problem("tokenizer", "tokenizer.json", str(error))
+        return
+    path = folder / "tokenizer.json"
+    if tokenizer.num_tokens > config.vocab_size:
+        ids = f"its ids reach {tokenizer.num_tokens - 1}, the embedding has {config.vocab_size} rows"
+        yield Problem("tokenizer", "vocab_size", f"{path}: {ids}")
+    for field, said, found in (
+        ("bos_token_id", config.bos_token_id, bos_id),
+        ("eos_token_id", config.eos_token_id, tokenizer.eos_id),
+    ):
+        if said != found:
+            yield Problem("tokenizer", field, f"{path}: {field} is {found}, config.json says {said}")

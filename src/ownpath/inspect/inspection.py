@@ -1,0 +1,112 @@
+"""One checkpoint, looked at from all sides. Nothing here raises for what a checkpoint can get wrong."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ownpath.checkpoint.errors import CheckpointError
+from ownpath.checkpoint.index import CheckpointIndex, Scan, scan_checkpoint
+from ownpath.checkpoint.problems import Problem
+from ownpath.config import ConfigError, ModelConfig
+from ownpath.inspect.blocks import SAMPLE_BYTES, BlockReport, read_blocks
+from ownpath.inspect.contradictions import config_problems, file_problem, format_problems, tokenizer_problems
+from ownpath.inspect.memory import Memory, memory_needed
+from ownpath.inspect.scalars import Coverage, GateUp, calibration, gate_up, out_of_band, read_scalars
+from ownpath.inspect.tables import table_problems
+from ownpath.plan.census import Census, take_census
+from ownpath.plan.plan import PlanError
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the tensors are, where config.json can be read; scales and tables as far as they were read."""
+
+    config: ModelConfig
+    census: Census
+    blocks: BlockReport
+    calibration: dict[str, Coverage]
+    gate_up: GateUp
+    memory: tuple[Memory, ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """findings: ``None`` when config.json or the tensors could not be read, so that nothing could be compared.
+
+    are_all_scales_read: whether every block scale was read, or a sample of every module's.
+    """
+
+    folder: Path
+    index: CheckpointIndex
+    findings: Findings | None
+    problems: tuple[Problem, ...]
+    are_all_scales_read: bool
+    seconds: float
+
+
+def inspect_folder(folder: Path, *, read_all_scales: bool = False) -> Inspection:
+    """Reads headers, scalars, tables of ids and a sample (or all) of the block scales, and collects every problem."""
+    start = time.perf_counter()
+    problems: list[Problem] = []
+    scan = scan_checkpoint(folder)
+    problems += scan.problems
+    config = _config(folder, problems)
+    findings = None
+    if config is not None:
+        problems += tokenizer_problems(folder, config)
+        if scan.has_tensors:
+            problems += config_problems(config, scan.index)
+            findings = _findings(folder, config, scan, problems, None if read_all_scales else SAMPLE_BYTES)
+    seconds = time.perf_counter() - start
+    unique = tuple(dict.fromkeys(problems))
+    return Inspection(folder, scan.index, findings, unique, read_all_scales, seconds)
+
+
+def _config(folder: Path, problems: list[Problem]) -> ModelConfig | None:
+    path = folder / "config.json"
+    problem = file_problem(path, "config")
+    if problem is not None:
+        problems.append(problem)
+        return None
+    try:
+        return ModelConfig.from_file(path)
+    except (ConfigError, OSError) as error:
+        problems.append(Problem("config", "config.json", str(error)))
+        return None
+
+
+def _findings(
+    folder: Path, config: ModelConfig, scan: Scan, problems: list[Problem], max_bytes: int | None
+) -> Findings | None:
+    index, broken = scan.index, scan.broken
+    num_matrices = 3 * config.num_hidden_layers * config.n_routed_experts
+    if num_matrices > 10_000 + 4 * len(index.tensors):  # counting billions of experts would take hours
+        found = f"asks for {num_matrices} expert matrices; the checkpoint holds {len(index.tensors)} tensors"
+        problems.append(Problem("config-contradiction", "n_routed_experts", f"config.json: n_routed_experts {found}"))
+        return None
+    census = take_census(config, index)
+    problems += _not_explained(census, scan)
+    problems += format_problems(folder, census.modules)
+    scalars = read_scalars(census.modules, index, broken, problems)
+    problems += out_of_band(scalars)
+    pairs = gate_up(scalars, problems)
+    blocks = read_blocks(census.modules, scalars, index, broken, problems, max_bytes)
+    problems += table_problems(census.params, config.n_routed_experts, index, broken)
+    memory = () if census.problems else _memory(config, index, problems)
+    return Findings(config, census, blocks, calibration(scalars), pairs, memory)
+
+
+def _not_explained(census: Census, scan: Scan) -> list[Problem]:
+    """The census' problems; a tensor that the scan already reported as missing is not reported again."""
+    known = {problem.where for problem in scan.problems if problem.check == "missing-tensor"}
+    return [p for p in census.problems if not (p.check == "missing-tensor" and p.where in known)]
+
+
+def _memory(config: ModelConfig, index: CheckpointIndex, problems: list[Problem]) -> tuple[Memory, ...]:
+    try:
+        return memory_needed(config, index)
+    except CheckpointError as error:
+        problems.append(Problem("mixed-experts", "experts", str(error)))
+    except PlanError as error:
+        problems.append(Problem("no-kernel", "plan", str(error)))
+    return ()

@@ -1,0 +1,77 @@
+"""What the model takes in each kind of device's memory: operands and tables as planned, caches as declared.
+
+Everything is allocated on torch's ``meta`` device, which has shapes and no memory.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.config import EngineConfig, ModelConfig
+from ownpath.model.caches import CacheSpec, SequenceCache
+from ownpath.plan.plan import Plan, PlanError, PlannedOp, make_plan, replan
+from ownpath.plan.select import Caps, Demands
+from ownpath.weights.operands import STORAGE, make_operand
+
+_PACKAGES = frozenset({"triton"})
+KINDS = (Caps("cpu", "CPU"), Caps("cuda", "sm_90", 90, _PACKAGES), Caps("cuda", "sm_100", 100, _PACKAGES))
+"""The kinds of device that the catalogue tells apart, with every package that a kernel can ask for."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """weights_bytes: all operands and tables. cache_bytes: one sequence of ``num_tokens``. refusal: why it cannot run.
+
+    Step buffers and the allocator's own share come on top.
+    """
+
+    device: str
+    activations: str
+    weights_bytes: int
+    cache_bytes: int
+    num_tokens: int
+    refusal: str | None = None
+
+
+def memory_needed(config: ModelConfig, index: CheckpointIndex) -> tuple[Memory, ...]:
+    """One entry per kind of device.
+
+    Errors: CheckpointError when the experts of a layer are stored differently; PlanError when the torch references,
+        which run everything on a CPU, do not run this.
+    """
+    num_tokens = min(EngineConfig.max_model_len, config.max_position_embeddings)
+    first = make_plan(config, index, KINDS[0])
+    return tuple(_memory_on(caps, first, index, num_tokens) for caps in KINDS)
+
+
+def _memory_on(caps: Caps, first: Plan, index: CheckpointIndex, num_tokens: int) -> Memory:
+    engine = EngineConfig.for_device(caps.device_type, num_tokens)
+    dtype = str(engine.dtype).removeprefix("torch.")
+    cache = SequenceCache(CacheSpec(first.config, num_tokens, engine.dtype, torch.device("meta"))).num_bytes()
+    try:
+        plan = replan(first, caps, Demands(dtype))
+    except PlanError as error:
+        return Memory(caps.name, dtype, 0, cache, num_tokens, str(error))
+    return Memory(caps.name, dtype, _weights_bytes(plan, index), cache, num_tokens)
+
+
+def _weights_bytes(plan: Plan, index: CheckpointIndex) -> int:
+    """Operands of one shape and encoding are measured once: a model has dozens of layers and few kinds of them."""
+    sizes: dict[object, int] = {}
+    total = 0
+    for op in plan.ops:
+        dtypes = tuple(index[key].dtype for key in op.encoding.keys(op.spec.modules[0].name))
+        kind = (op.spec.kind, op.encoding.name, dtypes, tuple(module.shape for module in op.spec.modules))
+        if kind not in sizes:
+            sizes[kind] = _operand_bytes(op, index)
+        total += sizes[kind]
+    params = (prod(param.shape) * STORAGE[index[param.key].dtype].itemsize for param in plan.params)
+    return total + sum(params)
+
+
+def _operand_bytes(op: PlannedOp, index: CheckpointIndex) -> int:
+    keys = (key for module in op.spec.modules for key in op.encoding.keys(module.name))
+    operand = make_operand(op, {key: index[key].dtype for key in keys}, torch.device("meta"))
+    return sum(buffer.nbytes for buffers in operand.buffers.values() for buffer in buffers)

@@ -1,0 +1,139 @@
+"""An inspection as people and programs read it."""
+
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+from ownpath.checkpoint.problems import REMEDIES
+from ownpath.inspect.inspection import Findings, Inspection
+from ownpath.inspect.memory import Memory
+from ownpath.inspect.rows import bytes_by_format, module_rows, num_parameters
+from ownpath.plan.show import align
+
+MAX_LINES = 8
+"""Lines of one kind of problem; the rest is counted. ``--json`` has them all."""
+MAX_WIDTH = 400
+_SHAPE = (
+    ("num_hidden_layers", "layers"),
+    ("hidden_size", "hidden"),
+    ("num_attention_heads", "heads"),
+    ("n_routed_experts", "experts"),
+    ("num_experts_per_tok", "per token"),
+    ("moe_intermediate_size", "expert width"),
+    ("vocab_size", "vocabulary"),
+    ("num_hash_layers", "hash layers"),
+)
+
+
+def inspection_dict(inspection: Inspection) -> dict[str, Any]:
+    """The inspection for programs; the keys are documented in docs/inspect.md."""
+    index, findings = inspection.index, inspection.findings
+    problems = [
+        {"check": p.check, "where": p.where, "problem": p.message, "remedy": p.remedy} for p in inspection.problems
+    ]
+    common: dict[str, Any] = {
+        "folder": str(inspection.folder),
+        "complete": findings is not None,
+        "num_tensors": len(index.tensors),
+        "num_files": len({info.file for info in index.tensors.values()}),
+        "num_bytes": sum(info.num_bytes for info in index.tensors.values()),
+        "seconds": round(inspection.seconds, 3),
+    }
+    return common | (_findings_dict(inspection, findings) if findings else {}) | {"problems": problems}
+
+
+def _findings_dict(inspection: Inspection, findings: Findings) -> dict[str, Any]:
+    index, census, blocks = inspection.index, findings.census, findings.blocks
+    return {
+        "shape": {field: getattr(findings.config, field) for field, _ in _SHAPE},
+        "num_parameters": num_parameters(census, index),
+        "bytes_by_format": bytes_by_format(census, index),
+        "modules": [asdict(row) for row in module_rows(census, index)],
+        "not_read": dict(Counter(census.ignored.values())),
+        "block_scales": {
+            "read": "all" if inspection.are_all_scales_read else "sample",
+            "num_modules": blocks.num_modules,
+            "num_blocks": blocks.num_blocks,
+            "num_zero": blocks.num_zero,
+            "num_saturated": blocks.num_saturated,
+        },
+        "lossless_casts": list(blocks.lossless_casts),
+        "calibration": {name: asdict(coverage) for name, coverage in findings.calibration.items()},
+        "gate_up": asdict(findings.gate_up),
+        "memory": [asdict(memory) for memory in findings.memory],
+    }
+
+
+def inspection_text(inspection: Inspection) -> str:
+    """A page: what the checkpoint is, how it is stored, what it takes to run, and what is wrong with it."""
+    index, findings = inspection.index, inspection.findings
+    num_files = len({info.file for info in index.tensors.values()})
+    total = sum(info.num_bytes for info in index.tensors.values())
+    lines = [f"{inspection.folder}: {len(index.tensors)} tensors, {_size(total)} in {num_files} files"]
+    if findings is not None:
+        lines += _findings_lines(inspection, findings)
+    lines += ["", *_problem_lines(inspection), f"read in {inspection.seconds:.1f} s"]
+    return "\n".join(_printable(line) for line in lines)
+
+
+def _findings_lines(inspection: Inspection, findings: Findings) -> list[str]:
+    index, census = inspection.index, findings.census
+    shape = ", ".join(f"{label} {getattr(findings.config, field)}" for field, label in _SHAPE)
+    sizes = ", ".join(f"{name} {_size(size)}" for name, size in bytes_by_format(census, index).items())
+    lines = [f"shape: {shape}", f"parameters: {num_parameters(census, index):,}", f"bytes: {sizes}", ""]
+    table: list[tuple[str, ...]] = [("module", "stored as", "format", "shape", "modules", "bytes")]
+    for row in module_rows(census, index):
+        cells = (f"{row.shape[0]} x {row.shape[1]}", str(row.num_modules), _size(row.num_bytes))
+        table.append((row.modules, row.encoding, row.format, *cells))
+    lines += align(table)
+    for reason, count in Counter(census.ignored.values()).items():
+        lines.append(f"not read: {count} tensors ({reason})")
+    return [*lines, "", *_scale_lines(inspection, findings), *(_memory_line(memory) for memory in findings.memory)]
+
+
+def _scale_lines(inspection: Inspection, findings: Findings) -> list[str]:
+    blocks = findings.blocks
+    which = "all" if inspection.are_all_scales_read else "a sample: the first 4 KiB of every module's"
+    found = f"{blocks.num_zero} zero, {blocks.num_saturated} at the largest number"
+    lines = [f"block scales: {blocks.num_blocks:,} of {blocks.num_modules} modules ({which}); {found}"]
+    if blocks.cast_slots:
+        casts = len(blocks.lossless_casts)
+        lines.append(f"cast from MXFP4 without loss: {casts} of {len(blocks.cast_slots)} NVFP4 operands")
+    if findings.gate_up.num_pairs:
+        pairs = findings.gate_up
+        lines.append(f"gate and up share a global scale: {pairs.num_equal} of {pairs.num_pairs} experts")
+    for projection, coverage in findings.calibration.items():
+        counts = f"{coverage.num_own} experts have their own, {coverage.num_shared} share the maximum"
+        lines.append(f"input_scale of {projection}: {counts}")
+    return lines
+
+
+def _memory_line(memory: Memory) -> str:
+    if memory.refusal is not None:
+        return f"memory on {memory.device}: cannot run ({memory.refusal})"
+    cache = f"{_size(memory.cache_bytes)} for each sequence of {memory.num_tokens} tokens"
+    return f"memory on {memory.device}: {_size(memory.weights_bytes)} of weights, {cache} ({memory.activations})"
+
+
+def _problem_lines(inspection: Inspection) -> list[str]:
+    if not inspection.problems:
+        return ["no problems found"]
+    lines = [f"{len(inspection.problems)} problems:"]
+    for check, count in Counter(problem.check for problem in inspection.problems).items():
+        messages = [problem.message for problem in inspection.problems if problem.check == check]
+        lines += [f"  [{check}] {message}" for message in messages[:MAX_LINES]]
+        lines += [f"  [{check}] and {count - MAX_LINES} more (--json lists them)"] if count > MAX_LINES else []
+        lines.append(f"    remedy: {REMEDIES[check]}")
+    return lines
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes < 2**20:
+        return f"{num_bytes / 2**10:.1f} KiB"
+    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes < 2**30 else f"{num_bytes / 2**30:.2f} GiB"
+
+
+def _printable(line: str) -> str:
+    """Names come from files: whatever a terminal would act on is spelled out, and no line floods it."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
+    return text if len(text) <= MAX_WIDTH else f"{text[:MAX_WIDTH]}…"

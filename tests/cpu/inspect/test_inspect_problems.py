@@ -1,0 +1,375 @@
+"""Each thing that can be wrong with a checkpoint is one problem of its own kind, with the tensor or file named."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.broken import Tensors, change_header, change_tensors, shard_bytes
+
+from ownpath.checkpoint.header import MAX_HEADER_BYTES
+from ownpath.checkpoint.problems import REMEDIES
+from ownpath.checkpoint.writer import INDEX_NAME
+from ownpath.inspect.inspection import inspect_folder
+
+EXPERT = "layers.1.ffn.experts.3.w2"
+GATE, UP = "layers.1.ffn.experts.3.w1", "layers.1.ffn.experts.3.w3"
+Found = set[tuple[str, str]]
+
+
+def found(folder: Path) -> Found:
+    """(check, where) of every problem; each message is one line."""
+    problems = inspect_folder(folder).problems
+    for problem in problems:
+        assert "\n" not in problem.message
+        assert REMEDIES[problem.check] == problem.remedy
+    return {(problem.check, problem.where) for problem in problems}
+
+
+def update(**values: torch.Tensor) -> Callable[[Tensors], None]:
+    return lambda tensors: tensors.update({key.replace("__", "."): value for key, value in values.items()})
+
+
+def set_bytes(key: str, index: Any, value: int) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        tensors[key].view(torch.uint8)[index] = value
+
+    return change
+
+
+def test_a_clean_model_has_no_problems(folder: Path) -> None:
+    assert found(folder) == set()
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        f"{EXPERT}.weight",
+        f"{EXPERT}.weight_scale",
+        f"{EXPERT}.weight_scale_2",
+        f"{EXPERT}.input_scale",
+        "layers.1.attn.wkv.scale",
+        "layers.0.ffn.gate.tid2eid",
+        "layers.1.ffn.gate.bias",
+        "head.weight",
+        "norm.weight",
+    ],
+)
+def test_a_missing_tensor(key: str, folder: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors.pop(key))
+    assert found(folder) == {("missing-tensor", key)}
+
+
+def test_every_missing_tensor_is_collected(folder: Path) -> None:
+    keys = [f"layers.{n}.ffn.experts.{e}.{w}.input_scale" for n in (1, 2) for e in (0, 7) for w in ("w1", "w2")]
+    change_tensors(folder, lambda tensors: [tensors.pop(key) for key in (*keys, "layers.3.attn.attn_sink")])
+    assert found(folder) == {("missing-tensor", key) for key in (*keys, "layers.3.attn.attn_sink")}
+
+
+def test_an_unexpected_tensor(folder: Path) -> None:
+    change_tensors(folder, update(layers__1__attn__wq_c__weight=torch.zeros(2, 2)))
+    assert found(folder) == {("unexpected-tensor", "layers.1.attn.wq_c.weight")}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "check"),
+    [
+        (f"{EXPERT}.weight", torch.zeros(64, 23, dtype=torch.uint8), "wrong-shape"),
+        (f"{EXPERT}.weight", torch.zeros(64, 24, dtype=torch.int32), "wrong-dtype"),
+        (f"{EXPERT}.weight_scale", torch.zeros(64, 3, dtype=torch.uint8), "wrong-dtype"),
+        (f"{EXPERT}.weight_scale_2", torch.full((1,), 1e-4), "wrong-shape"),
+        ("layers.0.attn.attn_sink", torch.zeros(4, dtype=torch.bfloat16), "wrong-dtype"),
+        ("embed.weight", torch.zeros(95, 64, dtype=torch.bfloat16), "wrong-shape"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_wrong_shape_or_dtype(key: str, value: torch.Tensor, check: str, folder: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors.update({key: value}))
+    assert found(folder) == {(check, key)}
+
+
+def test_both_wrong_parts_of_one_module(folder: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        del tensors[f"{EXPERT}.input_scale"]
+        tensors[f"{EXPERT}.weight_scale"] = torch.zeros(3, 3, dtype=torch.uint8)
+
+    change_tensors(folder, change)
+    assert found(folder) == {
+        ("missing-tensor", f"{EXPERT}.input_scale"),
+        ("wrong-dtype", f"{EXPERT}.weight_scale"),
+    }
+
+
+@pytest.mark.parametrize("value", [0.0, -1e-4, float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["weight_scale_2", "input_scale"])
+def test_a_scalar_that_is_no_scale(part: str, value: float, folder: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors.update({f"{EXPERT}.{part}": torch.tensor(value)}))
+    assert found(folder) == {("scalar-scale", f"{EXPERT}.{part}")}
+
+
+def test_a_reciprocal_scale(folder: Path) -> None:
+    key = f"{EXPERT}.weight_scale_2"
+    change_tensors(folder, lambda tensors: tensors.update({key: 1 / tensors[key]}))
+    assert found(folder) == {("reciprocal-scale", key)}
+
+
+@pytest.mark.parametrize("factor", [2e-4, 113 * 2.0**-149])
+def test_an_out_of_band_scale(factor: float, folder: Path) -> None:
+    """Far from its layer's others; or the bits of a small integer read as float32."""
+    key = f"{EXPERT}.weight_scale_2"
+
+    def change(tensors: Tensors) -> None:
+        tensors[key] = torch.tensor(factor) if factor < 1e-30 else tensors[key] * factor
+
+    change_tensors(folder, change)
+    assert found(folder) == {("out-of-band-scale", key)}
+
+
+@pytest.mark.parametrize("bits", [0x7F, 0xFF, 0xB8])
+def test_a_block_scale_that_is_nan_or_negative(bits: int, folder: Path) -> None:
+    change_tensors(folder, set_bytes(f"{EXPERT}.weight_scale", (5, 1), bits))
+    assert found(folder) == {("block-scale", f"{EXPERT}.weight_scale")}
+
+
+def test_an_e8m0_block_scale_that_is_nan(folder: Path) -> None:
+    change_tensors(folder, set_bytes("layers.1.attn.wq_b.scale", (0, 0), 0xFF))
+    assert found(folder) == {("block-scale", "layers.1.attn.wq_b.scale")}
+
+
+def test_a_block_scale_of_zero_over_values_that_are_not(folder: Path) -> None:
+    change_tensors(folder, set_bytes(f"{EXPERT}.weight_scale", (5, 1), 0))
+    assert found(folder) == {("zero-block-scale", f"{EXPERT}.weight_scale")}
+
+
+def test_a_block_of_zeros_may_have_a_scale_of_zero(folder: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        tensors[f"{EXPERT}.weight_scale"].view(torch.uint8)[5, 1] = 0
+        tensors[f"{EXPERT}.weight"][5, 8:16] = 0x80  # +0 and -0
+
+    change_tensors(folder, change)
+    assert found(folder) == set()
+
+
+@pytest.mark.parametrize(
+    ("key", "bits", "check"),
+    [
+        (f"{EXPERT}.weight_scale", 0, "zero-block-scale"),
+        (f"{EXPERT}.weight_scale", 0x7E, "saturated-block-scale"),
+        ("layers.1.attn.wq_b.scale", 0, "zero-block-scale"),
+        ("layers.1.attn.wq_b.scale", 0xFE, "saturated-block-scale"),
+    ],
+)
+def test_block_scales_that_vanished_or_saturated(key: str, bits: int, check: str, folder: Path) -> None:
+    change_tensors(folder, set_bytes(key, slice(None), bits))
+    assert found(folder) == {(check, key)}
+
+
+def test_gate_and_up_scales_that_differ(folder: Path) -> None:
+    key = f"{UP}.weight_scale_2"
+    change_tensors(folder, lambda tensors: tensors.update({key: tensors[key] * 1.5}))
+    assert found(folder) == {("gate-up-scale", GATE.removesuffix(".w1"))}
+
+
+@pytest.mark.parametrize("expert", [-1, 8])
+def test_ids_out_of_range(expert: int, folder: Path) -> None:
+    key = "layers.0.ffn.gate.tid2eid"
+
+    def change(tensors: Tensors) -> None:
+        tensors[key][7, 2] = expert
+
+    change_tensors(folder, change)
+    (problem,) = inspect_folder(folder).problems
+    assert (problem.check, problem.where) == ("expert-ids", key)
+    assert f"({expert}) at [7, 2]" in problem.message
+
+
+def test_experts_of_a_layer_stored_differently(folder: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        for part in ("weight_scale", "weight_scale_2", "input_scale"):
+            del tensors[f"{EXPERT}.{part}"]
+        tensors[f"{EXPERT}.weight"] = torch.zeros(64, 48, dtype=torch.bfloat16)
+
+    change_tensors(folder, change)
+    assert found(folder) == {("mixed-experts", "experts")}
+
+
+# --- shards and the index -------------------------------------------------------------------------------------------
+
+
+def first_shard(folder: Path) -> Path:
+    return sorted(folder.glob("*.safetensors"))[0]
+
+
+def test_a_truncated_shard(folder: Path) -> None:
+    shard = first_shard(folder)
+    shard.write_bytes(shard.read_bytes()[:-7])
+    assert found(folder) == {("truncated-shard", shard.name)}
+
+
+@pytest.mark.parametrize("num_bytes", [0, 5, 8, 100])
+def test_a_shard_that_ends_in_its_header(num_bytes: int, folder: Path) -> None:
+    shard = first_shard(folder)
+    names = list(load_file(shard))
+    shard.write_bytes(shard.read_bytes()[:num_bytes])
+    problems = found(folder)
+    assert ("truncated-shard", shard.name) in problems
+    assert all(check == "missing-tensor" for check, _ in problems - {("truncated-shard", shard.name)})
+    assert {where for check, where in problems if check == "missing-tensor"} <= set(names)
+
+
+def test_an_over_long_shard(folder: Path) -> None:
+    shard = first_shard(folder)
+    shard.write_bytes(shard.read_bytes() + b"\0")
+    assert found(folder) == {("over-long-shard", shard.name)}
+
+
+def test_overlapping_tensors(folder: Path) -> None:
+    shard = first_shard(folder)
+
+    def change(header: dict[str, Any]) -> None:
+        """The second tensor's bytes are declared where the first one's are; so many are then nobody's."""
+        first, second = sorted((k for k in header if k != "__metadata__"), key=lambda k: header[k]["data_offsets"])[:2]
+        length = header[second]["data_offsets"][1] - header[second]["data_offsets"][0]
+        start = header[first]["data_offsets"][0]
+        header[second]["data_offsets"] = [start, start + length]
+
+    change_header(shard, change)
+    assert ("overlapping-tensors", shard.name) in found(folder)
+
+
+@pytest.mark.parametrize("length", [MAX_HEADER_BYTES + 1, 2**63, 2**64 - 1])
+def test_a_header_bomb_is_not_read(length: int, folder: Path) -> None:
+    shard = first_shard(folder)
+    shard.write_bytes(length.to_bytes(8, "little") + shard.read_bytes()[8:])
+    with shard.open("ab") as file:
+        file.truncate(2 * MAX_HEADER_BYTES)  # sparse: the size that is claimed is there
+    assert ("header-bomb", shard.name) in found(folder)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[" * 100_000,
+        b"[]",
+        b"{}x",
+        b' {"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+        b'{"a":{"dtype":"U9","shape":[1],"data_offsets":[0,1]}}',
+        b'{"a":{"dtype":"U8","shape":[-1],"data_offsets":[0,1]}}',
+        b'{"a":{"dtype":"U8","shape":[1e0],"data_offsets":[0,1]}}',
+        b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,1]}}',
+        b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[1,0]}}',
+        b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0]}}',
+        b'{"a":{"dtype":"U8","shape":[1],"data_offsets":null}}',
+        b'{"a":{"dtype":["U8"],"shape":[1],"data_offsets":[0,1]}}',
+        b'{"a":7}',
+        b'{"a":{"dtype":"U8","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,1]}}',
+        b'{"a":{"dtype":"F64","shape":[' + b",".join([b"9223372036854775807"] * 32) + b'],"data_offsets":[0,1]}}',
+        b'{"__metadata__":{"a":1},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+        b'{"a\xff":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+    ],
+    ids=range(17),
+)
+def test_a_header_that_is_none(header: bytes, folder: Path) -> None:
+    shard = first_shard(folder)
+    shard.write_bytes(shard_bytes(header, b"\0"))
+    assert ("shard", shard.name) in found(folder)
+
+
+def test_a_tensor_named_twice_in_a_header(folder: Path) -> None:
+    shard = first_shard(folder)
+    entry = b'"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
+    shard.write_bytes(shard_bytes(b"{" + entry + b"," + entry + b"}", b"\0"))
+    assert ("duplicated-tensor", shard.name) in found(folder)
+
+
+def test_a_tensor_in_two_shards(folder: Path) -> None:
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    name, value = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {name: value}, second)
+    assert found(folder) == {("duplicated-tensor", name)}
+
+
+def test_a_missing_shard_is_one_problem_besides_its_tensors(folder: Path) -> None:
+    shard = first_shard(folder)
+    names = set(load_file(shard))
+    shard.unlink()
+    problems = found(folder)
+    assert ("missing-shard", shard.name) in problems
+    assert {where for check, where in problems if check == "missing-tensor"} == names
+
+
+@pytest.mark.parametrize("target", ["../elsewhere.safetensors", "/etc/passwd", "..", "", "sub/x", "a\\b", "a\0"])
+def test_an_index_that_escapes_the_folder(target: str, folder: Path) -> None:
+    index = json.loads((folder / INDEX_NAME).read_text())
+    index["weight_map"]["embed.weight"] = target
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+    assert ("escaping-shard", target) in found(folder)
+
+
+def test_a_shard_that_is_a_link_out(folder: Path, tmp_path: Path) -> None:
+    shard = first_shard(folder)
+    shard.rename(tmp_path / "outside.safetensors")
+    shard.symlink_to(tmp_path / "outside.safetensors")
+    assert ("escaping-shard", shard.name) in found(folder)
+
+
+def test_a_hub_cache_of_links_is_clean(folder: Path, tmp_path: Path) -> None:
+    """models--x/snapshots/<revision>/ holds links into models--x/blobs/."""
+    snapshot, blobs = tmp_path / "hub" / "snapshots" / "abc", tmp_path / "hub" / "blobs"
+    shutil.copytree(folder, blobs)
+    snapshot.mkdir(parents=True)
+    for blob in blobs.iterdir():
+        (snapshot / blob.name).symlink_to(blob)
+    assert found(snapshot) == set()
+
+
+@pytest.mark.parametrize("name", [INDEX_NAME, "config.json", "tokenizer.json", "hf_quant_config.json"])
+def test_a_pipe_does_not_hang(name: str, folder: Path) -> None:
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    assert any(where == name for _, where in found(folder))
+
+
+def test_a_pipe_for_a_shard_does_not_hang(folder: Path) -> None:
+    shard = first_shard(folder)
+    shard.unlink()
+    os.mkfifo(shard)
+    assert ("shard", shard.name) in found(folder)
+
+
+def test_a_tensor_that_the_index_does_not_list_or_lists_elsewhere(folder: Path) -> None:
+    index = json.loads((folder / INDEX_NAME).read_text())
+    files = sorted(set(index["weight_map"].values()))
+    moved = next(file for file in files if file != index["weight_map"]["norm.weight"])
+    index["weight_map"]["norm.weight"] = moved
+    del index["weight_map"]["embed.weight"]
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+    assert found(folder) == {("index", "norm.weight"), ("unlisted-tensor", "embed.weight")}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"weight_map": 3}', "[" * 100_000, '{"weight_map": {"a": 1}}', "9" * 9999]
+)
+def test_an_unreadable_index(text: str, folder: Path) -> None:
+    (folder / INDEX_NAME).write_text(text)
+    inspection = inspect_folder(folder)
+    assert inspection.findings is None
+    assert {problem.check for problem in inspection.problems} == {"index"}
+
+
+def test_a_key_twice_in_the_index(folder: Path) -> None:
+    text = (folder / INDEX_NAME).read_text().replace('"weight_map": {', '"weight_map": {"norm.weight": "x",')
+    (folder / INDEX_NAME).write_text(text)
+    assert found(folder) == {("duplicated-tensor", "norm.weight")}
+
+
+def test_a_shard_name_that_no_file_can_have(folder: Path) -> None:
+    index = json.loads((folder / INDEX_NAME).read_text())
+    index["weight_map"]["norm.weight"] = "x" * 5000
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+    assert ("missing-shard", "x" * 5000) in found(folder)
