@@ -19,17 +19,17 @@ MAX_INDEX_BYTES = MAX_HEADER_BYTES
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor: its safetensors dtype name, its shape and the shard it lies in.
+    """One stored tensor: its safetensors dtype name, its shape, and the shard and byte it lies at.
 
-    source: where it lies there, if not as a whole under its own name. start: the byte of the file it begins at.
+    source: where it lies there, if not as a whole under its own name.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: Path
-    source: Source | None = None
     start: int = 0
+    source: Source | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -125,7 +125,7 @@ class _Scanner:
             if header.problems:
                 self.broken.add(path)
             for entry in header.entries:
-                info = TensorInfo(entry.name, entry.dtype, entry.shape, path, start=entry.start)
+                info = TensorInfo(entry.name, entry.dtype, entry.shape, path, entry.start)
                 if entry.name in self.tensors:
                     other = self.tensors[entry.name].file.name
                     self.add("duplicated-tensor", entry.name, f"tensor {info} also lies in {other}")
@@ -133,17 +133,19 @@ class _Scanner:
                     self.tensors[entry.name] = info
 
     def rename(self) -> None:
-        """Puts every tensor under DeepSeek's name; stacked experts become one tensor each."""
+        """Transformers' names to native ones; each of stacked experts becomes a tensor of its own."""
         stored, self.tensors = self.tensors, {}
         for key, info in stored.items():
+            start = info.start
+            # Experts' slices come in the order of the file, one behind the other.
             for name, shape, source in native_tensors(key, info.shape):
+                native = TensorInfo(name, info.dtype, shape, info.file, start, source)
+                start += native.num_bytes
                 if name in self.tensors:
-                    message = f"tensor {self.tensors[name]} is also stored as {key!r} in {info.file.name}"
-                    self.add("duplicated-tensor", name, message)
-                    continue
-                first_row = 0 if source.expert is None else source.expert * info.shape[1] + source.first_row
-                start = info.start + first_row * prod(shape[1:]) * DTYPE_BITS[info.dtype] // 8
-                self.tensors[name] = TensorInfo(name, info.dtype, shape, info.file, source, start)
+                    where = f"is also stored as {key!r} in {info.file.name}"
+                    self.add("duplicated-tensor", name, f"tensor {self.tensors[name]} {where}")
+                else:
+                    self.tensors[name] = native
 
     def _weight_map(self, path: Path) -> dict[str, str]:
         """The index's tensor -> shard; entries that are no such pair are reported and left out."""

@@ -68,8 +68,14 @@ class TensorReader:
 
     def __call__(self, key: str) -> torch.Tensor:
         """Errors: CheckpointError naming a tensor the checkpoint does not hold."""
-        file = self._index[key].file
-        if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt")
-        tensor: torch.Tensor = self._open[file].get_tensor(key)
+        info = self._index[key]
+        if info.file not in self._open:
+            self._open[info.file] = safe_open(info.file, framework="pt")
+        shard, source = self._open[info.file], info.source or Source(info.name)
+        tensor: torch.Tensor
+        if source.expert is None:
+            tensor = shard.get_tensor(source.key)
+        else:
+            rows = slice(source.first_row, source.first_row + info.shape[0])
+            tensor = shard.get_slice(source.key)[source.expert, rows]
         return tensor

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cpu.plan.test_published_shapes import FLASH, Header, model_headers
+from cpu.plan.test_published_shapes import FLASH, Header, model_headers, nvfp4
 from support.broken import write_sparse_shard
 
 from ownpath.checkpoint.writer import INDEX_NAME
@@ -31,7 +31,7 @@ def write_model(folder: Path) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(FLASH))
     weight_map = {}
-    for number, part in enumerate(shards_of(list(model_headers(FLASH))), start=1):
+    for number, part in enumerate(shards_of(list(model_headers(FLASH, nvfp4))), start=1):
         name = f"model-{number:05d}-of-{NUM_SHARDS:05d}.safetensors"
         starts = write_sparse_shard(folder / name, part)
         with (folder / name).open("r+b") as file:

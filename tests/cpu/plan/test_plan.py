@@ -1,7 +1,9 @@
 """The plan: decided from headers alone, per tensor, with a reason; a refusal names what is lacking."""
 
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,36 +43,42 @@ def test_every_module_has_its_format_runner_and_kernel(tmp_path: Path) -> None:
 
 
 def test_the_plan_moves_no_weight_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every shard, the header's length and the header are read, and nothing else."""
     random_checkpoint(tmp_path, "full-nvfp4")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    expected = {path: 8 + int.from_bytes(path.read_bytes()[:8], "little") for path in shards}
+    num_read: Counter[Path] = Counter()
+    real = Path.open
 
-    class HeadersOnly:
-        """safe_open without the calls that read data."""
+    class Counted:
+        def __init__(self, path: Path, file: Any) -> None:
+            self.path, self.file = path, file
 
-        def __init__(self, path: Path, framework: str) -> None:
-            self._open = real(path, framework=framework)
-
-        def __enter__(self) -> "HeadersOnly":
-            self._shard = self._open.__enter__()
+        def __enter__(self) -> "Counted":
             return self
 
-        def __exit__(self, *args: object) -> None:
-            self._open.__exit__(*args)
+        def __exit__(self, *_: object) -> None:
+            self.file.close()
 
-        def keys(self) -> list[str]:
-            return list(self._shard.keys())
+        def fileno(self) -> int:
+            return int(self.file.fileno())
 
-        def get_slice(self, name: str) -> "Header":
-            return Header(self._shard.get_slice(name))
+        def read(self, num_bytes: int) -> bytes:
+            data: bytes = self.file.read(num_bytes)
+            num_read[self.path] += len(data)
+            return data
 
-    class Header:
-        def __init__(self, part: object) -> None:
-            self.get_dtype, self.get_shape = part.get_dtype, part.get_shape  # type: ignore[attr-defined]
+    def counted(path: Path, *args: Any, **kwargs: Any) -> Any:
+        file = real(path, *args, **kwargs)
+        return Counted(path, file) if path.suffix == ".safetensors" else file
 
-    import ownpath.checkpoint.index as index_module
+    def no_other_way(*_: object, **__: object) -> None:
+        raise AssertionError("a shard was opened for its tensors")
 
-    real = index_module.safe_open
-    monkeypatch.setattr(index_module, "safe_open", HeadersOnly)
+    monkeypatch.setattr(Path, "open", counted)
+    monkeypatch.setattr("ownpath.checkpoint.reader.safe_open", no_other_way)
     assert plan_model(tmp_path, "cpu").ops
+    assert num_read == expected
 
 
 def test_the_format_is_read_off_the_tensor_not_the_config(tmp_path: Path) -> None:
