@@ -411,3 +411,16 @@ def test_codes_in_a_broken_shard_are_not_read(folder: Path) -> None:
     (folder / INDEX_NAME).write_text(json.dumps({"weight_map": index | {name: codes.name}}))
     assert scales != codes
     assert found(folder) == {("truncated-shard", codes.name), ("zero-block-scale", f"{EXPERT}.weight_scale")}
+
+
+def test_transformers_names_are_read_where_they_lie(folder: Path) -> None:
+    key = "layers.0.ffn.gate.tid2eid"
+
+    def change(tensors: Tensors) -> None:
+        tensors["model.layers.0.mlp.gate.tid2eid"] = tensors.pop(key)
+        tensors["model.layers.0.mlp.gate.tid2eid"][7, 2] = 8
+
+    change_tensors(folder, change)
+    (problem,) = inspect_folder(folder).problems
+    assert (problem.check, problem.where) == ("expert-ids", key)
+    assert "(8) at [7, 2]" in problem.message
