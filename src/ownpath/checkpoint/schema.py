@@ -8,7 +8,7 @@ Some exports store a global scale as its reciprocal. A ``Part`` knows (``is_divi
 beyond the schema sees a divisor.
 
 The format of a module is read off its own tensors. ``config.json`` is not asked: exports differ in what they write
-there, and one checkpoint mixes formats.
+there, and one checkpoint mixes formats. What it says is compared with the tensors afterwards (``plan.claims``).
 """
 
 import re
@@ -153,6 +153,9 @@ PLAIN_BF16 = Encoding("bf16", BF16, (Part("qdata", "weight", ("BF16",), lambda n
 PLAIN_FP32 = Encoding("fp32", FP32, (Part("qdata", "weight", ("F32",), lambda n, k: (n, k)),))
 
 ENCODINGS = (MODELOPT_NVFP4, NATIVE_MXFP4, NATIVE_FP8, COMPRESSED_NVFP4, COMPRESSED_FP8, PLAIN_BF16, PLAIN_FP32)
+
+QUANTIZATION_FIELD = "quantization_config"
+"""Where config.json says how weights are stored. It is not read here; ``plan.claims`` compares it with what is."""
 
 IGNORED_KEYS = ((re.compile(r"mtp\.\d+\."), "draft module (MTP or DSpark): not part of the backbone's forward"),)
 
