@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as BackendTokenizer
 
-from ownpath.chat.encode import BOS, EOS, Special
+from ownpath.chat.markers import BOS, EOS, Special
 
 
 class TokenizerError(ValueError):

@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prompt_ids(session: "Session", args: argparse.Namespace) -> list[int]:
-    from ownpath.chat.encode import Message, encode_messages
+    from ownpath.chat.encode import encode_messages
+    from ownpath.chat.messages import Message
 
     if args.chat:
         return session.tokenizer.encode_segments(encode_messages([Message("user", args.prompt)]))

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ownpath.chat.detokenize import Detokenizer
-from ownpath.chat.encode import Message, encode_messages
+from ownpath.chat.encode import encode_messages
+from ownpath.chat.messages import Message
 from ownpath.chat.tokenizer import Tokenizer, TokenizerError
 from ownpath.server.errors import ApiError, bad_request
 from ownpath.server.protocol import ChatRequest, CompletionRequest

@@ -9,7 +9,7 @@ from cpu.chat.small_tokenizer import FIRST_BYTE_ID, NUM_TOKENS, small_tokenizer,
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ownpath.chat.encode import BOS, EOS, USER
+from ownpath.chat.markers import BOS, EOS, USER
 from ownpath.chat.tokenizer import Tokenizer, TokenizerError
 
 TOKENIZER = small_tokenizer()

@@ -14,7 +14,8 @@ from cpu.chat.small_tokenizer import NUM_TOKENS, small_tokenizer
 from cpu.engine.fake_model import FakeModel, random_rule, script_rule
 from starlette.applications import Starlette
 
-from ownpath.chat.encode import Message, encode_messages
+from ownpath.chat.encode import encode_messages
+from ownpath.chat.messages import Message
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.config import EngineConfig
 from ownpath.engine.engine import Engine

@@ -17,7 +17,8 @@ import torch
 from cpu.chat.small_tokenizer import small_tokenizer, tokenizer_spec
 from cpu.server.model_folder import write_model_folder
 
-from ownpath.chat.encode import Message, encode_messages
+from ownpath.chat.encode import encode_messages
+from ownpath.chat.messages import Message
 from ownpath.cli import main
 from ownpath.commands import session
 from ownpath.model.model import Model
