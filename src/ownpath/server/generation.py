@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
-from ownpath.chat.detokenize import AnswerText
+from ownpath.chat.answer import Answer, content_of
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.engine.engine import Engine, EngineOverloaded, EngineStopped
 from ownpath.engine.request import (
@@ -47,7 +47,7 @@ class _Choice:
 
     def __init__(self, index: int, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
         self._index = index
-        self._text = AnswerText(tokenizer, stops)
+        self._text = Answer(tokenizer, stops)
         self.num_tokens = 0
         self.is_finished = False
 
@@ -60,12 +60,12 @@ class _Choice:
         self.num_tokens += output.token is not None
         # The token that ends the answer (EOS) is a marker, not text.
         if output.token is not None and output.finish_reason is not FinishReason.STOP:
-            text = self._text.feed(output.token.token_id)
+            text = content_of(self._text.feed(output.token.token_id))
         reason = output.finish_reason.value if output.finish_reason else None
         if self._text.is_stopped:
             reason = FinishReason.STOP.value
         elif reason is not None:
-            text += self._text.finish()
+            text += content_of(self._text.finish())
         self.is_finished = reason is not None
         return Delta(self._index, text, output.token, offset, output.prompt, reason)
 
