@@ -14,7 +14,7 @@ class Answer:
     Stop strings are looked for in the content alone: reasoning and tool calls are not what they are about.
 
     num_chars: characters generated so far, shown or held back.
-    Errors: TokenizerError when the vocabulary lacks a marker that the parser is to be fed.
+    Errors: MissingMarkerError when the vocabulary lacks a marker that the parser is to be fed.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], parser: AnswerParser | None = None) -> None:
