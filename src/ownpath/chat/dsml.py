@@ -50,8 +50,14 @@ _OFFER_END = "\n\nYou MUST strictly follow the above defined tool name and param
 
 
 def write_json(value: Any) -> str:
-    """JSON as the format spells it: on one line, characters as they are. Errors: ValueError for what JSON lacks."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    """JSON as the format spells it: on one line, characters as they are.
+
+    Errors: ChatFormatError for what JSON lacks.
+    """
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:  # infinite, or an integer too long to spell
+        raise ChatFormatError(f"a value cannot be written as JSON ({error})") from None
 
 
 def offer_tools(functions: Sequence[Mapping[str, Any]]) -> list[Segment]:

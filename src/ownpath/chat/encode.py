@@ -63,7 +63,7 @@ def encode_messages(messages: Sequence[Message], setting: Setting = PLAIN) -> li
     A last user turn is followed by the opening of the assistant's answer: ``</think>``, or ``<think>`` with
     ``thinking``. Reasoning is written only for answers after the last user turn; that of earlier answers is
     dropped, unless tools are on offer.
-    Errors: ChatFormatError for what the format has no way to write, naming the message.
+    Errors: ChatFormatError for what the format has no way to write, naming the message or the call.
     """
     turns = _with_requests(merge_turns(messages), setting)
     last_user_idx = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=-1)

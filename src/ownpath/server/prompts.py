@@ -36,7 +36,7 @@ async def chat_prompt(request: ChatRequest, tokenizer: Tokenizer, max_model_len:
     try:
         segments = encode_messages([message.as_message() for message in request.messages], _setting(request, release))
     except ChatFormatError as error:
-        raise bad_request(f"messages: {error}", "messages") from None
+        raise bad_request(str(error), "messages") from None
     num_chars = sum(len(segment) for segment in segments if isinstance(segment, str))
     _refuse_hopeless(num_chars, tokenizer, max_model_len, "messages")
     ids = await _tokenise(lambda: tokenizer.encode_segments(segments), num_chars, "messages")

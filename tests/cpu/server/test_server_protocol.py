@@ -9,6 +9,7 @@ import pytest
 from cpu.server.harness import HELLO
 
 from ownpath.server import fields
+from ownpath.server.conversation import CalledFunction, CallInMessage, ChatMessage, TemplateOptions
 from ownpath.server.errors import ApiError
 from ownpath.server.protocol import (
     MAX_STOP_CHARS,
@@ -203,7 +204,16 @@ def test_integers_are_numbers() -> None:
 def test_the_documentation_names_every_field() -> None:
     text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(\w+)`", text))
-    honoured = {*ChatRequest.model_fields, *CompletionRequest.model_fields, *StreamOptions.model_fields}
+    models = (
+        ChatRequest,
+        CompletionRequest,
+        StreamOptions,
+        ChatMessage,
+        TemplateOptions,
+        CallInMessage,
+        CalledFunction,
+    )
+    honoured = {name for model in models for name in model.model_fields}
     refused = {*fields.CHAT, *fields.COMPLETION, *fields.MESSAGE, *fields.STREAM_OPTIONS}
     assert honoured | refused <= named, (honoured | refused) - named
 

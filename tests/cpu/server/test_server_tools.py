@@ -160,6 +160,20 @@ def test_what_the_format_cannot_write_is_refused(reader: Harness, message: dict[
     assert found["param"] == "messages"
 
 
+@pytest.mark.parametrize("number", ["1" + "0" * 5000, "1e999"])
+@pytest.mark.parametrize(
+    "field",
+    [
+        '"tools": [{"type": "function", "function": {"name": "f", "parameters": {"const": NUMBER}}}]',
+        '"response_format": {"type": "json_schema", "json_schema": {"schema": {"const": NUMBER}}}',
+    ],
+)
+def test_numbers_that_cannot_be_spelled_are_refused(reader: Harness, field: str, number: str) -> None:
+    body = '{"messages": [{"role": "user", "content": "a"}], ' + field.replace("NUMBER", number) + "}"
+    response = reader.ask("POST", PATH, content=body, headers={"Content-Type": "application/json"})
+    error(response, 400)
+
+
 def test_tool_calls_come_back_in_openais_shape() -> None:
     with answering("Let me look." + CALLS, tools=[WEATHER, NOW]) as (served, request):
         answer = served.chat(**request, return_token_ids=True, logprobs=True)
