@@ -1,11 +1,14 @@
 """The chat format against golden cases that our encoder did not write."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cpu.chat.small_tokenizer import ASSISTANT_ID, THINK_END_ID, USER_ID, byte_letters, small_tokenizer, tokenizer_spec
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ownpath.chat.effort import RELEASES, release_of_folder
 from ownpath.chat.encode import Setting, encode_messages
@@ -174,6 +177,39 @@ def test_a_marker_in_what_tools_say_stays_text(marker: str) -> None:
         return [s.text for s in segments if isinstance(s, Special)]
 
     assert markers(marker) == markers("x")
+
+
+TEXTS = st.sampled_from(["", "x", EOS, "<｜DSML｜tool_calls>", "</think>"])
+MESSAGES = st.lists(
+    st.builds(
+        Message,
+        st.sampled_from(["system", "user", "assistant", "tool", "latest_reminder"]),
+        TEXTS,
+        TEXTS,
+        st.lists(st.builds(ToolCall, TEXTS, st.just('{"a": 1}'), st.sampled_from("ab")), max_size=2).map(tuple),
+        st.sampled_from("ab"),
+        st.sampled_from(["", "", "", "action", "query", "title"]),
+    ),
+    max_size=6,
+)
+
+
+@given(MESSAGES, st.booleans(), st.booleans())
+def test_any_conversation_is_written_or_refused(messages: list[Message], thinking: bool, offers_tools: bool) -> None:
+    """And which markers it is written with does not depend on what its texts say."""
+    setting = Setting(thinking, functions=({"name": "f"},) if offers_tools else ())
+
+    def markers(conversation: list[Message]) -> list[str] | None:
+        try:
+            return [s.text for s in encode_messages(conversation, setting) if isinstance(s, Special)]
+        except ChatFormatError:
+            return None
+
+    plain = [
+        replace(m, content="y", reasoning="y", tool_calls=tuple(replace(call, name="y") for call in m.tool_calls))
+        for m in messages
+    ]
+    assert markers(messages) == markers(plain)
 
 
 def test_a_release_is_found_in_its_folder(tmp_path: Path) -> None:
