@@ -183,6 +183,11 @@ def detect(index: CheckpointIndex, module: ModuleSpec) -> Encoding:
     Errors: CheckpointError naming the tensor that is missing, or has a dtype or shape no known encoding has.
     """
     encoding = _closest_encoding(index, module)
+    block = encoding.format.block
+    if block is not None and block[0] == 1 and module.shape[1] % block[1]:
+        key = encoding.key(module.name, "qdata")
+        raise CheckpointError(f"tensor {key!r}: {encoding.format} cannot hold a width of {module.shape[1]}: "
+                              f"its blocks are {block[1]} wide")  # fmt: skip
     for part in encoding.parts:
         key = f"{module.name}.{part.suffix}"
         if key not in index:
