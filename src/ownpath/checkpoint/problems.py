@@ -27,7 +27,7 @@ REMEDIES = MappingProxyType(
         "config-contradiction": "take config.json from the release that the shards came from",
         "format-contradiction": "trust the tensors; correct hf_quant_config.json for engines that read it",
         "scalar-scale": "export again with a calibration pass that reaches every expert",
-        "reciprocal-scale": "store the multiplier (amax / 2688), not its reciprocal",
+        "reciprocal-scale": "store what the encoding names: a multiplier (amax / 2688) or its reciprocal",
         "out-of-band-scale": "compare with the source: training does not set one scale so far from the others",
         "block-scale": "export again: the bytes are damaged, or another format's",
         "zero-block-scale": "export again with a scale that does not underflow E4M3",

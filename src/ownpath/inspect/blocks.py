@@ -21,8 +21,13 @@ MAX_SATURATED_SHARE = 1 / 8
 scale was taken from smaller values."""
 
 _BATCH_BYTES = 2**18
-_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu, "F32": torch.float32}
-_BITS = {"F8_E4M3": torch.uint8, "F8_E8M0": torch.uint8, "F32": torch.int32}
+_DTYPES = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+}
+_BITS = {"F8_E4M3": torch.uint8, "F8_E8M0": torch.uint8, "F32": torch.int32, "BF16": torch.int16}
 _LARGEST = {"F8_E4M3": b"\x7e", "F8_E8M0": b"\xfe"}
 _LEGAL = {"F8_E4M3": bytes(range(0x7F)), "F8_E8M0": bytes(range(0xFF))}
 """Above the largest number lie NaN and, for E4M3, the negative numbers: no block scale is one."""
@@ -72,7 +77,7 @@ def read_blocks(
         num_blocks = len(data) // _DTYPES[info.dtype].itemsize
         problems += _faults(info, found, num_blocks)
         if found.num_zero:
-            problems += _zero_faults(stored, index, data, found.num_zero == num_blocks)
+            problems += _zero_faults(stored, index, data, broken)
         report.num_modules += 1
         report.num_blocks += num_blocks
         report.num_zero += found.num_zero
@@ -84,8 +89,8 @@ def read_blocks(
 
 
 def _scan(dtype: str, data: bytes) -> _Found:
-    if dtype == "F32":
-        values = torch.frombuffer(bytearray(data), dtype=torch.float32)
+    if dtype in ("F32", "BF16"):
+        values = torch.frombuffer(bytearray(data), dtype=_DTYPES[dtype])
         num_bad = int((~(torch.isfinite(values) & (values >= 0))).sum())
         return _Found(num_bad, int((values == 0).sum()), 0)
     num_bad = len(data.translate(None, _LEGAL[dtype]))
@@ -103,29 +108,31 @@ def _faults(info: TensorInfo, found: _Found, num_blocks: int) -> Iterator[Proble
         yield Problem("saturated-block-scale", info.name, message)
 
 
-def _zero_faults(stored: StoredModule, index: CheckpointIndex, data: bytes, are_all_zero: bool) -> Iterator[Problem]:
+def _zero_faults(
+    stored: StoredModule, index: CheckpointIndex, data: bytes, broken: frozenset[Path]
+) -> Iterator[Problem]:
     """A zero scale is right for a block of zeros. It is wrong over other codes, and for all that was read."""
     info = stored.info(index, "scale")
-    if are_all_zero:
+    is_zero = torch.frombuffer(bytearray(data), dtype=_DTYPES[info.dtype]).view(_BITS[info.dtype]) == 0
+    if is_zero.all():
         yield Problem("zero-block-scale", info.name, f"tensor {info}: every block scale read is zero")
         return
-    scales = torch.frombuffer(bytearray(data), dtype=_DTYPES[info.dtype]).view(_BITS[info.dtype])
-    lost = (scales == 0) & _has_codes(stored, index, len(scales))
+    lost = is_zero & _has_codes(stored, index, len(is_zero), broken)
     if lost.any():
-        where = f"{int(lost.sum())} of {len(scales)} block scales read are zero over values that are not"
+        where = f"{int(lost.sum())} of {len(lost)} block scales read are zero over values that are not"
         message = f"tensor {info}: {where}, the first at block {int(lost.nonzero()[0])}"
         yield Problem("zero-block-scale", info.name, message)
 
 
-def _has_codes(stored: StoredModule, index: CheckpointIndex, num_blocks: int) -> torch.Tensor:
-    """Whether each of a module's first blocks holds anything but zeros; blocks of several rows are taken to."""
+def _has_codes(stored: StoredModule, index: CheckpointIndex, num_blocks: int, broken: frozenset[Path]) -> torch.Tensor:
+    """Whether each of a module's first blocks holds anything but zeros; what cannot be told is taken to."""
     rows, columns = stored.encoding.format.block or (1, 1)
-    if rows != 1 or stored.encoding.format.bits != 4:
-        return torch.ones(num_blocks, dtype=torch.bool)
-    num_bytes = columns // 2
-    ((_, codes),) = read_values([stored.info(index, "qdata")], frozenset(), [], num_blocks * num_bytes)
-    magnitudes = torch.frombuffer(bytearray(codes), dtype=torch.uint8).view(num_blocks, num_bytes) & 0x77
-    return magnitudes.any(dim=1)
+    if rows == 1 and stored.encoding.format.bits == 4:
+        num_bytes = columns // 2
+        for _, codes in read_values([stored.info(index, "qdata")], broken, [], num_blocks * num_bytes):
+            magnitudes = torch.frombuffer(bytearray(codes), dtype=torch.uint8).view(num_blocks, num_bytes) & 0x77
+            return magnitudes.any(dim=1)
+    return torch.ones(num_blocks, dtype=torch.bool)
 
 
 class _Casts:

@@ -10,7 +10,7 @@ from statistics import median
 
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.problems import Problem
-from ownpath.checkpoint.scales import multiplier_fault
+from ownpath.checkpoint.scales import scale_fault
 from ownpath.inspect.values import read_values
 from ownpath.plan.census import StoredModule
 
@@ -18,13 +18,16 @@ MAX_RATIO = 1000.0
 """How far a scale may be from the median of its layer's experts, either way: three decades. Experts of one layer start
 alike and see the same hidden states; their largest values differ by a factor of ten, not of a thousand."""
 
+SMALLEST_NORMAL = 2.0**-126
+"""Of float32: below it, a scale is an integer's bits, or a value that underflowed."""
+
 _SCALARS = ("global_scale", "input_scale")
 _EXPERT = re.compile(r"layers\.(\d+)\.ffn\.experts\.(\d+)\.(w[123])")
 
 
 @dataclass(frozen=True)
 class Scalar:
-    """One scalar scale of a module. role: ``global_scale`` or ``input_scale``."""
+    """One scalar scale of a module. role: ``global_scale`` or ``input_scale``. value: the multiplier that is meant."""
 
     module: str
     role: str
@@ -56,15 +59,19 @@ def read_scalars(
     for stored in modules:
         for part in stored.encoding.parts:
             if part.role in _SCALARS:
-                owners[stored.encoding.key(stored.spec.name, part.role)] = (stored.spec.name, part.role)
+                owners[f"{stored.spec.name}.{part.suffix}"] = (stored.spec.name, part)
     scalars = []
     for info, data in read_values((index[key] for key in owners), broken, problems):
+        module, part = owners[info.name]
         (value,) = struct.unpack("<f", data)
-        fault = multiplier_fault(value)
+        fault = scale_fault(value, part.is_divisor)
+        meant = 1 / value if part.is_divisor and value else value
+        if fault is None and meant < SMALLEST_NORMAL:
+            fault = "out-of-band-scale", f"scale is {value}, an integer's bits or an underflow by its size"
         if fault is not None:
             problems.append(Problem(fault[0], info.name, f"tensor {info}: {fault[1]}"))
         else:
-            scalars.append(Scalar(*owners[info.name], info.name, value))
+            scalars.append(Scalar(module, part.role, info.name, meant))
     return tuple(scalars)
 
 

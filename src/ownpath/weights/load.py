@@ -12,6 +12,7 @@ import torch
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.reader import TensorSlice, stream
+from ownpath.checkpoint.scales import scale_fault
 from ownpath.formats import NVFP4
 from ownpath.plan.plan import Plan, PlannedOp
 from ownpath.weights.lossless import is_lossless_cast
@@ -138,21 +139,9 @@ def _check_finite(part: TensorSlice) -> None:
 
 
 def _check_global_scale(part: TensorSlice, is_divisor: bool) -> None:
-    """A multiplier is amax / 2688, a divisor 2688 / amax: on the wrong side of 1, it is the other one, misplaced.
-
-    At exactly 1, which quantisers write for a matrix of zeros, multiplier and divisor are the same number.
-    """
-    value = part.data.item()
-    if not 0 < value < float("inf"):
-        raise CheckpointError(f"tensor {part.info}: scale is {value}; it must be finite and positive")
-    if value > 1 and not is_divisor:
-        raise CheckpointError(
-            f"tensor {part.info}: scale is {value}, a divisor by its size; this encoding stores the multiplier"
-        )
-    if value < 1 and is_divisor:
-        raise CheckpointError(
-            f"tensor {part.info}: scale is {value}, a multiplier by its size; this encoding stores the divisor"
-        )
+    fault = scale_fault(part.data.item(), is_divisor)
+    if fault is not None:
+        raise CheckpointError(f"tensor {part.info}: {fault[1]}")
 
 
 def _check_block_scale(part: TensorSlice) -> None:

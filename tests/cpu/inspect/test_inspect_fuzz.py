@@ -28,7 +28,7 @@ from ownpath.loading import plan_model
 TIMES = int(os.environ.get("OWNPATH_FUZZ", "1"))
 SHAPE = {"num_hidden_layers": 2, "compress_ratios": [0, 4], "n_routed_experts": 3, "vocab_size": NUM_TOKENS}
 
-JSON_FILES = (INDEX_NAME, "config.json", "hf_quant_config.json", "tokenizer_config.json")
+JSON_FILES = (INDEX_NAME, "config.json", "hf_quant_config.json", "tokenizer_config.json", "tokenizer.json")
 
 
 def examples(number: int) -> settings:

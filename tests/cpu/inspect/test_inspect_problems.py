@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from cpu.server.model_folder import VOCAB
 from safetensors.torch import load_file, save_file
 from support.broken import Tensors, change_header, change_tensors, shard_bytes
+from support.checkpoints import LAYOUTS, random_checkpoint
 
 from ownpath.checkpoint.header import MAX_HEADER_BYTES
 from ownpath.checkpoint.problems import REMEDIES
@@ -373,3 +375,52 @@ def test_a_shard_name_that_no_file_can_have(folder: Path) -> None:
     index["weight_map"]["norm.weight"] = "x" * 5000
     (folder / INDEX_NAME).write_text(json.dumps(index))
     assert ("missing-shard", "x" * 5000) in found(folder)
+
+
+# --- other exports ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_every_export_is_clean(layout: str, folder: Path) -> None:
+    for file in folder.glob("model*"):
+        file.unlink()
+    random_checkpoint(folder, layout, vocab_size=VOCAB)
+    assert found(folder) == set()
+
+
+def test_a_multiplier_where_a_divisor_belongs(folder: Path) -> None:
+    """compressed-tensors stores 2688 / amax."""
+    for file in folder.glob("model*"):
+        file.unlink()
+    random_checkpoint(folder, "compressed-tensors", vocab_size=VOCAB)
+    key = f"{EXPERT}.weight_global_scale"
+    change_tensors(folder, lambda tensors: tensors.update({key: 1 / tensors[key]}))
+    assert found(folder) == {("reciprocal-scale", key)}
+
+
+def test_codes_in_a_broken_shard_are_not_read(folder: Path) -> None:
+    """A zero scale whose codes lie in a truncated shard: the zero is reported, and nothing crashes."""
+    change_tensors(folder, set_bytes(f"{EXPERT}.weight_scale", (5, 1), 0))
+    index = json.loads((folder / INDEX_NAME).read_text())["weight_map"]
+    scales, codes = folder / index[f"{EXPERT}.weight_scale"], folder / "codes.safetensors"
+    name = f"{EXPERT}.weight"
+    tensors = load_file(folder / index[name])
+    save_file({name: tensors.pop(name)}, codes)
+    save_file(tensors, folder / index[name])
+    codes.write_bytes(codes.read_bytes()[:-9])
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": index | {name: codes.name}}))
+    assert scales != codes
+    assert found(folder) == {("truncated-shard", codes.name), ("zero-block-scale", f"{EXPERT}.weight_scale")}
+
+
+def test_transformers_names_are_read_where_they_lie(folder: Path) -> None:
+    key = "layers.0.ffn.gate.tid2eid"
+
+    def change(tensors: Tensors) -> None:
+        tensors["model.layers.0.mlp.gate.tid2eid"] = tensors.pop(key)
+        tensors["model.layers.0.mlp.gate.tid2eid"][7, 2] = 8
+
+    change_tensors(folder, change)
+    (problem,) = inspect_folder(folder).problems
+    assert (problem.check, problem.where) == ("expert-ids", key)
+    assert "(8) at [7, 2]" in problem.message
