@@ -2,8 +2,11 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +17,20 @@ _LAYER_TYPES = {
     "compressed_sparse_attention": CSA_RATIO,
     "heavily_compressed_attention": HCA_RATIO,
 }
+_OTHER_MODELS = {
+    "deepseek_v41": "DeepSeek-V4.1 shares KV across layers, compresses it otherwise, and adds n-gram tables and a "
+    "vision tower: a different model",
+    "deepseek_v32": "DeepSeek-V3.2 is V3 with a sparse indexer: latent attention, no compressed layers, no "
+    "hyper-connections",
+    "deepseek_v3": "DeepSeek-V3 and R1 have latent attention (MLA), no compressed layers, no hyper-connections",
+    "deepseek_v2": "DeepSeek-V2 has latent attention (MLA), no compressed layers, no hyper-connections",
+    "kimi_k2": "Kimi K2 has DeepSeek-V3's architecture, not V4's",
+    "gpt_oss": "gpt-oss is a mixture of MXFP4 experts with grouped-query attention",
+    "qwen3_moe": "Qwen3-MoE is a mixture of experts with grouped-query attention",
+    "mixtral": "Mixtral is a mixture of experts with grouped-query attention",
+    "llama": "Llama is a dense model with grouped-query attention",
+}
+"""What other models are, by model_type; architectures are told by the same words without underscores."""
 _ARCHITECTURE, _MODEL_TYPE = "DeepseekV4ForCausalLM", "deepseek_v4"
 
 
@@ -37,6 +54,7 @@ class ModelConfig:
 
     compress_ratios: one entry per backbone layer: 0 sliding window only, 4 CSA, 128 HCA.
     num_hash_layers: the first layers whose experts are looked up by token id.
+    claims: every field as written. What they say of formats decides nothing: the plan holds it against the tensors.
     """
 
     vocab_size: int
@@ -70,6 +88,7 @@ class ModelConfig:
     max_position_embeddings: int
     bos_token_id: int
     eos_token_id: int
+    claims: Mapping[str, Any] = dataclass_field(default_factory=dict, compare=False, repr=False)
 
     @property
     def softmax_scale(self) -> float:
@@ -130,6 +149,7 @@ class ModelConfig:
             max_position_embeddings=read.integer("max_position_embeddings"),
             bos_token_id=read.integer("bos_token_id", minimum=0),
             eos_token_id=read.integer("eos_token_id", minimum=0),
+            claims=MappingProxyType(fields),
         )
         _check_semantics(config, fields, source)
         return config
@@ -168,10 +188,19 @@ def _refuse_other_architectures(fields: dict[str, Any], source: str) -> None:
     if model_type == _MODEL_TYPE or (model_type is None and _ARCHITECTURE in architectures):
         return
     found = f"model_type {model_type!r}, architectures {architectures!r}"
-    hint = ""
-    if model_type == "deepseek_v41" or "DeepseekV41ForCausalLM" in architectures:
-        hint = " DeepSeek-V4.1 shares KV across layers and adds n-gram tables: a different model."
-    raise ConfigError(f"{source}: {found}: ownpath runs {_ARCHITECTURE} only.{hint}")
+    what = _what_it_is(model_type, architectures)
+    raise ConfigError(f"{source}: {found}: ownpath runs {_ARCHITECTURE} only. {what}.")
+
+
+def _what_it_is(model_type: Any, architectures: Any) -> str:
+    named = model_type if isinstance(model_type, str) else ""
+    classes = (
+        [name.lower() for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
+    )
+    for known, sentence in _OTHER_MODELS.items():
+        if named == known or any(name.startswith(f"{known.replace('_', '')}for") for name in classes):
+            return sentence
+    return "This one is no DeepSeek model that ownpath knows"
 
 
 def _published_fields(fields: dict[str, Any], source: str) -> dict[str, Any]:

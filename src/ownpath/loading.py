@@ -88,7 +88,7 @@ def load_model(folder: Path, engine_config: EngineConfig) -> Model:
     kernels = {op.spec.slot: KERNELS[op.choice.kernel.name] for op in plan.companions}
     builder = Builder(plan.config, engine_config, runners, kernels, weights.params, Ledger(plan.slots))
     compile_kernels(runners.values())
-    return replace(builder.model(), lossless_casts=weights.lossless_casts)
+    return replace(builder.model(), lossless_casts=weights.lossless_casts, contradictions=plan.contradictions)
 
 
 def lossless_casts(plan: Plan, folder: Path) -> tuple[str, ...]:

@@ -197,11 +197,13 @@ def test_one_meaning_of_scale() -> None:
 
 
 def test_formats_are_decided_in_one_place() -> None:
-    """Only the schema maps safetensors dtypes to formats; only the plan and the quantiser ask it. Nobody asks
-    config.json, which ``quantize/describe.py`` writes."""
+    """Only the schema maps safetensors dtypes to formats; only the plan and the quantiser ask it. config.json only gets
+    contradicted, and written by ``quantize/describe.py``."""
     for path in SOURCES:
         text = path.read_text(encoding="utf-8")
         assert "quantization_config" not in text or path.name in ("schema.py", "describe.py"), path
+        assert "QUANTIZATION_FIELD" not in text or path.name in ("schema.py", "claims.py"), path
+        assert "config.claims" not in text or path.name == "plan.py", path
         if room_of(path) not in ("checkpoint", "plan", "quantize"):
             assert "detect" not in names_of(path), path
 

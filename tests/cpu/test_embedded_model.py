@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ownpath.chat.encode import Message, encode_messages
+from ownpath.chat.encode import encode_messages
+from ownpath.chat.messages import Message
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.reader import stream

@@ -10,7 +10,8 @@ import httpx
 import pytest
 import torch
 
-from ownpath.chat.encode import Message, encode_messages
+from ownpath.chat.encode import encode_messages
+from ownpath.chat.messages import Message
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.config import EngineConfig
 from ownpath.loading import default_model_dir, load_model

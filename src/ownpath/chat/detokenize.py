@@ -30,7 +30,13 @@ class Detokenizer:
         pending, _ = self._decoder.getstate()
         if SURROGATE.fullmatch(pending):
             # The decoder waits for the third byte, which cannot make a character of it.
-            text += self._decoder.decode(b"", final=True)
+            text += self.flush()
+        return text
+
+    def flush(self) -> str:
+        """What an unfinished character becomes when something else than its rest follows."""
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
         return text
 
 
@@ -82,30 +88,3 @@ class StopMatcher:
             if any(stop.startswith(text[-size:]) for stop in self._stops):
                 return size
         return 0
-
-
-class AnswerText:
-    """The visible text of one answer, token by token: whole characters, up to the first stop string.
-
-    num_chars: characters generated so far, shown or held back.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
-        self._matcher = StopMatcher(stops)
-        self.num_chars = 0
-
-    @property
-    def is_stopped(self) -> bool:
-        """Whether a stop string was completed; nothing is shown any more."""
-        return self._matcher.matched is not None
-
-    def feed(self, token_id: int) -> str:
-        """The text that can be shown after this token."""
-        text = self._detokenizer.feed(token_id)
-        self.num_chars += len(text)
-        return self._matcher.feed(text)
-
-    def finish(self) -> str:
-        """The text that was held back, once no token follows."""
-        return self._matcher.flush()

@@ -5,101 +5,115 @@ The format has no separators of its own. A conversation is one string:
     BOS system-text <｜User｜>text<｜Assistant｜></think>answer EOS <｜User｜>text<｜Assistant｜></think>
 
 ``</think>`` straight after ``<｜Assistant｜>`` says "answer without thinking"; ``<think>`` there opens a
-reasoning block. The result is a list of segments, not a string: a marker that the format puts there is a
-``Special``, everything that a person wrote is text and stays text, even when it spells a marker.
+reasoning block. Tools and the wanted format of the answer are described behind the system text. The result is a list
+of segments, not a string: a marker that the format puts there is a ``Special``, everything that a person wrote is
+text and stays text, even when it spells a marker.
 
 Source: the format's public description and reference encoder, ``encoding/`` in the DeepSeek-V4 model
     repositories.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-BOS = "<｜begin▁of▁sentence｜>"
-EOS = "<｜end▁of▁sentence｜>"
-USER = "<｜User｜>"
-ASSISTANT = "<｜Assistant｜>"
-THINK_START = "<think>"
-THINK_END = "</think>"
-SPECIALS = (BOS, EOS, USER, ASSISTANT, THINK_START, THINK_END)
+from ownpath.chat.dsml import offer_tools, write_calls, write_json
+from ownpath.chat.markers import (
+    ASSISTANT,
+    BOS,
+    EOS,
+    EXTRACTED_URL,
+    LATEST_REMINDER,
+    TASKS,
+    THINK_END,
+    THINK_START,
+    USER,
+    Segment,
+    Special,
+    join_text,
+)
+from ownpath.chat.messages import Message
+from ownpath.chat.turns import merge_turns
 
-# How the format joins several pieces of content inside one user turn.
-PART_SEPARATOR = "\n\n"
-
-
-class ChatFormatError(ValueError):
-    """Messages that the format cannot express; the message names which one."""
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn. ``reasoning`` is the thinking part of an assistant's answer, without its delimiters."""
-
-    role: str
-    content: str
-    reasoning: str = ""
+_FORMAT_REQUEST = "## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
 
 
 @dataclass(frozen=True)
-class Special:
-    """A marker of the format: always one token, looked up by id, never tokenised as text."""
+class Setting:
+    """What surrounds the messages.
 
-    text: str
+    thinking: whether the next answer opens with reasoning.
+    effort_text: stands before everything when thinking; see ``effort.RELEASES``.
+    functions: tools on offer, each an object with a name, and usually a description and parameters.
+    response_schema: what the answer is asked to adhere to, a JSON value; None asks for nothing.
+    """
+
+    thinking: bool = False
+    effort_text: str = ""
+    functions: tuple[Mapping[str, Any], ...] = ()
+    response_schema: Any = None
 
 
-Segment = Special | str
+PLAIN = Setting()
 
 
-def encode_messages(messages: Sequence[Message], thinking: bool = False) -> list[Segment]:
+def encode_messages(messages: Sequence[Message], setting: Setting = PLAIN) -> list[Segment]:
     """The segments of a conversation, ending where the next turn is to be written.
 
     A last user turn is followed by the opening of the assistant's answer: ``</think>``, or ``<think>`` with
     ``thinking``. Reasoning is written only for answers after the last user turn; that of earlier answers is
-    dropped.
-    Errors: ChatFormatError for a role other than system, user and assistant.
+    dropped, unless tools are on offer.
+    Errors: ChatFormatError for what the format has no way to write, naming the message or the call.
     """
-    for index, message in enumerate(messages):
-        if message.role not in ("system", "user", "assistant"):
-            raise ChatFormatError(f"messages[{index}]: role {message.role!r} is not supported")
-    turns = _merge_user_turns(messages)
+    turns = _with_requests(merge_turns(messages), setting)
     last_user_idx = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=-1)
-    segments: list[Segment] = [Special(BOS)]
+    segments: list[Segment] = [Special(BOS), setting.effort_text if setting.thinking else ""]
     for index, turn in enumerate(turns):
         next_role = turns[index + 1].role if index + 1 < len(turns) else None
-        thinks = thinking and index >= last_user_idx
-        segments += _encode_turn(turn, next_role, thinks)
-    return _join_text(segments)
-
-
-def _encode_turn(turn: Message, next_role: str | None, thinks: bool) -> list[Segment]:
-    if turn.role == "system":
-        return [turn.content]
-    if turn.role == "assistant":
-        reasoning: list[Segment] = [turn.reasoning, Special(THINK_END)] if thinks else []
-        return [*reasoning, turn.content, Special(EOS)]
-    opening: list[Segment] = []
-    if next_role in (None, "assistant"):
-        opening = [Special(ASSISTANT), Special(THINK_START if thinks else THINK_END)]
-    return [Special(USER), turn.content, *opening]
-
-
-def _merge_user_turns(messages: Sequence[Message]) -> list[Message]:
-    """User messages in a row are one turn of the format."""
-    turns: list[Message] = []
-    for message in messages:
-        if turns and message.role == turns[-1].role == "user":
-            turns[-1] = replace(turns[-1], content=turns[-1].content + PART_SEPARATOR + message.content)
+        thinks = setting.thinking and (index >= last_user_idx or bool(setting.functions))
+        is_task_result = index > 0 and turns[index - 1].task != ""
+        if turn.role == "system":
+            segments += [turn.content, *(_requests(setting) if index == 0 else [])]
+        elif turn.role == "latest_reminder":
+            segments += [Special(LATEST_REMINDER), turn.content]
+        elif turn.role == "assistant":
+            segments += _answer(turn, thinks and not is_task_result)
         else:
-            turns.append(message)
+            segments += [Special(USER), turn.content]
+            segments += _opening(turn, thinks, setting.thinking) if next_role in (None, "assistant") else []
+    return join_text(segments)
+
+
+def _with_requests(turns: list[Message], setting: Setting) -> list[Message]:
+    """Requests stand behind the first system text; without one, behind an empty one."""
+    is_needed = bool(setting.functions) or setting.response_schema is not None
+    if is_needed and (not turns or turns[0].role != "system"):
+        return [Message("system", ""), *turns]
     return turns
 
 
-def _join_text(segments: list[Segment]) -> list[Segment]:
-    """Neighbouring text becomes one segment (it is tokenised as a whole); empty text disappears."""
-    joined: list[Segment] = []
-    for segment in segments:
-        if isinstance(segment, str) and joined and isinstance(joined[-1], str):
-            joined[-1] += segment
-        elif segment != "":
-            joined.append(segment)
-    return joined
+def _requests(setting: Setting) -> list[Segment]:
+    """What the system text is followed by: the tools, then the format of the answer."""
+    segments: list[Segment] = []
+    if setting.functions:
+        segments += ["\n\n", *offer_tools(setting.functions)]
+    if setting.response_schema is not None:
+        segments += ["\n\n", _FORMAT_REQUEST, write_json(setting.response_schema)]
+    return segments
+
+
+def _answer(turn: Message, thinks: bool) -> list[Segment]:
+    segments: list[Segment] = [turn.reasoning, Special(THINK_END)] if thinks else []
+    segments += [turn.content, *(write_calls(turn.tool_calls) if turn.tool_calls else []), Special(EOS)]
+    return [*segments, Special(TASKS["title"])] if turn.task == "title" else segments
+
+
+def _opening(turn: Message, thinks: bool, thinking: bool) -> list[Segment]:
+    """What asks for the answer to a user turn: the assistant's marker, a task's, or both."""
+    if turn.task == "action":
+        return [Special(ASSISTANT), Special(THINK_START if thinking else THINK_END), Special(TASKS["action"])]
+    if turn.task == "read_url":
+        return [Special(EXTRACTED_URL), turn.url, Special(TASKS["read_url"])]
+    if turn.task:
+        return [Special(TASKS[turn.task])]
+    return [Special(ASSISTANT), Special(THINK_START if thinks else THINK_END)]

@@ -12,11 +12,19 @@ from typing import Any
 
 from tokenizers import Tokenizer as BackendTokenizer
 
-from ownpath.chat.encode import BOS, EOS, Special
+from ownpath.chat.markers import BOS, EOS, Special
 
 
 class TokenizerError(ValueError):
     """A tokenizer file, or a text, that cannot be used; the message names which."""
+
+
+class MissingMarkerError(TokenizerError):
+    """A marker of the chat format that this vocabulary lacks."""
+
+    def __init__(self, marker: str, source: str) -> None:
+        super().__init__(f"{source}: special token {marker!r} is missing")
+        self.marker = marker
 
 
 class Tokenizer:
@@ -69,9 +77,9 @@ class Tokenizer:
         return ids
 
     def special_id(self, text: str) -> int:
-        """The id of a special token. Errors: TokenizerError when this vocabulary has none of that name."""
+        """The id of a special token. Errors: MissingMarkerError when this vocabulary has none of that name."""
         if text not in self._special_ids:
-            raise TokenizerError(f"{self._source}: special token {text!r} is missing")
+            raise MissingMarkerError(text, self._source)
         return self._special_ids[text]
 
     def is_hidden(self, token_id: int) -> bool:

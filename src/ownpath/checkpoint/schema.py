@@ -8,7 +8,7 @@ Some exports store a global scale as its reciprocal. A ``Part`` knows (``is_divi
 beyond the schema sees a divisor.
 
 The format of a module is read off its own tensors. ``config.json`` is not asked: exports differ in what they write
-there, and one checkpoint mixes formats.
+there, and one checkpoint mixes formats. What it says is compared with the tensors afterwards (``plan.claims``).
 """
 
 import re
@@ -154,6 +154,9 @@ PLAIN_FP32 = Encoding("fp32", FP32, (Part("qdata", "weight", ("F32",), lambda n,
 
 ENCODINGS = (MODELOPT_NVFP4, NATIVE_MXFP4, NATIVE_FP8, COMPRESSED_NVFP4, COMPRESSED_FP8, PLAIN_BF16, PLAIN_FP32)
 
+QUANTIZATION_FIELD = "quantization_config"
+"""Where config.json says how weights are stored. It is not read here; ``plan.claims`` compares it with what is."""
+
 IGNORED_KEYS = ((re.compile(r"mtp\.\d+\."), "draft module (MTP or DSpark): not part of the backbone's forward"),)
 
 
@@ -180,6 +183,11 @@ def detect(index: CheckpointIndex, module: ModuleSpec) -> Encoding:
     Errors: CheckpointError naming the tensor that is missing, or has a dtype or shape no known encoding has.
     """
     encoding = _closest_encoding(index, module)
+    block = encoding.format.block
+    if block is not None and block[0] == 1 and module.shape[1] % block[1]:
+        key = encoding.key(module.name, "qdata")
+        raise CheckpointError(f"tensor {key!r}: {encoding.format} cannot hold a width of {module.shape[1]}: "
+                              f"its blocks are {block[1]} wide")  # fmt: skip
     for part in encoding.parts:
         key = f"{module.name}.{part.suffix}"
         if key not in index:

@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prompt_ids(session: "Session", args: argparse.Namespace) -> list[int]:
-    from ownpath.chat.encode import Message, encode_messages
+    from ownpath.chat.encode import encode_messages
+    from ownpath.chat.messages import Message
 
     if args.chat:
         return session.tokenizer.encode_segments(encode_messages([Message("user", args.prompt)]))
@@ -72,19 +73,19 @@ def _pieces(
     args: argparse.Namespace,
 ) -> Iterator[str]:
     """What to print, as it comes: text, or one token id a line (EOS and a stop string's tokens included)."""
-    from ownpath.chat.detokenize import AnswerText
+    from ownpath.chat.answer import Answer, content_of
     from ownpath.engine.request import FinishReason
 
-    answer = AnswerText(session.tokenizer, args.stop)
+    answer = Answer(session.tokenizer, args.stop)
     while True:
         output = outputs.get()
         if output.error is not None:
             raise GenerationFailed(output.error)
         text = ""
         if output.token is not None and output.finish_reason is not FinishReason.STOP:
-            text = answer.feed(output.token.token_id)
+            text = content_of(answer.feed(output.token.token_id))
         if output.finish_reason is not None:
-            text += answer.finish()
+            text += content_of(answer.finish())
         if output.token is not None:
             yield f"{output.token.token_id}\n" if args.token_ids else text
         if answer.is_stopped:

@@ -4,6 +4,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from ownpath.chat.effort import RELEASES, release_of_folder
 from ownpath.commands.arguments import add_engine_arguments, add_model_argument
 
 if TYPE_CHECKING:
@@ -17,6 +18,11 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=_port, default=8000, help="port; 0 takes a free one (default: 8000)")
     parser.add_argument("--served-model-name", metavar="NAME", help="default: the model folder's name")
+    parser.add_argument(
+        "--chat-release",
+        choices=RELEASES,
+        help="whose words for reasoning_effort it knows (default: told by the folder)",
+    )
     add_engine_arguments(parser)
     return parser
 
@@ -29,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
 
     with open_session(args) as session:
         model_id = args.served_model_name or session.folder.resolve().name
-        app = create_app(session.engine, session.tokenizer, model_id)
+        release = args.chat_release or release_of_folder(session.folder)
+        app = create_app(session.engine, session.tokenizer, model_id, release=release)
         code = run_server(app, session.engine, args.host, args.port, model_id)
         for runner, kernel, num_modules, num_calls in session.ledger.summary():
             print(f"ran: {num_modules} modules on {runner} ({kernel}), {num_calls} calls", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +43,8 @@ def open_session(args: argparse.Namespace) -> Iterator[Session]:
     config = EngineConfig.for_device(args.device, args.max_model_len)
     config = replace(config, is_batch_invariant=args.batch_invariant)
     model = load_model(folder, config)
+    for line in model.contradictions:
+        print(f"warning: {line}; the tensors are believed", file=sys.stderr)
     if model.config.eos_token_id != tokenizer.eos_id:
         ids = f"eos_token_id {model.config.eos_token_id}, but the tokenizer's EOS is {tokenizer.eos_id}"
         raise ValueError(f"{folder}: config.json says {ids}")

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ownpath.chat.encode import BOS
+from ownpath.chat.markers import BOS
 from ownpath.chat.tokenizer import Tokenizer, TokenizerError
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.problems import Problem

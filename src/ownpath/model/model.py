@@ -17,6 +17,7 @@ class Model:
     """A loaded model. ``ledger`` counts which runner each module really ran on.
 
     lossless_casts: slots whose NVFP4 weights are MXFP4 weights written in another way.
+    contradictions: what config.json says of the formats and the tensors do not bear out.
     """
 
     config: ModelConfig
@@ -29,6 +30,7 @@ class Model:
     cache_spec: CacheSpec
     ledger: Ledger
     lossless_casts: tuple[str, ...] = ()
+    contradictions: tuple[str, ...] = ()
 
     def new_cache(self) -> SequenceCache:
         """Empty caches for one sequence of up to ``cache_spec.max_tokens`` tokens."""

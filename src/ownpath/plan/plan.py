@@ -15,6 +15,7 @@ from ownpath.checkpoint.names import model_params
 from ownpath.checkpoint.schema import Encoding, ModuleSpec, ParamSpec, check_census, check_param, detect
 from ownpath.config import ModelConfig
 from ownpath.formats import BF16, FP32, Format
+from ownpath.plan.claims import find_contradictions
 from ownpath.plan.opspec import CompanionSpec, OpKind, OpSpec, companion_ops, model_ops
 from ownpath.plan.select import Caps, Choice, Demands, Refusal, select
 
@@ -48,7 +49,10 @@ class PlannedCompanion:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every op in forward order, the tensors used as stored, and the keys left unread with the reason for each."""
+    """Every op in forward order, the tensors used as stored, and the keys left unread with the reason for each.
+
+    contradictions: what config.json says of the formats and the tensors do not bear out, a line each.
+    """
 
     config: ModelConfig
     caps: Caps
@@ -57,6 +61,7 @@ class Plan:
     companions: tuple[PlannedCompanion, ...]
     params: tuple[ParamSpec, ...]
     ignored: MappingProxyType[str, str]
+    contradictions: tuple[str, ...] = ()
 
     @property
     def decided(self) -> tuple["PlannedOp | PlannedCompanion", ...]:
@@ -99,7 +104,14 @@ def make_plan(config: ModelConfig, index: CheckpointIndex, caps: Caps, demands: 
         for module in op.spec.modules:
             consumed.update(op.encoding.keys(module.name))
     ignored = check_census(index, consumed)
-    return Plan(config, caps, demands, ops, companions, params, MappingProxyType(ignored))
+    contradictions = _contradictions(config, ops, index)
+    return Plan(config, caps, demands, ops, companions, params, MappingProxyType(ignored), contradictions)
+
+
+def _contradictions(config: ModelConfig, ops: tuple[PlannedOp, ...], index: CheckpointIndex) -> tuple[str, ...]:
+    experts = [(module, op.encoding) for op in ops if op.spec.kind is OpKind.MOE for module in op.spec.modules]
+    others = [(module, op.encoding) for op in ops if op.spec.kind is not OpKind.MOE for module in op.spec.modules]
+    return find_contradictions(config.claims, experts, others, index)
 
 
 def replan(plan: Plan, caps: Caps, demands: Demands) -> Plan:

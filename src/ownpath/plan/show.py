@@ -64,6 +64,7 @@ def plan_text(plan: Plan) -> str:
     for reason in dict.fromkeys(plan.ignored.values()):
         num_keys = sum(value == reason for value in plan.ignored.values())
         lines.append(f"not read: {num_keys} tensors ({reason})")
+    lines += [f"warning: {line}; the tensors are believed" for line in plan.contradictions]
     return "\n".join(lines)
 
 
@@ -91,6 +92,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "companions": [_companion_entry(op) for op in plan.companions],
         "params": params,
         "ignored": dict(plan.ignored),
+        "contradictions": list(plan.contradictions),
     }
 
 

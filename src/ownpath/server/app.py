@@ -15,9 +15,14 @@ from ownpath.server.body import Limits
 from ownpath.server.routes import Api
 
 
-def create_app(engine: Engine, tokenizer: Tokenizer, model_id: str, limits: Limits | None = None) -> Starlette:
-    """The server for one model. The engine must be started; the application stops it when it shuts down."""
-    api = Api(engine, tokenizer, model_id, int(time.time()), limits or Limits())
+def create_app(
+    engine: Engine, tokenizer: Tokenizer, model_id: str, limits: Limits | None = None, release: str = "v4"
+) -> Starlette:
+    """The server for one model. The engine must be started; the application stops it when it shuts down.
+
+    release: whose words for ``reasoning_effort`` the model knows; a key of ``effort.RELEASES``.
+    """
+    api = Api(engine, tokenizer, model_id, int(time.time()), limits or Limits(), release)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

@@ -2,9 +2,10 @@
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
 
+from ownpath.chat.parts import Arguments, CallStarted, Content, Malformed, Part, Reasoning
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.engine.request import SamplingParams, ScoredToken
 from ownpath.server.generation import Generation
@@ -42,7 +43,10 @@ async def chat_chunks(
         opening["prompt_token_ids"] = generation.prompts[0].ids
     yield opening
     async for delta in generation.deltas():
-        choice = _choice({"content": delta.text} if delta.text else {}, delta.finish_reason)
+        choice = _choice(_message_delta(delta.parts), delta.finish_reason)
+        for part in delta.parts:
+            if isinstance(part, Malformed):
+                choice["malformed"] = part.reason
         if request.logprobs and delta.token is not None:
             choice["logprobs"] = {"content": [_logprob_entry(delta.token, tokenizer)], "refusal": None}
         if request.return_token_ids and delta.token is not None:
@@ -55,22 +59,57 @@ async def chat_chunks(
 def fold_chat(chunks: Iterable[Chunk]) -> dict[str, Any]:
     """The chunks of one answer -> the ``chat.completion`` object."""
     answer: dict[str, Any] = {}
-    message = {"role": "assistant", "content": "", "refusal": None}
+    message: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
     choice: dict[str, Any] = {"index": 0, "message": message, "logprobs": None, "finish_reason": None}
     for chunk in chunks:
         answer |= chunk
         for part in chunk["choices"]:
-            message["content"] += part["delta"].get("content", "")
+            _extend_message(message, part["delta"])
             choice["finish_reason"] = part["finish_reason"] or choice["finish_reason"]
             if part["logprobs"] is not None:
                 choice["logprobs"] = choice["logprobs"] or {"content": [], "refusal": None}
                 choice["logprobs"]["content"] += part["logprobs"]["content"]
             if "token_ids" in part:
                 choice["token_ids"] = choice.get("token_ids", []) + part["token_ids"]
+            if "malformed" in part:
+                choice["malformed"] = part["malformed"]
+    if "tool_calls" in message and not message["content"]:
+        message["content"] = None
     return answer | {"object": "chat.completion", "choices": [choice]}
 
 
-def _choice(delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+def _message_delta(parts: Sequence[Part]) -> dict[str, Any]:
+    """What one step adds to the message, in the shape of a streamed delta."""
+    delta: dict[str, Any] = {}
+    calls: dict[int, dict[str, Any]] = {}
+    for part in parts:
+        if isinstance(part, Content):
+            delta["content"] = delta.get("content", "") + part.text
+        elif isinstance(part, Reasoning):
+            delta["reasoning_content"] = delta.get("reasoning_content", "") + part.text
+        elif isinstance(part, CallStarted):
+            function = {"name": part.name, "arguments": ""}
+            head = {"index": part.index, "id": f"call_{uuid.uuid4().hex}", "type": "function"}
+            calls[part.index] = {**head, "function": function}
+        elif isinstance(part, Arguments):
+            call = calls.setdefault(part.index, {"index": part.index, "function": {"arguments": ""}})
+            call["function"]["arguments"] += part.text
+    return delta | ({"tool_calls": list(calls.values())} if calls else {})
+
+
+def _extend_message(message: dict[str, Any], delta: dict[str, Any]) -> None:
+    for name in ("content", "reasoning_content"):
+        if name in delta:
+            message[name] = message.get(name, "") + delta[name]
+    for call in delta.get("tool_calls", []):
+        if "id" in call:
+            head = {"id": call["id"], "type": call["type"], "function": dict(call["function"])}
+            message.setdefault("tool_calls", []).append(head)
+        else:
+            message["tool_calls"][call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+
+
+def _choice(delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
     return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
 
 

@@ -30,7 +30,6 @@ _COMMON: Neutral = {
     "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
-    "response_format": ({"type": "text"},),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -41,16 +40,10 @@ _COMMON: Neutral = {
 }
 
 CHAT: Neutral = _COMMON | {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "thinking": ({"type": "disabled"},),
-    "reasoning_effort": ("none",),
     "reasoning": (),
     "chat_template": (),
-    "chat_template_kwargs": ({}, {"thinking": False}, {"enable_thinking": False}),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
     "documents": ([],),
@@ -67,17 +60,19 @@ CHAT: Neutral = _COMMON | {
     "safety_identifier": (),
 }
 
-COMPLETION: Neutral = _COMMON | {"suffix": ("",), "add_special_tokens": (), "prompt_embeds": ()}
+COMPLETION: Neutral = _COMMON | {
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "add_special_tokens": (),
+    "prompt_embeds": (),
+}
 
 MESSAGE: Neutral = {
     "name": (),
-    "tool_calls": ([],),
-    "tool_call_id": (),
     "function_call": (),
     "refusal": (),
     "audio": (),
     "annotations": ([],),
-    "reasoning_content": ("",),
     "reasoning": ("",),
 }
 

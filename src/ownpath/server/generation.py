@@ -8,8 +8,8 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
-from ownpath.chat.detokenize import AnswerText
-from ownpath.chat.tokenizer import Tokenizer
+from ownpath.chat.answer import Answer, content_of
+from ownpath.chat.parts import Part
 from ownpath.engine.engine import Engine, EngineOverloaded, EngineStopped
 from ownpath.engine.request import (
     FinishReason,
@@ -27,27 +27,32 @@ from ownpath.server.prompts import Prompt
 class Delta:
     """What one step adds to one choice.
 
-    text: new text, whole characters, nothing that belongs to a stop string.
+    parts: what is new of the answer, whole characters, nothing that belongs to a stop string.
     token: the step's token, also when its text is not to be shown yet or at all.
     text_offset: characters of generated text before that token.
     prompt: the scored prompt, once, if it was asked for.
-    finish_reason: "stop" or "length" with the last delta of the choice.
+    finish_reason: "stop", "length" or "tool_calls" with the last delta of the choice.
     """
 
     index: int
-    text: str
+    parts: tuple[Part, ...]
     token: ScoredToken | None
     text_offset: int
     prompt: tuple[ScoredToken, ...]
     finish_reason: str | None
 
+    @property
+    def text(self) -> str:
+        """The new text for people."""
+        return content_of(self.parts)
+
 
 class _Choice:
-    """One choice's way from tokens to text."""
+    """One choice's way from tokens to the parts of its answer."""
 
-    def __init__(self, index: int, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+    def __init__(self, index: int, answer: Answer) -> None:
         self._index = index
-        self._text = AnswerText(tokenizer, stops)
+        self._answer = answer
         self.num_tokens = 0
         self.is_finished = False
 
@@ -56,27 +61,33 @@ class _Choice:
         if output.finish_reason is FinishReason.ERROR:
             self.is_finished = True
             raise ApiError(500, output.error or "the generation failed")
-        offset, text = self._text.num_chars, ""
+        offset = self._answer.num_chars
+        parts: list[Part] = []
         self.num_tokens += output.token is not None
         # The token that ends the answer (EOS) is a marker, not text.
         if output.token is not None and output.finish_reason is not FinishReason.STOP:
-            text = self._text.feed(output.token.token_id)
+            parts += self._answer.feed(output.token.token_id)
         reason = output.finish_reason.value if output.finish_reason else None
-        if self._text.is_stopped:
+        if self._answer.is_stopped:
             reason = FinishReason.STOP.value
         elif reason is not None:
-            text += self._text.finish()
+            parts += self._answer.finish()
+        if reason == FinishReason.STOP.value and self._answer.asks_for_tools:
+            reason = "tool_calls"
         self.is_finished = reason is not None
-        return Delta(self._index, text, output.token, offset, output.prompt, reason)
+        return Delta(self._index, tuple(parts), output.token, offset, output.prompt, reason)
 
 
 class Generation:
-    """Submitted requests and the text that comes of them. ``close`` must be called; more than once is fine."""
+    """Submitted requests and the answers that come of them. ``close`` must be called; more than once is fine.
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, prompts: list[Prompt], stops: list[str]) -> None:
+    answers: one a prompt; they read what the model writes.
+    """
+
+    def __init__(self, engine: Engine, prompts: list[Prompt], answers: Sequence[Answer]) -> None:
         self.prompts = prompts
         self._engine = engine
-        self._choices = [_Choice(index, tokenizer, stops) for index in range(len(prompts))]
+        self._choices = [_Choice(index, answer) for index, answer in enumerate(answers)]
         self._requests: list[Request] = []
         self._outputs: asyncio.Queue[tuple[int, StepOutput]] = asyncio.Queue()
 

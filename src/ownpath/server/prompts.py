@@ -5,9 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ownpath.chat.detokenize import Detokenizer
-from ownpath.chat.encode import Message, encode_messages
-from ownpath.chat.tokenizer import Tokenizer, TokenizerError
-from ownpath.server.errors import ApiError, bad_request
+from ownpath.chat.effort import RELEASES
+from ownpath.chat.encode import Setting, encode_messages
+from ownpath.chat.messages import ChatFormatError
+from ownpath.chat.tokenizer import MissingMarkerError, Tokenizer, TokenizerError
+from ownpath.server.errors import ApiError, bad_request, shorten
 from ownpath.server.protocol import ChatRequest, CompletionRequest
 
 # Tokenising this much takes a millisecond or two; longer texts would hold up other requests.
@@ -29,14 +31,29 @@ class Prompt:
         return "".join(detokenizer.feed(token_id) for token_id in self.ids)
 
 
-async def chat_prompt(request: ChatRequest, tokenizer: Tokenizer, max_model_len: int) -> Prompt:
+async def chat_prompt(request: ChatRequest, tokenizer: Tokenizer, max_model_len: int, release: str) -> Prompt:
     """The conversation in the model's format. Errors: ApiError 400."""
-    messages = [Message(message.role, message.content) for message in request.messages]
-    num_chars = sum(len(message.content) for message in messages)
+    try:
+        segments = encode_messages([message.as_message() for message in request.messages], _setting(request, release))
+    except ChatFormatError as error:
+        raise bad_request(str(error), "messages") from None
+    num_chars = sum(len(segment) for segment in segments if isinstance(segment, str))
     _refuse_hopeless(num_chars, tokenizer, max_model_len, "messages")
-    ids = await _tokenise(lambda: tokenizer.encode_segments(encode_messages(messages)), num_chars, "messages")
+    ids = await _tokenise(lambda: tokenizer.encode_segments(segments), num_chars, "messages")
     _check_length(len(ids), max_model_len, "messages")
     return Prompt(ids)
+
+
+def _setting(request: ChatRequest, release: str) -> Setting:
+    """What surrounds the messages. Errors: ApiError 400."""
+    texts: dict[str | None, str] = {None: "", "none": ""}
+    texts.update(RELEASES[release])
+    if request.effort not in texts:
+        known = ", ".join(("none", *RELEASES[release]))
+        text = f"reasoning_effort: {shorten(request.effort)} is not known to this model's release ({release}): {known}"
+        raise bad_request(text, "reasoning_effort", "unsupported_value")
+    schema = None if request.response_format is None else request.response_format.schema_for_model()
+    return Setting(request.thinks, texts[request.effort], request.functions, schema)
 
 
 async def completion_prompts(
@@ -73,8 +90,15 @@ def _ids_prompt(ids: list[int], tokenizer: Tokenizer) -> Prompt:
 async def _tokenise(encode: Callable[[], list[int]], num_chars: int, param: str) -> list[int]:
     try:
         return encode() if num_chars <= _INLINE_CHARS else await asyncio.to_thread(encode)
+    except MissingMarkerError as error:
+        raise missing_marker(error) from None
     except TokenizerError as error:
         raise bad_request(f"{param}: {error}", param) from None
+
+
+def missing_marker(error: MissingMarkerError) -> ApiError:
+    """The request needs a token that this model does not have."""
+    return bad_request(f"this model's tokenizer has no token {error.marker!r}, which this request needs", "messages")
 
 
 def _refuse_hopeless(num_chars: int, tokenizer: Tokenizer, max_model_len: int, param: str) -> None:

@@ -2,22 +2,25 @@
 
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from ownpath.engine.request import MAX_TEMPERATURE, MAX_TOP_LOGPROBS
 from ownpath.server import fields
+from ownpath.server.conversation import (
+    ChatMessage,
+    ResponseFormat,
+    Strict,
+    TemplateOptions,
+    Thinking,
+    ToolChoice,
+    Tools,
+)
 from ownpath.server.errors import ApiError, bad_request, shorten
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 _MAX_INT = 2**31 - 1
 _SEED_LIMIT = 2**63
-
-
-class _Strict(BaseModel):
-    """Strict types (no "1" for 1, no true for 1), finite numbers, no unnamed fields."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _stops(value: Any) -> list[str]:
@@ -49,46 +52,23 @@ def _is_token_ids(value: list[Any]) -> bool:
     return bool(value) and all(type(item) is int and 0 <= item <= _MAX_INT for item in value)
 
 
-def _content(value: Any) -> str:
-    """Text, or text parts joined as the format joins the parts of a turn."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not value:
-        raise ValueError("must be a string or a non-empty list of text parts")
-    for index, part in enumerate(value):
-        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise ValueError(f"part {index} must be an object with a type")
-        if part["type"] != "text":
-            raise ValueError(f"part {index} is of type {shorten(part['type'])}; only text is supported yet")
-        if not isinstance(part.get("text"), str) or len(part) != 2:
-            raise ValueError(f"part {index} must have exactly the fields type and text")
-    return "\n\n".join(part["text"] for part in value)
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """What a stream ends with."""
 
     include_usage: bool = False
 
 
-class _GenerationRequest(_Strict):
+class _GenerationRequest(Strict):
     model: str | None = None
     max_tokens: int | None = Field(None, ge=0, le=_MAX_INT)
     temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE)
     top_p: float = Field(1.0, gt=0, le=1)
     seed: int | None = Field(None, ge=-_SEED_LIMIT, lt=_SEED_LIMIT)
-    stop: Annotated[list[str], BeforeValidator(_stops)] = []
+    stop: Annotated[list[str], BeforeValidator(_stops)] = Field(default_factory=list)
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
     user: str | None = None
-
-
-class ChatMessage(_Strict):
-    """One turn of the conversation; a list of text parts has become one text."""
-
-    role: str
-    content: Annotated[str, BeforeValidator(_content)]
 
 
 class ChatRequest(_GenerationRequest):
@@ -99,6 +79,36 @@ class ChatRequest(_GenerationRequest):
     max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_INT)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    tools: Tools = Field(default_factory=list)
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
+    thinking: Thinking | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: TemplateOptions = TemplateOptions()
+    response_format: ResponseFormat | None = None
+
+    @property
+    def functions(self) -> tuple[dict[str, Any], ...]:
+        """The functions that the model is told about: with ``tool_choice`` "none" it is told of none."""
+        return () if self.tool_choice == "none" else tuple(tool.function for tool in self.tools)
+
+    @property
+    def effort(self) -> str | None:
+        """The word for how hard to think, "none" included; None without one."""
+        return self.reasoning_effort or self.chat_template_kwargs.reasoning_effort
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the answer opens with reasoning: only if something asks for it."""
+        return True in self.thinking_wishes()
+
+    def thinking_wishes(self) -> set[bool | None]:
+        """What the fields say about thinking, each for itself; None says nothing."""
+        options = self.chat_template_kwargs
+        by_type = None if self.thinking is None else self.thinking.type == "enabled"
+        words = (self.reasoning_effort, options.reasoning_effort)
+        by_word = [None if word is None else word != "none" for word in words]
+        return {by_type, options.thinking, options.enable_thinking, *by_word}
 
 
 class CompletionRequest(_GenerationRequest):
@@ -138,16 +148,28 @@ def read_completion_request(body: dict[str, Any]) -> CompletionRequest:
 def _check_chat(request: ChatRequest) -> None:
     _check_stream_options(request)
     for index, message in enumerate(request.messages):
-        if message.role not in ("system", "user", "assistant"):
-            param = f"messages.{index}.role"
-            raise bad_request(f"{param}: {shorten(message.role)} is not supported yet", param, "unsupported_value")
-    if request.messages[-1].role != "user":
-        raise bad_request("messages: the last message must be the user's", "messages")
+        message.check(f"messages.{index}.")
+    if request.messages[-1].role not in ("user", "tool"):
+        raise bad_request("messages: the last message must be the user's or a tool's", "messages")
+    _check_thinking(request)
+    if request.response_format is not None:
+        request.response_format.check()
+    if request.functions and not request.parallel_tool_calls:
+        text = "parallel_tool_calls: false cannot be promised: the model may call several tools"
+        raise bad_request(text, "parallel_tool_calls", "unsupported_value")
     if request.top_logprobs is not None and not request.logprobs:
         raise bad_request("top_logprobs: needs logprobs to be true", "top_logprobs")
     given = (request.max_tokens, request.max_completion_tokens)
     if None not in given and given[0] != given[1]:
         raise bad_request("max_tokens and max_completion_tokens contradict each other", "max_tokens")
+
+
+def _check_thinking(request: ChatRequest) -> None:
+    if request.thinking_wishes() >= {True, False}:
+        raise bad_request("thinking, reasoning_effort and chat_template_kwargs contradict each other", "thinking")
+    if request.chat_template_kwargs.reasoning_effort not in (None, request.effort):
+        text = "reasoning_effort and chat_template_kwargs.reasoning_effort contradict each other"
+        raise bad_request(text, "reasoning_effort")
 
 
 def _check_stream_options(request: _GenerationRequest) -> None:

@@ -7,13 +7,15 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ownpath.chat.tokenizer import Tokenizer
+from ownpath.chat.answer import Answer
+from ownpath.chat.parse import AnswerParser
+from ownpath.chat.tokenizer import MissingMarkerError, Tokenizer
 from ownpath.engine.engine import Engine
 from ownpath.server import chat, completions
 from ownpath.server.body import Limits, read_json_object
 from ownpath.server.errors import ApiError, shorten
 from ownpath.server.generation import Generation
-from ownpath.server.prompts import chat_prompt, completion_prompts
+from ownpath.server.prompts import chat_prompt, completion_prompts, missing_marker
 from ownpath.server.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -27,13 +29,18 @@ Chunk = dict[str, Any]
 
 @dataclass(frozen=True)
 class Api:
-    """What every endpoint works with. ``created`` is when the model was loaded, in seconds since 1970."""
+    """What every endpoint works with.
+
+    created: when the model was loaded, in seconds since 1970.
+    release: whose words for ``reasoning_effort`` the model knows; a key of ``effort.RELEASES``.
+    """
 
     engine: Engine
     tokenizer: Tokenizer
     model_id: str
     created: int
     limits: Limits
+    release: str
 
     async def health(self, request: Request) -> Response:
         """``GET /health``: whether requests can still be run."""
@@ -54,8 +61,9 @@ class Api:
         asked = read_chat_request(await read_json_object(request, self.limits))
         self._check_model(asked.model)
         max_model_len = self.engine.config.max_model_len
-        prompt = await chat_prompt(asked, self.tokenizer, max_model_len)
-        generation = Generation(self.engine, self.tokenizer, [prompt], asked.stop)
+        answer = self._chat_answer(asked)
+        prompt = await chat_prompt(asked, self.tokenizer, max_model_len, self.release)
+        generation = Generation(self.engine, [prompt], [answer])
         generation.submit(chat.sampling_params(asked, prompt, max_model_len))
         chunks = chat.chat_chunks(asked, generation, self.tokenizer, self.model_id)
         return await self._answer(request, asked, generation, chunks, chat.fold_chat)
@@ -66,7 +74,7 @@ class Api:
         self._check_model(asked.model)
         max_model_len = self.engine.config.max_model_len
         prompts = await completion_prompts(asked, self.tokenizer, max_model_len, self.limits.max_prompts)
-        generation = Generation(self.engine, self.tokenizer, prompts, asked.stop)
+        generation = Generation(self.engine, prompts, [Answer(self.tokenizer, asked.stop) for _ in prompts])
         generation.submit(completions.sampling_params(asked, prompts, max_model_len))
         chunks = completions.completion_chunks(asked, generation, self.tokenizer, self.model_id)
         return await self._answer(request, asked, generation, chunks, completions.fold_completion)
@@ -87,6 +95,14 @@ class Api:
             return JSONResponse(fold(await until_disconnect(request.receive, _collect(chunks))))
         finally:
             generation.close()
+
+    def _chat_answer(self, asked: ChatRequest) -> Answer:
+        """Reads for the parts that the request opens the way to. Errors: ApiError 400."""
+        parser = AnswerParser(asked.thinks, offers_tools=bool(asked.functions))
+        try:
+            return Answer(self.tokenizer, asked.stop, parser)
+        except MissingMarkerError as error:
+            raise missing_marker(error) from None
 
     def _model(self) -> dict[str, Any]:
         return {

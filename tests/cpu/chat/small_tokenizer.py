@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ownpath.chat.encode import SPECIALS, THINK_END, THINK_START
+from ownpath.chat.markers import DSML, SPECIALS, THINK_END, THINK_START
 from ownpath.chat.tokenizer import Tokenizer
 
 FIRST_BYTE_ID = 16
@@ -40,7 +40,7 @@ def tokenizer_spec(
             "lstrip": False,
             "rstrip": False,
             "normalized": False,
-            "special": text not in (THINK_START, THINK_END),
+            "special": text not in (THINK_START, THINK_END, DSML),
         }
         for text, token_id in specials.items()
     ]
@@ -69,5 +69,5 @@ def tokenizer_spec(
 
 
 def small_tokenizer(add_bos: bool = False) -> Tokenizer:
-    """Ids 0..5: the format's special tokens in ``SPECIALS``' order; 16 + b: byte b; then one id per merge."""
+    """Ids 0..14: the format's special tokens in ``SPECIALS``' order; 16 + b: byte b; then one id per merge."""
     return Tokenizer(tokenizer_spec(), add_bos)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as BackendTokenizer
 
-from ownpath.chat.detokenize import AnswerText, Detokenizer, StopMatcher
+from ownpath.chat.answer import Answer, content_of
+from ownpath.chat.detokenize import Detokenizer, StopMatcher
 
 TOKENIZER = small_tokenizer()
 BACKEND = BackendTokenizer.from_str(json.dumps(tokenizer_spec()))
@@ -114,10 +115,17 @@ def test_text_is_held_back_only_while_it_can_become_a_stop_string() -> None:
 
 
 def test_an_answer_stops_across_token_boundaries() -> None:
-    answer = AnswerText(TOKENIZER, ["lo w"])
+    answer = Answer(TOKENIZER, ["lo w"])
     ids = TOKENIZER.encode_text("hello world")
     assert len(ids) < len("hello world"), "the merges make multi-character tokens"
-    assert "".join(answer.feed(i) for i in ids) == "hel"
+    assert "".join(content_of(answer.feed(i)) for i in ids) == "hel"
     assert answer.is_stopped
-    assert answer.feed(ids[0]) == ""
-    assert answer.finish() == ""
+    assert answer.feed(ids[0]) == []
+    assert answer.finish() == []
+
+
+def test_a_marker_ends_an_unfinished_character() -> None:
+    detokenizer = Detokenizer(TOKENIZER)
+    assert detokenizer.feed(byte_ids(b"\xe2")[0]) == ""
+    assert detokenizer.flush() == "\ufffd"
+    assert "".join(detokenizer.feed(i) for i in byte_ids("€".encode())) == "€", "nothing of it is left"

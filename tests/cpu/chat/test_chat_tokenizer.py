@@ -9,8 +9,9 @@ from cpu.chat.small_tokenizer import FIRST_BYTE_ID, NUM_TOKENS, small_tokenizer,
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ownpath.chat.encode import BOS, EOS, USER
-from ownpath.chat.tokenizer import Tokenizer, TokenizerError
+import ownpath
+from ownpath.chat.markers import BOS, EOS, SPECIALS, USER
+from ownpath.chat.tokenizer import MissingMarkerError, Tokenizer, TokenizerError
 
 TOKENIZER = small_tokenizer()
 
@@ -114,3 +115,15 @@ def test_an_unreadable_file_is_refused_with_its_name(content: bytes, tmp_path: P
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
         Tokenizer.from_folder(tmp_path)
+
+
+def test_the_embedded_model_has_every_marker() -> None:
+    tokenizer = Tokenizer.from_folder(Path(ownpath.__file__).parent / "assets" / "tiny-v4")
+    assert len({tokenizer.special_id(marker) for marker in SPECIALS}) == len(SPECIALS)
+
+
+def test_a_missing_marker_is_named() -> None:
+    spec = tokenizer_spec(specials={BOS: 0, EOS: 1})
+    with pytest.raises(MissingMarkerError) as caught:
+        Tokenizer(spec).special_id(USER)
+    assert caught.value.marker == USER

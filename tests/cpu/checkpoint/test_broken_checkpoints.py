@@ -14,8 +14,9 @@ from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.schema import MODELOPT_NVFP4
 from ownpath.checkpoint.writer import INDEX_NAME, write_checkpoint
 from ownpath.config import ConfigError, EngineConfig
-from ownpath.loading import load_model
+from ownpath.loading import load_model, plan_model
 from ownpath.numerics import quantize_nvfp4
+from ownpath.plan.show import plan_text
 
 Tensors = dict[str, torch.Tensor]
 EXPERT = "layers.1.ffn.experts.3.w2"
@@ -86,9 +87,33 @@ def test_an_unexpected_tensor_is_named(folder: Path) -> None:
         load(folder)
 
 
+DRAFTS: Tensors = {
+    "mtp.0.enorm.weight": torch.zeros(2),
+    "mtp.0.ffn.experts.0.w1.weight": torch.zeros(4, 16, dtype=torch.int8),
+    "mtp.0.ffn.experts.0.w1.scale": torch.zeros(4, 1, dtype=torch.float8_e8m0fnu),
+    "mtp.1.ffn.experts.0.w1.weight_scale_2": torch.tensor(0.5),
+    "mtp.2.main_proj.weight": torch.zeros(2, 2, dtype=torch.bfloat16),
+    "mtp.2.markov_head.weight": torch.zeros(3),
+}
+
+
 def test_draft_modules_stay_unread_for_a_stated_reason(folder: Path) -> None:
-    change_tensors(folder, lambda tensors: tensors.update({"mtp.0.enorm.weight": torch.zeros(2)}))
+    """Drafts in any format, as MTP and DSpark releases have them; DSpark's ratios go three entries past the layers."""
+    fields = json.loads((folder / "config.json").read_text())
+    dspark = {"compress_ratios": [0, 4, 0, 0, 0], "num_nextn_predict_layers": 1, "dspark_block_size": 5}
+    (folder / "config.json").write_text(json.dumps(fields | dspark))
+    change_tensors(folder, lambda tensors: tensors.update(DRAFTS))
     load(folder)
+    plan = plan_model(folder, "cpu")
+    assert plan.config.compress_ratios == (0, 4)
+    assert set(plan.ignored) == set(DRAFTS)
+    assert "not read: 6 tensors (draft module (MTP or DSpark): not part of the backbone's forward)" in plan_text(plan)
+
+
+def test_a_draft_outside_its_place_is_no_draft(folder: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors.update({"mtp.enorm.weight": torch.zeros(2)}))
+    with pytest.raises(CheckpointError, match=r"'mtp.enorm.weight' .*nothing in this model reads it"):
+        load(folder)
 
 
 def scaled(key: str, value: float) -> Callable[[Tensors], None]:
@@ -229,6 +254,11 @@ def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
     [
         ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "runs DeepseekV4ForCausalLM only"),
         ({"architectures": ["DeepseekV41ForCausalLM"], "model_type": "deepseek_v41"}, "a different model"),
+        ({"architectures": ["DeepseekV41ForCausalLM"], "model_type": None}, r"DeepSeek-V4\.1 shares KV across layers"),
+        ({"architectures": None, "model_type": "deepseek_v3"}, r"DeepSeek-V3 and R1 have latent attention"),
+        ({"architectures": ["DeepseekV32ForCausalLM"], "model_type": None}, r"V3\.2 is V3 with a sparse indexer"),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "Llama is a dense model"),
+        ({"architectures": [3, {}], "model_type": ["x"]}, "no DeepSeek model that ownpath knows"),
         ({"compress_ratios": [0, 5]}, r"compress_ratios\[1\] is 5"),
         ({"compress_ratios": [0]}, "at least 2 entries"),
         ({"hidden_size": "64"}, "hidden_size must be an integer"),

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from support.checkpoints import random_checkpoint
 
 from ownpath.checkpoint.errors import CheckpointError
+from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.checkpoint.schema import ModuleSpec, detect
 from ownpath.checkpoint.writer import INDEX_NAME, write_checkpoint
 from ownpath.config import EngineConfig
 from ownpath.formats import FP8_BLOCK, MXFP4
@@ -170,3 +172,9 @@ def test_a_nan_scale_is_named(folder: Path) -> None:
     rewrite(folder, change)
     with pytest.raises(CheckpointError, match=rf"'{key}' .*block scale \[7, 1\] is NaN"):
         load_model(folder, EngineConfig(max_model_len=64))
+
+
+def test_a_block_is_whole_or_an_error(folder: Path) -> None:
+    index = CheckpointIndex.open(folder)
+    with pytest.raises(CheckpointError, match=r"w2.weight'.*MXFP4 cannot hold a width of 48: its blocks are 32 wide"):
+        detect(index, ModuleSpec(f"{EXPERT}.w2", (64, 48)))

@@ -14,7 +14,8 @@ from cpu.chat.small_tokenizer import NUM_TOKENS, small_tokenizer
 from cpu.engine.fake_model import FakeModel, random_rule, script_rule
 from starlette.applications import Starlette
 
-from ownpath.chat.encode import Message, encode_messages
+from ownpath.chat.encode import encode_messages
+from ownpath.chat.messages import Message
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.config import EngineConfig
 from ownpath.engine.engine import Engine
@@ -109,14 +110,16 @@ def harness(
     limits: Limits | None = None,
     max_num_queued: int = 64,
     device: str = "cpu",
+    max_model_len: int = MAX_MODEL_LEN,
+    release: str = "v4",
 ) -> Iterator[Harness]:
     """Default model: reproducible random logits that never end an answer by themselves."""
-    model = model or FakeModel(random_rule(VOCAB), VOCAB, MAX_MODEL_LEN)
-    config = EngineConfig(device, max_model_len=MAX_MODEL_LEN, max_num_seqs=8, max_prefill_tokens=64)
+    model = model or FakeModel(random_rule(VOCAB), VOCAB, max_model_len)
+    config = EngineConfig(device, max_model_len=max_model_len, max_num_seqs=8, max_prefill_tokens=64)
     engine = Engine(model, config, tokenizer.num_tokens, max_num_queued)
     engine.start()
     try:
-        yield Harness(create_app(engine, tokenizer, MODEL_ID, limits), engine, model, tokenizer)
+        yield Harness(create_app(engine, tokenizer, MODEL_ID, limits, release), engine, model, tokenizer)
     finally:
         engine.stop()
 

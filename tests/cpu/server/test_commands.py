@@ -1,5 +1,6 @@
 """``ownpath generate`` and ``ownpath serve``, as people start them."""
 
+import asyncio
 import functools
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -17,7 +19,8 @@ import torch
 from cpu.chat.small_tokenizer import small_tokenizer, tokenizer_spec
 from cpu.server.model_folder import write_model_folder
 
-from ownpath.chat.encode import Message, encode_messages
+from ownpath.chat.encode import encode_messages
+from ownpath.chat.messages import Message
 from ownpath.cli import main
 from ownpath.commands import session
 from ownpath.model.model import Model
@@ -121,7 +124,14 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, capsys: pytest.
 
 @pytest.mark.parametrize(
     "args",
-    [[], ["dance"], ["generate"], ["serve", "--port", "70000"], ["generate", "a", "--max-model-len", "0"]],
+    [
+        [],
+        ["dance"],
+        ["generate"],
+        ["serve", "--port", "70000"],
+        ["serve", "--chat-release", "v3"],
+        ["generate", "a", "--max-model-len", "0"],
+    ],
 )
 def test_wrong_usage_explains_itself(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -192,6 +202,28 @@ def test_a_port_in_use_is_an_error(folder: Path) -> None:
     assert done.returncode == 1
     assert "address already in use" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("options", "known"), [([], "none, high, max"), (["0813"], "none, low, high, max")])
+def test_the_release_of_the_chat_format_is_an_option(
+    options: list[str], known: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A word of no release is refused with those that this one has."""
+    told = []
+
+    def run_server(app: Any, *_: object) -> int:
+        async def ask() -> httpx.Response:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+                fields = {"messages": [{"role": "user", "content": "a"}], "reasoning_effort": "huge"}
+                return await client.post("/v1/chat/completions", json=fields)
+
+        told.append(asyncio.run(ask()).json()["error"]["message"])
+        return 0
+
+    monkeypatch.setattr("ownpath.server.run.run_server", run_server)
+    arguments = ["serve", str(folder), "--max-model-len", "256", *(["--chat-release", *options] if options else [])]
+    assert main(arguments) == 0
+    assert told[0].endswith(f": {known}")
 
 
 @pytest.mark.parametrize("order", ["before", "between", "after"])

@@ -9,6 +9,7 @@ import pytest
 from cpu.server.harness import HELLO
 
 from ownpath.server import fields
+from ownpath.server.conversation import CalledFunction, CallInMessage, ChatMessage, TemplateOptions
 from ownpath.server.errors import ApiError
 from ownpath.server.protocol import (
     MAX_STOP_CHARS,
@@ -22,6 +23,8 @@ from ownpath.server.protocol import (
 
 CHAT: dict[str, Any] = {"messages": HELLO}
 COMPLETION: dict[str, Any] = {"prompt": "hello"}
+CALL: dict[str, Any] = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
 
 
 def refusal(read: Any, body: dict[str, Any]) -> ApiError:
@@ -51,10 +54,9 @@ def test_defaults_of_what_is_not_supported_are_accepted(read: Any, base: Any, na
     ("name", "value"),
     [
         ("n", 2), ("n", True), ("n", 0), ("best_of", 2), ("presence_penalty", 0.5), ("frequency_penalty", -1),
-        ("logit_bias", {"5": 1}), ("tools", [{"type": "function"}]), ("tool_choice", "required"),
-        ("response_format", {"type": "json_object"}), ("reasoning_effort", "high"), ("top_k", 5), ("min_p", 0.1),
-        ("ignore_eos", True), ("stop_token_ids", [5]), ("thinking", {"type": "enabled"}), ("functions", [{}]),
-        ("chat_template", "{{x}}"), ("chat_template_kwargs", {"thinking": True}), ("echo", True), ("priority", False),
+        ("logit_bias", {"5": 1}), ("top_k", 5), ("min_p", 0.1), ("function_call", {"name": "f"}), ("verbosity", "low"),
+        ("ignore_eos", True), ("stop_token_ids", [5]), ("functions", [{}]), ("reasoning", {"effort": "high"}),
+        ("chat_template", "{{x}}"), ("echo", True), ("priority", False), ("web_search_options", {}),
         ("modalities", ["text", "audio"]), ("store", True), ("metadata", {"a": "b"}), ("guided_json", {}),
         ("prompt_logprobs", 1), ("min_tokens", 3), ("skip_special_tokens", False),
     ],
@@ -130,13 +132,19 @@ def test_the_four_forms_of_a_prompt(prompt: Any, prompts: Any) -> None:
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "messages.0.content"),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages.0.content"),
         ([{"role": "user", "content": [{"type": "text", "text": "a", "more": 1}]}], "messages.0.content"),
-        ([{"role": "tool", "content": "a"}], "messages.0.role"),
+        ([{"role": "tool", "content": "a"}], "messages.0.tool_call_id"),
         ([{"role": "developer", "content": "a"}, *HELLO], "messages.0.role"),
         ([{"role": 5, "content": "a"}], "messages.0.role"),
         ([{"role": "user", "content": "a", "name": "Ann"}], "messages.0.name"),
         ([{"role": "user", "content": "a", "typo": 1}], "messages.0.typo"),
-        ([{"role": "assistant", "content": "a", "tool_calls": [{}]}, *HELLO], "messages.0.tool_calls"),
-        ([{"role": "assistant", "content": "a", "reasoning_content": "b"}, *HELLO], "messages.0.reasoning_content"),
+        ([{"role": "assistant", "content": "a", "tool_calls": [{}]}, *HELLO], "messages.0.tool_calls.0.id"),
+        ([{"role": "assistant", "tool_calls": [CALL | {"typo": 1}]}, *HELLO], "messages.0.tool_calls.0.typo"),
+        ([{"role": "assistant", "tool_calls": [CALL | {"type": "custom"}]}, *HELLO], "messages.0.tool_calls.0.type"),
+        ([{"role": "assistant", "reasoning_content": "a"}, *HELLO], "messages.0.content"),
+        ([{"role": "user", "content": "a", "tool_calls": [CALL]}], "messages.0.tool_calls"),
+        ([{"role": "user", "content": "a", "tool_call_id": "c"}], "messages.0.tool_call_id"),
+        ([{"role": "user", "content": "a", "reasoning_content": "b"}], "messages.0.reasoning_content"),
+        ([{"role": "assistant", "content": "a", "reasoning": "b"}, *HELLO], "messages.0.reasoning"),
         ([*HELLO, {"role": "assistant", "content": "a"}], "messages"),
         ([*HELLO, {"role": "system", "content": "a"}], "messages"),
     ],
@@ -196,6 +204,90 @@ def test_integers_are_numbers() -> None:
 def test_the_documentation_names_every_field() -> None:
     text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(\w+)`", text))
-    honoured = {*ChatRequest.model_fields, *CompletionRequest.model_fields, *StreamOptions.model_fields}
+    models = (
+        ChatRequest,
+        CompletionRequest,
+        StreamOptions,
+        ChatMessage,
+        TemplateOptions,
+        CallInMessage,
+        CalledFunction,
+    )
+    honoured = {name for model in models for name in model.model_fields}
     refused = {*fields.CHAT, *fields.COMPLETION, *fields.MESSAGE, *fields.STREAM_OPTIONS}
     assert honoured | refused <= named, (honoured | refused) - named
+
+
+def tool(**function: Any) -> list[dict[str, Any]]:
+    return [{"type": "function", "function": {"name": "f"} | function}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"tools": [{"type": "custom", "function": {"name": "f"}}]}, "tools.0.type"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools.0.function"),
+        ({"tools": tool(name='a"b')}, "tools.0.function"),
+        ({"tools": tool(typo=1)}, "tools.0.function"),
+        ({"tools": tool(parameters=[])}, "tools.0.function"),
+        ({"tools": tool(strict=True)}, "tools.0.function"),
+        ({"tools": [TOOL, TOOL]}, "tools"),
+        ({"tools": "f"}, "tools"),
+        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"tools": [TOOL], "parallel_tool_calls": False}, "parallel_tool_calls"),
+        ({"thinking": {"type": "auto"}}, "thinking.type"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 5}}, "thinking.budget_tokens"),
+        ({"thinking": {"type": "enabled"}, "reasoning_effort": "none"}, "thinking"),
+        ({"thinking": {"type": "disabled"}, "reasoning_effort": "high"}, "thinking"),
+        ({"chat_template_kwargs": {"thinking": True, "enable_thinking": False}}, "thinking"),
+        ({"chat_template_kwargs": {"reasoning_effort": "max"}, "reasoning_effort": "high"}, "reasoning_effort"),
+        ({"chat_template_kwargs": {"typo": 1}}, "chat_template_kwargs.typo"),
+        ({"reasoning_effort": 1}, "reasoning_effort"),
+        ({"response_format": {"type": "grammar"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_object", "json_schema": {"schema": {}}}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "strict": True}}},
+            "response_format.json_schema.strict",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "description": "a"}}},
+            "response_format.json_schema.description",
+        ),
+    ],
+)
+def test_what_tools_and_thinking_cannot_be_asked_for(changes: dict[str, Any], param: str) -> None:
+    assert refusal(read_chat_request, CHAT | changes).param == param
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tools": [], "tool_choice": "auto", "parallel_tool_calls": False},
+        {"thinking": {"type": "disabled"}, "reasoning_effort": "none"},
+        {"chat_template_kwargs": {"thinking": False, "enable_thinking": False}},
+        {"response_format": {"type": "text"}},
+        {"tools": [TOOL], "tool_choice": "none"},
+    ],
+)
+def test_what_asks_for_nothing_gets_a_plain_answer(changes: dict[str, Any]) -> None:
+    request = read_chat_request(CHAT | changes)
+    assert (request.thinks, request.functions) == (False, ())
+    assert request.response_format is None or request.response_format.schema_for_model() is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"thinking": {"type": "enabled"}},
+        {"chat_template_kwargs": {"thinking": True}},
+        {"chat_template_kwargs": {"enable_thinking": True}},
+        {"chat_template_kwargs": {"reasoning_effort": "max"}},
+        {"reasoning_effort": "high"},
+        {"reasoning_effort": "high", "thinking": {"type": "enabled"}},
+    ],
+)
+def test_the_ways_to_ask_for_thinking(changes: dict[str, Any]) -> None:
+    assert read_chat_request(CHAT | changes).thinks

@@ -1,0 +1,102 @@
+"""Tools in DeepSeek-V4's markup: the block that offers them, and calls as an answer writes them.
+
+    <｜DSML｜tool_calls>
+    <｜DSML｜invoke name="NAME">
+    <｜DSML｜parameter name="KEY" string="true">text as it is</｜DSML｜parameter>
+    <｜DSML｜parameter name="KEY" string="false">any other JSON value</｜DSML｜parameter>
+    </｜DSML｜invoke>
+    </｜DSML｜tool_calls>
+
+``｜DSML｜`` is one token. There is no escape for a quotation mark in a name.
+
+Source: the format's public description, ``encoding/README.md`` in the DeepSeek-V4 model repositories.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ownpath.chat.markers import Segment, segments_of
+from ownpath.chat.messages import ChatFormatError, ToolCall
+
+_OFFER = segments_of("""\
+## Tools
+
+You have access to a set of tools to help answer the user's question. You can invoke tools by writing a \
+"<｜DSML｜tool_calls>" block like the following:
+
+<｜DSML｜tool_calls>
+<｜DSML｜invoke name="$TOOL_NAME">
+<｜DSML｜parameter name="$PARAMETER_NAME" string="true|false">$PARAMETER_VALUE</｜DSML｜parameter>
+...
+</｜DSML｜invoke>
+<｜DSML｜invoke name="$TOOL_NAME2">
+...
+</｜DSML｜invoke>
+</｜DSML｜tool_calls>
+
+String parameters should be specified as is and set `string="true"`. For all other types (numbers, booleans, arrays, \
+objects), pass the value in JSON format and set `string="false"`.
+
+If thinking_mode is enabled (triggered by <think>), you MUST output your complete reasoning inside <think>...</think> \
+BEFORE any tool calls or final response.
+
+Otherwise, output directly after </think> with tool calls or final response.
+
+### Available Tool Schemas
+
+""")
+_OFFER_END = "\n\nYou MUST strictly follow the above defined tool name and parameter schemas to invoke tool calls.\n"
+
+
+def write_json(value: Any) -> str:
+    """JSON as the format spells it: on one line, characters as they are.
+
+    Errors: ChatFormatError for what JSON lacks.
+    """
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:  # infinite, or an integer too long to spell
+        raise ChatFormatError(f"a value cannot be written as JSON ({error})") from None
+
+
+def offer_tools(functions: Sequence[Mapping[str, Any]]) -> list[Segment]:
+    """The block that tells the model about tools: each function's object is one line of JSON."""
+    return [*_OFFER, "\n".join(write_json(function) for function in functions), _OFFER_END]
+
+
+def write_calls(calls: Sequence[ToolCall]) -> list[Segment]:
+    """The block of calls behind an answer's content. Errors: ChatFormatError."""
+    segments = segments_of("\n\n<｜DSML｜tool_calls>\n")
+    for call in calls:
+        _check_name(call.name)
+        segments += [*segments_of('<｜DSML｜invoke name="'), call.name, '">\n']
+        parameters = [_write_parameter(name, value) for name, value in _arguments(call).items()]
+        for index, parameter in enumerate(parameters):
+            segments += [*(["\n"] if index else []), *parameter]
+        segments += segments_of("\n</｜DSML｜invoke>\n")
+    return segments + segments_of("</｜DSML｜tool_calls>")
+
+
+def _write_parameter(name: str, value: Any) -> list[Segment]:
+    _check_name(name)
+    is_text = isinstance(value, str)
+    opening = f'" string="{"true" if is_text else "false"}">'
+    text = value if is_text else write_json(value)
+    return [*segments_of('<｜DSML｜parameter name="'), name, opening, text, *segments_of("</｜DSML｜parameter>")]
+
+
+def _arguments(call: ToolCall) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call.arguments)
+        write_json(arguments)  # NaN and Infinity are Python's, not JSON's
+    except (ValueError, RecursionError) as error:
+        raise ChatFormatError(f"the arguments of the call of {call.name!r} are not JSON ({error})") from None
+    if not isinstance(arguments, dict):
+        raise ChatFormatError(f"the arguments of the call of {call.name!r} must be a JSON object")
+    return arguments
+
+
+def _check_name(name: str) -> None:
+    if '"' in name:
+        raise ChatFormatError(f"the format cannot write the name {name!r}: it holds a quotation mark")

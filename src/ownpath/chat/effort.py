@@ -1,0 +1,49 @@
+"""How hard to think, as each release was taught to be told: words, and the text that a word puts before everything.
+
+The refresh of 31 July moved the scale by one: the text of the first release's strongest word became that of "high".
+
+Source: ``encoding/`` in the model repositories of each release.
+"""
+
+import json
+from pathlib import Path
+
+_ABSOLUTE = """\
+Reasoning Effort: Absolute maximum with no shortcuts permitted.
+You MUST be very thorough in your thinking and comprehensively decompose the problem to resolve the root cause, \
+rigorously stress-testing your logic against all potential paths, edge cases, and adversarial scenarios.
+Explicitly write out your entire deliberation process, documenting every intermediate step, considered alternative, \
+and rejected hypothesis to ensure absolutely no assumption is left unchecked.
+
+"""
+_BEYOND = """\
+Reasoning Effort: Beyond maximum — exhaustive, relentless, and uncompromising.
+You MUST reason with the utmost depth and rigor, leaving absolutely nothing to chance: exhaustively decompose the \
+problem into its most fundamental components, trace every causal chain to its root, and resolve the underlying cause \
+rather than any surface symptom.
+Do not stop reasoning until you have independently verified the solution from multiple angles and are certain that no \
+assumption remains unchecked and no error remains undiscovered.
+
+"""
+
+RELEASES: dict[str, dict[str, str]] = {
+    "v4": {"high": "", "max": _ABSOLUTE},
+    "0731": {"low": "", "high": _ABSOLUTE, "max": _BEYOND},
+    "0813": {"low": "", "high": _ABSOLUTE, "max": _BEYOND},
+}
+"""Release -> word -> text. Thinking without a word adds no text in any of them."""
+
+
+def release_of_folder(folder: Path) -> str:
+    """Which release's words a model folder goes by.
+
+    Its own ``encoding/encoding_dsv4.py`` decides (read as text, never run); exports often lack it, then a drafter's
+    ``dspark_block_size`` in config.json, which came with the refresh.
+    """
+    encoder = folder / "encoding" / "encoding_dsv4.py"
+    if encoder.is_file():
+        is_refresh = "Reasoning Effort: Beyond maximum" in encoder.read_text(encoding="utf-8", errors="replace")
+    else:
+        config = folder / "config.json"
+        is_refresh = config.is_file() and "dspark_block_size" in json.loads(config.read_text(encoding="utf-8"))
+    return "0731" if is_refresh else "v4"

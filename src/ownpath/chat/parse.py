@@ -1,0 +1,111 @@
+"""An answer's tokens -> reasoning, content and tool calls, while they arrive.
+
+One state machine over two kinds of events: a marker that the model wrote as a token, and a piece of text. A whole
+answer is the same events in one go, and how the text is cut into pieces makes no difference.
+
+    reasoning </think> content \\n\\n <｜DSML｜tool_calls> ... </｜DSML｜tool_calls>
+
+Text is held back only while it can still become part of a tag. Only a ``｜DSML｜`` token opens a tag; the same letters
+as text are text. Where the markup breaks, all that was not understood (the whole block, or what follows the last
+whole call) and the rest of the answer are content, and the answer is marked. A call that breaks after its arguments
+began keeps what was told of them, which is then no JSON: nobody can run half a call by mistake.
+
+Source: the format's public description, ``encoding/README.md`` in the DeepSeek-V4 model repositories.
+"""
+
+import re
+from collections.abc import Callable
+
+from ownpath.chat.calls import CallsReader
+from ownpath.chat.markers import DSML, THINK_END
+from ownpath.chat.parts import Content, Malformed, Part, Reasoning
+
+_SPACE = " \t\r\n"
+_BEFORE_BLOCK = re.compile(r"\n{0,2}<?\Z")
+_NUM_BEFORE_BLOCK = len("\n\n<")
+
+
+class AnswerParser:
+    """Reads one answer.
+
+    thinks: the prompt opened a reasoning block. offers_tools: without, the markup of calls is content.
+    markers: which markers are to be fed as such; all other tokens are text, or nothing.
+    """
+
+    def __init__(self, thinks: bool = False, offers_tools: bool = False) -> None:
+        self.markers = frozenset(([THINK_END] if thinks else []) + ([DSML] if offers_tools else []))
+        self._holds_back = offers_tools
+        self._state: Callable[[str], list[Part]] = self._reasoning if thinks else self._content
+        self._held = ""
+        self._calls: CallsReader | None = None
+
+    @property
+    def asks_for_tools(self) -> bool:
+        """Whether there is a tool call, and each one is whole."""
+        return self._calls is not None and 0 < self._calls.num_started == self._calls.num_ended
+
+    def feed(self, text: str) -> list[Part]:
+        """What a piece of text adds."""
+        return self._state(text) if text else []
+
+    def feed_marker(self, marker: str) -> list[Part]:
+        """What a marker adds; it is one of ``markers``."""
+        assert marker in self.markers
+        if marker == THINK_END and self._state == self._reasoning:
+            self._state = self._content
+            return []
+        if marker == DSML and self._state == self._in_calls:
+            assert self._calls is not None
+            return self._after_step(self._calls.feed_marker())
+        if marker == DSML and self._state == self._content and self._held.endswith("<"):
+            self._calls, self._held = CallsReader(self._held + DSML), ""
+            self._state = self._in_calls
+            return []
+        return self._state(marker)
+
+    def finish(self) -> list[Part]:
+        """What was held back, once nothing follows."""
+        if self._state == self._in_calls:
+            assert self._calls is not None
+            self._calls.finish()
+            return self._after_step([])
+        held, self._held = self._held, ""
+        return _content(held)
+
+    def _reasoning(self, text: str) -> list[Part]:
+        return [Reasoning(text)]
+
+    def _content(self, text: str) -> list[Part]:
+        if not self._holds_back:
+            return _content(text)
+        text = self._held + text
+        match = _BEFORE_BLOCK.search(text, max(len(text) - _NUM_BEFORE_BLOCK, 0))
+        cut = match.start() if match else len(text)
+        self._held = text[cut:]
+        return _content(text[:cut])
+
+    def _in_calls(self, text: str) -> list[Part]:
+        assert self._calls is not None
+        return self._after_step(self._calls.feed(text))
+
+    def _after_step(self, parts: list[Part]) -> list[Part]:
+        """Leaves the block when it has ended, or broken."""
+        assert self._calls is not None
+        if self._calls.broken is not None:
+            return parts + self._give_up(self._calls.broken, self._calls.unread)
+        if self._calls.rest is not None:
+            self._state = self._behind_calls
+            return parts + self._behind_calls(self._calls.rest)
+        return parts
+
+    def _behind_calls(self, text: str) -> list[Part]:
+        text = text.lstrip(_SPACE)
+        return self._give_up("there is text behind the tool calls", text) if text else []
+
+    def _give_up(self, reason: str, text: str) -> list[Part]:
+        self._state = _content
+        return [Malformed(reason), *_content(text)]
+
+
+def _content(text: str) -> list[Part]:
+    return [Content(text)] if text else []

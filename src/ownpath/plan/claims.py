@@ -1,0 +1,91 @@
+"""What config.json says of the formats, held against the tensors: a contradiction is reported, and the tensors win.
+
+Exports differ in what they write there, and third parties copy a config from one export to another. A field that is
+absent or null says nothing, and neither does a value that no export is known to write.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.checkpoint.schema import (
+    COMPRESSED_FP8,
+    COMPRESSED_NVFP4,
+    MODELOPT_NVFP4,
+    NATIVE_FP8,
+    QUANTIZATION_FIELD,
+    Encoding,
+    ModuleSpec,
+)
+from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4, Format
+
+Stored = tuple[ModuleSpec, Encoding]
+
+_METHODS: Mapping[str, tuple[Encoding, ...]] = MappingProxyType(
+    {
+        "fp8": (NATIVE_FP8,),
+        "modelopt": (MODELOPT_NVFP4,),
+        "compressed-tensors": (COMPRESSED_NVFP4, COMPRESSED_FP8),
+    }
+)
+_EXPERT_DTYPES: Mapping[str, tuple[Format, ...]] = MappingProxyType(
+    {"fp4": (MXFP4, NVFP4), "fp8": (FP8_BLOCK,), "bf16": (BF16,), "bfloat16": (BF16,), "float32": (FP32,)}
+)
+_EXPERT_ALGORITHMS: Mapping[str, tuple[Format, ...]] = MappingProxyType({"NVFP4": (NVFP4,), "MXFP4": (MXFP4,)})
+
+
+def find_contradictions(
+    claims: Mapping[str, Any], experts: Iterable[Stored], others: Iterable[Stored], index: CheckpointIndex
+) -> tuple[str, ...]:
+    """One line for each field of config.json that says something else than the tensors; it names both.
+
+    claims: the fields of config.json. experts, others: routed experts' and all other modules, as they are stored.
+    """
+    experts, others = tuple(experts), tuple(others)
+    nested = claims.get(QUANTIZATION_FIELD)
+    quantization = nested if isinstance(nested, dict) else {}
+    found = [
+        *_method(quantization, (*experts, *others)),
+        *_experts(quantization, "moe_quant_algo", _EXPERT_ALGORITHMS, experts, prefix=f"{QUANTIZATION_FIELD}."),
+        *_experts(quantization, "expert_dtype", _EXPERT_DTYPES, experts, prefix=f"{QUANTIZATION_FIELD}."),
+        *_experts(claims, "expert_dtype", _EXPERT_DTYPES, experts),
+        *_fp8(quantization, [module for module in (*experts, *others) if module[1].format is FP8_BLOCK], index),
+    ]
+    return tuple(f"config.json: {line}" for line in found)
+
+
+def _method(quantization: Mapping[str, Any], modules: tuple[Stored, ...]) -> Iterator[str]:
+    method = quantization.get("quant_method")
+    expected = _METHODS.get(method) if isinstance(method, str) else None
+    if expected is not None and not any(encoding in expected for _, encoding in modules):
+        names = " or ".join(encoding.name for encoding in expected)
+        yield f"{QUANTIZATION_FIELD}.quant_method is {method!r}, but no tensor is stored as {names}"
+
+
+def _experts(
+    fields: Mapping[str, Any],
+    field: str,
+    known: Mapping[str, tuple[Format, ...]],
+    experts: tuple[Stored, ...],
+    prefix: str = "",
+) -> Iterator[str]:
+    value = fields.get(field)
+    expected = known.get(value) if isinstance(value, str) else None
+    other = next((stored for stored in experts if expected and stored[1].format not in expected), None)
+    if other is not None:
+        module, encoding = other
+        yield f"{prefix}{field} is {value!r}, but {module.name!r} is stored as {encoding.format} ({encoding.name})"
+
+
+def _fp8(quantization: Mapping[str, Any], fp8: list[Stored], index: CheckpointIndex) -> Iterator[str]:
+    block = quantization.get("weight_block_size")
+    if fp8 and block is not None and block != [128, 128]:
+        yield f"{QUANTIZATION_FIELD}.weight_block_size is {block!r}, but {fp8[0][0].name!r} has a scale per 128 x 128"
+    if quantization.get("scale_fmt") != "ue8m0":
+        return
+    for module, encoding in fp8:
+        info = index[encoding.key(module.name, "scale")]
+        if info.dtype != "F8_E8M0":
+            yield f"{QUANTIZATION_FIELD}.scale_fmt is 'ue8m0', but the scale {info.name!r} is {info.dtype}"
+            return

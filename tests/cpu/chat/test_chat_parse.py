@@ -1,0 +1,436 @@
+"""Reading answers: by hand from the format's rules, whatever the pieces, and in linear time."""
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ownpath.chat.calls
+import ownpath.chat.parse
+from ownpath.chat.encode import Setting, encode_messages
+from ownpath.chat.markers import DSML, EOS, THINK_END, Segment, Special, join_text, segments_of
+from ownpath.chat.messages import Message, ToolCall
+from ownpath.chat.parse import AnswerParser
+from ownpath.chat.parts import Arguments, CallStarted, Content, Malformed, Part, Reasoning
+
+
+@dataclass
+class Read:
+    """All of an answer."""
+
+    reasoning: str = ""
+    content: str = ""
+    calls: list[list[str]] = field(default_factory=list)
+    malformed: str = ""
+    asks_for_tools: bool = False
+
+    def add(self, part: Part) -> None:
+        match part:
+            case Reasoning(text):
+                self.reasoning += text
+            case Content(text):
+                self.content += text
+            case CallStarted(index, name):
+                assert index == len(self.calls), "calls are numbered in order"
+                self.calls.append([name, ""])
+            case Arguments(index, text):
+                assert index == len(self.calls) - 1, "only the newest call grows"
+                self.calls[index][1] += text
+            case Malformed(reason):
+                assert self.malformed == "", "an answer breaks once"
+                self.malformed = reason
+
+
+def read(events: Sequence[Segment], thinks: bool = False, offers_tools: bool = True) -> Read:
+    parser = AnswerParser(thinks, offers_tools)
+    found = Read()
+    for event in [*events, None]:
+        if event is None:
+            parts = parser.finish()
+        elif isinstance(event, str):
+            parts = parser.feed(event)
+        else:
+            is_marker = event.text in parser.markers
+            parts = parser.feed_marker(event.text) if is_marker else parser.feed(event.text)
+        for part in parts:
+            found.add(part)
+    found.asks_for_tools = parser.asks_for_tools
+    return found
+
+
+def characters(events: Sequence[Segment]) -> list[Segment]:
+    return [piece for event in events for piece in (event if isinstance(event, str) else [event])]
+
+
+def block(calls: str) -> str:
+    return f"\n\n<｜DSML｜tool_calls>\n{calls}</｜DSML｜tool_calls>"
+
+
+def parameter(name: str, kind: str, value: str) -> str:
+    return f'<｜DSML｜parameter name="{name}" string="{kind}">{value}</｜DSML｜parameter>\n'
+
+
+def invoke(name: str, *parameters: str) -> str:
+    return f'<｜DSML｜invoke name="{name}">\n{"".join(parameters)}</｜DSML｜invoke>\n'
+
+
+F, G = invoke("f"), invoke("g", parameter("a", "false", "1"))
+OPENED = '\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="f">\n'
+
+WELL_FORMED: dict[str, tuple[str, Read]] = {
+    "text": ("Hi.", Read(content="Hi.")),
+    "nothing": ("", Read()),
+    "line breaks at the end": ("a\n\n\n", Read(content="a\n\n\n")),
+    "a lone <": ("a\n\n<", Read(content="a\n\n<")),
+    "a marker in the text": ("a ｜DSML｜ b", Read(content="a ｜DSML｜ b")),
+    "a call without arguments": (block(F), Read(calls=[["f", "{}"]], asks_for_tools=True)),
+    "the encoder's empty line": (
+        block('<｜DSML｜invoke name="f">\n\n</｜DSML｜invoke>\n'),
+        Read(calls=[["f", "{}"]], asks_for_tools=True),
+    ),
+    "content before a call": ("Let me look.\n\n" + block(F), Read("", "Let me look.\n\n", [["f", "{}"]], "", True)),
+    "two calls": (block(F + G), Read(calls=[["f", "{}"], ["g", '{"a": 1}']], asks_for_tools=True)),
+    "values": (
+        block(
+            invoke(
+                "f",
+                parameter("s", "true", 'a "b"\n<é</ 🙂\\'),
+                parameter("n", "false", "-1.50"),
+                parameter("o", "false", '{"x": [1, null]}'),
+                parameter("", "true", ""),
+            )
+        ),
+        Read(
+            calls=[["f", '{"s": "a \\"b\\"\\n<é</ 🙂\\\\", "n": -1.50, "o": {"x": [1, null]}, "": ""}']],
+            asks_for_tools=True,
+        ),
+    ),
+    "a < in names": (block(invoke("f<>")), Read(calls=[["f<>", "{}"]], asks_for_tools=True)),
+    "markup in a value": (
+        block(invoke("f", parameter("s", "true", "<｜DSML｜parameter>x</｜DSML｜invoke></</｜DSML｜param"))),
+        Read(
+            calls=[["f", '{"s": "<｜DSML｜parameter>x</｜DSML｜invoke></</｜DSML｜param"}']],
+            asks_for_tools=True,
+        ),
+    ),
+    "no space, no blank line": (
+        "a" + block(F + G).replace("\n", ""),
+        Read("", "a", [["f", "{}"], ["g", '{"a": 1}']], "", True),
+    ),
+    "white space behind the block": (block(F) + " \n", Read(calls=[["f", "{}"]], asks_for_tools=True)),
+}
+
+MALFORMED: dict[str, tuple[str, Read]] = {
+    "another block": ("a\n\n<｜DSML｜function_calls>", Read("", "a\n\n<｜DSML｜function_calls>", [], "not opened")),
+    "no call": (block(""), Read("", block(""), [], "has no call")),
+    "text between calls": (
+        block(F + "and\n" + G),
+        Read("", "\nand\n" + G + "</｜DSML｜tool_calls>", [["f", "{}"]], "between the tags", True),
+    ),
+    "a call without a name": (
+        block('<｜DSML｜invoke name="">\n'),
+        Read("", block('<｜DSML｜invoke name="">\n'), [], "opening"),
+    ),
+    "a tag of something else": (
+        OPENED + "<｜DSML｜arg>1",
+        Read("", OPENED + "<｜DSML｜arg>1", [["f", ""]], "parameter's"),
+    ),
+    "a value that is no JSON": (
+        block(invoke("f", parameter("a", "false", "yes"))),
+        Read("", block(invoke("f", parameter("a", "false", "yes"))), [["f", '{"a": ']], "not JSON"),
+    ),
+    "NaN": (
+        block(invoke("f", parameter("a", "false", "NaN"))),
+        Read("", block(invoke("f", parameter("a", "false", "NaN"))), [["f", '{"a": ']], "not JSON"),
+    ),
+    "a parameter twice": (
+        block(invoke("f", parameter("a", "true", "x"), parameter("a", "true", "y"))),
+        Read(
+            "",
+            block(invoke("f", parameter("a", "true", "x"), parameter("a", "true", "y"))),
+            [["f", '{"a": "x"']],
+            "twice",
+        ),
+    ),
+    "an end inside a value": (
+        OPENED + '<｜DSML｜parameter name="a" string="true">xy<',
+        Read("", OPENED + '<｜DSML｜parameter name="a" string="true">xy<', [["f", '{"a": "xy']], "ends inside"),
+    ),
+    "an end before the block's": (
+        block(F + G).removesuffix("</｜DSML｜tool_calls>"),
+        Read("", "\n", [["f", "{}"], ["g", '{"a": 1}']], "ends inside", True),
+    ),
+    "the second call breaks": (
+        block(F + '<｜DSML｜invoke name="g">x'),
+        Read("", '\n<｜DSML｜invoke name="g">x</｜DSML｜tool_calls>', [["f", "{}"], ["g", ""]], "between the tags"),
+    ),
+    "text behind the block": (block(F) + "\n Done.", Read("", "Done.", [["f", "{}"]], "behind", True)),
+    "markup out of place": (
+        block(F).replace("<｜DSML｜invoke", "｜DSML｜invoke"),
+        Read("", block(F).replace("<｜DSML｜invoke", "｜DSML｜invoke"), [], "between the tags"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WELL_FORMED)
+def test_answers_are_read_as_the_format_says(name: str) -> None:
+    text, expected = WELL_FORMED[name]
+    assert read(segments_of(text)) == expected
+    assert read(characters(segments_of(text))) == expected
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_what_breaks_is_content_and_marked(name: str) -> None:
+    text, expected = MALFORMED[name]
+    found = read(segments_of(text))
+    assert expected.malformed in found.malformed
+    assert found == Read(expected.reasoning, expected.content, expected.calls, found.malformed, expected.asks_for_tools)
+    assert read(characters(segments_of(text))) == found
+    for _, arguments in found.calls[: None if found.asks_for_tools else -1]:
+        json.loads(arguments)
+    if found.calls and not found.asks_for_tools:
+        with pytest.raises(json.JSONDecodeError):
+            json.loads(found.calls[-1][1])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("R</think>A", Read("R", "A")),
+        ("</think>A", Read("", "A")),
+        ("R", Read("R")),
+        ("R</think>", Read("R")),
+        ("R</think>A</think>B", Read("R", "A</think>B")),
+        ("<think>R</think>A", Read("<think>R", "A")),
+        (
+            "R\n\n<｜DSML｜tool_calls>R</think>" + block(F),
+            Read("R\n\n<｜DSML｜tool_calls>R", "", [["f", "{}"]], "", True),
+        ),
+    ],
+)
+def test_reasoning_ends_at_its_marker(text: str, expected: Read) -> None:
+    assert read(segments_of(text), thinks=True) == expected
+    assert read(characters(segments_of(text)), thinks=True) == expected
+
+
+def test_markers_that_nobody_asked_for_are_content() -> None:
+    text = "a</think>b" + block(F)
+    assert read(segments_of(text), offers_tools=False) == Read(content=text)
+
+
+@pytest.mark.parametrize("text", ["R</think>A" + block(F)])
+def test_letters_that_spell_a_marker_are_text(text: str) -> None:
+    assert read([text], thinks=True) == Read(reasoning=text)
+    assert read([text]) == Read(content=text)
+    value = [Special(DSML) if piece == DSML else piece for piece in re.split(f"({DSML})", OPENED)]
+    value += [
+        "<",
+        Special(DSML),
+        'parameter name="a" string="true">x</｜DSML｜parameter>y</',
+        Special(DSML),
+        "parameter>",
+    ]
+    assert read(value).calls == [["f", '{"a": "x</｜DSML｜parameter>y"']]
+
+
+def test_only_what_can_become_a_tag_is_held_back() -> None:
+    parser = AnswerParser(offers_tools=True)
+    assert [parser.feed(piece) for piece in ["a\n", "\n", "b<", "c", "\n\n\n"]] == [
+        [Content("a")],
+        [],
+        [Content("\n\nb")],
+        [Content("<c")],
+        [Content("\n")],
+    ]
+    assert parser.finish() == [Content("\n\n")]
+
+
+def test_a_call_streams() -> None:
+    parser = AnswerParser(offers_tools=True)
+    told = [
+        parser.feed_marker(event.text) if isinstance(event, Special) else parser.feed(event)
+        for event in [
+            *segments_of(OPENED + "<｜DSML｜parameter"),
+            ' name="a" string="true">',
+            "x<",
+            '"y',
+            "<",
+            "/",
+            Special(DSML),
+            "parameter>\n",
+            "</",
+            Special(DSML),
+            "invoke>",
+        ]
+    ]
+    assert [part for parts in told[:5] for part in parts] == [CallStarted(0, "f")]
+    assert [[part.text for part in parts if isinstance(part, Arguments)] for parts in told[7:]] == [
+        ['{"a": "'],
+        ["x"],
+        ['<\\"y'],
+        [],
+        [],
+        [],
+        ['"'],
+        [],
+        [],
+        ["}"],
+    ]
+
+
+PIECES = st.lists(
+    st.sampled_from(
+        [
+            "\n\n<｜DSML｜tool_calls>",
+            '<｜DSML｜invoke name="',
+            "f",
+            '">',
+            "</｜DSML｜invoke>",
+            "\n",
+            "<",
+            "</",
+            "｜DSML｜",
+            '<｜DSML｜parameter name="a" string="true">',
+            '<｜DSML｜parameter name="b" string="false">',
+            "x",
+            "1",
+            '"',
+            ">",
+            "</｜DSML｜parameter>",
+            "parameter>",
+            "</｜DSML｜tool_calls>",
+            "</think>",
+            "<think>",
+            EOS,
+            " ",
+            "🙂",
+            *(text for text, _ in WELL_FORMED.values()),
+        ]
+    ),
+    max_size=20,
+)
+
+
+@given(PIECES, st.booleans(), st.booleans(), st.data())
+def test_the_cut_into_pieces_makes_no_difference(
+    pieces: list[str], thinks: bool, offers_tools: bool, data: st.DataObject
+) -> None:
+    events = segments_of("".join(pieces))
+    whole = read(events, thinks, offers_tools)
+    assert read(characters(events), thinks, offers_tools) == whole
+    cut: list[Segment] = []
+    for event in events:
+        place = data.draw(st.integers(0, len(event))) if isinstance(event, str) else 0
+        cut += [event[:place], event[place:]] if isinstance(event, str) else [event]
+    assert read(cut, thinks, offers_tools) == whole
+
+
+@given(PIECES, st.booleans())
+def test_no_text_is_lost_without_calls(pieces: list[str], thinks: bool) -> None:
+    events = segments_of("".join(pieces))
+    found = read(events, thinks)
+    if not found.calls:
+        first_end = "" if not thinks or Special(THINK_END) not in events else THINK_END
+        assert found.reasoning + first_end + found.content == "".join(pieces)
+
+
+NAMES = st.text(st.characters(exclude_characters='"', exclude_categories=["Cs"]), min_size=1, max_size=8)
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8)
+    | st.sampled_from([DSML, "</｜DSML｜parameter>", "<", "</", "\n\n<"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+CALLS = st.lists(st.tuples(NAMES, st.dictionaries(NAMES, VALUES, max_size=4)), max_size=3)
+TEXTS = st.text(max_size=12) | st.sampled_from(["a\n\n", "<", "\n\n<", "</think>", "\n\n<｜DSML｜tool_calls>"])
+
+
+@given(TEXTS, TEXTS, CALLS, st.booleans())
+def test_what_is_written_is_read_back(
+    reasoning: str, content: str, calls: list[tuple[str, dict[str, Any]]], thinks: bool
+) -> None:
+    written = tuple(ToolCall(name, json.dumps(arguments)) for name, arguments in calls)
+    question = [Message("user", "q")]
+    setting = Setting(thinks, functions=({"name": "f"},))
+    prompt = encode_messages(question, setting)
+    answered = encode_messages([*question, Message("assistant", content, reasoning, written)], setting)
+    assert answered[: len(prompt)] == prompt
+    assert answered[-1] == Special(EOS)
+    found = read(answered[len(prompt) : -1], thinks)
+    assert found.reasoning == (reasoning if thinks else "")
+    assert found.content == content
+    assert [(name, json.loads(arguments)) for name, arguments in found.calls] == calls
+    assert found.malformed == ""
+    assert found.asks_for_tools == bool(calls)
+
+
+READERS = {ownpath.chat.parse.__file__, ownpath.chat.calls.__file__}
+
+
+def num_steps(events: Sequence[Segment], thinks: bool) -> int:
+    """Lines that the reader runs, each with the characters of all texts within its reach.
+
+    A text that grows with the answer and is looked at again and again would make this quadratic.
+    """
+    count = 0
+
+    def characters_at(frame: FrameType) -> int:
+        reader = frame.f_locals.get("self")
+        values = [*frame.f_locals.values(), *(vars(reader).values() if reader is not None else ())]
+        return sum(len(value) for value in values if isinstance(value, str))
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal count
+        if frame.f_code.co_filename not in READERS:
+            return None
+        if event == "line":
+            count += 1 + characters_at(frame)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        read(events, thinks)
+    finally:
+        sys.settrace(before)
+    return count
+
+
+GROWING: dict[str, Any] = {
+    "reasoning": lambda n: "x" * n,
+    "line breaks": lambda n: "</think>" + "\n" * n,
+    "openings": lambda n: "</think>" + "<" * n,
+    "a value": lambda n: "</think>" + OPENED + '<｜DSML｜parameter name="a" string="true">' + "x" * n,
+    "a value of half ends": lambda n: "</think>" + OPENED + '<｜DSML｜parameter name="a" string="true">' + "</" * n,
+    "a value of markers": lambda n: (
+        "</think>" + OPENED + '<｜DSML｜parameter name="a" string="true">' + "</｜DSML｜p" * n
+    ),
+    "a list": lambda n: "</think>" + block(invoke("f", parameter("a", "false", "[" + "1," * n + "1]"))),
+    "a gap": lambda n: "</think>" + OPENED + " " * n,
+    "a tag": lambda n: "</think>" + OPENED + "<｜DSML｜" + "p" * n,
+    "calls": lambda n: "</think>" + block(G * n),
+    "parameters": lambda n: "</think>" + block(invoke("f", *(parameter(str(i), "true", "x") for i in range(n)))),
+    "behind the block": lambda n: "</think>" + block(F) + " " * n + "x" * n,
+    "broken": lambda n: "</think>" + block("x") + "<｜DSML｜" * n,
+}
+
+
+@pytest.mark.parametrize("name", GROWING)
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_time_grows_linearly(name: str, is_cut: bool) -> None:
+    """Four times the answer is at most four times the steps, and what the two ends cost."""
+    small, large = (join_text(segments_of(GROWING[name](n))) for n in (60, 240))
+    if is_cut:
+        small, large = characters(small), characters(large)
+    assert num_steps(large, True) <= 4.2 * num_steps(small, True)
