@@ -25,7 +25,7 @@ REMEDIES = MappingProxyType(
         "no-kernel": "export again in a format that `ownpath plan` has a kernel for",
         "config": "take config.json from the release that the shards came from",
         "config-contradiction": "take config.json from the release that the shards came from",
-        "format-contradiction": "trust the tensors; correct hf_quant_config.json for engines that read it",
+        "format-contradiction": "the tensors are believed; correct the file for engines that believe it instead",
         "scalar-scale": "export again with a calibration pass that reaches every expert",
         "reciprocal-scale": "store what the encoding names: a multiplier (amax / 2688) or its reciprocal",
         "out-of-band-scale": "compare with the source: training does not set one scale so far from the others",

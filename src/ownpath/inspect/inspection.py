@@ -10,11 +10,11 @@ from ownpath.checkpoint.problems import Problem
 from ownpath.config import ConfigError, ModelConfig
 from ownpath.inspect.blocks import SAMPLE_BYTES, BlockReport, read_blocks
 from ownpath.inspect.contradictions import config_problems, file_problem, format_problems, tokenizer_problems
-from ownpath.inspect.memory import Memory, memory_needed
+from ownpath.inspect.memory import KINDS, Memory, memory_needed
 from ownpath.inspect.scalars import Coverage, GateUp, calibration, gate_up, out_of_band, read_scalars
 from ownpath.inspect.tables import table_problems
 from ownpath.plan.census import Census, take_census
-from ownpath.plan.plan import PlanError
+from ownpath.plan.plan import PlanError, make_plan
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _findings(
     pairs = gate_up(scalars, problems)
     blocks = read_blocks(census.modules, scalars, index, broken, problems, max_bytes)
     problems += table_problems(census.params, config.n_routed_experts, index, broken)
-    memory = () if census.problems else _memory(config, index, problems)
+    memory = () if census.problems else _planned(config, index, problems)
     return Findings(config, census, blocks, calibration(scalars), pairs, memory)
 
 
@@ -102,11 +102,15 @@ def _not_explained(census: Census, scan: Scan) -> list[Problem]:
     return [p for p in census.problems if not (p.check == "missing-tensor" and p.where in known)]
 
 
-def _memory(config: ModelConfig, index: CheckpointIndex, problems: list[Problem]) -> tuple[Memory, ...]:
+def _planned(config: ModelConfig, index: CheckpointIndex, problems: list[Problem]) -> tuple[Memory, ...]:
+    """What a plan says: the memory it takes, and what config.json claims and the tensors do not bear out."""
     try:
-        return memory_needed(config, index)
+        plan = make_plan(config, index, KINDS[0])
     except CheckpointError as error:
         problems.append(Problem("mixed-experts", "experts", str(error)))
+        return ()
     except PlanError as error:
         problems.append(Problem("no-kernel", "plan", str(error)))
-    return ()
+        return ()
+    problems += [Problem("format-contradiction", "config.json", line) for line in plan.contradictions]
+    return memory_needed(plan, index)

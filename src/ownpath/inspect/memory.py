@@ -9,9 +9,9 @@ from math import prod
 import torch
 
 from ownpath.checkpoint.index import CheckpointIndex
-from ownpath.config import EngineConfig, ModelConfig
+from ownpath.config import EngineConfig
 from ownpath.model.caches import CacheSpec, SequenceCache
-from ownpath.plan.plan import Plan, PlanError, PlannedOp, make_plan, replan
+from ownpath.plan.plan import Plan, PlanError, PlannedOp, replan
 from ownpath.plan.select import Caps, Demands
 from ownpath.weights.operands import STORAGE, make_operand
 
@@ -35,15 +35,10 @@ class Memory:
     refusal: str | None = None
 
 
-def memory_needed(config: ModelConfig, index: CheckpointIndex) -> tuple[Memory, ...]:
-    """One entry per kind of device.
-
-    Errors: CheckpointError when the experts of a layer are stored differently; PlanError when the torch references,
-        which run everything on a CPU, do not run this.
-    """
-    num_tokens = min(EngineConfig.max_model_len, config.max_position_embeddings)
-    first = make_plan(config, index, KINDS[0])
-    return tuple(_memory_on(caps, first, index, num_tokens) for caps in KINDS)
+def memory_needed(plan: Plan, index: CheckpointIndex) -> tuple[Memory, ...]:
+    """One entry per kind of device, for the checkpoint behind ``plan``, whichever device that was made for."""
+    num_tokens = min(EngineConfig.max_model_len, plan.config.max_position_embeddings)
+    return tuple(_memory_on(caps, plan, index, num_tokens) for caps in KINDS)
 
 
 def _memory_on(caps: Caps, first: Plan, index: CheckpointIndex, num_tokens: int) -> Memory:

@@ -146,3 +146,10 @@ def test_an_unusable_tokenizer(text: str | None, folder: Path) -> None:
     if text is not None:
         (folder / "tokenizer.json").write_text(text)
     assert found(folder) == {("tokenizer", "tokenizer.json")}
+
+
+def test_a_claim_of_config_json_that_the_tensors_do_not_bear_out(folder: Path) -> None:
+    change_config(folder, expert_dtype="bf16")
+    (problem,) = inspect_folder(folder).problems
+    assert (problem.check, problem.where) == ("format-contradiction", "config.json")
+    assert "expert_dtype is 'bf16'" in problem.message
