@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.checkpoints import Checkpoint, random_checkpoint
 from support.transformers_v4 import reference_model
 
@@ -18,6 +19,8 @@ from ownpath.checkpoint.writer import write_checkpoint
 from ownpath.config import ConfigError, EngineConfig, ModelConfig
 from ownpath.loading import load_model, plan_model
 from ownpath.model.batch import ForwardBatch
+from ownpath.quantize.run import Options, quantize_checkpoint
+from ownpath.quantize.steps import Scope
 
 CPU = torch.device("cpu")
 Tensors = dict[str, torch.Tensor]
@@ -77,6 +80,19 @@ def test_stacked_experts_stream_in_slices(oracle: Any, native: Checkpoint, limit
         rebuilt.setdefault(part.info.name, []).append(part.data.clone())
     for name in names:
         assert torch.equal(torch.cat(rebuilt[name]), native.decoded[name.removesuffix(".weight")].float())
+
+
+def test_either_spelling_is_quantised_to_the_same_values(oracle: Any, native: Checkpoint, tmp_path: Path) -> None:
+    write(tmp_path / "renamed", module_state(oracle, torch.bfloat16), native)
+    options = Options(Scope.FULL, max_shard_bytes=10**9)
+    quantize_checkpoint(tmp_path / "renamed", tmp_path / "from_renamed", options)
+    quantize_checkpoint(native.folder, tmp_path / "from_native", options)
+    written = [load_file(next((tmp_path / name).glob("*.safetensors"))) for name in ("from_renamed", "from_native")]
+    assert written[0].keys() == written[1].keys()
+    for key, tensor in written[0].items():
+        # Codes and scales are the same bytes; transformers keeps norms, which are carried over, in float32.
+        assert torch.equal(tensor.float(), written[1][key].float()), key
+        assert tensor.dtype == written[1][key].dtype or "norm" in key
 
 
 def test_scales_called_inverse_are_multipliers(oracle: Any, native: Checkpoint, tmp_path: Path) -> None:
