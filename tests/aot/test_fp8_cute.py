@@ -53,6 +53,7 @@ def test_it_fits_without_spilling(config: Fp8Config, cache: Path, monkeypatch: p
     per_sm = config.per_sm if isinstance(config, W8A16Config) else 1
     # The tool's figure includes the 1 KiB that every CTA costs beside its own.
     assert shared - 1024 <= CTA_SMEM[per_sm] <= MAX_SMEM // per_sm
+    assert per_sm * shared <= 228 * 1024, "what a Hopper SM has, for all of its CTAs"
     assert registers * config.num_threads * per_sm <= 65536
 
 

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     require_free(args.target)
     scope, scales = Scope(args.scope), {}
     if args.calibrate is not None:
-        scales = calibrate(args.source, args.calibrate.read_text(encoding="utf-8"), scope, args.device)
+        scales = calibrate(args.source, _text(args.calibrate), scope, args.device)
     show = Progress("quantising")
     report = quantize_checkpoint(
         args.source,
@@ -63,3 +63,11 @@ def run(args: argparse.Namespace) -> int:
     if counts.num_quantized:
         print(f"quantised from their values: {counts.num_quantized} weights")
     return 0
+
+
+def _text(path: Path) -> str:
+    """Errors: ValueError naming a file that is no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from None

@@ -82,7 +82,7 @@ def plan_shards(steps: Sequence[Step], max_shard_bytes: int) -> list[list[Step]]
 
 
 def _groups(config: ModelConfig, scope: Scope) -> Iterator[tuple[ModuleSpec, ...]]:
-    """Weights that share a global scale: gate and up of an expert, and what a runner fuses beside them."""
+    """Weights that share a global scale: gate and up of an expert; every other weight has its own."""
     dim, inter = config.hidden_size, config.moe_intermediate_size
     for layer_idx in range(config.num_hidden_layers):
         gates, ups, downs = (expert_modules(config, layer_idx, projection) for projection in ("w1", "w3", "w2"))

@@ -90,6 +90,15 @@ def test_the_command_writes_them(tmp_path: Path) -> None:
     assert gate == up
 
 
+def test_a_file_that_is_no_text_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_source(tmp_path, store_mxfp4)
+    (tmp_path / "noise").write_bytes(b"\xff\xfe\x00")
+    source, target = str(tmp_path / "source"), tmp_path / "out"
+    assert main(["quantize", source, str(target), "--calibrate", str(tmp_path / "noise")]) == 2
+    assert f"{tmp_path / 'noise'}: not UTF-8 text" in capsys.readouterr().err
+    assert not target.exists()
+
+
 def test_a_text_without_tokens_is_refused(tmp_path: Path) -> None:
     write_source(tmp_path, store_mxfp4)
     with pytest.raises(ValueError, match="no tokens"):
