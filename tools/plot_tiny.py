@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 WIDTH, HEIGHT, MARGIN = 720, 360, 48
-COLOURS = {"brief": "#1b6ca8", "short": "#3aa655", "middle": "#d17b0f", "long": "#b0305c"}
+COLOURS = {
+    "brief": "#1b6ca8",
+    "short": "#3aa655",
+    "request": "#7a3fb0",
+    "middle": "#d17b0f",
+    "long": "#b0305c",
+    "tools": "#222222",
+    "many tools": "#8a8a8a",
+}
 LOWEST, HIGHEST = 0.05, 10.0
 
 

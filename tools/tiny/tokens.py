@@ -15,7 +15,7 @@ _TASKS = ("action", "query", "authority", "domain", "title", "read_url", "extrac
 CONTROL_TOKENS = (BOS, EOS, PAD)
 ADDED_TOKENS = (USER, ASSISTANT, THINK, END_THINK, "｜DSML｜", "<｜latest_reminder｜>", *(f"<｜{t}｜>" for t in _TASKS))
 SPECIAL_TOKENS = (*CONTROL_TOKENS, *ADDED_TOKENS)
-VOCAB_SIZE = 2048
+VOCAB_SIZE = 2560
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
