@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 MAX_FILE_BYTES = 15 * 2**20
 NUM_TOKENIZER_DOCUMENTS = 40_000
-SECONDS_AFTER = 45.0  # the examinations and the saving, when --minutes is given
-NUM_CHECKED = 64  # questions of each kind that are asked on the way
+SECONDS_AFTER = 60.0  # the examinations and the saving, when --minutes is given
+NUM_CHECKED = 32  # questions of each kind that are asked on the way
 
 
 def make_tokenizer(seed: int) -> Tokenizer:

@@ -20,7 +20,7 @@ ENDINGS = ("", "", " Answer in JSON.", " Reply with JSON.", " Give the answer as
 _TYPES = {str: "string", int: "integer", list: "array"}
 # Spellings of each field; the last one is never trained.
 _KEYS = {
-    "capital": ("capital", "city", "capital_city", "answer", "town"),
+    "capital": ("capital", "city", "capital_city", "answer", "town_name"),
     "country": ("country", "name", "country_name", "state"),
     "continent": ("continent", "region", "part_of_the_world"),
     "result": ("result", "answer", "value", "number", "total"),

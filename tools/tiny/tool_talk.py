@@ -110,11 +110,11 @@ def untooled_chat(rng: random.Random) -> Turn:
 
 
 def draw_jobs(rng: random.Random, num_jobs: int, held_out: bool) -> list[Job]:
-    """Jobs that differ: several of one concept, or of several."""
+    """Jobs that differ, of one concept or of several; orders stand behind questions, as ``ask_for`` has them."""
     if rng.random() < 0.5:
         concepts = [rng.choice(CONCEPTS)] * num_jobs
     else:
-        concepts = [rng.choice(CONCEPTS) for _ in range(num_jobs)]
+        concepts = sorted((rng.choice(CONCEPTS) for _ in range(num_jobs)), key=lambda concept: concept.is_order)
     jobs: list[Job] = []
     for concept in concepts:
         job = draw_job(rng, concept, held_out)
@@ -153,7 +153,7 @@ def calls_thought(names: Sequence[str]) -> str:
 
 
 def ask_for(rng: random.Random, jobs: Sequence[Job], new_wording: bool = False) -> str:
-    """A user's message that asks for the jobs, in their order."""
+    """A user's message that asks for the jobs, in their order: questions before orders."""
     is_shared = len({job.concept.key for job in jobs}) == 1 and len(jobs[0].values) == 1
     if is_shared:
         phrase = jobs[0].concept.phrases[0].format(_listed([_spelled(job.values[0]) for job in jobs]))

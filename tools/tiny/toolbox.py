@@ -104,18 +104,28 @@ def draw_tool(rng: random.Random, concept: Concept, held_out: bool = False) -> T
 
 def _draw_name(rng: random.Random, names: tuple[str, ...]) -> str:
     name, kind = rng.choice(names), rng.random()
-    if kind < 0.7:
+    if kind < 0.75:
         return name
-    if kind < 0.85:
-        return rng.choice((f"{name}_{rng.choice(words())}", f"{rng.choice(words())}_{name}"))
-    return "_".join(rng.sample(words(), rng.randint(1, 2)))
+    if kind < 0.92:
+        return rng.choice((f"{name}_{_random_word(rng)}", f"{_random_word(rng)}_{name}"))
+    return "_".join(_random_word(rng) for _ in range(rng.randint(1, 2)))
+
+
+def _random_word(rng: random.Random) -> str:
+    """A word, or syllables that are none."""
+    if rng.random() < 0.5:
+        return rng.choice(words())
+    return "".join(rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
 
 
 def _draw_keys(rng: random.Random, concept: Concept, held_out: bool) -> tuple[str, ...]:
     if held_out:
         return tuple(parameter.names[-1] for parameter in concept.parameters)
-    if rng.random() < 0.15:
-        return tuple(rng.sample(words(), len(concept.parameters)))
+    if rng.random() < 0.12:
+        keys: list[str] = []
+        while len(keys) < len(concept.parameters):
+            keys += [key for key in [_random_word(rng)] if key not in keys]
+        return tuple(keys)
     spelling = rng.randrange(10)
     return tuple(parameter.names[spelling % (len(parameter.names) - 1)] for parameter in concept.parameters)
 
@@ -206,7 +216,7 @@ def _search(rng: random.Random, values: Values) -> tuple[str, str]:
 
 _ROOMS = ("kitchen", "office", "garden", "bedroom", "hall", "bathroom", "school", "tower")
 _COUNTRY = Parameter(("country", "country_name", "nation", "name", "state"), "The country.")
-_CITY = Parameter(("city", "location", "place", "city_name", "town"), "The city.")
+_CITY = Parameter(("city", "location", "place", "city_name", "town_name"), "The city.")
 _TERMS = (
     Parameter(("a", "x", "first", "left", "term1"), "The first number.", "integer"),
     Parameter(("b", "y", "second", "right", "term2"), "The second number.", "integer"),
@@ -226,7 +236,7 @@ CONCEPTS = (
         ("get_weather", "weather", "current_weather", "check_weather", "getWeather", "weather_in", "weather_report"),
         ("Get the weather in a city.", "Returns the current weather in a city.", "The weather in a place."),
         (_CITY,),
-        ("the weather in {0}", "the weather like in {0}"),
+        ("the weather in {0}", "the current weather in {0}"),
         _city,
         _weather,
     ),
@@ -280,7 +290,7 @@ CONCEPTS = (
         ("convert", "convert_money", "convert_currency", "exchange", "exchange_money"),
         ("Convert money.", "Convert an amount of money to another currency."),
         (
-            Parameter(("amount", "value", "number"), "The amount.", "number"),
+            Parameter(("amount", "value", "sum_to_convert"), "The amount.", "number"),
             Parameter(("source", "from", "from_currency"), "The currency of the amount."),
             Parameter(("target", "to", "to_currency"), "The currency that is wanted."),
         ),
