@@ -42,7 +42,7 @@ def make_data(encoder: Encoder, seed: int, share: float) -> dict[str, Rows]:
     jobs = [(source_idx, chunk, seed, share) for source_idx in range(len(SOURCES)) for chunk in range(NUM_CHUNKS)]
     found: dict[str, list[Any]] = {}
     # Forked before anything touches the GPU.
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
+    with ProcessPoolExecutor(min(16, os.cpu_count() or 1), mp_context=get_context("fork")) as pool:
         for chunk_rows in pool.map(_draw, jobs):
             for kind, arrays in chunk_rows.items():
                 found.setdefault(kind, []).append(arrays)

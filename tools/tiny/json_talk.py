@@ -23,7 +23,7 @@ _KEYS = {
     "capital": ("capital", "city", "capital_city", "answer", "town_name"),
     "country": ("country", "name", "country_name", "state"),
     "continent": ("continent", "region", "part_of_the_world"),
-    "result": ("result", "answer", "value", "number", "total"),
+    "result": ("result", "answer", "value", "number", "sum", "total"),
     "words": ("words", "list", "items", "texts"),
     "answer": ("answer", "text", "reply", "message", "response"),
 }
