@@ -4,7 +4,7 @@
 
 Writes into ``--out``: ``trained-0.safetensors`` ... (the weights before quantisation, under transformers' names, in
 the dtypes of the checkpoint; also about once a minute on the way), ``tokenizer.json``, ``curve.json`` (recipe, loss
-curve and the scores on the way) and ``exam.json`` (scores of the quantised weights, teacher-forced).
+curve) and ``exam.json`` (scores of the quantised weights, teacher-forced).
 ``tools/export_tiny.py`` makes the checkpoint from these. ``--start FOLDER`` goes on from another run's results.
 """
 
@@ -13,7 +13,6 @@ import json
 import random
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -34,7 +33,6 @@ from torch import Tensor, nn
 MAX_FILE_BYTES = 15 * 2**20
 NUM_TOKENIZER_DOCUMENTS = 40_000
 SECONDS_AFTER = 60.0  # the examinations and the saving, when --minutes is given
-NUM_CHECKED = 32  # questions of each kind that are asked on the way
 
 
 def make_tokenizer(seed: int) -> Tokenizer:
@@ -121,19 +119,8 @@ def main() -> None:
         trainer.fit_steps(60 * arguments.minutes - (time.perf_counter() - start) - SECONDS_AFTER)
     log(f"start: {sum(p.numel() for p in network.parameters())} parameters, {trainer.recipe.num_steps} steps")
     asked = spread(questions(Recipe().seed), arguments.asked, Recipe().seed)
-    sample = spread(asked, NUM_CHECKED, Recipe().seed)
     batch_tokens = max(768, int(BATCH_TOKENS * arguments.row_share))
-    on_the_way: list[dict[str, Any]] = []
-
-    def check() -> None:
-        """Scores of a sample with the weights as the last step had them, then these weights, saved."""
-        found = totals(teacher_forced_scores(network, encoder, sample, arguments.device, batch_tokens))
-        shares = {kind: total["share"] for kind, total in found.items()}
-        on_the_way.append({"seconds": round(time.perf_counter() - start, 1), "right": shares})
-        log("right: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items()))
-        save_weights(network, trainer, arguments.out)
-
-    trainer.run(log, check)
+    trainer.run(log, lambda: save_weights(network, trainer, arguments.out))
     save_weights(network, trainer, arguments.out)
     log("weights saved")
     exam = {}
@@ -149,7 +136,6 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else arguments.device,
         "seconds": round(time.perf_counter() - start, 1),
         "curve": trainer.curve,
-        "on the way": on_the_way,
     }
     (arguments.out / "curve.json").write_text(json.dumps(curve) + "\n", encoding="utf-8")
     log("saved")

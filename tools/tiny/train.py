@@ -18,11 +18,11 @@ from tiny.network import window_mask
 
 # Every kind has 12,288 tokens in a step, so that what is compiled for one serves all.
 PATTERN = (
-    *("brief", "tools", "middle", "request", "long", "tools", "short"),
+    *("brief", "tools", "middle", "request", "long", "tools", "middle"),
     *("many tools", "brief", "middle", "tools", "request", "long", "short"),
 )
 NUM_ROWS = {"brief": 512, "short": 256, "request": 96, "middle": 64, "long": 24, "tools": 24, "many tools": 16}
-CHECK_SECONDS = 60.0
+SAVE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Recipe:
     """
 
     seed: int = 20261122
-    num_steps: int = 10_088
+    num_steps: int = 12_000
     num_warmup_steps: int = 200
     num_rows: dict[str, int] = field(default_factory=lambda: dict(NUM_ROWS))
     learning_rate: float = 1.5e-3
@@ -161,9 +161,9 @@ class Trainer:
         for counter in self.counters:
             counter.counts.zero_()
 
-    def run(self, log: Callable[[str], None], check: Callable[[], None], log_every: int = 70) -> None:
-        """All steps; a line and an entry of the curve every ``log_every``, ``check`` about once a minute."""
-        start = last_check = time.perf_counter()
+    def run(self, log: Callable[[str], None], save: Callable[[], None], log_every: int = 70) -> None:
+        """All steps; a line and an entry of the curve every ``log_every``, ``save`` about once a minute."""
+        start = last_saved = time.perf_counter()
         seen = {kind: torch.zeros_like(bucket.stats) for kind, bucket in self.buckets.items()}
         turns = dict.fromkeys(self.buckets, 0)
         for step in range(self.recipe.num_steps):
@@ -174,9 +174,9 @@ class Trainer:
             if (step + 1) % log_every == 0 or step + 1 == self.recipe.num_steps:
                 self._log(step + 1, time.perf_counter() - start, seen, turns)
                 log(" ".join(f"{key}={value:.5g}" for key, value in self.curve[-1].items()))
-                if time.perf_counter() - last_check > CHECK_SECONDS:
-                    check()
-                    last_check = time.perf_counter()
+                if time.perf_counter() - last_saved > SAVE_SECONDS:
+                    save()
+                    last_saved = time.perf_counter()
 
     def step(self, step: int, bucket: Bucket) -> None:
         recipe, done = self.recipe, step / self.recipe.num_steps
