@@ -21,11 +21,11 @@ from tiny import corpus
 from tiny.batches import Encoder
 from tiny.data import make_data
 from tiny.exam import questions, spread
-from tiny.export import read_trained
 from tiny.forced import BATCH_TOKENS, teacher_forced_scores
 from tiny.network import FIELDS, build_network
 from tiny.question import totals
-from tiny.tokens import train_tokenizer
+from tiny.start import start_from
+from tiny.tokens import VOCAB_SIZE, extended_tokenizer, train_tokenizer
 from tiny.train import NUM_ROWS, Recipe, Trainer
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -35,16 +35,13 @@ NUM_TOKENIZER_DOCUMENTS = 40_000
 SECONDS_AFTER = 60.0  # the examinations and the saving, when --minutes is given
 
 
-def make_tokenizer(seed: int) -> Tokenizer:
-    return train_tokenizer(list(corpus.tokenizer_texts(random.Random(seed), NUM_TOKENIZER_DOCUMENTS)))
-
-
-def start_from(network: nn.Module, folder: Path) -> None:
-    """Puts the weights of an earlier run into the network. Errors: ValueError when they do not fit."""
-    missing, unexpected = network.load_state_dict(read_trained(folder), strict=False)
-    left = [name for name in missing if not name.endswith("inv_freq")]
-    if left or unexpected:
-        raise ValueError(f"{folder}: the weights do not fit: missing {left}, unexpected {unexpected}")
+def make_tokenizer(seed: int, start: Path | None) -> Tokenizer:
+    """A new tokenizer, or that of an earlier run, with more merges where it has fewer tokens than the network."""
+    texts = corpus.tokenizer_texts(random.Random(seed), NUM_TOKENIZER_DOCUMENTS)
+    if start is None:
+        return train_tokenizer(list(texts))
+    earlier = Tokenizer.from_file(str(start / "tokenizer.json"))
+    return earlier if earlier.get_vocab_size() == VOCAB_SIZE else extended_tokenizer(earlier, texts)
 
 
 def save_weights(network: nn.Module, trainer: Trainer, folder: Path) -> None:
@@ -73,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=defaults.num_steps)
     parser.add_argument("--minutes", type=float, help="in place of --steps: as many as fit, from now to the end")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of the data and the order of rows")
-    parser.add_argument("--start", type=Path, help="go on from the weights and the tokenizer of this folder")
+    parser.add_argument("--start", type=Path, help="go on from the weights and the tokenizer of this run's folder")
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
     parser.add_argument("--quantised-from", type=float, default=defaults.quantised_from, help="share of the steps")
     parser.add_argument("--no-compile", action="store_true", help="run the element-wise parts uncompiled (slower)")
@@ -98,8 +95,7 @@ def main() -> None:
         quantised_from=arguments.quantised_from,
         num_rows={kind: max(1, int(num * arguments.row_share)) for kind, num in NUM_ROWS.items()},
     )
-    kept = arguments.start / "tokenizer.json" if arguments.start else None
-    tokenizer = Tokenizer.from_file(str(kept)) if kept else make_tokenizer(recipe.seed)
+    tokenizer = make_tokenizer(Recipe().seed, arguments.start)
     tokenizer.save(str(arguments.out / "tokenizer.json"))
     encoder = Encoder(tokenizer)
     log("tokenizer")
@@ -107,7 +103,7 @@ def main() -> None:
     log("data: " + ", ".join(f"{kind} {tuple(rows.ids.shape)}" for kind, rows in data.items()))
     network = build_network(Recipe().seed)
     if arguments.start:
-        start_from(network, arguments.start)
+        start_from(network, arguments.start, tokenizer)
     network = network.to(arguments.device)
     rows = {kind: found.to(arguments.device) for kind, found in data.items()}
     compiled = arguments.device == "cuda" and not arguments.no_compile
