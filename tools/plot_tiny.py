@@ -52,7 +52,8 @@ def svg(content: dict[str, Any]) -> str:
     lines.append(f'<path d="M{x} {MARGIN}V{y}" stroke="#888" stroke-dasharray="4"/>')
     lines.append(f'<text x="{x + 4}" y="{MARGIN + 12}">quantised weights from here</text>')
     for number, (kind, colour) in enumerate(COLOURS.items()):
-        points = " ".join("{},{}".format(*place(e["step"], e[f"{kind}_loss"], num_steps)) for e in curve)
+        seen = [(e["step"], e[f"{kind}_loss"]) for e in curve if f"{kind}_loss" in e]  # not every kind from the start
+        points = " ".join("{},{}".format(*place(step, loss, num_steps)) for step, loss in seen)
         lines.append(f'<polyline points="{points}" fill="none" stroke="{colour}"/>')
         lines.append(f'<text x="{WIDTH - 120}" y="{MARGIN + 14 * number + 30}" fill="{colour}">{kind} rows</text>')
     lines.append(f'<text x="{WIDTH // 2 - 60}" y="{HEIGHT - 14}">step (0 to {num_steps}), loss</text></svg>')

@@ -102,8 +102,8 @@ def _system_text(rng: random.Random) -> str:
 _Maker = Callable[[random.Random], Turn]
 
 
-def _short_list(maker: Callable[[random.Random, int], Turn]) -> _Maker:
-    return lambda rng: maker(rng, rng.randint(1, 14))
+def _short_list(maker: Callable[[random.Random, int, tasks.ListMaker], Turn]) -> _Maker:
+    return lambda rng: maker(rng, rng.randint(1, 14), tasks.any_list)
 
 
 _SHORT_CHAT: tuple[tuple[_Maker, int], ...] = (
@@ -130,9 +130,10 @@ def _longer_document(rng: random.Random, most_words: int, most_turns: int) -> Do
     kind = rng.random()
     system = _system_text(rng)
     if kind < 0.15:
-        return completion_document(tasks.repeat_completion(rng, rng.randint(8, most_words)), bos=rng.random() < 0.5)
+        turn = tasks.repeat_completion(rng, rng.randint(8, most_words), tasks.any_list)
+        return completion_document(turn, bos=rng.random() < 0.5)
     if kind < 0.5:
-        return chat_document([tasks.repeat_chat(rng, rng.randint(8, most_words))], system)
+        return chat_document([tasks.repeat_chat(rng, rng.randint(8, most_words), tasks.any_list)], system)
     turns: list[Turn] = []
     for _ in range(rng.randint(2, most_turns)):
         after_capital = bool(turns) and turns[-1].answer.startswith("The capital of")

@@ -29,9 +29,9 @@ class Source:
 SOURCES = (
     Source(corpus.tools_document, {"tools": 512, "many tools": 768}, 64_000),
     Source(corpus.short_document, {"brief": 24, "short": 48}, 150_000),
-    Source(corpus.request_document, {"request": 128}, 48_000),
-    Source(corpus.long_document, {"long": 512}, 8_000),
-    Source(corpus.middle_document, {"middle": 192}, 16_000),
+    Source(corpus.request_document, {"request": 128}, 96_000),
+    Source(corpus.long_document, {"long": 512}, 12_000),
+    Source(corpus.middle_document, {"middle": 192}, 48_000),
 )
 
 

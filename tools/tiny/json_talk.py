@@ -11,7 +11,8 @@ from ownpath.chat.encode import Setting
 from ownpath.chat.messages import Message
 from tiny import tasks
 from tiny.chat import Conversation, with_system
-from tiny.facts import Country, countries, words
+from tiny.facts import Country, countries
+from tiny.made_up import extended_name, random_name
 from tiny.phrasings import CHAT_PHRASINGS
 from tiny.tasks import Turn
 
@@ -107,10 +108,10 @@ def _chosen(rng: random.Random, facts: Facts, new_keys: bool) -> dict[str, Any]:
 def _key(rng: random.Random, field: str, new_keys: bool, is_alone: bool) -> str:
     if new_keys:
         return _KEYS[field][-1]
-    if is_alone and rng.random() < 0.2:
-        return rng.choice(words())
-    trained = [key for key in _KEYS[field][:-1] if is_alone or key != "answer"]
-    return rng.choice(trained)
+    if is_alone and rng.random() < 0.35:
+        return random_name(rng)
+    key = rng.choice([key for key in _KEYS[field][:-1] if is_alone or key != "answer"])
+    return extended_name(rng, key) if rng.random() < 0.2 else key
 
 
 def _schema(rng: random.Random, answer: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tiny.facts import countries, words
+from tiny.made_up import extended_name, random_name
 from tiny.phrasings import chat_answer
 
 Values = tuple[Any, ...]
@@ -103,31 +104,24 @@ def draw_tool(rng: random.Random, concept: Concept, held_out: bool = False) -> T
 
 
 def _draw_name(rng: random.Random, names: tuple[str, ...]) -> str:
+    """One of ``names``, with something added to it, or something else."""
     name, kind = rng.choice(names), rng.random()
-    if kind < 0.75:
+    if kind < 0.6:
         return name
-    if kind < 0.92:
-        return rng.choice((f"{name}_{_random_word(rng)}", f"{_random_word(rng)}_{name}"))
-    return "_".join(_random_word(rng) for _ in range(rng.randint(1, 2)))
-
-
-def _random_word(rng: random.Random) -> str:
-    """A word, or syllables that are none."""
-    if rng.random() < 0.5:
-        return rng.choice(words())
-    return "".join(rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
+    return extended_name(rng, name) if kind < 0.82 else random_name(rng)
 
 
 def _draw_keys(rng: random.Random, concept: Concept, held_out: bool) -> tuple[str, ...]:
     if held_out:
         return tuple(parameter.names[-1] for parameter in concept.parameters)
-    if rng.random() < 0.12:
+    if rng.random() < 0.15:
         keys: list[str] = []
         while len(keys) < len(concept.parameters):
-            keys += [key for key in [_random_word(rng)] if key not in keys]
+            keys += [key for key in [random_name(rng)] if key not in keys]
         return tuple(keys)
     spelling = rng.randrange(10)
-    return tuple(parameter.names[spelling % (len(parameter.names) - 1)] for parameter in concept.parameters)
+    names = (parameter.names[spelling % (len(parameter.names) - 1)] for parameter in concept.parameters)
+    return tuple(extended_name(rng, name) if rng.random() < 0.15 else name for name in names)
 
 
 def _country(rng: random.Random) -> Values:

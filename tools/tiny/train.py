@@ -18,9 +18,11 @@ from tiny.network import window_mask
 
 # Every kind has 12,288 tokens in a step, so that what is compiled for one serves all.
 PATTERN = (
-    *("brief", "tools", "middle", "request", "long", "tools", "middle"),
-    *("many tools", "brief", "middle", "tools", "request", "long", "short"),
+    *("brief", "tools", "middle", "request", "short", "tools", "long", "middle"),
+    *("request", "many tools", "brief", "tools", "middle", "request", "short", "long"),
 )
+# A new network must find out how to copy before it learns anything else: it does so on lists, the short ones first.
+OPENING_PATTERN = ("brief", "short", "middle", "long")
 NUM_ROWS = {"brief": 512, "short": 256, "request": 96, "middle": 64, "long": 24, "tools": 24, "many tools": 16}
 SAVE_SECONDS = 60.0
 
@@ -31,6 +33,7 @@ class Recipe:
 
     quantised_from: share of the steps after which weights are quantised in every forward.
     num_rows: rows of one step, by kind; steps go through the kinds in turn (``PATTERN``).
+    num_opening_steps: steps at the start that go through ``OPENING_PATTERN`` instead.
     prompt_weight: weight of a prompt token in the loss; an answer token has 1.
     balanced_until: share of the steps after which the routers' selection biases stay as they are.
     """
@@ -38,6 +41,7 @@ class Recipe:
     seed: int = 20261122
     num_steps: int = 12_000
     num_warmup_steps: int = 200
+    num_opening_steps: int = 2_000
     num_rows: dict[str, int] = field(default_factory=lambda: dict(NUM_ROWS))
     learning_rate: float = 1.5e-3
     final_learning_rate: float = 2e-5
@@ -57,6 +61,11 @@ class Recipe:
         done = (step - self.num_warmup_steps) / max(1, self.num_steps - self.num_warmup_steps)
         span = self.learning_rate - self.final_learning_rate
         return self.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * done))
+
+    def kind_at(self, step: int) -> str:
+        """The kind of rows that a step learns from."""
+        pattern = OPENING_PATTERN if step < self.num_opening_steps else PATTERN
+        return pattern[step % len(pattern)]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -161,13 +170,13 @@ class Trainer:
         for counter in self.counters:
             counter.counts.zero_()
 
-    def run(self, log: Callable[[str], None], save: Callable[[], None], log_every: int = 70) -> None:
+    def run(self, log: Callable[[str], None], save: Callable[[], None], log_every: int = 80) -> None:
         """All steps; a line and an entry of the curve every ``log_every``, ``save`` about once a minute."""
         start = last_saved = time.perf_counter()
         seen = {kind: torch.zeros_like(bucket.stats) for kind, bucket in self.buckets.items()}
         turns = dict.fromkeys(self.buckets, 0)
         for step in range(self.recipe.num_steps):
-            kind = PATTERN[step % len(PATTERN)]
+            kind = self.recipe.kind_at(step)
             self.step(step, self.buckets[kind])
             seen[kind] += self.buckets[kind].stats
             turns[kind] += 1
