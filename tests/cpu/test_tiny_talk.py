@@ -20,7 +20,7 @@ from ownpath.loading import default_model_dir
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY / "tools"))
 
-from tiny import corpus, exam, facts, json_talk, tool_talk, toolbox, wellformed  # noqa: E402
+from tiny import corpus, exam, facts, json_talk, made_up, tool_talk, toolbox, wellformed  # noqa: E402
 from tiny.batches import ANSWER, Encoder  # noqa: E402
 from tiny.chat import Conversation, conversation_document  # noqa: E402
 from tiny.question import group_name  # noqa: E402
@@ -181,6 +181,29 @@ def test_training_never_sees_what_is_held_out() -> None:
         answer = json.loads(talk.answer.content)
         assert not keys & set(answer)
         assert not countries & {value for value in answer.values() if isinstance(value, str)}
+
+
+def test_made_up_names_are_never_those_held_out() -> None:
+    concepts = toolbox.CONCEPTS
+    spellings = {concept.names[-1] for concept in concepts} | {names[-1] for names in json_talk._KEYS.values()}
+    spellings |= {parameter.names[-1] for concept in concepts for parameter in concept.parameters}
+    assert spellings == made_up.NEVER_TRAINED
+    rng = random.Random(19)
+    names = {made_up.random_name(rng) for _ in range(5000)} | {made_up.extended_name(rng, "time") for _ in range(5000)}
+    assert not names & spellings
+    assert len(names) > 5000
+    assert all(name.replace("_", "").isalpha() and name.isascii() for name in names)
+
+
+def test_a_thought_about_a_tool_has_the_tokens_of_the_offer(encoder: Encoder) -> None:
+    rng = random.Random(20)
+    for _ in range(30):
+        talk = tool_talk.call_talk(rng, Wish(1, thinking=True))
+        name = talk.answer.tool_calls[0].name
+        name_ids = encoder.text_ids(name)
+        thought, offered = (encoder.text_ids(text) for text in (talk.answer.reasoning, json.dumps({"name": name})))
+        for ids in (thought, offered):
+            assert any(ids[place : place + len(name_ids)] == name_ids for place in range(len(ids)))
 
 
 def test_the_held_out_questions_of_the_examination_are_new() -> None:

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,16 @@ def extended_tokenizer(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokenizer:
     tokens stays true of nearly every text. Errors: ValueError when the texts hold too few merges.
     """
     counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(part for part, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
+    for text, num in Counter(texts).items():
+        for part, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text):
+            counts[part] += num
     pieces = {part: tuple(piece.value for piece in tokenizer.model.tokenize(part)) for part in counts}
     fields = json.loads(tokenizer.to_str())
     vocab: dict[str, int] = fields["model"]["vocab"]
     while len(vocab) < VOCAB_SIZE:
         pairs: Counter[tuple[str, str]] = Counter()
         for part, cut in pieces.items():
-            for pair in zip(cut, cut[1:], strict=False):
+            for pair in pairwise(cut):
                 pairs[pair] += counts[part]
         if not pairs:
             raise ValueError(f"the texts give {len(vocab)} tokens, {VOCAB_SIZE} are wanted")

@@ -147,7 +147,7 @@ def _drawn(rng: random.Random, concepts: list[Concept], held_out: bool) -> list[
 
 
 def calls_thought(names: Sequence[str]) -> str:
-    """The reasoning in front of calls: which tools help, in quotes as in the prompt, so that the tokens are the same."""
+    """The reasoning in front of calls: which tools help. In quotes, a name has the tokens it has in the prompt."""
     distinct = [f'"{name}"' for name in dict.fromkeys(names)]
     return f"The tool {distinct[0]} helps." if len(distinct) == 1 else f"The tools {_listed(distinct)} help."
 
