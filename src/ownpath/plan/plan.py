@@ -9,14 +9,23 @@ from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 
+from ownpath.checkpoint.drafts import NO_DRAFT, Draft, carried_draft, requested_draft
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
-from ownpath.checkpoint.names import model_params
+from ownpath.checkpoint.names import draft_params, model_params
 from ownpath.checkpoint.schema import Encoding, ModuleSpec, ParamSpec, check_census, check_param, detect
 from ownpath.config import ModelConfig
 from ownpath.formats import BF16, FP32, Format
 from ownpath.plan.claims import find_contradictions
-from ownpath.plan.opspec import CompanionSpec, OpKind, OpSpec, companion_ops, model_ops
+from ownpath.plan.opspec import (
+    CompanionSpec,
+    OpKind,
+    OpSpec,
+    companion_ops,
+    draft_companions,
+    draft_ops,
+    model_ops,
+)
 from ownpath.plan.select import Caps, Choice, Demands, Refusal, select
 
 
@@ -51,6 +60,7 @@ class PlannedCompanion:
 class Plan:
     """Every op in forward order, the tensors used as stored, and the keys left unread with the reason for each.
 
+    draft: which drafter the checkpoint carries, and how many of its modules are among the ops, after the backbone's.
     contradictions: what config.json says of the formats and the tensors do not bear out, a line each.
     """
 
@@ -62,6 +72,7 @@ class Plan:
     params: tuple[ParamSpec, ...]
     ignored: MappingProxyType[str, str]
     contradictions: tuple[str, ...] = ()
+    draft: Draft = NO_DRAFT
 
     @property
     def decided(self) -> tuple["PlannedOp | PlannedCompanion", ...]:
@@ -86,26 +97,40 @@ class Plan:
         return tuple(op for op in self.ops if op.spec.slot == slot)
 
 
-def make_plan(config: ModelConfig, index: CheckpointIndex, caps: Caps, demands: Demands | None = None) -> Plan:
+def make_plan(
+    config: ModelConfig,
+    index: CheckpointIndex,
+    caps: Caps,
+    demands: Demands | None = None,
+    *,
+    loads_draft: bool = False,
+) -> Plan:
     """Plans every op of ``config`` for the checkpoint behind ``index`` on a device.
 
+    loads_draft: plan the MTP modules too.
     Errors: CheckpointError naming the tensor that is missing, unexpected, or of a wrong dtype or shape; PlanError
         naming the op that no kernel runs.
     """
     demands = demands or Demands()
     planner = _Planner(index, caps, demands)
-    ops = tuple(chain.from_iterable(planner.op(spec) for spec in model_ops(config)))
+    backbone = tuple(chain.from_iterable(planner.op(spec) for spec in model_ops(config)))
+    ops, params = backbone, tuple(model_params(config))
     companions = tuple(planner.companion(spec) for spec in companion_ops(config))
-    params = tuple(model_params(config))
+    draft = requested_draft(config, index) if loads_draft else carried_draft(index)
+    if loads_draft:
+        ops += tuple(chain.from_iterable(planner.op(spec) for spec in draft_ops(config)))
+        params += tuple(draft_params(config))
+        companions += tuple(planner.companion(spec) for spec in draft_companions(config))
     for param in params:
         check_param(index, param)
     consumed = {param.key for param in params}
     for op in ops:
         for module in op.spec.modules:
             consumed.update(op.encoding.keys(module.name))
-    ignored = check_census(index, consumed)
-    contradictions = _contradictions(config, ops, index)
-    return Plan(config, caps, demands, ops, companions, params, MappingProxyType(ignored), contradictions)
+    ignored = MappingProxyType(check_census(index, consumed, draft.unread_reason))
+    # What config.json says of experts is said of the backbone's: exports leave the draft's as they were.
+    contradictions = _contradictions(config, backbone, index)
+    return Plan(config, caps, demands, ops, companions, params, ignored, contradictions, draft)
 
 
 def _contradictions(config: ModelConfig, ops: tuple[PlannedOp, ...], index: CheckpointIndex) -> tuple[str, ...]:
