@@ -101,6 +101,12 @@ def deepseek_native(module: str) -> Encoding:
     return NATIVE_FP8 if _is_projection(module) else PLAIN_BF16
 
 
+def fp8_experts(module: str) -> Encoding:
+    """DeepSeek's base model: routed experts in FP8 blocks like the other projections, small ones BF16."""
+    is_fp8 = ".ffn.experts." in module or _is_projection(module)
+    return NATIVE_FP8 if is_fp8 else PLAIN_BF16
+
+
 def compressed_tensors(module: str) -> Encoding:
     """llm-compressor's mixed export: routed experts NVFP4, attention projections FP8 blocks, all else BF16."""
     if ".ffn.experts." in module:
@@ -119,8 +125,13 @@ LAYOUTS: dict[str, Layout] = {
     "full-nvfp4": full_nvfp4,
     "compressed-tensors": compressed_tensors,
     "deepseek-native": deepseek_native,
+    "fp8-experts": fp8_experts,
     "bf16": bf16,
 }
+
+
+WIDTHS = {"deepseek-native": 64, "fp8-experts": 144}
+"""Expert widths that a layout needs: whole blocks of 32; a second block of 128 that is partial."""
 
 
 def _is_projection(module: str) -> bool:
@@ -153,8 +164,9 @@ def random_checkpoint(
     fp8_scale: dtype of FP8 block scales; by default the one that the layout's published checkpoints have.
     draft: layout of an MTP module to write too. The backbone's tensors are the same with and without it.
     """
-    is_mxfp4 = "deepseek-native" in (layout, draft)  # blocks of 32
-    fields = SMALL | ({"moe_intermediate_size": 64} if is_mxfp4 else {})
+    stored = (layout,) if draft is None else (layout, draft)
+    width = max(WIDTHS.get(name, SMALL["moe_intermediate_size"]) for name in stored)
+    fields = SMALL | {"moe_intermediate_size": width}
     fields |= ({} if draft is None else {"num_nextn_predict_layers": 1}) | changes
     config = ModelConfig.from_dict(fields)
     generator = torch.Generator().manual_seed(seed)
@@ -166,8 +178,9 @@ def random_checkpoint(
         for spec in params:
             tensors[spec.key] = _random_param(spec, config, generator)
             decoded[spec.key] = tensors[spec.key]
+        scale = fp8_scale or (torch.float32 if stored_in == "fp8-experts" else None)
         for name, weight, encoding, shared_amax in _random_modules(ops, LAYOUTS[stored_in], generator):
-            quantized = _quantize(weight, encoding, shared_amax, fp8_scale)
+            quantized = _quantize(weight, encoding, shared_amax, scale)
             input_scale = torch.rand((), generator=generator) * 0.01 + 1e-4
             tensors.update(encoding.encode(name, quantized, input_scale))
             decoded[name] = dequantize(_read_back(quantized, encoding))

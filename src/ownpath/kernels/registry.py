@@ -44,6 +44,7 @@ KERNELS = Registry(
         "ref.plain_linear": "ref.linear:plain_linear",
         "ref.grouped_linear": "ref.small:rope_grouped_linear",
         "ref.nvfp4_moe": "ref.moe:nvfp4_moe",
+        "ref.fp8_moe": "ref.moe:fp8_moe",
         "ref.plain_moe": "ref.moe:plain_moe",
         "ref.hyper_boundary": "ref.hyper:hyper_boundary",
         "ref.rms_norm": "ref.small:rms_norm",

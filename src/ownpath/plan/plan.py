@@ -157,11 +157,25 @@ class _Planner:
         """One planned op; a fused linear whose shards are stored differently becomes one op per shard."""
         encodings = [detect(self.index, module) for module in spec.modules]
         if len(set(encodings)) == 1:
+            if spec.kind is OpKind.MOE:
+                self._require_one_scale_dtype(spec, encodings[0])
             return [self.decided(spec, encodings[0])]
         if spec.kind is not OpKind.LINEAR:
             raise CheckpointError(f"{spec.slot}: {_first_difference(spec.modules, encodings)}")
         shards = [replace(spec, modules=(module,)) for module in spec.modules]
         return [self.decided(shard, encoding) for shard, encoding in zip(shards, encodings, strict=True)]
+
+    def _require_one_scale_dtype(self, spec: OpSpec, encoding: Encoding) -> None:
+        """A layer's scales lie in one buffer per projection. Errors: CheckpointError naming the first that differs."""
+        if encoding.format.block is None:
+            return
+        scales = [self.index[encoding.key(module.name, "scale")] for module in spec.modules]
+        other = next((info for info in scales if info.dtype != scales[0].dtype), None)
+        if other is not None:
+            first = f"{scales[0].name!r} is {scales[0].dtype}"
+            raise CheckpointError(
+                f"{spec.slot}: {first} but {other.name!r} is {other.dtype}; experts of one layer must agree"
+            )
 
     def companion(self, spec: CompanionSpec) -> PlannedCompanion:
         return PlannedCompanion(spec, self._choice(spec, None))

@@ -14,7 +14,7 @@ from ownpath.plan.plan import Plan, PlannedOp
 from ownpath.qtensor import QuantTensor
 from ownpath.runners.fp8 import Fp8Linear
 from ownpath.runners.linear import ConcatLinear, GroupedLinear, Nvfp4Linear, PlainLinear, WideLinear
-from ownpath.runners.moe import Nvfp4MoE, PlainMoE
+from ownpath.runners.moe import Fp8MoE, Nvfp4MoE, PlainMoE
 from ownpath.runners.w4a4 import Nvfp4LinearW4A4, Nvfp4MoEW4A4
 from ownpath.weights.operands import Operand
 
@@ -65,6 +65,9 @@ def make_runner(op: PlannedOp, operand: Operand, config: ModelConfig) -> Any:
     buffers = operand.buffers
     if op.choice.kernel.runner == "Nvfp4MoE":
         return _nvfp4_moe(op, buffers, config.swiglu_limit, kernel)
+    if op.choice.kernel.runner == "Fp8MoE":
+        tensors = {name: buffers[name][0] for name in ("w13", "w13_scale", "w2", "w2_scale")}
+        return Fp8MoE(**tensors, swiglu_limit=config.swiglu_limit, kernel=kernel)
     if op.choice.kernel.runner == "PlainMoE":
         return PlainMoE(buffers["w13"][0], buffers["w2"][0], config.swiglu_limit, kernel=kernel)
     if op.choice.kernel.runner == "Nvfp4Linear":

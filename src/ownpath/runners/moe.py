@@ -101,6 +101,47 @@ class Nvfp4MoE:
         return y
 
 
+class Fp8MoE:
+    """Top-k mixture of SwiGLU experts with E4M3 weights in 128 x 128 blocks, by the torch reference.
+
+    Shapes (E experts, D hidden, F expert width, R = ceil(F/128), C = ceil(D/128)): w13 E4M3 [E, 2F, D], gate rows
+        first; w13_scale [E, 2, R, C], the grids of gate and up; w2 E4M3 [E, D, F]; w2_scale [E, C, R]. Scales are E8M0
+        or float32.
+    Errors: ValueError naming the operand for a wrong dtype, shape or device.
+    """
+
+    def __init__(
+        self,
+        w13: torch.Tensor,
+        w13_scale: torch.Tensor,
+        w2: torch.Tensor,
+        w2_scale: torch.Tensor,
+        swiglu_limit: float,
+        *,
+        kernel: Kernel = KERNELS["ref.fp8_moe"],
+    ) -> None:
+        self.num_experts, rows, dim = w13.shape
+        inter = rows // 2
+        blocks_F, blocks_D = -(-inter // 128), -(-dim // 128)
+        codes, scales = (torch.float8_e4m3fn,), (torch.float8_e8m0fnu, torch.float32)
+        require("w13", w13, codes, (self.num_experts, 2 * inter, dim))
+        require("w13_scale", w13_scale, scales, (self.num_experts, 2, blocks_F, blocks_D))
+        require("w2", w2, codes, (self.num_experts, dim, inter))
+        require("w2_scale", w2_scale, scales, (self.num_experts, blocks_D, blocks_F))
+        self.hidden_size, self.swiglu_limit = dim, swiglu_limit
+        self._operand = ((w13, w13_scale), (w2, w2_scale))
+        self._kernel = kernel
+
+    def __call__(
+        self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, **given: Any
+    ) -> torch.Tensor:
+        """As ``Nvfp4MoE``; given: ``num_shared`` and ``expert_map``."""
+        require_input(x, self.hidden_size, self._operand[0][0])
+        _require_routing(x, topk_ids, topk_weights)
+        y: torch.Tensor = self._kernel(x, topk_ids, topk_weights, *self._operand, self.swiglu_limit, **given)
+        return y
+
+
 class PlainMoE:
     """Top-k mixture of SwiGLU experts with unquantised weights, by the torch reference.
 

@@ -5,6 +5,7 @@ exactly one checkpoint tensor fills; the slots of an op tile its buffers without
 """
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -65,7 +66,7 @@ def make_operand(op: PlannedOp, stored: dict[str, str], device: torch.device) ->
     """Allocates the operand of ``op``. stored: checkpoint key -> safetensors dtype name."""
     encoding, modules = op.encoding, op.spec.modules
     if op.spec.kind is OpKind.MOE:
-        return _moe(encoding, modules, device)
+        return _moe(encoding, modules, stored, device)
     if encoding.format is NVFP4:
         return _nvfp4_linear(encoding, modules, device)
     if encoding.format is FP8_BLOCK:
@@ -98,11 +99,16 @@ def _nvfp4_linear(encoding: Encoding, modules: tuple[ModuleSpec, ...], device: t
     return Operand({name: (buffer,) for name, buffer in named.items()}, tuple(slots))
 
 
-def _moe(encoding: Encoding, modules: tuple[ModuleSpec, ...], device: torch.device) -> Operand:
+def _moe(encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, str], device: torch.device) -> Operand:
     num_experts = len(modules) // 3
     inter, dim = modules[0].shape
-    gate_up = _expert_stack(encoding.format, (num_experts, 2 * inter, dim), (num_experts, 2), device)
-    down = _expert_stack(encoding.format, (num_experts, dim, inter), (num_experts,), device)
+    if encoding.format is FP8_BLOCK:
+        scale_dtype = _fp8_scale_dtype(encoding, modules[0], stored)
+        gate_up = _fp8_stack(encoding, (num_experts, 2), (inter, dim), scale_dtype, device)
+        down = _fp8_stack(encoding, (num_experts,), (dim, inter), scale_dtype, device)
+    else:
+        gate_up = _expert_stack(encoding.format, (num_experts, 2 * inter, dim), (num_experts, 2), device)
+        down = _expert_stack(encoding.format, (num_experts, dim, inter), (num_experts,), device)
     slots: list[Slot] = []
     for idx, module in enumerate(modules):
         projection, expert = divmod(idx, num_experts)
@@ -133,18 +139,33 @@ def _expert_stack(
     return stack | {role: sentinel(scalars, torch.float32, device) for role in ("global_scale", "input_scale")}
 
 
+def _fp8_stack(
+    encoding: Encoding, lead: tuple[int, ...], shape: tuple[int, int], scale_dtype: torch.dtype, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Buffers by role for matrices [N, K], so many as ``lead`` says: (experts,), or (experts, 2) for gate above up.
+
+    Each matrix keeps its own grid of scales: its last blocks may be partial.
+    """
+    n, k = shape
+    codes = (lead[0], prod(lead[1:]) * n, k)
+    grid = (*lead, *encoding.part("scale").shape(n, k))
+    return {"qdata": sentinel(codes, torch.float8_e4m3fn, device), "scale": sentinel(grid, scale_dtype, device)}
+
+
+def _fp8_scale_dtype(encoding: Encoding, module: ModuleSpec, stored: dict[str, str]) -> torch.dtype:
+    """E8M0 as stored, else float32: BF16 scales are widened, exactly."""
+    is_e8m0 = stored[encoding.key(module.name, "scale")] == "F8_E8M0"
+    return torch.float8_e8m0fnu if is_e8m0 else torch.float32
+
+
 def _fp8_shards(
     encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, str], device: torch.device
 ) -> Operand:
-    """One weight and one scale per shard: a shard's last block may be partial, so shards do not concatenate.
-
-    BF16 scales are widened to float32, exactly.
-    """
+    """One weight and one scale per shard: a shard's last block may be partial, so shards do not concatenate."""
     weights, scales = [], []
     slots: list[Slot] = []
     for module in modules:
-        is_e8m0 = stored[encoding.key(module.name, "scale")] == "F8_E8M0"
-        dtype = torch.float8_e8m0fnu if is_e8m0 else torch.float32
+        dtype = _fp8_scale_dtype(encoding, module, stored)
         weights.append(sentinel(module.shape, torch.float8_e4m3fn, device))
         scales.append(sentinel(encoding.part("scale").shape(*module.shape), dtype, device))
         slots += _slots(encoding, module, {"qdata": weights[-1], "scale": scales[-1]})

@@ -6,9 +6,9 @@ from support.nvfp4_cases import Dense, Experts, Routed, dense_reference, first_b
 
 from ownpath import Nvfp4Linear, Nvfp4MoE
 from ownpath.formats import NVFP4
-from ownpath.numerics import dequantize, mxfp4_scale_as_nvfp4
+from ownpath.numerics import dequantize, mxfp4_scale_as_nvfp4, quantize_fp8_block
 from ownpath.qtensor import QuantTensor
-from ownpath.runners import PlainMoE
+from ownpath.runners import Fp8MoE, PlainMoE
 
 CPU = torch.device("cpu")
 LIMIT = 10.0
@@ -95,3 +95,42 @@ def test_mxfp4_scales_become_nvfp4_ones_exactly() -> None:
     scale[0, 0, 0] = 255
     with pytest.raises(ValueError, match="w of expert 0 holds a NaN"):
         mxfp4_scale_as_nvfp4("w", codes, scale.view(torch.float8_e8m0fnu))
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float8_e8m0fnu, torch.float32], ids=str)
+@pytest.mark.parametrize(("dim", "inter"), [(64, 48), (128, 256), (160, 144)])
+def test_fp8_experts_are_the_same_mixture(dim: int, inter: int, scale_dtype: torch.dtype) -> None:
+    """Decoded matrix by matrix and given to the plain experts: the same bits; partial blocks of gate and up apart."""
+    stored = {
+        name: [quantize_fp8_block(torch.randn(n, k) * gain, scale_dtype) for gain in (0.1, 1.0, 3.0, 0.01, 0.3)]
+        for name, n, k in (("w1", inter, dim), ("w3", inter, dim), ("w2", dim, inter))
+    }
+    codes, scales, values = (
+        {name: torch.stack([pick(weight) for weight in weights]) for name, weights in stored.items()}
+        for pick in (lambda w: w.qdata, lambda w: w.scale, dequantize)
+    )
+    fp8 = (torch.cat([codes["w1"], codes["w3"]], dim=1), torch.stack([scales["w1"], scales["w3"]], dim=1))
+    moe = Fp8MoE(*fp8, codes["w2"], scales["w2"], LIMIT)
+    plain = PlainMoE(torch.cat([values["w1"], values["w3"]], dim=1), values["w2"], LIMIT)
+    routed = Routed.draw(9, dim, 4, 2, CPU)
+    expert_map = torch.tensor([2, 0, -1, 3], dtype=torch.int32)
+    for given in ({}, {"num_shared": 1}, {"num_shared": 1, "expert_map": expert_map}):
+        for x in (routed.x, routed.x.float()):
+            assert torch.equal(
+                moe(x, routed.ids, routed.weights, **given), plain(x, routed.ids, routed.weights, **given)
+            )
+
+
+def test_fp8_operands_that_do_not_fit_are_named() -> None:
+    codes13, codes2 = torch.zeros(2, 288, 160).to(torch.float8_e4m3fn), torch.zeros(2, 160, 144).to(torch.float8_e4m3fn)
+    scale13, scale2 = torch.ones(2, 2, 2, 2), torch.ones(2, 2, 2)
+    with pytest.raises(ValueError, match=r"w13_scale must have shape \[2, 2, 2, 2\], found \[2, 3, 2\]"):
+        Fp8MoE(codes13, torch.ones(2, 3, 2), codes2, scale2, LIMIT)  # one grid over gate and up: partial blocks merged
+    with pytest.raises(ValueError, match=r"w2_scale must be torch\.float8_e8m0fnu or torch\.float32"):
+        Fp8MoE(codes13, scale13, codes2, scale2.bfloat16(), LIMIT)
+    with pytest.raises(ValueError, match=r"w2 must have shape \[2, 160, 144\]"):
+        Fp8MoE(codes13, scale13, codes2[:, :128], scale2, LIMIT)
+    with pytest.raises(ValueError, match=r"w13 must be torch\.float8_e4m3fn"):
+        Fp8MoE(codes13.float(), scale13, codes2, scale2, LIMIT)
+    with pytest.raises(ValueError, match="x has 96 features"):
+        Fp8MoE(codes13, scale13, codes2, scale2, LIMIT)(torch.zeros(1, 96), torch.zeros(1, 1).long(), torch.ones(1, 1))

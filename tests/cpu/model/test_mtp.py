@@ -31,6 +31,7 @@ CASES = [
     ("deepseek-native", "deepseek-native"),
     ("modelopt-experts-only", "modelopt-experts-only"),  # third parties quantise the draft too
     ("full-nvfp4", "full-nvfp4"),
+    ("fp8-experts", "fp8-experts"),  # DeepSeek's base model
     ("bf16", "bf16"),
 ]
 """(layout of the backbone, layout of the draft)"""

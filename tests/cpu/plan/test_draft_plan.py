@@ -66,7 +66,7 @@ def test_the_backbones_plan_is_part_of_the_drafting_one(folder: Path) -> None:
     assert (experts.encoding.name, projection.encoding.name) == ("native-mxfp4", "native-fp8-block")
 
 
-@pytest.mark.parametrize("draft", ["deepseek-native", "modelopt-experts-only", "full-nvfp4", "bf16"])
+@pytest.mark.parametrize("draft", ["deepseek-native", "modelopt-experts-only", "full-nvfp4", "fp8-experts", "bf16"])
 def test_what_runs_is_what_was_planned(draft: str, tmp_path: Path, device: torch.device) -> None:
     random_checkpoint(tmp_path, "full-nvfp4", draft=draft)
     plan = plan_model(tmp_path, str(device), loads_draft=True)
