@@ -83,7 +83,6 @@ def reference_draft_logits(checkpoint: Checkpoint, token_ids: list[int], device:
 def _draft_logits(checkpoint: Checkpoint, streams: torch.Tensor, next_ids: torch.Tensor) -> torch.Tensor:
     """streams [1, T, S, D] -> [T, vocab], by a model of one layer whose weights are the draft's."""
     from torch.nn.functional import linear, rms_norm
-    from transformers.models.deepseek_v4.modeling_deepseek_v4 import create_sliding_window_causal_mask
 
     device, eps = streams.device, checkpoint.config.rms_norm_eps
     decoded = {name.replace("mtp.0.", "") if _is_whole(name) else name.replace("mtp.0.", "layers.0."): value
@@ -98,8 +97,9 @@ def _draft_logits(checkpoint: Checkpoint, streams: torch.Tensor, next_ids: torch
     positions = torch.arange(next_ids.shape[1], device=device)[None]
     turns = {kind: model.model.rotary_emb(embedded, position_ids=positions, layer_type=kind)
              for kind in ("main", "compress")}  # fmt: skip
-    mask = create_sliding_window_causal_mask(config=model.config, inputs_embeds=embedded, attention_mask=None,
-                                             past_key_values=None, position_ids=positions)  # fmt: skip
+    age = positions[0][:, None] - positions[0]
+    is_hidden = (age < 0) | (age >= checkpoint.config.sliding_window)
+    mask = torch.zeros(1, 1, *age.shape, device=device).masked_fill(is_hidden, torch.finfo(torch.float32).min)
     x = model.model.layers[0](e.unsqueeze(2) + h, position_embeddings=turns, position_ids=positions,
                               attention_mask=mask, input_ids=next_ids, past_key_values=None)  # fmt: skip
     return model.lm_head(model.model.norm(model.model.hc_head(x)))[0]  # type: ignore[no-any-return]
