@@ -16,7 +16,7 @@ from ownpath.checkpoint.schema import Encoding, ModuleSpec, ParamSpec, check_cen
 from ownpath.config import ModelConfig
 from ownpath.formats import BF16, FP32, Format
 from ownpath.plan.claims import find_contradictions
-from ownpath.plan.opspec import CompanionSpec, OpKind, OpSpec, companion_ops, model_ops
+from ownpath.plan.opspec import CompanionSpec, OpKind, OpSpec, companion_ops, model_ops, official_ops, steps_of
 from ownpath.plan.select import Caps, Choice, Demands, Refusal, select
 
 
@@ -95,7 +95,7 @@ def make_plan(config: ModelConfig, index: CheckpointIndex, caps: Caps, demands: 
     demands = demands or Demands()
     planner = _Planner(index, caps, demands)
     ops = tuple(chain.from_iterable(planner.op(spec) for spec in model_ops(config)))
-    companions = tuple(planner.companion(spec) for spec in companion_ops(config))
+    companions = planner.companions(config)
     params = tuple(model_params(config))
     for param in params:
         check_param(index, param)
@@ -118,7 +118,7 @@ def replan(plan: Plan, caps: Caps, demands: Demands) -> Plan:
     """The same checkpoint's plan for another device; no tensor is looked at again. Errors: PlanError."""
     planner = _Planner(CheckpointIndex(Path(), MappingProxyType({})), caps, demands)
     ops = tuple(planner.decided(op.spec, op.encoding) for op in plan.ops)
-    companions = tuple(planner.companion(op.spec) for op in plan.companions)
+    companions = planner.companions(plan.config)
     return replace(plan, caps=caps, demands=demands, ops=ops, companions=companions)
 
 
@@ -138,8 +138,9 @@ class _Planner:
         shards = [replace(spec, modules=(module,)) for module in spec.modules]
         return [self.decided(shard, encoding) for shard, encoding in zip(shards, encodings, strict=True)]
 
-    def companion(self, spec: CompanionSpec) -> PlannedCompanion:
-        return PlannedCompanion(spec, self._choice(spec, None))
+    def companions(self, config: ModelConfig) -> tuple[PlannedCompanion, ...]:
+        specs = chain(companion_ops(config), official_ops(config, self.demands.official))
+        return tuple(PlannedCompanion(spec, self._choice(spec, None)) for spec in specs)
 
     def decided(self, spec: OpSpec, encoding: Encoding) -> PlannedOp:
         return PlannedOp(spec, encoding, self._choice(spec, encoding.format))
@@ -148,7 +149,7 @@ class _Planner:
         demands = self.demands
         if isinstance(spec, OpSpec) and spec.is_wide and stored not in (BF16, FP32):
             demands = replace(demands, activations="float32")  # a quantised weight's kernel rounds to what it takes
-        decision = select(spec.kind, stored, self.caps, demands=demands, dims=spec.dims)
+        decision = select(spec.kind, stored, self.caps, demands=demands, dims=spec.dims, steps=steps_of(spec, stored))
         if isinstance(decision, Refusal):
             raise PlanError(f"{spec.slot}: {decision.reason}")
         return decision
