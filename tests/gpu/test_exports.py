@@ -10,6 +10,7 @@ from support.checkpoints import LAYOUTS, random_checkpoint
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.config import ModelConfig
 from ownpath.loading import default_model_dir, device_caps
+from ownpath.official import parse_numerics
 from ownpath.plan.opspec import OpKind
 from ownpath.plan.plan import make_plan
 from ownpath.plan.select import Demands
@@ -24,17 +25,22 @@ ROUNDINGS = 3
 """The most that lie between a product's input and its output: hidden rows, an expert's output, their sum."""
 
 
+@pytest.mark.parametrize("numerics", ["plain", "official"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.inference_mode()
-def test_every_product_of_an_export_equals_the_cpu_reference(layout: str, tmp_path: Path, cuda: torch.device) -> None:
+def test_every_product_of_an_export_equals_the_cpu_reference(
+    layout: str, numerics: str, tmp_path: Path, cuda: torch.device
+) -> None:
+    """Plain numerics against float32; official ones against the same BF16 activations, which round alike."""
+    official = parse_numerics(numerics)
     shape = json.loads((default_model_dir() / "config.json").read_text(encoding="utf-8"))
     shape.pop("quantization_config")
     random_checkpoint(tmp_path, layout, **shape)
     config = ModelConfig.from_file(tmp_path / "config.json")
     index = CheckpointIndex.open(tmp_path)
     runners = []
-    for name, dtype in ((str(cuda), "bfloat16"), ("cpu", "float32")):
-        plan = make_plan(config, index, device_caps(name), Demands(dtype))
+    for name, dtype in ((str(cuda), "bfloat16"), ("cpu", "bfloat16" if official else "float32")):
+        plan = make_plan(config, index, device_caps(name), Demands(dtype, official=official))
         runners.append(make_runners(plan, load_weights(plan, index, torch.device(name)).operands))
     ours, reference = runners
     compile_kernels(ours.values())
@@ -44,7 +50,7 @@ def test_every_product_of_an_export_equals_the_cpu_reference(layout: str, tmp_pa
         x = torch.randn(NUM_TOKENS, op.spec.shape[1]).to(torch.bfloat16)
         more = _routing(config) if op.spec.kind is OpKind.MOE else ()
         found = ours[op.spec.slot](x.to(cuda), *(part.to(cuda) for part in more)).float().cpu()
-        expected = reference[op.spec.slot](x.float(), *more)
+        expected = reference[op.spec.slot](x if official else x.float(), *more).float()
         error = ((found - expected).norm() / expected.norm()).item()
         assert error <= ROUNDINGS * 2**-9, (op.spec.slot, error)
 

@@ -1,4 +1,4 @@
-"""How far apart DeepSeek's published code, vLLM and transformers are, step by step, on random values of V4-Flash's sizes.
+"""How far apart DeepSeek's published code, vLLM and transformers are, step by step, on values of V4-Flash's sizes.
 
 Each test states the three ways of one step on its own (BF16 activations, float64 as the measure), prints the size of
 the difference, and holds it between two bounds that follow from the formats: a rounding to BF16 moves a value by at
@@ -165,7 +165,7 @@ def test_compressor() -> None:
 
 
 def test_keys() -> None:
-    """Published: E4M3 of 448 channels per 64, read back. vLLM stores the same values in 584 bytes. transformers: none."""
+    """Published: E4M3 of 448 channels per 64, read back. vLLM: the same values, stored. transformers: none."""
     kv = activations(TOKENS, 512)
     kept = fp8_keys(kv, 64)
     codes = torch.cat([nearest_e4m3(block / scale) * scale for block, scale in _pages(kv)], -1)
