@@ -64,7 +64,7 @@ def make_runner(op: PlannedOp, operand: Operand, config: ModelConfig) -> Any:
     kernel = KERNELS[op.choice.kernel.name]
     buffers = operand.buffers
     if op.choice.kernel.runner == "Nvfp4MoE":
-        return _nvfp4_moe(op, buffers, config.swiglu_limit, kernel)
+        return _nvfp4_moe(op, operand, config.swiglu_limit, kernel)
     if op.choice.kernel.runner == "Fp8MoE":
         tensors = {name: buffers[name][0] for name in ("w13", "w13_scale", "w2", "w2_scale")}
         return Fp8MoE(**tensors, swiglu_limit=config.swiglu_limit, kernel=kernel)
@@ -89,16 +89,16 @@ def make_runner(op: PlannedOp, operand: Operand, config: ModelConfig) -> Any:
     return PlainLinear(buffers["weight"], kernel=kernel)
 
 
-def _nvfp4_moe(
-    op: PlannedOp, buffers: dict[str, tuple[torch.Tensor, ...]], swiglu_limit: float, kernel: Kernel
-) -> Nvfp4MoE:
+def _nvfp4_moe(op: PlannedOp, operand: Operand, swiglu_limit: float, kernel: Kernel) -> Nvfp4MoE:
     """Experts for an NVFP4 kernel. Errors: CheckpointError naming slot and expert for MXFP4 that NVFP4 cannot say."""
+    buffers = operand.buffers
     if op.encoding.format is NVFP4:
         names = ("w13", "w13_scale", "w13_scale_2", "w2", "w2_scale", "w2_scale_2")
         return Nvfp4MoE(**{name: buffers[name][0] for name in names}, swiglu_limit=swiglu_limit, kernel=kernel)
     tensors = {name: buffers[name][0] for name in ("w13", "w13_scale", "w2", "w2_scale")}
     try:
-        return Nvfp4MoE.from_mxfp4(**tensors, swiglu_limit=swiglu_limit, kernel=kernel)
+        rooms = operand.rooms["w13_scale"], operand.rooms["w2_scale"]
+        return Nvfp4MoE.from_mxfp4(**tensors, swiglu_limit=swiglu_limit, rooms=rooms, kernel=kernel)
     except ValueError as error:
         raise CheckpointError(f"{op.spec.slot}: {error}") from None
 
