@@ -101,6 +101,12 @@ def deepseek_native(module: str) -> Encoding:
     return NATIVE_FP8 if _is_projection(module) else PLAIN_BF16
 
 
+def fp8_experts(module: str) -> Encoding:
+    """DeepSeek's base model: routed experts in FP8 blocks like the other projections, small ones BF16."""
+    is_fp8 = ".ffn.experts." in module or _is_projection(module)
+    return NATIVE_FP8 if is_fp8 else PLAIN_BF16
+
+
 def compressed_tensors(module: str) -> Encoding:
     """llm-compressor's mixed export: routed experts NVFP4, attention projections FP8 blocks, all else BF16."""
     if ".ffn.experts." in module:
@@ -119,8 +125,13 @@ LAYOUTS: dict[str, Layout] = {
     "full-nvfp4": full_nvfp4,
     "compressed-tensors": compressed_tensors,
     "deepseek-native": deepseek_native,
+    "fp8-experts": fp8_experts,
     "bf16": bf16,
 }
+
+
+WIDTHS = {"deepseek-native": 64, "fp8-experts": 144}
+"""Expert widths that a layout needs: whole blocks of 32; a second block of 128 that is partial."""
 
 
 def _is_projection(module: str) -> bool:
@@ -150,7 +161,8 @@ def random_checkpoint(
 
     fp8_scale: dtype of FP8 block scales; by default the one that the layout's published checkpoints have.
     """
-    fields = SMALL | ({"moe_intermediate_size": 64} if layout == "deepseek-native" else {}) | changes  # blocks of 32
+    fields = SMALL | {"moe_intermediate_size": WIDTHS.get(layout, SMALL["moe_intermediate_size"])} | changes
+    fp8_scale = fp8_scale or (torch.float32 if layout == "fp8-experts" else None)
     config = ModelConfig.from_dict(fields)
     generator = torch.Generator().manual_seed(seed)
     tensors: Tensors = {}

@@ -250,7 +250,8 @@ class OfficialForward:
         scale = torch.exp2(raw.view(torch.uint8).double() - 127) if raw.element_size() == 1 else raw.double()
         if weight.dtype == torch.float8_e4m3fn:
             wide = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
-            return weight.double() * wide[: weight.shape[0], : weight.shape[1]]
+            wide = wide[: weight.shape[0], : weight.shape[1]]
+            return (weight.float() * wide.float()).double()  # a value is a float32, also where its scale is one
         return self.values(weight) * scale.repeat_interleave(32, 1)
 
     def blocks(self, name: str) -> Tensor:

@@ -216,11 +216,21 @@ def _closest_encoding(index: CheckpointIndex, module: ModuleSpec) -> Encoding:
         known = ", ".join(f"{encoding.name} {'/'.join(encoding.part('qdata').dtypes)}" for encoding in ENCODINGS)
         raise CheckpointError(f"tensor {found[0]}: no known encoding has this dtype (known: {known})")
     # Without a weight tensor, the scales that are there tell which one is missing.
-    return min(candidates or ENCODINGS, key=lambda e: _num_missing(index, e, module))
+    return min(candidates or ENCODINGS, key=lambda e: (_num_missing(index, e, module), num_unlike(index, e, module)))
 
 
 def _num_missing(index: CheckpointIndex, encoding: Encoding, module: ModuleSpec) -> int:
     return sum(key not in index for key in encoding.keys(module.name))
+
+
+def num_unlike(index: CheckpointIndex, encoding: Encoding, module: ModuleSpec) -> int:
+    """How many of an encoding's tensors are there with another dtype or shape than it stores."""
+    found = [(part, index.tensors.get(f"{module.name}.{part.suffix}")) for part in encoding.parts]
+    return sum(
+        info.dtype not in part.dtypes or info.shape not in (part.shape(*module.shape), *part.other_shapes)
+        for part, info in found
+        if info is not None
+    )
 
 
 def check_param(index: CheckpointIndex, spec: ParamSpec) -> None:

@@ -44,6 +44,7 @@ KERNELS = Registry(
         "ref.plain_linear": "ref.linear:plain_linear",
         "ref.grouped_linear": "ref.small:rope_grouped_linear",
         "ref.nvfp4_moe": "ref.moe:nvfp4_moe",
+        "ref.fp8_moe": "ref.moe:fp8_moe",
         "ref.plain_moe": "ref.moe:plain_moe",
         "ref.moe_quantized_inputs": "ref.official:moe_quantized_inputs",
         "ref.moe_weight_first": "ref.official:moe_weight_first",

@@ -275,6 +275,14 @@ _KERNELS = (
         "W4A16 per expert: exact decode, gate and up keep their own global scales, float32 combine",
     ),
     KernelSpec(
+        "ref.fp8_moe",
+        OpKind.MOE,
+        (FP8_BLOCK,),
+        "Fp8MoE",
+        "row_major",
+        "W8A16 per expert: E4M3 x block scale decoded for the experts that are hit, float32 sums and combine",
+    ),
+    KernelSpec(
         "ref.plain_moe",
         OpKind.MOE,
         (BF16, FP32),

@@ -22,6 +22,7 @@ from ownpath.checkpoint.schema import (
     check_param,
     detect,
     ignore_reason,
+    num_unlike,
 )
 from ownpath.config import ModelConfig
 from ownpath.plan.opspec import model_ops
@@ -100,14 +101,15 @@ def _module_problems(index: CheckpointIndex, spec: ModuleSpec) -> Iterator[Probl
             yield Problem(_kind(index, key, part.dtypes), key, str(error))
 
 
-def _likeness(index: CheckpointIndex, encoding: Encoding, spec: ModuleSpec) -> tuple[bool, int]:
-    """How much a module looks like ``encoding``: by its weight's dtype first, then by the parts that are there."""
+def _likeness(index: CheckpointIndex, encoding: Encoding, spec: ModuleSpec) -> tuple[bool, int, int]:
+    """How much a module looks like ``encoding``: by its weight's dtype, by which parts are there, by what they are."""
     weight = index.tensors.get(encoding.key(spec.name, "qdata"))
     keys = encoding.keys(spec.name)
     num_missing = sum(key not in index for key in keys)
     if weight is None:
-        return False, len(keys) - 2 * num_missing
-    return weight.dtype in encoding.part("qdata").dtypes, len(keys) - 2 * num_missing
+        return False, len(keys) - 2 * num_missing, -num_unlike(index, encoding, spec)
+    is_dtype = weight.dtype in encoding.part("qdata").dtypes
+    return is_dtype, len(keys) - 2 * num_missing, -num_unlike(index, encoding, spec)
 
 
 def _perfect_parts(encoding: Encoding, spec: ModuleSpec, missing: Part) -> Iterator[TensorInfo]:

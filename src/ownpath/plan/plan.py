@@ -132,6 +132,8 @@ class _Planner:
         """One planned op; a fused linear whose shards are stored differently becomes one op per shard."""
         encodings = [detect(self.index, module) for module in spec.modules]
         if len(set(encodings)) == 1:
+            if spec.kind is OpKind.MOE:
+                self._require_one_scale_dtype(spec, encodings[0])
             return [self.decided(spec, encodings[0])]
         if spec.kind is not OpKind.LINEAR:
             raise CheckpointError(f"{spec.slot}: {_first_difference(spec.modules, encodings)}")
@@ -141,6 +143,18 @@ class _Planner:
     def companions(self, config: ModelConfig) -> tuple[PlannedCompanion, ...]:
         specs = chain(companion_ops(config), official_ops(config, self.demands.official))
         return tuple(PlannedCompanion(spec, self._choice(spec, None)) for spec in specs)
+
+    def _require_one_scale_dtype(self, spec: OpSpec, encoding: Encoding) -> None:
+        """A layer's scales lie in one buffer per projection. Errors: CheckpointError naming the first that differs."""
+        if encoding.format.block is None:
+            return
+        scales = [self.index[encoding.key(module.name, "scale")] for module in spec.modules]
+        other = next((info for info in scales if info.dtype != scales[0].dtype), None)
+        if other is not None:
+            first = f"{scales[0].name!r} is {scales[0].dtype}"
+            raise CheckpointError(
+                f"{spec.slot}: {first} but {other.name!r} is {other.dtype}; experts of one layer must agree"
+            )
 
     def decided(self, spec: OpSpec, encoding: Encoding) -> PlannedOp:
         return PlannedOp(spec, encoding, self._choice(spec, encoding.format))

@@ -15,7 +15,7 @@ from ownpath.plan.plan import Plan, PlannedOp
 from ownpath.qtensor import QuantTensor
 from ownpath.runners.fp8 import Fp8Linear
 from ownpath.runners.linear import ConcatLinear, GroupedLinear, Nvfp4Linear, PlainLinear, WideLinear
-from ownpath.runners.moe import Nvfp4MoE, PlainMoE
+from ownpath.runners.moe import Fp8MoE, Nvfp4MoE, PlainMoE
 from ownpath.runners.official import OfficialMoE, QuantizedInput, quantized_fp8, quantized_nvfp4
 from ownpath.runners.w4a4 import Nvfp4LinearW4A4, Nvfp4MoEW4A4
 from ownpath.weights.operands import Operand
@@ -67,7 +67,10 @@ def make_runner(op: PlannedOp, operand: Operand, config: ModelConfig) -> Any:
     kernel = KERNELS[op.choice.kernel.name]
     buffers = operand.buffers
     if op.choice.kernel.runner == "Nvfp4MoE":
-        return _nvfp4_moe(op, buffers, config.swiglu_limit, kernel)
+        return _nvfp4_moe(op, operand, config.swiglu_limit, kernel)
+    if op.choice.kernel.runner == "Fp8MoE":
+        tensors = {name: buffers[name][0] for name in ("w13", "w13_scale", "w2", "w2_scale")}
+        return Fp8MoE(**tensors, swiglu_limit=config.swiglu_limit, kernel=kernel)
     if op.choice.kernel.runner == "PlainMoE":
         return PlainMoE(buffers["w13"][0], buffers["w2"][0], config.swiglu_limit, kernel=kernel)
     if op.choice.kernel.runner == "Nvfp4Linear":
@@ -96,16 +99,16 @@ def make_runner(op: PlannedOp, operand: Operand, config: ModelConfig) -> Any:
     return PlainLinear(buffers["weight"], kernel=kernel)
 
 
-def _nvfp4_moe(
-    op: PlannedOp, buffers: dict[str, tuple[torch.Tensor, ...]], swiglu_limit: float, kernel: Kernel
-) -> Nvfp4MoE:
+def _nvfp4_moe(op: PlannedOp, operand: Operand, swiglu_limit: float, kernel: Kernel) -> Nvfp4MoE:
     """Experts for an NVFP4 kernel. Errors: CheckpointError naming slot and expert for MXFP4 that NVFP4 cannot say."""
+    buffers = operand.buffers
     if op.encoding.format is NVFP4:
         names = ("w13", "w13_scale", "w13_scale_2", "w2", "w2_scale", "w2_scale_2")
         return Nvfp4MoE(**{name: buffers[name][0] for name in names}, swiglu_limit=swiglu_limit, kernel=kernel)
     tensors = {name: buffers[name][0] for name in ("w13", "w13_scale", "w2", "w2_scale")}
     try:
-        return Nvfp4MoE.from_mxfp4(**tensors, swiglu_limit=swiglu_limit, kernel=kernel)
+        rooms = operand.rooms["w13_scale"], operand.rooms["w2_scale"]
+        return Nvfp4MoE.from_mxfp4(**tensors, swiglu_limit=swiglu_limit, rooms=rooms, kernel=kernel)
     except ValueError as error:
         raise CheckpointError(f"{op.spec.slot}: {error}") from None
 

@@ -19,7 +19,7 @@ from ownpath.plan.plan import PlanError
 
 TOLERANCE = 2**16 * torch.finfo(torch.float64).eps
 NUM_TOKENS = 400
-LAYOUTS = ("modelopt-experts-only", "full-nvfp4", "deepseek-native", "bf16")
+LAYOUTS = ("modelopt-experts-only", "full-nvfp4", "deepseek-native", "fp8-experts", "bf16")
 CHOICES = {"plain": PLAIN, "official": OFFICIAL} | {step: frozenset({step}) for step in Step}
 
 
