@@ -64,15 +64,26 @@ def _packages() -> frozenset[str]:
     return frozenset(name for name in ("triton",) if find_spec(name) is not None)
 
 
-def plan_model(folder: Path, device: str, *, batch_invariant: bool = False, official: frozenset[Step] = PLAIN) -> Plan:
+def plan_model(
+    folder: Path,
+    device: str,
+    *,
+    batch_invariant: bool = False,
+    official: frozenset[Step] = PLAIN,
+    loads_draft: bool = False,
+) -> Plan:
     """The plan of the checkpoint in ``folder`` with a device's default engine configuration, from headers alone.
 
     device: a torch device, or ``sm_100`` and the like for a GPU that need not be here.
+    loads_draft: plan the MTP modules too.
     Errors: as ``make_plan`` and ``ModelConfig``.
     """
     caps = planned_caps(device)  # says what is wrong with the device's name before torch does
     engine_config = replace(
-        EngineConfig.for_device(caps.device_type), is_batch_invariant=batch_invariant, official=official
+        EngineConfig.for_device(caps.device_type),
+        is_batch_invariant=batch_invariant,
+        official=official,
+        loads_draft=loads_draft,
     )
     return _plan_and_index(folder, engine_config, caps)[0]
 
@@ -104,4 +115,4 @@ def _plan_and_index(folder: Path, engine_config: EngineConfig, caps: Caps) -> tu
     index = CheckpointIndex.open(folder)
     dtype = str(engine_config.dtype).removeprefix("torch.")
     demands = Demands(dtype, engine_config.is_batch_invariant, engine_config.official)
-    return make_plan(config, index, caps, demands), index
+    return make_plan(config, index, caps, demands, loads_draft=engine_config.loads_draft), index

@@ -141,7 +141,8 @@ class OfficialForward:
         weights = torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
         o = self.rotate(torch.einsum("tnk,kh->tnh", weights, keys), positions, ratio, inverse=True)
         grouped = o.flatten(1).unflatten(-1, (c["o_groups"], -1))
-        wo_a = self.matrix(f"{name}.wo_a").view(c["o_groups"], c["o_lora_rank"], -1)
+        wo_a = self.matrix(f"{name}.wo_a").float().double()  # read back once, at load
+        wo_a = wo_a.view(c["o_groups"], c["o_lora_rank"], -1)
         return self.linear(f"{name}.wo_b", torch.einsum("tgi,gri->tgr", grouped, wo_a).flatten(1))
 
     def keep(self, kv: Tensor) -> Tensor:
@@ -250,8 +251,7 @@ class OfficialForward:
         scale = torch.exp2(raw.view(torch.uint8).double() - 127) if raw.element_size() == 1 else raw.double()
         if weight.dtype == torch.float8_e4m3fn:
             wide = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
-            wide = wide[: weight.shape[0], : weight.shape[1]]
-            return (weight.float() * wide.float()).double()  # a value is a float32, also where its scale is one
+            return weight.double() * wide[: weight.shape[0], : weight.shape[1]]
         return self.values(weight) * scale.repeat_interleave(32, 1)
 
     def blocks(self, name: str) -> Tensor:

@@ -1,12 +1,12 @@
 """Puts a model together from runners (by slot), tensors used as stored (by checkpoint key) and planned companions."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ownpath.config import CSA_RATIO, EngineConfig, ModelConfig
+from ownpath.config import CSA_RATIO, EngineConfig, Layer, ModelConfig
 from ownpath.model.attention import Attention, AttentionCore
 from ownpath.model.block import Block
 from ownpath.model.caches import CacheSpec
@@ -14,6 +14,7 @@ from ownpath.model.compressor import Compressor
 from ownpath.model.indexer import Indexer
 from ownpath.model.model import Model
 from ownpath.model.moe import MoE
+from ownpath.model.mtp import Mtp
 from ownpath.model.rope import Rope
 from ownpath.runners import (
     HyperBoundary,
@@ -64,17 +65,37 @@ class Builder:
             compress_rope=compress,
             cache_spec=CacheSpec.of(config, self.engine),
             ledger=self.ledger,
+            drafts=tuple(self._drafts(sliding, compress)) if self.engine.loads_draft else (),
         )
 
+    @property
+    def _layers(self) -> tuple[Layer, ...]:
+        """In the order of a sequence's caches."""
+        return (*self.config.backbone_layers(), *self.config.draft_layers())
+
     def block(self, layer_idx: int, compress_rope: Rope) -> Block:
-        """One decoder layer."""
-        layer = f"layers.{layer_idx}"
+        """One decoder layer; the drafts' come after the backbone's."""
+        layer = self._layers[layer_idx].name
         return Block(
             hc_attn=self._boundary(f"{layer}.hc_attn", f"{layer}.attn_norm"),
             attn=self._attention(layer_idx, compress_rope),
             hc_ffn=self._boundary(f"{layer}.hc_ffn", f"{layer}.ffn_norm"),
-            ffn=self._moe(layer_idx),
+            ffn=self._moe(f"{layer}.ffn"),
         )
+
+    def _drafts(self, sliding: Rope, compress: Rope) -> Iterator[Mtp]:
+        for draft_idx, layer in enumerate(self.config.draft_layers()):
+            name = layer.name
+            yield Mtp(
+                embed_VD=self.params["embed.weight"],
+                enorm=self._norm(f"{name}.enorm", self.params[f"{name}.enorm.weight"]),
+                hnorm=self._norm(f"{name}.hnorm", self.params[f"{name}.hnorm.weight"]),
+                e_proj=self._runner(f"{name}.e_proj"),
+                h_proj=self._runner(f"{name}.h_proj"),
+                block=self.block(self.config.num_hidden_layers + draft_idx, compress),
+                hc_head=self._boundary(f"{name}.hc_head", f"{name}.norm"),
+                rope=sliding,
+            )
 
     def _runner(self, slot: str) -> Any:
         return self.ledger.watch(slot, self.runners[slot])
@@ -98,8 +119,8 @@ class Builder:
         return self.ledger.watch(slot, norm)
 
     def _attention(self, layer_idx: int, compress_rope: Rope) -> Attention:
-        attn = f"layers.{layer_idx}.attn"
-        ratio = self.config.compress_ratios[layer_idx]
+        layer = self._layers[layer_idx]
+        attn, ratio = f"{layer.name}.attn", layer.ratio
         keys = self._key_quantizer(f"{attn}.key_quantizer")
         compressor = self._compressor(f"{attn}.compressor", ratio, compress_rope, keys) if ratio else None
         indexer = self._indexer(f"{attn}.indexer", compress_rope) if ratio == CSA_RATIO else None
@@ -153,8 +174,7 @@ class Builder:
             keep=self._watched(slot, keep),
         )
 
-    def _moe(self, layer_idx: int) -> MoE:
-        ffn = f"layers.{layer_idx}.ffn"
+    def _moe(self, ffn: str) -> MoE:
         shared = f"{ffn}.shared_experts"
         router = Router(
             gate=self._runner(f"{ffn}.gate"),
