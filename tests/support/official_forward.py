@@ -83,19 +83,36 @@ class OfficialForward:
 
     def logits(self, token_ids: list[int]) -> Tensor:
         """float64 [T, V]."""
-        c = self.c
-        x_TSD = self.t["embed.weight"][token_ids].double()[:, None].repeat(1, c["hc_mult"], 1)
-        for layer in range(c["num_hidden_layers"]):
-            name, ratio = f"layers.{layer}", c["compress_ratios"][layer]
-            for part, norm in (("attn", "attn_norm"), ("ffn", "ffn_norm")):
-                h_TD, post, comb = self.pre(f"{name}.hc_{part}", x_TSD)
-                h_TD = self.rms(h_TD, f"{name}.{norm}")
-                is_attention = part == "attn"
-                y = self.attention(f"{name}.attn", h_TD, ratio) if is_attention else self.ffn(name, h_TD, token_ids)
-                x_TSD = post[..., None] * y[:, None] + torch.einsum("tjk,tjd->tkd", comb, x_TSD)
-        pre = torch.sigmoid(self.mixes("hc_head", x_TSD) * self.t["hc_head_scale"] + self.t["hc_head_base"])
-        h_TD = ((pre + c["hc_eps"])[..., None] * x_TSD).sum(1)
-        return self.linear("head", self.rms(h_TD, "norm"))
+        return self.head(self.streams(token_ids))
+
+    def draft_logits(self, token_ids: list[int]) -> Tensor:
+        """Of ``mtp.0``, for each token but the last, whose follower is not known: float64 [T - 1, V]."""
+        following = token_ids[1:]
+        e_TD = self.rms(self.t["embed.weight"][following].double(), "mtp.0.enorm")
+        h_TSD = self.rms(self.streams(token_ids)[:-1], "mtp.0.hnorm")
+        x_TSD = self.linear("mtp.0.e_proj", e_TD)[:, None] + self.linear("mtp.0.h_proj", h_TSD)
+        return self.head(self.layer("mtp.0", 0, x_TSD, following), "mtp.0.")
+
+    def streams(self, token_ids: list[int]) -> Tensor:
+        """After the last layer: float64 [T, S, D]."""
+        x_TSD = self.t["embed.weight"][token_ids].double()[:, None].repeat(1, self.c["hc_mult"], 1)
+        for layer in range(self.c["num_hidden_layers"]):
+            x_TSD = self.layer(f"layers.{layer}", self.c["compress_ratios"][layer], x_TSD, token_ids)
+        return x_TSD
+
+    def layer(self, name: str, ratio: int, x_TSD: Tensor, token_ids: list[int]) -> Tensor:
+        for part in ("attn", "ffn"):
+            h_TD, post, comb = self.pre(f"{name}.hc_{part}", x_TSD)
+            h_TD = self.rms(h_TD, f"{name}.{part}_norm")
+            is_attention = part == "attn"
+            y_TD = self.attention(f"{name}.attn", h_TD, ratio) if is_attention else self.ffn(name, h_TD, token_ids)
+            x_TSD = post[..., None] * y_TD[:, None] + torch.einsum("tjk,tjd->tkd", comb, x_TSD)
+        return x_TSD
+
+    def head(self, x_TSD: Tensor, name: str = "") -> Tensor:
+        logits = self.mixes(f"{name}hc_head", x_TSD) * self.t[f"{name}hc_head_scale"] + self.t[f"{name}hc_head_base"]
+        h_TD = ((torch.sigmoid(logits) + self.c["hc_eps"])[..., None] * x_TSD).sum(1)
+        return self.linear("head", self.rms(h_TD, f"{name}norm"))
 
     def mixes(self, name: str, x_TSD: Tensor) -> Tensor:
         flat = x_TSD.flatten(1)

@@ -45,6 +45,20 @@ def test_logits_equal_the_second_forward(layout: str, choice: str, tmp_path: Pat
     assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
+@pytest.mark.parametrize("choice", ["plain", "official"])
+@pytest.mark.parametrize(
+    ("layout", "draft"), [("modelopt-experts-only", "deepseek-native"), ("full-nvfp4", "full-nvfp4")]
+)
+def test_draft_logits_equal_the_second_forward(layout: str, draft: str, choice: str, tmp_path: Path) -> None:
+    random_checkpoint(tmp_path, layout, seed=1, draft=draft)
+    ids, official = token_ids(), CHOICES[choice]
+    model = load_model(tmp_path, EngineConfig(dtype=torch.float64, official=official, loads_draft=True))
+    batch = ForwardBatch.of([(ids[:-1], model.new_cache())], "cpu", all_logits=True)
+    hidden = model.drafts[0].hidden(model.hidden(batch), torch.tensor(ids[1:]), batch)
+    expected = OfficialForward(tmp_path, official).draft_logits(ids)
+    assert (model.logits(hidden, batch.logits_ids) - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
 @pytest.mark.parametrize(
     ("layout", "step"),
     [
