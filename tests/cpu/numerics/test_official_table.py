@@ -143,7 +143,7 @@ def test_index_quantisation() -> None:
 
 
 def test_index_scores_sums() -> None:
-    """Published: BF16 scores, weights and sums of heads. vLLM: float32. Ours: float32, official or not."""
+    """Published: BF16 scores, weights and sums of heads. vLLM, transformers and ours, official or not: float32."""
     q, k, w, _ = index_data()
     q, k = fp4_index(q), fp4_index(k)
     exact = index_scores(q, k, w)
