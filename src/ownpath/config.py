@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ownpath.official import PLAIN, Step
+
 SLIDING, CSA_RATIO, HCA_RATIO = 0, 4, 128
 _LAYER_TYPES = {
     "sliding_attention": SLIDING,
@@ -191,6 +193,7 @@ class EngineConfig:
     max_num_seqs: sequences that run together.
     max_prefill_tokens: prompt tokens that one step may process, over all sequences.
     is_batch_invariant: ask for kernels whose result for a row does not depend on the other rows of the step.
+    official: steps to be computed as DeepSeek's published code does; all others are plain.
     loads_draft: load the MTP modules too. The engine does not draft: it is for callers of the model.
     """
 
@@ -200,6 +203,7 @@ class EngineConfig:
     max_num_seqs: int = 16
     max_prefill_tokens: int = 512
     is_batch_invariant: bool = False
+    official: frozenset[Step] = PLAIN
     loads_draft: bool = False
 
     @classmethod

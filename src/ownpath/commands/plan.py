@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
     from ownpath.plan.show import plan_dict, plan_text
 
     folder = default_model_dir() if args.model is None else Path(args.model)
-    plan = plan_model(folder, args.device, batch_invariant=args.batch_invariant, loads_draft=args.draft)
+    wanted = {"batch_invariant": args.batch_invariant, "official": args.numerics, "loads_draft": args.draft}
+    plan = plan_model(folder, args.device, **wanted)
     casts = lossless_casts(plan, folder) if args.scales else None
     if args.json:
         print(json.dumps(plan_dict(plan) | ({} if casts is None else {"lossless_casts": casts}), indent=1))

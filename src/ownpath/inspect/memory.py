@@ -69,5 +69,4 @@ def _weights_bytes(plan: Plan, index: CheckpointIndex) -> int:
 
 def _operand_bytes(op: PlannedOp, index: CheckpointIndex) -> int:
     keys = (key for module in op.spec.modules for key in op.encoding.keys(module.name))
-    operand = make_operand(op, {key: index[key].dtype for key in keys}, torch.device("meta"))
-    return sum(buffer.nbytes for buffers in operand.buffers.values() for buffer in buffers)
+    return make_operand(op, {key: index[key].dtype for key in keys}, torch.device("meta")).num_bytes

@@ -19,6 +19,8 @@ from ownpath.model.rope import Rope
 from ownpath.runners import (
     HyperBoundary,
     HyperWeights,
+    IndexQuantizer,
+    KeyQuantizer,
     Ledger,
     RMSNorm,
     Router,
@@ -29,6 +31,12 @@ from ownpath.runners import (
 
 Runners = Mapping[str, Callable[..., Any]]
 Params = Mapping[str, torch.Tensor]
+Keep = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _as_it_is(x: torch.Tensor) -> torch.Tensor:
+    """What plain numerics keep."""
+    return x
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,8 @@ class Builder:
     def _attention(self, layer_idx: int, compress_rope: Rope) -> Attention:
         layer = self._layers[layer_idx]
         attn, ratio = f"{layer.name}.attn", layer.ratio
-        compressor = self._compressor(f"{attn}.compressor", ratio, compress_rope) if ratio else None
+        keys = self._key_quantizer(f"{attn}.key_quantizer")
+        compressor = self._compressor(f"{attn}.compressor", ratio, compress_rope, keys) if ratio else None
         indexer = self._indexer(f"{attn}.indexer", compress_rope) if ratio == CSA_RATIO else None
         sink_N, softmax_scale = self.params[f"{attn}.attn_sink"], self.config.softmax_scale
         softmax = SharedKeyAttention(sink_N, softmax_scale, kernel=self.kernels[f"{attn}.core"])
@@ -127,26 +136,42 @@ class Builder:
             q_norm=self._norm(f"{attn}.q_norm", self.params[f"{attn}.q_norm.weight"]),
             kv_norm=self._norm(f"{attn}.kv_norm", self.params[f"{attn}.kv_norm.weight"]),
             q_head_norm=self._norm(f"{attn}.q_head_norm", None),
+            keep=self._watched(f"{attn}.key_quantizer", keys),
             compressor=compressor,
             indexer=indexer,
             core=self.ledger.watch(f"{attn}.core", core),
         )
 
-    def _compressor(self, name: str, ratio: int, rope: Rope) -> Compressor:
-        """Its norm runs only when a window is complete, inside the layer's attention, with the layer's norm kernel."""
+    def _key_quantizer(self, slot: str) -> Keep:
+        """What keys are rounded to, where the plan says so."""
+        if slot not in self.kernels:
+            return _as_it_is
+        return KeyQuantizer(self.config.qk_rope_head_dim, kernel=self.kernels[slot])
+
+    def _watched(self, slot: str, keep: Keep) -> Keep:
+        return self.ledger.watch(slot, keep) if slot in self.kernels else keep
+
+    def _compressor(self, name: str, ratio: int, rope: Rope, keep: Keep) -> Compressor:
+        """Its norm runs only when a window is complete, inside the layer's attention, with the layer's norm kernel.
+
+        So does ``keep``, which is why neither counts as a call of its slot.
+        """
         attn = name.partition(".attn.")[0] + ".attn"
         weight, kernel = self.params[f"{name}.norm.weight"], self.kernels[f"{attn}.kv_norm"]
         norm = RMSNorm(weight, self.config.rms_norm_eps, kernel=kernel)
-        return Compressor(self._runner(f"{name}.wkv_wgate"), self.params[f"{name}.ape"], norm, rope, ratio)
+        return Compressor(self._runner(f"{name}.wkv_wgate"), self.params[f"{name}.ape"], norm, rope, ratio, keep)
 
     def _indexer(self, name: str, rope: Rope) -> Indexer:
+        slot = f"{name}.quantizer"
+        keep = IndexQuantizer(kernel=self.kernels[slot]) if slot in self.kernels else _as_it_is
         return Indexer(
             wq_b=self._runner(f"{name}.wq_b"),
             weights_proj=self._runner(f"{name}.weights_proj"),
-            compressor=self._compressor(f"{name}.compressor", CSA_RATIO, rope),
+            compressor=self._compressor(f"{name}.compressor", CSA_RATIO, rope, keep),
             num_heads=self.config.index_n_heads,
             head_dim=self.config.index_head_dim,
             topk=self.config.index_topk,
+            keep=self._watched(slot, keep),
         )
 
     def _moe(self, ffn: str) -> MoE:

@@ -7,6 +7,8 @@ from enum import StrEnum
 from ownpath.checkpoint.names import compressor_width, expert_modules
 from ownpath.checkpoint.schema import ModuleSpec
 from ownpath.config import CSA_RATIO, Layer, ModelConfig
+from ownpath.formats import FP8_BLOCK, MXFP4, NVFP4, Format
+from ownpath.official import PLAIN, Step
 
 
 class OpKind(StrEnum):
@@ -28,6 +30,10 @@ class OpKind(StrEnum):
     """The clamped activation between two products."""
     ATTENTION = "attention"
     """Everything between a layer's projections: caches, compression, selection, softmax and the sums over values."""
+    KEY_QUANTIZER = "key_quantizer"
+    """What keys are rounded to before attention sees them."""
+    INDEX_QUANTIZER = "index_quantizer"
+    """What index queries and keys are rounded to before they are scored."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +66,15 @@ class OpSpec:
 
 @dataclass(frozen=True)
 class CompanionSpec:
-    """One planned operation without a stored matrix. ``dims``: the sizes that a kernel for it depends on."""
+    """One planned operation without a stored matrix. ``dims``: the sizes that a kernel for it depends on.
+
+    step: the step of the published code that it is, if that rounds in a way of its own.
+    """
 
     slot: str
     kind: OpKind
     dims: tuple[int, ...]
+    step: Step | None = None
 
 
 def model_ops(config: ModelConfig) -> Iterator[OpSpec]:
@@ -104,11 +114,33 @@ def _layer_companions(config: ModelConfig, layer: str) -> Iterator[CompanionSpec
     yield CompanionSpec(f"{layer}.hc_attn", OpKind.HYPER, boundary)
     yield CompanionSpec(f"{layer}.attn.q_norm", OpKind.NORM, (config.q_lora_rank,))
     yield CompanionSpec(f"{layer}.attn.kv_norm", OpKind.NORM, (config.head_dim,))
-    yield CompanionSpec(f"{layer}.attn.q_head_norm", OpKind.NORM, (config.head_dim,))
+    yield CompanionSpec(f"{layer}.attn.q_head_norm", OpKind.NORM, (config.head_dim,), Step.Q_HEAD_NORM)
     yield CompanionSpec(f"{layer}.attn.core", OpKind.ATTENTION, (config.num_attention_heads, config.head_dim))
     yield CompanionSpec(f"{layer}.hc_ffn", OpKind.HYPER, boundary)
     yield CompanionSpec(f"{layer}.ffn.router", OpKind.ROUTER, (config.n_routed_experts, config.num_experts_per_tok))
     yield CompanionSpec(f"{layer}.ffn.shared_experts.swiglu", OpKind.SWIGLU, (config.moe_intermediate_size,))
+
+
+def official_ops(config: ModelConfig, layer: Layer, official: frozenset[Step]) -> Iterator[CompanionSpec]:
+    """The operations of a layer that only official numerics have."""
+    attn = f"{layer.name}.attn"
+    if Step.KV in official:
+        key_dims = (config.head_dim, config.qk_rope_head_dim)
+        yield CompanionSpec(f"{attn}.key_quantizer", OpKind.KEY_QUANTIZER, key_dims, Step.KV)
+    if Step.INDEXER in official and layer.ratio == CSA_RATIO:
+        index_dims = (config.index_head_dim,)
+        yield CompanionSpec(f"{attn}.indexer.quantizer", OpKind.INDEX_QUANTIZER, index_dims, Step.INDEXER)
+
+
+def steps_of(spec: OpSpec | CompanionSpec, stored: Format | None) -> frozenset[Step]:
+    """The steps of an operation whose numerics can be chosen, by the format of its weights."""
+    if isinstance(spec, CompanionSpec):
+        return PLAIN if spec.step is None else frozenset({spec.step})
+    if spec.kind not in (OpKind.LINEAR, OpKind.MOE):
+        return PLAIN
+    inputs = {FP8_BLOCK: Step.FP8_INPUTS, MXFP4: Step.FP8_INPUTS, NVFP4: Step.NVFP4_INPUTS}
+    steps = {inputs[stored]} if stored in inputs else set()
+    return frozenset(steps | ({Step.ROUTING_WEIGHT} if spec.kind is OpKind.MOE else set()))
 
 
 def _linear(slot: str, *modules: tuple[str, int, int], is_wide: bool = False) -> OpSpec:

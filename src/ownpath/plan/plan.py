@@ -25,6 +25,8 @@ from ownpath.plan.opspec import (
     draft_companions,
     draft_ops,
     model_ops,
+    official_ops,
+    steps_of,
 )
 from ownpath.plan.select import Caps, Choice, Demands, Refusal, select
 
@@ -115,12 +117,11 @@ def make_plan(
     planner = _Planner(index, caps, demands)
     backbone = tuple(chain.from_iterable(planner.op(spec) for spec in model_ops(config)))
     ops, params = backbone, tuple(model_params(config))
-    companions = tuple(planner.companion(spec) for spec in companion_ops(config))
+    companions = planner.companions(config, loads_draft)
     draft = requested_draft(config, index) if loads_draft else carried_draft(index)
     if loads_draft:
         ops += tuple(chain.from_iterable(planner.op(spec) for spec in draft_ops(config)))
         params += tuple(draft_params(config))
-        companions += tuple(planner.companion(spec) for spec in draft_companions(config))
     for param in params:
         check_param(index, param)
     consumed = {param.key for param in params}
@@ -143,7 +144,7 @@ def replan(plan: Plan, caps: Caps, demands: Demands) -> Plan:
     """The same checkpoint's plan for another device; no tensor is looked at again. Errors: PlanError."""
     planner = _Planner(CheckpointIndex(Path(), MappingProxyType({})), caps, demands)
     ops = tuple(planner.decided(op.spec, op.encoding) for op in plan.ops)
-    companions = tuple(planner.companion(op.spec) for op in plan.companions)
+    companions = planner.companions(plan.config, loads_draft=plan.draft.num_modules > 0)
     return replace(plan, caps=caps, demands=demands, ops=ops, companions=companions)
 
 
@@ -165,6 +166,12 @@ class _Planner:
         shards = [replace(spec, modules=(module,)) for module in spec.modules]
         return [self.decided(shard, encoding) for shard, encoding in zip(shards, encodings, strict=True)]
 
+    def companions(self, config: ModelConfig, loads_draft: bool) -> tuple[PlannedCompanion, ...]:
+        specs = [*companion_ops(config), *(draft_companions(config) if loads_draft else ())]
+        for layer in (*config.backbone_layers(), *(config.draft_layers() if loads_draft else ())):
+            specs += official_ops(config, layer, self.demands.official)
+        return tuple(PlannedCompanion(spec, self._choice(spec, None)) for spec in specs)
+
     def _require_one_scale_dtype(self, spec: OpSpec, encoding: Encoding) -> None:
         """A layer's scales lie in one buffer per projection. Errors: CheckpointError naming the first that differs."""
         if encoding.format.block is None:
@@ -177,9 +184,6 @@ class _Planner:
                 f"{spec.slot}: {first} but {other.name!r} is {other.dtype}; experts of one layer must agree"
             )
 
-    def companion(self, spec: CompanionSpec) -> PlannedCompanion:
-        return PlannedCompanion(spec, self._choice(spec, None))
-
     def decided(self, spec: OpSpec, encoding: Encoding) -> PlannedOp:
         return PlannedOp(spec, encoding, self._choice(spec, encoding.format))
 
@@ -187,7 +191,7 @@ class _Planner:
         demands = self.demands
         if isinstance(spec, OpSpec) and spec.is_wide and stored not in (BF16, FP32):
             demands = replace(demands, activations="float32")  # a quantised weight's kernel rounds to what it takes
-        decision = select(spec.kind, stored, self.caps, demands=demands, dims=spec.dims)
+        decision = select(spec.kind, stored, self.caps, demands=demands, dims=spec.dims, steps=steps_of(spec, stored))
         if isinstance(decision, Refusal):
             raise PlanError(f"{spec.slot}: {decision.reason}")
         return decision

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ownpath.checkpoint.drafts import Draft, DraftKind
+from ownpath.official import ALWAYS_OFFICIAL, MEANING, Step, numerics_name
 from ownpath.plan.plan import Plan, PlannedCompanion, PlannedOp
 
 _LAYER = re.compile(r"(layers|mtp)\.(\d+)\.(.*)")
@@ -59,7 +60,9 @@ def plan_text(plan: Plan) -> str:
     lines += ["", *align([_COMPANION_HEADINGS, *((row.title, *row.cells) for row in companions)])]
     demands = f"activations: {plan.demands.activations}"
     demands += ", every row's bits independent of the others (batch-invariant)" * plan.demands.is_batch_invariant
-    lines += ["", f"device: {plan.caps.name}", demands, "why:"]
+    lines += ["", f"device: {plan.caps.name}", demands, f"numerics: {numerics_name(plan.demands.official)}"]
+    lines += [f"  {step}: {'official' if is_official(plan, step) else 'plain'} ({MEANING[step]})" for step in Step]
+    lines += ["why:"]
     reasons = {f"{row.cells[3]} on {row.cells[1]}": row.why for row in rows}
     reasons |= {row.cells[1]: row.why for row in companions}
     lines += [f"  {kernel}: {why}" for kernel, why in reasons.items()]
@@ -98,6 +101,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "device": plan.caps.name,
         "activations": plan.demands.activations,
         "batch_invariant": plan.demands.is_batch_invariant,
+        "numerics": {step: "official" if is_official(plan, step) else "plain" for step in Step},
     }
     return plan_level | {
         "ops": ops,
@@ -107,6 +111,11 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "contradictions": list(plan.contradictions),
         "draft": {"kind": str(plan.draft.kind), "num_modules": plan.draft.num_modules},
     }
+
+
+def is_official(plan: Plan, step: Step) -> bool:
+    """Whether the plan computes a step as the published code does."""
+    return step in plan.demands.official | ALWAYS_OFFICIAL
 
 
 def _companion_entry(op: PlannedCompanion) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Every buffer starts as a sentinel: NaN where the dtype has one, all ones otherwi
 exactly one checkpoint tensor fills; the slots of an op tile its buffers without gap or overlap.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -47,10 +47,20 @@ class Slot:
 
 @dataclass(frozen=True)
 class Operand:
-    """An op's buffers by the argument names of its runner, and the slots that fill them."""
+    """An op's buffers by the argument names of its runner, and the slots that fill them.
+
+    rooms: by the same names, the memory that a buffer lies in where its runner writes something larger over it.
+    """
 
     buffers: dict[str, tuple[torch.Tensor, ...]]
     slots: tuple[Slot, ...]
+    rooms: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """What the operand takes, for as long as its runner lives."""
+        whole = {name: (room,) for name, room in self.rooms.items()}
+        return sum(buffer.nbytes for buffers in (self.buffers | whole).values() for buffer in buffers)
 
 
 def sentinel(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -109,6 +119,11 @@ def _moe(encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, 
     else:
         gate_up = _expert_stack(encoding.format, (num_experts, 2 * inter, dim), (num_experts, 2), device)
         down = _expert_stack(encoding.format, (num_experts, dim, inter), (num_experts,), device)
+    rooms = {}
+    if encoding.format is MXFP4:
+        for name, stack in (("w13_scale", gate_up), ("w2_scale", down)):
+            rooms[name] = _nvfp4_scales(stack["qdata"])
+            stack["scale"] = _half_of_each(rooms[name])
     slots: list[Slot] = []
     for idx, module in enumerate(modules):
         projection, expert = divmod(idx, num_experts)
@@ -121,22 +136,37 @@ def _moe(encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, 
         slots += _slots(encoding, module, targets)
     named = {f"w13{_MOE_SUFFIX[role]}": buffer for role, buffer in gate_up.items()}
     named |= {f"w2{_MOE_SUFFIX[role]}": buffer for role, buffer in down.items()}
-    return Operand({name: (buffer,) for name, buffer in named.items()}, tuple(slots))
+    return Operand({name: (buffer,) for name, buffer in named.items()}, tuple(slots), rooms)
 
 
 def _expert_stack(
     fmt: Format, shape: tuple[int, int, int], scalars: tuple[int, ...], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Buffers by role for experts' matrices [E, N, K]; scalars: the shape of what each matrix has one of."""
+    """Buffers by role for experts' matrices [E, N, K]; scalars: the shape of what each matrix has one of.
+
+    MXFP4's scales are not among them: they lie in the room of what they become.
+    """
     num_experts, n, k = shape
     if fmt in (BF16, FP32):
         return {"qdata": sentinel(shape, torch.bfloat16 if fmt is BF16 else torch.float32, device)}
     assert fmt in (NVFP4, MXFP4), fmt
     stack = {"qdata": sentinel((num_experts, n, k // 2), torch.uint8, device)}
     if fmt is MXFP4:
-        return stack | {"scale": sentinel((num_experts, n, k // 32), torch.float8_e8m0fnu, device)}
+        return stack
     stack["scale"] = sentinel((num_experts, n, k // 16), torch.float8_e4m3fn, device)
     return stack | {role: sentinel(scalars, torch.float32, device) for role in ("global_scale", "input_scale")}
+
+
+def _nvfp4_scales(codes: torch.Tensor) -> torch.Tensor:
+    """Memory for the E4M3 scales that experts' E8M0 ones become. Shapes: codes [E, N, K/2] -> [E, N, K/16]."""
+    num_experts, n, packed = codes.shape
+    return sentinel((num_experts, n, packed // 8), torch.float8_e4m3fn, codes.device)
+
+
+def _half_of_each(room: torch.Tensor) -> torch.Tensor:
+    """E8M0 [E, N, K/32] in the memory of E4M3 [E, N, K/16]: the upper half of each expert's part, row by row."""
+    num_experts, n, width = room.shape
+    return room.view(torch.float8_e8m0fnu).view(num_experts, 2, n, width // 2)[:, 1]
 
 
 def _fp8_stack(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.live_bytes import PeakBytes
 from support.nvfp4_cases import Dense, Experts, Routed, dense_reference, first_beyond, moe_reference, relative_l2
 
 from ownpath import Nvfp4Linear, Nvfp4MoE
@@ -95,6 +96,44 @@ def test_mxfp4_scales_become_nvfp4_ones_exactly() -> None:
     scale[0, 0, 0] = 255
     with pytest.raises(ValueError, match="w of expert 0 holds a NaN"):
         mxfp4_scale_as_nvfp4("w", codes, scale.view(torch.float8_e8m0fnu))
+
+
+def test_mxfp4_scales_grow_where_they_lie() -> None:
+    """In the memory of what they become: the same scales as in new memory, and the codes are not touched."""
+    codes = torch.randint(0, 256, (5, 8, 64), dtype=torch.uint8)
+    scale = torch.randint(100, 118, (5, 8, 4), dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    wanted, wanted_global = mxfp4_scale_as_nvfp4("w", codes, scale)
+    for half in (0, 1):
+        room = torch.full((5, 8, 8), 0xFF, dtype=torch.uint8)
+        lying = room.view(5, 2, 8, 4)[:, half].view(torch.float8_e8m0fnu)
+        lying.copy_(scale)
+        kept = codes.clone()
+        grown, global_scale = mxfp4_scale_as_nvfp4("w", codes, lying, room.view(torch.float8_e4m3fn))
+        assert grown.data_ptr() == room.data_ptr()
+        assert torch.equal(grown.view(torch.uint8), wanted.view(torch.uint8))
+        assert torch.equal(global_scale, wanted_global)
+        assert torch.equal(codes, kept)
+
+
+def test_the_cast_takes_memory_for_one_expert_however_many_there_are() -> None:
+    """Experts of V4-Flash: 8 MiB of codes for gate and up, 4 MiB for down. 256 of them in a layer may take 256 MiB."""
+    few, many = (_cast_peak(count, 256, 512, in_place=True) for count in (2, 7))
+    assert many - few <= 5 * 16, "an expert more costs its exponent and two answers"
+    result = 2 * (4096 * 4096 + 4096 * 2048) // 16
+    assert _cast_peak(2, 4096, 2048, in_place=True) < 32 * 2**20
+    assert _cast_peak(2, 4096, 2048, in_place=False) < 32 * 2**20 + result
+
+
+def _cast_peak(num_experts: int, dim: int, inter: int, *, in_place: bool) -> int:
+    shapes = ((num_experts, 2 * inter, dim), (num_experts, dim, inter))
+    codes = [torch.full((e, n, k // 2), 0x21, dtype=torch.uint8) for e, n, k in shapes]
+    rooms = [torch.full((e, n, k // 16), 120, dtype=torch.uint8) for e, n, k in shapes]
+    scales = [room.view(len(room), 2, room.shape[1], -1)[:, 1].view(torch.float8_e8m0fnu) for room in rooms]
+    given = {"rooms": tuple(room.view(torch.float8_e4m3fn) for room in rooms)} if in_place else {}
+    with PeakBytes() as live:
+        moe = Nvfp4MoE.from_mxfp4(codes[0], scales[0], codes[1], scales[1], LIMIT, **given)
+    assert moe.num_experts == num_experts
+    return live.peak
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float8_e8m0fnu, torch.float32], ids=str)
