@@ -117,11 +117,13 @@ def make_plan(
     planner = _Planner(index, caps, demands)
     backbone = tuple(chain.from_iterable(planner.op(spec) for spec in model_ops(config)))
     ops, params = backbone, tuple(model_params(config))
-    companions = planner.companions(config, loads_draft)
     draft = requested_draft(config, index) if loads_draft else carried_draft(index)
     if loads_draft:
         ops += tuple(chain.from_iterable(planner.op(spec) for spec in draft_ops(config)))
         params += tuple(draft_params(config))
+    companions = planner.companions(
+        config, loads_draft
+    )  # of modules that config.json counts and whose weights are there
     for param in params:
         check_param(index, param)
     consumed = {param.key for param in params}
