@@ -121,9 +121,8 @@ def make_plan(
     if loads_draft:
         ops += tuple(chain.from_iterable(planner.op(spec) for spec in draft_ops(config)))
         params += tuple(draft_params(config))
-    companions = planner.companions(
-        config, loads_draft
-    )  # of modules that config.json counts and whose weights are there
+    # After the products: a module that config.json counts and the checkpoint lacks has ended the plan by now.
+    companions = planner.companions(config, loads_draft)
     for param in params:
         check_param(index, param)
     consumed = {param.key for param in params}
