@@ -14,6 +14,7 @@ from ownpath.config import EngineConfig, ModelConfig
 from ownpath.kernels.registry import KERNELS
 from ownpath.model.build import Builder
 from ownpath.model.model import Model
+from ownpath.official import PLAIN, Step
 from ownpath.plan.plan import Plan, make_plan
 from ownpath.plan.select import Caps, Demands
 from ownpath.runners import Ledger
@@ -63,14 +64,27 @@ def _packages() -> frozenset[str]:
     return frozenset(name for name in ("triton",) if find_spec(name) is not None)
 
 
-def plan_model(folder: Path, device: str, *, batch_invariant: bool = False) -> Plan:
+def plan_model(
+    folder: Path,
+    device: str,
+    *,
+    batch_invariant: bool = False,
+    official: frozenset[Step] = PLAIN,
+    loads_draft: bool = False,
+) -> Plan:
     """The plan of the checkpoint in ``folder`` with a device's default engine configuration, from headers alone.
 
     device: a torch device, or ``sm_100`` and the like for a GPU that need not be here.
+    loads_draft: plan the MTP modules too.
     Errors: as ``make_plan`` and ``ModelConfig``.
     """
     caps = planned_caps(device)  # says what is wrong with the device's name before torch does
-    engine_config = replace(EngineConfig.for_device(caps.device_type), is_batch_invariant=batch_invariant)
+    engine_config = replace(
+        EngineConfig.for_device(caps.device_type),
+        is_batch_invariant=batch_invariant,
+        official=official,
+        loads_draft=loads_draft,
+    )
     return _plan_and_index(folder, engine_config, caps)[0]
 
 
@@ -100,4 +114,5 @@ def _plan_and_index(folder: Path, engine_config: EngineConfig, caps: Caps) -> tu
     config = ModelConfig.from_file(folder / "config.json")
     index = CheckpointIndex.open(folder)
     dtype = str(engine_config.dtype).removeprefix("torch.")
-    return make_plan(config, index, caps, Demands(dtype, engine_config.is_batch_invariant)), index
+    demands = Demands(dtype, engine_config.is_batch_invariant, engine_config.official)
+    return make_plan(config, index, caps, demands, loads_draft=engine_config.loads_draft), index

@@ -13,7 +13,8 @@ PACKAGE = Path(ownpath.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = (
-    ("config", "formats"),
+    ("formats", "official"),
+    ("config",),
     ("qtensor",),
     ("numerics",),
     ("checkpoint",),

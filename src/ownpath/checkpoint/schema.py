@@ -11,7 +11,6 @@ The format of a module is read off its own tensors. ``config.json`` is not asked
 there, and one checkpoint mixes formats. What it says is compared with the tensors afterwards (``plan.claims``).
 """
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -157,8 +156,6 @@ ENCODINGS = (MODELOPT_NVFP4, NATIVE_MXFP4, NATIVE_FP8, COMPRESSED_NVFP4, COMPRES
 QUANTIZATION_FIELD = "quantization_config"
 """Where config.json says how weights are stored. It is not read here; ``plan.claims`` compares it with what is."""
 
-IGNORED_KEYS = ((re.compile(r"mtp\.\d+\."), "draft module (MTP or DSpark): not part of the backbone's forward"),)
-
 
 @dataclass(frozen=True)
 class ModuleSpec:
@@ -242,21 +239,19 @@ def check_param(index: CheckpointIndex, spec: ParamSpec) -> None:
         raise CheckpointError(f"tensor {info}: expected shape {list(spec.shape)}")
 
 
-def ignore_reason(key: str) -> str | None:
-    """Why a key that no module consumes may stay unread, or ``None`` when there is no reason."""
-    return next((reason for pattern, reason in IGNORED_KEYS if pattern.match(key)), None)
-
-
-def check_census(index: CheckpointIndex, consumed: set[str]) -> dict[str, str]:
+def check_census(
+    index: CheckpointIndex, consumed: set[str], unread_reason: Callable[[str], str | None]
+) -> dict[str, str]:
     """Every key is consumed or ignored for a stated reason; returns the ignored ones with their reasons.
 
+    unread_reason: why a key that nothing consumes may stay unread, or ``None`` when there is no reason.
     Errors: CheckpointError naming a tensor that nothing reads.
     """
     ignored = {}
     for key, info in index.tensors.items():
         if key in consumed:
             continue
-        reason = ignore_reason(key)
+        reason = unread_reason(key)
         if reason is None:
             raise CheckpointError(f"tensor {info}: nothing in this model reads it")
         ignored[key] = reason

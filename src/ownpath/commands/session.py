@@ -41,7 +41,7 @@ def open_session(args: argparse.Namespace) -> Iterator[Session]:
     leave_a_core()
     tokenizer = Tokenizer.from_folder(folder)
     config = EngineConfig.for_device(args.device, args.max_model_len)
-    config = replace(config, is_batch_invariant=args.batch_invariant)
+    config = replace(config, is_batch_invariant=args.batch_invariant, official=args.numerics)
     model = load_model(folder, config)
     for line in model.contradictions:
         print(f"warning: {line}; the tensors are believed", file=sys.stderr)

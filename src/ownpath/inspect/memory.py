@@ -44,7 +44,8 @@ def memory_needed(plan: Plan, index: CheckpointIndex) -> tuple[Memory, ...]:
 def _memory_on(caps: Caps, first: Plan, index: CheckpointIndex, num_tokens: int) -> Memory:
     engine = EngineConfig.for_device(caps.device_type, num_tokens)
     dtype = str(engine.dtype).removeprefix("torch.")
-    cache = SequenceCache(CacheSpec(first.config, num_tokens, engine.dtype, torch.device("meta"))).num_bytes()
+    spec = CacheSpec(first.config, num_tokens, engine.dtype, torch.device("meta"), first.draft.num_modules)
+    cache = SequenceCache(spec).num_bytes()
     try:
         plan = replan(first, caps, Demands(dtype))
     except PlanError as error:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4
 from ownpath.plan.kernel_spec import KernelSpec
+from ownpath.plan.official_kernels import official_kernels
 from ownpath.plan.opspec import OpKind
 
 _BF16 = ("bfloat16",)
@@ -378,4 +379,8 @@ _KERNELS = (
     ),
 )
 
-CATALOGUE = (*_KERNELS, *(_for_mxfp4(kernel) for kernel in _KERNELS if kernel.runner == "Nvfp4MoE"))
+CATALOGUE = (
+    *_KERNELS,
+    *(_for_mxfp4(kernel) for kernel in _KERNELS if kernel.runner == "Nvfp4MoE"),
+    *official_kernels(_KERNELS),
+)

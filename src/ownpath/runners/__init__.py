@@ -13,6 +13,7 @@ from ownpath.runners.linear import (
 )
 from ownpath.runners.mlp import SwigluMlp
 from ownpath.runners.moe import Fp8MoE, Nvfp4MoE, PlainMoE
+from ownpath.runners.official import IndexQuantizer, KeyQuantizer
 
 __all__ = [
     "ConcatLinear",
@@ -21,6 +22,8 @@ __all__ = [
     "GroupedLinear",
     "HyperBoundary",
     "HyperWeights",
+    "IndexQuantizer",
+    "KeyQuantizer",
     "Ledger",
     "Linear",
     "Mix",

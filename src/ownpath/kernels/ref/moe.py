@@ -50,7 +50,7 @@ def nvfp4_moe(
         return nvfp4_linear(hidden_SF, w2[0][expert], w2[1][expert], w2[2][expert].expand(dim))
 
     ids_TK, weights_TK = _with_shared(topk_ids_TK, topk_weights_TK, len(w13[0]), num_shared, expert_map)
-    return _mixture(x_TD, ids_TK, weights_TK, gate_up, down, swiglu_limit)
+    return mixture(x_TD, ids_TK, weights_TK, gate_up, down, swiglu_limit)
 
 
 def fp8_moe(
@@ -79,7 +79,7 @@ def fp8_moe(
         return F.linear(hidden_SF, decode_fp8_block(w2[0][expert], w2[1][expert], hidden_SF.dtype))
 
     ids_TK, weights_TK = _with_shared(topk_ids_TK, topk_weights_TK, len(w13[0]), num_shared, expert_map)
-    return _mixture(x_TD, ids_TK, weights_TK, gate_up, down, swiglu_limit)
+    return mixture(x_TD, ids_TK, weights_TK, gate_up, down, swiglu_limit)
 
 
 def plain_moe(
@@ -105,10 +105,10 @@ def plain_moe(
         return F.linear(hidden_SF, w2_EDF[expert].to(hidden_SF.dtype))
 
     ids_TK, weights_TK = _with_shared(topk_ids_TK, topk_weights_TK, len(w13_EGD), num_shared, expert_map)
-    return _mixture(x_TD, ids_TK, weights_TK, gate_up, down, swiglu_limit)
+    return mixture(x_TD, ids_TK, weights_TK, gate_up, down, swiglu_limit)
 
 
-def _mixture(
+def mixture(
     x_TD: torch.Tensor,
     topk_ids_TK: torch.Tensor,
     topk_weights_TK: torch.Tensor,
