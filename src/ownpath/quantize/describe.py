@@ -36,7 +36,7 @@ def config_fields(source: dict[str, Any], scope: Scope, converts: Iterable[Conve
     }
     stored = source.get("quantization_config")
     # The FP8 blocks of what is carried over are read by what the source says of them.
-    quantization = _as_fp4(stored if isinstance(stored, dict) else {}) | added
+    quantization = {"quant_method": "modelopt"} | _as_fp4(stored if isinstance(stored, dict) else {}) | added
     return _as_fp4(source) | {"quantization_config": quantization}
 
 

@@ -201,6 +201,22 @@ def test_the_published_export_makes_a_plan(
     assert seconds < 30
 
 
+def test_the_base_model_makes_a_plan() -> None:
+    """V4-Flash-Base: experts in FP8 blocks too, every FP8 scale float32, and a config that says so."""
+    fields = FLASH | {"expert_dtype": "fp8"}
+    file = Path("model-00001-of-00001.safetensors")
+    infos = {
+        name: TensorInfo(name, "F32" if dtype == "F8_E8M0" else dtype, shape, file)
+        for name, dtype, shape in model_headers(fields, fp8)
+    }
+    plan = make_plan(
+        ModelConfig.from_dict(fields), CheckpointIndex(Path(), MappingProxyType(infos)), Caps("cpu", "CPU")
+    )
+    experts = [op for op in plan.ops if op.spec.kind is OpKind.MOE]
+    assert {(op.encoding.name, op.choice.kernel.runner) for op in experts} == {("native-fp8-block", "Fp8MoE")}
+    assert plan.contradictions == ()
+
+
 @pytest.mark.parametrize(
     ("fields", "expert"), [(FLASH, mxfp4), (FLASH, nvfp4), (PRO, mxfp4)], ids=["V4-Flash", "third-party", "V4-Pro"]
 )

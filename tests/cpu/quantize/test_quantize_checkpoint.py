@@ -150,10 +150,22 @@ def test_config_says_what_is_quantised(tmp_path: Path) -> None:
     quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(Scope.EXPERTS, SHARD_BYTES))
     stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert stored["moe_quant_algo"] == "NVFP4"
+    assert stored["quant_method"] == "modelopt", "the source named none"
     assert set(stored["quantized_layers"]) == {f"layers.{layer}.ffn.experts" for layer in range(5)}
     described = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"]
     assert described["quantized_layers"] == stored["quantized_layers"]
     assert described["exclude_modules"] == stored["ignore"]
+
+
+def test_config_keeps_what_it_says_of_the_rest(tmp_path: Path) -> None:
+    write_source(tmp_path, store_mxfp4)
+    path = tmp_path / "source" / "config.json"
+    release = {"quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "weight_block_size": [128, 128]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": release, "expert_dtype": "fp4"}))
+    quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(Scope.EXPERTS, SHARD_BYTES))
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert fields["quantization_config"].items() >= release.items()
+    assert fields["expert_dtype"] == "fp4"
 
 
 class Stopped(Exception):
