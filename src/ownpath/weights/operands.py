@@ -179,4 +179,5 @@ def _plain(encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str
 
 
 def _slots(encoding: Encoding, module: ModuleSpec, targets: dict[str, torch.Tensor]) -> list[Slot]:
-    return [Slot(encoding.key(module.name, part.role), targets[part.role], part) for part in encoding.parts]
+    keys = encoding.keys(module.name)
+    return [Slot(key, targets[part.role], part) for key, part in zip(keys, encoding.parts, strict=True)]

@@ -19,7 +19,7 @@ REPORT_INTERVAL_S = 0.1
 
 
 class Progress(Protocol):
-    """Told how far loading is, in the thread that loads, a few times a second and at the end."""
+    """Told how far loading is, in the thread that loads: at first (0), a few times a second, and at the end."""
 
     def __call__(self, num_bytes: int, total_bytes: int) -> None: ...
 
@@ -62,9 +62,12 @@ def read_chunks(
 
     Errors: what reading or consuming raised, for the first chunk in order that did. No thread outlives the call.
     """
+    if device.type != "cpu":  # each thread's stream writes into memory that is allocated and filled by now
+        torch.accelerator.synchronize(device)
     queue = _Queue(chunks)
     work = [threading.Thread(target=_work, args=(queue, consume, reading, device)) for _ in range(reading.num_threads)]
     started: list[threading.Thread] = []
+    report(0)
     try:
         for thread in work:
             thread.start()
