@@ -1,6 +1,7 @@
 """From chunks to operands: each byte checked while it is in the cache, copied once, and counted."""
 
 import threading
+from math import ceil
 
 import numpy as np
 import torch
@@ -43,8 +44,8 @@ class Filler:
         for info in self._places.infos:
             count = self._missing_bytes[info.name]
             if count:
-                num_rows = count * (info.shape[0] if info.shape else 1) / info.num_bytes
-                raise CheckpointError(f"tensor {info.name!r}: {num_rows:g} rows were not written exactly once")
+                num_rows = ceil(abs(count) * (info.shape[0] if info.shape else 1) / info.num_bytes)
+                raise CheckpointError(f"tensor {info.name!r}: {num_rows} rows were not written exactly once")
         stored = torch.from_numpy(self._scalars)
         for scalars in self._places.buffers:
             scalars.fill(stored)

@@ -76,6 +76,7 @@ def read_chunks(
             while thread.is_alive():
                 thread.join(REPORT_INTERVAL_S)
                 report(queue.num_bytes)
+        report(queue.num_bytes)
     finally:  # an interrupt, or a report that failed: each thread ends after its chunk
         queue.is_closed = True
         for thread in started:
