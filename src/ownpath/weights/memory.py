@@ -1,6 +1,6 @@
 """Memory for operands that the loader fills.
 
-Host memory is not filled with a sentinel first: that alone took longer than reading. What is handed out is proved
+Host memory is not filled with a sentinel first: that took half of the loading time. What is handed out is proved
 written by counting instead (``places``, ``load``): slots tile each buffer, and each byte of each slot was copied once.
 Until then, large buffers read as zeros. On an accelerator filling costs a hundredth of loading, and stays: a copy that
 was queued and never ran would leave NaN.

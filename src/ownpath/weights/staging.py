@@ -29,11 +29,7 @@ class Stage(Protocol):
 
 
 class HostStage:
-    """For operands in host memory: a buffer that stays in the cache.
-
-    Reading straight into fresh memory was slower here (see docs/decisions/0012): the kernel's copy then faults page
-    by page.
-    """
+    """For operands in host memory: a buffer that stays in the cache."""
 
     num_buffers = 1
 
