@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python tools/load_rate.py --folder /tmp/synthetic --layers 5 --devices cpu,cuda --out rates.jsonl
 
-The folder is written if it is not there (2.1 GB, and 3.6 GB a layer) and kept. Files are read once before anything is
+The folder is written if it is not there (2.1 GB, and 3.8 GB a layer) and kept. Files are read once before anything is
 timed: what fits the page cache is measured from there. Reading is plain ``readinto``, each byte once into a small
 buffer, by one thread and by as many as load. Every load is a row; the first on a device also pays for its memory.
 """
@@ -17,9 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import torch
 from layer.shards import write_shards
+from layer.synthetic import SHAPES
 
 from ownpath.bench.record import append_lines, provenance
 from ownpath.checkpoint.index import CheckpointIndex
@@ -71,12 +73,18 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def touch_memory(num_bytes: int, num_threads: int) -> None:
-    """Fresh memory, one byte of each page written: what the system takes for giving it."""
-    pages = reserve((num_bytes,), torch.uint8, torch.device("cpu")).numpy()
+def touch_rates(num_bytes: int, num_threads: int) -> dict[str, float]:
+    """GB/s at which the system gives fresh memory, a byte of each page written: as operands get it, in small pages."""
+    rates = {}
+    for kind, allocate in (("operand", reserve), ("small pages", torch.empty)):
+        pages = allocate((num_bytes,), dtype=torch.uint8, device=torch.device("cpu")).numpy()
+        rates[kind] = num_bytes / 1e9 / seconds(partial(_touch, pages, num_threads))
+    return rates
 
+
+def _touch(pages: Any, num_threads: int) -> None:
     def touch(idx: int) -> None:
-        pages[num_bytes * idx // num_threads : num_bytes * (idx + 1) // num_threads : 4096] = 1
+        pages[len(pages) * idx // num_threads : len(pages) * (idx + 1) // num_threads : 4096] = 1
 
     with ThreadPoolExecutor(num_threads) as pool:
         list(pool.map(touch, range(num_threads)))
@@ -92,9 +100,8 @@ def load_row(plan: Plan, index: CheckpointIndex, device: torch.device, reading: 
     before_bytes = status_bytes("VmRSS")
     kept = []
     load_s = seconds(lambda: kept.append(load_weights(plan, index, device, reading=reading)))
-    buffers = [b for op in kept[0].operands for parts in op.buffers.values() for b in parts] + [
-        *kept[0].params.values()
-    ]
+    buffers = [buffer for operand in kept[0].operands for parts in operand.buffers.values() for buffer in parts]
+    buffers += kept[0].params.values()
     weight_bytes = sum(buffer.nbytes for buffer in buffers if buffer.device.type == "cpu")
     extra_bytes = status_bytes("VmHWM") - before_bytes - weight_bytes
     return {"load_s": load_s, "extra_host_bytes": extra_bytes, "staging_bytes": reading.staging_bytes(device)}
@@ -110,9 +117,9 @@ def measure(args: argparse.Namespace, device: str, index: CheckpointIndex, confi
     torch.zeros(1, device=device)  # the context is not loading
     counts = (1, reading.num_threads)
     rates = {n: num_bytes / 1e9 / min(seconds(partial(read_files, index, n)) for _ in range(2)) for n in counts}
-    touch_s = seconds(partial(touch_memory, num_bytes, reading.num_threads)) if device == "cpu" else None
-    if touch_s is not None:
-        print(f"fresh memory: {num_bytes / 1e9 / touch_s:.2f} GB/s with {reading.num_threads} threads", flush=True)
+    touched = touch_rates(min(num_bytes, 4 * 10**9), reading.num_threads) if device == "cpu" else {}
+    for kind, rate in touched.items():
+        print(f"fresh memory ({kind}): {rate:.2f} GB/s by {reading.num_threads} threads", flush=True)
     origin = provenance(device, args.commit, shlex.join(sys.argv), "wall clock")
     for run in range(args.repeat):
         row = load_row(plan, index, torch.device(device), reading)
@@ -124,14 +131,10 @@ def measure(args: argparse.Namespace, device: str, index: CheckpointIndex, confi
               f"{rates[reading.num_threads]:.2f} by {reading.num_threads} ({ratios[1]:.0%}); "
               f"extra host memory {int(str(row['extra_host_bytes'])) / 2**20:.0f} MiB "
               f"(staging {int(str(row['staging_bytes'])) >> 20})", flush=True)  # fmt: skip
-        row |= {"run": run, "bytes": num_bytes, "tensors": len(index.tensors), "threads": reading.num_threads}
-        row |= {
-            "touch_s": touch_s,
-            "chunk_bytes": reading.chunk_bytes,
-            "load_gb_per_s": rate,
-            "read_1_gb_per_s": rates[1],
-        }
-        row |= {"read_n_gb_per_s": rates[reading.num_threads], "ratio_1": ratios[0], "ratio_n": ratios[1]}
+        row |= {"run": run, "shape": args.shape, "bytes": num_bytes, "tensors": len(index.tensors)}
+        row |= {"threads": reading.num_threads, "chunk_bytes": reading.chunk_bytes, "touch_gb_per_s": touched}
+        row |= {"load_gb_per_s": rate, "read_1_gb_per_s": rates[1], "read_n_gb_per_s": rates[reading.num_threads]}
+        row |= {"ratio_1": ratios[0], "ratio_n": ratios[1]}
         if args.out is not None:
             append_lines(args.out, [{"bench": "load", **row, **origin}])
 
@@ -139,6 +142,7 @@ def measure(args: argparse.Namespace, device: str, index: CheckpointIndex, confi
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--shape", choices=SHAPES, default="flash")
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--devices", default="cpu", help="comma-separated (default: cpu)")
     parser.add_argument("--threads", type=int, default=0, help="default: as the loader chooses")
@@ -149,7 +153,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.folder.exists():
         start = time.perf_counter()
-        num_bytes = write_shards(args.folder, args.layers)
+        num_bytes = write_shards(args.folder, args.shape, args.layers)
         print(f"written {num_bytes / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s", flush=True)
     config, index = ModelConfig.from_file(args.folder / "config.json"), CheckpointIndex.open(args.folder)
     read_files(index, 8)

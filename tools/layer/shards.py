@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from layer.synthetic import COMMON, FLASH, headers
+from layer.synthetic import COMMON, SHAPES, headers
 from ownpath.checkpoint.index import TensorInfo
 from ownpath.checkpoint.writer import INDEX_NAME
 from ownpath.config import ModelConfig
@@ -22,15 +22,16 @@ NUM_WRITERS = 8
 VOCAB_SIZE = 129280
 ITEM_BYTES = {"I64": 8, "F32": 4, "BF16": 2}
 # dtype -> random bits to keep, and bits to set. F32: positive, near 2^-11; BF16: near 2^-7.
-BITS = {"I64": (0xFF, 0), "F32": (0x007FFFFF, 0x3A000000), "BF16": (0x807F, 0x3C00), "U8": (0xFF, 0)}
+BITS = {"I64": (0x07, 0), "F32": (0x007FFFFF, 0x3A000000), "BF16": (0x807F, 0x3C00), "U8": (0xFF, 0)}
 BITS |= {"F8_E4M3": (0xF7, 0), "F8_E8M0": (0x03, 0x78)}
 BLOCK_SCALE_BITS = (0x0F, 0x30)  # E4M3 from 0.5 to 1.875
 
 
-def write_shards(folder: Path, num_layers: int) -> int:
-    """Writes the checkpoint; returns its bytes of tensors. The index is written last."""
+def write_shards(folder: Path, shape: str, num_layers: int) -> int:
+    """Writes the checkpoint; returns its bytes of tensors. The index is written last. shape: one of ``SHAPES``."""
     ratios = ([0, 0] + [4, 128] * num_layers)[:num_layers]
-    fields = COMMON | FLASH | {"vocab_size": VOCAB_SIZE, "num_hidden_layers": num_layers, "compress_ratios": ratios}
+    fields = COMMON | SHAPES[shape] | {"num_hidden_layers": num_layers, "compress_ratios": ratios}
+    fields["vocab_size"] = COMMON["vocab_size"] if shape == "small" else VOCAB_SIZE
     fields["num_hash_layers"] = min(3, num_layers)
     infos = headers(ModelConfig.from_dict(fields), "nvidia").tensors.values()
     random = np.random.default_rng(0).integers(0, 256, 2**23, np.uint8)
