@@ -21,6 +21,7 @@ from ownpath.runners import Ledger
 from ownpath.runners.make import make_runners
 from ownpath.startup import compile_kernels
 from ownpath.weights.load import find_lossless_casts, load_weights
+from ownpath.weights.readers import Progress
 
 
 def default_model_dir() -> Path:
@@ -88,16 +89,17 @@ def plan_model(
     return _plan_and_index(folder, engine_config, caps)[0]
 
 
-def load_model(folder: Path, engine_config: EngineConfig) -> Model:
+def load_model(folder: Path, engine_config: EngineConfig, progress: Progress | None = None) -> Model:
     """Loads the checkpoint in ``folder`` as its plan says.
 
+    progress: told a few times a second how many of the weights' bytes are in.
     Errors: ConfigError, CheckpointError or PlanError (all ValueError), naming the file, field, tensor or op.
     """
     plan, index = _plan_and_index(folder, engine_config, device_caps(engine_config.device))
     if engine_config.max_model_len > plan.config.max_position_embeddings:
         limit = f"max_position_embeddings {plan.config.max_position_embeddings}"
         raise ValueError(f"max_model_len {engine_config.max_model_len} exceeds {folder / 'config.json'}: {limit}")
-    weights = load_weights(plan, index, torch.device(engine_config.device))
+    weights = load_weights(plan, index, torch.device(engine_config.device), progress)
     runners = make_runners(plan, weights.operands)
     kernels = {op.spec.slot: KERNELS[op.choice.kernel.name] for op in plan.companions}
     builder = Builder(plan.config, engine_config, runners, kernels, weights.params, Ledger(plan.slots))

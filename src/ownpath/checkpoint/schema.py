@@ -42,7 +42,11 @@ class Part:
 
     def meant(self, stored: torch.Tensor) -> torch.Tensor:
         """What a stored tensor means: itself, or for a divisor the multiplier [], by one float32 division."""
-        return 1 / stored.float().reshape(()) if self.is_divisor else stored
+        return self.meant_each(stored).reshape(()) if self.is_divisor else stored
+
+    def meant_each(self, stored: torch.Tensor) -> torch.Tensor:
+        """What each element of a stored tensor means, in the shape it has."""
+        return 1 / stored.float() if self.is_divisor else stored
 
     def stored(self, meant: torch.Tensor) -> torch.Tensor:
         """The tensor to write for what is meant: itself, or for a multiplier [] its reciprocal in the part's shape."""

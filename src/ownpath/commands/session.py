@@ -14,7 +14,7 @@ from ownpath.config import EngineConfig
 from ownpath.engine.engine import Engine
 from ownpath.loading import default_model_dir, device_caps, leave_a_core, load_model
 from ownpath.runners import Ledger
-from ownpath.startup import warm_up
+from ownpath.startup import LoadingBar, warm_up
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,11 @@ def open_session(args: argparse.Namespace) -> Iterator[Session]:
     tokenizer = Tokenizer.from_folder(folder)
     config = EngineConfig.for_device(args.device, args.max_model_len)
     config = replace(config, is_batch_invariant=args.batch_invariant, official=args.numerics)
-    model = load_model(folder, config)
+    bar = LoadingBar()
+    try:
+        model = load_model(folder, config, bar)
+    finally:
+        bar.end()
     for line in model.contradictions:
         print(f"warning: {line}; the tensors are believed", file=sys.stderr)
     if model.config.eos_token_id != tokenizer.eos_id:

@@ -24,8 +24,8 @@ def mxfp4_scale_as_nvfp4(
     One expert at a time: beside the result, memory for about two of an expert's codes.
 
     Shapes: codes uint8 [E, N, K/2]; scale E8M0 [E, N, K/32]; returns E4M3 [E, N, K/16] and float32 [E].
-    out: E4M3 [E, N, K/16], where to write. ``scale`` may lie in it, each expert's in that expert's part of it, and is
-        then gone, after an error too.
+    out: E4M3 [E, N, K/16], where to write, expert after expert. ``scale`` may be the last half of it, whose parts are
+        read before they are written over, and is then gone, after an error too.
     Errors: ValueError naming the operand and expert for a NaN scale, or for scales of non-zero blocks that span more
         than the 18 powers of two of E4M3.
     """

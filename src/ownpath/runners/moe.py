@@ -68,8 +68,8 @@ class Nvfp4MoE:
 
         Shapes: w13 uint8 [E, 2F, D/2] and w13_scale E8M0 [E, 2F, D/32], gate rows first; w2 uint8 [E, D, F/2] and
             w2_scale E8M0 [E, D, F/32]. Scales take twice their bytes: 0.5625 a weight instead of 0.53125.
-        rooms: where the scales of w13 and w2 are written, E4M3 [E, 2F, D/16] and [E, D, F/16]; the E8M0 ones may lie
-            there, each expert's in that expert's part, and are then gone. Without them new memory is taken.
+        rooms: where the scales of w13 and w2 are written, E4M3 [E, 2F, D/16] and [E, D, F/16]; the E8M0 ones may be
+            their last halves, and are then gone. Without them new memory is taken.
         Errors: ValueError naming the operand and expert whose scales span more than E4M3's 18 powers of two.
         """
         gate_up_scale, gate_up_global = mxfp4_scale_as_nvfp4("w13_scale", w13.view(torch.uint8), w13_scale, rooms[0])
