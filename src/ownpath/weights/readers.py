@@ -16,6 +16,7 @@ from ownpath.weights.staging import HostStage, PinnedStage, Stage, make_stage
 MAX_STAGING_BYTES = 2**30
 """All staging buffers together, for a model of any size: half of the 2 GiB that loading may take beside the weights."""
 REPORT_INTERVAL_S = 0.1
+THREAD_NAME = "ownpath reader"
 
 
 class Progress(Protocol):
@@ -65,7 +66,8 @@ def read_chunks(
     if device.type != "cpu":  # each thread's stream writes into memory that is allocated and filled by now
         torch.accelerator.synchronize(device)
     queue = _Queue(chunks)
-    work = [threading.Thread(target=_work, args=(queue, consume, reading, device)) for _ in range(reading.num_threads)]
+    arguments = (queue, consume, reading, device)
+    work = [threading.Thread(target=_work, args=arguments, name=THREAD_NAME) for _ in range(reading.num_threads)]
     started: list[threading.Thread] = []
     report(0)
     try:
