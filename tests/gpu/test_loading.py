@@ -42,7 +42,7 @@ def test_a_load_gives_the_bits_of_the_cpus(layout: str, cuda: torch.device, tmp_
 
 def test_tensors_larger_than_the_ring_arrive_whole(cuda: torch.device, tmp_path: Path) -> None:
     """Each buffer is filled again many times while copies out of it are under way."""
-    random_checkpoint(tmp_path, vocab_size=50_000)
+    random_checkpoint(tmp_path, vocab_size=60_000)
     expected = load(tmp_path, torch.device("cpu")).params["embed.weight"]
     assert expected.nbytes > 100 * 2**16
     for num_threads in (1, 4):
@@ -61,3 +61,13 @@ def test_a_fault_is_named_as_on_the_cpu(reading: Reading, cuda: torch.device, tm
     change_tensors(tmp_path, change)
     with pytest.raises(CheckpointError, match=rf"{key!r} .*block scale \[63, 2\] is NaN or negative"):
         load(tmp_path, cuda, reading)
+
+
+def test_a_load_in_inference_mode(cuda: torch.device, tmp_path: Path) -> None:
+    """Tensors made in it can be written in it alone: the threads that write them are in it too."""
+    random_checkpoint(tmp_path)
+    expected = tensors_of(load(tmp_path, torch.device("cpu")))
+    with torch.inference_mode():
+        found = tensors_of(load(tmp_path, cuda, Reading(4, 1000)))
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.equal(ours.cpu().reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8))

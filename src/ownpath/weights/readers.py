@@ -65,7 +65,7 @@ def read_chunks(
     """
     if device.type != "cpu":  # each thread's stream writes into memory that is allocated and filled by now
         torch.accelerator.synchronize(device)
-    queue = _Queue(chunks)
+    queue = _Queue(chunks, torch.is_inference_mode_enabled())
     arguments = (queue, consume, reading, device)
     work = [threading.Thread(target=_work, args=arguments, name=THREAD_NAME) for _ in range(reading.num_threads)]
     started: list[threading.Thread] = []
@@ -87,9 +87,14 @@ def read_chunks(
 
 
 class _Queue:
-    """Chunks to take, what became of them, and when to stop."""
+    """Chunks to take, what became of them, and when to stop.
 
-    def __init__(self, chunks: Iterator[Chunk]) -> None:
+    in_inference_mode: of the thread that loads. Others do not inherit it, and what was allocated in it must be written
+        in it.
+    """
+
+    def __init__(self, chunks: Iterator[Chunk], in_inference_mode: bool) -> None:
+        self.in_inference_mode = in_inference_mode
         self._numbered = enumerate(chunks)
         self._lock = threading.Lock()
         self._faults: dict[int, BaseException] = {}
@@ -117,7 +122,11 @@ class _Queue:
 def _work(queue: _Queue, consume: Consume, reading: Reading, device: torch.device) -> None:
     number = -1  # a fault before the first chunk
     try:
-        with closing(ChunkReader()) as reader, closing(make_stage(reading.chunk_bytes, device)) as stage:
+        with (
+            torch.inference_mode(queue.in_inference_mode),
+            closing(ChunkReader()) as reader,
+            closing(make_stage(reading.chunk_bytes, device)) as stage,
+        ):
             while (taken := queue.take()) is not None:
                 number, chunk = taken
                 buffer = stage.next_buffer()
