@@ -1,9 +1,10 @@
 """Reader threads: they take chunks in the order of the files, and the first fault in that order is the one reported."""
 
 import os
+import queue
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,8 +66,8 @@ def read_chunks(
     """
     if device.type != "cpu":  # each thread's stream writes into memory that is allocated and filled by now
         torch.accelerator.synchronize(device)
-    queue = _Queue(chunks, torch.is_inference_mode_enabled())
-    arguments = (queue, consume, reading, device)
+    jobs = _Jobs(chunks, torch.is_inference_mode_enabled())
+    arguments = (jobs, consume, reading, device)
     work = [threading.Thread(target=_work, args=arguments, name=THREAD_NAME) for _ in range(reading.num_threads)]
     started: list[threading.Thread] = []
     report(0)
@@ -74,19 +75,20 @@ def read_chunks(
         for thread in work:
             thread.start()
             started.append(thread)
-        for thread in started:
-            while thread.is_alive():
-                thread.join(REPORT_INTERVAL_S)
-                report(queue.num_bytes)
-        report(queue.num_bytes)
+        while jobs.num_ended < len(started):
+            jobs.wait_for_an_end(REPORT_INTERVAL_S)
+            report(jobs.num_bytes)
+        report(jobs.num_bytes)
     finally:  # an interrupt, or a report that failed: each thread ends after its chunk
-        queue.is_closed = True
+        jobs.is_closed = True
+        while jobs.num_ended < len(started):
+            jobs.wait_for_an_end(None)
         for thread in started:
             thread.join()
-    queue.raise_first()
+    jobs.raise_first()
 
 
-class _Queue:
+class _Jobs:
     """Chunks to take, what became of them, and when to stop.
 
     in_inference_mode: of the thread that loads. Others do not inherit it, and what was allocated in it must be written
@@ -98,7 +100,8 @@ class _Queue:
         self._numbered = enumerate(chunks)
         self._lock = threading.Lock()
         self._faults: dict[int, BaseException] = {}
-        self.num_bytes = 0
+        self._ends: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.num_bytes = self.num_ended = 0
         self.is_closed = False
 
     def take(self) -> tuple[int, Chunk] | None:
@@ -114,24 +117,39 @@ class _Queue:
         with self._lock:
             self._faults[number] = error
 
+    def end(self) -> None:
+        """A thread takes no more."""
+        self._ends.put(None)
+
+    def wait_for_an_end(self, timeout_s: float | None) -> None:
+        """Until one more thread has ended, or for so long.
+
+        Not by ``Thread.join``: Python 3.11 takes a thread for stopped whose join was interrupted (Ctrl-C).
+        """
+        with suppress(queue.Empty):
+            self._ends.get(timeout=timeout_s)
+            self.num_ended += 1
+
     def raise_first(self) -> None:
         if self._faults:
             raise self._faults[min(self._faults)]
 
 
-def _work(queue: _Queue, consume: Consume, reading: Reading, device: torch.device) -> None:
+def _work(jobs: _Jobs, consume: Consume, reading: Reading, device: torch.device) -> None:
     number = -1  # a fault before the first chunk
     try:
         with (
-            torch.inference_mode(queue.in_inference_mode),
+            torch.inference_mode(jobs.in_inference_mode),
             closing(ChunkReader()) as reader,
             closing(make_stage(reading.chunk_bytes, device)) as stage,
         ):
-            while (taken := queue.take()) is not None:
+            while (taken := jobs.take()) is not None:
                 number, chunk = taken
                 buffer = stage.next_buffer()
                 reader.read(chunk, buffer.data)
                 consume(chunk, buffer, stage)
-                queue.done(chunk)
+                jobs.done(chunk)
     except BaseException as error:  # raised again by the thread that loads
-        queue.fail(number, error)
+        jobs.fail(number, error)
+    finally:
+        jobs.end()
