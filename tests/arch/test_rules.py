@@ -26,7 +26,7 @@ ROOMS = (
     ("startup",),
     ("loading",),
     ("engine", "chat", "bench"),
-    ("server", "calibration", "inspect"),
+    ("server", "calibration", "inspect", "selftest"),
     ("commands",),
     ("cli",),
     ("__main__",),

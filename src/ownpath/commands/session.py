@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ownpath.chat.tokenizer import Tokenizer
-from ownpath.config import EngineConfig
+from ownpath.config import EngineConfig, ModelConfig
 from ownpath.engine.engine import Engine
 from ownpath.loading import default_model_dir, device_caps, leave_a_core, load_model
 from ownpath.runners import Ledger
@@ -26,6 +26,7 @@ class Session:
     engine: Engine
     ledger: Ledger
     lossless_casts: tuple[str, ...]
+    model_config: ModelConfig
 
 
 @contextlib.contextmanager
@@ -57,6 +58,6 @@ def open_session(args: argparse.Namespace) -> Iterator[Session]:
     engine = Engine(model, config, tokenizer.num_tokens)
     engine.start()
     try:
-        yield Session(folder, tokenizer, engine, model.ledger, model.lossless_casts)
+        yield Session(folder, tokenizer, engine, model.ledger, model.lossless_casts, model.config)
     finally:
         engine.stop()
