@@ -22,7 +22,8 @@ _FLOOR = 2.0**-20
 class Position:
     """One token by both.
 
-    idx: in the sequence. gap: by how much our likeliest token beats theirs, in our log-probs; None without a whole list.
+    idx: in the sequence.
+    gap: by how much our likeliest token beats theirs, in our log-probs; None without a whole list.
     kl: of theirs from ours, at least; None without a list. outside: the probability that their list leaves out.
     """
 
@@ -104,7 +105,7 @@ def part(first: Reading, second: Reading) -> Parting | None:
     for n, (a, b) in enumerate(zip(first.all_rows, second.all_rows, strict=False)):
         is_same = a.token_id == b.token_id
         far = _apart(a, b) if is_same else _preference(a, b)
-        if worst is None or not far <= worst.far:
+        if worst is None or far > worst.far:
             worst = Parting(first.start + n, far)
         if not is_same:
             return worst
@@ -116,12 +117,13 @@ def part(first: Reading, second: Reading) -> Parting | None:
 def _apart(a: Scored, b: Scored) -> float:
     if a.logprob is None or b.logprob is None:
         return 0.0 if a.logprob is b.logprob else math.inf
-    shared = [abs(a.top[i] - b.top[i]) for i in a.top.keys() & b.top.keys()]
+    apart = [abs(a.logprob - b.logprob), *(abs(a.top[i] - b.top[i]) for i in a.top.keys() & b.top.keys())]
     # max() would lose a NaN that is not in front.
-    return math.inf if math.isnan(sum(shared)) else max(abs(a.logprob - b.logprob), *shared, 0.0)
+    return math.inf if any(map(math.isnan, apart)) else max(apart)
 
 
 def _preference(a: Scored, b: Scored) -> float:
     if a.logprob is None or b.token_id is None or b.token_id not in a.top:
         return math.inf
-    return (a.logprob - a.top[b.token_id]) / 2
+    preference = (a.logprob - a.top[b.token_id]) / 2
+    return math.inf if math.isnan(preference) else preference

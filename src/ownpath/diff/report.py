@@ -10,6 +10,8 @@ from ownpath.diff.compare import Position
 from ownpath.diff.offers import Server
 from ownpath.diff.survey import Difference
 
+_UNKNOWN = "found       no signature: the server reads, caches and batches alike, and computes something else"
+
 
 def numbers(difference: Difference) -> dict[str, float | int | None]:
     """Everything that is averaged or counted over positions. Units: nats; None where nothing was given."""
@@ -21,17 +23,22 @@ def numbers(difference: Difference) -> dict[str, float | int | None]:
         "num_positions": len(positions),
         "num_divergent": difference.num_divergent,
         "mean_delta": _mean(deltas),
-        "max_delta": max(deltas, default=None),
+        "max_delta": _max(deltas),
         "num_ranked": len(ranked),
         "num_same_likeliest": sum(p.gap == 0 for p in ranked),
         "mean_kl_at_least": _mean(kls),
-        "max_kl_at_least": max(kls, default=None),
+        "max_kl_at_least": _max(kls),
         "mean_outside": _mean([p.outside for p in positions if p.outside is not None]),
     }
 
 
 def _mean(values: Sequence[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None
+
+
+def _max(values: Sequence[float]) -> float | None:
+    """NaN if there is one."""
+    return math.nan if any(map(math.isnan, values)) else max(values, default=None)
 
 
 def first_divergence(difference: Difference) -> tuple[int, Position] | None:
@@ -51,6 +58,7 @@ def difference_text(difference: Difference, server: Server, tokenizer: Tokenizer
         f"{name} against {server.client.root}: {'AGREE' if difference.agrees else 'DIFFER'}",
         *(f"found       {c.id}: {_shown(c.number)} ({c.says}; bound {c.threshold:.3g})" for c in difference.found),
         *(f"remedy      {c.remedy}" for c in difference.found[:1]),
+        *([] if difference.agrees or difference.found else [_UNKNOWN]),
         f"asked       {server.form} log-probs at {server.way.path}, {sent} sent, {server.way.num_top} likeliest tokens",
         f"positions   {n['num_positions']} of {len(difference.comparisons)} prompts, {n['num_divergent']} diverge",
         f"first       {_first(difference, tokenizer)}",

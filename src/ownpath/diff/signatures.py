@@ -4,7 +4,7 @@ Where the model here behaves the same way, it is no fault of the server: every s
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -160,7 +160,7 @@ def cold_cached(seen: Observed) -> Check:
     far, where = _worst(zip(seen.generated, seen.cached, strict=True))
     says = f"nats between the first answer and the same again{where}"
     remedy = "switch the prefix cache off and ask again; sliding-window rings must not be shared between requests"
-    return _check("cold-cached", far, seen.tolerance, says, remedy, far is not None and not far <= seen.tolerance)
+    return _check("cold-cached", far, seen.tolerance, says, remedy, far is not None and far > seen.tolerance)
 
 
 def batch_dependent(seen: Observed) -> Check:
@@ -169,7 +169,7 @@ def batch_dependent(seen: Observed) -> Check:
     far, where = _worst(pairs)
     says = f"nats between an answer alone and among {sum(map(len, seen.together))} at once{where}"
     remedy = "limit the server to one sequence and raise it: suspect padding rows, graph sizes and shared workspaces"
-    return _check("batch-dependent", far, seen.tolerance, says, remedy, far is not None and not far <= seen.tolerance)
+    return _check("batch-dependent", far, seen.tolerance, says, remedy, far is not None and far > seen.tolerance)
 
 
 SIGNATURES: tuple[Callable[[Observed], Check], ...] = (
@@ -229,11 +229,11 @@ def _ids_apart(theirs: Sequence[int], ours: Sequence[int]) -> tuple[int, str]:
     return off, f"{len(theirs)} tokens, ours {len(ours)}; from place {first} {shown[0]}, ours {shown[1]}"
 
 
-def _worst(pairs: object) -> tuple[float | None, str]:
+def _worst(pairs: Iterable[tuple[Reading, Reading]]) -> tuple[float | None, str]:
     worst: float | None = None
     where = ""
-    for first, second in pairs:  # type: ignore[attr-defined]
+    for first, second in pairs:
         parting = part(first, second)
-        if parting is not None and (worst is None or not parting.far <= worst):
+        if parting is not None and (worst is None or parting.far > worst):
             worst, where = parting.far, f", at position {parting.idx}"
     return worst, where

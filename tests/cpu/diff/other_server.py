@@ -18,7 +18,6 @@ from ownpath.chat.tokenizer import Tokenizer
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
 
-KEY = "sesame"
 OVERLAP_S = 0.05
 
 
@@ -39,15 +38,21 @@ class Fault(Enum):
     TEMPLATE = "another chat template"
     SWALLOWED = "what is generated shows nowhere"
     ALL_REASONING = "what is generated shows as reasoning"
-    STALE_CACHE = "a prompt's second answer misses its first tokens"
+    STALE_CACHE = "a prompt's second answer misses all tokens but the last: the window was another request's"
     BATCH = "logits depend on what else is running"
     NAN = "logits are NaN"
-    TOO_SURE = "logits twice as large"
+    TOO_SURE = "logits four times as large"
+
+
+Rows = dict[tuple[int, ...], torch.Tensor]
 
 
 @dataclass
 class Other:
-    """One running server; ``asked`` keeps every request's path, headers and body."""
+    """One running server.
+
+    rows: the model's logits of every sequence so far. asked: every request's path, headers and body.
+    """
 
     model: Model
     tokenizer: Tokenizer
@@ -56,7 +61,7 @@ class Other:
     url: str = ""
     asked: list[tuple[str, dict[str, str], Any]] = field(default_factory=list)
     seen: set[tuple[int, ...]] = field(default_factory=set)
-    rows: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+    rows: Rows = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
     num_running: int = 0
 
@@ -85,7 +90,8 @@ class Other:
             rows[:, :15] -= 50.0
             rows = rows[len(prompt_ids) - 1].expand(len(ids), -1)
         elif fault is Fault.STALE_CACHE and is_warm:
-            rows = torch.cat([rows[:16], self.logits_TV(ids[16:])])
+            last = len(prompt_ids) - 1
+            rows = torch.cat([rows[:last], self.logits_TV(ids[last:])])
         elif fault is Fault.BATCH and in_company:
             rows = rows.roll(1, dims=-1)
         elif fault is Fault.NAN:
@@ -240,11 +246,12 @@ def serving(respond: Any) -> Iterator[str]:
         def _answer(self) -> None:
             raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             status, headers, data = respond(self.command, self.path, dict(self.headers), raw)
-            self.send_response(status)
-            for name, value in {"Content-Length": str(len(data)), **headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(data)
+            with contextlib.suppress(ConnectionError):  # who did not wait is gone
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(data)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
 
         def log_message(self, *_: object) -> None:
             """Tests are quiet."""
@@ -261,9 +268,11 @@ def serving(respond: Any) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def other_server(model: Model, tokenizer: Tokenizer, dialect: Dialect, fault: Fault = Fault.NONE) -> Iterator[Other]:
-    """The server, running."""
-    other = Other(model, tokenizer, dialect, fault)
+def other_server(
+    model: Model, tokenizer: Tokenizer, dialect: Dialect, fault: Fault = Fault.NONE, rows: Rows | None = None
+) -> Iterator[Other]:
+    """The server, running. rows: what servers of the same model share, to compute a sequence once."""
+    other = Other(model, tokenizer, dialect, fault, rows={} if rows is None else rows)
 
     def respond(method: str, path: str, headers: dict[str, str], raw: bytes) -> tuple[int, dict[str, str], bytes]:
         body = json.loads(raw) if raw else None
