@@ -26,7 +26,7 @@ ROOMS = (
     ("startup",),
     ("loading",),
     ("engine", "chat", "bench"),
-    ("server", "calibration", "inspect", "selftest"),
+    ("server", "calibration", "inspect", "selftest", "diff"),
     ("commands",),
     ("cli",),
     ("__main__",),
@@ -69,6 +69,7 @@ def test_rooms_import_only_from_above(path: Path) -> None:
     ("room", "forbidden"),
     [
         ("inspect", {"kernels", "runners", "engine", "loading", "startup", "bench"}),
+        ("diff", {"kernels", "runners", "plan", "checkpoint", "bench"}),
         ("kernels", {"model", "weights"}),
         ("model", {"kernels", "weights", "checkpoint", "plan"}),
         ("chat", {"config"}),

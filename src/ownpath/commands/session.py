@@ -1,4 +1,4 @@
-"""What ``generate`` and ``serve`` share: a model folder -> tokenizer and running engine."""
+"""What ``generate``, ``serve`` and ``diff`` share: a model folder -> tokenizer and model, or a running engine."""
 
 import argparse
 import contextlib
@@ -13,6 +13,7 @@ from ownpath.chat.tokenizer import Tokenizer
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.engine.engine import Engine
 from ownpath.loading import default_model_dir, device_caps, leave_a_core, load_model
+from ownpath.model.model import Model
 from ownpath.runners import Ledger
 from ownpath.startup import LoadingBar, warm_up
 
@@ -29,9 +30,18 @@ class Session:
     model_config: ModelConfig
 
 
-@contextlib.contextmanager
-def open_session(args: argparse.Namespace) -> Iterator[Session]:
-    """Loads the model that the arguments name (none: the embedded one) and runs its engine.
+@dataclass(frozen=True)
+class Loaded:
+    """A model and what belongs to it."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    model: Model
+    config: EngineConfig
+
+
+def load_for(args: argparse.Namespace) -> Loaded:
+    """Loads the model that the arguments name (none: the embedded one), ready for its first step.
 
     Errors: ValueError naming the file or field.
     """
@@ -55,9 +65,17 @@ def open_session(args: argparse.Namespace) -> Iterator[Session]:
         raise ValueError(f"{folder}: config.json says {ids}")
     if torch.device(args.device).type == "cuda":
         warm_up(model, config)
-    engine = Engine(model, config, tokenizer.num_tokens)
+    return Loaded(folder, tokenizer, model, config)
+
+
+@contextlib.contextmanager
+def open_session(args: argparse.Namespace) -> Iterator[Session]:
+    """Loads the model that the arguments name and runs its engine. Errors: as ``load_for``."""
+    loaded = load_for(args)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    engine = Engine(model, loaded.config, tokenizer.num_tokens)
     engine.start()
     try:
-        yield Session(folder, tokenizer, engine, model.ledger, model.lossless_casts, model.config)
+        yield Session(loaded.folder, tokenizer, engine, model.ledger, model.lossless_casts, model.config)
     finally:
         engine.stop()
