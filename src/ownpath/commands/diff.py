@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the difference. Errors: CannotAsk and others (all ValueError) for what the user can cause."""
     from ownpath.commands.session import load_for
     from ownpath.diff.client import Client
-    from ownpath.diff.offers import open_server
+    from ownpath.diff.offers import first_model, open_server
     from ownpath.diff.ours import Ours
     from ownpath.diff.prompts import make_prompts, probe_prompt
     from ownpath.diff.readings import TokenNames
@@ -51,10 +51,11 @@ def run(args: argparse.Namespace) -> int:
 
     client = Client.of_url(args.against, args.timeout, _api_key(args.api_key_env))
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
+    listed = first_model(client)  # before minutes of loading: is anybody there?
     loaded = load_for(args)
     prompts = make_prompts(loaded.tokenizer, seed, args.prompt)
     probe = probe_prompt(loaded.tokenizer)
-    server = open_server(client, TokenNames(loaded.tokenizer), probe, args.served_model_name)
+    server = open_server(client, TokenNames(loaded.tokenizer), probe, args.served_model_name or listed)
     effort = Effort(args.max_tokens, args.together, args.tolerance)
     difference = survey(server, Ours(loaded.model, loaded.tokenizer), prompts, effort)
     name = loaded.folder.resolve().name

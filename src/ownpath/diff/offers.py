@@ -135,11 +135,10 @@ class Server:
 
 
 def open_server(client: Client, names: TokenNames, prompt: Prompt, model: str | None) -> Server:
-    """Finds the way to ask. model: None takes the first that ``/v1/models`` lists.
+    """Finds the way to ask. model: its name in requests; None sends none.
 
     Errors: CannotAsk when the server cannot be reached or offers no log-probs, with its last words to each form.
     """
-    model = model or _first_model(client)
     notes: list[str] = []
     absent: set[str] = set()
     for way in _ways():
@@ -182,8 +181,11 @@ def _messages(prompt: Prompt) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": prompt.text}]}
 
 
-def _first_model(client: Client) -> str | None:
-    """Errors: CannotAsk when nothing answers; a server without the list is asked without a name."""
+def first_model(client: Client) -> str | None:
+    """The first model that ``/v1/models`` lists.
+
+    Errors: CannotAsk when nothing answers; a server without the list is asked without a name.
+    """
     try:
         listed = client.get("/v1/models").get("data")
     except Refused:

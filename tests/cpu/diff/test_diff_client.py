@@ -127,5 +127,5 @@ def test_the_command_ends_with_2_when_it_cannot_ask(folder: Path, capsys: pytest
     without = json.dumps({"choices": [{"text": "hello", "logprobs": None}]}).encode()
     with serving(answering(200, {}, without)) as url:
         assert "logprobs: not in the answer" in failing(capsys, folder, url)
+        assert "no such model folder" in failing(capsys, folder / "nothing", url)
     assert "NO_SUCH_KEY" in failing(capsys, folder, "http://h", "--api-key-env", "NO_SUCH_KEY")
-    assert "no such model folder" in failing(capsys, folder / "nothing", "http://h")
