@@ -10,7 +10,7 @@ demo: $(VENV)/.base
 	$(BIN)/python tools/demo.py
 
 test: lint type
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 	$(BIN)/python -m pytest tests/interpret
 	$(BIN)/python -m pytest tests/aot
 

@@ -1,60 +1,58 @@
 """How fast weights are loaded, beside reading the same files: on a synthetic checkpoint of full-size V4-Flash layers.
 
-    PYTHONPATH=src python tools/load_rate.py --folder /tmp/synthetic --layers 2
-    PYTHONPATH=src python tools/load_rate.py --folder /tmp/synthetic --device cuda
+    PYTHONPATH=src python tools/load_rate.py --folder /tmp/synthetic --layers 5 --devices cpu,cuda --out rates.jsonl
 
-The folder is written if it is not there (3.9 GB a layer) and kept. Files are read once before anything is timed: what
-fits the page cache is measured from there, and the table says how many bytes that were.
+The folder is written if it is not there (2.1 GB, and 3.8 GB a layer) and kept. Files are read once before anything is
+timed: what fits the page cache is measured from there. Reading is plain ``readinto``, each byte once into a small
+buffer, by one thread and by as many as load. Every load is a row; the first on a device also pays for its memory.
 """
 
 import argparse
-import json
-import resource
+import gc
+import shlex
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import torch
-from layer.synthetic import COMMON, FLASH, Values, headers
+from layer.shards import write_shards
+from layer.synthetic import SHAPES
 
+from ownpath.bench.record import append_lines, provenance
 from ownpath.checkpoint.index import CheckpointIndex
-from ownpath.checkpoint.writer import write_checkpoint
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.loading import device_caps
 from ownpath.plan.plan import Plan, make_plan
-from ownpath.plan.select import Caps, Demands
+from ownpath.plan.select import Demands
 from ownpath.weights.load import load_weights
+from ownpath.weights.memory import reserve
+from ownpath.weights.readers import Reading
 
-SHARD_BYTES = 2 * 10**9
 READ_BYTES = 8 * 2**20
+STATUS = Path("/proc/self/status")
 
 
-def write_synthetic(folder: Path, num_layers: int) -> None:
-    """Random weights of so many CSA layers, as NVIDIA exports them."""
-    fields = COMMON | FLASH | {"num_hidden_layers": num_layers, "compress_ratios": [4] * num_layers}
-    config = ModelConfig.from_dict(fields | {"num_hash_layers": 0})
-    index = headers(config, "nvidia")
-    plan = make_plan(config, index, Caps("cpu", "CPU"), Demands("float32"))
-    values = Values.seeded(torch.device("cpu"), 0)
-
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        yield from values.params(config).items()
-        for operand in values.operands(plan, index):
-            for slot in operand.slots:
-                yield slot.key, slot.target.clone()
-
-    folder.mkdir(parents=True)
-    write_checkpoint(folder, tensors(), SHARD_BYTES)
-    (folder / "config.json").write_text(json.dumps(fields | {"num_hash_layers": 0}), encoding="utf-8")
-
-
-def read_files(index: CheckpointIndex) -> None:
-    """Every byte of the shards once, in large reads."""
+def read_part(path: Path, part_idx: int, num_parts: int) -> None:
+    """One thread's part of a file: as long as the others', and read from its beginning to its end."""
     buffer = memoryview(bytearray(READ_BYTES))
-    for path in sorted({info.file for info in index.tensors.values()}):
-        with path.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
+    num_bytes = path.stat().st_size
+    start, stop = (num_bytes * idx // num_parts for idx in (part_idx, part_idx + 1))
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while start < stop:
+            start += file.readinto(buffer[: stop - start])
+
+
+def read_files(index: CheckpointIndex, num_threads: int) -> None:
+    """Every byte of the shards once, in large reads, shard by shard."""
+    with ThreadPoolExecutor(num_threads) as pool:
+        for path in sorted({info.file for info in index.tensors.values()}):
+            list(pool.map(read_part, repeat(path), range(num_threads), repeat(num_threads)))
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -64,25 +62,103 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def status_bytes(field: str) -> int:
+    """A size that the kernel keeps for this process: VmRSS, or VmHWM, its highest since ``forget_peak``."""
+    (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
+
+
+def forget_peak() -> None:
+    """From here on, VmHWM is the peak."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def touch_rates(num_bytes: int, num_threads: int) -> dict[str, float]:
+    """GB/s at which the system gives fresh memory, a byte of each page written: as operands get it, in small pages."""
+    rates = {}
+    for kind, allocate in (("operand", reserve), ("small pages", torch.empty)):
+        pages = allocate((num_bytes,), dtype=torch.uint8, device=torch.device("cpu")).numpy()
+        rates[kind] = num_bytes / 1e9 / seconds(partial(_touch, pages, num_threads))
+    return rates
+
+
+def _touch(pages: Any, num_threads: int) -> None:
+    def touch(idx: int) -> None:
+        pages[len(pages) * idx // num_threads : len(pages) * (idx + 1) // num_threads : 4096] = 1
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        list(pool.map(touch, range(num_threads)))
+
+
+def load_row(plan: Plan, index: CheckpointIndex, device: torch.device, reading: Reading) -> dict[str, object]:
+    """One load: its seconds, and the host memory it took at most, less the weights where they are in it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize()
+    forget_peak()
+    before_bytes = status_bytes("VmRSS")
+    kept = []
+    load_s = seconds(lambda: kept.append(load_weights(plan, index, device, reading=reading)))
+    buffers = [buffer for operand in kept[0].operands for parts in operand.buffers.values() for buffer in parts]
+    buffers += kept[0].params.values()
+    weight_bytes = sum(buffer.nbytes for buffer in buffers if buffer.device.type == "cpu")
+    extra_bytes = status_bytes("VmHWM") - before_bytes - weight_bytes
+    return {"load_s": load_s, "extra_host_bytes": extra_bytes, "staging_bytes": reading.staging_bytes(device)}
+
+
+def measure(args: argparse.Namespace, device: str, index: CheckpointIndex, config: ModelConfig) -> None:
+    """Prints and keeps one row for each load on a device."""
+    dtype = str(EngineConfig.for_device(device).dtype).removeprefix("torch.")
+    plan = make_plan(config, index, device_caps(device), Demands(dtype))
+    default = Reading.for_device(torch.device(device))
+    reading = Reading(args.threads or default.num_threads, args.chunk_kib * 1024 or default.chunk_bytes)
+    num_bytes = sum(info.num_bytes for info in index.tensors.values())
+    torch.zeros(1, device=device)  # the context is not loading
+    counts = (1, reading.num_threads)
+    rates = {n: num_bytes / 1e9 / min(seconds(partial(read_files, index, n)) for _ in range(2)) for n in counts}
+    touched = touch_rates(min(num_bytes, 4 * 10**9), reading.num_threads) if device == "cpu" else {}
+    for kind, rate in touched.items():
+        print(f"fresh memory ({kind}): {rate:.2f} GB/s by {reading.num_threads} threads", flush=True)
+    origin = provenance(device, args.commit, shlex.join(sys.argv), "wall clock")
+    for run in range(args.repeat):
+        row = load_row(plan, index, torch.device(device), reading)
+        rate = num_bytes / 1e9 / float(str(row["load_s"]))
+        ratios = [rate / rates[num_threads] for num_threads in (1, reading.num_threads)]
+        print(f"{device} {num_bytes / 1e9:.2f} GB in {len(index.tensors)} tensors, run {run}: "
+              f"loaded {rate:.2f} GB/s with {reading.num_threads} threads of {reading.chunk_bytes >> 10} KiB; "
+              f"read {rates[1]:.2f} GB/s by 1 thread ({ratios[0]:.0%}), "
+              f"{rates[reading.num_threads]:.2f} by {reading.num_threads} ({ratios[1]:.0%}); "
+              f"extra host memory {int(str(row['extra_host_bytes'])) / 2**20:.0f} MiB "
+              f"(staging {int(str(row['staging_bytes'])) >> 20})", flush=True)  # fmt: skip
+        row |= {"run": run, "shape": args.shape, "bytes": num_bytes, "tensors": len(index.tensors)}
+        row |= {"threads": reading.num_threads, "chunk_bytes": reading.chunk_bytes, "touch_gb_per_s": touched}
+        row |= {"load_gb_per_s": rate, "read_1_gb_per_s": rates[1], "read_n_gb_per_s": rates[reading.num_threads]}
+        row |= {"ratio_1": ratios[0], "ratio_n": ratios[1]}
+        if args.out is not None:
+            append_lines(args.out, [{"bench": "load", **row, **origin}])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--shape", choices=SHAPES, default="flash")
     parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--devices", default="cpu", help="comma-separated (default: cpu)")
+    parser.add_argument("--threads", type=int, default=0, help="default: as the loader chooses")
+    parser.add_argument("--chunk-kib", type=int, default=0, help="default: as the loader chooses")
+    parser.add_argument("--repeat", type=int, default=2, help="loads on each device (default: 2)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="append one JSON line for each load")
+    parser.add_argument("--commit", default="unknown", metavar="ID", help="recorded with every row")
     args = parser.parse_args()
     if not args.folder.exists():
-        write_synthetic(args.folder, args.layers)
+        start = time.perf_counter()
+        num_bytes = write_shards(args.folder, args.shape, args.layers)
+        print(f"written {num_bytes / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s", flush=True)
     config, index = ModelConfig.from_file(args.folder / "config.json"), CheckpointIndex.open(args.folder)
-    engine = EngineConfig.for_device(args.device)
-    plan: Plan = make_plan(config, index, device_caps(args.device), Demands(str(engine.dtype).removeprefix("torch.")))
-    num_bytes = sum(info.num_bytes for info in index.tensors.values())
-    read_files(index)
-    read_s = seconds(lambda: read_files(index))
-    load_s = seconds(lambda: load_weights(plan, index, torch.device(args.device)))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"{num_bytes / 1e9:.2f} GB: read {num_bytes / read_s / 1e9:.2f} GB/s, "
-          f"loaded {num_bytes / load_s / 1e9:.2f} GB/s ({100 * read_s / load_s:.0f}%), "
-          f"peak resident {peak / 1e9:.2f} GB")  # fmt: skip
+    read_files(index, 8)
+    for device in args.devices.split(","):
+        measure(args, device, index, config)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from pathlib import Path
@@ -10,6 +10,8 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+
+from ownpath.official import PLAIN, Step
 
 SLIDING, CSA_RATIO, HCA_RATIO = 0, 4, 128
 _LAYER_TYPES = {
@@ -49,11 +51,25 @@ class Yarn:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """A decoder layer's name and kind.
+
+    name: what its tensors' names begin with, ``layers.3`` or ``mtp.0``. ratio: as in ``compress_ratios``.
+    is_hash: whether its experts are looked up by token id.
+    """
+
+    name: str
+    ratio: int
+    is_hash: bool
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """DeepSeek-V4's shape and constants, under the names of the published ``config.json``.
 
     compress_ratios: one entry per backbone layer: 0 sliding window only, 4 CSA, 128 HCA.
     num_hash_layers: the first layers whose experts are looked up by token id.
+    num_nextn_predict_layers: MTP draft modules behind the backbone, 0 where the field is absent.
     claims: every field as written. What they say of formats decides nothing: the plan holds it against the tensors.
     """
 
@@ -88,6 +104,7 @@ class ModelConfig:
     max_position_embeddings: int
     bos_token_id: int
     eos_token_id: int
+    num_nextn_predict_layers: int = 0
     claims: Mapping[str, Any] = dataclass_field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -96,6 +113,16 @@ class ModelConfig:
 
     def is_hash_layer(self, layer_idx: int) -> bool:
         return layer_idx < self.num_hash_layers
+
+    def backbone_layers(self) -> Iterator[Layer]:
+        """The decoder layers, in order."""
+        for layer_idx, ratio in enumerate(self.compress_ratios):
+            yield Layer(f"layers.{layer_idx}", ratio, self.is_hash_layer(layer_idx))
+
+    def draft_layers(self) -> Iterator[Layer]:
+        """The MTP modules' decoder layers, in order: they compress nothing, and a gate chooses their experts."""
+        for draft_idx in range(self.num_nextn_predict_layers):
+            yield Layer(f"mtp.{draft_idx}", SLIDING, is_hash=False)
 
     @classmethod
     def from_file(cls, path: Path) -> "ModelConfig":
@@ -149,6 +176,7 @@ class ModelConfig:
             max_position_embeddings=read.integer("max_position_embeddings"),
             bos_token_id=read.integer("bos_token_id", minimum=0),
             eos_token_id=read.integer("eos_token_id", minimum=0),
+            num_nextn_predict_layers=read.count("num_nextn_predict_layers"),
             claims=MappingProxyType(fields),
         )
         _check_semantics(config, fields, source)
@@ -165,6 +193,8 @@ class EngineConfig:
     max_num_seqs: sequences that run together.
     max_prefill_tokens: prompt tokens that one step may process, over all sequences.
     is_batch_invariant: ask for kernels whose result for a row does not depend on the other rows of the step.
+    official: steps to be computed as DeepSeek's published code does; all others are plain.
+    loads_draft: load the MTP modules too. The engine does not draft: it is for callers of the model.
     """
 
     device: str = "cpu"
@@ -173,6 +203,8 @@ class EngineConfig:
     max_num_seqs: int = 16
     max_prefill_tokens: int = 512
     is_batch_invariant: bool = False
+    official: frozenset[Step] = PLAIN
+    loads_draft: bool = False
 
     @classmethod
     def for_device(cls, device: str, max_model_len: int = 4096) -> "EngineConfig":
@@ -284,6 +316,10 @@ class _Reader:
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value < 2**31:
             raise ConfigError(f"{self.source}: {field} must be an integer >= {minimum}, found {value!r}")
         return value
+
+    def count(self, field: str) -> int:
+        """A number of things that are none where the field is absent or null."""
+        return 0 if self.fields.get(field) is None else self.integer(field, minimum=0)
 
     def number(self, field: str) -> float:
         value = self._get(field)

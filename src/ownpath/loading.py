@@ -14,12 +14,14 @@ from ownpath.config import EngineConfig, ModelConfig
 from ownpath.kernels.registry import KERNELS
 from ownpath.model.build import Builder
 from ownpath.model.model import Model
+from ownpath.official import PLAIN, Step
 from ownpath.plan.plan import Plan, make_plan
 from ownpath.plan.select import Caps, Demands
 from ownpath.runners import Ledger
 from ownpath.runners.make import make_runners
 from ownpath.startup import compile_kernels
 from ownpath.weights.load import find_lossless_casts, load_weights
+from ownpath.weights.readers import Progress
 
 
 def default_model_dir() -> Path:
@@ -63,27 +65,41 @@ def _packages() -> frozenset[str]:
     return frozenset(name for name in ("triton",) if find_spec(name) is not None)
 
 
-def plan_model(folder: Path, device: str, *, batch_invariant: bool = False) -> Plan:
+def plan_model(
+    folder: Path,
+    device: str,
+    *,
+    batch_invariant: bool = False,
+    official: frozenset[Step] = PLAIN,
+    loads_draft: bool = False,
+) -> Plan:
     """The plan of the checkpoint in ``folder`` with a device's default engine configuration, from headers alone.
 
     device: a torch device, or ``sm_100`` and the like for a GPU that need not be here.
+    loads_draft: plan the MTP modules too.
     Errors: as ``make_plan`` and ``ModelConfig``.
     """
     caps = planned_caps(device)  # says what is wrong with the device's name before torch does
-    engine_config = replace(EngineConfig.for_device(caps.device_type), is_batch_invariant=batch_invariant)
+    engine_config = replace(
+        EngineConfig.for_device(caps.device_type),
+        is_batch_invariant=batch_invariant,
+        official=official,
+        loads_draft=loads_draft,
+    )
     return _plan_and_index(folder, engine_config, caps)[0]
 
 
-def load_model(folder: Path, engine_config: EngineConfig) -> Model:
+def load_model(folder: Path, engine_config: EngineConfig, progress: Progress | None = None) -> Model:
     """Loads the checkpoint in ``folder`` as its plan says.
 
+    progress: told a few times a second how many of the weights' bytes are in.
     Errors: ConfigError, CheckpointError or PlanError (all ValueError), naming the file, field, tensor or op.
     """
     plan, index = _plan_and_index(folder, engine_config, device_caps(engine_config.device))
     if engine_config.max_model_len > plan.config.max_position_embeddings:
         limit = f"max_position_embeddings {plan.config.max_position_embeddings}"
         raise ValueError(f"max_model_len {engine_config.max_model_len} exceeds {folder / 'config.json'}: {limit}")
-    weights = load_weights(plan, index, torch.device(engine_config.device))
+    weights = load_weights(plan, index, torch.device(engine_config.device), progress)
     runners = make_runners(plan, weights.operands)
     kernels = {op.spec.slot: KERNELS[op.choice.kernel.name] for op in plan.companions}
     builder = Builder(plan.config, engine_config, runners, kernels, weights.params, Ledger(plan.slots))
@@ -100,4 +116,5 @@ def _plan_and_index(folder: Path, engine_config: EngineConfig, caps: Caps) -> tu
     config = ModelConfig.from_file(folder / "config.json")
     index = CheckpointIndex.open(folder)
     dtype = str(engine_config.dtype).removeprefix("torch.")
-    return make_plan(config, index, caps, Demands(dtype, engine_config.is_batch_invariant)), index
+    demands = Demands(dtype, engine_config.is_batch_invariant, engine_config.official)
+    return make_plan(config, index, caps, demands, loads_draft=engine_config.loads_draft), index

@@ -56,25 +56,57 @@ def _step(model: Model, engine: EngineConfig, num_tokens: int) -> None:
     model.forward(ForwardBatch.of([(token_ids, model.new_cache())], engine.device))
 
 
-class Progress:
-    """One line on stderr that is written over: what is done of how much, and for how long."""
+class _Line:
+    """One line on a terminal's stderr that is written over; where stderr is no terminal, nothing."""
 
     def __init__(self, title: str) -> None:
         self.title = title
         self._start = time.perf_counter()
         self._is_shown = False
 
-    def __call__(self, done: int, total: int, name: str) -> None:
-        """``done`` of ``total`` are ready, the last of them ``name``."""
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    def _show(self, done: int, total: int, text: str) -> None:
         if not sys.stderr.isatty():
             return
         self._is_shown = True
-        seconds = time.perf_counter() - self._start
         bar = "#" * (24 * done // total)
-        print(f"\r{self.title} [{bar:24}] {done}/{total} {seconds:5.1f} s  {name:.48}\x1b[K", end="", file=sys.stderr)
+        print(f"\r{self.title} [{bar:24}] {text}\x1b[K", end="", file=sys.stderr)
         sys.stderr.flush()
 
     def end(self) -> None:
         """Leaves the line, if there was one."""
         if self._is_shown:
             print(file=sys.stderr)
+        self._is_shown = False
+
+
+class Progress(_Line):
+    """What is done of how much, and for how long."""
+
+    def __call__(self, done: int, total: int, name: str) -> None:
+        """``done`` of ``total`` are ready, the last of them ``name``."""
+        self._show(done, total, f"{done}/{total} {self._seconds():5.1f} s  {name:.48}")
+
+
+class LoadingBar(_Line):
+    """Bytes loaded of how many, how many a second on average, and the time left at that rate; it ends itself."""
+
+    def __init__(self) -> None:
+        super().__init__("loading")
+        self._is_open = True
+
+    def __call__(self, num_bytes: int, total_bytes: int) -> None:
+        """``num_bytes`` of ``total_bytes`` are in. Time counts from the call that says 0."""
+        if num_bytes == 0:
+            self._start = time.perf_counter()
+        if not self._is_open:
+            return
+        bytes_per_s = num_bytes / max(self._seconds(), 1e-9)
+        left = f"{(total_bytes - num_bytes) / bytes_per_s:.0f} s left" if num_bytes else "..."
+        amounts = f"{num_bytes / 1e9:.1f}/{total_bytes / 1e9:.1f} GB  {bytes_per_s / 1e9:.2f} GB/s"
+        self._show(num_bytes, total_bytes, f"{amounts}  {left}")
+        self._is_open = num_bytes < total_bytes
+        if not self._is_open:
+            self.end()

@@ -13,7 +13,8 @@ PACKAGE = Path(ownpath.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = (
-    ("config", "formats"),
+    ("formats", "official"),
+    ("config",),
     ("qtensor",),
     ("numerics",),
     ("checkpoint",),
@@ -25,7 +26,7 @@ ROOMS = (
     ("startup",),
     ("loading",),
     ("engine", "chat", "bench"),
-    ("server", "calibration", "inspect"),
+    ("server", "calibration", "inspect", "selftest", "diff"),
     ("commands",),
     ("cli",),
     ("__main__",),
@@ -68,6 +69,7 @@ def test_rooms_import_only_from_above(path: Path) -> None:
     ("room", "forbidden"),
     [
         ("inspect", {"kernels", "runners", "engine", "loading", "startup", "bench"}),
+        ("diff", {"kernels", "runners", "plan", "checkpoint", "bench"}),
         ("kernels", {"model", "weights"}),
         ("model", {"kernels", "weights", "checkpoint", "plan"}),
         ("chat", {"config"}),

@@ -1,7 +1,7 @@
 """Random V4 checkpoints on disk, in the layouts people have, and the weights that they decode to."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ownpath.checkpoint.names import model_params
+from ownpath.checkpoint.names import draft_params, model_params
 from ownpath.checkpoint.schema import (
     COMPRESSED_FP8,
     COMPRESSED_NVFP4,
@@ -25,7 +25,7 @@ from ownpath.checkpoint.writer import write_checkpoint
 from ownpath.config import ModelConfig
 from ownpath.formats import BF16, FP8_BLOCK, NVFP4
 from ownpath.numerics import dequantize, nvfp4_global_scale, quantize_fp8_block, quantize_mxfp4, quantize_nvfp4
-from ownpath.plan.opspec import model_ops
+from ownpath.plan.opspec import OpSpec, draft_ops, model_ops
 from ownpath.qtensor import QuantTensor
 
 Layout = Callable[[str], Encoding]
@@ -101,6 +101,12 @@ def deepseek_native(module: str) -> Encoding:
     return NATIVE_FP8 if _is_projection(module) else PLAIN_BF16
 
 
+def fp8_experts(module: str) -> Encoding:
+    """DeepSeek's base model: routed experts in FP8 blocks like the other projections, small ones BF16."""
+    is_fp8 = ".ffn.experts." in module or _is_projection(module)
+    return NATIVE_FP8 if is_fp8 else PLAIN_BF16
+
+
 def compressed_tensors(module: str) -> Encoding:
     """llm-compressor's mixed export: routed experts NVFP4, attention projections FP8 blocks, all else BF16."""
     if ".ffn.experts." in module:
@@ -119,14 +125,20 @@ LAYOUTS: dict[str, Layout] = {
     "full-nvfp4": full_nvfp4,
     "compressed-tensors": compressed_tensors,
     "deepseek-native": deepseek_native,
+    "fp8-experts": fp8_experts,
     "bf16": bf16,
 }
+
+
+WIDTHS = {"deepseek-native": 64, "fp8-experts": 144}
+"""Expert widths that a layout needs: whole blocks of 32; a second block of 128 that is partial."""
 
 
 def _is_projection(module: str) -> bool:
     leaf = module.rsplit(".", 1)[-1]
     in_shared = ".shared_experts." in module
-    return in_shared or (leaf in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b") and "compressor" not in module)
+    in_draft = leaf in ("e_proj", "h_proj")
+    return in_shared or in_draft or (leaf in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b") and "compressor" not in module)
 
 
 @dataclass(frozen=True)
@@ -144,25 +156,34 @@ def random_checkpoint(
     layout: str = "full-nvfp4",
     seed: int = 0,
     fp8_scale: torch.dtype | None = None,
+    draft: str | None = None,
     **changes: Any,
 ) -> Checkpoint:
     """Writes a random checkpoint of ``SMALL`` with ``changes``, in shards of at most 200 kB.
 
     fp8_scale: dtype of FP8 block scales; by default the one that the layout's published checkpoints have.
+    draft: layout of an MTP module to write too. The backbone's tensors are the same with and without it.
     """
-    fields = SMALL | ({"moe_intermediate_size": 64} if layout == "deepseek-native" else {}) | changes  # blocks of 32
+    stored = (layout,) if draft is None else (layout, draft)
+    width = max(WIDTHS.get(name, SMALL["moe_intermediate_size"]) for name in stored)
+    fields = SMALL | {"moe_intermediate_size": width}
+    fields |= ({} if draft is None else {"num_nextn_predict_layers": 1}) | changes
     config = ModelConfig.from_dict(fields)
     generator = torch.Generator().manual_seed(seed)
+    parts = [(tuple(model_params(config)), tuple(model_ops(config)), layout)]
+    parts += [(tuple(draft_params(config)), tuple(draft_ops(config)), draft)] if draft is not None else []
     tensors: Tensors = {}
     decoded: Tensors = {}
-    for spec in model_params(config):
-        tensors[spec.key] = _random_param(spec, config, generator)
-        decoded[spec.key] = tensors[spec.key]
-    for name, weight, encoding, shared_amax in _random_modules(config, LAYOUTS[layout], generator):
-        quantized = _quantize(weight, encoding, shared_amax, fp8_scale)
-        input_scale = torch.rand((), generator=generator) * 0.01 + 1e-4
-        tensors.update(encoding.encode(name, quantized, input_scale))
-        decoded[name] = dequantize(_read_back(quantized, encoding))
+    for params, ops, stored_in in parts:
+        for spec in params:
+            tensors[spec.key] = _random_param(spec, config, generator)
+            decoded[spec.key] = tensors[spec.key]
+        scale = fp8_scale or (torch.float32 if stored_in == "fp8-experts" else None)
+        for name, weight, encoding, shared_amax in _random_modules(ops, LAYOUTS[stored_in], generator):
+            quantized = _quantize(weight, encoding, shared_amax, scale)
+            input_scale = torch.rand((), generator=generator) * 0.01 + 1e-4
+            tensors.update(encoding.encode(name, quantized, input_scale))
+            decoded[name] = dequantize(_read_back(quantized, encoding))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(fields))
     write_checkpoint(folder, tensors.items(), max_shard_bytes=200_000)
@@ -190,10 +211,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _random_modules(
-    config: ModelConfig, layout: Layout, generator: torch.Generator
+    ops: Iterable[OpSpec], layout: Layout, generator: torch.Generator
 ) -> Iterator[tuple[str, torch.Tensor, Encoding, float | None]]:
     """(name, weight, encoding, amax to share). Routed w1 and w3 share a global scale, as ModelOpt ties them."""
-    for op in model_ops(config):
+    for op in ops:
         weights = {module.name: _random_weight(module, generator) for module in op.modules}
         for module in op.modules:
             partner = (

@@ -22,6 +22,7 @@ class Answer:
         self._matcher = StopMatcher(stops)
         self._parser = parser or AnswerParser()
         self._markers = {tokenizer.special_id(marker): marker for marker in self._parser.markers}
+        self._thinks = self._parser.is_reasoning
         self.num_chars = 0
 
     @property
@@ -33,6 +34,21 @@ class Answer:
     def asks_for_tools(self) -> bool:
         """Whether there is a tool call, and each one is whole."""
         return self._parser.asks_for_tools
+
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether the reasoning block is still open."""
+        return self._parser.is_reasoning
+
+    @property
+    def has_reasoned(self) -> bool:
+        """Whether there was a reasoning block, and it is closed."""
+        return self._thinks and not self._parser.is_reasoning
+
+    @property
+    def has_cut_off_character(self) -> bool:
+        """Whether the tokens so far end inside a character, which is not shown then."""
+        return self._detokenizer.is_inside_character
 
     def feed(self, token_id: int) -> list[Part]:
         """What can be shown after this token."""

@@ -33,6 +33,11 @@ class Detokenizer:
             text += self.flush()
         return text
 
+    @property
+    def is_inside_character(self) -> bool:
+        """Whether bytes wait for the rest of their character."""
+        return bool(self._decoder.getstate()[0])
+
     def flush(self) -> str:
         """What an unfinished character becomes when something else than its rest follows."""
         text = self._decoder.decode(b"", final=True)

@@ -44,6 +44,11 @@ class AnswerParser:
         """Whether there is a tool call, and each one is whole."""
         return self._calls is not None and 0 < self._calls.num_started == self._calls.num_ended
 
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether the reasoning block is still open."""
+        return self._state == self._reasoning
+
     def feed(self, text: str) -> list[Part]:
         """What a piece of text adds."""
         return self._state(text) if text else []

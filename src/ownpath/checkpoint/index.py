@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -31,7 +32,7 @@ class TensorInfo:
     start: int = 0
     source: Source | None = None
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         return prod(self.shape) * DTYPE_BITS.get(self.dtype, 8) // 8
 

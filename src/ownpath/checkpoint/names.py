@@ -1,31 +1,45 @@
-"""The names and shapes of a DeepSeek-V4 backbone, as its checkpoints have them (native, prefixless)."""
+"""The names and shapes of a DeepSeek-V4 model and its MTP modules, as checkpoints have them (native, prefixless)."""
 
 from collections.abc import Iterator
 
 from ownpath.checkpoint.schema import ModuleSpec, ParamSpec
-from ownpath.config import CSA_RATIO, ModelConfig
+from ownpath.config import CSA_RATIO, Layer, ModelConfig
 
 NORM_DTYPES = ("BF16", "F32")
 
 
 def model_params(config: ModelConfig) -> Iterator[ParamSpec]:
-    """Every tensor that is used as stored: embedding, norms, hyper-connections, sinks, router bias and tables."""
+    """What the backbone uses as stored: embedding, norms, hyper-connections, sinks, router bias and tables."""
     dim, streams = config.hidden_size, config.hc_mult
     yield ParamSpec("embed.weight", (config.vocab_size, dim), ("BF16", "F32"))
     yield ParamSpec("norm.weight", (dim,), NORM_DTYPES)
     yield from _hyper("hc_head", streams, streams * dim, num_scales=1)
-    for layer_idx, ratio in enumerate(config.compress_ratios):
-        layer = f"layers.{layer_idx}"
-        yield ParamSpec(f"{layer}.attn_norm.weight", (dim,), NORM_DTYPES)
-        yield ParamSpec(f"{layer}.ffn_norm.weight", (dim,), NORM_DTYPES)
-        yield from _hyper(f"{layer}.hc_attn", (2 + streams) * streams, streams * dim, num_scales=3)
-        yield from _hyper(f"{layer}.hc_ffn", (2 + streams) * streams, streams * dim, num_scales=3)
-        yield from _attention_params(config, f"{layer}.attn", ratio)
-        if config.is_hash_layer(layer_idx):
-            table = (config.vocab_size, config.num_experts_per_tok)
-            yield ParamSpec(f"{layer}.ffn.gate.tid2eid", table, ("I64", "I32"))
-        else:
-            yield ParamSpec(f"{layer}.ffn.gate.bias", (config.n_routed_experts,), ("F32",))
+    for layer in config.backbone_layers():
+        yield from _layer_params(config, layer)
+
+
+def draft_params(config: ModelConfig) -> Iterator[ParamSpec]:
+    """What the MTP modules use as stored, apart from the backbone's embedding, which they share."""
+    dim, streams = config.hidden_size, config.hc_mult
+    for layer in config.draft_layers():
+        for norm in ("enorm", "hnorm", "norm"):
+            yield ParamSpec(f"{layer.name}.{norm}.weight", (dim,), NORM_DTYPES)
+        yield from _hyper(f"{layer.name}.hc_head", streams, streams * dim, num_scales=1)
+        yield from _layer_params(config, layer)
+
+
+def _layer_params(config: ModelConfig, layer: Layer) -> Iterator[ParamSpec]:
+    name, dim, streams = layer.name, config.hidden_size, config.hc_mult
+    yield ParamSpec(f"{name}.attn_norm.weight", (dim,), NORM_DTYPES)
+    yield ParamSpec(f"{name}.ffn_norm.weight", (dim,), NORM_DTYPES)
+    yield from _hyper(f"{name}.hc_attn", (2 + streams) * streams, streams * dim, num_scales=3)
+    yield from _hyper(f"{name}.hc_ffn", (2 + streams) * streams, streams * dim, num_scales=3)
+    yield from _attention_params(config, f"{name}.attn", layer.ratio)
+    if layer.is_hash:
+        table = (config.vocab_size, config.num_experts_per_tok)
+        yield ParamSpec(f"{name}.ffn.gate.tid2eid", table, ("I64", "I32"))
+    else:
+        yield ParamSpec(f"{name}.ffn.gate.bias", (config.n_routed_experts,), ("F32",))
 
 
 def _hyper(name: str, num_mixes: int, in_dim: int, num_scales: int) -> Iterator[ParamSpec]:
@@ -54,9 +68,9 @@ def compressor_width(ratio: int, head_dim: int) -> int:
     return 2 * head_dim if ratio == CSA_RATIO else head_dim
 
 
-def expert_modules(config: ModelConfig, layer_idx: int, projection: str) -> tuple[ModuleSpec, ...]:
-    """The routed experts' ``w1`` (gate), ``w3`` (up) or ``w2`` (down) of one layer, in expert order."""
+def expert_modules(config: ModelConfig, layer: str, projection: str) -> tuple[ModuleSpec, ...]:
+    """The routed experts' ``w1`` (gate), ``w3`` (up) or ``w2`` (down) of the layer so named, in expert order."""
     dim, inter = config.hidden_size, config.moe_intermediate_size
     shape = (dim, inter) if projection == "w2" else (inter, dim)
     experts = range(config.n_routed_experts)
-    return tuple(ModuleSpec(f"layers.{layer_idx}.ffn.experts.{e}.{projection}", shape) for e in experts)
+    return tuple(ModuleSpec(f"{layer}.ffn.experts.{e}.{projection}", shape) for e in experts)

@@ -23,6 +23,7 @@ REMEDIES = MappingProxyType(
         "wrong-shape": "check that config.json belongs to these shards",
         "mixed-experts": "export the routed experts of a layer in one encoding",
         "no-kernel": "export again in a format that `ownpath plan` has a kernel for",
+        "draft": "inspect without --draft, or take an export that carries mtp.* (DeepSeek's, ModelOpt's)",
         "config": "take config.json from the release that the shards came from",
         "config-contradiction": "take config.json from the release that the shards came from",
         "format-contradiction": "the tensors are believed; correct the file for engines that believe it instead",

@@ -11,7 +11,6 @@ The format of a module is read off its own tensors. ``config.json`` is not asked
 there, and one checkpoint mixes formats. What it says is compared with the tensors afterwards (``plan.claims``).
 """
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -43,7 +42,11 @@ class Part:
 
     def meant(self, stored: torch.Tensor) -> torch.Tensor:
         """What a stored tensor means: itself, or for a divisor the multiplier [], by one float32 division."""
-        return 1 / stored.float().reshape(()) if self.is_divisor else stored
+        return self.meant_each(stored).reshape(()) if self.is_divisor else stored
+
+    def meant_each(self, stored: torch.Tensor) -> torch.Tensor:
+        """What each element of a stored tensor means, in the shape it has."""
+        return 1 / stored.float() if self.is_divisor else stored
 
     def stored(self, meant: torch.Tensor) -> torch.Tensor:
         """The tensor to write for what is meant: itself, or for a multiplier [] its reciprocal in the part's shape."""
@@ -157,8 +160,6 @@ ENCODINGS = (MODELOPT_NVFP4, NATIVE_MXFP4, NATIVE_FP8, COMPRESSED_NVFP4, COMPRES
 QUANTIZATION_FIELD = "quantization_config"
 """Where config.json says how weights are stored. It is not read here; ``plan.claims`` compares it with what is."""
 
-IGNORED_KEYS = ((re.compile(r"mtp\.\d+\."), "draft module (MTP or DSpark): not part of the backbone's forward"),)
-
 
 @dataclass(frozen=True)
 class ModuleSpec:
@@ -216,11 +217,21 @@ def _closest_encoding(index: CheckpointIndex, module: ModuleSpec) -> Encoding:
         known = ", ".join(f"{encoding.name} {'/'.join(encoding.part('qdata').dtypes)}" for encoding in ENCODINGS)
         raise CheckpointError(f"tensor {found[0]}: no known encoding has this dtype (known: {known})")
     # Without a weight tensor, the scales that are there tell which one is missing.
-    return min(candidates or ENCODINGS, key=lambda e: _num_missing(index, e, module))
+    return min(candidates or ENCODINGS, key=lambda e: (_num_missing(index, e, module), num_unlike(index, e, module)))
 
 
 def _num_missing(index: CheckpointIndex, encoding: Encoding, module: ModuleSpec) -> int:
     return sum(key not in index for key in encoding.keys(module.name))
+
+
+def num_unlike(index: CheckpointIndex, encoding: Encoding, module: ModuleSpec) -> int:
+    """How many of an encoding's tensors are there with another dtype or shape than it stores."""
+    found = [(part, index.tensors.get(f"{module.name}.{part.suffix}")) for part in encoding.parts]
+    return sum(
+        info.dtype not in part.dtypes or info.shape not in (part.shape(*module.shape), *part.other_shapes)
+        for part, info in found
+        if info is not None
+    )
 
 
 def check_param(index: CheckpointIndex, spec: ParamSpec) -> None:
@@ -232,21 +243,19 @@ def check_param(index: CheckpointIndex, spec: ParamSpec) -> None:
         raise CheckpointError(f"tensor {info}: expected shape {list(spec.shape)}")
 
 
-def ignore_reason(key: str) -> str | None:
-    """Why a key that no module consumes may stay unread, or ``None`` when there is no reason."""
-    return next((reason for pattern, reason in IGNORED_KEYS if pattern.match(key)), None)
-
-
-def check_census(index: CheckpointIndex, consumed: set[str]) -> dict[str, str]:
+def check_census(
+    index: CheckpointIndex, consumed: set[str], unread_reason: Callable[[str], str | None]
+) -> dict[str, str]:
     """Every key is consumed or ignored for a stated reason; returns the ignored ones with their reasons.
 
+    unread_reason: why a key that nothing consumes may stay unread, or ``None`` when there is no reason.
     Errors: CheckpointError naming a tensor that nothing reads.
     """
     ignored = {}
     for key, info in index.tensors.items():
         if key in consumed:
             continue
-        reason = ignore_reason(key)
+        reason = unread_reason(key)
         if reason is None:
             raise CheckpointError(f"tensor {info}: nothing in this model reads it")
         ignored[key] = reason

@@ -3,6 +3,8 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from ownpath.official import PLAIN, Step, parse_numerics
+
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -32,6 +34,21 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="only kernels whose result for a token does not depend on the other tokens of the step",
     )
+    parser.add_argument(
+        "--numerics",
+        type=_numerics,
+        default=PLAIN,
+        metavar="plain|official|STEP,...",
+        help="round nowhere but in the kernels, or where DeepSeek's published code does (default: plain); steps: "
+        + ", ".join(Step),
+    )
+
+
+def _numerics(text: str) -> frozenset[Step]:
+    try:
+        return parse_numerics(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def positive_int(text: str) -> int:

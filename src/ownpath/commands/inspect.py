@@ -20,6 +20,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     parser = subparsers.add_parser("inspect", help="show what a checkpoint is and what is wrong", description=__doc__)
     add_model_argument(parser)
     parser.add_argument("--all-scales", action="store_true", help="read every block scale instead of a sample")
+    parser.add_argument("--draft", action="store_true", help="look at the MTP draft module too, and count its memory")
     parser.add_argument("--json", action="store_true", help="one object with every problem, for programs")
     return parser
 
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     folder = default_model_dir() if args.model is None else Path(args.model)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such model folder")
-    inspection = inspect_folder(folder, read_all_scales=args.all_scales)
+    inspection = inspect_folder(folder, read_all_scales=args.all_scales, with_draft=args.draft)
     if args.json:
         print(json.dumps(inspection_dict(inspection), indent=1))
     else:

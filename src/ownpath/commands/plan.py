@@ -19,6 +19,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     parser = subparsers.add_parser("plan", help="show which kernel runs what, and why", description=__doc__)
     add_model_argument(parser)
     add_plan_arguments(parser)
+    parser.add_argument("--draft", action="store_true", help="plan the MTP draft module too")
     parser.add_argument("--scales", action="store_true", help="read the scales: which weights are lossless casts?")
     parser.add_argument("--json", action="store_true", help="one entry per module, for programs")
     return parser
@@ -33,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
     from ownpath.plan.show import plan_dict, plan_text
 
     folder = default_model_dir() if args.model is None else Path(args.model)
-    plan = plan_model(folder, args.device, batch_invariant=args.batch_invariant)
+    wanted = {"batch_invariant": args.batch_invariant, "official": args.numerics, "loads_draft": args.draft}
+    plan = plan_model(folder, args.device, **wanted)
     casts = lossless_casts(plan, folder) if args.scales else None
     if args.json:
         print(json.dumps(plan_dict(plan) | ({} if casts is None else {"lossless_casts": casts}), indent=1))

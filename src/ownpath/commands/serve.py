@@ -1,4 +1,5 @@
-"""Serve the model over HTTP, in OpenAI's shape, until interrupted or terminated; then say which runners ran."""
+"""Test the model, then serve it over HTTP, in OpenAI's shape, until interrupted or terminated; then say which runners
+ran. A model that fails the self-test is not served."""
 
 import argparse
 import sys
@@ -9,6 +10,7 @@ from ownpath.commands.arguments import add_engine_arguments, add_model_argument
 
 if TYPE_CHECKING:
     from ownpath.commands.arguments import Subparsers
+    from ownpath.commands.session import Session
 
 
 def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
@@ -23,17 +25,20 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
         choices=RELEASES,
         help="whose words for reasoning_effort it knows (default: told by the folder)",
     )
+    parser.add_argument("--allow-unverified", action="store_true", help="serve even if the self-test fails")
     add_engine_arguments(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serves until SIGINT or SIGTERM. Errors: ValueError for what the user can cause."""
+    """Serves until SIGINT or SIGTERM; 1 if the self-test fails. Errors: ValueError for what the user can cause."""
     from ownpath.commands.session import open_session
     from ownpath.server.app import create_app
     from ownpath.server.run import run_server
 
     with open_session(args) as session:
+        if not _is_served(session, args.allow_unverified):
+            return 1
         model_id = args.served_model_name or session.folder.resolve().name
         release = args.chat_release or release_of_folder(session.folder)
         app = create_app(session.engine, session.tokenizer, model_id, release=release)
@@ -43,6 +48,24 @@ def run(args: argparse.Namespace) -> int:
         if session.lossless_casts:
             print(f"cast from MXFP4 without loss: {len(session.lossless_casts)} modules", file=sys.stderr)
         return code
+
+
+def _is_served(session: "Session", allow_unverified: bool) -> bool:
+    """Whether the self-test passed, or may fail; says on stderr what failed. The ledger starts anew."""
+    from ownpath.selftest.run import known_question, report_text, self_test
+
+    golden = known_question(session.folder, session.tokenizer)
+    report = self_test(session.engine, session.tokenizer, session.model_config.sliding_window, golden)
+    session.ledger.calls.clear()
+    if not report.failed:
+        return True
+    if allow_unverified:
+        failed = report.failed_ids()
+        print(f"warning: served unverified: the self-test failed {failed} (--allow-unverified)", file=sys.stderr)
+        return True
+    print(report_text(report), file=sys.stderr)
+    print("ownpath: the model failed its self-test and is not served (--allow-unverified serves it)", file=sys.stderr)
+    return False
 
 
 def _port(text: str) -> int:

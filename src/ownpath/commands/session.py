@@ -1,4 +1,4 @@
-"""What ``generate`` and ``serve`` share: a model folder -> tokenizer and running engine."""
+"""What ``generate``, ``serve`` and ``diff`` share: a model folder -> tokenizer and model, or a running engine."""
 
 import argparse
 import contextlib
@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from ownpath.chat.tokenizer import Tokenizer
-from ownpath.config import EngineConfig
+from ownpath.config import EngineConfig, ModelConfig
 from ownpath.engine.engine import Engine
 from ownpath.loading import default_model_dir, device_caps, leave_a_core, load_model
+from ownpath.model.model import Model
 from ownpath.runners import Ledger
-from ownpath.startup import warm_up
+from ownpath.startup import LoadingBar, warm_up
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,21 @@ class Session:
     engine: Engine
     ledger: Ledger
     lossless_casts: tuple[str, ...]
+    model_config: ModelConfig
 
 
-@contextlib.contextmanager
-def open_session(args: argparse.Namespace) -> Iterator[Session]:
-    """Loads the model that the arguments name (none: the embedded one) and runs its engine.
+@dataclass(frozen=True)
+class Loaded:
+    """A model and what belongs to it."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    model: Model
+    config: EngineConfig
+
+
+def load_for(args: argparse.Namespace) -> Loaded:
+    """Loads the model that the arguments name (none: the embedded one), ready for its first step.
 
     Errors: ValueError naming the file or field.
     """
@@ -41,8 +52,12 @@ def open_session(args: argparse.Namespace) -> Iterator[Session]:
     leave_a_core()
     tokenizer = Tokenizer.from_folder(folder)
     config = EngineConfig.for_device(args.device, args.max_model_len)
-    config = replace(config, is_batch_invariant=args.batch_invariant)
-    model = load_model(folder, config)
+    config = replace(config, is_batch_invariant=args.batch_invariant, official=args.numerics)
+    bar = LoadingBar()
+    try:
+        model = load_model(folder, config, bar)
+    finally:
+        bar.end()
     for line in model.contradictions:
         print(f"warning: {line}; the tensors are believed", file=sys.stderr)
     if model.config.eos_token_id != tokenizer.eos_id:
@@ -50,9 +65,17 @@ def open_session(args: argparse.Namespace) -> Iterator[Session]:
         raise ValueError(f"{folder}: config.json says {ids}")
     if torch.device(args.device).type == "cuda":
         warm_up(model, config)
-    engine = Engine(model, config, tokenizer.num_tokens)
+    return Loaded(folder, tokenizer, model, config)
+
+
+@contextlib.contextmanager
+def open_session(args: argparse.Namespace) -> Iterator[Session]:
+    """Loads the model that the arguments name and runs its engine. Errors: as ``load_for``."""
+    loaded = load_for(args)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    engine = Engine(model, loaded.config, tokenizer.num_tokens)
     engine.start()
     try:
-        yield Session(folder, tokenizer, engine, model.ledger, model.lossless_casts)
+        yield Session(loaded.folder, tokenizer, engine, model.ledger, model.lossless_casts, model.config)
     finally:
         engine.stop()

@@ -119,8 +119,9 @@ class Engine:
             if len(self._open) + len(requests) > self._max_num_open:
                 raise EngineOverloaded(f"{len(self._open)} of at most {self._max_num_open} requests are open")
             self._open.update(requests)
-            for request in requests:
-                self._inbox.put(lambda request=request: self._scheduler.add(request))  # type: ignore[misc]
+            taken = tuple(requests)
+            # One message: what is submitted together is admitted in one step, if it fits.
+            self._inbox.put(lambda: self._add(taken))
 
     def abort(self, request: Request) -> None:
         """Drops a request wherever it is. Nothing more is reported, apart from a step already under way."""
@@ -138,6 +139,10 @@ class Engine:
                 abandoned = list(self._open)
             for request in abandoned:
                 self._fail(request, _STOPPED)
+
+    def _add(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self._scheduler.add(request)
 
     def _take_messages(self) -> bool:
         """Handles what other threads asked for; sleeps while there is nothing to do. False: stop."""
@@ -201,7 +206,7 @@ class Engine:
         try:
             output = self._advance(share, token_id, logits_RV)
         except NonFiniteLogits as error:
-            self._fail(request, str(error))
+            self._fail(request, str(error), is_non_finite=True)
             return
         if output.finish_reason is not None:
             self._close(request)
@@ -236,9 +241,10 @@ class Engine:
             return FinishReason.LENGTH
         return None
 
-    def _fail(self, request: Request, message: str) -> None:
+    def _fail(self, request: Request, message: str, is_non_finite: bool = False) -> None:
         self._close(request)
-        self._deliver(request, StepOutput(finish_reason=FinishReason.ERROR, error=message))
+        output = StepOutput(finish_reason=FinishReason.ERROR, error=message, is_non_finite=is_non_finite)
+        self._deliver(request, output)
 
     def _deliver(self, request: Request, output: StepOutput) -> None:
         """A listener that is gone is no reason to stop: its request is dropped."""

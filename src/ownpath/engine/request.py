@@ -90,12 +90,16 @@ class ScoredToken:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one step brought to one request. The one with a ``finish_reason`` is the last."""
+    """What one step brought to one request. The one with a ``finish_reason`` is the last.
+
+    is_non_finite: whether the error is a logit that is NaN or infinite.
+    """
 
     prompt: tuple[ScoredToken, ...] = ()
     token: ScoredToken | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
+    is_non_finite: bool = False
 
 
 OutputSink = Callable[[StepOutput], None]

@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from ownpath.checkpoint.drafts import Draft, carried_draft, requested_draft
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex, Scan, scan_checkpoint
 from ownpath.checkpoint.problems import Problem
@@ -44,8 +45,11 @@ class Inspection:
     seconds: float
 
 
-def inspect_folder(folder: Path, *, read_all_scales: bool = False) -> Inspection:
-    """Reads headers, scalars, tables of ids and a sample (or all) of the block scales, and collects every problem."""
+def inspect_folder(folder: Path, *, read_all_scales: bool = False, with_draft: bool = False) -> Inspection:
+    """Reads headers, scalars, tables of ids and a sample (or all) of the block scales, and collects every problem.
+
+    with_draft: look at the MTP modules as at the backbone; otherwise they are counted as not read.
+    """
     start = time.perf_counter()
     problems: list[Problem] = []
     scan = scan_checkpoint(folder)
@@ -56,7 +60,8 @@ def inspect_folder(folder: Path, *, read_all_scales: bool = False) -> Inspection
         problems += tokenizer_problems(folder, config)
         if scan.has_tensors:
             problems += config_problems(config, scan.index)
-            findings = _findings(folder, config, scan, problems, None if read_all_scales else SAMPLE_BYTES)
+            draft = _draft(config, scan.index, with_draft, problems)
+            findings = _findings(config, draft, scan, problems, None if read_all_scales else SAMPLE_BYTES)
     seconds = time.perf_counter() - start
     unique = tuple(dict.fromkeys(problems))
     return Inspection(folder, scan.index, findings, unique, read_all_scales, seconds)
@@ -75,24 +80,34 @@ def _config(folder: Path, problems: list[Problem]) -> ModelConfig | None:
         return None
 
 
+def _draft(config: ModelConfig, index: CheckpointIndex, with_draft: bool, problems: list[Problem]) -> Draft:
+    """The draft as it was asked for; one that cannot be read is a problem, and stays unread."""
+    if with_draft:
+        try:
+            return requested_draft(config, index)
+        except CheckpointError as error:
+            problems.append(Problem("draft", "mtp", str(error)))
+    return carried_draft(index)
+
+
 def _findings(
-    folder: Path, config: ModelConfig, scan: Scan, problems: list[Problem], max_bytes: int | None
+    config: ModelConfig, draft: Draft, scan: Scan, problems: list[Problem], max_bytes: int | None
 ) -> Findings | None:
     index, broken = scan.index, scan.broken
-    num_matrices = 3 * config.num_hidden_layers * config.n_routed_experts
+    num_matrices = 3 * (config.num_hidden_layers + draft.num_modules) * config.n_routed_experts
     if num_matrices > 10_000 + 4 * len(index.tensors):  # counting billions of experts would take hours
         found = f"asks for {num_matrices} expert matrices; the checkpoint holds {len(index.tensors)} tensors"
         problems.append(Problem("config-contradiction", "n_routed_experts", f"config.json: n_routed_experts {found}"))
         return None
-    census = take_census(config, index)
+    census = take_census(config, index, draft)
     problems += _not_explained(census, scan)
-    problems += format_problems(folder, census.modules)
+    problems += format_problems(index.folder, census.modules)
     scalars = read_scalars(census.modules, index, broken, problems)
     problems += out_of_band(scalars)
     pairs = gate_up(scalars, problems)
     blocks = read_blocks(census.modules, scalars, index, broken, problems, max_bytes)
     problems += table_problems(census.params, config.n_routed_experts, index, broken)
-    memory = () if census.problems else _planned(config, index, problems)
+    memory = () if census.problems else _planned(config, draft, index, problems)
     return Findings(config, census, blocks, calibration(scalars), pairs, memory)
 
 
@@ -102,10 +117,10 @@ def _not_explained(census: Census, scan: Scan) -> list[Problem]:
     return [p for p in census.problems if not (p.check == "missing-tensor" and p.where in known)]
 
 
-def _planned(config: ModelConfig, index: CheckpointIndex, problems: list[Problem]) -> tuple[Memory, ...]:
+def _planned(config: ModelConfig, draft: Draft, index: CheckpointIndex, problems: list[Problem]) -> tuple[Memory, ...]:
     """What a plan says: the memory it takes, and what config.json claims and the tensors do not bear out."""
     try:
-        plan = make_plan(config, index, KINDS[0])
+        plan = make_plan(config, index, KINDS[0], loads_draft=draft.num_modules > 0)
     except CheckpointError as error:
         problems.append(Problem("mixed-experts", "experts", str(error)))
         return ()

@@ -44,7 +44,8 @@ def memory_needed(plan: Plan, index: CheckpointIndex) -> tuple[Memory, ...]:
 def _memory_on(caps: Caps, first: Plan, index: CheckpointIndex, num_tokens: int) -> Memory:
     engine = EngineConfig.for_device(caps.device_type, num_tokens)
     dtype = str(engine.dtype).removeprefix("torch.")
-    cache = SequenceCache(CacheSpec(first.config, num_tokens, engine.dtype, torch.device("meta"))).num_bytes()
+    spec = CacheSpec(first.config, num_tokens, engine.dtype, torch.device("meta"), first.draft.num_modules)
+    cache = SequenceCache(spec).num_bytes()
     try:
         plan = replan(first, caps, Demands(dtype))
     except PlanError as error:
@@ -68,5 +69,4 @@ def _weights_bytes(plan: Plan, index: CheckpointIndex) -> int:
 
 def _operand_bytes(op: PlannedOp, index: CheckpointIndex) -> int:
     keys = (key for module in op.spec.modules for key in op.encoding.keys(module.name))
-    operand = make_operand(op, {key: index[key].dtype for key in keys}, torch.device("meta"))
-    return sum(buffer.nbytes for buffers in operand.buffers.values() for buffer in buffers)
+    return make_operand(op, {key: index[key].dtype for key in keys}, torch.device("meta")).num_bytes

@@ -9,7 +9,7 @@ from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.plan.census import Census
 from ownpath.plan.show import ranges
 
-_MODULE = re.compile(r"layers\.(\d+)\.(?:ffn\.experts\.(\d+)\.)?(.+)")
+_MODULE = re.compile(r"(layers|mtp)\.(\d+)\.(?:ffn\.experts\.(\d+)\.)?(.+)")
 
 
 @dataclass(frozen=True)
@@ -28,23 +28,23 @@ def module_rows(census: Census, index: CheckpointIndex) -> list[ModuleRow]:
     """Rows in forward order; ``layers.{0-42}.ffn.experts.{0-255}.w1`` stands for all those modules."""
     groups: dict[tuple[object, ...], list[tuple[int, int, int]]] = {}
     for stored in census.modules:
-        name, layer_idx, expert = stored.spec.name, -1, -1
+        name, stack, layer_idx, expert = stored.spec.name, "", -1, -1
         match = _MODULE.fullmatch(name)
         if match is not None:
-            layer_idx, expert, name = int(match[1]), int(match[2] or -1), match[3]
-        kind = (name, expert >= 0, layer_idx >= 0, stored.encoding.name, str(stored.encoding.format), stored.spec.shape)
+            stack, layer_idx, expert, name = match[1], int(match[2]), int(match[3] or -1), match[4]
+        kind = (name, expert >= 0, stack, stored.encoding.name, str(stored.encoding.format), stored.spec.shape)
         groups.setdefault(kind, []).append((layer_idx, expert, stored.num_bytes(index)))
     return [_row(kind, members) for kind, members in groups.items()]
 
 
 def _row(kind: tuple[object, ...], members: list[tuple[int, int, int]]) -> ModuleRow:
-    name, is_expert, in_layer, encoding, format_name, shape = kind
+    name, is_expert, stack, encoding, format_name, shape = kind
     assert isinstance(shape, tuple)
     title = str(name)
     if is_expert:
         title = f"ffn.experts.{ranges(tuple(sorted({expert for _, expert, _ in members})))}.{title}"
-    if in_layer:
-        title = f"layers.{ranges(tuple(sorted({layer_idx for layer_idx, _, _ in members})))}.{title}"
+    if stack:
+        title = f"{stack}.{ranges(tuple(sorted({layer_idx for layer_idx, _, _ in members})))}.{title}"
     num_bytes = sum(size for _, _, size in members)
     return ModuleRow(title, str(encoding), str(format_name), shape, len(members), num_bytes)
 
@@ -62,6 +62,6 @@ def bytes_by_format(census: Census, index: CheckpointIndex) -> dict[str, int]:
 
 
 def num_parameters(census: Census, index: CheckpointIndex) -> int:
-    """Numbers of the backbone, counted once each: packed codes by what they stand for, without scales and id tables."""
+    """Numbers of what is read, counted once each: packed codes by what they stand for, without scales and id tables."""
     tables = (param.shape for param in census.params if index[param.key].dtype[0] != "I")
     return sum(prod(stored.spec.shape) for stored in census.modules) + sum(map(prod, tables))

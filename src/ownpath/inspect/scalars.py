@@ -22,7 +22,7 @@ SMALLEST_NORMAL = 2.0**-126
 """Of float32: below it, a scale is an integer's bits, or a value that underflowed."""
 
 _SCALARS = ("global_scale", "input_scale")
-_EXPERT = re.compile(r"layers\.(\d+)\.ffn\.experts\.(\d+)\.(w[123])")
+_EXPERT = re.compile(r"((?:layers|mtp)\.\d+)\.ffn\.experts\.(\d+)\.(w[123])")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def out_of_band(scalars: Iterable[Scalar]) -> Iterator[Problem]:
         middle = median(scalar.value for scalar in group)
         for scalar in group:
             if not middle / MAX_RATIO <= scalar.value <= middle * MAX_RATIO and scalar.value != 1:
-                where = f"layer {layer}'s {projection} experts have a median {role} of {middle:.3g}"
+                where = f"{layer}'s {projection} experts have a median {role} of {middle:.3g}"
                 message = f"tensor {scalar.key!r}: scale is {scalar.value:.3g}; {where}"
                 yield Problem("out-of-band-scale", scalar.key, message)
 
@@ -128,10 +128,10 @@ def gate_up(scalars: Iterable[Scalar], problems: list[Problem]) -> GateUp:
     return GateUp(num_pairs, num_equal)
 
 
-def _by_layer(scalars: Iterable[Scalar]) -> dict[tuple[str, int, str], list[Scalar]]:
-    groups: dict[tuple[str, int, str], list[Scalar]] = defaultdict(list)
+def _by_layer(scalars: Iterable[Scalar]) -> dict[tuple[str, str, str], list[Scalar]]:
+    groups: dict[tuple[str, str, str], list[Scalar]] = defaultdict(list)
     for scalar in scalars:
         match = _EXPERT.fullmatch(scalar.module)
         if match is not None:
-            groups[scalar.role, int(match[1]), match[3]].append(scalar)
+            groups[scalar.role, match[1], match[3]].append(scalar)
     return groups

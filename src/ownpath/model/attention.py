@@ -93,7 +93,8 @@ class AttentionCore:
 class Attention:
     """One layer's attention. wqa_wkv: fused [R + H, D]; wo_a: one [rank, N/G*H] matrix per group.
 
-    q_head_norm: the norm of each query head, without a weight. core: (projected, span) -> [t, N, H].
+    q_head_norm: the norm of each query head, without a weight. keep: what keys become before they are kept.
+    core: (projected, span) -> [t, N, H].
     """
 
     config: ModelConfig
@@ -104,6 +105,7 @@ class Attention:
     q_norm: RMSNorm
     kv_norm: RMSNorm
     q_head_norm: RMSNorm
+    keep: Callable[[torch.Tensor], torch.Tensor]
     compressor: Compressor | None
     indexer: Indexer | None
     core: Callable[[Projected, Span], torch.Tensor]
@@ -120,7 +122,7 @@ class Attention:
         qr_TR = self.q_norm(qr)
         q_TNH = self.wq_b(qr_TR).unflatten(-1, (config.num_attention_heads, config.head_dim))
         q_TNH = rotation.apply(self.q_head_norm(q_TNH))
-        kv_TH = rotation.apply(self.kv_norm(kv))
+        kv_TH = self.keep(rotation.apply(self.kv_norm(kv)))
         if self.compressor is None:
             return Projected(q_TNH, kv_TH)
         rows = self.compressor.project(x_TD)

@@ -30,6 +30,14 @@ class Residual:
 
 
 @dataclass(frozen=True)
+class Hidden:
+    """What the blocks end in: streams_TSD, after the last one, and h_TD, collapsed and normed for the head."""
+
+    streams_TSD: torch.Tensor
+    h_TD: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Block:
     """Residual -> residual. Each boundary takes the output before it into the streams and makes the next input."""
 

@@ -1,12 +1,12 @@
 """Puts a model together from runners (by slot), tensors used as stored (by checkpoint key) and planned companions."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ownpath.config import CSA_RATIO, EngineConfig, ModelConfig
+from ownpath.config import CSA_RATIO, EngineConfig, Layer, ModelConfig
 from ownpath.model.attention import Attention, AttentionCore
 from ownpath.model.block import Block
 from ownpath.model.caches import CacheSpec
@@ -14,10 +14,13 @@ from ownpath.model.compressor import Compressor
 from ownpath.model.indexer import Indexer
 from ownpath.model.model import Model
 from ownpath.model.moe import MoE
+from ownpath.model.mtp import Mtp
 from ownpath.model.rope import Rope
 from ownpath.runners import (
     HyperBoundary,
     HyperWeights,
+    IndexQuantizer,
+    KeyQuantizer,
     Ledger,
     RMSNorm,
     Router,
@@ -28,6 +31,12 @@ from ownpath.runners import (
 
 Runners = Mapping[str, Callable[..., Any]]
 Params = Mapping[str, torch.Tensor]
+Keep = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _as_it_is(x: torch.Tensor) -> torch.Tensor:
+    """What plain numerics keep."""
+    return x
 
 
 @dataclass(frozen=True)
@@ -56,17 +65,37 @@ class Builder:
             compress_rope=compress,
             cache_spec=CacheSpec.of(config, self.engine),
             ledger=self.ledger,
+            drafts=tuple(self._drafts(sliding, compress)) if self.engine.loads_draft else (),
         )
 
+    @property
+    def _layers(self) -> tuple[Layer, ...]:
+        """In the order of a sequence's caches."""
+        return (*self.config.backbone_layers(), *self.config.draft_layers())
+
     def block(self, layer_idx: int, compress_rope: Rope) -> Block:
-        """One decoder layer."""
-        layer = f"layers.{layer_idx}"
+        """One decoder layer; the drafts' come after the backbone's."""
+        layer = self._layers[layer_idx].name
         return Block(
             hc_attn=self._boundary(f"{layer}.hc_attn", f"{layer}.attn_norm"),
             attn=self._attention(layer_idx, compress_rope),
             hc_ffn=self._boundary(f"{layer}.hc_ffn", f"{layer}.ffn_norm"),
-            ffn=self._moe(layer_idx),
+            ffn=self._moe(f"{layer}.ffn"),
         )
+
+    def _drafts(self, sliding: Rope, compress: Rope) -> Iterator[Mtp]:
+        for draft_idx, layer in enumerate(self.config.draft_layers()):
+            name = layer.name
+            yield Mtp(
+                embed_VD=self.params["embed.weight"],
+                enorm=self._norm(f"{name}.enorm", self.params[f"{name}.enorm.weight"]),
+                hnorm=self._norm(f"{name}.hnorm", self.params[f"{name}.hnorm.weight"]),
+                e_proj=self._runner(f"{name}.e_proj"),
+                h_proj=self._runner(f"{name}.h_proj"),
+                block=self.block(self.config.num_hidden_layers + draft_idx, compress),
+                hc_head=self._boundary(f"{name}.hc_head", f"{name}.norm"),
+                rope=sliding,
+            )
 
     def _runner(self, slot: str) -> Any:
         return self.ledger.watch(slot, self.runners[slot])
@@ -90,9 +119,10 @@ class Builder:
         return self.ledger.watch(slot, norm)
 
     def _attention(self, layer_idx: int, compress_rope: Rope) -> Attention:
-        attn = f"layers.{layer_idx}.attn"
-        ratio = self.config.compress_ratios[layer_idx]
-        compressor = self._compressor(f"{attn}.compressor", ratio, compress_rope) if ratio else None
+        layer = self._layers[layer_idx]
+        attn, ratio = f"{layer.name}.attn", layer.ratio
+        keys = self._key_quantizer(f"{attn}.key_quantizer")
+        compressor = self._compressor(f"{attn}.compressor", ratio, compress_rope, keys) if ratio else None
         indexer = self._indexer(f"{attn}.indexer", compress_rope) if ratio == CSA_RATIO else None
         sink_N, softmax_scale = self.params[f"{attn}.attn_sink"], self.config.softmax_scale
         softmax = SharedKeyAttention(sink_N, softmax_scale, kernel=self.kernels[f"{attn}.core"])
@@ -106,30 +136,45 @@ class Builder:
             q_norm=self._norm(f"{attn}.q_norm", self.params[f"{attn}.q_norm.weight"]),
             kv_norm=self._norm(f"{attn}.kv_norm", self.params[f"{attn}.kv_norm.weight"]),
             q_head_norm=self._norm(f"{attn}.q_head_norm", None),
+            keep=self._watched(f"{attn}.key_quantizer", keys),
             compressor=compressor,
             indexer=indexer,
             core=self.ledger.watch(f"{attn}.core", core),
         )
 
-    def _compressor(self, name: str, ratio: int, rope: Rope) -> Compressor:
-        """Its norm runs only when a window is complete, inside the layer's attention, with the layer's norm kernel."""
+    def _key_quantizer(self, slot: str) -> Keep:
+        """What keys are rounded to, where the plan says so."""
+        if slot not in self.kernels:
+            return _as_it_is
+        return KeyQuantizer(self.config.qk_rope_head_dim, kernel=self.kernels[slot])
+
+    def _watched(self, slot: str, keep: Keep) -> Keep:
+        return self.ledger.watch(slot, keep) if slot in self.kernels else keep
+
+    def _compressor(self, name: str, ratio: int, rope: Rope, keep: Keep) -> Compressor:
+        """Its norm runs only when a window is complete, inside the layer's attention, with the layer's norm kernel.
+
+        So does ``keep``, which is why neither counts as a call of its slot.
+        """
         attn = name.partition(".attn.")[0] + ".attn"
         weight, kernel = self.params[f"{name}.norm.weight"], self.kernels[f"{attn}.kv_norm"]
         norm = RMSNorm(weight, self.config.rms_norm_eps, kernel=kernel)
-        return Compressor(self._runner(f"{name}.wkv_wgate"), self.params[f"{name}.ape"], norm, rope, ratio)
+        return Compressor(self._runner(f"{name}.wkv_wgate"), self.params[f"{name}.ape"], norm, rope, ratio, keep)
 
     def _indexer(self, name: str, rope: Rope) -> Indexer:
+        slot = f"{name}.quantizer"
+        keep = IndexQuantizer(kernel=self.kernels[slot]) if slot in self.kernels else _as_it_is
         return Indexer(
             wq_b=self._runner(f"{name}.wq_b"),
             weights_proj=self._runner(f"{name}.weights_proj"),
-            compressor=self._compressor(f"{name}.compressor", CSA_RATIO, rope),
+            compressor=self._compressor(f"{name}.compressor", CSA_RATIO, rope, keep),
             num_heads=self.config.index_n_heads,
             head_dim=self.config.index_head_dim,
             topk=self.config.index_topk,
+            keep=self._watched(slot, keep),
         )
 
-    def _moe(self, layer_idx: int) -> MoE:
-        ffn = f"layers.{layer_idx}.ffn"
+    def _moe(self, ffn: str) -> MoE:
         shared = f"{ffn}.shared_experts"
         router = Router(
             gate=self._runner(f"{ffn}.gate"),

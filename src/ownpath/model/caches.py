@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ownpath.config import CSA_RATIO, EngineConfig, ModelConfig
+from ownpath.config import CSA_RATIO, SLIDING, EngineConfig, ModelConfig
 
 
 class Ring:
@@ -62,16 +62,26 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """Everything needed to allocate a sequence's caches. state_dtype: at least float32, softmax inputs live there."""
+    """Everything needed to allocate a sequence's caches. state_dtype: at least float32, softmax inputs live there.
+
+    num_drafts: MTP modules that are loaded; each has a window of its own.
+    """
 
     config: ModelConfig
     max_tokens: int
     dtype: torch.dtype
     device: torch.device
+    num_drafts: int = 0
 
     @classmethod
     def of(cls, config: ModelConfig, engine: EngineConfig) -> "CacheSpec":
-        return cls(config, engine.max_model_len, engine.dtype, torch.device(engine.device))
+        num_drafts = config.num_nextn_predict_layers if engine.loads_draft else 0
+        return cls(config, engine.max_model_len, engine.dtype, torch.device(engine.device), num_drafts)
+
+    @property
+    def ratios(self) -> tuple[int, ...]:
+        """Of every layer with caches: the backbone's, then the drafts'."""
+        return (*self.config.compress_ratios, *[SLIDING] * self.num_drafts)
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -89,12 +99,15 @@ class CacheSpec:
 
 
 class SequenceCache:
-    """All layers' caches of one sequence. ``num_tokens`` is how many tokens they hold; the model advances it."""
+    """All layers' caches of one sequence, the backbone's, then the drafts'.
+
+    ``num_tokens`` is how many tokens the backbone's hold; the model advances it.
+    """
 
     def __init__(self, spec: CacheSpec) -> None:
         self.max_tokens = spec.max_tokens
         self.num_tokens = 0
-        self.layers = tuple(spec.allocate_layer(ratio) for ratio in spec.config.compress_ratios)
+        self.layers = tuple(spec.allocate_layer(ratio) for ratio in spec.ratios)
 
     def num_bytes(self) -> int:
         """Bytes of all tensors of this sequence."""

@@ -10,6 +10,7 @@ of cutting a prompt into chunks computes the same entries.
 Legend: T new tokens, P compressor width (2H for CSA), H head dim, N finished windows, L rows of one window.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,13 +24,14 @@ from ownpath.runners import Linear, RMSNorm
 @dataclass(frozen=True)
 class Compressor:
     """wkv_wgate: fused projection to (kv, score) [.., 2P], at least float32; ape float32 [ratio, P]: score bias by
-    place in window."""
+    place in window. keep: what entries become before they are kept."""
 
     wkv_wgate: Linear
     ape: torch.Tensor
     norm: RMSNorm
     rope: Rope
     ratio: int
+    keep: Callable[[torch.Tensor], torch.Tensor]
 
     def project(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Raw (kv, score) rows [T, 2P] in at least float32, as the official code computes them."""
@@ -63,9 +65,9 @@ class Compressor:
         return (kv_NLP * score_NLP.softmax(dim=1)).sum(1)
 
     def _finish(self, entries_NH: torch.Tensor, first_window: int, dtype: torch.dtype) -> torch.Tensor:
-        """Norm, then rotation at the position of each window's first token."""
+        """Norm, then rotation at the position of each window's first token, then what the cache keeps of it."""
         windows = torch.arange(first_window, first_window + len(entries_NH), device=entries_NH.device)
-        return self.rope.at(windows * self.ratio).apply(self.norm(entries_NH.to(dtype)))
+        return self.keep(self.rope.at(windows * self.ratio).apply(self.norm(entries_NH.to(dtype))))
 
 
 def _overlap(rows_NLP: torch.Tensor, fill: float) -> torch.Tensor:

@@ -6,6 +6,7 @@ query may see are kept.
 Legend: T tokens, I index heads, H index head dim, C compressed entries.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,8 @@ from ownpath.runners import Linear
 
 @dataclass(frozen=True)
 class Indexer:
-    """wq_b: low-rank query -> [I*H]; weights_proj: hidden -> [I]; compressor: its own keys, at index_head_dim."""
+    """wq_b: low-rank query -> [I*H]; weights_proj: hidden -> [I]; compressor: its own keys, at index_head_dim.
+    keep: what queries become before they are scored; keys become the same in the compressor."""
 
     wq_b: Linear
     weights_proj: Linear
@@ -27,11 +29,12 @@ class Indexer:
     num_heads: int
     head_dim: int
     topk: int
+    keep: Callable[[torch.Tensor], torch.Tensor]
 
     def queries(self, qr_TR: torch.Tensor, rotation: Rotation) -> torch.Tensor:
         """Rotated index queries [T, I, H]."""
         q_TIH: torch.Tensor = self.wq_b(qr_TR).unflatten(-1, (self.num_heads, self.head_dim))
-        return rotation.apply(q_TIH)
+        return self.keep(rotation.apply(q_TIH))
 
     def head_weights(self, x_TD: torch.Tensor) -> torch.Tensor:
         """w [T, I], with both softmax scales folded in."""

@@ -6,8 +6,9 @@ import torch
 
 from ownpath.config import ModelConfig
 from ownpath.model.batch import ForwardBatch
-from ownpath.model.block import Block, Residual
+from ownpath.model.block import Block, Hidden, Residual
 from ownpath.model.caches import CacheSpec, SequenceCache
+from ownpath.model.mtp import Mtp
 from ownpath.model.rope import Rope
 from ownpath.runners import HyperBoundary, Ledger, Linear
 
@@ -16,6 +17,7 @@ from ownpath.runners import HyperBoundary, Ledger, Linear
 class Model:
     """A loaded model. ``ledger`` counts which runner each module really ran on.
 
+    drafts: the MTP modules in order, none unless they were asked for. Each takes the ``hidden`` of what is before it.
     lossless_casts: slots whose NVFP4 weights are MXFP4 weights written in another way.
     contradictions: what config.json says of the formats and the tensors do not bear out.
     """
@@ -29,6 +31,7 @@ class Model:
     compress_rope: Rope
     cache_spec: CacheSpec
     ledger: Ledger
+    drafts: tuple[Mtp, ...] = ()
     lossless_casts: tuple[str, ...] = ()
     contradictions: tuple[str, ...] = ()
 
@@ -42,6 +45,25 @@ class Model:
 
         Every span's cache then holds the span's tokens too.
         """
+        wanted = self._backbone(batch).rows(batch.logits_ids)
+        return self.head(self.hc_head(wanted.x_TSD, wanted.y_TD, wanted.mix).h_TD)
+
+    @torch.inference_mode()
+    def hidden(self, batch: ForwardBatch) -> Hidden:
+        """Runs one step, as ``forward`` does, and returns what the drafts continue from, of every row.
+
+        ``logits`` of it are those that ``forward`` would have returned, up to the order of sums.
+        """
+        residual = self._backbone(batch)
+        at = self.hc_head(residual.x_TSD, residual.y_TD, residual.mix)
+        return Hidden(at.x_TSD, at.h_TD)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Hidden, ids_R: torch.Tensor) -> torch.Tensor:
+        """Logits, at least float32, of some rows of a hidden, the backbone's or (the head is shared) a draft's."""
+        return self.head(hidden.h_TD[ids_R])
+
+    def _backbone(self, batch: ForwardBatch) -> Residual:
         h_TD = self.embed_VD[batch.token_ids_T].to(self.cache_spec.dtype)
         residual = Residual(h_TD.unsqueeze(1).expand(-1, self.config.hc_mult, -1).contiguous())
         sliding, compress = self.sliding_rope.at(batch.positions_T), self.compress_rope.at(batch.positions_T)
@@ -49,5 +71,4 @@ class Model:
             residual = block(residual, compress if ratio else sliding, batch)
         for span in batch.spans:
             span.cache.num_tokens += span.stop - span.start
-        wanted = residual.rows(batch.logits_ids)
-        return self.head(self.hc_head(wanted.x_TSD, wanted.y_TD, wanted.mix).h_TD)
+        return residual

@@ -17,6 +17,13 @@ from ownpath.numerics.e2m1 import (
 )
 from ownpath.numerics.e4m3 import E4M3_MAX, decode_e4m3, encode_e4m3
 from ownpath.numerics.e8m0 import decode_e8m0, e8m0_from_bytes, encode_e8m0_ceil
+from ownpath.numerics.fake_quant import (
+    FP8_AMAX_FLOOR,
+    fake_quantize_fp4,
+    fake_quantize_fp8,
+    hadamard,
+    nvfp4_codes_times_scales,
+)
 from ownpath.numerics.mxfp4 import mxfp4_as_nvfp4, mxfp4_scale_as_nvfp4
 from ownpath.numerics.quantize import (
     nvfp4_global_scale,
@@ -31,6 +38,7 @@ __all__ = [
     "E2M1_MAGNITUDES",
     "E2M1_MAX",
     "E4M3_MAX",
+    "FP8_AMAX_FLOOR",
     "decode_e2m1",
     "decode_e4m3",
     "decode_e8m0",
@@ -43,8 +51,12 @@ __all__ = [
     "encode_e2m1",
     "encode_e4m3",
     "encode_e8m0_ceil",
+    "fake_quantize_fp4",
+    "fake_quantize_fp8",
+    "hadamard",
     "mxfp4_as_nvfp4",
     "mxfp4_scale_as_nvfp4",
+    "nvfp4_codes_times_scales",
     "nvfp4_global_scale",
     "pack_e2m1",
     "quantize_fp8_block",

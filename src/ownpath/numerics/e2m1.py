@@ -21,8 +21,8 @@ def round_to_e2m1_code(x: Tensor) -> Tensor:
     code = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
     # One step per midpoint between neighbours. A tie goes to the even code: ">" stays below, ">=" lifts it.
     for passed in (a > 0.25, a >= 0.75, a > 1.25, a >= 1.75, a > 2.5, a >= 3.5, a > 5.0):
-        code += passed
-    return code | (torch.signbit(x).to(torch.uint8) << 3)
+        code += passed.view(torch.uint8)  # its bytes are 0 and 1; a bool would be converted first
+    return code | (torch.signbit(x).view(torch.uint8) << 3)
 
 
 def encode_e2m1(x: Tensor) -> Tensor:

@@ -12,28 +12,43 @@ from ownpath.qtensor import QuantTensor
 
 E4M3_MAX_POWER, E4M3_MIN_POWER = 8, -9
 NAN = 255
+MAGNITUDES = 0x7777_7777_7777_7777
+"""All bits but the signs of 16 codes."""
 
 
-def mxfp4_scale_as_nvfp4(name: str, codes: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def mxfp4_scale_as_nvfp4(
+    name: str, codes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """E8M0 scales per 32 weights to E4M3 scales per 16 and a power of two per matrix, product unchanged.
 
+    One expert at a time: beside the result, memory for about two of an expert's codes.
+
     Shapes: codes uint8 [E, N, K/2]; scale E8M0 [E, N, K/32]; returns E4M3 [E, N, K/16] and float32 [E].
+    out: E4M3 [E, N, K/16], where to write, expert after expert. ``scale`` may be the last half of it, whose parts are
+        read before they are written over, and is then gone, after an error too.
     Errors: ValueError naming the operand and expert for a NaN scale, or for scales of non-zero blocks that span more
-    than the 18 powers of two of E4M3.
+        than the 18 powers of two of E4M3.
     """
-    exponent = scale.view(torch.uint8).to(torch.int16)
-    is_zero = (codes.unflatten(-1, (-1, 16)) & 0x77 == 0).all(dim=-1)
-    for expert in torch.where((exponent == NAN).flatten(1).any(dim=1))[0].tolist():
+    num_experts, num_rows, num_blocks = scale.shape
+    if out is None:
+        out = torch.empty((num_experts, num_rows, 2 * num_blocks), dtype=torch.float8_e4m3fn, device=scale.device)
+    tops, nans, wides = [], [], []
+    for expert in range(num_experts):
+        exponent, is_zero = scale[expert].view(torch.uint8).to(torch.int16), _zero_blocks(codes[expert])
+        top = torch.where(is_zero, 0, exponent).amax()
+        power = torch.where(is_zero, 0, exponent - top + E4M3_MAX_POWER)
+        narrow = _power_of_two(power).to(torch.float8_e4m3fn)
+        out[expert].view(torch.uint8).copy_(_twice(narrow.view(torch.uint8)))
+        tops.append(top)
+        nans.append((exponent == NAN).any())
+        wides.append((power < E4M3_MIN_POWER).any())
+    # Asked for once, not expert by expert: each answer would stall a GPU.
+    for expert in torch.where(torch.stack(nans))[0].tolist():
         raise ValueError(f"{name} of expert {expert} holds a NaN scale")
-    top = torch.where(is_zero, 0, exponent).flatten(1).amax(dim=1)
-    power = exponent - top[:, None, None] + E4M3_MAX_POWER
-    power = torch.where(is_zero, 0, power)
-    for expert in torch.where((power < E4M3_MIN_POWER).flatten(1).any(dim=1))[0].tolist():
+    for expert in torch.where(torch.stack(wides))[0].tolist():
         raise ValueError(f"{name} of expert {expert} spans more than the {E4M3_MAX_POWER - E4M3_MIN_POWER + 1} "
                          "powers of two that NVFP4 block scales have")  # fmt: skip
-    narrow = _power_of_two(power).to(torch.float8_e4m3fn)
-    global_scale = _power_of_two(top - 127 - E4M3_MAX_POWER)
-    return _twice(narrow.view(torch.uint8)).view(torch.float8_e4m3fn), global_scale
+    return out, _power_of_two(torch.stack(tops) - 127 - E4M3_MAX_POWER)
 
 
 def mxfp4_as_nvfp4(weights: Sequence[QuantTensor]) -> tuple[list[QuantTensor], int]:
@@ -47,7 +62,7 @@ def mxfp4_as_nvfp4(weights: Sequence[QuantTensor]) -> tuple[list[QuantTensor], i
     exponents = [_exponents(weight) for weight in weights]
     if any(bool((exponent == NAN).any()) for exponent in exponents):
         raise ValueError("an MXFP4 scale is NaN")
-    zeros = [(weight.qdata.unflatten(-1, (-1, 16)) & 0x77 == 0).all(dim=-1) for weight in weights]
+    zeros = [_zero_blocks(weight.qdata) for weight in weights]
     top = torch.stack([torch.where(zero, 0, e).amax() for zero, e in zip(zeros, exponents, strict=True)]).amax()
     is_all_zero = all(bool(zero.all()) for zero in zeros)  # no largest exponent then: as the quantiser has it
     global_scale = torch.ones(()) if is_all_zero else _power_of_two(top - 127 - E4M3_MAX_POWER)
@@ -76,6 +91,13 @@ def _with_blocks(weight: QuantTensor, other: QuantTensor, chosen: Tensor) -> Qua
     codes = torch.where(chosen.repeat_interleave(16, dim=-1), other.qdata, weight.qdata)
     scale = torch.where(_twice(chosen), other.scale.view(torch.uint8), weight.scale.view(torch.uint8))
     return QuantTensor(codes, scale.view(torch.float8_e4m3fn), weight.global_scale, NVFP4)
+
+
+def _zero_blocks(codes: Tensor) -> Tensor:
+    """Which blocks of 32 hold zeros alone, of either sign. Shapes: uint8 [..., K/2] -> bool [..., K/32]."""
+    aligned = codes.clone() if codes.storage_offset() % 8 else codes.contiguous()
+    words = (aligned.view(torch.int64) & MAGNITUDES).unflatten(-1, (-1, 2))
+    return torch.eq(words[..., 0] | words[..., 1], 0)
 
 
 def _twice(per_block: Tensor) -> Tensor:

@@ -50,6 +50,8 @@ from ownpath.numerics.e8m0 import decode_e8m0, encode_e8m0_ceil
 from ownpath.qtensor import QuantTensor
 
 _FLOAT32_TINY = torch.finfo(torch.float32).tiny
+_CACHED_VALUES = 2**18
+"""Weights quantised at a time: what lies between the steps then stays in a core's cache, twice as fast or more."""
 
 
 def quantize_nvfp4(w: Tensor, global_scale: Tensor | None = None) -> QuantTensor:
@@ -60,16 +62,23 @@ def quantize_nvfp4(w: Tensor, global_scale: Tensor | None = None) -> QuantTensor
         that is not a finite positive multiplier of the right shape.
     Source: NVIDIA ModelOpt's NVFP4 weight quantiser (equal byte for byte, but for the sign of -0).
     """
-    blocks = _blocks(w, 16, "w")
+    _check_matrix(w, "w", 16)
     _check_weight(w)
     if global_scale is None:
         global_scale = nvfp4_global_scale(w)
     s2 = _checked_global_scale(global_scale, w)
-    amax = blocks.abs().amax(dim=-1)
-    ideal = amax / (E2M1_MAX * s2[..., None, None])
+    num_rows = max(1, _CACHED_VALUES * w.shape[-2] // w.numel())
+    codes, scale = zip(*(_nvfp4_rows(rows, s2[..., None, None]) for rows in w.split(num_rows, dim=-2)), strict=True)
+    return QuantTensor(torch.cat(codes, dim=-2), torch.cat(scale, dim=-2).view(torch.float8_e4m3fn), s2, NVFP4)
+
+
+def _nvfp4_rows(w: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
+    """Steps two and three: packed codes, and the bytes of block scales. Shapes: w [..., R, K]; s2 [..., 1, 1]."""
+    blocks = _blocks(w, 16, "w")
+    ideal = blocks.abs().amax(dim=-1) / (E2M1_MAX * s2)
     scale = encode_e4m3(torch.where(ideal == 0, 1.0, ideal).clamp(min=E4M3_MIN_SUBNORMAL))
-    unit = decode_e4m3(scale) * s2[..., None, None]
-    return QuantTensor(_packed_codes(blocks / unit.unsqueeze(-1)), scale, s2, NVFP4)
+    unit = decode_e4m3(scale) * s2
+    return _packed_codes(blocks / unit.unsqueeze(-1)), scale.view(torch.uint8)
 
 
 def nvfp4_global_scale(w: Tensor) -> Tensor:
@@ -77,7 +86,7 @@ def nvfp4_global_scale(w: Tensor) -> Tensor:
 
     Shapes: w [..., N, K] -> float32 [...].
     """
-    amax = w.to(torch.float32).abs().amax(dim=(-2, -1))
+    amax = _amax(w)
     s2 = _divide(amax, E2M1_MAX * E4M3_MAX).clamp(min=_FLOAT32_TINY)
     return torch.where(amax == 0, 1.0, s2)
 
@@ -148,9 +157,7 @@ def quantize_fp8_block(
 
 def _blocks(x: Tensor, group: int, name: str) -> Tensor:
     """x in float32 as [..., N, K/group, group]."""
-    _check_matrix(x, name)
-    if x.shape[-1] % group:
-        raise ValueError(f"{name}: K = {x.shape[-1]} is not a multiple of {group}")
+    _check_matrix(x, name, group)
     *lead, k = x.shape
     return x.to(torch.float32).reshape(*lead, k // group, group)
 
@@ -160,16 +167,25 @@ def _divide(a: Tensor, divisor: float) -> Tensor:
     return a / torch.full((), divisor, dtype=a.dtype, device=a.device)
 
 
-def _check_matrix(x: Tensor, name: str) -> None:
+def _check_matrix(x: Tensor, name: str, group: int = 1) -> None:
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(f"{name} must be floating point [..., N, K], not {x.dtype} {tuple(x.shape)}")
+    if x.shape[-1] % group:
+        raise ValueError(f"{name}: K = {x.shape[-1]} is not a multiple of {group}")
 
 
 def _check_weight(w: Tensor) -> None:
     if w.numel() == 0:
         raise ValueError(f"w is empty: {tuple(w.shape)}")
-    if not bool(torch.isfinite(w.to(torch.float32)).all()):
+    if not bool(torch.isfinite(_amax(w)).all()):
         raise ValueError("w has an infinity or NaN (in float32), which a quantised weight cannot hold")
+
+
+def _amax(w: Tensor) -> Tensor:
+    """Largest magnitude of each matrix in float32, or NaN; without a copy of w. Shapes: [..., N, K] -> [...]."""
+    wide = w.to(torch.float32) if w.itemsize == 1 else w  # 8-bit floats have no order in torch
+    low, high = wide.flatten(-2).aminmax(dim=-1)
+    return torch.maximum(-low, high).to(torch.float32)
 
 
 def _checked_global_scale(global_scale: Tensor, w: Tensor) -> Tensor:

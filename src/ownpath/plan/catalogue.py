@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4
 from ownpath.plan.kernel_spec import KernelSpec
+from ownpath.plan.official_kernels import official_kernels
 from ownpath.plan.opspec import OpKind
 
 _BF16 = ("bfloat16",)
@@ -274,6 +275,14 @@ _KERNELS = (
         "W4A16 per expert: exact decode, gate and up keep their own global scales, float32 combine",
     ),
     KernelSpec(
+        "ref.fp8_moe",
+        OpKind.MOE,
+        (FP8_BLOCK,),
+        "Fp8MoE",
+        "row_major",
+        "W8A16 per expert: E4M3 x block scale decoded for the experts that are hit, float32 sums and combine",
+    ),
+    KernelSpec(
         "ref.plain_moe",
         OpKind.MOE,
         (BF16, FP32),
@@ -370,4 +379,8 @@ _KERNELS = (
     ),
 )
 
-CATALOGUE = (*_KERNELS, *(_for_mxfp4(kernel) for kernel in _KERNELS if kernel.runner == "Nvfp4MoE"))
+CATALOGUE = (
+    *_KERNELS,
+    *(_for_mxfp4(kernel) for kernel in _KERNELS if kernel.runner == "Nvfp4MoE"),
+    *official_kernels(_KERNELS),
+)

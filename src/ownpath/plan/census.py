@@ -1,17 +1,19 @@
 """Every tensor of a checkpoint held against its config: how each module is stored, and all that does not fit.
 
 The plan stops at the first tensor that is wrong; the census asks the same questions (``detect``, ``check_param``,
-``ignore_reason``) of every module and collects the answers.
+``unread_reason``) of every module and collects the answers.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 
+from ownpath.checkpoint.drafts import Draft
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
-from ownpath.checkpoint.names import model_params
+from ownpath.checkpoint.names import draft_params, model_params
 from ownpath.checkpoint.problems import Problem
 from ownpath.checkpoint.schema import (
     ENCODINGS,
@@ -21,10 +23,10 @@ from ownpath.checkpoint.schema import (
     Part,
     check_param,
     detect,
-    ignore_reason,
+    num_unlike,
 )
 from ownpath.config import ModelConfig
-from ownpath.plan.opspec import model_ops
+from ownpath.plan.opspec import draft_ops, model_ops
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,13 @@ class Census:
     problems: tuple[Problem, ...]
 
 
-def take_census(config: ModelConfig, index: CheckpointIndex) -> Census:
-    """Asks of every module how it is stored, and of every tensor who reads it."""
+def take_census(config: ModelConfig, index: CheckpointIndex, draft: Draft) -> Census:
+    """Asks of every module, those of a draft that is read among them, how it is stored, and of every tensor who reads
+    it."""
     modules, params, problems = [], [], []
     claimed: set[str] = set()
-    for spec, slot in ((module, op.slot) for op in model_ops(config) for module in op.modules):
+    ops = chain(model_ops(config), draft_ops(config) if draft.num_modules else ())
+    for spec, slot in ((module, op.slot) for op in ops for module in op.modules):
         try:
             stored = StoredModule(spec, slot, detect(index, spec))
         except CheckpointError as error:
@@ -65,7 +69,7 @@ def take_census(config: ModelConfig, index: CheckpointIndex) -> Census:
         else:
             modules.append(stored)
             claimed.update(stored.encoding.keys(spec.name))
-    for param in model_params(config):
+    for param in chain(model_params(config), draft_params(config) if draft.num_modules else ()):
         claimed.add(param.key)
         try:
             check_param(index, param)
@@ -77,7 +81,7 @@ def take_census(config: ModelConfig, index: CheckpointIndex) -> Census:
     for key, info in index.tensors.items():
         if key in claimed:
             continue
-        reason = ignore_reason(key)
+        reason = draft.unread_reason(key)
         if reason is None:
             message = f"tensor {info}: nothing in this model reads it"
             problems.append(Problem("unexpected-tensor", key, message))
@@ -100,14 +104,15 @@ def _module_problems(index: CheckpointIndex, spec: ModuleSpec) -> Iterator[Probl
             yield Problem(_kind(index, key, part.dtypes), key, str(error))
 
 
-def _likeness(index: CheckpointIndex, encoding: Encoding, spec: ModuleSpec) -> tuple[bool, int]:
-    """How much a module looks like ``encoding``: by its weight's dtype first, then by the parts that are there."""
+def _likeness(index: CheckpointIndex, encoding: Encoding, spec: ModuleSpec) -> tuple[bool, int, int]:
+    """How much a module looks like ``encoding``: by its weight's dtype, by which parts are there, by what they are."""
     weight = index.tensors.get(encoding.key(spec.name, "qdata"))
     keys = encoding.keys(spec.name)
     num_missing = sum(key not in index for key in keys)
     if weight is None:
-        return False, len(keys) - 2 * num_missing
-    return weight.dtype in encoding.part("qdata").dtypes, len(keys) - 2 * num_missing
+        return False, len(keys) - 2 * num_missing, -num_unlike(index, encoding, spec)
+    is_dtype = weight.dtype in encoding.part("qdata").dtypes
+    return is_dtype, len(keys) - 2 * num_missing, -num_unlike(index, encoding, spec)
 
 
 def _perfect_parts(encoding: Encoding, spec: ModuleSpec, missing: Part) -> Iterator[TensorInfo]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ownpath.formats import Format
+from ownpath.official import PLAIN, Step
 from ownpath.plan.opspec import OpKind
 
 
@@ -17,9 +18,11 @@ class KernelSpec:
         torch does.
     dim_multiple: every dimension of its operand must be a multiple of it.
     first_dim: what the first dimension must be; the multiple is asked of the others then.
+    dim_power_of_two: every dimension must be a power of two.
     activations: dtypes it takes; empty for any.
     is_batch_invariant: a row's bits do not depend on the other rows of the call, nor on their number.
     packages: what must be importable.
+    official: the steps that it computes as DeepSeek's published code does.
     """
 
     name: str
@@ -32,6 +35,8 @@ class KernelSpec:
     end_sm: int | None = None
     dim_multiple: int = 1
     first_dim: int | None = None
+    dim_power_of_two: bool = False
     activations: tuple[str, ...] = ()
     is_batch_invariant: bool = False
     packages: tuple[str, ...] = ()
+    official: frozenset[Step] = PLAIN

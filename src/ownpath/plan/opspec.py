@@ -1,4 +1,4 @@
-"""The operations a V4 backbone needs planned: every product with a stored weight matrix, and what lies between them."""
+"""The operations V4 needs planned: every product with a stored weight matrix, and what lies between them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,7 +6,9 @@ from enum import StrEnum
 
 from ownpath.checkpoint.names import compressor_width, expert_modules
 from ownpath.checkpoint.schema import ModuleSpec
-from ownpath.config import CSA_RATIO, ModelConfig
+from ownpath.config import CSA_RATIO, Layer, ModelConfig
+from ownpath.formats import FP8_BLOCK, MXFP4, NVFP4, Format
+from ownpath.official import PLAIN, Step
 
 
 class OpKind(StrEnum):
@@ -28,6 +30,10 @@ class OpKind(StrEnum):
     """The clamped activation between two products."""
     ATTENTION = "attention"
     """Everything between a layer's projections: caches, compression, selection, softmax and the sums over values."""
+    KEY_QUANTIZER = "key_quantizer"
+    """What keys are rounded to before attention sees them."""
+    INDEX_QUANTIZER = "index_quantizer"
+    """What index queries and keys are rounded to before they are scored."""
 
 
 @dataclass(frozen=True)
@@ -60,39 +66,90 @@ class OpSpec:
 
 @dataclass(frozen=True)
 class CompanionSpec:
-    """One planned operation without a stored matrix. ``dims``: the sizes that a kernel for it depends on."""
+    """One planned operation without a stored matrix. ``dims``: the sizes that a kernel for it depends on.
+
+    step: the step of the published code that it is, if that rounds in a way of its own.
+    """
 
     slot: str
     kind: OpKind
     dims: tuple[int, ...]
+    step: Step | None = None
 
 
 def model_ops(config: ModelConfig) -> Iterator[OpSpec]:
     """Every op of the backbone and the head."""
-    for layer_idx, ratio in enumerate(config.compress_ratios):
-        yield from _attention_ops(config, f"layers.{layer_idx}.attn", ratio)
-        yield from _ffn_ops(config, layer_idx)
+    for layer in config.backbone_layers():
+        yield from _layer_ops(config, layer)
     yield _linear("head", ("head", config.vocab_size, config.hidden_size), is_wide=True)
 
 
+def draft_ops(config: ModelConfig) -> Iterator[OpSpec]:
+    """Every op of the MTP modules, apart from the backbone's head, which they share."""
+    dim = config.hidden_size
+    for layer in config.draft_layers():
+        for projection in (f"{layer.name}.e_proj", f"{layer.name}.h_proj"):
+            yield _linear(projection, (projection, dim, dim))
+        yield from _layer_ops(config, layer)
+
+
 def companion_ops(config: ModelConfig) -> Iterator[CompanionSpec]:
-    """Every planned operation that has no stored matrix. Each runs once a step (attention: once a sequence)."""
+    """The backbone's operations without a stored matrix. Each runs once a step (attention: once a sequence)."""
+    for layer in config.backbone_layers():
+        yield from _layer_companions(config, layer.name)
+    yield CompanionSpec("hc_head", OpKind.HYPER, (config.hc_mult, config.hidden_size))
+
+
+def draft_companions(config: ModelConfig) -> Iterator[CompanionSpec]:
+    """The MTP modules' operations without a stored matrix."""
+    for layer in config.draft_layers():
+        yield CompanionSpec(f"{layer.name}.enorm", OpKind.NORM, (config.hidden_size,))
+        yield CompanionSpec(f"{layer.name}.hnorm", OpKind.NORM, (config.hidden_size,))
+        yield from _layer_companions(config, layer.name)
+        yield CompanionSpec(f"{layer.name}.hc_head", OpKind.HYPER, (config.hc_mult, config.hidden_size))
+
+
+def _layer_companions(config: ModelConfig, layer: str) -> Iterator[CompanionSpec]:
     boundary = (config.hc_mult, config.hidden_size)
-    for layer_idx in range(config.num_hidden_layers):
-        layer = f"layers.{layer_idx}"
-        yield CompanionSpec(f"{layer}.hc_attn", OpKind.HYPER, boundary)
-        yield CompanionSpec(f"{layer}.attn.q_norm", OpKind.NORM, (config.q_lora_rank,))
-        yield CompanionSpec(f"{layer}.attn.kv_norm", OpKind.NORM, (config.head_dim,))
-        yield CompanionSpec(f"{layer}.attn.q_head_norm", OpKind.NORM, (config.head_dim,))
-        yield CompanionSpec(f"{layer}.attn.core", OpKind.ATTENTION, (config.num_attention_heads, config.head_dim))
-        yield CompanionSpec(f"{layer}.hc_ffn", OpKind.HYPER, boundary)
-        yield CompanionSpec(f"{layer}.ffn.router", OpKind.ROUTER, (config.n_routed_experts, config.num_experts_per_tok))
-        yield CompanionSpec(f"{layer}.ffn.shared_experts.swiglu", OpKind.SWIGLU, (config.moe_intermediate_size,))
-    yield CompanionSpec("hc_head", OpKind.HYPER, boundary)
+    yield CompanionSpec(f"{layer}.hc_attn", OpKind.HYPER, boundary)
+    yield CompanionSpec(f"{layer}.attn.q_norm", OpKind.NORM, (config.q_lora_rank,))
+    yield CompanionSpec(f"{layer}.attn.kv_norm", OpKind.NORM, (config.head_dim,))
+    yield CompanionSpec(f"{layer}.attn.q_head_norm", OpKind.NORM, (config.head_dim,), Step.Q_HEAD_NORM)
+    yield CompanionSpec(f"{layer}.attn.core", OpKind.ATTENTION, (config.num_attention_heads, config.head_dim))
+    yield CompanionSpec(f"{layer}.hc_ffn", OpKind.HYPER, boundary)
+    yield CompanionSpec(f"{layer}.ffn.router", OpKind.ROUTER, (config.n_routed_experts, config.num_experts_per_tok))
+    yield CompanionSpec(f"{layer}.ffn.shared_experts.swiglu", OpKind.SWIGLU, (config.moe_intermediate_size,))
+
+
+def official_ops(config: ModelConfig, layer: Layer, official: frozenset[Step]) -> Iterator[CompanionSpec]:
+    """The operations of a layer that only official numerics have."""
+    attn = f"{layer.name}.attn"
+    if Step.KV in official:
+        key_dims = (config.head_dim, config.qk_rope_head_dim)
+        yield CompanionSpec(f"{attn}.key_quantizer", OpKind.KEY_QUANTIZER, key_dims, Step.KV)
+    if Step.INDEXER in official and layer.ratio == CSA_RATIO:
+        index_dims = (config.index_head_dim,)
+        yield CompanionSpec(f"{attn}.indexer.quantizer", OpKind.INDEX_QUANTIZER, index_dims, Step.INDEXER)
+
+
+def steps_of(spec: OpSpec | CompanionSpec, stored: Format | None) -> frozenset[Step]:
+    """The steps of an operation whose numerics can be chosen, by the format of its weights."""
+    if isinstance(spec, CompanionSpec):
+        return PLAIN if spec.step is None else frozenset({spec.step})
+    if spec.kind not in (OpKind.LINEAR, OpKind.MOE):
+        return PLAIN
+    inputs = {FP8_BLOCK: Step.FP8_INPUTS, MXFP4: Step.FP8_INPUTS, NVFP4: Step.NVFP4_INPUTS}
+    steps = {inputs[stored]} if stored in inputs else set()
+    return frozenset(steps | ({Step.ROUTING_WEIGHT} if spec.kind is OpKind.MOE else set()))
 
 
 def _linear(slot: str, *modules: tuple[str, int, int], is_wide: bool = False) -> OpSpec:
     return OpSpec(slot, OpKind.LINEAR, tuple(ModuleSpec(name, (n, k)) for name, n, k in modules), is_wide)
+
+
+def _layer_ops(config: ModelConfig, layer: Layer) -> Iterator[OpSpec]:
+    yield from _attention_ops(config, f"{layer.name}.attn", layer.ratio)
+    yield from _ffn_ops(config, layer.name)
 
 
 def _attention_ops(config: ModelConfig, attn: str, ratio: int) -> Iterator[OpSpec]:
@@ -119,11 +176,11 @@ def _compressor_op(name: str, width: int, dim: int) -> OpSpec:
     return _linear(f"{name}.wkv_wgate", (f"{name}.wkv", width, dim), (f"{name}.wgate", width, dim), is_wide=True)
 
 
-def _ffn_ops(config: ModelConfig, layer_idx: int) -> Iterator[OpSpec]:
-    ffn = f"layers.{layer_idx}.ffn"
+def _ffn_ops(config: ModelConfig, layer: str) -> Iterator[OpSpec]:
+    ffn = f"{layer}.ffn"
     dim, inter = config.hidden_size, config.moe_intermediate_size
     yield _linear(f"{ffn}.gate", (f"{ffn}.gate", config.n_routed_experts, dim), is_wide=True)
-    projections = (expert_modules(config, layer_idx, projection) for projection in ("w1", "w3", "w2"))
+    projections = (expert_modules(config, layer, projection) for projection in ("w1", "w3", "w2"))
     yield OpSpec(f"{ffn}.experts", OpKind.MOE, tuple(module for group in projections for module in group))
     shared = f"{ffn}.shared_experts"
     yield _linear(f"{shared}.w13", (f"{shared}.w1", inter, dim), (f"{shared}.w3", inter, dim))

@@ -9,14 +9,25 @@ from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 
+from ownpath.checkpoint.drafts import NO_DRAFT, Draft, carried_draft, requested_draft
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
-from ownpath.checkpoint.names import model_params
+from ownpath.checkpoint.names import draft_params, model_params
 from ownpath.checkpoint.schema import Encoding, ModuleSpec, ParamSpec, check_census, check_param, detect
 from ownpath.config import ModelConfig
 from ownpath.formats import BF16, FP32, Format
 from ownpath.plan.claims import find_contradictions
-from ownpath.plan.opspec import CompanionSpec, OpKind, OpSpec, companion_ops, model_ops
+from ownpath.plan.opspec import (
+    CompanionSpec,
+    OpKind,
+    OpSpec,
+    companion_ops,
+    draft_companions,
+    draft_ops,
+    model_ops,
+    official_ops,
+    steps_of,
+)
 from ownpath.plan.select import Caps, Choice, Demands, Refusal, select
 
 
@@ -51,6 +62,7 @@ class PlannedCompanion:
 class Plan:
     """Every op in forward order, the tensors used as stored, and the keys left unread with the reason for each.
 
+    draft: which drafter the checkpoint carries, and how many of its modules are among the ops, after the backbone's.
     contradictions: what config.json says of the formats and the tensors do not bear out, a line each.
     """
 
@@ -62,6 +74,7 @@ class Plan:
     params: tuple[ParamSpec, ...]
     ignored: MappingProxyType[str, str]
     contradictions: tuple[str, ...] = ()
+    draft: Draft = NO_DRAFT
 
     @property
     def decided(self) -> tuple["PlannedOp | PlannedCompanion", ...]:
@@ -86,26 +99,40 @@ class Plan:
         return tuple(op for op in self.ops if op.spec.slot == slot)
 
 
-def make_plan(config: ModelConfig, index: CheckpointIndex, caps: Caps, demands: Demands | None = None) -> Plan:
+def make_plan(
+    config: ModelConfig,
+    index: CheckpointIndex,
+    caps: Caps,
+    demands: Demands | None = None,
+    *,
+    loads_draft: bool = False,
+) -> Plan:
     """Plans every op of ``config`` for the checkpoint behind ``index`` on a device.
 
+    loads_draft: plan the MTP modules too.
     Errors: CheckpointError naming the tensor that is missing, unexpected, or of a wrong dtype or shape; PlanError
         naming the op that no kernel runs.
     """
     demands = demands or Demands()
     planner = _Planner(index, caps, demands)
-    ops = tuple(chain.from_iterable(planner.op(spec) for spec in model_ops(config)))
-    companions = tuple(planner.companion(spec) for spec in companion_ops(config))
-    params = tuple(model_params(config))
+    backbone = tuple(chain.from_iterable(planner.op(spec) for spec in model_ops(config)))
+    ops, params = backbone, tuple(model_params(config))
+    draft = requested_draft(config, index) if loads_draft else carried_draft(index)
+    if loads_draft:
+        ops += tuple(chain.from_iterable(planner.op(spec) for spec in draft_ops(config)))
+        params += tuple(draft_params(config))
+    # After the products: a module that config.json counts and the checkpoint lacks has ended the plan by now.
+    companions = planner.companions(config, loads_draft)
     for param in params:
         check_param(index, param)
     consumed = {param.key for param in params}
     for op in ops:
         for module in op.spec.modules:
             consumed.update(op.encoding.keys(module.name))
-    ignored = check_census(index, consumed)
-    contradictions = _contradictions(config, ops, index)
-    return Plan(config, caps, demands, ops, companions, params, MappingProxyType(ignored), contradictions)
+    ignored = MappingProxyType(check_census(index, consumed, draft.unread_reason))
+    # What config.json says of experts is said of the backbone's: exports leave the draft's as they were.
+    contradictions = _contradictions(config, backbone, index)
+    return Plan(config, caps, demands, ops, companions, params, ignored, contradictions, draft)
 
 
 def _contradictions(config: ModelConfig, ops: tuple[PlannedOp, ...], index: CheckpointIndex) -> tuple[str, ...]:
@@ -118,7 +145,7 @@ def replan(plan: Plan, caps: Caps, demands: Demands) -> Plan:
     """The same checkpoint's plan for another device; no tensor is looked at again. Errors: PlanError."""
     planner = _Planner(CheckpointIndex(Path(), MappingProxyType({})), caps, demands)
     ops = tuple(planner.decided(op.spec, op.encoding) for op in plan.ops)
-    companions = tuple(planner.companion(op.spec) for op in plan.companions)
+    companions = planner.companions(plan.config, loads_draft=plan.draft.num_modules > 0)
     return replace(plan, caps=caps, demands=demands, ops=ops, companions=companions)
 
 
@@ -132,14 +159,31 @@ class _Planner:
         """One planned op; a fused linear whose shards are stored differently becomes one op per shard."""
         encodings = [detect(self.index, module) for module in spec.modules]
         if len(set(encodings)) == 1:
+            if spec.kind is OpKind.MOE:
+                self._require_one_scale_dtype(spec, encodings[0])
             return [self.decided(spec, encodings[0])]
         if spec.kind is not OpKind.LINEAR:
             raise CheckpointError(f"{spec.slot}: {_first_difference(spec.modules, encodings)}")
         shards = [replace(spec, modules=(module,)) for module in spec.modules]
         return [self.decided(shard, encoding) for shard, encoding in zip(shards, encodings, strict=True)]
 
-    def companion(self, spec: CompanionSpec) -> PlannedCompanion:
-        return PlannedCompanion(spec, self._choice(spec, None))
+    def companions(self, config: ModelConfig, loads_draft: bool) -> tuple[PlannedCompanion, ...]:
+        specs = [*companion_ops(config), *(draft_companions(config) if loads_draft else ())]
+        for layer in (*config.backbone_layers(), *(config.draft_layers() if loads_draft else ())):
+            specs += official_ops(config, layer, self.demands.official)
+        return tuple(PlannedCompanion(spec, self._choice(spec, None)) for spec in specs)
+
+    def _require_one_scale_dtype(self, spec: OpSpec, encoding: Encoding) -> None:
+        """A layer's scales lie in one buffer per projection. Errors: CheckpointError naming the first that differs."""
+        if encoding.format.block is None:
+            return
+        scales = [self.index[encoding.key(module.name, "scale")] for module in spec.modules]
+        other = next((info for info in scales if info.dtype != scales[0].dtype), None)
+        if other is not None:
+            first = f"{scales[0].name!r} is {scales[0].dtype}"
+            raise CheckpointError(
+                f"{spec.slot}: {first} but {other.name!r} is {other.dtype}; experts of one layer must agree"
+            )
 
     def decided(self, spec: OpSpec, encoding: Encoding) -> PlannedOp:
         return PlannedOp(spec, encoding, self._choice(spec, encoding.format))
@@ -148,7 +192,7 @@ class _Planner:
         demands = self.demands
         if isinstance(spec, OpSpec) and spec.is_wide and stored not in (BF16, FP32):
             demands = replace(demands, activations="float32")  # a quantised weight's kernel rounds to what it takes
-        decision = select(spec.kind, stored, self.caps, demands=demands, dims=spec.dims)
+        decision = select(spec.kind, stored, self.caps, demands=demands, dims=spec.dims, steps=steps_of(spec, stored))
         if isinstance(decision, Refusal):
             raise PlanError(f"{spec.slot}: {decision.reason}")
         return decision

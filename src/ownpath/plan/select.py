@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ownpath.formats import Format
+from ownpath.official import PLAIN, Step, numerics_name
 from ownpath.plan.catalogue import CATALOGUE
 from ownpath.plan.kernel_spec import KernelSpec
 from ownpath.plan.opspec import OpKind
@@ -27,10 +28,12 @@ class Demands:
 
     activations: name of the activations' dtype.
     is_batch_invariant: a row's bits must not depend on the other rows of the call, nor on their number.
+    official: the steps to be computed as DeepSeek's published code does.
     """
 
     activations: str = "float32"
     is_batch_invariant: bool = False
+    official: frozenset[Step] = PLAIN
 
 
 @dataclass(frozen=True)
@@ -56,17 +59,25 @@ def select(
     catalogue: tuple[KernelSpec, ...] = CATALOGUE,
     demands: Demands | None = None,
     dims: tuple[int, ...] = (),
+    steps: frozenset[Step] = PLAIN,
 ) -> Choice | Refusal:
     """The first kernel of the catalogue (best first) that runs ``kind`` on weights stored as ``stored``.
 
     stored: ``None`` for an op without a stored matrix. dims: the op's sizes, where a kernel's tiles constrain them.
+    steps: those of the op whose numerics can be chosen; the kernel's are exactly those of them that are demanded.
     """
+    demands = demands or Demands()
+    official = steps & demands.official
     lacks: list[str] = []
     passed_over: list[str] = []
     for kernel in catalogue:
         if kernel.kind is not kind:
             continue
-        lack = _lack(kernel, stored, caps, demands or Demands(), dims)
+        if kernel.official - official:
+            continue  # rounds where nobody asked for it
+        lack = _lack(kernel, stored, caps, demands, dims)
+        if lack is None and kernel.official != official:
+            lack = f"computes {numerics_name(official - kernel.official)} as plain numerics do"
         if lack is None:
             return Choice(kernel, kernel.why, tuple(passed_over))
         lacks.append(f"{kernel.name} {lack}")
@@ -96,4 +107,6 @@ def _lack(kernel: KernelSpec, stored: Format | None, caps: Caps, demands: Demand
     uneven = [size for size in dims[kernel.first_dim is not None :] if size % kernel.dim_multiple]
     if uneven:
         return f"needs dimensions that are multiples of {kernel.dim_multiple}, not {uneven[0]}"
+    if kernel.dim_power_of_two and any(size & (size - 1) for size in dims):
+        return f"needs powers of two, not {next(size for size in dims if size & (size - 1))}"
     return None

@@ -5,25 +5,31 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from ownpath.checkpoint.drafts import Draft, DraftKind
+from ownpath.official import ALWAYS_OFFICIAL, MEANING, Step, numerics_name
 from ownpath.plan.plan import Plan, PlannedCompanion, PlannedOp
 
-_LAYER = re.compile(r"layers\.(\d+)\.(.*)")
+_LAYER = re.compile(r"(layers|mtp)\.(\d+)\.(.*)")
 _HEADINGS = ("module", "stored as", "format", "runner", "kernel", "layout")
 _COMPANION_HEADINGS = ("between them", "runner", "kernel")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: the same decision for the same module of one or more layers."""
+    """One line of the table: the same decision for the same module of one or more layers.
+
+    stack: whose layers they are, "layers" (the backbone's) or "mtp".
+    """
 
     module: str
     layers: tuple[int, ...]
     cells: tuple[str, ...]
     why: str
+    stack: str = ""
 
     @property
     def title(self) -> str:
-        return f"layers.{ranges(self.layers)}.{self.module}" if self.layers else self.module
+        return f"{self.stack}.{ranges(self.layers)}.{self.module}" if self.layers else self.module
 
 
 def plan_rows(plan: Plan) -> list[Row]:
@@ -37,13 +43,13 @@ def companion_rows(plan: Plan) -> list[Row]:
 
 
 def _folded(decisions: Iterable[tuple[str, tuple[str, ...], str]]) -> list[Row]:
-    rows: dict[tuple[str, tuple[str, ...]], Row] = {}
+    rows: dict[tuple[str, str, tuple[str, ...]], Row] = {}
     for label, cells, why in decisions:
         match = _LAYER.fullmatch(label)
-        layers, module = ((int(match[1]),), match[2]) if match else ((), label)
-        known = rows.get((module, cells))
+        stack, layers, module = (match[1], (int(match[2]),), match[3]) if match else ("", (), label)
+        known = rows.get((stack, module, cells))
         all_layers = known.layers + layers if known else layers
-        rows[module, cells] = Row(module, all_layers, cells, why)
+        rows[stack, module, cells] = Row(module, all_layers, cells, why, stack)
     return list(rows.values())
 
 
@@ -54,18 +60,27 @@ def plan_text(plan: Plan) -> str:
     lines += ["", *align([_COMPANION_HEADINGS, *((row.title, *row.cells) for row in companions)])]
     demands = f"activations: {plan.demands.activations}"
     demands += ", every row's bits independent of the others (batch-invariant)" * plan.demands.is_batch_invariant
-    lines += ["", f"device: {plan.caps.name}", demands, "why:"]
+    lines += ["", f"device: {plan.caps.name}", demands, f"numerics: {numerics_name(plan.demands.official)}"]
+    lines += [f"  {step}: {'official' if is_official(plan, step) else 'plain'} ({MEANING[step]})" for step in Step]
+    lines += ["why:"]
     reasons = {f"{row.cells[3]} on {row.cells[1]}": row.why for row in rows}
     reasons |= {row.cells[1]: row.why for row in companions}
     lines += [f"  {kernel}: {why}" for kernel, why in reasons.items()]
     passed_over = dict.fromkeys(lack for op in plan.decided for lack in op.choice.passed_over)
     lines += ["passed over:", *(f"  {lack}" for lack in passed_over)] if passed_over else []
     lines.append(f"used as stored: {len(plan.params)} tensors (embedding, norms, hyper-connections, sinks, tables)")
+    lines.append(f"draft: {_draft_line(plan.draft)}")
     for reason in dict.fromkeys(plan.ignored.values()):
         num_keys = sum(value == reason for value in plan.ignored.values())
         lines.append(f"not read: {num_keys} tensors ({reason})")
     lines += [f"warning: {line}; the tensors are believed" for line in plan.contradictions]
     return "\n".join(lines)
+
+
+def _draft_line(draft: Draft) -> str:
+    if draft.num_modules:
+        return f"{draft.kind}, planned: mtp.{ranges(tuple(range(draft.num_modules)))}"
+    return "none in the checkpoint" if draft.kind is DraftKind.NONE else f"{draft.kind}, not planned"
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
@@ -86,6 +101,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "device": plan.caps.name,
         "activations": plan.demands.activations,
         "batch_invariant": plan.demands.is_batch_invariant,
+        "numerics": {step: "official" if is_official(plan, step) else "plain" for step in Step},
     }
     return plan_level | {
         "ops": ops,
@@ -93,7 +109,13 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "params": params,
         "ignored": dict(plan.ignored),
         "contradictions": list(plan.contradictions),
+        "draft": {"kind": str(plan.draft.kind), "num_modules": plan.draft.num_modules},
     }
+
+
+def is_official(plan: Plan, step: Step) -> bool:
+    """Whether the plan computes a step as the published code does."""
+    return step in plan.demands.official | ALWAYS_OFFICIAL
 
 
 def _companion_entry(op: PlannedCompanion) -> dict[str, Any]:

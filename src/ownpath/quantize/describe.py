@@ -10,6 +10,7 @@ IGNORE = {
     Scope.EXPERTS: ["*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"],
     Scope.FULL: ["*.attn.compressor.*", "*.attn.indexer.*", "*.attn.wo_a", "*.ffn.gate", "head", "mtp.*"],
 }
+EXPERT_DTYPE = "expert_dtype"
 PRODUCER = {"name": "ownpath", "version": "1"}
 
 
@@ -35,7 +36,13 @@ def config_fields(source: dict[str, Any], scope: Scope, converts: Iterable[Conve
     }
     stored = source.get("quantization_config")
     # The FP8 blocks of what is carried over are read by what the source says of them.
-    return source | {"quantization_config": (stored if isinstance(stored, dict) else {}) | added}
+    quantization = {"quant_method": "modelopt"} | _as_fp4(stored if isinstance(stored, dict) else {}) | added
+    return _as_fp4(source) | {"quantization_config": quantization}
+
+
+def _as_fp4(fields: dict[str, Any]) -> dict[str, Any]:
+    """With the experts' dtype, where the source states it, as it is now: NVFP4 exports keep the release's word."""
+    return fields if fields.get(EXPERT_DTYPE) is None else fields | {EXPERT_DTYPE: "fp4"}
 
 
 def quant_config_fields(scope: Scope, converts: Iterable[Convert]) -> dict[str, Any]:

@@ -85,14 +85,15 @@ def _groups(config: ModelConfig, scope: Scope) -> Iterator[tuple[ModuleSpec, ...
     """Weights that share a global scale: gate and up of an expert; every other weight has its own."""
     dim, inter = config.hidden_size, config.moe_intermediate_size
     for layer_idx in range(config.num_hidden_layers):
-        gates, ups, downs = (expert_modules(config, layer_idx, projection) for projection in ("w1", "w3", "w2"))
+        layer = f"layers.{layer_idx}"
+        gates, ups, downs = (expert_modules(config, layer, projection) for projection in ("w1", "w3", "w2"))
         yield from zip(gates, ups, strict=True)
         yield from ((down,) for down in downs)
         if scope is Scope.FULL:
-            shared = f"layers.{layer_idx}.ffn.shared_experts"
+            shared = f"{layer}.ffn.shared_experts"
             yield ModuleSpec(f"{shared}.w1", (inter, dim)), ModuleSpec(f"{shared}.w3", (inter, dim))
             yield (ModuleSpec(f"{shared}.w2", (dim, inter)),)
-            yield from ((module,) for module in _projections(config, f"layers.{layer_idx}.attn"))
+            yield from ((module,) for module in _projections(config, f"{layer}.attn"))
 
 
 def _projections(config: ModelConfig, attn: str) -> Iterator[ModuleSpec]:

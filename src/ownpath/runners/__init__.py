@@ -12,14 +12,18 @@ from ownpath.runners.linear import (
     WideLinear,
 )
 from ownpath.runners.mlp import SwigluMlp
-from ownpath.runners.moe import Nvfp4MoE, PlainMoE
+from ownpath.runners.moe import Fp8MoE, Nvfp4MoE, PlainMoE
+from ownpath.runners.official import IndexQuantizer, KeyQuantizer
 
 __all__ = [
     "ConcatLinear",
     "Fp8Linear",
+    "Fp8MoE",
     "GroupedLinear",
     "HyperBoundary",
     "HyperWeights",
+    "IndexQuantizer",
+    "KeyQuantizer",
     "Ledger",
     "Linear",
     "Mix",

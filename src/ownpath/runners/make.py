@@ -8,13 +8,15 @@ import torch
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.config import ModelConfig
 from ownpath.formats import FP8_BLOCK, NVFP4
+from ownpath.kernels.ref.official import ExpertWeights
 from ownpath.kernels.registry import KERNELS, Kernel
 from ownpath.numerics import dequantize
 from ownpath.plan.plan import Plan, PlannedOp
 from ownpath.qtensor import QuantTensor
 from ownpath.runners.fp8 import Fp8Linear
 from ownpath.runners.linear import ConcatLinear, GroupedLinear, Nvfp4Linear, PlainLinear, WideLinear
-from ownpath.runners.moe import Nvfp4MoE, PlainMoE
+from ownpath.runners.moe import Fp8MoE, Nvfp4MoE, PlainMoE
+from ownpath.runners.official import OfficialMoE, QuantizedInput, quantized_fp8, quantized_nvfp4
 from ownpath.runners.w4a4 import Nvfp4LinearW4A4, Nvfp4MoEW4A4
 from ownpath.weights.operands import Operand
 
@@ -31,8 +33,9 @@ def make_runners(plan: Plan, operands: Iterable[Operand]) -> dict[str, Runner]:
     with_workspace: dict[type, list[Any]] = {}
     for op, operand in zip(plan.ops, operands, strict=True):
         runner = make_runner(op, operand, plan.config)
-        if isinstance(getattr(runner, "workspace", None), torch.Tensor):
-            share_workspace(with_workspace.setdefault(type(runner), []), runner)
+        linear = runner.linear if isinstance(runner, QuantizedInput) else runner
+        if isinstance(getattr(linear, "workspace", None), torch.Tensor):
+            share_workspace(with_workspace.setdefault(type(linear), []), linear)
         parts.setdefault(op.spec.slot, []).append(WideLinear(runner) if op.spec.is_wide else runner)
     return {slot: found[0] if len(found) == 1 else ConcatLinear(found) for slot, found in parts.items()}
 
@@ -64,7 +67,10 @@ def make_runner(op: PlannedOp, operand: Operand, config: ModelConfig) -> Any:
     kernel = KERNELS[op.choice.kernel.name]
     buffers = operand.buffers
     if op.choice.kernel.runner == "Nvfp4MoE":
-        return _nvfp4_moe(op, buffers, config.swiglu_limit, kernel)
+        return _nvfp4_moe(op, operand, config.swiglu_limit, kernel)
+    if op.choice.kernel.runner == "Fp8MoE":
+        tensors = {name: buffers[name][0] for name in ("w13", "w13_scale", "w2", "w2_scale")}
+        return Fp8MoE(**tensors, swiglu_limit=config.swiglu_limit, kernel=kernel)
     if op.choice.kernel.runner == "PlainMoE":
         return PlainMoE(buffers["w13"][0], buffers["w2"][0], config.swiglu_limit, kernel=kernel)
     if op.choice.kernel.runner == "Nvfp4Linear":
@@ -80,24 +86,51 @@ def make_runner(op: PlannedOp, operand: Operand, config: ModelConfig) -> Any:
         return Nvfp4LinearW4A4(*parts, kernel=kernel)
     if op.choice.kernel.runner == "Fp8Linear":
         return Fp8Linear(buffers["weight"], buffers["scale"], kernel=kernel)
+    if op.choice.kernel.runner == "QuantizedFp8Linear":
+        return quantized_fp8(Fp8Linear(buffers["weight"], buffers["scale"], kernel=kernel))
+    if op.choice.kernel.runner == "QuantizedNvfp4Linear":
+        return _quantized_nvfp4(buffers, kernel)
+    if op.choice.kernel.runner == "OfficialMoE":
+        gate_up, down = (_expert_weights(op, buffers, name) for name in ("w13", "w2"))
+        return OfficialMoE(gate_up, down, config.swiglu_limit, kernel=kernel)
     if op.choice.kernel.runner == "GroupedLinear":
         return GroupedLinear(_grouped_weight(op, operand), config.o_groups, kernel=kernel)
     assert op.choice.kernel.runner == "PlainLinear", op.choice.kernel.runner
     return PlainLinear(buffers["weight"], kernel=kernel)
 
 
-def _nvfp4_moe(
-    op: PlannedOp, buffers: dict[str, tuple[torch.Tensor, ...]], swiglu_limit: float, kernel: Kernel
-) -> Nvfp4MoE:
+def _nvfp4_moe(op: PlannedOp, operand: Operand, swiglu_limit: float, kernel: Kernel) -> Nvfp4MoE:
     """Experts for an NVFP4 kernel. Errors: CheckpointError naming slot and expert for MXFP4 that NVFP4 cannot say."""
+    buffers = operand.buffers
     if op.encoding.format is NVFP4:
         names = ("w13", "w13_scale", "w13_scale_2", "w2", "w2_scale", "w2_scale_2")
         return Nvfp4MoE(**{name: buffers[name][0] for name in names}, swiglu_limit=swiglu_limit, kernel=kernel)
     tensors = {name: buffers[name][0] for name in ("w13", "w13_scale", "w2", "w2_scale")}
     try:
-        return Nvfp4MoE.from_mxfp4(**tensors, swiglu_limit=swiglu_limit, kernel=kernel)
+        rooms = operand.rooms["w13_scale"], operand.rooms["w2_scale"]
+        return Nvfp4MoE.from_mxfp4(**tensors, swiglu_limit=swiglu_limit, rooms=rooms, kernel=kernel)
     except ValueError as error:
         raise CheckpointError(f"{op.spec.slot}: {error}") from None
+
+
+def _quantized_nvfp4(buffers: dict[str, tuple[torch.Tensor, ...]], kernel: Kernel) -> QuantizedInput:
+    """W4A4 by a W4A16 kernel: the input's global scale goes into the weights'. Fused shards share the largest."""
+    input_scale = buffers["input_scale"][0].max()
+    scale_2 = tuple(scale * input_scale for scale in buffers["weight_scale_2"])
+    return quantized_nvfp4(Nvfp4Linear(buffers["weight"], buffers["weight_scale"], scale_2, kernel=kernel), input_scale)
+
+
+def _expert_weights(op: PlannedOp, buffers: dict[str, tuple[torch.Tensor, ...]], name: str) -> ExpertWeights:
+    """One side of the experts as stored. Gate and up share an input, so they share the larger input scale."""
+    parts = {
+        part: buffers[f"{name}{part}"][0]
+        for part in ("", "_scale", "_scale_2", "_input_scale")
+        if f"{name}{part}" in buffers
+    }
+    input_scale = parts.get("_input_scale")
+    if input_scale is not None and input_scale.ndim == 2:
+        input_scale = input_scale.amax(dim=1)
+    return ExpertWeights(op.encoding.format, parts[""], parts.get("_scale"), parts.get("_scale_2"), input_scale)
 
 
 def _grouped_weight(op: PlannedOp, operand: Operand) -> torch.Tensor:

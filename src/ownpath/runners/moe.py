@@ -60,16 +60,20 @@ class Nvfp4MoE:
         w2: torch.Tensor,
         w2_scale: torch.Tensor,
         swiglu_limit: float,
+        *,
+        rooms: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
         **options: Any,
     ) -> "Nvfp4MoE":
         """From MXFP4 experts, exactly: each E8M0 scale becomes two E4M3 ones and a power of two per expert.
 
         Shapes: w13 uint8 [E, 2F, D/2] and w13_scale E8M0 [E, 2F, D/32], gate rows first; w2 uint8 [E, D, F/2] and
             w2_scale E8M0 [E, D, F/32]. Scales take twice their bytes: 0.5625 a weight instead of 0.53125.
+        rooms: where the scales of w13 and w2 are written, E4M3 [E, 2F, D/16] and [E, D, F/16]; the E8M0 ones may be
+            their last halves, and are then gone. Without them new memory is taken.
         Errors: ValueError naming the operand and expert whose scales span more than E4M3's 18 powers of two.
         """
-        gate_up_scale, gate_up_global = mxfp4_scale_as_nvfp4("w13_scale", w13.view(torch.uint8), w13_scale)
-        down_scale, down_global = mxfp4_scale_as_nvfp4("w2_scale", w2.view(torch.uint8), w2_scale)
+        gate_up_scale, gate_up_global = mxfp4_scale_as_nvfp4("w13_scale", w13.view(torch.uint8), w13_scale, rooms[0])
+        down_scale, down_global = mxfp4_scale_as_nvfp4("w2_scale", w2.view(torch.uint8), w2_scale, rooms[1])
         return cls(w13, gate_up_scale, gate_up_global, w2, down_scale, down_global, swiglu_limit, **options)
 
     def compile_configs(self) -> list[Any]:
@@ -96,6 +100,47 @@ class Nvfp4MoE:
             which the next call overwrites.
         """
         require_input(x, self.hidden_size, self._codes)
+        _require_routing(x, topk_ids, topk_weights)
+        y: torch.Tensor = self._kernel(x, topk_ids, topk_weights, *self._operand, self.swiglu_limit, **given)
+        return y
+
+
+class Fp8MoE:
+    """Top-k mixture of SwiGLU experts with E4M3 weights in 128 x 128 blocks, by the torch reference.
+
+    Shapes (E experts, D hidden, F expert width, R = ceil(F/128), C = ceil(D/128)): w13 E4M3 [E, 2F, D], gate rows
+        first; w13_scale [E, 2, R, C], the grids of gate and up; w2 E4M3 [E, D, F]; w2_scale [E, C, R]. Scales are E8M0
+        or float32.
+    Errors: ValueError naming the operand for a wrong dtype, shape or device.
+    """
+
+    def __init__(
+        self,
+        w13: torch.Tensor,
+        w13_scale: torch.Tensor,
+        w2: torch.Tensor,
+        w2_scale: torch.Tensor,
+        swiglu_limit: float,
+        *,
+        kernel: Kernel = KERNELS["ref.fp8_moe"],
+    ) -> None:
+        self.num_experts, rows, dim = w13.shape
+        inter = rows // 2
+        blocks_F, blocks_D = -(-inter // 128), -(-dim // 128)
+        codes, scales = (torch.float8_e4m3fn,), (torch.float8_e8m0fnu, torch.float32)
+        require("w13", w13, codes, (self.num_experts, 2 * inter, dim))
+        require("w13_scale", w13_scale, scales, (self.num_experts, 2, blocks_F, blocks_D))
+        require("w2", w2, codes, (self.num_experts, dim, inter))
+        require("w2_scale", w2_scale, scales, (self.num_experts, blocks_D, blocks_F))
+        self.hidden_size, self.swiglu_limit = dim, swiglu_limit
+        self._operand = ((w13, w13_scale), (w2, w2_scale))
+        self._kernel = kernel
+
+    def __call__(
+        self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, **given: Any
+    ) -> torch.Tensor:
+        """As ``Nvfp4MoE``; given: ``num_shared`` and ``expert_map``."""
+        require_input(x, self.hidden_size, self._operand[0][0])
         _require_routing(x, topk_ids, topk_weights)
         y: torch.Tensor = self._kernel(x, topk_ids, topk_weights, *self._operand, self.swiglu_limit, **given)
         return y

@@ -12,6 +12,7 @@ from ownpath.chat.tokenizer import Tokenizer
 from ownpath.engine.engine import Engine
 from ownpath.server import errors
 from ownpath.server.body import Limits
+from ownpath.server.metrics import Metrics
 from ownpath.server.routes import Api
 
 
@@ -22,7 +23,7 @@ def create_app(
 
     release: whose words for ``reasoning_effort`` the model knows; a key of ``effort.RELEASES``.
     """
-    api = Api(engine, tokenizer, model_id, int(time.time()), limits or Limits(), release)
+    api = Api(engine, tokenizer, model_id, int(time.time()), limits or Limits(), release, Metrics())
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -31,6 +32,7 @@ def create_app(
 
     routes = [
         Route("/health", api.health),
+        Route("/metrics", api.prometheus),
         Route("/v1/models", api.models),
         Route("/v1/models/{model_id:path}", api.model),
         Route("/v1/completions", api.completions, methods=["POST"]),

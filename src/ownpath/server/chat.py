@@ -47,6 +47,8 @@ async def chat_chunks(
         for part in delta.parts:
             if isinstance(part, Malformed):
                 choice["malformed"] = part.reason
+        if delta.empty_content is not None:
+            choice["empty_content"] = delta.empty_content.value
         if request.logprobs and delta.token is not None:
             choice["logprobs"] = {"content": [_logprob_entry(delta.token, tokenizer)], "refusal": None}
         if request.return_token_ids and delta.token is not None:
@@ -71,8 +73,7 @@ def fold_chat(chunks: Iterable[Chunk]) -> dict[str, Any]:
                 choice["logprobs"]["content"] += part["logprobs"]["content"]
             if "token_ids" in part:
                 choice["token_ids"] = choice.get("token_ids", []) + part["token_ids"]
-            if "malformed" in part:
-                choice["malformed"] = part["malformed"]
+            choice |= {name: part[name] for name in ("malformed", "empty_content") if name in part}
     if "tool_calls" in message and not message["content"]:
         message["content"] = None
     return answer | {"object": "chat.completion", "choices": [choice]}

@@ -71,6 +71,8 @@ def _extend(choice: dict[str, Any], part: dict[str, Any]) -> None:
             choice["logprobs"][key] += part["logprobs"][key]
     if "token_ids" in part:
         choice["token_ids"] += part["token_ids"]
+    if "empty_content" in part:
+        choice["empty_content"] = part["empty_content"]
 
 
 class _ChoiceWriter:
@@ -90,6 +92,8 @@ class _ChoiceWriter:
             "logprobs": self._logprobs(delta),
             "finish_reason": delta.finish_reason,
         }
+        if delta.empty_content is not None:
+            choice["empty_content"] = delta.empty_content.value
         if self._request.return_token_ids:
             choice["token_ids"] = [] if delta.token is None else [delta.token.token_id]
             if self._is_first:

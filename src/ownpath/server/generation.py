@@ -19,7 +19,9 @@ from ownpath.engine.request import (
     ScoredToken,
     StepOutput,
 )
+from ownpath.server.empty import ContentWatch, EmptyContent
 from ownpath.server.errors import ApiError, bad_request, overloaded
+from ownpath.server.metrics import Metrics
 from ownpath.server.prompts import Prompt
 
 
@@ -32,6 +34,7 @@ class Delta:
     text_offset: characters of generated text before that token.
     prompt: the scored prompt, once, if it was asked for.
     finish_reason: "stop", "length" or "tool_calls" with the last delta of the choice.
+    empty_content: with it, why the whole choice had no content; None if it had, or if no token was asked for.
     """
 
     index: int
@@ -40,6 +43,7 @@ class Delta:
     text_offset: int
     prompt: tuple[ScoredToken, ...]
     finish_reason: str | None
+    empty_content: EmptyContent | None = None
 
     @property
     def text(self) -> str:
@@ -50,9 +54,9 @@ class Delta:
 class _Choice:
     """One choice's way from tokens to the parts of its answer."""
 
-    def __init__(self, index: int, answer: Answer) -> None:
-        self._index = index
-        self._answer = answer
+    def __init__(self, index: int, answer: Answer, metrics: Metrics) -> None:
+        self._index, self._answer, self._metrics = index, answer, metrics
+        self._watch = ContentWatch(answer)
         self.num_tokens = 0
         self.is_finished = False
 
@@ -60,10 +64,16 @@ class _Choice:
         """Errors: ApiError 500 when the engine could not go on."""
         if output.finish_reason is FinishReason.ERROR:
             self.is_finished = True
-            raise ApiError(500, output.error or "the generation failed")
+            self._metrics.count_finished("error")
+            if output.is_non_finite:
+                self._metrics.count_corrupted()
+            code = "non_finite_logits" if output.is_non_finite else None
+            raise ApiError(500, output.error or "the generation failed", code=code)
         offset = self._answer.num_chars
         parts: list[Part] = []
-        self.num_tokens += output.token is not None
+        if output.token is not None:
+            self.num_tokens += 1
+            self._metrics.count_token()
         # The token that ends the answer (EOS) is a marker, not text.
         if output.token is not None and output.finish_reason is not FinishReason.STOP:
             parts += self._answer.feed(output.token.token_id)
@@ -74,8 +84,24 @@ class _Choice:
             parts += self._answer.finish()
         if reason == FinishReason.STOP.value and self._answer.asks_for_tools:
             reason = "tool_calls"
-        self.is_finished = reason is not None
-        return Delta(self._index, tuple(parts), output.token, offset, output.prompt, reason)
+        self._watch.see(parts)
+        empty = None
+        if reason is not None:
+            self.is_finished = True
+            empty = self._empty_content(output)
+            self._metrics.count_finished(reason, empty)
+        return Delta(self._index, tuple(parts), output.token, offset, output.prompt, reason, empty)
+
+    def _empty_content(self, output: StepOutput) -> EmptyContent | None:
+        if self.num_tokens == 0:
+            return None  # only a prompt was to be scored
+        num_shown_tokens = self.num_tokens - (output.finish_reason is FinishReason.STOP)
+        return self._watch.reason(num_shown_tokens, output.finish_reason is FinishReason.LENGTH)
+
+    def abandon(self) -> None:
+        """Nobody waits for the rest."""
+        self.is_finished = True
+        self._metrics.count_finished("abandoned")
 
 
 class Generation:
@@ -84,10 +110,10 @@ class Generation:
     answers: one a prompt; they read what the model writes.
     """
 
-    def __init__(self, engine: Engine, prompts: list[Prompt], answers: Sequence[Answer]) -> None:
+    def __init__(self, engine: Engine, prompts: list[Prompt], answers: Sequence[Answer], metrics: Metrics) -> None:
         self.prompts = prompts
         self._engine = engine
-        self._choices = [_Choice(index, answer) for index, answer in enumerate(answers)]
+        self._choices = [_Choice(index, answer, metrics) for index, answer in enumerate(answers)]
         self._requests: list[Request] = []
         self._outputs: asyncio.Queue[tuple[int, StepOutput]] = asyncio.Queue()
 
@@ -126,6 +152,7 @@ class Generation:
         for choice, request in zip(self._choices, self._requests, strict=False):
             if not choice.is_finished:
                 self._engine.abort(request)
+                choice.abandon()
         self._requests = []
 
     def usage(self) -> dict[str, int]:

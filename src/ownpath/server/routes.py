@@ -15,6 +15,7 @@ from ownpath.server import chat, completions
 from ownpath.server.body import Limits, read_json_object
 from ownpath.server.errors import ApiError, shorten
 from ownpath.server.generation import Generation
+from ownpath.server.metrics import MEDIA_TYPE, Metrics
 from ownpath.server.prompts import chat_prompt, completion_prompts, missing_marker
 from ownpath.server.protocol import (
     ChatRequest,
@@ -41,11 +42,16 @@ class Api:
     created: int
     limits: Limits
     release: str
+    metrics: Metrics
 
     async def health(self, request: Request) -> Response:
         """``GET /health``: whether requests can still be run."""
         alive = self.engine.is_alive
         return JSONResponse({"status": "ok" if alive else "the engine has stopped"}, 200 if alive else 503)
+
+    async def prometheus(self, request: Request) -> Response:
+        """``GET /metrics``: counters since the start."""
+        return Response(self.metrics.render(), media_type=MEDIA_TYPE)
 
     async def models(self, request: Request) -> Response:
         """``GET /v1/models``"""
@@ -63,7 +69,7 @@ class Api:
         max_model_len = self.engine.config.max_model_len
         answer = self._chat_answer(asked)
         prompt = await chat_prompt(asked, self.tokenizer, max_model_len, self.release)
-        generation = Generation(self.engine, [prompt], [answer])
+        generation = Generation(self.engine, [prompt], [answer], self.metrics)
         generation.submit(chat.sampling_params(asked, prompt, max_model_len))
         chunks = chat.chat_chunks(asked, generation, self.tokenizer, self.model_id)
         return await self._answer(request, asked, generation, chunks, chat.fold_chat)
@@ -74,7 +80,8 @@ class Api:
         self._check_model(asked.model)
         max_model_len = self.engine.config.max_model_len
         prompts = await completion_prompts(asked, self.tokenizer, max_model_len, self.limits.max_prompts)
-        generation = Generation(self.engine, prompts, [Answer(self.tokenizer, asked.stop) for _ in prompts])
+        answers = [Answer(self.tokenizer, asked.stop) for _ in prompts]
+        generation = Generation(self.engine, prompts, answers, self.metrics)
         generation.submit(completions.sampling_params(asked, prompts, max_model_len))
         chunks = completions.completion_chunks(asked, generation, self.tokenizer, self.model_id)
         return await self._answer(request, asked, generation, chunks, completions.fold_completion)

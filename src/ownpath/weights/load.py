@@ -3,22 +3,28 @@
 Each slot is written exactly once, from the one tensor planned for it; bytes are copied as bytes, never converted
 (a numeric copy of an E8M0 scale would turn 2^-7 into 0). Scales are checked on the way in, and a stored divisor becomes
 the multiplier that its schema says it means.
+
+Several threads read (``readers``), through buffers of bounded size (``staging``), chunks of each shard in turn
+(``checkpoint.chunks``), whose bytes are checked and go straight to where the plan wants them (``places``, ``fill``).
 """
 
 from dataclasses import dataclass
 
 import torch
 
+from ownpath.checkpoint.chunks import file_chunks
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
-from ownpath.checkpoint.reader import TensorSlice, stream
-from ownpath.checkpoint.scales import scale_fault
+from ownpath.checkpoint.reader import stream
 from ownpath.formats import NVFP4
 from ownpath.plan.plan import Plan, PlannedOp
+from ownpath.weights.checks import check_expert_ids
+from ownpath.weights.fill import Filler
 from ownpath.weights.lossless import is_lossless_cast
-from ownpath.weights.operands import STORAGE, Operand, Slot, make_operand, sentinel
-
-_EXACTLY_WIDENED = ((torch.int32, torch.int64), (torch.bfloat16, torch.float32))
+from ownpath.weights.memory import reserve
+from ownpath.weights.operands import STORAGE, Operand, Slot, make_operand
+from ownpath.weights.places import place_slots
+from ownpath.weights.readers import Progress, Reading, read_chunks
 
 
 @dataclass(frozen=True)
@@ -33,22 +39,55 @@ class LoadedWeights:
     lossless_casts: tuple[str, ...] = ()
 
 
-def load_weights(plan: Plan, index: CheckpointIndex, device: torch.device) -> LoadedWeights:
+def load_weights(
+    plan: Plan,
+    index: CheckpointIndex,
+    device: torch.device,
+    progress: Progress | None = None,
+    reading: Reading | None = None,
+) -> LoadedWeights:
     """Allocates every operand on ``device`` and fills it from the checkpoint.
 
-    Errors: CheckpointError naming the tensor for a bad scale, an unreadable shard, or a slot left unwritten.
+    progress: told how many bytes are in, of how many. reading: None: as suits the device.
+    Memory: beside the weights, ``Reading.staging_bytes`` and what the index takes, whatever the model's size.
+    Errors: CheckpointError naming the tensor for a bad scale, an unreadable shard, or a slot left unwritten: the first
+    in the order of the files.
     """
     stored = {name: info.dtype for name, info in index.tensors.items()}
-    operands = tuple(make_operand(op, stored, device) for op in plan.ops)
-    params = {spec.key: sentinel(spec.shape, STORAGE[stored[spec.key]], device) for spec in plan.params}
+    operands = tuple(make_operand(op, stored, device, reserve) for op in plan.ops)
+    params = {spec.key: reserve(spec.shape, STORAGE[stored[spec.key]], device) for spec in plan.params}
     slots = [slot for operand in operands for slot in operand.slots]
     slots += [Slot(key, target) for key, target in params.items()]
-    _fill(slots, index)
+    buffers = [buffer for operand in operands for parts in operand.buffers.values() for buffer in parts]
+    _fill(slots, [*buffers, *params.values()], index, progress, reading or Reading.for_device(device))
     for key, table in params.items():
         if not table.is_floating_point():
-            _check_expert_ids(key, table, plan.config.n_routed_experts)
+            check_expert_ids(key, table, plan.config.n_routed_experts)
     casts = [op.spec.slot for op, operand in zip(plan.ops, operands, strict=True) if _is_cast(op, operand)]
     return LoadedWeights(operands, params, tuple(dict.fromkeys(casts)))
+
+
+def _fill(
+    slots: list[Slot],
+    buffers: list[torch.Tensor],
+    index: CheckpointIndex,
+    progress: Progress | None,
+    reading: Reading,
+) -> None:
+    by_key = {slot.key: slot for slot in slots}
+    if len(by_key) != len(slots):
+        twice = next(slot.key for slot in slots if by_key[slot.key] is not slot)
+        raise CheckpointError(f"tensor {twice!r} is planned into two slots")
+    places = place_slots(slots, buffers, index)
+    total_bytes = sum(info.num_bytes for info in places.infos)
+    filler = Filler(places)
+
+    def report(num_bytes: int) -> None:
+        if progress is not None:
+            progress(num_bytes, total_bytes)
+
+    read_chunks(file_chunks(places.infos, reading.chunk_bytes), filler, reading, buffers[0].device, report)
+    filler.finish()
 
 
 def find_lossless_casts(plan: Plan, index: CheckpointIndex) -> tuple[str, ...]:
@@ -79,85 +118,3 @@ def _is_cast(op: PlannedOp, operand: Operand) -> bool:
     buffers = operand.buffers
     present = [(buffers[scale], buffers[global_scale]) for scale, global_scale in pairs if scale in buffers]
     return all(is_lossless_cast(s, g) for scales, globals_ in present for s, g in zip(scales, globals_, strict=True))
-
-
-def _fill(slots: list[Slot], index: CheckpointIndex) -> None:
-    by_key = {slot.key: slot for slot in slots}
-    if len(by_key) != len(slots):
-        twice = next(slot.key for slot in slots if by_key[slot.key] is not slot)
-        raise CheckpointError(f"tensor {twice!r} is planned into two slots")
-    missing_rows = {key: _num_rows(slot.target) for key, slot in by_key.items()}
-    for part in stream(index, by_key):
-        slot = by_key[part.info.name]
-        _check(slot, part)
-        _copy(slot, part)
-        missing_rows[slot.key] -= missing_rows[slot.key] if _is_scalar(slot) else _num_rows(slot.target[part.rows])
-    for key, count in missing_rows.items():
-        if count:
-            raise CheckpointError(f"tensor {key!r}: {count} rows were not written exactly once")
-
-
-def _num_rows(target: torch.Tensor) -> int:
-    return target.shape[0] if target.ndim else 1
-
-
-def _is_scalar(slot: Slot) -> bool:
-    """One multiplier, stored as [] or [1], for everything the slot covers."""
-    return slot.role in ("global_scale", "input_scale")
-
-
-def _copy(slot: Slot, part: TensorSlice) -> None:
-    data, target = part.data, slot.target
-    if _is_scalar(slot):
-        assert slot.part is not None
-        target.fill_(slot.part.meant(data).item())  # one multiplier for all rows of a fused shard
-    elif data.element_size() == 1:
-        target[part.rows].view(torch.uint8).copy_(data.view(torch.uint8))
-    else:
-        is_widened = (data.dtype, target.dtype) in _EXACTLY_WIDENED
-        assert data.dtype == target.dtype or is_widened, (part.info, target.dtype)
-        target[part.rows].copy_(data)
-
-
-def _check(slot: Slot, part: TensorSlice) -> None:
-    if _is_scalar(slot):
-        assert slot.part is not None
-        _check_global_scale(part, slot.part.is_divisor)
-    elif slot.role == "scale":
-        _check_block_scale(part)
-    elif part.data.is_floating_point():
-        _check_finite(part)
-
-
-def _check_finite(part: TensorSlice) -> None:
-    """Weights and parameters as stored; E4M3's only NaN is 0x7F with either sign, and it has no infinity."""
-    data = part.data
-    is_e4m3 = data.dtype == torch.float8_e4m3fn
-    bad = (data.view(torch.uint8) & 0x7F) == 0x7F if is_e4m3 else ~torch.isfinite(data)
-    if bad.any():
-        raise CheckpointError(f"tensor {part.info} holds NaN or infinity")
-
-
-def _check_global_scale(part: TensorSlice, is_divisor: bool) -> None:
-    fault = scale_fault(part.data.item(), is_divisor)
-    if fault is not None:
-        raise CheckpointError(f"tensor {part.info}: {fault[1]}")
-
-
-def _check_block_scale(part: TensorSlice) -> None:
-    data = part.data
-    if data.dtype in (torch.float32, torch.bfloat16):
-        bad = ~(torch.isfinite(data) & (data >= 0))
-    elif data.dtype == torch.float8_e8m0fnu:
-        bad = data.view(torch.uint8) == 0xFF
-    else:
-        bad = data.view(torch.uint8) >= 0x7F  # NaN, or a sign bit that no block scale has
-    if bad.any():
-        where = bad.nonzero()[0].tolist()
-        start = part.rows.start or 0
-        raise CheckpointError(f"tensor {part.info}: block scale {[where[0] + start, *where[1:]]} is NaN or negative")
-
-
-def _check_expert_ids(key: str, table: torch.Tensor, num_experts: int) -> None:
-    if not ((table >= 0) & (table < num_experts)).all():
-        raise CheckpointError(f"tensor {key!r} names experts outside 0..{num_experts - 1}")

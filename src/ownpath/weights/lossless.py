@@ -8,6 +8,9 @@ scale, so that a K = 32 tensor-core step may take them as they are.
 
 import torch
 
+CHUNK_BYTES = 32 * 2**20
+"""Scales looked at together: comparing takes several bytes of memory for each, and a layer's experts have 10^9."""
+
 
 def is_lossless_cast(scale: torch.Tensor, global_scale: torch.Tensor) -> bool:
     """Whether every block scale is a power of two, pairwise equal along K, and every global scale a power of two.
@@ -18,8 +21,10 @@ def is_lossless_cast(scale: torch.Tensor, global_scale: torch.Tensor) -> bool:
     """
     if scale.shape[-1] % 2 or not _are_powers_of_two(global_scale):
         return False
-    head = scale.flatten(0, -2)[:64]  # a checkpoint that was not cast shows it at once
-    return _is_cast(head) and _is_cast(scale)
+    rows = scale.flatten(0, -2)
+    rows_per_chunk = max(1, CHUNK_BYTES // rows.shape[1])
+    head = rows[:64]  # a checkpoint that was not cast shows it at once
+    return _is_cast(head) and all(_is_cast(chunk) for chunk in rows.split(rows_per_chunk))
 
 
 def _is_cast(scale: torch.Tensor) -> bool:

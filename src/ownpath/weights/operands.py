@@ -1,10 +1,15 @@
 """The memory an op's operand lives in, in its planned layout, and which checkpoint tensor fills which part of it.
 
-Every buffer starts as a sentinel: NaN where the dtype has one, all ones otherwise. A slot is a view of a buffer that
-exactly one checkpoint tensor fills; the slots of an op tile its buffers without gap or overlap.
+Every buffer starts as a sentinel: NaN where the dtype has one, all ones otherwise. (The loader leaves that out in host
+memory, see ``memory``.) A slot is a view of a buffer that exactly one checkpoint tensor fills; the slots of an op tile
+its buffers without gap or overlap.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from typing import Protocol
 
 import torch
 
@@ -46,10 +51,20 @@ class Slot:
 
 @dataclass(frozen=True)
 class Operand:
-    """An op's buffers by the argument names of its runner, and the slots that fill them."""
+    """An op's buffers by the argument names of its runner, and the slots that fill them.
+
+    rooms: by the same names, the memory that a buffer lies in where its runner writes something larger over it.
+    """
 
     buffers: dict[str, tuple[torch.Tensor, ...]]
     slots: tuple[Slot, ...]
+    rooms: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """What the operand takes, for as long as its runner lives."""
+        whole = {name: (room,) for name, room in self.rooms.items()}
+        return sum(buffer.nbytes for buffers in (self.buffers | whole).values() for buffer in buffers)
 
 
 def sentinel(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -61,26 +76,36 @@ def sentinel(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     return buffer
 
 
-def make_operand(op: PlannedOp, stored: dict[str, str], device: torch.device) -> Operand:
+class Allocate(Protocol):
+    """Memory for one buffer."""
+
+    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor: ...
+
+
+_New = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
+
+
+def make_operand(op: PlannedOp, stored: dict[str, str], device: torch.device, allocate: Allocate = sentinel) -> Operand:
     """Allocates the operand of ``op``. stored: checkpoint key -> safetensors dtype name."""
     encoding, modules = op.encoding, op.spec.modules
+    new = partial(allocate, device=device)
     if op.spec.kind is OpKind.MOE:
-        return _moe(encoding, modules, device)
+        return _moe(encoding, modules, stored, new)
     if encoding.format is NVFP4:
-        return _nvfp4_linear(encoding, modules, device)
+        return _nvfp4_linear(encoding, modules, new)
     if encoding.format is FP8_BLOCK:
-        return _fp8_shards(encoding, modules, stored, device)
+        return _fp8_shards(encoding, modules, stored, new)
     assert encoding.format in (BF16, FP32), encoding
-    return _plain(encoding, modules, stored, device)
+    return _plain(encoding, modules, stored, new)
 
 
-def _nvfp4_linear(encoding: Encoding, modules: tuple[ModuleSpec, ...], device: torch.device) -> Operand:
+def _nvfp4_linear(encoding: Encoding, modules: tuple[ModuleSpec, ...], new: _New) -> Operand:
     num_rows = sum(module.shape[0] for module in modules)
     width = modules[0].shape[1]
-    weight = sentinel((num_rows, width // 2), torch.uint8, device)
-    scale = sentinel((num_rows, width // 16), torch.float8_e4m3fn, device)
-    global_scale = sentinel((num_rows,), torch.float32, device)
-    input_scale = sentinel((len(modules),), torch.float32, device)
+    weight = new((num_rows, width // 2), torch.uint8)
+    scale = new((num_rows, width // 16), torch.float8_e4m3fn)
+    global_scale = new((num_rows,), torch.float32)
+    input_scale = new((len(modules),), torch.float32)
     slots: list[Slot] = []
     start = 0
     for idx, module in enumerate(modules):
@@ -98,65 +123,105 @@ def _nvfp4_linear(encoding: Encoding, modules: tuple[ModuleSpec, ...], device: t
     return Operand({name: (buffer,) for name, buffer in named.items()}, tuple(slots))
 
 
-def _moe(encoding: Encoding, modules: tuple[ModuleSpec, ...], device: torch.device) -> Operand:
+def _moe(encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, str], new: _New) -> Operand:
     num_experts = len(modules) // 3
     inter, dim = modules[0].shape
-    gate_up = _expert_stack(encoding.format, (num_experts, 2 * inter, dim), (num_experts, 2), device)
-    down = _expert_stack(encoding.format, (num_experts, dim, inter), (num_experts,), device)
+    if encoding.format is FP8_BLOCK:
+        scale_dtype = _fp8_scale_dtype(encoding, modules[0], stored)
+        gate_up = _fp8_stack(encoding, (num_experts, 2), (inter, dim), scale_dtype, new)
+        down = _fp8_stack(encoding, (num_experts,), (dim, inter), scale_dtype, new)
+    else:
+        gate_up = _expert_stack(encoding.format, (num_experts, 2 * inter, dim), (num_experts, 2), new)
+        down = _expert_stack(encoding.format, (num_experts, dim, inter), (num_experts,), new)
+    rooms = {}
+    if encoding.format is MXFP4:
+        for name, stack in (("w13_scale", gate_up), ("w2_scale", down)):
+            rooms[name] = _nvfp4_scales(stack["qdata"], new)
+            stack["scale"] = _last_half(rooms[name])
+    # Every expert's matrices by one call a buffer: a view of its own for each of 10^5 tensors takes a second.
+    halves = {role: _halves(t).unbind() for role, t in gate_up.items()}
+    wholes = {role: t.unbind() for role, t in down.items()}
     slots: list[Slot] = []
     for idx, module in enumerate(modules):
         projection, expert = divmod(idx, num_experts)
-        if projection < 2:
-            rows = slice(projection * inter, (projection + 1) * inter)
-            per_row, per_matrix = (expert, rows), (expert, projection)
-            targets = {role: t[per_row if t.ndim == 3 else per_matrix] for role, t in gate_up.items()}
-        else:
-            targets = {role: t[expert] for role, t in down.items()}
-        slots += _slots(encoding, module, targets)
+        views, at = (halves, 2 * expert + projection) if projection < 2 else (wholes, expert)
+        slots += _slots(encoding, module, {role: targets[at] for role, targets in views.items()})
     named = {f"w13{_MOE_SUFFIX[role]}": buffer for role, buffer in gate_up.items()}
     named |= {f"w2{_MOE_SUFFIX[role]}": buffer for role, buffer in down.items()}
-    return Operand({name: (buffer,) for name, buffer in named.items()}, tuple(slots))
+    return Operand({name: (buffer,) for name, buffer in named.items()}, tuple(slots), rooms)
+
+
+def _halves(gate_up: torch.Tensor) -> torch.Tensor:
+    """Matrices [E, 2F, K] -> [2E, F, K], scalars [E, 2] -> [2E], grids [E, 2, R, C] -> [2E, R, C]: w1, w3 by turns."""
+    pairs = gate_up.unflatten(1, (2, -1)) if gate_up.ndim == 3 else gate_up
+    return pairs.flatten(0, 1)
 
 
 def _expert_stack(
-    fmt: Format, shape: tuple[int, int, int], scalars: tuple[int, ...], device: torch.device
+    fmt: Format, shape: tuple[int, int, int], scalars: tuple[int, ...], new: _New
 ) -> dict[str, torch.Tensor]:
-    """Buffers by role for experts' matrices [E, N, K]; scalars: the shape of what each matrix has one of."""
+    """Buffers by role for experts' matrices [E, N, K]; scalars: the shape of what each matrix has one of.
+
+    MXFP4's scales are not among them: they lie in the room of what they become.
+    """
     num_experts, n, k = shape
     if fmt in (BF16, FP32):
-        return {"qdata": sentinel(shape, torch.bfloat16 if fmt is BF16 else torch.float32, device)}
+        return {"qdata": new(shape, torch.bfloat16 if fmt is BF16 else torch.float32)}
     assert fmt in (NVFP4, MXFP4), fmt
-    stack = {"qdata": sentinel((num_experts, n, k // 2), torch.uint8, device)}
+    stack = {"qdata": new((num_experts, n, k // 2), torch.uint8)}
     if fmt is MXFP4:
-        return stack | {"scale": sentinel((num_experts, n, k // 32), torch.float8_e8m0fnu, device)}
-    stack["scale"] = sentinel((num_experts, n, k // 16), torch.float8_e4m3fn, device)
-    return stack | {role: sentinel(scalars, torch.float32, device) for role in ("global_scale", "input_scale")}
+        return stack
+    stack["scale"] = new((num_experts, n, k // 16), torch.float8_e4m3fn)
+    return stack | {role: new(scalars, torch.float32) for role in ("global_scale", "input_scale")}
 
 
-def _fp8_shards(
-    encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, str], device: torch.device
-) -> Operand:
-    """One weight and one scale per shard: a shard's last block may be partial, so shards do not concatenate.
+def _nvfp4_scales(codes: torch.Tensor, new: _New) -> torch.Tensor:
+    """Memory for the E4M3 scales that experts' E8M0 ones become. Shapes: codes [E, N, K/2] -> [E, N, K/16]."""
+    num_experts, n, packed = codes.shape
+    return new((num_experts, n, packed // 8), torch.float8_e4m3fn)
 
-    BF16 scales are widened to float32, exactly.
+
+def _last_half(room: torch.Tensor) -> torch.Tensor:
+    """E8M0 [E, N, K/32] in the last half of the memory of E4M3 [E, N, K/16]."""
+    num_experts, n, width = room.shape
+    return room.view(torch.float8_e8m0fnu).view(2, num_experts, n, width // 2)[1]
+
+
+def _fp8_stack(
+    encoding: Encoding, lead: tuple[int, ...], shape: tuple[int, int], scale_dtype: torch.dtype, new: _New
+) -> dict[str, torch.Tensor]:
+    """Buffers by role for matrices [N, K], so many as ``lead`` says: (experts,), or (experts, 2) for gate above up.
+
+    Each matrix keeps its own grid of scales: its last blocks may be partial.
     """
+    n, k = shape
+    codes = (lead[0], prod(lead[1:]) * n, k)
+    grid = (*lead, *encoding.part("scale").shape(n, k))
+    return {"qdata": new(codes, torch.float8_e4m3fn), "scale": new(grid, scale_dtype)}
+
+
+def _fp8_scale_dtype(encoding: Encoding, module: ModuleSpec, stored: dict[str, str]) -> torch.dtype:
+    """E8M0 as stored, else float32: BF16 scales are widened, exactly."""
+    is_e8m0 = stored[encoding.key(module.name, "scale")] == "F8_E8M0"
+    return torch.float8_e8m0fnu if is_e8m0 else torch.float32
+
+
+def _fp8_shards(encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, str], new: _New) -> Operand:
+    """One weight and one scale per shard: a shard's last block may be partial, so shards do not concatenate."""
     weights, scales = [], []
     slots: list[Slot] = []
     for module in modules:
-        is_e8m0 = stored[encoding.key(module.name, "scale")] == "F8_E8M0"
-        dtype = torch.float8_e8m0fnu if is_e8m0 else torch.float32
-        weights.append(sentinel(module.shape, torch.float8_e4m3fn, device))
-        scales.append(sentinel(encoding.part("scale").shape(*module.shape), dtype, device))
+        dtype = _fp8_scale_dtype(encoding, module, stored)
+        weights.append(new(module.shape, torch.float8_e4m3fn))
+        scales.append(new(encoding.part("scale").shape(*module.shape), dtype))
         slots += _slots(encoding, module, {"qdata": weights[-1], "scale": scales[-1]})
     return Operand({"weight": tuple(weights), "scale": tuple(scales)}, tuple(slots))
 
 
-def _plain(
-    encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, str], device: torch.device
-) -> Operand:
+def _plain(encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, str], new: _New) -> Operand:
     num_rows = sum(module.shape[0] for module in modules)
     dtype = STORAGE[stored[encoding.key(modules[0].name, "qdata")]]
-    weight = sentinel((num_rows, modules[0].shape[1]), dtype, device)
+    weight = new((num_rows, modules[0].shape[1]), dtype)
     slots: list[Slot] = []
     start = 0
     for module in modules:
@@ -166,4 +231,5 @@ def _plain(
 
 
 def _slots(encoding: Encoding, module: ModuleSpec, targets: dict[str, torch.Tensor]) -> list[Slot]:
-    return [Slot(encoding.key(module.name, part.role), targets[part.role], part) for part in encoding.parts]
+    keys = encoding.keys(module.name)
+    return [Slot(key, targets[part.role], part) for key, part in zip(keys, encoding.parts, strict=True)]

@@ -20,6 +20,8 @@ from ownpath.model.batch import ForwardBatch
 from ownpath.numerics import dequantize
 from ownpath.plan.show import plan_text
 from ownpath.qtensor import QuantTensor
+from ownpath.runners.make import make_runners
+from ownpath.weights.load import load_weights
 
 Tensors = dict[str, torch.Tensor]
 SMALLER = {"num_hidden_layers": 2, "compress_ratios": [0, 4]}
@@ -131,6 +133,21 @@ def test_the_experts_as_bf16_give_the_same_bits(folder: Path, tmp_path: Path) ->
     experts = next(op for op in plan_model(tmp_path / "bf16", "cpu").ops if op.label == "layers.1.ffn.experts")
     assert (experts.encoding.name, experts.choice.kernel.runner) == ("bf16", "PlainMoE")
     assert torch.equal(logits(folder), logits(tmp_path / "bf16"))
+
+
+def test_scales_become_nvfp4s_in_the_memory_they_were_read_into(folder: Path) -> None:
+    plan = plan_model(folder, "cpu")
+    loaded = load_weights(plan, CheckpointIndex.open(folder), torch.device("cpu"))
+    operands = dict(zip((op.label for op in plan.ops), loaded.operands, strict=True))
+    experts = operands["layers.1.ffn.experts"]
+    assert experts.num_bytes == 8 * 3 * 64 * 64 * (1 / 2 + 1 / 16), "codes, and an E4M3 scale for each 16 of them"
+    room = experts.rooms["w2_scale"]
+    assert room.untyped_storage().data_ptr() == experts.buffers["w2_scale"][0].untyped_storage().data_ptr()
+    read = experts.buffers["w2_scale"][0].view(torch.uint8).int() - 127
+    make_runners(plan, loaded.operands)
+    grown = room.float()
+    for expert in range(8):
+        assert torch.equal(grown[expert], (2.0 ** (read[expert] - (read[expert].max() - 8))).repeat_interleave(2, 1))
 
 
 @pytest.mark.parametrize(("projection", "operand"), [("w1", "w13_scale"), ("w3", "w13_scale"), ("w2", "w2_scale")])

@@ -1,15 +1,16 @@
 """Reading in bounded slices, writing atomically, and the ledger of slots."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from support.checkpoints import LAYOUTS, random_checkpoint
 
+from ownpath.checkpoint.chunks import Chunk
 from ownpath.checkpoint.errors import CheckpointError
-from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
 from ownpath.checkpoint.reader import stream
 from ownpath.checkpoint.writer import INDEX_NAME, write_checkpoint
 from ownpath.loading import plan_model
@@ -97,10 +98,13 @@ def test_a_slot_left_unwritten_is_an_error(tmp_path: Path, monkeypatch: pytest.M
     """Were the reader to lose a slice, loading would fail by name instead of handing out half a tensor."""
     random_checkpoint(tmp_path, "full-nvfp4")
     key = "layers.2.attn.wq_b.weight"
-    real = load_module.stream
-    monkeypatch.setattr(
-        load_module, "stream", lambda index, names: (p for p in real(index, names) if p.info.name != key)
-    )
+    real = load_module.file_chunks
+
+    def without_key(infos: Iterable[TensorInfo], max_bytes: int) -> Iterator[Chunk]:
+        for chunk in real(infos, max_bytes):
+            yield chunk._replace(pieces=tuple(piece for piece in chunk.pieces if piece.info.name != key))
+
+    monkeypatch.setattr(load_module, "file_chunks", without_key)
     with pytest.raises(CheckpointError, match=f"'{key}': .* rows were not written"):
         load_weights(plan_model(tmp_path, "cpu"), CheckpointIndex.open(tmp_path), torch.device("cpu"))
 

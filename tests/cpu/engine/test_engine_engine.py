@@ -74,6 +74,18 @@ def test_greedy_decoding_follows_the_model() -> None:
     assert engine.num_open == 0
 
 
+def test_what_is_submitted_together_starts_together() -> None:
+    """An engine that waits for work wakes up to all of it, not to the first request alone."""
+    model = random_model()
+    with running(model) as engine:
+        for _ in range(30):
+            asked = [Asked([3], SamplingParams(1)) for _ in range(4)]
+            engine.submit([one.request for one in asked])
+            for one in asked:
+                one.all()
+    assert model.step_sizes == [[1, 1, 1, 1]] * 30
+
+
 def test_eos_ends_with_stop_and_is_reported() -> None:
     model = FakeModel(script_rule([7, 8], VOCAB, prompt_len=2), VOCAB)
     with running(model) as engine:

@@ -152,11 +152,13 @@ def _decoded_modules(op, operand):  # type: ignore[no-untyped-def]
             projection, expert = divmod(idx, num_experts)
             which = "w2" if projection == 2 else "w13"
             rows = slice(None) if projection == 2 else slice(projection * inter, (projection + 1) * inter)
-            scalar = None
+            scalar, per_matrix = None, expert if projection == 2 else (expert, projection)
             if str(fmt) == "NVFP4":
-                scalar = buffers[f"{which}_scale_2"][0][expert if projection == 2 else (expert, projection)]
+                scalar = buffers[f"{which}_scale_2"][0][per_matrix]
             codes = buffers[which][0][expert, rows]
-            scale = buffers[f"{which}_scale"][0][expert, rows] if f"{which}_scale" in buffers else None
+            scale = None
+            if f"{which}_scale" in buffers:
+                scale = buffers[f"{which}_scale"][0][per_matrix if str(fmt) == "FP8_BLOCK" else (expert, rows)]
             yield module.name, dequantize(QuantTensor(codes, scale, scalar, fmt))
         return
     start = 0

@@ -1,7 +1,7 @@
 """The forward against transformers' DeepseekV4ForCausalLM in float32, on the weights the checkpoint decodes to.
 
 640 positions: past the sliding window (128), past five 128-token HCA blocks, and past the indexer's top-k (48 entries,
-reached at 192 tokens). Every layer type, both exports, both FP8 scale dtypes.
+reached at 192 tokens). Every layer type, every export, every FP8 scale dtype that one has.
 """
 
 from pathlib import Path

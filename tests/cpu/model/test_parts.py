@@ -133,7 +133,7 @@ def test_hash_layers_look_experts_up_by_token(device: torch.device) -> None:
 
 
 def test_indexer_keeps_the_best_visible_entries_and_the_lowest_on_ties(device: torch.device) -> None:
-    indexer = Indexer(None, None, None, num_heads=1, head_dim=1, topk=2)  # type: ignore[arg-type]
+    indexer = Indexer(None, None, None, num_heads=1, head_dim=1, topk=2, keep=lambda q: q)  # type: ignore[arg-type]
     keys = torch.tensor([[1.0], [3.0], [3.0], [2.0], [9.0]], device=device)
     visible = torch.tensor([[True, True, True, True, False], [True, False, False, False, False]], device=device)
     query, weight = torch.ones(2, 1, 1, device=device), torch.ones(2, 1, device=device)
@@ -166,7 +166,7 @@ def test_compressor_entries_by_the_definition(ratio: int, generator: torch.Gener
     ape = torch.randn(ratio, width, generator=generator).to(device)
     rope = Rope(torch.tensor([1.0, 0.1], device=device))
     norm = RMSNorm(torch.ones(head_dim, device=device), 1e-6)
-    compressor = Compressor(None, ape, norm, rope, ratio)  # type: ignore[arg-type]
+    compressor = Compressor(None, ape, norm, rope, ratio, keep=lambda kv: kv)  # type: ignore[arg-type]
     entries = torch.zeros(4, head_dim, dtype=torch.float64, device=device)
     state = Ring(8 if ratio == 4 else ratio, 2 * width, torch.float64, device)
     found = compressor.append(rows, 0, CompressorCache(ratio, entries, state))

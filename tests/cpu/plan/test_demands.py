@@ -119,8 +119,8 @@ def test_blackwell_never_runs_what_is_made_for_hopper_alone(tmp_path: Path) -> N
 
 
 def test_contracts_are_consistent() -> None:
-    """A kernel appears once for each format, and one that is bound to a toolchain says so."""
-    seen = [(kernel.name, stored) for kernel in CATALOGUE for stored in kernel.formats or (None,)]
+    """A kernel appears once for each format and set of official steps, and one that is bound to a toolchain says so."""
+    seen = [(kernel.name, stored, kernel.official) for kernel in CATALOGUE for stored in kernel.formats or (None,)]
     assert len(set(seen)) == len(seen)
     for kernel in CATALOGUE:
         if kernel.name.startswith("triton."):

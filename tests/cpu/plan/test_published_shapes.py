@@ -16,7 +16,7 @@ from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
 from ownpath.config import ModelConfig
 from ownpath.plan.opspec import OpKind
 from ownpath.plan.plan import make_plan
-from ownpath.plan.select import Caps
+from ownpath.plan.select import Caps, Demands
 from ownpath.plan.show import plan_rows
 
 Header = tuple[str, str, tuple[int, ...]]
@@ -163,6 +163,18 @@ def model_headers(c: dict[str, Any], expert: Expert) -> Iterator[Header]:
     yield from mxfp4("mtp.0.ffn.experts.0.w1", c["moe_intermediate_size"], dim)
 
 
+def draft_headers(c: dict[str, Any], expert: Expert) -> Iterator[Header]:
+    """MTP: a layer under the last entry of compress_ratios, and what is around it."""
+    layer_idx, dim = c["num_hidden_layers"], c["hidden_size"]
+    for name, dtype, shape in layer_headers(c, layer_idx, expert):
+        yield name.replace(f"layers.{layer_idx}.", "mtp.0."), dtype, shape
+    for projection in ("e_proj", "h_proj"):
+        yield from fp8(f"mtp.0.{projection}", dim, dim)
+    for norm in ("enorm", "hnorm", "norm"):
+        yield f"mtp.0.{norm}.weight", "BF16", (dim,)
+    yield from hyper("mtp.0.hc_head", 4, 1, dim)
+
+
 @pytest.mark.parametrize(
     ("fields", "sliding", "csa", "hca"), [(FLASH, 2, 21, 20), (PRO, 0, 30, 31)], ids=["V4-Flash", "V4-Pro"]
 )
@@ -187,3 +199,42 @@ def test_the_published_export_makes_a_plan(
     assert set(plan.ignored) == {name for name in infos if name.startswith("mtp.")}
     assert len(plan_rows(plan)) < 20, "equal layers share a row"
     assert seconds < 30
+
+
+def test_the_base_model_makes_a_plan() -> None:
+    """V4-Flash-Base: experts in FP8 blocks too, every FP8 scale float32, and a config that says so."""
+    fields = FLASH | {"expert_dtype": "fp8"}
+    file = Path("model-00001-of-00001.safetensors")
+    infos = {
+        name: TensorInfo(name, "F32" if dtype == "F8_E8M0" else dtype, shape, file)
+        for name, dtype, shape in model_headers(fields, fp8)
+    }
+    plan = make_plan(
+        ModelConfig.from_dict(fields), CheckpointIndex(Path(), MappingProxyType(infos)), Caps("cpu", "CPU")
+    )
+    experts = [op for op in plan.ops if op.spec.kind is OpKind.MOE]
+    assert {(op.encoding.name, op.choice.kernel.runner) for op in experts} == {("native-fp8-block", "Fp8MoE")}
+    assert plan.contradictions == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "expert"), [(FLASH, mxfp4), (FLASH, nvfp4), (PRO, mxfp4)], ids=["V4-Flash", "third-party", "V4-Pro"]
+)
+def test_the_published_draft_runs_on_the_backbones_kernels(fields: dict[str, Any], expert: Expert) -> None:
+    """NVFP4 experts in the backbone, and in the draft DeepSeek's MXFP4 ones or requantised ones, on Hopper."""
+    config = ModelConfig.from_dict(fields)
+    assert (config.num_nextn_predict_layers, fields["compress_ratios"][config.num_hidden_layers]) == (1, 0)
+    headers = {name: header for name, *header in model_headers(fields, nvfp4) if not name.startswith("mtp.")}
+    headers |= {name: header for name, *header in draft_headers(fields, expert)}
+    infos = {name: TensorInfo(name, dtype, shape, Path("shard")) for name, (dtype, shape) in headers.items()}
+    hopper = Caps("cuda", "H200", 90, frozenset({"triton"}))
+    index = CheckpointIndex(Path(), MappingProxyType(infos))
+    plan = make_plan(config, index, hopper, Demands("bfloat16"), loads_draft=True)
+    assert not plan.ignored
+    kernels = {op.spec.slot: op.choice.kernel.name for op in plan.decided}
+    last = f"layers.{config.num_hidden_layers - 1}"
+    own = {"e_proj": "attn.wq_b", "h_proj": "attn.wq_b", "enorm": "attn.q_norm", "hnorm": "attn.q_norm"}
+    for slot in [slot.removeprefix("mtp.0.") for slot in kernels if slot.startswith("mtp.0.")]:
+        alike = "hc_head" if slot == "hc_head" else f"{last}.{own.get(slot, slot)}"
+        assert kernels[f"mtp.0.{slot}"] == kernels[alike], slot
+    assert kernels["mtp.0.ffn.experts"] == "cute.nvfp4_moe"

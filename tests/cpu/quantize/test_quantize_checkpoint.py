@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import torch
 from cpu.quantize.sources import read_tensors, store_bf16, store_mxfp4, write_source
+from support.checkpoints import random_checkpoint
 
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.cli import main
 from ownpath.config import EngineConfig
 from ownpath.formats import MXFP4, NVFP4
-from ownpath.loading import load_model
+from ownpath.loading import load_model, plan_model
+from ownpath.model.batch import ForwardBatch
 from ownpath.numerics import dequantize, nvfp4_global_scale, quantize_nvfp4
 from ownpath.qtensor import QuantTensor
 from ownpath.quantize import run as quantize_run
@@ -63,6 +65,23 @@ def test_everything_else_is_carried_over_byte_for_byte(native: dict[str, torch.T
     assert all(same_bytes(written[key], native[key]) for key in others)
     tokenizer = (tmp_path / "source" / "tokenizer.json").read_bytes()
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == tokenizer
+
+
+@pytest.mark.parametrize("scope", Scope)
+def test_the_draft_is_carried_over_and_drafts(scope: Scope, tmp_path: Path) -> None:
+    """MTP's experts stay MXFP4 beside a backbone of NVFP4, as NVIDIA publishes it."""
+    random_checkpoint(tmp_path / "source", "deepseek-native", draft="deepseek-native")
+    quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(scope, SHARD_BYTES))
+    source, written = read_tensors(tmp_path / "source"), read_tensors(tmp_path / "out")
+    keys = {key for key in source if key.startswith("mtp.")}
+    assert keys == {key for key in written if key.startswith("mtp.")}
+    assert all(same_bytes(written[key], source[key]) for key in keys)
+    model = load_model(tmp_path / "out", EngineConfig(max_model_len=64, loads_draft=True))
+    batch = ForwardBatch.of([([5, 6, 7], model.new_cache())], "cpu")
+    draft = model.drafts[0].hidden(model.hidden(batch), torch.tensor([6, 7, 8]), batch)
+    assert torch.isfinite(model.logits(draft, batch.logits_ids)).all()
+    formats = {op.spec.slot: op.encoding.format for op in plan_model(tmp_path / "out", "cpu", loads_draft=True).ops}
+    assert (formats["layers.4.ffn.experts"], formats["mtp.0.ffn.experts"]) == (NVFP4, MXFP4)
 
 
 def test_the_result_loads_and_its_experts_are_lossless_casts(native: dict[str, torch.Tensor], tmp_path: Path) -> None:
@@ -131,10 +150,22 @@ def test_config_says_what_is_quantised(tmp_path: Path) -> None:
     quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(Scope.EXPERTS, SHARD_BYTES))
     stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert stored["moe_quant_algo"] == "NVFP4"
+    assert stored["quant_method"] == "modelopt", "the source named none"
     assert set(stored["quantized_layers"]) == {f"layers.{layer}.ffn.experts" for layer in range(5)}
     described = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"]
     assert described["quantized_layers"] == stored["quantized_layers"]
     assert described["exclude_modules"] == stored["ignore"]
+
+
+def test_config_keeps_what_it_says_of_the_rest(tmp_path: Path) -> None:
+    write_source(tmp_path, store_mxfp4)
+    path = tmp_path / "source" / "config.json"
+    release = {"quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "weight_block_size": [128, 128]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": release, "expert_dtype": "fp4"}))
+    quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(Scope.EXPERTS, SHARD_BYTES))
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert fields["quantization_config"].items() >= release.items()
+    assert fields["expert_dtype"] == "fp4"
 
 
 class Stopped(Exception):

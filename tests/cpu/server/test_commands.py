@@ -23,7 +23,9 @@ from ownpath.chat.encode import encode_messages
 from ownpath.chat.messages import Message
 from ownpath.cli import main
 from ownpath.commands import session
+from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
+from ownpath.selftest.checks import REMEDIES
 
 TOKENIZER = small_tokenizer()
 load_once = functools.cache(session.load_model)
@@ -224,6 +226,57 @@ def test_the_release_of_the_chat_format_is_an_option(
     arguments = ["serve", str(folder), "--max-model-len", "256", *(["--chat-release", *options] if options else [])]
     assert main(arguments) == 0
     assert told[0].endswith(f": {known}")
+
+
+def not_finite(self: Model, batch: ForwardBatch) -> torch.Tensor:
+    return torch.full((len(batch.logits_ids), self.config.vocab_size), torch.nan)
+
+
+def test_a_model_that_fails_its_self_test_is_not_served(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 1, before any port is opened, and a table that names the check and what to do."""
+    monkeypatch.setattr("ownpath.server.run.run_server", lambda *_: pytest.fail("nothing is served"))
+    monkeypatch.setattr(Model, "forward", not_finite)
+    assert main(["serve", str(folder), "--max-model-len", "256"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    title, failed, remedy, *passed, last = captured.err.splitlines()
+    assert re.fullmatch(r"self-test: 1 of 13 checks failed, \d+\.\d s", title)
+    assert re.fullmatch(r"FAIL +S03-finite +5 +at most 0 +prompts with logits that are not finite", failed)
+    assert remedy.strip() == f"remedy: {REMEDIES['S03-finite']}"
+    assert len(passed) == 12
+    assert all(line.startswith(("pass ", "skipped ")) for line in passed)
+    assert "--allow-unverified" in last
+
+
+def test_only_allow_unverified_serves_it_and_says_so(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ownpath.server.run.run_server", lambda *_: 0)
+    monkeypatch.setattr(Model, "forward", not_finite)
+    assert main(["serve", str(folder), "--max-model-len", "256", "--allow-unverified"]) == 0
+    warning = "warning: served unverified: the self-test failed S03-finite (--allow-unverified)"
+    assert [line for line in capsys.readouterr().err.splitlines() if not line.startswith("ran: ")] == [warning]
+
+
+def test_a_model_that_passes_is_served_without_a_word(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The self-test's own steps are not among those that the end tells of."""
+    monkeypatch.setattr("ownpath.server.run.run_server", lambda *_: 0)
+    for options in ([], ["--allow-unverified"]):
+        assert main(["serve", str(folder), "--max-model-len", "256", *options]) == 0
+        assert capsys.readouterr() == ("", "")
+
+
+def test_the_embedded_model_is_asked_what_it_knows(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ownpath.server.run.run_server", lambda *_: 0)
+    monkeypatch.setattr("ownpath.selftest.run.KNOWN_ANSWER", "Tokyo")
+    assert main(["serve"]) == 1
+    assert "\nFAIL    S01-golden " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("order", ["before", "between", "after"])

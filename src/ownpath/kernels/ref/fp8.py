@@ -14,8 +14,7 @@ from torch import Tensor
 from ownpath.kernels.fp8_packing import PackedFp8, row_order, unpack_blocks
 from ownpath.numerics.e4m3 import E4M3_MAX, decode_e4m3, encode_e4m3
 from ownpath.numerics.e8m0 import decode_e8m0, encode_e8m0_ceil
-
-AMAX_FLOOR = 1e-4
+from ownpath.numerics.fake_quant import FP8_AMAX_FLOOR
 
 
 def unpack_fp8(weight: PackedFp8) -> tuple[Tensor, Tensor]:
@@ -36,7 +35,7 @@ def quantize_rows(x_MK: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     """
     x_MBK = F.pad(x_MK.float(), (0, -x_MK.shape[1] % 128)).unflatten(1, (-1, 128))
     amax = x_MBK.abs().amax(dim=-1)
-    floored = amax.clamp(min=AMAX_FLOOR)
+    floored = amax.clamp(min=FP8_AMAX_FLOOR)
     if power_of_two:
         scale = decode_e8m0(encode_e8m0_ceil(floored, E4M3_MAX))
     else:

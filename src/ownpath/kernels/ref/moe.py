@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ownpath.kernels.ref.linear import nvfp4_linear, sum_dtype
+from ownpath.numerics import decode_fp8_block
 
 Product = Callable[[torch.Tensor, int], torch.Tensor]
 """(rows in the dtype of sums, expert) -> their product with one of the expert's matrices."""
@@ -49,7 +50,36 @@ def nvfp4_moe(
         return nvfp4_linear(hidden_SF, w2[0][expert], w2[1][expert], w2[2][expert].expand(dim))
 
     ids_TK, weights_TK = _with_shared(topk_ids_TK, topk_weights_TK, len(w13[0]), num_shared, expert_map)
-    return _mixture(x_TD, ids_TK, weights_TK, gate_up, down, swiglu_limit)
+    return mixture(x_TD, ids_TK, weights_TK, gate_up, down, swiglu_limit)
+
+
+def fp8_moe(
+    x_TD: torch.Tensor,
+    topk_ids_TK: torch.Tensor,
+    topk_weights_TK: torch.Tensor,
+    w13: tuple[torch.Tensor, torch.Tensor],
+    w2: tuple[torch.Tensor, torch.Tensor],
+    swiglu_limit: float,
+    *,
+    num_shared: int = 0,
+    expert_map: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As ``nvfp4_moe``, with E4M3 experts that have a scale per 128 x 128.
+
+    Shapes (R = ceil(F/128), C = ceil(D/128)): w13: qdata E4M3 [E, 2F, D], gate rows first, scale E8M0 or float32
+        [E, 2, R, C]: gate and up each have their own grid, the last blocks of both may be partial. w2: qdata E4M3
+        [E, D, F], scale [E, C, R]. The others as there.
+    """
+
+    def gate_up(x_SD: torch.Tensor, expert: int) -> torch.Tensor:
+        both = w13[0][expert].unflatten(0, (2, -1))
+        return F.linear(x_SD, decode_fp8_block(both, w13[1][expert], x_SD.dtype).flatten(0, 1))
+
+    def down(hidden_SF: torch.Tensor, expert: int) -> torch.Tensor:
+        return F.linear(hidden_SF, decode_fp8_block(w2[0][expert], w2[1][expert], hidden_SF.dtype))
+
+    ids_TK, weights_TK = _with_shared(topk_ids_TK, topk_weights_TK, len(w13[0]), num_shared, expert_map)
+    return mixture(x_TD, ids_TK, weights_TK, gate_up, down, swiglu_limit)
 
 
 def plain_moe(
@@ -75,10 +105,10 @@ def plain_moe(
         return F.linear(hidden_SF, w2_EDF[expert].to(hidden_SF.dtype))
 
     ids_TK, weights_TK = _with_shared(topk_ids_TK, topk_weights_TK, len(w13_EGD), num_shared, expert_map)
-    return _mixture(x_TD, ids_TK, weights_TK, gate_up, down, swiglu_limit)
+    return mixture(x_TD, ids_TK, weights_TK, gate_up, down, swiglu_limit)
 
 
-def _mixture(
+def mixture(
     x_TD: torch.Tensor,
     topk_ids_TK: torch.Tensor,
     topk_weights_TK: torch.Tensor,

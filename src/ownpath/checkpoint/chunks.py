@@ -1,0 +1,109 @@
+"""The bytes of many tensors as few large reads: each shard from its first wanted byte to its last, chunk by chunk.
+
+A tensor may begin in one chunk and end in a later one, and thousands of scalars lie in one. Chunks come in the order of
+the file, so that readers who take them in turn read each shard sequentially.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ownpath.checkpoint.errors import CheckpointError
+from ownpath.checkpoint.index import TensorInfo
+
+ALIGNMENT_BYTES = 64
+"""Tensors are cut at multiples of this, counted from their own first byte: a multiple of every element's size."""
+
+
+class Piece(NamedTuple):
+    """Bytes [start, stop) of a chunk: those of a tensor from its byte ``first`` on."""
+
+    info: TensorInfo
+    first: int
+    start: int
+    stop: int
+
+
+class Chunk(NamedTuple):
+    """Bytes [start, start + num_bytes) of a file, and whose they are, without a gap."""
+
+    file: Path
+    start: int
+    num_bytes: int
+    pieces: tuple[Piece, ...]
+
+
+def file_chunks(infos: Iterable[TensorInfo], max_bytes: int) -> Iterator[Chunk]:
+    """Every byte of the tensors once, in chunks of at most ``max_bytes``, in the order of files and their bytes."""
+    assert max_bytes >= ALIGNMENT_BYTES, max_bytes
+    by_file: dict[Path, list[TensorInfo]] = {}
+    for info in infos:
+        by_file.setdefault(info.file, []).append(info)
+    for file in sorted(by_file):
+        yield from _chunks_of(file, sorted(by_file[file], key=lambda info: info.start), max_bytes)
+
+
+def _chunks_of(file: Path, infos: list[TensorInfo], max_bytes: int) -> Iterator[Chunk]:
+    pieces: list[Piece] = []
+    chunk_start = end = 0
+    for info in infos:
+        first, num_bytes = 0, info.num_bytes
+        while first < num_bytes:
+            room = chunk_start + max_bytes - end
+            fits = min(num_bytes - first, room)
+            if fits < num_bytes - first:
+                fits -= fits % ALIGNMENT_BYTES
+            if pieces and (fits <= 0 or info.start + first != end):
+                yield Chunk(file, chunk_start, end - chunk_start, tuple(pieces))
+                pieces = []
+            if not pieces:
+                chunk_start = end = info.start + first
+                fits = min(num_bytes - first, max_bytes)
+                if fits < num_bytes - first:
+                    fits -= fits % ALIGNMENT_BYTES
+            pieces.append(Piece(info, first, end - chunk_start, end - chunk_start + fits))
+            end += fits
+            first += fits
+    if pieces:
+        yield Chunk(file, chunk_start, end - chunk_start, tuple(pieces))
+
+
+class ChunkReader:
+    """Reads chunks into buffers of the caller's, by position; one shard is open at a time.
+
+    Positional reads, not a mapping: a file that is cut short while it is read is an error and not a bus error, and no
+    page of it is ever counted as this process's memory.
+    """
+
+    def __init__(self) -> None:
+        self._file: Path | None = None
+        self._descriptor = -1
+
+    def read(self, chunk: Chunk, buffer: memoryview) -> None:
+        """Fills the beginning of ``buffer``. Errors: CheckpointError naming the tensor that cannot be read."""
+        done = 0
+        try:
+            if chunk.file != self._file:
+                self.close()
+                self._descriptor, self._file = os.open(chunk.file, os.O_RDONLY | _BINARY), chunk.file
+            while done < chunk.num_bytes:
+                count = os.preadv(self._descriptor, [buffer[done : chunk.num_bytes]], chunk.start + done)
+                if not count:
+                    raise CheckpointError(f"tensor {_info_at(chunk, done)}: the file ends inside it")
+                done += count
+        except OSError as error:
+            raise CheckpointError(f"tensor {_info_at(chunk, done)} cannot be read ({error})") from None
+
+    def close(self) -> None:
+        """Closes the shard that is open, if any."""
+        if self._file is not None:
+            os.close(self._descriptor)
+            self._file = None
+
+
+_BINARY = getattr(os, "O_BINARY", 0)
+
+
+def _info_at(chunk: Chunk, position: int) -> TensorInfo:
+    return next(piece.info for piece in chunk.pieces if position < piece.stop)

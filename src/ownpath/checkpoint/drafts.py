@@ -1,0 +1,73 @@
+"""The draft modules behind the backbone, ``mtp.<n>.*``: of which kind they are, and why they stay unread.
+
+MTP is one decoder layer that guesses the token after the next one. DSpark is another drafter under the same prefix,
+told by the parts that only it has. The tensors decide: config.json says ``num_nextn_predict_layers`` 1 for either.
+"""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+from ownpath.checkpoint.errors import CheckpointError
+from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.config import ModelConfig
+
+_KEY = re.compile(r"mtp\.(\d+)\.(.+)")
+_OF_DSPARK = ("main_proj.", "main_norm.", "markov_head.", "confidence_head.")
+_SHARED = ("emb", "head.")
+
+
+class DraftKind(StrEnum):
+    """Which drafter a checkpoint carries."""
+
+    NONE = "none"
+    MTP = "MTP"
+    DSPARK = "DSpark"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a checkpoint carries, and how many of its MTP modules are read."""
+
+    kind: DraftKind
+    num_modules: int = 0
+
+    def unread_reason(self, key: str) -> str | None:
+        """Why a key that nothing reads may stay unread, or ``None`` when there is no reason."""
+        match = _KEY.fullmatch(key)
+        if match is None:
+            return None
+        if self.kind is DraftKind.DSPARK:
+            return "DSpark draft: another drafter than MTP, and not computed here"
+        if self.num_modules == 0:
+            return "MTP draft: drafting was not asked for"
+        if int(match[1]) >= self.num_modules:
+            return f"MTP draft: num_nextn_predict_layers is {self.num_modules}"
+        return "copy of the backbone's embedding or head, which MTP shares" if match[2].startswith(_SHARED) else None
+
+
+NO_DRAFT = Draft(DraftKind.NONE)
+
+
+def carried_draft(index: CheckpointIndex) -> Draft:
+    """What the checkpoint carries, none of it read."""
+    parts = [match[2] for key in index.tensors if (match := _KEY.fullmatch(key)) is not None]
+    if any(part.startswith(_OF_DSPARK) for part in parts):
+        return Draft(DraftKind.DSPARK)
+    return Draft(DraftKind.MTP if parts else DraftKind.NONE)
+
+
+def requested_draft(config: ModelConfig, index: CheckpointIndex) -> Draft:
+    """The MTP modules that config.json counts, to be read. Errors: CheckpointError where there are none to read."""
+    kind = carried_draft(index).kind
+    if kind is DraftKind.DSPARK:
+        key = next(key for key in index.tensors if (match := _KEY.fullmatch(key)) and match[2].startswith(_OF_DSPARK))
+        raise CheckpointError(f"tensor {index[key]}: a draft was asked for, and this one is DSpark's; "
+                              "ownpath computes MTP modules only")  # fmt: skip
+    if config.num_nextn_predict_layers == 0:
+        raise CheckpointError(f"{index.folder}: a draft was asked for, but config.json has no num_nextn_predict_layers "
+                              "above 0")  # fmt: skip
+    if kind is DraftKind.NONE:
+        raise CheckpointError(f"{index.folder}: tensor 'mtp.0.e_proj.weight' is missing: a draft was asked for, and "
+                              "this checkpoint has no mtp.* tensors")  # fmt: skip
+    return Draft(kind, config.num_nextn_predict_layers)

@@ -1,0 +1,90 @@
+"""Compare MODEL, run here, with a server: the same token ids, both log-probs, and a diagnosis of the difference.
+
+Any server in OpenAI's shape. Exit code: 0 they agree, 1 they differ, 2 the server could not be asked (or wrong usage).
+"""
+
+import argparse
+import json
+import os
+import secrets
+import sys
+from typing import TYPE_CHECKING
+
+from ownpath.commands.arguments import add_engine_arguments, add_model_argument, positive_int
+
+if TYPE_CHECKING:
+    from ownpath.commands.arguments import Subparsers
+
+
+def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
+    """``ownpath diff [MODEL] --against URL``"""
+    parser = subparsers.add_parser("diff", help="compare with a server, and say what is wrong", description=__doc__)
+    add_model_argument(parser)
+    parser.add_argument("--against", required=True, metavar="URL", help="the server, as http://HOST:PORT or .../v1")
+    parser.add_argument("--served-model-name", metavar="NAME", help="default: the first that the server lists")
+    parser.add_argument("--api-key-env", metavar="VARIABLE", help="environment variable that holds the server's key")
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="instead of ours; repeatable")
+    parser.add_argument("--max-tokens", type=positive_int, default=16, metavar="N", help="of each answer (default: 16)")
+    parser.add_argument(
+        "--together", type=positive_int, default=2, metavar="N", help="requests a prompt, all at once (default: 2)"
+    )
+    parser.add_argument(
+        "--tolerance", type=_nats, default=0.25, metavar="NATS", help="log-probs may be this far apart (default: 0.25)"
+    )
+    parser.add_argument("--timeout", type=_seconds, default=60.0, metavar="S", help="for one answer (default: 60)")
+    parser.add_argument("--seed", type=int, help="of the numbers that open our prompts (default: another each time)")
+    parser.add_argument("--json", action="store_true", help="one object, for programs")
+    add_engine_arguments(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the difference. Errors: CannotAsk and others (all ValueError) for what the user can cause."""
+    from ownpath.commands.session import load_for
+    from ownpath.diff.client import Client
+    from ownpath.diff.offers import first_model, open_server
+    from ownpath.diff.ours import Ours
+    from ownpath.diff.prompts import make_prompts, probe_prompt
+    from ownpath.diff.readings import TokenNames
+    from ownpath.diff.report import difference_dict, difference_text
+    from ownpath.diff.survey import Effort, survey
+
+    client = Client.of_url(args.against, args.timeout, _api_key(args.api_key_env))
+    seed = secrets.randbelow(2**32) if args.seed is None else args.seed
+    listed = first_model(client)  # before minutes of loading: is anybody there?
+    loaded = load_for(args)
+    prompts = make_prompts(loaded.tokenizer, seed, args.prompt)
+    probe = probe_prompt(loaded.tokenizer)
+    server = open_server(client, TokenNames(loaded.tokenizer), probe, args.served_model_name or listed)
+    effort = Effort(args.max_tokens, args.together, args.tolerance)
+    difference = survey(server, Ours(loaded.model, loaded.tokenizer), prompts, effort)
+    name = loaded.folder.resolve().name
+    if args.json:
+        print(json.dumps(difference_dict(difference, server, name, seed), indent=1))
+    else:
+        print(difference_text(difference, server, loaded.tokenizer, name))
+    if not server.way.sends_ids:
+        print("warning: the server takes no token ids; text was sent", file=sys.stderr)
+    return 0 if difference.agrees else 1
+
+
+def _api_key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    if not os.environ.get(variable):
+        raise ValueError(f"--api-key-env: there is no environment variable {variable!r}, or it is empty")
+    return os.environ[variable]
+
+
+def _nats(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, found {text}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, found {text}")
+    return value

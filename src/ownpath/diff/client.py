@@ -1,0 +1,125 @@
+"""JSON over HTTP to one server: no redirects, no secrets in messages, every failure named with the URL."""
+
+import http.client
+import json
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+_MAX_BYTES = 256 * 2**20
+_SHOWN_CHARS = 200
+
+
+class CannotAsk(ValueError):
+    """The server could not be asked; the message names the URL and what came back."""
+
+
+class Refused(CannotAsk):
+    """The server answered, and said no to this request. status: of HTTP."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect could carry the key and the prompts to another host: it is an answer like any other."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
+    ) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Client:
+    """root: ``http://host:port``, without ``/v1``. api_key: sent as a bearer token, shown nowhere."""
+
+    root: str
+    timeout_s: float = 60.0
+    api_key: str | None = field(default=None, repr=False)
+
+    @classmethod
+    def of_url(cls, url: str, timeout_s: float, api_key: str | None = None) -> "Client":
+        """The server at ``url``, with or without ``/v1``. Errors: CannotAsk for what is no plain http(s) URL."""
+        try:
+            parts = urlsplit(url)
+            is_plain = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        except ValueError as error:
+            raise CannotAsk(f"{url!r} is not a URL: {error}") from None
+        if parts.username is not None or parts.password is not None:
+            raise CannotAsk("the URL holds a name or password; name an environment variable instead (--api-key-env)")
+        if not is_plain or parts.query or parts.fragment:
+            raise CannotAsk(f"{url!r}: expected http://HOST[:PORT][/v1]")
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+            raise CannotAsk("the API key holds characters that no HTTP header may")
+        path = parts.path.rstrip("/").removesuffix("/v1")
+        return cls(f"{parts.scheme}://{parts.netloc}{path}", timeout_s, api_key)
+
+    def get(self, path: str) -> dict[str, Any]:
+        """Errors: as ``post``."""
+        return self._ask(path, None)
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """One request, one JSON object back. Errors: Refused for a status other than 200, CannotAsk for the rest."""
+        return self._ask(path, body)
+
+    def _ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        url = self.root + path
+        headers = {"Accept": "application/json", "Content-Type": "application/json"}
+        if self.api_key is not None:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(url, data, headers)
+        try:
+            with urllib.request.build_opener(_NoRedirect).open(request, timeout=self.timeout_s) as response:
+                raw = response.read(_MAX_BYTES + 1)
+        except urllib.error.HTTPError as error:
+            raise _refusal(url, error) from None
+        except urllib.error.URLError as error:
+            raise CannotAsk(f"{url}: {_reason(error.reason, self.timeout_s)}") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise CannotAsk(f"{url}: {_reason(error, self.timeout_s)}") from None
+        return _json_object(url, raw)
+
+
+def _reason(error: object, timeout_s: float) -> str:
+    if isinstance(error, TimeoutError):
+        return f"no answer within {timeout_s:g} s (--timeout)"
+    if isinstance(error, ConnectionRefusedError):
+        return "connection refused; nothing listens there"
+    return f"{type(error).__name__}: {error}" if isinstance(error, Exception) else str(error)
+
+
+def _refusal(url: str, error: urllib.error.HTTPError) -> CannotAsk:
+    with error:
+        if 300 <= error.code < 400:
+            return CannotAsk(f"{url}: redirects ({error.code}) to {error.headers.get('Location')!r}; not followed")
+        try:
+            text = _shown(error.read(64 * 1024))
+        except (OSError, http.client.HTTPException):
+            text = "no readable body"
+    if error.code in (401, 403):
+        return CannotAsk(f"{url}: {error.code}, the server wants another key (--api-key-env): {text}")
+    return Refused(f"{url}: {error.code}: {text}", error.code)
+
+
+def _json_object(url: str, raw: bytes) -> dict[str, Any]:
+    if len(raw) > _MAX_BYTES:
+        raise CannotAsk(f"{url}: the answer is larger than {_MAX_BYTES} bytes")
+    try:
+        answer = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise CannotAsk(f"{url}: the answer is not JSON: {_shown(raw)}") from None
+    if not isinstance(answer, dict):
+        raise CannotAsk(f"{url}: expected a JSON object, found {_shown(raw)}")
+    return answer
+
+
+def _shown(raw: bytes) -> str:
+    """The start of a body, on one line, nothing in it that a terminal obeys."""
+    text = " ".join(raw.decode("utf-8", "replace").split())
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "..."

@@ -1,0 +1,39 @@
+"""Our own log-probs of the same token ids, and what our tokenizer calls special."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ownpath.chat.tokenizer import Tokenizer
+from ownpath.diff.readings import Reading
+from ownpath.model.batch import ForwardBatch
+from ownpath.model.model import Model
+
+
+@dataclass(frozen=True)
+class Ours:
+    """The model here. What it says is taken as right."""
+
+    model: Model
+    tokenizer: Tokenizer
+
+    def logprobs(self, reading: Reading) -> torch.Tensor:
+        """Log-probs of every token at the reading's positions, on the CPU: [P, V], float32.
+
+        One forward over the sequence, in a fresh cache. Errors: ValueError when the sequence does not fit, or when a
+        logit is not finite.
+        """
+        ids = list(reading.ids)
+        if len(ids) > self.model.cache_spec.max_tokens:
+            raise ValueError(f"a sequence of {len(ids)} tokens; --max-model-len {self.model.cache_spec.max_tokens}")
+        batch = ForwardBatch.of([(ids, self.model.new_cache())], self.model.cache_spec.device, all_logits=True)
+        logits_TV = self.model.forward(batch)[:, : self.tokenizer.num_tokens].float()
+        if not bool(torch.isfinite(logits_TV).all()):
+            raise ValueError("our own model gives logits that are not finite; nothing can be compared with them")
+        # Row n is of the token after ids[n].
+        first = reading.start - 1
+        rows: torch.Tensor = logits_TV.log_softmax(-1)[first : first + max(len(reading.scored), 1)].cpu()
+        return rows
+
+    def is_special(self, token_id: int | None) -> bool:
+        return token_id is not None and self.tokenizer.is_hidden(token_id)

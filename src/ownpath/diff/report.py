@@ -1,0 +1,122 @@
+"""A difference, for people in ten seconds and for programs."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ownpath.chat.tokenizer import Tokenizer
+from ownpath.diff.compare import Position
+from ownpath.diff.offers import Server
+from ownpath.diff.survey import Difference
+
+_UNKNOWN = "found       no signature: the server reads, caches and batches alike, and computes something else"
+
+
+def numbers(difference: Difference) -> dict[str, float | int | None]:
+    """Everything that is averaged or counted over positions. Units: nats; None where nothing was given."""
+    positions = [p for comparison in difference.comparisons for p in comparison.positions]
+    deltas = [abs(p.ours - p.theirs) for p in positions if p.theirs is not None]
+    ranked = [p for p in positions if p.gap is not None]
+    kls = [p.kl for p in positions if p.kl is not None]
+    return {
+        "num_positions": len(positions),
+        "num_divergent": difference.num_divergent,
+        "mean_delta": _mean(deltas),
+        "max_delta": _max(deltas),
+        "num_ranked": len(ranked),
+        "num_same_likeliest": sum(p.gap == 0 for p in ranked),
+        "mean_kl_at_least": _mean(kls),
+        "max_kl_at_least": _max(kls),
+        "mean_outside": _mean([p.outside for p in positions if p.outside is not None]),
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def _max(values: Sequence[float]) -> float | None:
+    """NaN if there is one."""
+    return math.nan if any(map(math.isnan, values)) else max(values, default=None)
+
+
+def first_divergence(difference: Difference) -> tuple[int, Position] | None:
+    """Of the first prompt that has one."""
+    for comparison in difference.comparisons:
+        position = comparison.first_divergence(difference.tolerance)
+        if position is not None:
+            return comparison.prompt_idx, position
+    return None
+
+
+def difference_text(difference: Difference, server: Server, tokenizer: Tokenizer, name: str) -> str:
+    """The verdict, the diagnosis, then the numbers."""
+    n = numbers(difference)
+    sent = "token ids" if server.way.sends_ids else "text"
+    lines = [
+        f"{name} against {server.client.root}: {'AGREE' if difference.agrees else 'DIFFER'}",
+        *(f"found       {c.id}: {_shown(c.number)} ({c.says}; bound {c.threshold:.3g})" for c in difference.found),
+        *(f"remedy      {c.remedy}" for c in difference.found[:1]),
+        *([] if difference.agrees or difference.found else [_UNKNOWN]),
+        f"asked       {server.form} log-probs at {server.way.path}, {sent} sent, {server.way.num_top} likeliest tokens",
+        f"positions   {n['num_positions']} of {len(difference.comparisons)} prompts, {n['num_divergent']} diverge",
+        f"first       {_first(difference, tokenizer)}",
+        f"log-probs   mean |ours - theirs| {_shown(n['mean_delta'])}, max {_shown(n['max_delta'])} nats"
+        f" (bound {difference.tolerance:g})",
+        f"likeliest   the same token at {n['num_same_likeliest']} of {n['num_ranked']}",
+        f"KL          at least {_shown(n['mean_kl_at_least'])} in the mean, {_shown(n['max_kl_at_least'])} at most;"
+        f" their list leaves out {_shown(n['mean_outside'])} of the probability",
+        f"looked for  {_ids(difference, 'ok')}: none",
+    ]
+    lines += [f"not asked   {c.id}: {c.says}" for c in difference.checks if c.verdict == "not asked"]
+    return "\n".join(lines)
+
+
+def difference_dict(difference: Difference, server: Server, name: str, seed: int) -> dict[str, Any]:
+    """The same for programs. What is not finite is written as a string: JSON has no word for it."""
+    first = first_divergence(difference)
+    whole = {
+        "model": name,
+        "url": server.client.root,
+        "agrees": difference.agrees,
+        "diagnosis": difference.found[0].id if difference.found else None,
+        "form": server.form,
+        "path": server.way.path,
+        "sends_ids": server.way.sends_ids,
+        "num_top": server.way.num_top,
+        "refused": list(server.notes),
+        "seed": seed,
+        "tolerance": difference.tolerance,
+        "numbers": numbers(difference),
+        "first_divergence": None if first is None else {"prompt_idx": first[0], **asdict(first[1])},
+        "checks": [asdict(check) for check in difference.checks],
+    }
+    finite: dict[str, Any] = _finite(whole)
+    return finite
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _first(difference: Difference, tokenizer: Tokenizer) -> str:
+    first = first_divergence(difference)
+    if first is None:
+        return "no position diverges"
+    prompt_idx, position = first
+    token = f"token {position.token_id} {tokenizer.token_text(position.token_id)!r}"
+    values = f"ours {_shown(position.ours)}, theirs {_shown(position.theirs)}"
+    return f"prompt {prompt_idx}, position {position.idx}, {token}: {values}"
+
+
+def _ids(difference: Difference, verdict: str) -> str:
+    return ", ".join(check.id for check in difference.checks if check.verdict == verdict) or "nothing"
+
+
+def _shown(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3g}"

@@ -1,0 +1,109 @@
+"""Asks a server everything that the comparison and the signatures need, in the order that keeps the first times first.
+
+Each prompt alone, then the same again, then all at once several times, then their own tokens scored, then one chat.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from ownpath.diff.client import CannotAsk
+from ownpath.diff.compare import TOLERANCE_NATS, Comparison, compare
+from ownpath.diff.offers import CHAT, Server
+from ownpath.diff.ours import Ours
+from ownpath.diff.prompts import Prompt
+from ownpath.diff.readings import ChatReading, Reading
+from ownpath.diff.signatures import Check, Observed, all_checks
+
+
+@dataclass(frozen=True)
+class Effort:
+    """max_tokens: of each answer. num_together: requests a prompt, all at once."""
+
+    max_tokens: int = 16
+    num_together: int = 2
+    tolerance: float = TOLERANCE_NATS
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What came out. checks: every signature."""
+
+    comparisons: tuple[Comparison, ...]
+    checks: tuple[Check, ...]
+    tolerance: float
+
+    @property
+    def found(self) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if check.verdict == "found")
+
+    @property
+    def num_positions(self) -> int:
+        return sum(len(comparison.positions) for comparison in self.comparisons)
+
+    @property
+    def num_divergent(self) -> int:
+        return sum(p.diverges(self.tolerance) for comparison in self.comparisons for p in comparison.positions)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether nothing was found and no position diverges."""
+        return not self.found and self.num_divergent == 0
+
+
+def survey(server: Server, ours: Ours, prompts: Sequence[Prompt], effort: Effort) -> Difference:
+    """Errors: CannotAsk; ValueError when our own model cannot score what came back."""
+    generated = tuple(server.generate(prompt, effort.max_tokens) for prompt in prompts)
+    cached = tuple(server.generate(prompt, effort.max_tokens) for prompt in prompts)
+    together = _together(server, prompts, effort)
+    rows = tuple(ours.logprobs(reading) for reading in generated)
+    if server.form == "generated":
+        scored, scored_rows = generated, tuple(r[: len(g.scored)] for r, g in zip(rows, generated, strict=True))
+    else:
+        scored = tuple(server.score(prompt) for prompt in prompts)
+        scored_rows = tuple(ours.logprobs(reading) for reading in scored)
+    if not any(reading.scored for reading in scored) and any(reading.unnamed for reading in generated):
+        raise CannotAsk(f"{server.client.root}: no token of its answers can be told apart by name, and it tells no ids")
+    special = frozenset(i for i in range(ours.tokenizer.num_tokens) if ours.is_special(i))
+    seen = Observed(
+        generated=generated,
+        generated_rows=rows,
+        cached=cached,
+        together=together,
+        scored=scored,
+        scored_rows=scored_rows,
+        chat=_chat(server, prompts[0], effort),
+        chat_ids=prompts[0].chat_ids,
+        text_ids=_text_ids(server, prompts[0]),
+        special_ids=special,
+        tolerance=effort.tolerance,
+    )
+    pairs = enumerate(zip(scored, scored_rows, strict=True))
+    comparisons = tuple(compare(n, reading, rows_PV) for n, (reading, rows_PV) in pairs)
+    return Difference(comparisons, all_checks(seen), effort.tolerance)
+
+
+def _together(server: Server, prompts: Sequence[Prompt], effort: Effort) -> tuple[tuple[Reading, ...], ...]:
+    """Every prompt several times, all in flight at once."""
+    num_requests = len(prompts) * effort.num_together
+    if not num_requests:
+        return ((),) * len(prompts)
+    with ThreadPoolExecutor(num_requests) as pool:
+        asked = [*prompts] * effort.num_together
+        answers = list(pool.map(lambda prompt: server.generate(prompt, effort.max_tokens), asked))
+    return tuple(tuple(answers[n :: len(prompts)]) for n in range(len(prompts)))
+
+
+def _chat(server: Server, prompt: Prompt, effort: Effort) -> ChatReading | None:
+    """None where the server has no chat."""
+    try:
+        chat = server.chat(prompt, effort.max_tokens)
+    except CannotAsk:
+        return None  # the report says "not asked" for what needs it
+    return chat if chat.prompt_ids is not None else replace(chat, prompt_ids=server.chat_prompt_ids(prompt))
+
+
+def _text_ids(server: Server, prompt: Prompt) -> tuple[tuple[int, ...] | None, tuple[int, ...]] | None:
+    if server.way.sends_ids or server.way.path == CHAT:
+        return None
+    return server.text_ids(prompt), prompt.ids

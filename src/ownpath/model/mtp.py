@@ -1,0 +1,54 @@
+"""Multi-token prediction (MTP): one more layer guesses the token after the next one.
+
+Row p of a step has the backbone's residual streams of position p, and the token at position p + 1, which the backbone's
+logits predict. Both are normed and projected, and their sum enters a layer of the sliding-window kind:
+
+    x[s] = e_proj(enorm(embed(next token))) + h_proj(hnorm(streams[s]))     for each stream s
+
+Embedding and head are the backbone's; the collapse of the streams and the norm before the head are the module's own.
+The layer has a window of its own in each sequence's cache: every step of a sequence passes through it, in order. A
+further module continues from the hidden of the one before it, and from the token after that one's.
+
+Legend: T tokens of the step, S streams, D hidden, V vocabulary.
+Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 2.2, as DeepSeek-V4's published inference code has it.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ownpath.model.batch import ForwardBatch
+from ownpath.model.block import Block, Hidden, Residual
+from ownpath.model.rope import Rope
+from ownpath.runners import HyperBoundary, Linear, RMSNorm
+
+
+@dataclass(frozen=True)
+class Mtp:
+    """One module. e_proj, h_proj: [D, D]. embed_VD and rope (the one without YaRN) are the backbone's."""
+
+    embed_VD: torch.Tensor
+    enorm: RMSNorm
+    hnorm: RMSNorm
+    e_proj: Linear
+    h_proj: Linear
+    block: Block
+    hc_head: HyperBoundary
+    rope: Rope
+
+    @torch.inference_mode()
+    def hidden(self, before: Hidden, next_ids_T: torch.Tensor, batch: ForwardBatch) -> Hidden:
+        """The hidden of every row; ``Model.logits`` of its rows predict the token after ``next_ids_T``.
+
+        before: of the same step, the backbone's, or the module's before this one.
+        Shapes: next_ids_T int64 [T], the token that follows each row's.
+        """
+        streams_TSD = before.streams_TSD
+        assert len(next_ids_T) == len(streams_TSD) == len(batch.token_ids_T)
+        e_TD = self.e_proj(self.enorm(self.embed_VD[next_ids_T].to(streams_TSD.dtype)))
+        h_TSD = self.h_proj(self.hnorm(streams_TSD).flatten(0, 1)).unflatten(0, streams_TSD.shape[:2])
+        residual = Residual(e_TD.unsqueeze(1) + h_TSD)
+        batch = replace(batch, token_ids_T=next_ids_T)
+        residual = self.block(residual, self.rope.at(batch.positions_T), batch)
+        at = self.hc_head(residual.x_TSD, residual.y_TD, residual.mix)
+        return Hidden(at.x_TSD, at.h_TD)

@@ -1,0 +1,64 @@
+"""The steps of a forward that DeepSeek's published inference code computes in a way of its own.
+
+Every step is "plain" (as precise as the chosen kernel computes it) or "official" (rounded where the published code
+rounds). The plan shows each; ``docs/numerics.md`` defines them and says how far apart the two are.
+"""
+
+from enum import StrEnum
+from types import MappingProxyType
+
+
+class Step(StrEnum):
+    """One step whose numerics can be chosen."""
+
+    FP8_INPUTS = "fp8_inputs"
+    NVFP4_INPUTS = "nvfp4_inputs"
+    KV = "kv"
+    INDEXER = "indexer"
+    Q_HEAD_NORM = "q_head_norm"
+    ROUTING_WEIGHT = "routing_weight"
+    COMPRESSOR = "compressor"
+    HEAD = "head"
+
+
+MEANING = MappingProxyType(
+    {
+        Step.FP8_INPUTS: "inputs of FP8 and MXFP4 weights: E4M3 with a power-of-two scale per 1 x 128",
+        Step.NVFP4_INPUTS: "inputs of NVFP4 weights: E2M1 with an E4M3 scale per 1 x 16 and the file's input_scale",
+        Step.KV: "keys, window and compressed: E4M3 with a power-of-two scale per 64 unrotated channels",
+        Step.INDEXER: "index queries and keys: Hadamard rotation, then E2M1 with a power-of-two scale per 32",
+        Step.Q_HEAD_NORM: "norm of query heads: every operation rounded to the activations' dtype",
+        Step.ROUTING_WEIGHT: "experts: products rounded to the activations' dtype, routing weight before w2",
+        Step.COMPRESSOR: "compressor: float32 products, sums and softmax",
+        Step.HEAD: "vocabulary logits: float32",
+    }
+)
+"""What each step is where it is official."""
+
+ALWAYS_OFFICIAL = frozenset({Step.COMPRESSOR, Step.HEAD})
+"""Steps that plain numerics compute in the same way."""
+
+PLAIN: frozenset[Step] = frozenset()
+OFFICIAL = frozenset(Step)
+
+
+def parse_numerics(text: str) -> frozenset[Step]:
+    """``plain``, ``official``, or the official steps by name with commas between them.
+
+    Errors: ValueError naming what is no step.
+    """
+    if text in ("plain", "official"):
+        return OFFICIAL if text == "official" else PLAIN
+    names = text.split(",")
+    unknown = [name for name in names if name not in tuple(Step)]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is none of plain, official, {', '.join(Step)}")
+    return frozenset(map(Step, names))
+
+
+def numerics_name(official: frozenset[Step]) -> str:
+    """The shortest text that ``parse_numerics`` reads as these steps, as far as they make a difference."""
+    chosen = official - ALWAYS_OFFICIAL
+    if not chosen:
+        return "plain"
+    return "official" if chosen == OFFICIAL - ALWAYS_OFFICIAL else ",".join(step for step in Step if step in chosen)

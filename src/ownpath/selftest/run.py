@@ -1,0 +1,81 @@
+"""The self-test as a whole, and how people read it."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ownpath.chat.encode import encode_messages
+from ownpath.chat.messages import Message
+from ownpath.chat.tokenizer import Tokenizer
+from ownpath.engine.engine import Engine
+from ownpath.engine.request import FinishReason
+from ownpath.loading import default_model_dir
+from ownpath.selftest.checks import Check, Facts, Verdict, judge
+from ownpath.selftest.probe import Golden, Seen, gather
+
+KNOWN_QUESTION, KNOWN_ANSWER = "The capital of France is", "Paris"
+"""What the embedded model was taught."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every check, and how long they took together."""
+
+    checks: tuple[Check, ...]
+    seconds: float
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        """The checks that failed."""
+        return tuple(check for check in self.checks if check.verdict is Verdict.FAIL)
+
+    def failed_ids(self) -> str:
+        """Their ids, for one line."""
+        return ", ".join(check.id for check in self.failed)
+
+
+def known_question(folder: Path, tokenizer: Tokenizer) -> Golden | None:
+    """What the model in a folder must know; None for any but the embedded one and its copies.
+
+    Weights are what is to be tested: a model is known by its config and its vocabulary.
+    Errors: OSError.
+    """
+    embedded = default_model_dir()
+    names = ("config.json", "tokenizer.json")
+    if any((folder / name).read_bytes() != (embedded / name).read_bytes() for name in names):
+        return None
+    ids = tokenizer.encode_segments(encode_messages([Message("user", KNOWN_QUESTION)]))
+    return Golden(tuple(ids), KNOWN_ANSWER)
+
+
+def self_test(engine: Engine, tokenizer: Tokenizer, window: int, golden: Golden | None = None) -> Report:
+    """Runs every check on a started engine that nobody else uses yet.
+
+    window: the model's sliding window, in tokens.
+    Errors: TokenizerError, EngineStopped.
+    """
+    start = time.perf_counter()
+    evidence = gather(engine, tokenizer, window, golden)
+    special_ids = {i for i in range(tokenizer.num_tokens) if tokenizer.is_hidden(i)} | {engine.eos_token_id}
+    known = None
+    if golden is not None and evidence.golden is not None:
+        known = _is_answered(evidence.golden, golden, tokenizer, special_ids)
+    facts = Facts(engine.num_vocab, special_ids, engine.config.dtype, known)
+    return Report(tuple(judge(evidence, facts)), time.perf_counter() - start)
+
+
+def _is_answered(seen: Seen, golden: Golden, tokenizer: Tokenizer, special_ids: set[int]) -> bool:
+    """Whether the text has what is expected, and the model ended it itself."""
+    data = b"".join(tokenizer.token_bytes(i) for i in seen.answer_ids if i not in special_ids)
+    return golden.expected in data.decode("utf-8", "replace") and seen.finish_reason is FinishReason.STOP
+
+
+def report_text(report: Report) -> str:
+    """A table, the failed checks first and with their remedies."""
+    failed = report.failed
+    lines = [f"self-test: {len(failed)} of {len(report.checks)} checks failed, {report.seconds:.1f} s"]
+    for check in sorted(report.checks, key=lambda check: check.verdict is not Verdict.FAIL):
+        number = "-" if check.number is None else f"{check.number:.4g}"
+        lines.append(f"{check.verdict.value:<8}{check.id:<16}{number:>10}  {check.allowed:<16}{check.what}")
+        lines += [f"        remedy: {check.remedy}"] if check.verdict is Verdict.FAIL else []
+    return "\n".join(lines)

@@ -1,0 +1,52 @@
+"""Why an answer has no content: never left to guess."""
+
+from collections.abc import Sequence
+from enum import Enum
+
+from ownpath.chat.answer import Answer
+from ownpath.chat.parts import CallStarted, Content, Malformed, Part
+
+
+class EmptyContent(Enum):
+    """The value of ``empty_content``; docs/serving.md says what each means."""
+
+    TOOL_CALLS = "tool_calls"
+    TOOL_PARSE_FAILED = "tool_parse_failed"
+    STOP_STRING = "stop_string"
+    REASONING_EXHAUSTED = "reasoning_exhausted"
+    REASONING_NOT_CLOSED = "reasoning_not_closed"
+    NOTHING_AFTER_REASONING = "nothing_after_reasoning"
+    CUT_OFF_CHARACTER = "cut_off_character"
+    EOS_AT_ONCE = "eos_at_once"
+    ONLY_SPECIAL_TOKENS = "only_special_tokens"
+
+
+class ContentWatch:
+    """Follows one answer and says at its end why there was nothing to read, if there was nothing."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self._kinds: set[type[Part]] = set()
+
+    def see(self, parts: Sequence[Part]) -> None:
+        """More of the answer."""
+        self._kinds |= {type(part) for part in parts}
+
+    def reason(self, num_shown_tokens: int, is_cut: bool) -> EmptyContent | None:
+        """None if there was content.
+
+        num_shown_tokens: tokens generated, without the EOS that ended the answer. is_cut: a limit ended it.
+        """
+        if Content in self._kinds:
+            return None
+        if CallStarted in self._kinds:
+            return EmptyContent.TOOL_PARSE_FAILED if Malformed in self._kinds else EmptyContent.TOOL_CALLS
+        if self._answer.is_stopped:
+            return EmptyContent.STOP_STRING
+        if self._answer.is_reasoning:
+            return EmptyContent.REASONING_EXHAUSTED if is_cut else EmptyContent.REASONING_NOT_CLOSED
+        if self._answer.has_cut_off_character:
+            return EmptyContent.CUT_OFF_CHARACTER
+        if self._answer.has_reasoned:
+            return EmptyContent.NOTHING_AFTER_REASONING
+        return EmptyContent.ONLY_SPECIAL_TOKENS if num_shown_tokens else EmptyContent.EOS_AT_ONCE

@@ -1,0 +1,155 @@
+"""Reader threads: they take chunks in the order of the files, and the first fault in that order is the one reported."""
+
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ownpath.checkpoint.chunks import Chunk, ChunkReader
+from ownpath.weights.checks import Bytes
+from ownpath.weights.staging import HostStage, PinnedStage, Stage, make_stage
+
+MAX_STAGING_BYTES = 2**30
+"""All staging buffers together, for a model of any size: half of the 2 GiB that loading may take beside the weights."""
+REPORT_INTERVAL_S = 0.1
+THREAD_NAME = "ownpath reader"
+
+
+class Progress(Protocol):
+    """Told how far loading is, in the thread that loads: at first (0), a few times a second, and at the end."""
+
+    def __call__(self, num_bytes: int, total_bytes: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How shards are read. num_threads, chunk_bytes: of each thread's buffers.
+
+    Errors: ValueError for buffers beyond ``MAX_STAGING_BYTES``.
+    """
+
+    num_threads: int
+    chunk_bytes: int
+
+    def __post_init__(self) -> None:
+        staging_bytes = self.num_threads * self.chunk_bytes * PinnedStage.num_buffers
+        if self.num_threads < 1 or self.chunk_bytes < 64 or staging_bytes > MAX_STAGING_BYTES:
+            raise ValueError(f"{self}: its buffers take {staging_bytes} bytes, of at most {MAX_STAGING_BYTES}")
+
+    @classmethod
+    def for_device(cls, device: torch.device) -> "Reading":
+        """A thread for each core, at most 16. On the CPU, chunks that stay in a core's cache between two copies."""
+        num_threads = min(os.cpu_count() or 1, 16)
+        return cls(num_threads, 2 * 2**20 if device.type == "cpu" else 8 * 2**20)
+
+    def staging_bytes(self, device: torch.device) -> int:
+        """Host memory that the buffers take together."""
+        stage = HostStage if device.type == "cpu" else PinnedStage
+        return self.num_threads * self.chunk_bytes * stage.num_buffers
+
+
+Consume = Callable[[Chunk, Bytes, Stage], None]
+"""Checks a chunk's bytes and copies them where they belong."""
+
+
+def read_chunks(
+    chunks: Iterator[Chunk], consume: Consume, reading: Reading, device: torch.device, report: Callable[[int], None]
+) -> None:
+    """Reads every chunk once and has it consumed, by several threads; ``report`` is told how many bytes are done.
+
+    Errors: what reading or consuming raised, for the first chunk in order that did. No thread outlives the call.
+    """
+    if device.type != "cpu":  # each thread's stream writes into memory that is allocated and filled by now
+        torch.accelerator.synchronize(device)
+    jobs = _Jobs(chunks, torch.is_inference_mode_enabled())
+    arguments = (jobs, consume, reading, device)
+    work = [threading.Thread(target=_work, args=arguments, name=THREAD_NAME) for _ in range(reading.num_threads)]
+    started: list[threading.Thread] = []
+    report(0)
+    try:
+        for thread in work:
+            thread.start()
+            started.append(thread)
+        while jobs.num_ended < len(started):
+            jobs.wait_for_an_end(REPORT_INTERVAL_S)
+            report(jobs.num_bytes)
+        report(jobs.num_bytes)
+    finally:  # an interrupt, or a report that failed: each thread ends after its chunk
+        jobs.is_closed = True
+        while jobs.num_ended < len(started):
+            jobs.wait_for_an_end(None)
+        for thread in started:
+            thread.join()
+    jobs.raise_first()
+
+
+class _Jobs:
+    """Chunks to take, what became of them, and when to stop.
+
+    in_inference_mode: of the thread that loads. Others do not inherit it, and what was allocated in it must be written
+        in it.
+    """
+
+    def __init__(self, chunks: Iterator[Chunk], in_inference_mode: bool) -> None:
+        self.in_inference_mode = in_inference_mode
+        self._numbered = enumerate(chunks)
+        self._lock = threading.Lock()
+        self._faults: dict[int, BaseException] = {}
+        self._ends: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.num_bytes = self.num_ended = 0
+        self.is_closed = False
+
+    def take(self) -> tuple[int, Chunk] | None:
+        """The next chunk. After a fault there is none: all chunks before the faulty one have been taken by then."""
+        with self._lock:
+            return None if self.is_closed or self._faults else next(self._numbered, None)
+
+    def done(self, chunk: Chunk) -> None:
+        with self._lock:
+            self.num_bytes += chunk.num_bytes
+
+    def fail(self, number: int, error: BaseException) -> None:
+        with self._lock:
+            self._faults[number] = error
+
+    def end(self) -> None:
+        """A thread takes no more."""
+        self._ends.put(None)
+
+    def wait_for_an_end(self, timeout_s: float | None) -> None:
+        """Until one more thread has ended, or for so long.
+
+        Not by ``Thread.join``: Python 3.11 takes a thread for stopped whose join was interrupted (Ctrl-C).
+        """
+        with suppress(queue.Empty):
+            self._ends.get(timeout=timeout_s)
+            self.num_ended += 1
+
+    def raise_first(self) -> None:
+        if self._faults:
+            raise self._faults[min(self._faults)]
+
+
+def _work(jobs: _Jobs, consume: Consume, reading: Reading, device: torch.device) -> None:
+    number = -1  # a fault before the first chunk
+    try:
+        with (
+            torch.inference_mode(jobs.in_inference_mode),
+            closing(ChunkReader()) as reader,
+            closing(make_stage(reading.chunk_bytes, device)) as stage,
+        ):
+            while (taken := jobs.take()) is not None:
+                number, chunk = taken
+                buffer = stage.next_buffer()
+                reader.read(chunk, buffer.data)
+                consume(chunk, buffer, stage)
+                jobs.done(chunk)
+    except BaseException as error:  # raised again by the thread that loads
+        jobs.fail(number, error)
+    finally:
+        jobs.end()

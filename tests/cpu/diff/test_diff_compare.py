@@ -1,0 +1,94 @@
+"""The arithmetic of the comparison, on distributions whose divergence is known."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from ownpath.diff.compare import Position, compare, kl_at_least, part
+from ownpath.diff.readings import Reading, Scored
+
+P = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
+Q = torch.tensor([0.25, 0.25, 0.25, 0.25]).log()
+# 64-bit sums of numbers that float32 rounded.
+EPS = 16 * 2**-23
+
+
+def test_kl_of_a_whole_list_is_the_divergence() -> None:
+    """1/2 ln 2 - 2 * 1/8 ln 2 = 1/4 ln 2; nothing lies outside."""
+    kl, outside = kl_at_least(P, [0, 1, 2, 3], Q.tolist())
+    assert kl == pytest.approx(math.log(2) / 4, abs=EPS)
+    assert outside == pytest.approx(0, abs=EPS)
+
+
+def test_kl_of_a_short_list_is_a_lower_bound_that_says_what_it_leaves_out() -> None:
+    """Listed: 1/2 ln 2. The rest as one: 1/2 ln(1/2 / 3/4)."""
+    kl, outside = kl_at_least(P, [0], Q[:1].tolist())
+    assert kl == pytest.approx((math.log(2) + math.log(2 / 3)) / 2, abs=EPS)
+    assert kl < math.log(2) / 4
+    assert outside == pytest.approx(0.75, abs=EPS)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_kl_grows_with_the_list_and_ends_at_the_divergence(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    p, q = (torch.randn(50, generator=generator).mul(3).log_softmax(-1) for _ in range(2))
+    order = q.argsort(descending=True).tolist()
+    bounds = [kl_at_least(p, order[:k], q[order[:k]].tolist())[0] for k in range(1, 51)]
+    whole = float((p.double().exp() * (p.double() - q.double())).sum())
+    assert bounds[-1] == pytest.approx(whole, abs=50 * 2**-20)
+    assert max(bounds) <= whole + 50 * 2**-20
+    # Where less is left out than counts, the bound is still one, but need not grow.
+    num_clear = int((q[order].exp().cumsum(-1) < 1 - 2**-10).sum())
+    for shorter, longer in itertools.pairwise(bounds[:num_clear]):
+        assert shorter <= longer + 50 * 2**-20
+
+
+def test_a_position_diverges_by_its_own_logprob_or_by_the_likeliest() -> None:
+    near, tie, far = (Position(0, 0, -1.0, -1.0 - d, gap) for d, gap in ((0.25, 0.5), (0.0, 0.5), (0.26, 0.0)))
+    assert not near.diverges(0.25)
+    assert not tie.diverges(0.25)
+    assert far.diverges(0.25)
+    assert Position(0, 0, -1.0, -1.0, 0.51).diverges(0.25)
+    assert Position(0, 0, -1.0, math.nan).diverges(0.25)
+    assert Position(0, 0, -1.0, None).diverges(0.25)
+
+
+def test_compare_takes_each_row_for_its_own_token() -> None:
+    rows = torch.stack([P, Q])
+    scored = (Scored(2, -3.0, {}), Scored(1, math.log(0.25), {1: math.log(0.25), 3: -5.0}))
+    result = compare(7, Reading((0, 2, 1), 1, scored), rows)
+    assert result.prompt_idx == 7
+    first, second = result.positions
+    assert (first.idx, first.token_id, first.theirs, first.gap, first.kl) == (1, 2, -3.0, None, None)
+    assert first.ours == pytest.approx(math.log(0.125), abs=EPS)
+    assert (second.idx, second.gap) == (2, 0)
+
+
+def reading(*rows: tuple[int, float, dict[int, float]]) -> Reading:
+    scored = tuple(Scored(token_id, logprob, top) for token_id, logprob, top in rows)
+    return Reading((9, *(row[0] for row in rows)), 1, scored)
+
+
+def test_answers_part_where_they_are_farthest_or_where_tokens_differ() -> None:
+    a = reading((1, -1.0, {1: -1.0, 2: -1.5}), (2, -2.0, {2: -2.0, 3: -2.25}), (4, -3.0, {}))
+    same = part(a, a)
+    assert same is not None
+    assert same.far == 0
+    moved = part(a, reading((1, -1.0, {1: -1.0, 2: -1.5}), (2, -2.5, {2: -2.5, 3: -2.25}), (4, -3.0, {})))
+    assert moved is not None
+    assert (moved.idx, moved.far) == (2, 0.5)
+    turned = part(a, reading((1, -1.0, {1: -1.0}), (3, -2.2, {}), (1, -9.0, {})))
+    assert turned is not None
+    assert (turned.idx, turned.far) == (2, 0.125)  # half of what they were apart; what follows has another context
+    strange = part(a, reading((1, -1.0, {}), (8, -2.0, {})))
+    assert strange is not None
+    assert strange.far == math.inf
+    ended = part(a, reading((1, -1.0, {})))
+    assert ended is not None
+    assert ended.far == math.inf
+    lost = part(a, reading((1, math.nan, {}), (2, -2.0, {}), (4, -3.0, {})))
+    assert lost is not None
+    assert not lost.far <= 0.25
+    assert part(reading(), reading()) is None

@@ -1,0 +1,231 @@
+"""``ownpath diff`` against servers of other makes, intact and broken, each around a real model."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cpu.chat.small_tokenizer import small_tokenizer
+from cpu.diff.other_server import Dialect, Fault, Other, Rows, other_server
+from cpu.server.harness import harness, listening
+from cpu.server.model_folder import write_model_folder
+
+from ownpath.cli import main
+from ownpath.commands import session
+from ownpath.config import EngineConfig
+from ownpath.loading import load_model
+from ownpath.model.model import Model
+
+TOKENIZER = small_tokenizer()
+MAX_MODEL_LEN = 256
+# The same products in other batch shapes, as tests/cpu/server bounds them: 64 of float32's steps for each of 5 layers,
+# in each of the two log-probs.
+TOLERANCE = 2 * 5 * 64 * 2**-23
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model_folder(tmp_path_factory.mktemp("random-v4"))
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Model:
+    return load_model(folder, EngineConfig(device="cpu", max_model_len=MAX_MODEL_LEN))
+
+
+@pytest.fixture(scope="module")
+def rows() -> Rows:
+    """The logits that the broken servers of one model start from."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def _load_once(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+    monkeypatch.setattr(session, "load_model", lambda *_: model)
+
+
+def diff(capsys: pytest.CaptureFixture[str], folder: Path, url: str, *options: str) -> tuple[int, dict[str, Any]]:
+    """The command with --json: its exit code, and the object."""
+    short = ["--max-tokens", "5", "--max-model-len", str(MAX_MODEL_LEN), "--seed", "1"]
+    code = main(["diff", str(folder), "--against", url, "--json", *short, *options])
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return code, found
+
+
+def found_in(report: dict[str, Any]) -> list[str]:
+    return [check["id"] for check in report["checks"] if check["verdict"] == "found"]
+
+
+FORMS = {
+    Dialect.VLLM: ("prompt_logprobs", True, 20),
+    Dialect.OPENAI: ("echo", True, 5),
+    Dialect.LLAMA_CPP: ("generated", True, 20),
+    Dialect.TEXT_ONLY: ("echo", False, 20),
+    Dialect.CHAT_ONLY: ("generated", False, 20),
+}
+
+
+# Half of this vocabulary is bytes that are no character: such servers write all of them as one name.
+NAMES_ONLY = (Dialect.OPENAI, Dialect.TEXT_ONLY)
+
+
+@pytest.mark.parametrize("dialect", Dialect)
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_an_intact_server_agrees_whatever_it_offers(
+    dialect: Dialect, seed: int, model: Model, rows: Rows, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with other_server(model, TOKENIZER, dialect, rows=rows) as other:
+        code, report = diff(capsys, folder, other.url, "--seed", str(seed))
+    assert (code, report["agrees"], found_in(report)) == (0, True, [])
+    assert (report["form"], report["sends_ids"], report["num_top"]) == FORMS[dialect]
+    numbers = report["numbers"]
+    assert numbers["num_positions"] > 0
+    assert numbers["max_delta"] <= TOLERANCE
+    assert numbers["num_same_likeliest"] == numbers["num_ranked"] <= numbers["num_positions"]
+    if dialect not in NAMES_ONLY:
+        assert numbers["num_ranked"] == numbers["num_positions"]
+    # KL sums probability times difference, so no more than the largest difference.
+    assert 0 <= numbers["max_kl_at_least"] <= 2 * TOLERANCE
+    assert 0 < numbers["mean_outside"] < 1
+
+
+@pytest.mark.parametrize("weights_seed", [11, 12, 13, 14, 15])
+def test_other_random_models_agree_too(
+    weights_seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_model_folder(tmp_path, seed=weights_seed)
+    model = load_model(folder, EngineConfig(device="cpu", max_model_len=MAX_MODEL_LEN))
+    monkeypatch.setattr(session, "load_model", lambda *_: model)
+    with other_server(model, TOKENIZER, Dialect.VLLM) as other:
+        code, report = diff(capsys, folder, other.url)
+    assert (code, found_in(report)) == (0, [])
+
+
+DIAGNOSES = {
+    Fault.ALL_EOS: "all-special",
+    Fault.ONLY_BOS: "all-special",
+    Fault.FROZEN: "input-independent",
+    Fault.ONE_POSITION: "identical-logprob",
+    Fault.TEMPLATE: "prompt-template",
+    Fault.SWALLOWED: "reasoning-swallowed",
+    Fault.ALL_REASONING: "reasoning-swallowed",
+    Fault.STALE_CACHE: "cold-cached",
+    Fault.BATCH: "batch-dependent",
+    Fault.NAN: "non-finite",
+    Fault.TOO_SURE: None,
+}
+
+
+@pytest.mark.parametrize("dialect", [Dialect.VLLM, Dialect.OPENAI, Dialect.LLAMA_CPP])
+@pytest.mark.parametrize("fault", DIAGNOSES)
+def test_a_broken_server_is_diagnosed(
+    fault: Fault, dialect: Dialect, model: Model, rows: Rows, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with other_server(model, TOKENIZER, dialect, fault, rows) as other:
+        code, report = diff(capsys, folder, other.url)
+    assert code == 1
+    assert not report["agrees"]
+    assert report["diagnosis"] == DIAGNOSES[fault]
+    found = [check for check in report["checks"] if check["verdict"] == "found"]
+    assert all(check["remedy"] and check["number"] is not None for check in found)
+    if fault in (Fault.TEMPLATE, Fault.SWALLOWED, Fault.ALL_REASONING, Fault.STALE_CACHE, Fault.BATCH, Fault.TOO_SURE):
+        assert len(found) == (fault is not Fault.TOO_SURE), "these break one thing only"
+
+
+def test_the_first_divergence_is_named(model: Model, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Logits four times as large: log-probs from the model itself say where it shows first."""
+    with other_server(model, TOKENIZER, Dialect.VLLM, Fault.TOO_SURE) as other:
+        _, report = diff(capsys, folder, other.url)
+        scored = [body for _, _, body in other.asked if body is not None and "prompt_logprobs" in body]
+        sent = scored[1]["prompt"]  # the first found out that the server has them
+        logits = other.logits_TV(tuple(sent))
+    first = report["first_divergence"]
+    ours, theirs = (rows.log_softmax(-1) for rows in (logits, 4 * logits))
+    for n, token_id in enumerate(sent[1:]):
+        gap = abs(float(ours[n, token_id] - theirs[n, token_id]))
+        if gap > 0.25:
+            assert (first["prompt_idx"], first["idx"], first["token_id"]) == (0, n + 1, token_id)
+            assert first["theirs"] == pytest.approx(float(theirs[n, token_id]), abs=TOLERANCE * 4)
+            return
+    pytest.fail("the fault shows nowhere")
+
+
+def test_people_read_the_verdict_first(model: Model, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with other_server(model, TOKENIZER, Dialect.VLLM, Fault.STALE_CACHE) as other:
+        assert main(["diff", str(folder), "--against", other.url + "/v1/", "--max-tokens", "4"]) == 1
+        lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{folder.name} against {other.url}: DIFFER"
+    assert lines[1].startswith("found       cold-cached: ")
+    assert lines[2].startswith("remedy      ")
+
+
+def test_text_is_sent_only_where_ids_are_refused(
+    model: Model, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with other_server(model, TOKENIZER, Dialect.TEXT_ONLY) as other:
+        assert main(["diff", str(folder), "--against", other.url, "--max-tokens", "2"]) == 0
+    captured = capsys.readouterr()
+    assert "text sent" in captured.out
+    assert captured.err == "warning: the server takes no token ids; text was sent\n"
+    assert "text-tokens" in captured.out.split("looked for")[1], "/tokenize told its ids"
+
+
+def test_another_tokenizer_is_told_where_only_text_is_taken(
+    model: Model, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with other_server(model, small_tokenizer(add_bos=True), Dialect.TEXT_ONLY) as other:
+        code, report = diff(capsys, folder, other.url)
+    assert (code, report["diagnosis"]) == (1, "text-tokens")
+    assert report["checks"][4]["number"] > 0
+
+
+def test_our_own_server_agrees(model: Model, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It takes token ids, echoes log-probs, and tells every id."""
+    with harness(model) as served, listening(served) as url:
+        code, report = diff(capsys, folder, url)
+        assert served.settled()
+    assert (code, found_in(report)) == (0, [])
+    assert (report["form"], report["sends_ids"], report["num_top"]) == ("echo", True, 20)
+    assert report["numbers"]["max_delta"] <= TOLERANCE
+    assert [c["id"] for c in report["checks"] if c["verdict"] == "not asked"] == ["text-tokens"]
+
+
+def test_the_api_key_goes_by_environment(
+    model: Model, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTHER_KEY", "sesame")
+    with other_server(model, TOKENIZER, Dialect.VLLM) as other:
+        assert (
+            main(["diff", str(folder), "--against", other.url, "--max-tokens", "1", "--api-key-env", "OTHER_KEY"]) == 0
+        )
+        assert all(headers.get("Authorization") == "Bearer sesame" for _, headers, _ in other.asked)
+    captured = capsys.readouterr()
+    assert "sesame" not in captured.out + captured.err
+
+
+def test_json_has_no_words_that_json_lacks(model: Model, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with other_server(model, TOKENIZER, Dialect.VLLM, Fault.NAN) as other:
+        main(["diff", str(folder), "--against", other.url, "--json", "--max-tokens", "2"])
+
+    def refuse(word: str) -> float:
+        raise AssertionError(word)
+
+    report = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert report["checks"][0]["number"] >= report["numbers"]["num_positions"]
+    assert math.isnan(float(report["numbers"]["max_delta"]))
+
+
+def test_a_fresh_seed_each_time(model: Model, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Otherwise the first answer of a second run would not be a cold one."""
+
+    def prompts_of(other: Other) -> set[tuple[int, ...]]:
+        return {tuple(body["prompt"]) for path, _, body in other.asked if path == "/v1/completions"}
+
+    with other_server(model, TOKENIZER, Dialect.VLLM) as other:
+        main(["diff", str(folder), "--against", other.url, "--max-tokens", "1"])
+        first = prompts_of(other)
+        other.asked.clear()
+        main(["diff", str(folder), "--against", other.url, "--max-tokens", "1"])
+        assert len(first) == 5
+        assert len(first & prompts_of(other)) == 1, "the one that finds out how to ask"

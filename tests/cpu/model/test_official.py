@@ -1,0 +1,101 @@
+"""Official numerics, each step alone and all together, against a second forward that shares no code with the first.
+
+In float64 both round at the same places and nowhere else, so that they agree to float64's rounding; in float32, values
+next to a rounding boundary of E4M3 or E2M1 would fall to either side.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.checkpoints import random_checkpoint
+from support.official_forward import OfficialForward
+
+from ownpath.config import EngineConfig
+from ownpath.loading import load_model, plan_model
+from ownpath.model.batch import ForwardBatch
+from ownpath.official import OFFICIAL, PLAIN, Step
+from ownpath.plan.plan import PlanError
+
+TOLERANCE = 2**16 * torch.finfo(torch.float64).eps
+NUM_TOKENS = 400
+LAYOUTS = ("modelopt-experts-only", "full-nvfp4", "deepseek-native", "fp8-experts", "bf16")
+CHOICES = {"plain": PLAIN, "official": OFFICIAL} | {step: frozenset({step}) for step in Step}
+
+
+def token_ids(count: int = NUM_TOKENS) -> list[int]:
+    return torch.randint(0, 96, (count,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def logits(
+    folder: Path, official: frozenset[Step], chunks: list[list[int]], dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
+    model = load_model(folder, EngineConfig(dtype=dtype, official=official))
+    cache = model.new_cache()
+    steps = [model.forward(ForwardBatch.of([(chunk, cache)], "cpu", all_logits=True)) for chunk in chunks]
+    return torch.cat(steps)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_equal_the_second_forward(layout: str, choice: str, tmp_path: Path) -> None:
+    random_checkpoint(tmp_path, layout, seed=1)
+    found = logits(tmp_path, CHOICES[choice], [token_ids()])
+    expected = OfficialForward(tmp_path, CHOICES[choice]).logits(token_ids())
+    assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("choice", ["plain", "official"])
+@pytest.mark.parametrize(
+    ("layout", "draft"), [("modelopt-experts-only", "deepseek-native"), ("full-nvfp4", "full-nvfp4")]
+)
+def test_draft_logits_equal_the_second_forward(layout: str, draft: str, choice: str, tmp_path: Path) -> None:
+    random_checkpoint(tmp_path, layout, seed=1, draft=draft)
+    ids, official = token_ids(), CHOICES[choice]
+    model = load_model(tmp_path, EngineConfig(dtype=torch.float64, official=official, loads_draft=True))
+    batch = ForwardBatch.of([(ids[:-1], model.new_cache())], "cpu", all_logits=True)
+    hidden = model.drafts[0].hidden(model.hidden(batch), torch.tensor(ids[1:]), batch)
+    expected = OfficialForward(tmp_path, official).draft_logits(ids)
+    assert (model.logits(hidden, batch.logits_ids) - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("layout", "step"),
+    [
+        ("deepseek-native", Step.FP8_INPUTS),
+        ("full-nvfp4", Step.NVFP4_INPUTS),
+        ("bf16", Step.KV),
+        ("bf16", Step.INDEXER),
+    ],
+)
+def test_the_comparison_would_see_a_missing_step(layout: str, step: Step, tmp_path: Path) -> None:
+    random_checkpoint(tmp_path, layout, seed=1)
+    without = logits(tmp_path, OFFICIAL - {step}, [token_ids()])
+    expected = OfficialForward(tmp_path, OFFICIAL).logits(token_ids())
+    assert (without - expected).abs().max() > 1e6 * TOLERANCE * expected.abs().max()
+
+
+def test_chunks_compute_what_one_step_computes(tmp_path: Path) -> None:
+    """The cache holds rounded keys, so that a later step reads what the same step would have seen."""
+    random_checkpoint(tmp_path, "deepseek-native", seed=1)
+    ids = token_ids()
+    whole = logits(tmp_path, OFFICIAL, [ids])
+    cut = logits(tmp_path, OFFICIAL, [ids[:129], ids[129:300], *([token] for token in ids[300:310]), ids[310:]])
+    assert (whole - cut).abs().max() <= TOLERANCE * whole.abs().max()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_planned_step_runs(layout: str, tmp_path: Path) -> None:
+    """The ledger counts each planned operation, those of official numerics included."""
+    random_checkpoint(tmp_path, layout, seed=1)
+    model = load_model(tmp_path, EngineConfig(dtype=torch.bfloat16, official=OFFICIAL))
+    found = model.forward(ForwardBatch.of([(token_ids(40), model.new_cache())], "cpu"))
+    assert torch.isfinite(found).all()
+    assert set(model.ledger.calls) == set(plan_model(tmp_path, "cpu", official=OFFICIAL).slots)
+
+
+def test_an_indexer_that_hadamard_cannot_rotate_is_refused(tmp_path: Path) -> None:
+    random_checkpoint(tmp_path, "bf16", index_head_dim=48)
+    plan_model(tmp_path, "cpu", official=OFFICIAL - {Step.INDEXER})
+    with pytest.raises(PlanError, match=r"layers\.\d+\.attn\.indexer\.quantizer: .*needs powers of two, not 48"):
+        plan_model(tmp_path, "cpu", official=OFFICIAL)

@@ -1,0 +1,170 @@
+"""``/metrics``, and the reason that every empty content carries."""
+
+import re
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+from cpu.chat.small_tokenizer import FIRST_BYTE_ID, THINK_END_ID
+from cpu.engine.fake_model import EOS_ID, FakeModel, random_rule, script_rule
+from cpu.server.harness import HELLO, MAX_MODEL_LEN, TOKENIZER, VOCAB, Harness, error, harness
+
+from ownpath.server.empty import EmptyContent
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+USER_ID = 2
+ROOM_FOR_TOOLS = 2048
+THINKING = {"thinking": {"type": "enabled"}}
+TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
+SERIES = re.compile(r'ownpath_(\w+)_total(?:\{\w+="(\w+)"\})? (\d+)')
+
+
+def counters(served: Harness) -> dict[str, int]:
+    """The page's series that are not 0; checks its form."""
+    response = served.ask("GET", "/metrics")
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert response.text.endswith("\n")
+    found, declared = {}, set()
+    for line in response.text.splitlines():
+        if line.startswith("#"):
+            kind, name, text = re.fullmatch(r"# (HELP|TYPE) ownpath_(\w+)_total (.+)", line).groups()  # type: ignore[union-attr]
+            assert kind == "HELP" or text == "counter"
+            declared.add((kind, name))
+        else:
+            name, label, value = SERIES.fullmatch(line).groups()  # type: ignore[union-attr]
+            assert {("HELP", name), ("TYPE", name)} <= declared
+            found[f"{name} {label}" if label else name] = int(value)
+    assert {f"empty_contents {reason.value}" for reason in EmptyContent} <= set(found)
+    return {name: value for name, value in found.items() if value}
+
+
+def writing(ids: list[int], prompt_ids: list[int]) -> AbstractContextManager[Harness]:
+    """A server whose model answers this prompt with these tokens, then EOS."""
+    model = FakeModel(script_rule(ids, VOCAB, len(prompt_ids)), VOCAB, ROOM_FOR_TOOLS)
+    return harness(model, max_model_len=ROOM_FOR_TOOLS)
+
+
+def prompt_ids(**fields: Any) -> list[int]:
+    with writing([], []) as served:
+        ids: list[int] = served.chat(max_tokens=1, return_token_ids=True, **fields)["prompt_token_ids"]
+        return ids
+
+
+def ids_of(text: str) -> list[int]:
+    """Token ids of what the model writes; markers spelled out are tokens."""
+    return TOKENIZER.encode_raw(text)
+
+
+CALL = (
+    '\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="now">\n'
+    '<｜DSML｜parameter name="a" string="true">b</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>'
+)
+EMPTY: dict[str, tuple[list[int], dict[str, Any]]] = {
+    "eos_at_once": ([], {}),
+    "only_special_tokens": ([USER_ID, USER_ID], {}),
+    "cut_off_character": ([FIRST_BYTE_ID + 0xE2], {"max_tokens": 1}),
+    "stop_string": (ids_of("hello"), {"stop": "h"}),
+    "reasoning_exhausted": (ids_of("thinking and thinking"), {"max_tokens": 3, **THINKING}),
+    "reasoning_not_closed": (ids_of("thinking"), THINKING),
+    "nothing_after_reasoning": ([*ids_of("thinking"), THINK_END_ID], THINKING),
+    "tool_calls": (ids_of(CALL), {"tools": [TOOL]}),
+    "tool_parse_failed": (ids_of(CALL + "behind"), {"tools": [TOOL], "stop": "behind"}),
+}
+
+
+def test_every_reason_is_tried() -> None:
+    assert set(EMPTY) == {reason.value for reason in EmptyContent}
+
+
+@pytest.mark.parametrize("reason", EMPTY)
+def test_empty_content_carries_its_reason(reason: str) -> None:
+    ids, fields = EMPTY[reason]
+    context = {name: value for name, value in fields.items() if name in ("thinking", "tools")}
+    with writing(ids, prompt_ids(**context)) as served:
+        (choice,) = served.chat(temperature=0, **fields)["choices"]
+        assert not choice["message"]["content"]
+        assert choice["empty_content"] == reason
+        events = served.stream(CHAT, messages=HELLO, temperature=0, **fields)
+        choices = [event["choices"][0] for event in events]
+        assert [c["empty_content"] for c in choices if "empty_content" in c] == [reason]
+        assert choices[-1]["empty_content"] == reason
+        assert choices[-1]["finish_reason"] == choice["finish_reason"]
+        assert counters(served)[f"empty_contents {reason}"] == 2
+        assert served.settled()
+
+
+@pytest.mark.parametrize("reason", ["eos_at_once", "only_special_tokens", "cut_off_character", "stop_string"])
+def test_completions_say_why_too(reason: str) -> None:
+    ids, fields = EMPTY[reason]
+    prompt = [20, 21, 22]
+    with writing(ids, prompt) as served:
+        (choice,) = served.complete(prompt=prompt, temperature=0, **fields)["choices"]
+        assert (choice["text"], choice["empty_content"]) == ("", reason)
+        events = served.stream(COMPLETIONS, prompt=prompt, temperature=0, **fields)
+        assert events[-1]["choices"][0]["empty_content"] == reason
+        assert counters(served)[f"empty_contents {reason}"] == 2
+        assert served.settled()
+
+
+def test_content_has_no_reason(served: Harness) -> None:
+    before = counters(served)
+    assert "empty_content" not in served.chat(max_tokens=5)["choices"][0]
+    scored = served.complete(prompt="hello", max_tokens=0, echo=True, logprobs=1)["choices"][0]
+    assert "empty_content" not in scored, "nothing was to be generated"
+    after = counters(served)
+    assert after["requests length"] == before.get("requests length", 0) + 2
+    assert after["generated_tokens"] == before.get("generated_tokens", 0) + 5
+    assert not any(name.startswith("empty_contents") for name in after)
+
+
+POISON_ID = 40
+
+
+def poisoned() -> FakeModel:
+    """One token in the prompt makes the logits NaN."""
+    healthy = random_rule(VOCAB)
+
+    def rule(history: tuple[int, ...]) -> torch.Tensor:
+        return healthy(history) * (float("nan") if POISON_ID in history[:3] else 1.0)
+
+    return FakeModel(rule, VOCAB, MAX_MODEL_LEN)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_logits_that_are_not_finite_end_their_request_and_are_counted(is_stream: bool) -> None:
+    with harness(poisoned()) as served:
+        response = served.post(COMPLETIONS, prompt=[20, POISON_ID, 21], max_tokens=4, stream=is_stream)
+        if is_stream:
+            assert '"code": "non_finite_logits"' in response.text
+            assert "[DONE]" not in response.text
+        else:
+            assert error(response, 500)["code"] == "non_finite_logits"
+        assert counters(served) == {"requests error": 1, "corrupted_requests": 1}
+        assert served.complete(prompt=[20, 21, 22], max_tokens=4)["usage"]["completion_tokens"] == 4
+        assert counters(served) == {
+            "requests error": 1,
+            "corrupted_requests": 1,
+            "requests length": 1,
+            "generated_tokens": 4,
+        }
+        assert served.settled()
+
+
+def test_every_prompt_of_a_request_is_counted() -> None:
+    """One prompt fails, which fails the whole request: nobody waits for the other one."""
+    with harness(poisoned()) as served:
+        served.complete(prompt=[[20, 21], [22, 23]], max_tokens=3)
+        assert counters(served) == {"requests length": 2, "generated_tokens": 6}
+        error(served.post(COMPLETIONS, prompt=[[20, POISON_ID], [22, 23]], max_tokens=200), 500)
+        found = counters(served)
+        assert (found["requests error"], found["requests abandoned"]) == (1, 1)
+        assert served.settled()
+
+
+def test_eos_is_a_generated_token() -> None:
+    with writing(ids_of("a"), [20, 21]) as served:
+        answer = served.complete(prompt=[20, 21], return_token_ids=True)
+        assert answer["choices"][0]["token_ids"] == [*ids_of("a"), EOS_ID]
+        assert counters(served) == {"requests stop": 1, "generated_tokens": 2}
