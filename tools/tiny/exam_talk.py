@@ -24,6 +24,7 @@ _TOOL_GROUPS: tuple[tuple[str, Wish, int, bool], ...] = (
     ("new jobs", Wish(1, new_job=True), 40, True),
     ("new names", Wish(1, new_names=True), 40, True),
     ("new wording", Wish(1, new_wording=True), 40, True),
+    ("made-up names", Wish(1, made_up_names=True), 40, True),
 )
 _NUM_WITHOUT_CALL = 60
 _JSON_GROUPS: tuple[tuple[str, JsonWish, int, bool], ...] = (

@@ -108,10 +108,10 @@ def _chosen(rng: random.Random, facts: Facts, new_keys: bool) -> dict[str, Any]:
 def _key(rng: random.Random, field: str, new_keys: bool, is_alone: bool) -> str:
     if new_keys:
         return _KEYS[field][-1]
-    if is_alone and rng.random() < 0.35:
+    if is_alone and rng.random() < 0.08:
         return random_name(rng)
     key = rng.choice([key for key in _KEYS[field][:-1] if is_alone or key != "answer"])
-    return extended_name(rng, key) if rng.random() < 0.2 else key
+    return extended_name(rng, key) if rng.random() < 0.06 else key
 
 
 def _schema(rng: random.Random, answer: Mapping[str, Any]) -> dict[str, Any]:

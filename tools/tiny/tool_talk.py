@@ -26,7 +26,10 @@ NEW_QUESTION, NEW_ORDER = "Can you tell me {p}?", "Could you please {p}?"
 
 @dataclass(frozen=True)
 class Wish:
-    """How a conversation is to be. held_out: jobs, names of tools and wordings, each, that training never sees."""
+    """How a conversation is to be. held_out: jobs, names of tools and wordings, each, that training never sees.
+
+    made_up_names: all names of tools and parameters mean nothing, so that they can only be copied.
+    """
 
     num_calls: int = 1
     thinking: bool = False
@@ -35,12 +38,13 @@ class Wish:
     new_job: bool = False
     new_names: bool = False
     new_wording: bool = False
+    made_up_names: bool = False
 
 
 def call_talk(rng: random.Random, wish: Wish, system: str = "") -> Conversation:
     """A question that tools on offer answer: the calls, or with ``with_results`` the sentence after their results."""
     jobs = draw_jobs(rng, wish.num_calls, wish.new_job)
-    tools = offer(rng, [job.concept for job in jobs], wish.new_names)
+    tools = offer(rng, [job.concept for job in jobs], wish)
     by_concept = {tool.concept.key: tool for tool in tools}
     used = [by_concept[job.concept.key] for job in jobs]
     calls = tuple(
@@ -71,7 +75,7 @@ def results(rng: random.Random, jobs: Sequence[Job], calls: Sequence[ToolCall], 
 def plain_talk(rng: random.Random, wish: Wish, system: str = "") -> Conversation:
     """A question that no tool on offer answers: what is known is said, for the rest there is no tool."""
     turn, hidden = plain_turn(rng, wish)
-    tools = offer_without(rng, hidden, wish.new_names)
+    tools = offer_without(rng, hidden, wish)
     reasoning = ""
     if wish.thinking:
         reasoning = NO_TOOL if turn.answer == UNKNOWN else f"{turn.thought} No tool is needed."
@@ -124,23 +128,23 @@ def draw_jobs(rng: random.Random, num_jobs: int, held_out: bool) -> list[Job]:
     return jobs
 
 
-def offer(rng: random.Random, needed: Sequence[Concept], held_out: bool) -> list[Tool]:
+def offer(rng: random.Random, needed: Sequence[Concept], wish: Wish) -> list[Tool]:
     """The needed tools among up to three, in any order."""
     concepts = list({concept.key: concept for concept in needed}.values())
     others = [concept for concept in CONCEPTS if concept not in concepts]
     num_others = rng.choice([n for n in (0, 0, 1, 1, 2) if len(concepts) + n <= MOST_TOOLS])
-    return _drawn(rng, [*concepts, *rng.sample(others, num_others)], held_out)
+    return _drawn(rng, [*concepts, *rng.sample(others, num_others)], wish)
 
 
-def offer_without(rng: random.Random, hidden: frozenset[str], held_out: bool) -> list[Tool]:
+def offer_without(rng: random.Random, hidden: frozenset[str], wish: Wish) -> list[Tool]:
     """One to three tools, none of them of a hidden concept."""
     others = [concept for concept in CONCEPTS if concept.key not in hidden]
-    return _drawn(rng, rng.sample(others, rng.randint(1, MOST_TOOLS)), held_out)
+    return _drawn(rng, rng.sample(others, rng.randint(1, MOST_TOOLS)), wish)
 
 
-def _drawn(rng: random.Random, concepts: list[Concept], held_out: bool) -> list[Tool]:
+def _drawn(rng: random.Random, concepts: list[Concept], wish: Wish) -> list[Tool]:
     while True:
-        tools = [draw_tool(rng, concept, held_out) for concept in concepts]
+        tools = [draw_tool(rng, concept, wish.new_names, wish.made_up_names) for concept in concepts]
         if len({tool.name for tool in tools}) == len(tools):
             rng.shuffle(tools)
             return tools

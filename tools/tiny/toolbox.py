@@ -84,11 +84,14 @@ class Tool:
         return json.dumps(dict(zip(self.keys, values, strict=True)), ensure_ascii=False)
 
 
-def draw_tool(rng: random.Random, concept: Concept, held_out: bool = False) -> Tool:
-    """A tool for ``concept``. held_out: under names that training never uses."""
-    name = concept.names[-1] if held_out else _draw_name(rng, concept.names[:-1])
+def draw_tool(rng: random.Random, concept: Concept, held_out: bool = False, made_up: bool = False) -> Tool:
+    """A tool for ``concept``. held_out: under names never trained; made_up: under names that mean nothing."""
+    if made_up:
+        name, keys = random_name(rng), _random_keys(rng, len(concept.parameters))
+    else:
+        name = concept.names[-1] if held_out else _draw_name(rng, concept.names[:-1])
+        keys = _draw_keys(rng, concept, held_out)
     is_plain = name in concept.names
-    keys = _draw_keys(rng, concept, held_out)
     with_about = rng.random() < 0.5 or any(key not in p.names for key, p in zip(keys, concept.parameters, strict=True))
     properties = {
         key: {"type": p.kind, **({"description": p.about} if with_about else {})}
@@ -106,22 +109,26 @@ def draw_tool(rng: random.Random, concept: Concept, held_out: bool = False) -> T
 def _draw_name(rng: random.Random, names: tuple[str, ...]) -> str:
     """One of ``names``, with something added to it, or something else."""
     name, kind = rng.choice(names), rng.random()
-    if kind < 0.6:
+    if kind < 0.92:
         return name
-    return extended_name(rng, name) if kind < 0.82 else random_name(rng)
+    return extended_name(rng, name) if kind < 0.96 else random_name(rng)
 
 
 def _draw_keys(rng: random.Random, concept: Concept, held_out: bool) -> tuple[str, ...]:
     if held_out:
         return tuple(parameter.names[-1] for parameter in concept.parameters)
-    if rng.random() < 0.15:
-        keys: list[str] = []
-        while len(keys) < len(concept.parameters):
-            keys += [key for key in [random_name(rng)] if key not in keys]
-        return tuple(keys)
+    if rng.random() < 0.02:
+        return _random_keys(rng, len(concept.parameters))
     spelling = rng.randrange(10)
     names = (parameter.names[spelling % (len(parameter.names) - 1)] for parameter in concept.parameters)
-    return tuple(extended_name(rng, name) if rng.random() < 0.15 else name for name in names)
+    return tuple(extended_name(rng, name) if rng.random() < 0.05 else name for name in names)
+
+
+def _random_keys(rng: random.Random, num_keys: int) -> tuple[str, ...]:
+    keys: list[str] = []
+    while len(keys) < num_keys:
+        keys += [key for key in [random_name(rng)] if key not in keys]
+    return tuple(keys)
 
 
 def _country(rng: random.Random) -> Values:
