@@ -26,7 +26,7 @@ from tiny.network import FIELDS, build_network
 from tiny.question import totals
 from tiny.start import start_from
 from tiny.tokens import VOCAB_SIZE, extended_tokenizer, train_tokenizer
-from tiny.train import NUM_ROWS, Recipe, Trainer
+from tiny.train import NUM_ROWS, PATTERNS, Recipe, Trainer
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -72,6 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of the data and the order of rows")
     parser.add_argument("--start", type=Path, help="go on from the weights and the tokenizer of this run's folder")
     parser.add_argument("--opening-steps", type=int, default=defaults.num_opening_steps, help="0 goes with --start")
+    parser.add_argument("--pattern", choices=list(PATTERNS), default=defaults.pattern, help="which rows take turns")
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
     parser.add_argument("--quantised-from", type=float, default=defaults.quantised_from, help="share of the steps")
     parser.add_argument("--no-compile", action="store_true", help="run the element-wise parts uncompiled (slower)")
@@ -93,6 +94,7 @@ def main() -> None:
         seed=arguments.seed,
         num_steps=arguments.steps,
         num_opening_steps=arguments.opening_steps,
+        pattern=arguments.pattern,
         learning_rate=arguments.learning_rate,
         quantised_from=arguments.quantised_from,
         num_rows={kind: max(1, int(num * arguments.row_share)) for kind, num in NUM_ROWS.items()},

@@ -117,3 +117,8 @@ def test_copying_is_taught_first_and_stays() -> None:
     assert sorted(later) == sorted(train.PATTERN)
     assert set(later) == set(train.NUM_ROWS)
     assert 4 * (later.count("middle") + later.count("long")) >= len(later)
+
+
+def test_every_pattern_keeps_all_kinds_of_rows() -> None:
+    for name, pattern in train.PATTERNS.items():
+        assert set(pattern) == set(train.NUM_ROWS), name

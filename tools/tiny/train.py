@@ -21,6 +21,12 @@ PATTERN = (
     *("brief", "tools", "middle", "request", "short", "tools", "long", "middle"),
     *("request", "many tools", "brief", "tools", "middle", "request", "short", "long"),
 )
+# For a network that knows everything but how to read what tools are called: two thirds of the steps are theirs.
+TOOLS_PATTERN = (
+    *("tools", "many tools", "request", "tools", "many tools", "middle", "tools", "short"),
+    *("tools", "many tools", "brief", "tools", "many tools", "middle", "tools", "long"),
+)
+PATTERNS = {"even": PATTERN, "tools": TOOLS_PATTERN}
 # A new network must find out how to copy before it learns anything else: it does so on lists, the short ones first.
 OPENING_PATTERN = ("brief", "short", "middle", "long")
 NUM_ROWS = {"brief": 512, "short": 256, "request": 96, "middle": 64, "long": 24, "tools": 24, "many tools": 16}
@@ -32,7 +38,8 @@ class Recipe:
     """Numbers of one training run.
 
     quantised_from: share of the steps after which weights are quantised in every forward.
-    num_rows: rows of one step, by kind; steps go through the kinds in turn (``PATTERN``).
+    num_rows: rows of one step, by kind; steps go through the kinds in turn.
+    pattern: the turns, one of ``PATTERNS``.
     num_opening_steps: steps at the start that go through ``OPENING_PATTERN`` instead.
     prompt_weight: weight of a prompt token in the loss; an answer token has 1.
     balanced_until: share of the steps after which the routers' selection biases stay as they are.
@@ -42,6 +49,7 @@ class Recipe:
     num_steps: int = 12_000
     num_warmup_steps: int = 200
     num_opening_steps: int = 2_000
+    pattern: str = "even"
     num_rows: dict[str, int] = field(default_factory=lambda: dict(NUM_ROWS))
     learning_rate: float = 1.5e-3
     final_learning_rate: float = 2e-5
@@ -64,7 +72,7 @@ class Recipe:
 
     def kind_at(self, step: int) -> str:
         """The kind of rows that a step learns from."""
-        pattern = OPENING_PATTERN if step < self.num_opening_steps else PATTERN
+        pattern = OPENING_PATTERN if step < self.num_opening_steps else PATTERNS[self.pattern]
         return pattern[step % len(pattern)]
 
     def as_dict(self) -> dict[str, Any]:
