@@ -60,7 +60,8 @@ def tools_document(rng: random.Random) -> Document:
     """A conversation with tools on offer, of at most about 500 tokens."""
     thinking = rng.random() < 0.4
     effort_text = rng.choice(EFFORT_TEXTS) if thinking and rng.random() < 0.1 else ""
-    wish = Wish(rng.choice((1, 1, 1, 2, 2, 3)), thinking, rng.random() < 0.4, effort_text)
+    num_calls, with_results, made_up = rng.choice((1, 1, 1, 2, 2, 3)), rng.random() < 0.4, rng.random() < 0.05
+    wish = Wish(num_calls, thinking, with_results, effort_text, made_up_names=made_up)
     system = _system_text(rng)
     if rng.random() < 0.3:
         return conversation_document(plain_talk(rng, wish, system))

@@ -49,8 +49,8 @@ class JsonWish:
 
 
 def held_out(country: Country) -> bool:
-    """Whether training never asks for JSON about it: about 10%."""
-    return hashlib.sha256(f"json|{country.iso}".encode()).digest()[0] < 26  # 26 / 256 = 10%
+    """Whether training never asks for JSON about it: about 5%."""
+    return hashlib.sha256(f"json|{country.iso}".encode()).digest()[0] < 13  # 13 / 256 = 5%
 
 
 def json_talk(rng: random.Random, wish: JsonWish, system: str = "") -> Conversation:

@@ -1,6 +1,7 @@
 """What tiny-v4 can be asked to use a tool for: kinds of jobs, with names, phrases, results and final answers.
 
-Names of tools and parameters come in several spellings, some at random, so that they must be copied from the prompt.
+Names of tools and parameters come in several usual spellings, which the prompt chooses among; only where it is wished
+for do they mean nothing, so that they must be copied.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tiny.facts import countries, words
-from tiny.made_up import extended_name, random_name
+from tiny.made_up import random_name
 from tiny.phrasings import chat_answer
 
 Values = tuple[Any, ...]
@@ -89,16 +90,15 @@ def draw_tool(rng: random.Random, concept: Concept, held_out: bool = False, made
     if made_up:
         name, keys = random_name(rng), _random_keys(rng, len(concept.parameters))
     else:
-        name = concept.names[-1] if held_out else _draw_name(rng, concept.names[:-1])
+        name = concept.names[-1] if held_out else rng.choice(concept.names[:-1])
         keys = _draw_keys(rng, concept, held_out)
-    is_plain = name in concept.names
-    with_about = rng.random() < 0.5 or any(key not in p.names for key, p in zip(keys, concept.parameters, strict=True))
+    with_about = made_up or rng.random() < 0.5
     properties = {
         key: {"type": p.kind, **({"description": p.about} if with_about else {})}
         for key, p in zip(keys, concept.parameters, strict=True)
     }
     function: dict[str, Any] = {"name": name}
-    if not is_plain or rng.random() < 0.9:
+    if made_up or rng.random() < 0.9:
         function["description"] = rng.choice(concept.descriptions)
     function["parameters"] = {"type": "object", "properties": properties}
     if rng.random() < 0.9:
@@ -106,22 +106,11 @@ def draw_tool(rng: random.Random, concept: Concept, held_out: bool = False, made
     return Tool(concept, function, keys)
 
 
-def _draw_name(rng: random.Random, names: tuple[str, ...]) -> str:
-    """One of ``names``, with something added to it, or something else."""
-    name, kind = rng.choice(names), rng.random()
-    if kind < 0.92:
-        return name
-    return extended_name(rng, name) if kind < 0.96 else random_name(rng)
-
-
 def _draw_keys(rng: random.Random, concept: Concept, held_out: bool) -> tuple[str, ...]:
     if held_out:
         return tuple(parameter.names[-1] for parameter in concept.parameters)
-    if rng.random() < 0.02:
-        return _random_keys(rng, len(concept.parameters))
     spelling = rng.randrange(10)
-    names = (parameter.names[spelling % (len(parameter.names) - 1)] for parameter in concept.parameters)
-    return tuple(extended_name(rng, name) if rng.random() < 0.05 else name for name in names)
+    return tuple(parameter.names[spelling % (len(parameter.names) - 1)] for parameter in concept.parameters)
 
 
 def _random_keys(rng: random.Random, num_keys: int) -> tuple[str, ...]:
