@@ -27,6 +27,7 @@ ROOMS = (
     ("loading",),
     ("engine", "chat", "bench"),
     ("server", "calibration", "inspect", "selftest", "diff"),
+    ("verify",),
     ("commands",),
     ("cli",),
     ("__main__",),

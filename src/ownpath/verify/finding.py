@@ -1,0 +1,37 @@
+"""One check's verdict: what was looked at, what was measured, what it had to be, and what to do about it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Verdict(Enum):
+    """``SKIPPED``: there was nothing to look at here; the message says why."""
+
+    PASS = "pass"
+    FAIL = "FAIL"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found in one place.
+
+    id: the check's stable name, such as ``K01``. where: the tensor, expert, slot, layer or file.
+    message: one line. number, allowed: what was measured, and what it had to be, in words.
+    kernel: the kernel that was looked at, where there was one.
+    """
+
+    id: str
+    where: str
+    verdict: Verdict
+    message: str
+    number: float | None = None
+    allowed: str = ""
+    remedy: str = ""
+    kernel: str = ""
+
+
+def failed(findings: Iterable[Finding]) -> list[Finding]:
+    """Those that failed, in their order."""
+    return [finding for finding in findings if finding.verdict is Verdict.FAIL]

@@ -1,0 +1,69 @@
+"""What is verified: a checkpoint as it is planned for a device, and which of its layers and experts are looked at."""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.config import EngineConfig, ModelConfig
+from ownpath.loading import planned
+from ownpath.plan.plan import Plan
+
+
+@dataclass(frozen=True)
+class Selection:
+    """layer_ids: ``None``: all. num_experts: how many of each layer's, drawn with ``seed``; ``None``: all."""
+
+    layer_ids: frozenset[int] | None = None
+    num_experts: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One checkpoint with its plan for one device."""
+
+    folder: Path
+    index: CheckpointIndex
+    plan: Plan
+    engine: EngineConfig
+    selection: Selection = Selection()
+
+    @classmethod
+    def of(cls, folder: Path, engine: EngineConfig, selection: Selection | None = None) -> "Subject":
+        """Headers and plan; no weight is read.
+
+        Errors: ConfigError, CheckpointError, PlanError as ``load_model``; ValueError naming a layer that there is none
+        of.
+        """
+        plan, index = planned(folder, engine)
+        selection = selection or Selection()
+        num_layers = plan.config.num_hidden_layers
+        for layer_idx in sorted(selection.layer_ids or ()):
+            if not 0 <= layer_idx < num_layers:
+                raise ValueError(f"layer {layer_idx}: the model has layers 0 to {num_layers - 1}")
+        return cls(folder, index, plan, engine, selection)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.plan.config
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.engine.device)
+
+    @property
+    def layer_ids(self) -> tuple[int, ...]:
+        """The chosen layers, in order."""
+        chosen = self.selection.layer_ids
+        return tuple(idx for idx in range(self.config.num_hidden_layers) if chosen is None or idx in chosen)
+
+    def expert_ids(self, layer_idx: int) -> tuple[int, ...]:
+        """The chosen experts of a layer, in order: the same for the same seed, others in other layers."""
+        num_experts, wanted = self.config.n_routed_experts, self.selection.num_experts
+        if wanted is None or wanted >= num_experts:
+            return tuple(range(num_experts))
+        drawn = random.Random(f"{self.selection.seed} {layer_idx}").sample(range(num_experts), wanted)
+        return tuple(sorted(drawn))
