@@ -13,12 +13,14 @@ class Ledger:
 
     mark: entered around every call, with the slot's name; a recorder of launched kernels puts its own here.
     see: told of every call before it runs, with the slot's name and the arguments; a calibration puts its own here.
+    saw: told of every call after it ran, with the slot's name, the arguments and the result; a proof puts its own here.
     """
 
     kernels: dict[str, tuple[str, str]]
     calls: Counter[str] = field(default_factory=Counter)
     mark: Callable[[str], AbstractContextManager[object]] = nullcontext
     see: Callable[[str, tuple[Any, ...]], None] | None = None
+    saw: Callable[[str, tuple[Any, ...], Any], None] | None = None
 
     def watch(self, slot: str, runner: Callable[..., Any]) -> "Watched":
         """A callable that counts and runs; the slot must be one of the plan."""
@@ -48,4 +50,7 @@ class Watched:
         if self.ledger.see:
             self.ledger.see(self.slot, args)
         with self.ledger.mark(self.slot):
-            return self.runner(*args)
+            result = self.runner(*args)
+        if self.ledger.saw:
+            self.ledger.saw(self.slot, args, result)
+        return result
