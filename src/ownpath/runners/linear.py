@@ -5,10 +5,12 @@ from typing import Any, Protocol
 
 import torch
 
+from ownpath.formats import BF16, FP32, NVFP4
 from ownpath.kernels.ref.linear import grouped_linear
 from ownpath.kernels.registry import KERNELS, Kernel
+from ownpath.qtensor import QuantTensor
 from ownpath.runners.checks import require, require_input
-from ownpath.runners.prepare import compile_configs, default_kernel, prepared
+from ownpath.runners.prepare import compile_configs, default_kernel, prepared, restored
 
 
 class Linear(Protocol):
@@ -30,6 +32,10 @@ def _shards(value: Shards) -> tuple[torch.Tensor, ...]:
 def _fuse(shards: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """One tensor of all rows; a single shard is used as it is, without a copy."""
     return shards[0] if len(shards) == 1 else torch.cat(shards)
+
+
+def _plain(weight: torch.Tensor) -> QuantTensor:
+    return QuantTensor(weight, None, None, BF16 if weight.dtype == torch.bfloat16 else FP32)
 
 
 class Nvfp4Linear:
@@ -71,6 +77,11 @@ class Nvfp4Linear:
         """The kernels that calls may launch, for compiling ahead."""
         return compile_configs(self._kernel, self._operand)
 
+    def stored(self) -> tuple[QuantTensor, ...]:
+        """What the kernel holds, read back out of its layout: all shards' rows, and a global scale for each [N]."""
+        codes, scale, rows = restored(self._kernel, self._operand)
+        return (QuantTensor(codes, scale, rows, NVFP4),)
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         require_input(x, self.in_features, self._weight)
         y: torch.Tensor = self._kernel(x.reshape(-1, self.in_features), *self._operand)
@@ -87,6 +98,10 @@ class PlainLinear:
         self.weight = _fuse(weights)
         self.out_features, self.in_features = self.weight.shape
         self._kernel = kernel
+
+    def stored(self) -> tuple[QuantTensor, ...]:
+        """What the kernel holds: all shards' rows."""
+        return (_plain(self.weight),)
 
     def __call__(self, x: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         """y in the dtype of x, or unrounded in a wider ``out_dtype``."""
@@ -138,6 +153,10 @@ class GroupedLinear:
         self.weight_GRI = weight.unflatten(0, (num_groups, -1))
         self.num_groups, self.out_features, self.in_features = self.weight_GRI.shape
         self._kernel = kernel
+
+    def stored(self) -> tuple[QuantTensor, ...]:
+        """What the kernel holds: rows of all groups."""
+        return (_plain(self.weight_GRI.flatten(0, 1)),)
 
     def __call__(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
         """rotation: (cos, sin) float32 [T, A] of each row's angles, to be undone; the planned kernel does both."""

@@ -4,10 +4,15 @@ from typing import Any
 
 import torch
 
+from ownpath.formats import BF16, FP8_BLOCK, FP32, NVFP4
 from ownpath.kernels.registry import KERNELS, Kernel
 from ownpath.numerics import mxfp4_scale_as_nvfp4
+from ownpath.qtensor import QuantTensor
 from ownpath.runners.checks import require, require_input
-from ownpath.runners.prepare import compile_configs, default_kernel, prepared
+from ownpath.runners.prepare import compile_configs, default_kernel, gate_and_up, prepared, restored_expert
+
+Expert = tuple[QuantTensor, QuantTensor, QuantTensor]
+"""w1 (gate), w3 (up) and w2 (down) of one expert, as they are stored."""
 
 
 class Nvfp4MoE:
@@ -80,6 +85,12 @@ class Nvfp4MoE:
         """The kernels that calls may launch (without shared experts or an expert map), for compiling ahead."""
         return compile_configs(self._kernel, self._operand)
 
+    def stored_expert(self, expert: int) -> Expert:
+        """What the kernel holds of one expert, read back out of its layout; w2's global scale may be there twice."""
+        (codes13, scale13, scale13_2), (codes2, scale2, scale2_2) = restored_expert(self._kernel, self._operand, expert)
+        gate_up, down = QuantTensor(codes13, scale13, scale13_2, NVFP4), QuantTensor(codes2, scale2, scale2_2, NVFP4)
+        return *gate_and_up(gate_up), down
+
     def workspace(self, num_tokens: int, num_slots: int) -> Any:
         """Scratch that spares calls of up to ``num_tokens`` tokens every allocation; None where none is used.
 
@@ -136,6 +147,11 @@ class Fp8MoE:
         self._operand = ((w13, w13_scale), (w2, w2_scale))
         self._kernel = kernel
 
+    def stored_expert(self, expert: int) -> Expert:
+        """What the kernel holds of one expert."""
+        gate_up, down = ((codes[expert], scale[expert]) for codes, scale in self._operand)
+        return *gate_and_up(QuantTensor(*gate_up, None, FP8_BLOCK)), QuantTensor(*down, None, FP8_BLOCK)
+
     def __call__(
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, **given: Any
     ) -> torch.Tensor:
@@ -163,6 +179,12 @@ class PlainMoE:
         self.hidden_size, self.swiglu_limit = dim, swiglu_limit
         self.w13, self.w2 = w13, w2
         self._kernel = kernel
+
+    def stored_expert(self, expert: int) -> Expert:
+        """What the kernel holds of one expert."""
+        fmt = BF16 if self.w13.dtype == torch.bfloat16 else FP32
+        gate_up = QuantTensor(self.w13[expert], None, None, fmt)
+        return *gate_and_up(gate_up), QuantTensor(self.w2[expert], None, None, fmt)
 
     def __call__(
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, **given: Any

@@ -8,7 +8,7 @@ import torch
 from ownpath.kernels.cute import launch
 from ownpath.kernels.cute.choose import LinearChoice, choose_linear
 from ownpath.kernels.cute.config import GemmConfig
-from ownpath.kernels.packing import check_scales, pack_weight_, plain_rows
+from ownpath.kernels.packing import check_scales, pack_weight_, plain_rows, unpack_weight
 
 ROW_MULTIPLE, COL_MULTIPLE = 64, 128
 TOKEN_COUNTS = (1, 16, 32, 64, 128, 512, 2048)
@@ -52,6 +52,12 @@ class Nvfp4LinearKernel:
         torch.cuda.synchronize(weight.device)
         packed = launch.PackedWeight(weight, scale, per_row, num_rows, num_cols)
         return LinearOperand(packed, torch.zeros(4, dtype=torch.int32, device=weight.device))
+
+    def restore(self, operand: LinearOperand) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What ``prepare`` took, read back out of the layout (``unpack_weight`` says what zero scales become)."""
+        weight = operand.weight
+        rows = plain_rows(weight.num_rows).to(weight.codes.device)
+        return (*unpack_weight(weight.codes, weight.scales, rows, weight.num_cols), weight.global_scale)
 
     def configs(self, operand: LinearOperand) -> list[GemmConfig]:
         """Every kernel that a call may launch."""
