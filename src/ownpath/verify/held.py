@@ -93,7 +93,7 @@ def weight_pairs(op: PlannedOp, held: HeldModule, raw: Raw) -> Iterator[Pair]:
         yield Pair(name, "values", keys["qdata"], values, weight.qdata)
         return
     assert weight.scale is not None, name
-    kernel_codes, scale = weight.qdata.view(torch.uint8), _values(stored_scale, encoding)
+    kernel_codes, scale = weight.qdata.view(torch.uint8), block_scales(stored_scale, encoding)
     kernel_scale = _scale_values(weight.scale)
     if encoding.format is NVFP4 and op.choice.kernel.layout == PACKED:
         is_dead = scale == 0
@@ -114,7 +114,7 @@ def alpha_pair(op: PlannedOp, held: HeldModule, raw: Raw) -> Pair | None:
     if op.encoding.format is not NVFP4:
         return None
     assert held.weight.global_scale is not None, held.module.name
-    alpha = _multiplier(op.encoding, held.module.name, "global_scale", raw)
+    alpha = multiplier(op.encoding, held.module.name, "global_scale", raw)
     if op.choice.kernel.runner in INPUT_IN_ALPHA:
         alpha = alpha * _input_scale(op, held.module.name, raw)
     kernel = held.weight.global_scale.double().reshape(-1)
@@ -122,7 +122,7 @@ def alpha_pair(op: PlannedOp, held: HeldModule, raw: Raw) -> Pair | None:
     return Pair(held.module.name, "factors", key, alpha.expand_as(kernel), kernel)
 
 
-def _multiplier(encoding: Encoding, module: str, role: str, raw: Raw) -> Tensor:
+def multiplier(encoding: Encoding, module: str, role: str, raw: Raw) -> Tensor:
     """What a stored scalar means as a multiplier, in float64 [1]."""
     stored = raw(encoding.key(module, role)).double().reshape(1)
     return 1 / stored if encoding.part(role).is_divisor else stored
@@ -134,14 +134,14 @@ def _input_scale(op: PlannedOp, module: str, raw: Raw) -> Tensor:
     if op.spec.kind is OpKind.MOE:
         stem, _, projection = module.rpartition(".")
         names = [f"{stem}.w2"] if projection == "w2" else [f"{stem}.w1", f"{stem}.w3"]
-    return torch.stack([_multiplier(op.encoding, name, "input_scale", raw) for name in names]).amax(dim=0)
+    return torch.stack([multiplier(op.encoding, name, "input_scale", raw) for name in names]).amax(dim=0)
 
 
 def _table(value_of: Callable[[int], float], device: torch.device) -> Tensor:
     return torch.tensor([value_of(byte) for byte in range(256)], dtype=torch.float64, device=device)
 
 
-def _values(stored: Tensor, encoding: Encoding) -> Tensor:
+def block_scales(stored: Tensor, encoding: Encoding) -> Tensor:
     """Block scales of a file as float64. One byte is E4M3 in NVFP4 and E8M0 elsewhere."""
     if stored.dtype != torch.uint8:
         return stored.double()

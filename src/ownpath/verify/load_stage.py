@@ -135,7 +135,7 @@ class Comparison:
     pair: Pair
 
     def number(self) -> torch.Tensor:
-        """How far the two are from each other, float64 []: elements that differ, or (L03) the largest relative error."""
+        """How far apart the two are, float64 []: elements that differ, or (L03) the largest relative error."""
         pair = self.pair
         if self.id == "L02":
             return (pair.file != pair.kernel).sum().double()

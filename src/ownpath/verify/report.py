@@ -1,17 +1,13 @@
 """A verification as people read it in ten seconds, and as programs read it."""
 
 import hashlib
-import importlib.metadata
 import json
 import math
-import platform
 import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ownpath.bench.record import device_name
 from ownpath.checkpoint.header import MAX_HEADER_BYTES
@@ -20,13 +16,13 @@ from ownpath.plan.plan import Plan
 from ownpath.plan.show import align, plan_dict
 from ownpath.verify.checks import TITLES
 from ownpath.verify.finding import Finding, Verdict, failed
+from ownpath.verify.machine import versions
 from ownpath.verify.run import Result, StageResult
 
 MAX_FAILURES = 8
 """Lines for one failing check; the rest is counted. ``--json`` has them all."""
 SCHEMA = "ownpath verify 1"
 _LAYER = re.compile(r"(?:layers|mtp)\.\d+(?=\.|$)")
-_PACKAGES = ("ownpath", "torch", "triton", "nvidia-cutlass-dsl", "numpy", "safetensors", "tokenizers")
 
 
 def checkpoint_digest(folder: Path) -> str:
@@ -51,17 +47,6 @@ def _header(path: Path) -> bytes:
 def plan_digest(plan: Plan) -> str:
     """SHA-256 over what ``ownpath plan --json`` prints: which kernel runs what, from which layout, and why."""
     return hashlib.sha256(json.dumps(plan_dict(plan), sort_keys=True).encode()).hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Of everything that a result may depend on here."""
-    found = {"python": platform.python_version(), "cuda": torch.version.cuda or ""}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def layer_of(finding: Finding) -> str | None:
@@ -213,28 +198,25 @@ def _failure_lines(findings: Iterable[Finding]) -> list[str]:
 
 
 def _check_lines(result: Result) -> list[str]:
-    """One line for each check of each stage: how often it was made, and the worst number."""
+    """One line for each check of each stage: the worst number, and what was found or how often it was looked for."""
     rows: list[tuple[str, ...]] = []
-    notes = []
     for stage in result.stages:
         for id_, found in _by_id(stage.findings).items():
             counts = _counts(found)
-            made = ", ".join(f"{counts[verdict]} {word}" for verdict, word in _WORDS.items() if counts[verdict])
             verdict = next(verdict for verdict in (Verdict.FAIL, Verdict.PASS, Verdict.SKIPPED) if counts[verdict])
             numbers = [finding.number for finding in found if finding.number is not None]
             number = f"{max(numbers, key=_rank):.4g}" if numbers else "-"
-            rows.append((verdict.value, id_, TITLES.get(id_, ""), number, made))
-            notes += _notes(id_, found)
-    table = align([("", "check", "", "worst", "findings"), *rows]) if rows else []
-    return [*table, *(["", *notes] if notes else [])]
+            rows.append((verdict.value, id_, TITLES.get(id_, ""), number, _told(found)))
+    return align([("", "check", "", "worst", "found"), *rows]) if rows else []
 
 
-def _notes(id_: str, found: list[Finding]) -> list[str]:
-    """What a check that looked at one place found, and why checks were skipped."""
-    skipped = dict.fromkeys(f.message for f in found if f.verdict is Verdict.SKIPPED)
-    lines = [f"{id_} skipped: {message}" for message in skipped]
-    passed = [f for f in found if f.verdict is Verdict.PASS]
-    return lines + [f"{id_} {passed[0].message}"] if len(passed) == 1 and passed[0].message else lines
+def _told(found: list[Finding]) -> str:
+    """What a check found where it looked once, or was skipped for one reason; else how often it did what."""
+    messages = dict.fromkeys(finding.message for finding in found)
+    counts = _counts(found)
+    if len(messages) == 1 and found[0].verdict is not Verdict.FAIL:
+        return found[0].message
+    return ", ".join(f"{counts[verdict]} {word}" for verdict, word in _WORDS.items() if counts[verdict])
 
 
 def _by_id(findings: Iterable[Finding]) -> dict[str, list[Finding]]:
