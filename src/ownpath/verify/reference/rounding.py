@@ -70,5 +70,5 @@ def hadamard_matrix(size: int) -> Tensor:
 def _blocks_of(x: Tensor, size: int) -> Tensor:
     """float32 values as [..., blocks, size]; the last block is filled with zeros."""
     padded: Tensor = F.pad(x.float(), (0, -x.shape[-1] % size))
-    blocks: Tensor = padded.unflatten(-1, (-1, size))
+    blocks: Tensor = padded.unflatten(-1, (padded.shape[-1] // size, size))
     return blocks
