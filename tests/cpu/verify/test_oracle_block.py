@@ -8,6 +8,7 @@ import torch
 from support.checkpoints import LAYOUTS, random_checkpoint
 from support.transformers_v4 import reference_logprobs
 
+from ownpath.checkpoint.schema import Encoding
 from ownpath.config import EngineConfig
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Residual
@@ -177,6 +178,55 @@ def test_w4a4_is_what_official_numerics_do_to_nvfp4_inputs(tmp_path: Path) -> No
     w4a4 = block(of, 2, streams(of), w4a4=True).streams_TSD
     assert torch.equal(w4a4, block(of, 2, streams(of), official=frozenset({Step.NVFP4_INPUTS})).streams_TSD)
     assert not torch.equal(w4a4, plain)
+
+
+@pytest.mark.parametrize("fp8_scale", [torch.float8_e8m0fnu, torch.float32], ids=str)
+def test_w8a8_rounds_what_enters_fp8_linears_and_nothing_else(fp8_scale: torch.dtype, tmp_path: Path) -> None:
+    """Scales of activations are powers of two where those of the weights are."""
+    of, name = subject(tmp_path, "deepseek-native", fp8_scale=fp8_scale), "layers.2"
+    trace = block(of, 2, streams(of), w8a8=True)
+    encodings = {module.name: op.encoding for op in of.plan.ops for module in op.spec.modules}
+
+    def product(entering: str, module: str, quantised: bool) -> torch.Tensor:
+        x = trace.values[f"{name}.{entering}"]
+        assert isinstance(x, torch.Tensor)
+        if quantised:
+            amax = x.float().abs().amax(1, keepdim=True)  # 64 or 128 columns: one block
+            scale = amax / torch.tensor(448.0)
+            if fp8_scale is torch.float8_e8m0fnu:
+                scale = torch.exp2(scale.log2().ceil())
+            x = (x.float() / scale).to(torch.float8_e4m3fn).double() * scale.double()
+        weight = Stored(of.index, CPU).matrix(f"{name}.{module}", encodings[f"{name}.{module}"])
+        return x @ weight.T
+
+    def assert_is(slot: str, expected: torch.Tensor) -> None:
+        found = trace.values[f"{name}.{slot}"]
+        assert isinstance(found, torch.Tensor)
+        assert (found - expected).abs().max() <= FLOAT64_NOISE * expected.abs().max()
+
+    assert_is("attn.wq_b", product("attn.q_norm", "attn.wq_b", quantised=True))
+    assert_is("ffn.shared_experts.w2", product("ffn.shared_experts.swiglu", "ffn.shared_experts.w2", quantised=True))
+    assert_is("ffn.gate", product("hc_ffn.h", "ffn.gate", quantised=False))
+    fused = torch.cat([product("hc_attn.h", f"attn.{part}", quantised=True) for part in ("wq_a", "wkv")], 1)
+    assert_is("attn.wqa_wkv", fused)
+
+
+def test_experts_that_no_token_goes_to_are_not_read(tmp_path: Path) -> None:
+    of = subject(tmp_path, "full-nvfp4")
+    read: list[str] = []
+
+    class Watched(Stored):
+        def scaled(self, module: str, encoding: Encoding) -> tuple[torch.Tensor, torch.Tensor | None]:
+            read.append(module)
+            return super().scaled(module, encoding)
+
+    stored = Watched(of.index, CPU)
+    trace = reference_block(of.config, 2, stored, of.plan, streams(of)[:1], token_ids(1), Arithmetic())
+    chosen = trace.values["layers.2.ffn.router.ids"]
+    assert isinstance(chosen, torch.Tensor)
+    experts = {f"layers.2.ffn.experts.{expert}.{part}" for expert in chosen[0].tolist() for part in ("w1", "w2", "w3")}
+    assert {module for module in read if ".experts." in module} == experts
+    assert len(read) == len(set(read)), "each matrix once"
 
 
 def test_embedding_repeats_a_tokens_row(tmp_path: Path) -> None:
