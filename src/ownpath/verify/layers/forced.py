@@ -12,6 +12,7 @@ import torch
 from ownpath.config import Layer
 from ownpath.model.block import Residual
 from ownpath.verify.layers.alone import Chunk, LayerAlone
+from ownpath.verify.layers.choices import index_scores
 from ownpath.verify.layers.measure import ROW_FACTOR, Measurement, distance, row_distances
 from ownpath.verify.layers.oracle import Oracle
 from ownpath.verify.layers.picked import Picked, Scores, scores_of, tensor_of
@@ -35,6 +36,7 @@ ORDER = (
     "attn.indexer.quantizer",
     "attn.indexer.weights_proj",
     "attn.indexer.compressor.wkv_wgate",
+    "attn.indexer.scores",
     "attn.core",
     "attn.wo_a",
     "attn.wo_b",
@@ -57,7 +59,8 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 class Forced:
     """What came of one layer. streams_TSD: the reference's after it, by its own choices. out_TSD: the engine's.
 
-    expert: the routed expert that every row out of line was sent to, if there is one such.
+    expert: the routed expert that every row out of line was sent to, if there is one such. key_rounding: rel-L2 of the
+    window's keys to what they were before they were rounded, where they are.
     """
 
     streams_TSD: torch.Tensor
@@ -66,6 +69,7 @@ class Forced:
     scores: Scores
     picked: Picked
     expert: int | None
+    key_rounding: float | None
 
 
 def force(alone: LayerAlone, oracle: Oracle, streams_TSD: torch.Tensor) -> Forced:
@@ -77,6 +81,9 @@ def force(alone: LayerAlone, oracle: Oracle, streams_TSD: torch.Tensor) -> Force
     values = record.values() | alone.entries(cache)
     values[f"{layer.name}.out"] = out_TSD = alone.streams(residual)
     index_keys = alone.index_keys(cache)
+    if index_keys is not None:
+        indexer = f"{layer.name}.attn.indexer"
+        values[f"{indexer}.scores"] = index_scores(values[f"{indexer}.q"], values[f"{indexer}.weights"], index_keys)
 
     free = oracle.block(alone.layer_idx, streams_TSD)
     scores = scores_of(oracle, layer, free)
@@ -94,7 +101,12 @@ def force(alone: LayerAlone, oracle: Oracle, streams_TSD: torch.Tensor) -> Force
     measured = tuple(_measured(oracle, alone, name, pair, record) for name, pair in pairs.items())
     experts = pairs["ffn.experts"]
     expert = _one_bad_expert(experts, picked.experts_TE[sampled_T], oracle.budget("ffn.experts"))
-    return Forced(free.streams_TSD, out_TSD, measured, scores, picked, expert)
+    return Forced(free.streams_TSD, out_TSD, measured, scores, picked, expert, _key_rounding(layer, values))
+
+
+def _key_rounding(layer: Layer, values: Mapping[str, torch.Tensor]) -> float | None:
+    slot = f"{layer.name}.attn.key_quantizer"
+    return distance(values[slot], values[f"{slot}.in"]).rel_l2 if slot in values else None
 
 
 def _existing(ids_TK: torch.Tensor, instead_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -123,10 +135,17 @@ def _pairs(
         if name == "ffn.router.weights":
             mine_TE = _by_expert(ids_TK, values[full], num_experts)
             pairs[name] = mine_TE, _by_expert(theirs["ids"], theirs["weights"], num_experts)
+        elif name == "attn.indexer.scores":
+            pairs[name] = _seen(values[full], tensor_of(trace, full))
         else:
             rows = sampled_T if name == "ffn.experts" else slice(None)
             pairs[name] = values[full][rows], tensor_of(trace, full).reshape(values[full].shape)[rows]
     return pairs
+
+
+def _seen(mine_TC: torch.Tensor, theirs_TC: torch.Tensor) -> Pair:
+    """Index scores of the entries that a row may see; the reference's others are -inf."""
+    return mine_TC.masked_fill(theirs_TC == -torch.inf, 0.0), theirs_TC.masked_fill(theirs_TC == -torch.inf, 0.0)
 
 
 def _by_expert(ids_TK: torch.Tensor, weights_TK: torch.Tensor, num_experts: int) -> torch.Tensor:

@@ -29,6 +29,13 @@ class Picked:
         """Whether any row picked something else than the reference."""
         return self.experts.num_differing > 0 or (self.entries is not None and self.entries.num_differing > 0)
 
+    @property
+    def wrong_T(self) -> torch.Tensor:
+        """Rows that picked what no near tie excuses. A row with other entries has other router scores: not judged."""
+        if self.entries is None:
+            return self.experts.wrong_T
+        return self.entries.wrong_T | (self.experts.wrong_T & ~self.entries.differs_T)
+
     def agrees(self, other: "Picked") -> torch.Tensor:
         """Rows in which both chose the same: bool [T] of the shorter."""
         num_rows = min(len(self.experts_TE), len(other.experts_TE))

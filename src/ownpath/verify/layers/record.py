@@ -54,6 +54,8 @@ class Record:
             self.parts[f"{slot}.{name}" if name else slot].append(value)
         taken = args[0].q_TNH if isinstance(args[0], Projected) else args[0]
         self.dtypes[slot] = _name(taken), _name(list(values.values())[-1])
+        if slot.endswith(".key_quantizer"):
+            self.parts[f"{slot}.in"].append(args[0])
         if isinstance(args[0], Projected):
             self._see_attention(slot.removesuffix(".core"), args[0], args[1])
 
