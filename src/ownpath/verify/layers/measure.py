@@ -72,21 +72,19 @@ def distance(engine: torch.Tensor, reference: torch.Tensor) -> Distance:
         raise ValueError(f"the engine's is {list(engine.shape)}, the reference's {list(reference.shape)}")
     if not engine.numel():
         return Distance(0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    found, wanted = engine.double().flatten(1), reference.double().flatten(1)
-    finite = found.isfinite()
-    found = torch.where(finite, found, 0.0)
-    gap_T, found_T, wanted_T = ((x).square().sum(1) for x in (found - wanted, found, wanted))
-    dot = (found * wanted).sum()
+    num_finite, num_nonzero = engine.isfinite().sum(), engine.count_nonzero()
+    found, wanted = engine.double().flatten(1).nan_to_num(0.0, 0.0, 0.0), reference.double().flatten(1)
+    gap = found - wanted
+    gap_T, found_T, wanted_T = (torch.linalg.vecdot(x, x) for x in (gap, found, wanted))
+    dot = torch.linalg.vecdot(found, wanted).sum()
     numbers = torch.stack(
         (
             _ratio(gap_T.sum(), wanted_T.sum()),
             _ratio(gap_T, torch.maximum(wanted_T, wanted_T.mean())).max(),
             torch.where(gap_T.sum() == 0, 1.0, dot / (found_T.sum() * wanted_T.sum()).sqrt().clamp(min=1e-300)),
-            (found - wanted).abs().max(),
-            found.abs().max(),
-            wanted.abs().max(),
-            1 - finite.double().mean(),
-            (found == 0).double().mean(),
+            *(x.abs().max() for x in (gap, found, wanted)),
+            1 - num_finite.double() / engine.numel(),
+            1 - num_nonzero.double() / engine.numel(),
         )
     )
     return Distance(*numbers.tolist())
