@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ownpath.checkpoint.schema import Encoding
 from ownpath.config import ModelConfig
-from ownpath.formats import FP32, NVFP4
+from ownpath.formats import FP8_BLOCK, FP32, NVFP4
 from ownpath.official import PLAIN, Step
 from ownpath.plan.plan import Plan
-from ownpath.verify.reference.rounding import fp8, nvfp4_without_global
+from ownpath.verify.reference.rounding import fp8, fp8_by_quotient, nvfp4_without_global
 from ownpath.verify.reference.stored import Stored
 
 Value = Tensor | tuple[Tensor, ...]
@@ -26,7 +26,8 @@ _INPUT_BLOCK = 128
 @dataclass(frozen=True)
 class Arithmetic:
     """dtype: float64 or float32, what is computed in (the checkpoint must be ``Stored`` in it). narrow: what results
-    are rounded to. w4a4: inputs of NVFP4 weights are rounded to NVFP4. official: steps that round as published.
+    are rounded to. official: steps that round as published. w4a4: inputs of NVFP4 weights are rounded to NVFP4. w8a8:
+    inputs of FP8 linears (experts and ``wo_a`` are none) are rounded to E4M3 as the engine's W8A8 kernels do.
 
     float32 on CUDA means IEEE float32: torch's default. Whoever allows TF32 products has another reference.
     """
@@ -35,6 +36,7 @@ class Arithmetic:
     narrow: torch.dtype | None = None
     w4a4: bool = False
     official: frozenset[Step] = PLAIN
+    w8a8: bool = False
 
     @property
     def has_nvfp4_inputs(self) -> bool:
@@ -75,7 +77,13 @@ class Scope:
 
     def linear(self, slot: str, x: Tensor, *modules: str) -> Tensor:
         """The products of x with matrices that share it, side by side, as one slot's result."""
-        return self.noted(slot, self.products(x, *modules))
+        of_fp8 = [module for module in modules if self.encodings[module].format is FP8_BLOCK]
+        if not (self.arithmetic.w8a8 and of_fp8):
+            return self.noted(slot, self.products(x, *modules))
+        quantize = fp8 if all(self._has_e8m0_scales(module) for module in of_fp8) else fp8_by_quotient
+        rounded = quantize(x, _INPUT_BLOCK).to(x.dtype)
+        parts = [self.products(rounded if module in of_fp8 else x, module) for module in modules]
+        return self.noted(slot, torch.cat(parts, -1))
 
     def wide_linear(self, slot: str, x: Tensor, *modules: str) -> Tensor:
         """As ``linear``, for a slot whose result stays at least float32."""
@@ -93,6 +101,9 @@ class Scope:
         """Inputs that are quantised are so once, for all matrices."""
         input_scale = self._input_scale(modules) if self.arithmetic.has_nvfp4_inputs else None
         return torch.cat([self._product(x, module, input_scale, is_wide) for module in modules], -1)
+
+    def _has_e8m0_scales(self, module: str) -> bool:
+        return self.stored.index[self.encodings[module].key(module, "scale")].dtype == "F8_E8M0"
 
     def _input_scale(self, modules: tuple[str, ...]) -> Tensor | None:
         """The largest of several matrices' that share their input, so that nothing saturates that would not alone."""

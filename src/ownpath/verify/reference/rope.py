@@ -37,7 +37,7 @@ def rotated_back(x: Tensor, positions: Tensor, config: ModelConfig, ratio: int) 
 def _turned(x: Tensor, positions: Tensor, config: ModelConfig, ratio: int, sign: int) -> Tensor:
     dim = config.qk_rope_head_dim
     angles = positions[:, None].float() * frequencies(config, ratio).to(x.device)
-    angles = angles.view(len(positions), *[1] * (x.ndim - 2), -1)
+    angles = angles.view(len(positions), *[1] * (x.ndim - 2), dim // 2)
     turn = torch.complex(angles.cos().to(x.dtype), angles.sin().to(x.dtype) * sign)
-    pairs = torch.view_as_complex(x[..., -dim:].contiguous().unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(x[..., -dim:].contiguous().unflatten(-1, (dim // 2, 2)))
     return torch.cat((x[..., :-dim], torch.view_as_real(pairs * turn).flatten(-2)), -1)

@@ -41,6 +41,13 @@ def fp8(x: Tensor, size: int) -> Tensor:
     return (nearest_e4m3(blocks.double() / scale) * scale).flatten(-2)[..., : x.shape[-1]]
 
 
+def fp8_by_quotient(x: Tensor, size: int) -> Tensor:
+    """As ``fp8`` with the scale amax / 448, whatever float32 that is."""
+    blocks = _blocks_of(x, size)
+    scale = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-4) / torch.tensor(448.0, device=x.device)
+    return (nearest_e4m3(blocks / scale) * scale.double()).flatten(-2)[..., : x.shape[-1]]
+
+
 def fp4(x: Tensor, size: int) -> Tensor:
     """E2M1 with a power-of-two scale, at least 2^-126, for each ``size`` values."""
     blocks = _blocks_of(x, size)
@@ -70,5 +77,5 @@ def hadamard_matrix(size: int) -> Tensor:
 def _blocks_of(x: Tensor, size: int) -> Tensor:
     """float32 values as [..., blocks, size]; the last block is filled with zeros."""
     padded: Tensor = F.pad(x.float(), (0, -x.shape[-1] % size))
-    blocks: Tensor = padded.unflatten(-1, (-1, size))
+    blocks: Tensor = padded.unflatten(-1, (padded.shape[-1] // size, size))
     return blocks
