@@ -60,7 +60,8 @@ class Forced:
     """What came of one layer. streams_TSD: the reference's after it, by its own choices. out_TSD: the engine's.
 
     expert: the routed expert that every row out of line was sent to, if there is one such. key_rounding: rel-L2 of the
-    window's keys to what they were before they were rounded, where they are.
+    window's keys to what they were before they were rounded, where they are. few_rows: how far a row of the reference
+    is from what it would be as the engine computes steps of few rows.
     """
 
     streams_TSD: torch.Tensor
@@ -70,6 +71,7 @@ class Forced:
     picked: Picked
     expert: int | None
     key_rounding: float | None
+    few_rows: float
 
 
 def force(alone: LayerAlone, oracle: Oracle, streams_TSD: torch.Tensor) -> Forced:
@@ -101,7 +103,20 @@ def force(alone: LayerAlone, oracle: Oracle, streams_TSD: torch.Tensor) -> Force
     measured = tuple(_measured(oracle, alone, name, pair, record) for name, pair in pairs.items())
     experts = pairs["ffn.experts"]
     expert = _one_bad_expert(experts, picked.experts_TE[sampled_T], oracle.budget("ffn.experts"))
-    return Forced(free.streams_TSD, out_TSD, measured, scores, picked, expert, _key_rounding(layer, values))
+    rounding, few_rows = _key_rounding(layer, values), _of_few_rows(oracle, alone, streams_TSD, trace)
+    return Forced(free.streams_TSD, out_TSD, measured, scores, picked, expert, rounding, few_rows)
+
+
+def _of_few_rows(oracle: Oracle, alone: LayerAlone, streams_TSD: torch.Tensor, trace: Trace) -> float:
+    """With the same choices."""
+    other = oracle.of_few_rows()
+    if other is None:
+        return 0.0
+    ids_TK = tensor_of(trace, f"{alone.layer.name}.ffn.router.ids")
+    mask_TC = trace.values.get(f"{alone.layer.name}.attn.indexer.mask")
+    assert mask_TC is None or isinstance(mask_TC, torch.Tensor)
+    found = other.block(alone.layer_idx, streams_TSD, Choices(ids_TK, mask_TC))
+    return distance(found.streams_TSD, trace.streams_TSD).worst_row
 
 
 def _key_rounding(layer: Layer, values: Mapping[str, torch.Tensor]) -> float | None:
@@ -116,9 +131,7 @@ def _existing(ids_TK: torch.Tensor, instead_TK: torch.Tensor, num_experts: int) 
     return torch.where(is_real_T, ids_TK, instead_TK)
 
 
-def _pairs(
-    layer: Layer, values: Mapping[str, torch.Tensor], trace: Trace, sampled_T: torch.Tensor
-) -> dict[str, Pair]:
+def _pairs(layer: Layer, values: Mapping[str, torch.Tensor], trace: Trace, sampled_T: torch.Tensor) -> dict[str, Pair]:
     """Name within the layer -> the engine's value and the reference's, in the order in which they depend.
 
     sampled: tokens that went to one of the chosen experts; of the routed experts' outputs, no others are compared.

@@ -1,11 +1,12 @@
 """The reference of one checkpoint, in the arithmetic that judges one engine."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
-from ownpath.official import ALWAYS_OFFICIAL
+from ownpath.official import ALWAYS_OFFICIAL, Step
+from ownpath.plan.catalogue import FP8_PREFILL_FROM
 from ownpath.verify.budgets import LogitBudget, budget, logit_budget
 from ownpath.verify.reference.arithmetic import Arithmetic
 from ownpath.verify.reference.block import Choices, Trace, reference_block, reference_embed, reference_head
@@ -17,8 +18,8 @@ from ownpath.verify.subject import Subject
 class Oracle:
     """Computes what the engine should have computed, of one sequence from its first token on.
 
-    It is wider than the engine: float64 for float32, float32 for 16 bits. It rounds activations where official
-    numerics ask for it; where kernels do so of their own accord, the budget is that of such kernels.
+    It is wider than the engine: float64 for float32, float32 for 16 bits. It quantises activations where the engine
+    does: as official numerics ask for, or as the planned kernels do.
     """
 
     subject: Subject
@@ -29,7 +30,11 @@ class Oracle:
     @classmethod
     def of(cls, subject: Subject, token_ids: tuple[int, ...]) -> "Oracle":
         dtype = torch.float64 if subject.engine.dtype.itemsize >= 4 else torch.float32
-        arithmetic = Arithmetic(dtype, official=subject.engine.official)
+        kernels, official = [op.choice.kernel for op in subject.plan.ops], subject.engine.official
+        is_w4a4 = any("W4A4" in kernel.runner for kernel in kernels)
+        is_w8a8 = any(kernel.name in W8A8_KERNELS for kernel in kernels) and len(token_ids) >= FP8_PREFILL_FROM
+        is_w8a8 = is_w8a8 and Step.FP8_INPUTS not in official
+        arithmetic = Arithmetic(dtype, official=official, w4a4=is_w4a4, w8a8=is_w8a8)
         return cls(subject, Stored(subject.index, subject.device, dtype), arithmetic, token_ids)
 
     @cached_property
@@ -62,12 +67,13 @@ class Oracle:
     @property
     def _mode(self) -> tuple[torch.dtype, bool, bool, bool]:
         """dtype, and whether NVFP4 weights, FP8 weights have their inputs rounded, and whether that is official."""
-        kernels = [op.choice.kernel for op in self.subject.plan.ops]
-        is_w4a4 = any("W4A4" in kernel.runner for kernel in kernels)
-        is_w8a8 = any(kernel.name in W8A8_KERNELS for kernel in kernels)
-        engine = self.subject.engine
-        return engine.dtype, is_w4a4, is_w8a8, bool(engine.official - ALWAYS_OFFICIAL)
+        engine, how = self.subject.engine, self.arithmetic
+        return engine.dtype, how.w4a4, how.w8a8, bool(engine.official - ALWAYS_OFFICIAL)
+
+    def of_few_rows(self) -> "Oracle | None":
+        """As the engine computes steps of few rows, if it does so otherwise than long ones: without W8A8."""
+        return replace(self, arithmetic=replace(self.arithmetic, w8a8=False)) if self.arithmetic.w8a8 else None
 
 
 W8A8_KERNELS = ("cute.fp8_linear_sm90",)
-"""Kernels of FP8 weights that quantise a long prompt's activations without having been asked for official numerics."""
+"""Kernels of FP8 weights that quantise activations of their own accord, from ``FP8_PREFILL_FROM`` rows on."""

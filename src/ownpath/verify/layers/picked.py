@@ -13,7 +13,7 @@ from ownpath.verify.reference.block import Trace
 
 @dataclass(frozen=True)
 class Picked:
-    """A run's choices, ``None`` where a layer has none: entries bool [T, C], experts bool [T, E], and their verdicts."""
+    """A run's choices and their verdicts: entries bool [T, C], ``None`` where none are chosen; experts bool [T, E]."""
 
     entries_TC: torch.Tensor | None
     experts_TE: torch.Tensor

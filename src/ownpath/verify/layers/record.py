@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ownpath.kernels.ref.hyper import HyperOut
 from ownpath.model.attention import Projected
 from ownpath.runners import SharedKeyAttention
-from ownpath.runners.companions import HyperOut
 
 
 @dataclass

@@ -24,8 +24,8 @@ Halfway across, the engine is stopped for a minute. Nobody remembers who began t
 hears the hull creak, the ropes knock against the mast, and far away the bell of the lighthouse, which rings twice for \
 fog and three times for a birth. An old man from the islands used to say that this minute is the only one of the day \
 that belongs to no one. Then the engine starts again, the cups tremble on their hooks, and the southern shore comes \
-closer: first the hill, then the chapel, then the long wall with the names of the boats painted on it in red, white and \
-green. Die Fähre legt an, les voyageurs descendent, y el capitán apunta una línea más en su cuaderno.
+closer: first the hill, then the chapel, then the long wall with the names of the boats painted on it in red, white \
+and green. Die Fähre legt an, les voyageurs descendent, y el capitán apunta una línea más en su cuaderno.
 """
 _SEED = 20
 _EDGE = 6
