@@ -55,7 +55,7 @@ class LayerAlone:
         return tuple(self.loaded.plan.config.backbone_layers())[self.layer_idx]
 
     def slot_of(self, name: str) -> str:
-        """The slot that computes a value, empty for what lies between slots; the last boundary's kernel is the first's."""
+        """The slot that computes a value, empty for what lies between slots; both boundaries run the same kernel."""
         slots, layer = self.loaded.ledger.kernels, self.layer.name
         name = f"{layer}.hc_attn" if name == f"{layer}.out" else name
         return next((slot for slot in (name, name.rpartition(".")[0]) if slot in slots), "")
