@@ -22,6 +22,7 @@ from ownpath.runners import (
     IndexQuantizer,
     KeyQuantizer,
     Ledger,
+    Linear,
     RMSNorm,
     Router,
     SharedKeyAttention,
@@ -55,18 +56,23 @@ class Builder:
         config, device = self.config, torch.device(self.engine.device)
         sliding = Rope.for_layer(config, compressing=False, device=device)
         compress = Rope.for_layer(config, compressing=True, device=device)
+        hc_head, head = self.head()
         return Model(
             config=config,
             embed_VD=self.params["embed.weight"],
             blocks=tuple(self.block(layer_idx, compress) for layer_idx in range(config.num_hidden_layers)),
-            hc_head=self._boundary("hc_head", "norm"),
-            head=self._runner("head"),
+            hc_head=hc_head,
+            head=head,
             sliding_rope=sliding,
             compress_rope=compress,
             cache_spec=CacheSpec.of(config, self.engine),
             ledger=self.ledger,
             drafts=tuple(self._drafts(sliding, compress)) if self.engine.loads_draft else (),
         )
+
+    def head(self) -> tuple[HyperBoundary, Linear]:
+        """What follows the last layer: the boundary that collapses the streams, and the vocabulary's product."""
+        return self._boundary("hc_head", "norm"), self._runner("head")
 
     @property
     def _layers(self) -> tuple[Layer, ...]:
