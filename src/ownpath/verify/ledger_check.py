@@ -1,12 +1,11 @@
 """What was planned against what ran: `ownpath plan --json` before, the calls of a prompt after, slot by slot."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ownpath.plan.opspec import OpKind
+from ownpath.plan.opspec import OpKind, OpSpec
 from ownpath.plan.show import plan_dict
 from ownpath.runners import Record
 from ownpath.verify.finding import Finding, Verdict
@@ -16,6 +15,8 @@ from ownpath.verify.places import folded
 from ownpath.verify.planned import FACTS, PlannedSlot, WrittenPlan
 from ownpath.verify.subject import Subject
 
+Kinds = dict[str, tuple[OpKind, bool]]
+"""slot -> (what it is, whether its result is wide)."""
 Faults = list[tuple[str, str]]
 """(slot, what is wrong)."""
 REMEDIES = {
@@ -41,24 +42,14 @@ _SIGNS = {
 float32; I: ids."""
 
 
-@dataclass(frozen=True)
-class _Scope:
-    """The slots that a run calls: those of the chosen layers and those of no layer. kinds: slot -> (kind, is_wide)."""
-
-    subject: Subject
-    kinds: dict[str, tuple[OpKind, bool]]
-
-    @classmethod
-    def of(cls, subject: Subject) -> "_Scope":
-        chosen = {f"layers.{layer_idx}" for layer_idx in subject.layer_ids}
-        found = {}
-        for planned in subject.plan.decided:
-            slot = planned.spec.slot
-            stack, _, rest = slot.partition(".")
-            in_layer = stack in ("layers", "mtp")
-            if not in_layer or f"{stack}.{rest.partition('.')[0]}" in chosen:
-                found[slot] = planned.spec.kind, getattr(planned.spec, "is_wide", False)
-        return cls(subject, found)
+def kinds_of(subject: Subject) -> Kinds:
+    """The slots that a run calls: those of the chosen layers and those of no layer."""
+    chosen = tuple(f"layers.{layer_idx}." for layer_idx in subject.layer_ids)
+    return {
+        planned.spec.slot: (planned.spec.kind, isinstance(planned.spec, OpSpec) and planned.spec.is_wide)
+        for planned in subject.plan.decided
+        if planned.spec.slot.startswith(chosen) or not planned.spec.slot.startswith(("layers.", "mtp."))
+    }
 
 
 def check_ledger(
@@ -74,18 +65,19 @@ def check_ledger(
     written = WrittenPlan.of(plan_json)
     today = WrittenPlan.of(plan_dict(subject.plan))
     yield from _judged("LG01", plan_faults(written, today), len(today.slots), "slots are planned as in the file")
-    yield from compare(_Scope.of(subject).kinds, written, list(run_parts(subject, progress)))
+    yield from compare(kinds_of(subject), written, list(run_parts(subject, progress)))
     num_drafts = subject.plan.draft.num_modules
     if num_drafts:
         reason = "a prompt does not run the draft's layer"
         yield Finding("LG02", f"mtp (modules: {num_drafts})", Verdict.SKIPPED, reason)
 
 
-def compare(kinds: Mapping[str, tuple[OpKind, bool]], written: WrittenPlan, parts: Sequence[Ran]) -> Iterator[Finding]:
+def compare(kinds: Kinds, written: WrittenPlan, parts: Sequence[Ran]) -> Iterator[Finding]:
     """Every finding about what ran. kinds: the slots that had to run."""
     for part in parts:
         if part.failure:
-            yield Finding("LG02", part.where, Verdict.FAIL, f"did not run: {part.failure}", remedy=REMEDIES["LG02"])
+            remedy = "ownpath inspect MODEL says whether the checkpoint is at fault"
+            yield Finding("LG02", part.where, Verdict.FAIL, f"did not run: {part.failure}", remedy=remedy)
     records = [record for part in parts for record in part.records]
     ran = {record.slot for record in records}
     missed = [] if any(part.failure for part in parts) else call_faults(kinds, written, ran)
@@ -151,7 +143,7 @@ def layout_faults(written: WrittenPlan, records: Iterable[Record]) -> Faults:
     return list(dict.fromkeys(faults))
 
 
-def dtype_faults(kinds: Mapping[str, tuple[OpKind, bool]], activations: str, records: Iterable[Record]) -> Faults:
+def dtype_faults(kinds: Kinds, activations: str, records: Iterable[Record]) -> Faults:
     """Calls with other dtypes than a plan for these activations demands."""
     faults = []
     for record in records:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ownpath.checkpoint.errors import CheckpointError
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Residual
 from ownpath.model.caches import CacheSpec, SequenceCache
@@ -70,8 +69,8 @@ def run_parts(subject: Subject, progress: Callable[[int, int, str], None] | None
     total = len(subject.layer_ids) + 1
     try:
         ends = load_ends(subject)
-    except CheckpointError as error:
-        yield Ran("the embedding and the head", failure=str(error))
+    except (ValueError, RuntimeError) as error:
+        yield Ran("the embedding and the head", failure=_words(error))
         return
     steps, scratch = (Steps.of(subject, ends.weights.params["embed.weight"]) for _ in range(2))
     for done, layer_idx in enumerate(subject.layer_ids):
@@ -93,7 +92,7 @@ def _run_layer(subject: Subject, layer_idx: int, steps: Steps, scratch: Steps) -
             warm = scratch.through(layer) if is_cuda else scratch
             ran = _recorded(where, layer, lambda: passed.append(steps.through(layer)), is_cuda)
     except (ValueError, RuntimeError) as error:
-        return steps, scratch, Ran(where, failure=str(error))
+        return steps, scratch, Ran(where, failure=_words(error))
     return passed[0], warm, ran
 
 
@@ -111,7 +110,7 @@ def _run_head(ends: LoadedPart, steps: Steps) -> Ran:
                 run()
             return _recorded("head", ends, run, is_cuda)
     except (ValueError, RuntimeError) as error:
-        return Ran("head", failure=str(error))
+        return Ran("head", failure=_words(error))
 
 
 def _recorded(where: str, part: LoadedPart, run: Callable[[], object], is_cuda: bool) -> Ran:
@@ -125,3 +124,8 @@ def _recorded(where: str, part: LoadedPart, run: Callable[[], object], is_cuda: 
     except NoLaunchSeen:
         launches = None
     return Ran(where, tuple(records), launches)
+
+
+def _words(error: Exception) -> str:
+    """One line of an error."""
+    return str(error).partition("\n")[0] or type(error).__name__
