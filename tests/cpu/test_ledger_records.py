@@ -1,6 +1,7 @@
 """What the ledger records of calls: told by the runners themselves, one entry for what looks alike."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,21 @@ from ownpath.loading import load_model, plan_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.official import Step
 from ownpath.plan.plan import Plan
-from ownpath.runners import Ledger, Record, Records, RMSNorm, SwiGLU
+from ownpath.runners import (
+    GroupedLinear,
+    HyperBoundary,
+    HyperWeights,
+    Ledger,
+    PlainLinear,
+    Record,
+    Records,
+    RMSNorm,
+    Router,
+    SwiGLU,
+)
 from ownpath.runners.records import signature
 from ownpath.runners.uses import Use, use_of, variant_of
+from ownpath.runners.w4a4 import Nvfp4LinearW4A4, Nvfp4MoEW4A4
 
 FOLLOWING = EngineConfig(max_model_len=64)
 
@@ -160,3 +173,83 @@ def test_nobody_asked_nothing_is_recorded() -> None:
     swiglu(torch.zeros(1, 4))
     assert ledger.records is None
     assert dict(ledger.calls) == {"a": 1}
+
+
+BF16 = torch.bfloat16
+
+
+def rows(num_tokens: int, *dims: int) -> torch.Tensor:
+    return torch.zeros(num_tokens, *dims, dtype=BF16)
+
+
+def boundary(name: str) -> HyperBoundary:
+    dim = 64
+    fn, base, scale = torch.zeros(24, 4 * dim), torch.zeros(24), torch.zeros(3)
+    weights = HyperWeights(fn, base, scale, torch.ones(dim, dtype=BF16), 4, 1e-6, 1e-6, 1e-6)
+    return HyperBoundary(weights, kernel=KERNELS[name])
+
+
+def experts_w4a4(name: str) -> Nvfp4MoEW4A4:
+    codes13, codes2 = (torch.zeros(4, n, k // 2, dtype=torch.uint8) for n, k in ((512, 256), (256, 256)))
+    scales = [torch.ones(4, c.shape[1], c.shape[2] // 8).to(torch.float8_e4m3fn) for c in (codes13, codes2)]
+    ones = torch.ones(4)
+    w13, w2 = ((codes, scale, ones, ones) for codes, scale in zip((codes13, codes2), scales, strict=True))
+    return Nvfp4MoEW4A4(w13, w2, 7.0, kernel=KERNELS[name])
+
+
+def linear_w4a4(name: str) -> Nvfp4LinearW4A4:
+    codes, scale = torch.zeros(256, 128, dtype=torch.uint8), torch.ones(256, 16).to(torch.float8_e4m3fn)
+    return Nvfp4LinearW4A4(codes, scale, torch.tensor(1.0), torch.tensor(1.0), kernel=KERNELS[name])
+
+
+def routed(num_tokens: int) -> tuple[torch.Tensor, ...]:
+    ids = torch.zeros(num_tokens, 2, dtype=torch.int64)
+    return rows(num_tokens, 256), ids, torch.ones(num_tokens, 2)
+
+
+def turned(num_tokens: int) -> tuple[Any, ...]:
+    return rows(num_tokens, 4, 128), (torch.ones(num_tokens, 32), torch.zeros(num_tokens, 32))
+
+
+def grouped(name: str) -> GroupedLinear:
+    return GroupedLinear(torch.zeros(128, 256, dtype=BF16), 2, kernel=KERNELS[name])
+
+
+def by_score(name: str) -> Router:
+    return Router(PlainLinear(torch.zeros(8, 64)), 6, 1.0, torch.zeros(8), None, kernel=KERNELS[name])
+
+
+FORMS: dict[str, tuple[Callable[[str], Any], Callable[[int], tuple[Any, ...]], bool]] = {
+    "triton.rms_norm": (lambda name: RMSNorm(None, 1e-6, kernel=KERNELS[name]), lambda t: (rows(t, 64),), True),
+    "triton.swiglu": (lambda name: SwiGLU(7.0, kernel=KERNELS[name]), lambda t: (rows(t, 128),), True),
+    "triton.router": (by_score, lambda t: (rows(t, 64), torch.zeros(t, dtype=torch.int64)), True),
+    "triton.plain_linear_invariant": (
+        lambda name: PlainLinear(torch.zeros(8, 64, dtype=BF16), kernel=KERNELS[name]),
+        lambda t: (rows(t, 64),),
+        True,
+    ),
+    "triton.hyper_boundary": (boundary, lambda t: (rows(t, 4, 64), None, None), False),
+    "triton.hyper_boundary_invariant": (boundary, lambda t: (rows(t, 4, 64), None, None), True),
+    "triton.grouped_linear": (grouped, turned, False),
+    "triton.grouped_linear_invariant": (grouped, turned, True),
+    "triton.nvfp4_linear_w4a4_sm100": (linear_w4a4, lambda t: (rows(t, 256),), False),
+    "triton.nvfp4_linear_w4a4_sm100_invariant": (linear_w4a4, lambda t: (rows(t, 256),), True),
+    "triton.nvfp4_moe_w4a4_sm100": (experts_w4a4, routed, False),
+    "triton.nvfp4_moe_w4a4_sm100_invariant": (experts_w4a4, routed, True),
+}
+"""Kernel -> (its runner, arguments for so many tokens, whether it has one form for every number of tokens)."""
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_triton_kernel_names_the_tile_for_its_sizes(name: str) -> None:
+    """Few tokens and many take the tiles that the launchers choose: one where bits must not depend on the number."""
+    make, arguments, has_one_form = FORMS[name]
+    runner = make(name)
+    assert use_of(runner).kernel == name
+    few, many = (variant_of(runner, arguments(num_tokens)) for num_tokens in (1, 3000))
+    assert (few == many) == has_one_form
+    assert re.fullmatch(r"[a-z0-9_]+", few)
+
+
+def test_every_triton_kernel_is_among_them() -> None:
+    assert set(FORMS) == {name for name in KERNELS if name.startswith("triton.")}
