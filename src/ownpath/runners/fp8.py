@@ -91,6 +91,10 @@ class Fp8Linear:
         """Bytes that the kernel may read beyond the matrix; None: its layout has none."""
         return fp8_padding(self.operand) if self._is_packed else None
 
+    def kernel_arguments(self, x: torch.Tensor) -> tuple[Any, ...]:
+        """What a call gives a kernel that packs."""
+        return x.flatten(0, -2), self.operand, self.workspace
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._is_packed:
             return self._packed_product(x)

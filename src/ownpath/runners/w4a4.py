@@ -6,6 +6,7 @@ proves them there: ``runners.proof`` compares them with their torch twin, and a 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -71,6 +72,10 @@ class Nvfp4LinearW4A4:
         """Scales that the kernel may read beyond the matrix."""
         return scale_padding(self.operand.scale, self.out_features, self.in_features // 16)
 
+    def kernel_arguments(self, x: torch.Tensor) -> tuple[Any, ...]:
+        """What a call gives the kernel."""
+        return x.reshape(-1, self.in_features), self.operand
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         require_input(x, self.in_features, self.operand.codes)
         y: torch.Tensor = self._kernel(x.reshape(-1, self.in_features), self.operand)
@@ -123,6 +128,10 @@ class Nvfp4MoEW4A4:
         own = codes.unflatten(0, (self.num_experts, -1))[expert]
         pieces = scale.unflatten(1, (self.num_experts, -1))[:, expert]
         return QuantTensor(own, unboxed(pieces, len(own), own.shape[1] // 8), alpha[expert], NVFP4)
+
+    def kernel_arguments(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> tuple[Any, ...]:
+        """What a call gives the kernel."""
+        return x, topk_ids, topk_weights, self.operand
 
     def __call__(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """x bfloat16 [T, D], topk_ids int32 or int64 [T, K], topk_weights float32 [T, K] -> y bfloat16 [T, D]."""
