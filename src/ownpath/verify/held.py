@@ -9,6 +9,7 @@ a block of zeros in MXFP4 that became NVFP4.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -137,7 +138,9 @@ def _input_scale(op: PlannedOp, module: str, raw: Raw) -> Tensor:
     return torch.stack([multiplier(op.encoding, name, "input_scale", raw) for name in names]).amax(dim=0)
 
 
+@lru_cache(maxsize=16)
 def _table(value_of: Callable[[int], float], device: torch.device) -> Tensor:
+    """Made once: a layer has a thousand grids of scales."""
     return torch.tensor([value_of(byte) for byte in range(256)], dtype=torch.float64, device=device)
 
 
