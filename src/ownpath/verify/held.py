@@ -2,9 +2,9 @@
 
 The kernel's side is read back out of its layout by the runner (``stored``, ``stored_expert``); the file's side comes
 from ``Raw``, with the meaning of its bytes from the oracle's tables. Scales are compared as values where the kernel
-holds them in another dtype, codes always bit by bit. Two things may differ from the file without a change of meaning,
-and are allowed for: codes under a zero scale (a kernel that cannot say zero holds zeros under 2^-9), and the scale of
-a block of zeros in MXFP4 that became NVFP4.
+holds them in another dtype, codes and all other scales bit by bit. Two things may differ from the file without a
+change of meaning, and are allowed for: codes under a zero scale (a kernel that cannot say zero holds zeros under
+2^-9), and the scale of a block of zeros in MXFP4 that became NVFP4.
 """
 
 from collections.abc import Callable, Iterator
@@ -94,20 +94,29 @@ def weight_pairs(op: PlannedOp, held: HeldModule, raw: Raw) -> Iterator[Pair]:
         yield Pair(name, "values", keys["qdata"], values, weight.qdata)
         return
     assert weight.scale is not None, name
-    kernel_codes, scale = weight.qdata.view(torch.uint8), block_scales(stored_scale, encoding)
-    kernel_scale = _scale_values(weight.scale)
     if encoding.format is NVFP4 and op.choice.kernel.layout == PACKED:
+        scale, kernel_scale = stored_scale & 0x7F, weight.scale.view(torch.uint8)
         is_dead = scale == 0
         codes = codes.masked_fill(is_dead.repeat_interleave(8, dim=1), 0)
         kernel_scale = torch.where(is_dead, scale, kernel_scale)
     elif encoding.format is MXFP4 and weight.format is NVFP4:
-        assert weight.global_scale is not None, name
-        scale = scale.repeat_interleave(2, dim=1)
-        is_zero = ((codes & 0x77).unflatten(1, (-1, 16)) == 0).all(dim=-1).repeat_interleave(2, dim=1)
-        meant = kernel_scale * weight.global_scale.double().reshape(-1)[0]
-        kernel_scale = torch.where(is_zero, scale, meant)
-    yield Pair(name, "codes", keys["qdata"], codes, kernel_codes)
+        scale, kernel_scale = _mxfp4_scales(codes, block_scales(stored_scale, encoding), weight)
+    elif stored_scale.element_size() == weight.scale.element_size() == 1:
+        scale, kernel_scale = stored_scale, weight.scale.view(torch.uint8)
+    else:
+        scale, kernel_scale = block_scales(stored_scale, encoding), _scale_values(weight.scale)
+    yield Pair(name, "codes", keys["qdata"], codes, weight.qdata.view(torch.uint8))
     yield Pair(name, "scales", keys["scale"], scale, kernel_scale)
+
+
+def _mxfp4_scales(codes: Tensor, scale: Tensor, weight: QuantTensor) -> tuple[Tensor, Tensor]:
+    """MXFP4's scales, twice each, and what they became: NVFP4's with the global scale. Over zeros any will do."""
+    assert weight.scale is not None
+    assert weight.global_scale is not None
+    twice = scale.repeat_interleave(2, dim=1)
+    is_zero = ((codes & 0x77).unflatten(1, (-1, 16)) == 0).all(dim=-1).repeat_interleave(2, dim=1)
+    meant = _scale_values(weight.scale) * weight.global_scale.double().reshape(-1)[0]
+    return twice, torch.where(is_zero, twice, meant)
 
 
 def alpha_pair(op: PlannedOp, held: HeldModule, raw: Raw) -> Pair | None:

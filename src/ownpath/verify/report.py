@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -157,7 +158,7 @@ def report_text(result: Result) -> str:
     lines += [f"findings         {told} in {seconds:.1f} s"]
     lines += [f"first bad layer  {first_bad_layer(findings) or 'none'}"]
     lines += [f"worst layer      {_worst_text(worst[1])}"] if worst else []
-    lines += ["kernels          " + ", ".join(f"{n} x {k}" for k, n in kernels_of(plan).items())] if plan else []
+    lines += _kernel_lines(plan) if plan else []
     lines += _selection_lines(result)
     lines += [f"stage {stage.name}: not run: {stage.skipped}" for stage in result.stages if stage.skipped]
     lines += ["", *_failure_lines(findings), *_check_lines(result)]
@@ -165,6 +166,13 @@ def report_text(result: Result) -> str:
 
 
 _WORDS = {Verdict.FAIL: "failed", Verdict.PASS: "passed", Verdict.SKIPPED: "skipped"}
+
+
+def _kernel_lines(plan: Plan) -> list[str]:
+    """How many of the plan's slots each kernel runs."""
+    told = ", ".join(f"{count}_x_{kernel}" for kernel, count in kernels_of(plan).items())
+    lines = textwrap.wrap(told, 110, initial_indent=f"{'kernels':17}", subsequent_indent=" " * 17)
+    return [line.replace("_x_", " x ") for line in lines]
 
 
 def _selection_lines(result: Result) -> list[str]:
