@@ -60,8 +60,10 @@ class Stored:
         stored = self._read(key).to(self.device)
         return stored.to(self.dtype if stored.is_floating_point() else torch.int64)
 
-    def has(self, key: str) -> bool:
-        return key in self.index
+    def rows(self, key: str, row_ids: Tensor) -> Tensor:
+        """Some rows of such a tensor, in the order of ``row_ids``; the others are not read."""
+        stored = self._read(key)[row_ids.cpu()].to(self.device)
+        return stored.to(self.dtype if stored.is_floating_point() else torch.int64)
 
     def matrix(self, module: str, encoding: Encoding) -> Tensor:
         """The matrix of ``module`` with all its scales: [N, K]."""
@@ -89,13 +91,14 @@ class Stored:
     def _scalar(self, module: str, encoding: Encoding, role: str) -> Tensor:
         """A divisor means one float32 division (docs/checkpoint.md)."""
         key = encoding.key(module, role)
-        stored = self._read(key).to(self.device).reshape(())
-        return torch.ones_like(stored) / stored if key.endswith(_DIVISORS) else stored
+        scalar = self._read(key).to(self.device).reshape(())
+        return torch.ones_like(scalar) / scalar if key.endswith(_DIVISORS) else scalar
 
     def _fp4(self, raw_NB: Tensor, scale: Tensor, width: int) -> Tensor:
         """Two codes a byte, one scale for ``width`` codes of a row."""
         values = self._looked_up(raw_NB, self._e2m1_pairs).flatten(-2)
-        return (values.unflatten(-1, (-1, width)) * scale[..., None]).flatten(-2)
+        scaled: Tensor = values.unflatten(-1, (-1, width)) * scale[..., None]
+        return scaled.flatten(-2)
 
     def _fp8(self, raw_NK: Tensor, stored_scale: Tensor) -> Tensor:
         """One scale for 128 x 128 codes, fewer at the edges; its dtype tells whether it is E8M0 or a float."""
