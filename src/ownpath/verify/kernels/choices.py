@@ -34,20 +34,20 @@ def changes(choose: Choose) -> dict[Hashable, tuple[int, ...]]:
 
 def choosers(name: str, runner: Any, shape: tuple[int, int], slots: int) -> Iterator[tuple[str, Choose]]:
     """(module, rows -> variant) of each part of a slot whose kernel chooses. ``slots``: experts per token."""
-    for part in _parts(runner):
+    for part in runners_behind(runner):
         choose = _chooser(name, part, shape, slots)
         if choose is not None:
             yield name, choose
 
 
-def _parts(runner: Any) -> Iterator[Any]:
+def runners_behind(runner: Any) -> Iterator[Any]:
     """The runners behind those that only wrap others."""
     inner = getattr(runner, "linears", None)
     if inner is not None:
         for linear in inner:
-            yield from _parts(linear)
+            yield from runners_behind(linear)
     elif hasattr(runner, "linear"):
-        yield from _parts(runner.linear)
+        yield from runners_behind(runner.linear)
     else:
         yield runner
 
