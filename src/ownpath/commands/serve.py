@@ -56,7 +56,7 @@ def _is_served(session: "Session", allow_unverified: bool) -> bool:
 
     golden = known_question(session.folder, session.tokenizer)
     report = self_test(session.engine, session.tokenizer, session.model_config.sliding_window, golden)
-    session.ledger.calls.clear()
+    session.ledger.clear()
     if not report.failed:
         return True
     if allow_unverified:

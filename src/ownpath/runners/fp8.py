@@ -80,6 +80,10 @@ class Fp8Linear:
         """The compile-time configurations of every kernel that a call may launch."""
         return iter(self._kernel.configs(self.operand) if self._is_packed else ())
 
+    def kernel_arguments(self, x: torch.Tensor) -> tuple[Any, ...]:
+        """What a call gives a kernel that packs."""
+        return x.flatten(0, -2), self.operand, self.workspace
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._is_packed:
             return self._packed_product(x)

@@ -71,6 +71,10 @@ class Nvfp4Linear:
         """The kernels that calls may launch, for compiling ahead."""
         return compile_configs(self._kernel, self._operand)
 
+    def kernel_arguments(self, x: torch.Tensor) -> tuple[Any, ...]:
+        """What a call gives the kernel."""
+        return x.reshape(-1, self.in_features), *self._operand
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         require_input(x, self.in_features, self._weight)
         y: torch.Tensor = self._kernel(x.reshape(-1, self.in_features), *self._operand)
@@ -88,6 +92,10 @@ class PlainLinear:
         self.out_features, self.in_features = self.weight.shape
         self._kernel = kernel
 
+    def kernel_arguments(self, x: torch.Tensor, out_dtype: torch.dtype | None = None) -> tuple[Any, ...]:
+        """What a call gives the kernel."""
+        return x, self.weight, out_dtype or x.dtype
+
     def __call__(self, x: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         """y in the dtype of x, or unrounded in a wider ``out_dtype``."""
         require_input(x, self.in_features, self.weight)
@@ -101,6 +109,11 @@ class WideLinear:
     def __init__(self, linear: Linear) -> None:
         self.linear = linear
         self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    @property
+    def parts(self) -> tuple[Linear, ...]:
+        """The runners that it calls."""
+        return (self.linear,)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -116,6 +129,11 @@ class ConcatLinear:
         self.linears = tuple(linears)
         self.in_features = linears[0].in_features
         self.out_features = sum(linear.out_features for linear in linears)
+
+    @property
+    def parts(self) -> tuple[Linear, ...]:
+        """The runners that it calls."""
+        return self.linears
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([linear(x) for linear in self.linears], dim=-1)
@@ -138,6 +156,10 @@ class GroupedLinear:
         self.weight_GRI = weight.unflatten(0, (num_groups, -1))
         self.num_groups, self.out_features, self.in_features = self.weight_GRI.shape
         self._kernel = kernel
+
+    def kernel_arguments(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> tuple[Any, ...]:
+        """What a call with a rotation gives the kernel."""
+        return x, *rotation, self.weight_GRI
 
     def __call__(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
         """rotation: (cos, sin) float32 [T, A] of each row's angles, to be undone; the planned kernel does both."""

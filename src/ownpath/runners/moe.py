@@ -88,6 +88,10 @@ class Nvfp4MoE:
         make = getattr(self._kernel, "workspace", None)
         return None if make is None else make(*self._operand, num_tokens, num_slots)
 
+    def kernel_arguments(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> tuple[Any, ...]:
+        """What a call gives the kernel (without shared experts or an expert map)."""
+        return x, topk_ids, topk_weights, *self._operand, self.swiglu_limit
+
     def __call__(
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, **given: Any
     ) -> torch.Tensor:

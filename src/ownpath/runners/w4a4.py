@@ -6,6 +6,7 @@ proves them there: ``runners.proof`` compares them with their torch twin, and a 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -57,6 +58,10 @@ class Nvfp4LinearW4A4:
             prove_linear(kernel, codes.device)
         self._kernel = kernel
 
+    def kernel_arguments(self, x: torch.Tensor) -> tuple[Any, ...]:
+        """What a call gives the kernel."""
+        return x.reshape(-1, self.in_features), self.operand
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         require_input(x, self.in_features, self.operand.codes)
         y: torch.Tensor = self._kernel(x.reshape(-1, self.in_features), self.operand)
@@ -98,6 +103,10 @@ class Nvfp4MoEW4A4:
         if w2[0].is_cuda:
             prove_moe(kernel, w2[0].device)
         self._kernel = kernel
+
+    def kernel_arguments(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> tuple[Any, ...]:
+        """What a call gives the kernel."""
+        return x, topk_ids, topk_weights, self.operand
 
     def __call__(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """x bfloat16 [T, D], topk_ids int32 or int64 [T, K], topk_weights float32 [T, K] -> y bfloat16 [T, D]."""

@@ -59,6 +59,10 @@ class Nvfp4LinearKernel:
         chosen = (self._choose(count, *operand.shape, self.is_batch_invariant).gemm for count in counts)
         return list({config.name: config for config in chosen}.values())
 
+    def variant(self, x: torch.Tensor, operand: LinearOperand) -> str:
+        """Name of the kernel that a call with these arguments launches."""
+        return self._choose(len(x), *operand.shape, self.is_batch_invariant).gemm.name
+
     def __call__(self, x: torch.Tensor, operand: LinearOperand, out: torch.Tensor | None = None) -> torch.Tensor:
         """y = x W^T. Shapes: x bfloat16 [M, K], rows 16-byte aligned; y bfloat16 [M, N], ``out`` if given.
 

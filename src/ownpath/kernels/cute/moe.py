@@ -121,6 +121,18 @@ class Nvfp4MoeKernel:
         """The kernels of a call with ``pairs`` (token, slot) pairs."""
         return self._choose(pairs, operand.num_experts, operand.hidden, operand.inter, self.is_batch_invariant)
 
+    def variant(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        operand: MoeOperand,
+        swiglu_limit: float,
+    ) -> str:
+        """Names of the products that a call with these arguments launches."""
+        choice = self.choose(topk_ids.numel(), operand)
+        return f"{choice.gate_up.name} {choice.down.name}"
+
     def configs(self, operand: MoeOperand) -> list[object]:
         """Every kernel that a call without shared experts or an expert map may launch."""
         counts = (1, PAIRS_PER_ALIGN_CTA, PAIRS_PER_ALIGN_CTA + 1)
