@@ -111,7 +111,8 @@ def _norm(probe: Probe, spec: CompanionSpec, num_rows: int) -> tuple[Any, ...]:
 
 def _router(probe: Probe, spec: CompanionSpec, num_rows: int) -> tuple[Any, ...]:
     token_ids = torch.arange(num_rows, device=probe.device) % probe.config.vocab_size
-    return probe.rows(spec.slot, num_rows, probe.config.hidden_size), token_ids
+    # Of ordinary size: scores of logits below -100 are zero in float32, and so are the weights' sums.
+    return probe.normal(spec.slot, num_rows, probe.config.hidden_size).to(probe.dtype), token_ids
 
 
 def _swiglu(probe: Probe, spec: CompanionSpec, num_rows: int) -> tuple[Any, ...]:

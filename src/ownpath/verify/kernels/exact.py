@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ownpath.plan.catalogue import FP8_PREFILL_FROM
 from ownpath.plan.plan import PlannedOp
-from ownpath.verify.kernels.codes import fp8_inputs, nvfp4_inputs
+from ownpath.verify.kernels.codes import fp8_float_scales, nvfp4_inputs
 from ownpath.verify.kernels.compare import Exact
 from ownpath.verify.kernels.limits import FP8_TENSOR_CORE, SPREAD, summing
+from ownpath.verify.reference.rounding import fp8
 from ownpath.verify.reference.stored import Stored
 
 Quantize = Callable[[Tensor], Tensor]
@@ -21,9 +22,17 @@ ROUNDED_AT_LOAD = ("PlainLinear", "GroupedLinear")
 """Runners that may bring a weight to the activations' dtype before they multiply."""
 
 
+INPUT_BLOCK = 128
+
+
 def as_it_is(x: Tensor) -> Tensor:
     """What W4A16 and W8A16 multiply."""
     return x.double()
+
+
+def fp8_inputs(x: Tensor) -> Tensor:
+    """What W8A8 multiplies where scales are powers of two."""
+    return fp8(x, INPUT_BLOCK)
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ def inputs_of(op: PlannedOp, stored: Stored) -> tuple[Inputs, ...]:
         scale = largest_input_scale(op, [module.name for module in op.spec.modules], stored)
         return (Inputs(lambda x: nvfp4_inputs(x, scale)),)
     is_e8m0 = all(_has_power_scales(op, module.name, stored) for module in op.spec.modules)
-    return _w8a8_from(kernel.name, Inputs(), lambda x: fp8_inputs(x, powers=is_e8m0))
+    return _w8a8_from(kernel.name, Inputs(), fp8_inputs if is_e8m0 else fp8_float_scales)
 
 
 def _w8a8_from(kernel: str, few: Inputs, quantize: Quantize) -> tuple[Inputs, ...]:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ownpath.official import Step
 from ownpath.plan.plan import PlannedOp
-from ownpath.verify.kernels.codes import fp8_inputs, nvfp4_inputs
+from ownpath.verify.kernels.codes import nvfp4_inputs
 from ownpath.verify.kernels.compare import Exact
-from ownpath.verify.kernels.exact import as_it_is, independent, largest_input_scale, product
+from ownpath.verify.kernels.exact import as_it_is, fp8_inputs, independent, largest_input_scale, product
 from ownpath.verify.kernels.limits import EXP_STEPS, FLOAT32_ROUND, rounding
 from ownpath.verify.reference.stored import Stored
 

@@ -9,6 +9,7 @@ Legend: R drawn rows, E chosen experts, D hidden, T tokens of a call, K experts 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +18,12 @@ from ownpath.official import Step
 from ownpath.plan.opspec import OpKind
 from ownpath.plan.plan import PlannedOp
 from ownpath.verify.finding import Finding
-from ownpath.verify.kernels.choices import row_counts
+from ownpath.verify.kernels.choices import row_counts, unread, variants_of
 from ownpath.verify.kernels.compare import Deviation, Exact, deviation, ratios
 from ownpath.verify.kernels.diagnose import diagnosis
 from ownpath.verify.kernels.expert_math import Matrices, expert, output_rounding, steps_of
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.products import REMEDY, variants
+from ownpath.verify.kernels.products import REMEDY
 from ownpath.verify.kernels.report import Tally, skipped
 
 ORDINARY = (1.0, 2.0**-10, 0.5, 1.0, 2.0**-4)
@@ -101,6 +102,13 @@ class Experts:
         """What the slot gives: [T, D]."""
         y: Tensor = self.probe.slots[self.slot](self.x[call.rows], self.ids[call.places], call.weights)
         return y
+
+    def unread(self, num_tokens: int) -> tuple[Any, ...]:
+        """Arguments of a call with so many tokens, without values."""
+        slots, device = self.probe.config.num_experts_per_tok, self.x.device
+        x = unread(self.x.dtype, device, num_tokens, self.x.shape[1])
+        weights = unread(torch.float32, device, num_tokens, slots)
+        return x, unread(torch.int64, device, num_tokens, slots), weights
 
     def exact(self, call: Call) -> Exact:
         """What it should give."""
@@ -198,13 +206,14 @@ def _weights(experts: Experts, drawn: Tensor) -> Tensor:
 def _every_variant(experts: Experts) -> Iterator[Finding]:
     """K04: both ends of what each variant of the kernel serves."""
     probe = experts.probe
+    kernel = probe.kernels[experts.slot]
     tally = Tally("K04", experts.slot, "each variant that the experts' chooser can pick", REMEDY)
-    for variant, num_tokens in variants(probe, experts.slot):
+    for variant, num_tokens in variants_of(kernel, probe.slots[experts.slot], experts.unread):
         call = routings(experts, num_tokens)["random experts"]
         found = deviation(experts.call(call), experts.exact(call))
         where = f"{experts.slot} at {num_tokens} tokens"
-        tally.add(where, f"{probe.kernels[experts.slot]} {variant}", found)
+        tally.add(where, f"{kernel} {variant}", found)
     if tally.count:
         yield from tally.findings()
     else:
-        yield skipped("K04", experts.slot, f"{probe.kernels[experts.slot]} has one way to run")
+        yield skipped("K04", experts.slot, f"{kernel} has one way to run")

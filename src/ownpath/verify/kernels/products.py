@@ -15,7 +15,7 @@ from torch import Tensor
 from ownpath.plan.opspec import OpKind
 from ownpath.plan.plan import PlannedOp
 from ownpath.verify.finding import Finding
-from ownpath.verify.kernels.choices import changes, choosers, row_counts
+from ownpath.verify.kernels.choices import row_counts, unread, variants_of
 from ownpath.verify.kernels.compare import Deviation, Exact, repeated_deviation
 from ownpath.verify.kernels.exact import Inputs, independent, inputs_of, loss_at_load, product, weight_of
 from ownpath.verify.kernels.limits import rounding
@@ -69,6 +69,13 @@ class Dense:
         if not self.is_grouped:
             return run(self.x[ids])
         return run(self.x[ids], (self.angles[0][ids], self.angles[1][ids])).flatten(1)
+
+    def unread(self, num_rows: int) -> tuple[Any, ...]:
+        """Arguments of so many rows without values."""
+        x = unread(self.x.dtype, self.x.device, num_rows, *self.x.shape[1:])
+        if not self.is_grouped:
+            return (x,)
+        return x, (self.angles[0][:1].expand(num_rows, -1), self.angles[1][:1].expand(num_rows, -1))
 
     def compare(self, num_rows: int) -> Deviation:
         """How far the slot's result is from the exact one."""
@@ -150,7 +157,7 @@ def check_products(probe: Probe) -> Iterator[Finding]:
         try:
             for num_rows in row_counts(probe.is_cuda):
                 _add(each, dense, num_rows, probe.kernels[slot])
-            for variant, num_rows in variants(probe, slot):
+            for variant, num_rows in variants_of(probe.kernels[slot], probe.slots[slot], dense.unread):
                 _add(every, dense, num_rows, f"{probe.kernels[slot]} {variant}")
         except Exception as error:  # whatever a kernel can raise is what is looked for
             each.fail(slot, probe.kernels[slot], f"{type(error).__name__}: {error}")
@@ -164,12 +171,3 @@ def _add(tally: Tally, dense: Dense, num_rows: int, kernel: str) -> None:
     tally.add(where, kernel, found, message and f"{num_rows} rows: {message}")
 
 
-def variants(probe: Probe, slot: str) -> Iterator[tuple[str, int]]:
-    """(variant, rows) at both ends of what each variant of a slot's kernels serves."""
-    config = probe.config
-    shape = config.o_lora_rank, config.head_dim
-    runner: Any = probe.slots[slot]
-    for op in probe.ops[slot]:
-        for _, choose in choosers(op.choice.kernel.name, runner, shape, config.num_experts_per_tok):
-            for variant, counts in changes(choose).items():
-                yield from ((str(variant), count) for count in counts)
