@@ -19,7 +19,7 @@ from ownpath.verify.finding import Finding
 from ownpath.verify.kernels.compare import Deviation, Exact, deviation
 from ownpath.verify.kernels.limits import EXP_STEPS, FLOAT32_ROUND, SPREAD, rounding, summing
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.report import Tally
+from ownpath.verify.kernels.report import Tally, error_of
 
 NUM_KEYS = (1, 2, 31, 129, 300)
 NUM_QUERIES = 7
@@ -39,7 +39,7 @@ def check_attention(probe: Probe) -> Iterator[Finding]:
                 for found, message in check(probe, slot, core):
                     tally.add(slot, kernel, found, f"{name}: {message or found}")
             except Exception as error:  # whatever a kernel can raise is what is looked for
-                tally.fail(slot, kernel, f"{name}: {type(error).__name__}: {error}")
+                tally.fail(slot, kernel, f"{name}: {error_of(error)}")
         yield from tally.findings()
 
 
@@ -71,7 +71,9 @@ def attended(probe: Probe, slot: str, q_tNH: Tensor, keys_KH: Tensor, visible_tK
     scores_tNK = (q @ keys.T) * scale
     error_tNK = summing(q.shape[-1]) * (q.abs() @ keys.abs().T) * scale
     # By the largest of the row too: exp of a difference.
-    error_tNK = error_tNK + rounding(probe.dtype) * scores_tNK.abs() + EXP_STEPS * FLOAT32_ROUND * (1 + scores_tNK.abs())
+    error_tNK = (
+        error_tNK + rounding(probe.dtype) * scores_tNK.abs() + EXP_STEPS * FLOAT32_ROUND * (1 + scores_tNK.abs())
+    )
     hidden = ~visible_tK[:, None]
     scores_tNK = scores_tNK.masked_fill(hidden, -torch.inf)
     sink_tN1 = sink_N.expand(len(q), -1)[..., None]

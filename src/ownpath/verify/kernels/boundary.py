@@ -15,7 +15,7 @@ from ownpath.verify.kernels.calls import streams
 from ownpath.verify.kernels.compare import Deviation, Exact, deviation
 from ownpath.verify.kernels.limits import EXP_STEPS, FLOAT32_ROUND, rounding, summing
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.report import Tally
+from ownpath.verify.kernels.report import Tally, error_of
 from ownpath.verify.reference.arithmetic import Arithmetic, Scope
 from ownpath.verify.reference.hyper import read_streams, write_streams
 
@@ -26,8 +26,6 @@ REMEDY = "comb[from, to]: rows are the streams that are read, columns those that
 def check_boundaries(probe: Probe) -> Iterator[Finding]:
     """K08 of every boundary."""
     for slot in probe.slots_of(OpKind.HYPER):
-        if slot not in probe.slots:
-            continue
         tally = Tally("K08", slot, "streams, mixing weights and normed input in float64", REMEDY)
         kernel = probe.kernels[slot]
         for num_rows in MANY_ROWS if probe.is_cuda else ROWS:
@@ -35,7 +33,7 @@ def check_boundaries(probe: Probe) -> Iterator[Finding]:
                 for what, found in _compared(probe, slot, num_rows):
                     tally.add(slot, kernel, found, f"{num_rows} tokens, {what}: {found}")
             except Exception as error:  # whatever a kernel can raise is what is looked for
-                tally.fail(slot, kernel, f"{num_rows} tokens: {type(error).__name__}: {error}")
+                tally.fail(slot, kernel, f"{num_rows} tokens: {error_of(error)}")
         yield from tally.findings()
 
 

@@ -16,7 +16,7 @@ from ownpath.verify.kernels.expert_math import Matrices, Steps, expert, swiglu
 from ownpath.verify.kernels.experts import CLAMP_REMEDY, LOUD
 from ownpath.verify.kernels.limits import EXP_STEPS, FLOAT32_ROUND
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.report import Tally
+from ownpath.verify.kernels.report import Tally, error_of
 
 FACTORS = (0.0, 0.5, 0.999, 1.0, 1.001, 2.0, 30.0)
 """Of the limit, with both signs: what gate and up are."""
@@ -30,7 +30,7 @@ def check_clamp(probe: Probe) -> Iterator[Finding]:
             _activation(probe, slot, tally)
             _whole(probe, slot.removesuffix(".swiglu"), tally)
         except Exception as error:  # whatever a kernel can raise is what is looked for
-            tally.fail(slot, probe.kernels[slot], f"{type(error).__name__}: {error}")
+            tally.fail(slot, probe.kernels[slot], error_of(error))
         yield from tally.findings()
 
 

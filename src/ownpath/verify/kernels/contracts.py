@@ -9,7 +9,7 @@ from ownpath.plan.opspec import OpKind
 from ownpath.verify.finding import Finding
 from ownpath.verify.kernels.calls import Call, calls, tensors_of
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.report import Tally
+from ownpath.verify.kernels.report import Tally, error_of
 
 ROWS = 3
 REMEDY = "the runner must check this argument: a caller's mistake would be computed with"
@@ -39,7 +39,7 @@ def refusal(call: Call) -> str:
     try:
         call()
     except Exception as error:  # a refusal may be any error, as long as it is one
-        return f"{type(error).__name__}: {error}"
+        return error_of(error)
     return ""
 
 

@@ -20,13 +20,16 @@ from ownpath.verify.kernels.compare import Deviation, Exact, repeated_deviation
 from ownpath.verify.kernels.exact import Inputs, independent, inputs_of, loss_at_load, product, weight_of
 from ownpath.verify.kernels.limits import rounding
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.report import Tally
+from ownpath.verify.kernels.report import Tally, error_of
 from ownpath.verify.kernels.turning import turned
 
 PERIOD = 1009
 """Rows that are drawn; a longer input repeats them. A prime, so that a tile never meets its own rows again."""
 POSITIONS = (0, 1, 5, 127, 4096)
 REMEDY = "the weight arrived wrong or the kernel is: run the load stage, then a kernel that the plan can do without"
+
+
+ONE_FORM = "no planned kernel here has more than one"
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class Dense:
         if not self.is_grouped:
             return self.probe.rows(self.slot, num_rows, self.ops[0].spec.shape[1])
         width = config.num_attention_heads * config.head_dim
-        return self.probe.rows(self.slot, num_rows, width).unflatten(1, (config.num_attention_heads, config.head_dim))
+        heads: Tensor = self.probe.rows(self.slot, num_rows, width).unflatten(1, (-1, config.head_dim))
+        return heads
 
     @cached_property
     def angles(self) -> tuple[Tensor, Tensor]:
@@ -151,7 +155,7 @@ def _latest(parts: tuple[tuple[Inputs, Exact], ...], start: int) -> Exact:
 def check_products(probe: Probe) -> Iterator[Finding]:
     """K01 and K04 of every linear and grouped product."""
     each = Tally("K01", probe.name, "products against dequantise-then-matmul in float64", REMEDY)
-    every = Tally("K04", probe.name, "each variant that a kernel's chooser can pick", REMEDY)
+    every = Tally("K04", probe.name, "each variant that a kernel's chooser can pick", REMEDY, ONE_FORM)
     for slot in probe.slots_of(OpKind.LINEAR, OpKind.GROUPED):
         dense = Dense(probe, slot)
         try:
@@ -160,7 +164,7 @@ def check_products(probe: Probe) -> Iterator[Finding]:
             for variant, num_rows in variants_of(probe.kernels[slot], probe.slots[slot], dense.unread):
                 _add(every, dense, num_rows, f"{probe.kernels[slot]} {variant}")
         except Exception as error:  # whatever a kernel can raise is what is looked for
-            each.fail(slot, probe.kernels[slot], f"{type(error).__name__}: {error}")
+            each.fail(slot, probe.kernels[slot], error_of(error))
     yield from each.findings()
     yield from every.findings()
 
@@ -169,5 +173,3 @@ def _add(tally: Tally, dense: Dense, num_rows: int, kernel: str) -> None:
     found = dense.compare(num_rows)
     where, message = dense.place(found) if not found.is_allowed else (dense.slot, "")
     tally.add(where, kernel, found, message and f"{num_rows} rows: {message}")
-
-

@@ -21,7 +21,7 @@ from ownpath.verify.kernels.codes import E2M1, E4M3, FP8_FLOOR, nearest
 from ownpath.verify.kernels.exact import largest_input_scale
 from ownpath.verify.kernels.limits import rounding, summing
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.report import Tally, skipped
+from ownpath.verify.kernels.report import Tally, error_of
 from ownpath.verify.reference.rounding import hadamard_matrix, power_of_two_scale
 
 REMEDY = "the quantiser does not round to nearest, ties to even, or takes its scale otherwise: docs/numerics.md"
@@ -44,21 +44,19 @@ class Quantiser:
 
 def check_quantizers(probe: Probe) -> Iterator[Finding]:
     """K03 of every slot that quantises activations."""
-    tally = Tally("K03", probe.name, "quantisers at every value, middle and edge of their formats", REMEDY)
+    what = "quantisers at every value, middle and edge of their formats"
+    tally = Tally("K03", probe.name, what, REMEDY, "no planned kernel here quantises activations by itself")
     for quantiser in quantisers(probe):
         kernel = probe.kernels[quantiser.slot]
         try:
             problem = _problem(probe, quantiser)
         except Exception as error:  # whatever a kernel can raise is what is looked for
-            problem = f"{type(error).__name__}: {error}"
+            problem = error_of(error)
         if problem:
             tally.fail(quantiser.slot, kernel, problem)
         else:
             tally.passed(kernel)
-    if tally.count:
-        yield from tally.findings()
-    else:
-        yield skipped("K03", probe.name, "no planned kernel here quantises activations by itself")
+    yield from tally.findings()
 
 
 def _problem(probe: Probe, quantiser: Quantiser) -> str:
@@ -163,7 +161,8 @@ def _launched(linear: Any) -> Callable[[Tensor], Tensor]:
         table = torch.tensor([*E4M3, torch.nan], dtype=torch.float64, device=x.device)
         size, is_negative = table[(codes & 0x7F).long()], codes >= 0x80
         value = torch.where(is_negative, -size, size).unflatten(1, (num_blocks, INPUT_BLOCK))
-        return (value * scale.double()[..., None]).flatten(1)[:, : x.shape[1]]
+        read: Tensor = (value * scale.double()[..., None]).flatten(1)[:, : x.shape[1]]
+        return read
 
     return run
 

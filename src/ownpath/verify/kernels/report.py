@@ -1,6 +1,6 @@
 """Findings of the kernels stage, written in one way."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ownpath.verify.finding import Finding, Verdict
@@ -20,6 +20,7 @@ class Tally:
     where: str
     what: str
     remedy: str
+    nothing: str = "there is none here"
     count: int = 0
     worst: Deviation = NO_DEVIATION
     worst_at: str = ""
@@ -42,9 +43,7 @@ class Tally:
     def fail(self, where: str, kernel: str, message: str) -> None:
         """A wrong place that no number tells of."""
         self.count += 1
-        self.failures.setdefault(
-            where, Finding(self.id, where, Verdict.FAIL, message, None, "", self.remedy, kernel)
-        )
+        self.failures.setdefault(where, Finding(self.id, where, Verdict.FAIL, message, None, "", self.remedy, kernel))
 
     def passed(self, kernel: str) -> None:
         """A right place that no number tells of."""
@@ -56,14 +55,12 @@ class Tally:
         if self.failures:
             yield from self.failures.values()
         elif not self.count:
-            yield skipped(self.id, self.where, f"{self.what}: nothing here to look at")
+            yield skipped(self.id, self.where, f"{self.what}: {self.nothing}")
         else:
             worst = f", worst in {self.worst_at}" if self.worst_at else ""
             number, allowed = (self.worst.ratio, NEAR_FLOAT64) if self.worst_at else (None, "")
             message = f"{self.what}: {self.count} comparisons{worst}"
-            yield Finding(
-                self.id, self.where, Verdict.PASS, message, number, allowed, kernel=", ".join(self.kernels)
-            )
+            yield Finding(self.id, self.where, Verdict.PASS, message, number, allowed, kernel=", ".join(self.kernels))
 
 
 def skipped(check_id: str, where: str, why: str) -> Finding:
@@ -71,12 +68,7 @@ def skipped(check_id: str, where: str, why: str) -> Finding:
     return Finding(check_id, where, Verdict.SKIPPED, why)
 
 
-def guarded(
-    check_id: str, where: str, kernel: str, remedy: str, run: Callable[[], Iterator[Finding]]
-) -> Iterator[Finding]:
-    """What ``run`` finds; an error that ends it becomes a failure with the error's own sentence."""
-    try:
-        yield from run()
-    except Exception as error:  # whatever a kernel can raise is what is looked for
-        message = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-        yield Finding(check_id, where, Verdict.FAIL, message, remedy=remedy, kernel=kernel)
+def error_of(error: Exception) -> str:
+    """An error in one line."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

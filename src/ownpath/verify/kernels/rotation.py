@@ -12,9 +12,10 @@ from torch import Tensor
 from ownpath.model.rope import Rope
 from ownpath.verify.finding import Finding
 from ownpath.verify.kernels.compare import Deviation, Exact, deviation, worse
+from ownpath.verify.kernels.exact import loss_at_load
 from ownpath.verify.kernels.limits import ANGLE_STEPS, FLOAT32_ROUND, SPREAD, rounding, summing
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.report import Tally
+from ownpath.verify.kernels.report import Tally, error_of
 from ownpath.verify.kernels.turning import frequencies, turned
 
 POSITIONS = (0, 1, 4096, 131072, 1_000_000)
@@ -33,12 +34,12 @@ def check_rotation(probe: Probe) -> Iterator[Finding]:
         try:
             tally.add(where, KERNEL, _turns(probe, rope, compressing))
         except Exception as error:  # whatever a kernel can raise is what is looked for
-            tally.fail(where, KERNEL, f"{type(error).__name__}: {error}")
+            tally.fail(where, KERNEL, error_of(error))
     slot = f"{attn}.wo_a"
     try:
         tally.add(slot, probe.kernels[slot], _undone(probe, slot))
     except Exception as error:  # whatever a kernel can raise is what is looked for
-        tally.fail(slot, probe.kernels[slot], f"{type(error).__name__}: {error}")
+        tally.fail(slot, probe.kernels[slot], error_of(error))
     yield from tally.findings()
 
 
@@ -94,7 +95,8 @@ def _undone(probe: Probe, slot: str) -> Deviation:
     rotation = probe.layer.rope.at(at_P)
     found: Tensor = probe.slots[slot](rotation.apply(u_PNH), rotation.angles)
     (op,) = probe.ops[slot]
-    weight = probe.stored.matrix(op.spec.modules[0].name, op.encoding).unflatten(0, (config.o_groups, -1))
+    matrix = probe.stored.matrix(op.spec.modules[0].name, op.encoding)
+    weight = matrix.unflatten(0, (config.o_groups, -1))
     u_PGI = u_PNH.double().flatten(1).unflatten(1, (config.o_groups, -1))
     value = torch.einsum("pgi,gri->pgr", u_PGI, weight)
     # Twice rounded, by a dtype and by cosines and sines; each channel by no more than its pair is long.
@@ -103,4 +105,8 @@ def _undone(probe: Probe, slot: str) -> Deviation:
     spread = error.flatten(1).unflatten(1, (config.o_groups, -1)).square()
     bound = SPREAD * torch.einsum("pgi,gri->pgr", spread, weight.square()).sqrt()
     sums = summing(u_PGI.shape[-1]) * torch.einsum("pgi,gri->pgr", u_PGI.abs(), weight.abs())
+    lost = loss_at_load(op, matrix, probe.dtype)
+    if lost is not None:
+        lost = lost.unflatten(0, (config.o_groups, -1)).square()
+        bound = bound + SPREAD * torch.einsum("pgi,gri->pgr", u_PGI.square(), lost).sqrt()
     return deviation(found, Exact(value, bound + sums))

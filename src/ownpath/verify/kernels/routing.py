@@ -17,7 +17,7 @@ from ownpath.verify.kernels.compare import Exact, deviation
 from ownpath.verify.kernels.exact import product, weight_of
 from ownpath.verify.kernels.limits import EXP_STEPS, FLOAT32_ROUND
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.report import Tally
+from ownpath.verify.kernels.report import Tally, error_of
 
 ROWS = 67
 VERY_NEGATIVE = -80.0
@@ -53,7 +53,7 @@ def _problems(probe: Probe, slot: str) -> Iterator[tuple[str, str]]:
                 no_bias_E = torch.zeros_like(bias_E)
                 yield "all scores equal", _forced(probe, slot, router, torch.ones_like(_spread(probe)), no_bias_E)
     except Exception as error:  # whatever a kernel can raise is what is looked for
-        yield "call", f"{type(error).__name__}: {error}"
+        yield "call", error_of(error)
 
 
 def cases(probe: Probe) -> Iterator[tuple[str, Tensor]]:
@@ -109,7 +109,7 @@ class _Fixed:
         self._logits_TE = logits_TE
         self.in_features, self.out_features = 0, logits_TE.shape[1]
 
-    def __call__(self, _x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         return self._logits_TE
 
 
