@@ -85,10 +85,10 @@ def _mixed(probe: Probe, found: Mix, exact: Mix, logits_T1: Tensor) -> Iterator[
     """
     num_streams = exact.post_TS.shape[1]
     post = Exact(exact.post_TS, logits_T1 / 2 + EXP_STEPS * FLOAT32_ROUND * exact.post_TS)
-    yield "post", _wide(found.post_TS, post)
+    yield f"post in {found.post_TS.dtype}", _wide(found.post_TS, post)
     steps = EXP_STEPS + 2 * probe.config.hc_sinkhorn_iters * (num_streams + 1)
     relative_T11 = (torch.expm1(4 * logits_T1) + steps * FLOAT32_ROUND)[..., None]
-    yield "comb", _wide(found.comb_TSS, Exact(exact.comb_TSS, relative_T11 * exact.comb_TSS))
+    yield f"comb in {found.comb_TSS.dtype}", _wide(found.comb_TSS, Exact(exact.comb_TSS, relative_T11 * exact.comb_TSS))
     # Sinkhorn ends with columns: they sum to 1 but for eps in the divisor.
     sums_TS = found.comb_TSS.double().sum(1)
     bound = torch.full_like(sums_TS, 2 * num_streams * probe.config.hc_eps + 2 * num_streams * FLOAT32_ROUND)

@@ -72,9 +72,9 @@ class Probe:
         return iter(seen)
 
     def normal(self, seed: str, *shape: int) -> Tensor:
-        """Standard normal float32 values, the same for the same words."""
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.name} {seed}".encode()))
-        return torch.randn(*shape, generator=generator).to(self.device)
+        """Standard normal float32 values, the same for the same words on the same kind of device."""
+        generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.name} {seed}".encode()))
+        return torch.randn(*shape, generator=generator, device=self.device)
 
     def rows(self, seed: str, num_rows: int, width: int) -> Tensor:
         """Activations of ordinary and of extreme size, in the engine's dtype: [num_rows, width]."""

@@ -173,5 +173,5 @@ class _Choice:
         if not found.is_allowed:
             return f"weight {found}"
         off = float((weights_TK.double().sum(-1) - self.factor).abs().max())
-        allowed = 2 * self.num_chosen * FLOAT32_ROUND * self.factor
+        allowed = EXP_STEPS * FLOAT32_ROUND * self.factor
         return "" if off <= allowed else f"weights sum to {self.factor} only within {off:.3g}"
