@@ -1,4 +1,4 @@
-"""Verify a checkpoint on this device, stage by stage: its files, the environment, what is loaded, and every layer.
+"""Verify a checkpoint on this device, stage by stage: files, environment, load, kernels, layers.
 
 Reads layer by layer: a checkpoint larger than memory needs no more than two layers of it. Exit code: 0 all passed,
 1 something failed, 2 config.json or the tensors cannot be read (or wrong usage).

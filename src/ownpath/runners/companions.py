@@ -80,7 +80,12 @@ class Router:
         return None, self.num_experts_per_tok, self.routed_scaling_factor, self.bias_E, token_ids_T, self.tid2eid_VK
 
     def __call__(self, x_TD: torch.Tensor, token_ids_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Expert ids [T, K] and weights, at least float32 [T, K], that sum to ``routed_scaling_factor``."""
+        """Expert ids [T, K] and weights, at least float32 [T, K], that sum to ``routed_scaling_factor``.
+
+        Errors: ValueError when there is not one token id for each row of x.
+        """
+        if len(token_ids_T) != len(x_TD):
+            raise ValueError(f"token_ids_T has {len(token_ids_T)} ids for {len(x_TD)} rows of x")
         chosen: tuple[torch.Tensor, torch.Tensor] = self._kernel(
             self.gate(x_TD),
             self.num_experts_per_tok,

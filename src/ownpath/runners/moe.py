@@ -8,7 +8,7 @@ from ownpath.formats import BF16, FP8_BLOCK, FP32, NVFP4
 from ownpath.kernels.registry import KERNELS, Kernel
 from ownpath.numerics import mxfp4_scale_as_nvfp4
 from ownpath.qtensor import QuantTensor
-from ownpath.runners.checks import require, require_input
+from ownpath.runners.checks import require, require_input, require_routing
 from ownpath.runners.prepare import compile_configs, default_kernel, gate_and_up, prepared, restored_expert
 
 Expert = tuple[QuantTensor, QuantTensor, QuantTensor]
@@ -115,7 +115,7 @@ class Nvfp4MoE:
             which the next call overwrites.
         """
         require_input(x, self.hidden_size, self._codes)
-        _require_routing(x, topk_ids, topk_weights)
+        require_routing(x, topk_ids, topk_weights)
         y: torch.Tensor = self._kernel(x, topk_ids, topk_weights, *self._operand, self.swiglu_limit, **given)
         return y
 
@@ -161,7 +161,7 @@ class Fp8MoE:
     ) -> torch.Tensor:
         """As ``Nvfp4MoE``; given: ``num_shared`` and ``expert_map``."""
         require_input(x, self.hidden_size, self._operand[0][0])
-        _require_routing(x, topk_ids, topk_weights)
+        require_routing(x, topk_ids, topk_weights)
         y: torch.Tensor = self._kernel(x, topk_ids, topk_weights, *self._operand, self.swiglu_limit, **given)
         return y
 
@@ -195,12 +195,6 @@ class PlainMoE:
     ) -> torch.Tensor:
         """As ``Nvfp4MoE``; given: ``num_shared`` and ``expert_map``."""
         require_input(x, self.hidden_size, self.w13)
-        _require_routing(x, topk_ids, topk_weights)
+        require_routing(x, topk_ids, topk_weights)
         y: torch.Tensor = self._kernel(x, topk_ids, topk_weights, self.w13, self.w2, self.swiglu_limit, **given)
         return y
-
-
-def _require_routing(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
-    routed = (x.shape[0], topk_ids.shape[-1])
-    require("topk_ids", topk_ids, (torch.int32, torch.int64), routed)
-    require("topk_weights", topk_weights, (torch.float32, torch.float64), routed)

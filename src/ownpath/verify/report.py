@@ -209,7 +209,7 @@ def _check_lines(result: Result) -> list[str]:
     """One line for each check of each stage: the worst number, and what was found or how often it was looked for."""
     rows: list[tuple[str, ...]] = []
     for stage in result.stages:
-        for id_, found in _by_id(stage.findings).items():
+        for id_, found in sorted(_by_id(stage.findings).items()):
             counts = _counts(found)
             verdict = next(verdict for verdict in (Verdict.FAIL, Verdict.PASS, Verdict.SKIPPED) if counts[verdict])
             numbers = [finding.number for finding in found if finding.number is not None]

@@ -14,6 +14,7 @@ from ownpath.plan.plan import PlanError
 from ownpath.verify.environment_stage import environment_stage
 from ownpath.verify.file_stage import file_stage
 from ownpath.verify.finding import Finding, Verdict, failed
+from ownpath.verify.kernel_stage import kernel_stage
 from ownpath.verify.layer_stage import layer_stage
 from ownpath.verify.load_stage import load_stage
 from ownpath.verify.progress import Progress, StageLine
@@ -46,6 +47,7 @@ STAGES: MappingProxyType[str, Stage] = MappingProxyType(
         "file": lambda job, progress: file_stage(job.folder, job.selection, job.source, progress),
         "environment": lambda job, _: environment_stage(job.subject),
         "load": lambda job, progress: load_stage(job.subject, progress),
+        "kernels": lambda job, progress: kernel_stage(job.subject, progress),
         "layers": lambda job, progress: layer_stage(job.subject, progress, job.work),
     }
 )
