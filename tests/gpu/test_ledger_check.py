@@ -44,12 +44,12 @@ def test_named_forms_are_those_that_were_launched(cuda: torch.device, monkeypatc
     model = load_model(default_model_dir(), EngineConfig.for_device(str(cuda), 512))
     launched: dict[str, set[str]] = {}
     slots: list[str] = []
-    helpers = ("align", "permute", "combine")
+    around_products = ("align", "permute", "combine")
 
     for module in (launch, fp8_launch):
 
         def loaded(config: Any, device_index: int, load: Any = module.load) -> Any:
-            if not type(config).__name__.lower().startswith(helpers):
+            if not type(config).__name__.lower().startswith(around_products):
                 launched.setdefault(slots[-1], set()).add(config.name)
             return load(config, device_index)
 
