@@ -47,7 +47,9 @@ def linear(name: str, change: Callable[..., Any]) -> Change:
 def in_ffn(name: str, change: Callable[..., Any]) -> Change:
     def apply(loaded: LoadedLayer) -> LoadedLayer:
         ffn = loaded.block.ffn
-        return replace(loaded, block=replace(loaded.block, ffn=replace(ffn, **{name: wrapped(getattr(ffn, name), change)})))
+        return replace(
+            loaded, block=replace(loaded.block, ffn=replace(ffn, **{name: wrapped(getattr(ffn, name), change)}))
+        )
 
     return apply
 
