@@ -87,9 +87,9 @@ class _Stage:
             except Exception as error:
                 yield _News((_stopped(f"layers.{layer_idx}", error),))
                 return
-            yield news
             if work is not None:
                 save(work, key, state)
+            yield news
         self.progress(total, total, "the head and the whole model")
         yield _News((growth(state.measurements),))
         yield _end(oracle, state)
