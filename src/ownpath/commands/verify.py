@@ -1,4 +1,4 @@
-"""Verify a checkpoint on this device, stage by stage: files, environment, load, kernels, layers.
+"""Verify a checkpoint on this device, stage by stage: files, environment, load, kernels, layers, ledger.
 
 Reads layer by layer: a checkpoint larger than memory needs no more than two layers of it. Exit code: 0 all passed,
 1 something failed, 2 config.json or the tensors cannot be read (or wrong usage).
@@ -25,6 +25,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     parser.add_argument("--experts", type=positive_int, metavar="N", help="a sample of each layer's (default: all)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of that sample (default: 0)")
     parser.add_argument("--source", type=Path, metavar="DIR", help="another export of the same model, to compare with")
+    parser.add_argument("--ledger", type=Path, metavar="PLAN", help="what `ownpath plan --json` printed: that must run")
     parser.add_argument("--keep-going", action="store_true", help="run later stages although the file stage failed")
     parser.add_argument("--json", metavar="PATH", help="write the report for programs there; - prints it instead")
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="where to keep what a later run can resume from")
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ownpath.config import EngineConfig
     from ownpath.loading import default_model_dir, device_caps, leave_a_core
+    from ownpath.verify.planned import read_plan_file
     from ownpath.verify.report import report_dict, report_text
     from ownpath.verify.run import STAGES, Job, verify
     from ownpath.verify.subject import Selection
@@ -50,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     engine = replace(
         EngineConfig.for_device(args.device), is_batch_invariant=args.batch_invariant, official=args.numerics
     )
-    job = Job(folder, engine, Selection(args.layers, args.experts, args.seed), args.source, args.work)
+    written = None if args.ledger is None else read_plan_file(args.ledger)
+    job = Job(folder, engine, Selection(args.layers, args.experts, args.seed), args.source, args.work, written)
     result = verify(job, args.stages or STAGES, keeps_going=args.keep_going)
     if args.json is not None and args.json != "-":
         Path(args.json).write_text(json.dumps(report_dict(result), indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,21 +1,24 @@
 """The stages of a verification, in order. A stage is one row of ``STAGES``; each also runs alone."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import scan_checkpoint
 from ownpath.config import ConfigError, EngineConfig
 from ownpath.plan.plan import PlanError
+from ownpath.plan.show import plan_dict
 from ownpath.verify.environment_stage import environment_stage
 from ownpath.verify.file_stage import file_stage
 from ownpath.verify.finding import Finding, Verdict, failed
 from ownpath.verify.kernel_stage import kernel_stage
 from ownpath.verify.layer_stage import layer_stage
+from ownpath.verify.ledger_check import check_ledger
 from ownpath.verify.load_stage import load_stage
 from ownpath.verify.progress import Progress, StageLine
 from ownpath.verify.subject import Selection, Subject
@@ -25,6 +28,7 @@ from ownpath.verify.subject import Selection, Subject
 class Job:
     """What is to be verified. source: another export of the same model. work: where a stage may keep its state.
 
+    written_plan: what ``ownpath plan --json`` printed before, to be what runs; ``None``: the plan of now.
     subject: the checkpoint's plan for the device, made when a stage first asks for it.
     """
 
@@ -33,6 +37,7 @@ class Job:
     selection: Selection = field(default_factory=Selection)
     source: Path | None = None
     work: Path | None = None
+    written_plan: Mapping[str, Any] | None = None
 
     @cached_property
     def subject(self) -> Subject:
@@ -49,6 +54,9 @@ STAGES: MappingProxyType[str, Stage] = MappingProxyType(
         "load": lambda job, progress: load_stage(job.subject, progress),
         "kernels": lambda job, progress: kernel_stage(job.subject, progress),
         "layers": lambda job, progress: layer_stage(job.subject, progress, job.work),
+        "ledger": lambda job, progress: check_ledger(
+            job.subject, job.written_plan or plan_dict(job.subject.plan), progress
+        ),
     }
 )
 """Name -> what it looks at, in the order in which they run."""

@@ -115,6 +115,26 @@ def test_the_report_for_programs(folder: Path, tmp_path: Path, capsys: pytest.Ca
     assert printed["checkpoint_digest"] == written["checkpoint_digest"]
 
 
+def test_what_runs_is_held_against_a_plan_of_before(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(folder), "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)
+    path = tmp_path / "before.json"
+    path.write_text(json.dumps(written))
+    argv = ["verify", str(folder), "--stages", "ledger", "--layers", "1", "--ledger", str(path)]
+    assert main(argv) == 0
+    assert "LG03" in capsys.readouterr().out
+    changed = next(op for op in written["ops"] if op["slot"] == "layers.1.attn.wq_b")
+    changed["kernel"] = "cute.fp8_linear_sm90"
+    path.write_text(json.dumps(written))
+    assert main(argv) == 1
+    assert "FAIL LG01 layers.1.attn.wq_b" in capsys.readouterr().out
+    path.write_text("[]")
+    assert main(argv) == 2
+    assert "not a plan" in capsys.readouterr().err
+
+
 def test_the_digest_tells_exports_apart(folder: Path) -> None:
     before = checkpoint_digest(folder)
     assert checkpoint_digest(folder) == before
