@@ -121,9 +121,10 @@ def _swiglu(probe: Probe, spec: CompanionSpec, num_rows: int) -> tuple[Any, ...]
 
 def _attention(probe: Probe, spec: CompanionSpec, num_rows: int) -> tuple[Any, ...]:
     heads, dim = spec.dims
-    q_tNH = probe.rows(f"{spec.slot} q", num_rows, heads * dim).unflatten(1, (heads, dim))
+    # Of ordinary size: the sink takes all the weight from a key whose score is some hundreds below.
+    q_tNH = probe.normal(f"{spec.slot} q", num_rows, heads, dim).to(probe.dtype)
     age_tK = torch.arange(num_rows, device=probe.device)[:, None] - torch.arange(num_rows, device=probe.device)
-    return q_tNH, probe.rows(f"{spec.slot} keys", num_rows, dim), age_tK >= 0
+    return q_tNH, probe.normal(f"{spec.slot} keys", num_rows, dim).to(probe.dtype), age_tK >= 0
 
 
 def _keys(probe: Probe, spec: CompanionSpec, num_rows: int) -> tuple[Any, ...]:

@@ -100,7 +100,8 @@ class Experts:
 
     def call(self, call: Call) -> Tensor:
         """What the slot gives: [T, D]."""
-        y: Tensor = self.probe.slots[self.slot](self.x[call.rows], self.ids[call.places], call.weights)
+        ids_TK, weights_TK = self.ids[call.places].contiguous(), call.weights.contiguous()
+        y: Tensor = self.probe.slots[self.slot](self.x[call.rows], ids_TK, weights_TK)
         return y
 
     def unread(self, num_tokens: int) -> tuple[Any, ...]:
