@@ -20,12 +20,17 @@ def provenance(device: str, commit: str, command: str, timer: str) -> dict[str, 
     return {
         "device": device_name(device),
         "timer": timer,
-        "versions": {name: version for name in _PACKAGES if (version := _version(name))}
-        | {"python": platform.python_version(), "cuda": torch.version.cuda or ""},
+        "versions": versions(),
         "commit": commit,
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of what is installed here and decides how kernels run, of Python, and of torch's CUDA ("" without)."""
+    installed = {name: version for name in _PACKAGES if (version := _version(name))}
+    return installed | {"python": platform.python_version(), "cuda": torch.version.cuda or ""}
 
 
 def row_dict(row: Row, seed: int, origin: Mapping[str, object]) -> dict[str, object]:

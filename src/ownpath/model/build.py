@@ -56,7 +56,7 @@ class Builder:
         config, device = self.config, torch.device(self.engine.device)
         sliding = Rope.for_layer(config, compressing=False, device=device)
         compress = Rope.for_layer(config, compressing=True, device=device)
-        hc_head, head = self.head()
+        hc_head, head = self.ends()
         return Model(
             config=config,
             embed_VD=self.params["embed.weight"],
@@ -69,10 +69,6 @@ class Builder:
             ledger=self.ledger,
             drafts=tuple(self._drafts(sliding, compress)) if self.engine.loads_draft else (),
         )
-
-    def head(self) -> tuple[HyperBoundary, Linear]:
-        """What follows the last layer: the boundary that collapses the streams, and the vocabulary's product."""
-        return self._boundary("hc_head", "norm"), self._runner("head")
 
     @property
     def _layers(self) -> tuple[Layer, ...]:
@@ -88,6 +84,10 @@ class Builder:
             hc_ffn=self._boundary(f"{layer}.hc_ffn", f"{layer}.ffn_norm"),
             ffn=self._moe(f"{layer}.ffn"),
         )
+
+    def ends(self) -> tuple[HyperBoundary, Linear]:
+        """What comes after the last layer: its boundary, and the vocabulary's product."""
+        return self._boundary("hc_head", "norm"), self._runner("head")
 
     def _drafts(self, sliding: Rope, compress: Rope) -> Iterator[Mtp]:
         for draft_idx, layer in enumerate(self.config.draft_layers()):

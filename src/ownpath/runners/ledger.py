@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from ownpath.runners.records import Records
+
 
 @dataclass
 class Ledger:
@@ -14,6 +16,8 @@ class Ledger:
     mark: entered around every call, with the slot's name; a recorder of launched kernels puts its own here.
     see: told of every call before it runs, with the slot's name and the arguments; a calibration puts its own here.
     saw: told of every call after it ran, with the slot's name, the arguments and the result; a proof puts its own here.
+    records: what calls looked like, for whoever asked for it; ``None`` costs a call nothing but this question.
+    runners: the callable behind each slot.
     """
 
     kernels: dict[str, tuple[str, str]]
@@ -21,11 +25,20 @@ class Ledger:
     mark: Callable[[str], AbstractContextManager[object]] = nullcontext
     see: Callable[[str, tuple[Any, ...]], None] | None = None
     saw: Callable[[str, tuple[Any, ...], Any], None] | None = None
+    records: Records | None = None
+    runners: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
     def watch(self, slot: str, runner: Callable[..., Any]) -> "Watched":
         """A callable that counts and runs; the slot must be one of the plan."""
         assert slot in self.kernels, f"{slot} is not planned"
+        self.runners[slot] = runner
         return Watched(slot, runner, self)
+
+    def clear(self) -> None:
+        """Starts anew: no calls, no records. Who listens goes on listening."""
+        self.calls.clear()
+        if self.records is not None:
+            self.records.clear()
 
     def summary(self) -> list[tuple[str, str, int, int]]:
         """(runner, kernel, modules that ran, calls) for each runner and kernel that ran at least once."""
@@ -53,4 +66,7 @@ class Watched:
             result = self.runner(*args)
         if self.ledger.saw:
             self.ledger.saw(self.slot, args, result)
+        records = self.ledger.records  # once: a server's thread may take it away meanwhile
+        if records is not None:
+            records.add(self.slot, self.runner, args, result)
         return result

@@ -22,8 +22,9 @@ PATH = Path(__file__).with_name("budgets.json")
 
 NOISE_FACTOR = 4.0
 """An engine rounds at the places where the measured oracle did, but sums in another order, with other exponentials, and
-has other weights than those that were measured. Of 63 cases in bfloat16, the noisiest is 1.1 to 1.3 times the median for
-most kinds, 3 for experts and 7 for routing weights: the largest and 4 times it leave room for such differences."""
+has other weights than those that were measured. In bfloat16, the noisiest of 63 cases is 1.1 to 1.3 times the median
+for most kinds, 3 for experts and 7 for routing weights. The engine on a CPU, on checkpoints that were not measured,
+takes a quarter of the budget."""
 
 FEW_POSITIONS = 1e-3
 """The least share of positions whose best token may differ: float32 changed none of 11,000, but a tie is possible."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
+from ownpath.config import ModelConfig
 from ownpath.kernels.registry import KERNELS
 from ownpath.model.block import Block
 from ownpath.model.build import Builder
@@ -57,7 +58,11 @@ def restricted(plan: Plan, holds: Callable[[str], bool]) -> Plan:
 def load_part(subject: Subject, holds: Callable[[str], bool]) -> LoadedPart:
     """Loads the slots and tensors that ``holds`` accepts, with runners. Errors: as ``load_weights``."""
     plan = restricted(subject.plan, holds)
-    weights = load_weights(plan, subject.index, subject.device)
+    return with_runners(subject, plan, load_weights(plan, subject.index, subject.device))
+
+
+def with_runners(subject: Subject, plan: Plan, weights: LoadedWeights) -> LoadedPart:
+    """Puts loaded weights into their kernels' layouts. Errors: as ``make_runners``."""
     runners = make_runners(plan, weights.operands)
     compile_kernels(runners.values())
     kernels = {companion.spec.slot: KERNELS[companion.choice.kernel.name] for companion in plan.companions}
@@ -68,7 +73,7 @@ def load_part(subject: Subject, holds: Callable[[str], bool]) -> LoadedPart:
 def load_layer(subject: Subject, layer_idx: int) -> LoadedLayer:
     """Loads one decoder layer of the backbone. Errors: as ``load_weights``."""
     layer = tuple(subject.config.backbone_layers())[layer_idx]
-    part = load_part(subject, lambda name: name.startswith(f"{layer.name}."))
+    part = load_part(subject, in_layer(layer.name))
     compress = Rope.for_layer(subject.config, compressing=True, device=subject.device)
     rope = compress if layer.ratio else Rope.for_layer(subject.config, compressing=False, device=subject.device)
     block = part.builder.block(layer_idx, compress)
@@ -77,5 +82,15 @@ def load_layer(subject: Subject, layer_idx: int) -> LoadedLayer:
 
 def load_ends(subject: Subject) -> LoadedPart:
     """Loads what is in no layer: the embedding, the last boundary and norm, and the head. Errors: as loading."""
-    layers = tuple(f"{layer.name}." for layer in (*subject.config.backbone_layers(), *subject.config.draft_layers()))
-    return load_part(subject, lambda name: not name.startswith(layers))
+    return load_part(subject, in_no_layer(subject.config))
+
+
+def in_layer(name: str) -> Callable[[str], bool]:
+    """Whether a slot or tensor is of the layer so named."""
+    return lambda other: other.startswith(f"{name}.")
+
+
+def in_no_layer(config: ModelConfig) -> Callable[[str], bool]:
+    """Whether a slot or tensor is of no layer."""
+    layers = tuple(f"{layer.name}." for layer in (*config.backbone_layers(), *config.draft_layers()))
+    return lambda name: not name.startswith(layers)

@@ -62,8 +62,13 @@ class Subject:
 
     def expert_ids(self, layer_idx: int) -> tuple[int, ...]:
         """The chosen experts of a layer, in order: the same for the same seed, others in other layers."""
-        num_experts, wanted = self.config.n_routed_experts, self.selection.num_experts
-        if wanted is None or wanted >= num_experts:
-            return tuple(range(num_experts))
-        drawn = random.Random(f"{self.selection.seed} {layer_idx}").sample(range(num_experts), wanted)
-        return tuple(sorted(drawn))
+        return sampled_experts(self.selection, layer_idx, self.config.n_routed_experts)
+
+
+def sampled_experts(selection: Selection, layer_idx: int, num_experts: int) -> tuple[int, ...]:
+    """The chosen ones of a layer's experts, in order."""
+    wanted = selection.num_experts
+    if wanted is None or wanted >= num_experts:
+        return tuple(range(num_experts))
+    drawn = random.Random(f"{selection.seed} {layer_idx}").sample(range(num_experts), wanted)
+    return tuple(sorted(drawn))

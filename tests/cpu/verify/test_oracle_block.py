@@ -6,16 +6,13 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import LAYOUTS, random_checkpoint
+from support.engine_slots import engine_slots
 from support.transformers_v4 import reference_logprobs
 
 from ownpath.checkpoint.schema import Encoding
 from ownpath.config import EngineConfig
-from ownpath.model.batch import ForwardBatch
-from ownpath.model.block import Residual
-from ownpath.model.caches import CacheSpec, SequenceCache
 from ownpath.official import OFFICIAL, PLAIN, Step
-from ownpath.runners.companions import HyperBoundary
-from ownpath.verify.layer import LoadedLayer, load_layer
+from ownpath.verify.layer import load_layer
 from ownpath.verify.reference.arithmetic import Arithmetic
 from ownpath.verify.reference.block import Choices, Trace, reference_block, reference_embed
 from ownpath.verify.reference.forward import reference_logits
@@ -51,29 +48,6 @@ def block(of: Subject, layer_idx: int, x_TSD: torch.Tensor, choices: Choices | N
     return reference_block(of.config, layer_idx, stored, of.plan, x_TSD, token_ids(len(x_TSD)), how, choices)
 
 
-def engine_slots(of: Subject, layer: LoadedLayer, x_TSD: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What every slot of the engine's layer returned, and ``out``, by the oracle's names."""
-    found: dict[str, torch.Tensor] = {}
-
-    def saw(slot: str, _args: tuple[Any, ...], result: Any) -> None:
-        if slot.rpartition(".")[2] in ("hc_attn", "hc_ffn"):
-            found.update({f"{slot}.x": result.x_TSD.clone(), f"{slot}.h": result.h_TD.clone()})
-        elif slot.endswith(".router"):
-            found.update({f"{slot}.ids": result[0].clone(), f"{slot}.weights": result[1].clone()})
-        else:
-            assert slot not in found, "called once"
-            found[slot] = result.clone()
-
-    layer.ledger.saw = saw
-    cache = SequenceCache(CacheSpec.of(of.config, of.engine))
-    batch = ForwardBatch.of([(token_ids(len(x_TSD)).tolist(), cache)], CPU)
-    with torch.inference_mode():
-        after = layer.block(Residual(x_TSD), layer.rope.at(batch.positions_T), batch)
-        boundary: HyperBoundary = layer.block.hc_attn.runner  # type: ignore[attr-defined]
-        found[f"layers.{layer.layer_idx}.out"] = boundary(after.x_TSD, after.y_TD, after.mix).x_TSD
-    return found
-
-
 def assert_equal_slots(found: dict[str, torch.Tensor], trace: Trace) -> None:
     missing = set(found) - set(trace.values)
     assert not missing, "slots that the oracle does not name"
@@ -106,7 +80,7 @@ def test_every_slot_equals_the_engines(layout: str, official: frozenset[Step], t
     of = subject(tmp_path, layout, official)
     for layer_idx in of.layer_ids:
         x_TSD = streams(of, seed=layer_idx)
-        found = engine_slots(of, load_layer(of, layer_idx), x_TSD)
+        found = engine_slots(load_layer(of, layer_idx), of.engine, x_TSD, token_ids(len(x_TSD)))
         planned = {slot for slot in of.plan.slots if slot.startswith(f"layers.{layer_idx}.")}
         assert {slot.removesuffix(".x").removesuffix(".ids") for slot in found} >= planned
         trace = block(of, layer_idx, x_TSD, official=official)
@@ -121,7 +95,8 @@ def test_sequences_shorter_than_a_compressors_window(count: int, official: froze
     for layer_idx in of.layer_ids:
         x_TSD = streams(of)[:count]
         assert_equal_slots(
-            engine_slots(of, load_layer(of, layer_idx), x_TSD), block(of, layer_idx, x_TSD, official=official)
+            engine_slots(load_layer(of, layer_idx), of.engine, x_TSD, token_ids(len(x_TSD))),
+            block(of, layer_idx, x_TSD, official=official),
         )
 
 
@@ -161,14 +136,18 @@ def test_narrow_results_are_numbers_of_that_dtype(tmp_path: Path) -> None:
             ) is not is_wide or not value.is_floating_point()
 
 
-def test_float32_is_as_near_as_its_roundings(tmp_path: Path) -> None:
-    of = subject(tmp_path, "full-nvfp4")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_float32_is_as_near_as_its_roundings(layout: str, tmp_path: Path, device: torch.device) -> None:
+    """On a GPU too: products are IEEE float32 there (TF32 would be 2^13 times further away)."""
+    of = subject(tmp_path, layout)
+    stored, how = Stored(of.index, device, torch.float32), Arithmetic(torch.float32)
     for layer_idx in of.layer_ids:
         exact = block(of, layer_idx, streams(of))
         ids, mask = (exact.values.get(f"layers.{layer_idx}.{name}") for name in ("ffn.router.ids", "attn.indexer.mask"))
-        found = block(of, layer_idx, streams(of), Choices(ids, mask), dtype=torch.float32)  # type: ignore[arg-type]
-        assert found.streams_TSD.dtype == torch.float32
-        difference = (found.streams_TSD.double() - exact.streams_TSD).norm() / exact.streams_TSD.norm()
+        choices = Choices(ids, mask)  # type: ignore[arg-type]
+        found = reference_block(of.config, layer_idx, stored, of.plan, streams(of), token_ids(), how, choices)
+        assert (found.streams_TSD.dtype, found.streams_TSD.device.type) == (torch.float32, device.type)
+        difference = (found.streams_TSD.double().cpu() - exact.streams_TSD).norm() / exact.streams_TSD.norm()
         assert 0 < difference <= FLOAT32_ROUNDINGS * torch.finfo(torch.float32).eps
 
 

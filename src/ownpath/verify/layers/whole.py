@@ -53,7 +53,7 @@ class Ends:
         config = oracle.subject.config
         layers = tuple(f"{layer.name}." for layer in (*config.backbone_layers(), *config.draft_layers()))
         part = load_part(oracle.subject, lambda name: not name.startswith((*layers, "embed.")))
-        return cls(*part.builder.head(), part.ledger.kernels["head"][1])
+        return cls(*part.builder.ends(), part.ledger.kernels["head"][1])
 
     @torch.inference_mode()
     def logits(self, residual: Residual) -> torch.Tensor:
