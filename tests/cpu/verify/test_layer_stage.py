@@ -10,18 +10,18 @@ from support.checkpoints import random_checkpoint
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.config import EngineConfig
 from ownpath.loading import default_model_dir
+from ownpath.model.block import Residual
 from ownpath.official import OFFICIAL
 from ownpath.verify import layer_stage as stage
 from ownpath.verify.finding import Finding, Verdict, failed
 from ownpath.verify.layer import LoadedLayer, load_layer
+from ownpath.verify.layers import whole
 from ownpath.verify.layers.measure import Measurement
 from ownpath.verify.subject import Selection, Subject
 
 PER_LAYER = ("V01", "V02", "V03", "V05", "V08", "V09", "V10")
 ONCE = {("V01", "embed"), ("V01", "head"), ("V03", "streams"), ("V04", "logits")}
 NOT_HERE = {("V06", "engine"), ("V07", "engine"), ("V12", "engine")}
-JUDGED = ("attn.indexer.mask", "ffn.router")
-"""Choices: not measured, judged."""
 
 
 def run(
@@ -78,9 +78,9 @@ def test_the_embedded_model_passes() -> None:
 def test_chosen_layers_are_judged_as_in_a_whole_run(tmp_path: Path) -> None:
     """The reference comes as far by itself, so that the numbers are the same."""
     random_checkpoint(tmp_path, "deepseek-native", seed=7)
-    _, whole, _ = run(tmp_path)
+    _, full, _ = run(tmp_path)
     findings, rows, _ = run(tmp_path, selection=Selection(frozenset({2})))
-    assert rows == [row for row in whole if row.layer_idx == 2 and row.slot not in ("embed", "head")]
+    assert rows == [row for row in full if row.layer_idx == 2 and row.slot not in ("embed", "head")]
     assert {finding.where for finding in findings if finding.verdict is not Verdict.SKIPPED} == {"layers.2", "streams"}
     (logits,) = (finding for finding in findings if finding.id == "V04")
     assert logits.verdict is Verdict.SKIPPED
@@ -90,10 +90,10 @@ def test_chosen_layers_are_judged_as_in_a_whole_run(tmp_path: Path) -> None:
 def test_sampled_experts_limit_the_rows_of_the_experts_alone(tmp_path: Path) -> None:
     random_checkpoint(tmp_path, "full-nvfp4", seed=8)
     layers = frozenset({1})
-    _, whole, _ = run(tmp_path, selection=Selection(layers))
+    _, full, _ = run(tmp_path, selection=Selection(layers))
     _, sampled, _ = run(tmp_path, selection=Selection(layers, num_experts=1, seed=3))
-    assert [row for row in whole if row.slot != "ffn.experts"] == [row for row in sampled if row.slot != "ffn.experts"]
-    assert [row for row in whole if row.slot == "ffn.experts"] != [row for row in sampled if row.slot == "ffn.experts"]
+    assert [row for row in full if row.slot != "ffn.experts"] == [row for row in sampled if row.slot != "ffn.experts"]
+    assert [row for row in full if row.slot == "ffn.experts"] != [row for row in sampled if row.slot == "ffn.experts"]
 
 
 def test_a_layer_that_does_not_load_ends_the_engines_streams_only(
@@ -124,3 +124,21 @@ def test_a_checkpoint_that_cannot_be_read_is_a_finding(tmp_path: Path) -> None:
         shard.write_bytes(b"")
     (only,) = stage.layer_stage(subject)
     assert only.verdict is Verdict.FAIL
+
+
+def test_the_whole_model_is_judged_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head that goes wrong on the engine's own streams alone, in two rows of a hundred: V04, and nothing else."""
+    random_checkpoint(tmp_path, "full-nvfp4", seed=11)
+    right = whole.Ends.logits
+
+    def wrong(ends: whole.Ends, residual: Residual) -> torch.Tensor:
+        logits = right(ends, residual)
+        if residual.y_TD is not None:
+            logits[::50] = logits[::50].roll(1, dims=1)
+        return logits
+
+    monkeypatch.setattr(whole.Ends, "logits", wrong)
+    (only,) = failed(run(tmp_path, EngineConfig(max_model_len=200))[0])
+    assert (only.id, only.where) == ("V04", "logits")
+    assert only.number is not None
+    assert only.number > 1e-3

@@ -63,12 +63,15 @@ class Ends:
 
 @dataclass(frozen=True)
 class Distributions:
-    """What two distributions over the vocabulary have to do with each other, position by position, in nats."""
+    """Two distributions over the vocabulary, position by position. kl: of the reference's to the engine's, in nats.
+
+    changed: whether the best token is another. nll_2T: the following token's, by the reference and by the engine; the
+    last position has none and counts 0.
+    """
 
     kl_T: torch.Tensor
     changed_T: torch.Tensor
-    reference_nll: float
-    engine_nll: float
+    nll_2T: torch.Tensor
 
 
 def head(oracle: Oracle, ends: Ends, reference_TSD: torch.Tensor) -> tuple[Finding, Measurement]:
@@ -88,33 +91,37 @@ def head(oracle: Oracle, ends: Ends, reference_TSD: torch.Tensor) -> tuple[Findi
 
 
 def end_to_end(oracle: Oracle, ends: Ends, engine: Residual, reference_TSD: torch.Tensor) -> Finding:
-    """V04: KL(reference || engine), the best token, and the text's likelihood, at every position."""
+    """V04: KL(reference || engine), the best token, and the text's likelihood.
+
+    Judged are the 99 % of the positions that agree best, and where they end (p99). In the others a near tie may have
+    sent a token to another expert, which no budget of rounding bounds; each layer's own comparison covers them.
+    """
     found, budget = distributions(oracle, ends, engine, reference_TSD), oracle.logit_budget()
     kl = torch.nan_to_num(found.kl_T, nan=torch.inf)
     num_rows = len(kl)
-    p99 = float(kl.sort().values[min(num_rows - 1, int(0.99 * num_rows))])
-    nll = abs(found.engine_nll - found.reference_nll)
+    p99 = kl.sort().values[min(num_rows - 1, int(0.99 * num_rows))]
+    kept = kl <= p99
+    nll = found.nll_2T[:, kept].mean(1)
     numbers = {
-        "KL mean": (float(kl.mean()), budget.kl_mean),
-        "KL p99": (p99, budget.kl_p99),
-        "KL max": (float(kl.max()), budget.kl_max),
-        "best token changed": (float(found.changed_T.double().mean()), budget.top1_changed),
-        "NLL difference": (nll, budget.nll),
+        "KL p99": (float(p99), budget.kl_p99),
+        "KL mean": (float(kl[kept].mean()), budget.kl_mean),
+        "best token changed": (float(found.changed_T[kept].double().mean()), budget.top1_changed),
+        "NLL difference": (float((nll[0] - nll[1]).abs()), budget.nll),
     }
-    worst = int(kl.argmax())
     shown = ", ".join(f"{name} {value:.1e} of {allowed:.1e}" for name, (value, allowed) in numbers.items())
-    likelihood = f"NLL {found.reference_nll:.4f} by the reference, {found.engine_nll:.4f} by the engine"
-    message = f"{len(kl)} positions: {shown}; {likelihood}; largest KL at position {worst}"
+    whole = f"all {num_rows}: KL mean {float(kl.mean()):.1e}, largest {float(kl.max()):.1e} at {int(kl.argmax())}"
+    theirs, mine = (found.nll_2T.sum(1) / max(1, num_rows - 1)).tolist()
+    message = f"{shown} (the best 99 % of the positions); {whole}; NLL {theirs:.4f}, by the engine {mine:.4f}"
     is_good = all(value <= allowed for value, allowed in numbers.values())
     verdict = Verdict.PASS if is_good else Verdict.FAIL
-    words = "in nats; shares of positions; 4 times the noise of rounding, 16 times for KL"
-    return Finding("V04", "logits", verdict, message, numbers["KL mean"][0], words, "" if is_good else _REMEDY_DRIFT)
+    words = f"{budget.kl_p99:.1e} nats at the 99th percentile"
+    return Finding("V04", "logits", verdict, message, float(p99), words, "" if is_good else _REMEDY_DRIFT)
 
 
 def distributions(oracle: Oracle, ends: Ends, engine: Residual, reference_TSD: torch.Tensor) -> Distributions:
     """Both distributions over the whole text, some rows at a time."""
     ids_T = oracle.token_ids_T
-    kl, changed, nll = [], [], torch.zeros(2, dtype=torch.float64, device=ids_T.device)
+    kl, changed, nll = [], [], torch.zeros(2, len(ids_T), dtype=torch.float64, device=ids_T.device)
     for start in range(0, len(ids_T), _ROWS):
         rows_R = torch.arange(start, min(start + _ROWS, len(ids_T)), device=ids_T.device)
         both = oracle.head(reference_TSD[rows_R]), ends.logits(engine.rows(rows_R))
@@ -123,6 +130,6 @@ def distributions(oracle: Oracle, ends: Ends, engine: Residual, reference_TSD: t
         changed.append(theirs_RV.argmax(-1) != mine_RV.argmax(-1))
         following_R = ids_T[start + 1 : start + 1 + len(rows_R), None]
         for idx, logs_RV in enumerate((theirs_RV, mine_RV)):
-            nll[idx] -= logs_RV[: len(following_R)].gather(1, following_R).sum()
-    reference_nll, engine_nll = (nll / max(1, len(ids_T) - 1)).tolist()
-    return Distributions(torch.cat(kl), torch.cat(changed), reference_nll, engine_nll)
+            found_R = -logs_RV[: len(following_R)].gather(1, following_R)[:, 0]
+            nll[idx, start : start + len(found_R)] = found_R
+    return Distributions(torch.cat(kl), torch.cat(changed), nll)
