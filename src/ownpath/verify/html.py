@@ -163,7 +163,7 @@ def _error_plot(slot: str, found: Sequence[Measurement], axis: Axis) -> str:
     engine = Line("engine", tuple((point.layer_idx, point.value) for point in points))
     budget = Line("budget", tuple((m.layer_idx, m.budget) for m in found))
     told = f"{max(m.excess for m in found):.2g} of its budget"
-    return _figure(slot, told, small_plot(f"{slot}: error by layer", axis, points, [budget, engine]), points)
+    return _figure(slot, told, small_plot(f"{slot}: error by layer", axis, points, [engine, budget]), points)
 
 
 def _amax_plot(slot: str, found: Sequence[Measurement], axis: Axis) -> str:
@@ -171,7 +171,7 @@ def _amax_plot(slot: str, found: Sequence[Measurement], axis: Axis) -> str:
     engine = Line("engine", tuple((point.layer_idx, point.value) for point in points))
     reference = Line("reference", tuple((m.layer_idx, m.reference_amax) for m in found))
     told = f"up to {max(m.amax for m in found):.3g}"
-    plot = small_plot(f"{slot}: largest magnitude by layer", axis, points, [reference, engine])
+    plot = small_plot(f"{slot}: largest magnitude by layer", axis, points, [engine, reference])
     return _figure(slot, told, plot, points)
 
 
