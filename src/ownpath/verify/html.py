@@ -34,12 +34,13 @@ body{margin:0 auto;max-width:1720px;padding:1rem;background:var(--paper);color:v
 font:15px/1.5 system-ui,sans-serif}
 h1{font-size:1.5rem;overflow-wrap:anywhere}h2{font-size:1.15rem;margin:2rem 0 .5rem}
 h3{font-size:1rem;margin:1rem 0 .3rem}
-code,td{font:13px/1.45 ui-monospace,monospace;overflow-wrap:anywhere}
+code,td{font:13px/1.45 ui-monospace,monospace}code,.facts td{overflow-wrap:anywhere}
 .verdict{padding:.1em .5em;border-radius:.3em;color:var(--paper);background:var(--good)}
 .verdict.fail{background:var(--bad)}
 .pass{color:var(--good)}.FAIL{color:var(--bad);font-weight:bold}.skipped,.note{color:var(--soft)}
 .wide{overflow-x:auto}table{border-collapse:collapse;min-width:100%}
 th,td{text-align:left;vertical-align:top;padding:.2rem .7rem .2rem 0;border-bottom:1px solid var(--edge)}
+td:last-child{min-width:12rem}.facts td:first-child{white-space:nowrap;color:var(--soft)}
 th{font-weight:600;color:var(--soft);font-size:13px}
 .failing{border-left:4px solid var(--bad);padding:.1rem 1rem;background:var(--card);margin:.7rem 0}
 .failing li{overflow-wrap:anywhere}
@@ -162,7 +163,8 @@ def _error_plot(slot: str, found: Sequence[Measurement], axis: Axis) -> str:
     points = [Point(m.layer_idx, m.excess * m.budget, _error_title(m), not m.is_within) for m in found]
     engine = Line("engine", tuple((point.layer_idx, point.value) for point in points))
     budget = Line("budget", tuple((m.layer_idx, m.budget) for m in found))
-    told = f"{max(m.excess for m in found):.2g} of its budget"
+    worst = max(m.excess for m in found)
+    told = f"at most {worst:.2g} of its budget" if math.isfinite(worst) else "not finite"
     return _figure(slot, told, small_plot(f"{slot}: error by layer", axis, points, [engine, budget]), points)
 
 
@@ -243,10 +245,11 @@ def _number(number: float | None) -> str:
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A cell that is a verdict has its colour."""
+    """Without headings: names and what they are. A cell that is a verdict has its colour."""
     head = f"<tr>{''.join(f'<th>{_text(heading)}</th>' for heading in headings)}</tr>" if headings else ""
     lines = [f"<tr>{''.join(_cell(cell) for cell in row)}</tr>" for row in rows]
-    return ['<div class="wide"><table>', *([head] if head else []), *lines, "</table></div>"]
+    kind = "" if headings else ' class="facts"'
+    return [f'<div class="wide"><table{kind}>', *([head] if head else []), *lines, "</table></div>"]
 
 
 def _cell(told: str) -> str:
