@@ -13,7 +13,7 @@ PACKAGE = Path(ownpath.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = (
-    ("formats", "official"),
+    ("formats", "official", "versions"),
     ("config",),
     ("qtensor",),
     ("numerics",),

@@ -16,9 +16,9 @@ from ownpath.verify.checks import TITLES
 from ownpath.verify.finding import Finding, failed
 from ownpath.verify.layers.forced import ORDER
 from ownpath.verify.layers.measure import ROW_FACTOR, Measurement
-from ownpath.verify.machine import versions
 from ownpath.verify.plots import Axis, Line, Point, small_plot
 from ownpath.verify.run import Result
+from ownpath.versions import versions
 
 MAX_ROWS = 1000
 """Failing rows on the page; the rest is counted. ``--json`` has them all."""

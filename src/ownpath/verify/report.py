@@ -19,9 +19,9 @@ from ownpath.plan.show import align, plan_dict
 from ownpath.verify.checks import TITLES
 from ownpath.verify.finding import Finding, Verdict, failed
 from ownpath.verify.layers.measure import Measurement
-from ownpath.verify.machine import versions
 from ownpath.verify.run import Result, StageResult
 from ownpath.verify.subject import Selection
+from ownpath.versions import versions
 
 MAX_FAILURES = 8
 """Lines for one failing check; the rest is counted. ``--json`` has them all."""
