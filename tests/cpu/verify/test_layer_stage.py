@@ -54,7 +54,9 @@ def test_intact_checkpoints_pass(layout: str, seed: int, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "changes", [{"dtype": torch.bfloat16}, {"official": OFFICIAL}, {"dtype": torch.float64}], ids=str
+    "changes",
+    [{"dtype": torch.bfloat16}, {"official": OFFICIAL}, {"dtype": torch.float64}],
+    ids=["bfloat16", "official", "float64"],
 )
 def test_other_numerics_pass(changes: dict[str, Any], tmp_path: Path) -> None:
     random_checkpoint(tmp_path, "full-nvfp4", seed=5)
