@@ -1,8 +1,9 @@
 """One check's verdict: what was looked at, what was measured, what it had to be, and what to do about it."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from enum import Enum
+from typing import Any
 
 
 class Verdict(Enum):
@@ -35,3 +36,13 @@ class Finding:
 def failed(findings: Iterable[Finding]) -> list[Finding]:
     """Those that failed, in their order."""
     return [finding for finding in findings if finding.verdict is Verdict.FAIL]
+
+
+def plain(finding: Finding) -> dict[str, Any]:
+    """A finding as JSON says it; ``finding_of`` reads it back."""
+    return asdict(finding) | {"verdict": finding.verdict.name}
+
+
+def finding_of(fields: Mapping[str, Any]) -> Finding:
+    """Errors: KeyError or TypeError for what ``plain`` never wrote."""
+    return Finding(**{**fields, "verdict": Verdict[fields["verdict"]]})

@@ -5,10 +5,13 @@ float64 (``kernels/compare.py``) within what the kernel's arithmetic allows (``k
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
 import torch
 
 from ownpath.verify.finding import Finding, Verdict
+from ownpath.verify.kept import Kept
 from ownpath.verify.kernels.attending import check_attention
 from ownpath.verify.kernels.boundary import check_boundaries
 from ownpath.verify.kernels.clamp import check_clamp
@@ -46,9 +49,12 @@ CHECKS: tuple[tuple[str, Check], ...] = (
 LOAD_REMEDY = "the file and load stages say more of this layer"
 
 
-def kernel_stage(subject: Subject, progress: Progress | None = None) -> Iterator[Finding]:
-    """K01 to K10 on each chosen layer; on what is in no layer too, where all layers are chosen."""
-    stored = Stored(subject.index, subject.device)
+def kernel_stage(subject: Subject, progress: Progress | None = None, work: Path | None = None) -> Iterator[Finding]:
+    """K01 to K10 on each chosen layer; on what is in no layer too, where all layers are chosen.
+
+    work: a folder that keeps what was found, layer by layer, for a run that goes on from there.
+    """
+    stored, kept = Stored(subject.index, subject.device), Kept.of(work, "kernels", subject)
     parts: list[int | None] = [*subject.layer_ids]
     if subject.selection.layer_ids is None:
         parts.append(None)
@@ -56,7 +62,7 @@ def kernel_stage(subject: Subject, progress: Progress | None = None) -> Iterator
         name = ENDS if layer_idx is None else f"layers.{layer_idx}"
         if progress is not None:
             progress(done, len(parts), name)
-        yield from _part(subject, stored, layer_idx, name)
+        yield from kept.part(name, partial(_part, subject, stored, layer_idx, name))
 
 
 def _part(subject: Subject, stored: Stored, layer_idx: int | None, name: str) -> Iterator[Finding]:

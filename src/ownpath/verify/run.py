@@ -62,8 +62,8 @@ STAGES: MappingProxyType[str, Stage] = MappingProxyType(
     {
         "file": lambda job, progress: file_stage(job.folder, job.selection, job.source, progress),
         "environment": lambda job, _: environment_stage(job.subject),
-        "load": lambda job, progress: load_stage(job.subject, progress),
-        "kernels": lambda job, progress: kernel_stage(job.subject, progress),
+        "load": lambda job, progress: load_stage(job.subject, progress, job.work),
+        "kernels": lambda job, progress: kernel_stage(job.subject, progress, job.work),
         "layers": _layers,
         "ledger": lambda job, progress: check_ledger(
             job.subject, job.written_plan or plan_dict(job.subject.plan), progress

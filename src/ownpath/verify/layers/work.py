@@ -7,7 +7,6 @@ the state behind one layer or behind the next, never half of one.
 The key is a digest of everything that the numbers depend on. A file with another key is of another run.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -22,11 +21,11 @@ from safetensors.torch import save_file
 
 from ownpath.model.block import Residual
 from ownpath.runners import Mix
-from ownpath.verify.finding import Finding, Verdict
+from ownpath.verify.finding import Finding, finding_of, plain
+from ownpath.verify.kept import digest_of
 from ownpath.verify.layers.measure import Measurement
 from ownpath.verify.layers.text import Text
 from ownpath.verify.subject import Subject
-from ownpath.versions import versions
 
 FILE_NAME = "layers.safetensors"
 _FORMAT = 1
@@ -45,23 +44,8 @@ class State:
 
 
 def key_of(subject: Subject, text: Text) -> str:
-    """SHA-256 over headers (names, places, sizes and times of the shards), configuration, plan, selection and text."""
-    selection, engine = subject.selection, subject.engine
-    shards = {info.file for info in subject.index.tensors.values()}
-    parts: dict[str, Any] = {
-        "format": _FORMAT,
-        "versions": versions(),
-        "device": subject.plan.caps.name,
-        "config": repr(subject.config),
-        "engine": repr(engine),
-        "plan": sorted(subject.plan.slots.items()),
-        "layers": subject.layer_ids,
-        "experts": [selection.num_experts, selection.seed],
-        "text": text.token_ids,
-        "tensors": [(t.name, t.dtype, t.shape, t.file.name, t.start) for t in subject.index.tensors.values()],
-        "shards": sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in shards),
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    """What the numbers of a run depend on."""
+    return digest_of(subject, format_of_streams=_FORMAT, text=text.token_ids)
 
 
 def save(folder: Path, key: str, state: State) -> None:
@@ -69,11 +53,10 @@ def save(folder: Path, key: str, state: State) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {"reference": state.reference_TSD}
     tensors |= {} if state.engine is None else _tensors_of(state.engine)
-    found = [asdict(finding) | {"verdict": finding.verdict.name} for finding in state.findings]
     metadata = {
         "key": key,
         "num_done": str(state.num_done),
-        "findings": json.dumps(found),
+        "findings": json.dumps([plain(finding) for finding in state.findings]),
         "measurements": json.dumps([asdict(measured) for measured in state.measurements]),
     }
     beside = folder / f".{FILE_NAME}.writing"
@@ -114,7 +97,7 @@ def _state(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> State:
         num_done=int(metadata["num_done"]),
         reference_TSD=tensors["reference"],
         engine=_residual(tensors) if "x" in tensors else None,
-        findings=[Finding(**(fields | {"verdict": Verdict[fields["verdict"]]})) for fields in findings],
+        findings=[finding_of(fields) for fields in findings],
         measurements=[Measurement(**fields) for fields in json.loads(metadata["measurements"])],
     )
 
