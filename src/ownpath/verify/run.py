@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +21,7 @@ from ownpath.verify.layer_stage import layer_stage
 from ownpath.verify.ledger_check import check_ledger
 from ownpath.verify.load_stage import load_stage
 from ownpath.verify.progress import Progress, StageLine
-from ownpath.verify.subject import Selection, Subject
+from ownpath.verify.subject import Interference, Selection, Subject
 
 
 @dataclass
@@ -29,6 +29,7 @@ class Job:
     """What is to be verified. source: another export of the same model. work: where a stage may keep its state.
 
     written_plan: what ``ownpath plan --json`` printed before, to be what runs; ``None``: the plan of now.
+    interference: what tests do to what was loaded.
     subject: the checkpoint's plan for the device, made when a stage first asks for it.
     """
 
@@ -38,11 +39,12 @@ class Job:
     source: Path | None = None
     work: Path | None = None
     written_plan: Mapping[str, Any] | None = None
+    interference: Interference = field(default_factory=Interference)
 
     @cached_property
     def subject(self) -> Subject:
         """Errors: ConfigError, CheckpointError, PlanError; ValueError for a layer or device that is not there."""
-        return Subject.of(self.folder, self.engine, self.selection)
+        return replace(Subject.of(self.folder, self.engine, self.selection), interference=self.interference)
 
 
 Stage = Callable[[Job, Progress], Iterator[Finding]]

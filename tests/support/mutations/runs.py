@@ -1,0 +1,45 @@
+"""`ownpath verify` on a mutation, in this process: the command's stages in their order, and their result."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from cpu.chat.small_tokenizer import NUM_TOKENS, tokenizer_spec
+from cpu.verify.hopper_layouts import subject_on
+from support.checkpoints import random_checkpoint
+from support.mutations.mutation import Mutation
+
+from ownpath.verify.run import STAGES, Job, Result, verify
+from ownpath.verify.subject import Selection
+
+SHAPE = {"num_hidden_layers": 3, "compress_ratios": [0, 4, 128], "vocab_size": NUM_TOKENS + 7}
+"""One layer of each kind; the first looks its experts up by token."""
+
+
+def write_model(folder: Path, layout: str = "full-nvfp4", seed: int = 3) -> Path:
+    """A small checkpoint with a tokenizer, with nothing wrong in it."""
+    random_checkpoint(folder, layout, seed, **SHAPE)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_spec()), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text('{"add_bos_token": false}', encoding="utf-8")
+    return folder
+
+
+def verified(mutation: Mutation, intact: Path, source: Path, scratch: Path) -> Result:
+    """Runs the stages on a mutation of the intact checkpoint. source: another export of it. scratch: an empty folder."""
+    folder = intact
+    if mutation.on_disk is not None:
+        folder = Path(shutil.copytree(intact, scratch / "model"))
+        mutation.on_disk(folder)
+    layer_ids = None if mutation.layer_idx is None else frozenset({mutation.layer_idx})
+    job = Job(folder, selection=Selection(layer_ids), interference=mutation.interference)
+    job.source = source if mutation.source else None
+    if mutation.device != "CPU":
+        job.subject = replace(subject_on(folder, mutation.device, job.selection), interference=mutation.interference)
+    return verify(job, mutation.stages or STAGES)
+
+
+def told(result: Result, text: str) -> str:
+    """A place or a message without what is of this run alone: where the folder is, how many shards there are."""
+    return re.sub(r"-of-\d{5}", "-of-{n}", text.replace(f"{result.job.folder}/", "").replace(str(result.job.folder), "MODEL"))
