@@ -84,7 +84,7 @@ MUTATIONS = {
     "expert_dtype contradicts": Mutation("config.json: expert_dtype", "F04", "config.json", in_config(expert_dtype="fp8")),
     "global scale inverted": Mutation("weight_scale_2 as a divisor", "F05", GLOBAL, assigned(GLOBAL, lambda g: 1 / g)),
     "global scale zero": Mutation("weight_scale_2", "F05", GLOBAL, assigned(GLOBAL, lambda g: g * 0)),
-    "global scale squared": Mutation("weight_scale_2", "F07", f"{EXPERT}.w2", assigned(GLOBAL, lambda g: g * g)),
+    "global scale squared": Mutation("weight_scale_2", "F05", GLOBAL, assigned(GLOBAL, lambda g: g * g)),
     "MXFP4 scales copied by value": Mutation(
         "E8M0 scales as E4M3, global scale 1", "F07", SCALE, tensors_changed(powers_of_two_copied)
     ),
@@ -100,9 +100,9 @@ MUTATIONS = {
     "gate.bias dropped": Mutation("a router's bias is zero", "F10", BIAS, assigned(BIAS, torch.zeros_like)),
     "gate.bias NaN": Mutation("a router's bias", "F10", BIAS, assigned(BIAS, lambda b: b / 0)),
     "another scoring function": Mutation("config.json: scoring_func", "F11", "config.json", in_config(scoring_func="softmax")),
-    "hash layers miscounted": Mutation("config.json: num_hash_layers", "F02", "layers.1.ffn.gate.tid2eid", in_config(num_hash_layers=2)),
+    "hash layers miscounted": Mutation("config.json: num_hash_layers", "F11", "num_hash_layers", in_config(num_hash_layers=2)),
     "compress_ratios exchanged": Mutation(
-        "config.json: compress_ratios", "F02", "layers.1.attn.compressor.ape", in_config(compress_ratios=[0, 128, 4])
+        "config.json: compress_ratios", "F11", "compress_ratios[1]", in_config(compress_ratios=[0, 128, 4])
     ),
     "compress_ratios cut off": Mutation("config.json: one entry too few", "F11", "config.json", in_config(compress_ratios=[0, 4])),
     "swiglu_limit lost": Mutation("config.json", "F11", "config.json", without("swiglu_limit")),

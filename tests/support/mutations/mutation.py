@@ -23,6 +23,7 @@ class Mutation:
     on_disk: done to a copy of the checkpoint. interference: done to what was loaded.
     layer_idx: the one layer to be verified (``--layers``); ``None``: all. stages: those to be run (``--stages``);
     empty: all. source: whether another export is given (``--source``). device: whose plan is loaded.
+    model: which intact one is corrupted, a key of ``runs.MODELS``.
     """
 
     what: str
@@ -34,6 +35,7 @@ class Mutation:
     stages: tuple[str, ...] = ()
     source: bool = False
     device: str = "CPU"
+    model: str = "small"
 
     @property
     def options(self) -> str:

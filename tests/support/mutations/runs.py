@@ -11,30 +11,42 @@ from cpu.verify.hopper_layouts import subject_on
 from support.checkpoints import random_checkpoint
 from support.mutations.mutation import Mutation
 
+from ownpath.loading import default_model_dir
 from ownpath.verify.run import STAGES, Job, Result, verify
 from ownpath.verify.subject import Selection
 
+WIDE = {"hidden_size": 128, "moe_intermediate_size": 128, "q_lora_rank": 136}
 SHAPE = {"num_hidden_layers": 3, "compress_ratios": [0, 4, 128], "vocab_size": NUM_TOKENS + 7}
 """One layer of each kind; the first looks its experts up by token."""
 
 
-def write_model(folder: Path, layout: str = "full-nvfp4", seed: int = 3) -> Path:
+def write_model(folder: Path, layout: str = "full-nvfp4", seed: int = 3, **changes: int) -> Path:
     """A small checkpoint with a tokenizer, with nothing wrong in it."""
-    random_checkpoint(folder, layout, seed, **SHAPE)
+    random_checkpoint(folder, layout, seed, **SHAPE, **changes)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_spec()), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text('{"add_bos_token": false}', encoding="utf-8")
     return folder
 
 
-def verified(mutation: Mutation, intact: Path, source: Path, scratch: Path) -> Result:
-    """Runs the stages on a mutation of the intact checkpoint. source: another export of it. scratch: an empty folder."""
-    folder = intact
+def write_models(folder: Path) -> dict[str, Path]:
+    """What is corrupted, and "source", another export of "small"."""
+    return {
+        "small": write_model(folder / "small"),
+        "source": write_model(folder / "source", "bf16"),
+        "native": write_model(folder / "native", "deepseek-native", **WIDE),
+        "embedded": default_model_dir(),
+    }
+
+
+def verified(mutation: Mutation, models: dict[str, Path], scratch: Path) -> Result:
+    """Runs the stages on a mutation of one of the models. scratch: an empty folder."""
+    folder = intact = models[mutation.model]
     if mutation.on_disk is not None:
         folder = Path(shutil.copytree(intact, scratch / "model"))
         mutation.on_disk(folder)
     layer_ids = None if mutation.layer_idx is None else frozenset({mutation.layer_idx})
     job = Job(folder, selection=Selection(layer_ids), interference=mutation.interference)
-    job.source = source if mutation.source else None
+    job.source = models["source"] if mutation.source else None
     if mutation.device != "CPU":
         job.subject = replace(subject_on(folder, mutation.device, job.selection), interference=mutation.interference)
     return verify(job, mutation.stages or STAGES)
