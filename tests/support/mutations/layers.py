@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from support.layer_faults import FAULTS, with_attn, with_core
-from support.mutations.mutation import Mutation, around, on_layer
+from support.mutations.mutation import UP_TO_KERNELS, Mutation, around, on_layer
 
 from ownpath.model.attention import AttentionCore
 from ownpath.model.block import Block
 from ownpath.model.rope import Rope, Rotation
+from ownpath.runners import SwigluMlp
 from ownpath.verify.layer import LoadedLayer
 
 Change = Callable[[LoadedLayer], LoadedLayer]
@@ -19,14 +20,14 @@ Change = Callable[[LoadedLayer], LoadedLayer]
 def known(name: str, what: str, check: str, where: str) -> Mutation:
     """A fault that the layers stage alone is tested with; here every stage runs, and an earlier one may find it."""
     fault = FAULTS[name]
-    place = f"layers.{fault.layer_idx}.{where}".rstrip(".")
-    return Mutation(what, check, place, interference=on_layer(fault.layer_idx, fault.change), layer_idx=fault.layer_idx)
+    return changed(what, check, f"layers.{fault.layer_idx}.{where}".rstrip("."), fault.change)
 
 
 def changed(what: str, check: str, where: str, change: Change) -> Mutation:
     """where: with its layer."""
     layer_idx = int(where.split(".")[1])
-    return Mutation(what, check, where, interference=on_layer(layer_idx, change), layer_idx=layer_idx)
+    stages = UP_TO_KERNELS if check.startswith("K") else ()
+    return Mutation(what, check, where, None, on_layer(layer_idx, change), layer_idx, stages)
 
 
 def with_block(loaded: LoadedLayer, **parts: Any) -> LoadedLayer:
@@ -129,6 +130,8 @@ def no_shared_expert(loaded: LoadedLayer) -> LoadedLayer:
     """The layer's output without it; the expert itself is right."""
 
     class Silent:
+        __module__ = SwigluMlp.__module__  # slots are looked for in the package's own objects
+
         def __init__(self, mlp: Any) -> None:
             self.w13, self.w2, self._activation = mlp.w13, mlp.w2, mlp._activation
             self._mlp = mlp
@@ -277,7 +280,7 @@ MUTATIONS = {
     "indexer picks the newest": changed("picked entries", "V01", f"{LAYER}.attn.indexer", selecting(newest)),
     "indexer picks one too few": changed("index_topk", "V01", f"{LAYER}.attn.indexer", selecting(one_too_few)),
     "indexer without its ReLU": changed("index scores", "V01", f"{LAYER}.attn.indexer", selecting(without_relu)),
-    "overlapping windows reversed": changed("halves of a compressor's rows", "V01", f"{LAYER}.attn.entries", overlap_reversed),
+    "overlapping windows reversed": changed("halves of a compressor's rows", "K01", f"{LAYER}.attn.compressor.wkv_wgate", overlap_reversed),
     "stale key row": known("a stale row in the window's cache", "the ring's newest row", "K09", "attn.core"),
     "decoded keys not kept": changed("the ring, in steps of one token", "V05", LAYER, core_as(UnkeptCore)),
     "unwritten cache rows take part": known("unwritten cache rows take part", "the window's buffer", "V08", ""),

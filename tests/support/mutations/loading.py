@@ -3,7 +3,7 @@
 import torch
 from support.mutations.mutation import Mutation, on_part, on_slot, on_weights
 
-from ownpath.checkpoint.schema import Part
+from ownpath.kernels.fp8_packing import COLS, ROWS, pack_blocks, row_order, unpack_blocks
 from ownpath.verify.layer import LoadedPart
 from ownpath.verify.subject import Interference
 from ownpath.weights.load import LoadedWeights
@@ -66,11 +66,14 @@ def blocks_exchanged(part: LoadedPart) -> None:
 
 
 def dirty_padding(part: LoadedPart) -> None:
-    """0x7F, E4M3's NaN, in rows that only fill a tile up."""
+    """0x7F, E4M3's NaN, in the rows that only fill a tile up."""
     runner = part.runners.get(f"{LAYER}.attn.wqa_wkv")
     if runner is not None:
         packed = runner.operand  # type: ignore[attr-defined]
-        print(packed.blocks.shape, packed.rows, runner.padding().shape)
+        tiles, num_cols = len(packed.blocks), packed.blocks.shape[1] * COLS
+        whole = unpack_blocks(packed.blocks, row_order(), tiles * ROWS, num_cols)
+        is_outside = (torch.arange(ROWS) >= packed.rows[:, 1, None]).flatten()
+        packed.blocks.copy_(pack_blocks(whole.masked_fill(is_outside[:, None], 0x7F), row_order()))
 
 
 def at_load(what: str, check: str, where: str, interference: Interference, **how: object) -> Mutation:

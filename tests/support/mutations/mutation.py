@@ -14,6 +14,8 @@ from ownpath.verify.subject import Interference
 from ownpath.weights.load import LoadedWeights
 
 OnDisk = Callable[[Path], object]
+UP_TO_KERNELS = ("file", "environment", "load", "kernels")
+"""For what the kernels stage finds: the layers stage would find it once more, at twice the time."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from support.layer_faults import with_attn
-from support.mutations.mutation import Mutation, around, on_layer, on_part
+from support.mutations.mutation import UP_TO_KERNELS, Mutation, around, on_layer, on_part
 
 from ownpath.runners import PlainLinear
 from ownpath.verify.layer import LoadedLayer, LoadedPart
@@ -29,7 +29,7 @@ def experts(call: Callable[..., Any]) -> Interference:
 
 
 def stale_input() -> Callable[..., Any]:
-    """Inputs are copied into a buffer that is kept; what is longer than it was first is computed from the old rows."""
+    """An input is copied into the buffer for its number of rows when that is made, and never again."""
     buffers: dict[int, torch.Tensor] = {}
 
     def call(run: Any, x: torch.Tensor) -> Any:
@@ -37,6 +37,10 @@ def stale_input() -> Callable[..., Any]:
         return run(kept if x.is_floating_point() and kept.shape == x.shape and kept.dtype == x.dtype else x)
 
     return call
+
+
+def with_stale_input(loaded: LoadedLayer) -> LoadedLayer:
+    return with_attn(loaded, wq_b=around(loaded.block.attn.wq_b, stale_input()))
 
 
 def last_row_unwritten(run: Any, x: torch.Tensor) -> torch.Tensor:
@@ -97,7 +101,8 @@ def _dequantized(runner: Any) -> PlainLinear:
 
 
 def at(what: str, check: str, slot: str, interference: Interference) -> Mutation:
-    return Mutation(what, check, f"{LAYER}.{slot}", interference=interference, layer_idx=1)
+    stages = UP_TO_KERNELS if check.startswith("K") else ()
+    return Mutation(what, check, f"{LAYER}.{slot}", None, interference, 1, stages)
 
 
 MUTATIONS = {
@@ -106,7 +111,7 @@ MUTATIONS = {
     "output NaN in one row": at("wo_b", "K01", "attn.wo_b", attn("wo_b", a_nan)),
     "last row unwritten from 65 rows on": at("wo_b", "K01", "attn.wo_b", attn("wo_b", last_row_unwritten)),
     "one row alone differs": at("wo_b, one row at a time", "K01", "attn.wo_b", attn("wo_b", row_by_row)),
-    "stale input buffer": at("wq_b reads what came first", "K01", "attn.wq_b", attn("wq_b", stale_input())),
+    "stale input buffer": at("wq_b reads what came first", "K02", "attn.wq_b", on_layer(1, with_stale_input)),
     "output in BF16": at("wo_b", "K01", "attn.wo_b", attn("wo_b", lambda run, x: run(x).bfloat16().float())),
     "groups exchanged": at("wo_a", "K01", "attn.wo_a", attn("wo_a", groups_exchanged)),
     "expert's output lost": at("expert 5", "K01", "ffn.experts.5", experts(unrouted(5))),

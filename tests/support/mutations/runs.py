@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cpu.chat.small_tokenizer import NUM_TOKENS, tokenizer_spec
@@ -12,6 +12,7 @@ from support.checkpoints import random_checkpoint
 from support.mutations.mutation import Mutation
 
 from ownpath.loading import default_model_dir
+from ownpath.verify.finding import Finding, failed
 from ownpath.verify.run import STAGES, Job, Result, verify
 from ownpath.verify.subject import Selection
 
@@ -52,6 +53,25 @@ def verified(mutation: Mutation, models: dict[str, Path], scratch: Path) -> Resu
     return verify(job, mutation.stages or STAGES)
 
 
-def told(result: Result, text: str) -> str:
-    """A place or a message without what is of this run alone: where the folder is, how many shards there are."""
-    return re.sub(r"-of-\d{5}", "-of-{n}", text.replace(f"{result.job.folder}/", "").replace(str(result.job.folder), "MODEL"))
+@dataclass(frozen=True)
+class Outcome:
+    """ids: of every check that failed. finding: the one that the mutation is there for; ``None``: it did not fail."""
+
+    ids: tuple[str, ...]
+    finding: Finding | None
+
+
+def outcome_of(mutation: Mutation, result: Result) -> Outcome:
+    found = [told(result, finding) for finding in failed(result.findings)]
+    expected = (finding for finding in found if (finding.id, finding.where) == (mutation.check, mutation.where))
+    return Outcome(tuple(dict.fromkeys(finding.id for finding in found)), next(expected, None))
+
+
+def told(result: Result, finding: Finding) -> Finding:
+    """A finding without what is of this run alone: where the folder is, how many shards there are."""
+    folder = str(result.job.folder)
+    where, message = (
+        re.sub(r"-of-\d{5}", "-of-{n}", text.replace(f"{folder}/", "").replace(folder, "MODEL"))
+        for text in (finding.where, finding.message)
+    )
+    return replace(finding, where=where, message=message)
