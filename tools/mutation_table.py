@@ -1,6 +1,6 @@
 """Writes docs/mutations.md: every corruption of tests/support/mutations, and what `ownpath verify` says of it.
 
-    python tools/mutation_table.py        # two minutes of one core
+python tools/mutation_table.py        # two minutes of one core
 """
 
 import sys

@@ -58,11 +58,23 @@ def beside(what: str, module: str, on_disk: OnDisk) -> Mutation:
 
 
 MUTATIONS = {
-    "other nibble first, in the file": beside("w2 of a layer's experts", f"{EXPERTS}.4.w2", each("w2.weight", other_nibble_first)),
-    "gate and up exchanged, in the file": beside("w1 and w3 of a layer's experts", f"{EXPERTS}.4.w1", tensors_changed(exchange_gate_and_up)),
-    "block scales moved by one, in the file": beside("w2 of a layer's experts", f"{EXPERTS}.4.w2", each("w2.weight_scale", moved_by_one)),
-    "experts shifted by one, in the file": beside("w2 of a layer's experts", f"{EXPERTS}.4.w2", tensors_changed(shift_experts)),
+    "other nibble first, in the file": beside(
+        "w2 of a layer's experts", f"{EXPERTS}.4.w2", each("w2.weight", other_nibble_first)
+    ),
+    "gate and up exchanged, in the file": beside(
+        "w1 and w3 of a layer's experts", f"{EXPERTS}.4.w1", tensors_changed(exchange_gate_and_up)
+    ),
+    "block scales moved by one, in the file": beside(
+        "w2 of a layer's experts", f"{EXPERTS}.4.w2", each("w2.weight_scale", moved_by_one)
+    ),
+    "experts shifted by one, in the file": beside(
+        "w2 of a layer's experts", f"{EXPERTS}.4.w2", tensors_changed(shift_experts)
+    ),
     "signs lost, in the file": beside("w3 of a layer's experts", f"{EXPERTS}.4.w3", each("w3.weight", without_signs)),
-    "codes rounded down, in the file": beside("w1 of a layer's experts", f"{EXPERTS}.4.w1", each("w1.weight", rounded_down)),
-    "global scales doubled, in the file": beside("w2 of a layer's experts", f"{EXPERTS}.4.w2", each("w2.weight_scale_2", lambda g: 2 * g)),
+    "codes rounded down, in the file": beside(
+        "w1 of a layer's experts", f"{EXPERTS}.4.w1", each("w1.weight", rounded_down)
+    ),
+    "global scales doubled, in the file": beside(
+        "w2 of a layer's experts", f"{EXPERTS}.4.w2", each("w2.weight_scale_2", lambda g: 2 * g)
+    ),
 }

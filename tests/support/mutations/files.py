@@ -81,7 +81,9 @@ MUTATIONS = {
     ),
     "norm one short": Mutation("norm.weight's length", "F03", "norm.weight", assigned("norm.weight", lambda w: w[:-1])),
     "one expert in BF16": Mutation("the format of one matrix", "F04", f"{EXPERT}.w2", tensors_changed(as_bf16)),
-    "expert_dtype contradicts": Mutation("config.json: expert_dtype", "F04", "config.json", in_config(expert_dtype="fp8")),
+    "expert_dtype contradicts": Mutation(
+        "config.json: expert_dtype", "F04", "config.json", in_config(expert_dtype="fp8")
+    ),
     "global scale inverted": Mutation("weight_scale_2 as a divisor", "F05", GLOBAL, assigned(GLOBAL, lambda g: 1 / g)),
     "global scale zero": Mutation("weight_scale_2", "F05", GLOBAL, assigned(GLOBAL, lambda g: g * 0)),
     "global scale squared": Mutation("weight_scale_2", "F05", GLOBAL, assigned(GLOBAL, lambda g: g * g)),
@@ -99,23 +101,36 @@ MUTATIONS = {
     "tid2eid names one twice": Mutation("a row of the table", "F10", TABLE, assigned(TABLE, named_twice)),
     "gate.bias dropped": Mutation("a router's bias is zero", "F10", BIAS, assigned(BIAS, torch.zeros_like)),
     "gate.bias NaN": Mutation("a router's bias", "F10", BIAS, assigned(BIAS, lambda b: b / 0)),
-    "another scoring function": Mutation("config.json: scoring_func", "F11", "config.json", in_config(scoring_func="softmax")),
-    "hash layers miscounted": Mutation("config.json: num_hash_layers", "F11", "num_hash_layers", in_config(num_hash_layers=2)),
+    "another scoring function": Mutation(
+        "config.json: scoring_func", "F11", "config.json", in_config(scoring_func="softmax")
+    ),
+    "hash layers miscounted": Mutation(
+        "config.json: num_hash_layers", "F11", "num_hash_layers", in_config(num_hash_layers=2)
+    ),
     "compress_ratios exchanged": Mutation(
         "config.json: compress_ratios", "F11", "compress_ratios[1]", in_config(compress_ratios=[0, 128, 4])
     ),
-    "compress_ratios cut off": Mutation("config.json: one entry too few", "F11", "config.json", in_config(compress_ratios=[0, 4])),
+    "compress_ratios cut off": Mutation(
+        "config.json: one entry too few", "F11", "config.json", in_config(compress_ratios=[0, 4])
+    ),
     "swiglu_limit lost": Mutation("config.json", "F11", "config.json", without("swiglu_limit")),
     "routed_scaling_factor lost": Mutation("config.json", "F11", "config.json", without("routed_scaling_factor")),
     "YaRN without its factor": Mutation(
-        "config.json: rope_scaling", "F11", "config.json", json_changed("config.json", lambda c: c["rope_scaling"].pop("factor"))
+        "config.json: rope_scaling",
+        "F11",
+        "config.json",
+        json_changed("config.json", lambda c: c["rope_scaling"].pop("factor")),
     ),
-    "end token of another model": Mutation("config.json: eos_token_id", "F12", "eos_token_id", in_config(eos_token_id=2)),
+    "end token of another model": Mutation(
+        "config.json: eos_token_id", "F12", "eos_token_id", in_config(eos_token_id=2)
+    ),
     "marker not special": Mutation(
         "tokenizer.json: added_tokens", "F12", ASSISTANT, json_changed("tokenizer.json", not_special)
     ),
     "tokenizer lowers letters": Mutation(
-        "tokenizer.json: normalizer", "F12", "tokenizer.json",
+        "tokenizer.json: normalizer",
+        "F12",
+        "tokenizer.json",
         json_changed("tokenizer.json", lambda spec: spec.update(normalizer={"type": "Lowercase"})),
     ),
 }

@@ -210,7 +210,9 @@ def one_too_few(indexer: Any, q: Any, weights: Any, keys: Any, visible: Any) -> 
     return replace(indexer, topk=indexer.topk - 1).select(q, weights, keys, visible)  # type: ignore[no-any-return]
 
 
-def without_relu(indexer: Any, q: torch.Tensor, weights: torch.Tensor, keys: Any, visible: torch.Tensor) -> torch.Tensor:
+def without_relu(
+    indexer: Any, q: torch.Tensor, weights: torch.Tensor, keys: Any, visible: torch.Tensor
+) -> torch.Tensor:
     if len(keys) <= indexer.topk:
         return visible
     scores = ((q @ keys.T) * weights[..., None]).sum(1).masked_fill(~visible, -torch.inf)
@@ -223,7 +225,9 @@ def overlap_reversed(loaded: LoadedLayer) -> LoadedLayer:
 
     def change(core: AttentionCore) -> AttentionCore:
         compressor: Any = core.compressor
-        swapped = around(compressor.wkv_wgate, lambda run, x: run(x).unflatten(-1, (4, -1))[..., [1, 0, 3, 2], :].flatten(-2))
+        swapped = around(
+            compressor.wkv_wgate, lambda run, x: run(x).unflatten(-1, (4, -1))[..., [1, 0, 3, 2], :].flatten(-2)
+        )
         return replace(core, compressor=replace(compressor, wkv_wgate=swapped, ape=compressor.ape))
 
     changed_core = with_core(loaded, change)
@@ -247,22 +251,36 @@ LAYER = "layers.1"
 MUTATIONS = {
     "another theta in a CSA layer": known("wrong theta in a CSA layer", "its rotation", "K07", "attn rotation"),
     "another theta in a sliding layer": known("wrong theta in a sliding layer", "its rotation", "K07", "attn rotation"),
-    "another theta in a compressor": known("wrong theta in a compressor", "HCA entries' rotation", "K07", "attn.compressor rotation"),
-    "another theta in the indexer": known("wrong theta in the indexer's compressor", "index keys' rotation", "K07", "attn.indexer.compressor rotation"),
+    "another theta in a compressor": known(
+        "wrong theta in a compressor", "HCA entries' rotation", "K07", "attn.compressor rotation"
+    ),
+    "another theta in the indexer": known(
+        "wrong theta in the indexer's compressor", "index keys' rotation", "K07", "attn.indexer.compressor rotation"
+    ),
     "YaRN left out": changed("a CSA layer's rotation", "K07", f"{LAYER}.attn rotation", without_yarn),
-    "mscale in the softmax scale": changed("YaRN's 1.277, which V4 has not", "K09", f"{LAYER}.attn.core", softmax_scaled),
+    "mscale in the softmax scale": changed(
+        "YaRN's 1.277, which V4 has not", "K09", f"{LAYER}.attn.core", softmax_scaled
+    ),
     "half-split rotation": changed("channels i and i + R/2 as pairs", "K07", f"{LAYER}.attn rotation", half_split),
-    "entries turned by their index": changed("compressed entries' positions", "K07", f"{LAYER}.attn.compressor rotation", pool_positions),
+    "entries turned by their index": changed(
+        "compressed entries' positions", "K07", f"{LAYER}.attn.compressor rotation", pool_positions
+    ),
     "no inverse rotation": known("no inverse rotation", "what wo_a undoes", "K07", "attn.wo_a"),
     "gate.bias dropped in the router": known("gate.bias dropped", "the selection", "K05", "ffn.router"),
     "gate.bias in the weights": known("gate.bias in the weights", "the weights", "K05", "ffn.router"),
     "routed_scaling_factor is 1": changed("the router's weights", "K05", f"{LAYER}.ffn.router", scaling_lost),
     "hash layer reads token 0": changed("the table's row", "K05", "layers.0.ffn.router", reads_token_0),
-    "hash layer reads the next token": known("hash table read by the next token", "the table's row", "K05", "ffn.router"),
+    "hash layer reads the next token": known(
+        "hash table read by the next token", "the table's row", "K05", "ffn.router"
+    ),
     "no clamp in the shared expert": changed("swiglu_limit", "K06", f"{LAYER}.ffn.shared_experts", no_clamp_in_shared),
     "no clamp in the routed experts": changed("swiglu_limit", "K06", f"{LAYER}.ffn.experts.0", no_clamp_in_routed),
-    "another limit in the shared expert": known("another clamp in the shared expert", "swiglu_limit is 0.5", "K06", "ffn.shared_experts"),
-    "shared gate and up exchanged": known("shared gate and up swapped", "halves of w13's output", "K01", "ffn.shared_experts.w13"),
+    "another limit in the shared expert": known(
+        "another clamp in the shared expert", "swiglu_limit is 0.5", "K06", "ffn.shared_experts"
+    ),
+    "shared gate and up exchanged": known(
+        "shared gate and up swapped", "halves of w13's output", "K01", "ffn.shared_experts.w13"
+    ),
     "shared expert not added": changed("the layer's output", "K06", f"{LAYER}.ffn.shared_experts", no_shared_expert),
     "transposed Sinkhorn before attention": known("transposed Sinkhorn before attention", "comb", "K08", "hc_attn"),
     "transposed Sinkhorn before the experts": known("transposed Sinkhorn before the experts", "comb", "K08", "hc_ffn"),
@@ -280,7 +298,9 @@ MUTATIONS = {
     "indexer picks the newest": changed("picked entries", "V01", f"{LAYER}.attn.indexer", selecting(newest)),
     "indexer picks one too few": changed("index_topk", "V01", f"{LAYER}.attn.indexer", selecting(one_too_few)),
     "indexer without its ReLU": changed("index scores", "V01", f"{LAYER}.attn.indexer", selecting(without_relu)),
-    "overlapping windows reversed": changed("halves of a compressor's rows", "K01", f"{LAYER}.attn.compressor.wkv_wgate", overlap_reversed),
+    "overlapping windows reversed": changed(
+        "halves of a compressor's rows", "K01", f"{LAYER}.attn.compressor.wkv_wgate", overlap_reversed
+    ),
     "stale key row": known("a stale row in the window's cache", "the ring's newest row", "K09", "attn.core"),
     "decoded keys not kept": changed("the ring, in steps of one token", "V05", LAYER, core_as(UnkeptCore)),
     "unwritten cache rows take part": known("unwritten cache rows take part", "the window's buffer", "V08", ""),

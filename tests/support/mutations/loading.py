@@ -104,29 +104,63 @@ def zeros(tensor: torch.Tensor) -> torch.Tensor:
 
 
 MUTATIONS = {
-    "half of a fused pair unwritten": at_load("wkv of wqa_wkv", "L01", f"{LAYER}.attn.wkv.weight", unwritten(f"{LAYER}.attn.wkv.weight")),
+    "half of a fused pair unwritten": at_load(
+        "wkv of wqa_wkv", "L01", f"{LAYER}.attn.wkv.weight", unwritten(f"{LAYER}.attn.wkv.weight")
+    ),
     "an expert's codes unwritten": at_load("w3", "L01", matrix(2, "w3"), unwritten(matrix(2, "w3"))),
-    "an expert's scales unwritten": at_load("w2", "L01", matrix(6, "w2", "weight_scale"), unwritten(matrix(6, "w2", "weight_scale"))),
-    "an input scale unwritten": at_load("w1", "L01", matrix(0, "w1", "input_scale"), unwritten(matrix(0, "w1", "input_scale"))),
+    "an expert's scales unwritten": at_load(
+        "w2", "L01", matrix(6, "w2", "weight_scale"), unwritten(matrix(6, "w2", "weight_scale"))
+    ),
+    "an input scale unwritten": at_load(
+        "w1", "L01", matrix(0, "w1", "input_scale"), unwritten(matrix(0, "w1", "input_scale"))
+    ),
     "expert zeroed": slot("w2's codes", "L02", matrix(6, "w2"), zeros, f"{EXPERTS}.6.w2"),
     "experts shifted by one": at_load("w2 of all experts", "L02", f"{EXPERTS}.4.w2", experts_shifted("w2")),
     "gate and up exchanged": at_load("rows of w13", "L02", f"{EXPERTS}.5.w1", gate_and_up_exchanged(5)),
     "other nibble first": slot("w2's codes", "L02", matrix(1, "w2"), other_nibble_first, f"{EXPERTS}.1.w2"),
-    "block scales moved by one": slot("w2's scales", "L02", matrix(2, "w2", "weight_scale"), lambda s: s.roll(1, dims=1), f"{EXPERTS}.2.w2"),
-    "scales swizzled for another kernel": slot("w2's scales", "L02", matrix(2, "w2", "weight_scale"), swizzled, f"{EXPERTS}.2.w2"),
+    "block scales moved by one": slot(
+        "w2's scales", "L02", matrix(2, "w2", "weight_scale"), lambda s: s.roll(1, dims=1), f"{EXPERTS}.2.w2"
+    ),
+    "scales swizzled for another kernel": slot(
+        "w2's scales", "L02", matrix(2, "w2", "weight_scale"), swizzled, f"{EXPERTS}.2.w2"
+    ),
     "one bit of one weight": slot("w1's codes", "L02", matrix(7, "w1"), one_bit, f"{EXPERTS}.7.w1"),
-    "global scale as a divisor": slot("w2's", "L03", matrix(7, "w2", "weight_scale_2"), lambda g: 1 / g, f"{EXPERTS}.7.w2"),
-    "global scale applied twice": slot("w1's", "L03", matrix(3, "w1", "weight_scale_2"), lambda g: g * g, f"{EXPERTS}.3.w1"),
-    "global scale left out": slot("wq_b's", "L03", f"{LAYER}.attn.wq_b.weight_scale_2", torch.ones_like, f"{LAYER}.attn.wq_b"),
+    "global scale as a divisor": slot(
+        "w2's", "L03", matrix(7, "w2", "weight_scale_2"), lambda g: 1 / g, f"{EXPERTS}.7.w2"
+    ),
+    "global scale applied twice": slot(
+        "w1's", "L03", matrix(3, "w1", "weight_scale_2"), lambda g: g * g, f"{EXPERTS}.3.w1"
+    ),
+    "global scale left out": slot(
+        "wq_b's", "L03", f"{LAYER}.attn.wq_b.weight_scale_2", torch.ones_like, f"{LAYER}.attn.wq_b"
+    ),
     "gate.bias dropped by the loader": slot("a router's bias", "L02", f"{LAYER}.ffn.gate.bias", zeros),
-    "MXFP4 scales copied by value into bytes": slot("w2's E8M0", "L02", matrix(2, "w2", "scale"), zeros, f"{EXPERTS}.2.w2", model="native"),
+    "MXFP4 scales copied by value into bytes": slot(
+        "w2's E8M0", "L02", matrix(2, "w2", "scale"), zeros, f"{EXPERTS}.2.w2", model="native"
+    ),
     "tid2eid moved by one": slot("a table", "L02", "layers.0.ffn.gate.tid2eid", lambda t: t.roll(1, 0)),
     "sinks zeroed": slot("attn_sink", "L02", f"{LAYER}.attn.attn_sink", zeros),
     "hyper-connection's mix transposed": slot("hc_attn_fn", "L02", f"{LAYER}.hc_attn_fn", lambda f: f.flip(0)),
     "ape left out": slot("a compressor's ape", "L02", f"{LAYER}.attn.compressor.ape", zeros),
-    "NaN in a norm": slot("one weight", "L01", f"{LAYER}.attn_norm.weight", lambda w: w.index_fill_(0, torch.tensor([9]), torch.nan)),
+    "NaN in a norm": slot(
+        "one weight", "L01", f"{LAYER}.attn_norm.weight", lambda w: w.index_fill_(0, torch.tensor([9]), torch.nan)
+    ),
     "embedding one row off": slot("embed.weight", "L02", "embed.weight", lambda w: w.roll(1, 0)),
     "head of the embedding": slot("head.weight", "L02", "head.weight", lambda w: -w, "head"),
-    "wrong swizzle": at_load("packed w13, planned for sm_90", "L02", f"{EXPERTS}.5.w1", on_part(blocks_exchanged), device="sm_90", model="embedded"),
-    "NaN in padding": at_load("wqa_wkv, planned for sm_90", "L04", f"{LAYER}.attn.wqa_wkv", on_part(dirty_padding), device="sm_90", model="native"),
+    "wrong swizzle": at_load(
+        "packed w13, planned for sm_90",
+        "L02",
+        f"{EXPERTS}.5.w1",
+        on_part(blocks_exchanged),
+        device="sm_90",
+        model="embedded",
+    ),
+    "NaN in padding": at_load(
+        "wqa_wkv, planned for sm_90",
+        "L04",
+        f"{LAYER}.attn.wqa_wkv",
+        on_part(dirty_padding),
+        device="sm_90",
+        model="native",
+    ),
 }

@@ -107,7 +107,9 @@ def at(what: str, check: str, slot: str, interference: Interference) -> Mutation
 
 MUTATIONS = {
     "output one percent too large": at("wq_b", "K01", "attn.wq_b", attn("wq_b", lambda run, x: 1.01 * run(x))),
-    "output exactly zero": at("the experts", "K01", "ffn.experts.0", experts(lambda run, *args: torch.zeros_like(run(*args)))),
+    "output exactly zero": at(
+        "the experts", "K01", "ffn.experts.0", experts(lambda run, *args: torch.zeros_like(run(*args)))
+    ),
     "output NaN in one row": at("wo_b", "K01", "attn.wo_b", attn("wo_b", a_nan)),
     "last row unwritten from 65 rows on": at("wo_b", "K01", "attn.wo_b", attn("wo_b", last_row_unwritten)),
     "one row alone differs": at("wo_b, one row at a time", "K01", "attn.wo_b", attn("wo_b", row_by_row)),

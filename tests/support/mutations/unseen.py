@@ -26,13 +26,18 @@ def without_biases(tensors: Tensors) -> None:
 
 MUTATIONS = {
     "gate and up exchanged, and no other export": Unseen(
-        Mutation("w1 and w3 of a layer's experts in the file", *NOWHERE, tensors_changed(exchange_gate_and_up), layer_idx=1),
+        Mutation(
+            "w1 and w3 of a layer's experts in the file", *NOWHERE, tensors_changed(exchange_gate_and_up), layer_idx=1
+        ),
         "the file is another model's, and right for that one. With `--source` F13 names each matrix",
     ),
     "one expert that is not drawn": Unseen(
         Mutation(
-            "block scales of expert 0 moved by one", *NOWHERE, assigned(f"{EXPERTS}.0.w2.weight_scale", moved_by_one),
-            stages=("file",), source=True,
+            "block scales of expert 0 moved by one",
+            *NOWHERE,
+            assigned(f"{EXPERTS}.0.w2.weight_scale", moved_by_one),
+            stages=("file",),
+            source=True,
         ),
         "F13 decodes 4 experts of each layer unless `--experts` asks for more, and 0 is not among them. Without another "
         "export it is the case above",
@@ -42,7 +47,12 @@ MUTATIONS = {
         "a model trained without them looks the same. F10's line says that all are constant",
     ),
     "another model's rope_theta": Unseen(
-        Mutation("config.json: compress_rope_theta 40000 for 160000", *NOWHERE, in_config(compress_rope_theta=40000.0), layer_idx=1),
+        Mutation(
+            "config.json: compress_rope_theta 40000 for 160000",
+            *NOWHERE,
+            in_config(compress_rope_theta=40000.0),
+            layer_idx=1,
+        ),
         "both are valid models, and engine and oracle compute what the file says. V04 prints the likelihood of a text, "
         "which needs a trained model to mean something; serving asks a question first (S01)",
     ),
