@@ -13,7 +13,7 @@ from ownpath.checkpoint.drafts import NO_DRAFT, Draft, carried_draft, requested_
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.names import draft_params, model_params
-from ownpath.checkpoint.schema import Encoding, ModuleSpec, ParamSpec, check_census, check_param, detect
+from ownpath.checkpoint.schema import Encoding, ParamSpec, check_census, check_param, detect
 from ownpath.config import ModelConfig
 from ownpath.formats import BF16, FP32, Format
 from ownpath.plan.claims import find_contradictions

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 from cpu.verify.hopper_layouts import allow_packing_on_cpu
 from support.mutations import MUTATIONS
 from support.mutations.runs import outcome_of, verified, write_model, write_models
@@ -56,7 +55,7 @@ def test_what_is_said_not_to_be_caught_is_not(name: str, models: dict[str, Path]
     assert verified(UNSEEN[name].mutation, models, tmp_path).passed
 
 
-@pytest.mark.parametrize(("seed", "layout"), enumerate(INTACT, start=101))
+@pytest.mark.parametrize(("seed", "layout"), tuple(enumerate(INTACT, start=101)))
 def test_intact_checkpoints_raise_no_alarm(seed: int, layout: str, tmp_path: Path) -> None:
     widths = {"moe_intermediate_size": 64} if layout == "deepseek-native" else {}
     result = verify(Job(write_model(tmp_path / "model", layout, seed, **widths)), STAGES)

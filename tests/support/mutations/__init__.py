@@ -2,7 +2,7 @@
 
 from types import MappingProxyType
 
-from support.mutations import exports, files, layers, loading, outputs
+from support.mutations import exports, files, layers, loading, outputs, plans
 from support.mutations.mutation import Mutation
 
 GROUPS: MappingProxyType[str, dict[str, Mutation]] = MappingProxyType(
@@ -12,6 +12,7 @@ GROUPS: MappingProxyType[str, dict[str, Mutation]] = MappingProxyType(
         "What loading makes of them": loading.MUTATIONS,
         "Loaded layers": layers.MUTATIONS,
         "Kernels and their memory": outputs.MUTATIONS,
+        "Plans and official numerics": plans.MUTATIONS,
     }
 )
 """Heading -> name -> mutation."""

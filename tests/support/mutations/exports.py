@@ -1,6 +1,7 @@
 """Checkpoints that are whole and valid, and hold other weights than they were made from: told by another export."""
 
 import torch
+
 from support.broken import Tensors
 from support.mutations.mutation import Mutation, OnDisk, tensors_changed
 

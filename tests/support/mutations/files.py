@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.broken import Tensors
-from support.mutations.mutation import Mutation, assigned, in_config, json_changed, tensors_changed
 
 from ownpath.chat.markers import ASSISTANT
 from ownpath.checkpoint.writer import INDEX_NAME
+from support.broken import Tensors
+from support.mutations.mutation import Mutation, assigned, in_config, json_changed, tensors_changed
 
 EXPERT = "layers.1.ffn.experts.3"
 GLOBAL = f"{EXPERT}.w2.weight_scale_2"

@@ -5,14 +5,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from support.layer_faults import FAULTS, with_attn, with_core
-from support.mutations.mutation import UP_TO_KERNELS, Mutation, around, on_layer
 
 from ownpath.model.attention import AttentionCore
 from ownpath.model.block import Block
 from ownpath.model.rope import Rope, Rotation
 from ownpath.runners import SwigluMlp
 from ownpath.verify.layer import LoadedLayer
+from support.layer_faults import FAULTS, with_attn, with_core
+from support.mutations.mutation import UP_TO_KERNELS, Mutation, around, on_layer
 
 Change = Callable[[LoadedLayer], LoadedLayer]
 

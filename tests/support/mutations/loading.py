@@ -1,13 +1,13 @@
 """Weights that did not arrive as the file has them: what a loader, or what puts weights into layouts, can get wrong."""
 
 import torch
-from support.mutations.mutation import Mutation, on_part, on_slot, on_weights
 
 from ownpath.kernels.fp8_packing import COLS, ROWS, pack_blocks, row_order, unpack_blocks
 from ownpath.verify.layer import LoadedPart
 from ownpath.verify.subject import Interference
 from ownpath.weights.load import LoadedWeights
 from ownpath.weights.operands import sentinel
+from support.mutations.mutation import Mutation, on_part, on_slot, on_weights
 
 LAYER = "layers.1"
 EXPERTS = f"{LAYER}.ffn.experts"
@@ -140,13 +140,13 @@ MUTATIONS = {
     ),
     "tid2eid moved by one": slot("a table", "L02", "layers.0.ffn.gate.tid2eid", lambda t: t.roll(1, 0)),
     "sinks zeroed": slot("attn_sink", "L02", f"{LAYER}.attn.attn_sink", zeros),
-    "hyper-connection's mix transposed": slot("hc_attn_fn", "L02", f"{LAYER}.hc_attn_fn", lambda f: f.flip(0)),
+    "hyper-connection's rows reversed": slot("hc_attn_fn", "L02", f"{LAYER}.hc_attn_fn", lambda f: f.flip(0)),
     "ape left out": slot("a compressor's ape", "L02", f"{LAYER}.attn.compressor.ape", zeros),
     "NaN in a norm": slot(
         "one weight", "L01", f"{LAYER}.attn_norm.weight", lambda w: w.index_fill_(0, torch.tensor([9]), torch.nan)
     ),
     "embedding one row off": slot("embed.weight", "L02", "embed.weight", lambda w: w.roll(1, 0)),
-    "head of the embedding": slot("head.weight", "L02", "head.weight", lambda w: -w, "head"),
+    "head negated": slot("head.weight", "L02", "head.weight", lambda w: -w, "head"),
     "wrong swizzle": at_load(
         "packed w13, planned for sm_90",
         "L02",

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.broken import Tensors, change_tensors
 
 from ownpath.verify.layer import LoadedLayer, LoadedPart
 from ownpath.verify.subject import Interference
 from ownpath.weights.load import LoadedWeights
+from support.broken import Tensors, change_tensors
 
 OnDisk = Callable[[Path], object]
 UP_TO_KERNELS = ("file", "environment", "load", "kernels")
 """For what the kernels stage finds: the layers stage would find it once more, at twice the time."""
+
+
+NO_INTERFERENCE = Interference()
 
 
 @dataclass(frozen=True)
@@ -25,26 +28,32 @@ class Mutation:
     on_disk: done to a copy of the checkpoint. interference: done to what was loaded.
     layer_idx: the one layer to be verified (``--layers``); ``None``: all. stages: those to be run (``--stages``);
     empty: all. source: whether another export is given (``--source``). device: whose plan is loaded.
-    model: which intact one is corrupted, a key of ``runs.MODELS``.
+    model: which intact one is corrupted, by its name in ``runs.write_models``. is_official: ``--numerics official``.
+    in_plan: done to what `ownpath plan --json` wrote before (``--ledger``).
     """
 
     what: str
     check: str
     where: str
     on_disk: OnDisk | None = None
-    interference: Interference = Interference()
+    interference: Interference = NO_INTERFERENCE
     layer_idx: int | None = None
     stages: tuple[str, ...] = ()
     source: bool = False
     device: str = "CPU"
     model: str = "small"
+    is_official: bool = False
+    in_plan: Callable[[dict[str, Any]], object] | None = None
 
     @property
     def options(self) -> str:
         """What the command is given to run the same."""
         options = [] if self.layer_idx is None else [f"--layers {self.layer_idx}"]
         options += [f"--stages {','.join(self.stages)}"] if self.stages else []
-        return " ".join([*options, "--source DIR"] if self.source else options)
+        options += ["--source DIR"] if self.source else []
+        options += ["--numerics official"] if self.is_official else []
+        options += ["--ledger PLAN"] if self.in_plan is not None else []
+        return " ".join(options)
 
 
 def tensors_changed(change: Callable[[Tensors], object]) -> OnDisk:

@@ -5,12 +5,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from support.layer_faults import with_attn
-from support.mutations.mutation import UP_TO_KERNELS, Mutation, around, on_layer, on_part
 
 from ownpath.runners import PlainLinear
 from ownpath.verify.layer import LoadedLayer, LoadedPart
 from ownpath.verify.subject import Interference
+from support.layer_faults import with_attn
+from support.mutations.mutation import UP_TO_KERNELS, Mutation, around, on_layer, on_part
 
 LAYER = "layers.1"
 
@@ -120,5 +120,6 @@ MUTATIONS = {
     "tokens sent to another expert": at("expert 4's go to 6", "K01", "ffn.experts.4", experts(sent_elsewhere(4, 6))),
     "kernel raises": at("wo_b", "K01", "attn.wo_b", attn("wo_b", raises)),
     "kernel raises for many rows": at("wq_b", "K01", "attn.wq_b", attn("wq_b", raises_for_many)),
+    "runner that refuses nothing": at("wq_b", "K10", "attn.wq_b", attn("wq_b", lambda run, x: run(x.float()))),
     "runner replaced after planning": at("wq_b, dequantised", "LG03", "attn.wq_b", on_part(swapped_after_planning)),
 }

@@ -8,13 +8,16 @@ from pathlib import Path
 
 from cpu.chat.small_tokenizer import NUM_TOKENS, tokenizer_spec
 from cpu.verify.hopper_layouts import subject_on
-from support.checkpoints import random_checkpoint
-from support.mutations.mutation import Mutation
 
+from ownpath.config import EngineConfig
 from ownpath.loading import default_model_dir
+from ownpath.official import OFFICIAL, PLAIN
+from ownpath.plan.show import plan_dict
 from ownpath.verify.finding import Finding, failed
 from ownpath.verify.run import STAGES, Job, Result, verify
 from ownpath.verify.subject import Selection
+from support.checkpoints import random_checkpoint
+from support.mutations.mutation import Mutation
 
 WIDE = {"hidden_size": 128, "moe_intermediate_size": 128, "q_lora_rank": 136}
 SHAPE = {"num_hidden_layers": 3, "compress_ratios": [0, 4, 128], "vocab_size": NUM_TOKENS + 7}
@@ -46,8 +49,13 @@ def verified(mutation: Mutation, models: dict[str, Path], scratch: Path) -> Resu
         folder = Path(shutil.copytree(intact, scratch / "model"))
         mutation.on_disk(folder)
     layer_ids = None if mutation.layer_idx is None else frozenset({mutation.layer_idx})
-    job = Job(folder, selection=Selection(layer_ids), interference=mutation.interference)
+    engine = EngineConfig(official=OFFICIAL if mutation.is_official else PLAIN)
+    job = Job(folder, engine, Selection(layer_ids), interference=mutation.interference)
     job.source = models["source"] if mutation.source else None
+    if mutation.in_plan is not None:
+        written = json.loads(json.dumps(plan_dict(job.subject.plan)))
+        mutation.in_plan(written)
+        job.written_plan = written
     if mutation.device != "CPU":
         job.subject = replace(subject_on(folder, mutation.device, job.selection), interference=mutation.interference)
     return verify(job, mutation.stages or STAGES)

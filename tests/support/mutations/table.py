@@ -23,18 +23,19 @@ STAGE_OF = (
 """How a check's id begins -> its stage; the first that fits."""
 HEAD = """# What `ownpath verify` was seen to catch
 
-{caught} ways to corrupt a good checkpoint, a loaded model or a kernel's output. Each was done, `ownpath verify` was run on
-it, failed, and named the place. The same checkpoints intact pass, and so do five others of five exports and the embedded
-model. `tests/cpu/verify/test_mutations.py` does all of it again; the corruptions are in `tests/support/mutations/`.
-This page is written by `python tools/mutation_table.py`.
+{caught} ways to corrupt a good checkpoint, a loaded model or a kernel's output. Each was done, `ownpath verify` was run
+on it, failed, and named the place. Five intact checkpoints of five exports and five seeds pass, and so does the
+embedded model. `tests/cpu/verify/test_mutations.py` does all of it again; the corruptions are in
+`tests/support/mutations/`. This page is written by `python tools/mutation_table.py`.
 
 - **caught by**: the checks that failed and their stage. The first is not always the nearest: the place and the sentence
   are those of the check in bold. [verify.md](verify.md) says what each looks at.
-- **options**: what the command was given besides the model; everything else is its default. Where no stages are named, all
-  ran (behind a failed file stage the others are skipped). `--stages file,environment,load,kernels` is there because the
-  layers stage would find the same again, at twice the time.
-- The checkpoints have three layers, one of each kind, and eight experts; the packed layouts are planned for an H100 or
-  H200 and loaded on a CPU, which needs no kernel to run. "output", "rounded" and the like are wrapped around the runner.
+- **options**: what the command was given besides the model; everything else is its default. Where no stages are named,
+  all ran (behind a failed file stage the others are skipped). Fewer stages save the tests' time: what loading gets
+  wrong is run up to the load stage, what a kernel does up to the kernels stage; the layers stage would find it again.
+- Everything ran on a CPU, in float32, on checkpoints of three layers, one of each kind, with eight experts (the packed
+  layout: on the embedded model). Packed layouts are planned for sm_90 and loaded on the CPU, which runs no kernel.
+- No CUDA graphs are captured here, so that their stale inputs are those of a runner that keeps a buffer of its own.
 - V06 (graphs), V07 (ranks) and V12 (drafts) have nothing to look at in this engine, so no mutation is theirs.
 """
 TAIL = """

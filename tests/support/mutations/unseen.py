@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+
 from support.broken import Tensors
 from support.mutations.exports import EXPERTS, exchange_gate_and_up, moved_by_one
 from support.mutations.mutation import Mutation, assigned, in_config, tensors_changed
@@ -39,8 +40,8 @@ MUTATIONS = {
             stages=("file",),
             source=True,
         ),
-        "F13 decodes 4 experts of each layer unless `--experts` asks for more, and 0 is not among them. Without another "
-        "export it is the case above",
+        "F13 decodes 4 experts of each layer unless `--experts` asks for more, and 0 is not among them. Without "
+        "another export it is the case above",
     ),
     "every gate.bias zero": Unseen(
         Mutation("all routers' biases in the file", *NOWHERE, tensors_changed(without_biases), layer_idx=1),
@@ -55,9 +56,5 @@ MUTATIONS = {
         ),
         "both are valid models, and engine and oracle compute what the file says. V04 prints the likelihood of a text, "
         "which needs a trained model to mean something; serving asks a question first (S01)",
-    ),
-    "another routed_scaling_factor": Unseen(
-        Mutation("config.json: 2.5 for 1.5", *NOWHERE, in_config(routed_scaling_factor=2.5), layer_idx=1),
-        "as for rope_theta",
     ),
 }
