@@ -88,7 +88,7 @@ MUTATIONS = {
     "global scale zero": Mutation("weight_scale_2", "F05", GLOBAL, assigned(GLOBAL, lambda g: g * 0)),
     "global scale squared": Mutation("weight_scale_2", "F05", GLOBAL, assigned(GLOBAL, lambda g: g * g)),
     "MXFP4 scales copied by value": Mutation(
-        "E8M0 scales as E4M3, global scale 1", "F07", SCALE, tensors_changed(powers_of_two_copied)
+        "small E8M0 scales as E4M3, global scale 1", "F07", SCALE, tensors_changed(powers_of_two_copied)
     ),
     "gate and up scaled apart": Mutation(
         "w3's weight_scale_2", "F06", EXPERT, assigned(f"{EXPERT}.w3.weight_scale_2", lambda g: g * 1.5)

@@ -11,7 +11,7 @@ from support.mutations.mutation import Mutation, on_part, on_slot, on_weights
 
 LAYER = "layers.1"
 EXPERTS = f"{LAYER}.ffn.experts"
-STAGES = ("file", "environment", "load")
+STAGES = ("load",)
 
 
 def unwritten(key: str) -> Interference:
@@ -78,8 +78,7 @@ def dirty_padding(part: LoadedPart) -> None:
 
 def at_load(what: str, check: str, where: str, interference: Interference, **how: object) -> Mutation:
     layer_idx = int(where.split(".")[1]) if where.startswith("layers.") else None
-    stages = ("load",) if "device" in how else STAGES
-    return Mutation(what, check, where, None, interference, layer_idx, stages, **how)  # type: ignore[arg-type]
+    return Mutation(what, check, where, None, interference, layer_idx, STAGES, **how)  # type: ignore[arg-type]
 
 
 def slot(what: str, check: str, key: str, change: object, where: str = "", **how: object) -> Mutation:

@@ -14,8 +14,10 @@ from ownpath.weights.load import LoadedWeights
 from support.broken import Tensors, change_tensors
 
 OnDisk = Callable[[Path], object]
-UP_TO_KERNELS = ("file", "environment", "load", "kernels")
+LOAD_AND_KERNELS = ("load", "kernels")
 """For what the kernels stage finds: the layers stage would find it once more, at twice the time."""
+LAYERS = ("layers", "ledger")
+"""For what only a whole layer shows, and no kernel alone."""
 
 
 NO_INTERFERENCE = Interference()

@@ -10,7 +10,7 @@ from ownpath.runners import PlainLinear
 from ownpath.verify.layer import LoadedLayer, LoadedPart
 from ownpath.verify.subject import Interference
 from support.layer_faults import with_attn
-from support.mutations.mutation import UP_TO_KERNELS, Mutation, around, on_layer, on_part
+from support.mutations.mutation import LOAD_AND_KERNELS, Mutation, around, on_layer, on_part
 
 LAYER = "layers.1"
 
@@ -101,7 +101,7 @@ def _dequantized(runner: Any) -> PlainLinear:
 
 
 def at(what: str, check: str, slot: str, interference: Interference) -> Mutation:
-    stages = UP_TO_KERNELS if check.startswith("K") else ()
+    stages = LOAD_AND_KERNELS if check.startswith("K") else ()
     return Mutation(what, check, f"{LAYER}.{slot}", None, interference, 1, stages)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from ownpath.verify.layer import LoadedLayer, LoadedPart
 from support.layer_faults import with_attn
-from support.mutations.mutation import UP_TO_KERNELS, Mutation, around, on_layer, on_part
+from support.mutations.mutation import LAYERS, LOAD_AND_KERNELS, Mutation, around, on_layer, on_part
 
 LAYER = "layers.1"
 SLOT = f"{LAYER}.attn.wq_b"
@@ -74,9 +74,18 @@ MUTATIONS = {
         "the shared expert's, BF16", "K10", f"{LAYER}.ffn.shared_experts.w2", None, on_layer(1, narrow_result), 1
     ),
     "quantiser rounds halves up": Mutation(
-        "the indexer's FP8 inputs", "K03", INDEX_SLOT, None, on_part(rounds_half_up), 1, UP_TO_KERNELS, is_official=True
+        "the indexer's FP8 inputs",
+        "K03",
+        INDEX_SLOT,
+        None,
+        on_part(rounds_half_up),
+        1,
+        LOAD_AND_KERNELS,
+        is_official=True,
     ),
-    "keys not rounded": Mutation("FP8 keys", "V10", LAYER, None, on_layer(1, keys_as_they_are), 1, is_official=True),
+    "keys not rounded": Mutation(
+        "FP8 keys", "V10", LAYER, None, on_layer(1, keys_as_they_are), 1, LAYERS, is_official=True
+    ),
     "keys rounded more coarsely": Mutation(
         "FP8 keys",
         "K03",
@@ -84,7 +93,7 @@ MUTATIONS = {
         None,
         on_layer(1, keys_too_coarse),
         1,
-        UP_TO_KERNELS,
+        LOAD_AND_KERNELS,
         is_official=True,
     ),
 }

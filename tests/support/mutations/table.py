@@ -31,8 +31,8 @@ embedded model. `tests/cpu/verify/test_mutations.py` does all of it again; the c
 - **caught by**: the checks that failed and their stage. The first is not always the nearest: the place and the sentence
   are those of the check in bold. [verify.md](verify.md) says what each looks at.
 - **options**: what the command was given besides the model; everything else is its default. Where no stages are named,
-  all ran (behind a failed file stage the others are skipped). Fewer stages save the tests' time: what loading gets
-  wrong is run up to the load stage, what a kernel does up to the kernels stage; the layers stage would find it again.
+  all ran (behind a failed file stage the others are skipped). Fewer stages save the tests' time: what
+  loading gets wrong, what a kernel does and what only a whole layer shows go through the stages that look there.
 - Everything ran on a CPU, in float32, on checkpoints of three layers, one of each kind, with eight experts (the packed
   layout: on the embedded model). Packed layouts are planned for sm_90 and loaded on the CPU, which runs no kernel.
 - No CUDA graphs are captured here, so that their stale inputs are those of a runner that keeps a buffer of its own.
