@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # The tests that run something on a device; the others do the same on any machine.
-ON_A_DEVICE := tests/gpu $(addprefix tests/cpu/,model numerics kernels checkpoint engine selftest test_startup.py \
-	test_launches.py test_full_layer.py)
+ON_A_DEVICE := tests/gpu tests/cpu/verify/test_oracle_block.py $(addprefix tests/cpu/,model numerics kernels checkpoint \
+	engine selftest test_startup.py test_launches.py test_full_layer.py)
 
 .PHONY: demo test lint type test-gpu sanitize bench size
 

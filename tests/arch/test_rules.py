@@ -13,7 +13,7 @@ PACKAGE = Path(ownpath.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = (
-    ("formats", "official"),
+    ("formats", "official", "versions"),
     ("config",),
     ("qtensor",),
     ("numerics",),
@@ -231,3 +231,9 @@ def test_configurations_are_frozen() -> None:
 
     with pytest.raises(FrozenInstanceError):
         EngineConfig().device = "cuda"  # type: ignore[misc]
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports them as top-level modules."""
+    names = [path.name for path in PACKAGE.parents[1].joinpath("tests").rglob("test_*.py")]
+    assert len(names) == len(set(names)), sorted(name for name in set(names) if names.count(name) > 1)

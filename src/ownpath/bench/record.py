@@ -1,6 +1,5 @@
 """One JSON line for each row, with everything needed to say where the number comes from."""
 
-import importlib.metadata
 import json
 import math
 import platform
@@ -11,8 +10,7 @@ from pathlib import Path
 import torch
 
 from ownpath.bench.row import Row
-
-_PACKAGES = ("ownpath", "torch", "triton", "nvidia-cutlass-dsl", "humming-kernels", "quack-kernels")
+from ownpath.versions import versions
 
 
 def provenance(device: str, commit: str, command: str, timer: str) -> dict[str, object]:
@@ -25,12 +23,6 @@ def provenance(device: str, commit: str, command: str, timer: str) -> dict[str, 
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def versions() -> dict[str, str]:
-    """Of what is installed here and decides how kernels run, of Python, and of torch's CUDA ("" without)."""
-    installed = {name: version for name in _PACKAGES if (version := _version(name))}
-    return installed | {"python": platform.python_version(), "cuda": torch.version.cuda or ""}
 
 
 def row_dict(row: Row, seed: int, origin: Mapping[str, object]) -> dict[str, object]:
@@ -76,10 +68,3 @@ def device_name(device: str) -> str:
     if torch.device(device).type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return f"cpu {platform.machine()}"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""

@@ -72,11 +72,11 @@ def _admin_key(given: str | None) -> str | None:
 
 def _debug_plan(session: "Session", admin_key: str, model_id: str) -> "DebugPlan":
     """What ``/debug/plan`` shows. The plan is made from the headers again: it is the one that was loaded."""
-    from ownpath.bench.record import versions
     from ownpath.loading import planned
     from ownpath.plan.show import plan_dict
     from ownpath.server.body import Limits
     from ownpath.server.debug import DebugPlan
+    from ownpath.versions import versions
 
     plan, _ = planned(session.folder, session.engine.config)
     device = {"type": plan.caps.device_type, "name": plan.caps.name, "sm": plan.caps.sm}

@@ -28,6 +28,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     parser.add_argument("--ledger", type=Path, metavar="PLAN", help="what `ownpath plan --json` printed: that must run")
     parser.add_argument("--keep-going", action="store_true", help="run later stages although the file stage failed")
     parser.add_argument("--json", metavar="PATH", help="write the report for programs there; - prints it instead")
+    parser.add_argument("--html", type=Path, metavar="PATH", help="write the report as one page for a browser there")
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="where to keep what a later run can resume from")
     return parser
 
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ownpath.config import EngineConfig
     from ownpath.loading import default_model_dir, device_caps, leave_a_core
+    from ownpath.verify.html import report_html
     from ownpath.verify.planned import read_plan_file
     from ownpath.verify.report import report_dict, report_text
     from ownpath.verify.run import STAGES, Job, verify
@@ -47,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     for path in (folder, args.source):
         if path is not None and not path.is_dir():
             raise ValueError(f"{path}: no such model folder")
+    _check_can_be_written(args)
     device_caps(args.device)  # says what is wrong with the device's name before torch does
     leave_a_core()
     engine = replace(
@@ -57,10 +60,20 @@ def run(args: argparse.Namespace) -> int:
     result = verify(job, args.stages or STAGES, keeps_going=args.keep_going)
     if args.json is not None and args.json != "-":
         Path(args.json).write_text(json.dumps(report_dict(result), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if args.html is not None:
+        args.html.write_text(report_html(result), encoding="utf-8")
     print(json.dumps(report_dict(result), indent=1, allow_nan=False) if args.json == "-" else report_text(result))
     if result.unreadable:
         return 2
     return 0 if result.passed else 1
+
+
+def _check_can_be_written(args: argparse.Namespace) -> None:
+    """Before minutes of work are spent. Errors: ValueError for a report whose folder is not there, or that is one."""
+    json_path = None if args.json in (None, "-") else Path(args.json)
+    for path in (json_path, args.html):
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise ValueError(f"{path}: the report cannot be written there")
 
 
 def _names(text: str) -> tuple[str, ...]:

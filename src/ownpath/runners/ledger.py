@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ownpath.runners.records import Records
+from ownpath.runners.uses import Use, use_of
 
 
 @dataclass
@@ -17,7 +18,8 @@ class Ledger:
     see: told of every call before it runs, with the slot's name and the arguments; a calibration puts its own here.
     saw: told of every call after it ran, with the slot's name, the arguments and the result; a proof puts its own here.
     records: what calls looked like, for whoever asked for it; ``None`` costs a call nothing but this question.
-    runners: the callable behind each slot.
+    uses: what the callable behind each slot really is, by its own account. Not the callable: runners hold ledgers, and
+        a layer that is dropped must be gone at once.
     """
 
     kernels: dict[str, tuple[str, str]]
@@ -26,12 +28,12 @@ class Ledger:
     see: Callable[[str, tuple[Any, ...]], None] | None = None
     saw: Callable[[str, tuple[Any, ...], Any], None] | None = None
     records: Records | None = None
-    runners: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    uses: dict[str, Use] = field(default_factory=dict)
 
     def watch(self, slot: str, runner: Callable[..., Any]) -> "Watched":
         """A callable that counts and runs; the slot must be one of the plan."""
         assert slot in self.kernels, f"{slot} is not planned"
-        self.runners[slot] = runner
+        self.uses[slot] = use_of(runner)
         return Watched(slot, runner, self)
 
     def clear(self) -> None:

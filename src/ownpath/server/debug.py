@@ -11,7 +11,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ownpath.runners import Ledger, Record, Records
-from ownpath.runners.uses import use_of
 from ownpath.server.body import Limits, read_json_object
 from ownpath.server.errors import ApiError, bad_request
 
@@ -70,7 +69,7 @@ class DebugPlan:
     def _ran(self, records: Records | None) -> Iterator[dict[str, Any]]:
         """Every slot that was called since the model is served."""
         for slot, num_calls in dict(self.ledger.calls).items():
-            use, (runner, kernel) = use_of(self.ledger.runners[slot]), self.ledger.kernels[slot]
+            use, (runner, kernel) = self.ledger.uses[slot], self.ledger.kernels[slot]
             yield {
                 "slot": slot,
                 "runner": use.runner,

@@ -1,7 +1,5 @@
 """What this machine is, as data, and the combinations of hardware and software that are known to compute wrong."""
 
-import importlib.metadata
-import platform
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,9 +8,9 @@ from pathlib import Path
 import torch
 
 from ownpath.bench.record import device_name
+from ownpath.versions import versions
 
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
-_PACKAGES = ("ownpath", "torch", "triton", "nvidia-cutlass-dsl", "numpy", "safetensors", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -93,17 +91,6 @@ def driver_version() -> str:
         return ""
     match = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", text)
     return match[1] if match else ""
-
-
-def versions() -> dict[str, str]:
-    """Of everything that a result may depend on here."""
-    found = {"python": platform.python_version(), "cuda": torch.version.cuda or ""}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -7,6 +7,7 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from ownpath.plan.plan import Plan
 from ownpath.plan.show import align, plan_dict
 from ownpath.verify.checks import TITLES
 from ownpath.verify.finding import Finding, Verdict, failed
-from ownpath.verify.machine import versions
+from ownpath.verify.layers.measure import Measurement
 from ownpath.verify.run import Result, StageResult
+from ownpath.verify.subject import Selection
+from ownpath.versions import versions
 
 MAX_FAILURES = 8
 """Lines for one failing check; the rest is counted. ``--json`` has them all."""
@@ -90,12 +93,12 @@ def kernels_of(plan: Plan) -> dict[str, int]:
 def report_dict(result: Result) -> dict[str, Any]:
     """The report for programs; the keys are documented in docs/verify.md."""
     job, findings = result.job, result.findings
-    plan = _plan(result)
+    plan = plan_of(result)
     worst = worst_layer(findings)
     layers = job.selection.layer_ids
     return {
         "schema": SCHEMA,
-        "verdict": _verdict(result),
+        "verdict": verdict_of(result),
         "unreadable": result.unreadable or None,
         "model": str(job.folder),
         "checkpoint_digest": checkpoint_digest(job.folder),
@@ -108,23 +111,30 @@ def report_dict(result: Result) -> dict[str, Any]:
             "num_experts": job.selection.num_experts,
             "seed": job.selection.seed,
         },
-        "seconds": round(sum(stage.seconds for stage in result.stages), 3),
+        "seconds": round(seconds_of(result), 3),
         "counts": {verdict.value.lower(): count for verdict, count in _counts(findings).items()},
         "first_bad_layer": first_bad_layer(findings),
         "worst_layer": None if worst is None else {"layer": worst[0], "finding": _finding_dict(worst[1])},
         "kernels": None if plan is None else kernels_of(plan),
         "stages": [_stage_dict(stage) for stage in result.stages],
+        "measurements": [_measurement_dict(measured) for measured in result.measurements],
     }
 
 
-def _plan(result: Result) -> Plan | None:
+def plan_of(result: Result) -> Plan | None:
     """Made by some stage, or not at all."""
     subject = vars(result.job).get("subject")
     return None if subject is None else subject.plan
 
 
-def _verdict(result: Result) -> str:
+def verdict_of(result: Result) -> str:
+    """pass or fail."""
     return "pass" if result.passed else "fail"
+
+
+def seconds_of(result: Result) -> float:
+    """Of all stages."""
+    return sum(stage.seconds for stage in result.stages)
 
 
 def _counts(findings: Iterable[Finding]) -> dict[Verdict, int]:
@@ -139,27 +149,30 @@ def _stage_dict(stage: StageResult) -> dict[str, Any]:
 
 
 def _finding_dict(finding: Finding) -> dict[str, Any]:
+    return _named(dict(vars(finding)) | {"verdict": finding.verdict.value.lower()})
+
+
+def _measurement_dict(measured: Measurement) -> dict[str, Any]:
+    return _named(dict(vars(measured)) | {"is_within": measured.is_within})
+
+
+def _named(fields: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN and no infinity: such a number is its name."""
-    fields = dict(vars(finding)) | {"verdict": finding.verdict.value.lower()}
-    if finding.number is not None and not math.isfinite(finding.number):
-        fields["number"] = str(finding.number)
-    return fields
+    strange = {key: str(x) for key, x in fields.items() if isinstance(x, float) and not math.isfinite(x)}
+    return fields | strange
 
 
 def report_text(result: Result) -> str:
     """Verdict, first bad and worst layer, kernels; failures with remedies; then every check in a line."""
     job, findings = result.job, result.findings
-    counts = _counts(findings)
-    seconds = sum(stage.seconds for stage in result.stages)
-    told = ", ".join(f"{counts[verdict]} {word}" for verdict, word in _WORDS.items())
-    worst, plan = worst_layer(findings), _plan(result)
-    lines = [f"{job.folder.resolve().name} on {device_name(job.engine.device)}: {_verdict(result).upper()}"]
+    worst, plan = worst_layer(findings), plan_of(result)
+    lines = [f"{job.folder.resolve().name} on {device_name(job.engine.device)}: {verdict_of(result).upper()}"]
     lines += [f"unreadable       {result.unreadable}"] if result.unreadable else []
-    lines += [f"findings         {told} in {seconds:.1f} s"]
+    lines += [f"findings         {counts_text(findings)} in {seconds_of(result):.1f} s"]
     lines += [f"first bad layer  {first_bad_layer(findings) or 'none'}"]
-    lines += [f"worst layer      {_worst_text(worst[1])}"] if worst else []
+    lines += [f"worst layer      {worst_text(worst[1])}"] if worst else []
     lines += _kernel_lines(plan) if plan else []
-    lines += _selection_lines(result)
+    lines += [f"limited to       {limit}" for limit in limits_of(result.job.selection)]
     lines += [f"stage {stage.name}: not run: {stage.skipped}" for stage in result.stages if stage.skipped]
     lines += ["", *_failure_lines(findings), *_check_lines(result)]
     return "\n".join(printable(line) for line in lines)
@@ -175,17 +188,24 @@ def _kernel_lines(plan: Plan) -> list[str]:
     return [line.replace("_x_", " x ") for line in lines]
 
 
-def _selection_lines(result: Result) -> list[str]:
-    selection = result.job.selection
-    lines = []
+def counts_text(findings: Iterable[Finding]) -> str:
+    """How many findings have which verdict."""
+    counts = _counts(findings)
+    return ", ".join(f"{counts[verdict]} {word}" for verdict, word in _WORDS.items())
+
+
+def limits_of(selection: Selection) -> list[str]:
+    """What was left out on request; empty where nothing was."""
+    limits = []
     if selection.layer_ids is not None:
-        lines.append(f"limited to       layers {', '.join(map(str, sorted(selection.layer_ids)))}")
+        limits.append(f"layers {', '.join(map(str, sorted(selection.layer_ids)))}")
     if selection.num_experts is not None:
-        lines.append(f"limited to       {selection.num_experts} experts a layer, drawn with seed {selection.seed}")
-    return lines
+        limits.append(f"{selection.num_experts} experts a layer, drawn with seed {selection.seed}")
+    return limits
 
 
-def _worst_text(finding: Finding) -> str:
+def worst_text(finding: Finding) -> str:
+    """Where, which check, its number and what was allowed."""
     allowed = f", allowed {finding.allowed}" if finding.allowed else ""
     return f"{finding.where}: {finding.id} {finding.number:.3g}{allowed}"
 
@@ -193,20 +213,44 @@ def _worst_text(finding: Finding) -> str:
 def _failure_lines(findings: Iterable[Finding]) -> list[str]:
     """Grouped by check: the places, then what to do, once for each remedy."""
     lines = []
-    for id_, found in _by_id(failed(findings)).items():
-        for finding in found[:MAX_FAILURES]:
+    for check in failed_checks(findings):
+        for finding in check.shown:
             kernel = f" [{finding.kernel}]" if finding.kernel else ""
             allowed = f"; allowed: {finding.allowed}" if finding.allowed else ""
-            lines.append(f"FAIL {id_} {finding.where}{kernel}: {finding.message}{allowed}")
-        more = len(found) - MAX_FAILURES
-        lines += [f"FAIL {id_} and {more} more (--json lists them)"] if more > 0 else []
-        remedies = dict.fromkeys(finding.remedy for finding in found if finding.remedy)
-        lines += [f"     remedy: {remedy}" for remedy in remedies]
+            lines.append(f"FAIL {check.id} {finding.where}{kernel}: {finding.message}{allowed}")
+        lines += [f"FAIL {check.id} and {check.num_more} more (--json lists them)"] if check.num_more else []
+        lines += [f"     remedy: {remedy}" for remedy in check.remedies]
     return [*lines, ""] if lines else []
 
 
-def _check_lines(result: Result) -> list[str]:
-    """One line for each check of each stage: the worst number, and what was found or how often it was looked for."""
+@dataclass(frozen=True)
+class FailedCheck:
+    """What a check found wrong. shown: the first places; num_more: how many others there are; remedies: each once."""
+
+    id: str
+    shown: tuple[Finding, ...]
+    num_more: int
+    remedies: tuple[str, ...]
+
+
+def failed_checks(findings: Iterable[Finding]) -> list[FailedCheck]:
+    """The failing checks in their order, with the places that every form of the report tells first."""
+    return [
+        FailedCheck(
+            id_,
+            tuple(found[:MAX_FAILURES]),
+            max(0, len(found) - MAX_FAILURES),
+            tuple(dict.fromkeys(finding.remedy for finding in found if finding.remedy)),
+        )
+        for id_, found in _by_id(failed(findings)).items()
+    ]
+
+
+CHECK_HEADINGS = ("", "check", "", "worst", "found")
+
+
+def check_rows(result: Result) -> list[tuple[str, ...]]:
+    """One row for each check of each stage: the worst number, and what was found or how often it was looked for."""
     rows: list[tuple[str, ...]] = []
     for stage in result.stages:
         for id_, found in sorted(_by_id(stage.findings).items()):
@@ -215,7 +259,12 @@ def _check_lines(result: Result) -> list[str]:
             numbers = [finding.number for finding in found if finding.number is not None]
             number = f"{max(numbers, key=_rank):.4g}" if numbers else "-"
             rows.append((verdict.value, id_, TITLES.get(id_, ""), number, _told(found)))
-    return align([("", "check", "", "worst", "found"), *rows]) if rows else []
+    return rows
+
+
+def _check_lines(result: Result) -> list[str]:
+    rows = check_rows(result)
+    return align([CHECK_HEADINGS, *rows]) if rows else []
 
 
 def _told(found: list[Finding]) -> str:

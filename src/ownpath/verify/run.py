@@ -18,6 +18,7 @@ from ownpath.verify.file_stage import file_stage
 from ownpath.verify.finding import Finding, Verdict, failed
 from ownpath.verify.kernel_stage import kernel_stage
 from ownpath.verify.layer_stage import layer_stage
+from ownpath.verify.layers.measure import Measurement
 from ownpath.verify.ledger_check import check_ledger
 from ownpath.verify.load_stage import load_stage
 from ownpath.verify.progress import Progress, StageLine
@@ -47,7 +48,17 @@ class Job:
         return replace(Subject.of(self.folder, self.engine, self.selection), interference=self.interference)
 
 
-Stage = Callable[[Job, Progress], Iterator[Finding]]
+def _layers(job: Job, progress: Progress) -> Iterator[Finding | Measurement]:
+    """The layers stage, each layer's measurements before its findings."""
+    rows: list[Measurement] = []
+    for finding in layer_stage(job.subject, progress, job.work, rows.append):
+        yield from rows
+        rows.clear()
+        yield finding
+    yield from rows
+
+
+Stage = Callable[[Job, Progress], Iterator[Finding | Measurement]]
 
 STAGES: MappingProxyType[str, Stage] = MappingProxyType(
     {
@@ -55,7 +66,7 @@ STAGES: MappingProxyType[str, Stage] = MappingProxyType(
         "environment": lambda job, _: environment_stage(job.subject),
         "load": lambda job, progress: load_stage(job.subject, progress),
         "kernels": lambda job, progress: kernel_stage(job.subject, progress),
-        "layers": lambda job, progress: layer_stage(job.subject, progress, job.work),
+        "layers": _layers,
         "ledger": lambda job, progress: check_ledger(
             job.subject, job.written_plan or plan_dict(job.subject.plan), progress
         ),
@@ -66,12 +77,16 @@ STAGES: MappingProxyType[str, Stage] = MappingProxyType(
 
 @dataclass(frozen=True)
 class StageResult:
-    """skipped: why the stage did not run, or did not end; empty where it did."""
+    """skipped: why the stage did not run, or did not end; empty where it did.
+
+    measurements: of the layers stage, every value's distance from the reference's.
+    """
 
     name: str
     findings: tuple[Finding, ...]
     seconds: float
     skipped: str = ""
+    measurements: tuple[Measurement, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,11 @@ class Result:
     def findings(self) -> tuple[Finding, ...]:
         """Of all stages, in their order."""
         return tuple(finding for stage in self.stages for finding in stage.findings)
+
+    @property
+    def measurements(self) -> tuple[Measurement, ...]:
+        """Of all stages, layer by layer."""
+        return tuple(measured for stage in self.stages for measured in stage.measurements)
 
     @property
     def passed(self) -> bool:
@@ -123,10 +143,14 @@ def _run(name: str, job: Job) -> StageResult:
     """One stage to its end, or as far as it came."""
     line, start = StageLine(name), time.perf_counter()
     findings: list[Finding] = []
+    measurements: list[Measurement] = []
     skipped = ""
     try:
-        for finding in STAGES[name](job, line):
-            findings.append(finding)
+        for found in STAGES[name](job, line):
+            if isinstance(found, Measurement):
+                measurements.append(found)
+            else:
+                findings.append(found)
     except (ConfigError, CheckpointError, PlanError) as error:
         skipped = f"there is no plan: {error}"
     except RuntimeError as error:  # a device or driver that gave up: what was found until then is kept
@@ -135,7 +159,8 @@ def _run(name: str, job: Job) -> StageResult:
         findings.append(Finding("RUN", f"stage {name}", Verdict.FAIL, f"did not end: {first}", remedy=remedy))
     finally:
         line.end()
-    return StageResult(name, tuple(findings), time.perf_counter() - start, skipped)
+    seconds = time.perf_counter() - start
+    return StageResult(name, tuple(findings), seconds, skipped, tuple(measurements))
 
 
 def _unreadable(result: StageResult, job: Job) -> str:

@@ -48,6 +48,16 @@ class Measurement:
             return float("inf")
         return max(self.rel_l2, self.worst_row / ROW_FACTOR) / max(self.budget, torch.finfo(torch.float64).tiny)
 
+    @property
+    def grown(self) -> float:
+        """How much larger or smaller its largest magnitude is than the reference's, relative; 0 where that is 0."""
+        return abs(self.amax / self.reference_amax - 1) if self.reference_amax else 0.0
+
+    @property
+    def is_as_large(self) -> bool:
+        """An element as large as the largest is off by some 8 times its share of the noise at most."""
+        return self.grown <= ROW_FACTOR * self.budget
+
 
 @dataclass(frozen=True)
 class Distance:

@@ -100,24 +100,20 @@ def _leaving(out: Measurement, layer: str, root: str) -> Finding:
 
 
 def _magnitudes(measurements: Iterable[Measurement], layer: str) -> Finding:
-    """Largest magnitudes: an element as large as the largest is off by some 8 times its share of the noise at most."""
+    """Largest magnitudes, beside the reference's."""
     shown = [m for m in measurements if m.reference_amax]
-    worst = max(shown, key=lambda m: _grown(m) / m.budget)
+    worst = max(shown, key=lambda m: m.grown / m.budget)
     allowed = ROW_FACTOR * worst.budget
     words = f"within {allowed:.1e} of the reference's, relative"
     by_name = {m.slot: m for m in shown}
     enters, leaves = (by_name[name].amax if name in by_name else 0.0 for name in ("hc_attn.x", "out"))
     largest = max(shown, key=lambda m: m.amax if m.slot not in ("hc_attn.x", "hc_ffn.x", "out") else 0.0)
     message = f"streams {enters:.3g} -> {leaves:.3g}, largest within {largest.amax:.3g} ({largest.slot})"
-    if _grown(worst) <= allowed:
-        return Finding("V03", layer, Verdict.PASS, message, _grown(worst), words)
+    if worst.is_as_large:
+        return Finding("V03", layer, Verdict.PASS, message, worst.grown, words)
     where = f"{layer}.{worst.slot}"
     message = f"largest magnitude {worst.amax:.4g}, the reference's {worst.reference_amax:.4g}; {message}"
-    return Finding("V03", where, Verdict.FAIL, message, _grown(worst), words, _GROWN, worst.kernel)
-
-
-def _grown(measured: Measurement) -> float:
-    return abs(measured.amax / measured.reference_amax - 1)
+    return Finding("V03", where, Verdict.FAIL, message, worst.grown, words, _GROWN, worst.kernel)
 
 
 def growth(measurements: Iterable[Measurement]) -> Finding:

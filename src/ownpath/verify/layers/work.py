@@ -8,7 +8,6 @@ The key is a digest of everything that the numbers depend on. A file with anothe
 """
 
 import hashlib
-import importlib.metadata
 import json
 import os
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from ownpath.verify.finding import Finding, Verdict
 from ownpath.verify.layers.measure import Measurement
 from ownpath.verify.layers.text import Text
 from ownpath.verify.subject import Subject
+from ownpath.versions import versions
 
 FILE_NAME = "layers.safetensors"
 _FORMAT = 1
@@ -50,8 +50,7 @@ def key_of(subject: Subject, text: Text) -> str:
     shards = {info.file for info in subject.index.tensors.values()}
     parts: dict[str, Any] = {
         "format": _FORMAT,
-        "ownpath": importlib.metadata.version("ownpath"),
-        "torch": torch.__version__,
+        "versions": versions(),
         "device": subject.plan.caps.name,
         "config": repr(subject.config),
         "engine": repr(engine),
@@ -102,7 +101,8 @@ def restore(folder: Path, key: str, device: torch.device) -> tuple[Found, State 
             metadata = file.metadata() or {}
             if metadata.get("key") != key:
                 return Found.OTHER, None
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copies lie where torch aligns them: in which order a processor sums depends on that.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         return Found.SAME, _state(metadata, tensors)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError):
         return Found.OTHER, None

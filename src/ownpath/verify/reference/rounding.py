@@ -30,8 +30,10 @@ def nearest_e4m3(x: Tensor) -> Tensor:
 
 
 def power_of_two_scale(amax: Tensor, largest: float) -> Tensor:
-    """The smallest power of two s with amax <= s * largest."""
-    return torch.exp2(torch.ceil(torch.log2(amax.double() / largest)))
+    """The smallest power of two s with amax <= s * largest, from the bits: a GPU's log2 of 1/8 is not -3."""
+    ratio = amax.double() / largest
+    mantissa = torch.frexp(ratio).mantissa  # 0.5 to 1: the quotient below is the next power of two, exactly
+    return torch.where((mantissa == 0.5) | (ratio == 0), ratio, ratio / mantissa)
 
 
 def fp8(x: Tensor, size: int) -> Tensor:
