@@ -15,7 +15,7 @@ from ownpath.inspect.memory import KINDS, Memory, memory_needed
 from ownpath.inspect.scalars import Coverage, GateUp, Scalar, calibration, gate_up, out_of_band, read_scalars
 from ownpath.inspect.tables import table_problems
 from ownpath.plan.census import Census, StoredModule, take_census
-from ownpath.plan.plan import PlanError, make_plan
+from ownpath.plan.plan import MixedExpertsError, PlanError, make_plan
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ def _planned(config: ModelConfig, draft: Draft, index: CheckpointIndex, problems
     """What a plan says: the memory it takes, and what config.json claims and the tensors do not bear out."""
     try:
         plan = make_plan(config, index, KINDS[0], loads_draft=draft.num_modules > 0)
-    except CheckpointError as error:
-        problems.append(Problem("mixed-experts", "experts", str(error)))
+    except MixedExpertsError as error:
+        problems.append(Problem("mixed-experts", error.where, str(error)))
         return ()
     except PlanError as error:
         problems.append(Problem("no-kernel", "plan", str(error)))

@@ -19,6 +19,8 @@ from ownpath.runners.make import make_runners
 from ownpath.startup import compile_kernels
 from ownpath.verify.subject import Subject
 from ownpath.weights.load import LoadedWeights, load_weights
+from ownpath.weights.memory import reserve
+from ownpath.weights.operands import Allocate
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,13 @@ def restricted(plan: Plan, holds: Callable[[str], bool]) -> Plan:
 def load_part(subject: Subject, holds: Callable[[str], bool]) -> LoadedPart:
     """Loads the slots and tensors that ``holds`` accepts, with runners. Errors: as ``load_weights``."""
     plan = restricted(subject.plan, holds)
-    return with_runners(subject, plan, load_weights(plan, subject.index, subject.device))
+    return with_runners(subject, plan, read_weights(subject, plan))
+
+
+def read_weights(subject: Subject, plan: Plan, allocate: Allocate = reserve) -> LoadedWeights:
+    """The tensors of a plan, in its layouts. allocate: the memory they are read into. Errors: as ``load_weights``."""
+    weights = load_weights(plan, subject.index, subject.device, allocate=allocate)
+    return subject.interference.weights(weights)
 
 
 def with_runners(subject: Subject, plan: Plan, weights: LoadedWeights) -> LoadedPart:
@@ -67,7 +75,7 @@ def with_runners(subject: Subject, plan: Plan, weights: LoadedWeights) -> Loaded
     compile_kernels(runners.values())
     kernels = {companion.spec.slot: KERNELS[companion.choice.kernel.name] for companion in plan.companions}
     builder = Builder(plan.config, subject.engine, runners, kernels, weights.params, Ledger(plan.slots))
-    return LoadedPart(plan, weights, runners, builder)
+    return subject.interference.part(LoadedPart(plan, weights, runners, builder))
 
 
 def load_layer(subject: Subject, layer_idx: int) -> LoadedLayer:
@@ -77,7 +85,8 @@ def load_layer(subject: Subject, layer_idx: int) -> LoadedLayer:
     compress = Rope.for_layer(subject.config, compressing=True, device=subject.device)
     rope = compress if layer.ratio else Rope.for_layer(subject.config, compressing=False, device=subject.device)
     block = part.builder.block(layer_idx, compress)
-    return LoadedLayer(part.plan, part.weights, part.runners, part.builder, layer_idx, block, rope)
+    layer_of = LoadedLayer(part.plan, part.weights, part.runners, part.builder, layer_idx, block, rope)
+    return subject.interference.layer(layer_of)
 
 
 def load_ends(subject: Subject) -> LoadedPart:

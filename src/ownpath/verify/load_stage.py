@@ -18,12 +18,12 @@ from ownpath.runners.proof import ProofError
 from ownpath.verify.finding import Finding, Verdict
 from ownpath.verify.held import Pair, alpha_pair, held_modules, ops_with_runners, weight_pairs
 from ownpath.verify.kept import Kept
-from ownpath.verify.layer import LoadedPart, in_layer, in_no_layer, restricted, with_runners
+from ownpath.verify.layer import LoadedPart, in_layer, in_no_layer, read_weights, restricted, with_runners
 from ownpath.verify.progress import Progress
 from ownpath.verify.raw import Raw
 from ownpath.verify.subject import Subject
 from ownpath.verify.suspects import suspicion
-from ownpath.weights.load import LoadedWeights, load_weights
+from ownpath.weights.load import LoadedWeights
 from ownpath.weights.operands import Slot, sentinel
 
 ALPHA_EPS = 3 * 2.0**-24
@@ -57,7 +57,7 @@ def _part_findings(subject: Subject, name: str, holds: Callable[[str], bool]) ->
     """Loads one part and looks at it; it is gone when this returns."""
     plan = restricted(subject.plan, holds)
     try:
-        weights = load_weights(plan, subject.index, subject.device, allocate=sentinel)
+        weights = read_weights(subject, plan, sentinel)
     except (CheckpointError, OSError) as error:
         yield _load_failure(name, error)
         return

@@ -1,6 +1,8 @@
-"""K10: calls that mean nothing are refused, and unusual ones that mean something give the same result."""
+"""K10: calls that mean nothing are refused, unusual ones that mean something give the same result, and results are as
+wide as the activations."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -34,7 +36,20 @@ def check_contracts(probe: Probe) -> Iterator[Finding]:
                 tally.passed(kernel)
             else:
                 tally.fail(call.slot, kernel, f"{strange}: neither refused nor computed as it is")
+        for dtype in narrowed(call):
+            tally.fail(call.slot, kernel, f"a result in {dtype}, of activations in {call.args[0].dtype}")
     yield from tally.findings()
+
+
+def narrowed(call: Call) -> Iterator[torch.dtype]:
+    """Dtypes of results that hold less than the activations do; a mix within a result is K08's."""
+    try:
+        result = call()
+    except Exception:  # K02 reports it
+        return
+    parts = vars(result).values() if is_dataclass(result) else result if isinstance(result, tuple) else (result,)
+    floats = (part.dtype for part in parts if isinstance(part, torch.Tensor) and part.is_floating_point())
+    yield from (dtype for dtype in floats if dtype.itemsize < call.args[0].dtype.itemsize)
 
 
 def refusal(call: Call) -> str:

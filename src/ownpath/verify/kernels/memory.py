@@ -2,7 +2,9 @@
 
 Every call runs twice. Before the first, each buffer that it allocates, each workspace that its runner holds and the
 rows behind its input are filled with 0xFF bytes, which are NaN in every float format here and -1 in the integers;
-before the second, with zeros. A result that differs holds an element that nobody wrote, or was made from one.
+before the second, with zeros. A result that differs holds an element that nobody wrote, or was made from one. A third
+call has the input's negative: a result that is the first one's to the bit was made from an input that was kept. (Not of
+one row: a softmax over one key may be 1 whatever the query is.)
 """
 
 from collections.abc import Callable, Iterator
@@ -78,7 +80,14 @@ def problem_of(call: Call) -> str:
         if nan.is_floating_point() and not bool(nan.isfinite().all()):
             return f"{int((~nan.isfinite()).sum())} of {nan.numel()} elements are not finite"
     floats = [tensor for tensor in first if tensor.is_floating_point()]
-    return "" if any(bool(tensor.any()) for tensor in floats) else "every element is zero"
+    if not any(bool(tensor.any()) for tensor in floats):
+        return "every element is zero"
+    x, *rest = call.args
+    if len(x) == 1:
+        return ""
+    other = _run(call.with_args(-x, *rest), FILLS[0])
+    is_same = all(torch.equal(_bits(one), _bits(two)) for one, two in zip(first, other, strict=True))
+    return "another input gives the same result: it is made from an input that was kept" if is_same else ""
 
 
 def _bits(tensor: Tensor) -> Tensor:

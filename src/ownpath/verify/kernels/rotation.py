@@ -46,12 +46,12 @@ def check_rotation(probe: Probe) -> Iterator[Finding]:
 def _tables(probe: Probe, attn: str, *, compressing: bool) -> Iterator[tuple[str, Rope, bool]]:
     """(name, table, whether it is that of compressing layers)."""
     assert probe.layer is not None
-    attention: Any = probe.layer.block.attn
     yield f"{attn} rotation", probe.layer.rope, compressing
-    if attention.compressor is not None:
-        yield f"{attn}.compressor rotation", attention.compressor.rope, True
-    if attention.indexer is not None:
-        yield f"{attn}.indexer.compressor rotation", attention.indexer.compressor.rope, True
+    core: Any = probe.slots[f"{attn}.core"]  # entries are turned in there
+    if core.compressor is not None:
+        yield f"{attn}.compressor rotation", core.compressor.rope, True
+    if core.indexer is not None:
+        yield f"{attn}.indexer.compressor rotation", core.indexer.compressor.rope, True
 
 
 def positions(probe: Probe) -> Tensor:
