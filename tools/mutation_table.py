@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from cpu.verify.hopper_layouts import allow_packing_on_cpu  # type: ignore[import-untyped]  # noqa: E402
+from support.hopper_layouts import allow_packing_on_cpu  # noqa: E402
 from support.mutations import MUTATIONS  # noqa: E402
 from support.mutations.runs import Outcome, outcome_of, verified, write_models  # noqa: E402
 from support.mutations.table import PATH, page  # noqa: E402

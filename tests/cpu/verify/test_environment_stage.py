@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cpu.verify.hopper_layouts import allow_packing_on_cpu, subject_on
 from support.checkpoints import random_checkpoint
+from support.hopper_layouts import allow_packing_on_cpu, subject_on
 
 from ownpath.kernels import cache
 from ownpath.loading import default_model_dir, planned

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cpu.verify.hopper_layouts import allow_packing_on_cpu, subject_on
 from support.broken import change_tensors
 from support.checkpoints import LAYOUTS, random_checkpoint
+from support.hopper_layouts import allow_packing_on_cpu, subject_on
 
 from ownpath.loading import default_model_dir
 from ownpath.verify.finding import Finding, Verdict, failed

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from cpu.verify.hopper_layouts import allow_packing_on_cpu
+from support.hopper_layouts import allow_packing_on_cpu
 from support.mutations import MUTATIONS
 from support.mutations.runs import outcome_of, verified, write_model, write_models
 from support.mutations.table import rows, unseen_names

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cpu.chat.small_tokenizer import NUM_TOKENS, tokenizer_spec
-from cpu.verify.hopper_layouts import subject_on
 
 from ownpath.config import EngineConfig
 from ownpath.loading import default_model_dir
@@ -17,6 +16,7 @@ from ownpath.verify.finding import Finding, failed
 from ownpath.verify.run import STAGES, Job, Result, verify
 from ownpath.verify.subject import Selection
 from support.checkpoints import random_checkpoint
+from support.hopper_layouts import subject_on
 from support.mutations.mutation import Mutation
 
 WIDE = {"hidden_size": 128, "moe_intermediate_size": 128, "q_lora_rank": 136}
