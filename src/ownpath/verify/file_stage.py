@@ -21,7 +21,8 @@ from ownpath.inspect.router import Bias, bias_problems, read_biases, repeated_id
 from ownpath.inspect.scalars import MAX_RATIO, farthest_from_median
 from ownpath.inspect.tokens import generation_problems, missing_markers, token_problems
 from ownpath.plan.claims import COMPARED_FIELDS
-from ownpath.verify.finding import Finding, Verdict
+from ownpath.verdict import Verdict
+from ownpath.verify.finding import Finding
 from ownpath.verify.progress import Progress
 from ownpath.verify.source import Export, source_findings
 from ownpath.verify.subject import Selection

@@ -2,16 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from enum import Enum
 from typing import Any
 
-
-class Verdict(Enum):
-    """``SKIPPED``: there was nothing to look at here; the message says why."""
-
-    PASS = "pass"
-    FAIL = "FAIL"
-    SKIPPED = "skipped"
+from ownpath.verdict import Verdict
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ownpath.verify.finding import Finding, Verdict
+from ownpath.verdict import Verdict
+from ownpath.verify.finding import Finding
 from ownpath.verify.kept import Kept
 from ownpath.verify.kernels.attending import check_attention
 from ownpath.verify.kernels.boundary import check_boundaries

@@ -12,7 +12,8 @@ import torch
 
 from ownpath.model.block import Residual
 from ownpath.official import Step
-from ownpath.verify.finding import Finding, Verdict
+from ownpath.verdict import Verdict
+from ownpath.verify.finding import Finding
 from ownpath.verify.layer import load_layer
 from ownpath.verify.layers import whole
 from ownpath.verify.layers.alone import Chunk, LayerAlone

@@ -16,8 +16,9 @@ from ownpath.checkpoint.header import MAX_HEADER_BYTES
 from ownpath.inspect.show import printable
 from ownpath.plan.plan import Plan
 from ownpath.plan.show import align, plan_dict
+from ownpath.verdict import Verdict
 from ownpath.verify.checks import TITLES
-from ownpath.verify.finding import Finding, Verdict, failed
+from ownpath.verify.finding import Finding, failed
 from ownpath.verify.layers.measure import Measurement
 from ownpath.verify.run import Result, StageResult
 from ownpath.verify.subject import Selection

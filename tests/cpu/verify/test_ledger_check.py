@@ -20,8 +20,9 @@ from ownpath.plan.show import plan_dict
 from ownpath.runners import PlainLinear, Record
 from ownpath.runners.launches import Launch
 from ownpath.runners.uses import Use
+from ownpath.verdict import Verdict
 from ownpath.verify import layer
-from ownpath.verify.finding import Finding, Verdict
+from ownpath.verify.finding import Finding
 from ownpath.verify.launched import check_launches
 from ownpath.verify.ledger_check import check_ledger
 from ownpath.verify.ledger_run import Ran

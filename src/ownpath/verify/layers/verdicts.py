@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Iterator
 
-from ownpath.verify.finding import Finding, Verdict
+from ownpath.verdict import Verdict
+from ownpath.verify.finding import Finding
 from ownpath.verify.layers.alone import LayerAlone
 from ownpath.verify.layers.choices import Judged
 from ownpath.verify.layers.forced import ORDER, Forced

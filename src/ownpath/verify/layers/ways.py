@@ -12,7 +12,8 @@ import torch
 
 from ownpath.model.block import Residual
 from ownpath.model.caches import SequenceCache
-from ownpath.verify.finding import Finding, Verdict
+from ownpath.verdict import Verdict
+from ownpath.verify.finding import Finding
 from ownpath.verify.layers.alone import Chunk, LayerAlone
 from ownpath.verify.layers.forced import Forced
 from ownpath.verify.layers.measure import ROW_FACTOR, row_distances

@@ -6,7 +6,8 @@ import torch
 
 from ownpath.model.block import Residual
 from ownpath.runners import HyperBoundary, Linear
-from ownpath.verify.finding import Finding, Verdict
+from ownpath.verdict import Verdict
+from ownpath.verify.finding import Finding
 from ownpath.verify.layer import load_part
 from ownpath.verify.layers.measure import ROW_FACTOR, Measurement, distance
 from ownpath.verify.layers.oracle import Oracle
