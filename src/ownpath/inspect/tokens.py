@@ -1,16 +1,14 @@
 """The tokenizer at work: markers are single tokens, text survives, prompts are what the chat format says."""
 
-import json
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from ownpath.chat.encode import encode_messages
 from ownpath.chat.markers import ASSISTANT, BOS, EOS, SPECIALS, THINK_END, THINK_START, USER
 from ownpath.chat.tokenizer import MissingMarkerError, Tokenizer, TokenizerError
 from ownpath.checkpoint.problems import Problem
 from ownpath.config import ModelConfig
-from ownpath.inspect.contradictions import file_problem
+from ownpath.inspect.contradictions import json_object
 from ownpath.inspect.golden_prompts import GOLDEN_PROMPTS, ROUND_TRIPS, GoldenPrompt
 
 NEEDED = (BOS, EOS, USER, ASSISTANT, THINK_START, THINK_END)
@@ -83,7 +81,7 @@ def _prompt(tokenizer: Tokenizer, golden: GoldenPrompt) -> Iterator[Problem]:
 
 def generation_problems(folder: Path, config: ModelConfig) -> Iterator[Problem]:
     """generation_config.json and tokenizer_config.json (where there are any) against config.json and the format."""
-    said = yield from _object(folder / "generation_config.json")
+    said = yield from json_object(folder / "generation_config.json", "generation-config")
     for field, expected in (("bos_token_id", config.bos_token_id), ("eos_token_id", config.eos_token_id)):
         value = said.get(field)
         if value is not None and expected not in (value if isinstance(value, list) else [value]):
@@ -93,24 +91,10 @@ def generation_problems(folder: Path, config: ModelConfig) -> Iterator[Problem]:
     if pad is not None and not (type(pad) is int and 0 <= pad < config.vocab_size):
         message = f"generation_config.json: pad_token_id is {pad!r}, the embedding has {config.vocab_size} rows"
         yield Problem("generation-config", "pad_token_id", message)
-    said = yield from _object(folder / "tokenizer_config.json")
+    said = yield from json_object(folder / "tokenizer_config.json", "generation-config")
     for field, marker in (("bos_token", BOS), ("eos_token", EOS)):
         value = said.get(field)
         text = value.get("content") if isinstance(value, dict) else value
         if text is not None and text != marker:
             message = f"tokenizer_config.json: {field} is {text!r}, the chat format's is {marker!r}"
             yield Problem("generation-config", field, message)
-
-
-def _object(path: Path) -> Generator[Problem, None, dict[str, Any]]:
-    """Yields what is wrong with the file; returns its object, an empty one where there is none to read."""
-    problem = file_problem(path, "generation-config")
-    content: Any = {}
-    if problem is not None:
-        yield problem
-    elif path.exists():
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError, OSError) as error:
-            yield Problem("generation-config", path.name, f"{path}: not readable as JSON ({error})")
-    return content if isinstance(content, dict) else {}
