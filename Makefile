@@ -4,6 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# The tests that run something on a device; the others do the same on any machine.
+ON_A_DEVICE := tests/gpu tests/cpu/verify/test_oracle_block.py $(addprefix tests/cpu/,model numerics kernels checkpoint \
+	engine selftest test_startup.py test_launches.py test_full_layer.py)
+
 .PHONY: demo test lint type test-gpu sanitize bench size
 
 demo: $(VENV)/.base
@@ -23,7 +27,7 @@ type: $(VENV)/.dev
 
 # On a machine with a CUDA device, with the interpreter that has torch there: make test-gpu PYTHON=python3
 test-gpu:
-	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -m pytest --device cuda $(PYTEST_ARGS)
+	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -m pytest --device cuda $(ON_A_DEVICE) $(PYTEST_ARGS)
 
 # As test-gpu, where the CUDA toolkit has compute-sanitizer.
 sanitize:

@@ -5,7 +5,7 @@ import importlib
 import sys
 from collections.abc import Mapping, Sequence
 
-_COMMANDS = ("inspect", "plan", "generate", "serve", "diff", "quantize", "bench")
+_COMMANDS = ("inspect", "plan", "verify", "generate", "serve", "diff", "quantize", "bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -33,6 +34,16 @@ _OTHER_MODELS = {
     "llama": "Llama is a dense model with grouped-query attention",
 }
 """What other models are, by model_type; architectures are told by the same words without underscores."""
+_REQUIRED: dict[str, tuple[Any, ...]] = {
+    "scoring_func": ("sqrtsoftplus",),
+    "topk_method": ("noaux_tc",),
+    "norm_topk_prob": (True,),
+    "num_key_value_heads": (1,),
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "tie_word_embeddings": (False,),
+}
+"""What must be so where it is said at all: the forward is made for these values."""
 _ARCHITECTURE, _MODEL_TYPE = "DeepseekV4ForCausalLM", "deepseek_v4"
 
 
@@ -213,6 +224,13 @@ class EngineConfig:
         return cls(device=device, dtype=dtype, max_model_len=max_model_len)
 
 
+def unread_fields(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """The fields of config.json that no part of this code reads as a setting of the model, in their order."""
+    own = {field.name for field in dataclass_fields(ModelConfig)} - {"yarn", "claims"}
+    spelled = {"rope_scaling", "layer_types", "mlp_layer_types", "rope_parameters", "architectures", "model_type"}
+    return tuple(name for name in fields if name not in own | spelled | set(_REQUIRED))
+
+
 def _refuse_other_architectures(fields: dict[str, Any], source: str) -> None:
     listed = fields.get("architectures")
     architectures = listed if isinstance(listed, list) else []
@@ -264,16 +282,7 @@ def _listed(fields: dict[str, Any], field: str, source: str) -> list[Any]:
 
 def _check_semantics(config: ModelConfig, fields: dict[str, Any], source: str) -> None:
     """Refuses values that would make the forward mean something else than this code computes."""
-    required = {
-        "scoring_func": ("sqrtsoftplus",),
-        "topk_method": ("noaux_tc",),
-        "norm_topk_prob": (True,),
-        "num_key_value_heads": (1,),
-        "hidden_act": ("silu",),
-        "attention_bias": (False,),
-        "tie_word_embeddings": (False,),
-    }
-    for field, allowed in required.items():
+    for field, allowed in _REQUIRED.items():
         if field in fields and fields[field] not in allowed:
             raise ConfigError(f"{source}: {field} is {fields[field]!r}; DeepSeek-V4 defines {allowed[0]!r}")
     checks = (

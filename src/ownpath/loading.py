@@ -86,7 +86,7 @@ def plan_model(
         official=official,
         loads_draft=loads_draft,
     )
-    return _plan_and_index(folder, engine_config, caps)[0]
+    return planned(folder, engine_config, caps)[0]
 
 
 def load_model(folder: Path, engine_config: EngineConfig, progress: Progress | None = None) -> Model:
@@ -95,7 +95,7 @@ def load_model(folder: Path, engine_config: EngineConfig, progress: Progress | N
     progress: told a few times a second how many of the weights' bytes are in.
     Errors: ConfigError, CheckpointError or PlanError (all ValueError), naming the file, field, tensor or op.
     """
-    plan, index = _plan_and_index(folder, engine_config, device_caps(engine_config.device))
+    plan, index = planned(folder, engine_config)
     if engine_config.max_model_len > plan.config.max_position_embeddings:
         limit = f"max_position_embeddings {plan.config.max_position_embeddings}"
         raise ValueError(f"max_model_len {engine_config.max_model_len} exceeds {folder / 'config.json'}: {limit}")
@@ -112,7 +112,12 @@ def lossless_casts(plan: Plan, folder: Path) -> tuple[str, ...]:
     return find_lossless_casts(plan, CheckpointIndex.open(folder))
 
 
-def _plan_and_index(folder: Path, engine_config: EngineConfig, caps: Caps) -> tuple[Plan, CheckpointIndex]:
+def planned(folder: Path, engine_config: EngineConfig, caps: Caps | None = None) -> tuple[Plan, CheckpointIndex]:
+    """The plan of the checkpoint in ``folder`` and its index, from headers alone. caps: those of the engine's device.
+
+    Errors: ConfigError, CheckpointError, PlanError, naming the file, field, tensor or op.
+    """
+    caps = caps or device_caps(engine_config.device)
     config = ModelConfig.from_file(folder / "config.json")
     index = CheckpointIndex.open(folder)
     dtype = str(engine_config.dtype).removeprefix("torch.")

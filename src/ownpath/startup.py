@@ -41,7 +41,7 @@ def warm_up(model: Model, engine: EngineConfig) -> None:
         show(done, len(sizes), f"{num_tokens} tokens")
     if torch.device(engine.device).type == "cuda":
         torch.cuda.synchronize()
-    model.ledger.calls.clear()
+    model.ledger.clear()
     show.end()
 
 

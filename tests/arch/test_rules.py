@@ -13,7 +13,7 @@ PACKAGE = Path(ownpath.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = (
-    ("formats", "official"),
+    ("formats", "official", "versions", "verdict"),
     ("config",),
     ("qtensor",),
     ("numerics",),
@@ -27,6 +27,7 @@ ROOMS = (
     ("loading",),
     ("engine", "chat", "bench"),
     ("server", "calibration", "inspect", "selftest", "diff"),
+    ("verify",),
     ("commands",),
     ("cli",),
     ("__main__",),
@@ -230,3 +231,10 @@ def test_configurations_are_frozen() -> None:
 
     with pytest.raises(FrozenInstanceError):
         EngineConfig().device = "cuda"  # type: ignore[misc]
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports them as top-level modules; interpreted and compiled kernels have runs of their own."""
+    tests = PACKAGE.parents[1] / "tests"
+    names = [path.name for room in ("arch", "cpu", "gpu") for path in (tests / room).rglob("test_*.py")]
+    assert len(names) == len(set(names)), sorted(name for name in set(names) if names.count(name) > 1)

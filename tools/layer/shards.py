@@ -1,7 +1,8 @@
 """A checkpoint of so many full-size V4-Flash layers on disk, as NVIDIA exports them: real names and shapes, any values.
 
-The values are random bytes that loading accepts (finite weights, scales that may be scales, ids of experts that exist),
-the same few megabytes over and over: writing 20 GB takes as long as the disk does. For rates, not for answers.
+The values are random bits of a sensible size (matrices keep about the size of what they multiply, scales may be scales,
+each token's experts differ), the same few megabytes over and over: writing 20 GB takes as long as the disk does. For
+rates and for proofs, not for answers.
 """
 
 import json
@@ -21,9 +22,10 @@ SHARD_BYTES = 2 * 10**9
 NUM_WRITERS = 8
 VOCAB_SIZE = 129280
 ITEM_BYTES = {"I64": 8, "F32": 4, "BF16": 2}
-# dtype -> random bits to keep, and bits to set. F32: positive, near 2^-11; BF16: near 2^-7.
-BITS = {"I64": (0x07, 0), "F32": (0x007FFFFF, 0x3A000000), "BF16": (0x807F, 0x3C00), "U8": (0xFF, 0)}
-BITS |= {"F8_E4M3": (0xF7, 0), "F8_E8M0": (0x03, 0x78)}
+# dtype -> random bits to keep, and bits to set. F32: positive, near 2^-11; BF16: near 2^-7; E4M3: 0.5 to 0.94 with a
+# sign; E8M0: 2^-7 or 2^-6.
+BITS = {"F32": (0x007FFFFF, 0x3A000000), "BF16": (0x807F, 0x3C00), "U8": (0xFF, 0)}
+BITS |= {"F8_E4M3": (0x87, 0x30), "F8_E8M0": (0x01, 0x78)}
 BLOCK_SCALE_BITS = (0x0F, 0x30)  # E4M3 from 0.5 to 1.875
 
 
@@ -36,6 +38,8 @@ def write_shards(folder: Path, shape: str, num_layers: int) -> int:
     infos = headers(ModelConfig.from_dict(fields), "nvidia").tensors.values()
     random = np.random.default_rng(0).integers(0, 256, 2**23, np.uint8)
     tiles = {key: _tile(random, dtype, bits) for key, (dtype, bits) in _kinds().items()}
+    # Experts in turn: those of one token are neighbours, hence distinct.
+    tiles["I64"] = (np.arange(2**20) % fields["n_routed_experts"]).astype("<i8").view(np.uint8).data
     folder.mkdir(parents=True)
     shards = list(_shards(list(infos)))
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]

@@ -1,6 +1,5 @@
 """One JSON line for each row, with everything needed to say where the number comes from."""
 
-import importlib.metadata
 import json
 import math
 import platform
@@ -11,8 +10,7 @@ from pathlib import Path
 import torch
 
 from ownpath.bench.row import Row
-
-_PACKAGES = ("ownpath", "torch", "triton", "nvidia-cutlass-dsl", "humming-kernels", "quack-kernels")
+from ownpath.versions import versions
 
 
 def provenance(device: str, commit: str, command: str, timer: str) -> dict[str, object]:
@@ -20,8 +18,7 @@ def provenance(device: str, commit: str, command: str, timer: str) -> dict[str, 
     return {
         "device": device_name(device),
         "timer": timer,
-        "versions": {name: version for name in _PACKAGES if (version := _version(name))}
-        | {"python": platform.python_version(), "cuda": torch.version.cuda or ""},
+        "versions": versions(),
         "commit": commit,
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
@@ -71,10 +68,3 @@ def device_name(device: str) -> str:
     if torch.device(device).type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return f"cpu {platform.machine()}"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""

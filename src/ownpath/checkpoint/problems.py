@@ -34,7 +34,15 @@ REMEDIES = MappingProxyType(
         "zero-block-scale": "export again with a scale that does not underflow E4M3",
         "saturated-block-scale": "export again: the global scale is too small for the blocks",
         "gate-up-scale": "export again with one global scale for w1 and w3; other engines apply w1's to both",
+        "expert-outlier": "compare this expert with the source: training does not set one so far from the others",
+        "uncalibrated-expert": "calibrate with text that reaches every expert, or give it its layer's maximum; "
+        "harmless where only weights are NVFP4",
+        "router-bias": "export again: this layer lost its router bias, and chooses experts that training did not mean",
         "expert-ids": "download the shard again, or check n_routed_experts in config.json",
+        "generation-config": "take generation_config.json from the release that the shards came from",
+        "marker": "take tokenizer.json from the release: a marker of the chat format must be one token of its own",
+        "round-trip": "take tokenizer.json from the release: text must survive it byte by byte",
+        "prompt": "take tokenizer.json from the release; if it is that one, our encoder is wrong: report this finding",
         "tokenizer": "take tokenizer.json and tokenizer_config.json from the release that the shards came from",
     }
 )

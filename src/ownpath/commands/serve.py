@@ -2,6 +2,7 @@
 ran. A model that fails the self-test is not served."""
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,9 @@ from ownpath.commands.arguments import add_engine_arguments, add_model_argument
 if TYPE_CHECKING:
     from ownpath.commands.arguments import Subparsers
     from ownpath.commands.session import Session
+    from ownpath.server.debug import DebugPlan
+
+ADMIN_KEY_VARIABLE = "OWNPATH_ADMIN_KEY"
 
 
 def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
@@ -25,6 +29,12 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
         choices=RELEASES,
         help="whose words for reasoning_effort it knows (default: told by the folder)",
     )
+    parser.add_argument(
+        "--admin-key",
+        metavar="KEY",
+        help=f"opens /debug/plan to whoever sends it (default: ${ADMIN_KEY_VARIABLE}, which others cannot read off the "
+        "command line; closed without either)",
+    )
     parser.add_argument("--allow-unverified", action="store_true", help="serve even if the self-test fails")
     add_engine_arguments(parser)
     return parser
@@ -36,12 +46,14 @@ def run(args: argparse.Namespace) -> int:
     from ownpath.server.app import create_app
     from ownpath.server.run import run_server
 
+    admin_key = _admin_key(args.admin_key)
     with open_session(args) as session:
         if not _is_served(session, args.allow_unverified):
             return 1
         model_id = args.served_model_name or session.folder.resolve().name
         release = args.chat_release or release_of_folder(session.folder)
-        app = create_app(session.engine, session.tokenizer, model_id, release=release)
+        debug = None if admin_key is None else _debug_plan(session, admin_key, model_id)
+        app = create_app(session.engine, session.tokenizer, model_id, release=release, debug=debug)
         code = run_server(app, session.engine, args.host, args.port, model_id)
         for runner, kernel, num_modules, num_calls in session.ledger.summary():
             print(f"ran: {num_modules} modules on {runner} ({kernel}), {num_calls} calls", file=sys.stderr)
@@ -50,13 +62,35 @@ def run(args: argparse.Namespace) -> int:
         return code
 
 
+def _admin_key(given: str | None) -> str | None:
+    """The argument, or what the environment has. Errors: ValueError for one that cannot be a key."""
+    from ownpath.server.debug import require_admin_key
+
+    key = os.environ.get(ADMIN_KEY_VARIABLE) or None if given is None else given
+    return None if key is None else require_admin_key(key)
+
+
+def _debug_plan(session: "Session", admin_key: str, model_id: str) -> "DebugPlan":
+    """What ``/debug/plan`` shows. The plan is made from the headers again: it is the one that was loaded."""
+    from ownpath.loading import planned
+    from ownpath.plan.show import plan_dict
+    from ownpath.server.body import Limits
+    from ownpath.server.debug import DebugPlan
+    from ownpath.versions import versions
+
+    plan, _ = planned(session.folder, session.engine.config)
+    device = {"type": plan.caps.device_type, "name": plan.caps.name, "sm": plan.caps.sm}
+    facts = {"model": model_id, "versions": versions(), "device": device, "plan": plan_dict(plan)}
+    return DebugPlan(admin_key, facts, session.ledger, Limits())
+
+
 def _is_served(session: "Session", allow_unverified: bool) -> bool:
     """Whether the self-test passed, or may fail; says on stderr what failed. The ledger starts anew."""
     from ownpath.selftest.run import known_question, report_text, self_test
 
     golden = known_question(session.folder, session.tokenizer)
     report = self_test(session.engine, session.tokenizer, session.model_config.sliding_window, golden)
-    session.ledger.calls.clear()
+    session.ledger.clear()
     if not report.failed:
         return True
     if allow_unverified:

@@ -1,6 +1,6 @@
 """Block scales: bytes that no quantiser writes, blocks that vanished or overflowed, and scales cast from MXFP4."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +28,8 @@ _DTYPES = {
     "BF16": torch.bfloat16,
 }
 _BITS = {"F8_E4M3": torch.uint8, "F8_E8M0": torch.uint8, "F32": torch.int32, "BF16": torch.int16}
+_MANTISSAS = {"F32": 0x7FFFFF, "BF16": 0x7F}
+"""Bits that are zero in powers of two."""
 _LARGEST = {"F8_E4M3": b"\x7e", "F8_E8M0": b"\xfe"}
 _LEGAL = {"F8_E4M3": bytes(range(0x7F)), "F8_E8M0": bytes(range(0xFF))}
 """Above the largest number lie NaN and, for E4M3, the negative numbers: no block scale is one."""
@@ -38,6 +40,8 @@ class BlockReport:
     """num_zero, num_saturated: of the ``num_blocks`` scales that were read, in ``num_modules`` modules.
 
     cast_slots: slot -> whether all its modules' scales (those read) are as a lossless cast from MXFP4 writes them.
+    largest: module -> the largest of its scales, where all of them were read.
+    num_rough: module -> how many scales stored as floats are no power of two.
     """
 
     num_modules: int = 0
@@ -45,6 +49,8 @@ class BlockReport:
     num_zero: int = 0
     num_saturated: int = 0
     cast_slots: dict[str, bool] = field(default_factory=dict)
+    largest: dict[str, float] = field(default_factory=dict)
+    num_rough: dict[str, int] = field(default_factory=dict)
 
     @property
     def lossless_casts(self) -> tuple[str, ...]:
@@ -56,6 +62,8 @@ class _Found:
     num_bad: int
     num_zero: int
     num_saturated: int
+    largest: float
+    num_rough: int = 0
 
 
 def read_blocks(
@@ -64,14 +72,20 @@ def read_blocks(
     index: CheckpointIndex,
     broken: frozenset[Path],
     problems: list[Problem],
-    max_bytes: int | None,
+    max_bytes: Callable[[StoredModule], int | None],
 ) -> BlockReport:
-    """Reads the first ``max_bytes`` (``None``: all) of every module's block scales; faults go to ``problems``."""
+    """Reads the first ``max_bytes`` (``None``: all) of each module's block scales; faults go to ``problems``."""
     global_scales = {scalar.module: scalar.value for scalar in scalars if scalar.role == "global_scale"}
     owners = {stored.info(index, "scale").name: stored for stored in modules if stored.encoding.format.block}
     report = BlockReport()
     casts = _Casts(global_scales)
-    for info, data in read_values((index[key] for key in owners), broken, problems, max_bytes):
+    limits = {key: max_bytes(stored) for key, stored in owners.items()}
+    read = (
+        values
+        for limit in dict.fromkeys(limits.values())
+        for values in read_values((index[key] for key in owners if limits[key] == limit), broken, problems, limit)
+    )
+    for info, data in read:
         stored = owners[info.name]
         found = _scan(info.dtype, data)
         num_blocks = len(data) // _DTYPES[info.dtype].itemsize
@@ -82,6 +96,10 @@ def read_blocks(
         report.num_blocks += num_blocks
         report.num_zero += found.num_zero
         report.num_saturated += found.num_saturated
+        if len(data) == info.num_bytes:
+            report.largest[stored.spec.name] = found.largest
+        if info.dtype in _MANTISSAS:
+            report.num_rough[stored.spec.name] = found.num_rough
         if stored.encoding.format is NVFP4:
             casts.add(stored, info, data)
     report.cast_slots = casts.finish()
@@ -91,10 +109,15 @@ def read_blocks(
 def _scan(dtype: str, data: bytes) -> _Found:
     if dtype in ("F32", "BF16"):
         values = torch.frombuffer(bytearray(data), dtype=_DTYPES[dtype])
-        num_bad = int((~(torch.isfinite(values) & (values >= 0))).sum())
-        return _Found(num_bad, int((values == 0).sum()), 0)
+        is_bad = ~(torch.isfinite(values) & (values >= 0))
+        num_rough = int((values.view(_BITS[dtype]) & _MANTISSAS[dtype]).count_nonzero())
+        largest = float(values.masked_fill(is_bad, 0).amax())
+        return _Found(int(is_bad.sum()), int((values == 0).sum()), 0, largest, num_rough)
     num_bad = len(data.translate(None, _LEGAL[dtype]))
-    return _Found(num_bad, data.count(b"\0"), data.count(_LARGEST[dtype]))
+    codes = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    legal = codes.masked_fill(codes > _LARGEST[dtype][0], 0) if num_bad else codes
+    largest = float(legal.amax().view(_DTYPES[dtype]).double())
+    return _Found(num_bad, data.count(b"\0"), data.count(_LARGEST[dtype]), largest)
 
 
 def _faults(info: TensorInfo, found: _Found, num_blocks: int) -> Iterator[Problem]:

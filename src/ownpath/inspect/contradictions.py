@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -68,19 +68,24 @@ def _contradiction(field: str, value: int, found: str) -> Problem:
 
 def format_problems(folder: Path, modules: tuple[StoredModule, ...]) -> Iterator[Problem]:
     """Modules that hf_quant_config.json (where there is one) says are stored in another format than they are."""
-    path = folder / QUANT_CONFIG
-    problem = file_problem(path, "format-contradiction")
+    content = yield from json_object(folder / QUANT_CONFIG, "format-contradiction")
+    declared = content.get("quantization")
+    if isinstance(declared, dict):
+        yield from _format_problems(declared, modules)
+
+
+def json_object(path: Path, check: str) -> Generator[Problem, None, dict[str, Any]]:
+    """Yields what is wrong with the file, as ``check``; returns its object, empty where there is none to read."""
+    problem = file_problem(path, check)
+    content: Any = {}
     if problem is not None:
         yield problem
     elif path.exists():
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError, OSError) as error:
-            yield Problem("format-contradiction", path.name, f"{path}: not readable as JSON ({error})")
-            return
-        declared = content.get("quantization") if isinstance(content, dict) else None
-        if isinstance(declared, dict):
-            yield from _format_problems(declared, modules)
+            yield Problem(check, path.name, f"{path}: not readable as JSON ({error})")
+    return content if isinstance(content, dict) else {}
 
 
 def _format_problems(declared: dict[str, Any], modules: tuple[StoredModule, ...]) -> Iterator[Problem]:

@@ -12,10 +12,10 @@ from ownpath.config import ConfigError, ModelConfig
 from ownpath.inspect.blocks import SAMPLE_BYTES, BlockReport, read_blocks
 from ownpath.inspect.contradictions import config_problems, file_problem, format_problems, tokenizer_problems
 from ownpath.inspect.memory import KINDS, Memory, memory_needed
-from ownpath.inspect.scalars import Coverage, GateUp, calibration, gate_up, out_of_band, read_scalars
+from ownpath.inspect.scalars import Coverage, GateUp, Scalar, calibration, gate_up, out_of_band, read_scalars
 from ownpath.inspect.tables import table_problems
-from ownpath.plan.census import Census, take_census
-from ownpath.plan.plan import PlanError, make_plan
+from ownpath.plan.census import Census, StoredModule, take_census
+from ownpath.plan.plan import MixedExpertsError, PlanError, make_plan
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Findings:
     calibration: dict[str, Coverage]
     gate_up: GateUp
     memory: tuple[Memory, ...]
+    scalars: tuple[Scalar, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Inspection:
     """findings: ``None`` when config.json or the tensors could not be read, so that nothing could be compared.
 
     are_all_scales_read: whether every block scale was read, or a sample of every module's.
+    broken: shards whose bytes mean nothing.
     """
 
     folder: Path
@@ -43,11 +45,19 @@ class Inspection:
     problems: tuple[Problem, ...]
     are_all_scales_read: bool
     seconds: float
+    broken: frozenset[Path] = frozenset()
 
 
-def inspect_folder(folder: Path, *, read_all_scales: bool = False, with_draft: bool = False) -> Inspection:
+def inspect_folder(
+    folder: Path,
+    *,
+    read_all_scales: bool = False,
+    with_draft: bool = False,
+    all_scales_in: frozenset[int] = frozenset(),
+) -> Inspection:
     """Reads headers, scalars, tables of ids and a sample (or all) of the block scales, and collects every problem.
 
+    all_scales_in: layers of the backbone whose block scales are all read, beside a sample of the others'.
     with_draft: look at the MTP modules as at the backbone; otherwise they are counted as not read.
     """
     start = time.perf_counter()
@@ -61,10 +71,11 @@ def inspect_folder(folder: Path, *, read_all_scales: bool = False, with_draft: b
         if scan.has_tensors:
             problems += config_problems(config, scan.index)
             draft = _draft(config, scan.index, with_draft, problems)
-            findings = _findings(config, draft, scan, problems, None if read_all_scales else SAMPLE_BYTES)
+            prefixes = ("",) if read_all_scales else tuple(f"layers.{idx}." for idx in sorted(all_scales_in))
+            findings = _findings(config, draft, scan, problems, prefixes)
     seconds = time.perf_counter() - start
     unique = tuple(dict.fromkeys(problems))
-    return Inspection(folder, scan.index, findings, unique, read_all_scales, seconds)
+    return Inspection(folder, scan.index, findings, unique, read_all_scales, seconds, scan.broken)
 
 
 def _config(folder: Path, problems: list[Problem]) -> ModelConfig | None:
@@ -91,8 +102,9 @@ def _draft(config: ModelConfig, index: CheckpointIndex, with_draft: bool, proble
 
 
 def _findings(
-    config: ModelConfig, draft: Draft, scan: Scan, problems: list[Problem], max_bytes: int | None
+    config: ModelConfig, draft: Draft, scan: Scan, problems: list[Problem], whole: tuple[str, ...]
 ) -> Findings | None:
+    """whole: what the names of modules begin with whose block scales are all read."""
     index, broken = scan.index, scan.broken
     num_matrices = 3 * (config.num_hidden_layers + draft.num_modules) * config.n_routed_experts
     if num_matrices > 10_000 + 4 * len(index.tensors):  # counting billions of experts would take hours
@@ -105,10 +117,14 @@ def _findings(
     scalars = read_scalars(census.modules, index, broken, problems)
     problems += out_of_band(scalars)
     pairs = gate_up(scalars, problems)
+
+    def max_bytes(stored: StoredModule) -> int | None:
+        return None if stored.spec.name.startswith(whole) else SAMPLE_BYTES
+
     blocks = read_blocks(census.modules, scalars, index, broken, problems, max_bytes)
     problems += table_problems(census.params, config.n_routed_experts, index, broken)
     memory = () if census.problems else _planned(config, draft, index, problems)
-    return Findings(config, census, blocks, calibration(scalars), pairs, memory)
+    return Findings(config, census, blocks, calibration(scalars), pairs, memory, scalars)
 
 
 def _not_explained(census: Census, scan: Scan) -> list[Problem]:
@@ -121,8 +137,8 @@ def _planned(config: ModelConfig, draft: Draft, index: CheckpointIndex, problems
     """What a plan says: the memory it takes, and what config.json claims and the tensors do not bear out."""
     try:
         plan = make_plan(config, index, KINDS[0], loads_draft=draft.num_modules > 0)
-    except CheckpointError as error:
-        problems.append(Problem("mixed-experts", "experts", str(error)))
+    except MixedExpertsError as error:
+        problems.append(Problem("mixed-experts", error.where, str(error)))
         return ()
     except PlanError as error:
         problems.append(Problem("no-kernel", "plan", str(error)))

@@ -44,17 +44,25 @@ def memory_needed(plan: Plan, index: CheckpointIndex) -> tuple[Memory, ...]:
 def _memory_on(caps: Caps, first: Plan, index: CheckpointIndex, num_tokens: int) -> Memory:
     engine = EngineConfig.for_device(caps.device_type, num_tokens)
     dtype = str(engine.dtype).removeprefix("torch.")
-    spec = CacheSpec(first.config, num_tokens, engine.dtype, torch.device("meta"), first.draft.num_modules)
-    cache = SequenceCache(spec).num_bytes()
+    cache = cache_bytes(first, num_tokens, engine.dtype)
     try:
         plan = replan(first, caps, Demands(dtype))
     except PlanError as error:
         return Memory(caps.name, dtype, 0, cache, num_tokens, str(error))
-    return Memory(caps.name, dtype, _weights_bytes(plan, index), cache, num_tokens)
+    return Memory(caps.name, dtype, weights_bytes(plan, index), cache, num_tokens)
 
 
-def _weights_bytes(plan: Plan, index: CheckpointIndex) -> int:
-    """Operands of one shape and encoding are measured once: a model has dozens of layers and few kinds of them."""
+def cache_bytes(plan: Plan, num_tokens: int, dtype: torch.dtype) -> int:
+    """The caches of one sequence of ``num_tokens``, with keys in ``dtype``."""
+    spec = CacheSpec(plan.config, num_tokens, dtype, torch.device("meta"), plan.draft.num_modules)
+    return SequenceCache(spec).num_bytes()
+
+
+def weights_bytes(plan: Plan, index: CheckpointIndex) -> int:
+    """All operands and tables of a plan, or of a part of one.
+
+    Operands of one shape and encoding are measured once: a model has dozens of layers and few kinds of them.
+    """
     sizes: dict[object, int] = {}
     total = 0
     for op in plan.ops:

@@ -86,6 +86,15 @@ def out_of_band(scalars: Iterable[Scalar]) -> Iterator[Problem]:
                 yield Problem("out-of-band-scale", scalar.key, message)
 
 
+def farthest_from_median(scalars: Iterable[Scalar]) -> float:
+    """The largest factor between an expert's scale and its layer's median, either way; 1 where there are no experts."""
+    factors = [1.0]
+    for group in _by_layer(scalars).values():
+        middle = median(scalar.value for scalar in group)
+        factors += [max(scalar.value / middle, middle / scalar.value) for scalar in group if scalar.value != 1]
+    return max(factors)
+
+
 def calibration(scalars: Iterable[Scalar]) -> dict[str, Coverage]:
     """projection -> how many experts share the maximum ``input_scale`` of their layer, or of all layers.
 

@@ -73,7 +73,7 @@ def inspection_text(inspection: Inspection) -> str:
     if findings is not None:
         lines += _findings_lines(inspection, findings)
     lines += ["", *_problem_lines(inspection), f"read in {inspection.seconds:.1f} s"]
-    return "\n".join(_printable(line) for line in lines)
+    return "\n".join(printable(line) for line in lines)
 
 
 def _findings_lines(inspection: Inspection, findings: Findings) -> list[str]:
@@ -133,7 +133,7 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:.1f} MiB" if num_bytes < 2**30 else f"{num_bytes / 2**30:.2f} GiB"
 
 
-def _printable(line: str) -> str:
+def printable(line: str) -> str:
     """Names come from files: whatever a terminal would act on is spelled out, and no line floods it."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
     return text if len(text) <= MAX_WIDTH else f"{text[:MAX_WIDTH]}…"

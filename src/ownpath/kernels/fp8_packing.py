@@ -139,6 +139,42 @@ def pack_fp8(weights: Sequence[Tensor], scales: Sequence[Tensor]) -> PackedFp8:
     )
 
 
+def restore_fp8(packed: PackedFp8, shard_rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """The inverse of ``pack_fp8``, for shards of so many rows: E4M3 [N, K], float32 [ceil(N/128), ceil(K/128)].
+
+    A scale is kept in several forms, twice for 128 rows; where they do not say the same, it comes back as NaN.
+    """
+    shards, start = [], 0
+    for num_rows in shard_rows:
+        stop = start - (-num_rows // ROWS)
+        codes = unpack_blocks(packed.blocks[start:stop], row_order(), num_rows, packed.in_features)
+        shards.append((codes.contiguous().view(torch.float8_e4m3fn), _unpack_scales(packed.scales[start:stop])))
+        start = stop
+    return shards
+
+
+def _unpack_scales(entries: Tensor) -> Tensor:
+    after, scale = (entries[..., idx].contiguous().view(torch.float32) for idx in (1, 2))
+    pair = entries[..., 0].contiguous()
+    high = (pair & -(1 << 16)).view(torch.float32)
+    is_pair = (pair & 0xFFFF) == (pair >> 16 & 0xFFFF)
+    decoded = torch.where(is_pair, high * 2.0**-_LIFT_EXPONENT * after, torch.nan)
+    agreed = torch.where(decoded == scale, scale, torch.nan)
+    twin = agreed[1::2]
+    same = agreed[::2].clone()
+    same[: len(twin)] = torch.where(same[: len(twin)] == twin, twin, torch.nan)
+    return same
+
+
+def fp8_padding(packed: PackedFp8) -> Tensor:
+    """The codes that lie outside the matrix: uint8, one after the other."""
+    tiles, k_blocks, _ = packed.blocks.shape
+    whole = unpack_blocks(packed.blocks, row_order(), tiles * ROWS, k_blocks * COLS).view(tiles, ROWS, -1)
+    row, col = (torch.arange(n, device=whole.device) for n in whole.shape[1:])
+    is_outside = (row[None, :, None] >= packed.rows[:, 1, None, None]) | (col >= packed.in_features)
+    return whole[is_outside.expand_as(whole)]
+
+
 def _scale_values(scale: Tensor) -> Tensor:
     return decode_e8m0(scale) if scale.dtype == torch.float8_e8m0fnu else scale
 

@@ -103,14 +103,15 @@ def unpack_codes(packed: torch.Tensor, rows: torch.Tensor, num_cols: int) -> tor
     num_rows = len(rows)
     words = packed.view(torch.int32).view(num_rows // 64, num_cols // 128, 2, 4, 8, 4, 4)
     words = words.permute(0, 3, 4, 1, 2, 6, 5).long()
-    ordered = torch.empty(num_rows // 64, 4, 2, 8, num_cols // 128, 2, 4, 2, 4, dtype=torch.uint8)
+    shape = (num_rows // 64, 4, 2, 8, num_cols // 128, 2, 4, 2, 4)
+    ordered = torch.empty(shape, dtype=torch.uint8, device=packed.device)
     for register, (sign, fields) in enumerate(zip(SIGN_BITS, EXPONENT_MANTISSA_BITS, strict=True)):
         byte = torch.zeros_like(words)
         for lane in range(2):
             for target, source in zip((3, 2, 1, 0), (sign, *fields), strict=True):
                 byte |= (words >> (source + 16 * lane) % 32 & 1) << (target + 4 * lane)
         ordered[:, :, register % 2, :, :, :, :, register // 2] = byte.to(torch.uint8)
-    codes = torch.empty(num_rows, num_cols // 2, dtype=torch.uint8)
+    codes = torch.empty(num_rows, num_cols // 2, dtype=torch.uint8, device=packed.device)
     codes[rows] = ordered.view(num_rows, num_cols // 2)
     return codes
 
@@ -141,7 +142,7 @@ def unpack_scales(packed: torch.Tensor, rows: torch.Tensor, num_cols: int) -> to
     bytes_ = (words >> 4 & 0x0FFFFFFF | words << 28).view(torch.uint8)
     ordered = bytes_.view(num_rows // 64, num_cols // 128, 2, 4, 8, 2, 2, 2).permute(0, 3, 6, 4, 1, 2, 5, 7)
     ordered = ordered.reshape(num_rows, num_cols // 16).int()
-    values = torch.empty(num_rows, num_cols // 16)
+    values = torch.empty(num_rows, num_cols // 16, device=packed.device)
     values[rows] = torch.ldexp(1 + (ordered & 7) / 8, (ordered >> 3) - 10)
     return values
 
@@ -155,6 +156,17 @@ def pack_weight_(codes: torch.Tensor, scale: torch.Tensor, rows: torch.Tensor) -
     codes.masked_fill_(dead.repeat_interleave(8, dim=1), 0)
     codes.view(-1).copy_(pack_codes(codes, rows))
     scale.view(torch.uint8).view(-1).copy_(pack_scales(scale, rows))
+
+
+def unpack_weight(
+    codes: torch.Tensor, scale: torch.Tensor, rows: torch.Tensor, num_cols: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverse of ``pack_weight_``, but for blocks under a zero scale: zeros under 2**-9, which mean the same.
+
+    Shapes: what was packed, in any; rows int64 [N] on its device; returns codes uint8 [N, K/2], scale E4M3 [N, K/16].
+    """
+    unpacked = unpack_scales(scale.view(torch.uint8).flatten(), rows, num_cols)
+    return unpack_codes(codes.flatten(), rows, num_cols), unpacked.to(torch.float8_e4m3fn)
 
 
 def check_scales(name: str, scale: torch.Tensor) -> None:

@@ -1,7 +1,9 @@
 """The implementations behind the kernel names of the plan's catalogue, imported when one is first asked for."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
+from operator import attrgetter
 from typing import Any
 
 Kernel = Callable[..., Any]
@@ -15,8 +17,22 @@ class Registry(Mapping[str, Kernel]):
 
     def __getitem__(self, name: str) -> Kernel:
         module, _, attribute = self._places[name].partition(":")
-        kernel: Kernel = getattr(import_module(f"ownpath.kernels.{module}"), attribute)
+        kernel: Kernel = attrgetter(attribute)(import_module(f"ownpath.kernels.{module}"))
         return kernel
+
+    def place(self, name: str) -> str:
+        """Where an implementation is, as ``module:attribute`` in ``ownpath.kernels``."""
+        return self._places[name]
+
+    def name_of(self, kernel: Kernel) -> str | None:
+        """The name that an implementation goes by; ``None`` for one that is not here."""
+        for name, place in self._places.items():
+            # Whoever holds an implementation has imported its module; the others may need what is not installed.
+            module, _, attribute = place.partition(":")
+            loaded = sys.modules.get(f"ownpath.kernels.{module}")
+            if loaded is not None and attrgetter(attribute)(loaded) is kernel:
+                return name
+        return None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -66,3 +82,28 @@ KERNELS = Registry(
         "triton.grouped_linear_invariant": "triton.grouped:rope_grouped_linear_invariant",
     }
 )
+
+VARIANTS = Registry(
+    {
+        "cute.nvfp4_linear": "cute.linear:nvfp4_linear.variant",
+        "cute.nvfp4_linear_invariant": "cute.linear:nvfp4_linear_invariant.variant",
+        "cute.nvfp4_moe": "cute.moe:nvfp4_moe.variant",
+        "cute.nvfp4_moe_invariant": "cute.moe:nvfp4_moe_invariant.variant",
+        "cute.fp8_linear_sm90": "cute.fp8_launch:fp8_linear.variant",
+        "cute.fp8_linear_w8a16_sm90_invariant": "cute.fp8_launch:fp8_linear_invariant.variant",
+        "triton.nvfp4_linear_w4a4_sm100": "triton.variants:linear_w4a4",
+        "triton.nvfp4_linear_w4a4_sm100_invariant": "triton.variants:linear_w4a4_invariant",
+        "triton.nvfp4_moe_w4a4_sm100": "triton.variants:moe_w4a4",
+        "triton.nvfp4_moe_w4a4_sm100_invariant": "triton.variants:moe_w4a4_invariant",
+        "triton.plain_linear_invariant": "triton.variants:plain_linear",
+        "triton.hyper_boundary": "triton.variants:hyper_boundary",
+        "triton.hyper_boundary_invariant": "triton.variants:hyper_boundary_invariant",
+        "triton.rms_norm": "triton.variants:rms_norm",
+        "triton.router": "triton.variants:router",
+        "triton.swiglu": "triton.variants:swiglu",
+        "triton.grouped_linear": "triton.variants:grouped_linear",
+        "triton.grouped_linear_invariant": "triton.variants:grouped_linear_invariant",
+    }
+)
+"""Kernel name -> which of its compiled configurations a call launches, by name, from the call's arguments without
+those that results are written to. A kernel that is not here has one form only."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ownpath.kernels.layouts_sm100 import PIECE_ROWS, swizzle_scales, unswizzle_scales
+from ownpath.kernels.layouts_sm100 import PIECE_COLUMNS, PIECE_ROWS, swizzle_scales, unswizzle_scales
 
 K_STEP = 64
 """Values of K that one swizzled piece of scales covers."""
@@ -122,6 +122,13 @@ def unboxed(scale: torch.Tensor, num_rows: int, num_groups: int) -> torch.Tensor
     """Swizzled scales as the kernels hold them, back to row-major [num_rows, num_groups]."""
     pieces = scale.view(scale.shape[1], scale.shape[2], 32, 4, 4)
     return unswizzle_scales(pieces, num_rows, num_groups)
+
+
+def scale_padding(scale: torch.Tensor, num_rows: int, num_groups: int) -> torch.Tensor:
+    """The swizzled scales that lie outside [num_rows, num_groups]: uint8, one after the other."""
+    whole = unboxed(scale, scale.shape[1] * PIECE_ROWS, scale.shape[2] * PIECE_COLUMNS).view(torch.uint8)
+    row, col = (torch.arange(n, device=scale.device) for n in whole.shape)
+    return whole[(row[:, None] >= num_rows) | (col >= num_groups)]
 
 
 def _boxed(scale: torch.Tensor) -> torch.Tensor:

@@ -44,6 +44,11 @@ class AttentionCore:
     compressor: Compressor | None
     indexer: Indexer | None
 
+    @property
+    def parts(self) -> tuple[SharedKeyAttention, ...]:
+        """The runners that it calls; those of the compressor and the indexer have slots of their own."""
+        return (self.softmax,)
+
     def __call__(self, projected: Projected, span: Span) -> torch.Tensor:
         """Attention of one sequence's new tokens over its window and compressed entries: [t, N, H]."""
         cache = span.cache.layers[self.layer_idx]

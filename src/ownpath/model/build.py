@@ -22,6 +22,7 @@ from ownpath.runners import (
     IndexQuantizer,
     KeyQuantizer,
     Ledger,
+    Linear,
     RMSNorm,
     Router,
     SharedKeyAttention,
@@ -55,12 +56,13 @@ class Builder:
         config, device = self.config, torch.device(self.engine.device)
         sliding = Rope.for_layer(config, compressing=False, device=device)
         compress = Rope.for_layer(config, compressing=True, device=device)
+        hc_head, head = self.ends()
         return Model(
             config=config,
             embed_VD=self.params["embed.weight"],
             blocks=tuple(self.block(layer_idx, compress) for layer_idx in range(config.num_hidden_layers)),
-            hc_head=self._boundary("hc_head", "norm"),
-            head=self._runner("head"),
+            hc_head=hc_head,
+            head=head,
             sliding_rope=sliding,
             compress_rope=compress,
             cache_spec=CacheSpec.of(config, self.engine),
@@ -82,6 +84,10 @@ class Builder:
             hc_ffn=self._boundary(f"{layer}.hc_ffn", f"{layer}.ffn_norm"),
             ffn=self._moe(f"{layer}.ffn"),
         )
+
+    def ends(self) -> tuple[HyperBoundary, Linear]:
+        """What comes after the last layer: its boundary, and the vocabulary's product."""
+        return self._boundary("hc_head", "norm"), self._runner("head")
 
     def _drafts(self, sliding: Rope, compress: Rope) -> Iterator[Mtp]:
         for draft_idx, layer in enumerate(self.config.draft_layers()):

@@ -22,6 +22,9 @@ from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4, Format
 
 Stored = tuple[ModuleSpec, Encoding]
 
+COMPARED_FIELDS = frozenset({QUANTIZATION_FIELD, "expert_dtype"})
+"""Fields of config.json that decide nothing and are held against the tensors."""
+
 _METHODS: Mapping[str, tuple[Encoding, ...]] = MappingProxyType(
     {
         "fp8": (NATIVE_FP8,),

@@ -13,7 +13,7 @@ from ownpath.checkpoint.drafts import NO_DRAFT, Draft, carried_draft, requested_
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.names import draft_params, model_params
-from ownpath.checkpoint.schema import Encoding, ModuleSpec, ParamSpec, check_census, check_param, detect
+from ownpath.checkpoint.schema import Encoding, ParamSpec, check_census, check_param, detect
 from ownpath.config import ModelConfig
 from ownpath.formats import BF16, FP32, Format
 from ownpath.plan.claims import find_contradictions
@@ -33,6 +33,14 @@ from ownpath.plan.select import Caps, Choice, Demands, Refusal, select
 
 class PlanError(ValueError):
     """No kernel can run an op of this checkpoint on this device; the message names both."""
+
+
+class MixedExpertsError(CheckpointError):
+    """Experts of one layer are stored differently. where: the module or tensor that differs from the first."""
+
+    def __init__(self, message: str, where: str) -> None:
+        super().__init__(message)
+        self.where = where
 
 
 @dataclass(frozen=True)
@@ -163,7 +171,7 @@ class _Planner:
                 self._require_one_scale_dtype(spec, encodings[0])
             return [self.decided(spec, encodings[0])]
         if spec.kind is not OpKind.LINEAR:
-            raise CheckpointError(f"{spec.slot}: {_first_difference(spec.modules, encodings)}")
+            raise _first_difference(spec, encodings)
         shards = [replace(spec, modules=(module,)) for module in spec.modules]
         return [self.decided(shard, encoding) for shard, encoding in zip(shards, encodings, strict=True)]
 
@@ -181,9 +189,8 @@ class _Planner:
         other = next((info for info in scales if info.dtype != scales[0].dtype), None)
         if other is not None:
             first = f"{scales[0].name!r} is {scales[0].dtype}"
-            raise CheckpointError(
-                f"{spec.slot}: {first} but {other.name!r} is {other.dtype}; experts of one layer must agree"
-            )
+            message = f"{spec.slot}: {first} but {other.name!r} is {other.dtype}; experts of one layer must agree"
+            raise MixedExpertsError(message, other.name)
 
     def decided(self, spec: OpSpec, encoding: Encoding) -> PlannedOp:
         return PlannedOp(spec, encoding, self._choice(spec, encoding.format))
@@ -198,9 +205,10 @@ class _Planner:
         return decision
 
 
-def _first_difference(modules: tuple[ModuleSpec, ...], encodings: list[Encoding]) -> str:
-    for module, encoding in zip(modules, encodings, strict=True):
+def _first_difference(spec: OpSpec, encodings: list[Encoding]) -> MixedExpertsError:
+    for module, encoding in zip(spec.modules, encodings, strict=True):
         if encoding != encodings[0]:
-            first = f"{modules[0].name!r} is {encodings[0].name}"
-            return f"{first} but {module.name!r} is {encoding.name}; experts of one layer must agree"
+            first = f"{spec.slot}: {spec.modules[0].name!r} is {encodings[0].name}"
+            message = f"{first} but {module.name!r} is {encoding.name}; experts of one layer must agree"
+            return MixedExpertsError(message, module.name)
     raise AssertionError("the encodings are equal")

@@ -14,6 +14,7 @@ from ownpath.runners.linear import (
 from ownpath.runners.mlp import SwigluMlp
 from ownpath.runners.moe import Fp8MoE, Nvfp4MoE, PlainMoE
 from ownpath.runners.official import IndexQuantizer, KeyQuantizer
+from ownpath.runners.records import Record, Records
 
 __all__ = [
     "ConcatLinear",
@@ -32,6 +33,8 @@ __all__ = [
     "PlainLinear",
     "PlainMoE",
     "RMSNorm",
+    "Record",
+    "Records",
     "Router",
     "SharedKeyAttention",
     "SwiGLU",

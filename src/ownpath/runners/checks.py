@@ -19,3 +19,10 @@ def require_input(x: torch.Tensor, in_features: int, operand: torch.Tensor) -> N
         raise ValueError(f"x must be floating point, found {x.dtype}")
     if x.device != operand.device:
         raise ValueError(f"x is on {x.device}, the weight on {operand.device}")
+
+
+def require_routing(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
+    """Errors: ValueError naming what does not give each row of x its experts and their weights."""
+    routed = (x.shape[0], topk_ids.shape[-1])
+    require("topk_ids", topk_ids, (torch.int32, torch.int64), routed)
+    require("topk_weights", topk_weights, (torch.float32, torch.float64), routed)

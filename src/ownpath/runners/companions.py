@@ -3,6 +3,8 @@
 Each holds what does not change from step to step beside the kernel that the plan chose.
 """
 
+from typing import Any
+
 import torch
 
 from ownpath.kernels.ref.hyper import HyperOut, HyperWeights, Mix
@@ -19,6 +21,10 @@ class RMSNorm:
         self.weight, self.eps = weight, eps
         self._kernel = kernel
 
+    def kernel_arguments(self, x: torch.Tensor) -> tuple[Any, ...]:
+        """What a call gives the kernel."""
+        return x, self.weight, self.eps
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self._kernel(x, self.weight, self.eps)
         return y
@@ -34,6 +40,10 @@ class HyperBoundary:
     def __init__(self, weights: HyperWeights, *, kernel: Kernel = KERNELS["ref.hyper_boundary"]) -> None:
         self.weights = weights
         self._kernel = kernel
+
+    def kernel_arguments(self, x_TSD: torch.Tensor, y_TD: torch.Tensor | None, mix: Mix | None) -> tuple[Any, ...]:
+        """What a call gives the kernel."""
+        return x_TSD, y_TD, mix, self.weights
 
     def __call__(self, x_TSD: torch.Tensor, y_TD: torch.Tensor | None, mix: Mix | None) -> HyperOut:
         out: HyperOut = self._kernel(x_TSD, y_TD, mix, self.weights)
@@ -65,8 +75,17 @@ class Router:
         self.bias_E, self.tid2eid_VK = bias_E, tid2eid_VK
         self._kernel = kernel
 
+    def kernel_arguments(self, x_TD: torch.Tensor, token_ids_T: torch.Tensor) -> tuple[Any, ...]:
+        """What a call gives the kernel, without the gate's logits."""
+        return None, self.num_experts_per_tok, self.routed_scaling_factor, self.bias_E, token_ids_T, self.tid2eid_VK
+
     def __call__(self, x_TD: torch.Tensor, token_ids_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Expert ids [T, K] and weights, at least float32 [T, K], that sum to ``routed_scaling_factor``."""
+        """Expert ids [T, K] and weights, at least float32 [T, K], that sum to ``routed_scaling_factor``.
+
+        Errors: ValueError when there is not one token id for each row of x.
+        """
+        if len(token_ids_T) != len(x_TD):
+            raise ValueError(f"token_ids_T has {len(token_ids_T)} ids for {len(x_TD)} rows of x")
         chosen: tuple[torch.Tensor, torch.Tensor] = self._kernel(
             self.gate(x_TD),
             self.num_experts_per_tok,
@@ -84,6 +103,10 @@ class SwiGLU:
     def __init__(self, limit: float, *, kernel: Kernel = KERNELS["ref.swiglu"]) -> None:
         self.limit = limit
         self._kernel = kernel
+
+    def kernel_arguments(self, gate_up: torch.Tensor) -> tuple[Any, ...]:
+        """What a call gives the kernel."""
+        return gate_up, self.limit
 
     def __call__(self, gate_up: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self._kernel(gate_up, self.limit)

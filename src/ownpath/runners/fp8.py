@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 
-from ownpath.kernels.fp8_packing import PackedFp8
+from ownpath.formats import FP8_BLOCK
+from ownpath.kernels.fp8_packing import PackedFp8, fp8_padding, restore_fp8
 from ownpath.kernels.registry import KERNELS, Kernel
+from ownpath.qtensor import QuantTensor
 from ownpath.runners.checks import require
 
 Shards = torch.Tensor | Sequence[torch.Tensor]
@@ -50,8 +52,8 @@ class Fp8Linear:
             require(f"weight[{idx}]", w, (torch.float8_e4m3fn,), (num_rows, weights[0].shape[1]))
             blocks = (-(-num_rows // 128), -(-width // 128))
             require(f"scale[{idx}]", s, (torch.float8_e8m0fnu, torch.float32), blocks)
-        self.out_features = sum(len(w) for w in weights)
-        self.in_features = weights[0].shape[1]
+        self.shard_rows = tuple(len(w) for w in weights)
+        self.out_features, self.in_features = sum(self.shard_rows), weights[0].shape[1]
         self._device = weights[0].device
         chosen: Any = default_fp8_kernel(weights[0].device) if kernel is None else kernel
         self._kernel = chosen
@@ -79,6 +81,19 @@ class Fp8Linear:
     def compile_configs(self) -> Iterator[Any]:
         """The compile-time configurations of every kernel that a call may launch."""
         return iter(self._kernel.configs(self.operand) if self._is_packed else ())
+
+    def stored(self) -> tuple[QuantTensor, ...]:
+        """What the kernel holds, read back out of its layout: a matrix and its grid of scales for each shard."""
+        shards = restore_fp8(self.operand, self.shard_rows) if self._is_packed else self.shards
+        return tuple(QuantTensor(weight, scale, None, FP8_BLOCK) for weight, scale in shards)
+
+    def padding(self) -> torch.Tensor | None:
+        """Bytes that the kernel may read beyond the matrix; None: its layout has none."""
+        return fp8_padding(self.operand) if self._is_packed else None
+
+    def kernel_arguments(self, x: torch.Tensor) -> tuple[Any, ...]:
+        """What a call gives a kernel that packs."""
+        return x.flatten(0, -2), self.operand, self.workspace
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._is_packed:

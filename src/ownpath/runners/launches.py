@@ -29,6 +29,10 @@ PRODUCT = re.compile(LIBRARY_PRODUCT.pattern + r"|gemm|matmul|linear|moe_|[^a-z]
 _PREFIX = "slot "
 
 
+class NoLaunchSeen(RuntimeError):
+    """The profiler saw no kernel although some must have run."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """One kernel on the device: the slot it worked for (``None``: none), its name, when it began, how long it ran."""
@@ -50,7 +54,7 @@ class Launch:
 def record_launches(ledger: Ledger, run: Callable[[], object]) -> list[Launch]:
     """Runs ``run`` under the profiler and tells for every kernel which planned slot launched it.
 
-    Errors: RuntimeError when the profiler saw no kernel at all.
+    Errors: NoLaunchSeen when the profiler saw no kernel at all.
     """
     previous = ledger.mark
     ledger.mark = lambda slot: record_function(_PREFIX + slot)
@@ -66,7 +70,7 @@ def record_launches(ledger: Ledger, run: Callable[[], object]) -> list[Launch]:
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     launches = launches_of(events)
     if not launches:
-        raise RuntimeError("the profiler recorded no kernel; CUPTI may be missing or in use")
+        raise NoLaunchSeen("the profiler recorded no kernel; CUPTI may be missing or in use")
     return launches
 
 

@@ -6,6 +6,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from ownpath.runners.records import Records
+from ownpath.runners.uses import Use, use_of
+
 
 @dataclass
 class Ledger:
@@ -13,17 +16,31 @@ class Ledger:
 
     mark: entered around every call, with the slot's name; a recorder of launched kernels puts its own here.
     see: told of every call before it runs, with the slot's name and the arguments; a calibration puts its own here.
+    saw: told of every call after it ran, with the slot's name, the arguments and the result; a proof puts its own here.
+    records: what calls looked like, for whoever asked for it; ``None`` costs a call nothing but this question.
+    uses: what the callable behind each slot really is, by its own account. Not the callable: runners hold ledgers, and
+        a layer that is dropped must be gone at once.
     """
 
     kernels: dict[str, tuple[str, str]]
     calls: Counter[str] = field(default_factory=Counter)
     mark: Callable[[str], AbstractContextManager[object]] = nullcontext
     see: Callable[[str, tuple[Any, ...]], None] | None = None
+    saw: Callable[[str, tuple[Any, ...], Any], None] | None = None
+    records: Records | None = None
+    uses: dict[str, Use] = field(default_factory=dict)
 
     def watch(self, slot: str, runner: Callable[..., Any]) -> "Watched":
         """A callable that counts and runs; the slot must be one of the plan."""
         assert slot in self.kernels, f"{slot} is not planned"
+        self.uses[slot] = use_of(runner)
         return Watched(slot, runner, self)
+
+    def clear(self) -> None:
+        """Starts anew: no calls, no records. Who listens goes on listening."""
+        self.calls.clear()
+        if self.records is not None:
+            self.records.clear()
 
     def summary(self) -> list[tuple[str, str, int, int]]:
         """(runner, kernel, modules that ran, calls) for each runner and kernel that ran at least once."""
@@ -48,4 +65,10 @@ class Watched:
         if self.ledger.see:
             self.ledger.see(self.slot, args)
         with self.ledger.mark(self.slot):
-            return self.runner(*args)
+            result = self.runner(*args)
+        if self.ledger.saw:
+            self.ledger.saw(self.slot, args, result)
+        records = self.ledger.records  # once: a server's thread may take it away meanwhile
+        if records is not None:
+            records.add(self.slot, self.runner, args, result)
+        return result

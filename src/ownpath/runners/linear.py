@@ -5,10 +5,12 @@ from typing import Any, Protocol
 
 import torch
 
+from ownpath.formats import BF16, FP32, NVFP4
 from ownpath.kernels.ref.linear import grouped_linear
 from ownpath.kernels.registry import KERNELS, Kernel
+from ownpath.qtensor import QuantTensor
 from ownpath.runners.checks import require, require_input
-from ownpath.runners.prepare import compile_configs, default_kernel, prepared
+from ownpath.runners.prepare import compile_configs, default_kernel, prepared, restored
 
 
 class Linear(Protocol):
@@ -30,6 +32,10 @@ def _shards(value: Shards) -> tuple[torch.Tensor, ...]:
 def _fuse(shards: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """One tensor of all rows; a single shard is used as it is, without a copy."""
     return shards[0] if len(shards) == 1 else torch.cat(shards)
+
+
+def _plain(weight: torch.Tensor) -> QuantTensor:
+    return QuantTensor(weight, None, None, BF16 if weight.dtype == torch.bfloat16 else FP32)
 
 
 class Nvfp4Linear:
@@ -71,6 +77,15 @@ class Nvfp4Linear:
         """The kernels that calls may launch, for compiling ahead."""
         return compile_configs(self._kernel, self._operand)
 
+    def stored(self) -> tuple[QuantTensor, ...]:
+        """What the kernel holds, read back out of its layout: all shards' rows, and a global scale for each [N]."""
+        codes, scale, rows = restored(self._kernel, self._operand)
+        return (QuantTensor(codes, scale, rows, NVFP4),)
+
+    def kernel_arguments(self, x: torch.Tensor) -> tuple[Any, ...]:
+        """What a call gives the kernel."""
+        return x.reshape(-1, self.in_features), *self._operand
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         require_input(x, self.in_features, self._weight)
         y: torch.Tensor = self._kernel(x.reshape(-1, self.in_features), *self._operand)
@@ -88,6 +103,14 @@ class PlainLinear:
         self.out_features, self.in_features = self.weight.shape
         self._kernel = kernel
 
+    def stored(self) -> tuple[QuantTensor, ...]:
+        """What the kernel holds: all shards' rows."""
+        return (_plain(self.weight),)
+
+    def kernel_arguments(self, x: torch.Tensor, out_dtype: torch.dtype | None = None) -> tuple[Any, ...]:
+        """What a call gives the kernel."""
+        return x, self.weight, out_dtype or x.dtype
+
     def __call__(self, x: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         """y in the dtype of x, or unrounded in a wider ``out_dtype``."""
         require_input(x, self.in_features, self.weight)
@@ -101,6 +124,11 @@ class WideLinear:
     def __init__(self, linear: Linear) -> None:
         self.linear = linear
         self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    @property
+    def parts(self) -> tuple[Linear, ...]:
+        """The runners that it calls."""
+        return (self.linear,)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -116,6 +144,11 @@ class ConcatLinear:
         self.linears = tuple(linears)
         self.in_features = linears[0].in_features
         self.out_features = sum(linear.out_features for linear in linears)
+
+    @property
+    def parts(self) -> tuple[Linear, ...]:
+        """The runners that it calls."""
+        return self.linears
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([linear(x) for linear in self.linears], dim=-1)
@@ -138,6 +171,14 @@ class GroupedLinear:
         self.weight_GRI = weight.unflatten(0, (num_groups, -1))
         self.num_groups, self.out_features, self.in_features = self.weight_GRI.shape
         self._kernel = kernel
+
+    def stored(self) -> tuple[QuantTensor, ...]:
+        """What the kernel holds: rows of all groups."""
+        return (_plain(self.weight_GRI.flatten(0, 1)),)
+
+    def kernel_arguments(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> tuple[Any, ...]:
+        """What a call with a rotation gives the kernel."""
+        return x, *rotation, self.weight_GRI
 
     def __call__(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
         """rotation: (cos, sin) float32 [T, A] of each row's angles, to be undone; the planned kernel does both."""

@@ -4,10 +4,15 @@ from typing import Any
 
 import torch
 
+from ownpath.formats import BF16, FP8_BLOCK, FP32, NVFP4
 from ownpath.kernels.registry import KERNELS, Kernel
 from ownpath.numerics import mxfp4_scale_as_nvfp4
-from ownpath.runners.checks import require, require_input
-from ownpath.runners.prepare import compile_configs, default_kernel, prepared
+from ownpath.qtensor import QuantTensor
+from ownpath.runners.checks import require, require_input, require_routing
+from ownpath.runners.prepare import compile_configs, default_kernel, gate_and_up, prepared, restored_expert
+
+Expert = tuple[QuantTensor, QuantTensor, QuantTensor]
+"""w1 (gate), w3 (up) and w2 (down) of one expert, as they are stored."""
 
 
 class Nvfp4MoE:
@@ -80,6 +85,12 @@ class Nvfp4MoE:
         """The kernels that calls may launch (without shared experts or an expert map), for compiling ahead."""
         return compile_configs(self._kernel, self._operand)
 
+    def stored_expert(self, expert: int) -> Expert:
+        """What the kernel holds of one expert, read back out of its layout; w2's global scale may be there twice."""
+        (codes13, scale13, scale13_2), (codes2, scale2, scale2_2) = restored_expert(self._kernel, self._operand, expert)
+        gate_up, down = QuantTensor(codes13, scale13, scale13_2, NVFP4), QuantTensor(codes2, scale2, scale2_2, NVFP4)
+        return *gate_and_up(gate_up), down
+
     def workspace(self, num_tokens: int, num_slots: int) -> Any:
         """Scratch that spares calls of up to ``num_tokens`` tokens every allocation; None where none is used.
 
@@ -87,6 +98,10 @@ class Nvfp4MoE:
         """
         make = getattr(self._kernel, "workspace", None)
         return None if make is None else make(*self._operand, num_tokens, num_slots)
+
+    def kernel_arguments(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> tuple[Any, ...]:
+        """What a call gives the kernel (without shared experts or an expert map)."""
+        return x, topk_ids, topk_weights, *self._operand, self.swiglu_limit
 
     def __call__(
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, **given: Any
@@ -100,7 +115,7 @@ class Nvfp4MoE:
             which the next call overwrites.
         """
         require_input(x, self.hidden_size, self._codes)
-        _require_routing(x, topk_ids, topk_weights)
+        require_routing(x, topk_ids, topk_weights)
         y: torch.Tensor = self._kernel(x, topk_ids, topk_weights, *self._operand, self.swiglu_limit, **given)
         return y
 
@@ -136,12 +151,17 @@ class Fp8MoE:
         self._operand = ((w13, w13_scale), (w2, w2_scale))
         self._kernel = kernel
 
+    def stored_expert(self, expert: int) -> Expert:
+        """What the kernel holds of one expert."""
+        gate_up, down = ((codes[expert], scale[expert]) for codes, scale in self._operand)
+        return *gate_and_up(QuantTensor(*gate_up, None, FP8_BLOCK)), QuantTensor(*down, None, FP8_BLOCK)
+
     def __call__(
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, **given: Any
     ) -> torch.Tensor:
         """As ``Nvfp4MoE``; given: ``num_shared`` and ``expert_map``."""
         require_input(x, self.hidden_size, self._operand[0][0])
-        _require_routing(x, topk_ids, topk_weights)
+        require_routing(x, topk_ids, topk_weights)
         y: torch.Tensor = self._kernel(x, topk_ids, topk_weights, *self._operand, self.swiglu_limit, **given)
         return y
 
@@ -164,17 +184,17 @@ class PlainMoE:
         self.w13, self.w2 = w13, w2
         self._kernel = kernel
 
+    def stored_expert(self, expert: int) -> Expert:
+        """What the kernel holds of one expert."""
+        fmt = BF16 if self.w13.dtype == torch.bfloat16 else FP32
+        gate_up = QuantTensor(self.w13[expert], None, None, fmt)
+        return *gate_and_up(gate_up), QuantTensor(self.w2[expert], None, None, fmt)
+
     def __call__(
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, **given: Any
     ) -> torch.Tensor:
         """As ``Nvfp4MoE``; given: ``num_shared`` and ``expert_map``."""
         require_input(x, self.hidden_size, self.w13)
-        _require_routing(x, topk_ids, topk_weights)
+        require_routing(x, topk_ids, topk_weights)
         y: torch.Tensor = self._kernel(x, topk_ids, topk_weights, self.w13, self.w2, self.swiglu_limit, **given)
         return y
-
-
-def _require_routing(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
-    routed = (x.shape[0], topk_ids.shape[-1])
-    require("topk_ids", topk_ids, (torch.int32, torch.int64), routed)
-    require("topk_weights", topk_weights, (torch.float32, torch.float64), routed)

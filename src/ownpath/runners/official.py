@@ -8,8 +8,11 @@ import torch
 from ownpath.kernels.ref.official import INPUT_BLOCK, ExpertWeights
 from ownpath.kernels.registry import Kernel
 from ownpath.numerics import fake_quantize_fp8, nvfp4_codes_times_scales
-from ownpath.runners.checks import require, require_input
+from ownpath.qtensor import QuantTensor
+from ownpath.runners.checks import require, require_input, require_routing
 from ownpath.runners.linear import Linear
+from ownpath.runners.moe import Expert
+from ownpath.runners.prepare import gate_and_up
 
 
 class QuantizedInput:
@@ -58,11 +61,24 @@ class OfficialMoE:
         self.w13, self.w2, self.swiglu_limit = w13, w2, swiglu_limit
         self._kernel = kernel
 
+    def stored_expert(self, expert: int) -> Expert:
+        """What the kernel holds of one expert."""
+        gate_up, down = (
+            QuantTensor(side.qdata[expert], _of(side.scale, expert), _of(side.global_scale, expert), side.format)
+            for side in (self.w13, self.w2)
+        )
+        return *gate_and_up(gate_up), down
+
     def __call__(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """x [T, D], topk_ids int32 or int64 [T, K], topk_weights at least float32 [T, K] -> y [T, D]."""
         require_input(x, self.hidden_size, self.w13.qdata)
+        require_routing(x, topk_ids, topk_weights)
         y: torch.Tensor = self._kernel(x, topk_ids, topk_weights, self.w13, self.w2, self.swiglu_limit)
         return y
+
+
+def _of(stack: torch.Tensor | None, expert: int) -> torch.Tensor | None:
+    return None if stack is None else stack[expert]
 
 
 class KeyQuantizer:

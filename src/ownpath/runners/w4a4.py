@@ -6,13 +6,18 @@ proves them there: ``runners.proof`` compares them with their torch twin, and a 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from ownpath.formats import NVFP4
 from ownpath.kernels.registry import KERNELS, Kernel
-from ownpath.kernels.w4a4_operands import linear_operand, moe_operand
+from ownpath.kernels.w4a4_operands import linear_operand, moe_operand, scale_padding, unboxed
+from ownpath.qtensor import QuantTensor
 from ownpath.runners.checks import require, require_input
 from ownpath.runners.linear import Shards
+from ownpath.runners.moe import Expert
+from ownpath.runners.prepare import gate_and_up
 from ownpath.runners.proof import prove_linear, prove_moe
 
 PACKED = (torch.uint8, torch.int8)
@@ -57,6 +62,20 @@ class Nvfp4LinearW4A4:
             prove_linear(kernel, codes.device)
         self._kernel = kernel
 
+    def stored(self) -> tuple[QuantTensor, ...]:
+        """What the kernel holds, in the stored order. Its global scales [N] have the input's in them."""
+        operand, num_groups = self.operand, self.in_features // 16
+        scale = unboxed(operand.scale, self.out_features, num_groups)
+        return (QuantTensor(operand.codes, scale, operand.alpha, NVFP4),)
+
+    def padding(self) -> torch.Tensor | None:
+        """Scales that the kernel may read beyond the matrix."""
+        return scale_padding(self.operand.scale, self.out_features, self.in_features // 16)
+
+    def kernel_arguments(self, x: torch.Tensor) -> tuple[Any, ...]:
+        """What a call gives the kernel."""
+        return x.reshape(-1, self.in_features), self.operand
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         require_input(x, self.in_features, self.operand.codes)
         y: torch.Tensor = self._kernel(x.reshape(-1, self.in_features), self.operand)
@@ -98,6 +117,21 @@ class Nvfp4MoEW4A4:
         if w2[0].is_cuda:
             prove_moe(kernel, w2[0].device)
         self._kernel = kernel
+
+    def stored_expert(self, expert: int) -> Expert:
+        """What the kernel holds of one expert, in the stored order. Its global scales have the input's in them."""
+        operand = self.operand
+        gate_up = self._side(operand.w13, operand.w13_scale, operand.w13_alpha, expert)
+        return *gate_and_up(gate_up), self._side(operand.w2, operand.w2_scale, operand.w2_alpha, expert)
+
+    def _side(self, codes: torch.Tensor, scale: torch.Tensor, alpha: torch.Tensor, expert: int) -> QuantTensor:
+        own = codes.unflatten(0, (self.num_experts, -1))[expert]
+        pieces = scale.unflatten(1, (self.num_experts, -1))[:, expert]
+        return QuantTensor(own, unboxed(pieces, len(own), own.shape[1] // 8), alpha[expert], NVFP4)
+
+    def kernel_arguments(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> tuple[Any, ...]:
+        """What a call gives the kernel."""
+        return x, topk_ids, topk_weights, self.operand
 
     def __call__(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """x bfloat16 [T, D], topk_ids int32 or int64 [T, K], topk_weights float32 [T, K] -> y bfloat16 [T, D]."""

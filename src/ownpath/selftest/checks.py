@@ -2,13 +2,13 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from enum import Enum
 
 import torch
 
 from ownpath.engine.request import FinishReason
 from ownpath.selftest import signatures
 from ownpath.selftest.probe import Evidence, Seen
+from ownpath.verdict import Verdict
 
 MAX_REPEATS = 16
 """Running text has no 17 positions in a row with one likeliest continuation; a model that ignores it has them all."""
@@ -40,14 +40,6 @@ WIDE_MARGIN_NATS = 1.0
 """A position is decided if its best token leads by more than arithmetic can move it. In float32 that is noise; in
 bfloat16, half a unit in the last place (2^-9) of logits up to 32, in a random walk over two roundings for each of 61
 layers and both directions: 2^-4 * sqrt(122) = 0.7."""
-
-
-class Verdict(Enum):
-    """``SKIPPED``: there was nothing to look at."""
-
-    PASS = "pass"
-    FAIL = "FAIL"
-    SKIPPED = "skipped"
 
 
 @dataclass(frozen=True)

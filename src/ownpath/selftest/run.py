@@ -10,8 +10,9 @@ from ownpath.chat.tokenizer import Tokenizer
 from ownpath.engine.engine import Engine
 from ownpath.engine.request import FinishReason
 from ownpath.loading import default_model_dir
-from ownpath.selftest.checks import Check, Facts, Verdict, judge
+from ownpath.selftest.checks import Check, Facts, judge
 from ownpath.selftest.probe import Golden, Seen, gather
+from ownpath.verdict import Verdict
 
 KNOWN_QUESTION, KNOWN_ANSWER = "The capital of France is", "Paris"
 """What the embedded model was taught."""

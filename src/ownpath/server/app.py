@@ -12,16 +12,23 @@ from ownpath.chat.tokenizer import Tokenizer
 from ownpath.engine.engine import Engine
 from ownpath.server import errors
 from ownpath.server.body import Limits
+from ownpath.server.debug import DebugPlan
 from ownpath.server.metrics import Metrics
 from ownpath.server.routes import Api
 
 
 def create_app(
-    engine: Engine, tokenizer: Tokenizer, model_id: str, limits: Limits | None = None, release: str = "v4"
+    engine: Engine,
+    tokenizer: Tokenizer,
+    model_id: str,
+    limits: Limits | None = None,
+    release: str = "v4",
+    debug: DebugPlan | None = None,
 ) -> Starlette:
     """The server for one model. The engine must be started; the application stops it when it shuts down.
 
     release: whose words for ``reasoning_effort`` the model knows; a key of ``effort.RELEASES``.
+    debug: what admins may see; without it there is nothing at its path.
     """
     api = Api(engine, tokenizer, model_id, int(time.time()), limits or Limits(), release, Metrics())
 
@@ -38,6 +45,8 @@ def create_app(
         Route("/v1/completions", api.completions, methods=["POST"]),
         Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
     ]
+    if debug is not None:
+        routes += [Route("/debug/plan", debug.show), Route("/debug/plan", debug.record, methods=["POST"])]
     handlers = {
         errors.ApiError: errors.on_api_error,
         errors.ClientGone: errors.on_client_gone,

@@ -22,7 +22,7 @@ from ownpath.weights.checks import check_expert_ids
 from ownpath.weights.fill import Filler
 from ownpath.weights.lossless import is_lossless_cast
 from ownpath.weights.memory import reserve
-from ownpath.weights.operands import STORAGE, Operand, Slot, make_operand
+from ownpath.weights.operands import STORAGE, Allocate, Operand, Slot, make_operand
 from ownpath.weights.places import place_slots
 from ownpath.weights.readers import Progress, Reading, read_chunks
 
@@ -45,17 +45,18 @@ def load_weights(
     device: torch.device,
     progress: Progress | None = None,
     reading: Reading | None = None,
+    allocate: Allocate = reserve,
 ) -> LoadedWeights:
     """Allocates every operand on ``device`` and fills it from the checkpoint.
 
-    progress: told how many bytes are in, of how many. reading: None: as suits the device.
+    progress: told how many bytes are in, of how many. reading: None: as suits the device. allocate: for every buffer.
     Memory: beside the weights, ``Reading.staging_bytes`` and what the index takes, whatever the model's size.
     Errors: CheckpointError naming the tensor for a bad scale, an unreadable shard, or a slot left unwritten: the first
     in the order of the files.
     """
     stored = {name: info.dtype for name, info in index.tensors.items()}
-    operands = tuple(make_operand(op, stored, device, reserve) for op in plan.ops)
-    params = {spec.key: reserve(spec.shape, STORAGE[stored[spec.key]], device) for spec in plan.params}
+    operands = tuple(make_operand(op, stored, device, allocate) for op in plan.ops)
+    params = {spec.key: allocate(spec.shape, STORAGE[stored[spec.key]], device) for spec in plan.params}
     slots = [slot for operand in operands for slot in operand.slots]
     slots += [Slot(key, target) for key, target in params.items()]
     buffers = [buffer for operand in operands for parts in operand.buffers.values() for buffer in parts]

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from ownpath.bench import rotation
 from ownpath.bench.check import NUM_SAMPLED, rel_l2, sample
 from ownpath.bench.contender import W4A16_MAX_REL_L2, LinearCall, Missing, MoeCall
 from ownpath.bench.linear import FP8_BENCH, NVFP4_BENCH, run_linear
@@ -21,6 +22,12 @@ from ownpath.cli import main
 
 SETTINGS = Settings.of("cpu", seed=1, budget_s=0.0)
 MOE, LINEAR = moe_shape("tiny"), linear_shape("tiny")
+
+
+@pytest.fixture(autouse=True)
+def few_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here asks whether a CPU's caches are cold, and 128 MB of weights for each round took minutes."""
+    monkeypatch.setattr(rotation, "COLD_BYTES", 1_000_000)
 
 
 class Peer:

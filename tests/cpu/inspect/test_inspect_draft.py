@@ -107,7 +107,7 @@ def test_experts_of_the_draft_must_agree(tmp_path: Path) -> None:
         tensors[f"{EXPERT}.weight"] = torch.ones(64, 64, dtype=torch.bfloat16)
 
     change_tensors(tmp_path, change)
-    assert problems(tmp_path) == {("mixed-experts", "experts")}
+    assert problems(tmp_path) == {("mixed-experts", EXPERT)}
 
 
 def test_calibration_counts_the_drafts_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

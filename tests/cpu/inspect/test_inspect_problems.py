@@ -197,7 +197,7 @@ def test_experts_of_a_layer_stored_differently(folder: Path) -> None:
         tensors[f"{EXPERT}.weight"] = torch.zeros(64, 48, dtype=torch.bfloat16)
 
     change_tensors(folder, change)
-    assert found(folder) == {("mixed-experts", "experts")}
+    assert found(folder) == {("mixed-experts", EXPERT)}
 
 
 # --- shards and the index -------------------------------------------------------------------------------------------

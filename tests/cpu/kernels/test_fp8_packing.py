@@ -4,7 +4,15 @@ import pytest
 import torch
 from support.fp8_cases import CASES, Fp8Case, draw_rows, draw_weights, relative_l2
 
-from ownpath.kernels.fp8_packing import column_order, pack_blocks, pack_fp8, row_order, unpack_blocks
+from ownpath.kernels.fp8_packing import (
+    column_order,
+    fp8_padding,
+    pack_blocks,
+    pack_fp8,
+    restore_fp8,
+    row_order,
+    unpack_blocks,
+)
 from ownpath.kernels.ref.fp8 import fp8_w8a8, fp8_w8a16, quantize_rows, unpack_fp8
 from ownpath.numerics import decode_fp8_block, quantize_fp8_block
 
@@ -22,6 +30,37 @@ def test_blocks_round_trip() -> None:
     blocks = pack_blocks(codes, row_order())
     assert blocks.shape == (4, 3, 8192)
     assert unpack_blocks(blocks, row_order(), 200, 300).equal(codes)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float8_e8m0fnu, torch.float32])
+@pytest.mark.parametrize("shard_rows", [(136,), (64, 200), (192, 64, 65)])
+def test_shards_come_back(shard_rows: tuple[int, ...], scale_dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    weights = [torch.randn(rows, 200, generator=generator) for rows in shard_rows]
+    shards = [quantize_fp8_block(weight, scale_dtype) for weight in weights]
+    packed = pack_fp8([shard.qdata for shard in shards], [shard.scale for shard in shards])
+    for shard, (codes, scale) in zip(shards, restore_fp8(packed, shard_rows), strict=True):
+        assert torch.equal(codes.view(torch.uint8), shard.qdata.view(torch.uint8))
+        assert torch.equal(scale, shard.scale.float())
+    assert not fp8_padding(packed).any()
+
+
+def test_padding_is_what_lies_outside() -> None:
+    packed = pack_fp8([torch.ones(70, 130).to(torch.float8_e4m3fn)], [torch.ones(1, 2)])
+    assert fp8_padding(packed).numel() == 128 * 256 - 70 * 130
+    packed.blocks.fill_(1)
+    assert fp8_padding(packed).sum() == 128 * 256 - 70 * 130
+
+
+@pytest.mark.parametrize("entry", [0, 1, 2])
+@pytest.mark.parametrize("row_block", [0, 1, 2])
+def test_a_scale_whose_forms_disagree_comes_back_as_nan(entry: int, row_block: int) -> None:
+    packed = pack_fp8([torch.ones(160, 128).to(torch.float8_e4m3fn)], [torch.tensor([[0.5], [0.25]])])
+    ((_, intact),) = restore_fp8(packed, (160,))
+    assert intact.tolist() == [[0.5], [0.25]]
+    packed.scales[row_block, 0, entry] ^= 1 << 22
+    ((_, scale),) = restore_fp8(packed, (160,))
+    assert torch.isnan(scale).flatten().tolist() == [row_block < 2, row_block == 2]
 
 
 def test_a_threads_bytes_are_its_register_fragments() -> None:

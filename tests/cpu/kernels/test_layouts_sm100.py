@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ownpath.kernels.layouts_sm100 import swizzle_scales, swizzled_shape, unswizzle_scales
+from ownpath.kernels.w4a4_operands import linear_operand, scale_padding
 
 
 def byte_offset(row: int, column: int, num_column_pieces: int) -> int:
@@ -54,3 +55,16 @@ def test_what_is_not_a_scale_is_refused() -> None:
         swizzle_scales(torch.zeros(128, 4))
     with pytest.raises(ValueError, match="not"):
         unswizzle_scales(torch.zeros(1, 1, 32, 4, 4, dtype=torch.uint8), 129, 4)
+
+
+@pytest.mark.parametrize(("num_rows", "k"), [(128, 64), (8, 64), (200, 192), (264, 320)])
+def test_padding_of_a_linears_scales(num_rows: int, k: int) -> None:
+    scale = torch.full((num_rows, k // 16), 0x38, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    one = torch.ones(())
+    operand = linear_operand(torch.zeros(num_rows, k // 2, dtype=torch.uint8), scale, one.expand(num_rows), one)
+    whole = -(-num_rows // 128) * 128 * (k // 16)
+    padding = scale_padding(operand.scale, num_rows, k // 16)
+    assert padding.numel() == whole - num_rows * k // 16
+    assert not padding.any()
+    operand.scale.view(torch.uint8).fill_(7)
+    assert (scale_padding(operand.scale, num_rows, k // 16) == 7).all()

@@ -25,6 +25,19 @@ def test_packing_round_trips(rows_of) -> None:
     assert torch.equal(packing.unpack_scales(packing.pack_scales(scale, rows), rows, COLS), scale.float())
 
 
+@pytest.mark.parametrize("rows_of", [packing.plain_rows, packing.gate_up_rows])
+def test_a_packed_weight_comes_back(rows_of) -> None:
+    codes, scale = operand(1)
+    scale.view(torch.uint8)[3, 5] = 0
+    packed_codes, packed_scale, rows = codes.clone(), scale.clone(), rows_of(ROWS)
+    packing.pack_weight_(packed_codes, packed_scale, rows)
+    assert not torch.equal(packed_codes, codes)
+    back, back_scale = packing.unpack_weight(packed_codes, packed_scale, rows, COLS)
+    codes[3, 40:48], scale.view(torch.uint8)[3, 5] = 0, 1  # under a zero scale: zeros under 2**-9, E4M3's byte 1
+    assert torch.equal(back, codes)
+    assert torch.equal(back_scale.view(torch.uint8), scale.view(torch.uint8))
+
+
 def test_rows_of_a_thread_are_neighbours_or_gate_and_up() -> None:
     # Packed row 16 w + 8 h + g: thread group g of warp w holds rows g (h = 0) and g + 8 (h = 1).
     for warp in range(4):

@@ -9,17 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from support.checkpoints import random_checkpoint
-from support.official_forward import OfficialForward
 
 from ownpath.config import EngineConfig
 from ownpath.loading import load_model, plan_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.official import OFFICIAL, PLAIN, Step
 from ownpath.plan.plan import PlanError
+from ownpath.verify.reference.arithmetic import Arithmetic
+from ownpath.verify.reference.forward import reference_draft_logits, reference_logits
+from ownpath.verify.reference.stored import Stored
+from ownpath.verify.subject import Subject
 
 TOLERANCE = 2**16 * torch.finfo(torch.float64).eps
 NUM_TOKENS = 400
-LAYOUTS = ("modelopt-experts-only", "full-nvfp4", "deepseek-native", "fp8-experts", "bf16")
+LAYOUTS = ("modelopt-experts-only", "full-nvfp4", "compressed-tensors", "deepseek-native", "fp8-experts", "bf16")
 CHOICES = {"plain": PLAIN, "official": OFFICIAL} | {step: frozenset({step}) for step in Step}
 
 
@@ -36,12 +39,22 @@ def logits(
     return torch.cat(steps)
 
 
+def second_forward(folder: Path, official: frozenset[Step], ids: list[int]) -> torch.Tensor:
+    """By the oracle that ``ownpath verify`` holds layers against."""
+    subject = Subject.of(folder, EngineConfig(official=official))
+    return reference_logits(subject.plan, Stored(subject.index, subject.device), torch.tensor(ids), exact(official))
+
+
+def exact(official: frozenset[Step]) -> Arithmetic:
+    return Arithmetic(torch.float64, official=official)
+
+
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_equal_the_second_forward(layout: str, choice: str, tmp_path: Path) -> None:
     random_checkpoint(tmp_path, layout, seed=1)
     found = logits(tmp_path, CHOICES[choice], [token_ids()])
-    expected = OfficialForward(tmp_path, CHOICES[choice]).logits(token_ids())
+    expected = second_forward(tmp_path, CHOICES[choice], token_ids())
     assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
@@ -55,7 +68,9 @@ def test_draft_logits_equal_the_second_forward(layout: str, draft: str, choice: 
     model = load_model(tmp_path, EngineConfig(dtype=torch.float64, official=official, loads_draft=True))
     batch = ForwardBatch.of([(ids[:-1], model.new_cache())], "cpu", all_logits=True)
     hidden = model.drafts[0].hidden(model.hidden(batch), torch.tensor(ids[1:]), batch)
-    expected = OfficialForward(tmp_path, official).draft_logits(ids)
+    subject = Subject.of(tmp_path, EngineConfig(official=official, loads_draft=True))
+    stored = Stored(subject.index, subject.device)
+    expected = reference_draft_logits(subject.plan, stored, torch.tensor(ids), exact(official))
     assert (model.logits(hidden, batch.logits_ids) - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
@@ -71,7 +86,7 @@ def test_draft_logits_equal_the_second_forward(layout: str, draft: str, choice: 
 def test_the_comparison_would_see_a_missing_step(layout: str, step: Step, tmp_path: Path) -> None:
     random_checkpoint(tmp_path, layout, seed=1)
     without = logits(tmp_path, OFFICIAL - {step}, [token_ids()])
-    expected = OfficialForward(tmp_path, OFFICIAL).logits(token_ids())
+    expected = second_forward(tmp_path, OFFICIAL, token_ids())
     assert (without - expected).abs().max() > 1e6 * TOLERANCE * expected.abs().max()
 
 

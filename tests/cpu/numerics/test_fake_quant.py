@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from support.official_forward import fp4, fp8, hadamard_matrix, nvfp4_without_global
 
 from ownpath.numerics import (
     decode_e8m0,
@@ -14,6 +13,7 @@ from ownpath.numerics import (
     hadamard,
     nvfp4_codes_times_scales,
 )
+from ownpath.verify.reference.rounding import fp4, fp8, hadamard_matrix, nvfp4_without_global
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 

@@ -9,13 +9,13 @@ most 2^-9 of itself, one to E4M3 by at most 2^-4, one to E2M1 by at most 1/5 (or
 import pytest
 import torch
 import torch.nn.functional as F
-from support.official_forward import fp4, fp8, nearest_e4m3, nvfp4_without_global, power_of_two_scale
 from torch import Tensor
 
 from ownpath.formats import MXFP4
 from ownpath.kernels.ref.official import ExpertWeights, fp4_index, fp8_keys, moe_official, rms_norm_stepwise
 from ownpath.kernels.ref.small import router
 from ownpath.numerics import decode_mxfp4_blocks, hadamard, quantize_mxfp4
+from ownpath.verify.reference.rounding import fp4, fp8, nearest_e4m3, nvfp4_without_global, power_of_two_scale
 
 BF16, E4M3, E2M1 = 2**-9, 2**-4, 0.5
 TOKENS, HIDDEN, INTER = 64, 4096, 2048

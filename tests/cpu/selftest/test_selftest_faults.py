@@ -18,8 +18,9 @@ from ownpath.engine.engine import Engine
 from ownpath.loading import default_model_dir, load_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
-from ownpath.selftest.checks import REMEDIES, Verdict
+from ownpath.selftest.checks import REMEDIES
 from ownpath.selftest.run import Report, known_question, report_text, self_test
+from ownpath.verdict import Verdict
 
 NUM_PROMPTS_AT_FIRST = 4
 """One token, two, a text and another text: caches that exist before anything is repeated."""

@@ -119,8 +119,21 @@ class Fp8Kernel:
             found += [QuantizeConfig(weight.power_of_two), *w8a8_configs(key)]
         return list({config.name: config for config in found}.values())
 
+    def variant(self, x: Tensor, weight: PackedFp8, workspace: Tensor) -> str:
+        """Names of the kernels that a call with these arguments launches."""
+        key, sms = weight_key(weight), num_sms(x.device.index)
+        if not self._quantizes(x):
+            return w8a16_config(len(x), key, sms, self.is_batch_invariant).name
+        step = workspace_rows(workspace, weight.num_k_blocks)
+        counts = {min(step, len(x) - start) for start in range(0, len(x), step)}
+        products = sorted(w8a8_config(count, key, sms).name for count in counts)
+        return " ".join([QuantizeConfig(weight.power_of_two).name, *products])
+
+    def _quantizes(self, x: Tensor) -> bool:
+        return self.prefill_from is not None and len(x) >= self.prefill_from
+
     def __call__(self, x: Tensor, weight: PackedFp8, out: Tensor, workspace: Tensor) -> None:
-        if self.prefill_from is not None and len(x) >= self.prefill_from:
+        if self._quantizes(x):
             fp8_w8a8(x, weight, out, workspace)
         elif self.is_batch_invariant:
             fp8_w8a16_invariant(x, weight, out)

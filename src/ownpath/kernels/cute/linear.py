@@ -8,7 +8,7 @@ import torch
 from ownpath.kernels.cute import launch
 from ownpath.kernels.cute.choose import LinearChoice, choose_linear
 from ownpath.kernels.cute.config import GemmConfig
-from ownpath.kernels.packing import check_scales, pack_weight_, plain_rows
+from ownpath.kernels.packing import check_scales, pack_weight_, plain_rows, unpack_weight
 
 ROW_MULTIPLE, COL_MULTIPLE = 64, 128
 TOKEN_COUNTS = (1, 16, 32, 64, 128, 512, 2048)
@@ -53,11 +53,21 @@ class Nvfp4LinearKernel:
         packed = launch.PackedWeight(weight, scale, per_row, num_rows, num_cols)
         return LinearOperand(packed, torch.zeros(4, dtype=torch.int32, device=weight.device))
 
+    def restore(self, operand: LinearOperand) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What ``prepare`` took, read back out of the layout (``unpack_weight`` says what zero scales become)."""
+        weight = operand.weight
+        rows = plain_rows(weight.num_rows).to(weight.codes.device)
+        return (*unpack_weight(weight.codes, weight.scales, rows, weight.num_cols), weight.global_scale)
+
     def configs(self, operand: LinearOperand) -> list[GemmConfig]:
         """Every kernel that a call may launch."""
         counts = (*TOKEN_COUNTS, *range(2048, 8193, 512))
         chosen = (self._choose(count, *operand.shape, self.is_batch_invariant).gemm for count in counts)
         return list({config.name: config for config in chosen}.values())
+
+    def variant(self, x: torch.Tensor, operand: LinearOperand) -> str:
+        """Name of the kernel that a call with these arguments launches."""
+        return self._choose(len(x), *operand.shape, self.is_batch_invariant).gemm.name
 
     def __call__(self, x: torch.Tensor, operand: LinearOperand, out: torch.Tensor | None = None) -> torch.Tensor:
         """y = x W^T. Shapes: x bfloat16 [M, K], rows 16-byte aligned; y bfloat16 [M, N], ``out`` if given.

@@ -16,7 +16,7 @@ from ownpath.kernels.cute import launch
 from ownpath.kernels.cute.choose import WIDE_PAIRS, MoeChoice, choose_moe, moe_choice, moe_table
 from ownpath.kernels.cute.config import ALIGN_THREADS, AlignConfig, CombineConfig, PermuteConfig
 from ownpath.kernels.cute.linear import require_packable, require_rows
-from ownpath.kernels.packing import check_scales, gate_up_rows, pack_weight_, plain_rows
+from ownpath.kernels.packing import check_scales, gate_up_rows, pack_weight_, plain_rows, unpack_weight
 
 DIM_MULTIPLE = 128
 MAX_EXPERTS = ALIGN_THREADS - 1
@@ -69,6 +69,16 @@ class Routing:
     expert_map: torch.Tensor | None
 
 
+Restored = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Codes uint8 [N, K/2], scale E4M3 [N, K/16], global_scale float32 [2]."""
+
+
+def _restored(weight: launch.PackedWeight, rows: torch.Tensor, num_experts: int, expert: int) -> Restored:
+    codes, scales = (part.view(num_experts, -1)[expert] for part in (weight.codes, weight.scales))
+    unpacked = unpack_weight(codes, scales, rows.to(codes.device), weight.num_cols)
+    return (*unpacked, weight.global_scale[expert])
+
+
 def align_config(wide_ids: bool, mapped: bool, num_shared: int, pairs: int) -> AlignConfig:
     """One warp, one CTA or a cluster, by the number of (token, slot) pairs."""
     ctas = ALIGN_CTAS if pairs > PAIRS_PER_ALIGN_CTA else 1
@@ -117,9 +127,27 @@ class Nvfp4MoeKernel:
             num_experts,
         )
 
+    def restore(self, operand: MoeOperand, expert: int) -> tuple[Restored, Restored]:
+        """One expert's w13 and w2 as ``prepare`` took them; the kernel holds the global scale of w2 twice: [2]."""
+        sides = (operand.w13, gate_up_rows), (operand.w2, plain_rows)
+        w13, w2 = (_restored(weight, rows(weight.num_rows), operand.num_experts, expert) for weight, rows in sides)
+        return w13, w2
+
     def choose(self, pairs: int, operand: MoeOperand) -> MoeChoice:
         """The kernels of a call with ``pairs`` (token, slot) pairs."""
         return self._choose(pairs, operand.num_experts, operand.hidden, operand.inter, self.is_batch_invariant)
+
+    def variant(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        operand: MoeOperand,
+        swiglu_limit: float,
+    ) -> str:
+        """Names of the products that a call with these arguments launches."""
+        choice = self.choose(topk_ids.numel(), operand)
+        return f"{choice.gate_up.name} {choice.down.name}"
 
     def configs(self, operand: MoeOperand) -> list[object]:
         """Every kernel that a call without shared experts or an expert map may launch."""

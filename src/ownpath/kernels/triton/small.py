@@ -254,6 +254,14 @@ def _check_norm(x: torch.Tensor, weight_D: torch.Tensor | None) -> None:
         check("weight_D", weight_D, FLOATS, (dim,), x.device)
 
 
+def norm_tile(dim: int) -> tuple[int, int, int]:
+    """Rows of a program, elements of a row with padding, and warps: by width alone, so that a row's sum never depends
+    on the other rows."""
+    block = int(triton.next_power_of_2(dim))
+    rows = max(1, min(8, 2048 // block))
+    return rows, block, max(1, min(16, rows * block // 256))
+
+
 def rms_norm(
     x: torch.Tensor, weight_D: torch.Tensor | None, eps: float, out: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -271,8 +279,7 @@ def rms_norm(
     num_rows = x.numel() // dim
     if num_rows:
         inner_rows, outer_stride, row_stride = _row_steps(x)
-        block_d, pdl = triton.next_power_of_2(dim), not INTERPRETED
-        rows = max(1, min(8, 2048 // block_d))  # by width alone, so that a row's sum never depends on the other rows
+        (rows, block_d, num_warps), pdl = norm_tile(dim), not INTERPRETED
         rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
             x,
             x if weight_D is None else weight_D,
@@ -287,10 +294,15 @@ def rms_norm(
             BLOCK_D=block_d,
             HAS_WEIGHT=weight_D is not None,
             PDL=pdl,
-            num_warps=max(1, min(16, rows * block_d // 256)),
+            num_warps=num_warps,
             launch_pdl=pdl,
         )
     return out
+
+
+def swiglu_block(half: int) -> int:
+    """Outputs of one program."""
+    return min(1024, int(triton.next_power_of_2(half)))
 
 
 def swiglu(gate_up_TF2: torch.Tensor, limit: float, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -309,7 +321,7 @@ def swiglu(gate_up_TF2: torch.Tensor, limit: float, out: torch.Tensor | None = N
         out = gate_up_TF2.new_empty(*lead, half)
     check("out", out, (gate_up_TF2.dtype,), (*lead, half), gate_up_TF2.device)
     if out.numel():
-        pdl, block = not INTERPRETED, min(1024, triton.next_power_of_2(half))
+        pdl, block = not INTERPRETED, swiglu_block(half)
         grid = (out.numel() // half, triton.cdiv(half, block))
         swiglu_kernel[grid](
             gate_up_TF2, out, half, limit, BLOCK=block, PDL=pdl, num_warps=max(1, block // 256), launch_pdl=pdl

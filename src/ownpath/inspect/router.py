@@ -1,0 +1,71 @@
+"""What chooses experts: tables that name one twice, and biases that were lost."""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.checkpoint.problems import Problem
+from ownpath.checkpoint.schema import ParamSpec
+from ownpath.inspect.values import read_values
+
+_DTYPES = {"I64": torch.int64, "I32": torch.int32}
+_BIAS = re.compile(r".+\.ffn\.gate\.bias")
+
+
+@dataclass(frozen=True)
+class Bias:
+    """One layer's router bias. num_ties: experts whose bias another one has too, bit by bit."""
+
+    key: str
+    num_experts: int
+    largest: float
+    num_ties: int
+    is_constant: bool
+    is_finite: bool
+
+
+def read_biases(
+    params: Iterable[ParamSpec], index: CheckpointIndex, broken: frozenset[Path], problems: list[Problem]
+) -> tuple[Bias, ...]:
+    """Every router bias; shards that cannot be read are added to ``problems``."""
+    keys = [param.key for param in params if _BIAS.fullmatch(param.key)]
+    biases = []
+    for info, data in read_values((index[key] for key in keys), broken, problems):
+        values = torch.frombuffer(bytearray(data), dtype=torch.float32)
+        _, counts = values.unique(return_counts=True)
+        num_ties = int(counts[counts > 1].sum())
+        largest = float(values.abs().amax())
+        is_finite = bool(torch.isfinite(values).all())
+        biases.append(Bias(info.name, len(values), largest, num_ties, len(counts) == 1, is_finite))
+    return tuple(biases)
+
+
+def bias_problems(biases: Iterable[Bias]) -> Iterator[Problem]:
+    """Biases that are no numbers, and those that are constant while other layers' are not.
+
+    Where every layer's is constant, the model was trained without one.
+    """
+    listed = list(biases)
+    is_used = any(not bias.is_constant for bias in listed)
+    for bias in listed:
+        if not bias.is_finite:
+            yield Problem("router-bias", bias.key, f"tensor {bias.key!r} holds NaN or infinity")
+        elif bias.is_constant and is_used and bias.num_experts > 1:
+            yield Problem("router-bias", bias.key, f"tensor {bias.key!r} is the same for all experts; others are not")
+
+
+def repeated_ids(
+    params: Iterable[ParamSpec], index: CheckpointIndex, broken: frozenset[Path], problems: list[Problem]
+) -> Iterator[Problem]:
+    """Tables of expert ids in which a token has one expert twice."""
+    tables = [index[param.key] for param in params if index[param.key].dtype in _DTYPES]
+    for info, data in read_values(tables, broken, problems):
+        ids = torch.frombuffer(bytearray(data), dtype=_DTYPES[info.dtype]).view(info.shape).sort(dim=1).values
+        repeats = (ids[:, 1:] == ids[:, :-1]).any(dim=1)
+        if repeats.any():
+            where = f"{int(repeats.sum())} of {len(ids)} tokens have an expert twice, the first is token"
+            yield Problem("expert-ids", info.name, f"tensor {info}: {where} {int(repeats.nonzero()[0])}")

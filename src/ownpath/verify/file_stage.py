@@ -1,0 +1,261 @@
+"""Stage ``file``: what an inspection finds, as checks F01 to F12, and F13 beside another export.
+
+No kernel, no engine and no weight: headers, scalars, tables, every block scale of the chosen layers, the tokenizer.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+
+from ownpath.chat.tokenizer import Tokenizer, TokenizerError
+from ownpath.checkpoint.errors import CheckpointError
+from ownpath.checkpoint.problems import Problem
+from ownpath.config import ConfigError, unread_fields
+from ownpath.inspect.experts import expert_outliers, expert_spread, uncalibrated_experts
+from ownpath.inspect.inspection import Findings, Inspection, inspect_folder
+from ownpath.inspect.router import Bias, bias_problems, read_biases, repeated_ids
+from ownpath.inspect.scalars import MAX_RATIO, farthest_from_median
+from ownpath.inspect.tokens import generation_problems, missing_markers, token_problems
+from ownpath.plan.claims import COMPARED_FIELDS
+from ownpath.verdict import Verdict
+from ownpath.verify.finding import Finding
+from ownpath.verify.progress import Progress
+from ownpath.verify.source import Export, source_findings
+from ownpath.verify.subject import Selection
+
+CHECK_OF = MappingProxyType(
+    {
+        "F01": (
+            *("folder", "file", "index", "escaping-shard", "missing-shard", "shard", "truncated-shard"),
+            *("over-long-shard", "overlapping-tensors", "header-bomb", "duplicated-tensor", "unlisted-tensor"),
+        ),
+        "F02": ("missing-tensor", "unexpected-tensor", "draft"),
+        "F03": ("wrong-dtype", "wrong-shape"),
+        "F04": ("mixed-experts", "no-kernel", "format-contradiction"),
+        "F05": ("scalar-scale", "reciprocal-scale", "out-of-band-scale"),
+        "F06": ("gate-up-scale",),
+        "F07": ("block-scale", "zero-block-scale", "saturated-block-scale", "expert-outlier"),
+        "F09": ("uncalibrated-expert",),
+        "F10": ("expert-ids", "router-bias"),
+        "F11": ("config", "config-contradiction"),
+        "F12": ("tokenizer", "generation-config", "marker", "round-trip", "prompt"),
+    }
+)
+"""Check -> the kinds of problem that it collects. F08 has none: what it finds is no fault of the file."""
+_ID_OF = MappingProxyType({kind: id_ for id_, kinds in CHECK_OF.items() for kind in kinds})
+_INPUT_SCALES = ("input_scale", "input_global_scale")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """An inspection, and what it leaves to be looked at here."""
+
+    inspection: Inspection
+    problems: tuple[Problem, ...]
+    biases: tuple[Bias, ...]
+    tokenizer: Tokenizer | None
+    unread: tuple[str, ...]
+
+
+def file_stage(folder: Path, selection: Selection, source: Path | None, progress: Progress) -> Iterator[Finding]:
+    """F01 to F13: one PASS for each check, or a FAIL for each problem. source: another export, for F13."""
+    progress(0, 2, "headers, scalars, tables, block scales")
+    layers = selection.layer_ids
+    inspection = inspect_folder(folder, read_all_scales=layers is None, all_scales_in=layers or frozenset())
+    evidence = gather(inspection)
+    by_id: dict[str, list[Problem]] = {}
+    for problem in evidence.problems:
+        by_id.setdefault(check_of(problem), []).append(problem)
+    for id_, look in _CHECKS.items():
+        found = by_id.get(id_, [])
+        yield from (Finding(id_, p.where, Verdict.FAIL, p.message, remedy=p.remedy) for p in found)
+        if not found:
+            yield look(evidence)
+    progress(1, 2, "another export")
+    yield from _against_source(folder, selection, source, progress)
+
+
+def check_of(problem: Problem) -> str:
+    """The check that a problem belongs to: by its kind, and for scalars by whose scale it is."""
+    id_ = _ID_OF[problem.check]
+    return "F09" if id_ == "F05" and problem.where.endswith(_INPUT_SCALES) else id_
+
+
+def gather(inspection: Inspection) -> Evidence:
+    """Everything that is wrong, the inspection's own problems first."""
+    folder, findings = inspection.folder, inspection.findings
+    problems = list(inspection.problems)
+    biases: tuple[Bias, ...] = ()
+    unread: tuple[str, ...] = ()
+    if findings is not None:
+        broken = inspection.broken
+        problems += expert_outliers(findings.blocks.largest, findings.scalars)
+        problems += uncalibrated_experts(findings.scalars)
+        params, index = findings.census.params, inspection.index
+        biases = read_biases(params, index, broken, problems)
+        problems += bias_problems(biases)
+        problems += list(repeated_ids(params, index, broken, problems))
+        problems += generation_problems(folder, findings.config)
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        unread = tuple(name for name in unread_fields(fields) if name not in COMPARED_FIELDS)
+    tokenizer = _tokenizer(folder, problems)
+    problems += token_problems(tokenizer) if tokenizer is not None else ()
+    return Evidence(inspection, tuple(dict.fromkeys(problems)), biases, tokenizer, unread)
+
+
+def _tokenizer(folder: Path, problems: list[Problem]) -> Tokenizer | None:
+    """``None`` where the inspection could not read it either, and said so."""
+    if any(problem.check == "tokenizer" for problem in problems):
+        return None
+    try:
+        return Tokenizer.from_folder(folder)
+    except (TokenizerError, OSError) as error:
+        problems.append(Problem("tokenizer", "tokenizer.json", str(error)))
+        return None
+
+
+def _passed(id_: str, message: str, number: float | None = None, allowed: str = "") -> Finding:
+    return Finding(id_, "checkpoint", Verdict.PASS, message, number, allowed)
+
+
+def _of_tensors(id_: str, look: Callable[[Evidence, Findings], Finding]) -> Callable[[Evidence], Finding]:
+    """A check that needs config.json and tensors; without them it is skipped."""
+
+    def looked(evidence: Evidence) -> Finding:
+        findings = evidence.inspection.findings
+        if findings is None:
+            return Finding(id_, "checkpoint", Verdict.SKIPPED, "config.json or the tensors could not be read")
+        return look(evidence, findings)
+
+    return looked
+
+
+def _files(evidence: Evidence) -> Finding:
+    tensors = evidence.inspection.index.tensors
+    num_files = len({info.file for info in tensors.values()})
+    return _passed("F01", f"{len(tensors)} tensors in {num_files} files", 0, "0 problems")
+
+
+def _census(evidence: Evidence, findings: Findings) -> Finding:
+    census = findings.census
+    found = f"{len(census.modules)} matrices, {len(census.params)} other tensors, {len(census.ignored)} not read"
+    return _passed("F02", found, 0, "0 missing or unexpected")
+
+
+def _shapes(evidence: Evidence, findings: Findings) -> Finding:
+    return _passed("F03", f"{len(findings.census.modules)} matrices", 0, "0 wrong")
+
+
+def _formats(evidence: Evidence, findings: Findings) -> Finding:
+    counts: dict[str, int] = {}
+    for stored in findings.census.modules:
+        counts[stored.encoding.name] = counts.get(stored.encoding.name, 0) + 1
+    return _passed("F04", ", ".join(f"{n} x {name}" for name, n in counts.items()), 0, "0 contradictions")
+
+
+def _global_scales(evidence: Evidence, findings: Findings) -> Finding:
+    scalars = [scalar for scalar in findings.scalars if scalar.role == "global_scale"]
+    if not scalars:
+        return Finding("F05", "checkpoint", Verdict.SKIPPED, "no format here has a global scale")
+    worst = farthest_from_median(scalars)
+    return _passed("F05", f"{len(scalars)} global scales", worst, f"within {MAX_RATIO:g} of a layer's median")
+
+
+def _gate_up(evidence: Evidence, findings: Findings) -> Finding:
+    pairs = findings.gate_up
+    if not pairs.num_pairs:
+        return Finding("F06", "checkpoint", Verdict.SKIPPED, "no expert here has a global scale")
+    return _passed("F06", f"{pairs.num_equal} of {pairs.num_pairs} experts share one", 0, "0 experts differ")
+
+
+def _blocks(evidence: Evidence, findings: Findings) -> Finding:
+    blocks = findings.blocks
+    if not blocks.num_modules:
+        return Finding("F07", "checkpoint", Verdict.SKIPPED, "no format here has block scales")
+    share = blocks.num_saturated / max(1, blocks.num_blocks)
+    found = f"{blocks.num_blocks} block scales: {blocks.num_zero} zero, {share:.2%} at the largest number"
+    spread = expert_spread(blocks.largest, findings.scalars)
+    return _passed("F07", found, spread, "no expert far from its layer's median")
+
+
+def _powers_of_two(evidence: Evidence, findings: Findings) -> Finding:
+    rough = findings.blocks.num_rough
+    if not rough:
+        return _passed("F08", "no block scale is stored as a float: E8M0 and E4M3 alone", 0)
+    num_rough = sum(rough.values())
+    found = f"{num_rough} scales in {sum(n > 0 for n in rough.values())} of {len(rough)} matrices are no power of two"
+    remark = (
+        "every kernel here multiplies by the scale as it is" if num_rough else "kernels of any engine can take them"
+    )
+    return _passed("F08", f"{found}; {remark}", num_rough, "any: no kernel here takes exponents alone")
+
+
+def _input_scales(evidence: Evidence, findings: Findings) -> Finding:
+    if not any(scalar.role == "input_scale" for scalar in findings.scalars):
+        return Finding("F09", "checkpoint", Verdict.SKIPPED, "no format here has input scales")
+    shared = sum(coverage.num_shared for coverage in findings.calibration.values())
+    own = sum(coverage.num_own for coverage in findings.calibration.values())
+    found = f"{own} expert matrices have their own, {shared} share their layer's maximum (not reached in calibration)"
+    return _passed("F09", found, shared / max(1, own + shared), "none at a default of 1")
+
+
+def _router(evidence: Evidence, findings: Findings) -> Finding:
+    biases = evidence.biases
+    if not biases:
+        return _passed("F10", "no layer has a router bias; tables name experts that exist, each once", 0)
+    ties, largest = sum(bias.num_ties for bias in biases), max(bias.largest for bias in biases)
+    unused = " (all constant: trained without)" if all(bias.is_constant for bias in biases) else ""
+    found = f"{len(biases)} biases up to {largest:.3g}{unused}; {ties} experts tie with another of their layer"
+    return _passed("F10", found, ties, "any: ties go to the lower id")
+
+
+def _config(evidence: Evidence) -> Finding:
+    if evidence.inspection.findings is None:
+        return Finding("F11", "config.json", Verdict.SKIPPED, "there are no tensors to hold it against")
+    names = ", ".join(evidence.unread) or "none"
+    return _passed("F11", f"not read by this engine: {names}", len(evidence.unread), "any")
+
+
+def _tokens(evidence: Evidence) -> Finding:
+    if evidence.tokenizer is None:
+        return Finding("F12", "tokenizer.json", Verdict.SKIPPED, "config.json could not be read")
+    missing = missing_markers(evidence.tokenizer)
+    found = f"{evidence.tokenizer.num_tokens} tokens; golden prompts and round trips hold"
+    return _passed("F12", found + (f"; without {', '.join(missing)}" if missing else ""), 0, "0 differences")
+
+
+_CHECKS: MappingProxyType[str, Callable[[Evidence], Finding]] = MappingProxyType(
+    {
+        "F01": _files,
+        "F02": _of_tensors("F02", _census),
+        "F03": _of_tensors("F03", _shapes),
+        "F04": _of_tensors("F04", _formats),
+        "F05": _of_tensors("F05", _global_scales),
+        "F06": _of_tensors("F06", _gate_up),
+        "F07": _of_tensors("F07", _blocks),
+        "F08": _of_tensors("F08", _powers_of_two),
+        "F09": _of_tensors("F09", _input_scales),
+        "F10": _of_tensors("F10", _router),
+        "F11": _config,
+        "F12": _tokens,
+    }
+)
+"""What each check says where it found no problem."""
+
+
+def _against_source(folder: Path, selection: Selection, source: Path | None, progress: Progress) -> Iterator[Finding]:
+    if source is None:
+        yield Finding("F13", "checkpoint", Verdict.SKIPPED, "no other export to compare with (--source DIR)")
+        return
+    cpu = torch.device("cpu")
+    try:
+        ours, theirs = Export.of(folder, cpu), Export.of(source, cpu)
+    except (ConfigError, CheckpointError) as error:
+        remedy = "give the folder of a checkpoint that `ownpath inspect` can read"
+        yield Finding("F13", "--source", Verdict.FAIL, f"nothing to compare: {error}", remedy=remedy)
+        return
+    yield from source_findings(ours, theirs, selection, progress)

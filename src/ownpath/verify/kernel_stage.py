@@ -1,0 +1,96 @@
+"""The kernels stage: every planned kernel of a layer alone, on the layer's real weights, through serving's own runners.
+
+A layer is loaded as the whole model would load it, looked at, and let go of before the next. Results are held against
+float64 (``kernels/compare.py``) within what the kernel's arithmetic allows (``kernels/limits.py``).
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ownpath.verdict import Verdict
+from ownpath.verify.finding import Finding
+from ownpath.verify.kept import Kept
+from ownpath.verify.kernels.attending import check_attention
+from ownpath.verify.kernels.boundary import check_boundaries
+from ownpath.verify.kernels.clamp import check_clamp
+from ownpath.verify.kernels.contracts import check_contracts
+from ownpath.verify.kernels.experts import check_experts
+from ownpath.verify.kernels.memory import check_memory
+from ownpath.verify.kernels.probe import Probe
+from ownpath.verify.kernels.products import check_products
+from ownpath.verify.kernels.quantizers import check_quantizers
+from ownpath.verify.kernels.report import error_of
+from ownpath.verify.kernels.rotation import check_rotation
+from ownpath.verify.kernels.routing import check_router
+from ownpath.verify.layer import load_ends, load_layer
+from ownpath.verify.reference.stored import Stored
+from ownpath.verify.subject import Subject
+
+Progress = Callable[[int, int, str], None]
+"""Told (layers done, layers in all, what comes now)."""
+Check = Callable[[Probe], Iterator[Finding]]
+
+ENDS = "ends"
+CHECKS: tuple[tuple[str, Check], ...] = (
+    ("K01", check_products),
+    ("K01", check_experts),
+    ("K02", check_memory),
+    ("K03", check_quantizers),
+    ("K05", check_router),
+    ("K06", check_clamp),
+    ("K07", check_rotation),
+    ("K08", check_boundaries),
+    ("K09", check_attention),
+    ("K10", check_contracts),
+)
+"""K04 comes with K01, and K06 of routed experts too."""
+LOAD_REMEDY = "the file and load stages say more of this layer"
+
+
+def kernel_stage(subject: Subject, progress: Progress | None = None, work: Path | None = None) -> Iterator[Finding]:
+    """K01 to K10 on each chosen layer; on what is in no layer too, where all layers are chosen.
+
+    work: a folder that keeps what was found, layer by layer, for a run that goes on from there.
+    """
+    stored, kept = Stored(subject.index, subject.device), Kept.of(work, "kernels", subject)
+    parts: list[int | None] = [*subject.layer_ids]
+    if subject.selection.layer_ids is None:
+        parts.append(None)
+    for done, layer_idx in enumerate(parts):
+        name = ENDS if layer_idx is None else f"layers.{layer_idx}"
+        if progress is not None:
+            progress(done, len(parts), name)
+        yield from kept.part(name, partial(_part, subject, stored, layer_idx, name))
+
+
+def _part(subject: Subject, stored: Stored, layer_idx: int | None, name: str) -> Iterator[Finding]:
+    """Loads one layer and looks at it."""
+    try:
+        with torch.inference_mode():
+            probe = _loaded(subject, stored, layer_idx, name)
+    except Exception as error:  # whatever a checkpoint can get wrong is what is looked for
+        yield Finding("K01", name, Verdict.FAIL, f"cannot be loaded: {error_of(error)}", remedy=LOAD_REMEDY)
+        return
+    for check_id, check in CHECKS:
+        yield from _found(check_id, check, probe)
+
+
+def _loaded(subject: Subject, stored: Stored, layer_idx: int | None, name: str) -> Probe:
+    if layer_idx is None:
+        return Probe(subject, load_ends(subject), stored, name)
+    layer = load_layer(subject, layer_idx)
+    return Probe(subject, layer, stored, name, layer)
+
+
+def _found(check_id: str, check: Check, probe: Probe) -> list[Finding]:
+    """All of one check's findings, made in inference mode, which must not reach whoever reads them."""
+    found: list[Finding] = []
+    with torch.inference_mode():
+        try:
+            found.extend(check(probe))
+        except Exception as error:  # whatever a kernel can raise is what is looked for
+            found.append(Finding(check_id, probe.name, Verdict.FAIL, error_of(error)))
+    return found

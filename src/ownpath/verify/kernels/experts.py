@@ -1,0 +1,217 @@
+"""K01, K04 and K06 of the routed experts: each chosen expert alone and by name, then mixtures of them.
+
+Every chosen expert is decoded once and run in float64 on a few drawn rows; all calls are made of these rows, so that
+what a call should give is a weighted sum of what is known.
+
+Legend: R drawn rows, E chosen experts, D hidden, T tokens of a call, K experts per token.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ownpath.official import Step
+from ownpath.plan.opspec import OpKind
+from ownpath.plan.plan import PlannedOp
+from ownpath.verify.finding import Finding
+from ownpath.verify.kernels.choices import row_counts, unread, variants_of
+from ownpath.verify.kernels.compare import Deviation, Exact, deviation, ratios
+from ownpath.verify.kernels.diagnose import diagnosis
+from ownpath.verify.kernels.expert_math import Matrices, expert, output_rounding, steps_of
+from ownpath.verify.kernels.probe import Probe
+from ownpath.verify.kernels.products import ONE_FORM, REMEDY
+from ownpath.verify.kernels.report import Tally, error_of
+
+ORDINARY = (1.0, 2.0**-10, 0.5, 1.0, 2.0**-4)
+"""Sizes of the rows that normed activations have, or less: few of their gates reach the clamp."""
+LOUD = (2.0**4, 2.0**6, 2.0**8, 2.0**10)
+"""Sizes of the rows that are to reach it."""
+NUM_ORDINARY = len(ORDINARY)
+PERIOD = NUM_ORDINARY + len(LOUD)
+MAX_DIAGNOSED = 4
+"""Wrong experts whose fault is looked for; with more of them, the fault is not an expert's own."""
+CLAMP_REMEDY = "swiglu_limit is not applied, or with another value: see the kernel's call"
+
+
+@dataclass(frozen=True)
+class Known:
+    """value, bound [R, E, D]: each drawn row through each chosen expert. loud [R, E]: gates that exceed the limit."""
+
+    value: Tensor
+    bound: Tensor
+    loud: Tensor
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call: which drawn row each token is [T], which chosen expert by place [T, K], and weights [T, K]."""
+
+    rows: Tensor
+    places: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The routed experts of one layer."""
+
+    probe: Probe
+    slot: str
+
+    @property
+    def op(self) -> PlannedOp:
+        (op,) = self.probe.ops[self.slot]
+        return op
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """The chosen experts' ids [E]."""
+        assert self.probe.layer is not None
+        return torch.tensor(self.probe.subject.expert_ids(self.probe.layer.layer_idx), device=self.probe.device)
+
+    @cached_property
+    def x(self) -> Tensor:
+        """[R, D]: ordinary rows, then loud ones."""
+        x = self.probe.normal(self.slot, PERIOD, self.probe.config.hidden_size)
+        return (x * torch.tensor((*ORDINARY, *LOUD), device=x.device)[:, None]).to(self.probe.dtype)
+
+    def name(self, place: int) -> str:
+        return f"{self.slot}.{int(self.ids[place])}"
+
+    @cached_property
+    def known(self) -> Known:
+        """One expert after the other, so that never more than one is decoded."""
+        config, stored = self.probe.config, self.probe.stored
+        shape = (len(self.x), len(self.ids), config.hidden_size)
+        value = torch.empty(shape, dtype=torch.float64, device=self.probe.device)
+        bound, loud = torch.empty_like(value), torch.empty_like(value[..., 0])
+        for place in range(len(self.ids)):
+            steps = steps_of(self.op, stored, self.name(place), config.swiglu_limit, self.probe.dtype)
+            matrices = Matrices.of(stored, self.op, self.name(place))
+            exact = expert(self.x, matrices, steps)
+            value[:, place], bound[:, place] = exact.value, exact.bound + output_rounding(exact, self.probe.dtype)
+            gate = steps.inputs(self.x) @ matrices.w1.T
+            loud[:, place] = (gate > config.swiglu_limit).double().mean(-1)
+        return Known(value, bound, loud)
+
+    def call(self, call: Call) -> Tensor:
+        """What the slot gives: [T, D]."""
+        ids_TK, weights_TK = self.ids[call.places].contiguous(), call.weights.contiguous()
+        y: Tensor = self.probe.slots[self.slot](self.x[call.rows], ids_TK, weights_TK)
+        return y
+
+    def unread(self, num_tokens: int) -> tuple[Any, ...]:
+        """Arguments of a call with so many tokens, without values."""
+        slots, device = self.probe.config.num_experts_per_tok, self.x.device
+        x = unread(self.x.dtype, device, num_tokens, self.x.shape[1])
+        weights = unread(torch.float32, device, num_tokens, slots)
+        return x, unread(torch.int64, device, num_tokens, slots), weights
+
+    def exact(self, call: Call) -> Exact:
+        """What it should give."""
+        known = self.known
+        weights = call.weights.double()[..., None]
+        rows = call.rows[:, None]
+        value = (known.value[rows, call.places] * weights).sum(1)
+        return Exact(value, (known.bound[rows, call.places] * weights).sum(1))
+
+
+def check_experts(probe: Probe) -> Iterator[Finding]:
+    """K01, K04 and K06 of the routed experts."""
+    for slot in probe.slots_of(OpKind.MOE):
+        experts = Experts(probe, slot)
+        each = Tally("K01", slot, "experts against dequantise-then-matmul in float64", REMEDY)
+        clamp = Tally("K06", slot, "experts beyond the clamp", CLAMP_REMEDY, "no gate of any expert came near it")
+        try:
+            wrong = _alone(experts, each, clamp)
+            # What one wrong expert does to every mixture says nothing more.
+            if not wrong:
+                _mixtures(experts, each)
+        except Exception as error:  # whatever a kernel can raise is what is looked for
+            each.fail(slot, probe.kernels[slot], error_of(error))
+        yield from each.findings()
+        yield from clamp.findings()
+        if not each.failures:
+            yield from _every_variant(experts)
+
+
+def _alone(experts: Experts, each: Tally, clamp: Tally) -> bool:
+    """Every chosen expert by itself with weight 1, all in one call; returns whether one is wrong."""
+    kernel = experts.probe.kernels[experts.slot]
+    num_rows, num_experts = len(experts.x), len(experts.ids)
+    rows = torch.arange(num_rows, device=experts.x.device).repeat_interleave(num_experts)
+    places = torch.arange(num_experts, device=experts.x.device).repeat(num_rows)
+    call = Call(rows, places[:, None], torch.ones(len(rows), 1, device=experts.x.device))
+    found = experts.call(call)
+    exact = experts.exact(call)
+    if found.shape != exact.value.shape:
+        each.fail(experts.slot, kernel, f"gives {list(found.shape)} for {list(exact.value.shape)}")
+        return True
+    worst = ratios(found, exact).amax(-1).view(num_rows, num_experts)
+    y = found.view(num_rows, num_experts, -1)
+    _add_alone(experts, each, y, worst, slice(NUM_ORDINARY))
+    if bool((experts.known.loud[NUM_ORDINARY:] > 0).any()):
+        _add_alone(experts, clamp, y, worst, slice(NUM_ORDINARY, None))
+    return bool((worst > 1).any())
+
+
+def _add_alone(experts: Experts, tally: Tally, y: Tensor, worst: Tensor, rows: slice) -> None:
+    """The experts' worst elements among some rows."""
+    kernel, known = experts.probe.kernels[experts.slot], experts.known
+    by_expert = worst[rows].amax(0).tolist()
+    for place, ratio in enumerate(by_expert):
+        if ratio <= 1.0:
+            tally.add(experts.name(place), kernel, Deviation(ratio))
+            continue
+        exact = Exact(known.value[rows, place], known.bound[rows, place])
+        found = deviation(y[rows, place], exact)
+        what = "differs"
+        if len(tally.failures) < MAX_DIAGNOSED:
+            what = diagnosis(experts.probe, experts.op, experts.name(place), experts.x, y[:, place])
+        tally.add(experts.name(place), kernel, found, f"{what}; {found}")
+
+
+def _mixtures(experts: Experts, tally: Tally) -> None:
+    """Numbers of tokens, with random choices, with all tokens at one expert, and with most experts left out."""
+    kernel = experts.probe.kernels[experts.slot]
+    for num_tokens in row_counts(experts.probe.is_cuda):
+        for routing, call in routings(experts, num_tokens).items():
+            found = deviation(experts.call(call), experts.exact(call))
+            tally.add(experts.slot, kernel, found, f"{num_tokens} tokens, {routing}: {found}")
+
+
+def routings(experts: Experts, num_tokens: int) -> dict[str, Call]:
+    """Calls of so many tokens, ordinary rows alone."""
+    num_experts, device = len(experts.ids), experts.x.device
+    num_slots = min(experts.probe.config.num_experts_per_tok, num_experts)
+    rows = torch.arange(num_tokens, device=device) % NUM_ORDINARY
+    generator = torch.Generator().manual_seed(num_tokens)
+    order = torch.rand(num_tokens, num_experts, generator=generator).topk(num_slots).indices.to(device)
+    weights = _weights(experts, torch.rand(num_tokens, num_slots, generator=generator).to(device))
+    return {
+        "random experts": Call(rows, order, weights),
+        "all at one expert": Call(rows, torch.full_like(order[:, :1], num_experts - 1), weights[:, :1]),
+        "few of the experts": Call(rows, (order % max(1, num_experts // 4))[:, :1], weights[:, :1]),
+    }
+
+
+def _weights(experts: Experts, drawn: Tensor) -> Tensor:
+    """Ones where the weight comes before a quantiser: what a row becomes would depend on it."""
+    return torch.ones_like(drawn) if Step.ROUTING_WEIGHT in experts.op.choice.kernel.official else drawn + 0.1
+
+
+def _every_variant(experts: Experts) -> Iterator[Finding]:
+    """K04: both ends of what each variant of the kernel serves."""
+    probe = experts.probe
+    kernel = probe.kernels[experts.slot]
+    tally = Tally("K04", experts.slot, "each variant that the experts' chooser can pick", REMEDY, ONE_FORM)
+    for variant, num_tokens in variants_of(kernel, probe.slots[experts.slot], experts.unread):
+        call = routings(experts, num_tokens)["random experts"]
+        found = deviation(experts.call(call), experts.exact(call))
+        where = f"{experts.slot} at {num_tokens} tokens"
+        tally.add(where, f"{kernel} {variant}", found)
+    yield from tally.findings()

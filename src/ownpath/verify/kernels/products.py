@@ -1,0 +1,175 @@
+"""K01 and K04 of the dense products: each against float64, for numbers of rows at which kernels change.
+
+Legend: M rows, K in, N out; T tokens, N heads, H head dim, G groups, R rows of a group, F frequencies.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ownpath.plan.opspec import OpKind
+from ownpath.plan.plan import PlannedOp
+from ownpath.verify.finding import Finding
+from ownpath.verify.kernels.choices import row_counts, unread, variants_of
+from ownpath.verify.kernels.compare import Deviation, Exact, repeated_deviation
+from ownpath.verify.kernels.exact import Inputs, independent, inputs_of, loss_at_load, product, weight_of
+from ownpath.verify.kernels.limits import rounding
+from ownpath.verify.kernels.probe import Probe
+from ownpath.verify.kernels.report import Tally, error_of
+from ownpath.verify.kernels.turning import turned
+
+PERIOD = 1009
+"""Rows that are drawn; a longer input repeats them. A prime, so that a tile never meets its own rows again."""
+POSITIONS = (0, 1, 5, 127, 4096)
+REMEDY = "the weight arrived wrong or the kernel is: run the load stage, then a kernel that the plan can do without"
+
+
+ONE_FORM = "no planned kernel here has more than one"
+
+
+@dataclass(frozen=True)
+class Dense:
+    """One slot's product with its inputs and exact results."""
+
+    probe: Probe
+    slot: str
+
+    @property
+    def ops(self) -> tuple[PlannedOp, ...]:
+        return self.probe.ops[self.slot]
+
+    @property
+    def is_grouped(self) -> bool:
+        return self.ops[0].spec.kind is OpKind.GROUPED
+
+    @cached_property
+    def x(self) -> Tensor:
+        """[M, K]; heads [T, N, H] where the slot is grouped."""
+        num_rows = min(PERIOD, max(row_counts(self.probe.is_cuda)))
+        config = self.probe.config
+        if not self.is_grouped:
+            return self.probe.rows(self.slot, num_rows, self.ops[0].spec.shape[1])
+        width = config.num_attention_heads * config.head_dim
+        heads: Tensor = self.probe.rows(self.slot, num_rows, width).unflatten(1, (-1, config.head_dim))
+        return heads
+
+    @cached_property
+    def angles(self) -> tuple[Tensor, Tensor]:
+        """cos and sin of each row of a grouped slot, float32 [T, F]."""
+        assert self.probe.layer is not None
+        positions = torch.tensor(POSITIONS, device=self.probe.device).repeat(-(-len(self.x) // len(POSITIONS)))
+        cos, sin = self.probe.layer.rope.at(positions[: len(self.x)]).angles
+        return cos, sin
+
+    def call(self, num_rows: int) -> Tensor:
+        """The slot's own result for so many rows: [M, N]."""
+        ids = torch.arange(num_rows, device=self.probe.device) % len(self.x)
+        run: Callable[..., Tensor] = self.probe.slots[self.slot]
+        if not self.is_grouped:
+            return run(self.x[ids])
+        return run(self.x[ids], (self.angles[0][ids], self.angles[1][ids])).flatten(1)
+
+    def unread(self, num_rows: int) -> tuple[Any, ...]:
+        """Arguments of so many rows without values."""
+        x = unread(self.x.dtype, self.x.device, num_rows, *self.x.shape[1:])
+        if not self.is_grouped:
+            return (x,)
+        return x, (self.angles[0][:1].expand(num_rows, -1), self.angles[1][:1].expand(num_rows, -1))
+
+    def compare(self, num_rows: int) -> Deviation:
+        """How far the slot's result is from the exact one."""
+        from_rows = max(start for start in self.exact if start <= num_rows)
+        return repeated_deviation(self.call(num_rows), self.exact[from_rows])
+
+    @cached_property
+    def exact(self) -> dict[int, Exact]:
+        """From how many rows a call has -> its exact result, for every way in which the kernels read their inputs."""
+        parts = [tuple(_exact_parts(self, op)) for op in self.ops]
+        starts = sorted({inputs.from_rows for part in parts for inputs, _ in part})
+        return {start: _beside([_latest(part, start) for part in parts]) for start in starts}
+
+    def place(self, found: Deviation) -> tuple[str, str]:
+        """(where, message) of a wrong result: the module, if all wrong outputs are one module's."""
+        names = [module.name for op in self.ops for module in op.spec.modules]
+        ends = list(accumulate((module.shape[0] for op in self.ops for module in op.spec.modules), initial=0))
+        wrong = {
+            name: [column - start for column in found.columns if start <= column < end]
+            for name, (start, end) in zip(names, pairwise(ends), strict=True)
+        }
+        hit = {name: rows for name, rows in wrong.items() if rows}
+        if len(hit) != 1:
+            return self.slot, str(found)
+        ((name, rows),) = hit.items()
+        size = ends[names.index(name) + 1] - ends[names.index(name)]
+        return name, f"{len(rows)} of {size} outputs are wrong, the first is {rows[0]}: {found}"
+
+
+def _exact_parts(dense: Dense, op: PlannedOp) -> Iterator[tuple[Inputs, Exact]]:
+    """One op's exact results, a pair for each way in which its kernel reads its inputs."""
+    weight, probe = weight_of(op, dense.probe.stored), dense.probe
+    lost = loss_at_load(op, weight, probe.dtype)
+    if dense.is_grouped:
+        yield Inputs(), _grouped(dense, weight, lost)
+        return
+    kinds = inputs_of(op, probe.stored)
+    for inputs, after in zip(kinds, (*kinds[1:], None), strict=True):
+        most = len(dense.x) if after is None else after.from_rows - 1
+        x_MK = inputs.quantize(dense.x[:most])
+        exact = product(x_MK, weight, inputs.slack)
+        yield inputs, exact if lost is None else _plus(exact, independent(x_MK, lost))
+
+
+def _grouped(dense: Dense, weight: Tensor, lost: Tensor | None) -> Exact:
+    """Heads turned back and rounded, then a product for each group: [M, G * R]."""
+    cos, sin = dense.angles
+    u_TNH = turned(dense.x.double(), cos.double(), -sin.double())
+    groups = dense.probe.config.o_groups
+    u_TGK = u_TNH.flatten(1).unflatten(1, (groups, -1))
+    found = []
+    for group, weight_RK in enumerate(weight.unflatten(0, (groups, -1))):
+        u_TK = u_TGK[:, group]
+        exact = _plus(product(u_TK, weight_RK), independent(u_TK * rounding(dense.probe.dtype), weight_RK))
+        if lost is not None:
+            exact = _plus(exact, independent(u_TK, lost.unflatten(0, (groups, -1))[group]))
+        found.append(exact)
+    return _beside(found)
+
+
+def _plus(exact: Exact, more: Tensor) -> Exact:
+    return Exact(exact.value, exact.bound + more)
+
+
+def _beside(parts: list[Exact]) -> Exact:
+    return Exact(torch.cat([part.value for part in parts], 1), torch.cat([part.bound for part in parts], 1))
+
+
+def _latest(parts: tuple[tuple[Inputs, Exact], ...], start: int) -> Exact:
+    return [exact for inputs, exact in parts if inputs.from_rows <= start][-1]
+
+
+def check_products(probe: Probe) -> Iterator[Finding]:
+    """K01 and K04 of every linear and grouped product."""
+    each = Tally("K01", probe.name, "products against dequantise-then-matmul in float64", REMEDY)
+    every = Tally("K04", probe.name, "each variant that a kernel's chooser can pick", REMEDY, ONE_FORM)
+    for slot in probe.slots_of(OpKind.LINEAR, OpKind.GROUPED):
+        dense = Dense(probe, slot)
+        try:
+            for num_rows in row_counts(probe.is_cuda):
+                _add(each, dense, num_rows, probe.kernels[slot])
+            for variant, num_rows in variants_of(probe.kernels[slot], probe.slots[slot], dense.unread):
+                _add(every, dense, num_rows, f"{probe.kernels[slot]} {variant}")
+        except Exception as error:  # whatever a kernel can raise is what is looked for
+            each.fail(slot, probe.kernels[slot], error_of(error))
+    yield from each.findings()
+    yield from every.findings()
+
+
+def _add(tally: Tally, dense: Dense, num_rows: int, kernel: str) -> None:
+    found = dense.compare(num_rows)
+    where, message = dense.place(found) if not found.is_allowed else (dense.slot, "")
+    tally.add(where, kernel, found, message and f"{num_rows} rows: {message}")

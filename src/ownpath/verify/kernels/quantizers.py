@@ -1,0 +1,212 @@
+"""K03: every quantiser of activations, at every value of its format, every middle between two, and beside each.
+
+Legend: R rows, K channels.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ownpath.plan.opspec import OpKind
+from ownpath.runners import Fp8Linear
+from ownpath.runners.official import QuantizedInput
+from ownpath.verify.finding import Finding
+from ownpath.verify.kernels.choices import runners_behind
+from ownpath.verify.kernels.codes import E2M1, E4M3, FP8_FLOOR, nearest
+from ownpath.verify.kernels.exact import largest_input_scale
+from ownpath.verify.kernels.limits import rounding, summing
+from ownpath.verify.kernels.probe import Probe
+from ownpath.verify.kernels.report import Tally, error_of
+from ownpath.verify.reference.rounding import hadamard_matrix, power_of_two_scale
+
+REMEDY = "the quantiser does not round to nearest, ties to even, or takes its scale otherwise: docs/numerics.md"
+KEY_BLOCK, INDEX_BLOCK, INPUT_BLOCK, NVFP4_BLOCK = 64, 32, 128, 16
+EXPONENTS = (0, -3, 5)
+"""Powers of two that scales have in turn."""
+
+
+@dataclass(frozen=True)
+class Quantiser:
+    """run: x [R, K] -> what is read back. low, high: the least and the most that it may be."""
+
+    slot: str
+    width: int
+    block: int
+    most: tuple[float, ...]
+    run: Callable[[Tensor], Tensor]
+    low_high: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def check_quantizers(probe: Probe) -> Iterator[Finding]:
+    """K03 of every slot that quantises activations."""
+    what = "quantisers at every value, middle and edge of their formats"
+    tally = Tally("K03", probe.name, what, REMEDY, "no planned kernel here quantises activations by itself")
+    for quantiser in quantisers(probe):
+        kernel = probe.kernels[quantiser.slot]
+        try:
+            problem = _problem(probe, quantiser)
+        except Exception as error:  # whatever a kernel can raise is what is looked for
+            problem = error_of(error)
+        if problem:
+            tally.fail(quantiser.slot, kernel, problem)
+        else:
+            tally.passed(kernel)
+    yield from tally.findings()
+
+
+def _problem(probe: Probe, quantiser: Quantiser) -> str:
+    x = edges(quantiser.most, quantiser.block, quantiser.width, probe.dtype).to(probe.device)
+    found = quantiser.run(x).double()
+    low, high = quantiser.low_high(x)
+    wrong = ~((found >= low) & (found <= high))
+    if not bool(wrong.any()):
+        return ""
+    place = tuple(int(idx) for idx in wrong.nonzero()[0])
+    value = f"{float(x[place]):.8g} becomes {float(found[place]):.8g}, not {float(low[place]):.8g}"
+    return f"{int(wrong.sum())} of {wrong.numel()} values: {value}"
+
+
+def edges(magnitudes: tuple[float, ...], block: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Rows of blocks whose first value sets a power-of-two scale and whose others are the format's edges times it.
+
+    Also blocks whose largest value lies just beyond what the scale holds, tiny ones, and one of zeros.
+    """
+    block = min(block, width)
+    values = torch.tensor(magnitudes)
+    middle = (values[1:] + values[:-1]) / 2
+    near = torch.cat((values, middle)).to(dtype)
+    up, down = (torch.nextafter(near, torch.full_like(near, to)) for to in (torch.inf, 0.0))
+    listed = torch.cat((near, up, down)).clamp(max=magnitudes[-1])
+    listed = torch.cat((listed, -listed))
+    per_block = block - 1
+    listed = F.pad(listed, (0, -len(listed) % per_block)).view(-1, per_block)
+    anchor = torch.full((len(listed), 1), magnitudes[-1], dtype=dtype)
+    blocks = torch.cat((anchor, listed), 1)
+    scales = torch.tensor(list(islice(cycle(EXPONENTS), len(blocks))))
+    blocks = torch.ldexp(blocks.double(), scales[:, None]).to(dtype)
+    beyond = torch.nextafter(blocks[:1], torch.full_like(blocks[:1], torch.inf))
+    blocks = torch.cat((blocks, beyond, blocks[:1] * 2.0**-24, torch.zeros_like(beyond)))
+    return _rows(blocks, width)
+
+
+def _rows(blocks: Tensor, width: int) -> Tensor:
+    """Blocks side by side [R, width], zeros where no whole one fits."""
+    across = width // blocks.shape[1]
+    padded = F.pad(blocks, (0, 0, 0, -len(blocks) % across)).view(-1, across * blocks.shape[1])
+    rows: Tensor = F.pad(padded, (0, width - padded.shape[1]))
+    return rows
+
+
+def quantisers(probe: Probe) -> Iterator[Quantiser]:
+    """Those of the planned slots."""
+    for slot in probe.slots_of(OpKind.LINEAR):
+        yield from _inputs(probe, slot)
+    config = probe.config
+    for slot in probe.slots_of(OpKind.KEY_QUANTIZER):
+        rotary = config.qk_rope_head_dim
+        yield Quantiser(slot, config.head_dim - rotary, KEY_BLOCK, E4M3, _keys(probe, slot), _exactly(KEY_BLOCK))
+    for slot in probe.slots_of(OpKind.INDEX_QUANTIZER):
+        yield Quantiser(slot, config.index_head_dim, INDEX_BLOCK, E2M1, probe.slots[slot], _index)
+
+
+def _keys(probe: Probe, slot: str) -> Callable[[Tensor], Tensor]:
+    """The slot with rotary channels behind the others, which must come back as they are."""
+
+    def run(x: Tensor) -> Tensor:
+        rotary = probe.normal(slot, len(x), probe.config.qk_rope_head_dim).to(x.dtype)
+        y: Tensor = probe.slots[slot](torch.cat((x, rotary), 1))
+        if not torch.equal(y[:, x.shape[1] :], rotary):
+            raise ValueError("the rotary channels are changed")
+        return y[:, : x.shape[1]]
+
+    return run
+
+
+def _inputs(probe: Probe, slot: str) -> Iterator[Quantiser]:
+    """Of a linear: in front of it, or the one that it launches itself for many rows."""
+    runner: Any = probe.slots[slot]
+    op = probe.ops[slot][0]
+    width = op.spec.shape[1]
+    if isinstance(runner, QuantizedInput) and op.choice.kernel.runner == "QuantizedNvfp4Linear":
+        scale = largest_input_scale(op, [module.name for module in op.spec.modules], probe.stored)
+        yield Quantiser(slot, width, NVFP4_BLOCK, E2M1, runner._quantize, _nvfp4(scale))
+    elif isinstance(runner, QuantizedInput):
+        yield Quantiser(slot, width, INPUT_BLOCK, E4M3, runner._quantize, _exactly(INPUT_BLOCK))
+    for part in runners_behind(runner):
+        if isinstance(part, Fp8Linear) and getattr(part._kernel, "prefill_from", None) is not None:
+            powers = part.operand.power_of_two
+            yield Quantiser(slot, width, INPUT_BLOCK, E4M3, _launched(part), _exactly(INPUT_BLOCK, powers))
+
+
+def _launched(linear: Any) -> Callable[[Tensor], Tensor]:
+    """What the Hopper quantiser writes for the product that follows it, read back."""
+    from ownpath.kernels.cute.fp8_config import QuantizeConfig
+    from ownpath.kernels.cute.fp8_launch import quantize_launch, workspace_bytes
+    from ownpath.kernels.fp8_packing import ACT_BLOCK_BYTES, BLOCK_BYTES, unpack_blocks
+
+    def run(x: Tensor) -> Tensor:
+        num_blocks = linear.operand.num_k_blocks
+        num_bytes = workspace_bytes(len(x), num_blocks)
+        workspace = torch.full((num_bytes,), 255, dtype=torch.uint8, device=x.device)
+        quantize_launch(QuantizeConfig(linear.operand.power_of_two), x, workspace, num_blocks)
+        blocks = workspace.view(-1, num_blocks, ACT_BLOCK_BYTES)
+        stored = blocks[..., :BLOCK_BYTES].contiguous()
+        codes = unpack_blocks(stored, torch.arange(64), len(x), num_blocks * INPUT_BLOCK).view(torch.uint8)
+        scale = blocks[..., BLOCK_BYTES:].contiguous().view(torch.float32).transpose(1, 2).flatten(0, 1)[: len(x)]
+        table = torch.tensor([*E4M3, torch.nan], dtype=torch.float64, device=x.device)
+        size, is_negative = table[(codes & 0x7F).long()], codes >= 0x80
+        value = torch.where(is_negative, -size, size).unflatten(1, (num_blocks, INPUT_BLOCK))
+        read: Tensor = (value * scale.double()[..., None]).flatten(1)[:, : x.shape[1]]
+        return read
+
+    return run
+
+
+def _exactly(block: int, powers: bool = True) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """E4M3, with a power-of-two scale or with a 448th of the largest magnitude, in float32."""
+
+    def expected(x: Tensor) -> tuple[Tensor, Tensor]:
+        blocks: Tensor = F.pad(x.float(), (0, -x.shape[1] % block)).unflatten(1, (-1, block))
+        amax = blocks.abs().amax(-1, keepdim=True).clamp(min=FP8_FLOOR)
+        scale = power_of_two_scale(amax, E4M3[-1]) if powers else (amax / torch.full_like(amax, E4M3[-1])).double()
+        codes = blocks.double() / scale if powers else blocks / scale.float()
+        value = (nearest(codes, E4M3) * scale).flatten(1)[:, : x.shape[1]]
+        return value, value
+
+    return expected
+
+
+def _nvfp4(input_scale: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """E2M1 times an E4M3 scale, without the global one; every division in float32."""
+
+    def expected(x: Tensor) -> tuple[Tensor, Tensor]:
+        blocks = x.float().unflatten(1, (-1, NVFP4_BLOCK))
+        amax = blocks.abs().amax(-1, keepdim=True)
+        scale = nearest(amax / torch.full_like(amax, E2M1[-1]) / input_scale, E4M3)
+        unit = scale.float() * input_scale
+        codes = nearest(torch.where(unit == 0, torch.zeros_like(blocks), blocks / unit), E2M1)
+        value = (codes * scale).flatten(1)
+        return value, value
+
+    return expected
+
+
+def _index(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Hadamard's rotation, rounded, then E2M1: what float32 sums may turn into at most and at least."""
+    matrix = hadamard_matrix(x.shape[1]).to(x.device)
+    turned = x.double() @ matrix
+    slack = summing(x.shape[1]) * (x.double().abs() @ matrix.abs()) + rounding(x.dtype) * turned.abs()
+    found = [_fp4_of(turned + sign * slack, turned) for sign in (-1.0, 0.0, 1.0)]
+    return torch.stack(found).amin(0), torch.stack(found).amax(0)
+
+
+def _fp4_of(x: Tensor, scaled_by: Tensor) -> Tensor:
+    blocks = x.unflatten(1, (-1, INDEX_BLOCK))
+    amax = scaled_by.unflatten(1, (-1, INDEX_BLOCK)).abs().amax(-1, keepdim=True).clamp(min=6 * 2.0**-126)
+    scale = power_of_two_scale(amax, E2M1[-1])
+    return (nearest(blocks / scale, E2M1) * scale).flatten(1)

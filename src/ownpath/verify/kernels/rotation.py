@@ -1,0 +1,112 @@
+"""K07: the rotation by position and its inverse, for queries, keys and compressed entries.
+
+Legend: P positions, F frequencies, N heads, H head dim.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ownpath.model.rope import Rope
+from ownpath.verify.finding import Finding
+from ownpath.verify.kernels.compare import Deviation, Exact, deviation, worse
+from ownpath.verify.kernels.exact import loss_at_load
+from ownpath.verify.kernels.limits import ANGLE_STEPS, FLOAT32_ROUND, SPREAD, rounding, summing
+from ownpath.verify.kernels.probe import Probe
+from ownpath.verify.kernels.report import Tally, error_of
+from ownpath.verify.kernels.turning import frequencies, turned
+
+POSITIONS = (0, 1, 4096, 131072, 1_000_000)
+KERNEL = "torch"
+REMEDY = "theta and YaRN belong to the layer's kind: rope_theta where nothing is compressed, else compress_rope_theta"
+
+
+def check_rotation(probe: Probe) -> Iterator[Finding]:
+    """K07 of a layer: its own table, those of its compressors, and the output projection that undoes it."""
+    if probe.layer is None:
+        return
+    tally = Tally("K07", probe.name, "rotation and its inverse at positions up to a million, in float64", REMEDY)
+    ratio = tuple(probe.config.backbone_layers())[probe.layer.layer_idx].ratio
+    attn = f"{probe.name}.attn"
+    for where, rope, compressing in _tables(probe, attn, compressing=bool(ratio)):
+        try:
+            tally.add(where, KERNEL, _turns(probe, rope, compressing))
+        except Exception as error:  # whatever a kernel can raise is what is looked for
+            tally.fail(where, KERNEL, error_of(error))
+    slot = f"{attn}.wo_a"
+    try:
+        tally.add(slot, probe.kernels[slot], _undone(probe, slot))
+    except Exception as error:  # whatever a kernel can raise is what is looked for
+        tally.fail(slot, probe.kernels[slot], error_of(error))
+    yield from tally.findings()
+
+
+def _tables(probe: Probe, attn: str, *, compressing: bool) -> Iterator[tuple[str, Rope, bool]]:
+    """(name, table, whether it is that of compressing layers)."""
+    assert probe.layer is not None
+    yield f"{attn} rotation", probe.layer.rope, compressing
+    core: Any = probe.slots[f"{attn}.core"]  # entries are turned in there
+    if core.compressor is not None:
+        yield f"{attn}.compressor rotation", core.compressor.rope, True
+    if core.indexer is not None:
+        yield f"{attn}.indexer.compressor rotation", core.indexer.compressor.rope, True
+
+
+def positions(probe: Probe) -> Tensor:
+    """Those that the model has."""
+    return torch.tensor([min(place, probe.config.max_position_embeddings - 1) for place in POSITIONS])
+
+
+def _turns(probe: Probe, rope: Rope, compressing: bool) -> Deviation:
+    """Forth and back at every position, each held against angles in float64."""
+    at_P = positions(probe)
+    angles_PF = at_P[:, None].double() * frequencies(probe.config, compressing=compressing)
+    angles_PF = angles_PF.to(probe.device)
+    x = probe.normal("rotation", len(at_P), 3, probe.config.head_dim).to(probe.dtype)
+    rotation = rope.at(at_P.to(probe.device))
+    forth = deviation(rotation.apply(x), _turned(x, angles_PF))
+    return worse(forth, deviation(rotation.invert(x), _turned(x, -angles_PF)))
+
+
+def _turned(x: Tensor, angles_PF: Tensor) -> Exact:
+    """x turned, and what its angle's error moves: that times the length of the pair."""
+    wide, num_rotary = x.double(), 2 * angles_PF.shape[1]
+    value = turned(wide, angles_PF.cos(), angles_PF.sin())
+    pair = wide[..., -num_rotary:].unflatten(-1, (-1, 2)).norm(dim=-1)
+    error_PF = ANGLE_STEPS * FLOAT32_ROUND * (angles_PF.abs() + 1)
+    moved = (pair * error_PF[:, None]).repeat_interleave(2, -1)
+    bound = torch.zeros_like(value)
+    bound[..., -num_rotary:] = moved + rounding(x.dtype) * pair.repeat_interleave(2, -1)
+    return Exact(value, bound)
+
+
+def _undone(probe: Probe, slot: str) -> Deviation:
+    """Outputs that were turned forth by their positions come out of ``wo_a`` as if they had never been.
+
+    Turning forth rounds once to the activations' dtype, which the product spreads like any rounding of its input.
+    """
+    assert probe.layer is not None
+    config = probe.config
+    at_P = positions(probe).to(probe.device)
+    shape = (len(at_P), config.num_attention_heads, config.head_dim)
+    u_PNH = probe.normal("undone", *shape).to(probe.dtype)
+    rotation = probe.layer.rope.at(at_P)
+    found: Tensor = probe.slots[slot](rotation.apply(u_PNH), rotation.angles)
+    (op,) = probe.ops[slot]
+    matrix = probe.stored.matrix(op.spec.modules[0].name, op.encoding)
+    weight = matrix.unflatten(0, (config.o_groups, -1))
+    u_PGI = u_PNH.double().flatten(1).unflatten(1, (config.o_groups, -1))
+    value = torch.einsum("pgi,gri->pgr", u_PGI, weight)
+    # Twice rounded, by a dtype and by cosines and sines; each channel by no more than its pair is long.
+    pairs = u_PNH.double().unflatten(-1, (-1, 2)).norm(dim=-1).repeat_interleave(2, -1)
+    error = pairs * (2 * rounding(probe.dtype) + ANGLE_STEPS * FLOAT32_ROUND)
+    spread = error.flatten(1).unflatten(1, (config.o_groups, -1)).square()
+    bound = SPREAD * torch.einsum("pgi,gri->pgr", spread, weight.square()).sqrt()
+    sums = summing(u_PGI.shape[-1]) * torch.einsum("pgi,gri->pgr", u_PGI.abs(), weight.abs())
+    lost = loss_at_load(op, matrix, probe.dtype)
+    if lost is not None:
+        lost = lost.unflatten(0, (config.o_groups, -1)).square()
+        bound = bound + SPREAD * torch.einsum("pgi,gri->pgr", u_PGI.square(), lost).sqrt()
+    return deviation(found, Exact(value, bound + sums))

@@ -1,0 +1,120 @@
+"""Which experts and which compressed entries the engine chose, judged by the reference's scores.
+
+At a near tie either choice is right. An engine that picks the best of its own scores s' = s + d picks, in the
+reference's s, nothing that falls behind what it leaves out by more than 2 max|d| of that row: whatever it chose has
+s' >= that of what it left. So each row is held against the distance of its own scores, which have a budget themselves.
+
+Legend: T tokens, K experts per token, E experts, C compressed entries, N candidates of either kind.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What can be chosen from, row by row: ``count_T`` of what ``allowed_TN`` (bool) holds, the best by score.
+
+    scores, engine_scores: of the reference and of the engine [T, N]. size_T: what a score's terms amount to, without
+    signs; the engine sums them in float32.
+    """
+
+    scores_TN: torch.Tensor
+    engine_scores_TN: torch.Tensor
+    allowed_TN: torch.Tensor
+    count_T: torch.Tensor
+    size_T: torch.Tensor
+
+    def best(self) -> torch.Tensor:
+        """The reference's choice, bool [T, N]; of equal scores the lowest index."""
+        scores_TN = self.scores_TN.masked_fill(~self.allowed_TN, -torch.inf)
+        order_TN = scores_TN.sort(dim=1, descending=True, stable=True).indices
+        is_taken_TN = torch.arange(scores_TN.shape[1], device=scores_TN.device) < self.count_T[:, None]
+        return torch.zeros_like(self.allowed_TN).scatter_(1, order_TN, is_taken_TN)
+
+    def slack(self) -> torch.Tensor:
+        """How far the engine's choice may fall behind [T]: twice its scores' distance, and its own sums' rounding."""
+        gap_TN = (self.engine_scores_TN - self.scores_TN).abs().masked_fill(~self.allowed_TN, 0.0)
+        return 2 * (gap_TN.amax(1) + 16 * torch.finfo(torch.float32).eps * self.size_T)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """differs_T: rows that chose something else than the reference. wrong_T: those that no near tie excuses.
+
+    behind: by how much the worst choice falls behind what it left out, in the scores' unit, beyond the slack.
+    """
+
+    differs_T: torch.Tensor
+    wrong_T: torch.Tensor
+    behind: float
+
+    @property
+    def num_differing(self) -> int:
+        return int(self.differs_T.sum())
+
+    @property
+    def num_wrong(self) -> int:
+        return int(self.wrong_T.sum())
+
+
+def expert_candidates(
+    scores_TE: torch.Tensor, engine_logits_TE: torch.Tensor, bias_E: torch.Tensor, num_chosen: int
+) -> Candidates:
+    """Routing by score: sqrt(softplus(logits)) + bias ranks the experts."""
+    engine_TE = F.softplus(engine_logits_TE.double()).sqrt() + bias_E.double()
+    allowed_TE = torch.ones_like(engine_TE, dtype=torch.bool)
+    count_T = torch.full((len(engine_TE),), num_chosen, device=engine_TE.device)
+    return Candidates(scores_TE.double(), engine_TE, allowed_TE, count_T, engine_TE.abs().amax(1))
+
+
+def entry_candidates(
+    scores_TC: torch.Tensor, operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor], ratio: int, topk: int
+) -> Candidates:
+    """The indexer's: of a sequence from its first token on, row t may choose among the (t + 1) // ratio first entries.
+
+    operands: the engine's index queries [T, I, H], head weights [T, I] and index keys [C, H].
+    """
+    q_TIH, weights_TI, keys_CH = operands
+    num_tokens, num_entries = scores_TC.shape
+    complete_T = (torch.arange(num_tokens, device=scores_TC.device) + 1) // ratio
+    allowed_TC = torch.arange(num_entries, device=scores_TC.device) < complete_T[:, None]
+    engine_TC = index_scores(q_TIH, weights_TI, keys_CH)
+    size_T = index_scores(q_TIH, weights_TI.abs(), keys_CH).amax(1)
+    scores_TC = scores_TC.double().masked_fill(~allowed_TC, 0.0)
+    return Candidates(scores_TC, engine_TC, allowed_TC, complete_T.clamp(max=topk), size_T)
+
+
+def index_scores(q_TIH: torch.Tensor, weights_TI: torch.Tensor, keys_CH: torch.Tensor) -> torch.Tensor:
+    """Sum over heads of w relu(q . k), float64 [T, C]."""
+    scores_TC = torch.zeros(len(q_TIH), len(keys_CH), dtype=torch.float64, device=q_TIH.device)
+    keys_HC = keys_CH.double().T
+    for head in range(q_TIH.shape[1]):  # one head at a time: [T, I, C] of a long text is gigabytes
+        scores_TC += weights_TI[:, head, None].double() * torch.relu(q_TIH[:, head].double() @ keys_HC)
+    return scores_TC
+
+
+def mask_of(ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Expert ids as a mask bool [T, E]; an id that there is none of counts as no choice."""
+    ids_TK = ids_TK.long()
+    exists_TK = (ids_TK >= 0) & (ids_TK < num_experts)
+    mask_TE = torch.zeros(len(ids_TK), num_experts + 1, dtype=torch.bool, device=ids_TK.device)
+    return mask_TE.scatter_(1, torch.where(exists_TK, ids_TK, num_experts), True)[:, :num_experts]
+
+
+def judge(chosen_TN: torch.Tensor, candidates: Candidates) -> Judged:
+    """Holds a choice, bool [T, N], against the reference's and, where they differ, against the reference's scores.
+
+    A row that chose what is not allowed, or another number, is wrong whatever the scores.
+    """
+    allowed_TN, scores_TN = candidates.allowed_TN, candidates.scores_TN
+    differs_T = (chosen_TN != candidates.best()).any(1)
+    lowest_T = scores_TN.masked_fill(~chosen_TN, torch.inf).amin(1)
+    left_T = scores_TN.masked_fill(chosen_TN | ~allowed_TN, -torch.inf).amax(1)
+    behind_T = left_T - lowest_T - candidates.slack()
+    is_forbidden_T = (chosen_TN & ~allowed_TN).any(1) | (chosen_TN.sum(1) != candidates.count_T)
+    wrong_T = differs_T & (is_forbidden_T | ~(behind_T <= 0))
+    behind = torch.nan_to_num(behind_T[wrong_T & ~is_forbidden_T], nan=torch.inf)
+    return Judged(differs_T, wrong_T, float(behind.max()) if len(behind) else 0.0)

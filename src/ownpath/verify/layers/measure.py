@@ -1,0 +1,112 @@
+"""How far a value of the engine is from the reference's, in numbers that a report can plot."""
+
+from dataclasses import dataclass
+
+import torch
+
+ROW_FACTOR = 8.0
+"""A row may be so many times further away than the rows together: the budget is of the root mean square over all rows,
+of which the largest among some thousand is 4 to 5 times as far if each row's error is Gaussian, and errors of rows
+grow with the rows. Without it, one wrong row among a thousand would drown."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One value of one layer.
+
+    slot: its name; budget: what ``rel_l2`` may be. kernel: the one that computed it, empty for what is no slot.
+    rel_l2: |e - r| / |r| over all rows. worst_row: the largest over rows, of |r| the row's or the rows' root mean
+    square, whichever is larger. nonfinite_share, zero_share: of the engine's entries that are not finite, or zero.
+    amax, reference_amax: largest magnitudes. dtypes: of the slot's input and output.
+    """
+
+    layer_idx: int
+    slot: str
+    rel_l2: float
+    worst_row: float
+    cosine: float
+    max_abs: float
+    amax: float
+    reference_amax: float
+    nonfinite_share: float
+    zero_share: float
+    budget: float
+    kernel: str = ""
+    dtype_in: str = ""
+    dtype_out: str = ""
+
+    @property
+    def is_within(self) -> bool:
+        """Whether it is finite and within its budget, together and row by row."""
+        rows = self.worst_row <= ROW_FACTOR * self.budget
+        return self.nonfinite_share == 0 and self.rel_l2 <= self.budget and rows
+
+    @property
+    def excess(self) -> float:
+        """How many times its budget it takes, together or in its worst row."""
+        if self.nonfinite_share:
+            return float("inf")
+        return max(self.rel_l2, self.worst_row / ROW_FACTOR) / max(self.budget, torch.finfo(torch.float64).tiny)
+
+    @property
+    def grown(self) -> float:
+        """How much larger or smaller its largest magnitude is than the reference's, relative; 0 where that is 0."""
+        return abs(self.amax / self.reference_amax - 1) if self.reference_amax else 0.0
+
+    @property
+    def is_as_large(self) -> bool:
+        """An element as large as the largest is off by some 8 times its share of the noise at most."""
+        return self.grown <= ROW_FACTOR * self.budget
+
+
+@dataclass(frozen=True)
+class Distance:
+    """The numbers of a ``Measurement`` that come from the two values alone."""
+
+    rel_l2: float
+    worst_row: float
+    cosine: float
+    max_abs: float
+    amax: float
+    reference_amax: float
+    nonfinite_share: float
+    zero_share: float
+
+
+def distance(engine: torch.Tensor, reference: torch.Tensor) -> Distance:
+    """The distance of a value [T, ...] to the reference's, in float64; entries that are not finite count as zeros.
+
+    Errors: ValueError for shapes that differ.
+    """
+    if engine.shape != reference.shape:
+        raise ValueError(f"the engine's is {list(engine.shape)}, the reference's {list(reference.shape)}")
+    if not engine.numel():
+        return Distance(0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    num_finite, num_nonzero = engine.isfinite().sum(), engine.count_nonzero()
+    found, wanted = engine.double().flatten(1).nan_to_num(0.0, 0.0, 0.0), reference.double().flatten(1)
+    gap = found - wanted
+    gap_T, found_T, wanted_T = (torch.linalg.vecdot(x, x) for x in (gap, found, wanted))
+    dot = torch.linalg.vecdot(found, wanted).sum()
+    numbers = torch.stack(
+        (
+            _ratio(gap_T.sum(), wanted_T.sum()),
+            _ratio(gap_T, torch.maximum(wanted_T, wanted_T.mean())).max(),
+            torch.where(gap_T.sum() == 0, 1.0, dot / (found_T.sum() * wanted_T.sum()).sqrt().clamp(min=1e-300)),
+            *(x.abs().max() for x in (gap, found, wanted)),
+            1 - num_finite.double() / engine.numel(),
+            1 - num_nonzero.double() / engine.numel(),
+        )
+    )
+    return Distance(*numbers.tolist())
+
+
+def row_distances(engine: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Each row's distance, as ``Measurement.worst_row`` has it: float64 [T]."""
+    found, wanted = engine.double().flatten(1), reference.double().flatten(1)
+    gap_T, wanted_T = (found - wanted).square().sum(1), wanted.square().sum(1)
+    return torch.nan_to_num(_ratio(gap_T, torch.maximum(wanted_T, wanted_T.mean())), nan=torch.inf)
+
+
+def _ratio(gap: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """Root of the quotient; of nothing to nothing 0, of something to nothing infinite."""
+    return torch.where(gap == 0, 0.0, gap / size).sqrt()

@@ -1,0 +1,79 @@
+"""The reference of one checkpoint, in the arithmetic that judges one engine."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from ownpath.official import ALWAYS_OFFICIAL, Step
+from ownpath.plan.catalogue import FP8_PREFILL_FROM
+from ownpath.verify.budgets import LogitBudget, budget, logit_budget
+from ownpath.verify.reference.arithmetic import Arithmetic
+from ownpath.verify.reference.block import Choices, Trace, reference_block, reference_embed, reference_head
+from ownpath.verify.reference.stored import Stored
+from ownpath.verify.subject import Subject
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """Computes what the engine should have computed, of one sequence from its first token on.
+
+    It is wider than the engine: float64 for float32, float32 for 16 bits. It quantises activations where the engine
+    does: as official numerics ask for, or as the planned kernels do.
+    """
+
+    subject: Subject
+    stored: Stored
+    arithmetic: Arithmetic
+    token_ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, subject: Subject, token_ids: tuple[int, ...]) -> "Oracle":
+        dtype = torch.float64 if subject.engine.dtype.itemsize >= 4 else torch.float32
+        kernels, official = [op.choice.kernel for op in subject.plan.ops], subject.engine.official
+        is_w4a4 = any("W4A4" in kernel.runner for kernel in kernels)
+        is_w8a8 = any(kernel.name in W8A8_KERNELS for kernel in kernels) and len(token_ids) >= FP8_PREFILL_FROM
+        is_w8a8 = is_w8a8 and Step.FP8_INPUTS not in official
+        arithmetic = Arithmetic(dtype, official=official, w4a4=is_w4a4, w8a8=is_w8a8)
+        return cls(subject, Stored(subject.index, subject.device, dtype), arithmetic, token_ids)
+
+    @cached_property
+    def token_ids_T(self) -> torch.Tensor:
+        return torch.tensor(self.token_ids, dtype=torch.int64, device=self.subject.device)
+
+    def embed(self) -> torch.Tensor:
+        """The streams before the first layer [T, S, D]."""
+        return reference_embed(self.subject.config, self.stored, self.token_ids_T, self.arithmetic)
+
+    def block(self, layer_idx: int, streams_TSD: torch.Tensor, choices: Choices | None = None) -> Trace:
+        """Everything that one layer computes."""
+        subject, ids_T = self.subject, self.token_ids_T
+        return reference_block(
+            subject.config, layer_idx, self.stored, subject.plan, streams_TSD, ids_T, self.arithmetic, choices
+        )
+
+    def head(self, streams_TSD: torch.Tensor) -> torch.Tensor:
+        """Logits of some rows [T, V]."""
+        return reference_head(self.subject.config, self.stored, self.subject.plan, streams_TSD, self.arithmetic)
+
+    def budget(self, kind: str) -> float:
+        """How far a value of the engine may be from this."""
+        return budget(kind, *self._mode)
+
+    def logit_budget(self) -> LogitBudget:
+        """How far the whole model's logits may be from this."""
+        return logit_budget(*self._mode)
+
+    @property
+    def _mode(self) -> tuple[torch.dtype, bool, bool, bool]:
+        """dtype, and whether NVFP4 weights, FP8 weights have their inputs rounded, and whether that is official."""
+        engine, how = self.subject.engine, self.arithmetic
+        return engine.dtype, how.w4a4, how.w8a8, bool(engine.official - ALWAYS_OFFICIAL)
+
+    def of_few_rows(self) -> "Oracle | None":
+        """As the engine computes steps of few rows, if it does so otherwise than long ones: without W8A8."""
+        return replace(self, arithmetic=replace(self.arithmetic, w8a8=False)) if self.arithmetic.w8a8 else None
+
+
+W8A8_KERNELS = ("cute.fp8_linear_sm90",)
+"""Kernels of FP8 weights that quantise activations of their own accord, from ``FP8_PREFILL_FROM`` rows on."""

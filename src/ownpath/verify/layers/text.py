@@ -1,0 +1,82 @@
+"""The fixed text that the layers read: long enough for every kind of attention to come to its edges."""
+
+from dataclasses import dataclass
+from itertools import cycle, islice
+
+import torch
+
+from ownpath.chat.tokenizer import Tokenizer, TokenizerError
+from ownpath.config import CSA_RATIO, HCA_RATIO
+from ownpath.verify.subject import Subject
+
+PARAGRAPH = """\
+The ferry leaves the northern harbour at a quarter past six, when the water is still grey and the gulls sleep on the \
+roof of the customs house. Its captain, Ines Marlow, has crossed the strait four thousand times and writes down every \
+crossing: the wind, the height of the waves, how many passengers came aboard, and one thing that she had never seen \
+before. On the 3rd of March 1998 it was a heron on the bridge; in the summer of 2004, a boy who asked whether the sea \
+has a back side. Her mate collects the fares in a tin box: 2.50 for a grown person, half of that for a child, nothing \
+for a dog. If twelve grown persons, six children and two dogs come aboard, the box holds 37.50 more than before.
+
+def fare(adults: int, children: int) -> float:
+    return 2.5 * adults + 1.25 * children
+
+Halfway across, the engine is stopped for a minute. Nobody remembers who began the custom, but everybody keeps it. One \
+hears the hull creak, the ropes knock against the mast, and far away the bell of the lighthouse, which rings twice for \
+fog and three times for a birth. An old man from the islands used to say that this minute is the only one of the day \
+that belongs to no one. Then the engine starts again, the cups tremble on their hooks, and the southern shore comes \
+closer: first the hill, then the chapel, then the long wall with the names of the boats painted on it in red, white \
+and green. Die Fähre legt an, les voyageurs descendent, y el capitán apunta una línea más en su cuaderno.
+"""
+_SEED = 20
+_EDGE = 6
+"""Tokens behind the last window of 128, so that a step near the end completes one and others follow it."""
+_CPU_WINDOWS, _CUDA_WINDOWS = (3, 6), (8, 18)
+"""The fewest and the most windows of 128 tokens: seconds on two cores; more than a thousand positions on a GPU."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """token_ids, and what they are, in words."""
+
+    token_ids: tuple[int, ...]
+    what: str
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+def text_of(subject: Subject) -> Text:
+    """The paragraph in the checkpoint's own tokens, over and over; seeded random ids where it has no tokenizer.
+
+    Its length lets the indexer choose (more entries than ``index_topk``) where the device can afford that, and never
+    exceeds what the engine is configured for.
+    """
+    num_tokens = _num_tokens(subject)
+    words = _tokenized(subject)
+    if words is None:
+        generator = torch.Generator().manual_seed(_SEED)
+        ids = torch.randint(0, subject.config.vocab_size, (num_tokens,), generator=generator).tolist()
+        return Text(tuple(ids), f"{num_tokens} random tokens (seed {_SEED})")
+    return Text(tuple(islice(cycle(words), num_tokens)), f"{num_tokens} tokens of a fixed text")
+
+
+def _num_tokens(subject: Subject) -> int:
+    config = subject.config
+    fewest, most = _CPU_WINDOWS if subject.device.type == "cpu" else _CUDA_WINDOWS
+    choosing = CSA_RATIO * (config.index_topk + HCA_RATIO // CSA_RATIO) if CSA_RATIO in config.compress_ratios else 0
+    wanted = -(-choosing // HCA_RATIO)
+    windows = max(fewest, wanted) if wanted <= most else fewest
+    return min(HCA_RATIO * windows + _EDGE, subject.engine.max_model_len, config.max_position_embeddings)
+
+
+def _tokenized(subject: Subject) -> list[int] | None:
+    """BOS and the paragraph; ``None`` where no tokenizer fits this model."""
+    if not (subject.folder / "tokenizer.json").exists():
+        return None
+    try:
+        ids = Tokenizer.from_folder(subject.folder).encode_text(PARAGRAPH)
+    except TokenizerError:
+        return None
+    ids = [subject.config.bos_token_id, *ids]
+    return ids if max(ids) < subject.config.vocab_size else None

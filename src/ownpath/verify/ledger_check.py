@@ -1,0 +1,191 @@
+"""What was planned against what ran: `ownpath plan --json` before, the calls of a prompt after, slot by slot."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ownpath.plan.opspec import OpKind, OpSpec
+from ownpath.plan.show import plan_dict
+from ownpath.runners import Record
+from ownpath.verdict import Verdict
+from ownpath.verify.finding import Finding
+from ownpath.verify.launched import check_launches
+from ownpath.verify.ledger_run import Ran, run_parts
+from ownpath.verify.places import folded
+from ownpath.verify.planned import FACTS, PlannedSlot, WrittenPlan
+from ownpath.verify.subject import Subject
+
+Kinds = dict[str, tuple[OpKind, bool]]
+"""slot -> (what it is, whether its result is wide)."""
+Faults = list[tuple[str, str]]
+"""(slot, what is wrong)."""
+REMEDIES = {
+    "LG01": "make the plan again (ownpath plan MODEL --json), with the device and the demands that are verified",
+    "LG02": "a slot that never runs is a product or a step that the model leaves out: the model's code is at fault",
+    "LG03": "something replaced the planned runner or kernel after the plan was made",
+    "LG04": "the weights lie in another layout than the plan says",
+    "LG05": "the engine's dtype is not the plan's: the same --device and --numerics for both",
+}
+_SIGNS = {
+    OpKind.LINEAR: ("A", "A"),
+    OpKind.GROUPED: ("A", "A"),
+    OpKind.MOE: ("AIW", "A"),
+    OpKind.HYPER: ("AAWW", "AAWW"),
+    OpKind.NORM: ("A", "A"),
+    OpKind.ROUTER: ("AI", "IW"),
+    OpKind.SWIGLU: ("A", "A"),
+    OpKind.ATTENTION: ("AA", "A"),
+    OpKind.KEY_QUANTIZER: ("A", "A"),
+    OpKind.INDEX_QUANTIZER: ("A", "A"),
+}
+"""The dtypes of a call's first arguments and results, a letter each. A: the activations'; W: that, but at least
+float32; I: ids."""
+
+
+def kinds_of(subject: Subject) -> Kinds:
+    """The slots that a run calls: those of the chosen layers and those of no layer."""
+    chosen = tuple(f"layers.{layer_idx}." for layer_idx in subject.layer_ids)
+    return {
+        planned.spec.slot: (planned.spec.kind, isinstance(planned.spec, OpSpec) and planned.spec.is_wide)
+        for planned in subject.plan.decided
+        if planned.spec.slot.startswith(chosen) or not planned.spec.slot.startswith(("layers.", "mtp."))
+    }
+
+
+def check_ledger(
+    subject: Subject,
+    plan_json: Mapping[str, Any],
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Iterator[Finding]:
+    """Holds a written plan against today's plan of the checkpoint, then against what a prompt runs.
+
+    plan_json: what ``ownpath plan --json`` printed. Layers run one at a time, so that two are never in memory.
+    Errors: ValueError naming the field where ``plan_json`` is no plan.
+    """
+    written = WrittenPlan.of(plan_json)
+    today = WrittenPlan.of(plan_dict(subject.plan))
+    yield from _judged("LG01", plan_faults(written, today), len(today.slots), "slots are planned as in the file")
+    yield from compare(kinds_of(subject), written, list(run_parts(subject, progress)))
+    num_drafts = subject.plan.draft.num_modules
+    if num_drafts:
+        reason = "a prompt does not run the draft's layer"
+        yield Finding("LG02", f"mtp (modules: {num_drafts})", Verdict.SKIPPED, reason)
+
+
+def compare(kinds: Kinds, written: WrittenPlan, parts: Sequence[Ran]) -> Iterator[Finding]:
+    """Every finding about what ran. kinds: the slots that had to run."""
+    for part in parts:
+        if part.failure:
+            remedy = "ownpath inspect MODEL says whether the checkpoint is at fault"
+            yield Finding("LG02", part.where, Verdict.FAIL, f"did not run: {part.failure}", remedy=remedy)
+    records = [record for part in parts for record in part.records]
+    ran = {record.slot for record in records}
+    missed = [] if any(part.failure for part in parts) else call_faults(kinds, written, ran)
+    yield from _judged("LG02", missed, len(ran), "slots were called")
+    yield from _judged("LG03", use_faults(written, records), len(ran), "slots ran the planned runner and kernel")
+    with_layout = {record.slot for record in records if _layout_of(written, record)}
+    yield from _judged("LG04", layout_faults(written, records), len(with_layout), "slots have the planned layout")
+    faults = dtype_faults(kinds, str(written.facts["activations"]), records)
+    yield from _judged("LG05", faults, len(records), "distinct calls have the demanded dtypes")
+    yield from check_launches(written, parts)
+
+
+def plan_faults(written: WrittenPlan, today: WrittenPlan) -> Faults:
+    """Where two plans differ."""
+    faults = [
+        (name, f"{written.facts[name]!r} in the file, {today.facts[name]!r} here")
+        for name in FACTS
+        if written.facts[name] != today.facts[name]
+    ]
+    faults += [(slot, "planned here, not in the file") for slot in today.slots if slot not in written.slots]
+    for slot, planned in written.slots.items():
+        if slot not in today.slots:
+            faults.append((slot, "in the file, not planned here"))
+        else:
+            faults += [(slot, words) for words in _differences(planned, today.slots[slot])]
+    return faults
+
+
+def _differences(written: PlannedSlot, today: PlannedSlot) -> list[str]:
+    return [
+        f"{name} {was or 'none'} in the file, {now or 'none'} here"
+        for name, was in vars(written).items()
+        if was != (now := getattr(today, name))
+    ]
+
+
+def call_faults(kinds: Iterable[str], written: WrittenPlan, ran: set[str]) -> Faults:
+    """Slots that had to run and did not."""
+    planned = ((slot, written.slots.get(slot)) for slot in kinds if slot not in ran)
+    return [(slot, f"never called{f'; planned {_named(entry)}' if entry else ''}") for slot, entry in planned]
+
+
+def use_faults(written: WrittenPlan, records: Iterable[Record]) -> Faults:
+    """Calls of slots that are not planned, or on another runner or kernel."""
+    faults = []
+    for record in records:
+        planned, ran = written.slots.get(record.slot), _named(record.use)
+        if planned is None:
+            faults.append((record.slot, f"not in the plan, ran {ran}"))
+        elif _named(planned) != ran:
+            faults.append((record.slot, f"planned {_named(planned)}, ran {ran}"))
+    return list(dict.fromkeys(faults))
+
+
+def layout_faults(written: WrittenPlan, records: Iterable[Record]) -> Faults:
+    """Calls on weights that lie in another layout than planned."""
+    faults = []
+    for record in records:
+        planned = _layout_of(written, record)
+        possible = record.use.layout.replace("+", " or ").split(" or ")
+        if not set(planned.split("+") if planned else ()) <= set(possible):
+            faults.append((record.slot, f"planned {planned}, the kernel that ran reads {record.use.layout}"))
+    return list(dict.fromkeys(faults))
+
+
+def dtype_faults(kinds: Kinds, activations: str, records: Iterable[Record]) -> Faults:
+    """Calls with other dtypes than a plan for these activations demands."""
+    faults = []
+    for record in records:
+        if record.slot not in kinds:
+            continue
+        kind, is_wide = kinds[record.slot]
+        arguments, results = _SIGNS[kind]
+        for what, signs, tensors in (
+            ("argument", arguments, record.arguments),
+            ("result", "W" if is_wide else results, record.results),
+        ):
+            for idx, (sign, tensor) in enumerate(zip(signs, tensors, strict=False)):
+                wanted, found = _dtypes(sign, activations), tensor.partition("[")[0]
+                if found not in wanted:
+                    faults.append((record.slot, f"{what} {idx} must be {' or '.join(wanted)}, is {found}"))
+    return list(dict.fromkeys(faults))
+
+
+def _dtypes(sign: str, activations: str) -> tuple[str, ...]:
+    if sign == "I":
+        return ("int64", "int32")
+    if sign == "A":
+        return (activations,)
+    wide = torch.promote_types(getattr(torch, activations), torch.float32)
+    return (str(wide).removeprefix("torch."),)
+
+
+def _layout_of(written: WrittenPlan, record: Record) -> str:
+    planned = written.slots.get(record.slot)
+    return planned.layout if planned is not None else ""
+
+
+def _named(planned: Any) -> str:
+    """How findings name a runner and its kernel."""
+    return f"{planned.runner} ({planned.kernel})"
+
+
+def _judged(check: str, faults: Faults, num_seen: int, passes: str) -> Iterator[Finding]:
+    """A finding for every fault, or one that says how many were looked at."""
+    for where, message in folded(faults):
+        yield Finding(check, where, Verdict.FAIL, message, allowed="no difference", remedy=REMEDIES[check])
+    if not faults:
+        what = f"{num_seen} {passes}"
+        yield Finding(check, "plan" if check == "LG01" else "ledger", Verdict.PASS, what, 0, "no difference")

@@ -1,0 +1,284 @@
+"""A verification as people read it in ten seconds, and as programs read it."""
+
+import hashlib
+import json
+import math
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ownpath.bench.record import device_name
+from ownpath.checkpoint.header import MAX_HEADER_BYTES
+from ownpath.inspect.show import printable
+from ownpath.plan.plan import Plan
+from ownpath.plan.show import align, plan_dict
+from ownpath.verdict import Verdict
+from ownpath.verify.checks import TITLES
+from ownpath.verify.finding import Finding, failed
+from ownpath.verify.layers.measure import Measurement
+from ownpath.verify.run import Result, StageResult
+from ownpath.verify.subject import Selection
+from ownpath.versions import versions
+
+MAX_FAILURES = 8
+"""Lines for one failing check; the rest is counted. ``--json`` has them all."""
+SCHEMA = "ownpath verify 1"
+_LAYER = re.compile(r"(?:layers|mtp)\.\d+(?=\.|$)")
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """SHA-256 over config.json and every shard's header, by file name: which tensors, of what type, and where.
+
+    It tells exports apart, not contents: weights are not read.
+    """
+    digest = hashlib.sha256()
+    for path in sorted((folder / "config.json", *folder.glob("*.safetensors"))):
+        if path.is_file():
+            data = path.read_bytes() if path.suffix == ".json" else _header(path)
+            digest.update(f"{path.name} {len(data)}\n".encode() + data)
+    return digest.hexdigest()
+
+
+def _header(path: Path) -> bytes:
+    with path.open("rb") as shard:
+        length = shard.read(8)
+        return length + shard.read(min(int.from_bytes(length, "little"), MAX_HEADER_BYTES))
+
+
+def plan_digest(plan: Plan) -> str:
+    """SHA-256 over what ``ownpath plan --json`` prints: which kernel runs what, from which layout, and why."""
+    return hashlib.sha256(json.dumps(plan_dict(plan), sort_keys=True).encode()).hexdigest()
+
+
+def layer_of(finding: Finding) -> str | None:
+    """The layer that a finding is about, as ``layers.3``."""
+    match = _LAYER.match(finding.where)
+    return match[0] if match else None
+
+
+def first_bad_layer(findings: Iterable[Finding]) -> str | None:
+    """The lowest layer with a failure."""
+    layers = {layer for finding in failed(findings) if (layer := layer_of(finding))}
+    return min(layers, key=_depth, default=None)
+
+
+def _depth(layer: str) -> tuple[bool, int]:
+    stack, _, number = layer.partition(".")
+    return stack != "layers", int(number)
+
+
+def worst_layer(findings: Iterable[Finding]) -> tuple[str, Finding] | None:
+    """The layer with the largest error of the layer checks (V01, or the first of them that measured any)."""
+    measured = [f for f in findings if f.id.startswith("V") and f.number is not None and layer_of(f)]
+    if not measured:
+        return None
+    first = min(finding.id for finding in measured)
+    worst = max((f for f in measured if f.id == first), key=lambda f: _rank(f.number))
+    return layer_of(worst) or "", worst
+
+
+def _rank(number: float | None) -> float:
+    """NaN is worse than any number."""
+    return math.inf if number is None or math.isnan(number) else number
+
+
+def kernels_of(plan: Plan) -> dict[str, int]:
+    """Kernel -> how many of the plan's slots it runs."""
+    return dict(sorted(Counter(kernel for _, kernel in plan.slots.values()).items()))
+
+
+def report_dict(result: Result) -> dict[str, Any]:
+    """The report for programs; the keys are documented in docs/verify.md."""
+    job, findings = result.job, result.findings
+    plan = plan_of(result)
+    worst = worst_layer(findings)
+    layers = job.selection.layer_ids
+    return {
+        "schema": SCHEMA,
+        "verdict": verdict_of(result),
+        "unreadable": result.unreadable or None,
+        "model": str(job.folder),
+        "checkpoint_digest": checkpoint_digest(job.folder),
+        "plan_digest": None if plan is None else plan_digest(plan),
+        "device": device_name(job.engine.device),
+        "dtype": str(job.engine.dtype).removeprefix("torch."),
+        "versions": versions(),
+        "selection": {
+            "layers": None if layers is None else sorted(layers),
+            "num_experts": job.selection.num_experts,
+            "seed": job.selection.seed,
+        },
+        "seconds": round(seconds_of(result), 3),
+        "counts": {verdict.value.lower(): count for verdict, count in _counts(findings).items()},
+        "first_bad_layer": first_bad_layer(findings),
+        "worst_layer": None if worst is None else {"layer": worst[0], "finding": _finding_dict(worst[1])},
+        "kernels": None if plan is None else kernels_of(plan),
+        "stages": [_stage_dict(stage) for stage in result.stages],
+        "measurements": [_measurement_dict(measured) for measured in result.measurements],
+    }
+
+
+def plan_of(result: Result) -> Plan | None:
+    """Made by some stage, or not at all."""
+    subject = vars(result.job).get("subject")
+    return None if subject is None else subject.plan
+
+
+def verdict_of(result: Result) -> str:
+    """pass or fail."""
+    return "pass" if result.passed else "fail"
+
+
+def seconds_of(result: Result) -> float:
+    """Of all stages."""
+    return sum(stage.seconds for stage in result.stages)
+
+
+def _counts(findings: Iterable[Finding]) -> dict[Verdict, int]:
+    counts = Counter(finding.verdict for finding in findings)
+    return {verdict: counts[verdict] for verdict in Verdict}
+
+
+def _stage_dict(stage: StageResult) -> dict[str, Any]:
+    findings = [_finding_dict(finding) for finding in stage.findings]
+    skipped = stage.skipped or None
+    return {"name": stage.name, "seconds": round(stage.seconds, 3), "skipped": skipped, "findings": findings}
+
+
+def _finding_dict(finding: Finding) -> dict[str, Any]:
+    return _named(dict(vars(finding)) | {"verdict": finding.verdict.value.lower()})
+
+
+def _measurement_dict(measured: Measurement) -> dict[str, Any]:
+    return _named(dict(vars(measured)) | {"is_within": measured.is_within})
+
+
+def _named(fields: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity: such a number is its name."""
+    strange = {key: str(x) for key, x in fields.items() if isinstance(x, float) and not math.isfinite(x)}
+    return fields | strange
+
+
+def report_text(result: Result) -> str:
+    """Verdict, first bad and worst layer, kernels; failures with remedies; then every check in a line."""
+    job, findings = result.job, result.findings
+    worst, plan = worst_layer(findings), plan_of(result)
+    lines = [f"{job.folder.resolve().name} on {device_name(job.engine.device)}: {verdict_of(result).upper()}"]
+    lines += [f"unreadable       {result.unreadable}"] if result.unreadable else []
+    lines += [f"findings         {counts_text(findings)} in {seconds_of(result):.1f} s"]
+    lines += [f"first bad layer  {first_bad_layer(findings) or 'none'}"]
+    lines += [f"worst layer      {worst_text(worst[1])}"] if worst else []
+    lines += _kernel_lines(plan) if plan else []
+    lines += [f"limited to       {limit}" for limit in limits_of(result.job.selection)]
+    lines += [f"stage {stage.name}: not run: {stage.skipped}" for stage in result.stages if stage.skipped]
+    lines += ["", *_failure_lines(findings), *_check_lines(result)]
+    return "\n".join(printable(line) for line in lines)
+
+
+_WORDS = {Verdict.FAIL: "failed", Verdict.PASS: "passed", Verdict.SKIPPED: "skipped"}
+
+
+def _kernel_lines(plan: Plan) -> list[str]:
+    """How many of the plan's slots each kernel runs."""
+    told = ", ".join(f"{count}_x_{kernel}" for kernel, count in kernels_of(plan).items())
+    lines = textwrap.wrap(told, 110, initial_indent=f"{'kernels':17}", subsequent_indent=" " * 17)
+    return [line.replace("_x_", " x ") for line in lines]
+
+
+def counts_text(findings: Iterable[Finding]) -> str:
+    """How many findings have which verdict."""
+    counts = _counts(findings)
+    return ", ".join(f"{counts[verdict]} {word}" for verdict, word in _WORDS.items())
+
+
+def limits_of(selection: Selection) -> list[str]:
+    """What was left out on request; empty where nothing was."""
+    limits = []
+    if selection.layer_ids is not None:
+        limits.append(f"layers {', '.join(map(str, sorted(selection.layer_ids)))}")
+    if selection.num_experts is not None:
+        limits.append(f"{selection.num_experts} experts a layer, drawn with seed {selection.seed}")
+    return limits
+
+
+def worst_text(finding: Finding) -> str:
+    """Where, which check, its number and what was allowed."""
+    allowed = f", allowed {finding.allowed}" if finding.allowed else ""
+    return f"{finding.where}: {finding.id} {finding.number:.3g}{allowed}"
+
+
+def _failure_lines(findings: Iterable[Finding]) -> list[str]:
+    """Grouped by check: the places, then what to do, once for each remedy."""
+    lines = []
+    for check in failed_checks(findings):
+        for finding in check.shown:
+            kernel = f" [{finding.kernel}]" if finding.kernel else ""
+            allowed = f"; allowed: {finding.allowed}" if finding.allowed else ""
+            lines.append(f"FAIL {check.id} {finding.where}{kernel}: {finding.message}{allowed}")
+        lines += [f"FAIL {check.id} and {check.num_more} more (--json lists them)"] if check.num_more else []
+        lines += [f"     remedy: {remedy}" for remedy in check.remedies]
+    return [*lines, ""] if lines else []
+
+
+@dataclass(frozen=True)
+class FailedCheck:
+    """What a check found wrong. shown: the first places; num_more: how many others there are; remedies: each once."""
+
+    id: str
+    shown: tuple[Finding, ...]
+    num_more: int
+    remedies: tuple[str, ...]
+
+
+def failed_checks(findings: Iterable[Finding]) -> list[FailedCheck]:
+    """The failing checks in their order, with the places that every form of the report tells first."""
+    return [
+        FailedCheck(
+            id_,
+            tuple(found[:MAX_FAILURES]),
+            max(0, len(found) - MAX_FAILURES),
+            tuple(dict.fromkeys(finding.remedy for finding in found if finding.remedy)),
+        )
+        for id_, found in _by_id(failed(findings)).items()
+    ]
+
+
+CHECK_HEADINGS = ("", "check", "", "worst", "found")
+
+
+def check_rows(result: Result) -> list[tuple[str, ...]]:
+    """One row for each check of each stage: the worst number, and what was found or how often it was looked for."""
+    rows: list[tuple[str, ...]] = []
+    for stage in result.stages:
+        for id_, found in sorted(_by_id(stage.findings).items()):
+            counts = _counts(found)
+            verdict = next(verdict for verdict in (Verdict.FAIL, Verdict.PASS, Verdict.SKIPPED) if counts[verdict])
+            numbers = [finding.number for finding in found if finding.number is not None]
+            number = f"{max(numbers, key=_rank):.4g}" if numbers else "-"
+            rows.append((verdict.value, id_, TITLES.get(id_, ""), number, _told(found)))
+    return rows
+
+
+def _check_lines(result: Result) -> list[str]:
+    rows = check_rows(result)
+    return align([CHECK_HEADINGS, *rows]) if rows else []
+
+
+def _told(found: list[Finding]) -> str:
+    """What a check found where it looked once, or was skipped for one reason; else how often it did what."""
+    messages = dict.fromkeys(finding.message for finding in found)
+    counts = _counts(found)
+    if len(messages) == 1 and found[0].verdict is not Verdict.FAIL:
+        return found[0].message
+    return ", ".join(f"{counts[verdict]} {word}" for verdict, word in _WORDS.items() if counts[verdict])
+
+
+def _by_id(findings: Iterable[Finding]) -> dict[str, list[Finding]]:
+    groups: dict[str, list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault(finding.id, []).append(finding)
+    return groups

@@ -1,0 +1,177 @@
+"""The stages of a verification, in order. A stage is one row of ``STAGES``; each also runs alone."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ownpath.checkpoint.errors import CheckpointError
+from ownpath.checkpoint.index import scan_checkpoint
+from ownpath.config import ConfigError, EngineConfig
+from ownpath.plan.plan import PlanError
+from ownpath.plan.show import plan_dict
+from ownpath.verdict import Verdict
+from ownpath.verify.environment_stage import environment_stage
+from ownpath.verify.file_stage import file_stage
+from ownpath.verify.finding import Finding, failed
+from ownpath.verify.kernel_stage import kernel_stage
+from ownpath.verify.layer_stage import layer_stage
+from ownpath.verify.layers.measure import Measurement
+from ownpath.verify.ledger_check import check_ledger
+from ownpath.verify.load_stage import load_stage
+from ownpath.verify.progress import Progress, StageLine
+from ownpath.verify.subject import Interference, Selection, Subject
+
+
+@dataclass
+class Job:
+    """What is to be verified. source: another export of the same model. work: where a stage may keep its state.
+
+    written_plan: what ``ownpath plan --json`` printed before, to be what runs; ``None``: the plan of now.
+    interference: what tests do to what was loaded.
+    subject: the checkpoint's plan for the device, made when a stage first asks for it.
+    """
+
+    folder: Path
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    selection: Selection = field(default_factory=Selection)
+    source: Path | None = None
+    work: Path | None = None
+    written_plan: Mapping[str, Any] | None = None
+    interference: Interference = field(default_factory=Interference)
+
+    @cached_property
+    def subject(self) -> Subject:
+        """Errors: ConfigError, CheckpointError, PlanError; ValueError for a layer or device that is not there."""
+        return replace(Subject.of(self.folder, self.engine, self.selection), interference=self.interference)
+
+
+def _layers(job: Job, progress: Progress) -> Iterator[Finding | Measurement]:
+    """The layers stage, each layer's measurements before its findings."""
+    rows: list[Measurement] = []
+    for finding in layer_stage(job.subject, progress, job.work, rows.append):
+        yield from rows
+        rows.clear()
+        yield finding
+    yield from rows
+
+
+Stage = Callable[[Job, Progress], Iterator[Finding | Measurement]]
+
+STAGES: MappingProxyType[str, Stage] = MappingProxyType(
+    {
+        "file": lambda job, progress: file_stage(job.folder, job.selection, job.source, progress),
+        "environment": lambda job, _: environment_stage(job.subject),
+        "load": lambda job, progress: load_stage(job.subject, progress, job.work),
+        "kernels": lambda job, progress: kernel_stage(job.subject, progress, job.work),
+        "layers": _layers,
+        "ledger": lambda job, progress: check_ledger(
+            job.subject, job.written_plan or plan_dict(job.subject.plan), progress
+        ),
+    }
+)
+"""Name -> what it looks at, in the order in which they run."""
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """skipped: why the stage did not run, or did not end; empty where it did.
+
+    measurements: of the layers stage, every value's distance from the reference's.
+    """
+
+    name: str
+    findings: tuple[Finding, ...]
+    seconds: float
+    skipped: str = ""
+    measurements: tuple[Measurement, ...] = ()
+
+
+@dataclass(frozen=True)
+class Result:
+    """Every stage that was asked for. unreadable: why nothing could be compared; empty where it could."""
+
+    job: Job
+    stages: tuple[StageResult, ...]
+    unreadable: str = ""
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """Of all stages, in their order."""
+        return tuple(finding for stage in self.stages for finding in stage.findings)
+
+    @property
+    def measurements(self) -> tuple[Measurement, ...]:
+        """Of all stages, layer by layer."""
+        return tuple(measured for stage in self.stages for measured in stage.measurements)
+
+    @property
+    def passed(self) -> bool:
+        """Nothing failed, and every stage that was asked for came to its end."""
+        return not failed(self.findings) and not any(stage.skipped for stage in self.stages)
+
+
+def verify(job: Job, names: Iterable[str], *, keeps_going: bool = False) -> Result:
+    """Runs the named stages in their order.
+
+    keeps_going: run what follows a failed file stage too; otherwise it is skipped, because it would only find the
+    consequences.
+    Errors: ValueError for a layer or a device that is not there, or a stage that is none.
+    """
+    wanted = set(names)
+    if not wanted <= set(STAGES):
+        raise ValueError(f"there is no stage {sorted(wanted - set(STAGES))[0]!r}; stages: {', '.join(STAGES)}")
+    results: list[StageResult] = []
+    unreadable = ""
+    for name in (name for name in STAGES if name in wanted):
+        if results and not keeps_going and _stops(results[0]):
+            results.append(StageResult(name, (), 0.0, "the file stage failed (--keep-going runs it all the same)"))
+            continue
+        result = _run(name, job)
+        results.append(result)
+        unreadable = unreadable or _unreadable(result, job)
+    return Result(job, tuple(results), unreadable)
+
+
+def _stops(result: StageResult) -> bool:
+    return result.name == "file" and bool(failed(result.findings))
+
+
+def _run(name: str, job: Job) -> StageResult:
+    """One stage to its end, or as far as it came."""
+    line, start = StageLine(name), time.perf_counter()
+    findings: list[Finding] = []
+    measurements: list[Measurement] = []
+    skipped = ""
+    try:
+        for found in STAGES[name](job, line):
+            if isinstance(found, Measurement):
+                measurements.append(found)
+            else:
+                findings.append(found)
+    except (ConfigError, CheckpointError, PlanError) as error:
+        skipped = f"there is no plan: {error}"
+    except RuntimeError as error:  # a device or driver that gave up: what was found until then is kept
+        first = str(error).partition("\n")[0]
+        remedy = "run this stage alone; if the device is out of memory, on fewer layers (--layers)"
+        findings.append(Finding("RUN", f"stage {name}", Verdict.FAIL, f"did not end: {first}", remedy=remedy))
+    finally:
+        line.end()
+    seconds = time.perf_counter() - start
+    return StageResult(name, tuple(findings), seconds, skipped, tuple(measurements))
+
+
+def _unreadable(result: StageResult, job: Job) -> str:
+    """Why a failed stage had nothing to compare: no config.json that can be honoured, or no tensors."""
+    if not result.skipped and not _stops(result):
+        return ""
+    try:
+        job.subject  # noqa: B018
+    except ConfigError as error:
+        return str(error)
+    except (CheckpointError, PlanError) as error:
+        return "" if scan_checkpoint(job.folder).has_tensors else str(error)
+    return ""

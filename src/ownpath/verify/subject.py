@@ -1,0 +1,99 @@
+"""What is verified: a checkpoint as it is planned for a device, and which of its layers and experts are looked at."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.config import EngineConfig, ModelConfig
+from ownpath.loading import planned
+from ownpath.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from ownpath.verify.layer import LoadedLayer, LoadedPart
+    from ownpath.weights.load import LoadedWeights
+
+Loaded = TypeVar("Loaded")
+
+
+def _as_loaded(loaded: Loaded) -> Loaded:
+    return loaded
+
+
+@dataclass(frozen=True)
+class Interference:
+    """What is done to weights between loading and looking: nothing. Tests of the checks put their faults here.
+
+    weights: as the file filled them, before kernels repack. part: in its runners. layer: put together.
+    """
+
+    weights: "Callable[[LoadedWeights], LoadedWeights]" = _as_loaded
+    part: "Callable[[LoadedPart], LoadedPart]" = _as_loaded
+    layer: "Callable[[LoadedLayer], LoadedLayer]" = _as_loaded
+
+
+@dataclass(frozen=True)
+class Selection:
+    """layer_ids: ``None``: all. num_experts: how many of each layer's, drawn with ``seed``; ``None``: all."""
+
+    layer_ids: frozenset[int] | None = None
+    num_experts: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One checkpoint with its plan for one device."""
+
+    folder: Path
+    index: CheckpointIndex
+    plan: Plan
+    engine: EngineConfig
+    selection: Selection = Selection()
+    interference: Interference = Interference()
+
+    @classmethod
+    def of(cls, folder: Path, engine: EngineConfig, selection: Selection | None = None) -> "Subject":
+        """Headers and plan; no weight is read.
+
+        Errors: ConfigError, CheckpointError, PlanError as ``load_model``; ValueError naming a layer that there is none
+        of.
+        """
+        plan, index = planned(folder, engine)
+        selection = selection or Selection()
+        num_layers = plan.config.num_hidden_layers
+        for layer_idx in sorted(selection.layer_ids or ()):
+            if not 0 <= layer_idx < num_layers:
+                raise ValueError(f"layer {layer_idx}: the model has layers 0 to {num_layers - 1}")
+        return cls(folder, index, plan, engine, selection)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.plan.config
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.engine.device)
+
+    @property
+    def layer_ids(self) -> tuple[int, ...]:
+        """The chosen layers, in order."""
+        chosen = self.selection.layer_ids
+        return tuple(idx for idx in range(self.config.num_hidden_layers) if chosen is None or idx in chosen)
+
+    def expert_ids(self, layer_idx: int) -> tuple[int, ...]:
+        """The chosen experts of a layer, in order: the same for the same seed, others in other layers."""
+        return sampled_experts(self.selection, layer_idx, self.config.n_routed_experts)
+
+
+def sampled_experts(selection: Selection, layer_idx: int, num_experts: int) -> tuple[int, ...]:
+    """The chosen ones of a layer's experts, in order."""
+    wanted = selection.num_experts
+    if wanted is None or wanted >= num_experts:
+        return tuple(range(num_experts))
+    drawn = random.Random(f"{selection.seed} {layer_idx}").sample(range(num_experts), wanted)
+    return tuple(sorted(drawn))

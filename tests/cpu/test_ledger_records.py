@@ -1,0 +1,255 @@
+"""What the ledger records of calls: told by the runners themselves, one entry for what looks alike."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.checkpoints import LAYOUTS, random_checkpoint
+
+from ownpath.config import EngineConfig
+from ownpath.kernels.cute.choose import choose_linear, choose_moe
+from ownpath.kernels.cute.launch import PackedWeight
+from ownpath.kernels.cute.linear import LinearOperand, nvfp4_linear, nvfp4_linear_invariant
+from ownpath.kernels.cute.moe import MoeOperand, nvfp4_moe
+from ownpath.kernels.registry import KERNELS, VARIANTS
+from ownpath.loading import load_model, plan_model
+from ownpath.model.batch import ForwardBatch
+from ownpath.official import Step
+from ownpath.plan.plan import Plan
+from ownpath.runners import (
+    GroupedLinear,
+    HyperBoundary,
+    HyperWeights,
+    Ledger,
+    PlainLinear,
+    Record,
+    Records,
+    RMSNorm,
+    Router,
+    SwiGLU,
+)
+from ownpath.runners.records import signature
+from ownpath.runners.uses import Use, use_of, variant_of
+from ownpath.runners.w4a4 import Nvfp4LinearW4A4, Nvfp4MoEW4A4
+
+FOLLOWING = EngineConfig(max_model_len=64)
+
+
+def recorded(folder: Path, engine: EngineConfig, *steps: list[int]) -> dict[str, list[Record]]:
+    model = load_model(folder, engine)
+    records = model.ledger.records = Records()
+    cache = model.new_cache()
+    for token_ids in steps:
+        model.forward(ForwardBatch.of([(token_ids, cache)], "cpu"))
+    return {slot: records.listed(slot) for slot in model.ledger.calls}
+
+
+def layouts_of(plan: Plan) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for planned in plan.decided:
+        found.setdefault(planned.spec.slot, set()).add(planned.choice.kernel.layout)
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_runners_tell_what_was_planned_of_them(layout: str, tmp_path: Path) -> None:
+    """Runner and kernel come from the objects that ran, and are those of the plan, for every way of storing weights."""
+    random_checkpoint(tmp_path, layout)
+    plan = plan_model(tmp_path, "cpu")
+    found = recorded(tmp_path, FOLLOWING, [5, 6, 7, 8, 9])
+    assert {slot: (r.use.runner, r.use.kernel) for slot, (r, *_) in found.items()} == plan.slots
+    for slot, layouts in layouts_of(plan).items():
+        assert layouts <= set(found[slot][0].use.layout.replace("+", " or ").split(" or ")), slot
+
+
+def test_official_runners_tell_it_too(tmp_path: Path) -> None:
+    random_checkpoint(tmp_path, "full-nvfp4")
+    official = frozenset(Step)
+    engine = dataclasses.replace(FOLLOWING, official=official)
+    found = recorded(tmp_path, engine, [5, 6, 7, 8, 9])
+    uses = {slot: (r.use.runner, r.use.kernel) for slot, (r, *_) in found.items()}
+    assert uses == plan_model(tmp_path, "cpu", official=official).slots
+
+
+def test_what_looks_alike_is_counted_in_one_entry(tmp_path: Path) -> None:
+    random_checkpoint(tmp_path, "full-nvfp4")
+    prefill, decode = recorded(tmp_path, FOLLOWING, [5, 6, 7], [8], [9])["layers.1.ffn.experts"]
+    config = plan_model(tmp_path, "cpu").config
+    dim, chosen = config.hidden_size, config.num_experts_per_tok
+    for record, num_tokens, num_calls in ((prefill, 3, 1), (decode, 1, 2)):
+        use = Use("Nvfp4MoE", "ref.nvfp4_moe", "row_major or nvfp4_scales")
+        arguments = (
+            f"float32[{num_tokens}, {dim}]",
+            f"int64[{num_tokens}, {chosen}]",
+            f"float32[{num_tokens}, {chosen}]",
+        )
+        results = (f"float32[{num_tokens}, {dim}]",)
+        assert record == Record("layers.1.ffn.experts", use, "ref.moe:nvfp4_moe", arguments, results, num_calls)
+
+
+def test_a_slot_keeps_a_bounded_number_of_entries() -> None:
+    ledger = Ledger({"a": ("SwiGLU", "ref.swiglu")}, records=Records(max_per_slot=3))
+    swiglu = ledger.watch("a", SwiGLU(8.0))
+    for num_tokens in (1, 2, 3, 4, 5, 2):
+        swiglu(torch.zeros(num_tokens, 4))
+    assert ledger.records is not None
+    counts = [(record.arguments, record.num_calls) for record in ledger.records.listed("a")]
+    assert counts == [(("float32[1, 4]",), 1), (("float32[2, 4]",), 2), (("float32[3, 4]",), 1)]
+    assert ledger.records.num_unlisted("a") == 2
+    ledger.clear()
+    assert not list(ledger.records)
+    assert not ledger.calls
+    assert ledger.records.num_unlisted("a") == 0
+
+
+def test_dtypes_tell_calls_apart() -> None:
+    ledger = Ledger({"a": ("RMSNorm", "ref.rms_norm")}, records=Records())
+    norm = ledger.watch("a", RMSNorm(None, 1e-6))
+    for dtype in (torch.float32, torch.bfloat16):
+        norm(torch.ones(2, 4, dtype=dtype))
+    assert ledger.records is not None
+    assert [record.results for record in ledger.records] == [("float32[2, 4]",), ("bfloat16[2, 4]",)]
+
+
+def test_tensors_are_found_inside_tuples_and_dataclasses() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Pair:
+        first: torch.Tensor
+        rest: tuple[Any, ...]
+
+    one, two = torch.zeros(1), torch.zeros(2, 3, dtype=torch.int64)
+    found = signature((None, 7, Pair(one, (two, "text", [one])), {"not": one}))
+    assert found == (((1,), torch.float32), ((2, 3), torch.int64), ((1,), torch.float32))
+
+
+def test_what_is_no_runner_of_ours_says_so() -> None:
+    def of_somebody_else(x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    name = "test_what_is_no_runner_of_ours_says_so.<locals>.of_somebody_else"
+    assert use_of(of_somebody_else) == Use(name, f"unregistered {__name__}.{name}", "unknown")
+    assert variant_of(of_somebody_else, (torch.zeros(1),)) == "unknown"
+    norm = RMSNorm(None, 1e-6, kernel=of_somebody_else)
+    assert use_of(norm) == Use("RMSNorm", f"unregistered {__name__}.{name}", "unknown")
+
+
+def test_names_and_implementations_are_one_to_one() -> None:
+    for name in KERNELS:
+        if not name.startswith("triton."):
+            assert KERNELS.name_of(KERNELS[name]) == name
+
+
+def test_every_kernel_that_is_compiled_names_its_forms() -> None:
+    compiled = {name for name in KERNELS if name.partition(".")[0] in ("cute", "triton")}
+    assert set(VARIANTS) == compiled
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 129, 3000])
+def test_a_dense_call_names_the_kernel_that_is_chosen_for_its_sizes(num_tokens: int) -> None:
+    empty = torch.empty(0)
+    operand = LinearOperand(PackedWeight(empty, empty, empty, 2048, 4096), empty)
+    x = torch.empty(num_tokens, 4096, dtype=torch.bfloat16, device="meta")
+    assert nvfp4_linear.variant(x, operand) == choose_linear(num_tokens, 2048, 4096, False).gemm.name
+    assert nvfp4_linear_invariant.variant(x, operand) == choose_linear(num_tokens, 2048, 4096, True).gemm.name
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64, 2000])
+def test_a_call_of_experts_names_both_products(num_tokens: int) -> None:
+    empty = torch.empty(0)
+    w13, w2 = PackedWeight(empty, empty, empty, 4096, 4096), PackedWeight(empty, empty, empty, 4096, 2048)
+    ids = torch.empty(num_tokens, 6, dtype=torch.int64, device="meta")
+    choice = choose_moe(6 * num_tokens, 256, 4096, 2048, False)
+    named = nvfp4_moe.variant(empty, ids, empty, MoeOperand(w13, w2, 256), 7.0)
+    assert named.split() == [choice.gate_up.name, choice.down.name]
+
+
+def test_nobody_asked_nothing_is_recorded() -> None:
+    ledger = Ledger({"a": ("SwiGLU", "ref.swiglu")})
+    swiglu: Callable[..., Any] = ledger.watch("a", SwiGLU(8.0))
+    swiglu(torch.zeros(1, 4))
+    assert ledger.records is None
+    assert dict(ledger.calls) == {"a": 1}
+
+
+BF16 = torch.bfloat16
+
+
+def rows(num_tokens: int, *dims: int) -> torch.Tensor:
+    return torch.zeros(num_tokens, *dims, dtype=BF16)
+
+
+def boundary(name: str) -> HyperBoundary:
+    dim = 64
+    fn, base, scale = torch.zeros(24, 4 * dim), torch.zeros(24), torch.zeros(3)
+    weights = HyperWeights(fn, base, scale, torch.ones(dim, dtype=BF16), 4, 1e-6, 1e-6, 1e-6)
+    return HyperBoundary(weights, kernel=KERNELS[name])
+
+
+def experts_w4a4(name: str) -> Nvfp4MoEW4A4:
+    codes13, codes2 = (torch.zeros(4, n, k // 2, dtype=torch.uint8) for n, k in ((512, 256), (256, 256)))
+    scales = [torch.ones(4, c.shape[1], c.shape[2] // 8).to(torch.float8_e4m3fn) for c in (codes13, codes2)]
+    ones = torch.ones(4)
+    w13, w2 = ((codes, scale, ones, ones) for codes, scale in zip((codes13, codes2), scales, strict=True))
+    return Nvfp4MoEW4A4(w13, w2, 7.0, kernel=KERNELS[name])
+
+
+def linear_w4a4(name: str) -> Nvfp4LinearW4A4:
+    codes, scale = torch.zeros(256, 128, dtype=torch.uint8), torch.ones(256, 16).to(torch.float8_e4m3fn)
+    return Nvfp4LinearW4A4(codes, scale, torch.tensor(1.0), torch.tensor(1.0), kernel=KERNELS[name])
+
+
+def routed(num_tokens: int) -> tuple[torch.Tensor, ...]:
+    ids = torch.zeros(num_tokens, 2, dtype=torch.int64)
+    return rows(num_tokens, 256), ids, torch.ones(num_tokens, 2)
+
+
+def turned(num_tokens: int) -> tuple[Any, ...]:
+    return rows(num_tokens, 4, 128), (torch.ones(num_tokens, 32), torch.zeros(num_tokens, 32))
+
+
+def grouped(name: str) -> GroupedLinear:
+    return GroupedLinear(torch.zeros(128, 256, dtype=BF16), 2, kernel=KERNELS[name])
+
+
+def by_score(name: str) -> Router:
+    return Router(PlainLinear(torch.zeros(8, 64)), 6, 1.0, torch.zeros(8), None, kernel=KERNELS[name])
+
+
+FORMS: dict[str, tuple[Callable[[str], Any], Callable[[int], tuple[Any, ...]], bool]] = {
+    "triton.rms_norm": (lambda name: RMSNorm(None, 1e-6, kernel=KERNELS[name]), lambda t: (rows(t, 64),), True),
+    "triton.swiglu": (lambda name: SwiGLU(7.0, kernel=KERNELS[name]), lambda t: (rows(t, 128),), True),
+    "triton.router": (by_score, lambda t: (rows(t, 64), torch.zeros(t, dtype=torch.int64)), True),
+    "triton.plain_linear_invariant": (
+        lambda name: PlainLinear(torch.zeros(8, 64, dtype=BF16), kernel=KERNELS[name]),
+        lambda t: (rows(t, 64),),
+        True,
+    ),
+    "triton.hyper_boundary": (boundary, lambda t: (rows(t, 4, 64), None, None), False),
+    "triton.hyper_boundary_invariant": (boundary, lambda t: (rows(t, 4, 64), None, None), True),
+    "triton.grouped_linear": (grouped, turned, False),
+    "triton.grouped_linear_invariant": (grouped, turned, True),
+    "triton.nvfp4_linear_w4a4_sm100": (linear_w4a4, lambda t: (rows(t, 256),), False),
+    "triton.nvfp4_linear_w4a4_sm100_invariant": (linear_w4a4, lambda t: (rows(t, 256),), True),
+    "triton.nvfp4_moe_w4a4_sm100": (experts_w4a4, routed, False),
+    "triton.nvfp4_moe_w4a4_sm100_invariant": (experts_w4a4, routed, True),
+}
+"""Kernel -> (its runner, arguments for so many tokens, whether it has one form for every number of tokens)."""
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_triton_kernel_names_the_tile_for_its_sizes(name: str) -> None:
+    """Few tokens and many take the tiles that the launchers choose: one where bits must not depend on the number."""
+    make, arguments, has_one_form = FORMS[name]
+    runner = make(name)
+    assert use_of(runner).kernel == name
+    few, many = (variant_of(runner, arguments(num_tokens)) for num_tokens in (1, 3000))
+    assert (few == many) == has_one_form
+    assert re.fullmatch(r"[a-z0-9_]+", few)
+
+
+def test_every_triton_kernel_is_among_them() -> None:
+    assert set(FORMS) == {name for name in KERNELS if name.startswith("triton.")}

@@ -1,0 +1,270 @@
+"""Stage file: silent on intact checkpoints, and each fault under its id with the tensor, field or file named."""
+
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cpu.server.model_folder import write_model_folder
+from support.broken import Tensors, change_tensors
+from support.checkpoints import LAYOUTS, random_checkpoint
+
+from ownpath.chat.markers import ASSISTANT, THINK_END
+from ownpath.checkpoint.problems import REMEDIES
+from ownpath.checkpoint.writer import INDEX_NAME
+from ownpath.config import unread_fields
+from ownpath.inspect.experts import outlier_limit
+from ownpath.inspect.golden_prompts import GOLDEN_PROMPTS, ROUND_TRIPS
+from ownpath.loading import default_model_dir
+from ownpath.verdict import Verdict
+from ownpath.verify.checks import TITLES
+from ownpath.verify.file_stage import CHECK_OF, file_stage
+from ownpath.verify.finding import Finding, failed
+from ownpath.verify.subject import Selection
+
+TINY = default_model_dir()
+IDS = [f"F{number:02}" for number in range(1, 14)]
+EXPERT = "layers.1.ffn.experts.3.w2"
+
+
+def quiet(_done: int, _total: int, _name: str) -> None:
+    pass
+
+
+def findings(folder: Path, selection: Selection | None = None, source: Path | None = None) -> list[Finding]:
+    return list(file_stage(folder, selection or Selection(), source, quiet))
+
+
+def found(folder: Path) -> set[tuple[str, str]]:
+    failures = failed(findings(folder))
+    assert all(finding.remedy and "\n" not in finding.message for finding in failures)
+    return {(finding.id, finding.where) for finding in failures}
+
+
+def test_every_kind_of_problem_belongs_to_one_check() -> None:
+    kinds = [kind for kinds in CHECK_OF.values() for kind in kinds]
+    assert sorted(kinds) == sorted(REMEDIES)
+    assert set(CHECK_OF) <= set(TITLES)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_intact_models_pass(seed: int, tmp_path: Path) -> None:
+    seen = findings(write_model_folder(tmp_path / "model", seed=seed))
+    assert [finding.id for finding in seen] == IDS
+    assert not failed(seen)
+    assert [finding.id for finding in seen if finding.verdict is Verdict.SKIPPED] == ["F13"]
+
+
+def test_the_embedded_model_passes() -> None:
+    assert found(TINY) == set()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("seed", [5, 6])
+def test_random_weights_raise_no_alarm_in_any_layout(layout: str, seed: int, tmp_path: Path) -> None:
+    """These folders have no tokenizer, and nothing else is wrong with them."""
+    assert found(random_checkpoint(tmp_path, layout, seed).folder) == {("F12", "tokenizer.json")}
+
+
+def tensors_changed(change: Callable[[Tensors], object]) -> Callable[[Path], object]:
+    return lambda folder: change_tensors(folder, change)
+
+
+def assign(key: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], object]:
+    def changed(tensors: Tensors) -> None:
+        tensors[key] = change(tensors[key])
+
+    return tensors_changed(changed)
+
+
+def json_changed(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    def changed(folder: Path) -> None:
+        content = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        change(content)
+        (folder / name).write_text(json.dumps(content))
+
+    return changed
+
+
+def truncate(folder: Path) -> None:
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+
+def e4m3(number: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """E4M3 scales moved by so many powers of two; normal numbers stay normal."""
+
+    def moved(scale: torch.Tensor) -> torch.Tensor:
+        return (scale.float() * 2.0**number).to(torch.float8_e4m3fn)
+
+    return moved
+
+
+def twice_the_first(table: torch.Tensor) -> torch.Tensor:
+    table = table.clone()
+    table[7, 1] = table[7, 0]
+    return table
+
+
+def not_special(spec: dict[str, Any]) -> None:
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] != ASSISTANT]
+
+
+def split_words(spec: dict[str, Any]) -> None:
+    """A normalizer that lowers letters: text does not survive it, and neither do prompts."""
+    spec["normalizer"] = {"type": "Lowercase"}
+
+
+W3_GLOBAL = EXPERT.replace("w2", "w3") + ".weight_scale_2"
+
+
+@pytest.mark.parametrize(
+    ("change", "id_", "where"),
+    [
+        (truncate, "F01", None),
+        (lambda folder: (folder / INDEX_NAME).write_text("[]"), "F01", INDEX_NAME),
+        (tensors_changed(lambda tensors: tensors.pop(f"{EXPERT}.input_scale")), "F02", f"{EXPERT}.input_scale"),
+        (tensors_changed(lambda tensors: tensors.update(stray=torch.zeros(1))), "F02", "stray"),
+        (json_changed("config.json", lambda fields: fields.update(expert_dtype="fp8")), "F04", "config.json"),
+        (assign("norm.weight", lambda weight: weight[:-1]), "F03", "norm.weight"),
+        (assign(f"{EXPERT}.weight_scale_2", lambda g: 1 / g), "F05", f"{EXPERT}.weight_scale_2"),
+        (assign(f"{EXPERT}.weight_scale_2", lambda g: g * 0), "F05", f"{EXPERT}.weight_scale_2"),
+        (assign(f"{EXPERT}.weight_scale_2", lambda g: g * g), "F07", EXPERT),
+        (assign(W3_GLOBAL, lambda g: g * 1.5), "F06", EXPERT.removesuffix(".w2")),
+        (assign(f"{EXPERT}.weight_scale", e4m3(-20)), "F07", f"{EXPERT}.weight_scale"),
+        (assign(f"{EXPERT}.weight_scale", e4m3(-7)), "F07", EXPERT),
+        (assign(f"{EXPERT}.input_scale", torch.ones_like), "F09", f"{EXPERT}.input_scale"),
+        (assign(f"{EXPERT}.input_scale", lambda s: s * torch.nan), "F09", f"{EXPERT}.input_scale"),
+        (assign("layers.0.ffn.gate.tid2eid", lambda table: table + 8), "F10", "layers.0.ffn.gate.tid2eid"),
+        (assign("layers.0.ffn.gate.tid2eid", twice_the_first), "F10", "layers.0.ffn.gate.tid2eid"),
+        (assign("layers.2.ffn.gate.bias", torch.zeros_like), "F10", "layers.2.ffn.gate.bias"),
+        (assign("layers.2.ffn.gate.bias", lambda bias: bias / 0), "F10", "layers.2.ffn.gate.bias"),
+        (json_changed("config.json", lambda fields: fields.update(scoring_func="softmax")), "F11", "config.json"),
+        (json_changed("config.json", lambda fields: fields.update(num_hash_layers=2)), "F11", "num_hash_layers"),
+        (json_changed("config.json", lambda fields: fields.update(eos_token_id=2)), "F12", "eos_token_id"),
+        (json_changed("generation_config.json", lambda c: c.update(eos_token_id=[5])), "F12", "eos_token_id"),
+        (json_changed("generation_config.json", lambda c: c.update(pad_token_id=-1)), "F12", "pad_token_id"),
+        (json_changed("tokenizer_config.json", lambda c: c.update(bos_token="<s>")), "F12", "bos_token"),
+        (json_changed("tokenizer.json", not_special), "F12", ASSISTANT),
+        (json_changed("tokenizer.json", split_words), "F12", "tokenizer.json"),
+    ],
+)
+def test_a_fault_has_its_id_and_its_place(
+    change: Callable[[Path], object], id_: str, where: str | None, folder: Path
+) -> None:
+    assert found(folder) == set()
+    change(folder)
+    assert (id_, where) in {(i, where and w) for i, w in found(folder)}
+
+
+def test_a_config_that_cannot_be_read_leaves_the_rest_out(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+    seen = {finding.id: finding for finding in findings(folder) if finding.id != "F13"}
+    assert seen["F11"].verdict is Verdict.FAIL
+    assert {seen[id_].verdict for id_ in IDS[1:10]} == {Verdict.SKIPPED}
+
+
+def test_golden_prompts_are_the_formats_and_not_our_encoders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An encoder that forgets what closes reasoning disagrees with all of them but one."""
+    from ownpath.chat import encode
+
+    monkeypatch.setattr(encode, "THINK_END", "")
+    assert {where for id_, where in found(folder) if id_ == "F12"} >= {"chat", "several turns", "tools"}
+    assert all(golden.prompt.count(ASSISTANT) == sum(m.role == "user" or m.role == "tool" for m in golden.messages)
+               for golden in GOLDEN_PROMPTS)  # fmt: skip
+    assert THINK_END in GOLDEN_PROMPTS[0].prompt
+    assert len(set(ROUND_TRIPS)) == len(ROUND_TRIPS)
+
+
+def test_unread_fields_are_those_that_parsing_ignores(folder: Path) -> None:
+    """Every other field changes the parsed configuration, or is refused, when it changes."""
+    fields = json.loads((folder / "config.json").read_text()) | {"attention_dropout": 0.0, "use_cache": True}
+    assert set(unread_fields(fields)) == {"attention_dropout", "use_cache"}
+    (folder / "config.json").write_text(json.dumps(fields))
+    (config,) = (finding for finding in findings(folder) if finding.id == "F11")
+    assert (config.verdict, config.number) == (Verdict.PASS, 2)
+    assert config.message.endswith("attention_dropout, use_cache")
+
+
+@pytest.mark.parametrize(("num_experts", "limit"), [(8, 18.7), (256, 5.4), (10**6, 5.256)])
+def test_outliers_are_judged_by_how_well_the_spread_is_known(num_experts: int, limit: float) -> None:
+    """Solved by hand from (1 + z^2 / n)^(-n / 2) = 1e-6; for many experts that is sqrt(-2 ln 1e-6) = 5.257."""
+    n = num_experts - 1
+    z = outlier_limit(num_experts)
+    assert (1 + z * z / n) ** (-n / 2) == pytest.approx(1e-6, rel=1e-6)
+    assert z == pytest.approx(limit, rel=0.01)
+
+
+def test_log_normal_experts_are_no_outliers() -> None:
+    """Ten thousand layers of eight experts whose sizes spread by a factor of two: as noisy as few experts get."""
+    from ownpath.inspect.experts import expert_outliers
+
+    draw = random.Random(7)
+    largest = {
+        f"layers.{layer}.ffn.experts.{expert}.w1": math.exp(draw.gauss(0, math.log(2)))
+        for layer in range(10_000)
+        for expert in range(8)
+    }
+    assert sum(1 for _ in expert_outliers(largest, ())) <= 2
+    largest["layers.3.ffn.experts.5.w1"] = 2.0**60
+    assert "layers.3.ffn.experts.5.w1" in {problem.where for problem in expert_outliers(largest, ())}
+
+
+def test_only_the_chosen_layers_scales_are_all_read(folder: Path) -> None:
+    whole = {finding.id: finding for finding in findings(folder)}["F07"]
+    some = {finding.id: finding for finding in findings(folder, Selection(frozenset({2})))}["F07"]
+    assert whole.number is not None
+    assert some.number is not None
+    assert some.number <= whole.number
+
+
+def source_of(tmp_path: Path, layout: str, seed: int = 0) -> Path:
+    sizes = {"moe_intermediate_size": 64}
+    return random_checkpoint(tmp_path / f"{layout}-{seed}", layout, seed, **sizes).folder
+
+
+@pytest.mark.parametrize("layout", ["full-nvfp4", "compressed-tensors", "deepseek-native", "fp8-experts"])
+def test_exports_of_one_model_are_as_close_as_their_formats(layout: str, tmp_path: Path) -> None:
+    """The same random weights, each export rounding them in its own way."""
+    ours, theirs = source_of(tmp_path, layout), source_of(tmp_path, "bf16")
+    for pair in ((ours, theirs), (theirs, ours)):
+        compared = [f for f in findings(pair[0], source=pair[1]) if f.id == "F13"]
+        assert [f.verdict for f in compared] == [Verdict.PASS] * 5
+        assert [f.where for f in compared] == [f"layers.{idx}" for idx in range(5)]
+        assert all(f.number is not None and 0 < f.number < 0.2 for f in compared)
+
+
+@pytest.mark.parametrize("change", ["another model", "scaled", "swapped", "one block moved"])
+def test_another_models_experts_are_told_apart(change: str, tmp_path: Path) -> None:
+    ours, theirs = source_of(tmp_path, "full-nvfp4"), source_of(tmp_path, "bf16")
+    key = "layers.2.ffn.experts.1"
+
+    def changed(tensors: Tensors) -> None:
+        if change == "scaled":
+            tensors[f"{key}.w2.weight_scale_2"] *= 2
+        elif change == "swapped":
+            w1, w3 = (f"{key}.{projection}.weight" for projection in ("w1", "w3"))
+            tensors[w1], tensors[w3] = tensors[w3], tensors[w1]
+        else:
+            scale = tensors[f"{key}.w2.weight"]
+            tensors[f"{key}.w2.weight"] = scale.roll(8, dims=1).contiguous()
+
+    if change == "another model":
+        ours = source_of(tmp_path, "full-nvfp4", seed=1)
+    else:
+        change_tensors(ours, changed)
+    compared = [f for f in findings(ours, Selection(num_experts=8), theirs) if f.id == "F13"]
+    where = {finding.where for finding in failed(compared)}
+    if change == "another model":
+        assert len(where) == 5 * 8 * 3
+    else:
+        assert where == ({f"{key}.w1", f"{key}.w3"} if change == "swapped" else {f"{key}.w2"})
+
+
+def test_a_source_that_is_none_fails(folder: Path, tmp_path: Path) -> None:
+    (compared,) = (f for f in findings(folder, source=tmp_path) if f.id == "F13")
+    assert (compared.verdict, compared.where) == (Verdict.FAIL, "--source")

@@ -1,0 +1,42 @@
+"""Every fault of a layer fails the check that is there for it, in its layer and at its value, and nowhere else."""
+
+from pathlib import Path
+
+import pytest
+from support.checkpoints import random_checkpoint
+from support.layer_faults import FAULTS
+
+from ownpath.config import EngineConfig
+from ownpath.verify import layer_stage as stage
+from ownpath.verify.finding import Finding, failed
+from ownpath.verify.layer import LoadedLayer, load_layer
+from ownpath.verify.subject import Selection, Subject
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_checkpoint(tmp_path_factory.mktemp("faults"), "full-nvfp4", seed=21).folder
+
+
+def findings_of(subject: Subject) -> list[Finding]:
+    return list(stage.layer_stage(subject))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_named(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault = FAULTS[name]
+
+    def load(subject: Subject, layer_idx: int) -> LoadedLayer:
+        loaded = load_layer(subject, layer_idx)
+        return fault.change(loaded) if layer_idx == fault.layer_idx else loaded
+
+    monkeypatch.setattr(stage, "load_layer", load)
+    chosen = Selection(frozenset({fault.layer_idx, fault.layer_idx + 1}))
+    found = failed(findings_of(Subject.of(folder, EngineConfig(), chosen)))
+    layer = f"layers.{fault.layer_idx}"
+    assert found, "nothing failed"
+    assert (found[0].id, found[0].where) == (fault.check, f"{layer}.{fault.where}".rstrip(".")), found
+    assert found[0].remedy
+    assert all(finding.where.startswith(layer) for finding in found), "the layer behind it is judged by itself"
+    if fault.check != "V01":
+        assert {finding.id for finding in found} == {fault.check}

@@ -1,0 +1,303 @@
+"""The ledger's check: what differs between a written plan and what ran is named, and nothing else is."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.broken import change_tensors
+from support.checkpoints import random_checkpoint
+
+from ownpath.cli import main
+from ownpath.config import EngineConfig
+from ownpath.kernels.ref.linear import nvfp4_linear
+from ownpath.loading import default_model_dir, plan_model
+from ownpath.model.build import Builder
+from ownpath.plan.show import plan_dict
+from ownpath.runners import PlainLinear, Record
+from ownpath.runners.launches import Launch
+from ownpath.runners.uses import Use
+from ownpath.verdict import Verdict
+from ownpath.verify import layer
+from ownpath.verify.finding import Finding
+from ownpath.verify.launched import check_launches
+from ownpath.verify.ledger_check import check_ledger
+from ownpath.verify.ledger_run import Ran
+from ownpath.verify.planned import WrittenPlan, read_plan_file
+from ownpath.verify.subject import Selection, Subject
+
+ENGINE = EngineConfig(max_model_len=256)
+IDS = ("LG01", "LG02", "LG03", "LG04", "LG05", "LG06")
+SLOT = "layers.1.attn.wq_b"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("full-nvfp4")
+    random_checkpoint(path, "full-nvfp4")
+    return path
+
+
+def written(folder: Path) -> dict[str, Any]:
+    plan: dict[str, Any] = json.loads(json.dumps(plan_dict(plan_model(folder, "cpu"))))
+    return plan
+
+
+def faults(folder: Path, plan: dict[str, Any], engine: EngineConfig = ENGINE) -> dict[str, list[tuple[str, str]]]:
+    """id -> (where, message) of what failed; every finding that failed has a remedy."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for finding in check_ledger(Subject.of(folder, engine), plan):
+        if finding.verdict is Verdict.FAIL:
+            assert finding.remedy
+            found.setdefault(finding.id, []).append((finding.where, finding.message))
+    return found
+
+
+def entry_of(plan: dict[str, Any], slot: str) -> dict[str, Any]:
+    found: dict[str, Any] = next(entry for entry in plan["ops"] + plan["companions"] if entry["slot"] == slot)
+    return found
+
+
+@pytest.mark.parametrize("layout", ["full-nvfp4", "deepseek-native", "fp8-experts", "bf16"])
+def test_an_intact_engine_runs_what_was_planned(layout: str, tmp_path: Path) -> None:
+    random_checkpoint(tmp_path, layout)
+    findings = list(check_ledger(Subject.of(tmp_path, ENGINE), written(tmp_path)))
+    assert [(finding.id, finding.verdict) for finding in findings] == [
+        *((check, Verdict.PASS) for check in IDS[:-1]),
+        ("LG06", Verdict.SKIPPED),
+    ]
+    num_slots = len(plan_model(tmp_path, "cpu").slots)
+    assert findings[1].message == f"{num_slots} slots were called"
+
+
+def test_the_embedded_model_by_its_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--json"]) == 0
+    path = tmp_path / "before.json"
+    path.write_text(capsys.readouterr().out, encoding="utf-8")
+    assert faults(default_model_dir(), read_plan_file(path)) == {}
+
+
+def test_chosen_layers_alone_are_run(folder: Path) -> None:
+    told = []
+    subject = Subject.of(folder, ENGINE, Selection(frozenset({1, 3})))
+    findings = list(check_ledger(subject, written(folder), lambda *at: told.append(at)))
+    assert not [finding for finding in findings if finding.verdict is Verdict.FAIL]
+    slots = plan_model(folder, "cpu").slots
+    chosen = [slot for slot in slots if not slot.startswith(("layers.0.", "layers.2.", "layers.4."))]
+    assert findings[1].message == f"{len(chosen)} slots were called"
+    assert told == [(0, 3, "layers.1"), (1, 3, "layers.3")]
+
+
+def replacing(monkeypatch: pytest.MonkeyPatch, slot: str, replacement: Callable[[Any], Any]) -> None:
+    """Puts something else in the place of a slot's runner, after it was made as planned."""
+    make = layer.make_runners
+
+    def made(*args: Any) -> Any:
+        runners = make(*args)
+        return runners | ({slot: replacement(runners[slot])} if slot in runners else {})
+
+    monkeypatch.setattr(layer, "make_runners", made)
+
+
+def test_a_runner_that_was_swapped_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dequantized(runner: Any) -> PlainLinear:
+        eye = torch.eye(runner.in_features)
+        return PlainLinear(runner(eye).T.contiguous())
+
+    replacing(monkeypatch, SLOT, dequantized)
+    found = faults(folder, written(folder))
+    ran = "planned Nvfp4Linear (ref.nvfp4_linear), ran PlainLinear (ref.plain_linear)"
+    assert found == {"LG03": [(SLOT, ran)]}
+
+
+def test_a_kernel_that_was_swapped_inside_its_runner_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def swapped(runner: Any) -> Any:
+        runner._kernel = lambda *args: nvfp4_linear(*args)
+        return runner
+
+    replacing(monkeypatch, SLOT, swapped)
+    found = faults(folder, written(folder))
+    assert set(found) == {"LG03", "LG04"}
+    [(where, message)] = found["LG03"]
+    assert where == SLOT
+    assert message.startswith("planned Nvfp4Linear (ref.nvfp4_linear), ran Nvfp4Linear (unregistered ")
+    assert found["LG04"] == [(SLOT, "planned row_major, the kernel that ran reads unknown")]
+
+
+def test_a_slot_that_is_never_called_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = Builder._norm
+
+    def norm(self: Builder, slot: str, weight: torch.Tensor | None) -> Any:
+        made = make(self, slot, weight)
+        return made.runner if slot.endswith(".kv_norm") else made
+
+    monkeypatch.setattr(Builder, "_norm", norm)
+    message = "never called; planned RMSNorm (ref.rms_norm)"
+    assert faults(folder, written(folder)) == {"LG02": [("layers.{0-4}.attn.kv_norm", message)]}
+
+
+def test_a_slot_that_computes_in_another_dtype_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Narrow:
+        def __init__(self, runner: Any) -> None:
+            self.parts = (runner,)
+
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.parts[0](x).to(torch.bfloat16)
+            return y
+
+    replacing(monkeypatch, "layers.2.ffn.shared_experts.w2", Narrow)
+    message = "result 0 must be float32, is bfloat16"
+    assert faults(folder, written(folder)) == {"LG05": [("layers.2.ffn.shared_experts.w2", message)]}
+
+
+def test_an_engine_of_another_dtype_is_named(folder: Path) -> None:
+    found = faults(folder, written(folder), dataclasses.replace(ENGINE, dtype=torch.bfloat16))
+    assert found["LG01"] == [("activations", "'float32' in the file, 'bfloat16' here")]
+    assert ("layers.{0-4}.attn.wq_b", "argument 0 must be float32, is bfloat16") in found["LG05"]
+    wide = [where for where, _ in found["LG05"] if where.endswith("ffn.gate")]
+    assert wide, "the gate's input is as wide as the activations"
+    results = {where for where, message in found["LG05"] if message.startswith("result")}
+    assert "layers.{0-4}.ffn.gate" not in results, "and its result float32 whatever they are"
+
+
+@pytest.mark.parametrize("slot", [SLOT, "layers.0.ffn.router", "head"])
+def test_a_slot_that_the_file_lacks_is_named(slot: str, folder: Path) -> None:
+    plan = written(folder)
+    uses = WrittenPlan.of(plan).slots[slot]
+    for kind in ("ops", "companions"):
+        plan[kind] = [entry for entry in plan[kind] if entry["slot"] != slot]
+    assert faults(folder, plan) == {
+        "LG01": [(slot, "planned here, not in the file")],
+        "LG03": [(slot, f"not in the plan, ran {uses.runner} ({uses.kernel})")],
+    }
+
+
+def test_another_kernel_in_the_file_is_named(folder: Path) -> None:
+    plan = written(folder)
+    entry_of(plan, SLOT).update(kernel="cute.nvfp4_linear", layout="packed_64x128")
+    assert faults(folder, plan) == {
+        "LG01": [
+            (SLOT, "kernel cute.nvfp4_linear in the file, ref.nvfp4_linear here"),
+            (SLOT, "layout packed_64x128 in the file, row_major here"),
+        ],
+        "LG03": [(SLOT, "planned Nvfp4Linear (cute.nvfp4_linear), ran Nvfp4Linear (ref.nvfp4_linear)")],
+        "LG04": [(SLOT, "planned packed_64x128, the kernel that ran reads row_major")],
+    }
+
+
+def test_the_plan_of_another_checkpoint_is_told(folder: Path, tmp_path: Path) -> None:
+    random_checkpoint(tmp_path, "bf16")
+    found = faults(folder, written(tmp_path))
+    assert set(found) == {"LG01", "LG03"}
+    experts = "layers.{0-4}.ffn.experts"
+    ran = "planned PlainMoE (ref.plain_moe), ran Nvfp4MoE (ref.nvfp4_moe)"
+    assert (experts, ran) in found["LG03"]
+    differences = [message.partition(" ")[0] for where, message in found["LG01"] if where == experts]
+    assert differences == ["encoding", "runner", "kernel"]
+
+
+def test_other_sizes_are_told(folder: Path, tmp_path: Path) -> None:
+    random_checkpoint(tmp_path, "full-nvfp4", vocab_size=128)
+    found = faults(folder, written(tmp_path))
+    assert [where for where, _ in found["LG01"]] == ["head"]
+    assert found["LG01"][0][1].startswith("sizes ((128, ")
+
+
+def test_a_layer_that_cannot_be_loaded_is_named_and_the_others_run(tmp_path: Path) -> None:
+    random_checkpoint(tmp_path, "full-nvfp4")
+    key = "layers.3.ffn.experts.2.w1.weight_scale_2"
+    change_tensors(tmp_path, lambda tensors: tensors[key].fill_(float("nan")))
+    found = faults(tmp_path, written(tmp_path))
+    assert set(found) == {"LG02"}
+    [(where, message)] = found["LG02"]
+    assert where == "layers.3"
+    assert key in message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "the outermost value is no object"),
+        ("{}", "device is missing"),
+        ('{"device": "CPU", "activations": "float32", "batch_invariant": false, "numerics": {}}', "ops is missing"),
+    ],
+)
+def test_what_is_no_plan_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "before.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"before\.json: .*{message}"):
+        read_plan_file(path)
+    with pytest.raises(ValueError, match=r"absent\.json: No such file"):
+        read_plan_file(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda plan: plan["ops"][3].pop("runner"), r"ops\[3\]\.runner is missing"),
+        (lambda plan: plan["ops"][3].update(kernel=7), r"ops\[3\]\.kernel is 7"),
+        (lambda plan: plan["companions"][0].update(dims=["x"]), r"companions\[0\]\.dims are no sizes"),
+        (lambda plan: plan.update(ops=["x"]), r"ops\[0\] is no object"),
+    ],
+)
+def test_a_damaged_plan_is_refused(damage: Callable[[dict[str, Any]], Any], message: str, folder: Path) -> None:
+    plan = written(folder)
+    damage(plan)
+    with pytest.raises(ValueError, match=message):
+        list(check_ledger(Subject.of(folder, ENGINE), plan))
+
+
+LINEAR, NORM, PLAIN = "layers.0.attn.wq_b", "layers.0.attn.q_norm", "layers.0.ffn.gate"
+ON_HOPPER = {
+    "device": "NVIDIA H200",
+    "activations": "bfloat16",
+    "batch_invariant": False,
+    "numerics": {},
+    "ops": [
+        {"slot": slot, "encoding": "x", "runner": "x", "kernel": kernel, "layout": "x", "shape": [1, 1]}
+        for slot, kernel in ((LINEAR, "cute.nvfp4_linear"), (PLAIN, "torch.plain_linear"))
+    ],
+    "companions": [{"slot": NORM, "runner": "RMSNorm", "kernel": "triton.rms_norm", "dims": [1]}],
+}
+GEMM = "kernel_cutlass_kernel_ownpathkernelscutegemm_sm90Gemm_object_at__0"
+CUBLAS = "nvjet_tst_64x8_64x16_4x1_v_bz_TNT"
+ADD = "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::BFloat16>>(int)"
+INTACT = [(LINEAR, GEMM), (PLAIN, CUBLAS), (NORM, "rms_norm_kernel"), (None, ADD)]
+
+
+def launched(*launches: tuple[str | None, str]) -> list[Finding]:
+    records = [Record(slot, Use("", "", ""), "", (), (), 1) for slot in (LINEAR, PLAIN, NORM)]
+    seen = tuple(Launch(slot, kernel, 0.0, 1.0) for slot, kernel in launches)
+    return list(check_launches(WrittenPlan.of(ON_HOPPER), [Ran("layers.0", tuple(records), seen)]))
+
+
+def test_launches_as_planned_pass() -> None:
+    [finding] = launched(*INTACT)
+    assert (finding.id, finding.verdict) == ("LG06", Verdict.PASS)
+
+
+@pytest.mark.parametrize(
+    ("launches", "where", "message"),
+    [
+        ([*INTACT, (None, CUBLAS)], "outside every slot", f"a product ran: {CUBLAS}"),
+        (
+            [*INTACT, (LINEAR, CUBLAS)],
+            LINEAR,
+            f"planned cute.nvfp4_linear, but a product that is not ours ran: {CUBLAS}",
+        ),
+        (INTACT[1:], LINEAR, "planned cute.nvfp4_linear, but the device ran nothing named gemm_sm90"),
+        ([INTACT[0], *INTACT[2:]], PLAIN, "planned torch.plain_linear, but the device ran nothing"),
+        (
+            [*INTACT[:2], (NORM, ADD)],
+            NORM,
+            "planned triton.rms_norm, but the device ran nothing named rms_norm_kernel",
+        ),
+    ],
+)
+def test_launches_that_differ_are_named(launches: list[tuple[str | None, str]], where: str, message: str) -> None:
+    [finding] = launched(*launches)
+    assert (finding.verdict, finding.where, finding.message) == (Verdict.FAIL, where, message)

@@ -1,0 +1,84 @@
+"""The ledger against the plan and against the device: what was named is what was launched."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.checkpoints import random_checkpoint
+
+from ownpath.config import EngineConfig
+from ownpath.kernels.cute import fp8_launch, launch, linear
+from ownpath.loading import default_model_dir, load_model, plan_model
+from ownpath.model.batch import ForwardBatch
+from ownpath.plan.show import plan_dict
+from ownpath.runners import Records
+from ownpath.verdict import Verdict
+from ownpath.verify.finding import Finding
+from ownpath.verify.ledger_check import check_ledger
+from ownpath.verify.subject import Subject
+
+pytestmark = pytest.mark.gpu
+
+
+def findings(folder: Path, device: torch.device) -> list[Finding]:
+    plan = json.loads(json.dumps(plan_dict(plan_model(folder, str(device)))))
+    return list(check_ledger(Subject.of(folder, EngineConfig.for_device(str(device), 512)), plan))
+
+
+@pytest.mark.parametrize("layout", ["embedded", "full-nvfp4", "deepseek-native", "fp8-experts", "bf16"])
+def test_what_the_device_ran_is_what_was_planned(layout: str, tmp_path: Path, cuda: torch.device) -> None:
+    folder = default_model_dir()
+    if layout != "embedded":
+        random_checkpoint(tmp_path, layout)
+        folder = tmp_path
+    found = findings(folder, cuda)
+    assert [finding for finding in found if finding.verdict is not Verdict.PASS] == []
+    assert [finding.id for finding in found] == ["LG01", "LG02", "LG03", "LG04", "LG05", "LG06"]
+    print(found[-1].message)
+
+
+@pytest.mark.sm90
+def test_named_forms_are_those_that_were_launched(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled configurations that records name are, slot by slot, those that were taken from the cache to run."""
+    model = load_model(default_model_dir(), EngineConfig.for_device(str(cuda), 512))
+    launched: dict[str, set[str]] = {}
+    slots: list[str] = []
+    around_products = ("align", "permute", "combine")
+
+    for module in (launch, fp8_launch):
+
+        def loaded(config: Any, device_index: int, load: Any = module.load) -> Any:
+            if not type(config).__name__.lower().startswith(around_products):
+                launched.setdefault(slots[-1], set()).add(config.name)
+            return load(config, device_index)
+
+        monkeypatch.setattr(module, "load", loaded)
+
+    records = model.ledger.records = Records()
+    model.ledger.see = lambda slot, args: slots.append(slot)
+    cache = model.new_cache()
+    for token_ids in ([3] * 130, [4], [5] * 20):
+        model.forward(ForwardBatch.of([(token_ids, cache)], cuda))
+    assert launched
+    for slot, names in launched.items():
+        assert {name for record in records.listed(slot) for name in record.variant.split()} == names, slot
+    by_cute = {record.slot for record in records if record.use.kernel.startswith("cute.")}
+    assert by_cute == set(launched)
+
+
+@pytest.mark.sm90
+def test_a_library_behind_our_kernel_is_named(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call is still our kernel's; what it launches is not, which only the profiler sees."""
+
+    def by_library(config: Any, x: torch.Tensor, weight: Any, out: torch.Tensor, *_: Any) -> None:
+        torch.mm(x, torch.zeros(x.shape[1], out.shape[1], dtype=x.dtype, device=x.device), out=out)
+
+    monkeypatch.setattr(linear.launch, "gemm", by_library)
+    found = findings(default_model_dir(), cuda)
+    failed = [finding for finding in found if finding.verdict is Verdict.FAIL]
+    assert {finding.id for finding in failed} == {"LG06"}
+    named = {finding.where for finding in failed}
+    assert "layers.{0-3}.attn.wq_b" in named
+    assert any("a product that is not ours ran" in finding.message for finding in failed)

@@ -1,0 +1,254 @@
+"""Faults of one loaded layer: each replaces a part of it, or what a runner does, and says what has to be named."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ownpath.model.attention import AttentionCore
+from ownpath.model.rope import Rope
+from ownpath.runners.ledger import Watched
+from ownpath.verify.layer import LoadedLayer
+
+Change = Callable[[LoadedLayer], LoadedLayer]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """check, where: of the first failure; where is within the layer. ratio: kind of layer it needs, ``None``: any."""
+
+    change: Change
+    check: str
+    where: str
+    layer_idx: int = 1
+
+
+def with_attn(loaded: LoadedLayer, **parts: Any) -> LoadedLayer:
+    return replace(loaded, block=replace(loaded.block, attn=replace(loaded.block.attn, **parts)))
+
+
+def with_core(loaded: LoadedLayer, change: Callable[[AttentionCore], AttentionCore]) -> LoadedLayer:
+    watched: Any = loaded.block.attn.core
+    return with_attn(loaded, core=replace(watched, runner=change(watched.runner)))
+
+
+def wrapped(watched: Any, change: Callable[..., Any]) -> Watched:
+    """The same slot, whose runner is ``change(runner, *args)``."""
+    inner = watched.runner
+    return Watched(watched.slot, lambda *args: change(inner, *args), watched.ledger)
+
+
+def linear(name: str, change: Callable[..., Any]) -> Change:
+    """A fault of one of attention's runners."""
+    return lambda loaded: with_attn(loaded, **{name: wrapped(getattr(loaded.block.attn, name), change)})
+
+
+def in_ffn(name: str, change: Callable[..., Any]) -> Change:
+    def apply(loaded: LoadedLayer) -> LoadedLayer:
+        ffn = loaded.block.ffn
+        return replace(
+            loaded, block=replace(loaded.block, ffn=replace(ffn, **{name: wrapped(getattr(ffn, name), change)}))
+        )
+
+    return apply
+
+
+def boundary(name: str) -> Change:
+    """Streams mixed by the transposed matrix."""
+
+    def transposed(runner: Any, *args: Any) -> Any:
+        out = runner(*args)
+        return replace(out, mix=replace(out.mix, comb_TSS=out.mix.comb_TSS.transpose(1, 2).contiguous()))
+
+    return lambda loaded: replace(
+        loaded, block=replace(loaded.block, **{name: wrapped(getattr(loaded.block, name), transposed)})
+    )
+
+
+def wrong_theta(loaded: LoadedLayer) -> LoadedLayer:
+    config = loaded.plan.config
+    is_compressing = config.compress_ratios[loaded.layer_idx] > 0
+    device = loaded.rope.freqs_F.device
+    return replace(loaded, rope=Rope.for_layer(config, compressing=not is_compressing, device=device))
+
+
+def compressor_theta(loaded: LoadedLayer) -> LoadedLayer:
+    plain = Rope.for_layer(loaded.plan.config, compressing=False, device=loaded.rope.freqs_F.device)
+    return with_core(loaded, lambda core: replace(core, compressor=replace(core.compressor, rope=plain)))
+
+
+def index_theta(loaded: LoadedLayer) -> LoadedLayer:
+    plain = Rope.for_layer(loaded.plan.config, compressing=False, device=loaded.rope.freqs_F.device)
+
+    def change(core: AttentionCore) -> AttentionCore:
+        assert core.indexer is not None
+        return replace(core, indexer=replace(core.indexer, compressor=replace(core.indexer.compressor, rope=plain)))
+
+    return with_core(loaded, change)
+
+
+def no_inverse_rope(runner: Any, o_TNH: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> Any:
+    return runner(o_TNH, (torch.ones_like(angles[0]), torch.zeros_like(angles[1])))
+
+
+def no_bias(loaded: LoadedLayer) -> LoadedLayer:
+    router: Any = loaded.block.ffn.router
+    router.runner.bias_E = torch.zeros_like(router.runner.bias_E)
+    return loaded
+
+
+def bias_in_weights(runner: Any, x_TD: torch.Tensor, token_ids_T: torch.Tensor) -> Any:
+    """Weights from scores that the bias is in."""
+    ids_TK, _ = runner(x_TD, token_ids_T)
+    scores = torch.nn.functional.softplus(runner.gate.runner(x_TD)).sqrt() + runner.bias_E
+    weights_TK = scores.gather(1, ids_TK.long()).abs()
+    return ids_TK, weights_TK / weights_TK.sum(1, keepdim=True) * runner.routed_scaling_factor
+
+
+def swapped(runner: Any, x: torch.Tensor) -> torch.Tensor:
+    gate, up = runner(x).chunk(2, dim=-1)
+    return torch.cat((up, gate), dim=-1)
+
+
+def shared_swapped(loaded: LoadedLayer) -> LoadedLayer:
+    mlp: Any = loaded.block.ffn.shared_experts
+    mlp.w13 = wrapped(mlp.w13, swapped)
+    return loaded
+
+
+def shared_clamp(loaded: LoadedLayer) -> LoadedLayer:
+    """No clamp in the shared expert; its inputs made large enough that there is one to miss."""
+    mlp: Any = loaded.block.ffn.shared_experts
+    mlp._activation.runner.limit = 0.5
+    return loaded
+
+
+def routed_swapped(expert: int) -> Change:
+    """Gate and up rows of one expert's stored matrix change places, scales with them."""
+
+    def apply(loaded: LoadedLayer) -> LoadedLayer:
+        experts = next(operand for operand in loaded.weights.operands if "w13" in operand.buffers)
+        for name in ("w13", "w13_scale"):
+            matrix = experts.buffers[name][0][expert].view(torch.uint8)
+            matrix.copy_(torch.cat(matrix.chunk(2)[::-1]))
+        return loaded
+
+    return apply
+
+
+def sink_dropped(loaded: LoadedLayer) -> LoadedLayer:
+    watched: Any = loaded.block.attn.core
+    watched.runner.softmax.sink_N = torch.full_like(watched.runner.softmax.sink_N, -torch.inf)
+    return loaded
+
+
+@dataclass(frozen=True)
+class ShiftedIndexer:
+    """Picks the neighbours of the entries that it should."""
+
+    inner: Any
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def select(self, q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        mask = self.inner.select(q, weights, keys, visible)
+        return mask if len(keys) <= self.inner.topk else mask.roll(1, dims=1)
+
+
+def indexer_off_by_one(loaded: LoadedLayer) -> LoadedLayer:
+    indexer: Any = ShiftedIndexer(loaded.block.attn.indexer)
+    return with_core(loaded, lambda core: replace(core, indexer=indexer))
+
+
+@dataclass(frozen=True)
+class EarlyCore(AttentionCore):
+    """Sees entries whose windows are not complete."""
+
+    def _compressed(self, projected: Any, rows: slice, positions: torch.Tensor, position: int, cache: Any) -> Any:
+        return super()._compressed(projected, rows, positions + 3, position, cache)
+
+
+@dataclass(frozen=True)
+class StaleCore(AttentionCore):
+    """Reads the window's oldest cached key in the place of the newest."""
+
+    def _window(self, kv: torch.Tensor, positions: torch.Tensor, position: int, cache: Any) -> Any:
+        keys, visible = super()._window(kv, positions, position, cache)
+        if position > 1:
+            keys = keys.clone()
+            keys[len(keys) - len(kv) - 1] = keys[0]
+        return keys, visible
+
+
+@dataclass(frozen=True)
+class LeftoverCore(AttentionCore):
+    """Adds nothing times the whole window's buffer: rows that nothing has written take part."""
+
+    def __call__(self, projected: Any, span: Any) -> torch.Tensor:
+        leftover = 0 * span.cache.layers[self.layer_idx].window.rows.sum()
+        return super().__call__(projected, span) + leftover
+
+
+@dataclass(frozen=True)
+class FirstOnlyCore(AttentionCore):
+    """A step's later sequences read the first one's queries."""
+
+    def __call__(self, projected: Any, span: Any) -> torch.Tensor:
+        if span.start:
+            first = projected.q_TNH.roll(1, dims=0)
+            return super().__call__(replace(projected, q_TNH=first), span)
+        return super().__call__(projected, span)
+
+
+def core(kind: type[AttentionCore]) -> Change:
+    return lambda loaded: with_core(loaded, lambda core: kind(**vars(core)))
+
+
+def raises(runner: Any, *args: Any) -> Any:
+    raise RuntimeError("no kernel image is available")
+
+
+def one_nan_row(runner: Any, x: torch.Tensor) -> torch.Tensor:
+    y = runner(x).clone()
+    y[-1, 0] = torch.nan
+    return y
+
+
+def one_wrong_row(runner: Any, x: torch.Tensor) -> torch.Tensor:
+    y = runner(x).clone()
+    y[-1] = 0
+    return y
+
+
+FAULTS = {
+    "wrong theta in a CSA layer": Fault(wrong_theta, "V01", "attn.q"),
+    "wrong theta in a sliding layer": Fault(wrong_theta, "V01", "attn.q", 0),
+    "wrong theta in a compressor": Fault(compressor_theta, "V01", "attn.entries", 2),
+    "wrong theta in the indexer's compressor": Fault(index_theta, "V01", "attn.indexer.scores"),
+    "no inverse rotation": Fault(linear("wo_a", no_inverse_rope), "V01", "attn.wo_a"),
+    "gate.bias dropped": Fault(no_bias, "V01", "ffn.router", 2),
+    "gate.bias in the weights": Fault(in_ffn("router", bias_in_weights), "V01", "ffn.router.weights"),
+    "hash table read by the next token": Fault(
+        in_ffn("router", lambda runner, x, ids: runner(x, ids.roll(1))), "V01", "ffn.router", 0
+    ),
+    "one expert zeroed": Fault(
+        in_ffn("experts", lambda runner, x, ids, weights: runner(x, ids, weights * (ids != 3))), "V01", "ffn.experts.3"
+    ),
+    "one expert's gate and up swapped": Fault(routed_swapped(5), "V01", "ffn.experts.5"),
+    "shared gate and up swapped": Fault(shared_swapped, "V01", "ffn.shared_experts.w13"),
+    "another clamp in the shared expert": Fault(shared_clamp, "V01", "ffn.shared_experts.swiglu"),
+    "sink dropped": Fault(sink_dropped, "V01", "attn.core"),
+    "indexer off by one": Fault(indexer_off_by_one, "V01", "attn.indexer"),
+    "incomplete windows seen": Fault(core(EarlyCore), "V01", "attn.core", 2),
+    "transposed Sinkhorn before attention": Fault(boundary("hc_attn"), "V01", "hc_ffn.x"),
+    "transposed Sinkhorn before the experts": Fault(boundary("hc_ffn"), "V01", "out"),
+    "a product one percent too large": Fault(linear("wq_b", lambda run, x: 1.01 * run(x)), "V01", "attn.wq_b"),
+    "a NaN in the last row": Fault(linear("wo_b", one_nan_row), "V01", "attn.wo_b"),
+    "the last row not written": Fault(linear("wo_b", one_wrong_row), "V01", "attn.wo_b"),
+    "a kernel that raises": Fault(linear("wo_b", raises), "V01", ""),
+    "a stale row in the window's cache": Fault(core(StaleCore), "V05", ""),
+    "unwritten cache rows take part": Fault(core(LeftoverCore), "V08", ""),
+    "sequences of a step mixed up": Fault(core(FirstOnlyCore), "V09", ""),
+}

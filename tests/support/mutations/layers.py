@@ -1,0 +1,296 @@
+"""Loaded layers with a wrong part: rotations, choices, caches, mixes. The weights arrived as they are in the file."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ownpath.model.attention import AttentionCore
+from ownpath.model.block import Block
+from ownpath.model.rope import Rope, Rotation
+from ownpath.runners import SwigluMlp
+from ownpath.verify.layer import LoadedLayer
+from support.layer_faults import FAULTS, with_attn, with_core
+from support.mutations.mutation import LAYERS, LOAD_AND_KERNELS, Mutation, around, on_layer
+
+LAYER = "layers.1"
+IN_LAYERS = (".indexer", *(f"layers.{layer_idx}" for layer_idx in range(3)))
+"""Places that no kernel alone is called in."""
+Change = Callable[[LoadedLayer], LoadedLayer]
+
+
+def known(name: str, what: str, check: str, where: str) -> Mutation:
+    """A fault that the layers stage alone is tested with; here every stage runs, and an earlier one may find it."""
+    fault = FAULTS[name]
+    return changed(what, check, f"layers.{fault.layer_idx}.{where}".rstrip("."), fault.change)
+
+
+def changed(what: str, check: str, where: str, change: Change) -> Mutation:
+    """where: with its layer."""
+    layer_idx = int(where.split(".")[1])
+    stages = LOAD_AND_KERNELS if check.startswith("K") else LAYERS if where.endswith(IN_LAYERS) else ()
+    return Mutation(what, check, where, None, on_layer(layer_idx, change), layer_idx, stages)
+
+
+def with_block(loaded: LoadedLayer, **parts: Any) -> LoadedLayer:
+    return replace(loaded, block=replace(loaded.block, **parts))
+
+
+def block_as(kind: type[Block]) -> Change:
+    return lambda loaded: replace(loaded, block=kind(**vars(loaded.block)))
+
+
+def core_as(kind: type[AttentionCore]) -> Change:
+    return lambda loaded: with_core(loaded, lambda core: kind(**vars(core)))
+
+
+def without_yarn(loaded: LoadedLayer) -> LoadedLayer:
+    config = replace(loaded.plan.config, yarn=None)
+    return replace(loaded, rope=Rope.for_layer(config, compressing=True, device=loaded.rope.freqs_F.device))
+
+
+@dataclass(frozen=True)
+class HalfSplit(Rotation):
+    """Turns channel i with channel i + R/2 instead of its neighbour."""
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        return _half_split(super().apply, x, 2 * self.cos_TF.shape[1])
+
+    def invert(self, x: torch.Tensor) -> torch.Tensor:
+        return _half_split(super().invert, x, 2 * self.cos_TF.shape[1])
+
+
+def _half_split(turn: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, num_rotary: int) -> torch.Tensor:
+    head, tail = x[..., :-num_rotary], x[..., -num_rotary:]
+    paired = tail.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+    turned = turn(torch.cat((head, paired), -1))[..., -num_rotary:]
+    return torch.cat((head, turned.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)), -1)
+
+
+@dataclass(frozen=True)
+class HalfSplitRope(Rope):
+    def at(self, positions_T: torch.Tensor) -> Rotation:
+        return HalfSplit(*super().at(positions_T).angles)
+
+
+def half_split(loaded: LoadedLayer) -> LoadedLayer:
+    return replace(loaded, rope=HalfSplitRope(loaded.rope.freqs_F))
+
+
+@dataclass(frozen=True)
+class IndexRope(Rope):
+    """Compressed entries turned by their place in the cache instead of their window's first position."""
+
+    def at(self, positions_T: torch.Tensor) -> Rotation:
+        return super().at(positions_T // 4)
+
+
+def pool_positions(loaded: LoadedLayer) -> LoadedLayer:
+    def change(core: AttentionCore) -> AttentionCore:
+        assert core.compressor is not None
+        return replace(core, compressor=replace(core.compressor, rope=IndexRope(core.compressor.rope.freqs_F)))
+
+    return with_core(loaded, change)
+
+
+def window_moved(by: int) -> Change:
+    return lambda loaded: with_core(loaded, lambda core: replace(core, sliding_window=core.sliding_window + by))
+
+
+def softmax_scaled(loaded: LoadedLayer) -> LoadedLayer:
+    """YaRN's mscale, 0.1 ln(factor) + 1, which V4 does not apply, in the softmax scale."""
+    core: Any = loaded.block.attn.core
+    core.runner.softmax.softmax_scale *= 1.277
+    return loaded
+
+
+def scaling_lost(loaded: LoadedLayer) -> LoadedLayer:
+    router: Any = loaded.block.ffn.router
+    router.runner.routed_scaling_factor = 1.0
+    return loaded
+
+
+def reads_token_0(loaded: LoadedLayer) -> LoadedLayer:
+    ffn = loaded.block.ffn
+    router = around(ffn.router, lambda run, x, ids: run(x, torch.zeros_like(ids)))
+    return with_block(loaded, ffn=replace(ffn, router=router))
+
+
+def no_clamp_in_shared(loaded: LoadedLayer) -> LoadedLayer:
+    mlp: Any = loaded.block.ffn.shared_experts
+    mlp._activation.runner.limit = 1e30
+    return loaded
+
+
+def no_clamp_in_routed(loaded: LoadedLayer) -> LoadedLayer:
+    experts: Any = loaded.block.ffn.experts
+    experts.runner.swiglu_limit = 1e30
+    return loaded
+
+
+def no_shared_expert(loaded: LoadedLayer) -> LoadedLayer:
+    """The layer's output without it; the expert itself is right."""
+
+    class Silent:
+        __module__ = SwigluMlp.__module__  # slots are looked for in the package's own objects
+
+        def __init__(self, mlp: Any) -> None:
+            self.w13, self.w2, self._activation = mlp.w13, mlp.w2, mlp._activation
+            self._mlp = mlp
+
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            return 0 * self._mlp(x)
+
+    ffn: Any = loaded.block.ffn
+    return with_block(loaded, ffn=replace(ffn, shared_experts=Silent(ffn.shared_experts)))
+
+
+def one_sinkhorn_round(loaded: LoadedLayer) -> LoadedLayer:
+    boundary: Any = loaded.block.hc_ffn
+    boundary.runner.weights = replace(boundary.runner.weights, num_iters=1)
+    return loaded
+
+
+def narrow_mix(loaded: LoadedLayer) -> LoadedLayer:
+    def rounded(run: Any, *args: Any) -> Any:
+        out = run(*args)
+        return replace(out, mix=replace(out.mix, comb_TSS=out.mix.comb_TSS.bfloat16().float()))
+
+    return with_block(loaded, hc_attn=around(loaded.block.hc_attn, rounded))
+
+
+def narrow_streams(loaded: LoadedLayer) -> LoadedLayer:
+    def rounded(run: Any, *args: Any) -> Any:
+        out = run(*args)
+        return replace(out, x_TSD=out.x_TSD.bfloat16().float())
+
+    return with_block(loaded, hc_ffn=around(loaded.block.hc_ffn, rounded))
+
+
+def without(norm: str) -> Change:
+    return lambda loaded: with_attn(loaded, **{norm: around(getattr(loaded.block.attn, norm), lambda run, x: x)})
+
+
+def wrong_eps(loaded: LoadedLayer) -> LoadedLayer:
+    norm: Any = loaded.block.attn.q_norm
+    norm.runner.eps = 1e-2
+    return loaded
+
+
+@dataclass(frozen=True)
+class Indexing:
+    """An indexer that selects as ``select`` says."""
+
+    inner: Any
+    chosen: Callable[..., torch.Tensor]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def select(self, *args: torch.Tensor) -> torch.Tensor:
+        return self.chosen(self.inner, *args)
+
+
+def selecting(chosen: Callable[..., torch.Tensor]) -> Change:
+    def change(loaded: LoadedLayer) -> LoadedLayer:
+        indexer: Any = Indexing(loaded.block.attn.indexer, chosen)
+        return with_core(loaded, lambda core: replace(core, indexer=indexer))
+
+    return change
+
+
+def one_too_few(indexer: Any, q: Any, weights: Any, keys: Any, visible: Any) -> torch.Tensor:
+    if len(keys) <= indexer.topk:
+        return visible  # type: ignore[no-any-return]
+    return replace(indexer, topk=indexer.topk - 1).select(q, weights, keys, visible)  # type: ignore[no-any-return]
+
+
+def without_relu(
+    indexer: Any, q: torch.Tensor, weights: torch.Tensor, keys: Any, visible: torch.Tensor
+) -> torch.Tensor:
+    if len(keys) <= indexer.topk:
+        return visible
+    scores = ((q @ keys.T) * weights[..., None]).sum(1).masked_fill(~visible, -torch.inf)
+    best = scores.sort(dim=-1, descending=True, stable=True).indices[:, : indexer.topk]
+    return torch.zeros_like(visible).scatter_(-1, best, True) & visible
+
+
+def overlap_reversed(loaded: LoadedLayer) -> LoadedLayer:
+    """The halves of each token's channels exchanged: this window's serve the next one's entry."""
+
+    def change(core: AttentionCore) -> AttentionCore:
+        compressor: Any = core.compressor
+        swapped = around(
+            compressor.wkv_wgate, lambda run, x: run(x).unflatten(-1, (4, -1))[..., [1, 0, 3, 2], :].flatten(-2)
+        )
+        return replace(core, compressor=replace(compressor, wkv_wgate=swapped, ape=compressor.ape))
+
+    changed_core = with_core(loaded, change)
+    core: Any = changed_core.block.attn.core
+    return with_attn(changed_core, compressor=core.runner.compressor)
+
+
+@dataclass(frozen=True)
+class UnkeptCore(AttentionCore):
+    """A step of one token does not write its key: the ring keeps the one of a window ago."""
+
+    def _window(self, kv: torch.Tensor, positions: torch.Tensor, position: int, cache: Any) -> Any:
+        kept = cache.window.rows.clone()
+        found = super()._window(kv, positions, position, cache)
+        if len(kv) == 1:
+            cache.window.rows.copy_(kept)
+        return found
+
+
+MUTATIONS = {
+    "another theta in a CSA layer": known("wrong theta in a CSA layer", "its rotation", "K07", "attn rotation"),
+    "another theta in a sliding layer": known("wrong theta in a sliding layer", "its rotation", "K07", "attn rotation"),
+    "another theta in a compressor": known(
+        "wrong theta in a compressor", "HCA entries' rotation", "K07", "attn.compressor rotation"
+    ),
+    "another theta in the indexer": known(
+        "wrong theta in the indexer's compressor", "index keys' rotation", "K07", "attn.indexer.compressor rotation"
+    ),
+    "YaRN left out": changed("a CSA layer's rotation", "K07", f"{LAYER}.attn rotation", without_yarn),
+    "mscale in the softmax scale": changed(
+        "YaRN's 1.277, which V4 has not", "K09", f"{LAYER}.attn.core", softmax_scaled
+    ),
+    "half-split rotation": changed("channels i and i + R/2 as pairs", "K07", f"{LAYER}.attn rotation", half_split),
+    "entries turned by their index": changed(
+        "compressed entries' positions", "K07", f"{LAYER}.attn.compressor rotation", pool_positions
+    ),
+    "no inverse rotation": known("no inverse rotation", "what wo_a undoes", "K07", "attn.wo_a"),
+    "gate.bias dropped in the router": known("gate.bias dropped", "the selection", "K05", "ffn.router"),
+    "gate.bias in the weights": known("gate.bias in the weights", "the weights", "K05", "ffn.router"),
+    "routed_scaling_factor is 1": changed("the router's weights", "K05", f"{LAYER}.ffn.router", scaling_lost),
+    "hash layer reads token 0": changed("the table's row", "K05", "layers.0.ffn.router", reads_token_0),
+    "no clamp in the shared expert": changed("swiglu_limit", "K06", f"{LAYER}.ffn.shared_experts", no_clamp_in_shared),
+    "no clamp in the routed experts": changed("swiglu_limit", "K06", f"{LAYER}.ffn.experts.0", no_clamp_in_routed),
+    "shared gate and up exchanged": known(
+        "shared gate and up swapped", "halves of w13's output", "K01", "ffn.shared_experts.w13"
+    ),
+    "shared expert not added": changed("the layer's output", "K06", f"{LAYER}.ffn.shared_experts", no_shared_expert),
+    "transposed Sinkhorn before attention": known("transposed Sinkhorn before attention", "comb", "K08", "hc_attn"),
+    "transposed Sinkhorn before the experts": known("transposed Sinkhorn before the experts", "comb", "K08", "hc_ffn"),
+    "one round of Sinkhorn": changed("hc_sinkhorn_iters", "K08", f"{LAYER}.hc_ffn", one_sinkhorn_round),
+    "mix rounded to BF16": changed("comb", "K08", f"{LAYER}.hc_attn", narrow_mix),
+    "streams rounded to BF16": changed("the residual streams", "K08", f"{LAYER}.hc_ffn", narrow_streams),
+    "key norm left out": changed("kv_norm", "V01", f"{LAYER}.attn.kv_norm", without("kv_norm")),
+    "query head norm left out": changed("q_head_norm", "V01", f"{LAYER}.attn.q_head_norm", without("q_head_norm")),
+    "another eps": changed("q_norm's, 1e-2 for 1e-6", "V01", f"{LAYER}.attn.q_norm", wrong_eps),
+    "sink dropped": known("sink dropped", "the softmax's sum", "K09", "attn.core"),
+    "window one too long": changed("sliding_window", "K09", f"{LAYER}.attn.core", window_moved(1)),
+    "window one too short": changed("sliding_window", "K09", f"{LAYER}.attn.core", window_moved(-1)),
+    "incomplete windows seen": known("incomplete windows seen", "HCA's mask", "V01", "attn.core"),
+    "indexer off by one": known("indexer off by one", "picked entries", "V01", "attn.indexer"),
+    "indexer picks one too few": changed("index_topk", "V01", f"{LAYER}.attn.indexer", selecting(one_too_few)),
+    "indexer without its ReLU": changed("index scores", "V01", f"{LAYER}.attn.indexer", selecting(without_relu)),
+    "overlapping windows reversed": changed(
+        "halves of a compressor's rows", "K01", f"{LAYER}.attn.compressor.wkv_wgate", overlap_reversed
+    ),
+    "stale key row": known("a stale row in the window's cache", "the ring's newest row", "K09", "attn.core"),
+    "decoded keys not kept": changed("the ring, in steps of one token", "V05", LAYER, core_as(UnkeptCore)),
+    "unwritten cache rows take part": known("unwritten cache rows take part", "the window's buffer", "V08", ""),
+    "sequences of a step mixed up": known("sequences of a step mixed up", "later sequences' queries", "V09", ""),
+}

@@ -1,0 +1,125 @@
+"""Kernels whose weights are right and whose outputs, inputs or memory are not."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ownpath.runners import PlainLinear
+from ownpath.verify.layer import LoadedLayer, LoadedPart
+from ownpath.verify.subject import Interference
+from support.layer_faults import with_attn
+from support.mutations.mutation import LOAD_AND_KERNELS, Mutation, around, on_layer, on_part
+
+LAYER = "layers.1"
+
+
+def attn(name: str, call: Callable[..., Any]) -> Interference:
+    return on_layer(1, lambda loaded: with_attn(loaded, **{name: around(getattr(loaded.block.attn, name), call)}))
+
+
+def experts(call: Callable[..., Any]) -> Interference:
+    def change(loaded: LoadedLayer) -> LoadedLayer:
+        ffn = loaded.block.ffn
+        ffn = replace(ffn, experts=around(ffn.experts, call))
+        return replace(loaded, block=replace(loaded.block, ffn=ffn))
+
+    return on_layer(1, change)
+
+
+def stale_input() -> Callable[..., Any]:
+    """An input is copied into the buffer for its number of rows when that is made, and never again."""
+    buffers: dict[int, torch.Tensor] = {}
+
+    def call(run: Any, x: torch.Tensor) -> Any:
+        kept = buffers.setdefault(len(x), x.clone())
+        return run(kept if x.is_floating_point() and kept.shape == x.shape and kept.dtype == x.dtype else x)
+
+    return call
+
+
+def with_stale_input(loaded: LoadedLayer) -> LoadedLayer:
+    return with_attn(loaded, wq_b=around(loaded.block.attn.wq_b, stale_input()))
+
+
+def last_row_unwritten(run: Any, x: torch.Tensor) -> torch.Tensor:
+    """Of more than 64 rows that fill no tile of 64."""
+    y: torch.Tensor = run(x)
+    if x.ndim != 2 or len(x) <= 64 or len(x) % 64 == 0:
+        return y
+    found = torch.empty_like(y)
+    found[:-1] = y[:-1]
+    return found
+
+
+def row_by_row(run: Any, x: torch.Tensor) -> torch.Tensor:
+    """One row alone goes another way, which is a hundredth too small."""
+    y: torch.Tensor = run(x)
+    return 0.99 * y if len(x) == 1 else y
+
+
+def a_nan(run: Any, x: torch.Tensor) -> torch.Tensor:
+    y: torch.Tensor = run(x).clone()
+    y[-1, 0] = torch.nan
+    return y
+
+
+def groups_exchanged(run: Any, o: torch.Tensor, angles: Any) -> Any:
+    return run(o, angles).flip(1)
+
+
+def raises(run: Any, *args: Any) -> Any:
+    raise RuntimeError("no kernel image is available for execution on the device")
+
+
+def raises_for_many(run: Any, x: torch.Tensor) -> Any:
+    if len(x) > 100:
+        raise RuntimeError("no kernel image is available for execution on the device")
+    return run(x)
+
+
+def unrouted(expert: int) -> Callable[..., Any]:
+    return lambda run, x, ids, weights: run(x, ids, torch.where(ids == expert, 0.0, weights))
+
+
+def sent_elsewhere(expert: int, other: int) -> Callable[..., Any]:
+    return lambda run, x, ids, weights: run(x, torch.where(ids == expert, other, ids), weights)
+
+
+def swapped_after_planning(part: LoadedPart) -> None:
+    """An unplanned dequantised product, which gives the right values."""
+    slot = f"{LAYER}.attn.wq_b"
+    if slot in part.runners and part.builder.runners is part.runners:
+        part.runners[slot] = _dequantized(part.runners[slot])
+
+
+def _dequantized(runner: Any) -> PlainLinear:
+    plain = PlainLinear(runner(torch.eye(runner.in_features)).T.contiguous())
+    plain.stored = runner.stored  # type: ignore[method-assign]
+    return plain
+
+
+def at(what: str, check: str, slot: str, interference: Interference) -> Mutation:
+    stages = LOAD_AND_KERNELS if check.startswith("K") else ()
+    return Mutation(what, check, f"{LAYER}.{slot}", None, interference, 1, stages)
+
+
+MUTATIONS = {
+    "output one percent too large": at("wq_b", "K01", "attn.wq_b", attn("wq_b", lambda run, x: 1.01 * run(x))),
+    "output exactly zero": at(
+        "the experts", "K01", "ffn.experts.0", experts(lambda run, *args: torch.zeros_like(run(*args)))
+    ),
+    "output NaN in one row": at("wo_b", "K01", "attn.wo_b", attn("wo_b", a_nan)),
+    "last row unwritten from 65 rows on": at("wo_b", "K01", "attn.wo_b", attn("wo_b", last_row_unwritten)),
+    "one row alone differs": at("wo_b, one row at a time", "K01", "attn.wo_b", attn("wo_b", row_by_row)),
+    "stale input buffer": at("wq_b reads what came first", "K02", "attn.wq_b", on_layer(1, with_stale_input)),
+    "output in BF16": at("wo_b", "K01", "attn.wo_b", attn("wo_b", lambda run, x: run(x).bfloat16().float())),
+    "groups exchanged": at("wo_a", "K01", "attn.wo_a", attn("wo_a", groups_exchanged)),
+    "expert's output lost": at("expert 5", "K01", "ffn.experts.5", experts(unrouted(5))),
+    "tokens sent to another expert": at("expert 4's go to 6", "K01", "ffn.experts.4", experts(sent_elsewhere(4, 6))),
+    "kernel raises": at("wo_b", "K01", "attn.wo_b", attn("wo_b", raises)),
+    "kernel raises for many rows": at("wq_b", "K01", "attn.wq_b", attn("wq_b", raises_for_many)),
+    "runner that refuses nothing": at("wq_b", "K10", "attn.wq_b", attn("wq_b", lambda run, x: run(x.float()))),
+    "runner replaced after planning": at("wq_b, dequantised", "LG03", "attn.wq_b", on_part(swapped_after_planning)),
+}

@@ -1,0 +1,85 @@
+"""`ownpath verify` on a mutation, in this process: the command's stages in their order, and their result."""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cpu.chat.small_tokenizer import NUM_TOKENS, tokenizer_spec
+
+from ownpath.config import EngineConfig
+from ownpath.loading import default_model_dir
+from ownpath.official import OFFICIAL, PLAIN
+from ownpath.plan.show import plan_dict
+from ownpath.verify.finding import Finding, failed
+from ownpath.verify.run import STAGES, Job, Result, verify
+from ownpath.verify.subject import Selection
+from support.checkpoints import random_checkpoint
+from support.hopper_layouts import subject_on
+from support.mutations.mutation import Mutation
+
+WIDE = {"hidden_size": 128, "moe_intermediate_size": 128, "q_lora_rank": 136}
+SHAPE = {"num_hidden_layers": 3, "compress_ratios": [0, 4, 128], "vocab_size": NUM_TOKENS + 7}
+"""One layer of each kind; the first looks its experts up by token."""
+
+
+def write_model(folder: Path, layout: str = "full-nvfp4", seed: int = 3, **changes: int) -> Path:
+    """A small checkpoint with a tokenizer, with nothing wrong in it."""
+    random_checkpoint(folder, layout, seed, **SHAPE, **changes)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_spec()), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text('{"add_bos_token": false}', encoding="utf-8")
+    return folder
+
+
+def write_models(folder: Path) -> dict[str, Path]:
+    """What is corrupted, and "source", another export of "small"."""
+    return {
+        "small": write_model(folder / "small"),
+        "source": write_model(folder / "source", "bf16"),
+        "native": write_model(folder / "native", "deepseek-native", **WIDE),
+        "embedded": default_model_dir(),
+    }
+
+
+def verified(mutation: Mutation, models: dict[str, Path], scratch: Path) -> Result:
+    """Runs the stages on a mutation of one of the models. scratch: an empty folder."""
+    folder = intact = models[mutation.model]
+    if mutation.on_disk is not None:
+        folder = Path(shutil.copytree(intact, scratch / "model"))
+        mutation.on_disk(folder)
+    layer_ids = None if mutation.layer_idx is None else frozenset({mutation.layer_idx})
+    engine = EngineConfig(official=OFFICIAL if mutation.is_official else PLAIN)
+    job = Job(folder, engine, Selection(layer_ids), interference=mutation.interference)
+    job.source = models["source"] if mutation.source else None
+    if mutation.in_plan is not None:
+        written = json.loads(json.dumps(plan_dict(job.subject.plan)))
+        mutation.in_plan(written)
+        job.written_plan = written
+    if mutation.device != "CPU":
+        job.subject = replace(subject_on(folder, mutation.device, job.selection), interference=mutation.interference)
+    return verify(job, mutation.stages or STAGES)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """ids: of every check that failed. finding: the one that the mutation is there for; ``None``: it did not fail."""
+
+    ids: tuple[str, ...]
+    finding: Finding | None
+
+
+def outcome_of(mutation: Mutation, result: Result) -> Outcome:
+    found = [told(result, finding) for finding in failed(result.findings)]
+    expected = (finding for finding in found if (finding.id, finding.where) == (mutation.check, mutation.where))
+    return Outcome(tuple(dict.fromkeys(finding.id for finding in found)), next(expected, None))
+
+
+def told(result: Result, finding: Finding) -> Finding:
+    """A finding without what is of this run alone: where the folder is, how many shards there are."""
+    folder = str(result.job.folder)
+    where, message = (
+        re.sub(r"-of-\d{5}", "-of-{n}", text.replace(f"{folder}/", "").replace(folder, "MODEL"))
+        for text in (finding.where, finding.message)
+    )
+    return replace(finding, where=where, message=message)
