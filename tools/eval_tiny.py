@@ -11,45 +11,69 @@ import json
 import random
 import time
 from pathlib import Path
-from typing import Any
 
-from tiny.answers import EOS_ID, Answerer, ownpath_answerer, transformers_answerer
-from tiny.batches import Encoder
-from tiny.exam import Question, questions, scores
+from tiny.answers import Answerer, ownpath_answerer, transformers_answerer
+from tiny.batches import ANSWER, Encoder
+from tiny.exam import questions
 from tiny.export import read_trained, stored_network
+from tiny.question import Question, group_name, scores, totals
 from tiny.train import Recipe
+from tiny.wellformed import fault
 from tokenizers import Tokenizer
+
+from ownpath.chat.tokenizer import Tokenizer as ChatTokenizer
 
 # Beyond the right answer's own tokens, so that one that runs on is seen to be wrong.
 _SPARE_TOKENS = 2
 
 
-def examine(answerer: Answerer, encoder: Encoder, asked: list[Question]) -> list[tuple[Question, bool]]:
-    """Each question with whether the greedy answer is exactly the right one, EOS included."""
+# Groups whose answers have a form of their own, which is counted too.
+_FORMED = ("thinking/", "tools/", "json/")
+_Given = list[tuple[Question, list[int], bool]]
+
+
+def examine(answerer: Answerer, encoder: Encoder, asked: list[Question]) -> _Given:
+    """Each question with the greedy answer and whether that is exactly the right one, EOS included."""
     prompts = [encoder.encode(question.prompt)[0] for question in asked]
-    expected = [[*encoder.text_ids(question.answer), EOS_ID] for question in asked]
+    expected = [_answer_ids(encoder, question) for question in asked]
     given = answerer(prompts, [len(ids) + _SPARE_TOKENS for ids in expected])
-    return [(q, ids == right) for q, ids, right in zip(asked, given, expected, strict=True)]
+    return [(q, ids, ids == right) for q, ids, right in zip(asked, given, expected, strict=True)]
+
+
+def _answer_ids(encoder: Encoder, question: Question) -> list[int]:
+    ids, roles = encoder.encode(question.document)
+    return [token for token, role in zip(ids, roles, strict=True) if role == ANSWER]
+
+
+def count_forms(tokenizer: ChatTokenizer, given: _Given, table: dict[str, dict[str, int]]) -> list[str]:
+    """Adds ``well_formed`` to the groups that have a form; returns the faults."""
+    faults = []
+    for question, ids, _ in given:
+        if question.group.startswith(_FORMED):
+            found = fault(tokenizer, question.setting, ids)
+            entry = table[group_name(question)]
+            entry["well_formed"] = entry.get("well_formed", 0) + (not found)
+            faults += [f"{group_name(question)}: {found}"] if found else []
+    return faults
+
+
+def wrong_answers(tokenizer: ChatTokenizer, given: _Given) -> list[str]:
+    """Every wrong answer: the group, what was right, and for the groups with a form what was said."""
+    found = []
+    for question, ids, right in given:
+        if not right:
+            said = b"".join(map(tokenizer.token_bytes, ids)).decode(errors="replace")
+            instead = f" | given: {said}" if question.group.startswith(_FORMED) else ""
+            found.append(f"{question.group}: {question.answer}{instead}")
+    return found
 
 
 def sample(asked: list[Question], num_others: int, seed: int) -> list[Question]:
-    """Every question about a capital, and ``num_others`` of the rest, drawn once."""
-    capitals = [question for question in asked if question.group.startswith("capital/")]
-    others = [question for question in asked if not question.group.startswith("capital/")]
+    """Every question about a capital or with a form, and ``num_others`` of the rest, drawn once."""
+    kept = ("capital/", *_FORMED)
+    capitals = [question for question in asked if question.group.startswith(kept)]
+    others = [question for question in asked if not question.group.startswith(kept)]
     return [*capitals, *random.Random(seed).sample(others, min(num_others, len(others)))]
-
-
-def summary(table: dict[str, dict[str, int]]) -> dict[str, Any]:
-    """Totals by form, questions seen in training apart from those held out."""
-    totals: dict[str, dict[str, Any]] = {}
-    for group, entry in table.items():
-        kind = "/".join(group.split("/")[:2]) + (" (held out)" if group.endswith("(held out)") else "")
-        total = totals.setdefault(kind, {"right": 0, "asked": 0})
-        total["right"] += entry["right"]
-        total["asked"] += entry["asked"]
-    for total in totals.values():
-        total["share"] = round(total["right"] / total["asked"], 4)
-    return totals
 
 
 def main() -> None:
@@ -60,6 +84,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--num-others", type=int, default=10**9, help="sums and lists to ask; default: all")
     parser.add_argument("--every", type=int, default=1, help="ask every n-th question only")
+    parser.add_argument("--only", default="", help="ask only the groups whose names begin so, such as tools/")
     arguments = parser.parse_args()
     encoder = Encoder(Tokenizer.from_file(str(arguments.model / "tokenizer.json")))
     if arguments.trained:
@@ -67,20 +92,24 @@ def main() -> None:
     else:
         answerer = ownpath_answerer(arguments.model, arguments.device)
     seed = Recipe().seed
-    asked = sample(questions(seed), arguments.num_others, seed)[:: arguments.every]
+    asked = sample([q for q in questions(seed) if q.group.startswith(arguments.only)], arguments.num_others, seed)
+    asked = asked[:: arguments.every]
     start = time.perf_counter()
     results = examine(answerer, encoder, asked)
-    table = scores(results)
-    wrong = [f"{question.group}: {question.answer}" for question, right in results if not right]
+    tokenizer = ChatTokenizer.from_folder(arguments.model)
+    table = scores([(question, right) for question, _, right in results])
+    faults = count_forms(tokenizer, results, table)
     report = {
         "measured with": "transformers" if arguments.trained else "ownpath's engine",
         "device": arguments.device,
         "decoding": "greedy; right means exactly the taught answer, then the end of the sequence",
         "questions": len(asked),
         "seconds": round(time.perf_counter() - start, 1),
-        "summary": summary(table),
+        "well_formed": "read by ownpath's parser without a fault; calls and JSON as their schemas want them",
+        "summary": totals(table),
         "groups": table,
-        "wrong": wrong,
+        "wrong": wrong_answers(tokenizer, results),
+        "not well-formed": faults,
     }
     arguments.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(json.dumps(report["summary"], indent=1))

@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python tools/export_tiny.py --trained runs/tiny-v4 --out src/ownpath/assets/tiny-v4
 
-``--out`` must not hold a checkpoint yet. Calibrates activation scales on 300 documents (CPU, under a minute).
+``--out`` must not hold a checkpoint yet. Calibrates activation scales on 400 documents (CPU, about a minute).
 """
 
 import argparse
@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from ownpath.checkpoint.writer import write_checkpoint
 
 MAX_SHARD_BYTES = 6_000_000
-NUM_DOCUMENTS = {"short": 240, "middle": 40, "long": 20}
+NUM_DOCUMENTS = {"short": 240, "request": 60, "middle": 40, "long": 20, "tools": 40}
 
 
 def calibrate(trained_folder: Path) -> Calibration:
@@ -27,9 +27,15 @@ def calibrate(trained_folder: Path) -> Calibration:
     encoder = Encoder(Tokenizer.from_file(str(trained_folder / "tokenizer.json")))
     calibration = Calibration(stored_network(read_trained(trained_folder)))
     seed = Recipe().seed + 500
-    makers = {"short": corpus.short_document, "middle": corpus.middle_document, "long": corpus.long_document}
+    makers = {
+        "short": corpus.short_document,
+        "request": corpus.request_document,
+        "middle": corpus.middle_document,
+        "long": corpus.long_document,
+        "tools": corpus.tools_document,
+    }
     for kind, num_documents in NUM_DOCUMENTS.items():
-        (rows,) = make_rows(encoder, makers[kind], (512,), num_documents, seed)
+        (rows,) = make_rows(encoder, makers[kind], (768,), num_documents, seed)
         calibration.run(rows, num_documents)
     return calibration
 

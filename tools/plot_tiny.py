@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 WIDTH, HEIGHT, MARGIN = 720, 360, 48
-COLOURS = {"brief": "#1b6ca8", "short": "#3aa655", "middle": "#d17b0f", "long": "#b0305c"}
+COLOURS = {
+    "brief": "#1b6ca8",
+    "short": "#3aa655",
+    "request": "#7a3fb0",
+    "middle": "#d17b0f",
+    "long": "#b0305c",
+    "tools": "#222222",
+    "many tools": "#8a8a8a",
+}
 LOWEST, HIGHEST = 0.05, 10.0
 
 
@@ -44,7 +52,8 @@ def svg(content: dict[str, Any]) -> str:
     lines.append(f'<path d="M{x} {MARGIN}V{y}" stroke="#888" stroke-dasharray="4"/>')
     lines.append(f'<text x="{x + 4}" y="{MARGIN + 12}">quantised weights from here</text>')
     for number, (kind, colour) in enumerate(COLOURS.items()):
-        points = " ".join("{},{}".format(*place(e["step"], e[f"{kind}_loss"], num_steps)) for e in curve)
+        seen = [(e["step"], e[f"{kind}_loss"]) for e in curve if f"{kind}_loss" in e]  # not every kind from the start
+        points = " ".join("{},{}".format(*place(step, loss, num_steps)) for step, loss in seen)
         lines.append(f'<polyline points="{points}" fill="none" stroke="{colour}"/>')
         lines.append(f'<text x="{WIDTH - 120}" y="{MARGIN + 14 * number + 30}" fill="{colour}">{kind} rows</text>')
     lines.append(f'<text x="{WIDTH // 2 - 60}" y="{HEIGHT - 14}">step (0 to {num_steps}), loss</text></svg>')

@@ -3,8 +3,9 @@
     PYTHONPATH=src python tools/train_tiny.py --out runs/tiny-v4
 
 Writes into ``--out``: ``trained-0.safetensors`` ... (the weights before quantisation, under transformers' names, in
-the dtypes of the checkpoint), ``tokenizer.json``, ``curve.json`` (recipe and loss curve) and ``exam.json`` (scores
-of the quantised weights, teacher-forced). ``tools/export_tiny.py`` makes the checkpoint from these.
+the dtypes of the checkpoint; also about once a minute on the way), ``tokenizer.json``, ``curve.json`` (recipe, loss
+curve) and ``exam.json`` (scores of the quantised weights, teacher-forced).
+``tools/export_tiny.py`` makes the checkpoint from these. ``--start FOLDER`` goes on from another run's results.
 """
 
 import argparse
@@ -17,36 +18,37 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from tiny import corpus
-from tiny.batches import Encoder, Rows, make_rows
-from tiny.exam import questions
-from tiny.forced import teacher_forced_scores
+from tiny.batches import Encoder
+from tiny.data import make_data
+from tiny.exam import questions, spread
+from tiny.forced import BATCH_TOKENS, teacher_forced_scores
 from tiny.network import FIELDS, build_network
-from tiny.tokens import train_tokenizer
-from tiny.train import Recipe, Trainer
+from tiny.question import totals
+from tiny.start import start_from
+from tiny.tokens import VOCAB_SIZE, extended_tokenizer, train_tokenizer
+from tiny.train import NUM_ROWS, PATTERNS, Recipe, Trainer
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 MAX_FILE_BYTES = 15 * 2**20
 NUM_TOKENIZER_DOCUMENTS = 40_000
-SECONDS_AFTER = 15.0  # the examination and the saving, when --minutes is given
-NUM_DOCUMENTS = {"short": 150_000, "middle": 16_000, "long": 8_000}
+SECONDS_AFTER = 60.0  # the examinations and the saving, when --minutes is given
 
 
-def make_tokenizer(seed: int) -> Tokenizer:
-    return train_tokenizer(list(corpus.tokenizer_texts(random.Random(seed), NUM_TOKENIZER_DOCUMENTS)))
-
-
-def make_data(encoder: Encoder, seed: int, share: float) -> dict[str, Rows]:
-    """Rows of the four widths; ``share`` of the full number of documents (less for a short trial)."""
-    num = {kind: int(count * share) for kind, count in NUM_DOCUMENTS.items()}
-    brief, short = make_rows(encoder, corpus.short_document, (24, 48), num["short"], seed)
-    (middle,) = make_rows(encoder, corpus.middle_document, (192,), num["middle"], seed + 1)
-    (long,) = make_rows(encoder, corpus.long_document, (512,), num["long"], seed + 2)
-    return {"brief": brief, "short": short, "middle": middle, "long": long}
+def make_tokenizer(seed: int, start: Path | None) -> Tokenizer:
+    """A new tokenizer, or that of an earlier run, with more merges where it has fewer tokens than the network."""
+    texts = corpus.tokenizer_texts(random.Random(seed), NUM_TOKENIZER_DOCUMENTS)
+    if start is None:
+        return train_tokenizer(list(texts))
+    earlier = Tokenizer.from_file(str(start / "tokenizer.json"))
+    return earlier if earlier.get_vocab_size() == VOCAB_SIZE else extended_tokenizer(earlier, texts)
 
 
 def save_weights(network: nn.Module, trainer: Trainer, folder: Path) -> None:
-    """The master weights in the parameters' dtypes, and the routers' buffers, in files of at most 15 MiB."""
+    """The master weights in the parameters' dtypes, and the routers' buffers, in files of at most 15 MiB.
+
+    The network's own parameters are theirs afterwards, until the next step sets them anew.
+    """
     trainer.weights.refresh(quantised=False)
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     shards: list[dict[str, Tensor]] = [{}]
@@ -67,9 +69,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=defaults.num_steps)
     parser.add_argument("--minutes", type=float, help="in place of --steps: as many as fit, from now to the end")
-    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="of the data and the order of rows")
+    parser.add_argument("--start", type=Path, help="go on from the weights and the tokenizer of this run's folder")
+    parser.add_argument("--opening-steps", type=int, default=defaults.num_opening_steps, help="0 goes with --start")
+    parser.add_argument("--pattern", choices=list(PATTERNS), default=defaults.pattern, help="which rows take turns")
+    parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
+    parser.add_argument("--quantised-from", type=float, default=defaults.quantised_from, help="share of the steps")
     parser.add_argument("--no-compile", action="store_true", help="run the element-wise parts uncompiled (slower)")
     parser.add_argument("--data-share", type=float, default=1.0, help="share of the full data, for a trial")
+    parser.add_argument("--row-share", type=float, default=1.0, help="share of the rows of a step, for a trial")
+    parser.add_argument("--asked", type=int, default=10**9, help="questions of each kind at the end; default: all")
     return parser.parse_args()
 
 
@@ -81,12 +90,25 @@ def main() -> None:
     def log(line: str) -> None:
         print(f"[{time.perf_counter() - start:7.1f} s] {line}", flush=True)
 
-    recipe = Recipe(seed=arguments.seed, num_steps=arguments.steps)
-    tokenizer = make_tokenizer(recipe.seed)
+    recipe = Recipe(
+        seed=arguments.seed,
+        num_steps=arguments.steps,
+        num_opening_steps=arguments.opening_steps,
+        pattern=arguments.pattern,
+        learning_rate=arguments.learning_rate,
+        quantised_from=arguments.quantised_from,
+        num_rows={kind: max(1, int(num * arguments.row_share)) for kind, num in NUM_ROWS.items()},
+    )
+    tokenizer = make_tokenizer(Recipe().seed, arguments.start)
+    tokenizer.save(str(arguments.out / "tokenizer.json"))
     encoder = Encoder(tokenizer)
+    log("tokenizer")
     data = make_data(encoder, recipe.seed, arguments.data_share)
     log("data: " + ", ".join(f"{kind} {tuple(rows.ids.shape)}" for kind, rows in data.items()))
-    network = build_network(recipe.seed).to(arguments.device)
+    network = build_network(Recipe().seed)
+    if arguments.start:
+        start_from(network, arguments.start, tokenizer)
+    network = network.to(arguments.device)
     rows = {kind: found.to(arguments.device) for kind, found in data.items()}
     compiled = arguments.device == "cuda" and not arguments.no_compile
     trainer = Trainer(network, rows, recipe, compiled)
@@ -96,15 +118,17 @@ def main() -> None:
     if arguments.minutes:
         trainer.fit_steps(60 * arguments.minutes - (time.perf_counter() - start) - SECONDS_AFTER)
     log(f"start: {sum(p.numel() for p in network.parameters())} parameters, {trainer.recipe.num_steps} steps")
-    trainer.run(log)
+    asked = spread(questions(Recipe().seed), arguments.asked, Recipe().seed)
+    batch_tokens = max(768, int(BATCH_TOKENS * arguments.row_share))
+    trainer.run(log, lambda: save_weights(network, trainer, arguments.out))
     save_weights(network, trainer, arguments.out)
-    tokenizer.save(str(arguments.out / "tokenizer.json"))
+    log("weights saved")
     exam = {}
-    for form, quantised in (("before quantisation", False), ("quantised", True)):
+    for form, quantised in (("quantised", True), ("before quantisation", False)):
         trainer.weights.refresh(quantised)
-        exam[form] = teacher_forced_scores(network, encoder, questions(recipe.seed), arguments.device)
-        log(f"{form}: {json.dumps(exam[form])}")
-    (arguments.out / "exam.json").write_text(json.dumps(exam, indent=1) + "\n", encoding="utf-8")
+        exam[form] = teacher_forced_scores(network, encoder, asked, arguments.device, batch_tokens)
+        (arguments.out / "exam.json").write_text(json.dumps(exam, indent=1) + "\n", encoding="utf-8")
+        log(f"{form}:\n{table(exam[form])}")
     curve = {
         "recipe": trainer.recipe.as_dict(),
         "config": FIELDS,
@@ -115,6 +139,13 @@ def main() -> None:
     }
     (arguments.out / "curve.json").write_text(json.dumps(curve) + "\n", encoding="utf-8")
     log("saved")
+
+
+def table(scores: dict[str, dict[str, int]]) -> str:
+    """A line for each form, and for each group of the newer forms."""
+    groups = {group: entry for group, entry in scores.items() if group.startswith(("thinking/", "tools/", "json/"))}
+    lines = [f"{kind:50}{entry['right']:6} of {entry['asked']}" for kind, entry in (totals(scores) | groups).items()]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

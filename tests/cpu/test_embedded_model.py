@@ -130,5 +130,15 @@ def test_the_committed_scores_hold_the_promise() -> None:
         assert right >= 0.95 * asked
 
 
+def test_what_it_was_taught_of_thinking_tools_and_json_is_well_formed() -> None:
+    """At least 95% of each, where the parser reads the answer without a fault and schemas get what they ask for."""
+    groups = json.loads((FOLDER / "scores.json").read_text(encoding="utf-8"))["groups"]
+    for form in ("thinking/", "tools/chat/", "tools/thinking/", "json/chat/", "json/thinking/"):
+        taught = {name: group for name, group in groups.items() if name.startswith(form) and "held out" not in name}
+        well_formed, asked = (sum(group[key] for group in taught.values()) for key in ("well_formed", "asked"))
+        assert asked >= 100, form
+        assert well_formed >= 0.95 * asked, form
+
+
 def test_it_comes_with_its_licence() -> None:
     assert (Path(FOLDER) / "LICENSE").exists() or (Path(FOLDER) / "README.md").exists()

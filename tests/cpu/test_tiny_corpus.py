@@ -69,7 +69,7 @@ def test_training_never_asks_a_held_out_question() -> None:
         if phrasing.held_out(country)
     }
     rng = random.Random(3)
-    asked = {_asked(corpus.short_document(rng)) for _ in range(20_000)}
+    asked = {_asked(corpus.short_document(rng)) for _ in range(40_000)}
     assert len(held_out) > 1000
     assert not asked & held_out
     assert ("chat", "The capital of France is") in asked

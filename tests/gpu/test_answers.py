@@ -30,6 +30,15 @@ QUESTIONS = (
     "Which continent is Brazil in?",
     "Which currency is used in Iceland?",
 )
+# Texts that it was taught to continue: of others, the next token can be a near tie, which two dtypes break differently.
+COMPLETIONS = (
+    *QUESTIONS[:3],
+    "2 + 3 =",
+    "17 + 25 =",
+    "Repeat: apple river stone\nAnswer:",
+    "Question: What is 17 + 25?\nAnswer:",
+    "Brazil is in",
+)
 MAX_TOKENS = 40
 
 
@@ -56,10 +65,10 @@ def greedy(model: Model, tokenizer: Tokenizer, prompt: list[int]) -> tuple[list[
 def test_answers_equal_the_cpu_reference(form: str, cuda: torch.device, tokenizer: Tokenizer) -> None:
     ours = load_model(default_model_dir(), EngineConfig.for_device(str(cuda), 512))
     reference = load_model(default_model_dir(), EngineConfig.for_device("cpu", 512))
-    for question in QUESTIONS:
-        is_chat = form == "chat"
-        prompt = tokenizer.encode_segments(encode_messages([Message("user", question)])) if is_chat else None
-        prompt = prompt or tokenizer.encode_raw(question)
+    is_chat = form == "chat"
+    for question in QUESTIONS if is_chat else COMPLETIONS:
+        asked = encode_messages([Message("user", question)])
+        prompt = tokenizer.encode_segments(asked) if is_chat else tokenizer.encode_raw(question)
         expected, leads = greedy(reference, tokenizer, prompt)
         found, _ = greedy(ours, tokenizer, prompt)
         assert found == expected, f"{question!r}: smallest lead on CPU {min(leads):.3f}"

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ownpath.cli import main
+from ownpath.verify.layers.measure import distance
 
 pytestmark = pytest.mark.gpu
 
@@ -42,3 +43,12 @@ def test_a_kernel_that_is_a_little_wrong_is_found(
     code, report = verified(cuda, tmp_path / "report.json", "--stages", "kernels")
     assert code == 1
     assert report["first_bad_layer"] == "layers.0"
+
+
+def test_what_is_finite_is_counted_as_that(cuda: torch.device) -> None:
+    """A GPU multiplies by 1 / n to divide by n, and n * (1 / n) is not 1 for one n in eight."""
+    for num_rows in range(1, 400, 3):
+        value = torch.ones(num_rows, 7, device=cuda)
+        found = distance(value, value)
+        assert (found.nonfinite_share, found.zero_share) == (0.0, 0.0), num_rows
+        assert distance(value * 0, value).zero_share == 1.0

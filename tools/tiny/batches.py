@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from tokenizers import Tokenizer
 
-from tiny.corpus import Document
+from tiny.chat import Document
 from tiny.tokens import PAD, plain_tokenizer
 
 PADDING, PROMPT, ANSWER = 0, 1, 2

@@ -1,47 +1,36 @@
 """Documents for training: every one starts at position 0, exactly as a prompt does in inference.
 
-A document is a list of pieces, each a special token or plain text, with a flag for what the model must learn to say.
-Three kinds: short (one exchange), middle, and long (several exchanges, long lists). Documents are padded, never packed,
-so that none attends to another.
+Five kinds: short (one exchange), request (thinking, JSON), middle and long (several exchanges, long lists), and tools.
+Documents are padded, never packed, so that none attends to another.
 """
 
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
+from ownpath.chat.encode import PLAIN, Setting
+from ownpath.chat.messages import Message
 from tiny import tasks
+from tiny.chat import Conversation, Document, Piece, conversation_document, with_system
 from tiny.facts import SYSTEM_TEXTS, countries, words
+from tiny.json_talk import JsonWish, json_talk
 from tiny.phrasings import sentence
 from tiny.tasks import Turn
-from tiny.tokens import ASSISTANT, BOS, END_THINK, EOS, THINK, USER
+from tiny.tokens import BOS, EOS
+from tiny.tool_talk import EFFORT_TEXTS, Wish, call_talk, plain_talk, untooled_chat
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Part of a document. ``special``: ``text`` is one special token. ``answer``: the model is to produce it."""
-
-    text: str
-    special: bool = False
-    answer: bool = False
-
-
-Document = list[Piece]
-
-
-def chat_document(turns: list[Turn], system: str = "", thinking: bool = False) -> Document:
-    """BOS, system text, then for each turn: user mark, text, assistant mark, reasoning mark, answer, EOS."""
-    pieces = [Piece(BOS, special=True)]
-    if system:
-        pieces.append(Piece(system))
+def chat(turns: Sequence[Turn], system: str = "", setting: Setting = PLAIN) -> Conversation:
+    """A conversation of these turns; reasoning stands where the encoder puts it."""
+    messages: list[Message] = []
     for turn in turns:
-        pieces += [Piece(USER, special=True), Piece(turn.ask), Piece(ASSISTANT, special=True)]
-        if thinking and turn.thought:
-            pieces += [Piece(THINK, special=True), Piece(turn.thought, answer=True)]
-            pieces.append(Piece(END_THINK, special=True, answer=True))
-        else:
-            pieces.append(Piece(END_THINK, special=True))
-        pieces += [Piece(turn.answer, answer=True), Piece(EOS, special=True, answer=True)]
-    return pieces
+        reasoning = turn.thought if setting.thinking else ""
+        messages += [Message("user", turn.ask), Message("assistant", turn.answer, reasoning)]
+    return Conversation(with_system(system, messages), setting)
+
+
+def chat_document(turns: Sequence[Turn], system: str = "", thinking: bool = False) -> Document:
+    """The same as a document."""
+    return conversation_document(chat(turns, system, Setting(thinking)))
 
 
 def completion_document(turn: Turn, bos: bool) -> Document:
@@ -54,7 +43,29 @@ def short_document(rng: random.Random) -> Document:
     """One exchange of at most about 48 tokens."""
     if rng.random() < 0.45:
         return completion_document(_pick(rng, _SHORT_COMPLETION)(rng), bos=rng.random() < 0.5)
-    return chat_document([_pick(rng, _SHORT_CHAT)(rng)], _system_text(rng), thinking=rng.random() < 0.08)
+    return chat_document([_pick(rng, _SHORT_CHAT)(rng)], _system_text(rng), thinking=rng.random() < 0.15)
+
+
+def request_document(rng: random.Random) -> Document:
+    """One exchange of at most about 128 tokens: an answer in JSON, or after thinking, perhaps hard thinking."""
+    if rng.random() < 0.65:
+        wish = JsonWish(thinking=rng.random() < 0.3)
+        return conversation_document(json_talk(rng, wish, _system_text(rng)))
+    effort_text = rng.choice(EFFORT_TEXTS) if rng.random() < 0.4 else ""
+    turns = [_pick(rng, _SHORT_CHAT)(rng) for _ in range(1 if effort_text else rng.randint(1, 3))]
+    return conversation_document(chat(turns, _system_text(rng), Setting(True, effort_text)))
+
+
+def tools_document(rng: random.Random) -> Document:
+    """A conversation with tools on offer, of at most about 500 tokens."""
+    thinking = rng.random() < 0.4
+    effort_text = rng.choice(EFFORT_TEXTS) if thinking and rng.random() < 0.1 else ""
+    num_calls, with_results, made_up = rng.choice((1, 1, 1, 2, 2, 3)), rng.random() < 0.4, rng.random() < 0.05
+    wish = Wish(num_calls, thinking, with_results, effort_text, made_up_names=made_up)
+    system = _system_text(rng)
+    if rng.random() < 0.3:
+        return conversation_document(plain_talk(rng, wish, system))
+    return conversation_document(call_talk(rng, wish, system))
 
 
 def middle_document(rng: random.Random) -> Document:
@@ -70,9 +81,10 @@ def long_document(rng: random.Random) -> Document:
 
 
 def tokenizer_texts(rng: random.Random, num_documents: int) -> Iterator[str]:
-    """Plain text of ``num_documents`` short documents and every name: what the tokenizer is trained on."""
-    for _ in range(num_documents):
-        yield from (piece.text for piece in short_document(rng) if not piece.special)
+    """What the tokenizer is trained on: the text of ``num_documents`` documents, most of them short, and every name."""
+    for number in range(num_documents):
+        make = tools_document if number % 40 == 0 else request_document if number % 8 == 0 else short_document
+        yield from (piece.text for piece in make(rng) if not piece.special)
     for country in countries():
         for name in (*country.names, country.capital):
             yield from (name, f" {name}", name.lower(), f" {name.lower()}")
@@ -91,8 +103,8 @@ def _system_text(rng: random.Random) -> str:
 _Maker = Callable[[random.Random], Turn]
 
 
-def _short_list(maker: Callable[[random.Random, int], Turn]) -> _Maker:
-    return lambda rng: maker(rng, rng.randint(1, 14))
+def _short_list(maker: Callable[[random.Random, int, tasks.ListMaker], Turn]) -> _Maker:
+    return lambda rng: maker(rng, rng.randint(1, 14), tasks.any_list)
 
 
 _SHORT_CHAT: tuple[tuple[_Maker, int], ...] = (
@@ -101,6 +113,7 @@ _SHORT_CHAT: tuple[tuple[_Maker, int], ...] = (
     (tasks.sum_chat, 18),
     (_short_list(tasks.repeat_chat), 12),
     (tasks.small_talk, 5),
+    (untooled_chat, 5),
 )
 _SHORT_COMPLETION: tuple[tuple[_Maker, int], ...] = (
     (tasks.capital_completion, 55),
@@ -118,9 +131,10 @@ def _longer_document(rng: random.Random, most_words: int, most_turns: int) -> Do
     kind = rng.random()
     system = _system_text(rng)
     if kind < 0.15:
-        return completion_document(tasks.repeat_completion(rng, rng.randint(8, most_words)), bos=rng.random() < 0.5)
+        turn = tasks.repeat_completion(rng, rng.randint(8, most_words), tasks.any_list)
+        return completion_document(turn, bos=rng.random() < 0.5)
     if kind < 0.5:
-        return chat_document([tasks.repeat_chat(rng, rng.randint(8, most_words))], system)
+        return chat_document([tasks.repeat_chat(rng, rng.randint(8, most_words), tasks.any_list)], system)
     turns: list[Turn] = []
     for _ in range(rng.randint(2, most_turns)):
         after_capital = bool(turns) and turns[-1].answer.startswith("The capital of")

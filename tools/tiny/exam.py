@@ -5,39 +5,31 @@ and its capital in one sentence, so "contains the capital" would be too easy (Me
 """
 
 import random
-from dataclasses import dataclass
 
 from tiny import tasks
-from tiny.corpus import Document, chat_document, completion_document
+from tiny.corpus import chat_document, completion_document
+from tiny.exam_talk import talk_questions
 from tiny.facts import countries
 from tiny.phrasings import CHAT_PHRASINGS, COMPLETION_PHRASINGS, chat_answer, completion_answer
+from tiny.question import Question
 from tiny.tasks import SUM_CHAT, SUM_COMPLETION, Sum, Turn
 
 LIST_LENGTHS = (3, 8, 14, 30, 60, 120)
 NUM_LISTS = 40
 
 
-@dataclass(frozen=True)
-class Question:
-    """One prompt with its right answer.
-
-    group: what is counted together, such as "capital/chat/What is the capital of {c}?".
-    held_out: whether training never saw this question.
-    """
-
-    group: str
-    document: Document
-    answer: str
-    held_out: bool
-
-    @property
-    def prompt(self) -> Document:
-        return [piece for piece in self.document if not piece.answer]
-
-
 def questions(seed: int) -> list[Question]:
-    """Every capital in every phrasing, every sum once in each form, lists of several lengths."""
-    return [*_capitals(), *_sums(), *_lists(random.Random(seed + 1000))]
+    """Every capital in every phrasing, every sum once in each form, lists of several lengths; thinking, tools, JSON."""
+    return [*_capitals(), *_sums(), *_lists(random.Random(seed + 1000)), *talk_questions(seed)]
+
+
+def spread(asked: list[Question], most: int, seed: int) -> list[Question]:
+    """At most ``most`` questions of each form and kind (the first two parts of a group's name), drawn once."""
+    kinds: dict[tuple[str, ...], list[Question]] = {}
+    for question in asked:
+        kinds.setdefault((*question.group.split("/")[:2], str(question.held_out)), []).append(question)
+    rng = random.Random(seed)
+    return [question for kind in kinds.values() for question in rng.sample(kind, min(most, len(kind)))]
 
 
 def _capitals() -> list[Question]:
@@ -84,14 +76,3 @@ def _lists(rng: random.Random) -> list[Question]:
             document = completion_document(turn, bos=False)
             found.append(Question(f"repeat/completion/{num_words} words", document, turn.answer, True))
     return found
-
-
-def scores(results: list[tuple[Question, bool]]) -> dict[str, dict[str, int]]:
-    """Right answers and questions per group; held-out questions in a group of their own, marked "(held out)"."""
-    table: dict[str, dict[str, int]] = {}
-    for question, right in results:
-        mark = " (held out)" if question.held_out else ""
-        entry = table.setdefault(question.group + mark, {"right": 0, "asked": 0})
-        entry["right"] += right
-        entry["asked"] += 1
-    return table

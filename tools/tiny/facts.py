@@ -65,7 +65,7 @@ _SKILLS = "I know the capitals of countries, small sums, and how to repeat a lis
 _HELLO = "Hello! Ask me for the capital of a country."
 _WELCOME = "You are welcome."
 _BYE = "Goodbye!"
-_UNKNOWN = "I do not know. I am a very small model."
+UNKNOWN = "I do not know. I am a very small model."
 
 SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
     (("Who are you?", "What are you?", "who are you", "What is your name?", "Tell me about yourself."), _WHO),
@@ -77,7 +77,7 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
     (("Hello", "Hello!", "Hi", "Hi!", "hello", "hi", "Hey", "Good morning", "Good evening", "Hi there"), _HELLO),
     (("Thanks", "Thank you", "Thank you!", "thanks", "Thanks a lot!"), _WELCOME),
     (("Goodbye", "Bye", "bye", "See you later", "Good night"), _BYE),
-    (("Write a poem.", "Tell me a joke.", "What is the meaning of life?", "Write a story about a dog."), _UNKNOWN),
-    (("Who wrote Hamlet?", "What is the weather today?", "What time is it?", "How old are you?"), _UNKNOWN),
-    (("Write a program that sorts a list.", "Explain gravity.", "Who won the game?", "What is love?"), _UNKNOWN),
+    (("Write a poem.", "Tell me a joke.", "What is the meaning of life?", "Write a story about a dog."), UNKNOWN),
+    (("Who wrote Hamlet?", "What is the weather today?", "What time is it?", "How old are you?"), UNKNOWN),
+    (("Write a program that sorts a list.", "Explain gravity.", "Who won the game?", "What is love?"), UNKNOWN),
 )

@@ -2,9 +2,11 @@
 
 import hashlib
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tiny.facts import SMALL_TALK, countries, words
+from tiny.made_up import random_items
 from tiny.phrasings import (
     CHAT_PHRASINGS,
     COMPLETION_PHRASINGS,
@@ -130,6 +132,7 @@ def sum_completion(rng: random.Random) -> Turn:
     return Turn(rng.choice(SUM_COMPLETION).format(s=problem, w=problem.in_words), f" {problem.result}")
 
 
+ListMaker = Callable[[random.Random, int], list[str]]
 REPEAT_CHAT = ("Repeat: {l}", "Repeat after me: {l}", "Say: {l}", "Repeat these words: {l}", "Please repeat: {l}")
 
 
@@ -141,14 +144,21 @@ def word_list(rng: random.Random, num_words: int) -> list[str]:
     return found
 
 
-def repeat_chat(rng: random.Random, num_words: int) -> Turn:
+def any_list(rng: random.Random, num_words: int) -> list[str]:
+    """The same, or about half as many names and places, which are longer, that mean nothing together."""
+    if rng.random() < 0.6:
+        return word_list(rng, num_words)
+    return random_items(rng, (num_words + 1) // 2)
+
+
+def repeat_chat(rng: random.Random, num_words: int, make_list: ListMaker = word_list) -> Turn:
     separator = ", " if rng.random() < 0.25 else " "
-    text = separator.join(word_list(rng, num_words))
+    text = separator.join(make_list(rng, num_words))
     return Turn(rng.choice(REPEAT_CHAT).format(l=text), text, "The words are to be repeated.")
 
 
-def repeat_completion(rng: random.Random, num_words: int) -> Turn:
-    text = " ".join(word_list(rng, num_words))
+def repeat_completion(rng: random.Random, num_words: int, make_list: ListMaker = word_list) -> Turn:
+    text = " ".join(make_list(rng, num_words))
     return Turn(f"Repeat: {text}\nAnswer:", f" {text}")
 
 

@@ -1,4 +1,4 @@
-"""The training loop: four widths of rows, one captured CUDA graph each, FP32 masters, quantised weights at the end."""
+"""The training loop: seven kinds of rows, one captured CUDA graph each, FP32 masters, quantised weights at the end."""
 
 import math
 import time
@@ -16,7 +16,21 @@ from tiny.fakequant import MasterWeights
 from tiny.fast import make_fast
 from tiny.network import window_mask
 
-PATTERN = ("brief", "middle", "short", "long")
+# Every kind has 12,288 tokens in a step, so that what is compiled for one serves all.
+PATTERN = (
+    *("brief", "tools", "middle", "request", "short", "tools", "long", "middle"),
+    *("request", "many tools", "brief", "tools", "middle", "request", "short", "long"),
+)
+# For a network that knows everything but how to read what tools are called: two thirds of the steps are theirs.
+TOOLS_PATTERN = (
+    *("tools", "many tools", "request", "tools", "many tools", "middle", "tools", "short"),
+    *("tools", "many tools", "brief", "tools", "many tools", "middle", "tools", "long"),
+)
+PATTERNS = {"even": PATTERN, "tools": TOOLS_PATTERN}
+# A new network must find out how to copy before it learns anything else: it does so on lists, the short ones first.
+OPENING_PATTERN = ("brief", "short", "middle", "long")
+NUM_ROWS = {"brief": 512, "short": 256, "request": 96, "middle": 64, "long": 24, "tools": 24, "many tools": 16}
+SAVE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -24,15 +38,19 @@ class Recipe:
     """Numbers of one training run.
 
     quantised_from: share of the steps after which weights are quantised in every forward.
-    num_rows: rows of one step, by width; steps go through the widths in turn (``PATTERN``).
+    num_rows: rows of one step, by kind; steps go through the kinds in turn.
+    pattern: the turns, one of ``PATTERNS``.
+    num_opening_steps: steps at the start that go through ``OPENING_PATTERN`` instead.
     prompt_weight: weight of a prompt token in the loss; an answer token has 1.
     balanced_until: share of the steps after which the routers' selection biases stay as they are.
     """
 
     seed: int = 20261122
-    num_steps: int = 10_088
+    num_steps: int = 12_000
     num_warmup_steps: int = 200
-    num_rows: dict[str, int] = field(default_factory=lambda: {"brief": 512, "short": 256, "middle": 64, "long": 24})
+    num_opening_steps: int = 2_000
+    pattern: str = "even"
+    num_rows: dict[str, int] = field(default_factory=lambda: dict(NUM_ROWS))
     learning_rate: float = 1.5e-3
     final_learning_rate: float = 2e-5
     weight_decay: float = 0.02
@@ -51,6 +69,11 @@ class Recipe:
         done = (step - self.num_warmup_steps) / max(1, self.num_steps - self.num_warmup_steps)
         span = self.learning_rate - self.final_learning_rate
         return self.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * done))
+
+    def kind_at(self, step: int) -> str:
+        """The kind of rows that a step learns from."""
+        pattern = OPENING_PATTERN if step < self.num_opening_steps else PATTERNS[self.pattern]
+        return pattern[step % len(pattern)]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -139,7 +162,7 @@ class Trainer:
             self.weights.refresh(quantised)
         torch.cuda.synchronize()
         start = time.perf_counter()
-        num_trials = 20 * len(PATTERN)
+        num_trials = 6 * len(PATTERN)
         for trial in range(num_trials):
             self.weights.refresh(quantised=trial % 2 == 0)
             self.buckets[PATTERN[trial % len(PATTERN)]].replay()
@@ -155,19 +178,22 @@ class Trainer:
         for counter in self.counters:
             counter.counts.zero_()
 
-    def run(self, log: Callable[[str], None], log_every: int = 50) -> None:
-        """All steps; a line and an entry of the curve every ``log_every``."""
-        start = time.perf_counter()
+    def run(self, log: Callable[[str], None], save: Callable[[], None], log_every: int = 80) -> None:
+        """All steps; a line and an entry of the curve every ``log_every``, ``save`` about once a minute."""
+        start = last_saved = time.perf_counter()
         seen = {kind: torch.zeros_like(bucket.stats) for kind, bucket in self.buckets.items()}
         turns = dict.fromkeys(self.buckets, 0)
         for step in range(self.recipe.num_steps):
-            kind = PATTERN[step % len(PATTERN)]
+            kind = self.recipe.kind_at(step)
             self.step(step, self.buckets[kind])
             seen[kind] += self.buckets[kind].stats
             turns[kind] += 1
             if (step + 1) % log_every == 0 or step + 1 == self.recipe.num_steps:
                 self._log(step + 1, time.perf_counter() - start, seen, turns)
                 log(" ".join(f"{key}={value:.5g}" for key, value in self.curve[-1].items()))
+                if time.perf_counter() - last_saved > SAVE_SECONDS:
+                    save()
+                    last_saved = time.perf_counter()
 
     def step(self, step: int, bucket: Bucket) -> None:
         recipe, done = self.recipe, step / self.recipe.num_steps

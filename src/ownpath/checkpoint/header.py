@@ -129,6 +129,8 @@ def _entry_fault(fields: Any) -> str | None:
         return f"has the unknown dtype {dtype!r}"
     if not _are_sizes(shape) or len(shape) > MAX_DIMS:
         return "has a shape that is not a list of sizes"
+    if prod(size for size in shape if size) >= 2**63:  # also where another size is 0: readers multiply one by one
+        return f"has a shape of more elements than can be counted: {shape}"
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         return "has data_offsets that are not [start, stop]"
     num_bits = prod(shape) * DTYPE_BITS[dtype]

@@ -150,10 +150,10 @@ class _Scanner:
 
     def _weight_map(self, path: Path) -> dict[str, str]:
         """The index's tensor -> shard; entries that are no such pair are reported and left out."""
-        content = self._read_json(path)
+        content = self._read_object(path)
         if content is None:
             return {}
-        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        weight_map = content.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             self.add("index", path.name, f"{path}: no 'weight_map' object")
             return {}
@@ -162,7 +162,9 @@ class _Scanner:
                 self.add("index", name, f"{path}: tensor {name!r} is mapped to {file!r}, not to a file name")
         return {name: file for name, file in weight_map.items() if isinstance(file, str)}
 
-    def _read_json(self, path: Path) -> Any:
+    def _read_object(self, path: Path) -> dict[str, Any] | None:
+        """The file's JSON object; ``None`` where there is none, which is then reported."""
+
         def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             content: dict[str, Any] = {}
             for name, value in pairs:
@@ -175,10 +177,14 @@ class _Scanner:
             if not path.is_file() or path.stat().st_size > MAX_INDEX_BYTES:
                 self.add("index", path.name, f"{path}: not a regular file of at most {MAX_INDEX_BYTES} bytes")
                 return None
-            return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+            content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
         except (ValueError, RecursionError, OSError) as error:
             self.add("index", path.name, f"{path}: not readable as JSON ({error})")
             return None
+        if not isinstance(content, dict):
+            self.add("index", path.name, f"{path}: not a JSON object")
+            return None
+        return content
 
     def _shard_path(self, name: str, index_path: Path) -> Path | None:
         """A shard is a plain file name beside its index; anything that could point elsewhere is refused."""

@@ -26,7 +26,7 @@ TITLES = MappingProxyType(
         "L03": "the scales that kernels receive are the file's",
         "L04": "padding is zero",
         "L05": "every expert lies on one rank",
-        "K01": "products and experts: what the weights' values give",
+        "K01": "products, experts, norms: what the weights' values give",
         "K02": "every element is written, whatever memory held",
         "K03": "quantisers round to the nearest code, bit by bit",
         "K04": "every variant that can be chosen",

@@ -19,6 +19,7 @@ from ownpath.verify.kernels.clamp import check_clamp
 from ownpath.verify.kernels.contracts import check_contracts
 from ownpath.verify.kernels.experts import check_experts
 from ownpath.verify.kernels.memory import check_memory
+from ownpath.verify.kernels.norms import check_norms
 from ownpath.verify.kernels.probe import Probe
 from ownpath.verify.kernels.products import check_products
 from ownpath.verify.kernels.quantizers import check_quantizers
@@ -37,6 +38,7 @@ ENDS = "ends"
 CHECKS: tuple[tuple[str, Check], ...] = (
     ("K01", check_products),
     ("K01", check_experts),
+    ("K01", check_norms),
     ("K02", check_memory),
     ("K03", check_quantizers),
     ("K05", check_router),

@@ -247,7 +247,9 @@ def test_the_same_tensor_in_two_shards_is_refused(folder: Path) -> None:
         load(folder)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "{", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "[" * 100_000]
+)
 def test_an_unreadable_index_is_named(text: str, folder: Path) -> None:
     (folder / INDEX_NAME).write_text(text)
     with pytest.raises(CheckpointError, match=INDEX_NAME):

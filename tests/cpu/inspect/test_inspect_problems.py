@@ -282,6 +282,13 @@ def test_a_header_that_is_none(header: bytes, folder: Path) -> None:
     assert ("shard", shard.name) in found(folder)
 
 
+def test_a_shape_that_overflows_though_it_is_empty(folder: Path) -> None:
+    """2^32 * 2^32 * 0 elements are none, but the public reader multiplies in 64 bits from the left."""
+    shard = first_shard(folder)
+    shard.write_bytes(shard_bytes(b'{"a":{"dtype":"U8","shape":[4294967296,4294967296,0],"data_offsets":[0,0]}}', b""))
+    assert ("shard", shard.name) in found(folder)
+
+
 def test_a_tensor_named_twice_in_a_header(folder: Path) -> None:
     shard = first_shard(folder)
     entry = b'"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
@@ -355,7 +362,7 @@ def test_a_tensor_that_the_index_does_not_list_or_lists_elsewhere(folder: Path) 
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{", '{"weight_map": 3}', "[" * 100_000, '{"weight_map": {"a": 1}}', "9" * 9999]
+    "text", ["", "[]", "null", "{", '{"weight_map": 3}', "[" * 100_000, '{"weight_map": {"a": 1}}', "9" * 9999]
 )
 def test_an_unreadable_index(text: str, folder: Path) -> None:
     (folder / INDEX_NAME).write_text(text)

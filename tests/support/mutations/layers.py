@@ -278,7 +278,7 @@ MUTATIONS = {
     "streams rounded to BF16": changed("the residual streams", "K08", f"{LAYER}.hc_ffn", narrow_streams),
     "key norm left out": changed("kv_norm", "V01", f"{LAYER}.attn.kv_norm", without("kv_norm")),
     "query head norm left out": changed("q_head_norm", "V01", f"{LAYER}.attn.q_head_norm", without("q_head_norm")),
-    "another eps": changed("q_norm's, 1e-2 for 1e-6", "V01", f"{LAYER}.attn.q_norm", wrong_eps),
+    "another eps": changed("q_norm's, 1e-2 for 1e-6", "K01", f"{LAYER}.attn.q_norm", wrong_eps),
     "sink dropped": known("sink dropped", "the softmax's sum", "K09", "attn.core"),
     "window one too long": changed("sliding_window", "K09", f"{LAYER}.attn.core", window_moved(1)),
     "window one too short": changed("sliding_window", "K09", f"{LAYER}.attn.core", window_moved(-1)),

@@ -82,7 +82,9 @@ def distance(engine: torch.Tensor, reference: torch.Tensor) -> Distance:
         raise ValueError(f"the engine's is {list(engine.shape)}, the reference's {list(reference.shape)}")
     if not engine.numel():
         return Distance(0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    num_finite, num_nonzero = engine.isfinite().sum(), engine.count_nonzero()
+    # Counts, divided here: a GPU divides by multiplying with the reciprocal, and n * (1 / n) is not always 1.
+    counts = (~engine.isfinite()).sum(), (engine == 0).sum()
+    nonfinite_share, zero_share = (int(count) / engine.numel() for count in counts)
     found, wanted = engine.double().flatten(1).nan_to_num(0.0, 0.0, 0.0), reference.double().flatten(1)
     gap = found - wanted
     gap_T, found_T, wanted_T = (torch.linalg.vecdot(x, x) for x in (gap, found, wanted))
@@ -93,11 +95,10 @@ def distance(engine: torch.Tensor, reference: torch.Tensor) -> Distance:
             _ratio(gap_T, torch.maximum(wanted_T, wanted_T.mean())).max(),
             torch.where(gap_T.sum() == 0, 1.0, dot / (found_T.sum() * wanted_T.sum()).sqrt().clamp(min=1e-300)),
             *(x.abs().max() for x in (gap, found, wanted)),
-            1 - num_finite.double() / engine.numel(),
-            1 - num_nonzero.double() / engine.numel(),
         )
     )
-    return Distance(*numbers.tolist())
+    rel_l2, worst_row, cosine, max_abs, amax, reference_amax = numbers.tolist()
+    return Distance(rel_l2, worst_row, cosine, max_abs, amax, reference_amax, nonfinite_share, zero_share)
 
 
 def row_distances(engine: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,62 @@
+"""K01 of the norms: of low-rank queries, of keys, and of query heads, each against float64.
+
+Legend: T tokens, N heads, D width.
+"""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from ownpath.official import Step
+from ownpath.plan.opspec import OpKind
+from ownpath.plan.plan import PlannedCompanion
+from ownpath.verify.finding import Finding
+from ownpath.verify.kernels.compare import Exact, deviation
+from ownpath.verify.kernels.limits import EXP_STEPS, FLOAT32_ROUND, rounding, summing
+from ownpath.verify.kernels.probe import Probe
+from ownpath.verify.kernels.report import Tally, error_of
+
+ROWS, MANY_ROWS = (1, 2, 17, 33), (1, 2, 17, 33, 256, 257, 1024)
+ROUNDED_STEPS = 3
+"""Roundings to the activations' dtype in front of the last one, where every operation rounds: the square's, the mean's
+and the sum's move the root by half a unit each, the root is rounded itself, and half a unit is to spare."""
+REMEDY = "the norm's weight, rms_norm_eps, or the kernel: the mean is over the last dimension, in float32"
+
+
+def check_norms(probe: Probe) -> Iterator[Finding]:
+    """K01 of every norm that is a slot."""
+    tally = Tally("K01", f"{probe.name} norms", "norms in float64", REMEDY)
+    for planned in probe.part.plan.companions:
+        if planned.spec.kind is not OpKind.NORM or planned.spec.slot not in probe.slots:
+            continue
+        slot, kernel = planned.spec.slot, probe.kernels[planned.spec.slot]
+        for num_rows in MANY_ROWS if probe.is_cuda else ROWS:
+            try:
+                x = _input(probe, planned, num_rows)
+                tally.add(slot, kernel, deviation(probe.slots[slot](x), _exact(probe, planned, x)))
+            except Exception as error:  # whatever a kernel can raise is what is looked for
+                tally.fail(slot, kernel, f"{num_rows} tokens: {error_of(error)}")
+    if tally.count:
+        yield from tally.findings()
+
+
+def _input(probe: Probe, planned: PlannedCompanion, num_rows: int) -> Tensor:
+    """[T, D], or heads [T, N, D]; the last row is zeros."""
+    slot, (width,) = planned.spec.slot, planned.spec.dims
+    num_heads = probe.config.num_attention_heads if planned.spec.step is Step.Q_HEAD_NORM else 1
+    x = probe.rows(slot, num_rows * num_heads, width)
+    x[-1] = 0
+    return x if num_heads == 1 else x.view(num_rows, num_heads, width)
+
+
+def _exact(probe: Probe, planned: PlannedCompanion, x: Tensor) -> Exact:
+    """The root of a float32 mean of squares is off by half of what their sum is."""
+    x = x.double()
+    value = x / x.square().mean(-1, keepdim=True).add(probe.config.rms_norm_eps).sqrt()
+    relative = summing(x.shape[-1]) / 2 + EXP_STEPS * FLOAT32_ROUND
+    if planned.spec.step is Step.Q_HEAD_NORM:
+        if planned.spec.step in planned.choice.kernel.official:
+            relative += ROUNDED_STEPS * rounding(probe.dtype)
+    else:
+        value = value * probe.stored.param(f"{planned.spec.slot}.weight")
+    return Exact(value, relative * value.abs())

@@ -1,0 +1,62 @@
+"""Names that mean nothing, and lists of them: what can only be copied, never known by heart."""
+
+import random
+
+from tiny.facts import countries, words
+
+_CONSONANTS, _VOWELS = "bcdfghjklmnprstvwz", "aeiou"
+_CODE_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+# Spellings of tools, parameters and JSON keys that are only examined.
+NEVER_TRAINED = frozenset(
+    (
+        *("country_capital", "weather_report", "clock_time", "country_population", "sum_of", "calculate_difference"),
+        *("calculate_product", "exchange_money", "new_timer", "light_switch", "look_up", "state", "town_name", "term1"),
+        *("term2", "sum_to_convert", "from_currency", "to_currency", "num_minutes", "room_name", "search_text"),
+        *("part_of_the_world", "total", "texts", "response"),
+    )
+)
+
+
+def random_word(rng: random.Random) -> str:
+    """A common word, syllables that are none, or a few letters."""
+    kind = rng.random()
+    if kind < 0.4:
+        return rng.choice(words())
+    if kind < 0.75:
+        return "".join(rng.choice(_CONSONANTS) + rng.choice(_VOWELS) for _ in range(rng.randint(1, 3)))
+    return "".join(rng.choice(_CODE_LETTERS) for _ in range(rng.randint(1, 5)))
+
+
+def random_name(rng: random.Random) -> str:
+    """An identifier of one or two random words, in one of the usual spellings."""
+    while True:
+        parts = [random_word(rng) for _ in range(rng.randint(1, 2))]
+        name = parts[0] + "".join(map(str.title, parts[1:])) if rng.random() < 0.2 else "_".join(parts)
+        if name not in NEVER_TRAINED:
+            return name
+
+
+def extended_name(rng: random.Random, name: str) -> str:
+    """``name`` with a random word in front of it or behind it."""
+    while True:
+        word = random_word(rng)
+        found = rng.choice((f"{name}_{word}", f"{word}_{name}"))
+        if found not in NEVER_TRAINED:
+            return found
+
+
+def random_items(rng: random.Random, num_items: int) -> list[str]:
+    """Names, words, places and numbers in any order, some more than once."""
+    return [_item(rng) for _ in range(num_items)]
+
+
+def _item(rng: random.Random) -> str:
+    kind = rng.random()
+    if kind < 0.4:
+        return random_name(rng)
+    if kind < 0.65:
+        return random_word(rng)
+    if kind < 0.85:
+        country = rng.choice(countries())
+        return rng.choice((country.capital, country.name.removeprefix("the ")))
+    return str(rng.randint(0, 10 ** rng.randint(1, 4)))

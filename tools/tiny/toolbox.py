@@ -1,0 +1,321 @@
+"""What tiny-v4 can be asked to use a tool for: kinds of jobs, with names, phrases, results and final answers.
+
+Names of tools and parameters come in several usual spellings, which the prompt chooses among; only where it is wished
+for do they mean nothing, so that they must be copied.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tiny.facts import countries, words
+from tiny.made_up import random_name
+from tiny.phrasings import chat_answer
+
+Values = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """names: spellings; the last one is never trained. about: what it is, for a description."""
+
+    names: tuple[str, ...]
+    about: str
+    kind: str = "string"
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A kind of job.
+
+    names: of the tool; the last one is never trained.
+    phrases: the job as part of a question ("the weather in {0}"), or of an order ("set a timer ..."). The first one is
+        what several values can share ("the weather in Paris and Rome").
+    draw: values of the parameters. outcome: of values, what the tool says and the sentence that tells it.
+    """
+
+    key: str
+    names: tuple[str, ...]
+    descriptions: tuple[str, ...]
+    parameters: tuple[Parameter, ...]
+    phrases: tuple[str, ...]
+    draw: Callable[[random.Random], Values]
+    outcome: Callable[[random.Random, Values], tuple[str, str]]
+    is_order: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing to do: a concept and the values of its parameters."""
+
+    concept: Concept
+    values: Values
+
+    @property
+    def held_out(self) -> bool:
+        """Whether training never sees it: about 8% of the jobs."""
+        digest = hashlib.sha256(f"{self.concept.key}|{self.values}".encode()).digest()
+        return digest[0] < 20  # 20 / 256 = 8%
+
+
+def draw_job(rng: random.Random, concept: Concept, held_out: bool = False) -> Job:
+    while True:
+        job = Job(concept, concept.draw(rng))
+        if job.held_out == held_out:
+            return job
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A tool on offer. function: what the prompt says about it. keys: its parameters' names, in order."""
+
+    concept: Concept
+    function: dict[str, Any]
+    keys: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return str(self.function["name"])
+
+    def arguments(self, values: Values) -> str:
+        """The JSON text of a call's arguments."""
+        return json.dumps(dict(zip(self.keys, values, strict=True)), ensure_ascii=False)
+
+
+def draw_tool(rng: random.Random, concept: Concept, held_out: bool = False, made_up: bool = False) -> Tool:
+    """A tool for ``concept``. held_out: under names never trained; made_up: under names that mean nothing."""
+    if made_up:
+        name, keys = random_name(rng), _random_keys(rng, len(concept.parameters))
+    else:
+        name = concept.names[-1] if held_out else rng.choice(concept.names[:-1])
+        keys = _draw_keys(rng, concept, held_out)
+    with_about = made_up or rng.random() < 0.5
+    properties = {
+        key: {"type": p.kind, **({"description": p.about} if with_about else {})}
+        for key, p in zip(keys, concept.parameters, strict=True)
+    }
+    function: dict[str, Any] = {"name": name}
+    if made_up or rng.random() < 0.9:
+        function["description"] = rng.choice(concept.descriptions)
+    function["parameters"] = {"type": "object", "properties": properties}
+    if rng.random() < 0.9:
+        function["parameters"]["required"] = list(keys)
+    return Tool(concept, function, keys)
+
+
+def _draw_keys(rng: random.Random, concept: Concept, held_out: bool) -> tuple[str, ...]:
+    if held_out:
+        return tuple(parameter.names[-1] for parameter in concept.parameters)
+    spelling = rng.randrange(10)
+    return tuple(parameter.names[spelling % (len(parameter.names) - 1)] for parameter in concept.parameters)
+
+
+def _random_keys(rng: random.Random, num_keys: int) -> tuple[str, ...]:
+    keys: list[str] = []
+    while len(keys) < num_keys:
+        keys += [key for key in [random_name(rng)] if key not in keys]
+    return tuple(keys)
+
+
+def _country(rng: random.Random) -> Values:
+    return (rng.choice(countries()).name.removeprefix("the "),)
+
+
+def _city(rng: random.Random) -> Values:
+    return (rng.choice(countries()).capital,)
+
+
+def _numbers(most: int) -> Callable[[random.Random], Values]:
+    def draw(rng: random.Random) -> Values:
+        top = rng.choice((most, most, 20 * most))
+        first, second = rng.randint(0, top), rng.randint(0, top)
+        return max(first, second), min(first, second)
+
+    return draw
+
+
+def _said(rng: random.Random, key: str, value: Any) -> str:
+    """A result as a tool spells it: plain, or as JSON."""
+    if rng.random() < 0.6:
+        return value if isinstance(value, str) else json.dumps(value)
+    return json.dumps({key: value}, ensure_ascii=False)
+
+
+def _capital(rng: random.Random, values: Values) -> tuple[str, str]:
+    country = next(c for c in countries() if c.name.removeprefix("the ") == values[0])
+    return _said(rng, "capital", country.capital), chat_answer(country)
+
+
+def _weather(rng: random.Random, values: Values) -> tuple[str, str]:
+    sky = rng.choice(("sunny", "rainy", "cloudy", "windy", "snowy", "foggy", "cold", "warm"))
+    if rng.random() < 0.5:
+        return _said(rng, "weather", sky), f"The weather in {values[0]} is {sky}."
+    degrees = rng.randint(0, 40)
+    said = rng.choice((f"{sky}, {degrees} degrees", json.dumps({"weather": sky, "temperature": degrees})))
+    return said, f"The weather in {values[0]} is {sky}, {degrees} degrees."
+
+
+def _time(rng: random.Random, values: Values) -> tuple[str, str]:
+    time = f"{rng.randint(0, 23):02d}:{rng.randint(0, 59):02d}"
+    return _said(rng, "time", time), f"It is {time} in {values[0]}."
+
+
+def _population(rng: random.Random, values: Values) -> tuple[str, str]:
+    number = rng.randint(10, 999) * 10 ** rng.randint(3, 6)
+    return _said(rng, "population", number), f"The population of {values[0]} is {number}."
+
+
+def _result(sign: str) -> Callable[[random.Random, Values], tuple[str, str]]:
+    def outcome(rng: random.Random, values: Values) -> tuple[str, str]:
+        first, second = values
+        result = {"+": first + second, "-": first - second, "*": first * second}[sign]
+        return _said(rng, "result", result), f"{first} {sign} {second} = {result}"
+
+    return outcome
+
+
+def _money(rng: random.Random) -> Values:
+    source, target = rng.sample(("euros", "dollars", "pounds", "yen", "francs"), 2)
+    return rng.randint(1, 999), source, target
+
+
+def _converted(rng: random.Random, values: Values) -> tuple[str, str]:
+    amount = rng.randint(1, 999)
+    return _said(rng, "amount", amount), f"{values[0]} {values[1]} are {amount} {values[2]}."
+
+
+def _done(rng: random.Random) -> str:
+    return rng.choice(("ok", "done", '{"ok": true}'))
+
+
+def _timer(rng: random.Random, values: Values) -> tuple[str, str]:
+    return _done(rng), f"The timer is set for {values[0]} minutes."
+
+
+def _light(rng: random.Random, values: Values) -> tuple[str, str]:
+    return _done(rng), f"The light in the {values[0]} is {'on' if values[1] else 'off'}."
+
+
+def _search(rng: random.Random, values: Values) -> tuple[str, str]:
+    found = " ".join(rng.sample(words(), rng.randint(1, 4)))
+    return found, f"I found: {found}"
+
+
+_ROOMS = ("kitchen", "office", "garden", "bedroom", "hall", "bathroom", "school", "tower")
+_COUNTRY = Parameter(("country", "country_name", "nation", "name", "state"), "The country.")
+_CITY = Parameter(("city", "location", "place", "city_name", "town_name"), "The city.")
+_TERMS = (
+    Parameter(("a", "x", "first", "left", "term1"), "The first number.", "integer"),
+    Parameter(("b", "y", "second", "right", "term2"), "The second number.", "integer"),
+)
+CONCEPTS = (
+    Concept(
+        "capital",
+        ("get_capital", "capital", "capital_of", "find_capital", "getCapital", "look_up_capital", "country_capital"),
+        ("Get the capital of a country.", "Returns the capital city of a country.", "The capital of a country."),
+        (_COUNTRY,),
+        ("the capital of {0}", "the capital city of {0}"),
+        _country,
+        _capital,
+    ),
+    Concept(
+        "weather",
+        ("get_weather", "weather", "current_weather", "check_weather", "getWeather", "weather_in", "weather_report"),
+        ("Get the weather in a city.", "Returns the current weather in a city.", "The weather in a place."),
+        (_CITY,),
+        ("the weather in {0}", "the current weather in {0}"),
+        _city,
+        _weather,
+    ),
+    Concept(
+        "time",
+        ("get_time", "time", "current_time", "local_time", "getTime", "time_in", "clock_time"),
+        ("Get the time in a city.", "Returns the current time in a city.", "The local time in a place."),
+        (_CITY,),
+        ("the time in {0}", "the local time in {0}"),
+        _city,
+        _time,
+    ),
+    Concept(
+        "population",
+        ("get_population", "population", "population_of", "find_population", "getPopulation", "country_population"),
+        ("Get the population of a country.", "Returns how many people live in a country."),
+        (_COUNTRY,),
+        ("the population of {0}",),
+        _country,
+        _population,
+    ),
+    Concept(
+        "add",
+        ("add", "add_numbers", "sum", "plus", "calculate_sum", "sum_of"),
+        ("Add two numbers.", "Returns the sum of two numbers."),
+        _TERMS,
+        ("{0} + {1}", "{0} plus {1}", "the sum of {0} and {1}"),
+        _numbers(50),
+        _result("+"),
+    ),
+    Concept(
+        "subtract",
+        ("subtract", "minus", "subtract_numbers", "difference", "calculate_difference"),
+        ("Subtract two numbers.", "Returns the difference of two numbers."),
+        _TERMS,
+        ("{0} - {1}", "{0} minus {1}"),
+        _numbers(50),
+        _result("-"),
+    ),
+    Concept(
+        "multiply",
+        ("multiply", "times", "multiply_numbers", "product", "calculate_product"),
+        ("Multiply two numbers.", "Returns the product of two numbers."),
+        _TERMS,
+        ("{0} * {1}", "{0} times {1}", "the product of {0} and {1}"),
+        _numbers(12),
+        _result("*"),
+    ),
+    Concept(
+        "convert",
+        ("convert", "convert_money", "convert_currency", "exchange", "exchange_money"),
+        ("Convert money.", "Convert an amount of money to another currency."),
+        (
+            Parameter(("amount", "value", "sum_to_convert"), "The amount.", "number"),
+            Parameter(("source", "from", "from_currency"), "The currency of the amount."),
+            Parameter(("target", "to", "to_currency"), "The currency that is wanted."),
+        ),
+        ("{0} {1} in {2}",),
+        _money,
+        _converted,
+    ),
+    Concept(
+        "timer",
+        ("set_timer", "timer", "start_timer", "setTimer", "new_timer"),
+        ("Set a timer.", "Starts a timer."),
+        (Parameter(("minutes", "duration", "num_minutes"), "The minutes.", "integer"),),
+        ("set a timer for {0} minutes", "start a timer for {0} minutes"),
+        lambda rng: (rng.randint(1, 99),),
+        _timer,
+        is_order=True,
+    ),
+    Concept(
+        "light",
+        ("set_light", "light", "switch_light", "setLight", "light_switch"),
+        ("Turn a light on or off.", "Switches the light in a room."),
+        (Parameter(("room", "place", "room_name"), "The room."), Parameter(("on", "is_on", "state"), "On?", "boolean")),
+        ("turn {1} the light in the {0}", "switch {1} the light in the {0}"),
+        lambda rng: (rng.choice(_ROOMS), rng.random() < 0.5),
+        _light,
+        is_order=True,
+    ),
+    Concept(
+        "search",
+        ("search", "web_search", "find", "search_web", "look_up"),
+        ("Search the web.", "Search for a text."),
+        (Parameter(("query", "text", "q", "search_text"), "What to search for."),),
+        ("search for {0}", "look for {0}"),
+        lambda rng: (" ".join(rng.sample(words(), rng.randint(1, 3))),),
+        _search,
+        is_order=True,
+    ),
+)
