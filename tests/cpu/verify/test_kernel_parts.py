@@ -21,8 +21,8 @@ from ownpath.runners import PlainLinear, Router
 from ownpath.runners.official import OfficialMoE
 from ownpath.verify import kernel_stage as stage
 from ownpath.verify.finding import Finding, failed
-from ownpath.verify.kernels import products
-from ownpath.verify.kernels.choices import MOST, changes, scanned
+from ownpath.verify.kernels import exact, products
+from ownpath.verify.kernels.choices import MOST, changes, row_counts, scanned
 from ownpath.verify.kernels.codes import E2M1, E4M3, nearest
 from ownpath.verify.kernels.compare import Exact, deviation, repeated_deviation
 from ownpath.verify.kernels.limits import rounding
@@ -177,3 +177,21 @@ def test_official_experts_ask_for_routing_that_fits() -> None:
     for wrong_ids, wrong_weights in ((ids[:2], weights), (ids.float(), weights), (ids, weights[:, :1])):
         with pytest.raises(ValueError, match="topk_"):
             experts(torch.ones(3, 8), wrong_ids, wrong_weights)
+
+
+def test_a_wide_product_is_bounded_as_a_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound is made a few of the weight's rows at a time."""
+    generator = torch.Generator().manual_seed(5)
+    x, weight = (torch.randn(n, 16, generator=generator, dtype=torch.float64) for n in (3, 10))
+    whole = exact.product(x, weight)
+    monkeypatch.setattr(exact, "ROWS_AT_ONCE", 4)
+    parts = exact.product(x, weight)
+    assert torch.equal(parts.value, whole.value)
+    assert torch.allclose(parts.bound, whole.bound, rtol=16 * torch.finfo(torch.float64).eps, atol=0)
+
+
+def test_only_a_vocabularys_logits_are_never_those_of_many_rows() -> None:
+    """V4-Pro's widest product has 128 heads of 512 columns."""
+    assert max(row_counts(True, 128 * 512)) == 16384
+    assert max(row_counts(True, 129280)) < 256
+    assert row_counts(False, 512) == row_counts(True, 129280)

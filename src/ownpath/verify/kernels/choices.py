@@ -15,12 +15,14 @@ from ownpath.runners.uses import variant_of
 ROW_COUNTS = (1, 2, 3, 8, 31, 32, 33, 64, 127, 128, 129)
 MANY_ROWS = (1024, 5120, 6144, 8064, 16384)
 """On CUDA only."""
+WIDEST = 2**16
+"""Columns up to which a product is called with many rows: those of a vocabulary's logits are gigabytes."""
 FEW, MOST = 128, 16384
 
 
-def row_counts(is_cuda: bool) -> tuple[int, ...]:
-    """Numbers of rows that every product is called with."""
-    return (*ROW_COUNTS, *MANY_ROWS) if is_cuda else ROW_COUNTS
+def row_counts(is_cuda: bool, num_columns: int) -> tuple[int, ...]:
+    """Numbers of rows that a product of so many columns is called with."""
+    return (*ROW_COUNTS, *MANY_ROWS) if is_cuda and num_columns <= WIDEST else ROW_COUNTS
 
 
 def scanned() -> Iterator[int]:

@@ -23,6 +23,7 @@ ROUNDED_AT_LOAD = ("PlainLinear", "GroupedLinear")
 
 
 INPUT_BLOCK = 128
+ROWS_AT_ONCE = 8192
 
 
 def as_it_is(x: Tensor) -> Tensor:
@@ -76,12 +77,14 @@ def largest_input_scale(op: PlannedOp, modules: Sequence[str], stored: Stored) -
 
 def weight_of(op: PlannedOp, stored: Stored) -> Tensor:
     """The fused matrix of a dense op, float64 [N, K]."""
-    return torch.cat([stored.matrix(module.name, op.encoding) for module in op.spec.modules])
+    parts = [stored.matrix(module.name, op.encoding) for module in op.spec.modules]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)  # cat copies even a single one
 
 
 def product(x_MK: Tensor, weight_NK: Tensor, slack: float = 0.0) -> Exact:
     """x Wᵀ of float64 rows, and what its float32 sums may be off by."""
-    magnitude = x_MK.abs() @ weight_NK.abs().T
+    # In parts: the head of a large model is 4 GB in float64, and one copy of it is enough.
+    magnitude = torch.cat([x_MK.abs() @ part.abs().T for part in weight_NK.split(ROWS_AT_ONCE)], -1)
     return Exact(x_MK @ weight_NK.T, magnitude * (summing(x_MK.shape[-1]) + slack))
 
 

@@ -178,7 +178,7 @@ def _add_alone(experts: Experts, tally: Tally, y: Tensor, worst: Tensor, rows: s
 def _mixtures(experts: Experts, tally: Tally) -> None:
     """Numbers of tokens, with random choices, with all tokens at one expert, and with most experts left out."""
     kernel = experts.probe.kernels[experts.slot]
-    for num_tokens in row_counts(experts.probe.is_cuda):
+    for num_tokens in row_counts(experts.probe.is_cuda, experts.probe.config.hidden_size):
         for routing, call in routings(experts, num_tokens).items():
             found = deviation(experts.call(call), experts.exact(call))
             tally.add(experts.slot, kernel, found, f"{num_tokens} tokens, {routing}: {found}")

@@ -47,10 +47,15 @@ class Dense:
     def is_grouped(self) -> bool:
         return self.ops[0].spec.kind is OpKind.GROUPED
 
+    @property
+    def row_counts(self) -> tuple[int, ...]:
+        """How many rows it is called with."""
+        return row_counts(self.probe.is_cuda, sum(op.spec.shape[0] for op in self.ops))
+
     @cached_property
     def x(self) -> Tensor:
         """[M, K]; heads [T, N, H] where the slot is grouped."""
-        num_rows = min(PERIOD, max(row_counts(self.probe.is_cuda)))
+        num_rows = min(PERIOD, max(self.row_counts))
         config = self.probe.config
         if not self.is_grouped:
             return self.probe.rows(self.slot, num_rows, self.ops[0].spec.shape[1])
@@ -159,7 +164,7 @@ def check_products(probe: Probe) -> Iterator[Finding]:
     for slot in probe.slots_of(OpKind.LINEAR, OpKind.GROUPED):
         dense = Dense(probe, slot)
         try:
-            for num_rows in row_counts(probe.is_cuda):
+            for num_rows in dense.row_counts:
                 _add(each, dense, num_rows, probe.kernels[slot])
             for variant, num_rows in variants_of(probe.kernels[slot], probe.slots[slot], dense.unread):
                 _add(every, dense, num_rows, f"{probe.kernels[slot]} {variant}")
