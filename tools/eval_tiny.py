@@ -71,9 +71,9 @@ def wrong_answers(tokenizer: ChatTokenizer, given: _Given) -> list[str]:
 def sample(asked: list[Question], num_others: int, seed: int) -> list[Question]:
     """Every question about a capital or with a form, and ``num_others`` of the rest, drawn once."""
     kept = ("capital/", *_FORMED)
-    capitals = [question for question in asked if question.group.startswith(kept)]
+    always = [question for question in asked if question.group.startswith(kept)]
     others = [question for question in asked if not question.group.startswith(kept)]
-    return [*capitals, *random.Random(seed).sample(others, min(num_others, len(others)))]
+    return [*always, *random.Random(seed).sample(others, min(num_others, len(others)))]
 
 
 def main() -> None:
