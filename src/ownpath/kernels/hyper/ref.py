@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from ownpath.kernels.mixture import sum_dtype
 from ownpath.kernels.norms.ref import rms_norm
+from ownpath.kernels.reference import Reference
 
 
 @dataclass(frozen=True)
@@ -124,3 +125,45 @@ def hyper_boundary(
         out.mix.post_TS.copy_(new_mix.post_TS)
         out.mix.comb_TSS.copy_(new_mix.comb_TSS)
     return out
+
+
+class HyperBoundaryReference(Reference):
+    """``hyper_boundary`` as a kernel. The operand is the weights."""
+
+    def prepare(self, weights: HyperWeights) -> HyperWeights:
+        """The weights as they are."""
+        return weights
+
+    def variant(self, x_TSD: torch.Tensor, operand: HyperWeights) -> None:
+        """There is one form."""
+
+    def workspace(self, operand: HyperWeights, num_tokens: int) -> None:
+        """No call needs any."""
+
+    def run(
+        self,
+        x_TSD: torch.Tensor,
+        y_TD: torch.Tensor | None,
+        mix: Mix | None,
+        operand: HyperWeights,
+        *,
+        out: HyperOut | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> HyperOut:
+        """New streams, the normed input of the coming sublayer, and its mix."""
+        return hyper_boundary(x_TSD, y_TD, mix, operand, out, workspace)
+
+    def __call__(
+        self,
+        x_TSD: torch.Tensor,
+        y_TD: torch.Tensor | None,
+        mix: Mix | None,
+        weights: HyperWeights,
+        out: HyperOut | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> HyperOut:
+        """``hyper_boundary``."""
+        return hyper_boundary(x_TSD, y_TD, mix, weights, out, workspace)
+
+
+HYPER_BOUNDARY = HyperBoundaryReference()
