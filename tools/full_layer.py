@@ -37,10 +37,11 @@ from ownpath.model.caches import CacheSpec, SequenceCache
 from ownpath.model.rope import Rope
 from ownpath.plan.plan import Plan, make_plan
 from ownpath.plan.select import Caps, Demands
-from ownpath.runners import Ledger, Mix
-from ownpath.runners.launches import record_launches, slot_times
+from ownpath.runners import Mix
 from ownpath.runners.make import make_runners
 from ownpath.startup import compile_kernels
+from ownpath.trace import Ledger
+from ownpath.trace.launches import record_launches, slot_times
 
 MIN_COSINE = 0.9999
 NUM_REPLAYS = 20

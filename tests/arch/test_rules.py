@@ -22,8 +22,10 @@ ROOMS = (
     ("weights", "quantize"),
     ("kernels",),
     ("runners",),
+    ("trace",),
     ("model",),
     ("startup",),
+    ("assembly",),
     ("loading",),
     ("engine", "chat", "bench"),
     ("server", "calibration", "inspect", "selftest", "diff"),
@@ -69,8 +71,8 @@ def test_rooms_import_only_from_above(path: Path) -> None:
 @pytest.mark.parametrize(
     ("room", "forbidden"),
     [
-        ("inspect", {"kernels", "runners", "engine", "loading", "startup", "bench"}),
-        ("diff", {"kernels", "runners", "plan", "checkpoint", "bench"}),
+        ("inspect", {"kernels", "runners", "trace", "engine", "assembly", "loading", "startup", "bench"}),
+        ("diff", {"kernels", "runners", "trace", "plan", "checkpoint", "bench"}),
         ("kernels", {"model", "weights"}),
         ("model", {"kernels", "weights", "checkpoint", "plan"}),
         ("chat", {"config"}),

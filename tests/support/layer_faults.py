@@ -8,7 +8,7 @@ import torch
 
 from ownpath.model.attention import AttentionCore
 from ownpath.model.rope import Rope
-from ownpath.runners.ledger import Watched
+from ownpath.trace.observers import Watched
 from ownpath.verify.layer import LoadedLayer
 
 Change = Callable[[LoadedLayer], LoadedLayer]
@@ -36,7 +36,8 @@ def with_core(loaded: LoadedLayer, change: Callable[[AttentionCore], AttentionCo
 def wrapped(watched: Any, change: Callable[..., Any]) -> Watched:
     """The same slot, whose runner is ``change(runner, *args)``."""
     inner = watched.runner
-    return Watched(watched.slot, lambda *args: change(inner, *args), watched.ledger)
+    found: Watched = replace(watched, runner=lambda *args: change(inner, *args))
+    return found
 
 
 def linear(name: str, change: Callable[..., Any]) -> Change:

@@ -21,7 +21,6 @@ from ownpath.runners import (
     HyperWeights,
     IndexQuantizer,
     KeyQuantizer,
-    Ledger,
     Linear,
     RMSNorm,
     Router,
@@ -29,8 +28,9 @@ from ownpath.runners import (
     SwiGLU,
     SwigluMlp,
 )
+from ownpath.trace import Ledger
 
-Runners = Mapping[str, Callable[..., Any]]
+Runners = dict[str, Callable[..., Any]]
 Params = Mapping[str, torch.Tensor]
 Keep = Callable[[torch.Tensor], torch.Tensor]
 

@@ -10,7 +10,8 @@ from ownpath.model.block import Block, Hidden, Residual
 from ownpath.model.caches import CacheSpec, SequenceCache
 from ownpath.model.mtp import Mtp
 from ownpath.model.rope import Rope
-from ownpath.runners import HyperBoundary, Ledger, Linear
+from ownpath.runners import HyperBoundary, Linear
+from ownpath.trace import Ledger
 
 
 @dataclass(frozen=True)

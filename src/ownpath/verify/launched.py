@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from types import MappingProxyType
 
-from ownpath.runners.launches import Launch
+from ownpath.trace.launches import Launch
 from ownpath.verdict import Verdict
 from ownpath.verify.finding import Finding
 from ownpath.verify.ledger_run import Ran

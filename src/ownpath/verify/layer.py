@@ -6,35 +6,16 @@ A checkpoint larger than memory is verified this way; whoever holds a layer lets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
 
+from ownpath.assembly import LoadedPart, assemble
 from ownpath.config import ModelConfig
-from ownpath.kernels.registry import KERNELS
 from ownpath.model.block import Block
-from ownpath.model.build import Builder
 from ownpath.model.rope import Rope
 from ownpath.plan.plan import Plan
-from ownpath.runners import Ledger
-from ownpath.runners.make import make_runners
-from ownpath.startup import compile_kernels
 from ownpath.verify.subject import Subject
 from ownpath.weights.load import LoadedWeights, load_weights
 from ownpath.weights.memory import reserve
 from ownpath.weights.operands import Allocate
-
-
-@dataclass(frozen=True)
-class LoadedPart:
-    """Some of the model's slots with their weights. weights: as loaded; runners that repack do so in place."""
-
-    plan: Plan
-    weights: LoadedWeights
-    runners: dict[str, Callable[..., Any]]
-    builder: Builder
-
-    @property
-    def ledger(self) -> Ledger:
-        return self.builder.ledger
 
 
 @dataclass(frozen=True)
@@ -71,11 +52,7 @@ def read_weights(subject: Subject, plan: Plan, allocate: Allocate = reserve) -> 
 
 def with_runners(subject: Subject, plan: Plan, weights: LoadedWeights) -> LoadedPart:
     """Puts loaded weights into their kernels' layouts. Errors: as ``make_runners``."""
-    runners = make_runners(plan, weights.operands)
-    compile_kernels(runners.values())
-    kernels = {companion.spec.slot: KERNELS[companion.choice.kernel.name] for companion in plan.companions}
-    builder = Builder(plan.config, subject.engine, runners, kernels, weights.params, Ledger(plan.slots))
-    return subject.interference.part(LoadedPart(plan, weights, runners, builder))
+    return subject.interference.part(assemble(plan, subject.engine, weights))
 
 
 def load_layer(subject: Subject, layer_idx: int) -> LoadedLayer:
@@ -85,7 +62,7 @@ def load_layer(subject: Subject, layer_idx: int) -> LoadedLayer:
     compress = Rope.for_layer(subject.config, compressing=True, device=subject.device)
     rope = compress if layer.ratio else Rope.for_layer(subject.config, compressing=False, device=subject.device)
     block = part.builder.block(layer_idx, compress)
-    layer_of = LoadedLayer(part.plan, part.weights, part.runners, part.builder, layer_idx, block, rope)
+    layer_of = LoadedLayer(part.plan, part.weights, part.builder, layer_idx, block, rope)
     return subject.interference.layer(layer_of)
 
 

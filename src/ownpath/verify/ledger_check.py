@@ -7,7 +7,7 @@ import torch
 
 from ownpath.plan.opspec import OpKind, OpSpec
 from ownpath.plan.show import plan_dict
-from ownpath.runners import Record
+from ownpath.trace import Record
 from ownpath.verdict import Verdict
 from ownpath.verify.finding import Finding
 from ownpath.verify.launched import check_launches

@@ -1,16 +1,18 @@
 """One prompt and one more token through the engine, a layer in memory at a time, with everything recorded."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
 
+from ownpath.assembly import LoadedPart
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Residual
 from ownpath.model.caches import CacheSpec, SequenceCache
-from ownpath.runners import Record, Records
-from ownpath.runners.launches import Launch, NoLaunchSeen, record_launches
-from ownpath.verify.layer import LoadedLayer, LoadedPart, load_ends, load_layer
+from ownpath.trace import Record, Records
+from ownpath.trace.launches import Launch, NoLaunchSeen, record_launches
+from ownpath.verify.layer import LoadedLayer, load_ends, load_layer
 from ownpath.verify.subject import Subject
 
 PROMPT_TOKENS = 130
@@ -115,14 +117,13 @@ def _run_head(ends: LoadedPart, steps: Steps) -> Ran:
 
 def _recorded(where: str, part: LoadedPart, run: Callable[[], object], is_cuda: bool) -> Ran:
     """Runs with records, and under the profiler where there is a device."""
-    records = part.ledger.records = Records()
-    if not is_cuda:
-        run()
-        return Ran(where, tuple(records))
-    try:
-        launches = tuple(record_launches(part.ledger, run))
-    except NoLaunchSeen:
-        launches = None
+    launches: tuple[Launch, ...] | None = None
+    with part.ledger.observe(Records()) as records:
+        if not is_cuda:
+            run()
+        else:
+            with suppress(NoLaunchSeen):
+                launches = tuple(record_launches(part.ledger, run))
     return Ran(where, tuple(records), launches)
 
 

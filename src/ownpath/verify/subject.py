@@ -14,7 +14,8 @@ from ownpath.loading import planned
 from ownpath.plan.plan import Plan
 
 if TYPE_CHECKING:
-    from ownpath.verify.layer import LoadedLayer, LoadedPart
+    from ownpath.assembly import LoadedPart
+    from ownpath.verify.layer import LoadedLayer
     from ownpath.weights.load import LoadedWeights
 
 Loaded = TypeVar("Loaded")

@@ -13,7 +13,7 @@ from ownpath.config import EngineConfig
 from ownpath.loading import default_model_dir
 from ownpath.model.rope import Rope
 from ownpath.official import OFFICIAL
-from ownpath.runners.ledger import Watched
+from ownpath.trace.observers import Watched
 from ownpath.verdict import Verdict
 from ownpath.verify import kernel_stage as stage
 from ownpath.verify.finding import Finding, failed

@@ -2,8 +2,8 @@
 
 import torch
 
+from ownpath.assembly import LoadedPart
 from ownpath.kernels.fp8_packing import COLS, ROWS, pack_blocks, row_order, unpack_blocks
-from ownpath.verify.layer import LoadedPart
 from ownpath.verify.subject import Interference
 from ownpath.weights.load import LoadedWeights
 from ownpath.weights.operands import sentinel

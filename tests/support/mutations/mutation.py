@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ownpath.verify.layer import LoadedLayer, LoadedPart
+from ownpath.assembly import LoadedPart
+from ownpath.verify.layer import LoadedLayer
 from ownpath.verify.subject import Interference
 from ownpath.weights.load import LoadedWeights
 from support.broken import Tensors, change_tensors

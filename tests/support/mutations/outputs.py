@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from ownpath.assembly import LoadedPart
 from ownpath.runners import PlainLinear
-from ownpath.verify.layer import LoadedLayer, LoadedPart
+from ownpath.verify.layer import LoadedLayer
 from ownpath.verify.subject import Interference
 from support.layer_faults import with_attn
 from support.mutations.mutation import LOAD_AND_KERNELS, Mutation, around, on_layer, on_part

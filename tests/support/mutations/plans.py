@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from ownpath.verify.layer import LoadedLayer, LoadedPart
+from ownpath.assembly import LoadedPart
+from ownpath.verify.layer import LoadedLayer
 from support.layer_faults import with_attn
 from support.mutations.mutation import LAYERS, LOAD_AND_KERNELS, Mutation, around, on_layer, on_part
 

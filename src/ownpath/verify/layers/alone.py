@@ -1,6 +1,7 @@
 """One layer of the engine run alone: its own block, caches of this layer only, streams from wherever they come."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from ownpath.model.attention import AttentionCore
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Block, Residual
 from ownpath.model.caches import CacheSpec, SequenceCache
-from ownpath.runners.ledger import Watched
+from ownpath.trace.observers import Watched
 from ownpath.verify.layer import LoadedLayer
 from ownpath.verify.layers.record import Record, SoftmaxTap
 
@@ -82,12 +83,13 @@ class LayerAlone:
             [(list(chunk.token_ids), chunk.cache) for chunk in chunks], device=self.cache_spec.device
         )
         ledger = self.loaded.ledger
-        ledger.saw = record
         self.softmax.visible = None if record is None else record.visible
         try:
-            residual = self.block(joined([c.residual for c in chunks]), self.loaded.rope.at(batch.positions_T), batch)
+            with nullcontext() if record is None else ledger.observe(record):
+                entering = joined([c.residual for c in chunks])
+                residual = self.block(entering, self.loaded.rope.at(batch.positions_T), batch)
         finally:
-            ledger.saw = self.softmax.visible = None
+            self.softmax.visible = None
         for span in batch.spans:
             span.cache.num_tokens += span.stop - span.start
         return residual

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from ownpath.kernels.ref.hyper import HyperOut
 from ownpath.model.attention import Projected
 from ownpath.runners import SharedKeyAttention
+from ownpath.trace.observers import Arguments, Observer, Watched
 
 
 @dataclass
@@ -31,7 +32,7 @@ class SoftmaxTap:
 
 
 @dataclass
-class Record:
+class Record(Observer):
     """Told of every call of a layer's slots in one or more steps.
 
     parts: rows in the order of the calls. dtypes: first input's and first output's, by slot. visible: attention's
@@ -43,7 +44,8 @@ class Record:
     visible: list[torch.Tensor] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
 
-    def __call__(self, slot: str, args: tuple[Any, ...], result: Any) -> None:
+    def after(self, call: Watched, args: Arguments, result: Any) -> None:
+        slot = call.slot
         if isinstance(result, HyperOut):
             values = {"x": result.x_TSD, "h": result.h_TD}
         elif isinstance(result, tuple):
