@@ -14,7 +14,7 @@ import torch
 
 from ownpath.assembly import LoadedPart
 from ownpath.checkpoint.errors import CheckpointError
-from ownpath.kernels.cache import CompileError
+from ownpath.kernels.dsl.cache import CompileError
 from ownpath.kernels.nvfp4_sm100.prove import ProofError
 from ownpath.verdict import Verdict
 from ownpath.verify.finding import Finding
