@@ -26,22 +26,20 @@ from typing import Any
 import torch
 from layer.synthetic import RATIOS, SHAPES, Values, headers, layer_config
 
+from ownpath.assembly import assemble
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.kernels.hyper.ref import hyper_post, sinkhorn
-from ownpath.kernels.registry import KERNELS
 from ownpath.loading import device_caps
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Block, Residual
-from ownpath.model.build import Builder
 from ownpath.model.caches import CacheSpec, SequenceCache
 from ownpath.model.rope import Rope
 from ownpath.plan.plan import Plan, make_plan
 from ownpath.plan.select import Caps, Demands
 from ownpath.runners import Mix
-from ownpath.runners.make import make_runners
-from ownpath.startup import compile_kernels
 from ownpath.trace import Ledger
 from ownpath.trace.launches import record_launches, slot_times
+from ownpath.weights.load import LoadedWeights
 
 MIN_COSINE = 0.9999
 NUM_REPLAYS = 20
@@ -110,14 +108,10 @@ def make_layer(config: ModelConfig, engine: EngineConfig, export: str, caps: Cap
     plan = make_plan(config, index, caps, Demands(str(engine.dtype).removeprefix("torch.")))
     device = torch.device(engine.device)
     params = Values.seeded(device, 0).params(config)
-    runners = make_runners(plan, Values.seeded(device, 1).operands(plan, index))
-    compile_kernels(runners.values())
-    kernels = {op.spec.slot: KERNELS[op.choice.kernel.name] for op in plan.companions}
-    ledger = Ledger(plan.slots)
-    is_compressing = bool(config.compress_ratios[0])
-    rope = Rope.for_layer(config, is_compressing, device)
-    block = Builder(config, engine, runners, kernels, params, ledger).block(0, rope)
-    return Layer(plan, block, rope, ledger)
+    operands = tuple(Values.seeded(device, 1).operands(plan, index))
+    builder = assemble(plan, engine, LoadedWeights(operands, params)).builder
+    rope = Rope.for_layer(config, bool(config.compress_ratios[0]), device)
+    return Layer(plan, builder.block(0, rope), rope, builder.ledger)
 
 
 def make_input(config: ModelConfig, engine: EngineConfig, context: int, num_tokens: int) -> Input:
