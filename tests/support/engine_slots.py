@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
+from ownpath.cache.pools import CachePool, CacheSpec
 from ownpath.config import EngineConfig
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Residual
-from ownpath.model.caches import CacheSpec, SequenceCache
 from ownpath.runners.companions import HyperBoundary
 from ownpath.verify.layer import LoadedLayer
 
@@ -28,10 +28,12 @@ def engine_slots(
             found[slot] = result.clone()
 
     layer.ledger.saw = saw
-    cache = SequenceCache(CacheSpec.of(layer.plan.config, engine))
+    cache = CachePool(CacheSpec.of(layer.plan.config, engine)).new_sequence()
     batch = ForwardBatch.of([(token_ids_T.tolist(), cache)], x_TSD.device)
     with torch.inference_mode():
-        after = layer.block(Residual(x_TSD), layer.rope.at(batch.positions_T), batch)
+        after = layer.block(
+            Residual(x_TSD), layer.rope.at(batch.positions_T), batch.token_ids_T, layer.block.prepare(batch.tables)
+        )
         boundary: HyperBoundary = layer.block.hc_attn.runner  # type: ignore[attr-defined]
         found[f"layers.{layer.layer_idx}.out"] = boundary(after.x_TSD, after.y_TD, after.mix).x_TSD
     return found

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
+from ownpath.attention.rope import Rope
 from ownpath.config import ModelConfig
 from ownpath.kernels.registry import KERNELS
 from ownpath.model.block import Block
 from ownpath.model.build import Builder
-from ownpath.model.rope import Rope
 from ownpath.plan.plan import Plan
 from ownpath.runners import Ledger
 from ownpath.runners.make import make_runners

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ownpath.cache.pools import CachePool, CacheSpec
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Residual
-from ownpath.model.caches import CacheSpec, SequenceCache
 from ownpath.runners import Record, Records
 from ownpath.runners.launches import Launch, NoLaunchSeen, record_launches
 from ownpath.verify.layer import LoadedLayer, LoadedPart, load_ends, load_layer
@@ -42,8 +42,8 @@ class Steps:
         """A prompt, then one token, on caches of their own."""
         config, device = subject.config, subject.device
         num_tokens = min(PROMPT_TOKENS, subject.engine.max_model_len - 1)
-        spec = replace(CacheSpec.of(config, subject.engine), max_tokens=num_tokens + 1)
-        cache = SequenceCache(spec)
+        spec = replace(CacheSpec.of(config, subject.engine), max_tokens=num_tokens + 1, max_sequences=1)
+        cache = CachePool(spec).new_sequence()
         prompt = ForwardBatch.of([([idx % config.vocab_size for idx in range(num_tokens)], cache)], device)
         cache.num_tokens = num_tokens
         batches = prompt, ForwardBatch.of([([1], cache)], device)
@@ -55,7 +55,7 @@ class Steps:
         """The same steps behind one more layer."""
         rotated = ((batch, layer.rope.at(batch.positions_T)) for batch in self.batches)
         passed = (
-            layer.block(residual, rotation, batch)
+            layer.block(residual, rotation, batch.token_ids_T, layer.block.prepare(batch.tables))
             for residual, (batch, rotation) in zip(self.residuals, rotated, strict=True)
         )
         return replace(self, residuals=tuple(passed))

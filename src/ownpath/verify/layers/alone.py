@@ -6,14 +6,18 @@ from typing import Any
 
 import torch
 
+from ownpath.cache.layout import Part
+from ownpath.cache.pools import CachePool, CacheSpec, SequenceCache
 from ownpath.config import EngineConfig, Layer, ModelConfig
 from ownpath.model.attention import AttentionCore
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Block, Residual
-from ownpath.model.caches import CacheSpec, SequenceCache
 from ownpath.runners.ledger import Watched
 from ownpath.verify.layer import LoadedLayer
 from ownpath.verify.layers.record import Record, SoftmaxTap
+
+MAX_SEQUENCES = 8
+"""That hold tokens together, at most, in any of a layer's runs."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,12 @@ class Chunk:
 
 @dataclass(frozen=True)
 class LayerAlone:
-    """A loaded layer whose attention finds its caches at place 0 of a sequence that has no other layer's."""
+    """A loaded layer whose attention finds its caches at place 0 of a pool that has no other layer's."""
 
     loaded: LoadedLayer
     block: Block
     softmax: SoftmaxTap
-    cache_spec: CacheSpec
+    caches: CachePool
 
     @classmethod
     def of(cls, loaded: LoadedLayer, engine: EngineConfig, max_tokens: int) -> "LayerAlone":
@@ -40,11 +44,12 @@ class LayerAlone:
         watched = attn.core
         assert isinstance(watched, Watched)
         assert isinstance(watched.runner, AttentionCore)
-        tap: Any = SoftmaxTap(watched.runner.softmax)
-        core = replace(watched, runner=replace(watched.runner, layer_idx=0, softmax=tap))
+        tap: Any = SoftmaxTap(watched.runner.layer.softmax)
+        core = replace(watched, runner=AttentionCore(replace(watched.runner.layer, layer_idx=0, softmax=tap)))
         block = replace(loaded.block, attn=replace(attn, core=core))
         spec = CacheSpec.of(_one_layer(loaded.plan.config, loaded.layer_idx), engine)
-        return cls(loaded, block, tap, replace(spec, max_tokens=max_tokens, num_drafts=0))
+        spec = replace(spec, max_tokens=max_tokens, num_drafts=0, max_sequences=MAX_SEQUENCES)
+        return cls(loaded, block, tap, CachePool(spec))
 
     @property
     def layer_idx(self) -> int:
@@ -61,35 +66,33 @@ class LayerAlone:
         return next((slot for slot in (name, name.rpartition(".")[0]) if slot in slots), "")
 
     def new_cache(self) -> SequenceCache:
-        return SequenceCache(self.cache_spec)
+        return self.caches.new_sequence()
 
     def entries(self, cache: SequenceCache) -> dict[str, torch.Tensor]:
         """The compressed entries that a cache holds, by name."""
-        compressor = cache.layers[0].compressor
-        if compressor is None:
-            return {}
-        return {f"{self.layer.name}.attn.entries": compressor.entries_CH[: cache.num_tokens // compressor.ratio]}
+        entries_CH = cache.entries(0)
+        return {} if entries_CH is None else {f"{self.layer.name}.attn.entries": entries_CH}
 
     def index_keys(self, cache: SequenceCache) -> torch.Tensor | None:
         """The index keys that a cache holds [C, H], of CSA layers."""
-        indexer = cache.layers[0].indexer
-        return None if indexer is None else indexer.entries_CH[: cache.num_tokens // indexer.ratio]
+        return cache.entries(0, Part.INDEX)
 
     @torch.inference_mode()
     def step(self, chunks: Sequence[Chunk], record: Record | None = None) -> Residual:
         """Runs one step and extends the caches. record: is told of every slot's call and of what attention saw."""
-        batch = ForwardBatch.of(
-            [(list(chunk.token_ids), chunk.cache) for chunk in chunks], device=self.cache_spec.device
-        )
+        parts = [(list(chunk.token_ids), chunk.cache) for chunk in chunks]
+        batch = ForwardBatch.of(parts, self.caches.spec.device)
+        rotation, step = self.loaded.rope.at(batch.positions_T), self.block.prepare(batch.tables)
         ledger = self.loaded.ledger
         ledger.saw = record
         self.softmax.visible = None if record is None else record.visible
         try:
-            residual = self.block(joined([c.residual for c in chunks]), self.loaded.rope.at(batch.positions_T), batch)
+            residual = self.block(joined([c.residual for c in chunks]), rotation, batch.token_ids_T, step)
         finally:
             ledger.saw = self.softmax.visible = None
-        for span in batch.spans:
-            span.cache.num_tokens += span.stop - span.start
+        batch.tables.extend()
+        if record is not None:
+            record.ends += [chunk.cache.num_tokens for chunk in chunks]
         return residual
 
     @torch.inference_mode()

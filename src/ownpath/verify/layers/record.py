@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ownpath.attention.interface import Projected
 from ownpath.kernels.ref.hyper import HyperOut
-from ownpath.model.attention import Projected
 from ownpath.runners import SharedKeyAttention
 
 
@@ -35,7 +35,7 @@ class Record:
     """Told of every call of a layer's slots in one or more steps.
 
     parts: rows in the order of the calls. dtypes: first input's and first output's, by slot. visible: attention's
-    masks, one for each span and step. ends: how many tokens the span's sequence had after each.
+    masks, one for each sequence and step. ends: how many tokens the sequence had after each.
     """
 
     parts: dict[str, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))
@@ -57,16 +57,14 @@ class Record:
         if slot.endswith(".key_quantizer"):
             self.parts[f"{slot}.in"].append(args[0])
         if isinstance(args[0], Projected):
-            self._see_attention(slot.removesuffix(".core"), args[0], args[1])
+            self._see_attention(slot.removesuffix(".core"), args[0])
 
-    def _see_attention(self, attn: str, projected: Projected, span: Any) -> None:
-        rows = slice(span.start, span.stop)
-        self.ends.append(span.position + span.stop - span.start)
-        self.parts[f"{attn}.q"].append(projected.q_TNH[rows])
-        self.parts[f"{attn}.kv"].append(projected.kv_TH[rows])
+    def _see_attention(self, attn: str, projected: Projected) -> None:
+        self.parts[f"{attn}.q"].append(projected.q_TNH)
+        self.parts[f"{attn}.kv"].append(projected.kv_TH)
         if projected.index_q_TIH is not None and projected.index_weights_TI is not None:
-            self.parts[f"{attn}.indexer.q"].append(projected.index_q_TIH[rows])
-            self.parts[f"{attn}.indexer.weights"].append(projected.index_weights_TI[rows])
+            self.parts[f"{attn}.indexer.q"].append(projected.index_q_TIH)
+            self.parts[f"{attn}.indexer.weights"].append(projected.index_weights_TI)
 
     def value(self, name: str) -> torch.Tensor:
         """All rows of a value."""
@@ -77,12 +75,10 @@ class Record:
         """All rows of every value."""
         return {name: self.value(name) for name in self.parts}
 
-    def of_span(self, span_idx: int, rows: slice) -> "Record":
+    def of_sequence(self, number: int, rows: slice) -> "Record":
         """One sequence's share of a single step's record."""
-        num_spans = len(self.visible)
-        per_span = {name: len(found) == num_spans and num_spans > 1 for name, found in self.parts.items()}
-        parts = {n: [found[span_idx] if per_span[n] else found[0][rows]] for n, found in self.parts.items()}
-        return Record(parts, self.dtypes, [self.visible[span_idx]], [self.ends[span_idx]])
+        parts = {name: [found[0][rows]] for name, found in self.parts.items()}
+        return Record(parts, self.dtypes, [self.visible[number]], [self.ends[number]])
 
     def index_mask(self, ratio: int, num_entries: int) -> torch.Tensor:
         """Which compressed entries each row saw [T, C]: a mask's last columns, behind those of the window's keys."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ownpath.cache.pools import SequenceCache
 from ownpath.model.block import Residual
-from ownpath.model.caches import SequenceCache
 from ownpath.verdict import Verdict
 from ownpath.verify.finding import Finding
 from ownpath.verify.layers.alone import Chunk, LayerAlone
@@ -91,8 +91,8 @@ class Ways:
     def _again(self, chunks: Run) -> Finding:
         """V08: the chunks once more, in a reused process and in caches full of NaN, bit by bit."""
         cache = self.alone.new_cache()
-        for tensor in _tensors_of(cache):
-            tensor.fill_(torch.nan)
+        for memory in cache.views():
+            memory.fill_(torch.nan)
         again = self.in_steps(self._chunk_sizes(), cache).out_TSD
         differs_T = ((again != chunks.out_TSD) & ~(again.isnan() & chunks.out_TSD.isnan())).flatten(1).any(1)
         num_differing = int(differs_T.sum())
@@ -123,10 +123,10 @@ class Ways:
         chunks = [self._chunk(start, stop, self.alone.new_cache()) for start, stop in parts]
         out_TSD = self.alone.streams(self.alone.step(chunks, record))
         runs, first = [], 0
-        for span_idx, ((start, stop), chunk) in enumerate(zip(parts, chunks, strict=True)):
+        for number, ((start, stop), chunk) in enumerate(zip(parts, chunks, strict=True)):
             rows = slice(first, first + stop - start)
             if start == 0:
-                picked = self.forced.scores.judged(record.of_span(span_idx, rows), self.alone.index_keys(chunk.cache))
+                picked = self.forced.scores.judged(record.of_sequence(number, rows), self.alone.index_keys(chunk.cache))
                 runs.append(Run(out_TSD[rows], picked))
             first = rows.stop
         return runs
@@ -176,12 +176,3 @@ class Compared:
         excused = f", {left} that picked otherwise left out" if left else ""
         wrong = f", {self.num_wrong} of them wrongly" if self.num_wrong else ""
         return f"{self.name}: row {self.position} is {self.worst_row:.1e} off ({self.num_rows} rows{excused}{wrong})"
-
-
-def _tensors_of(cache: SequenceCache) -> Iterator[torch.Tensor]:
-    for layer in cache.layers:
-        yield layer.window.rows
-        for part in (layer.compressor, layer.indexer):
-            if part is not None:
-                yield part.entries_CH
-                yield part.state.rows
