@@ -10,7 +10,7 @@ from ownpath.plan.show import plan_dict
 from ownpath.trace import Record
 from ownpath.verdict import Verdict
 from ownpath.verify.finding import Finding
-from ownpath.verify.launched import check_launches
+from ownpath.verify.launch_check import check_launches
 from ownpath.verify.ledger_run import Ran, run_parts
 from ownpath.verify.places import folded
 from ownpath.verify.planned import FACTS, PlannedSlot, WrittenPlan

@@ -24,7 +24,7 @@ from ownpath.trace.launches import Launch
 from ownpath.trace.uses import Use
 from ownpath.verdict import Verdict
 from ownpath.verify.finding import Finding
-from ownpath.verify.launched import check_launches
+from ownpath.verify.launch_check import check_launches
 from ownpath.verify.ledger_check import check_ledger
 from ownpath.verify.ledger_run import Ran
 from ownpath.verify.planned import WrittenPlan, read_plan_file

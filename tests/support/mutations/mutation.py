@@ -10,9 +10,9 @@ import torch
 
 from ownpath.assembly import LoadedPart
 from ownpath.verify.layer import LoadedLayer
-from ownpath.verify.subject import Interference
 from ownpath.weights.load import LoadedWeights
 from support.broken import Tensors, change_tensors
+from support.mutations.interference import Interference
 
 OnDisk = Callable[[Path], object]
 LOAD_AND_KERNELS = ("load", "kernels")

@@ -9,8 +9,8 @@ import torch
 from ownpath.assembly import LoadedPart
 from ownpath.runners import PlainLinear
 from ownpath.verify.layer import LoadedLayer
-from ownpath.verify.subject import Interference
 from support.layer_faults import with_attn
+from support.mutations.interference import Interference
 from support.mutations.mutation import LOAD_AND_KERNELS, Mutation, around, on_layer, on_part
 
 LAYER = "layers.1"
