@@ -31,7 +31,7 @@ from ownpath.attention.reference import ReferenceAttention
 from ownpath.attention.rope import Rope
 from ownpath.cache.pools import CachePool, CacheSpec
 from ownpath.config import EngineConfig, ModelConfig
-from ownpath.kernels.ref.hyper import hyper_post, sinkhorn
+from ownpath.kernels.hyper.ref import hyper_post, sinkhorn
 from ownpath.kernels.registry import KERNELS
 from ownpath.loading import device_caps
 from ownpath.model.batch import ForwardBatch

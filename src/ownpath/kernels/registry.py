@@ -1,10 +1,52 @@
-"""The implementations behind the kernel names of the plan's catalogue, imported when one is first asked for."""
+"""The kernels there are: the specs of every folder that has some, and the implementations behind them.
 
+A folder of ``ownpath.kernels`` with a ``spec.py`` is a family. Nothing else lists kernels, so that adding one means
+adding a folder. Implementations are imported when one is first asked for; until then no torch and no toolchain is.
+"""
+
+import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from importlib import import_module
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
+
+import ownpath.kernels
+from ownpath.kernels.spec import KernelSpec
+
+
+def families() -> Iterator[str]:
+    """Names of the folders that hold kernels."""
+    for found in pkgutil.iter_modules(ownpath.kernels.__path__):
+        if found.ispkg and any((Path(path) / found.name / "spec.py").exists() for path in ownpath.kernels.__path__):
+            yield found.name
+
+
+@cache
+def _specs() -> tuple[KernelSpec, ...]:
+    """All specs, those of the newest architecture's families first; within a family in its own order, best first."""
+    found: list[tuple[KernelSpec, ...]] = [
+        import_module(f"ownpath.kernels.{family}.spec").SPECS for family in sorted(families())
+    ]
+    return tuple(spec for specs in sorted(found, key=_newest_sm, reverse=True) for spec in specs)
+
+
+def _newest_sm(specs: tuple[KernelSpec, ...]) -> int:
+    return max(spec.min_sm or 0 for spec in specs)
+
+
+SPECS = _specs()
+
+
+def spec_of(name: str) -> KernelSpec:
+    """The first spec of a kernel: those of one name differ in formats and runners. Errors: KeyError."""
+    return _BY_NAME[name]
+
+
+_BY_NAME = {spec.name: spec for spec in reversed(SPECS)}
+
 
 Kernel = Callable[..., Any]
 
@@ -41,68 +83,28 @@ class Registry(Mapping[str, Kernel]):
         return len(self._places)
 
 
-KERNELS = Registry(
-    {
-        "cute.nvfp4_linear": "cute.linear:nvfp4_linear",
-        "cute.nvfp4_linear_invariant": "cute.linear:nvfp4_linear_invariant",
-        "cute.nvfp4_moe": "cute.moe:nvfp4_moe",
-        "cute.nvfp4_moe_invariant": "cute.moe:nvfp4_moe_invariant",
-        "ref.nvfp4_linear": "ref.linear:nvfp4_linear",
-        "triton.nvfp4_linear_w4a4_sm100": "triton.w4a4_sm100:nvfp4_linear_w4a4",
-        "triton.nvfp4_linear_w4a4_sm100_invariant": "triton.w4a4_sm100:nvfp4_linear_w4a4_invariant",
-        "triton.nvfp4_moe_w4a4_sm100": "triton.w4a4_sm100:nvfp4_moe_w4a4",
-        "triton.nvfp4_moe_w4a4_sm100_invariant": "triton.w4a4_sm100:nvfp4_moe_w4a4_invariant",
-        "cute.fp8_linear_sm90": "cute.fp8_launch:fp8_linear",
-        "cute.fp8_linear_w8a16_sm90_invariant": "cute.fp8_launch:fp8_linear_invariant",
-        "ref.fp8_linear": "ref.linear:fp8_linear",
-        "torch.plain_linear": "cublas:plain_linear",
-        "triton.plain_linear_invariant": "triton.plain:plain_linear_invariant",
-        "ref.plain_linear": "ref.linear:plain_linear",
-        "ref.grouped_linear": "ref.small:rope_grouped_linear",
-        "ref.nvfp4_moe": "ref.moe:nvfp4_moe",
-        "ref.fp8_moe": "ref.moe:fp8_moe",
-        "ref.plain_moe": "ref.moe:plain_moe",
-        "ref.moe_quantized_inputs": "ref.official:moe_quantized_inputs",
-        "ref.moe_weight_first": "ref.official:moe_weight_first",
-        "ref.moe_official": "ref.official:moe_official",
-        "ref.rms_norm_stepwise": "ref.official:rms_norm_stepwise",
-        "ref.fp8_keys": "ref.official:fp8_keys",
-        "ref.fp4_index": "ref.official:fp4_index",
-        "ref.hyper_boundary": "ref.hyper:hyper_boundary",
-        "ref.rms_norm": "ref.small:rms_norm",
-        "ref.router": "ref.small:router",
-        "ref.swiglu": "ref.small:swiglu",
-        "ref.attention": "ref.attention:attend",
-        "triton.hyper_boundary": "triton.hyper:hyper_boundary",
-        "triton.hyper_boundary_invariant": "triton.hyper:hyper_boundary_invariant",
-        "triton.rms_norm": "triton.small:rms_norm",
-        "triton.router": "triton.small:router",
-        "triton.swiglu": "triton.small:swiglu",
-        "triton.grouped_linear": "triton.grouped:rope_grouped_linear",
-        "triton.grouped_linear_invariant": "triton.grouped:rope_grouped_linear_invariant",
-    }
-)
+KERNELS = Registry({spec.name: spec.entry for spec in SPECS})
 
 VARIANTS = Registry(
     {
-        "cute.nvfp4_linear": "cute.linear:nvfp4_linear.variant",
-        "cute.nvfp4_linear_invariant": "cute.linear:nvfp4_linear_invariant.variant",
-        "cute.nvfp4_moe": "cute.moe:nvfp4_moe.variant",
-        "cute.nvfp4_moe_invariant": "cute.moe:nvfp4_moe_invariant.variant",
-        "cute.fp8_linear_sm90": "cute.fp8_launch:fp8_linear.variant",
-        "cute.fp8_linear_w8a16_sm90_invariant": "cute.fp8_launch:fp8_linear_invariant.variant",
-        "triton.nvfp4_linear_w4a4_sm100": "triton.variants:linear_w4a4",
-        "triton.nvfp4_linear_w4a4_sm100_invariant": "triton.variants:linear_w4a4_invariant",
-        "triton.nvfp4_moe_w4a4_sm100": "triton.variants:moe_w4a4",
-        "triton.nvfp4_moe_w4a4_sm100_invariant": "triton.variants:moe_w4a4_invariant",
-        "triton.plain_linear_invariant": "triton.variants:plain_linear",
-        "triton.hyper_boundary": "triton.variants:hyper_boundary",
-        "triton.hyper_boundary_invariant": "triton.variants:hyper_boundary_invariant",
-        "triton.rms_norm": "triton.variants:rms_norm",
-        "triton.router": "triton.variants:router",
-        "triton.swiglu": "triton.variants:swiglu",
-        "triton.grouped_linear": "triton.variants:grouped_linear",
-        "triton.grouped_linear_invariant": "triton.variants:grouped_linear_invariant",
+        "cute.nvfp4_linear": "nvfp4.linear:nvfp4_linear.variant",
+        "cute.nvfp4_linear_invariant": "nvfp4.linear:nvfp4_linear_invariant.variant",
+        "cute.nvfp4_moe": "nvfp4.moe:nvfp4_moe.variant",
+        "cute.nvfp4_moe_invariant": "nvfp4.moe:nvfp4_moe_invariant.variant",
+        "cute.fp8_linear_sm90": "fp8.launch:fp8_linear.variant",
+        "cute.fp8_linear_w8a16_sm90_invariant": "fp8.launch:fp8_linear_invariant.variant",
+        "triton.nvfp4_linear_w4a4_sm100": "variants:linear_w4a4",
+        "triton.nvfp4_linear_w4a4_sm100_invariant": "variants:linear_w4a4_invariant",
+        "triton.nvfp4_moe_w4a4_sm100": "variants:moe_w4a4",
+        "triton.nvfp4_moe_w4a4_sm100_invariant": "variants:moe_w4a4_invariant",
+        "triton.plain_linear_invariant": "variants:plain_linear",
+        "triton.hyper_boundary": "variants:hyper_boundary",
+        "triton.hyper_boundary_invariant": "variants:hyper_boundary_invariant",
+        "triton.rms_norm": "variants:rms_norm",
+        "triton.router": "variants:router",
+        "triton.swiglu": "variants:swiglu",
+        "triton.grouped_linear": "variants:grouped_linear",
+        "triton.grouped_linear_invariant": "variants:grouped_linear_invariant",
     }
 )
 """Kernel name -> which of its compiled configurations a call launches, by name, from the call's arguments without

@@ -8,9 +8,9 @@ import torch
 from ownpath.attention.compress import Compressor
 from ownpath.attention.rope import Rope
 from ownpath.attention.select import EntrySelector
-from ownpath.kernels.ref.hyper import HyperWeights, hyper_post, hyper_pre, sinkhorn
-from ownpath.kernels.ref.moe import swiglu
-from ownpath.kernels.ref.small import rms_norm
+from ownpath.kernels.hyper.ref import HyperWeights, hyper_post, hyper_pre, sinkhorn
+from ownpath.kernels.mixture import clamped_swiglu as swiglu
+from ownpath.kernels.norms.ref import rms_norm
 from ownpath.runners import PlainLinear, RMSNorm, Router, SwigluMlp
 
 EPS_F32 = torch.finfo(torch.float32).eps

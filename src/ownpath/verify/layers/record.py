@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ownpath.attention.interface import Projected
-from ownpath.kernels.ref.hyper import HyperOut
+from ownpath.kernels.hyper.ref import HyperOut
 from ownpath.runners import SharedKeyAttention
 
 
