@@ -182,10 +182,11 @@ class EarlyStep(ReferenceStep):
     """Sees entries whose windows are not complete."""
 
     def __init__(self, tables: StepTables, requests: tuple[RequestRows, ...]) -> None:
-        super().__init__(tables, tuple(replace(request, entries=self._early(request)) for request in requests))
+        early = tuple(replace(request, entries=self._early(tables, request)) for request in requests)
+        super().__init__(tables, early)
 
-    def _early(self, request: RequestRows) -> dict[int, RequestEntries]:
-        positions_t1 = self.tables.positions_T[request.rows][:, None]
+    def _early(self, tables: StepTables, request: RequestRows) -> dict[int, RequestEntries]:
+        positions_t1 = tables.positions_T[request.rows][:, None]
         return {
             ratio: replace(
                 entries,

@@ -1,7 +1,7 @@
 """Taps: the values of a layer that no slot returns, by the names under which observers see them.
 
 What a slot takes and returns is seen by its call (``attn.wo_b``, ``hc_ffn``); a tap is for what is made of it before
-the next slot takes it. A tap returns its value as it is. A captured graph replays without host code: nothing watches it.
+the next slot takes it. A tap returns its value as it is. A captured graph replays without host code: nothing sees it.
 """
 
 from ownpath.config import CSA_RATIO, Layer

@@ -15,7 +15,7 @@ from ownpath.cache.pools import CachePool, CacheSpec
 from ownpath.cache.tables import StepTables
 from ownpath.config import SLIDING
 from ownpath.model.attention import AttentionCore
-from ownpath.plan.opspec import OpKind
+from ownpath.ops import OpKind
 from ownpath.verify.finding import Finding
 from ownpath.verify.kernels.compare import Deviation, Exact, deviation
 from ownpath.verify.kernels.limits import EXP_STEPS, FLOAT32_ROUND, SPREAD, rounding, summing

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ownpath.assembly import LoadedPart
 from ownpath.config import ModelConfig
-from ownpath.plan.opspec import OpKind
+from ownpath.ops import OpKind
 from ownpath.plan.plan import PlannedOp
 from ownpath.trace.observers import Watched
 from ownpath.verify.layer import LoadedLayer

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ownpath.plan.opspec import OpKind
+from ownpath.ops import OpKind
 from ownpath.trace.observers import Arguments, Observer, Watched
 
 _RESULTS: Mapping[OpKind, Callable[[Any], dict[str, torch.Tensor]]] = {

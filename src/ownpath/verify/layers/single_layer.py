@@ -12,7 +12,7 @@ from ownpath.cache.pools import CachePool, SequenceCache
 from ownpath.config import Layer
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Residual
-from ownpath.plan.opspec import OpKind
+from ownpath.ops import OpKind
 from ownpath.verify.layer import LoadedLayer
 from ownpath.verify.layers.activations import Activations
 
