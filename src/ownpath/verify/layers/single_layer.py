@@ -60,7 +60,11 @@ class SingleLayer:
         return next((slot for slot in (name, name.rpartition(".")[0]) if slot in slots), "")
 
     def new_cache(self) -> SequenceCache:
-        return self.pool.new_sequence()
+        """One that holds zeros, so that no earlier sequence's rows take part; V08 looks at what is read unwritten."""
+        cache = self.pool.new_sequence()
+        for memory in cache.views():
+            memory.zero_()
+        return cache
 
     def entries(self, cache: SequenceCache) -> dict[str, torch.Tensor]:
         """The compressed entries that a cache holds, by name."""
