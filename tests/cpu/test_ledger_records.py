@@ -20,31 +20,21 @@ from ownpath.loading import load_model, plan_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.official import Step
 from ownpath.plan.plan import Plan
-from ownpath.runners import (
-    GroupedLinear,
-    HyperBoundary,
-    HyperWeights,
-    Ledger,
-    PlainLinear,
-    Record,
-    Records,
-    RMSNorm,
-    Router,
-    SwiGLU,
-)
-from ownpath.runners.records import signature
-from ownpath.runners.uses import Use, use_of, variant_of
+from ownpath.runners import GroupedLinear, HyperBoundary, HyperWeights, PlainLinear, RMSNorm, Router, SwiGLU
 from ownpath.runners.w4a4 import Nvfp4LinearW4A4, Nvfp4MoEW4A4
+from ownpath.trace import Ledger, Record, Records
+from ownpath.trace.records import signature
+from ownpath.trace.uses import Use, use_of, variant_of
 
 FOLLOWING = EngineConfig(max_model_len=64)
 
 
 def recorded(folder: Path, engine: EngineConfig, *steps: list[int]) -> dict[str, list[Record]]:
     model = load_model(folder, engine)
-    records = model.ledger.records = Records()
     cache = model.new_cache()
-    for token_ids in steps:
-        model.forward(ForwardBatch.of([(token_ids, cache)], "cpu"))
+    with model.ledger.observe(Records()) as records:
+        for token_ids in steps:
+            model.forward(ForwardBatch.of([(token_ids, cache)], "cpu"))
     return {slot: records.listed(slot) for slot in model.ledger.calls}
 
 
@@ -92,27 +82,29 @@ def test_what_looks_alike_is_counted_in_one_entry(tmp_path: Path) -> None:
 
 
 def test_a_slot_keeps_a_bounded_number_of_entries() -> None:
-    ledger = Ledger({"a": ("SwiGLU", "ref.swiglu")}, records=Records(max_per_slot=3))
+    ledger, records = Ledger({"a": ("SwiGLU", "ref.swiglu")}), Records(max_per_slot=3)
+    ledger.observers.attach(records)
     swiglu = ledger.watch("a", SwiGLU(8.0))
     for num_tokens in (1, 2, 3, 4, 5, 2):
         swiglu(torch.zeros(num_tokens, 4))
-    assert ledger.records is not None
-    counts = [(record.arguments, record.num_calls) for record in ledger.records.listed("a")]
+    counts = [(record.arguments, record.num_calls) for record in records.listed("a")]
     assert counts == [(("float32[1, 4]",), 1), (("float32[2, 4]",), 2), (("float32[3, 4]",), 1)]
-    assert ledger.records.num_unlisted("a") == 2
+    assert records.num_unlisted("a") == 2
     ledger.clear()
-    assert not list(ledger.records)
+    assert not list(records)
     assert not ledger.calls
-    assert ledger.records.num_unlisted("a") == 0
+    assert records.num_unlisted("a") == 0
+    swiglu(torch.zeros(1, 4))
+    assert [record.num_calls for record in records] == [1], "observers stay attached"
 
 
 def test_dtypes_tell_calls_apart() -> None:
-    ledger = Ledger({"a": ("RMSNorm", "ref.rms_norm")}, records=Records())
+    ledger, records = Ledger({"a": ("RMSNorm", "ref.rms_norm")}), Records()
+    ledger.observers.attach(records)
     norm = ledger.watch("a", RMSNorm(None, 1e-6))
     for dtype in (torch.float32, torch.bfloat16):
         norm(torch.ones(2, 4, dtype=dtype))
-    assert ledger.records is not None
-    assert [record.results for record in ledger.records] == [("float32[2, 4]",), ("bfloat16[2, 4]",)]
+    assert [record.results for record in records] == [("float32[2, 4]",), ("bfloat16[2, 4]",)]
 
 
 def test_tensors_are_found_inside_tuples_and_dataclasses() -> None:
@@ -171,7 +163,7 @@ def test_nobody_asked_nothing_is_recorded() -> None:
     ledger = Ledger({"a": ("SwiGLU", "ref.swiglu")})
     swiglu: Callable[..., Any] = ledger.watch("a", SwiGLU(8.0))
     swiglu(torch.zeros(1, 4))
-    assert ledger.records is None
+    assert not ledger.observers.attached
     assert dict(ledger.calls) == {"a": 1}
 
 

@@ -15,7 +15,8 @@ from ownpath.kernels.nvfp4 import launch, linear
 from ownpath.loading import default_model_dir, load_model, plan_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.plan.show import plan_dict
-from ownpath.runners import Records
+from ownpath.trace import Records
+from ownpath.trace.observers import Arguments, Observer, Watched
 from ownpath.verdict import Verdict
 from ownpath.verify.finding import Finding
 from ownpath.verify.ledger_check import check_ledger
@@ -58,11 +59,14 @@ def test_named_forms_are_those_that_were_launched(cuda: torch.device, monkeypatc
 
         monkeypatch.setattr(module, "load", loaded)
 
-    records = model.ledger.records = Records()
-    model.ledger.see = lambda slot, args: slots.append(slot)
+    class Slots(Observer):
+        def before(self, call: Watched, args: Arguments) -> None:
+            slots.append(call.slot)
+
     cache = model.new_cache()
-    for token_ids in ([3] * 130, [4], [5] * 20):
-        model.forward(ForwardBatch.of([(token_ids, cache)], cuda))
+    with model.ledger.observe(Records()) as records, model.ledger.observe(Slots()):
+        for token_ids in ([3] * 130, [4], [5] * 20):
+            model.forward(ForwardBatch.of([(token_ids, cache)], cuda))
     assert launched
     for slot, names in launched.items():
         assert {name for record in records.listed(slot) for name in record.variant.split()} == names, slot

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from ownpath.kernels.nvfp4_sm100.layout import linear_operand, unboxed
+from ownpath.kernels.nvfp4_sm100.prove import prove_linear, prove_moe
 from ownpath.kernels.nvfp4_sm100.ref import nvfp4_linear_w4a4
 from ownpath.kernels.registry import KERNELS
 from ownpath.numerics import nvfp4_global_scale, quantize_nvfp4, quantize_nvfp4_activation
-from ownpath.runners.proof import prove_linear, prove_moe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sm100]
 NAMES = ("triton.nvfp4_linear_w4a4_sm100", "triton.nvfp4_moe_w4a4_sm100")

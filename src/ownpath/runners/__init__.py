@@ -2,7 +2,6 @@
 
 from ownpath.runners.companions import HyperBoundary, HyperWeights, Mix, RMSNorm, Router, SharedKeyAttention, SwiGLU
 from ownpath.runners.fp8 import Fp8Linear
-from ownpath.runners.ledger import Ledger
 from ownpath.runners.linear import (
     ConcatLinear,
     GroupedLinear,
@@ -14,7 +13,6 @@ from ownpath.runners.linear import (
 from ownpath.runners.mlp import SwigluMlp
 from ownpath.runners.moe import Fp8MoE, Nvfp4MoE, PlainMoE
 from ownpath.runners.official import IndexQuantizer, KeyQuantizer
-from ownpath.runners.records import Record, Records
 
 __all__ = [
     "ConcatLinear",
@@ -25,7 +23,6 @@ __all__ = [
     "HyperWeights",
     "IndexQuantizer",
     "KeyQuantizer",
-    "Ledger",
     "Linear",
     "Mix",
     "Nvfp4Linear",
@@ -33,8 +30,6 @@ __all__ = [
     "PlainLinear",
     "PlainMoE",
     "RMSNorm",
-    "Record",
-    "Records",
     "Router",
     "SharedKeyAttention",
     "SwiGLU",

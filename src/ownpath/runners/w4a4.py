@@ -2,7 +2,7 @@
 
 They take one operand more than the W4A16 runners, because a W4A4 product without a calibrated ``input_scale`` has no
 meaning. Their kernels were compiled and interpreted but never ran on a device, so that the first runner on a device
-proves them there: ``runners.proof`` compares them with their torch twin, and a difference is an error.
+proves them there: ``kernels.nvfp4_sm100.prove`` compares them with their torch twin, and a difference is an error.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ import torch
 
 from ownpath.formats import NVFP4
 from ownpath.kernels.nvfp4_sm100.layout import linear_operand, moe_operand, scale_padding, unboxed
+from ownpath.kernels.nvfp4_sm100.prove import prove_linear, prove_moe
 from ownpath.kernels.registry import KERNELS, Kernel
 from ownpath.qtensor import QuantTensor
 from ownpath.runners.checks import require, require_input
 from ownpath.runners.linear import Shards
 from ownpath.runners.moe import Expert
 from ownpath.runners.prepare import gate_and_up
-from ownpath.runners.proof import prove_linear, prove_moe
 
 PACKED = (torch.uint8, torch.int8)
 

@@ -14,8 +14,8 @@ from ownpath.plan.show import companion_rows, plan_rows
 from ownpath.verify import report
 from ownpath.verify.checks import TITLES
 from ownpath.verify.finding import Finding, failed
-from ownpath.verify.layers.forced import ORDER
 from ownpath.verify.layers.measure import ROW_FACTOR, Measurement
+from ownpath.verify.layers.teacher_forcing import ORDER
 from ownpath.verify.plots import Axis, Line, Point, small_plot
 from ownpath.verify.run import Result
 from ownpath.versions import versions

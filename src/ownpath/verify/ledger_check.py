@@ -8,10 +8,10 @@ import torch
 from ownpath.ops import OpKind
 from ownpath.plan.opspec import OpSpec
 from ownpath.plan.show import plan_dict
-from ownpath.runners import Record
+from ownpath.trace import Record
 from ownpath.verdict import Verdict
 from ownpath.verify.finding import Finding
-from ownpath.verify.launched import check_launches
+from ownpath.verify.launch_check import check_launches
 from ownpath.verify.ledger_run import Ran, run_parts
 from ownpath.verify.places import folded
 from ownpath.verify.planned import FACTS, PlannedSlot, WrittenPlan

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import torch
 
+from ownpath.assembly import LoadedPart
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.kernels.dsl.cache import CompileError
-from ownpath.runners.proof import ProofError
+from ownpath.kernels.nvfp4_sm100.prove import ProofError
 from ownpath.verdict import Verdict
 from ownpath.verify.finding import Finding
 from ownpath.verify.held import Pair, alpha_pair, held_modules, ops_with_runners, weight_pairs
 from ownpath.verify.kept import Kept
-from ownpath.verify.layer import LoadedPart, in_layer, in_no_layer, read_weights, restricted, with_runners
+from ownpath.verify.layer import in_layer, in_no_layer, read_weights, restricted, with_runners
 from ownpath.verify.progress import Progress
 from ownpath.verify.raw import Raw
 from ownpath.verify.subject import Subject

@@ -7,11 +7,11 @@ import pytest
 import torch
 from support.checkpoints import LAYOUTS, SMALL, random_checkpoint
 
+from ownpath.attention.rope import Rope
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.config import ModelConfig
 from ownpath.kernels.registry import KERNELS
 from ownpath.loading import plan_model
-from ownpath.model.rope import Rope
 from ownpath.numerics import dequantize, quantize_nvfp4
 from ownpath.qtensor import QuantTensor
 from ownpath.runners import GroupedLinear, Nvfp4Linear, Nvfp4MoE

@@ -91,7 +91,7 @@ def test_the_engine_stays_within_its_budgets(layout: str, dtype: torch.dtype, tm
     x_TSD, most = reference_embed(subject.config, stored, ids, how), 0.0
     for layer_idx in subject.layer_ids:
         given, name = x_TSD.to(dtype), f"layers.{layer_idx}"
-        found = engine_slots(load_layer(subject, layer_idx), subject.engine, given, ids)
+        found = engine_slots(load_layer(subject, layer_idx), given, ids)
         choices = Choices(found[f"{name}.ffn.router.ids"])
         trace = reference_block(subject.config, layer_idx, stored, subject.plan, given, ids, how, choices)
         for slot, result in found.items():

@@ -9,11 +9,11 @@ import pytest
 import torch
 from support.checkpoints import LAYOUTS, random_checkpoint
 
+from ownpath.attention.rope import Rope
 from ownpath.config import EngineConfig
 from ownpath.loading import default_model_dir
-from ownpath.model.rope import Rope
 from ownpath.official import OFFICIAL
-from ownpath.runners.ledger import Watched
+from ownpath.trace.observers import Watched
 from ownpath.verdict import Verdict
 from ownpath.verify import kernel_stage as stage
 from ownpath.verify.finding import Finding, failed
@@ -271,23 +271,23 @@ def test_a_token_table_moved_by_one(run_changed: Callable[..., list[Finding]]) -
 
 def test_a_dropped_sink(run_changed: Callable[..., list[Finding]]) -> None:
     def change(_: LoadedLayer, slots: dict[str, Watched]) -> None:
-        slots["layers.3.attn.core"].runner.softmax.sink_N.fill_(-1e30)  # type: ignore[attr-defined]
+        slots["layers.3.attn.core"].runner.layer.softmax.sink_N.fill_(-1e30)  # type: ignore[attr-defined]
 
     assert places(run_changed(change)) == {("K09", "layers.3.attn.core")}
 
 
 @pytest.mark.parametrize("by", [-1, 1])
 def test_a_window_off_by_one(by: int, run_changed: Callable[..., list[Finding]]) -> None:
-    def change(_: LoadedLayer, slots: dict[str, Watched]) -> None:
-        core: Any = slots["layers.3.attn.core"].runner
-        object.__setattr__(core, "sliding_window", core.sliding_window + by)
+    def change(loaded: LoadedLayer, _: dict[str, Watched]) -> None:
+        backend: Any = loaded.block.attn.backend
+        object.__setattr__(backend, "sliding_window", backend.sliding_window + by)
 
     assert places(run_changed(change)) == {("K09", "layers.3.attn.core")}
 
 
 def test_keys_that_must_not_be_seen(run_changed: Callable[..., list[Finding]]) -> None:
     def change(_: LoadedLayer, slots: dict[str, Watched]) -> None:
-        softmax: Any = slots["layers.3.attn.core"].runner.softmax  # type: ignore[attr-defined]
+        softmax: Any = slots["layers.3.attn.core"].runner.layer.softmax  # type: ignore[attr-defined]
         kernel = softmax._kernel
         softmax._kernel = lambda q, keys, visible, *rest: kernel(q, keys, torch.ones_like(visible), *rest)
 

@@ -16,7 +16,7 @@ from ownpath.verdict import Verdict
 from ownpath.verify import layer_stage as stage
 from ownpath.verify.finding import Finding, failed
 from ownpath.verify.layer import LoadedLayer, load_layer
-from ownpath.verify.layers import whole
+from ownpath.verify.layers import end_to_end
 from ownpath.verify.layers.measure import Measurement
 from ownpath.verify.subject import Selection, Subject
 
@@ -132,15 +132,15 @@ def test_a_checkpoint_that_cannot_be_read_is_a_finding(tmp_path: Path) -> None:
 def test_the_whole_model_is_judged_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A head that goes wrong on the engine's own streams alone, in two rows of a hundred: V04, and nothing else."""
     random_checkpoint(tmp_path, "full-nvfp4", seed=11)
-    right = whole.Ends.logits
+    right = end_to_end.Ends.logits
 
-    def wrong(ends: whole.Ends, residual: Residual) -> torch.Tensor:
+    def wrong(ends: end_to_end.Ends, residual: Residual) -> torch.Tensor:
         logits = right(ends, residual)
         if residual.y_TD is not None:
             logits[::50] = logits[::50].roll(1, dims=1)
         return logits
 
-    monkeypatch.setattr(whole.Ends, "logits", wrong)
+    monkeypatch.setattr(end_to_end.Ends, "logits", wrong)
     (only,) = failed(run(tmp_path, EngineConfig(max_model_len=200))[0])
     assert (only.id, only.where) == ("V04", "logits")
     assert only.number is not None

@@ -2,11 +2,11 @@
 
 import torch
 
+from ownpath.assembly import LoadedPart
 from ownpath.kernels.fp8.layout import COLS, ROWS, pack_blocks, row_order, unpack_blocks
-from ownpath.verify.layer import LoadedPart
-from ownpath.verify.subject import Interference
 from ownpath.weights.load import LoadedWeights
 from ownpath.weights.operands import sentinel
+from support.mutations.interference import Interference
 from support.mutations.mutation import Mutation, on_part, on_slot, on_weights
 
 LAYER = "layers.1"

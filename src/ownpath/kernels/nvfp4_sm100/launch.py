@@ -11,8 +11,8 @@ Why it is fast, and the rooflines: in the kernels' modules. Tiles are chosen by 
 columns while the weight's bytes bound a product, 256 from 2048 rows on, where the activations' traffic would.
 
 Limits: BF16 activations; workspaces come from torch's allocator and descriptors are made on the host on every call.
-Compiled for sm_100a and interpreted on a CPU; never run on a device, which is why ``runners.proof`` compares these
-calls with their torch twin before a runner trusts them.
+Compiled for sm_100a and interpreted on a CPU; never run on a device, which is why ``prove`` compares these calls with
+their torch twin before a runner trusts them.
 """
 
 from collections.abc import Sequence

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ownpath.attention.interface import Projected
+from ownpath.cache.pools import CachePool, CacheSpec
+from ownpath.cache.tables import StepTables
 from ownpath.config import SLIDING
-from ownpath.model.attention import AttentionCore, Projected
-from ownpath.model.batch import Span
-from ownpath.model.caches import CacheSpec, SequenceCache
+from ownpath.model.attention import AttentionCore
 from ownpath.ops import OpKind
 from ownpath.verify.finding import Finding
 from ownpath.verify.kernels.compare import Deviation, Exact, deviation
@@ -50,8 +51,8 @@ def _checks(core: object) -> Iterator[tuple[str, Callable[[Probe, str, Any], Fou
     if isinstance(core, AttentionCore):
         yield "softmax", _softmax
         yield "unseen keys", _unseen
+        yield "ring", _ring
     yield "window", _window
-    yield "ring", _ring
 
 
 def _queries(probe: Probe, slot: str, num_rows: int) -> Tensor:
@@ -92,7 +93,7 @@ def _softmax(probe: Probe, slot: str, core: AttentionCore) -> Found:
         q_tNH, keys_KH = _queries(probe, slot, NUM_QUERIES), _keys(probe, slot, num_keys)
         visible_tK = probe.normal(f"{slot} mask {num_keys}", NUM_QUERIES, num_keys) > 0
         visible_tK[:, 0] = True
-        found = core.softmax(q_tNH, keys_KH, visible_tK)
+        found = core.layer.softmax(q_tNH, keys_KH, visible_tK)
         worst = deviation(found, attended(probe, slot, q_tNH, keys_KH, visible_tK))
         yield worst, f"{num_keys} keys: {worst}"
 
@@ -106,10 +107,10 @@ def _unseen(probe: Probe, slot: str, core: AttentionCore) -> Found:
     num_keys = NUM_KEYS[-1]
     q_tNH, keys_KH = _queries(probe, slot, NUM_QUERIES), _keys(probe, slot, num_keys)
     visible_tK = (torch.arange(num_keys, device=probe.device) % 3 > 0).expand(NUM_QUERIES, -1)
-    first = core.softmax(q_tNH, keys_KH, visible_tK)
+    first = core.layer.softmax(q_tNH, keys_KH, visible_tK)
     others = keys_KH.clone()
     others[::3] = 100.0
-    second = core.softmax(q_tNH, others, visible_tK)
+    second = core.layer.softmax(q_tNH, others, visible_tK)
     differing = int((first != second).sum())
     yield Deviation(float("inf") if differing else 0.0), f"{differing} outputs depend on keys that are not to be seen"
 
@@ -119,19 +120,19 @@ def _window(probe: Probe, slot: str, core: Any) -> Found:
     assert probe.layer is not None
     config, layer_idx = probe.config, probe.layer.layer_idx
     if isinstance(core, AttentionCore):
-        core = replace(core, compressor=None, indexer=None)
+        core = replace(core, layer=replace(core.layer, compressor=None, index_compressor=None, selector=None))
     elif config.compress_ratios[layer_idx] != SLIDING:
         return
     window = config.sliding_window
     num_tokens = 2 * window + 9
     q_tNH, kv_tH = _queries(probe, slot, num_tokens), _keys(probe, slot, num_tokens)
-    cache = _cache(probe, num_tokens)
-    found, position = [], 0
+    cache = _pool(probe, num_tokens).new_sequence()
+    found = []
     for size in chunks(window, num_tokens):
-        rows = slice(position, position + size)
-        span = Span(0, size, position, cache)
-        found.append(core(Projected(q_tNH[rows], kv_tH[rows]), span))
-        position += size
+        rows = slice(cache.num_tokens, cache.num_tokens + size)
+        tables = StepTables.of([cache], [size])
+        found.append(core(Projected(q_tNH[rows], kv_tH[rows]), probe.layer.block.prepare(tables)))
+        tables.extend()
     age = torch.arange(num_tokens, device=probe.device)[:, None] - torch.arange(num_tokens, device=probe.device)
     worst = deviation(torch.cat(found), attended(probe, slot, q_tNH, kv_tH, (age >= 0) & (age < window)))
     where = f"token {worst.place[0]}: {worst}" if worst.place else ""
@@ -145,23 +146,25 @@ def chunks(window: int, num_tokens: int) -> Iterator[int]:
     yield num_tokens - sum(sizes)
 
 
-def _cache(probe: Probe, num_tokens: int) -> SequenceCache:
-    """A sequence's caches, with no room beyond what is needed."""
-    return SequenceCache(replace(CacheSpec.of(probe.config, probe.subject.engine), max_tokens=num_tokens))
+def _pool(probe: Probe, num_tokens: int) -> CachePool:
+    """The caches of one sequence, with no room beyond what is needed."""
+    spec = CacheSpec.of(probe.config, probe.subject.engine)
+    return CachePool(replace(spec, max_tokens=num_tokens, max_sequences=1))
 
 
-def _ring(probe: Probe, slot: str, _core: Any) -> Found:
+def _ring(probe: Probe, slot: str, core: AttentionCore) -> Found:
     """What was written comes back bit by bit, wherever in the ring, after chunks of every size."""
     assert probe.layer is not None
     config = probe.config
     window, num_tokens = config.sliding_window, 3 * config.sliding_window + 5
     kv_tH = _keys(probe, slot, num_tokens)
-    ring = _cache(probe, num_tokens).layers[probe.layer.layer_idx].window
-    position, wrong = 0, 0
+    cache, wrong = _pool(probe, num_tokens).new_sequence(), 0
     for size in (1, window - 1, 1, window, 2, window // 2, window + 1):
-        size = min(size, num_tokens - position)
-        ring.write(kv_tH[position : position + size], position)
-        position += size
-        kept = kv_tH[max(0, position - window) : position]
-        wrong += int((ring.read(position - len(kept), position) != kept).any(-1).sum())
+        size = min(size, num_tokens - cache.num_tokens)
+        new_tH = kv_tH[cache.num_tokens : cache.num_tokens + size]
+        tables = StepTables.of([cache], [size])
+        probe.layer.block.prepare(tables).write_rows(core.layer, Projected(new_tH, new_tH))
+        tables.extend()
+        last = torch.arange(max(0, cache.num_tokens - window), cache.num_tokens, device=probe.device)
+        wrong += int((cache.window(core.layer.layer_idx)[last % window] != kv_tH[last]).any(-1).sum())
     yield Deviation(float("inf") if wrong else 0.0), f"{wrong} rows are not what was written"

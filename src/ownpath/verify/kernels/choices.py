@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ownpath.kernels.registry import VARIANTS
-from ownpath.runners.uses import variant_of
+from ownpath.trace.uses import variant_of
 
 ROW_COUNTS = (1, 2, 3, 8, 31, 32, 33, 64, 127, 128, 129)
 MANY_ROWS = (1024, 5120, 6144, 8064, 16384)

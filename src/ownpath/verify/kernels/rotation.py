@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ownpath.model.rope import Rope
+from ownpath.attention.rope import Rope
 from ownpath.verify.finding import Finding
 from ownpath.verify.kernels.compare import Deviation, Exact, deviation, worse
 from ownpath.verify.kernels.exact import loss_at_load
@@ -47,11 +47,11 @@ def _tables(probe: Probe, attn: str, *, compressing: bool) -> Iterator[tuple[str
     """(name, table, whether it is that of compressing layers)."""
     assert probe.layer is not None
     yield f"{attn} rotation", probe.layer.rope, compressing
-    core: Any = probe.slots[f"{attn}.core"]  # entries are turned in there
-    if core.compressor is not None:
-        yield f"{attn}.compressor rotation", core.compressor.rope, True
-    if core.indexer is not None:
-        yield f"{attn}.indexer.compressor rotation", core.indexer.compressor.rope, True
+    core: Any = probe.slots[f"{attn}.core"]  # entries are rotated in there
+    if core.layer.compressor is not None:
+        yield f"{attn}.compressor rotation", core.layer.compressor.rope, True
+    if core.layer.index_compressor is not None:
+        yield f"{attn}.indexer.compressor rotation", core.layer.index_compressor.rope, True
 
 
 def positions(probe: Probe) -> Tensor:

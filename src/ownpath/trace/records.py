@@ -5,13 +5,14 @@ when an entry is new. A slot keeps at most ``max_per_slot`` entries; calls beyon
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
 
-from ownpath.runners.uses import Use, use_of, variant_of
+from ownpath.trace.observers import Arguments, Observer, Watched
+from ownpath.trace.uses import Use, use_of, variant_of
 
 MAX_PER_SLOT = 32
 _Signature = tuple[tuple[torch.Size, torch.dtype], ...]
@@ -40,7 +41,7 @@ class _Entry:
     num_calls: int = 0
 
 
-class Records:
+class Records(Observer):
     """The distinct calls of every slot. Added to by one thread; any thread may read."""
 
     def __init__(self, max_per_slot: int = MAX_PER_SLOT) -> None:
@@ -48,16 +49,16 @@ class Records:
         self._entries: dict[str, dict[tuple[_Signature, _Signature], _Entry]] = defaultdict(dict)
         self._unlisted: Counter[str] = Counter()
 
-    def add(self, slot: str, runner: Callable[..., Any], args: tuple[Any, ...], result: Any) -> None:
+    def after(self, call: Watched, args: Arguments, result: Any) -> None:
         """Counts one call."""
         key = signature(args), signature((result,))
-        entries = self._entries[slot]
+        entries = self._entries[call.slot]
         entry = entries.get(key)
         if entry is None:
             if len(entries) >= self._max_per_slot:
-                self._unlisted[slot] += 1
+                self._unlisted[call.slot] += 1
                 return
-            entry = entries[key] = _Entry(use_of(runner), variant_of(runner, args))
+            entry = entries[key] = _Entry(use_of(call.runner), variant_of(call.runner, args))
         entry.num_calls += 1
 
     def listed(self, slot: str) -> list[Record]:
@@ -96,7 +97,7 @@ def _collect(values: Iterable[Any], found: list[tuple[torch.Size, torch.dtype]])
             found.append((value.shape, value.dtype))
         elif isinstance(value, (tuple, list)):
             _collect(value, found)
-        elif hasattr(value, "__dataclass_fields__"):
+        elif is_dataclass(value):
             _collect(vars(value).values(), found)
 
 

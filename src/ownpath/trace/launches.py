@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from ownpath.runners.ledger import Ledger
+from ownpath.trace.ledger import Ledger
+from ownpath.trace.observers import Arguments, Observer, Watched
 
 LIBRARY_PRODUCT = re.compile(
     r"nvjet|cublas|gemv|xmma|wgrad|\bcutlass::|cutlass_?\d\d_|ampere_|hopper_|volta_|turing_|splitK|dot_kernel|gemmk"
@@ -56,14 +57,9 @@ def record_launches(ledger: Ledger, run: Callable[[], object]) -> list[Launch]:
 
     Errors: NoLaunchSeen when the profiler saw no kernel at all.
     """
-    previous = ledger.mark
-    ledger.mark = lambda slot: record_function(_PREFIX + slot)
-    try:
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-            run()
-            torch.cuda.synchronize()
-    finally:
-        ledger.mark = previous
+    with ledger.observe(_SlotMarks()), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
@@ -72,6 +68,21 @@ def record_launches(ledger: Ledger, run: Callable[[], object]) -> list[Launch]:
     if not launches:
         raise NoLaunchSeen("the profiler recorded no kernel; CUPTI may be missing or in use")
     return launches
+
+
+class _SlotMarks(Observer):
+    """Puts a range with the slot's name into the profiler's trace around every call."""
+
+    def __init__(self) -> None:
+        self._open: list[record_function] = []
+
+    def before(self, call: Watched, args: Arguments) -> None:
+        mark = record_function(_PREFIX + call.slot)
+        mark.__enter__()
+        self._open.append(mark)
+
+    def after(self, call: Watched, args: Arguments, result: Any) -> None:
+        self._open.pop().__exit__(None, None, None)
 
 
 def launches_of(events: Iterable[dict[str, Any]]) -> list[Launch]:

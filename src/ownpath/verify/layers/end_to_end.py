@@ -8,7 +8,7 @@ from ownpath.model.block import Residual
 from ownpath.runners import HyperBoundary, Linear
 from ownpath.verdict import Verdict
 from ownpath.verify.finding import Finding
-from ownpath.verify.layer import load_part
+from ownpath.verify.layer import in_no_layer, load_part
 from ownpath.verify.layers.measure import ROW_FACTOR, Measurement, distance
 from ownpath.verify.layers.oracle import Oracle
 
@@ -51,9 +51,8 @@ class Ends:
     @classmethod
     def of(cls, oracle: Oracle) -> "Ends":
         """Errors: as ``load_weights``."""
-        config = oracle.subject.config
-        layers = tuple(f"{layer.name}." for layer in (*config.backbone_layers(), *config.draft_layers()))
-        part = load_part(oracle.subject, lambda name: not name.startswith((*layers, "embed.")))
+        belongs = in_no_layer(oracle.subject.config)
+        part = load_part(oracle.subject, lambda name: belongs(name) and name != "embed.weight")
         return cls(*part.builder.ends(), part.ledger.kernels["head"][1])
 
     @torch.inference_mode()
@@ -101,12 +100,12 @@ def end_to_end(oracle: Oracle, ends: Ends, engine: Residual, reference_TSD: torc
     kl = torch.nan_to_num(found.kl_T, nan=torch.inf)
     num_rows = len(kl)
     p99 = kl.sort().values[min(num_rows - 1, int(0.99 * num_rows))]
-    kept = kl <= p99
-    nll = found.nll_2T[:, kept].mean(1)
+    is_judged = kl <= p99
+    nll = found.nll_2T[:, is_judged].mean(1)
     numbers = {
         "KL p99": (float(p99), budget.kl_p99),
-        "KL mean": (float(kl[kept].mean()), budget.kl_mean),
-        "best token changed": (float(found.changed_T[kept].double().mean()), budget.top1_changed),
+        "KL mean": (float(kl[is_judged].mean()), budget.kl_mean),
+        "best token changed": (float(found.changed_T[is_judged].double().mean()), budget.top1_changed),
         "NLL difference": (float((nll[0] - nll[1]).abs()), budget.nll),
     }
     shown = ", ".join(f"{name} {value:.1e} of {allowed:.1e}" for name, (value, allowed) in numbers.items())

@@ -1,4 +1,4 @@
-"""One layer of the engine on the reference's streams, every value beside the reference's.
+"""Teacher forcing: one layer of the engine on the reference's streams, every value beside the reference's.
 
 The engine runs first. Where its choices (experts, compressed entries) are others than the reference's, the reference
 computes once more with the engine's, so that what follows can be compared; whether they were right is judged apart.
@@ -11,12 +11,11 @@ import torch
 
 from ownpath.config import Layer
 from ownpath.model.block import Residual
-from ownpath.verify.layers.alone import Chunk, LayerAlone
-from ownpath.verify.layers.choices import index_scores
+from ownpath.verify.layers.activations import Activations
+from ownpath.verify.layers.choices import RunChoices, Scores, index_scores, scores_of, tensor_of
 from ownpath.verify.layers.measure import ROW_FACTOR, Measurement, distance, row_distances
 from ownpath.verify.layers.oracle import Oracle
-from ownpath.verify.layers.picked import Picked, Scores, scores_of, tensor_of
-from ownpath.verify.layers.record import Record
+from ownpath.verify.layers.single_layer import Chunk, SingleLayer
 from ownpath.verify.reference.block import Choices, Trace
 
 ORDER = (
@@ -56,7 +55,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Forced:
+class LayerComparison:
     """What came of one layer. streams_TSD: the reference's after it, by its own choices. out_TSD: the engine's.
 
     expert: the routed expert that every row out of line was sent to, if there is one such. key_rounding: rel-L2 of the
@@ -68,54 +67,54 @@ class Forced:
     out_TSD: torch.Tensor
     measurements: tuple[Measurement, ...]
     scores: Scores
-    picked: Picked
+    choices: RunChoices
     expert: int | None
     key_rounding: float | None
     few_rows: float
 
 
-def force(alone: LayerAlone, oracle: Oracle, streams_TSD: torch.Tensor) -> Forced:
+def compare_layer(single: SingleLayer, oracle: Oracle, streams_TSD: torch.Tensor) -> LayerComparison:
     """Runs one layer of the engine and the reference on the reference's streams [T, S, D] of the whole text."""
-    layer = alone.layer
-    record, cache = Record(), alone.new_cache()
+    layer = single.layer
+    run, cache = Activations(single.kinds), single.new_cache()
     entering = Residual(streams_TSD.to(oracle.subject.engine.dtype))
-    residual = alone.step([Chunk(oracle.token_ids, entering, cache)], record)
-    values = record.values() | alone.entries(cache)
-    values[f"{layer.name}.out"] = out_TSD = alone.streams(residual)
-    index_keys = alone.index_keys(cache)
+    residual = single.step([Chunk(oracle.token_ids, entering, cache)], run)
+    values = run.values() | single.entries(cache)
+    values[f"{layer.name}.out"] = out_TSD = single.streams(residual)
+    index_keys = single.index_keys(cache)
     if index_keys is not None:
         indexer = f"{layer.name}.attn.indexer"
         values[f"{indexer}.scores"] = index_scores(values[f"{indexer}.q"], values[f"{indexer}.weights"], index_keys)
 
-    free = oracle.block(alone.layer_idx, streams_TSD)
+    free = oracle.block(single.layer_idx, streams_TSD)
     scores = scores_of(oracle, layer, free)
-    picked = scores.judged(record, index_keys)
+    choices = scores.judge(run, index_keys)
     trace = free
-    if picked.differs:
+    if choices.differs:
         router = f"{layer.name}.ffn.router"
-        ids_TK = _existing(values[f"{router}.ids"], tensor_of(free, f"{router}.ids"), picked.num_experts)
-        trace = oracle.block(alone.layer_idx, streams_TSD, Choices(ids_TK, picked.entries_TC))
+        ids_TK = _existing(values[f"{router}.ids"], tensor_of(free, f"{router}.ids"), choices.num_experts)
+        trace = oracle.block(single.layer_idx, streams_TSD, Choices(ids_TK, choices.entries_TC))
         # A row that attends to other entries has other router scores: its choice of experts is judged by those.
         scores = replace(scores, expert_scores_TE=tensor_of(trace, f"{router}.scores"))
-        picked = scores.judged(record, index_keys)
-    sampled_T = picked.experts_TE[:, list(oracle.subject.expert_ids(alone.layer_idx))].any(1)
+        choices = scores.judge(run, index_keys)
+    sampled_T = choices.experts_TE[:, list(oracle.subject.expert_ids(single.layer_idx))].any(1)
     pairs = _pairs(layer, values, trace, sampled_T)
-    measured = tuple(_measured(oracle, alone, name, pair, record) for name, pair in pairs.items())
+    measured = tuple(_measured(oracle, single, name, pair, run) for name, pair in pairs.items())
     experts = pairs["ffn.experts"]
-    expert = _one_bad_expert(experts, picked.experts_TE[sampled_T], oracle.budget("ffn.experts"))
-    rounding, few_rows = _key_rounding(layer, values), _of_few_rows(oracle, alone, streams_TSD, trace)
-    return Forced(free.streams_TSD, out_TSD, measured, scores, picked, expert, rounding, few_rows)
+    expert = _one_bad_expert(experts, choices.experts_TE[sampled_T], oracle.budget("ffn.experts"))
+    rounding, few_rows = _key_rounding(layer, values), _of_few_rows(oracle, single, streams_TSD, trace)
+    return LayerComparison(free.streams_TSD, out_TSD, measured, scores, choices, expert, rounding, few_rows)
 
 
-def _of_few_rows(oracle: Oracle, alone: LayerAlone, streams_TSD: torch.Tensor, trace: Trace) -> float:
+def _of_few_rows(oracle: Oracle, single: SingleLayer, streams_TSD: torch.Tensor, trace: Trace) -> float:
     """With the same choices."""
     other = oracle.of_few_rows()
     if other is None:
         return 0.0
-    ids_TK = tensor_of(trace, f"{alone.layer.name}.ffn.router.ids")
-    mask_TC = trace.values.get(f"{alone.layer.name}.attn.indexer.mask")
+    ids_TK = tensor_of(trace, f"{single.layer.name}.ffn.router.ids")
+    mask_TC = trace.values.get(f"{single.layer.name}.attn.indexer.mask")
     assert mask_TC is None or isinstance(mask_TC, torch.Tensor)
-    found = other.block(alone.layer_idx, streams_TSD, Choices(ids_TK, mask_TC))
+    found = other.block(single.layer_idx, streams_TSD, Choices(ids_TK, mask_TC))
     return distance(found.streams_TSD, trace.streams_TSD).worst_row
 
 
@@ -167,13 +166,13 @@ def _by_expert(ids_TK: torch.Tensor, weights_TK: torch.Tensor, num_experts: int)
     return weights_TE.scatter_(1, ids_TK, weights_TK.double())
 
 
-def _measured(oracle: Oracle, alone: LayerAlone, name: str, pair: Pair, record: Record) -> Measurement:
-    full = f"{alone.layer.name}.{name}"
-    slot = alone.slot_of(full)
-    dtype_in, dtype_out = record.dtypes.get(slot, ("", ""))
+def _measured(oracle: Oracle, single: SingleLayer, name: str, pair: Pair, run: Activations) -> Measurement:
+    full = f"{single.layer.name}.{name}"
+    slot = single.slot_of(full)
+    dtype_in, dtype_out = run.dtypes.get(slot, ("", ""))
     numbers = vars(distance(*pair))
-    kernel = alone.loaded.ledger.kernels[slot][1] if slot else ""
-    found = Measurement(alone.layer_idx, name, **numbers, budget=oracle.budget(name), kernel=kernel)
+    kernel = single.loaded.ledger.kernels[slot][1] if slot else ""
+    found = Measurement(single.layer_idx, name, **numbers, budget=oracle.budget(name), kernel=kernel)
     return replace(found, dtype_in=dtype_in, dtype_out=dtype_out)
 
 

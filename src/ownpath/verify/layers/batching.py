@@ -1,8 +1,8 @@
-"""The same tokens through one layer in other ways: cut into steps, again, beside others. The answer is to be the same.
+"""The same tokens through one layer, batched otherwise: in chunks, again, beside others. The answer is to be the same.
 
 What enters the layer is the reference's streams, as in the comparison with the reference; the one shot that was
-compared there is what every other way is held against. Another way is another order of sums. A row that therefore
-picked other experts or entries, at a near tie, is left out: its output is another one rightly.
+compared there is what every other run is held against. Other batches sum in another order. A row that therefore chose
+other experts or entries, at a near tie, is left out: its output is another one rightly.
 """
 
 from collections.abc import Iterator
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 import torch
 
+from ownpath.cache.pools import SequenceCache
 from ownpath.model.block import Residual
-from ownpath.model.caches import SequenceCache
 from ownpath.verdict import Verdict
 from ownpath.verify.finding import Finding
-from ownpath.verify.layers.alone import Chunk, LayerAlone
-from ownpath.verify.layers.forced import Forced
+from ownpath.verify.layers.activations import Activations
+from ownpath.verify.layers.choices import RunChoices
 from ownpath.verify.layers.measure import ROW_FACTOR, row_distances
 from ownpath.verify.layers.oracle import Oracle
-from ownpath.verify.layers.picked import Picked
-from ownpath.verify.layers.record import Record
+from ownpath.verify.layers.single_layer import Chunk, SingleLayer
+from ownpath.verify.layers.teacher_forcing import LayerComparison
 
 _CHUNKS = (5, 1, 127, 3, 64)
 """First steps of a prompt in pieces; two halves of the rest follow."""
@@ -36,36 +36,36 @@ _REMEDY_BATCH = "a kernel that mixes rows of one step, or a workspace that two s
 
 @dataclass(frozen=True)
 class Run:
-    """One way's outcome for a sequence's first rows: streams after the layer, and what was picked."""
+    """A sequence's first rows: streams after the layer, and what was chosen."""
 
     out_TSD: torch.Tensor
-    picked: Picked
+    choices: RunChoices
 
 
 @dataclass(frozen=True)
-class Ways:
+class Batching:
     """One layer, what enters it, and its one shot."""
 
-    alone: LayerAlone
+    single: SingleLayer
     oracle: Oracle
     entering_TSD: torch.Tensor
-    forced: Forced
+    one_shot: LayerComparison
 
     def findings(self) -> Iterator[Finding]:
         """V05, V08 and V09 of this layer."""
-        chunks = self.in_steps(self._chunk_sizes(), self.alone.new_cache())
+        chunks = self.in_steps(self._chunk_sizes(), self.single.new_cache())
         yield self._cut(chunks)
         yield self._again(chunks)
         yield from self._beside()
 
     def in_steps(self, sizes: list[int], cache: SequenceCache) -> Run:
         """Reads the text's first tokens in steps of these sizes."""
-        record, parts, start = Record(), [], 0
+        seen, parts, start = Activations(self.single.kinds), [], 0
         for size in sizes:
-            residual = self.alone.step([self._chunk(start, start + size, cache)], record)
-            parts.append(self.alone.streams(residual))
+            residual = self.single.step([self._chunk(start, start + size, cache)], seen)
+            parts.append(self.single.streams(residual))
             start += size
-        return Run(torch.cat(parts), self.forced.scores.judged(record, self.alone.index_keys(cache)))
+        return Run(torch.cat(parts), self.one_shot.scores.judge(seen, self.single.index_keys(cache)))
 
     def _chunk(self, start: int, stop: int, cache: SequenceCache) -> Chunk:
         return Chunk(self.oracle.token_ids[start:stop], Residual(self.entering_TSD[start:stop]), cache)
@@ -81,18 +81,18 @@ class Ways:
     def _cut(self, chunks: Run) -> Finding:
         """V05: chunks, and token by token at both ends."""
         num_tokens = len(self.entering_TSD)
-        first = self.in_steps([1] * min(_NUM_FIRST, num_tokens), self.alone.new_cache())
+        first = self.in_steps([1] * min(_NUM_FIRST, num_tokens), self.single.new_cache())
         num_last = min(_NUM_LAST, num_tokens - 1)
-        last = self.in_steps([num_tokens - num_last, *[1] * num_last], self.alone.new_cache())
+        last = self.in_steps([num_tokens - num_last, *[1] * num_last], self.single.new_cache())
         runs = {"in chunks": chunks, "token by token from the start": first, "token by token behind a prompt": last}
         seen = [self._compared(name, run) for name, run in runs.items()]
         return self._verdict("V05", seen, _REMEDY_CACHE)
 
     def _again(self, chunks: Run) -> Finding:
         """V08: the chunks once more, in a reused process and in caches full of NaN, bit by bit."""
-        cache = self.alone.new_cache()
-        for tensor in _tensors_of(cache):
-            tensor.fill_(torch.nan)
+        cache = self.single.new_cache()
+        for memory in cache.views():
+            memory.fill_(torch.nan)
         again = self.in_steps(self._chunk_sizes(), cache).out_TSD
         differs_T = ((again != chunks.out_TSD) & ~(again.isnan() & chunks.out_TSD.isnan())).flatten(1).any(1)
         num_differing = int(differs_T.sum())
@@ -119,36 +119,36 @@ class Ways:
 
     def _in_one_step(self, parts: list[tuple[int, int]]) -> list[Run]:
         """Stretches of the text as sequences of their own, in one step; only those from its start can be judged."""
-        record = Record()
-        chunks = [self._chunk(start, stop, self.alone.new_cache()) for start, stop in parts]
-        out_TSD = self.alone.streams(self.alone.step(chunks, record))
+        seen = Activations(self.single.kinds)
+        chunks = [self._chunk(start, stop, self.single.new_cache()) for start, stop in parts]
+        out_TSD = self.single.streams(self.single.step(chunks, seen))
         runs, first = [], 0
-        for span_idx, ((start, stop), chunk) in enumerate(zip(parts, chunks, strict=True)):
+        for idx, ((start, stop), chunk) in enumerate(zip(parts, chunks, strict=True)):
             rows = slice(first, first + stop - start)
             if start == 0:
-                picked = self.forced.scores.judged(record.of_span(span_idx, rows), self.alone.index_keys(chunk.cache))
-                runs.append(Run(out_TSD[rows], picked))
+                keys_CH = self.single.index_keys(chunk.cache)
+                runs.append(Run(out_TSD[rows], self.one_shot.scores.judge(seen.of_sequence(idx, rows), keys_CH)))
             first = rows.stop
         return runs
 
     @property
     def _where(self) -> str:
-        return self.alone.layer.name
+        return self.single.layer.name
 
     def _compared(self, name: str, run: Run, baseline: Run | None = None) -> "Compared":
-        """Rows that picked the same, held against the baseline: the one shot, if none is given."""
-        baseline = baseline or Run(self.forced.out_TSD, self.forced.picked)
+        """Rows that chose the same, held against the baseline: the one shot, if none is given."""
+        baseline = baseline or Run(self.one_shot.out_TSD, self.one_shot.choices)
         num_rows = len(run.out_TSD)
-        agree_T = run.picked.agrees(baseline.picked)
-        wrong_T = ~agree_T & run.picked.wrong_T
+        agree_T = run.choices.agrees(baseline.choices)
+        wrong_T = ~agree_T & run.choices.wrong_T
         far_T = row_distances(run.out_TSD, baseline.out_TSD[:num_rows]).masked_fill(~agree_T, 0.0)
         worst = int(far_T.argmax())
         return Compared(name, float(far_T[worst]), worst, int(agree_T.sum()), num_rows, int(wrong_T.sum()))
 
     def _verdict(self, check: str, seen: list["Compared"], remedy: str, more: str = "") -> Finding:
-        """Both ways may be off the reference by the budget, so that they may differ by two; where few rows are computed
+        """Both runs may be off the reference by the budget, so that they may differ by two; where few rows are computed
         otherwise, by that too. Batch-invariant kernels were asked for the same bits, whoever else is in the step."""
-        allowed = 2 * ROW_FACTOR * self.oracle.budget("out") + 2 * self.forced.few_rows
+        allowed = 2 * ROW_FACTOR * self.oracle.budget("out") + 2 * self.one_shot.few_rows
         if check == "V09" and self.oracle.subject.engine.is_batch_invariant:
             allowed = 0.0
         worst = max(seen, key=lambda found: (found.num_wrong > 0, found.worst_row))
@@ -161,7 +161,7 @@ class Ways:
 
 @dataclass(frozen=True)
 class Compared:
-    """One way beside its baseline. num_agreeing: rows that picked the same. num_wrong: that picked what is wrong."""
+    """One run beside its baseline. num_agreeing: rows that chose the same. num_wrong: that chose what is wrong."""
 
     name: str
     worst_row: float
@@ -176,12 +176,3 @@ class Compared:
         excused = f", {left} that picked otherwise left out" if left else ""
         wrong = f", {self.num_wrong} of them wrongly" if self.num_wrong else ""
         return f"{self.name}: row {self.position} is {self.worst_row:.1e} off ({self.num_rows} rows{excused}{wrong})"
-
-
-def _tensors_of(cache: SequenceCache) -> Iterator[torch.Tensor]:
-    for layer in cache.layers:
-        yield layer.window.rows
-        for part in (layer.compressor, layer.indexer):
-            if part is not None:
-                yield part.entries_CH
-                yield part.state.rows
