@@ -127,6 +127,9 @@ class LinearKernel(MatrixKernel[Operand], Protocol[Operand]):
     def run(self, x: Tensor, operand: Operand, *, out: Tensor | None = None, workspace: Tensor | None = None) -> Tensor:
         """y [..., N] for x [..., K]. Errors: ValueError naming what is wrong with x, out or workspace."""
 
+    def run_wide(self, x: Tensor, operand: Operand) -> Tensor:
+        """y in at least float32, sums as they are. Errors: ValueError where the kernel has no such output."""
+
 
 class GroupedKernel(MatrixKernel[Operand], Protocol[Operand]):
     """y[t, g] = W[g] u[t, g], where u is attention's output with its rotation undone."""

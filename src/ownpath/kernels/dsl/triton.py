@@ -6,7 +6,7 @@ what one specialisation needs: it may be started again for tensors of the same s
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 from triton.runtime.jit import JITFunction
@@ -15,7 +15,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ownpath.kernels.dsl.driver import Argument, Boxes, Function, Launch
 
 SCALARS = {"i32": ctypes.c_int, "i64": ctypes.c_longlong, "fp32": ctypes.c_float}
-Given = Tensor | TensorDescriptor | int | float | None
+Given: TypeAlias = Any
+"""A tensor, a descriptor, an integer or a float."""
 
 
 class TritonCall:
@@ -52,14 +53,16 @@ def launch(
     descriptions = iter(metadata.tensordesc_meta or ())
     for kind, value in zip(compiled.src.signature.values(), args, strict=False):
         if isinstance(value, TensorDescriptor):
-            tensors.append(_boxes(value, next(descriptions)))
-            passed += [tensors[-1].argument, *map(ctypes.c_int, value.shape), *map(ctypes.c_longlong, value.strides)]
+            boxes = _boxes(value, next(descriptions))
+            tensors.append(boxes)
+            passed += [boxes.argument, *map(ctypes.c_int, value.shape), *map(ctypes.c_longlong, value.strides)]
         elif kind == "constexpr":
             if isinstance(value, Tensor):
                 raise AssertionError(f"{metadata.name} takes a tensor as a constant")
         elif isinstance(value, Tensor):
-            tensors.append(ctypes.c_void_p(value.data_ptr()))
-            passed.append(tensors[-1])
+            pointer = ctypes.c_void_p(value.data_ptr())
+            tensors.append(pointer)
+            passed.append(pointer)
         else:
             passed.append(SCALARS[kind](value))
     scratch = (ctypes.c_void_p(), ctypes.c_void_p())

@@ -188,6 +188,10 @@ class Fp8LinearKernel:
                 call.start(x.data_ptr(), out.data_ptr(), address, current_stream(device_index))
         return out
 
+    def run_wide(self, x: Tensor, operand: Fp8Operand) -> Tensor:
+        """y in at least float32, which this kernel does not write. Errors: ValueError."""
+        return self.run(x.to(torch.promote_types(x.dtype, torch.float32)), operand)
+
     def _new_call(self, x: Tensor, weight: PackedFp8, key: tuple[int, int, int, int]) -> _Exact | _Quantized:
         rows = Rows(*key[:3])
         return _Quantized(weight, rows, key[3]) if key[3] else _Exact(self, weight, x.data_ptr(), rows)

@@ -132,6 +132,10 @@ class Nvfp4LinearKernel:
                 call.launch.start(current_stream(weight.device_index))
         return out
 
+    def run_wide(self, x: torch.Tensor, operand: LinearOperand) -> torch.Tensor:
+        """y in at least float32, which this kernel does not write. Errors: ValueError."""
+        return self.run(x.to(torch.promote_types(x.dtype, torch.float32)), operand)
+
     def _new_call(self, x: torch.Tensor, operand: LinearOperand, out_pitch: int) -> Gemm:
         choice = self._choose(len(x), *operand.shape, self.is_batch_invariant)
         boxes = Boxes(x.data_ptr(), (len(x), x.shape[1]), x.stride(0), box(choice.gemm))

@@ -85,13 +85,9 @@ class _Call:
         self.permute = None if choice.gate_up.gather else Permute(sizes, device_index)
         self.combine = Combine(CombineConfig(num_shared, choice.is_wide), sizes, device_index)
         source = (num_tokens, x_pitch) if choice.gate_up.gather else (pairs, operand.hidden)
-        self._gate_up = (choice.gate_up, operand.w13, source, self._tiling(choice.gate_up, operand.w13, tiles, operand))
-        self._down = (
-            choice.down,
-            operand.w2,
-            (pairs, operand.inter),
-            self._tiling(choice.down, operand.w2, tiles, operand),
-        )
+        gate_up, down = (_tiling(config, operand, tiles) for config in (choice.gate_up, choice.down))
+        self._gate_up = (choice.gate_up, operand.w13, source, gate_up)
+        self._down = (choice.down, operand.w2, (pairs, operand.inter), down)
         self._products: tuple[Gemm, Gemm] | None = None
 
     def products(self, x_address: int, hidden_address: int) -> tuple[Gemm, Gemm]:

@@ -35,6 +35,7 @@ from ownpath.kernels.nvfp4_sm100.layout import (
     scale_padding,
     unboxed,
 )
+from ownpath.kernels.nvfp4_sm100.prove import prove_linear, prove_moe
 from ownpath.kernels.nvfp4_sm100.quantize_sm100 import quantize_kernel
 from ownpath.kernels.nvfp4_sm100.route_sm100 import combine_kernel, count_kernel, num_tiles_bound, place_kernel
 from ownpath.kernels.shards import fuse_nvfp4
@@ -68,9 +69,15 @@ class Nvfp4LinearW4A4Kernel(_Compiled):
     """y = x w^T with both operands NVFP4. is_batch_invariant: the same tiles for every number of rows."""
 
     def prepare(self, stored: StoredLinear) -> W4A4LinearOperand:
-        """Codes as they are, swizzled scales. Errors: OperandError as ``linear_operand``."""
+        """Codes as they are, swizzled scales. The first on a device proves the kernel there.
+
+        Errors: OperandError as ``linear_operand``; ProofError when the kernel differs from its twin.
+        """
         assert stored.input_scale is not None, "a W4A4 product without a calibrated input_scale has no meaning"
-        return linear_operand(*fuse_nvfp4(stored), stored.input_scale)
+        operand = linear_operand(*fuse_nvfp4(stored), stored.input_scale)
+        if operand.codes.is_cuda:
+            prove_linear(self, operand.codes.device)
+        return operand
 
     def restore(self, operand: W4A4LinearOperand) -> tuple[QuantTensor, ...]:
         """All shards' rows in the stored order. Its global scales [N] have the input's in them."""
@@ -159,9 +166,15 @@ class Nvfp4MoeW4A4Kernel(_Compiled):
     """
 
     def prepare(self, stored: StoredExperts) -> W4A4MoeOperand:
-        """Codes as they are, swizzled scales. Errors: OperandError as ``moe_operand``."""
+        """Codes as they are, swizzled scales. The first on a device proves the kernels there.
+
+        Errors: OperandError as ``moe_operand``; ProofError when they differ from their twin.
+        """
         gate_up = _side(stored.gate_up, stored.gate_up_input_scale)
-        return moe_operand(gate_up, _side(stored.down, stored.down_input_scale), stored.swiglu_limit)
+        operand = moe_operand(gate_up, _side(stored.down, stored.down_input_scale), stored.swiglu_limit)
+        if operand.w2.is_cuda:
+            prove_moe(self, operand.w2.device)
+        return operand
 
     def restore(self, operand: W4A4MoeOperand, expert: int) -> Expert:
         """One expert in the stored order. Its global scales have the input's in them."""
