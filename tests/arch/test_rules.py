@@ -13,7 +13,7 @@ PACKAGE = Path(ownpath.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = (
-    ("formats", "official", "versions", "verdict"),
+    ("formats", "official", "versions", "finding"),
     ("config",),
     ("qtensor",),
     ("numerics",),

@@ -10,13 +10,12 @@ import torch
 from support.checkpoints import random_checkpoint
 
 from ownpath.config import EngineConfig
+from ownpath.finding import Finding, Verdict
 from ownpath.kernels.cute import fp8_launch, launch, linear
 from ownpath.loading import default_model_dir, load_model, plan_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.plan.show import plan_dict
 from ownpath.runners import Records
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
 from ownpath.verify.ledger_check import check_ledger
 from ownpath.verify.subject import Subject
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import ownpath.kernels
+from ownpath.finding import Finding, Verdict
 from ownpath.inspect.memory import cache_bytes, weights_bytes
 from ownpath.kernels.cache import COMPILER, Config, cache_dir, is_cached, source_key, stem
 from ownpath.kernels.registry import KERNELS
 from ownpath.plan.plan import Plan
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
 from ownpath.verify.layer import in_layer, in_no_layer, restricted
 from ownpath.verify.machine import KNOWN_BAD, Machine, free_bytes, this_machine
 from ownpath.verify.skeleton import configs_of

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ownpath.verify.finding import Finding, failed, finding_of, plain
+from ownpath.finding import Finding, failed, finding_fields, finding_from
 from ownpath.verify.subject import Subject
 from ownpath.versions import versions
 
@@ -60,7 +60,7 @@ class Kept:
             stored = json.loads(path.read_text(encoding="utf-8"))
             if stored["key"] == key:
                 parts: Mapping[str, Any] = stored["parts"]
-                return cls(path, key, {name: [finding_of(found) for found in part] for name, part in parts.items()})
+                return cls(path, key, {name: [finding_from(found) for found in part] for name, part in parts.items()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass
         return cls(path, key)
@@ -80,7 +80,7 @@ class Kept:
 
     def _write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        parts = {name: [plain(finding) for finding in found] for name, found in self.parts.items()}
+        parts = {name: [finding_fields(finding) for finding in found] for name, found in self.parts.items()}
         beside = path.with_name(f".{path.name}.writing")
         with beside.open("w", encoding="utf-8") as file:
             json.dump({"key": self.key, "parts": parts}, file)

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
+from ownpath.finding import Finding, Verdict
 from ownpath.verify.kept import Kept
 from ownpath.verify.kernels.attending import check_attention
 from ownpath.verify.kernels.boundary import check_boundaries

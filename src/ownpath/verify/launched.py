@@ -9,9 +9,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from types import MappingProxyType
 
+from ownpath.finding import Finding, Verdict
 from ownpath.runners.launches import Launch
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
 from ownpath.verify.ledger_run import Ran
 from ownpath.verify.places import folded
 from ownpath.verify.planned import WrittenPlan

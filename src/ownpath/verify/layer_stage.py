@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 
+from ownpath.finding import Finding, Verdict
 from ownpath.model.block import Residual
 from ownpath.official import Step
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
 from ownpath.verify.layer import load_layer
 from ownpath.verify.layers import whole
 from ownpath.verify.layers.alone import Chunk, LayerAlone

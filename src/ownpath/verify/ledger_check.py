@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 
+from ownpath.finding import Finding, Verdict
 from ownpath.plan.opspec import OpKind, OpSpec
 from ownpath.plan.show import plan_dict
 from ownpath.runners import Record
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
 from ownpath.verify.launched import check_launches
 from ownpath.verify.ledger_run import Ran, run_parts
 from ownpath.verify.places import folded

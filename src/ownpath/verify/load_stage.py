@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 
 from ownpath.checkpoint.errors import CheckpointError
+from ownpath.finding import Finding, Verdict
 from ownpath.kernels.cache import CompileError
 from ownpath.runners.proof import ProofError
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
 from ownpath.verify.held import Pair, alpha_pair, held_modules, ops_with_runners, weight_pairs
 from ownpath.verify.kept import Kept
 from ownpath.verify.layer import LoadedPart, in_layer, in_no_layer, read_weights, restricted, with_runners

@@ -17,13 +17,12 @@ from ownpath.chat.markers import ASSISTANT, THINK_END
 from ownpath.checkpoint.problems import REMEDIES
 from ownpath.checkpoint.writer import INDEX_NAME
 from ownpath.config import unread_fields
+from ownpath.finding import Finding, Verdict, failed
 from ownpath.inspect.experts import outlier_limit
 from ownpath.inspect.golden_prompts import GOLDEN_PROMPTS, ROUND_TRIPS
 from ownpath.loading import default_model_dir
-from ownpath.verdict import Verdict
 from ownpath.verify.checks import TITLES
 from ownpath.verify.file_stage import CHECK_OF, file_stage
-from ownpath.verify.finding import Finding, failed
 from ownpath.verify.subject import Selection
 
 TINY = default_model_dir()

@@ -11,9 +11,8 @@ from support.broken import change_tensors
 from support.checkpoints import random_checkpoint
 
 from ownpath.config import EngineConfig
-from ownpath.verdict import Verdict
+from ownpath.finding import Finding, Verdict
 from ownpath.verify import kernel_stage, load_stage
-from ownpath.verify.finding import Finding
 from ownpath.verify.kept import Kept
 from ownpath.verify.progress import Progress
 from ownpath.verify.subject import Selection, Subject

@@ -12,6 +12,7 @@ import torch
 from support.checkpoints import SMALL, random_checkpoint
 
 from ownpath.config import EngineConfig, ModelConfig
+from ownpath.finding import Finding, failed
 from ownpath.formats import BF16
 from ownpath.kernels.cute.choose import choose_linear, choose_moe
 from ownpath.kernels.cute.fp8_choose import w8a8_config, w8a16_config
@@ -20,7 +21,6 @@ from ownpath.kernels.registry import KERNELS
 from ownpath.runners import PlainLinear, Router
 from ownpath.runners.official import OfficialMoE
 from ownpath.verify import kernel_stage as stage
-from ownpath.verify.finding import Finding, failed
 from ownpath.verify.kernels import exact, products
 from ownpath.verify.kernels.choices import MOST, changes, row_counts, scanned
 from ownpath.verify.kernels.codes import E2M1, E4M3, nearest

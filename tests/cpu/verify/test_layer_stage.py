@@ -9,12 +9,11 @@ from support.checkpoints import random_checkpoint
 
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.config import EngineConfig
+from ownpath.finding import Finding, Verdict, failed
 from ownpath.loading import default_model_dir
 from ownpath.model.block import Residual
 from ownpath.official import OFFICIAL
-from ownpath.verdict import Verdict
 from ownpath.verify import layer_stage as stage
-from ownpath.verify.finding import Finding, failed
 from ownpath.verify.layer import LoadedLayer, load_layer
 from ownpath.verify.layers import whole
 from ownpath.verify.layers.measure import Measurement

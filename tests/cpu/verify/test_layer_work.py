@@ -6,8 +6,8 @@ import pytest
 from support.checkpoints import random_checkpoint
 
 from ownpath.config import EngineConfig
+from ownpath.finding import Finding
 from ownpath.verify import layer_stage as stage
-from ownpath.verify.finding import Finding
 from ownpath.verify.layer import LoadedLayer, load_layer
 from ownpath.verify.layers.measure import Measurement
 from ownpath.verify.layers.work import FILE_NAME

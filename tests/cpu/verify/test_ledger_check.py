@@ -13,6 +13,7 @@ from support.checkpoints import random_checkpoint
 
 from ownpath.cli import main
 from ownpath.config import EngineConfig
+from ownpath.finding import Finding, Verdict
 from ownpath.kernels.ref.linear import nvfp4_linear
 from ownpath.loading import default_model_dir, plan_model
 from ownpath.model.build import Builder
@@ -20,9 +21,7 @@ from ownpath.plan.show import plan_dict
 from ownpath.runners import PlainLinear, Record
 from ownpath.runners.launches import Launch
 from ownpath.runners.uses import Use
-from ownpath.verdict import Verdict
 from ownpath.verify import layer
-from ownpath.verify.finding import Finding
 from ownpath.verify.launched import check_launches
 from ownpath.verify.ledger_check import check_ledger
 from ownpath.verify.ledger_run import Ran

@@ -10,10 +10,9 @@ from support.broken import change_tensors
 
 from ownpath.cli import main
 from ownpath.config import EngineConfig
-from ownpath.verdict import Verdict
+from ownpath.finding import Finding, Verdict
 from ownpath.verify import run as run_module
 from ownpath.verify.checks import TITLES
-from ownpath.verify.finding import Finding
 from ownpath.verify.progress import StageLine, time_left
 from ownpath.verify.report import checkpoint_digest, first_bad_layer, report_dict, report_text, worst_layer
 from ownpath.verify.run import STAGES, Job, Result, StageResult, verify

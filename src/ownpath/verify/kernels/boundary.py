@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ownpath.finding import Finding
 from ownpath.plan.opspec import OpKind
 from ownpath.runners import Mix
-from ownpath.verify.finding import Finding
 from ownpath.verify.kernels.calls import streams
 from ownpath.verify.kernels.compare import Deviation, Exact, deviation
 from ownpath.verify.kernels.limits import EXP_STEPS, FLOAT32_ROUND, rounding, summing

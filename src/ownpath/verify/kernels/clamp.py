@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ownpath.finding import Finding
 from ownpath.plan.opspec import OpKind
-from ownpath.verify.finding import Finding
 from ownpath.verify.kernels.compare import Exact, deviation
 from ownpath.verify.kernels.exact import Inputs, inputs_of
 from ownpath.verify.kernels.expert_math import Matrices, Steps, expert, swiglu

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ownpath.finding import Finding
 from ownpath.official import Step
 from ownpath.plan.opspec import OpKind
 from ownpath.plan.plan import PlannedOp
-from ownpath.verify.finding import Finding
 from ownpath.verify.kernels.choices import row_counts, unread, variants_of
 from ownpath.verify.kernels.compare import Deviation, Exact, deviation, ratios
 from ownpath.verify.kernels.diagnose import diagnosis

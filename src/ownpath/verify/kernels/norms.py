@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from ownpath.finding import Finding
 from ownpath.official import Step
 from ownpath.plan.opspec import OpKind
 from ownpath.plan.plan import PlannedCompanion
-from ownpath.verify.finding import Finding
 from ownpath.verify.kernels.compare import Exact, deviation
 from ownpath.verify.kernels.limits import EXP_STEPS, FLOAT32_ROUND, rounding, summing
 from ownpath.verify.kernels.probe import Probe

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ownpath.finding import Finding
 from ownpath.plan.opspec import OpKind
 from ownpath.plan.plan import PlannedOp
-from ownpath.verify.finding import Finding
 from ownpath.verify.kernels.choices import row_counts, unread, variants_of
 from ownpath.verify.kernels.compare import Deviation, Exact, repeated_deviation
 from ownpath.verify.kernels.exact import Inputs, independent, inputs_of, loss_at_load, product, weight_of

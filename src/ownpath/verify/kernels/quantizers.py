@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ownpath.finding import Finding
 from ownpath.plan.opspec import OpKind
 from ownpath.runners import Fp8Linear
 from ownpath.runners.official import QuantizedInput
-from ownpath.verify.finding import Finding
 from ownpath.verify.kernels.choices import runners_behind
 from ownpath.verify.kernels.codes import E2M1, E4M3, FP8_FLOOR, nearest
 from ownpath.verify.kernels.exact import largest_input_scale

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ownpath.finding import Finding
 from ownpath.model.rope import Rope
-from ownpath.verify.finding import Finding
 from ownpath.verify.kernels.compare import Deviation, Exact, deviation, worse
 from ownpath.verify.kernels.exact import loss_at_load
 from ownpath.verify.kernels.limits import ANGLE_STEPS, FLOAT32_ROUND, SPREAD, rounding, summing

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ownpath.finding import Finding
 from ownpath.plan.opspec import OpKind
 from ownpath.runners import Router
-from ownpath.verify.finding import Finding
 from ownpath.verify.kernels.compare import Exact, deviation
 from ownpath.verify.kernels.exact import product, weight_of
 from ownpath.verify.kernels.limits import EXP_STEPS, FLOAT32_ROUND

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
+from ownpath.finding import Finding, Verdict
 from ownpath.verify.layers.alone import LayerAlone
 from ownpath.verify.layers.choices import Judged
 from ownpath.verify.layers.forced import ORDER, Forced

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ownpath.finding import Finding, Verdict
 from ownpath.model.block import Residual
 from ownpath.model.caches import SequenceCache
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
 from ownpath.verify.layers.alone import Chunk, LayerAlone
 from ownpath.verify.layers.forced import Forced
 from ownpath.verify.layers.measure import ROW_FACTOR, row_distances

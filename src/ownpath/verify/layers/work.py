@@ -19,9 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ownpath.finding import Finding, finding_fields, finding_from
 from ownpath.model.block import Residual
 from ownpath.runners import Mix
-from ownpath.verify.finding import Finding, finding_of, plain
 from ownpath.verify.kept import digest_of
 from ownpath.verify.layers.measure import Measurement
 from ownpath.verify.layers.text import Text
@@ -56,7 +56,7 @@ def save(folder: Path, key: str, state: State) -> None:
     metadata = {
         "key": key,
         "num_done": str(state.num_done),
-        "findings": json.dumps([plain(finding) for finding in state.findings]),
+        "findings": json.dumps([finding_fields(finding) for finding in state.findings]),
         "measurements": json.dumps([asdict(measured) for measured in state.measurements]),
     }
     beside = folder / f".{FILE_NAME}.writing"
@@ -97,7 +97,7 @@ def _state(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> State:
         num_done=int(metadata["num_done"]),
         reference_TSD=tensors["reference"],
         engine=_residual(tensors) if "x" in tensors else None,
-        findings=[finding_of(fields) for fields in findings],
+        findings=[finding_from(fields) for fields in findings],
         measurements=[Measurement(**fields) for fields in json.loads(metadata["measurements"])],
     )
 
