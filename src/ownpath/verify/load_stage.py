@@ -13,12 +13,8 @@ from pathlib import Path
 import torch
 
 from ownpath.checkpoint.errors import CheckpointError
-<<<<<<< HEAD
 from ownpath.finding import Finding, Verdict
-from ownpath.kernels.cache import CompileError
-=======
 from ownpath.kernels.dsl.cache import CompileError
->>>>>>> main
 from ownpath.runners.proof import ProofError
 from ownpath.verify.held import Pair, alpha_pair, held_modules, ops_with_runners, weight_pairs
 from ownpath.verify.kept import Kept

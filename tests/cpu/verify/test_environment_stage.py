@@ -8,12 +8,8 @@ import torch
 from support.checkpoints import random_checkpoint
 from support.hopper_layouts import allow_packing_on_cpu, subject_on
 
-<<<<<<< HEAD
 from ownpath.finding import Finding, Verdict, failed
-from ownpath.kernels import cache
-=======
 from ownpath.kernels.dsl import cache
->>>>>>> main
 from ownpath.loading import default_model_dir, planned
 from ownpath.runners.make import compile_configs
 from ownpath.verify import environment_stage as stage
