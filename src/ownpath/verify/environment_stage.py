@@ -160,9 +160,6 @@ def memory_findings(subject: Subject, free: int | None) -> Iterator[Finding]:
         else:
             message += ": it can be verified here, layer by layer, and not served"
             yield Finding("E04", "whole model", Verdict.SKIPPED, message, whole, f"<= {free} bytes")
-    yield Finding(
-        "E04", "links", Verdict.SKIPPED, "this engine runs on one device: no NVLink, NUMA or all-reduce to test"
-    )
 
 
 def _gib(num_bytes: int) -> str:

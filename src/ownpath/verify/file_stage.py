@@ -44,7 +44,7 @@ CHECK_OF = MappingProxyType(
         "F12": ("tokenizer", "generation-config", "marker", "round-trip", "prompt"),
     }
 )
-"""Check -> the kinds of problem that it collects. F08 has none: what it finds is no fault of the file."""
+"""Check -> the kinds of problem that it collects."""
 _ID_OF = MappingProxyType({kind: id_ for id_, kinds in CHECK_OF.items() for kind in kinds})
 _INPUT_SCALES = ("input_scale", "input_global_scale")
 
@@ -177,20 +177,12 @@ def _blocks(evidence: Evidence, contents: Contents) -> Finding:
         return Finding("F07", "checkpoint", Verdict.SKIPPED, "no format here has block scales")
     share = blocks.num_saturated / max(1, blocks.num_blocks)
     found = f"{blocks.num_blocks} block scales: {blocks.num_zero} zero, {share:.2%} at the largest number"
+    rough = blocks.num_rough
+    if rough:  # no fault here: kernels multiply by the scale as it is, and others may keep exponents alone
+        found += f"; {sum(rough.values())} FP8 scales in {sum(n > 0 for n in rough.values())} of {len(rough)} matrices"
+        found += " are no power of two"
     spread = expert_spread(blocks.largest, contents.scalars)
     return _passed("F07", found, spread, "no expert far from its layer's median")
-
-
-def _powers_of_two(evidence: Evidence, contents: Contents) -> Finding:
-    rough = contents.blocks.num_rough
-    if not rough:
-        return _passed("F08", "no block scale is stored as a float: E8M0 and E4M3 alone", 0)
-    num_rough = sum(rough.values())
-    found = f"{num_rough} scales in {sum(n > 0 for n in rough.values())} of {len(rough)} matrices are no power of two"
-    remark = (
-        "every kernel here multiplies by the scale as it is" if num_rough else "kernels of any engine can take them"
-    )
-    return _passed("F08", f"{found}; {remark}", num_rough, "any: no kernel here takes exponents alone")
 
 
 def _input_scales(evidence: Evidence, contents: Contents) -> Finding:
@@ -236,7 +228,6 @@ _CHECKS: MappingProxyType[str, Callable[[Evidence], Finding]] = MappingProxyType
         "F05": _of_tensors("F05", _global_scales),
         "F06": _of_tensors("F06", _gate_up),
         "F07": _of_tensors("F07", _blocks),
-        "F08": _of_tensors("F08", _powers_of_two),
         "F09": _of_tensors("F09", _input_scales),
         "F10": _of_tensors("F10", _router),
         "F11": _config,
