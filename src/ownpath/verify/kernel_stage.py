@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from ownpath.finding import Finding, Verdict
-from ownpath.verify.kernels.attending import check_attention
+from ownpath.oracle.stored import Stored
+from ownpath.verify.kernels.attention import check_attention
 from ownpath.verify.kernels.boundary import check_boundaries
 from ownpath.verify.kernels.clamp import check_clamp
 from ownpath.verify.kernels.contracts import check_contracts
@@ -23,9 +24,8 @@ from ownpath.verify.kernels.products import check_products
 from ownpath.verify.kernels.quantizers import check_quantizers
 from ownpath.verify.kernels.report import error_of
 from ownpath.verify.kernels.rotation import check_rotation
-from ownpath.verify.kernels.routing import check_router
+from ownpath.verify.kernels.router import check_router
 from ownpath.verify.layer import load_ends, load_layer
-from ownpath.verify.reference.stored import Stored
 from ownpath.verify.resume import FinishedParts
 from ownpath.verify.subject import Subject
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ownpath.config import ModelConfig
+from ownpath.oracle.stored import Stored
 from ownpath.plan.opspec import OpKind
 from ownpath.plan.plan import PlannedOp
 from ownpath.runners.ledger import Watched
 from ownpath.verify.layer import LoadedLayer, LoadedPart
-from ownpath.verify.reference.stored import Stored
 from ownpath.verify.subject import Subject
 
 AMPLITUDES = (1.0, 2.0**-10, 1.0, 2.0**8)

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from ownpath.conformance.bounds import NO_DEVIATION, Deviation
 from ownpath.finding import Finding, Verdict
-from ownpath.verify.kernels.compare import NO_DEVIATION, Deviation
 
 NEAR_FLOAT64 = "1 time what rounding allows"
 

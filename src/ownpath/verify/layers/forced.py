@@ -11,13 +11,13 @@ import torch
 
 from ownpath.config import Layer
 from ownpath.model.block import Residual
+from ownpath.oracle.block import Choices, Trace
 from ownpath.verify.layers.alone import Chunk, LayerAlone
 from ownpath.verify.layers.choices import index_scores
 from ownpath.verify.layers.measure import ROW_FACTOR, Measurement, distance, row_distances
 from ownpath.verify.layers.oracle import Oracle
 from ownpath.verify.layers.picked import Picked, Scores, scores_of, tensor_of
 from ownpath.verify.layers.record import Record
-from ownpath.verify.reference.block import Choices, Trace
 
 ORDER = (
     "hc_attn.x",

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from ownpath.config import CSA_RATIO, Layer, ModelConfig
+from ownpath.oracle.block import Trace
 from ownpath.verify.layers.choices import Candidates, Judged, entry_candidates, expert_candidates, judge, mask_of
 from ownpath.verify.layers.oracle import Oracle
 from ownpath.verify.layers.record import Record
-from ownpath.verify.reference.block import Trace
 
 
 @dataclass(frozen=True)

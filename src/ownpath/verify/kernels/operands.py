@@ -1,4 +1,4 @@
-"""Products in float64 from the stored weights, with the activations that the planned kernel really multiplies.
+"""A planned slot's stored weights in float64, and what its kernel makes of its activations before it multiplies.
 
 Legend: M rows, K in, N out.
 """
@@ -9,38 +9,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ownpath.conformance.bounds import FP8_TENSOR_CORE
+from ownpath.conformance.exact import Matrices, Steps, as_it_is
+from ownpath.official import Step
+from ownpath.oracle.formats import fp8, nvfp4
+from ownpath.oracle.stored import Stored
 from ownpath.plan.catalogue import FP8_PREFILL_FROM
 from ownpath.plan.plan import PlannedOp
-from ownpath.verify.kernels.codes import fp8_float_scales, nvfp4_inputs
-from ownpath.verify.kernels.compare import Exact
-from ownpath.verify.kernels.limits import FP8_TENSOR_CORE, SPREAD, summing
-from ownpath.verify.reference.rounding import fp8
-from ownpath.verify.reference.stored import Stored
 
-Quantize = Callable[[Tensor], Tensor]
 ROUNDED_AT_LOAD = ("PlainLinear", "GroupedLinear")
 """Runners that may bring a weight to the activations' dtype before they multiply."""
-
-
 INPUT_BLOCK = 128
-ROWS_AT_ONCE = 8192
-
-
-def as_it_is(x: Tensor) -> Tensor:
-    """What W4A16 and W8A16 multiply."""
-    return x.double()
-
-
-def fp8_inputs(x: Tensor) -> Tensor:
-    """What W8A8 multiplies where scales are powers of two."""
-    return fp8(x, INPUT_BLOCK)
 
 
 @dataclass(frozen=True)
 class Inputs:
     """What a kernel makes of its activations. from_rows: from how many rows of a call on. slack: of the sums, more."""
 
-    quantize: Quantize = as_it_is
+    quantize: Callable[[Tensor], Tensor] = as_it_is
     from_rows: int = 1
     slack: float = 0.0
 
@@ -49,18 +35,20 @@ def inputs_of(op: PlannedOp, stored: Stored) -> tuple[Inputs, ...]:
     """How a planned dense product reads its activations, by the number of rows; ascending."""
     kernel = op.choice.kernel
     if kernel.runner == "QuantizedFp8Linear":
-        return _w8a8_from(kernel.name, Inputs(fp8_inputs), fp8_inputs)
-    if kernel.runner in ("QuantizedNvfp4Linear", "Nvfp4LinearW4A4"):
+        few, is_power_of_two = Inputs(_fp8_inputs), True
+    elif kernel.runner in ("QuantizedNvfp4Linear", "Nvfp4LinearW4A4"):
         scale = largest_input_scale(op, [module.name for module in op.spec.modules], stored)
-        return (Inputs(lambda x: nvfp4_inputs(x, scale)),)
-    is_e8m0 = all(_has_power_scales(op, module.name, stored) for module in op.spec.modules)
-    return _w8a8_from(kernel.name, Inputs(), fp8_inputs if is_e8m0 else fp8_float_scales)
-
-
-def _w8a8_from(kernel: str, few: Inputs, quantize: Quantize) -> tuple[Inputs, ...]:
-    if kernel != "cute.fp8_linear_sm90":
+        return (Inputs(lambda x: nvfp4(x, scale)),)
+    else:
+        few, is_power_of_two = Inputs(), all(_has_power_scales(op, m.name, stored) for m in op.spec.modules)
+    if kernel.name != "cute.fp8_linear_sm90":
         return (few,)
-    return few, Inputs(quantize, FP8_PREFILL_FROM, FP8_TENSOR_CORE)
+    many = Inputs(lambda x: fp8(x, INPUT_BLOCK, is_power_of_two), FP8_PREFILL_FROM, FP8_TENSOR_CORE)
+    return few, many
+
+
+def _fp8_inputs(x: Tensor) -> Tensor:
+    return fp8(x, INPUT_BLOCK)
 
 
 def _has_power_scales(op: PlannedOp, module: str, stored: Stored) -> bool:
@@ -81,13 +69,6 @@ def weight_of(op: PlannedOp, stored: Stored) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)  # cat copies even a single one
 
 
-def product(x_MK: Tensor, weight_NK: Tensor, slack: float = 0.0) -> Exact:
-    """x Wᵀ of float64 rows, and what its float32 sums may be off by."""
-    # In parts: the head of a large model is 4 GB in float64, and one copy of it is enough.
-    magnitude = torch.cat([x_MK.abs() @ part.abs().T for part in weight_NK.split(ROWS_AT_ONCE)], -1)
-    return Exact(x_MK @ weight_NK.T, magnitude * (summing(x_MK.shape[-1]) + slack))
-
-
 def loss_at_load(op: PlannedOp, weight_NK: Tensor, dtype: torch.dtype) -> Tensor | None:
     """What bringing the weight to ``dtype`` changes, for kernels that do; ``None``: nothing."""
     if op.spec.is_wide or op.choice.kernel.runner not in ROUNDED_AT_LOAD:
@@ -96,6 +77,19 @@ def loss_at_load(op: PlannedOp, weight_NK: Tensor, dtype: torch.dtype) -> Tensor
     return lost if bool(lost.any()) else None
 
 
-def independent(errors_MK: Tensor, weight_NK: Tensor) -> Tensor:
-    """What a product is off by when its inputs are off by as much, each for itself: [M, N]."""
-    return SPREAD * (errors_MK.square() @ weight_NK.square().T).sqrt()
+def matrices_of(op: PlannedOp, stored: Stored, expert: str) -> Matrices:
+    """Those of the routed expert so named, such as ``layers.3.ffn.experts.17``."""
+    return Matrices(*(stored.matrix(f"{expert}.{name}", op.encoding) for name in ("w1", "w3", "w2")))
+
+
+def steps_of(op: PlannedOp, stored: Stored, expert: str, limit: float, dtype: torch.dtype) -> Steps:
+    """The planned experts' steps."""
+    kernel = op.choice.kernel
+    first = Step.ROUTING_WEIGHT in kernel.official
+    if kernel.runner == "Nvfp4MoEW4A4" or Step.NVFP4_INPUTS in kernel.official:
+        x_scale = largest_input_scale(op, [f"{expert}.w1", f"{expert}.w3"], stored)
+        h_scale = largest_input_scale(op, [f"{expert}.w2"], stored)
+        return Steps(limit, dtype, lambda x: nvfp4(x, x_scale), lambda x: nvfp4(x, h_scale), first)
+    if Step.FP8_INPUTS in kernel.official:
+        return Steps(limit, dtype, _fp8_inputs, _fp8_inputs, first)
+    return Steps(limit, dtype, rounds_products=first)
