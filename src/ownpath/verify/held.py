@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ownpath.checkpoint.schema import Encoding, ModuleSpec
 from ownpath.formats import BF16, FP32, MXFP4, NVFP4
+from ownpath.kernels.spec import InputRounding
+from ownpath.ops import OpKind
 from ownpath.oracle.formats import decode, e4m3_of, e8m0_of
 from ownpath.oracle.stored import spread_blocks
-from ownpath.plan.opspec import OpKind
 from ownpath.plan.plan import PlannedOp
 from ownpath.qtensor import QuantTensor
 from ownpath.runners.linear import ConcatLinear, WideLinear
@@ -26,8 +27,6 @@ from ownpath.runners.official import QuantizedInput
 from ownpath.verify.raw import Raw
 
 PACKED = "packed_64x128"
-INPUT_IN_ALPHA = ("Nvfp4LinearW4A4", "Nvfp4MoEW4A4", "QuantizedNvfp4Linear")
-"""Runners whose kernel receives one factor: the weight's global scale times the input's."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,9 @@ def alpha_pair(op: PlannedOp, held: HeldModule, raw: Raw) -> Pair | None:
         return None
     assert held.weight.global_scale is not None, held.module.name
     alpha = multiplier(op.encoding, held.module.name, "global_scale", raw)
-    if op.choice.kernel.runner in INPUT_IN_ALPHA:
+    kernel_spec = op.choice.kernel
+    if kernel_spec.rounding is InputRounding.NVFP4 and kernel_spec.runner != "OfficialMoE":
+        # Such a kernel receives one factor: the weight's global scale times the input's.
         alpha = alpha * _input_scale(op, held.module.name, raw)
     kernel = held.weight.global_scale.double().reshape(-1)
     key = op.encoding.key(held.module.name, "global_scale")

@@ -17,7 +17,7 @@ from ownpath.finding import Finding
 from ownpath.model.attention import AttentionCore, Projected
 from ownpath.model.batch import Span
 from ownpath.model.caches import CacheSpec, SequenceCache
-from ownpath.plan.opspec import OpKind
+from ownpath.ops import OpKind
 from ownpath.verify.kernels.probe import Probe
 from ownpath.verify.kernels.report import Tally, error_of
 

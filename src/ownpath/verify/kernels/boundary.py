@@ -10,8 +10,8 @@ from torch import Tensor
 from ownpath.conformance.bounds import Deviation, Exact, deviation
 from ownpath.conformance.exact import Boundary, written_streams
 from ownpath.finding import Finding
+from ownpath.ops import OpKind
 from ownpath.oracle.arithmetic import Arithmetic, Scope
-from ownpath.plan.opspec import OpKind
 from ownpath.verify.kernels.calls import streams
 from ownpath.verify.kernels.probe import Probe
 from ownpath.verify.kernels.report import Tally, error_of

@@ -11,7 +11,7 @@ from torch import Tensor
 from ownpath.conformance.bounds import deviation
 from ownpath.conformance.exact import Matrices, Steps, expert, swiglu
 from ownpath.finding import Finding
-from ownpath.plan.opspec import OpKind
+from ownpath.ops import OpKind
 from ownpath.verify.kernels.experts import CLAMP_REMEDY, LOUD
 from ownpath.verify.kernels.operands import inputs_of
 from ownpath.verify.kernels.probe import Probe

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ownpath.finding import Finding
-from ownpath.plan.opspec import OpKind
+from ownpath.ops import OpKind
 from ownpath.verify.kernels.calls import Call, calls, tensors_of
 from ownpath.verify.kernels.probe import Probe
 from ownpath.verify.kernels.report import Tally, error_of

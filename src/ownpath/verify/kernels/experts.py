@@ -18,7 +18,7 @@ from ownpath.conformance.bounds import Deviation, Exact, deviation, ratios, roun
 from ownpath.conformance.exact import expert
 from ownpath.finding import Finding
 from ownpath.official import Step
-from ownpath.plan.opspec import OpKind
+from ownpath.ops import OpKind
 from ownpath.plan.plan import PlannedOp
 from ownpath.verify.kernels.choices import row_counts, unread, variants_of
 from ownpath.verify.kernels.diagnose import diagnosis

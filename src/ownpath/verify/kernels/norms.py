@@ -11,7 +11,7 @@ from ownpath.conformance.bounds import Exact, deviation
 from ownpath.conformance.exact import norm
 from ownpath.finding import Finding
 from ownpath.official import Step
-from ownpath.plan.opspec import OpKind
+from ownpath.ops import OpKind
 from ownpath.plan.plan import PlannedCompanion
 from ownpath.verify.kernels.probe import Probe
 from ownpath.verify.kernels.report import Tally, error_of

@@ -11,14 +11,12 @@ from torch import Tensor
 
 from ownpath.conformance.bounds import FP8_TENSOR_CORE
 from ownpath.conformance.exact import Matrices, Steps, as_it_is
+from ownpath.kernels.spec import InputRounding
 from ownpath.official import Step
 from ownpath.oracle.formats import fp8, nvfp4
 from ownpath.oracle.stored import Stored
-from ownpath.plan.catalogue import FP8_PREFILL_FROM
 from ownpath.plan.plan import PlannedOp
 
-ROUNDED_AT_LOAD = ("PlainLinear", "GroupedLinear")
-"""Runners that may bring a weight to the activations' dtype before they multiply."""
 INPUT_BLOCK = 128
 
 
@@ -33,18 +31,23 @@ class Inputs:
 
 def inputs_of(op: PlannedOp, stored: Stored) -> tuple[Inputs, ...]:
     """How a planned dense product reads its activations, by the number of rows; ascending."""
-    kernel = op.choice.kernel
-    if kernel.runner == "QuantizedFp8Linear":
-        few, is_power_of_two = Inputs(_fp8_inputs), True
-    elif kernel.runner in ("QuantizedNvfp4Linear", "Nvfp4LinearW4A4"):
-        scale = largest_input_scale(op, [module.name for module in op.spec.modules], stored)
-        return (Inputs(lambda x: nvfp4(x, scale)),)
-    else:
-        few, is_power_of_two = Inputs(), all(_has_power_scales(op, m.name, stored) for m in op.spec.modules)
-    if kernel.name != "cute.fp8_linear_sm90":
-        return (few,)
-    many = Inputs(lambda x: fp8(x, INPUT_BLOCK, is_power_of_two), FP8_PREFILL_FROM, FP8_TENSOR_CORE)
-    return few, many
+    kernel, quantize = op.choice.kernel, _quantizer(op, stored)
+    if kernel.rounds_from == 1:
+        return (Inputs(quantize),)
+    is_always_rounded = Step.FP8_INPUTS in kernel.official
+    few = Inputs(quantize) if is_always_rounded else Inputs()
+    return few, Inputs(quantize, kernel.rounds_from, FP8_TENSOR_CORE)
+
+
+def _quantizer(op: PlannedOp, stored: Stored) -> Callable[[Tensor], Tensor]:
+    rounding, modules = op.choice.kernel.rounding, [module.name for module in op.spec.modules]
+    if rounding is InputRounding.EXACT:
+        return as_it_is
+    if rounding is InputRounding.NVFP4:
+        scale = largest_input_scale(op, modules, stored)
+        return lambda x: nvfp4(x, scale)
+    is_e8m0 = rounding is InputRounding.E4M3_POWER_OF_TWO or all(_has_power_scales(op, m, stored) for m in modules)
+    return lambda x: fp8(x, INPUT_BLOCK, is_e8m0)
 
 
 def _fp8_inputs(x: Tensor) -> Tensor:
@@ -71,7 +74,7 @@ def weight_of(op: PlannedOp, stored: Stored) -> Tensor:
 
 def loss_at_load(op: PlannedOp, weight_NK: Tensor, dtype: torch.dtype) -> Tensor | None:
     """What bringing the weight to ``dtype`` changes, for kernels that do; ``None``: nothing."""
-    if op.spec.is_wide or op.choice.kernel.runner not in ROUNDED_AT_LOAD:
+    if op.spec.is_wide or not op.choice.kernel.rounds_weight:
         return None
     lost = (weight_NK - weight_NK.to(dtype).double()).abs()
     return lost if bool(lost.any()) else None
@@ -86,10 +89,10 @@ def steps_of(op: PlannedOp, stored: Stored, expert: str, limit: float, dtype: to
     """The planned experts' steps."""
     kernel = op.choice.kernel
     first = Step.ROUTING_WEIGHT in kernel.official
-    if kernel.runner == "Nvfp4MoEW4A4" or Step.NVFP4_INPUTS in kernel.official:
+    if kernel.rounding is InputRounding.NVFP4:
         x_scale = largest_input_scale(op, [f"{expert}.w1", f"{expert}.w3"], stored)
         h_scale = largest_input_scale(op, [f"{expert}.w2"], stored)
         return Steps(limit, dtype, lambda x: nvfp4(x, x_scale), lambda x: nvfp4(x, h_scale), first)
-    if Step.FP8_INPUTS in kernel.official:
+    if kernel.rounding is not InputRounding.EXACT:
         return Steps(limit, dtype, _fp8_inputs, _fp8_inputs, first)
     return Steps(limit, dtype, rounds_products=first)

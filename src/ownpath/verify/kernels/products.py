@@ -15,7 +15,7 @@ from torch import Tensor
 from ownpath.conformance.bounds import Deviation, Exact, repeated_deviation
 from ownpath.conformance.exact import beside, grouped, independent, product, rotate_back
 from ownpath.finding import Finding
-from ownpath.plan.opspec import OpKind
+from ownpath.ops import OpKind
 from ownpath.plan.plan import PlannedOp
 from ownpath.verify.kernels.choices import row_counts, unread, variants_of
 from ownpath.verify.kernels.operands import Inputs, inputs_of, loss_at_load, weight_of

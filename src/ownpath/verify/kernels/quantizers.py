@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ownpath.conformance.bounds import rounding, summing
 from ownpath.finding import Finding
+from ownpath.ops import OpKind
 from ownpath.oracle.formats import (
     E2M1,
     E4M3,
@@ -24,7 +25,6 @@ from ownpath.oracle.formats import (
     hadamard_matrix,
     nvfp4_without_global,
 )
-from ownpath.plan.opspec import OpKind
 from ownpath.runners import Fp8Linear
 from ownpath.runners.official import QuantizedInput
 from ownpath.verify.kernels.choices import runners_behind

@@ -12,8 +12,8 @@ from torch import Tensor
 from ownpath.conformance.bounds import EXP_STEPS, FLOAT32_ROUND, Exact, deviation
 from ownpath.conformance.exact import product
 from ownpath.finding import Finding
+from ownpath.ops import OpKind
 from ownpath.oracle.formulas import best, expert_scores, routing_weights
-from ownpath.plan.opspec import OpKind
 from ownpath.runners import Router
 from ownpath.verify.kernels.operands import weight_of
 from ownpath.verify.kernels.probe import Probe
