@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from ownpath.config import CSA_RATIO, Layer, ModelConfig
+from ownpath.oracle.block import Trace
 from ownpath.verify.layers.activations import Activations
 from ownpath.verify.layers.oracle import Oracle
-from ownpath.verify.reference.block import Trace
 
 
 @dataclass(frozen=True)

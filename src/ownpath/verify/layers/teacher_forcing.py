@@ -11,12 +11,12 @@ import torch
 
 from ownpath.config import Layer
 from ownpath.model.block import Residual
+from ownpath.oracle.block import Choices, Trace
 from ownpath.verify.layers.activations import Activations
 from ownpath.verify.layers.choices import RunChoices, Scores, index_scores, scores_of, tensor_of
 from ownpath.verify.layers.measure import ROW_FACTOR, Measurement, distance, row_distances
 from ownpath.verify.layers.oracle import Oracle
 from ownpath.verify.layers.single_layer import Chunk, SingleLayer
-from ownpath.verify.reference.block import Choices, Trace
 
 ORDER = (
     "hc_attn.x",
