@@ -10,6 +10,7 @@ import torch
 from support.checkpoints import random_checkpoint
 
 from ownpath.config import EngineConfig
+from ownpath.finding import Finding, Verdict
 from ownpath.kernels.fp8 import launch as fp8_launch
 from ownpath.kernels.nvfp4 import launch, linear
 from ownpath.loading import default_model_dir, load_model, plan_model
@@ -17,8 +18,6 @@ from ownpath.model.batch import ForwardBatch
 from ownpath.plan.show import plan_dict
 from ownpath.trace import Records
 from ownpath.trace.observers import Arguments, Observer, Watched
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
 from ownpath.verify.ledger_check import check_ledger
 from ownpath.verify.subject import Subject
 

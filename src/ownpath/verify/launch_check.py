@@ -8,10 +8,9 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+from ownpath.finding import Finding, Verdict
 from ownpath.kernels.registry import SPECS
 from ownpath.trace.launches import Launch
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
 from ownpath.verify.ledger_run import Ran
 from ownpath.verify.places import folded
 from ownpath.verify.planned import WrittenPlan

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 
+from ownpath.finding import Finding, Verdict
 from ownpath.model.block import Residual
 from ownpath.official import Step
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
 from ownpath.verify.layer import load_layer
 from ownpath.verify.layers import end_to_end
 from ownpath.verify.layers.batching import Batching
@@ -23,7 +22,8 @@ from ownpath.verify.layers.single_layer import Chunk, SingleLayer
 from ownpath.verify.layers.teacher_forcing import LayerComparison, compare_layer
 from ownpath.verify.layers.text import Text, text_of
 from ownpath.verify.layers.verdicts import growth, verdicts
-from ownpath.verify.layers.work import Found, State, key_of, restore, save
+from ownpath.verify.layers.work import State, key_of, restore, save
+from ownpath.verify.resume import Found
 from ownpath.verify.subject import Subject
 
 Progress = Callable[[int, int, str], None]
@@ -31,11 +31,6 @@ Progress = Callable[[int, int, str], None]
 E4M3_ROUNDING = 2**-4 * (1 + 2**-10)
 """Three bits of mantissa: half a step is at most 2^-4 of a value; what is subnormal under its block's scale is off by
 less than 2^-17 of the block's largest, which the last factor has room for."""
-_NOT_HERE = (
-    ("V06", "the engine captures no CUDA graphs: there is nothing to compare its eager steps with"),
-    ("V07", "one rank: nothing is sharded"),
-    ("V12", "the engine does not draft: there is no acceptance to measure"),
-)
 
 
 def layer_stage(
@@ -44,7 +39,7 @@ def layer_stage(
     work: Path | None = None,
     measured: Callable[[Measurement], None] | None = None,
 ) -> Iterator[Finding]:
-    """V01 to V12 of the chosen layers, in their order.
+    """V01 to V10 of the chosen layers, in their order.
 
     progress: told (layers done, layers, what comes next). work: a folder for the state behind each layer, where a later
     call with the same checkpoint, plan, selection and text goes on. measured: told of every value's distance.
@@ -94,7 +89,6 @@ class _Stage:
         self.progress(total, total, "the head and the whole model")
         yield _News((growth(state.measurements),))
         yield _end(oracle, state)
-        yield _News(tuple(Finding(name, "engine", Verdict.SKIPPED, reason) for name, reason in _NOT_HERE))
 
     def _doing(self, layer_idx: int) -> str:
         chosen = layer_idx in self.subject.layer_ids

@@ -5,12 +5,11 @@ from typing import Any
 
 import torch
 
+from ownpath.finding import Finding, Verdict
 from ownpath.ops import OpKind
 from ownpath.plan.opspec import OpSpec
 from ownpath.plan.show import plan_dict
 from ownpath.trace import Record
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
 from ownpath.verify.launch_check import check_launches
 from ownpath.verify.ledger_run import Ran, run_parts
 from ownpath.verify.places import folded

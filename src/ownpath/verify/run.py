@@ -11,12 +11,11 @@ from typing import Any
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import scan_checkpoint
 from ownpath.config import ConfigError, EngineConfig
+from ownpath.finding import Finding, Verdict, failed
 from ownpath.plan.plan import PlanError
 from ownpath.plan.show import plan_dict
-from ownpath.verdict import Verdict
 from ownpath.verify.environment_stage import environment_stage
 from ownpath.verify.file_stage import file_stage
-from ownpath.verify.finding import Finding, failed
 from ownpath.verify.kernel_stage import kernel_stage
 from ownpath.verify.layer_stage import layer_stage
 from ownpath.verify.layers.measure import Measurement

@@ -16,12 +16,12 @@ from support.checkpoints import random_checkpoint
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.config import EngineConfig
 from ownpath.engine.engine import Engine
+from ownpath.finding import Verdict
 from ownpath.loading import default_model_dir, load_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
 from ownpath.selftest.checks import REMEDIES
 from ownpath.selftest.run import Report, known_question, report_text, self_test
-from ownpath.verdict import Verdict
 
 NUM_PROMPTS_AT_FIRST = 4
 """One token, two, a text and another text: caches that exist before anything is repeated."""

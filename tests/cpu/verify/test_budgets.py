@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from ownpath.config import EngineConfig, ModelConfig
+from ownpath.oracle.arithmetic import Arithmetic
+from ownpath.oracle.block import Choices, reference_block, reference_embed
+from ownpath.oracle.stored import Stored
 from ownpath.plan.opspec import model_ops
 from ownpath.verify.budgets import PATH, LogitBudget, UnknownKind, budget, kind_of, logit_budget, mode_of
 from ownpath.verify.layer import load_layer
-from ownpath.verify.reference.arithmetic import Arithmetic
-from ownpath.verify.reference.block import Choices, reference_block, reference_embed
-from ownpath.verify.reference.stored import Stored
 from ownpath.verify.subject import Subject
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))

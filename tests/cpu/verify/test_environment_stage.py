@@ -8,12 +8,11 @@ import torch
 from support.checkpoints import random_checkpoint
 from support.hopper_layouts import allow_packing_on_cpu, subject_on
 
+from ownpath.finding import Finding, Verdict, failed
 from ownpath.kernels.dsl import cache
 from ownpath.loading import default_model_dir, planned
 from ownpath.runners.make import compile_configs
-from ownpath.verdict import Verdict
 from ownpath.verify import environment_stage as stage
-from ownpath.verify.finding import Finding, failed
 from ownpath.verify.layer import load_part
 from ownpath.verify.machine import KNOWN_BAD, Machine
 from ownpath.verify.skeleton import configs_of

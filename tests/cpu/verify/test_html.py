@@ -12,9 +12,8 @@ from support.layer_faults import FAULTS
 
 from ownpath.cli import main
 from ownpath.config import EngineConfig
-from ownpath.verdict import Verdict
+from ownpath.finding import Finding, Verdict, failed
 from ownpath.verify import layer_stage as stage
-from ownpath.verify.finding import Finding, failed
 from ownpath.verify.html import MAX_ROWS, report_html
 from ownpath.verify.layer import LoadedLayer, load_layer
 from ownpath.verify.layers.measure import ROW_FACTOR, Measurement

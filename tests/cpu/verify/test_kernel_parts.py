@@ -9,9 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from ownpath.verify.kernels.codes import E2M1, E4M3, nearest
+from ownpath.verify.kernels.compare import Exact, deviation, repeated_deviation
+from ownpath.verify.kernels.limits import rounding
+from ownpath.verify.kernels.turning import frequencies
 from support.checkpoints import SMALL, random_checkpoint
 
 from ownpath.config import EngineConfig, ModelConfig
+from ownpath.finding import Finding, failed
 from ownpath.formats import BF16
 from ownpath.kernels.fp8.choose import w8a8_config, w8a16_config
 from ownpath.kernels.nvfp4.choose import choose_linear, choose_moe
@@ -20,16 +25,11 @@ from ownpath.kernels.registry import KERNELS
 from ownpath.runners import PlainLinear, Router
 from ownpath.runners.official import OfficialMoE
 from ownpath.verify import kernel_stage as stage
-from ownpath.verify.finding import Finding, failed
 from ownpath.verify.kernels import exact, products
 from ownpath.verify.kernels.choices import MOST, changes, row_counts, scanned
-from ownpath.verify.kernels.codes import E2M1, E4M3, nearest
-from ownpath.verify.kernels.compare import Exact, deviation, repeated_deviation
-from ownpath.verify.kernels.limits import rounding
 from ownpath.verify.kernels.memory import Filled, fill
 from ownpath.verify.kernels.probe import watched_in
 from ownpath.verify.kernels.quantizers import EXPONENTS, edges
-from ownpath.verify.kernels.turning import frequencies
 from ownpath.verify.layer import LoadedLayer
 from ownpath.verify.subject import Selection, Subject
 

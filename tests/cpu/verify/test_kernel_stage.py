@@ -11,12 +11,11 @@ from support.checkpoints import LAYOUTS, random_checkpoint
 
 from ownpath.attention.rope import Rope
 from ownpath.config import EngineConfig
+from ownpath.finding import Finding, Verdict, failed
 from ownpath.loading import default_model_dir
 from ownpath.official import OFFICIAL
 from ownpath.trace.observers import Watched
-from ownpath.verdict import Verdict
 from ownpath.verify import kernel_stage as stage
-from ownpath.verify.finding import Finding, failed
 from ownpath.verify.kernels.probe import watched_in
 from ownpath.verify.layer import LoadedLayer
 from ownpath.verify.subject import Selection, Subject

@@ -14,6 +14,7 @@ from support.checkpoints import random_checkpoint
 from ownpath import assembly
 from ownpath.cli import main
 from ownpath.config import EngineConfig
+from ownpath.finding import Finding, Verdict
 from ownpath.kernels.nvfp4.ref import nvfp4_linear
 from ownpath.loading import default_model_dir, plan_model
 from ownpath.model.build import Builder
@@ -22,8 +23,6 @@ from ownpath.runners import PlainLinear
 from ownpath.trace import Record
 from ownpath.trace.launches import Launch
 from ownpath.trace.uses import Use
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
 from ownpath.verify.launch_check import check_launches
 from ownpath.verify.ledger_check import check_ledger
 from ownpath.verify.ledger_run import Ran

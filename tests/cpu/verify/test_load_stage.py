@@ -10,9 +10,8 @@ from support.checkpoints import LAYOUTS, random_checkpoint
 from support.hopper_layouts import allow_packing_on_cpu, subject_on
 
 from ownpath.assembly import LoadedPart
+from ownpath.finding import Finding, Verdict, failed
 from ownpath.loading import default_model_dir
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding, failed
 from ownpath.verify.layer import in_layer, load_part, restricted
 from ownpath.verify.load_stage import load_stage, read_back, unwritten_slots
 from ownpath.verify.subject import Selection, Subject

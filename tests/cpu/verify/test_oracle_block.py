@@ -12,11 +12,11 @@ from support.transformers_v4 import reference_logprobs
 from ownpath.checkpoint.schema import Encoding
 from ownpath.config import EngineConfig
 from ownpath.official import OFFICIAL, PLAIN, Step
+from ownpath.oracle.arithmetic import Arithmetic
+from ownpath.oracle.block import Choices, Trace, reference_block, reference_embed
+from ownpath.oracle.forward import reference_logits
+from ownpath.oracle.stored import Stored
 from ownpath.verify.layer import load_layer
-from ownpath.verify.reference.arithmetic import Arithmetic
-from ownpath.verify.reference.block import Choices, Trace, reference_block, reference_embed
-from ownpath.verify.reference.forward import reference_logits
-from ownpath.verify.reference.stored import Stored
 from ownpath.verify.subject import Subject
 
 FLOAT64_NOISE = 2**16 * torch.finfo(torch.float64).eps

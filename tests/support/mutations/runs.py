@@ -9,10 +9,10 @@ from pathlib import Path
 from cpu.chat.small_tokenizer import NUM_TOKENS, tokenizer_spec
 
 from ownpath.config import EngineConfig
+from ownpath.finding import Finding, failed
 from ownpath.loading import default_model_dir
 from ownpath.official import OFFICIAL, PLAIN
 from ownpath.plan.show import plan_dict
-from ownpath.verify.finding import Finding, failed
 from ownpath.verify.run import STAGES, Job, Result, verify
 from ownpath.verify.subject import Selection
 from support.checkpoints import random_checkpoint

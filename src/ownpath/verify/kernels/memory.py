@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ownpath.verify.finding import Finding
+from ownpath.finding import Finding
 from ownpath.verify.kernels.calls import Call, calls, tensors_of
 from ownpath.verify.kernels.choices import runners_behind
 from ownpath.verify.kernels.probe import Probe

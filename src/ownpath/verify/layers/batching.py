@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from ownpath.cache.pools import SequenceCache
+from ownpath.finding import Finding, Verdict
 from ownpath.model.block import Residual
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
 from ownpath.verify.layers.activations import Activations
 from ownpath.verify.layers.choices import RunChoices
 from ownpath.verify.layers.measure import ROW_FACTOR, row_distances

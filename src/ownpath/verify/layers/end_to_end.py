@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ownpath.finding import Finding, Verdict
 from ownpath.model.block import Residual
 from ownpath.runners import HyperBoundary, Linear
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
 from ownpath.verify.layer import in_no_layer, load_part
 from ownpath.verify.layers.measure import ROW_FACTOR, Measurement, distance
 from ownpath.verify.layers.oracle import Oracle

@@ -7,10 +7,10 @@ import torch
 
 from ownpath.kernels.spec import InputRounding
 from ownpath.official import ALWAYS_OFFICIAL, Step
+from ownpath.oracle.arithmetic import Arithmetic
+from ownpath.oracle.block import Choices, Trace, reference_block, reference_embed, reference_head
+from ownpath.oracle.stored import Stored
 from ownpath.verify.budgets import LogitBudget, budget, logit_budget
-from ownpath.verify.reference.arithmetic import Arithmetic
-from ownpath.verify.reference.block import Choices, Trace, reference_block, reference_embed, reference_head
-from ownpath.verify.reference.stored import Stored
 from ownpath.verify.subject import Subject
 
 

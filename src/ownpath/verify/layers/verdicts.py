@@ -2,8 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
+from ownpath.finding import Finding, Verdict
 from ownpath.verify.layers.choices import Judgement
 from ownpath.verify.layers.measure import ROW_FACTOR, Measurement
 from ownpath.verify.layers.single_layer import SingleLayer

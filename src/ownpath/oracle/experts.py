@@ -6,12 +6,12 @@ Legend: T tokens, D hidden, E experts, K experts a token, F expert width, S rows
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ownpath.config import Layer
 from ownpath.official import Step
-from ownpath.verify.reference.arithmetic import Scope
+from ownpath.oracle.arithmetic import Scope
+from ownpath.oracle.formulas import best, expert_scores, routing_weights, swiglu
 
 
 def feed_forward(scope: Scope, layer: Layer, x_TD: Tensor, token_ids_T: Tensor, forced_ids_TK: Tensor | None) -> Tensor:
@@ -31,18 +31,16 @@ def _routed(
     """Expert ids and weights [T, K]. ``router.scores`` is what the choice is made by."""
     config, name = scope.config, f"{layer.name}.ffn"
     logits_TE = scope.wide_linear(f"{name}.gate", x_TD, f"{name}.gate")
-    scores_TE = F.softplus(logits_TE).sqrt()
+    scores_TE = expert_scores(logits_TE)
     if layer.is_hash:
         ranked_TE = scores_TE
         ids_TK = scope.stored.rows(f"{name}.gate.tid2eid", token_ids_T)
     else:
         ranked_TE = scores_TE + scope.stored.param(f"{name}.gate.bias")
-        order = ranked_TE.sort(dim=-1, descending=True, stable=True).indices
-        ids_TK = order[:, : config.num_experts_per_tok]
+        ids_TK = best(ranked_TE, config.num_experts_per_tok)
     if forced_ids_TK is not None:
         ids_TK = forced_ids_TK.to(x_TD.device, torch.int64)
-    weights_TK = scores_TE.gather(1, ids_TK)
-    weights_TK = weights_TK / weights_TK.sum(1, keepdim=True) * config.routed_scaling_factor
+    weights_TK = routing_weights(scores_TE, ids_TK, config.routed_scaling_factor)
     scope.noted_wide(f"{name}.router.scores", ranked_TE)
     scope.noted_wide(f"{name}.router.ids", ids_TK)
     return ids_TK, scope.noted_wide(f"{name}.router.weights", weights_TK)
@@ -62,7 +60,8 @@ def _expert(scope: Scope, name: str, x_SD: Tensor, weight_S1: Tensor) -> Tensor:
     """One routed expert's weighted output for its rows. Where its weight comes first, its products are rounded too."""
     rounded, is_weight_first = scope.arithmetic.rounded, Step.ROUTING_WEIGHT in scope.arithmetic.official
     gate_up = scope.products(x_SD, f"{name}.w1", f"{name}.w3")
-    hidden = _swiglu(rounded(gate_up) if is_weight_first else gate_up, scope.config.swiglu_limit)
+    gate, up = (rounded(gate_up) if is_weight_first else gate_up).chunk(2, -1)
+    hidden = swiglu(gate, up, scope.config.swiglu_limit)
     if is_weight_first:
         return rounded(scope.products(rounded(weight_S1 * hidden), f"{name}.w2"))
     return weight_S1 * rounded(scope.products(rounded(hidden), f"{name}.w2"))
@@ -72,11 +71,6 @@ def _shared(scope: Scope, ffn: str, x_TD: Tensor) -> Tensor:
     """The expert that every token goes to."""
     name = f"{ffn}.shared_experts"
     gate_up = scope.linear(f"{name}.w13", x_TD, f"{name}.w1", f"{name}.w3")
-    hidden = scope.noted(f"{name}.swiglu", _swiglu(gate_up, scope.config.swiglu_limit))
-    return scope.linear(f"{name}.w2", hidden, f"{name}.w2")
-
-
-def _swiglu(gate_up: Tensor, limit: float) -> Tensor:
-    """Gate columns first; both clamped, the gate from above alone."""
     gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+    hidden = scope.noted(f"{name}.swiglu", swiglu(gate, up, scope.config.swiglu_limit))
+    return scope.linear(f"{name}.w2", hidden, f"{name}.w2")

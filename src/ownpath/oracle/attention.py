@@ -11,12 +11,10 @@ from torch import Tensor
 
 from ownpath.config import CSA_RATIO, Layer
 from ownpath.official import Step
-from ownpath.verify.reference.arithmetic import Scope
-from ownpath.verify.reference.rope import rotated, rotated_back
-from ownpath.verify.reference.rounding import fp4, fp8, hadamard_matrix
+from ownpath.oracle.arithmetic import Scope
+from ownpath.oracle.formats import fp4, fp8, hadamard_matrix
+from ownpath.oracle.formulas import QUERIES_AT_ONCE, attention_weights, best, index_scores, rms, rotate_to
 
-_QUERIES_AT_ONCE = 256
-"""Scores of all heads over all keys are the largest tensors there are."""
 _KV_BLOCK, _INDEX_BLOCK = 64, 32
 
 
@@ -28,35 +26,37 @@ def attention(scope: Scope, layer: Layer, x_TD: Tensor, forced_mask_TC: Tensor |
     qr, kv = both.split((config.q_lora_rank, config.head_dim), -1)
     qr = scope.norm(f"{name}.q_norm", qr, f"{name}.q_norm.weight")
     q = scope.linear(f"{name}.wq_b", qr, f"{name}.wq_b").unflatten(-1, (config.num_attention_heads, config.head_dim))
-    q = scope.noted(f"{name}.q", rotated(_head_norm(scope, f"{name}.q_head_norm", q), positions, config, ratio))
+    q = scope.noted(f"{name}.q", rotate_to(_head_norm(scope, f"{name}.q_head_norm", q), positions, config, ratio))
     kv = scope.norm(f"{name}.kv_norm", kv, f"{name}.kv_norm.weight")
-    keys = scope.noted(f"{name}.kv", _kept(scope, scope.arithmetic.rounded(rotated(kv, positions, config, ratio))))
+    keys = scope.noted(
+        f"{name}.kv", _quantize_kv(scope, scope.arithmetic.rounded(rotate_to(kv, positions, config, ratio)))
+    )
     if Step.KV in scope.arithmetic.official:
         scope.noted(f"{name}.key_quantizer", keys)
     age = positions[:, None] - positions
     visible = (age >= 0) & (age < config.sliding_window)
     if ratio:
-        entries = _kept(scope, _compressed(scope, f"{name}.compressor", x_TD, ratio))
+        entries = _quantize_kv(scope, _compressed(scope, f"{name}.compressor", x_TD, ratio))
         keys = torch.cat((keys, scope.noted(f"{name}.entries", entries)))
         seen = torch.arange(len(entries), device=x_TD.device) < ((positions + 1) // ratio)[:, None]
         if ratio == CSA_RATIO:
             seen = _selected(scope, f"{name}.indexer", (x_TD, qr), seen, forced_mask_TC)
         visible = torch.cat((visible, seen), 1)
     o = scope.noted(f"{name}.core", _attended(scope, q, keys, visible, scope.stored.param(f"{name}.attn_sink")))
-    return _projected(scope, name, scope.noted(f"{name}.o", rotated_back(o, positions, config, ratio)))
+    return _projected(scope, name, scope.noted(f"{name}.o", rotate_to(o, positions, config, ratio, inverse=True)))
 
 
 def _head_norm(scope: Scope, slot: str, q: Tensor) -> Tensor:
     """Without a weight; where it is official, every operation is rounded."""
     if Step.Q_HEAD_NORM not in scope.arithmetic.official:
-        return scope.noted(slot, scope.rms(q))
+        return scope.noted(slot, rms(q, scope.config.rms_norm_eps))
     rounded = scope.arithmetic.rounded
     mean = rounded(rounded(q.square()).mean(-1, keepdim=True))
     return scope.noted(slot, q * rounded(torch.rsqrt(rounded(mean + scope.config.rms_norm_eps))))
 
 
-def _kept(scope: Scope, kv: Tensor) -> Tensor:
-    """What keys are kept as."""
+def _quantize_kv(scope: Scope, kv: Tensor) -> Tensor:
+    """Keys in the format that the cache holds; as they are without one."""
     if Step.KV not in scope.arithmetic.official:
         return kv
     num_rotary = scope.config.qk_rope_head_dim
@@ -67,12 +67,10 @@ def _kept(scope: Scope, kv: Tensor) -> Tensor:
 def _attended(scope: Scope, q_TNH: Tensor, keys_KH: Tensor, visible_TK: Tensor, sink_N: Tensor) -> Tensor:
     """Softmax over the visible keys and the sink, which adds nothing: [T, N, H]."""
     rounded, parts = scope.arithmetic.rounded, []
-    for start in range(0, len(q_TNH), _QUERIES_AT_ONCE):
-        rows = slice(start, start + _QUERIES_AT_ONCE)
+    for start in range(0, len(q_TNH), QUERIES_AT_ONCE):
+        rows = slice(start, start + QUERIES_AT_ONCE)
         scores = rounded(torch.einsum("tnh,kh->tnk", q_TNH[rows], keys_KH)) * scope.config.head_dim**-0.5
-        scores = scores.masked_fill(~visible_TK[rows, None], -math.inf)
-        sink = sink_N.expand(len(scores), -1)[..., None]
-        weights = torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
+        weights = attention_weights(scores, visible_TK[rows], sink_N)
         parts.append(torch.einsum("tnk,kh->tnh", rounded(weights), keys_KH))
     return torch.cat(parts)
 
@@ -100,9 +98,11 @@ def _compressed(scope: Scope, name: str, x_TD: Tensor, ratio: int) -> Tensor:
         kv = torch.cat((before, kv[..., half:]), 1)
         score = torch.cat((before_score, score[..., half:]), 1)
     rounded = scope.arithmetic.rounded
-    entries = scope.rms(rounded((kv * score.softmax(1)).sum(1))) * scope.stored.param(f"{name}.norm.weight")
+    entries = rms(rounded((kv * score.softmax(1)).sum(1)), scope.config.rms_norm_eps) * scope.stored.param(
+        f"{name}.norm.weight"
+    )
     starts = torch.arange(num_windows, device=x_TD.device) * ratio
-    return rounded(rotated(rounded(entries), starts, scope.config, ratio))
+    return rounded(rotate_to(rounded(entries), starts, scope.config, ratio))
 
 
 def _selected(
@@ -112,20 +112,19 @@ def _selected(
     config, (x_TD, qr) = scope.config, inputs
     positions = torch.arange(len(x_TD), device=x_TD.device)
     q = scope.linear(f"{name}.wq_b", qr, f"{name}.wq_b").unflatten(-1, (config.index_n_heads, config.index_head_dim))
-    q = _indexed(scope, scope.arithmetic.rounded(rotated(q, positions, config, CSA_RATIO)))
+    q = _indexed(scope, scope.arithmetic.rounded(rotate_to(q, positions, config, CSA_RATIO)))
     if Step.INDEXER in scope.arithmetic.official:
         scope.noted(f"{name}.quantizer", q)
     k = _indexed(scope, _compressed(scope, f"{name}.compressor", x_TD, CSA_RATIO))
     weights = scope.linear(f"{name}.weights_proj", x_TD, f"{name}.weights_proj")
     weights = weights * (config.index_head_dim * config.index_n_heads) ** -0.5
-    scores = scope.noted_wide(f"{name}.scores", _index_scores(q, k, weights).masked_fill(~seen_TC, -math.inf))
+    scores = scope.noted_wide(f"{name}.scores", index_scores(q, k, weights).masked_fill(~seen_TC, -math.inf))
     if forced_mask_TC is not None:
         mask = forced_mask_TC.to(seen_TC.device)
     elif scores.shape[1] <= config.index_topk:
         mask = seen_TC
     else:
-        best = scores.sort(dim=-1, descending=True, stable=True).indices[:, : config.index_topk]
-        mask = torch.zeros_like(seen_TC).scatter(1, best, True) & seen_TC
+        mask = torch.zeros_like(seen_TC).scatter(1, best(scores, config.index_topk), True) & seen_TC
     return scope.noted_wide(f"{name}.mask", mask)
 
 
@@ -135,12 +134,3 @@ def _indexed(scope: Scope, x: Tensor) -> Tensor:
         return x
     turned = scope.arithmetic.rounded(x @ hadamard_matrix(x.shape[-1]).to(x))
     return fp4(turned, _INDEX_BLOCK).to(x.dtype)
-
-
-def _index_scores(q_TIH: Tensor, k_CH: Tensor, weights_TI: Tensor) -> Tensor:
-    """[T, C]"""
-    parts = [
-        (torch.einsum("tih,ch->tic", q, k_CH).relu() * w[..., None]).sum(1)
-        for q, w in zip(q_TIH.split(_QUERIES_AT_ONCE), weights_TI.split(_QUERIES_AT_ONCE), strict=True)
-    ]
-    return torch.cat(parts)

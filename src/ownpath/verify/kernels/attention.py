@@ -14,11 +14,11 @@ from ownpath.attention.interface import Projected
 from ownpath.cache.pools import CachePool, CacheSpec
 from ownpath.cache.tables import StepTables
 from ownpath.config import SLIDING
+from ownpath.conformance.bounds import Deviation, Exact, deviation
+from ownpath.conformance.exact import attention
+from ownpath.finding import Finding
 from ownpath.model.attention import AttentionCore
 from ownpath.ops import OpKind
-from ownpath.verify.finding import Finding
-from ownpath.verify.kernels.compare import Deviation, Exact, deviation
-from ownpath.verify.kernels.limits import EXP_STEPS, FLOAT32_ROUND, SPREAD, rounding, summing
 from ownpath.verify.kernels.probe import Probe
 from ownpath.verify.kernels.report import Tally, error_of
 
@@ -61,30 +61,9 @@ def _queries(probe: Probe, slot: str, num_rows: int) -> Tensor:
     return (probe.normal(f"{slot} q", num_rows, heads, dim) * sizes[:, None, None]).to(probe.dtype)
 
 
-def attended(probe: Probe, slot: str, q_tNH: Tensor, keys_KH: Tensor, visible_tK: Tensor) -> Exact:
-    """Attention in float64.
-
-    A score is a sum of H products, rounded to the activations' dtype. An error d of a score moves the output by its
-    weight times d times how far its key is from the output; weights are rounded once more.
-    """
+def _exact(probe: Probe, slot: str, q_tNH: Tensor, keys_KH: Tensor, visible_tK: Tensor) -> Exact:
     sink_N = probe.stored.param(f"{slot.removesuffix('.core')}.attn_sink")
-    q, keys, scale = q_tNH.double(), keys_KH.double(), probe.config.softmax_scale
-    scores_tNK = (q @ keys.T) * scale
-    error_tNK = summing(q.shape[-1]) * (q.abs() @ keys.abs().T) * scale
-    # By the largest of the row too: exp of a difference.
-    error_tNK = (
-        error_tNK + rounding(probe.dtype) * scores_tNK.abs() + EXP_STEPS * FLOAT32_ROUND * (1 + scores_tNK.abs())
-    )
-    hidden = ~visible_tK[:, None]
-    scores_tNK = scores_tNK.masked_fill(hidden, -torch.inf)
-    sink_tN1 = sink_N.expand(len(q), -1)[..., None]
-    weights_tNK = torch.cat((scores_tNK, sink_tN1), -1).softmax(-1)[..., :-1]
-    out_tNH = weights_tNK @ keys
-    off_tNK = weights_tNK * (error_tNK.masked_fill(hidden, 0.0) + rounding(probe.dtype))
-    spread_tNH = (off_tNK.square() @ keys.square()).sqrt()
-    spread_tNH = spread_tNH + off_tNK.square().sum(-1, keepdim=True).sqrt() * out_tNH.abs()
-    sums_tNH = summing(len(keys)) * (weights_tNK @ keys.abs())
-    return Exact(out_tNH, SPREAD * spread_tNH + sums_tNH)
+    return attention(q_tNH, keys_KH, visible_tK, sink_N, probe.config.softmax_scale)
 
 
 def _softmax(probe: Probe, slot: str, core: AttentionCore) -> Found:
@@ -94,7 +73,7 @@ def _softmax(probe: Probe, slot: str, core: AttentionCore) -> Found:
         visible_tK = probe.normal(f"{slot} mask {num_keys}", NUM_QUERIES, num_keys) > 0
         visible_tK[:, 0] = True
         found = core.layer.softmax(q_tNH, keys_KH, visible_tK)
-        worst = deviation(found, attended(probe, slot, q_tNH, keys_KH, visible_tK))
+        worst = deviation(found, _exact(probe, slot, q_tNH, keys_KH, visible_tK))
         yield worst, f"{num_keys} keys: {worst}"
 
 
@@ -134,7 +113,7 @@ def _window(probe: Probe, slot: str, core: Any) -> Found:
         found.append(core(Projected(q_tNH[rows], kv_tH[rows]), probe.layer.block.prepare(tables)))
         tables.extend()
     age = torch.arange(num_tokens, device=probe.device)[:, None] - torch.arange(num_tokens, device=probe.device)
-    worst = deviation(torch.cat(found), attended(probe, slot, q_tNH, kv_tH, (age >= 0) & (age < window)))
+    worst = deviation(torch.cat(found), _exact(probe, slot, q_tNH, kv_tH, (age >= 0) & (age < window)))
     where = f"token {worst.place[0]}: {worst}" if worst.place else ""
     yield worst, where
 

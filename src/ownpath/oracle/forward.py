@@ -6,10 +6,10 @@ Legend: T tokens, S streams, D hidden, V vocabulary.
 import torch
 from torch import Tensor
 
+from ownpath.oracle.arithmetic import Arithmetic, Scope
+from ownpath.oracle.block import reference_block, reference_embed, reference_head
+from ownpath.oracle.stored import Stored
 from ownpath.plan.plan import Plan
-from ownpath.verify.reference.arithmetic import Arithmetic, Scope
-from ownpath.verify.reference.block import reference_block, reference_embed, reference_head
-from ownpath.verify.reference.stored import Stored
 
 
 def reference_logits(plan: Plan, stored: Stored, token_ids_T: Tensor, arithmetic: Arithmetic) -> Tensor:

@@ -1,16 +1,7 @@
-"""What a checkpoint's bytes mean, decoded on demand: an oracle's own reading, beside ``numerics`` and ``weights``.
-
-Values come out of tables that are written down from the formats' bits (docs/numerics.md), one entry for each byte:
-
-    E2M1   s ee m          two in a byte, the low four bits come first
-    E4M3   s eeee mmm      0x7F and 0xFF are NaN
-    E8M0   eeeeeeee        2^(e - 127), 0xFF is NaN
+"""A checkpoint's tensors decoded on demand: an oracle's own reading, beside ``numerics`` and ``weights``.
 
 Legend: N rows, K columns of a matrix; B bytes.
 """
-
-import math
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,29 +10,11 @@ from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.reader import TensorReader
 from ownpath.checkpoint.schema import Encoding
 from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4
+from ownpath.oracle.formats import ByteValue, decode, e2m1_pair_of, e4m3_of, e8m0_of
 
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _FP8_BLOCK_SIZE = 128
 _DIVISORS = ("weight_global_scale", "input_global_scale")
 """Tensors that hold 1 / the multiplier: compressed-tensors' spelling, and nobody else's."""
-
-
-def e2m1_of(code: int) -> float:
-    """The value of four bits."""
-    return -_E2M1[code - 8] if code >= 8 else _E2M1[code]
-
-
-def e4m3_of(byte: int) -> float:
-    """The value of a byte: exponent bias 7, subnormal where the exponent is 0."""
-    sign, exponent, mantissa = (-1.0 if byte >> 7 else 1.0), byte >> 3 & 15, byte & 7
-    if byte & 0x7F == 0x7F:
-        return math.nan
-    return sign * (math.ldexp(mantissa, -9) if exponent == 0 else math.ldexp(8 + mantissa, exponent - 10))
-
-
-def e8m0_of(byte: int) -> float:
-    """The value of a byte, which is nothing but an exponent."""
-    return math.nan if byte == 255 else math.ldexp(1.0, byte - 127)
 
 
 class Stored:
@@ -80,8 +53,8 @@ class Stored:
         assert stored in (NVFP4, MXFP4), stored
         scale = self._read(encoding.key(module, "scale"))
         if stored is MXFP4:
-            return self._fp4(raw, self._looked_up(scale, self._e8m0), 32), None
-        return self._fp4(raw, self._looked_up(scale, self._e4m3), 16), self._scalar(module, encoding, "global_scale")
+            return self._fp4(raw, self._decoded(scale, e8m0_of), 32), None
+        return self._fp4(raw, self._decoded(scale, e4m3_of), 16), self._scalar(module, encoding, "global_scale")
 
     def input_scale(self, module: str, encoding: Encoding) -> Tensor | None:
         """What activations in front of ``module`` are calibrated to, as a multiplier: float32 [], or ``None``."""
@@ -96,37 +69,21 @@ class Stored:
 
     def _fp4(self, raw_NB: Tensor, scale: Tensor, width: int) -> Tensor:
         """Two codes a byte, one scale for ``width`` codes of a row."""
-        values = self._looked_up(raw_NB, self._e2m1_pairs).flatten(-2)
+        values = self._decoded(raw_NB, e2m1_pair_of).flatten(-2)
         scaled: Tensor = values.unflatten(-1, (-1, width)) * scale[..., None]
         return scaled.flatten(-2)
 
     def _fp8(self, raw_NK: Tensor, stored_scale: Tensor) -> Tensor:
         """One scale for 128 x 128 codes, fewer at the edges; its dtype tells whether it is E8M0 or a float."""
-        if stored_scale.element_size() == 1:
-            scale = self._looked_up(stored_scale, self._e8m0)
-        else:
-            scale = stored_scale.to(self.device).to(self.dtype)
-        num_rows, num_cols = raw_NK.shape
-        rows, cols = (torch.arange(n, device=self.device) // _FP8_BLOCK_SIZE for n in (num_rows, num_cols))
-        return self._looked_up(raw_NK, self._e4m3) * scale[rows][:, cols]
+        is_byte = stored_scale.element_size() == 1
+        scale = self._decoded(stored_scale, e8m0_of) if is_byte else stored_scale.to(self.device).to(self.dtype)
+        return self._decoded(raw_NK, e4m3_of) * spread_blocks(scale, raw_NK.shape)
 
-    def _looked_up(self, raw: Tensor, table: Tensor) -> Tensor:
-        """The table's entries for a tensor's bytes, whatever dtype it has been given."""
-        codes = raw.view(torch.uint8).to(self.device).int()
-        return table.index_select(0, codes.flatten()).view(*raw.shape, *table.shape[1:])
+    def _decoded(self, raw: Tensor, value_of: ByteValue) -> Tensor:
+        return decode(raw.to(self.device), value_of, self.dtype)
 
-    @cached_property
-    def _e2m1_pairs(self) -> Tensor:
-        """Byte -> its two values [256, 2]."""
-        return self._table([(e2m1_of(byte & 15), e2m1_of(byte >> 4)) for byte in range(256)])
 
-    @cached_property
-    def _e4m3(self) -> Tensor:
-        return self._table([e4m3_of(byte) for byte in range(256)])
-
-    @cached_property
-    def _e8m0(self) -> Tensor:
-        return self._table([e8m0_of(byte) for byte in range(256)])
-
-    def _table(self, values: list[float] | list[tuple[float, float]]) -> Tensor:
-        return torch.tensor(values, dtype=self.dtype, device=self.device)
+def spread_blocks(scale: Tensor, shape: torch.Size) -> Tensor:
+    """A scale for each 128 x 128 elements, repeated for every element of a matrix [N, K]."""
+    rows, cols = (torch.arange(n, device=scale.device) // _FP8_BLOCK_SIZE for n in shape)
+    return scale[rows][:, cols]

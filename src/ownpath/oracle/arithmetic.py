@@ -14,9 +14,10 @@ from ownpath.checkpoint.schema import Encoding
 from ownpath.config import ModelConfig
 from ownpath.formats import FP8_BLOCK, FP32, NVFP4
 from ownpath.official import PLAIN, Step
+from ownpath.oracle.formats import fp8, nvfp4_without_global
+from ownpath.oracle.formulas import Mixing, collapse, rms
+from ownpath.oracle.stored import Stored
 from ownpath.plan.plan import Plan
-from ownpath.verify.reference.rounding import fp8, fp8_by_quotient, nvfp4_without_global
-from ownpath.verify.reference.stored import Stored
 
 Value = Tensor | tuple[Tensor, ...]
 
@@ -80,8 +81,8 @@ class Scope:
         of_fp8 = [module for module in modules if self.encodings[module].format is FP8_BLOCK]
         if not (self.arithmetic.w8a8 and of_fp8):
             return self.noted(slot, self.products(x, *modules))
-        quantize = fp8 if all(self._has_e8m0_scales(module) for module in of_fp8) else fp8_by_quotient
-        rounded = quantize(x, _INPUT_BLOCK).to(x.dtype)
+        is_e8m0 = all(self._has_e8m0_scales(module) for module in of_fp8)
+        rounded = fp8(x, _INPUT_BLOCK, is_e8m0).to(x.dtype)
         parts = [self.products(rounded if module in of_fp8 else x, module) for module in modules]
         return self.noted(slot, torch.cat(parts, -1))
 
@@ -129,8 +130,14 @@ class Scope:
 
     def norm(self, slot: str, x: Tensor, weight_key: str) -> Tensor:
         """RMS norm with a weight, as one slot's result."""
-        return self.noted(slot, self.rms(x) * self.stored.param(weight_key))
+        return self.noted(slot, rms(x, self.config.rms_norm_eps) * self.stored.param(weight_key))
 
-    def rms(self, x: Tensor) -> Tensor:
-        """x over the root of its mean square, over the last dimension."""
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps)
+    def mixing(self, slot: str) -> Mixing:
+        """The weights of a boundary."""
+        config = self.config
+        fn, scale, base = (self.stored.param(f"{slot}_{name}") for name in ("fn", "scale", "base"))
+        return Mixing(fn, scale, base, config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps)
+
+    def read_streams(self, slot: str, norm_key: str, x_TSD: Tensor, pre_TS: Tensor) -> Tensor:
+        """A sublayer's normed input [T, D]; rounded before and after the norm."""
+        return self.norm(f"{slot}.h", self.arithmetic.rounded(collapse(x_TSD, pre_TS)), norm_key)

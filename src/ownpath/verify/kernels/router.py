@@ -7,15 +7,15 @@ import copy
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ownpath.conformance.bounds import EXP_STEPS, FLOAT32_ROUND, Exact, deviation
+from ownpath.conformance.exact import product
+from ownpath.finding import Finding
 from ownpath.ops import OpKind
+from ownpath.oracle.formulas import best, expert_scores, routing_weights
 from ownpath.runners import Router
-from ownpath.verify.finding import Finding
-from ownpath.verify.kernels.compare import Exact, deviation
-from ownpath.verify.kernels.exact import product, weight_of
-from ownpath.verify.kernels.limits import EXP_STEPS, FLOAT32_ROUND
+from ownpath.verify.kernels.operands import weight_of
 from ownpath.verify.kernels.probe import Probe
 from ownpath.verify.kernels.report import Tally, error_of
 
@@ -122,7 +122,7 @@ class _Choice:
         gate = f"{slot.removesuffix('.router')}.gate"
         config, stored = probe.config, probe.stored
         self.factor, self.num_chosen = config.routed_scaling_factor, config.num_experts_per_tok
-        self.scores_TE = F.softplus(logits_TE).sqrt()
+        self.scores_TE = expert_scores(logits_TE)
         # exp of x is off by |x| steps, from the product in front of it; the root halves what softplus is off by.
         self.relative_TE = (EXP_STEPS + logits_TE.abs()) * FLOAT32_ROUND + bound_TE / 2
         self.error_TE = self.scores_TE * self.relative_TE
@@ -152,7 +152,7 @@ class _Choice:
         ordered = ids_TK.sort(-1).values
         if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
             return "an expert is chosen twice"
-        order = self.ranked_TE.sort(dim=-1, descending=True, stable=True).indices[:, : self.num_chosen]
+        order = best(self.ranked_TE, self.num_chosen)
         worst_T1 = self.ranked_TE.gather(1, order)[:, -1:]
         short_TK = worst_T1 - self.ranked_TE.gather(1, ids_TK)
         allowed_TK = self.error_TE.gather(1, ids_TK) + self.error_TE.gather(1, order)[:, -1:]
@@ -165,8 +165,8 @@ class _Choice:
         return ""
 
     def _wrong_weights(self, ids_TK: Tensor, weights_TK: Tensor) -> str:
-        scores_TK, relative_TK = self.scores_TE.gather(1, ids_TK), self.relative_TE.gather(1, ids_TK)
-        exact_TK = scores_TK / scores_TK.sum(-1, keepdim=True) * self.factor
+        relative_TK = self.relative_TE.gather(1, ids_TK)
+        exact_TK = routing_weights(self.scores_TE, ids_TK, self.factor)
         # A quotient is off by what its score is, and by no more than the worst score in its sum.
         bound_TK = exact_TK * (relative_TK + relative_TK.amax(-1, keepdim=True))
         found = deviation(weights_TK, Exact(exact_TK, bound_TK))

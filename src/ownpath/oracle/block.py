@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ownpath.config import ModelConfig
+from ownpath.oracle.arithmetic import Arithmetic, Scope, Value
+from ownpath.oracle.attention import attention
+from ownpath.oracle.experts import feed_forward
+from ownpath.oracle.formulas import write_streams
+from ownpath.oracle.stored import Stored
 from ownpath.plan.plan import Plan
-from ownpath.verify.reference.arithmetic import Arithmetic, Scope, Value
-from ownpath.verify.reference.attention import attention
-from ownpath.verify.reference.experts import feed_forward
-from ownpath.verify.reference.hyper import read_last, read_streams, write_streams
-from ownpath.verify.reference.stored import Stored
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,10 @@ def reference_block(
     for part in ("attn", "ffn"):
         slot = f"{layer.name}.hc_{part}"
         x_TSD = scope.noted(f"{slot}.x", x_TSD)
-        h_TD, post, comb = read_streams(scope, slot, f"{layer.name}.{part}_norm.weight", x_TSD)
+        mixing, streams = scope.mixing(slot), config.hc_mult
+        logits = mixing.logits(x_TSD)
+        post, comb = mixing.post(logits, streams), mixing.comb(logits, streams)
+        h_TD = scope.read_streams(slot, f"{layer.name}.{part}_norm.weight", x_TSD, mixing.pre(logits, streams))
         if part == "attn":
             y_TD = attention(scope, layer, h_TD, choices.index_mask_TC)
         else:
@@ -84,5 +87,7 @@ def reference_head(
     """Logits [T, V] of the streams after the last layer. name: ``mtp.0.`` and so on for a draft's."""
     scope = Scope.of(stored, plan, arithmetic, "head")
     x_TSD = arithmetic.rounded(streams_TSD.to(stored.device, stored.dtype))
-    h_TD = read_last(scope, f"{name}hc_head", f"{name}norm.weight", x_TSD)
+    mixing = scope.mixing(f"{name}hc_head")
+    pre_TS = mixing.pre(mixing.logits(x_TSD), config.hc_mult)
+    h_TD = scope.read_streams(f"{name}hc_head", f"{name}norm.weight", x_TSD, pre_TS)
     return scope.wide_linear("head", h_TD, "head")
