@@ -21,7 +21,7 @@ from ownpath.model.batch import ForwardBatch
 from ownpath.official import Step
 from ownpath.plan.plan import Plan
 from ownpath.runners import GroupedLinear, HyperBoundary, HyperWeights, PlainLinear, RMSNorm, Router, SwiGLU
-from ownpath.runners.w4a4 import Nvfp4LinearW4A4, Nvfp4MoEW4A4
+from ownpath.runners import Nvfp4LinearW4A4, Nvfp4MoEW4A4
 from ownpath.trace import Ledger, Record, Records
 from ownpath.trace.records import signature
 from ownpath.trace.uses import Use, use_of, variant_of
@@ -178,7 +178,7 @@ def boundary(name: str) -> HyperBoundary:
     dim = 64
     fn, base, scale = torch.zeros(24, 4 * dim), torch.zeros(24), torch.zeros(3)
     weights = HyperWeights(fn, base, scale, torch.ones(dim, dtype=BF16), 4, 1e-6, 1e-6, 1e-6)
-    return HyperBoundary(weights, kernel=KERNELS[name])
+    return HyperBoundary(weights, kernel=name)
 
 
 def experts_w4a4(name: str) -> Nvfp4MoEW4A4:
@@ -186,12 +186,12 @@ def experts_w4a4(name: str) -> Nvfp4MoEW4A4:
     scales = [torch.ones(4, c.shape[1], c.shape[2] // 8).to(torch.float8_e4m3fn) for c in (codes13, codes2)]
     ones = torch.ones(4)
     w13, w2 = ((codes, scale, ones, ones) for codes, scale in zip((codes13, codes2), scales, strict=True))
-    return Nvfp4MoEW4A4(w13, w2, 7.0, kernel=KERNELS[name])
+    return Nvfp4MoEW4A4(w13, w2, 7.0, kernel=name)
 
 
 def linear_w4a4(name: str) -> Nvfp4LinearW4A4:
     codes, scale = torch.zeros(256, 128, dtype=torch.uint8), torch.ones(256, 16).to(torch.float8_e4m3fn)
-    return Nvfp4LinearW4A4(codes, scale, torch.tensor(1.0), torch.tensor(1.0), kernel=KERNELS[name])
+    return Nvfp4LinearW4A4(codes, scale, torch.tensor(1.0), torch.tensor(1.0), kernel=name)
 
 
 def routed(num_tokens: int) -> tuple[torch.Tensor, ...]:
@@ -204,19 +204,19 @@ def turned(num_tokens: int) -> tuple[Any, ...]:
 
 
 def grouped(name: str) -> GroupedLinear:
-    return GroupedLinear(torch.zeros(128, 256, dtype=BF16), 2, kernel=KERNELS[name])
+    return GroupedLinear(torch.zeros(128, 256, dtype=BF16), 2, kernel=name)
 
 
 def by_score(name: str) -> Router:
-    return Router(PlainLinear(torch.zeros(8, 64)), 6, 1.0, torch.zeros(8), None, kernel=KERNELS[name])
+    return Router(PlainLinear(torch.zeros(8, 64)), 6, 1.0, torch.zeros(8), None, kernel=name)
 
 
 FORMS: dict[str, tuple[Callable[[str], Any], Callable[[int], tuple[Any, ...]], bool]] = {
-    "triton.rms_norm": (lambda name: RMSNorm(None, 1e-6, kernel=KERNELS[name]), lambda t: (rows(t, 64),), True),
-    "triton.swiglu": (lambda name: SwiGLU(7.0, kernel=KERNELS[name]), lambda t: (rows(t, 128),), True),
+    "triton.rms_norm": (lambda name: RMSNorm(None, 1e-6, kernel=name), lambda t: (rows(t, 64),), True),
+    "triton.swiglu": (lambda name: SwiGLU(7.0, kernel=name), lambda t: (rows(t, 128),), True),
     "triton.router": (by_score, lambda t: (rows(t, 64), torch.zeros(t, dtype=torch.int64)), True),
     "triton.plain_linear_invariant": (
-        lambda name: PlainLinear(torch.zeros(8, 64, dtype=BF16), kernel=KERNELS[name]),
+        lambda name: PlainLinear(torch.zeros(8, 64, dtype=BF16), kernel=name),
         lambda t: (rows(t, 64),),
         True,
     ),

@@ -12,7 +12,7 @@ from ownpath.kernels.nvfp4_sm100.layout import W4A4LinearOperand, W4A4MoeOperand
 from ownpath.kernels.nvfp4_sm100.prove import ProofError, prove_linear, prove_moe
 from ownpath.kernels.nvfp4_sm100.route_sm100 import num_tiles_bound
 from ownpath.numerics import decode_nvfp4_blocks, nvfp4_global_scale, quantize_nvfp4, quantize_nvfp4_activation
-from ownpath.runners.w4a4 import Nvfp4LinearW4A4, Nvfp4MoEW4A4
+from ownpath.runners import Nvfp4LinearW4A4, Nvfp4MoEW4A4
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered in divide:RuntimeWarning"),  # zero blocks, masked afterwards
@@ -287,7 +287,7 @@ def test_the_runners_take_a_checkpoints_tensors() -> None:
     shards = [quantize_nvfp4(torch.randn(n, 128, generator=generator(n))) for n in (64, 128)]
     parts = [[getattr(q, name) for q in shards] for name in ("qdata", "scale", "global_scale")]
     input_scale = nvfp4_global_scale(x.flatten(0, 1))
-    linear = Nvfp4LinearW4A4(*parts, torch.stack([input_scale / 3, input_scale]), kernel=kernels.nvfp4_linear_w4a4)
+    linear = Nvfp4LinearW4A4(*parts, torch.stack([input_scale / 3, input_scale]), kernel=LINEAR_KERNEL)
     rows = torch.cat([q.global_scale.expand(len(q.qdata)) for q in shards if q.global_scale is not None])
     expected = ref.nvfp4_linear_w4a4(x.flatten(0, 1), input_scale, torch.cat(parts[0]), torch.cat(parts[1]), rows)
     y = linear(x)
@@ -295,11 +295,11 @@ def test_the_runners_take_a_checkpoints_tensors() -> None:
     assert (y.flatten(0, 1) - expected).float().norm() <= BF16_HALF_ULP * expected.float().norm()
     w13, w2 = experts(4, 128, 128)
     pair = torch.stack((w13[3], w13[3] / 2), dim=1)
-    moe = Nvfp4MoEW4A4((*w13[:3], pair), w2, LIMIT, kernel=kernels.nvfp4_moe_w4a4)
+    moe = Nvfp4MoEW4A4((*w13[:3], pair), w2, LIMIT, kernel=MOE_KERNEL)
     ids, weights = torch.tensor([[1, 2]]), torch.tensor([[0.5, 0.25]])
     expected = ref.nvfp4_moe_w4a4(x[0, :1], ids, weights, w13, w2, LIMIT)
     assert (moe(x[0, :1], ids, weights) - expected).float().norm() <= BF16_HALF_ULP * expected.float().norm()
     with pytest.raises(ValueError, match=r"w2_input_scale must have shape \[4\]"):
-        Nvfp4MoEW4A4(w13, (*w2[:3], torch.ones(4, 2)), LIMIT, kernel=kernels.nvfp4_moe_w4a4)
+        Nvfp4MoEW4A4(w13, (*w2[:3], torch.ones(4, 2)), LIMIT, kernel=MOE_KERNEL)
     with pytest.raises(ValueError, match="same number of shards"):
-        Nvfp4LinearW4A4(parts[0], parts[1][:1], parts[2], input_scale, kernel=kernels.nvfp4_linear_w4a4)
+        Nvfp4LinearW4A4(parts[0], parts[1][:1], parts[2], input_scale, kernel=LINEAR_KERNEL)

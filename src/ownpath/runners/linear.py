@@ -209,7 +209,8 @@ class QuantizedLinear(LinearRunner):
             stored = StoredLinear(tuple(_scaled(shard, self.input_scale) for shard in stored.shards))
         super().__init__(kernel, stored)
 
-    def _quantized(self, x: torch.Tensor) -> torch.Tensor:
+    def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
+        """Quantises x and reads it back, without the global scale that went into the weights'."""
         if self.input_scale is None:
             return fake_quantize_fp8(x, INPUT_BLOCK)
         return nvfp4_codes_times_scales(x.reshape(-1, x.shape[-1]), self.input_scale).view(x.shape)
@@ -218,11 +219,11 @@ class QuantizedLinear(LinearRunner):
         self, x: torch.Tensor, *, out: torch.Tensor | None = None, workspace: torch.Tensor | None = None
     ) -> torch.Tensor:
         """As ``LinearRunner``, on the quantised x."""
-        return super().run(self._quantized(x), out=out, workspace=workspace)
+        return super().run(self.quantize_input(x), out=out, workspace=workspace)
 
     def run_wide(self, x: torch.Tensor) -> torch.Tensor:
         """As ``LinearRunner``, on the quantised x."""
-        return super().run_wide(self._quantized(x.to(torch.promote_types(x.dtype, torch.float32))))
+        return super().run_wide(self.quantize_input(x.to(torch.promote_types(x.dtype, torch.float32))))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():

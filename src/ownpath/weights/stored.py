@@ -1,5 +1,7 @@
 """What a plan's filled buffers hold, as kernels take it: shards of a matrix, or stacks of experts."""
 
+from dataclasses import replace
+
 import torch
 
 from ownpath.checkpoint.errors import CheckpointError
@@ -33,11 +35,16 @@ def stored_experts(op: PlannedOp, operand: Operand, swiglu_limit: float) -> Stor
 
     Errors: CheckpointError naming slot and expert for MXFP4 that NVFP4 cannot say.
     """
-    fmt = op.encoding.format
-    if fmt is MXFP4 and op.choice.kernel.layout != "row_major":
-        gate_up, down = (_mxfp4_as_nvfp4(op, operand, name) for name in ("w13", "w2"))
-    else:
-        gate_up, down = (_side(op, operand, name) for name in ("w13", "w2"))
+    stored = unconverted_experts(op, operand, swiglu_limit)
+    if op.encoding.format is not MXFP4 or op.choice.kernel.layout == "row_major":
+        return stored
+    gate_up, down = (_mxfp4_as_nvfp4(op, operand, name) for name in ("w13", "w2"))
+    return replace(stored, gate_up=gate_up, down=down)
+
+
+def unconverted_experts(op: PlannedOp, operand: Operand, swiglu_limit: float) -> StoredExperts:
+    """The routed experts in the format of the file; the buffers may lie on ``meta``."""
+    gate_up, down = (_side(op, operand, name) for name in ("w13", "w2"))
     gate_up_input, down_input = (_input_scale(operand, name) for name in ("w13", "w2"))
     return StoredExperts(gate_up, down, swiglu_limit, gate_up_input, down_input)
 

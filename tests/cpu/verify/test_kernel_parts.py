@@ -23,7 +23,7 @@ from ownpath.kernels.nvfp4.choose import choose_linear, choose_moe
 from ownpath.kernels.official_experts.ref import ExpertWeights
 from ownpath.kernels.registry import KERNELS
 from ownpath.runners import PlainLinear, Router
-from ownpath.runners.official import OfficialMoE
+from ownpath.runners.moe import MoeRunner
 from ownpath.verify import kernel_stage as stage
 from ownpath.verify.kernels import exact, products
 from ownpath.verify.kernels.choices import MOST, changes, row_counts, scanned
@@ -172,7 +172,7 @@ def test_a_router_asks_for_a_token_id_a_row() -> None:
 
 def test_official_experts_ask_for_routing_that_fits() -> None:
     w13, w2 = ExpertWeights(BF16, torch.ones(2, 16, 8)), ExpertWeights(BF16, torch.ones(2, 8, 8))
-    experts = OfficialMoE(w13, w2, 10.0, kernel=KERNELS["ref.moe_weight_first"])
+    experts = OfficialMoE(w13, w2, 10.0, kernel="ref.moe_weight_first")
     ids, weights = torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)
     for wrong_ids, wrong_weights in ((ids[:2], weights), (ids.float(), weights), (ids, weights[:, :1])):
         with pytest.raises(ValueError, match="topk_"):

@@ -5,7 +5,7 @@ what one specialisation needs: it may be started again for tensors of the same s
 """
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ownpath.kernels.dsl.driver import Argument, Boxes, Function, Launch
 
-SCALARS = {"i32": ctypes.c_int, "i64": ctypes.c_longlong, "fp32": ctypes.c_float}
+SCALARS: Mapping[str, Callable[[Any], Any]] = {"i32": ctypes.c_int, "i64": ctypes.c_longlong, "fp32": ctypes.c_float}
 Given: TypeAlias = Any
 """A tensor, a descriptor, an integer or a float."""
 
@@ -64,7 +64,8 @@ def launch(
             tensors.append(pointer)
             passed.append(pointer)
         else:
-            passed.append(SCALARS[kind](value))
+            scalar: Argument = SCALARS[kind](value)
+            passed.append(scalar)
     scratch = (ctypes.c_void_p(), ctypes.c_void_p())
     threads = 32 * metadata.num_warps
     function_on_device = Function(compiled.function, threads, metadata.shared, 1, bool(metadata.launch_pdl))

@@ -141,7 +141,7 @@ def check_products(probe: Probe) -> Iterator[Finding]:
         try:
             for num_rows in dense.row_counts:
                 _add(each, dense, num_rows, probe.kernels[slot])
-            for variant, num_rows in variants_of(probe.kernels[slot], probe.slots[slot], dense.unread):
+            for variant, num_rows in variants_of(probe.part.runners[slot], dense.unread):
                 _add(every, dense, num_rows, f"{probe.kernels[slot]} {variant}")
         except Exception as error:  # whatever a kernel can raise is what is looked for
             each.fail(slot, probe.kernels[slot], error_of(error))
