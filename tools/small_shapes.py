@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import torch
 
-from ownpath.kernels.registry import KERNELS
 from ownpath.runners import Fp8Linear, Nvfp4Linear, Nvfp4MoE
 
 LINEAR_SHAPES = ((192, 384), (256, 512), (1536, 512))

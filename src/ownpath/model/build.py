@@ -13,7 +13,6 @@ from ownpath.attention.rope import Rope
 from ownpath.attention.select import EntrySelector
 from ownpath.cache.pools import CacheSpec
 from ownpath.config import CSA_RATIO, EngineConfig, Layer, ModelConfig
-from ownpath.kernels.spec import KernelSpec
 from ownpath.model.attention import Attention, AttentionCore
 from ownpath.model.block import Block
 from ownpath.model.indexer import Indexer
@@ -34,6 +33,7 @@ from ownpath.runners import (
     SwiGLU,
     SwigluMlp,
 )
+from ownpath.runners.runner import Chosen
 from ownpath.trace import Ledger, Tap
 
 Runners = dict[str, Runner]
@@ -53,7 +53,7 @@ class Builder:
     config: ModelConfig
     engine: EngineConfig
     runners: Runners
-    specs: Mapping[str, KernelSpec]
+    specs: Mapping[str, Chosen]
     params: Params
     ledger: Ledger
 

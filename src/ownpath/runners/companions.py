@@ -24,23 +24,23 @@ class RMSNorm(KernelRunner):
 
     def __init__(self, weight: torch.Tensor | None, eps: float, *, kernel: Chosen = "ref.rms_norm") -> None:
         self.spec, self.weight, self.eps = chosen_spec(kernel), weight, eps
-        self._kernel: NormKernel[Any] = KERNELS[self.spec.name]
-        self.operand = self._kernel.prepare(NormWeights(weight, eps))
+        self.kernel: NormKernel[Any] = KERNELS[self.spec.name]
+        self.operand = self.kernel.prepare(NormWeights(weight, eps))
         self.handle = HANDLES.new(self)
 
     def variant(self, x: torch.Tensor, *_: Any) -> str | None:
         """Names of the configurations that a call launches; ``None``: there is one form."""
-        return self._kernel.variant(x, self.operand)
+        return self.kernel.variant(x, self.operand)
 
     def run(self, x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """y, of the shape and dtype of x. Errors: ValueError naming what the kernel does not take."""
-        return self._kernel.run(x, self.operand, out=out)
+        return self.kernel.run(x, self.operand, out=out)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
             y: torch.Tensor = torch.ops.ownpath.rms_norm(x, self.handle)
             return y
-        return self._kernel.run(x, self.operand)
+        return self.kernel.run(x, self.operand)
 
 
 class HyperBoundary(KernelRunner):
@@ -52,8 +52,8 @@ class HyperBoundary(KernelRunner):
 
     def __init__(self, weights: HyperWeights, *, kernel: Chosen = "ref.hyper_boundary") -> None:
         self.spec, self.weights = chosen_spec(kernel), weights
-        self._kernel: BoundaryKernel[Any] = KERNELS[self.spec.name]
-        self.operand = self._kernel.prepare(weights)
+        self.kernel: BoundaryKernel[Any] = KERNELS[self.spec.name]
+        self.operand = self.kernel.prepare(weights)
         self.handle = HANDLES.new(self)
 
     @property
@@ -64,11 +64,11 @@ class HyperBoundary(KernelRunner):
 
     def variant(self, x_TSD: torch.Tensor, *_: Any) -> str | None:
         """Names of the configurations that a call launches; ``None``: there is one form."""
-        return self._kernel.variant(x_TSD, self.operand)
+        return self.kernel.variant(x_TSD, self.operand)
 
     def workspace(self, num_tokens: int) -> torch.Tensor | None:
         """Scratch for calls of up to ``num_tokens`` tokens; ``None`` where none is used."""
-        return self._kernel.workspace(self.operand, num_tokens)
+        return self.kernel.workspace(self.operand, num_tokens)
 
     def run(
         self,
@@ -80,7 +80,7 @@ class HyperBoundary(KernelRunner):
         workspace: torch.Tensor | None = None,
     ) -> HyperOut:
         """``__call__``, without asking whether torch compiles."""
-        return self._kernel.run(x_TSD, y_TD, mix, self.operand, out=out, workspace=workspace)
+        return self.kernel.run(x_TSD, y_TD, mix, self.operand, out=out, workspace=workspace)
 
     def run_flat(
         self, x: torch.Tensor, y: torch.Tensor | None, post: torch.Tensor | None, comb: torch.Tensor | None
@@ -99,7 +99,7 @@ class HyperBoundary(KernelRunner):
             post, comb = (None, None) if mix is None else (mix.post_TS, mix.comb_TSS)
             streams, h, *new = torch.ops.ownpath.hyper_boundary(x_TSD, y_TD, post, comb, self.handle)
             return HyperOut(streams, h, Mix(*new) if self.makes_mix else None)
-        return self._kernel.run(x_TSD, y_TD, mix, self.operand)
+        return self.kernel.run(x_TSD, y_TD, mix, self.operand)
 
 
 class Router(KernelRunner):
@@ -125,14 +125,14 @@ class Router(KernelRunner):
         self.spec, self.gate = chosen_spec(kernel), gate
         self.num_experts_per_tok, self.routed_scaling_factor = num_experts_per_tok, routed_scaling_factor
         self.bias_E, self.tid2eid_VK = bias_E, tid2eid_VK
-        self._kernel: RouterKernel[Any] = KERNELS[self.spec.name]
+        self.kernel: RouterKernel[Any] = KERNELS[self.spec.name]
         weights = RouterWeights(num_experts_per_tok, routed_scaling_factor, bias_E, tid2eid_VK)
-        self.operand = self._kernel.prepare(weights)
+        self.operand = self.kernel.prepare(weights)
         self.handle = HANDLES.new(self)
 
     def variant(self, x_TD: torch.Tensor, *_: Any) -> str | None:
         """Names of the configurations that a call launches; ``None``: there is one form. Logits are not looked at."""
-        return self._kernel.variant(x_TD, self.operand)
+        return self.kernel.variant(x_TD, self.operand)
 
     def run(
         self,
@@ -142,7 +142,7 @@ class Router(KernelRunner):
         out: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The choice, from the gate's logits. Errors: ValueError naming what the kernel does not take."""
-        return self._kernel.run(logits_TE, token_ids_T, self.operand, out=out)
+        return self.kernel.run(logits_TE, token_ids_T, self.operand, out=out)
 
     def __call__(self, x_TD: torch.Tensor, token_ids_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Expert ids [T, K] and weights, at least float32 [T, K], that sum to ``routed_scaling_factor``.
@@ -155,7 +155,7 @@ class Router(KernelRunner):
         if torch.compiler.is_compiling():
             ids, weights = torch.ops.ownpath.router(logits_TE, token_ids_T, self.handle)
             return ids, weights
-        return self._kernel.run(logits_TE, token_ids_T, self.operand)
+        return self.kernel.run(logits_TE, token_ids_T, self.operand)
 
 
 class SwiGLU(KernelRunner):
@@ -163,23 +163,23 @@ class SwiGLU(KernelRunner):
 
     def __init__(self, limit: float, *, kernel: Chosen = "ref.swiglu") -> None:
         self.spec, self.limit = chosen_spec(kernel), limit
-        self._kernel: SwigluKernel[Any] = KERNELS[self.spec.name]
-        self.operand = self._kernel.prepare(limit)
+        self.kernel: SwigluKernel[Any] = KERNELS[self.spec.name]
+        self.operand = self.kernel.prepare(limit)
         self.handle = HANDLES.new(self)
 
     def variant(self, gate_up: torch.Tensor, *_: Any) -> str | None:
         """Names of the configurations that a call launches; ``None``: there is one form."""
-        return self._kernel.variant(gate_up, self.operand)
+        return self.kernel.variant(gate_up, self.operand)
 
     def run(self, gate_up: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """y [..., F]. Errors: ValueError naming what the kernel does not take."""
-        return self._kernel.run(gate_up, self.operand, out=out)
+        return self.kernel.run(gate_up, self.operand, out=out)
 
     def __call__(self, gate_up: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
             y: torch.Tensor = torch.ops.ownpath.swiglu(gate_up, self.handle)
             return y
-        return self._kernel.run(gate_up, self.operand)
+        return self.kernel.run(gate_up, self.operand)
 
 
 class SharedKeyAttention(KernelRunner):
@@ -187,8 +187,8 @@ class SharedKeyAttention(KernelRunner):
 
     def __init__(self, sink_N: torch.Tensor, softmax_scale: float, *, kernel: Chosen = "ref.attention") -> None:
         self.spec, self.sink_N, self.softmax_scale = chosen_spec(kernel), sink_N, softmax_scale
-        self._kernel: AttentionReference = KERNELS[self.spec.name]
-        self.operand = self._kernel.prepare(AttentionWeights(sink_N, softmax_scale))
+        self.kernel: AttentionReference = KERNELS[self.spec.name]
+        self.operand = self.kernel.prepare(AttentionWeights(sink_N, softmax_scale))
         self.handle = HANDLES.new(self)
 
     def variant(self, *args: Any) -> None:
@@ -196,7 +196,7 @@ class SharedKeyAttention(KernelRunner):
 
     def run(self, q_tNH: torch.Tensor, keys_KH: torch.Tensor, visible_tK: torch.Tensor) -> torch.Tensor:
         """``__call__``, without asking whether torch compiles."""
-        return self._kernel.run(q_tNH, keys_KH, visible_tK, self.operand)
+        return self.kernel.run(q_tNH, keys_KH, visible_tK, self.operand)
 
     def __call__(self, q_tNH: torch.Tensor, keys_KH: torch.Tensor, visible_tK: torch.Tensor) -> torch.Tensor:
         """q [t, N, H], keys [K, H], visible bool [t, K] -> [t, N, H]."""
@@ -211,8 +211,8 @@ class KeyQuantizer(KernelRunner):
 
     def __init__(self, num_rotary: int, *, kernel: Chosen = "ref.fp8_keys") -> None:
         self.spec, self.num_rotary = chosen_spec(kernel), num_rotary
-        self._kernel: KeyQuantizerReference = KERNELS[self.spec.name]
-        self.operand = self._kernel.prepare(num_rotary)
+        self.kernel: KeyQuantizerReference = KERNELS[self.spec.name]
+        self.operand = self.kernel.prepare(num_rotary)
         self.handle = HANDLES.new(self)
 
     def variant(self, *args: Any) -> None:
@@ -220,7 +220,7 @@ class KeyQuantizer(KernelRunner):
 
     def run(self, kv: torch.Tensor) -> torch.Tensor:
         """``__call__``, without asking whether torch compiles."""
-        return self._kernel.run(kv, self.operand)
+        return self.kernel.run(kv, self.operand)
 
     def __call__(self, kv: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
@@ -234,7 +234,7 @@ class IndexQuantizer(KernelRunner):
 
     def __init__(self, *, kernel: Chosen = "ref.fp4_index") -> None:
         self.spec = chosen_spec(kernel)
-        self._kernel: IndexQuantizerReference = KERNELS[self.spec.name]
+        self.kernel: IndexQuantizerReference = KERNELS[self.spec.name]
         self.handle = HANDLES.new(self)
 
     def variant(self, *args: Any) -> None:
@@ -242,7 +242,7 @@ class IndexQuantizer(KernelRunner):
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
         """``__call__``, without asking whether torch compiles."""
-        return self._kernel.run(x)
+        return self.kernel.run(x)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():

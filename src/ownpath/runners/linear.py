@@ -41,8 +41,8 @@ class LinearRunner(KernelRunner):
     def __init__(self, kernel: Chosen, stored: StoredLinear) -> None:
         self.spec = chosen_spec(kernel)
         self.out_features, self.in_features = stored.shape
-        self._kernel: LinearKernel[Any] = KERNELS[self.spec.name]
-        self.operand = self._kernel.prepare(stored)
+        self.kernel: LinearKernel[Any] = KERNELS[self.spec.name]
+        self.operand = self.kernel.prepare(stored)
         self.handle = HANDLES.new(self)
 
     def run(
@@ -52,44 +52,44 @@ class LinearRunner(KernelRunner):
 
         Errors: ValueError naming what is wrong with x, out or workspace.
         """
-        return self._kernel.run(x, self.operand, out=out, workspace=workspace)
+        return self.kernel.run(x, self.operand, out=out, workspace=workspace)
 
     def run_wide(self, x: torch.Tensor) -> torch.Tensor:
         """y [..., N] in at least float32. Errors: ValueError naming what is wrong with x."""
-        return self._kernel.run_wide(x, self.operand)
+        return self.kernel.run_wide(x, self.operand)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
             y: torch.Tensor = torch.ops.ownpath.linear(x, self.handle)
             return y
-        return self._kernel.run(x, self.operand)
+        return self.kernel.run(x, self.operand)
 
     def wide(self, x: torch.Tensor) -> torch.Tensor:
         """``run_wide``."""
         if torch.compiler.is_compiling():
             y: torch.Tensor = torch.ops.ownpath.linear_wide(x, self.handle)
             return y
-        return self._kernel.run_wide(x, self.operand)
+        return self.kernel.run_wide(x, self.operand)
 
     def workspace(self, num_tokens: int) -> torch.Tensor | None:
         """uint8 scratch for calls of up to ``num_tokens`` rows; ``None``: the kernel needs none."""
-        return self._kernel.workspace(self.operand, num_tokens)
+        return self.kernel.workspace(self.operand, num_tokens)
 
     def stored(self) -> tuple[QuantTensor, ...]:
         """What the kernel holds, read back out of its layout; a kernel that fuses shards gives one matrix."""
-        return self._kernel.restore(self.operand)
+        return self.kernel.restore(self.operand)
 
     def padding(self) -> torch.Tensor | None:
         """Bytes that the kernel may read beyond the matrix; ``None``: its layout has none."""
-        return self._kernel.padding(self.operand)
+        return self.kernel.padding(self.operand)
 
     def compile_configs(self) -> Sequence[Config]:
         """Everything compiled to disk that calls may launch, for compiling ahead."""
-        return self._kernel.configs(self.operand)
+        return self.kernel.configs(self.operand)
 
     def variant(self, x: torch.Tensor, *_: Any) -> str | None:
         """Names of the configurations that a call with this x launches; ``None``: there is one form."""
-        return self._kernel.variant(x, self.operand)
+        return self.kernel.variant(x, self.operand)
 
 
 def _listed(value: Shards) -> list[torch.Tensor]:
@@ -300,20 +300,20 @@ class GroupedLinear(KernelRunner):
         self.spec = chosen_spec(kernel)
         self.weight_GRI = weight.unflatten(0, (num_groups, -1))
         self.num_groups, self.out_features, self.in_features = self.weight_GRI.shape
-        self._kernel: GroupedKernel[Any] = KERNELS[self.spec.name]
-        self.operand = self._kernel.prepare(self.weight_GRI)
+        self.kernel: GroupedKernel[Any] = KERNELS[self.spec.name]
+        self.operand = self.kernel.prepare(self.weight_GRI)
         self.handle = HANDLES.new(self)
 
     def stored(self) -> tuple[QuantTensor, ...]:
         """What the kernel holds: rows of all groups."""
-        return self._kernel.restore(self.operand)
+        return self.kernel.restore(self.operand)
 
     def padding(self) -> None:
         """The layout has none."""
 
     def variant(self, o_TNH: torch.Tensor, *_: Any) -> str | None:
         """Names of the configurations that a call with this input launches; ``None``: there is one form."""
-        return self._kernel.variant(o_TNH, self.operand)
+        return self.kernel.variant(o_TNH, self.operand)
 
     def new_out(self, o_TNH: torch.Tensor) -> torch.Tensor:
         """Unwritten y [T, G, R]."""
@@ -328,7 +328,7 @@ class GroupedLinear(KernelRunner):
             raise ValueError(f"heads must be [T, N, H] with N * H = {width}, found {list(o_TNH.shape)}")
         if o_TNH.device != self.weight_GRI.device or not o_TNH.is_floating_point():
             require_input(o_TNH, o_TNH.shape[-1], self.weight_GRI)
-        return self._kernel.run(o_TNH, cos_TA, sin_TA, self.operand, out=out)
+        return self.kernel.run(o_TNH, cos_TA, sin_TA, self.operand, out=out)
 
     def __call__(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
         """rotation: (cos, sin) float32 [T, A] of each row's angles, to be undone; the planned kernel does both."""

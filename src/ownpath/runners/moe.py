@@ -30,8 +30,8 @@ class MoeRunner(KernelRunner):
         self.spec = chosen_spec(kernel)
         self.num_experts, self.hidden_size = stored.num_experts, stored.hidden_size
         self.swiglu_limit = stored.swiglu_limit
-        self._kernel: ExpertsKernel[Any] = KERNELS[self.spec.name]
-        self.operand = self._kernel.prepare(stored)
+        self.kernel: ExpertsKernel[Any] = KERNELS[self.spec.name]
+        self.operand = self.kernel.prepare(stored)
         self.handle = HANDLES.new(self)
 
     def run(
@@ -47,7 +47,7 @@ class MoeRunner(KernelRunner):
     ) -> torch.Tensor:
         """``__call__``, without asking whether torch compiles."""
         routing = Routing(topk_ids, topk_weights, num_shared, expert_map)
-        return self._kernel.run(x, routing, self.operand, out=out, workspace=workspace)
+        return self.kernel.run(x, routing, self.operand, out=out, workspace=workspace)
 
     def __call__(
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, **given: Any
@@ -70,11 +70,11 @@ class MoeRunner(KernelRunner):
 
         num_slots: experts per token, shared ones included.
         """
-        return self._kernel.workspace(self.operand, num_tokens, num_slots)
+        return self.kernel.workspace(self.operand, num_tokens, num_slots)
 
     def stored_expert(self, expert: int) -> Expert:
         """What the kernel holds of one expert, read back out of its layout; w2's global scale may be there twice."""
-        gate_up, down = self._kernel.restore(self.operand, expert)
+        gate_up, down = self.kernel.restore(self.operand, expert)
         return *gate_and_up(gate_up), down
 
     def padding(self) -> None:
@@ -82,11 +82,11 @@ class MoeRunner(KernelRunner):
 
     def compile_configs(self) -> Sequence[Config]:
         """The kernels that calls may launch (without shared experts or an expert map), for compiling ahead."""
-        return self._kernel.configs(self.operand)
+        return self.kernel.configs(self.operand)
 
     def variant(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, *_: Any) -> str | None:
         """Names of the configurations that a call launches; ``None``: there is one form."""
-        return self._kernel.variant(x, Routing(topk_ids, topk_weights), self.operand)
+        return self.kernel.variant(x, Routing(topk_ids, topk_weights), self.operand)
 
 
 def gate_and_up(fused: QuantTensor) -> tuple[QuantTensor, QuantTensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ownpath.formats import Format
-from ownpath.kernels.contract import Config
+from ownpath.kernels.contract import Config, Kernel
 from ownpath.kernels.registry import SPECS, spec_of
 from ownpath.kernels.spec import KernelSpec
 from ownpath.ops import OpKind
@@ -27,9 +27,10 @@ class Runner(ABC):
 
 
 class KernelRunner(Runner):
-    """A runner around one kernel."""
+    """A runner around one kernel. kernel: what ``spec`` names."""
 
     spec: KernelSpec
+    kernel: Kernel[Any]
 
     @property
     def leaves(self) -> "tuple[KernelRunner, ...]":

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
+from ownpath.kernels.registry import KERNELS
 from ownpath.runners.runner import KernelRunner, Runner
 
 UNKNOWN = "unknown"
@@ -27,8 +28,8 @@ def use_of(runner: Callable[..., Any]) -> Use:
     if not isinstance(runner, Runner):
         named = runner if isinstance(runner, FunctionType | type) else type(runner)
         return Use(named.__qualname__, f"unregistered {named.__module__}.{named.__qualname__}", UNKNOWN)
-    specs = [leaf.spec for leaf in runner.leaves]
-    return Use(*(_joined(names) for names in zip(*((s.runner, s.name, s.layout) for s in specs), strict=True)))
+    names = [(leaf.spec.runner, _kernel_name(leaf), leaf.spec.layout) for leaf in runner.leaves]
+    return Use(*map(_joined, zip(*names, strict=True)))
 
 
 def variant_of(runner: Callable[..., Any], args: tuple[Any, ...]) -> str:
@@ -37,6 +38,14 @@ def variant_of(runner: Callable[..., Any], args: tuple[Any, ...]) -> str:
     if not isinstance(runner, Runner):
         return UNKNOWN
     return _joined(_variant(leaf, args) for leaf in runner.leaves)
+
+
+def _kernel_name(leaf: KernelRunner) -> str:
+    """What the runner says, if it holds that; otherwise what it holds."""
+    if leaf.kernel is KERNELS[leaf.spec.name]:
+        return leaf.spec.name
+    held = type(leaf.kernel)
+    return f"unregistered {held.__module__}.{held.__qualname__}"
 
 
 def _variant(leaf: KernelRunner, args: tuple[Any, ...]) -> str:

@@ -128,7 +128,8 @@ def test_another_experts_weights_are_named(run_changed: Callable[..., list[Findi
 
 def operand(slots: dict[str, Watched]) -> Any:
     """((codes, scale, global scale) of w13, the same of w2) of all experts."""
-    return slots[EXPERTS].runner._operand  # type: ignore[attr-defined]
+    stored = slots[EXPERTS].runner.operand  # type: ignore[attr-defined]
+    return [(side.qdata, side.scale, side.global_scale) for side in (stored.gate_up, stored.down)]
 
 
 def test_swapped_gate_and_up_are_told(run_changed: Callable[..., list[Finding]]) -> None:
@@ -287,8 +288,8 @@ def test_a_window_off_by_one(by: int, run_changed: Callable[..., list[Finding]])
 def test_keys_that_must_not_be_seen(run_changed: Callable[..., list[Finding]]) -> None:
     def change(_: LoadedLayer, slots: dict[str, Watched]) -> None:
         softmax: Any = slots["layers.3.attn.core"].runner.layer.softmax  # type: ignore[attr-defined]
-        kernel = softmax._kernel
-        softmax._kernel = lambda q, keys, visible, *rest: kernel(q, keys, torch.ones_like(visible), *rest)
+        run = softmax.run
+        softmax.run = lambda q, keys, visible: run(q, keys, torch.ones_like(visible))
 
     assert ("K09", "layers.3.attn.core") in places(run_changed(change))
 

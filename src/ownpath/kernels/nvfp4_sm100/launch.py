@@ -15,32 +15,19 @@ Compiled for sm_100a and interpreted on a CPU; never run on a device, which is w
 their torch twin before a runner trusts them.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ownpath.formats import NVFP4
-from ownpath.kernels.checks import check, require_input
-from ownpath.kernels.contract import Config, Expert, Routing, StoredExperts, StoredLinear
+from ownpath.kernels.checks import check
 from ownpath.kernels.nvfp4_sm100.gate_up_sm100 import gate_up_w4a4_kernel
 from ownpath.kernels.nvfp4_sm100.gemm_sm100 import gemm_w4a4_kernel
 from ownpath.kernels.nvfp4_sm100.layout import (
-    W4A4LinearOperand,
     W4A4MoeOperand,
     boxed_shape,
-    linear_operand,
-    moe_operand,
-    scale_padding,
-    unboxed,
 )
-from ownpath.kernels.nvfp4_sm100.prove import prove_linear, prove_moe
 from ownpath.kernels.nvfp4_sm100.quantize_sm100 import quantize_kernel
 from ownpath.kernels.nvfp4_sm100.route_sm100 import combine_kernel, count_kernel, num_tiles_bound, place_kernel
-from ownpath.kernels.shards import fuse_nvfp4
-from ownpath.kernels.variants import spelled
-from ownpath.qtensor import QuantTensor
 
 ROW_TILE = 128
 NARROW, WIDE, WIDE_FROM_ROWS = 128, 256, 2048
@@ -48,87 +35,6 @@ BLOCK_K = 256
 STAGES = 3
 QUANTIZE_ROWS, QUANTIZE_COLUMNS = 8, 512
 CHUNK = 1024
-
-
-class _Compiled:
-    """What both kernels have in common: Triton compiles at the first call."""
-
-    def __init__(self, is_batch_invariant: bool) -> None:
-        self.is_batch_invariant = is_batch_invariant
-
-    def configs(self, operand: W4A4LinearOperand | W4A4MoeOperand) -> Sequence[Config]:
-        """Nothing is compiled to disk."""
-        return ()
-
-    def planned_configs(self, stored: StoredLinear | StoredExperts) -> Sequence[Config]:
-        """Nothing is compiled to disk."""
-        return ()
-
-
-class Nvfp4LinearW4A4Kernel(_Compiled):
-    """y = x w^T with both operands NVFP4. is_batch_invariant: the same tiles for every number of rows."""
-
-    def prepare(self, stored: StoredLinear) -> W4A4LinearOperand:
-        """Codes as they are, swizzled scales. The first on a device proves the kernel there.
-
-        Errors: OperandError as ``linear_operand``; ProofError when the kernel differs from its twin.
-        """
-        assert stored.input_scale is not None, "a W4A4 product without a calibrated input_scale has no meaning"
-        operand = linear_operand(*fuse_nvfp4(stored), stored.input_scale)
-        if operand.codes.is_cuda:
-            prove_linear(self, operand.codes.device)
-        return operand
-
-    def restore(self, operand: W4A4LinearOperand) -> tuple[QuantTensor, ...]:
-        """All shards' rows in the stored order. Its global scales [N] have the input's in them."""
-        num_rows, width = operand.shape
-        return (QuantTensor(operand.codes, unboxed(operand.scale, num_rows, width // 16), operand.alpha, NVFP4),)
-
-    def padding(self, operand: W4A4LinearOperand) -> torch.Tensor:
-        """Scales that the kernel may read beyond the matrix."""
-        num_rows, width = operand.shape
-        return scale_padding(operand.scale, num_rows, width // 16)
-
-    def _columns(self, num_rows: int, operand: W4A4LinearOperand) -> int:
-        return NARROW if self.is_batch_invariant else columns_per_tile(num_rows, operand.shape[0])
-
-    def variant(self, x: torch.Tensor, operand: W4A4LinearOperand) -> str:
-        """By the number of rows, unless it is batch-invariant."""
-        columns = self._columns(x.numel() // x.shape[-1], operand)
-        return spelled("w4a4_linear", rows=ROW_TILE, columns=columns)
-
-    def workspace(self, operand: W4A4LinearOperand, num_tokens: int) -> None:
-        """Scratch comes from torch's allocator."""
-
-    def run(
-        self,
-        x: torch.Tensor,
-        operand: W4A4LinearOperand,
-        *,
-        out: torch.Tensor | None = None,
-        workspace: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Shapes: x bfloat16 [..., K]; y bfloat16 [..., N].
-
-        Errors: ValueError for another dtype, width, stride or device than the operand's, or a device without tcgen05.
-        """
-        n, k = operand.shape
-        require_input(x, k, operand.codes)
-        x_MK = x.reshape(-1, k)
-        _check_input(x_MK, k, operand.codes.device)
-        if out is None:
-            out = torch.empty((len(x_MK), n), dtype=torch.bfloat16, device=x_MK.device)
-        else:
-            check("out", out, (torch.bfloat16,), (*x.shape[:-1], n), x_MK.device)
-        if len(x_MK):
-            columns = self._columns(len(x_MK), operand)
-            codes, scale = quantize_activation(x_MK, operand.input_scale)
-            _product(codes, scale, operand.codes, operand.scale, out.view(-1, n), operand.alpha, columns)
-        return out.view(*x.shape[:-1], n)
-
-    def run_wide(self, x: torch.Tensor, operand: W4A4LinearOperand) -> torch.Tensor:
-        """y in at least float32, of which this kernel has none. Errors: ValueError."""
-        return self.run(x.to(torch.promote_types(x.dtype, torch.float32)), operand)
 
 
 def quantize_activation(x_MK: torch.Tensor, input_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,84 +65,14 @@ def quantize_activation(x_MK: torch.Tensor, input_scale: torch.Tensor) -> tuple[
     return codes, scale
 
 
-class Nvfp4MoeW4A4Kernel(_Compiled):
-    """y[t] = sum over chosen experts of weight * w2 swiglu(w13 x[t]), every operand NVFP4.
-
-    is_batch_invariant: the same tiles for every number of tokens.
-    """
-
-    def prepare(self, stored: StoredExperts) -> W4A4MoeOperand:
-        """Codes as they are, swizzled scales. The first on a device proves the kernels there.
-
-        Errors: OperandError as ``moe_operand``; ProofError when they differ from their twin.
-        """
-        gate_up = _side(stored.gate_up, stored.gate_up_input_scale)
-        operand = moe_operand(gate_up, _side(stored.down, stored.down_input_scale), stored.swiglu_limit)
-        if operand.w2.is_cuda:
-            prove_moe(self, operand.w2.device)
-        return operand
-
-    def restore(self, operand: W4A4MoeOperand, expert: int) -> Expert:
-        """One expert in the stored order. Its global scales have the input's in them."""
-        gate_up = _restored(operand, operand.w13, operand.w13_scale, operand.w13_alpha, expert)
-        return gate_up, _restored(operand, operand.w2, operand.w2_scale, operand.w2_alpha, expert)
-
-    def _columns(self, routing: Routing, operand: W4A4MoeOperand) -> int:
-        num_rows = ROW_TILE * num_tiles_bound(routing.ids.numel(), operand.num_experts, ROW_TILE)
-        return NARROW if self.is_batch_invariant else columns_per_tile(num_rows, operand.hidden_size)
-
-    def variant(self, x: torch.Tensor, routing: Routing, operand: W4A4MoeOperand) -> str:
-        """By the most rows that the routing may need, unless it is batch-invariant."""
-        return spelled("w4a4_moe", rows=ROW_TILE, columns=self._columns(routing, operand))
-
-    def workspace(self, operand: W4A4MoeOperand, num_tokens: int, num_slots: int) -> None:
-        """Scratch comes from torch's allocator."""
-
-    def run(
-        self,
-        x: torch.Tensor,
-        routing: Routing,
-        operand: W4A4MoeOperand,
-        *,
-        out: torch.Tensor | None = None,
-        workspace: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Shapes: x bfloat16 [T, D]; ids int32 or int64 [T, K], those outside [0, E) are skipped; y bfloat16 [T, D].
-
-        Errors: ValueError for a wrong dtype, shape, stride or device, shared experts, a map or no tcgen05.
-        """
-        if routing.num_shared or routing.expert_map is not None:
-            raise ValueError("W4A4 experts take neither shared experts nor an expert map")
-        require_input(x, operand.hidden_size, operand.w13)
-        y = _moe(x, routing.ids, routing.weights, operand, self._columns(routing, operand))
-        return y if out is None else out.copy_(y)
-
-
-def _side(
-    side: QuantTensor, input_scale: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    assert side.scale is not None
-    assert side.global_scale is not None
-    assert input_scale is not None, "W4A4 experts without a calibrated input_scale have no meaning"
-    return side.qdata, side.scale, side.global_scale, input_scale
-
-
-def _restored(
-    operand: W4A4MoeOperand, codes: torch.Tensor, scale: torch.Tensor, alpha: torch.Tensor, expert: int
-) -> QuantTensor:
-    own = codes.unflatten(0, (operand.num_experts, -1))[expert]
-    pieces = scale.unflatten(1, (operand.num_experts, -1))[:, expert]
-    return QuantTensor(own, unboxed(pieces, len(own), own.shape[1] // 8), alpha[expert], NVFP4)
-
-
-def _moe(
+def run_experts(
     x_TD: torch.Tensor,
     topk_ids_TK: torch.Tensor,
     topk_weights_TK: torch.Tensor,
     operand: W4A4MoeOperand,
     columns: int,
 ) -> torch.Tensor:
-    _check_input(x_TD, operand.hidden_size, operand.w13.device)
+    check_input(x_TD, operand.hidden_size, operand.w13.device)
     routed = (len(x_TD), topk_ids_TK.shape[-1])
     check("topk_ids", topk_ids_TK, (torch.int32, torch.int64), routed, x_TD.device)
     check("topk_weights", topk_weights_TK, (torch.float32,), routed, x_TD.device)
@@ -246,7 +82,7 @@ def _moe(
     pair_of_row, row_of_pair, expert_of_tile = place_pairs(topk_ids_TK, operand.num_experts)
     h_codes, h_scale = _expert_hidden(x_TD, routed[1], pair_of_row, expert_of_tile, operand)
     out = torch.empty((len(pair_of_row), operand.hidden_size), dtype=torch.bfloat16, device=x_TD.device)
-    _product(h_codes, h_scale, operand.w2, operand.w2_scale, out, operand.w2_alpha, columns, expert_of_tile)
+    run_product(h_codes, h_scale, operand.w2, operand.w2_scale, out, operand.w2_alpha, columns, expert_of_tile)
     grid = (len(x_TD), triton.cdiv(operand.hidden_size, CHUNK))
     combine_kernel[grid](
         out,
@@ -337,7 +173,7 @@ def _expert_hidden(
     return h_codes, h_scale
 
 
-def _product(
+def run_product(
     codes: torch.Tensor,
     scale: torch.Tensor,
     w_codes: torch.Tensor,
@@ -382,7 +218,7 @@ def _scale_box(scale: torch.Tensor, num_rows: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(scale, [1, num_rows // 128, BLOCK_K // 64, 2, 256])
 
 
-def _check_input(x: torch.Tensor, width: int, device: torch.device) -> None:
+def check_input(x: torch.Tensor, width: int, device: torch.device) -> None:
     """Errors: ValueError naming x, or the device when its tensor cores have no block scales."""
     if x.ndim != 2:
         raise ValueError(f"x must have 2 dimensions, found shape {list(x.shape)}")
@@ -393,9 +229,3 @@ def _check_input(x: torch.Tensor, width: int, device: torch.device) -> None:
             raise ValueError(f"x is on an sm_{major}{minor} device; NVFP4 x NVFP4 needs tcgen05, sm_100 or sm_103")
     elif not triton.knobs.runtime.interpret:
         raise ValueError(f"x is on {x.device}; this kernel runs on CUDA")
-
-
-nvfp4_linear_w4a4 = Nvfp4LinearW4A4Kernel(is_batch_invariant=False)
-nvfp4_linear_w4a4_invariant = Nvfp4LinearW4A4Kernel(is_batch_invariant=True)
-nvfp4_moe_w4a4 = Nvfp4MoeW4A4Kernel(is_batch_invariant=False)
-nvfp4_moe_w4a4_invariant = Nvfp4MoeW4A4Kernel(is_batch_invariant=True)
