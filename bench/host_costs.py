@@ -116,8 +116,9 @@ def companion_calls() -> Iterator[tuple[str, Callable[[], object]]]:
 def bound(kernel: Any, op: str, inputs: tuple[Any, ...]) -> Callable[[], object]:
     """One call of a small operation on an operand that stays."""
     if op == "router":
-        operand = kernel.prepare(RouterWeights(*inputs[1:4], inputs[5]))
-        return partial(kernel.run, inputs[0], inputs[4], operand)
+        logits, num_chosen, factor, bias, token_ids, table = inputs
+        operand = kernel.prepare(RouterWeights(num_chosen, factor, bias, table))
+        return partial(kernel.run, logits, token_ids, operand)
     if op == "rms_norm":
         return partial(kernel.run, inputs[0], kernel.prepare(NormWeights(*inputs[1:])))
     *given, weights = inputs

@@ -39,7 +39,8 @@ def again(kernel: Any, op: str, inputs: tuple[Any, ...]) -> Callable[[tuple[Any,
     if op == "hyper_boundary":
         operand = kernel.prepare(inputs[3])
         return lambda given: kernel.run(*given[:3], operand)
-    operand = kernel.prepare(RouterWeights(*inputs[1:4], inputs[5]))
+    _, num_chosen, factor, bias, _, table = inputs
+    operand = kernel.prepare(RouterWeights(num_chosen, factor, bias, table))
     return lambda given: kernel.run(given[0], given[4], operand)
 
 
