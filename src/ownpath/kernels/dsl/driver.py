@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from ctypes import addressof, byref
 from dataclasses import dataclass
 from functools import lru_cache
+from struct import Struct
 
 import torch
 
@@ -104,10 +105,26 @@ def load_function(binary: Binary) -> Function:
     return Function(function.value, binary.num_threads, 0, binary.cluster, binary.dependent)
 
 
+class Pointers:
+    """Addresses that change from call to call, in one piece of memory; one or several launches read them.
+
+    slots: the arguments to give to launches, in the order of ``set``.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._memory = (ctypes.c_uint64 * count)()
+        self.slots = tuple(ctypes.c_void_p.from_buffer(self._memory, 8 * idx) for idx in range(count))
+        self._pack_into = Struct(f"{count}Q").pack_into
+
+    def set(self, *addresses: int) -> None:
+        """All of them at once."""
+        self._pack_into(self._memory, 0, *addresses)
+
+
 class Launch:
     """One launch of a kernel with everything in place.
 
-    args: ctypes values in the order of the kernel's parameters; change their ``value`` between calls of ``start``.
+    args: ctypes values in the order of the kernel's parameters; what changes from call to call stands in ``Pointers``.
     """
 
     def __init__(self, function: Function, grid: tuple[int, int, int], args: Sequence[Argument]) -> None:
@@ -132,10 +149,12 @@ class Launch:
         self._addresses = (ctypes.c_void_p * len(args))(*map(addressof, args))
         self._launch = _cuda().cuLaunchKernelEx
         self._call = addressof(self._config), function.handle, addressof(self._addresses), None
+        self._stream = 0
 
     def start(self, stream: int) -> None:
         """Launches on a stream (its handle). Errors: CudaError when the driver refuses."""
-        self._config.stream = stream
+        if stream != self._stream:
+            self._config.stream = self._stream = stream
         code = self._launch(*self._call)
         if code:
             _check("cuLaunchKernelEx", code)
@@ -154,6 +173,7 @@ class Boxes:
 
         Errors: CudaError, for an address that is not 16-byte aligned or a pitch that is not a multiple of 16 bytes.
         """
+        self.num_rows = shape[0]
         self._raw = (ctypes.c_uint64 * 24)()
         start = addressof(self._raw)
         self._map_address = start + -start % 64

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ownpath.kernels.dsl.driver import Argument, Boxes, Function, Launch
+from ownpath.kernels.dsl.driver import Argument, Boxes, Function, Launch, Pointers
 
 SCALARS: Mapping[str, Callable[[Any], Any]] = {"i32": ctypes.c_int, "i64": ctypes.c_longlong, "fp32": ctypes.c_float}
 Given: TypeAlias = Any
@@ -22,16 +22,14 @@ Given: TypeAlias = Any
 class TritonCall:
     """One launch of a compiled Triton function. Its tensors may move from call to call; everything else is fixed."""
 
-    def __init__(self, launch: Launch, tensors: Sequence[ctypes.c_void_p | Boxes]) -> None:
-        self._launch, self._tensors = launch, tuple(tensors)
+    def __init__(self, launch: Launch, pointers: Pointers, boxes: Sequence[Boxes]) -> None:
+        self._launch, self._pointers, self._boxes = launch, pointers, tuple(boxes)
 
-    def start(self, addresses: Sequence[int], stream: int) -> None:
-        """addresses: of the tensors and descriptors among the arguments, in their order."""
-        for tensor, address in zip(self._tensors, addresses, strict=True):
-            if isinstance(tensor, Boxes):
-                tensor.point_at(address)
-            else:
-                tensor.value = address
+    def start(self, stream: int, *addresses: int, described: Sequence[int] = ()) -> None:
+        """addresses: of the tensors among the arguments, in their order. described: of the descriptors' tensors."""
+        for boxes, address in zip(self._boxes, described, strict=True):
+            boxes.point_at(address)
+        self._pointers.set(*addresses)
         self._launch.start(stream)
 
 
@@ -48,21 +46,20 @@ def launch(
     metadata = compiled.metadata
     assert not metadata.global_scratch_size, f"{metadata.name} needs scratch of Triton's"
     assert metadata.num_ctas == 1, f"{metadata.name} needs a cluster"
-    tensors: list[ctypes.c_void_p | Boxes] = []
+    pointers = Pointers(sum(isinstance(value, Tensor) for value in args))
+    slots, described = iter(pointers.slots), list[Boxes]()
     passed: list[Argument] = []
     descriptions = iter(metadata.tensordesc_meta or ())
     for kind, value in zip(compiled.src.signature.values(), args, strict=False):
         if isinstance(value, TensorDescriptor):
             boxes = _boxes(value, next(descriptions))
-            tensors.append(boxes)
+            described.append(boxes)
             passed += [boxes.argument, *map(ctypes.c_int, value.shape), *map(ctypes.c_longlong, value.strides)]
         elif kind == "constexpr":
             if isinstance(value, Tensor):
                 raise AssertionError(f"{metadata.name} takes a tensor as a constant")
         elif isinstance(value, Tensor):
-            pointer = ctypes.c_void_p(value.data_ptr())
-            tensors.append(pointer)
-            passed.append(pointer)
+            passed.append(next(slots))
         else:
             scalar: Argument = SCALARS[kind](value)
             passed.append(scalar)
@@ -70,7 +67,9 @@ def launch(
     threads = 32 * metadata.num_warps
     function_on_device = Function(compiled.function, threads, metadata.shared, 1, bool(metadata.launch_pdl))
     sizes = (*grid, 1, 1)[:3]
-    return TritonCall(Launch(function_on_device, (sizes[0], sizes[1], sizes[2]), (*passed, *scratch)), tensors)
+    return TritonCall(
+        Launch(function_on_device, (sizes[0], sizes[1], sizes[2]), (*passed, *scratch)), pointers, described
+    )
 
 
 def _boxes(descriptor: TensorDescriptor, description: Mapping[str, Any]) -> Boxes:

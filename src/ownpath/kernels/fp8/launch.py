@@ -1,15 +1,15 @@
 """Launches of the FP8 kernels: arguments in their order, tensor maps, grids. No checks: see ``linear``.
 
-A launch is made from sizes and addresses that stay; the ctypes values of addresses that change are its attributes.
+A launch is made from sizes and addresses that stay; ``start`` gets the addresses that change from call to call.
 """
 
-from ctypes import c_int, c_void_p
+from ctypes import c_int
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ownpath.kernels.dsl.cache import load
-from ownpath.kernels.dsl.driver import Argument, Boxes, Launch, current_stream, num_sms, pointer
+from ownpath.kernels.dsl.driver import Argument, Boxes, Launch, Pointers, current_stream, num_sms, pointer
 from ownpath.kernels.fp8.choose import WeightKey
 from ownpath.kernels.fp8.config import CHUNK_K, QUANTIZE_ROWS, QuantizeConfig, W8A8Config, W8A16Config
 from ownpath.kernels.fp8.layout import ACT_BLOCK_BYTES, PackedFp8
@@ -42,61 +42,72 @@ def weight_key(weight: PackedFp8) -> WeightKey:
 
 
 class W8A16:
-    """out = x (E4M3 x scale).T. Move ``x`` and change ``out``, then start ``launch``."""
+    """out = x (E4M3 x scale).T."""
 
     def __init__(self, config: W8A16Config, weight: PackedFp8, x_address: int, rows: Rows) -> None:
         self.x = Boxes(x_address, (rows.count, weight.in_features), rows.x_pitch, (config.num_n, CHUNK_K))
-        self.out = c_void_p()
+        self._pointers = Pointers(1)
         sizes = (rows.count, rows.out_pitch, weight.num_row_blocks, weight.num_k_blocks)
         operands = map(pointer, (weight.blocks, weight.scales, weight.rows))
-        args: tuple[Argument, ...] = (self.x.argument, *operands, self.out, *map(c_int, sizes))
+        args: tuple[Argument, ...] = (self.x.argument, *operands, *self._pointers.slots, *map(c_int, sizes))
         grid = config.grid(rows.count, weight.num_row_blocks)
-        self.launch = Launch(load(config, weight.blocks.get_device()), (grid, 1, 1), args)
+        self._launch = Launch(load(config, weight.blocks.get_device()), (grid, 1, 1), args)
+
+    def start(self, x: int, out: int, stream: int) -> None:
+        """Launches with these addresses."""
+        self.x.point_at(x)
+        self._pointers.set(out)
+        self._launch.start(stream)
 
 
 class Quantize:
-    """Quantised blocks of x, bfloat16 [count, K]. Change ``x`` and ``workspace``, then start ``launch``."""
+    """Quantised blocks of x, bfloat16 [count, K]."""
 
     def __init__(self, config: QuantizeConfig, width: int, num_k_blocks: int, rows: Rows, device_index: int) -> None:
-        self.x, self.workspace = c_void_p(), c_void_p()
-        args: tuple[Argument, ...] = (
-            self.x,
-            self.workspace,
-            *map(c_int, (rows.count, width, rows.x_pitch, num_k_blocks)),
-        )
+        self._pointers = Pointers(2)
+        sizes = (rows.count, width, rows.x_pitch, num_k_blocks)
+        args: tuple[Argument, ...] = (*self._pointers.slots, *map(c_int, sizes))
         grid = -(-rows.count // QUANTIZE_ROWS) * num_k_blocks
-        self.launch = Launch(load(config, device_index), (grid, 1, 1), args)
+        self._launch = Launch(load(config, device_index), (grid, 1, 1), args)
+
+    def start(self, x: int, workspace: int, stream: int) -> None:
+        """Launches with these addresses."""
+        self._pointers.set(x, workspace)
+        self._launch.start(stream)
 
 
 class W8A8:
-    """out = quantised x (E4M3 x scale).T. Change ``workspace`` and ``out``, then start ``launch``."""
+    """out = quantised x (E4M3 x scale).T."""
 
     def __init__(self, config: W8A8Config, weight: PackedFp8, rows: Rows) -> None:
-        self.workspace, self.out = c_void_p(), c_void_p()
+        self._pointers = Pointers(2)
+        workspace, out = self._pointers.slots
         sizes = (rows.count, rows.out_pitch, weight.num_row_blocks, weight.num_k_blocks)
         operands = map(pointer, (weight.blocks, weight.scales, weight.rows))
-        args: tuple[Argument, ...] = (self.workspace, *operands, self.out, *map(c_int, sizes))
+        args: tuple[Argument, ...] = (workspace, *operands, out, *map(c_int, sizes))
         device_index = weight.blocks.get_device()
         grid = config.grid(rows.count, weight.num_row_blocks, num_sms(device_index))
-        self.launch = Launch(load(config, device_index), (grid, 1, 1), args)
+        self._launch = Launch(load(config, device_index), (grid, 1, 1), args)
+
+    def start(self, workspace: int, out: int, stream: int) -> None:
+        """Launches with these addresses."""
+        self._pointers.set(workspace, out)
+        self._launch.start(stream)
 
 
 def w8a16_launch(config: W8A16Config, x: Tensor, weight: PackedFp8, out: Tensor) -> None:
     """One product with the kernel of ``config``. x bfloat16 [M, K] with 16-byte rows, out [M, N]."""
     call = W8A16(config, weight, x.data_ptr(), Rows(len(x), x.stride(0), out.stride(0)))
-    call.out.value = out.data_ptr()
-    call.launch.start(current_stream(x.get_device()))
+    call.start(x.data_ptr(), out.data_ptr(), current_stream(x.get_device()))
 
 
 def quantize_launch(config: QuantizeConfig, x: Tensor, workspace: Tensor, num_k_blocks: int) -> None:
     """Quantised blocks of x into ``workspace``."""
     call = Quantize(config, x.shape[1], num_k_blocks, Rows(len(x), x.stride(0), 0), x.get_device())
-    call.x.value, call.workspace.value = x.data_ptr(), workspace.data_ptr()
-    call.launch.start(current_stream(x.get_device()))
+    call.start(x.data_ptr(), workspace.data_ptr(), current_stream(x.get_device()))
 
 
 def w8a8_launch(config: W8A8Config, workspace: Tensor, weight: PackedFp8, out: Tensor) -> None:
     """One product of the blocks in ``workspace`` with the kernel of ``config``."""
     call = W8A8(config, weight, Rows(len(out), 0, out.stride(0)))
-    call.workspace.value, call.out.value = workspace.data_ptr(), out.data_ptr()
-    call.launch.start(current_stream(out.get_device()))
+    call.start(workspace.data_ptr(), out.data_ptr(), current_stream(out.get_device()))

@@ -49,9 +49,7 @@ class _Exact:
 
     def start(self, x: int, out: int, workspace: int, stream: int) -> None:
         """Launches with these addresses. workspace: not used."""
-        self._product.x.point_at(x)
-        self._product.out.value = out
-        self._product.launch.start(stream)
+        self._product.start(x, out, stream)
 
 
 class _Quantized:
@@ -70,10 +68,8 @@ class _Quantized:
     def start(self, x: int, out: int, workspace: int, stream: int) -> None:
         """Launches with these addresses."""
         for quantize, product, x_at, out_at in self._passes:
-            quantize.x.value, quantize.workspace.value = x + x_at, workspace
-            quantize.launch.start(stream)
-            product.workspace.value, product.out.value = workspace, out + out_at
-            product.launch.start(stream)
+            quantize.start(x + x_at, workspace, stream)
+            product.start(workspace, out + out_at, stream)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ownpath.formats import BF16
 from ownpath.kernels.calls import Calls
-from ownpath.kernels.checks import check, check_rank
+from ownpath.kernels.checks import check, check_rank, is_dense
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
@@ -144,6 +144,13 @@ def _check_shapes(o_TNH: torch.Tensor, cos_TA: torch.Tensor, weight_GRI: torch.T
         raise ValueError(f"cos_TA must be [T, 1..32], found {list(cos_TA.shape)}")
 
 
+def _check_inputs(o_TNH: torch.Tensor, cos_TA: torch.Tensor, sin_TA: torch.Tensor) -> None:
+    device, angles = o_TNH.device, (len(o_TNH), cos_TA.shape[1])
+    check("o_TNH", o_TNH, (torch.bfloat16,), tuple(o_TNH.shape), device)
+    check("cos_TA", cos_TA, (torch.float32,), angles, device)
+    check("sin_TA", sin_TA, (torch.float32,), angles, device)
+
+
 class GroupedLinearKernel:
     """y[t, g] = W[g] u[t, g], where u is the attention output with the rotation of its channels undone.
 
@@ -195,10 +202,9 @@ class GroupedLinearKernel:
             check_rank("weight_GRI", weight_GRI, 3, INTERPRETED)
             _check_shapes(o_TNH, cos_TA, weight_GRI)
         num_tokens, (num_groups, num_rows, _) = o_TNH.shape[0], weight_GRI.shape
-        check("o_TNH", o_TNH, (torch.bfloat16,), o_TNH.shape, device)
-        angles = (num_tokens, cos_TA.shape[1])
-        check("cos_TA", cos_TA, (torch.float32,), angles, device)
-        check("sin_TA", sin_TA, (torch.float32,), angles, device)
+        fits = is_dense(o_TNH, torch.bfloat16) and is_dense(cos_TA, torch.float32) and is_dense(sin_TA, torch.float32)
+        if not fits or sin_TA.shape != cos_TA.shape or len(cos_TA) != num_tokens or sin_TA.get_device() != key[2]:
+            _check_inputs(o_TNH, cos_TA, sin_TA)
         if out is None:
             out = o_TNH.new_empty((num_tokens, num_groups, num_rows))
         else:
@@ -206,7 +212,9 @@ class GroupedLinearKernel:
         tensors = (o_TNH, weight_GRI, cos_TA, sin_TA, out)
         if call is not None:
             with operand.lock:
-                call.start([tensor.data_ptr() for tensor in tensors], current_stream(key[2]))
+                described = (o_TNH.data_ptr(), weight_GRI.data_ptr())
+                rest = (cos_TA.data_ptr(), sin_TA.data_ptr(), out.data_ptr())
+                call.start(current_stream(key[2]), *rest, described=described)
         elif num_tokens:
             first = _first_launch(tensors, self._tiles(o_TNH, operand))
             if first is not None:

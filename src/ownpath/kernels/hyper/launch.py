@@ -31,7 +31,7 @@ import torch
 import triton
 
 from ownpath.kernels.calls import Calls
-from ownpath.kernels.checks import check, check_rank
+from ownpath.kernels.checks import check, check_rank, is_dense
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
@@ -139,15 +139,16 @@ def _check_out(out: HyperOut, x_TSD: torch.Tensor, with_mix: bool) -> None:
 
 @dataclass(frozen=True)
 class BoundaryCall:
-    """The two launches of one size."""
+    """The two launches of one size. num_floats: what they need of the workspace."""
 
     spread: TritonCall
     collapse: TritonCall
+    num_floats: int
 
     def start(self, tensors: "Tensors", stream: int) -> None:
         """Launches both."""
-        self.spread.start([tensor.data_ptr() for tensor in tensors.spread()], stream)
-        self.collapse.start([tensor.data_ptr() for tensor in tensors.collapse()], stream)
+        self.spread.start(stream, *[tensor.data_ptr() for tensor in tensors.spread()])
+        self.collapse.start(stream, *[tensor.data_ptr() for tensor in tensors.collapse()])
 
 
 @dataclass(frozen=True)
@@ -184,9 +185,9 @@ class Tensors:
         return self.out.x_TSD, self.workspace, *norms, self.out.h_TD, post, comb
 
 
-def _first_launches(tensors: Tensors, tiles: Tiles) -> BoundaryCall | None:
+def _first_launches(tensors: Tensors, tiles: Tiles, num_floats: int) -> BoundaryCall | None:
     spread, collapse = _launch_spread(tensors, tiles), _launch_collapse(tensors, tiles)
-    return None if spread is None or collapse is None else BoundaryCall(spread, collapse)
+    return None if spread is None or collapse is None else BoundaryCall(spread, collapse, num_floats)
 
 
 def _launch_spread(tensors: Tensors, tiles: Tiles) -> TritonCall | None:
@@ -232,6 +233,40 @@ def _launch_collapse(tensors: Tensors, tiles: Tiles) -> TritonCall | None:
     )
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a call is given."""
+
+    x_TSD: torch.Tensor
+    y_TD: torch.Tensor | None
+    mix: Mix | None
+
+
+def _fits(x_TSD: torch.Tensor, y_TD: torch.Tensor | None, mix: Mix | None) -> bool:
+    """What the key of a call leaves open; quicker than ``_check_inputs``, which says what is wrong."""
+    if not is_dense(x_TSD, torch.bfloat16) or (y_TD is None) != (mix is None):
+        return False
+    if y_TD is None or mix is None:
+        return True
+    num_tokens, s, dim = x_TSD.shape
+    post_TS, comb_TSS, device_index = mix.post_TS, mix.comb_TSS, x_TSD.get_device()
+    return (
+        is_dense(y_TD, torch.bfloat16)
+        and is_dense(post_TS, torch.float32)
+        and is_dense(comb_TSS, torch.float32)
+        and y_TD.shape == (num_tokens, dim)
+        and post_TS.shape == (num_tokens, s)
+        and comb_TSS.shape == (num_tokens, s, s)
+        and device_index == y_TD.get_device() == post_TS.get_device() == comb_TSS.get_device()
+    )
+
+
+def _out_like(x_TSD: torch.Tensor, y_TD: torch.Tensor, mix: Mix) -> HyperOut:
+    """Unwritten outputs of a boundary in the middle: like its inputs."""
+    empty_like = torch.empty_like
+    return HyperOut(empty_like(x_TSD), empty_like(y_TD), Mix(empty_like(mix.post_TS), empty_like(mix.comb_TSS)))
+
+
 class HyperBoundaryKernel:
     """Post of the sublayer that made y (none before the first), pre of the coming one, and its norm.
 
@@ -274,9 +309,34 @@ class HyperBoundaryKernel:
 
         Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment, before any launch.
         """
-        weights = operand.weights
+        key = x_TSD.shape, mix is not None, x_TSD.get_device()
+        call = operand.calls.get(key)
+        if call is None or not _fits(x_TSD, y_TD, mix):
+            return self._first(Inputs(x_TSD, y_TD, mix), operand, out, workspace)
+        with_mix = len(operand.weights.fn) == NUM_MIX
+        if out is None:
+            if with_mix and y_TD is not None and mix is not None:
+                out = _out_like(x_TSD, y_TD, mix)
+            else:
+                out = new_out(x_TSD, with_mix)
+        else:
+            _check_out(out, x_TSD, with_mix)
+        if workspace is None:
+            workspace = x_TSD.new_empty(call.num_floats, dtype=torch.float32)
+        else:
+            _check_workspace(workspace, call.num_floats, x_TSD.device)
+        with operand.lock:
+            call.start(Tensors(x_TSD, y_TD, mix, operand.weights, out, workspace), current_stream(key[2]))
+        return out
+
+    def _first(
+        self, inputs: "Inputs", operand: HyperOperand, out: HyperOut | None, workspace: torch.Tensor | None
+    ) -> HyperOut:
+        """Checks everything, launches, and keeps the launches of this size."""
+        x_TSD, y_TD, mix, weights = inputs.x_TSD, inputs.y_TD, inputs.mix, operand.weights
         _check_inputs(x_TSD, y_TD, mix)
         num_tokens, _, dim = x_TSD.shape
+        _check_weights(weights, dim, x_TSD.device)
         with_mix, tiles = len(weights.fn) == NUM_MIX, choose_tiles(num_tokens, self.is_batch_invariant)
         if out is None:
             out = new_out(x_TSD, with_mix)
@@ -287,17 +347,10 @@ class HyperBoundaryKernel:
             workspace = x_TSD.new_empty(num_floats, dtype=torch.float32)
         else:
             _check_workspace(workspace, num_floats, x_TSD.device)
-        key = x_TSD.shape, mix is not None, x_TSD.get_device()
-        call = operand.calls.get(key)
-        tensors = Tensors(x_TSD, y_TD, mix, weights, out, workspace)
-        if call is not None:
-            with operand.lock:
-                call.start(tensors, current_stream(key[2]))
-            return out
-        _check_weights(weights, dim, x_TSD.device)
-        first = _first_launches(tensors, tiles) if num_tokens else None
-        if first is not None:
-            operand.calls.keep(key, first)
+        if num_tokens:
+            call = _first_launches(Tensors(x_TSD, y_TD, mix, weights, out, workspace), tiles, num_floats)
+            if call is not None:
+                operand.calls.keep((x_TSD.shape, mix is not None, x_TSD.get_device()), call)
         return out
 
     def __call__(

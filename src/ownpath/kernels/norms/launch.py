@@ -142,15 +142,16 @@ class RmsNormKernel:
         call = operand.calls.get(key)
         if call is None:
             return self._first(x, operand, key, out)
-        check_alignment("x", x)
+        address = x.data_ptr()
+        if address % VECTOR_BYTES:
+            check_alignment("x", x)
         if out is None:
-            out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            out = torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
         else:
             check("out", out, (x.dtype,), tuple(x.shape), x.device)
         with operand.lock:
-            address = x.data_ptr()
             weight = address if weight_D is None else weight_D.data_ptr()
-            call.start((address, weight, out.data_ptr()), current_stream(key[3]))
+            call.start(current_stream(key[3]), address, weight, out.data_ptr())
         return out
 
     def _first(

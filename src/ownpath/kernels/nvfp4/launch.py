@@ -1,6 +1,6 @@
 """Launches of the compiled NVFP4 kernels: arguments in their order, tensor maps, grids. ``linear`` and ``moe`` check.
 
-A launch is made from sizes and addresses that stay; the ctypes values of addresses that change are its attributes.
+A launch is made from sizes and addresses that stay; addresses that change from call to call are slots of ``Pointers``.
 """
 
 from ctypes import c_float, c_int, c_void_p
@@ -19,6 +19,9 @@ from ownpath.kernels.nvfp4.config import (
     GemmConfig,
     PermuteConfig,
 )
+
+Slots = tuple[c_void_p, ...]
+"""Arguments whose addresses change from call to call."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +44,22 @@ class PackedWeight:
 
 
 class Gemm:
-    """One product with a packed weight. Change ``out`` and ``schedule``, move ``x``, then start ``launch``.
+    """One product with a packed weight. x: boxes over bfloat16 [num_rows, K]; move them before it is started.
 
-    x: boxes over bfloat16 [num_x_rows, K]; out bfloat16 or float32 [rows, N], or [rows, N / 2] after SwiGLU.
+    results: where the addresses of out (bfloat16 or float32 [rows, N], or [rows, N / 2] after SwiGLU) and schedule are.
     """
 
-    def __init__(self, config: GemmConfig, weight: PackedWeight, x: Boxes, num_x_rows: int, tiles: "Tiling") -> None:
-        self.x, self.out, self.schedule = x, c_void_p(), c_void_p()
+    def __init__(
+        self, config: GemmConfig, weight: PackedWeight, x: Boxes, tiles: "Tiling", results: tuple[c_void_p, c_void_p]
+    ) -> None:
+        self.x = x
         args: tuple[Argument, ...] = (
             x.argument,
             pointer(weight.codes),
             pointer(weight.scales),
             pointer(weight.global_scale),
-            self.out,
-            self.schedule,
-            c_int(num_x_rows),
+            *results,
+            c_int(x.num_rows),
             c_int(weight.num_rows // (64 * config.m64_per_tile)),
             c_int(weight.num_cols // BLOCK_K),
             c_int(tiles.rows_per_tile),
@@ -97,33 +101,30 @@ class Sizes:
         return self.num_tokens * self.slots
 
 
-class Align:
-    """Fills the schedule of one call. Change ``ids``, ``expert_map`` and ``schedule``, then start ``launch``."""
+def align(config: AlignConfig, sizes: Sizes, tiles: tuple[int, int], pointers: Slots, device_index: int) -> Launch:
+    """Fills the schedule of one call. tiles: rows of one, and where the index begins behind them.
 
-    def __init__(self, config: AlignConfig, sizes: Sizes, tile_rows: int, index_offset: int, device_index: int) -> None:
-        self.ids, self.expert_map, self.schedule = c_void_p(), c_void_p(), c_void_p()
-        counts = (sizes.num_tokens, sizes.num_choices, sizes.num_ids, sizes.num_experts, tile_rows, index_offset)
-        args: tuple[Argument, ...] = (self.ids, self.expert_map, self.schedule, *map(c_int, counts))
-        self.launch = Launch(load(config, device_index), (config.num_ctas, 1, 1), args)
-
-
-class Permute:
-    """Copies each row of x [T, D] to its places in the experts' order, out [T * slots, D]."""
-
-    def __init__(self, sizes: Sizes, device_index: int) -> None:
-        self.x, self.schedule, self.out = c_void_p(), c_void_p(), c_void_p()
-        counts = (sizes.num_tokens, sizes.slots, sizes.hidden)
-        grid = -(-sizes.num_tokens * (sizes.hidden // 8) // COPY_THREADS)
-        args: tuple[Argument, ...] = (self.x, self.schedule, self.out, *map(c_int, counts))
-        self.launch = Launch(load(PermuteConfig(), device_index), (grid, 1, 1), args)
+    pointers: ids, expert_map, schedule.
+    """
+    counts = (sizes.num_tokens, sizes.num_choices, sizes.num_ids, sizes.num_experts, *tiles)
+    args: tuple[Argument, ...] = (*pointers, *map(c_int, counts))
+    return Launch(load(config, device_index), (config.num_ctas, 1, 1), args)
 
 
-class Combine:
-    """Sums the experts' rows per token into out [T, D]."""
+def permute(sizes: Sizes, pointers: Slots, device_index: int) -> Launch:
+    """Copies each row of x [T, D] to its places in the experts' order, out [T * slots, D].
 
-    def __init__(self, config: CombineConfig, sizes: Sizes, device_index: int) -> None:
-        self.rows, self.schedule, self.weights, self.out = c_void_p(), c_void_p(), c_void_p(), c_void_p()
-        counts = (sizes.num_tokens, sizes.num_choices, sizes.hidden)
-        grid = -(-sizes.num_tokens * (sizes.hidden // 8) // COPY_THREADS)
-        args: tuple[Argument, ...] = (self.rows, self.schedule, self.weights, self.out, *map(c_int, counts))
-        self.launch = Launch(load(config, device_index), (grid, 1, 1), args)
+    pointers: x, schedule, out.
+    """
+    counts = (sizes.num_tokens, sizes.slots, sizes.hidden)
+    grid = -(-sizes.num_tokens * (sizes.hidden // 8) // COPY_THREADS)
+    args: tuple[Argument, ...] = (*pointers, *map(c_int, counts))
+    return Launch(load(PermuteConfig(), device_index), (grid, 1, 1), args)
+
+
+def combine(config: CombineConfig, sizes: Sizes, pointers: Slots, device_index: int) -> Launch:
+    """Sums the experts' rows per token into out [T, D]. pointers: rows, schedule, weights, out."""
+    counts = (sizes.num_tokens, sizes.num_choices, sizes.hidden)
+    grid = -(-sizes.num_tokens * (sizes.hidden // 8) // COPY_THREADS)
+    args: tuple[Argument, ...] = (*pointers, *map(c_int, counts))
+    return Launch(load(config, device_index), (grid, 1, 1), args)

@@ -10,7 +10,7 @@ from ownpath.formats import NVFP4
 from ownpath.kernels.calls import Calls
 from ownpath.kernels.checks import require_input
 from ownpath.kernels.contract import StoredLinear
-from ownpath.kernels.dsl.driver import Boxes, current_stream
+from ownpath.kernels.dsl.driver import Boxes, Pointers, current_stream
 from ownpath.kernels.nvfp4.choose import LinearChoice, choose_linear
 from ownpath.kernels.nvfp4.config import GemmConfig
 from ownpath.kernels.nvfp4.launch import Gemm, PackedWeight, Tiling, box
@@ -23,6 +23,25 @@ TOKEN_COUNTS = (1, 16, 32, 64, 128, 512, 2048)
 """One number of tokens for each kernel that ``choose_linear`` may pick, except for tile widths of long prompts."""
 
 
+class DenseCall:
+    """The launch of one number of rows."""
+
+    def __init__(
+        self, choice: LinearChoice, weight: PackedWeight, x: Boxes, out_pitch: int, schedule_address: int
+    ) -> None:
+        self._schedule = schedule_address
+        self._pointers = Pointers(2)
+        out, schedule = self._pointers.slots
+        tiles = Tiling(choice.grid, out_pitch, choice.rows_per_tile)
+        self._gemm = Gemm(choice.gemm, weight, x, tiles, (out, schedule))
+
+    def start(self, x: int, out: int, stream: int) -> None:
+        """Launches with these addresses."""
+        self._gemm.x.point_at(x)
+        self._pointers.set(out, self._schedule)
+        self._gemm.launch.start(stream)
+
+
 @dataclass(frozen=True)
 class LinearOperand:
     """A packed weight. calls: launches by rows and pitch of x and pitch of out. schedule: unused by dense products, but
@@ -30,7 +49,7 @@ class LinearOperand:
 
     weight: PackedWeight
     schedule: torch.Tensor
-    calls: Calls[tuple[int, int, int], Gemm] = field(default_factory=Calls, compare=False)
+    calls: Calls[tuple[int, int, int], DenseCall] = field(default_factory=Calls, compare=False)
     lock: Lock = field(default_factory=Lock, compare=False)
 
     @property
@@ -127,21 +146,17 @@ class Nvfp4LinearKernel:
             key = num_tokens, x.stride(0), out.stride(0)
             with operand.lock:
                 call = operand.calls.get(key) or operand.calls.keep(key, self._new_call(x, operand, out.stride(0)))
-                call.x.point_at(x.data_ptr())
-                call.out.value = out.data_ptr()
-                call.launch.start(current_stream(weight.device_index))
+                call.start(x.data_ptr(), out.data_ptr(), current_stream(weight.device_index))
         return out
 
     def run_wide(self, x: torch.Tensor, operand: LinearOperand) -> torch.Tensor:
         """y in at least float32, which this kernel does not write. Errors: ValueError."""
         return self.run(x.to(torch.promote_types(x.dtype, torch.float32)), operand)
 
-    def _new_call(self, x: torch.Tensor, operand: LinearOperand, out_pitch: int) -> Gemm:
+    def _new_call(self, x: torch.Tensor, operand: LinearOperand, out_pitch: int) -> DenseCall:
         choice = self._choose(len(x), *operand.shape, self.is_batch_invariant)
         boxes = Boxes(x.data_ptr(), (len(x), x.shape[1]), x.stride(0), box(choice.gemm))
-        call = Gemm(choice.gemm, operand.weight, boxes, len(x), Tiling(choice.grid, out_pitch, choice.rows_per_tile))
-        call.schedule.value = operand.schedule.data_ptr()
-        return call
+        return DenseCall(choice, operand.weight, boxes, out_pitch, operand.schedule.data_ptr())
 
 
 def is_readable(x: torch.Tensor, width: int, device_index: int) -> bool:

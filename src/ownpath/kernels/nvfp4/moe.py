@@ -20,10 +20,10 @@ from ownpath.formats import NVFP4
 from ownpath.kernels.calls import Calls
 from ownpath.kernels.checks import require_input, require_routing
 from ownpath.kernels.contract import Config, Expert, Routing, StoredExperts
-from ownpath.kernels.dsl.driver import Boxes, current_stream, num_sms
+from ownpath.kernels.dsl.driver import Boxes, Pointers, current_stream, num_sms
 from ownpath.kernels.nvfp4.choose import WIDE_PAIRS, MoeChoice, choose_moe, moe_choice, moe_table
 from ownpath.kernels.nvfp4.config import ALIGN_THREADS, AlignConfig, CombineConfig, GemmConfig, PermuteConfig
-from ownpath.kernels.nvfp4.launch import Align, Combine, Gemm, PackedWeight, Permute, Sizes, Tiling, box
+from ownpath.kernels.nvfp4.launch import Gemm, PackedWeight, Sizes, Tiling, align, box, combine, permute
 from ownpath.kernels.nvfp4.layout import check_scales, gate_up_rows, pack_weight_, plain_rows, unpack_weight
 from ownpath.kernels.nvfp4.linear import is_readable, require_packable, require_rows
 from ownpath.qtensor import QuantTensor
@@ -80,45 +80,52 @@ class _Call:
         self.hidden_at = self.sorted_at + (0 if choice.gate_up.gather else _aligned(2 * pairs * operand.hidden))
         self.rows_at = self.hidden_at + _aligned(2 * pairs * operand.inter)
         self.num_bytes = self.rows_at + (4 if choice.is_wide else 2) * pairs * operand.hidden
+        self._pointers = Pointers(9)
+        x, ids, expert_map, schedule, ordered, hidden, rows, weights, out = self._pointers.slots
         aligning = align_config(wide_ids, map_length >= 0, num_shared, pairs)
-        self.align = Align(aligning, sizes, choice.tile_rows, 4 + 4 * tiles, device_index)
-        self.permute = None if choice.gate_up.gather else Permute(sizes, device_index)
-        self.combine = Combine(CombineConfig(num_shared, choice.is_wide), sizes, device_index)
-        source = (num_tokens, x_pitch) if choice.gate_up.gather else (pairs, operand.hidden)
-        gate_up, down = (_tiling(config, operand, tiles) for config in (choice.gate_up, choice.down))
-        self._gate_up = (choice.gate_up, operand.w13, source, gate_up)
-        self._down = (choice.down, operand.w2, (pairs, operand.inter), down)
+        tiling = (choice.tile_rows, 4 + 4 * tiles)
+        self._before = [align(aligning, sizes, tiling, (ids, expert_map, schedule), device_index)]
+        self.sorts = not choice.gate_up.gather
+        if self.sorts:
+            self._before.append(permute(sizes, (x, schedule, ordered), device_index))
+        combining = CombineConfig(num_shared, choice.is_wide)
+        self._combine = combine(combining, sizes, (rows, schedule, weights, out), device_index)
+        source = (pairs, operand.hidden) if self.sorts else (num_tokens, x_pitch)
+        self._shapes = (
+            (choice.gate_up, operand.w13, source, hidden),
+            (choice.down, operand.w2, (pairs, operand.inter), rows),
+        )
+        self._operand, self._tiles, self._schedule = operand, tiles, schedule
         self._products: tuple[Gemm, Gemm] | None = None
 
-    def products(self, x_address: int, hidden_address: int) -> tuple[Gemm, Gemm]:
+    def _new_products(self, x_address: int, hidden_address: int) -> tuple[Gemm, Gemm]:
         """Both products with their inputs at these addresses."""
-        if self._products is None:
-            self._products = _gemm(*self._gate_up, x_address), _gemm(*self._down, hidden_address)
-        gate_up, down = self._products
-        gate_up.x.point_at(x_address)
-        down.x.point_at(hidden_address)
-        return gate_up, down
+        found = []
+        for (config, weight, (num_rows, pitch), out), address in zip(
+            self._shapes, (x_address, hidden_address), strict=True
+        ):
+            boxes = Boxes(address, (num_rows, weight.num_cols), pitch, box(config))
+            tiling = _tiling(config, self._operand, self._tiles)
+            found.append(Gemm(config, weight, boxes, tiling, (out, self._schedule)))
+        return found[0], found[1]
 
-    def start(self, x_address: int, routing: Routing, scratch: int, out: int, stream: int) -> None:
-        """Launches everything. scratch, out: addresses."""
-        align, combine, permute = self.align, self.combine, self.permute
+    def start(self, x: int, routing: Routing, scratch: int, out: int, stream: int) -> None:
+        """Launches everything. x, scratch, out: addresses."""
         ids, expert_map = routing.ids.data_ptr(), routing.expert_map
-        align.ids.value = ids
-        align.expert_map.value = ids if expert_map is None else expert_map.data_ptr()
-        align.schedule.value = scratch
-        align.launch.start(stream)
-        if permute is not None:
-            permute.x.value, permute.schedule.value, permute.out.value = x_address, scratch, scratch + self.sorted_at
-            permute.launch.start(stream)
-            x_address = scratch + self.sorted_at
-        gate_up, down = self.products(x_address, scratch + self.hidden_at)
-        gate_up.schedule.value, gate_up.out.value = scratch, scratch + self.hidden_at
+        hidden, rows, ordered = scratch + self.hidden_at, scratch + self.rows_at, scratch + self.sorted_at
+        mapped = ids if expert_map is None else expert_map.data_ptr()
+        self._pointers.set(x, ids, mapped, scratch, ordered, hidden, rows, routing.weights.data_ptr(), out)
+        source = ordered if self.sorts else x
+        if self._products is None:
+            self._products = self._new_products(source, hidden)
+        gate_up, down = self._products
+        gate_up.x.point_at(source)
+        down.x.point_at(hidden)
+        for one in self._before:
+            one.start(stream)
         gate_up.launch.start(stream)
-        down.schedule.value, down.out.value = scratch, scratch + self.rows_at
         down.launch.start(stream)
-        combine.rows.value, combine.schedule.value = scratch + self.rows_at, scratch
-        combine.weights.value, combine.out.value = routing.weights.data_ptr(), out
-        combine.launch.start(stream)
+        self._combine.start(stream)
 
 
 def _tiling(config: GemmConfig, operand: MoeOperand, tiles: int) -> Tiling:
@@ -127,12 +134,6 @@ def _tiling(config: GemmConfig, operand: MoeOperand, tiles: int) -> Tiling:
     most = tiles * (weight.num_rows // (64 * config.m64_per_tile)) // config.cluster
     grid = min(config.per_sm * num_sms(weight.device_index) // config.cluster, most) * config.cluster
     return Tiling(grid, pitch, 0, operand.swiglu_limit)
-
-
-def _gemm(config: GemmConfig, weight: PackedWeight, x: tuple[int, int], tiling: Tiling, address: int) -> Gemm:
-    """A product whose input has x[0] rows, x[1] elements apart."""
-    boxes = Boxes(address, (x[0], weight.num_cols), x[1], box(config))
-    return Gemm(config, weight, boxes, x[0], tiling)
 
 
 def _aligned(num_bytes: int) -> int:
@@ -242,7 +243,7 @@ class Nvfp4MoeKernel:
         ids, expert_map = routing.ids, routing.expert_map
         num_tokens, num_choices = ids.shape
         if out is None:
-            out = x.new_empty((num_tokens, operand.hidden))
+            out = torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
         else:
             _check_out(out, num_tokens, operand)
         if not num_tokens:
@@ -251,7 +252,7 @@ class Nvfp4MoeKernel:
         key = num_tokens, num_choices, routing.num_shared, map_length, ids.dtype is torch.int64, x.stride(0)
         with operand.lock:
             call = operand.calls.get(key) or operand.calls.keep(key, self._new_call(key, operand))
-            if call.permute is not None and not x.is_contiguous():
+            if call.sorts and not x.is_contiguous():
                 x = x.contiguous()
             if workspace is None:
                 workspace = x.new_empty(call.num_bytes, dtype=torch.uint8)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ownpath.kernels.calls import Calls
-from ownpath.kernels.checks import check, check_rank
+from ownpath.kernels.checks import check, check_rank, is_dense
 from ownpath.kernels.contract import Config, RouterWeights
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
@@ -160,8 +160,9 @@ class RouterKernel:
         """
         weights = operand.weights
         k, device = weights.num_experts_per_tok, logits_TE.device
-        check_rank("logits_TE", logits_TE, 2, INTERPRETED)
-        check("logits_TE", logits_TE, (torch.float32,), tuple(logits_TE.shape), device)
+        if not is_dense(logits_TE, torch.float32) or logits_TE.ndim != 2 or not (logits_TE.is_cuda or INTERPRETED):
+            check_rank("logits_TE", logits_TE, 2, INTERPRETED)
+            check("logits_TE", logits_TE, (torch.float32,), tuple(logits_TE.shape), device)
         num_tokens = logits_TE.shape[0]
         ids = token_ids_T if weights.tid2eid_VK is not None else None
         if ids is not None:
@@ -182,7 +183,8 @@ class RouterKernel:
                 operand.calls.keep(key, first)
             return out
         with operand.lock:
-            call.start([tensor.data_ptr() for tensor in _tensors(logits_TE, ids, weights, out)], current_stream(key[4]))
+            addresses = [tensor.data_ptr() for tensor in _tensors(logits_TE, ids, weights, out)]
+            call.start(current_stream(key[4]), *addresses)
         return out
 
     def __call__(
