@@ -13,10 +13,8 @@ from ownpath.config import CSA_RATIO, Layer
 from ownpath.official import Step
 from ownpath.oracle.arithmetic import Scope
 from ownpath.oracle.formats import fp4, fp8, hadamard_matrix
-from ownpath.oracle.formulas import attention_weights, best, index_scores, rms, rotate_to
+from ownpath.oracle.formulas import QUERIES_AT_ONCE, attention_weights, best, index_scores, rms, rotate_to
 
-_QUERIES_AT_ONCE = 256
-"""Scores of all heads over all keys are the largest tensors there are."""
 _KV_BLOCK, _INDEX_BLOCK = 64, 32
 
 
@@ -69,8 +67,8 @@ def _quantize_kv(scope: Scope, kv: Tensor) -> Tensor:
 def _attended(scope: Scope, q_TNH: Tensor, keys_KH: Tensor, visible_TK: Tensor, sink_N: Tensor) -> Tensor:
     """Softmax over the visible keys and the sink, which adds nothing: [T, N, H]."""
     rounded, parts = scope.arithmetic.rounded, []
-    for start in range(0, len(q_TNH), _QUERIES_AT_ONCE):
-        rows = slice(start, start + _QUERIES_AT_ONCE)
+    for start in range(0, len(q_TNH), QUERIES_AT_ONCE):
+        rows = slice(start, start + QUERIES_AT_ONCE)
         scores = rounded(torch.einsum("tnh,kh->tnk", q_TNH[rows], keys_KH)) * scope.config.head_dim**-0.5
         weights = attention_weights(scores, visible_TK[rows], sink_N)
         parts.append(torch.einsum("tnk,kh->tnh", rounded(weights), keys_KH))
@@ -120,7 +118,7 @@ def _selected(
     k = _indexed(scope, _compressed(scope, f"{name}.compressor", x_TD, CSA_RATIO))
     weights = scope.linear(f"{name}.weights_proj", x_TD, f"{name}.weights_proj")
     weights = weights * (config.index_head_dim * config.index_n_heads) ** -0.5
-    scores = scope.noted_wide(f"{name}.scores", _index_scores(q, k, weights).masked_fill(~seen_TC, -math.inf))
+    scores = scope.noted_wide(f"{name}.scores", index_scores(q, k, weights).masked_fill(~seen_TC, -math.inf))
     if forced_mask_TC is not None:
         mask = forced_mask_TC.to(seen_TC.device)
     elif scores.shape[1] <= config.index_topk:
@@ -136,9 +134,3 @@ def _indexed(scope: Scope, x: Tensor) -> Tensor:
         return x
     turned = scope.arithmetic.rounded(x @ hadamard_matrix(x.shape[-1]).to(x))
     return fp4(turned, _INDEX_BLOCK).to(x.dtype)
-
-
-def _index_scores(q_TIH: Tensor, k_CH: Tensor, weights_TI: Tensor) -> Tensor:
-    """[T, C]"""
-    parts = zip(q_TIH.split(_QUERIES_AT_ONCE), weights_TI.split(_QUERIES_AT_ONCE), strict=True)
-    return torch.cat([index_scores(q, k_CH, weights) for q, weights in parts])

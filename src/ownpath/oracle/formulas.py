@@ -14,6 +14,9 @@ from torch import Tensor
 
 from ownpath.config import ModelConfig
 
+QUERIES_AT_ONCE = 256
+"""Scores of all heads over all keys are the largest tensors there are."""
+
 
 def rms(x: Tensor, eps: float) -> Tensor:
     """x over the root of its mean square, over the last dimension."""
@@ -68,8 +71,9 @@ def attention_weights(scores_TNK: Tensor, visible_TK: Tensor, sink_N: Tensor) ->
 
 
 def index_scores(q_TIH: Tensor, k_CH: Tensor, weights_TI: Tensor) -> Tensor:
-    """Sum over index heads of w relu(q . k): [T, C]."""
-    return (torch.einsum("tih,ch->tic", q_TIH, k_CH).relu() * weights_TI[..., None]).sum(1)
+    """Sum over index heads of w relu(q . k): [T, C]. Some queries at a time: [T, I, C] of a long text is gigabytes."""
+    parts = zip(q_TIH.split(QUERIES_AT_ONCE), weights_TI.split(QUERIES_AT_ONCE), strict=True)
+    return torch.cat([(torch.einsum("tih,ch->tic", q, k_CH).relu() * w[..., None]).sum(1) for q, w in parts])
 
 
 def expert_scores(logits_TE: Tensor) -> Tensor:

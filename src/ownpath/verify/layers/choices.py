@@ -10,10 +10,10 @@ Legend: T tokens, K experts per token, E experts, C compressed entries, N candid
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from ownpath.config import CSA_RATIO, Layer, ModelConfig
 from ownpath.oracle.block import Trace
+from ownpath.oracle.formulas import expert_scores, index_scores
 from ownpath.verify.layers.activations import Activations
 from ownpath.verify.layers.oracle import Oracle
 
@@ -69,7 +69,7 @@ def expert_candidates(
     scores_TE: torch.Tensor, engine_logits_TE: torch.Tensor, bias_E: torch.Tensor, num_chosen: int
 ) -> Candidates:
     """Routing by score: sqrt(softplus(logits)) + bias ranks the experts."""
-    engine_TE = F.softplus(engine_logits_TE.double()).sqrt() + bias_E.double()
+    engine_TE = expert_scores(engine_logits_TE.double()) + bias_E.double()
     allowed_TE = torch.ones_like(engine_TE, dtype=torch.bool)
     count_T = torch.full((len(engine_TE),), num_chosen, device=engine_TE.device)
     return Candidates(scores_TE.double(), engine_TE, allowed_TE, count_T, engine_TE.abs().amax(1))
@@ -86,19 +86,10 @@ def entry_candidates(
     num_tokens, num_entries = scores_TC.shape
     complete_T = (torch.arange(num_tokens, device=scores_TC.device) + 1) // ratio
     allowed_TC = torch.arange(num_entries, device=scores_TC.device) < complete_T[:, None]
-    engine_TC = index_scores(q_TIH, weights_TI, keys_CH)
-    size_T = index_scores(q_TIH, weights_TI.abs(), keys_CH).amax(1)
+    engine_TC = index_scores(q_TIH.double(), keys_CH.double(), weights_TI.double())
+    size_T = index_scores(q_TIH.double(), keys_CH.double(), weights_TI.double().abs()).amax(1)
     scores_TC = scores_TC.double().masked_fill(~allowed_TC, 0.0)
     return Candidates(scores_TC, engine_TC, allowed_TC, complete_T.clamp(max=topk), size_T)
-
-
-def index_scores(q_TIH: torch.Tensor, weights_TI: torch.Tensor, keys_CH: torch.Tensor) -> torch.Tensor:
-    """Sum over heads of w relu(q . k), float64 [T, C]."""
-    scores_TC = torch.zeros(len(q_TIH), len(keys_CH), dtype=torch.float64, device=q_TIH.device)
-    keys_HC = keys_CH.double().T
-    for head in range(q_TIH.shape[1]):  # one head at a time: [T, I, C] of a long text is gigabytes
-        scores_TC += weights_TI[:, head, None].double() * torch.relu(q_TIH[:, head].double() @ keys_HC)
-    return scores_TC
 
 
 def mask_of(ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:

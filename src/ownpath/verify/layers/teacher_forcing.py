@@ -12,8 +12,9 @@ import torch
 from ownpath.config import Layer
 from ownpath.model.block import Residual
 from ownpath.oracle.block import Choices, Trace
+from ownpath.oracle.formulas import index_scores
 from ownpath.verify.layers.activations import Activations
-from ownpath.verify.layers.choices import RunChoices, Scores, index_scores, scores_of, tensor_of
+from ownpath.verify.layers.choices import RunChoices, Scores, scores_of, tensor_of
 from ownpath.verify.layers.measure import ROW_FACTOR, Measurement, Pair, distance, row_distances
 from ownpath.verify.layers.oracle import Oracle
 from ownpath.verify.layers.single_layer import Chunk, SingleLayer
@@ -82,7 +83,8 @@ def compare_layer(single: SingleLayer, oracle: Oracle, streams_TSD: torch.Tensor
     index_keys = single.index_keys(cache)
     if index_keys is not None:
         indexer = f"{layer.name}.attn.indexer"
-        values[f"{indexer}.scores"] = index_scores(values[f"{indexer}.q"], values[f"{indexer}.weights"], index_keys)
+        q_TIH, weights_TI = (values[f"{indexer}.{name}"].double() for name in ("q", "weights"))
+        values[f"{indexer}.scores"] = index_scores(q_TIH, index_keys.double(), weights_TI)
 
     free = oracle.block(single.layer_idx, streams_TSD)
     scores = scores_of(oracle, layer, free)
