@@ -115,4 +115,5 @@ def planned(folder: Path, engine_config: EngineConfig, caps: Caps | None = None)
     index = CheckpointIndex.open(folder)
     dtype = str(engine_config.dtype).removeprefix("torch.")
     demands = Demands(dtype, engine_config.is_batch_invariant, engine_config.official)
-    return make_plan(config, index, caps, demands, loads_draft=engine_config.loads_draft), index
+    drafts, parallel = engine_config.loads_draft, engine_config.parallel
+    return make_plan(config, index, caps, demands, loads_draft=drafts, parallel=parallel), index

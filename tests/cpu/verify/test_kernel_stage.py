@@ -221,10 +221,10 @@ def test_shared_expert_without_clamp(run_changed: Callable[..., list[Finding]]) 
 
 
 def test_the_other_kinds_theta(run_changed: Callable[..., list[Finding]]) -> None:
-    def change(loaded: LoadedLayer, _: dict[str, Watched]) -> LoadedLayer:
+    def change(loaded: LoadedLayer, slots: dict[str, Watched]) -> LoadedLayer:
         sliding = Rope.for_layer(loaded.plan.config, compressing=False, device=torch.device("cpu"))
-        assert loaded.block.attn.compressor is not None
-        object.__setattr__(loaded.block.attn.compressor, "rope", sliding)
+        core: Any = slots["layers.3.attn.core"].runner
+        object.__setattr__(core.layer.compressor, "rope", sliding)
         return replace(loaded, rope=sliding)
 
     # The output projection undoes whatever was done: it is right.

@@ -26,9 +26,10 @@ ONCE = {("V01", "embed"), ("V01", "head"), ("V03", "streams"), ("V04", "logits")
 def run(
     folder: Path, engine: EngineConfig | None = None, selection: Selection | None = None
 ) -> tuple[list[Finding], list[Measurement], Subject]:
-    rows: list[Measurement] = []
     subject = Subject.of(folder, engine or EngineConfig(), selection)
-    return list(stage.layer_stage(subject, measured=rows.append)), rows, subject
+    seen = list(stage.layer_stage(subject))
+    findings = [found for found in seen if isinstance(found, Finding)]
+    return findings, [found for found in seen if isinstance(found, Measurement)], subject
 
 
 def assert_complete(findings: list[Finding], rows: list[Measurement], subject: Subject) -> None:
@@ -124,6 +125,7 @@ def test_a_checkpoint_that_cannot_be_read_is_a_finding(tmp_path: Path) -> None:
     for shard in tmp_path.glob("*.safetensors"):
         shard.write_bytes(b"")
     (only,) = stage.layer_stage(subject)
+    assert isinstance(only, Finding)
     assert only.verdict is Verdict.FAIL
 
 

@@ -83,8 +83,11 @@ class LayerRun:
         self.stop_at = stop_at
         monkeypatch.setattr(layer_stage, "load_layer", self.load)
         try:
-            for finding in layer_stage.layer_stage(subject, self.progress, work, self.rows.append):
-                self.findings.append(finding)
+            for found in layer_stage.layer_stage(subject, self.progress, work):
+                if isinstance(found, Measurement):
+                    self.rows.append(found)
+                else:
+                    self.findings.append(found)
         except Stopped:
             assert stop_at is not None
 

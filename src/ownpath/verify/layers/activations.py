@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from ownpath.ops import OpKind
 from ownpath.trace.observers import Arguments, Observer, Watched
+from ownpath.verify.layers.measure import dtype_name
 
 _RESULTS: Mapping[OpKind, Callable[[Any], dict[str, torch.Tensor]]] = {
     OpKind.HYPER: lambda result: {".x": result.x_TSD, ".h": result.h_TD},
@@ -40,7 +41,7 @@ class Activations(Observer):
         for suffix, value in found.items():
             self._parts[f"{slot}{suffix}"].append(value)
         taken = args[0].q_TNH if kind is OpKind.ATTENTION else args[0]
-        self.dtypes[slot] = _name(taken), _name(list(found.values())[-1])
+        self.dtypes[slot] = dtype_name(taken.dtype), dtype_name(list(found.values())[-1].dtype)
         if kind is OpKind.KEY_QUANTIZER:
             self._parts[f"{slot}.in"].append(taken)
 
@@ -67,7 +68,3 @@ class Activations(Observer):
         """Which compressed entries each row of a sequence attends to [T, C]; later steps know more of them."""
         masks = self._parts[f"{attn}{_MASK}"]
         return torch.cat([F.pad(mask, (0, num_entries - mask.shape[1])) for mask in masks])
-
-
-def _name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

@@ -8,6 +8,8 @@ ROW_FACTOR = 8.0
 """A row may be so many times further away than the rows together: the budget is of the root mean square over all rows,
 of which the largest among some thousand is 4 to 5 times as far if each row's error is Gaussian, and errors of rows
 grow with the rows. Without it, one wrong row among a thousand would drown."""
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""A value [T, ...] of the engine and of the reference."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,14 @@ class Measurement:
     kernel: str = ""
     dtype_in: str = ""
     dtype_out: str = ""
+
+    @classmethod
+    def of(
+        cls, layer_idx: int, slot: str, pair: Pair, budget: float, kernel: str = "", dtypes: tuple[str, str] = ("", "")
+    ) -> "Measurement":
+        """Of the engine's value and the reference's. dtypes: of the slot's input and output."""
+        numbers = vars(distance(*pair))
+        return cls(layer_idx, slot, **numbers, budget=budget, kernel=kernel, dtype_in=dtypes[0], dtype_out=dtypes[1])
 
     @property
     def is_within(self) -> bool:
@@ -111,3 +121,8 @@ def row_distances(engine: torch.Tensor, reference: torch.Tensor) -> torch.Tensor
 def _ratio(gap: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
     """Root of the quotient; of nothing to nothing 0, of something to nothing infinite."""
     return torch.where(gap == 0, 0.0, gap / size).sqrt()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16``, not ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")

@@ -15,7 +15,7 @@ from ownpath.oracle.block import Choices, Trace
 from ownpath.oracle.formulas import index_scores
 from ownpath.verify.layers.activations import Activations
 from ownpath.verify.layers.choices import RunChoices, Scores, scores_of, tensor_of
-from ownpath.verify.layers.measure import ROW_FACTOR, Measurement, distance, row_distances
+from ownpath.verify.layers.measure import ROW_FACTOR, Measurement, Pair, distance, row_distances
 from ownpath.verify.layers.oracle import Oracle
 from ownpath.verify.layers.single_layer import Chunk, SingleLayer
 
@@ -51,8 +51,6 @@ ORDER = (
     "out",
 )
 """A layer's values in the order in which they depend on each other."""
-
-Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -171,11 +169,8 @@ def _by_expert(ids_TK: torch.Tensor, weights_TK: torch.Tensor, num_experts: int)
 def _measured(oracle: Oracle, single: SingleLayer, name: str, pair: Pair, run: Activations) -> Measurement:
     full = f"{single.layer.name}.{name}"
     slot = single.slot_of(full)
-    dtype_in, dtype_out = run.dtypes.get(slot, ("", ""))
-    numbers = vars(distance(*pair))
     kernel = single.loaded.ledger.kernels[slot][1] if slot else ""
-    found = Measurement(single.layer_idx, name, **numbers, budget=oracle.budget(name), kernel=kernel)
-    return replace(found, dtype_in=dtype_in, dtype_out=dtype_out)
+    return Measurement.of(single.layer_idx, name, pair, oracle.budget(name), kernel, run.dtypes.get(slot, ("", "")))
 
 
 def _one_bad_expert(pair: Pair, experts_TE: torch.Tensor, budget: float) -> int | None:

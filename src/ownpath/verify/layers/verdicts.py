@@ -93,10 +93,8 @@ def _leaving(out: Measurement, layer: str, root: str) -> Finding:
     """What leaves the layer, when what enters it is the reference's."""
     words = f"rel-L2 {out.budget:.1e}, {ROW_FACTOR:g} times that in one row"
     message = f"given the reference's streams, {_numbers(out)}"
-    if out.is_within:
-        return Finding("V02", layer, Verdict.PASS, message, out.rel_l2, words)
     remedy = f"{layer}.{root} is where it begins" if root != "out" else _PLACES["out"]
-    return Finding("V02", layer, Verdict.FAIL, message, out.rel_l2, words, remedy)
+    return Finding.judged("V02", layer, out.is_within, message, out.rel_l2, words, remedy)
 
 
 def _magnitudes(measurements: Iterable[Measurement], layer: str) -> Finding:
