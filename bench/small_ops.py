@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 import triton
-from small_ops_cases import CASES, Case, judge, make_inputs, num_bytes
 
+from ownpath.conformance.operations import CASES, judge, make_inputs, num_bytes
+from ownpath.kernels.cases import Case
 from ownpath.kernels.hyper.ref import HyperOut
 from ownpath.kernels.registry import KERNELS
 

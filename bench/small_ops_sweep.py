@@ -14,8 +14,9 @@ from unittest import mock
 
 import torch
 from small_ops import bound_call, machine, num_sets, replay_us
-from small_ops_cases import CASES, Case, judge, make_inputs
 
+from ownpath.conformance.operations import CASES, judge, make_inputs
+from ownpath.kernels.cases import Case
 from ownpath.kernels.grouped import launch as grouped
 from ownpath.kernels.hyper import launch as hyper
 from ownpath.kernels.registry import KERNELS

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from small_ops_cases import CASES, Case, judge, make_inputs, tensors
 
+from ownpath.conformance.operations import CASES, judge, make_inputs, tensors
+from ownpath.kernels.cases import Case
 from ownpath.kernels.hyper.ref import HyperOut
 from ownpath.kernels.registry import KERNELS
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from small_ops_cases import CASES, Case, judge, make_inputs, tensors
 
+from ownpath.conformance.operations import CASES, judge, make_inputs, tensors
+from ownpath.kernels.cases import Case
 from ownpath.kernels.registry import KERNELS
 
 CPU = torch.device("cpu")

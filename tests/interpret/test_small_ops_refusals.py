@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_ops_cases import CASES, make_inputs
 
+from ownpath.conformance.operations import CASES, make_inputs
 from ownpath.kernels.grouped.launch import rope_grouped_linear
 from ownpath.kernels.hyper.launch import hyper_boundary, new_out, num_workspace_floats
 from ownpath.kernels.hyper.ref import HyperOut, HyperWeights, Mix

@@ -85,7 +85,6 @@ def assert_no_alarm(result: Result) -> None:
     """Nothing failed, nothing came too near, and no layer, slot or check was left out."""
     assert result.passed, failed(result.findings)
     assert {finding.id for finding in result.findings} == set(TITLES) - {"RUN"}
-    assert [f.id for f in result.findings if f.id < "G" and f.id >= "F" and f.verdict is Verdict.SKIPPED] == ["F13"]
     assert all(finding.number is None or finding.number <= 1 for finding in of_stage(result, "kernels"))
     seen = {(finding.id, finding.where) for finding in result.findings}
     plan = result.job.subject.plan
@@ -108,7 +107,10 @@ def of_stage(result: Result, name: str) -> tuple[Finding, ...]:
 def test_intact_checkpoints_raise_no_alarm(seed: int, layout: str, tmp_path: Path) -> None:
     """Each export with a seed of its own."""
     widths = {"moe_intermediate_size": 64} if layout == "deepseek-native" else {}
-    assert_no_alarm(verify(Job(write_model(tmp_path / "model", layout, seed, **widths)), STAGES))
+    result = verify(Job(write_model(tmp_path / "model", layout, seed, **widths)), STAGES)
+    assert_no_alarm(result)
+    if layout == "full-nvfp4":
+        assert {f.id for f in of_stage(result, "file") if f.verdict is Verdict.SKIPPED} == {"F13"}
 
 
 def test_the_embedded_model_raises_no_alarm() -> None:

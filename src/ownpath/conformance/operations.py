@@ -1,95 +1,24 @@
-"""The small operations' table: shapes, inputs, bytes, and how a result is judged. Tests and bench share it.
+"""Operands of the operations without a quantised weight, at the shapes of ``kernels/*/cases.py``, and how their results
+are judged. Tests and bench share it.
 
-A judge compares with float64 of the same operands. Bounds come from the formats: BF16 is the unit roundoff of the
+A judge compares with the oracle's formulas in float64. Bounds come from the formats: BF16 is the unit roundoff of the
 stored results, F32 that of the arithmetic, and each bound names how many roundings it covers.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from ownpath.kernels.grouped import ref as grouped
-from ownpath.kernels.hyper import ref as hyper
-from ownpath.kernels.norms import ref as norms
-from ownpath.kernels.swiglu import ref as swiglu
+from ownpath.kernels.cases import Case
+from ownpath.kernels.hyper.ref import HyperOut, HyperWeights, Mix, sinkhorn
+from ownpath.kernels.registry import families
+from ownpath.oracle import formulas
 
 BF16, F32 = 2.0**-8, 2.0**-24
 Inputs = tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One op at one shape. kernel: registry names are ``ref.<op>`` and ``triton.<kernel>``.
-
-    tiny: small enough to be interpreted on a CPU; bench: worth a row of the bench's table.
-    """
-
-    op: str
-    label: str
-    sizes: tuple[int, ...]
-    tokens: tuple[int, ...]
-    tiny: bool = False
-    bench: bool = False
-    variant: str = ""
-
-    @property
-    def kernel(self) -> str:
-        return self.op + self.variant
-
-
-FEW, MANY = (1, 2, 3, 4, 5, 7, 16), (17, 33, 64, 129, 255, 1024)
-HYPER = (
-    Case("hyper_boundary", "tiny", (256, 24, 1), (1, 3, 5, 17), tiny=True),
-    Case("hyper_boundary", "odd", (392, 24, 1), (2, 6), tiny=True),
-    Case("hyper_boundary", "first", (256, 24, 0), (1, 6), tiny=True),
-    Case("hyper_boundary", "last", (256, 4, 1), (1, 6), tiny=True),
-    Case("hyper_boundary", "tiny", (256, 24, 1), (1, 17), tiny=True, variant="_invariant"),
-    Case("hyper_boundary", "flash", (4096, 24, 1), (*FEW, *MANY, 4096), bench=True),
-    Case("hyper_boundary", "flash", (4096, 24, 1), (1, 64, 255), bench=True, variant="_invariant"),
-    Case("hyper_boundary", "flash last", (4096, 4, 1), (1, 64)),
-    Case("hyper_boundary", "flash first", (4096, 24, 0), (1, 64)),
-    Case("hyper_boundary", "pro", (7168, 24, 1), (*FEW, *MANY), bench=True),
-)
-ROUTER = (
-    Case("router", "tiny", (8, 2, 0), (1, 5), tiny=True),
-    Case("router", "flash", (256, 6, 0), (1, 7, 64, 1024, 4096), tiny=False, bench=True),
-    Case("router", "flash", (256, 6, 0), (1, 3), tiny=True),
-    Case("router", "pro", (384, 6, 0), (1, 3), tiny=True),
-    Case("router", "pro", (384, 6, 0), (64, 1024), bench=True),
-    Case("router", "by token", (256, 6, 1), (1, 5), tiny=True),
-    Case("router", "by token", (256, 6, 1), (64, 1024), bench=True),
-)
-NORM = (  # width, heads (0: rows only), width of the tensor that rows are a slice of
-    Case("rms_norm", "hidden", (4096, 0, 4096), (1, 64, 4096), bench=True),
-    Case("rms_norm", "slice of wqa_wkv", (1024, 0, 1536), (1, 3), tiny=True),
-    Case("rms_norm", "slice of wqa_wkv", (1024, 0, 1536), (64, 255, 4096), bench=True),
-    Case("rms_norm", "heads, no weight", (512, 4, 512), (1, 33), tiny=True),
-    Case("rms_norm", "heads, no weight", (512, 64, 512), (1, 64, 1024), bench=True),
-    Case("rms_norm", "pro hidden", (7168, 0, 7168), (1, 64)),
-    Case("rms_norm", "odd", (264, 0, 264), (1, 9), tiny=True),
-)
-SWIGLU = (
-    Case("swiglu", "tiny", (136,), (1, 5), tiny=True),
-    Case("swiglu", "flash shared", (2048,), (1, 64, 4096), bench=True),
-    Case("swiglu", "pro shared", (3072,), (1, 255)),
-)
-GROUPED = (  # groups, heads per group, head dim, rotary channels, rows
-    Case("grouped_linear", "tiny", (2, 2, 512, 64, 128), (1, 5, 17), tiny=True),
-    Case("grouped_linear", "short heads", (3, 4, 64, 32, 64), (1, 33), tiny=True),
-    Case("grouped_linear", "tiny", (2, 2, 512, 64, 128), (1, 17), tiny=True, variant="_invariant"),
-    Case("grouped_linear", "flash", (8, 8, 512, 64, 1024), (1, 33, 255), variant="_invariant"),
-    Case(
-        "grouped_linear",
-        "flash",
-        (8, 8, 512, 64, 1024),
-        (1, 8, 16, 17, 32, 33, 64, 127, 128, 255, 1024, 4096),
-        bench=True,
-    ),
-)
-GROUPED_INVARIANT = tuple(replace(case, tokens=case.tokens[:3], bench=False, variant="_invariant") for case in GROUPED)
-CASES = (*HYPER, *ROUTER, *NORM, *SWIGLU, *GROUPED, *GROUPED_INVARIANT)
 
 
 def _uniform(generator: torch.Generator, *shape: int) -> torch.Tensor:
@@ -107,11 +36,11 @@ def hyper_inputs(case: Case, num_tokens: int, g: torch.Generator) -> Inputs:
     fn = _normal(g, num_mix, 4 * dim) * (4 * dim) ** -0.5
     scale = _uniform(g, 3 if num_mix == 24 else 1) + 0.5
     norm_weight = (1 + 0.1 * _normal(g, dim)).bfloat16()
-    weights = hyper.HyperWeights(fn, _normal(g, num_mix), scale, norm_weight, 20, 1e-6, 1e-6, 1e-6)
+    weights = HyperWeights(fn, _normal(g, num_mix), scale, norm_weight, 20, 1e-6, 1e-6, 1e-6)
     if not has_post:
         return x_TSD, None, None, weights
-    comb_TSS = hyper.sinkhorn(_normal(g, num_tokens, 4, 4), 20, 1e-6)
-    return x_TSD, _normal(g, num_tokens, dim).bfloat16(), hyper.Mix(2 * _uniform(g, num_tokens, 4), comb_TSS), weights
+    comb_TSS = sinkhorn(_normal(g, num_tokens, 4, 4), 20, 1e-6)
+    return x_TSD, _normal(g, num_tokens, dim).bfloat16(), Mix(2 * _uniform(g, num_tokens, 4), comb_TSS), weights
 
 
 def router_inputs(case: Case, num_tokens: int, g: torch.Generator) -> Inputs:
@@ -161,6 +90,16 @@ INPUTS: dict[str, Callable[[Case, int, torch.Generator], Inputs]] = {
 }
 
 
+def listed_cases() -> tuple[Case, ...]:
+    """The cases of every family that lists some, of the operations whose operands are made here."""
+    modules = (f"ownpath.kernels.{family}.cases" for family in families())
+    found = (import_module(name).CASES for name in modules if find_spec(name) is not None)
+    return tuple(case for cases in found for case in cases if isinstance(case, Case) and case.op in INPUTS)
+
+
+CASES = listed_cases()
+
+
 def make_inputs(case: Case, num_tokens: int, device: torch.device, seed: int = 0) -> Inputs:
     """Fresh random operands of a case."""
     return INPUTS[case.op](case, num_tokens, torch.Generator(device).manual_seed(seed))
@@ -181,41 +120,43 @@ def _close(name: str, got: torch.Tensor, expected: torch.Tensor, limit: float) -
     assert distance <= limit, f"{name}: relative L2 {distance:.2e} above {limit:.2e}"
 
 
-def _wide(weights: hyper.HyperWeights) -> hyper.HyperWeights:
-    wide = [getattr(weights, name).double() for name in ("fn", "base", "scale", "norm_weight")]
-    return replace(weights, fn=wide[0], base=wide[1], scale=wide[2], norm_weight=wide[3])
-
-
-def judge_hyper(result: hyper.HyperOut, inputs: Inputs) -> None:
+def judge_hyper(result: HyperOut, inputs: Inputs) -> None:
     """Streams against float64; then everything else against float64 of the streams that were stored."""
     x_TSD, y_TD, mix, weights = inputs
-    new_TSD = result.x_TSD.double()
+    new_TSD, num_streams = result.x_TSD.double(), x_TSD.shape[1]
     if mix is None:
         assert torch.equal(result.x_TSD, x_TSD)
     else:
-        wide_mix = hyper.Mix(mix.post_TS.double(), mix.comb_TSS.double())  # not negative
-        expected = hyper.hyper_post(x_TSD.double(), y_TD.double(), wide_mix)
-        terms = hyper.hyper_post(x_TSD.double().abs(), y_TD.double().abs(), wide_mix)
+        wide = tuple(part.double() for part in (x_TSD, y_TD, mix.post_TS, mix.comb_TSS))
+        expected, terms = formulas.write_streams(*wide), formulas.write_streams(*(part.abs() for part in wide))
         _within("x", result.x_TSD, expected, BF16 * expected.abs() + 8 * F32 * terms)
-    wide = _wide(weights)
-    found = hyper.hyper_boundary(new_TSD, None, None, wide)
+    mixing, weight_D = mixing_of(weights), weights.norm_weight.double()
+    logits = mixing.logits(new_TSD)
+    collapsed = formulas.collapse(new_TSD, mixing.pre(logits, num_streams))
+    h_TD = formulas.rms(collapsed, weights.norm_eps) * weight_D
     # Collapsed input and normalised input are rounded once each; the norm's divisor sees the first rounding.
-    loose = 64 * F32 * new_TSD.abs().sum(1) * wide.norm_weight.abs()
-    divisor = hyper.hyper_pre(new_TSD, wide)[0].square().mean(-1, keepdim=True).sqrt()
-    _within("h", result.h_TD, found.h_TD, 3 * BF16 * found.h_TD.abs() + loose / divisor)
-    _close("h", result.h_TD, found.h_TD, 3e-3)
-    assert (result.mix is None) == (found.mix is None)
-    if result.mix is not None and found.mix is not None:
+    loose = 64 * F32 * new_TSD.abs().sum(1) * weight_D.abs()
+    divisor = collapsed.square().mean(-1, keepdim=True).sqrt()
+    _within("h", result.h_TD, h_TD, 3 * BF16 * h_TD.abs() + loose / divisor)
+    _close("h", result.h_TD, h_TD, 3e-3)
+    assert (result.mix is None) == (len(weights.fn) == num_streams)
+    if result.mix is not None:
         # Sums of 16384 products in blocks, then 39 divisions: 128 float32 roundings cover them.
-        _close("post", result.mix.post_TS, found.mix.post_TS, 128 * F32)
-        _close("comb", result.mix.comb_TSS, found.mix.comb_TSS, 128 * F32)
+        _close("post", result.mix.post_TS, mixing.post(logits, num_streams), 128 * F32)
+        _close("comb", result.mix.comb_TSS, mixing.comb(logits, num_streams), 128 * F32)
+
+
+def mixing_of(weights: HyperWeights) -> formulas.Mixing:
+    """A boundary's weights as the oracle takes them, in float64."""
+    fn, scale, base = (part.double() for part in (weights.fn, weights.scale, weights.base))
+    return formulas.Mixing(fn, scale, base, weights.num_iters, weights.eps, weights.mix_norm_eps)
 
 
 def judge_router(result: tuple[torch.Tensor, torch.Tensor], inputs: Inputs) -> None:
     """Chosen experts are the best up to float32 rounding of their scores; weights follow from the chosen ones."""
     logits_TE, k, factor, bias_E, token_ids_T, table = inputs
     ids_TK, weights_TK = result[0].long(), result[1]
-    scores_TE = torch.nn.functional.softplus(logits_TE.double()).sqrt()
+    scores_TE = formulas.expert_scores(logits_TE.double())
     if table is not None:
         assert torch.equal(ids_TK, table[token_ids_T])
     else:
@@ -226,37 +167,41 @@ def judge_router(result: tuple[torch.Tensor, torch.Tensor], inputs: Inputs) -> N
         best_TK = ranks_TE.sort(dim=1, descending=True).values[:, :k]
         rounding = 16 * F32 * ranks_TE.abs().amax(1, keepdim=True)
         _within("rank", ranks_TE.gather(1, ids_TK), best_TK, rounding.expand_as(best_TK))
-    chosen_TK = scores_TE.gather(1, ids_TK)
-    expected = chosen_TK / chosen_TK.sum(1, keepdim=True) * factor
+    expected = formulas.routing_weights(scores_TE, ids_TK, factor)
     _within("weights", weights_TK, expected, 64 * F32 * expected)
 
 
 def judge_norm(result: torch.Tensor, inputs: Inputs) -> None:
+    """One rounding of the result, and the mean's."""
     x, weight, eps = inputs
-    expected = norms.rms_norm(x.double(), None if weight is None else weight.double(), eps)
+    expected = formulas.rms(x.double(), eps) * (1.0 if weight is None else weight.double())
     _within("y", result, expected, (BF16 + 16 * F32) * expected.abs())
 
 
 def judge_swiglu(result: torch.Tensor, inputs: Inputs) -> None:
+    """exp's argument is rounded once: an error of |gate| roundings. Below float32's normal range, zero is right."""
     gate_up, limit = inputs
-    expected = swiglu.swiglu(gate_up.double(), limit)
-    # exp's argument is rounded once: an error of |gate| roundings. Below float32's normal range, zero is right.
-    wide = (2 * gate_up.double().abs().chunk(2, dim=-1)[0] + 16) * F32
-    _within("y", result, expected, (BF16 + wide) * expected.abs() + 2.0**-126)
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    expected = formulas.swiglu(gate, up, limit)
+    _within("y", result, expected, (BF16 + (2 * gate.abs() + 16) * F32) * expected.abs() + 2.0**-126)
 
 
 def judge_grouped(result: torch.Tensor, inputs: Inputs) -> None:
     """Un-rotated channels are rounded to bfloat16 once before the product, the product once after it."""
     o_TNH, cos_TA, sin_TA, weight_GRI = inputs
-    wide = (o_TNH.double(), cos_TA.double(), sin_TA.double())
-    expected = grouped.rope_grouped_linear(*wide, weight_GRI.double())
-    turned = grouped.rope_inverse(*wide).abs()
-    terms = grouped.rope_grouped_linear(turned, cos_TA.double() * 0 + 1, sin_TA.double() * 0, weight_GRI.double().abs())
-    turned[..., : -2 * cos_TA.shape[1]] = 0
-    ends = grouped.rope_grouped_linear(turned, cos_TA.double() * 0 + 1, sin_TA.double() * 0, weight_GRI.double().abs())
-    bound = BF16 * expected.abs() + BF16 * ends + weight_GRI.shape[-1] / 16 * 2 * F32 * terms
+    u_TNH = formulas.rotate(o_TNH.double(), cos_TA.double(), -sin_TA.double())
+    weight = weight_GRI.double()
+    expected, terms = _group_products(u_TNH, weight), _group_products(u_TNH.abs(), weight.abs())
+    rotated = u_TNH.abs()
+    rotated[..., : -2 * cos_TA.shape[1]] = 0
+    ends = _group_products(rotated, weight.abs())
+    bound = BF16 * expected.abs() + BF16 * ends + weight.shape[-1] / 16 * 2 * F32 * terms
     _within("y", result, expected, bound)
     _close("y", result, expected, 3e-3)
+
+
+def _group_products(u_TNH: torch.Tensor, weight_GRI: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("tgi,gri->tgr", u_TNH.flatten(1).unflatten(-1, (len(weight_GRI), -1)), weight_GRI)
 
 
 JUDGES: dict[str, Callable[[Any, Inputs], None]] = {
@@ -279,7 +224,7 @@ def tensors(value: Any) -> list[torch.Tensor]:
         return [value]
     if isinstance(value, tuple):
         return [tensor for item in value for tensor in tensors(item)]
-    if isinstance(value, hyper.HyperOut):
+    if isinstance(value, HyperOut):
         mix = [] if value.mix is None else [value.mix.post_TS, value.mix.comb_TSS]
         return [value.x_TSD, value.h_TD, *mix]
     return []
