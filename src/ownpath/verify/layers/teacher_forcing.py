@@ -55,7 +55,7 @@ ORDER = (
 
 @dataclass(frozen=True)
 class LayerComparison:
-    """What came of one layer. streams_TSD: the reference's after it, by its own choices. out_TSD: the engine's.
+    """The result of one layer. streams_TSD: the reference's after it, by its own choices. out_TSD: the engine's.
 
     expert: the routed expert that every row out of line was sent to, if there is one such. key_rounding: rel-L2 of the
     window's keys to what they were before they were rounded, where they are. few_rows: how far a row of the reference
