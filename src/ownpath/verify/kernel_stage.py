@@ -15,9 +15,8 @@ from ownpath.oracle.stored import Stored
 from ownpath.verify.kernels.attention import check_attention
 from ownpath.verify.kernels.boundary import check_boundaries
 from ownpath.verify.kernels.clamp import check_clamp
-from ownpath.verify.kernels.contracts import check_contracts
 from ownpath.verify.kernels.experts import check_experts
-from ownpath.verify.kernels.memory import check_memory
+from ownpath.verify.kernels.memory import check_contracts, check_memory
 from ownpath.verify.kernels.norms import check_norms
 from ownpath.verify.kernels.probe import Probe
 from ownpath.verify.kernels.products import check_products

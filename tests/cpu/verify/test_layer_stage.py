@@ -10,7 +10,6 @@ from support.checkpoints import random_checkpoint
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.config import EngineConfig
 from ownpath.finding import Finding, Verdict, failed
-from ownpath.loading import default_model_dir
 from ownpath.model.block import Residual
 from ownpath.official import OFFICIAL
 from ownpath.verify import layer_stage as stage
@@ -45,15 +44,6 @@ def assert_complete(findings: list[Finding], rows: list[Measurement], subject: S
 
 
 @pytest.mark.parametrize(
-    ("layout", "seed"),
-    [("full-nvfp4", 0), ("modelopt-experts-only", 1), ("deepseek-native", 2), ("compressed-tensors", 3), ("bf16", 4)],
-)
-def test_intact_checkpoints_pass(layout: str, seed: int, tmp_path: Path) -> None:
-    random_checkpoint(tmp_path, layout, seed)
-    assert_complete(*run(tmp_path))
-
-
-@pytest.mark.parametrize(
     "changes",
     [{"dtype": torch.bfloat16}, {"official": OFFICIAL}, {"dtype": torch.float64}],
     ids=["bfloat16", "official", "float64"],
@@ -71,10 +61,6 @@ def test_other_numerics_pass(changes: dict[str, Any], tmp_path: Path) -> None:
 def test_a_short_context_is_no_fault(max_model_len: int, tmp_path: Path) -> None:
     random_checkpoint(tmp_path, "full-nvfp4", seed=6)
     assert not failed(run(tmp_path, EngineConfig(max_model_len=max_model_len))[0])
-
-
-def test_the_embedded_model_passes() -> None:
-    assert_complete(*run(default_model_dir()))
 
 
 def test_chosen_layers_are_judged_as_in_a_whole_run(tmp_path: Path) -> None:

@@ -16,16 +16,14 @@ from ownpath.cache.tables import StepTables
 from ownpath.config import SLIDING
 from ownpath.conformance.bounds import Deviation, Exact, deviation
 from ownpath.conformance.exact import attention
+from ownpath.conformance.params import NUM_KEYS
 from ownpath.finding import Finding
 from ownpath.model.attention import AttentionCore
 from ownpath.ops import OpKind
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.report import Tally, error_of
+from ownpath.verify.kernels.report import Tally
 
-NUM_KEYS = (1, 2, 31, 129, 300)
 NUM_QUERIES = 7
-SIZES = (1.0, 0.0, 2.0**-4, 4.0)
-"""Of the queries in turn: where scores are zero the sink has its full share."""
 REMEDY = "a query sees itself and the sliding_window - 1 tokens before; the sink is in the sum and nowhere else"
 
 
@@ -36,11 +34,9 @@ def check_attention(probe: Probe) -> Iterator[Finding]:
         tally = Tally("K09", slot, "softmax and sink, unseen keys, window's edges, ring of keys", REMEDY)
         for name, check in _checks(core):
             kernel = probe.kernels[slot]
-            try:
+            with tally.catching(slot, kernel, f"{name}: "):
                 for found, message in check(probe, slot, core):
                     tally.add(slot, kernel, found, f"{name}: {message or found}")
-            except Exception as error:  # whatever a kernel can raise is what is looked for
-                tally.fail(slot, kernel, f"{name}: {error_of(error)}")
         yield from tally.findings()
 
 
@@ -56,9 +52,7 @@ def _checks(core: object) -> Iterator[tuple[str, Callable[[Probe, str, Any], Fou
 
 
 def _queries(probe: Probe, slot: str, num_rows: int) -> Tensor:
-    heads, dim = probe.config.num_attention_heads, probe.config.head_dim
-    sizes = torch.tensor(SIZES, device=probe.device).repeat(-(-num_rows // len(SIZES)))[:num_rows]
-    return (probe.normal(f"{slot} q", num_rows, heads, dim) * sizes[:, None, None]).to(probe.dtype)
+    return probe.draw.queries(slot, num_rows, probe.config.num_attention_heads, probe.config.head_dim)
 
 
 def _exact(probe: Probe, slot: str, q_tNH: Tensor, keys_KH: Tensor, visible_tK: Tensor) -> Exact:
@@ -78,7 +72,7 @@ def _softmax(probe: Probe, slot: str, core: AttentionCore) -> Found:
 
 
 def _keys(probe: Probe, slot: str, num_keys: int) -> Tensor:
-    return probe.normal(f"{slot} keys", num_keys, probe.config.head_dim).to(probe.dtype)
+    return probe.draw.keys(slot, num_keys, probe.config.head_dim)
 
 
 def _unseen(probe: Probe, slot: str, core: AttentionCore) -> Found:

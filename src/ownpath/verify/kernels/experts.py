@@ -16,21 +16,18 @@ from torch import Tensor
 
 from ownpath.conformance.bounds import Deviation, Exact, deviation, ratios, rounding
 from ownpath.conformance.exact import expert
+from ownpath.conformance.params import LOUD, ORDINARY
 from ownpath.finding import Finding
 from ownpath.official import Step
 from ownpath.ops import OpKind
 from ownpath.plan.plan import PlannedOp
-from ownpath.verify.kernels.choices import row_counts, unread, variants_of
 from ownpath.verify.kernels.diagnose import diagnosis
 from ownpath.verify.kernels.operands import matrices_of, steps_of
 from ownpath.verify.kernels.probe import Probe
 from ownpath.verify.kernels.products import ONE_FORM, REMEDY
-from ownpath.verify.kernels.report import Tally, error_of
+from ownpath.verify.kernels.report import Tally
+from ownpath.verify.kernels.row_counts import row_counts, unread, variants_of
 
-ORDINARY = (1.0, 2.0**-10, 0.5, 1.0, 2.0**-4)
-"""Sizes of the rows that normed activations have, or less: few of their gates reach the clamp."""
-LOUD = (2.0**4, 2.0**6, 2.0**8, 2.0**10)
-"""Sizes of the rows that are to reach it."""
 NUM_ORDINARY = len(ORDINARY)
 PERIOD = NUM_ORDINARY + len(LOUD)
 MAX_DIAGNOSED = 4
@@ -48,7 +45,7 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Call:
+class Routing:
     """One call: which drawn row each token is [T], which chosen expert by place [T, K], and weights [T, K]."""
 
     rows: Tensor
@@ -78,7 +75,7 @@ class Experts:
     def x(self) -> Tensor:
         """[R, D]: ordinary rows, then loud ones."""
         x = self.probe.normal(self.slot, PERIOD, self.probe.config.hidden_size)
-        return (x * torch.tensor((*ORDINARY, *LOUD), device=x.device)[:, None]).to(self.probe.dtype)
+        return self.probe.draw.sized(x, (*ORDINARY, *LOUD))
 
     def name(self, place: int) -> str:
         return f"{self.slot}.{int(self.ids[place])}"
@@ -101,10 +98,10 @@ class Experts:
             loud[:, place] = (gate > config.swiglu_limit).double().mean(-1)
         return Known(value, bound, loud)
 
-    def call(self, call: Call) -> Tensor:
+    def call(self, routing: Routing) -> Tensor:
         """What the slot gives: [T, D]."""
-        ids_TK, weights_TK = self.ids[call.places].contiguous(), call.weights.contiguous()
-        y: Tensor = self.probe.slots[self.slot](self.x[call.rows], ids_TK, weights_TK)
+        ids_TK, weights_TK = self.ids[routing.places].contiguous(), routing.weights.contiguous()
+        y: Tensor = self.probe.slots[self.slot](self.x[routing.rows], ids_TK, weights_TK)
         return y
 
     def unread(self, num_tokens: int) -> tuple[Any, ...]:
@@ -114,13 +111,13 @@ class Experts:
         weights = unread(torch.float32, device, num_tokens, slots)
         return x, unread(torch.int64, device, num_tokens, slots), weights
 
-    def exact(self, call: Call) -> Exact:
+    def exact(self, routing: Routing) -> Exact:
         """What it should give."""
         known = self.known
-        weights = call.weights.double()[..., None]
-        rows = call.rows[:, None]
-        value = (known.value[rows, call.places] * weights).sum(1)
-        return Exact(value, (known.bound[rows, call.places] * weights).sum(1))
+        weights = routing.weights.double()[..., None]
+        rows = routing.rows[:, None]
+        value = (known.value[rows, routing.places] * weights).sum(1)
+        return Exact(value, (known.bound[rows, routing.places] * weights).sum(1))
 
 
 def check_experts(probe: Probe) -> Iterator[Finding]:
@@ -129,13 +126,11 @@ def check_experts(probe: Probe) -> Iterator[Finding]:
         experts = Experts(probe, slot)
         each = Tally("K01", slot, "experts against dequantise-then-matmul in float64", REMEDY)
         clamp = Tally("K06", slot, "experts beyond the clamp", CLAMP_REMEDY, "no gate of any expert came near it")
-        try:
+        with each.catching(slot, probe.kernels[slot]):
             wrong = _alone(experts, each, clamp)
             # What one wrong expert does to every mixture says nothing more.
             if not wrong:
                 _mixtures(experts, each)
-        except Exception as error:  # whatever a kernel can raise is what is looked for
-            each.fail(slot, probe.kernels[slot], error_of(error))
         yield from each.findings()
         yield from clamp.findings()
         if not each.failures:
@@ -148,7 +143,7 @@ def _alone(experts: Experts, each: Tally, clamp: Tally) -> bool:
     num_rows, num_experts = len(experts.x), len(experts.ids)
     rows = torch.arange(num_rows, device=experts.x.device).repeat_interleave(num_experts)
     places = torch.arange(num_experts, device=experts.x.device).repeat(num_rows)
-    call = Call(rows, places[:, None], torch.ones(len(rows), 1, device=experts.x.device))
+    call = Routing(rows, places[:, None], torch.ones(len(rows), 1, device=experts.x.device))
     found = experts.call(call)
     exact = experts.exact(call)
     if found.shape != exact.value.shape:
@@ -187,7 +182,7 @@ def _mixtures(experts: Experts, tally: Tally) -> None:
             tally.add(experts.slot, kernel, found, f"{num_tokens} tokens, {routing}: {found}")
 
 
-def routings(experts: Experts, num_tokens: int) -> dict[str, Call]:
+def routings(experts: Experts, num_tokens: int) -> dict[str, Routing]:
     """Calls of so many tokens, ordinary rows alone."""
     num_experts, device = len(experts.ids), experts.x.device
     num_slots = min(experts.probe.config.num_experts_per_tok, num_experts)
@@ -196,9 +191,9 @@ def routings(experts: Experts, num_tokens: int) -> dict[str, Call]:
     order = torch.rand(num_tokens, num_experts, generator=generator).topk(num_slots).indices.to(device)
     weights = _weights(experts, torch.rand(num_tokens, num_slots, generator=generator).to(device))
     return {
-        "random experts": Call(rows, order, weights),
-        "all at one expert": Call(rows, torch.full_like(order[:, :1], num_experts - 1), weights[:, :1]),
-        "few of the experts": Call(rows, (order % max(1, num_experts // 4))[:, :1], weights[:, :1]),
+        "random experts": Routing(rows, order, weights),
+        "all at one expert": Routing(rows, torch.full_like(order[:, :1], num_experts - 1), weights[:, :1]),
+        "few of the experts": Routing(rows, (order % max(1, num_experts // 4))[:, :1], weights[:, :1]),
     }
 
 

@@ -17,10 +17,10 @@ from ownpath.conformance.exact import beside, grouped, independent, product, rot
 from ownpath.finding import Finding
 from ownpath.ops import OpKind
 from ownpath.plan.plan import PlannedOp
-from ownpath.verify.kernels.choices import row_counts, unread, variants_of
 from ownpath.verify.kernels.operands import Inputs, inputs_of, loss_at_load, weight_of
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.report import Tally, error_of
+from ownpath.verify.kernels.report import Tally
+from ownpath.verify.kernels.row_counts import row_counts, unread, variants_of
 
 PERIOD = 1009
 """Rows that are drawn; a longer input repeats them. A prime, so that a tile never meets its own rows again."""
@@ -57,9 +57,9 @@ class Dense:
         num_rows = min(PERIOD, max(self.row_counts))
         config = self.probe.config
         if not self.is_grouped:
-            return self.probe.rows(self.slot, num_rows, self.ops[0].spec.shape[1])
+            return self.probe.draw.rows(self.slot, num_rows, self.ops[0].spec.shape[1])
         width = config.num_attention_heads * config.head_dim
-        heads: Tensor = self.probe.rows(self.slot, num_rows, width).unflatten(1, (-1, config.head_dim))
+        heads: Tensor = self.probe.draw.rows(self.slot, num_rows, width).unflatten(1, (-1, config.head_dim))
         return heads
 
     @cached_property
@@ -138,13 +138,11 @@ def check_products(probe: Probe) -> Iterator[Finding]:
     every = Tally("K04", probe.name, "each variant that a kernel's chooser can pick", REMEDY, ONE_FORM)
     for slot in probe.slots_of(OpKind.LINEAR, OpKind.GROUPED):
         dense = Dense(probe, slot)
-        try:
+        with each.catching(slot, probe.kernels[slot]):
             for num_rows in dense.row_counts:
                 _add(each, dense, num_rows, probe.kernels[slot])
             for variant, num_rows in variants_of(probe.kernels[slot], probe.slots[slot], dense.unread):
                 _add(every, dense, num_rows, f"{probe.kernels[slot]} {variant}")
-        except Exception as error:  # whatever a kernel can raise is what is looked for
-            each.fail(slot, probe.kernels[slot], error_of(error))
     yield from each.findings()
     yield from every.findings()
 

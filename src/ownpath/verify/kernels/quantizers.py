@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ownpath.conformance.bounds import rounding, summing
+from ownpath.conformance.call import runners_behind
 from ownpath.finding import Finding
 from ownpath.ops import OpKind
 from ownpath.oracle.formats import (
@@ -27,7 +28,6 @@ from ownpath.oracle.formats import (
 )
 from ownpath.runners import Fp8Linear
 from ownpath.runners.official import QuantizedInput
-from ownpath.verify.kernels.choices import runners_behind
 from ownpath.verify.kernels.operands import largest_input_scale
 from ownpath.verify.kernels.probe import Probe
 from ownpath.verify.kernels.report import Tally, error_of

@@ -57,12 +57,3 @@ def variants_of(
 def unread(dtype: torch.dtype, device: torch.device, num_rows: int, *shape: int) -> torch.Tensor:
     """A tensor of so many rows that takes the memory of one."""
     return torch.empty(1, *shape, dtype=dtype, device=device).expand(num_rows, *shape)
-
-
-def runners_behind(runner: Any) -> Iterator[Any]:
-    """The runners around kernels, behind those that only pass calls on."""
-    parts = getattr(runner, "parts", None) or ((runner.linear,) if hasattr(runner, "linear") else ())
-    if not parts:
-        yield runner
-    for part in parts:
-        yield from runners_behind(part)
