@@ -18,7 +18,7 @@ from ownpath.config import SLIDING, EngineConfig, ModelConfig
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """Everything that the caches' memory follows from.
+    """Sizes, dtype and device that the caches' memory follows from.
 
     max_tokens: that one sequence may reach. max_sequences: that hold tokens together. num_drafts: MTP modules that are
     loaded; each has a window of its own.
