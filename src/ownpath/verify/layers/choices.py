@@ -202,15 +202,8 @@ def scores_of(oracle: Oracle, layer: Layer, trace: Trace) -> Scores:
     return Scores(
         config=oracle.subject.config,
         layer=layer,
-        index_scores_TC=tensor_of(trace, f"{layer.name}.attn.indexer.scores") if layer.ratio == CSA_RATIO else None,
-        expert_scores_TE=tensor_of(trace, f"{ffn}.router.scores"),
+        index_scores_TC=trace.values[f"{layer.name}.attn.indexer.scores"] if layer.ratio == CSA_RATIO else None,
+        expert_scores_TE=trace.values[f"{ffn}.router.scores"],
         bias_E=None if layer.is_hash else stored.param(f"{ffn}.gate.bias"),
         hash_ids_TK=stored.rows(f"{ffn}.gate.tid2eid", oracle.token_ids_T) if layer.is_hash else None,
     )
-
-
-def tensor_of(trace: Trace, name: str) -> torch.Tensor:
-    """One of the reference's values."""
-    value = trace.values[name]
-    assert isinstance(value, torch.Tensor), name
-    return value
