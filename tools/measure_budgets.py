@@ -188,11 +188,11 @@ def block_noise(case: Case, layer_idx: int, x_TSD: Tensor, arithmetic: Arithmeti
     exact = layer(case, layer_idx, given, replace(arithmetic, dtype=torch.float64, narrow=None))
     name = f"layers.{layer_idx}"
     ids, mask = (exact.values.get(f"{name}.{choice}") for choice in ("ffn.router.ids", "attn.indexer.mask"))
-    found = layer(case, layer_idx, given, arithmetic, Choices(ids, mask))  # type: ignore[arg-type]
+    found = layer(case, layer_idx, given, arithmetic, Choices(ids, mask))
     return {
-        kind_of(slot): distance(found.values[slot], value)  # type: ignore[arg-type]
+        kind_of(slot): distance(found.values[slot], value)
         for slot, value in exact.values.items()
-        if isinstance(value, Tensor) and value.is_floating_point() and value.numel()
+        if value.is_floating_point() and value.numel()
     }
 
 

@@ -196,7 +196,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Parallel:
-    """Which of how many processes this one is, each with its own GPU. Errors: ConfigError for a rank there is not."""
+    """This process among those that run one model, each on its own GPU. Errors: ConfigError for a rank there is not."""
 
     rank: int = 0
     size: int = 1

@@ -53,7 +53,7 @@ class Block:
     ffn: MoE
 
     def prepare(self, tables: StepTables) -> AttentionStep:
-        """What this layer's attention, and that of all layers of the model, needs of a step."""
+        """Prepares a step for the attention of this layer, and so of all layers of the model."""
         return self.attn.backend.prepare(tables)
 
     def __call__(

@@ -19,8 +19,6 @@ from ownpath.oracle.formulas import Mixing, collapse, rms
 from ownpath.oracle.stored import Stored
 from ownpath.plan.plan import Plan
 
-Value = Tensor | tuple[Tensor, ...]
-
 _INPUT_BLOCK = 128
 
 
@@ -56,7 +54,7 @@ class Scope:
     stored: Stored
     encodings: Mapping[str, Encoding]
     arithmetic: Arithmetic
-    values: dict[str, Value] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, stored: Stored, plan: Plan, arithmetic: Arithmetic, prefix: str = "") -> "Scope":

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ownpath.config import ModelConfig
-from ownpath.oracle.arithmetic import Arithmetic, Scope, Value
+from ownpath.oracle.arithmetic import Arithmetic, Scope
 from ownpath.oracle.attention import attention
 from ownpath.oracle.experts import feed_forward
 from ownpath.oracle.formulas import write_streams
@@ -42,7 +42,7 @@ class Trace:
     the streams after the layer.
     """
 
-    values: dict[str, Value]
+    values: dict[str, Tensor]
     streams_TSD: Tensor
 
 

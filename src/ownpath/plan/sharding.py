@@ -1,4 +1,4 @@
-"""Which part of each stored tensor a rank takes: a rule per kind of module, and the regions that follow. Pure.
+"""The part of each stored tensor that a rank takes: a rule per kind of module, and the regions that follow. Pure.
 
 Tensor parallel: rows of heads (wq_b, attn_sink) and of head groups (wo_a), columns of those groups (wo_b), rows and
 columns of the experts' inner width, rows of the vocabulary. All else is whole on every rank. A cut falls on whole heads
@@ -56,7 +56,7 @@ _RULES = (
 
 
 def cut_of(name: str) -> Cut | None:
-    """How a module, or a parameter, is divided; ``None``: every rank has all of it."""
+    """The rule for a module or a parameter; ``None``: every rank has all of it."""
     return next((cut for pattern, cut in _RULES if re.fullmatch(pattern, name)), None)
 
 

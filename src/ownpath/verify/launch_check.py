@@ -37,7 +37,7 @@ def check_launches(written: WrittenPlan, parts: Sequence[Ran]) -> Iterator[Findi
 
 
 def launch_faults(written: WrittenPlan, part: Ran) -> list[tuple[str, str]]:
-    """What one part launched that was not planned, or did not launch that was."""
+    """Lists launches of one part that were not planned, and planned ones that did not happen."""
     by_slot: dict[str | None, list[Launch]] = defaultdict(list)
     for launch in part.launches or ():
         by_slot[launch.slot].append(launch)

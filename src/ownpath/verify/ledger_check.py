@@ -1,4 +1,4 @@
-"""What was planned against what ran: `ownpath plan --json` before, the calls of a prompt after, slot by slot."""
+"""Compares the plan with what ran: `ownpath plan --json` before, the calls of a prompt after, slot by slot."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -92,7 +92,7 @@ def compare(kinds: Kinds, written: WrittenPlan, parts: Sequence[Ran]) -> Iterato
 
 
 def plan_faults(written: WrittenPlan, today: WrittenPlan) -> Faults:
-    """Where two plans differ."""
+    """Lists the differences between two plans."""
     faults = [
         (name, f"{written.facts[name]!r} in the file, {today.facts[name]!r} here")
         for name in FACTS
@@ -178,7 +178,7 @@ def _layout_of(written: WrittenPlan, record: Record) -> str:
 
 
 def _named(planned: Any) -> str:
-    """How findings name a runner and its kernel."""
+    """Names a runner and its kernel as findings do."""
     return f"{planned.runner} ({planned.kernel})"
 
 

@@ -20,7 +20,7 @@ PROMPT_TOKENS = 130
 
 @dataclass(frozen=True)
 class Ran:
-    """What one part of the model did. failure: why it did not come to its end; empty where it did.
+    """The calls and launches of one part of the model. failure: why it did not come to its end; empty where it did.
 
     launches: the kernels that a profiler saw; ``None`` where there is no device to launch on, or no profiler.
     """

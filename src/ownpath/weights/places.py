@@ -148,7 +148,7 @@ def _flat(buffer: torch.Tensor) -> torch.Tensor | np.ndarray[Any, np.dtype[np.ui
 
 
 def _source(info: TensorInfo, slot: Slot) -> TensorInfo:
-    """What is read for a slot. A region of rows lies in the file as one stretch of bytes, a tensor of fewer rows."""
+    """The tensor that is read for a slot. A region of rows is one stretch of the file: a tensor of fewer rows."""
     region = slot.region
     if region is None or region.dim != 0:
         return info
@@ -157,7 +157,7 @@ def _source(info: TensorInfo, slot: Slot) -> TensorInfo:
 
 
 def _widened(info: TensorInfo, slot: Slot) -> torch.dtype | None:
-    """Whether elements, not how many there are, have another size in memory."""
+    """The stored dtype, where an element has another size in memory."""
     if info.num_bytes * slot.target.numel() == slot.target.nbytes * prod(info.shape):
         return None
     return _WIDENED[info.dtype, slot.target.dtype]

@@ -1,4 +1,4 @@
-"""What one layer of the engine computed in a run, by the names that the reference has for the same values.
+"""Records the values of one layer of the engine, by the names that the reference has for them.
 
 A slot's result goes under the slot's name: a boundary's streams and normed input under ``<slot>.x`` and ``.h``, the
 router's under ``.ids`` and ``.weights``. What lies between slots comes from the model's taps (``model.taps``).
@@ -65,6 +65,6 @@ class Activations(Observer):
         return share
 
     def index_mask(self, attn: str, num_entries: int) -> torch.Tensor:
-        """Which compressed entries each row of a sequence attends to [T, C]; later steps know more of them."""
+        """The compressed entries that each row of a sequence attends to, bool [T, C]; later steps know more of them."""
         masks = self._parts[f"{attn}{_MASK}"]
         return torch.cat([F.pad(mask, (0, num_entries - mask.shape[1])) for mask in masks])

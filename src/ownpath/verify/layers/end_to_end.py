@@ -41,7 +41,7 @@ def embedding(engine: Residual, reference_TSD: torch.Tensor, oracle: Oracle) -> 
 
 @dataclass(frozen=True)
 class Ends:
-    """What follows the last layer."""
+    """The boundary and the head, which follow the last layer."""
 
     hc_head: HyperBoundary
     head: Linear

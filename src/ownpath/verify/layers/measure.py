@@ -1,4 +1,4 @@
-"""How far a value of the engine is from the reference's, in numbers that a report can plot."""
+"""The distance of a value of the engine from the reference's, in numbers that a report can plot."""
 
 from dataclasses import dataclass
 
@@ -47,20 +47,20 @@ class Measurement:
 
     @property
     def is_within(self) -> bool:
-        """Whether it is finite and within its budget, together and row by row."""
+        """True if it is finite and within its budget, together and row by row."""
         rows = self.worst_row <= ROW_FACTOR * self.budget
         return self.nonfinite_share == 0 and self.rel_l2 <= self.budget and rows
 
     @property
     def excess(self) -> float:
-        """How many times its budget it takes, together or in its worst row."""
+        """Its distance in units of its budget, together or in its worst row, whichever is more."""
         if self.nonfinite_share:
             return float("inf")
         return max(self.rel_l2, self.worst_row / ROW_FACTOR) / max(self.budget, torch.finfo(torch.float64).tiny)
 
     @property
     def grown(self) -> float:
-        """How much larger or smaller its largest magnitude is than the reference's, relative; 0 where that is 0."""
+        """The relative difference of its largest magnitude from the reference's; 0 where that is 0."""
         return abs(self.amax / self.reference_amax - 1) if self.reference_amax else 0.0
 
     @property

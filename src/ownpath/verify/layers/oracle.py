@@ -58,11 +58,11 @@ class Oracle:
         return reference_head(self.subject.config, self.stored, self.subject.plan, streams_TSD, self.arithmetic)
 
     def budget(self, kind: str) -> float:
-        """How far a value of the engine may be from this."""
+        """The distance that a value of the engine may have from this."""
         return budget(kind, *self._mode)
 
     def logit_budget(self) -> LogitBudget:
-        """How far the whole model's logits may be from this."""
+        """The distances that the whole model's logits may have from this."""
         return logit_budget(*self._mode)
 
     @property
