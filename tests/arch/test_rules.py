@@ -120,7 +120,7 @@ def test_nothing_from_config_to_weights_touches_cuda() -> None:
 
 MODEL_ROOMS = ("runners", "model", "attention", "cache", "kernels")
 TO_BE_DECLARED = {
-    "held.py",
+    "readback.py",
     "kernels/attention.py",
     "kernels/calls.py",
     "kernels/probe.py",

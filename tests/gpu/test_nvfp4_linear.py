@@ -5,7 +5,7 @@ import torch
 
 from ownpath import Nvfp4Linear
 from ownpath.conformance.quantized import MAX_REL_L2, Dense, dense_reference, first_beyond, relative_l2
-from ownpath.kernels.cases import Case
+from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.nvfp4.cases import CASES
 from ownpath.kernels.registry import KERNELS
 
@@ -21,7 +21,7 @@ def poisoned(num_rows: int, width: int, device: torch.device) -> torch.Tensor:
 
 @pytest.mark.parametrize("case", LINEARS, ids=lambda case: case.label)
 @pytest.mark.parametrize("name", KERNEL_NAMES)
-def test_against_float64(name: str, case: Case, cuda: torch.device) -> None:
+def test_against_float64(name: str, case: KernelCase, cuda: torch.device) -> None:
     num_rows, num_cols = case.sizes
     dense = Dense.draw(num_rows, num_cols, cuda)
     weight = dense.weight()

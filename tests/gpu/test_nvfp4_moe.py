@@ -13,7 +13,7 @@ from ownpath.conformance.quantized import (
     random_codes,
     relative_l2,
 )
-from ownpath.kernels.cases import Case
+from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.nvfp4.cases import CASES
 from ownpath.kernels.registry import KERNELS
 from ownpath.numerics import decode_mxfp4_blocks
@@ -50,7 +50,7 @@ def check(moe: Nvfp4MoE, experts: Experts, routed: Routed, limit: float = LIMIT,
 
 @pytest.mark.parametrize("name", ["cute.nvfp4_moe", "cute.nvfp4_moe_invariant"])
 @pytest.mark.parametrize("case", [case for case in CASES if case.op == "nvfp4_moe"], ids=lambda case: case.label)
-def test_against_float64(name: str, case: Case, cuda: torch.device) -> None:
+def test_against_float64(name: str, case: KernelCase, cuda: torch.device) -> None:
     num_experts, top_k, hidden, inter = case.sizes
     experts = Experts.draw(num_experts, hidden, inter, cuda)
     moe = runner(experts, name)

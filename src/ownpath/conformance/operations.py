@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ownpath.kernels.cases import Case
+from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.hyper.ref import HyperOut, HyperWeights, Mix, sinkhorn
 from ownpath.kernels.registry import families
 from ownpath.oracle import formulas
@@ -29,7 +29,7 @@ def _normal(generator: torch.Generator, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=generator, device=generator.device)
 
 
-def hyper_inputs(case: Case, num_tokens: int, g: torch.Generator) -> Inputs:
+def hyper_inputs(case: KernelCase, num_tokens: int, g: torch.Generator) -> Inputs:
     """Streams, output and mix of the sublayer before, weights of the coming one."""
     dim, num_mix, has_post = case.sizes
     x_TSD = _normal(g, num_tokens, 4, dim).bfloat16()
@@ -43,7 +43,7 @@ def hyper_inputs(case: Case, num_tokens: int, g: torch.Generator) -> Inputs:
     return x_TSD, _normal(g, num_tokens, dim).bfloat16(), Mix(2 * _uniform(g, num_tokens, 4), comb_TSS), weights
 
 
-def router_inputs(case: Case, num_tokens: int, g: torch.Generator) -> Inputs:
+def router_inputs(case: KernelCase, num_tokens: int, g: torch.Generator) -> Inputs:
     """Logits over several magnitudes; half of the cases choose by token id."""
     num_experts, k, by_token = case.sizes
     logits_TE = _normal(g, num_tokens, num_experts) * 10 ** (2 * _uniform(g, num_tokens, 1) - 1)
@@ -54,7 +54,7 @@ def router_inputs(case: Case, num_tokens: int, g: torch.Generator) -> Inputs:
     return logits_TE, k, 2.5, None, token_ids_T, table
 
 
-def norm_inputs(case: Case, num_tokens: int, g: torch.Generator) -> Inputs:
+def norm_inputs(case: KernelCase, num_tokens: int, g: torch.Generator) -> Inputs:
     """Rows of several magnitudes, as a slice of a wider tensor or as heads without a weight."""
     dim, num_heads, pitch = case.sizes
     if num_heads:
@@ -63,7 +63,7 @@ def norm_inputs(case: Case, num_tokens: int, g: torch.Generator) -> Inputs:
     return x[:, :dim], (1 + 0.1 * _normal(g, dim)).bfloat16(), 1e-6
 
 
-def swiglu_inputs(case: Case, num_tokens: int, g: torch.Generator) -> Inputs:
+def swiglu_inputs(case: KernelCase, num_tokens: int, g: torch.Generator) -> Inputs:
     """Values on both sides of the clamp, and exactly on it."""
     gate_up = _normal(g, num_tokens, 2 * case.sizes[0]) * 8
     gate_up[:, ::7] = 10.0
@@ -71,7 +71,7 @@ def swiglu_inputs(case: Case, num_tokens: int, g: torch.Generator) -> Inputs:
     return gate_up.bfloat16(), 10.0
 
 
-def grouped_inputs(case: Case, num_tokens: int, g: torch.Generator) -> Inputs:
+def grouped_inputs(case: KernelCase, num_tokens: int, g: torch.Generator) -> Inputs:
     """Attention outputs, angles of positions up to a million, one matrix per group."""
     num_groups, num_heads, head_dim, rotary_dim, num_rows = case.sizes
     o_TNH = _normal(g, num_tokens, num_groups * num_heads, head_dim).bfloat16()
@@ -81,7 +81,7 @@ def grouped_inputs(case: Case, num_tokens: int, g: torch.Generator) -> Inputs:
     return o_TNH, angles_TA.cos(), angles_TA.sin(), weight_GRI
 
 
-INPUTS: dict[str, Callable[[Case, int, torch.Generator], Inputs]] = {
+INPUTS: dict[str, Callable[[KernelCase, int, torch.Generator], Inputs]] = {
     "hyper_boundary": hyper_inputs,
     "router": router_inputs,
     "rms_norm": norm_inputs,
@@ -90,17 +90,17 @@ INPUTS: dict[str, Callable[[Case, int, torch.Generator], Inputs]] = {
 }
 
 
-def listed_cases() -> tuple[Case, ...]:
+def listed_cases() -> tuple[KernelCase, ...]:
     """The cases of every family that lists some, of the operations whose operands are made here."""
     modules = (f"ownpath.kernels.{family}.cases" for family in families())
     found = (import_module(name).CASES for name in modules if find_spec(name) is not None)
-    return tuple(case for cases in found for case in cases if isinstance(case, Case) and case.op in INPUTS)
+    return tuple(case for cases in found for case in cases if isinstance(case, KernelCase) and case.op in INPUTS)
 
 
 CASES = listed_cases()
 
 
-def make_inputs(case: Case, num_tokens: int, device: torch.device, seed: int = 0) -> Inputs:
+def make_inputs(case: KernelCase, num_tokens: int, device: torch.device, seed: int = 0) -> Inputs:
     """Fresh random operands of a case."""
     return INPUTS[case.op](case, num_tokens, torch.Generator(device).manual_seed(seed))
 
@@ -213,7 +213,7 @@ JUDGES: dict[str, Callable[[Any, Inputs], None]] = {
 }
 
 
-def judge(case: Case, result: Any, inputs: Inputs) -> None:
+def judge(case: KernelCase, result: Any, inputs: Inputs) -> None:
     """Errors: AssertionError when the result is not what the operation defines."""
     JUDGES[case.op](result, inputs)
 
@@ -230,7 +230,7 @@ def tensors(value: Any) -> list[torch.Tensor]:
     return []
 
 
-def num_bytes(case: Case, num_tokens: int) -> int:
+def num_bytes(case: KernelCase, num_tokens: int) -> int:
     """Bytes that any implementation must move: each operand once, each result once."""
     if case.op == "hyper_boundary":
         dim, num_mix, _ = case.sizes

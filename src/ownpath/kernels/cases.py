@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Case:
+class KernelCase:
     """One operation at one shape. sizes: as the family says; tokens: numbers of rows.
 
     op: the registry's names are ``ref.<op>`` and, with the variant, ``triton.<op><variant>``.

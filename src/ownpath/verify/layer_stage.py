@@ -4,7 +4,7 @@ A layer is loaded, compared on the reference's streams, read in other ways, run 
 before the next is loaded. What goes on from layer to layer are streams.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,10 +23,9 @@ from ownpath.verify.layers.teacher_forcing import LayerComparison, compare_layer
 from ownpath.verify.layers.text import Text, text_of
 from ownpath.verify.layers.verdicts import growth, verdicts
 from ownpath.verify.layers.work import State, key_of, restore, save
-from ownpath.verify.resume import Found
+from ownpath.verify.progress import Progress
+from ownpath.verify.resume import Saved
 from ownpath.verify.subject import Subject
-
-Progress = Callable[[int, int, str], None]
 
 E4M3_ROUNDING = 2**-4 * (1 + 2**-10)
 """Three bits of mantissa: half a step is at most 2^-4 of a value; what is subnormal under its block's scale is off by
@@ -88,7 +87,7 @@ class _Stage:
         if work is None:
             return None
         found, state = restore(work, key, self.subject.device)
-        if found is Found.OTHER:
+        if found is Saved.OTHER:
             self.progress(0, total, f"{work}: {found.value}; starting anew")
         if state is not None:
             self.progress(state.num_done, total, f"{work}: going on behind layers.{state.num_done - 1}")

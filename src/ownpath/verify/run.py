@@ -46,9 +46,9 @@ class Job:
         return Subject.of(self.folder, self.engine, self.selection)
 
 
-Stage = Callable[[Job, Progress], Iterator[Finding | Measurement]]
+StageRun = Callable[[Job, Progress], Iterator[Finding | Measurement]]
 
-STAGES: MappingProxyType[str, Stage] = MappingProxyType(
+STAGES: MappingProxyType[str, StageRun] = MappingProxyType(
     {
         "file": lambda job, progress: file_stage(job.folder, job.selection, job.source, progress),
         "environment": lambda job, _: environment_stage(job.subject),

@@ -15,7 +15,7 @@ from ownpath.official import OFFICIAL, PLAIN, Step
 from ownpath.oracle.arithmetic import Arithmetic
 from ownpath.oracle.block import Choices, Trace, reference_block, reference_embed
 from ownpath.oracle.forward import reference_logits
-from ownpath.oracle.stored import Stored
+from ownpath.oracle.stored import StoredWeights
 from ownpath.verify.layer import load_layer
 from ownpath.verify.subject import Subject
 
@@ -44,7 +44,7 @@ def streams(of: Subject, seed: int = 5) -> torch.Tensor:
 
 def block(of: Subject, layer_idx: int, x_TSD: torch.Tensor, choices: Choices | None = None, **arithmetic: Any) -> Trace:
     how = Arithmetic(**arithmetic)
-    stored = Stored(of.index, CPU, how.dtype)
+    stored = StoredWeights(of.index, CPU, how.dtype)
     return reference_block(of.config, layer_idx, stored, of.plan, x_TSD, token_ids(len(x_TSD)), how, choices)
 
 
@@ -66,7 +66,7 @@ def assert_equal_slots(found: dict[str, torch.Tensor], trace: Trace) -> None:
 def test_logprobs_equal_transformers(layout: str, tmp_path: Path) -> None:
     checkpoint = random_checkpoint(tmp_path, layout, seed=1)
     of, ids = Subject.of(tmp_path, EngineConfig()), token_ids(640)
-    found = reference_logits(of.plan, Stored(of.index, CPU), ids, Arithmetic()).log_softmax(-1)
+    found = reference_logits(of.plan, StoredWeights(of.index, CPU), ids, Arithmetic()).log_softmax(-1)
     expected = reference_logprobs(checkpoint, ids.tolist(), CPU).double()
     worst = (found - expected).abs().max()
     assert worst <= FLOAT32_ROUNDINGS * torch.finfo(torch.float32).eps * expected.abs().max()
@@ -136,7 +136,7 @@ def test_narrow_results_are_numbers_of_that_dtype(tmp_path: Path) -> None:
 def test_float32_is_as_near_as_its_roundings(layout: str, tmp_path: Path, device: torch.device) -> None:
     """On a GPU too: products are IEEE float32 there (TF32 would be 2^13 times further away)."""
     of = subject(tmp_path, layout)
-    stored, how = Stored(of.index, device, torch.float32), Arithmetic(torch.float32)
+    stored, how = StoredWeights(of.index, device, torch.float32), Arithmetic(torch.float32)
     for layer_idx in of.layer_ids:
         exact = block(of, layer_idx, streams(of))
         ids, mask = (exact.values.get(f"layers.{layer_idx}.{name}") for name in ("ffn.router.ids", "attn.indexer.mask"))
@@ -170,7 +170,7 @@ def test_w8a8_rounds_what_enters_fp8_linears_and_nothing_else(fp8_scale: torch.d
             if fp8_scale is torch.float8_e8m0fnu:
                 scale = torch.exp2(scale.log2().ceil())
             x = (x.float() / scale).to(torch.float8_e4m3fn).double() * scale.double()
-        weight = Stored(of.index, CPU).matrix(f"{name}.{module}", encodings[f"{name}.{module}"])
+        weight = StoredWeights(of.index, CPU).matrix(f"{name}.{module}", encodings[f"{name}.{module}"])
         return x @ weight.T
 
     def assert_is(slot: str, expected: torch.Tensor) -> None:
@@ -188,7 +188,7 @@ def test_experts_that_no_token_goes_to_are_not_read(tmp_path: Path) -> None:
     of = subject(tmp_path, "full-nvfp4")
     read: list[str] = []
 
-    class Watched(Stored):
+    class Watched(StoredWeights):
         def scaled(self, module: str, encoding: Encoding) -> tuple[torch.Tensor, torch.Tensor | None]:
             read.append(module)
             return super().scaled(module, encoding)
@@ -203,7 +203,7 @@ def test_experts_that_no_token_goes_to_are_not_read(tmp_path: Path) -> None:
 
 def test_embedding_repeats_a_tokens_row(tmp_path: Path) -> None:
     of = subject(tmp_path, "bf16")
-    x_TSD = reference_embed(of.config, Stored(of.index, CPU), torch.tensor([3, 3, 90]), Arithmetic())
+    x_TSD = reference_embed(of.config, StoredWeights(of.index, CPU), torch.tensor([3, 3, 90]), Arithmetic())
     assert x_TSD.shape == (3, of.config.hc_mult, of.config.hidden_size)
     assert torch.equal(x_TSD[0], x_TSD[1])
     assert (x_TSD == x_TSD[:, :1]).all()

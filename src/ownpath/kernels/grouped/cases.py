@@ -2,14 +2,14 @@
 
 from dataclasses import replace
 
-from ownpath.kernels.cases import Case
+from ownpath.kernels.cases import KernelCase
 
 _CASES = (
-    Case("grouped_linear", "tiny", (2, 2, 512, 64, 128), (1, 5, 17), tiny=True),
-    Case("grouped_linear", "short heads", (3, 4, 64, 32, 64), (1, 33), tiny=True),
-    Case("grouped_linear", "tiny", (2, 2, 512, 64, 128), (1, 17), tiny=True, variant="_invariant"),
-    Case("grouped_linear", "flash", (8, 8, 512, 64, 1024), (1, 33, 255), variant="_invariant"),
-    Case(
+    KernelCase("grouped_linear", "tiny", (2, 2, 512, 64, 128), (1, 5, 17), tiny=True),
+    KernelCase("grouped_linear", "short heads", (3, 4, 64, 32, 64), (1, 33), tiny=True),
+    KernelCase("grouped_linear", "tiny", (2, 2, 512, 64, 128), (1, 17), tiny=True, variant="_invariant"),
+    KernelCase("grouped_linear", "flash", (8, 8, 512, 64, 1024), (1, 33, 255), variant="_invariant"),
+    KernelCase(
         "grouped_linear",
         "flash",
         (8, 8, 512, 64, 1024),

@@ -21,7 +21,7 @@ from ownpath.finding import Finding
 from ownpath.model.attention import AttentionCore
 from ownpath.ops import OpKind
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.report import Tally
+from ownpath.verify.kernels.tally import Tally
 
 NUM_QUERIES = 7
 REMEDY = "a query sees itself and the sliding_window - 1 tokens before; the sink is in the sum and nowhere else"
@@ -40,10 +40,10 @@ def check_attention(probe: Probe) -> Iterator[Finding]:
         yield from tally.findings()
 
 
-Found = Iterator[tuple[Deviation, str]]
+Deviations = Iterator[tuple[Deviation, str]]
 
 
-def _checks(core: object) -> Iterator[tuple[str, Callable[[Probe, str, Any], Found]]]:
+def _checks(core: object) -> Iterator[tuple[str, Callable[[Probe, str, Any], Deviations]]]:
     if isinstance(core, AttentionCore):
         yield "softmax", _softmax
         yield "unseen keys", _unseen
@@ -60,7 +60,7 @@ def _exact(probe: Probe, slot: str, q_tNH: Tensor, keys_KH: Tensor, visible_tK: 
     return attention(q_tNH, keys_KH, visible_tK, sink_N, probe.config.softmax_scale)
 
 
-def _softmax(probe: Probe, slot: str, core: AttentionCore) -> Found:
+def _softmax(probe: Probe, slot: str, core: AttentionCore) -> Deviations:
     """Few and many keys, some of them hidden, at least one seen."""
     for num_keys in NUM_KEYS:
         q_tNH, keys_KH = _queries(probe, slot, NUM_QUERIES), _keys(probe, slot, num_keys)
@@ -75,7 +75,7 @@ def _keys(probe: Probe, slot: str, num_keys: int) -> Tensor:
     return probe.draw.keys(slot, num_keys, probe.config.head_dim)
 
 
-def _unseen(probe: Probe, slot: str, core: AttentionCore) -> Found:
+def _unseen(probe: Probe, slot: str, core: AttentionCore) -> Deviations:
     """What lies in keys that no query sees changes no bit."""
     num_keys = NUM_KEYS[-1]
     q_tNH, keys_KH = _queries(probe, slot, NUM_QUERIES), _keys(probe, slot, num_keys)
@@ -88,7 +88,7 @@ def _unseen(probe: Probe, slot: str, core: AttentionCore) -> Found:
     yield Deviation(float("inf") if differing else 0.0), f"{differing} outputs depend on keys that are not to be seen"
 
 
-def _window(probe: Probe, slot: str, core: Any) -> Found:
+def _window(probe: Probe, slot: str, core: Any) -> Deviations:
     """A sequence in chunks, past the window and round the ring, each query against all keys that it may see."""
     assert probe.layer is not None
     config, layer_idx = probe.config, probe.layer.layer_idx
@@ -125,7 +125,7 @@ def _pool(probe: Probe, num_tokens: int) -> CachePool:
     return CachePool(replace(spec, max_tokens=num_tokens, max_sequences=1))
 
 
-def _ring(probe: Probe, slot: str, core: AttentionCore) -> Found:
+def _ring(probe: Probe, slot: str, core: AttentionCore) -> Deviations:
     """What was written comes back bit by bit, wherever in the ring, after chunks of every size."""
     assert probe.layer is not None
     config = probe.config

@@ -14,7 +14,7 @@ from ownpath.finding import Finding
 from ownpath.ops import OpKind
 from ownpath.oracle.arithmetic import Arithmetic, Scope
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.report import Tally
+from ownpath.verify.kernels.tally import Tally
 
 ROWS, MANY_ROWS = (1, 2, 16, 17, 33), (1, 2, 16, 17, 33, 256, 257, 1024)
 REMEDY = "comb[from, to]: rows are the streams that are read, columns those that are written; sums in float32"

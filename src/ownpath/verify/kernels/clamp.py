@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ownpath.conformance.bounds import deviation
-from ownpath.conformance.exact import Matrices, Steps, expert, swiglu
+from ownpath.conformance.exact import ExpertSteps, Matrices, expert, swiglu
 from ownpath.conformance.params import CLAMP_FACTORS, LOUD
 from ownpath.finding import Finding
 from ownpath.ops import OpKind
 from ownpath.verify.kernels.experts import CLAMP_REMEDY
 from ownpath.verify.kernels.operands import inputs_of
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.report import Tally
+from ownpath.verify.kernels.tally import Tally
 
 
 def check_clamp(probe: Probe) -> Iterator[Finding]:
@@ -51,7 +51,7 @@ def _whole(probe: Probe, shared: str, tally: Tally) -> None:
     both = torch.cat([probe.stored.matrix(m.name, op.encoding) for op in (w13, *others) for m in op.spec.modules])
     w1, w3 = both.chunk(2)
     matrices = Matrices(w1, w3, probe.stored.matrix(f"{shared}.w2", w2.encoding))
-    steps = Steps(probe.config.swiglu_limit, probe.dtype, inputs.quantize, hidden.quantize, rounds_products=True)
+    steps = ExpertSteps(probe.config.swiglu_limit, probe.dtype, inputs.quantize, hidden.quantize, rounds_products=True)
     found = probe.layer.block.ffn.shared_experts(x_RD)
     kernel = f"{probe.kernels[f'{shared}.w13']}, {probe.kernels[f'{shared}.w2']}"
     tally.add(shared, kernel, deviation(found, expert(x_RD, matrices, steps)))

@@ -21,12 +21,12 @@ from ownpath.finding import Finding
 from ownpath.official import Step
 from ownpath.ops import OpKind
 from ownpath.plan.plan import PlannedOp
-from ownpath.verify.kernels.diagnose import diagnosis
+from ownpath.verify.kernels.diagnosis import explain
 from ownpath.verify.kernels.operands import matrices_of, steps_of
 from ownpath.verify.kernels.probe import Probe
 from ownpath.verify.kernels.products import ONE_FORM, REMEDY
-from ownpath.verify.kernels.report import Tally
 from ownpath.verify.kernels.row_counts import row_counts, unread, variants_of
+from ownpath.verify.kernels.tally import Tally
 
 NUM_ORDINARY = len(ORDINARY)
 PERIOD = NUM_ORDINARY + len(LOUD)
@@ -45,7 +45,7 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Routing:
+class RoutedCall:
     """One call: which drawn row each token is [T], which chosen expert by place [T, K], and weights [T, K]."""
 
     rows: Tensor
@@ -54,7 +54,7 @@ class Routing:
 
 
 @dataclass(frozen=True)
-class Experts:
+class RoutedExperts:
     """The routed experts of one layer."""
 
     probe: Probe
@@ -98,7 +98,7 @@ class Experts:
             loud[:, place] = (gate > config.swiglu_limit).double().mean(-1)
         return Known(value, bound, loud)
 
-    def call(self, routing: Routing) -> Tensor:
+    def call(self, routing: RoutedCall) -> Tensor:
         """What the slot gives: [T, D]."""
         ids_TK, weights_TK = self.ids[routing.places].contiguous(), routing.weights.contiguous()
         y: Tensor = self.probe.slots[self.slot](self.x[routing.rows], ids_TK, weights_TK)
@@ -111,7 +111,7 @@ class Experts:
         weights = unread(torch.float32, device, num_tokens, slots)
         return x, unread(torch.int64, device, num_tokens, slots), weights
 
-    def exact(self, routing: Routing) -> Exact:
+    def exact(self, routing: RoutedCall) -> Exact:
         """What it should give."""
         known = self.known
         weights = routing.weights.double()[..., None]
@@ -123,7 +123,7 @@ class Experts:
 def check_experts(probe: Probe) -> Iterator[Finding]:
     """K01, K04 and K06 of the routed experts."""
     for slot in probe.slots_of(OpKind.MOE):
-        experts = Experts(probe, slot)
+        experts = RoutedExperts(probe, slot)
         each = Tally("K01", slot, "experts against dequantise-then-matmul in float64", REMEDY)
         clamp = Tally("K06", slot, "experts beyond the clamp", CLAMP_REMEDY, "no gate of any expert came near it")
         with each.catching(slot, probe.kernels[slot]):
@@ -137,13 +137,13 @@ def check_experts(probe: Probe) -> Iterator[Finding]:
             yield from _every_variant(experts)
 
 
-def _alone(experts: Experts, each: Tally, clamp: Tally) -> bool:
+def _alone(experts: RoutedExperts, each: Tally, clamp: Tally) -> bool:
     """Every chosen expert by itself with weight 1, all in one call; returns whether one is wrong."""
     kernel = experts.probe.kernels[experts.slot]
     num_rows, num_experts = len(experts.x), len(experts.ids)
     rows = torch.arange(num_rows, device=experts.x.device).repeat_interleave(num_experts)
     places = torch.arange(num_experts, device=experts.x.device).repeat(num_rows)
-    call = Routing(rows, places[:, None], torch.ones(len(rows), 1, device=experts.x.device))
+    call = RoutedCall(rows, places[:, None], torch.ones(len(rows), 1, device=experts.x.device))
     found = experts.call(call)
     exact = experts.exact(call)
     if found.shape != exact.value.shape:
@@ -157,7 +157,7 @@ def _alone(experts: Experts, each: Tally, clamp: Tally) -> bool:
     return bool((worst > 1).any())
 
 
-def _add_alone(experts: Experts, tally: Tally, y: Tensor, worst: Tensor, rows: slice) -> None:
+def _add_alone(experts: RoutedExperts, tally: Tally, y: Tensor, worst: Tensor, rows: slice) -> None:
     """The experts' worst elements among some rows."""
     kernel, known = experts.probe.kernels[experts.slot], experts.known
     by_expert = worst[rows].amax(0).tolist()
@@ -169,11 +169,11 @@ def _add_alone(experts: Experts, tally: Tally, y: Tensor, worst: Tensor, rows: s
         found = deviation(y[rows, place], exact)
         what = "differs"
         if len(tally.failures) < MAX_DIAGNOSED:
-            what = diagnosis(experts.probe, experts.op, experts.name(place), experts.x, y[:, place])
+            what = explain(experts.probe, experts.op, experts.name(place), experts.x, y[:, place])
         tally.add(experts.name(place), kernel, found, f"{what}; {found}")
 
 
-def _mixtures(experts: Experts, tally: Tally) -> None:
+def _mixtures(experts: RoutedExperts, tally: Tally) -> None:
     """Numbers of tokens, with random choices, with all tokens at one expert, and with most experts left out."""
     kernel = experts.probe.kernels[experts.slot]
     for num_tokens in row_counts(experts.probe.is_cuda, experts.probe.config.hidden_size):
@@ -182,7 +182,7 @@ def _mixtures(experts: Experts, tally: Tally) -> None:
             tally.add(experts.slot, kernel, found, f"{num_tokens} tokens, {routing}: {found}")
 
 
-def routings(experts: Experts, num_tokens: int) -> dict[str, Routing]:
+def routings(experts: RoutedExperts, num_tokens: int) -> dict[str, RoutedCall]:
     """Calls of so many tokens, ordinary rows alone."""
     num_experts, device = len(experts.ids), experts.x.device
     num_slots = min(experts.probe.config.num_experts_per_tok, num_experts)
@@ -191,18 +191,18 @@ def routings(experts: Experts, num_tokens: int) -> dict[str, Routing]:
     order = torch.rand(num_tokens, num_experts, generator=generator).topk(num_slots).indices.to(device)
     weights = _weights(experts, torch.rand(num_tokens, num_slots, generator=generator).to(device))
     return {
-        "random experts": Routing(rows, order, weights),
-        "all at one expert": Routing(rows, torch.full_like(order[:, :1], num_experts - 1), weights[:, :1]),
-        "few of the experts": Routing(rows, (order % max(1, num_experts // 4))[:, :1], weights[:, :1]),
+        "random experts": RoutedCall(rows, order, weights),
+        "all at one expert": RoutedCall(rows, torch.full_like(order[:, :1], num_experts - 1), weights[:, :1]),
+        "few of the experts": RoutedCall(rows, (order % max(1, num_experts // 4))[:, :1], weights[:, :1]),
     }
 
 
-def _weights(experts: Experts, drawn: Tensor) -> Tensor:
+def _weights(experts: RoutedExperts, drawn: Tensor) -> Tensor:
     """Ones where the weight comes before a quantiser: what a row becomes would depend on it."""
     return torch.ones_like(drawn) if Step.ROUTING_WEIGHT in experts.op.choice.kernel.official else drawn + 0.1
 
 
-def _every_variant(experts: Experts) -> Iterator[Finding]:
+def _every_variant(experts: RoutedExperts) -> Iterator[Finding]:
     """K04: both ends of what each variant of the kernel serves."""
     probe = experts.probe
     kernel = probe.kernels[experts.slot]

@@ -7,7 +7,7 @@ from ownpath.conformance.memory import memory_problem
 from ownpath.finding import Finding
 from ownpath.verify.kernels.calls import calls
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.report import Tally
+from ownpath.verify.kernels.tally import Tally
 
 ROWS, MANY_ROWS = (1, 33), (1, 3, 33, 129, 1025)
 FEW_ROWS = 3

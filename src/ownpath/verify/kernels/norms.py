@@ -14,7 +14,7 @@ from ownpath.official import Step
 from ownpath.ops import OpKind
 from ownpath.plan.plan import PlannedCompanion
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.report import Tally
+from ownpath.verify.kernels.tally import Tally
 
 ROWS, MANY_ROWS = (1, 2, 17, 33), (1, 2, 17, 33, 256, 257, 1024)
 REMEDY = "the norm's weight, rms_norm_eps, or the kernel: the mean is over the last dimension, in float32"

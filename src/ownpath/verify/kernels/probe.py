@@ -12,7 +12,7 @@ from ownpath.assembly import LoadedPart
 from ownpath.config import ModelConfig
 from ownpath.conformance.params import Draw
 from ownpath.ops import OpKind
-from ownpath.oracle.stored import Stored
+from ownpath.oracle.stored import StoredWeights
 from ownpath.plan.plan import PlannedOp
 from ownpath.trace.observers import Watched
 from ownpath.verify.layer import LoadedLayer
@@ -25,7 +25,7 @@ class Probe:
 
     subject: Subject
     part: LoadedPart
-    stored: Stored
+    stored: StoredWeights
     name: str
     layer: LoadedLayer | None = None
 

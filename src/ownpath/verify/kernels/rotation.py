@@ -17,7 +17,7 @@ from ownpath.finding import Finding
 from ownpath.oracle.formulas import frequencies
 from ownpath.verify.kernels.operands import loss_at_load
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.report import Tally
+from ownpath.verify.kernels.tally import Tally
 
 KERNEL = "torch"
 REMEDY = "theta and YaRN belong to the layer's kind: rope_theta where nothing is compressed, else compress_rope_theta"
