@@ -148,7 +148,7 @@ def _flat(buffer: torch.Tensor) -> torch.Tensor | np.ndarray[Any, np.dtype[np.ui
 
 
 def _source(info: TensorInfo, slot: Slot) -> TensorInfo:
-    """The tensor that is read for a slot. A region of rows lies in the file as one stretch of bytes, a tensor of fewer rows."""
+    """The tensor that is read for a slot. A region of rows is one stretch of the file: a tensor of fewer rows."""
     region = slot.region
     if region is None or region.dim != 0:
         return info
