@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small_ops_cases import CASES, make_inputs
 
 from ownpath import Nvfp4Linear, Nvfp4MoE
 from ownpath.bench.operands import random_activations, random_fp8, random_moe, random_nvfp4
 from ownpath.bench.record import provenance
 from ownpath.bench.routing import uniform_routing
 from ownpath.bench.shapes import LINEAR_SHAPES, moe_shape
+from ownpath.conformance.operations import CASES, make_inputs
 from ownpath.kernels.contract import NormWeights, RouterWeights
 from ownpath.kernels.dsl.cache import is_cached, load
 from ownpath.kernels.registry import KERNELS

@@ -6,6 +6,7 @@ inside a fused operation, so it is computed here once more, from the expert's st
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ def calibrate(source: Path, text: str, scope: Scope, device: str) -> dict[str, f
     config = ModelConfig.from_file(source / "config.json")
     index = CheckpointIndex.open(source)
     converts = [step for step in plan_steps(index, config, scope) if isinstance(step, Convert)]
-    model = load_model(source, EngineConfig.for_device(device, CHUNK_TOKENS))
+    model = load_model(source, replace(EngineConfig.for_device(device, CHUNK_TOKENS), max_num_seqs=1))
     slots = {op.spec.slot: [module.name for module in op.spec.modules] for op in plan_model(source, device).ops}
     with TensorReader(index) as read:
         inputs = _InputAmax(converts, slots, read, config.swiglu_limit)

@@ -36,6 +36,22 @@ class Finding:
     kernel: str = ""
     limit: float | None = None
 
+    @classmethod
+    def judged(
+        cls,
+        id: str,
+        where: str,
+        is_good: bool,
+        message: str,
+        number: float | None = None,
+        allowed: str = "",
+        remedy: str = "",
+        kernel: str = "",
+    ) -> "Finding":
+        """One that passes or fails; a pass needs no remedy."""
+        verdict = Verdict.PASS if is_good else Verdict.FAIL
+        return cls(id, where, verdict, message, number, allowed, "" if is_good else remedy, kernel)
+
 
 def failed(findings: Iterable[Finding]) -> list[Finding]:
     """Keeps those that failed, in their order."""

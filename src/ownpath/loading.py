@@ -35,7 +35,7 @@ def leave_a_core() -> None:
 
 
 def device_caps(device: str) -> Caps:
-    """What ``device`` is. Errors: ValueError when torch does not know it or it is absent."""
+    """The capabilities of ``device``. Errors: ValueError when torch does not know it or it is absent."""
     try:
         parsed = torch.device(device)
     except RuntimeError:
@@ -51,7 +51,10 @@ def device_caps(device: str) -> Caps:
 
 
 def planned_caps(device: str) -> Caps:
-    """What ``device`` is, or, for ``sm_100`` and the like, a GPU that need not be here. Errors: as ``device_caps``."""
+    """The capabilities of ``device``, or, for ``sm_100`` and the like, of a GPU that need not be here.
+
+    Errors: as ``device_caps``.
+    """
     named = re.fullmatch(r"sm_(\d{2,3})", device)
     return device_caps(device) if named is None else Caps("cuda", device, int(named[1]), _packages())
 
@@ -115,4 +118,5 @@ def planned(folder: Path, engine_config: EngineConfig, caps: Caps | None = None)
     index = CheckpointIndex.open(folder)
     dtype = str(engine_config.dtype).removeprefix("torch.")
     demands = Demands(dtype, engine_config.is_batch_invariant, engine_config.official)
-    return make_plan(config, index, caps, demands, loads_draft=engine_config.loads_draft), index
+    drafts, parallel = engine_config.loads_draft, engine_config.parallel
+    return make_plan(config, index, caps, demands, loads_draft=drafts, parallel=parallel), index

@@ -83,7 +83,7 @@ class _Line:
 
 
 class Progress(_Line):
-    """What is done of how much, and for how long."""
+    """Shows how many of how many are done, and the seconds so far."""
 
     def __call__(self, done: int, total: int, name: str) -> None:
         """``done`` of ``total`` are ready, the last of them ``name``."""

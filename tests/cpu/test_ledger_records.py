@@ -1,4 +1,4 @@
-"""What the ledger records of calls: told by the runners themselves, one entry for what looks alike."""
+"""Records of calls: told by the runners themselves, one entry for calls that look alike."""
 
 import dataclasses
 import re

@@ -4,21 +4,13 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from support.fp8_cases import (
-    AMPLITUDES,
-    CASES,
-    NUM_ROWS,
-    W8A16_MAX_REL_L2,
-    Fp8Case,
-    draw_rows,
-    draw_weights,
-    relative_l2,
-)
 
 from ownpath.bench.shapes import LINEAR_SHAPES
 from ownpath.bench.tuners.fp8 import Fp8Family
+from ownpath.conformance.quantized import MAX_REL_L2, draw_rows, draw_weights, relative_l2
 from ownpath.formats import FP8_BLOCK
 from ownpath.kernels.contract import StoredLinear
+from ownpath.kernels.fp8.cases import AMPLITUDES, CASES, NUM_ROWS, Fp8Case
 from ownpath.kernels.fp8.choose import knobs_config
 from ownpath.kernels.fp8.config import QuantizeConfig, W8A8Config, W8A16Config
 from ownpath.kernels.fp8.layout import ACT_BLOCK_BYTES, pack_fp8, unpack_blocks
@@ -48,7 +40,7 @@ def poisoned(num_rows: int, width: int, device: torch.device) -> torch.Tensor:
 def assert_right(y: torch.Tensor, reference: torch.Tensor, slack: torch.Tensor, what: object) -> None:
     """Every element written, near in the mean, and off by one rounding to BF16 and ``slack`` at most."""
     assert torch.isfinite(y).all(), what
-    assert relative_l2(y, reference) <= W8A16_MAX_REL_L2, what
+    assert relative_l2(y, reference) <= MAX_REL_L2, what
     assert ((y.double() - reference).abs() <= BF16_HALF_ULP * reference.abs() + slack).all(), what
 
 

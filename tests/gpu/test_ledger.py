@@ -1,4 +1,4 @@
-"""What really ran on the device, kernel by kernel, against the plan: no product outside the planned runners."""
+"""The kernels that ran on the device, against the plan: no product outside the planned runners."""
 
 from collections import defaultdict
 

@@ -2,17 +2,19 @@
 
 import pytest
 import torch
-from support.nvfp4_cases import MAX_REL_L2, NUM_TOKENS, Dense, dense_reference, first_beyond, relative_l2
 
 from ownpath import Nvfp4Linear
+from ownpath.conformance.quantized import MAX_REL_L2, Dense, dense_reference, first_beyond, relative_l2
 from ownpath.formats import NVFP4
+from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.contract import StoredLinear
+from ownpath.kernels.nvfp4.cases import CASES
 from ownpath.kernels.registry import KERNELS
 from ownpath.qtensor import QuantTensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sm90]
 
-SHAPES = ((1536, 4096), (4096, 2048), (640, 256), (192, 384), (64, 128))
+LINEARS = [case for case in CASES if case.op == "nvfp4_linear"]
 KERNEL_NAMES = ("cute.nvfp4_linear", "cute.nvfp4_linear_invariant")
 
 
@@ -24,16 +26,17 @@ def poisoned(num_rows: int, width: int, device: torch.device) -> torch.Tensor:
     return torch.full((num_rows, width), torch.nan, dtype=torch.bfloat16, device=device)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("case", LINEARS, ids=lambda case: case.label)
 @pytest.mark.parametrize("name", KERNEL_NAMES)
-def test_against_float64(name: str, shape: tuple[int, int], cuda: torch.device) -> None:
-    dense = Dense.draw(*shape, cuda)
+def test_against_float64(name: str, case: KernelCase, cuda: torch.device) -> None:
+    num_rows, num_cols = case.sizes
+    dense = Dense.draw(num_rows, num_cols, cuda)
     weight = dense.weight()
     kernel = KERNELS[name]
     operand = kernel.prepare(stored(dense))
-    for num_tokens in NUM_TOKENS:
-        x = torch.randn(num_tokens, shape[1], device=cuda).bfloat16()
-        first, again = (kernel.run(x, operand, out=poisoned(num_tokens, shape[0], cuda)) for _ in range(2))
+    for num_tokens in case.tokens:
+        x = torch.randn(num_tokens, num_cols, device=cuda).bfloat16()
+        first, again = (kernel.run(x, operand, out=poisoned(num_tokens, num_rows, cuda)) for _ in range(2))
         exact, bound = dense_reference(x, weight)
         assert torch.isfinite(first).all(), num_tokens
         assert first.any(), num_tokens

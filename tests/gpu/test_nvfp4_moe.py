@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from support.nvfp4_cases import (
+
+from ownpath import Nvfp4MoE
+from ownpath.conformance.quantized import (
     MAX_REL_L2,
-    NUM_TOKENS,
     Experts,
     Routed,
     first_beyond,
@@ -12,8 +13,8 @@ from support.nvfp4_cases import (
     random_codes,
     relative_l2,
 )
-
-from ownpath import Nvfp4MoE
+from ownpath.kernels.cases import KernelCase
+from ownpath.kernels.nvfp4.cases import CASES
 from ownpath.numerics import decode_mxfp4_blocks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sm90]
@@ -48,12 +49,12 @@ def check(moe: Nvfp4MoE, experts: Experts, routed: Routed, limit: float = LIMIT,
 
 
 @pytest.mark.parametrize("name", ["cute.nvfp4_moe", "cute.nvfp4_moe_invariant"])
-@pytest.mark.parametrize("dims", [(16, 4, 1024, 512), (8, 2, 256, 256), (3, 2, 128, 384), (64, 6, 512, 128)], ids=str)
-def test_against_float64(name: str, dims: tuple[int, int, int, int], cuda: torch.device) -> None:
-    num_experts, top_k, hidden, inter = dims
+@pytest.mark.parametrize("case", [case for case in CASES if case.op == "nvfp4_moe"], ids=lambda case: case.label)
+def test_against_float64(name: str, case: KernelCase, cuda: torch.device) -> None:
+    num_experts, top_k, hidden, inter = case.sizes
     experts = Experts.draw(num_experts, hidden, inter, cuda)
     moe = runner(experts, name)
-    for num_tokens in NUM_TOKENS:
+    for num_tokens in case.tokens:
         check(moe, experts, Routed.draw(num_tokens, hidden, num_experts, top_k, cuda))
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from small_ops_cases import CASES, make_inputs, tensors
-from support.fp8_cases import Fp8Case, draw_weights
-from support.nvfp4_cases import Dense, Experts, Routed
 
 from ownpath import Nvfp4Linear, Nvfp4MoE
+from ownpath.conformance.operations import CASES, make_inputs, tensors
+from ownpath.conformance.quantized import Dense, Experts, Routed, draw_weights
 from ownpath.kernels.contract import NormWeights, RouterWeights
+from ownpath.kernels.fp8.cases import Fp8Case
 from ownpath.kernels.hyper.ref import Mix
 from ownpath.kernels.registry import KERNELS
 from ownpath.runners import Fp8Linear

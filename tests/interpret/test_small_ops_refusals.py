@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_ops_cases import CASES, make_inputs
 
+from ownpath.conformance.operations import CASES, make_inputs
 from ownpath.kernels.grouped.launch import GROUPED_LINEAR as rope_grouped_linear
 from ownpath.kernels.hyper.launch import HYPER_BOUNDARY as hyper_boundary
 from ownpath.kernels.hyper.launch import new_out, num_workspace_floats

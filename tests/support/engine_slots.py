@@ -12,7 +12,7 @@ from ownpath.verify.layer import LoadedLayer
 
 @torch.inference_mode()
 def engine_slots(layer: LoadedLayer, x_TSD: torch.Tensor, token_ids_T: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What every slot of the engine's layer returned, and ``out``, by the oracle's names."""
+    """Runs the engine's layer; returns every slot's result, and ``out``, by the oracle's names."""
     cache = layer.new_pool(len(token_ids_T), max_sequences=1).new_sequence()
     batch = ForwardBatch.of([(token_ids_T.tolist(), cache)], x_TSD.device)
     with layer.ledger.observe(Results()) as results:

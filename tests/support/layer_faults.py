@@ -10,6 +10,7 @@ from ownpath.attention.interface import AttentionLayer, Projected
 from ownpath.attention.reference import ReferenceAttention, ReferenceStep, RequestEntries, RequestRows
 from ownpath.attention.rope import Rope
 from ownpath.attention.select import EntrySelector
+from ownpath.cache.pools import EntryCache
 from ownpath.cache.tables import StepTables
 from ownpath.model.attention import AttentionCore
 from ownpath.trace.observers import Watched
@@ -181,20 +182,14 @@ def indexer_off_by_one(loaded: LoadedLayer) -> LoadedLayer:
 class EarlyStep(ReferenceStep):
     """Sees entries whose windows are not complete."""
 
-    def __init__(self, tables: StepTables, requests: tuple[RequestRows, ...]) -> None:
-        early = tuple(replace(request, entries=self._early(tables, request)) for request in requests)
-        super().__init__(tables, early)
-
-    def _early(self, tables: StepTables, request: RequestRows) -> dict[int, RequestEntries]:
-        positions_t1 = tables.positions_T[request.rows][:, None]
-        return {
-            ratio: replace(
-                entries,
-                visible_tC=torch.arange(len(entries.entry_rows), device=positions_t1.device)
-                < (positions_t1 + 3 + 1) // ratio,
-            )
-            for ratio, entries in request.entries.items()
-        }
+    def _selected(
+        self, layer: AttentionLayer, rows: Projected, of: slice, index: EntryCache | None, entries: RequestEntries
+    ) -> torch.Tensor:
+        assert layer.compressor is not None
+        positions_t1 = self.tables.positions_T[of][:, None] + 3
+        entries_C = torch.arange(len(entries.entry_rows), device=positions_t1.device)
+        early = replace(entries, visible_tC=entries_C < (positions_t1 + 1) // layer.compressor.ratio)
+        return super()._selected(layer, rows, of, index, early)
 
 
 class StaleStep(ReferenceStep):

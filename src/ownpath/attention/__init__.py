@@ -1,1 +1,1 @@
-"""What lies between a layer's projections: caches, compressed entries, which of them count, softmax."""
+"""Attention between a layer's projections: writes to the caches, compressed entries, their selection, softmax."""

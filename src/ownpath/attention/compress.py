@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from ownpath.attention.rope import Rope
-from ownpath.cache.layout import windows_per_entry
+from ownpath.cache.layout import first_row, windows_per_entry
 from ownpath.runners import RMSNorm
 
 
@@ -32,14 +32,10 @@ class Compressor:
     quantize_kv: Callable[[torch.Tensor], torch.Tensor]
 
     def entries(self, rows_TP2: torch.Tensor, windows: range, dtype: torch.dtype) -> torch.Tensor:
-        """The entries of these windows [N, H]; rows: from ``first_row`` of them to their last one's end, or beyond."""
-        end = windows.stop * self.ratio - self.first_row(windows)
+        """The entries of these windows [N, H]; rows: from ``layout.first_row`` of them to the last one's end, or on."""
+        end = windows.stop * self.ratio - first_row(windows.start, self.ratio)
         pooled_NH = self._pool(rows_TP2[:end].unflatten(0, (-1, self.ratio)), num_entries=len(windows))
         return self._finish(pooled_NH, windows, dtype)
-
-    def first_row(self, windows: range) -> int:
-        """The position of the first row that these windows' entries average."""
-        return max(0, windows.start + 1 - windows_per_entry(self.ratio)) * self.ratio
 
     def _pool(self, windows: torch.Tensor, num_entries: int) -> torch.Tensor:
         """Gated averages of the last ``num_entries`` windows of [N, ratio, 2P]; one more comes first if it exists."""

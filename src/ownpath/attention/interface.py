@@ -41,8 +41,8 @@ def _untapped(mask_tC: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """What is a layer's own. layer_idx: its place in the pool. compressor, index_compressor, selector: ``None`` where
-    the layer has none. tap_mask: shown what the selector selects, one sequence after the other; returns it."""
+    """The constants of one layer. layer_idx: its place in the pool. compressor, index_compressor, selector: ``None``
+    where the layer has none. tap_mask: shown what the selector selects, request by request; returns it."""
 
     layer_idx: int
     softmax: SharedKeyAttention
@@ -53,7 +53,7 @@ class AttentionLayer:
 
 
 class AttentionStep(Protocol):
-    """What a backend prepared for one step. The three calls come in this order, layer by layer."""
+    """A step that a backend has prepared. The three calls come in this order, layer by layer."""
 
     def write_entries(self, layer: AttentionLayer, rows: Projected) -> None:
         """Pools, norms, rotates and stores the entries and index keys whose windows end in this step."""
@@ -69,4 +69,4 @@ class AttentionBackend(Protocol):
     """One for all layers of a model. Whatever lasts is in the pool, whatever is of a step in the step."""
 
     def prepare(self, tables: StepTables) -> AttentionStep:
-        """What every layer of a step needs: done once, before the first layer, and outside of a captured graph."""
+        """Works out what all layers of a step share: once, before the first layer, and outside of a captured graph."""

@@ -14,16 +14,16 @@ import torch
 
 from ownpath.attention.compress import Compressor
 from ownpath.attention.interface import AttentionLayer, Projected
-from ownpath.cache.layout import BLOCK_TOKENS, windows_per_entry
+from ownpath.cache.layout import BLOCK_TOKENS, first_row, windows_per_entry
 from ownpath.cache.pools import EntryCache
 from ownpath.cache.tables import StepTables
 
 
 @dataclass(frozen=True)
 class RequestEntries:
-    """Of one request and one compress ratio.
+    """One request's entries of one compress ratio.
 
-    windows: that end in this step. state_rows: of the pool, older rows that their entries average, oldest first.
+    windows: those that end in this step. state_rows: of the pool, older rows that their entries average, oldest first.
     entry_rows: of the pool, all entries after this step [C]. visible_tC: those whose windows are complete.
     """
 
@@ -35,8 +35,11 @@ class RequestEntries:
 
 @dataclass(frozen=True)
 class RequestRows:
-    """Of one request. rows: of the step. window_rows: of the pool, the older keys that its queries see, oldest first.
-    visible_tK: which of those and of the new keys each query sees."""
+    """One request's share of a step.
+
+    rows: of the step. window_rows: of the pool, the older keys that its queries see, oldest first. visible_tK: which of
+    those and of the new keys each query sees. entries: by compress ratio.
+    """
 
     rows: slice
     window_rows: torch.Tensor
@@ -51,17 +54,17 @@ class ReferenceStep:
         self.tables, self.requests = tables, requests
 
     def write_entries(self, layer: AttentionLayer, rows: Projected) -> None:
-        """Entries and index keys, each from its own request's rows."""
+        """Writes entries and index keys, each from its own request's rows."""
         caches = self.tables.pool.layers[layer.layer_idx]
         self._write_entries(layer.compressor, caches.compressor, rows.compressor_rows)
         self._write_entries(layer.index_compressor, caches.indexer, rows.indexer_rows)
 
     def attend(self, layer: AttentionLayer, rows: Projected) -> torch.Tensor:
-        """[T, N, H]: each request's queries over its own keys."""
+        """Each request's queries over its own keys: [T, N, H]."""
         return torch.cat([self._attend(layer, rows, request) for request in self.requests])
 
     def write_rows(self, layer: AttentionLayer, rows: Projected) -> None:
-        """All requests' rows at once: each goes to a place of its own."""
+        """Writes all requests' rows at once: each goes to a place of its own."""
         caches, writes = self.tables.pool.layers[layer.layer_idx], self.tables.writes
         caches.window[writes.window_T] = rows.kv_TH
         for cache, raw in ((caches.compressor, rows.compressor_rows), (caches.indexer, rows.indexer_rows)):
@@ -96,7 +99,7 @@ class ReferenceStep:
     def _selected(
         self, layer: AttentionLayer, rows: Projected, of: slice, index: EntryCache | None, entries: RequestEntries
     ) -> torch.Tensor:
-        """Which entries each query of a request attends to: complete windows only."""
+        """The entries that each query of a request attends to: bool [t, C], complete windows only."""
         if index is None or layer.selector is None:
             return entries.visible_tC
         assert rows.index_q_TIH is not None
@@ -113,7 +116,7 @@ class ReferenceAttention:
     sliding_window: int
 
     def prepare(self, tables: StepTables) -> ReferenceStep:
-        """The rows of the pool that each request reads, and what its queries see."""
+        """Lists the rows of the pool that each request reads, and what its queries see."""
         return ReferenceStep(tables, tuple(self._request(tables, number) for number in range(len(tables.slots))))
 
     def _request(self, tables: StepTables, number: int) -> RequestRows:
@@ -132,10 +135,8 @@ class ReferenceAttention:
 def _request_entries(tables: StepTables, number: int, ratio: int, positions: range) -> RequestEntries:
     positions_t = tables.positions_T[tables.rows[number]]
     windows = range(positions.start // ratio, positions.stop // ratio)
-    num_windows = windows_per_entry(ratio)
-    oldest = max(0, windows.start + 1 - num_windows) * ratio
-    older = torch.arange(oldest, positions.start, device=positions_t.device)
-    num_rows = num_windows * ratio
+    older = torch.arange(first_row(windows.start, ratio), positions.start, device=positions_t.device)
+    num_rows = windows_per_entry(ratio) * ratio
     entries_C = torch.arange(windows.stop, device=positions_t.device)
     per_block = BLOCK_TOKENS // ratio
     entry_rows = tables.blocks_RB[number, entries_C // per_block] * per_block + entries_C % per_block

@@ -1,4 +1,4 @@
-"""Which compressed entries a CSA query attends to: the lightning indexer's choice, by index queries and keys.
+"""Selection of the compressed entries that a CSA query attends to, by the lightning indexer's scores.
 
 score(t, c) = sum over index heads h of w[t, h] * relu(q[t, h] . k[c]); the ``topk`` best entries that the query may see
 are attended to.

@@ -116,6 +116,11 @@ def windows_per_entry(ratio: int) -> int:
     return 2 if ratio == CSA_RATIO else 1
 
 
+def first_row(window: int, ratio: int) -> int:
+    """The position of the first row that a window's entry averages."""
+    return max(0, window + 1 - windows_per_entry(ratio)) * ratio
+
+
 def num_blocks(num_tokens: int) -> int:
     """Blocks of a sequence of so many tokens."""
     return -(-num_tokens // BLOCK_TOKENS)

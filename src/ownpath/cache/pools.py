@@ -6,7 +6,9 @@ Legend: H head dim (or index head dim), P compressor width.
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
+import numpy as np
 import torch
 
 from ownpath.cache.layout import NOBODY, CacheLayout, Group, Member, Part, num_blocks
@@ -16,7 +18,7 @@ from ownpath.config import SLIDING, EngineConfig, ModelConfig
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """Everything that the caches' memory follows from.
+    """Sizes, dtype and device that the caches' memory follows from.
 
     max_tokens: that one sequence may reach. max_sequences: that hold tokens together. num_drafts: MTP modules that are
     loaded; each has a window of its own. layer_ids: those that there are caches for; ``None``: all.
@@ -75,7 +77,7 @@ class LayerCache:
 class CachePool:
     """The caches of all sequences of a model. Rows are addressed as ``layout`` says.
 
-    The memory is not cleared: what a sequence has not written, it does not read.
+    Memory is cleared once, when it is allocated, and not between sequences: what one has not written, it does not read.
     """
 
     def __init__(self, spec: CacheSpec) -> None:
@@ -95,7 +97,7 @@ class CachePool:
         count = 1 + (self.slots.num_blocks if member.group is Group.ENTRIES else self.slots.num_slots)
         dtype = spec.state_dtype if is_state else spec.dtype
         with torch.inference_mode(False):  # written by steps in that mode and by others
-            return torch.empty(count * member.num_rows, member.width, dtype=dtype, device=spec.device)
+            return _zeros((count * member.num_rows, member.width), dtype, spec.device)
 
     def _layer(self, layer_idx: int) -> LayerCache:
         found = {(m.group, m.part): m for m in self.layout.members if m.layer_idx == layer_idx}
@@ -108,6 +110,13 @@ class CachePool:
 
         window = self.tensors[found[Group.WINDOW, Part.MAIN]]
         return LayerCache(window, compressed(Part.MAIN), compressed(Part.INDEX))
+
+
+def _zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """In host memory by ``calloc``: pages that no sequence comes to are never touched, and take no memory."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 class SequenceCache:

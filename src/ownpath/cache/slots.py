@@ -1,4 +1,4 @@
-"""Who owns which slot and which blocks. Bookkeeping only: no tensor, no model."""
+"""Ownership of slots and blocks. Bookkeeping only: no tensor, no model."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -49,7 +49,7 @@ class Slots:
         self._free_slots.append(slot)
 
     def faults(self) -> list[str]:
-        """What is wrong with the books, a sentence each; none while every slot and block is free or owned, once."""
+        """Faults of the books, a sentence each; none while every slot and block is free or owned, once."""
         lengths = {slot: self.lengths[slot] for slot in self.owned}
         return [
             *_miscounted("slot", [*self._free_slots, *self.owned], self.num_slots),

@@ -5,6 +5,7 @@ Legend: T rows of the step, R requests, B blocks of a request.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -46,7 +47,7 @@ class StepTables:
     starts: tuple[int, ...]
     slots: tuple[int, ...]
 
-    @property
+    @cached_property
     def rows(self) -> tuple[slice, ...]:
         """Each request's rows."""
         return tuple(slice(*pair) for pair in zip((0, *self.row_ends), self.row_ends, strict=False))

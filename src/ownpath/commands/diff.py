@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     client = Client.of_url(args.against, args.timeout, _api_key(args.api_key_env))
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     listed = first_model(client)  # before minutes of loading: is anybody there?
-    loaded = load_for(args)
+    loaded = load_for(args, max_num_seqs=1)
     prompts = make_prompts(loaded.tokenizer, seed, args.prompt)
     probe = probe_prompt(loaded.tokenizer)
     server = open_server(client, TokenNames(loaded.tokenizer), probe, args.served_model_name or listed)

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from ownpath.config import EngineConfig
     from ownpath.loading import default_model_dir, device_caps, leave_a_core
     from ownpath.verify.html import report_html
-    from ownpath.verify.planned import read_plan_file
+    from ownpath.verify.plan_file import read_plan_file
     from ownpath.verify.report import report_dict, report_text
     from ownpath.verify.run import STAGES, Job, verify
     from ownpath.verify.subject import Selection

@@ -102,7 +102,7 @@ class Matrices:
 
 
 @dataclass(frozen=True)
-class Steps:
+class ExpertSteps:
     """What is rounded on the way. inputs, hidden: quantisers in front of the two products.
 
     rounds_products: gate and up are rounded to ``dtype`` before the activation.
@@ -115,7 +115,7 @@ class Steps:
     rounds_products: bool = False
 
 
-def expert(x_MD: Tensor, matrices: Matrices, steps: Steps) -> Exact:
+def expert(x_MD: Tensor, matrices: Matrices, steps: ExpertSteps) -> Exact:
     """w2 swiglu(w1 x, w3 x), not rounded. x: activations in the engine's dtype."""
     rows = steps.inputs(x_MD)
     gate, up = product(rows, matrices.w1), product(rows, matrices.w3)
@@ -144,7 +144,7 @@ def _activated(gate: Exact, up: Exact, limit: float) -> Exact:
     return Exact(value, spread + EXP_STEPS * FLOAT32_ROUND * value.abs())
 
 
-def _quantized(hidden: Exact, steps: Steps) -> tuple[Tensor, Tensor]:
+def _quantized(hidden: Exact, steps: ExpertSteps) -> tuple[Tensor, Tensor]:
     """Hidden values as the second product reads them, and how far from those a right kernel's may be."""
     sign, size = hidden.value.sign(), hidden.value.abs()
 

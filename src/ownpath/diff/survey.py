@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from ownpath.diff.client import CannotAsk
-from ownpath.diff.compare import TOLERANCE_NATS, Comparison, compare
+from ownpath.diff.compare import TOLERANCE_NATS, PromptComparison, compare
 from ownpath.diff.offers import CHAT, Server
 from ownpath.diff.ours import Ours
 from ownpath.diff.prompts import Prompt
@@ -30,7 +30,7 @@ class Effort:
 class Difference:
     """What came out. checks: every signature."""
 
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[PromptComparison, ...]
     checks: tuple[Finding, ...]
     tolerance: float
 

@@ -1,4 +1,4 @@
-"""What one step computes: the only per-step state, passed as an argument through the whole forward."""
+"""The rows of one step: the only per-step state, passed as an argument through the whole forward."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

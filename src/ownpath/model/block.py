@@ -23,6 +23,11 @@ class Residual:
     y_TD: torch.Tensor | None = None
     mix: Mix | None = None
 
+    @classmethod
+    def of_embedding(cls, h_TD: torch.Tensor, num_streams: int) -> "Residual":
+        """Before the first layer: every stream is the token's embedding."""
+        return cls(h_TD.unsqueeze(1).expand(-1, num_streams, -1).contiguous())
+
     def rows(self, ids_R: torch.Tensor) -> "Residual":
         """The residual of some tokens."""
         assert self.y_TD is not None
@@ -48,7 +53,7 @@ class Block:
     ffn: MoE
 
     def prepare(self, tables: StepTables) -> AttentionStep:
-        """What this layer's attention, and that of all layers of the model, needs of a step."""
+        """Prepares a step for the attention of this layer, and so of all layers of the model."""
         return self.attn.backend.prepare(tables)
 
     def __call__(

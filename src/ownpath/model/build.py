@@ -92,7 +92,7 @@ class Builder:
         )
 
     def ends(self) -> tuple[HyperBoundary, Linear]:
-        """What comes after the last layer: its boundary, and the vocabulary's product."""
+        """The modules after the last layer: its boundary, and the vocabulary's product."""
         return self._boundary("hc_head", "norm"), self._runner("head")
 
     def _drafts(self, sliding: Rope, compress: Rope) -> Iterator[Mtp]:

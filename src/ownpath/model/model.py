@@ -72,7 +72,7 @@ class Model:
 
     def _backbone(self, batch: ForwardBatch) -> Residual:
         h_TD = self.embed_VD[batch.token_ids_T].to(self.cache_spec.dtype)
-        residual = Residual(h_TD.unsqueeze(1).expand(-1, self.config.hc_mult, -1).contiguous())
+        residual = Residual.of_embedding(h_TD, self.config.hc_mult)
         sliding, compress = self.sliding_rope.at(batch.positions_T), self.compress_rope.at(batch.positions_T)
         step = self.blocks[0].prepare(batch.tables)
         for block, ratio in zip(self.blocks, self.config.compress_ratios, strict=True):

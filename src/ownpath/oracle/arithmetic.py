@@ -16,19 +16,19 @@ from ownpath.formats import FP8_BLOCK, FP32, NVFP4
 from ownpath.official import PLAIN, Step
 from ownpath.oracle.formats import fp8, nvfp4_without_global
 from ownpath.oracle.formulas import Mixing, collapse, rms
-from ownpath.oracle.stored import Stored
+from ownpath.oracle.stored import StoredWeights
 from ownpath.plan.plan import Plan
-
-Value = Tensor | tuple[Tensor, ...]
 
 _INPUT_BLOCK = 128
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """dtype: float64 or float32, what is computed in (the checkpoint must be ``Stored`` in it). narrow: what results
-    are rounded to. official: steps that round as published. w4a4: inputs of NVFP4 weights are rounded to NVFP4. w8a8:
-    inputs of FP8 linears (experts and ``wo_a`` are none) are rounded to E4M3 as the engine's W8A8 kernels do.
+    """dtype: float64 or float32, what is computed in (the checkpoint must be ``StoredWeights`` in it).
+
+    narrow: what results are rounded to. official: steps that round as published. w4a4: inputs of NVFP4 weights are
+    rounded to NVFP4. w8a8: inputs of FP8 linears (experts and ``wo_a`` are none) are rounded to E4M3 as the engine's
+    W8A8 kernels do.
 
     float32 on CUDA means IEEE float32: torch's default. Whoever allows TF32 products has another reference.
     """
@@ -53,13 +53,13 @@ class Scope:
     """One forward of the oracle. encodings: how each matrix is stored, by module. values: what each slot returned."""
 
     config: ModelConfig
-    stored: Stored
+    stored: StoredWeights
     encodings: Mapping[str, Encoding]
     arithmetic: Arithmetic
-    values: dict[str, Value] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, stored: Stored, plan: Plan, arithmetic: Arithmetic, prefix: str = "") -> "Scope":
+    def of(cls, stored: StoredWeights, plan: Plan, arithmetic: Arithmetic, prefix: str = "") -> "Scope":
         """prefix: of the modules that will be asked for."""
         assert stored.dtype is arithmetic.dtype, "weights and sums have one dtype"
         modules = ((module.name, op.encoding) for op in plan.ops for module in op.spec.modules)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ownpath.config import ModelConfig
-from ownpath.oracle.arithmetic import Arithmetic, Scope, Value
+from ownpath.oracle.arithmetic import Arithmetic, Scope
 from ownpath.oracle.attention import attention
 from ownpath.oracle.experts import feed_forward
 from ownpath.oracle.formulas import write_streams
-from ownpath.oracle.stored import Stored
+from ownpath.oracle.stored import StoredWeights
 from ownpath.plan.plan import Plan
 
 
@@ -42,14 +42,14 @@ class Trace:
     the streams after the layer.
     """
 
-    values: dict[str, Value]
+    values: dict[str, Tensor]
     streams_TSD: Tensor
 
 
 def reference_block(
     config: ModelConfig,
     layer_idx: int,
-    stored: Stored,
+    stored: StoredWeights,
     plan: Plan,
     streams_TSD: Tensor,
     token_ids_T: Tensor,
@@ -75,14 +75,14 @@ def reference_block(
     return Trace(scope.values, scope.noted(f"{layer.name}.out", x_TSD))
 
 
-def reference_embed(config: ModelConfig, stored: Stored, token_ids_T: Tensor, arithmetic: Arithmetic) -> Tensor:
+def reference_embed(config: ModelConfig, stored: StoredWeights, token_ids_T: Tensor, arithmetic: Arithmetic) -> Tensor:
     """The streams before the first layer: [T, S, D]."""
     h_TD = arithmetic.rounded(stored.rows("embed.weight", token_ids_T))
     return h_TD[:, None].repeat(1, config.hc_mult, 1)
 
 
 def reference_head(
-    config: ModelConfig, stored: Stored, plan: Plan, streams_TSD: Tensor, arithmetic: Arithmetic, name: str = ""
+    config: ModelConfig, stored: StoredWeights, plan: Plan, streams_TSD: Tensor, arithmetic: Arithmetic, name: str = ""
 ) -> Tensor:
     """Logits [T, V] of the streams after the last layer. name: ``mtp.0.`` and so on for a draft's."""
     scope = Scope.of(stored, plan, arithmetic, "head")

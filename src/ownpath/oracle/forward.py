@@ -8,17 +8,17 @@ from torch import Tensor
 
 from ownpath.oracle.arithmetic import Arithmetic, Scope
 from ownpath.oracle.block import reference_block, reference_embed, reference_head
-from ownpath.oracle.stored import Stored
+from ownpath.oracle.stored import StoredWeights
 from ownpath.plan.plan import Plan
 
 
-def reference_logits(plan: Plan, stored: Stored, token_ids_T: Tensor, arithmetic: Arithmetic) -> Tensor:
+def reference_logits(plan: Plan, stored: StoredWeights, token_ids_T: Tensor, arithmetic: Arithmetic) -> Tensor:
     """Of one sequence from its first token: [T, V]."""
     streams_TSD = reference_streams(plan, stored, token_ids_T, arithmetic)
     return reference_head(plan.config, stored, plan, streams_TSD, arithmetic)
 
 
-def reference_streams(plan: Plan, stored: Stored, token_ids_T: Tensor, arithmetic: Arithmetic) -> Tensor:
+def reference_streams(plan: Plan, stored: StoredWeights, token_ids_T: Tensor, arithmetic: Arithmetic) -> Tensor:
     """After the last layer: [T, S, D]."""
     config = plan.config
     x_TSD = reference_embed(config, stored, token_ids_T, arithmetic)
@@ -27,7 +27,7 @@ def reference_streams(plan: Plan, stored: Stored, token_ids_T: Tensor, arithmeti
     return x_TSD
 
 
-def reference_draft_logits(plan: Plan, stored: Stored, token_ids_T: Tensor, arithmetic: Arithmetic) -> Tensor:
+def reference_draft_logits(plan: Plan, stored: StoredWeights, token_ids_T: Tensor, arithmetic: Arithmetic) -> Tensor:
     """Of ``mtp.0``, for each token but the last, whose follower is not known: [T - 1, V]. The plan must hold it."""
     config, following = plan.config, token_ids_T[1:]
     scope = Scope.of(stored, plan, arithmetic, "mtp.0.")

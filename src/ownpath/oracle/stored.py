@@ -17,7 +17,7 @@ _DIVISORS = ("weight_global_scale", "input_global_scale")
 """Tensors that hold 1 / the multiplier: compressed-tensors' spelling, and nobody else's."""
 
 
-class Stored:
+class StoredWeights:
     """One checkpoint's weights in one dtype on one device. Nothing is kept: every call reads and decodes anew.
 
     dtype: float64 or float32, which holds every code times block scale exactly and rounds the global scale's product.

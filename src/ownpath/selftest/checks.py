@@ -1,4 +1,4 @@
-"""Evidence -> verdicts. Every threshold is here, with its reason."""
+"""ProbeAnswers -> verdicts. Every threshold is here, with its reason."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from ownpath.engine.request import FinishReason
 from ownpath.finding import Finding, Verdict
 from ownpath.selftest import signatures
-from ownpath.selftest.probe import Evidence, Seen
+from ownpath.selftest.probe import ProbeAnswers, Seen
 
 MAX_REPEATS = 16
 """Running text has no 17 positions in a row with one likeliest continuation; a model that ignores it has them all."""
@@ -73,7 +73,7 @@ REMEDIES = {
 }
 
 
-def judge(evidence: Evidence, facts: Facts) -> list[Finding]:
+def judge(evidence: ProbeAnswers, facts: Facts) -> list[Finding]:
     """Every check, in the order of their ids."""
     everything = evidence.all()
     num_non_finite = sum(seen.is_non_finite for seen in everything)
@@ -88,7 +88,7 @@ def judge(evidence: Evidence, facts: Facts) -> list[Finding]:
     ]
 
 
-def _consistency(evidence: Evidence, facts: Facts) -> list[Finding]:
+def _consistency(evidence: ProbeAnswers, facts: Facts) -> list[Finding]:
     first = evidence.first
     margin = MARGIN_NATS.get(facts.dtype, WIDE_MARGIN_NATS)
     parted = replayed = chunked = None
@@ -109,7 +109,7 @@ def _consistency(evidence: Evidence, facts: Facts) -> list[Finding]:
     ]
 
 
-def _signatures(evidence: Evidence, facts: Facts) -> list[Finding]:
+def _signatures(evidence: ProbeAnswers, facts: Facts) -> list[Finding]:
     texts = [seen.prompt_rows for seen in (evidence.first, evidence.other) if seen is not None and seen.answer_ids]
     rows = [row for text in texts for row in text]
     pair = texts if len(texts) == 2 else None

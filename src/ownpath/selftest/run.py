@@ -19,7 +19,7 @@ KNOWN_QUESTION, KNOWN_ANSWER = "The capital of France is", "Paris"
 
 
 @dataclass(frozen=True)
-class Report:
+class SelfTestReport:
     """Every check, and how long they took together."""
 
     checks: tuple[Finding, ...]
@@ -49,7 +49,7 @@ def known_question(folder: Path, tokenizer: Tokenizer) -> Golden | None:
     return Golden(tuple(ids), KNOWN_ANSWER)
 
 
-def self_test(engine: Engine, tokenizer: Tokenizer, window: int, golden: Golden | None = None) -> Report:
+def self_test(engine: Engine, tokenizer: Tokenizer, window: int, golden: Golden | None = None) -> SelfTestReport:
     """Runs every check on a started engine that nobody else uses yet.
 
     window: the model's sliding window, in tokens.
@@ -62,7 +62,7 @@ def self_test(engine: Engine, tokenizer: Tokenizer, window: int, golden: Golden 
     if golden is not None and evidence.golden is not None:
         known = _is_answered(evidence.golden, golden, tokenizer, special_ids)
     facts = Facts(engine.num_vocab, special_ids, engine.config.dtype, known)
-    return Report(tuple(judge(evidence, facts)), time.perf_counter() - start)
+    return SelfTestReport(tuple(judge(evidence, facts)), time.perf_counter() - start)
 
 
 def _is_answered(seen: Seen, golden: Golden, tokenizer: Tokenizer, special_ids: set[int]) -> bool:
@@ -71,7 +71,7 @@ def _is_answered(seen: Seen, golden: Golden, tokenizer: Tokenizer, special_ids: 
     return golden.expected in data.decode("utf-8", "replace") and seen.finish_reason is FinishReason.STOP
 
 
-def report_text(report: Report) -> str:
+def report_text(report: SelfTestReport) -> str:
     """A table, the failed checks first and with their remedies."""
     failed = report.failed
     lines = [f"self-test: {len(failed)} of {len(report.checks)} checks failed, {report.seconds:.1f} s"]

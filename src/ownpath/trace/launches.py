@@ -1,4 +1,4 @@
-"""Which CUDA kernels a run really launched, and for which slot of the plan.
+"""The CUDA kernels that a run launched, each with the planned slot that it worked for.
 
 The profiler (CUPTI) sees every kernel on the device, whoever launched it: torch, a library, Triton, or the driver's own
 interface. Each call of a planned slot is marked, so that a kernel belongs to the slot during whose call it was

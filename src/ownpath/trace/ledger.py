@@ -14,8 +14,8 @@ from ownpath.trace.uses import Use, use_of
 class Ledger:
     """Calls per slot, beside the runner and the kernel that the plan names for it.
 
-    uses: what the callable behind each slot really is, by its own account. Not the callable: runners hold ledgers, and
-        a layer that is dropped must be gone at once.
+    uses: what the callable behind each slot is, by its own account. The callable itself is not held: a layer that is
+        dropped must be gone at once.
     """
 
     kernels: dict[str, tuple[str, str]]

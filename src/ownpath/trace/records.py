@@ -1,4 +1,4 @@
-"""What the calls of a model's slots looked like: one entry for each distinct one, however many there were.
+"""Records of a model's calls: for each slot one entry per distinct call, with a count.
 
 Shapes and dtypes are compared on every call; what runner and kernel it was, and which compiled configuration, is asked
 when an entry is new. A slot keeps at most ``max_per_slot`` entries; calls beyond are counted together.
@@ -62,7 +62,7 @@ class Records(Observer):
         entry.num_calls += 1
 
     def listed(self, slot: str) -> list[Record]:
-        """What is known of one slot's calls, in the order in which they were first seen."""
+        """The records of one slot, in the order in which they were first seen."""
         # A copy made in one step: the thread that runs the model may add meanwhile.
         found = list(self._entries.get(slot, {}).items())
         return [

@@ -50,7 +50,7 @@ _INPUT_SCALES = ("input_scale", "input_global_scale")
 
 
 @dataclass(frozen=True)
-class Evidence:
+class FileEvidence:
     """An inspection, and what it leaves to be looked at here."""
 
     inspection: Inspection
@@ -84,7 +84,7 @@ def check_of(problem: Finding) -> str:
     return "F09" if id_ == "F05" and problem.where.endswith(_INPUT_SCALES) else id_
 
 
-def gather(inspection: Inspection) -> Evidence:
+def gather(inspection: Inspection) -> FileEvidence:
     """Everything that is wrong, the inspection's own problems first."""
     folder, contents = inspection.folder, inspection.contents
     problems = list(inspection.problems)
@@ -103,7 +103,7 @@ def gather(inspection: Inspection) -> Evidence:
         unread = tuple(name for name in unread_fields(fields) if name not in COMPARED_FIELDS)
     tokenizer = _tokenizer(folder, problems)
     problems += token_problems(tokenizer) if tokenizer is not None else ()
-    return Evidence(inspection, tuple(dict.fromkeys(problems)), biases, tokenizer, unread)
+    return FileEvidence(inspection, tuple(dict.fromkeys(problems)), biases, tokenizer, unread)
 
 
 def _tokenizer(folder: Path, problems: list[Finding]) -> Tokenizer | None:
@@ -121,10 +121,10 @@ def _passed(id_: str, message: str, number: float | None = None, allowed: str = 
     return Finding(id_, "checkpoint", Verdict.PASS, message, number, allowed)
 
 
-def _of_tensors(id_: str, look: Callable[[Evidence, Contents], Finding]) -> Callable[[Evidence], Finding]:
+def _of_tensors(id_: str, look: Callable[[FileEvidence, Contents], Finding]) -> Callable[[FileEvidence], Finding]:
     """A check that needs config.json and tensors; without them it is skipped."""
 
-    def looked(evidence: Evidence) -> Finding:
+    def looked(evidence: FileEvidence) -> Finding:
         contents = evidence.inspection.contents
         if contents is None:
             return Finding(id_, "checkpoint", Verdict.SKIPPED, "config.json or the tensors could not be read")
@@ -133,30 +133,30 @@ def _of_tensors(id_: str, look: Callable[[Evidence, Contents], Finding]) -> Call
     return looked
 
 
-def _files(evidence: Evidence) -> Finding:
+def _files(evidence: FileEvidence) -> Finding:
     tensors = evidence.inspection.index.tensors
     num_files = len({info.file for info in tensors.values()})
     return _passed("F01", f"{len(tensors)} tensors in {num_files} files", 0, "0 problems")
 
 
-def _census(evidence: Evidence, contents: Contents) -> Finding:
+def _census(evidence: FileEvidence, contents: Contents) -> Finding:
     census = contents.census
     found = f"{len(census.modules)} matrices, {len(census.params)} other tensors, {len(census.ignored)} not read"
     return _passed("F02", found, 0, "0 missing or unexpected")
 
 
-def _shapes(evidence: Evidence, contents: Contents) -> Finding:
+def _shapes(evidence: FileEvidence, contents: Contents) -> Finding:
     return _passed("F03", f"{len(contents.census.modules)} matrices", 0, "0 wrong")
 
 
-def _formats(evidence: Evidence, contents: Contents) -> Finding:
+def _formats(evidence: FileEvidence, contents: Contents) -> Finding:
     counts: dict[str, int] = {}
     for stored in contents.census.modules:
         counts[stored.encoding.name] = counts.get(stored.encoding.name, 0) + 1
     return _passed("F04", ", ".join(f"{n} x {name}" for name, n in counts.items()), 0, "0 contradictions")
 
 
-def _global_scales(evidence: Evidence, contents: Contents) -> Finding:
+def _global_scales(evidence: FileEvidence, contents: Contents) -> Finding:
     scalars = [scalar for scalar in contents.scalars if scalar.role == "global_scale"]
     if not scalars:
         return Finding("F05", "checkpoint", Verdict.SKIPPED, "no format here has a global scale")
@@ -164,14 +164,14 @@ def _global_scales(evidence: Evidence, contents: Contents) -> Finding:
     return _passed("F05", f"{len(scalars)} global scales", worst, f"within {MAX_RATIO:g} of a layer's median")
 
 
-def _gate_up(evidence: Evidence, contents: Contents) -> Finding:
+def _gate_up(evidence: FileEvidence, contents: Contents) -> Finding:
     pairs = contents.gate_up
     if not pairs.num_pairs:
         return Finding("F06", "checkpoint", Verdict.SKIPPED, "no expert here has a global scale")
     return _passed("F06", f"{pairs.num_equal} of {pairs.num_pairs} experts share one", 0, "0 experts differ")
 
 
-def _blocks(evidence: Evidence, contents: Contents) -> Finding:
+def _blocks(evidence: FileEvidence, contents: Contents) -> Finding:
     blocks = contents.blocks
     if not blocks.num_modules:
         return Finding("F07", "checkpoint", Verdict.SKIPPED, "no format here has block scales")
@@ -185,7 +185,7 @@ def _blocks(evidence: Evidence, contents: Contents) -> Finding:
     return _passed("F07", found, spread, "no expert far from its layer's median")
 
 
-def _input_scales(evidence: Evidence, contents: Contents) -> Finding:
+def _input_scales(evidence: FileEvidence, contents: Contents) -> Finding:
     if not any(scalar.role == "input_scale" for scalar in contents.scalars):
         return Finding("F09", "checkpoint", Verdict.SKIPPED, "no format here has input scales")
     shared = sum(coverage.num_shared for coverage in contents.calibration.values())
@@ -194,7 +194,7 @@ def _input_scales(evidence: Evidence, contents: Contents) -> Finding:
     return _passed("F09", found, shared / max(1, own + shared), "none at a default of 1")
 
 
-def _router(evidence: Evidence, contents: Contents) -> Finding:
+def _router(evidence: FileEvidence, contents: Contents) -> Finding:
     biases = evidence.biases
     if not biases:
         return _passed("F10", "no layer has a router bias; tables name experts that exist, each once", 0)
@@ -204,14 +204,14 @@ def _router(evidence: Evidence, contents: Contents) -> Finding:
     return _passed("F10", found, ties, "any: ties go to the lower id")
 
 
-def _config(evidence: Evidence) -> Finding:
+def _config(evidence: FileEvidence) -> Finding:
     if evidence.inspection.contents is None:
         return Finding("F11", "config.json", Verdict.SKIPPED, "there are no tensors to hold it against")
     names = ", ".join(evidence.unread) or "none"
     return _passed("F11", f"not read by this engine: {names}", len(evidence.unread), "any")
 
 
-def _tokens(evidence: Evidence) -> Finding:
+def _tokens(evidence: FileEvidence) -> Finding:
     if evidence.tokenizer is None:
         return Finding("F12", "tokenizer.json", Verdict.SKIPPED, "config.json could not be read")
     missing = missing_markers(evidence.tokenizer)
@@ -219,7 +219,7 @@ def _tokens(evidence: Evidence) -> Finding:
     return _passed("F12", found + (f"; without {', '.join(missing)}" if missing else ""), 0, "0 differences")
 
 
-_CHECKS: MappingProxyType[str, Callable[[Evidence], Finding]] = MappingProxyType(
+_CHECKS: MappingProxyType[str, Callable[[FileEvidence], Finding]] = MappingProxyType(
     {
         "F01": _files,
         "F02": _of_tensors("F02", _census),

@@ -11,16 +11,16 @@ from collections.abc import Iterator, Sequence
 from ownpath.finding import Finding, Verdict
 from ownpath.kernels.registry import SPECS
 from ownpath.trace.launches import Launch
+from ownpath.verify.fold import fold_layers
 from ownpath.verify.ledger_run import Ran
-from ownpath.verify.places import folded
-from ownpath.verify.planned import WrittenPlan
+from ownpath.verify.plan_file import PlanFile
 
 _SPECS = {spec.name: spec for spec in SPECS}
 _OURS = re.compile("|".join(dict.fromkeys(pattern for spec in SPECS for pattern in spec.launches)))
 _REMEDY = "the device ran something else than the plan says: a fallback inside a kernel, or a product in the model"
 
 
-def check_launches(written: WrittenPlan, parts: Sequence[Ran]) -> Iterator[Finding]:
+def check_launches(written: PlanFile, parts: Sequence[Ran]) -> Iterator[Finding]:
     """LG06: the profiler's kernels against the plan."""
     seen = [part for part in parts if part.launches is not None]
     if not seen:
@@ -28,7 +28,7 @@ def check_launches(written: WrittenPlan, parts: Sequence[Ran]) -> Iterator[Findi
         yield Finding("LG06", "device", Verdict.SKIPPED, reason)
         return
     faults = [fault for part in seen for fault in launch_faults(written, part)]
-    for where, message in folded(faults):
+    for where, message in fold_layers(faults):
         yield Finding("LG06", where, Verdict.FAIL, message, allowed="the planned kernels", remedy=_REMEDY)
     if not faults:
         num_launches = sum(len(part.launches or ()) for part in seen)
@@ -36,8 +36,8 @@ def check_launches(written: WrittenPlan, parts: Sequence[Ran]) -> Iterator[Findi
         yield Finding("LG06", "device", Verdict.PASS, message, 0, "no other product, no planned kernel missing")
 
 
-def launch_faults(written: WrittenPlan, part: Ran) -> list[tuple[str, str]]:
-    """What one part launched that was not planned, or did not launch that was."""
+def launch_faults(written: PlanFile, part: Ran) -> list[tuple[str, str]]:
+    """Lists launches of one part that were not planned, and planned ones that did not happen."""
     by_slot: dict[str | None, list[Launch]] = defaultdict(list)
     for launch in part.launches or ():
         by_slot[launch.slot].append(launch)

@@ -92,11 +92,11 @@ def load_ends(subject: Subject) -> LoadedPart:
 
 
 def in_layer(name: str) -> Callable[[str], bool]:
-    """Whether a slot or tensor is of the layer so named."""
+    """Returns a test: is a slot or tensor of the layer so named?"""
     return lambda other: other.startswith(f"{name}.")
 
 
 def in_no_layer(config: ModelConfig) -> Callable[[str], bool]:
-    """Whether a slot or tensor is of no layer."""
+    """Returns a test: is a slot or tensor of no layer?"""
     layers = tuple(f"{layer.name}." for layer in (*config.backbone_layers(), *config.draft_layers()))
     return lambda name: not name.startswith(layers)

@@ -20,7 +20,7 @@ PROMPT_TOKENS = 130
 
 @dataclass(frozen=True)
 class Ran:
-    """What one part of the model did. failure: why it did not come to its end; empty where it did.
+    """The calls and launches of one part of the model. failure: why it did not come to its end; empty where it did.
 
     launches: the kernels that a profiler saw; ``None`` where there is no device to launch on, or no profiler.
     """
@@ -45,8 +45,7 @@ class Steps:
         num_tokens = min(PROMPT_TOKENS, subject.engine.max_model_len - 1)
         token_ids = [idx % config.vocab_size for idx in range(num_tokens)], [1]
         embedded = (embed_VD[torch.tensor(ids, device=subject.device)].to(subject.engine.dtype) for ids in token_ids)
-        streams = (h_TD.unsqueeze(1).expand(-1, config.hc_mult, -1).contiguous() for h_TD in embedded)
-        return cls(token_ids, tuple(Residual(x_TSD) for x_TSD in streams))
+        return cls(token_ids, tuple(Residual.of_embedding(h_TD, config.hc_mult) for h_TD in embedded))
 
     def through(self, layer: LoadedLayer) -> "Steps":
         """The same steps behind one more layer, on caches of its own."""

@@ -50,7 +50,7 @@ def digest_of(subject: Subject, **more: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-class Found(Enum):
+class Saved(Enum):
     """What lies in a work folder."""
 
     NOTHING = "nothing"
@@ -71,20 +71,20 @@ def write_state(path: Path, key: str, value: Any, tensors: Mapping[str, Tensor] 
 
 def read_state(
     path: Path, key: str, decode: Callable[[Any, dict[str, Tensor]], State], device: torch.device | None = None
-) -> tuple[Found, State | None]:
+) -> tuple[Saved, State | None]:
     """Reads what a run with this key wrote, through ``decode(value, tensors)``, whose errors mean a torn file."""
     if not path.exists():
-        return Found.NOTHING, None
+        return Saved.NOTHING, None
     try:
         with safe_open(path, framework="pt", device=str(device or "cpu")) as file:
             metadata = file.metadata() or {}
             if metadata.get("key") != key:
-                return Found.OTHER, None
+                return Saved.OTHER, None
             # Copies lie where torch aligns them: in which order a processor sums depends on that.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        return Found.SAME, decode(json.loads(metadata["value"]), tensors)
+        return Saved.SAME, decode(json.loads(metadata["value"]), tensors)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError):
-        return Found.OTHER, None
+        return Saved.OTHER, None
 
 
 @dataclass

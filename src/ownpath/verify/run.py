@@ -46,25 +46,15 @@ class Job:
         return Subject.of(self.folder, self.engine, self.selection)
 
 
-def _layers(job: Job, progress: Progress) -> Iterator[Finding | Measurement]:
-    """The layers stage, each layer's measurements before its findings."""
-    rows: list[Measurement] = []
-    for finding in layer_stage(job.subject, progress, job.work, rows.append):
-        yield from rows
-        rows.clear()
-        yield finding
-    yield from rows
+StageRun = Callable[[Job, Progress], Iterator[Finding | Measurement]]
 
-
-Stage = Callable[[Job, Progress], Iterator[Finding | Measurement]]
-
-STAGES: MappingProxyType[str, Stage] = MappingProxyType(
+STAGES: MappingProxyType[str, StageRun] = MappingProxyType(
     {
         "file": lambda job, progress: file_stage(job.folder, job.selection, job.source, progress),
         "environment": lambda job, _: environment_stage(job.subject),
         "load": lambda job, progress: load_stage(job.subject, progress, job.work),
         "kernels": lambda job, progress: kernel_stage(job.subject, progress, job.work),
-        "layers": _layers,
+        "layers": lambda job, progress: layer_stage(job.subject, progress, job.work),
         "ledger": lambda job, progress: check_ledger(
             job.subject, job.written_plan or plan_dict(job.subject.plan), progress
         ),

@@ -1,4 +1,4 @@
-"""What is verified: a checkpoint as it is planned for a device, and which of its layers and experts are looked at."""
+"""The subject of a verification: a checkpoint as planned for a device, with the layers and experts to look at."""
 
 import random
 from dataclasses import dataclass

@@ -3,9 +3,17 @@
 import pytest
 import torch
 from support.live_bytes import PeakBytes
-from support.nvfp4_cases import Dense, Experts, Routed, dense_reference, first_beyond, moe_reference, relative_l2
 
 from ownpath import Nvfp4Linear, Nvfp4MoE
+from ownpath.conformance.quantized import (
+    Dense,
+    Experts,
+    Routed,
+    dense_reference,
+    first_beyond,
+    moe_reference,
+    relative_l2,
+)
 from ownpath.formats import NVFP4
 from ownpath.numerics import dequantize, mxfp4_scale_as_nvfp4, quantize_fp8_block
 from ownpath.qtensor import QuantTensor

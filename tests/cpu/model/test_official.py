@@ -16,7 +16,7 @@ from ownpath.model.batch import ForwardBatch
 from ownpath.official import OFFICIAL, PLAIN, Step
 from ownpath.oracle.arithmetic import Arithmetic
 from ownpath.oracle.forward import reference_draft_logits, reference_logits
-from ownpath.oracle.stored import Stored
+from ownpath.oracle.stored import StoredWeights
 from ownpath.plan.plan import PlanError
 from ownpath.verify.subject import Subject
 
@@ -42,7 +42,9 @@ def logits(
 def second_forward(folder: Path, official: frozenset[Step], ids: list[int]) -> torch.Tensor:
     """By the oracle that ``ownpath verify`` holds layers against."""
     subject = Subject.of(folder, EngineConfig(official=official))
-    return reference_logits(subject.plan, Stored(subject.index, subject.device), torch.tensor(ids), exact(official))
+    return reference_logits(
+        subject.plan, StoredWeights(subject.index, subject.device), torch.tensor(ids), exact(official)
+    )
 
 
 def exact(official: frozenset[Step]) -> Arithmetic:
@@ -69,7 +71,7 @@ def test_draft_logits_equal_the_second_forward(layout: str, draft: str, choice: 
     batch = ForwardBatch.of([(ids[:-1], model.new_cache())], "cpu", all_logits=True)
     hidden = model.drafts[0].hidden(model.hidden(batch), torch.tensor(ids[1:]), batch)
     subject = Subject.of(tmp_path, EngineConfig(official=official, loads_draft=True))
-    stored = Stored(subject.index, subject.device)
+    stored = StoredWeights(subject.index, subject.device)
     expected = reference_draft_logits(subject.plan, stored, torch.tensor(ids), exact(official))
     assert (model.logits(hidden, batch.logits_ids) - expected).abs().max() <= TOLERANCE * expected.abs().max()
 

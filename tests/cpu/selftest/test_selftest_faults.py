@@ -21,13 +21,13 @@ from ownpath.loading import default_model_dir, load_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
 from ownpath.selftest.checks import REMEDIES
-from ownpath.selftest.run import Report, known_question, report_text, self_test
+from ownpath.selftest.run import SelfTestReport, known_question, report_text, self_test
 
 NUM_PROMPTS_AT_FIRST = 4
 """One token, two, a text and another text: caches that exist before anything is repeated."""
 
 
-def report_of(model: Any, max_model_len: int = 512, folder: Path | None = None) -> Report:
+def report_of(model: Any, max_model_len: int = 512, folder: Path | None = None) -> SelfTestReport:
     """folder: where the tokenizer is, and what tells whether something is known of the model."""
     tokenizer = TOKENIZER if folder is None else Tokenizer.from_folder(folder)
     engine = Engine(model, EngineConfig(max_model_len=max_model_len), tokenizer.num_tokens)
@@ -39,7 +39,7 @@ def report_of(model: Any, max_model_len: int = 512, folder: Path | None = None) 
         engine.stop()
 
 
-def failed(report: Report) -> set[str]:
+def failed(report: SelfTestReport) -> set[str]:
     return {check.id for check in report.failed}
 
 

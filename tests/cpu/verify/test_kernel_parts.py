@@ -9,27 +9,27 @@ from typing import Any
 
 import pytest
 import torch
-from ownpath.verify.kernels.codes import E2M1, E4M3, nearest
-from ownpath.verify.kernels.compare import Exact, deviation, repeated_deviation
-from ownpath.verify.kernels.limits import rounding
-from ownpath.verify.kernels.turning import frequencies
 from support.checkpoints import SMALL, random_checkpoint
 
 from ownpath.config import EngineConfig, ModelConfig
+from ownpath.conformance import exact
+from ownpath.conformance.bounds import Exact, deviation, repeated_deviation, rounding
+from ownpath.conformance.memory import Filled, fill
 from ownpath.finding import Finding, failed
 from ownpath.formats import BF16
 from ownpath.kernels.contract import StoredExperts
 from ownpath.kernels.fp8.choose import w8a8_config, w8a16_config
 from ownpath.kernels.nvfp4.choose import choose_linear, choose_moe
+from ownpath.oracle.formats import E2M1, E4M3, nearest
+from ownpath.oracle.formulas import frequencies
 from ownpath.qtensor import QuantTensor
 from ownpath.runners import PlainLinear, Router
 from ownpath.runners.moe import MoeRunner
 from ownpath.verify import kernel_stage as stage
-from ownpath.verify.kernels import exact, products
-from ownpath.verify.kernels.choices import MOST, changes, row_counts, scanned
-from ownpath.verify.kernels.memory import Filled, fill
+from ownpath.verify.kernels import products
 from ownpath.verify.kernels.probe import watched_in
 from ownpath.verify.kernels.quantizers import EXPONENTS, edges
+from ownpath.verify.kernels.row_counts import MOST, changes, row_counts, scanned
 from ownpath.verify.layer import LoadedLayer
 from ownpath.verify.subject import Selection, Subject
 
@@ -110,7 +110,7 @@ def test_frequencies_follow_yarn(compressing: bool) -> None:
     config = ModelConfig.from_dict(SMALL)
     theta = SMALL["compress_rope_theta"] if compressing else SMALL["rope_theta"]
     plain = [theta ** (-2 * pair / SMALL["qk_rope_head_dim"]) for pair in range(SMALL["qk_rope_head_dim"] // 2)]
-    ratio = (frequencies(config, compressing=compressing) / torch.tensor(plain, dtype=torch.float64)).tolist()
+    ratio = (frequencies(config, int(compressing), torch.float64) / torch.tensor(plain, dtype=torch.float64)).tolist()
     if not compressing:
         assert ratio == pytest.approx([1.0] * len(plain), rel=1e-14)
         return

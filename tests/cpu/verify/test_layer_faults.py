@@ -19,7 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def findings_of(subject: Subject) -> list[Finding]:
-    return list(stage.layer_stage(subject))
+    return [found for found in stage.layer_stage(subject) if isinstance(found, Finding)]
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -26,7 +26,7 @@ from ownpath.trace.uses import Use
 from ownpath.verify.launch_check import check_launches
 from ownpath.verify.ledger_check import check_ledger
 from ownpath.verify.ledger_run import Ran
-from ownpath.verify.planned import WrittenPlan, read_plan_file
+from ownpath.verify.plan_file import PlanFile, read_plan_file
 from ownpath.verify.subject import Selection, Subject
 
 ENGINE = EngineConfig(max_model_len=256)
@@ -173,7 +173,7 @@ def test_an_engine_of_another_dtype_is_named(folder: Path) -> None:
 @pytest.mark.parametrize("slot", [SLOT, "layers.0.ffn.router", "head"])
 def test_a_slot_that_the_file_lacks_is_named(slot: str, folder: Path) -> None:
     plan = written(folder)
-    uses = WrittenPlan.of(plan).slots[slot]
+    uses = PlanFile.of(plan).slots[slot]
     for kind in ("ops", "companions"):
         plan[kind] = [entry for entry in plan[kind] if entry["slot"] != slot]
     assert faults(folder, plan) == {
@@ -279,7 +279,7 @@ INTACT = [(LINEAR, GEMM), (PLAIN, CUBLAS), (NORM, "rms_norm_kernel"), (None, ADD
 def launched(*launches: tuple[str | None, str]) -> list[Finding]:
     records = [Record(slot, Use("", "", ""), "", (), (), 1) for slot in (LINEAR, PLAIN, NORM)]
     seen = tuple(Launch(slot, kernel, 0.0, 1.0) for slot, kernel in launches)
-    return list(check_launches(WrittenPlan.of(ON_HOPPER), [Ran("layers.0", tuple(records), seen)]))
+    return list(check_launches(PlanFile.of(ON_HOPPER), [Ran("layers.0", tuple(records), seen)]))
 
 
 def test_launches_as_planned_pass() -> None:

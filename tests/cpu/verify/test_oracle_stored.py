@@ -19,7 +19,7 @@ from ownpath.checkpoint.schema import (
     PLAIN_BF16,
     PLAIN_FP32,
 )
-from ownpath.oracle.stored import Stored
+from ownpath.oracle.stored import StoredWeights
 from ownpath.plan.opspec import model_ops
 
 CPU = torch.device("cpu")
@@ -43,9 +43,9 @@ def all_bytes(rows: int, columns: int) -> torch.Tensor:
     return (torch.arange(rows * columns) * 37 % 256).to(torch.uint8).view(rows, columns)
 
 
-def stored(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype = torch.float64) -> Stored:
+def stored(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype = torch.float64) -> StoredWeights:
     save_file(tensors, folder / "model.safetensors")
-    return Stored(CheckpointIndex.open(folder), CPU, dtype)
+    return StoredWeights(CheckpointIndex.open(folder), CPU, dtype)
 
 
 def expected_fp4(
@@ -166,7 +166,7 @@ def test_plain_matrices_and_params(tmp_path: Path) -> None:
 def test_float32_loses_the_global_scales_rounding_alone(tmp_path: Path) -> None:
     random_checkpoint(tmp_path, "full-nvfp4", seed=3)
     index = CheckpointIndex.open(tmp_path)
-    wide, narrow = Stored(index, CPU), Stored(index, CPU, torch.float32)
+    wide, narrow = StoredWeights(index, CPU), StoredWeights(index, CPU, torch.float32)
     codes = [read.scaled(MODULE, MODELOPT_NVFP4)[0].double() for read in (wide, narrow)]
     assert torch.equal(*codes)
     exact, rounded = (read.matrix(MODULE, MODELOPT_NVFP4).double() for read in (wide, narrow))
@@ -177,7 +177,7 @@ def test_float32_loses_the_global_scales_rounding_alone(tmp_path: Path) -> None:
 def test_every_module_of_a_checkpoint(layout: str, tmp_path: Path) -> None:
     """Every matrix of every layout equals the values that the checkpoint was made to hold, to one float32 rounding."""
     checkpoint = random_checkpoint(tmp_path, layout, seed=2)
-    read = Stored(CheckpointIndex.open(tmp_path), CPU)
+    read = StoredWeights(CheckpointIndex.open(tmp_path), CPU)
     num_seen = 0
     for op in model_ops(checkpoint.config):
         for module in op.modules:

@@ -14,7 +14,7 @@ from ownpath.finding import Finding, Verdict
 from ownpath.verify import kernel_stage, layer_stage, load_stage
 from ownpath.verify.layer import LoadedLayer, load_layer
 from ownpath.verify.layers.measure import Measurement
-from ownpath.verify.resume import FinishedParts, Found, digest_of, read_state, write_state
+from ownpath.verify.resume import FinishedParts, Saved, digest_of, read_state, write_state
 from ownpath.verify.subject import Selection, Subject
 
 Stage = Callable[[Subject, Callable[[int, int, str], None], Path | None], Iterator[Finding]]
@@ -83,8 +83,11 @@ class LayerRun:
         self.stop_at = stop_at
         monkeypatch.setattr(layer_stage, "load_layer", self.load)
         try:
-            for finding in layer_stage.layer_stage(subject, self.progress, work, self.rows.append):
-                self.findings.append(finding)
+            for found in layer_stage.layer_stage(subject, self.progress, work):
+                if isinstance(found, Measurement):
+                    self.rows.append(found)
+                else:
+                    self.findings.append(found)
         except Stopped:
             assert stop_at is not None
 
@@ -143,9 +146,9 @@ def test_a_torn_file_is_not_used(value: object, folder: Path, tmp_path: Path) ->
     write_state(path, digest_of(subject), value)
     assert FinishedParts.of(tmp_path, "load", subject).parts == {}
     write_state(path, "key", {}, {"x": torch.ones(3)})
-    assert read_state(path, "key", lambda value, tensors: len(tensors)) == (Found.SAME, 1)
+    assert read_state(path, "key", lambda value, tensors: len(tensors)) == (Saved.SAME, 1)
     path.write_bytes(path.read_bytes()[:-1])
-    assert read_state(path, "key", lambda value, tensors: len(tensors)) == (Found.OTHER, None)
+    assert read_state(path, "key", lambda value, tensors: len(tensors)) == (Saved.OTHER, None)
 
 
 def test_another_checkpoint_selection_or_engine_has_another_key(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a mutation does between loading and looking: it stands in for what `ownpath.verify.layer` calls."""
+"""Changes loaded weights, runners or layers on their way into verify, in the place of what loads them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

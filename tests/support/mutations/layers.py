@@ -158,6 +158,28 @@ def narrow_mix(loaded: LoadedLayer) -> LoadedLayer:
     return with_block(loaded, hc_attn=around(loaded.block.hc_attn, rounded))
 
 
+def comb_in_bfloat16(loaded: LoadedLayer) -> LoadedLayer:
+    def rounded(run: Any, *args: Any) -> Any:
+        out = run(*args)
+        return replace(out, mix=replace(out.mix, comb_TSS=out.mix.comb_TSS.bfloat16()))
+
+    return with_block(loaded, hc_attn=around(loaded.block.hc_attn, rounded))
+
+
+def comb_read_transposed(loaded: LoadedLayer) -> LoadedLayer:
+    def transposed(run: Any, x: Any, y: Any, mix: Any) -> Any:
+        return run(x, y, mix and replace(mix, comb_TSS=mix.comb_TSS.mT))
+
+    return with_block(loaded, hc_attn=around(loaded.block.hc_attn, transposed))
+
+
+def hidden_keys_seen(loaded: LoadedLayer) -> LoadedLayer:
+    softmax: Any = loaded.block.attn.core.runner.layer.softmax  # type: ignore[attr-defined]
+    kernel = softmax._kernel
+    softmax._kernel = lambda q, keys, visible, *rest: kernel(q, keys, torch.ones_like(visible), *rest)
+    return loaded
+
+
 def narrow_streams(loaded: LoadedLayer) -> LoadedLayer:
     def rounded(run: Any, *args: Any) -> Any:
         out = run(*args)
@@ -261,11 +283,16 @@ MUTATIONS = {
     "transposed Sinkhorn before the experts": known("transposed Sinkhorn before the experts", "comb", "K08", "hc_ffn"),
     "one round of Sinkhorn": changed("hc_sinkhorn_iters", "K08", f"{LAYER}.hc_ffn", one_sinkhorn_round),
     "mix rounded to BF16": changed("comb", "K08", f"{LAYER}.hc_attn", narrow_mix),
+    "mix in BF16": changed("comb's dtype", "K08", f"{LAYER}.hc_attn", comb_in_bfloat16),
+    "streams mixed the wrong way": changed(
+        "comb, as streams are written", "K08", f"{LAYER}.hc_attn", comb_read_transposed
+    ),
     "streams rounded to BF16": changed("the residual streams", "K08", f"{LAYER}.hc_ffn", narrow_streams),
     "key norm left out": changed("kv_norm", "V01", f"{LAYER}.attn.kv_norm", without("kv_norm")),
     "query head norm left out": changed("q_head_norm", "V01", f"{LAYER}.attn.q_head_norm", without("q_head_norm")),
     "another eps": changed("q_norm's, 1e-2 for 1e-6", "K01", f"{LAYER}.attn.q_norm", wrong_eps),
     "sink dropped": known("sink dropped", "the softmax's sum", "K09", "attn.core"),
+    "hidden keys seen": changed("the mask", "K09", f"{LAYER}.attn.core", hidden_keys_seen),
     "window one too long": changed("sliding_window", "K09", f"{LAYER}.attn.core", window_moved(1)),
     "window one too short": changed("sliding_window", "K09", f"{LAYER}.attn.core", window_moved(-1)),
     "incomplete windows seen": known("incomplete windows seen", "HCA's mask", "V01", "attn.core"),

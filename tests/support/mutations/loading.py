@@ -76,6 +76,18 @@ def dirty_padding(part: LoadedPart) -> None:
         packed.blocks.copy_(pack_blocks(whole.masked_fill(is_outside[:, None], 0x7F), row_order()))
 
 
+def row_scaled(part: LoadedPart) -> None:
+    runner = part.runners.get(f"{LAYER}.attn.wq_b")
+    if runner is not None:
+        runner.operand.shards[0].global_scale[17] *= 1.001  # type: ignore[attr-defined]
+
+
+def norm_poisoned(part: LoadedPart) -> None:
+    norm = part.weights.params.get(f"{LAYER}.attn_norm.weight")
+    if norm is not None:
+        norm[9] = torch.nan
+
+
 def at_load(what: str, check: str, where: str, interference: Interference, **how: object) -> Mutation:
     layer_idx = int(where.split(".")[1]) if where.startswith("layers.") else None
     return Mutation(what, check, where, None, interference, layer_idx, STAGES, **how)  # type: ignore[arg-type]
@@ -129,6 +141,10 @@ MUTATIONS = {
     ),
     "global scale applied twice": slot(
         "w1's", "L03", matrix(3, "w1", "weight_scale_2"), lambda g: g * g, f"{EXPERTS}.3.w1"
+    ),
+    "one row's factor": at_load("wq_b's in the kernel", "L03", f"{LAYER}.attn.wq_b", on_part(row_scaled)),
+    "NaN in a norm, behind the loader": at_load(
+        "one weight", "L02", f"{LAYER}.attn_norm.weight", on_part(norm_poisoned)
     ),
     "global scale left out": slot(
         "wq_b's", "L03", f"{LAYER}.attn.wq_b.weight_scale_2", torch.ones_like, f"{LAYER}.attn.wq_b"

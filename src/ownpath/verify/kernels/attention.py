@@ -16,16 +16,14 @@ from ownpath.cache.tables import StepTables
 from ownpath.config import SLIDING
 from ownpath.conformance.bounds import Deviation, Exact, deviation
 from ownpath.conformance.exact import attention
+from ownpath.conformance.params import NUM_KEYS
 from ownpath.finding import Finding
 from ownpath.model.attention import AttentionCore
 from ownpath.ops import OpKind
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.report import Tally, error_of
+from ownpath.verify.kernels.tally import Tally
 
-NUM_KEYS = (1, 2, 31, 129, 300)
 NUM_QUERIES = 7
-SIZES = (1.0, 0.0, 2.0**-4, 4.0)
-"""Of the queries in turn: where scores are zero the sink has its full share."""
 REMEDY = "a query sees itself and the sliding_window - 1 tokens before; the sink is in the sum and nowhere else"
 
 
@@ -36,18 +34,16 @@ def check_attention(probe: Probe) -> Iterator[Finding]:
         tally = Tally("K09", slot, "softmax and sink, unseen keys, window's edges, ring of keys", REMEDY)
         for name, check in _checks(core):
             kernel = probe.kernels[slot]
-            try:
+            with tally.catching(slot, kernel, f"{name}: "):
                 for found, message in check(probe, slot, core):
                     tally.add(slot, kernel, found, f"{name}: {message or found}")
-            except Exception as error:  # whatever a kernel can raise is what is looked for
-                tally.fail(slot, kernel, f"{name}: {error_of(error)}")
         yield from tally.findings()
 
 
-Found = Iterator[tuple[Deviation, str]]
+Deviations = Iterator[tuple[Deviation, str]]
 
 
-def _checks(core: object) -> Iterator[tuple[str, Callable[[Probe, str, Any], Found]]]:
+def _checks(core: object) -> Iterator[tuple[str, Callable[[Probe, str, Any], Deviations]]]:
     if isinstance(core, AttentionCore):
         yield "softmax", _softmax
         yield "unseen keys", _unseen
@@ -56,9 +52,7 @@ def _checks(core: object) -> Iterator[tuple[str, Callable[[Probe, str, Any], Fou
 
 
 def _queries(probe: Probe, slot: str, num_rows: int) -> Tensor:
-    heads, dim = probe.config.num_attention_heads, probe.config.head_dim
-    sizes = torch.tensor(SIZES, device=probe.device).repeat(-(-num_rows // len(SIZES)))[:num_rows]
-    return (probe.normal(f"{slot} q", num_rows, heads, dim) * sizes[:, None, None]).to(probe.dtype)
+    return probe.draw.queries(slot, num_rows, probe.config.num_attention_heads, probe.config.head_dim)
 
 
 def _exact(probe: Probe, slot: str, q_tNH: Tensor, keys_KH: Tensor, visible_tK: Tensor) -> Exact:
@@ -66,7 +60,7 @@ def _exact(probe: Probe, slot: str, q_tNH: Tensor, keys_KH: Tensor, visible_tK: 
     return attention(q_tNH, keys_KH, visible_tK, sink_N, probe.config.softmax_scale)
 
 
-def _softmax(probe: Probe, slot: str, core: AttentionCore) -> Found:
+def _softmax(probe: Probe, slot: str, core: AttentionCore) -> Deviations:
     """Few and many keys, some of them hidden, at least one seen."""
     for num_keys in NUM_KEYS:
         q_tNH, keys_KH = _queries(probe, slot, NUM_QUERIES), _keys(probe, slot, num_keys)
@@ -78,10 +72,10 @@ def _softmax(probe: Probe, slot: str, core: AttentionCore) -> Found:
 
 
 def _keys(probe: Probe, slot: str, num_keys: int) -> Tensor:
-    return probe.normal(f"{slot} keys", num_keys, probe.config.head_dim).to(probe.dtype)
+    return probe.draw.keys(slot, num_keys, probe.config.head_dim)
 
 
-def _unseen(probe: Probe, slot: str, core: AttentionCore) -> Found:
+def _unseen(probe: Probe, slot: str, core: AttentionCore) -> Deviations:
     """What lies in keys that no query sees changes no bit."""
     num_keys = NUM_KEYS[-1]
     q_tNH, keys_KH = _queries(probe, slot, NUM_QUERIES), _keys(probe, slot, num_keys)
@@ -94,7 +88,7 @@ def _unseen(probe: Probe, slot: str, core: AttentionCore) -> Found:
     yield Deviation(float("inf") if differing else 0.0), f"{differing} outputs depend on keys that are not to be seen"
 
 
-def _window(probe: Probe, slot: str, core: Any) -> Found:
+def _window(probe: Probe, slot: str, core: Any) -> Deviations:
     """A sequence in chunks, past the window and round the ring, each query against all keys that it may see."""
     assert probe.layer is not None
     config, layer_idx = probe.config, probe.layer.layer_idx
@@ -131,7 +125,7 @@ def _pool(probe: Probe, num_tokens: int) -> CachePool:
     return CachePool(replace(spec, max_tokens=num_tokens, max_sequences=1))
 
 
-def _ring(probe: Probe, slot: str, core: AttentionCore) -> Found:
+def _ring(probe: Probe, slot: str, core: AttentionCore) -> Deviations:
     """What was written comes back bit by bit, wherever in the ring, after chunks of every size."""
     assert probe.layer is not None
     config = probe.config

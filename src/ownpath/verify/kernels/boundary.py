@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ownpath.conformance.bounds import Deviation, Exact, deviation
 from ownpath.conformance.exact import Boundary, written_streams
+from ownpath.conformance.params import Sizes
 from ownpath.finding import Finding
 from ownpath.ops import OpKind
 from ownpath.oracle.arithmetic import Arithmetic, Scope
-from ownpath.verify.kernels.calls import streams
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.report import Tally, error_of
+from ownpath.verify.kernels.tally import Tally
 
 ROWS, MANY_ROWS = (1, 2, 16, 17, 33), (1, 2, 16, 17, 33, 256, 257, 1024)
 REMEDY = "comb[from, to]: rows are the streams that are read, columns those that are written; sums in float32"
@@ -26,17 +26,16 @@ def check_boundaries(probe: Probe) -> Iterator[Finding]:
         tally = Tally("K08", slot, "streams, mixing weights and normed input in float64", REMEDY)
         kernel = probe.kernels[slot]
         for num_rows in MANY_ROWS if probe.is_cuda else ROWS:
-            try:
+            with tally.catching(slot, kernel, f"{num_rows} tokens: "):
                 for what, found in _compared(probe, slot, num_rows):
                     tally.add(slot, kernel, found, f"{num_rows} tokens, {what}: {found}")
-            except Exception as error:  # whatever a kernel can raise is what is looked for
-                tally.fail(slot, kernel, f"{num_rows} tokens: {error_of(error)}")
         yield from tally.findings()
 
 
 def _compared(probe: Probe, slot: str, num_rows: int) -> Iterator[tuple[str, Deviation]]:
     """(what, how far off) for each part of one boundary's results."""
-    x_TSD, y_TD, mix = streams(probe, slot, num_rows)
+    sizes = Sizes(probe.config.hidden_size, num_streams=probe.config.hc_mult)
+    x_TSD, y_TD, mix = probe.draw.streams(slot, num_rows, sizes)
     out = probe.slots[slot](x_TSD, y_TD, mix)
     yield "streams", deviation(out.x_TSD, written_streams(x_TSD, y_TD, mix.post_TS, mix.comb_TSS))
     if not bool(out.x_TSD.isfinite().all()):

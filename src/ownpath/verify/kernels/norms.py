@@ -14,7 +14,7 @@ from ownpath.official import Step
 from ownpath.ops import OpKind
 from ownpath.plan.plan import PlannedCompanion
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.report import Tally, error_of
+from ownpath.verify.kernels.tally import Tally
 
 ROWS, MANY_ROWS = (1, 2, 17, 33), (1, 2, 17, 33, 256, 257, 1024)
 REMEDY = "the norm's weight, rms_norm_eps, or the kernel: the mean is over the last dimension, in float32"
@@ -28,11 +28,9 @@ def check_norms(probe: Probe) -> Iterator[Finding]:
             continue
         slot, kernel = planned.spec.slot, probe.kernels[planned.spec.slot]
         for num_rows in MANY_ROWS if probe.is_cuda else ROWS:
-            try:
+            with tally.catching(slot, kernel, f"{num_rows} tokens: "):
                 x = _input(probe, planned, num_rows)
                 tally.add(slot, kernel, deviation(probe.slots[slot](x), _exact(probe, planned, x)))
-            except Exception as error:  # whatever a kernel can raise is what is looked for
-                tally.fail(slot, kernel, f"{num_rows} tokens: {error_of(error)}")
     if tally.count:
         yield from tally.findings()
 
@@ -41,7 +39,7 @@ def _input(probe: Probe, planned: PlannedCompanion, num_rows: int) -> Tensor:
     """[T, D], or heads [T, N, D]; the last row is zeros."""
     slot, (width,) = planned.spec.slot, planned.spec.dims
     num_heads = probe.config.num_attention_heads if planned.spec.step is Step.Q_HEAD_NORM else 1
-    x = probe.rows(slot, num_rows * num_heads, width)
+    x = probe.draw.rows(slot, num_rows * num_heads, width)
     x[-1] = 0
     return x if num_heads == 1 else x.view(num_rows, num_heads, width)
 

@@ -28,7 +28,7 @@ from ownpath.oracle.formats import (
 )
 from ownpath.verify.kernels.operands import largest_input_scale
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.report import Tally, error_of
+from ownpath.verify.kernels.tally import Tally, error_of
 
 REMEDY = "the quantiser does not round to nearest, ties to even, or takes its scale otherwise: docs/numerics.md"
 KEY_BLOCK, INDEX_BLOCK, INPUT_BLOCK, NVFP4_BLOCK = 64, 32, 128, 16

@@ -12,13 +12,13 @@ from torch import Tensor
 from ownpath.attention.rope import Rope
 from ownpath.conformance.bounds import ANGLE_STEPS, FLOAT32_ROUND, Deviation, deviation, rounding, worse
 from ownpath.conformance.exact import grouped, rotation
+from ownpath.conformance.params import POSITIONS
 from ownpath.finding import Finding
 from ownpath.oracle.formulas import frequencies
 from ownpath.verify.kernels.operands import loss_at_load
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.report import Tally, error_of
+from ownpath.verify.kernels.tally import Tally
 
-POSITIONS = (0, 1, 4096, 131072, 1_000_000)
 KERNEL = "torch"
 REMEDY = "theta and YaRN belong to the layer's kind: rope_theta where nothing is compressed, else compress_rope_theta"
 
@@ -31,15 +31,11 @@ def check_rotation(probe: Probe) -> Iterator[Finding]:
     ratio = tuple(probe.config.backbone_layers())[probe.layer.layer_idx].ratio
     attn = f"{probe.name}.attn"
     for where, rope, compressing in _tables(probe, attn, compressing=bool(ratio)):
-        try:
+        with tally.catching(where, KERNEL):
             tally.add(where, KERNEL, _turns(probe, rope, compressing))
-        except Exception as error:  # whatever a kernel can raise is what is looked for
-            tally.fail(where, KERNEL, error_of(error))
     slot = f"{attn}.wo_a"
-    try:
+    with tally.catching(slot, probe.kernels[slot]):
         tally.add(slot, probe.kernels[slot], _undone(probe, slot))
-    except Exception as error:  # whatever a kernel can raise is what is looked for
-        tally.fail(slot, probe.kernels[slot], error_of(error))
     yield from tally.findings()
 
 

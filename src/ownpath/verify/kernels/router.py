@@ -17,7 +17,7 @@ from ownpath.oracle.formulas import best, expert_scores, routing_weights
 from ownpath.runners import Router
 from ownpath.verify.kernels.operands import weight_of
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.report import Tally, error_of
+from ownpath.verify.kernels.tally import Tally, error_of
 
 ROWS = 67
 VERY_NEGATIVE = -80.0
@@ -82,7 +82,7 @@ def _forced(probe: Probe, slot: str, router: Router, logits_TE: Tensor, bias_E: 
     x_TD = torch.zeros(len(logits_TE), probe.config.hidden_size, dtype=probe.dtype, device=probe.device)
     token_ids_T = _token_ids(probe, len(logits_TE))
     ids_TK, weights_TK = forced(x_TD, token_ids_T)
-    choice = _Choice(probe, slot, logits_TE.double(), torch.zeros_like(logits_TE).double(), token_ids_T, bias_E)
+    choice = _ExpectedChoice(probe, slot, logits_TE.double(), torch.zeros_like(logits_TE).double(), token_ids_T, bias_E)
     return choice.problem(ids_TK, weights_TK)
 
 
@@ -94,7 +94,7 @@ def _own_gate(probe: Probe, slot: str) -> str:
     token_ids_T = _token_ids(probe, ROWS)
     ids_TK, weights_TK = probe.slots[slot](x_TD, token_ids_T)
     logits = product(x_TD.double(), weight_of(op, probe.stored))
-    return _Choice(probe, slot, logits.value, logits.bound, token_ids_T, None).problem(ids_TK, weights_TK)
+    return _ExpectedChoice(probe, slot, logits.value, logits.bound, token_ids_T, None).problem(ids_TK, weights_TK)
 
 
 def _token_ids(probe: Probe, num_rows: int) -> Tensor:
@@ -113,7 +113,7 @@ class _Fixed:
         return self._logits_TE
 
 
-class _Choice:
+class _ExpectedChoice:
     """What a router should choose. bias_E: instead of the checkpoint's."""
 
     def __init__(

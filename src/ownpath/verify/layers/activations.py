@@ -1,4 +1,4 @@
-"""What one layer of the engine computed in a run, by the names that the reference has for the same values.
+"""Records the values of one layer of the engine, by the names that the reference has for them.
 
 A slot's result goes under the slot's name: a boundary's streams and normed input under ``<slot>.x`` and ``.h``, the
 router's under ``.ids`` and ``.weights``. What lies between slots comes from the model's taps (``model.taps``).
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from ownpath.ops import OpKind
 from ownpath.trace.observers import Arguments, Observer, Watched
+from ownpath.verify.layers.measure import dtype_name
 
 _RESULTS: Mapping[OpKind, Callable[[Any], dict[str, torch.Tensor]]] = {
     OpKind.HYPER: lambda result: {".x": result.x_TSD, ".h": result.h_TD},
@@ -40,7 +41,7 @@ class Activations(Observer):
         for suffix, value in found.items():
             self._parts[f"{slot}{suffix}"].append(value)
         taken = args[0].q_TNH if kind is OpKind.ATTENTION else args[0]
-        self.dtypes[slot] = _name(taken), _name(list(found.values())[-1])
+        self.dtypes[slot] = dtype_name(taken.dtype), dtype_name(list(found.values())[-1].dtype)
         if kind is OpKind.KEY_QUANTIZER:
             self._parts[f"{slot}.in"].append(taken)
 
@@ -64,10 +65,6 @@ class Activations(Observer):
         return share
 
     def index_mask(self, attn: str, num_entries: int) -> torch.Tensor:
-        """Which compressed entries each row of a sequence attends to [T, C]; later steps know more of them."""
+        """The compressed entries that each row of a sequence attends to, bool [T, C]; later steps know more of them."""
         masks = self._parts[f"{attn}{_MASK}"]
         return torch.cat([F.pad(mask, (0, num_entries - mask.shape[1])) for mask in masks])
-
-
-def _name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ownpath.cache.pools import SequenceCache
-from ownpath.finding import Finding, Verdict
+from ownpath.finding import Finding
 from ownpath.model.block import Residual
 from ownpath.verify.layers.activations import Activations
 from ownpath.verify.layers.choices import RunChoices
@@ -95,12 +95,12 @@ class Batching:
         again = self.in_steps(self._chunk_sizes(), cache).out_TSD
         differs_T = ((again != chunks.out_TSD) & ~(again.isnan() & chunks.out_TSD.isnan())).flatten(1).any(1)
         num_differing = int(differs_T.sum())
-        if not num_differing:
-            message = "a second run, in caches that held NaN, has the same bits"
-            return Finding("V08", self._where, Verdict.PASS, message, 0.0, "no row differs")
-        first = int(differs_T.nonzero()[0])
-        message = f"run again, in caches that held NaN, {num_differing} rows differ, the first at position {first}"
-        return Finding("V08", self._where, Verdict.FAIL, message, float(num_differing), "no row differs", _REMEDY_FRESH)
+        message = "a second run, in caches that held NaN, has the same bits"
+        if num_differing:
+            first = int(differs_T.nonzero()[0])
+            message = f"run again, in caches that held NaN, {num_differing} rows differ, the first at position {first}"
+        number, words = float(num_differing), "no row differs"
+        return Finding.judged("V08", self._where, not num_differing, message, number, words, _REMEDY_FRESH)
 
     def _beside(self) -> Iterator[Finding]:
         """V09: the text's beginning alone, in a step with others, and several times in one step."""
@@ -153,9 +153,7 @@ class Batching:
         worst = max(seen, key=lambda found: (found.num_wrong > 0, found.worst_row))
         is_good = worst.num_wrong == 0 and worst.worst_row <= allowed
         words = f"each row within {allowed:.1e} of the one shot's, and no other choice but at near ties"
-        message = f"{worst.text}{more}"
-        verdict = Verdict.PASS if is_good else Verdict.FAIL
-        return Finding(check, self._where, verdict, message, worst.worst_row, words, "" if is_good else remedy)
+        return Finding.judged(check, self._where, is_good, f"{worst.text}{more}", worst.worst_row, words, remedy)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which experts and which compressed entries a run of one layer chose, judged by the reference's scores.
+"""Judges the experts and the compressed entries that a run of one layer chose, by the reference's scores.
 
 At a near tie either choice is right. An engine that picks the best of its own scores s' = s + d picks, in the
 reference's s, nothing that falls behind what it leaves out by more than 2 max|d| of that row: whatever it chose has
@@ -20,7 +20,7 @@ from ownpath.verify.layers.oracle import Oracle
 
 @dataclass(frozen=True)
 class Candidates:
-    """What can be chosen from, row by row: ``count_T`` of what ``allowed_TN`` (bool) holds, the best by score.
+    """Candidates row by row: ``count_T`` of those that ``allowed_TN`` (bool) holds are chosen, the best by score.
 
     scores, engine_scores: of the reference and of the engine [T, N]. size_T: what a score's terms amount to, without
     signs; the engine sums them in float32.
@@ -40,7 +40,7 @@ class Candidates:
         return torch.zeros_like(self.allowed_TN).scatter_(1, order_TN, is_taken_TN)
 
     def slack(self) -> torch.Tensor:
-        """How far the engine's choice may fall behind [T]: twice its scores' distance, and its own sums' rounding."""
+        """The distance by which the engine's choice may fall behind [T]: twice its scores', and its sums' rounding."""
         gap_TN = (self.engine_scores_TN - self.scores_TN).abs().masked_fill(~self.allowed_TN, 0.0)
         return 2 * (gap_TN.amax(1) + 16 * torch.finfo(torch.float32).eps * self.size_T)
 
@@ -131,7 +131,7 @@ class RunChoices:
 
     @property
     def differs(self) -> bool:
-        """Whether any row chose something else than the reference."""
+        """True if any row chose something else than the reference."""
         return self.experts.num_differing > 0 or (self.entries is not None and self.entries.num_differing > 0)
 
     @property
@@ -202,15 +202,8 @@ def scores_of(oracle: Oracle, layer: Layer, trace: Trace) -> Scores:
     return Scores(
         config=oracle.subject.config,
         layer=layer,
-        index_scores_TC=tensor_of(trace, f"{layer.name}.attn.indexer.scores") if layer.ratio == CSA_RATIO else None,
-        expert_scores_TE=tensor_of(trace, f"{ffn}.router.scores"),
+        index_scores_TC=trace.values[f"{layer.name}.attn.indexer.scores"] if layer.ratio == CSA_RATIO else None,
+        expert_scores_TE=trace.values[f"{ffn}.router.scores"],
         bias_E=None if layer.is_hash else stored.param(f"{ffn}.gate.bias"),
         hash_ids_TK=stored.rows(f"{ffn}.gate.tid2eid", oracle.token_ids_T) if layer.is_hash else None,
     )
-
-
-def tensor_of(trace: Trace, name: str) -> torch.Tensor:
-    """One of the reference's values."""
-    value = trace.values[name]
-    assert isinstance(value, torch.Tensor), name
-    return value

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ownpath.finding import Finding, Verdict
+from ownpath.finding import Finding
 from ownpath.model.block import Residual
 from ownpath.runners import HyperBoundary, Linear
 from ownpath.verify.layer import in_no_layer, load_part
-from ownpath.verify.layers.measure import ROW_FACTOR, Measurement, distance
+from ownpath.verify.layers.measure import ROW_FACTOR, Measurement, dtype_name
 from ownpath.verify.layers.oracle import Oracle
 
 _ROWS = 256
@@ -25,23 +25,23 @@ def embedded(oracle: Oracle) -> Residual:
     subject = oracle.subject
     part = load_part(subject, lambda name: name == "embed.weight")
     h_TD = part.weights.params["embed.weight"][oracle.token_ids_T].to(subject.engine.dtype)
-    return Residual(h_TD.unsqueeze(1).expand(-1, subject.config.hc_mult, -1).contiguous())
+    return Residual.of_embedding(h_TD, subject.config.hc_mult)
 
 
 def embedding(engine: Residual, reference_TSD: torch.Tensor, oracle: Oracle) -> tuple[Finding, Measurement]:
     """V01 of the embedding: one rounding away at most."""
     allowed = torch.finfo(oracle.subject.engine.dtype).eps / 2
-    numbers = vars(distance(engine.x_TSD, reference_TSD))
-    measured = Measurement(-1, "embed", **numbers, budget=allowed, dtype_out=str(engine.x_TSD.dtype)[6:])
-    verdict = Verdict.PASS if measured.is_within else Verdict.FAIL
-    remedy = "" if measured.is_within else "embed.weight: its rows, or the ids"
-    message = f"rel-L2 {measured.rel_l2:.1e}"
-    return Finding("V01", "embed", verdict, message, measured.excess, "1 time one rounding", remedy), measured
+    dtypes = "", dtype_name(engine.x_TSD.dtype)
+    measured = Measurement.of(-1, "embed", (engine.x_TSD, reference_TSD), allowed, dtypes=dtypes)
+    message, words = f"rel-L2 {measured.rel_l2:.1e}", "1 time one rounding"
+    remedy = "embed.weight: its rows, or the ids"
+    finding = Finding.judged("V01", "embed", measured.is_within, message, measured.excess, words, remedy)
+    return finding, measured
 
 
 @dataclass(frozen=True)
 class Ends:
-    """What follows the last layer."""
+    """The boundary and the head, which follow the last layer."""
 
     hc_head: HyperBoundary
     head: Linear
@@ -77,16 +77,15 @@ def head(oracle: Oracle, ends: Ends, reference_TSD: torch.Tensor) -> tuple[Findi
     """V01 of the head, on the reference's last rows."""
     last_TSD = reference_TSD[-_ROWS:]
     engine = ends.logits(Residual(last_TSD.to(oracle.subject.engine.dtype)))
-    numbers = vars(distance(engine, oracle.head(last_TSD)))
-    layer_idx = oracle.subject.config.num_hidden_layers
-    dtypes = (str(oracle.subject.engine.dtype)[6:], str(engine.dtype)[6:])
-    measured = Measurement(layer_idx, "head", **numbers, budget=oracle.budget("head"), kernel=ends.kernel)
-    measured = Measurement(**(vars(measured) | {"dtype_in": dtypes[0], "dtype_out": dtypes[1]}))
+    dtypes = dtype_name(oracle.subject.engine.dtype), dtype_name(engine.dtype)
+    num_layers, pair = oracle.subject.config.num_hidden_layers, (engine, oracle.head(last_TSD))
+    measured = Measurement.of(num_layers, "head", pair, oracle.budget("head"), ends.kernel, dtypes)
     words = f"1 time its budget over all rows, {ROW_FACTOR:g} times in one row, and finite"
     message = f"{len(last_TSD)} rows of the reference's streams: rel-L2 {measured.rel_l2:.1e}"
-    verdict = Verdict.PASS if measured.is_within else Verdict.FAIL
-    remedy = "" if measured.is_within else "hc_head's collapse, the last norm, or the head's product"
-    return Finding("V01", "head", verdict, message, measured.excess, words, remedy, ends.kernel), measured
+    remedy = "hc_head's collapse, the last norm, or the head's product"
+    is_good = measured.is_within
+    finding = Finding.judged("V01", "head", is_good, message, measured.excess, words, remedy, ends.kernel)
+    return finding, measured
 
 
 def end_to_end(oracle: Oracle, ends: Ends, engine: Residual, reference_TSD: torch.Tensor) -> Finding:
@@ -112,9 +111,8 @@ def end_to_end(oracle: Oracle, ends: Ends, engine: Residual, reference_TSD: torc
     theirs, mine = (found.nll_2T.sum(1) / max(1, num_rows - 1)).tolist()
     message = f"{shown} (the best 99 % of the positions); {whole}; NLL {theirs:.4f}, by the engine {mine:.4f}"
     is_good = all(value <= allowed for value, allowed in numbers.values())
-    verdict = Verdict.PASS if is_good else Verdict.FAIL
     words = f"{budget.kl_p99:.1e} nats at the 99th percentile"
-    return Finding("V04", "logits", verdict, message, float(p99), words, "" if is_good else _REMEDY_DRIFT)
+    return Finding.judged("V04", "logits", is_good, message, float(p99), words, _REMEDY_DRIFT)
 
 
 def distributions(oracle: Oracle, ends: Ends, engine: Residual, reference_TSD: torch.Tensor) -> Distributions:

@@ -9,7 +9,7 @@ from ownpath.kernels.spec import InputRounding
 from ownpath.official import ALWAYS_OFFICIAL, Step
 from ownpath.oracle.arithmetic import Arithmetic
 from ownpath.oracle.block import Choices, Trace, reference_block, reference_embed, reference_head
-from ownpath.oracle.stored import Stored
+from ownpath.oracle.stored import StoredWeights
 from ownpath.verify.budgets import LogitBudget, budget, logit_budget
 from ownpath.verify.subject import Subject
 
@@ -23,7 +23,7 @@ class Oracle:
     """
 
     subject: Subject
-    stored: Stored
+    stored: StoredWeights
     arithmetic: Arithmetic
     token_ids: tuple[int, ...]
 
@@ -36,7 +36,7 @@ class Oracle:
         is_w4a4 = InputRounding.NVFP4 in rounding
         is_w8a8 = InputRounding.E4M3 in rounding and Step.FP8_INPUTS not in official
         arithmetic = Arithmetic(dtype, official=official, w4a4=is_w4a4, w8a8=is_w8a8)
-        return cls(subject, Stored(subject.index, subject.device, dtype), arithmetic, token_ids)
+        return cls(subject, StoredWeights(subject.index, subject.device, dtype), arithmetic, token_ids)
 
     @cached_property
     def token_ids_T(self) -> torch.Tensor:
@@ -58,11 +58,11 @@ class Oracle:
         return reference_head(self.subject.config, self.stored, self.subject.plan, streams_TSD, self.arithmetic)
 
     def budget(self, kind: str) -> float:
-        """How far a value of the engine may be from this."""
+        """The distance that a value of the engine may have from this."""
         return budget(kind, *self._mode)
 
     def logit_budget(self) -> LogitBudget:
-        """How far the whole model's logits may be from this."""
+        """The distances that the whole model's logits may have from this."""
         return logit_budget(*self._mode)
 
     @property

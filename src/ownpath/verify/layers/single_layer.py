@@ -50,7 +50,7 @@ class SingleLayer:
 
     @cached_property
     def kinds(self) -> dict[str, OpKind]:
-        """What each slot is."""
+        """The kind of operation of each slot."""
         return {planned.spec.slot: planned.spec.kind for planned in self.loaded.plan.decided}
 
     def slot_of(self, name: str) -> str:

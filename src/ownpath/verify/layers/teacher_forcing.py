@@ -14,8 +14,8 @@ from ownpath.model.block import Residual
 from ownpath.oracle.block import Choices, Trace
 from ownpath.oracle.formulas import index_scores
 from ownpath.verify.layers.activations import Activations
-from ownpath.verify.layers.choices import RunChoices, Scores, scores_of, tensor_of
-from ownpath.verify.layers.measure import ROW_FACTOR, Measurement, distance, row_distances
+from ownpath.verify.layers.choices import RunChoices, Scores, scores_of
+from ownpath.verify.layers.measure import ROW_FACTOR, Measurement, Pair, distance, row_distances
 from ownpath.verify.layers.oracle import Oracle
 from ownpath.verify.layers.single_layer import Chunk, SingleLayer
 
@@ -52,12 +52,10 @@ ORDER = (
 )
 """A layer's values in the order in which they depend on each other."""
 
-Pair = tuple[torch.Tensor, torch.Tensor]
-
 
 @dataclass(frozen=True)
 class LayerComparison:
-    """What came of one layer. streams_TSD: the reference's after it, by its own choices. out_TSD: the engine's.
+    """The result of one layer. streams_TSD: the reference's after it, by its own choices. out_TSD: the engine's.
 
     expert: the routed expert that every row out of line was sent to, if there is one such. key_rounding: rel-L2 of the
     window's keys to what they were before they were rounded, where they are. few_rows: how far a row of the reference
@@ -94,10 +92,10 @@ def compare_layer(single: SingleLayer, oracle: Oracle, streams_TSD: torch.Tensor
     trace = free
     if choices.differs:
         router = f"{layer.name}.ffn.router"
-        ids_TK = _existing(values[f"{router}.ids"], tensor_of(free, f"{router}.ids"), choices.num_experts)
+        ids_TK = _existing(values[f"{router}.ids"], free.values[f"{router}.ids"], choices.num_experts)
         trace = oracle.block(single.layer_idx, streams_TSD, Choices(ids_TK, choices.entries_TC))
         # A row that attends to other entries has other router scores: its choice of experts is judged by those.
-        scores = replace(scores, expert_scores_TE=tensor_of(trace, f"{router}.scores"))
+        scores = replace(scores, expert_scores_TE=trace.values[f"{router}.scores"])
         choices = scores.judge(run, index_keys)
     sampled_T = choices.experts_TE[:, list(oracle.subject.expert_ids(single.layer_idx))].any(1)
     pairs = _pairs(layer, values, trace, sampled_T)
@@ -113,9 +111,8 @@ def _of_few_rows(oracle: Oracle, single: SingleLayer, streams_TSD: torch.Tensor,
     other = oracle.of_few_rows()
     if other is None:
         return 0.0
-    ids_TK = tensor_of(trace, f"{single.layer.name}.ffn.router.ids")
+    ids_TK = trace.values[f"{single.layer.name}.ffn.router.ids"]
     mask_TC = trace.values.get(f"{single.layer.name}.attn.indexer.mask")
-    assert mask_TC is None or isinstance(mask_TC, torch.Tensor)
     found = other.block(single.layer_idx, streams_TSD, Choices(ids_TK, mask_TC))
     return distance(found.streams_TSD, trace.streams_TSD).worst_row
 
@@ -138,7 +135,7 @@ def _pairs(layer: Layer, values: Mapping[str, torch.Tensor], trace: Trace, sampl
     sampled: tokens that went to one of the chosen experts; of the routed experts' outputs, no others are compared.
     """
     router = f"{layer.name}.ffn.router"
-    theirs = {name: tensor_of(trace, f"{router}.{name}") for name in ("ids", "weights", "scores")}
+    theirs = {name: trace.values[f"{router}.{name}"] for name in ("ids", "weights", "scores")}
     num_experts = theirs["scores"].shape[1]
     ids_TK = _existing(values[f"{router}.ids"], theirs["ids"], num_experts)
     pairs = {}
@@ -150,10 +147,10 @@ def _pairs(layer: Layer, values: Mapping[str, torch.Tensor], trace: Trace, sampl
             mine_TE = _by_expert(ids_TK, values[full], num_experts)
             pairs[name] = mine_TE, _by_expert(theirs["ids"], theirs["weights"], num_experts)
         elif name == "attn.indexer.scores":
-            pairs[name] = _seen(values[full], tensor_of(trace, full))
+            pairs[name] = _seen(values[full], trace.values[full])
         else:
             rows = sampled_T if name == "ffn.experts" else slice(None)
-            pairs[name] = values[full][rows], tensor_of(trace, full).reshape(values[full].shape)[rows]
+            pairs[name] = values[full][rows], trace.values[full].reshape(values[full].shape)[rows]
     return pairs
 
 
@@ -171,11 +168,8 @@ def _by_expert(ids_TK: torch.Tensor, weights_TK: torch.Tensor, num_experts: int)
 def _measured(oracle: Oracle, single: SingleLayer, name: str, pair: Pair, run: Activations) -> Measurement:
     full = f"{single.layer.name}.{name}"
     slot = single.slot_of(full)
-    dtype_in, dtype_out = run.dtypes.get(slot, ("", ""))
-    numbers = vars(distance(*pair))
     kernel = single.loaded.ledger.kernels[slot][1] if slot else ""
-    found = Measurement(single.layer_idx, name, **numbers, budget=oracle.budget(name), kernel=kernel)
-    return replace(found, dtype_in=dtype_in, dtype_out=dtype_out)
+    return Measurement.of(single.layer_idx, name, pair, oracle.budget(name), kernel, run.dtypes.get(slot, ("", "")))
 
 
 def _one_bad_expert(pair: Pair, experts_TE: torch.Tensor, budget: float) -> int | None:

@@ -1,4 +1,4 @@
-"""What the comparison of one layer says: within its budgets, or which value is the first that is not."""
+"""Turns the comparison of one layer into findings: within its budgets, or the first value that is not."""
 
 from collections.abc import Iterable, Iterator
 
@@ -22,7 +22,7 @@ _PLACES = {
     "ffn.shared_experts.swiglu": "the clamp, gate and up",
     "out": "post and comb that hc_ffn made, as the streams take the experts' output in, or the experts' sum",
 }
-"""Where to look, for a value that is the first to be off."""
+"""Places to look at, by the value that is the first to be off."""
 _PRODUCT = "this slot's kernel or its weights: the stages load and kernels look at each alone"
 _GROWN = "what multiplies here: a scale applied twice, or not at all"
 
@@ -90,13 +90,11 @@ def _fine(comparison: LayerComparison, layer: str) -> Finding:
 
 
 def _leaving(out: Measurement, layer: str, root: str) -> Finding:
-    """What leaves the layer, when what enters it is the reference's."""
+    """V02: the streams after the layer, when those before it are the reference's."""
     words = f"rel-L2 {out.budget:.1e}, {ROW_FACTOR:g} times that in one row"
     message = f"given the reference's streams, {_numbers(out)}"
-    if out.is_within:
-        return Finding("V02", layer, Verdict.PASS, message, out.rel_l2, words)
     remedy = f"{layer}.{root} is where it begins" if root != "out" else _PLACES["out"]
-    return Finding("V02", layer, Verdict.FAIL, message, out.rel_l2, words, remedy)
+    return Finding.judged("V02", layer, out.is_within, message, out.rel_l2, words, remedy)
 
 
 def _magnitudes(measurements: Iterable[Measurement], layer: str) -> Finding:

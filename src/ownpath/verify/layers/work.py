@@ -14,7 +14,7 @@ from ownpath.model.block import Residual
 from ownpath.runners import Mix
 from ownpath.verify.layers.measure import Measurement
 from ownpath.verify.layers.text import Text
-from ownpath.verify.resume import Found, digest_of, read_state, write_state
+from ownpath.verify.resume import Saved, digest_of, read_state, write_state
 from ownpath.verify.subject import Subject
 
 FILE_NAME = "layers.safetensors"
@@ -50,7 +50,7 @@ def save(folder: Path, key: str, state: State) -> None:
     write_state(folder / FILE_NAME, key, value, tensors)
 
 
-def restore(folder: Path, key: str, device: torch.device) -> tuple[Found, State | None]:
+def restore(folder: Path, key: str, device: torch.device) -> tuple[Saved, State | None]:
     """Reads the state that a run with this key left, if one did."""
     return read_state(folder / FILE_NAME, key, _state, device)
 

@@ -8,7 +8,7 @@ from ownpath.plan.show import ranges
 _LAYER = re.compile(r"(layers|mtp)\.(\d+)\.(.*)")
 
 
-def folded(faults: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+def fold_layers(faults: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """(slot, message) pairs, those that differ in the layer alone as one: ``layers.{0-4}.ffn.experts``."""
     found: dict[tuple[str, str, str], list[int]] = {}
     for slot, message in faults:

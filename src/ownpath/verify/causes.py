@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from ownpath.checkpoint.errors import CheckpointError
-from ownpath.verify.held import Pair
-from ownpath.verify.raw import Raw
+from ownpath.verify.file_tensors import FileTensors
+from ownpath.verify.readback import TensorPair
 
 _EXPERT = re.compile(r"(.+\.experts\.)(\d+)\.(w[123])\.(.+)")
 
 
-def suspicion(pair: Pair, raw: Raw) -> str:
+def likely_cause(pair: TensorPair, raw: FileTensors) -> str:
     """A sentence, or nothing."""
     kernel, file = pair.kernel, pair.file
     if kernel.numel() and not kernel.any():
@@ -53,7 +53,7 @@ def _neighbours(key: str) -> Iterator[str]:
     yield from (f"{stem}{other}.{projection}.{leaf}" for other in (expert - 1, expert + 1) if other >= 0)
 
 
-def _holds(kernel: Tensor, key: str, raw: Raw) -> bool:
+def _holds(kernel: Tensor, key: str, raw: FileTensors) -> bool:
     try:
         return torch.equal(kernel, raw(key))
     except CheckpointError:

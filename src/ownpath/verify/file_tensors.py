@@ -21,7 +21,7 @@ _DTYPES = {
 """Safetensors dtypes that are read as numbers; all others are bytes."""
 
 
-class Raw:
+class FileTensors:
     """Reads tensors by position; shards stay open until the end of the block."""
 
     def __init__(self, index: CheckpointIndex, device: torch.device) -> None:
@@ -29,7 +29,7 @@ class Raw:
         self._descriptors: dict[Path, int] = {}
         self._stack = ExitStack()
 
-    def __enter__(self) -> "Raw":
+    def __enter__(self) -> "FileTensors":
         return self
 
     def __exit__(self, *_: object) -> None:

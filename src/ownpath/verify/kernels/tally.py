@@ -1,6 +1,7 @@
 """Findings of the kernels stage, written in one way."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from ownpath.conformance.bounds import NO_DEVIATION, Deviation
@@ -49,6 +50,21 @@ class Tally:
         """A right place that no number tells of."""
         self.count += 1
         self.kernels.setdefault(kernel)
+
+    def judge(self, where: str, kernel: str, problem: str) -> None:
+        """A place that is right if there is no problem."""
+        if problem:
+            self.fail(where, kernel, problem)
+        else:
+            self.passed(kernel)
+
+    @contextmanager
+    def catching(self, where: str, kernel: str, prefix: str = "") -> Iterator[None]:
+        """Whatever a kernel raises in here is a wrong place: that is what is looked for."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(where, kernel, f"{prefix}{error_of(error)}")
 
     def findings(self) -> Iterator[Finding]:
         """The failures, or one pass; a skip where nothing was looked at."""

@@ -1,13 +1,18 @@
-"""Random NVFP4 operands, their float64 products, and how far a right answer may lie from those."""
+"""Random operands of the NVFP4 and FP8 kernels, their products in float64 by the oracle, and how far to be from them.
+
+Tests and bench share it. Legend: N rows, K columns of a weight; E experts, D hidden, F expert width; T tokens.
+"""
 
 from dataclasses import dataclass
 
 import torch
 
-from ownpath.numerics import decode_nvfp4_blocks
+from ownpath.kernels.fp8.cases import Fp8Case
+from ownpath.oracle.formats import decode, e2m1_pair_of, e4m3_of
+from ownpath.oracle.formulas import swiglu
 
-NUM_TOKENS = (1, 2, 3, 7, 8, 16, 31, 32, 33, 64, 127, 128, 129, 255, 1024, 4096, 6144, 8192)
 MAX_REL_L2 = 3e-3
+"""Half an ulp of BF16 is 2**-9 of a value at most, 1.7e-3 of it in the root mean square over a binade at worst."""
 BF16_ROUND = 2.0**-8
 """Half a unit in the last place of BF16, relative to the value: 8 significant bits."""
 FP32_ROUND = 2.0**-24
@@ -21,6 +26,7 @@ def random_scales(shape: tuple[int, ...], device: torch.device, extreme: bool = 
 
 
 def random_codes(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Bytes of two codes each."""
     return torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
 
 
@@ -39,7 +45,15 @@ class Dense:
         return cls(codes, scale, (torch.rand(num_rows, device=device) + 0.5) * 1e-2)
 
     def weight(self) -> torch.Tensor:
-        return decode_nvfp4_blocks(self.codes, self.scale, torch.float64) * self.global_scale[:, None].double()
+        """Decoded, float64 [N, K]."""
+        return decoded_nvfp4(self.codes, self.scale) * self.global_scale[:, None].double()
+
+
+def decoded_nvfp4(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Codes times block scales in float64, by the oracle's tables: [..., K]."""
+    values = decode(codes, e2m1_pair_of).flatten(-2)
+    scaled: torch.Tensor = values.unflatten(-1, (-1, 16)) * decode(scale, e4m3_of)[..., None]
+    return scaled.flatten(-2)
 
 
 def dense_reference(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,22 +143,21 @@ def moe_reference(
 def _expert(experts: Experts, expert: int, x: torch.Tensor, limit: float) -> tuple[torch.Tensor, torch.Tensor]:
     inter = experts.w2.shape[2] * 2
     scale = experts.w13_scale_2[expert].double()[:, None, None]
-    w13 = decode_nvfp4_blocks(experts.w13[expert], experts.w13_scale[expert], torch.float64)
+    w13 = decoded_nvfp4(experts.w13[expert], experts.w13_scale[expert])
     w13 = (w13.view(2, inter, -1) * scale).flatten(0, 1)
-    w2 = decode_nvfp4_blocks(experts.w2[expert], experts.w2_scale[expert], torch.float64)
-    w2 = w2 * experts.w2_scale_2[expert].double()
+    w2 = decoded_nvfp4(experts.w2[expert], experts.w2_scale[expert]) * experts.w2_scale_2[expert].double()
     gate, up = (x.double() @ w13.T).split(inter, dim=-1)
     gate_error, up_error = ((x.double().abs() @ w13.abs().T) * (x.shape[1] + 8) * FP32_ROUND * 4).split(inter, dim=-1)
-    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    act = torch.nn.functional.silu(gate)
-    hidden = act * up
-    hidden_error = 1.1 * gate_error * up.abs() + act.abs() * up_error + hidden.abs() * (BF16_ROUND + 16 * FP32_ROUND)
+    hidden, silu = swiglu(gate, up, limit), swiglu(gate.clamp(max=limit), torch.ones_like(up), torch.inf).abs()
+    hidden_error = 1.1 * gate_error * up.abs().clamp(max=limit) + silu * up_error
+    hidden_error = hidden_error + hidden.abs() * (BF16_ROUND + 16 * FP32_ROUND)
     out = hidden @ w2.T
     spread = hidden_error @ w2.abs().T + (hidden.abs() @ w2.abs().T) * (inter + 8) * FP32_ROUND * 4
     return out, spread + out.abs() * BF16_ROUND
 
 
 def relative_l2(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """||found - exact|| / ||exact||."""
     return float((found.double() - exact).norm() / exact.norm())
 
 
@@ -155,3 +168,27 @@ def first_beyond(found: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) 
         return ""
     place = tuple(beyond[0].tolist())
     return f"{place}: {found[place]} for {exact[place]}, bound {bound[place]}, {len(beyond)} of {found.numel()}"
+
+
+def draw_weights(case: Fp8Case, seed: int, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Random shards: codes of every magnitude, no NaN code, and their scales."""
+    generator = torch.Generator(device).manual_seed(seed)
+    weights, scales = [], []
+    for num_rows in case.shard_rows:
+        codes = torch.randint(0, 127, (num_rows, case.width), generator=generator, device=device, dtype=torch.uint8)
+        signs = torch.randint(0, 2, codes.shape, generator=generator, device=device, dtype=torch.uint8)
+        weights.append((codes | signs << 7).view(torch.float8_e4m3fn))
+        grid = (-(-num_rows // 128), -(-case.width // 128))
+        low, high = (60, 190) if case.scales == "e8m0-wide" else (112, 122)
+        if case.scales == "float32":
+            scales.append(torch.rand(grid, generator=generator, device=device) * 1e-3 + 1e-4)
+        else:
+            raw = torch.randint(low, high, grid, generator=generator, device=device, dtype=torch.uint8)
+            scales.append(raw.view(torch.float8_e8m0fnu))
+    return weights, scales
+
+
+def draw_rows(num_rows: int, width: int, amplitude: float, device: torch.device) -> torch.Tensor:
+    """Activations, the same for the same number of rows."""
+    generator = torch.Generator(device).manual_seed(num_rows)
+    return (torch.randn(num_rows, width, generator=generator, device=device) * amplitude).to(torch.bfloat16)

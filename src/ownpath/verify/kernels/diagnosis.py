@@ -21,7 +21,7 @@ FACTORS = 16
 MAX_EXPERTS_TRIED = 512
 
 
-def diagnosis(probe: Probe, op: PlannedOp, name: str, x: Tensor, y_SD: Tensor) -> str:
+def explain(probe: Probe, op: PlannedOp, name: str, x: Tensor, y_SD: Tensor) -> str:
     """In words, what would explain that the expert so named makes y of x."""
     y_SD = y_SD.double()
     if not bool(y_SD.isfinite().all()):

@@ -28,14 +28,14 @@ class PlannedSlot:
 
 
 @dataclass(frozen=True)
-class WrittenPlan:
+class PlanFile:
     """facts: name -> value, of ``FACTS``. slots: in the order of the file."""
 
     facts: dict[str, Any]
     slots: dict[str, PlannedSlot]
 
     @classmethod
-    def of(cls, written: Mapping[str, Any]) -> "WrittenPlan":
+    def of(cls, written: Mapping[str, Any]) -> "PlanFile":
         """Errors: ValueError naming the field that is missing or no such value."""
         facts = {name: _field(written, name, object, name) for name in FACTS}
         entries: dict[str, list[PlannedSlot]] = {}
@@ -57,7 +57,7 @@ def read_plan_file(path: Path) -> dict[str, Any]:
     if not isinstance(written, dict):
         raise ValueError(f"{path}: not a plan: the outermost value is no object")
     try:
-        WrittenPlan.of(written)
+        PlanFile.of(written)
     except ValueError as error:
         raise ValueError(f"{path}: not a plan: {error}") from None
     return written

@@ -1,8 +1,8 @@
 """What a runner's kernel holds, beside what the file holds: pairs of tensors that must be equal, module by module.
 
 The kernel's side is read back out of its layout by the runner (``stored``, ``stored_expert``); the file's side comes
-from ``Raw``, with the meaning of its bytes from the oracle's tables. Scales are compared as values where the kernel
-holds them in another dtype, codes and all other scales bit by bit. Two things may differ from the file without a
+from ``FileTensors``, with the meaning of its bytes from the oracle's tables. Scales are compared as values where the
+kernel holds them in another dtype, codes and all other scales bit by bit. Two things may differ from the file without a
 change of meaning, and are allowed for: codes under a zero scale (a kernel that cannot say zero holds zeros under
 2^-9), and the scale of a block of zeros in MXFP4 that became NVFP4.
 """
@@ -23,13 +23,13 @@ from ownpath.oracle.stored import spread_blocks
 from ownpath.plan.plan import PlannedOp
 from ownpath.qtensor import QuantTensor
 from ownpath.runners import Runner
-from ownpath.verify.raw import Raw
+from ownpath.verify.file_tensors import FileTensors
 
 PACKED = "packed_64x128"
 
 
 @dataclass(frozen=True)
-class Pair:
+class TensorPair:
     """What must be equal, and of what: role says it in a word. key: the tensor in the file. Shapes are equal."""
 
     module: str
@@ -40,7 +40,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class HeldModule:
+class KernelModule:
     """One stored matrix with what the kernel holds for it."""
 
     module: ModuleSpec
@@ -52,39 +52,39 @@ def ops_with_runners(op_list: tuple[PlannedOp, ...], runner: Runner) -> Iterator
     return zip(op_list, runner.leaves, strict=True)
 
 
-def held_modules(op: PlannedOp, runner: Any, expert_ids: tuple[int, ...]) -> Iterator[HeldModule]:
+def read_modules(op: PlannedOp, runner: Any, expert_ids: tuple[int, ...]) -> Iterator[KernelModule]:
     """What ``runner`` holds of each module of ``op``; of routed experts, those that are given."""
     modules = op.spec.modules
     if op.spec.kind is OpKind.MOE:
         num_experts = len(modules) // 3
         for expert in expert_ids:
             for projection, weight in enumerate(runner.stored_expert(expert)):
-                yield HeldModule(modules[projection * num_experts + expert], weight)
+                yield KernelModule(modules[projection * num_experts + expert], weight)
         return
     parts = runner.stored()
     if len(parts) == len(modules):
-        yield from map(HeldModule, modules, parts)
+        yield from map(KernelModule, modules, parts)
         return
     (fused,), start = parts, 0
     for module in modules:
         rows = slice(start, start + module.shape[0])
         scale, global_scale = (None if part is None else part[rows] for part in (fused.scale, fused.global_scale))
-        yield HeldModule(module, QuantTensor(fused.qdata[rows], scale, global_scale, fused.format))
+        yield KernelModule(module, QuantTensor(fused.qdata[rows], scale, global_scale, fused.format))
         start = rows.stop
 
 
-def weight_pairs(op: PlannedOp, held: HeldModule, raw: Raw) -> Iterator[Pair]:
+def weight_pairs(op: PlannedOp, held: KernelModule, raw: FileTensors) -> Iterator[TensorPair]:
     """Codes (or values) and block scales of one module."""
     encoding, name, weight = op.encoding, held.module.name, held.weight
     keys = {part.role: key for part, key in zip(encoding.parts, encoding.keys(name), strict=True)}
     codes = raw(keys["qdata"])
     if encoding.format in (BF16, FP32):
-        yield Pair(name, "values", keys["qdata"], codes, weight.qdata)
+        yield TensorPair(name, "values", keys["qdata"], codes, weight.qdata)
         return
     stored_scale = raw(keys["scale"])
     if weight.format in (BF16, FP32):
         values = _decoded_fp8(codes, stored_scale).to(weight.qdata.dtype)
-        yield Pair(name, "values", keys["qdata"], values, weight.qdata)
+        yield TensorPair(name, "values", keys["qdata"], values, weight.qdata)
         return
     assert weight.scale is not None, name
     if encoding.format is NVFP4 and op.choice.kernel.layout == PACKED:
@@ -98,8 +98,8 @@ def weight_pairs(op: PlannedOp, held: HeldModule, raw: Raw) -> Iterator[Pair]:
         scale, kernel_scale = stored_scale, weight.scale.view(torch.uint8)
     else:
         scale, kernel_scale = block_scales(stored_scale, encoding), _scale_values(weight.scale)
-    yield Pair(name, "codes", keys["qdata"], codes, weight.qdata.view(torch.uint8))
-    yield Pair(name, "scales", keys["scale"], scale, kernel_scale)
+    yield TensorPair(name, "codes", keys["qdata"], codes, weight.qdata.view(torch.uint8))
+    yield TensorPair(name, "scales", keys["scale"], scale, kernel_scale)
 
 
 def _mxfp4_scales(codes: Tensor, scale: Tensor, weight: QuantTensor) -> tuple[Tensor, Tensor]:
@@ -112,7 +112,7 @@ def _mxfp4_scales(codes: Tensor, scale: Tensor, weight: QuantTensor) -> tuple[Te
     return twice, torch.where(is_zero, twice, meant)
 
 
-def alpha_pair(op: PlannedOp, held: HeldModule, raw: Raw) -> Pair | None:
+def alpha_pair(op: PlannedOp, held: KernelModule, raw: FileTensors) -> TensorPair | None:
     """The factor that the kernel receives for one module, and the file's, in float64; ``None``: the format has none."""
     if op.encoding.format is not NVFP4:
         return None
@@ -124,16 +124,16 @@ def alpha_pair(op: PlannedOp, held: HeldModule, raw: Raw) -> Pair | None:
         alpha = alpha * _input_scale(op, held.module.name, raw)
     kernel = held.weight.global_scale.double().reshape(-1)
     key = op.encoding.key(held.module.name, "global_scale")
-    return Pair(held.module.name, "factors", key, alpha.expand_as(kernel), kernel)
+    return TensorPair(held.module.name, "factors", key, alpha.expand_as(kernel), kernel)
 
 
-def multiplier(encoding: Encoding, module: str, role: str, raw: Raw) -> Tensor:
+def multiplier(encoding: Encoding, module: str, role: str, raw: FileTensors) -> Tensor:
     """What a stored scalar means as a multiplier, in float64 [1]."""
     stored = raw(encoding.key(module, role)).double().reshape(1)
     return 1 / stored if encoding.part(role).is_divisor else stored
 
 
-def _input_scale(op: PlannedOp, module: str, raw: Raw) -> Tensor:
+def _input_scale(op: PlannedOp, module: str, raw: FileTensors) -> Tensor:
     """Matrices that share an input share the largest of their input scales: fused shards, and an expert's w1 and w3."""
     names = [other.name for other in op.spec.modules]
     if op.spec.kind is OpKind.MOE:
