@@ -1,9 +1,10 @@
 """What lies in memory before a call must not matter (K02).
 
-Every call runs twice. Before the first, each buffer that it allocates and the rows behind its input are filled with 0xFF bytes, which are NaN in every float format here and -1 in the integers;
-before the second, with zeros. A result that differs holds an element that nobody wrote, or was made from one. A third
-call has the input's negative: a result that is the first one's to the bit was made from an input that was kept. (Not of
-one row: a softmax over one key may be 1 whatever the query is.)
+Every call runs twice. Before the first, each buffer that it allocates and the rows behind its input are filled with
+0xFF bytes, which are NaN in every float format here and -1 in the integers; before the second, with zeros. A result
+that differs holds an element that nobody wrote, or was made from one. A third call has the input's negative: a result
+that is the first one's to the bit was made from an input that was kept. (Not of one row: a softmax over one key may be
+1 whatever the query is.)
 """
 
 from typing import Any

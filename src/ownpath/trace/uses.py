@@ -28,8 +28,7 @@ def use_of(runner: Callable[..., Any]) -> Use:
     if not isinstance(runner, Runner):
         named = runner if isinstance(runner, FunctionType | type) else type(runner)
         return Use(named.__qualname__, f"unregistered {named.__module__}.{named.__qualname__}", UNKNOWN)
-    names = [(leaf.spec.runner, _kernel_name(leaf), leaf.spec.layout) for leaf in runner.leaves]
-    return Use(*map(_joined, zip(*names, strict=True)))
+    return Use(*map(_joined, zip(*map(_names, runner.leaves), strict=True)))
 
 
 def variant_of(runner: Callable[..., Any], args: tuple[Any, ...]) -> str:
@@ -40,12 +39,13 @@ def variant_of(runner: Callable[..., Any], args: tuple[Any, ...]) -> str:
     return _joined(_variant(leaf, args) for leaf in runner.leaves)
 
 
-def _kernel_name(leaf: KernelRunner) -> str:
-    """What the runner says, if it holds that; otherwise what it holds."""
-    if leaf.kernel is KERNELS[leaf.spec.name]:
-        return leaf.spec.name
+def _names(leaf: KernelRunner) -> tuple[str, str, str]:
+    """Runner, kernel and layout: what its spec says, if it holds that kernel; otherwise what it holds."""
+    spec = leaf.spec
+    if leaf.kernel is KERNELS[spec.name]:
+        return spec.runner, spec.name, spec.layout
     held = type(leaf.kernel)
-    return f"unregistered {held.__module__}.{held.__qualname__}"
+    return spec.runner, f"unregistered {held.__module__}.{held.__qualname__}", UNKNOWN
 
 
 def _variant(leaf: KernelRunner, args: tuple[Any, ...]) -> str:
