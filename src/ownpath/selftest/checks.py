@@ -100,6 +100,12 @@ def judge(evidence: Evidence, facts: Facts) -> list[Check]:
     ]
 
 
+def all_checks() -> list[Check]:
+    """What ``judge`` asks, with nothing seen: ids, what is measured, what is allowed and the remedies."""
+    nothing = Seen(())
+    return judge(Evidence((), nothing, None, nothing, None, None, None), Facts(1, (), torch.float32, None))
+
+
 def _consistency(evidence: Evidence, facts: Facts) -> list[Check]:
     first = evidence.first
     margin = MARGIN_NATS.get(facts.dtype, WIDE_MARGIN_NATS)
