@@ -20,7 +20,7 @@ from ownpath.bench.operands import random_activations, random_fp8, random_moe, r
 from ownpath.bench.record import provenance
 from ownpath.bench.routing import uniform_routing
 from ownpath.bench.shapes import LINEAR_SHAPES, moe_shape
-from ownpath.kernels.cache import is_cached, load
+from ownpath.kernels.dsl.cache import is_cached, load
 from ownpath.runners import Fp8Linear
 
 CALLS = 2000

@@ -18,7 +18,7 @@ import torch
 import triton
 from small_ops_cases import CASES, Case, judge, make_inputs, num_bytes
 
-from ownpath.kernels.ref.hyper import HyperOut
+from ownpath.kernels.hyper.ref import HyperOut
 from ownpath.kernels.registry import KERNELS
 
 READ_CEILING_GBPS = 4410.0

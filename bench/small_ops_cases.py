@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
-from ownpath.kernels.ref import hyper, small
+from ownpath.kernels.grouped import ref as grouped
+from ownpath.kernels.hyper import ref as hyper
+from ownpath.kernels.norms import ref as norms
+from ownpath.kernels.swiglu import ref as swiglu
 
 BF16, F32 = 2.0**-8, 2.0**-24
 Inputs = tuple[Any, ...]
@@ -230,13 +233,13 @@ def judge_router(result: tuple[torch.Tensor, torch.Tensor], inputs: Inputs) -> N
 
 def judge_norm(result: torch.Tensor, inputs: Inputs) -> None:
     x, weight, eps = inputs
-    expected = small.rms_norm(x.double(), None if weight is None else weight.double(), eps)
+    expected = norms.rms_norm(x.double(), None if weight is None else weight.double(), eps)
     _within("y", result, expected, (BF16 + 16 * F32) * expected.abs())
 
 
 def judge_swiglu(result: torch.Tensor, inputs: Inputs) -> None:
     gate_up, limit = inputs
-    expected = small.swiglu(gate_up.double(), limit)
+    expected = swiglu.swiglu(gate_up.double(), limit)
     # exp's argument is rounded once: an error of |gate| roundings. Below float32's normal range, zero is right.
     wide = (2 * gate_up.double().abs().chunk(2, dim=-1)[0] + 16) * F32
     _within("y", result, expected, (BF16 + wide) * expected.abs() + 2.0**-126)
@@ -246,11 +249,11 @@ def judge_grouped(result: torch.Tensor, inputs: Inputs) -> None:
     """Un-rotated channels are rounded to bfloat16 once before the product, the product once after it."""
     o_TNH, cos_TA, sin_TA, weight_GRI = inputs
     wide = (o_TNH.double(), cos_TA.double(), sin_TA.double())
-    expected = small.rope_grouped_linear(*wide, weight_GRI.double())
-    turned = small.rope_inverse(*wide).abs()
-    terms = small.rope_grouped_linear(turned, cos_TA.double() * 0 + 1, sin_TA.double() * 0, weight_GRI.double().abs())
+    expected = grouped.rope_grouped_linear(*wide, weight_GRI.double())
+    turned = grouped.rope_inverse(*wide).abs()
+    terms = grouped.rope_grouped_linear(turned, cos_TA.double() * 0 + 1, sin_TA.double() * 0, weight_GRI.double().abs())
     turned[..., : -2 * cos_TA.shape[1]] = 0
-    ends = small.rope_grouped_linear(turned, cos_TA.double() * 0 + 1, sin_TA.double() * 0, weight_GRI.double().abs())
+    ends = grouped.rope_grouped_linear(turned, cos_TA.double() * 0 + 1, sin_TA.double() * 0, weight_GRI.double().abs())
     bound = BF16 * expected.abs() + BF16 * ends + weight_GRI.shape[-1] / 16 * 2 * F32 * terms
     _within("y", result, expected, bound)
     _close("y", result, expected, 3e-3)

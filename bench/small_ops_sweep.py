@@ -16,8 +16,9 @@ import torch
 from small_ops import bound_call, machine, num_sets, replay_us
 from small_ops_cases import CASES, Case, judge, make_inputs
 
+from ownpath.kernels.grouped import launch as grouped
+from ownpath.kernels.hyper import launch as hyper
 from ownpath.kernels.registry import KERNELS
-from ownpath.kernels.triton import grouped, hyper
 
 HYPER = (
     *(hyper.Tiles(channels, 1, False, 4, 1, 1) for channels in (32, 64)),

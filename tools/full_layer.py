@@ -27,7 +27,7 @@ import torch
 from layer.synthetic import RATIOS, SHAPES, Values, headers, layer_config
 
 from ownpath.config import EngineConfig, ModelConfig
-from ownpath.kernels.ref.hyper import hyper_post, sinkhorn
+from ownpath.kernels.hyper.ref import hyper_post, sinkhorn
 from ownpath.kernels.registry import KERNELS
 from ownpath.loading import device_caps
 from ownpath.model.batch import ForwardBatch

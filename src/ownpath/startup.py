@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ownpath.config import EngineConfig
-from ownpath.kernels.cache import compile_missing
+from ownpath.kernels.dsl.cache import compile_missing
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
 from ownpath.runners.make import compile_configs

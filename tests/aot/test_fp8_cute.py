@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import triton.backends.nvidia.compiler as nvidia  # for the disassembler it carries
 
-from ownpath.kernels.cache import compile_missing, stem
-from ownpath.kernels.cute.fp8_choose import w8a8_config, w8a8_configs, w8a16_config, w8a16_configs
-from ownpath.kernels.cute.fp8_config import CTA_SMEM, MAX_SMEM, Fp8Config, QuantizeConfig, W8A8Config, W8A16Config
+from ownpath.kernels.dsl.cache import compile_missing, stem
+from ownpath.kernels.fp8.choose import w8a8_config, w8a8_configs, w8a16_config, w8a16_configs
+from ownpath.kernels.fp8.config import CTA_SMEM, MAX_SMEM, Fp8Config, QuantizeConfig, W8A8Config, W8A16Config
 
 SMS = 132
 # Row blocks, K blocks, scales folded, ragged: V4-Flash's shapes, float32 scales, uneven shards, the smallest.

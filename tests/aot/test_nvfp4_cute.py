@@ -11,15 +11,9 @@ from pathlib import Path
 import pytest
 import triton.backends.nvidia.compiler as nvidia  # for the disassembler it carries
 
-from ownpath.kernels.cache import compile_missing, stem
-from ownpath.kernels.cute.choose import choose_linear, moe_choice, moe_table
-from ownpath.kernels.cute.config import (
-    MAX_SHARED_BYTES,
-    AlignConfig,
-    CombineConfig,
-    GemmConfig,
-    PermuteConfig,
-)
+from ownpath.kernels.dsl.cache import compile_missing, stem
+from ownpath.kernels.nvfp4.choose import choose_linear, moe_choice, moe_table
+from ownpath.kernels.nvfp4.config import MAX_SHARED_BYTES, AlignConfig, CombineConfig, GemmConfig, PermuteConfig
 
 
 def gemms() -> list[GemmConfig]:

@@ -5,8 +5,12 @@ import torch
 from small_ops_cases import CASES, make_inputs
 from support.triton_aot import Compiled, compile_launch, recorded_launches
 
+from ownpath.kernels.grouped import launch as grouped
+from ownpath.kernels.hyper import launch as hyper
+from ownpath.kernels.norms import launch as norms
 from ownpath.kernels.registry import KERNELS
-from ownpath.kernels.triton import grouped, hyper, small
+from ownpath.kernels.router import launch as router
+from ownpath.kernels.swiglu import launch as swiglu
 
 SHARED_BYTES = 232448  # what one program may use on sm_90
 SHAPES = {
@@ -27,7 +31,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
     """Every distinct launch of these shapes, compiled for sm_90."""
     cases = {(case.op, case.label): case for case in CASES if not case.variant}
     with pytest.MonkeyPatch.context() as patch, recorded_launches() as launches:
-        for module in (grouped, hyper, small):
+        for module in (grouped, hyper, router, norms, swiglu):
             patch.setattr(module, "check_rank", lambda name, tensor, rank, runs_on_cpu: None)  # refuses what is on CPU
         for key, counts in SHAPES.items():
             for num_tokens in counts:

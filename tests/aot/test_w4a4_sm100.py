@@ -6,8 +6,8 @@ import pytest
 import torch
 from support.triton_aot import Compiled, compile_launch, recorded_launches
 
-from ownpath.kernels.triton import w4a4_sm100 as kernels
-from ownpath.kernels.w4a4_operands import W4A4LinearOperand, W4A4MoeOperand, boxed_shape
+from ownpath.kernels.nvfp4_sm100 import launch as kernels
+from ownpath.kernels.nvfp4_sm100.layout import W4A4LinearOperand, W4A4MoeOperand, boxed_shape
 
 SHARED_BYTES = 232448  # what one program may use on sm_100
 TENSOR_MEMORY_COLUMNS = 512

@@ -11,10 +11,10 @@ import torch
 from support.checkpoints import LAYOUTS, random_checkpoint
 
 from ownpath.config import EngineConfig
-from ownpath.kernels.cute.choose import choose_linear, choose_moe
-from ownpath.kernels.cute.launch import PackedWeight
-from ownpath.kernels.cute.linear import LinearOperand, nvfp4_linear, nvfp4_linear_invariant
-from ownpath.kernels.cute.moe import MoeOperand, nvfp4_moe
+from ownpath.kernels.nvfp4.choose import choose_linear, choose_moe
+from ownpath.kernels.nvfp4.launch import PackedWeight
+from ownpath.kernels.nvfp4.linear import LinearOperand, nvfp4_linear, nvfp4_linear_invariant
+from ownpath.kernels.nvfp4.moe import MoeOperand, nvfp4_moe
 from ownpath.kernels.registry import KERNELS, VARIANTS
 from ownpath.loading import load_model, plan_model
 from ownpath.model.batch import ForwardBatch
@@ -88,7 +88,7 @@ def test_what_looks_alike_is_counted_in_one_entry(tmp_path: Path) -> None:
             f"float32[{num_tokens}, {chosen}]",
         )
         results = (f"float32[{num_tokens}, {dim}]",)
-        assert record == Record("layers.1.ffn.experts", use, "ref.moe:nvfp4_moe", arguments, results, num_calls)
+        assert record == Record("layers.1.ffn.experts", use, "nvfp4.ref:nvfp4_moe", arguments, results, num_calls)
 
 
 def test_a_slot_keeps_a_bounded_number_of_entries() -> None:

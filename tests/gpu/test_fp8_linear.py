@@ -17,10 +17,10 @@ from support.fp8_cases import (
 
 from ownpath.bench.shapes import LINEAR_SHAPES
 from ownpath.bench.tuners.fp8 import Fp8Family
-from ownpath.kernels.cute.fp8_choose import knobs_config
-from ownpath.kernels.cute.fp8_config import QuantizeConfig, W8A8Config, W8A16Config
-from ownpath.kernels.fp8_packing import ACT_BLOCK_BYTES, pack_fp8, unpack_blocks
-from ownpath.kernels.ref.fp8 import quantize_rows
+from ownpath.kernels.fp8.choose import knobs_config
+from ownpath.kernels.fp8.config import QuantizeConfig, W8A8Config, W8A16Config
+from ownpath.kernels.fp8.layout import ACT_BLOCK_BYTES, pack_fp8, unpack_blocks
+from ownpath.kernels.fp8.ref import quantize_rows
 from ownpath.numerics import decode_fp8_block
 from ownpath.runners import Fp8Linear
 
@@ -63,7 +63,7 @@ def tuner_kernels(matrix: tuple[int, int], kind: type[Kernel]) -> list[Kernel]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("is_invariant", [False, True], ids=["fastest", "invariant"])
 def test_w8a16_against_float64(case: Fp8Case, is_invariant: bool, cuda: torch.device) -> None:
-    from ownpath.kernels.cute.fp8_launch import fp8_w8a16, fp8_w8a16_invariant
+    from ownpath.kernels.fp8.launch import fp8_w8a16, fp8_w8a16_invariant
 
     product = fp8_w8a16_invariant if is_invariant else fp8_w8a16
     weights, scales = draw_weights(case, 1, cuda)
@@ -84,7 +84,7 @@ def test_w8a16_against_float64(case: Fp8Case, is_invariant: bool, cuda: torch.de
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_invariant_rows_keep_their_bits(case: Fp8Case, cuda: torch.device) -> None:
-    from ownpath.kernels.cute.fp8_launch import fp8_w8a16_invariant
+    from ownpath.kernels.fp8.launch import fp8_w8a16_invariant
 
     weights, scales = draw_weights(case, 2, cuda)
     packed = pack_fp8(weights, scales)
@@ -99,7 +99,7 @@ def test_invariant_rows_keep_their_bits(case: Fp8Case, cuda: torch.device) -> No
 
 @pytest.mark.parametrize("matrix", MATRICES, ids=lambda matrix: "x".join(map(str, matrix)))
 def test_every_candidate_of_the_tuner_for_few_rows(matrix: tuple[int, int], cuda: torch.device) -> None:
-    from ownpath.kernels.cute.fp8_launch import w8a16_launch
+    from ownpath.kernels.fp8.launch import w8a16_launch
 
     case = Fp8Case("tuned", matrix[:1], matrix[1], "e8m0")
     weights, scales = draw_weights(case, 7, cuda)
@@ -120,7 +120,7 @@ def test_every_candidate_of_the_tuner_for_few_rows(matrix: tuple[int, int], cuda
 
 @pytest.mark.parametrize("matrix", MATRICES, ids=lambda matrix: "x".join(map(str, matrix)))
 def test_every_candidate_of_the_tuner_for_many_rows(matrix: tuple[int, int], cuda: torch.device) -> None:
-    from ownpath.kernels.cute.fp8_launch import quantize_launch, w8a8_launch, workspace_bytes
+    from ownpath.kernels.fp8.launch import quantize_launch, w8a8_launch, workspace_bytes
 
     case = Fp8Case("tuned", matrix[:1], matrix[1], "e8m0")
     weights, scales = draw_weights(case, 8, cuda)
@@ -145,7 +145,7 @@ def test_every_candidate_of_the_tuner_for_many_rows(matrix: tuple[int, int], cud
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_quantised_blocks_are_the_definition(case: Fp8Case, cuda: torch.device) -> None:
-    from ownpath.kernels.cute.fp8_launch import quantize_launch, workspace_bytes
+    from ownpath.kernels.fp8.launch import quantize_launch, workspace_bytes
 
     for num_rows in (1, 63, 64, 130):
         for amplitude in AMPLITUDES:
@@ -164,7 +164,7 @@ def test_quantised_blocks_are_the_definition(case: Fp8Case, cuda: torch.device) 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_w8a8_against_the_emulation(case: Fp8Case, cuda: torch.device) -> None:
-    from ownpath.kernels.cute.fp8_launch import fp8_w8a8, workspace_bytes
+    from ownpath.kernels.fp8.launch import fp8_w8a8, workspace_bytes
 
     weights, scales = draw_weights(case, 3, cuda)
     packed = pack_fp8(weights, scales)
@@ -188,7 +188,7 @@ def test_w8a8_against_the_emulation(case: Fp8Case, cuda: torch.device) -> None:
 
 
 def test_a_nan_reaches_only_its_own_row(cuda: torch.device) -> None:
-    from ownpath.kernels.cute.fp8_launch import fp8_w8a8, fp8_w8a16, workspace_bytes
+    from ownpath.kernels.fp8.launch import fp8_w8a8, fp8_w8a16, workspace_bytes
 
     weights, scales = draw_weights(CASES[4], 4, cuda)
     packed = pack_fp8(weights, scales)

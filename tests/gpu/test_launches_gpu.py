@@ -10,7 +10,8 @@ import torch
 from support.checkpoints import random_checkpoint
 
 from ownpath.config import EngineConfig
-from ownpath.kernels.cute import fp8_launch, launch, linear
+from ownpath.kernels.fp8 import launch as fp8_launch
+from ownpath.kernels.nvfp4 import launch, linear
 from ownpath.loading import default_model_dir, load_model, plan_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.plan.show import plan_dict

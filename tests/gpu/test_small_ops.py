@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_ops_cases import CASES, Case, judge, make_inputs, tensors
 
-from ownpath.kernels.ref.hyper import HyperOut
+from ownpath.kernels.hyper.ref import HyperOut
 from ownpath.kernels.registry import KERNELS
 
 pytestmark = pytest.mark.gpu
@@ -85,7 +85,7 @@ def test_a_token_does_not_depend_on_its_neighbours(case: Case, cuda: torch.devic
 
 def rows_of(value: Any, num_rows: int) -> Any:
     """The first rows of a per-token operand; anything else as it is."""
-    from ownpath.kernels.ref.hyper import Mix
+    from ownpath.kernels.hyper.ref import Mix
 
     if isinstance(value, Mix):
         return Mix(value.post_TS[:num_rows].contiguous(), value.comb_TSS[:num_rows].contiguous())

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ownpath.kernels.ref.w4a4 import nvfp4_linear_w4a4
+from ownpath.kernels.nvfp4_sm100.layout import linear_operand, unboxed
+from ownpath.kernels.nvfp4_sm100.ref import nvfp4_linear_w4a4
 from ownpath.kernels.registry import KERNELS
-from ownpath.kernels.w4a4_operands import linear_operand, unboxed
 from ownpath.numerics import nvfp4_global_scale, quantize_nvfp4, quantize_nvfp4_activation
 from ownpath.runners.proof import prove_linear, prove_moe
 
@@ -30,7 +30,7 @@ def test_the_proof_holds(suffix: str, blackwell: torch.device) -> None:
 @pytest.mark.parametrize("num_rows", [1, 127, 128, 129, 2048])
 def test_quantiser_and_linear_at_v4_width(num_rows: int, blackwell: torch.device) -> None:
     """wqa_wkv of V4-Flash: bytes equal to the definition; the product within BF16's epsilon in relative L2."""
-    from ownpath.kernels.triton.w4a4_sm100 import quantize_activation
+    from ownpath.kernels.nvfp4_sm100.launch import quantize_activation
 
     generator = torch.Generator(blackwell).manual_seed(num_rows)
     x = torch.randn(num_rows, 4096, generator=generator, device=blackwell).bfloat16()

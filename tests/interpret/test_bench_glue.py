@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ownpath.bench.peers.glue import align, combine, swiglu
-from ownpath.kernels.ref.moe import swiglu as swiglu_reference
+from ownpath.kernels.mixture import clamped_swiglu as swiglu_reference
 
 
 @pytest.mark.parametrize(("num_tokens", "num_experts", "block"), [(1, 8, 16), (7, 8, 8), (40, 32, 16), (900, 12, 64)])

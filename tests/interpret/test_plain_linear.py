@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ownpath.kernels.triton.plain import plain_linear_invariant
+from ownpath.kernels.plain.invariant import plain_linear_invariant
 
 SHAPES = [(1, 64, 64), (3, 4, 136), (17, 70, 96), (2, 5, 51)]
 DTYPES = [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16), (torch.float32, torch.float32)]

@@ -7,10 +7,12 @@ import pytest
 import torch
 from small_ops_cases import CASES, make_inputs
 
-from ownpath.kernels.ref.hyper import HyperOut, HyperWeights, Mix
-from ownpath.kernels.triton.grouped import rope_grouped_linear
-from ownpath.kernels.triton.hyper import hyper_boundary, new_out, num_workspace_floats
-from ownpath.kernels.triton.small import rms_norm, router, swiglu
+from ownpath.kernels.grouped.launch import rope_grouped_linear
+from ownpath.kernels.hyper.launch import hyper_boundary, new_out, num_workspace_floats
+from ownpath.kernels.hyper.ref import HyperOut, HyperWeights, Mix
+from ownpath.kernels.norms.launch import rms_norm
+from ownpath.kernels.router.launch import router
+from ownpath.kernels.swiglu.launch import swiglu
 
 CPU = torch.device("cpu")
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ownpath.kernels.ref import w4a4 as ref
-from ownpath.kernels.triton import w4a4_sm100 as kernels
-from ownpath.kernels.triton.route_sm100 import num_tiles_bound
-from ownpath.kernels.w4a4_operands import W4A4LinearOperand, W4A4MoeOperand, linear_operand, moe_operand, unboxed
+from ownpath.kernels.nvfp4_sm100 import launch as kernels
+from ownpath.kernels.nvfp4_sm100 import ref as ref
+from ownpath.kernels.nvfp4_sm100.layout import W4A4LinearOperand, W4A4MoeOperand, linear_operand, moe_operand, unboxed
+from ownpath.kernels.nvfp4_sm100.route_sm100 import num_tiles_bound
 from ownpath.numerics import decode_nvfp4_blocks, nvfp4_global_scale, quantize_nvfp4, quantize_nvfp4_activation
 from ownpath.runners.proof import ProofError, prove_linear, prove_moe
 from ownpath.runners.w4a4 import Nvfp4LinearW4A4, Nvfp4MoEW4A4

@@ -4,8 +4,8 @@ import torch
 
 from ownpath.bench.operands import Fp8Operands, MoeOperands, Nvfp4Operands
 from ownpath.bench.routing import Routing
-from ownpath.kernels.ref.linear import fp8_linear, nvfp4_linear
-from ownpath.kernels.ref.moe import nvfp4_moe
+from ownpath.kernels.fp8.ref import fp8_linear
+from ownpath.kernels.nvfp4.ref import nvfp4_linear, nvfp4_moe
 
 NUM_SAMPLED = 8
 """Rows compared with float64; every row must be finite."""

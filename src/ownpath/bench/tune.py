@@ -3,7 +3,7 @@
     ownpath bench --tune FAMILY
 
 A family is a module ``ownpath.bench.tuners.FAMILY`` with a function ``family(device) -> Family``. Tuning happens
-here and never while serving: kernels read ``src/ownpath/kernels/cute/tuned/FAMILY.json``, and that is all.
+here and never while serving: kernels read ``src/ownpath/kernels/FAMILY/tuned/*.json``, and that is all.
 """
 
 import importlib

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ownpath.kernels.ref.hyper import HyperOut, HyperWeights, Mix
+from ownpath.kernels.hyper.ref import HyperOut, HyperWeights, Mix
 from ownpath.kernels.registry import KERNELS, Kernel
 from ownpath.runners.linear import Linear
 

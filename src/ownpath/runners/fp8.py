@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ownpath.formats import FP8_BLOCK
-from ownpath.kernels.fp8_packing import PackedFp8, fp8_padding, restore_fp8
+from ownpath.kernels.fp8.layout import PackedFp8, fp8_padding, restore_fp8
 from ownpath.kernels.registry import KERNELS, Kernel
 from ownpath.qtensor import QuantTensor
 from ownpath.runners.checks import require

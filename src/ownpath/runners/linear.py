@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 
 from ownpath.formats import BF16, FP32, NVFP4
-from ownpath.kernels.ref.linear import grouped_linear
+from ownpath.kernels.grouped.ref import grouped_linear
 from ownpath.kernels.registry import KERNELS, Kernel
 from ownpath.qtensor import QuantTensor
 from ownpath.runners.checks import require, require_input

@@ -8,7 +8,7 @@ import torch
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.config import ModelConfig
 from ownpath.formats import FP8_BLOCK, NVFP4
-from ownpath.kernels.ref.official import ExpertWeights
+from ownpath.kernels.official_experts.ref import ExpertWeights
 from ownpath.kernels.registry import KERNELS, Kernel
 from ownpath.numerics import dequantize
 from ownpath.plan.plan import Plan, PlannedOp

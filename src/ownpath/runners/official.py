@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ownpath.kernels.ref.official import INPUT_BLOCK, ExpertWeights
+from ownpath.kernels.official_experts.ref import INPUT_BLOCK, ExpertWeights
 from ownpath.kernels.registry import Kernel
 from ownpath.numerics import fake_quantize_fp8, nvfp4_codes_times_scales
 from ownpath.qtensor import QuantTensor

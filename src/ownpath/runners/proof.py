@@ -10,9 +10,9 @@ import functools
 
 import torch
 
-from ownpath.kernels.ref.w4a4 import nvfp4_linear_w4a4, nvfp4_moe_w4a4
+from ownpath.kernels.nvfp4_sm100.layout import linear_operand, moe_operand
+from ownpath.kernels.nvfp4_sm100.ref import nvfp4_linear_w4a4, nvfp4_moe_w4a4
 from ownpath.kernels.registry import Kernel
-from ownpath.kernels.w4a4_operands import linear_operand, moe_operand
 from ownpath.numerics import decode_e2m1, encode_e4m3
 
 BF16_EPS = 2.0**-8

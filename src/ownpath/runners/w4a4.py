@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ownpath.formats import NVFP4
+from ownpath.kernels.nvfp4_sm100.layout import linear_operand, moe_operand, scale_padding, unboxed
 from ownpath.kernels.registry import KERNELS, Kernel
-from ownpath.kernels.w4a4_operands import linear_operand, moe_operand, scale_padding, unboxed
 from ownpath.qtensor import QuantTensor
 from ownpath.runners.checks import require, require_input
 from ownpath.runners.linear import Shards

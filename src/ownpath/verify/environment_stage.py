@@ -9,7 +9,7 @@ from typing import Any
 
 import ownpath.kernels
 from ownpath.inspect.memory import cache_bytes, weights_bytes
-from ownpath.kernels.cache import COMPILER, Config, cache_dir, is_cached, source_key, stem
+from ownpath.kernels.dsl.cache import COMPILER, Config, cache_dir, is_cached, source_key, stem
 from ownpath.kernels.registry import KERNELS
 from ownpath.plan.plan import Plan
 from ownpath.verdict import Verdict
@@ -19,7 +19,7 @@ from ownpath.verify.machine import KNOWN_BAD, Machine, free_bytes, this_machine
 from ownpath.verify.skeleton import configs_of
 from ownpath.verify.subject import Subject
 
-TUNED = Path(ownpath.kernels.__path__[0]) / "cute" / "tuned"
+TUNED = Path(ownpath.kernels.__path__[0])
 _FACTS = {"entry": str, "num_threads": int, "cluster": int}
 """What the cache says beside each kernel's machine code."""
 _ELF = b"\x7fELF"
@@ -89,7 +89,7 @@ def table_findings(folder: Path, machine: Machine) -> Iterator[Finding]:
 
     They choose between kernels that are all right, so that another device's table costs time and nothing else.
     """
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.rglob("*.json")):
         try:
             table = json.loads(path.read_text(encoding="utf-8"))
             measured, entries = table["measured"], table["entries"]

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ownpath.checkpoint.errors import CheckpointError
-from ownpath.kernels.cache import CompileError
+from ownpath.kernels.dsl.cache import CompileError
 from ownpath.runners.proof import ProofError
 from ownpath.verdict import Verdict
 from ownpath.verify.finding import Finding

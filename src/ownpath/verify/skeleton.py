@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from ownpath.checkpoint.index import CheckpointIndex
-from ownpath.kernels.cute.launch import PackedWeight
-from ownpath.kernels.cute.linear import LinearOperand
-from ownpath.kernels.cute.moe import MoeOperand
-from ownpath.kernels.fp8_packing import BLOCK_BYTES, COLS, ROWS, PackedFp8
+from ownpath.kernels.fp8.layout import BLOCK_BYTES, COLS, ROWS, PackedFp8
+from ownpath.kernels.nvfp4.launch import PackedWeight
+from ownpath.kernels.nvfp4.linear import LinearOperand
+from ownpath.kernels.nvfp4.moe import MoeOperand
 from ownpath.kernels.registry import KERNELS
 from ownpath.plan.opspec import OpKind
 from ownpath.plan.plan import Plan, PlannedOp

@@ -8,9 +8,9 @@ from ownpath.bench.shapes import linear_shape
 from ownpath.bench.tune import load_family
 from ownpath.bench.tuners import fp8
 from ownpath.bench.tuners.fp8 import FEW, MANY, MAX_REL_L2, SMS, Fp8Family
-from ownpath.kernels.cute.fp8_choose import knobs_config, w8a8_shape, w8a16_shape
-from ownpath.kernels.cute.fp8_config import W8A8Config, W8A16Config
-from ownpath.kernels.ref.fp8 import fp8_w8a8, fp8_w8a16
+from ownpath.kernels.fp8.choose import knobs_config, w8a8_shape, w8a16_shape
+from ownpath.kernels.fp8.config import W8A8Config, W8A16Config
+from ownpath.kernels.fp8.ref import fp8_w8a8, fp8_w8a16
 
 MOST = 12
 """Candidates in a case: every one is compiled, checked and timed."""

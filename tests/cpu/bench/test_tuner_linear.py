@@ -1,7 +1,7 @@
 """The dense products' tuner: its candidates are kernels that fit the matrices they are tried on."""
 
 from ownpath.bench.tuners.linear import TOKENS, LinearFamily
-from ownpath.kernels.cute.choose import linear_choice, linear_config
+from ownpath.kernels.nvfp4.choose import linear_choice, linear_config
 
 
 def test_every_case_has_candidates_that_cover_it() -> None:

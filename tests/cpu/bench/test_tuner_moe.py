@@ -6,7 +6,7 @@ import pytest
 
 from ownpath.bench.shapes import moe_shape
 from ownpath.bench.tuners.moe import SHAPES, TOKENS, MoeFamily, cases, family
-from ownpath.kernels.cute.choose import TUNED, choose_moe, moe_case, moe_choice, moe_table
+from ownpath.kernels.nvfp4.choose import TUNED, choose_moe, moe_case, moe_choice, moe_table
 
 
 def test_every_candidate_is_a_kernel() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ownpath.kernels import cache
-from ownpath.kernels.cute.config import CombineConfig, PermuteConfig
+from ownpath.kernels.dsl import cache
+from ownpath.kernels.nvfp4.config import CombineConfig, PermuteConfig
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def test_a_kernel_counts_once_all_of_it_is_there() -> None:
 
 def test_names_and_sources_keep_kernels_apart() -> None:
     assert cache.stem(CombineConfig(0, True)) != cache.stem(CombineConfig(0, False))
-    assert cache.source_key(("ptx.py",)) != cache.source_key(("ptx.py", "config.py"))
+    assert cache.source_key(("dsl/ptx.py",)) != cache.source_key(("dsl/ptx.py", "nvfp4/config.py"))
 
 
 def test_nothing_missing_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

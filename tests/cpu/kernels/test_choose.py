@@ -2,8 +2,8 @@
 
 import pytest
 
-from ownpath.kernels.cute.choose import SMS, choose_linear, choose_moe
-from ownpath.kernels.cute.config import MAX_SHARED_BYTES, GemmConfig
+from ownpath.kernels.nvfp4.choose import SMS, choose_linear, choose_moe
+from ownpath.kernels.nvfp4.config import MAX_SHARED_BYTES, GemmConfig
 
 SHAPES = ((1536, 4096), (32768, 1024), (4096, 8192), (4096, 4096), (4096, 2048), (64, 128), (192, 384), (640, 256))
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from ownpath.kernels.cute import fp8_choose
-from ownpath.kernels.cute.fp8_choose import (
+from ownpath.kernels.fp8 import choose as fp8_choose
+from ownpath.kernels.fp8.choose import (
     TABLE,
     W8A8_SHAPES,
     WeightKey,
@@ -18,7 +18,7 @@ from ownpath.kernels.cute.fp8_choose import (
     w8a16_config,
     w8a16_configs,
 )
-from ownpath.kernels.cute.fp8_config import CTA_SMEM, TOKEN_TILES, W8A8Config, W8A16Config, w8a16_stages
+from ownpath.kernels.fp8.config import CTA_SMEM, TOKEN_TILES, W8A8Config, W8A16Config, w8a16_stages
 
 SMS = 132
 TUNED: WeightKey = (64, 32, True, False)

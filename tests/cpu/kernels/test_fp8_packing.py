@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.fp8_cases import CASES, Fp8Case, draw_rows, draw_weights, relative_l2
 
-from ownpath.kernels.fp8_packing import (
+from ownpath.kernels.fp8.layout import (
     column_order,
     fp8_padding,
     pack_blocks,
@@ -13,7 +13,7 @@ from ownpath.kernels.fp8_packing import (
     row_order,
     unpack_blocks,
 )
-from ownpath.kernels.ref.fp8 import fp8_w8a8, fp8_w8a16, quantize_rows, unpack_fp8
+from ownpath.kernels.fp8.ref import fp8_w8a8, fp8_w8a16, quantize_rows, unpack_fp8
 from ownpath.numerics import decode_fp8_block, quantize_fp8_block
 
 CPU = torch.device("cpu")

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ownpath.kernels.layouts_sm100 import swizzle_scales, swizzled_shape, unswizzle_scales
-from ownpath.kernels.w4a4_operands import linear_operand, scale_padding
+from ownpath.kernels.nvfp4_sm100.layout import linear_operand, scale_padding
+from ownpath.kernels.nvfp4_sm100.scales import swizzle_scales, swizzled_shape, unswizzle_scales
 
 
 def byte_offset(row: int, column: int, num_column_pieces: int) -> int:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ownpath.kernels import packing
+from ownpath.kernels.nvfp4 import layout as packing
 from ownpath.numerics import decode_e4m3, decode_packed_e2m1
 
 ROWS, COLS = 256, 384

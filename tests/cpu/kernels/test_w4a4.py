@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from ownpath.formats import NVFP4
-from ownpath.kernels.ref.moe import nvfp4_moe
-from ownpath.kernels.ref.w4a4 import W4A4Weight, nvfp4_linear_w4a4, nvfp4_moe_w4a4
+from ownpath.kernels.nvfp4.ref import nvfp4_moe
+from ownpath.kernels.nvfp4_sm100.ref import W4A4Weight, nvfp4_linear_w4a4, nvfp4_moe_w4a4
 from ownpath.numerics import dequantize, nvfp4_global_scale, quantize_nvfp4, quantize_nvfp4_activation
 from ownpath.qtensor import QuantTensor
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from ownpath.kernels.ref.hyper import HyperWeights, hyper_post, hyper_pre, sinkhorn
-from ownpath.kernels.ref.moe import swiglu
-from ownpath.kernels.ref.small import rms_norm
+from ownpath.kernels.hyper.ref import HyperWeights, hyper_post, hyper_pre, sinkhorn
+from ownpath.kernels.mixture import clamped_swiglu as swiglu
+from ownpath.kernels.norms.ref import rms_norm
 from ownpath.model.caches import CompressorCache, Ring
 from ownpath.model.compressor import Compressor
 from ownpath.model.indexer import Indexer

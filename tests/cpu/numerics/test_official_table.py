@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ownpath.formats import MXFP4
-from ownpath.kernels.ref.official import ExpertWeights, fp4_index, fp8_keys, moe_official, rms_norm_stepwise
-from ownpath.kernels.ref.small import router
+from ownpath.kernels.cache_formats.ref import fp4_index, fp8_keys
+from ownpath.kernels.norms.ref import rms_norm_stepwise
+from ownpath.kernels.official_experts.ref import ExpertWeights, moe_official
+from ownpath.kernels.router.ref import router
 from ownpath.numerics import decode_mxfp4_blocks, hadamard, quantize_mxfp4
 from ownpath.verify.reference.rounding import fp4, fp8, nearest_e4m3, nvfp4_without_global, power_of_two_scale
 

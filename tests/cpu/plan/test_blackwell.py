@@ -7,7 +7,7 @@ from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.cli import main
 from ownpath.config import ModelConfig
 from ownpath.formats import NVFP4
-from ownpath.kernels.w4a4_operands import W4A4LinearOperand, W4A4MoeOperand
+from ownpath.kernels.nvfp4_sm100.layout import W4A4LinearOperand, W4A4MoeOperand
 from ownpath.loading import default_model_dir
 from ownpath.plan.opspec import OpKind
 from ownpath.plan.plan import Plan, make_plan

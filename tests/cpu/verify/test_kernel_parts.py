@@ -13,9 +13,9 @@ from support.checkpoints import SMALL, random_checkpoint
 
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.formats import BF16
-from ownpath.kernels.cute.choose import choose_linear, choose_moe
-from ownpath.kernels.cute.fp8_choose import w8a8_config, w8a16_config
-from ownpath.kernels.ref.official import ExpertWeights
+from ownpath.kernels.fp8.choose import w8a8_config, w8a16_config
+from ownpath.kernels.nvfp4.choose import choose_linear, choose_moe
+from ownpath.kernels.official_experts.ref import ExpertWeights
 from ownpath.kernels.registry import KERNELS
 from ownpath.runners import PlainLinear, Router
 from ownpath.runners.official import OfficialMoE

@@ -13,7 +13,7 @@ from support.checkpoints import random_checkpoint
 
 from ownpath.cli import main
 from ownpath.config import EngineConfig
-from ownpath.kernels.ref.linear import nvfp4_linear
+from ownpath.kernels.nvfp4.ref import nvfp4_linear
 from ownpath.loading import default_model_dir, plan_model
 from ownpath.model.build import Builder
 from ownpath.plan.show import plan_dict

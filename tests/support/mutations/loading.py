@@ -2,7 +2,7 @@
 
 import torch
 
-from ownpath.kernels.fp8_packing import COLS, ROWS, pack_blocks, row_order, unpack_blocks
+from ownpath.kernels.fp8.layout import COLS, ROWS, pack_blocks, row_order, unpack_blocks
 from ownpath.verify.layer import LoadedPart
 from ownpath.verify.subject import Interference
 from ownpath.weights.load import LoadedWeights

@@ -19,20 +19,13 @@ from ownpath.bench.rotation import num_calls
 from ownpath.bench.shapes import LINEAR_SHAPES, LinearShape
 from ownpath.bench.timing import CudaGraph
 from ownpath.bench.tune import CandidateFailed, Config
-from ownpath.kernels.cache import CompileError
-from ownpath.kernels.cute.fp8_choose import (
-    CLUSTERS,
-    TABLE,
-    W8A8_SHAPES,
-    WGMMA_FROM,
-    knobs_config,
-    w8a16_shape,
-)
-from ownpath.kernels.cute.fp8_config import QuantizeConfig, W8A8Config, W8A16Config, w8a8_stages
-from ownpath.kernels.cute.fp8_launch import quantize_launch, w8a8_launch, w8a16_launch, workspace_bytes
-from ownpath.kernels.driver import CudaError
-from ownpath.kernels.fp8_packing import PackedFp8, pack_fp8
-from ownpath.kernels.ref.fp8 import quantize_rows
+from ownpath.kernels.dsl.cache import CompileError
+from ownpath.kernels.dsl.driver import CudaError
+from ownpath.kernels.fp8.choose import CLUSTERS, TABLE, W8A8_SHAPES, WGMMA_FROM, knobs_config, w8a16_shape
+from ownpath.kernels.fp8.config import QuantizeConfig, W8A8Config, W8A16Config, w8a8_stages
+from ownpath.kernels.fp8.launch import quantize_launch, w8a8_launch, w8a16_launch, workspace_bytes
+from ownpath.kernels.fp8.layout import PackedFp8, pack_fp8
+from ownpath.kernels.fp8.ref import quantize_rows
 
 MAX_REL_L2 = 3e-3
 """Of the product of what the kernel multiplies: for W8A8 the activations after rounding to E4M3. The rounding to BF16

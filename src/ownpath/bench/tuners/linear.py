@@ -18,11 +18,11 @@ from ownpath.bench.rotation import num_calls
 from ownpath.bench.shapes import LINEAR_SHAPES, LinearShape
 from ownpath.bench.timing import CudaGraph
 from ownpath.bench.tune import CandidateFailed, Config
-from ownpath.kernels.cache import CompileError
-from ownpath.kernels.cute.choose import TUNED, LinearChoice, linear_choice, linear_config
-from ownpath.kernels.cute.config import BLOCK_K
-from ownpath.kernels.cute.linear import LinearOperand, Nvfp4LinearKernel
-from ownpath.kernels.driver import CudaError
+from ownpath.kernels.dsl.cache import CompileError
+from ownpath.kernels.dsl.driver import CudaError
+from ownpath.kernels.nvfp4.choose import TUNED, LinearChoice, linear_choice, linear_config
+from ownpath.kernels.nvfp4.config import BLOCK_K
+from ownpath.kernels.nvfp4.linear import LinearOperand, Nvfp4LinearKernel
 
 MAX_REL_L2 = 3e-3
 TOKENS = (8, 16, 64, 256, 2048)

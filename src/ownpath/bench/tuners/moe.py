@@ -22,10 +22,10 @@ from ownpath.bench.routing import uniform_routing
 from ownpath.bench.shapes import MoeShape, moe_shape
 from ownpath.bench.timing import CudaGraph
 from ownpath.bench.tune import CandidateFailed, Config
-from ownpath.kernels.cache import CompileError
-from ownpath.kernels.cute.choose import TUNED, WIDE_PAIRS, MoeChoice, moe_choice
-from ownpath.kernels.cute.moe import MoeOperand, Nvfp4MoeKernel
-from ownpath.kernels.driver import CudaError
+from ownpath.kernels.dsl.cache import CompileError
+from ownpath.kernels.dsl.driver import CudaError
+from ownpath.kernels.nvfp4.choose import TUNED, WIDE_PAIRS, MoeChoice, moe_choice
+from ownpath.kernels.nvfp4.moe import MoeOperand, Nvfp4MoeKernel
 
 SHAPES = ("v4-flash", "v4-pro")
 MAX_REL_L2 = 3e-3

@@ -145,9 +145,9 @@ def _inputs(probe: Probe, slot: str) -> Iterator[Quantiser]:
 
 def _launched(linear: Any) -> Callable[[Tensor], Tensor]:
     """What the Hopper quantiser writes for the product that follows it, read back."""
-    from ownpath.kernels.cute.fp8_config import QuantizeConfig
-    from ownpath.kernels.cute.fp8_launch import quantize_launch, workspace_bytes
-    from ownpath.kernels.fp8_packing import ACT_BLOCK_BYTES, BLOCK_BYTES, unpack_blocks
+    from ownpath.kernels.fp8.config import QuantizeConfig
+    from ownpath.kernels.fp8.launch import quantize_launch, workspace_bytes
+    from ownpath.kernels.fp8.layout import ACT_BLOCK_BYTES, BLOCK_BYTES, unpack_blocks
 
     def run(x: Tensor) -> Tensor:
         num_blocks = linear.operand.num_k_blocks

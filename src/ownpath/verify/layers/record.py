@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ownpath.kernels.ref.hyper import HyperOut
+from ownpath.kernels.hyper.ref import HyperOut
 from ownpath.model.attention import Projected
 from ownpath.runners import SharedKeyAttention
 

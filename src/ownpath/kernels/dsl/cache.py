@@ -1,0 +1,133 @@
+"""Compiled kernels on disk: what is compiled once is loaded ever after, by machines without a compiler too.
+
+A kernel is named by its configuration; its key is a hash of the kernels' sources, the architecture and the compiler's
+version, so that a change of any of them compiles anew. Files: ``NAME-KEY.cubin`` and ``NAME-KEY.json``, the latter
+written last and atomically: a cubin without it does not count.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from threading import Lock
+from typing import Protocol
+
+from ownpath.kernels.dsl.driver import Binary, Kernel
+
+ARCH = "sm_90a"
+COMPILER = "nvidia-cutlass-dsl 4.8.1"
+SOURCES = Path(__file__).parents[1]
+
+
+class Config(Hashable, Protocol):
+    """A kernel's compile-time configuration; frozen dataclasses in ``kernels.nvfp4.config`` fit."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def sources(self) -> tuple[str, ...]: ...
+
+
+class CompileError(RuntimeError):
+    """A kernel that is not in the cache and could not be compiled here."""
+
+
+def cache_dir() -> Path:
+    """``$OWNPATH_KERNEL_CACHE``, or ``ownpath/kernels`` in the user's cache folder."""
+    chosen = os.environ.get("OWNPATH_KERNEL_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ownpath" / "kernels"
+
+
+@lru_cache(maxsize=64)
+def source_key(sources: tuple[str, ...]) -> str:
+    """Hash of the modules (paths in ``kernels``) that a kernel is compiled from."""
+    digest = hashlib.sha256(f"{ARCH} {COMPILER}".encode())
+    for name in sources:
+        digest.update((SOURCES / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def stem(config: Config) -> Path:
+    """Path of a kernel's files without their suffix."""
+    return cache_dir() / f"{config.name}-{source_key(config.sources)}"
+
+
+def is_cached(config: Config) -> bool:
+    """Whether all of a kernel lies in the cache."""
+    return stem(config).with_suffix(".json").exists()
+
+
+def store(config: Config, code: bytes, facts: dict[str, str | int | bool]) -> None:
+    """Writes a kernel so that a reader sees all of it or nothing."""
+    target = stem(config)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, data in ((".cubin", code), (".json", json.dumps(facts).encode())):
+        scratch = target.with_suffix(f".{os.getpid()}.tmp")
+        scratch.write_bytes(data)
+        scratch.replace(target.with_suffix(suffix))
+
+
+def compile_missing(configs: Iterable[Config], progress: Callable[[int, int, str], None] | None = None) -> int:
+    """Compiles what the cache lacks, one process per core, and returns how many that were.
+
+    progress: called with (done, total, name) after each kernel. Errors: CompileError with the compiler's words.
+    """
+    missing = {config.name: config for config in configs if not is_cached(config)}
+    if not missing:
+        return 0
+    waiting, finished, lock = list(missing.values()), list[str](), Lock()
+    workers = min(len(waiting), os.cpu_count() or 1)
+
+    def count(name: str) -> None:
+        with lock:
+            finished.append(name)
+            if progress:
+                progress(len(finished), len(missing), name)
+
+    with ThreadPoolExecutor(workers) as pool:
+        shares = [waiting[idx::workers] for idx in range(workers)]
+        # Every share runs to its end before the first failure is raised: what compiles stays compiled.
+        for failure in list(pool.map(lambda share: _compile(share, count), shares)):
+            if failure:
+                raise CompileError(failure)
+    return len(missing)
+
+
+def _compile(share: Sequence[Config], compiled: Callable[[str], None]) -> str:
+    """Compiles kernels one after the other in a process of their own; returns what went wrong."""
+    request = json.dumps([[type(config).__name__, vars(config)] for config in share])
+    with tempfile.TemporaryFile("w+") as errors:
+        command = [sys.executable, "-m", "ownpath.kernels.dsl.build"]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write(request)
+        process.stdin.close()
+        for line in process.stdout:
+            compiled(line.strip())
+        if process.wait() == 0:
+            return ""
+        errors.seek(0)
+        words = errors.read()[-2000:]
+    return (
+        f"a kernel could not be compiled. The compiler is {COMPILER}: pip install 'ownpath[cute]', or bring a cache "
+        f"that holds {', '.join(config.name for config in share[:3])}, ... in {cache_dir()}\n{words}"
+    )
+
+
+@lru_cache(maxsize=512)
+def load(config: Config, device_index: int) -> Kernel:
+    """The kernel on a device, compiled if the cache lacks it. Errors: CompileError, CudaError."""
+    compile_missing([config])
+    facts = json.loads(stem(config).with_suffix(".json").read_text())
+    code = stem(config).with_suffix(".cubin").read_bytes()
+    return Kernel(Binary(code, facts["entry"], facts["num_threads"], facts["cluster"]))

@@ -1,0 +1,162 @@
+"""Which FP8 kernel serves which weight and token count: a tuned table, and arithmetic where it has no entry.
+
+``ownpath bench --tune fp8`` writes ``tuned/fp8.json``; nothing is measured while serving. An entry for W8A16 holds for
+its token count and fewer, down to the entry before. One for W8A8 holds for as many blocks of 64 tokens as it was
+measured with, because how tiles fill the device changes with every block. Entries are measured with scales that fold
+and rows that 4 divides, and serve such weights only.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ownpath.kernels.fp8.config import (
+    CTA_SMEM,
+    MAX_K_BLOCKS,
+    MAX_SMEM,
+    TOKEN_TILES,
+    W8A8Config,
+    W8A16Config,
+    w8a8_stages,
+    w8a16_stages,
+)
+
+TABLE = Path(__file__).parent / "tuned" / "fp8.json"
+WGMMA_FROM = 32
+"""Tokens of a tile from which ``wgmma`` beats ``mma``, whose cost grows with them."""
+CLUSTERS = {1: 132, 2: 66, 4: 30, 8: 15}
+"""Clusters of 1, 2, 4 and 8 CTAs that an H200 runs at once with one CTA per SM, as its driver tells."""
+WAVE_BLOCKS = 12
+"""What a wave of CTAs costs beside its weights, in blocks of 8 KiB per CTA: about 3 us."""
+W8A8_SHAPES = ((2, 2), (3, 1), (2, 1))
+"""Warpgroups and 64-token blocks of each that the rule chooses from."""
+W8A16_KNOBS = frozenset({"num_m64", "num_n", "cluster_k", "per_sm", "consumers", "wgmma"})
+W8A8_KNOBS = frozenset({"warpgroups", "num_m64", "cluster_n", "num_stages"})
+
+WeightKey = tuple[int, int, bool, bool]
+"""What of a weight decides its kernels: row blocks, K blocks, folded, ragged."""
+Tuned = tuple[tuple[int, W8A16Config | W8A8Config], ...]
+"""(tokens it was measured with, kernel), ascending."""
+
+
+@lru_cache(maxsize=4096)
+def w8a16_config(num_tokens: int, key: WeightKey, sms: int, is_batch_invariant: bool = False) -> W8A16Config:
+    """Kernel shape for a token count and a weight: the table's, or the rule's.
+
+    is_batch_invariant: always the same instructions in the same order for a row, whatever the number of rows.
+    Errors: ValueError naming an entry of the table that is no kernel.
+    """
+    if not is_batch_invariant:
+        for limit, config in tuned(key):
+            if isinstance(config, W8A16Config) and num_tokens <= limit:
+                return config
+    sizes = TOKEN_TILES[:3] if is_batch_invariant else TOKEN_TILES
+    num_n = next((size for size in sizes if num_tokens <= size), sizes[-1])
+    return w8a16_shape(num_n, key, sms, wgmma=num_n >= WGMMA_FROM and not is_batch_invariant)
+
+
+def w8a16_shape(num_n: int, key: WeightKey, sms: int, wgmma: bool) -> W8A16Config:
+    """Rows per CTA and CTAs per cluster along K that keep the busiest SM's share of the weight smallest.
+
+    Ties go to more rows per CTA (tokens are fetched less often), then to fewer CTAs per cluster (less to add up).
+    """
+    num_row_blocks, num_k_blocks, folded, ragged = key
+    best = (1 << 62, 0, 0)
+    for num_m64 in (4, 2):
+        for cluster_k, clusters in CLUSTERS.items():
+            per_cta = -(-num_k_blocks // cluster_k)
+            if per_cta > MAX_K_BLOCKS or cluster_k > num_k_blocks:
+                continue
+            groups = -(-num_row_blocks // num_m64)
+            waves = -(-groups // max(1, clusters * sms // 132))
+            best = min(best, (waves * (per_cta * num_m64 + WAVE_BLOCKS), -num_m64, cluster_k))
+    num_m64, cluster_k = -best[1], best[2]
+    stages = w8a16_stages(num_m64, num_n, MAX_SMEM)
+    return W8A16Config(num_m64, num_n, stages, cluster_k, folded, ragged, wgmma=wgmma)
+
+
+@lru_cache(maxsize=4096)
+def w8a8_config(num_tokens: int, key: WeightKey, sms: int) -> W8A8Config:
+    """The table's kernel shape, or that whose tiles waste the least of the device: fewest tensor-core steps of the
+    busiest SM. Errors: ValueError naming an entry of the table that is no kernel.
+    """
+    for limit, config in tuned(key):
+        if isinstance(config, W8A8Config) and -(-num_tokens // 64) == -(-limit // 64):
+            return config
+    num_row_blocks, _, _, ragged = key
+    return min(
+        (w8a8_shape(*shape, ragged) for shape in W8A8_SHAPES),
+        key=lambda config: -(-config.num_tiles(num_tokens, num_row_blocks) // sms) * config.m64_per_tile,
+    )
+
+
+def w8a8_shape(warpgroups: int, num_m64: int, ragged: bool) -> W8A8Config:
+    """A tile of 64 * warpgroups * num_m64 tokens, as many stages as fit."""
+    return W8A8Config(warpgroups, num_m64, w8a8_stages(warpgroups * num_m64), 1, ragged)
+
+
+def w8a16_configs(key: WeightKey, sms: int, prefill_from: int | None, is_batch_invariant: bool) -> list[W8A16Config]:
+    """All that ``w8a16_config`` answers for fewer than ``prefill_from`` tokens (``None``: for any number)."""
+    limits = [limit for limit, config in tuned(key) if isinstance(config, W8A16Config)]
+    # A choice holds up to a limit or a tile's tokens; what lies beyond all of them has a choice of its own.
+    ends = sorted({*TOKEN_TILES, *limits})
+    counts = [*ends, ends[-1] + 1]
+    if prefill_from is not None:
+        counts = [count for count in ends if count < prefill_from] + [prefill_from - 1]
+    return [w8a16_config(count, key, sms, is_batch_invariant) for count in counts]
+
+
+def w8a8_configs(key: WeightKey) -> list[W8A8Config]:
+    """All that ``w8a8_config`` answers for any number of tokens."""
+    own = [config for _, config in tuned(key) if isinstance(config, W8A8Config)]
+    return [w8a8_shape(*shape, key[3]) for shape in W8A8_SHAPES] + own
+
+
+def tuned(key: WeightKey) -> Tuned:
+    """The table's entries for a weight."""
+    num_row_blocks, num_k_blocks, folded, ragged = key
+    return fp8_table().get((num_row_blocks, num_k_blocks), ()) if folded and not ragged else ()
+
+
+@lru_cache(maxsize=1)
+def fp8_table() -> Mapping[tuple[int, int], Tuned]:
+    """(row blocks, K blocks) of a matrix -> its entries. Errors: ValueError naming an entry that is no kernel."""
+    return read_table(json.loads(TABLE.read_text(encoding="utf-8"))["entries"])
+
+
+def read_table(entries: Mapping[str, Mapping[str, Any]]) -> dict[tuple[int, int], Tuned]:
+    """``fp8_table`` from the entries of the file: ``tokens=T,rows=N,cols=K`` -> {"config": knobs}."""
+    found: dict[tuple[int, int], list[tuple[int, W8A16Config | W8A8Config]]] = {}
+    for case, entry in entries.items():
+        tokens, rows, cols = (int(part.split("=")[1]) for part in case.split(","))
+        num_k_blocks = -(-cols // 128)
+        try:
+            config = knobs_config(entry["config"], num_k_blocks)
+        except ValueError as failure:
+            raise ValueError(f"tuned/{TABLE.name}, {case}: {failure}") from failure
+        found.setdefault((2 * -(-rows // 128), num_k_blocks), []).append((tokens, config))
+    return {matrix: tuple(sorted(tried, key=lambda entry: entry[0])) for matrix, tried in found.items()}
+
+
+def knobs_config(knobs: Mapping[str, Any], num_k_blocks: int) -> W8A16Config | W8A8Config:
+    """Knobs of a table to a kernel for scales that fold and rows that 4 divides.
+
+    W8A16: num_m64, num_n, cluster_k, per_sm, consumers, wgmma; as many stages as fit. W8A8: warpgroups, num_m64,
+    cluster_n, num_stages. Errors: ValueError for knobs that are no kernel, or none for so many blocks of K.
+    """
+    names = W8A16_KNOBS if "num_n" in knobs else W8A8_KNOBS
+    if set(knobs) != names:
+        raise ValueError(f"knobs {', '.join(sorted(knobs))} instead of {', '.join(sorted(names))}")
+    if "num_n" not in knobs:
+        return W8A8Config(**knobs)
+    cluster_k = knobs["cluster_k"]
+    if not num_k_blocks / MAX_K_BLOCKS <= cluster_k <= num_k_blocks:
+        raise ValueError(
+            f"cluster_k={cluster_k} does not share {num_k_blocks} blocks of K, {MAX_K_BLOCKS} each at most"
+        )
+    if knobs["per_sm"] not in CTA_SMEM:
+        raise ValueError(f"per_sm={knobs['per_sm']}: 1 to {max(CTA_SMEM)} CTAs")
+    stages = w8a16_stages(knobs["num_m64"], knobs["num_n"], CTA_SMEM[knobs["per_sm"]])
+    return W8A16Config(num_stages=stages, folded=True, **knobs)

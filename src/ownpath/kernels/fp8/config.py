@@ -1,0 +1,183 @@
+"""What is fixed when an FP8 kernel is compiled, and which shape is chosen for which product. Needs no DSL."""
+
+from dataclasses import dataclass
+
+from ownpath.kernels.fp8.layout import ACT_BLOCK_BYTES, BLOCK_BYTES
+
+WG = 128
+BLOCK_K = 128
+CHUNK_K = 64
+ENTRY_BYTES = 16
+MAX_SMEM = 232448
+MAX_K_BLOCKS = 64
+QUANTIZE_ROWS = 32
+QUANTIZE_THREADS = 8 * QUANTIZE_ROWS
+CTA_SMEM = {1: MAX_SMEM, 2: 114688, 3: 76288, 4: 56832}
+"""Shared memory for each of 1 to 4 CTAs that share an SM."""
+W8A16_REGISTERS = {
+    (1, 2): (40, 232),
+    (2, 2): (32, 104),
+    (1, 4): (32, 112),
+    (2, 1): (40, 216),
+    (3, 1): (24, 136),
+    (4, 1): (24, 104),
+}
+"""Registers of loading and multiplying threads, by CTAs per SM and consumers, within what a CTA is launched with."""
+W8A8_REGISTERS = {2: 240, 3: 160}
+"""Registers of multiplying threads, by warpgroups."""
+SUM_REGISTERS = 64
+"""Of 64 tokens x 128 features per thread of a warpgroup: one set for the block of K, one for each block's total."""
+MAX_CLUSTER = 8
+TOKEN_TILES = (8, 16, 32, 64)
+ACT_STRIDE = 9216
+"""Activation blocks start at multiples of 1024, as the swizzle needs: 8192 bytes, 256 of scales, a gap."""
+
+assert ACT_BLOCK_BYTES <= ACT_STRIDE
+
+_SHARED_SOURCES = ("fp8/ptx.py", "fp8/config.py", "fp8/layout.py", "dsl/ring.py", "dsl/ptx.py")
+
+
+@dataclass(frozen=True)
+class W8A16Config:
+    """The shape of one compiled W8A16 kernel.
+
+    num_m64: 64-row blocks per CTA, 1, 2 or 4. num_n: tokens per tile. cluster_k: CTAs that share rows and split K.
+    folded: block scales ride on the decode multiply. ragged: outputs are written one by one.
+    per_sm: CTAs that shall fit an SM together, so that the next kernel's may fetch while this one's finish.
+    consumers: warpgroups that multiply. wgmma: they use ``wgmma``; otherwise ``mma``, which costs less for few tokens.
+    Errors: ValueError for a shape that has no kernel, with the field's name.
+    """
+
+    num_m64: int
+    num_n: int
+    num_stages: int
+    cluster_k: int
+    folded: bool
+    ragged: bool = False
+    per_sm: int = 1
+    consumers: int = 2
+    wgmma: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.per_sm, self.consumers) not in W8A16_REGISTERS:
+            raise ValueError(f"per_sm={self.per_sm} with consumers={self.consumers}: no split of the registers")
+        if self.num_m64 not in (1, 2, 4) or self.num_m64 % self.consumers:
+            raise ValueError(f"num_m64={self.num_m64}: 1, 2 or 4 blocks, shared by consumers={self.consumers}")
+        if self.num_n not in TOKEN_TILES:
+            raise ValueError(f"num_n={self.num_n}: tiles have {', '.join(map(str, TOKEN_TILES))} tokens")
+        if not 1 <= self.cluster_k <= MAX_CLUSTER:
+            raise ValueError(f"cluster_k={self.cluster_k}: clusters have 1 to {MAX_CLUSTER} CTAs")
+        stages = w8a16_stages(self.num_m64, self.num_n, CTA_SMEM[self.per_sm])
+        if not 2 <= self.num_stages <= stages:
+            raise ValueError(f"num_stages={self.num_stages}: at least 2, at most {stages} fit shared memory")
+
+    @property
+    def name(self) -> str:
+        shape = f"r{self.num_m64}n{self.num_n}s{self.num_stages}c{self.cluster_k}p{self.per_sm}w{self.consumers}"
+        shape += "_wgmma" if self.wgmma else "_mma"
+        return f"fp8_w8a16_{shape}{'_folded' if self.folded else ''}{'_ragged' if self.ragged else ''}"
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return ("fp8/w8a16_sm90.py", *_SHARED_SOURCES)
+
+    @property
+    def num_threads(self) -> int:
+        return WG * (self.consumers + 1)
+
+    @property
+    def cluster(self) -> int:
+        return self.cluster_k
+
+    def grid(self, num_tokens: int, num_row_blocks: int) -> int:
+        return -(-num_row_blocks // self.num_m64) * self.cluster_k * -(-num_tokens // self.num_n)
+
+
+@dataclass(frozen=True)
+class W8A8Config:
+    """The shape of one compiled W8A8 kernel.
+
+    warpgroups: consumers, 2 or 3; num_m64: 64-token blocks of each. cluster_n: CTAs that share activations, 1 or 2.
+    ragged: outputs are written one by one. Errors: ValueError for a shape that has no kernel, with the field's name.
+    """
+
+    warpgroups: int
+    num_m64: int
+    num_stages: int
+    cluster_n: int = 2
+    ragged: bool = False
+
+    def __post_init__(self) -> None:
+        if self.warpgroups not in W8A8_REGISTERS:
+            raise ValueError(f"warpgroups={self.warpgroups}: 2 or 3")
+        if not 1 <= self.num_m64 < W8A8_REGISTERS[self.warpgroups] // SUM_REGISTERS:
+            raise ValueError(f"num_m64={self.num_m64}: its sums do not fit a thread's registers")
+        if self.cluster_n not in (1, 2):
+            raise ValueError(f"cluster_n={self.cluster_n}: 1 or 2")
+        stages = w8a8_stages(self.m64_per_tile)
+        if not 2 <= self.num_stages <= stages:
+            raise ValueError(f"num_stages={self.num_stages}: at least 2, at most {stages} fit shared memory")
+
+    @property
+    def name(self) -> str:
+        shape = f"w{self.warpgroups}r{self.num_m64}s{self.num_stages}c{self.cluster_n}"
+        return f"fp8_w8a8_{shape}{'_ragged' if self.ragged else ''}"
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return ("fp8/w8a8_sm90.py", *_SHARED_SOURCES)
+
+    @property
+    def num_threads(self) -> int:
+        return WG * (self.warpgroups + 1)
+
+    @property
+    def cluster(self) -> int:
+        return self.cluster_n
+
+    @property
+    def m64_per_tile(self) -> int:
+        return self.warpgroups * self.num_m64
+
+    def num_tiles(self, num_tokens: int, num_row_blocks: int) -> int:
+        return -(-num_tokens // (64 * self.m64_per_tile)) * -(-num_row_blocks // (2 * self.cluster_n))
+
+    def grid(self, num_tokens: int, num_row_blocks: int, num_sms: int) -> int:
+        return self.cluster_n * min(self.num_tiles(num_tokens, num_row_blocks), num_sms // self.cluster_n)
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """power_of_two: activation scales are powers of two (``ue8m0``); otherwise any float32."""
+
+    power_of_two: bool
+
+    @property
+    def name(self) -> str:
+        return f"fp8_quantize_{'ue8m0' if self.power_of_two else 'fp32'}"
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return ("fp8/quantize_sm90.py", *_SHARED_SOURCES)
+
+    @property
+    def num_threads(self) -> int:
+        return QUANTIZE_THREADS
+
+    @property
+    def cluster(self) -> int:
+        return 1
+
+
+def w8a16_stages(num_m64: int, num_n: int, budget: int = MAX_SMEM) -> int:
+    """Stages of the ring that fit ``budget`` bytes of shared memory, at most 12."""
+    fixed = num_m64 * MAX_K_BLOCKS * ENTRY_BYTES + 1024
+    return min(12, (budget - fixed) // (num_m64 * BLOCK_BYTES + num_n * BLOCK_K * 2 + 16))
+
+
+def w8a8_stages(m64_per_tile: int) -> int:
+    """Stages of the ring that fit an SM's shared memory."""
+    return (MAX_SMEM - 1024) // (m64_per_tile * ACT_STRIDE + 2 * (BLOCK_BYTES + ENTRY_BYTES) + 16)
+
+
+Fp8Config = W8A16Config | W8A8Config | QuantizeConfig

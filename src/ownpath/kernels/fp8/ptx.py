@@ -1,0 +1,129 @@
+"""PTX instructions that only the FP8 kernels issue, as typed functions."""
+
+from typing import Any
+
+from cutlass import Float32, Int32, Uint32
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import T, dsl_user_op
+
+from ownpath.kernels.dsl.ptx import Value, asm
+
+
+@dsl_user_op
+def cluster_barrier(relaxed: bool = False, *, loc: Any = None, ip: Any = None) -> None:
+    """All threads of the cluster that have not exited wait for each other.
+
+    What they wrote is then visible to all, unless ``relaxed``, which orders nothing but spares waiting for writes.
+    """
+    order = "relaxed" if relaxed else "release"
+    text = f"barrier.cluster.arrive.{order}.aligned; barrier.cluster.wait.aligned;"
+    asm(text, "", None, [], False, loc, ip)
+
+
+@dsl_user_op
+def load_global16_or_zero(src: Value, inside: Value, *, loc: Any = None, ip: Any = None) -> list[Uint32]:
+    """16 bytes of global memory that this kernel does not write, or zeros."""
+    struct = llvm.StructType.get_literal([T.i32()] * 4)
+    text = (
+        "{ .reg .pred p; setp.ne.s32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
+        "@p ld.global.v4.b32 {$0, $1, $2, $3}, [$4]; }"
+    )
+    operands = [src.toint().ir_value(loc=loc, ip=ip), Int32(inside).ir_value(loc=loc, ip=ip)]
+    loaded = asm(text, "=&r,=&r,=&r,=&r,l,r", struct, operands, False, loc, ip)
+    return [Uint32(llvm.extractvalue(T.i32(), loaded, [idx], loc=loc, ip=ip)) for idx in range(4)]
+
+
+@dsl_user_op
+def max_u32(a: Value, b: Value, *, loc: Any = None, ip: Any = None) -> Uint32:
+    """The larger of two unsigned words."""
+    operands = [Uint32(a).ir_value(loc=loc, ip=ip), Uint32(b).ir_value(loc=loc, ip=ip)]
+    return Uint32(asm("max.u32 $0, $1, $2;", "=r,r,r", T.i32(), operands, True, loc, ip))
+
+
+@dsl_user_op
+def divide(a: Value, b: Value, *, loc: Any = None, ip: Any = None) -> Float32:
+    """a / b, correctly rounded."""
+    operands = [Float32(a).ir_value(loc=loc, ip=ip), Float32(b).ir_value(loc=loc, ip=ip)]
+    return Float32(asm("div.rn.f32 $0, $1, $2;", "=f,f,f", T.f32(), operands, True, loc, ip))
+
+
+@dsl_user_op
+def to_e4m3x4(v0: Value, v1: Value, v2: Value, v3: Value, *, loc: Any = None, ip: Any = None) -> Uint32:
+    """Four float32 rounded to nearest even E4M3, saturating, ``v0`` in the lowest byte."""
+    text = (
+        "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; "
+        "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }"
+    )
+    operands = [Float32(v).ir_value(loc=loc, ip=ip) for v in (v0, v1, v2, v3)]
+    return Uint32(asm(text, "=r,f,f,f,f", T.i32(), operands, True, loc, ip))
+
+
+@dsl_user_op
+def load_bulk(
+    dst: Value, src: Value, num_bytes: Value, barrier: Value, peers: int = 0, *, loc: Any = None, ip: Any = None
+) -> None:
+    """A contiguous copy, global to shared memory, by the copy engine; ``barrier`` counts its bytes.
+
+    peers: mask of the cluster's CTAs that all receive it, each at the same place of its memory; 0 for this CTA only.
+    """
+    copy = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+    text = f"{copy} [$0], [$1], $2, [$3];"
+    if peers:
+        text = f"{{ .reg .b16 mask; mov.b16 mask, {peers:#x}; {copy}.multicast::cluster [$0], [$1], $2, [$3], mask; }}"
+    operands = [
+        dst.toint().ir_value(loc=loc, ip=ip),
+        src.toint().ir_value(loc=loc, ip=ip),
+        Int32(num_bytes).ir_value(loc=loc, ip=ip),
+        barrier.toint().ir_value(loc=loc, ip=ip),
+    ]
+    asm(text, "r,l,r,r", None, operands, False, loc, ip)
+
+
+@dsl_user_op
+def load_shared_float(address: Value, *, loc: Any = None, ip: Any = None) -> Float32:
+    """One float32 of shared memory at a byte address."""
+    operands = [Int32(address).ir_value(loc=loc, ip=ip)]
+    return Float32(asm("ld.shared.f32 $0, [$1];", "=f,r", T.f32(), operands, False, loc, ip))
+
+
+@dsl_user_op
+def store_global8(dst: Value, low: Value, high: Value, *, loc: Any = None, ip: Any = None) -> None:
+    """Two words to global memory at an 8-byte aligned address."""
+    operands = [
+        dst.toint().ir_value(loc=loc, ip=ip),
+        Uint32(low).ir_value(loc=loc, ip=ip),
+        Uint32(high).ir_value(loc=loc, ip=ip),
+    ]
+    asm("st.global.v2.b32 [$0], {$1, $2};", "l,r,r", None, operands, False, loc, ip)
+
+
+@dsl_user_op
+def nan_unless_finite(value: Value, bits: Value, *, loc: Any = None, ip: Any = None) -> Float32:
+    """``value``, or NaN where the non-negative float32 with these bits is infinite or NaN."""
+    text = "{ .reg .pred p; setp.lt.u32 p, $2, 0x7F800000; selp.f32 $0, $1, 0f7FC00000, p; }"
+    operands = [Float32(value).ir_value(loc=loc, ip=ip), Uint32(bits).ir_value(loc=loc, ip=ip)]
+    return Float32(asm(text, "=f,f,r", T.f32(), operands, True, loc, ip))
+
+
+@dsl_user_op
+def load_matrix4(address: Value, *, loc: Any = None, ip: Any = None) -> list[Uint32]:
+    """Four 8 x 8 matrices of 16-bit values; lane 8 i + t addresses row t of matrix i."""
+    struct = llvm.StructType.get_literal([T.i32()] * 4)
+    text = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];"
+    operands = [Int32(address).ir_value(loc=loc, ip=ip)]
+    loaded = asm(text, "=r,=r,=r,=r,r", struct, operands, False, loc, ip)
+    return [Uint32(llvm.extractvalue(T.i32(), loaded, [idx], loc=loc, ip=ip)) for idx in range(4)]
+
+
+@dsl_user_op
+def mma_bf16(a: Value, b: Value, c: Value, *, loc: Any = None, ip: Any = None) -> list[Float32]:
+    """c + a b for a warp: 16 x 16 of BF16 times 16 x 8, float32 sums."""
+    struct = llvm.StructType.get_literal([T.f32()] * 4)
+    text = (
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    )
+    operands = [Uint32(v).ir_value(loc=loc, ip=ip) for v in (*a, *b)]
+    operands += [Float32(v).ir_value(loc=loc, ip=ip) for v in c]
+    summed = asm(text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", struct, operands, True, loc, ip)
+    return [Float32(llvm.extractvalue(T.f32(), summed, [idx], loc=loc, ip=ip)) for idx in range(4)]

@@ -1,0 +1,510 @@
+"""W8A16 on Hopper: E4M3 block weights times BF16 activations, for decode (up to 64 tokens a tile).
+
+How it works. The product is taken transposed, y.T = W x.T: weight rows are the M of the tensor cores (64 to a block)
+and tokens their N, so that one token costs 8 columns rather than 64 rows. A CTA owns ``num_m64`` blocks of 64 rows and
+a share of K. One thread streams 8 KiB weight blocks into a ring of shared-memory stages by bulk copies; another brings
+the tokens as TMA boxes of all rows by 64 columns, swizzled as the tensor cores read them. Consumer warpgroups read
+their blocks with conflict-free 16-byte loads (``kernels.fp8.layout``), decode to BF16 in registers and multiply from
+there: below 32 tokens by ``mma``, each warp its own 16 rows, waiting for nobody; from 32 by ``wgmma``, decoding one
+group of steps while the tensor cores work on the other. CTAs that share rows and split K form a cluster and add their
+float32 sums through distributed shared memory, in the order of their rank: no workspace, the same bits always. The
+next kernel may start at once: its CTAs fetch weights while this one's finish, and wait before they touch a token.
+
+Decode. E4M3's sign, exponent and mantissa are moved into BF16's fields, which gives value * 2**-120, subnormals
+included; one BF16 multiply by 2**120 makes it exact. Where every block scale is a power of two in range, that multiply
+carries the scale as well (still exact) and the sums run over all of K. Otherwise sums are kept per 128 of K and enter
+the float32 total through the scale.
+
+Why it is fast. Per 8 weights and thread: 10 integer operations (half of them on the multiplier's pipe) and 4 BF16
+multiplies. Nearly a CTA's whole share of the weights is in flight at once (up to 200 KiB per SM), and nothing but
+weights, tokens and results passes through memory.
+
+Roofline. 1 byte per weight at 4.41 TB/s up to M = 64, where tensor cores are at about half their rate; tokens beyond
+64 go to further CTAs, which read the weights again from L2. docs/kernels-fp8.md has what is reached, and what is in the
+way. Limits: sm_90a; K a multiple of 8; 16-byte aligned rows.
+"""
+
+from typing import Any
+
+import cutlass
+from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, cute
+from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
+
+from ownpath.kernels.dsl import ptx
+from ownpath.kernels.dsl.ring import next_stage
+from ownpath.kernels.fp8 import ptx as fp8_ptx
+from ownpath.kernels.fp8.config import BLOCK_K, CHUNK_K, ENTRY_BYTES, MAX_K_BLOCKS, W8A16_REGISTERS, WG, W8A16Config
+from ownpath.kernels.fp8.layout import BLOCK_BYTES
+
+
+class W8A16:
+    """Builds the kernel of one ``W8A16Config``."""
+
+    def __init__(self, config: W8A16Config) -> None:
+        self.cfg = config
+        self.per_wg = config.num_m64 // config.consumers
+        self.registers = W8A16_REGISTERS[config.per_sm, config.consumers]
+        self.group = 4 if self.per_wg == 1 else 2
+
+    @cute.jit
+    def __call__(
+        self,
+        x: cute.Pointer,
+        blocks: cute.Pointer,
+        scales: cute.Pointer,
+        row_table: cute.Pointer,
+        out: cute.Pointer,
+        num_tokens: Int32,
+        ld_out: Int32,
+        num_row_blocks: Int32,
+        num_k_blocks: Int32,
+        grid: Int32,
+    ) -> None:
+        """Host side, used to compile only: the launcher passes the same arguments with its own tensor map."""
+        width = num_k_blocks * BLOCK_K
+        tokens = cute.make_tensor(x, cute.make_layout((num_tokens, width), stride=(width, 1)))
+        box = cute.make_layout((8, CHUNK_K), stride=(CHUNK_K, 1))
+        atom, _ = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), tokens, box, (8, CHUNK_K))
+        self.kernel(atom, blocks, scales, row_table, out, num_tokens, ld_out, num_row_blocks, num_k_blocks).launch(
+            grid=[grid, 1, 1],
+            block=[self.cfg.num_threads, 1, 1],
+            cluster=[self.cfg.cluster_k, 1, 1],
+            min_blocks_per_mp=self.cfg.per_sm,
+            preferred_smem_carveout=100,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma_x: cute.CopyAtom,
+        blocks: cute.Pointer,
+        scales: cute.Pointer,
+        row_table: cute.Pointer,
+        out: cute.Pointer,
+        num_tokens: Int32,
+        ld_out: Int32,
+        num_row_blocks: Int32,
+        num_k_blocks: Int32,
+    ) -> None:
+        cfg = self.cfg
+        thread, _, _ = cute.arch.thread_idx()
+        cta, _, _ = cute.arch.block_idx()
+        warp_group = cute.arch.make_warp_uniform(thread // WG)
+
+        smem_x = cute.arch.alloc_smem(BFloat16, cfg.num_stages * cfg.num_n * BLOCK_K, 1024)
+        smem_w = cute.arch.alloc_smem(Uint8, cfg.num_stages * cfg.num_m64 * BLOCK_BYTES, 128)
+        smem_scales = cute.arch.alloc_smem(Uint8, cfg.num_m64 * MAX_K_BLOCKS * ENTRY_BYTES, 128)
+        full = cute.arch.alloc_smem(Int64, cfg.num_stages, 8)
+        empty = cute.arch.alloc_smem(Int64, cfg.num_stages, 8)
+        if thread == 0:
+            cpasync.prefetch_descriptor(tma_x)
+            for stage in cutlass.range_constexpr(cfg.num_stages):
+                cute.arch.mbarrier_init(full + stage, 2)
+                cute.arch.mbarrier_init(empty + stage, cfg.consumers * 4)
+            cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+        cute.arch.griddepcontrol_launch_dependents()
+        rank = cta % cfg.cluster_k
+        num_groups = (num_row_blocks + cfg.num_m64 - 1) // cfg.num_m64
+        first_block = cta // cfg.cluster_k % num_groups * cfg.num_m64
+        token0 = cta // cfg.cluster_k // num_groups * cfg.num_n
+        share, rest = num_k_blocks // cfg.cluster_k, num_k_blocks % cfg.cluster_k
+        k_start = rank * share + cutlass.min(rank, rest)
+        k_iters = share
+        if rank < rest:
+            k_iters = share + 1
+
+        if warp_group == cfg.consumers:
+            cute.arch.setmaxregister_decrease(self.registers[0])
+            worker = thread - cfg.consumers * WG
+            if worker == 0:
+                self.load_weights(
+                    blocks, scales, smem_w, smem_scales, full, empty, first_block, num_row_blocks, num_k_blocks,
+                    k_start, k_iters,
+                )  # fmt: skip
+            if worker == 32:
+                self.load_tokens(ptx.descriptor_address(tma_x), smem_x, full, empty, token0, k_start, k_iters)
+        else:
+            cute.arch.setmaxregister_increase(self.registers[1])
+            self.consume(
+                out, row_table, smem_x, smem_w, smem_scales, full, empty, thread % WG, warp_group, rank, first_block,
+                num_row_blocks, token0, num_tokens, ld_out, k_iters,
+            )  # fmt: skip
+
+    @cute.jit
+    def load_weights(
+        self,
+        blocks: cute.Pointer,
+        scales: cute.Pointer,
+        smem_w: cute.Pointer,
+        smem_scales: cute.Pointer,
+        full: cute.Pointer,
+        empty: cute.Pointer,
+        first_block: Int32,
+        num_row_blocks: Int32,
+        num_k_blocks: Int32,
+        k_start: Int32,
+        k_iters: Int32,
+    ) -> None:
+        """One thread: weight blocks into the ring; the scales of the whole share come with the first stage.
+
+        Weights never change, so this does not wait for the kernel before.
+        """
+        cfg = self.cfg
+        slot, phase = Int32(0), Int32(1)
+        for k in cutlass.range(k_iters, unroll=1):
+            cute.arch.mbarrier_wait(empty + slot, phase)
+            num_bytes = Int32(cfg.num_m64 * BLOCK_BYTES)
+            if k == 0:
+                num_bytes += cfg.num_m64 * ENTRY_BYTES * k_iters
+            cute.arch.mbarrier_arrive_and_expect_tx(full + slot, num_bytes)
+            for r in cutlass.range_constexpr(cfg.num_m64):
+                row_block = cutlass.min(first_block + r, num_row_blocks - 1)
+                idx = Int64(row_block) * num_k_blocks + k_start
+                if k == 0:
+                    ptx.load_bulk(
+                        (smem_scales + r * (MAX_K_BLOCKS * ENTRY_BYTES)).toint(), (scales + idx * ENTRY_BYTES).toint(),
+                        k_iters * ENTRY_BYTES, full + slot,
+                    )  # fmt: skip
+                ptx.load_bulk(
+                    (smem_w + (slot * cfg.num_m64 + r) * BLOCK_BYTES).toint(),
+                    (blocks + (idx + k) * BLOCK_BYTES).toint(), BLOCK_BYTES, full + slot,
+                )  # fmt: skip
+            slot, phase = next_stage(slot, phase, cfg.num_stages)
+
+    @cute.jit
+    def load_tokens(
+        self,
+        descriptor: Int64,
+        smem_x: cute.Pointer,
+        full: cute.Pointer,
+        empty: cute.Pointer,
+        token0: Int32,
+        k_start: Int32,
+        k_iters: Int32,
+    ) -> None:
+        """One thread: each stage's tokens as two boxes, zeros where there is no token or no k."""
+        cfg = self.cfg
+        cute.arch.griddepcontrol_wait()
+        slot, phase = Int32(0), Int32(1)
+        for k in cutlass.range(k_iters, unroll=1):
+            cute.arch.mbarrier_wait(empty + slot, phase)
+            cute.arch.mbarrier_arrive_and_expect_tx(full + slot, cfg.num_n * BLOCK_K * 2)
+            for half in cutlass.range_constexpr(2):
+                target = smem_x + (slot * 2 + half) * (cfg.num_n * CHUNK_K)
+                ptx.load_box(target, descriptor, (k_start + k) * BLOCK_K + half * CHUNK_K, token0, full + slot)
+            slot, phase = next_stage(slot, phase, cfg.num_stages)
+
+    @cute.jit
+    def consume(
+        self,
+        out: cute.Pointer,
+        row_table: cute.Pointer,
+        smem_x: cute.Pointer,
+        smem_w: cute.Pointer,
+        smem_scales: cute.Pointer,
+        full: cute.Pointer,
+        empty: cute.Pointer,
+        lane: Int32,
+        warp_group: Int32,
+        rank: Int32,
+        first_block: Int32,
+        num_row_blocks: Int32,
+        token0: Int32,
+        num_tokens: Int32,
+        ld_out: Int32,
+        k_iters: Int32,
+    ) -> None:
+        """One warpgroup: the product of its row blocks with the tile's tokens, then the sum and the store."""
+        cfg = self.cfg
+        totals = [cute.make_rmem_tensor(cfg.num_n // 2, Float32) for _ in range(self.per_wg)]
+        for total in totals:
+            total.fill(0.0)
+        if cutlass.const_expr(cfg.wgmma):
+            self.multiply_wgmma(totals, smem_x, smem_w, smem_scales, full, empty, lane, warp_group, k_iters)
+        else:
+            self.multiply_mma(totals, smem_x, smem_w, smem_scales, full, empty, lane, warp_group, k_iters)
+        self.reduce_and_store(
+            totals, out, row_table, smem_w, lane, warp_group, rank, first_block, num_row_blocks, token0, num_tokens,
+            ld_out,
+        )  # fmt: skip
+
+    @cute.jit
+    def multiply_wgmma(
+        self,
+        totals: list[Any],
+        smem_x: cute.Pointer,
+        smem_w: cute.Pointer,
+        smem_scales: cute.Pointer,
+        full: cute.Pointer,
+        empty: cute.Pointer,
+        lane: Int32,
+        warp_group: Int32,
+        k_iters: Int32,
+    ) -> None:
+        """Decodes one group of k16 steps while the tensor cores multiply the one before."""
+        cfg = self.cfg
+        mma = make_trivial_tiled_mma(
+            BFloat16, BFloat16, cute.nvgpu.OperandMajorMode.K, cute.nvgpu.OperandMajorMode.K, Float32,
+            (1, 1, 1), (64, cfg.num_n), a_source=warpgroup.OperandSource.RMEM,
+        )  # fmt: skip
+        layout = self.token_layout()
+        shared = cute.make_tensor(cute.recast_ptr(smem_x, layout.inner, BFloat16), layout.outer)
+        thr_mma = mma.get_slice(lane)
+        tokens = thr_mma.make_fragment_B(thr_mma.partition_B(shared))
+        acc_shape = thr_mma.partition_shape_C((64, cfg.num_n))
+        sums = [cute.make_rmem_tensor(acc_shape, Float32) for _ in range(self.per_wg)]
+        for acc in sums:
+            acc.fill(0.0)
+        weights = [
+            [thr_mma.make_fragment_A(thr_mma.partition_shape_A((64, 16 * self.group))) for _ in range(self.per_wg)]
+            for _ in range(2)
+        ]
+        slot, phase = Int32(0), Int32(0)
+        last = slot
+        for k in cutlass.range(k_iters, unroll=1):
+            cute.arch.mbarrier_wait(full + slot, phase)
+            entries = self.load_entries(smem_scales, k, warp_group)
+            words = [None] * self.per_wg
+            for part in cutlass.range_constexpr(8 // self.group):
+                if cutlass.const_expr(part * self.group % 4 == 0):
+                    words = self.load_words(smem_w, slot, warp_group, part * self.group // 4, lane)
+                for r in cutlass.range_constexpr(self.per_wg):
+                    fragment = cute.recast_tensor(weights[part % 2][r], Uint32)
+                    for kk in cutlass.range_constexpr(self.group):
+                        k16 = part * self.group + kk
+                        self.decode(words[r][0][k16 % 4], words[r][1][k16 % 4], entries[r][0], fragment, 4 * kk)
+                warpgroup.fence()
+                for kk in cutlass.range_constexpr(self.group):
+                    k16 = part * self.group + kk
+                    for r in cutlass.range_constexpr(self.per_wg):
+                        atom = cute.make_mma_atom(mma.op)
+                        atom.set(warpgroup.Field.ACCUMULATE, cfg.folded or k16 > 0)
+                        a = weights[part % 2][r][None, None, kk]
+                        cute.gemm(atom, sums[r], a, tokens[None, None, k16 % 4, slot * 2 + k16 // 4], sums[r])
+                warpgroup.commit_group()
+                warpgroup.wait_group(1)
+                if cutlass.const_expr(part == 0 and cfg.folded):
+                    # Every product of the stage before is done: only this part's are in flight.
+                    if k > 0 and lane % 32 == 0:
+                        cute.arch.mbarrier_arrive(empty + last)
+            if cutlass.const_expr(not cfg.folded):
+                warpgroup.wait_group(0)
+                for r in cutlass.range_constexpr(self.per_wg):
+                    factor = ptx.as_float(entries[r][1])
+                    for idx in cutlass.range_constexpr(cfg.num_n // 2):
+                        totals[r][idx] = totals[r][idx] + factor * sums[r][idx]
+                if lane % 32 == 0:
+                    cute.arch.mbarrier_arrive(empty + slot)
+            last = slot
+            slot, phase = next_stage(slot, phase, cfg.num_stages)
+        if cutlass.const_expr(cfg.folded):
+            warpgroup.wait_group(0)
+            for r in cutlass.range_constexpr(self.per_wg):
+                for idx in cutlass.range_constexpr(cfg.num_n // 2):
+                    totals[r][idx] = sums[r][idx]
+
+    @cute.jit
+    def multiply_mma(
+        self,
+        totals: list[Any],
+        smem_x: cute.Pointer,
+        smem_w: cute.Pointer,
+        smem_scales: cute.Pointer,
+        full: cute.Pointer,
+        empty: cute.Pointer,
+        lane: Int32,
+        warp_group: Int32,
+        k_iters: Int32,
+    ) -> None:
+        """Each warp multiplies 16 rows of every row block by itself; nothing waits for another warp."""
+        cfg = self.cfg
+        pieces = cfg.num_n // 8
+        # ldmatrix: lane 8 i + t gives the address of token t, 16-byte unit i of four; units are exchanged by t.
+        row, unit = lane % 8, lane % 32 // 8
+        token_base = smem_x.toint() + row * 128
+        slot, phase = Int32(0), Int32(0)
+        for k in cutlass.range(k_iters, unroll=1):
+            cute.arch.mbarrier_wait(full + slot, phase)
+            entries = self.load_entries(smem_scales, k, warp_group)
+            sums = totals
+            if cutlass.const_expr(not cfg.folded):
+                sums = [cute.make_rmem_tensor(cfg.num_n // 2, Float32) for _ in range(self.per_wg)]
+                for acc in sums:
+                    acc.fill(0.0)
+            for half in cutlass.range_constexpr(2):
+                words = self.load_words(smem_w, slot, warp_group, half, lane)
+                chunk = token_base + (slot * 2 + half) * (cfg.num_n * 128)
+                for pair in cutlass.range_constexpr(2):
+                    tokens = [
+                        fp8_ptx.load_matrix4(chunk + j * 1024 + ((unit ^ row) ^ (4 * pair)) * 16) for j in range(pieces)
+                    ]
+                    for step in cutlass.range_constexpr(2):
+                        for r in cutlass.range_constexpr(self.per_wg):
+                            at = 2 * pair + step
+                            a = self.decode_step(words[r][0][at], words[r][1][at], entries[r][0])
+                            for j in cutlass.range_constexpr(pieces):
+                                b = tokens[j][2 * step : 2 * step + 2]
+                                old = [sums[r][4 * j + idx] for idx in range(4)]
+                                new = fp8_ptx.mma_bf16(a, b, old)
+                                for idx in cutlass.range_constexpr(4):
+                                    sums[r][4 * j + idx] = new[idx]
+            if lane % 32 == 0:
+                cute.arch.mbarrier_arrive(empty + slot)
+            if cutlass.const_expr(not cfg.folded):
+                for r in cutlass.range_constexpr(self.per_wg):
+                    factor = ptx.as_float(entries[r][1])
+                    for idx in cutlass.range_constexpr(cfg.num_n // 2):
+                        totals[r][idx] = totals[r][idx] + factor * sums[r][idx]
+            slot, phase = next_stage(slot, phase, cfg.num_stages)
+
+    def token_layout(self) -> Any:
+        """[tokens, 64, chunks] of BF16, K contiguous, 128-byte swizzle."""
+        num_n = self.cfg.num_n
+        outer = cute.make_layout(
+            ((8, num_n // 8), CHUNK_K, 2 * self.cfg.num_stages), stride=((CHUNK_K, 8 * CHUNK_K), 1, num_n * CHUNK_K)
+        )
+        return cute.make_composed_layout(cute.make_swizzle(3, 4, 3), 0, outer)
+
+    def load_words(self, smem_w: cute.Pointer, slot: Int32, warp_group: Int32, half: int, lane: Int32) -> list[Any]:
+        """This thread's bytes of half of each block's k: for its rows g and g + 8, one word per k16 step."""
+        g, q, warp = lane % 32 // 4, lane % 4, lane // 32
+        words = []
+        for r in range(self.per_wg):
+            block = slot * self.cfg.num_m64 + warp_group * self.per_wg + r
+            base = smem_w.toint() + block * BLOCK_BYTES + (warp * 16 + g) * 128
+            unit = base + ((2 * q + half) ^ g) * 16
+            words.append((ptx.load_shared_vec4(unit), ptx.load_shared_vec4(unit + 1024)))
+        return words
+
+    def load_entries(self, smem_scales: cute.Pointer, k: Int32, warp_group: Int32) -> list[Any]:
+        """Decode multiplier and factor of the sums of each row block."""
+        entries = []
+        for r in range(self.per_wg):
+            row = (warp_group * self.per_wg + r) * MAX_K_BLOCKS + k
+            entries.append(ptx.load_shared_vec4(smem_scales.toint() + row * ENTRY_BYTES))
+        return entries
+
+    def decode(self, upper: Any, lower: Any, multiplier: Any, fragment: Any, start: int) -> None:
+        """``decode_step`` into four registers of a fragment."""
+        for idx, value in enumerate(self.decode_step(upper, lower, multiplier)):
+            fragment[start + idx] = value
+
+    def decode_step(self, upper: Any, lower: Any, multiplier: Any) -> list[Any]:
+        """Eight weights of one k16 step as BF16 pairs: (row g, low k), (g + 8, low), (g, high), (g + 8, high)."""
+        pairs = []
+        for word in (upper, lower):
+            odd = (word & Uint32(0x80008000)) | ((word >> 4) & Uint32(0x07F007F0))
+            even = (ptx.mad(word, 256, 0) & Uint32(0x80008000)) | (ptx.mad(word, 16, 0) & Uint32(0x07F007F0))
+            pairs.append((ptx.mul_bf16x2(odd, multiplier), ptx.mul_bf16x2(even, multiplier)))
+        return [pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1]]
+
+    @cute.jit
+    def reduce_and_store(
+        self,
+        totals: list[Any],
+        out: cute.Pointer,
+        row_table: cute.Pointer,
+        smem: cute.Pointer,
+        lane: Int32,
+        warp_group: Int32,
+        rank: Int32,
+        first_block: Int32,
+        num_row_blocks: Int32,
+        token0: Int32,
+        num_tokens: Int32,
+        ld_out: Int32,
+    ) -> None:
+        """Adds the cluster's sums in rank order, each CTA a share of the pieces, and writes BF16."""
+        cfg = self.cfg
+        pieces = cfg.num_n // 8
+        base = smem.toint() + warp_group * (self.per_wg * pieces * WG * 16) + lane * 16
+        if cutlass.const_expr(cfg.cluster_k > 1):
+            ptx.named_barrier(1, cfg.consumers * WG)  # the ring is read to its end before sums overwrite it
+            for r in cutlass.range_constexpr(self.per_wg):
+                for j in cutlass.range_constexpr(pieces):
+                    values = tuple(totals[r][4 * j + idx] for idx in range(4))
+                    ptx.store_shared_vec4(base + (r * pieces + j) * (WG * 16), values)
+            fp8_ptx.cluster_barrier()
+        for r in cutlass.range_constexpr(self.per_wg):
+            row_block = first_block + warp_group * self.per_wg + r
+            row0, num_valid = self.read_rows(row_table, row_block, num_row_blocks)
+            for j in cutlass.range_constexpr(pieces):
+                unit = r * pieces + j
+                if cutlass.const_expr(cfg.cluster_k == 1):
+                    own = [totals[r][4 * j + idx] for idx in range(4)]
+                    self.store(own, out, row0, num_valid, j, lane, token0, num_tokens, ld_out)
+                else:
+                    if rank == (unit + warp_group) % cfg.cluster_k:
+                        self.store(
+                            self.cluster_sum(base + unit * (WG * 16)), out, row0, num_valid, j, lane, token0,
+                            num_tokens, ld_out,
+                        )  # fmt: skip
+        if cutlass.const_expr(cfg.cluster_k > 1):
+            # A CTA's sums stay in place until the whole cluster has read them. (Its loading warps have left by now:
+            # a cluster barrier waits for threads that have not exited.)
+            fp8_ptx.cluster_barrier(relaxed=True)
+
+    @cute.jit
+    def read_rows(self, row_table: cute.Pointer, row_block: Int32, num_row_blocks: Int32) -> tuple[Int32, Int32]:
+        """First output feature of a row block, and how many of its rows exist (none beyond the matrix)."""
+        row0, num_valid = Int32(0), Int32(0)
+        if row_block < num_row_blocks:
+            table = cute.make_tensor(row_table + 2 * row_block, cute.make_layout(2))
+            row0, num_valid = table[0], table[1]
+        return row0, num_valid
+
+    def cluster_sum(self, address: Int32) -> list[Any]:
+        """Four sums of every CTA of the cluster, added in rank order."""
+        parts = [ptx.load_cluster_vec4(address, Int32(peer)) for peer in range(self.cfg.cluster_k)]
+        values = list(parts[0])
+        for part in parts[1:]:
+            values = [a + b for a, b in zip(values, part, strict=True)]
+        return values
+
+    @cute.jit
+    def store(
+        self,
+        values: list[Any],
+        out: cute.Pointer,
+        row0: Int32,
+        num_valid: Int32,
+        j: int,
+        lane: Int32,
+        token0: Int32,
+        num_tokens: Int32,
+        ld_out: Int32,
+    ) -> None:
+        """Writes features 2g and 2g + 1 of a warp's 16 for tokens 2q and 2q + 1 of a piece of 8."""
+        g, q, warp = lane % 32 // 4, lane % 4, lane // 32
+        feature = warp * 16 + 2 * g
+        for odd in cutlass.range_constexpr(2):
+            token = token0 + 8 * j + 2 * q + odd
+            if token < num_tokens and feature < num_valid:
+                offset = Int64(token) * ld_out + (row0 + feature)
+                if cutlass.const_expr(self.cfg.ragged):
+                    line = cute.make_tensor(out + offset, cute.make_layout(2))
+                    line[0] = BFloat16(values[odd])
+                    if feature + 1 < num_valid:
+                        line[1] = BFloat16(values[2 + odd])
+                else:
+                    pair = cute.make_tensor(cute.recast_ptr(out + offset, dtype=Uint32), cute.make_layout(1))
+                    pair[0] = ptx.pack_bf16x2(values[odd], values[2 + odd])
+
+
+def compile_w8a16(config: W8A16Config) -> Any:
+    """Compiles for sm_90a; no GPU is needed."""
+    ptr = cute.runtime.make_ptr
+    space = cute.AddressSpace.gmem
+    one = Int32(1)
+    return cute.compile(
+        W8A16(config),
+        ptr(BFloat16, 1024, space, assumed_align=16),
+        ptr(Uint8, 1024, space, assumed_align=128),
+        ptr(Uint8, 1024, space, assumed_align=16),
+        ptr(Int32, 1024, space, assumed_align=8),
+        ptr(BFloat16, 1024, space, assumed_align=2 if config.ragged else 4),
+        Int32(8), Int32(64), one, one, one,
+    )  # fmt: skip

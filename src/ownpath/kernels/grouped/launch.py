@@ -1,0 +1,198 @@
+"""``wo_a``: one matrix per group of heads, applied to attention outputs whose rotation is undone while they are loaded.
+
+How it works. y[t, g] = W[g] u[t, g]; u is the attention output of the group's heads, with the last 2A channels of each
+head turned back by the token's angles. A program owns some rows of one W[g] and some tokens, and runs over the heads;
+the weights are the left operand (their rows fill the tensor core's 64-row tile even for a single token). The tile at
+the end of each head loads each channel and its partner of the pair, and turns them in registers; the others pass.
+
+Why it is fast. At decode W (67 MB for V4-Flash) is read once and nothing else matters: 128 programs, each streaming
+its rows through a deep pipeline of asynchronous copies. The un-rotated outputs are never written to memory.
+
+Roofline. 2 * G * R * I bytes at decode; 2 * T * G * R * I operations at prefill.
+
+Limits. bfloat16; head dim a multiple of 64, rotary channels at most 64, R a multiple of 64. Bits are the same on every
+repetition; a token's bits depend on T only through the choice of tile. ``rope_grouped_linear_invariant`` has one tile,
+and so one order of sums, for every T; it reads W once for each 16 tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ownpath.kernels.checks import check, check_rank
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows of W, tokens and channels per step of a program; pipeline depth and warps."""
+
+    rows: int
+    tokens: int
+    channels: int
+    num_stages: int
+    num_warps: int
+
+
+def choose_tiles(num_tokens: int, num_rows: int, head_dim: int) -> Tiles:
+    """Tiles by token count, measured on an H200 at V4-Flash's shape."""
+    if num_tokens <= 64:
+        channels = 64 if head_dim % 128 else 128
+        if num_tokens <= 16:
+            return Tiles(64, 16, channels, 5, 4)
+        return Tiles(64, 32 if num_tokens <= 32 else 64, channels, 4, 4)
+    if num_tokens <= 256 or num_rows % 128:
+        return Tiles(64, 128, 64, 6, 4)
+    return Tiles(128, 256, 64, 3, 8)
+
+
+def invariant_tiles(head_dim: int) -> Tiles:
+    """The tiles of every token count where bits must not depend on it."""
+    return Tiles(64, 16, 64 if head_dim % 128 else 128, 5, 4)
+
+
+@triton.jit
+def _turn_back(u, cos, sin, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Pairs of channels [TOKENS, CHANNELS] turned by the negative angle, rounded once."""
+    even, odd = tl.split(tl.reshape(u.to(tl.float32), (TOKENS, CHANNELS // 2, 2)))
+    turned = tl.join(even * cos + odd * sin, odd * cos - even * sin)
+    return tl.reshape(turned, (TOKENS, CHANNELS)).to(tl.bfloat16)
+
+
+@triton.jit
+def rope_grouped_kernel(
+    o_desc,
+    w_desc,
+    cos_ptr,
+    sin_ptr,
+    y_ptr,
+    num_tokens,
+    num_groups,
+    num_rows,
+    num_heads,
+    H: tl.constexpr,
+    A: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """ROWS outputs of one group for TOKENS tokens. num_heads: heads per group; o is [T, G*I], w [G*R, I]."""
+    g = tl.program_id(2)
+    first_row, first_token = tl.program_id(0) * ROWS, tl.program_id(1) * TOKENS
+    t, pair = first_token + tl.arange(0, TOKENS), tl.arange(0, CHANNELS // 2)
+    in_t = t < num_tokens
+    w_row, o_column = g * num_rows + first_row, g * num_heads * H
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    # Pairs before the rotary ones turn by nothing: cos 1, sin 0.
+    angle = pair - (CHANNELS // 2 - A)
+    angle_at, turns = t.to(tl.int64)[:, None] * A + angle[None, :], (angle >= 0)[None, :] & in_t[:, None]
+    cos = tl.load(cos_ptr + angle_at, mask=turns, other=1.0)
+    sin = tl.load(sin_ptr + angle_at, mask=turns, other=0.0)
+    acc = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+    # The rotary ends of the heads first, then everything else: each loop keeps one kind of step in its pipeline.
+    for head in range(num_heads):
+        k = head * H + H - CHANNELS
+        u = _turn_back(o_desc.load([first_token, o_column + k]), cos, sin, TOKENS, CHANNELS)
+        acc = tl.dot(w_desc.load([w_row, k]), u.T, acc)
+    plain: tl.constexpr = H // CHANNELS - 1
+    for step in range(num_heads * plain):
+        k = (step // plain) * H + (step % plain) * CHANNELS
+        acc = tl.dot(w_desc.load([w_row, k]), o_desc.load([first_token, o_column + k]).T, acc)
+    r = first_row + tl.arange(0, ROWS)
+    y_row = y_ptr + (t.to(tl.int64) * num_groups + g) * num_rows
+    tl.store(y_row[None, :] + r[:, None], acc.to(tl.bfloat16), mask=in_t[None, :])
+
+
+def _check(
+    o_TNH: torch.Tensor, cos_TA: torch.Tensor, sin_TA: torch.Tensor, weight_GRI: torch.Tensor, out: torch.Tensor
+) -> None:
+    num_tokens, num_heads, head_dim = o_TNH.shape
+    device, bf16 = o_TNH.device, (torch.bfloat16,)
+    num_groups, num_rows, width = weight_GRI.shape
+    if num_heads * head_dim != num_groups * width or head_dim % 64 or width % head_dim:
+        raise ValueError(f"weight_GRI {list(weight_GRI.shape)} does not fit o_TNH {list(o_TNH.shape)}")
+    if num_rows % 64:
+        raise ValueError(f"weight_GRI must have a multiple of 64 rows per group, found {num_rows}")
+    check("o_TNH", o_TNH, bf16, (num_tokens, num_heads, head_dim), device)
+    check("weight_GRI", weight_GRI, bf16, (num_groups, num_rows, width), device)
+    if cos_TA.ndim != 2 or not 0 < cos_TA.shape[1] <= 32:
+        raise ValueError(f"cos_TA must be [T, 1..32], found {list(cos_TA.shape)}")
+    check("cos_TA", cos_TA, (torch.float32,), (num_tokens, cos_TA.shape[1]), device)
+    check("sin_TA", sin_TA, (torch.float32,), (num_tokens, cos_TA.shape[1]), device)
+    check("out", out, bf16, (num_tokens, num_groups, num_rows), device)
+
+
+def rope_grouped_linear(
+    o_TNH: torch.Tensor,
+    cos_TA: torch.Tensor,
+    sin_TA: torch.Tensor,
+    weight_GRI: torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y[t, g] = W[g] u[t, g], where u is the attention output with the rotation of its channels undone.
+
+    Shapes: o bfloat16 [T, N, H]; cos and sin float32 [T, A]; weight bfloat16 [G, R, I]; y bfloat16 [T, G, R].
+    Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
+    """
+    check_rank("o_TNH", o_TNH, 3, INTERPRETED)
+    check_rank("weight_GRI", weight_GRI, 3, INTERPRETED)
+    tiles = choose_tiles(len(o_TNH), weight_GRI.shape[1], o_TNH.shape[2])
+    return _launch((o_TNH, cos_TA, sin_TA, weight_GRI), out, tiles)
+
+
+def rope_grouped_linear_invariant(
+    o_TNH: torch.Tensor,
+    cos_TA: torch.Tensor,
+    sin_TA: torch.Tensor,
+    weight_GRI: torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As ``rope_grouped_linear``; a token's bits do not depend on the other tokens, nor on their number."""
+    check_rank("o_TNH", o_TNH, 3, INTERPRETED)
+    check_rank("weight_GRI", weight_GRI, 3, INTERPRETED)
+    return _launch((o_TNH, cos_TA, sin_TA, weight_GRI), out, invariant_tiles(o_TNH.shape[2]))
+
+
+def _launch(
+    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], out: torch.Tensor | None, tiles: Tiles
+) -> torch.Tensor:
+    o_TNH, cos_TA, sin_TA, weight_GRI = operands
+    num_groups, num_rows, width = weight_GRI.shape
+    num_tokens, _, head_dim = o_TNH.shape
+    if out is None:
+        out = o_TNH.new_empty(num_tokens, num_groups, num_rows)
+    _check(o_TNH, cos_TA, sin_TA, weight_GRI, out)
+    if num_tokens:
+        pdl = not INTERPRETED
+        rows_a_token = num_groups * width
+        o_desc = TensorDescriptor(o_TNH, [num_tokens, rows_a_token], [rows_a_token, 1], [tiles.tokens, tiles.channels])
+        w_desc = TensorDescriptor(weight_GRI, [num_groups * num_rows, width], [width, 1], [tiles.rows, tiles.channels])
+        grid = (num_rows // tiles.rows, triton.cdiv(num_tokens, tiles.tokens), num_groups)
+        rope_grouped_kernel[grid](
+            o_desc,
+            w_desc,
+            cos_TA,
+            sin_TA,
+            out,
+            num_tokens,
+            num_groups,
+            num_rows,
+            width // head_dim,
+            H=head_dim,
+            A=cos_TA.shape[1],
+            ROWS=tiles.rows,
+            TOKENS=tiles.tokens,
+            CHANNELS=tiles.channels,
+            PDL=pdl,
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+            launch_pdl=pdl,
+        )
+    return out

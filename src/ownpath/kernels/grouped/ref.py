@@ -1,0 +1,41 @@
+"""Torch reference of ``wo_a``: one matrix per group of heads, behind the inverse rotation.
+
+Legend: M rows, T tokens, N heads, H head dim, A angles (half the rotary channels), G head groups, I = N * H / G inputs
+per group, R outputs per group.
+"""
+
+import torch
+
+from ownpath.kernels.mixture import sum_dtype
+
+
+def grouped_linear(x_MGI: torch.Tensor, weight_GRI: torch.Tensor) -> torch.Tensor:
+    """y[m, g] = W[g] x[m, g] as one batched product. Shapes: x [M, G, I]; weight [G, R, I]; y [M, G, R]."""
+    return torch.bmm(x_MGI.transpose(0, 1), weight_GRI.to(x_MGI.dtype).transpose(1, 2)).transpose(0, 1)
+
+
+def rope_inverse(x: torch.Tensor, cos_TA: torch.Tensor, sin_TA: torch.Tensor) -> torch.Tensor:
+    """Turns the last 2A channels of x [T, ..., H], in pairs (2i, 2i+1), back by their angles."""
+    num_passed = x.shape[-1] - 2 * cos_TA.shape[-1]
+    even, odd = x[..., num_passed:].to(sum_dtype(x)).unflatten(-1, (-1, 2)).unbind(-1)
+    shape = (len(cos_TA), *[1] * (x.ndim - 2), cos_TA.shape[-1])
+    cos, sin = cos_TA.view(shape), -sin_TA.view(shape)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    return torch.cat((x[..., :num_passed], turned.to(x.dtype)), dim=-1)
+
+
+def rope_grouped_linear(
+    o_TNH: torch.Tensor,
+    cos_TA: torch.Tensor,
+    sin_TA: torch.Tensor,
+    weight_GRI: torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y[t, g] = W[g] u[t, g], where u is the attention output with the rotation of its channels undone.
+
+    Shapes: o [T, N, H]; cos and sin float32 [T, A]; weight [G, R, I]; y [T, G, R].
+    """
+    u_TGI = rope_inverse(o_TNH, cos_TA, sin_TA).flatten(1).unflatten(-1, (len(weight_GRI), -1))
+    weight_GIR = weight_GRI.to(u_TGI.dtype).transpose(1, 2)
+    y_TGR = torch.bmm(u_TGI.transpose(0, 1), weight_GIR).transpose(0, 1)
+    return y_TGR if out is None else out.copy_(y_TGR)

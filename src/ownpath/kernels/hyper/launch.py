@@ -1,0 +1,252 @@
+"""Hyper-connection boundary: post of one sublayer, pre of the next and its RMS norm, as two launches.
+
+How it works. Two sums over all S * D channels of a token stand in the way: the 24 mixing logits, and the root mean
+square that divides them. Everything before them is local to a channel, everything after needs only their values.
+  1. ``spread`` gives each program a slice of channels (and 1 or 16 tokens): it forms the new streams, writes them,
+     and leaves its part of the 24 dot products and of the sum of squares in the workspace.
+  2. ``collapse`` gives each token a program: it adds the parts in a fixed order, collapses the streams with the
+     ``pre`` weights and normalises; other programs beside it run Sinkhorn, a token's 16 entries in one thread, and
+     write the mix for the next boundary.
+Both are launched with programmatic dependent launch: the second grid is resident and has its constants loaded when the
+first one ends, and the first one reads ``fn`` (which no earlier kernel writes) before it waits for its predecessor.
+
+Why it is fast. At T = 1 the boundary moves 1.6 MB (0.4 us), so latency is all that counts: ``fn`` is split over 128
+programs, one reduction per program, no atomics, no host work: 5.0 us on an H200, of which a graph's two empty kernels
+would be 2.2. From ``MIN_DOT_TOKENS`` tokens on, the dot products run on tensor cores. The streams are bfloat16 already;
+``fn`` is split into three bfloat16 terms (24 bits of mantissa), so that every product is exact and the sum is float32,
+as in the reference.
+
+Roofline. fn once, and per token S*D streams read, written and read again: (24 * 4 * S*D + T * (6 * S*D + 4 * D)) bytes.
+
+Limits. S = 4, bfloat16 streams, D a multiple of 8 up to 16384. Bits are the same on every repetition. The two ways of
+summing differ in the last float32 bits, so a token's result may depend on how many tokens run with it;
+``hyper_boundary_invariant`` always takes the second way, whose sums do not depend on T.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from ownpath.kernels.checks import check, check_rank
+from ownpath.kernels.hyper.boundary import collapse, spread_few, spread_many
+from ownpath.kernels.hyper.ref import HyperOut, HyperWeights, Mix
+
+NUM_STREAMS = 4
+NUM_MIX = (2 + NUM_STREAMS) * NUM_STREAMS
+PART_ROWS = 32
+INTERPRETED = triton.knobs.runtime.interpret
+MIN_DOT_TOKENS = 17
+MANY_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a program of the first launch cuts its work, and how many tokens one Sinkhorn program takes."""
+
+    channels: int
+    tokens: int
+    use_dot: bool
+    num_warps: int
+    num_stages: int
+    sinkhorn_tokens: int
+
+
+ONE_TILES = Tiles(32, 1, False, 4, 1, 1)
+FEW_TILES = Tiles(64, 1, False, 4, 1, 1)
+INVARIANT_TILES = Tiles(32, 16, True, 2, 3, 1)
+MANY_TILES = Tiles(128, 16, True, 1, 3, 4)
+
+
+def choose_tiles(num_tokens: int, invariant: bool) -> Tiles:
+    """Tiles by token count, measured on an H200; the invariant variant keeps one slicing and one way of summing."""
+    if num_tokens > MANY_TOKENS and not invariant:
+        return MANY_TILES
+    if num_tokens >= MIN_DOT_TOKENS or invariant:
+        return INVARIANT_TILES
+    return ONE_TILES if num_tokens == 1 else FEW_TILES
+
+
+def num_workspace_floats(num_tokens: int, hidden_size: int, tiles: Tiles | None = None) -> int:
+    """float32 elements that one boundary needs; without tiles, enough for every variant."""
+    if tiles is None:
+        default = num_workspace_floats(num_tokens, hidden_size, choose_tiles(num_tokens, invariant=False))
+        return max(default, num_workspace_floats(num_tokens, hidden_size, INVARIANT_TILES))
+    return PART_ROWS * int(triton.cdiv(hidden_size, tiles.channels)) * num_tokens
+
+
+def new_out(x_TSD: torch.Tensor, with_mix: bool) -> HyperOut:
+    """Unwritten outputs for streams like ``x_TSD``; there is no mix after the last sublayer."""
+    num_tokens, s, dim = x_TSD.shape
+    mix = None
+    if with_mix:
+        floats = x_TSD.new_empty(num_tokens * (s + s * s), dtype=torch.float32)
+        post, comb = floats.split((num_tokens * s, num_tokens * s * s))
+        mix = Mix(post.view(num_tokens, s), comb.view(num_tokens, s, s))
+    return HyperOut(torch.empty_like(x_TSD), x_TSD.new_empty(num_tokens, dim), mix)
+
+
+def _check_mix(name: str, mix: Mix, num_tokens: int, device: torch.device) -> None:
+    s = NUM_STREAMS
+    check(f"{name}.post_TS", mix.post_TS, (torch.float32,), (num_tokens, s), device)
+    check(f"{name}.comb_TSS", mix.comb_TSS, (torch.float32,), (num_tokens, s, s), device)
+
+
+def _check_weights(weights: HyperWeights, dim: int, device: torch.device) -> None:
+    num_mix = len(weights.fn)
+    if num_mix not in (NUM_STREAMS, NUM_MIX):
+        raise ValueError(f"fn must have {NUM_MIX} rows, or {NUM_STREAMS} after the last sublayer, found {num_mix}")
+    check("fn", weights.fn, (torch.float32,), (num_mix, NUM_STREAMS * dim), device)
+    check("base", weights.base, (torch.float32,), (num_mix,), device)
+    check("scale", weights.scale, (torch.float32,), (3 if num_mix == NUM_MIX else 1,), device)
+    check("norm_weight", weights.norm_weight, (torch.bfloat16,), (dim,), device)
+
+
+def _check_inputs(x_TSD: torch.Tensor, y_TD: torch.Tensor | None, mix: Mix | None, weights: HyperWeights) -> None:
+    check_rank("x_TSD", x_TSD, 3, INTERPRETED)
+    num_tokens, s, dim = x_TSD.shape
+    if s != NUM_STREAMS or dim % 8 or not 0 < dim <= 16384:
+        raise ValueError(f"x_TSD must be [T, 4, D] with D a multiple of 8 up to 16384, found {list(x_TSD.shape)}")
+    check("x_TSD", x_TSD, (torch.bfloat16,), (num_tokens, s, dim), x_TSD.device)
+    if (y_TD is None) != (mix is None):
+        raise ValueError("y_TD and mix come together: both after a sublayer, neither before the first one")
+    if y_TD is not None and mix is not None:
+        check("y_TD", y_TD, (torch.bfloat16,), (num_tokens, dim), x_TSD.device)
+        _check_mix("mix", mix, num_tokens, x_TSD.device)
+    _check_weights(weights, dim, x_TSD.device)
+
+
+def _check_out(out: HyperOut, x_TSD: torch.Tensor, with_mix: bool) -> None:
+    num_tokens, s, dim = x_TSD.shape
+    check("out.x_TSD", out.x_TSD, (torch.bfloat16,), (num_tokens, s, dim), x_TSD.device)
+    check("out.h_TD", out.h_TD, (torch.bfloat16,), (num_tokens, dim), x_TSD.device)
+    if with_mix != (out.mix is not None):
+        raise ValueError("out.mix must be given exactly when fn has 24 rows")
+    if out.mix is not None:
+        _check_mix("out.mix", out.mix, num_tokens, x_TSD.device)
+
+
+def _launch_spread(
+    x_TSD: torch.Tensor,
+    y_TD: torch.Tensor | None,
+    mix: Mix | None,
+    weights: HyperWeights,
+    new_TSD: torch.Tensor,
+    workspace: torch.Tensor,
+    tiles: Tiles,
+) -> None:
+    num_tokens, _, dim = x_TSD.shape
+    num_slices, pdl = triton.cdiv(dim, tiles.channels), not INTERPRETED
+    unused = weights.base  # a pointer for operands that this boundary does not have; never read
+    pointers = (
+        x_TSD,
+        x_TSD if y_TD is None else y_TD,
+        unused if mix is None else mix.post_TS,
+        unused if mix is None else mix.comb_TSS,
+        weights.fn,
+        new_TSD,
+        workspace,
+    )
+    kernel = spread_many if tiles.use_dot else spread_few
+    kernel[(num_slices, triton.cdiv(num_tokens, tiles.tokens))](
+        *pointers,
+        num_tokens,
+        dim,
+        num_slices,
+        HAS_POST=mix is not None,
+        NUM_MIX=len(weights.fn),
+        TOKENS=tiles.tokens,
+        CHANNELS=tiles.channels,
+        PDL=pdl,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        launch_pdl=pdl,
+    )
+
+
+def _launch_collapse(out: HyperOut, weights: HyperWeights, workspace: torch.Tensor, tiles: Tiles) -> None:
+    num_tokens, _, dim = out.x_TSD.shape
+    mix, num_mix, block_d = out.mix, len(weights.fn), triton.next_power_of_2(dim)
+    num_slices, sinkhorn_tokens = triton.cdiv(dim, tiles.channels), tiles.sinkhorn_tokens
+    num_sinkhorn = 0 if mix is None else triton.cdiv(num_tokens, sinkhorn_tokens)
+    collapse[(num_sinkhorn + num_tokens,)](
+        out.x_TSD,
+        workspace,
+        weights.base,
+        weights.scale,
+        weights.norm_weight,
+        out.h_TD,
+        weights.base if mix is None else mix.post_TS,
+        weights.base if mix is None else mix.comb_TSS,
+        num_tokens,
+        dim,
+        num_slices,
+        weights.mix_norm_eps,
+        weights.eps,
+        weights.norm_eps,
+        NUM_MIX=num_mix,
+        NUM_ITERS=weights.num_iters,
+        SINKHORN_TOKENS=sinkhorn_tokens,
+        SLICES=triton.next_power_of_2(num_slices),
+        BLOCK_D=block_d,
+        PDL=not INTERPRETED,
+        num_warps=4 if block_d <= 4096 else 8,
+        launch_pdl=not INTERPRETED,
+    )
+
+
+def _boundary(
+    x_TSD: torch.Tensor,
+    y_TD: torch.Tensor | None,
+    mix: Mix | None,
+    weights: HyperWeights,
+    out: HyperOut | None,
+    workspace: torch.Tensor | None,
+    invariant: bool,
+) -> HyperOut:
+    _check_inputs(x_TSD, y_TD, mix, weights)
+    num_tokens, _, dim = x_TSD.shape
+    with_mix, tiles = len(weights.fn) == NUM_MIX, choose_tiles(num_tokens, invariant)
+    if out is None:
+        out = new_out(x_TSD, with_mix)
+    _check_out(out, x_TSD, with_mix)
+    num_floats = num_workspace_floats(num_tokens, dim, tiles)
+    if workspace is None:
+        workspace = x_TSD.new_empty(num_floats, dtype=torch.float32)
+    if workspace.numel() < num_floats:
+        raise ValueError(f"workspace must hold {num_floats} float32 elements, found {workspace.numel()}")
+    check("workspace", workspace, (torch.float32,), tuple(workspace.shape), x_TSD.device)
+    if num_tokens:
+        _launch_spread(x_TSD, y_TD, mix, weights, out.x_TSD, workspace, tiles)
+        _launch_collapse(out, weights, workspace, tiles)
+    return out
+
+
+def hyper_boundary(
+    x_TSD: torch.Tensor,
+    y_TD: torch.Tensor | None,
+    mix: Mix | None,
+    weights: HyperWeights,
+    out: HyperOut | None = None,
+    workspace: torch.Tensor | None = None,
+) -> HyperOut:
+    """Post of the sublayer that made ``y_TD`` (none before the first), pre of the coming one, and its norm.
+
+    With fn of 4 rows (after the last sublayer) only the collapse and the norm follow, and there is no new mix.
+    Shapes: x bfloat16 [T, 4, D]; y bfloat16 [T, D]; workspace float32, ``num_workspace_floats(T, D)`` elements.
+        out.x_TSD may be x_TSD; otherwise outputs must not overlap inputs.
+    Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment, before any launch.
+    """
+    return _boundary(x_TSD, y_TD, mix, weights, out, workspace, invariant=False)
+
+
+def hyper_boundary_invariant(
+    x_TSD: torch.Tensor,
+    y_TD: torch.Tensor | None,
+    mix: Mix | None,
+    weights: HyperWeights,
+    out: HyperOut | None = None,
+    workspace: torch.Tensor | None = None,
+) -> HyperOut:
+    """As ``hyper_boundary``, with sums whose order does not depend on how many tokens run together."""
+    return _boundary(x_TSD, y_TD, mix, weights, out, workspace, invariant=True)

@@ -1,0 +1,134 @@
+"""RMS norm on Hopper: one launch.
+
+How it works. Each row gets a program (short rows share one), which reads it once and keeps it in registers. At decode
+sizes it is launch latency, which programmatic dependent launch overlaps with the end of the kernel before.
+
+Roofline. 4 * D bytes a row. Limits. bfloat16 or float32, D up to 16384, last dimension contiguous, rows equally spaced.
+A row's bits never depend on the other rows of a call.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ownpath.kernels.checks import VECTOR_BYTES, check, check_alignment, check_rank
+
+INTERPRETED = triton.knobs.runtime.interpret
+MAX_WIDTH = 16384
+FLOATS = (torch.bfloat16, torch.float32)
+
+
+@triton.jit
+def rms_norm_kernel(
+    x_ptr,
+    weight_ptr,
+    y_ptr,
+    num_rows,
+    inner_rows,
+    outer_stride,
+    row_stride,
+    D,
+    eps,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """ROWS rows; row r starts at (r // inner_rows) * outer_stride + (r % inner_rows) * row_stride."""
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)
+    inside = (r < num_rows)[:, None] & (d < D)[None, :]
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    start = (r // inner_rows) * outer_stride + (r % inner_rows) * row_stride
+    x = tl.load(x_ptr + start[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    y = x * tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
+    if HAS_WEIGHT:
+        y = y * weight[None, :]
+    tl.store(y_ptr + r[:, None] * D + d[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def _row_steps(x: torch.Tensor) -> tuple[int, int, int]:
+    """(rows of the innermost run, elements between runs, elements between its rows) of x [..., D], as it lies.
+
+    Errors: ValueError naming x when its rows need more than two steps.
+    """
+    shape, stride = list(x.shape[:-1]), list(x.stride()[:-1])
+    runs: list[tuple[int, int]] = []
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        if size == 1:
+            continue
+        if runs and step == runs[-1][0] * runs[-1][1]:
+            runs[-1] = (runs[-1][0] * size, runs[-1][1])
+        else:
+            runs.append((size, step))
+    if len(runs) > 2:
+        raise ValueError(f"x must have rows at one or two regular steps, found strides {list(x.stride())}")
+    inner = runs[0] if runs else (1, 0)
+    return inner[0], runs[1][1] if len(runs) > 1 else 0, inner[1]
+
+
+def _check_norm(x: torch.Tensor, weight_D: torch.Tensor | None) -> None:
+    if x.ndim == 0:
+        raise ValueError("x must have at least one dimension")
+    check_rank("x", x, x.ndim, INTERPRETED)
+    if x.dtype not in FLOATS:
+        raise ValueError(f"x must be bfloat16 or float32, found {x.dtype}")
+    dim, vector = x.shape[-1], VECTOR_BYTES // x.element_size()
+    if not 0 < dim <= MAX_WIDTH or dim % vector:
+        raise ValueError(f"x must have rows of a multiple of {vector} up to {MAX_WIDTH} elements, found {dim}")
+    steps = [step for step, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
+    if x.stride(-1) != 1 or any(step % vector for step in steps):
+        raise ValueError(f"x must have contiguous rows at multiples of 16 bytes, found strides {list(x.stride())}")
+    check_alignment("x", x)
+    if weight_D is not None:
+        check("weight_D", weight_D, FLOATS, (dim,), x.device)
+
+
+def norm_tile(dim: int) -> tuple[int, int, int]:
+    """Rows of a program, elements of a row with padding, and warps: by width alone, so that a row's sum never depends
+    on the other rows."""
+    block = int(triton.next_power_of_2(dim))
+    rows = max(1, min(8, 2048 // block))
+    return rows, block, max(1, min(16, rows * block // 256))
+
+
+def rms_norm(
+    x: torch.Tensor, weight_D: torch.Tensor | None, eps: float, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """y = weight * x / sqrt(mean(x²) + eps) over the last dimension, rounded once; no weight means ones.
+
+    Shapes: x bfloat16 or float32 [..., D], rows may be spaced (a slice of a wider tensor); weight [D]; out as x,
+        contiguous.
+    Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
+    """
+    _check_norm(x, weight_D)
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    check("out", out, (x.dtype,), tuple(x.shape), x.device)
+    dim = x.shape[-1]
+    num_rows = x.numel() // dim
+    if num_rows:
+        inner_rows, outer_stride, row_stride = _row_steps(x)
+        (rows, block_d, num_warps), pdl = norm_tile(dim), not INTERPRETED
+        rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
+            x,
+            x if weight_D is None else weight_D,
+            out,
+            num_rows,
+            inner_rows,
+            outer_stride,
+            row_stride,
+            dim,
+            eps,
+            ROWS=rows,
+            BLOCK_D=block_d,
+            HAS_WEIGHT=weight_D is not None,
+            PDL=pdl,
+            num_warps=num_warps,
+            launch_pdl=pdl,
+        )
+    return out

@@ -1,0 +1,386 @@
+"""The kernels around the grouped products: which rows go to which expert, and the weighted sum of what comes back.
+
+``Align`` (one CTA, a cluster for long prompts, one warp for up to 32 pairs) counts the tokens of every expert, lays
+the experts' rows one after another and cuts them into tiles; ``Permute`` copies token rows into that order, for
+prompts so long that looking rows up one by one would cost more; ``Combine`` sums each token's expert outputs in the
+order of its top-k slots, so that the result is the same bits every time. The order of rows inside an expert is free: a
+row's sums do not depend on its place in a tile.
+
+Schedule (int32): [number of tiles, offset of the row index, 0, 0], then (expert, first row, rows, 0) per tile, where
+``handover`` counts; at the offset, the token of each sorted row; behind it, the sorted row of each (token, slot), -1
+where no local expert has it.
+
+Roofline: bytes of the copied rows. Limits: at most 1024 experts, and ids outside the map count as absent.
+"""
+
+from typing import Any
+
+import cutlass
+from cutlass import BFloat16, Float32, Int32, Int64, cute
+
+from ownpath.kernels.dsl import ptx
+from ownpath.kernels.nvfp4.config import ALIGN_THREADS, COPY_THREADS, AlignConfig, CombineConfig
+
+
+def element(pointer: Any, idx: Any) -> Any:
+    """A one-element view at ``idx``."""
+    return cute.make_tensor(pointer + idx, cute.make_layout(1))
+
+
+class Align:
+    """Counts, places and tiles the (token, slot) pairs of one call."""
+
+    def __init__(self, config: AlignConfig) -> None:
+        self.cfg = config
+
+    @cute.jit
+    def __call__(
+        self,
+        ids: cute.Pointer,
+        expert_map: cute.Pointer,
+        schedule: cute.Pointer,
+        num_tokens: Int32,
+        top_k: Int32,
+        num_ids: Int32,
+        num_experts: Int32,
+        tile_rows: Int32,
+        index_offset: Int32,
+    ) -> None:
+        ctas = [self.cfg.num_ctas, 1, 1]
+        self.kernel(ids, expert_map, schedule, num_tokens, top_k, num_ids, num_experts, tile_rows, index_offset).launch(
+            grid=ctas, block=[self.cfg.num_threads, 1, 1], cluster=ctas
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        ids: cute.Pointer,
+        expert_map: cute.Pointer,
+        schedule: cute.Pointer,
+        num_tokens: Int32,
+        top_k: Int32,
+        num_ids: Int32,
+        num_experts: Int32,
+        tile_rows: Int32,
+        index_offset: Int32,
+    ) -> None:
+        """num_ids: experts the ids name; num_experts: experts held here, shared ones included and last."""
+        thread, _, _ = cute.arch.thread_idx()
+        rank, num_ctas = Int32(0), self.cfg.num_ctas
+        if cutlass.const_expr(num_ctas > 1):
+            rank = cute.arch.block_idx_in_cluster()
+        counts = cute.arch.alloc_smem(Int32, ALIGN_THREADS, 16)
+        cursors = cute.arch.alloc_smem(Int32, ALIGN_THREADS, 16)
+        partial = cute.arch.alloc_smem(Int32, 64, 16)
+        element(counts, thread)[0] = Int32(0)
+        cute.arch.sync_threads()
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+        slots = top_k + self.cfg.num_shared
+        total = num_tokens * slots
+        # Every CTA of the cluster counts and places its own share of the pairs.
+        pairs = (total + num_ctas - 1) // num_ctas
+        begin = rank * pairs
+        end = cutlass.min(begin + pairs, total)
+        for idx in cutlass.range(begin + thread, end, ALIGN_THREADS, unroll=4):
+            expert = self.expert_of(ids, expert_map, idx, top_k, slots, num_ids, num_experts)
+            if expert >= 0:
+                cute.arch.atomic_add(counts + expert, Int32(1))
+        cute.arch.sync_threads()
+        count = element(counts, thread)[0]
+        before = Int32(0)
+        if cutlass.const_expr(num_ctas > 1):
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+            count = Int32(0)
+            for other in cutlass.range_constexpr(num_ctas):
+                there = ptx.load_cluster((counts + thread).toint(), Int32(other))
+                count += there
+                if other < rank:
+                    before += there
+            cute.arch.cluster_arrive()
+        tiles = (count + tile_rows - 1) // tile_rows
+        row_start = self.prefix(count, thread, partial)
+        tile_start = self.prefix(tiles, thread, partial)
+        element(cursors, thread)[0] = row_start + before
+        self.write_tiles(schedule, thread, count, row_start, tiles, tile_start, rank)
+        if thread == ALIGN_THREADS - 1 and rank == 0:
+            element(schedule, 0)[0] = tile_start + tiles
+            element(schedule, 1)[0] = index_offset
+        cute.arch.sync_threads()
+        for idx in cutlass.range(begin + thread, end, ALIGN_THREADS, unroll=4):
+            expert = self.expert_of(ids, expert_map, idx, top_k, slots, num_ids, num_experts)
+            row = Int32(-1)
+            if expert >= 0:
+                row = cute.arch.atomic_add(cursors + expert, Int32(1))
+                element(schedule, index_offset + row)[0] = idx // slots
+            element(schedule, index_offset + total + idx)[0] = row
+        if cutlass.const_expr(num_ctas > 1):
+            # No CTA leaves while another may still read its counts.
+            cute.arch.cluster_wait()
+
+    @cute.jit
+    def write_tiles(
+        self,
+        schedule: cute.Pointer,
+        expert: Int32,
+        count: Int32,
+        row_start: Int32,
+        tiles: Int32,
+        tile_start: Int32,
+        rank: Int32,
+    ) -> None:
+        """The tiles of one expert, even ones: 192 rows in tiles of at most 128 become twice 96, not 128 and 64."""
+        share = (count + cutlass.max(tiles, 1) - 1) // cutlass.max(tiles, 1)
+        for tile in cutlass.range(rank, tiles, self.cfg.num_ctas, unroll=1):
+            entry = 4 + 4 * (tile_start + tile)
+            first = tile * share
+            element(schedule, entry)[0] = expert
+            element(schedule, entry + 1)[0] = row_start + first
+            element(schedule, entry + 2)[0] = cutlass.min(share, count - first)
+            element(schedule, entry + 3)[0] = Int32(0)
+
+    @cute.jit
+    def expert_of(
+        self,
+        ids: cute.Pointer,
+        expert_map: cute.Pointer,
+        idx: Int32,
+        top_k: Int32,
+        slots: Int32,
+        num_ids: Int32,
+        num_experts: Int32,
+    ) -> Int32:
+        """The local expert of one (token, slot), or -1."""
+        expert = Int32(-1)
+        slot = idx % slots
+        if slot < top_k:
+            named = Int32(element(ids, idx // slots * top_k + slot)[0])
+            if named >= 0 and named < num_ids:
+                expert = named
+                if cutlass.const_expr(self.cfg.mapped):
+                    expert = element(expert_map, named)[0]
+        else:
+            expert = num_experts - self.cfg.num_shared + slot - top_k
+        return expert
+
+    @cute.jit
+    def prefix(self, value: Int32, thread: Int32, partial: cute.Pointer) -> Int32:
+        """Sum of ``value`` over all threads before this one."""
+        lane, warp = thread % 32, thread // 32
+        running = value
+        for power in cutlass.range_constexpr(5):
+            other = cute.arch.shuffle_sync_up(running, offset=1 << power, mask_and_clamp=0)
+            if lane >= 1 << power:
+                running += other
+        if lane == 31:
+            element(partial, warp)[0] = running
+        cute.arch.sync_threads()
+        if warp == 0:
+            sums = element(partial, lane)[0]
+            for power in cutlass.range_constexpr(5):
+                other = cute.arch.shuffle_sync_up(sums, offset=1 << power, mask_and_clamp=0)
+                if lane >= 1 << power:
+                    sums += other
+            element(partial, 32 + lane)[0] = sums
+        cute.arch.sync_threads()
+        before = Int32(0)
+        if warp > 0:
+            before = element(partial, 31 + warp)[0]
+        result = before + running - value
+        cute.arch.sync_threads()
+        return result
+
+
+class AlignFew(Align):
+    """As ``Align``, for at most 32 pairs: one warp, a pair a lane, and neither barriers nor counters."""
+
+    @cute.kernel
+    def kernel(
+        self,
+        ids: cute.Pointer,
+        expert_map: cute.Pointer,
+        schedule: cute.Pointer,
+        num_tokens: Int32,
+        top_k: Int32,
+        num_ids: Int32,
+        num_experts: Int32,
+        tile_rows: Int32,
+        index_offset: Int32,
+    ) -> None:
+        """Experts come in the order in which pairs first name them."""
+        lane, _, _ = cute.arch.thread_idx()
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+        slots = top_k + self.cfg.num_shared
+        total = num_tokens * slots
+        expert = Int32(-1)
+        if lane < total:
+            expert = self.expert_of(ids, expert_map, lane, top_k, slots, num_ids, num_experts)
+        same = Int32(cute.arch.match_sync(0xFFFFFFFF, expert))
+        earlier = Int32(cute.arch.popc(same & ((Int32(1) << lane) - 1)))
+        count, tiles = Int32(0), Int32(0)
+        if expert >= 0 and earlier == 0:
+            count = Int32(cute.arch.popc(same))
+            tiles = (count + tile_rows - 1) // tile_rows
+        row_start, tile_start = self.before(count, lane), self.before(tiles, lane)
+        self.write_tiles(schedule, expert, count, row_start, tiles, tile_start, Int32(0))
+        leader = Int32(cute.arch.popc((same & -same) - 1))
+        first_row = cute.arch.shuffle_sync(row_start, leader)
+        if lane < total:
+            row = Int32(-1)
+            if expert >= 0:
+                row = first_row + earlier
+                element(schedule, index_offset + row)[0] = lane // slots
+            element(schedule, index_offset + total + lane)[0] = row
+        if lane == 31:
+            element(schedule, 0)[0] = tile_start + tiles
+            element(schedule, 1)[0] = index_offset
+
+    @cute.jit
+    def before(self, value: Int32, lane: Int32) -> Int32:
+        """Sum of ``value`` over the lanes before this one."""
+        running = value
+        for power in cutlass.range_constexpr(5):
+            other = cute.arch.shuffle_sync_up(running, offset=1 << power, mask_and_clamp=0)
+            if lane >= 1 << power:
+                running += other
+        return running - value
+
+
+def address(pointer: Any, row: Any, width: Any, piece: Any) -> Int64:
+    """Byte address of eight BF16 of a row."""
+    return pointer.toint() + (Int64(row) * width + piece * 8) * 2
+
+
+class Permute:
+    """sorted[row of (t, k)] = x[t]: each token is read once."""
+
+    @cute.jit
+    def __call__(
+        self,
+        x: cute.Pointer,
+        schedule: cute.Pointer,
+        out: cute.Pointer,
+        num_tokens: Int32,
+        slots: Int32,
+        width: Int32,
+        grid: Int32,
+    ) -> None:
+        self.kernel(x, schedule, out, num_tokens, slots, width).launch(grid=[grid, 1, 1], block=[COPY_THREADS, 1, 1])
+
+    @cute.kernel
+    def kernel(
+        self,
+        x: cute.Pointer,
+        schedule: cute.Pointer,
+        out: cute.Pointer,
+        num_tokens: Int32,
+        slots: Int32,
+        width: Int32,
+    ) -> None:
+        thread, _, _ = cute.arch.thread_idx()
+        cta, _, _ = cute.arch.block_idx()
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+        place = schedule + (element(schedule, 1)[0] + num_tokens * slots)
+        pieces = width // 8
+        unit = cta * COPY_THREADS + thread
+        token, piece = unit // pieces, unit % pieces
+        if token < num_tokens:
+            words = ptx.load_global_vec4(address(x, token, width, piece))
+            for slot in cutlass.range(slots, unroll=4):
+                row = element(place, token * slots + slot)[0]
+                if row >= 0:
+                    ptx.store_global_vec4(address(out, row, width, piece), words)
+
+
+class Combine:
+    """y[t] = sum over slots k, in order, of weight[t, k] * rows[row of (t, k)]; shared slots have weight 1."""
+
+    def __init__(self, config: CombineConfig) -> None:
+        self.num_shared, self.wide = config.num_shared, config.wide
+
+    @cute.jit
+    def __call__(
+        self,
+        rows: cute.Pointer,
+        schedule: cute.Pointer,
+        weights: cute.Pointer,
+        out: cute.Pointer,
+        num_tokens: Int32,
+        top_k: Int32,
+        width: Int32,
+        grid: Int32,
+    ) -> None:
+        self.kernel(rows, schedule, weights, out, num_tokens, top_k, width).launch(
+            grid=[grid, 1, 1], block=[COPY_THREADS, 1, 1]
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        rows: cute.Pointer,
+        schedule: cute.Pointer,
+        weights: cute.Pointer,
+        out: cute.Pointer,
+        num_tokens: Int32,
+        top_k: Int32,
+        width: Int32,
+    ) -> None:
+        thread, _, _ = cute.arch.thread_idx()
+        cta, _, _ = cute.arch.block_idx()
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+        pieces = width // 8
+        slots = top_k + self.num_shared
+        place = schedule + (element(schedule, 1)[0] + num_tokens * slots)
+        unit = cta * COPY_THREADS + thread
+        token, piece = unit // pieces, unit % pieces
+        if token < num_tokens:
+            total = cute.make_rmem_tensor(cute.make_layout(8), Float32)
+            total.fill(0.0)
+            for slot in cutlass.range(slots, unroll=4):
+                row = element(place, token * slots + slot)[0]
+                weight = Float32(1.0)
+                if slot < top_k:
+                    weight = element(weights, token * top_k + slot)[0]
+                # Loads without a branch, so that several are on their way; what an absent row holds is not used.
+                values = self.load(rows, cutlass.max(row, 0), width, piece)
+                for idx in cutlass.range_constexpr(8):
+                    term = weight * values[idx]
+                    total[idx] = total[idx] + (term if row >= 0 else Float32(0.0))
+            packed = tuple(ptx.pack_bf16x2(total[2 * idx], total[2 * idx + 1]) for idx in range(4))
+            ptx.store_global_vec4(address(out, token, width, piece), packed)
+
+    def load(self, rows: cute.Pointer, row: Any, width: Any, piece: Any) -> list[Any]:
+        """Eight values of a row."""
+        if self.wide:
+            start = rows.toint() + (Int64(row) * width + piece * 8) * 4
+            return [ptx.as_float(word) for half in (0, 16) for word in ptx.load_global_vec4(start + half)]
+        words = ptx.load_global_vec4(address(rows, row, width, piece))
+        return [ptx.widen_bf16(words[idx // 2], idx % 2 == 1) for idx in range(8)]
+
+
+def _pointer(dtype: Any, align: int = 16) -> Any:
+    return cute.runtime.make_ptr(dtype, 1024, cute.AddressSpace.gmem, assumed_align=align)
+
+
+def compile_align(config: AlignConfig) -> Any:
+    """Compiles for sm_90a; no GPU is needed."""
+    ids = _pointer(Int64 if config.wide_ids else Int32, 4)
+    one = Int32(1)
+    align = AlignFew(config) if config.few else Align(config)
+    return cute.compile(align, ids, _pointer(Int32), _pointer(Int32), *[one] * 6)
+
+
+def compile_permute() -> Any:
+    """Compiles for sm_90a; no GPU is needed."""
+    tensors = (_pointer(BFloat16), _pointer(Int32), _pointer(BFloat16))
+    return cute.compile(Permute(), *tensors, *[Int32(1)] * 4)
+
+
+def compile_combine(config: CombineConfig) -> Any:
+    """Compiles for sm_90a; no GPU is needed."""
+    args = (_pointer(BFloat16), _pointer(Int32), _pointer(Float32, 4), _pointer(BFloat16))
+    return cute.compile(Combine(config), *args, *[Int32(1)] * 4)

@@ -1,0 +1,149 @@
+"""Torch reference of experts that round as DeepSeek's published inference code does (see ``official.Step``).
+
+Shape suffixes: T tokens, K experts per token, E experts, D hidden, F expert width, S rows sent to one expert, N rows of
+a matrix.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ownpath.formats import FP8_BLOCK, MXFP4, NVFP4, Format
+from ownpath.kernels.mixture import Product, clamped_swiglu, mixture, sum_dtype
+from ownpath.numerics import (
+    decode_fp8_block,
+    decode_mxfp4_blocks,
+    decode_nvfp4_blocks,
+    fake_quantize_fp8,
+    nvfp4_codes_times_scales,
+)
+
+INPUT_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """One side of all experts as stored: gate above up, or down.
+
+    Shapes: qdata [E, N, ...]; scale by format, FP8's gate and up with a grid each: [E, 2, R, C]; global_scale float32
+        [E] or [E, 2] (NVFP4 alone); input_scale float32 [E] (NVFP4 alone).
+    """
+
+    format: Format
+    qdata: torch.Tensor
+    scale: torch.Tensor | None = None
+    global_scale: torch.Tensor | None = None
+    input_scale: torch.Tensor | None = None
+
+    def matrix(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """[N, K] without the global scale, exact in float32."""
+        qdata = self.qdata[expert]
+        if self.scale is None:
+            return qdata.to(dtype)
+        scale = self.scale[expert]
+        if self.format is NVFP4:
+            return decode_nvfp4_blocks(qdata, scale, dtype)
+        if self.format is MXFP4:
+            return decode_mxfp4_blocks(qdata, scale, dtype)
+        assert self.format is FP8_BLOCK, self.format
+        if scale.ndim == 2:
+            return decode_fp8_block(qdata, scale, dtype)
+        return decode_fp8_block(qdata.unflatten(0, (len(scale), -1)), scale, dtype).flatten(0, 1)
+
+    def row_scale(self, expert: int) -> torch.Tensor:
+        """What each row's product is to be multiplied by: float32 [N], or a one."""
+        if self.global_scale is None:
+            return torch.ones((), device=self.qdata.device)
+        scale = self.global_scale[expert].reshape(-1, 1)
+        return scale.expand(-1, self.qdata.shape[1] // len(scale)).flatten()
+
+
+WeightProduct = Callable[[torch.Tensor, ExpertWeights, int], torch.Tensor]
+
+
+def exact_product(x_SK: torch.Tensor, weights: ExpertWeights, expert: int) -> torch.Tensor:
+    """x Wᵀ, summed in the dtype of x: [S, N]."""
+    return F.linear(x_SK, weights.matrix(expert, x_SK.dtype)) * weights.row_scale(expert)
+
+
+def quantized_product(x_SK: torch.Tensor, weights: ExpertWeights, expert: int) -> torch.Tensor:
+    """x Wᵀ with x quantised for W: NVFP4 with its ``input_scale`` where W is NVFP4, else E4M3 in blocks of 128."""
+    if weights.input_scale is None:
+        return exact_product(fake_quantize_fp8(x_SK, INPUT_BLOCK), weights, expert)
+    input_scale = weights.input_scale[expert]
+    codes_SK = nvfp4_codes_times_scales(x_SK, input_scale)
+    return F.linear(codes_SK, weights.matrix(expert, x_SK.dtype)) * (weights.row_scale(expert) * input_scale)
+
+
+def moe_quantized_inputs(
+    x_TD: torch.Tensor,
+    topk_ids_TK: torch.Tensor,
+    topk_weights_TK: torch.Tensor,
+    w13: ExpertWeights,
+    w2: ExpertWeights,
+    swiglu_limit: float,
+) -> torch.Tensor:
+    """y[t] = sum over chosen experts of weight * w2 q(swiglu(w13 q(x[t]))), q the quantiser of ``quantized_product``.
+
+    Shapes: x [T, D]; topk_ids int [T, K]; topk_weights float32 [T, K]; y [T, D]. Ids outside the experts contribute
+        nothing.
+    """
+    gate_up, down = _products(quantized_product, w13, w2)
+    return mixture(x_TD, _known(topk_ids_TK, w13), topk_weights_TK, gate_up, down, swiglu_limit)
+
+
+def moe_weight_first(
+    x_TD: torch.Tensor,
+    topk_ids_TK: torch.Tensor,
+    topk_weights_TK: torch.Tensor,
+    w13: ExpertWeights,
+    w2: ExpertWeights,
+    swiglu_limit: float,
+) -> torch.Tensor:
+    """y[t] = sum over chosen experts of w2 (weight * swiglu(w13 x[t])), each product rounded to the dtype of x."""
+    products = _products(exact_product, w13, w2)
+    return _mixture_weight_first(x_TD, _known(topk_ids_TK, w13), topk_weights_TK, products, swiglu_limit)
+
+
+def moe_official(
+    x_TD: torch.Tensor,
+    topk_ids_TK: torch.Tensor,
+    topk_weights_TK: torch.Tensor,
+    w13: ExpertWeights,
+    w2: ExpertWeights,
+    swiglu_limit: float,
+) -> torch.Tensor:
+    """``moe_weight_first`` with quantised inputs of both products: the published code's expert."""
+    products = _products(quantized_product, w13, w2)
+    return _mixture_weight_first(x_TD, _known(topk_ids_TK, w13), topk_weights_TK, products, swiglu_limit)
+
+
+def _mixture_weight_first(
+    x_TD: torch.Tensor,
+    topk_ids_TK: torch.Tensor,
+    topk_weights_TK: torch.Tensor,
+    products: tuple[Product, Product],
+    swiglu_limit: float,
+) -> torch.Tensor:
+    """As ``mixture``, with the weight on the hidden rows, and every product's result in the dtype of x."""
+    narrow, wide = x_TD.dtype, sum_dtype(x_TD)
+    gate_up, down = products
+    y_TD = torch.zeros_like(x_TD, dtype=wide)
+    for expert in topk_ids_TK[topk_ids_TK >= 0].unique().tolist():
+        token_ids, slots = torch.where(topk_ids_TK == expert)
+        rounded = gate_up(x_TD[token_ids].to(wide), expert).to(narrow).to(wide)
+        gate_SF, up_SF = rounded.chunk(2, dim=-1)
+        hidden_SF = topk_weights_TK[token_ids, slots, None].to(wide) * clamped_swiglu(gate_SF, up_SF, swiglu_limit)
+        out_SD = down(hidden_SF.to(narrow).to(wide), expert).to(narrow)
+        y_TD.index_add_(0, token_ids, out_SD.to(wide))
+    return y_TD.to(narrow)
+
+
+def _products(product: WeightProduct, w13: ExpertWeights, w2: ExpertWeights) -> tuple[Product, Product]:
+    return (lambda x_SD, expert: product(x_SD, w13, expert)), (lambda h_SF, expert: product(h_SF, w2, expert))
+
+
+def _known(topk_ids_TK: torch.Tensor, w13: ExpertWeights) -> torch.Tensor:
+    return torch.where(topk_ids_TK < len(w13.qdata), topk_ids_TK, -1)

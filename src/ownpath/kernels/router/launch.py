@@ -1,0 +1,161 @@
+"""The choice of experts on Hopper: one launch.
+
+How it works. Each token gets one warp: scores, then K rounds of "the largest, lowest id first" in registers; with a
+look-up table there is nothing to search and only K logits are read. At decode sizes it is launch latency, which
+programmatic dependent launch overlaps with the end of the kernel before.
+
+Roofline. 4 * T * E bytes read. Limits. float32 logits, E up to 4096, K up to 16. A token's bits never depend on the
+other tokens of a call.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ownpath.kernels.checks import check, check_rank
+
+INTERPRETED = triton.knobs.runtime.interpret
+MAX_EXPERTS, MAX_CHOSEN = 4096, 16
+
+
+@triton.jit
+def _score(logits):
+    """sqrt(softplus(x)). softplus(x) = max(x, 0) + log1p(e), e = exp(-|x|) in (0, 1].
+
+    log1p(e) = 2 atanh(z), z = e / (2 + e) <= 1/3: an odd series whose first dropped term is below 3^-20 / 21 of z.
+    """
+    e = tl.exp(-tl.abs(logits))
+    z = e / (2.0 + e)
+    q = z * z
+    series = 1.0 / 15.0 + q * (1.0 / 17.0 + q * (1.0 / 19.0))
+    series = 1.0 / 9.0 + q * (1.0 / 11.0 + q * (1.0 / 13.0 + q * series))
+    series = 1.0 + q * (1.0 / 3.0 + q * (1.0 / 5.0 + q * (1.0 / 7.0 + q * series)))
+    return tl.sqrt(tl.maximum(logits, 0.0) + 2.0 * z * series)
+
+
+@triton.jit
+def router_kernel(
+    logits_ptr,
+    bias_ptr,
+    token_ids_ptr,
+    table_ptr,
+    ids_ptr,
+    weights_ptr,
+    factor,
+    num_experts,
+    vocab_size,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    E_PAD: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One token: its experts and their weights."""
+    t = tl.program_id(0).to(tl.int64)
+    e, k = tl.arange(0, E_PAD), tl.arange(0, K_PAD)
+    row = logits_ptr + t * num_experts
+    if BY_TOKEN:
+        token = tl.load(token_ids_ptr + t)
+        known = (token >= 0) & (token < vocab_size)
+        chosen = tl.load(table_ptr + token * K + k, mask=(k < K) & known, other=0).to(tl.int32)
+    else:
+        bias = tl.load(bias_ptr + e, mask=e < num_experts, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if not BY_TOKEN:
+        logits = tl.load(row + e, mask=e < num_experts, other=0.0)
+        left = tl.where(e < num_experts, _score(logits) + bias, float("-inf"))
+        chosen = tl.zeros((K_PAD,), dtype=tl.int32)
+        for round_idx in tl.static_range(K):
+            best = tl.minimum(tl.argmax(left, axis=0, tie_break_left=True), num_experts - 1)
+            chosen = tl.where(k == round_idx, best, chosen)
+            left = tl.where(e == best, float("-inf"), left)
+    inside = (k < K) & (chosen >= 0) & (chosen < num_experts)
+    scores = tl.where(inside, _score(tl.load(row + chosen, mask=inside, other=0.0)), 0.0)
+    weights = scores / tl.sum(scores, axis=0) * factor
+    tl.store(ids_ptr + t * K + k, chosen.to(ids_ptr.dtype.element_ty), mask=k < K)
+    tl.store(weights_ptr + t * K + k, weights, mask=k < K)
+
+
+def _router_out(
+    logits_TE: torch.Tensor, k: int, out: tuple[torch.Tensor, torch.Tensor] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_tokens, device = len(logits_TE), logits_TE.device
+    if out is None:
+        ids_TK = torch.empty(num_tokens, k, dtype=torch.int64, device=device)
+        return ids_TK, torch.empty(num_tokens, k, dtype=torch.float32, device=device)
+    check("out[0]", out[0], (torch.int64, torch.int32), (num_tokens, k), device)
+    check("out[1]", out[1], (torch.float32,), (num_tokens, k), device)
+    return out
+
+
+def _check_choice(
+    logits_TE: torch.Tensor,
+    k: int,
+    bias_E: torch.Tensor | None,
+    token_ids_T: torch.Tensor | None,
+    tid2eid_VK: torch.Tensor | None,
+) -> None:
+    num_tokens, num_experts = logits_TE.shape
+    device = logits_TE.device
+    if not 0 < k <= min(num_experts, MAX_CHOSEN) or num_experts > MAX_EXPERTS:
+        raise ValueError(f"cannot choose {k} of {num_experts} experts: limits are {MAX_CHOSEN} and {MAX_EXPERTS}")
+    if (bias_E is None) == (tid2eid_VK is None):
+        raise ValueError("exactly one of bias_E and tid2eid_VK must be given")
+    if bias_E is not None:
+        check("bias_E", bias_E, (torch.float32,), (num_experts,), device)
+    if tid2eid_VK is not None:
+        check("tid2eid_VK", tid2eid_VK, (torch.int64, torch.int32), (len(tid2eid_VK), k), device)
+        if token_ids_T is None:
+            raise ValueError("token_ids_T is needed to look experts up")
+        # A step's ids are often a view into a longer row: element alignment is enough for scalar loads.
+        if token_ids_T.dtype not in (torch.int64, torch.int32) or token_ids_T.shape != (num_tokens,):
+            raise ValueError(f"token_ids_T must be int64 or int32 [{num_tokens}]")
+        if token_ids_T.device != device or not token_ids_T.is_contiguous():
+            raise ValueError(f"token_ids_T must be contiguous on {device}")
+
+
+def router(
+    logits_TE: torch.Tensor,
+    num_experts_per_tok: int,
+    routed_scaling_factor: float,
+    bias_E: torch.Tensor | None = None,
+    token_ids_T: torch.Tensor | None = None,
+    tid2eid_VK: torch.Tensor | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Expert ids [T, K] and weights [T, K] that sum to ``routed_scaling_factor``; scores are sqrt(softplus(logits)).
+
+    Either ``bias_E`` shifts the scores for the selection (never the weights; the lower id wins an exact tie), or
+    ``tid2eid_VK`` names the experts of each token id (token 0's row for an id outside the vocabulary).
+    Shapes: logits float32 [T, E]; bias float32 [E]; tid2eid int64 or int32 [V, K]; out: ids int64 or int32, weights
+        float32, both [T, K].
+    Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
+    """
+    check_rank("logits_TE", logits_TE, 2, INTERPRETED)
+    check("logits_TE", logits_TE, (torch.float32,), tuple(logits_TE.shape), logits_TE.device)
+    _check_choice(logits_TE, num_experts_per_tok, bias_E, token_ids_T, tid2eid_VK)
+    ids_TK, weights_TK = _router_out(logits_TE, num_experts_per_tok, out)
+    num_tokens, num_experts = logits_TE.shape
+    if num_tokens:
+        by_token, pdl = tid2eid_VK is not None, not INTERPRETED
+        router_kernel[(num_tokens,)](
+            logits_TE,
+            logits_TE if bias_E is None else bias_E,
+            token_ids_T if by_token else ids_TK,
+            tid2eid_VK if by_token else ids_TK,
+            ids_TK,
+            weights_TK,
+            routed_scaling_factor,
+            num_experts,
+            len(tid2eid_VK) if tid2eid_VK is not None else 0,
+            K=num_experts_per_tok,
+            K_PAD=triton.next_power_of_2(num_experts_per_tok),
+            E_PAD=triton.next_power_of_2(num_experts),
+            BY_TOKEN=by_token,
+            PDL=pdl,
+            num_warps=1 if num_experts <= 1024 else 4,
+            launch_pdl=pdl,
+        )
+    return ids_TK, weights_TK

@@ -1,0 +1,35 @@
+"""Torch reference of the choice of experts.
+
+Legend: T tokens, E experts, K experts per token, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def router(
+    logits_TE: torch.Tensor,
+    num_experts_per_tok: int,
+    routed_scaling_factor: float,
+    bias_E: torch.Tensor | None = None,
+    token_ids_T: torch.Tensor | None = None,
+    tid2eid_VK: torch.Tensor | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Expert ids [T, K] and weights [T, K] that sum to ``routed_scaling_factor``; scores are sqrt(softplus(logits)).
+
+    Either ``bias_E`` shifts the scores for the selection (never the weights; the lower id wins an exact tie), or
+    ``tid2eid_VK`` names the experts of each token id.
+    """
+    scores_TE = F.softplus(logits_TE).sqrt()
+    if tid2eid_VK is not None:
+        assert token_ids_T is not None
+        ids_TK = tid2eid_VK[token_ids_T]
+    else:
+        assert bias_E is not None
+        # A stable sort: the lower expert id wins an exact tie, on every device.
+        ranked_TE = (scores_TE + bias_E).sort(dim=-1, descending=True, stable=True).indices
+        ids_TK = ranked_TE[:, :num_experts_per_tok]
+    weights_TK = scores_TE.gather(1, ids_TK)
+    weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True) * routed_scaling_factor
+    return (ids_TK, weights_TK) if out is None else (out[0].copy_(ids_TK), out[1].copy_(weights_TK))
