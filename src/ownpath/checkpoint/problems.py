@@ -19,7 +19,7 @@ REMEDIES = MappingProxyType(
         "unlisted-tensor": "write the index anew from the shards, or remove the stale shard",
         "missing-tensor": "download the shard that should hold it, or export again with every expert",
         "unexpected-tensor": "check that config.json belongs to these shards; another export's tensors are not read",
-        "wrong-dtype": "export again, in one of the encodings that docs/checkpoint.md lists",
+        "wrong-dtype": "export again, in one of the encodings that `ownpath inspect --list` prints",
         "wrong-shape": "check that config.json belongs to these shards",
         "mixed-experts": "export the routed experts of a layer in one encoding",
         "no-kernel": "export again in a format that `ownpath plan` has a kernel for",
