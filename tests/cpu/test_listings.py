@@ -6,8 +6,8 @@ from ownpath.checkpoint.problems import FOUND_WHEN, REMEDIES
 from ownpath.checkpoint.schema import ENCODINGS
 from ownpath.cli import main
 from ownpath.diff.signatures import SIGNATURES
+from ownpath.kernels.registry import SPECS
 from ownpath.official import Step
-from ownpath.plan.catalogue import CATALOGUE
 from ownpath.selftest.checks import REMEDIES as SELFTEST_REMEDIES
 from ownpath.server import fields
 from ownpath.server.empty import EmptyContent
@@ -47,7 +47,7 @@ def test_inspect_lists_every_problem_and_encoding(capsys: pytest.CaptureFixture[
 
 def test_plan_lists_every_kernel_and_step(capsys: pytest.CaptureFixture[str]) -> None:
     found = names(listed("plan", capsys))
-    kernels = [f"{it.kind}: {it.name}" for it in CATALOGUE]
+    kernels = [f"{it.kind}: {it.name}" for it in SPECS]
     assert [name for name in found if name in kernels] == kernels
     assert set(Step) <= set(found)
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
     from ownpath.checkpoint.schema import Part
-    from ownpath.plan.kernel_spec import KernelSpec
+    from ownpath.kernels.spec import KernelSpec
     from ownpath.server.fields import Neutral
 
 _WIDTH = 120
@@ -44,10 +44,10 @@ def _part(part: "Part") -> str:
 
 def kernels_of_plan() -> str:
     """Every kernel by operation, best first, with its contract; then the steps of official numerics."""
+    from ownpath.kernels.registry import SPECS
     from ownpath.official import MEANING
-    from ownpath.plan.catalogue import CATALOGUE
 
-    kernels = _entries((f"{it.kind}: {it.name}", _contract(it), it.why) for it in CATALOGUE)
+    kernels = _entries((f"{it.kind}: {it.name}", _contract(it), it.why, *_evidence(it)) for it in SPECS)
     steps = _entries((step.value, meaning) for step, meaning in MEANING.items())
     return f"kernels, best first:\n{kernels}\n\nsteps of --numerics, where they are official:\n{steps}"
 
@@ -62,9 +62,15 @@ def _contract(spec: "KernelSpec") -> str:
     facts += ["dimensions powers of two"] if spec.dim_power_of_two else []
     facts += [f"activations {', '.join(spec.activations)}"] if spec.activations else []
     facts += ["batch-invariant"] if spec.is_batch_invariant else []
+    facts += [f"inputs rounded to {spec.rounding} from {spec.rounds_from} rows"] if spec.rounding != "exact" else []
     facts += [f"needs {', '.join(spec.packages)}"] if spec.packages else []
     facts += [f"official {', '.join(sorted(spec.official))}"] if spec.official else []
     return "; ".join(facts)
+
+
+def _evidence(spec: "KernelSpec") -> tuple[str, ...]:
+    held = spec.evidence
+    return () if held is None else (f"twin {held.twin}; test {held.test}; bench {held.bench}",)
 
 
 def fields_of_server() -> str:
