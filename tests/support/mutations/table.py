@@ -29,8 +29,7 @@ in bold named; `ownpath verify --list` says what each check looks at. `python to
 page and prints, for each mutation, what is corrupted, the options and the sentence.
 
 Everything ran on a CPU, in float32, on checkpoints of three layers, one of each kind, with eight experts (packed
-layouts: on the embedded model, planned for sm_90 and loaded on the CPU, which runs no kernel). V06 (graphs), V07
-(ranks) and V12 (drafts) have nothing to look at in this engine.
+layouts: on the embedded model, planned for sm_90 and loaded on the CPU, which runs no kernel).
 """
 TAIL = """
 ## Not caught
