@@ -1,5 +1,7 @@
 """Options and fixtures that every test shares."""
 
+import os
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="torch device for the tests that take `device` (default: cpu)")
+    parser.addoption("--compile-only", action="store_true", help="compile what the tests launch, and run none of them")
 
 
 @pytest.fixture(scope="session")
@@ -17,13 +20,10 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.config.getoption("--device"))
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """On a Hopper device, compiles what the tests may launch before the first of them runs."""
-    device = torch.device(session.config.getoption("--device"))
-    if session.config.option.collectonly or device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        return
-    from support.kernel_configs import CompiledAhead
+def pytest_configure(config: pytest.Config) -> None:
+    """On a CUDA device, what the tests may launch is compiled before the first of them runs."""
+    device = torch.device(config.getoption("--device"))
+    if device.type == "cuda" and "PYTEST_XDIST_WORKER" not in os.environ:
+        from support.kernel_configs import CompiledAhead
 
-    ahead = CompiledAhead(session.config.pluginmanager.get_plugin("terminalreporter"))
-    ahead.compile({item.module for item in session.items})
-    session.config.pluginmanager.register(ahead)
+        config.pluginmanager.register(CompiledAhead(config, torch.cuda.get_device_capability(device)))

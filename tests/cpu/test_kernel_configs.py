@@ -3,13 +3,14 @@
 import importlib.util
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from support.fp8_cases import CASES, NUM_ROWS
-from support.kernel_configs import CompiledAhead, declared, packed
+from support.kernel_configs import HOPPER, CompiledAhead, declared, packed
 from support.nvfp4_cases import NUM_TOKENS
 
 from ownpath.bench.tuners.fp8 import Fp8Family
@@ -112,23 +113,31 @@ def test_a_module_that_cannot_tell_is_named() -> None:
         declared([module])
 
 
-class Reporter:
-    def __init__(self) -> None:
-        self.lines: list[str] = []
+@dataclass
+class Run:
+    """As much of a run of pytest as the plugin uses."""
 
-    def write_line(self, line: str) -> None:
-        self.lines.append(line)
+    lines: list[str]
+    option: SimpleNamespace
+    items: list[SimpleNamespace]
+
+    def get_terminal_writer(self) -> SimpleNamespace:
+        return SimpleNamespace(line=lambda text, flush: self.lines.append(text))
 
 
 def test_what_was_not_named_is_listed_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OWNPATH_KERNEL_CACHE", str(tmp_path))
     cache.store(PermuteConfig(), b"code", {})
-    module, reporter = ModuleType("test_named"), Reporter()
+    module = ModuleType("test_named")
     module.kernel_configs = lambda: [PermuteConfig()]
-    ahead = CompiledAhead(reporter)
-    ahead.compile([module])
+    run = Run([], SimpleNamespace(collectonly=False, compile_only=False), [SimpleNamespace(module=module)])
+    ahead = CompiledAhead(run, HOPPER)
+    ahead.pytest_collection_finish(run)
     ahead.pytest_terminal_summary()
-    assert [line.rsplit(",", 1)[0] for line in reporter.lines] == ["kernels: 1 ready, 0 of them compiled now"]
+    assert run.lines == ["kernels: 1 ready, 0 compiled now in 0 s"]
     cache.store(CombineConfig(0, True), b"code", {})
     ahead.pytest_terminal_summary()
-    assert reporter.lines[1].startswith("compiled inside tests, one by one: moe_combine_s0_wide-")
+    assert run.lines[1].startswith("compiled inside tests, one by one: moe_combine_s0_wide-")
+    run.option.compile_only = True
+    with pytest.raises(pytest.exit.Exception):
+        ahead.pytest_collection_finish(run)

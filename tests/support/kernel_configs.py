@@ -1,8 +1,8 @@
 """Which compiled kernels a device test launches, told from its tables, so that all are compiled before the first test.
 
-A test module names them in a function ``kernel_configs()``. Before the first test of a run on Hopper, ``compile_ahead``
-compiles those of every collected module, one process per core; one by one inside tests each would wait for a process
-of its own. What is compiled inside a test all the same is listed at the end of the run.
+A test module names them in a function ``kernel_configs()``. Before the first test of a run on Hopper those of every
+collected module are compiled, one process per core; inside tests each would wait for a process of its own, which takes
+longer to start than to compile. What is compiled inside a test all the same is listed at the end of the run.
 """
 
 import time
@@ -28,6 +28,7 @@ from ownpath.verify.skeleton import configs_of
 from support.fp8_cases import Fp8Case, draw_weights
 from support.hopper_layouts import subject_on
 
+HOPPER = (9, 0)
 SHOW_EVERY_S = 2.0
 
 
@@ -113,32 +114,39 @@ def declared(modules: Iterable[ModuleType]) -> dict[str, Config]:
 class CompiledAhead:
     """A plugin: compiles kernels before the first test, and tells at the end which ones were compiled after that."""
 
-    def __init__(self, reporter: pytest.TerminalReporter) -> None:
-        self._reporter = reporter
+    def __init__(self, config: pytest.Config, capability: tuple[int, int]) -> None:
+        self._config, self._capability = config, capability
         self._start = self._shown = time.perf_counter()
-        self._cached = set[str]()
+        self._cached = _cached()
 
-    def compile(self, modules: Iterable[ModuleType]) -> None:
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Errors: UsageError naming a module whose kernels are unknown, or a kernel that does not compile."""
-        configs = declared(modules)
+        if self._config.option.collectonly:
+            return
+        self._start = time.perf_counter()
+        configs = declared({item.module for item in session.items}) if self._capability == HOPPER else {}
         try:
             count = compile_missing(configs.values(), self._show)
         except CompileError as error:
             raise pytest.UsageError(str(error)) from error
-        seconds = time.perf_counter() - self._start
-        self._reporter.write_line(f"kernels: {len(configs)} ready, {count} of them compiled now, {seconds:.0f} s")
+        self._say(f"kernels: {len(configs)} ready, {count} compiled now in {time.perf_counter() - self._start:.0f} s")
         self._cached = _cached()
+        if self._config.option.compile_only:
+            pytest.exit("compiled, and nothing run", returncode=0)
 
     def pytest_terminal_summary(self) -> None:
         """Lists what a module should have named."""
         if late := sorted(_cached() - self._cached):
-            self._reporter.write_line(f"compiled inside tests, one by one: {', '.join(late)}")
+            self._say(f"compiled inside tests, one by one: {', '.join(late)}")
 
     def _show(self, done: int, total: int, name: str) -> None:
         now = time.perf_counter()
         if now - self._shown >= SHOW_EVERY_S or done == total:
             self._shown = now
-            self._reporter.write_line(f"compiling kernels: {done}/{total} {now - self._start:5.1f} s  {name}")
+            self._say(f"compiling kernels: {done}/{total} {now - self._start:5.1f} s  {name}")
+
+    def _say(self, line: str) -> None:
+        self._config.get_terminal_writer().line(line, flush=True)
 
 
 def _cached() -> set[str]:
