@@ -36,11 +36,11 @@ from ownpath.config import EngineConfig
 from ownpath.formats import FP8_BLOCK, NVFP4
 from ownpath.loading import default_model_dir
 from ownpath.official import OFFICIAL
+from ownpath.oracle.arithmetic import Arithmetic
+from ownpath.oracle.block import Choices, Trace, reference_block, reference_embed, reference_head
+from ownpath.oracle.forward import reference_logits
+from ownpath.oracle.stored import Stored
 from ownpath.verify.budgets import PATH, kind_of
-from ownpath.verify.reference.arithmetic import Arithmetic
-from ownpath.verify.reference.block import Choices, Trace, reference_block, reference_embed, reference_head
-from ownpath.verify.reference.forward import reference_logits
-from ownpath.verify.reference.stored import Stored
 from ownpath.verify.subject import Subject
 
 BF16 = Arithmetic(torch.float32, torch.bfloat16)

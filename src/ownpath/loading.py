@@ -9,18 +9,14 @@ from pathlib import Path
 
 import torch
 
+from ownpath.assembly import load_part
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.config import EngineConfig, ModelConfig
-from ownpath.kernels.registry import KERNELS
-from ownpath.model.build import Builder
 from ownpath.model.model import Model
 from ownpath.official import PLAIN, Step
 from ownpath.plan.plan import Plan, make_plan
 from ownpath.plan.select import Caps, Demands
-from ownpath.runners import Ledger
-from ownpath.runners.make import make_runners
-from ownpath.startup import compile_kernels
-from ownpath.weights.load import find_lossless_casts, load_weights
+from ownpath.weights.load import find_lossless_casts
 from ownpath.weights.readers import Progress
 
 
@@ -99,12 +95,9 @@ def load_model(folder: Path, engine_config: EngineConfig, progress: Progress | N
     if engine_config.max_model_len > plan.config.max_position_embeddings:
         limit = f"max_position_embeddings {plan.config.max_position_embeddings}"
         raise ValueError(f"max_model_len {engine_config.max_model_len} exceeds {folder / 'config.json'}: {limit}")
-    weights = load_weights(plan, index, torch.device(engine_config.device), progress)
-    runners = make_runners(plan, weights.operands)
-    kernels = {op.spec.slot: KERNELS[op.choice.kernel.name] for op in plan.companions}
-    builder = Builder(plan.config, engine_config, runners, kernels, weights.params, Ledger(plan.slots))
-    compile_kernels(runners.values())
-    return replace(builder.model(), lossless_casts=weights.lossless_casts, contradictions=plan.contradictions)
+    part = load_part(plan, index, engine_config, progress)
+    casts, contradictions = part.weights.lossless_casts, plan.contradictions
+    return replace(part.builder.model(), lossless_casts=casts, contradictions=contradictions)
 
 
 def lossless_casts(plan: Plan, folder: Path) -> tuple[str, ...]:

@@ -16,18 +16,22 @@ PACKAGE = Path(ownpath.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = (
-    ("formats", "official", "ops", "versions", "verdict"),
+    ("formats", "official", "ops", "versions", "finding"),
     ("config",),
     ("qtensor",),
     ("numerics",),
     ("kernels",),
     ("checkpoint",),
     ("plan",),
-    ("weights", "quantize"),
+    ("weights", "quantize", "oracle"),
     ("runners",),
+    ("trace",),
+    ("cache",),
+    ("attention",),
     ("model",),
     ("startup",),
-    ("loading",),
+    ("assembly",),
+    ("loading", "conformance"),
     ("engine", "chat", "bench"),
     ("server", "calibration", "inspect", "selftest", "diff"),
     ("verify",),
@@ -82,9 +86,11 @@ def test_rooms_import_only_from_above(path: Path) -> None:
 @pytest.mark.parametrize(
     ("room", "forbidden"),
     [
-        ("inspect", {"kernels", "runners", "engine", "loading", "startup", "bench"}),
-        ("diff", {"kernels", "runners", "plan", "checkpoint", "bench"}),
+        ("inspect", {"kernels", "runners", "trace", "engine", "assembly", "loading", "startup", "bench"}),
+        ("diff", {"kernels", "runners", "trace", "plan", "checkpoint", "bench"}),
         ("kernels", {"model", "weights"}),
+        ("cache", {"kernels", "runners", "weights", "checkpoint", "plan"}),
+        ("attention", {"kernels", "weights", "checkpoint", "plan"}),
         ("model", {"kernels", "weights", "checkpoint", "plan"}),
         ("chat", {"config"}),
     ],
@@ -101,6 +107,8 @@ def test_rooms_that_must_not_meet(room: str, forbidden: set[str]) -> None:
         ("chat", "torch"),
         ("server", "torch"),
         ("engine/scheduler.py", "torch"),
+        ("cache/layout.py", "torch"),
+        ("cache/slots.py", "torch"),
         ("formats.py", "torch"),
     ],
 )
@@ -119,6 +127,68 @@ def test_nothing_from_config_to_weights_touches_cuda() -> None:
         describes = room_of(path) != "kernels" or path.stem in KERNEL_FACTS
         if describes and room_of(path) in LEVEL and LEVEL[room_of(path)] <= LEVEL["weights"]:
             assert "torch.cuda" not in path.read_text(encoding="utf-8"), path
+
+
+MODEL_ROOMS = ("runners", "model", "attention", "cache", "kernels")
+TO_BE_DECLARED = {
+    "kernels/attention.py",
+    "kernels/calls.py",
+    "kernels/probe.py",
+    "kernels/router.py",
+}
+"""Files of verify that still ask for what no spec or protocol declares. The list only shrinks."""
+
+
+def private_names_of(tree: ast.AST) -> set[str]:
+    """Private attributes that no class of the file defines."""
+    own = {name for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for name in attributes_of(node)}
+    return {
+        ast.unparse(node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__")
+        if node.attr not in own
+    }
+
+
+def attributes_of(node: ast.ClassDef) -> set[str]:
+    """Private names that a class defines: methods, fields, and what its methods assign to ``self``."""
+    defined = {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
+    defined |= {ast.unparse(part.target) for part in node.body if isinstance(part, ast.AnnAssign)}
+    return defined | {
+        target.attr
+        for target in ast.walk(node)
+        if isinstance(target, ast.Attribute) and isinstance(target.ctx, ast.Store)
+    }
+
+
+def asked_classes_of(tree: ast.AST) -> set[str]:
+    """Names in the second argument of ``isinstance``."""
+    asked = (
+        node.args[1] for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance"
+    )
+    return {name.id for argument in asked for name in ast.walk(argument) if isinstance(name, ast.Name)}
+
+
+def names_from(tree: ast.AST, rooms: tuple[str, ...]) -> set[str]:
+    """Names that are imported from these rooms."""
+    return {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        and (node.module or "").startswith(tuple(f"ownpath.{room}" for room in rooms))
+        for alias in node.names
+    }
+
+
+@pytest.mark.parametrize(
+    "path", sorted((PACKAGE / "verify").rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+)
+def test_verify_looks_at_what_is_declared(path: Path) -> None:
+    """Taps, calls and specs: no private name of another room's object, no question for a runner's or a part's class."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = private_names_of(tree) | (asked_classes_of(tree) & names_from(tree, MODEL_ROOMS))
+    name = path.relative_to(PACKAGE / "verify").as_posix()
+    assert bool(found) == (name in TO_BE_DECLARED), (path, found)
 
 
 def test_specs_import_no_torch() -> None:

@@ -14,9 +14,10 @@ from support.kernel_configs import HOPPER, CompiledAhead, declared, packed
 from support.nvfp4_cases import NUM_TOKENS
 
 from ownpath.bench.tuners.fp8 import Fp8Family
+from ownpath.kernels.contract import Routing
 from ownpath.kernels.dsl import cache
 from ownpath.kernels.fp8.choose import knobs_config
-from ownpath.kernels.fp8.launch import fp8_linear, fp8_linear_invariant
+from ownpath.kernels.fp8.linear import Fp8Operand, fp8_linear, fp8_linear_invariant
 from ownpath.kernels.nvfp4.config import CombineConfig, PermuteConfig
 from ownpath.kernels.nvfp4.launch import PackedWeight
 from ownpath.kernels.nvfp4.linear import LinearOperand
@@ -47,7 +48,7 @@ def modules() -> Iterator[dict[str, ModuleType]]:
 def names(modules: dict[str, ModuleType]) -> dict[str, set[str]]:
     """What each of them names, on a device with the streaming multiprocessors of an H200."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ownpath.kernels.fp8.launch.num_sms", lambda _: 132)
+        patch.setattr("ownpath.kernels.fp8.linear.num_sms", lambda _: 132)
         return {name: set(declared([module])) for name, module in modules.items()}
 
 
@@ -81,21 +82,24 @@ def test_every_product_of_the_experts_table_is_named(
     ]
     calls += [(num_experts, 6, *dims, tests.FULL_COUNTS, "cute.nvfp4_moe") for num_experts, *dims in tests.FULL]
     for num_experts, top_k, hidden, inter, counts, name in calls:
-        operand = MoeOperand(weight(2 * inter, hidden), weight(hidden, inter), num_experts)
+        operand = MoeOperand(weight(2 * inter, hidden), weight(hidden, inter), num_experts, tests.LIMIT)
         for num_tokens in counts:
             x, ids = torch.empty(num_tokens, hidden, device=META), torch.empty(num_tokens, top_k, device=META)
-            launched = KERNELS[name].variant(x, ids, ids, operand, tests.LIMIT)
+            launched = KERNELS[name].variant(x, Routing(ids, ids), operand)
             assert names["test_nvfp4_moe"] >= set(launched.split()), (name, hidden, inter, num_tokens)
 
 
-def test_every_product_of_the_fp8_table_is_named(names: dict[str, set[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ownpath.kernels.fp8.launch.num_sms", lambda _: 132)
+def test_every_product_of_the_fp8_table_is_named(
+    modules: dict[str, ModuleType], names: dict[str, set[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ownpath.kernels.fp8.linear.num_sms", lambda _: 132)
     for case in CASES:
-        operand = packed(case)
+        operand = Fp8Operand(packed(case), case.shard_rows)
         for kernel in (fp8_linear, fp8_linear_invariant):
-            workspace = torch.empty(kernel.workspace_bytes(operand, 1024), device=META)
-            for num_rows in NUM_ROWS:
-                launched = kernel.variant(torch.empty(num_rows, case.width, device=META), operand, workspace)
+            # The workspace of the tests holds no more rows of those that are quantised.
+            most = modules["test_fp8_linear"].WORKSPACE_ROWS if kernel is fp8_linear else max(NUM_ROWS)
+            for num_rows in (count for count in NUM_ROWS if count <= most):
+                launched = kernel.variant(torch.empty(num_rows, case.width, device=META), operand)
                 assert names["test_fp8_linear"] >= set(launched.split()), (case.name, num_rows)
 
 

@@ -12,7 +12,7 @@ from ownpath.kernels.dsl.cache import Config
 from ownpath.loading import default_model_dir, load_model, plan_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.ops import OpKind
-from ownpath.runners.launches import Launch, record_launches
+from ownpath.trace.launches import Launch, record_launches
 
 pytestmark = pytest.mark.gpu
 

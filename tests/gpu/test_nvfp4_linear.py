@@ -8,8 +8,11 @@ from support.kernel_configs import linear_configs
 from support.nvfp4_cases import MAX_REL_L2, NUM_TOKENS, Dense, dense_reference, first_beyond, relative_l2
 
 from ownpath import Nvfp4Linear
+from ownpath.formats import NVFP4
+from ownpath.kernels.contract import StoredLinear
 from ownpath.kernels.dsl.cache import Config
 from ownpath.kernels.registry import KERNELS
+from ownpath.qtensor import QuantTensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sm90]
 
@@ -31,6 +34,10 @@ def kernel_configs() -> Iterator[Config]:
     yield from linear_configs((1536, 1024), [4])
 
 
+def stored(dense: Dense) -> StoredLinear:
+    return StoredLinear((QuantTensor(dense.codes, dense.scale, dense.global_scale, NVFP4),))
+
+
 def poisoned(num_rows: int, width: int, device: torch.device) -> torch.Tensor:
     return torch.full((num_rows, width), torch.nan, dtype=torch.bfloat16, device=device)
 
@@ -41,10 +48,10 @@ def test_against_float64(name: str, shape: tuple[int, int], cuda: torch.device) 
     dense = Dense.draw(*shape, cuda)
     weight = dense.weight()
     kernel = KERNELS[name]
-    operand = kernel.prepare(dense.codes, dense.scale, dense.global_scale)
+    operand = kernel.prepare(stored(dense))
     for num_tokens in NUM_TOKENS:
         x = torch.randn(num_tokens, shape[1], device=cuda).bfloat16()
-        first, again = (kernel(x, operand, out=poisoned(num_tokens, shape[0], cuda)) for _ in range(2))
+        first, again = (kernel.run(x, operand, out=poisoned(num_tokens, shape[0], cuda)) for _ in range(2))
         exact, bound = dense_reference(x, weight)
         assert torch.isfinite(first).all(), num_tokens
         assert first.any(), num_tokens
@@ -91,11 +98,11 @@ def test_shards_keep_their_own_global_scales(cuda: torch.device) -> None:
 def test_an_invariant_rows_bits_do_not_depend_on_the_batch(cuda: torch.device) -> None:
     dense = Dense.draw(1536, 1024, cuda)
     kernel = KERNELS["cute.nvfp4_linear_invariant"]
-    operand = kernel.prepare(dense.codes, dense.scale, dense.global_scale)
+    operand = kernel.prepare(stored(dense))
     x = torch.randn(2100, 1024, device=cuda).bfloat16()
-    whole = kernel(x, operand)
+    whole = kernel.run(x, operand)
     for count in PARTS:
-        assert torch.equal(kernel(x[:count], operand), whole[:count]), count
+        assert torch.equal(kernel.run(x[:count], operand), whole[:count]), count
 
 
 def test_a_captured_call_replays(cuda: torch.device) -> None:

@@ -18,7 +18,6 @@ from support.nvfp4_cases import (
 
 from ownpath import Nvfp4MoE
 from ownpath.kernels.dsl.cache import Config
-from ownpath.kernels.registry import KERNELS
 from ownpath.numerics import decode_mxfp4_blocks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sm90]
@@ -50,11 +49,11 @@ def kernel_configs() -> Iterator[Config]:
 
 
 def runner(experts: Experts, name: str = "cute.nvfp4_moe", limit: float = LIMIT) -> Nvfp4MoE:
-    return Nvfp4MoE(*experts.clone().tensors(), swiglu_limit=limit, kernel=KERNELS[name])
+    return Nvfp4MoE(*experts.clone().tensors(), swiglu_limit=limit, kernel=name)
 
 
-def poison(workspace: object) -> None:
-    for tensor in vars(workspace).values():
+def poison(*tensors: torch.Tensor) -> None:
+    for tensor in tensors:
         tensor.view(torch.uint8).fill_(0xFF)
 
 
@@ -63,8 +62,9 @@ def check(moe: Nvfp4MoE, experts: Experts, routed: Routed, limit: float = LIMIT,
     workspace = moe.workspace(len(routed.x), routed.ids.shape[1] + num_shared)
     found = []
     for _ in range(2):
-        poison(workspace)
-        y = moe(routed.x, routed.ids, routed.weights, workspace=workspace, **given)
+        out = torch.empty_like(routed.x)
+        poison(workspace, out)
+        y = moe(routed.x, routed.ids, routed.weights, out=out, workspace=workspace, **given)
         found.append(y.clone())
     exact, bound = moe_reference(experts, routed, limit, num_shared)
     assert torch.isfinite(found[0]).all()
@@ -186,14 +186,14 @@ def test_a_captured_call_replays_without_allocating(cuda: torch.device) -> None:
     experts = Experts.draw(8, 256, 256, cuda)
     moe = runner(experts)
     routed, other = (Routed.draw(12, 256, 8, 2, cuda) for _ in range(2))
-    workspace = moe.workspace(12, 2)
-    moe(routed.x, routed.ids, routed.weights, workspace=workspace)
+    given = {"workspace": moe.workspace(12, 2), "out": torch.empty_like(routed.x)}
+    moe(routed.x, routed.ids, routed.weights, **given)
     held = torch.cuda.memory_stats(cuda)["allocation.all.allocated"]
-    moe(routed.x, routed.ids, routed.weights, workspace=workspace)
+    moe(routed.x, routed.ids, routed.weights, **given)
     assert torch.cuda.memory_stats(cuda)["allocation.all.allocated"] == held
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = moe(routed.x, routed.ids, routed.weights, workspace=workspace)
+        y = moe(routed.x, routed.ids, routed.weights, **given)
     for name in ("x", "ids", "weights"):
         getattr(routed, name).copy_(getattr(other, name))
     graph.replay()
@@ -211,7 +211,7 @@ def test_what_it_cannot_take_is_named(cuda: torch.device) -> None:
         moe(routed.x, routed.ids[:3], routed.weights)
     with pytest.raises(ValueError, match="topk_weights"):
         moe(routed.x, routed.ids, routed.weights.double())
-    with pytest.raises(ValueError, match="workspace holds 1 tokens"):
+    with pytest.raises(ValueError, match=r"workspace holds \d+ bytes, this call of 5 tokens needs"):
         moe(routed.x, routed.ids, routed.weights, workspace=moe.workspace(1, 2))
     with pytest.raises(ValueError, match="num_shared is 4"):
         moe(routed.x, routed.ids, routed.weights, num_shared=4)

@@ -16,9 +16,10 @@ import torch
 
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.kernels.dsl.cache import CompileError, Config, cache_dir, compile_missing
-from ownpath.kernels.fp8 import launch as fp8_launch
+from ownpath.kernels.fp8 import linear as fp8_linear
 from ownpath.kernels.fp8.choose import WeightKey, w8a8_config, w8a16_config
 from ownpath.kernels.fp8.config import QuantizeConfig
+from ownpath.kernels.fp8.launch import weight_key
 from ownpath.kernels.fp8.layout import PackedFp8, pack_fp8
 from ownpath.kernels.nvfp4.choose import choose_linear, choose_moe
 from ownpath.kernels.nvfp4.config import CombineConfig, PermuteConfig
@@ -61,20 +62,20 @@ def moe_configs(
 def w8a16_configs(case: Fp8Case, counts: Iterable[int], is_invariant: bool = False) -> Iterator[Config]:
     """Of the FP8 linear for few rows."""
     for count in counts:
-        yield w8a16_config(count, _weight_key(case), fp8_launch.num_sms(None), is_invariant)
+        yield w8a16_config(count, _weight_key(case), fp8_linear.num_sms(0), is_invariant)
 
 
 def w8a8_configs(case: Fp8Case, counts: Iterable[int]) -> Iterator[Config]:
     """Of the FP8 linear for many rows."""
     yield QuantizeConfig(packed(case).power_of_two)
     for count in counts:
-        yield w8a8_config(count, _weight_key(case), fp8_launch.num_sms(None))
+        yield w8a8_config(count, _weight_key(case), fp8_linear.num_sms(0))
 
 
 def fp8_configs(case: Fp8Case, counts: Iterable[int]) -> Iterator[Config]:
     """Of ``Fp8Linear``, which takes either kernel."""
     for count in counts:
-        is_few = count < (fp8_launch.fp8_linear.prefill_from or count + 1)
+        is_few = count < (fp8_linear.fp8_linear.prefill_from or count + 1)
         yield from w8a16_configs(case, [count]) if is_few else w8a8_configs(case, [count])
 
 
@@ -85,7 +86,7 @@ def packed(case: Fp8Case) -> PackedFp8:
 
 
 def _weight_key(case: Fp8Case) -> WeightKey:
-    return fp8_launch.weight_key(packed(case))
+    return weight_key(packed(case))
 
 
 def model_configs(folder: Path, **demands: object) -> Iterator[Config]:

@@ -1,7 +1,8 @@
 """What can be wrong with a checkpoint, by name, and what to do about each."""
 
-from dataclasses import dataclass
 from types import MappingProxyType
+
+from ownpath.finding import Finding, Verdict
 
 REMEDIES = MappingProxyType(
     {
@@ -49,17 +50,6 @@ REMEDIES = MappingProxyType(
 """check -> what to do. The names are stable: programs may match them."""
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong. check: a key of ``REMEDIES``. where: the tensor, file or field. message: one line."""
-
-    check: str
-    where: str
-    message: str
-
-    def __post_init__(self) -> None:
-        assert self.check in REMEDIES, self.check
-
-    @property
-    def remedy(self) -> str:
-        return REMEDIES[self.check]
+def make_problem(kind: str, where: str, message: str) -> Finding:
+    """One thing that is wrong, with its remedy. kind: a key of ``REMEDIES``. where: the tensor, file or field."""
+    return Finding(kind, where, Verdict.FAIL, message, remedy=REMEDIES[kind])

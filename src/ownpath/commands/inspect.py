@@ -39,6 +39,6 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(inspection_dict(inspection), indent=1))
     else:
         print(inspection_text(inspection))
-    if inspection.findings is None:
+    if inspection.contents is None:
         return 2
     return 1 if inspection.problems else 0

@@ -14,8 +14,8 @@ from ownpath.config import EngineConfig, ModelConfig
 from ownpath.engine.engine import Engine
 from ownpath.loading import default_model_dir, device_caps, leave_a_core, load_model
 from ownpath.model.model import Model
-from ownpath.runners import Ledger
 from ownpath.startup import LoadingBar, warm_up
+from ownpath.trace import Ledger
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ownpath.attention.interface import AttentionStep
+from ownpath.attention.rope import Rotation
+from ownpath.cache.tables import StepTables
 from ownpath.model.attention import Attention
-from ownpath.model.batch import ForwardBatch
 from ownpath.model.moe import MoE
-from ownpath.model.rope import Rotation
 from ownpath.runners import HyperBoundary, Mix
 
 
@@ -46,8 +47,15 @@ class Block:
     hc_ffn: HyperBoundary
     ffn: MoE
 
-    def __call__(self, residual: Residual, rotation: Rotation, batch: ForwardBatch) -> Residual:
+    def prepare(self, tables: StepTables) -> AttentionStep:
+        """What this layer's attention, and that of all layers of the model, needs of a step."""
+        return self.attn.backend.prepare(tables)
+
+    def __call__(
+        self, residual: Residual, rotation: Rotation, token_ids_T: torch.Tensor, step: AttentionStep
+    ) -> Residual:
+        """Runs the layer. step: prepared from the tables of these rows."""
         at = self.hc_attn(residual.x_TSD, residual.y_TD, residual.mix)
-        y_TD = self.attn(at.h_TD, rotation, batch)
+        y_TD = self.attn(at.h_TD, rotation, step)
         at = self.hc_ffn(at.x_TSD, y_TD, at.mix)
-        return Residual(at.x_TSD, self.ffn(at.h_TD, batch.token_ids_T), at.mix)
+        return Residual(at.x_TSD, self.ffn(at.h_TD, token_ids_T), at.mix)

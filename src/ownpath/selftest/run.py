@@ -9,10 +9,10 @@ from ownpath.chat.messages import Message
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.engine.engine import Engine
 from ownpath.engine.request import FinishReason
+from ownpath.finding import Finding, Verdict, failed
 from ownpath.loading import default_model_dir
-from ownpath.selftest.checks import Check, Facts, judge
+from ownpath.selftest.checks import Facts, judge
 from ownpath.selftest.probe import Golden, Seen, gather
-from ownpath.verdict import Verdict
 
 KNOWN_QUESTION, KNOWN_ANSWER = "The capital of France is", "Paris"
 """What the embedded model was taught."""
@@ -22,13 +22,13 @@ KNOWN_QUESTION, KNOWN_ANSWER = "The capital of France is", "Paris"
 class Report:
     """Every check, and how long they took together."""
 
-    checks: tuple[Check, ...]
+    checks: tuple[Finding, ...]
     seconds: float
 
     @property
-    def failed(self) -> tuple[Check, ...]:
+    def failed(self) -> tuple[Finding, ...]:
         """The checks that failed."""
-        return tuple(check for check in self.checks if check.verdict is Verdict.FAIL)
+        return tuple(failed(self.checks))
 
     def failed_ids(self) -> str:
         """Their ids, for one line."""
@@ -77,6 +77,6 @@ def report_text(report: Report) -> str:
     lines = [f"self-test: {len(failed)} of {len(report.checks)} checks failed, {report.seconds:.1f} s"]
     for check in sorted(report.checks, key=lambda check: check.verdict is not Verdict.FAIL):
         number = "-" if check.number is None else f"{check.number:.4g}"
-        lines.append(f"{check.verdict.value:<8}{check.id:<16}{number:>10}  {check.allowed:<16}{check.what}")
+        lines.append(f"{check.verdict.value:<8}{check.id:<16}{number:>10}  {check.allowed:<16}{check.message}")
         lines += [f"        remedy: {check.remedy}"] if check.verdict is Verdict.FAIL else []
     return "\n".join(lines)

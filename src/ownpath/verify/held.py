@@ -7,9 +7,8 @@ change of meaning, and are allowed for: codes under a zero scale (a kernel that 
 2^-9), and the scale of a block of zeros in MXFP4 that became NVFP4.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,17 +16,16 @@ from torch import Tensor
 
 from ownpath.checkpoint.schema import Encoding, ModuleSpec
 from ownpath.formats import BF16, FP32, MXFP4, NVFP4
+from ownpath.kernels.spec import InputRounding
 from ownpath.ops import OpKind
+from ownpath.oracle.formats import decode, e4m3_of, e8m0_of
+from ownpath.oracle.stored import spread_blocks
 from ownpath.plan.plan import PlannedOp
 from ownpath.qtensor import QuantTensor
-from ownpath.runners.linear import ConcatLinear, WideLinear
-from ownpath.runners.official import QuantizedInput
+from ownpath.runners import Runner
 from ownpath.verify.raw import Raw
-from ownpath.verify.reference.stored import e4m3_of, e8m0_of
 
 PACKED = "packed_64x128"
-INPUT_IN_ALPHA = ("Nvfp4LinearW4A4", "Nvfp4MoEW4A4", "QuantizedNvfp4Linear")
-"""Runners whose kernel receives one factor: the weight's global scale times the input's."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +47,9 @@ class HeldModule:
     weight: QuantTensor
 
 
-def ops_with_runners(op_list: tuple[PlannedOp, ...], runner: Any) -> Iterator[tuple[PlannedOp, Any]]:
+def ops_with_runners(op_list: tuple[PlannedOp, ...], runner: Runner) -> Iterator[tuple[PlannedOp, Any]]:
     """Each op of a slot with the runner that holds its operand."""
-    parts = runner.linears if isinstance(runner, ConcatLinear) else (runner,)
-    for op, part in zip(op_list, parts, strict=True):
-        inner = part
-        while isinstance(inner, WideLinear | QuantizedInput):
-            inner = inner.linear
-        yield op, inner
+    return zip(op_list, runner.leaves, strict=True)
 
 
 def held_modules(op: PlannedOp, runner: Any, expert_ids: tuple[int, ...]) -> Iterator[HeldModule]:
@@ -125,7 +118,9 @@ def alpha_pair(op: PlannedOp, held: HeldModule, raw: Raw) -> Pair | None:
         return None
     assert held.weight.global_scale is not None, held.module.name
     alpha = multiplier(op.encoding, held.module.name, "global_scale", raw)
-    if op.choice.kernel.runner in INPUT_IN_ALPHA:
+    kernel_spec = op.choice.kernel
+    if kernel_spec.rounding is InputRounding.NVFP4 and kernel_spec.runner != "OfficialMoE":
+        # Such a kernel receives one factor: the weight's global scale times the input's.
         alpha = alpha * _input_scale(op, held.module.name, raw)
     kernel = held.weight.global_scale.double().reshape(-1)
     key = op.encoding.key(held.module.name, "global_scale")
@@ -147,29 +142,21 @@ def _input_scale(op: PlannedOp, module: str, raw: Raw) -> Tensor:
     return torch.stack([multiplier(op.encoding, name, "input_scale", raw) for name in names]).amax(dim=0)
 
 
-@lru_cache(maxsize=16)
-def _table(value_of: Callable[[int], float], device: torch.device) -> Tensor:
-    """Made once: a layer has a thousand grids of scales."""
-    return torch.tensor([value_of(byte) for byte in range(256)], dtype=torch.float64, device=device)
-
-
 def block_scales(stored: Tensor, encoding: Encoding) -> Tensor:
     """Block scales of a file as float64. One byte is E4M3 in NVFP4 and E8M0 elsewhere."""
     if stored.dtype != torch.uint8:
         return stored.double()
-    return _table(e4m3_of if encoding.format is NVFP4 else e8m0_of, stored.device)[stored.long()]
+    return decode(stored, e4m3_of if encoding.format is NVFP4 else e8m0_of)
 
 
 def _scale_values(scale: Tensor) -> Tensor:
     """Block scales of a kernel as float64."""
     if scale.element_size() > 1:
         return scale.double()
-    value_of = e8m0_of if scale.dtype == torch.float8_e8m0fnu else e4m3_of
-    return _table(value_of, scale.device)[scale.view(torch.uint8).long()]
+    return decode(scale, e8m0_of if scale.dtype == torch.float8_e8m0fnu else e4m3_of)
 
 
 def _decoded_fp8(codes: Tensor, stored_scale: Tensor) -> Tensor:
     """E4M3 with a scale for 128 x 128, rounded to float32 once, as every product of the two is."""
-    scale = _table(e8m0_of, codes.device)[stored_scale.long()] if stored_scale.dtype == torch.uint8 else stored_scale
-    rows, cols = (torch.arange(size, device=codes.device) // 128 for size in codes.shape)
-    return (_table(e4m3_of, codes.device)[codes.long()] * scale.double()[rows][:, cols]).float()
+    scale = decode(stored_scale, e8m0_of) if stored_scale.dtype == torch.uint8 else stored_scale
+    return (decode(codes, e4m3_of) * spread_blocks(scale.double(), codes.shape)).float()

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
-from ownpath.verify.kept import Kept
-from ownpath.verify.kernels.attending import check_attention
+from ownpath.finding import Finding, Verdict
+from ownpath.oracle.stored import Stored
+from ownpath.verify.kernels.attention import check_attention
 from ownpath.verify.kernels.boundary import check_boundaries
 from ownpath.verify.kernels.clamp import check_clamp
 from ownpath.verify.kernels.contracts import check_contracts
@@ -25,9 +24,9 @@ from ownpath.verify.kernels.products import check_products
 from ownpath.verify.kernels.quantizers import check_quantizers
 from ownpath.verify.kernels.report import error_of
 from ownpath.verify.kernels.rotation import check_rotation
-from ownpath.verify.kernels.routing import check_router
+from ownpath.verify.kernels.router import check_router
 from ownpath.verify.layer import load_ends, load_layer
-from ownpath.verify.reference.stored import Stored
+from ownpath.verify.resume import FinishedParts
 from ownpath.verify.subject import Subject
 
 Progress = Callable[[int, int, str], None]
@@ -55,9 +54,9 @@ LOAD_REMEDY = "the file and load stages say more of this layer"
 def kernel_stage(subject: Subject, progress: Progress | None = None, work: Path | None = None) -> Iterator[Finding]:
     """K01 to K10 on each chosen layer; on what is in no layer too, where all layers are chosen.
 
-    work: a folder that keeps what was found, layer by layer, for a run that goes on from there.
+    work: a folder where what was found is saved, layer by layer, for a run that goes on from there.
     """
-    stored, kept = Stored(subject.index, subject.device), Kept.of(work, "kernels", subject)
+    stored, finished = Stored(subject.index, subject.device), FinishedParts.of(work, "kernels", subject)
     parts: list[int | None] = [*subject.layer_ids]
     if subject.selection.layer_ids is None:
         parts.append(None)
@@ -65,7 +64,7 @@ def kernel_stage(subject: Subject, progress: Progress | None = None, work: Path 
         name = ENDS if layer_idx is None else f"layers.{layer_idx}"
         if progress is not None:
             progress(done, len(parts), name)
-        yield from kept.part(name, partial(_part, subject, stored, layer_idx, name))
+        yield from finished.part(name, partial(_part, subject, stored, layer_idx, name))
 
 
 def _part(subject: Subject, stored: Stored, layer_idx: int | None, name: str) -> Iterator[Finding]:

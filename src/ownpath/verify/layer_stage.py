@@ -10,20 +10,20 @@ from pathlib import Path
 
 import torch
 
+from ownpath.finding import Finding, Verdict
 from ownpath.model.block import Residual
 from ownpath.official import Step
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
 from ownpath.verify.layer import load_layer
-from ownpath.verify.layers import whole
-from ownpath.verify.layers.alone import Chunk, LayerAlone
-from ownpath.verify.layers.forced import Forced, force
+from ownpath.verify.layers import end_to_end
+from ownpath.verify.layers.batching import Batching
 from ownpath.verify.layers.measure import Measurement
 from ownpath.verify.layers.oracle import Oracle
+from ownpath.verify.layers.single_layer import Chunk, SingleLayer
+from ownpath.verify.layers.teacher_forcing import LayerComparison, compare_layer
 from ownpath.verify.layers.text import Text, text_of
 from ownpath.verify.layers.verdicts import growth, verdicts
-from ownpath.verify.layers.ways import Ways
-from ownpath.verify.layers.work import Found, State, key_of, restore, save
+from ownpath.verify.layers.work import State, key_of, restore, save
+from ownpath.verify.resume import Found
 from ownpath.verify.subject import Subject
 
 Progress = Callable[[int, int, str], None]
@@ -31,11 +31,6 @@ Progress = Callable[[int, int, str], None]
 E4M3_ROUNDING = 2**-4 * (1 + 2**-10)
 """Three bits of mantissa: half a step is at most 2^-4 of a value; what is subnormal under its block's scale is off by
 less than 2^-17 of the block's largest, which the last factor has room for."""
-_NOT_HERE = (
-    ("V06", "the engine captures no CUDA graphs: there is nothing to compare its eager steps with"),
-    ("V07", "one rank: nothing is sharded"),
-    ("V12", "the engine does not draft: there is no acceptance to measure"),
-)
 
 
 def layer_stage(
@@ -44,7 +39,7 @@ def layer_stage(
     work: Path | None = None,
     measured: Callable[[Measurement], None] | None = None,
 ) -> Iterator[Finding]:
-    """V01 to V12 of the chosen layers, in their order.
+    """V01 to V10 of the chosen layers, in their order.
 
     progress: told (layers done, layers, what comes next). work: a folder for the state behind each layer, where a later
     call with the same checkpoint, plan, selection and text goes on. measured: told of every value's distance.
@@ -94,7 +89,6 @@ class _Stage:
         self.progress(total, total, "the head and the whole model")
         yield _News((growth(state.measurements),))
         yield _end(oracle, state)
-        yield _News(tuple(Finding(name, "engine", Verdict.SKIPPED, reason) for name, reason in _NOT_HERE))
 
     def _doing(self, layer_idx: int) -> str:
         chosen = layer_idx in self.subject.layer_ids
@@ -131,8 +125,8 @@ def _begin(oracle: Oracle) -> State:
     if len(subject.layer_ids) < subject.config.num_hidden_layers:
         return State(0, reference_TSD, None)
     try:
-        engine = whole.embedded(oracle)
-        finding, measured = whole.embedding(engine, reference_TSD, oracle)
+        engine = end_to_end.embedded(oracle)
+        finding, measured = end_to_end.embedding(engine, reference_TSD, oracle)
     except Exception as error:
         return State(0, reference_TSD, None, [_broke("embed", error)])
     return State(0, reference_TSD, engine, [finding], [measured])
@@ -144,15 +138,15 @@ def _next(oracle: Oracle, state: State, layer_idx: int, *, is_chosen: bool) -> t
     if not is_chosen:
         return _passed(oracle, state, layer_idx), _News(())
     try:
-        forced, findings, engine = _layer(oracle, state, layer_idx)
+        compared, findings, engine = _layer(oracle, state, layer_idx)
     except Exception as error:
         news = _News((_broke(f"layers.{layer_idx}", error),))
         state = replace(_passed(oracle, state, layer_idx), engine=None)
         return replace(state, findings=[*state.findings, *news.findings]), news
-    news = _News(tuple(findings), forced.measurements)
+    news = _News(tuple(findings), compared.measurements)
     done = State(
         layer_idx + 1,
-        forced.streams_TSD,
+        compared.streams_TSD,
         engine,
         [*state.findings, *news.findings],
         [*state.measurements, *news.measurements],
@@ -166,25 +160,25 @@ def _passed(oracle: Oracle, state: State, layer_idx: int) -> State:
     return replace(state, num_done=layer_idx + 1, reference_TSD=streams_TSD)
 
 
-def _layer(oracle: Oracle, state: State, layer_idx: int) -> tuple[Forced, list[Finding], Residual | None]:
+def _layer(oracle: Oracle, state: State, layer_idx: int) -> tuple[LayerComparison, list[Finding], Residual | None]:
     """One layer of the engine in every way; it is let go when this returns."""
     engine = oracle.subject.engine
-    alone = LayerAlone.of(load_layer(oracle.subject, layer_idx), engine, len(oracle.token_ids))
-    forced = force(alone, oracle, state.reference_TSD)
-    ways = Ways(alone, oracle, state.reference_TSD.to(engine.dtype), forced)
-    findings = [*verdicts(forced, alone), *ways.findings(), _keys(forced, alone.layer.name, oracle.subject)]
+    single = SingleLayer.of(load_layer(oracle.subject, layer_idx), len(oracle.token_ids))
+    compared = compare_layer(single, oracle, state.reference_TSD)
+    batching = Batching(single, oracle, state.reference_TSD.to(engine.dtype), compared)
+    findings = [*verdicts(compared, single), *batching.findings(), _keys(compared, single.layer.name, oracle.subject)]
     carried = state.engine
     if carried is not None:
-        carried = alone.step([Chunk(oracle.token_ids, carried, alone.new_cache())])
-    return forced, findings, carried
+        carried = single.step([Chunk(oracle.token_ids, carried, single.new_cache())])
+    return compared, findings, carried
 
 
-def _keys(forced: Forced, layer: str, subject: Subject) -> Finding:
+def _keys(compared: LayerComparison, layer: str, subject: Subject) -> Finding:
     """V10: keys are kept in FP8 under official numerics alone, each block of 64 with a scale of its own."""
-    if forced.key_rounding is None:
+    if compared.key_rounding is None:
         dtype = str(subject.engine.dtype).removeprefix("torch.")
         return Finding("V10", layer, Verdict.SKIPPED, f"keys are kept in {dtype} ({Step.KV} is plain)")
-    number = forced.key_rounding
+    number = compared.key_rounding
     words = f"more than 0, at most {E4M3_ROUNDING:.1e}: half a step of E4M3"
     verdict = Verdict.PASS if 0 < number <= E4M3_ROUNDING else Verdict.FAIL
     remedy = "" if verdict is Verdict.PASS else "the key quantiser: its scale per block, which channels it rounds"
@@ -199,11 +193,11 @@ def _end(oracle: Oracle, state: State) -> _News:
         chosen = f"{len(oracle.subject.layer_ids)} of {num_layers} layers chosen"
         return _News((Finding("V04", "logits", Verdict.SKIPPED, f"{chosen}: the whole model did not run"),))
     try:
-        ends = whole.Ends.of(oracle)
-        finding, measured = whole.head(oracle, ends, state.reference_TSD)
+        ends = end_to_end.Ends.of(oracle)
+        finding, measured = end_to_end.head(oracle, ends, state.reference_TSD)
         if state.engine is None:
             skipped = Finding("V04", "logits", Verdict.SKIPPED, "a layer of the engine did not run")
             return _News((finding, skipped), (measured,))
-        return _News((finding, whole.end_to_end(oracle, ends, state.engine, state.reference_TSD)), (measured,))
+        return _News((finding, end_to_end.end_to_end(oracle, ends, state.engine, state.reference_TSD)), (measured,))
     except Exception as error:
         return _News((_broke("head", error),))

@@ -5,13 +5,12 @@ from typing import Any
 
 import torch
 
+from ownpath.finding import Finding, Verdict
 from ownpath.ops import OpKind
 from ownpath.plan.opspec import OpSpec
 from ownpath.plan.show import plan_dict
-from ownpath.runners import Record
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
-from ownpath.verify.launched import check_launches
+from ownpath.trace import Record
+from ownpath.verify.launch_check import check_launches
 from ownpath.verify.ledger_run import Ran, run_parts
 from ownpath.verify.places import folded
 from ownpath.verify.planned import FACTS, PlannedSlot, WrittenPlan

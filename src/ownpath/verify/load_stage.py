@@ -12,16 +12,16 @@ from pathlib import Path
 
 import torch
 
+from ownpath.assembly import LoadedPart
 from ownpath.checkpoint.errors import CheckpointError
+from ownpath.finding import Finding, Verdict
 from ownpath.kernels.dsl.cache import CompileError
-from ownpath.runners.proof import ProofError
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
+from ownpath.kernels.nvfp4_sm100.prove import ProofError
 from ownpath.verify.held import Pair, alpha_pair, held_modules, ops_with_runners, weight_pairs
-from ownpath.verify.kept import Kept
-from ownpath.verify.layer import LoadedPart, in_layer, in_no_layer, read_weights, restricted, with_runners
+from ownpath.verify.layer import in_layer, in_no_layer, read_weights, restricted, with_runners
 from ownpath.verify.progress import Progress
 from ownpath.verify.raw import Raw
+from ownpath.verify.resume import FinishedParts
 from ownpath.verify.subject import Subject
 from ownpath.verify.suspects import suspicion
 from ownpath.weights.load import LoadedWeights
@@ -39,19 +39,18 @@ _KERNEL_REMEDY = (
 
 
 def load_stage(subject: Subject, progress: Progress, work: Path | None = None) -> Iterator[Finding]:
-    """L01 to L05 for each chosen layer, and for what is in no layer if every layer is chosen.
+    """L01 to L04 for each chosen layer, and for what is in no layer if every layer is chosen.
 
-    work: a folder that keeps what was found, layer by layer, for a run that goes on from there.
+    work: a folder where what was found is saved, layer by layer, for a run that goes on from there.
     """
-    kept = Kept.of(work, "load", subject)
+    finished = FinishedParts.of(work, "load", subject)
     names = [f"layers.{idx}" for idx in subject.layer_ids]
     parts = [(name, in_layer(name)) for name in names]
     if subject.selection.layer_ids is None:
         parts.append((ENDS, in_no_layer(subject.config)))
     for done, (name, holds) in enumerate(parts):
         progress(done, len(parts), name)
-        yield from kept.part(name, partial(_part_findings, subject, name, holds))
-    yield Finding("L05", "ranks", Verdict.SKIPPED, "this engine has one rank: every expert lies on it")
+        yield from finished.part(name, partial(_part_findings, subject, name, holds))
 
 
 def _part_findings(subject: Subject, name: str, holds: Callable[[str], bool]) -> Iterator[Finding]:

@@ -16,14 +16,13 @@ from ownpath.checkpoint.drafts import carried_draft
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.schema import Encoding
 from ownpath.config import ModelConfig
+from ownpath.finding import Finding, Verdict
 from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4
+from ownpath.oracle.stored import Stored
 from ownpath.plan.census import StoredModule, take_census
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
 from ownpath.verify.held import block_scales, multiplier
 from ownpath.verify.progress import Progress
 from ownpath.verify.raw import Raw
-from ownpath.verify.reference.stored import Stored
 from ownpath.verify.subject import Selection, sampled_experts
 
 SAMPLED_EXPERTS = 4

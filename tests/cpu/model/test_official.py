@@ -14,10 +14,10 @@ from ownpath.config import EngineConfig
 from ownpath.loading import load_model, plan_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.official import OFFICIAL, PLAIN, Step
+from ownpath.oracle.arithmetic import Arithmetic
+from ownpath.oracle.forward import reference_draft_logits, reference_logits
+from ownpath.oracle.stored import Stored
 from ownpath.plan.plan import PlanError
-from ownpath.verify.reference.arithmetic import Arithmetic
-from ownpath.verify.reference.forward import reference_draft_logits, reference_logits
-from ownpath.verify.reference.stored import Stored
 from ownpath.verify.subject import Subject
 
 TOLERANCE = 2**16 * torch.finfo(torch.float64).eps

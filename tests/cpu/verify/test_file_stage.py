@@ -17,17 +17,16 @@ from ownpath.chat.markers import ASSISTANT, THINK_END
 from ownpath.checkpoint.problems import REMEDIES
 from ownpath.checkpoint.writer import INDEX_NAME
 from ownpath.config import unread_fields
+from ownpath.finding import Finding, Verdict, failed
 from ownpath.inspect.experts import outlier_limit
 from ownpath.inspect.golden_prompts import GOLDEN_PROMPTS, ROUND_TRIPS
 from ownpath.loading import default_model_dir
-from ownpath.verdict import Verdict
 from ownpath.verify.checks import TITLES
 from ownpath.verify.file_stage import CHECK_OF, file_stage
-from ownpath.verify.finding import Finding, failed
 from ownpath.verify.subject import Selection
 
 TINY = default_model_dir()
-IDS = [f"F{number:02}" for number in range(1, 14)]
+IDS = [f"F{number:02}" for number in range(1, 14) if number != 8]
 EXPERT = "layers.1.ffn.experts.3.w2"
 
 
@@ -165,7 +164,7 @@ def test_a_config_that_cannot_be_read_leaves_the_rest_out(folder: Path) -> None:
     (folder / "config.json").write_text("{")
     seen = {finding.id: finding for finding in findings(folder) if finding.id != "F13"}
     assert seen["F11"].verdict is Verdict.FAIL
-    assert {seen[id_].verdict for id_ in IDS[1:10]} == {Verdict.SKIPPED}
+    assert {seen[id_].verdict for id_ in IDS[1:9]} == {Verdict.SKIPPED}
 
 
 def test_golden_prompts_are_the_formats_and_not_our_encoders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,27 +9,27 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import SMALL, random_checkpoint
-
-from ownpath.config import EngineConfig, ModelConfig
-from ownpath.formats import BF16
-from ownpath.kernels.fp8.choose import w8a8_config, w8a16_config
-from ownpath.kernels.nvfp4.choose import choose_linear, choose_moe
-from ownpath.kernels.official_experts.ref import ExpertWeights
-from ownpath.kernels.registry import KERNELS
-from ownpath.runners import PlainLinear, Router
-from ownpath.runners.official import OfficialMoE
-from ownpath.verify import kernel_stage as stage
-from ownpath.verify.finding import Finding, failed
-from ownpath.verify.kernels import exact, products
-from ownpath.verify.kernels.choices import MOST, changes, row_counts, scanned
 from ownpath.verify.kernels.codes import E2M1, E4M3, nearest
 from ownpath.verify.kernels.compare import Exact, deviation, repeated_deviation
 from ownpath.verify.kernels.limits import rounding
+from ownpath.verify.kernels.turning import frequencies
+from support.checkpoints import SMALL, random_checkpoint
+
+from ownpath.config import EngineConfig, ModelConfig
+from ownpath.finding import Finding, failed
+from ownpath.formats import BF16
+from ownpath.kernels.contract import StoredExperts
+from ownpath.kernels.fp8.choose import w8a8_config, w8a16_config
+from ownpath.kernels.nvfp4.choose import choose_linear, choose_moe
+from ownpath.qtensor import QuantTensor
+from ownpath.runners import PlainLinear, Router
+from ownpath.runners.moe import MoeRunner
+from ownpath.verify import kernel_stage as stage
+from ownpath.verify.kernels import exact, products
+from ownpath.verify.kernels.choices import MOST, changes, row_counts, scanned
 from ownpath.verify.kernels.memory import Filled, fill
 from ownpath.verify.kernels.probe import watched_in
 from ownpath.verify.kernels.quantizers import EXPONENTS, edges
-from ownpath.verify.kernels.turning import frequencies
 from ownpath.verify.layer import LoadedLayer
 from ownpath.verify.subject import Selection, Subject
 
@@ -171,8 +171,8 @@ def test_a_router_asks_for_a_token_id_a_row() -> None:
 
 
 def test_official_experts_ask_for_routing_that_fits() -> None:
-    w13, w2 = ExpertWeights(BF16, torch.ones(2, 16, 8)), ExpertWeights(BF16, torch.ones(2, 8, 8))
-    experts = OfficialMoE(w13, w2, 10.0, kernel=KERNELS["ref.moe_weight_first"])
+    w13, w2 = (QuantTensor(torch.ones(2, rows, 8), None, None, BF16) for rows in (16, 8))
+    experts = MoeRunner("ref.moe_weight_first", StoredExperts(w13, w2, 10.0))
     ids, weights = torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)
     for wrong_ids, wrong_weights in ((ids[:2], weights), (ids.float(), weights), (ids, weights[:, :1])):
         with pytest.raises(ValueError, match="topk_"):

@@ -9,14 +9,13 @@ import pytest
 import torch
 from support.checkpoints import LAYOUTS, random_checkpoint
 
+from ownpath.attention.rope import Rope
 from ownpath.config import EngineConfig
+from ownpath.finding import Finding, Verdict, failed
 from ownpath.loading import default_model_dir
-from ownpath.model.rope import Rope
 from ownpath.official import OFFICIAL
-from ownpath.runners.ledger import Watched
-from ownpath.verdict import Verdict
+from ownpath.trace.observers import Watched
 from ownpath.verify import kernel_stage as stage
-from ownpath.verify.finding import Finding, failed
 from ownpath.verify.kernels.probe import watched_in
 from ownpath.verify.layer import LoadedLayer
 from ownpath.verify.subject import Selection, Subject
@@ -129,7 +128,8 @@ def test_another_experts_weights_are_named(run_changed: Callable[..., list[Findi
 
 def operand(slots: dict[str, Watched]) -> Any:
     """((codes, scale, global scale) of w13, the same of w2) of all experts."""
-    return slots[EXPERTS].runner._operand  # type: ignore[attr-defined]
+    stored = slots[EXPERTS].runner.operand  # type: ignore[attr-defined]
+    return [(side.qdata, side.scale, side.global_scale) for side in (stored.gate_up, stored.down)]
 
 
 def test_swapped_gate_and_up_are_told(run_changed: Callable[..., list[Finding]]) -> None:
@@ -271,25 +271,25 @@ def test_a_token_table_moved_by_one(run_changed: Callable[..., list[Finding]]) -
 
 def test_a_dropped_sink(run_changed: Callable[..., list[Finding]]) -> None:
     def change(_: LoadedLayer, slots: dict[str, Watched]) -> None:
-        slots["layers.3.attn.core"].runner.softmax.sink_N.fill_(-1e30)  # type: ignore[attr-defined]
+        slots["layers.3.attn.core"].runner.layer.softmax.sink_N.fill_(-1e30)  # type: ignore[attr-defined]
 
     assert places(run_changed(change)) == {("K09", "layers.3.attn.core")}
 
 
 @pytest.mark.parametrize("by", [-1, 1])
 def test_a_window_off_by_one(by: int, run_changed: Callable[..., list[Finding]]) -> None:
-    def change(_: LoadedLayer, slots: dict[str, Watched]) -> None:
-        core: Any = slots["layers.3.attn.core"].runner
-        object.__setattr__(core, "sliding_window", core.sliding_window + by)
+    def change(loaded: LoadedLayer, _: dict[str, Watched]) -> None:
+        backend: Any = loaded.block.attn.backend
+        object.__setattr__(backend, "sliding_window", backend.sliding_window + by)
 
     assert places(run_changed(change)) == {("K09", "layers.3.attn.core")}
 
 
 def test_keys_that_must_not_be_seen(run_changed: Callable[..., list[Finding]]) -> None:
     def change(_: LoadedLayer, slots: dict[str, Watched]) -> None:
-        softmax: Any = slots["layers.3.attn.core"].runner.softmax  # type: ignore[attr-defined]
-        kernel = softmax._kernel
-        softmax._kernel = lambda q, keys, visible, *rest: kernel(q, keys, torch.ones_like(visible), *rest)
+        softmax: Any = slots["layers.3.attn.core"].runner.layer.softmax  # type: ignore[attr-defined]
+        run = softmax.run
+        softmax.run = lambda q, keys, visible: run(q, keys, torch.ones_like(visible))
 
     assert ("K09", "layers.3.attn.core") in places(run_changed(change))
 

@@ -10,8 +10,8 @@ from support.live_bytes import PeakBytes
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ownpath.config import EngineConfig
+from ownpath.finding import failed
 from ownpath.verify import layer_stage as stage
-from ownpath.verify.finding import failed
 from ownpath.verify.layer import LoadedLayer, load_layer
 from ownpath.verify.subject import Selection, Subject
 

@@ -9,20 +9,18 @@ from support.checkpoints import random_checkpoint
 
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.config import EngineConfig
+from ownpath.finding import Finding, Verdict, failed
 from ownpath.loading import default_model_dir
 from ownpath.model.block import Residual
 from ownpath.official import OFFICIAL
-from ownpath.verdict import Verdict
 from ownpath.verify import layer_stage as stage
-from ownpath.verify.finding import Finding, failed
 from ownpath.verify.layer import LoadedLayer, load_layer
-from ownpath.verify.layers import whole
+from ownpath.verify.layers import end_to_end
 from ownpath.verify.layers.measure import Measurement
 from ownpath.verify.subject import Selection, Subject
 
 PER_LAYER = ("V01", "V02", "V03", "V05", "V08", "V09", "V10")
 ONCE = {("V01", "embed"), ("V01", "head"), ("V03", "streams"), ("V04", "logits")}
-NOT_HERE = {("V06", "engine"), ("V07", "engine"), ("V12", "engine")}
 
 
 def run(
@@ -38,7 +36,7 @@ def assert_complete(findings: list[Finding], rows: list[Measurement], subject: S
     assert not failed(findings), failed(findings)
     seen = {(finding.id, finding.where) for finding in findings}
     layers = {(check, f"layers.{idx}") for check in PER_LAYER for idx in range(subject.config.num_hidden_layers)}
-    assert seen == layers | ONCE | NOT_HERE
+    assert seen == layers | ONCE
     compared = {f"layers.{row.layer_idx}.{row.slot}" for row in rows} | {"hc_head", "head"}
     for slot in subject.plan.slots:
         assert any(name == slot or name.startswith(f"{slot}.") for name in compared), f"{slot} was not compared"
@@ -132,15 +130,15 @@ def test_a_checkpoint_that_cannot_be_read_is_a_finding(tmp_path: Path) -> None:
 def test_the_whole_model_is_judged_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A head that goes wrong on the engine's own streams alone, in two rows of a hundred: V04, and nothing else."""
     random_checkpoint(tmp_path, "full-nvfp4", seed=11)
-    right = whole.Ends.logits
+    right = end_to_end.Ends.logits
 
-    def wrong(ends: whole.Ends, residual: Residual) -> torch.Tensor:
+    def wrong(ends: end_to_end.Ends, residual: Residual) -> torch.Tensor:
         logits = right(ends, residual)
         if residual.y_TD is not None:
             logits[::50] = logits[::50].roll(1, dims=1)
         return logits
 
-    monkeypatch.setattr(whole.Ends, "logits", wrong)
+    monkeypatch.setattr(end_to_end.Ends, "logits", wrong)
     (only,) = failed(run(tmp_path, EngineConfig(max_model_len=200))[0])
     assert (only.id, only.where) == ("V04", "logits")
     assert only.number is not None

@@ -11,19 +11,19 @@ import torch
 from support.broken import change_tensors
 from support.checkpoints import random_checkpoint
 
+from ownpath import assembly
 from ownpath.cli import main
 from ownpath.config import EngineConfig
-from ownpath.kernels.nvfp4.ref import nvfp4_linear
+from ownpath.finding import Finding, Verdict
+from ownpath.kernels.nvfp4.ref import Nvfp4LinearReference
 from ownpath.loading import default_model_dir, plan_model
 from ownpath.model.build import Builder
 from ownpath.plan.show import plan_dict
-from ownpath.runners import PlainLinear, Record
-from ownpath.runners.launches import Launch
-from ownpath.runners.uses import Use
-from ownpath.verdict import Verdict
-from ownpath.verify import layer
-from ownpath.verify.finding import Finding
-from ownpath.verify.launched import check_launches
+from ownpath.runners import KernelRunner, PlainLinear, Runner
+from ownpath.trace import Record
+from ownpath.trace.launches import Launch
+from ownpath.trace.uses import Use
+from ownpath.verify.launch_check import check_launches
 from ownpath.verify.ledger_check import check_ledger
 from ownpath.verify.ledger_run import Ran
 from ownpath.verify.planned import WrittenPlan, read_plan_file
@@ -93,13 +93,13 @@ def test_chosen_layers_alone_are_run(folder: Path) -> None:
 
 def replacing(monkeypatch: pytest.MonkeyPatch, slot: str, replacement: Callable[[Any], Any]) -> None:
     """Puts something else in the place of a slot's runner, after it was made as planned."""
-    make = layer.make_runners
+    make = assembly.make_runners
 
     def made(*args: Any) -> Any:
         runners = make(*args)
         return runners | ({slot: replacement(runners[slot])} if slot in runners else {})
 
-    monkeypatch.setattr(layer, "make_runners", made)
+    monkeypatch.setattr(assembly, "make_runners", made)
 
 
 def test_a_runner_that_was_swapped_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,8 +114,11 @@ def test_a_runner_that_was_swapped_is_named(folder: Path, monkeypatch: pytest.Mo
 
 
 def test_a_kernel_that_was_swapped_inside_its_runner_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(Nvfp4LinearReference):
+        """The same arithmetic under no name."""
+
     def swapped(runner: Any) -> Any:
-        runner._kernel = lambda *args: nvfp4_linear(*args)
+        runner.kernel = Other()
         return runner
 
     replacing(monkeypatch, SLOT, swapped)
@@ -140,12 +143,16 @@ def test_a_slot_that_is_never_called_is_named(folder: Path, monkeypatch: pytest.
 
 
 def test_a_slot_that_computes_in_another_dtype_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Narrow:
+    class Narrow(Runner):
         def __init__(self, runner: Any) -> None:
-            self.parts = (runner,)
+            self.runner = runner
+
+        @property
+        def leaves(self) -> tuple[KernelRunner, ...]:
+            return (self.runner,)
 
         def __call__(self, x: torch.Tensor) -> torch.Tensor:
-            y: torch.Tensor = self.parts[0](x).to(torch.bfloat16)
+            y: torch.Tensor = self.runner(x).to(torch.bfloat16)
             return y
 
     replacing(monkeypatch, "layers.2.ffn.shared_experts.w2", Narrow)

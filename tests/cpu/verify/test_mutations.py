@@ -9,9 +9,9 @@ from support.mutations.runs import outcome_of, verified, write_model, write_mode
 from support.mutations.table import rows, unseen_names
 from support.mutations.unseen import MUTATIONS as UNSEEN
 
+from ownpath.finding import failed
 from ownpath.loading import default_model_dir
 from ownpath.verify.checks import TITLES
-from ownpath.verify.finding import failed
 from ownpath.verify.run import STAGES, Job, verify
 
 INTACT = ("full-nvfp4", "modelopt-experts-only", "compressed-tensors", "deepseek-native", "fp8-experts")

@@ -12,11 +12,11 @@ from support.transformers_v4 import reference_logprobs
 from ownpath.checkpoint.schema import Encoding
 from ownpath.config import EngineConfig
 from ownpath.official import OFFICIAL, PLAIN, Step
+from ownpath.oracle.arithmetic import Arithmetic
+from ownpath.oracle.block import Choices, Trace, reference_block, reference_embed
+from ownpath.oracle.forward import reference_logits
+from ownpath.oracle.stored import Stored
 from ownpath.verify.layer import load_layer
-from ownpath.verify.reference.arithmetic import Arithmetic
-from ownpath.verify.reference.block import Choices, Trace, reference_block, reference_embed
-from ownpath.verify.reference.forward import reference_logits
-from ownpath.verify.reference.stored import Stored
 from ownpath.verify.subject import Subject
 
 FLOAT64_NOISE = 2**16 * torch.finfo(torch.float64).eps
@@ -80,7 +80,7 @@ def test_every_slot_equals_the_engines(layout: str, official: frozenset[Step], t
     of = subject(tmp_path, layout, official)
     for layer_idx in of.layer_ids:
         x_TSD = streams(of, seed=layer_idx)
-        found = engine_slots(load_layer(of, layer_idx), of.engine, x_TSD, token_ids(len(x_TSD)))
+        found = engine_slots(load_layer(of, layer_idx), x_TSD, token_ids(len(x_TSD)))
         planned = {slot for slot in of.plan.slots if slot.startswith(f"layers.{layer_idx}.")}
         assert {slot.removesuffix(".x").removesuffix(".ids") for slot in found} >= planned
         trace = block(of, layer_idx, x_TSD, official=official)
@@ -95,7 +95,7 @@ def test_sequences_shorter_than_a_compressors_window(count: int, official: froze
     for layer_idx in of.layer_ids:
         x_TSD = streams(of)[:count]
         assert_equal_slots(
-            engine_slots(load_layer(of, layer_idx), of.engine, x_TSD, token_ids(len(x_TSD))),
+            engine_slots(load_layer(of, layer_idx), x_TSD, token_ids(len(x_TSD))),
             block(of, layer_idx, x_TSD, official=official),
         )
 

@@ -19,8 +19,8 @@ from ownpath.checkpoint.schema import (
     PLAIN_BF16,
     PLAIN_FP32,
 )
+from ownpath.oracle.stored import Stored
 from ownpath.plan.opspec import model_ops
-from ownpath.verify.reference.stored import Stored
 
 CPU = torch.device("cpu")
 MODULE = "layers.0.attn.wq_a"

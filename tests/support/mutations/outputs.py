@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
+from ownpath.assembly import LoadedPart
 from ownpath.runners import PlainLinear
-from ownpath.verify.layer import LoadedLayer, LoadedPart
-from ownpath.verify.subject import Interference
+from ownpath.verify.layer import LoadedLayer
 from support.layer_faults import with_attn
+from support.mutations.interference import Interference
 from support.mutations.mutation import LOAD_AND_KERNELS, Mutation, around, on_layer, on_part
 
 LAYER = "layers.1"

@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from ownpath.verify.layer import LoadedLayer, LoadedPart
+from ownpath.assembly import LoadedPart
+from ownpath.verify.layer import LoadedLayer
 from support.layer_faults import with_attn
 from support.mutations.mutation import LAYERS, LOAD_AND_KERNELS, Mutation, around, on_layer, on_part
 
@@ -47,7 +48,7 @@ def rounds_half_up(part: LoadedPart) -> None:
 
 
 def keys_as_they_are(loaded: LoadedLayer) -> LoadedLayer:
-    return with_attn(loaded, keep=around(loaded.block.attn.keep, lambda run, x: x))
+    return with_attn(loaded, quantize_kv=around(loaded.block.attn.quantize_kv, lambda run, x: x))
 
 
 def keys_too_coarse(loaded: LoadedLayer) -> LoadedLayer:
@@ -57,7 +58,7 @@ def keys_too_coarse(loaded: LoadedLayer) -> LoadedLayer:
         size = x.abs().amax(-1, keepdim=True) * 64
         return run((x + size) - size)  # type: ignore[no-any-return]
 
-    return with_attn(loaded, keep=around(loaded.block.attn.keep, coarse))
+    return with_attn(loaded, quantize_kv=around(loaded.block.attn.quantize_kv, coarse))
 
 
 MUTATIONS = {

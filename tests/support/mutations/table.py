@@ -36,7 +36,6 @@ embedded model. `tests/cpu/verify/test_mutations.py` does all of it again; the c
 - Everything ran on a CPU, in float32, on checkpoints of three layers, one of each kind, with eight experts (the packed
   layout: on the embedded model). Packed layouts are planned for sm_90 and loaded on the CPU, which runs no kernel.
 - No CUDA graphs are captured here, so that their stale inputs are those of a runner that keeps a buffer of its own.
-- V06 (graphs), V07 (ranks) and V12 (drafts) have nothing to look at in this engine, so no mutation is theirs.
 """
 TAIL = """
 ## Not caught

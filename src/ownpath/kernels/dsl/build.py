@@ -9,7 +9,8 @@ import sys
 import tempfile
 from typing import Any
 
-from ownpath.kernels.dsl.cache import ARCH, COMPILER, Config, store
+from ownpath.kernels.contract import Config
+from ownpath.kernels.dsl.cache import ARCH, COMPILER, store
 from ownpath.kernels.fp8.config import QuantizeConfig, W8A8Config, W8A16Config
 from ownpath.kernels.nvfp4.config import COPY_THREADS, AlignConfig, CombineConfig, GemmConfig, PermuteConfig
 

@@ -12,29 +12,19 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Protocol
 
-from ownpath.kernels.dsl.driver import Binary, Kernel
+from ownpath.kernels.contract import Config
+from ownpath.kernels.dsl.driver import Binary, Function, load_function
 
 ARCH = "sm_90a"
 COMPILER = "nvidia-cutlass-dsl 4.8.1"
 SOURCES = Path(__file__).parents[1]
-
-
-class Config(Hashable, Protocol):
-    """A kernel's compile-time configuration; frozen dataclasses in ``kernels.nvfp4.config`` fit."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def sources(self) -> tuple[str, ...]: ...
 
 
 class CompileError(RuntimeError):
@@ -140,9 +130,9 @@ def _feed(process: subprocess.Popen[str], queue: deque[Config], count: Callable[
 
 
 @lru_cache(maxsize=512)
-def load(config: Config, device_index: int) -> Kernel:
+def load(config: Config, device_index: int) -> Function:
     """The kernel on a device, compiled if the cache lacks it. Errors: CompileError, CudaError."""
     compile_missing([config])
     facts = json.loads(stem(config).with_suffix(".json").read_text())
     code = stem(config).with_suffix(".cubin").read_bytes()
-    return Kernel(Binary(code, facts["entry"], facts["num_threads"], facts["cluster"]))
+    return load_function(Binary(code, facts["entry"], facts["num_threads"], facts["cluster"]))

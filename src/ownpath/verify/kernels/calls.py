@@ -50,7 +50,7 @@ def calls(probe: Probe, num_rows: int) -> Iterator[Call]:
         if spec.kind is OpKind.ATTENTION:
             if not isinstance(run, AttentionCore):
                 continue
-            run = run.softmax
+            run = run.layer.softmax
         yield Call(spec.slot, spec.kind, run, _ARGUMENTS[spec.kind](probe, spec, num_rows))
 
 

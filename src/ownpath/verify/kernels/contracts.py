@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from ownpath.finding import Finding
 from ownpath.ops import OpKind
-from ownpath.verify.finding import Finding
 from ownpath.verify.kernels.calls import Call, calls, tensors_of
 from ownpath.verify.kernels.probe import Probe
 from ownpath.verify.kernels.report import Tally, error_of

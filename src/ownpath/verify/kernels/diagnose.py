@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ownpath.conformance.exact import Matrices
+from ownpath.oracle.formulas import swiglu
 from ownpath.plan.plan import PlannedOp
-from ownpath.verify.kernels.expert_math import Matrices, steps_of, swiglu
+from ownpath.verify.kernels.operands import matrices_of, steps_of
 from ownpath.verify.kernels.probe import Probe
 
 NEAR = 2.0**-5
@@ -28,7 +30,7 @@ def diagnosis(probe: Probe, op: PlannedOp, name: str, x: Tensor, y_SD: Tensor) -
         return "it gives zeros: the expert is empty"
     steps = steps_of(op, probe.stored, name, probe.config.swiglu_limit, probe.dtype)
     rows = steps.inputs(x)
-    matrices = Matrices.of(probe.stored, op, name)
+    matrices = matrices_of(op, probe.stored, name)
     best = min(_explanations(rows, matrices, y_SD, steps.limit), key=lambda found: found[0])
     if best[0] < NEAR:
         return best[1]
@@ -64,7 +66,7 @@ def _another(probe: Probe, op: PlannedOp, name: str, rows: Tensor, y_SD: Tensor)
     for other in range(min(probe.config.n_routed_experts, MAX_EXPERTS_TRIED)):
         if other == int(own):
             continue
-        matrices = Matrices.of(probe.stored, op, f"{stack}.{other}")
+        matrices = matrices_of(op, probe.stored, f"{stack}.{other}")
         made = swiglu(rows @ matrices.w1.T, rows @ matrices.w3.T, probe.config.swiglu_limit) @ matrices.w2.T
         if _distance(made, y_SD) < NEAR:
             return f"it gives what expert {other} should"

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ownpath.conformance.bounds import Deviation, Exact, deviation, ratios, rounding
+from ownpath.conformance.exact import expert
+from ownpath.finding import Finding
 from ownpath.official import Step
 from ownpath.ops import OpKind
 from ownpath.plan.plan import PlannedOp
-from ownpath.verify.finding import Finding
 from ownpath.verify.kernels.choices import row_counts, unread, variants_of
-from ownpath.verify.kernels.compare import Deviation, Exact, deviation, ratios
 from ownpath.verify.kernels.diagnose import diagnosis
-from ownpath.verify.kernels.expert_math import Matrices, expert, output_rounding, steps_of
+from ownpath.verify.kernels.operands import matrices_of, steps_of
 from ownpath.verify.kernels.probe import Probe
 from ownpath.verify.kernels.products import ONE_FORM, REMEDY
 from ownpath.verify.kernels.report import Tally, error_of
@@ -91,9 +92,11 @@ class Experts:
         bound, loud = torch.empty_like(value), torch.empty_like(value[..., 0])
         for place in range(len(self.ids)):
             steps = steps_of(self.op, stored, self.name(place), config.swiglu_limit, self.probe.dtype)
-            matrices = Matrices.of(stored, self.op, self.name(place))
+            matrices = matrices_of(self.op, stored, self.name(place))
             exact = expert(self.x, matrices, steps)
-            value[:, place], bound[:, place] = exact.value, exact.bound + output_rounding(exact, self.probe.dtype)
+            # A kernel may round each expert's output before it sums them.
+            exact = exact.plus(rounding(self.probe.dtype) * exact.value.abs())
+            value[:, place], bound[:, place] = exact.value, exact.bound
             gate = steps.inputs(self.x) @ matrices.w1.T
             loud[:, place] = (gate > config.swiglu_limit).double().mean(-1)
         return Known(value, bound, loud)
@@ -209,7 +212,7 @@ def _every_variant(experts: Experts) -> Iterator[Finding]:
     probe = experts.probe
     kernel = probe.kernels[experts.slot]
     tally = Tally("K04", experts.slot, "each variant that the experts' chooser can pick", REMEDY, ONE_FORM)
-    for variant, num_tokens in variants_of(kernel, probe.slots[experts.slot], experts.unread):
+    for variant, num_tokens in variants_of(probe.part.runners[experts.slot], experts.unread):
         call = routings(experts, num_tokens)["random experts"]
         found = deviation(experts.call(call), experts.exact(call))
         where = f"{experts.slot} at {num_tokens} tokens"

@@ -1,22 +1,21 @@
 """K02: what lies in memory before a call must not matter.
 
-Every call runs twice. Before the first, each buffer that it allocates, each workspace that its runner holds and the
-rows behind its input are filled with 0xFF bytes, which are NaN in every float format here and -1 in the integers;
-before the second, with zeros. A result that differs holds an element that nobody wrote, or was made from one. A third
-call has the input's negative: a result that is the first one's to the bit was made from an input that was kept. (Not of
-one row: a softmax over one key may be 1 whatever the query is.)
+Every call runs twice. Before the first, each buffer that it allocates and the rows behind its input are filled with
+0xFF bytes, which are NaN in every float format here and -1 in the integers; before the second, with zeros. A result
+that differs holds an element that nobody wrote, or was made from one. A third call has the input's negative: a result
+that is the first one's to the bit was made from an input that was kept. (Not of one row: a softmax over one key may be
+1 whatever the query is.)
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ownpath.verify.finding import Finding
+from ownpath.finding import Finding
 from ownpath.verify.kernels.calls import Call, calls, tensors_of
-from ownpath.verify.kernels.choices import runners_behind
 from ownpath.verify.kernels.probe import Probe
 from ownpath.verify.kernels.report import Tally, error_of
 
@@ -99,8 +98,6 @@ def _run(call: Call, byte: int) -> list[Tensor]:
     """The results' copies."""
     first, *rest = call.args
     args = (_guarded(first, byte), *rest)
-    for workspace in workspaces(call.run):
-        fill(workspace, byte)
     with Filled(byte):
         result = call.run(*args)
     return [tensor.clone() for tensor in tensors_of(result)]
@@ -112,11 +109,3 @@ def _guarded(x: Tensor, byte: int) -> Tensor:
     fill(whole, byte)
     whole[: len(x)] = x
     return whole[: len(x)]
-
-
-def workspaces(runner: Callable[..., Any]) -> Iterator[Tensor]:
-    """The scratch memory that a runner keeps between calls."""
-    for part in runners_behind(runner):
-        workspace = getattr(part, "workspace", None)
-        if isinstance(workspace, Tensor):
-            yield workspace

@@ -7,19 +7,16 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from ownpath.conformance.bounds import Exact, deviation
+from ownpath.conformance.exact import norm
+from ownpath.finding import Finding
 from ownpath.official import Step
 from ownpath.ops import OpKind
 from ownpath.plan.plan import PlannedCompanion
-from ownpath.verify.finding import Finding
-from ownpath.verify.kernels.compare import Exact, deviation
-from ownpath.verify.kernels.limits import EXP_STEPS, FLOAT32_ROUND, rounding, summing
 from ownpath.verify.kernels.probe import Probe
 from ownpath.verify.kernels.report import Tally, error_of
 
 ROWS, MANY_ROWS = (1, 2, 17, 33), (1, 2, 17, 33, 256, 257, 1024)
-ROUNDED_STEPS = 3
-"""Roundings to the activations' dtype in front of the last one, where every operation rounds: the square's, the mean's
-and the sum's move the root by half a unit each, the root is rounded itself, and half a unit is to spare."""
 REMEDY = "the norm's weight, rms_norm_eps, or the kernel: the mean is over the last dimension, in float32"
 
 
@@ -50,13 +47,7 @@ def _input(probe: Probe, planned: PlannedCompanion, num_rows: int) -> Tensor:
 
 
 def _exact(probe: Probe, planned: PlannedCompanion, x: Tensor) -> Exact:
-    """The root of a float32 mean of squares is off by half of what their sum is."""
-    x = x.double()
-    value = x / x.square().mean(-1, keepdim=True).add(probe.config.rms_norm_eps).sqrt()
-    relative = summing(x.shape[-1]) / 2 + EXP_STEPS * FLOAT32_ROUND
-    if planned.spec.step is Step.Q_HEAD_NORM:
-        if planned.spec.step in planned.choice.kernel.official:
-            relative += ROUNDED_STEPS * rounding(probe.dtype)
-    else:
-        value = value * probe.stored.param(f"{planned.spec.slot}.weight")
-    return Exact(value, relative * value.abs())
+    step, eps = planned.spec.step, probe.config.rms_norm_eps
+    if step is Step.Q_HEAD_NORM:
+        return norm(x, eps, is_stepwise=step in planned.choice.kernel.official)
+    return norm(x, eps, probe.stored.param(f"{planned.spec.slot}.weight"))

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ownpath.assembly import LoadedPart
 from ownpath.config import ModelConfig
 from ownpath.ops import OpKind
+from ownpath.oracle.stored import Stored
 from ownpath.plan.plan import PlannedOp
-from ownpath.runners.ledger import Watched
-from ownpath.verify.layer import LoadedLayer, LoadedPart
-from ownpath.verify.reference.stored import Stored
+from ownpath.trace.observers import Watched
+from ownpath.verify.layer import LoadedLayer
 from ownpath.verify.subject import Subject
 
 AMPLITUDES = (1.0, 2.0**-10, 1.0, 2.0**8)

@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
-from ownpath.verify.kernels.compare import NO_DEVIATION, Deviation
+from ownpath.conformance.bounds import NO_DEVIATION, Deviation
+from ownpath.finding import Finding, Verdict
 
 NEAR_FLOAT64 = "1 time what rounding allows"
 

@@ -1,0 +1,1 @@
+"""What lies between a layer's projections: caches, compressed entries, which of them count, softmax."""
