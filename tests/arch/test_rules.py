@@ -5,6 +5,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -47,8 +48,18 @@ def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(tree_of(path)))
+
+
 def imports_of(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -196,7 +207,7 @@ BANNED_IMPORTS = {"pickle", "dill", "marshal", "shelve", "cloudpickle"}
 def test_no_code_from_data(path: Path) -> None:
     """No pickle, eval, exec, torch.load, trust_remote_code or shell: data never becomes code."""
     assert not {name.split(".")[0] for name in imports_of(path)} & BANNED_IMPORTS
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes_of(path):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             assert called not in BANNED_CALLS | {"torch.load", "os.system"}, f"{path}: {called}"
@@ -207,7 +218,7 @@ def test_no_code_from_data(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_exception_is_swallowed(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes_of(path):
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None, f"{path}:{node.lineno} bare except"
             broad = ast.unparse(node.type) in ("Exception", "BaseException")
@@ -215,10 +226,11 @@ def test_no_exception_is_swallowed(path: Path) -> None:
             assert not (broad and silent), f"{path}:{node.lineno} swallows everything"
 
 
+@cache
 def functions() -> list[tuple[Path, ast.FunctionDef | ast.AsyncFunctionDef]]:
     found = []
     for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes_of(path):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 found.append((path, node))
     return found
@@ -263,18 +275,18 @@ def test_files_are_one_room_with_one_job() -> None:
 def test_public_functions_say_what_they_compute() -> None:
     missing = []
     for path in SOURCES:
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for node in tree_of(path).body:
             named = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
             if named and not node.name.startswith("_") and ast.get_docstring(node) is None:
                 missing.append(f"{path.name}:{node.name}")
     assert not missing
 
 
+@cache
 def names_of(path: Path) -> set[str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    names |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
-    return names | {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    names = {node.id for node in nodes_of(path) if isinstance(node, ast.Name)}
+    names |= {node.arg for node in nodes_of(path) if isinstance(node, ast.arg)}
+    return names | {node.attr for node in nodes_of(path) if isinstance(node, ast.Attribute)}
 
 
 def test_one_meaning_of_scale() -> None:
@@ -299,9 +311,8 @@ def test_formats_are_decided_in_one_place() -> None:
 def test_no_global_state() -> None:
     """Per-step state is an argument: no ``global`` statement, and no mutable container at module level."""
     for path in SOURCES:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        assert not [node for node in ast.walk(tree) if isinstance(node, ast.Global | ast.Nonlocal)], path
-        for node in tree.body:
+        assert not [node for node in nodes_of(path) if isinstance(node, ast.Global | ast.Nonlocal)], path
+        for node in tree_of(path).body:
             value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
             named_all = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
             if isinstance(value, ast.List | ast.Set | ast.Dict) and not named_all:

@@ -1,15 +1,17 @@
 """FP8 linears on Hopper: W8A16 against float64, W8A8 against the emulation, bits on repetition, errors by name."""
 
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import pytest
 import torch
+from support.kernel_configs import fp8_configs, w8a8_configs, w8a16_configs
 
 from ownpath.bench.shapes import LINEAR_SHAPES
 from ownpath.bench.tuners.fp8 import Fp8Family
 from ownpath.conformance.quantized import MAX_REL_L2, draw_rows, draw_weights, relative_l2
 from ownpath.formats import FP8_BLOCK
-from ownpath.kernels.contract import StoredLinear
+from ownpath.kernels.contract import Config, StoredLinear
 from ownpath.kernels.fp8.cases import AMPLITUDES, CASES, NUM_ROWS, Fp8Case
 from ownpath.kernels.fp8.choose import knobs_config
 from ownpath.kernels.fp8.config import QuantizeConfig, W8A8Config, W8A16Config
@@ -27,6 +29,25 @@ BF16_HALF_ULP = 2.0**-8
 """Largest relative error of one rounding to BF16 (8 significant bits), as a bound on |y| rather than on its binade."""
 TENSOR_CORE_ULP = 2.0**-13
 """FP8 products are aligned to the largest of a step and cut to at least 13 fraction bits before they are added."""
+PARTS = ((0, 1), (5, 12), (17, 33), (40, 73))
+MANY_ROWS = (1, 7, 64, 129, 255, 1024, 2048, 4096)
+WORKSPACE_ROWS = 1024
+CAPTURED_ROWS = (5, 512)
+
+
+def kernel_configs() -> Iterator[Config]:
+    """Those of the cases, and every candidate of the tuner."""
+    for case in CASES:
+        for is_invariant in (False, True):
+            yield from w8a16_configs(case, NUM_ROWS, is_invariant)
+        yield from w8a16_configs(case, [100, *(stop - start for start, stop in PARTS)], is_invariant=True)
+        yield from w8a8_configs(case, [min(num_rows, WORKSPACE_ROWS) for num_rows in MANY_ROWS])
+    for matrix in MATRICES:
+        yield from tuner_kernels(matrix, W8A16Config)
+        yield from tuner_kernels(matrix, W8A8Config)
+    yield from w8a16_configs(CASES[4], [70])
+    yield from w8a8_configs(CASES[4], [70])
+    yield from fp8_configs(CASES[0], CAPTURED_ROWS)
 
 
 def reference_weight(weights: list[torch.Tensor], scales: list[torch.Tensor]) -> torch.Tensor:
@@ -95,7 +116,7 @@ def test_invariant_rows_keep_their_bits(case: Fp8Case, cuda: torch.device) -> No
     x = draw_rows(100, case.width, 1.0, cuda)
     whole = poisoned(100, packed.out_features, cuda)
     fp8_linear_invariant.run(x, operand, out=whole)
-    for start, stop in ((0, 1), (5, 12), (17, 33), (40, 73)):
+    for start, stop in PARTS:
         part = poisoned(stop - start, packed.out_features, cuda)
         fp8_linear_invariant.run(x[start:stop], operand, out=part)
         assert torch.equal(part, whole[start:stop]), (start, stop)
@@ -176,11 +197,11 @@ def test_w8a8_against_the_emulation(case: Fp8Case, cuda: torch.device) -> None:
     operand = operand_of(weights, scales)
     packed = operand.weight
     exact = reference_weight(weights, scales)
-    for num_rows in (1, 7, 64, 129, 255, 1024, 2048, 4096):
+    for num_rows in MANY_ROWS:
         for amplitude in AMPLITUDES:
             x = draw_rows(num_rows, case.width, amplitude, cuda)
-            # Room for 1024 rows only: more go through it in turns.
-            num_bytes = workspace_bytes(min(num_rows, 1024), packed.num_k_blocks)
+            # More rows than it has room for go through it in turns.
+            num_bytes = workspace_bytes(min(num_rows, WORKSPACE_ROWS), packed.num_k_blocks)
             workspace = torch.full((num_bytes,), 255, dtype=torch.uint8, device=cuda)
             first, again = (poisoned(num_rows, packed.out_features, cuda) for _ in range(2))
             kernel.run(x, operand, out=first, workspace=workspace)
@@ -215,7 +236,7 @@ def test_a_nan_reaches_only_its_own_row(cuda: torch.device) -> None:
 def test_one_call_is_captured_and_replayed(cuda: torch.device) -> None:
     weights, scales = draw_weights(CASES[0], 5, cuda)
     linear = Fp8Linear(weights, scales)
-    for num_rows in (5, 512):
+    for num_rows in CAPTURED_ROWS:
         x = draw_rows(num_rows, CASES[0].width, 1.0, cuda)
         expected = linear(x)
         torch.cuda.synchronize()

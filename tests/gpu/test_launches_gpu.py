@@ -1,15 +1,19 @@
 """The ledger against the plan and against the device: what was named is what was launched."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 from support.checkpoints import random_checkpoint
+from support.kernel_configs import model_configs
 
 from ownpath.config import EngineConfig
 from ownpath.finding import Finding, Verdict
+from ownpath.kernels.dsl.cache import Config
 from ownpath.kernels.fp8 import launch as fp8_launch
 from ownpath.kernels.nvfp4 import launch, linear
 from ownpath.loading import default_model_dir, load_model, plan_model
@@ -22,13 +26,24 @@ from ownpath.verify.subject import Subject
 
 pytestmark = pytest.mark.gpu
 
+LAYOUTS = ("full-nvfp4", "deepseek-native", "fp8-experts", "bf16")
+
+
+def kernel_configs() -> Iterator[Config]:
+    """Those of the embedded model, and of small ones in each layout."""
+    yield from model_configs(default_model_dir())
+    for layout in LAYOUTS:
+        with TemporaryDirectory() as folder:
+            random_checkpoint(Path(folder), layout)
+            yield from model_configs(Path(folder))
+
 
 def findings(folder: Path, device: torch.device) -> list[Finding]:
     plan = json.loads(json.dumps(plan_dict(plan_model(folder, str(device)))))
     return list(check_ledger(Subject.of(folder, EngineConfig.for_device(str(device), 512)), plan))
 
 
-@pytest.mark.parametrize("layout", ["embedded", "full-nvfp4", "deepseek-native", "fp8-experts", "bf16"])
+@pytest.mark.parametrize("layout", ["embedded", *LAYOUTS])
 def test_what_the_device_ran_is_what_was_planned(layout: str, tmp_path: Path, cuda: torch.device) -> None:
     folder = default_model_dir()
     if layout != "embedded":

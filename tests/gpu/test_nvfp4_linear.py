@@ -1,13 +1,16 @@
 """``Nvfp4Linear`` on Hopper against float64: every count of tokens, amplitudes, scales, shards; bits; refusals."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from support.kernel_configs import linear_configs
 
 from ownpath import Nvfp4Linear
 from ownpath.conformance.quantized import MAX_REL_L2, Dense, dense_reference, first_beyond, relative_l2
 from ownpath.formats import NVFP4
 from ownpath.kernels.cases import KernelCase
-from ownpath.kernels.contract import StoredLinear
+from ownpath.kernels.contract import Config, StoredLinear
 from ownpath.kernels.nvfp4.cases import CASES
 from ownpath.kernels.registry import KERNELS
 from ownpath.qtensor import QuantTensor
@@ -16,6 +19,20 @@ pytestmark = [pytest.mark.gpu, pytest.mark.sm90]
 
 LINEARS = [case for case in CASES if case.op == "nvfp4_linear"]
 KERNEL_NAMES = ("cute.nvfp4_linear", "cute.nvfp4_linear_invariant")
+EXTREME_COUNTS = (1, 33, 600)
+PARTS = (1, 5, 16, 40, 100, 300, 700)
+
+
+def kernel_configs() -> Iterator[Config]:
+    """Those of the shapes and of the small products below."""
+    for case in LINEARS:
+        for is_invariant in (False, True):
+            yield from linear_configs(case.sizes, case.tokens, is_invariant)
+    yield from linear_configs((640, 512), EXTREME_COUNTS)
+    yield from linear_configs((128, 512), [512])
+    yield from linear_configs((384, 256), [9])
+    yield from linear_configs((1536, 1024), (*PARTS, 2100), is_invariant=True)
+    yield from linear_configs((1536, 1024), [4])
 
 
 def stored(dense: Dense) -> StoredLinear:
@@ -46,7 +63,7 @@ def test_against_float64(name: str, case: KernelCase, cuda: torch.device) -> Non
 
 
 @pytest.mark.parametrize("amplitude", [1e-4, 1e-2, 1e2, 1e4])
-@pytest.mark.parametrize("num_tokens", [1, 33, 600])
+@pytest.mark.parametrize("num_tokens", EXTREME_COUNTS)
 def test_amplitudes_and_extreme_scales(amplitude: float, num_tokens: int, cuda: torch.device) -> None:
     dense = Dense.draw(640, 512, cuda, extreme=True)
     weight = dense.weight()
@@ -86,7 +103,7 @@ def test_an_invariant_rows_bits_do_not_depend_on_the_batch(cuda: torch.device) -
     operand = kernel.prepare(stored(dense))
     x = torch.randn(2100, 1024, device=cuda).bfloat16()
     whole = kernel.run(x, operand)
-    for count in (1, 5, 16, 40, 100, 300, 700):
+    for count in PARTS:
         assert torch.equal(kernel.run(x[:count], operand), whole[:count]), count
 
 

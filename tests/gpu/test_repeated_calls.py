@@ -4,16 +4,17 @@ Each runner is called with several inputs of one shape at addresses of their own
 held to a runner that was made for that call alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from support.kernel_configs import fp8_configs, linear_configs, moe_configs
 
 from ownpath import Nvfp4Linear, Nvfp4MoE
 from ownpath.conformance.operations import CASES, make_inputs, tensors
 from ownpath.conformance.quantized import Dense, Experts, Routed, draw_weights
-from ownpath.kernels.contract import NormWeights, RouterWeights
+from ownpath.kernels.contract import Config, NormWeights, RouterWeights
 from ownpath.kernels.fp8.cases import Fp8Case
 from ownpath.kernels.hyper.ref import Mix
 from ownpath.kernels.registry import KERNELS
@@ -23,6 +24,16 @@ pytestmark = [pytest.mark.gpu, pytest.mark.sm90]
 
 FIRST = {case.kernel: case for case in reversed(CASES)}
 """A case of each kernel."""
+FP8 = Fp8Case("two", (256, 192), 1024, "e8m0")
+PRODUCT_COUNTS = (1, 5, 70, 200)
+EXPERT_COUNTS = (1, 5, 300)
+
+
+def kernel_configs() -> Iterator[Config]:
+    """Those of the products and of the experts."""
+    yield from linear_configs((1536, 1024), PRODUCT_COUNTS)
+    yield from fp8_configs(FP8, PRODUCT_COUNTS)
+    yield from moe_configs((8, 256, 256), [2 * count for count in EXPERT_COUNTS])
 
 
 def again(kernel: Any, op: str, inputs: tuple[Any, ...]) -> Callable[[tuple[Any, ...]], Any]:
@@ -67,12 +78,11 @@ def test_small_operations(name: str, num_tokens: int, cuda: torch.device) -> Non
             assert torch.equal(found, wanted), flips
 
 
-@pytest.mark.parametrize("num_tokens", [1, 5, 70, 200])
+@pytest.mark.parametrize("num_tokens", PRODUCT_COUNTS)
 def test_products(num_tokens: int, cuda: torch.device) -> None:
     dense = Dense.draw(1536, 1024, cuda)
     copies = [Nvfp4Linear(dense.codes.clone(), dense.scale.clone(), dense.global_scale) for _ in range(4)]
-    case = Fp8Case("two", (256, 192), 1024, "e8m0")
-    fp8 = [Fp8Linear(*draw_weights(case, 3, cuda)) for _ in range(4)]
+    fp8 = [Fp8Linear(*draw_weights(FP8, 3, cuda)) for _ in range(4)]
     for first, *fresh in (copies, fp8):
         wide = torch.randn(num_tokens, 2048, device=cuda).bfloat16()
         for x, other in zip((wide[:, :1024].contiguous(), wide[:, 1024:], wide[:, 512:1536]), fresh, strict=True):
@@ -84,7 +94,7 @@ def test_products(num_tokens: int, cuda: torch.device) -> None:
             assert torch.equal(first(x.unsqueeze(1)), expected.unsqueeze(1))
 
 
-@pytest.mark.parametrize("num_tokens", [1, 5, 300])
+@pytest.mark.parametrize("num_tokens", EXPERT_COUNTS)
 def test_experts(num_tokens: int, cuda: torch.device) -> None:
     """Rows at even steps too: what sorts them copies whole rows."""
     experts = Experts.draw(8, 256, 256, cuda)

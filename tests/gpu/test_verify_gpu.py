@@ -2,17 +2,27 @@
 
 import importlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from support.kernel_configs import model_configs
 
 from ownpath.cli import main
+from ownpath.kernels.dsl.cache import Config
+from ownpath.loading import default_model_dir
 from ownpath.verify.layers.measure import distance
 
 pytestmark = pytest.mark.gpu
 
 pytest.importorskip("triton")
+
+
+def kernel_configs() -> Iterator[Config]:
+    """Those of the embedded model."""
+    for is_batch_invariant in (False, True):
+        yield from model_configs(default_model_dir(), is_batch_invariant=is_batch_invariant)
 
 
 def verified(cuda: torch.device, path: Path, *options: str) -> tuple[int, dict[str, object]]:
