@@ -10,7 +10,7 @@ WG = 128
 ALIGN_THREADS = 1024
 COPY_THREADS = 256
 MAX_SHARED_BYTES = 232448
-DSL_SOURCES = ("dsl/ring.py", "dsl/ptx.py", "dsl/build.py")
+DSL_SOURCES = ("dsl/pipeline.py", "dsl/tile.py", "dsl/ptx.py", "dsl/build.py")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class GemmConfig:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        return (*(f"nvfp4/{name}.py" for name in ("gemm_sm90", "epilogue_sm90", "handover", "config")), *DSL_SOURCES)
+        return (*(f"nvfp4/{name}.py" for name in ("gemm_sm90", "tile_sm90", "epilogue_sm90", "handover", "config")), *DSL_SOURCES)
 
     @property
     def hands_over(self) -> bool:

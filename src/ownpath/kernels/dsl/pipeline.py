@@ -1,0 +1,117 @@
+"""The ring of shared-memory stages between the threads that load and the threads that multiply.
+
+How it works. Every stage has two barriers: ``full`` counts the loaders that have announced their bytes and the bytes
+that have landed, ``empty`` the warps that have read the stage. A loader acquires a stage, commits the bytes it will send
+there, and starts its copies; a multiplier waits for a stage, reads it, and releases it. Both walk around the ring, each
+with a position of its own; the parity that a barrier shows at a stage flips with every turn, and stands in the position.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import cutlass
+from cutlass import Int32, Int64, cute
+
+from ownpath.kernels.dsl import ptx
+
+
+@cute.jit
+def next_stage(slot: Int32, phase: Int32, num_stages: int) -> tuple[Int32, Int32]:
+    """The stage behind ``slot``, and the parity that its barriers show there: it flips with every turn."""
+    slot += 1
+    if slot == num_stages:
+        slot = Int32(0)
+        phase = phase ^ 1
+    return slot, phase
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The barriers of a ring. num_ctas: CTAs of a cluster that write into each other's stages."""
+
+    full: cute.Pointer
+    empty: cute.Pointer
+    num_stages: int
+    num_ctas: int = 1
+
+    @classmethod
+    def allocate(cls, num_stages: int, num_ctas: int = 1) -> "Pipeline":
+        """Barriers in shared memory."""
+        full = cute.arch.alloc_smem(Int64, num_stages, 8)
+        empty = cute.arch.alloc_smem(Int64, num_stages, 8)
+        return cls(full, empty, num_stages, num_ctas)
+
+    def init(self, num_loaders: int, num_warps: int) -> None:
+        """One thread, before all others use it. num_loaders: commits of a stage; num_warps: its releases in a CTA."""
+        for stage in range(self.num_stages):
+            cute.arch.mbarrier_init(self.full + stage, num_loaders)
+            cute.arch.mbarrier_init(self.empty + stage, num_warps * self.num_ctas)
+        cute.arch.mbarrier_init_fence()
+
+    def loader(self) -> "Loader":
+        """At the first stage, which is empty."""
+        return Loader(self, Int32(0), Int32(1))
+
+    def reader(self) -> "Reader":
+        """At the first stage."""
+        return Reader(self, Int32(0), Int32(0))
+
+    def reader_at(self, step: Int32) -> "Reader":
+        """At the stage that the ring reaches after ``step`` stages."""
+        return Reader(self, step % self.num_stages, (step // self.num_stages) % 2)
+
+
+class Position:
+    """A place in the ring. The DSL carries ``slot`` and ``phase`` through loops."""
+
+    def __init__(self, pipeline: Pipeline, slot: Int32, phase: Int32) -> None:
+        self.pipeline, self.slot, self.phase = pipeline, slot, phase
+
+    def __extract_mlir_values__(self) -> list[Any]:
+        return [self.slot.ir_value(), self.phase.ir_value()]
+
+    def __new_from_mlir_values__(self, values: list[Any]) -> Self:
+        return type(self)(self.pipeline, Int32(values[0]), Int32(values[1]))
+
+    def advance(self) -> None:
+        """To the next stage."""
+        self.slot, self.phase = next_stage(self.slot, self.phase, self.pipeline.num_stages)
+
+
+class Loader(Position):
+    """A thread that fills stages."""
+
+    @property
+    def full(self) -> cute.Pointer:
+        """The barrier that counts the bytes of the stage's copies."""
+        return self.pipeline.full + self.slot
+
+    def acquire(self) -> None:
+        """Waits until every reader has released the stage."""
+        cute.arch.mbarrier_wait(self.pipeline.empty + self.slot, self.phase)
+
+    def commit(self, num_bytes: Any) -> None:
+        """Announces the bytes that this loader sends to the stage."""
+        cute.arch.mbarrier_arrive_and_expect_tx(self.full, num_bytes)
+
+
+class Reader(Position):
+    """A thread that reads stages."""
+
+    def wait(self) -> None:
+        """Waits until the bytes of every loader have landed in the stage."""
+        cute.arch.mbarrier_wait(self.pipeline.full + self.slot, self.phase)
+
+    def release(self, slot: Int32, lane: Int32) -> None:
+        """By every lane of a warp that is done with stage ``slot``: every CTA that writes there must know."""
+        _release(self.pipeline.empty + slot, lane, self.pipeline.num_ctas)
+
+
+@cute.jit
+def _release(barrier: cute.Pointer, lane: Int32, num_ctas: int) -> None:
+    if cutlass.const_expr(num_ctas > 1):
+        if lane % 32 < num_ctas:
+            ptx.arrive_remote(barrier, lane % 32)
+    else:
+        if lane % 32 == 0:
+            cute.arch.mbarrier_arrive(barrier)

@@ -1,0 +1,48 @@
+"""Where a thread stands in its warpgroup, and how operands of ``wgmma`` lie in shared memory."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from cutlass import Int32, cute
+
+WG = 128
+
+
+@dataclass(frozen=True)
+class Thread:
+    """A thread of a warpgroup. idx: 0 to 127. wg_m, wg_k: the warpgroup's place among those along M and along K."""
+
+    idx: Int32
+    wg_m: Int32
+    wg_k: Int32
+
+    @property
+    def warp(self) -> Int32:
+        """Of the warpgroup: 0 to 3. Each has 16 of an instruction's 64 rows."""
+        return self.idx // 32
+
+    @property
+    def lane(self) -> Int32:
+        """0 to 31."""
+        return self.idx % 32
+
+    @property
+    def row(self) -> Int32:
+        """Of the eight rows of a core matrix, and of those eight below: 0 to 7."""
+        return self.idx % 32 // 4
+
+    @property
+    def pair(self) -> Int32:
+        """Of the four pairs of columns of a core matrix: 0 to 3."""
+        return self.idx % 4
+
+
+def shared_operand(smem: cute.Pointer, dtype: Any, num_rows: int, num_blocks: int, stride: int) -> Any:
+    """[rows, 128 bytes of K, blocks], K contiguous, with the 128-byte swizzle that ``wgmma`` and TMA share.
+
+    stride: elements from block to block.
+    """
+    width = 1024 // dtype.width
+    outer = cute.make_layout(((8, num_rows // 8), width, num_blocks), stride=((width, 8 * width), 1, stride))
+    layout = cute.make_composed_layout(cute.make_swizzle(3, 4, 3), 0, outer)
+    return cute.make_tensor(cute.recast_ptr(smem, layout.inner, dtype), layout.outer)
