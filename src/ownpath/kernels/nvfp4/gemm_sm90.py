@@ -54,10 +54,9 @@ class Stages:
 class Operands:
     """What a warpgroup multiplies: ``k_iters`` stages for a tile. sums: where partial sums stand, if K is shared."""
 
+    thread: Thread
     stages: Stages
     k_iters: Int32
-    thread: Int32
-    warp_group: Int32
     rank: Int32
     turn: Int32
 
@@ -283,10 +282,11 @@ class Gemm:
         step, turn = Int32(0), Int32(0)
         for idx in cutlass.range(work.worker, work.num_tiles, work.num_workers, unroll=1):
             tile = work.tile(idx)
-            operands = Operands(stages, work.k_iters, thread, warp_group, work.rank, turn)
             for size_idx in cutlass.range_constexpr(len(cfg.n_sizes)):
                 below = cfg.n_sizes[size_idx - 1] if size_idx else 0
                 if tile.rows > below and tile.rows <= cfg.n_sizes[size_idx]:
+                    place = Thread(thread % WG, warp_group // cfg.warpgroups_k, warp_group % cfg.warpgroups_k)
+                    operands = Operands(place, stages, work.k_iters, work.rank, turn)
                     self.consume(cfg.n_sizes[size_idx], tile, stages.ring.reader_at(step), operands, epilogue)
             if cutlass.const_expr(cfg.hands_over):
                 announce(work.counter(tile), thread, 16 * cfg.num_m64 // cfg.warpgroups_k)
@@ -297,7 +297,7 @@ class Gemm:
     def consume(self, num_n: int, tile: Tile, stage: Reader, operands: Operands, epilogue: Epilogue) -> None:
         """One tile of at most ``num_n`` tokens: the product over K, then the epilogue."""
         cfg = self.cfg
-        thread = Thread(operands.thread % WG, operands.warp_group // cfg.warpgroups_k, operands.warp_group % cfg.warpgroups_k)
+        thread = operands.thread
         mma = make_trivial_tiled_mma(
             BFloat16, BFloat16, cute.nvgpu.OperandMajorMode.K, cute.nvgpu.OperandMajorMode.K, Float32,
             (1, 1, 1), (64, num_n), a_source=warpgroup.OperandSource.RMEM,
@@ -351,7 +351,7 @@ class Gemm:
         warpgroup.wait_group(0)
         stage.release(last, thread.idx)
         if cutlass.const_expr(cfg.reduces):
-            self.reduce_and_store(sums, tile, operands, epilogue, thread)
+            self.reduce_and_store(sums, tile, operands, epilogue)
         else:
             self.store(sums, tile, epilogue, thread)
 
@@ -392,11 +392,9 @@ class Gemm:
                 epilogue.store(values, rows, j)
 
     @cute.jit
-    def reduce_and_store(
-        self, sums: list[Any], tile: Tile, operands: Operands, epilogue: Epilogue, thread: Thread
-    ) -> None:
+    def reduce_and_store(self, sums: list[Any], tile: Tile, operands: Operands, epilogue: Epilogue) -> None:
         """Sums the partial tiles of all warpgroups (and CTAs of the cluster) in a fixed order, then the epilogue."""
-        cfg = self.cfg
+        cfg, thread = self.cfg, operands.thread
         pieces = cute.size(sums[0]) // 4
         part_bytes = cfg.num_m64 * pieces * WG * 16
         base = operands.stages.sums.toint()
