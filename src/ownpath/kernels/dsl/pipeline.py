@@ -1,8 +1,8 @@
 """The ring of shared-memory stages between the threads that load and the threads that multiply.
 
-How it works. Every stage has two barriers: ``full`` counts the loaders that have announced their bytes and the bytes
-that have landed, ``empty`` the warps that have read the stage. A loader acquires a stage, commits the bytes it will send
-there, and starts its copies; a multiplier waits for a stage, reads it, and releases it. Both walk around the ring, each
+How it works. Every stage has two barriers: ``full`` counts the producers that have announced their bytes and the bytes
+that have landed, ``empty`` the warps that have read the stage. A producer acquires a stage, commits the bytes it will send
+there, and starts its copies; a consumer waits for a stage, reads it, and releases it. Both walk around the ring, each
 with a position of its own; the parity that a barrier shows at a stage flips with every turn, and stands in the position.
 """
 
@@ -41,24 +41,24 @@ class Pipeline:
         empty = cute.arch.alloc_smem(Int64, num_stages, 8)
         return cls(full, empty, num_stages, num_ctas)
 
-    def init(self, num_loaders: int, num_warps: int) -> None:
-        """One thread, before all others use it. num_loaders: commits of a stage; num_warps: its releases in a CTA."""
+    def init(self, num_producers: int, num_warps: int) -> None:
+        """One thread, before all others use it. num_producers: commits of a stage; num_warps: its releases in a CTA."""
         for stage in range(self.num_stages):
-            cute.arch.mbarrier_init(self.full + stage, num_loaders)
+            cute.arch.mbarrier_init(self.full + stage, num_producers)
             cute.arch.mbarrier_init(self.empty + stage, num_warps * self.num_ctas)
         cute.arch.mbarrier_init_fence()
 
-    def loader(self) -> "Loader":
+    def producer(self) -> "Producer":
         """At the first stage, which is empty."""
-        return Loader(self, Int32(0), Int32(1))
+        return Producer(self, Int32(0), Int32(1))
 
-    def reader(self) -> "Reader":
+    def consumer(self) -> "Consumer":
         """At the first stage."""
-        return Reader(self, Int32(0), Int32(0))
+        return Consumer(self, Int32(0), Int32(0))
 
-    def reader_at(self, step: Int32) -> "Reader":
+    def consumer_at(self, step: Int32) -> "Consumer":
         """At the stage that the ring reaches after ``step`` stages."""
-        return Reader(self, step % self.num_stages, (step // self.num_stages) % 2)
+        return Consumer(self, step % self.num_stages, (step // self.num_stages) % 2)
 
 
 class Position:
@@ -78,7 +78,7 @@ class Position:
         self.slot, self.phase = next_stage(self.slot, self.phase, self.pipeline.num_stages)
 
 
-class Loader(Position):
+class Producer(Position):
     """A thread that fills stages."""
 
     @property
@@ -87,19 +87,19 @@ class Loader(Position):
         return self.pipeline.full + self.slot
 
     def acquire(self) -> None:
-        """Waits until every reader has released the stage."""
+        """Waits until every consumer has released the stage."""
         cute.arch.mbarrier_wait(self.pipeline.empty + self.slot, self.phase)
 
     def commit(self, num_bytes: Any) -> None:
-        """Announces the bytes that this loader sends to the stage."""
+        """Announces the bytes that this producer sends to the stage."""
         cute.arch.mbarrier_arrive_and_expect_tx(self.full, num_bytes)
 
 
-class Reader(Position):
+class Consumer(Position):
     """A thread that reads stages."""
 
     def wait(self) -> None:
-        """Waits until the bytes of every loader have landed in the stage."""
+        """Waits until the bytes of every producer have landed in the stage."""
         cute.arch.mbarrier_wait(self.pipeline.full + self.slot, self.phase)
 
     def release(self, slot: Int32, lane: Int32) -> None:

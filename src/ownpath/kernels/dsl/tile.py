@@ -14,7 +14,7 @@ class Thread:
 
     idx: Int32
     wg_m: Int32
-    wg_k: Int32
+    wg_k: Int32 | int = 0
 
     @property
     def warp(self) -> Int32:

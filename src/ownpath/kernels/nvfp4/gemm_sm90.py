@@ -32,7 +32,7 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
 from ownpath.kernels.dsl import ptx
-from ownpath.kernels.dsl.pipeline import Pipeline, Reader
+from ownpath.kernels.dsl.pipeline import Pipeline, Consumer
 from ownpath.kernels.dsl.tile import Thread, shared_operand
 from ownpath.kernels.nvfp4.config import BLOCK_K, CHUNK_K, WG, GemmConfig
 from ownpath.kernels.nvfp4.epilogue_sm90 import Epilogue
@@ -47,7 +47,7 @@ class Stages:
     codes: cute.Pointer
     scales: cute.Pointer
     sums: cute.Pointer
-    ring: Pipeline
+    pipeline: Pipeline
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Gemm:
         stages = self.allocate()
         if thread == 0:
             cpasync.prefetch_descriptor(tma_x)
-            stages.ring.init(3, 4 * self.num_consumers)
+            stages.pipeline.init(3, 4 * self.num_consumers)
         cute.arch.sync_threads()
         work = self.share(cta, grid, schedule, num_rows, num_m_tiles, num_k_blocks, rows_per_tile)
         if warp_group == self.num_consumers:
@@ -142,7 +142,7 @@ class Gemm:
                     source, target, num_bytes = codes, stages.codes, Int32(cfg.code_bytes)
                     if warp == 1:
                         source, target, num_bytes = scales, stages.scales, Int32(cfg.scale_bytes)
-                    self.load_weights(source, target, num_bytes, stages.ring, work)
+                    self.load_weights(source, target, num_bytes, stages.pipeline, work)
             elif warp == 2:
                 # Single rows are loaded by all lanes of the warp, boxes by one.
                 if thread % 32 < (32 if cfg.gather else 1):
@@ -201,13 +201,24 @@ class Gemm:
         m_per_worker = num_m_tiles // cfg.cluster_m
         k_units = num_k_blocks * (BLOCK_K // cfg.stage_k)
         return Work(
-            cfg, schedule, num_rows, rows_per_tile, worker, num_workers, m_per_worker, num_n_tiles,
-            num_n_tiles * m_per_worker, k_units, k_units // (cfg.warpgroups_k * cfg.cluster_k), rank, rank_m,
-        )  # fmt: skip
+            cfg=cfg,
+            schedule=schedule,
+            num_rows=num_rows,
+            rows_per_tile=rows_per_tile,
+            worker=worker,
+            num_workers=num_workers,
+            m_per_worker=m_per_worker,
+            num_n_tiles=num_n_tiles,
+            num_tiles=num_n_tiles * m_per_worker,
+            k_units=k_units,
+            k_iters=k_units // (cfg.warpgroups_k * cfg.cluster_k),
+            rank=rank,
+            rank_m=rank_m,
+        )
 
     @cute.jit
     def load_weights(
-        self, source: cute.Pointer, target: cute.Pointer, num_bytes: Int32, ring: Pipeline, work: Work
+        self, source: cute.Pointer, target: cute.Pointer, num_bytes: Int32, pipeline: Pipeline, work: Work
     ) -> None:
         """One thread: the codes (or the scales) of every stage, ``num_bytes`` per block, as fast as stages free up.
 
@@ -215,24 +226,24 @@ class Gemm:
         """
         cfg = self.cfg
         m64, k_blocks = cfg.m64_per_tile, cfg.warpgroups_k
-        stage = ring.loader()
+        ring = pipeline.producer()
         for idx in cutlass.range(work.worker, work.num_tiles, work.num_workers, unroll=1):
             tile = work.tile(idx)
             m_tile = (tile.expert * work.m_per_worker + tile.m_group) * cfg.cluster_m + work.rank_m
             first = Int64(m_tile * m64) * work.k_units
             start = source.toint() + (first + work.rank * work.k_iters * k_blocks) * num_bytes
             for _ in cutlass.range(work.k_iters, unroll=1):
-                stage.acquire()
-                stage.commit(m64 * k_blocks * num_bytes)
-                place = target.toint() + stage.slot * (m64 * k_blocks) * num_bytes
+                ring.acquire()
+                ring.commit(m64 * k_blocks * num_bytes)
+                place = target.toint() + ring.slot * (m64 * k_blocks) * num_bytes
                 for r in cutlass.range_constexpr(m64):
                     block = start + Int64(r * work.k_units * num_bytes)
                     ptx.load_bulk(
-                        place + r * k_blocks * num_bytes, block, k_blocks * num_bytes, stage.full,
+                        place + r * k_blocks * num_bytes, block, k_blocks * num_bytes, ring.full,
                         not cfg.reuses_weights,
                     )  # fmt: skip
                 start += k_blocks * num_bytes
-                stage.advance()
+                ring.advance()
 
     @cute.jit
     def load_tokens(self, descriptor: Int64, lane: Int32, stages: Stages, work: Work) -> None:
@@ -241,7 +252,7 @@ class Gemm:
         if cutlass.const_expr(not cfg.follows):
             cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
-        stage = stages.ring.loader()
+        ring = stages.pipeline.producer()
         for idx in cutlass.range(work.worker, work.num_tiles, work.num_workers, unroll=1):
             tile = work.tile(idx)
             if cutlass.const_expr(cfg.follows):
@@ -256,24 +267,24 @@ class Gemm:
                     if lane + 32 * turn < tile.rows:
                         places[turn] = entry(index, tile.row0 + lane + 32 * turn)
             for k in cutlass.range(work.k_iters, unroll=1):
-                stage.acquire()
+                ring.acquire()
                 if lane == 0:
-                    stage.commit(boxes * (cfg.box_rows * CHUNK_K * 2 * self.num_chunks))
+                    ring.commit(boxes * (cfg.box_rows * CHUNK_K * 2 * self.num_chunks))
                 for chunk in cutlass.range_constexpr(self.num_chunks):
                     column = ((work.rank * work.k_iters + k) * self.num_chunks + chunk) * CHUNK_K
-                    start = stages.x + (stage.slot * self.num_chunks + chunk) * (self.max_n * CHUNK_K)
+                    start = stages.x + (ring.slot * self.num_chunks + chunk) * (self.max_n * CHUNK_K)
                     if cutlass.const_expr(cfg.gather):
                         for turn in cutlass.range_constexpr((self.max_n + 31) // 32):
                             row = lane + 32 * turn
                             if row < tile.rows:
-                                ptx.load_box(start + row * CHUNK_K, descriptor, column, places[turn], stage.full)
+                                ptx.load_box(start + row * CHUNK_K, descriptor, column, places[turn], ring.full)
                     else:
                         # The CTAs of a cluster take turns, each loading for all of them.
                         for box in cutlass.range(work.rank_m, boxes, cfg.cluster_m, unroll=1):
                             row = box * cfg.box_rows
                             place = start + row * CHUNK_K
-                            ptx.load_box(place, descriptor, column, tile.row0 + row, stage.full, cfg.cluster_m)
-                stage.advance()
+                            ptx.load_box(place, descriptor, column, tile.row0 + row, ring.full, cfg.cluster_m)
+                ring.advance()
 
     @cute.jit
     def multiply(self, work: Work, stages: Stages, epilogue: Epilogue, thread: Int32, warp_group: Int32) -> None:
@@ -287,14 +298,14 @@ class Gemm:
                 if tile.rows > below and tile.rows <= cfg.n_sizes[size_idx]:
                     place = Thread(thread % WG, warp_group // cfg.warpgroups_k, warp_group % cfg.warpgroups_k)
                     operands = Operands(place, stages, work.k_iters, work.rank, turn)
-                    self.consume(cfg.n_sizes[size_idx], tile, stages.ring.reader_at(step), operands, epilogue)
+                    self.consume(cfg.n_sizes[size_idx], tile, stages.pipeline.consumer_at(step), operands, epilogue)
             if cutlass.const_expr(cfg.hands_over):
                 announce(work.counter(tile), thread, 16 * cfg.num_m64 // cfg.warpgroups_k)
             step += work.k_iters
             turn = turn ^ 1
 
     @cute.jit
-    def consume(self, num_n: int, tile: Tile, stage: Reader, operands: Operands, epilogue: Epilogue) -> None:
+    def consume(self, num_n: int, tile: Tile, ring: Consumer, operands: Operands, epilogue: Epilogue) -> None:
         """One tile of at most ``num_n`` tokens: the product over K, then the epilogue."""
         cfg = self.cfg
         thread = operands.thread
@@ -316,10 +327,10 @@ class Gemm:
         ]
         # A constant that the assembler does not know to be one: it would load it again for every use.
         scale_bits = Uint32(0x0FF00FF0) | Uint32(epilogue.ld_out >> 31)
-        last = stage.slot
+        last = ring.slot
         for k in cutlass.range(operands.k_iters, unroll=1):
-            stage.wait()
-            words, scale_words = self.load_fragments(operands.stages, stage.slot, thread)
+            ring.wait()
+            words, scale_words = self.load_fragments(operands, ring.slot)
             for part in cutlass.range_constexpr(cfg.num_steps // group):
                 # Buffers take turns: products of the last ``depth - 1`` groups run while this one is decoded.
                 buffer = weights[part % depth]
@@ -334,7 +345,7 @@ class Gemm:
                 warpgroup.fence()
                 for kk in cutlass.range_constexpr(group):
                     k16 = part * group + kk
-                    chunk = stage.slot * self.num_chunks + thread.wg_k * self.chunks_per_group + k16 // 4
+                    chunk = ring.slot * self.num_chunks + thread.wg_k * self.chunks_per_group + k16 // 4
                     for r in cutlass.range_constexpr(cfg.num_m64):
                         atom = cute.make_mma_atom(mma.op)
                         atom.set(warpgroup.Field.ACCUMULATE, True)
@@ -345,19 +356,19 @@ class Gemm:
                 if cutlass.const_expr(part == depth - 2):
                     # Every product of the previous stage is done.
                     if k > 0:
-                        stage.release(last, thread.idx)
-            last = stage.slot
-            stage.advance()
+                        ring.release(last, thread.idx)
+            last = ring.slot
+            ring.advance()
         warpgroup.wait_group(0)
-        stage.release(last, thread.idx)
+        ring.release(last, thread.idx)
         if cutlass.const_expr(cfg.reduces):
             self.reduce_and_store(sums, tile, operands, epilogue)
         else:
             self.store(sums, tile, epilogue, thread)
 
-    def load_fragments(self, stages: Stages, slot: Int32, thread: Thread) -> tuple[list[Any], list[Any]]:
+    def load_fragments(self, operands: Operands, slot: Int32) -> tuple[list[Any], list[Any]]:
         """This thread's codes (one word per k16 step) and scales (one word for two steps) of each 64-row block."""
-        cfg = self.cfg
+        cfg, stages, thread = self.cfg, operands.stages, operands.thread
         words, scale_words = [], []
         for r in range(cfg.num_m64):
             block = (slot * cfg.m64_per_tile + thread.wg_m * cfg.num_m64 + r) * cfg.warpgroups_k + thread.wg_k
