@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -102,7 +101,7 @@ def disassemble(binary: Path) -> str:
         subprocess.run([*map(str, tool), str(binary)], capture_output=True, text=True, check=True).stdout
         for tool in tools
     )
-    return re.sub(r"^(Fatbin|=+|arch =|code version|host =|compile_size|identifier).*\n", "", text.replace(name, "KERNEL"), flags=re.M)
+    return text.replace(name, "KERNEL")
 
 
 def hashes(configs: Iterable[Config], texts: Path | None) -> dict[str, str]:

@@ -1,9 +1,10 @@
 """The ring of shared-memory stages between the threads that load and the threads that multiply.
 
 How it works. Every stage has two barriers: ``full`` counts the producers that have announced their bytes and the bytes
-that have landed, ``empty`` the warps that have read the stage. A producer acquires a stage, commits the bytes it will send
-there, and starts its copies; a consumer waits for a stage, reads it, and releases it. Both walk around the ring, each
-with a position of its own; the parity that a barrier shows at a stage flips with every turn, and stands in the position.
+that have landed, ``empty`` the warps that have read the stage. A producer acquires a stage, commits the bytes that it
+will send there, and starts its copies; a consumer waits for a stage, reads it, and releases it. Both walk around the
+ring, each with a position of its own. The parity that a barrier shows at a stage flips with every turn: the position
+holds it.
 """
 
 from dataclasses import dataclass

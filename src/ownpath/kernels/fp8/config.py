@@ -36,7 +36,7 @@ assert ACT_BLOCK_BYTES <= ACT_STRIDE
 
 _SHARED_SOURCES = (
     *(f"fp8/{name}.py" for name in ("output_sm90", "ptx", "config", "layout")),
-    *(f"dsl/{name}.py" for name in ("pipeline", "tile", "ptx")),
+    *(f"dsl/{name}.py" for name in ("pipeline", "warpgroup", "ptx")),
 )
 
 

@@ -30,11 +30,10 @@ from typing import Any
 import cutlass
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.nvgpu import cpasync, warpgroup
-from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
 from ownpath.kernels.dsl import ptx
 from ownpath.kernels.dsl.pipeline import Pipeline
-from ownpath.kernels.dsl.tile import Thread, shared_operand
+from ownpath.kernels.dsl.warpgroup import Thread, decoded_mma, multiply, shared_operand
 from ownpath.kernels.fp8 import ptx as fp8_ptx
 from ownpath.kernels.fp8.config import BLOCK_K, CHUNK_K, ENTRY_BYTES, MAX_K_BLOCKS, W8A16_REGISTERS, WG, W8A16Config
 from ownpath.kernels.fp8.layout import BLOCK_BYTES
@@ -235,10 +234,7 @@ class W8A16:
     def multiply_wgmma(self, totals: list[Any], operands: Operands) -> None:
         """Decodes one group of k16 steps while the tensor cores multiply the one before."""
         cfg, stages, thread = self.cfg, operands.stages, operands.thread
-        mma = make_trivial_tiled_mma(
-            BFloat16, BFloat16, cute.nvgpu.OperandMajorMode.K, cute.nvgpu.OperandMajorMode.K, Float32,
-            (1, 1, 1), (64, cfg.num_n), a_source=warpgroup.OperandSource.RMEM,
-        )  # fmt: skip
+        mma = decoded_mma(cfg.num_n)
         shared = shared_operand(stages.x, BFloat16, cfg.num_n, 2 * cfg.num_stages, cfg.num_n * CHUNK_K)
         thr_mma = mma.get_slice(thread.idx)
         tokens = thr_mma.make_fragment_B(thr_mma.partition_B(shared))
@@ -268,10 +264,8 @@ class W8A16:
                 for kk in cutlass.range_constexpr(self.group):
                     k16 = part * self.group + kk
                     for r in cutlass.range_constexpr(self.per_wg):
-                        atom = cute.make_mma_atom(mma.op)
-                        atom.set(warpgroup.Field.ACCUMULATE, cfg.folded or k16 > 0)
-                        a = weights[part % 2][r][None, None, kk]
-                        cute.gemm(atom, sums[r], a, tokens[None, None, k16 % 4, ring.slot * 2 + k16 // 4], sums[r])
+                        b = tokens[None, None, k16 % 4, ring.slot * 2 + k16 // 4]
+                        multiply(mma, weights[part % 2][r][None, None, kk], b, sums[r], cfg.folded or k16 > 0)
                 warpgroup.commit_group()
                 warpgroup.wait_group(1)
                 if cutlass.const_expr(part == 0 and cfg.folded):

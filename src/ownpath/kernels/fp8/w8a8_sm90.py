@@ -29,7 +29,7 @@ from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
 from ownpath.kernels.dsl import ptx
 from ownpath.kernels.dsl.pipeline import Pipeline
-from ownpath.kernels.dsl.tile import Thread, shared_operand
+from ownpath.kernels.dsl.warpgroup import Thread, multiply, shared_operand
 from ownpath.kernels.fp8 import ptx as fp8_ptx
 from ownpath.kernels.fp8.config import ACT_STRIDE, ENTRY_BYTES, W8A8_REGISTERS, WG, W8A8Config
 from ownpath.kernels.fp8.layout import ACT_BLOCK_BYTES, BLOCK_BYTES
@@ -40,7 +40,7 @@ TILE_N = 128
 
 @dataclass(frozen=True)
 class Stages:
-    """Shared memory: the stages' activations (with their scales), weights and weight scales, and the ring's barriers."""
+    """Shared memory: the stages' activations with their scales, weights and weight scales, and the ring's barriers."""
 
     acts: cute.Pointer
     weights: cute.Pointer
@@ -220,9 +220,7 @@ class W8A8:
                     token_scales = self.token_scales(stages, chunk, thread)
                     warpgroup.fence()
                     for k32 in cutlass.range_constexpr(4):
-                        atom = cute.make_mma_atom(mma.op)
-                        atom.set(warpgroup.Field.ACCUMULATE, k32 > 0)
-                        cute.gemm(atom, sums, a[None, None, k32, chunk], b[None, None, k32, ring.slot], sums)
+                        multiply(mma, a[None, None, k32, chunk], b[None, None, k32, ring.slot], sums, k32 > 0)
                     warpgroup.commit_group()
                     warpgroup.wait_group(0)
                     if cutlass.const_expr(r == cfg.num_m64 - 1):

@@ -12,7 +12,7 @@ import cutlass
 from cutlass import Float32, Int32, Int64, cute
 
 from ownpath.kernels.dsl import ptx
-from ownpath.kernels.dsl.tile import Thread
+from ownpath.kernels.dsl.warpgroup import Thread
 from ownpath.kernels.nvfp4.config import UNSCALE, GemmConfig
 from ownpath.kernels.nvfp4.tile_sm90 import Tile
 
@@ -77,7 +77,8 @@ class Epilogue:
         Packing puts output features 2g and 2g + 1 (or gate and up of one feature) into rows g and g + 8, so that a
         thread holds a pair of neighbouring features of each token.
         """
-        factors, place, left = rows.factors, rows.place + 8 * piece * rows.pitch, rows.num_tokens - (8 * piece + 2 * rows.thread.pair)
+        factors, place = rows.factors, rows.place + 8 * piece * rows.pitch
+        left = rows.num_tokens - (8 * piece + 2 * rows.thread.pair)
         even = [values[0] * factors[0], values[2] * factors[1]]
         odd = [values[1] * factors[0], values[3] * factors[1]]
         if cutlass.const_expr(self.cfg.swiglu):

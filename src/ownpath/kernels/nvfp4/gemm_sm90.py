@@ -29,15 +29,16 @@ from typing import Any
 import cutlass
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.nvgpu import cpasync, warpgroup
-from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
 from ownpath.kernels.dsl import ptx
-from ownpath.kernels.dsl.pipeline import Pipeline, Consumer
-from ownpath.kernels.dsl.tile import Thread, shared_operand
+from ownpath.kernels.dsl.pipeline import Consumer, Pipeline
+from ownpath.kernels.dsl.warpgroup import Thread, decoded_mma, multiply, shared_operand
 from ownpath.kernels.nvfp4.config import BLOCK_K, CHUNK_K, WG, GemmConfig
 from ownpath.kernels.nvfp4.epilogue_sm90 import Epilogue
 from ownpath.kernels.nvfp4.handover import announce, await_rows
-from ownpath.kernels.nvfp4.tile_sm90 import Tile, Work, entry
+from ownpath.kernels.nvfp4.schedule import Schedule, element
+from ownpath.kernels.nvfp4.tile_sm90 import Tile, Work
+
 
 @dataclass(frozen=True)
 class Stages:
@@ -132,7 +133,7 @@ class Gemm:
             cpasync.prefetch_descriptor(tma_x)
             stages.pipeline.init(3, 4 * self.num_consumers)
         cute.arch.sync_threads()
-        work = self.share(cta, grid, schedule, num_rows, num_m_tiles, num_k_blocks, rows_per_tile)
+        work = self.share(cta, grid, Schedule(schedule), num_rows, num_m_tiles, num_k_blocks, rows_per_tile)
         if warp_group == self.num_consumers:
             if cutlass.const_expr(cfg.consumer_registers):
                 cute.arch.setmaxregister_decrease(cfg.producer_registers)
@@ -173,7 +174,7 @@ class Gemm:
         self,
         worker: Int32,
         num_workers: Int32,
-        schedule: cute.Pointer,
+        schedule: Schedule,
         num_rows: Int32,
         num_m_tiles: Int32,
         num_k_blocks: Int32,
@@ -195,7 +196,7 @@ class Gemm:
             cute.arch.griddepcontrol_wait()
         num_n_tiles = Int32(0)
         if cutlass.const_expr(cfg.grouped):
-            num_n_tiles = entry(schedule, 0)
+            num_n_tiles = schedule.num_tiles()
         else:
             num_n_tiles = (num_rows + rows_per_tile - 1) // rows_per_tile
         m_per_worker = num_m_tiles // cfg.cluster_m
@@ -257,15 +258,15 @@ class Gemm:
             tile = work.tile(idx)
             if cutlass.const_expr(cfg.follows):
                 # Gate and up rows: two for each of this product's columns.
-                await_rows(work.counter(tile), 2 * CHUNK_K * self.num_chunks * work.k_iters)
+                await_rows(work.schedule.counter(tile.n_tile), 2 * CHUNK_K * self.num_chunks * work.k_iters)
             boxes = (tile.rows + cfg.box_rows - 1) // cfg.box_rows
             places = cute.make_rmem_tensor(cute.make_layout((self.max_n + 31) // 32), Int32)
             if cutlass.const_expr(cfg.gather):
-                index = work.schedule + work.read(1)
+                tokens = work.schedule.tokens()
                 for turn in cutlass.range_constexpr((self.max_n + 31) // 32):
                     places[turn] = Int32(0)
                     if lane + 32 * turn < tile.rows:
-                        places[turn] = entry(index, tile.row0 + lane + 32 * turn)
+                        places[turn] = element(tokens, tile.row0 + lane + 32 * turn)[0]
             for k in cutlass.range(work.k_iters, unroll=1):
                 ring.acquire()
                 if lane == 0:
@@ -300,7 +301,7 @@ class Gemm:
                     operands = Operands(place, stages, work.k_iters, work.rank, turn)
                     self.consume(cfg.n_sizes[size_idx], tile, stages.pipeline.consumer_at(step), operands, epilogue)
             if cutlass.const_expr(cfg.hands_over):
-                announce(work.counter(tile), thread, 16 * cfg.num_m64 // cfg.warpgroups_k)
+                announce(work.schedule.counter(tile.n_tile), thread, 16 * cfg.num_m64 // cfg.warpgroups_k)
             step += work.k_iters
             turn = turn ^ 1
 
@@ -309,10 +310,7 @@ class Gemm:
         """One tile of at most ``num_n`` tokens: the product over K, then the epilogue."""
         cfg = self.cfg
         thread = operands.thread
-        mma = make_trivial_tiled_mma(
-            BFloat16, BFloat16, cute.nvgpu.OperandMajorMode.K, cute.nvgpu.OperandMajorMode.K, Float32,
-            (1, 1, 1), (64, num_n), a_source=warpgroup.OperandSource.RMEM,
-        )  # fmt: skip
+        mma = decoded_mma(num_n)
         thr_mma = mma.get_slice(thread.idx)
         chunks = cfg.num_stages * self.num_chunks
         shared = shared_operand(operands.stages.x, BFloat16, num_n, chunks, self.max_n * CHUNK_K)
@@ -347,10 +345,7 @@ class Gemm:
                     k16 = part * group + kk
                     chunk = ring.slot * self.num_chunks + thread.wg_k * self.chunks_per_group + k16 // 4
                     for r in cutlass.range_constexpr(cfg.num_m64):
-                        atom = cute.make_mma_atom(mma.op)
-                        atom.set(warpgroup.Field.ACCUMULATE, True)
-                        a = buffer[r][None, None, kk]
-                        cute.gemm(atom, sums[r], a, tokens[None, None, k16 % 4, chunk], sums[r])
+                        multiply(mma, buffer[r][None, None, kk], tokens[None, None, k16 % 4, chunk], sums[r])
                 warpgroup.commit_group()
                 warpgroup.wait_group(depth - 1)
                 if cutlass.const_expr(part == depth - 2):

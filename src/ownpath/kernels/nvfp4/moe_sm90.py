@@ -6,10 +6,6 @@ prompts so long that looking rows up one by one would cost more; ``Combine`` sum
 order of its top-k slots, so that the result is the same bits every time. The order of rows inside an expert is free: a
 row's sums do not depend on its place in a tile.
 
-Schedule (int32): [number of tiles, offset of the row index, 0, 0], then (expert, first row, rows, 0) per tile, where
-``handover`` counts; at the offset, the token of each sorted row; behind it, the sorted row of each (token, slot), -1
-where no local expert has it.
-
 Roofline: bytes of the copied rows. Limits: at most 1024 experts, and ids outside the map count as absent.
 """
 
@@ -21,18 +17,15 @@ from cutlass import BFloat16, Float32, Int32, Int64, cute
 
 from ownpath.kernels.dsl import ptx
 from ownpath.kernels.nvfp4.config import ALIGN_THREADS, COPY_THREADS, AlignConfig, CombineConfig
-
-
-def element(pointer: Any, idx: Any) -> Any:
-    """A one-element view at ``idx``."""
-    return cute.make_tensor(pointer + idx, cute.make_layout(1))
+from ownpath.kernels.nvfp4.schedule import Schedule, element
 
 
 @dataclass(frozen=True)
 class Pairs:
     """The (token, slot) pairs of one call: ``slots`` to a token, the last of which are the shared experts'.
 
-    num_ids: experts the ids name; num_experts: experts held here, shared ones included and last.
+    num_ids: experts the ids name; num_experts: experts held here, shared ones included and last. tile_rows: rows of a
+    tile at most. index_offset: where the schedule's index begins.
     """
 
     cfg: AlignConfig
@@ -43,6 +36,12 @@ class Pairs:
     num_experts: Int32
     slots: Int32
     total: Int32
+    tile_rows: Int32
+    index_offset: Int32
+
+    def num_tiles(self, count: Int32) -> Int32:
+        """Tiles of an expert with ``count`` rows."""
+        return (count + self.tile_rows - 1) // self.tile_rows
 
     @cute.jit
     def expert(self, idx: Int32) -> Int32:
@@ -70,43 +69,14 @@ class Share:
     row_start: Int32
     tile_start: Int32
 
-
-@dataclass(frozen=True)
-class Schedule:
-    """The schedule in memory. tile_rows: rows of a tile at most; index_offset: where the index of rows begins."""
-
-    memory: cute.Pointer
-    tile_rows: Int32
-    index_offset: Int32
-
-    def num_tiles(self, count: Int32) -> Int32:
-        """Tiles of an expert with ``count`` rows."""
-        return (count + self.tile_rows - 1) // self.tile_rows
-
     @cute.jit
-    def write_tiles(self, share: Share, rank: Int32, num_ctas: int) -> None:
+    def write_tiles(self, schedule: Schedule, rank: Int32, num_ctas: int) -> None:
         """The tiles of one expert, even ones: 192 rows in tiles of at most 128 become twice 96, not 128 and 64."""
-        rows = (share.count + cutlass.max(share.tiles, 1) - 1) // cutlass.max(share.tiles, 1)
-        for tile in cutlass.range(rank, share.tiles, num_ctas, unroll=1):
-            entry = 4 + 4 * (share.tile_start + tile)
+        rows = (self.count + cutlass.max(self.tiles, 1) - 1) // cutlass.max(self.tiles, 1)
+        for tile in cutlass.range(rank, self.tiles, num_ctas, unroll=1):
+            entry = schedule.entry(self.tile_start + tile)
             first = tile * rows
-            element(self.memory, entry)[0] = share.expert
-            element(self.memory, entry + 1)[0] = share.row_start + first
-            element(self.memory, entry + 2)[0] = cutlass.min(rows, share.count - first)
-            element(self.memory, entry + 3)[0] = Int32(0)
-
-    def write_head(self, last: Share) -> None:
-        """Number of tiles, and where the index begins."""
-        element(self.memory, 0)[0] = last.tile_start + last.tiles
-        element(self.memory, 1)[0] = self.index_offset
-
-    def write_token(self, row: Int32, token: Int32) -> None:
-        """The token of a sorted row."""
-        element(self.memory, self.index_offset + row)[0] = token
-
-    def write_row(self, pairs: Pairs, idx: Int32, row: Int32) -> None:
-        """The sorted row of a pair, or -1."""
-        element(self.memory, self.index_offset + pairs.total + idx)[0] = row
+            schedule.write_tile(entry, self.expert, self.row_start + first, cutlass.min(rows, self.count - first))
 
 
 @dataclass(frozen=True)
@@ -175,12 +145,13 @@ class Align:
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
         slots = top_k + self.cfg.num_shared
-        pairs = Pairs(self.cfg, ids, expert_map, top_k, num_ids, num_experts, slots, num_tokens * slots)
-        plan = Schedule(schedule, tile_rows, index_offset)
+        pairs = Pairs(
+            self.cfg, ids, expert_map, top_k, num_ids, num_experts, slots, num_tokens * slots, tile_rows, index_offset
+        )
         if cutlass.const_expr(counters is None):
-            self.align_few(pairs, plan, thread)
+            self.align_few(pairs, Schedule(schedule), thread)
         else:
-            self.align(pairs, plan, thread, counters)
+            self.align(pairs, Schedule(schedule), thread, counters)
 
     @cute.jit
     def counters(self, thread: Int32) -> Counters:
@@ -220,21 +191,21 @@ class Align:
                 if other < rank:
                     before += there
             cute.arch.cluster_arrive()
-        tiles = schedule.num_tiles(count)
+        tiles = pairs.num_tiles(count)
         row_start = self.prefix(count, thread, counters.partial)
         share = Share(thread, count, tiles, row_start, self.prefix(tiles, thread, counters.partial))
         element(counters.cursors, thread)[0] = row_start + before
-        schedule.write_tiles(share, rank, num_ctas)
+        share.write_tiles(schedule, rank, num_ctas)
         if thread == ALIGN_THREADS - 1 and rank == 0:
-            schedule.write_head(share)
+            schedule.write_head(share.tile_start + share.tiles, pairs.index_offset)
         cute.arch.sync_threads()
         for idx in cutlass.range(begin + thread, end, ALIGN_THREADS, unroll=4):
             expert = pairs.expert(idx)
             row = Int32(-1)
             if expert >= 0:
                 row = cute.arch.atomic_add(counters.cursors + expert, Int32(1))
-                schedule.write_token(row, idx // pairs.slots)
-            schedule.write_row(pairs, idx, row)
+                schedule.write(pairs.index_offset + row, idx // pairs.slots)
+            schedule.write(pairs.index_offset + pairs.total + idx, row)
         if cutlass.const_expr(num_ctas > 1):
             # No CTA leaves while another may still read its counts.
             cute.arch.cluster_wait()
@@ -253,19 +224,19 @@ class Align:
         count, tiles = Int32(0), Int32(0)
         if expert >= 0 and earlier == 0:
             count = Int32(cute.arch.popc(same))
-            tiles = schedule.num_tiles(count)
+            tiles = pairs.num_tiles(count)
         share = Share(expert, count, tiles, warp_sum(count, lane) - count, warp_sum(tiles, lane) - tiles)
-        schedule.write_tiles(share, Int32(0), 1)
+        share.write_tiles(schedule, Int32(0), 1)
         leader = Int32(cute.arch.popc((same & -same) - 1))
         first_row = cute.arch.shuffle_sync(share.row_start, leader)
         if lane < pairs.total:
             row = Int32(-1)
             if expert >= 0:
                 row = first_row + earlier
-                schedule.write_token(row, lane // pairs.slots)
-            schedule.write_row(pairs, lane, row)
+                schedule.write(pairs.index_offset + row, lane // pairs.slots)
+            schedule.write(pairs.index_offset + pairs.total + lane, row)
         if lane == 31:
-            schedule.write_head(share)
+            schedule.write_head(share.tile_start + share.tiles, pairs.index_offset)
 
     @cute.jit
     def prefix(self, value: Int32, thread: Int32, partial: cute.Pointer) -> Int32:
@@ -321,7 +292,7 @@ class Permute:
         cta, _, _ = cute.arch.block_idx()
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
-        place = schedule + (element(schedule, 1)[0] + num_tokens * slots)
+        place = Schedule(schedule).sorted_rows(num_tokens, slots)
         pieces = width // 8
         unit = cta * COPY_THREADS + thread
         token, piece = unit // pieces, unit % pieces
@@ -372,7 +343,7 @@ class Combine:
         cute.arch.griddepcontrol_launch_dependents()
         pieces = width // 8
         slots = top_k + self.num_shared
-        place = schedule + (element(schedule, 1)[0] + num_tokens * slots)
+        place = Schedule(schedule).sorted_rows(num_tokens, slots)
         unit = cta * COPY_THREADS + thread
         token, piece = unit // pieces, unit % pieces
         if token < num_tokens:

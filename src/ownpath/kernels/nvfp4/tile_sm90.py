@@ -4,19 +4,14 @@ A dense product cuts its tokens by itself; the experts' products find theirs in 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import cutlass
 from cutlass import Int32, cute
 
 from ownpath.kernels.nvfp4.config import GemmConfig
+from ownpath.kernels.nvfp4.schedule import Schedule
 
 BAND_TILES = 16
-
-
-def entry(table: cute.Pointer, idx: Any) -> Int32:
-    """An integer of a table in memory."""
-    return cute.make_tensor(table + idx, cute.make_layout(1))[0]
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,7 @@ class Work:
     """
 
     cfg: GemmConfig
-    schedule: cute.Pointer
+    schedule: Schedule
     num_rows: Int32
     rows_per_tile: Int32
     worker: Int32
@@ -58,14 +53,6 @@ class Work:
     rank: Int32
     rank_m: Int32
 
-    def read(self, idx: Any) -> Int32:
-        """An entry of the schedule."""
-        return entry(self.schedule, idx)
-
-    def counter(self, tile: Tile) -> cute.Pointer:
-        """Finished rows of a tile of tokens."""
-        return self.schedule + (4 + 4 * tile.n_tile + 3)
-
     @cute.jit
     def tile(self, idx: Int32) -> Tile:
         """The tile with this number.
@@ -77,8 +64,8 @@ class Work:
         m_group, n_tile = idx % self.m_per_worker, idx // self.m_per_worker
         expert, row0, rows = Int32(0), Int32(0), Int32(0)
         if cutlass.const_expr(cfg.grouped):
-            at = 4 + 4 * n_tile
-            expert, row0, rows = self.read(at), self.read(at + 1), self.read(at + 2)
+            expert = self.schedule.expert(n_tile)
+            row0, rows = self.schedule.rows(n_tile)
         else:
             band_tiles = BAND_TILES // cfg.cluster_m
             first = idx // (band_tiles * self.num_n_tiles) * band_tiles

@@ -1,9 +1,14 @@
-"""Where a thread stands in its warpgroup, and how operands of ``wgmma`` lie in shared memory."""
+"""What the products share: a thread's place in its warpgroup, and operands of ``wgmma``, the tensor cores' instruction.
+
+A warpgroup multiplies 64 rows at a time. Operand B comes from shared memory, operand A from there or from registers.
+"""
 
 from dataclasses import dataclass
 from typing import Any
 
-from cutlass import Int32, cute
+from cutlass import BFloat16, Float32, Int32, cute
+from cutlass.cute.nvgpu import warpgroup
+from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
 WG = 128
 
@@ -46,3 +51,17 @@ def shared_operand(smem: cute.Pointer, dtype: Any, num_rows: int, num_blocks: in
     outer = cute.make_layout(((8, num_rows // 8), width, num_blocks), stride=((width, 8 * width), 1, stride))
     layout = cute.make_composed_layout(cute.make_swizzle(3, 4, 3), 0, outer)
     return cute.make_tensor(cute.recast_ptr(smem, layout.inner, dtype), layout.outer)
+
+
+def decoded_mma(num_n: int) -> Any:
+    """64 x ``num_n`` x 16 of BF16 with float32 sums, operand A from registers: weights that were decoded there."""
+    major = cute.nvgpu.OperandMajorMode.K
+    source = warpgroup.OperandSource.RMEM
+    return make_trivial_tiled_mma(BFloat16, BFloat16, major, major, Float32, (1, 1, 1), (64, num_n), a_source=source)
+
+
+def multiply(mma: Any, a: Any, b: Any, sums: Any, accumulate: bool = True) -> None:
+    """Starts sums = a b, plus the sums that were there if ``accumulate``."""
+    atom = cute.make_mma_atom(mma.op)
+    atom.set(warpgroup.Field.ACCUMULATE, accumulate)
+    cute.gemm(atom, sums, a, b, sums)
