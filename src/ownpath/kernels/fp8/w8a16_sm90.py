@@ -195,11 +195,11 @@ class W8A16:
                 if k == 0:
                     ptx.load_bulk(
                         (stages.scales + r * (MAX_K_BLOCKS * ENTRY_BYTES)).toint(),
-                        (scales + idx * ENTRY_BYTES).toint(), tile.k_iters * ENTRY_BYTES, ring.full,
+                        (scales + idx * ENTRY_BYTES).toint(), tile.k_iters * ENTRY_BYTES, ring.full, passes_once=True,
                     )  # fmt: skip
                 ptx.load_bulk(
                     (stages.weights + (ring.slot * cfg.num_m64 + r) * BLOCK_BYTES).toint(),
-                    (blocks + (idx + k) * BLOCK_BYTES).toint(), BLOCK_BYTES, ring.full,
+                    (blocks + (idx + k) * BLOCK_BYTES).toint(), BLOCK_BYTES, ring.full, passes_once=True,
                 )  # fmt: skip
             ring.advance()
 
@@ -376,7 +376,7 @@ class W8A16:
                 for j in cutlass.range_constexpr(pieces):
                     values = tuple(totals[r][4 * j + idx] for idx in range(4))
                     ptx.store_shared_vec4(base + (r * pieces + j) * (WG * 16), values)
-            fp8_ptx.cluster_barrier()
+            ptx.cluster_barrier()
         for r in cutlass.range_constexpr(self.per_wg):
             rows = output.rows(tile.block + thread.wg_m * self.per_wg + r)
             for j in cutlass.range_constexpr(pieces):
@@ -389,7 +389,7 @@ class W8A16:
         if cutlass.const_expr(cfg.cluster_k > 1):
             # A CTA's sums stay in place until the whole cluster has read them. (Its loading warps have left by now:
             # a cluster barrier waits for threads that have not exited.)
-            fp8_ptx.cluster_barrier(relaxed=True)
+            ptx.cluster_barrier(relaxed=True)
 
     def cluster_sum(self, address: Int32) -> list[Any]:
         """Four sums of every CTA of the cluster, added in rank order."""

@@ -121,7 +121,7 @@ class W8A8:
             stages.pipeline.init(2, 4 * cfg.warpgroups)
         cute.arch.sync_threads()
         if cutlass.const_expr(cfg.cluster_n > 1):
-            fp8_ptx.cluster_barrier()
+            ptx.cluster_barrier()
         rank = cta % cfg.cluster_n
         worker, num_workers = cta // cfg.cluster_n, grid // cfg.cluster_n
         num_m_tiles = (num_tokens + cfg.m64_per_tile * 64 - 1) // (cfg.m64_per_tile * 64)
@@ -163,11 +163,9 @@ class W8A8:
                 ring.commit(cfg.m64_per_tile * ACT_BLOCK_BYTES)
                 for r in cutlass.range_constexpr(cfg.m64_per_tile):
                     m64 = cutlass.min(first + r, last_m64)
-                    fp8_ptx.load_bulk(
-                        stages.acts + ((ring.slot * cfg.m64_per_tile + r) * ACT_STRIDE + work.rank * part),
-                        acts + ((Int64(m64) * work.num_k_blocks + k) * ACT_BLOCK_BYTES + work.rank * part),
-                        part, ring.full, peers,
-                    )  # fmt: skip
+                    target = stages.acts + ((ring.slot * cfg.m64_per_tile + r) * ACT_STRIDE + work.rank * part)
+                    source = acts + ((Int64(m64) * work.num_k_blocks + k) * ACT_BLOCK_BYTES + work.rank * part)
+                    ptx.load_bulk(target.toint(), source.toint(), part, ring.full, peers=peers)
                 ring.advance()
 
     @cute.jit
@@ -184,12 +182,11 @@ class W8A8:
                 for half in cutlass.range_constexpr(2):
                     idx = Int64(row_block + half) * work.num_k_blocks + k
                     place = ring.slot * 2 + half
-                    fp8_ptx.load_bulk(
-                        stages.weights + place * BLOCK_BYTES, blocks + idx * BLOCK_BYTES, BLOCK_BYTES, ring.full
-                    )
-                    fp8_ptx.load_bulk(
-                        stages.scales + place * ENTRY_BYTES, scales + idx * ENTRY_BYTES, ENTRY_BYTES, ring.full
-                    )
+                    for target, source, size in (
+                        (stages.weights, blocks, BLOCK_BYTES),
+                        (stages.scales, scales, ENTRY_BYTES),
+                    ):
+                        ptx.load_bulk((target + place * size).toint(), (source + idx * size).toint(), size, ring.full)
                 ring.advance()
 
     @cute.jit
@@ -234,7 +231,7 @@ class W8A8:
                 for r in cutlass.range_constexpr(cfg.num_m64):
                     self.store(totals[r], half, rows, (m64 + r) * 64, thread, output)
         if cutlass.const_expr(cfg.cluster_n > 1):
-            fp8_ptx.cluster_barrier(relaxed=True)  # the peer may still arrive at this CTA's barriers
+            ptx.cluster_barrier(relaxed=True)  # the peer may still arrive at this CTA's barriers
 
     def weight_scales(self, stages: Stages, slot: Int32) -> tuple[Any, Any]:
         """Scales of the tile's two 64-feature blocks."""

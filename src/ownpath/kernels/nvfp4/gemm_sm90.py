@@ -156,8 +156,7 @@ class Gemm:
         if cutlass.const_expr(cfg.cluster_m > 1):
             # No CTA leaves while its neighbour may still write to it or signal it.
             cute.arch.sync_threads()
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
+            ptx.cluster_barrier()
 
     def allocate(self) -> Stages:
         """All of a CTA's shared memory."""
@@ -190,8 +189,7 @@ class Gemm:
         if cutlass.const_expr(cfg.cluster_m > 1):
             # The neighbour writes tokens into this CTA's memory: its barriers must stand before that.
             rank_m = cute.arch.block_idx_in_cluster()
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
+            ptx.cluster_barrier()
         if cutlass.const_expr(cfg.grouped and cfg.swiglu):
             cute.arch.griddepcontrol_wait()
         num_n_tiles = Int32(0)
@@ -412,8 +410,7 @@ class Gemm:
                 address = base + thread.wg_k * part_bytes + (r * pieces + j) * (WG * 16) + thread.idx * 16
                 ptx.store_shared_vec4(address, tuple(sums[r][4 * j + idx] for idx in range(4)))
         if cutlass.const_expr(cfg.cluster_k > 1):
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
+            ptx.cluster_barrier()
         else:
             ptx.named_barrier(1, WG * cfg.warpgroups_k)
         for r in cutlass.range_constexpr(cfg.num_m64):
@@ -429,8 +426,7 @@ class Gemm:
                         total = [a + b for a, b in zip(total, piece, strict=True)]
                     epilogue.store(total, epilogue.rows(tile, block, thread), j)
         if cutlass.const_expr(cfg.cluster_k > 1):
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
+            ptx.cluster_barrier()
 
 
 def compile_gemm(config: GemmConfig) -> Any:
