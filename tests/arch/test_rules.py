@@ -2,6 +2,8 @@
 
 import ast
 import statistics
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,14 +15,14 @@ PACKAGE = Path(ownpath.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = (
-    ("formats", "official", "versions", "verdict"),
+    ("formats", "official", "ops", "versions", "verdict"),
     ("config",),
     ("qtensor",),
     ("numerics",),
+    ("kernels",),
     ("checkpoint",),
     ("plan",),
     ("weights", "quantize"),
-    ("kernels",),
     ("runners",),
     ("model",),
     ("startup",),
@@ -97,10 +99,23 @@ def test_pure_rooms_do_not_import_torch(module: str, banned: str) -> None:
         assert banned not in {name.split(".")[0] for name in imports_of(path)}, path
 
 
+KERNEL_FACTS = ("spec", "layout", "config", "choose")
+"""Files of a kernel's folder that describe it: they run nothing."""
+
+
 def test_nothing_from_config_to_weights_touches_cuda() -> None:
     for path in SOURCES:
-        if room_of(path) in LEVEL and LEVEL[room_of(path)] <= LEVEL["weights"]:
+        describes = room_of(path) != "kernels" or path.stem in KERNEL_FACTS
+        if describes and room_of(path) in LEVEL and LEVEL[room_of(path)] <= LEVEL["weights"]:
             assert "torch.cuda" not in path.read_text(encoding="utf-8"), path
+
+
+def test_specs_import_no_torch() -> None:
+    """Everything that a plan asks of a kernel is known without torch, a toolchain or a device."""
+    script = (
+        "import sys; import ownpath.kernels.registry; sys.exit(bool({'torch', 'triton', 'cutlass'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 BANNED_CALLS = {"eval", "exec", "compile", "__import__"}

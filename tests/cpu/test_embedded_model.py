@@ -16,7 +16,7 @@ from ownpath.formats import BF16, FP8_BLOCK, NVFP4
 from ownpath.loading import default_model_dir, load_model, plan_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
-from ownpath.plan.opspec import OpKind
+from ownpath.ops import OpKind
 
 FOLDER = default_model_dir()
 MEGABYTE = 10**6

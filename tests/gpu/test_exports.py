@@ -11,7 +11,7 @@ from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.config import ModelConfig
 from ownpath.loading import default_model_dir, device_caps
 from ownpath.official import parse_numerics
-from ownpath.plan.opspec import OpKind
+from ownpath.ops import OpKind
 from ownpath.plan.plan import make_plan
 from ownpath.plan.select import Demands
 from ownpath.runners.make import make_runners

@@ -8,7 +8,7 @@ import torch
 from ownpath.config import EngineConfig
 from ownpath.loading import default_model_dir, load_model, plan_model
 from ownpath.model.batch import ForwardBatch
-from ownpath.plan.opspec import OpKind
+from ownpath.ops import OpKind
 from ownpath.runners.launches import Launch, record_launches
 
 pytestmark = pytest.mark.gpu

@@ -1,10 +1,52 @@
-"""The implementations behind the kernel names of the plan's catalogue, imported when one is first asked for."""
+"""The kernels there are: the specs of every folder that has some, and the implementations behind them.
 
+A folder of ``ownpath.kernels`` with a ``spec.py`` is a family. Nothing else lists kernels, so that adding one means
+adding a folder. Implementations are imported when one is first asked for; until then no torch and no toolchain is.
+"""
+
+import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from importlib import import_module
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
+
+import ownpath.kernels
+from ownpath.kernels.spec import KernelSpec
+
+
+def families() -> Iterator[str]:
+    """Names of the folders that hold kernels."""
+    for found in pkgutil.iter_modules(ownpath.kernels.__path__):
+        if found.ispkg and any((Path(path) / found.name / "spec.py").exists() for path in ownpath.kernels.__path__):
+            yield found.name
+
+
+@cache
+def _specs() -> tuple[KernelSpec, ...]:
+    """All specs, those of the newest architecture's families first; within a family in its own order, best first."""
+    found: list[tuple[KernelSpec, ...]] = [
+        import_module(f"ownpath.kernels.{family}.spec").SPECS for family in sorted(families())
+    ]
+    return tuple(spec for specs in sorted(found, key=_newest_sm, reverse=True) for spec in specs)
+
+
+def _newest_sm(specs: tuple[KernelSpec, ...]) -> int:
+    return max(spec.min_sm or 0 for spec in specs)
+
+
+SPECS = _specs()
+
+
+def spec_of(name: str) -> KernelSpec:
+    """The first spec of a kernel: those of one name differ in formats and runners. Errors: KeyError."""
+    return _BY_NAME[name]
+
+
+_BY_NAME = {spec.name: spec for spec in reversed(SPECS)}
+
 
 Kernel = Callable[..., Any]
 
@@ -41,47 +83,7 @@ class Registry(Mapping[str, Kernel]):
         return len(self._places)
 
 
-KERNELS = Registry(
-    {
-        "cute.nvfp4_linear": "nvfp4.linear:nvfp4_linear",
-        "cute.nvfp4_linear_invariant": "nvfp4.linear:nvfp4_linear_invariant",
-        "cute.nvfp4_moe": "nvfp4.moe:nvfp4_moe",
-        "cute.nvfp4_moe_invariant": "nvfp4.moe:nvfp4_moe_invariant",
-        "ref.nvfp4_linear": "nvfp4.ref:nvfp4_linear",
-        "triton.nvfp4_linear_w4a4_sm100": "nvfp4_sm100.launch:nvfp4_linear_w4a4",
-        "triton.nvfp4_linear_w4a4_sm100_invariant": "nvfp4_sm100.launch:nvfp4_linear_w4a4_invariant",
-        "triton.nvfp4_moe_w4a4_sm100": "nvfp4_sm100.launch:nvfp4_moe_w4a4",
-        "triton.nvfp4_moe_w4a4_sm100_invariant": "nvfp4_sm100.launch:nvfp4_moe_w4a4_invariant",
-        "cute.fp8_linear_sm90": "fp8.launch:fp8_linear",
-        "cute.fp8_linear_w8a16_sm90_invariant": "fp8.launch:fp8_linear_invariant",
-        "ref.fp8_linear": "fp8.ref:fp8_linear",
-        "torch.plain_linear": "plain.cublas:plain_linear",
-        "triton.plain_linear_invariant": "plain.invariant:plain_linear_invariant",
-        "ref.plain_linear": "plain.ref:plain_linear",
-        "ref.grouped_linear": "grouped.ref:rope_grouped_linear",
-        "ref.nvfp4_moe": "nvfp4.ref:nvfp4_moe",
-        "ref.fp8_moe": "fp8.ref:fp8_moe",
-        "ref.plain_moe": "plain.ref:plain_moe",
-        "ref.moe_quantized_inputs": "official_experts.ref:moe_quantized_inputs",
-        "ref.moe_weight_first": "official_experts.ref:moe_weight_first",
-        "ref.moe_official": "official_experts.ref:moe_official",
-        "ref.rms_norm_stepwise": "norms.ref:rms_norm_stepwise",
-        "ref.fp8_keys": "cache_formats.ref:fp8_keys",
-        "ref.fp4_index": "cache_formats.ref:fp4_index",
-        "ref.hyper_boundary": "hyper.ref:hyper_boundary",
-        "ref.rms_norm": "norms.ref:rms_norm",
-        "ref.router": "router.ref:router",
-        "ref.swiglu": "swiglu.ref:swiglu",
-        "ref.attention": "attention.ref:attend",
-        "triton.hyper_boundary": "hyper.launch:hyper_boundary",
-        "triton.hyper_boundary_invariant": "hyper.launch:hyper_boundary_invariant",
-        "triton.rms_norm": "norms.launch:rms_norm",
-        "triton.router": "router.launch:router",
-        "triton.swiglu": "swiglu.launch:swiglu",
-        "triton.grouped_linear": "grouped.launch:rope_grouped_linear",
-        "triton.grouped_linear_invariant": "grouped.launch:rope_grouped_linear_invariant",
-    }
-)
+KERNELS = Registry({spec.name: spec.entry for spec in SPECS})
 
 VARIANTS = Registry(
     {

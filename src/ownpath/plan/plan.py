@@ -16,10 +16,10 @@ from ownpath.checkpoint.names import draft_params, model_params
 from ownpath.checkpoint.schema import Encoding, ParamSpec, check_census, check_param, detect
 from ownpath.config import ModelConfig
 from ownpath.formats import BF16, FP32, Format
+from ownpath.ops import OpKind
 from ownpath.plan.claims import find_contradictions
 from ownpath.plan.opspec import (
     CompanionSpec,
-    OpKind,
     OpSpec,
     companion_ops,
     draft_companions,

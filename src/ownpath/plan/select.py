@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from ownpath.formats import Format
+from ownpath.kernels.registry import SPECS
+from ownpath.kernels.spec import KernelSpec
 from ownpath.official import PLAIN, Step, numerics_name
-from ownpath.plan.catalogue import CATALOGUE
-from ownpath.plan.kernel_spec import KernelSpec
-from ownpath.plan.opspec import OpKind
+from ownpath.ops import OpKind
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ def select(
     kind: OpKind,
     stored: Format | None,
     caps: Caps,
-    catalogue: tuple[KernelSpec, ...] = CATALOGUE,
+    specs: tuple[KernelSpec, ...] = SPECS,
     demands: Demands | None = None,
     dims: tuple[int, ...] = (),
     steps: frozenset[Step] = PLAIN,
 ) -> Choice | Refusal:
-    """The first kernel of the catalogue (best first) that runs ``kind`` on weights stored as ``stored``.
+    """The first kernel of the specs (best first) that runs ``kind`` on weights stored as ``stored``.
 
     stored: ``None`` for an op without a stored matrix. dims: the op's sizes, where a kernel's tiles constrain them.
     steps: those of the op whose numerics can be chosen; the kernel's are exactly those of them that are demanded.
@@ -70,7 +70,7 @@ def select(
     official = steps & demands.official
     lacks: list[str] = []
     passed_over: list[str] = []
-    for kernel in catalogue:
+    for kernel in specs:
         if kernel.kind is not kind:
             continue
         if kernel.official - official:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from ownpath.kernels.registry import KERNELS, VARIANTS
-from ownpath.plan.catalogue import CATALOGUE
+from ownpath.kernels.registry import KERNELS, SPECS, VARIANTS
 from ownpath.runners.official import QuantizedInput
 
 Runner = Callable[..., Any]
@@ -76,7 +75,7 @@ def _variant(leaf: Runner, args: tuple[Any, ...]) -> str:
 
 
 def _layouts(runner: str, kernel: str) -> list[str]:
-    fitting = (spec.layout for spec in CATALOGUE if (spec.runner, spec.name) == (runner, kernel))
+    fitting = (spec.layout for spec in SPECS if (spec.runner, spec.name) == (runner, kernel))
     return list(dict.fromkeys(fitting))
 
 

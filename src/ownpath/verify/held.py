@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ownpath.checkpoint.schema import Encoding, ModuleSpec
 from ownpath.formats import BF16, FP32, MXFP4, NVFP4
-from ownpath.plan.opspec import OpKind
+from ownpath.ops import OpKind
 from ownpath.plan.plan import PlannedOp
 from ownpath.qtensor import QuantTensor
 from ownpath.runners.linear import ConcatLinear, WideLinear

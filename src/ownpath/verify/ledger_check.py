@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from ownpath.plan.opspec import OpKind, OpSpec
+from ownpath.ops import OpKind
+from ownpath.plan.opspec import OpSpec
 from ownpath.plan.show import plan_dict
 from ownpath.runners import Record
 from ownpath.verdict import Verdict

@@ -11,7 +11,7 @@ from ownpath.kernels.nvfp4.launch import PackedWeight
 from ownpath.kernels.nvfp4.linear import LinearOperand
 from ownpath.kernels.nvfp4.moe import MoeOperand
 from ownpath.kernels.registry import KERNELS
-from ownpath.plan.opspec import OpKind
+from ownpath.ops import OpKind
 from ownpath.plan.plan import Plan, PlannedOp
 
 _META = torch.device("meta")

@@ -15,7 +15,7 @@ import torch
 
 from ownpath.checkpoint.schema import Encoding, ModuleSpec, Part
 from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4, Format
-from ownpath.plan.opspec import OpKind
+from ownpath.ops import OpKind
 from ownpath.plan.plan import PlannedOp
 
 STORAGE = {

@@ -17,7 +17,7 @@ from ownpath.inspect.inspection import inspect_folder
 from ownpath.loading import load_model, plan_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.numerics import dequantize, nvfp4_global_scale, quantize_fp8_block, quantize_nvfp4
-from ownpath.plan.opspec import OpKind
+from ownpath.ops import OpKind
 from ownpath.plan.select import Caps, Demands, Refusal, select
 from ownpath.plan.show import plan_text
 from ownpath.qtensor import QuantTensor

@@ -9,7 +9,7 @@ from ownpath.config import ModelConfig
 from ownpath.formats import NVFP4
 from ownpath.kernels.nvfp4_sm100.layout import W4A4LinearOperand, W4A4MoeOperand
 from ownpath.loading import default_model_dir
-from ownpath.plan.opspec import OpKind
+from ownpath.ops import OpKind
 from ownpath.plan.plan import Plan, make_plan
 from ownpath.plan.select import Caps, Choice, Demands, select
 from ownpath.plan.show import plan_text

@@ -8,8 +8,10 @@ from support.checkpoints import random_checkpoint
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.cli import main
 from ownpath.formats import BF16, NVFP4
-from ownpath.plan.catalogue import CATALOGUE, KernelSpec
-from ownpath.plan.opspec import OpKind, companion_ops, model_ops
+from ownpath.kernels.registry import SPECS
+from ownpath.kernels.spec import KernelSpec
+from ownpath.ops import OpKind
+from ownpath.plan.opspec import companion_ops, model_ops
 from ownpath.plan.plan import PlanError, make_plan
 from ownpath.plan.select import Caps, Choice, Demands, Refusal, select
 from ownpath.plan.show import companion_rows, plan_text
@@ -19,7 +21,7 @@ BLACKWELL = Caps("cuda", "B200", 100, frozenset({"triton"}))
 
 
 def spec(name: str, **changes: object) -> KernelSpec:
-    return KernelSpec(name, OpKind.LINEAR, (NVFP4,), "Nvfp4Linear", "row_major", "why", **changes)  # type: ignore[arg-type]
+    return KernelSpec(name, OpKind.LINEAR, (NVFP4,), "Nvfp4Linear", "row_major", "why", "toy.ref:run", **changes)  # type: ignore[arg-type]
 
 
 def chosen(*catalogue: KernelSpec, caps: Caps = HOPPER, **demands: object) -> Choice | Refusal:
@@ -50,7 +52,7 @@ def test_what_a_better_kernel_lacks_is_told_with_the_choice(better: KernelSpec, 
 
 
 def test_a_kernel_of_another_format_is_not_called_passed_over() -> None:
-    other = KernelSpec("other", OpKind.LINEAR, (BF16,), "PlainLinear", "row_major", "why")
+    other = KernelSpec("other", OpKind.LINEAR, (BF16,), "PlainLinear", "row_major", "why", "toy.ref:run")
     assert chosen(other, PLAIN) == Choice(PLAIN, "why")
 
 
@@ -120,9 +122,9 @@ def test_blackwell_never_runs_what_is_made_for_hopper_alone(tmp_path: Path) -> N
 
 def test_contracts_are_consistent() -> None:
     """A kernel appears once for each format and set of official steps, and one that is bound to a toolchain says so."""
-    seen = [(kernel.name, stored, kernel.official) for kernel in CATALOGUE for stored in kernel.formats or (None,)]
+    seen = [(kernel.name, stored, kernel.official) for kernel in SPECS for stored in kernel.formats or (None,)]
     assert len(set(seen)) == len(seen)
-    for kernel in CATALOGUE:
+    for kernel in SPECS:
         if kernel.name.startswith("triton."):
             assert "triton" in kernel.packages, kernel.name
         assert kernel.end_sm is None or (kernel.min_sm is not None and kernel.min_sm < kernel.end_sm)

@@ -16,13 +16,15 @@ from ownpath.checkpoint.writer import INDEX_NAME
 from ownpath.cli import main
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.formats import BF16, FP8_BLOCK, MXFP4, NVFP4
-from ownpath.kernels.registry import KERNELS
+from ownpath.kernels.registry import KERNELS, SPECS
+from ownpath.kernels.spec import KernelSpec
 from ownpath.loading import load_model, plan_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.numerics import quantize_fp8_block, quantize_nvfp4
-from ownpath.plan.opspec import OpKind, model_ops
+from ownpath.ops import OpKind
+from ownpath.plan.opspec import model_ops
 from ownpath.plan.plan import PlanError, make_plan
-from ownpath.plan.select import CATALOGUE, Caps, Choice, KernelSpec, Refusal, select
+from ownpath.plan.select import Caps, Choice, Refusal, select
 from ownpath.plan.show import plan_rows, plan_text
 
 CPU = Caps("cpu", "CPU")
@@ -131,13 +133,15 @@ def test_a_refusal_says_what_each_candidate_lacks() -> None:
     assert isinstance(refusal, Refusal)
     assert refusal.reason.startswith("no grouped_linear kernel for MXFP4: ")
     lacks = refusal.reason.split(": ")[1].split("; ")
-    grouped = [kernel for kernel in CATALOGUE if kernel.kind is OpKind.GROUPED]
+    grouped = [kernel for kernel in SPECS if kernel.kind is OpKind.GROUPED]
     assert lacks == [f"{kernel.name} takes {'/'.join(map(str, kernel.formats))}" for kernel in grouped]
-    hopper_only = KernelSpec("x.fast", OpKind.LINEAR, (NVFP4,), "Nvfp4Linear", "row_major", "fast", min_sm=90)
+    hopper_only = KernelSpec(
+        "x.fast", OpKind.LINEAR, (NVFP4,), "Nvfp4Linear", "row_major", "fast", "toy.ref:run", min_sm=90
+    )
     on_cpu = select(OpKind.LINEAR, NVFP4, CPU, (hopper_only,))
     assert isinstance(on_cpu, Refusal)
     assert "x.fast needs sm_90, this is CPU" in on_cpu.reason
-    on_hopper = select(OpKind.LINEAR, NVFP4, Caps("cuda", "H200", 90), (hopper_only, *CATALOGUE))
+    on_hopper = select(OpKind.LINEAR, NVFP4, Caps("cuda", "H200", 90), (hopper_only, *SPECS))
     assert on_hopper == Choice(hopper_only, "fast")
 
 
@@ -149,7 +153,7 @@ def test_a_module_no_kernel_runs_is_an_error_that_names_it(tmp_path: Path, monke
 
 
 def test_every_catalogued_kernel_is_registered() -> None:
-    assert {kernel.name for kernel in CATALOGUE} == set(KERNELS)
+    assert {kernel.name for kernel in SPECS} == set(KERNELS)
     for name in KERNELS:
         if name.startswith(("ref.", "torch.")):
             assert callable(KERNELS[name])

@@ -14,7 +14,7 @@ import pytest
 
 from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
 from ownpath.config import ModelConfig
-from ownpath.plan.opspec import OpKind
+from ownpath.ops import OpKind
 from ownpath.plan.plan import make_plan
 from ownpath.plan.select import Caps, Demands
 from ownpath.plan.show import plan_rows

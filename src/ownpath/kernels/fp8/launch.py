@@ -19,8 +19,8 @@ from ownpath.kernels.fp8.config import (
     W8A16Config,
 )
 from ownpath.kernels.fp8.layout import ACT_BLOCK_BYTES, PackedFp8, pack_fp8
+from ownpath.kernels.fp8.spec import PREFILL_FROM
 from ownpath.kernels.nvfp4.launch import current_stream, num_sms
-from ownpath.plan.catalogue import FP8_PREFILL_FROM
 
 MAX_WIDTH = 8 * MAX_K_BLOCKS * 128
 ROWS_PER_WORKSPACE_BLOCK = 64
@@ -135,5 +135,5 @@ class Fp8Kernel:
             fp8_w8a16(x, weight, out)
 
 
-fp8_linear = Fp8Kernel(FP8_PREFILL_FROM)
+fp8_linear = Fp8Kernel(PREFILL_FROM)
 fp8_linear_invariant = Fp8Kernel(None, is_batch_invariant=True)

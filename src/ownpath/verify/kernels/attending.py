@@ -14,7 +14,7 @@ from ownpath.config import SLIDING
 from ownpath.model.attention import AttentionCore, Projected
 from ownpath.model.batch import Span
 from ownpath.model.caches import CacheSpec, SequenceCache
-from ownpath.plan.opspec import OpKind
+from ownpath.ops import OpKind
 from ownpath.verify.finding import Finding
 from ownpath.verify.kernels.compare import Deviation, Exact, deviation
 from ownpath.verify.kernels.limits import EXP_STEPS, FLOAT32_ROUND, SPREAD, rounding, summing

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ownpath.plan.opspec import OpKind
+from ownpath.ops import OpKind
 from ownpath.runners import Mix
 from ownpath.verify.finding import Finding
 from ownpath.verify.kernels.calls import streams

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ownpath.model.attention import AttentionCore
-from ownpath.plan.opspec import CompanionSpec, OpKind, OpSpec
+from ownpath.ops import OpKind
+from ownpath.plan.opspec import CompanionSpec, OpSpec
 from ownpath.runners import Mix
 from ownpath.verify.kernels.probe import Probe
 

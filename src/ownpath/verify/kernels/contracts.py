@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ownpath.plan.opspec import OpKind
+from ownpath.ops import OpKind
 from ownpath.verify.finding import Finding
 from ownpath.verify.kernels.calls import Call, calls, tensors_of
 from ownpath.verify.kernels.probe import Probe

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ownpath.plan.catalogue import FP8_PREFILL_FROM
+from ownpath.kernels.fp8.spec import PREFILL_FROM
 from ownpath.plan.plan import PlannedOp
 from ownpath.verify.kernels.codes import fp8_float_scales, nvfp4_inputs
 from ownpath.verify.kernels.compare import Exact
@@ -60,7 +60,7 @@ def inputs_of(op: PlannedOp, stored: Stored) -> tuple[Inputs, ...]:
 def _w8a8_from(kernel: str, few: Inputs, quantize: Quantize) -> tuple[Inputs, ...]:
     if kernel != "cute.fp8_linear_sm90":
         return (few,)
-    return few, Inputs(quantize, FP8_PREFILL_FROM, FP8_TENSOR_CORE)
+    return few, Inputs(quantize, PREFILL_FROM, FP8_TENSOR_CORE)
 
 
 def _has_power_scales(op: PlannedOp, module: str, stored: Stored) -> bool:

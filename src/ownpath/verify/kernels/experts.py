@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ownpath.official import Step
-from ownpath.plan.opspec import OpKind
+from ownpath.ops import OpKind
 from ownpath.plan.plan import PlannedOp
 from ownpath.verify.finding import Finding
 from ownpath.verify.kernels.choices import row_counts, unread, variants_of

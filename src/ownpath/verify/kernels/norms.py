@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from ownpath.official import Step
-from ownpath.plan.opspec import OpKind
+from ownpath.ops import OpKind
 from ownpath.plan.plan import PlannedCompanion
 from ownpath.verify.finding import Finding
 from ownpath.verify.kernels.compare import Exact, deviation

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ownpath.config import ModelConfig
-from ownpath.plan.opspec import OpKind
+from ownpath.ops import OpKind
 from ownpath.plan.plan import PlannedOp
 from ownpath.runners.ledger import Watched
 from ownpath.verify.layer import LoadedLayer, LoadedPart

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ownpath.plan.opspec import OpKind
+from ownpath.ops import OpKind
 from ownpath.plan.plan import PlannedOp
 from ownpath.verify.finding import Finding
 from ownpath.verify.kernels.choices import row_counts, unread, variants_of

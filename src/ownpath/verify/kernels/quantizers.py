@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ownpath.plan.opspec import OpKind
+from ownpath.ops import OpKind
 from ownpath.runners import Fp8Linear
 from ownpath.runners.official import QuantizedInput
 from ownpath.verify.finding import Finding

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ownpath.plan.opspec import OpKind
+from ownpath.ops import OpKind
 from ownpath.runners import Router
 from ownpath.verify.finding import Finding
 from ownpath.verify.kernels.compare import Exact, deviation

@@ -5,8 +5,8 @@ from functools import cached_property
 
 import torch
 
+from ownpath.kernels.fp8.spec import PREFILL_FROM
 from ownpath.official import ALWAYS_OFFICIAL, Step
-from ownpath.plan.catalogue import FP8_PREFILL_FROM
 from ownpath.verify.budgets import LogitBudget, budget, logit_budget
 from ownpath.verify.reference.arithmetic import Arithmetic
 from ownpath.verify.reference.block import Choices, Trace, reference_block, reference_embed, reference_head
@@ -32,7 +32,7 @@ class Oracle:
         dtype = torch.float64 if subject.engine.dtype.itemsize >= 4 else torch.float32
         kernels, official = [op.choice.kernel for op in subject.plan.ops], subject.engine.official
         is_w4a4 = any("W4A4" in kernel.runner for kernel in kernels)
-        is_w8a8 = any(kernel.name in W8A8_KERNELS for kernel in kernels) and len(token_ids) >= FP8_PREFILL_FROM
+        is_w8a8 = any(kernel.name in W8A8_KERNELS for kernel in kernels) and len(token_ids) >= PREFILL_FROM
         is_w8a8 = is_w8a8 and Step.FP8_INPUTS not in official
         arithmetic = Arithmetic(dtype, official=official, w4a4=is_w4a4, w8a8=is_w8a8)
         return cls(subject, Stored(subject.index, subject.device, dtype), arithmetic, token_ids)
@@ -76,4 +76,4 @@ class Oracle:
 
 
 W8A8_KERNELS = ("cute.fp8_linear_sm90",)
-"""Kernels of FP8 weights that quantise activations of their own accord, from ``FP8_PREFILL_FROM`` rows on."""
+"""Kernels of FP8 weights that quantise activations of their own accord, from ``PREFILL_FROM`` rows on."""

@@ -1,0 +1,63 @@
+"""``wo_a``: one matrix per group of heads, behind the inverse rotation of attention's output."""
+
+from dataclasses import replace
+
+from ownpath.formats import BF16, FP8_BLOCK, FP32
+from ownpath.kernels.spec import Evidence, KernelSpec
+from ownpath.ops import OpKind
+
+_FAST = KernelSpec(
+    "triton.grouped_linear",
+    OpKind.GROUPED,
+    (BF16,),
+    "GroupedLinear",
+    "row_major",
+    "inverse rotation in registers on the way to the tensor cores, one launch",
+    "grouped.launch:rope_grouped_linear",
+    min_sm=90,
+    dim_multiple=64,
+    activations=("bfloat16",),
+    packages=("triton",),
+    launches=(r"\brope_grouped_kernel\b",),
+    rounds_weight=True,
+    evidence=Evidence("grouped.ref:rope_grouped_linear", "tests/gpu/test_small_ops.py", "python bench/small_ops.py"),
+)
+_INVARIANT = replace(
+    _FAST,
+    name="triton.grouped_linear_invariant",
+    why="as triton.grouped_linear, with one tile and one order of sums for every number of tokens",
+    entry="grouped.launch:rope_grouped_linear_invariant",
+    is_batch_invariant=True,
+)
+_REFERENCE = KernelSpec(
+    "ref.grouped_linear",
+    OpKind.GROUPED,
+    (BF16, FP32),
+    "GroupedLinear",
+    "row_major",
+    "inverse rotation, then a batched matrix product over head groups, no scale anywhere",
+    "grouped.ref:rope_grouped_linear",
+    rounds_weight=True,
+    is_default=True,
+)
+
+
+def _decoded(kernel: KernelSpec, why: str) -> KernelSpec:
+    """The contract on an FP8 weight that is decoded when it is loaded."""
+    return replace(kernel, formats=(FP8_BLOCK,), layout="dequantized", why=why, is_default=False)
+
+
+SPECS = (
+    _FAST,
+    _decoded(
+        _FAST,
+        "FP8 on disk, decoded to BF16 at load (exact for E8M0 scales); inverse rotation in registers, one launch",
+    ),
+    _INVARIANT,
+    _decoded(_INVARIANT, _INVARIANT.why),
+    _REFERENCE,
+    _decoded(
+        _REFERENCE,
+        "FP8 on disk, decoded at load as DeepSeek's own conversion does: to BF16 (exact) for E8M0 scales, else FP32",
+    ),
+)

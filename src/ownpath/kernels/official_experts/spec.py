@@ -1,0 +1,48 @@
+"""Routed experts that round where DeepSeek's published inference code rounds, by the torch reference."""
+
+from collections.abc import Iterator
+
+from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4
+from ownpath.kernels.spec import InputRounding, KernelSpec
+from ownpath.official import Step
+from ownpath.ops import OpKind
+
+_KERNELS = (
+    ("ref.moe_quantized_inputs", "moe_quantized_inputs", True, False, "quantised inputs of both products"),
+    ("ref.moe_weight_first", "moe_weight_first", False, True, "routing weight before w2, products rounded"),
+    (
+        "ref.moe_official",
+        "moe_official",
+        True,
+        True,
+        "quantised inputs of both products, routing weight before w2, products rounded",
+    ),
+)
+"""(name, attribute of ``ref``, whether inputs are quantised, whether the weight comes first, what it does)."""
+
+
+def _specs() -> Iterator[KernelSpec]:
+    stored = (((NVFP4,), Step.NVFP4_INPUTS), ((MXFP4, FP8_BLOCK), Step.FP8_INPUTS), ((BF16, FP32), None))
+    for name, attribute, has_inputs, is_weight_first, what in _KERNELS:
+        for formats, inputs in stored:
+            if has_inputs and inputs is None:
+                continue
+            steps = {inputs} if has_inputs and inputs is not None else set()
+            steps |= {Step.ROUTING_WEIGHT} if is_weight_first else set()
+            rounding = InputRounding.EXACT
+            if has_inputs:
+                rounding = InputRounding.NVFP4 if inputs is Step.NVFP4_INPUTS else InputRounding.E4M3_POWER_OF_TWO
+            yield KernelSpec(
+                name,
+                OpKind.MOE,
+                formats,
+                "OfficialMoE",
+                "row_major",
+                f"torch, each expert decoded when it is hit: {what}",
+                f"official_experts.ref:{attribute}",
+                official=frozenset(steps),
+                rounding=rounding,
+            )
+
+
+SPECS = tuple(_specs())
