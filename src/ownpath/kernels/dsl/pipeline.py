@@ -116,3 +116,13 @@ def _release(barrier: cute.Pointer, lane: Int32, num_ctas: int) -> None:
     else:
         if lane % 32 == 0:
             cute.arch.mbarrier_arrive(barrier)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The shared memory of a ring: what stands in its stages one behind the other, and their barriers."""
+
+    tokens: cute.Pointer
+    weights: cute.Pointer
+    scales: cute.Pointer
+    pipeline: Pipeline

@@ -10,6 +10,8 @@ from cutlass import BFloat16, Float32, Int32, cute
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
+from ownpath.kernels.dsl.pipeline import Stages
+
 WG = 128
 
 
@@ -42,6 +44,15 @@ class Thread:
         return self.idx % 4
 
 
+@dataclass(frozen=True)
+class Operands:
+    """What a thread's warpgroup multiplies: its rows of the next ``k_iters`` stages."""
+
+    thread: Thread
+    stages: Stages
+    k_iters: Int32
+
+
 def shared_operand(smem: cute.Pointer, dtype: Any, num_rows: int, num_blocks: int, stride: int) -> Any:
     """[rows, 128 bytes of K, blocks], K contiguous, with the 128-byte swizzle that ``wgmma`` and TMA share.
 
@@ -60,8 +71,8 @@ def decoded_mma(num_n: int) -> Any:
     return make_trivial_tiled_mma(BFloat16, BFloat16, major, major, Float32, (1, 1, 1), (64, num_n), a_source=source)
 
 
-def multiply(mma: Any, a: Any, b: Any, sums: Any, accumulate: bool = True) -> None:
-    """Starts sums = a b, plus the sums that were there if ``accumulate``."""
+def wgmma(mma: Any, a: Any, b: Any, sums: Any, accumulate: bool = True) -> None:
+    """Issues sums = a b, plus the sums that were there if ``accumulate``."""
     atom = cute.make_mma_atom(mma.op)
     atom.set(warpgroup.Field.ACCUMULATE, accumulate)
     cute.gemm(atom, sums, a, b, sums)

@@ -10,7 +10,7 @@ from cutlass import Int32, cute
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowBlock:
     """The first output feature of a row block, and how many of its rows exist (none beyond the matrix)."""
 
     first: Int32
@@ -28,10 +28,10 @@ class Output:
     num_row_blocks: Int32
 
     @cute.jit
-    def rows(self, row_block: Int32) -> Rows:
+    def rows(self, row_block: Int32) -> RowBlock:
         """The table's entry of a row block."""
         first, num_valid = Int32(0), Int32(0)
         if row_block < self.num_row_blocks:
             table = cute.make_tensor(self.row_table + 2 * row_block, cute.make_layout(2))
             first, num_valid = table[0], table[1]
-        return Rows(first, num_valid)
+        return RowBlock(first, num_valid)

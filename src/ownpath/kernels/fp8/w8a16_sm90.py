@@ -32,26 +32,16 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from ownpath.kernels.dsl import ptx
-from ownpath.kernels.dsl.pipeline import Pipeline
-from ownpath.kernels.dsl.warpgroup import Thread, decoded_mma, multiply, shared_operand
+from ownpath.kernels.dsl.pipeline import Pipeline, Stages
+from ownpath.kernels.dsl.warpgroup import Operands, Thread, decoded_mma, shared_operand, wgmma
 from ownpath.kernels.fp8 import ptx as fp8_ptx
 from ownpath.kernels.fp8.config import BLOCK_K, CHUNK_K, ENTRY_BYTES, MAX_K_BLOCKS, W8A16_REGISTERS, WG, W8A16Config
 from ownpath.kernels.fp8.layout import BLOCK_BYTES
-from ownpath.kernels.fp8.output_sm90 import Output, Rows
+from ownpath.kernels.fp8.output_sm90 import Output, RowBlock
 
 
 @dataclass(frozen=True)
-class Stages:
-    """Shared memory: the stages' tokens and weights, the scales of the CTA's whole share, and the ring's barriers."""
-
-    x: cute.Pointer
-    weights: cute.Pointer
-    scales: cute.Pointer
-    pipeline: Pipeline
-
-
-@dataclass(frozen=True)
-class Tile:
+class CtaTile:
     """What a CTA multiplies: row blocks from ``block`` on, tokens from ``token0`` on, ``k_iters`` blocks of K from
     ``k_start`` on. rank: of the CTA in its cluster."""
 
@@ -60,15 +50,6 @@ class Tile:
     k_start: Int32
     k_iters: Int32
     rank: Int32
-
-
-@dataclass(frozen=True)
-class Operands:
-    """What a warpgroup multiplies: ``k_iters`` stages."""
-
-    thread: Thread
-    stages: Stages
-    k_iters: Int32
 
 
 class W8A16:
@@ -147,13 +128,13 @@ class W8A16:
     def allocate(self) -> Stages:
         """All of a CTA's shared memory."""
         cfg = self.cfg
-        x = cute.arch.alloc_smem(BFloat16, cfg.num_stages * cfg.num_n * BLOCK_K, 1024)
+        tokens = cute.arch.alloc_smem(BFloat16, cfg.num_stages * cfg.num_n * BLOCK_K, 1024)
         weights = cute.arch.alloc_smem(Uint8, cfg.num_stages * cfg.num_m64 * BLOCK_BYTES, 128)
         scales = cute.arch.alloc_smem(Uint8, cfg.num_m64 * MAX_K_BLOCKS * ENTRY_BYTES, 128)
-        return Stages(x, weights, scales, Pipeline.allocate(cfg.num_stages))
+        return Stages(tokens, weights, scales, Pipeline.allocate(cfg.num_stages))
 
     @cute.jit
-    def tile(self, cta: Int32, num_row_blocks: Int32, num_k_blocks: Int32) -> Tile:
+    def tile(self, cta: Int32, num_row_blocks: Int32, num_k_blocks: Int32) -> CtaTile:
         """A CTA's rows, tokens and share of K."""
         cfg = self.cfg
         rank = cta % cfg.cluster_k
@@ -165,7 +146,7 @@ class W8A16:
         k_iters = share
         if rank < rest:
             k_iters = share + 1
-        return Tile(block, token0, k_start, k_iters, rank)
+        return CtaTile(block, token0, k_start, k_iters, rank)
 
     @cute.jit
     def load_weights(
@@ -173,7 +154,7 @@ class W8A16:
         blocks: cute.Pointer,
         scales: cute.Pointer,
         stages: Stages,
-        tile: Tile,
+        tile: CtaTile,
         num_row_blocks: Int32,
         num_k_blocks: Int32,
     ) -> None:
@@ -204,7 +185,7 @@ class W8A16:
             ring.advance()
 
     @cute.jit
-    def load_tokens(self, descriptor: Int64, stages: Stages, tile: Tile) -> None:
+    def load_tokens(self, descriptor: Int64, stages: Stages, tile: CtaTile) -> None:
         """One thread: each stage's tokens as two boxes, zeros where there is no token or no k."""
         cfg = self.cfg
         cute.arch.griddepcontrol_wait()
@@ -213,12 +194,12 @@ class W8A16:
             ring.acquire()
             ring.commit(cfg.num_n * BLOCK_K * 2)
             for half in cutlass.range_constexpr(2):
-                target = stages.x + (ring.slot * 2 + half) * (cfg.num_n * CHUNK_K)
+                target = stages.tokens + (ring.slot * 2 + half) * (cfg.num_n * CHUNK_K)
                 ptx.load_box(target, descriptor, (tile.k_start + k) * BLOCK_K + half * CHUNK_K, tile.token0, ring.full)
             ring.advance()
 
     @cute.jit
-    def consume(self, tile: Tile, operands: Operands, output: Output) -> None:
+    def consume(self, tile: CtaTile, operands: Operands, output: Output) -> None:
         """One warpgroup: the product of its row blocks with the tile's tokens, then the sum and the store."""
         cfg = self.cfg
         totals = [cute.make_rmem_tensor(cfg.num_n // 2, Float32) for _ in range(self.per_wg)]
@@ -235,7 +216,7 @@ class W8A16:
         """Decodes one group of k16 steps while the tensor cores multiply the one before."""
         cfg, stages, thread = self.cfg, operands.stages, operands.thread
         mma = decoded_mma(cfg.num_n)
-        shared = shared_operand(stages.x, BFloat16, cfg.num_n, 2 * cfg.num_stages, cfg.num_n * CHUNK_K)
+        shared = shared_operand(stages.tokens, BFloat16, cfg.num_n, 2 * cfg.num_stages, cfg.num_n * CHUNK_K)
         thr_mma = mma.get_slice(thread.idx)
         tokens = thr_mma.make_fragment_B(thr_mma.partition_B(shared))
         acc_shape = thr_mma.partition_shape_C((64, cfg.num_n))
@@ -265,7 +246,7 @@ class W8A16:
                     k16 = part * self.group + kk
                     for r in cutlass.range_constexpr(self.per_wg):
                         b = tokens[None, None, k16 % 4, ring.slot * 2 + k16 // 4]
-                        multiply(mma, weights[part % 2][r][None, None, kk], b, sums[r], cfg.folded or k16 > 0)
+                        wgmma(mma, weights[part % 2][r][None, None, kk], b, sums[r], cfg.folded or k16 > 0)
                 warpgroup.commit_group()
                 warpgroup.wait_group(1)
                 if cutlass.const_expr(part == 0 and cfg.folded):
@@ -291,7 +272,7 @@ class W8A16:
         pieces = cfg.num_n // 8
         # ldmatrix: lane 8 i + t gives the address of token t, 16-byte unit i of four; units are exchanged by t.
         row, unit = thread.idx % 8, thread.lane // 8
-        token_base = stages.x.toint() + row * 128
+        token_base = stages.tokens.toint() + row * 128
         ring = stages.pipeline.consumer()
         for k in cutlass.range(operands.k_iters, unroll=1):
             ring.wait()
@@ -365,7 +346,7 @@ class W8A16:
         return [pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1]]
 
     @cute.jit
-    def reduce_and_store(self, totals: list[Any], tile: Tile, operands: Operands, output: Output) -> None:
+    def reduce_and_store(self, totals: list[Any], tile: CtaTile, operands: Operands, output: Output) -> None:
         """Adds the cluster's sums in rank order, each CTA a share of the pieces, and writes BF16."""
         cfg, thread = self.cfg, operands.thread
         pieces = cfg.num_n // 8
@@ -400,7 +381,7 @@ class W8A16:
         return values
 
     @cute.jit
-    def store(self, values: list[Any], rows: Rows, j: int, tile: Tile, thread: Thread, output: Output) -> None:
+    def store(self, values: list[Any], rows: RowBlock, j: int, tile: CtaTile, thread: Thread, output: Output) -> None:
         """Writes features 2g and 2g + 1 of a warp's 16 for tokens 2q and 2q + 1 of a piece of 8."""
         g, q, warp = thread.row, thread.pair, thread.warp
         feature = warp * 16 + 2 * g

@@ -28,28 +28,18 @@ from cutlass.cute.nvgpu import warpgroup
 from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
 from ownpath.kernels.dsl import ptx
-from ownpath.kernels.dsl.pipeline import Pipeline
-from ownpath.kernels.dsl.warpgroup import Thread, multiply, shared_operand
+from ownpath.kernels.dsl.pipeline import Pipeline, Stages
+from ownpath.kernels.dsl.warpgroup import Thread, shared_operand, wgmma
 from ownpath.kernels.fp8 import ptx as fp8_ptx
 from ownpath.kernels.fp8.config import ACT_STRIDE, ENTRY_BYTES, W8A8_REGISTERS, WG, W8A8Config
 from ownpath.kernels.fp8.layout import ACT_BLOCK_BYTES, BLOCK_BYTES
-from ownpath.kernels.fp8.output_sm90 import Output, Rows
+from ownpath.kernels.fp8.output_sm90 import Output, RowBlock
 
 TILE_N = 128
 
 
 @dataclass(frozen=True)
-class Stages:
-    """Shared memory: the stages' activations with their scales, weights and weight scales, and the ring's barriers."""
-
-    acts: cute.Pointer
-    weights: cute.Pointer
-    scales: cute.Pointer
-    pipeline: Pipeline
-
-
-@dataclass(frozen=True)
-class Work:
+class CtaTiles:
     """A cluster's share of the output: every ``num_workers``-th tile, all of K. rank: of the CTA in its cluster."""
 
     cfg: W8A8Config
@@ -126,17 +116,17 @@ class W8A8:
         worker, num_workers = cta // cfg.cluster_n, grid // cfg.cluster_n
         num_m_tiles = (num_tokens + cfg.m64_per_tile * 64 - 1) // (cfg.m64_per_tile * 64)
         num_n_tiles = (num_row_blocks + 2 * cfg.cluster_n - 1) // (2 * cfg.cluster_n)
-        work = Work(cfg, rank, worker, num_workers, num_m_tiles * num_n_tiles, num_m_tiles, num_k_blocks)
+        tiles = CtaTiles(cfg, rank, worker, num_workers, num_m_tiles * num_n_tiles, num_m_tiles, num_k_blocks)
         if warp_group == cfg.warpgroups:
             cute.arch.setmaxregister_decrease(24)
             if thread == cfg.warpgroups * WG:
-                self.load_acts(acts, stages, work, num_tokens)
+                self.load_acts(acts, stages, tiles, num_tokens)
             if thread == cfg.warpgroups * WG + 32:
-                self.load_weights(blocks, scales, stages, work, num_row_blocks)
+                self.load_weights(blocks, scales, stages, tiles, num_row_blocks)
         else:
             cute.arch.setmaxregister_increase(W8A8_REGISTERS[cfg.warpgroups])
             output = Output(out, row_table, num_tokens, ld_out, num_row_blocks)
-            self.consume(work, stages, output, Thread(thread % WG, warp_group))
+            self.consume(tiles, stages, output, Thread(thread % WG, warp_group))
 
     def allocate(self) -> Stages:
         """All of a CTA's shared memory."""
@@ -147,7 +137,7 @@ class W8A8:
         return Stages(acts, weights, scales, Pipeline.allocate(cfg.num_stages, cfg.cluster_n))
 
     @cute.jit
-    def load_acts(self, acts: cute.Pointer, stages: Stages, work: Work, num_tokens: Int32) -> None:
+    def load_acts(self, acts: cute.Pointer, stages: Stages, tiles: CtaTiles, num_tokens: Int32) -> None:
         """One thread: this CTA's share of the cluster's activations, once the quantiser has written them."""
         cfg = self.cfg
         part = ACT_BLOCK_BYTES // cfg.cluster_n
@@ -156,31 +146,31 @@ class W8A8:
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
         ring = stages.pipeline.producer()
-        for tile in cutlass.range(work.worker, work.num_tiles, work.num_workers, unroll=1):
-            first = work.m64(tile)
-            for k in cutlass.range(work.num_k_blocks, unroll=1):
+        for tile in cutlass.range(tiles.worker, tiles.num_tiles, tiles.num_workers, unroll=1):
+            first = tiles.m64(tile)
+            for k in cutlass.range(tiles.num_k_blocks, unroll=1):
                 ring.acquire()
                 ring.commit(cfg.m64_per_tile * ACT_BLOCK_BYTES)
                 for r in cutlass.range_constexpr(cfg.m64_per_tile):
                     m64 = cutlass.min(first + r, last_m64)
-                    target = stages.acts + ((ring.slot * cfg.m64_per_tile + r) * ACT_STRIDE + work.rank * part)
-                    source = acts + ((Int64(m64) * work.num_k_blocks + k) * ACT_BLOCK_BYTES + work.rank * part)
+                    target = stages.tokens + ((ring.slot * cfg.m64_per_tile + r) * ACT_STRIDE + tiles.rank * part)
+                    source = acts + ((Int64(m64) * tiles.num_k_blocks + k) * ACT_BLOCK_BYTES + tiles.rank * part)
                     ptx.load_bulk(target.toint(), source.toint(), part, ring.full, peers=peers)
                 ring.advance()
 
     @cute.jit
     def load_weights(
-        self, blocks: cute.Pointer, scales: cute.Pointer, stages: Stages, work: Work, num_row_blocks: Int32
+        self, blocks: cute.Pointer, scales: cute.Pointer, stages: Stages, tiles: CtaTiles, num_row_blocks: Int32
     ) -> None:
         """One thread: every stage's weights for this CTA. No earlier kernel writes them: it waits for none."""
         ring = stages.pipeline.producer()
-        for tile in cutlass.range(work.worker, work.num_tiles, work.num_workers, unroll=1):
-            row_block = cutlass.min(work.row_block(tile), num_row_blocks - 2)
-            for k in cutlass.range(work.num_k_blocks, unroll=1):
+        for tile in cutlass.range(tiles.worker, tiles.num_tiles, tiles.num_workers, unroll=1):
+            row_block = cutlass.min(tiles.row_block(tile), num_row_blocks - 2)
+            for k in cutlass.range(tiles.num_k_blocks, unroll=1):
                 ring.acquire()
                 ring.commit(2 * (BLOCK_BYTES + ENTRY_BYTES))
                 for half in cutlass.range_constexpr(2):
-                    idx = Int64(row_block + half) * work.num_k_blocks + k
+                    idx = Int64(row_block + half) * tiles.num_k_blocks + k
                     place = ring.slot * 2 + half
                     for target, source, size in (
                         (stages.weights, blocks, BLOCK_BYTES),
@@ -190,7 +180,7 @@ class W8A8:
                 ring.advance()
 
     @cute.jit
-    def consume(self, work: Work, stages: Stages, output: Output, thread: Thread) -> None:
+    def consume(self, tiles: CtaTiles, stages: Stages, output: Output, thread: Thread) -> None:
         """One warpgroup: its 64-token blocks of every tile."""
         cfg = self.cfg
         mma = make_trivial_tiled_mma(
@@ -198,7 +188,7 @@ class W8A8:
             (1, 1, 1), (64, TILE_N),
         )  # fmt: skip
         thr_mma = mma.get_slice(thread.idx)
-        acts = shared_operand(stages.acts, Float8E4M3FN, 64, cfg.num_stages * cfg.m64_per_tile, ACT_STRIDE)
+        acts = shared_operand(stages.tokens, Float8E4M3FN, 64, cfg.num_stages * cfg.m64_per_tile, ACT_STRIDE)
         weights = shared_operand(stages.weights, Float8E4M3FN, TILE_N, cfg.num_stages, 2 * BLOCK_BYTES)
         a = thr_mma.make_fragment_A(thr_mma.partition_A(acts))
         b = thr_mma.make_fragment_B(thr_mma.partition_B(weights))
@@ -206,10 +196,10 @@ class W8A8:
         totals = [cute.make_rmem_tensor(acc_shape, Float32) for _ in range(cfg.num_m64)]
         sums = cute.make_rmem_tensor(acc_shape, Float32)
         ring = stages.pipeline.consumer()
-        for tile in cutlass.range(work.worker, work.num_tiles, work.num_workers, unroll=1):
+        for tile in cutlass.range(tiles.worker, tiles.num_tiles, tiles.num_workers, unroll=1):
             for total in totals:
                 total.fill(0.0)
-            for _ in cutlass.range(work.num_k_blocks, unroll=1):
+            for _ in cutlass.range(tiles.num_k_blocks, unroll=1):
                 ring.wait()
                 weight_scales = self.weight_scales(stages, ring.slot)
                 for r in cutlass.range_constexpr(cfg.num_m64):
@@ -217,15 +207,15 @@ class W8A8:
                     token_scales = self.token_scales(stages, chunk, thread)
                     warpgroup.fence()
                     for k32 in cutlass.range_constexpr(4):
-                        multiply(mma, a[None, None, k32, chunk], b[None, None, k32, ring.slot], sums, k32 > 0)
+                        wgmma(mma, a[None, None, k32, chunk], b[None, None, k32, ring.slot], sums, k32 > 0)
                     warpgroup.commit_group()
                     warpgroup.wait_group(0)
                     if cutlass.const_expr(r == cfg.num_m64 - 1):
                         ring.release(ring.slot, thread.idx)
                     self.promote(totals[r], sums, token_scales, weight_scales)
                 ring.advance()
-            m64 = work.m64(tile) + thread.wg_m * cfg.num_m64
-            row_block = work.row_block(tile)
+            m64 = tiles.m64(tile) + thread.wg_m * cfg.num_m64
+            row_block = tiles.row_block(tile)
             for half in cutlass.range_constexpr(2):
                 rows = output.rows(row_block + half)
                 for r in cutlass.range_constexpr(cfg.num_m64):
@@ -241,7 +231,7 @@ class W8A8:
     def token_scales(self, stages: Stages, chunk: Int32, thread: Thread) -> tuple[Any, Any]:
         """Scales of this thread's tokens g and g + 8."""
         row = thread.warp * 16 + thread.row
-        base = stages.acts.toint() + chunk * ACT_STRIDE + BLOCK_BYTES + row * 4
+        base = stages.tokens.toint() + chunk * ACT_STRIDE + BLOCK_BYTES + row * 4
         return fp8_ptx.load_shared_float(base), fp8_ptx.load_shared_float(base + 32)
 
     def promote(self, total: Any, sums: Any, token_scales: tuple[Any, Any], weight_scales: tuple[Any, Any]) -> None:
@@ -254,7 +244,7 @@ class W8A8:
                     total[at] = total[at] + factors[idx // 2] * sums[at]
 
     @cute.jit
-    def store(self, total: Any, half: int, rows: Rows, token0: Int32, thread: Thread, output: Output) -> None:
+    def store(self, total: Any, half: int, rows: RowBlock, token0: Int32, thread: Thread, output: Output) -> None:
         """Writes 64 features of 64 tokens: features 4q .. 4q + 3 of every 16, for tokens g and g + 8 of a warp."""
         q = thread.pair
         token = token0 + thread.warp * 16 + thread.row

@@ -18,7 +18,7 @@ from ownpath.kernels.nvfp4.tile_sm90 import Tile
 
 
 @dataclass(frozen=True)
-class Rows:
+class ThreadRows:
     """A thread's two rows of a 64-row block, for all tokens of a tile.
 
     factors: what the sums of rows g and g + 8 are multiplied by. place: byte address of the thread's first output
@@ -42,11 +42,11 @@ class Epilogue:
     ld_out: Int32
     swiglu_limit: Float32
 
-    def rows(self, tile: Tile, block: Int32, thread: Thread) -> Rows:
+    def rows(self, tile: Tile, block: Int32, thread: Thread) -> ThreadRows:
         """The thread's rows of a 64-row block of the weight."""
         factors = self.factors(tile.expert, block, thread)
         place, pitch = self.place(tile.row0, block, thread)
-        return Rows(thread, factors, place, pitch, tile.rows)
+        return ThreadRows(thread, factors, place, pitch, tile.rows)
 
     def factors(self, expert: Int32, block: Int32, thread: Thread) -> tuple[Float32, Float32]:
         """What the sums of rows g and g + 8 of this thread are multiplied by."""
@@ -71,7 +71,7 @@ class Epilogue:
         return self.out.toint() + Int64(feature) * width + Int64(row0 + token) * pitch, pitch
 
     @cute.jit
-    def store(self, values: list[Any], rows: Rows, piece: int) -> None:
+    def store(self, values: list[Any], rows: ThreadRows, piece: int) -> None:
         """Writes one 16 x 8 piece of a warp: rows (g, g + 8) of tokens (2q, 2q + 1), of those that exist.
 
         Packing puts output features 2g and 2g + 1 (or gate and up of one feature) into rows g and g + 8, so that a

@@ -31,35 +31,22 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from ownpath.kernels.dsl import ptx
-from ownpath.kernels.dsl.pipeline import Consumer, Pipeline
-from ownpath.kernels.dsl.warpgroup import Thread, decoded_mma, multiply, shared_operand
+from ownpath.kernels.dsl.pipeline import Consumer, Pipeline, Stages
+from ownpath.kernels.dsl.warpgroup import Operands, Thread, decoded_mma, shared_operand, wgmma
 from ownpath.kernels.nvfp4.config import BLOCK_K, CHUNK_K, WG, GemmConfig
 from ownpath.kernels.nvfp4.epilogue_sm90 import Epilogue
 from ownpath.kernels.nvfp4.handover import announce, await_rows
 from ownpath.kernels.nvfp4.schedule import Schedule, element
-from ownpath.kernels.nvfp4.tile_sm90 import Tile, Work
+from ownpath.kernels.nvfp4.tile_sm90 import Tile, TileScheduler
 
 
 @dataclass(frozen=True)
-class Stages:
-    """Shared memory: the stages' tokens, codes and scales, room for partial sums, and the ring's barriers."""
+class PartialSums:
+    """Where the sums of warpgroups that share K are added up. turn: 0 and 1 from tile to tile; rank: of the CTA."""
 
-    x: cute.Pointer
-    codes: cute.Pointer
-    scales: cute.Pointer
-    sums: cute.Pointer
-    pipeline: Pipeline
-
-
-@dataclass(frozen=True)
-class Operands:
-    """What a warpgroup multiplies: ``k_iters`` stages for a tile. sums: where partial sums stand, if K is shared."""
-
-    thread: Thread
-    stages: Stages
-    k_iters: Int32
-    rank: Int32
+    memory: cute.Pointer
     turn: Int32
+    rank: Int32
 
 
 class Gemm:
@@ -128,7 +115,7 @@ class Gemm:
         cta, _, _ = cute.arch.block_idx()
         grid, _, _ = cute.arch.grid_dim()
         warp_group = cute.arch.make_warp_uniform(thread // WG)
-        stages = self.allocate()
+        stages, partial_sums = self.allocate()
         if thread == 0:
             cpasync.prefetch_descriptor(tma_x)
             stages.pipeline.init(3, 4 * self.num_consumers)
@@ -140,7 +127,7 @@ class Gemm:
             warp = cute.arch.make_warp_uniform(thread % WG // 32)
             if warp < 2:
                 if thread % 32 == 0:
-                    source, target, num_bytes = codes, stages.codes, Int32(cfg.code_bytes)
+                    source, target, num_bytes = codes, stages.weights, Int32(cfg.code_bytes)
                     if warp == 1:
                         source, target, num_bytes = scales, stages.scales, Int32(cfg.scale_bytes)
                     self.load_weights(source, target, num_bytes, stages.pipeline, work)
@@ -152,21 +139,21 @@ class Gemm:
             if cutlass.const_expr(cfg.consumer_registers):
                 cute.arch.setmaxregister_increase(cfg.consumer_registers)
             epilogue = Epilogue(cfg, global_scale, out, ld_out, swiglu_limit)
-            self.multiply(work, stages, epilogue, thread, warp_group)
+            self.multiply(work, stages, partial_sums, epilogue, thread, warp_group)
         if cutlass.const_expr(cfg.cluster_m > 1):
             # No CTA leaves while its neighbour may still write to it or signal it.
             cute.arch.sync_threads()
             ptx.cluster_barrier()
 
-    def allocate(self) -> Stages:
-        """All of a CTA's shared memory."""
+    def allocate(self) -> tuple[Stages, cute.Pointer]:
+        """All of a CTA's shared memory: the ring, and room for partial sums."""
         cfg = self.cfg
-        x = cute.arch.alloc_smem(BFloat16, cfg.num_stages * self.num_chunks * self.max_n * CHUNK_K, 1024)
+        tokens = cute.arch.alloc_smem(BFloat16, cfg.num_stages * self.num_chunks * self.max_n * CHUNK_K, 1024)
         blocks = cfg.num_stages * cfg.m64_per_tile * cfg.warpgroups_k
         codes = cute.arch.alloc_smem(Uint8, blocks * cfg.code_bytes, 128)
         scales = cute.arch.alloc_smem(Uint8, blocks * cfg.scale_bytes, 128)
         sums = cute.arch.alloc_smem(Uint8, cfg.reduce_bytes, 128) if cfg.reduces else codes
-        return Stages(x, codes, scales, sums, Pipeline.allocate(cfg.num_stages, cfg.cluster_m))
+        return Stages(tokens, codes, scales, Pipeline.allocate(cfg.num_stages, cfg.cluster_m)), sums
 
     @cute.jit
     def share(
@@ -178,7 +165,7 @@ class Gemm:
         num_m_tiles: Int32,
         num_k_blocks: Int32,
         rows_per_tile: Int32,
-    ) -> Work:
+    ) -> TileScheduler:
         """The share of CTA ``worker`` of ``num_workers``, as soon as the schedule may be read."""
         cfg = self.cfg
         rank, rank_m = Int32(0), Int32(0)
@@ -199,7 +186,7 @@ class Gemm:
             num_n_tiles = (num_rows + rows_per_tile - 1) // rows_per_tile
         m_per_worker = num_m_tiles // cfg.cluster_m
         k_units = num_k_blocks * (BLOCK_K // cfg.stage_k)
-        return Work(
+        return TileScheduler(
             cfg=cfg,
             schedule=schedule,
             num_rows=num_rows,
@@ -217,7 +204,7 @@ class Gemm:
 
     @cute.jit
     def load_weights(
-        self, source: cute.Pointer, target: cute.Pointer, num_bytes: Int32, pipeline: Pipeline, work: Work
+        self, source: cute.Pointer, target: cute.Pointer, num_bytes: Int32, pipeline: Pipeline, work: TileScheduler
     ) -> None:
         """One thread: the codes (or the scales) of every stage, ``num_bytes`` per block, as fast as stages free up.
 
@@ -245,7 +232,7 @@ class Gemm:
                 ring.advance()
 
     @cute.jit
-    def load_tokens(self, descriptor: Int64, lane: Int32, stages: Stages, work: Work) -> None:
+    def load_tokens(self, descriptor: Int64, lane: Int32, stages: Stages, work: TileScheduler) -> None:
         """One thread (or warp, for single rows): the tokens of every stage."""
         cfg = self.cfg
         if cutlass.const_expr(not cfg.follows):
@@ -271,7 +258,7 @@ class Gemm:
                     ring.commit(boxes * (cfg.box_rows * CHUNK_K * 2 * self.num_chunks))
                 for chunk in cutlass.range_constexpr(self.num_chunks):
                     column = ((work.rank * work.k_iters + k) * self.num_chunks + chunk) * CHUNK_K
-                    start = stages.x + (ring.slot * self.num_chunks + chunk) * (self.max_n * CHUNK_K)
+                    start = stages.tokens + (ring.slot * self.num_chunks + chunk) * (self.max_n * CHUNK_K)
                     if cutlass.const_expr(cfg.gather):
                         for turn in cutlass.range_constexpr((self.max_n + 31) // 32):
                             row = lane + 32 * turn
@@ -286,7 +273,15 @@ class Gemm:
                 ring.advance()
 
     @cute.jit
-    def multiply(self, work: Work, stages: Stages, epilogue: Epilogue, thread: Int32, warp_group: Int32) -> None:
+    def multiply(
+        self,
+        work: TileScheduler,
+        stages: Stages,
+        partial_sums: cute.Pointer,
+        epilogue: Epilogue,
+        thread: Int32,
+        warp_group: Int32,
+    ) -> None:
         """One warpgroup: its part of every tile, by the code for as many tokens as the tile has."""
         cfg = self.cfg
         step, turn = Int32(0), Int32(0)
@@ -296,22 +291,31 @@ class Gemm:
                 below = cfg.n_sizes[size_idx - 1] if size_idx else 0
                 if tile.rows > below and tile.rows <= cfg.n_sizes[size_idx]:
                     place = Thread(thread % WG, warp_group // cfg.warpgroups_k, warp_group % cfg.warpgroups_k)
-                    operands = Operands(place, stages, work.k_iters, work.rank, turn)
-                    self.consume(cfg.n_sizes[size_idx], tile, stages.pipeline.consumer_at(step), operands, epilogue)
+                    ring, operands = stages.pipeline.consumer_at(step), Operands(place, stages, work.k_iters)
+                    partial = PartialSums(partial_sums, turn, work.rank)
+                    self.consume(cfg.n_sizes[size_idx], tile, ring, operands, partial, epilogue)
             if cutlass.const_expr(cfg.hands_over):
                 announce(work.schedule.counter(tile.n_tile), thread, 16 * cfg.num_m64 // cfg.warpgroups_k)
             step += work.k_iters
             turn = turn ^ 1
 
     @cute.jit
-    def consume(self, num_n: int, tile: Tile, ring: Consumer, operands: Operands, epilogue: Epilogue) -> None:
+    def consume(
+        self,
+        num_n: int,
+        tile: Tile,
+        ring: Consumer,
+        operands: Operands,
+        partial: PartialSums,
+        epilogue: Epilogue,
+    ) -> None:
         """One tile of at most ``num_n`` tokens: the product over K, then the epilogue."""
         cfg = self.cfg
         thread = operands.thread
         mma = decoded_mma(num_n)
         thr_mma = mma.get_slice(thread.idx)
         chunks = cfg.num_stages * self.num_chunks
-        shared = shared_operand(operands.stages.x, BFloat16, num_n, chunks, self.max_n * CHUNK_K)
+        shared = shared_operand(operands.stages.tokens, BFloat16, num_n, chunks, self.max_n * CHUNK_K)
         tokens = thr_mma.make_fragment_B(thr_mma.partition_B(shared))
         sums = [cute.make_rmem_tensor(thr_mma.partition_shape_C((64, num_n)), Float32) for _ in range(cfg.num_m64)]
         for acc in sums:
@@ -343,7 +347,7 @@ class Gemm:
                     k16 = part * group + kk
                     chunk = ring.slot * self.num_chunks + thread.wg_k * self.chunks_per_group + k16 // 4
                     for r in cutlass.range_constexpr(cfg.num_m64):
-                        multiply(mma, buffer[r][None, None, kk], tokens[None, None, k16 % 4, chunk], sums[r])
+                        wgmma(mma, buffer[r][None, None, kk], tokens[None, None, k16 % 4, chunk], sums[r])
                 warpgroup.commit_group()
                 warpgroup.wait_group(depth - 1)
                 if cutlass.const_expr(part == depth - 2):
@@ -355,9 +359,9 @@ class Gemm:
         warpgroup.wait_group(0)
         ring.release(last, thread.idx)
         if cutlass.const_expr(cfg.reduces):
-            self.reduce_and_store(sums, tile, operands, epilogue)
+            self.reduce_and_store(sums, tile, thread, partial, epilogue)
         else:
-            self.store(sums, tile, epilogue, thread)
+            self.store(sums, tile, thread, epilogue)
 
     def load_fragments(self, operands: Operands, slot: Int32) -> tuple[list[Any], list[Any]]:
         """This thread's codes (one word per k16 step) and scales (one word for two steps) of each 64-row block."""
@@ -365,7 +369,7 @@ class Gemm:
         words, scale_words = [], []
         for r in range(cfg.num_m64):
             block = (slot * cfg.m64_per_tile + thread.wg_m * cfg.num_m64 + r) * cfg.warpgroups_k + thread.wg_k
-            base = stages.codes.toint() + block * cfg.code_bytes + thread.idx * 16
+            base = stages.weights.toint() + block * cfg.code_bytes + thread.idx * 16
             scale_base = stages.scales.toint() + block * cfg.scale_bytes + thread.warp * 64 + thread.row * 8
             halves = range(self.chunks_per_group)
             words.append([word for half in halves for word in ptx.load_shared_vec4(base + half * (WG * 16))])
@@ -386,7 +390,7 @@ class Gemm:
         fragment[start + 3] = ptx.mul_bf16x2(fourth, scale_high)
 
     @cute.jit
-    def store(self, sums: list[Any], tile: Tile, epilogue: Epilogue, thread: Thread) -> None:
+    def store(self, sums: list[Any], tile: Tile, thread: Thread, epilogue: Epilogue) -> None:
         """The sums of this warpgroup's rows, which are whole, to memory."""
         cfg = self.cfg
         for r in cutlass.range_constexpr(cfg.num_m64):
@@ -396,15 +400,17 @@ class Gemm:
                 epilogue.store(values, rows, j)
 
     @cute.jit
-    def reduce_and_store(self, sums: list[Any], tile: Tile, operands: Operands, epilogue: Epilogue) -> None:
+    def reduce_and_store(
+        self, sums: list[Any], tile: Tile, thread: Thread, partial: PartialSums, epilogue: Epilogue
+    ) -> None:
         """Sums the partial tiles of all warpgroups (and CTAs of the cluster) in a fixed order, then the epilogue."""
-        cfg, thread = self.cfg, operands.thread
+        cfg = self.cfg
         pieces = cute.size(sums[0]) // 4
         part_bytes = cfg.num_m64 * pieces * WG * 16
-        base = operands.stages.sums.toint()
+        base = partial.memory.toint()
         if cutlass.const_expr(cfg.cluster_k == 1):
             # Two buffers in turn: a warpgroup one tile ahead must not overwrite sums that are still read.
-            base += operands.turn * (cfg.reduce_bytes // 2)
+            base += partial.turn * (cfg.reduce_bytes // 2)
         for r in cutlass.range_constexpr(cfg.num_m64):
             for j in cutlass.range_constexpr(pieces):
                 address = base + thread.wg_k * part_bytes + (r * pieces + j) * (WG * 16) + thread.idx * 16
@@ -418,11 +424,11 @@ class Gemm:
             for j in cutlass.range_constexpr(pieces):
                 unit = r * pieces + j
                 owner = unit // cfg.cluster_k % cfg.warpgroups_k
-                if operands.rank == unit % cfg.cluster_k and thread.wg_k == owner:
+                if partial.rank == unit % cfg.cluster_k and thread.wg_k == owner:
                     total = [Float32(0.0)] * 4
-                    for part in cutlass.range_constexpr(cfg.cluster_k * cfg.warpgroups_k):
-                        address = base + part % cfg.warpgroups_k * part_bytes + unit * (WG * 16) + thread.idx * 16
-                        piece = ptx.load_cluster_vec4(address, Int32(part // cfg.warpgroups_k))
+                    for peer in cutlass.range_constexpr(cfg.cluster_k * cfg.warpgroups_k):
+                        address = base + peer % cfg.warpgroups_k * part_bytes + unit * (WG * 16) + thread.idx * 16
+                        piece = ptx.load_cluster_vec4(address, Int32(peer // cfg.warpgroups_k))
                         total = [a + b for a, b in zip(total, piece, strict=True)]
                     epilogue.store(total, epilogue.rows(tile, block, thread), j)
         if cutlass.const_expr(cfg.cluster_k > 1):

@@ -31,8 +31,8 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Work:
-    """A CTA's share of a product: every ``num_workers``-th tile, and a part of K.
+class TileScheduler:
+    """The tiles of a CTA, its share of a product: every ``num_workers``-th tile, and a part of K.
 
     m_per_worker: tiles of weight rows (of an expert); with clusters along M a worker is a cluster, and a tile one of
     its CTAs' each. rank_m: of the CTA in such a cluster. rank: of the CTA in a cluster along K. k_units: stages' width
