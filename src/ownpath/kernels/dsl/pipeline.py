@@ -8,17 +8,17 @@ holds it.
 """
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import cutlass
 from cutlass import Int32, Int64, cute
+from cutlass._mlir import ir
 
 from ownpath.kernels.dsl import ptx
 
 
 @cute.jit
-def next_stage(slot: Int32, phase: Int32, num_stages: int) -> tuple[Int32, Int32]:
-    """The stage behind ``slot``, and the parity that its barriers show there: it flips with every turn."""
+def _next(slot: Int32, phase: Int32, num_stages: int) -> tuple[Int32, Int32]:
     slot += 1
     if slot == num_stages:
         slot = Int32(0)
@@ -68,15 +68,15 @@ class Position:
     def __init__(self, pipeline: Pipeline, slot: Int32, phase: Int32) -> None:
         self.pipeline, self.slot, self.phase = pipeline, slot, phase
 
-    def __extract_mlir_values__(self) -> list[Any]:
+    def __extract_mlir_values__(self) -> list[ir.Value]:
         return [self.slot.ir_value(), self.phase.ir_value()]
 
-    def __new_from_mlir_values__(self, values: list[Any]) -> Self:
+    def __new_from_mlir_values__(self, values: list[ir.Value]) -> Self:
         return type(self)(self.pipeline, Int32(values[0]), Int32(values[1]))
 
     def advance(self) -> None:
         """To the next stage."""
-        self.slot, self.phase = next_stage(self.slot, self.phase, self.pipeline.num_stages)
+        self.slot, self.phase = _next(self.slot, self.phase, self.pipeline.num_stages)
 
 
 class Producer(Position):
@@ -91,7 +91,7 @@ class Producer(Position):
         """Waits until every consumer has released the stage."""
         cute.arch.mbarrier_wait(self.pipeline.empty + self.slot, self.phase)
 
-    def commit(self, num_bytes: Any) -> None:
+    def commit(self, num_bytes: Int32 | int) -> None:
         """Announces the bytes that this producer sends to the stage."""
         cute.arch.mbarrier_arrive_and_expect_tx(self.full, num_bytes)
 

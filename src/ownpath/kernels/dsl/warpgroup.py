@@ -4,15 +4,12 @@ A warpgroup multiplies 64 rows at a time. Operand B comes from shared memory, op
 """
 
 from dataclasses import dataclass
-from typing import Any
 
-from cutlass import BFloat16, Float32, Int32, cute
+from cutlass import BFloat16, Float32, Int32, Numeric, cute
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
 from ownpath.kernels.dsl.pipeline import Stages
-
-WG = 128
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,9 @@ class Operands:
     k_iters: Int32
 
 
-def shared_operand(smem: cute.Pointer, dtype: Any, num_rows: int, num_blocks: int, stride: int) -> Any:
+def shared_operand(
+    smem: cute.Pointer, dtype: type[Numeric], num_rows: int, num_blocks: int, stride: int
+) -> cute.Tensor:
     """[rows, 128 bytes of K, blocks], K contiguous, with the 128-byte swizzle that ``wgmma`` and TMA share.
 
     stride: elements from block to block.
@@ -64,14 +63,14 @@ def shared_operand(smem: cute.Pointer, dtype: Any, num_rows: int, num_blocks: in
     return cute.make_tensor(cute.recast_ptr(smem, layout.inner, dtype), layout.outer)
 
 
-def decoded_mma(num_n: int) -> Any:
+def decoded_mma(num_n: int) -> cute.TiledMma:
     """64 x ``num_n`` x 16 of BF16 with float32 sums, operand A from registers: weights that were decoded there."""
     major = cute.nvgpu.OperandMajorMode.K
     source = warpgroup.OperandSource.RMEM
     return make_trivial_tiled_mma(BFloat16, BFloat16, major, major, Float32, (1, 1, 1), (64, num_n), a_source=source)
 
 
-def wgmma(mma: Any, a: Any, b: Any, sums: Any, accumulate: bool = True) -> None:
+def wgmma(mma: cute.TiledMma, a: cute.Tensor, b: cute.Tensor, sums: cute.Tensor, accumulate: bool = True) -> None:
     """Issues sums = a b, plus the sums that were there if ``accumulate``."""
     atom = cute.make_mma_atom(mma.op)
     atom.set(warpgroup.Field.ACCUMULATE, accumulate)

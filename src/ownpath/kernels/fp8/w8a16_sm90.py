@@ -39,6 +39,9 @@ from ownpath.kernels.fp8.config import BLOCK_K, CHUNK_K, ENTRY_BYTES, MAX_K_BLOC
 from ownpath.kernels.fp8.layout import BLOCK_BYTES
 from ownpath.kernels.fp8.output_sm90 import Output, RowBlock
 
+Words = tuple[Uint32, Uint32, Uint32, Uint32]
+"""16 bytes of shared memory."""
+
 
 @dataclass(frozen=True)
 class CtaTile:
@@ -212,7 +215,7 @@ class W8A16:
         self.reduce_and_store(totals, tile, operands, output)
 
     @cute.jit
-    def multiply_wgmma(self, totals: list[Any], operands: Operands) -> None:
+    def multiply_wgmma(self, totals: list[cute.Tensor], operands: Operands) -> None:
         """Decodes one group of k16 steps while the tensor cores multiply the one before."""
         cfg, stages, thread = self.cfg, operands.stages, operands.thread
         mma = decoded_mma(cfg.num_n)
@@ -266,7 +269,7 @@ class W8A16:
                     totals[r][idx] = sums[r][idx]
 
     @cute.jit
-    def multiply_mma(self, totals: list[Any], operands: Operands) -> None:
+    def multiply_mma(self, totals: list[cute.Tensor], operands: Operands) -> None:
         """Each warp multiplies 16 rows of every row block by itself; nothing waits for another warp."""
         cfg, stages, thread = self.cfg, operands.stages, operands.thread
         pieces = cfg.num_n // 8
@@ -304,14 +307,14 @@ class W8A16:
                 self.promote(totals, sums, entries)
             ring.advance()
 
-    def promote(self, totals: list[Any], sums: list[Any], entries: list[Any]) -> None:
+    def promote(self, totals: list[cute.Tensor], sums: list[cute.Tensor], entries: list[Words]) -> None:
         """totals += scale of the row block and 128 of K * sums."""
         for total, acc, entry in zip(totals, sums, entries, strict=True):
             factor = ptx.as_float(entry[1])
             for idx in range(self.cfg.num_n // 2):
                 total[idx] = total[idx] + factor * acc[idx]
 
-    def load_words(self, operands: Operands, slot: Int32, half: int) -> list[Any]:
+    def load_words(self, operands: Operands, slot: Int32, half: int) -> list[tuple[Words, Words]]:
         """This thread's bytes of half of each block's k: for its rows g and g + 8, one word per k16 step."""
         thread = operands.thread
         g, q, warp = thread.row, thread.pair, thread.warp
@@ -323,7 +326,7 @@ class W8A16:
             words.append((ptx.load_shared_vec4(unit), ptx.load_shared_vec4(unit + 1024)))
         return words
 
-    def load_entries(self, operands: Operands, k: Int32) -> list[Any]:
+    def load_entries(self, operands: Operands, k: Int32) -> list[Words]:
         """Decode multiplier and factor of the sums of each row block."""
         entries = []
         for r in range(self.per_wg):
@@ -331,12 +334,12 @@ class W8A16:
             entries.append(ptx.load_shared_vec4(operands.stages.scales.toint() + row * ENTRY_BYTES))
         return entries
 
-    def decode(self, upper: Any, lower: Any, multiplier: Any, fragment: Any, start: int) -> None:
+    def decode(self, upper: Uint32, lower: Uint32, multiplier: Uint32, fragment: cute.Tensor, start: int) -> None:
         """``decode_step`` into four registers of a fragment."""
         for idx, value in enumerate(self.decode_step(upper, lower, multiplier)):
             fragment[start + idx] = value
 
-    def decode_step(self, upper: Any, lower: Any, multiplier: Any) -> list[Any]:
+    def decode_step(self, upper: Uint32, lower: Uint32, multiplier: Uint32) -> list[Uint32]:
         """Eight weights of one k16 step as BF16 pairs: (row g, low k), (g + 8, low), (g, high), (g + 8, high)."""
         pairs = []
         for word in (upper, lower):
@@ -346,7 +349,7 @@ class W8A16:
         return [pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1]]
 
     @cute.jit
-    def reduce_and_store(self, totals: list[Any], tile: CtaTile, operands: Operands, output: Output) -> None:
+    def reduce_and_store(self, totals: list[cute.Tensor], tile: CtaTile, operands: Operands, output: Output) -> None:
         """Adds the cluster's sums in rank order, each CTA a share of the pieces, and writes BF16."""
         cfg, thread = self.cfg, operands.thread
         pieces = cfg.num_n // 8
@@ -372,7 +375,7 @@ class W8A16:
             # a cluster barrier waits for threads that have not exited.)
             ptx.cluster_barrier(relaxed=True)
 
-    def cluster_sum(self, address: Int32) -> list[Any]:
+    def cluster_sum(self, address: Int32) -> list[Float32]:
         """Four sums of every CTA of the cluster, added in rank order."""
         parts = [ptx.load_cluster_vec4(address, Int32(peer)) for peer in range(self.cfg.cluster_k)]
         values = list(parts[0])
@@ -381,7 +384,9 @@ class W8A16:
         return values
 
     @cute.jit
-    def store(self, values: list[Any], rows: RowBlock, j: int, tile: CtaTile, thread: Thread, output: Output) -> None:
+    def store(
+        self, values: list[Float32], rows: RowBlock, j: int, tile: CtaTile, thread: Thread, output: Output
+    ) -> None:
         """Writes features 2g and 2g + 1 of a warp's 16 for tokens 2q and 2q + 1 of a piece of 8."""
         g, q, warp = thread.row, thread.pair, thread.warp
         feature = warp * 16 + 2 * g

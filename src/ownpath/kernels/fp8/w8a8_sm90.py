@@ -36,6 +36,7 @@ from ownpath.kernels.fp8.layout import ACT_BLOCK_BYTES, BLOCK_BYTES
 from ownpath.kernels.fp8.output_sm90 import Output, RowBlock
 
 TILE_N = 128
+Scales = tuple[Float32, Float32]
 
 
 @dataclass(frozen=True)
@@ -223,18 +224,24 @@ class W8A8:
         if cutlass.const_expr(cfg.cluster_n > 1):
             ptx.cluster_barrier(relaxed=True)  # the peer may still arrive at this CTA's barriers
 
-    def weight_scales(self, stages: Stages, slot: Int32) -> tuple[Any, Any]:
+    def weight_scales(self, stages: Stages, slot: Int32) -> Scales:
         """Scales of the tile's two 64-feature blocks."""
         base = stages.scales.toint() + slot * (2 * ENTRY_BYTES) + 8
         return fp8_ptx.load_shared_float(base), fp8_ptx.load_shared_float(base + ENTRY_BYTES)
 
-    def token_scales(self, stages: Stages, chunk: Int32, thread: Thread) -> tuple[Any, Any]:
+    def token_scales(self, stages: Stages, chunk: Int32, thread: Thread) -> Scales:
         """Scales of this thread's tokens g and g + 8."""
         row = thread.warp * 16 + thread.row
         base = stages.tokens.toint() + chunk * ACT_STRIDE + BLOCK_BYTES + row * 4
         return fp8_ptx.load_shared_float(base), fp8_ptx.load_shared_float(base + 32)
 
-    def promote(self, total: Any, sums: Any, token_scales: tuple[Any, Any], weight_scales: tuple[Any, Any]) -> None:
+    def promote(
+        self,
+        total: cute.Tensor,
+        sums: cute.Tensor,
+        token_scales: Scales,
+        weight_scales: Scales,
+    ) -> None:
         """total += sums * (token scale * weight scale); the product of the scales is rounded to float32 first."""
         for half in range(2):
             factors = [scale * weight_scales[half] for scale in token_scales]
@@ -244,7 +251,9 @@ class W8A8:
                     total[at] = total[at] + factors[idx // 2] * sums[at]
 
     @cute.jit
-    def store(self, total: Any, half: int, rows: RowBlock, token0: Int32, thread: Thread, output: Output) -> None:
+    def store(
+        self, total: cute.Tensor, half: int, rows: RowBlock, token0: Int32, thread: Thread, output: Output
+    ) -> None:
         """Writes 64 features of 64 tokens: features 4q .. 4q + 3 of every 16, for tokens g and g + 8 of a warp."""
         q = thread.pair
         token = token0 + thread.warp * 16 + thread.row

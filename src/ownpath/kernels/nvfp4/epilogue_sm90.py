@@ -6,7 +6,6 @@ after SwiGLU to have such pairs again. Roofline: the bytes of the output, in 32-
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
@@ -71,7 +70,7 @@ class Epilogue:
         return self.out.toint() + Int64(feature) * width + Int64(row0 + token) * pitch, pitch
 
     @cute.jit
-    def store(self, values: list[Any], rows: ThreadRows, piece: int) -> None:
+    def store(self, values: list[Float32], rows: ThreadRows, piece: int) -> None:
         """Writes one 16 x 8 piece of a warp: rows (g, g + 8) of tokens (2q, 2q + 1), of those that exist.
 
         Packing puts output features 2g and 2g + 1 (or gate and up of one feature) into rows g and g + 8, so that a

@@ -363,7 +363,7 @@ class Gemm:
         else:
             self.store(sums, tile, thread, epilogue)
 
-    def load_fragments(self, operands: Operands, slot: Int32) -> tuple[list[Any], list[Any]]:
+    def load_fragments(self, operands: Operands, slot: Int32) -> tuple[list[list[Uint32]], list[list[Uint32]]]:
         """This thread's codes (one word per k16 step) and scales (one word for two steps) of each 64-row block."""
         cfg, stages, thread = self.cfg, operands.stages, operands.thread
         words, scale_words = [], []
@@ -376,7 +376,7 @@ class Gemm:
             scale_words.append([word for half in halves for word in ptx.load_shared_vec2(scale_base + half * 256)])
         return words, scale_words
 
-    def decode(self, word: Any, scales: Any, fragment: Any, start: int) -> None:
+    def decode(self, word: Uint32, scales: Uint32, fragment: cute.Tensor, start: int) -> None:
         """Eight codes of one k16 step to BF16: registers (row g, low k), (g + 8, low), (g, high), (g + 8, high)."""
         scale_low, scale_high = ptx.broadcast_halves(scales | Uint32(0x70007000))
         wanted = Uint32(0x81C081C0)
@@ -390,7 +390,7 @@ class Gemm:
         fragment[start + 3] = ptx.mul_bf16x2(fourth, scale_high)
 
     @cute.jit
-    def store(self, sums: list[Any], tile: Tile, thread: Thread, epilogue: Epilogue) -> None:
+    def store(self, sums: list[cute.Tensor], tile: Tile, thread: Thread, epilogue: Epilogue) -> None:
         """The sums of this warpgroup's rows, which are whole, to memory."""
         cfg = self.cfg
         for r in cutlass.range_constexpr(cfg.num_m64):
@@ -401,7 +401,7 @@ class Gemm:
 
     @cute.jit
     def reduce_and_store(
-        self, sums: list[Any], tile: Tile, thread: Thread, partial: PartialSums, epilogue: Epilogue
+        self, sums: list[cute.Tensor], tile: Tile, thread: Thread, partial: PartialSums, epilogue: Epilogue
     ) -> None:
         """Sums the partial tiles of all warpgroups (and CTAs of the cluster) in a fixed order, then the epilogue."""
         cfg = self.cfg

@@ -257,7 +257,7 @@ class Align:
         return result
 
 
-def address(pointer: Any, row: Any, width: Any, piece: Any) -> Int64:
+def address(pointer: cute.Pointer, row: Int32, width: Int32, piece: Int32) -> Int64:
     """Byte address of eight BF16 of a row."""
     return pointer.toint() + (Int64(row) * width + piece * 8) * 2
 
@@ -362,7 +362,7 @@ class Combine:
             packed = tuple(ptx.pack_bf16x2(total[2 * idx], total[2 * idx + 1]) for idx in range(4))
             ptx.store_global_vec4(address(out, token, width, piece), packed)
 
-    def load(self, rows: cute.Pointer, row: Any, width: Any, piece: Any) -> list[Any]:
+    def load(self, rows: cute.Pointer, row: Int32, width: Int32, piece: Int32) -> list[Float32]:
         """Eight values of a row."""
         if self.wide:
             start = rows.toint() + (Int64(row) * width + piece * 8) * 4

@@ -6,12 +6,11 @@ local expert has it.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from cutlass import Int32, cute
 
 
-def element(pointer: Any, idx: Any) -> Any:
+def element(pointer: cute.Pointer, idx: Int32 | int) -> cute.Tensor:
     """A one-element view at ``idx``."""
     return cute.make_tensor(pointer + idx, cute.make_layout(1))
 
@@ -52,7 +51,10 @@ class Schedule:
         return self.memory + (element(self.memory, 1)[0] + num_tokens * slots)
 
     def write(self, idx: Int32, value: Int32) -> None:
-        """An entry of the index."""
+        """An entry of the index.
+
+        (Stores through a method: of ``element(a, b)[0] = c`` the DSL takes a and b to be written, and carries them.)
+        """
         element(self.memory, idx)[0] = value
 
     def write_head(self, num_tiles: Int32, index_offset: Int32) -> None:
