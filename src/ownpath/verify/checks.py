@@ -61,8 +61,8 @@ FAILS_ON = MappingProxyType(
         "F04": "experts of a layer that are stored differently; config files that claim another format",
         "F05": "zero, negative or NaN; a divisor for a multiplier; a factor of 1000 from the layer's median",
         "F06": "different global scales of w1 and w3: exact here, wrong in engines that apply w1's to both",
-        "F07": "NaN, negative, all zero or saturated block scales; an expert far from its layer's others; counts FP8 scales that "
-        "are no power of two, which kernels that keep exponents alone get wrong",
+        "F07": "NaN, negative, all zero or saturated block scales; an expert far from its layer's others; counts "
+        "FP8 scales that are no power of two, which kernels that keep exponents alone get wrong",
         "F09": "input_scale not finite and positive, or exactly 1; counts those that calibration did not reach",
         "F10": "expert ids out of range or twice in a row; a bias that is NaN, or constant while other layers' are not",
         "F11": "a field that cannot be honoured or contradicts the tensors; lists the fields that are not read",

@@ -1,5 +1,6 @@
 """The cache of compiled kernels: whole or absent, keyed by its sources, and a clear error where nothing can compile."""
 
+import ast
 import json
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ from textwrap import dedent
 import pytest
 
 from ownpath.kernels.dsl import cache
-from ownpath.kernels.nvfp4.config import CombineConfig, PermuteConfig
+from ownpath.kernels.fp8.config import QuantizeConfig, W8A8Config, W8A16Config
+from ownpath.kernels.nvfp4.config import AlignConfig, CombineConfig, GemmConfig, PermuteConfig
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +34,42 @@ def test_a_kernel_counts_once_all_of_it_is_there() -> None:
 def test_names_and_sources_keep_kernels_apart() -> None:
     assert cache.stem(CombineConfig(0, True)) != cache.stem(CombineConfig(0, False))
     assert cache.source_key(("dsl/ptx.py",)) != cache.source_key(("dsl/ptx.py", "nvfp4/config.py"))
+
+
+def imported_modules(name: str) -> set[str]:
+    """Modules of ``kernels`` that one of them imports, and those that these import, as paths in ``kernels``."""
+    found: set[str] = set()
+    kernels = cache.SOURCES
+    waiting = [kernels / name]
+    while waiting:
+        for node in ast.walk(ast.parse(waiting.pop().read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ownpath.kernels."):
+                folder = kernels.joinpath(*str(node.module).split(".")[2:])
+                files = [folder / f"{alias.name}.py" for alias in node.names] + [folder.with_suffix(".py")]
+                for file in files:
+                    name = file.relative_to(kernels).as_posix()
+                    if file.exists() and name not in found:
+                        found.add(name)
+                        waiting.append(file)
+    return found
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GemmConfig(1, 1, 1, (8,), 2),
+        AlignConfig(False, False, 0),
+        PermuteConfig(),
+        CombineConfig(0, True),
+        W8A16Config(2, 8, 2, 1, True),
+        W8A8Config(2, 1, 2),
+        QuantizeConfig(True),
+    ],
+    ids=lambda config: config.name,
+)
+def test_a_kernel_is_keyed_by_every_module_that_it_is_compiled_from(config: cache.Config) -> None:
+    """Otherwise a change of one of them would leave yesterday's machine code in use."""
+    assert imported_modules(config.sources[0]) <= set(config.sources)
 
 
 def test_nothing_missing_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

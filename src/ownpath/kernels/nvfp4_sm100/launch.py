@@ -72,6 +72,11 @@ def run_experts(
     operand: W4A4MoeOperand,
     columns: int,
 ) -> torch.Tensor:
+    """Six launches, whatever the routing. columns: of the tiles of down.
+
+    Shapes: x bfloat16 [T, D]; ids int32 or int64 [T, K]; weights float32 [T, K]; y bfloat16 [T, D].
+    Errors: ValueError for another dtype, shape, stride or device, or a device without tcgen05.
+    """
     check_input(x_TD, operand.hidden_size, operand.w13.device)
     routed = (len(x_TD), topk_ids_TK.shape[-1])
     check("topk_ids", topk_ids_TK, (torch.int32, torch.int64), routed, x_TD.device)
