@@ -1,14 +1,13 @@
 """What the kernels stage is made of: comparing, numbers of rows, rounding by table, angles, refusals it asks for."""
 
 import math
-from bisect import bisect_left
-from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cpu.numerics.bit_oracles import nearest_code
 from support.checkpoints import SMALL, random_checkpoint
 
 from ownpath.config import EngineConfig, ModelConfig
@@ -90,15 +89,8 @@ def test_no_variant_of_the_experts_is_missed() -> None:
 @pytest.mark.parametrize("magnitudes", [E2M1, E4M3], ids=["e2m1", "e4m3"])
 def test_the_nearest_value_by_fractions(magnitudes: tuple[float, ...]) -> None:
     x = edges(magnitudes, 16, 16, torch.float32).flatten().unique()
-    listed = [Fraction(value) for value in magnitudes]
     for value, got in zip(x.tolist(), nearest(x, magnitudes).tolist(), strict=True):
-        size = abs(Fraction(value))
-        above = min(bisect_left(listed, size), len(listed) - 1)
-        around = {max(above - 1, 0), above}
-        least = min(abs(size - listed[code]) for code in around)
-        near = [code for code in around if abs(size - listed[code]) == least]
-        code = next(code for code in near if len(near) == 1 or code % 2 == 0)
-        assert got == math.copysign(magnitudes[code], value)
+        assert got == math.copysign(magnitudes[nearest_code(value, list(magnitudes))], value)
     found = {abs(value) for value in x.tolist()}
     for middle in ((a + b) / 2 for a, b in pairwise(magnitudes)):
         assert any(math.ldexp(middle, exponent) in found for exponent in EXPONENTS)
