@@ -123,7 +123,6 @@ TO_BE_DECLARED = {
     "readback.py",
     "kernels/attention.py",
     "kernels/calls.py",
-    "kernels/probe.py",
     "kernels/quantizers.py",
     "kernels/router.py",
 }
