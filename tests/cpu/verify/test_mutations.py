@@ -36,6 +36,10 @@ SAYS = {
     "no clamp in the routed experts": "the clamp is missing",
     "hash layer reads token 0": "tid2eid",
     "kernel raises": "RuntimeError: no kernel image is available",
+    "runner replaced after planning": "planned Nvfp4Linear (ref.nvfp4_linear), ran PlainLinear (ref.plain_linear)",
+    "slot that the ledger never sees": "never called; planned RMSNorm (ref.rms_norm)",
+    "another kernel in the plan's file": "kernel cute.nvfp4_linear in the file, ref.nvfp4_linear here",
+    "a slot lost from the plan's file": "planned here, not in the file",
     "runner that refuses nothing": "integer activations: not refused",
 }
 """What the sentence tells of the cause."""
@@ -90,6 +94,8 @@ def assert_no_alarm(result: Result) -> None:
     plan = result.job.subject.plan
     layers = [f"layers.{idx}" for idx in range(plan.config.num_hidden_layers)]
     assert {(check, layer) for check in OF_A_LAYER for layer in layers} <= seen
+    (called,) = (f for f in of_stage(result, "ledger") if f.id == "LG02" and f.where == "ledger")
+    assert called.message == f"{len(plan.slots)} slots were called"
     assert {("V01", "embed"), ("V01", "head"), ("V03", "streams"), ("V04", "logits"), ("L02", "ends")} <= seen
     rows = result.measurements
     compared = {f"layers.{row.layer_idx}.{row.slot}" for row in rows} | {"hc_head", "head"}
