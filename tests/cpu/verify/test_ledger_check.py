@@ -53,11 +53,6 @@ def faults(folder: Path, plan: dict[str, Any], engine: EngineConfig = ENGINE) ->
     return found
 
 
-def entry_of(plan: dict[str, Any], slot: str) -> dict[str, Any]:
-    found: dict[str, Any] = next(entry for entry in plan["ops"] + plan["companions"] if entry["slot"] == slot)
-    return found
-
-
 def test_chosen_layers_alone_are_run(folder: Path) -> None:
     told = []
     subject = Subject.of(folder, ENGINE, Selection(frozenset({1, 3})))

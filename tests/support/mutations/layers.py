@@ -10,7 +10,6 @@ from ownpath.attention.interface import AttentionLayer, Projected
 from ownpath.attention.reference import ReferenceAttention, ReferenceStep
 from ownpath.attention.rope import Rope, Rotation
 from ownpath.attention.select import EntrySelector
-from ownpath.model.block import Block
 from ownpath.runners import SwigluMlp
 from ownpath.verify.layer import LoadedLayer
 from support.layer_faults import FAULTS, with_attn, with_core, with_step
@@ -37,10 +36,6 @@ def changed(what: str, check: str, where: str, change: Change) -> Mutation:
 
 def with_block(loaded: LoadedLayer, **parts: Any) -> LoadedLayer:
     return replace(loaded, block=replace(loaded.block, **parts))
-
-
-def block_as(kind: type[Block]) -> Change:
-    return lambda loaded: replace(loaded, block=kind(**vars(loaded.block)))
 
 
 def without_yarn(loaded: LoadedLayer) -> LoadedLayer:

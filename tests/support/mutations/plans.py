@@ -23,10 +23,6 @@ def slot_lost(plan: dict[str, Any]) -> None:
     plan["ops"] = [entry for entry in plan["ops"] if entry["slot"] != SLOT]
 
 
-def other_activations(plan: dict[str, Any]) -> None:
-    plan["activations"] = "bfloat16"
-
-
 def around_the_ledger(loaded: LoadedLayer) -> LoadedLayer:
     """The norm runs, and nobody is told."""
     norm: Any = loaded.block.attn.kv_norm
