@@ -1,4 +1,4 @@
-"""The layout of the caches, as arithmetic: which tensors there are, and which row of one holds what. No tensor here.
+"""Describes the caches as arithmetic: the tensors there are, and the row of one that holds a value. Holds no tensor.
 
 There are three groups:
 
@@ -27,7 +27,7 @@ NOBODY = 0
 
 
 class Group(Enum):
-    """A kind of cache. Its members are written and freed together."""
+    """A kind of cache. All tensors of a group are written together and freed together."""
 
     WINDOW = "window"
     STATE = "state"
@@ -35,7 +35,7 @@ class Group(Enum):
 
 
 class Part(Enum):
-    """A layer's own cache, or its indexer's."""
+    """Tells a layer's main entries from its indexer's keys."""
 
     MAIN = "main"
     INDEX = "index"
@@ -45,8 +45,8 @@ class Part(Enum):
 class Member:
     """One tensor of a group.
 
-    num_rows: of a slot (window, state) or of a block (entries). width: elements of a row. ratio: tokens of an entry, 0
-    for a window.
+    num_rows: rows of one slot (window, state) or of one block (entries). width: elements of a row. ratio: tokens per
+    entry, 0 for a window.
     """
 
     group: Group
@@ -57,7 +57,7 @@ class Member:
     ratio: int = 0
 
     def num_sequence_rows(self, num_tokens: int) -> int:
-        """Rows that a sequence of so many tokens can fill."""
+        """Returns how many rows a sequence of ``num_tokens`` can fill."""
         return num_tokens // self.ratio if self.group is Group.ENTRIES else self.num_rows
 
 
@@ -69,16 +69,16 @@ class CacheLayout:
 
     @classmethod
     def of(cls, config: ModelConfig, ratios: Sequence[int]) -> "CacheLayout":
-        """ratios: one for each layer, as in ``compress_ratios``."""
+        """Lists the tensors of a model's layers. ratios: one for each layer, as in ``compress_ratios``."""
         return cls(tuple(member for idx, ratio in enumerate(ratios) for member in _of_layer(config, idx, ratio)))
 
     def of_layers(self, layer_ids: frozenset[int]) -> "CacheLayout":
-        """The tensors of some layers."""
+        """Keeps the tensors of some layers."""
         return CacheLayout(tuple(member for member in self.members if member.layer_idx in layer_ids))
 
     @property
     def layer_ids(self) -> tuple[int, ...]:
-        """The layers that have caches, in order."""
+        """The layers that have caches, in ascending order."""
         return tuple(dict.fromkeys(member.layer_idx for member in self.members))
 
     @property
@@ -87,7 +87,7 @@ class CacheLayout:
         return tuple(sorted({member.ratio for member in self.members if member.ratio}))
 
     def num_bytes(self, num_tokens: int, itemsize: int, state_itemsize: int) -> int:
-        """Bytes of the rows that one sequence of ``num_tokens`` can fill."""
+        """Returns the bytes of the rows that one sequence of ``num_tokens`` can fill."""
         return sum(
             member.num_sequence_rows(num_tokens)
             * member.width
@@ -105,32 +105,33 @@ def _of_layer(config: ModelConfig, layer_idx: int, ratio: int) -> Iterator[Membe
 
 
 def _compressed(layer_idx: int, part: Part, ratio: int, head_dim: int) -> Iterator[Member]:
-    """CSA's windows overlap: an entry needs the rows of two windows, and each row is projected twice."""
+    """Yields the state and entries of one compressor. CSA's windows overlap: an entry needs two windows of doubled
+    rows."""
     num_windows = windows_per_entry(ratio)
     yield Member(Group.STATE, layer_idx, part, num_windows * ratio, 2 * num_windows * head_dim, ratio)
     yield Member(Group.ENTRIES, layer_idx, part, BLOCK_TOKENS // ratio, head_dim, ratio)
 
 
 def windows_per_entry(ratio: int) -> int:
-    """Windows whose tokens an entry averages."""
+    """Returns how many windows an entry averages over."""
     return 2 if ratio == CSA_RATIO else 1
 
 
 def first_row(window: int, ratio: int) -> int:
-    """The position of the first row that a window's entry averages."""
+    """Returns the position of the first row that a window's entry averages."""
     return max(0, window + 1 - windows_per_entry(ratio)) * ratio
 
 
 def num_blocks(num_tokens: int) -> int:
-    """Blocks of a sequence of so many tokens."""
+    """Returns how many blocks a sequence of ``num_tokens`` needs."""
     return -(-num_tokens // BLOCK_TOKENS)
 
 
 def ring_row(slot: int, position: int, num_rows: int) -> int:
-    """The row of a window's or state's tensor that holds a position's row."""
+    """Returns the row of a window's or state's tensor that holds the row of ``position``."""
     return slot * num_rows + position % num_rows
 
 
 def entry_row(blocks: Sequence[int], entry: int, num_rows: int) -> int:
-    """The row of an entries tensor that holds a sequence's entry."""
+    """Returns the row of an entries tensor that holds entry number ``entry`` of a sequence."""
     return blocks[entry // num_rows] * num_rows + entry % num_rows

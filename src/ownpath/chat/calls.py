@@ -1,4 +1,4 @@
-"""The block of tool calls in an answer, read while it arrives. ``dsml`` says what it looks like.
+"""Reads the block of tool calls in an answer while it arrives. ``dsml`` documents its markup.
 
 The reader is fed what follows the block's first ``<｜DSML｜``: text, and ``｜DSML｜`` tokens. Between tags only white
 space may stand. A value runs to the first ``</｜DSML｜parameter>``; any other markup in it is part of it. Every
@@ -21,7 +21,7 @@ _VALUE_END = "parameter>"
 
 
 class _Broken(Exception):
-    """The markup is not what it must be."""
+    """The markup is malformed."""
 
 
 class CallsReader:
@@ -35,7 +35,7 @@ class CallsReader:
         self.rest: str | None = None
         self.broken: str | None = None
         self.num_started = self.num_ended = 0
-        # All that was fed since the last whole call, in case the next one breaks.
+        # Everything fed since the last whole call, in case the next one breaks.
         self._raw = [opening]
         self._parts: list[Part] = []
         self._state: Callable[[str], None] = self._tag
@@ -50,21 +50,21 @@ class CallsReader:
 
     @property
     def unread(self) -> str:
-        """What was fed since the last whole call, or since the block's opening."""
+        """The text fed since the last whole call, or since the block's opening."""
         return "".join(self._raw)
 
     def feed(self, text: str) -> list[Part]:
-        """What a piece of text adds to the calls."""
+        """Takes a piece of text and returns the parts that it adds."""
         self._raw.append(text)
         return self._run(lambda: self._go_on(text))
 
     def feed_marker(self) -> list[Part]:
-        """What a ``｜DSML｜`` token adds."""
+        """Takes a ``｜DSML｜`` token and returns the parts that it adds."""
         self._raw.append(DSML)
         return self._run(self._marker)
 
     def finish(self) -> None:
-        """Says that nothing follows: a block that is still open is broken."""
+        """Ends the input: a block that is still open is broken."""
         if self.rest is None and self.broken is None:
             self.broken = "the answer ends inside the tool calls"
 
@@ -98,7 +98,7 @@ class CallsReader:
             self._held = held
             self._state(DSML)
 
-    # Tags: read to their end, then looked at as a whole.
+    # Tags: read to their end, then parsed as a whole.
 
     def _tag(self, text: str) -> None:
         for match in _QUOTE_OR_END.finditer(text):
@@ -149,7 +149,7 @@ class CallsReader:
         self.rest = self._rest_of_piece
 
     def _turn_to(self, state: Callable[[str], None]) -> None:
-        """On with the rest of the piece, which can hold no other tag: a token opens each."""
+        """Changes the state and feeds it the rest of the piece, which holds no further tag: a token opens each."""
         self._state = state
         self._go_on(self._rest_of_piece)
 

@@ -50,23 +50,23 @@ _OFFER_END = "\n\nYou MUST strictly follow the above defined tool name and param
 
 
 def write_json(value: Any) -> str:
-    """JSON as the format spells it: on one line, characters as they are.
+    """Writes a value as JSON in the format's style: on one line, non-ASCII characters unescaped.
 
     Errors: ChatFormatError for what JSON lacks.
     """
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except ValueError as error:  # infinite, or an integer too long to spell
+    except ValueError as error:  # infinite, or an integer too long to write
         raise ChatFormatError(f"a value cannot be written as JSON ({error})") from None
 
 
 def offer_tools(functions: Sequence[Mapping[str, Any]]) -> list[Segment]:
-    """The block that tells the model about tools: each function's object is one line of JSON."""
+    """Writes the block that offers tools to the model: each function's object is one line of JSON."""
     return [*_OFFER, "\n".join(write_json(function) for function in functions), _OFFER_END]
 
 
 def write_calls(calls: Sequence[ToolCall]) -> list[Segment]:
-    """The block of calls behind an answer's content. Errors: ChatFormatError."""
+    """Writes the block of calls that follows an answer's content. Errors: ChatFormatError."""
     segments = segments_of("\n\n<｜DSML｜tool_calls>\n")
     for call in calls:
         _check_name(call.name)

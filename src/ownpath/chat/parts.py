@@ -1,18 +1,18 @@
-"""What an answer is made of, in the order of its arrival."""
+"""The parts of an answer, in the order of their arrival."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Reasoning:
-    """More of the thinking part."""
+    """More text of the reasoning."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Content:
-    """More of the answer for people."""
+    """More text of the content."""
 
     text: str
 
@@ -35,7 +35,7 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Malformed:
-    """The markup broke here, for this reason; from here on everything is content."""
+    """The markup broke here, for this reason; everything after it is content."""
 
     reason: str
 

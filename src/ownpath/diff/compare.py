@@ -1,4 +1,4 @@
-"""Two sets of log-probs of the same tokens: how far apart, and where first. Pure.
+"""Compares two sets of log-probs of the same tokens: the distance, and the first divergence. Pure.
 
 Shapes: P = positions scored, V = vocabulary.
 """
@@ -20,11 +20,12 @@ _FLOOR = 2.0**-20
 
 @dataclass(frozen=True)
 class Position:
-    """One token by both.
+    """One token as both sides scored it.
 
-    idx: in the sequence.
+    idx: its index in the sequence.
     gap: by how much our likeliest token beats theirs, in our log-probs; None without a whole list.
-    kl: of theirs from ours, at least; None without a list. outside: the probability that their list leaves out.
+    kl: lower bound of the divergence of theirs from ours; None without a list. outside: the probability outside their
+    list.
     """
 
     idx: int
@@ -36,15 +37,15 @@ class Position:
     outside: float | None = None
 
     def diverges(self, tolerance: float) -> bool:
-        """Whether log-probs within ``tolerance`` of ours cannot look like this. What is not finite diverges."""
+        """True if log-probs within ``tolerance`` of ours cannot look like this. A value that is not finite diverges."""
         is_near = self.theirs is not None and abs(self.ours - self.theirs) <= tolerance
-        # Each of two tokens may have moved by the tolerance before their order turns round.
+        # Each of two tokens may have moved by the tolerance before their order is reversed.
         return not is_near or (self.gap is not None and self.gap > 2 * tolerance)
 
 
 @dataclass(frozen=True)
 class PromptComparison:
-    """One sequence. prompt_idx: which prompt it came of."""
+    """The comparison of one sequence. prompt_idx: the prompt that it belongs to."""
 
     prompt_idx: int
     positions: tuple[Position, ...]
@@ -54,7 +55,7 @@ class PromptComparison:
 
 
 def compare(prompt_idx: int, reading: Reading, logprobs_PV: torch.Tensor) -> PromptComparison:
-    """Shapes: logprobs_PV [P, V], ours, row n for ``reading.scored[n]``."""
+    """Compares one sequence. Shapes: logprobs_PV [P, V], ours, row n for ``reading.scored[n]``."""
     assert len(logprobs_PV) == len(reading.scored)
     rows = zip(reading.scored, reading.scored_ids, logprobs_PV, strict=True)
     return PromptComparison(
@@ -68,16 +69,16 @@ def _position(idx: int, token_id: int, scored: Scored, row_V: torch.Tensor) -> P
     if not scored.top:
         return Position(idx, token_id, ours, scored.logprob)
     best_id = max(scored.top, key=lambda i: scored.top[i])
-    # A nameless entry may be the likeliest, or several tokens that the server itself writes as one.
+    # An unnamed entry may be the likeliest, or several tokens that the server itself writes as one.
     gap = float(row_V.max() - row_V[best_id]) if scored.is_whole else None
     kl, outside = kl_at_least(row_V, list(scored.top), list(scored.top.values()))
     return Position(idx, token_id, ours, scored.logprob, gap, kl, outside)
 
 
 def kl_at_least(ours_V: torch.Tensor, ids: Sequence[int], theirs: Sequence[float]) -> tuple[float, float]:
-    """KL(ours || theirs) in nats with all tokens outside the list taken as one, and theirs' probability outside.
+    """Bounds KL(ours || theirs) in nats from below, and returns theirs' probability outside the list with it.
 
-    Taking outcomes together never adds divergence, so this is a lower bound of the whole one.
+    All tokens outside the list count as one outcome. Merging outcomes never adds divergence, so this is a lower bound.
     """
     p_log = ours_V[list(ids)].double()
     q_log = torch.tensor(list(theirs), dtype=torch.float64)
@@ -89,14 +90,15 @@ def kl_at_least(ours_V: torch.Tensor, ids: Sequence[int], theirs: Sequence[float
 
 @dataclass(frozen=True)
 class Parting:
-    """Where two answers of one server to one request part. far: in nats; infinite where a token is not listed."""
+    """The place where two answers to one request differ. far: in nats; infinite where a token is not listed."""
 
     idx: int
     far: float
 
 
 def part(first: Reading, second: Reading) -> Parting | None:
-    """The largest difference between two answers, up to the token in which they differ; None for no common token.
+    """Returns the largest difference between two answers, up to the token in which they differ; None for no common
+    token.
 
     A token that the other answer does not have counts by how far the first answer preferred its own to it, halved:
     each of the two log-probs may have moved.

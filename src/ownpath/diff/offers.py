@@ -1,6 +1,7 @@
-"""Which log-probs a server offers, found by asking for each and looking at what came back; nothing is assumed.
+"""Finds out which log-probs a server offers, by asking for each and looking at the answer; nothing is assumed.
 
-A request is tried from the most telling form to the plainest: with ids told or not, with many likeliest tokens or few.
+A request is tried from the most informative form to the plainest: with token ids in the answer or not, with many
+likeliest tokens or few.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -39,9 +40,9 @@ class NotOffered(CannotAsk):
 
 @dataclass(frozen=True)
 class Way:
-    """How one server is asked for generated tokens: all that its refusals left.
+    """The form of request for generated tokens that one server accepts: what its refusals left.
 
-    extras: fields that make it tell token ids. sends_ids: the prompt goes as ids, not as text.
+    extras: fields that make it report token ids. sends_ids: the prompt goes as ids, not as text.
     """
 
     path: str
@@ -50,7 +51,7 @@ class Way:
     extras: Mapping[str, Any]
 
     def body(self, prompt: Prompt, max_tokens: int) -> dict[str, Any]:
-        """The request for one greedy answer."""
+        """Builds the request for one greedy answer."""
         common = {"max_tokens": max_tokens, **_GREEDY, **self.extras}
         if self.path == CHAT:
             return _messages(prompt) | common | {"logprobs": True, "top_logprobs": self.num_top}
@@ -60,7 +61,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Server:
-    """A server and the way found to ask it.
+    """A server and the form of request that it accepts.
 
     model: its name in requests; None sends none. form: ``prompt_logprobs``, ``echo`` or ``generated``.
     notes: what it refused on the way, for people.
@@ -74,12 +75,12 @@ class Server:
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     def generate(self, prompt: Prompt, max_tokens: int) -> Reading:
-        """One greedy answer, scored. Errors: CannotAsk."""
+        """Generates one greedy answer, scored. Errors: CannotAsk."""
         answer = self._post(self.way.path, self.way.body(prompt, max_tokens))
         return self._read(self.way.path, lambda: read_generated(answer, self._sent(prompt, answer), self.names))
 
     def score(self, prompt: Prompt) -> Reading:
-        """The prompt's own tokens, scored in the form offered. Errors: CannotAsk."""
+        """Scores the prompt's own tokens, in the form offered. Errors: CannotAsk."""
         body = self.way.body(prompt, 1)
         if self.form == "echo":
             answer = self._post(COMPLETIONS, body | {"echo": True})
@@ -88,7 +89,7 @@ class Server:
         return self._read(COMPLETIONS, lambda: read_prompt_logprobs(answer, self._sent(prompt, answer), self.names))
 
     def chat(self, prompt: Prompt, max_tokens: int) -> ChatReading:
-        """The prompt as a user's message, answered. Errors: CannotAsk."""
+        """Sends the prompt as a user's message. Errors: CannotAsk."""
         wishes = [{**extras, **asked} for asked in ({"logprobs": True}, {}) for extras in _EXTRAS]
         refused: Refused | None = None
         for wish in wishes:
@@ -102,23 +103,23 @@ class Server:
         raise refused
 
     def chat_prompt_ids(self, prompt: Prompt) -> tuple[int, ...] | None:
-        """The conversation's tokens by ``/tokenize``, where a server has one that knows messages."""
+        """Returns the conversation's tokens by ``/tokenize``, where a server has one that knows messages."""
         return self._tokenize(_messages(prompt))
 
     def text_ids(self, prompt: Prompt) -> tuple[int, ...] | None:
-        """The text's tokens by ``/tokenize``, in vLLM's and SGLang's words or in llama.cpp's."""
+        """Returns the text's tokens by ``/tokenize``, in the request form of vLLM and SGLang or in llama.cpp's."""
         return self._tokenize({"prompt": prompt.text, "content": prompt.text})
 
     def _tokenize(self, body: dict[str, Any]) -> tuple[int, ...] | None:
         try:
             tokens = self._post(TOKENIZE, body).get("tokens")
         except CannotAsk:
-            return None  # few servers have it; who needs the ids says that they are missing
+            return None  # few servers have it; the check that needs the ids says that they are missing
         ids = [self.names.check(token) for token in tokens] if isinstance(tokens, list) else [None]
         return None if None in ids else tuple(i for i in ids if i is not None)
 
     def _sent(self, prompt: Prompt, answer: Mapping[str, Any]) -> tuple[int, ...]:
-        """What the server read: the ids that were sent; for text, what it tells, else what our tokenizer makes."""
+        """Returns the ids that the server read: those sent; for text, those it reports, else those of our tokenizer."""
         if self.way.path == COMPLETIONS and self.way.sends_ids:
             return prompt.ids
         own = prompt.chat_ids if self.way.path == CHAT else prompt.ids
@@ -130,12 +131,12 @@ class Server:
     def _read(self, path: str, read: Callable[[], Answer]) -> Answer:
         try:
             return read()
-        except (Unreadable, AttributeError, TypeError) as error:  # a field of a shape nobody documents
+        except (Unreadable, AttributeError, TypeError) as error:  # a field of an undocumented shape
             raise NotOffered(f"{self.client.root}{path}: {error}") from None
 
 
 def open_server(client: Client, names: TokenNames, prompt: Prompt, model: str | None) -> Server:
-    """Finds the way to ask. model: its name in requests; None sends none.
+    """Finds the form of request that the server accepts. model: its name in requests; None sends none.
 
     Errors: CannotAsk when the server cannot be reached or offers no log-probs, with its last words to each form.
     """
@@ -157,7 +158,7 @@ def open_server(client: Client, names: TokenNames, prompt: Prompt, model: str | 
 
 
 def _best_form(server: Server, prompt: Prompt) -> Server:
-    """The same server, asked for its prompt's log-probs too where it gives them."""
+    """Returns the same server, asked for its prompt's log-probs too where it gives them."""
     notes = server.notes
     for form in ("prompt_logprobs", "echo") if server.way.path == COMPLETIONS else ():
         candidate = replace(server, form=form, notes=notes)
@@ -182,7 +183,7 @@ def _messages(prompt: Prompt) -> dict[str, Any]:
 
 
 def first_model(client: Client) -> str | None:
-    """The first model that ``/v1/models`` lists.
+    """Returns the first model that ``/v1/models`` lists.
 
     Errors: CannotAsk when nothing answers; a server without the list is asked without a name.
     """

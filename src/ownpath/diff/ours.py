@@ -1,4 +1,4 @@
-"""Our own log-probs of the same token ids, and what our tokenizer calls special."""
+"""Computes our own log-probs of the same token ids, and knows which tokens our tokenizer calls special."""
 
 from dataclasses import dataclass
 
@@ -12,13 +12,13 @@ from ownpath.model.model import Model
 
 @dataclass(frozen=True)
 class Ours:
-    """The model here. What it says is taken as right."""
+    """The model here, which is taken as right."""
 
     model: Model
     tokenizer: Tokenizer
 
     def logprobs(self, reading: Reading) -> torch.Tensor:
-        """Log-probs of every token at the reading's positions, on the CPU: [P, V], float32.
+        """Returns the log-probs of every token at the reading's positions, on the CPU: [P, V], float32.
 
         One forward over the sequence, in a fresh cache. Errors: ValueError when the sequence does not fit, or when a
         logit is not finite.

@@ -1,4 +1,4 @@
-"""What servers answer -> log-probs by token id. Pure; every server's form is read here and nowhere else.
+"""Reads servers' answers as log-probs by token id. Pure; every server's form is read here and nowhere else.
 
 A name that stands for no token, or for several, gives no id: it is never guessed.
 """
@@ -21,7 +21,7 @@ class Scored:
     """One position.
 
     token_id: None where its name is no token's. logprob: None where the server gave none.
-    top: the tokens it lists, by id. is_whole: none of them had a name that is no token's.
+    top: the tokens it lists, by id. is_whole: every listed name is a token's.
     """
 
     token_id: int | None
@@ -32,10 +32,10 @@ class Scored:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a server says of one sequence.
+    """A server's log-probs of one sequence.
 
     ids: the sequence, as far as its ids are known; scored[n] is of ids[start + n].
-    unnamed: what follows, from the first token whose id is not known.
+    unnamed: the positions from the first token whose id is not known.
     is_stopped: the answer ended by itself, not at its limit.
     """
 
@@ -56,7 +56,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class ChatReading:
-    """One answer of the chat endpoint. ids: None where the server did not tell them."""
+    """One answer of the chat endpoint. ids: None where the server did not report them."""
 
     prompt_ids: tuple[int, ...] | None
     num_prompt_tokens: int | None
@@ -69,7 +69,7 @@ class ChatReading:
 
 
 class TokenNames:
-    """Token names -> ids, by the tokenizer of the model here."""
+    """Looks up token ids by name, with the tokenizer of the model here."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._num_tokens = tokenizer.num_tokens
@@ -79,7 +79,7 @@ class TokenNames:
             self._ids[name] = None if name in self._ids else token_id
 
     def id_of(self, name: object) -> int | None:
-        """Of a text or ``token_id:N``."""
+        """Returns the id of a text or of ``token_id:N``; None if it has none."""
         if not isinstance(name, str):
             return None
         prefix, _, number = name.partition(":")
@@ -88,17 +88,17 @@ class TokenNames:
         return self._ids.get(name)
 
     def check(self, token_id: object) -> int | None:
-        """An id the server gave; None unless it is one of the tokenizer's."""
+        """Returns an id that the server gave; None unless it is one of the tokenizer's."""
         is_id = isinstance(token_id, int) and not isinstance(token_id, bool) and 0 <= token_id < self._num_tokens
         return token_id if is_id else None  # type: ignore[return-value]
 
     def of_entry(self, entry: Json) -> int | None:
-        """The token of a ``content`` entry: by its id where it has one, else by its name."""
+        """Returns the token of a ``content`` entry: by its id where it has one, else by its name."""
         return self.check(entry["id"]) if "id" in entry else self.id_of(entry.get("token"))
 
 
 def choice_of(answer: Json) -> Json:
-    """The first choice. Errors: Unreadable."""
+    """Returns the first choice. Errors: Unreadable."""
     choices = answer.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         raise Unreadable("choices: there is none")
@@ -107,7 +107,7 @@ def choice_of(answer: Json) -> Json:
 
 
 def read_prompt_logprobs(answer: Json, prompt_ids: Sequence[int], names: TokenNames) -> Reading:
-    """vLLM's ``prompt_logprobs``: one object a position, keyed by token id. Errors: Unreadable."""
+    """Reads vLLM's ``prompt_logprobs``: one object per position, keyed by token id. Errors: Unreadable."""
     rows = choice_of(answer).get("prompt_logprobs", answer.get("prompt_logprobs"))
     if not isinstance(rows, list) or len(rows) != len(prompt_ids):
         raise Unreadable("prompt_logprobs: not in the answer, or not one for each prompt token")
@@ -123,7 +123,7 @@ def read_prompt_logprobs(answer: Json, prompt_ids: Sequence[int], names: TokenNa
 
 
 def read_echo(answer: Json, prompt_ids: Sequence[int], names: TokenNames) -> Reading:
-    """OpenAI's ``echo``: the prompt's tokens before the answer's. Errors: Unreadable."""
+    """Reads OpenAI's ``echo``: the prompt's tokens before the answer's. Errors: Unreadable."""
     scored = _read_logprobs(choice_of(answer), names)[: len(prompt_ids)]
     if len(scored) < len(prompt_ids):
         raise Unreadable("logprobs: echo was ignored, the prompt's tokens are not in them")
@@ -135,7 +135,7 @@ def read_echo(answer: Json, prompt_ids: Sequence[int], names: TokenNames) -> Rea
 
 
 def read_generated(answer: Json, prompt_ids: Sequence[int], names: TokenNames) -> Reading:
-    """The answer's own tokens, as far as their ids are known. Errors: Unreadable."""
+    """Reads the answer's own tokens, as far as their ids are known. Errors: Unreadable."""
     choice = choice_of(answer)
     scored = _read_logprobs(choice, names)
     told = _ids(choice.get("token_ids"), names)
@@ -149,7 +149,7 @@ def read_generated(answer: Json, prompt_ids: Sequence[int], names: TokenNames) -
 
 
 def read_chat(answer: Json, names: TokenNames) -> ChatReading:
-    """Errors: Unreadable."""
+    """Reads an answer of the chat endpoint. Errors: Unreadable."""
     choice = choice_of(answer)
     message = choice.get("message")
     if not isinstance(message, dict):
@@ -173,12 +173,12 @@ def read_chat(answer: Json, names: TokenNames) -> ChatReading:
 
 
 def told_prompt_ids(answer: Json, names: TokenNames) -> tuple[int, ...] | None:
-    """The prompt as the server read it, if it says."""
+    """Returns the prompt's ids as the server read it, if it reports them."""
     return _ids(answer.get("prompt_token_ids", choice_of(answer).get("prompt_token_ids")), names)
 
 
 def _read_logprobs(choice: Json, names: TokenNames) -> list[Scored]:
-    """Either form: parallel lists (completions), or ``content`` entries (chat, and llama.cpp's completions)."""
+    """Reads either form: parallel lists (completions), or ``content`` entries (chat, and llama.cpp's completions)."""
     logprobs = choice.get("logprobs")
     if not isinstance(logprobs, dict):
         raise Unreadable("logprobs: not in the answer")
@@ -203,7 +203,7 @@ def _of_entry(entry: Json, names: TokenNames) -> Scored:
 
 
 def _top(pairs: Sequence[tuple[int | None, object]]) -> tuple[dict[int, float], bool]:
-    """A list by id, and whether every entry has one."""
+    """Returns a list by id, and whether every entry has one."""
     numbers = [(token_id, _number(value)) for token_id, value in pairs]
     top = {token_id: p for token_id, p in numbers if token_id is not None and p is not None}
     return top, len(top) == len(pairs)

@@ -1,4 +1,4 @@
-"""A difference, for people in ten seconds and for programs."""
+"""Formats a difference for people and for programs."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _UNKNOWN = "found       no signature: the server reads, caches and batches alike
 
 
 def numbers(difference: Difference) -> dict[str, float | int | None]:
-    """Everything that is averaged or counted over positions. Units: nats; None where nothing was given."""
+    """Averages and counts over positions. Units: nats; None where nothing was given."""
     positions = [p for comparison in difference.comparisons for p in comparison.positions]
     deltas = [abs(p.ours - p.theirs) for p in positions if p.theirs is not None]
     ranked = [p for p in positions if p.gap is not None]
@@ -40,12 +40,12 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _max(values: Sequence[float]) -> float | None:
-    """NaN if there is one."""
+    """Returns the maximum; NaN if there is one."""
     return math.nan if any(map(math.isnan, values)) else max(values, default=None)
 
 
 def first_divergence(difference: Difference) -> tuple[int, Position] | None:
-    """Of the first prompt that has one."""
+    """Returns the first divergence of the first prompt that has one."""
     for comparison in difference.comparisons:
         position = comparison.first_divergence(difference.tolerance)
         if position is not None:
@@ -54,7 +54,7 @@ def first_divergence(difference: Difference) -> tuple[int, Position] | None:
 
 
 def difference_text(difference: Difference, server: Server, tokenizer: Tokenizer, name: str) -> str:
-    """The verdict, the diagnosis, then the numbers."""
+    """Formats the verdict, the diagnosis, then the numbers."""
     n = numbers(difference)
     sent = "token ids" if server.way.sends_ids else "text"
     lines = [
@@ -77,7 +77,7 @@ def difference_text(difference: Difference, server: Server, tokenizer: Tokenizer
 
 
 def difference_dict(difference: Difference, server: Server, name: str, seed: int) -> dict[str, Any]:
-    """The same for programs. What is not finite is written as a string: JSON has no word for it."""
+    """Returns the same for programs. What is not finite is written as a string: JSON has no word for it."""
     first = first_divergence(difference)
     whole = {
         "model": name,

@@ -1,6 +1,6 @@
-"""What a broken server looks like from outside: one pure function a signature, from observations to a finding.
+"""Signatures of broken servers as seen from outside: one pure function each, from observations to a finding.
 
-Where the model here behaves the same way, it is no fault of the server: every signature is held against ours.
+Where the model here behaves the same way, the server is not at fault: every signature is compared with ours.
 """
 
 import math
@@ -20,11 +20,11 @@ LONGEST_RUN = 4
 
 @dataclass(frozen=True)
 class Observed:
-    """Everything that was seen. Prompt n's answers are at place n of each tuple.
+    """All observations of one server. Prompt n's answers are at index n of each tuple.
 
     generated: alone, the first time. cached: the same again. together: at once with all others, several a prompt.
     scored: the sequences that are compared. *_rows: our log-probs of them; ``generated_rows`` always has a first row.
-    text_ids: each prompt as the server read its text and as we do, where text was sent; None where it does not tell.
+    text_ids: each prompt as the server reads its text and as we do, where text was sent; None where it does not tell.
     """
 
     generated: tuple[Reading, ...]
@@ -41,7 +41,8 @@ class Observed:
 
 
 def _check(name: str, number: float | None, threshold: float, says: str, remedy: str, is_found: bool) -> Finding:
-    """FAIL: the number is beyond the threshold, as ``says`` explains. SKIPPED: the server does not show it."""
+    """Judges one signature. FAIL: the number is beyond the threshold, as ``says`` explains. SKIPPED: there is no
+    number."""
     if number is None:
         return Finding(name, "", Verdict.SKIPPED, says, limit=threshold)
     verdict = Verdict.FAIL if is_found else Verdict.PASS
@@ -175,7 +176,7 @@ SIGNATURES: tuple[Callable[[Observed], Finding], ...] = (
 
 
 def all_checks(seen: Observed) -> tuple[Finding, ...]:
-    """Every signature, in that order."""
+    """Runs every signature, in that order."""
     return tuple(signature(seen) for signature in SIGNATURES)
 
 
@@ -193,7 +194,7 @@ def _lists_apart(a: dict[int | None, float], b: dict[int | None, float]) -> floa
 
 
 def _longest_false_run(reading: Reading, rows_PV: torch.Tensor, tolerance: float) -> int:
-    """The longest run of one log-prob over which ours move by more than the tolerance."""
+    """Returns the longest run of one log-prob over which ours move by more than the tolerance."""
     longest, start = 0, 0
     for n, row in enumerate(reading.scored):
         before = reading.scored[start].logprob
@@ -206,7 +207,7 @@ def _longest_false_run(reading: Reading, rows_PV: torch.Tensor, tolerance: float
 
 
 def _ids_apart(theirs: Sequence[int], ours: Sequence[int]) -> tuple[int, str]:
-    """How many places differ, and the first of them in words."""
+    """Counts the places that differ, and describes the first of them."""
     num_common = min(len(theirs), len(ours))
     places = [n for n in range(num_common) if theirs[n] != ours[n]]
     off = len(places) + abs(len(theirs) - len(ours))

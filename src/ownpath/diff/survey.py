@@ -1,4 +1,4 @@
-"""Asks a server everything that the comparison and the signatures need, in the order that keeps the first times first.
+"""Asks a server everything that the comparison and the signatures need; first answers are asked for first.
 
 Each prompt alone, then the same again, then all at once several times, then their own tokens scored, then one chat.
 """
@@ -19,7 +19,7 @@ from ownpath.finding import Finding, failed
 
 @dataclass(frozen=True)
 class Effort:
-    """max_tokens: of each answer. num_together: requests a prompt, all at once."""
+    """max_tokens: of each answer. num_together: requests per prompt, all at once."""
 
     max_tokens: int = 16
     num_together: int = 2
@@ -28,7 +28,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Difference:
-    """What came out. checks: every signature."""
+    """The result of a survey. checks: every signature's finding."""
 
     comparisons: tuple[PromptComparison, ...]
     checks: tuple[Finding, ...]
@@ -48,12 +48,12 @@ class Difference:
 
     @property
     def agrees(self) -> bool:
-        """Whether nothing was found and no position diverges."""
+        """True if no signature was found and no position diverges."""
         return not self.found and self.num_divergent == 0
 
 
 def survey(server: Server, ours: Ours, prompts: Sequence[Prompt], effort: Effort) -> Difference:
-    """Errors: CannotAsk; ValueError when our own model cannot score what came back."""
+    """Runs the survey. Errors: CannotAsk; ValueError when our own model cannot score what came back."""
     generated = tuple(server.generate(prompt, effort.max_tokens) for prompt in prompts)
     cached = tuple(server.generate(prompt, effort.max_tokens) for prompt in prompts)
     together = _together(server, prompts, effort)
@@ -85,7 +85,7 @@ def survey(server: Server, ours: Ours, prompts: Sequence[Prompt], effort: Effort
 
 
 def _together(server: Server, prompts: Sequence[Prompt], effort: Effort) -> tuple[tuple[Reading, ...], ...]:
-    """Every prompt several times, all in flight at once."""
+    """Sends every prompt several times, all in flight at once."""
     num_requests = len(prompts) * effort.num_together
     if not num_requests:
         return ((),) * len(prompts)
@@ -96,7 +96,7 @@ def _together(server: Server, prompts: Sequence[Prompt], effort: Effort) -> tupl
 
 
 def _chat(server: Server, prompt: Prompt, effort: Effort) -> ChatReading | None:
-    """None where the server has no chat."""
+    """Sends the chat prompt; None where the server has no chat."""
     try:
         chat = server.chat(prompt, effort.max_tokens)
     except CannotAsk:

@@ -1,4 +1,4 @@
-"""Block scales: bytes that no quantiser writes, blocks that vanished or overflowed, and scales cast from MXFP4."""
+"""Checks block scales: bytes that no quantiser writes, blocks that vanished or overflowed, and casts from MXFP4."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -40,7 +40,7 @@ _LEGAL = {"F8_E4M3": bytes(range(0x7F)), "F8_E8M0": bytes(range(0xFF))}
 class BlockReport:
     """num_zero, num_saturated: of the ``num_blocks`` scales that were read, in ``num_modules`` modules.
 
-    cast_slots: slot -> whether all its modules' scales (those read) are as a lossless cast from MXFP4 writes them.
+    cast_slots: slot -> whether the scales read of all its modules look like a lossless cast from MXFP4.
     largest: module -> the largest of its scales, where all of them were read.
     num_rough: module -> how many scales stored as floats are no power of two.
     """
@@ -135,7 +135,8 @@ def _faults(info: TensorInfo, found: _Found, num_blocks: int) -> Iterator[Findin
 def _zero_faults(
     stored: StoredModule, index: CheckpointIndex, data: bytes, broken: frozenset[Path]
 ) -> Iterator[Finding]:
-    """A zero scale is right for a block of zeros. It is wrong over other codes, and for all that was read."""
+    """Yields wrong zero scales. Zero is right for a block of zeros, wrong over other codes, and wrong for all blocks
+    read."""
     info = stored.info(index, "scale")
     is_zero = torch.frombuffer(bytearray(data), dtype=_DTYPES[info.dtype]).view(_BITS[info.dtype]) == 0
     if is_zero.all():
@@ -149,7 +150,8 @@ def _zero_faults(
 
 
 def _has_codes(stored: StoredModule, index: CheckpointIndex, num_blocks: int, broken: frozenset[Path]) -> torch.Tensor:
-    """Whether each of a module's first blocks holds anything but zeros; what cannot be told is taken to."""
+    """Tells for each of a module's first blocks whether it holds anything but zeros; unreadable blocks count as
+    nonzero."""
     rows, columns = stored.encoding.format.block or (1, 1)
     if rows == 1 and stored.encoding.format.bits == 4:
         num_bytes = columns // 2
@@ -160,7 +162,7 @@ def _has_codes(stored: StoredModule, index: CheckpointIndex, num_blocks: int, br
 
 
 class _Casts:
-    """Whether each slot's scales are a lossless cast; several modules' scales are looked at in one go."""
+    """Tells whether each slot's scales are a lossless cast; several modules' scales are looked at in one go."""
 
     def __init__(self, global_scales: dict[str, float]) -> None:
         self.global_scales = global_scales
@@ -168,7 +170,8 @@ class _Casts:
         self.waiting: dict[str, tuple[bytearray, list[float]]] = {}
 
     def add(self, stored: StoredModule, info: TensorInfo, data: bytes) -> None:
-        """Rows are whole pairs or the tensor is no cast; the bytes read may end inside a row, not inside a pair."""
+        """Adds a module's scales. A cast's rows are whole pairs; the bytes read may end inside a row, not inside a
+        pair."""
         slot, global_scale = stored.slot, self.global_scales.get(stored.spec.name)
         if not self.verdicts.setdefault(slot, True):
             return

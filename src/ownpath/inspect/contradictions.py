@@ -1,4 +1,4 @@
-"""Where config.json, hf_quant_config.json and the tokenizer say something else than the tensors."""
+"""Compares config.json, hf_quant_config.json and the tokenizer with the tensors."""
 
 import json
 import re
@@ -26,14 +26,14 @@ _ALGORITHMS = {"NVFP4": "NVFP4", "FP8_PB_WO": "FP8_BLOCK", "MXFP4": "MXFP4"}
 
 
 def file_problem(path: Path, check: str) -> Finding | None:
-    """Why a JSON file beside the weights cannot be opened safely; ``None``: it can, or it is not there."""
+    """Returns why a JSON file beside the weights cannot be opened safely; ``None``: it can, or it is not there."""
     if path.exists() and (not path.is_file() or path.stat().st_size > MAX_JSON_BYTES):
         return make_problem(check, path.name, f"{path}: not a regular file of at most {MAX_JSON_BYTES} bytes")
     return None
 
 
 def config_problems(config: ModelConfig, index: CheckpointIndex) -> Iterator[Finding]:
-    """Counts and layer types of config.json against those that the tensors' names show."""
+    """Compares counts and layer types of config.json with those that the tensors' names show."""
     layers: dict[int, set[str]] = {}
     experts: set[int] = set()
     for name in index.tensors:
@@ -68,7 +68,7 @@ def _contradiction(field: str, value: int, found: str) -> Finding:
 
 
 def format_problems(folder: Path, modules: tuple[StoredModule, ...]) -> Iterator[Finding]:
-    """Modules that hf_quant_config.json (where there is one) says are stored in another format than they are."""
+    """Yields modules stored in another format than hf_quant_config.json (where there is one) says."""
     content = yield from json_object(folder / QUANT_CONFIG, "format-contradiction")
     declared = content.get("quantization")
     if isinstance(declared, dict):
@@ -112,7 +112,7 @@ def _format_contradiction(name: str, said: str, found: str) -> Finding:
 
 
 def tokenizer_problems(folder: Path, config: ModelConfig) -> Iterator[Finding]:
-    """The tokenizer against the embedding's rows and config.json's ids."""
+    """Compares the tokenizer with the embedding's rows and config.json's ids."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         problem = file_problem(folder / name, "tokenizer")
         if problem is not None:

@@ -1,4 +1,4 @@
-"""What chooses experts: tables that name one twice, and biases that were lost."""
+"""Checks the inputs of expert choice: tables that name one expert twice, and biases that were lost."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -19,7 +19,7 @@ _BIAS = re.compile(r".+\.ffn\.gate\.bias")
 
 @dataclass(frozen=True)
 class Bias:
-    """One layer's router bias. num_ties: experts whose bias another one has too, bit by bit."""
+    """One layer's router bias. num_ties: experts whose bias equals another one's, bit by bit."""
 
     key: str
     num_experts: int
@@ -32,7 +32,7 @@ class Bias:
 def read_biases(
     params: Iterable[ParamSpec], index: CheckpointIndex, broken: frozenset[Path], problems: list[Finding]
 ) -> tuple[Bias, ...]:
-    """Every router bias; shards that cannot be read are added to ``problems``."""
+    """Reads every router bias; shards that cannot be read are added to ``problems``."""
     keys = [param.key for param in params if _BIAS.fullmatch(param.key)]
     biases = []
     for info, data in read_values((index[key] for key in keys), broken, problems):
@@ -46,7 +46,7 @@ def read_biases(
 
 
 def bias_problems(biases: Iterable[Bias]) -> Iterator[Finding]:
-    """Biases that are no numbers, and those that are constant while other layers' are not.
+    """Yields biases that are not finite, and those that are constant while other layers' are not.
 
     Where every layer's is constant, the model was trained without one.
     """
@@ -64,7 +64,7 @@ def bias_problems(biases: Iterable[Bias]) -> Iterator[Finding]:
 def repeated_ids(
     params: Iterable[ParamSpec], index: CheckpointIndex, broken: frozenset[Path], problems: list[Finding]
 ) -> Iterator[Finding]:
-    """Tables of expert ids in which a token has one expert twice."""
+    """Yields tables of expert ids in which a token has one expert twice."""
     tables = [index[param.key] for param in params if index[param.key].dtype in _DTYPES]
     for info, data in read_values(tables, broken, problems):
         ids = torch.frombuffer(bytearray(data), dtype=_DTYPES[info.dtype]).view(info.shape).sort(dim=1).values

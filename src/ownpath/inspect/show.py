@@ -1,4 +1,4 @@
-"""An inspection as people and programs read it."""
+"""Formats an inspection for people and for programs."""
 
 from collections import Counter
 from dataclasses import asdict
@@ -26,7 +26,7 @@ _SHAPE = (
 
 
 def inspection_dict(inspection: Inspection) -> dict[str, Any]:
-    """The inspection for programs; the keys are documented in docs/inspect.md."""
+    """Returns the inspection for programs; the keys are documented in docs/inspect.md."""
     index, contents = inspection.index, inspection.contents
     problems = [
         {"check": p.id, "where": p.where, "problem": p.message, "remedy": p.remedy} for p in inspection.problems
@@ -65,7 +65,7 @@ def _contents_dict(inspection: Inspection, contents: Contents) -> dict[str, Any]
 
 
 def inspection_text(inspection: Inspection) -> str:
-    """A page: what the checkpoint is, how it is stored, what it takes to run, and what is wrong with it."""
+    """Returns a page: the checkpoint, how it is stored, what it takes to run, and what is wrong with it."""
     index, contents = inspection.index, inspection.contents
     num_files = len({info.file for info in index.tensors.values()})
     total = sum(info.num_bytes for info in index.tensors.values())
@@ -134,6 +134,6 @@ def _size(num_bytes: int) -> str:
 
 
 def printable(line: str) -> str:
-    """Names come from files: whatever a terminal would act on is spelled out, and no line floods it."""
+    """Escapes what a terminal would act on, since names come from files, and cuts a line that is too long."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
     return text if len(text) <= MAX_WIDTH else f"{text[:MAX_WIDTH]}…"

@@ -1,4 +1,4 @@
-"""ProbeAnswers -> verdicts. Every threshold is here, with its reason."""
+"""Turns the answers to the fixed prompts into findings. Every threshold is here, with its reason."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -44,10 +44,10 @@ layers and both directions: 2^-4 * sqrt(122) = 0.7."""
 
 @dataclass(frozen=True)
 class Facts:
-    """What the checks must know of the model.
+    """The model's facts that the checks need.
 
     special_ids: tokens that answers do not show, EOS among them.
-    golden: whether the expected text was in the answer, which ended by itself; None where nothing is known.
+    golden: whether the expected text was in the answer, which ended by itself; None where no answer is known.
     """
 
     num_vocab: int
@@ -74,7 +74,7 @@ REMEDIES = {
 
 
 def judge(evidence: ProbeAnswers, facts: Facts) -> list[Finding]:
-    """Every check, in the order of their ids."""
+    """Runs every check, in the order of their ids."""
     everything = evidence.all()
     num_non_finite = sum(seen.is_non_finite for seen in everything)
     num_unanswered = sum(
@@ -89,7 +89,7 @@ def judge(evidence: ProbeAnswers, facts: Facts) -> list[Finding]:
 
 
 def all_checks() -> list[Finding]:
-    """What ``judge`` asks, with nothing seen: ids, what is measured, what is allowed and the remedies."""
+    """Returns the checks of ``judge`` without evidence: ids, what is measured, what is allowed and the remedies."""
     nothing = Seen(())
     return judge(ProbeAnswers((), nothing, None, nothing, None, None, None), Facts(1, (), torch.float32, None))
 

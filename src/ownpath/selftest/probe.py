@@ -1,4 +1,4 @@
-"""Fixed prompts through the running engine, and the raw distributions that come back."""
+"""Runs fixed prompts through the engine and collects the raw distributions."""
 
 import queue
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ OTHER_TEXT = (
 
 @dataclass(frozen=True)
 class Seen:
-    """What came of one prompt.
+    """The output of one prompt.
 
     rows: the distribution after each token, from the first on: of the prompt, then of the answer. None after an error.
     answer_ids: raw token ids, special ones included.
@@ -44,12 +44,12 @@ class Seen:
 
     @property
     def prompt_rows(self) -> tuple[Distribution, ...]:
-        """Those that only the prompt decides."""
+        """The distributions that the prompt alone decides."""
         return self.rows[: len(self.prompt_ids)]
 
     @property
     def answer_rows(self) -> tuple[Distribution, ...]:
-        """Those that chose the answer's tokens."""
+        """The distributions that chose the answer's tokens."""
         return self.rows[len(self.prompt_ids) - 1 :]
 
 
@@ -63,7 +63,7 @@ class Golden:
 
 @dataclass(frozen=True)
 class ProbeAnswers:
-    """Everything that the checks look at; None where the context or the step has no room for it.
+    """The outputs of all prompts; None where the context or the step has no room for one.
 
     short: prompts of one and two tokens.
     first, other: two texts of a window's length that end with the same token.
@@ -81,13 +81,13 @@ class ProbeAnswers:
     golden: Seen | None
 
     def all(self) -> tuple[Seen, ...]:
-        """What came of every prompt."""
+        """Lists the output of every prompt."""
         maybe = (self.first, self.other, self.repeated, self.replayed, self.chunked, self.golden)
         return (*self.short, *(seen for seen in maybe if seen is not None))
 
 
 def gather(engine: Engine, tokenizer: Tokenizer, window: int, golden: Golden | None) -> ProbeAnswers:
-    """Asks the engine; nothing else should run on it meanwhile.
+    """Runs the prompts; nothing else should run on the engine meanwhile.
 
     window: the model's sliding window; the texts fill it where the context allows, and their answers pass it.
     Errors: TokenizerError, EngineStopped.
@@ -150,7 +150,7 @@ def _params(max_tokens: int) -> SamplingParams:
 
 
 def _texts(tokenizer: Tokenizer, num_tokens: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Two texts of so many tokens that end with the same one. Errors: TokenizerError."""
+    """Makes two texts of ``num_tokens`` tokens that end with the same one. Errors: TokenizerError."""
     first, other = (_filled(tokenizer.encode_text(text), num_tokens) for text in (TEXT, OTHER_TEXT))
     return first, other[:-1] + first[-1:]
 
@@ -162,7 +162,7 @@ def _filled(ids: Sequence[int], num_tokens: int) -> tuple[int, ...]:
 
 
 def _chunked(engine: Engine, ids: tuple[int, ...]) -> Seen | None:
-    """The prompt behind others that leave it only part of the first step; None if they cannot."""
+    """Runs the prompt behind others that leave it only part of the first step; None if they cannot."""
     config = engine.config
     num_fill = config.max_prefill_tokens - len(ids) // 3
     if len(ids) < 3 or num_fill < 1:

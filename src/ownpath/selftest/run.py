@@ -1,4 +1,4 @@
-"""The self-test as a whole, and how people read it."""
+"""Runs the self-test, and formats its report."""
 
 import time
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ KNOWN_QUESTION, KNOWN_ANSWER = "The capital of France is", "Paris"
 
 @dataclass(frozen=True)
 class SelfTestReport:
-    """Every check, and how long they took together."""
+    """The findings of every check, and how long they took together."""
 
     checks: tuple[Finding, ...]
     seconds: float
@@ -31,14 +31,14 @@ class SelfTestReport:
         return tuple(failed(self.checks))
 
     def failed_ids(self) -> str:
-        """Their ids, for one line."""
+        """The ids of the failed checks, for one line."""
         return ", ".join(check.id for check in self.failed)
 
 
 def known_question(folder: Path, tokenizer: Tokenizer) -> Golden | None:
-    """What the model in a folder must know; None for any but the embedded one and its copies.
+    """Returns the question that the embedded model (or a copy of it) can answer; None for any other model.
 
-    Weights are what is to be tested: a model is known by its config and its vocabulary.
+    The weights are what is tested, so a model is recognised by its config and its vocabulary.
     Errors: OSError.
     """
     embedded = default_model_dir()
@@ -66,13 +66,13 @@ def self_test(engine: Engine, tokenizer: Tokenizer, window: int, golden: Golden 
 
 
 def _is_answered(seen: Seen, golden: Golden, tokenizer: Tokenizer, special_ids: set[int]) -> bool:
-    """Whether the text has what is expected, and the model ended it itself."""
+    """True if the text contains the expected answer and the model ended it itself."""
     data = b"".join(tokenizer.token_bytes(i) for i in seen.answer_ids if i not in special_ids)
     return golden.expected in data.decode("utf-8", "replace") and seen.finish_reason is FinishReason.STOP
 
 
 def report_text(report: SelfTestReport) -> str:
-    """A table, the failed checks first and with their remedies."""
+    """Returns a table, the failed checks first and with their remedies."""
     failed = report.failed
     lines = [f"self-test: {len(failed)} of {len(report.checks)} checks failed, {report.seconds:.1f} s"]
     for check in sorted(report.checks, key=lambda check: check.verdict is not Verdict.FAIL):

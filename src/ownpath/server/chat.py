@@ -16,7 +16,7 @@ Chunk = dict[str, Any]
 
 
 def sampling_params(request: ChatRequest, prompt: Prompt, max_model_len: int) -> SamplingParams:
-    """The request's parameters; without a limit of its own the answer may fill the context."""
+    """Builds the request's parameters; without a limit of its own the answer may fill the context."""
     room = max(max_model_len - len(prompt.ids), 1)
     max_tokens = request.max_completion_tokens or request.max_tokens or room
     return SamplingParams(
@@ -31,7 +31,7 @@ def sampling_params(request: ChatRequest, prompt: Prompt, max_model_len: int) ->
 async def chat_chunks(
     request: ChatRequest, generation: Generation, tokenizer: Tokenizer, model_id: str
 ) -> AsyncIterator[Chunk]:
-    """The answer as ``chat.completion.chunk`` objects; the last one has the usage and no choices."""
+    """Yields the answer as ``chat.completion.chunk`` objects; the last one has the usage and no choices."""
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion.chunk",
@@ -59,7 +59,7 @@ async def chat_chunks(
 
 
 def fold_chat(chunks: Iterable[Chunk]) -> dict[str, Any]:
-    """The chunks of one answer -> the ``chat.completion`` object."""
+    """Folds the chunks of one answer into the ``chat.completion`` object."""
     answer: dict[str, Any] = {}
     message: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
     choice: dict[str, Any] = {"index": 0, "message": message, "logprobs": None, "finish_reason": None}
@@ -80,7 +80,7 @@ def fold_chat(chunks: Iterable[Chunk]) -> dict[str, Any]:
 
 
 def _message_delta(parts: Sequence[Part]) -> dict[str, Any]:
-    """What one step adds to the message, in the shape of a streamed delta."""
+    """Returns what one step adds to the message, in the shape of a streamed delta."""
     delta: dict[str, Any] = {}
     calls: dict[int, dict[str, Any]] = {}
     for part in parts:

@@ -18,7 +18,7 @@ _LOGPROB_KEYS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
 def sampling_params(request: CompletionRequest, prompts: list[Prompt], max_model_len: int) -> SamplingParams:
-    """The request's parameters. The default limit, unlike a given one, shrinks to what the context has left."""
+    """Builds the request's parameters. The default limit, unlike a given one, shrinks to what the context has left."""
     room = min(max_model_len - len(prompt.ids) for prompt in prompts)
     default = max(min(_DEFAULT_MAX_TOKENS, room), 1)
     return SamplingParams(
@@ -34,7 +34,7 @@ def sampling_params(request: CompletionRequest, prompts: list[Prompt], max_model
 async def completion_chunks(
     request: CompletionRequest, generation: Generation, tokenizer: Tokenizer, model_id: str
 ) -> AsyncIterator[Chunk]:
-    """The answer as ``text_completion`` objects; the last one has the usage and no choices."""
+    """Yields the answer as ``text_completion`` objects; the last one has the usage and no choices."""
     head = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",
@@ -50,7 +50,7 @@ async def completion_chunks(
 
 
 def fold_completion(chunks: Iterable[Chunk]) -> dict[str, Any]:
-    """The chunks of one answer -> one ``text_completion`` object with every choice whole."""
+    """Folds the chunks of one answer into one ``text_completion`` object with every choice whole."""
     answer: dict[str, Any] = {}
     choices: dict[int, dict[str, Any]] = {}
     for chunk in chunks:
@@ -76,7 +76,7 @@ def _extend(choice: dict[str, Any], part: dict[str, Any]) -> None:
 
 
 class _ChoiceWriter:
-    """Writes one choice's deltas as chunks; the first also repeats what was asked to be repeated of the prompt."""
+    """Writes one choice's deltas as chunks; the first also holds the parts of the prompt that ``echo`` repeats."""
 
     def __init__(self, request: CompletionRequest, prompt: Prompt, tokenizer: Tokenizer) -> None:
         self._request, self._prompt, self._tokenizer = request, prompt, tokenizer
@@ -84,7 +84,7 @@ class _ChoiceWriter:
         self._is_first = True
 
     def write(self, delta: Delta) -> dict[str, Any] | None:
-        """The chunk's choice; None when there is nothing to say yet."""
+        """Returns the chunk's choice; None when there is nothing to say yet."""
         text = (self._echo_text if self._is_first else "") + delta.text
         choice = {
             "index": delta.index,
@@ -120,7 +120,7 @@ class _ChoiceWriter:
         }
 
     def _prompt_offsets(self) -> list[int]:
-        """Where each prompt token's text begins. A BOS that was added is not part of the echoed text."""
+        """Returns the offset of each prompt token's text. An added BOS is not part of the echoed text."""
         detokenizer = Detokenizer(self._tokenizer, show_special=True)
         texts = [detokenizer.feed(token_id) for token_id in self._prompt.ids]
         if self._prompt.text is not None and self._tokenizer.add_bos:
@@ -128,7 +128,7 @@ class _ChoiceWriter:
         return _starts(texts)
 
     def _top(self, token: ScoredToken) -> dict[str, float] | None:
-        """The likeliest tokens by text, and always the token itself."""
+        """Maps the likeliest tokens' texts to their log-probabilities, always including the token itself."""
         if token.logprob is None:
             return None
         top: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""The parts of a chat request that the model gets to read: messages, tools, how to think, how to answer."""
+"""The parts of a chat request that shape the prompt: messages, tools, reasoning, and the answer's format."""
 
 from typing import Annotated, Any, Literal
 
@@ -17,7 +17,7 @@ class Strict(BaseModel):
 
 
 def _content(value: Any) -> str:
-    """Text, or text parts joined as the format joins the parts of a turn."""
+    """Returns text; text parts are joined as the format joins the parts of a turn."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
@@ -42,7 +42,7 @@ Name = Annotated[str, AfterValidator(_name)]
 
 
 class CalledFunction(Strict):
-    """What an earlier answer called. arguments: the text of a JSON object, as the answer had it."""
+    """The function that an earlier answer called. arguments: the text of a JSON object, as in that answer."""
 
     name: Name
     arguments: str
@@ -66,7 +66,7 @@ class ChatMessage(Strict):
     tool_call_id: str | None = None
 
     def check(self, param: str) -> None:
-        """Errors: ApiError 400 for a field that is missing, or that this role does not have."""
+        """Refuses a field that is missing, or that this role does not have. Errors: ApiError 400."""
         if self.role not in ROLES:
             raise bad_request(
                 f"{param}role: {shorten(self.role)} is not supported yet", f"{param}role", "unsupported_value"
@@ -84,13 +84,13 @@ class ChatMessage(Strict):
             raise bad_request(f"{param}{name}: a message of role {self.role!r} has none", f"{param}{name}")
 
     def as_message(self) -> Message:
-        """The message as the encoder takes it."""
+        """Converts the message for the encoder."""
         calls = tuple(ToolCall(call.function.name, call.function.arguments, call.id) for call in self.tool_calls)
         return Message(self.role, self.content or "", self.reasoning_content, calls, self.tool_call_id or "")
 
 
 def _function(value: Any) -> dict[str, Any]:
-    """A function's own object, which the model reads as it was sent; null is not sent."""
+    """Returns a function's own object, which the model reads as it was sent; null is not sent."""
     if not isinstance(value, dict):
         raise ValueError("must be an object")
     function = {key: item for key, item in value.items() if item is not None}
@@ -133,13 +133,13 @@ ToolChoice = Annotated[str, BeforeValidator(_tool_choice)]
 
 
 class Thinking(Strict):
-    """Whether the answer opens with reasoning."""
+    """Turns reasoning on or off."""
 
     type: Literal["enabled", "disabled"]
 
 
 class TemplateOptions(Strict):
-    """The same wishes where clients of other servers put them."""
+    """The same options under the names that other servers' clients use."""
 
     thinking: bool | None = None
     enable_thinking: bool | None = None
@@ -147,7 +147,7 @@ class TemplateOptions(Strict):
 
 
 class JsonSchema(Strict):
-    """A schema to adhere to. name: a label for the client's own use."""
+    """A schema for the answer. name: a label for the client's own use."""
 
     name: str | None = None
     # The name "schema" is taken by the base class.
@@ -156,19 +156,19 @@ class JsonSchema(Strict):
 
 
 class ResponseFormat(Strict):
-    """What the answer is asked to look like."""
+    """The format that the answer should have."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
     def check(self) -> None:
-        """Errors: ApiError 400."""
+        """Refuses contradicting fields. Errors: ApiError 400."""
         if (self.json_schema is not None) != (self.type == "json_schema"):
             text = "response_format: json_schema goes with the type 'json_schema', and only with it"
             raise bad_request(text, "response_format.json_schema")
 
     def schema_for_model(self) -> Any:
-        """What the format puts into the prompt; None for nothing."""
+        """Returns the schema that the prompt asks for; None for none."""
         if self.json_schema is not None:
             return self.json_schema.value
         return {"type": "json_object"} if self.type == "json_object" else None

@@ -1,4 +1,4 @@
-"""Why an answer has no content: never left to guess."""
+"""Explains an answer without content, so that clients need not guess."""
 
 from collections.abc import Sequence
 from enum import Enum
@@ -39,18 +39,18 @@ MEANING = MappingProxyType(
 
 
 class ContentWatch:
-    """Follows one answer and says at its end why there was nothing to read, if there was nothing."""
+    """Follows one answer and says at its end why it had no content, if it had none."""
 
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
         self._kinds: set[type[Part]] = set()
 
     def see(self, parts: Sequence[Part]) -> None:
-        """More of the answer."""
+        """Takes more parts of the answer."""
         self._kinds |= {type(part) for part in parts}
 
     def reason(self, num_shown_tokens: int, is_cut: bool) -> EmptyContent | None:
-        """None if there was content.
+        """Returns why there was no content; None if there was.
 
         num_shown_tokens: tokens generated, without the EOS that ended the answer. is_cut: a limit ended it.
         """

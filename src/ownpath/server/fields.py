@@ -80,5 +80,5 @@ STREAM_OPTIONS: Neutral = {"continuous_usage_stats": (False,), "include_obfuscat
 
 
 def asks_for_something(value: Any, neutral: tuple[Any, ...]) -> bool:
-    """Whether a value differs from every neutral one. ``true`` is not 1 and ``false`` is not 0."""
+    """True if a value differs from every neutral one. ``true`` is not 1 and ``false`` is not 0."""
     return not any(isinstance(value, bool) == isinstance(other, bool) and value == other for other in neutral)

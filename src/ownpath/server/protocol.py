@@ -1,4 +1,4 @@
-"""Requests as types: what is read, in which range, and the refusal of everything else."""
+"""Requests as types: the fields that are read, their ranges, and the refusal of everything else."""
 
 from typing import Annotated, Any, TypeVar
 
@@ -36,7 +36,7 @@ def _stops(value: Any) -> list[str]:
 
 
 def _prompts(value: Any) -> list[str] | list[list[int]]:
-    """All four forms of a prompt as a list of prompts, texts or token ids."""
+    """Reads all four forms of a prompt as a list of prompts, texts or token ids."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
@@ -54,7 +54,7 @@ def _is_token_ids(value: list[Any]) -> bool:
 
 
 class StreamOptions(Strict):
-    """What a stream ends with."""
+    """Options of a stream."""
 
     include_usage: bool = False
 
@@ -117,21 +117,21 @@ class ChatRequest(_GenerationRequest):
 
     @property
     def functions(self) -> tuple[dict[str, Any], ...]:
-        """The functions that the model is told about: with ``tool_choice`` "none" it is told of none."""
+        """The functions to tell the model about: none with ``tool_choice`` "none"."""
         return () if self.tool_choice == "none" else tuple(tool.function for tool in self.tools)
 
     @property
     def effort(self) -> str | None:
-        """The word for how hard to think, "none" included; None without one."""
+        """The word for the reasoning effort, "none" included; None without one."""
         return self.reasoning_effort or self.chat_template_kwargs.reasoning_effort
 
     @property
     def thinks(self) -> bool:
-        """Whether the answer opens with reasoning: only if something asks for it."""
+        """True if the answer should open with reasoning: only if a field asks for it."""
         return True in self.thinking_wishes()
 
     def thinking_wishes(self) -> set[bool | None]:
-        """What the fields say about thinking, each for itself; None says nothing."""
+        """The values that the fields give to thinking, each for itself; None says nothing."""
         options = self.chat_template_kwargs
         by_type = None if self.thinking is None else self.thinking.type == "enabled"
         words = (self.reasoning_effort, options.reasoning_effort)
@@ -152,7 +152,7 @@ class CompletionRequest(_GenerationRequest):
 
 
 def read_chat_request(body: dict[str, Any]) -> ChatRequest:
-    """Errors: ApiError 400 naming the field."""
+    """Validates a chat request. Errors: ApiError 400 naming the field."""
     body = _known_fields(body, fields.CHAT, ChatRequest)
     body = _known_nested(body)
     if isinstance(body.get("messages"), list):
@@ -168,7 +168,7 @@ def read_chat_request(body: dict[str, Any]) -> ChatRequest:
 
 
 def read_completion_request(body: dict[str, Any]) -> CompletionRequest:
-    """Errors: ApiError 400 naming the field."""
+    """Validates a completions request. Errors: ApiError 400 naming the field."""
     body = _known_nested(_known_fields(body, fields.COMPLETION, CompletionRequest))
     request = _validate(CompletionRequest, body)
     _check_stream_options(request)
@@ -219,7 +219,7 @@ def _known_nested(body: dict[str, Any]) -> dict[str, Any]:
 def _known_fields(
     body: dict[str, Any], unsupported: fields.Neutral, model: type[BaseModel], prefix: str = ""
 ) -> dict[str, Any]:
-    """The fields that are implemented; neutral values of the others are dropped, everything else is refused."""
+    """Keeps the fields that are implemented; drops neutral values of the others, refuses everything else."""
     known = {}
     for name, value in body.items():
         if value is None:

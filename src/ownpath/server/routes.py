@@ -30,10 +30,10 @@ Chunk = dict[str, Any]
 
 @dataclass(frozen=True)
 class Api:
-    """What every endpoint works with.
+    """The objects behind every endpoint.
 
     created: when the model was loaded, in seconds since 1970.
-    release: whose words for ``reasoning_effort`` the model knows; a key of ``effort.RELEASES``.
+    release: the release whose ``reasoning_effort`` words the model knows; a key of ``effort.RELEASES``.
     """
 
     engine: Engine
@@ -94,7 +94,7 @@ class Api:
         chunks: AsyncIterator[Chunk],
         fold: Callable[[Iterable[Chunk]], dict[str, Any]],
     ) -> Response:
-        """The chunks as a stream, or folded; either way the generation ends when the client goes."""
+        """Answers with the chunks as a stream, or folded; either way the generation ends when the client goes."""
         if asked.stream:
             wants_usage = asked.stream_options is not None and asked.stream_options.include_usage
             return EventStream(_stream_events(chunks, wants_usage), generation.close)
@@ -104,7 +104,7 @@ class Api:
             generation.close()
 
     def _chat_answer(self, asked: ChatRequest) -> Answer:
-        """Reads for the parts that the request opens the way to. Errors: ApiError 400."""
+        """Makes the parser for the parts that the request allows. Errors: ApiError 400."""
         parser = AnswerParser(asked.thinks, offers_tools=bool(asked.functions))
         try:
             return Answer(self.tokenizer, asked.stop, parser)
@@ -131,7 +131,7 @@ async def _collect(events: AsyncIterator[Chunk]) -> list[Chunk]:
 
 
 async def _stream_events(events: AsyncIterator[Chunk], wants_usage: bool) -> AsyncIterator[Chunk]:
-    """The chunks as clients expect them: usage only if asked for, and then a null in every other chunk."""
+    """Yields the chunks as clients expect them: usage only if asked for, and then a null in every other chunk."""
     async for event in events:
         if not wants_usage and not event["choices"]:
             continue
