@@ -1,4 +1,4 @@
-"""What is installed here and decides how things run, for every result that names where it comes from."""
+"""Versions of the installed software that decides how things run, for every result that names its origin."""
 
 import importlib.metadata
 import platform
@@ -12,7 +12,8 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of torch's CUDA ("" without), and of the packages that are installed; a source tree is no package."""
+    """Returns versions of Python, torch's CUDA ("" without), and the installed packages; a source tree is no
+    package."""
     found = {"python": platform.python_version(), "cuda": torch.version.cuda or ""}
     for package in _PACKAGES:
         try:

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
     client = Client.of_url(args.against, args.timeout, _api_key(args.api_key_env))
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
-    listed = first_model(client)  # before minutes of loading: is anybody there?
+    listed = first_model(client)  # before minutes of loading: is the server there?
     loaded = load_for(args, max_num_seqs=1)
     prompts = make_prompts(loaded.tokenizer, seed, args.prompt)
     probe = probe_prompt(loaded.tokenizer)

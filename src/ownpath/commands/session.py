@@ -1,4 +1,4 @@
-"""What ``generate``, ``serve`` and ``diff`` share: a model folder -> tokenizer and model, or a running engine."""
+"""Loads a model folder for ``generate``, ``serve`` and ``diff``: tokenizer and model, or a running engine."""
 
 import argparse
 import contextlib
@@ -32,7 +32,7 @@ class Session:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model and what belongs to it."""
+    """A model with its tokenizer and configuration."""
 
     folder: Path
     tokenizer: Tokenizer

@@ -71,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_can_be_written(args: argparse.Namespace) -> None:
-    """Before minutes of work are spent. Errors: ValueError for a report whose folder is not there, or that is one."""
+    """Checks the report's path before minutes of work. Errors: ValueError if its folder is missing, or it is a
+    folder."""
     json_path = None if args.json in (None, "-") else Path(args.json)
     for path in (json_path, args.html):
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
@@ -83,7 +84,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _layers(text: str) -> frozenset[int]:
-    """``0,3-5`` -> {0, 3, 4, 5}."""
+    """Parses layer ids: ``0,3-5`` -> {0, 3, 4, 5}."""
     found: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.partition("-")

@@ -1,5 +1,5 @@
-"""Calls that mean nothing are refused, unusual ones that mean something give the same result, and results are as
-wide as the activations (K10)."""
+"""Checks contracts (K10): meaningless calls are refused, unusual but meaningful ones give the same result, and results
+are as wide as the activations."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
@@ -16,7 +16,7 @@ that are read from the wrong place are off by their own size."""
 
 
 def contract_problems(call: KernelCall) -> Iterator[str]:
-    """For each thing that can be wrong, that it is, or an empty string."""
+    """Yields one string per possible violation: a description, or empty where there is none."""
     for wrong, args in wrong_calls(call):
         yield "" if _is_refused(call.with_args(*args)) else f"{wrong}: not refused"
     for strange, args in strange_calls(call):
@@ -26,7 +26,7 @@ def contract_problems(call: KernelCall) -> Iterator[str]:
 
 
 def _narrow_results(call: KernelCall) -> Iterator[torch.dtype]:
-    """Dtypes of results that hold less than the activations do; a mix within a result is K08's."""
+    """Yields dtypes of results that hold less than the activations do; a mix within a result is K08's."""
     try:
         result = call()
     except Exception:  # K02 reports it
@@ -45,7 +45,7 @@ def _is_refused(call: KernelCall) -> bool:
 
 
 def _is_same_or_refused(call: KernelCall, strange: KernelCall) -> bool:
-    """Whether a call with unusual strides is refused or gives what it gives without them."""
+    """True if a call with unusual strides is refused or gives the same result as without them."""
     try:
         found = list(tensors_of(strange()))
     except Exception:  # refused
@@ -60,7 +60,7 @@ def _same(found: torch.Tensor, usual: torch.Tensor) -> bool:
 
 
 def wrong_calls(call: KernelCall) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """(what is wrong, arguments) of calls without a meaning."""
+    """Yields (fault, arguments) of calls without a meaning."""
     x, *rest = call.args
     if call.is_product:
         yield "integer activations", (x.to(torch.int32), *rest)
@@ -70,7 +70,7 @@ def wrong_calls(call: KernelCall) -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 
 def strange_calls(call: KernelCall) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Activations whose rows, or whose features, are not next to each other."""
+    """Yields activations whose rows, or whose features, are not contiguous."""
     x, *rest = call.args
     apart = x.new_zeros(len(x), 2, *x.shape[1:])
     apart[:, 0] = x

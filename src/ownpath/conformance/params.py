@@ -33,9 +33,9 @@ POSITIONS = (0, 1, 4096, 131072, 1_000_000)
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the arguments of an operation depend on; what it has nothing to do with stays 0.
+    """The sizes that the arguments of an operation depend on; 0 where it has no such size.
 
-    width: of the rows that enter. expert_ids: those that tokens are sent to. angles: (cos, sin) of each row [T, F].
+    width: of the input rows. expert_ids: the experts that tokens are sent to. angles: (cos, sin) of each row [T, F].
     """
 
     width: int
@@ -49,30 +49,30 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Draw:
-    """Random values that depend on words, and on nothing that was drawn before."""
+    """Draws random values that depend on the given words only, not on earlier draws."""
 
     name: str
     device: torch.device
     dtype: torch.dtype
 
     def normal(self, seed: str, *shape: int) -> Tensor:
-        """Standard normal float32 values, the same for the same words on the same kind of device."""
+        """Draws standard normal float32 values, the same for the same words on the same kind of device."""
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.name} {seed}".encode()))
         return torch.randn(*shape, generator=generator, device=self.device)
 
     def rows(self, seed: str, num_rows: int, width: int) -> Tensor:
-        """Activations of ordinary and of extreme size: [num_rows, width]."""
+        """Draws activations of ordinary and of extreme size: [num_rows, width]."""
         x = self.normal(seed, num_rows, width)
         x[::3, :: max(1, width // 100)] *= OUTLIER
         return self.sized(x, AMPLITUDES)
 
     def sized(self, x: Tensor, sizes: tuple[float, ...]) -> Tensor:
-        """Rows of x times the sizes in turn, in the activations' dtype."""
+        """Multiplies rows of x with the sizes in turn, in the activations' dtype."""
         listed = torch.tensor(sizes, device=x.device).repeat(-(-len(x) // len(sizes)))[: len(x)]
         return (x * listed.view(-1, *[1] * (x.ndim - 1))).to(self.dtype)
 
     def streams(self, seed: str, num_rows: int, sizes: Sizes) -> tuple[Tensor, Tensor, Mix]:
-        """Streams [T, S, D], an output [T, D] and the mix that spreads it."""
+        """Draws streams [T, S, D], an output [T, D] and the mix that spreads it."""
         s = sizes.num_streams
         x_TSD = self.rows(seed, num_rows, s * sizes.width).unflatten(1, (s, sizes.width))
         post_TS = torch.sigmoid(self.normal(f"{seed} post", num_rows, s)) * 2
@@ -80,21 +80,22 @@ class Draw:
         return x_TSD, self.rows(f"{seed} y", num_rows, sizes.width), Mix(post_TS, comb_TSS)
 
     def queries(self, seed: str, num_rows: int, num_heads: int, head_dim: int) -> Tensor:
-        """[T, N, H], of ordinary size and less, and some zeros."""
+        """Draws queries [T, N, H], of ordinary size and less, with some zeros."""
         return self.sized(self.normal(f"{seed} q", num_rows, num_heads, head_dim), QUERY_SIZES)
 
     def keys(self, seed: str, num_keys: int, head_dim: int) -> Tensor:
-        """[K, H], of ordinary size: a sink takes all the weight from a key whose score is some hundreds below."""
+        """Draws keys [K, H] of ordinary size: a sink takes all the weight from a key whose score is some hundreds
+        below."""
         return self.normal(f"{seed} keys", num_keys, head_dim).to(self.dtype)
 
 
 def arguments(kind: OpKind, draw: Draw, seed: str, num_rows: int, sizes: Sizes) -> tuple[Any, ...]:
-    """Arguments of the kind that serving gives to an operation; the first of them is the activations."""
+    """Draws an operation's arguments of the kind that serving passes; the first of them is the activations."""
     return _ARGUMENTS[kind](draw, seed, num_rows, sizes)
 
 
 def _rows(draw: Draw, seed: str, num_rows: int, sizes: Sizes) -> tuple[Any, ...]:
-    """[T, width], or heads [T, N, width]."""
+    """Draws [T, width], or heads [T, N, width]."""
     x = draw.rows(seed, num_rows, max(sizes.num_heads, 1) * sizes.width)
     return (x.unflatten(1, (sizes.num_heads, sizes.width)) if sizes.num_heads else x,)
 

@@ -19,7 +19,7 @@ _KV_BLOCK, _INDEX_BLOCK = 64, 32
 
 
 def attention(scope: Scope, layer: Layer, x_TD: Tensor, forced_mask_TC: Tensor | None) -> Tensor:
-    """x [T, D] -> [T, D]. forced_mask: the entries each query is to see, instead of those the indexer picks."""
+    """Maps x [T, D] -> [T, D]. forced_mask: the entries each query sees, instead of the indexer's choice."""
     config, name, ratio = scope.config, f"{layer.name}.attn", layer.ratio
     positions = torch.arange(len(x_TD), device=x_TD.device)
     both = scope.linear(f"{name}.wqa_wkv", x_TD, f"{name}.wq_a", f"{name}.wkv")
@@ -47,7 +47,7 @@ def attention(scope: Scope, layer: Layer, x_TD: Tensor, forced_mask_TC: Tensor |
 
 
 def _head_norm(scope: Scope, slot: str, q: Tensor) -> Tensor:
-    """Without a weight; where it is official, every operation is rounded."""
+    """Norms query heads, without a weight; official numerics round after every operation."""
     if Step.Q_HEAD_NORM not in scope.arithmetic.official:
         return scope.noted(slot, rms(q, scope.config.rms_norm_eps))
     rounded = scope.arithmetic.rounded
@@ -56,7 +56,7 @@ def _head_norm(scope: Scope, slot: str, q: Tensor) -> Tensor:
 
 
 def _quantize_kv(scope: Scope, kv: Tensor) -> Tensor:
-    """Keys in the format that the cache holds; as they are without one."""
+    """Rounds keys to the cache's format; the identity without one."""
     if Step.KV not in scope.arithmetic.official:
         return kv
     num_rotary = scope.config.qk_rope_head_dim
@@ -65,7 +65,7 @@ def _quantize_kv(scope: Scope, kv: Tensor) -> Tensor:
 
 
 def _attended(scope: Scope, q_TNH: Tensor, keys_KH: Tensor, visible_TK: Tensor, sink_N: Tensor) -> Tensor:
-    """Softmax over the visible keys and the sink, which adds nothing: [T, N, H]."""
+    """Attends to the visible keys, with the sink in the softmax, which adds nothing: [T, N, H]."""
     rounded, parts = scope.arithmetic.rounded, []
     for start in range(0, len(q_TNH), QUERIES_AT_ONCE):
         rows = slice(start, start + QUERIES_AT_ONCE)
@@ -76,7 +76,7 @@ def _attended(scope: Scope, q_TNH: Tensor, keys_KH: Tensor, visible_TK: Tensor, 
 
 
 def _projected(scope: Scope, name: str, o_TNH: Tensor) -> Tensor:
-    """Each group of heads by a matrix of its own, then all together: [T, D]."""
+    """Projects each group of heads by its own matrix, then all together: [T, D]."""
     groups, rank = scope.config.o_groups, scope.config.o_lora_rank
     grouped = o_TNH.flatten(1).unflatten(-1, (groups, -1))
     wo_a = scope.matrix(f"{name}.wo_a").view(groups, rank, -1)
@@ -85,7 +85,7 @@ def _projected(scope: Scope, name: str, o_TNH: Tensor) -> Tensor:
 
 
 def _compressed(scope: Scope, name: str, x_TD: Tensor, ratio: int) -> Tensor:
-    """One entry for every ``ratio`` tokens that are all there, rotated at the first one's position: [C, H]."""
+    """Computes one entry for every ``ratio`` complete tokens, rotated at the first one's position: [C, H]."""
     num_windows = len(x_TD) // ratio
     both = scope.wide_linear(f"{name}.wkv_wgate", x_TD, f"{name}.wkv", f"{name}.wgate")
     both = both[: num_windows * ratio].unflatten(0, (num_windows, ratio))
@@ -108,7 +108,7 @@ def _compressed(scope: Scope, name: str, x_TD: Tensor, ratio: int) -> Tensor:
 def _selected(
     scope: Scope, name: str, inputs: tuple[Tensor, Tensor], seen_TC: Tensor, forced_mask_TC: Tensor | None
 ) -> Tensor:
-    """The entries each query attends to: the best of those it may see, the lower index at a tie. inputs: x and qr."""
+    """Selects the best entries that each query may see, the lower index at a tie. inputs: x and qr."""
     config, (x_TD, qr) = scope.config, inputs
     positions = torch.arange(len(x_TD), device=x_TD.device)
     q = scope.linear(f"{name}.wq_b", qr, f"{name}.wq_b").unflatten(-1, (config.index_n_heads, config.index_head_dim))
@@ -129,7 +129,7 @@ def _selected(
 
 
 def _indexed(scope: Scope, x: Tensor) -> Tensor:
-    """What index queries and keys are scored as."""
+    """Transforms index queries and keys into the form in which they are scored."""
     if Step.INDEXER not in scope.arithmetic.official:
         return x
     turned = scope.arithmetic.rounded(x @ hadamard_matrix(x.shape[-1]).to(x))

@@ -22,7 +22,7 @@ from ownpath.plan.plan import Plan
 
 @dataclass(frozen=True)
 class Choices:
-    """An engine's choices, to be taken over where given: a near-tie may fall to either side.
+    """An engine's choices to take over where given, since a near-tie may fall to either side.
 
     Shapes: expert_ids [T, K]; index_mask bool [T, C], which compressed entries a query attends to.
     """
@@ -33,12 +33,12 @@ class Choices:
 
 @dataclass(frozen=True)
 class Trace:
-    """What a layer computed. streams_TSD: after it. values: by slot of the engine, what that slot returns.
+    """A layer's results. streams_TSD: the streams after it. values: each slot's result, by the engine's slot names.
 
     Several results of one slot have names of their own: ``<boundary>.x``, its streams, and ``.h``, its normed input;
-    ``<router>.ids`` and ``.weights``. So has what lies between slots: ``<attn>.q``, ``.kv``, ``.entries``, the rotated
+    ``<router>.ids`` and ``.weights``. So do values between slots: ``<attn>.q``, ``.kv``, ``.entries``, the rotated
     queries, keys and compressed entries; ``<attn>.o``, attention's output rotated back (the slot ``core`` returns it
-    before); ``<attn>.indexer.scores`` and ``.mask``; ``<router>.scores``, which the choice is made by; ``<layer>.out``,
+    before); ``<attn>.indexer.scores`` and ``.mask``; ``<router>.scores``, by which experts are chosen; ``<layer>.out``,
     the streams after the layer.
     """
 
@@ -56,7 +56,8 @@ def reference_block(
     arithmetic: Arithmetic,
     choices: Choices | None = None,
 ) -> Trace:
-    """One decoder layer over one sequence from its first token; the MTP modules' layers come after the backbone's."""
+    """Runs one decoder layer on one sequence from its first token; the MTP modules' layers come after the
+    backbone's."""
     layer = (*config.backbone_layers(), *config.draft_layers())[layer_idx]
     scope, choices = Scope.of(stored, plan, arithmetic, f"{layer.name}."), choices or Choices()
     x_TSD = streams_TSD.to(stored.device, stored.dtype)
@@ -76,7 +77,7 @@ def reference_block(
 
 
 def reference_embed(config: ModelConfig, stored: StoredWeights, token_ids_T: Tensor, arithmetic: Arithmetic) -> Tensor:
-    """The streams before the first layer: [T, S, D]."""
+    """Returns the streams before the first layer: [T, S, D]."""
     h_TD = arithmetic.rounded(stored.rows("embed.weight", token_ids_T))
     return h_TD[:, None].repeat(1, config.hc_mult, 1)
 
@@ -84,7 +85,7 @@ def reference_embed(config: ModelConfig, stored: StoredWeights, token_ids_T: Ten
 def reference_head(
     config: ModelConfig, stored: StoredWeights, plan: Plan, streams_TSD: Tensor, arithmetic: Arithmetic, name: str = ""
 ) -> Tensor:
-    """Logits [T, V] of the streams after the last layer. name: ``mtp.0.`` and so on for a draft's."""
+    """Computes logits [T, V] from the streams after the last layer. name: ``mtp.0.`` and so on for a draft's."""
     scope = Scope.of(stored, plan, arithmetic, "head")
     x_TSD = arithmetic.rounded(streams_TSD.to(stored.device, stored.dtype))
     mixing = scope.mixing(f"{name}hc_head")

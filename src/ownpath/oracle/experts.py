@@ -15,7 +15,7 @@ from ownpath.oracle.formulas import best, expert_scores, routing_weights, swiglu
 
 
 def feed_forward(scope: Scope, layer: Layer, x_TD: Tensor, token_ids_T: Tensor, forced_ids_TK: Tensor | None) -> Tensor:
-    """x [T, D] -> [T, D]. forced_ids: the experts each token goes to, instead of the router's choice."""
+    """Maps x [T, D] -> [T, D]. forced_ids: the experts each token goes to, instead of the router's choice."""
     name = f"{layer.name}.ffn"
     ids_TK, weights_TK = _routed(scope, layer, x_TD, token_ids_T, forced_ids_TK)
     y_TD = torch.zeros_like(x_TD)
@@ -28,7 +28,7 @@ def feed_forward(scope: Scope, layer: Layer, x_TD: Tensor, token_ids_T: Tensor, 
 def _routed(
     scope: Scope, layer: Layer, x_TD: Tensor, token_ids_T: Tensor, forced_ids_TK: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Expert ids and weights [T, K]. ``router.scores`` is what the choice is made by."""
+    """Returns expert ids and weights [T, K]; records ``router.scores``, by which they are chosen."""
     config, name = scope.config, f"{layer.name}.ffn"
     logits_TE = scope.wide_linear(f"{name}.gate", x_TD, f"{name}.gate")
     scores_TE = expert_scores(logits_TE)
@@ -47,7 +47,7 @@ def _routed(
 
 
 def _rows_by_expert(ids_TK: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Each expert that is chosen at all, with the tokens that chose it and the place it has among their choices."""
+    """Yields each chosen expert, with the tokens that chose it and its place among their choices."""
     flat = ids_TK.flatten()
     counts = flat.bincount().tolist()
     by_expert = flat.argsort(stable=True).split(counts)
@@ -57,7 +57,8 @@ def _rows_by_expert(ids_TK: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
 
 
 def _expert(scope: Scope, name: str, x_SD: Tensor, weight_S1: Tensor) -> Tensor:
-    """One routed expert's weighted output for its rows. Where its weight comes first, its products are rounded too."""
+    """Computes one routed expert's weighted output for its rows. If the weight is applied first, products are rounded
+    too."""
     rounded, is_weight_first = scope.arithmetic.rounded, Step.ROUTING_WEIGHT in scope.arithmetic.official
     gate_up = scope.products(x_SD, f"{name}.w1", f"{name}.w3")
     gate, up = (rounded(gate_up) if is_weight_first else gate_up).chunk(2, -1)
@@ -68,7 +69,7 @@ def _expert(scope: Scope, name: str, x_SD: Tensor, weight_S1: Tensor) -> Tensor:
 
 
 def _shared(scope: Scope, ffn: str, x_TD: Tensor) -> Tensor:
-    """The expert that every token goes to."""
+    """Runs the shared expert, which every token goes to."""
     name = f"{ffn}.shared_experts"
     gate_up = scope.linear(f"{name}.w13", x_TD, f"{name}.w1", f"{name}.w3")
     gate, up = gate_up.chunk(2, -1)

@@ -1,4 +1,4 @@
-"""The oracle's whole forward: token ids to logits, and those of a draft module.
+"""The oracle's whole forward from token ids to logits, and that of a draft module.
 
 Legend: T tokens, S streams, D hidden, V vocabulary.
 """
@@ -13,13 +13,13 @@ from ownpath.plan.plan import Plan
 
 
 def reference_logits(plan: Plan, stored: StoredWeights, token_ids_T: Tensor, arithmetic: Arithmetic) -> Tensor:
-    """Of one sequence from its first token: [T, V]."""
+    """Computes the logits of one sequence from its first token: [T, V]."""
     streams_TSD = reference_streams(plan, stored, token_ids_T, arithmetic)
     return reference_head(plan.config, stored, plan, streams_TSD, arithmetic)
 
 
 def reference_streams(plan: Plan, stored: StoredWeights, token_ids_T: Tensor, arithmetic: Arithmetic) -> Tensor:
-    """After the last layer: [T, S, D]."""
+    """Computes the streams after the last layer: [T, S, D]."""
     config = plan.config
     x_TSD = reference_embed(config, stored, token_ids_T, arithmetic)
     for layer_idx in range(config.num_hidden_layers):
@@ -28,7 +28,8 @@ def reference_streams(plan: Plan, stored: StoredWeights, token_ids_T: Tensor, ar
 
 
 def reference_draft_logits(plan: Plan, stored: StoredWeights, token_ids_T: Tensor, arithmetic: Arithmetic) -> Tensor:
-    """Of ``mtp.0``, for each token but the last, whose follower is not known: [T - 1, V]. The plan must hold it."""
+    """Computes the logits of ``mtp.0`` for each token but the last, whose follower is unknown: [T - 1, V]. The plan
+    must hold it."""
     config, following = plan.config, token_ids_T[1:]
     scope = Scope.of(stored, plan, arithmetic, "mtp.0.")
     streams_TSD = reference_streams(plan, stored, token_ids_T, arithmetic)[:-1]
