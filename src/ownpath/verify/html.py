@@ -1,6 +1,6 @@
-"""A verification as one page for a browser: no script, no network, nothing beside it.
+"""Renders a verification as one HTML page: no script, no network, no other files.
 
-It tells what ``report`` tells, through the same functions. Whatever comes from a checkpoint is escaped.
+It shows the same as ``report``, through the same functions. Text that comes from a checkpoint is escaped.
 """
 
 import math
@@ -61,7 +61,8 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def report_html(result: Result) -> str:
-    """The page: verdict, failing checks, plots with the plan beside them, environment, every check, failing rows."""
+    """Renders the page: verdict, failing checks, plots with the plan beside them, environment, every check, failing
+    rows."""
     name = _text(f"{result.job.folder.resolve().name} on {device_name(result.job.engine.device)}")
     verdict = report.verdict_of(result)
     plan = report.plan_of(result)
@@ -106,7 +107,7 @@ def _summary(result: Result) -> list[str]:
 
 
 def _failing(findings: Iterable[Finding]) -> list[str]:
-    """As the text has them: the first places of each failing check, then what to do."""
+    """Renders failures like the text report: the first places of each failing check, then the remedies."""
     parts = []
     for check in report.failed_checks(findings):
         parts.append(f'<div class="failing"><h3>{_text(check.id)} {_text(TITLES.get(check.id, ""))}</h3><ul>')
@@ -155,7 +156,7 @@ def _plots(measurements: Sequence[Measurement]) -> list[str]:
 
 
 def _alone(measured: Measurement) -> Axis:
-    """What is no layer."""
+    """The axis of values that belong to no layer."""
     return Axis(measured.layer_idx, measured.layer_idx, is_numbered=False)
 
 
@@ -199,7 +200,7 @@ def _amax_title(m: Measurement) -> str:
 
 
 def _plan(plan: Plan | None) -> list[str]:
-    """Rows as ``ownpath plan`` folds them."""
+    """Renders the plan's rows, folded as ``ownpath plan`` folds them."""
     if plan is None:
         return ["<h2>Plan</h2>", '<p class="note">There is none.</p>']
     rows: list[tuple[str, ...]] = []
@@ -245,7 +246,7 @@ def _number(number: float | None) -> str:
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Without headings: names and what they are. A cell that is a verdict has its colour."""
+    """Renders a table; without headings, of names and values. A cell that is a verdict has its colour."""
     head = f"<tr>{''.join(f'<th>{_text(heading)}</th>' for heading in headings)}</tr>" if headings else ""
     lines = [f"<tr>{''.join(_cell(cell) for cell in row)}</tr>" for row in rows]
     kind = "" if headings else ' class="facts"'

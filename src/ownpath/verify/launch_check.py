@@ -1,7 +1,7 @@
-"""Kernels that the device really ran, as the profiler names them, against the plan.
+"""Compares the kernels that the device really ran, as the profiler names them, with the plan.
 
-A planned kernel of ours must be seen under the name of its own code, in its own slot. A product that is not ours may
-run only in a slot whose planned kernel is torch's, and none outside all slots.
+A planned kernel of ours must appear under the name of its own code, in its own slot. A product that is not ours may run
+only in a slot whose planned kernel is torch's, and none outside all slots.
 """
 
 import re
@@ -21,7 +21,7 @@ _REMEDY = "the device ran something else than the plan says: a fallback inside a
 
 
 def check_launches(written: PlanFile, parts: Sequence[Ran]) -> Iterator[Finding]:
-    """LG06: the profiler's kernels against the plan."""
+    """LG06: compares the profiler's kernels with the plan."""
     seen = [part for part in parts if part.launches is not None]
     if not seen:
         reason = "no profiler on this device, or it saw no kernel"

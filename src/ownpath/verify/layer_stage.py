@@ -1,7 +1,7 @@
-"""The layers stage: every chosen layer of the engine beside the reference, in one pass over the checkpoint.
+"""The layers stage: compares every chosen layer of the engine with the reference, in one pass over the checkpoint.
 
-A layer is loaded, compared on the reference's streams, read in other ways, run on the engine's own streams, and let go
-before the next is loaded. What goes on from layer to layer are streams.
+A layer is loaded, compared on the reference's streams, run in other batches, run on the engine's own streams, and freed
+before the next is loaded. Only streams are carried from layer to layer.
 """
 
 from collections.abc import Iterator
@@ -36,10 +36,10 @@ Seen = Finding | Measurement
 
 
 def layer_stage(subject: Subject, progress: Progress | None = None, work: Path | None = None) -> Iterator[Seen]:
-    """V01 to V10 of the chosen layers, in their order; each layer's measurements before its findings.
+    """Runs V01 to V10 on the chosen layers, in their order; yields each layer's measurements before its findings.
 
-    progress: told (layers done, layers, what comes next). work: a folder for the state behind each layer, where a later
-    call with the same checkpoint, plan, selection and text goes on.
+    progress: called with (layers done, layers, the next one). work: a folder for the state behind each layer, where a
+    later call with the same checkpoint, plan, selection and text continues.
     Memory: one layer of the engine and one expert of the reference at a time, beside a text's streams.
     """
     yield from _Stage(subject, text_of(subject), progress or (lambda done, total, name: None)).run(work)
@@ -100,7 +100,8 @@ def _stopped(where: str, error: Exception) -> Finding:
 
 
 def _broke(where: str, error: Exception) -> Finding:
-    """A layer that does not load, or a kernel that raises; a checkpoint's error names the tensor."""
+    """Makes the finding of a layer that does not load, or of a kernel that raises; a checkpoint's error names the
+    tensor."""
     message = f"the engine does not run it: {type(error).__name__}: {error}"
     remedy = "the stages file, environment and load look at the checkpoint, the kernels and the operands alone"
     return Finding("V01", where, Verdict.FAIL, message, remedy=remedy)
@@ -108,7 +109,7 @@ def _broke(where: str, error: Exception) -> Finding:
 
 @torch.inference_mode()
 def _begin(oracle: Oracle) -> State:
-    """Before the first layer. The engine's own streams are carried if no layer will be left out."""
+    """Makes the state before the first layer. The engine's own streams are carried if no layer will be left out."""
     reference_TSD = oracle.embed()
     subject = oracle.subject
     if len(subject.layer_ids) < subject.config.num_hidden_layers:
@@ -123,7 +124,7 @@ def _begin(oracle: Oracle) -> State:
 
 @torch.inference_mode()
 def _next(oracle: Oracle, state: State, layer_idx: int, *, is_chosen: bool) -> State:
-    """The state behind one more layer, with what was found in it."""
+    """Returns the state behind one more layer, with the layer's results."""
     broken = []
     if is_chosen:
         try:
@@ -143,7 +144,7 @@ def _next(oracle: Oracle, state: State, layer_idx: int, *, is_chosen: bool) -> S
 
 
 def _layer(oracle: Oracle, state: State, layer_idx: int) -> tuple[LayerComparison, list[Finding], Residual | None]:
-    """One layer of the engine in every way; it is let go when this returns."""
+    """Runs one layer of the engine in all ways; it is freed when this returns."""
     engine = oracle.subject.engine
     single = SingleLayer.of(load_layer(oracle.subject, layer_idx), len(oracle.token_ids))
     compared = compare_layer(single, oracle, state.reference_TSD)
@@ -156,7 +157,7 @@ def _layer(oracle: Oracle, state: State, layer_idx: int) -> tuple[LayerCompariso
 
 
 def _keys(compared: LayerComparison, layer: str, subject: Subject) -> Finding:
-    """V10: keys are kept in FP8 under official numerics alone, each block of 64 with a scale of its own."""
+    """V10: checks that keys are in FP8 under official numerics only, each block of 64 with a scale of its own."""
     if compared.key_rounding is None:
         message = f"keys are kept in {dtype_name(subject.engine.dtype)} ({Step.KV} is plain)"
         return Finding("V10", layer, Verdict.SKIPPED, message)
@@ -169,7 +170,7 @@ def _keys(compared: LayerComparison, layer: str, subject: Subject) -> Finding:
 
 @torch.inference_mode()
 def _end(oracle: Oracle, state: State) -> Iterator[Seen]:
-    """The head, and V04 where every layer of the engine ran."""
+    """Checks the head, and V04 where every layer of the engine ran."""
     num_chosen, num_layers = len(oracle.subject.layer_ids), oracle.subject.config.num_hidden_layers
     if num_chosen < num_layers:
         message = f"{num_chosen} of {num_layers} layers chosen: the whole model did not run"

@@ -1,4 +1,4 @@
-"""One prompt and one more token through the engine, a layer in memory at a time, with everything recorded."""
+"""Runs a prompt and one more token through the engine with recording on, one layer in memory at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -20,7 +20,7 @@ PROMPT_TOKENS = 130
 
 @dataclass(frozen=True)
 class Ran:
-    """The calls and launches of one part of the model. failure: why it did not come to its end; empty where it did.
+    """The calls and launches of one part of the model. failure: why it did not finish; empty where it did.
 
     launches: the kernels that a profiler saw; ``None`` where there is no device to launch on, or no profiler.
     """
@@ -33,14 +33,14 @@ class Ran:
 
 @dataclass(frozen=True)
 class Steps:
-    """A prompt and one more token of one sequence: their ids, and what the layers have made of them so far."""
+    """A prompt and one more token of one sequence: their ids, and their hidden state after the layers so far."""
 
     token_ids: tuple[Sequence[int], ...]
     residuals: tuple[Residual, ...]
 
     @classmethod
     def of(cls, subject: Subject, embed_VD: torch.Tensor) -> "Steps":
-        """Before the first layer."""
+        """Starts before the first layer."""
         config = subject.config
         num_tokens = min(PROMPT_TOKENS, subject.engine.max_model_len - 1)
         token_ids = [idx % config.vocab_size for idx in range(num_tokens)], [1]
@@ -48,7 +48,7 @@ class Steps:
         return cls(token_ids, tuple(Residual.of_embedding(h_TD, config.hc_mult) for h_TD in embedded))
 
     def through(self, layer: LoadedLayer) -> "Steps":
-        """The same steps behind one more layer, on caches of its own."""
+        """Runs one more layer on the same steps, on caches of its own."""
         cache = layer.new_pool(sum(map(len, self.token_ids)), max_sequences=1).new_sequence()
         steps = zip(self.token_ids, self.residuals, strict=True)
         device = self.residuals[0].x_TSD.device
@@ -59,7 +59,7 @@ class Steps:
 def run_parts(subject: Subject, progress: Callable[[int, int, str], None] | None = None) -> Iterator[Ran]:
     """Runs the chosen layers one after the other, then the head; a part that fails does not end the run.
 
-    A layer that was not chosen, or that failed, passes on what it got: what ran is looked at here, not what came out.
+    A layer that was not chosen, or that failed, passes its input on: this check looks at what ran, not at the results.
     """
     total = len(subject.layer_ids) + 1
     try:
@@ -82,7 +82,7 @@ def _run_layer(subject: Subject, layer_idx: int, steps: Steps) -> tuple[Steps, R
     try:
         layer = load_layer(subject, layer_idx)
         with torch.inference_mode():
-            if is_cuda:  # what only happens at a kernel's first call
+            if is_cuda:  # first call outside the profile: what happens only once
                 steps.through(layer)
             ran = _recorded(where, layer, lambda: passed.append(steps.through(layer)), is_cuda)
     except (ValueError, RuntimeError) as error:
@@ -120,5 +120,5 @@ def _recorded(where: str, part: LoadedPart, run: Callable[[], object], is_cuda: 
 
 
 def _words(error: Exception) -> str:
-    """One line of an error."""
+    """Formats an error as one line."""
     return str(error).partition("\n")[0] or type(error).__name__

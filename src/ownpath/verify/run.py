@@ -27,9 +27,9 @@ from ownpath.verify.subject import Selection, Subject
 
 @dataclass
 class Job:
-    """What is to be verified. source: another export of the same model. work: where a stage may keep its state.
+    """One verification to run. source: another export of the same model. work: where a stage may keep its state.
 
-    written_plan: what ``ownpath plan --json`` printed before, to be what runs; ``None``: the plan of now.
+    written_plan: an earlier output of ``ownpath plan --json`` that should be what runs; ``None``: the plan of now.
     subject: the checkpoint's plan for the device, made when a stage first asks for it.
     """
 
@@ -42,7 +42,8 @@ class Job:
 
     @cached_property
     def subject(self) -> Subject:
-        """Errors: ConfigError, CheckpointError, PlanError; ValueError for a layer or device that is not there."""
+        """The checkpoint's plan. Errors: ConfigError, CheckpointError, PlanError; ValueError for an unknown layer or
+        device."""
         return Subject.of(self.folder, self.engine, self.selection)
 
 
@@ -65,7 +66,7 @@ STAGES: MappingProxyType[str, StageRun] = MappingProxyType(
 
 @dataclass(frozen=True)
 class StageResult:
-    """skipped: why the stage did not run, or did not end; empty where it did.
+    """skipped: why the stage did not run, or did not finish; empty where it did.
 
     measurements: of the layers stage, every value's distance from the reference's.
     """
@@ -79,7 +80,8 @@ class StageResult:
 
 @dataclass(frozen=True)
 class Result:
-    """Every stage that was asked for. unreadable: why nothing could be compared; empty where it could."""
+    """The results of every stage that was asked for. unreadable: why nothing could be compared; empty where it
+    could."""
 
     job: Job
     stages: tuple[StageResult, ...]
@@ -87,17 +89,17 @@ class Result:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """Of all stages, in their order."""
+        """The findings of all stages, in their order."""
         return tuple(finding for stage in self.stages for finding in stage.findings)
 
     @property
     def measurements(self) -> tuple[Measurement, ...]:
-        """Of all stages, layer by layer."""
+        """The measurements of all stages, layer by layer."""
         return tuple(measured for stage in self.stages for measured in stage.measurements)
 
     @property
     def passed(self) -> bool:
-        """Nothing failed, and every stage that was asked for came to its end."""
+        """True if nothing failed and every stage that was asked for finished."""
         return not failed(self.findings) and not any(stage.skipped for stage in self.stages)
 
 
@@ -106,7 +108,7 @@ def verify(job: Job, names: Iterable[str], *, keeps_going: bool = False) -> Resu
 
     keeps_going: run what follows a failed file stage too; otherwise it is skipped, because it would only find the
     consequences.
-    Errors: ValueError for a layer or a device that is not there, or a stage that is none.
+    Errors: ValueError for an unknown layer, device or stage.
     """
     wanted = set(names)
     if not wanted <= set(STAGES):
@@ -128,7 +130,7 @@ def _stops(result: StageResult) -> bool:
 
 
 def _run(name: str, job: Job) -> StageResult:
-    """One stage to its end, or as far as it came."""
+    """Runs one stage to its end, or as far as it comes."""
     line, start = StageLine(name), time.perf_counter()
     findings: list[Finding] = []
     measurements: list[Measurement] = []
@@ -141,7 +143,7 @@ def _run(name: str, job: Job) -> StageResult:
                 findings.append(found)
     except (ConfigError, CheckpointError, PlanError) as error:
         skipped = f"there is no plan: {error}"
-    except RuntimeError as error:  # a device or driver that gave up: what was found until then is kept
+    except RuntimeError as error:  # a device or driver that gave up: earlier findings are kept
         first = str(error).partition("\n")[0]
         remedy = "run this stage alone; if the device is out of memory, on fewer layers (--layers)"
         findings.append(Finding("RUN", f"stage {name}", Verdict.FAIL, f"did not end: {first}", remedy=remedy))
@@ -152,7 +154,7 @@ def _run(name: str, job: Job) -> StageResult:
 
 
 def _unreadable(result: StageResult, job: Job) -> str:
-    """Why a failed stage had nothing to compare: no config.json that can be honoured, or no tensors."""
+    """Returns why a failed stage had nothing to compare: no config.json that can be honoured, or no tensors."""
     if not result.skipped and not _stops(result):
         return ""
     try:

@@ -1,4 +1,4 @@
-"""A call of every planned slot, with arguments of the kind that serving gives it."""
+"""Makes a call of every planned slot, with arguments of the kind that serving passes."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ from ownpath.verify.kernels.probe import Probe
 
 
 def calls(probe: Probe, num_rows: int) -> Iterator[KernelCall]:
-    """A call of every planned slot that takes this many rows."""
+    """Yields a call of every planned slot that takes this many rows."""
     for planned in {op.spec.slot: op for op in probe.part.plan.decided}.values():
         spec = planned.spec
         run = probe.slots.get(spec.slot)
@@ -28,7 +28,7 @@ def calls(probe: Probe, num_rows: int) -> Iterator[KernelCall]:
 
 
 def sizes_of(probe: Probe, spec: OpSpec | CompanionSpec, num_rows: int) -> Sizes:
-    """Of a planned slot."""
+    """Returns the sizes of a planned slot's arguments."""
     config, kind, layer = probe.config, spec.kind, probe.layer
     if kind is OpKind.GROUPED:
         assert layer is not None

@@ -1,4 +1,4 @@
-"""K06 of the shared expert: its activation and the whole of it, beyond swiglu_limit. (Routed ones: ``experts``.)
+"""K06: checks the shared expert beyond swiglu_limit, its activation and the whole. (Routed experts: ``experts``.)
 
 Legend: R rows, D hidden, F expert width.
 """
@@ -20,7 +20,7 @@ from ownpath.verify.kernels.tally import Tally
 
 
 def check_clamp(probe: Probe) -> Iterator[Finding]:
-    """K06 of the shared expert."""
+    """K06: checks the shared expert."""
     for slot in probe.slots_of(OpKind.SWIGLU):
         tally = Tally("K06", slot, "the activation around the clamp, and the shared expert beyond it", CLAMP_REMEDY)
         with tally.catching(slot, probe.kernels[slot]):
@@ -30,7 +30,7 @@ def check_clamp(probe: Probe) -> Iterator[Finding]:
 
 
 def _activation(probe: Probe, slot: str, tally: Tally) -> None:
-    """Every gate with every up, as often as a row has room."""
+    """Checks the activation: every gate with every up, repeated as a row has room."""
     limit, width = probe.config.swiglu_limit, probe.config.moe_intermediate_size
     ends = torch.tensor([sign * factor * limit for factor in CLAMP_FACTORS for sign in (1, -1)])
     pairs = torch.cartesian_prod(ends, ends).to(probe.device, probe.dtype)
@@ -42,7 +42,7 @@ def _activation(probe: Probe, slot: str, tally: Tally) -> None:
 
 
 def _whole(probe: Probe, shared: str, tally: Tally) -> None:
-    """The layer's own shared expert on loud rows: that the activation is the one that it calls."""
+    """Runs the layer's own shared expert on large rows, to check that it calls the activation."""
     assert probe.layer is not None
     (w13, *others), (w2,) = probe.ops[f"{shared}.w13"], probe.ops[f"{shared}.w2"]
     x = probe.normal(f"{shared} x", len(LOUD), probe.config.hidden_size)

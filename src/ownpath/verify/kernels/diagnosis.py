@@ -1,4 +1,4 @@
-"""What is wrong with an expert, told from its output: which of a few faults would give just this.
+"""Diagnoses a wrong expert from its output: which of a few known faults would give just this output.
 
 Legend: S rows, D hidden, F expert width.
 """
@@ -22,7 +22,7 @@ MAX_EXPERTS_TRIED = 512
 
 
 def explain(probe: Probe, op: PlannedOp, name: str, x: Tensor, y_SD: Tensor) -> str:
-    """In words, what would explain that the expert so named makes y of x."""
+    """Describes the fault that explains the named expert's output y for x."""
     y_SD = y_SD.double()
     if not bool(y_SD.isfinite().all()):
         return f"{int((~y_SD.isfinite()).any(-1).sum())} of {len(y_SD)} rows are not finite"
@@ -38,7 +38,7 @@ def explain(probe: Probe, op: PlannedOp, name: str, x: Tensor, y_SD: Tensor) -> 
 
 
 def _explanations(rows: Tensor, matrices: Matrices, y_SD: Tensor, limit: float) -> Iterator[tuple[float, str]]:
-    """(relative distance, fault) for each fault that is known."""
+    """Yields (relative distance, fault) for each known fault."""
     gate, up, down = rows @ matrices.w1.T, rows @ matrices.w3.T, matrices.w2.T
     yield _distance(swiglu(up, gate, limit) @ down, y_SD), "w1 and w3 (gate and up) are swapped"
     unclamped = swiglu(gate, up, float("inf")) @ down
@@ -50,7 +50,7 @@ def _explanations(rows: Tensor, matrices: Matrices, y_SD: Tensor, limit: float) 
 
 
 def _scaled(make: Callable[[float], Tensor], y_SD: Tensor, what: str) -> tuple[float, str]:
-    """The factor that comes nearest."""
+    """Finds the factor that comes nearest."""
     exponents = [step / 4 for step in range(-4 * FACTORS, 4 * FACTORS + 1)]
     step = 0.25
     best = min(exponents, key=lambda e: _distance(make(2.0**e), y_SD))
@@ -61,7 +61,7 @@ def _scaled(make: Callable[[float], Tensor], y_SD: Tensor, what: str) -> tuple[f
 
 
 def _another(probe: Probe, op: PlannedOp, name: str, rows: Tensor, y_SD: Tensor) -> str:
-    """Whether it is another expert's output."""
+    """Tests whether it is another expert's output."""
     stack, _, own = name.rpartition(".")
     for other in range(min(probe.config.n_routed_experts, MAX_EXPERTS_TRIED)):
         if other == int(own):
@@ -74,6 +74,6 @@ def _another(probe: Probe, op: PlannedOp, name: str, rows: Tensor, y_SD: Tensor)
 
 
 def _distance(made_SD: Tensor, y_SD: Tensor) -> float:
-    """Relative, the mean over rows, so that loud rows do not drown the others."""
+    """Returns the relative distance, averaged over rows so that large rows do not dominate."""
     per_row = (made_SD - y_SD).norm(dim=-1) / y_SD.norm(dim=-1).clamp(min=torch.finfo(torch.float64).tiny)
     return float(per_row.nan_to_num(torch.inf).mean())

@@ -1,4 +1,4 @@
-"""K01 of the norms: of low-rank queries, of keys, and of query heads, each against float64.
+"""K01: compares the norms with float64: of low-rank queries, of keys, and of query heads.
 
 Legend: T tokens, N heads, D width.
 """
@@ -21,7 +21,7 @@ REMEDY = "the norm's weight, rms_norm_eps, or the kernel: the mean is over the l
 
 
 def check_norms(probe: Probe) -> Iterator[Finding]:
-    """K01 of every norm that is a slot."""
+    """K01: checks every norm that is a slot."""
     tally = Tally("K01", f"{probe.name} norms", "norms in float64", REMEDY)
     for planned in probe.part.plan.companions:
         if planned.spec.kind is not OpKind.NORM or planned.spec.slot not in probe.slots:
@@ -36,7 +36,7 @@ def check_norms(probe: Probe) -> Iterator[Finding]:
 
 
 def _input(probe: Probe, planned: PlannedCompanion, num_rows: int) -> Tensor:
-    """[T, D], or heads [T, N, D]; the last row is zeros."""
+    """Draws [T, D], or heads [T, N, D]; the last row is zeros."""
     slot, (width,) = planned.spec.slot, planned.spec.dims
     num_heads = probe.config.num_attention_heads if planned.spec.step is Step.Q_HEAD_NORM else 1
     x = probe.draw.rows(slot, num_rows * num_heads, width)

@@ -1,4 +1,4 @@
-"""A planned slot's stored weights in float64, and what its kernel makes of its activations before it multiplies.
+"""A planned slot's stored weights in float64, and its kernel's rounding of activations before it multiplies.
 
 Legend: M rows, K in, N out.
 """
@@ -22,7 +22,8 @@ INPUT_BLOCK = 128
 
 @dataclass(frozen=True)
 class InputReading:
-    """What a kernel makes of its activations. from_rows: from how many rows of a call on. slack: of the sums, more."""
+    """How a kernel reads its activations. from_rows: the rows of a call from which it applies. slack: added error of
+    the sums."""
 
     quantize: Callable[[Tensor], Tensor] = as_it_is
     from_rows: int = 1
@@ -30,7 +31,7 @@ class InputReading:
 
 
 def inputs_of(op: PlannedOp, stored: StoredWeights) -> tuple[InputReading, ...]:
-    """How a planned dense product reads its activations, by the number of rows; ascending."""
+    """Returns a planned dense product's readings of its activations, by number of rows, ascending."""
     kernel, quantize = op.choice.kernel, _quantizer(op, stored)
     if kernel.rounds_from == 1:
         return (InputReading(quantize),)
@@ -61,19 +62,19 @@ def _has_power_scales(op: PlannedOp, module: str, stored: StoredWeights) -> bool
 
 
 def largest_input_scale(op: PlannedOp, modules: Sequence[str], stored: StoredWeights) -> Tensor:
-    """Fused modules share an input, quantised once with the largest of their scales."""
+    """Returns the largest scale of fused modules, which share an input that is quantised once."""
     scales = [stored.input_scale(module, op.encoding) for module in modules]
     return torch.stack([scale for scale in scales if scale is not None]).amax().float()
 
 
 def weight_of(op: PlannedOp, stored: StoredWeights) -> Tensor:
-    """The fused matrix of a dense op, float64 [N, K]."""
+    """Returns the fused matrix of a dense op, float64 [N, K]."""
     parts = [stored.matrix(module.name, op.encoding) for module in op.spec.modules]
     return parts[0] if len(parts) == 1 else torch.cat(parts)  # cat copies even a single one
 
 
 def loss_at_load(op: PlannedOp, weight_NK: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """What bringing the weight to ``dtype`` changes, for kernels that do; ``None``: nothing."""
+    """Bounds the change of a weight that its kernel converts to ``dtype``; ``None`` where it converts nothing."""
     if op.spec.is_wide or not op.choice.kernel.rounds_weight:
         return None
     lost = (weight_NK - weight_NK.to(dtype).double()).abs()
@@ -81,12 +82,12 @@ def loss_at_load(op: PlannedOp, weight_NK: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def matrices_of(op: PlannedOp, stored: StoredWeights, expert: str) -> Matrices:
-    """Those of the routed expert so named, such as ``layers.3.ffn.experts.17``."""
+    """Reads the matrices of one routed expert, such as ``layers.3.ffn.experts.17``."""
     return Matrices(*(stored.matrix(f"{expert}.{name}", op.encoding) for name in ("w1", "w3", "w2")))
 
 
 def steps_of(op: PlannedOp, stored: StoredWeights, expert: str, limit: float, dtype: torch.dtype) -> ExpertSteps:
-    """The planned experts' steps."""
+    """Returns the roundings inside the planned experts."""
     kernel = op.choice.kernel
     first = Step.ROUTING_WEIGHT in kernel.official
     if kernel.rounding is InputRounding.NVFP4:

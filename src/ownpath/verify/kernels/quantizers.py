@@ -1,4 +1,4 @@
-"""K03: every quantiser of activations, at every value of its format, every middle between two, and beside each.
+"""K03: checks every quantiser of activations at every value of its format, every midpoint, and their neighbours.
 
 Legend: R rows, K channels.
 """
@@ -38,7 +38,7 @@ EXPONENTS = (0, -3, 5)
 
 @dataclass(frozen=True)
 class Quantiser:
-    """run: x [R, K] -> what is read back. low, high: the least and the most that it may be."""
+    """A quantiser with its expected results. run: x [R, K] -> the values read back. low, high: their allowed range."""
 
     slot: str
     width: int
@@ -49,14 +49,14 @@ class Quantiser:
 
 
 def check_quantizers(probe: Probe) -> Iterator[Finding]:
-    """K03 of every slot that quantises activations."""
+    """K03: checks every slot that quantises activations."""
     what = "quantisers at every value, middle and edge of their formats"
     tally = Tally("K03", probe.name, what, REMEDY, "no planned kernel here quantises activations by itself")
     for quantiser in quantisers(probe):
         kernel = probe.kernels[quantiser.slot]
         try:
             problem = _problem(probe, quantiser)
-        except Exception as error:  # whatever a kernel can raise is what is looked for
+        except Exception as error:  # whatever a kernel can raise becomes a finding
             problem = error_of(error)
         if problem:
             tally.fail(quantiser.slot, kernel, problem)
@@ -78,7 +78,8 @@ def _problem(probe: Probe, quantiser: Quantiser) -> str:
 
 
 def edges(magnitudes: tuple[float, ...], block: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Rows of blocks whose first value sets a power-of-two scale and whose others are the format's edges times it.
+    """Makes rows of blocks whose first value sets a power-of-two scale and whose others are the format's edges times
+    it.
 
     Also blocks whose largest value lies just beyond what the scale holds, tiny ones, and one of zeros.
     """
@@ -101,7 +102,7 @@ def edges(magnitudes: tuple[float, ...], block: int, width: int, dtype: torch.dt
 
 
 def _rows(blocks: Tensor, width: int) -> Tensor:
-    """Blocks side by side [R, width], zeros where no whole one fits."""
+    """Puts blocks side by side [R, width], with zeros where no whole one fits."""
     across = width // blocks.shape[1]
     padded = F.pad(blocks, (0, 0, 0, -len(blocks) % across)).view(-1, across * blocks.shape[1])
     rows: Tensor = F.pad(padded, (0, width - padded.shape[1]))
@@ -109,7 +110,7 @@ def _rows(blocks: Tensor, width: int) -> Tensor:
 
 
 def quantisers(probe: Probe) -> Iterator[Quantiser]:
-    """Those of the planned slots."""
+    """Yields the quantisers of the planned slots."""
     for slot in probe.slots_of(OpKind.LINEAR):
         yield from _inputs(probe, slot)
     config = probe.config
@@ -121,7 +122,7 @@ def quantisers(probe: Probe) -> Iterator[Quantiser]:
 
 
 def _keys(probe: Probe, slot: str) -> Callable[[Tensor], Tensor]:
-    """The slot with rotary channels behind the others, which must come back as they are."""
+    """Wraps the slot: rotary channels stand behind the others, and must come back unchanged."""
 
     def run(x: Tensor) -> Tensor:
         rotary = probe.normal(slot, len(x), probe.config.qk_rope_head_dim).to(x.dtype)
@@ -134,7 +135,7 @@ def _keys(probe: Probe, slot: str) -> Callable[[Tensor], Tensor]:
 
 
 def _inputs(probe: Probe, slot: str) -> Iterator[Quantiser]:
-    """Of a linear: in front of it, or the one that it launches itself for many rows."""
+    """Yields a linear's quantisers: the one in front of it, or the one that it launches itself for many rows."""
     op = probe.ops[slot][0]
     width = op.spec.shape[1]
     leaf: Any
@@ -152,7 +153,7 @@ def _inputs(probe: Probe, slot: str) -> Iterator[Quantiser]:
 
 
 def _launched(weight: Any) -> Callable[[Tensor], Tensor]:
-    """What the Hopper quantiser writes for the product that follows it, read back."""
+    """Runs the Hopper quantiser that precedes a product, and reads its output back."""
     from ownpath.kernels.fp8.config import QuantizeConfig
     from ownpath.kernels.fp8.launch import quantize_launch, workspace_bytes
     from ownpath.kernels.fp8.layout import ACT_BLOCK_BYTES, BLOCK_BYTES, unpack_blocks
@@ -186,7 +187,7 @@ def _exactly(quantize: Callable[..., Tensor], *how: object) -> Expected:
 
 
 def _index(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Hadamard's rotation, rounded, then E2M1: what float32 sums may turn into at most and at least."""
+    """Bounds Hadamard's rotation, rounded, then E2M1: the least and the most that float32 sums may give."""
     matrix = hadamard_matrix(x.shape[1]).to(x.device)
     turned = x.double() @ matrix
     slack = summing(x.shape[1]) * (x.double().abs() @ matrix.abs()) + rounding(x.dtype) * turned.abs()

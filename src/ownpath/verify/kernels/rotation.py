@@ -1,4 +1,4 @@
-"""K07: the rotation by position and its inverse, for queries, keys and compressed entries.
+"""K07: checks the rotation by position and its inverse, for queries, keys and compressed entries.
 
 Legend: P positions, F frequencies, N heads, H head dim.
 """
@@ -24,7 +24,7 @@ REMEDY = "theta and YaRN belong to the layer's kind: rope_theta where nothing is
 
 
 def check_rotation(probe: Probe) -> Iterator[Finding]:
-    """K07 of a layer: its own table, those of its compressors, and the output projection that undoes it."""
+    """K07: checks a layer's own table, those of its compressors, and the output projection that undoes the rotation."""
     if probe.layer is None:
         return
     tally = Tally("K07", probe.name, "rotation and its inverse at positions up to a million, in float64", REMEDY)
@@ -40,7 +40,7 @@ def check_rotation(probe: Probe) -> Iterator[Finding]:
 
 
 def _tables(probe: Probe, attn: str, *, compressing: bool) -> Iterator[tuple[str, Rope, bool]]:
-    """(name, table, whether it is that of compressing layers)."""
+    """Yields (name, table, whether it is that of compressing layers)."""
     assert probe.layer is not None
     yield f"{attn} rotation", probe.layer.rope, compressing
     core: Any = probe.slots[f"{attn}.core"]  # entries are rotated in there
@@ -51,12 +51,12 @@ def _tables(probe: Probe, attn: str, *, compressing: bool) -> Iterator[tuple[str
 
 
 def positions(probe: Probe) -> Tensor:
-    """Those that the model has."""
+    """Returns all positions of the model."""
     return torch.tensor([min(place, probe.config.max_position_embeddings - 1) for place in POSITIONS])
 
 
 def _turns(probe: Probe, rope: Rope, compressing: bool) -> Deviation:
-    """Forth and back at every position, each held against angles in float64."""
+    """Rotates forward and back at every position, and compares each with angles in float64."""
     at_P = positions(probe)
     freqs_F = frequencies(probe.config, int(compressing), torch.float64)
     angles_PF = (at_P[:, None].double() * freqs_F).to(probe.device)
@@ -67,9 +67,9 @@ def _turns(probe: Probe, rope: Rope, compressing: bool) -> Deviation:
 
 
 def _undone(probe: Probe, slot: str) -> Deviation:
-    """Outputs that were turned forth by their positions come out of ``wo_a`` as if they had never been.
+    """Checks that ``wo_a`` undoes the rotation: rotated outputs must give what unrotated ones would.
 
-    Turning forth rounds once to the activations' dtype, which the product spreads like any rounding of its input.
+    Rotating rounds once to the activations' dtype, which the product spreads like any rounding of its input.
     """
     assert probe.layer is not None
     config = probe.config
@@ -81,7 +81,7 @@ def _undone(probe: Probe, slot: str) -> Deviation:
     (op,) = probe.ops[slot]
     matrix = probe.stored.matrix(op.spec.modules[0].name, op.encoding)
     lost = loss_at_load(op, matrix, probe.dtype)
-    # Twice rounded, by a dtype and by cosines and sines; each channel by no more than its pair is long.
+    # Rounded twice, by a dtype and by cosines and sines; each channel by no more than its pair is long.
     pairs = u_PNH.double().unflatten(-1, (-1, 2)).norm(dim=-1).repeat_interleave(2, -1)
     error_PNH = pairs * (2 * rounding(probe.dtype) + ANGLE_STEPS * FLOAT32_ROUND)
     return deviation(found.flatten(1), grouped(u_PNH.double(), error_PNH, config.o_groups, matrix, lost))

@@ -1,7 +1,6 @@
-"""At which numbers of rows a planned kernel changes what it launches, so that each of its variants is called.
+"""Finds the numbers of rows where a planned kernel changes its launches, so that each of its variants is called.
 
-The runners tell which variant a call would launch. Only which numbers to try is taken from that, nothing that is right
-or wrong.
+The runners tell which variant a call would launch. This decides only which row counts to try, never what is right.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,12 +20,13 @@ FEW, MOST = 128, 16384
 
 
 def row_counts(is_cuda: bool, num_columns: int) -> tuple[int, ...]:
-    """Numbers of rows that a product of so many columns is called with."""
+    """Returns the numbers of rows that a product of so many columns is called with."""
     return (*ROW_COUNTS, *MANY_ROWS) if is_cuda and num_columns <= WIDEST else ROW_COUNTS
 
 
 def scanned() -> Iterator[int]:
-    """Every number up to 128; then both sides of every multiple of 8, and of 64 from 2048 on: tiles change there."""
+    """Yields every number up to 128; then both sides of every multiple of 8, and of 64 from 2048 on: tiles change
+    there."""
     yield from range(1, FEW + 1)
     for count in (*range(FEW, 2048, 8), *range(2048, MOST, 64)):
         yield from (count, count + 1)
@@ -34,7 +34,7 @@ def scanned() -> Iterator[int]:
 
 
 def changes(variant: Callable[[int], str]) -> dict[str, tuple[int, ...]]:
-    """Variant -> the fewest and the most rows that it serves."""
+    """Returns, per variant, the fewest and the most rows that it serves."""
     found: dict[str, tuple[int, ...]] = {}
     for count in scanned():
         name = variant(count)
@@ -43,7 +43,7 @@ def changes(variant: Callable[[int], str]) -> dict[str, tuple[int, ...]]:
 
 
 def variants_of(runner: Runner, arguments: Callable[[int], tuple[Any, ...]]) -> Iterator[tuple[str, int]]:
-    """(variant, rows) at both ends of what each variant of a slot serves; nothing for kernels that have one form.
+    """Yields (variant, rows) at both ends of the range each variant of a slot serves; nothing for single-form kernels.
 
     arguments: of a call with so many rows; no value is read.
     """
@@ -53,5 +53,5 @@ def variants_of(runner: Runner, arguments: Callable[[int], tuple[Any, ...]]) -> 
 
 
 def unread(dtype: torch.dtype, device: torch.device, num_rows: int, *shape: int) -> torch.Tensor:
-    """A tensor of so many rows that takes the memory of one."""
+    """Makes a tensor of so many rows that takes the memory of one."""
     return torch.empty(1, *shape, dtype=dtype, device=device).expand(num_rows, *shape)

@@ -1,8 +1,8 @@
-"""The same tokens through one layer, batched otherwise: in chunks, again, beside others. The answer is to be the same.
+"""Runs the same tokens through one layer in other batches: in chunks, again, beside others. The result must not change.
 
-What enters the layer is the reference's streams, as in the comparison with the reference; the one shot that was
-compared there is what every other run is held against. Other batches sum in another order. A row that therefore chose
-other experts or entries, at a near tie, is left out: its output is another one rightly.
+The reference's streams enter the layer, as in the comparison with the reference; every other run is compared with the
+one shot of that comparison. Other batches sum in another order. A row that therefore chose other experts or entries, at
+a near tie, is left out: its output differs rightly.
 """
 
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ _REMEDY_BATCH = "a kernel that mixes rows of one step, or a workspace that two s
 
 @dataclass(frozen=True)
 class Run:
-    """A sequence's first rows: streams after the layer, and what was chosen."""
+    """A sequence's first rows: streams after the layer, and their choices."""
 
     out_TSD: torch.Tensor
     choices: RunChoices
@@ -43,7 +43,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Batching:
-    """One layer, what enters it, and its one shot."""
+    """One layer, its input, and its one shot."""
 
     single: SingleLayer
     oracle: Oracle
@@ -51,7 +51,7 @@ class Batching:
     one_shot: LayerComparison
 
     def findings(self) -> Iterator[Finding]:
-        """V05, V08 and V09 of this layer."""
+        """Checks V05, V08 and V09 of this layer."""
         chunks = self.in_steps(self._chunk_sizes(), self.single.new_cache())
         yield self._cut(chunks)
         yield self._again(chunks)
@@ -117,7 +117,8 @@ class Batching:
         yield self._verdict("V09", seen, _REMEDY_BATCH, f"; {_NUM_SAME} equal sequences in a step: {distinct} outcomes")
 
     def _in_one_step(self, parts: list[tuple[int, int]]) -> list[Run]:
-        """Stretches of the text as sequences of their own, in one step; only those from its start can be judged."""
+        """Runs stretches of the text as sequences of one step; returns those from its start, which alone can be
+        judged."""
         seen = Activations(self.single.kinds)
         chunks = [self._chunk(start, stop, self.single.new_cache()) for start, stop in parts]
         out_TSD = self.single.streams(self.single.step(chunks, seen))
@@ -135,7 +136,7 @@ class Batching:
         return self.single.layer.name
 
     def _compared(self, name: str, run: Run, baseline: Run | None = None) -> "Compared":
-        """Rows that chose the same, held against the baseline: the one shot, if none is given."""
+        """Compares rows that chose the same with the baseline: the one shot, if none is given."""
         baseline = baseline or Run(self.one_shot.out_TSD, self.one_shot.choices)
         num_rows = len(run.out_TSD)
         agree_T = run.choices.agrees(baseline.choices)
@@ -145,8 +146,9 @@ class Batching:
         return Compared(name, float(far_T[worst]), worst, int(agree_T.sum()), num_rows, int(wrong_T.sum()))
 
     def _verdict(self, check: str, seen: list["Compared"], remedy: str, more: str = "") -> Finding:
-        """Both runs may be off the reference by the budget, so that they may differ by two; where few rows are computed
-        otherwise, by that too. Batch-invariant kernels were asked for the same bits, whoever else is in the step."""
+        """Judges runs. Both may be off the reference by the budget, so they may differ by two; where few rows are
+        computed otherwise, by that too. Batch-invariant kernels must give the same bits, whatever else is in the
+        step."""
         allowed = 2 * ROW_FACTOR * self.oracle.budget("out") + 2 * self.one_shot.few_rows
         if check == "V09" and self.oracle.subject.engine.is_batch_invariant:
             allowed = 0.0
@@ -158,7 +160,7 @@ class Batching:
 
 @dataclass(frozen=True)
 class Compared:
-    """One run beside its baseline. num_agreeing: rows that chose the same. num_wrong: that chose what is wrong."""
+    """One run beside its baseline. num_agreeing: rows with the same choices. num_wrong: rows with wrong choices."""
 
     name: str
     worst_row: float

@@ -1,7 +1,7 @@
-"""Teacher forcing: one layer of the engine on the reference's streams, every value beside the reference's.
+"""Teacher forcing: runs one layer of the engine on the reference's streams and compares every value.
 
-The engine runs first. Where its choices (experts, compressed entries) are others than the reference's, the reference
-computes once more with the engine's, so that what follows can be compared; whether they were right is judged apart.
+The engine runs first. Where its choices (experts, compressed entries) differ from the reference's, the reference
+computes once more with the engine's, so that what follows can be compared; the choices are judged apart.
 """
 
 from collections.abc import Mapping
@@ -55,11 +55,11 @@ ORDER = (
 
 @dataclass(frozen=True)
 class LayerComparison:
-    """The result of one layer. streams_TSD: the reference's after it, by its own choices. out_TSD: the engine's.
+    """The results of one layer. streams_TSD: the reference's after it, by its own choices. out_TSD: the engine's.
 
-    expert: the routed expert that every row out of line was sent to, if there is one such. key_rounding: rel-L2 of the
-    window's keys to what they were before they were rounded, where they are. few_rows: how far a row of the reference
-    is from what it would be as the engine computes steps of few rows.
+    expert: the routed expert of every row beyond its budget, if there is one such. key_rounding: rel-L2 of the window's
+    keys to their unrounded values, where they are rounded. few_rows: distance of the reference's rows from those
+    computed the engine's way for steps of few rows.
     """
 
     streams_TSD: torch.Tensor
@@ -94,7 +94,7 @@ def compare_layer(single: SingleLayer, oracle: Oracle, streams_TSD: torch.Tensor
         router = f"{layer.name}.ffn.router"
         ids_TK = _existing(values[f"{router}.ids"], free.values[f"{router}.ids"], choices.num_experts)
         trace = oracle.block(single.layer_idx, streams_TSD, Choices(ids_TK, choices.entries_TC))
-        # A row that attends to other entries has other router scores: its choice of experts is judged by those.
+        # A row that attends to other entries has other router scores, by which its choice of experts is judged.
         scores = replace(scores, expert_scores_TE=trace.values[f"{router}.scores"])
         choices = scores.judge(run, index_keys)
     sampled_T = choices.experts_TE[:, list(oracle.subject.expert_ids(single.layer_idx))].any(1)
@@ -107,7 +107,7 @@ def compare_layer(single: SingleLayer, oracle: Oracle, streams_TSD: torch.Tensor
 
 
 def _of_few_rows(oracle: Oracle, single: SingleLayer, streams_TSD: torch.Tensor, trace: Trace) -> float:
-    """With the same choices."""
+    """Measures ``few_rows`` with the same choices."""
     other = oracle.of_few_rows()
     if other is None:
         return 0.0
@@ -123,14 +123,14 @@ def _key_rounding(layer: Layer, values: Mapping[str, torch.Tensor]) -> float | N
 
 
 def _existing(ids_TK: torch.Tensor, instead_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Expert ids that the reference can follow: a row that names one there is none of gets the reference's own."""
+    """Replaces expert ids that do not exist: a row that names one gets the reference's own."""
     ids_TK = ids_TK.long()
     is_real_T = ((ids_TK >= 0) & (ids_TK < num_experts)).all(1, keepdim=True)
     return torch.where(is_real_T, ids_TK, instead_TK)
 
 
 def _pairs(layer: Layer, values: Mapping[str, torch.Tensor], trace: Trace, sampled_T: torch.Tensor) -> dict[str, Pair]:
-    """Name within the layer -> the engine's value and the reference's, in the order in which they depend.
+    """Pairs the engine's values with the reference's, by name within the layer, in the order in which they depend.
 
     sampled: tokens that went to one of the chosen experts; of the routed experts' outputs, no others are compared.
     """
@@ -155,12 +155,12 @@ def _pairs(layer: Layer, values: Mapping[str, torch.Tensor], trace: Trace, sampl
 
 
 def _seen(mine_TC: torch.Tensor, theirs_TC: torch.Tensor) -> Pair:
-    """Index scores of the entries that a row may see; the reference's others are -inf."""
+    """Pairs index scores of the entries that a row may see; the reference's others are -inf."""
     return mine_TC.masked_fill(theirs_TC == -torch.inf, 0.0), theirs_TC.masked_fill(theirs_TC == -torch.inf, 0.0)
 
 
 def _by_expert(ids_TK: torch.Tensor, weights_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Routing weights [T, E], whatever order a row names its experts in."""
+    """Spreads routing weights over experts [T, E], whatever order a row names its experts in."""
     weights_TE = torch.zeros(len(ids_TK), num_experts, dtype=torch.float64, device=ids_TK.device)
     return weights_TE.scatter_(1, ids_TK, weights_TK.double())
 
@@ -173,7 +173,7 @@ def _measured(oracle: Oracle, single: SingleLayer, name: str, pair: Pair, run: A
 
 
 def _one_bad_expert(pair: Pair, experts_TE: torch.Tensor, budget: float) -> int | None:
-    """The expert that every row out of line went to, if there is just one such."""
+    """Returns the expert of every row beyond its budget, if there is just one such."""
     bad_T = row_distances(*pair) > ROW_FACTOR * budget
     if not bad_T.any():
         return None

@@ -1,4 +1,4 @@
-"""The fixed text that the layers read: long enough for every kind of attention to come to its edges."""
+"""The fixed text that the layers read, long enough to reach the edge cases of every kind of attention."""
 
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -36,7 +36,7 @@ _CPU_WINDOWS, _CUDA_WINDOWS = (3, 6), (8, 18)
 
 @dataclass(frozen=True)
 class Text:
-    """token_ids, and what they are, in words."""
+    """token_ids, and a description of them."""
 
     token_ids: tuple[int, ...]
     what: str
@@ -47,7 +47,7 @@ class Text:
 
 
 def text_of(subject: Subject) -> Text:
-    """The paragraph in the checkpoint's own tokens, over and over; seeded random ids where it has no tokenizer.
+    """Repeats the paragraph in the checkpoint's own tokens; takes seeded random ids where it has no tokenizer.
 
     Its length lets the indexer choose (more entries than ``index_topk``) where the device can afford that, and never
     exceeds what the engine is configured for.
@@ -71,7 +71,7 @@ def _num_tokens(subject: Subject) -> int:
 
 
 def _tokenized(subject: Subject) -> list[int] | None:
-    """BOS and the paragraph; ``None`` where no tokenizer fits this model."""
+    """Tokenizes BOS and the paragraph; ``None`` where no tokenizer fits this model."""
     if not (subject.folder / "tokenizer.json").exists():
         return None
     try:

@@ -1,4 +1,4 @@
-"""Turns the comparison of one layer into findings: within its budgets, or the first value that is not."""
+"""Turns the comparison of one layer into findings: all values within budget, or the first that is not."""
 
 from collections.abc import Iterable, Iterator
 
@@ -28,7 +28,8 @@ _GROWN = "what multiplies here: a scale applied twice, or not at all"
 
 
 def verdicts(comparison: LayerComparison, single: SingleLayer) -> Iterator[Finding]:
-    """V01 of every value that is off and every wrong choice, V02 of what leaves the layer, V03 of its magnitudes."""
+    """Checks V01 (every value beyond its budget, every wrong choice), V02 (the layer's output), V03 (its
+    magnitudes)."""
     layer = single.layer.name
     wrong = dict(_wrong_choices(comparison.choices.entries, comparison.choices.experts, single))
     bad = {measured.slot: measured for measured in comparison.measurements if not measured.is_within}
@@ -45,7 +46,7 @@ def verdicts(comparison: LayerComparison, single: SingleLayer) -> Iterator[Findi
 
 
 def _wrong_choices(entries: Judgement | None, experts: Judgement, single: SingleLayer) -> Iterator[tuple[str, Finding]]:
-    """By the value that comes right behind the choice."""
+    """Yields wrong choices, by the first value that depends on the choice."""
     layer, kernels = single.layer.name, single.loaded.ledger.kernels
     if entries is not None and entries.num_wrong:
         remedy = "the indexer: which entries are complete, their order, index_topk, lowest index on ties"
@@ -90,7 +91,7 @@ def _fine(comparison: LayerComparison, layer: str) -> Finding:
 
 
 def _leaving(out: Measurement, layer: str, root: str) -> Finding:
-    """V02: the streams after the layer, when those before it are the reference's."""
+    """V02: checks the streams after the layer, when those before it are the reference's."""
     words = f"rel-L2 {out.budget:.1e}, {ROW_FACTOR:g} times that in one row"
     message = f"given the reference's streams, {_numbers(out)}"
     remedy = f"{layer}.{root} is where it begins" if root != "out" else _PLACES["out"]
@@ -98,7 +99,7 @@ def _leaving(out: Measurement, layer: str, root: str) -> Finding:
 
 
 def _magnitudes(measurements: Iterable[Measurement], layer: str) -> Finding:
-    """Largest magnitudes, beside the reference's."""
+    """V03: compares largest magnitudes with the reference's."""
     shown = [m for m in measurements if m.reference_amax]
     worst = max(shown, key=lambda m: m.grown / m.budget)
     allowed = ROW_FACTOR * worst.budget
@@ -115,7 +116,7 @@ def _magnitudes(measurements: Iterable[Measurement], layer: str) -> Finding:
 
 
 def growth(measurements: Iterable[Measurement]) -> Finding:
-    """V03 of the depth: how the streams' largest magnitude grows, and where most."""
+    """V03 over the depth: reports how the streams' largest magnitude grows, and where most."""
     enters = {m.layer_idx: m.amax for m in measurements if m.slot == "hc_attn.x"}
     leaves = {m.layer_idx: m.amax for m in measurements if m.slot == "out"}
     steps = {idx: leaves[idx] / enters[idx] for idx in leaves if enters.get(idx)}

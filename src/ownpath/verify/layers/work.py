@@ -1,4 +1,4 @@
-"""The state of the layers stage behind a layer: both sides' streams, and what was found so far.
+"""The state of the layers stage after a layer: both sides' streams, and the findings so far.
 
 ``resume`` writes and reads it; the key is a digest of everything that the numbers depend on.
 """
@@ -24,7 +24,8 @@ _ENGINE = ("x", "y", "post", "comb")
 
 @dataclass
 class State:
-    """How far a run is. num_done: layers that are behind it. engine: ``None`` where its own streams are not carried."""
+    """The progress of a run. num_done: layers that are finished. engine: ``None`` where its own streams are not
+    carried."""
 
     num_done: int
     reference_TSD: torch.Tensor
@@ -34,7 +35,7 @@ class State:
 
 
 def key_of(subject: Subject, text: Text) -> str:
-    """What the numbers of a run depend on."""
+    """Digests what the numbers of a run depend on."""
     return digest_of(subject, format_of_streams=_FORMAT, text=text.token_ids)
 
 
@@ -51,7 +52,7 @@ def save(folder: Path, key: str, state: State) -> None:
 
 
 def restore(folder: Path, key: str, device: torch.device) -> tuple[Saved, State | None]:
-    """Reads the state that a run with this key left, if one did."""
+    """Reads the state of a run with this key, if there is one."""
     return read_state(folder / FILE_NAME, key, _state, device)
 
 
