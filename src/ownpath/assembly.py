@@ -1,4 +1,4 @@
-"""Assembles a plan: weights in the planned layouts, their runners, and the builder of the model's modules.
+"""From a plan to what runs: weights in the planned layouts, their runners, and the builder of the model's modules.
 
 The plan may be a whole model's or that of some of its slots: serving and verifying assemble alike.
 """
@@ -31,7 +31,7 @@ class LoadedPart:
 
     @property
     def runners(self) -> dict[str, Runner]:
-        """The runners of the plan's products, by slot."""
+        """Of the plan's products, by slot."""
         return self.builder.runners
 
     @property
@@ -46,12 +46,12 @@ def load_part(
     progress: Progress | None = None,
     allocate: Allocate = reserve,
 ) -> LoadedPart:
-    """Loads the tensors of a plan and assembles it. Errors: as ``load_weights`` and ``make_runners``."""
+    """Loads what a plan names and assembles it. Errors: as ``load_weights`` and ``make_runners``."""
     return assemble(plan, engine, load_weights(plan, index, torch.device(engine.device), progress, allocate=allocate))
 
 
 def assemble(plan: Plan, engine: EngineConfig, weights: LoadedWeights) -> LoadedPart:
-    """Repacks weights into their kernels' layouts and compiles what the cache lacks. Errors: as ``make_runners``."""
+    """Puts weights into their kernels' layouts, compiles what the cache lacks. Errors: as ``make_runners``."""
     runners = make_runners(plan, weights.operands)
     compile_kernels(runners.values())
     specs = {companion.spec.slot: companion.choice.kernel for companion in plan.companions}

@@ -1,7 +1,7 @@
-"""Measures the largest inputs of the weights that are to become NVFP4, on a text that the source model reads.
+"""Largest inputs of the weights that are to become NVFP4, from a text that the source model reads.
 
-The model runs as its plan says, and an observer sees every product's input. The input of a routed expert's ``w2`` is
-made inside a fused operation, so it is computed here once more, from the expert's stored weights.
+The model runs as its plan says; the ledger shows every product's input. What enters ``w2`` of a routed expert is made
+inside a fused operation, so it is computed here once more, from the expert's stored weights.
 """
 
 from collections import defaultdict
@@ -29,7 +29,7 @@ CHUNK_TOKENS = 512
 
 
 def calibrate(source: Path, text: str, scope: Scope, device: str) -> dict[str, float]:
-    """Returns ``input_scale``, amax / 2688, of every weight that ``scope`` converts, by module.
+    """``input_scale``, amax / 2688, of every weight that ``scope`` converts, by module.
 
     An expert that no token reached gets the largest of its projection: in its layer, or anywhere if none was there.
     Memory: the whole model. Errors: ValueError for a text without tokens, and as ``load_model``.
@@ -52,7 +52,7 @@ def calibrate(source: Path, text: str, scope: Scope, device: str) -> dict[str, f
 
 
 def input_scales(modules: Sequence[str], amax: Mapping[str, float]) -> dict[str, float]:
-    """Returns amax / 2688 of each module; for one that was never reached, the largest of its kind."""
+    """amax / 2688 of each module; of one that was never reached, the largest of its like."""
     near: dict[tuple[str, str], float] = defaultdict(float)
     far: dict[str, float] = defaultdict(float)
     for module, value in amax.items():
@@ -68,13 +68,13 @@ def input_scales(modules: Sequence[str], amax: Mapping[str, float]) -> dict[str,
 
 
 def _kind(module: str) -> tuple[str, str]:
-    """Returns (the layer's experts or the module itself, projection)."""
+    """(layer's experts or the module itself, projection)."""
     group, _, rest = module.partition(".experts.")
     return (group, rest.rpartition(".")[2]) if rest else (module, module.rpartition(".")[2])
 
 
 class _InputAmax(Observer):
-    """Records the largest magnitude that enters each weight, call by call."""
+    """Takes the largest magnitude that enters each weight, call by call."""
 
     def __init__(
         self, converts: Sequence[Convert], slots: Mapping[str, Sequence[str]], read: TensorReader, swiglu_limit: float

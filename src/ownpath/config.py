@@ -48,7 +48,7 @@ _ARCHITECTURE, _MODEL_TYPE = "DeepseekV4ForCausalLM", "deepseek_v4"
 
 
 class ConfigError(ValueError):
-    """A configuration that this code cannot honour; the message names the file and the field."""
+    """A configuration this code cannot honour; the message names the file and the field."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Yarn:
 class Layer:
     """A decoder layer's name and kind.
 
-    name: the prefix of its tensors' names, ``layers.3`` or ``mtp.0``. ratio: as in ``compress_ratios``.
+    name: what its tensors' names begin with, ``layers.3`` or ``mtp.0``. ratio: as in ``compress_ratios``.
     is_hash: whether its experts are looked up by token id.
     """
 
@@ -81,7 +81,7 @@ class ModelConfig:
     compress_ratios: one entry per backbone layer: 0 sliding window only, 4 CSA, 128 HCA.
     num_hash_layers: the first layers whose experts are looked up by token id.
     num_nextn_predict_layers: MTP draft modules behind the backbone, 0 where the field is absent.
-    claims: every field as written. Claims about formats decide nothing: the plan compares them with the tensors.
+    claims: every field as written. What they say of formats decides nothing: the plan holds it against the tensors.
     """
 
     vocab_size: int
@@ -126,12 +126,12 @@ class ModelConfig:
         return layer_idx < self.num_hash_layers
 
     def backbone_layers(self) -> Iterator[Layer]:
-        """Yields the backbone's decoder layers, in order."""
+        """The decoder layers, in order."""
         for layer_idx, ratio in enumerate(self.compress_ratios):
             yield Layer(f"layers.{layer_idx}", ratio, self.is_hash_layer(layer_idx))
 
     def draft_layers(self) -> Iterator[Layer]:
-        """Yields the MTP modules' decoder layers, in order: they compress nothing, and a gate chooses their experts."""
+        """The MTP modules' decoder layers, in order: they compress nothing, and a gate chooses their experts."""
         for draft_idx in range(self.num_nextn_predict_layers):
             yield Layer(f"mtp.{draft_idx}", SLIDING, is_hash=False)
 
@@ -196,8 +196,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Parallel:
-    """This process's rank among those that run one model, each on its own GPU. Errors: ConfigError for a rank out of
-    range."""
+    """This process among those that run one model, each on its own GPU. Errors: ConfigError for a rank there is not."""
 
     rank: int = 0
     size: int = 1
@@ -237,14 +236,13 @@ class EngineConfig:
 
     @classmethod
     def for_device(cls, device: str, max_model_len: int = 4096) -> "EngineConfig":
-        """Returns the defaults of a device: float32 activations on CPU (bf16 products are slow there), bfloat16 on
-        CUDA."""
+        """The defaults of a device: float32 activations on CPU (bf16 products are slow there), bfloat16 on CUDA."""
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         return cls(device=device, dtype=dtype, max_model_len=max_model_len)
 
 
 def unread_fields(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """Lists the fields of config.json that no part of this code reads as a setting of the model, in their order."""
+    """The fields of config.json that no part of this code reads as a setting of the model, in their order."""
     own = {field.name for field in dataclass_fields(ModelConfig)} - {"yarn", "claims"}
     spelled = {"rope_scaling", "layer_types", "mlp_layer_types", "rope_parameters", "architectures", "model_type"}
     return tuple(name for name in fields if name not in own | spelled | set(_REQUIRED))
@@ -273,7 +271,7 @@ def _what_it_is(model_type: Any, architectures: Any) -> str:
 
 
 def _published_fields(fields: dict[str, Any], source: str) -> dict[str, Any]:
-    """Returns the published names of fields: translates transformers' where the published one is absent."""
+    """transformers' spelling, which its ``save_pretrained`` writes, turned back where the published one is absent."""
     published = dict(fields)
     if "layer_types" in fields and "compress_ratios" not in fields:
         layer_types = _listed(fields, "layer_types", source)
@@ -346,7 +344,7 @@ class _Reader:
         return value
 
     def count(self, field: str) -> int:
-        """Reads a number of things, 0 where the field is absent or null."""
+        """A number of things that are none where the field is absent or null."""
         return 0 if self.fields.get(field) is None else self.integer(field, minimum=0)
 
     def number(self, field: str) -> float:
@@ -356,7 +354,7 @@ class _Reader:
         return float(value)
 
     def compress_ratios(self, num_layers: int) -> tuple[int, ...]:
-        """Reads the backbone's entries. Entries past the backbone (MTP, DSpark drafts) are not this model's."""
+        """The backbone's entries. Entries past the backbone (MTP, DSpark drafts) are not this model's."""
         ratios = self._get("compress_ratios")
         if not isinstance(ratios, list) or len(ratios) < num_layers:
             raise ConfigError(f"{self.source}: compress_ratios must list at least {num_layers} entries")

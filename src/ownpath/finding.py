@@ -1,4 +1,4 @@
-"""The result of one check in one place: the one result type of inspect, verify, selftest and diff.
+"""What a check found in one place: the one result of inspect, verify, selftest and diff.
 
 Each of them prints findings in its own words; nothing else carries a verdict through the package.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Verdict(Enum):
-    """The outcome of a check. ``SKIPPED``: there was nothing to look at."""
+    """How a check ends. ``SKIPPED``: there was nothing to look at."""
 
     PASS = "pass"
     FAIL = "FAIL"
@@ -23,7 +23,7 @@ class Finding:
 
     id: the check's stable name, such as ``K01`` or ``missing-tensor``. where: the tensor, expert, slot, layer, file or
     field; empty where the check looks at the whole. message: one line. number, allowed: the measured number, and in
-    words its allowed range. limit: the limit as a number, where there is one. kernel: the kernel under test.
+    words what it had to be. limit: the same as a number, where it is one. kernel: the kernel that was looked at.
     """
 
     id: str
@@ -48,7 +48,7 @@ class Finding:
         remedy: str = "",
         kernel: str = "",
     ) -> "Finding":
-        """Makes a finding that passes or fails; a pass needs no remedy."""
+        """One that passes or fails; a pass needs no remedy."""
         verdict = Verdict.PASS if is_good else Verdict.FAIL
         return cls(id, where, verdict, message, number, allowed, "" if is_good else remedy, kernel)
 
@@ -59,7 +59,7 @@ def failed(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def finding_fields(finding: Finding) -> dict[str, Any]:
-    """Converts a finding to JSON values; ``finding_from`` reads them back."""
+    """Spells a finding as JSON values; ``finding_from`` reads it back."""
     return asdict(finding) | {"verdict": finding.verdict.name}
 
 

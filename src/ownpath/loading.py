@@ -1,4 +1,4 @@
-"""Loads a model from its folder: headers, plan, weights, runners, model, in that order."""
+"""From a model folder to a running model: headers, plan, weights, runners, model, in that order."""
 
 import os
 import re
@@ -21,7 +21,7 @@ from ownpath.weights.readers import Progress
 
 
 def default_model_dir() -> Path:
-    """Returns the embedded model's folder, ``assets/tiny-v4``."""
+    """The embedded model, ``assets/tiny-v4``."""
     return Path(str(files("ownpath"))) / "assets" / "tiny-v4"
 
 
@@ -35,7 +35,7 @@ def leave_a_core() -> None:
 
 
 def device_caps(device: str) -> Caps:
-    """Returns the capabilities of ``device``. Errors: ValueError when torch does not know it or it is absent."""
+    """The capabilities of ``device``. Errors: ValueError when torch does not know it or it is absent."""
     try:
         parsed = torch.device(device)
     except RuntimeError:
@@ -51,7 +51,7 @@ def device_caps(device: str) -> Caps:
 
 
 def planned_caps(device: str) -> Caps:
-    """Returns the capabilities of ``device``, or, for ``sm_100`` and the like, of a GPU that need not be here.
+    """The capabilities of ``device``, or, for ``sm_100`` and the like, of a GPU that need not be here.
 
     Errors: as ``device_caps``.
     """
@@ -60,7 +60,7 @@ def planned_caps(device: str) -> Caps:
 
 
 def _packages() -> frozenset[str]:
-    """Returns the kernel toolchains that can be imported here."""
+    """The kernel toolchains that can be imported here."""
     return frozenset(name for name in ("triton",) if find_spec(name) is not None)
 
 
@@ -72,7 +72,7 @@ def plan_model(
     official: frozenset[Step] = PLAIN,
     loads_draft: bool = False,
 ) -> Plan:
-    """Makes the plan of the checkpoint in ``folder`` with a device's default engine configuration, from headers alone.
+    """The plan of the checkpoint in ``folder`` with a device's default engine configuration, from headers alone.
 
     device: a torch device, or ``sm_100`` and the like for a GPU that need not be here.
     loads_draft: plan the MTP modules too.
@@ -91,7 +91,7 @@ def plan_model(
 def load_model(folder: Path, engine_config: EngineConfig, progress: Progress | None = None) -> Model:
     """Loads the checkpoint in ``folder`` as its plan says.
 
-    progress: called a few times a second with the bytes of weights read so far.
+    progress: told a few times a second how many of the weights' bytes are in.
     Errors: ConfigError, CheckpointError or PlanError (all ValueError), naming the file, field, tensor or op.
     """
     plan, index = planned(folder, engine_config)
@@ -104,13 +104,12 @@ def load_model(folder: Path, engine_config: EngineConfig, progress: Progress | N
 
 
 def lossless_casts(plan: Plan, folder: Path) -> tuple[str, ...]:
-    """Lists the slots of a plan whose NVFP4 weights were cast from MXFP4 without loss, by their scales on disk."""
+    """Slots of a plan whose NVFP4 weights were cast from MXFP4 without loss, by their scales on disk."""
     return find_lossless_casts(plan, CheckpointIndex.open(folder))
 
 
 def planned(folder: Path, engine_config: EngineConfig, caps: Caps | None = None) -> tuple[Plan, CheckpointIndex]:
-    """Makes the plan of the checkpoint in ``folder`` and its index, from headers alone. caps: those of the engine's
-    device.
+    """The plan of the checkpoint in ``folder`` and its index, from headers alone. caps: those of the engine's device.
 
     Errors: ConfigError, CheckpointError, PlanError, naming the file, field, tensor or op.
     """

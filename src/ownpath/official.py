@@ -1,4 +1,4 @@
-"""The steps of a forward that DeepSeek's published inference code rounds in its own way.
+"""The steps of a forward that DeepSeek's published inference code computes in a way of its own.
 
 Every step is "plain" (as precise as the chosen kernel computes it) or "official" (rounded where the published code
 rounds). The plan shows each; ``docs/numerics.md`` defines them and says how far apart the two are.
@@ -43,9 +43,9 @@ OFFICIAL = frozenset(Step)
 
 
 def parse_numerics(text: str) -> frozenset[Step]:
-    """Parses ``plain``, ``official``, or the official steps by name with commas between them.
+    """``plain``, ``official``, or the official steps by name with commas between them.
 
-    Errors: ValueError naming an unknown step.
+    Errors: ValueError naming what is no step.
     """
     if text in ("plain", "official"):
         return OFFICIAL if text == "official" else PLAIN
@@ -57,7 +57,7 @@ def parse_numerics(text: str) -> frozenset[Step]:
 
 
 def numerics_name(official: frozenset[Step]) -> str:
-    """Returns the shortest text that ``parse_numerics`` reads as these steps, as far as they make a difference."""
+    """The shortest text that ``parse_numerics`` reads as these steps, as far as they make a difference."""
     chosen = official - ALWAYS_OFFICIAL
     if not chosen:
         return "plain"

@@ -1,4 +1,4 @@
-"""A weight as stored: codes, block scales and a global scale, with their format."""
+"""A weight as stored: codes, block scales and a global scale, with the format that gives them meaning."""
 
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ class QuantTensor:
         return torch.Size([*lead, k * self.format.packed_per_byte])
 
     def of_expert(self, expert: int) -> "QuantTensor":
-        """Returns one matrix of a stack."""
+        """One matrix of a stack."""
         scale = None if self.scale is None else self.scale[expert]
         global_scale = None if self.global_scale is None else self.global_scale[expert]
         return QuantTensor(self.qdata[expert], scale, global_scale, self.format, self.layout)

@@ -1,8 +1,8 @@
-"""Compiles everything before the first request on CUDA, so that no step waits for a compiler.
+"""Before the first request on CUDA: everything that compiles is compiled, so that no step waits for a compiler.
 
-First come the kernels that are compiled to disk (only those the cache lacks). Then a few steps run on scratch caches,
-at the numbers of tokens where kernels change their tiles: they trigger compilation at first call, and let the libraries
-choose and allocate. Progress is one line on a terminal, and nothing where stderr is none.
+First the kernels that are compiled to disk (only those the cache lacks), then a few steps on scratch caches, of the
+numbers of tokens at which kernels change their tiles: they compile what is compiled at its first call and let the
+libraries choose and allocate. Progress is one line on a terminal, and nothing where stderr is none.
 """
 
 import sys
@@ -22,7 +22,7 @@ WARM_UP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def compile_kernels(runners: Iterable[Runner]) -> int:
-    """Compiles what the runners may launch and the cache on disk lacks; returns the number of kernels compiled.
+    """Compiles what the runners may launch and the cache on disk lacks; returns how many kernels that were.
 
     Errors: CompileError naming the compiler.
     """
@@ -33,8 +33,7 @@ def compile_kernels(runners: Iterable[Runner]) -> int:
 
 
 def warm_up(model: Model, engine: EngineConfig) -> None:
-    """Runs a step of every size that changes kernels, so that no later step compiles anything; then resets the
-    ledger."""
+    """Runs a step of every size that matters, so that no later step compiles anything; the ledger starts anew."""
     show = Progress("warming up")
     sizes = warm_up_sizes(engine)
     for done, num_tokens in enumerate(sizes, start=1):
@@ -47,7 +46,7 @@ def warm_up(model: Model, engine: EngineConfig) -> None:
 
 
 def warm_up_sizes(engine: EngineConfig) -> list[int]:
-    """Returns the numbers of tokens to try: powers of two up to the largest step, and that step itself."""
+    """Numbers of tokens to try: powers of two up to the largest step, and that step itself."""
     largest = min(engine.max_prefill_tokens + engine.max_num_seqs, engine.max_model_len)
     return sorted({size for size in WARM_UP_TOKENS if size < largest} | {largest})
 
@@ -58,7 +57,7 @@ def _step(model: Model, engine: EngineConfig, num_tokens: int) -> None:
 
 
 class _Line:
-    """One line on a terminal's stderr that is overwritten; nothing where stderr is no terminal."""
+    """One line on a terminal's stderr that is written over; where stderr is no terminal, nothing."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -77,7 +76,7 @@ class _Line:
         sys.stderr.flush()
 
     def end(self) -> None:
-        """Clears the line, if there was one."""
+        """Leaves the line, if there was one."""
         if self._is_shown:
             print(file=sys.stderr)
         self._is_shown = False
@@ -87,19 +86,19 @@ class Progress(_Line):
     """Shows how many of how many are done, and the seconds so far."""
 
     def __call__(self, done: int, total: int, name: str) -> None:
-        """Shows that ``done`` of ``total`` are ready, the last of them ``name``."""
+        """``done`` of ``total`` are ready, the last of them ``name``."""
         self._show(done, total, f"{done}/{total} {self._seconds():5.1f} s  {name:.48}")
 
 
 class LoadingBar(_Line):
-    """Shows bytes loaded of how many, bytes per second on average, and the time left at that rate; ends itself."""
+    """Bytes loaded of how many, how many a second on average, and the time left at that rate; it ends itself."""
 
     def __init__(self) -> None:
         super().__init__("loading")
         self._is_open = True
 
     def __call__(self, num_bytes: int, total_bytes: int) -> None:
-        """Shows that ``num_bytes`` of ``total_bytes`` are loaded. Time counts from the call that says 0."""
+        """``num_bytes`` of ``total_bytes`` are in. Time counts from the call that says 0."""
         if num_bytes == 0:
             self._start = time.perf_counter()
         if not self._is_open:

@@ -1,4 +1,4 @@
-"""Versions of the installed software that decides how things run, for every result that names its origin."""
+"""What is installed here and decides how things run, for every result that names where it comes from."""
 
 import importlib.metadata
 import platform
@@ -12,8 +12,7 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Returns versions of Python, torch's CUDA ("" without), and the installed packages; a source tree is no
-    package."""
+    """Of Python, of torch's CUDA ("" without), and of the packages that are installed; a source tree is no package."""
     found = {"python": platform.python_version(), "cuda": torch.version.cuda or ""}
     for package in _PACKAGES:
         try:
