@@ -23,7 +23,7 @@ from ownpath.config import CSA_RATIO, ModelConfig
 BLOCK_TOKENS = 256
 """Tokens of a block: a multiple of every compress ratio."""
 NOBODY = 0
-"""The slot, and the block, that no sequence owns."""
+"""The slot, and the block, that no sequence owns: writes that are to be dropped go there."""
 
 
 class Group(Enum):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ownpath.chat.tokenizer import Tokenizer
 
 SURROGATE = re.compile(rb"\xed[\xa0-\xbf]")
-"""The start of what UTF-8 has for half a UTF-16 pair: well-formed in its bits, and no character."""
+"""The UTF-8 encoding of half a UTF-16 pair begins so: well-formed bits, but no character."""
 
 
 class Detokenizer:

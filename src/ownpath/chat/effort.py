@@ -31,7 +31,7 @@ RELEASES: dict[str, dict[str, str]] = {
     "0731": {"low": "", "high": _ABSOLUTE, "max": _BEYOND},
     "0813": {"low": "", "high": _ABSOLUTE, "max": _BEYOND},
 }
-"""Release -> word -> text. Thinking without a word adds no text in any of them."""
+"""Release -> effort word -> text. Thinking without a word adds no text in any release."""
 
 
 def release_of_folder(folder: Path) -> str:

@@ -11,8 +11,8 @@ from ownpath.conformance.call import KernelCall, tensors_of
 from ownpath.ops import OpKind
 
 NEAR = 2.0**-6
-"""Relative. A library may add up in another order for other strides, which moves BF16 results by 2^-8 at most; elements
-that are read from the wrong place are off by their own size."""
+"""Relative tolerance for other strides: a library may sum in another order, which moves BF16 results by 2^-8 at
+most; elements read from the wrong place are off by their own size."""
 
 
 def contract_problems(call: KernelCall) -> Iterator[str]:

@@ -15,7 +15,7 @@ from ownpath.oracle.formulas import Mixing
 
 ROWS_AT_ONCE = 8192
 SILU_SLOPE = 1.1
-"""silu is nowhere steeper."""
+"""The largest slope of silu."""
 STEPWISE_ROUNDINGS = 3
 """Roundings to the activations' dtype in front of a norm's last one, where every operation rounds: the square's, the
 mean's and the sum's move the root by half a unit each, the root is rounded itself, and half a unit is to spare."""

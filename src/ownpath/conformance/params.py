@@ -15,20 +15,20 @@ from ownpath.kernels.hyper.ref import Mix
 from ownpath.ops import OpKind
 
 AMPLITUDES = (1.0, 2.0**-10, 1.0, 2.0**8)
-"""Of the rows of an input, in turn; normed activations have 1."""
+"""Sizes of an input's rows, in turn; normed activations have 1."""
 OUTLIER = 2.0**6
 """One channel in a hundred of every third row is larger by this, as in real activations."""
 ORDINARY = (1.0, 2.0**-10, 0.5, 1.0, 2.0**-4)
-"""Sizes of the rows that normed activations have, or less: few of an expert's gates reach the clamp."""
+"""Sizes of rows as after a norm, or smaller: few of an expert's gates reach the clamp."""
 LOUD = (2.0**4, 2.0**6, 2.0**8, 2.0**10)
-"""Sizes of the rows that are to reach it."""
+"""Sizes of rows whose gates reach the clamp."""
 CLAMP_FACTORS = (0.0, 0.5, 0.999, 1.0, 1.001, 2.0, 30.0)
-"""Of swiglu_limit, with both signs: what gate and up are."""
+"""Gates and ups as multiples of swiglu_limit, with both signs."""
 QUERY_SIZES = (1.0, 0.0, 2.0**-4, 4.0)
-"""Of queries in turn: where scores are zero the sink has its full share."""
+"""Sizes of queries, in turn: where scores are zero the sink has its full share."""
 NUM_KEYS = (1, 2, 31, 129, 300)
 POSITIONS = (0, 1, 4096, 131072, 1_000_000)
-"""Of rotations; those that a model does not have become its last."""
+"""Positions of rotations; those that a model does not have become its last."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ TOLERANCE_NATS = 0.25
 """Four roundings of a BF16 logit: between 16 and 32 its steps are 1/8 apart, so one rounding is at most 1/16."""
 
 _FLOOR = 2.0**-20
-"""Less probability than this outside a list is the rounding of its float32 sums, up to 8 steps; it counts as this."""
+"""Least probability outside a list. A smaller one is the rounding of float32 sums, up to 8 steps, and counts as
+this."""
 
 
 @dataclass(frozen=True)

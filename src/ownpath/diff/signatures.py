@@ -172,7 +172,7 @@ SIGNATURES: tuple[Callable[[Observed], Finding], ...] = (
     cold_cached,
     batch_dependent,
 )
-"""Causes before what follows from them: the first that is found is the diagnosis."""
+"""Causes before their consequences: the first signature found is the diagnosis."""
 
 
 def all_checks(seen: Observed) -> tuple[Finding, ...]:

@@ -20,7 +20,7 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen and how many.
+    """Parameters of one request's sampling and its limits.
 
     max_tokens: upper bound on generated tokens; 0 only scores the prompt.
     temperature: 0 takes the likeliest token, otherwise the logits are divided by it.

@@ -1,5 +1,4 @@
-"""Which requests run in a step, and how many of their tokens. Pure bookkeeping: no tensor, no model, no
-clock.
+"""Decides which requests run in a step, and how many of their tokens. Pure bookkeeping: no tensor, no model, no clock.
 
 A step costs time with every token in it, so each step has two limits: ``max_num_seqs`` sequences and
 ``max_prefill_tokens`` prompt tokens. The rules, in order:

@@ -16,7 +16,7 @@ from ownpath.plan.census import StoredModule
 from ownpath.weights.lossless import is_lossless_cast
 
 SAMPLE_BYTES = 4096
-"""Of every module's block scales, unless all are asked for: one page of the file."""
+"""Bytes read of every module's block scales, unless all are asked for: one page of the file."""
 MAX_SATURATED_SHARE = 1 / 8
 """A tensor's largest block is scaled to E4M3's largest number, 448; an eighth of all blocks is not, unless the global
 scale was taken from smaller values."""

@@ -16,13 +16,13 @@ from ownpath.finding import Finding
 from ownpath.plan.census import StoredModule
 
 MAX_JSON_BYTES = 256 * 2**20
-"""Of any JSON file beside the weights; the largest honest one is a tokenizer of a few dozen MB."""
+"""Largest size of a JSON file beside the weights; the largest honest one is a tokenizer of a few dozen MB."""
 
 QUANT_CONFIG = "hf_quant_config.json"
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"ffn\.experts\.(\d+)\.")
 _ALGORITHMS = {"NVFP4": "NVFP4", "FP8_PB_WO": "FP8_BLOCK", "MXFP4": "MXFP4"}
-"""ModelOpt's name of an algorithm -> the format of a module stored so."""
+"""ModelOpt's name of an algorithm -> the format of a module stored with it."""
 
 
 def file_problem(path: Path, check: str) -> Finding | None:

@@ -11,9 +11,9 @@ from ownpath.finding import Finding
 from ownpath.inspect.scalars import Scalar
 
 LEAST_RATIO = 10.0
-"""Below it no expert is an outlier: the largest weights of one layer's experts differ by as much without a fault."""
+"""Ratio below which no expert is an outlier: the largest weights of one layer's sound experts differ by as much."""
 FALSE_ALARM = 1e-6
-"""What a sound expert may be called an outlier with; a model has some 10^4 to 10^5 of their matrices."""
+"""Probability that a sound expert is called an outlier; a model has some 10^4 to 10^5 of their matrices."""
 MAD_TO_SIGMA = 1.4826
 """Standard deviation of a normal distribution / its median absolute deviation."""
 

@@ -16,11 +16,11 @@ from ownpath.inspect.values import read_values
 from ownpath.plan.census import StoredModule
 
 MAX_RATIO = 1000.0
-"""How far a scale may be from the median of its layer's experts, either way: three decades. Experts of one layer start
-alike and see the same hidden states; their largest values differ by a factor of ten, not of a thousand."""
+"""Largest factor between a scale and the median of its layer's experts, either way: three decades. Experts of one
+layer start alike and see the same hidden states; their largest values differ by a factor of ten, not of a thousand."""
 
 SMALLEST_NORMAL = 2.0**-126
-"""Of float32: below it, a scale is an integer's bits, or a value that underflowed."""
+"""Smallest normal float32: below it, a scale is an integer's bits, or a value that underflowed."""
 
 _SCALARS = ("global_scale", "input_scale")
 _EXPERT = re.compile(r"((?:layers|mtp)\.\d+)\.ffn\.experts\.(\d+)\.(w[123])")

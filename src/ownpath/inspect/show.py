@@ -11,7 +11,7 @@ from ownpath.inspect.rows import bytes_by_format, module_rows, num_parameters
 from ownpath.plan.show import align
 
 MAX_LINES = 8
-"""Lines of one kind of problem; the rest is counted. ``--json`` has them all."""
+"""Lines shown for one kind of problem; the rest is counted. ``--json`` has them all."""
 MAX_WIDTH = 400
 _SHAPE = (
     ("num_hidden_layers", "layers"),

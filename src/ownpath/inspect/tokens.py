@@ -13,7 +13,7 @@ from ownpath.inspect.contradictions import json_object
 from ownpath.inspect.golden_prompts import GOLDEN_PROMPTS, ROUND_TRIPS, GoldenPrompt
 
 NEEDED = (BOS, EOS, USER, ASSISTANT, THINK_START, THINK_END)
-"""Without these there is no conversation; the others serve tools and tasks."""
+"""Markers that every conversation needs; the others serve tools and tasks."""
 
 
 def missing_markers(tokenizer: Tokenizer) -> tuple[str, ...]:

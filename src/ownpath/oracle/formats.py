@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LEAST_AMAX = 1e-4
-"""DeepSeek's FP8 quantiser takes no scale from a smaller largest magnitude."""
+"""Least amax of DeepSeek's FP8 quantiser: smaller ones count as this."""
 
 
 def e2m1_of(code: int) -> float:

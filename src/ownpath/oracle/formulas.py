@@ -15,7 +15,7 @@ from torch import Tensor
 from ownpath.config import ModelConfig
 
 QUERIES_AT_ONCE = 256
-"""Scores of all heads over all keys are the largest tensors there are."""
+"""Queries scored at a time: scores of all heads over all keys are the largest tensors there are."""
 
 
 def rms(x: Tensor, eps: float) -> Tensor:

@@ -14,7 +14,7 @@ from ownpath.oracle.formats import ByteValue, decode, e2m1_pair_of, e4m3_of, e8m
 
 _FP8_BLOCK_SIZE = 128
 _DIVISORS = ("weight_global_scale", "input_global_scale")
-"""Tensors that hold 1 / the multiplier: compressed-tensors' spelling, and nobody else's."""
+"""Tensors that hold 1 / the multiplier: only compressed-tensors stores scales so."""
 
 
 class StoredWeights:

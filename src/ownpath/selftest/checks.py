@@ -18,8 +18,8 @@ MAX_FROZEN = 4
 room for a text that repeats itself in a narrow dtype."""
 
 SAME_NATS = 1e-3
-"""Closer is the same: float32's noise through these models stays below 1e-4 nats (the forward is compared with another
-implementation of it, at 640 positions), and what a different text changes is of order 1."""
+"""Distances below this count as equal: float32's noise through these models stays below 1e-4 nats (the forward is
+compared with another implementation of it, at 640 positions), and a different text changes them by order 1."""
 
 MIN_NATS = 0.01
 """A model that is certain to this at most positions of a text that it cannot know, or that never prefers a token by

@@ -10,7 +10,7 @@ from ownpath.engine.request import MAX_TOP_LOGPROBS, FinishReason, Request, Samp
 from ownpath.selftest.signatures import Distribution
 
 SILENCE_S = 120.0
-"""So long may the engine say nothing at all before its silence counts as a failure: a slow device is not a fault."""
+"""Seconds of silence after which the engine counts as failed. Generous: a slow device is not a fault."""
 
 NUM_ANSWER_TOKENS, GOLDEN_TOKENS = 16, 32
 TEXT = (

@@ -15,7 +15,7 @@ from ownpath.selftest.checks import Facts, judge
 from ownpath.selftest.probe import Golden, Seen, gather
 
 KNOWN_QUESTION, KNOWN_ANSWER = "The capital of France is", "Paris"
-"""What the embedded model was taught."""
+"""The question that the embedded model was trained to answer."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ownpath.server.errors import ApiError, bad_request
 from ownpath.trace import Ledger, Record, Records
 
 SCHEMA = 1
-"""Goes up when a field of the answer changes its meaning or goes away."""
+"""Version of the answer's schema; increased when a field changes its meaning or is removed."""
 MIN_KEY_CHARS = 16
 
 

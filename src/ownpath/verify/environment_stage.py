@@ -21,7 +21,7 @@ from ownpath.verify.subject import Subject
 
 TUNED = Path(ownpath.kernels.__path__[0])
 _FACTS = {"entry": str, "num_threads": int, "cluster": int}
-"""What the cache says beside each kernel's machine code."""
+"""Fields that the cache stores beside each kernel's machine code, with their types."""
 _ELF = b"\x7fELF"
 _MISSING = f"install the compiler ({COMPILER}: pip install 'ownpath[cute]'), or bring a kernel cache that was filled"
 _CACHE = "delete the file and its .cubin: it will be compiled anew"

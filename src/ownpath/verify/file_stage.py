@@ -235,7 +235,7 @@ _CHECKS: MappingProxyType[str, Callable[[FileEvidence], Finding]] = MappingProxy
         "F12": _tokens,
     }
 )
-"""What each check says where it found no problem."""
+"""Check -> the function that makes its finding when it found no problem."""
 
 
 def _against_source(folder: Path, selection: Selection, source: Path | None, progress: Progress) -> Iterator[Finding]:

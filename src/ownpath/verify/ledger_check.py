@@ -17,9 +17,9 @@ from ownpath.verify.plan_file import FACTS, PlanFile, PlannedSlot
 from ownpath.verify.subject import Subject
 
 Kinds = dict[str, tuple[OpKind, bool]]
-"""slot -> (what it is, whether its result is wide)."""
+"""Slot -> (its operation, whether its result is wide)."""
 Faults = list[tuple[str, str]]
-"""(slot, what is wrong)."""
+"""Pairs of (slot, what is wrong)."""
 REMEDIES = {
     "LG01": "make the plan again (ownpath plan MODEL --json), with the device and the demands that are verified",
     "LG02": "a slot that never runs is a product or a step that the model leaves out: the model's code is at fault",

@@ -28,9 +28,10 @@ from ownpath.weights.load import LoadedWeights
 from ownpath.weights.operands import Slot, sentinel
 
 ALPHA_EPS = 3 * 2.0**-24
-"""Of a factor that a kernel receives: at most two float32 reciprocals and one product, half an ulp each."""
+"""Relative error allowed in the factor that a kernel receives: at most two float32 reciprocals and one product, half
+an ulp each."""
 ENDS = "ends"
-"""What is in no layer: the embedding, the last boundary and norm, the head."""
+"""The part outside all layers: the embedding, the last boundary and norm, the head."""
 _QUOTED = re.compile(r"'([^']+)'")
 _LOAD_REMEDY = "run `ownpath inspect` on the folder; if it finds nothing, the loader is wrong: report this finding"
 _KERNEL_REMEDY = (

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 FACTS = ("device", "activations", "batch_invariant", "numerics")
-"""What a plan was made for."""
+"""Settings that a plan was made for."""
 _OP_FIELDS = ("encoding", "runner", "kernel", "layout")
 _COMPANION_FIELDS = ("runner", "kernel")
 

@@ -14,7 +14,7 @@ WIDTH, HEIGHT = 320.0, 150.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 312.0, 8.0, 128.0
 """The frame that values lie in; left of it and under it are the labels."""
 MAX_DECADES = 12
-"""Below so many decades under the largest a value lies on the lower edge: an exact layer would flatten all others."""
+"""Values more decades below the largest lie on the lower edge: an exact layer would flatten all others."""
 _MAX_LABELS = 4
 _MAX_LAYER_LABELS = 7
 _LAYER_STEPS = (1, 2, 5, 10, 20, 50, 100)

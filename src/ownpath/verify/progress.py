@@ -5,7 +5,7 @@ import time
 from typing import Protocol
 
 LINE_INTERVAL_S = 10.0
-"""Between two lines where nothing can be written over: a log that a person can still read."""
+"""Seconds between two lines where no line can be overwritten, so that a log stays readable."""
 
 
 class Progress(Protocol):

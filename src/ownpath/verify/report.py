@@ -24,7 +24,7 @@ from ownpath.verify.subject import Selection
 from ownpath.versions import versions
 
 MAX_FAILURES = 8
-"""Lines for one failing check; the rest is counted. ``--json`` has them all."""
+"""Lines shown for one failing check; the rest is counted. ``--json`` has them all."""
 SCHEMA = "ownpath verify 1"
 _LAYER = re.compile(r"(?:layers|mtp)\.\d+(?=\.|$)")
 

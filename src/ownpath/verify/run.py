@@ -61,7 +61,7 @@ STAGES: MappingProxyType[str, StageRun] = MappingProxyType(
         ),
     }
 )
-"""Name -> what it looks at, in the order in which they run."""
+"""Stage -> its function, in the order in which they run."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from ownpath.verify.kernels.tally import Tally
 NUM_ORDINARY = len(ORDINARY)
 PERIOD = NUM_ORDINARY + len(LOUD)
 MAX_DIAGNOSED = 4
-"""Wrong experts whose fault is looked for; with more of them, the fault is not an expert's own."""
+"""Most wrong experts that are diagnosed; with more of them, the fault is not an expert's own."""
 CLAMP_REMEDY = "swiglu_limit is not applied, or with another value: see the kernel's call"
 
 

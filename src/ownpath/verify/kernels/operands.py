@@ -22,8 +22,8 @@ INPUT_BLOCK = 128
 
 @dataclass(frozen=True)
 class InputReading:
-    """How a kernel reads its activations. from_rows: the rows of a call from which it applies. slack: added error of
-    the sums."""
+    """A kernel's rounding of its activations. from_rows: applies to calls of so many rows or more. slack: added error
+    of the sums."""
 
     quantize: Callable[[Tensor], Tensor] = as_it_is
     from_rows: int = 1

@@ -23,7 +23,7 @@ from ownpath.verify.kernels.row_counts import row_counts, unread, variants_of
 from ownpath.verify.kernels.tally import Tally
 
 PERIOD = 1009
-"""Rows that are drawn; a longer input repeats them. A prime, so that a tile never meets its own rows again."""
+"""Number of rows drawn; a longer input repeats them. A prime, so that a tile never gets the same rows twice."""
 POSITIONS = (0, 1, 5, 127, 4096)
 REMEDY = "the weight arrived wrong or the kernel is: run the load stage, then a kernel that the plan can do without"
 

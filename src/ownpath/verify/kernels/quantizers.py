@@ -33,7 +33,7 @@ from ownpath.verify.kernels.tally import Tally, error_of
 REMEDY = "the quantiser does not round to nearest, ties to even, or takes its scale otherwise: docs/numerics.md"
 KEY_BLOCK, INDEX_BLOCK, INPUT_BLOCK, NVFP4_BLOCK = 64, 32, 128, 16
 EXPONENTS = (0, -3, 5)
-"""Powers of two that scales have in turn."""
+"""Exponents of the scales, in turn."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _launched(weight: Any) -> Callable[[Tensor], Tensor]:
 
 
 Expected = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""What is read back must lie between these two."""
+"""Maps an input to the lower and the upper bound of the values read back."""
 
 
 def _exactly(quantize: Callable[..., Tensor], *how: object) -> Expected:

@@ -21,7 +21,7 @@ from ownpath.verify.kernels.tally import Tally, error_of
 
 ROWS = 67
 VERY_NEGATIVE = -80.0
-"""Below -87, exp is no normal float32 any more; no gate comes near."""
+"""A very small logit: below -87, exp is subnormal in float32; no gate comes near."""
 HUGE_BIAS = 1e4
 REMEDY = "bias shifts the choice alone, never the weights; the lower id wins a tie; hash layers read tid2eid"
 

@@ -13,9 +13,9 @@ from ownpath.trace.uses import variant_of
 
 ROW_COUNTS = (1, 2, 3, 8, 31, 32, 33, 64, 127, 128, 129)
 MANY_ROWS = (1024, 5120, 6144, 8064, 16384)
-"""On CUDA only."""
+"""Further numbers of rows, on CUDA only."""
 WIDEST = 2**16
-"""Columns up to which a product is called with many rows: those of a vocabulary's logits are gigabytes."""
+"""Columns up to which a product is called with many rows: logits of a whole vocabulary are gigabytes."""
 FEW, MOST = 128, 16384
 
 

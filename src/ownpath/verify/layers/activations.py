@@ -19,9 +19,9 @@ _RESULTS: Mapping[OpKind, Callable[[Any], dict[str, torch.Tensor]]] = {
     OpKind.HYPER: lambda result: {".x": result.x_TSD, ".h": result.h_TD},
     OpKind.ROUTER: lambda result: {".ids": result[0], ".weights": result[1]},
 }
-"""Names of the tensors of slots that return several, the last of which tells the dtype."""
+"""Splits the result of slots that return several tensors, by name; the last one has the result's dtype."""
 _MASK = ".indexer.mask"
-"""The tap of one value per sequence; all others are of all rows of a step."""
+"""The tap that is called once per sequence; all others are called once per step."""
 
 
 class Activations(Observer):

@@ -21,13 +21,13 @@ from ownpath.verify.layers.single_layer import Chunk, SingleLayer
 from ownpath.verify.layers.teacher_forcing import LayerComparison
 
 _CHUNKS = (5, 1, 127, 3, 64)
-"""First steps of a prompt in pieces; two halves of the rest follow."""
+"""Sizes of a prompt's first chunks; two halves of the rest follow."""
 _NUM_FIRST, _NUM_LAST = 9, 12
-"""Tokens that are read one by one, from nothing and behind a prompt: across windows of 4, and across one of 128."""
+"""Tokens read one by one, at the start and after a prompt: across windows of 4, and across one of 128."""
 _NUM_SHORT = 139
-"""Tokens of a sequence that is read beside others."""
+"""Tokens of a sequence that shares its step with others."""
 _NUM_SAME = 4
-"""Sequences that are the same."""
+"""Number of identical sequences in one step."""
 _REMEDY_CACHE = "the layer's caches: what is written at which place, and what a step reads back"
 _REMEDY_FRESH = "a cache or a workspace that keeps what an earlier run left there"
 _REMEDY_BATCH = "a kernel that mixes rows of one step, or a workspace that two sequences share"

@@ -17,7 +17,7 @@ from ownpath.verify.layer import LoadedLayer
 from ownpath.verify.layers.activations import Activations
 
 MAX_SEQUENCES = 8
-"""That hold tokens at once: those of one step, and one that is looked at afterwards."""
+"""The most sequences that hold tokens at once: those of one step, and one that is read afterwards."""
 
 
 @dataclass(frozen=True)

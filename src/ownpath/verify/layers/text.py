@@ -29,7 +29,7 @@ and green. Die Fähre legt an, les voyageurs descendent, y el capitán apunta un
 """
 _SEED = 20
 _EDGE = 6
-"""Tokens behind the last window of 128, so that a step near the end completes one and others follow it."""
+"""Tokens after the last window of 128, so that a step near the end completes one and others follow it."""
 _CPU_WINDOWS, _CUDA_WINDOWS = (3, 6), (8, 18)
 """The fewest and the most windows of 128 tokens: seconds on two cores; more than a thousand positions on a GPU."""
 
