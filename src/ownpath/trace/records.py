@@ -98,7 +98,7 @@ def _collect(values: Iterable[Any], found: list[tuple[torch.Size, torch.dtype]])
         elif isinstance(value, (tuple, list)):
             _collect(value, found)
         elif is_dataclass(value):
-            _collect(vars(value).values(), found)
+            _collect((getattr(value, field.name) for field in fields(value)), found)
 
 
 def _spelled(tensors: _Signature) -> tuple[str, ...]:
