@@ -6,7 +6,7 @@ when an entry is new. A slot keeps at most ``max_per_slot`` entries; calls beyon
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
