@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 import triton
-from small_ops_cases import CASES, Case, judge, make_inputs, num_bytes
 
+from ownpath.conformance.operations import CASES, judge, make_inputs, num_bytes
+from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.hyper.ref import HyperOut
 from ownpath.kernels.registry import KERNELS
 
@@ -55,12 +56,12 @@ def bound_call(kernel: Callable[..., Any], inputs: tuple[Any, ...]) -> Call:
     return lambda: kernel(*inputs, **arguments)
 
 
-def num_sets(case: Case, num_tokens: int) -> int:
+def num_sets(case: KernelCase, num_tokens: int) -> int:
     """Operand sets that together exceed the L2 cache, within reason for the smallest operations."""
     return int(min(max(COLD_BYTES / num_bytes(case, num_tokens), 3), 96))
 
 
-def measure(case: Case, num_tokens: int, with_torch: bool) -> dict[str, Any]:
+def measure(case: KernelCase, num_tokens: int, with_torch: bool) -> dict[str, Any]:
     """One row of the table. Errors: AssertionError when the kernel is wrong."""
     device = torch.device("cuda")
     sets = [make_inputs(case, num_tokens, device, seed) for seed in range(num_sets(case, num_tokens))]

@@ -14,8 +14,9 @@ from unittest import mock
 
 import torch
 from small_ops import bound_call, machine, num_sets, replay_us
-from small_ops_cases import CASES, Case, judge, make_inputs
 
+from ownpath.conformance.operations import CASES, judge, make_inputs
+from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.grouped import launch as grouped
 from ownpath.kernels.hyper import launch as hyper
 from ownpath.kernels.registry import KERNELS
@@ -34,7 +35,7 @@ GROUPED = (
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 1024)
 
 
-def time_tiles(case: Case, module: Any, tiles: Any, sets: Sequence[tuple[Any, ...]]) -> float | str:
+def time_tiles(case: KernelCase, module: Any, tiles: Any, sets: Sequence[tuple[Any, ...]]) -> float | str:
     """Microseconds a call with these tiles, or what is wrong with them."""
     kernel = KERNELS[f"triton.{case.kernel}"]
     with mock.patch.object(module, "choose_tiles", return_value=tiles):

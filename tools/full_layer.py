@@ -19,28 +19,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from layer.synthetic import RATIOS, SHAPES, Values, headers, layer_config
 
+from ownpath.assembly import assemble
+from ownpath.attention.interface import AttentionStep
+from ownpath.attention.reference import ReferenceAttention
+from ownpath.attention.rope import Rope
+from ownpath.cache.pools import CachePool, CacheSpec
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.kernels.hyper.ref import hyper_post, sinkhorn
-from ownpath.kernels.registry import KERNELS
 from ownpath.loading import device_caps
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Block, Residual
-from ownpath.model.build import Builder
-from ownpath.model.caches import CacheSpec, SequenceCache
-from ownpath.model.rope import Rope
 from ownpath.plan.plan import Plan, make_plan
 from ownpath.plan.select import Caps, Demands
-from ownpath.runners import Ledger, Mix
-from ownpath.runners.launches import record_launches, slot_times
-from ownpath.runners.make import make_runners
-from ownpath.startup import compile_kernels
+from ownpath.runners import Mix
+from ownpath.trace import Ledger
+from ownpath.trace.launches import record_launches, slot_times
+from ownpath.weights.load import LoadedWeights
 
 MIN_COSINE = 0.9999
 NUM_REPLAYS = 20
@@ -63,6 +64,7 @@ class Input:
 
     residual: Residual
     batch: ForwardBatch
+    step: AttentionStep
 
 
 def main() -> int:
@@ -109,23 +111,20 @@ def make_layer(config: ModelConfig, engine: EngineConfig, export: str, caps: Cap
     plan = make_plan(config, index, caps, Demands(str(engine.dtype).removeprefix("torch.")))
     device = torch.device(engine.device)
     params = Values.seeded(device, 0).params(config)
-    runners = make_runners(plan, Values.seeded(device, 1).operands(plan, index))
-    compile_kernels(runners.values())
-    kernels = {op.spec.slot: KERNELS[op.choice.kernel.name] for op in plan.companions}
-    ledger = Ledger(plan.slots)
-    is_compressing = bool(config.compress_ratios[0])
-    rope = Rope.for_layer(config, is_compressing, device)
-    block = Builder(config, engine, runners, kernels, params, ledger).block(0, rope)
-    return Layer(plan, block, rope, ledger)
+    operands = tuple(Values.seeded(device, 1).operands(plan, index))
+    builder = assemble(plan, engine, LoadedWeights(operands, params)).builder
+    rope = Rope.for_layer(config, bool(config.compress_ratios[0]), device)
+    return Layer(plan, builder.block(0, rope), rope, builder.ledger)
 
 
 def make_input(config: ModelConfig, engine: EngineConfig, context: int, num_tokens: int) -> Input:
     """The same for the same sizes: streams, a pending output with its mix, and caches full of random entries."""
     device = torch.device(engine.device)
     values = Values.seeded(device, 2)
-    cache = SequenceCache(CacheSpec.of(config, engine))
-    for tensor in _cache_tensors(cache):
+    pool = CachePool(replace(CacheSpec.of(config, engine), max_sequences=1))
+    for tensor in pool.tensors.values():
         tensor.copy_(values.normal(*tensor.shape))
+    cache = pool.new_sequence()
     cache.num_tokens = context
     streams, dim = config.hc_mult, config.hidden_size
     comb = sinkhorn(values.normal(num_tokens, streams, streams), config.hc_sinkhorn_iters, config.hc_eps)
@@ -133,18 +132,14 @@ def make_input(config: ModelConfig, engine: EngineConfig, context: int, num_toke
     x_TSD = values.normal(num_tokens, streams, dim).to(engine.dtype)
     y_TD = values.normal(num_tokens, dim).to(engine.dtype)
     token_ids = (values.integers(0, 255, torch.Size((num_tokens,))).int() * 16).tolist()
-    return Input(Residual(x_TSD, y_TD, mix), ForwardBatch.of([(token_ids, cache)], device))
-
-
-def _cache_tensors(cache: SequenceCache) -> list[torch.Tensor]:
-    (layer,) = cache.layers
-    parts = [part for part in (layer.compressor, layer.indexer) if part is not None]
-    return [layer.window.rows, *(tensor for part in parts for tensor in (part.entries_CH, part.state.rows))]
+    batch = ForwardBatch.of([(token_ids, cache)], device)
+    step = ReferenceAttention(config.sliding_window).prepare(batch.tables)
+    return Input(Residual(x_TSD, y_TD, mix), batch, step)
 
 
 def run(layer: Layer, given: Input) -> Residual:
     """The layer's step."""
-    return layer.block(given.residual, layer.rope.at(given.batch.positions_T), given.batch)
+    return layer.block(given.residual, layer.rope.at(given.batch.positions_T), given.batch.token_ids_T, given.step)
 
 
 def compare(ours: Layer, reference: Layer, engine: EngineConfig, context: int, num_tokens: int) -> dict[str, float]:

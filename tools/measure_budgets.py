@@ -36,11 +36,11 @@ from ownpath.config import EngineConfig
 from ownpath.formats import FP8_BLOCK, NVFP4
 from ownpath.loading import default_model_dir
 from ownpath.official import OFFICIAL
+from ownpath.oracle.arithmetic import Arithmetic
+from ownpath.oracle.block import Choices, Trace, reference_block, reference_embed, reference_head
+from ownpath.oracle.forward import reference_logits
+from ownpath.oracle.stored import StoredWeights
 from ownpath.verify.budgets import PATH, kind_of
-from ownpath.verify.reference.arithmetic import Arithmetic
-from ownpath.verify.reference.block import Choices, Trace, reference_block, reference_embed, reference_head
-from ownpath.verify.reference.forward import reference_logits
-from ownpath.verify.reference.stored import Stored
 from ownpath.verify.subject import Subject
 
 BF16 = Arithmetic(torch.float32, torch.bfloat16)
@@ -79,7 +79,7 @@ Noise = dict[str, dict[str, list[float]]]
 """Mode -> kind, or field of ``LogitBudget`` -> every value that was seen."""
 
 
-class UnsaturatedStored(Stored):
+class UnsaturatedStored(StoredWeights):
     """A random checkpoint as if it had been calibrated."""
 
     def input_scale(self, module: str, encoding: Encoding) -> Tensor | None:
@@ -94,10 +94,10 @@ class Case:
 
     name: str
     subject: Subject
-    reader: type[Stored]
+    reader: type[StoredWeights]
     token_ids_T: Tensor
 
-    def stored(self, dtype: torch.dtype) -> Stored:
+    def stored(self, dtype: torch.dtype) -> StoredWeights:
         return self.reader(self.subject.index, self.subject.device, dtype)
 
     def modes(self) -> Iterator[str]:
@@ -132,7 +132,7 @@ def cases(folder: Path, device: str, is_quick: bool) -> Iterator[Case]:
     for number, text in enumerate(TEXTS):
         for length in LENGTHS[:1] if is_quick else LENGTHS:
             ids = torch.tensor(tokenizer.encode_text(text)[:length])
-            yield Case(f"tiny-v4, text {number}, {len(ids)} tokens", subject, Stored, ids)
+            yield Case(f"tiny-v4, text {number}, {len(ids)} tokens", subject, StoredWeights, ids)
     if not is_quick:
         yield random_case(folder, "full-nvfp4", 7, 400, device, index_topk=16)
         for layout in ("full-nvfp4", "deepseek-native"):
@@ -188,11 +188,11 @@ def block_noise(case: Case, layer_idx: int, x_TSD: Tensor, arithmetic: Arithmeti
     exact = layer(case, layer_idx, given, replace(arithmetic, dtype=torch.float64, narrow=None))
     name = f"layers.{layer_idx}"
     ids, mask = (exact.values.get(f"{name}.{choice}") for choice in ("ffn.router.ids", "attn.indexer.mask"))
-    found = layer(case, layer_idx, given, arithmetic, Choices(ids, mask))  # type: ignore[arg-type]
+    found = layer(case, layer_idx, given, arithmetic, Choices(ids, mask))
     return {
-        kind_of(slot): distance(found.values[slot], value)  # type: ignore[arg-type]
+        kind_of(slot): distance(found.values[slot], value)
         for slot, value in exact.values.items()
-        if isinstance(value, Tensor) and value.is_floating_point() and value.numel()
+        if value.is_floating_point() and value.numel()
     }
 
 

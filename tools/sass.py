@@ -19,7 +19,8 @@ from pathlib import Path
 
 import triton.backends.nvidia.compiler as nvidia
 
-from ownpath.kernels.dsl.cache import Config, compile_missing, stem
+from ownpath.kernels.contract import Config
+from ownpath.kernels.dsl.cache import compile_missing, stem
 from ownpath.kernels.fp8.choose import fp8_table, w8a8_configs, w8a16_configs
 from ownpath.kernels.fp8.config import QuantizeConfig, W8A8Config, W8A16Config, w8a8_stages, w8a16_stages
 from ownpath.kernels.nvfp4.choose import choose_linear, fit, linear_config, linear_table, moe_choice, moe_table

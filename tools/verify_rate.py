@@ -19,7 +19,7 @@ from layer.synthetic import SHAPES
 
 from ownpath.bench.record import append_lines, provenance
 from ownpath.config import EngineConfig
-from ownpath.verify.finding import failed
+from ownpath.finding import failed
 from ownpath.verify.run import STAGES, Job, StageResult, verify
 from ownpath.verify.subject import Selection
 

@@ -6,8 +6,8 @@ inside a fused operation, so it is computed here once more, from the expert's st
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,6 +21,7 @@ from ownpath.numerics import dequantize
 from ownpath.quantize.convert import stored_weight
 from ownpath.quantize.steps import Convert, Scope, plan_steps
 from ownpath.runners import SwiGLU
+from ownpath.trace.observers import Arguments, Observer, Watched
 
 NVFP4_MAX = 6 * 448
 CHUNK_TOKENS = 512
@@ -39,15 +40,15 @@ def calibrate(source: Path, text: str, scope: Scope, device: str) -> dict[str, f
     config = ModelConfig.from_file(source / "config.json")
     index = CheckpointIndex.open(source)
     converts = [step for step in plan_steps(index, config, scope) if isinstance(step, Convert)]
-    model = load_model(source, EngineConfig.for_device(device, CHUNK_TOKENS))
+    model = load_model(source, replace(EngineConfig.for_device(device, CHUNK_TOKENS), max_num_seqs=1))
     slots = {op.spec.slot: [module.name for module in op.spec.modules] for op in plan_model(source, device).ops}
     with TensorReader(index) as read:
-        watch = _Watch(converts, slots, read, config.swiglu_limit)
-        model.ledger.see = watch
+        inputs = _InputAmax(converts, slots, read, config.swiglu_limit)
+        model.ledger.observers.attach(inputs)
         for start in range(0, len(token_ids), CHUNK_TOKENS):
             chunk = (token_ids[start : start + CHUNK_TOKENS], model.new_cache())
             model.forward(ForwardBatch.of([chunk], device))
-    return input_scales([module.name for step in converts for module in step.modules], watch.amax)
+    return input_scales([module.name for step in converts for module in step.modules], inputs.amax)
 
 
 def input_scales(modules: Sequence[str], amax: Mapping[str, float]) -> dict[str, float]:
@@ -72,7 +73,7 @@ def _kind(module: str) -> tuple[str, str]:
     return (group, rest.rpartition(".")[2]) if rest else (module, module.rpartition(".")[2])
 
 
-class _Watch:
+class _InputAmax(Observer):
     """Takes the largest magnitude that enters each weight, call by call."""
 
     def __init__(
@@ -83,7 +84,8 @@ class _Watch:
         self._slots, self._read = slots, read
         self._activation = SwiGLU(swiglu_limit)
 
-    def __call__(self, slot: str, args: tuple[Any, ...]) -> None:
+    def before(self, call: Watched, args: Arguments) -> None:
+        slot = call.slot
         modules = [name for name in self._slots.get(slot, ()) if name in self._source]
         if modules and ".experts." in modules[0]:
             x, topk_ids = args[0].float(), args[1]

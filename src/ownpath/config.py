@@ -195,6 +195,21 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class Parallel:
+    """This process among those that run one model, each on its own GPU. Errors: ConfigError for a rank there is not."""
+
+    rank: int = 0
+    size: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size:
+            raise ConfigError(f"rank {self.rank} of {self.size}: ranks count from 0 to size - 1")
+
+
+ONE_RANK = Parallel()
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """How to run: where, in which activation dtype, and with which limits.
 
@@ -206,6 +221,7 @@ class EngineConfig:
     is_batch_invariant: ask for kernels whose result for a row does not depend on the other rows of the step.
     official: steps to be computed as DeepSeek's published code does; all others are plain.
     loads_draft: load the MTP modules too. The engine does not draft: it is for callers of the model.
+    parallel: this process among those that run one model together.
     """
 
     device: str = "cpu"
@@ -216,6 +232,7 @@ class EngineConfig:
     is_batch_invariant: bool = False
     official: frozenset[Step] = PLAIN
     loads_draft: bool = False
+    parallel: Parallel = ONE_RANK
 
     @classmethod
     def for_device(cls, device: str, max_model_len: int = 4096) -> "EngineConfig":

@@ -9,18 +9,14 @@ from pathlib import Path
 
 import torch
 
+from ownpath.assembly import load_part
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.config import EngineConfig, ModelConfig
-from ownpath.kernels.registry import KERNELS
-from ownpath.model.build import Builder
 from ownpath.model.model import Model
 from ownpath.official import PLAIN, Step
 from ownpath.plan.plan import Plan, make_plan
 from ownpath.plan.select import Caps, Demands
-from ownpath.runners import Ledger
-from ownpath.runners.make import make_runners
-from ownpath.startup import compile_kernels
-from ownpath.weights.load import find_lossless_casts, load_weights
+from ownpath.weights.load import find_lossless_casts
 from ownpath.weights.readers import Progress
 
 
@@ -39,7 +35,7 @@ def leave_a_core() -> None:
 
 
 def device_caps(device: str) -> Caps:
-    """What ``device`` is. Errors: ValueError when torch does not know it or it is absent."""
+    """The capabilities of ``device``. Errors: ValueError when torch does not know it or it is absent."""
     try:
         parsed = torch.device(device)
     except RuntimeError:
@@ -55,7 +51,10 @@ def device_caps(device: str) -> Caps:
 
 
 def planned_caps(device: str) -> Caps:
-    """What ``device`` is, or, for ``sm_100`` and the like, a GPU that need not be here. Errors: as ``device_caps``."""
+    """The capabilities of ``device``, or, for ``sm_100`` and the like, of a GPU that need not be here.
+
+    Errors: as ``device_caps``.
+    """
     named = re.fullmatch(r"sm_(\d{2,3})", device)
     return device_caps(device) if named is None else Caps("cuda", device, int(named[1]), _packages())
 
@@ -99,12 +98,9 @@ def load_model(folder: Path, engine_config: EngineConfig, progress: Progress | N
     if engine_config.max_model_len > plan.config.max_position_embeddings:
         limit = f"max_position_embeddings {plan.config.max_position_embeddings}"
         raise ValueError(f"max_model_len {engine_config.max_model_len} exceeds {folder / 'config.json'}: {limit}")
-    weights = load_weights(plan, index, torch.device(engine_config.device), progress)
-    runners = make_runners(plan, weights.operands)
-    kernels = {op.spec.slot: KERNELS[op.choice.kernel.name] for op in plan.companions}
-    builder = Builder(plan.config, engine_config, runners, kernels, weights.params, Ledger(plan.slots))
-    compile_kernels(runners.values())
-    return replace(builder.model(), lossless_casts=weights.lossless_casts, contradictions=plan.contradictions)
+    part = load_part(plan, index, engine_config, progress)
+    casts, contradictions = part.weights.lossless_casts, plan.contradictions
+    return replace(part.builder.model(), lossless_casts=casts, contradictions=contradictions)
 
 
 def lossless_casts(plan: Plan, folder: Path) -> tuple[str, ...]:
@@ -122,4 +118,5 @@ def planned(folder: Path, engine_config: EngineConfig, caps: Caps | None = None)
     index = CheckpointIndex.open(folder)
     dtype = str(engine_config.dtype).removeprefix("torch.")
     demands = Demands(dtype, engine_config.is_batch_invariant, engine_config.official)
-    return make_plan(config, index, caps, demands, loads_draft=engine_config.loads_draft), index
+    drafts, parallel = engine_config.loads_draft, engine_config.parallel
+    return make_plan(config, index, caps, demands, loads_draft=drafts, parallel=parallel), index

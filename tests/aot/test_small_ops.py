@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from small_ops_cases import CASES, make_inputs
 from support.triton_aot import Compiled, compile_launch, recorded_launches
 
+from ownpath.conformance.operations import CASES, make_inputs
 from ownpath.kernels.grouped import launch as grouped
 from ownpath.kernels.hyper import launch as hyper
 from ownpath.kernels.norms import launch as norms

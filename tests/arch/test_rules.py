@@ -5,6 +5,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,18 +16,22 @@ PACKAGE = Path(ownpath.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = (
-    ("formats", "official", "ops", "versions", "verdict"),
+    ("formats", "official", "ops", "versions", "finding"),
     ("config",),
     ("qtensor",),
     ("numerics",),
     ("kernels",),
     ("checkpoint",),
     ("plan",),
-    ("weights", "quantize"),
+    ("weights", "quantize", "oracle"),
     ("runners",),
+    ("trace",),
+    ("cache",),
+    ("attention",),
     ("model",),
     ("startup",),
-    ("loading",),
+    ("assembly",),
+    ("loading", "conformance"),
     ("engine", "chat", "bench"),
     ("server", "calibration", "inspect", "selftest", "diff"),
     ("verify",),
@@ -43,8 +48,18 @@ def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(tree_of(path)))
+
+
 def imports_of(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -71,9 +86,11 @@ def test_rooms_import_only_from_above(path: Path) -> None:
 @pytest.mark.parametrize(
     ("room", "forbidden"),
     [
-        ("inspect", {"kernels", "runners", "engine", "loading", "startup", "bench"}),
-        ("diff", {"kernels", "runners", "plan", "checkpoint", "bench"}),
+        ("inspect", {"kernels", "runners", "trace", "engine", "assembly", "loading", "startup", "bench"}),
+        ("diff", {"kernels", "runners", "trace", "plan", "checkpoint", "bench"}),
         ("kernels", {"model", "weights"}),
+        ("cache", {"kernels", "runners", "weights", "checkpoint", "plan"}),
+        ("attention", {"kernels", "weights", "checkpoint", "plan"}),
         ("model", {"kernels", "weights", "checkpoint", "plan"}),
         ("chat", {"config"}),
     ],
@@ -90,6 +107,8 @@ def test_rooms_that_must_not_meet(room: str, forbidden: set[str]) -> None:
         ("chat", "torch"),
         ("server", "torch"),
         ("engine/scheduler.py", "torch"),
+        ("cache/layout.py", "torch"),
+        ("cache/slots.py", "torch"),
         ("formats.py", "torch"),
     ],
 )
@@ -110,6 +129,67 @@ def test_nothing_from_config_to_weights_touches_cuda() -> None:
             assert "torch.cuda" not in path.read_text(encoding="utf-8"), path
 
 
+MODEL_ROOMS = ("runners", "model", "attention", "cache", "kernels")
+TO_BE_DECLARED = {
+    "kernels/attention.py",
+    "kernels/calls.py",
+    "kernels/router.py",
+}
+"""Files of verify that still ask for what no spec or protocol declares. The list only shrinks."""
+
+
+def private_names_of(tree: ast.AST) -> set[str]:
+    """Private attributes that no class of the file defines."""
+    own = {name for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for name in attributes_of(node)}
+    return {
+        ast.unparse(node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__")
+        if node.attr not in own
+    }
+
+
+def attributes_of(node: ast.ClassDef) -> set[str]:
+    """Private names that a class defines: methods, fields, and what its methods assign to ``self``."""
+    defined = {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
+    defined |= {ast.unparse(part.target) for part in node.body if isinstance(part, ast.AnnAssign)}
+    return defined | {
+        target.attr
+        for target in ast.walk(node)
+        if isinstance(target, ast.Attribute) and isinstance(target.ctx, ast.Store)
+    }
+
+
+def asked_classes_of(tree: ast.AST) -> set[str]:
+    """Names in the second argument of ``isinstance``."""
+    asked = (
+        node.args[1] for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance"
+    )
+    return {name.id for argument in asked for name in ast.walk(argument) if isinstance(name, ast.Name)}
+
+
+def names_from(tree: ast.AST, rooms: tuple[str, ...]) -> set[str]:
+    """Names that are imported from these rooms."""
+    return {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        and (node.module or "").startswith(tuple(f"ownpath.{room}" for room in rooms))
+        for alias in node.names
+    }
+
+
+@pytest.mark.parametrize(
+    "path", sorted((PACKAGE / "verify").rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+)
+def test_verify_looks_at_what_is_declared(path: Path) -> None:
+    """Taps, calls and specs: no private name of another room's object, no question for a runner's or a part's class."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = private_names_of(tree) | (asked_classes_of(tree) & names_from(tree, MODEL_ROOMS))
+    name = path.relative_to(PACKAGE / "verify").as_posix()
+    assert bool(found) == (name in TO_BE_DECLARED), (path, found)
+
+
 def test_specs_import_no_torch() -> None:
     """Everything that a plan asks of a kernel is known without torch, a toolchain or a device."""
     script = (
@@ -126,7 +206,7 @@ BANNED_IMPORTS = {"pickle", "dill", "marshal", "shelve", "cloudpickle"}
 def test_no_code_from_data(path: Path) -> None:
     """No pickle, eval, exec, torch.load, trust_remote_code or shell: data never becomes code."""
     assert not {name.split(".")[0] for name in imports_of(path)} & BANNED_IMPORTS
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes_of(path):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             assert called not in BANNED_CALLS | {"torch.load", "os.system"}, f"{path}: {called}"
@@ -137,7 +217,7 @@ def test_no_code_from_data(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_exception_is_swallowed(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes_of(path):
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None, f"{path}:{node.lineno} bare except"
             broad = ast.unparse(node.type) in ("Exception", "BaseException")
@@ -145,10 +225,11 @@ def test_no_exception_is_swallowed(path: Path) -> None:
             assert not (broad and silent), f"{path}:{node.lineno} swallows everything"
 
 
+@cache
 def functions() -> list[tuple[Path, ast.FunctionDef | ast.AsyncFunctionDef]]:
     found = []
     for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes_of(path):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 found.append((path, node))
     return found
@@ -196,18 +277,18 @@ def test_files_are_one_room_with_one_job() -> None:
 def test_public_functions_say_what_they_compute() -> None:
     missing = []
     for path in SOURCES:
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for node in tree_of(path).body:
             named = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
             if named and not node.name.startswith("_") and ast.get_docstring(node) is None:
                 missing.append(f"{path.name}:{node.name}")
     assert not missing
 
 
+@cache
 def names_of(path: Path) -> set[str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    names |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
-    return names | {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    names = {node.id for node in nodes_of(path) if isinstance(node, ast.Name)}
+    names |= {node.arg for node in nodes_of(path) if isinstance(node, ast.arg)}
+    return names | {node.attr for node in nodes_of(path) if isinstance(node, ast.Attribute)}
 
 
 def test_one_meaning_of_scale() -> None:
@@ -232,9 +313,8 @@ def test_formats_are_decided_in_one_place() -> None:
 def test_no_global_state() -> None:
     """Per-step state is an argument: no ``global`` statement, and no mutable container at module level."""
     for path in SOURCES:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        assert not [node for node in ast.walk(tree) if isinstance(node, ast.Global | ast.Nonlocal)], path
-        for node in tree.body:
+        assert not [node for node in nodes_of(path) if isinstance(node, ast.Global | ast.Nonlocal)], path
+        for node in tree_of(path).body:
             value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
             named_all = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
             if isinstance(value, ast.List | ast.Set | ast.Dict) and not named_all:

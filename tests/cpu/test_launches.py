@@ -3,9 +3,11 @@
 from typing import Any
 
 import pytest
+import torch
 
-from ownpath.runners import Ledger
-from ownpath.runners.launches import Launch, launches_of, slot_times
+from ownpath.trace import Ledger
+from ownpath.trace.launches import Launch, launches_of, slot_times
+from ownpath.trace.observers import Arguments, Observer, Watched
 
 
 def mark(name: str, start: float, stop: float, thread: int = 1) -> dict[str, Any]:
@@ -85,24 +87,59 @@ def test_our_own_products_are_products_too() -> None:
     assert Launch(None, "rope_grouped_linear_kernel", 0.0, 1.0).is_product
 
 
-def test_the_ledger_marks_every_call() -> None:
+class Marks(Observer):
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def before(self, call: Watched, args: Arguments) -> None:
+        self.seen.append(call.slot)
+
+    def after(self, call: Watched, args: Arguments, result: Any) -> None:
+        self.seen.append(f"/{call.slot} {args} {result}")
+
+
+def test_an_observer_sees_every_call_from_both_sides() -> None:
     ledger = Ledger({"a": ("Runner", "kernel"), "b": ("Runner", "kernel")})
-    entered = []
-
-    class Mark:
-        def __init__(self, slot: str) -> None:
-            self.slot = slot
-
-        def __enter__(self) -> None:
-            entered.append(self.slot)
-
-        def __exit__(self, *args: object) -> None:
-            entered.append(f"/{self.slot}")
-
-    ledger.mark = Mark
     inner = ledger.watch("b", lambda x: x + 1)
     outer = ledger.watch("a", lambda x: 2 * inner(x))
-    assert outer(3) == 8
-    assert entered == ["a", "b", "/b", "/a"]
-    assert dict(ledger.calls) == {"a": 1, "b": 1}
-    assert ledger.summary() == [("Runner", "kernel", 2, 2)]
+    with ledger.observe(Marks()) as marks:
+        assert outer(3) == 8
+    outer(4)
+    assert marks.seen == ["a", "b", "/b (3,) 4", "/a (3,) 8"]
+    assert dict(ledger.calls) == {"a": 2, "b": 2}
+    assert ledger.summary() == [("Runner", "kernel", 2, 4)]
+
+
+def test_a_call_is_told_from_both_sides_or_not_at_all() -> None:
+    """Whoever detaches during a call, as a server's thread may, is still told its end; who attaches, only the next."""
+    ledger = Ledger({"a": ("Runner", "kernel")})
+    early, late = Marks(), Marks()
+
+    def change() -> None:
+        ledger.observers.detach(early)
+        ledger.observers.attach(late)
+
+    call = ledger.watch("a", change)
+    ledger.observers.attach(early)
+    call()
+    assert (early.seen, late.seen) == (["a", "/a () None"], [])
+    call()
+    assert early.seen == ["a", "/a () None"]
+
+
+def test_a_tap_returns_its_value_and_shows_it_to_observers_alone() -> None:
+    class Values(Observer):
+        def __init__(self) -> None:
+            self.seen: dict[str, torch.Tensor] = {}
+
+        def tapped(self, name: str, value: torch.Tensor) -> None:
+            self.seen[name] = value
+
+    ledger, x = Ledger({}), torch.ones(2)
+    tap = ledger.tap("layers.0.attn.q")
+    with ledger.observe(Values()) as values:
+        assert tap(x) is x
+    tap(x + 1)
+    assert list(values.seen) == ["layers.0.attn.q"]
+    assert values.seen["layers.0.attn.q"] is x
+    assert not ledger.calls, "a tap is no call of a slot"

@@ -1,27 +1,41 @@
 """The ledger against the plan and against the device: what was named is what was launched."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 from support.checkpoints import random_checkpoint
+from support.kernel_configs import model_configs
 
 from ownpath.config import EngineConfig
+from ownpath.finding import Finding, Verdict
+from ownpath.kernels.dsl.cache import Config
 from ownpath.kernels.fp8 import launch as fp8_launch
 from ownpath.kernels.nvfp4 import launch, linear
 from ownpath.loading import default_model_dir, load_model, plan_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.plan.show import plan_dict
-from ownpath.runners import Records
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
+from ownpath.trace import Records
+from ownpath.trace.observers import Arguments, Observer, Watched
 from ownpath.verify.ledger_check import check_ledger
 from ownpath.verify.subject import Subject
 
 pytestmark = pytest.mark.gpu
+
+LAYOUTS = ("full-nvfp4", "deepseek-native", "fp8-experts", "bf16")
+
+
+def kernel_configs() -> Iterator[Config]:
+    """Those of the embedded model, and of small ones in each layout."""
+    yield from model_configs(default_model_dir())
+    for layout in LAYOUTS:
+        with TemporaryDirectory() as folder:
+            random_checkpoint(Path(folder), layout)
+            yield from model_configs(Path(folder))
 
 
 def findings(folder: Path, device: torch.device) -> list[Finding]:
@@ -29,7 +43,7 @@ def findings(folder: Path, device: torch.device) -> list[Finding]:
     return list(check_ledger(Subject.of(folder, EngineConfig.for_device(str(device), 512)), plan))
 
 
-@pytest.mark.parametrize("layout", ["embedded", "full-nvfp4", "deepseek-native", "fp8-experts", "bf16"])
+@pytest.mark.parametrize("layout", ["embedded", *LAYOUTS])
 def test_what_the_device_ran_is_what_was_planned(layout: str, tmp_path: Path, cuda: torch.device) -> None:
     folder = default_model_dir()
     if layout != "embedded":
@@ -58,11 +72,14 @@ def test_named_forms_are_those_that_were_launched(cuda: torch.device, monkeypatc
 
         monkeypatch.setattr(module, "load", loaded)
 
-    records = model.ledger.records = Records()
-    model.ledger.see = lambda slot, args: slots.append(slot)
+    class Slots(Observer):
+        def before(self, call: Watched, args: Arguments) -> None:
+            slots.append(call.slot)
+
     cache = model.new_cache()
-    for token_ids in ([3] * 130, [4], [5] * 20):
-        model.forward(ForwardBatch.of([(token_ids, cache)], cuda))
+    with model.ledger.observe(Records()) as records, model.ledger.observe(Slots()):
+        for token_ids in ([3] * 130, [4], [5] * 20):
+            model.forward(ForwardBatch.of([(token_ids, cache)], cuda))
     assert launched
     for slot, names in launched.items():
         assert {name for record in records.listed(slot) for name in record.variant.split()} == names, slot
@@ -74,11 +91,13 @@ def test_named_forms_are_those_that_were_launched(cuda: torch.device, monkeypatc
 def test_a_library_behind_our_kernel_is_named(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The call is still our kernel's; what it launches is not, which only the profiler sees."""
 
-    def by_library(config: Any, x: torch.Tensor, weight: Any, out: torch.Tensor, *_: Any) -> None:
-        torch.mm(x, torch.zeros(x.shape[1], out.shape[1], dtype=x.dtype, device=x.device), out=out)
+    def by_library(kernel: Any, x: torch.Tensor, operand: Any, **_: Any) -> torch.Tensor:
+        num_rows, num_cols = operand.shape
+        y = torch.mm(x.reshape(-1, num_cols), torch.zeros(num_cols, num_rows, dtype=x.dtype, device=x.device))
+        return y.view(*x.shape[:-1], num_rows)
 
     # Of the dense products alone: experts gather rows, which a library's product does not.
-    monkeypatch.setattr(linear, "launch", SimpleNamespace(**vars(launch) | {"gemm": by_library}))
+    monkeypatch.setattr(linear.Nvfp4LinearKernel, "run", by_library)
     found = findings(default_model_dir(), cuda)
     failed = [finding for finding in found if finding.verdict is Verdict.FAIL]
     assert {finding.id for finding in failed} == {"LG06"}, failed

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from small_ops_cases import CASES, Case, judge, make_inputs, tensors
 
+from ownpath.conformance.operations import CASES, judge, make_inputs, tensors
+from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.hyper.ref import HyperOut
 from ownpath.kernels.registry import KERNELS
 
@@ -16,10 +17,10 @@ RUNS = [(case, num_tokens) for case in CASES for num_tokens in case.tokens]
 
 
 def label(value: Any) -> str:
-    return f"{value.kernel} {value.label}" if isinstance(value, Case) else str(value)
+    return f"{value.kernel} {value.label}" if isinstance(value, KernelCase) else str(value)
 
 
-def out_arguments(case: Case, inputs: tuple[Any, ...]) -> dict[str, Any]:
+def out_arguments(case: KernelCase, inputs: tuple[Any, ...]) -> dict[str, Any]:
     """Outputs and workspace, all NaN or -1, for a call that must allocate nothing."""
     result = KERNELS[f"triton.{case.kernel}"](*inputs)
     for tensor in tensors(result):
@@ -41,7 +42,7 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize(("case", "num_tokens"), RUNS, ids=label)
-def test_values_and_repetition(case: Case, num_tokens: int, cuda: torch.device) -> None:
+def test_values_and_repetition(case: KernelCase, num_tokens: int, cuda: torch.device) -> None:
     """Right, every element written, the same bits again, and no allocation in the call."""
     kernel, inputs = KERNELS[f"triton.{case.kernel}"], make_inputs(case, num_tokens, cuda)
     arguments = out_arguments(case, inputs)
@@ -55,7 +56,7 @@ def test_values_and_repetition(case: Case, num_tokens: int, cuda: torch.device) 
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.bench], ids=label)
-def test_graph_replay(case: Case, cuda: torch.device) -> None:
+def test_graph_replay(case: KernelCase, cuda: torch.device) -> None:
     """A captured call follows its inputs: new values in the same tensors give new, right outputs."""
     kernel, num_tokens = KERNELS[f"triton.{case.kernel}"], case.tokens[0]
     inputs, fresh = (make_inputs(case, num_tokens, cuda, seed=seed) for seed in (0, 5))
@@ -72,7 +73,7 @@ def test_graph_replay(case: Case, cuda: torch.device) -> None:
 
 
 @pytest.mark.parametrize("case", INVARIANT, ids=label)
-def test_a_token_does_not_depend_on_its_neighbours(case: Case, cuda: torch.device) -> None:
+def test_a_token_does_not_depend_on_its_neighbours(case: KernelCase, cuda: torch.device) -> None:
     """The first rows of a long call have the bits of a short call."""
     if case.kernel == "grouped_linear":
         pytest.skip("its tile depends on the number of tokens")

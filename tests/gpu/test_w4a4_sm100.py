@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from ownpath.kernels.nvfp4_sm100.layout import linear_operand, unboxed
+from ownpath.kernels.nvfp4_sm100.prove import prove_linear, prove_moe
 from ownpath.kernels.nvfp4_sm100.ref import nvfp4_linear_w4a4
 from ownpath.kernels.registry import KERNELS
 from ownpath.numerics import nvfp4_global_scale, quantize_nvfp4, quantize_nvfp4_activation
-from ownpath.runners.proof import prove_linear, prove_moe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sm100]
 NAMES = ("triton.nvfp4_linear_w4a4_sm100", "triton.nvfp4_moe_w4a4_sm100")
@@ -44,6 +44,6 @@ def test_quantiser_and_linear_at_v4_width(num_rows: int, blackwell: torch.device
     assert torch.equal(codes, expected.qdata)
     assert torch.equal(unboxed(scale, num_rows, 256).view(torch.uint8), expected.scale.view(torch.uint8))
     rows = w.global_scale.expand(1536)
-    y = KERNELS[NAMES[0]](x, linear_operand(w.qdata, w.scale, rows, input_scale))
+    y = KERNELS[NAMES[0]].run(x, linear_operand(w.qdata, w.scale, rows, input_scale))
     exact = nvfp4_linear_w4a4(x.double(), input_scale, w.qdata, w.scale, rows)
     assert float((y.double() - exact).norm() / exact.norm()) <= 2.0**-8

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from small_ops_cases import CASES, Case, judge, make_inputs, tensors
 
+from ownpath.conformance.operations import CASES, judge, make_inputs, tensors
+from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.registry import KERNELS
 
 CPU = torch.device("cpu")
@@ -11,19 +12,19 @@ TINY = [(case, num_tokens) for case in CASES if case.tiny for num_tokens in case
 
 
 @pytest.mark.parametrize(("case", "num_tokens"), TINY, ids=lambda value: getattr(value, "label", str(value)))
-def test_kernel(case: Case, num_tokens: int) -> None:
+def test_kernel(case: KernelCase, num_tokens: int) -> None:
     inputs = make_inputs(case, num_tokens, CPU)
     judge(case, KERNELS[f"triton.{case.kernel}"](*inputs), inputs)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.tiny], ids=lambda case: f"{case.kernel} {case.label}")
-def test_reference(case: Case) -> None:
+def test_reference(case: KernelCase) -> None:
     """The torch twin stands the same judgement."""
     inputs = make_inputs(case, case.tokens[0], CPU, seed=1)
     judge(case, KERNELS[f"ref.{case.op}"](*inputs), inputs)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.tiny], ids=lambda case: f"{case.kernel} {case.label}")
-def test_no_tokens(case: Case) -> None:
+def test_no_tokens(case: KernelCase) -> None:
     for tensor in tensors(KERNELS[f"triton.{case.kernel}"](*make_inputs(case, 0, CPU))):
         assert tensor.numel() == 0

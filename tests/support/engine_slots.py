@@ -4,34 +4,35 @@ from typing import Any
 
 import torch
 
-from ownpath.config import EngineConfig
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Residual
-from ownpath.model.caches import CacheSpec, SequenceCache
-from ownpath.runners.companions import HyperBoundary
+from ownpath.trace.observers import Arguments, Observer, Watched
 from ownpath.verify.layer import LoadedLayer
 
 
-def engine_slots(
-    layer: LoadedLayer, engine: EngineConfig, x_TSD: torch.Tensor, token_ids_T: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """What every slot of the engine's layer returned, and ``out``, by the oracle's names."""
-    found: dict[str, torch.Tensor] = {}
-
-    def saw(slot: str, _args: tuple[Any, ...], result: Any) -> None:
-        if slot.rpartition(".")[2] in ("hc_attn", "hc_ffn"):
-            found.update({f"{slot}.x": result.x_TSD.clone(), f"{slot}.h": result.h_TD.clone()})
-        elif slot.endswith(".router"):
-            found.update({f"{slot}.ids": result[0].clone(), f"{slot}.weights": result[1].clone()})
-        else:
-            assert slot not in found, "called once"
-            found[slot] = result.clone()
-
-    layer.ledger.saw = saw
-    cache = SequenceCache(CacheSpec.of(layer.plan.config, engine))
+@torch.inference_mode()
+def engine_slots(layer: LoadedLayer, x_TSD: torch.Tensor, token_ids_T: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Runs the engine's layer; returns every slot's result, and ``out``, by the oracle's names."""
+    cache = layer.new_pool(len(token_ids_T), max_sequences=1).new_sequence()
     batch = ForwardBatch.of([(token_ids_T.tolist(), cache)], x_TSD.device)
-    with torch.inference_mode():
-        after = layer.block(Residual(x_TSD), layer.rope.at(batch.positions_T), batch)
-        boundary: HyperBoundary = layer.block.hc_attn.runner  # type: ignore[attr-defined]
-        found[f"layers.{layer.layer_idx}.out"] = boundary(after.x_TSD, after.y_TD, after.mix).x_TSD
-    return found
+    with layer.ledger.observe(Results()) as results:
+        after = layer.step(Residual(x_TSD), batch)
+    out = layer.block.hc_attn(after.x_TSD, after.y_TD, after.mix)
+    return results.found | {f"layers.{layer.layer_idx}.out": out.x_TSD}
+
+
+class Results(Observer):
+    """Copies of what slots returned, each called once."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, torch.Tensor] = {}
+
+    def after(self, call: Watched, args: Arguments, result: Any) -> None:
+        slot = call.slot
+        if slot.rpartition(".")[2] in ("hc_attn", "hc_ffn"):
+            self.found |= {f"{slot}.x": result.x_TSD.clone(), f"{slot}.h": result.h_TD.clone()}
+        elif slot.endswith(".router"):
+            self.found |= {f"{slot}.ids": result[0].clone(), f"{slot}.weights": result[1].clone()}
+        else:
+            assert slot not in self.found, "called once"
+            self.found[slot] = result.clone()

@@ -24,5 +24,5 @@ def allow_packing_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is launched, so nothing need be compiled, lie on a device, or be waited for."""
     for module in ("linear", "moe"):
         monkeypatch.setattr(f"ownpath.kernels.nvfp4.{module}.require_packable", lambda *_: None)
-    monkeypatch.setattr("ownpath.verify.layer.compile_kernels", lambda _: 0)
+    monkeypatch.setattr("ownpath.assembly.compile_kernels", lambda _: 0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)

@@ -6,9 +6,14 @@ from typing import Any
 
 import torch
 
+from ownpath.attention.interface import AttentionLayer, Projected
+from ownpath.attention.reference import ReferenceAttention, ReferenceStep, RequestEntries, RequestRows
+from ownpath.attention.rope import Rope
+from ownpath.attention.select import EntrySelector
+from ownpath.cache.pools import EntryCache
+from ownpath.cache.tables import StepTables
 from ownpath.model.attention import AttentionCore
-from ownpath.model.rope import Rope
-from ownpath.runners.ledger import Watched
+from ownpath.trace.observers import Watched
 from ownpath.verify.layer import LoadedLayer
 
 Change = Callable[[LoadedLayer], LoadedLayer]
@@ -28,15 +33,27 @@ def with_attn(loaded: LoadedLayer, **parts: Any) -> LoadedLayer:
     return replace(loaded, block=replace(loaded.block, attn=replace(loaded.block.attn, **parts)))
 
 
-def with_core(loaded: LoadedLayer, change: Callable[[AttentionCore], AttentionCore]) -> LoadedLayer:
+def with_core(loaded: LoadedLayer, change: Callable[[AttentionLayer], AttentionLayer]) -> LoadedLayer:
     watched: Any = loaded.block.attn.core
-    return with_attn(loaded, core=replace(watched, runner=change(watched.runner)))
+    return with_attn(loaded, core=replace(watched, runner=AttentionCore(change(watched.runner.layer))))
+
+
+def with_step(kind: type[ReferenceStep]) -> Change:
+    """Attention whose steps are of this kind."""
+
+    @dataclass(frozen=True)
+    class Backend(ReferenceAttention):
+        def prepare(self, tables: StepTables) -> ReferenceStep:
+            return kind(tables, super().prepare(tables).requests)
+
+    return lambda loaded: with_attn(loaded, backend=Backend(loaded.plan.config.sliding_window))
 
 
 def wrapped(watched: Any, change: Callable[..., Any]) -> Watched:
     """The same slot, whose runner is ``change(runner, *args)``."""
     inner = watched.runner
-    return Watched(watched.slot, lambda *args: change(inner, *args), watched.ledger)
+    found: Watched = replace(watched, runner=lambda *args: change(inner, *args))
+    return found
 
 
 def linear(name: str, change: Callable[..., Any]) -> Change:
@@ -75,15 +92,20 @@ def wrong_theta(loaded: LoadedLayer) -> LoadedLayer:
 
 def compressor_theta(loaded: LoadedLayer) -> LoadedLayer:
     plain = Rope.for_layer(loaded.plan.config, compressing=False, device=loaded.rope.freqs_F.device)
-    return with_core(loaded, lambda core: replace(core, compressor=replace(core.compressor, rope=plain)))
+
+    def change(layer: AttentionLayer) -> AttentionLayer:
+        assert layer.compressor is not None
+        return replace(layer, compressor=replace(layer.compressor, rope=plain))
+
+    return with_core(loaded, change)
 
 
 def index_theta(loaded: LoadedLayer) -> LoadedLayer:
     plain = Rope.for_layer(loaded.plan.config, compressing=False, device=loaded.rope.freqs_F.device)
 
-    def change(core: AttentionCore) -> AttentionCore:
-        assert core.indexer is not None
-        return replace(core, indexer=replace(core.indexer, compressor=replace(core.indexer.compressor, rope=plain)))
+    def change(layer: AttentionLayer) -> AttentionLayer:
+        assert layer.index_compressor is not None
+        return replace(layer, index_compressor=replace(layer.index_compressor, rope=plain))
 
     return with_core(loaded, change)
 
@@ -139,71 +161,64 @@ def routed_swapped(expert: int) -> Change:
 
 def sink_dropped(loaded: LoadedLayer) -> LoadedLayer:
     watched: Any = loaded.block.attn.core
-    watched.runner.softmax.sink_N = torch.full_like(watched.runner.softmax.sink_N, -torch.inf)
+    softmax = watched.runner.layer.softmax
+    softmax.sink_N = torch.full_like(softmax.sink_N, -torch.inf)
     return loaded
 
 
 @dataclass(frozen=True)
-class ShiftedIndexer:
-    """Picks the neighbours of the entries that it should."""
-
-    inner: Any
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
+class ShiftedSelector(EntrySelector):
+    """Selects the neighbours of the entries that it should."""
 
     def select(self, q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        mask = self.inner.select(q, weights, keys, visible)
-        return mask if len(keys) <= self.inner.topk else mask.roll(1, dims=1)
+        mask = super().select(q, weights, keys, visible)
+        return mask if len(keys) <= self.topk else mask.roll(1, dims=1)
 
 
 def indexer_off_by_one(loaded: LoadedLayer) -> LoadedLayer:
-    indexer: Any = ShiftedIndexer(loaded.block.attn.indexer)
-    return with_core(loaded, lambda core: replace(core, indexer=indexer))
+    return with_core(loaded, lambda layer: replace(layer, selector=ShiftedSelector(loaded.plan.config.index_topk)))
 
 
-@dataclass(frozen=True)
-class EarlyCore(AttentionCore):
+class EarlyStep(ReferenceStep):
     """Sees entries whose windows are not complete."""
 
-    def _compressed(self, projected: Any, rows: slice, positions: torch.Tensor, position: int, cache: Any) -> Any:
-        return super()._compressed(projected, rows, positions + 3, position, cache)
+    def _selected(
+        self, layer: AttentionLayer, rows: Projected, of: slice, index: EntryCache | None, entries: RequestEntries
+    ) -> torch.Tensor:
+        assert layer.compressor is not None
+        positions_t1 = self.tables.positions_T[of][:, None] + 3
+        entries_C = torch.arange(len(entries.entry_rows), device=positions_t1.device)
+        early = replace(entries, visible_tC=entries_C < (positions_t1 + 1) // layer.compressor.ratio)
+        return super()._selected(layer, rows, of, index, early)
 
 
-@dataclass(frozen=True)
-class StaleCore(AttentionCore):
+class StaleStep(ReferenceStep):
     """Reads the window's oldest cached key in the place of the newest."""
 
-    def _window(self, kv: torch.Tensor, positions: torch.Tensor, position: int, cache: Any) -> Any:
-        keys, visible = super()._window(kv, positions, position, cache)
-        if position > 1:
-            keys = keys.clone()
-            keys[len(keys) - len(kv) - 1] = keys[0]
-        return keys, visible
+    def _window_keys(self, window: torch.Tensor, rows: Projected, request: RequestRows) -> torch.Tensor:
+        keys = super()._window_keys(window, rows, request)
+        if len(request.window_rows) > 1:
+            keys[len(request.window_rows) - 1] = keys[0]
+        return keys
 
 
-@dataclass(frozen=True)
-class LeftoverCore(AttentionCore):
+class LeftoverStep(ReferenceStep):
     """Adds nothing times the whole window's buffer: rows that nothing has written take part."""
 
-    def __call__(self, projected: Any, span: Any) -> torch.Tensor:
-        leftover = 0 * span.cache.layers[self.layer_idx].window.rows.sum()
-        return super().__call__(projected, span) + leftover
+    def _attend(self, layer: AttentionLayer, rows: Projected, request: RequestRows) -> torch.Tensor:
+        pool = self.tables.pool
+        slot = next(slot for slot, own in zip(self.tables.slots, self.requests, strict=True) if own is request)
+        leftover = 0 * pool.layers[layer.layer_idx].window.unflatten(0, (1 + pool.slots.num_slots, -1))[slot].sum()
+        return super()._attend(layer, rows, request) + leftover
 
 
-@dataclass(frozen=True)
-class FirstOnlyCore(AttentionCore):
+class FirstOnlyStep(ReferenceStep):
     """A step's later sequences read the first one's queries."""
 
-    def __call__(self, projected: Any, span: Any) -> torch.Tensor:
-        if span.start:
-            first = projected.q_TNH.roll(1, dims=0)
-            return super().__call__(replace(projected, q_TNH=first), span)
-        return super().__call__(projected, span)
-
-
-def core(kind: type[AttentionCore]) -> Change:
-    return lambda loaded: with_core(loaded, lambda core: kind(**vars(core)))
+    def _attend(self, layer: AttentionLayer, rows: Projected, request: RequestRows) -> torch.Tensor:
+        if request.rows.start:
+            rows = replace(rows, q_TNH=rows.q_TNH.roll(1, dims=0))
+        return super()._attend(layer, rows, request)
 
 
 def raises(runner: Any, *args: Any) -> Any:
@@ -241,14 +256,14 @@ FAULTS = {
     "another clamp in the shared expert": Fault(shared_clamp, "V01", "ffn.shared_experts.swiglu"),
     "sink dropped": Fault(sink_dropped, "V01", "attn.core"),
     "indexer off by one": Fault(indexer_off_by_one, "V01", "attn.indexer"),
-    "incomplete windows seen": Fault(core(EarlyCore), "V01", "attn.core", 2),
+    "incomplete windows seen": Fault(with_step(EarlyStep), "V01", "attn.core", 2),
     "transposed Sinkhorn before attention": Fault(boundary("hc_attn"), "V01", "hc_ffn.x"),
     "transposed Sinkhorn before the experts": Fault(boundary("hc_ffn"), "V01", "out"),
     "a product one percent too large": Fault(linear("wq_b", lambda run, x: 1.01 * run(x)), "V01", "attn.wq_b"),
     "a NaN in the last row": Fault(linear("wo_b", one_nan_row), "V01", "attn.wo_b"),
     "the last row not written": Fault(linear("wo_b", one_wrong_row), "V01", "attn.wo_b"),
     "a kernel that raises": Fault(linear("wo_b", raises), "V01", ""),
-    "a stale row in the window's cache": Fault(core(StaleCore), "V05", ""),
-    "unwritten cache rows take part": Fault(core(LeftoverCore), "V08", ""),
-    "sequences of a step mixed up": Fault(core(FirstOnlyCore), "V09", ""),
+    "a stale row in the window's cache": Fault(with_step(StaleStep), "V05", ""),
+    "unwritten cache rows take part": Fault(with_step(LeftoverStep), "V08", ""),
+    "sequences of a step mixed up": Fault(with_step(FirstOnlyStep), "V09", ""),
 }

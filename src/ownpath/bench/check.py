@@ -4,8 +4,9 @@ import torch
 
 from ownpath.bench.operands import Fp8Operands, MoeOperands, Nvfp4Operands
 from ownpath.bench.routing import Routing
-from ownpath.kernels.fp8.ref import fp8_linear
-from ownpath.kernels.nvfp4.ref import nvfp4_linear, nvfp4_moe
+from ownpath.conformance import quantized
+from ownpath.oracle.formats import decode, e4m3_of, e8m0_of
+from ownpath.oracle.stored import spread_blocks
 
 NUM_SAMPLED = 8
 """Rows compared with float64; every row must be finite."""
@@ -19,27 +20,23 @@ def sample(num_rows: int) -> torch.Tensor:
 def moe_reference(x: torch.Tensor, routing: Routing, operands: MoeOperands, swiglu_limit: float) -> torch.Tensor:
     """float64 of the dequantised operands, for the sampled tokens only. Shapes: x [T, D] -> [sampled, D]."""
     rows = sample(len(x)).to(x.device)
-    w13_scale_2 = operands.w13_scale_2[:, None].expand(-1, 2)
-    return nvfp4_moe(
-        x[rows].double(),
-        routing.topk_ids[rows],
-        routing.topk_weights[rows].double(),
-        (operands.w13, operands.w13_scale, w13_scale_2),
-        (operands.w2, operands.w2_scale, operands.w2_scale_2),
-        swiglu_limit,
-    )
+    parts = operands.w13, operands.w13_scale, operands.w13_scale_2[:, None].expand(-1, 2)
+    experts = quantized.Experts(*parts, operands.w2, operands.w2_scale, operands.w2_scale_2)
+    routed = quantized.Routed(x[rows], routing.topk_ids[rows], routing.topk_weights[rows])
+    return quantized.moe_reference(experts, routed, swiglu_limit)[0]
 
 
 def nvfp4_reference(x: torch.Tensor, operands: Nvfp4Operands) -> torch.Tensor:
     """float64 product for the sampled rows. Shapes: x [M, K] -> [sampled, N]."""
-    rows = x[sample(len(x)).to(x.device)].double()
     scale_2 = operands.weight_scale_2.expand(len(operands.weight))
-    return nvfp4_linear(rows, operands.weight, operands.weight_scale, scale_2)
+    weight = quantized.Dense(operands.weight, operands.weight_scale, scale_2).weight()
+    return x[sample(len(x)).to(x.device)].double() @ weight.T
 
 
 def fp8_reference(x: torch.Tensor, operands: Fp8Operands) -> torch.Tensor:
     """float64 product for the sampled rows. Shapes: x [M, K] -> [sampled, N]."""
-    return fp8_linear(x[sample(len(x)).to(x.device)].double(), operands.weight, operands.scale)
+    weight = decode(operands.weight, e4m3_of) * spread_blocks(decode(operands.scale, e8m0_of), operands.weight.shape)
+    return x[sample(len(x)).to(x.device)].double() @ weight.T
 
 
 def poison(like: tuple[int, ...], device: torch.device) -> None:

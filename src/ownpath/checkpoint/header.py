@@ -14,7 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeGuard
 
-from ownpath.checkpoint.problems import Problem
+from ownpath.checkpoint.problems import make_problem
+from ownpath.finding import Finding
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit. Nothing longer is ever read."""
@@ -42,7 +43,7 @@ class Header:
     """What one shard says it holds. A shard with problems may still name its tensors; their bytes mean nothing."""
 
     entries: tuple[Entry, ...]
-    problems: tuple[Problem, ...]
+    problems: tuple[Finding, ...]
 
 
 def read_header(path: Path) -> Header:
@@ -74,11 +75,11 @@ class _Problems:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.found: list[Problem] = []
+        self.found: list[Finding] = []
 
     def add(self, check: str, detail: str) -> None:
         message = f"{self.path}: not a complete safetensors file ({detail})"
-        self.found.append(Problem(check, self.path.name, message))
+        self.found.append(make_problem(check, self.path.name, message))
 
     def header(self, check: str, detail: str) -> Header:
         self.add(check, detail)

@@ -10,9 +10,10 @@ from typing import Any
 
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.header import DTYPE_BITS, MAX_HEADER_BYTES, read_header
-from ownpath.checkpoint.problems import Problem
+from ownpath.checkpoint.problems import make_problem
 from ownpath.checkpoint.renamed import Source, are_renamed, native_tensors
 from ownpath.checkpoint.writer import INDEX_NAME
+from ownpath.finding import Finding
 
 SINGLE_NAME = "model.safetensors"
 MAX_INDEX_BYTES = MAX_HEADER_BYTES
@@ -78,7 +79,7 @@ class Scan:
     """
 
     index: CheckpointIndex
-    problems: tuple[Problem, ...]
+    problems: tuple[Finding, ...]
     broken: frozenset[Path]
     has_tensors: bool
 
@@ -105,11 +106,11 @@ class _Scanner:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
-        self.problems: list[Problem] = []
+        self.problems: list[Finding] = []
         self.broken: set[Path] = set()
 
     def add(self, check: str, where: str, message: str) -> None:
-        self.problems.append(Problem(check, where, message))
+        self.problems.append(make_problem(check, where, message))
 
     def read_index(self, path: Path) -> None:
         weight_map = self._weight_map(path)

@@ -10,7 +10,8 @@ import secrets
 import sys
 from typing import TYPE_CHECKING
 
-from ownpath.commands.arguments import add_engine_arguments, add_model_argument, positive_int
+from ownpath.commands.arguments import add_engine_arguments, add_list_argument, add_model_argument, positive_int
+from ownpath.commands.listings import signatures_of_diff
 
 if TYPE_CHECKING:
     from ownpath.commands.arguments import Subparsers
@@ -35,6 +36,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="of the numbers that open our prompts (default: another each time)")
     parser.add_argument("--json", action="store_true", help="one object, for programs")
     add_engine_arguments(parser)
+    add_list_argument(parser, signatures_of_diff, "what it looks for")
     return parser
 
 
@@ -52,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     client = Client.of_url(args.against, args.timeout, _api_key(args.api_key_env))
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     listed = first_model(client)  # before minutes of loading: is anybody there?
-    loaded = load_for(args)
+    loaded = load_for(args, max_num_seqs=1)
     prompts = make_prompts(loaded.tokenizer, seed, args.prompt)
     probe = probe_prompt(loaded.tokenizer)
     server = open_server(client, TokenNames(loaded.tokenizer), probe, args.served_model_name or listed)

@@ -14,8 +14,8 @@ from ownpath.config import EngineConfig, ModelConfig
 from ownpath.engine.engine import Engine
 from ownpath.loading import default_model_dir, device_caps, leave_a_core, load_model
 from ownpath.model.model import Model
-from ownpath.runners import Ledger
 from ownpath.startup import LoadingBar, warm_up
+from ownpath.trace import Ledger
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Loaded:
     config: EngineConfig
 
 
-def load_for(args: argparse.Namespace) -> Loaded:
+def load_for(args: argparse.Namespace, max_num_seqs: int = EngineConfig.max_num_seqs) -> Loaded:
     """Loads the model that the arguments name (none: the embedded one), ready for its first step.
 
-    Errors: ValueError naming the file or field.
+    max_num_seqs: sequences that its caches have room for. Errors: ValueError naming the file or field.
     """
     folder = default_model_dir() if args.model is None else Path(args.model)
     if not folder.is_dir():
@@ -53,6 +53,7 @@ def load_for(args: argparse.Namespace) -> Loaded:
     tokenizer = Tokenizer.from_folder(folder)
     config = EngineConfig.for_device(args.device, args.max_model_len)
     config = replace(config, is_batch_invariant=args.batch_invariant, official=args.numerics)
+    config = replace(config, max_num_seqs=max_num_seqs)
     bar = LoadingBar()
     try:
         model = load_model(folder, config, bar)

@@ -43,7 +43,7 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PromptComparison:
     """One sequence. prompt_idx: which prompt it came of."""
 
     prompt_idx: int
@@ -53,11 +53,11 @@ class Comparison:
         return next((position for position in self.positions if position.diverges(tolerance)), None)
 
 
-def compare(prompt_idx: int, reading: Reading, logprobs_PV: torch.Tensor) -> Comparison:
+def compare(prompt_idx: int, reading: Reading, logprobs_PV: torch.Tensor) -> PromptComparison:
     """Shapes: logprobs_PV [P, V], ours, row n for ``reading.scored[n]``."""
     assert len(logprobs_PV) == len(reading.scored)
     rows = zip(reading.scored, reading.scored_ids, logprobs_PV, strict=True)
-    return Comparison(
+    return PromptComparison(
         prompt_idx,
         tuple(_position(reading.start + n, token_id, scored, row) for n, (scored, token_id, row) in enumerate(rows)),
     )

@@ -3,13 +3,16 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import Any
 
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.diff.compare import Position
 from ownpath.diff.offers import Server
 from ownpath.diff.survey import Difference
+from ownpath.finding import Finding, Verdict
 
+_WORDS = MappingProxyType({Verdict.PASS: "ok", Verdict.FAIL: "found", Verdict.SKIPPED: "not asked"})
 _UNKNOWN = "found       no signature: the server reads, caches and batches alike, and computes something else"
 
 
@@ -56,7 +59,7 @@ def difference_text(difference: Difference, server: Server, tokenizer: Tokenizer
     sent = "token ids" if server.way.sends_ids else "text"
     lines = [
         f"{name} against {server.client.root}: {'AGREE' if difference.agrees else 'DIFFER'}",
-        *(f"found       {c.id}: {_shown(c.number)} ({c.says}; bound {c.threshold:.3g})" for c in difference.found),
+        *(f"found       {c.id}: {_shown(c.number)} ({c.message}; bound {c.limit:.3g})" for c in difference.found),
         *(f"remedy      {c.remedy}" for c in difference.found[:1]),
         *([] if difference.agrees or difference.found else [_UNKNOWN]),
         f"asked       {server.form} log-probs at {server.way.path}, {sent} sent, {server.way.num_top} likeliest tokens",
@@ -67,9 +70,9 @@ def difference_text(difference: Difference, server: Server, tokenizer: Tokenizer
         f"likeliest   the same token at {n['num_same_likeliest']} of {n['num_ranked']}",
         f"KL          at least {_shown(n['mean_kl_at_least'])} in the mean, {_shown(n['max_kl_at_least'])} at most;"
         f" their list leaves out {_shown(n['mean_outside'])} of the probability",
-        f"looked for  {_ids(difference, 'ok')}: none",
+        f"looked for  {_passed(difference)}: none",
     ]
-    lines += [f"not asked   {c.id}: {c.says}" for c in difference.checks if c.verdict == "not asked"]
+    lines += [f"not asked   {c.id}: {c.message}" for c in difference.checks if c.verdict is Verdict.SKIPPED]
     return "\n".join(lines)
 
 
@@ -90,7 +93,7 @@ def difference_dict(difference: Difference, server: Server, name: str, seed: int
         "tolerance": difference.tolerance,
         "numbers": numbers(difference),
         "first_divergence": None if first is None else {"prompt_idx": first[0], **asdict(first[1])},
-        "checks": [asdict(check) for check in difference.checks],
+        "checks": [_check_dict(check) for check in difference.checks],
     }
     finite: dict[str, Any] = _finite(whole)
     return finite
@@ -114,8 +117,19 @@ def _first(difference: Difference, tokenizer: Tokenizer) -> str:
     return f"prompt {prompt_idx}, position {position.idx}, {token}: {values}"
 
 
-def _ids(difference: Difference, verdict: str) -> str:
-    return ", ".join(check.id for check in difference.checks if check.verdict == verdict) or "nothing"
+def _passed(difference: Difference) -> str:
+    return ", ".join(check.id for check in difference.checks if check.verdict is Verdict.PASS) or "nothing"
+
+
+def _check_dict(check: Finding) -> dict[str, Any]:
+    return {
+        "id": check.id,
+        "verdict": _WORDS[check.verdict],
+        "number": check.number,
+        "threshold": check.limit,
+        "says": check.message,
+        "remedy": check.remedy,
+    }
 
 
 def _shown(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""What a broken server looks like from outside: one pure function a signature, from observations to a check.
+"""What a broken server looks like from outside: one pure function a signature, from observations to a finding.
 
 Where the model here behaves the same way, it is no fault of the server: every signature is held against ours.
 """
@@ -11,6 +11,7 @@ import torch
 
 from ownpath.diff.compare import part
 from ownpath.diff.readings import ChatReading, Reading, Scored
+from ownpath.finding import Finding, Verdict
 
 SAME_NATS = 2.0**-10
 """Log-probs closer than this are one log-prob: a BF16 logit between 16 and 32 that moves at all moves by 2**-3."""
@@ -39,28 +40,15 @@ class Observed:
     tolerance: float
 
 
-@dataclass(frozen=True)
-class Check:
-    """One signature. verdict: ``ok``, ``found``, or ``not asked`` when the server does not show what it needs.
-
-    number, threshold: found when the number is beyond it, as ``says`` explains.
-    """
-
-    id: str
-    verdict: str
-    number: float | None
-    threshold: float
-    says: str
-    remedy: str = ""
-
-
-def _check(name: str, number: float | None, threshold: float, says: str, remedy: str, is_found: bool) -> Check:
+def _check(name: str, number: float | None, threshold: float, says: str, remedy: str, is_found: bool) -> Finding:
+    """FAIL: the number is beyond the threshold, as ``says`` explains. SKIPPED: the server does not show it."""
     if number is None:
-        return Check(name, "not asked", None, threshold, says)
-    return Check(name, "found" if is_found else "ok", number, threshold, says, remedy if is_found else "")
+        return Finding(name, "", Verdict.SKIPPED, says, limit=threshold)
+    verdict = Verdict.FAIL if is_found else Verdict.PASS
+    return Finding(name, "", verdict, says, number, remedy=remedy if is_found else "", limit=threshold)
 
 
-def non_finite(seen: Observed) -> Check:
+def non_finite(seen: Observed) -> Finding:
     """Log-probs that are NaN, infinite or null."""
     rows = [row for reading in (*seen.scored, *seen.generated) for row in reading.all_rows]
     bad = sum(_is_bad(row) for row in rows)
@@ -69,7 +57,7 @@ def non_finite(seen: Observed) -> Check:
     return _check("non-finite", bad if rows else None, 0, says, remedy, bad > 0)
 
 
-def all_special(seen: Observed) -> Check:
+def all_special(seen: Observed) -> Finding:
     """Answers of nothing but special tokens (BOS, EOS, padding), or of nothing, where ours would write text."""
     rows = [row for reading in seen.generated for row in reading.all_rows]
     num_special = sum(row.token_id in seen.special_ids for row in rows)
@@ -81,7 +69,7 @@ def all_special(seen: Observed) -> Check:
     return _check("all-special", share, 1.0, says, remedy, is_bare and ours_write)
 
 
-def input_independent(seen: Observed) -> Check:
+def input_independent(seen: Observed) -> Finding:
     """The same log-probs after different prompts."""
     theirs = [_listed(reading.all_rows[0]) for reading in seen.generated if reading.all_rows]
     ours = [rows_PV[0] for rows_PV in seen.generated_rows]
@@ -95,7 +83,7 @@ def input_independent(seen: Observed) -> Check:
     return _check("input-independent", far, SAME_NATS, says, remedy, is_found)
 
 
-def identical_logprob(seen: Observed) -> Check:
+def identical_logprob(seen: Observed) -> Finding:
     """One log-prob at every position, where ours has different ones."""
     longest = 0
     pairs = (*zip(seen.scored, seen.scored_rows, strict=True), *zip(seen.generated, seen.generated_rows, strict=True))
@@ -109,7 +97,7 @@ def identical_logprob(seen: Observed) -> Check:
     return _check("identical-logprob", longest if has_any else None, LONGEST_RUN, says, remedy, longest > LONGEST_RUN)
 
 
-def prompt_template(seen: Observed) -> Check:
+def prompt_template(seen: Observed) -> Finding:
     """A conversation that the server writes in other tokens than the model's format."""
     name, remedy = "prompt-template", "give the server the model's own chat encoding; V4 has no Jinja template"
     chat = seen.chat
@@ -123,7 +111,7 @@ def prompt_template(seen: Observed) -> Check:
     return _check(name, off, 0, says, remedy, off > 0)
 
 
-def text_tokens(seen: Observed) -> Check:
+def text_tokens(seen: Observed) -> Finding:
     """A text that the server splits into other tokens; only where it takes no token ids."""
     name, remedy = "text-tokens", "another tokenizer, or a BOS that one side adds (add_bos_token)"
     if seen.text_ids is None or seen.text_ids[0] is None:
@@ -135,7 +123,7 @@ def text_tokens(seen: Observed) -> Check:
     return _check(name, off, 0, says, remedy, off > 0)
 
 
-def reasoning_swallowed(seen: Observed) -> Check:
+def reasoning_swallowed(seen: Observed) -> Finding:
     """Text was generated, and the answer shows none of it."""
     name, says = "reasoning-swallowed", "generated tokens that neither content, reasoning nor tool calls show"
     chat = seen.chat
@@ -155,7 +143,7 @@ def reasoning_swallowed(seen: Observed) -> Check:
     return _check(name, hidden, 0, says, remedy, hidden > 0)
 
 
-def cold_cached(seen: Observed) -> Check:
+def cold_cached(seen: Observed) -> Finding:
     """The same request answered differently when it comes again."""
     far, where = _worst(zip(seen.generated, seen.cached, strict=True))
     says = f"nats between the first answer and the same again{where}"
@@ -163,7 +151,7 @@ def cold_cached(seen: Observed) -> Check:
     return _check("cold-cached", far, seen.tolerance, says, remedy, far is not None and far > seen.tolerance)
 
 
-def batch_dependent(seen: Observed) -> Check:
+def batch_dependent(seen: Observed) -> Finding:
     """The same request answered differently in company."""
     pairs = ((alone, other) for alone, others in zip(seen.cached, seen.together, strict=True) for other in others)
     far, where = _worst(pairs)
@@ -172,7 +160,7 @@ def batch_dependent(seen: Observed) -> Check:
     return _check("batch-dependent", far, seen.tolerance, says, remedy, far is not None and far > seen.tolerance)
 
 
-SIGNATURES: tuple[Callable[[Observed], Check], ...] = (
+SIGNATURES: tuple[Callable[[Observed], Finding], ...] = (
     non_finite,
     all_special,
     input_independent,
@@ -186,7 +174,7 @@ SIGNATURES: tuple[Callable[[Observed], Check], ...] = (
 """Causes before what follows from them: the first that is found is the diagnosis."""
 
 
-def all_checks(seen: Observed) -> tuple[Check, ...]:
+def all_checks(seen: Observed) -> tuple[Finding, ...]:
     """Every signature, in that order."""
     return tuple(signature(seen) for signature in SIGNATURES)
 

@@ -8,12 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from ownpath.diff.client import CannotAsk
-from ownpath.diff.compare import TOLERANCE_NATS, Comparison, compare
+from ownpath.diff.compare import TOLERANCE_NATS, PromptComparison, compare
 from ownpath.diff.offers import CHAT, Server
 from ownpath.diff.ours import Ours
 from ownpath.diff.prompts import Prompt
 from ownpath.diff.readings import ChatReading, Reading
-from ownpath.diff.signatures import Check, Observed, all_checks
+from ownpath.diff.signatures import Observed, all_checks
+from ownpath.finding import Finding, failed
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,13 @@ class Effort:
 class Difference:
     """What came out. checks: every signature."""
 
-    comparisons: tuple[Comparison, ...]
-    checks: tuple[Check, ...]
+    comparisons: tuple[PromptComparison, ...]
+    checks: tuple[Finding, ...]
     tolerance: float
 
     @property
-    def found(self) -> tuple[Check, ...]:
-        return tuple(check for check in self.checks if check.verdict == "found")
+    def found(self) -> tuple[Finding, ...]:
+        return tuple(failed(self.checks))
 
     @property
     def num_positions(self) -> int:

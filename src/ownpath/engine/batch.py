@@ -35,14 +35,14 @@ def build_batch(chunks: Sequence[ScheduledChunk], device: torch.device | str) ->
     batch = ForwardBatch.of(parts, device)
     shares: list[LogitsShare] = []
     logits_ids: list[int] = []
-    for chunk, span in zip(chunks, batch.spans, strict=True):
+    for chunk, rows in zip(chunks, batch.tables.rows, strict=True):
         scored_ids = _scored_ids(chunk)
         samples = chunk.reaches_end and chunk.request.params.max_tokens > 0
         ends_prompt = chunk.reaches_end and chunk.request.is_prefilling
         start = len(logits_ids)
-        logits_ids += range(span.start, span.start + len(scored_ids))
+        logits_ids += range(rows.start, rows.start + len(scored_ids))
         sample_row = len(logits_ids) if samples else None
-        logits_ids += [span.stop - 1] if samples else []
+        logits_ids += [rows.stop - 1] if samples else []
         shares.append(LogitsShare(chunk, start, scored_ids, sample_row, ends_prompt))
     wanted = torch.tensor(logits_ids, dtype=torch.int64, device=device)
     return replace(batch, logits_ids=wanted), shares

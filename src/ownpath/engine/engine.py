@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from ownpath.cache.pools import SequenceCache
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.engine.batch import LogitsShare, build_batch
 from ownpath.engine.request import FinishReason, Request, RequestError, ScoredToken, StepOutput
@@ -22,7 +23,6 @@ from ownpath.engine.sampler import (
 )
 from ownpath.engine.scheduler import ScheduledChunk, Scheduler
 from ownpath.model.batch import ForwardBatch
-from ownpath.model.caches import SequenceCache
 
 logger = logging.getLogger(__name__)
 
@@ -256,6 +256,8 @@ class Engine:
 
     def _close(self, request: Request) -> None:
         self._scheduler.remove(request)
+        if request.cache is not None:
+            request.cache.release()
         request.cache = None
         with self._lock:
             self._open.discard(request)

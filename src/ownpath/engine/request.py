@@ -7,7 +7,7 @@ from enum import Enum
 
 import torch
 
-from ownpath.model.caches import SequenceCache
+from ownpath.cache.pools import SequenceCache
 
 MAX_TEMPERATURE = 2.0
 MAX_TOP_LOGPROBS = 20

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
-from ownpath.checkpoint.problems import Problem
+from ownpath.checkpoint.problems import make_problem
+from ownpath.finding import Finding
 from ownpath.formats import NVFP4
 from ownpath.inspect.scalars import Scalar
 from ownpath.inspect.values import read_values
@@ -71,7 +72,7 @@ def read_blocks(
     scalars: Iterable[Scalar],
     index: CheckpointIndex,
     broken: frozenset[Path],
-    problems: list[Problem],
+    problems: list[Finding],
     max_bytes: Callable[[StoredModule], int | None],
 ) -> BlockReport:
     """Reads the first ``max_bytes`` (``None``: all) of each module's block scales; faults go to ``problems``."""
@@ -120,31 +121,31 @@ def _scan(dtype: str, data: bytes) -> _Found:
     return _Found(num_bad, data.count(b"\0"), data.count(_LARGEST[dtype]), largest)
 
 
-def _faults(info: TensorInfo, found: _Found, num_blocks: int) -> Iterator[Problem]:
+def _faults(info: TensorInfo, found: _Found, num_blocks: int) -> Iterator[Finding]:
     of_all = f"of {num_blocks} block scales read"
     if found.num_bad:
         message = f"tensor {info}: {found.num_bad} {of_all} are NaN, infinite or negative"
-        yield Problem("block-scale", info.name, message)
+        yield make_problem("block-scale", info.name, message)
     allowed = 0 if info.dtype == "F8_E8M0" else max(1, int(MAX_SATURATED_SHARE * num_blocks))
     if found.num_saturated > allowed:
         message = f"tensor {info}: {found.num_saturated} {of_all} are the largest {info.dtype} number"
-        yield Problem("saturated-block-scale", info.name, message)
+        yield make_problem("saturated-block-scale", info.name, message)
 
 
 def _zero_faults(
     stored: StoredModule, index: CheckpointIndex, data: bytes, broken: frozenset[Path]
-) -> Iterator[Problem]:
+) -> Iterator[Finding]:
     """A zero scale is right for a block of zeros. It is wrong over other codes, and for all that was read."""
     info = stored.info(index, "scale")
     is_zero = torch.frombuffer(bytearray(data), dtype=_DTYPES[info.dtype]).view(_BITS[info.dtype]) == 0
     if is_zero.all():
-        yield Problem("zero-block-scale", info.name, f"tensor {info}: every block scale read is zero")
+        yield make_problem("zero-block-scale", info.name, f"tensor {info}: every block scale read is zero")
         return
     lost = is_zero & _has_codes(stored, index, len(is_zero), broken)
     if lost.any():
         where = f"{int(lost.sum())} of {len(lost)} block scales read are zero over values that are not"
         message = f"tensor {info}: {where}, the first at block {int(lost.nonzero()[0])}"
-        yield Problem("zero-block-scale", info.name, message)
+        yield make_problem("zero-block-scale", info.name, message)
 
 
 def _has_codes(stored: StoredModule, index: CheckpointIndex, num_blocks: int, broken: frozenset[Path]) -> torch.Tensor:

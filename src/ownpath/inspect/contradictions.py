@@ -10,8 +10,9 @@ from typing import Any
 from ownpath.chat.markers import BOS
 from ownpath.chat.tokenizer import Tokenizer, TokenizerError
 from ownpath.checkpoint.index import CheckpointIndex
-from ownpath.checkpoint.problems import Problem
+from ownpath.checkpoint.problems import make_problem
 from ownpath.config import CSA_RATIO, ModelConfig
+from ownpath.finding import Finding
 from ownpath.plan.census import StoredModule
 
 MAX_JSON_BYTES = 256 * 2**20
@@ -24,14 +25,14 @@ _ALGORITHMS = {"NVFP4": "NVFP4", "FP8_PB_WO": "FP8_BLOCK", "MXFP4": "MXFP4"}
 """ModelOpt's name of an algorithm -> the format of a module stored so."""
 
 
-def file_problem(path: Path, check: str) -> Problem | None:
+def file_problem(path: Path, check: str) -> Finding | None:
     """Why a JSON file beside the weights cannot be opened safely; ``None``: it can, or it is not there."""
     if path.exists() and (not path.is_file() or path.stat().st_size > MAX_JSON_BYTES):
-        return Problem(check, path.name, f"{path}: not a regular file of at most {MAX_JSON_BYTES} bytes")
+        return make_problem(check, path.name, f"{path}: not a regular file of at most {MAX_JSON_BYTES} bytes")
     return None
 
 
-def config_problems(config: ModelConfig, index: CheckpointIndex) -> Iterator[Problem]:
+def config_problems(config: ModelConfig, index: CheckpointIndex) -> Iterator[Finding]:
     """Counts and layer types of config.json against those that the tensors' names show."""
     layers: dict[int, set[str]] = {}
     experts: set[int] = set()
@@ -51,7 +52,7 @@ def config_problems(config: ModelConfig, index: CheckpointIndex) -> Iterator[Pro
         yield from _layer_problems(config, layer_idx, layers[layer_idx])
 
 
-def _layer_problems(config: ModelConfig, layer_idx: int, names: set[str]) -> Iterator[Problem]:
+def _layer_problems(config: ModelConfig, layer_idx: int, names: set[str]) -> Iterator[Finding]:
     is_hash, ratio = config.is_hash_layer(layer_idx), config.compress_ratios[layer_idx]
     if ("ffn.gate.tid2eid" in names) != is_hash and ("ffn.gate.bias" in names) == is_hash:
         kind = "a router bias" if is_hash else "a table of expert ids"
@@ -62,11 +63,11 @@ def _layer_problems(config: ModelConfig, layer_idx: int, names: set[str]) -> Ite
             yield _contradiction(f"compress_ratios[{layer_idx}]", ratio, f"{'a' if found else 'no'} {part} there")
 
 
-def _contradiction(field: str, value: int, found: str) -> Problem:
-    return Problem("config-contradiction", field, f"config.json: {field} is {value}, but the tensors have {found}")
+def _contradiction(field: str, value: int, found: str) -> Finding:
+    return make_problem("config-contradiction", field, f"config.json: {field} is {value}, but the tensors have {found}")
 
 
-def format_problems(folder: Path, modules: tuple[StoredModule, ...]) -> Iterator[Problem]:
+def format_problems(folder: Path, modules: tuple[StoredModule, ...]) -> Iterator[Finding]:
     """Modules that hf_quant_config.json (where there is one) says are stored in another format than they are."""
     content = yield from json_object(folder / QUANT_CONFIG, "format-contradiction")
     declared = content.get("quantization")
@@ -74,7 +75,7 @@ def format_problems(folder: Path, modules: tuple[StoredModule, ...]) -> Iterator
         yield from _format_problems(declared, modules)
 
 
-def json_object(path: Path, check: str) -> Generator[Problem, None, dict[str, Any]]:
+def json_object(path: Path, check: str) -> Generator[Finding, None, dict[str, Any]]:
     """Yields what is wrong with the file, as ``check``; returns its object, empty where there is none to read."""
     problem = file_problem(path, check)
     content: Any = {}
@@ -84,11 +85,11 @@ def json_object(path: Path, check: str) -> Generator[Problem, None, dict[str, An
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError, OSError) as error:
-            yield Problem(check, path.name, f"{path}: not readable as JSON ({error})")
+            yield make_problem(check, path.name, f"{path}: not readable as JSON ({error})")
     return content if isinstance(content, dict) else {}
 
 
-def _format_problems(declared: dict[str, Any], modules: tuple[StoredModule, ...]) -> Iterator[Problem]:
+def _format_problems(declared: dict[str, Any], modules: tuple[StoredModule, ...]) -> Iterator[Finding]:
     layers, excluded = declared.get("quantized_layers"), declared.get("exclude_modules")
     layers = layers if isinstance(layers, dict) else {}
     patterns = [entry for entry in excluded if isinstance(entry, str)] if isinstance(excluded, list) else []
@@ -104,11 +105,13 @@ def _format_problems(declared: dict[str, Any], modules: tuple[StoredModule, ...]
             yield _format_contradiction(name, "excludes it from quantisation", found)
 
 
-def _format_contradiction(name: str, said: str, found: str) -> Problem:
-    return Problem("format-contradiction", name, f"module {name!r}: {QUANT_CONFIG} {said}, the tensors are {found}")
+def _format_contradiction(name: str, said: str, found: str) -> Finding:
+    return make_problem(
+        "format-contradiction", name, f"module {name!r}: {QUANT_CONFIG} {said}, the tensors are {found}"
+    )
 
 
-def tokenizer_problems(folder: Path, config: ModelConfig) -> Iterator[Problem]:
+def tokenizer_problems(folder: Path, config: ModelConfig) -> Iterator[Finding]:
     """The tokenizer against the embedding's rows and config.json's ids."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         problem = file_problem(folder / name, "tokenizer")
@@ -119,15 +122,15 @@ def tokenizer_problems(folder: Path, config: ModelConfig) -> Iterator[Problem]:
         tokenizer = Tokenizer.from_folder(folder)
         bos_id = tokenizer.special_id(BOS)
     except (TokenizerError, OSError) as error:
-        yield Problem("tokenizer", "tokenizer.json", str(error))
+        yield make_problem("tokenizer", "tokenizer.json", str(error))
         return
     path = folder / "tokenizer.json"
     if tokenizer.num_tokens > config.vocab_size:
         ids = f"its ids reach {tokenizer.num_tokens - 1}, the embedding has {config.vocab_size} rows"
-        yield Problem("tokenizer", "vocab_size", f"{path}: {ids}")
+        yield make_problem("tokenizer", "vocab_size", f"{path}: {ids}")
     for field, said, found in (
         ("bos_token_id", config.bos_token_id, bos_id),
         ("eos_token_id", config.eos_token_id, tokenizer.eos_id),
     ):
         if said != found:
-            yield Problem("tokenizer", field, f"{path}: {field} is {found}, config.json says {said}")
+            yield make_problem("tokenizer", field, f"{path}: {field} is {found}, config.json says {said}")

@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from statistics import median
 
-from ownpath.checkpoint.problems import Problem
+from ownpath.checkpoint.problems import make_problem
+from ownpath.finding import Finding
 from ownpath.inspect.scalars import Scalar
 
 LEAST_RATIO = 10.0
@@ -29,7 +30,7 @@ def outlier_limit(num_experts: int) -> float:
     return math.sqrt(n * (FALSE_ALARM ** (-2 / n) - 1))
 
 
-def expert_outliers(largest_scale: Mapping[str, float], scalars: Iterable[Scalar]) -> Iterator[Problem]:
+def expert_outliers(largest_scale: Mapping[str, float], scalars: Iterable[Scalar]) -> Iterator[Finding]:
     """Experts whose largest block is out of its layer's range, in log.
 
     largest_scale: module -> its largest block scale, of modules whose scales were all read.
@@ -41,7 +42,9 @@ def expert_outliers(largest_scale: Mapping[str, float], scalars: Iterable[Scalar
             if abs(size - middle) > limit:
                 ratio, allowed = math.exp(size - middle), math.exp(limit)
                 where = f"its largest block is {ratio:.3g} times the median of {layer}'s {projection} experts"
-                yield Problem("expert-outlier", module, f"module {module!r}: {where} (up to {allowed:.3g} is usual)")
+                yield make_problem(
+                    "expert-outlier", module, f"module {module!r}: {where} (up to {allowed:.3g} is usual)"
+                )
 
 
 def expert_spread(largest_scale: Mapping[str, float], scalars: Iterable[Scalar]) -> float | None:
@@ -70,7 +73,7 @@ def _middle_and_spread(values: Iterable[float]) -> tuple[float, float]:
     return middle, MAD_TO_SIGMA * median(abs(value - middle) for value in listed)
 
 
-def uncalibrated_experts(scalars: Iterable[Scalar]) -> Iterator[Problem]:
+def uncalibrated_experts(scalars: Iterable[Scalar]) -> Iterator[Finding]:
     """Experts whose ``input_scale`` is 1: what tools fill in where nothing was measured.
 
     A matrix of zeros has 1 for both of its scales, and needs none.
@@ -80,4 +83,4 @@ def uncalibrated_experts(scalars: Iterable[Scalar]) -> Iterator[Problem]:
     for scalar in listed:
         if scalar.role == "input_scale" and scalar.value == 1 and scalar.module not in zeros:
             message = f"tensor {scalar.key!r}: input scale is exactly 1, a default and no measurement"
-            yield Problem("uncalibrated-expert", scalar.key, message)
+            yield make_problem("uncalibrated-expert", scalar.key, message)

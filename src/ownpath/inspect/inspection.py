@@ -7,8 +7,9 @@ from pathlib import Path
 from ownpath.checkpoint.drafts import Draft, carried_draft, requested_draft
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex, Scan, scan_checkpoint
-from ownpath.checkpoint.problems import Problem
+from ownpath.checkpoint.problems import make_problem
 from ownpath.config import ConfigError, ModelConfig
+from ownpath.finding import Finding
 from ownpath.inspect.blocks import SAMPLE_BYTES, BlockReport, read_blocks
 from ownpath.inspect.contradictions import config_problems, file_problem, format_problems, tokenizer_problems
 from ownpath.inspect.memory import KINDS, Memory, memory_needed
@@ -19,7 +20,7 @@ from ownpath.plan.plan import MixedExpertsError, PlanError, make_plan
 
 
 @dataclass(frozen=True)
-class Findings:
+class Contents:
     """What the tensors are, where config.json can be read; scales and tables as far as they were read."""
 
     config: ModelConfig
@@ -33,7 +34,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Inspection:
-    """findings: ``None`` when config.json or the tensors could not be read, so that nothing could be compared.
+    """contents: ``None`` when config.json or the tensors could not be read, so that nothing could be compared.
 
     are_all_scales_read: whether every block scale was read, or a sample of every module's.
     broken: shards whose bytes mean nothing.
@@ -41,8 +42,8 @@ class Inspection:
 
     folder: Path
     index: CheckpointIndex
-    findings: Findings | None
-    problems: tuple[Problem, ...]
+    contents: Contents | None
+    problems: tuple[Finding, ...]
     are_all_scales_read: bool
     seconds: float
     broken: frozenset[Path] = frozenset()
@@ -61,24 +62,24 @@ def inspect_folder(
     with_draft: look at the MTP modules as at the backbone; otherwise they are counted as not read.
     """
     start = time.perf_counter()
-    problems: list[Problem] = []
+    problems: list[Finding] = []
     scan = scan_checkpoint(folder)
     problems += scan.problems
     config = _config(folder, problems)
-    findings = None
+    contents = None
     if config is not None:
         problems += tokenizer_problems(folder, config)
         if scan.has_tensors:
             problems += config_problems(config, scan.index)
             draft = _draft(config, scan.index, with_draft, problems)
             prefixes = ("",) if read_all_scales else tuple(f"layers.{idx}." for idx in sorted(all_scales_in))
-            findings = _findings(config, draft, scan, problems, prefixes)
+            contents = _contents(config, draft, scan, problems, prefixes)
     seconds = time.perf_counter() - start
     unique = tuple(dict.fromkeys(problems))
-    return Inspection(folder, scan.index, findings, unique, read_all_scales, seconds, scan.broken)
+    return Inspection(folder, scan.index, contents, unique, read_all_scales, seconds, scan.broken)
 
 
-def _config(folder: Path, problems: list[Problem]) -> ModelConfig | None:
+def _config(folder: Path, problems: list[Finding]) -> ModelConfig | None:
     path = folder / "config.json"
     problem = file_problem(path, "config")
     if problem is not None:
@@ -87,29 +88,31 @@ def _config(folder: Path, problems: list[Problem]) -> ModelConfig | None:
     try:
         return ModelConfig.from_file(path)
     except (ConfigError, OSError) as error:
-        problems.append(Problem("config", "config.json", str(error)))
+        problems.append(make_problem("config", "config.json", str(error)))
         return None
 
 
-def _draft(config: ModelConfig, index: CheckpointIndex, with_draft: bool, problems: list[Problem]) -> Draft:
+def _draft(config: ModelConfig, index: CheckpointIndex, with_draft: bool, problems: list[Finding]) -> Draft:
     """The draft as it was asked for; one that cannot be read is a problem, and stays unread."""
     if with_draft:
         try:
             return requested_draft(config, index)
         except CheckpointError as error:
-            problems.append(Problem("draft", "mtp", str(error)))
+            problems.append(make_problem("draft", "mtp", str(error)))
     return carried_draft(index)
 
 
-def _findings(
-    config: ModelConfig, draft: Draft, scan: Scan, problems: list[Problem], whole: tuple[str, ...]
-) -> Findings | None:
+def _contents(
+    config: ModelConfig, draft: Draft, scan: Scan, problems: list[Finding], whole: tuple[str, ...]
+) -> Contents | None:
     """whole: what the names of modules begin with whose block scales are all read."""
     index, broken = scan.index, scan.broken
     num_matrices = 3 * (config.num_hidden_layers + draft.num_modules) * config.n_routed_experts
     if num_matrices > 10_000 + 4 * len(index.tensors):  # counting billions of experts would take hours
         found = f"asks for {num_matrices} expert matrices; the checkpoint holds {len(index.tensors)} tensors"
-        problems.append(Problem("config-contradiction", "n_routed_experts", f"config.json: n_routed_experts {found}"))
+        problems.append(
+            make_problem("config-contradiction", "n_routed_experts", f"config.json: n_routed_experts {found}")
+        )
         return None
     census = take_census(config, index, draft)
     problems += _not_explained(census, scan)
@@ -124,24 +127,24 @@ def _findings(
     blocks = read_blocks(census.modules, scalars, index, broken, problems, max_bytes)
     problems += table_problems(census.params, config.n_routed_experts, index, broken)
     memory = () if census.problems else _planned(config, draft, index, problems)
-    return Findings(config, census, blocks, calibration(scalars), pairs, memory, scalars)
+    return Contents(config, census, blocks, calibration(scalars), pairs, memory, scalars)
 
 
-def _not_explained(census: Census, scan: Scan) -> list[Problem]:
+def _not_explained(census: Census, scan: Scan) -> list[Finding]:
     """The census' problems; a tensor that the scan already reported as missing is not reported again."""
-    known = {problem.where for problem in scan.problems if problem.check == "missing-tensor"}
-    return [p for p in census.problems if not (p.check == "missing-tensor" and p.where in known)]
+    known = {problem.where for problem in scan.problems if problem.id == "missing-tensor"}
+    return [p for p in census.problems if not (p.id == "missing-tensor" and p.where in known)]
 
 
-def _planned(config: ModelConfig, draft: Draft, index: CheckpointIndex, problems: list[Problem]) -> tuple[Memory, ...]:
+def _planned(config: ModelConfig, draft: Draft, index: CheckpointIndex, problems: list[Finding]) -> tuple[Memory, ...]:
     """What a plan says: the memory it takes, and what config.json claims and the tensors do not bear out."""
     try:
         plan = make_plan(config, index, KINDS[0], loads_draft=draft.num_modules > 0)
     except MixedExpertsError as error:
-        problems.append(Problem("mixed-experts", error.where, str(error)))
+        problems.append(make_problem("mixed-experts", error.where, str(error)))
         return ()
     except PlanError as error:
-        problems.append(Problem("no-kernel", "plan", str(error)))
+        problems.append(make_problem("no-kernel", "plan", str(error)))
         return ()
-    problems += [Problem("format-contradiction", "config.json", line) for line in plan.contradictions]
+    problems += [make_problem("format-contradiction", "config.json", line) for line in plan.contradictions]
     return memory_needed(plan, index)

@@ -8,9 +8,9 @@ from math import prod
 
 import torch
 
+from ownpath.cache.pools import CacheSpec
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.config import EngineConfig
-from ownpath.model.caches import CacheSpec, SequenceCache
 from ownpath.plan.plan import Plan, PlanError, PlannedOp, replan
 from ownpath.plan.select import Caps, Demands
 from ownpath.weights.operands import STORAGE, make_operand
@@ -55,7 +55,7 @@ def _memory_on(caps: Caps, first: Plan, index: CheckpointIndex, num_tokens: int)
 def cache_bytes(plan: Plan, num_tokens: int, dtype: torch.dtype) -> int:
     """The caches of one sequence of ``num_tokens``, with keys in ``dtype``."""
     spec = CacheSpec(plan.config, num_tokens, dtype, torch.device("meta"), plan.draft.num_modules)
-    return SequenceCache(spec).num_bytes()
+    return spec.sequence_bytes
 
 
 def weights_bytes(plan: Plan, index: CheckpointIndex) -> int:

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from ownpath.checkpoint.index import CheckpointIndex
-from ownpath.checkpoint.problems import Problem
+from ownpath.checkpoint.problems import make_problem
 from ownpath.checkpoint.schema import ParamSpec
+from ownpath.finding import Finding
 from ownpath.inspect.values import read_values
 
 _DTYPES = {"I64": torch.int64, "I32": torch.int32}
@@ -29,7 +30,7 @@ class Bias:
 
 
 def read_biases(
-    params: Iterable[ParamSpec], index: CheckpointIndex, broken: frozenset[Path], problems: list[Problem]
+    params: Iterable[ParamSpec], index: CheckpointIndex, broken: frozenset[Path], problems: list[Finding]
 ) -> tuple[Bias, ...]:
     """Every router bias; shards that cannot be read are added to ``problems``."""
     keys = [param.key for param in params if _BIAS.fullmatch(param.key)]
@@ -44,7 +45,7 @@ def read_biases(
     return tuple(biases)
 
 
-def bias_problems(biases: Iterable[Bias]) -> Iterator[Problem]:
+def bias_problems(biases: Iterable[Bias]) -> Iterator[Finding]:
     """Biases that are no numbers, and those that are constant while other layers' are not.
 
     Where every layer's is constant, the model was trained without one.
@@ -53,14 +54,16 @@ def bias_problems(biases: Iterable[Bias]) -> Iterator[Problem]:
     is_used = any(not bias.is_constant for bias in listed)
     for bias in listed:
         if not bias.is_finite:
-            yield Problem("router-bias", bias.key, f"tensor {bias.key!r} holds NaN or infinity")
+            yield make_problem("router-bias", bias.key, f"tensor {bias.key!r} holds NaN or infinity")
         elif bias.is_constant and is_used and bias.num_experts > 1:
-            yield Problem("router-bias", bias.key, f"tensor {bias.key!r} is the same for all experts; others are not")
+            yield make_problem(
+                "router-bias", bias.key, f"tensor {bias.key!r} is the same for all experts; others are not"
+            )
 
 
 def repeated_ids(
-    params: Iterable[ParamSpec], index: CheckpointIndex, broken: frozenset[Path], problems: list[Problem]
-) -> Iterator[Problem]:
+    params: Iterable[ParamSpec], index: CheckpointIndex, broken: frozenset[Path], problems: list[Finding]
+) -> Iterator[Finding]:
     """Tables of expert ids in which a token has one expert twice."""
     tables = [index[param.key] for param in params if index[param.key].dtype in _DTYPES]
     for info, data in read_values(tables, broken, problems):
@@ -68,4 +71,4 @@ def repeated_ids(
         repeats = (ids[:, 1:] == ids[:, :-1]).any(dim=1)
         if repeats.any():
             where = f"{int(repeats.sum())} of {len(ids)} tokens have an expert twice, the first is token"
-            yield Problem("expert-ids", info.name, f"tensor {info}: {where} {int(repeats.nonzero()[0])}")
+            yield make_problem("expert-ids", info.name, f"tensor {info}: {where} {int(repeats.nonzero()[0])}")

@@ -9,8 +9,9 @@ from pathlib import Path
 from statistics import median
 
 from ownpath.checkpoint.index import CheckpointIndex
-from ownpath.checkpoint.problems import Problem
+from ownpath.checkpoint.problems import make_problem
 from ownpath.checkpoint.scales import scale_fault
+from ownpath.finding import Finding
 from ownpath.inspect.values import read_values
 from ownpath.plan.census import StoredModule
 
@@ -52,7 +53,7 @@ class GateUp:
 
 
 def read_scalars(
-    modules: Iterable[StoredModule], index: CheckpointIndex, broken: frozenset[Path], problems: list[Problem]
+    modules: Iterable[StoredModule], index: CheckpointIndex, broken: frozenset[Path], problems: list[Finding]
 ) -> tuple[Scalar, ...]:
     """Every scalar scale of ``modules``; those that cannot be multipliers are added to ``problems``."""
     owners = {}
@@ -69,13 +70,13 @@ def read_scalars(
         if fault is None and meant < SMALLEST_NORMAL:
             fault = "out-of-band-scale", f"scale is {value}, an integer's bits or an underflow by its size"
         if fault is not None:
-            problems.append(Problem(fault[0], info.name, f"tensor {info}: {fault[1]}"))
+            problems.append(make_problem(fault[0], info.name, f"tensor {info}: {fault[1]}"))
         else:
             scalars.append(Scalar(module, part.role, info.name, meant))
     return tuple(scalars)
 
 
-def out_of_band(scalars: Iterable[Scalar]) -> Iterator[Problem]:
+def out_of_band(scalars: Iterable[Scalar]) -> Iterator[Finding]:
     """Experts' scales that are ``MAX_RATIO`` away from their layer's median; 1.0 is what a matrix of zeros has."""
     for (role, layer, projection), group in _by_layer(scalars).items():
         middle = median(scalar.value for scalar in group)
@@ -83,7 +84,7 @@ def out_of_band(scalars: Iterable[Scalar]) -> Iterator[Problem]:
             if not middle / MAX_RATIO <= scalar.value <= middle * MAX_RATIO and scalar.value != 1:
                 where = f"{layer}'s {projection} experts have a median {role} of {middle:.3g}"
                 message = f"tensor {scalar.key!r}: scale is {scalar.value:.3g}; {where}"
-                yield Problem("out-of-band-scale", scalar.key, message)
+                yield make_problem("out-of-band-scale", scalar.key, message)
 
 
 def farthest_from_median(scalars: Iterable[Scalar]) -> float:
@@ -120,7 +121,7 @@ def _coverage(layers: list[list[float]]) -> Coverage:
     return Coverage(len(values) - num_shared, num_shared)
 
 
-def gate_up(scalars: Iterable[Scalar], problems: list[Problem]) -> GateUp:
+def gate_up(scalars: Iterable[Scalar], problems: list[Finding]) -> GateUp:
     """Compares the global scales of each expert's w1 and w3; pairs that differ are added to ``problems``."""
     global_scales = {scalar.module: scalar for scalar in scalars if scalar.role == "global_scale"}
     num_pairs = num_equal = 0
@@ -133,7 +134,7 @@ def gate_up(scalars: Iterable[Scalar], problems: list[Problem]) -> GateUp:
         num_equal += gate.value == up.value
         if gate.value != up.value:
             message = f"tensor {gate.key!r} is {gate.value:.6g}, but {up.key!r} is {up.value:.6g}"
-            problems.append(Problem("gate-up-scale", module.removesuffix(".w1"), message))
+            problems.append(make_problem("gate-up-scale", module.removesuffix(".w1"), message))
     return GateUp(num_pairs, num_equal)
 
 

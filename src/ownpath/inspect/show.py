@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ownpath.checkpoint.problems import REMEDIES
-from ownpath.inspect.inspection import Findings, Inspection
+from ownpath.inspect.inspection import Contents, Inspection
 from ownpath.inspect.memory import Memory
 from ownpath.inspect.rows import bytes_by_format, module_rows, num_parameters
 from ownpath.plan.show import align
@@ -27,25 +27,25 @@ _SHAPE = (
 
 def inspection_dict(inspection: Inspection) -> dict[str, Any]:
     """The inspection for programs; the keys are documented in docs/inspect.md."""
-    index, findings = inspection.index, inspection.findings
+    index, contents = inspection.index, inspection.contents
     problems = [
-        {"check": p.check, "where": p.where, "problem": p.message, "remedy": p.remedy} for p in inspection.problems
+        {"check": p.id, "where": p.where, "problem": p.message, "remedy": p.remedy} for p in inspection.problems
     ]
     common: dict[str, Any] = {
         "folder": str(inspection.folder),
-        "complete": findings is not None,
+        "complete": contents is not None,
         "num_tensors": len(index.tensors),
         "num_files": len({info.file for info in index.tensors.values()}),
         "num_bytes": sum(info.num_bytes for info in index.tensors.values()),
         "seconds": round(inspection.seconds, 3),
     }
-    return common | (_findings_dict(inspection, findings) if findings else {}) | {"problems": problems}
+    return common | (_contents_dict(inspection, contents) if contents else {}) | {"problems": problems}
 
 
-def _findings_dict(inspection: Inspection, findings: Findings) -> dict[str, Any]:
-    index, census, blocks = inspection.index, findings.census, findings.blocks
+def _contents_dict(inspection: Inspection, contents: Contents) -> dict[str, Any]:
+    index, census, blocks = inspection.index, contents.census, contents.blocks
     return {
-        "shape": {field: getattr(findings.config, field) for field, _ in _SHAPE},
+        "shape": {field: getattr(contents.config, field) for field, _ in _SHAPE},
         "num_parameters": num_parameters(census, index),
         "bytes_by_format": bytes_by_format(census, index),
         "modules": [asdict(row) for row in module_rows(census, index)],
@@ -58,27 +58,27 @@ def _findings_dict(inspection: Inspection, findings: Findings) -> dict[str, Any]
             "num_saturated": blocks.num_saturated,
         },
         "lossless_casts": list(blocks.lossless_casts),
-        "calibration": {name: asdict(coverage) for name, coverage in findings.calibration.items()},
-        "gate_up": asdict(findings.gate_up),
-        "memory": [asdict(memory) for memory in findings.memory],
+        "calibration": {name: asdict(coverage) for name, coverage in contents.calibration.items()},
+        "gate_up": asdict(contents.gate_up),
+        "memory": [asdict(memory) for memory in contents.memory],
     }
 
 
 def inspection_text(inspection: Inspection) -> str:
     """A page: what the checkpoint is, how it is stored, what it takes to run, and what is wrong with it."""
-    index, findings = inspection.index, inspection.findings
+    index, contents = inspection.index, inspection.contents
     num_files = len({info.file for info in index.tensors.values()})
     total = sum(info.num_bytes for info in index.tensors.values())
     lines = [f"{inspection.folder}: {len(index.tensors)} tensors, {_size(total)} in {num_files} files"]
-    if findings is not None:
-        lines += _findings_lines(inspection, findings)
+    if contents is not None:
+        lines += _contents_lines(inspection, contents)
     lines += ["", *_problem_lines(inspection), f"read in {inspection.seconds:.1f} s"]
     return "\n".join(printable(line) for line in lines)
 
 
-def _findings_lines(inspection: Inspection, findings: Findings) -> list[str]:
-    index, census = inspection.index, findings.census
-    shape = ", ".join(f"{label} {getattr(findings.config, field)}" for field, label in _SHAPE)
+def _contents_lines(inspection: Inspection, contents: Contents) -> list[str]:
+    index, census = inspection.index, contents.census
+    shape = ", ".join(f"{label} {getattr(contents.config, field)}" for field, label in _SHAPE)
     sizes = ", ".join(f"{name} {_size(size)}" for name, size in bytes_by_format(census, index).items())
     lines = [f"shape: {shape}", f"parameters: {num_parameters(census, index):,}", f"bytes: {sizes}", ""]
     table: list[tuple[str, ...]] = [("module", "stored as", "format", "shape", "modules", "bytes")]
@@ -88,21 +88,21 @@ def _findings_lines(inspection: Inspection, findings: Findings) -> list[str]:
     lines += align(table)
     for reason, count in Counter(census.ignored.values()).items():
         lines.append(f"not read: {count} tensors ({reason})")
-    return [*lines, "", *_scale_lines(inspection, findings), *(_memory_line(memory) for memory in findings.memory)]
+    return [*lines, "", *_scale_lines(inspection, contents), *(_memory_line(memory) for memory in contents.memory)]
 
 
-def _scale_lines(inspection: Inspection, findings: Findings) -> list[str]:
-    blocks = findings.blocks
+def _scale_lines(inspection: Inspection, contents: Contents) -> list[str]:
+    blocks = contents.blocks
     which = "all" if inspection.are_all_scales_read else "a sample: the first 4 KiB of every module's"
     found = f"{blocks.num_zero} zero, {blocks.num_saturated} at the largest number"
     lines = [f"block scales: {blocks.num_blocks:,} of {blocks.num_modules} modules ({which}); {found}"]
     if blocks.cast_slots:
         casts = len(blocks.lossless_casts)
         lines.append(f"cast from MXFP4 without loss: {casts} of {len(blocks.cast_slots)} NVFP4 operands")
-    if findings.gate_up.num_pairs:
-        pairs = findings.gate_up
+    if contents.gate_up.num_pairs:
+        pairs = contents.gate_up
         lines.append(f"gate and up share a global scale: {pairs.num_equal} of {pairs.num_pairs} experts")
-    for projection, coverage in findings.calibration.items():
+    for projection, coverage in contents.calibration.items():
         counts = f"{coverage.num_own} experts have their own, {coverage.num_shared} share the maximum"
         lines.append(f"input_scale of {projection}: {counts}")
     return lines
@@ -119,8 +119,8 @@ def _problem_lines(inspection: Inspection) -> list[str]:
     if not inspection.problems:
         return ["no problems found"]
     lines = [f"{len(inspection.problems)} problems:"]
-    for check, count in Counter(problem.check for problem in inspection.problems).items():
-        messages = [problem.message for problem in inspection.problems if problem.check == check]
+    for check, count in Counter(problem.id for problem in inspection.problems).items():
+        messages = [problem.message for problem in inspection.problems if problem.id == check]
         lines += [f"  [{check}] {message}" for message in messages[:MAX_LINES]]
         lines += [f"  [{check}] and {count - MAX_LINES} more (--json lists them)"] if count > MAX_LINES else []
         lines.append(f"    remedy: {REMEDIES[check]}")

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from ownpath.checkpoint.index import CheckpointIndex
-from ownpath.checkpoint.problems import Problem
+from ownpath.checkpoint.problems import make_problem
 from ownpath.checkpoint.schema import ParamSpec
+from ownpath.finding import Finding
 from ownpath.inspect.values import read_values
 
 _DTYPES = {"I64": torch.int64, "I32": torch.int32}
@@ -15,9 +16,9 @@ _DTYPES = {"I64": torch.int64, "I32": torch.int32}
 
 def table_problems(
     params: Iterable[ParamSpec], num_experts: int, index: CheckpointIndex, broken: frozenset[Path]
-) -> Iterator[Problem]:
+) -> Iterator[Finding]:
     """Tables that name experts which are not there. Every id is read: 6 MB a layer of V4-Flash."""
-    unreadable: list[Problem] = []
+    unreadable: list[Finding] = []
     tables = [index[param.key] for param in params if index[param.key].dtype in _DTYPES]
     for info, data in read_values(tables, broken, unreadable):
         ids = torch.frombuffer(bytearray(data), dtype=_DTYPES[info.dtype])
@@ -27,5 +28,5 @@ def table_problems(
             where = f"{int(outside.sum())} of {len(ids)} ids are outside 0..{num_experts - 1}"
             row, column = divmod(first, info.shape[1])
             message = f"tensor {info}: {where}, the first ({int(ids[first])}) at {[row, column]}"
-            yield Problem("expert-ids", info.name, message)
+            yield make_problem("expert-ids", info.name, message)
     yield from unreadable

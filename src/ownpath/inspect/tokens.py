@@ -6,8 +6,9 @@ from pathlib import Path
 from ownpath.chat.encode import encode_messages
 from ownpath.chat.markers import ASSISTANT, BOS, EOS, SPECIALS, THINK_END, THINK_START, USER
 from ownpath.chat.tokenizer import MissingMarkerError, Tokenizer, TokenizerError
-from ownpath.checkpoint.problems import Problem
+from ownpath.checkpoint.problems import make_problem
 from ownpath.config import ModelConfig
+from ownpath.finding import Finding
 from ownpath.inspect.contradictions import json_object
 from ownpath.inspect.golden_prompts import GOLDEN_PROMPTS, ROUND_TRIPS, GoldenPrompt
 
@@ -20,17 +21,17 @@ def missing_markers(tokenizer: Tokenizer) -> tuple[str, ...]:
     return tuple(marker for marker in SPECIALS if _id_of(tokenizer, marker) is None)
 
 
-def token_problems(tokenizer: Tokenizer) -> Iterator[Problem]:
+def token_problems(tokenizer: Tokenizer) -> Iterator[Finding]:
     """What the tokenizer does to markers, texts and prompts that it must not."""
     missing = missing_markers(tokenizer)
     for marker in SPECIALS:
         if marker in missing:
             if marker in NEEDED:
-                yield Problem("marker", marker, f"tokenizer.json: special token {marker!r} is missing")
+                yield make_problem("marker", marker, f"tokenizer.json: special token {marker!r} is missing")
             continue
         ids = _without_bos(tokenizer, tokenizer.encode_raw(marker))
         if ids != [tokenizer.special_id(marker)]:
-            yield Problem("marker", marker, f"tokenizer.json: {marker!r} is read as {len(ids)} tokens, {ids[:8]}")
+            yield make_problem("marker", marker, f"tokenizer.json: {marker!r} is read as {len(ids)} tokens, {ids[:8]}")
     for text in ROUND_TRIPS:
         yield from _round_trip(tokenizer, text)
     for golden in GOLDEN_PROMPTS:
@@ -49,52 +50,54 @@ def _without_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     return ids[1:] if tokenizer.add_bos else ids
 
 
-def _round_trip(tokenizer: Tokenizer, text: str) -> Iterator[Problem]:
+def _round_trip(tokenizer: Tokenizer, text: str) -> Iterator[Finding]:
     try:
         back = b"".join(map(tokenizer.token_bytes, tokenizer.encode_text(text)))
     except TokenizerError as error:
-        yield Problem("round-trip", "tokenizer.json", f"{text!r}: {error}")
+        yield make_problem("round-trip", "tokenizer.json", f"{text!r}: {error}")
         return
     if back != text.encode("utf-8"):
         shown = back.decode("utf-8", "backslashreplace")
-        yield Problem("round-trip", "tokenizer.json", f"tokenizer.json: {text!r} comes back as {shown!r}")
+        yield make_problem("round-trip", "tokenizer.json", f"tokenizer.json: {text!r} comes back as {shown!r}")
 
 
-def _prompt(tokenizer: Tokenizer, golden: GoldenPrompt) -> Iterator[Problem]:
+def _prompt(tokenizer: Tokenizer, golden: GoldenPrompt) -> Iterator[Finding]:
     """Our encoder's ids against those of the prompt's own text, and back to that text."""
     try:
         ours = tokenizer.encode_segments(encode_messages(golden.messages, golden.setting))
         theirs = _without_bos(tokenizer, tokenizer.encode_raw(golden.prompt))
     except TokenizerError as error:
-        yield Problem("prompt", golden.name, f"prompt {golden.name!r}: {error}")
+        yield make_problem("prompt", golden.name, f"prompt {golden.name!r}: {error}")
         return
     text = b"".join(map(tokenizer.token_bytes, ours)).decode("utf-8", "backslashreplace")
     if text != golden.prompt:
-        yield Problem("prompt", golden.name, f"prompt {golden.name!r} is written as {text!r}, not {golden.prompt!r}")
+        yield make_problem(
+            "prompt", golden.name, f"prompt {golden.name!r} is written as {text!r}, not {golden.prompt!r}"
+        )
     elif ours != theirs:
         place = next(
             (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
         )
         found = f"{ours[place : place + 4]} instead of {theirs[place : place + 4]}"
-        yield Problem("prompt", golden.name, f"prompt {golden.name!r}: token {place} on is {found}")
+        yield make_problem("prompt", golden.name, f"prompt {golden.name!r}: token {place} on is {found}")
 
 
-def generation_problems(folder: Path, config: ModelConfig) -> Iterator[Problem]:
+def generation_problems(folder: Path, config: ModelConfig) -> Iterator[Finding]:
     """generation_config.json and tokenizer_config.json (where there are any) against config.json and the format."""
     said = yield from json_object(folder / "generation_config.json", "generation-config")
     for field, expected in (("bos_token_id", config.bos_token_id), ("eos_token_id", config.eos_token_id)):
         value = said.get(field)
         if value is not None and expected not in (value if isinstance(value, list) else [value]):
             message = f"generation_config.json: {field} is {value!r}, config.json says {expected}"
-            yield Problem("generation-config", field, message)
+            yield make_problem("generation-config", field, message)
     pad = said.get("pad_token_id")
     if pad is not None and not (type(pad) is int and 0 <= pad < config.vocab_size):
         message = f"generation_config.json: pad_token_id is {pad!r}, the embedding has {config.vocab_size} rows"
-        yield Problem("generation-config", "pad_token_id", message)
+        yield make_problem("generation-config", "pad_token_id", message)
     said = yield from json_object(folder / "tokenizer_config.json", "generation-config")
     for field, marker in (("bos_token", BOS), ("eos_token", EOS)):
         value = said.get(field)
         text = value.get("content") if isinstance(value, dict) else value
         if text is not None and text != marker:
             message = f"tokenizer_config.json: {field} is {text!r}, the chat format's is {marker!r}"
-            yield Problem("generation-config", field, message)
+            yield make_problem("generation-config", field, message)

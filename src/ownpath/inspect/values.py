@@ -6,11 +6,12 @@ from itertools import groupby
 from pathlib import Path
 
 from ownpath.checkpoint.index import TensorInfo
-from ownpath.checkpoint.problems import Problem
+from ownpath.checkpoint.problems import make_problem
+from ownpath.finding import Finding
 
 
 def read_values(
-    infos: Iterable[TensorInfo], broken: frozenset[Path], problems: list[Problem], max_bytes: int | None = None
+    infos: Iterable[TensorInfo], broken: frozenset[Path], problems: list[Finding], max_bytes: int | None = None
 ) -> Iterator[tuple[TensorInfo, bytes]]:
     """Yields each tensor's first ``max_bytes`` (all of them: ``None``); shards that are ``broken`` are left out.
 
@@ -24,7 +25,7 @@ def read_values(
                     length = info.num_bytes if max_bytes is None else min(info.num_bytes, max_bytes)
                     yield info, _read(shard.fileno(), info, length)
         except OSError as error:
-            problems.append(Problem("shard", file.name, f"{file}: {error}"))
+            problems.append(make_problem("shard", file.name, f"{file}: {error}"))
 
 
 def _read(descriptor: int, info: TensorInfo, length: int) -> bytes:

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ownpath.attention.interface import AttentionStep
+from ownpath.attention.rope import Rotation
+from ownpath.cache.tables import StepTables
 from ownpath.model.attention import Attention
-from ownpath.model.batch import ForwardBatch
 from ownpath.model.moe import MoE
-from ownpath.model.rope import Rotation
 from ownpath.runners import HyperBoundary, Mix
 
 
@@ -21,6 +22,11 @@ class Residual:
     x_TSD: torch.Tensor
     y_TD: torch.Tensor | None = None
     mix: Mix | None = None
+
+    @classmethod
+    def of_embedding(cls, h_TD: torch.Tensor, num_streams: int) -> "Residual":
+        """Before the first layer: every stream is the token's embedding."""
+        return cls(h_TD.unsqueeze(1).expand(-1, num_streams, -1).contiguous())
 
     def rows(self, ids_R: torch.Tensor) -> "Residual":
         """The residual of some tokens."""
@@ -46,8 +52,15 @@ class Block:
     hc_ffn: HyperBoundary
     ffn: MoE
 
-    def __call__(self, residual: Residual, rotation: Rotation, batch: ForwardBatch) -> Residual:
+    def prepare(self, tables: StepTables) -> AttentionStep:
+        """Prepares a step for the attention of this layer, and so of all layers of the model."""
+        return self.attn.backend.prepare(tables)
+
+    def __call__(
+        self, residual: Residual, rotation: Rotation, token_ids_T: torch.Tensor, step: AttentionStep
+    ) -> Residual:
+        """Runs the layer. step: prepared from the tables of these rows."""
         at = self.hc_attn(residual.x_TSD, residual.y_TD, residual.mix)
-        y_TD = self.attn(at.h_TD, rotation, batch)
+        y_TD = self.attn(at.h_TD, rotation, step)
         at = self.hc_ffn(at.x_TSD, y_TD, at.mix)
-        return Residual(at.x_TSD, self.ffn(at.h_TD, batch.token_ids_T), at.mix)
+        return Residual(at.x_TSD, self.ffn(at.h_TD, token_ids_T), at.mix)

@@ -6,48 +6,54 @@ from typing import Any
 
 import torch
 
+from ownpath.attention.compress import Compressor
+from ownpath.attention.interface import AttentionLayer
+from ownpath.attention.reference import ReferenceAttention
+from ownpath.attention.rope import Rope
+from ownpath.attention.select import EntrySelector
+from ownpath.cache.pools import CacheSpec
 from ownpath.config import CSA_RATIO, EngineConfig, Layer, ModelConfig
 from ownpath.model.attention import Attention, AttentionCore
 from ownpath.model.block import Block
-from ownpath.model.caches import CacheSpec
-from ownpath.model.compressor import Compressor
 from ownpath.model.indexer import Indexer
 from ownpath.model.model import Model
 from ownpath.model.moe import MoE
 from ownpath.model.mtp import Mtp
-from ownpath.model.rope import Rope
+from ownpath.model.taps import tap_names
 from ownpath.runners import (
     HyperBoundary,
     HyperWeights,
     IndexQuantizer,
     KeyQuantizer,
-    Ledger,
     Linear,
     RMSNorm,
     Router,
+    Runner,
     SharedKeyAttention,
     SwiGLU,
     SwigluMlp,
 )
+from ownpath.runners.runner import Chosen
+from ownpath.trace import Ledger, Tap
 
-Runners = Mapping[str, Callable[..., Any]]
+Runners = dict[str, Runner]
 Params = Mapping[str, torch.Tensor]
-Keep = Callable[[torch.Tensor], torch.Tensor]
+Quantize = Callable[[torch.Tensor], torch.Tensor]
 
 
-def _as_it_is(x: torch.Tensor) -> torch.Tensor:
-    """What plain numerics keep."""
+def _identity(x: torch.Tensor) -> torch.Tensor:
+    """Plain numerics round keys to nothing else."""
     return x
 
 
 @dataclass(frozen=True)
 class Builder:
-    """The materials of one model. kernels: the implementation that the plan chose for each companion, by slot."""
+    """The materials of one model. specs: the kernel that the plan chose for each companion, by slot."""
 
     config: ModelConfig
     engine: EngineConfig
     runners: Runners
-    kernels: Mapping[str, Callable[..., Any]]
+    specs: Mapping[str, Chosen]
     params: Params
     ledger: Ledger
 
@@ -86,7 +92,7 @@ class Builder:
         )
 
     def ends(self) -> tuple[HyperBoundary, Linear]:
-        """What comes after the last layer: its boundary, and the vocabulary's product."""
+        """The modules after the last layer: its boundary, and the vocabulary's product."""
         return self._boundary("hc_head", "norm"), self._runner("head")
 
     def _drafts(self, sliding: Rope, compress: Rope) -> Iterator[Mtp]:
@@ -106,6 +112,10 @@ class Builder:
     def _runner(self, slot: str) -> Any:
         return self.ledger.watch(slot, self.runners[slot])
 
+    def _tap(self, layer: Layer, name: str) -> Tap:
+        assert f"{layer.name}.{name}" in tap_names(layer), name
+        return self.ledger.tap(f"{layer.name}.{name}")
+
     def _boundary(self, slot: str, norm: str) -> Any:
         config = self.config
         weights = HyperWeights(
@@ -118,21 +128,16 @@ class Builder:
             mix_norm_eps=config.rms_norm_eps,
             norm_eps=config.rms_norm_eps,
         )
-        return self.ledger.watch(slot, HyperBoundary(weights, kernel=self.kernels[slot]))
+        return self.ledger.watch(slot, HyperBoundary(weights, kernel=self.specs[slot]))
 
     def _norm(self, slot: str, weight: torch.Tensor | None) -> Any:
-        norm = RMSNorm(weight, self.config.rms_norm_eps, kernel=self.kernels[slot])
+        norm = RMSNorm(weight, self.config.rms_norm_eps, kernel=self.specs[slot])
         return self.ledger.watch(slot, norm)
 
     def _attention(self, layer_idx: int, compress_rope: Rope) -> Attention:
         layer = self._layers[layer_idx]
-        attn, ratio = f"{layer.name}.attn", layer.ratio
-        keys = self._key_quantizer(f"{attn}.key_quantizer")
-        compressor = self._compressor(f"{attn}.compressor", ratio, compress_rope, keys) if ratio else None
-        indexer = self._indexer(f"{attn}.indexer", compress_rope) if ratio == CSA_RATIO else None
-        sink_N, softmax_scale = self.params[f"{attn}.attn_sink"], self.config.softmax_scale
-        softmax = SharedKeyAttention(sink_N, softmax_scale, kernel=self.kernels[f"{attn}.core"])
-        core = AttentionCore(layer_idx, self.config.sliding_window, softmax, compressor, indexer)
+        attn, is_csa = f"{layer.name}.attn", layer.ratio == CSA_RATIO
+        quantize_kv = self._key_quantizer(f"{attn}.key_quantizer")
         return Attention(
             config=self.config,
             wqa_wkv=self._runner(f"{attn}.wqa_wkv"),
@@ -142,42 +147,64 @@ class Builder:
             q_norm=self._norm(f"{attn}.q_norm", self.params[f"{attn}.q_norm.weight"]),
             kv_norm=self._norm(f"{attn}.kv_norm", self.params[f"{attn}.kv_norm.weight"]),
             q_head_norm=self._norm(f"{attn}.q_head_norm", None),
-            keep=self._watched(f"{attn}.key_quantizer", keys),
-            compressor=compressor,
-            indexer=indexer,
-            core=self.ledger.watch(f"{attn}.core", core),
+            quantize_kv=self._watched(f"{attn}.key_quantizer", quantize_kv),
+            compressor=self._runner(f"{attn}.compressor.wkv_wgate") if layer.ratio else None,
+            indexer=self._indexer(layer) if is_csa else None,
+            core=self.ledger.watch(f"{attn}.core", self._core(layer_idx, compress_rope, quantize_kv)),
+            backend=ReferenceAttention(self.config.sliding_window),
+            tap_q=self._tap(layer, "attn.q"),
+            tap_kv=self._tap(layer, "attn.kv"),
         )
 
-    def _key_quantizer(self, slot: str) -> Keep:
-        """What keys are rounded to, where the plan says so."""
-        if slot not in self.kernels:
-            return _as_it_is
-        return KeyQuantizer(self.config.qk_rope_head_dim, kernel=self.kernels[slot])
+    def _core(self, layer_idx: int, rope: Rope, quantize_kv: Quantize) -> AttentionCore:
+        layer = self._layers[layer_idx]
+        attn, ratio = f"{layer.name}.attn", layer.ratio
+        sink_N, kernel = self.params[f"{attn}.attn_sink"], self.specs[f"{attn}.core"]
+        softmax = SharedKeyAttention(sink_N, self.config.softmax_scale, kernel=kernel)
+        compressor = self._compressor(f"{attn}.compressor", ratio, rope, quantize_kv) if ratio else None
+        if ratio != CSA_RATIO:
+            return AttentionCore(AttentionLayer(layer_idx, softmax, compressor))
+        quantize_index = self._index_quantizer(f"{attn}.indexer.quantizer")
+        index_compressor = self._compressor(f"{attn}.indexer.compressor", ratio, rope, quantize_index)
+        selector = EntrySelector(self.config.index_topk)
+        tap_mask = self._tap(layer, "attn.indexer.mask")
+        return AttentionCore(AttentionLayer(layer_idx, softmax, compressor, index_compressor, selector, tap_mask))
 
-    def _watched(self, slot: str, keep: Keep) -> Keep:
-        return self.ledger.watch(slot, keep) if slot in self.kernels else keep
+    def _key_quantizer(self, slot: str) -> Quantize:
+        """Rounds keys to the cache's format, where the plan says so."""
+        if slot not in self.specs:
+            return _identity
+        return KeyQuantizer(self.config.qk_rope_head_dim, kernel=self.specs[slot])
 
-    def _compressor(self, name: str, ratio: int, rope: Rope, keep: Keep) -> Compressor:
+    def _index_quantizer(self, slot: str) -> Quantize:
+        """Rounds index queries and keys, where the plan says so."""
+        return IndexQuantizer(kernel=self.specs[slot]) if slot in self.specs else _identity
+
+    def _watched(self, slot: str, quantize: Quantize) -> Quantize:
+        return self.ledger.watch(slot, quantize) if slot in self.specs else quantize
+
+    def _compressor(self, name: str, ratio: int, rope: Rope, quantize_kv: Quantize) -> Compressor:
         """Its norm runs only when a window is complete, inside the layer's attention, with the layer's norm kernel.
 
-        So does ``keep``, which is why neither counts as a call of its slot.
+        So does ``quantize_kv``, which is why neither counts as a call of its slot.
         """
         attn = name.partition(".attn.")[0] + ".attn"
-        weight, kernel = self.params[f"{name}.norm.weight"], self.kernels[f"{attn}.kv_norm"]
+        weight, kernel = self.params[f"{name}.norm.weight"], self.specs[f"{attn}.kv_norm"]
         norm = RMSNorm(weight, self.config.rms_norm_eps, kernel=kernel)
-        return Compressor(self._runner(f"{name}.wkv_wgate"), self.params[f"{name}.ape"], norm, rope, ratio, keep)
+        return Compressor(self.params[f"{name}.ape"], norm, rope, ratio, quantize_kv)
 
-    def _indexer(self, name: str, rope: Rope) -> Indexer:
+    def _indexer(self, layer: Layer) -> Indexer:
+        name = f"{layer.name}.attn.indexer"
         slot = f"{name}.quantizer"
-        keep = IndexQuantizer(kernel=self.kernels[slot]) if slot in self.kernels else _as_it_is
         return Indexer(
             wq_b=self._runner(f"{name}.wq_b"),
             weights_proj=self._runner(f"{name}.weights_proj"),
-            compressor=self._compressor(f"{name}.compressor", CSA_RATIO, rope, keep),
+            compressor=self._runner(f"{name}.compressor.wkv_wgate"),
             num_heads=self.config.index_n_heads,
             head_dim=self.config.index_head_dim,
-            topk=self.config.index_topk,
-            keep=self._watched(slot, keep),
+            quantize_index=self._watched(slot, self._index_quantizer(slot)),
+            tap_q=self._tap(layer, "attn.indexer.q"),
+            tap_weights=self._tap(layer, "attn.indexer.weights"),
         )
 
     def _moe(self, ffn: str) -> MoE:
@@ -188,9 +215,9 @@ class Builder:
             routed_scaling_factor=self.config.routed_scaling_factor,
             bias_E=self.params.get(f"{ffn}.gate.bias"),
             tid2eid_VK=self.params.get(f"{ffn}.gate.tid2eid"),
-            kernel=self.kernels[f"{ffn}.router"],
+            kernel=self.specs[f"{ffn}.router"],
         )
         limit = self.config.swiglu_limit
-        activation = self.ledger.watch(f"{shared}.swiglu", SwiGLU(limit, kernel=self.kernels[f"{shared}.swiglu"]))
+        activation = self.ledger.watch(f"{shared}.swiglu", SwiGLU(limit, kernel=self.specs[f"{shared}.swiglu"]))
         mlp = SwigluMlp(self._runner(f"{shared}.w13"), self._runner(f"{shared}.w2"), limit, activation=activation)
         return MoE(self.ledger.watch(f"{ffn}.router", router), self._runner(f"{ffn}.experts"), mlp)

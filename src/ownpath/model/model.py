@@ -1,16 +1,18 @@
 """DeepSeek-V4's backbone and head: token ids in, logits out, caches extended on the way."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
+from ownpath.attention.rope import Rope
+from ownpath.cache.pools import CachePool, CacheSpec, SequenceCache
 from ownpath.config import ModelConfig
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Block, Hidden, Residual
-from ownpath.model.caches import CacheSpec, SequenceCache
 from ownpath.model.mtp import Mtp
-from ownpath.model.rope import Rope
-from ownpath.runners import HyperBoundary, Ledger, Linear
+from ownpath.runners import HyperBoundary, Linear
+from ownpath.trace import Ledger
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,20 @@ class Model:
     lossless_casts: tuple[str, ...] = ()
     contradictions: tuple[str, ...] = ()
 
+    @cached_property
+    def caches(self) -> CachePool:
+        """The memory of all sequences' caches, allocated when the first one asks for its own."""
+        return CachePool(self.cache_spec)
+
     def new_cache(self) -> SequenceCache:
-        """Empty caches for one sequence of up to ``cache_spec.max_tokens`` tokens."""
-        return SequenceCache(self.cache_spec)
+        """Empty caches for one sequence of up to ``cache_spec.max_tokens`` tokens. Errors: CacheFull."""
+        return self.caches.new_sequence()
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Runs one step and returns logits, at least float32, of the rows ``batch.logits_ids``: [R, vocab].
 
-        Every span's cache then holds the span's tokens too.
+        Every sequence's caches then hold its rows too.
         """
         wanted = self._backbone(batch).rows(batch.logits_ids)
         return self.head(self.hc_head(wanted.x_TSD, wanted.y_TD, wanted.mix).h_TD)
@@ -65,10 +72,10 @@ class Model:
 
     def _backbone(self, batch: ForwardBatch) -> Residual:
         h_TD = self.embed_VD[batch.token_ids_T].to(self.cache_spec.dtype)
-        residual = Residual(h_TD.unsqueeze(1).expand(-1, self.config.hc_mult, -1).contiguous())
+        residual = Residual.of_embedding(h_TD, self.config.hc_mult)
         sliding, compress = self.sliding_rope.at(batch.positions_T), self.compress_rope.at(batch.positions_T)
+        step = self.blocks[0].prepare(batch.tables)
         for block, ratio in zip(self.blocks, self.config.compress_ratios, strict=True):
-            residual = block(residual, compress if ratio else sliding, batch)
-        for span in batch.spans:
-            span.cache.num_tokens += span.stop - span.start
+            residual = block(residual, compress if ratio else sliding, batch.token_ids_T, step)
+        batch.tables.extend()
         return residual

@@ -13,13 +13,13 @@ Legend: T tokens of the step, S streams, D hidden, V vocabulary.
 Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 2.2, as DeepSeek-V4's published inference code has it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
+from ownpath.attention.rope import Rope
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Block, Hidden, Residual
-from ownpath.model.rope import Rope
 from ownpath.runners import HyperBoundary, Linear, RMSNorm
 
 
@@ -48,7 +48,7 @@ class Mtp:
         e_TD = self.e_proj(self.enorm(self.embed_VD[next_ids_T].to(streams_TSD.dtype)))
         h_TSD = self.h_proj(self.hnorm(streams_TSD).flatten(0, 1)).unflatten(0, streams_TSD.shape[:2])
         residual = Residual(e_TD.unsqueeze(1) + h_TSD)
-        batch = replace(batch, token_ids_T=next_ids_T)
-        residual = self.block(residual, self.rope.at(batch.positions_T), batch)
+        step = self.block.prepare(batch.tables)
+        residual = self.block(residual, self.rope.at(batch.positions_T), next_ids_T, step)
         at = self.hc_head(residual.x_TSD, residual.y_TD, residual.mix)
         return Hidden(at.x_TSD, at.h_TD)

@@ -14,7 +14,7 @@ from ownpath.checkpoint.drafts import Draft
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
 from ownpath.checkpoint.names import draft_params, model_params
-from ownpath.checkpoint.problems import Problem
+from ownpath.checkpoint.problems import make_problem
 from ownpath.checkpoint.schema import (
     ENCODINGS,
     Encoding,
@@ -26,6 +26,7 @@ from ownpath.checkpoint.schema import (
     num_unlike,
 )
 from ownpath.config import ModelConfig
+from ownpath.finding import Finding
 from ownpath.plan.opspec import draft_ops, model_ops
 
 
@@ -51,7 +52,7 @@ class Census:
     modules: tuple[StoredModule, ...]
     params: tuple[ParamSpec, ...]
     ignored: MappingProxyType[str, str]
-    problems: tuple[Problem, ...]
+    problems: tuple[Finding, ...]
 
 
 def take_census(config: ModelConfig, index: CheckpointIndex, draft: Draft) -> Census:
@@ -65,7 +66,7 @@ def take_census(config: ModelConfig, index: CheckpointIndex, draft: Draft) -> Ce
             stored = StoredModule(spec, slot, detect(index, spec))
         except CheckpointError as error:
             claimed.update(key for encoding in ENCODINGS for key in encoding.keys(spec.name))
-            problems += list(_module_problems(index, spec)) or [Problem("wrong-dtype", spec.name, str(error))]
+            problems += list(_module_problems(index, spec)) or [make_problem("wrong-dtype", spec.name, str(error))]
         else:
             modules.append(stored)
             claimed.update(stored.encoding.keys(spec.name))
@@ -74,7 +75,7 @@ def take_census(config: ModelConfig, index: CheckpointIndex, draft: Draft) -> Ce
         try:
             check_param(index, param)
         except CheckpointError as error:
-            problems.append(Problem(_kind(index, param.key, param.dtypes), param.key, str(error)))
+            problems.append(make_problem(_kind(index, param.key, param.dtypes), param.key, str(error)))
         else:
             params.append(param)
     ignored = {}
@@ -84,13 +85,13 @@ def take_census(config: ModelConfig, index: CheckpointIndex, draft: Draft) -> Ce
         reason = draft.unread_reason(key)
         if reason is None:
             message = f"tensor {info}: nothing in this model reads it"
-            problems.append(Problem("unexpected-tensor", key, message))
+            problems.append(make_problem("unexpected-tensor", key, message))
         else:
             ignored[key] = reason
     return Census(tuple(modules), tuple(params), MappingProxyType(ignored), tuple(problems))
 
 
-def _module_problems(index: CheckpointIndex, spec: ModuleSpec) -> Iterator[Problem]:
+def _module_problems(index: CheckpointIndex, spec: ModuleSpec) -> Iterator[Finding]:
     """One problem for each part that is wrong: each is asked for alone, among parts that are as they should be."""
     encoding = max(ENCODINGS, key=lambda encoding: _likeness(index, encoding, spec))
     for part in encoding.parts:
@@ -101,7 +102,7 @@ def _module_problems(index: CheckpointIndex, spec: ModuleSpec) -> Iterator[Probl
         try:
             detect(CheckpointIndex(index.folder, MappingProxyType(tensors)), spec)
         except CheckpointError as error:
-            yield Problem(_kind(index, key, part.dtypes), key, str(error))
+            yield make_problem(_kind(index, key, part.dtypes), key, str(error))
 
 
 def _likeness(index: CheckpointIndex, encoding: Encoding, spec: ModuleSpec) -> tuple[bool, int, int]:

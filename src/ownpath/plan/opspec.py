@@ -69,7 +69,7 @@ def draft_ops(config: ModelConfig) -> Iterator[OpSpec]:
 
 
 def companion_ops(config: ModelConfig) -> Iterator[CompanionSpec]:
-    """The backbone's operations without a stored matrix. Each runs once a step (attention: once a sequence)."""
+    """The backbone's operations without a stored matrix. Each runs once a step."""
     for layer in config.backbone_layers():
         yield from _layer_companions(config, layer.name)
     yield CompanionSpec("hc_head", OpKind.HYPER, (config.hc_mult, config.hidden_size))

@@ -4,7 +4,8 @@ What lies between the products (companions: boundaries, norms, expert choice, at
 It is made before any weight byte moves, decides the layout that weights are loaded into, and nothing overrides it.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
@@ -13,8 +14,8 @@ from ownpath.checkpoint.drafts import NO_DRAFT, Draft, carried_draft, requested_
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.names import draft_params, model_params
-from ownpath.checkpoint.schema import Encoding, ParamSpec, check_census, check_param, detect
-from ownpath.config import ModelConfig
+from ownpath.checkpoint.schema import Encoding, ModuleSpec, ParamSpec, check_census, check_param, detect
+from ownpath.config import ONE_RANK, ModelConfig, Parallel
 from ownpath.formats import BF16, FP32, Format
 from ownpath.ops import OpKind
 from ownpath.plan.claims import find_contradictions
@@ -29,6 +30,7 @@ from ownpath.plan.opspec import (
     steps_of,
 )
 from ownpath.plan.select import Caps, Choice, Demands, Refusal, select
+from ownpath.plan.sharding import Region, local_module, param_region, regions_of, require_supported
 
 
 class PlanError(ValueError):
@@ -45,11 +47,22 @@ class MixedExpertsError(CheckpointError):
 
 @dataclass(frozen=True)
 class PlannedOp:
-    """One op with its decision. All its modules are stored in the same encoding."""
+    """One op with its decision. All its modules are stored in the same encoding.
+
+    regions: for each module the part of it that this rank takes, ``None`` for all; empty where that is all of each.
+    """
 
     spec: OpSpec
     encoding: Encoding
     choice: Choice
+    regions: tuple[Region | None, ...] = ()
+
+    @property
+    def local_modules(self) -> tuple[ModuleSpec, ...]:
+        """The modules as this rank has them."""
+        if not self.regions:
+            return self.spec.modules
+        return tuple(local_module(*pair) for pair in zip(self.spec.modules, self.regions, strict=True))
 
     @property
     def label(self) -> str:
@@ -72,6 +85,7 @@ class Plan:
 
     draft: which drafter the checkpoint carries, and how many of its modules are among the ops, after the backbone's.
     contradictions: what config.json says of the formats and the tensors do not bear out, a line each.
+    parallel: the rank that it is for. param_regions: by key, of those tensors that it has a part of.
     """
 
     config: ModelConfig
@@ -83,6 +97,8 @@ class Plan:
     ignored: MappingProxyType[str, str]
     contradictions: tuple[str, ...] = ()
     draft: Draft = NO_DRAFT
+    parallel: Parallel = ONE_RANK
+    param_regions: Mapping[str, Region] = field(default_factory=dict)
 
     @property
     def decided(self) -> tuple["PlannedOp | PlannedCompanion", ...]:
@@ -114,15 +130,17 @@ def make_plan(
     demands: Demands | None = None,
     *,
     loads_draft: bool = False,
+    parallel: Parallel = ONE_RANK,
 ) -> Plan:
     """Plans every op of ``config`` for the checkpoint behind ``index`` on a device.
 
     loads_draft: plan the MTP modules too.
     Errors: CheckpointError naming the tensor that is missing, unexpected, or of a wrong dtype or shape; PlanError
-        naming the op that no kernel runs.
+        naming the op that no kernel runs; ShardingError for more than one rank.
     """
+    require_supported(parallel)
     demands = demands or Demands()
-    planner = _Planner(index, caps, demands)
+    planner = _Planner(config, index, caps, demands, parallel)
     backbone = tuple(chain.from_iterable(planner.op(spec) for spec in model_ops(config)))
     ops, params = backbone, tuple(model_params(config))
     draft = requested_draft(config, index) if loads_draft else carried_draft(index)
@@ -130,7 +148,7 @@ def make_plan(
         ops += tuple(chain.from_iterable(planner.op(spec) for spec in draft_ops(config)))
         params += tuple(draft_params(config))
     # After the products: a module that config.json counts and the checkpoint lacks has ended the plan by now.
-    companions = planner.companions(config, loads_draft)
+    companions = planner.companions(loads_draft)
     for param in params:
         check_param(index, param)
     consumed = {param.key for param in params}
@@ -140,7 +158,9 @@ def make_plan(
     ignored = MappingProxyType(check_census(index, consumed, draft.unread_reason))
     # What config.json says of experts is said of the backbone's: exports leave the draft's as they were.
     contradictions = _contradictions(config, backbone, index)
-    return Plan(config, caps, demands, ops, companions, params, ignored, contradictions, draft)
+    regions = {param.key: param_region(param, parallel) for param in params}
+    param_regions = {key: region for key, region in regions.items() if region is not None}
+    return Plan(config, caps, demands, ops, companions, params, ignored, contradictions, draft, parallel, param_regions)
 
 
 def _contradictions(config: ModelConfig, ops: tuple[PlannedOp, ...], index: CheckpointIndex) -> tuple[str, ...]:
@@ -151,17 +171,20 @@ def _contradictions(config: ModelConfig, ops: tuple[PlannedOp, ...], index: Chec
 
 def replan(plan: Plan, caps: Caps, demands: Demands) -> Plan:
     """The same checkpoint's plan for another device; no tensor is looked at again. Errors: PlanError."""
-    planner = _Planner(CheckpointIndex(Path(), MappingProxyType({})), caps, demands)
+    no_index = CheckpointIndex(Path(), MappingProxyType({}))
+    planner = _Planner(plan.config, no_index, caps, demands, plan.parallel)
     ops = tuple(planner.decided(op.spec, op.encoding) for op in plan.ops)
-    companions = planner.companions(plan.config, loads_draft=plan.draft.num_modules > 0)
+    companions = planner.companions(loads_draft=plan.draft.num_modules > 0)
     return replace(plan, caps=caps, demands=demands, ops=ops, companions=companions)
 
 
 @dataclass(frozen=True)
 class _Planner:
+    config: ModelConfig
     index: CheckpointIndex
     caps: Caps
     demands: Demands
+    parallel: Parallel
 
     def op(self, spec: OpSpec) -> list[PlannedOp]:
         """One planned op; a fused linear whose shards are stored differently becomes one op per shard."""
@@ -175,7 +198,8 @@ class _Planner:
         shards = [replace(spec, modules=(module,)) for module in spec.modules]
         return [self.decided(shard, encoding) for shard, encoding in zip(shards, encodings, strict=True)]
 
-    def companions(self, config: ModelConfig, loads_draft: bool) -> tuple[PlannedCompanion, ...]:
+    def companions(self, loads_draft: bool) -> tuple[PlannedCompanion, ...]:
+        config = self.config
         specs = [*companion_ops(config), *(draft_companions(config) if loads_draft else ())]
         for layer in (*config.backbone_layers(), *(config.draft_layers() if loads_draft else ())):
             specs += official_ops(config, layer, self.demands.official)
@@ -193,7 +217,8 @@ class _Planner:
             raise MixedExpertsError(message, other.name)
 
     def decided(self, spec: OpSpec, encoding: Encoding) -> PlannedOp:
-        return PlannedOp(spec, encoding, self._choice(spec, encoding.format))
+        choice = self._choice(spec, encoding.format)
+        return PlannedOp(spec, encoding, choice, regions_of(self.config, spec.modules, encoding, self.parallel))
 
     def _choice(self, spec: OpSpec | CompanionSpec, stored: Format | None) -> Choice:
         demands = self.demands

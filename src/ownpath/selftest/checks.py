@@ -1,4 +1,4 @@
-"""Evidence -> verdicts. Every threshold is here, with its reason."""
+"""ProbeAnswers -> verdicts. Every threshold is here, with its reason."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from ownpath.engine.request import FinishReason
+from ownpath.finding import Finding, Verdict
 from ownpath.selftest import signatures
-from ownpath.selftest.probe import Evidence, Seen
-from ownpath.verdict import Verdict
+from ownpath.selftest.probe import ProbeAnswers, Seen
 
 MAX_REPEATS = 16
 """Running text has no 17 positions in a row with one likeliest continuation; a model that ignores it has them all."""
@@ -43,18 +43,6 @@ layers and both directions: 2^-4 * sqrt(122) = 0.7."""
 
 
 @dataclass(frozen=True)
-class Check:
-    """One verdict. allowed: what the number had to be, in words."""
-
-    id: str
-    what: str
-    verdict: Verdict
-    number: float | None
-    allowed: str
-    remedy: str
-
-
-@dataclass(frozen=True)
 class Facts:
     """What the checks must know of the model.
 
@@ -85,7 +73,7 @@ REMEDIES = {
 }
 
 
-def judge(evidence: Evidence, facts: Facts) -> list[Check]:
+def judge(evidence: ProbeAnswers, facts: Facts) -> list[Finding]:
     """Every check, in the order of their ids."""
     everything = evidence.all()
     num_non_finite = sum(seen.is_non_finite for seen in everything)
@@ -100,7 +88,13 @@ def judge(evidence: Evidence, facts: Facts) -> list[Check]:
     ]
 
 
-def _consistency(evidence: Evidence, facts: Facts) -> list[Check]:
+def all_checks() -> list[Finding]:
+    """What ``judge`` asks, with nothing seen: ids, what is measured, what is allowed and the remedies."""
+    nothing = Seen(())
+    return judge(ProbeAnswers((), nothing, None, nothing, None, None, None), Facts(1, (), torch.float32, None))
+
+
+def _consistency(evidence: ProbeAnswers, facts: Facts) -> list[Finding]:
     first = evidence.first
     margin = MARGIN_NATS.get(facts.dtype, WIDE_MARGIN_NATS)
     parted = replayed = chunked = None
@@ -121,7 +115,7 @@ def _consistency(evidence: Evidence, facts: Facts) -> list[Check]:
     ]
 
 
-def _signatures(evidence: Evidence, facts: Facts) -> list[Check]:
+def _signatures(evidence: ProbeAnswers, facts: Facts) -> list[Finding]:
     texts = [seen.prompt_rows for seen in (evidence.first, evidence.other) if seen is not None and seen.answer_ids]
     rows = [row for text in texts for row in text]
     pair = texts if len(texts) == 2 else None
@@ -147,14 +141,14 @@ def _rows(seen: Seen | None) -> tuple[signatures.Distribution, ...]:
     return () if seen is None else seen.rows
 
 
-def _at_most(name: str, what: str, number: float | None, limit: float) -> Check:
+def _at_most(name: str, what: str, number: float | None, limit: float) -> Finding:
     return _check(name, what, number, number is not None and number <= limit, f"at most {limit:g}")
 
 
-def _above(name: str, what: str, number: float | None, limit: float) -> Check:
+def _above(name: str, what: str, number: float | None, limit: float) -> Finding:
     return _check(name, what, number, number is not None and number > limit, f"above {limit:g}")
 
 
-def _check(name: str, what: str, number: float | None, holds: bool, allowed: str) -> Check:
+def _check(name: str, what: str, number: float | None, holds: bool, allowed: str) -> Finding:
     verdict = Verdict.SKIPPED if number is None else Verdict.PASS if holds else Verdict.FAIL
-    return Check(name, what, verdict, number, allowed, REMEDIES[name])
+    return Finding(name, "", verdict, what, number, allowed, REMEDIES[name])

@@ -62,7 +62,7 @@ class Golden:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class ProbeAnswers:
     """Everything that the checks look at; None where the context or the step has no room for it.
 
     short: prompts of one and two tokens.
@@ -86,7 +86,7 @@ class Evidence:
         return (*self.short, *(seen for seen in maybe if seen is not None))
 
 
-def gather(engine: Engine, tokenizer: Tokenizer, window: int, golden: Golden | None) -> Evidence:
+def gather(engine: Engine, tokenizer: Tokenizer, window: int, golden: Golden | None) -> ProbeAnswers:
     """Asks the engine; nothing else should run on it meanwhile.
 
     window: the model's sliding window; the texts fill it where the context allows, and their answers pass it.
@@ -109,7 +109,7 @@ def gather(engine: Engine, tokenizer: Tokenizer, window: int, golden: Golden | N
     again = ask(engine, [(first_ids, params), (whole, _params(0))])
     replayed = again[1] if first.answer_ids else None
     chunked = None if replayed is None else _chunked(engine, whole)
-    return Evidence(tuple(answers[:2]), first, other, again[0], replayed, chunked, known)
+    return ProbeAnswers(tuple(answers[:2]), first, other, again[0], replayed, chunked, known)
 
 
 def ask(engine: Engine, asked: Sequence[tuple[tuple[int, ...], SamplingParams]]) -> list[Seen]:

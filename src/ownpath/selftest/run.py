@@ -9,26 +9,26 @@ from ownpath.chat.messages import Message
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.engine.engine import Engine
 from ownpath.engine.request import FinishReason
+from ownpath.finding import Finding, Verdict, failed
 from ownpath.loading import default_model_dir
-from ownpath.selftest.checks import Check, Facts, judge
+from ownpath.selftest.checks import Facts, judge
 from ownpath.selftest.probe import Golden, Seen, gather
-from ownpath.verdict import Verdict
 
 KNOWN_QUESTION, KNOWN_ANSWER = "The capital of France is", "Paris"
 """What the embedded model was taught."""
 
 
 @dataclass(frozen=True)
-class Report:
+class SelfTestReport:
     """Every check, and how long they took together."""
 
-    checks: tuple[Check, ...]
+    checks: tuple[Finding, ...]
     seconds: float
 
     @property
-    def failed(self) -> tuple[Check, ...]:
+    def failed(self) -> tuple[Finding, ...]:
         """The checks that failed."""
-        return tuple(check for check in self.checks if check.verdict is Verdict.FAIL)
+        return tuple(failed(self.checks))
 
     def failed_ids(self) -> str:
         """Their ids, for one line."""
@@ -49,7 +49,7 @@ def known_question(folder: Path, tokenizer: Tokenizer) -> Golden | None:
     return Golden(tuple(ids), KNOWN_ANSWER)
 
 
-def self_test(engine: Engine, tokenizer: Tokenizer, window: int, golden: Golden | None = None) -> Report:
+def self_test(engine: Engine, tokenizer: Tokenizer, window: int, golden: Golden | None = None) -> SelfTestReport:
     """Runs every check on a started engine that nobody else uses yet.
 
     window: the model's sliding window, in tokens.
@@ -62,7 +62,7 @@ def self_test(engine: Engine, tokenizer: Tokenizer, window: int, golden: Golden 
     if golden is not None and evidence.golden is not None:
         known = _is_answered(evidence.golden, golden, tokenizer, special_ids)
     facts = Facts(engine.num_vocab, special_ids, engine.config.dtype, known)
-    return Report(tuple(judge(evidence, facts)), time.perf_counter() - start)
+    return SelfTestReport(tuple(judge(evidence, facts)), time.perf_counter() - start)
 
 
 def _is_answered(seen: Seen, golden: Golden, tokenizer: Tokenizer, special_ids: set[int]) -> bool:
@@ -71,12 +71,12 @@ def _is_answered(seen: Seen, golden: Golden, tokenizer: Tokenizer, special_ids: 
     return golden.expected in data.decode("utf-8", "replace") and seen.finish_reason is FinishReason.STOP
 
 
-def report_text(report: Report) -> str:
+def report_text(report: SelfTestReport) -> str:
     """A table, the failed checks first and with their remedies."""
     failed = report.failed
     lines = [f"self-test: {len(failed)} of {len(report.checks)} checks failed, {report.seconds:.1f} s"]
     for check in sorted(report.checks, key=lambda check: check.verdict is not Verdict.FAIL):
         number = "-" if check.number is None else f"{check.number:.4g}"
-        lines.append(f"{check.verdict.value:<8}{check.id:<16}{number:>10}  {check.allowed:<16}{check.what}")
+        lines.append(f"{check.verdict.value:<8}{check.id:<16}{number:>10}  {check.allowed:<16}{check.message}")
         lines += [f"        remedy: {check.remedy}"] if check.verdict is Verdict.FAIL else []
     return "\n".join(lines)

@@ -10,9 +10,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ownpath.runners import Ledger, Record, Records
 from ownpath.server.body import Limits, read_json_object
 from ownpath.server.errors import ApiError, bad_request
+from ownpath.trace import Ledger, Record, Records
 
 SCHEMA = 1
 """Goes up when a field of the answer changes its meaning or goes away."""
@@ -26,14 +26,18 @@ def require_admin_key(key: str) -> str:
     return key
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(repr=False)
 class DebugPlan:
-    """facts: what does not change while the model is served: ``model``, ``versions``, ``device`` and ``plan``."""
+    """facts: what does not change while the model is served: ``model``, ``versions``, ``device`` and ``plan``.
+
+    records: what calls looked like since an admin asked for it; ``None`` while nobody does.
+    """
 
     admin_key: str
     facts: Mapping[str, Any]
     ledger: Ledger
     limits: Limits
+    records: Records | None = None
 
     async def show(self, request: Request) -> Response:
         """``GET /debug/plan``"""
@@ -47,8 +51,12 @@ class DebugPlan:
         asked = await read_json_object(request, self.limits)
         if set(asked) != {"recording"} or not isinstance(asked["recording"], bool):
             raise bad_request('the body must be {"recording": true} or {"recording": false}', param="recording")
-        if asked["recording"] != (self.ledger.records is not None):
-            self.ledger.records = Records() if asked["recording"] else None
+        if self.records is None and asked["recording"]:
+            self.records = Records()
+            self.ledger.observers.attach(self.records)
+        elif self.records is not None and not asked["recording"]:
+            self.ledger.observers.detach(self.records)
+            self.records = None
         return JSONResponse({"recording": asked["recording"]})
 
     def _check_admin(self, request: Request) -> None:
@@ -62,7 +70,7 @@ class DebugPlan:
             raise ApiError(403, "this key is not the admin's", code="wrong_admin_key")
 
     def _answer(self) -> Response:
-        records = self.ledger.records
+        records = self.records
         changing = {"schema": SCHEMA, "recording": records is not None, "ran": list(self._ran(records))}
         return JSONResponse(changing | dict(self.facts), headers={"Cache-Control": "no-store"})
 

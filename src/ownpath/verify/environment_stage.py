@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import ownpath.kernels
+from ownpath.finding import Finding, Verdict
 from ownpath.inspect.memory import cache_bytes, weights_bytes
-from ownpath.kernels.dsl.cache import COMPILER, Config, cache_dir, is_cached, source_key, stem
+from ownpath.kernels.contract import Config
+from ownpath.kernels.dsl.cache import COMPILER, cache_dir, is_cached, source_key, stem
 from ownpath.kernels.registry import KERNELS
 from ownpath.plan.plan import Plan
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
 from ownpath.verify.layer import in_layer, in_no_layer, restricted
 from ownpath.verify.machine import KNOWN_BAD, Machine, free_bytes, this_machine
 from ownpath.verify.skeleton import configs_of
@@ -161,9 +161,6 @@ def memory_findings(subject: Subject, free: int | None) -> Iterator[Finding]:
         else:
             message += ": it can be verified here, layer by layer, and not served"
             yield Finding("E04", "whole model", Verdict.SKIPPED, message, whole, f"<= {free} bytes")
-    yield Finding(
-        "E04", "links", Verdict.SKIPPED, "this engine runs on one device: no NVLink, NUMA or all-reduce to test"
-    )
 
 
 def _gib(num_bytes: int) -> str:

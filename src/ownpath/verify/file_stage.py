@@ -5,7 +5,7 @@ No kernel, no engine and no weight: headers, scalars, tables, every block scale 
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -13,16 +13,15 @@ import torch
 
 from ownpath.chat.tokenizer import Tokenizer, TokenizerError
 from ownpath.checkpoint.errors import CheckpointError
-from ownpath.checkpoint.problems import Problem
+from ownpath.checkpoint.problems import make_problem
 from ownpath.config import ConfigError, unread_fields
+from ownpath.finding import Finding, Verdict
 from ownpath.inspect.experts import expert_outliers, expert_spread, uncalibrated_experts
-from ownpath.inspect.inspection import Findings, Inspection, inspect_folder
+from ownpath.inspect.inspection import Contents, Inspection, inspect_folder
 from ownpath.inspect.router import Bias, bias_problems, read_biases, repeated_ids
 from ownpath.inspect.scalars import MAX_RATIO, farthest_from_median
 from ownpath.inspect.tokens import generation_problems, missing_markers, token_problems
 from ownpath.plan.claims import COMPARED_FIELDS
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
 from ownpath.verify.progress import Progress
 from ownpath.verify.source import Export, source_findings
 from ownpath.verify.subject import Selection
@@ -45,17 +44,17 @@ CHECK_OF = MappingProxyType(
         "F12": ("tokenizer", "generation-config", "marker", "round-trip", "prompt"),
     }
 )
-"""Check -> the kinds of problem that it collects. F08 has none: what it finds is no fault of the file."""
+"""Check -> the kinds of problem that it collects."""
 _ID_OF = MappingProxyType({kind: id_ for id_, kinds in CHECK_OF.items() for kind in kinds})
 _INPUT_SCALES = ("input_scale", "input_global_scale")
 
 
 @dataclass(frozen=True)
-class Evidence:
+class FileEvidence:
     """An inspection, and what it leaves to be looked at here."""
 
     inspection: Inspection
-    problems: tuple[Problem, ...]
+    problems: tuple[Finding, ...]
     biases: tuple[Bias, ...]
     tokenizer: Tokenizer | None
     unread: tuple[str, ...]
@@ -67,54 +66,54 @@ def file_stage(folder: Path, selection: Selection, source: Path | None, progress
     layers = selection.layer_ids
     inspection = inspect_folder(folder, read_all_scales=layers is None, all_scales_in=layers or frozenset())
     evidence = gather(inspection)
-    by_id: dict[str, list[Problem]] = {}
+    by_id: dict[str, list[Finding]] = {}
     for problem in evidence.problems:
         by_id.setdefault(check_of(problem), []).append(problem)
     for id_, look in _CHECKS.items():
         found = by_id.get(id_, [])
-        yield from (Finding(id_, p.where, Verdict.FAIL, p.message, remedy=p.remedy) for p in found)
+        yield from (replace(problem, id=id_) for problem in found)
         if not found:
             yield look(evidence)
     progress(1, 2, "another export")
     yield from _against_source(folder, selection, source, progress)
 
 
-def check_of(problem: Problem) -> str:
+def check_of(problem: Finding) -> str:
     """The check that a problem belongs to: by its kind, and for scalars by whose scale it is."""
-    id_ = _ID_OF[problem.check]
+    id_ = _ID_OF[problem.id]
     return "F09" if id_ == "F05" and problem.where.endswith(_INPUT_SCALES) else id_
 
 
-def gather(inspection: Inspection) -> Evidence:
+def gather(inspection: Inspection) -> FileEvidence:
     """Everything that is wrong, the inspection's own problems first."""
-    folder, findings = inspection.folder, inspection.findings
+    folder, contents = inspection.folder, inspection.contents
     problems = list(inspection.problems)
     biases: tuple[Bias, ...] = ()
     unread: tuple[str, ...] = ()
-    if findings is not None:
+    if contents is not None:
         broken = inspection.broken
-        problems += expert_outliers(findings.blocks.largest, findings.scalars)
-        problems += uncalibrated_experts(findings.scalars)
-        params, index = findings.census.params, inspection.index
+        problems += expert_outliers(contents.blocks.largest, contents.scalars)
+        problems += uncalibrated_experts(contents.scalars)
+        params, index = contents.census.params, inspection.index
         biases = read_biases(params, index, broken, problems)
         problems += bias_problems(biases)
         problems += list(repeated_ids(params, index, broken, problems))
-        problems += generation_problems(folder, findings.config)
+        problems += generation_problems(folder, contents.config)
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         unread = tuple(name for name in unread_fields(fields) if name not in COMPARED_FIELDS)
     tokenizer = _tokenizer(folder, problems)
     problems += token_problems(tokenizer) if tokenizer is not None else ()
-    return Evidence(inspection, tuple(dict.fromkeys(problems)), biases, tokenizer, unread)
+    return FileEvidence(inspection, tuple(dict.fromkeys(problems)), biases, tokenizer, unread)
 
 
-def _tokenizer(folder: Path, problems: list[Problem]) -> Tokenizer | None:
+def _tokenizer(folder: Path, problems: list[Finding]) -> Tokenizer | None:
     """``None`` where the inspection could not read it either, and said so."""
-    if any(problem.check == "tokenizer" for problem in problems):
+    if any(problem.id == "tokenizer" for problem in problems):
         return None
     try:
         return Tokenizer.from_folder(folder)
     except (TokenizerError, OSError) as error:
-        problems.append(Problem("tokenizer", "tokenizer.json", str(error)))
+        problems.append(make_problem("tokenizer", "tokenizer.json", str(error)))
         return None
 
 
@@ -122,88 +121,80 @@ def _passed(id_: str, message: str, number: float | None = None, allowed: str = 
     return Finding(id_, "checkpoint", Verdict.PASS, message, number, allowed)
 
 
-def _of_tensors(id_: str, look: Callable[[Evidence, Findings], Finding]) -> Callable[[Evidence], Finding]:
+def _of_tensors(id_: str, look: Callable[[FileEvidence, Contents], Finding]) -> Callable[[FileEvidence], Finding]:
     """A check that needs config.json and tensors; without them it is skipped."""
 
-    def looked(evidence: Evidence) -> Finding:
-        findings = evidence.inspection.findings
-        if findings is None:
+    def looked(evidence: FileEvidence) -> Finding:
+        contents = evidence.inspection.contents
+        if contents is None:
             return Finding(id_, "checkpoint", Verdict.SKIPPED, "config.json or the tensors could not be read")
-        return look(evidence, findings)
+        return look(evidence, contents)
 
     return looked
 
 
-def _files(evidence: Evidence) -> Finding:
+def _files(evidence: FileEvidence) -> Finding:
     tensors = evidence.inspection.index.tensors
     num_files = len({info.file for info in tensors.values()})
     return _passed("F01", f"{len(tensors)} tensors in {num_files} files", 0, "0 problems")
 
 
-def _census(evidence: Evidence, findings: Findings) -> Finding:
-    census = findings.census
+def _census(evidence: FileEvidence, contents: Contents) -> Finding:
+    census = contents.census
     found = f"{len(census.modules)} matrices, {len(census.params)} other tensors, {len(census.ignored)} not read"
     return _passed("F02", found, 0, "0 missing or unexpected")
 
 
-def _shapes(evidence: Evidence, findings: Findings) -> Finding:
-    return _passed("F03", f"{len(findings.census.modules)} matrices", 0, "0 wrong")
+def _shapes(evidence: FileEvidence, contents: Contents) -> Finding:
+    return _passed("F03", f"{len(contents.census.modules)} matrices", 0, "0 wrong")
 
 
-def _formats(evidence: Evidence, findings: Findings) -> Finding:
+def _formats(evidence: FileEvidence, contents: Contents) -> Finding:
     counts: dict[str, int] = {}
-    for stored in findings.census.modules:
+    for stored in contents.census.modules:
         counts[stored.encoding.name] = counts.get(stored.encoding.name, 0) + 1
     return _passed("F04", ", ".join(f"{n} x {name}" for name, n in counts.items()), 0, "0 contradictions")
 
 
-def _global_scales(evidence: Evidence, findings: Findings) -> Finding:
-    scalars = [scalar for scalar in findings.scalars if scalar.role == "global_scale"]
+def _global_scales(evidence: FileEvidence, contents: Contents) -> Finding:
+    scalars = [scalar for scalar in contents.scalars if scalar.role == "global_scale"]
     if not scalars:
         return Finding("F05", "checkpoint", Verdict.SKIPPED, "no format here has a global scale")
     worst = farthest_from_median(scalars)
     return _passed("F05", f"{len(scalars)} global scales", worst, f"within {MAX_RATIO:g} of a layer's median")
 
 
-def _gate_up(evidence: Evidence, findings: Findings) -> Finding:
-    pairs = findings.gate_up
+def _gate_up(evidence: FileEvidence, contents: Contents) -> Finding:
+    pairs = contents.gate_up
     if not pairs.num_pairs:
         return Finding("F06", "checkpoint", Verdict.SKIPPED, "no expert here has a global scale")
     return _passed("F06", f"{pairs.num_equal} of {pairs.num_pairs} experts share one", 0, "0 experts differ")
 
 
-def _blocks(evidence: Evidence, findings: Findings) -> Finding:
-    blocks = findings.blocks
+def _blocks(evidence: FileEvidence, contents: Contents) -> Finding:
+    blocks = contents.blocks
     if not blocks.num_modules:
         return Finding("F07", "checkpoint", Verdict.SKIPPED, "no format here has block scales")
     share = blocks.num_saturated / max(1, blocks.num_blocks)
     found = f"{blocks.num_blocks} block scales: {blocks.num_zero} zero, {share:.2%} at the largest number"
-    spread = expert_spread(blocks.largest, findings.scalars)
+    rough = blocks.num_rough
+    if rough:  # no fault here: kernels multiply by the scale as it is, and others may keep exponents alone
+        found += f"; {sum(rough.values())} FP8 scales in {sum(n > 0 for n in rough.values())} of {len(rough)} matrices"
+        found += " are no power of two"
+    spread = expert_spread(blocks.largest, contents.scalars)
     return _passed("F07", found, spread, "no expert far from its layer's median")
 
 
-def _powers_of_two(evidence: Evidence, findings: Findings) -> Finding:
-    rough = findings.blocks.num_rough
-    if not rough:
-        return _passed("F08", "no block scale is stored as a float: E8M0 and E4M3 alone", 0)
-    num_rough = sum(rough.values())
-    found = f"{num_rough} scales in {sum(n > 0 for n in rough.values())} of {len(rough)} matrices are no power of two"
-    remark = (
-        "every kernel here multiplies by the scale as it is" if num_rough else "kernels of any engine can take them"
-    )
-    return _passed("F08", f"{found}; {remark}", num_rough, "any: no kernel here takes exponents alone")
-
-
-def _input_scales(evidence: Evidence, findings: Findings) -> Finding:
-    if not any(scalar.role == "input_scale" for scalar in findings.scalars):
+def _input_scales(evidence: FileEvidence, contents: Contents) -> Finding:
+    if not any(scalar.role == "input_scale" for scalar in contents.scalars):
         return Finding("F09", "checkpoint", Verdict.SKIPPED, "no format here has input scales")
-    shared = sum(coverage.num_shared for coverage in findings.calibration.values())
-    own = sum(coverage.num_own for coverage in findings.calibration.values())
+    shared = sum(coverage.num_shared for coverage in contents.calibration.values())
+    own = sum(coverage.num_own for coverage in contents.calibration.values())
     found = f"{own} expert matrices have their own, {shared} share their layer's maximum (not reached in calibration)"
     return _passed("F09", found, shared / max(1, own + shared), "none at a default of 1")
 
 
-def _router(evidence: Evidence, findings: Findings) -> Finding:
+def _router(evidence: FileEvidence, contents: Contents) -> Finding:
     biases = evidence.biases
     if not biases:
         return _passed("F10", "no layer has a router bias; tables name experts that exist, each once", 0)
@@ -213,14 +204,14 @@ def _router(evidence: Evidence, findings: Findings) -> Finding:
     return _passed("F10", found, ties, "any: ties go to the lower id")
 
 
-def _config(evidence: Evidence) -> Finding:
-    if evidence.inspection.findings is None:
+def _config(evidence: FileEvidence) -> Finding:
+    if evidence.inspection.contents is None:
         return Finding("F11", "config.json", Verdict.SKIPPED, "there are no tensors to hold it against")
     names = ", ".join(evidence.unread) or "none"
     return _passed("F11", f"not read by this engine: {names}", len(evidence.unread), "any")
 
 
-def _tokens(evidence: Evidence) -> Finding:
+def _tokens(evidence: FileEvidence) -> Finding:
     if evidence.tokenizer is None:
         return Finding("F12", "tokenizer.json", Verdict.SKIPPED, "config.json could not be read")
     missing = missing_markers(evidence.tokenizer)
@@ -228,7 +219,7 @@ def _tokens(evidence: Evidence) -> Finding:
     return _passed("F12", found + (f"; without {', '.join(missing)}" if missing else ""), 0, "0 differences")
 
 
-_CHECKS: MappingProxyType[str, Callable[[Evidence], Finding]] = MappingProxyType(
+_CHECKS: MappingProxyType[str, Callable[[FileEvidence], Finding]] = MappingProxyType(
     {
         "F01": _files,
         "F02": _of_tensors("F02", _census),
@@ -237,7 +228,6 @@ _CHECKS: MappingProxyType[str, Callable[[Evidence], Finding]] = MappingProxyType
         "F05": _of_tensors("F05", _global_scales),
         "F06": _of_tensors("F06", _gate_up),
         "F07": _of_tensors("F07", _blocks),
-        "F08": _of_tensors("F08", _powers_of_two),
         "F09": _of_tensors("F09", _input_scales),
         "F10": _of_tensors("F10", _router),
         "F11": _config,

@@ -10,32 +10,29 @@ from pathlib import Path
 
 import torch
 
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
-from ownpath.verify.kept import Kept
-from ownpath.verify.kernels.attending import check_attention
+from ownpath.finding import Finding, Verdict
+from ownpath.oracle.stored import StoredWeights
+from ownpath.verify.kernels.attention import check_attention
 from ownpath.verify.kernels.boundary import check_boundaries
 from ownpath.verify.kernels.clamp import check_clamp
-from ownpath.verify.kernels.contracts import check_contracts
 from ownpath.verify.kernels.experts import check_experts
-from ownpath.verify.kernels.memory import check_memory
+from ownpath.verify.kernels.memory import check_contracts, check_memory
 from ownpath.verify.kernels.norms import check_norms
 from ownpath.verify.kernels.probe import Probe
 from ownpath.verify.kernels.products import check_products
 from ownpath.verify.kernels.quantizers import check_quantizers
-from ownpath.verify.kernels.report import error_of
 from ownpath.verify.kernels.rotation import check_rotation
-from ownpath.verify.kernels.routing import check_router
+from ownpath.verify.kernels.router import check_router
+from ownpath.verify.kernels.tally import error_of
 from ownpath.verify.layer import load_ends, load_layer
-from ownpath.verify.reference.stored import Stored
+from ownpath.verify.progress import Progress
+from ownpath.verify.resume import FinishedParts
 from ownpath.verify.subject import Subject
 
-Progress = Callable[[int, int, str], None]
-"""Told (layers done, layers in all, what comes now)."""
-Check = Callable[[Probe], Iterator[Finding]]
+LayerCheck = Callable[[Probe], Iterator[Finding]]
 
 ENDS = "ends"
-CHECKS: tuple[tuple[str, Check], ...] = (
+CHECKS: tuple[tuple[str, LayerCheck], ...] = (
     ("K01", check_products),
     ("K01", check_experts),
     ("K01", check_norms),
@@ -55,9 +52,9 @@ LOAD_REMEDY = "the file and load stages say more of this layer"
 def kernel_stage(subject: Subject, progress: Progress | None = None, work: Path | None = None) -> Iterator[Finding]:
     """K01 to K10 on each chosen layer; on what is in no layer too, where all layers are chosen.
 
-    work: a folder that keeps what was found, layer by layer, for a run that goes on from there.
+    work: a folder where what was found is saved, layer by layer, for a run that goes on from there.
     """
-    stored, kept = Stored(subject.index, subject.device), Kept.of(work, "kernels", subject)
+    stored, finished = StoredWeights(subject.index, subject.device), FinishedParts.of(work, "kernels", subject)
     parts: list[int | None] = [*subject.layer_ids]
     if subject.selection.layer_ids is None:
         parts.append(None)
@@ -65,10 +62,10 @@ def kernel_stage(subject: Subject, progress: Progress | None = None, work: Path 
         name = ENDS if layer_idx is None else f"layers.{layer_idx}"
         if progress is not None:
             progress(done, len(parts), name)
-        yield from kept.part(name, partial(_part, subject, stored, layer_idx, name))
+        yield from finished.part(name, partial(_part, subject, stored, layer_idx, name))
 
 
-def _part(subject: Subject, stored: Stored, layer_idx: int | None, name: str) -> Iterator[Finding]:
+def _part(subject: Subject, stored: StoredWeights, layer_idx: int | None, name: str) -> Iterator[Finding]:
     """Loads one layer and looks at it."""
     try:
         with torch.inference_mode():
@@ -80,14 +77,14 @@ def _part(subject: Subject, stored: Stored, layer_idx: int | None, name: str) ->
         yield from _found(check_id, check, probe)
 
 
-def _loaded(subject: Subject, stored: Stored, layer_idx: int | None, name: str) -> Probe:
+def _loaded(subject: Subject, stored: StoredWeights, layer_idx: int | None, name: str) -> Probe:
     if layer_idx is None:
         return Probe(subject, load_ends(subject), stored, name)
     layer = load_layer(subject, layer_idx)
     return Probe(subject, layer, stored, name, layer)
 
 
-def _found(check_id: str, check: Check, probe: Probe) -> list[Finding]:
+def _found(check_id: str, check: LayerCheck, probe: Probe) -> list[Finding]:
     """All of one check's findings, made in inference mode, which must not reach whoever reads them."""
     found: list[Finding] = []
     with torch.inference_mode():

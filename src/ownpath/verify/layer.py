@@ -6,35 +6,20 @@ A checkpoint larger than memory is verified this way; whoever holds a layer lets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
 
+import torch
+
+from ownpath.assembly import LoadedPart, assemble
+from ownpath.attention.rope import Rope
+from ownpath.cache.pools import CachePool, CacheSpec
 from ownpath.config import ModelConfig
-from ownpath.kernels.registry import KERNELS
-from ownpath.model.block import Block
-from ownpath.model.build import Builder
-from ownpath.model.rope import Rope
+from ownpath.model.batch import ForwardBatch
+from ownpath.model.block import Block, Residual
 from ownpath.plan.plan import Plan
-from ownpath.runners import Ledger
-from ownpath.runners.make import make_runners
-from ownpath.startup import compile_kernels
 from ownpath.verify.subject import Subject
 from ownpath.weights.load import LoadedWeights, load_weights
 from ownpath.weights.memory import reserve
 from ownpath.weights.operands import Allocate
-
-
-@dataclass(frozen=True)
-class LoadedPart:
-    """Some of the model's slots with their weights. weights: as loaded; runners that repack do so in place."""
-
-    plan: Plan
-    weights: LoadedWeights
-    runners: dict[str, Callable[..., Any]]
-    builder: Builder
-
-    @property
-    def ledger(self) -> Ledger:
-        return self.builder.ledger
 
 
 @dataclass(frozen=True)
@@ -44,6 +29,19 @@ class LoadedLayer(LoadedPart):
     layer_idx: int
     block: Block
     rope: Rope
+
+    def new_pool(self, max_tokens: int, max_sequences: int) -> CachePool:
+        """Caches of this layer alone."""
+        spec = CacheSpec.of(self.plan.config, self.builder.engine)
+        spec = replace(spec, max_tokens=max_tokens, max_sequences=max_sequences, layer_ids=frozenset({self.layer_idx}))
+        return CachePool(spec)
+
+    def step(self, residual: Residual, batch: ForwardBatch) -> Residual:
+        """Runs the layer on one step's rows and extends their sequences' caches."""
+        rotation, tables = self.rope.at(batch.positions_T), batch.tables
+        out = self.block(residual, rotation, batch.token_ids_T, self.block.prepare(tables))
+        tables.extend()
+        return out
 
 
 def restricted(plan: Plan, holds: Callable[[str], bool]) -> Plan:
@@ -65,28 +63,27 @@ def load_part(subject: Subject, holds: Callable[[str], bool]) -> LoadedPart:
 
 def read_weights(subject: Subject, plan: Plan, allocate: Allocate = reserve) -> LoadedWeights:
     """The tensors of a plan, in its layouts. allocate: the memory they are read into. Errors: as ``load_weights``."""
-    weights = load_weights(plan, subject.index, subject.device, allocate=allocate)
-    return subject.interference.weights(weights)
+    return load_weights(plan, subject.index, subject.device, allocate=allocate)
 
 
 def with_runners(subject: Subject, plan: Plan, weights: LoadedWeights) -> LoadedPart:
     """Puts loaded weights into their kernels' layouts. Errors: as ``make_runners``."""
-    runners = make_runners(plan, weights.operands)
-    compile_kernels(runners.values())
-    kernels = {companion.spec.slot: KERNELS[companion.choice.kernel.name] for companion in plan.companions}
-    builder = Builder(plan.config, subject.engine, runners, kernels, weights.params, Ledger(plan.slots))
-    return subject.interference.part(LoadedPart(plan, weights, runners, builder))
+    return assemble(plan, subject.engine, weights)
 
 
 def load_layer(subject: Subject, layer_idx: int) -> LoadedLayer:
     """Loads one decoder layer of the backbone. Errors: as ``load_weights``."""
     layer = tuple(subject.config.backbone_layers())[layer_idx]
-    part = load_part(subject, in_layer(layer.name))
-    compress = Rope.for_layer(subject.config, compressing=True, device=subject.device)
-    rope = compress if layer.ratio else Rope.for_layer(subject.config, compressing=False, device=subject.device)
+    return layer_of(load_part(subject, in_layer(layer.name)), layer_idx)
+
+
+def layer_of(part: LoadedPart, layer_idx: int) -> LoadedLayer:
+    """Puts a layer's slots together as the model does."""
+    config, device = part.plan.config, torch.device(part.builder.engine.device)
+    sliding, compress = (Rope.for_layer(config, compressing, device) for compressing in (False, True))
+    rope = compress if config.compress_ratios[layer_idx] else sliding
     block = part.builder.block(layer_idx, compress)
-    layer_of = LoadedLayer(part.plan, part.weights, part.runners, part.builder, layer_idx, block, rope)
-    return subject.interference.layer(layer_of)
+    return LoadedLayer(part.plan, part.weights, part.builder, layer_idx, block, rope)
 
 
 def load_ends(subject: Subject) -> LoadedPart:
@@ -95,11 +92,11 @@ def load_ends(subject: Subject) -> LoadedPart:
 
 
 def in_layer(name: str) -> Callable[[str], bool]:
-    """Whether a slot or tensor is of the layer so named."""
+    """Returns a test: is a slot or tensor of the layer so named?"""
     return lambda other: other.startswith(f"{name}.")
 
 
 def in_no_layer(config: ModelConfig) -> Callable[[str], bool]:
-    """Whether a slot or tensor is of no layer."""
+    """Returns a test: is a slot or tensor of no layer?"""
     layers = tuple(f"{layer.name}." for layer in (*config.backbone_layers(), *config.draft_layers()))
     return lambda name: not name.startswith(layers)

@@ -4,64 +4,45 @@ A layer is loaded, compared on the reference's streams, read in other ways, run 
 before the next is loaded. What goes on from layer to layer are streams.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from ownpath.finding import Finding, Verdict
 from ownpath.model.block import Residual
 from ownpath.official import Step
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
 from ownpath.verify.layer import load_layer
-from ownpath.verify.layers import whole
-from ownpath.verify.layers.alone import Chunk, LayerAlone
-from ownpath.verify.layers.forced import Forced, force
-from ownpath.verify.layers.measure import Measurement
+from ownpath.verify.layers import end_to_end
+from ownpath.verify.layers.batching import Batching
+from ownpath.verify.layers.measure import Measurement, dtype_name
 from ownpath.verify.layers.oracle import Oracle
+from ownpath.verify.layers.single_layer import Chunk, SingleLayer
+from ownpath.verify.layers.teacher_forcing import LayerComparison, compare_layer
 from ownpath.verify.layers.text import Text, text_of
 from ownpath.verify.layers.verdicts import growth, verdicts
-from ownpath.verify.layers.ways import Ways
-from ownpath.verify.layers.work import Found, State, key_of, restore, save
+from ownpath.verify.layers.work import State, key_of, restore, save
+from ownpath.verify.progress import Progress
+from ownpath.verify.resume import Saved
 from ownpath.verify.subject import Subject
-
-Progress = Callable[[int, int, str], None]
 
 E4M3_ROUNDING = 2**-4 * (1 + 2**-10)
 """Three bits of mantissa: half a step is at most 2^-4 of a value; what is subnormal under its block's scale is off by
 less than 2^-17 of the block's largest, which the last factor has room for."""
-_NOT_HERE = (
-    ("V06", "the engine captures no CUDA graphs: there is nothing to compare its eager steps with"),
-    ("V07", "one rank: nothing is sharded"),
-    ("V12", "the engine does not draft: there is no acceptance to measure"),
-)
 
 
-def layer_stage(
-    subject: Subject,
-    progress: Progress | None = None,
-    work: Path | None = None,
-    measured: Callable[[Measurement], None] | None = None,
-) -> Iterator[Finding]:
-    """V01 to V12 of the chosen layers, in their order.
+Seen = Finding | Measurement
+
+
+def layer_stage(subject: Subject, progress: Progress | None = None, work: Path | None = None) -> Iterator[Seen]:
+    """V01 to V10 of the chosen layers, in their order; each layer's measurements before its findings.
 
     progress: told (layers done, layers, what comes next). work: a folder for the state behind each layer, where a later
-    call with the same checkpoint, plan, selection and text goes on. measured: told of every value's distance.
+    call with the same checkpoint, plan, selection and text goes on.
     Memory: one layer of the engine and one expert of the reference at a time, beside a text's streams.
     """
-    progress, measured = progress or (lambda done, total, name: None), measured or (lambda row: None)
-    stage = _Stage(subject, text_of(subject), progress)
-    for news in stage.run(work):
-        for row in news.measurements:
-            measured(row)
-        yield from news.findings
-
-
-@dataclass(frozen=True)
-class _News:
-    findings: tuple[Finding, ...]
-    measurements: tuple[Measurement, ...] = ()
+    yield from _Stage(subject, text_of(subject), progress or (lambda done, total, name: None)).run(work)
 
 
 @dataclass(frozen=True)
@@ -70,7 +51,7 @@ class _Stage:
     text: Text
     progress: Progress
 
-    def run(self, work: Path | None) -> Iterator[_News]:
+    def run(self, work: Path | None) -> Iterator[Seen]:
         oracle = Oracle.of(self.subject, self.text.token_ids)
         layer_ids = self.subject.layer_ids
         total = max(layer_ids, default=-1) + 1
@@ -78,23 +59,25 @@ class _Stage:
         try:
             state = self._restored(work, key, total) or _begin(oracle)
         except Exception as error:  # whatever an oracle cannot read: there is nothing to compare with
-            yield _News((_stopped("embed", error),))
+            yield _stopped("embed", error)
             return
-        yield _News(tuple(state.findings), tuple(state.measurements))
+        yield from state.measurements
+        yield from state.findings
         for layer_idx in range(state.num_done, total):
             self.progress(layer_idx, total, self._doing(layer_idx))
+            before = len(state.measurements), len(state.findings)
             try:
-                state, news = _next(oracle, state, layer_idx, is_chosen=layer_idx in layer_ids)
+                state = _next(oracle, state, layer_idx, is_chosen=layer_idx in layer_ids)
             except Exception as error:
-                yield _News((_stopped(f"layers.{layer_idx}", error),))
+                yield _stopped(f"layers.{layer_idx}", error)
                 return
             if work is not None:
                 save(work, key, state)
-            yield news
+            yield from state.measurements[before[0] :]
+            yield from state.findings[before[1] :]
         self.progress(total, total, "the head and the whole model")
-        yield _News((growth(state.measurements),))
-        yield _end(oracle, state)
-        yield _News(tuple(Finding(name, "engine", Verdict.SKIPPED, reason) for name, reason in _NOT_HERE))
+        yield growth(state.measurements)
+        yield from _end(oracle, state)
 
     def _doing(self, layer_idx: int) -> str:
         chosen = layer_idx in self.subject.layer_ids
@@ -104,7 +87,7 @@ class _Stage:
         if work is None:
             return None
         found, state = restore(work, key, self.subject.device)
-        if found is Found.OTHER:
+        if found is Saved.OTHER:
             self.progress(0, total, f"{work}: {found.value}; starting anew")
         if state is not None:
             self.progress(state.num_done, total, f"{work}: going on behind layers.{state.num_done - 1}")
@@ -131,79 +114,74 @@ def _begin(oracle: Oracle) -> State:
     if len(subject.layer_ids) < subject.config.num_hidden_layers:
         return State(0, reference_TSD, None)
     try:
-        engine = whole.embedded(oracle)
-        finding, measured = whole.embedding(engine, reference_TSD, oracle)
+        engine = end_to_end.embedded(oracle)
+        finding, measured = end_to_end.embedding(engine, reference_TSD, oracle)
     except Exception as error:
         return State(0, reference_TSD, None, [_broke("embed", error)])
     return State(0, reference_TSD, engine, [finding], [measured])
 
 
 @torch.inference_mode()
-def _next(oracle: Oracle, state: State, layer_idx: int, *, is_chosen: bool) -> tuple[State, _News]:
-    """The state behind one more layer, and what was found in it."""
-    if not is_chosen:
-        return _passed(oracle, state, layer_idx), _News(())
-    try:
-        forced, findings, engine = _layer(oracle, state, layer_idx)
-    except Exception as error:
-        news = _News((_broke(f"layers.{layer_idx}", error),))
-        state = replace(_passed(oracle, state, layer_idx), engine=None)
-        return replace(state, findings=[*state.findings, *news.findings]), news
-    news = _News(tuple(findings), forced.measurements)
-    done = State(
-        layer_idx + 1,
-        forced.streams_TSD,
-        engine,
-        [*state.findings, *news.findings],
-        [*state.measurements, *news.measurements],
-    )
-    return done, news
-
-
-def _passed(oracle: Oracle, state: State, layer_idx: int) -> State:
-    """By the reference alone."""
+def _next(oracle: Oracle, state: State, layer_idx: int, *, is_chosen: bool) -> State:
+    """The state behind one more layer, with what was found in it."""
+    broken = []
+    if is_chosen:
+        try:
+            compared, findings, engine = _layer(oracle, state, layer_idx)
+            return State(
+                layer_idx + 1,
+                compared.streams_TSD,
+                engine,
+                [*state.findings, *findings],
+                [*state.measurements, *compared.measurements],
+            )
+        except Exception as error:
+            broken = [_broke(f"layers.{layer_idx}", error)]
+            state = replace(state, engine=None)
     streams_TSD = oracle.block(layer_idx, state.reference_TSD).streams_TSD
-    return replace(state, num_done=layer_idx + 1, reference_TSD=streams_TSD)
+    return State(layer_idx + 1, streams_TSD, state.engine, [*state.findings, *broken], state.measurements)
 
 
-def _layer(oracle: Oracle, state: State, layer_idx: int) -> tuple[Forced, list[Finding], Residual | None]:
+def _layer(oracle: Oracle, state: State, layer_idx: int) -> tuple[LayerComparison, list[Finding], Residual | None]:
     """One layer of the engine in every way; it is let go when this returns."""
     engine = oracle.subject.engine
-    alone = LayerAlone.of(load_layer(oracle.subject, layer_idx), engine, len(oracle.token_ids))
-    forced = force(alone, oracle, state.reference_TSD)
-    ways = Ways(alone, oracle, state.reference_TSD.to(engine.dtype), forced)
-    findings = [*verdicts(forced, alone), *ways.findings(), _keys(forced, alone.layer.name, oracle.subject)]
+    single = SingleLayer.of(load_layer(oracle.subject, layer_idx), len(oracle.token_ids))
+    compared = compare_layer(single, oracle, state.reference_TSD)
+    batching = Batching(single, oracle, state.reference_TSD.to(engine.dtype), compared)
+    findings = [*verdicts(compared, single), *batching.findings(), _keys(compared, single.layer.name, oracle.subject)]
     carried = state.engine
     if carried is not None:
-        carried = alone.step([Chunk(oracle.token_ids, carried, alone.new_cache())])
-    return forced, findings, carried
+        carried = single.step([Chunk(oracle.token_ids, carried, single.new_cache())])
+    return compared, findings, carried
 
 
-def _keys(forced: Forced, layer: str, subject: Subject) -> Finding:
+def _keys(compared: LayerComparison, layer: str, subject: Subject) -> Finding:
     """V10: keys are kept in FP8 under official numerics alone, each block of 64 with a scale of its own."""
-    if forced.key_rounding is None:
-        dtype = str(subject.engine.dtype).removeprefix("torch.")
-        return Finding("V10", layer, Verdict.SKIPPED, f"keys are kept in {dtype} ({Step.KV} is plain)")
-    number = forced.key_rounding
+    if compared.key_rounding is None:
+        message = f"keys are kept in {dtype_name(subject.engine.dtype)} ({Step.KV} is plain)"
+        return Finding("V10", layer, Verdict.SKIPPED, message)
+    number = compared.key_rounding
     words = f"more than 0, at most {E4M3_ROUNDING:.1e}: half a step of E4M3"
-    verdict = Verdict.PASS if 0 < number <= E4M3_ROUNDING else Verdict.FAIL
-    remedy = "" if verdict is Verdict.PASS else "the key quantiser: its scale per block, which channels it rounds"
-    return Finding("V10", layer, verdict, f"rounding moves the keys by {number:.1e} (rel-L2)", number, words, remedy)
+    message = f"rounding moves the keys by {number:.1e} (rel-L2)"
+    remedy = "the key quantiser: its scale per block, which channels it rounds"
+    return Finding.judged("V10", layer, 0 < number <= E4M3_ROUNDING, message, number, words, remedy)
 
 
 @torch.inference_mode()
-def _end(oracle: Oracle, state: State) -> _News:
+def _end(oracle: Oracle, state: State) -> Iterator[Seen]:
     """The head, and V04 where every layer of the engine ran."""
-    num_layers = oracle.subject.config.num_hidden_layers
-    if len(oracle.subject.layer_ids) < num_layers:
-        chosen = f"{len(oracle.subject.layer_ids)} of {num_layers} layers chosen"
-        return _News((Finding("V04", "logits", Verdict.SKIPPED, f"{chosen}: the whole model did not run"),))
+    num_chosen, num_layers = len(oracle.subject.layer_ids), oracle.subject.config.num_hidden_layers
+    if num_chosen < num_layers:
+        message = f"{num_chosen} of {num_layers} layers chosen: the whole model did not run"
+        yield Finding("V04", "logits", Verdict.SKIPPED, message)
+        return
     try:
-        ends = whole.Ends.of(oracle)
-        finding, measured = whole.head(oracle, ends, state.reference_TSD)
+        ends = end_to_end.Ends.of(oracle)
+        finding, measured = end_to_end.head(oracle, ends, state.reference_TSD)
         if state.engine is None:
-            skipped = Finding("V04", "logits", Verdict.SKIPPED, "a layer of the engine did not run")
-            return _News((finding, skipped), (measured,))
-        return _News((finding, whole.end_to_end(oracle, ends, state.engine, state.reference_TSD)), (measured,))
+            whole = Finding("V04", "logits", Verdict.SKIPPED, "a layer of the engine did not run")
+        else:
+            whole = end_to_end.end_to_end(oracle, ends, state.engine, state.reference_TSD)
+        yield from (measured, finding, whole)
     except Exception as error:
-        return _News((_broke("head", error),))
+        yield _broke("head", error)

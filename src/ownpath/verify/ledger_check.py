@@ -1,20 +1,19 @@
-"""What was planned against what ran: `ownpath plan --json` before, the calls of a prompt after, slot by slot."""
+"""Compares the plan with what ran: `ownpath plan --json` before, the calls of a prompt after, slot by slot."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from ownpath.finding import Finding, Verdict
 from ownpath.ops import OpKind
 from ownpath.plan.opspec import OpSpec
 from ownpath.plan.show import plan_dict
-from ownpath.runners import Record
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
-from ownpath.verify.launched import check_launches
+from ownpath.trace import Record
+from ownpath.verify.fold import fold_layers
+from ownpath.verify.launch_check import check_launches
 from ownpath.verify.ledger_run import Ran, run_parts
-from ownpath.verify.places import folded
-from ownpath.verify.planned import FACTS, PlannedSlot, WrittenPlan
+from ownpath.verify.plan_file import FACTS, PlanFile, PlannedSlot
 from ownpath.verify.subject import Subject
 
 Kinds = dict[str, tuple[OpKind, bool]]
@@ -64,8 +63,8 @@ def check_ledger(
     plan_json: what ``ownpath plan --json`` printed. Layers run one at a time, so that two are never in memory.
     Errors: ValueError naming the field where ``plan_json`` is no plan.
     """
-    written = WrittenPlan.of(plan_json)
-    today = WrittenPlan.of(plan_dict(subject.plan))
+    written = PlanFile.of(plan_json)
+    today = PlanFile.of(plan_dict(subject.plan))
     yield from _judged("LG01", plan_faults(written, today), len(today.slots), "slots are planned as in the file")
     yield from compare(kinds_of(subject), written, list(run_parts(subject, progress)))
     num_drafts = subject.plan.draft.num_modules
@@ -74,7 +73,7 @@ def check_ledger(
         yield Finding("LG02", f"mtp (modules: {num_drafts})", Verdict.SKIPPED, reason)
 
 
-def compare(kinds: Kinds, written: WrittenPlan, parts: Sequence[Ran]) -> Iterator[Finding]:
+def compare(kinds: Kinds, written: PlanFile, parts: Sequence[Ran]) -> Iterator[Finding]:
     """Every finding about what ran. kinds: the slots that had to run."""
     for part in parts:
         if part.failure:
@@ -92,8 +91,8 @@ def compare(kinds: Kinds, written: WrittenPlan, parts: Sequence[Ran]) -> Iterato
     yield from check_launches(written, parts)
 
 
-def plan_faults(written: WrittenPlan, today: WrittenPlan) -> Faults:
-    """Where two plans differ."""
+def plan_faults(written: PlanFile, today: PlanFile) -> Faults:
+    """Lists the differences between two plans."""
     faults = [
         (name, f"{written.facts[name]!r} in the file, {today.facts[name]!r} here")
         for name in FACTS
@@ -116,13 +115,13 @@ def _differences(written: PlannedSlot, today: PlannedSlot) -> list[str]:
     ]
 
 
-def call_faults(kinds: Iterable[str], written: WrittenPlan, ran: set[str]) -> Faults:
+def call_faults(kinds: Iterable[str], written: PlanFile, ran: set[str]) -> Faults:
     """Slots that had to run and did not."""
     planned = ((slot, written.slots.get(slot)) for slot in kinds if slot not in ran)
     return [(slot, f"never called{f'; planned {_named(entry)}' if entry else ''}") for slot, entry in planned]
 
 
-def use_faults(written: WrittenPlan, records: Iterable[Record]) -> Faults:
+def use_faults(written: PlanFile, records: Iterable[Record]) -> Faults:
     """Calls of slots that are not planned, or on another runner or kernel."""
     faults = []
     for record in records:
@@ -134,7 +133,7 @@ def use_faults(written: WrittenPlan, records: Iterable[Record]) -> Faults:
     return list(dict.fromkeys(faults))
 
 
-def layout_faults(written: WrittenPlan, records: Iterable[Record]) -> Faults:
+def layout_faults(written: PlanFile, records: Iterable[Record]) -> Faults:
     """Calls on weights that lie in another layout than planned."""
     faults = []
     for record in records:
@@ -173,19 +172,19 @@ def _dtypes(sign: str, activations: str) -> tuple[str, ...]:
     return (str(wide).removeprefix("torch."),)
 
 
-def _layout_of(written: WrittenPlan, record: Record) -> str:
+def _layout_of(written: PlanFile, record: Record) -> str:
     planned = written.slots.get(record.slot)
     return planned.layout if planned is not None else ""
 
 
 def _named(planned: Any) -> str:
-    """How findings name a runner and its kernel."""
+    """Names a runner and its kernel as findings do."""
     return f"{planned.runner} ({planned.kernel})"
 
 
 def _judged(check: str, faults: Faults, num_seen: int, passes: str) -> Iterator[Finding]:
     """A finding for every fault, or one that says how many were looked at."""
-    for where, message in folded(faults):
+    for where, message in fold_layers(faults):
         yield Finding(check, where, Verdict.FAIL, message, allowed="no difference", remedy=REMEDIES[check])
     if not faults:
         what = f"{num_seen} {passes}"

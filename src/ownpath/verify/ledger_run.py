@@ -1,16 +1,17 @@
 """One prompt and one more token through the engine, a layer in memory at a time, with everything recorded."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
 
+from ownpath.assembly import LoadedPart
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Residual
-from ownpath.model.caches import CacheSpec, SequenceCache
-from ownpath.runners import Record, Records
-from ownpath.runners.launches import Launch, NoLaunchSeen, record_launches
-from ownpath.verify.layer import LoadedLayer, LoadedPart, load_ends, load_layer
+from ownpath.trace import Record, Records
+from ownpath.trace.launches import Launch, NoLaunchSeen, record_launches
+from ownpath.verify.layer import LoadedLayer, load_ends, load_layer
 from ownpath.verify.subject import Subject
 
 PROMPT_TOKENS = 130
@@ -19,7 +20,7 @@ PROMPT_TOKENS = 130
 
 @dataclass(frozen=True)
 class Ran:
-    """What one part of the model did. failure: why it did not come to its end; empty where it did.
+    """The calls and launches of one part of the model. failure: why it did not come to its end; empty where it did.
 
     launches: the kernels that a profiler saw; ``None`` where there is no device to launch on, or no profiler.
     """
@@ -32,32 +33,26 @@ class Ran:
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of one sequence, and what the layers have made of it so far."""
+    """A prompt and one more token of one sequence: their ids, and what the layers have made of them so far."""
 
-    batches: tuple[ForwardBatch, ...]
+    token_ids: tuple[Sequence[int], ...]
     residuals: tuple[Residual, ...]
 
     @classmethod
     def of(cls, subject: Subject, embed_VD: torch.Tensor) -> "Steps":
-        """A prompt, then one token, on caches of their own."""
-        config, device = subject.config, subject.device
+        """Before the first layer."""
+        config = subject.config
         num_tokens = min(PROMPT_TOKENS, subject.engine.max_model_len - 1)
-        spec = replace(CacheSpec.of(config, subject.engine), max_tokens=num_tokens + 1)
-        cache = SequenceCache(spec)
-        prompt = ForwardBatch.of([([idx % config.vocab_size for idx in range(num_tokens)], cache)], device)
-        cache.num_tokens = num_tokens
-        batches = prompt, ForwardBatch.of([([1], cache)], device)
-        embedded = (embed_VD[batch.token_ids_T].to(spec.dtype) for batch in batches)
-        streams = (h_TD.unsqueeze(1).expand(-1, config.hc_mult, -1).contiguous() for h_TD in embedded)
-        return cls(batches, tuple(Residual(x_TSD) for x_TSD in streams))
+        token_ids = [idx % config.vocab_size for idx in range(num_tokens)], [1]
+        embedded = (embed_VD[torch.tensor(ids, device=subject.device)].to(subject.engine.dtype) for ids in token_ids)
+        return cls(token_ids, tuple(Residual.of_embedding(h_TD, config.hc_mult) for h_TD in embedded))
 
     def through(self, layer: LoadedLayer) -> "Steps":
-        """The same steps behind one more layer."""
-        rotated = ((batch, layer.rope.at(batch.positions_T)) for batch in self.batches)
-        passed = (
-            layer.block(residual, rotation, batch)
-            for residual, (batch, rotation) in zip(self.residuals, rotated, strict=True)
-        )
+        """The same steps behind one more layer, on caches of its own."""
+        cache = layer.new_pool(sum(map(len, self.token_ids)), max_sequences=1).new_sequence()
+        steps = zip(self.token_ids, self.residuals, strict=True)
+        device = self.residuals[0].x_TSD.device
+        passed = [layer.step(residual, ForwardBatch.of([(ids, cache)], device)) for ids, residual in steps]
         return replace(self, residuals=tuple(passed))
 
 
@@ -72,28 +67,27 @@ def run_parts(subject: Subject, progress: Callable[[int, int, str], None] | None
     except (ValueError, RuntimeError) as error:
         yield Ran("the embedding and the head", failure=_words(error))
         return
-    steps, scratch = (Steps.of(subject, ends.weights.params["embed.weight"]) for _ in range(2))
+    steps = Steps.of(subject, ends.weights.params["embed.weight"])
     for done, layer_idx in enumerate(subject.layer_ids):
         if progress is not None:
             progress(done, total, f"layers.{layer_idx}")
-        steps, scratch, ran = _run_layer(subject, layer_idx, steps, scratch)
+        steps, ran = _run_layer(subject, layer_idx, steps)
         yield ran
     yield _run_head(ends, steps)
 
 
-def _run_layer(subject: Subject, layer_idx: int, steps: Steps, scratch: Steps) -> tuple[Steps, Steps, Ran]:
-    """scratch: the same steps on caches that nobody reads, for what only happens at a kernel's first call."""
-    where = f"layers.{layer_idx}"
+def _run_layer(subject: Subject, layer_idx: int, steps: Steps) -> tuple[Steps, Ran]:
+    where, is_cuda = f"layers.{layer_idx}", subject.device.type == "cuda"
+    passed: list[Steps] = []
     try:
         layer = load_layer(subject, layer_idx)
-        passed: list[Steps] = []
-        is_cuda = subject.device.type == "cuda"
         with torch.inference_mode():
-            warm = scratch.through(layer) if is_cuda else scratch
+            if is_cuda:  # what only happens at a kernel's first call
+                steps.through(layer)
             ran = _recorded(where, layer, lambda: passed.append(steps.through(layer)), is_cuda)
     except (ValueError, RuntimeError) as error:
-        return steps, scratch, Ran(where, failure=_words(error))
-    return passed[0], warm, ran
+        return steps, Ran(where, failure=_words(error))
+    return passed[0], ran
 
 
 def _run_head(ends: LoadedPart, steps: Steps) -> Ran:
@@ -115,14 +109,13 @@ def _run_head(ends: LoadedPart, steps: Steps) -> Ran:
 
 def _recorded(where: str, part: LoadedPart, run: Callable[[], object], is_cuda: bool) -> Ran:
     """Runs with records, and under the profiler where there is a device."""
-    records = part.ledger.records = Records()
-    if not is_cuda:
-        run()
-        return Ran(where, tuple(records))
-    try:
-        launches = tuple(record_launches(part.ledger, run))
-    except NoLaunchSeen:
-        launches = None
+    launches: tuple[Launch, ...] | None = None
+    with part.ledger.observe(Records()) as records:
+        if not is_cuda:
+            run()
+        else:
+            with suppress(NoLaunchSeen):
+                launches = tuple(record_launches(part.ledger, run))
     return Ran(where, tuple(records), launches)
 
 

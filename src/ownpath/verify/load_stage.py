@@ -12,18 +12,18 @@ from pathlib import Path
 
 import torch
 
+from ownpath.assembly import LoadedPart
 from ownpath.checkpoint.errors import CheckpointError
+from ownpath.finding import Finding, Verdict
 from ownpath.kernels.dsl.cache import CompileError
-from ownpath.runners.proof import ProofError
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
-from ownpath.verify.held import Pair, alpha_pair, held_modules, ops_with_runners, weight_pairs
-from ownpath.verify.kept import Kept
-from ownpath.verify.layer import LoadedPart, in_layer, in_no_layer, read_weights, restricted, with_runners
+from ownpath.kernels.nvfp4_sm100.prove import ProofError
+from ownpath.verify.causes import likely_cause
+from ownpath.verify.file_tensors import FileTensors
+from ownpath.verify.layer import in_layer, in_no_layer, read_weights, restricted, with_runners
 from ownpath.verify.progress import Progress
-from ownpath.verify.raw import Raw
+from ownpath.verify.readback import TensorPair, alpha_pair, ops_with_runners, read_modules, weight_pairs
+from ownpath.verify.resume import FinishedParts
 from ownpath.verify.subject import Subject
-from ownpath.verify.suspects import suspicion
 from ownpath.weights.load import LoadedWeights
 from ownpath.weights.operands import Slot, sentinel
 
@@ -39,19 +39,18 @@ _KERNEL_REMEDY = (
 
 
 def load_stage(subject: Subject, progress: Progress, work: Path | None = None) -> Iterator[Finding]:
-    """L01 to L05 for each chosen layer, and for what is in no layer if every layer is chosen.
+    """L01 to L04 for each chosen layer, and for what is in no layer if every layer is chosen.
 
-    work: a folder that keeps what was found, layer by layer, for a run that goes on from there.
+    work: a folder where what was found is saved, layer by layer, for a run that goes on from there.
     """
-    kept = Kept.of(work, "load", subject)
+    finished = FinishedParts.of(work, "load", subject)
     names = [f"layers.{idx}" for idx in subject.layer_ids]
     parts = [(name, in_layer(name)) for name in names]
     if subject.selection.layer_ids is None:
         parts.append((ENDS, in_no_layer(subject.config)))
     for done, (name, holds) in enumerate(parts):
         progress(done, len(parts), name)
-        yield from kept.part(name, partial(_part_findings, subject, name, holds))
-    yield Finding("L05", "ranks", Verdict.SKIPPED, "this engine has one rank: every expert lies on it")
+        yield from finished.part(name, partial(_part_findings, subject, name, holds))
 
 
 def _part_findings(subject: Subject, name: str, holds: Callable[[str], bool]) -> Iterator[Finding]:
@@ -114,7 +113,7 @@ def _is_sentinel(slot: Slot) -> torch.Tensor:
 def read_back(subject: Subject, part: LoadedPart, name: str) -> Iterator[Finding]:
     """L02, L03, L04: what the kernels of a loaded part hold, against the file."""
     expert_ids = () if name == ENDS else subject.expert_ids(int(name.partition(".")[2]))
-    with Raw(subject.index, subject.device) as raw:
+    with FileTensors(subject.index, subject.device) as raw:
         compared = [(it.id, it.number()) for it in comparisons(part, expert_ids, raw)]
         # Asked for at once: each answer would stall a GPU.
         numbers = torch.stack([number for _, number in compared]).tolist()
@@ -135,12 +134,12 @@ def read_back(subject: Subject, part: LoadedPart, name: str) -> Iterator[Finding
 
 
 @dataclass(frozen=True)
-class Comparison:
+class WeightComparison:
     """One pair, the check it belongs to, and the kernel that holds one side of it."""
 
     id: str
     kernel: str
-    pair: Pair
+    pair: TensorPair
 
     def number(self) -> torch.Tensor:
         """How far apart the two are, float64 []: elements that differ, or (L03) the largest relative error."""
@@ -150,23 +149,23 @@ class Comparison:
         return (pair.kernel / pair.file - 1).abs().nan_to_num(nan=torch.inf).amax()
 
 
-def comparisons(part: LoadedPart, expert_ids: tuple[int, ...], raw: Raw) -> Iterator[Comparison]:
+def comparisons(part: LoadedPart, expert_ids: tuple[int, ...], raw: FileTensors) -> Iterator[WeightComparison]:
     """Everything of a part that can be compared, one pair at a time; of routed experts, those that are given."""
     for key, tensor in part.weights.params.items():
-        yield Comparison("L02", "", Pair(key, "values", key, raw(key), tensor))
+        yield WeightComparison("L02", "", TensorPair(key, "values", key, raw(key), tensor))
     for slot, runner in part.runners.items():
         for op, own in ops_with_runners(part.plan.ops_of(slot), runner):
             kernel = op.choice.kernel.name
-            for held in held_modules(op, own, expert_ids):
-                yield from (Comparison("L02", kernel, pair) for pair in weight_pairs(op, held, raw))
+            for held in read_modules(op, own, expert_ids):
+                yield from (WeightComparison("L02", kernel, pair) for pair in weight_pairs(op, held, raw))
                 alpha = alpha_pair(op, held, raw)
                 if alpha is not None:
-                    yield Comparison("L03", kernel, alpha)
+                    yield WeightComparison("L03", kernel, alpha)
 
 
-def _difference(it: Comparison, number: float, raw: Raw) -> Finding:
+def _difference(it: WeightComparison, number: float, raw: FileTensors) -> Finding:
     pair = it.pair
-    guess = suspicion(pair, raw)
+    guess = likely_cause(pair, raw)
     is_bad = (pair.kernel / pair.file - 1).abs() > ALPHA_EPS if it.id == "L03" else pair.file != pair.kernel
     is_bad |= pair.kernel != pair.kernel
     place = is_bad.nonzero()[0].tolist()
@@ -181,7 +180,7 @@ def _padding(part: LoadedPart, name: str) -> Iterator[Finding]:
     num_bytes = num_bad = 0
     for slot, runner in part.runners.items():
         for op, own in ops_with_runners(part.plan.ops_of(slot), runner):
-            padding = own.padding() if hasattr(own, "padding") else None
+            padding = own.padding()
             if padding is None or not padding.numel():
                 continue
             num_bytes += padding.numel()

@@ -13,12 +13,11 @@ from typing import Any
 
 from ownpath.bench.record import device_name
 from ownpath.checkpoint.header import MAX_HEADER_BYTES
+from ownpath.finding import Finding, Verdict, failed
 from ownpath.inspect.show import printable
 from ownpath.plan.plan import Plan
 from ownpath.plan.show import align, plan_dict
-from ownpath.verdict import Verdict
 from ownpath.verify.checks import TITLES
-from ownpath.verify.finding import Finding, failed
 from ownpath.verify.layers.measure import Measurement
 from ownpath.verify.run import Result, StageResult
 from ownpath.verify.subject import Selection
@@ -150,7 +149,8 @@ def _stage_dict(stage: StageResult) -> dict[str, Any]:
 
 
 def _finding_dict(finding: Finding) -> dict[str, Any]:
-    return _named(dict(vars(finding)) | {"verdict": finding.verdict.value.lower()})
+    fields = {name: value for name, value in vars(finding).items() if name != "limit"}
+    return _named(fields | {"verdict": finding.verdict.value.lower()})
 
 
 def _measurement_dict(measured: Measurement) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -11,19 +11,18 @@ from typing import Any
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import scan_checkpoint
 from ownpath.config import ConfigError, EngineConfig
+from ownpath.finding import Finding, Verdict, failed
 from ownpath.plan.plan import PlanError
 from ownpath.plan.show import plan_dict
-from ownpath.verdict import Verdict
 from ownpath.verify.environment_stage import environment_stage
 from ownpath.verify.file_stage import file_stage
-from ownpath.verify.finding import Finding, failed
 from ownpath.verify.kernel_stage import kernel_stage
 from ownpath.verify.layer_stage import layer_stage
 from ownpath.verify.layers.measure import Measurement
 from ownpath.verify.ledger_check import check_ledger
 from ownpath.verify.load_stage import load_stage
 from ownpath.verify.progress import Progress, StageLine
-from ownpath.verify.subject import Interference, Selection, Subject
+from ownpath.verify.subject import Selection, Subject
 
 
 @dataclass
@@ -31,7 +30,6 @@ class Job:
     """What is to be verified. source: another export of the same model. work: where a stage may keep its state.
 
     written_plan: what ``ownpath plan --json`` printed before, to be what runs; ``None``: the plan of now.
-    interference: what tests do to what was loaded.
     subject: the checkpoint's plan for the device, made when a stage first asks for it.
     """
 
@@ -41,33 +39,22 @@ class Job:
     source: Path | None = None
     work: Path | None = None
     written_plan: Mapping[str, Any] | None = None
-    interference: Interference = field(default_factory=Interference)
 
     @cached_property
     def subject(self) -> Subject:
         """Errors: ConfigError, CheckpointError, PlanError; ValueError for a layer or device that is not there."""
-        return replace(Subject.of(self.folder, self.engine, self.selection), interference=self.interference)
+        return Subject.of(self.folder, self.engine, self.selection)
 
 
-def _layers(job: Job, progress: Progress) -> Iterator[Finding | Measurement]:
-    """The layers stage, each layer's measurements before its findings."""
-    rows: list[Measurement] = []
-    for finding in layer_stage(job.subject, progress, job.work, rows.append):
-        yield from rows
-        rows.clear()
-        yield finding
-    yield from rows
+StageRun = Callable[[Job, Progress], Iterator[Finding | Measurement]]
 
-
-Stage = Callable[[Job, Progress], Iterator[Finding | Measurement]]
-
-STAGES: MappingProxyType[str, Stage] = MappingProxyType(
+STAGES: MappingProxyType[str, StageRun] = MappingProxyType(
     {
         "file": lambda job, progress: file_stage(job.folder, job.selection, job.source, progress),
         "environment": lambda job, _: environment_stage(job.subject),
         "load": lambda job, progress: load_stage(job.subject, progress, job.work),
         "kernels": lambda job, progress: kernel_stage(job.subject, progress, job.work),
-        "layers": _layers,
+        "layers": lambda job, progress: layer_stage(job.subject, progress, job.work),
         "ledger": lambda job, progress: check_ledger(
             job.subject, job.written_plan or plan_dict(job.subject.plan), progress
         ),

@@ -16,14 +16,13 @@ from ownpath.checkpoint.drafts import carried_draft
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.schema import Encoding
 from ownpath.config import ModelConfig
+from ownpath.finding import Finding, Verdict
 from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4
+from ownpath.oracle.stored import StoredWeights
 from ownpath.plan.census import StoredModule, take_census
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
-from ownpath.verify.held import block_scales, multiplier
+from ownpath.verify.file_tensors import FileTensors
 from ownpath.verify.progress import Progress
-from ownpath.verify.raw import Raw
-from ownpath.verify.reference.stored import Stored
+from ownpath.verify.readback import block_scales, multiplier
 from ownpath.verify.subject import Selection, sampled_experts
 
 SAMPLED_EXPERTS = 4
@@ -56,7 +55,7 @@ class Export:
     def decoded(self, name: str) -> tuple[Tensor, Tensor]:
         """A matrix, and how far each element may be from what was rounded to it: float64 [N, K] both."""
         encoding = self.modules[name].encoding
-        matrix = Stored(self.index, self.device).matrix(name, encoding)
+        matrix = StoredWeights(self.index, self.device).matrix(name, encoding)
         return matrix, self._half_steps(name, matrix, encoding)
 
     def _half_steps(self, name: str, matrix: Tensor, encoding: Encoding) -> Tensor:
@@ -75,7 +74,7 @@ class Export:
 
     def _scales(self, name: str, shape: torch.Size, encoding: Encoding) -> Tensor:
         """Every element's scale, global scale and all."""
-        with Raw(self.index, self.device) as raw:
+        with FileTensors(self.index, self.device) as raw:
             grid = block_scales(raw(encoding.key(name, "scale")), encoding)
             if encoding.format is NVFP4:
                 grid = grid * multiplier(encoding, name, "global_scale", raw)

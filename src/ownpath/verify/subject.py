@@ -1,10 +1,8 @@
-"""What is verified: a checkpoint as it is planned for a device, and which of its layers and experts are looked at."""
+"""The subject of a verification: a checkpoint as planned for a device, with the layers and experts to look at."""
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -12,28 +10,6 @@ from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.loading import planned
 from ownpath.plan.plan import Plan
-
-if TYPE_CHECKING:
-    from ownpath.verify.layer import LoadedLayer, LoadedPart
-    from ownpath.weights.load import LoadedWeights
-
-Loaded = TypeVar("Loaded")
-
-
-def _as_loaded(loaded: Loaded) -> Loaded:
-    return loaded
-
-
-@dataclass(frozen=True)
-class Interference:
-    """What is done to weights between loading and looking: nothing. Tests of the checks put their faults here.
-
-    weights: as the file filled them, before kernels repack. part: in its runners. layer: put together.
-    """
-
-    weights: "Callable[[LoadedWeights], LoadedWeights]" = _as_loaded
-    part: "Callable[[LoadedPart], LoadedPart]" = _as_loaded
-    layer: "Callable[[LoadedLayer], LoadedLayer]" = _as_loaded
 
 
 @dataclass(frozen=True)
@@ -54,7 +30,6 @@ class Subject:
     plan: Plan
     engine: EngineConfig
     selection: Selection = Selection()
-    interference: Interference = Interference()
 
     @classmethod
     def of(cls, folder: Path, engine: EngineConfig, selection: Selection | None = None) -> "Subject":

@@ -57,13 +57,15 @@ class Filler:
             check_block_scales(piece, data)
         else:
             check_finite(piece, data)
-        if place.widened is None:
+        if place.widened is None and place.is_one_stretch:
             stage.copy(piece.start, piece.stop, place.flat, place.first + piece.first)
             return
-        target = place.slot.target
-        values = torch.from_numpy(data.copy()).view(place.widened).to(target.dtype)
-        first = piece.first // place.widened.itemsize * target.dtype.itemsize
-        stage.write(values, place.flat, place.first + first)
+        for first, wanted in place.stretches(piece.first, data):
+            values = torch.from_numpy(wanted.copy())
+            if place.widened is not None:
+                values = values.view(place.widened).to(place.slot.target.dtype)
+                first = first // place.widened.itemsize * values.element_size()
+            stage.write(values, place.flat, place.first + first)
 
     def _take_scalars(self, pieces: list[Piece], buffer: Bytes) -> Piece | None:
         """Keeps the stored values, all at once; returns the first that may be no scale."""

@@ -56,9 +56,11 @@ def load_weights(
     """
     stored = {name: info.dtype for name, info in index.tensors.items()}
     operands = tuple(make_operand(op, stored, device, allocate) for op in plan.ops)
-    params = {spec.key: allocate(spec.shape, STORAGE[stored[spec.key]], device) for spec in plan.params}
+    shapes = {spec.key: spec.shape for spec in plan.params}
+    shapes |= {key: region.shape(shapes[key]) for key, region in plan.param_regions.items()}
+    params = {key: allocate(shape, STORAGE[stored[key]], device) for key, shape in shapes.items()}
     slots = [slot for operand in operands for slot in operand.slots]
-    slots += [Slot(key, target) for key, target in params.items()]
+    slots += [Slot(key, target, region=plan.param_regions.get(key)) for key, target in params.items()]
     buffers = [buffer for operand in operands for parts in operand.buffers.values() for buffer in parts]
     _fill(slots, [*buffers, *params.values()], index, progress, reading or Reading.for_device(device))
     for key, table in params.items():

@@ -6,7 +6,7 @@ its buffers without gap or overlap.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from typing import Protocol
@@ -17,6 +17,7 @@ from ownpath.checkpoint.schema import Encoding, ModuleSpec, Part
 from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4, Format
 from ownpath.ops import OpKind
 from ownpath.plan.plan import PlannedOp
+from ownpath.plan.sharding import Region, part_region
 
 STORAGE = {
     "U8": torch.uint8,
@@ -37,12 +38,14 @@ _MOE_SUFFIX = {"qdata": "", "scale": "_scale", "global_scale": "_scale_2", "inpu
 class Slot:
     """``target``: the view of a buffer that the checkpoint tensor ``key`` fills; ``part``: what that tensor is.
 
-    A tensor that is used as stored is no part of a module.
+    A tensor that is used as stored is no part of a module. region: the part of the stored tensor that fills the target,
+    ``None`` for all of it.
     """
 
     key: str
     target: torch.Tensor
     part: Part | None = None
+    region: Region | None = None
 
     @property
     def role(self) -> str:
@@ -86,9 +89,25 @@ _New = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 
 
 def make_operand(op: PlannedOp, stored: dict[str, str], device: torch.device, allocate: Allocate = sentinel) -> Operand:
-    """Allocates the operand of ``op``. stored: checkpoint key -> safetensors dtype name."""
-    encoding, modules = op.encoding, op.spec.modules
-    new = partial(allocate, device=device)
+    """Allocates the operand of ``op``, of this rank's part of it. stored: checkpoint key -> safetensors dtype name."""
+    operand = _operand(op, stored, partial(allocate, device=device))
+    if not op.regions:
+        return operand
+    regions = _regions_by_key(op)
+    return replace(operand, slots=tuple(replace(slot, region=regions[slot.key]) for slot in operand.slots))
+
+
+def _regions_by_key(op: PlannedOp) -> dict[str, Region | None]:
+    """Of every tensor of the op's modules."""
+    return {
+        key: part_region(part, module, region)
+        for module, region in zip(op.spec.modules, op.regions, strict=True)
+        for key, part in zip(op.encoding.keys(module.name), op.encoding.parts, strict=True)
+    }
+
+
+def _operand(op: PlannedOp, stored: dict[str, str], new: _New) -> Operand:
+    encoding, modules = op.encoding, op.local_modules
     if op.spec.kind is OpKind.MOE:
         return _moe(encoding, modules, stored, new)
     if encoding.format is NVFP4:

@@ -1,7 +1,8 @@
 """Which bytes of which buffer each checkpoint tensor fills, and that no byte of a buffer is left without one."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
 from ownpath.checkpoint.schema import Part
+from ownpath.weights.checks import Bytes
 from ownpath.weights.operands import Slot
 
 _WIDENED = {("I32", torch.int64): torch.int32, ("BF16", torch.float32): torch.bfloat16}
@@ -17,8 +19,9 @@ _WIDENED = {("I32", torch.int64): torch.int32, ("BF16", torch.float32): torch.bf
 
 @dataclass(frozen=True)
 class Place:
-    """Bytes of ``flat`` from ``first`` on: where the tensor of ``slot`` goes.
+    """Bytes of ``flat`` from ``first`` on: where the tensor of ``slot``, or its region of it, goes.
 
+    info: what is read. Of a region of rows, as a tensor of its own; of one of columns, all rows whole.
     flat: all bytes of the buffer, as numpy sees them where they are in host memory.
     widened: the stored dtype, where it is not the buffer's.
     """
@@ -28,6 +31,36 @@ class Place:
     flat: Any
     first: int
     widened: torch.dtype | None
+
+    @property
+    def is_one_stretch(self) -> bool:
+        """Whether all bytes that are read are wanted, in their order."""
+        return self.slot.region is None or self.slot.region.dim == 0
+
+    def stretches(self, first: int, data: Bytes) -> Iterator[tuple[int, Bytes]]:
+        """Of the bytes ``data`` that the tensor has from its byte ``first`` on, those that are wanted, in stretches.
+
+        Each with its place among the wanted bytes; those of columns are copied together, row after row.
+        """
+        if self.is_one_stretch:
+            yield first, data
+            return
+        region = self.slot.region
+        assert region is not None
+        row_bytes = self.info.num_bytes // self.info.shape[0]
+        item_bytes = row_bytes // self.info.shape[1]
+        start, stop = region.start * item_bytes, region.stop * item_bytes
+        while data.size:
+            row, column = divmod(first, row_bytes)
+            whole = 0 if column else data.size // row_bytes * row_bytes
+            if whole:
+                part = data[:whole].reshape(-1, row_bytes)[:, start:stop].reshape(-1)
+            else:  # the end of a row that began in another chunk, or a beginning
+                whole = min(row_bytes - column, data.size)
+                part = data[max(0, start - column) : max(0, min(whole, stop - column))]
+            if part.size:
+                yield row * (stop - start) + max(0, column - start), part
+            first, data = first + whole, data[whole:]
 
 
 @dataclass(frozen=True)
@@ -73,7 +106,7 @@ def place_slots(slots: Iterable[Slot], buffers: Iterable[torch.Tensor], index: C
     infos = []
     for buffer in sorted((buffer for buffer in buffers if buffer.numel()), key=torch.Tensor.data_ptr):
         own = _tiles(buffer, ordered)
-        infos += [index[slot.key] for slot in own]
+        infos += [_source(index[slot.key], slot) for slot in own]
         if is_scalar(own[0]):
             scalar_buffers.append(_scalar_buffer(buffer, own, len(scalars)))
             scalars |= {slot.key: len(scalars) + idx for idx, slot in enumerate(own)}
@@ -114,7 +147,17 @@ def _flat(buffer: torch.Tensor) -> torch.Tensor | np.ndarray[Any, np.dtype[np.ui
     return flat.numpy() if buffer.device.type == "cpu" else flat
 
 
+def _source(info: TensorInfo, slot: Slot) -> TensorInfo:
+    """The tensor that is read for a slot. A region of rows is one stretch of the file: a tensor of fewer rows."""
+    region = slot.region
+    if region is None or region.dim != 0:
+        return info
+    row_bytes = info.num_bytes // info.shape[0]
+    return replace(info, shape=region.shape(info.shape), start=info.start + region.start * row_bytes)
+
+
 def _widened(info: TensorInfo, slot: Slot) -> torch.dtype | None:
-    if info.num_bytes == slot.target.nbytes:
+    """The stored dtype, where an element has another size in memory."""
+    if info.num_bytes * slot.target.numel() == slot.target.nbytes * prod(info.shape):
         return None
     return _WIDENED[info.dtype, slot.target.dtype]

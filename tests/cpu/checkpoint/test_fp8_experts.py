@@ -213,5 +213,5 @@ def test_what_does_not_fit_is_named_and_inspect_finds_it(case: str, folder: Path
     with pytest.raises(CheckpointError, match=message):
         load_model(folder, EngineConfig(max_model_len=64))
     if case != "nan-code":  # inspect reads scales, not codes
-        found = [problem.message for problem in inspect_folder(folder).problems if problem.check != "tokenizer"]
+        found = [problem.message for problem in inspect_folder(folder).problems if problem.id != "tokenizer"]
         assert any(f"{EXPERT}." in line for line in found), found

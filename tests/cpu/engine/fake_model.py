@@ -1,31 +1,21 @@
 """Models whose next-token logits are a function of the tokens so far and nothing else, for tests of what surrounds one.
 
-They keep the real contract: caches advance by what was run, spans continue where their cache ends, one logits row per
-``logits_ids`` entry.
+They keep the real contract: caches of one pool, which advance by what was run, sequences that go on where their cache
+ends, one logits row per ``logits_ids`` entry.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from support.checkpoints import SMALL
 
+from ownpath.cache.pools import CachePool, CacheSpec, SequenceCache
 from ownpath.config import ModelConfig
 from ownpath.model.batch import ForwardBatch
 
 Rule = Callable[[tuple[int, ...]], torch.Tensor]
 EOS_ID = 1
-
-
-@dataclass
-class FakeCache:
-    max_tokens: int
-    ids: list[int] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.ids)
+MAX_SEQUENCES = 16
 
 
 class FakeModel:
@@ -34,20 +24,27 @@ class FakeModel:
     def __init__(self, rule: Rule, vocab_size: int, max_model_len: int = 256) -> None:
         self.config = ModelConfig.from_dict(SMALL | {"vocab_size": vocab_size, "eos_token_id": EOS_ID})
         self.rule, self.max_model_len = rule, max_model_len
+        spec = CacheSpec(self.config, max_model_len, torch.float32, torch.device("cpu"), max_sequences=MAX_SEQUENCES)
+        self.caches = CachePool(spec)
+        self.histories: dict[int, list[int]] = {}
         self.step_sizes: list[list[int]] = []
 
-    def new_cache(self) -> Any:
-        return FakeCache(self.max_model_len)
+    def new_cache(self) -> SequenceCache:
+        cache = self.caches.new_sequence()
+        self.histories[cache.slot] = []
+        return cache
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        self.step_sizes.append([span.stop - span.start for span in batch.spans])
+        tables = batch.tables
+        self.step_sizes.append([rows.stop - rows.start for rows in tables.rows])
         rows = []
-        for span in batch.spans:
-            cache: Any = span.cache
-            assert span.position == cache.num_tokens
-            for token_id in batch.token_ids_T[span.start : span.stop].tolist():
-                cache.ids.append(token_id)
-                rows.append(tuple(cache.ids))
+        for slot, start, own in zip(tables.slots, tables.starts, tables.rows, strict=True):
+            history = self.histories[slot]
+            assert start == len(history) == tables.pool.slots.lengths[slot]
+            for token_id in batch.token_ids_T[own].tolist():
+                history.append(token_id)
+                rows.append(tuple(history))
+        tables.extend()
         wanted = batch.logits_ids.tolist()
         assert len(rows) == len(batch.token_ids_T)
         return torch.stack([self.rule(rows[i]) for i in wanted]) if wanted else torch.empty(0, self.config.vocab_size)

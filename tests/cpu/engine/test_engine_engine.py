@@ -48,6 +48,8 @@ def running(model: FakeModel, max_num_queued: int = 256, **limits: int) -> Itera
         yield engine
     finally:
         engine.stop()
+    assert model.caches.slots.faults() == []
+    assert not model.caches.slots.owned, "every request gave its slot and blocks back, however it ended"
 
 
 def random_model() -> FakeModel:

@@ -13,5 +13,5 @@ def found(folder: Path) -> Found:
     problems = inspect_folder(folder).problems
     for problem in problems:
         assert "\n" not in problem.message
-        assert REMEDIES[problem.check] == problem.remedy
-    return {(problem.check, problem.where) for problem in problems}
+        assert REMEDIES[problem.id] == problem.remedy
+    return {(problem.id, problem.where) for problem in problems}

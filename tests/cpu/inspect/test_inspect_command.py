@@ -56,7 +56,7 @@ def test_the_json_of_the_embedded_model(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_the_memory_is_what_a_loaded_model_takes(folder: Path) -> None:
     """On CPU: the operands' and tables' bytes after loading, and one sequence's caches."""
-    findings = inspect_folder(folder).findings
+    findings = inspect_folder(folder).contents
     assert findings is not None
     (cpu,) = (memory for memory in findings.memory if memory.device == "CPU")
     model = load_model(folder, EngineConfig(max_model_len=cpu.num_tokens))
@@ -110,7 +110,7 @@ def test_names_that_a_terminal_would_act_on_are_spelled_out(folder: Path, capsys
 
 def test_experts_that_share_the_maximum_are_told_from_those_with_their_own(folder: Path) -> None:
     """Layer 1: three of eight w2 have the layer's maximum. Layer 2: one has the maximum of all layers, as layer 3's."""
-    before = inspect_folder(folder).findings
+    before = inspect_folder(folder).contents
     assert before is not None
     assert before.calibration == dict.fromkeys(("w1", "w2", "w3"), Coverage(40, 0))
 
@@ -121,7 +121,7 @@ def test_experts_that_share_the_maximum_are_told_from_those_with_their_own(folde
             tensors[f"layers.{layer_idx}.ffn.experts.0.w2.input_scale"] = torch.tensor(0.125)
 
     change_tensors(folder, change)
-    findings = inspect_folder(folder).findings
+    findings = inspect_folder(folder).contents
     assert findings is not None
     assert findings.calibration == {"w1": Coverage(40, 0), "w2": Coverage(35, 5), "w3": Coverage(40, 0)}
 
@@ -143,18 +143,18 @@ def test_a_lossless_cast_is_detected_as_loading_does(tmp_path: Path) -> None:
     change_tensors(folder, change)
     inspection = inspect_folder(folder)
     assert inspection.problems == ()
-    assert inspection.findings is not None
-    assert inspection.findings.blocks.lossless_casts == ("layers.2.ffn.experts",)
+    assert inspection.contents is not None
+    assert inspection.contents.blocks.lossless_casts == ("layers.2.ffn.experts",)
     assert load_model(folder, EngineConfig(max_model_len=16)).lossless_casts == ("layers.2.ffn.experts",)
 
 
 def test_a_sample_reads_a_page_and_all_scales_read_the_rest(folder: Path) -> None:
     sample, everything = inspect_folder(folder), inspect_folder(folder, read_all_scales=True)
-    assert sample.findings is not None
-    assert everything.findings is not None
+    assert sample.contents is not None
+    assert everything.contents is not None
     scales = [info for name, info in sample.index.tensors.items() if name.endswith((".weight_scale", ".scale"))]
-    assert everything.findings.blocks.num_blocks == sum(math.prod(info.shape) for info in scales)
-    assert sample.findings.blocks.num_blocks == sum(min(4096, math.prod(info.shape)) for info in scales)
+    assert everything.contents.blocks.num_blocks == sum(math.prod(info.shape) for info in scales)
+    assert sample.contents.blocks.num_blocks == sum(min(4096, math.prod(info.shape)) for info in scales)
 
 
 @pytest.mark.parametrize(("read_all_scales", "num_problems"), [(False, 0), (True, 1)])
@@ -171,4 +171,4 @@ def test_what_a_sample_cannot_see(read_all_scales: bool, num_problems: int, tmp_
 
     change_tensors(folder, change)
     inspection = inspect_folder(folder, read_all_scales=read_all_scales)
-    assert [problem.check for problem in inspection.problems] == ["block-scale"] * num_problems
+    assert [problem.id for problem in inspection.problems] == ["block-scale"] * num_problems

@@ -16,7 +16,7 @@ def change_config(folder: Path, **changes: Any) -> None:
 
 
 def found(folder: Path) -> set[tuple[str, str]]:
-    return {(problem.check, problem.where) for problem in inspect_folder(folder).problems}
+    return {(problem.id, problem.where) for problem in inspect_folder(folder).problems}
 
 
 @pytest.mark.parametrize(
@@ -48,8 +48,8 @@ def test_a_size_that_contradicts_the_tensors_is_a_wrong_shape(field: str, value:
 def test_a_config_of_billions_of_experts_is_not_counted_out(value: int, folder: Path) -> None:
     change_config(folder, n_routed_experts=value)
     inspection = inspect_folder(folder)
-    assert inspection.findings is None
-    assert ("config-contradiction", "n_routed_experts") in {(p.check, p.where) for p in inspection.problems}
+    assert inspection.contents is None
+    assert ("config-contradiction", "n_routed_experts") in {(p.id, p.where) for p in inspection.problems}
     assert inspection.seconds < 10
 
 
@@ -70,8 +70,8 @@ def test_a_config_of_billions_of_experts_is_not_counted_out(value: int, folder: 
 def test_an_unusable_config(text: str, folder: Path) -> None:
     (folder / "config.json").write_text(text)
     inspection = inspect_folder(folder)
-    assert inspection.findings is None
-    assert [(problem.check, problem.where) for problem in inspection.problems] == [("config", "config.json")]
+    assert inspection.contents is None
+    assert [(problem.id, problem.where) for problem in inspection.problems] == [("config", "config.json")]
 
 
 @pytest.mark.parametrize(
@@ -151,5 +151,5 @@ def test_an_unusable_tokenizer(text: str | None, folder: Path) -> None:
 def test_a_claim_of_config_json_that_the_tensors_do_not_bear_out(folder: Path) -> None:
     change_config(folder, expert_dtype="bf16")
     (problem,) = inspect_folder(folder).problems
-    assert (problem.check, problem.where) == ("format-contradiction", "config.json")
+    assert (problem.id, problem.where) == ("format-contradiction", "config.json")
     assert "expert_dtype is 'bf16'" in problem.message

@@ -34,7 +34,7 @@ def report(folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> d
 
 def problems(folder: Path) -> set[tuple[str, str]]:
     found = inspect_folder(folder, with_draft=True).problems
-    return {(problem.check, problem.where) for problem in found}
+    return {(problem.id, problem.where) for problem in found}
 
 
 def test_rows_parameters_and_bytes_are_the_drafts_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,7 +61,7 @@ def test_rows_parameters_and_bytes_are_the_drafts_too(tmp_path: Path, capsys: py
 def test_the_memory_is_what_a_model_with_its_draft_takes(tmp_path: Path) -> None:
     write_model_folder(tmp_path, NATIVE)
     for loads_draft in (False, True):
-        findings = inspect_folder(tmp_path, with_draft=loads_draft).findings
+        findings = inspect_folder(tmp_path, with_draft=loads_draft).contents
         assert findings is not None
         (cpu,) = (memory for memory in findings.memory if memory.device == "CPU")
         model = load_model(tmp_path, EngineConfig(max_model_len=cpu.num_tokens, loads_draft=loads_draft))

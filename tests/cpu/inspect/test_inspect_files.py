@@ -180,8 +180,8 @@ def test_a_tensor_that_the_index_does_not_list_or_lists_elsewhere(folder: Path) 
 def test_an_unreadable_index(text: str, folder: Path) -> None:
     (folder / INDEX_NAME).write_text(text)
     inspection = inspect_folder(folder)
-    assert inspection.findings is None
-    assert {problem.check for problem in inspection.problems} == {"index"}
+    assert inspection.contents is None
+    assert {problem.id for problem in inspection.problems} == {"index"}
 
 
 def test_a_key_twice_in_the_index(folder: Path) -> None:

@@ -116,7 +116,7 @@ def check(folder: Path) -> None:
     assert all(len(line) <= MAX_WIDTH + 1 and line.isprintable() for line in text.splitlines())
     text.encode("utf-8")
     assert len(json.loads(json.dumps(inspection_dict(inspection)))["problems"]) == len(inspection.problems)
-    assert inspection.findings is not None or inspection.problems
+    assert inspection.contents is not None or inspection.problems
     if not inspection.problems:
         plan_model(folder, "cpu")  # raises where it is refused
 

@@ -173,7 +173,7 @@ def test_ids_out_of_range(expert: int, folder: Path) -> None:
 
     change_tensors(folder, change)
     (problem,) = inspect_folder(folder).problems
-    assert (problem.check, problem.where) == ("expert-ids", key)
+    assert (problem.id, problem.where) == ("expert-ids", key)
     assert f"({expert}) at [7, 2]" in problem.message
 
 
@@ -232,5 +232,5 @@ def test_transformers_names_are_read_where_they_lie(folder: Path) -> None:
 
     change_tensors(folder, change)
     (problem,) = inspect_folder(folder).problems
-    assert (problem.check, problem.where) == ("expert-ids", key)
+    assert (problem.id, problem.where) == ("expert-ids", key)
     assert "(8) at [7, 2]" in problem.message

@@ -58,11 +58,11 @@ def test_v4_flash_is_inspected_in_seconds(tmp_path: Path) -> None:
     print(f"{len(inspection.index.tensors)} tensors, {total / 1e9:.1f} GB inspected in {seconds:.1f} s")
     for file in folder.iterdir():
         file.unlink()  # 300 MB of scales are real
-    assert [problem.check for problem in inspection.problems] == ["tokenizer"], "weights without a tokenizer"
+    assert [problem.id for problem in inspection.problems] == ["tokenizer"], "weights without a tokenizer"
     assert total > 160e9
-    assert inspection.findings is not None
+    assert inspection.contents is not None
     assert seconds < 60, "tens of seconds would be a tool nobody runs first; a loaded machine has room"
-    census, index = inspection.findings.census, inspection.index
+    census, index = inspection.contents.census, inspection.index
     rows = {row.modules: row for row in module_rows(census, index)}
     experts = rows["layers.{0-42}.ffn.experts.{0-255}.w1"]
     assert (experts.format, experts.num_modules) == ("NVFP4", 43 * 256)
@@ -71,7 +71,7 @@ def test_v4_flash_is_inspected_in_seconds(tmp_path: Path) -> None:
     # The release is called 284B: routed experts alone are 43 * 256 * 3 * 4096 * 2048.
     assert 43 * 256 * 3 * 4096 * 2048 == 277_025_390_592
     assert num_parameters(census, index) == pytest.approx(284e9, rel=0.01)
-    findings = inspection.findings
+    findings = inspection.contents
     assert findings.gate_up.num_pairs == findings.gate_up.num_equal == 43 * 256
     assert len(findings.blocks.lossless_casts) == 43
     assert {projection: c.num_shared for projection, c in findings.calibration.items()} == dict.fromkeys(

@@ -4,6 +4,7 @@ import ast
 import json
 import sys
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
@@ -84,3 +85,48 @@ def test_no_compiler_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "executable", str(failing))
     with pytest.raises(cache.CompileError, match=r"(?s)ownpath\[cute\].*moe_permute.*No module named 'cutlass'"):
         cache.compile_missing([PermuteConfig()])
+
+
+def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler of ``moe_combine`` alone, quick because it imports nothing; it cannot do that of 3 shared experts."""
+    script, python = folder / "stand_in.py", folder / "python"
+    key = cache.source_key(CombineConfig(0, False).sources)
+    script.write_text(
+        dedent(f"""
+            import json, sys
+
+            for line in sys.stdin:
+                kind, fields = json.loads(line)
+                assert kind == "CombineConfig"
+                assert fields["num_shared"] != 3, "too many registers"
+                name = f"moe_combine_s{{fields['num_shared']}}" + "_wide" * fields["wide"]
+                print("a remark of the compiler's")
+                for suffix in ("cubin", "json"):
+                    open(f"{folder}/{{name}}-{key}.{{suffix}}", "w").close()
+                print(name, flush=True)
+        """)
+    )
+    python.write_text(f"#!/bin/sh\nexec {sys.executable} -S {script}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+
+
+def test_processes_share_what_is_to_be_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes the next kernel when it has done one; progress counts all of them."""
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    stand_in(tmp_path, monkeypatch)
+    configs = [CombineConfig(num_shared, wide) for num_shared in (0, 1, 2) for wide in (False, True)]
+    shown: list[tuple[int, int, str]] = []
+    assert cache.compile_missing(configs, lambda *told: shown.append(told)) == 6
+    assert all(cache.is_cached(config) for config in configs)
+    assert [(done, total) for done, total, _ in shown] == [(idx, 6) for idx in range(1, 7)]
+    assert {name for _, _, name in shown} == {config.name for config in configs}
+
+
+def test_what_does_not_compile_is_named_and_the_rest_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    stand_in(tmp_path, monkeypatch)
+    configs = [CombineConfig(num_shared, False) for num_shared in (3, 0, 1, 2)]
+    with pytest.raises(cache.CompileError, match=r"(?s)moe_combine_s3.*too many registers"):
+        cache.compile_missing(configs)
+    assert [cache.is_cached(config) for config in configs] == [False, True, True, True]

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from support.fp8_cases import CASES, Fp8Case, draw_rows, draw_weights, relative_l2
 
+from ownpath.conformance.quantized import draw_rows, draw_weights, relative_l2
+from ownpath.kernels.fp8.cases import CASES, Fp8Case
 from ownpath.kernels.fp8.layout import (
     column_order,
     fp8_padding,

@@ -12,10 +12,10 @@ from support.checkpoints import Checkpoint, random_checkpoint
 from support.mtp_reference import MtpReference
 from support.transformers_v4 import reference_draft_logits
 
+from ownpath.cache.pools import SequenceCache
 from ownpath.config import EngineConfig
 from ownpath.loading import load_model
 from ownpath.model.batch import ForwardBatch
-from ownpath.model.caches import SequenceCache
 from ownpath.model.model import Model
 
 NUM_POSITIONS = 200

@@ -5,13 +5,12 @@ import math
 import pytest
 import torch
 
+from ownpath.attention.compress import Compressor
+from ownpath.attention.rope import Rope
+from ownpath.attention.select import EntrySelector
 from ownpath.kernels.hyper.ref import HyperWeights, hyper_post, hyper_pre, sinkhorn
 from ownpath.kernels.mixture import clamped_swiglu as swiglu
 from ownpath.kernels.norms.ref import rms_norm
-from ownpath.model.caches import CompressorCache, Ring
-from ownpath.model.compressor import Compressor
-from ownpath.model.indexer import Indexer
-from ownpath.model.rope import Rope
 from ownpath.runners import PlainLinear, RMSNorm, Router, SwigluMlp
 
 EPS_F32 = torch.finfo(torch.float32).eps
@@ -133,28 +132,16 @@ def test_hash_layers_look_experts_up_by_token(device: torch.device) -> None:
 
 
 def test_indexer_keeps_the_best_visible_entries_and_the_lowest_on_ties(device: torch.device) -> None:
-    indexer = Indexer(None, None, None, num_heads=1, head_dim=1, topk=2, keep=lambda q: q)  # type: ignore[arg-type]
+    selector = EntrySelector(topk=2)
     keys = torch.tensor([[1.0], [3.0], [3.0], [2.0], [9.0]], device=device)
     visible = torch.tensor([[True, True, True, True, False], [True, False, False, False, False]], device=device)
     query, weight = torch.ones(2, 1, 1, device=device), torch.ones(2, 1, device=device)
-    assert indexer.select(query, weight, keys, visible).tolist() == [
+    assert selector.select(query, weight, keys, visible).tolist() == [
         [False, True, True, False, False],
         [True] + [False] * 4,
     ]
-    all_zero = indexer.select(-query, weight, keys, visible)  # relu: every score is 0
+    all_zero = selector.select(-query, weight, keys, visible)  # relu: every score is 0
     assert all_zero.tolist() == [[True, True, False, False, False], [True] + [False] * 4]
-
-
-@pytest.mark.parametrize("size", [1, 3, 8])
-def test_ring_keeps_the_newest_rows(size: int, device: torch.device) -> None:
-    ring = Ring(size, 1, torch.float32, device)
-    position = 0
-    for count in (1, 2, 5, 20, 1):
-        rows = torch.arange(position, position + count, device=device, dtype=torch.float32)[:, None]
-        ring.write(rows, position)
-        position += count
-        start = max(0, position - size)
-        assert ring.read(start, position).flatten().tolist() == list(range(start, position))
 
 
 @pytest.mark.parametrize("ratio", [4, 128])
@@ -166,10 +153,8 @@ def test_compressor_entries_by_the_definition(ratio: int, generator: torch.Gener
     ape = torch.randn(ratio, width, generator=generator).to(device)
     rope = Rope(torch.tensor([1.0, 0.1], device=device))
     norm = RMSNorm(torch.ones(head_dim, device=device), 1e-6)
-    compressor = Compressor(None, ape, norm, rope, ratio, keep=lambda kv: kv)  # type: ignore[arg-type]
-    entries = torch.zeros(4, head_dim, dtype=torch.float64, device=device)
-    state = Ring(8 if ratio == 4 else ratio, 2 * width, torch.float64, device)
-    found = compressor.append(rows, 0, CompressorCache(ratio, entries, state))
+    compressor = Compressor(ape, norm, rope, ratio, quantize_kv=lambda kv: kv)
+    found = compressor.entries(rows, range(3), torch.float64)
     assert len(found) == 3
     for window in range(3):
         picked = []

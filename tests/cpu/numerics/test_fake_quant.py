@@ -13,7 +13,7 @@ from ownpath.numerics import (
     hadamard,
     nvfp4_codes_times_scales,
 )
-from ownpath.verify.reference.rounding import fp4, fp8, hadamard_matrix, nvfp4_without_global
+from ownpath.oracle.formats import fp4, fp8, hadamard_matrix, nvfp4_without_global
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 

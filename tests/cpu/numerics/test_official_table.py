@@ -17,7 +17,8 @@ from ownpath.kernels.norms.ref import rms_norm_stepwise
 from ownpath.kernels.official_experts.ref import ExpertWeights, moe_official
 from ownpath.kernels.router.ref import router
 from ownpath.numerics import decode_mxfp4_blocks, hadamard, quantize_mxfp4
-from ownpath.verify.reference.rounding import fp4, fp8, nearest_e4m3, nvfp4_without_global, power_of_two_scale
+from ownpath.oracle.formats import E4M3 as E4M3_VALUES
+from ownpath.oracle.formats import fp4, fp8, nearest, nvfp4_without_global, power_of_two_scale
 
 BF16, E4M3, E2M1 = 2**-9, 2**-4, 0.5
 TOKENS, HIDDEN, INTER = 64, 4096, 2048
@@ -48,7 +49,7 @@ def activations(*shape: int) -> Tensor:
 def fp8_pow2_of_row(x: Tensor) -> Tensor:
     """One power-of-two scale for all channels of a row."""
     scale = power_of_two_scale(x.float().abs().amax(-1, keepdim=True), 448)
-    return nearest_e4m3(x.double() / scale) * scale
+    return nearest(x.double() / scale, E4M3_VALUES) * scale
 
 
 def expert(x: Tensor, w13: Tensor, w2: Tensor, quantize: object) -> Tensor:
@@ -170,7 +171,7 @@ def test_keys() -> None:
     """Published: E4M3 of 448 channels per 64, read back. vLLM: the same values, stored. transformers: none."""
     kv = activations(TOKENS, 512)
     kept = fp8_keys(kv, 64)
-    codes = torch.cat([nearest_e4m3(block / scale) * scale for block, scale in _pages(kv)], -1)
+    codes = torch.cat([nearest(block / scale, E4M3_VALUES) * scale for block, scale in _pages(kv)], -1)
     assert torch.equal(kept[:, :448].double(), codes), "what a real FP8 cache reads back"
     assert torch.equal(kept[:, 448:], kv[:, 448:])
     size = difference(kept, kv)

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from ownpath.model.batch import ForwardBatch
 from ownpath.numerics import dequantize
 from ownpath.qtensor import QuantTensor
 from ownpath.quantize.steps import Scope
+from ownpath.trace.observers import Arguments, Observer, Watched
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 3
 LIMIT = 10.0
@@ -30,21 +30,23 @@ def expected_amax(source: Path, values: dict[str, torch.Tensor]) -> dict[str, fl
     model = load_model(source, EngineConfig(max_model_len=512))
     amax: dict[str, float] = defaultdict(float)
 
-    def see(slot: str, args: tuple[Any, ...]) -> None:
-        if not slot.endswith(".ffn.experts"):
-            return
-        for x, ids in zip(args[0].double(), args[1].tolist(), strict=True):
-            for expert in ids:
-                gate, up = (values[f"{slot}.{expert}.{w}.weight"].double() @ x for w in ("w1", "w3"))
-                gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
-                hidden = gate / (1 + torch.exp(-gate)) * up
-                for name, entering in (("w1", x), ("w2", hidden)):
-                    key = f"{slot}.{expert}.{name}"
-                    amax[key] = max(amax[key], float(entering.abs().max()))
+    class ExpertInputs(Observer):
+        def before(self, call: Watched, args: Arguments) -> None:
+            slot = call.slot
+            if not slot.endswith(".ffn.experts"):
+                return
+            for x, ids in zip(args[0].double(), args[1].tolist(), strict=True):
+                for expert in ids:
+                    gate, up = (values[f"{slot}.{expert}.{w}.weight"].double() @ x for w in ("w1", "w3"))
+                    gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
+                    hidden = gate / (1 + torch.exp(-gate)) * up
+                    for name, entering in (("w1", x), ("w2", hidden)):
+                        key = f"{slot}.{expert}.{name}"
+                        amax[key] = max(amax[key], float(entering.abs().max()))
 
-    model.ledger.see = see
     ids = Tokenizer.from_folder(source).encode_text(TEXT)
-    model.forward(ForwardBatch.of([(ids, model.new_cache())], "cpu"))
+    with model.ledger.observe(ExpertInputs()):
+        model.forward(ForwardBatch.of([(ids, model.new_cache())], "cpu"))
     return amax
 
 

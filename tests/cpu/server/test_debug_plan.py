@@ -23,10 +23,11 @@ from ownpath.config import EngineConfig
 from ownpath.engine.engine import Engine
 from ownpath.loading import load_model, plan_model
 from ownpath.plan.show import plan_dict
-from ownpath.runners import Ledger, SwiGLU
+from ownpath.runners import SwiGLU
 from ownpath.server.app import create_app
 from ownpath.server.body import Limits
 from ownpath.server.debug import DebugPlan, require_admin_key
+from ownpath.trace import Ledger
 
 KEY = "a-key-that-nobody-guesses"
 PATH = "/debug/plan"
@@ -134,13 +135,13 @@ def test_recording_is_for_whoever_asks() -> None:
         assert body["recording"] is True
         [ran] = body["ran"]
         assert ran["calls"] == 4
-        form = {"variant": "swiglu.ref:swiglu"}
+        form = {"variant": "swiglu.ref:SWIGLU"}
         assert ran["recorded"] == [
             form | {"arguments": ["float32[3, 4]"], "results": ["float32[3, 2]"], "calls": 2},
             form | {"arguments": ["float32[1, 4]"], "results": ["float32[1, 2]"], "calls": 1},
         ]
         assert answer(served.ask("POST", PATH, headers=AS_ADMIN, json={"recording": False})) == {"recording": False}
-        assert ledger.records is None
+        assert not ledger.observers.attached
         assert answer(served.ask("GET", PATH, headers=AS_ADMIN))["ran"][0]["recorded"] == []
 
 

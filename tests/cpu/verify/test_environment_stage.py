@@ -8,12 +8,11 @@ import torch
 from support.checkpoints import random_checkpoint
 from support.hopper_layouts import allow_packing_on_cpu, subject_on
 
+from ownpath.finding import Finding, Verdict, failed
 from ownpath.kernels.dsl import cache
 from ownpath.loading import default_model_dir, planned
 from ownpath.runners.make import compile_configs
-from ownpath.verdict import Verdict
 from ownpath.verify import environment_stage as stage
-from ownpath.verify.finding import Finding, failed
 from ownpath.verify.layer import load_part
 from ownpath.verify.machine import KNOWN_BAD, Machine
 from ownpath.verify.skeleton import configs_of
@@ -66,7 +65,7 @@ def test_shapes_alone_tell_what_will_be_compiled(
 ) -> None:
     """The same configurations as the loaded runners name."""
     allow_packing_on_cpu(monkeypatch)
-    monkeypatch.setattr("ownpath.kernels.fp8.launch.num_sms", lambda _: 132)
+    monkeypatch.setattr("ownpath.kernels.fp8.linear.num_sms", lambda _: 132)
     sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "q_lora_rank": 136}
     folder = TINY if folder_kind == "tiny" else random_checkpoint(tmp_path, "modelopt-experts-only", **sizes).folder
     subject = subject_on(folder, "sm_90")
@@ -80,7 +79,7 @@ def test_shapes_alone_tell_what_will_be_compiled(
 def hopper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
     """The embedded model planned for Hopper, with a kernel cache of its own."""
     monkeypatch.setenv("OWNPATH_KERNEL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("ownpath.kernels.fp8.launch.num_sms", lambda _: 132)
+    monkeypatch.setattr("ownpath.kernels.fp8.linear.num_sms", lambda _: 132)
     return subject_on(TINY, "sm_90")
 
 

@@ -12,13 +12,12 @@ from support.layer_faults import FAULTS
 
 from ownpath.cli import main
 from ownpath.config import EngineConfig
-from ownpath.verdict import Verdict
+from ownpath.finding import Finding, Verdict, failed
 from ownpath.verify import layer_stage as stage
-from ownpath.verify.finding import Finding, failed
 from ownpath.verify.html import MAX_ROWS, report_html
 from ownpath.verify.layer import LoadedLayer, load_layer
-from ownpath.verify.layers.forced import ORDER
 from ownpath.verify.layers.measure import ROW_FACTOR, Measurement
+from ownpath.verify.layers.teacher_forcing import ORDER
 from ownpath.verify.plots import BOTTOM, LEFT, MAX_DECADES, RIGHT, TOP, Axis, Decades, Line, Point, small_plot
 from ownpath.verify.report import report_dict, report_text
 from ownpath.verify.run import Job, Result, StageResult, verify

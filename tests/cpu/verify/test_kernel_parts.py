@@ -1,35 +1,34 @@
 """What the kernels stage is made of: comparing, numbers of rows, rounding by table, angles, refusals it asks for."""
 
 import math
-from bisect import bisect_left
-from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cpu.numerics.bit_oracles import nearest_code
 from support.checkpoints import SMALL, random_checkpoint
 
 from ownpath.config import EngineConfig, ModelConfig
+from ownpath.conformance import exact
+from ownpath.conformance.bounds import Exact, deviation, repeated_deviation, rounding
+from ownpath.conformance.memory import Filled, fill
+from ownpath.finding import Finding, failed
 from ownpath.formats import BF16
+from ownpath.kernels.contract import StoredExperts
 from ownpath.kernels.fp8.choose import w8a8_config, w8a16_config
 from ownpath.kernels.nvfp4.choose import choose_linear, choose_moe
-from ownpath.kernels.official_experts.ref import ExpertWeights
-from ownpath.kernels.registry import KERNELS
+from ownpath.oracle.formats import E2M1, E4M3, nearest
+from ownpath.oracle.formulas import frequencies
+from ownpath.qtensor import QuantTensor
 from ownpath.runners import PlainLinear, Router
-from ownpath.runners.official import OfficialMoE
+from ownpath.runners.moe import MoeRunner
 from ownpath.verify import kernel_stage as stage
-from ownpath.verify.finding import Finding, failed
-from ownpath.verify.kernels import exact, products
-from ownpath.verify.kernels.choices import MOST, changes, row_counts, scanned
-from ownpath.verify.kernels.codes import E2M1, E4M3, nearest
-from ownpath.verify.kernels.compare import Exact, deviation, repeated_deviation
-from ownpath.verify.kernels.limits import rounding
-from ownpath.verify.kernels.memory import Filled, fill
+from ownpath.verify.kernels import products
 from ownpath.verify.kernels.probe import watched_in
 from ownpath.verify.kernels.quantizers import EXPONENTS, edges
-from ownpath.verify.kernels.turning import frequencies
+from ownpath.verify.kernels.row_counts import MOST, changes, row_counts, scanned
 from ownpath.verify.layer import LoadedLayer
 from ownpath.verify.subject import Selection, Subject
 
@@ -90,15 +89,8 @@ def test_no_variant_of_the_experts_is_missed() -> None:
 @pytest.mark.parametrize("magnitudes", [E2M1, E4M3], ids=["e2m1", "e4m3"])
 def test_the_nearest_value_by_fractions(magnitudes: tuple[float, ...]) -> None:
     x = edges(magnitudes, 16, 16, torch.float32).flatten().unique()
-    listed = [Fraction(value) for value in magnitudes]
     for value, got in zip(x.tolist(), nearest(x, magnitudes).tolist(), strict=True):
-        size = abs(Fraction(value))
-        above = min(bisect_left(listed, size), len(listed) - 1)
-        around = {max(above - 1, 0), above}
-        least = min(abs(size - listed[code]) for code in around)
-        near = [code for code in around if abs(size - listed[code]) == least]
-        code = next(code for code in near if len(near) == 1 or code % 2 == 0)
-        assert got == math.copysign(magnitudes[code], value)
+        assert got == math.copysign(magnitudes[nearest_code(value, list(magnitudes))], value)
     found = {abs(value) for value in x.tolist()}
     for middle in ((a + b) / 2 for a, b in pairwise(magnitudes)):
         assert any(math.ldexp(middle, exponent) in found for exponent in EXPONENTS)
@@ -110,7 +102,7 @@ def test_frequencies_follow_yarn(compressing: bool) -> None:
     config = ModelConfig.from_dict(SMALL)
     theta = SMALL["compress_rope_theta"] if compressing else SMALL["rope_theta"]
     plain = [theta ** (-2 * pair / SMALL["qk_rope_head_dim"]) for pair in range(SMALL["qk_rope_head_dim"] // 2)]
-    ratio = (frequencies(config, compressing=compressing) / torch.tensor(plain, dtype=torch.float64)).tolist()
+    ratio = (frequencies(config, int(compressing), torch.float64) / torch.tensor(plain, dtype=torch.float64)).tolist()
     if not compressing:
         assert ratio == pytest.approx([1.0] * len(plain), rel=1e-14)
         return
@@ -171,8 +163,8 @@ def test_a_router_asks_for_a_token_id_a_row() -> None:
 
 
 def test_official_experts_ask_for_routing_that_fits() -> None:
-    w13, w2 = ExpertWeights(BF16, torch.ones(2, 16, 8)), ExpertWeights(BF16, torch.ones(2, 8, 8))
-    experts = OfficialMoE(w13, w2, 10.0, kernel=KERNELS["ref.moe_weight_first"])
+    w13, w2 = (QuantTensor(torch.ones(2, rows, 8), None, None, BF16) for rows in (16, 8))
+    experts = MoeRunner("ref.moe_weight_first", StoredExperts(w13, w2, 10.0))
     ids, weights = torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)
     for wrong_ids, wrong_weights in ((ids[:2], weights), (ids.float(), weights), (ids, weights[:, :1])):
         with pytest.raises(ValueError, match="topk_"):

@@ -7,8 +7,8 @@ from support.checkpoints import random_checkpoint
 from support.layer_faults import FAULTS
 
 from ownpath.config import EngineConfig
+from ownpath.finding import Finding, failed
 from ownpath.verify import layer_stage as stage
-from ownpath.verify.finding import Finding, failed
 from ownpath.verify.layer import LoadedLayer, load_layer
 from ownpath.verify.subject import Selection, Subject
 
@@ -19,7 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def findings_of(subject: Subject) -> list[Finding]:
-    return list(stage.layer_stage(subject))
+    return [found for found in stage.layer_stage(subject) if isinstance(found, Finding)]
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -9,28 +9,26 @@ from support.checkpoints import random_checkpoint
 
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.config import EngineConfig
-from ownpath.loading import default_model_dir
+from ownpath.finding import Finding, Verdict, failed
 from ownpath.model.block import Residual
 from ownpath.official import OFFICIAL
-from ownpath.verdict import Verdict
 from ownpath.verify import layer_stage as stage
-from ownpath.verify.finding import Finding, failed
 from ownpath.verify.layer import LoadedLayer, load_layer
-from ownpath.verify.layers import whole
+from ownpath.verify.layers import end_to_end
 from ownpath.verify.layers.measure import Measurement
 from ownpath.verify.subject import Selection, Subject
 
 PER_LAYER = ("V01", "V02", "V03", "V05", "V08", "V09", "V10")
 ONCE = {("V01", "embed"), ("V01", "head"), ("V03", "streams"), ("V04", "logits")}
-NOT_HERE = {("V06", "engine"), ("V07", "engine"), ("V12", "engine")}
 
 
 def run(
     folder: Path, engine: EngineConfig | None = None, selection: Selection | None = None
 ) -> tuple[list[Finding], list[Measurement], Subject]:
-    rows: list[Measurement] = []
     subject = Subject.of(folder, engine or EngineConfig(), selection)
-    return list(stage.layer_stage(subject, measured=rows.append)), rows, subject
+    seen = list(stage.layer_stage(subject))
+    findings = [found for found in seen if isinstance(found, Finding)]
+    return findings, [found for found in seen if isinstance(found, Measurement)], subject
 
 
 def assert_complete(findings: list[Finding], rows: list[Measurement], subject: Subject) -> None:
@@ -38,20 +36,11 @@ def assert_complete(findings: list[Finding], rows: list[Measurement], subject: S
     assert not failed(findings), failed(findings)
     seen = {(finding.id, finding.where) for finding in findings}
     layers = {(check, f"layers.{idx}") for check in PER_LAYER for idx in range(subject.config.num_hidden_layers)}
-    assert seen == layers | ONCE | NOT_HERE
+    assert seen == layers | ONCE
     compared = {f"layers.{row.layer_idx}.{row.slot}" for row in rows} | {"hc_head", "head"}
     for slot in subject.plan.slots:
         assert any(name == slot or name.startswith(f"{slot}.") for name in compared), f"{slot} was not compared"
     assert all(0 < row.budget < 1 and row.is_within for row in rows)
-
-
-@pytest.mark.parametrize(
-    ("layout", "seed"),
-    [("full-nvfp4", 0), ("modelopt-experts-only", 1), ("deepseek-native", 2), ("compressed-tensors", 3), ("bf16", 4)],
-)
-def test_intact_checkpoints_pass(layout: str, seed: int, tmp_path: Path) -> None:
-    random_checkpoint(tmp_path, layout, seed)
-    assert_complete(*run(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -72,10 +61,6 @@ def test_other_numerics_pass(changes: dict[str, Any], tmp_path: Path) -> None:
 def test_a_short_context_is_no_fault(max_model_len: int, tmp_path: Path) -> None:
     random_checkpoint(tmp_path, "full-nvfp4", seed=6)
     assert not failed(run(tmp_path, EngineConfig(max_model_len=max_model_len))[0])
-
-
-def test_the_embedded_model_passes() -> None:
-    assert_complete(*run(default_model_dir()))
 
 
 def test_chosen_layers_are_judged_as_in_a_whole_run(tmp_path: Path) -> None:
@@ -126,21 +111,22 @@ def test_a_checkpoint_that_cannot_be_read_is_a_finding(tmp_path: Path) -> None:
     for shard in tmp_path.glob("*.safetensors"):
         shard.write_bytes(b"")
     (only,) = stage.layer_stage(subject)
+    assert isinstance(only, Finding)
     assert only.verdict is Verdict.FAIL
 
 
 def test_the_whole_model_is_judged_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A head that goes wrong on the engine's own streams alone, in two rows of a hundred: V04, and nothing else."""
     random_checkpoint(tmp_path, "full-nvfp4", seed=11)
-    right = whole.Ends.logits
+    right = end_to_end.Ends.logits
 
-    def wrong(ends: whole.Ends, residual: Residual) -> torch.Tensor:
+    def wrong(ends: end_to_end.Ends, residual: Residual) -> torch.Tensor:
         logits = right(ends, residual)
         if residual.y_TD is not None:
             logits[::50] = logits[::50].roll(1, dims=1)
         return logits
 
-    monkeypatch.setattr(whole.Ends, "logits", wrong)
+    monkeypatch.setattr(end_to_end.Ends, "logits", wrong)
     (only,) = failed(run(tmp_path, EngineConfig(max_model_len=200))[0])
     assert (only.id, only.where) == ("V04", "logits")
     assert only.number is not None

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cpu.numerics.bit_oracles import e2m1_value, e4m3_value, e8m0_value
 from safetensors.torch import save_file
 from support.checkpoints import LAYOUTS, random_checkpoint
 
@@ -19,23 +20,11 @@ from ownpath.checkpoint.schema import (
     PLAIN_BF16,
     PLAIN_FP32,
 )
+from ownpath.oracle.stored import StoredWeights
 from ownpath.plan.opspec import model_ops
-from ownpath.verify.reference.stored import Stored
 
 CPU = torch.device("cpu")
 MODULE = "layers.0.attn.wq_a"
-E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
-
-
-def e4m3(byte: int) -> float:
-    sign, exponent, mantissa = (-1) ** (byte >> 7), (byte >> 3) & 15, byte & 7
-    if exponent == 15 and mantissa == 7:
-        return math.nan
-    return sign * (mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7))
-
-
-def e8m0(byte: int) -> float:
-    return math.nan if byte == 255 else 2.0 ** (byte - 127)
 
 
 def all_bytes(rows: int, columns: int) -> torch.Tensor:
@@ -43,9 +32,9 @@ def all_bytes(rows: int, columns: int) -> torch.Tensor:
     return (torch.arange(rows * columns) * 37 % 256).to(torch.uint8).view(rows, columns)
 
 
-def stored(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype = torch.float64) -> Stored:
+def stored(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype = torch.float64) -> StoredWeights:
     save_file(tensors, folder / "model.safetensors")
-    return Stored(CheckpointIndex.open(folder), CPU, dtype)
+    return StoredWeights(CheckpointIndex.open(folder), CPU, dtype)
 
 
 def expected_fp4(
@@ -53,7 +42,7 @@ def expected_fp4(
 ) -> torch.Tensor:
     rows = [
         [
-            E2M1[byte & 15 if column % 2 == 0 else byte >> 4] * scale_row[column // width] * global_scale
+            e2m1_value(byte & 15 if column % 2 == 0 else byte >> 4) * scale_row[column // width] * global_scale
             for column in range(2 * len(row))
             for byte in (row[column // 2],)
         ]
@@ -81,7 +70,7 @@ def test_modelopt_nvfp4(code_dtype: torch.dtype, tmp_path: Path) -> None:
             f"{MODULE}.input_scale": torch.tensor(0.5),
         },
     )
-    scales = [[e4m3(byte) for byte in row] for row in scale_bytes.tolist()]
+    scales = [[e4m3_value(byte) for byte in row] for row in scale_bytes.tolist()]
     assert equal(read.matrix(MODULE, MODELOPT_NVFP4), expected_fp4(packed, scales, 16, global_scale.item()))
     input_scale = read.input_scale(MODULE, MODELOPT_NVFP4)
     assert input_scale is not None
@@ -100,7 +89,7 @@ def test_compressed_tensors_divides(shape: tuple[int, ...], tmp_path: Path) -> N
             f"{MODULE}.input_global_scale": torch.full(shape, 256.0),
         },
     )
-    scales = [[e4m3(byte) for byte in row] for row in scale_bytes.tolist()]
+    scales = [[e4m3_value(byte) for byte in row] for row in scale_bytes.tolist()]
     multiplier = torch.tensor(1 / 21504).item()  # the nearest float32
     assert equal(read.matrix(MODULE, COMPRESSED_NVFP4), expected_fp4(packed, scales, 16, multiplier))
     input_scale = read.input_scale(MODULE, COMPRESSED_NVFP4)
@@ -118,7 +107,7 @@ def test_mxfp4(code_dtype: torch.dtype, tmp_path: Path) -> None:
             f"{MODULE}.scale": scale_bytes.view(torch.float8_e8m0fnu),
         },
     )
-    scales = [[e8m0(byte) for byte in row] for row in scale_bytes.tolist()]
+    scales = [[e8m0_value(byte) for byte in row] for row in scale_bytes.tolist()]
     assert equal(read.matrix(MODULE, NATIVE_MXFP4), expected_fp4(packed, scales, 32))
     assert read.input_scale(MODULE, NATIVE_MXFP4) is None
 
@@ -141,7 +130,7 @@ def test_fp8_blocks(shape: tuple[int, int], scale_dtype: torch.dtype, tmp_path: 
         {encoding.key(MODULE, "qdata"): codes.view(torch.float8_e4m3fn), encoding.key(MODULE, "scale"): as_stored},
     )
     rows = [
-        [e4m3(byte) * scale[n // 128, k // 128].item() for k, byte in enumerate(row)]
+        [e4m3_value(byte) * scale[n // 128, k // 128].item() for k, byte in enumerate(row)]
         for n, row in enumerate(codes.tolist())
     ]
     assert equal(read.matrix(MODULE, encoding), torch.tensor(rows, dtype=torch.float64))
@@ -166,7 +155,7 @@ def test_plain_matrices_and_params(tmp_path: Path) -> None:
 def test_float32_loses_the_global_scales_rounding_alone(tmp_path: Path) -> None:
     random_checkpoint(tmp_path, "full-nvfp4", seed=3)
     index = CheckpointIndex.open(tmp_path)
-    wide, narrow = Stored(index, CPU), Stored(index, CPU, torch.float32)
+    wide, narrow = StoredWeights(index, CPU), StoredWeights(index, CPU, torch.float32)
     codes = [read.scaled(MODULE, MODELOPT_NVFP4)[0].double() for read in (wide, narrow)]
     assert torch.equal(*codes)
     exact, rounded = (read.matrix(MODULE, MODELOPT_NVFP4).double() for read in (wide, narrow))
@@ -177,7 +166,7 @@ def test_float32_loses_the_global_scales_rounding_alone(tmp_path: Path) -> None:
 def test_every_module_of_a_checkpoint(layout: str, tmp_path: Path) -> None:
     """Every matrix of every layout equals the values that the checkpoint was made to hold, to one float32 rounding."""
     checkpoint = random_checkpoint(tmp_path, layout, seed=2)
-    read = Stored(CheckpointIndex.open(tmp_path), CPU)
+    read = StoredWeights(CheckpointIndex.open(tmp_path), CPU)
     num_seen = 0
     for op in model_ops(checkpoint.config):
         for module in op.modules:

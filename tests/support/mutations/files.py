@@ -64,6 +64,10 @@ def not_special(spec: dict[str, Any]) -> None:
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] != ASSISTANT]
 
 
+def generation(**fields: Any) -> Any:
+    return json_changed("generation_config.json", lambda config: config.update(fields))
+
+
 def without(field: str) -> Any:
     return json_changed("config.json", lambda config: config.pop(field))
 
@@ -72,6 +76,9 @@ MUTATIONS = {
     "truncated shard": Mutation("the last byte of a shard", "F01", "model-00001-of-{n}.safetensors", truncate),
     "lost shard": Mutation("a shard's file is not there", "F01", "model-00002-of-{n}.safetensors", lose_a_shard),
     "index names another shard": Mutation("one entry of the index", "F01", GLOBAL, index_another_shard),
+    "index that is a list": Mutation(
+        "the index", "F01", INDEX_NAME, lambda folder: (folder / INDEX_NAME).write_text("[]")
+    ),
     "matrix missing": Mutation(
         "an expert's w3.weight", "F02", f"{EXPERT}.w3.weight", tensors_changed(lambda t: t.pop(f"{EXPERT}.w3.weight"))
     ),
@@ -96,6 +103,7 @@ MUTATIONS = {
     "NaN among block scales": Mutation("one byte of weight_scale", "F07", SCALE, assigned(SCALE, a_nan)),
     "expert's scales lost": Mutation("all of weight_scale zero", "F07", SCALE, assigned(SCALE, torch.zeros_like)),
     "input scale zero": Mutation("input_scale", "F09", INPUT, assigned(INPUT, torch.zeros_like)),
+    "input scale NaN": Mutation("input_scale", "F09", INPUT, assigned(INPUT, lambda s: s * torch.nan)),
     "input scale by default": Mutation("input_scale is 1", "F09", INPUT, assigned(INPUT, torch.ones_like)),
     "tid2eid out of range": Mutation("a table of expert ids", "F10", TABLE, assigned(TABLE, lambda t: t + 8)),
     "tid2eid names one twice": Mutation("a row of the table", "F10", TABLE, assigned(TABLE, named_twice)),
@@ -123,6 +131,16 @@ MUTATIONS = {
     ),
     "end token of another model": Mutation(
         "config.json: eos_token_id", "F12", "eos_token_id", in_config(eos_token_id=2)
+    ),
+    "another end of generation": Mutation(
+        "generation_config.json", "F12", "eos_token_id", generation(eos_token_id=[5])
+    ),
+    "padding that is no token": Mutation("generation_config.json", "F12", "pad_token_id", generation(pad_token_id=-1)),
+    "another beginning": Mutation(
+        "tokenizer_config.json",
+        "F12",
+        "bos_token",
+        json_changed("tokenizer_config.json", lambda c: c.update(bos_token="<s>")),
     ),
     "marker not special": Mutation(
         "tokenizer.json: added_tokens", "F12", ASSISTANT, json_changed("tokenizer.json", not_special)

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
-from ownpath.model.attention import AttentionCore
-from ownpath.model.block import Block
-from ownpath.model.rope import Rope, Rotation
+from ownpath.attention.interface import AttentionLayer, Projected
+from ownpath.attention.reference import ReferenceAttention, ReferenceStep
+from ownpath.attention.rope import Rope, Rotation
+from ownpath.attention.select import EntrySelector
 from ownpath.runners import SwigluMlp
 from ownpath.verify.layer import LoadedLayer
-from support.layer_faults import FAULTS, with_attn, with_core
+from support.layer_faults import FAULTS, with_attn, with_core, with_step
 from support.mutations.mutation import LAYERS, LOAD_AND_KERNELS, Mutation, around, on_layer
 
 LAYER = "layers.1"
@@ -35,14 +36,6 @@ def changed(what: str, check: str, where: str, change: Change) -> Mutation:
 
 def with_block(loaded: LoadedLayer, **parts: Any) -> LoadedLayer:
     return replace(loaded, block=replace(loaded.block, **parts))
-
-
-def block_as(kind: type[Block]) -> Change:
-    return lambda loaded: replace(loaded, block=kind(**vars(loaded.block)))
-
-
-def core_as(kind: type[AttentionCore]) -> Change:
-    return lambda loaded: with_core(loaded, lambda core: kind(**vars(core)))
 
 
 def without_yarn(loaded: LoadedLayer) -> LoadedLayer:
@@ -87,21 +80,21 @@ class IndexRope(Rope):
 
 
 def pool_positions(loaded: LoadedLayer) -> LoadedLayer:
-    def change(core: AttentionCore) -> AttentionCore:
-        assert core.compressor is not None
-        return replace(core, compressor=replace(core.compressor, rope=IndexRope(core.compressor.rope.freqs_F)))
+    def change(layer: AttentionLayer) -> AttentionLayer:
+        assert layer.compressor is not None
+        return replace(layer, compressor=replace(layer.compressor, rope=IndexRope(layer.compressor.rope.freqs_F)))
 
     return with_core(loaded, change)
 
 
 def window_moved(by: int) -> Change:
-    return lambda loaded: with_core(loaded, lambda core: replace(core, sliding_window=core.sliding_window + by))
+    return lambda loaded: with_attn(loaded, backend=ReferenceAttention(loaded.plan.config.sliding_window + by))
 
 
 def softmax_scaled(loaded: LoadedLayer) -> LoadedLayer:
     """YaRN's mscale, 0.1 ln(factor) + 1, which V4 does not apply, in the softmax scale."""
     core: Any = loaded.block.attn.core
-    core.runner.softmax.softmax_scale *= 1.277
+    core.runner.layer.softmax.softmax_scale *= 1.277
     return loaded
 
 
@@ -160,6 +153,28 @@ def narrow_mix(loaded: LoadedLayer) -> LoadedLayer:
     return with_block(loaded, hc_attn=around(loaded.block.hc_attn, rounded))
 
 
+def comb_in_bfloat16(loaded: LoadedLayer) -> LoadedLayer:
+    def rounded(run: Any, *args: Any) -> Any:
+        out = run(*args)
+        return replace(out, mix=replace(out.mix, comb_TSS=out.mix.comb_TSS.bfloat16()))
+
+    return with_block(loaded, hc_attn=around(loaded.block.hc_attn, rounded))
+
+
+def comb_read_transposed(loaded: LoadedLayer) -> LoadedLayer:
+    def transposed(run: Any, x: Any, y: Any, mix: Any) -> Any:
+        return run(x, y, mix and replace(mix, comb_TSS=mix.comb_TSS.mT))
+
+    return with_block(loaded, hc_attn=around(loaded.block.hc_attn, transposed))
+
+
+def hidden_keys_seen(loaded: LoadedLayer) -> LoadedLayer:
+    softmax: Any = loaded.block.attn.core.runner.layer.softmax  # type: ignore[attr-defined]
+    kernel = softmax._kernel
+    softmax._kernel = lambda q, keys, visible, *rest: kernel(q, keys, torch.ones_like(visible), *rest)
+    return loaded
+
+
 def narrow_streams(loaded: LoadedLayer) -> LoadedLayer:
     def rounded(run: Any, *args: Any) -> Any:
         out = run(*args)
@@ -179,68 +194,56 @@ def wrong_eps(loaded: LoadedLayer) -> LoadedLayer:
 
 
 @dataclass(frozen=True)
-class Indexing:
-    """An indexer that selects as ``select`` says."""
+class Selector(EntrySelector):
+    """One that selects as ``chosen`` says."""
 
-    inner: Any
     chosen: Callable[..., torch.Tensor]
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
     def select(self, *args: torch.Tensor) -> torch.Tensor:
-        return self.chosen(self.inner, *args)
+        return self.chosen(EntrySelector(self.topk), *args)
 
 
 def selecting(chosen: Callable[..., torch.Tensor]) -> Change:
     def change(loaded: LoadedLayer) -> LoadedLayer:
-        indexer: Any = Indexing(loaded.block.attn.indexer, chosen)
-        return with_core(loaded, lambda core: replace(core, indexer=indexer))
+        selector = Selector(loaded.plan.config.index_topk, chosen)
+        return with_core(loaded, lambda layer: replace(layer, selector=selector))
 
     return change
 
 
-def one_too_few(indexer: Any, q: Any, weights: Any, keys: Any, visible: Any) -> torch.Tensor:
-    if len(keys) <= indexer.topk:
-        return visible  # type: ignore[no-any-return]
-    return replace(indexer, topk=indexer.topk - 1).select(q, weights, keys, visible)  # type: ignore[no-any-return]
+def one_too_few(right: EntrySelector, q: Any, weights: Any, keys: Any, visible: torch.Tensor) -> torch.Tensor:
+    if len(keys) <= right.topk:
+        return visible
+    return EntrySelector(right.topk - 1).select(q, weights, keys, visible)
 
 
 def without_relu(
-    indexer: Any, q: torch.Tensor, weights: torch.Tensor, keys: Any, visible: torch.Tensor
+    right: EntrySelector, q: torch.Tensor, weights: torch.Tensor, keys: Any, visible: torch.Tensor
 ) -> torch.Tensor:
-    if len(keys) <= indexer.topk:
+    if len(keys) <= right.topk:
         return visible
     scores = ((q @ keys.T) * weights[..., None]).sum(1).masked_fill(~visible, -torch.inf)
-    best = scores.sort(dim=-1, descending=True, stable=True).indices[:, : indexer.topk]
+    best = scores.sort(dim=-1, descending=True, stable=True).indices[:, : right.topk]
     return torch.zeros_like(visible).scatter_(-1, best, True) & visible
 
 
 def overlap_reversed(loaded: LoadedLayer) -> LoadedLayer:
     """The halves of each token's channels exchanged: this window's serve the next one's entry."""
-
-    def change(core: AttentionCore) -> AttentionCore:
-        compressor: Any = core.compressor
-        swapped = around(
-            compressor.wkv_wgate, lambda run, x: run(x).unflatten(-1, (4, -1))[..., [1, 0, 3, 2], :].flatten(-2)
-        )
-        return replace(core, compressor=replace(compressor, wkv_wgate=swapped, ape=compressor.ape))
-
-    changed_core = with_core(loaded, change)
-    core: Any = changed_core.block.attn.core
-    return with_attn(changed_core, compressor=core.runner.compressor)
+    swapped = around(
+        loaded.block.attn.compressor, lambda run, x: run(x).unflatten(-1, (4, -1))[..., [1, 0, 3, 2], :].flatten(-2)
+    )
+    return with_attn(loaded, compressor=swapped)
 
 
-@dataclass(frozen=True)
-class UnkeptCore(AttentionCore):
+class UnkeptStep(ReferenceStep):
     """A step of one token does not write its key: the ring keeps the one of a window ago."""
 
-    def _window(self, kv: torch.Tensor, positions: torch.Tensor, position: int, cache: Any) -> Any:
-        kept = cache.window.rows.clone()
-        found = super()._window(kv, positions, position, cache)
-        if len(kv) == 1:
-            cache.window.rows.copy_(kept)
-        return found
+    def write_rows(self, layer: AttentionLayer, rows: Projected) -> None:
+        window = self.tables.pool.layers[layer.layer_idx].window
+        before = window.clone()
+        super().write_rows(layer, rows)
+        if len(rows.kv_TH) == 1:
+            window.copy_(before)
 
 
 MUTATIONS = {
@@ -275,11 +278,16 @@ MUTATIONS = {
     "transposed Sinkhorn before the experts": known("transposed Sinkhorn before the experts", "comb", "K08", "hc_ffn"),
     "one round of Sinkhorn": changed("hc_sinkhorn_iters", "K08", f"{LAYER}.hc_ffn", one_sinkhorn_round),
     "mix rounded to BF16": changed("comb", "K08", f"{LAYER}.hc_attn", narrow_mix),
+    "mix in BF16": changed("comb's dtype", "K08", f"{LAYER}.hc_attn", comb_in_bfloat16),
+    "streams mixed the wrong way": changed(
+        "comb, as streams are written", "K08", f"{LAYER}.hc_attn", comb_read_transposed
+    ),
     "streams rounded to BF16": changed("the residual streams", "K08", f"{LAYER}.hc_ffn", narrow_streams),
     "key norm left out": changed("kv_norm", "V01", f"{LAYER}.attn.kv_norm", without("kv_norm")),
     "query head norm left out": changed("q_head_norm", "V01", f"{LAYER}.attn.q_head_norm", without("q_head_norm")),
     "another eps": changed("q_norm's, 1e-2 for 1e-6", "K01", f"{LAYER}.attn.q_norm", wrong_eps),
     "sink dropped": known("sink dropped", "the softmax's sum", "K09", "attn.core"),
+    "hidden keys seen": changed("the mask", "K09", f"{LAYER}.attn.core", hidden_keys_seen),
     "window one too long": changed("sliding_window", "K09", f"{LAYER}.attn.core", window_moved(1)),
     "window one too short": changed("sliding_window", "K09", f"{LAYER}.attn.core", window_moved(-1)),
     "incomplete windows seen": known("incomplete windows seen", "HCA's mask", "V01", "attn.core"),
@@ -290,7 +298,7 @@ MUTATIONS = {
         "halves of a compressor's rows", "K01", f"{LAYER}.attn.compressor.wkv_wgate", overlap_reversed
     ),
     "stale key row": known("a stale row in the window's cache", "the ring's newest row", "K09", "attn.core"),
-    "decoded keys not kept": changed("the ring, in steps of one token", "V05", LAYER, core_as(UnkeptCore)),
+    "decoded keys not kept": changed("the ring, in steps of one token", "V05", LAYER, with_step(UnkeptStep)),
     "unwritten cache rows take part": known("unwritten cache rows take part", "the window's buffer", "V08", ""),
     "sequences of a step mixed up": known("sequences of a step mixed up", "later sequences' queries", "V09", ""),
 }

@@ -2,11 +2,11 @@
 
 import torch
 
+from ownpath.assembly import LoadedPart
 from ownpath.kernels.fp8.layout import COLS, ROWS, pack_blocks, row_order, unpack_blocks
-from ownpath.verify.layer import LoadedPart
-from ownpath.verify.subject import Interference
 from ownpath.weights.load import LoadedWeights
 from ownpath.weights.operands import sentinel
+from support.mutations.interference import Interference
 from support.mutations.mutation import Mutation, on_part, on_slot, on_weights
 
 LAYER = "layers.1"
@@ -61,7 +61,7 @@ def blocks_exchanged(part: LoadedPart) -> None:
     """Two pieces of 128 bytes of an expert's packed codes change places, as another swizzle would put them."""
     runner = part.runners.get(EXPERTS)
     if runner is not None:
-        pieces = runner._operand[0].w13.codes.view(8, -1)[5].view(-1, 128)  # type: ignore[attr-defined]
+        pieces = runner.operand.w13.codes.view(8, -1)[5].view(-1, 128)  # type: ignore[attr-defined]
         pieces[:2] = pieces[:2].flip(0)
 
 
@@ -69,11 +69,23 @@ def dirty_padding(part: LoadedPart) -> None:
     """0x7F, E4M3's NaN, in the rows that only fill a tile up."""
     runner = part.runners.get(f"{LAYER}.attn.wqa_wkv")
     if runner is not None:
-        packed = runner.operand  # type: ignore[attr-defined]
+        packed = runner.operand.weight  # type: ignore[attr-defined]
         tiles, num_cols = len(packed.blocks), packed.blocks.shape[1] * COLS
         whole = unpack_blocks(packed.blocks, row_order(), tiles * ROWS, num_cols)
         is_outside = (torch.arange(ROWS) >= packed.rows[:, 1, None]).flatten()
         packed.blocks.copy_(pack_blocks(whole.masked_fill(is_outside[:, None], 0x7F), row_order()))
+
+
+def row_scaled(part: LoadedPart) -> None:
+    runner = part.runners.get(f"{LAYER}.attn.wq_b")
+    if runner is not None:
+        runner.operand.shards[0].global_scale[17] *= 1.001  # type: ignore[attr-defined]
+
+
+def norm_poisoned(part: LoadedPart) -> None:
+    norm = part.weights.params.get(f"{LAYER}.attn_norm.weight")
+    if norm is not None:
+        norm[9] = torch.nan
 
 
 def at_load(what: str, check: str, where: str, interference: Interference, **how: object) -> Mutation:
@@ -129,6 +141,10 @@ MUTATIONS = {
     ),
     "global scale applied twice": slot(
         "w1's", "L03", matrix(3, "w1", "weight_scale_2"), lambda g: g * g, f"{EXPERTS}.3.w1"
+    ),
+    "one row's factor": at_load("wq_b's in the kernel", "L03", f"{LAYER}.attn.wq_b", on_part(row_scaled)),
+    "NaN in a norm, behind the loader": at_load(
+        "one weight", "L02", f"{LAYER}.attn_norm.weight", on_part(norm_poisoned)
     ),
     "global scale left out": slot(
         "wq_b's", "L03", f"{LAYER}.attn.wq_b.weight_scale_2", torch.ones_like, f"{LAYER}.attn.wq_b"

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from ownpath.verify.layer import LoadedLayer, LoadedPart
-from ownpath.verify.subject import Interference
+from ownpath.assembly import LoadedPart
+from ownpath.verify.layer import LoadedLayer
 from ownpath.weights.load import LoadedWeights
 from support.broken import Tensors, change_tensors
+from support.mutations.interference import Interference
 
 OnDisk = Callable[[Path], object]
 LOAD_AND_KERNELS = ("load", "kernels")

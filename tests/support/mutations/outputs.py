@@ -6,13 +6,16 @@ from typing import Any
 
 import torch
 
+from ownpath.assembly import LoadedPart
 from ownpath.runners import PlainLinear
-from ownpath.verify.layer import LoadedLayer, LoadedPart
-from ownpath.verify.subject import Interference
+from ownpath.verify.layer import LoadedLayer
 from support.layer_faults import with_attn
+from support.mutations.interference import Interference
 from support.mutations.mutation import LOAD_AND_KERNELS, Mutation, around, on_layer, on_part
 
 LAYER = "layers.1"
+KERNELS = ("kernels",)
+"""For what the load stage would find too: what is told from an output alone."""
 
 
 def attn(name: str, call: Callable[..., Any]) -> Interference:
@@ -87,6 +90,58 @@ def sent_elsewhere(expert: int, other: int) -> Callable[..., Any]:
     return lambda run, x, ids, weights: run(x, torch.where(ids == expert, other, ids), weights)
 
 
+def last_row_lost(run: Any, x: torch.Tensor) -> torch.Tensor:
+    """Of 33 rows, one more than a tile has."""
+    y: torch.Tensor = run(x)
+    if len(x) != 33:
+        return y
+    found = torch.empty_like(y)
+    found[:-1] = y[:-1]
+    return found
+
+
+def row_behind_read(run: Any, x: torch.Tensor) -> torch.Tensor:
+    """Nothing times the row behind the input, where there is one."""
+    y: torch.Tensor = run(x)
+    if x.untyped_storage().nbytes() <= x.nbytes:
+        return y
+    behind = x.as_strided((len(x) + 1, x.shape[1]), x.stride(), x.storage_offset())
+    return y + 0 * behind[-1:].sum()
+
+
+def one_output_negated(run: Any, x: torch.Tensor) -> torch.Tensor:
+    y: torch.Tensor = run(x).clone()
+    y[..., -3] *= -1
+    return y
+
+
+def in_operand(change: Callable[[Any, Any], object]) -> Mutation:
+    """Done to what the experts' kernel holds, of w13 and of w2: codes, block scales, global scales."""
+
+    def changed(part: LoadedPart) -> None:
+        runner: Any = part.runners.get(f"{LAYER}.ffn.experts")
+        if runner is not None:
+            sides = (runner.operand.gate_up, runner.operand.down)
+            change(*((side.qdata, side.scale, side.global_scale) for side in sides))
+
+    return Mutation(
+        "expert 2 as the kernel holds it", "K01", f"{LAYER}.ffn.experts.2", None, on_part(changed), 1, KERNELS
+    )
+
+
+def halves_exchanged(w13: Any, _w2: Any) -> None:
+    for tensor in w13:
+        tensor[2] = torch.cat(tensor[2].chunk(2)[::-1])
+
+
+def scaled(matrix: str) -> Callable[[Any, Any], object]:
+    def change(w13: Any, w2: Any) -> None:
+        scale = w2[2][2:3] if matrix == "w2" else w13[2][2, int(matrix == "w3")].view(1)
+        scale *= 3.0
+
+    return change
+
+
 def swapped_after_planning(part: LoadedPart) -> None:
     """An unplanned dequantised product, which gives the right values."""
     slot = f"{LAYER}.attn.wq_b"
@@ -115,6 +170,13 @@ MUTATIONS = {
     "one row alone differs": at("wo_b, one row at a time", "K01", "attn.wo_b", attn("wo_b", row_by_row)),
     "stale input buffer": at("wq_b reads what came first", "K02", "attn.wq_b", on_layer(1, with_stale_input)),
     "output in BF16": at("wo_b", "K01", "attn.wo_b", attn("wo_b", lambda run, x: run(x).bfloat16().float())),
+    "last of 33 rows unwritten": at("wo_b", "K02", "attn.wo_b", attn("wo_b", last_row_lost)),
+    "row behind the input read": at("wo_b", "K02", "attn.wo_b", attn("wo_b", row_behind_read)),
+    "one output of a fused pair": at("wqa_wkv", "K01", "attn.wkv", attn("wqa_wkv", one_output_negated)),
+    "gate and up exchanged in the kernel": in_operand(halves_exchanged),
+    "w1 scaled in the kernel": in_operand(scaled("w1")),
+    "w3 scaled in the kernel": in_operand(scaled("w3")),
+    "w2 scaled in the kernel": in_operand(scaled("w2")),
     "groups exchanged": at("wo_a", "K01", "attn.wo_a", attn("wo_a", groups_exchanged)),
     "expert's output lost": at("expert 5", "K01", "ffn.experts.5", experts(unrouted(5))),
     "tokens sent to another expert": at("expert 4's go to 6", "K01", "ffn.experts.4", experts(sent_elsewhere(4, 6))),

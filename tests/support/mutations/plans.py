@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from ownpath.verify.layer import LoadedLayer, LoadedPart
+from ownpath.assembly import LoadedPart
+from ownpath.verify.layer import LoadedLayer
 from support.layer_faults import with_attn
 from support.mutations.mutation import LAYERS, LOAD_AND_KERNELS, Mutation, around, on_layer, on_part
 
@@ -20,10 +21,6 @@ def another_kernel(plan: dict[str, Any]) -> None:
 
 def slot_lost(plan: dict[str, Any]) -> None:
     plan["ops"] = [entry for entry in plan["ops"] if entry["slot"] != SLOT]
-
-
-def other_activations(plan: dict[str, Any]) -> None:
-    plan["activations"] = "bfloat16"
 
 
 def around_the_ledger(loaded: LoadedLayer) -> LoadedLayer:
@@ -47,7 +44,7 @@ def rounds_half_up(part: LoadedPart) -> None:
 
 
 def keys_as_they_are(loaded: LoadedLayer) -> LoadedLayer:
-    return with_attn(loaded, keep=around(loaded.block.attn.keep, lambda run, x: x))
+    return with_attn(loaded, quantize_kv=around(loaded.block.attn.quantize_kv, lambda run, x: x))
 
 
 def keys_too_coarse(loaded: LoadedLayer) -> LoadedLayer:
@@ -57,7 +54,7 @@ def keys_too_coarse(loaded: LoadedLayer) -> LoadedLayer:
         size = x.abs().amax(-1, keepdim=True) * 64
         return run((x + size) - size)  # type: ignore[no-any-return]
 
-    return with_attn(loaded, keep=around(loaded.block.attn.keep, coarse))
+    return with_attn(loaded, quantize_kv=around(loaded.block.attn.quantize_kv, coarse))
 
 
 MUTATIONS = {

@@ -9,10 +9,10 @@ from pathlib import Path
 from cpu.chat.small_tokenizer import NUM_TOKENS, tokenizer_spec
 
 from ownpath.config import EngineConfig
+from ownpath.finding import Finding, failed
 from ownpath.loading import default_model_dir
 from ownpath.official import OFFICIAL, PLAIN
 from ownpath.plan.show import plan_dict
-from ownpath.verify.finding import Finding, failed
 from ownpath.verify.run import STAGES, Job, Result, verify
 from ownpath.verify.subject import Selection
 from support.checkpoints import random_checkpoint
@@ -50,15 +50,16 @@ def verified(mutation: Mutation, models: dict[str, Path], scratch: Path) -> Resu
         mutation.on_disk(folder)
     layer_ids = None if mutation.layer_idx is None else frozenset({mutation.layer_idx})
     engine = EngineConfig(official=OFFICIAL if mutation.is_official else PLAIN)
-    job = Job(folder, engine, Selection(layer_ids), interference=mutation.interference)
+    job = Job(folder, engine, Selection(layer_ids))
     job.source = models["source"] if mutation.source else None
     if mutation.in_plan is not None:
         written = json.loads(json.dumps(plan_dict(job.subject.plan)))
         mutation.in_plan(written)
         job.written_plan = written
     if mutation.device != "CPU":
-        job.subject = replace(subject_on(folder, mutation.device, job.selection), interference=mutation.interference)
-    return verify(job, mutation.stages or STAGES)
+        job.subject = subject_on(folder, mutation.device, job.selection)
+    with mutation.interference.applied():
+        return verify(job, mutation.stages or STAGES)
 
 
 @dataclass(frozen=True)

@@ -14,22 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ownpath.conformance.bounds import Deviation, Exact, deviation, ratios, rounding
+from ownpath.conformance.exact import expert
+from ownpath.conformance.params import LOUD, ORDINARY
+from ownpath.finding import Finding
 from ownpath.official import Step
 from ownpath.ops import OpKind
 from ownpath.plan.plan import PlannedOp
-from ownpath.verify.finding import Finding
-from ownpath.verify.kernels.choices import row_counts, unread, variants_of
-from ownpath.verify.kernels.compare import Deviation, Exact, deviation, ratios
-from ownpath.verify.kernels.diagnose import diagnosis
-from ownpath.verify.kernels.expert_math import Matrices, expert, output_rounding, steps_of
+from ownpath.verify.kernels.diagnosis import explain
+from ownpath.verify.kernels.operands import matrices_of, steps_of
 from ownpath.verify.kernels.probe import Probe
 from ownpath.verify.kernels.products import ONE_FORM, REMEDY
-from ownpath.verify.kernels.report import Tally, error_of
+from ownpath.verify.kernels.row_counts import row_counts, unread, variants_of
+from ownpath.verify.kernels.tally import Tally
 
-ORDINARY = (1.0, 2.0**-10, 0.5, 1.0, 2.0**-4)
-"""Sizes of the rows that normed activations have, or less: few of their gates reach the clamp."""
-LOUD = (2.0**4, 2.0**6, 2.0**8, 2.0**10)
-"""Sizes of the rows that are to reach it."""
 NUM_ORDINARY = len(ORDINARY)
 PERIOD = NUM_ORDINARY + len(LOUD)
 MAX_DIAGNOSED = 4
@@ -47,7 +45,7 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Call:
+class RoutedCall:
     """One call: which drawn row each token is [T], which chosen expert by place [T, K], and weights [T, K]."""
 
     rows: Tensor
@@ -56,7 +54,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Experts:
+class RoutedExperts:
     """The routed experts of one layer."""
 
     probe: Probe
@@ -77,7 +75,7 @@ class Experts:
     def x(self) -> Tensor:
         """[R, D]: ordinary rows, then loud ones."""
         x = self.probe.normal(self.slot, PERIOD, self.probe.config.hidden_size)
-        return (x * torch.tensor((*ORDINARY, *LOUD), device=x.device)[:, None]).to(self.probe.dtype)
+        return self.probe.draw.sized(x, (*ORDINARY, *LOUD))
 
     def name(self, place: int) -> str:
         return f"{self.slot}.{int(self.ids[place])}"
@@ -91,17 +89,19 @@ class Experts:
         bound, loud = torch.empty_like(value), torch.empty_like(value[..., 0])
         for place in range(len(self.ids)):
             steps = steps_of(self.op, stored, self.name(place), config.swiglu_limit, self.probe.dtype)
-            matrices = Matrices.of(stored, self.op, self.name(place))
+            matrices = matrices_of(self.op, stored, self.name(place))
             exact = expert(self.x, matrices, steps)
-            value[:, place], bound[:, place] = exact.value, exact.bound + output_rounding(exact, self.probe.dtype)
+            # A kernel may round each expert's output before it sums them.
+            exact = exact.plus(rounding(self.probe.dtype) * exact.value.abs())
+            value[:, place], bound[:, place] = exact.value, exact.bound
             gate = steps.inputs(self.x) @ matrices.w1.T
             loud[:, place] = (gate > config.swiglu_limit).double().mean(-1)
         return Known(value, bound, loud)
 
-    def call(self, call: Call) -> Tensor:
+    def call(self, routing: RoutedCall) -> Tensor:
         """What the slot gives: [T, D]."""
-        ids_TK, weights_TK = self.ids[call.places].contiguous(), call.weights.contiguous()
-        y: Tensor = self.probe.slots[self.slot](self.x[call.rows], ids_TK, weights_TK)
+        ids_TK, weights_TK = self.ids[routing.places].contiguous(), routing.weights.contiguous()
+        y: Tensor = self.probe.slots[self.slot](self.x[routing.rows], ids_TK, weights_TK)
         return y
 
     def unread(self, num_tokens: int) -> tuple[Any, ...]:
@@ -111,41 +111,39 @@ class Experts:
         weights = unread(torch.float32, device, num_tokens, slots)
         return x, unread(torch.int64, device, num_tokens, slots), weights
 
-    def exact(self, call: Call) -> Exact:
+    def exact(self, routing: RoutedCall) -> Exact:
         """What it should give."""
         known = self.known
-        weights = call.weights.double()[..., None]
-        rows = call.rows[:, None]
-        value = (known.value[rows, call.places] * weights).sum(1)
-        return Exact(value, (known.bound[rows, call.places] * weights).sum(1))
+        weights = routing.weights.double()[..., None]
+        rows = routing.rows[:, None]
+        value = (known.value[rows, routing.places] * weights).sum(1)
+        return Exact(value, (known.bound[rows, routing.places] * weights).sum(1))
 
 
 def check_experts(probe: Probe) -> Iterator[Finding]:
     """K01, K04 and K06 of the routed experts."""
     for slot in probe.slots_of(OpKind.MOE):
-        experts = Experts(probe, slot)
+        experts = RoutedExperts(probe, slot)
         each = Tally("K01", slot, "experts against dequantise-then-matmul in float64", REMEDY)
         clamp = Tally("K06", slot, "experts beyond the clamp", CLAMP_REMEDY, "no gate of any expert came near it")
-        try:
+        with each.catching(slot, probe.kernels[slot]):
             wrong = _alone(experts, each, clamp)
             # What one wrong expert does to every mixture says nothing more.
             if not wrong:
                 _mixtures(experts, each)
-        except Exception as error:  # whatever a kernel can raise is what is looked for
-            each.fail(slot, probe.kernels[slot], error_of(error))
         yield from each.findings()
         yield from clamp.findings()
         if not each.failures:
             yield from _every_variant(experts)
 
 
-def _alone(experts: Experts, each: Tally, clamp: Tally) -> bool:
+def _alone(experts: RoutedExperts, each: Tally, clamp: Tally) -> bool:
     """Every chosen expert by itself with weight 1, all in one call; returns whether one is wrong."""
     kernel = experts.probe.kernels[experts.slot]
     num_rows, num_experts = len(experts.x), len(experts.ids)
     rows = torch.arange(num_rows, device=experts.x.device).repeat_interleave(num_experts)
     places = torch.arange(num_experts, device=experts.x.device).repeat(num_rows)
-    call = Call(rows, places[:, None], torch.ones(len(rows), 1, device=experts.x.device))
+    call = RoutedCall(rows, places[:, None], torch.ones(len(rows), 1, device=experts.x.device))
     found = experts.call(call)
     exact = experts.exact(call)
     if found.shape != exact.value.shape:
@@ -159,7 +157,7 @@ def _alone(experts: Experts, each: Tally, clamp: Tally) -> bool:
     return bool((worst > 1).any())
 
 
-def _add_alone(experts: Experts, tally: Tally, y: Tensor, worst: Tensor, rows: slice) -> None:
+def _add_alone(experts: RoutedExperts, tally: Tally, y: Tensor, worst: Tensor, rows: slice) -> None:
     """The experts' worst elements among some rows."""
     kernel, known = experts.probe.kernels[experts.slot], experts.known
     by_expert = worst[rows].amax(0).tolist()
@@ -171,11 +169,11 @@ def _add_alone(experts: Experts, tally: Tally, y: Tensor, worst: Tensor, rows: s
         found = deviation(y[rows, place], exact)
         what = "differs"
         if len(tally.failures) < MAX_DIAGNOSED:
-            what = diagnosis(experts.probe, experts.op, experts.name(place), experts.x, y[:, place])
+            what = explain(experts.probe, experts.op, experts.name(place), experts.x, y[:, place])
         tally.add(experts.name(place), kernel, found, f"{what}; {found}")
 
 
-def _mixtures(experts: Experts, tally: Tally) -> None:
+def _mixtures(experts: RoutedExperts, tally: Tally) -> None:
     """Numbers of tokens, with random choices, with all tokens at one expert, and with most experts left out."""
     kernel = experts.probe.kernels[experts.slot]
     for num_tokens in row_counts(experts.probe.is_cuda, experts.probe.config.hidden_size):
@@ -184,7 +182,7 @@ def _mixtures(experts: Experts, tally: Tally) -> None:
             tally.add(experts.slot, kernel, found, f"{num_tokens} tokens, {routing}: {found}")
 
 
-def routings(experts: Experts, num_tokens: int) -> dict[str, Call]:
+def routings(experts: RoutedExperts, num_tokens: int) -> dict[str, RoutedCall]:
     """Calls of so many tokens, ordinary rows alone."""
     num_experts, device = len(experts.ids), experts.x.device
     num_slots = min(experts.probe.config.num_experts_per_tok, num_experts)
@@ -193,23 +191,23 @@ def routings(experts: Experts, num_tokens: int) -> dict[str, Call]:
     order = torch.rand(num_tokens, num_experts, generator=generator).topk(num_slots).indices.to(device)
     weights = _weights(experts, torch.rand(num_tokens, num_slots, generator=generator).to(device))
     return {
-        "random experts": Call(rows, order, weights),
-        "all at one expert": Call(rows, torch.full_like(order[:, :1], num_experts - 1), weights[:, :1]),
-        "few of the experts": Call(rows, (order % max(1, num_experts // 4))[:, :1], weights[:, :1]),
+        "random experts": RoutedCall(rows, order, weights),
+        "all at one expert": RoutedCall(rows, torch.full_like(order[:, :1], num_experts - 1), weights[:, :1]),
+        "few of the experts": RoutedCall(rows, (order % max(1, num_experts // 4))[:, :1], weights[:, :1]),
     }
 
 
-def _weights(experts: Experts, drawn: Tensor) -> Tensor:
+def _weights(experts: RoutedExperts, drawn: Tensor) -> Tensor:
     """Ones where the weight comes before a quantiser: what a row becomes would depend on it."""
     return torch.ones_like(drawn) if Step.ROUTING_WEIGHT in experts.op.choice.kernel.official else drawn + 0.1
 
 
-def _every_variant(experts: Experts) -> Iterator[Finding]:
+def _every_variant(experts: RoutedExperts) -> Iterator[Finding]:
     """K04: both ends of what each variant of the kernel serves."""
     probe = experts.probe
     kernel = probe.kernels[experts.slot]
     tally = Tally("K04", experts.slot, "each variant that the experts' chooser can pick", REMEDY, ONE_FORM)
-    for variant, num_tokens in variants_of(kernel, probe.slots[experts.slot], experts.unread):
+    for variant, num_tokens in variants_of(probe.part.runners[experts.slot], experts.unread):
         call = routings(experts, num_tokens)["random experts"]
         found = deviation(experts.call(call), experts.exact(call))
         where = f"{experts.slot} at {num_tokens} tokens"

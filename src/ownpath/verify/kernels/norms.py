@@ -7,19 +7,16 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from ownpath.conformance.bounds import Exact, deviation
+from ownpath.conformance.exact import norm
+from ownpath.finding import Finding
 from ownpath.official import Step
 from ownpath.ops import OpKind
 from ownpath.plan.plan import PlannedCompanion
-from ownpath.verify.finding import Finding
-from ownpath.verify.kernels.compare import Exact, deviation
-from ownpath.verify.kernels.limits import EXP_STEPS, FLOAT32_ROUND, rounding, summing
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.report import Tally, error_of
+from ownpath.verify.kernels.tally import Tally
 
 ROWS, MANY_ROWS = (1, 2, 17, 33), (1, 2, 17, 33, 256, 257, 1024)
-ROUNDED_STEPS = 3
-"""Roundings to the activations' dtype in front of the last one, where every operation rounds: the square's, the mean's
-and the sum's move the root by half a unit each, the root is rounded itself, and half a unit is to spare."""
 REMEDY = "the norm's weight, rms_norm_eps, or the kernel: the mean is over the last dimension, in float32"
 
 
@@ -31,11 +28,9 @@ def check_norms(probe: Probe) -> Iterator[Finding]:
             continue
         slot, kernel = planned.spec.slot, probe.kernels[planned.spec.slot]
         for num_rows in MANY_ROWS if probe.is_cuda else ROWS:
-            try:
+            with tally.catching(slot, kernel, f"{num_rows} tokens: "):
                 x = _input(probe, planned, num_rows)
                 tally.add(slot, kernel, deviation(probe.slots[slot](x), _exact(probe, planned, x)))
-            except Exception as error:  # whatever a kernel can raise is what is looked for
-                tally.fail(slot, kernel, f"{num_rows} tokens: {error_of(error)}")
     if tally.count:
         yield from tally.findings()
 
@@ -44,19 +39,13 @@ def _input(probe: Probe, planned: PlannedCompanion, num_rows: int) -> Tensor:
     """[T, D], or heads [T, N, D]; the last row is zeros."""
     slot, (width,) = planned.spec.slot, planned.spec.dims
     num_heads = probe.config.num_attention_heads if planned.spec.step is Step.Q_HEAD_NORM else 1
-    x = probe.rows(slot, num_rows * num_heads, width)
+    x = probe.draw.rows(slot, num_rows * num_heads, width)
     x[-1] = 0
     return x if num_heads == 1 else x.view(num_rows, num_heads, width)
 
 
 def _exact(probe: Probe, planned: PlannedCompanion, x: Tensor) -> Exact:
-    """The root of a float32 mean of squares is off by half of what their sum is."""
-    x = x.double()
-    value = x / x.square().mean(-1, keepdim=True).add(probe.config.rms_norm_eps).sqrt()
-    relative = summing(x.shape[-1]) / 2 + EXP_STEPS * FLOAT32_ROUND
-    if planned.spec.step is Step.Q_HEAD_NORM:
-        if planned.spec.step in planned.choice.kernel.official:
-            relative += ROUNDED_STEPS * rounding(probe.dtype)
-    else:
-        value = value * probe.stored.param(f"{planned.spec.slot}.weight")
-    return Exact(value, relative * value.abs())
+    step, eps = planned.spec.step, probe.config.rms_norm_eps
+    if step is Step.Q_HEAD_NORM:
+        return norm(x, eps, is_stepwise=step in planned.choice.kernel.official)
+    return norm(x, eps, probe.stored.param(f"{planned.spec.slot}.weight"))

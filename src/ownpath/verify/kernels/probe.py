@@ -1,6 +1,5 @@
 """One loaded layer as it is looked at: its planned slots as serving calls them, the stored weights, drawn inputs."""
 
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
@@ -9,18 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ownpath.assembly import LoadedPart
 from ownpath.config import ModelConfig
+from ownpath.conformance.params import Draw
 from ownpath.ops import OpKind
+from ownpath.oracle.stored import StoredWeights
 from ownpath.plan.plan import PlannedOp
-from ownpath.runners.ledger import Watched
-from ownpath.verify.layer import LoadedLayer, LoadedPart
-from ownpath.verify.reference.stored import Stored
+from ownpath.trace.observers import Watched
+from ownpath.verify.layer import LoadedLayer
 from ownpath.verify.subject import Subject
-
-AMPLITUDES = (1.0, 2.0**-10, 1.0, 2.0**8)
-"""Of the rows of an input, in turn; normed activations have 1."""
-OUTLIER = 2.0**6
-"""One channel in a hundred of every third row is larger by this, as in real activations."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +25,7 @@ class Probe:
 
     subject: Subject
     part: LoadedPart
-    stored: Stored
+    stored: StoredWeights
     name: str
     layer: LoadedLayer | None = None
 
@@ -53,8 +49,8 @@ class Probe:
     def slots(self) -> dict[str, Callable[..., Any]]:
         """Every planned slot's callable, the one that the layer itself calls."""
         found: dict[str, Callable[..., Any]] = dict(self.part.runners)
-        whole = self.part.builder._boundary("hc_head", "norm") if self.layer is None else self.layer.block
-        return found | {call.slot: call.runner for call in watched_in(whole)}
+        wholes = self.part.builder.ends() if self.layer is None else (self.layer.block,)
+        return found | {call.slot: call.runner for whole in wholes for call in watched_in(whole)}
 
     @cached_property
     def ops(self) -> dict[str, tuple[PlannedOp, ...]]:
@@ -71,17 +67,14 @@ class Probe:
         seen = dict.fromkeys(op.spec.slot for op in self.part.plan.decided if op.spec.kind in kinds)
         return iter(seen)
 
-    def normal(self, seed: str, *shape: int) -> Tensor:
-        """Standard normal float32 values, the same for the same words on the same kind of device."""
-        generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.name} {seed}".encode()))
-        return torch.randn(*shape, generator=generator, device=self.device)
+    @property
+    def draw(self) -> Draw:
+        """Random values that depend on the layer's name and on words."""
+        return Draw(self.name, self.device, self.dtype)
 
-    def rows(self, seed: str, num_rows: int, width: int) -> Tensor:
-        """Activations of ordinary and of extreme size, in the engine's dtype: [num_rows, width]."""
-        x = self.normal(seed, num_rows, width)
-        sizes = torch.tensor(AMPLITUDES, device=self.device).repeat(-(-num_rows // len(AMPLITUDES)))[:num_rows]
-        x[::3, :: max(1, width // 100)] *= OUTLIER
-        return (x * sizes[:, None]).to(self.dtype)
+    def normal(self, seed: str, *shape: int) -> Tensor:
+        """As ``Draw.normal``."""
+        return self.draw.normal(seed, *shape)
 
 
 def watched_in(part: object) -> Iterator[Watched]:

@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ownpath.conformance.bounds import Deviation, Exact, repeated_deviation
+from ownpath.conformance.exact import beside, grouped, independent, product, rotate_back
+from ownpath.finding import Finding
 from ownpath.ops import OpKind
 from ownpath.plan.plan import PlannedOp
-from ownpath.verify.finding import Finding
-from ownpath.verify.kernels.choices import row_counts, unread, variants_of
-from ownpath.verify.kernels.compare import Deviation, Exact, repeated_deviation
-from ownpath.verify.kernels.exact import Inputs, independent, inputs_of, loss_at_load, product, weight_of
-from ownpath.verify.kernels.limits import rounding
+from ownpath.verify.kernels.operands import InputReading, inputs_of, loss_at_load, weight_of
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.report import Tally, error_of
-from ownpath.verify.kernels.turning import turned
+from ownpath.verify.kernels.row_counts import row_counts, unread, variants_of
+from ownpath.verify.kernels.tally import Tally
 
 PERIOD = 1009
 """Rows that are drawn; a longer input repeats them. A prime, so that a tile never meets its own rows again."""
@@ -33,7 +32,7 @@ ONE_FORM = "no planned kernel here has more than one"
 
 
 @dataclass(frozen=True)
-class Dense:
+class DenseSlot:
     """One slot's product with its inputs and exact results."""
 
     probe: Probe
@@ -58,9 +57,9 @@ class Dense:
         num_rows = min(PERIOD, max(self.row_counts))
         config = self.probe.config
         if not self.is_grouped:
-            return self.probe.rows(self.slot, num_rows, self.ops[0].spec.shape[1])
+            return self.probe.draw.rows(self.slot, num_rows, self.ops[0].spec.shape[1])
         width = config.num_attention_heads * config.head_dim
-        heads: Tensor = self.probe.rows(self.slot, num_rows, width).unflatten(1, (-1, config.head_dim))
+        heads: Tensor = self.probe.draw.rows(self.slot, num_rows, width).unflatten(1, (-1, config.head_dim))
         return heads
 
     @cached_property
@@ -96,7 +95,7 @@ class Dense:
         """From how many rows a call has -> its exact result, for every way in which the kernels read their inputs."""
         parts = [tuple(_exact_parts(self, op)) for op in self.ops]
         starts = sorted({inputs.from_rows for part in parts for inputs, _ in part})
-        return {start: _beside([_latest(part, start) for part in parts]) for start in starts}
+        return {start: beside([_latest(part, start) for part in parts]) for start in starts}
 
     def place(self, found: Deviation) -> tuple[str, str]:
         """(where, message) of a wrong result: the module, if all wrong outputs are one module's."""
@@ -114,46 +113,22 @@ class Dense:
         return name, f"{len(rows)} of {size} outputs are wrong, the first is {rows[0]}: {found}"
 
 
-def _exact_parts(dense: Dense, op: PlannedOp) -> Iterator[tuple[Inputs, Exact]]:
+def _exact_parts(dense: DenseSlot, op: PlannedOp) -> Iterator[tuple[InputReading, Exact]]:
     """One op's exact results, a pair for each way in which its kernel reads its inputs."""
     weight, probe = weight_of(op, dense.probe.stored), dense.probe
     lost = loss_at_load(op, weight, probe.dtype)
     if dense.is_grouped:
-        yield Inputs(), _grouped(dense, weight, lost)
+        yield InputReading(), grouped(*rotate_back(dense.x, dense.angles), probe.config.o_groups, weight, lost)
         return
     kinds = inputs_of(op, probe.stored)
     for inputs, after in zip(kinds, (*kinds[1:], None), strict=True):
         most = len(dense.x) if after is None else after.from_rows - 1
         x_MK = inputs.quantize(dense.x[:most])
         exact = product(x_MK, weight, inputs.slack)
-        yield inputs, exact if lost is None else _plus(exact, independent(x_MK, lost))
+        yield inputs, exact if lost is None else exact.plus(independent(x_MK, lost))
 
 
-def _grouped(dense: Dense, weight: Tensor, lost: Tensor | None) -> Exact:
-    """Heads turned back and rounded, then a product for each group: [M, G * R]."""
-    cos, sin = dense.angles
-    u_TNH = turned(dense.x.double(), cos.double(), -sin.double())
-    groups = dense.probe.config.o_groups
-    u_TGK = u_TNH.flatten(1).unflatten(1, (groups, -1))
-    found = []
-    for group, weight_RK in enumerate(weight.unflatten(0, (groups, -1))):
-        u_TK = u_TGK[:, group]
-        exact = _plus(product(u_TK, weight_RK), independent(u_TK * rounding(dense.probe.dtype), weight_RK))
-        if lost is not None:
-            exact = _plus(exact, independent(u_TK, lost.unflatten(0, (groups, -1))[group]))
-        found.append(exact)
-    return _beside(found)
-
-
-def _plus(exact: Exact, more: Tensor) -> Exact:
-    return Exact(exact.value, exact.bound + more)
-
-
-def _beside(parts: list[Exact]) -> Exact:
-    return Exact(torch.cat([part.value for part in parts], 1), torch.cat([part.bound for part in parts], 1))
-
-
-def _latest(parts: tuple[tuple[Inputs, Exact], ...], start: int) -> Exact:
+def _latest(parts: tuple[tuple[InputReading, Exact], ...], start: int) -> Exact:
     return [exact for inputs, exact in parts if inputs.from_rows <= start][-1]
 
 
@@ -162,19 +137,17 @@ def check_products(probe: Probe) -> Iterator[Finding]:
     each = Tally("K01", probe.name, "products against dequantise-then-matmul in float64", REMEDY)
     every = Tally("K04", probe.name, "each variant that a kernel's chooser can pick", REMEDY, ONE_FORM)
     for slot in probe.slots_of(OpKind.LINEAR, OpKind.GROUPED):
-        dense = Dense(probe, slot)
-        try:
+        dense = DenseSlot(probe, slot)
+        with each.catching(slot, probe.kernels[slot]):
             for num_rows in dense.row_counts:
                 _add(each, dense, num_rows, probe.kernels[slot])
-            for variant, num_rows in variants_of(probe.kernels[slot], probe.slots[slot], dense.unread):
+            for variant, num_rows in variants_of(probe.part.runners[slot], dense.unread):
                 _add(every, dense, num_rows, f"{probe.kernels[slot]} {variant}")
-        except Exception as error:  # whatever a kernel can raise is what is looked for
-            each.fail(slot, probe.kernels[slot], error_of(error))
     yield from each.findings()
     yield from every.findings()
 
 
-def _add(tally: Tally, dense: Dense, num_rows: int, kernel: str) -> None:
+def _add(tally: Tally, dense: DenseSlot, num_rows: int, kernel: str) -> None:
     found = dense.compare(num_rows)
     where, message = dense.place(found) if not found.is_allowed else (dense.slot, "")
     tally.add(where, kernel, found, message and f"{num_rows} rows: {message}")

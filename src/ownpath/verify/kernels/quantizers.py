@@ -12,17 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ownpath.conformance.bounds import rounding, summing
+from ownpath.finding import Finding
+from ownpath.kernels.spec import InputRounding
 from ownpath.ops import OpKind
-from ownpath.runners import Fp8Linear
-from ownpath.runners.official import QuantizedInput
-from ownpath.verify.finding import Finding
-from ownpath.verify.kernels.choices import runners_behind
-from ownpath.verify.kernels.codes import E2M1, E4M3, FP8_FLOOR, nearest
-from ownpath.verify.kernels.exact import largest_input_scale
-from ownpath.verify.kernels.limits import rounding, summing
+from ownpath.oracle.formats import (
+    E2M1,
+    E4M3,
+    decode,
+    e4m3_of,
+    fp4_scaled_by,
+    fp8,
+    hadamard_matrix,
+    nvfp4_without_global,
+)
+from ownpath.verify.kernels.operands import largest_input_scale
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.report import Tally, error_of
-from ownpath.verify.reference.rounding import hadamard_matrix, power_of_two_scale
+from ownpath.verify.kernels.tally import Tally, error_of
 
 REMEDY = "the quantiser does not round to nearest, ties to even, or takes its scale otherwise: docs/numerics.md"
 KEY_BLOCK, INDEX_BLOCK, INPUT_BLOCK, NVFP4_BLOCK = 64, 32, 128, 16
@@ -109,7 +115,7 @@ def quantisers(probe: Probe) -> Iterator[Quantiser]:
     config = probe.config
     for slot in probe.slots_of(OpKind.KEY_QUANTIZER):
         rotary = config.qk_rope_head_dim
-        yield Quantiser(slot, config.head_dim - rotary, KEY_BLOCK, E4M3, _keys(probe, slot), _exactly(KEY_BLOCK))
+        yield Quantiser(slot, config.head_dim - rotary, KEY_BLOCK, E4M3, _keys(probe, slot), _exactly(fp8, KEY_BLOCK))
     for slot in probe.slots_of(OpKind.INDEX_QUANTIZER):
         yield Quantiser(slot, config.index_head_dim, INDEX_BLOCK, E2M1, probe.slots[slot], _index)
 
@@ -129,68 +135,51 @@ def _keys(probe: Probe, slot: str) -> Callable[[Tensor], Tensor]:
 
 def _inputs(probe: Probe, slot: str) -> Iterator[Quantiser]:
     """Of a linear: in front of it, or the one that it launches itself for many rows."""
-    runner: Any = probe.slots[slot]
     op = probe.ops[slot][0]
     width = op.spec.shape[1]
-    if isinstance(runner, QuantizedInput) and op.choice.kernel.runner == "QuantizedNvfp4Linear":
-        scale = largest_input_scale(op, [module.name for module in op.spec.modules], probe.stored)
-        yield Quantiser(slot, width, NVFP4_BLOCK, E2M1, runner._quantize, _nvfp4(scale))
-    elif isinstance(runner, QuantizedInput):
-        yield Quantiser(slot, width, INPUT_BLOCK, E4M3, runner._quantize, _exactly(INPUT_BLOCK))
-    for part in runners_behind(runner):
-        if isinstance(part, Fp8Linear) and getattr(part._kernel, "prefill_from", None) is not None:
-            powers = part.operand.power_of_two
-            yield Quantiser(slot, width, INPUT_BLOCK, E4M3, _launched(part), _exactly(INPUT_BLOCK, powers))
+    leaf: Any
+    for leaf in probe.part.runners[slot].leaves:
+        rounding, in_front = leaf.spec.rounding, bool(leaf.spec.official)
+        if in_front and rounding is InputRounding.NVFP4:
+            scale = largest_input_scale(op, [module.name for module in op.spec.modules], probe.stored)
+            yield Quantiser(slot, width, NVFP4_BLOCK, E2M1, leaf.quantize_input, _exactly(nvfp4_without_global, scale))
+        elif in_front:
+            yield Quantiser(slot, width, INPUT_BLOCK, E4M3, leaf.quantize_input, _exactly(fp8, INPUT_BLOCK))
+        elif rounding is InputRounding.E4M3:
+            powers = leaf.operand.weight.power_of_two
+            run = _launched(leaf.operand.weight)
+            yield Quantiser(slot, width, INPUT_BLOCK, E4M3, run, _exactly(fp8, INPUT_BLOCK, powers))
 
 
-def _launched(linear: Any) -> Callable[[Tensor], Tensor]:
+def _launched(weight: Any) -> Callable[[Tensor], Tensor]:
     """What the Hopper quantiser writes for the product that follows it, read back."""
     from ownpath.kernels.fp8.config import QuantizeConfig
     from ownpath.kernels.fp8.launch import quantize_launch, workspace_bytes
     from ownpath.kernels.fp8.layout import ACT_BLOCK_BYTES, BLOCK_BYTES, unpack_blocks
 
     def run(x: Tensor) -> Tensor:
-        num_blocks = linear.operand.num_k_blocks
+        num_blocks = weight.num_k_blocks
         num_bytes = workspace_bytes(len(x), num_blocks)
         workspace = torch.full((num_bytes,), 255, dtype=torch.uint8, device=x.device)
-        quantize_launch(QuantizeConfig(linear.operand.power_of_two), x, workspace, num_blocks)
+        quantize_launch(QuantizeConfig(weight.power_of_two), x, workspace, num_blocks)
         blocks = workspace.view(-1, num_blocks, ACT_BLOCK_BYTES)
         stored = blocks[..., :BLOCK_BYTES].contiguous()
         codes = unpack_blocks(stored, torch.arange(64), len(x), num_blocks * INPUT_BLOCK).view(torch.uint8)
         scale = blocks[..., BLOCK_BYTES:].contiguous().view(torch.float32).transpose(1, 2).flatten(0, 1)[: len(x)]
-        table = torch.tensor([*E4M3, torch.nan], dtype=torch.float64, device=x.device)
-        size, is_negative = table[(codes & 0x7F).long()], codes >= 0x80
-        value = torch.where(is_negative, -size, size).unflatten(1, (num_blocks, INPUT_BLOCK))
+        value = decode(codes, e4m3_of).unflatten(1, (num_blocks, INPUT_BLOCK))
         read: Tensor = (value * scale.double()[..., None]).flatten(1)[:, : x.shape[1]]
         return read
 
     return run
 
 
-def _exactly(block: int, powers: bool = True) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """E4M3, with a power-of-two scale or with a 448th of the largest magnitude, in float32."""
+Expected = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""What is read back must lie between these two."""
 
+
+def _exactly(quantize: Callable[..., Tensor], *how: object) -> Expected:
     def expected(x: Tensor) -> tuple[Tensor, Tensor]:
-        blocks: Tensor = F.pad(x.float(), (0, -x.shape[1] % block)).unflatten(1, (-1, block))
-        amax = blocks.abs().amax(-1, keepdim=True).clamp(min=FP8_FLOOR)
-        scale = power_of_two_scale(amax, E4M3[-1]) if powers else (amax / torch.full_like(amax, E4M3[-1])).double()
-        codes = blocks.double() / scale if powers else blocks / scale.float()
-        value = (nearest(codes, E4M3) * scale).flatten(1)[:, : x.shape[1]]
-        return value, value
-
-    return expected
-
-
-def _nvfp4(input_scale: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """E2M1 times an E4M3 scale, without the global one; every division in float32."""
-
-    def expected(x: Tensor) -> tuple[Tensor, Tensor]:
-        blocks = x.float().unflatten(1, (-1, NVFP4_BLOCK))
-        amax = blocks.abs().amax(-1, keepdim=True)
-        scale = nearest(amax / torch.full_like(amax, E2M1[-1]) / input_scale, E4M3)
-        unit = scale.float() * input_scale
-        codes = nearest(torch.where(unit == 0, torch.zeros_like(blocks), blocks / unit), E2M1)
-        value = (codes * scale).flatten(1)
+        value = quantize(x, *how)
         return value, value
 
     return expected
@@ -201,12 +190,5 @@ def _index(x: Tensor) -> tuple[Tensor, Tensor]:
     matrix = hadamard_matrix(x.shape[1]).to(x.device)
     turned = x.double() @ matrix
     slack = summing(x.shape[1]) * (x.double().abs() @ matrix.abs()) + rounding(x.dtype) * turned.abs()
-    found = [_fp4_of(turned + sign * slack, turned) for sign in (-1.0, 0.0, 1.0)]
+    found = [fp4_scaled_by(turned + sign * slack, turned, INDEX_BLOCK) for sign in (-1.0, 0.0, 1.0)]
     return torch.stack(found).amin(0), torch.stack(found).amax(0)
-
-
-def _fp4_of(x: Tensor, scaled_by: Tensor) -> Tensor:
-    blocks = x.unflatten(1, (-1, INDEX_BLOCK))
-    amax = scaled_by.unflatten(1, (-1, INDEX_BLOCK)).abs().amax(-1, keepdim=True).clamp(min=6 * 2.0**-126)
-    scale = power_of_two_scale(amax, E2M1[-1])
-    return (nearest(blocks / scale, E2M1) * scale).flatten(1)

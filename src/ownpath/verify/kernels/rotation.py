@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ownpath.model.rope import Rope
-from ownpath.verify.finding import Finding
-from ownpath.verify.kernels.compare import Deviation, Exact, deviation, worse
-from ownpath.verify.kernels.exact import loss_at_load
-from ownpath.verify.kernels.limits import ANGLE_STEPS, FLOAT32_ROUND, SPREAD, rounding, summing
+from ownpath.attention.rope import Rope
+from ownpath.conformance.bounds import ANGLE_STEPS, FLOAT32_ROUND, Deviation, deviation, rounding, worse
+from ownpath.conformance.exact import grouped, rotation
+from ownpath.conformance.params import POSITIONS
+from ownpath.finding import Finding
+from ownpath.oracle.formulas import frequencies
+from ownpath.verify.kernels.operands import loss_at_load
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.report import Tally, error_of
-from ownpath.verify.kernels.turning import frequencies, turned
+from ownpath.verify.kernels.tally import Tally
 
-POSITIONS = (0, 1, 4096, 131072, 1_000_000)
 KERNEL = "torch"
 REMEDY = "theta and YaRN belong to the layer's kind: rope_theta where nothing is compressed, else compress_rope_theta"
 
@@ -31,15 +31,11 @@ def check_rotation(probe: Probe) -> Iterator[Finding]:
     ratio = tuple(probe.config.backbone_layers())[probe.layer.layer_idx].ratio
     attn = f"{probe.name}.attn"
     for where, rope, compressing in _tables(probe, attn, compressing=bool(ratio)):
-        try:
+        with tally.catching(where, KERNEL):
             tally.add(where, KERNEL, _turns(probe, rope, compressing))
-        except Exception as error:  # whatever a kernel can raise is what is looked for
-            tally.fail(where, KERNEL, error_of(error))
     slot = f"{attn}.wo_a"
-    try:
+    with tally.catching(slot, probe.kernels[slot]):
         tally.add(slot, probe.kernels[slot], _undone(probe, slot))
-    except Exception as error:  # whatever a kernel can raise is what is looked for
-        tally.fail(slot, probe.kernels[slot], error_of(error))
     yield from tally.findings()
 
 
@@ -47,11 +43,11 @@ def _tables(probe: Probe, attn: str, *, compressing: bool) -> Iterator[tuple[str
     """(name, table, whether it is that of compressing layers)."""
     assert probe.layer is not None
     yield f"{attn} rotation", probe.layer.rope, compressing
-    core: Any = probe.slots[f"{attn}.core"]  # entries are turned in there
-    if core.compressor is not None:
-        yield f"{attn}.compressor rotation", core.compressor.rope, True
-    if core.indexer is not None:
-        yield f"{attn}.indexer.compressor rotation", core.indexer.compressor.rope, True
+    core: Any = probe.slots[f"{attn}.core"]  # entries are rotated in there
+    if core.layer.compressor is not None:
+        yield f"{attn}.compressor rotation", core.layer.compressor.rope, True
+    if core.layer.index_compressor is not None:
+        yield f"{attn}.indexer.compressor rotation", core.layer.index_compressor.rope, True
 
 
 def positions(probe: Probe) -> Tensor:
@@ -62,24 +58,12 @@ def positions(probe: Probe) -> Tensor:
 def _turns(probe: Probe, rope: Rope, compressing: bool) -> Deviation:
     """Forth and back at every position, each held against angles in float64."""
     at_P = positions(probe)
-    angles_PF = at_P[:, None].double() * frequencies(probe.config, compressing=compressing)
-    angles_PF = angles_PF.to(probe.device)
+    freqs_F = frequencies(probe.config, int(compressing), torch.float64)
+    angles_PF = (at_P[:, None].double() * freqs_F).to(probe.device)
     x = probe.normal("rotation", len(at_P), 3, probe.config.head_dim).to(probe.dtype)
-    rotation = rope.at(at_P.to(probe.device))
-    forth = deviation(rotation.apply(x), _turned(x, angles_PF))
-    return worse(forth, deviation(rotation.invert(x), _turned(x, -angles_PF)))
-
-
-def _turned(x: Tensor, angles_PF: Tensor) -> Exact:
-    """x turned, and what its angle's error moves: that times the length of the pair."""
-    wide, num_rotary = x.double(), 2 * angles_PF.shape[1]
-    value = turned(wide, angles_PF.cos(), angles_PF.sin())
-    pair = wide[..., -num_rotary:].unflatten(-1, (-1, 2)).norm(dim=-1)
-    error_PF = ANGLE_STEPS * FLOAT32_ROUND * (angles_PF.abs() + 1)
-    moved = (pair * error_PF[:, None]).repeat_interleave(2, -1)
-    bound = torch.zeros_like(value)
-    bound[..., -num_rotary:] = moved + rounding(x.dtype) * pair.repeat_interleave(2, -1)
-    return Exact(value, bound)
+    rotated = rope.at(at_P.to(probe.device))
+    forth = deviation(rotated.apply(x), rotation(x, angles_PF))
+    return worse(forth, deviation(rotated.invert(x), rotation(x, -angles_PF)))
 
 
 def _undone(probe: Probe, slot: str) -> Deviation:
@@ -92,21 +76,12 @@ def _undone(probe: Probe, slot: str) -> Deviation:
     at_P = positions(probe).to(probe.device)
     shape = (len(at_P), config.num_attention_heads, config.head_dim)
     u_PNH = probe.normal("undone", *shape).to(probe.dtype)
-    rotation = probe.layer.rope.at(at_P)
-    found: Tensor = probe.slots[slot](rotation.apply(u_PNH), rotation.angles)
+    rotated = probe.layer.rope.at(at_P)
+    found: Tensor = probe.slots[slot](rotated.apply(u_PNH), rotated.angles)
     (op,) = probe.ops[slot]
     matrix = probe.stored.matrix(op.spec.modules[0].name, op.encoding)
-    weight = matrix.unflatten(0, (config.o_groups, -1))
-    u_PGI = u_PNH.double().flatten(1).unflatten(1, (config.o_groups, -1))
-    value = torch.einsum("pgi,gri->pgr", u_PGI, weight)
+    lost = loss_at_load(op, matrix, probe.dtype)
     # Twice rounded, by a dtype and by cosines and sines; each channel by no more than its pair is long.
     pairs = u_PNH.double().unflatten(-1, (-1, 2)).norm(dim=-1).repeat_interleave(2, -1)
-    error = pairs * (2 * rounding(probe.dtype) + ANGLE_STEPS * FLOAT32_ROUND)
-    spread = error.flatten(1).unflatten(1, (config.o_groups, -1)).square()
-    bound = SPREAD * torch.einsum("pgi,gri->pgr", spread, weight.square()).sqrt()
-    sums = summing(u_PGI.shape[-1]) * torch.einsum("pgi,gri->pgr", u_PGI.abs(), weight.abs())
-    lost = loss_at_load(op, matrix, probe.dtype)
-    if lost is not None:
-        lost = lost.unflatten(0, (config.o_groups, -1)).square()
-        bound = bound + SPREAD * torch.einsum("pgi,gri->pgr", u_PGI.square(), lost).sqrt()
-    return deviation(found, Exact(value, bound + sums))
+    error_PNH = pairs * (2 * rounding(probe.dtype) + ANGLE_STEPS * FLOAT32_ROUND)
+    return deviation(found.flatten(1), grouped(u_PNH.double(), error_PNH, config.o_groups, matrix, lost))

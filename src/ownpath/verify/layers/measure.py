@@ -1,4 +1,4 @@
-"""How far a value of the engine is from the reference's, in numbers that a report can plot."""
+"""The distance of a value of the engine from the reference's, in numbers that a report can plot."""
 
 from dataclasses import dataclass
 
@@ -8,6 +8,8 @@ ROW_FACTOR = 8.0
 """A row may be so many times further away than the rows together: the budget is of the root mean square over all rows,
 of which the largest among some thousand is 4 to 5 times as far if each row's error is Gaussian, and errors of rows
 grow with the rows. Without it, one wrong row among a thousand would drown."""
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""A value [T, ...] of the engine and of the reference."""
 
 
 @dataclass(frozen=True)
@@ -35,22 +37,30 @@ class Measurement:
     dtype_in: str = ""
     dtype_out: str = ""
 
+    @classmethod
+    def of(
+        cls, layer_idx: int, slot: str, pair: Pair, budget: float, kernel: str = "", dtypes: tuple[str, str] = ("", "")
+    ) -> "Measurement":
+        """Of the engine's value and the reference's. dtypes: of the slot's input and output."""
+        numbers = vars(distance(*pair))
+        return cls(layer_idx, slot, **numbers, budget=budget, kernel=kernel, dtype_in=dtypes[0], dtype_out=dtypes[1])
+
     @property
     def is_within(self) -> bool:
-        """Whether it is finite and within its budget, together and row by row."""
+        """True if it is finite and within its budget, together and row by row."""
         rows = self.worst_row <= ROW_FACTOR * self.budget
         return self.nonfinite_share == 0 and self.rel_l2 <= self.budget and rows
 
     @property
     def excess(self) -> float:
-        """How many times its budget it takes, together or in its worst row."""
+        """Its distance in units of its budget, together or in its worst row, whichever is more."""
         if self.nonfinite_share:
             return float("inf")
         return max(self.rel_l2, self.worst_row / ROW_FACTOR) / max(self.budget, torch.finfo(torch.float64).tiny)
 
     @property
     def grown(self) -> float:
-        """How much larger or smaller its largest magnitude is than the reference's, relative; 0 where that is 0."""
+        """The relative difference of its largest magnitude from the reference's; 0 where that is 0."""
         return abs(self.amax / self.reference_amax - 1) if self.reference_amax else 0.0
 
     @property
@@ -111,3 +121,8 @@ def row_distances(engine: torch.Tensor, reference: torch.Tensor) -> torch.Tensor
 def _ratio(gap: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
     """Root of the quotient; of nothing to nothing 0, of something to nothing infinite."""
     return torch.where(gap == 0, 0.0, gap / size).sqrt()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16``, not ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")

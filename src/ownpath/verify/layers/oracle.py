@@ -5,12 +5,12 @@ from functools import cached_property
 
 import torch
 
-from ownpath.kernels.fp8.spec import PREFILL_FROM
+from ownpath.kernels.spec import InputRounding
 from ownpath.official import ALWAYS_OFFICIAL, Step
+from ownpath.oracle.arithmetic import Arithmetic
+from ownpath.oracle.block import Choices, Trace, reference_block, reference_embed, reference_head
+from ownpath.oracle.stored import StoredWeights
 from ownpath.verify.budgets import LogitBudget, budget, logit_budget
-from ownpath.verify.reference.arithmetic import Arithmetic
-from ownpath.verify.reference.block import Choices, Trace, reference_block, reference_embed, reference_head
-from ownpath.verify.reference.stored import Stored
 from ownpath.verify.subject import Subject
 
 
@@ -23,19 +23,20 @@ class Oracle:
     """
 
     subject: Subject
-    stored: Stored
+    stored: StoredWeights
     arithmetic: Arithmetic
     token_ids: tuple[int, ...]
 
     @classmethod
     def of(cls, subject: Subject, token_ids: tuple[int, ...]) -> "Oracle":
         dtype = torch.float64 if subject.engine.dtype.itemsize >= 4 else torch.float32
-        kernels, official = [op.choice.kernel for op in subject.plan.ops], subject.engine.official
-        is_w4a4 = any("W4A4" in kernel.runner for kernel in kernels)
-        is_w8a8 = any(kernel.name in W8A8_KERNELS for kernel in kernels) and len(token_ids) >= PREFILL_FROM
-        is_w8a8 = is_w8a8 and Step.FP8_INPUTS not in official
+        official, num_rows = subject.engine.official, len(token_ids)
+        own = [op.choice.kernel for op in subject.plan.ops if not op.choice.kernel.official]
+        rounding = {kernel.rounding for kernel in own if num_rows >= kernel.rounds_from}
+        is_w4a4 = InputRounding.NVFP4 in rounding
+        is_w8a8 = InputRounding.E4M3 in rounding and Step.FP8_INPUTS not in official
         arithmetic = Arithmetic(dtype, official=official, w4a4=is_w4a4, w8a8=is_w8a8)
-        return cls(subject, Stored(subject.index, subject.device, dtype), arithmetic, token_ids)
+        return cls(subject, StoredWeights(subject.index, subject.device, dtype), arithmetic, token_ids)
 
     @cached_property
     def token_ids_T(self) -> torch.Tensor:
@@ -57,11 +58,11 @@ class Oracle:
         return reference_head(self.subject.config, self.stored, self.subject.plan, streams_TSD, self.arithmetic)
 
     def budget(self, kind: str) -> float:
-        """How far a value of the engine may be from this."""
+        """The distance that a value of the engine may have from this."""
         return budget(kind, *self._mode)
 
     def logit_budget(self) -> LogitBudget:
-        """How far the whole model's logits may be from this."""
+        """The distances that the whole model's logits may have from this."""
         return logit_budget(*self._mode)
 
     @property
@@ -73,7 +74,3 @@ class Oracle:
     def of_few_rows(self) -> "Oracle | None":
         """As the engine computes steps of few rows, if it does so otherwise than long ones: without W8A8."""
         return replace(self, arithmetic=replace(self.arithmetic, w8a8=False)) if self.arithmetic.w8a8 else None
-
-
-W8A8_KERNELS = ("cute.fp8_linear_sm90",)
-"""Kernels of FP8 weights that quantise activations of their own accord, from ``PREFILL_FROM`` rows on."""

@@ -1,13 +1,12 @@
-"""What the comparison of one layer says: within its budgets, or which value is the first that is not."""
+"""Turns the comparison of one layer into findings: within its budgets, or the first value that is not."""
 
 from collections.abc import Iterable, Iterator
 
-from ownpath.verdict import Verdict
-from ownpath.verify.finding import Finding
-from ownpath.verify.layers.alone import LayerAlone
-from ownpath.verify.layers.choices import Judged
-from ownpath.verify.layers.forced import ORDER, Forced
+from ownpath.finding import Finding, Verdict
+from ownpath.verify.layers.choices import Judgement
 from ownpath.verify.layers.measure import ROW_FACTOR, Measurement
+from ownpath.verify.layers.single_layer import SingleLayer
+from ownpath.verify.layers.teacher_forcing import ORDER, LayerComparison
 
 _WITHIN = f"1 time its budget over all rows, {ROW_FACTOR:g} times in one row, and finite"
 _PLACES = {
@@ -23,31 +22,31 @@ _PLACES = {
     "ffn.shared_experts.swiglu": "the clamp, gate and up",
     "out": "post and comb that hc_ffn made, as the streams take the experts' output in, or the experts' sum",
 }
-"""Where to look, for a value that is the first to be off."""
+"""Places to look at, by the value that is the first to be off."""
 _PRODUCT = "this slot's kernel or its weights: the stages load and kernels look at each alone"
 _GROWN = "what multiplies here: a scale applied twice, or not at all"
 
 
-def verdicts(forced: Forced, alone: LayerAlone) -> Iterator[Finding]:
+def verdicts(comparison: LayerComparison, single: SingleLayer) -> Iterator[Finding]:
     """V01 of every value that is off and every wrong choice, V02 of what leaves the layer, V03 of its magnitudes."""
-    layer = alone.layer.name
-    wrong = dict(_wrong_choices(forced.picked.entries, forced.picked.experts, alone))
-    bad = {measured.slot: measured for measured in forced.measurements if not measured.is_within}
+    layer = single.layer.name
+    wrong = dict(_wrong_choices(comparison.choices.entries, comparison.choices.experts, single))
+    bad = {measured.slot: measured for measured in comparison.measurements if not measured.is_within}
     root = next((name for name in ORDER if name in bad or name in wrong), "")
     for name in ORDER:
         if name in wrong:
             yield wrong[name]
         if name in bad:
-            yield _off(bad[name], layer, "" if name == root else root, forced.expert)
+            yield _off(bad[name], layer, "" if name == root else root, comparison.expert)
     if not root:
-        yield _fine(forced, layer)
-    yield _leaving(forced.measurements[-1], layer, root)
-    yield _magnitudes(forced.measurements, layer)
+        yield _fine(comparison, layer)
+    yield _leaving(comparison.measurements[-1], layer, root)
+    yield _magnitudes(comparison.measurements, layer)
 
 
-def _wrong_choices(entries: Judged | None, experts: Judged, alone: LayerAlone) -> Iterator[tuple[str, Finding]]:
+def _wrong_choices(entries: Judgement | None, experts: Judgement, single: SingleLayer) -> Iterator[tuple[str, Finding]]:
     """By the value that comes right behind the choice."""
-    layer, kernels = alone.layer.name, alone.loaded.ledger.kernels
+    layer, kernels = single.layer.name, single.loaded.ledger.kernels
     if entries is not None and entries.num_wrong:
         remedy = "the indexer: which entries are complete, their order, index_topk, lowest index on ties"
         yield "attn.core", _wrong(f"{layer}.attn.indexer", entries, "compressed entries", remedy)
@@ -57,7 +56,7 @@ def _wrong_choices(entries: Judged | None, experts: Judged, alone: LayerAlone) -
         yield "ffn.router.weights", _wrong(where, experts, "experts", remedy, kernels[where][1])
 
 
-def _wrong(where: str, judged: Judged, what: str, remedy: str, kernel: str = "") -> Finding:
+def _wrong(where: str, judged: Judgement, what: str, remedy: str, kernel: str = "") -> Finding:
     first = int(judged.wrong_T.nonzero()[0])
     message = f"{judged.num_wrong} of {len(judged.wrong_T)} tokens get other {what} than the scores say, first {first}"
     words = "0 tokens, near ties aside (twice the scores' own distance)"
@@ -81,23 +80,21 @@ def _numbers(measured: Measurement) -> str:
     return f"{rows}, cosine {measured.cosine:.6f}{bad}{empty}"
 
 
-def _fine(forced: Forced, layer: str) -> Finding:
-    worst = max(forced.measurements, key=lambda measured: measured.excess)
-    picked = forced.picked
-    ties = picked.experts.num_differing + (picked.entries.num_differing if picked.entries else 0)
+def _fine(comparison: LayerComparison, layer: str) -> Finding:
+    worst = max(comparison.measurements, key=lambda measured: measured.excess)
+    chosen = comparison.choices
+    ties = chosen.experts.num_differing + (chosen.entries.num_differing if chosen.entries else 0)
     near = f"; {ties} near ties fell to the other side" if ties else ""
-    message = f"{len(forced.measurements)} values; nearest to its budget {worst.slot}: {_numbers(worst)}{near}"
+    message = f"{len(comparison.measurements)} values; nearest to its budget {worst.slot}: {_numbers(worst)}{near}"
     return Finding("V01", layer, Verdict.PASS, message, worst.excess, _WITHIN, kernel=worst.kernel)
 
 
 def _leaving(out: Measurement, layer: str, root: str) -> Finding:
-    """What leaves the layer, when what enters it is the reference's."""
+    """V02: the streams after the layer, when those before it are the reference's."""
     words = f"rel-L2 {out.budget:.1e}, {ROW_FACTOR:g} times that in one row"
     message = f"given the reference's streams, {_numbers(out)}"
-    if out.is_within:
-        return Finding("V02", layer, Verdict.PASS, message, out.rel_l2, words)
     remedy = f"{layer}.{root} is where it begins" if root != "out" else _PLACES["out"]
-    return Finding("V02", layer, Verdict.FAIL, message, out.rel_l2, words, remedy)
+    return Finding.judged("V02", layer, out.is_within, message, out.rel_l2, words, remedy)
 
 
 def _magnitudes(measurements: Iterable[Measurement], layer: str) -> Finding:

@@ -1,0 +1,136 @@
+"""The layout of the caches, as arithmetic: which tensors there are, and which row of one holds what. No tensor here.
+
+There are three groups:
+
+- ``window``: the last keys of each layer, which are the values too. A ring: position p is row p % num_rows of a slot.
+- ``state``: the raw rows of each compressor, as many as its next entry needs. A ring as well.
+- ``entries``: the compressed entries of a layer (main) and its index keys (index). They grow with the sequence: block b
+  of a sequence holds the entries of its tokens [256 b, 256 b + 256), in every layer.
+
+A running sequence owns one slot, its place in all rings, and as many blocks as its tokens need. Slot 0 and block 0 are
+nobody's: what is to be written nowhere is written there, so that every row of a step has a place.
+
+Example: ratio 4, so 64 entries a block. Entry 70 of a sequence with blocks (5, 9) is row 9 * 64 + 6 = 582 of the pool;
+token 300's key, in slot 2 with a window of 128, is row 2 * 128 + 44 = 300.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from ownpath.config import CSA_RATIO, ModelConfig
+
+BLOCK_TOKENS = 256
+"""Tokens of a block: a multiple of every compress ratio."""
+NOBODY = 0
+"""The slot, and the block, that no sequence owns."""
+
+
+class Group(Enum):
+    """A kind of cache. Its members are written and freed together."""
+
+    WINDOW = "window"
+    STATE = "state"
+    ENTRIES = "entries"
+
+
+class Part(Enum):
+    """A layer's own cache, or its indexer's."""
+
+    MAIN = "main"
+    INDEX = "index"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One tensor of a group.
+
+    num_rows: of a slot (window, state) or of a block (entries). width: elements of a row. ratio: tokens of an entry, 0
+    for a window.
+    """
+
+    group: Group
+    layer_idx: int
+    part: Part
+    num_rows: int
+    width: int
+    ratio: int = 0
+
+    def num_sequence_rows(self, num_tokens: int) -> int:
+        """Rows that a sequence of so many tokens can fill."""
+        return num_tokens // self.ratio if self.group is Group.ENTRIES else self.num_rows
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """Every tensor of the caches of one model, in the order of its layers: the backbone's, then the drafts'."""
+
+    members: tuple[Member, ...]
+
+    @classmethod
+    def of(cls, config: ModelConfig, ratios: Sequence[int]) -> "CacheLayout":
+        """ratios: one for each layer, as in ``compress_ratios``."""
+        return cls(tuple(member for idx, ratio in enumerate(ratios) for member in _of_layer(config, idx, ratio)))
+
+    def of_layers(self, layer_ids: frozenset[int]) -> "CacheLayout":
+        """The tensors of some layers."""
+        return CacheLayout(tuple(member for member in self.members if member.layer_idx in layer_ids))
+
+    @property
+    def layer_ids(self) -> tuple[int, ...]:
+        """The layers that have caches, in order."""
+        return tuple(dict.fromkeys(member.layer_idx for member in self.members))
+
+    @property
+    def ratios(self) -> tuple[int, ...]:
+        """The compress ratios that occur, in ascending order."""
+        return tuple(sorted({member.ratio for member in self.members if member.ratio}))
+
+    def num_bytes(self, num_tokens: int, itemsize: int, state_itemsize: int) -> int:
+        """Bytes of the rows that one sequence of ``num_tokens`` can fill."""
+        return sum(
+            member.num_sequence_rows(num_tokens)
+            * member.width
+            * (state_itemsize if member.group is Group.STATE else itemsize)
+            for member in self.members
+        )
+
+
+def _of_layer(config: ModelConfig, layer_idx: int, ratio: int) -> Iterator[Member]:
+    yield Member(Group.WINDOW, layer_idx, Part.MAIN, config.sliding_window, config.head_dim)
+    if ratio:
+        yield from _compressed(layer_idx, Part.MAIN, ratio, config.head_dim)
+    if ratio == CSA_RATIO:
+        yield from _compressed(layer_idx, Part.INDEX, ratio, config.index_head_dim)
+
+
+def _compressed(layer_idx: int, part: Part, ratio: int, head_dim: int) -> Iterator[Member]:
+    """CSA's windows overlap: an entry needs the rows of two windows, and each row is projected twice."""
+    num_windows = windows_per_entry(ratio)
+    yield Member(Group.STATE, layer_idx, part, num_windows * ratio, 2 * num_windows * head_dim, ratio)
+    yield Member(Group.ENTRIES, layer_idx, part, BLOCK_TOKENS // ratio, head_dim, ratio)
+
+
+def windows_per_entry(ratio: int) -> int:
+    """Windows whose tokens an entry averages."""
+    return 2 if ratio == CSA_RATIO else 1
+
+
+def first_row(window: int, ratio: int) -> int:
+    """The position of the first row that a window's entry averages."""
+    return max(0, window + 1 - windows_per_entry(ratio)) * ratio
+
+
+def num_blocks(num_tokens: int) -> int:
+    """Blocks of a sequence of so many tokens."""
+    return -(-num_tokens // BLOCK_TOKENS)
+
+
+def ring_row(slot: int, position: int, num_rows: int) -> int:
+    """The row of a window's or state's tensor that holds a position's row."""
+    return slot * num_rows + position % num_rows
+
+
+def entry_row(blocks: Sequence[int], entry: int, num_rows: int) -> int:
+    """The row of an entries tensor that holds a sequence's entry."""
+    return blocks[entry // num_rows] * num_rows + entry % num_rows

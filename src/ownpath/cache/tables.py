@@ -1,0 +1,116 @@
+"""A step's tables: which request each row is of, where in the caches the request is, and where its rows go.
+
+Legend: T rows of the step, R requests, B blocks of a request.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+
+from ownpath.cache.layout import BLOCK_TOKENS, NOBODY, windows_per_entry
+from ownpath.cache.pools import CachePool, SequenceCache
+
+
+@dataclass(frozen=True)
+class Writes:
+    """Rows of the pool's tensors that the rows of a step are written to, int64 [T] each.
+
+    window_T: of windows. state_T, entry_T: of compressors' states and entries, by compress ratio; an entry is written
+    by the row that ends its window. A row of ``NOBODY``'s where a row is written nowhere: one that ends no window, or
+    that a later row of the same step replaces in the ring.
+    """
+
+    window_T: torch.Tensor
+    state_T: Mapping[int, torch.Tensor]
+    entry_T: Mapping[int, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StepTables:
+    """The arrays of one step, on the pool's device, and on the host what its code asks for.
+
+    Device: positions_T int64 [T], each row's position in its sequence; cu_rows int64 [R + 1], the rows of request r are
+    [cu_rows[r], cu_rows[r + 1]); slots_R int64 [R]; blocks_RB int64 [R, B], block tables.
+    Host: row_ends, the same as cu_rows without its 0; starts, the position of each request's first row; slots; blocks.
+    """
+
+    pool: CachePool
+    positions_T: torch.Tensor
+    cu_rows: torch.Tensor
+    slots_R: torch.Tensor
+    blocks_RB: torch.Tensor
+    writes: Writes
+    row_ends: tuple[int, ...]
+    starts: tuple[int, ...]
+    slots: tuple[int, ...]
+
+    @cached_property
+    def rows(self) -> tuple[slice, ...]:
+        """Each request's rows."""
+        return tuple(slice(*pair) for pair in zip((0, *self.row_ends), self.row_ends, strict=False))
+
+    def extend(self) -> None:
+        """Counts the step's rows as held by their sequences."""
+        for slot, start, rows in zip(self.slots, self.starts, self.rows, strict=True):
+            self.pool.slots.lengths[slot] = start + rows.stop - rows.start
+
+    @classmethod
+    def of(cls, caches: Sequence[SequenceCache], num_rows: Sequence[int]) -> "StepTables":
+        """The tables of a step in which each sequence goes on by so many rows.
+
+        The sequences are distinct and of one pool, and have room for their rows.
+        """
+        pool, slots = caches[0].pool, tuple(cache.slot for cache in caches)
+        assert all(cache.pool is pool for cache in caches), "sequences of different pools"
+        assert len({*slots}) == len(slots), "a sequence is twice in a step"
+        starts = tuple(cache.num_tokens for cache in caches)
+        row_ends = tuple(accumulate(num_rows))
+        starts_R, num_rows_R, slots_R = (torch.tensor(values) for values in (starts, tuple(num_rows), slots))
+        blocks_RB = torch.tensor([cache.blocks for cache in caches])
+        cu_rows = torch.tensor((0, *row_ends))
+        request_T = torch.arange(len(slots)).repeat_interleave(num_rows_R)
+        positions_T = torch.arange(row_ends[-1]) + (starts_R - cu_rows[:-1])[request_T]
+        places = _Places(positions_T, (starts_R + num_rows_R)[request_T], slots_R[request_T], blocks_RB[request_T])
+        device = pool.spec.device
+        return cls(
+            pool,
+            positions_T.to(device),
+            cu_rows.to(device),
+            slots_R.to(device),
+            blocks_RB.to(device),
+            places.writes(pool, device),
+            row_ends,
+            starts,
+            slots,
+        )
+
+
+@dataclass(frozen=True)
+class _Places:
+    """By row: its position, its sequence's length after the step, its slot, its blocks [T, B]."""
+
+    positions_T: torch.Tensor
+    lengths_T: torch.Tensor
+    slots_T: torch.Tensor
+    blocks_TB: torch.Tensor
+
+    def writes(self, pool: CachePool, device: torch.device) -> Writes:
+        ratios, window = pool.layout.ratios, pool.spec.config.sliding_window
+        state_T = {ratio: self.ring(windows_per_entry(ratio) * ratio).to(device) for ratio in ratios}
+        entry_T = {ratio: self.entries(ratio).to(device) for ratio in ratios}
+        return Writes(self.ring(window).to(device), state_T, entry_T)
+
+    def ring(self, num_rows: int) -> torch.Tensor:
+        """``layout.ring_row``, of the last ``num_rows`` positions of each sequence."""
+        rows_T = self.slots_T * num_rows + self.positions_T % num_rows
+        return torch.where(self.positions_T >= self.lengths_T - num_rows, rows_T, NOBODY)
+
+    def entries(self, ratio: int) -> torch.Tensor:
+        """``layout.entry_row`` of the entries whose windows end at a row."""
+        per_block = BLOCK_TOKENS // ratio
+        entry_T = self.positions_T // ratio
+        block_T = self.blocks_TB.gather(1, (entry_T // per_block)[:, None])[:, 0]
+        return torch.where((self.positions_T + 1) % ratio == 0, block_T * per_block + entry_T % per_block, NOBODY)

@@ -1,0 +1,134 @@
+"""The CUDA kernels that a run launched, each with the planned slot that it worked for.
+
+The profiler (CUPTI) sees every kernel on the device, whoever launched it: torch, a library, Triton, or the driver's own
+interface. Each call of a planned slot is marked, so that a kernel belongs to the slot during whose call it was
+launched; what was launched during none is glue (copies, element-wise arithmetic) and must hold no product.
+"""
+
+import json
+import re
+import tempfile
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from ownpath.trace.ledger import Ledger
+from ownpath.trace.observers import Arguments, Observer, Watched
+
+LIBRARY_PRODUCT = re.compile(
+    r"nvjet|cublas|gemv|xmma|wgrad|\bcutlass::|cutlass_?\d\d_|ampere_|hopper_|volta_|turing_|splitK|dot_kernel|gemmk"
+)
+"""Names of the products that cuBLAS, cuBLASLt, cuDNN and torch itself launch."""
+PRODUCT = re.compile(LIBRARY_PRODUCT.pattern + r"|gemm|matmul|linear|moe_|[^a-z]mm[^a-z]", re.IGNORECASE)
+"""Anything that is named like a product."""
+_PREFIX = "slot "
+
+
+class NoLaunchSeen(RuntimeError):
+    """The profiler saw no kernel although some must have run."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel on the device: the slot it worked for (``None``: none), its name, when it began, how long it ran."""
+
+    slot: str | None
+    kernel: str
+    start_us: float
+    duration_us: float
+
+    @property
+    def is_library_product(self) -> bool:
+        return LIBRARY_PRODUCT.search(self.kernel) is not None
+
+    @property
+    def is_product(self) -> bool:
+        return PRODUCT.search(self.kernel) is not None
+
+
+def record_launches(ledger: Ledger, run: Callable[[], object]) -> list[Launch]:
+    """Runs ``run`` under the profiler and tells for every kernel which planned slot launched it.
+
+    Errors: NoLaunchSeen when the profiler saw no kernel at all.
+    """
+    with ledger.observe(_SlotMarks()), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    launches = launches_of(events)
+    if not launches:
+        raise NoLaunchSeen("the profiler recorded no kernel; CUPTI may be missing or in use")
+    return launches
+
+
+class _SlotMarks(Observer):
+    """Puts a range with the slot's name into the profiler's trace around every call."""
+
+    def __init__(self) -> None:
+        self._open: list[record_function] = []
+
+    def before(self, call: Watched, args: Arguments) -> None:
+        mark = record_function(_PREFIX + call.slot)
+        mark.__enter__()
+        self._open.append(mark)
+
+    def after(self, call: Watched, args: Arguments, result: Any) -> None:
+        self._open.pop().__exit__(None, None, None)
+
+
+def launches_of(events: Iterable[dict[str, Any]]) -> list[Launch]:
+    """Kernels of a trace in Chrome's format, in order of start, each with the innermost slot around its launch."""
+    kernels, launch_of, marks = [], {}, defaultdict(list)
+    for event in events:
+        category = event.get("cat")
+        if category == "kernel":
+            kernels.append(event)
+        elif category in ("cuda_runtime", "cuda_driver"):
+            launch_of[event["args"].get("correlation")] = event
+        elif category == "user_annotation" and event["name"].startswith(_PREFIX):
+            marks[event["tid"]].append(event)
+    by_thread = {thread: _Marks(found) for thread, found in marks.items()}
+    found = []
+    for kernel in sorted(kernels, key=lambda event: float(event["ts"])):
+        launch = launch_of.get(kernel["args"].get("correlation"))
+        around = by_thread.get(launch["tid"]) if launch else None
+        slot = around.innermost(float(launch["ts"])) if launch and around else None
+        found.append(Launch(slot, str(kernel["name"]), float(kernel["ts"]), float(kernel["dur"])))
+    return found
+
+
+def slot_times(launches: Iterable[Launch]) -> dict[str | None, float]:
+    """Microseconds for each slot. While several kernels run, the time is that of the one that began first: a kernel
+    that is already there while its predecessor drains must not count twice."""
+    times: dict[str | None, float] = defaultdict(float)
+    counted_to = float("-inf")
+    for launch in sorted(launches, key=lambda launch: launch.start_us):
+        end = launch.start_us + launch.duration_us
+        times[launch.slot] += max(0.0, end - max(launch.start_us, counted_to))
+        counted_to = max(counted_to, end)
+    return dict(times)
+
+
+class _Marks:
+    """The marked calls of one thread: nested or apart, never overlapping otherwise."""
+
+    def __init__(self, events: list[dict[str, Any]]) -> None:
+        self._events = sorted(events, key=lambda event: float(event["ts"]))
+        self._starts = [float(event["ts"]) for event in self._events]
+
+    def innermost(self, at_us: float) -> str | None:
+        """The slot of the latest call that began before ``at_us`` and had not ended."""
+        for idx in range(bisect_right(self._starts, at_us) - 1, -1, -1):
+            event = self._events[idx]
+            if at_us <= self._starts[idx] + float(event["dur"]):
+                return str(event["name"]).removeprefix(_PREFIX)
+        return None

@@ -1,0 +1,105 @@
+"""Records of a model's calls: for each slot one entry per distinct call, with a count.
+
+Shapes and dtypes are compared on every call; what runner and kernel it was, and which compiled configuration, is asked
+when an entry is new. A slot keeps at most ``max_per_slot`` entries; calls beyond are counted together.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, is_dataclass
+from typing import Any
+
+import torch
+
+from ownpath.trace.observers import Arguments, Observer, Watched
+from ownpath.trace.uses import Use, use_of, variant_of
+
+MAX_PER_SLOT = 32
+_Signature = tuple[tuple[torch.Size, torch.dtype], ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    """Calls of one slot that look alike.
+
+    variant: the compiled configurations that were launched; for a kernel with one form, where its implementation is.
+    arguments, results: their tensors in order, such as ``bfloat16[3, 256]``. num_calls: how often.
+    """
+
+    slot: str
+    use: Use
+    variant: str
+    arguments: tuple[str, ...]
+    results: tuple[str, ...]
+    num_calls: int
+
+
+@dataclass
+class _Entry:
+    use: Use
+    variant: str
+    num_calls: int = 0
+
+
+class Records(Observer):
+    """The distinct calls of every slot. Added to by one thread; any thread may read."""
+
+    def __init__(self, max_per_slot: int = MAX_PER_SLOT) -> None:
+        self._max_per_slot = max_per_slot
+        self._entries: dict[str, dict[tuple[_Signature, _Signature], _Entry]] = defaultdict(dict)
+        self._unlisted: Counter[str] = Counter()
+
+    def after(self, call: Watched, args: Arguments, result: Any) -> None:
+        """Counts one call."""
+        key = signature(args), signature((result,))
+        entries = self._entries[call.slot]
+        entry = entries.get(key)
+        if entry is None:
+            if len(entries) >= self._max_per_slot:
+                self._unlisted[call.slot] += 1
+                return
+            entry = entries[key] = _Entry(use_of(call.runner), variant_of(call.runner, args))
+        entry.num_calls += 1
+
+    def listed(self, slot: str) -> list[Record]:
+        """The records of one slot, in the order in which they were first seen."""
+        # A copy made in one step: the thread that runs the model may add meanwhile.
+        found = list(self._entries.get(slot, {}).items())
+        return [
+            Record(slot, entry.use, entry.variant, _spelled(args), _spelled(results), entry.num_calls)
+            for (args, results), entry in found
+        ]
+
+    def __iter__(self) -> Iterator[Record]:
+        for slot in list(self._entries):
+            yield from self.listed(slot)
+
+    def num_unlisted(self, slot: str) -> int:
+        """Calls that looked unlike all that there was room for."""
+        return self._unlisted[slot]
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._entries.clear()
+        self._unlisted.clear()
+
+
+def signature(values: Iterable[Any]) -> _Signature:
+    """Shape and dtype of every tensor among the values, also inside tuples, lists and dataclasses, in order."""
+    found: list[tuple[torch.Size, torch.dtype]] = []
+    _collect(values, found)
+    return tuple(found)
+
+
+def _collect(values: Iterable[Any], found: list[tuple[torch.Size, torch.dtype]]) -> None:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append((value.shape, value.dtype))
+        elif isinstance(value, (tuple, list)):
+            _collect(value, found)
+        elif is_dataclass(value):
+            _collect(vars(value).values(), found)
+
+
+def _spelled(tensors: _Signature) -> tuple[str, ...]:
+    return tuple(f"{str(dtype).removeprefix('torch.')}{list(shape)}" for shape, dtype in tensors)

@@ -1,0 +1,98 @@
+"""A planned slot's stored weights in float64, and what its kernel makes of its activations before it multiplies.
+
+Legend: M rows, K in, N out.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ownpath.conformance.bounds import FP8_TENSOR_CORE
+from ownpath.conformance.exact import ExpertSteps, Matrices, as_it_is
+from ownpath.kernels.spec import InputRounding
+from ownpath.official import Step
+from ownpath.oracle.formats import fp8, nvfp4
+from ownpath.oracle.stored import StoredWeights
+from ownpath.plan.plan import PlannedOp
+
+INPUT_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class InputReading:
+    """What a kernel makes of its activations. from_rows: from how many rows of a call on. slack: of the sums, more."""
+
+    quantize: Callable[[Tensor], Tensor] = as_it_is
+    from_rows: int = 1
+    slack: float = 0.0
+
+
+def inputs_of(op: PlannedOp, stored: StoredWeights) -> tuple[InputReading, ...]:
+    """How a planned dense product reads its activations, by the number of rows; ascending."""
+    kernel, quantize = op.choice.kernel, _quantizer(op, stored)
+    if kernel.rounds_from == 1:
+        return (InputReading(quantize),)
+    is_always_rounded = Step.FP8_INPUTS in kernel.official
+    few = InputReading(quantize) if is_always_rounded else InputReading()
+    return few, InputReading(quantize, kernel.rounds_from, FP8_TENSOR_CORE)
+
+
+def _quantizer(op: PlannedOp, stored: StoredWeights) -> Callable[[Tensor], Tensor]:
+    rounding, modules = op.choice.kernel.rounding, [module.name for module in op.spec.modules]
+    if rounding is InputRounding.EXACT:
+        return as_it_is
+    if rounding is InputRounding.NVFP4:
+        scale = largest_input_scale(op, modules, stored)
+        return lambda x: nvfp4(x, scale)
+    is_e8m0 = rounding is InputRounding.E4M3_POWER_OF_TWO or all(_has_power_scales(op, m, stored) for m in modules)
+    return lambda x: fp8(x, INPUT_BLOCK, is_e8m0)
+
+
+def _fp8_inputs(x: Tensor) -> Tensor:
+    return fp8(x, INPUT_BLOCK)
+
+
+def _has_power_scales(op: PlannedOp, module: str, stored: StoredWeights) -> bool:
+    if not any(part.role == "scale" for part in op.encoding.parts):
+        return True
+    return stored.index[op.encoding.key(module, "scale")].dtype == "F8_E8M0"
+
+
+def largest_input_scale(op: PlannedOp, modules: Sequence[str], stored: StoredWeights) -> Tensor:
+    """Fused modules share an input, quantised once with the largest of their scales."""
+    scales = [stored.input_scale(module, op.encoding) for module in modules]
+    return torch.stack([scale for scale in scales if scale is not None]).amax().float()
+
+
+def weight_of(op: PlannedOp, stored: StoredWeights) -> Tensor:
+    """The fused matrix of a dense op, float64 [N, K]."""
+    parts = [stored.matrix(module.name, op.encoding) for module in op.spec.modules]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)  # cat copies even a single one
+
+
+def loss_at_load(op: PlannedOp, weight_NK: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What bringing the weight to ``dtype`` changes, for kernels that do; ``None``: nothing."""
+    if op.spec.is_wide or not op.choice.kernel.rounds_weight:
+        return None
+    lost = (weight_NK - weight_NK.to(dtype).double()).abs()
+    return lost if bool(lost.any()) else None
+
+
+def matrices_of(op: PlannedOp, stored: StoredWeights, expert: str) -> Matrices:
+    """Those of the routed expert so named, such as ``layers.3.ffn.experts.17``."""
+    return Matrices(*(stored.matrix(f"{expert}.{name}", op.encoding) for name in ("w1", "w3", "w2")))
+
+
+def steps_of(op: PlannedOp, stored: StoredWeights, expert: str, limit: float, dtype: torch.dtype) -> ExpertSteps:
+    """The planned experts' steps."""
+    kernel = op.choice.kernel
+    first = Step.ROUTING_WEIGHT in kernel.official
+    if kernel.rounding is InputRounding.NVFP4:
+        x_scale = largest_input_scale(op, [f"{expert}.w1", f"{expert}.w3"], stored)
+        h_scale = largest_input_scale(op, [f"{expert}.w2"], stored)
+        return ExpertSteps(limit, dtype, lambda x: nvfp4(x, x_scale), lambda x: nvfp4(x, h_scale), first)
+    if kernel.rounding is not InputRounding.EXACT:
+        return ExpertSteps(limit, dtype, _fp8_inputs, _fp8_inputs, first)
+    return ExpertSteps(limit, dtype, rounds_products=first)

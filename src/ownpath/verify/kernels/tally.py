@@ -1,0 +1,90 @@
+"""Findings of the kernels stage, written in one way."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from ownpath.conformance.bounds import NO_DEVIATION, Deviation
+from ownpath.finding import Finding, Verdict
+
+NEAR_FLOAT64 = "1 time what rounding allows"
+
+
+@dataclass
+class Tally:
+    """Results of one check in one layer: a finding for each wrong place, or one that says how near all were.
+
+    A deviation's number is the worst element's error over what its arithmetic allows.
+    """
+
+    id: str
+    where: str
+    what: str
+    remedy: str
+    nothing: str = "there is none here"
+    count: int = 0
+    worst: Deviation = NO_DEVIATION
+    worst_at: str = ""
+    kernels: dict[str, None] = field(default_factory=dict)
+    failures: dict[str, Finding] = field(default_factory=dict)
+
+    def add(self, where: str, kernel: str, found: Deviation, message: str = "") -> None:
+        """One comparison. The worst of each place is reported."""
+        self.count += 1
+        self.kernels.setdefault(kernel)
+        if found.ratio >= self.worst.ratio:
+            self.worst, self.worst_at = found, where
+        earlier = self.failures.get(where)
+        if not found.is_allowed and (earlier is None or found.ratio > (earlier.number or 0.0)):
+            text = message or str(found)
+            self.failures[where] = Finding(
+                self.id, where, Verdict.FAIL, text, found.ratio, NEAR_FLOAT64, self.remedy, kernel
+            )
+
+    def fail(self, where: str, kernel: str, message: str) -> None:
+        """A wrong place that no number tells of."""
+        self.count += 1
+        self.failures.setdefault(where, Finding(self.id, where, Verdict.FAIL, message, None, "", self.remedy, kernel))
+
+    def passed(self, kernel: str) -> None:
+        """A right place that no number tells of."""
+        self.count += 1
+        self.kernels.setdefault(kernel)
+
+    def judge(self, where: str, kernel: str, problem: str) -> None:
+        """A place that is right if there is no problem."""
+        if problem:
+            self.fail(where, kernel, problem)
+        else:
+            self.passed(kernel)
+
+    @contextmanager
+    def catching(self, where: str, kernel: str, prefix: str = "") -> Iterator[None]:
+        """Whatever a kernel raises in here is a wrong place: that is what is looked for."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(where, kernel, f"{prefix}{error_of(error)}")
+
+    def findings(self) -> Iterator[Finding]:
+        """The failures, or one pass; a skip where nothing was looked at."""
+        if self.failures:
+            yield from self.failures.values()
+        elif not self.count:
+            yield skipped(self.id, self.where, f"{self.what}: {self.nothing}")
+        else:
+            worst = f", worst in {self.worst_at}" if self.worst_at else ""
+            number, allowed = (self.worst.ratio, NEAR_FLOAT64) if self.worst_at else (None, "")
+            message = f"{self.what}: {self.count} comparisons{worst}"
+            yield Finding(self.id, self.where, Verdict.PASS, message, number, allowed, kernel=", ".join(self.kernels))
+
+
+def skipped(check_id: str, where: str, why: str) -> Finding:
+    """Nothing was looked at."""
+    return Finding(check_id, where, Verdict.SKIPPED, why)
+
+
+def error_of(error: Exception) -> str:
+    """An error in one line."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

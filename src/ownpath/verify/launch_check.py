@@ -1,0 +1,73 @@
+"""Kernels that the device really ran, as the profiler names them, against the plan.
+
+A planned kernel of ours must be seen under the name of its own code, in its own slot. A product that is not ours may
+run only in a slot whose planned kernel is torch's, and none outside all slots.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+from ownpath.finding import Finding, Verdict
+from ownpath.kernels.registry import SPECS
+from ownpath.trace.launches import Launch
+from ownpath.verify.fold import fold_layers
+from ownpath.verify.ledger_run import Ran
+from ownpath.verify.plan_file import PlanFile
+
+_SPECS = {spec.name: spec for spec in SPECS}
+_OURS = re.compile("|".join(dict.fromkeys(pattern for spec in SPECS for pattern in spec.launches)))
+_REMEDY = "the device ran something else than the plan says: a fallback inside a kernel, or a product in the model"
+
+
+def check_launches(written: PlanFile, parts: Sequence[Ran]) -> Iterator[Finding]:
+    """LG06: the profiler's kernels against the plan."""
+    seen = [part for part in parts if part.launches is not None]
+    if not seen:
+        reason = "no profiler on this device, or it saw no kernel"
+        yield Finding("LG06", "device", Verdict.SKIPPED, reason)
+        return
+    faults = [fault for part in seen for fault in launch_faults(written, part)]
+    for where, message in fold_layers(faults):
+        yield Finding("LG06", where, Verdict.FAIL, message, allowed="the planned kernels", remedy=_REMEDY)
+    if not faults:
+        num_launches = sum(len(part.launches or ()) for part in seen)
+        message = f"{num_launches} kernels ran where they are planned"
+        yield Finding("LG06", "device", Verdict.PASS, message, 0, "no other product, no planned kernel missing")
+
+
+def launch_faults(written: PlanFile, part: Ran) -> list[tuple[str, str]]:
+    """Lists launches of one part that were not planned, and planned ones that did not happen."""
+    by_slot: dict[str | None, list[Launch]] = defaultdict(list)
+    for launch in part.launches or ():
+        by_slot[launch.slot].append(launch)
+    faults = [("outside every slot", f"a product ran: {name}") for name in _products(by_slot[None])]
+    for slot in dict.fromkeys(record.slot for record in part.records):
+        planned = written.slots.get(slot)
+        faults += [] if planned is None else _slot_faults(slot, planned.kernel, by_slot[slot])
+    return faults
+
+
+def _slot_faults(slot: str, planned: str, launches: Sequence[Launch]) -> list[tuple[str, str]]:
+    kernels = planned.split("+")
+    names = [launch.kernel for launch in launches]
+    specs = [_SPECS[kernel] for kernel in kernels if kernel in _SPECS]
+    wanted = [pattern for spec in specs for pattern in spec.launches]
+    missing = [pattern for pattern in wanted if not any(re.search(pattern, name) for name in names)]
+    plain = [pattern.replace(r"\b", "") for pattern in missing]
+    faults = [(slot, f"planned {planned}, but the device ran nothing named {pattern}") for pattern in plain]
+    if not any(spec.is_torch for spec in specs):
+        faults += [
+            (slot, f"planned {planned}, but a product that is not ours ran: {name}") for name in _others(launches)
+        ]
+    elif not names:
+        faults.append((slot, f"planned {planned}, but the device ran nothing"))
+    return faults
+
+
+def _products(launches: Sequence[Launch]) -> list[str]:
+    return list(dict.fromkeys(launch.kernel[:80] for launch in launches if launch.is_product))
+
+
+def _others(launches: Sequence[Launch]) -> list[str]:
+    return [name for name in _products(launches) if not _OURS.search(name)]

@@ -1,0 +1,99 @@
+"""One layer of the engine with caches of its own, run on streams from wherever they come."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from ownpath.cache.layout import Part
+from ownpath.cache.pools import CachePool, SequenceCache
+from ownpath.config import Layer
+from ownpath.model.batch import ForwardBatch
+from ownpath.model.block import Residual
+from ownpath.ops import OpKind
+from ownpath.verify.layer import LoadedLayer
+from ownpath.verify.layers.activations import Activations
+
+MAX_SEQUENCES = 8
+"""That hold tokens at once: those of one step, and one that is looked at afterwards."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """New tokens of one sequence: their ids, what enters the layer at them, and the sequence's cache."""
+
+    token_ids: Sequence[int]
+    residual: Residual
+    cache: SequenceCache
+
+
+@dataclass(frozen=True)
+class SingleLayer:
+    """A loaded layer and a pool of its caches alone."""
+
+    loaded: LoadedLayer
+    pool: CachePool
+
+    @classmethod
+    def of(cls, loaded: LoadedLayer, max_tokens: int) -> "SingleLayer":
+        return cls(loaded, loaded.new_pool(max_tokens, MAX_SEQUENCES))
+
+    @property
+    def layer_idx(self) -> int:
+        return self.loaded.layer_idx
+
+    @property
+    def layer(self) -> Layer:
+        return tuple(self.loaded.plan.config.backbone_layers())[self.layer_idx]
+
+    @cached_property
+    def kinds(self) -> dict[str, OpKind]:
+        """The kind of operation of each slot."""
+        return {planned.spec.slot: planned.spec.kind for planned in self.loaded.plan.decided}
+
+    def slot_of(self, name: str) -> str:
+        """The slot that computes a value, empty for what lies between slots; both boundaries run the same kernel."""
+        slots, layer = self.loaded.ledger.kernels, self.layer.name
+        name = f"{layer}.hc_attn" if name == f"{layer}.out" else name
+        return next((slot for slot in (name, name.rpartition(".")[0]) if slot in slots), "")
+
+    def new_cache(self) -> SequenceCache:
+        """One that holds zeros, so that no earlier sequence's rows take part; V08 looks at what is read unwritten."""
+        cache = self.pool.new_sequence()
+        for memory in cache.views():
+            memory.zero_()
+        return cache
+
+    def entries(self, cache: SequenceCache) -> dict[str, torch.Tensor]:
+        """The compressed entries that a cache holds, by name."""
+        entries_CH = cache.entries(self.layer_idx)
+        return {} if entries_CH is None else {f"{self.layer.name}.attn.entries": entries_CH}
+
+    def index_keys(self, cache: SequenceCache) -> torch.Tensor | None:
+        """The index keys that a cache holds [C, H], of CSA layers."""
+        return cache.entries(self.layer_idx, Part.INDEX)
+
+    @torch.inference_mode()
+    def step(self, chunks: Sequence[Chunk], seen: Activations | None = None) -> Residual:
+        """Runs one step and extends the caches. seen: observes it."""
+        batch = ForwardBatch.of([(chunk.token_ids, chunk.cache) for chunk in chunks], self.pool.spec.device)
+        with nullcontext() if seen is None else self.loaded.ledger.observe(seen):
+            return self.loaded.step(joined([chunk.residual for chunk in chunks]), batch)
+
+    @torch.inference_mode()
+    def streams(self, residual: Residual) -> torch.Tensor:
+        """The streams once they have taken in the last output, by the layer's own boundary kernel: [T, S, D].
+
+        Which boundary's weights it has makes no difference: they are of what follows the streams.
+        """
+        return self.loaded.block.hc_attn(residual.x_TSD, residual.y_TD, residual.mix).x_TSD
+
+
+def joined(residuals: Sequence[Residual]) -> Residual:
+    """Rows of several sequences side by side; with more than one, streams that have taken everything in."""
+    if len(residuals) == 1:
+        return residuals[0]
+    assert all(residual.y_TD is None for residual in residuals)
+    return Residual(torch.cat([residual.x_TSD for residual in residuals]))

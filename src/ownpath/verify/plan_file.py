@@ -1,0 +1,87 @@
+"""A plan as ``ownpath plan --json`` wrote it down, to be compared with what is planned today and with what ran."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FACTS = ("device", "activations", "batch_invariant", "numerics")
+"""What a plan was made for."""
+_OP_FIELDS = ("encoding", "runner", "kernel", "layout")
+_COMPANION_FIELDS = ("runner", "kernel")
+
+
+@dataclass(frozen=True)
+class PlannedSlot:
+    """One slot. Several products of a slot are joined by "+".
+
+    encoding, layout: empty for what has no stored matrix. sizes: of each product, or those that a companion depends on.
+    """
+
+    slot: str
+    encoding: str
+    runner: str
+    kernel: str
+    layout: str
+    sizes: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """facts: name -> value, of ``FACTS``. slots: in the order of the file."""
+
+    facts: dict[str, Any]
+    slots: dict[str, PlannedSlot]
+
+    @classmethod
+    def of(cls, written: Mapping[str, Any]) -> "PlanFile":
+        """Errors: ValueError naming the field that is missing or no such value."""
+        facts = {name: _field(written, name, object, name) for name in FACTS}
+        entries: dict[str, list[PlannedSlot]] = {}
+        for kind, fields, sizes in (("ops", _OP_FIELDS, "shape"), ("companions", _COMPANION_FIELDS, "dims")):
+            for idx, entry in enumerate(_field(written, kind, list, kind)):
+                planned = _slot(entry, fields, sizes, f"{kind}[{idx}]")
+                entries.setdefault(planned.slot, []).append(planned)
+        return cls(facts, {slot: _joined(found) for slot, found in entries.items()})
+
+
+def read_plan_file(path: Path) -> dict[str, Any]:
+    """What ``ownpath plan --json`` wrote. Errors: ValueError naming the file."""
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(written, dict):
+        raise ValueError(f"{path}: not a plan: the outermost value is no object")
+    try:
+        PlanFile.of(written)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a plan: {error}") from None
+    return written
+
+
+def _slot(entry: Any, fields: tuple[str, ...], sizes: str, where: str) -> PlannedSlot:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} is no object")
+    found = {name: _field(entry, name, str, f"{where}.{name}") for name in ("slot", *fields)}
+    dims = _field(entry, sizes, list, f"{where}.{sizes}")
+    if not all(isinstance(size, int) for size in dims):
+        raise ValueError(f"{where}.{sizes} are no sizes")
+    blank = dict.fromkeys(_OP_FIELDS, "")
+    return PlannedSlot(**(blank | found), sizes=(tuple(dims),))
+
+
+def _field(entry: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
+    if name not in entry:
+        raise ValueError(f"{where} is missing")
+    if not isinstance(entry[name], kind):
+        raise ValueError(f"{where} is {entry[name]!r:.60}")
+    return entry[name]
+
+
+def _joined(found: list[PlannedSlot]) -> PlannedSlot:
+    cells = {name: "+".join(dict.fromkeys(getattr(part, name) for part in found)) for name in _OP_FIELDS}
+    return PlannedSlot(found[0].slot, sizes=tuple(size for part in found for size in part.sizes), **cells)

@@ -1,0 +1,123 @@
+"""Where a stopped run goes on: one file a stage in the work folder, written anew behind each part of a checkpoint.
+
+A safetensors file holds tensors and, as metadata, the run's key and a JSON value. It is written beside its final name,
+flushed and renamed: there is the state behind one part or behind the next, never half of one. It is used by a run with
+the same key alone: a digest of everything that findings depend on. A part with a failure is not saved, because what
+failed is looked at again.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ownpath.finding import Finding, failed, finding_fields, finding_from
+from ownpath.verify.subject import Subject
+from ownpath.versions import versions
+
+_FORMAT = 2
+State = TypeVar("State")
+
+
+def digest_of(subject: Subject, **more: Any) -> str:
+    """SHA-256 over headers (names, places, sizes and times of the shards), configuration, plan and selection.
+
+    more: what else a stage's findings depend on, as JSON can say it.
+    """
+    selection = subject.selection
+    shards = {info.file for info in subject.index.tensors.values()}
+    parts: dict[str, Any] = more | {
+        "format": _FORMAT,
+        "versions": versions(),
+        "device": subject.plan.caps.name,
+        "config": repr(subject.config),
+        "engine": repr(subject.engine),
+        "plan": sorted(subject.plan.slots.items()),
+        "layers": subject.layer_ids,
+        "experts": [selection.num_experts, selection.seed],
+        "tensors": [(t.name, t.dtype, t.shape, t.file.name, t.start) for t in subject.index.tensors.values()],
+        "shards": sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in shards),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class Saved(Enum):
+    """What lies in a work folder."""
+
+    NOTHING = "nothing"
+    OTHER = "what is there is of another run, or cannot be read"
+    SAME = "this run, as far as it came"
+
+
+def write_state(path: Path, key: str, value: Any, tensors: Mapping[str, Tensor] | None = None) -> None:
+    """Writes a JSON value and tensors under the run's key. Errors: OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.writing")
+    on_cpu = {name: tensor.contiguous().cpu() for name, tensor in (tensors or {}).items()}
+    save_file(on_cpu, beside, {"key": key, "value": json.dumps(value)})
+    with beside.open("rb+") as file:
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def read_state(
+    path: Path, key: str, decode: Callable[[Any, dict[str, Tensor]], State], device: torch.device | None = None
+) -> tuple[Saved, State | None]:
+    """Reads what a run with this key wrote, through ``decode(value, tensors)``, whose errors mean a torn file."""
+    if not path.exists():
+        return Saved.NOTHING, None
+    try:
+        with safe_open(path, framework="pt", device=str(device or "cpu")) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("key") != key:
+                return Saved.OTHER, None
+            # Copies lie where torch aligns them: in which order a processor sums depends on that.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        return Saved.SAME, decode(json.loads(metadata["value"]), tensors)
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError):
+        return Saved.OTHER, None
+
+
+@dataclass
+class FinishedParts:
+    """The findings of those parts of a stage that are done, by the parts' names. path: ``None``: nothing is saved."""
+
+    path: Path | None
+    key: str
+    parts: dict[str, list[Finding]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, work: Path | None, stage: str, subject: Subject) -> "FinishedParts":
+        """Starts with what an earlier run of the same key left; without it where the file is another run's or torn."""
+        if work is None:
+            return cls(None, "")
+        path, key = work / f"{stage}.safetensors", digest_of(subject)
+        _, parts = read_state(path, key, _parts_from)
+        return cls(path, key, parts or {})
+
+    def part(self, name: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+        """Yields a part's saved findings, or what ``look`` finds, which is saved from then on."""
+        if name in self.parts:
+            yield from self.parts[name]
+            return
+        found: list[Finding] = []
+        for finding in look():
+            found.append(finding)
+            yield finding
+        if self.path is not None and not failed(found):
+            self.parts[name] = found
+            value = {name: [finding_fields(finding) for finding in part] for name, part in self.parts.items()}
+            write_state(self.path, self.key, value)
+
+
+def _parts_from(value: Any, _: dict[str, Tensor]) -> dict[str, list[Finding]]:
+    return {name: [finding_from(fields) for fields in part] for name, part in value.items()}

@@ -1,0 +1,136 @@
+"""A step's tables and the pool behind them: each row at the place that the layout's arithmetic says, and read back."""
+
+import gc
+
+import pytest
+import torch
+from support.checkpoints import SMALL
+
+from ownpath.cache.layout import BLOCK_TOKENS, Part, entry_row, ring_row
+from ownpath.cache.pools import CachePool, CacheSpec, SequenceCache
+from ownpath.cache.slots import CacheFull
+from ownpath.cache.tables import StepTables
+from ownpath.config import ModelConfig
+
+WINDOW = SMALL["sliding_window"]
+
+
+def make_pool(device: torch.device, max_tokens: int = 700, max_sequences: int = 3, num_drafts: int = 0) -> CachePool:
+    config = ModelConfig.from_dict(SMALL)
+    return CachePool(CacheSpec(config, max_tokens, torch.float32, device, num_drafts, max_sequences))
+
+
+def scattered(pool: CachePool) -> tuple[SequenceCache, SequenceCache]:
+    """Two sequences, one of them on blocks and a slot that another one had."""
+    first, second, third = (pool.new_sequence() for _ in range(3))
+    first.release()
+    second.release()
+    return third, pool.new_sequence()
+
+
+def test_rows_go_where_the_layout_says(device: torch.device) -> None:
+    pool = make_pool(device)
+    caches = scattered(pool)
+    for num_rows in ((300, 1), (1, 40), (129, 1), (3, 500), (1, 1)):
+        starts = [cache.num_tokens for cache in caches]
+        tables = StepTables.of(caches, num_rows)
+        assert tables.starts == tuple(starts)
+        assert tables.cu_rows.tolist() == [0, num_rows[0], sum(num_rows)]
+        assert tables.slots_R.tolist() == [cache.slot for cache in caches]
+        assert tables.blocks_RB.tolist() == [list(cache.blocks) for cache in caches]
+        expected = [
+            (cache, position, start + count)
+            for cache, start, count in zip(caches, starts, num_rows, strict=True)
+            for position in range(start, start + count)
+        ]
+        assert tables.positions_T.tolist() == [position for _, position, _ in expected]
+        rings = {WINDOW: tables.writes.window_T, 8: tables.writes.state_T[4], 128: tables.writes.state_T[128]}
+        for size, found in rings.items():
+            rows = [ring_row(c.slot, p, size) if p >= end - size else 0 for c, p, end in expected]
+            assert found.tolist() == rows
+        for ratio, found in tables.writes.entry_T.items():
+            size = BLOCK_TOKENS // ratio
+            rows = [entry_row(c.blocks, p // ratio, size) if (p + 1) % ratio == 0 else 0 for c, p, _ in expected]
+            assert found.tolist() == rows
+        tables.extend()
+        assert [cache.num_tokens for cache in caches] == [a + b for a, b in zip(starts, num_rows, strict=True)]
+        assert pool.slots.faults() == []
+
+
+def test_a_row_is_written_to_one_place_of_its_own(device: torch.device) -> None:
+    """Of all rows of a step, at most nobody's row is written more than once."""
+    pool = make_pool(device)
+    writes = StepTables.of([pool.new_sequence() for _ in range(3)], (300, 513, 1)).writes
+    for rows_T in (writes.window_T, *writes.state_T.values(), *writes.entry_T.values()):
+        numbers, counts = rows_T.unique(return_counts=True)
+        assert set(numbers[counts > 1].tolist()) <= {0}
+
+
+def test_a_sequence_twice_in_a_step_is_refused(device: torch.device) -> None:
+    pool = make_pool(device)
+    cache = pool.new_sequence()
+    with pytest.raises(AssertionError, match="twice"):
+        StepTables.of([cache, cache], (1, 1))
+    with pytest.raises(AssertionError, match="different pools"):
+        StepTables.of([cache, make_pool(device).new_sequence()], (1, 1))
+
+
+def test_memory_of_sequences_does_not_meet(device: torch.device) -> None:
+    """Each one's views, filled with its number, hold it still when all others are filled; nobody's rows stay."""
+    pool = make_pool(device, num_drafts=1)
+    for tensor in pool.tensors.values():
+        tensor.fill_(-1)
+    caches = [pool.new_sequence() for _ in range(3)]
+    for number, cache in enumerate(caches):
+        for memory in cache.views():
+            memory.fill_(number)
+    for number, cache in enumerate(caches):
+        assert all((memory == number).all() for memory in cache.views())
+    for member, tensor in pool.tensors.items():
+        assert (tensor[: member.num_rows] == -1).all()
+        assert (tensor[member.num_rows :] != -1).all()
+
+
+def test_entries_are_read_back_in_order(device: torch.device) -> None:
+    """From blocks that do not follow each other, as many as windows are complete."""
+    pool = make_pool(device)
+    _, cache = scattered(pool)
+    tables = StepTables.of([cache], [611])
+    csa = SMALL["compress_ratios"].index(4)
+    for part in Part:
+        layer = pool.layers[csa]
+        entries = (layer.compressor if part is Part.MAIN else layer.indexer).entries  # type: ignore[union-attr]
+        entries[tables.writes.entry_T[4]] = torch.arange(611.0, device=device)[:, None].expand(-1, entries.shape[1])
+    tables.extend()
+    for part in Part:
+        found = cache.entries(csa, part)
+        assert found is not None
+        assert found[:, 0].tolist() == [4 * window + 3 for window in range(152)]
+    assert cache.entries(SMALL["compress_ratios"].index(0)) is None
+
+
+def test_a_dropped_handle_gives_its_place_back(device: torch.device) -> None:
+    pool = make_pool(device, max_sequences=1)
+    cache = pool.new_sequence()
+    with pytest.raises(CacheFull):
+        pool.new_sequence()
+    slot = cache.slot
+    del cache
+    gc.collect()
+    again = pool.new_sequence()
+    assert again.slot == slot
+    again.release()
+    again.release()
+    assert pool.slots.faults() == []
+    assert not pool.slots.owned
+
+
+def test_bytes_of_a_sequence_are_those_that_it_can_fill(device: torch.device) -> None:
+    """Not those of whole blocks: the number that ``ownpath inspect`` reports."""
+    pool = make_pool(device, max_tokens=300)
+    cache = pool.new_sequence()
+    per_entry = sum(
+        (300 // member.ratio) * member.width * 4 for member in pool.layout.members if member.group.value == "entries"
+    )
+    slots = sum(m.num_rows * m.width * 4 for m in pool.layout.members if m.group.value != "entries")
+    assert cache.num_bytes() == per_entry + slots
