@@ -26,7 +26,7 @@ NOBODY = 0
 """The slot, and the block, that no sequence owns: writes that are to be dropped go there."""
 
 
-class Group(Enum):
+class CacheGroup(Enum):
     """A kind of cache. All tensors of a group are written together and freed together."""
 
     WINDOW = "window"
@@ -34,7 +34,7 @@ class Group(Enum):
     ENTRIES = "entries"
 
 
-class Part(Enum):
+class EntryKind(Enum):
     """Tells a layer's main entries from its indexer's keys."""
 
     MAIN = "main"
@@ -42,30 +42,30 @@ class Part(Enum):
 
 
 @dataclass(frozen=True)
-class Member:
+class CacheTensor:
     """One tensor of a group.
 
     num_rows: rows of one slot (window, state) or of one block (entries). width: elements of a row. ratio: tokens per
     entry, 0 for a window.
     """
 
-    group: Group
+    group: CacheGroup
     layer_idx: int
-    part: Part
+    part: EntryKind
     num_rows: int
     width: int
     ratio: int = 0
 
     def num_sequence_rows(self, num_tokens: int) -> int:
         """Returns how many rows a sequence of ``num_tokens`` can fill."""
-        return num_tokens // self.ratio if self.group is Group.ENTRIES else self.num_rows
+        return num_tokens // self.ratio if self.group is CacheGroup.ENTRIES else self.num_rows
 
 
 @dataclass(frozen=True)
 class CacheLayout:
     """Every tensor of the caches of one model, in the order of its layers: the backbone's, then the drafts'."""
 
-    members: tuple[Member, ...]
+    members: tuple[CacheTensor, ...]
 
     @classmethod
     def of(cls, config: ModelConfig, ratios: Sequence[int]) -> "CacheLayout":
@@ -91,25 +91,25 @@ class CacheLayout:
         return sum(
             member.num_sequence_rows(num_tokens)
             * member.width
-            * (state_itemsize if member.group is Group.STATE else itemsize)
+            * (state_itemsize if member.group is CacheGroup.STATE else itemsize)
             for member in self.members
         )
 
 
-def _of_layer(config: ModelConfig, layer_idx: int, ratio: int) -> Iterator[Member]:
-    yield Member(Group.WINDOW, layer_idx, Part.MAIN, config.sliding_window, config.head_dim)
+def _of_layer(config: ModelConfig, layer_idx: int, ratio: int) -> Iterator[CacheTensor]:
+    yield CacheTensor(CacheGroup.WINDOW, layer_idx, EntryKind.MAIN, config.sliding_window, config.head_dim)
     if ratio:
-        yield from _compressed(layer_idx, Part.MAIN, ratio, config.head_dim)
+        yield from _compressed(layer_idx, EntryKind.MAIN, ratio, config.head_dim)
     if ratio == CSA_RATIO:
-        yield from _compressed(layer_idx, Part.INDEX, ratio, config.index_head_dim)
+        yield from _compressed(layer_idx, EntryKind.INDEX, ratio, config.index_head_dim)
 
 
-def _compressed(layer_idx: int, part: Part, ratio: int, head_dim: int) -> Iterator[Member]:
+def _compressed(layer_idx: int, part: EntryKind, ratio: int, head_dim: int) -> Iterator[CacheTensor]:
     """Yields the state and entries of one compressor. CSA's windows overlap: an entry needs two windows of doubled
     rows."""
     num_windows = windows_per_entry(ratio)
-    yield Member(Group.STATE, layer_idx, part, num_windows * ratio, 2 * num_windows * head_dim, ratio)
-    yield Member(Group.ENTRIES, layer_idx, part, BLOCK_TOKENS // ratio, head_dim, ratio)
+    yield CacheTensor(CacheGroup.STATE, layer_idx, part, num_windows * ratio, 2 * num_windows * head_dim, ratio)
+    yield CacheTensor(CacheGroup.ENTRIES, layer_idx, part, BLOCK_TOKENS // ratio, head_dim, ratio)
 
 
 def windows_per_entry(ratio: int) -> int:

@@ -11,7 +11,7 @@ from math import prod
 import numpy as np
 import torch
 
-from ownpath.cache.layout import NOBODY, CacheLayout, Group, Member, Part, num_blocks
+from ownpath.cache.layout import NOBODY, CacheGroup, CacheLayout, CacheTensor, EntryKind, num_blocks
 from ownpath.cache.slots import Owned, Slots
 from ownpath.config import SLIDING, EngineConfig, ModelConfig
 
@@ -92,9 +92,9 @@ class CachePool:
         """Reserves empty caches for one sequence of up to ``max_tokens`` tokens. Errors: CacheFull."""
         return SequenceCache(self, self.slots.take(self.blocks_per_sequence))
 
-    def _allocate(self, member: Member) -> torch.Tensor:
-        spec, is_state = self.spec, member.group is Group.STATE
-        count = 1 + (self.slots.num_blocks if member.group is Group.ENTRIES else self.slots.num_slots)
+    def _allocate(self, member: CacheTensor) -> torch.Tensor:
+        spec, is_state = self.spec, member.group is CacheGroup.STATE
+        count = 1 + (self.slots.num_blocks if member.group is CacheGroup.ENTRIES else self.slots.num_slots)
         dtype = spec.state_dtype if is_state else spec.dtype
         with torch.inference_mode(False):  # written by steps in that mode and by others
             return _zeros((count * member.num_rows, member.width), dtype, spec.device)
@@ -102,14 +102,14 @@ class CachePool:
     def _layer(self, layer_idx: int) -> LayerCache:
         found = {(m.group, m.part): m for m in self.layout.members if m.layer_idx == layer_idx}
 
-        def compressed(part: Part) -> EntryCache | None:
-            member = found.get((Group.ENTRIES, part))
+        def compressed(part: EntryKind) -> EntryCache | None:
+            member = found.get((CacheGroup.ENTRIES, part))
             if member is None:
                 return None
-            return EntryCache(member.ratio, self.tensors[member], self.tensors[found[Group.STATE, part]])
+            return EntryCache(member.ratio, self.tensors[member], self.tensors[found[CacheGroup.STATE, part]])
 
-        window = self.tensors[found[Group.WINDOW, Part.MAIN]]
-        return LayerCache(window, compressed(Part.MAIN), compressed(Part.INDEX))
+        window = self.tensors[found[CacheGroup.WINDOW, EntryKind.MAIN]]
+        return LayerCache(window, compressed(EntryKind.MAIN), compressed(EntryKind.INDEX))
 
 
 def _zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -155,15 +155,15 @@ class SequenceCache:
     def views(self) -> Iterator[torch.Tensor]:
         """Yields all memory of this sequence, as views [rows, width]."""
         for member, tensor in self.pool.tensors.items():
-            for number in self.blocks if member.group is Group.ENTRIES else (self.slot,):
+            for number in self.blocks if member.group is CacheGroup.ENTRIES else (self.slot,):
                 assert number != NOBODY
                 yield tensor[number * member.num_rows : (number + 1) * member.num_rows]
 
-    def entries(self, layer_idx: int, part: Part = Part.MAIN) -> torch.Tensor | None:
+    def entries(self, layer_idx: int, part: EntryKind = EntryKind.MAIN) -> torch.Tensor | None:
         """Copies the finished entries of a layer, or its index keys, in order: [C, H]. None where the layer has
         none."""
         layer = self.pool.layers[layer_idx]
-        cache = layer.compressor if part is Part.MAIN else layer.indexer
+        cache = layer.compressor if part is EntryKind.MAIN else layer.indexer
         if cache is None:
             return None
         blocks = torch.tensor(self.blocks, device=cache.entries.device)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ownpath.chat.detokenize import Detokenizer, StopMatcher
 from ownpath.chat.parse import AnswerParser
-from ownpath.chat.parts import Content, Malformed, Part, Reasoning
+from ownpath.chat.parts import AnswerPart, Content, MalformedMarkup, Reasoning
 from ownpath.chat.tokenizer import Tokenizer
 
 
@@ -50,41 +50,41 @@ class Answer:
         """True if the tokens so far end inside a character, which is not shown then."""
         return self._detokenizer.is_inside_character
 
-    def feed(self, token_id: int) -> list[Part]:
+    def feed(self, token_id: int) -> list[AnswerPart]:
         """Takes one token and returns what can be shown after it."""
         if token_id in self._markers:
             parts = self._text(self._detokenizer.flush())
             return self._shown(parts + self._parser.feed_marker(self._markers[token_id]))
         return self._shown(self._text(self._detokenizer.feed(token_id)))
 
-    def finish(self) -> list[Part]:
+    def finish(self) -> list[AnswerPart]:
         """Ends the answer and returns what was held back."""
         return self._shown(self._parser.finish()) + self._released()
 
-    def _text(self, text: str) -> list[Part]:
+    def _text(self, text: str) -> list[AnswerPart]:
         self.num_chars += len(text)
         return self._parser.feed(text)
 
-    def _shown(self, parts: Sequence[Part]) -> list[Part]:
-        shown: list[Part] = []
+    def _shown(self, parts: Sequence[AnswerPart]) -> list[AnswerPart]:
+        shown: list[AnswerPart] = []
         for part in parts:
             if self.is_stopped:
                 break
             if isinstance(part, Content):
                 text = self._matcher.feed(part.text)
                 shown += [Content(text)] if text else []
-            elif isinstance(part, Reasoning | Malformed):
+            elif isinstance(part, Reasoning | MalformedMarkup):
                 shown.append(part)
             else:
                 shown += [*self._released(), part]
         return shown
 
-    def _released(self) -> list[Part]:
+    def _released(self) -> list[AnswerPart]:
         """Returns content that was held back for a possible stop string."""
         text = "" if self.is_stopped else self._matcher.flush()
         return [Content(text)] if text else []
 
 
-def content_of(parts: Sequence[Part]) -> str:
+def content_of(parts: Sequence[AnswerPart]) -> str:
     """Joins the content among the parts."""
     return "".join(part.text for part in parts if isinstance(part, Content))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from ownpath.chat.dsml import write_json
 from ownpath.chat.markers import DSML
-from ownpath.chat.parts import Arguments, CallStarted, Part
+from ownpath.chat.parts import AnswerPart, ToolCallArguments, ToolCallStart
 
 _SPACE = " \t\r\n"
 _INVOKE = re.compile(r'invoke name="([^"]+)"\s*>')
@@ -37,7 +37,7 @@ class CallsReader:
         self.num_started = self.num_ended = 0
         # Everything fed since the last whole call, in case the next one breaks.
         self._raw = [opening]
-        self._parts: list[Part] = []
+        self._parts: list[AnswerPart] = []
         self._state: Callable[[str], None] = self._tag
         self._on_tag: Callable[[str], None] = self._open_block
         self._held = ""
@@ -53,12 +53,12 @@ class CallsReader:
         """The text fed since the last whole call, or since the block's opening."""
         return "".join(self._raw)
 
-    def feed(self, text: str) -> list[Part]:
+    def feed(self, text: str) -> list[AnswerPart]:
         """Takes a piece of text and returns the parts that it adds."""
         self._raw.append(text)
         return self._run(lambda: self._go_on(text))
 
-    def feed_marker(self) -> list[Part]:
+    def feed_marker(self) -> list[AnswerPart]:
         """Takes a ``｜DSML｜`` token and returns the parts that it adds."""
         self._raw.append(DSML)
         return self._run(self._marker)
@@ -68,7 +68,7 @@ class CallsReader:
         if self.rest is None and self.broken is None:
             self.broken = "the answer ends inside the tool calls"
 
-    def _run(self, step: Callable[[], None]) -> list[Part]:
+    def _run(self, step: Callable[[], None]) -> list[AnswerPart]:
         assert self.rest is self.broken is None
         try:
             step()
@@ -121,7 +121,7 @@ class CallsReader:
         if match is None:
             raise _Broken("a call's opening tag cannot be read")
         self._names = set()
-        self._parts.append(CallStarted(self.num_started, match[1]))
+        self._parts.append(ToolCallStart(self.num_started, match[1]))
         self.num_started += 1
         self._turn_to(self._between_parameters)
 
@@ -202,7 +202,7 @@ class CallsReader:
         self._turn_to(self._between_parameters)
 
     def _tell(self, text: str) -> None:
-        self._parts.append(Arguments(self.num_started - 1, text))
+        self._parts.append(ToolCallArguments(self.num_started - 1, text))
 
 
 def _expect(condition: bool, reason: str) -> None:

@@ -7,7 +7,7 @@ answer is the same events at once, and it makes no difference how the text is cu
 
 Text is held back only while it can still become part of a tag. Only a ``｜DSML｜`` token opens a tag; the same letters
 as text are text. Where the markup breaks, everything that was not understood (the whole block, or what follows the last
-whole call) and the rest of the answer become content, and a ``Malformed`` part marks the answer. A call that breaks
+whole call) and the rest of the answer become content, and a ``MalformedMarkup`` part marks the answer. A call that breaks
 after its arguments began keeps the arguments streamed so far. They are not valid JSON then, so nobody can run half a
 call by mistake.
 
@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 from ownpath.chat.calls import CallsReader
 from ownpath.chat.markers import DSML, THINK_END
-from ownpath.chat.parts import Content, Malformed, Part, Reasoning
+from ownpath.chat.parts import AnswerPart, Content, MalformedMarkup, Reasoning
 
 _SPACE = " \t\r\n"
 _BEFORE_BLOCK = re.compile(r"\n{0,2}<?\Z")
@@ -36,7 +36,7 @@ class AnswerParser:
     def __init__(self, thinks: bool = False, offers_tools: bool = False) -> None:
         self.markers = frozenset(([THINK_END] if thinks else []) + ([DSML] if offers_tools else []))
         self._holds_back = offers_tools
-        self._state: Callable[[str], list[Part]] = self._reasoning if thinks else self._content
+        self._state: Callable[[str], list[AnswerPart]] = self._reasoning if thinks else self._content
         self._held = ""
         self._calls: CallsReader | None = None
 
@@ -50,11 +50,11 @@ class AnswerParser:
         """True while the reasoning block is open."""
         return self._state == self._reasoning
 
-    def feed(self, text: str) -> list[Part]:
+    def feed(self, text: str) -> list[AnswerPart]:
         """Takes a piece of text and returns the parts that it adds."""
         return self._state(text) if text else []
 
-    def feed_marker(self, marker: str) -> list[Part]:
+    def feed_marker(self, marker: str) -> list[AnswerPart]:
         """Takes a marker, one of ``markers``, and returns the parts that it adds."""
         assert marker in self.markers
         if marker == THINK_END and self._state == self._reasoning:
@@ -69,7 +69,7 @@ class AnswerParser:
             return []
         return self._state(marker)
 
-    def finish(self) -> list[Part]:
+    def finish(self) -> list[AnswerPart]:
         """Ends the input and returns what was held back."""
         if self._state == self._in_calls:
             assert self._calls is not None
@@ -78,10 +78,10 @@ class AnswerParser:
         held, self._held = self._held, ""
         return _content(held)
 
-    def _reasoning(self, text: str) -> list[Part]:
+    def _reasoning(self, text: str) -> list[AnswerPart]:
         return [Reasoning(text)]
 
-    def _content(self, text: str) -> list[Part]:
+    def _content(self, text: str) -> list[AnswerPart]:
         if not self._holds_back:
             return _content(text)
         text = self._held + text
@@ -90,11 +90,11 @@ class AnswerParser:
         self._held = text[cut:]
         return _content(text[:cut])
 
-    def _in_calls(self, text: str) -> list[Part]:
+    def _in_calls(self, text: str) -> list[AnswerPart]:
         assert self._calls is not None
         return self._after_step(self._calls.feed(text))
 
-    def _after_step(self, parts: list[Part]) -> list[Part]:
+    def _after_step(self, parts: list[AnswerPart]) -> list[AnswerPart]:
         """Leaves the block when it has ended or broken."""
         assert self._calls is not None
         if self._calls.broken is not None:
@@ -104,14 +104,14 @@ class AnswerParser:
             return parts + self._behind_calls(self._calls.rest)
         return parts
 
-    def _behind_calls(self, text: str) -> list[Part]:
+    def _behind_calls(self, text: str) -> list[AnswerPart]:
         text = text.lstrip(_SPACE)
         return self._give_up("there is text behind the tool calls", text) if text else []
 
-    def _give_up(self, reason: str, text: str) -> list[Part]:
+    def _give_up(self, reason: str, text: str) -> list[AnswerPart]:
         self._state = _content
-        return [Malformed(reason), *_content(text)]
+        return [MalformedMarkup(reason), *_content(text)]
 
 
-def _content(text: str) -> list[Part]:
+def _content(text: str) -> list[AnswerPart]:
     return [Content(text)] if text else []

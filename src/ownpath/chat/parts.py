@@ -18,7 +18,7 @@ class Content:
 
 
 @dataclass(frozen=True)
-class CallStarted:
+class ToolCallStart:
     """A tool call begins; its arguments follow."""
 
     index: int
@@ -26,7 +26,7 @@ class CallStarted:
 
 
 @dataclass(frozen=True)
-class Arguments:
+class ToolCallArguments:
     """More of the JSON text of a call's arguments."""
 
     index: int
@@ -34,10 +34,10 @@ class Arguments:
 
 
 @dataclass(frozen=True)
-class Malformed:
+class MalformedMarkup:
     """The markup broke here, for this reason; everything after it is content."""
 
     reason: str
 
 
-Part = Reasoning | Content | CallStarted | Arguments | Malformed
+AnswerPart = Reasoning | Content | ToolCallStart | ToolCallArguments | MalformedMarkup

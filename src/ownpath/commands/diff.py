@@ -45,11 +45,11 @@ def run(args: argparse.Namespace) -> int:
     from ownpath.commands.session import load_for
     from ownpath.diff.client import Client
     from ownpath.diff.offers import first_model, open_server
-    from ownpath.diff.ours import Ours
+    from ownpath.diff.ours import LocalModel
     from ownpath.diff.prompts import make_prompts, probe_prompt
     from ownpath.diff.readings import TokenNames
     from ownpath.diff.report import difference_dict, difference_text
-    from ownpath.diff.survey import Effort, survey
+    from ownpath.diff.survey import SurveySize, survey
 
     client = Client.of_url(args.against, args.timeout, _api_key(args.api_key_env))
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
     prompts = make_prompts(loaded.tokenizer, seed, args.prompt)
     probe = probe_prompt(loaded.tokenizer)
     server = open_server(client, TokenNames(loaded.tokenizer), probe, args.served_model_name or listed)
-    effort = Effort(args.max_tokens, args.together, args.tolerance)
-    difference = survey(server, Ours(loaded.model, loaded.tokenizer), prompts, effort)
+    effort = SurveySize(args.max_tokens, args.together, args.tolerance)
+    difference = survey(server, LocalModel(loaded.model, loaded.tokenizer), prompts, effort)
     name = loaded.folder.resolve().name
     if args.json:
         print(json.dumps(difference_dict(difference, server, name, seed), indent=1))

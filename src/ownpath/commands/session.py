@@ -31,7 +31,7 @@ class Session:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model with its tokenizer and configuration."""
 
     folder: Path
@@ -40,7 +40,7 @@ class Loaded:
     config: EngineConfig
 
 
-def load_for(args: argparse.Namespace, max_num_seqs: int = EngineConfig.max_num_seqs) -> Loaded:
+def load_for(args: argparse.Namespace, max_num_seqs: int = EngineConfig.max_num_seqs) -> LoadedModel:
     """Loads the model that the arguments name (none: the embedded one), ready for its first step.
 
     max_num_seqs: sequences that its caches have room for. Errors: ValueError naming the file or field.
@@ -66,7 +66,7 @@ def load_for(args: argparse.Namespace, max_num_seqs: int = EngineConfig.max_num_
         raise ValueError(f"{folder}: config.json says {ids}")
     if torch.device(args.device).type == "cuda":
         warm_up(model, config)
-    return Loaded(folder, tokenizer, model, config)
+    return LoadedModel(folder, tokenizer, model, config)
 
 
 @contextlib.contextmanager

@@ -94,7 +94,7 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Exact:
 
 
 @dataclass(frozen=True)
-class Matrices:
+class ExpertMatrices:
     """w1 (gate) and w3 (up) [F, D], w2 (down) [D, F], float64."""
 
     w1: Tensor
@@ -116,7 +116,7 @@ class ExpertSteps:
     rounds_products: bool = False
 
 
-def expert(x_MD: Tensor, matrices: Matrices, steps: ExpertSteps) -> Exact:
+def expert(x_MD: Tensor, matrices: ExpertMatrices, steps: ExpertSteps) -> Exact:
     """Computes w2 swiglu(w1 x, w3 x), not rounded. x: activations in the engine's dtype."""
     rows = steps.inputs(x_MD)
     gate, up = product(rows, matrices.w1), product(rows, matrices.w3)
@@ -187,7 +187,7 @@ def written_streams(x_TSD: Tensor, y_TD: Tensor, post_TS: Tensor, comb_TSS: Tens
 
 
 @dataclass(frozen=True)
-class Boundary:
+class ExactBoundary:
     """One boundary on the streams [T, S, D] that it reads, in float64."""
 
     x_TSD: Tensor

@@ -26,7 +26,7 @@ _ALLOCATES = {
 }
 
 
-class Filled(TorchDispatchMode):
+class FilledMemory(TorchDispatchMode):
     """While active, fills memory that is allocated uninitialised with one byte value."""
 
     def __init__(self, byte: int) -> None:
@@ -75,7 +75,7 @@ def _run(call: KernelCall, byte: int) -> list[Tensor]:
     """Runs the call and copies its results."""
     first, *rest = call.args
     args = (_guarded(first, byte), *rest)
-    with Filled(byte):
+    with FilledMemory(byte):
         result = call.run(*args)
     return [tensor.clone() for tensor in tensors_of(result)]
 

@@ -32,7 +32,7 @@ POSITIONS = (0, 1, 4096, 131072, 1_000_000)
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ArgumentSizes:
     """The sizes that the arguments of an operation depend on; 0 where it has no such size.
 
     width: of the input rows. expert_ids: the experts that tokens are sent to. angles: (cos, sin) of each row [T, F].
@@ -71,7 +71,7 @@ class Draw:
         listed = torch.tensor(sizes, device=x.device).repeat(-(-len(x) // len(sizes)))[: len(x)]
         return (x * listed.view(-1, *[1] * (x.ndim - 1))).to(self.dtype)
 
-    def streams(self, seed: str, num_rows: int, sizes: Sizes) -> tuple[Tensor, Tensor, Mix]:
+    def streams(self, seed: str, num_rows: int, sizes: ArgumentSizes) -> tuple[Tensor, Tensor, Mix]:
         """Draws streams [T, S, D], an output [T, D] and the mix that spreads it."""
         s = sizes.num_streams
         x_TSD = self.rows(seed, num_rows, s * sizes.width).unflatten(1, (s, sizes.width))
@@ -89,22 +89,22 @@ class Draw:
         return self.normal(f"{seed} keys", num_keys, head_dim).to(self.dtype)
 
 
-def arguments(kind: OpKind, draw: Draw, seed: str, num_rows: int, sizes: Sizes) -> tuple[Any, ...]:
+def arguments(kind: OpKind, draw: Draw, seed: str, num_rows: int, sizes: ArgumentSizes) -> tuple[Any, ...]:
     """Draws an operation's arguments of the kind that serving passes; the first of them is the activations."""
     return _ARGUMENTS[kind](draw, seed, num_rows, sizes)
 
 
-def _rows(draw: Draw, seed: str, num_rows: int, sizes: Sizes) -> tuple[Any, ...]:
+def _rows(draw: Draw, seed: str, num_rows: int, sizes: ArgumentSizes) -> tuple[Any, ...]:
     """Draws [T, width], or heads [T, N, width]."""
     x = draw.rows(seed, num_rows, max(sizes.num_heads, 1) * sizes.width)
     return (x.unflatten(1, (sizes.num_heads, sizes.width)) if sizes.num_heads else x,)
 
 
-def _grouped(draw: Draw, seed: str, num_rows: int, sizes: Sizes) -> tuple[Any, ...]:
+def _grouped(draw: Draw, seed: str, num_rows: int, sizes: ArgumentSizes) -> tuple[Any, ...]:
     return *_rows(draw, seed, num_rows, sizes), sizes.angles
 
 
-def _experts(draw: Draw, seed: str, num_rows: int, sizes: Sizes) -> tuple[Any, ...]:
+def _experts(draw: Draw, seed: str, num_rows: int, sizes: ArgumentSizes) -> tuple[Any, ...]:
     chosen = torch.tensor(sizes.expert_ids)
     slots = min(sizes.num_experts_per_tok, len(chosen))
     generator = torch.Generator().manual_seed(num_rows)
@@ -113,19 +113,19 @@ def _experts(draw: Draw, seed: str, num_rows: int, sizes: Sizes) -> tuple[Any, .
     return draw.rows(seed, num_rows, sizes.width), ids.to(draw.device), weights.to(draw.device)
 
 
-def _router(draw: Draw, seed: str, num_rows: int, sizes: Sizes) -> tuple[Any, ...]:
+def _router(draw: Draw, seed: str, num_rows: int, sizes: ArgumentSizes) -> tuple[Any, ...]:
     token_ids = torch.arange(num_rows, device=draw.device) % sizes.vocab_size
     # Of ordinary size: scores of logits below -100 are zero in float32, and so are the weights' sums.
     return draw.normal(seed, num_rows, sizes.width).to(draw.dtype), token_ids
 
 
-def _attention(draw: Draw, seed: str, num_rows: int, sizes: Sizes) -> tuple[Any, ...]:
+def _attention(draw: Draw, seed: str, num_rows: int, sizes: ArgumentSizes) -> tuple[Any, ...]:
     q_TNH = draw.normal(f"{seed} q", num_rows, sizes.num_heads, sizes.width).to(draw.dtype)
     age_TK = torch.arange(num_rows, device=draw.device)[:, None] - torch.arange(num_rows, device=draw.device)
     return q_TNH, draw.keys(seed, num_rows, sizes.width), age_TK >= 0
 
 
-_ARGUMENTS: dict[OpKind, Callable[[Draw, str, int, Sizes], tuple[Any, ...]]] = {
+_ARGUMENTS: dict[OpKind, Callable[[Draw, str, int, ArgumentSizes], tuple[Any, ...]]] = {
     OpKind.LINEAR: _rows,
     OpKind.GROUPED: _grouped,
     OpKind.MOE: _experts,

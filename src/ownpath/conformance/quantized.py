@@ -31,7 +31,7 @@ def random_codes(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Dense:
+class DenseWeight:
     """A weight [N, K] with a global scale per row."""
 
     codes: torch.Tensor
@@ -39,7 +39,7 @@ class Dense:
     global_scale: torch.Tensor
 
     @classmethod
-    def draw(cls, num_rows: int, num_cols: int, device: torch.device, extreme: bool = False) -> "Dense":
+    def draw(cls, num_rows: int, num_cols: int, device: torch.device, extreme: bool = False) -> "DenseWeight":
         codes = random_codes((num_rows, num_cols // 2), device)
         scale = random_scales((num_rows, num_cols // 16), device, extreme)
         return cls(codes, scale, (torch.rand(num_rows, device=device) + 0.5) * 1e-2)
@@ -68,7 +68,7 @@ def dense_reference(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor
 
 
 @dataclass(frozen=True)
-class Experts:
+class ExpertStacks:
     """Stacks of E experts, D hidden, F wide."""
 
     w13: torch.Tensor
@@ -79,7 +79,9 @@ class Experts:
     w2_scale_2: torch.Tensor
 
     @classmethod
-    def draw(cls, num_experts: int, hidden: int, inter: int, device: torch.device, extreme: bool = False) -> "Experts":
+    def draw(
+        cls, num_experts: int, hidden: int, inter: int, device: torch.device, extreme: bool = False
+    ) -> "ExpertStacks":
         return cls(
             random_codes((num_experts, 2 * inter, hidden // 2), device),
             random_scales((num_experts, 2 * inter, hidden // 16), device, extreme),
@@ -89,15 +91,15 @@ class Experts:
             (torch.rand(num_experts, device=device) + 0.5) * inter**-0.5 / 4,
         )
 
-    def clone(self) -> "Experts":
-        return Experts(*(tensor.clone() for tensor in vars(self).values()))
+    def clone(self) -> "ExpertStacks":
+        return ExpertStacks(*(tensor.clone() for tensor in vars(self).values()))
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return tuple(vars(self).values())
 
 
 @dataclass(frozen=True)
-class Routed:
+class RoutedTokens:
     """Tokens with their experts. Shapes: x bfloat16 [T, D]; ids [T, K]; weights float32 [T, K]."""
 
     x: torch.Tensor
@@ -107,14 +109,14 @@ class Routed:
     @classmethod
     def draw(
         cls, num_tokens: int, hidden: int, num_experts: int, top_k: int, device: torch.device, amplitude: float = 1.0
-    ) -> "Routed":
+    ) -> "RoutedTokens":
         ids = torch.rand(num_tokens, num_experts, device=device).topk(top_k).indices.int()
         x = (torch.randn(num_tokens, hidden, device=device) * amplitude).bfloat16()
         return cls(x, ids, torch.rand(num_tokens, top_k, device=device))
 
 
 def moe_reference(
-    experts: Experts, routed: Routed, limit: float, num_shared: int = 0
+    experts: ExpertStacks, routed: RoutedTokens, limit: float, num_shared: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes the experts in float64, and the largest error of an element.
 
@@ -140,7 +142,7 @@ def moe_reference(
     return y, error + y.abs() * BF16_ROUND
 
 
-def _expert(experts: Experts, expert: int, x: torch.Tensor, limit: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _expert(experts: ExpertStacks, expert: int, x: torch.Tensor, limit: float) -> tuple[torch.Tensor, torch.Tensor]:
     inter = experts.w2.shape[2] * 2
     scale = experts.w13_scale_2[expert].double()[:, None, None]
     w13 = decoded_nvfp4(experts.w13[expert], experts.w13_scale[expert])

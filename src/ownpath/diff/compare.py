@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ownpath.diff.readings import Reading, Scored
+from ownpath.diff.readings import ScoredPosition, SequenceReading
 
 TOLERANCE_NATS = 0.25
 """Four roundings of a BF16 logit: between 16 and 32 its steps are 1/8 apart, so one rounding is at most 1/16."""
@@ -20,7 +20,7 @@ this."""
 
 
 @dataclass(frozen=True)
-class Position:
+class PositionComparison:
     """One token as both sides scored it.
 
     idx: its index in the sequence.
@@ -49,13 +49,13 @@ class PromptComparison:
     """The comparison of one sequence. prompt_idx: the prompt that it belongs to."""
 
     prompt_idx: int
-    positions: tuple[Position, ...]
+    positions: tuple[PositionComparison, ...]
 
-    def first_divergence(self, tolerance: float) -> Position | None:
+    def first_divergence(self, tolerance: float) -> PositionComparison | None:
         return next((position for position in self.positions if position.diverges(tolerance)), None)
 
 
-def compare(prompt_idx: int, reading: Reading, logprobs_PV: torch.Tensor) -> PromptComparison:
+def compare(prompt_idx: int, reading: SequenceReading, logprobs_PV: torch.Tensor) -> PromptComparison:
     """Compares one sequence. Shapes: logprobs_PV [P, V], ours, row n for ``reading.scored[n]``."""
     assert len(logprobs_PV) == len(reading.scored)
     rows = zip(reading.scored, reading.scored_ids, logprobs_PV, strict=True)
@@ -65,15 +65,15 @@ def compare(prompt_idx: int, reading: Reading, logprobs_PV: torch.Tensor) -> Pro
     )
 
 
-def _position(idx: int, token_id: int, scored: Scored, row_V: torch.Tensor) -> Position:
+def _position(idx: int, token_id: int, scored: ScoredPosition, row_V: torch.Tensor) -> PositionComparison:
     ours = float(row_V[token_id])
     if not scored.top:
-        return Position(idx, token_id, ours, scored.logprob)
+        return PositionComparison(idx, token_id, ours, scored.logprob)
     best_id = max(scored.top, key=lambda i: scored.top[i])
     # An unnamed entry may be the likeliest, or several tokens that the server itself writes as one.
     gap = float(row_V.max() - row_V[best_id]) if scored.is_whole else None
     kl, outside = kl_at_least(row_V, list(scored.top), list(scored.top.values()))
-    return Position(idx, token_id, ours, scored.logprob, gap, kl, outside)
+    return PositionComparison(idx, token_id, ours, scored.logprob, gap, kl, outside)
 
 
 def kl_at_least(ours_V: torch.Tensor, ids: Sequence[int], theirs: Sequence[float]) -> tuple[float, float]:
@@ -90,34 +90,34 @@ def kl_at_least(ours_V: torch.Tensor, ids: Sequence[int], theirs: Sequence[float
 
 
 @dataclass(frozen=True)
-class Parting:
+class AnswerDivergence:
     """The place where two answers to one request differ. far: in nats; infinite where a token is not listed."""
 
     idx: int
     far: float
 
 
-def part(first: Reading, second: Reading) -> Parting | None:
+def part(first: SequenceReading, second: SequenceReading) -> AnswerDivergence | None:
     """Returns the largest difference between two answers, up to the token in which they differ; None for no common
     token.
 
     A token that the other answer does not have counts by how far the first answer preferred its own to it, halved:
     each of the two log-probs may have moved.
     """
-    worst: Parting | None = None
+    worst: AnswerDivergence | None = None
     for n, (a, b) in enumerate(zip(first.all_rows, second.all_rows, strict=False)):
         is_same = a.token_id == b.token_id
         far = _apart(a, b) if is_same else _preference(a, b)
         if worst is None or far > worst.far:
-            worst = Parting(first.start + n, far)
+            worst = AnswerDivergence(first.start + n, far)
         if not is_same:
             return worst
     if len(first.all_rows) != len(second.all_rows):
-        return Parting(first.start + min(len(first.all_rows), len(second.all_rows)), math.inf)
+        return AnswerDivergence(first.start + min(len(first.all_rows), len(second.all_rows)), math.inf)
     return worst
 
 
-def _apart(a: Scored, b: Scored) -> float:
+def _apart(a: ScoredPosition, b: ScoredPosition) -> float:
     if a.logprob is None or b.logprob is None:
         return 0.0 if a.logprob is b.logprob else math.inf
     apart = [abs(a.logprob - b.logprob), *(abs(a.top[i] - b.top[i]) for i in a.top.keys() & b.top.keys())]
@@ -125,7 +125,7 @@ def _apart(a: Scored, b: Scored) -> float:
     return math.inf if any(map(math.isnan, apart)) else max(apart)
 
 
-def _preference(a: Scored, b: Scored) -> float:
+def _preference(a: ScoredPosition, b: ScoredPosition) -> float:
     if a.logprob is None or b.token_id is None or b.token_id not in a.top:
         return math.inf
     preference = (a.logprob - a.top[b.token_id]) / 2

@@ -10,10 +10,10 @@ from functools import partial
 from typing import Any, TypeVar
 
 from ownpath.diff.client import CannotAsk, Client, Refused
-from ownpath.diff.prompts import Prompt
+from ownpath.diff.prompts import SurveyPrompt
 from ownpath.diff.readings import (
     ChatReading,
-    Reading,
+    SequenceReading,
     TokenNames,
     Unreadable,
     read_chat,
@@ -39,7 +39,7 @@ class NotOffered(CannotAsk):
 
 
 @dataclass(frozen=True)
-class Way:
+class RequestForm:
     """The form of request for generated tokens that one server accepts: what its refusals left.
 
     extras: fields that make it report token ids. sends_ids: the prompt goes as ids, not as text.
@@ -50,7 +50,7 @@ class Way:
     num_top: int
     extras: Mapping[str, Any]
 
-    def body(self, prompt: Prompt, max_tokens: int) -> dict[str, Any]:
+    def body(self, prompt: SurveyPrompt, max_tokens: int) -> dict[str, Any]:
         """Builds the request for one greedy answer."""
         common = {"max_tokens": max_tokens, **_GREEDY, **self.extras}
         if self.path == CHAT:
@@ -60,7 +60,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Server:
+class RemoteServer:
     """A server and the form of request that it accepts.
 
     model: its name in requests; None sends none. form: ``prompt_logprobs``, ``echo`` or ``generated``.
@@ -70,16 +70,16 @@ class Server:
     client: Client
     names: TokenNames
     model: str | None
-    way: Way
+    way: RequestForm
     form: str = "generated"
     notes: tuple[str, ...] = field(default=(), compare=False)
 
-    def generate(self, prompt: Prompt, max_tokens: int) -> Reading:
+    def generate(self, prompt: SurveyPrompt, max_tokens: int) -> SequenceReading:
         """Generates one greedy answer, scored. Errors: CannotAsk."""
         answer = self._post(self.way.path, self.way.body(prompt, max_tokens))
         return self._read(self.way.path, lambda: read_generated(answer, self._sent(prompt, answer), self.names))
 
-    def score(self, prompt: Prompt) -> Reading:
+    def score(self, prompt: SurveyPrompt) -> SequenceReading:
         """Scores the prompt's own tokens, in the form offered. Errors: CannotAsk."""
         body = self.way.body(prompt, 1)
         if self.form == "echo":
@@ -88,7 +88,7 @@ class Server:
         answer = self._post(COMPLETIONS, body | {"prompt_logprobs": self.way.num_top})
         return self._read(COMPLETIONS, lambda: read_prompt_logprobs(answer, self._sent(prompt, answer), self.names))
 
-    def chat(self, prompt: Prompt, max_tokens: int) -> ChatReading:
+    def chat(self, prompt: SurveyPrompt, max_tokens: int) -> ChatReading:
         """Sends the prompt as a user's message. Errors: CannotAsk."""
         wishes = [{**extras, **asked} for asked in ({"logprobs": True}, {}) for extras in _EXTRAS]
         refused: Refused | None = None
@@ -102,11 +102,11 @@ class Server:
         assert refused is not None
         raise refused
 
-    def chat_prompt_ids(self, prompt: Prompt) -> tuple[int, ...] | None:
+    def chat_prompt_ids(self, prompt: SurveyPrompt) -> tuple[int, ...] | None:
         """Returns the conversation's tokens by ``/tokenize``, where a server has one that knows messages."""
         return self._tokenize(_messages(prompt))
 
-    def text_ids(self, prompt: Prompt) -> tuple[int, ...] | None:
+    def text_ids(self, prompt: SurveyPrompt) -> tuple[int, ...] | None:
         """Returns the text's tokens by ``/tokenize``, in the request form of vLLM and SGLang or in llama.cpp's."""
         return self._tokenize({"prompt": prompt.text, "content": prompt.text})
 
@@ -118,7 +118,7 @@ class Server:
         ids = [self.names.check(token) for token in tokens] if isinstance(tokens, list) else [None]
         return None if None in ids else tuple(i for i in ids if i is not None)
 
-    def _sent(self, prompt: Prompt, answer: Mapping[str, Any]) -> tuple[int, ...]:
+    def _sent(self, prompt: SurveyPrompt, answer: Mapping[str, Any]) -> tuple[int, ...]:
         """Returns the ids that the server read: those sent; for text, those it reports, else those of our tokenizer."""
         if self.way.path == COMPLETIONS and self.way.sends_ids:
             return prompt.ids
@@ -135,7 +135,7 @@ class Server:
             raise NotOffered(f"{self.client.root}{path}: {error}") from None
 
 
-def open_server(client: Client, names: TokenNames, prompt: Prompt, model: str | None) -> Server:
+def open_server(client: Client, names: TokenNames, prompt: SurveyPrompt, model: str | None) -> RemoteServer:
     """Finds the form of request that the server accepts. model: its name in requests; None sends none.
 
     Errors: CannotAsk when the server cannot be reached or offers no log-probs, with its last words to each form.
@@ -145,7 +145,7 @@ def open_server(client: Client, names: TokenNames, prompt: Prompt, model: str | 
     for way in _ways():
         if way.path in absent:
             continue
-        server = Server(client, names, model, way)
+        server = RemoteServer(client, names, model, way)
         try:
             server.generate(prompt, 1)
         except (Refused, NotOffered) as error:
@@ -157,7 +157,7 @@ def open_server(client: Client, names: TokenNames, prompt: Prompt, model: str | 
     raise CannotAsk(f"{client.root} offers no log-probs: " + "; ".join(dict.fromkeys(notes[-3:])))
 
 
-def _best_form(server: Server, prompt: Prompt) -> Server:
+def _best_form(server: RemoteServer, prompt: SurveyPrompt) -> RemoteServer:
     """Returns the same server, asked for its prompt's log-probs too where it gives them."""
     notes = server.notes
     for form in ("prompt_logprobs", "echo") if server.way.path == COMPLETIONS else ():
@@ -171,14 +171,14 @@ def _best_form(server: Server, prompt: Prompt) -> Server:
     return replace(server, form="generated", notes=notes)
 
 
-def _ways() -> Iterator[Way]:
+def _ways() -> Iterator[RequestForm]:
     for path, sends_ids in ((COMPLETIONS, True), (COMPLETIONS, False), (CHAT, False)):
         for num_top in _NUMS_TOP:
             for extras in _EXTRAS:
-                yield Way(path, sends_ids, num_top, extras)
+                yield RequestForm(path, sends_ids, num_top, extras)
 
 
-def _messages(prompt: Prompt) -> dict[str, Any]:
+def _messages(prompt: SurveyPrompt) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": prompt.text}]}
 
 

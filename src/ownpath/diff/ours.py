@@ -5,19 +5,19 @@ from dataclasses import dataclass
 import torch
 
 from ownpath.chat.tokenizer import Tokenizer
-from ownpath.diff.readings import Reading
+from ownpath.diff.readings import SequenceReading
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
 
 
 @dataclass(frozen=True)
-class Ours:
+class LocalModel:
     """The model here, which is taken as right."""
 
     model: Model
     tokenizer: Tokenizer
 
-    def logprobs(self, reading: Reading) -> torch.Tensor:
+    def logprobs(self, reading: SequenceReading) -> torch.Tensor:
         """Returns the log-probs of every token at the reading's positions, on the CPU: [P, V], float32.
 
         One forward over the sequence, in a fresh cache. Errors: ValueError when the sequence does not fit, or when a

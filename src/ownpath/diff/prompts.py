@@ -18,7 +18,7 @@ _SENTENCES = (
 
 
 @dataclass(frozen=True)
-class Prompt:
+class SurveyPrompt:
     """One text; ids: its tokens; chat_ids: those of the conversation that opens with it, in this model's format."""
 
     text: str
@@ -26,7 +26,7 @@ class Prompt:
     chat_ids: tuple[int, ...]
 
 
-def make_prompts(tokenizer: Tokenizer, seed: int, texts: Sequence[str] = ()) -> list[Prompt]:
+def make_prompts(tokenizer: Tokenizer, seed: int, texts: Sequence[str] = ()) -> list[SurveyPrompt]:
     """Returns the given texts, or ours after a number from ``seed``. Errors: ValueError for a text of fewer than 2
     tokens."""
     draw = random.Random(seed)
@@ -34,14 +34,14 @@ def make_prompts(tokenizer: Tokenizer, seed: int, texts: Sequence[str] = ()) -> 
     return [_prompt(tokenizer, text) for text in chosen]
 
 
-def probe_prompt(tokenizer: Tokenizer) -> Prompt:
+def probe_prompt(tokenizer: Tokenizer) -> SurveyPrompt:
     """Returns the prompt that finds the server's request form; it shares no cached prefix with the other prompts."""
     return _prompt(tokenizer, "How do you say this?")
 
 
-def _prompt(tokenizer: Tokenizer, text: str) -> Prompt:
+def _prompt(tokenizer: Tokenizer, text: str) -> SurveyPrompt:
     ids = tokenizer.encode_raw(text)
     if len(ids) < 2:
         raise ValueError(f"--prompt {text!r}: at least 2 tokens are needed, found {len(ids)}")
     chat_ids = tokenizer.encode_segments(encode_messages([Message("user", text)]))
-    return Prompt(text, tuple(ids), tuple(chat_ids))
+    return SurveyPrompt(text, tuple(ids), tuple(chat_ids))

@@ -17,7 +17,7 @@ class Unreadable(ValueError):
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredPosition:
     """One position.
 
     token_id: None where its name is no token's. logprob: None where the server gave none.
@@ -31,7 +31,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Reading:
+class SequenceReading:
     """A server's log-probs of one sequence.
 
     ids: the sequence, as far as its ids are known; scored[n] is of ids[start + n].
@@ -41,12 +41,12 @@ class Reading:
 
     ids: tuple[int, ...]
     start: int
-    scored: tuple[Scored, ...]
-    unnamed: tuple[Scored, ...] = ()
+    scored: tuple[ScoredPosition, ...]
+    unnamed: tuple[ScoredPosition, ...] = ()
     is_stopped: bool = False
 
     @property
-    def all_rows(self) -> tuple[Scored, ...]:
+    def all_rows(self) -> tuple[ScoredPosition, ...]:
         return self.scored + self.unnamed
 
     @property
@@ -106,7 +106,7 @@ def choice_of(answer: Json) -> Json:
     return first
 
 
-def read_prompt_logprobs(answer: Json, prompt_ids: Sequence[int], names: TokenNames) -> Reading:
+def read_prompt_logprobs(answer: Json, prompt_ids: Sequence[int], names: TokenNames) -> SequenceReading:
     """Reads vLLM's ``prompt_logprobs``: one object per position, keyed by token id. Errors: Unreadable."""
     rows = choice_of(answer).get("prompt_logprobs", answer.get("prompt_logprobs"))
     if not isinstance(rows, list) or len(rows) != len(prompt_ids):
@@ -118,11 +118,11 @@ def read_prompt_logprobs(answer: Json, prompt_ids: Sequence[int], names: TokenNa
         top = {
             key: p for key, value in pairs if key is not None and (p := _number(_field(value, "logprob"))) is not None
         }
-        scored.append(Scored(token_id, top.get(token_id), top))
-    return Reading(tuple(prompt_ids), 1, tuple(scored))
+        scored.append(ScoredPosition(token_id, top.get(token_id), top))
+    return SequenceReading(tuple(prompt_ids), 1, tuple(scored))
 
 
-def read_echo(answer: Json, prompt_ids: Sequence[int], names: TokenNames) -> Reading:
+def read_echo(answer: Json, prompt_ids: Sequence[int], names: TokenNames) -> SequenceReading:
     """Reads OpenAI's ``echo``: the prompt's tokens before the answer's. Errors: Unreadable."""
     scored = _read_logprobs(choice_of(answer), names)[: len(prompt_ids)]
     if len(scored) < len(prompt_ids):
@@ -131,10 +131,10 @@ def read_echo(answer: Json, prompt_ids: Sequence[int], names: TokenNames) -> Rea
         if row.token_id not in (None, token_id):
             raise Unreadable("logprobs: echo was ignored, or other tokens were read than were sent")
     rows = (replace(row, token_id=i) for row, i in zip(scored[1:], prompt_ids[1:], strict=True))
-    return Reading(tuple(prompt_ids), 1, tuple(rows))
+    return SequenceReading(tuple(prompt_ids), 1, tuple(rows))
 
 
-def read_generated(answer: Json, prompt_ids: Sequence[int], names: TokenNames) -> Reading:
+def read_generated(answer: Json, prompt_ids: Sequence[int], names: TokenNames) -> SequenceReading:
     """Reads the answer's own tokens, as far as their ids are known. Errors: Unreadable."""
     choice = choice_of(answer)
     scored = _read_logprobs(choice, names)
@@ -145,7 +145,7 @@ def read_generated(answer: Json, prompt_ids: Sequence[int], names: TokenNames) -
     ids = (row.token_id for row in scored[:num_known] if row.token_id is not None)
     known, unnamed = tuple(scored[:num_known]), tuple(scored[num_known:])
     is_stopped = choice.get("finish_reason") == "stop"
-    return Reading((*prompt_ids, *ids), len(prompt_ids), known, unnamed, is_stopped)
+    return SequenceReading((*prompt_ids, *ids), len(prompt_ids), known, unnamed, is_stopped)
 
 
 def read_chat(answer: Json, names: TokenNames) -> ChatReading:
@@ -177,7 +177,7 @@ def told_prompt_ids(answer: Json, names: TokenNames) -> tuple[int, ...] | None:
     return _ids(answer.get("prompt_token_ids", choice_of(answer).get("prompt_token_ids")), names)
 
 
-def _read_logprobs(choice: Json, names: TokenNames) -> list[Scored]:
+def _read_logprobs(choice: Json, names: TokenNames) -> list[ScoredPosition]:
     """Reads either form: parallel lists (completions), or ``content`` entries (chat, and llama.cpp's completions)."""
     logprobs = choice.get("logprobs")
     if not isinstance(logprobs, dict):
@@ -192,14 +192,14 @@ def _read_logprobs(choice: Json, names: TokenNames) -> list[Scored]:
     rows = []
     for token, value, listed in zip(tokens, values, lists, strict=True):
         top, is_whole = _top([(names.id_of(name), number) for name, number in (listed or {}).items()])
-        rows.append(Scored(names.id_of(token), _number(value), top, is_whole))
+        rows.append(ScoredPosition(names.id_of(token), _number(value), top, is_whole))
     return rows
 
 
-def _of_entry(entry: Json, names: TokenNames) -> Scored:
+def _of_entry(entry: Json, names: TokenNames) -> ScoredPosition:
     listed = [item for item in entry.get("top_logprobs") or [] if isinstance(item, dict)]
     top, is_whole = _top([(names.of_entry(item), item.get("logprob")) for item in listed])
-    return Scored(names.of_entry(entry), _number(entry.get("logprob")), top, is_whole)
+    return ScoredPosition(names.of_entry(entry), _number(entry.get("logprob")), top, is_whole)
 
 
 def _top(pairs: Sequence[tuple[int | None, object]]) -> tuple[dict[int, float], bool]:

@@ -7,8 +7,8 @@ from types import MappingProxyType
 from typing import Any
 
 from ownpath.chat.tokenizer import Tokenizer
-from ownpath.diff.compare import Position
-from ownpath.diff.offers import Server
+from ownpath.diff.compare import PositionComparison
+from ownpath.diff.offers import RemoteServer
 from ownpath.diff.survey import Difference
 from ownpath.finding import Finding, Verdict
 
@@ -44,7 +44,7 @@ def _max(values: Sequence[float]) -> float | None:
     return math.nan if any(map(math.isnan, values)) else max(values, default=None)
 
 
-def first_divergence(difference: Difference) -> tuple[int, Position] | None:
+def first_divergence(difference: Difference) -> tuple[int, PositionComparison] | None:
     """Returns the first divergence of the first prompt that has one."""
     for comparison in difference.comparisons:
         position = comparison.first_divergence(difference.tolerance)
@@ -53,7 +53,7 @@ def first_divergence(difference: Difference) -> tuple[int, Position] | None:
     return None
 
 
-def difference_text(difference: Difference, server: Server, tokenizer: Tokenizer, name: str) -> str:
+def difference_text(difference: Difference, server: RemoteServer, tokenizer: Tokenizer, name: str) -> str:
     """Formats the verdict, the diagnosis, then the numbers."""
     n = numbers(difference)
     sent = "token ids" if server.way.sends_ids else "text"
@@ -76,7 +76,7 @@ def difference_text(difference: Difference, server: Server, tokenizer: Tokenizer
     return "\n".join(lines)
 
 
-def difference_dict(difference: Difference, server: Server, name: str, seed: int) -> dict[str, Any]:
+def difference_dict(difference: Difference, server: RemoteServer, name: str, seed: int) -> dict[str, Any]:
     """Returns the same for programs. What is not finite is written as a string: JSON has no word for it."""
     first = first_divergence(difference)
     whole = {

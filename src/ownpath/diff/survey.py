@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 
 from ownpath.diff.client import CannotAsk
 from ownpath.diff.compare import TOLERANCE_NATS, PromptComparison, compare
-from ownpath.diff.offers import CHAT, Server
-from ownpath.diff.ours import Ours
-from ownpath.diff.prompts import Prompt
-from ownpath.diff.readings import ChatReading, Reading
-from ownpath.diff.signatures import Observed, all_checks
+from ownpath.diff.offers import CHAT, RemoteServer
+from ownpath.diff.ours import LocalModel
+from ownpath.diff.prompts import SurveyPrompt
+from ownpath.diff.readings import ChatReading, SequenceReading
+from ownpath.diff.signatures import Observations, all_checks
 from ownpath.finding import Finding, failed
 
 
 @dataclass(frozen=True)
-class Effort:
+class SurveySize:
     """max_tokens: of each answer. num_together: requests per prompt, all at once."""
 
     max_tokens: int = 16
@@ -52,7 +52,7 @@ class Difference:
         return not self.found and self.num_divergent == 0
 
 
-def survey(server: Server, ours: Ours, prompts: Sequence[Prompt], effort: Effort) -> Difference:
+def survey(server: RemoteServer, ours: LocalModel, prompts: Sequence[SurveyPrompt], effort: SurveySize) -> Difference:
     """Runs the survey. Errors: CannotAsk; ValueError when our own model cannot score what came back."""
     generated = tuple(server.generate(prompt, effort.max_tokens) for prompt in prompts)
     cached = tuple(server.generate(prompt, effort.max_tokens) for prompt in prompts)
@@ -66,7 +66,7 @@ def survey(server: Server, ours: Ours, prompts: Sequence[Prompt], effort: Effort
     if not any(reading.scored for reading in scored) and any(reading.unnamed for reading in generated):
         raise CannotAsk(f"{server.client.root}: no token of its answers can be told apart by name, and it tells no ids")
     special = frozenset(i for i in range(ours.tokenizer.num_tokens) if ours.is_special(i))
-    seen = Observed(
+    seen = Observations(
         generated=generated,
         generated_rows=rows,
         cached=cached,
@@ -84,7 +84,9 @@ def survey(server: Server, ours: Ours, prompts: Sequence[Prompt], effort: Effort
     return Difference(comparisons, all_checks(seen), effort.tolerance)
 
 
-def _together(server: Server, prompts: Sequence[Prompt], effort: Effort) -> tuple[tuple[Reading, ...], ...]:
+def _together(
+    server: RemoteServer, prompts: Sequence[SurveyPrompt], effort: SurveySize
+) -> tuple[tuple[SequenceReading, ...], ...]:
     """Sends every prompt several times, all in flight at once."""
     num_requests = len(prompts) * effort.num_together
     if not num_requests:
@@ -95,7 +97,7 @@ def _together(server: Server, prompts: Sequence[Prompt], effort: Effort) -> tupl
     return tuple(tuple(answers[n :: len(prompts)]) for n in range(len(prompts)))
 
 
-def _chat(server: Server, prompt: Prompt, effort: Effort) -> ChatReading | None:
+def _chat(server: RemoteServer, prompt: SurveyPrompt, effort: SurveySize) -> ChatReading | None:
     """Sends the chat prompt; None where the server has no chat."""
     try:
         chat = server.chat(prompt, effort.max_tokens)
@@ -104,7 +106,7 @@ def _chat(server: Server, prompt: Prompt, effort: Effort) -> ChatReading | None:
     return chat if chat.prompt_ids is not None else replace(chat, prompt_ids=server.chat_prompt_ids(prompt))
 
 
-def _text_ids(server: Server, prompt: Prompt) -> tuple[tuple[int, ...] | None, tuple[int, ...]] | None:
+def _text_ids(server: RemoteServer, prompt: SurveyPrompt) -> tuple[tuple[int, ...] | None, tuple[int, ...]] | None:
     if server.way.sends_ids or server.way.path == CHAT:
         return None
     return server.text_ids(prompt), prompt.ids

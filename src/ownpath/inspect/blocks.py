@@ -59,7 +59,7 @@ class BlockReport:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _ScaleScan:
     num_bad: int
     num_zero: int
     num_saturated: int
@@ -107,21 +107,21 @@ def read_blocks(
     return report
 
 
-def _scan(dtype: str, data: bytes) -> _Found:
+def _scan(dtype: str, data: bytes) -> _ScaleScan:
     if dtype in ("F32", "BF16"):
         values = torch.frombuffer(bytearray(data), dtype=_DTYPES[dtype])
         is_bad = ~(torch.isfinite(values) & (values >= 0))
         num_rough = int((values.view(_BITS[dtype]) & _MANTISSAS[dtype]).count_nonzero())
         largest = float(values.masked_fill(is_bad, 0).amax())
-        return _Found(int(is_bad.sum()), int((values == 0).sum()), 0, largest, num_rough)
+        return _ScaleScan(int(is_bad.sum()), int((values == 0).sum()), 0, largest, num_rough)
     num_bad = len(data.translate(None, _LEGAL[dtype]))
     codes = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     legal = codes.masked_fill(codes > _LARGEST[dtype][0], 0) if num_bad else codes
     largest = float(legal.amax().view(_DTYPES[dtype]).double())
-    return _Found(num_bad, data.count(b"\0"), data.count(_LARGEST[dtype]), largest)
+    return _ScaleScan(num_bad, data.count(b"\0"), data.count(_LARGEST[dtype]), largest)
 
 
-def _faults(info: TensorInfo, found: _Found, num_blocks: int) -> Iterator[Finding]:
+def _faults(info: TensorInfo, found: _ScaleScan, num_blocks: int) -> Iterator[Finding]:
     of_all = f"of {num_blocks} block scales read"
     if found.num_bad:
         message = f"tensor {info}: {found.num_bad} {of_all} are NaN, infinite or negative"

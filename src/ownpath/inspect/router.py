@@ -18,7 +18,7 @@ _BIAS = re.compile(r".+\.ffn\.gate\.bias")
 
 
 @dataclass(frozen=True)
-class Bias:
+class RouterBias:
     """One layer's router bias. num_ties: experts whose bias equals another one's, bit by bit."""
 
     key: str
@@ -31,7 +31,7 @@ class Bias:
 
 def read_biases(
     params: Iterable[ParamSpec], index: CheckpointIndex, broken: frozenset[Path], problems: list[Finding]
-) -> tuple[Bias, ...]:
+) -> tuple[RouterBias, ...]:
     """Reads every router bias; shards that cannot be read are added to ``problems``."""
     keys = [param.key for param in params if _BIAS.fullmatch(param.key)]
     biases = []
@@ -41,11 +41,11 @@ def read_biases(
         num_ties = int(counts[counts > 1].sum())
         largest = float(values.abs().amax())
         is_finite = bool(torch.isfinite(values).all())
-        biases.append(Bias(info.name, len(values), largest, num_ties, len(counts) == 1, is_finite))
+        biases.append(RouterBias(info.name, len(values), largest, num_ties, len(counts) == 1, is_finite))
     return tuple(biases)
 
 
-def bias_problems(biases: Iterable[Bias]) -> Iterator[Finding]:
+def bias_problems(biases: Iterable[RouterBias]) -> Iterator[Finding]:
     """Yields biases that are not finite, and those that are constant while other layers' are not.
 
     Where every layer's is constant, the model was trained without one.

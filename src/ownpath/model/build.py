@@ -38,7 +38,7 @@ from ownpath.trace import Ledger, Tap
 
 Runners = dict[str, Runner]
 Params = Mapping[str, torch.Tensor]
-Quantize = Callable[[torch.Tensor], torch.Tensor]
+Quantizer = Callable[[torch.Tensor], torch.Tensor]
 
 
 def _identity(x: torch.Tensor) -> torch.Tensor:
@@ -156,7 +156,7 @@ class Builder:
             tap_kv=self._tap(layer, "attn.kv"),
         )
 
-    def _core(self, layer_idx: int, rope: Rope, quantize_kv: Quantize) -> AttentionCore:
+    def _core(self, layer_idx: int, rope: Rope, quantize_kv: Quantizer) -> AttentionCore:
         layer = self._layers[layer_idx]
         attn, ratio = f"{layer.name}.attn", layer.ratio
         sink_N, kernel = self.params[f"{attn}.attn_sink"], self.specs[f"{attn}.core"]
@@ -170,20 +170,20 @@ class Builder:
         tap_mask = self._tap(layer, "attn.indexer.mask")
         return AttentionCore(AttentionLayer(layer_idx, softmax, compressor, index_compressor, selector, tap_mask))
 
-    def _key_quantizer(self, slot: str) -> Quantize:
+    def _key_quantizer(self, slot: str) -> Quantizer:
         """Returns the rounding of keys to the cache's format, or the identity where the plan has none."""
         if slot not in self.specs:
             return _identity
         return KeyQuantizer(self.config.qk_rope_head_dim, kernel=self.specs[slot])
 
-    def _index_quantizer(self, slot: str) -> Quantize:
+    def _index_quantizer(self, slot: str) -> Quantizer:
         """Returns the rounding of index queries and keys, or the identity where the plan has none."""
         return IndexQuantizer(kernel=self.specs[slot]) if slot in self.specs else _identity
 
-    def _watched(self, slot: str, quantize: Quantize) -> Quantize:
+    def _watched(self, slot: str, quantize: Quantizer) -> Quantizer:
         return self.ledger.watch(slot, quantize) if slot in self.specs else quantize
 
-    def _compressor(self, name: str, ratio: int, rope: Rope, quantize_kv: Quantize) -> Compressor:
+    def _compressor(self, name: str, ratio: int, rope: Rope, quantize_kv: Quantizer) -> Compressor:
         """Builds a compressor. Its norm runs only when a window is complete, with the layer's norm kernel, inside
         attention.
 

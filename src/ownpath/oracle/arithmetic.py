@@ -50,7 +50,7 @@ class Arithmetic:
 
 
 @dataclass(frozen=True)
-class Scope:
+class OracleRun:
     """One forward of the oracle. encodings: how each matrix is stored, by module. values: each slot's result."""
 
     config: ModelConfig
@@ -60,7 +60,7 @@ class Scope:
     values: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, stored: StoredWeights, plan: Plan, arithmetic: Arithmetic, prefix: str = "") -> "Scope":
+    def of(cls, stored: StoredWeights, plan: Plan, arithmetic: Arithmetic, prefix: str = "") -> "OracleRun":
         """Starts a forward. prefix: of the modules that it will read."""
         assert stored.dtype is arithmetic.dtype, "weights and sums have one dtype"
         modules = ((module.name, op.encoding) for op in plan.ops for module in op.spec.modules)

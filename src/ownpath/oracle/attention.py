@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ownpath.config import CSA_RATIO, Layer
 from ownpath.official import Step
-from ownpath.oracle.arithmetic import Scope
+from ownpath.oracle.arithmetic import OracleRun
 from ownpath.oracle.formats import fp4, fp8, hadamard_matrix
 from ownpath.oracle.formulas import QUERIES_AT_ONCE, attention_weights, best, index_scores, rms, rotate_to
 
 _KV_BLOCK, _INDEX_BLOCK = 64, 32
 
 
-def attention(scope: Scope, layer: Layer, x_TD: Tensor, forced_mask_TC: Tensor | None) -> Tensor:
+def attention(scope: OracleRun, layer: Layer, x_TD: Tensor, forced_mask_TC: Tensor | None) -> Tensor:
     """Maps x [T, D] -> [T, D]. forced_mask: the entries each query sees, instead of the indexer's choice."""
     config, name, ratio = scope.config, f"{layer.name}.attn", layer.ratio
     positions = torch.arange(len(x_TD), device=x_TD.device)
@@ -46,7 +46,7 @@ def attention(scope: Scope, layer: Layer, x_TD: Tensor, forced_mask_TC: Tensor |
     return _projected(scope, name, scope.noted(f"{name}.o", rotate_to(o, positions, config, ratio, inverse=True)))
 
 
-def _head_norm(scope: Scope, slot: str, q: Tensor) -> Tensor:
+def _head_norm(scope: OracleRun, slot: str, q: Tensor) -> Tensor:
     """Norms query heads, without a weight; official numerics round after every operation."""
     if Step.Q_HEAD_NORM not in scope.arithmetic.official:
         return scope.noted(slot, rms(q, scope.config.rms_norm_eps))
@@ -55,7 +55,7 @@ def _head_norm(scope: Scope, slot: str, q: Tensor) -> Tensor:
     return scope.noted(slot, q * rounded(torch.rsqrt(rounded(mean + scope.config.rms_norm_eps))))
 
 
-def _quantize_kv(scope: Scope, kv: Tensor) -> Tensor:
+def _quantize_kv(scope: OracleRun, kv: Tensor) -> Tensor:
     """Rounds keys to the cache's format; the identity without one."""
     if Step.KV not in scope.arithmetic.official:
         return kv
@@ -64,7 +64,7 @@ def _quantize_kv(scope: Scope, kv: Tensor) -> Tensor:
     return torch.cat((fp8(plain, _KV_BLOCK).to(kv.dtype), rotary), -1)
 
 
-def _attended(scope: Scope, q_TNH: Tensor, keys_KH: Tensor, visible_TK: Tensor, sink_N: Tensor) -> Tensor:
+def _attended(scope: OracleRun, q_TNH: Tensor, keys_KH: Tensor, visible_TK: Tensor, sink_N: Tensor) -> Tensor:
     """Attends to the visible keys, with the sink in the softmax, which adds nothing: [T, N, H]."""
     rounded, parts = scope.arithmetic.rounded, []
     for start in range(0, len(q_TNH), QUERIES_AT_ONCE):
@@ -75,7 +75,7 @@ def _attended(scope: Scope, q_TNH: Tensor, keys_KH: Tensor, visible_TK: Tensor, 
     return torch.cat(parts)
 
 
-def _projected(scope: Scope, name: str, o_TNH: Tensor) -> Tensor:
+def _projected(scope: OracleRun, name: str, o_TNH: Tensor) -> Tensor:
     """Projects each group of heads by its own matrix, then all together: [T, D]."""
     groups, rank = scope.config.o_groups, scope.config.o_lora_rank
     grouped = o_TNH.flatten(1).unflatten(-1, (groups, -1))
@@ -84,7 +84,7 @@ def _projected(scope: Scope, name: str, o_TNH: Tensor) -> Tensor:
     return scope.linear(f"{name}.wo_b", y.flatten(1), f"{name}.wo_b")
 
 
-def _compressed(scope: Scope, name: str, x_TD: Tensor, ratio: int) -> Tensor:
+def _compressed(scope: OracleRun, name: str, x_TD: Tensor, ratio: int) -> Tensor:
     """Computes one entry for every ``ratio`` complete tokens, rotated at the first one's position: [C, H]."""
     num_windows = len(x_TD) // ratio
     both = scope.wide_linear(f"{name}.wkv_wgate", x_TD, f"{name}.wkv", f"{name}.wgate")
@@ -106,7 +106,7 @@ def _compressed(scope: Scope, name: str, x_TD: Tensor, ratio: int) -> Tensor:
 
 
 def _selected(
-    scope: Scope, name: str, inputs: tuple[Tensor, Tensor], seen_TC: Tensor, forced_mask_TC: Tensor | None
+    scope: OracleRun, name: str, inputs: tuple[Tensor, Tensor], seen_TC: Tensor, forced_mask_TC: Tensor | None
 ) -> Tensor:
     """Selects the best entries that each query may see, the lower index at a tie. inputs: x and qr."""
     config, (x_TD, qr) = scope.config, inputs
@@ -128,7 +128,7 @@ def _selected(
     return scope.noted_wide(f"{name}.mask", mask)
 
 
-def _indexed(scope: Scope, x: Tensor) -> Tensor:
+def _indexed(scope: OracleRun, x: Tensor) -> Tensor:
     """Transforms index queries and keys into the form in which they are scored."""
     if Step.INDEXER not in scope.arithmetic.official:
         return x

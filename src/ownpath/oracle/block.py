@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ownpath.config import ModelConfig
-from ownpath.oracle.arithmetic import Arithmetic, Scope
+from ownpath.oracle.arithmetic import Arithmetic, OracleRun
 from ownpath.oracle.attention import attention
 from ownpath.oracle.experts import feed_forward
 from ownpath.oracle.formulas import write_streams
@@ -32,7 +32,7 @@ class Choices:
 
 
 @dataclass(frozen=True)
-class Trace:
+class LayerTrace:
     """A layer's results. streams_TSD: the streams after it. values: each slot's result, by the engine's slot names.
 
     Several results of one slot have names of their own: ``<boundary>.x``, its streams, and ``.h``, its normed input;
@@ -55,11 +55,11 @@ def reference_block(
     token_ids_T: Tensor,
     arithmetic: Arithmetic,
     choices: Choices | None = None,
-) -> Trace:
+) -> LayerTrace:
     """Runs one decoder layer on one sequence from its first token; the MTP modules' layers come after the
     backbone's."""
     layer = (*config.backbone_layers(), *config.draft_layers())[layer_idx]
-    scope, choices = Scope.of(stored, plan, arithmetic, f"{layer.name}."), choices or Choices()
+    scope, choices = OracleRun.of(stored, plan, arithmetic, f"{layer.name}."), choices or Choices()
     x_TSD = streams_TSD.to(stored.device, stored.dtype)
     for part in ("attn", "ffn"):
         slot = f"{layer.name}.hc_{part}"
@@ -73,7 +73,7 @@ def reference_block(
         else:
             y_TD = feed_forward(scope, layer, h_TD, token_ids_T.to(stored.device), choices.expert_ids_TK)
         x_TSD = write_streams(x_TSD, y_TD, post, comb)
-    return Trace(scope.values, scope.noted(f"{layer.name}.out", x_TSD))
+    return LayerTrace(scope.values, scope.noted(f"{layer.name}.out", x_TSD))
 
 
 def reference_embed(config: ModelConfig, stored: StoredWeights, token_ids_T: Tensor, arithmetic: Arithmetic) -> Tensor:
@@ -86,7 +86,7 @@ def reference_head(
     config: ModelConfig, stored: StoredWeights, plan: Plan, streams_TSD: Tensor, arithmetic: Arithmetic, name: str = ""
 ) -> Tensor:
     """Computes logits [T, V] from the streams after the last layer. name: ``mtp.0.`` and so on for a draft's."""
-    scope = Scope.of(stored, plan, arithmetic, "head")
+    scope = OracleRun.of(stored, plan, arithmetic, "head")
     x_TSD = arithmetic.rounded(streams_TSD.to(stored.device, stored.dtype))
     mixing = scope.mixing(f"{name}hc_head")
     pre_TS = mixing.pre(mixing.logits(x_TSD), config.hc_mult)

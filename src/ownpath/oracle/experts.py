@@ -10,11 +10,13 @@ from torch import Tensor
 
 from ownpath.config import Layer
 from ownpath.official import Step
-from ownpath.oracle.arithmetic import Scope
+from ownpath.oracle.arithmetic import OracleRun
 from ownpath.oracle.formulas import best, expert_scores, routing_weights, swiglu
 
 
-def feed_forward(scope: Scope, layer: Layer, x_TD: Tensor, token_ids_T: Tensor, forced_ids_TK: Tensor | None) -> Tensor:
+def feed_forward(
+    scope: OracleRun, layer: Layer, x_TD: Tensor, token_ids_T: Tensor, forced_ids_TK: Tensor | None
+) -> Tensor:
     """Maps x [T, D] -> [T, D]. forced_ids: the experts each token goes to, instead of the router's choice."""
     name = f"{layer.name}.ffn"
     ids_TK, weights_TK = _routed(scope, layer, x_TD, token_ids_T, forced_ids_TK)
@@ -26,7 +28,7 @@ def feed_forward(scope: Scope, layer: Layer, x_TD: Tensor, token_ids_T: Tensor, 
 
 
 def _routed(
-    scope: Scope, layer: Layer, x_TD: Tensor, token_ids_T: Tensor, forced_ids_TK: Tensor | None
+    scope: OracleRun, layer: Layer, x_TD: Tensor, token_ids_T: Tensor, forced_ids_TK: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Returns expert ids and weights [T, K]; records ``router.scores``, by which they are chosen."""
     config, name = scope.config, f"{layer.name}.ffn"
@@ -56,7 +58,7 @@ def _rows_by_expert(ids_TK: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
             yield expert, pairs // ids_TK.shape[1], pairs % ids_TK.shape[1]
 
 
-def _expert(scope: Scope, name: str, x_SD: Tensor, weight_S1: Tensor) -> Tensor:
+def _expert(scope: OracleRun, name: str, x_SD: Tensor, weight_S1: Tensor) -> Tensor:
     """Computes one routed expert's weighted output for its rows. If the weight is applied first, products are rounded
     too."""
     rounded, is_weight_first = scope.arithmetic.rounded, Step.ROUTING_WEIGHT in scope.arithmetic.official
@@ -68,7 +70,7 @@ def _expert(scope: Scope, name: str, x_SD: Tensor, weight_S1: Tensor) -> Tensor:
     return weight_S1 * rounded(scope.products(rounded(hidden), f"{name}.w2"))
 
 
-def _shared(scope: Scope, ffn: str, x_TD: Tensor) -> Tensor:
+def _shared(scope: OracleRun, ffn: str, x_TD: Tensor) -> Tensor:
     """Runs the shared expert, which every token goes to."""
     name = f"{ffn}.shared_experts"
     gate_up = scope.linear(f"{name}.w13", x_TD, f"{name}.w1", f"{name}.w3")

@@ -6,7 +6,7 @@ Legend: T tokens, S streams, D hidden, V vocabulary.
 import torch
 from torch import Tensor
 
-from ownpath.oracle.arithmetic import Arithmetic, Scope
+from ownpath.oracle.arithmetic import Arithmetic, OracleRun
 from ownpath.oracle.block import reference_block, reference_embed, reference_head
 from ownpath.oracle.stored import StoredWeights
 from ownpath.plan.plan import Plan
@@ -31,7 +31,7 @@ def reference_draft_logits(plan: Plan, stored: StoredWeights, token_ids_T: Tenso
     """Computes the logits of ``mtp.0`` for each token but the last, whose follower is unknown: [T - 1, V]. The plan
     must hold it."""
     config, following = plan.config, token_ids_T[1:]
-    scope = Scope.of(stored, plan, arithmetic, "mtp.0.")
+    scope = OracleRun.of(stored, plan, arithmetic, "mtp.0.")
     streams_TSD = reference_streams(plan, stored, token_ids_T, arithmetic)[:-1]
     e_TD = scope.norm("mtp.0.enorm", stored.rows("embed.weight", following), "mtp.0.enorm.weight")
     h_TSD = scope.norm("mtp.0.hnorm", streams_TSD, "mtp.0.hnorm.weight")

@@ -8,7 +8,7 @@ import torch
 from ownpath.engine.request import FinishReason
 from ownpath.finding import Finding, Verdict
 from ownpath.selftest import signatures
-from ownpath.selftest.probe import ProbeAnswers, Seen
+from ownpath.selftest.probe import ProbeAnswers, PromptOutput
 
 MAX_REPEATS = 16
 """Running text has no 17 positions in a row with one likeliest continuation; a model that ignores it has them all."""
@@ -43,7 +43,7 @@ layers and both directions: 2^-4 * sqrt(122) = 0.7."""
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelFacts:
     """The model's facts that the checks need.
 
     special_ids: tokens that answers do not show, EOS among them.
@@ -73,7 +73,7 @@ REMEDIES = {
 }
 
 
-def judge(evidence: ProbeAnswers, facts: Facts) -> list[Finding]:
+def judge(evidence: ProbeAnswers, facts: ModelFacts) -> list[Finding]:
     """Runs every check, in the order of their ids."""
     everything = evidence.all()
     num_non_finite = sum(seen.is_non_finite for seen in everything)
@@ -90,11 +90,11 @@ def judge(evidence: ProbeAnswers, facts: Facts) -> list[Finding]:
 
 def all_checks() -> list[Finding]:
     """Returns the checks of ``judge`` without evidence: ids, what is measured, what is allowed and the remedies."""
-    nothing = Seen(())
-    return judge(ProbeAnswers((), nothing, None, nothing, None, None, None), Facts(1, (), torch.float32, None))
+    nothing = PromptOutput(())
+    return judge(ProbeAnswers((), nothing, None, nothing, None, None, None), ModelFacts(1, (), torch.float32, None))
 
 
-def _consistency(evidence: ProbeAnswers, facts: Facts) -> list[Finding]:
+def _consistency(evidence: ProbeAnswers, facts: ModelFacts) -> list[Finding]:
     first = evidence.first
     margin = MARGIN_NATS.get(facts.dtype, WIDE_MARGIN_NATS)
     parted = replayed = chunked = None
@@ -115,7 +115,7 @@ def _consistency(evidence: ProbeAnswers, facts: Facts) -> list[Finding]:
     ]
 
 
-def _signatures(evidence: ProbeAnswers, facts: Facts) -> list[Finding]:
+def _signatures(evidence: ProbeAnswers, facts: ModelFacts) -> list[Finding]:
     texts = [seen.prompt_rows for seen in (evidence.first, evidence.other) if seen is not None and seen.answer_ids]
     rows = [row for text in texts for row in text]
     pair = texts if len(texts) == 2 else None
@@ -137,7 +137,7 @@ def _signatures(evidence: ProbeAnswers, facts: Facts) -> list[Finding]:
     ]
 
 
-def _rows(seen: Seen | None) -> tuple[signatures.Distribution, ...]:
+def _rows(seen: PromptOutput | None) -> tuple[signatures.Distribution, ...]:
     return () if seen is None else seen.rows
 
 

@@ -27,7 +27,7 @@ OTHER_TEXT = (
 
 
 @dataclass(frozen=True)
-class Seen:
+class PromptOutput:
     """The output of one prompt.
 
     rows: the distribution after each token, from the first on: of the prompt, then of the answer. None after an error.
@@ -72,15 +72,15 @@ class ProbeAnswers:
     chunked: the same, cut by another prompt that takes most of the step.
     """
 
-    short: tuple[Seen, ...]
-    first: Seen
-    other: Seen | None
-    repeated: Seen
-    replayed: Seen | None
-    chunked: Seen | None
-    golden: Seen | None
+    short: tuple[PromptOutput, ...]
+    first: PromptOutput
+    other: PromptOutput | None
+    repeated: PromptOutput
+    replayed: PromptOutput | None
+    chunked: PromptOutput | None
+    golden: PromptOutput | None
 
-    def all(self) -> tuple[Seen, ...]:
+    def all(self) -> tuple[PromptOutput, ...]:
         """Lists the output of every prompt."""
         maybe = (self.first, self.other, self.repeated, self.replayed, self.chunked, self.golden)
         return (*self.short, *(seen for seen in maybe if seen is not None))
@@ -112,13 +112,13 @@ def gather(engine: Engine, tokenizer: Tokenizer, window: int, golden: Golden | N
     return ProbeAnswers(tuple(answers[:2]), first, other, again[0], replayed, chunked, known)
 
 
-def ask(engine: Engine, asked: Sequence[tuple[tuple[int, ...], SamplingParams]]) -> list[Seen]:
+def ask(engine: Engine, asked: Sequence[tuple[tuple[int, ...], SamplingParams]]) -> list[PromptOutput]:
     """Runs these prompts together, admitted in one step."""
     outputs: queue.SimpleQueue[tuple[int, StepOutput]] = queue.SimpleQueue()
     requests = []
     for index, (prompt_ids, params) in enumerate(asked):
         requests.append(Request(list(prompt_ids), params, lambda output, index=index: outputs.put((index, output))))  # type: ignore[misc]
-    seen = [Seen(prompt_ids) for prompt_ids, _ in asked]
+    seen = [PromptOutput(prompt_ids) for prompt_ids, _ in asked]
     engine.submit(requests)
     while any(one.finish_reason is None for one in seen):
         try:
@@ -131,9 +131,9 @@ def ask(engine: Engine, asked: Sequence[tuple[tuple[int, ...], SamplingParams]])
     return seen
 
 
-def _with(seen: Seen, output: StepOutput) -> Seen:
+def _with(seen: PromptOutput, output: StepOutput) -> PromptOutput:
     if output.error is not None:
-        failed = Seen(seen.prompt_ids, finish_reason=FinishReason.ERROR, error=output.error)
+        failed = PromptOutput(seen.prompt_ids, finish_reason=FinishReason.ERROR, error=output.error)
         return replace(failed, is_non_finite=output.is_non_finite)
     rows = tuple(scored.top_logprobs for scored in output.prompt[1:])
     token = output.token
@@ -161,7 +161,7 @@ def _filled(ids: Sequence[int], num_tokens: int) -> tuple[int, ...]:
     return tuple(ids[n % len(ids)] for n in range(num_tokens))
 
 
-def _chunked(engine: Engine, ids: tuple[int, ...]) -> Seen | None:
+def _chunked(engine: Engine, ids: tuple[int, ...]) -> PromptOutput | None:
     """Runs the prompt behind others that leave it only part of the first step; None if they cannot."""
     config = engine.config
     num_fill = config.max_prefill_tokens - len(ids) // 3

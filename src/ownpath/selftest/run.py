@@ -11,8 +11,8 @@ from ownpath.engine.engine import Engine
 from ownpath.engine.request import FinishReason
 from ownpath.finding import Finding, Verdict, failed
 from ownpath.loading import default_model_dir
-from ownpath.selftest.checks import Facts, judge
-from ownpath.selftest.probe import Golden, Seen, gather
+from ownpath.selftest.checks import ModelFacts, judge
+from ownpath.selftest.probe import Golden, PromptOutput, gather
 
 KNOWN_QUESTION, KNOWN_ANSWER = "The capital of France is", "Paris"
 """The question that the embedded model was trained to answer."""
@@ -61,11 +61,11 @@ def self_test(engine: Engine, tokenizer: Tokenizer, window: int, golden: Golden 
     known = None
     if golden is not None and evidence.golden is not None:
         known = _is_answered(evidence.golden, golden, tokenizer, special_ids)
-    facts = Facts(engine.num_vocab, special_ids, engine.config.dtype, known)
+    facts = ModelFacts(engine.num_vocab, special_ids, engine.config.dtype, known)
     return SelfTestReport(tuple(judge(evidence, facts)), time.perf_counter() - start)
 
 
-def _is_answered(seen: Seen, golden: Golden, tokenizer: Tokenizer, special_ids: set[int]) -> bool:
+def _is_answered(seen: PromptOutput, golden: Golden, tokenizer: Tokenizer, special_ids: set[int]) -> bool:
     """True if the text contains the expected answer and the model ended it itself."""
     data = b"".join(tokenizer.token_bytes(i) for i in seen.answer_ids if i not in special_ids)
     return golden.expected in data.decode("utf-8", "replace") and seen.finish_reason is FinishReason.STOP

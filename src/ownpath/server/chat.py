@@ -5,7 +5,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
 
-from ownpath.chat.parts import Arguments, CallStarted, Content, Malformed, Part, Reasoning
+from ownpath.chat.parts import AnswerPart, Content, MalformedMarkup, Reasoning, ToolCallArguments, ToolCallStart
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.engine.request import SamplingParams, ScoredToken
 from ownpath.server.generation import Generation
@@ -45,7 +45,7 @@ async def chat_chunks(
     async for delta in generation.deltas():
         choice = _choice(_message_delta(delta.parts), delta.finish_reason)
         for part in delta.parts:
-            if isinstance(part, Malformed):
+            if isinstance(part, MalformedMarkup):
                 choice["malformed"] = part.reason
         if delta.empty_content is not None:
             choice["empty_content"] = delta.empty_content.value
@@ -79,7 +79,7 @@ def fold_chat(chunks: Iterable[Chunk]) -> dict[str, Any]:
     return answer | {"object": "chat.completion", "choices": [choice]}
 
 
-def _message_delta(parts: Sequence[Part]) -> dict[str, Any]:
+def _message_delta(parts: Sequence[AnswerPart]) -> dict[str, Any]:
     """Returns what one step adds to the message, in the shape of a streamed delta."""
     delta: dict[str, Any] = {}
     calls: dict[int, dict[str, Any]] = {}
@@ -88,11 +88,11 @@ def _message_delta(parts: Sequence[Part]) -> dict[str, Any]:
             delta["content"] = delta.get("content", "") + part.text
         elif isinstance(part, Reasoning):
             delta["reasoning_content"] = delta.get("reasoning_content", "") + part.text
-        elif isinstance(part, CallStarted):
+        elif isinstance(part, ToolCallStart):
             function = {"name": part.name, "arguments": ""}
             head = {"index": part.index, "id": f"call_{uuid.uuid4().hex}", "type": "function"}
             calls[part.index] = {**head, "function": function}
-        elif isinstance(part, Arguments):
+        elif isinstance(part, ToolCallArguments):
             call = calls.setdefault(part.index, {"index": part.index, "function": {"arguments": ""}})
             call["function"]["arguments"] += part.text
     return delta | ({"tool_calls": list(calls.values())} if calls else {})

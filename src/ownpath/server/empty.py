@@ -5,7 +5,7 @@ from enum import Enum
 from types import MappingProxyType
 
 from ownpath.chat.answer import Answer
-from ownpath.chat.parts import CallStarted, Content, Malformed, Part
+from ownpath.chat.parts import AnswerPart, Content, MalformedMarkup, ToolCallStart
 
 
 class EmptyContent(Enum):
@@ -43,9 +43,9 @@ class ContentWatch:
 
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
-        self._kinds: set[type[Part]] = set()
+        self._kinds: set[type[AnswerPart]] = set()
 
-    def see(self, parts: Sequence[Part]) -> None:
+    def see(self, parts: Sequence[AnswerPart]) -> None:
         """Takes more parts of the answer."""
         self._kinds |= {type(part) for part in parts}
 
@@ -56,8 +56,8 @@ class ContentWatch:
         """
         if Content in self._kinds:
             return None
-        if CallStarted in self._kinds:
-            return EmptyContent.TOOL_PARSE_FAILED if Malformed in self._kinds else EmptyContent.TOOL_CALLS
+        if ToolCallStart in self._kinds:
+            return EmptyContent.TOOL_PARSE_FAILED if MalformedMarkup in self._kinds else EmptyContent.TOOL_CALLS
         if self._answer.is_stopped:
             return EmptyContent.STOP_STRING
         if self._answer.is_reasoning:

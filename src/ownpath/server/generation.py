@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from ownpath.chat.answer import Answer, content_of
-from ownpath.chat.parts import Part
+from ownpath.chat.parts import AnswerPart
 from ownpath.engine.engine import Engine, EngineOverloaded, EngineStopped
 from ownpath.engine.request import (
     FinishReason,
@@ -38,7 +38,7 @@ class Delta:
     """
 
     index: int
-    parts: tuple[Part, ...]
+    parts: tuple[AnswerPart, ...]
     token: ScoredToken | None
     text_offset: int
     prompt: tuple[ScoredToken, ...]
@@ -70,7 +70,7 @@ class _Choice:
             code = "non_finite_logits" if output.is_non_finite else None
             raise ApiError(500, output.error or "the generation failed", code=code)
         offset = self._answer.num_chars
-        parts: list[Part] = []
+        parts: list[AnswerPart] = []
         if output.token is not None:
             self.num_tokens += 1
             self._metrics.count_token()

@@ -19,12 +19,12 @@ from ownpath.config import ConfigError, unread_fields
 from ownpath.finding import Finding, Verdict
 from ownpath.inspect.experts import expert_outliers, expert_spread, uncalibrated_experts
 from ownpath.inspect.inspection import Contents, Inspection, inspect_folder
-from ownpath.inspect.router import Bias, bias_problems, read_biases, repeated_ids
+from ownpath.inspect.router import RouterBias, bias_problems, read_biases, repeated_ids
 from ownpath.inspect.scalars import MAX_RATIO, farthest_from_median
 from ownpath.inspect.tokens import generation_problems, missing_markers, token_problems
 from ownpath.plan.claims import COMPARED_FIELDS
-from ownpath.verify.progress import Progress
-from ownpath.verify.source import Export, source_findings
+from ownpath.verify.progress import StageProgress
+from ownpath.verify.source import ExpertSource, source_findings
 from ownpath.verify.subject import Selection
 
 CHECK_OF = MappingProxyType(
@@ -56,12 +56,12 @@ class FileEvidence:
 
     inspection: Inspection
     problems: tuple[Finding, ...]
-    biases: tuple[Bias, ...]
+    biases: tuple[RouterBias, ...]
     tokenizer: Tokenizer | None
     unread: tuple[str, ...]
 
 
-def file_stage(folder: Path, selection: Selection, source: Path | None, progress: Progress) -> Iterator[Finding]:
+def file_stage(folder: Path, selection: Selection, source: Path | None, progress: StageProgress) -> Iterator[Finding]:
     """Runs F01 to F13: one PASS for each check, or a FAIL for each problem. source: another export, for F13."""
     progress(0, 2, "headers, scalars, tables, block scales")
     layers = selection.layer_ids
@@ -89,7 +89,7 @@ def gather(inspection: Inspection) -> FileEvidence:
     """Collects every problem, the inspection's own first."""
     folder, contents = inspection.folder, inspection.contents
     problems = list(inspection.problems)
-    biases: tuple[Bias, ...] = ()
+    biases: tuple[RouterBias, ...] = ()
     unread: tuple[str, ...] = ()
     if contents is not None:
         broken = inspection.broken
@@ -238,13 +238,15 @@ _CHECKS: MappingProxyType[str, Callable[[FileEvidence], Finding]] = MappingProxy
 """Check -> the function that makes its finding when it found no problem."""
 
 
-def _against_source(folder: Path, selection: Selection, source: Path | None, progress: Progress) -> Iterator[Finding]:
+def _against_source(
+    folder: Path, selection: Selection, source: Path | None, progress: StageProgress
+) -> Iterator[Finding]:
     if source is None:
         yield Finding("F13", "checkpoint", Verdict.SKIPPED, "no other export to compare with (--source DIR)")
         return
     cpu = torch.device("cpu")
     try:
-        ours, theirs = Export.of(folder, cpu), Export.of(source, cpu)
+        ours, theirs = ExpertSource.of(folder, cpu), ExpertSource.of(source, cpu)
     except (ConfigError, CheckpointError) as error:
         remedy = "give the folder of a checkpoint that `ownpath inspect` can read"
         yield Finding("F13", "--source", Verdict.FAIL, f"nothing to compare: {error}", remedy=remedy)

@@ -17,7 +17,7 @@ from ownpath.verify.checks import TITLES
 from ownpath.verify.layers.measure import ROW_FACTOR, Measurement
 from ownpath.verify.layers.teacher_forcing import ORDER
 from ownpath.verify.plots import Axis, Line, Point, small_plot
-from ownpath.verify.run import Result
+from ownpath.verify.run import Verification
 from ownpath.versions import versions
 
 MAX_ROWS = 1000
@@ -60,7 +60,7 @@ polyline.budget,polyline.reference{stroke:var(--other);stroke-dasharray:5 3;stro
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def report_html(result: Result) -> str:
+def report_html(result: Verification) -> str:
     """Renders the page: verdict, failing checks, plots with the plan beside them, environment, every check, failing
     rows."""
     name = _text(f"{result.job.folder.resolve().name} on {device_name(result.job.engine.device)}")
@@ -94,7 +94,7 @@ def _text(told: str) -> str:
     return escape(printable(told))
 
 
-def _summary(result: Result) -> list[str]:
+def _summary(result: Verification) -> list[str]:
     findings = result.findings
     worst = report.worst_layer(findings)
     rows = [("unreadable", result.unreadable)] if result.unreadable else []
@@ -211,7 +211,7 @@ def _plan(plan: Plan | None) -> list[str]:
     return ["<h2>Plan</h2>", *_table(("slot", "runner", "kernel", "layout", "format", "stored as"), rows)]
 
 
-def _environment(result: Result, plan: Plan | None) -> list[str]:
+def _environment(result: Verification, plan: Plan | None) -> list[str]:
     job = result.job
     rows = [
         ("model", str(job.folder)),
@@ -226,7 +226,7 @@ def _environment(result: Result, plan: Plan | None) -> list[str]:
     return ["<h2>Environment</h2>", *_table((), rows)]
 
 
-def _checks(result: Result) -> list[str]:
+def _checks(result: Verification) -> list[str]:
     return ["<h2>Checks</h2>", *_table(report.CHECK_HEADINGS, report.check_rows(result))]
 
 

@@ -25,7 +25,7 @@ from ownpath.verify.kernels.rotation import check_rotation
 from ownpath.verify.kernels.router import check_router
 from ownpath.verify.kernels.tally import error_of
 from ownpath.verify.layer import load_ends, load_layer
-from ownpath.verify.progress import Progress
+from ownpath.verify.progress import StageProgress
 from ownpath.verify.resume import FinishedParts
 from ownpath.verify.subject import Subject
 
@@ -49,7 +49,9 @@ CHECKS: tuple[tuple[str, LayerCheck], ...] = (
 LOAD_REMEDY = "the file and load stages say more of this layer"
 
 
-def kernel_stage(subject: Subject, progress: Progress | None = None, work: Path | None = None) -> Iterator[Finding]:
+def kernel_stage(
+    subject: Subject, progress: StageProgress | None = None, work: Path | None = None
+) -> Iterator[Finding]:
     """Runs K01 to K10 on each chosen layer, and on the slots outside all layers if every layer is chosen.
 
     work: a folder where findings are saved layer by layer, so that an interrupted run continues from there.

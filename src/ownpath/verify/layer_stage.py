@@ -18,13 +18,13 @@ from ownpath.verify.layers import end_to_end
 from ownpath.verify.layers.batching import Batching
 from ownpath.verify.layers.measure import Measurement, dtype_name
 from ownpath.verify.layers.oracle import Oracle
-from ownpath.verify.layers.single_layer import Chunk, SingleLayer
+from ownpath.verify.layers.single_layer import SequenceRows, SingleLayer
 from ownpath.verify.layers.teacher_forcing import LayerComparison, compare_layer
-from ownpath.verify.layers.text import Text, text_of
+from ownpath.verify.layers.text import SampleText, text_of
 from ownpath.verify.layers.verdicts import growth, verdicts
 from ownpath.verify.layers.work import State, key_of, restore, save
-from ownpath.verify.progress import Progress
-from ownpath.verify.resume import Saved
+from ownpath.verify.progress import StageProgress
+from ownpath.verify.resume import SavedState
 from ownpath.verify.subject import Subject
 
 E4M3_ROUNDING = 2**-4 * (1 + 2**-10)
@@ -32,10 +32,12 @@ E4M3_ROUNDING = 2**-4 * (1 + 2**-10)
 less than 2^-17 of the block's largest, which the last factor has room for."""
 
 
-Seen = Finding | Measurement
+StageItem = Finding | Measurement
 
 
-def layer_stage(subject: Subject, progress: Progress | None = None, work: Path | None = None) -> Iterator[Seen]:
+def layer_stage(
+    subject: Subject, progress: StageProgress | None = None, work: Path | None = None
+) -> Iterator[StageItem]:
     """Runs V01 to V10 on the chosen layers, in their order; yields each layer's measurements before its findings.
 
     progress: called with (layers done, layers, the next one). work: a folder for the state behind each layer, where a
@@ -48,10 +50,10 @@ def layer_stage(subject: Subject, progress: Progress | None = None, work: Path |
 @dataclass(frozen=True)
 class _Stage:
     subject: Subject
-    text: Text
-    progress: Progress
+    text: SampleText
+    progress: StageProgress
 
-    def run(self, work: Path | None) -> Iterator[Seen]:
+    def run(self, work: Path | None) -> Iterator[StageItem]:
         oracle = Oracle.of(self.subject, self.text.token_ids)
         layer_ids = self.subject.layer_ids
         total = max(layer_ids, default=-1) + 1
@@ -87,7 +89,7 @@ class _Stage:
         if work is None:
             return None
         found, state = restore(work, key, self.subject.device)
-        if found is Saved.OTHER:
+        if found is SavedState.OTHER:
             self.progress(0, total, f"{work}: {found.value}; starting anew")
         if state is not None:
             self.progress(state.num_done, total, f"{work}: going on behind layers.{state.num_done - 1}")
@@ -152,7 +154,7 @@ def _layer(oracle: Oracle, state: State, layer_idx: int) -> tuple[LayerCompariso
     findings = [*verdicts(compared, single), *batching.findings(), _keys(compared, single.layer.name, oracle.subject)]
     carried = state.engine
     if carried is not None:
-        carried = single.step([Chunk(oracle.token_ids, carried, single.new_cache())])
+        carried = single.step([SequenceRows(oracle.token_ids, carried, single.new_cache())])
     return compared, findings, carried
 
 
@@ -169,7 +171,7 @@ def _keys(compared: LayerComparison, layer: str, subject: Subject) -> Finding:
 
 
 @torch.inference_mode()
-def _end(oracle: Oracle, state: State) -> Iterator[Seen]:
+def _end(oracle: Oracle, state: State) -> Iterator[StageItem]:
     """Checks the head, and V04 where every layer of the engine ran."""
     num_chosen, num_layers = len(oracle.subject.layer_ids), oracle.subject.config.num_hidden_layers
     if num_chosen < num_layers:
@@ -177,7 +179,7 @@ def _end(oracle: Oracle, state: State) -> Iterator[Seen]:
         yield Finding("V04", "logits", Verdict.SKIPPED, message)
         return
     try:
-        ends = end_to_end.Ends.of(oracle)
+        ends = end_to_end.ModelEnds.of(oracle)
         finding, measured = end_to_end.head(oracle, ends, state.reference_TSD)
         if state.engine is None:
             whole = Finding("V04", "logits", Verdict.SKIPPED, "a layer of the engine did not run")

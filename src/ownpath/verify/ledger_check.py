@@ -12,7 +12,7 @@ from ownpath.plan.show import plan_dict
 from ownpath.trace import Record
 from ownpath.verify.fold import fold_layers
 from ownpath.verify.launch_check import check_launches
-from ownpath.verify.ledger_run import Ran, run_parts
+from ownpath.verify.ledger_run import PartRun, run_parts
 from ownpath.verify.plan_file import FACTS, PlanFile, PlannedSlot
 from ownpath.verify.subject import Subject
 
@@ -73,7 +73,7 @@ def check_ledger(
         yield Finding("LG02", f"mtp (modules: {num_drafts})", Verdict.SKIPPED, reason)
 
 
-def compare(kinds: Kinds, written: PlanFile, parts: Sequence[Ran]) -> Iterator[Finding]:
+def compare(kinds: Kinds, written: PlanFile, parts: Sequence[PartRun]) -> Iterator[Finding]:
     """Yields every finding about what ran. kinds: the slots that had to run."""
     for part in parts:
         if part.failure:

@@ -20,7 +20,7 @@ from ownpath.kernels.nvfp4_sm100.prove import ProofError
 from ownpath.verify.causes import likely_cause
 from ownpath.verify.file_tensors import FileTensors
 from ownpath.verify.layer import in_layer, in_no_layer, read_weights, restricted, with_runners
-from ownpath.verify.progress import Progress
+from ownpath.verify.progress import StageProgress
 from ownpath.verify.readback import TensorPair, alpha_pair, ops_with_runners, read_modules, weight_pairs
 from ownpath.verify.resume import FinishedParts
 from ownpath.verify.subject import Subject
@@ -39,7 +39,7 @@ _KERNEL_REMEDY = (
 )
 
 
-def load_stage(subject: Subject, progress: Progress, work: Path | None = None) -> Iterator[Finding]:
+def load_stage(subject: Subject, progress: StageProgress, work: Path | None = None) -> Iterator[Finding]:
     """Runs L01 to L04 on each chosen layer, and on the slots outside all layers if every layer is chosen.
 
     work: a folder where findings are saved layer by layer, so that an interrupted run continues from there.

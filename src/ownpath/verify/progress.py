@@ -8,7 +8,7 @@ LINE_INTERVAL_S = 10.0
 """Seconds between two lines where no line can be overwritten, so that a log stays readable."""
 
 
-class Progress(Protocol):
+class StageProgress(Protocol):
     """Called by a stage: ``done`` of ``total`` parts are checked, and ``name`` is the next."""
 
     def __call__(self, done: int, total: int, name: str) -> None: ...

@@ -19,7 +19,7 @@ from ownpath.plan.plan import Plan
 from ownpath.plan.show import align, plan_dict
 from ownpath.verify.checks import TITLES
 from ownpath.verify.layers.measure import Measurement
-from ownpath.verify.run import Result, StageResult
+from ownpath.verify.run import StageResult, Verification
 from ownpath.verify.subject import Selection
 from ownpath.versions import versions
 
@@ -90,7 +90,7 @@ def kernels_of(plan: Plan) -> dict[str, int]:
     return dict(sorted(Counter(kernel for _, kernel in plan.slots.values()).items()))
 
 
-def report_dict(result: Result) -> dict[str, Any]:
+def report_dict(result: Verification) -> dict[str, Any]:
     """Returns the report for programs; the keys are documented in docs/verify.md."""
     job, findings = result.job, result.findings
     plan = plan_of(result)
@@ -121,18 +121,18 @@ def report_dict(result: Result) -> dict[str, Any]:
     }
 
 
-def plan_of(result: Result) -> Plan | None:
+def plan_of(result: Verification) -> Plan | None:
     """Returns the plan, if any stage made it."""
     subject = vars(result.job).get("subject")
     return None if subject is None else subject.plan
 
 
-def verdict_of(result: Result) -> str:
+def verdict_of(result: Verification) -> str:
     """Returns "pass" or "fail"."""
     return "pass" if result.passed else "fail"
 
 
-def seconds_of(result: Result) -> float:
+def seconds_of(result: Verification) -> float:
     """Sums the seconds of all stages."""
     return sum(stage.seconds for stage in result.stages)
 
@@ -163,7 +163,7 @@ def _named(fields: dict[str, Any]) -> dict[str, Any]:
     return fields | strange
 
 
-def report_text(result: Result) -> str:
+def report_text(result: Verification) -> str:
     """Formats verdict, first bad and worst layer, kernels; failures with remedies; then every check in a line."""
     job, findings = result.job, result.findings
     worst, plan = worst_layer(findings), plan_of(result)
@@ -250,7 +250,7 @@ def failed_checks(findings: Iterable[Finding]) -> list[FailedCheck]:
 CHECK_HEADINGS = ("", "check", "", "worst", "found")
 
 
-def check_rows(result: Result) -> list[tuple[str, ...]]:
+def check_rows(result: Verification) -> list[tuple[str, ...]]:
     """Returns one row for each check of each stage: the worst number, and the message or a count of verdicts."""
     rows: list[tuple[str, ...]] = []
     for stage in result.stages:
@@ -263,7 +263,7 @@ def check_rows(result: Result) -> list[tuple[str, ...]]:
     return rows
 
 
-def _check_lines(result: Result) -> list[str]:
+def _check_lines(result: Verification) -> list[str]:
     rows = check_rows(result)
     return align([CHECK_HEADINGS, *rows]) if rows else []
 

@@ -50,7 +50,7 @@ def digest_of(subject: Subject, **more: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-class Saved(Enum):
+class SavedState(Enum):
     """The state of a file in a work folder."""
 
     NOTHING = "nothing"
@@ -71,20 +71,20 @@ def write_state(path: Path, key: str, value: Any, tensors: Mapping[str, Tensor] 
 
 def read_state(
     path: Path, key: str, decode: Callable[[Any, dict[str, Tensor]], State], device: torch.device | None = None
-) -> tuple[Saved, State | None]:
+) -> tuple[SavedState, State | None]:
     """Reads a file of a run with this key, through ``decode(value, tensors)``, whose errors mean a torn file."""
     if not path.exists():
-        return Saved.NOTHING, None
+        return SavedState.NOTHING, None
     try:
         with safe_open(path, framework="pt", device=str(device or "cpu")) as file:
             metadata = file.metadata() or {}
             if metadata.get("key") != key:
-                return Saved.OTHER, None
+                return SavedState.OTHER, None
             # Copies are aligned as torch aligns them: a processor's summation order depends on that.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        return Saved.SAME, decode(json.loads(metadata["value"]), tensors)
+        return SavedState.SAME, decode(json.loads(metadata["value"]), tensors)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError):
-        return Saved.OTHER, None
+        return SavedState.OTHER, None
 
 
 @dataclass

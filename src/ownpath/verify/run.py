@@ -21,12 +21,12 @@ from ownpath.verify.layer_stage import layer_stage
 from ownpath.verify.layers.measure import Measurement
 from ownpath.verify.ledger_check import check_ledger
 from ownpath.verify.load_stage import load_stage
-from ownpath.verify.progress import Progress, StageLine
+from ownpath.verify.progress import StageLine, StageProgress
 from ownpath.verify.subject import Selection, Subject
 
 
 @dataclass
-class Job:
+class VerifyJob:
     """One verification to run. source: another export of the same model. work: where a stage may keep its state.
 
     written_plan: an earlier output of ``ownpath plan --json`` that should be what runs; ``None``: the plan of now.
@@ -47,7 +47,7 @@ class Job:
         return Subject.of(self.folder, self.engine, self.selection)
 
 
-StageRun = Callable[[Job, Progress], Iterator[Finding | Measurement]]
+StageRun = Callable[[VerifyJob, StageProgress], Iterator[Finding | Measurement]]
 
 STAGES: MappingProxyType[str, StageRun] = MappingProxyType(
     {
@@ -79,11 +79,11 @@ class StageResult:
 
 
 @dataclass(frozen=True)
-class Result:
+class Verification:
     """The results of every stage that was asked for. unreadable: why nothing could be compared; empty where it
     could."""
 
-    job: Job
+    job: VerifyJob
     stages: tuple[StageResult, ...]
     unreadable: str = ""
 
@@ -103,7 +103,7 @@ class Result:
         return not failed(self.findings) and not any(stage.skipped for stage in self.stages)
 
 
-def verify(job: Job, names: Iterable[str], *, keeps_going: bool = False) -> Result:
+def verify(job: VerifyJob, names: Iterable[str], *, keeps_going: bool = False) -> Verification:
     """Runs the named stages in their order.
 
     keeps_going: run what follows a failed file stage too; otherwise it is skipped, because it would only find the
@@ -122,14 +122,14 @@ def verify(job: Job, names: Iterable[str], *, keeps_going: bool = False) -> Resu
         result = _run(name, job)
         results.append(result)
         unreadable = unreadable or _unreadable(result, job)
-    return Result(job, tuple(results), unreadable)
+    return Verification(job, tuple(results), unreadable)
 
 
 def _stops(result: StageResult) -> bool:
     return result.name == "file" and bool(failed(result.findings))
 
 
-def _run(name: str, job: Job) -> StageResult:
+def _run(name: str, job: VerifyJob) -> StageResult:
     """Runs one stage to its end, or as far as it comes."""
     line, start = StageLine(name), time.perf_counter()
     findings: list[Finding] = []
@@ -153,7 +153,7 @@ def _run(name: str, job: Job) -> StageResult:
     return StageResult(name, tuple(findings), seconds, skipped, tuple(measurements))
 
 
-def _unreadable(result: StageResult, job: Job) -> str:
+def _unreadable(result: StageResult, job: VerifyJob) -> str:
     """Returns why a failed stage had nothing to compare: no config.json that can be honoured, or no tensors."""
     if not result.skipped and not _stops(result):
         return ""

@@ -21,7 +21,7 @@ from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4
 from ownpath.oracle.stored import StoredWeights
 from ownpath.plan.census import StoredModule, take_census
 from ownpath.verify.file_tensors import FileTensors
-from ownpath.verify.progress import Progress
+from ownpath.verify.progress import StageProgress
 from ownpath.verify.readback import block_scales, multiplier
 from ownpath.verify.subject import Selection, sampled_experts
 
@@ -37,7 +37,7 @@ _TOP_STEP = {NVFP4.name: 2.0, MXFP4.name: 4.0}
 
 
 @dataclass(frozen=True)
-class Export:
+class ExpertSource:
     """A checkpoint's experts, by the names of their modules."""
 
     index: CheckpointIndex
@@ -46,7 +46,7 @@ class Export:
     device: torch.device
 
     @classmethod
-    def of(cls, folder: Path, device: torch.device) -> "Export":
+    def of(cls, folder: Path, device: torch.device) -> "ExpertSource":
         """Opens a checkpoint. Errors: ConfigError, CheckpointError."""
         index, config = CheckpointIndex.open(folder), ModelConfig.from_file(folder / "config.json")
         census = take_census(config, index, carried_draft(index))
@@ -86,7 +86,9 @@ class Export:
         return grid[rows][:, cols]
 
 
-def source_findings(ours: Export, theirs: Export, selection: Selection, progress: Progress) -> Iterator[Finding]:
+def source_findings(
+    ours: ExpertSource, theirs: ExpertSource, selection: Selection, progress: StageProgress
+) -> Iterator[Finding]:
     """Runs F13 on a sample of the chosen layers' experts."""
     own = ours.config
     layer_ids = [idx for idx in range(own.num_hidden_layers) if idx in (selection.layer_ids or range(10**6))]
@@ -109,7 +111,7 @@ def source_findings(ours: Export, theirs: Export, selection: Selection, progress
             yield Finding("F13", f"layers.{layer_idx}", Verdict.PASS, message, worst, "both formats' half steps")
 
 
-def _compared(ours: Export, theirs: Export, name: str) -> Finding:
+def _compared(ours: ExpertSource, theirs: ExpertSource, name: str) -> Finding:
     """Compares one matrix, PASS or FAIL; number: the relative L2 distance."""
     for export in (ours, theirs):
         if name not in export.modules:

@@ -13,7 +13,7 @@ from support.checkpoints import SMALL, random_checkpoint
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.conformance import exact
 from ownpath.conformance.bounds import Exact, deviation, repeated_deviation, rounding
-from ownpath.conformance.memory import Filled, fill
+from ownpath.conformance.memory import FilledMemory, fill
 from ownpath.finding import Finding, failed
 from ownpath.formats import BF16
 from ownpath.kernels.contract import StoredExperts
@@ -120,7 +120,7 @@ def test_frequencies_follow_yarn(compressing: bool) -> None:
 @pytest.mark.parametrize("byte", [0xFF, 0x00])
 def test_memory_without_contents_is_filled(byte: int) -> None:
     like = torch.ones(3, 4, dtype=torch.bfloat16)
-    with Filled(byte):
+    with FilledMemory(byte):
         made = [torch.empty(3), torch.empty_like(like), like.new_empty(2, 2), torch.zeros(2)]
         product = like.float() @ like.float().T
     for tensor in made[:3]:

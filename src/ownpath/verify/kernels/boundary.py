@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from ownpath.conformance.bounds import Deviation, Exact, deviation
-from ownpath.conformance.exact import Boundary, written_streams
-from ownpath.conformance.params import Sizes
+from ownpath.conformance.exact import ExactBoundary, written_streams
+from ownpath.conformance.params import ArgumentSizes
 from ownpath.finding import Finding
 from ownpath.ops import OpKind
-from ownpath.oracle.arithmetic import Arithmetic, Scope
+from ownpath.oracle.arithmetic import Arithmetic, OracleRun
 from ownpath.verify.kernels.probe import Probe
 from ownpath.verify.kernels.tally import Tally
 
@@ -34,15 +34,15 @@ def check_boundaries(probe: Probe) -> Iterator[Finding]:
 
 def _compared(probe: Probe, slot: str, num_rows: int) -> Iterator[tuple[str, Deviation]]:
     """Yields (part, deviation) for each part of one boundary's results."""
-    sizes = Sizes(probe.config.hidden_size, num_streams=probe.config.hc_mult)
+    sizes = ArgumentSizes(probe.config.hidden_size, num_streams=probe.config.hc_mult)
     x_TSD, y_TD, mix = probe.draw.streams(slot, num_rows, sizes)
     out = probe.slots[slot](x_TSD, y_TD, mix)
     yield "streams", deviation(out.x_TSD, written_streams(x_TSD, y_TD, mix.post_TS, mix.comb_TSS))
     if not bool(out.x_TSD.isfinite().all()):
         return
     # The reference reads the boundary's own written streams, so that one error is not counted twice.
-    scope = Scope.of(probe.stored, probe.part.plan, Arithmetic(narrow=probe.dtype))
-    exact = Boundary(out.x_TSD.double(), scope.mixing(slot))
+    scope = OracleRun.of(probe.stored, probe.part.plan, Arithmetic(narrow=probe.dtype))
+    exact = ExactBoundary(out.x_TSD.double(), scope.mixing(slot))
     if out.mix is not None:
         post_TS, comb_TSS = out.mix.post_TS, out.mix.comb_TSS
         yield f"post in {post_TS.dtype}", _wide(post_TS, exact.post())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ownpath.conformance.bounds import deviation
-from ownpath.conformance.exact import ExpertSteps, Matrices, expert, swiglu
+from ownpath.conformance.exact import ExpertMatrices, ExpertSteps, expert, swiglu
 from ownpath.conformance.params import CLAMP_FACTORS, LOUD
 from ownpath.finding import Finding
 from ownpath.ops import OpKind
@@ -50,7 +50,7 @@ def _whole(probe: Probe, shared: str, tally: Tally) -> None:
     inputs, hidden = (inputs_of(op, probe.stored)[0] for op in (w13, w2))  # as a call with few rows reads them
     both = torch.cat([probe.stored.matrix(m.name, op.encoding) for op in (w13, *others) for m in op.spec.modules])
     w1, w3 = both.chunk(2)
-    matrices = Matrices(w1, w3, probe.stored.matrix(f"{shared}.w2", w2.encoding))
+    matrices = ExpertMatrices(w1, w3, probe.stored.matrix(f"{shared}.w2", w2.encoding))
     steps = ExpertSteps(probe.config.swiglu_limit, probe.dtype, inputs.quantize, hidden.quantize, rounds_products=True)
     found = probe.layer.block.ffn.shared_experts(x_RD)
     kernel = f"{probe.kernels[f'{shared}.w13']}, {probe.kernels[f'{shared}.w2']}"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ownpath.conformance.exact import Matrices
+from ownpath.conformance.exact import ExpertMatrices
 from ownpath.oracle.formulas import swiglu
 from ownpath.plan.plan import PlannedOp
 from ownpath.verify.kernels.operands import matrices_of, steps_of
@@ -37,7 +37,7 @@ def explain(probe: Probe, op: PlannedOp, name: str, x: Tensor, y_SD: Tensor) -> 
     return _another(probe, op, name, rows, y_SD) or "no single fault explains it"
 
 
-def _explanations(rows: Tensor, matrices: Matrices, y_SD: Tensor, limit: float) -> Iterator[tuple[float, str]]:
+def _explanations(rows: Tensor, matrices: ExpertMatrices, y_SD: Tensor, limit: float) -> Iterator[tuple[float, str]]:
     """Yields (relative distance, fault) for each known fault."""
     gate, up, down = rows @ matrices.w1.T, rows @ matrices.w3.T, matrices.w2.T
     yield _distance(swiglu(up, gate, limit) @ down, y_SD), "w1 and w3 (gate and up) are swapped"

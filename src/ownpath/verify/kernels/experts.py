@@ -36,7 +36,7 @@ CLAMP_REMEDY = "swiglu_limit is not applied, or with another value: see the kern
 
 
 @dataclass(frozen=True)
-class Known:
+class ExactRows:
     """Exact results. value, bound [R, E, D]: each drawn row through each chosen expert. loud [R, E]: gates beyond the
     limit."""
 
@@ -82,7 +82,7 @@ class RoutedExperts:
         return f"{self.slot}.{int(self.ids[place])}"
 
     @cached_property
-    def known(self) -> Known:
+    def known(self) -> ExactRows:
         """The exact results, computed one expert at a time, so that never more than one is decoded."""
         config, stored = self.probe.config, self.probe.stored
         shape = (len(self.x), len(self.ids), config.hidden_size)
@@ -97,7 +97,7 @@ class RoutedExperts:
             value[:, place], bound[:, place] = exact.value, exact.bound
             gate = steps.inputs(self.x) @ matrices.w1.T
             loud[:, place] = (gate > config.swiglu_limit).double().mean(-1)
-        return Known(value, bound, loud)
+        return ExactRows(value, bound, loud)
 
     def call(self, routing: RoutedCall) -> Tensor:
         """Calls the slot: returns [T, D]."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ownpath.conformance.bounds import FP8_TENSOR_CORE
-from ownpath.conformance.exact import ExpertSteps, Matrices, as_it_is
+from ownpath.conformance.exact import ExpertMatrices, ExpertSteps, as_it_is
 from ownpath.kernels.spec import InputRounding
 from ownpath.official import Step
 from ownpath.oracle.formats import fp8, nvfp4
@@ -81,9 +81,9 @@ def loss_at_load(op: PlannedOp, weight_NK: Tensor, dtype: torch.dtype) -> Tensor
     return lost if bool(lost.any()) else None
 
 
-def matrices_of(op: PlannedOp, stored: StoredWeights, expert: str) -> Matrices:
+def matrices_of(op: PlannedOp, stored: StoredWeights, expert: str) -> ExpertMatrices:
     """Reads the matrices of one routed expert, such as ``layers.3.ffn.experts.17``."""
-    return Matrices(*(stored.matrix(f"{expert}.{name}", op.encoding) for name in ("w1", "w3", "w2")))
+    return ExpertMatrices(*(stored.matrix(f"{expert}.{name}", op.encoding) for name in ("w1", "w3", "w2")))
 
 
 def steps_of(op: PlannedOp, stored: StoredWeights, expert: str, limit: float, dtype: torch.dtype) -> ExpertSteps:

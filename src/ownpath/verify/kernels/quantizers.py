@@ -37,7 +37,7 @@ EXPONENTS = (0, -3, 5)
 
 
 @dataclass(frozen=True)
-class Quantiser:
+class QuantizerCase:
     """A quantiser with its expected results. run: x [R, K] -> the values read back. low, high: their allowed range."""
 
     slot: str
@@ -52,7 +52,7 @@ def check_quantizers(probe: Probe) -> Iterator[Finding]:
     """K03: checks every slot that quantises activations."""
     what = "quantisers at every value, middle and edge of their formats"
     tally = Tally("K03", probe.name, what, REMEDY, "no planned kernel here quantises activations by itself")
-    for quantiser in quantisers(probe):
+    for quantiser in quantizer_cases(probe):
         kernel = probe.kernels[quantiser.slot]
         try:
             problem = _problem(probe, quantiser)
@@ -65,7 +65,7 @@ def check_quantizers(probe: Probe) -> Iterator[Finding]:
     yield from tally.findings()
 
 
-def _problem(probe: Probe, quantiser: Quantiser) -> str:
+def _problem(probe: Probe, quantiser: QuantizerCase) -> str:
     x = edges(quantiser.most, quantiser.block, quantiser.width, probe.dtype).to(probe.device)
     found = quantiser.run(x).double()
     low, high = quantiser.low_high(x)
@@ -109,16 +109,18 @@ def _rows(blocks: Tensor, width: int) -> Tensor:
     return rows
 
 
-def quantisers(probe: Probe) -> Iterator[Quantiser]:
+def quantizer_cases(probe: Probe) -> Iterator[QuantizerCase]:
     """Yields the quantisers of the planned slots."""
     for slot in probe.slots_of(OpKind.LINEAR):
         yield from _inputs(probe, slot)
     config = probe.config
     for slot in probe.slots_of(OpKind.KEY_QUANTIZER):
         rotary = config.qk_rope_head_dim
-        yield Quantiser(slot, config.head_dim - rotary, KEY_BLOCK, E4M3, _keys(probe, slot), _exactly(fp8, KEY_BLOCK))
+        yield QuantizerCase(
+            slot, config.head_dim - rotary, KEY_BLOCK, E4M3, _keys(probe, slot), _exactly(fp8, KEY_BLOCK)
+        )
     for slot in probe.slots_of(OpKind.INDEX_QUANTIZER):
-        yield Quantiser(slot, config.index_head_dim, INDEX_BLOCK, E2M1, probe.slots[slot], _index)
+        yield QuantizerCase(slot, config.index_head_dim, INDEX_BLOCK, E2M1, probe.slots[slot], _index)
 
 
 def _keys(probe: Probe, slot: str) -> Callable[[Tensor], Tensor]:
@@ -134,7 +136,7 @@ def _keys(probe: Probe, slot: str) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def _inputs(probe: Probe, slot: str) -> Iterator[Quantiser]:
+def _inputs(probe: Probe, slot: str) -> Iterator[QuantizerCase]:
     """Yields a linear's quantisers: the one in front of it, or the one that it launches itself for many rows."""
     op = probe.ops[slot][0]
     width = op.spec.shape[1]
@@ -143,13 +145,15 @@ def _inputs(probe: Probe, slot: str) -> Iterator[Quantiser]:
         rounding, in_front = leaf.spec.rounding, bool(leaf.spec.official)
         if in_front and rounding is InputRounding.NVFP4:
             scale = largest_input_scale(op, [module.name for module in op.spec.modules], probe.stored)
-            yield Quantiser(slot, width, NVFP4_BLOCK, E2M1, leaf.quantize_input, _exactly(nvfp4_without_global, scale))
+            yield QuantizerCase(
+                slot, width, NVFP4_BLOCK, E2M1, leaf.quantize_input, _exactly(nvfp4_without_global, scale)
+            )
         elif in_front:
-            yield Quantiser(slot, width, INPUT_BLOCK, E4M3, leaf.quantize_input, _exactly(fp8, INPUT_BLOCK))
+            yield QuantizerCase(slot, width, INPUT_BLOCK, E4M3, leaf.quantize_input, _exactly(fp8, INPUT_BLOCK))
         elif rounding is InputRounding.E4M3:
             powers = leaf.operand.weight.power_of_two
             run = _launched(leaf.operand.weight)
-            yield Quantiser(slot, width, INPUT_BLOCK, E4M3, run, _exactly(fp8, INPUT_BLOCK, powers))
+            yield QuantizerCase(slot, width, INPUT_BLOCK, E4M3, run, _exactly(fp8, INPUT_BLOCK, powers))
 
 
 def _launched(weight: Any) -> Callable[[Tensor], Tensor]:

@@ -17,7 +17,7 @@ from ownpath.verify.layers.activations import Activations
 from ownpath.verify.layers.choices import RunChoices
 from ownpath.verify.layers.measure import ROW_FACTOR, row_distances
 from ownpath.verify.layers.oracle import Oracle
-from ownpath.verify.layers.single_layer import Chunk, SingleLayer
+from ownpath.verify.layers.single_layer import SequenceRows, SingleLayer
 from ownpath.verify.layers.teacher_forcing import LayerComparison
 
 _CHUNKS = (5, 1, 127, 3, 64)
@@ -34,7 +34,7 @@ _REMEDY_BATCH = "a kernel that mixes rows of one step, or a workspace that two s
 
 
 @dataclass(frozen=True)
-class Run:
+class SequenceRun:
     """A sequence's first rows: streams after the layer, and their choices."""
 
     out_TSD: torch.Tensor
@@ -57,17 +57,17 @@ class Batching:
         yield self._again(chunks)
         yield from self._beside()
 
-    def in_steps(self, sizes: list[int], cache: SequenceCache) -> Run:
+    def in_steps(self, sizes: list[int], cache: SequenceCache) -> SequenceRun:
         """Reads the text's first tokens in steps of these sizes."""
         seen, parts, start = Activations(self.single.kinds), [], 0
         for size in sizes:
             residual = self.single.step([self._chunk(start, start + size, cache)], seen)
             parts.append(self.single.streams(residual))
             start += size
-        return Run(torch.cat(parts), self.one_shot.scores.judge(seen, self.single.index_keys(cache)))
+        return SequenceRun(torch.cat(parts), self.one_shot.scores.judge(seen, self.single.index_keys(cache)))
 
-    def _chunk(self, start: int, stop: int, cache: SequenceCache) -> Chunk:
-        return Chunk(self.oracle.token_ids[start:stop], Residual(self.entering_TSD[start:stop]), cache)
+    def _chunk(self, start: int, stop: int, cache: SequenceCache) -> SequenceRows:
+        return SequenceRows(self.oracle.token_ids[start:stop], Residual(self.entering_TSD[start:stop]), cache)
 
     def _chunk_sizes(self) -> list[int]:
         sizes, left = [], len(self.entering_TSD)
@@ -77,7 +77,7 @@ class Batching:
                 left -= size
         return [*sizes, *(size for size in (left // 2, left - left // 2) if size)]
 
-    def _cut(self, chunks: Run) -> Finding:
+    def _cut(self, chunks: SequenceRun) -> Finding:
         """V05: chunks, and token by token at both ends."""
         num_tokens = len(self.entering_TSD)
         first = self.in_steps([1] * min(_NUM_FIRST, num_tokens), self.single.new_cache())
@@ -87,7 +87,7 @@ class Batching:
         seen = [self._compared(name, run) for name, run in runs.items()]
         return self._verdict("V05", seen, _REMEDY_CACHE)
 
-    def _again(self, chunks: Run) -> Finding:
+    def _again(self, chunks: SequenceRun) -> Finding:
         """V08: the chunks once more, in a reused process and in caches full of NaN, bit by bit."""
         cache = self.single.new_cache()
         for memory in cache.views():
@@ -116,7 +116,7 @@ class Batching:
         distinct = 1 + sum(not torch.equal(run.out_TSD, same[0].out_TSD) for run in same[1:])
         yield self._verdict("V09", seen, _REMEDY_BATCH, f"; {_NUM_SAME} equal sequences in a step: {distinct} outcomes")
 
-    def _in_one_step(self, parts: list[tuple[int, int]]) -> list[Run]:
+    def _in_one_step(self, parts: list[tuple[int, int]]) -> list[SequenceRun]:
         """Runs stretches of the text as sequences of one step; returns those from its start, which alone can be
         judged."""
         seen = Activations(self.single.kinds)
@@ -127,7 +127,9 @@ class Batching:
             rows = slice(first, first + stop - start)
             if start == 0:
                 keys_CH = self.single.index_keys(chunk.cache)
-                runs.append(Run(out_TSD[rows], self.one_shot.scores.judge(seen.of_sequence(idx, rows), keys_CH)))
+                runs.append(
+                    SequenceRun(out_TSD[rows], self.one_shot.scores.judge(seen.of_sequence(idx, rows), keys_CH))
+                )
             first = rows.stop
         return runs
 
@@ -135,17 +137,17 @@ class Batching:
     def _where(self) -> str:
         return self.single.layer.name
 
-    def _compared(self, name: str, run: Run, baseline: Run | None = None) -> "Compared":
+    def _compared(self, name: str, run: SequenceRun, baseline: SequenceRun | None = None) -> "RunComparison":
         """Compares rows that chose the same with the baseline: the one shot, if none is given."""
-        baseline = baseline or Run(self.one_shot.out_TSD, self.one_shot.choices)
+        baseline = baseline or SequenceRun(self.one_shot.out_TSD, self.one_shot.choices)
         num_rows = len(run.out_TSD)
         agree_T = run.choices.agrees(baseline.choices)
         wrong_T = ~agree_T & run.choices.wrong_T
         far_T = row_distances(run.out_TSD, baseline.out_TSD[:num_rows]).masked_fill(~agree_T, 0.0)
         worst = int(far_T.argmax())
-        return Compared(name, float(far_T[worst]), worst, int(agree_T.sum()), num_rows, int(wrong_T.sum()))
+        return RunComparison(name, float(far_T[worst]), worst, int(agree_T.sum()), num_rows, int(wrong_T.sum()))
 
-    def _verdict(self, check: str, seen: list["Compared"], remedy: str, more: str = "") -> Finding:
+    def _verdict(self, check: str, seen: list["RunComparison"], remedy: str, more: str = "") -> Finding:
         """Judges runs. Both may be off the reference by the budget, so they may differ by two; where few rows are
         computed otherwise, by that too. Batch-invariant kernels must give the same bits, whatever else is in the
         step."""
@@ -159,7 +161,7 @@ class Batching:
 
 
 @dataclass(frozen=True)
-class Compared:
+class RunComparison:
     """One run beside its baseline. num_agreeing: rows with the same choices. num_wrong: rows with wrong choices."""
 
     name: str

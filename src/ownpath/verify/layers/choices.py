@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ownpath.config import CSA_RATIO, Layer, ModelConfig
-from ownpath.oracle.block import Trace
+from ownpath.oracle.block import LayerTrace
 from ownpath.oracle.formulas import expert_scores, index_scores
 from ownpath.verify.layers.activations import Activations
 from ownpath.verify.layers.oracle import Oracle
@@ -197,7 +197,7 @@ class Scores:
         return entry_candidates(scores_TC, operands, self.layer.ratio, self.config.index_topk)
 
 
-def scores_of(oracle: Oracle, layer: Layer, trace: Trace) -> Scores:
+def scores_of(oracle: Oracle, layer: Layer, trace: LayerTrace) -> Scores:
     """Returns the reference's scores of a layer."""
     stored, ffn = oracle.stored, f"{layer.name}.ffn"
     return Scores(

@@ -40,7 +40,7 @@ def embedding(engine: Residual, reference_TSD: torch.Tensor, oracle: Oracle) -> 
 
 
 @dataclass(frozen=True)
-class Ends:
+class ModelEnds:
     """The boundary and the head, which follow the last layer."""
 
     hc_head: HyperBoundary
@@ -48,7 +48,7 @@ class Ends:
     kernel: str
 
     @classmethod
-    def of(cls, oracle: Oracle) -> "Ends":
+    def of(cls, oracle: Oracle) -> "ModelEnds":
         """Loads both. Errors: as ``load_weights``."""
         belongs = in_no_layer(oracle.subject.config)
         part = load_part(oracle.subject, lambda name: belongs(name) and name != "embed.weight")
@@ -73,7 +73,7 @@ class Distributions:
     nll_2T: torch.Tensor
 
 
-def head(oracle: Oracle, ends: Ends, reference_TSD: torch.Tensor) -> tuple[Finding, Measurement]:
+def head(oracle: Oracle, ends: ModelEnds, reference_TSD: torch.Tensor) -> tuple[Finding, Measurement]:
     """V01 of the head, on the reference's last rows."""
     last_TSD = reference_TSD[-_ROWS:]
     engine = ends.logits(Residual(last_TSD.to(oracle.subject.engine.dtype)))
@@ -88,7 +88,7 @@ def head(oracle: Oracle, ends: Ends, reference_TSD: torch.Tensor) -> tuple[Findi
     return finding, measured
 
 
-def end_to_end(oracle: Oracle, ends: Ends, engine: Residual, reference_TSD: torch.Tensor) -> Finding:
+def end_to_end(oracle: Oracle, ends: ModelEnds, engine: Residual, reference_TSD: torch.Tensor) -> Finding:
     """V04: compares distributions by KL(reference || engine), best token, and the text's likelihood.
 
     Only the 99 % of positions that agree best are judged, and the value at their end (p99). In the others a near tie
@@ -116,7 +116,7 @@ def end_to_end(oracle: Oracle, ends: Ends, engine: Residual, reference_TSD: torc
     return Finding.judged("V04", "logits", is_good, message, float(p99), words, _REMEDY_DRIFT)
 
 
-def distributions(oracle: Oracle, ends: Ends, engine: Residual, reference_TSD: torch.Tensor) -> Distributions:
+def distributions(oracle: Oracle, ends: ModelEnds, engine: Residual, reference_TSD: torch.Tensor) -> Distributions:
     """Computes both distributions over the whole text, some rows at a time."""
     ids_T = oracle.token_ids_T
     kl, changed, nll = [], [], torch.zeros(2, len(ids_T), dtype=torch.float64, device=ids_T.device)

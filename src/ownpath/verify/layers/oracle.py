@@ -8,7 +8,7 @@ import torch
 from ownpath.kernels.spec import InputRounding
 from ownpath.official import ALWAYS_OFFICIAL, Step
 from ownpath.oracle.arithmetic import Arithmetic
-from ownpath.oracle.block import Choices, Trace, reference_block, reference_embed, reference_head
+from ownpath.oracle.block import Choices, LayerTrace, reference_block, reference_embed, reference_head
 from ownpath.oracle.stored import StoredWeights
 from ownpath.verify.budgets import LogitBudget, budget, logit_budget
 from ownpath.verify.subject import Subject
@@ -46,7 +46,7 @@ class Oracle:
         """Returns the streams before the first layer [T, S, D]."""
         return reference_embed(self.subject.config, self.stored, self.token_ids_T, self.arithmetic)
 
-    def block(self, layer_idx: int, streams_TSD: torch.Tensor, choices: Choices | None = None) -> Trace:
+    def block(self, layer_idx: int, streams_TSD: torch.Tensor, choices: Choices | None = None) -> LayerTrace:
         """Computes one layer, every slot's result included."""
         subject, ids_T = self.subject, self.token_ids_T
         return reference_block(

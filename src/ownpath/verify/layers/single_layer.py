@@ -7,7 +7,7 @@ from functools import cached_property
 
 import torch
 
-from ownpath.cache.layout import Part
+from ownpath.cache.layout import EntryKind
 from ownpath.cache.pools import CachePool, SequenceCache
 from ownpath.config import Layer
 from ownpath.model.batch import ForwardBatch
@@ -21,7 +21,7 @@ MAX_SEQUENCES = 8
 
 
 @dataclass(frozen=True)
-class Chunk:
+class SequenceRows:
     """New tokens of one sequence: their ids, the layer's input for them, and the sequence's cache."""
 
     token_ids: Sequence[int]
@@ -75,10 +75,10 @@ class SingleLayer:
 
     def index_keys(self, cache: SequenceCache) -> torch.Tensor | None:
         """Returns the index keys that a cache holds [C, H]; ``None`` outside CSA layers."""
-        return cache.entries(self.layer_idx, Part.INDEX)
+        return cache.entries(self.layer_idx, EntryKind.INDEX)
 
     @torch.inference_mode()
-    def step(self, chunks: Sequence[Chunk], seen: Activations | None = None) -> Residual:
+    def step(self, chunks: Sequence[SequenceRows], seen: Activations | None = None) -> Residual:
         """Runs one step and extends the caches. seen: observes it."""
         batch = ForwardBatch.of([(chunk.token_ids, chunk.cache) for chunk in chunks], self.pool.spec.device)
         with nullcontext() if seen is None else self.loaded.ledger.observe(seen):

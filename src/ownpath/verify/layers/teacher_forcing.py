@@ -11,13 +11,13 @@ import torch
 
 from ownpath.config import Layer
 from ownpath.model.block import Residual
-from ownpath.oracle.block import Choices, Trace
+from ownpath.oracle.block import Choices, LayerTrace
 from ownpath.oracle.formulas import index_scores
 from ownpath.verify.layers.activations import Activations
 from ownpath.verify.layers.choices import RunChoices, Scores, scores_of
 from ownpath.verify.layers.measure import ROW_FACTOR, Measurement, Pair, distance, row_distances
 from ownpath.verify.layers.oracle import Oracle
-from ownpath.verify.layers.single_layer import Chunk, SingleLayer
+from ownpath.verify.layers.single_layer import SequenceRows, SingleLayer
 
 ORDER = (
     "hc_attn.x",
@@ -77,7 +77,7 @@ def compare_layer(single: SingleLayer, oracle: Oracle, streams_TSD: torch.Tensor
     layer = single.layer
     run, cache = Activations(single.kinds), single.new_cache()
     entering = Residual(streams_TSD.to(oracle.subject.engine.dtype))
-    residual = single.step([Chunk(oracle.token_ids, entering, cache)], run)
+    residual = single.step([SequenceRows(oracle.token_ids, entering, cache)], run)
     values = run.values() | single.entries(cache)
     values[f"{layer.name}.out"] = out_TSD = single.streams(residual)
     index_keys = single.index_keys(cache)
@@ -106,7 +106,7 @@ def compare_layer(single: SingleLayer, oracle: Oracle, streams_TSD: torch.Tensor
     return LayerComparison(free.streams_TSD, out_TSD, measured, scores, choices, expert, rounding, few_rows)
 
 
-def _of_few_rows(oracle: Oracle, single: SingleLayer, streams_TSD: torch.Tensor, trace: Trace) -> float:
+def _of_few_rows(oracle: Oracle, single: SingleLayer, streams_TSD: torch.Tensor, trace: LayerTrace) -> float:
     """Measures ``few_rows`` with the same choices."""
     other = oracle.of_few_rows()
     if other is None:
@@ -129,7 +129,9 @@ def _existing(ids_TK: torch.Tensor, instead_TK: torch.Tensor, num_experts: int) 
     return torch.where(is_real_T, ids_TK, instead_TK)
 
 
-def _pairs(layer: Layer, values: Mapping[str, torch.Tensor], trace: Trace, sampled_T: torch.Tensor) -> dict[str, Pair]:
+def _pairs(
+    layer: Layer, values: Mapping[str, torch.Tensor], trace: LayerTrace, sampled_T: torch.Tensor
+) -> dict[str, Pair]:
     """Pairs the engine's values with the reference's, by name within the layer, in the order in which they depend.
 
     sampled: tokens that went to one of the chosen experts; of the routed experts' outputs, no others are compared.

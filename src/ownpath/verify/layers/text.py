@@ -35,7 +35,7 @@ _CPU_WINDOWS, _CUDA_WINDOWS = (3, 6), (8, 18)
 
 
 @dataclass(frozen=True)
-class Text:
+class SampleText:
     """token_ids, and a description of them."""
 
     token_ids: tuple[int, ...]
@@ -46,7 +46,7 @@ class Text:
         return len(self.token_ids)
 
 
-def text_of(subject: Subject) -> Text:
+def text_of(subject: Subject) -> SampleText:
     """Repeats the paragraph in the checkpoint's own tokens; takes seeded random ids where it has no tokenizer.
 
     Its length lets the indexer choose (more entries than ``index_topk``) where the device can afford that, and never
@@ -57,8 +57,8 @@ def text_of(subject: Subject) -> Text:
     if words is None:
         generator = torch.Generator().manual_seed(_SEED)
         ids = torch.randint(0, subject.config.vocab_size, (num_tokens,), generator=generator).tolist()
-        return Text(tuple(ids), f"{num_tokens} random tokens (seed {_SEED})")
-    return Text(tuple(islice(cycle(words), num_tokens)), f"{num_tokens} tokens of a fixed text")
+        return SampleText(tuple(ids), f"{num_tokens} random tokens (seed {_SEED})")
+    return SampleText(tuple(islice(cycle(words), num_tokens)), f"{num_tokens} tokens of a fixed text")
 
 
 def _num_tokens(subject: Subject) -> int:

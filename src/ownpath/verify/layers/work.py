@@ -13,8 +13,8 @@ from ownpath.finding import Finding, finding_fields, finding_from
 from ownpath.model.block import Residual
 from ownpath.runners import Mix
 from ownpath.verify.layers.measure import Measurement
-from ownpath.verify.layers.text import Text
-from ownpath.verify.resume import Saved, digest_of, read_state, write_state
+from ownpath.verify.layers.text import SampleText
+from ownpath.verify.resume import SavedState, digest_of, read_state, write_state
 from ownpath.verify.subject import Subject
 
 FILE_NAME = "layers.safetensors"
@@ -34,7 +34,7 @@ class State:
     measurements: list[Measurement] = field(default_factory=list)
 
 
-def key_of(subject: Subject, text: Text) -> str:
+def key_of(subject: Subject, text: SampleText) -> str:
     """Digests what the numbers of a run depend on."""
     return digest_of(subject, format_of_streams=_FORMAT, text=text.token_ids)
 
@@ -51,7 +51,7 @@ def save(folder: Path, key: str, state: State) -> None:
     write_state(folder / FILE_NAME, key, value, tensors)
 
 
-def restore(folder: Path, key: str, device: torch.device) -> tuple[Saved, State | None]:
+def restore(folder: Path, key: str, device: torch.device) -> tuple[SavedState, State | None]:
     """Reads the state of a run with this key, if there is one."""
     return read_state(folder / FILE_NAME, key, _state, device)
 
