@@ -39,7 +39,7 @@ from ownpath.official import OFFICIAL
 from ownpath.oracle.arithmetic import Arithmetic
 from ownpath.oracle.block import Choices, LayerTrace, reference_block, reference_embed, reference_head
 from ownpath.oracle.forward import reference_logits
-from ownpath.oracle.stored import StoredWeights
+from ownpath.oracle.weights import StoredWeights
 from ownpath.verify.budgets import PATH, kind_of
 from ownpath.verify.subject import Subject
 

@@ -7,7 +7,7 @@ import torch
 from support.kernel_configs import linear_configs
 
 from ownpath import Nvfp4Linear
-from ownpath.conformance.quantized import MAX_REL_L2, DenseWeight, dense_reference, first_beyond, relative_l2
+from ownpath.conformance.quant_weights import MAX_REL_L2, DenseWeight, dense_reference, first_beyond, relative_l2
 from ownpath.formats import NVFP4
 from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.contract import Config, StoredLinear

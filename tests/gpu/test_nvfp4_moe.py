@@ -7,7 +7,7 @@ import torch
 from support.kernel_configs import moe_configs
 
 from ownpath import Nvfp4MoE
-from ownpath.conformance.quantized import (
+from ownpath.conformance.quant_weights import (
     MAX_REL_L2,
     ExpertStacks,
     RoutedTokens,

@@ -13,7 +13,7 @@ from support.kernel_configs import fp8_configs, linear_configs, moe_configs
 
 from ownpath import Nvfp4Linear, Nvfp4MoE
 from ownpath.conformance.operations import CASES, make_inputs, tensors
-from ownpath.conformance.quantized import DenseWeight, ExpertStacks, RoutedTokens, draw_weights
+from ownpath.conformance.quant_weights import DenseWeight, ExpertStacks, RoutedTokens, draw_weights
 from ownpath.kernels.contract import Config, NormWeights, RouterWeights
 from ownpath.kernels.fp8.cases import Fp8Case
 from ownpath.kernels.hyper.ref import Mix

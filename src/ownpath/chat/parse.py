@@ -7,9 +7,9 @@ answer is the same events at once, and it makes no difference how the text is cu
 
 Text is held back only while it can still become part of a tag. Only a ``｜DSML｜`` token opens a tag; the same letters
 as text are text. Where the markup breaks, everything that was not understood (the whole block, or what follows the last
-whole call) and the rest of the answer become content, and a ``MalformedMarkup`` part marks the answer. A call that breaks
-after its arguments began keeps the arguments streamed so far. They are not valid JSON then, so nobody can run half a
-call by mistake.
+whole call) and the rest of the answer become content, and a ``MalformedMarkup`` part marks the answer. A call that
+breaks after its arguments began keeps the arguments streamed so far. They are not valid JSON then, so nobody can run
+half a call by mistake.
 
 Source: the format's public description, ``encoding/README.md`` in the DeepSeek-V4 model repositories.
 """
@@ -17,9 +17,9 @@ Source: the format's public description, ``encoding/README.md`` in the DeepSeek-
 import re
 from collections.abc import Callable
 
-from ownpath.chat.calls import CallsReader
 from ownpath.chat.markers import DSML, THINK_END
 from ownpath.chat.parts import AnswerPart, Content, MalformedMarkup, Reasoning
+from ownpath.chat.tool_calls import CallsReader
 
 _SPACE = " \t\r\n"
 _BEFORE_BLOCK = re.compile(r"\n{0,2}<?\Z")

@@ -44,11 +44,11 @@ def run(args: argparse.Namespace) -> int:
     """Prints the difference. Errors: CannotAsk and others (all ValueError) for what the user can cause."""
     from ownpath.commands.session import load_for
     from ownpath.diff.client import Client
-    from ownpath.diff.offers import first_model, open_server
-    from ownpath.diff.ours import LocalModel
+    from ownpath.diff.local_model import LocalModel
     from ownpath.diff.prompts import make_prompts, probe_prompt
-    from ownpath.diff.readings import TokenNames
     from ownpath.diff.report import difference_dict, difference_text
+    from ownpath.diff.responses import TokenNames
+    from ownpath.diff.server import first_model, open_server
     from ownpath.diff.survey import SurveySize, survey
 
     client = Client.of_url(args.against, args.timeout, _api_key(args.api_key_env))

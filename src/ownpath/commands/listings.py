@@ -77,7 +77,7 @@ def fields_of_server() -> str:
     """Lists every request field of both endpoints, reasons for empty content, and the checks of the self-test."""
     from ownpath.selftest.checks import all_checks
     from ownpath.server import fields
-    from ownpath.server.empty import MEANING
+    from ownpath.server.empty_content import MEANING
     from ownpath.server.protocol import ChatRequest, CompletionRequest
 
     parts = []

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ownpath.diff.readings import ScoredPosition, SequenceReading
+from ownpath.diff.responses import ScoredPosition, SequenceReading
 
 TOLERANCE_NATS = 0.25
 """Four roundings of a BF16 logit: between 16 and 32 its steps are 1/8 apart, so one rounding is at most 1/16."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.diff.compare import PositionComparison
-from ownpath.diff.offers import RemoteServer
+from ownpath.diff.server import RemoteServer
 from ownpath.diff.survey import Difference
 from ownpath.finding import Finding, Verdict
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ownpath.diff.compare import part
-from ownpath.diff.readings import ChatReading, ScoredPosition, SequenceReading
+from ownpath.diff.responses import ChatReading, ScoredPosition, SequenceReading
 from ownpath.finding import Finding, Verdict
 
 SAME_NATS = 2.0**-10

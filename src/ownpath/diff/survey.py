@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 from ownpath.diff.client import CannotAsk
 from ownpath.diff.compare import TOLERANCE_NATS, PromptComparison, compare
-from ownpath.diff.offers import CHAT, RemoteServer
-from ownpath.diff.ours import LocalModel
+from ownpath.diff.local_model import LocalModel
 from ownpath.diff.prompts import SurveyPrompt
-from ownpath.diff.readings import ChatReading, SequenceReading
+from ownpath.diff.responses import ChatReading, SequenceReading
+from ownpath.diff.server import CHAT, RemoteServer
 from ownpath.diff.signatures import Observations, all_checks
 from ownpath.finding import Finding, failed
 

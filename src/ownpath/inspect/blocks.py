@@ -11,7 +11,7 @@ from ownpath.checkpoint.problems import make_problem
 from ownpath.finding import Finding
 from ownpath.formats import NVFP4
 from ownpath.inspect.scalars import Scalar
-from ownpath.inspect.values import read_values
+from ownpath.inspect.tensor_bytes import read_values
 from ownpath.plan.census import StoredModule
 from ownpath.weights.lossless import is_lossless_cast
 

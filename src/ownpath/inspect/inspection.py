@@ -11,10 +11,10 @@ from ownpath.checkpoint.problems import make_problem
 from ownpath.config import ConfigError, ModelConfig
 from ownpath.finding import Finding
 from ownpath.inspect.blocks import SAMPLE_BYTES, BlockReport, read_blocks
-from ownpath.inspect.contradictions import config_problems, file_problem, format_problems, tokenizer_problems
+from ownpath.inspect.expert_tables import table_problems
 from ownpath.inspect.memory import KINDS, Memory, memory_needed
+from ownpath.inspect.metadata import config_problems, file_problem, format_problems, tokenizer_problems
 from ownpath.inspect.scalars import Coverage, GateUp, Scalar, calibration, gate_up, out_of_band, read_scalars
-from ownpath.inspect.tables import table_problems
 from ownpath.plan.census import Census, StoredModule, take_census
 from ownpath.plan.plan import MixedExpertsError, PlanError, make_plan
 

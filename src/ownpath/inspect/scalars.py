@@ -12,7 +12,7 @@ from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.problems import make_problem
 from ownpath.checkpoint.scales import scale_fault
 from ownpath.finding import Finding
-from ownpath.inspect.values import read_values
+from ownpath.inspect.tensor_bytes import read_values
 from ownpath.plan.census import StoredModule
 
 MAX_RATIO = 1000.0

@@ -9,8 +9,8 @@ from ownpath.chat.tokenizer import MissingMarkerError, Tokenizer, TokenizerError
 from ownpath.checkpoint.problems import make_problem
 from ownpath.config import ModelConfig
 from ownpath.finding import Finding
-from ownpath.inspect.contradictions import json_object
 from ownpath.inspect.golden_prompts import GOLDEN_PROMPTS, ROUND_TRIPS, GoldenPrompt
+from ownpath.inspect.metadata import json_object
 
 NEEDED = (BOS, EOS, USER, ASSISTANT, THINK_START, THINK_END)
 """Markers that every conversation needs; the others serve tools and tasks."""

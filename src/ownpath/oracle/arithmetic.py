@@ -17,7 +17,7 @@ from ownpath.formats import FP8_BLOCK, FP32, NVFP4
 from ownpath.official import PLAIN, Step
 from ownpath.oracle.formats import fp8, nvfp4_without_global
 from ownpath.oracle.formulas import Mixing, collapse, rms
-from ownpath.oracle.stored import StoredWeights
+from ownpath.oracle.weights import StoredWeights
 from ownpath.plan.plan import Plan
 
 _INPUT_BLOCK = 128
@@ -67,13 +67,13 @@ class OracleRun:
         encodings = {name: encoding for name, encoding in modules if name.startswith(prefix)}
         return cls(plan.config, stored, encodings, arithmetic)
 
-    def noted(self, name: str, value: Tensor) -> Tensor:
+    def record(self, name: str, value: Tensor) -> Tensor:
         """Records ``value`` as an engine would store it, and returns it."""
         self.values[name] = kept = self.arithmetic.rounded(value)
         return kept
 
-    def noted_wide(self, name: str, value: Tensor) -> Tensor:
-        """As ``noted``, for a value that an engine stores in at least float32."""
+    def record_wide(self, name: str, value: Tensor) -> Tensor:
+        """As ``record``, for a value that an engine stores in at least float32."""
         self.values[name] = value
         return value
 
@@ -81,15 +81,15 @@ class OracleRun:
         """Multiplies x with matrices that share it, side by side, as one slot's result."""
         of_fp8 = [module for module in modules if self.encodings[module].format is FP8_BLOCK]
         if not (self.arithmetic.w8a8 and of_fp8):
-            return self.noted(slot, self.products(x, *modules))
+            return self.record(slot, self.products(x, *modules))
         is_e8m0 = all(self._has_e8m0_scales(module) for module in of_fp8)
         rounded = fp8(x, _INPUT_BLOCK, is_e8m0).to(x.dtype)
         parts = [self.products(rounded if module in of_fp8 else x, module) for module in modules]
-        return self.noted(slot, torch.cat(parts, -1))
+        return self.record(slot, torch.cat(parts, -1))
 
     def wide_linear(self, slot: str, x: Tensor, *modules: str) -> Tensor:
         """As ``linear``, for a slot whose result stays at least float32."""
-        return self.noted_wide(slot, self._side_by_side(x, modules, is_wide=True))
+        return self.record_wide(slot, self._side_by_side(x, modules, is_wide=True))
 
     def products(self, x: Tensor, *modules: str) -> Tensor:
         """Computes x Wᵀ for each W side by side, not rounded."""
@@ -132,7 +132,7 @@ class OracleRun:
 
     def norm(self, slot: str, x: Tensor, weight_key: str) -> Tensor:
         """Applies an RMS norm with a weight, as one slot's result."""
-        return self.noted(slot, rms(x, self.config.rms_norm_eps) * self.stored.param(weight_key))
+        return self.record(slot, rms(x, self.config.rms_norm_eps) * self.stored.param(weight_key))
 
     def mixing(self, slot: str) -> Mixing:
         """Reads the weights of a boundary."""

@@ -1,6 +1,6 @@
 """The oracle's forward, one decoder layer at a time, with every slot's result on record.
 
-It shares no code with the engine: its own decoding (``stored``), its own formulas (docs/forward.md), a whole sequence
+It shares no code with the engine: its own decoding (``weights``), its own formulas (docs/forward.md), a whole sequence
 from position 0 at once, no caches. What it takes from the rest of the package is names: which tensors a module is
 stored in, and what the slots are called.
 
@@ -16,7 +16,7 @@ from ownpath.oracle.arithmetic import Arithmetic, OracleRun
 from ownpath.oracle.attention import attention
 from ownpath.oracle.experts import feed_forward
 from ownpath.oracle.formulas import write_streams
-from ownpath.oracle.stored import StoredWeights
+from ownpath.oracle.weights import StoredWeights
 from ownpath.plan.plan import Plan
 
 
@@ -59,21 +59,21 @@ def reference_block(
     """Runs one decoder layer on one sequence from its first token; the MTP modules' layers come after the
     backbone's."""
     layer = (*config.backbone_layers(), *config.draft_layers())[layer_idx]
-    scope, choices = OracleRun.of(stored, plan, arithmetic, f"{layer.name}."), choices or Choices()
+    run, choices = OracleRun.of(stored, plan, arithmetic, f"{layer.name}."), choices or Choices()
     x_TSD = streams_TSD.to(stored.device, stored.dtype)
     for part in ("attn", "ffn"):
         slot = f"{layer.name}.hc_{part}"
-        x_TSD = scope.noted(f"{slot}.x", x_TSD)
-        mixing, streams = scope.mixing(slot), config.hc_mult
+        x_TSD = run.record(f"{slot}.x", x_TSD)
+        mixing, streams = run.mixing(slot), config.hc_mult
         logits = mixing.logits(x_TSD)
         post, comb = mixing.post(logits, streams), mixing.comb(logits, streams)
-        h_TD = scope.read_streams(slot, f"{layer.name}.{part}_norm.weight", x_TSD, mixing.pre(logits, streams))
+        h_TD = run.read_streams(slot, f"{layer.name}.{part}_norm.weight", x_TSD, mixing.pre(logits, streams))
         if part == "attn":
-            y_TD = attention(scope, layer, h_TD, choices.index_mask_TC)
+            y_TD = attention(run, layer, h_TD, choices.index_mask_TC)
         else:
-            y_TD = feed_forward(scope, layer, h_TD, token_ids_T.to(stored.device), choices.expert_ids_TK)
+            y_TD = feed_forward(run, layer, h_TD, token_ids_T.to(stored.device), choices.expert_ids_TK)
         x_TSD = write_streams(x_TSD, y_TD, post, comb)
-    return LayerTrace(scope.values, scope.noted(f"{layer.name}.out", x_TSD))
+    return LayerTrace(run.values, run.record(f"{layer.name}.out", x_TSD))
 
 
 def reference_embed(config: ModelConfig, stored: StoredWeights, token_ids_T: Tensor, arithmetic: Arithmetic) -> Tensor:
@@ -86,9 +86,9 @@ def reference_head(
     config: ModelConfig, stored: StoredWeights, plan: Plan, streams_TSD: Tensor, arithmetic: Arithmetic, name: str = ""
 ) -> Tensor:
     """Computes logits [T, V] from the streams after the last layer. name: ``mtp.0.`` and so on for a draft's."""
-    scope = OracleRun.of(stored, plan, arithmetic, "head")
+    run = OracleRun.of(stored, plan, arithmetic, "head")
     x_TSD = arithmetic.rounded(streams_TSD.to(stored.device, stored.dtype))
-    mixing = scope.mixing(f"{name}hc_head")
+    mixing = run.mixing(f"{name}hc_head")
     pre_TS = mixing.pre(mixing.logits(x_TSD), config.hc_mult)
-    h_TD = scope.read_streams(f"{name}hc_head", f"{name}norm.weight", x_TSD, pre_TS)
-    return scope.wide_linear("head", h_TD, "head")
+    h_TD = run.read_streams(f"{name}hc_head", f"{name}norm.weight", x_TSD, pre_TS)
+    return run.wide_linear("head", h_TD, "head")

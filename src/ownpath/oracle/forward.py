@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ownpath.oracle.arithmetic import Arithmetic, OracleRun
 from ownpath.oracle.block import reference_block, reference_embed, reference_head
-from ownpath.oracle.stored import StoredWeights
+from ownpath.oracle.weights import StoredWeights
 from ownpath.plan.plan import Plan
 
 
@@ -31,12 +31,12 @@ def reference_draft_logits(plan: Plan, stored: StoredWeights, token_ids_T: Tenso
     """Computes the logits of ``mtp.0`` for each token but the last, whose follower is unknown: [T - 1, V]. The plan
     must hold it."""
     config, following = plan.config, token_ids_T[1:]
-    scope = OracleRun.of(stored, plan, arithmetic, "mtp.0.")
+    run = OracleRun.of(stored, plan, arithmetic, "mtp.0.")
     streams_TSD = reference_streams(plan, stored, token_ids_T, arithmetic)[:-1]
-    e_TD = scope.norm("mtp.0.enorm", stored.rows("embed.weight", following), "mtp.0.enorm.weight")
-    h_TSD = scope.norm("mtp.0.hnorm", streams_TSD, "mtp.0.hnorm.weight")
-    h_TSD = scope.linear("mtp.0.h_proj", h_TSD, "mtp.0.h_proj")
-    x_TSD = torch.add(scope.linear("mtp.0.e_proj", e_TD, "mtp.0.e_proj")[:, None], h_TSD)
+    e_TD = run.norm("mtp.0.enorm", stored.rows("embed.weight", following), "mtp.0.enorm.weight")
+    h_TSD = run.norm("mtp.0.hnorm", streams_TSD, "mtp.0.hnorm.weight")
+    h_TSD = run.linear("mtp.0.h_proj", h_TSD, "mtp.0.h_proj")
+    x_TSD = torch.add(run.linear("mtp.0.e_proj", e_TD, "mtp.0.e_proj")[:, None], h_TSD)
     layer_idx = config.num_hidden_layers
     x_TSD = reference_block(config, layer_idx, stored, plan, x_TSD, following, arithmetic).streams_TSD
     return reference_head(config, stored, plan, x_TSD, arithmetic, "mtp.0.")

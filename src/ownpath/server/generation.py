@@ -19,7 +19,7 @@ from ownpath.engine.request import (
     ScoredToken,
     StepOutput,
 )
-from ownpath.server.empty import ContentWatch, EmptyContent
+from ownpath.server.empty_content import ContentWatch, EmptyContent
 from ownpath.server.errors import ApiError, bad_request, overloaded
 from ownpath.server.metrics import Metrics
 from ownpath.server.prompts import Prompt

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 
-from ownpath.server.empty import EmptyContent
+from ownpath.server.empty_content import EmptyContent
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FINISH_REASONS = ("stop", "length", "tool_calls", "error", "abandoned")

@@ -14,9 +14,9 @@ from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.cache import COMPILER, cache_dir, is_cached, source_key, stem
 from ownpath.kernels.registry import KERNELS
 from ownpath.plan.plan import Plan
+from ownpath.verify.launch_configs import configs_of
 from ownpath.verify.layer import in_layer, in_no_layer, restricted
 from ownpath.verify.machine import KNOWN_BAD, Machine, free_bytes, this_machine
-from ownpath.verify.skeleton import configs_of
 from ownpath.verify.subject import Subject
 
 TUNED = Path(ownpath.kernels.__path__[0])

@@ -9,7 +9,7 @@ from html import escape
 
 from ownpath.bench.record import device_name
 from ownpath.finding import Finding, failed
-from ownpath.inspect.show import printable
+from ownpath.inspect.report import printable
 from ownpath.plan.plan import Plan
 from ownpath.plan.show import companion_rows, plan_rows
 from ownpath.verify import report

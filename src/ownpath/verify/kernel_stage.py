@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ownpath.finding import Finding, Verdict
-from ownpath.oracle.stored import StoredWeights
+from ownpath.oracle.weights import StoredWeights
 from ownpath.verify.kernels.attention import check_attention
 from ownpath.verify.kernels.boundary import check_boundaries
 from ownpath.verify.kernels.clamp import check_clamp

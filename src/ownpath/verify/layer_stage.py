@@ -19,10 +19,10 @@ from ownpath.verify.layers.batching import Batching
 from ownpath.verify.layers.measure import Measurement, dtype_name
 from ownpath.verify.layers.oracle import Oracle
 from ownpath.verify.layers.single_layer import SequenceRows, SingleLayer
+from ownpath.verify.layers.state import State, key_of, restore, save
 from ownpath.verify.layers.teacher_forcing import LayerComparison, compare_layer
 from ownpath.verify.layers.text import SampleText, text_of
 from ownpath.verify.layers.verdicts import growth, verdicts
-from ownpath.verify.layers.work import State, key_of, restore, save
 from ownpath.verify.progress import StageProgress
 from ownpath.verify.resume import SavedState
 from ownpath.verify.subject import Subject

@@ -19,7 +19,7 @@ from ownpath.formats import BF16, FP32, MXFP4, NVFP4
 from ownpath.kernels.spec import InputRounding
 from ownpath.ops import OpKind
 from ownpath.oracle.formats import decode, e4m3_of, e8m0_of
-from ownpath.oracle.stored import spread_blocks
+from ownpath.oracle.weights import spread_blocks
 from ownpath.plan.plan import PlannedOp
 from ownpath.qtensor import QuantTensor
 from ownpath.runners import Runner

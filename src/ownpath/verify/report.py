@@ -14,7 +14,7 @@ from typing import Any
 from ownpath.bench.record import device_name
 from ownpath.checkpoint.header import MAX_HEADER_BYTES
 from ownpath.finding import Finding, Verdict, failed
-from ownpath.inspect.show import printable
+from ownpath.inspect.report import printable
 from ownpath.plan.plan import Plan
 from ownpath.plan.show import align, plan_dict
 from ownpath.verify.checks import TITLES

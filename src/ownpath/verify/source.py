@@ -18,7 +18,7 @@ from ownpath.checkpoint.schema import Encoding
 from ownpath.config import ModelConfig
 from ownpath.finding import Finding, Verdict
 from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4
-from ownpath.oracle.stored import StoredWeights
+from ownpath.oracle.weights import StoredWeights
 from ownpath.plan.census import StoredModule, take_census
 from ownpath.verify.file_tensors import FileTensors
 from ownpath.verify.progress import StageProgress

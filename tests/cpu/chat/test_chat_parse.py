@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import ownpath.chat.calls
 import ownpath.chat.parse
+import ownpath.chat.tool_calls
 from ownpath.chat.encode import Setting, encode_messages
 from ownpath.chat.markers import DSML, EOS, THINK_END, Segment, Special, join_text, segments_of
 from ownpath.chat.messages import Message, ToolCall
@@ -375,7 +375,7 @@ def test_what_is_written_is_read_back(
     assert found.asks_for_tools == bool(calls)
 
 
-READERS = {ownpath.chat.parse.__file__, ownpath.chat.calls.__file__}
+READERS = {ownpath.chat.parse.__file__, ownpath.chat.tool_calls.__file__}
 
 
 def num_steps(events: Sequence[Segment], thinks: bool) -> int:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ownpath.diff.compare import PositionComparison, compare, kl_at_least, part
-from ownpath.diff.readings import ScoredPosition, SequenceReading
+from ownpath.diff.responses import ScoredPosition, SequenceReading
 
 P = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
 Q = torch.tensor([0.25, 0.25, 0.25, 0.25]).log()

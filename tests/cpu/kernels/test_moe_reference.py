@@ -5,7 +5,7 @@ import torch
 from support.live_bytes import PeakBytes
 
 from ownpath import Nvfp4Linear, Nvfp4MoE
-from ownpath.conformance.quantized import (
+from ownpath.conformance.quant_weights import (
     DenseWeight,
     ExpertStacks,
     RoutedTokens,

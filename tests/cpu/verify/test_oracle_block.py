@@ -15,7 +15,7 @@ from ownpath.official import OFFICIAL, PLAIN, Step
 from ownpath.oracle.arithmetic import Arithmetic
 from ownpath.oracle.block import Choices, LayerTrace, reference_block, reference_embed
 from ownpath.oracle.forward import reference_logits
-from ownpath.oracle.stored import StoredWeights
+from ownpath.oracle.weights import StoredWeights
 from ownpath.verify.layer import load_layer
 from ownpath.verify.subject import Subject
 

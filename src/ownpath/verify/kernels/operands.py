@@ -14,7 +14,7 @@ from ownpath.conformance.exact import ExpertMatrices, ExpertSteps, as_it_is
 from ownpath.kernels.spec import InputRounding
 from ownpath.official import Step
 from ownpath.oracle.formats import fp8, nvfp4
-from ownpath.oracle.stored import StoredWeights
+from ownpath.oracle.weights import StoredWeights
 from ownpath.plan.plan import PlannedOp
 
 INPUT_BLOCK = 128

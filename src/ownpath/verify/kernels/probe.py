@@ -12,7 +12,7 @@ from ownpath.assembly import LoadedPart
 from ownpath.config import ModelConfig
 from ownpath.conformance.params import Draw
 from ownpath.ops import OpKind
-from ownpath.oracle.stored import StoredWeights
+from ownpath.oracle.weights import StoredWeights
 from ownpath.plan.plan import PlannedOp
 from ownpath.trace.observers import Watched
 from ownpath.verify.layer import LoadedLayer

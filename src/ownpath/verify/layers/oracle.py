@@ -9,7 +9,7 @@ from ownpath.kernels.spec import InputRounding
 from ownpath.official import ALWAYS_OFFICIAL, Step
 from ownpath.oracle.arithmetic import Arithmetic
 from ownpath.oracle.block import Choices, LayerTrace, reference_block, reference_embed, reference_head
-from ownpath.oracle.stored import StoredWeights
+from ownpath.oracle.weights import StoredWeights
 from ownpath.verify.budgets import LogitBudget, budget, logit_budget
 from ownpath.verify.subject import Subject
 

@@ -7,7 +7,7 @@ from typing import Any
 from ownpath.checkpoint.problems import REMEDIES
 from ownpath.inspect.inspection import Contents, Inspection
 from ownpath.inspect.memory import Memory
-from ownpath.inspect.rows import bytes_by_format, module_rows, num_parameters
+from ownpath.inspect.module_rows import bytes_by_format, module_rows, num_parameters
 from ownpath.plan.show import align
 
 MAX_LINES = 8

@@ -9,7 +9,7 @@ from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.problems import make_problem
 from ownpath.checkpoint.schema import ParamSpec
 from ownpath.finding import Finding
-from ownpath.inspect.values import read_values
+from ownpath.inspect.tensor_bytes import read_values
 
 _DTYPES = {"I64": torch.int64, "I32": torch.int32}
 

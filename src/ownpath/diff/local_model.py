@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ownpath.chat.tokenizer import Tokenizer
-from ownpath.diff.readings import SequenceReading
+from ownpath.diff.responses import SequenceReading
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from ownpath.diff.client import CannotAsk, Client, Refused
 from ownpath.diff.prompts import SurveyPrompt
-from ownpath.diff.readings import (
+from ownpath.diff.responses import (
     ChatReading,
     SequenceReading,
     TokenNames,
