@@ -6,7 +6,6 @@ Legend: T tokens, S streams, D hidden, N heads, H head dim, K keys, E experts, F
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,22 +88,22 @@ class Draw:
         return self.normal(f"{seed} keys", num_keys, head_dim).to(self.dtype)
 
 
-def arguments(kind: OpKind, draw: Draw, seed: str, num_rows: int, sizes: ArgumentSizes) -> tuple[Any, ...]:
+def arguments(kind: OpKind, draw: Draw, seed: str, num_rows: int, sizes: ArgumentSizes) -> tuple[object, ...]:
     """Draws an operation's arguments of the kind that serving passes; the first of them is the activations."""
     return _ARGUMENTS[kind](draw, seed, num_rows, sizes)
 
 
-def _rows(draw: Draw, seed: str, num_rows: int, sizes: ArgumentSizes) -> tuple[Any, ...]:
+def _rows(draw: Draw, seed: str, num_rows: int, sizes: ArgumentSizes) -> tuple[object, ...]:
     """Draws [T, width], or heads [T, N, width]."""
     x = draw.rows(seed, num_rows, max(sizes.num_heads, 1) * sizes.width)
     return (x.unflatten(1, (sizes.num_heads, sizes.width)) if sizes.num_heads else x,)
 
 
-def _grouped(draw: Draw, seed: str, num_rows: int, sizes: ArgumentSizes) -> tuple[Any, ...]:
+def _grouped(draw: Draw, seed: str, num_rows: int, sizes: ArgumentSizes) -> tuple[object, ...]:
     return *_rows(draw, seed, num_rows, sizes), sizes.angles
 
 
-def _experts(draw: Draw, seed: str, num_rows: int, sizes: ArgumentSizes) -> tuple[Any, ...]:
+def _experts(draw: Draw, seed: str, num_rows: int, sizes: ArgumentSizes) -> tuple[object, ...]:
     chosen = torch.tensor(sizes.expert_ids)
     slots = min(sizes.num_experts_per_tok, len(chosen))
     generator = torch.Generator().manual_seed(num_rows)
@@ -113,19 +112,19 @@ def _experts(draw: Draw, seed: str, num_rows: int, sizes: ArgumentSizes) -> tupl
     return draw.rows(seed, num_rows, sizes.width), ids.to(draw.device), weights.to(draw.device)
 
 
-def _router(draw: Draw, seed: str, num_rows: int, sizes: ArgumentSizes) -> tuple[Any, ...]:
+def _router(draw: Draw, seed: str, num_rows: int, sizes: ArgumentSizes) -> tuple[object, ...]:
     token_ids = torch.arange(num_rows, device=draw.device) % sizes.vocab_size
     # Of ordinary size: scores of logits below -100 are zero in float32, and so are the weights' sums.
     return draw.normal(seed, num_rows, sizes.width).to(draw.dtype), token_ids
 
 
-def _attention(draw: Draw, seed: str, num_rows: int, sizes: ArgumentSizes) -> tuple[Any, ...]:
+def _attention(draw: Draw, seed: str, num_rows: int, sizes: ArgumentSizes) -> tuple[object, ...]:
     q_TNH = draw.normal(f"{seed} q", num_rows, sizes.num_heads, sizes.width).to(draw.dtype)
     age_TK = torch.arange(num_rows, device=draw.device)[:, None] - torch.arange(num_rows, device=draw.device)
     return q_TNH, draw.keys(seed, num_rows, sizes.width), age_TK >= 0
 
 
-_ARGUMENTS: dict[OpKind, Callable[[Draw, str, int, ArgumentSizes], tuple[Any, ...]]] = {
+_ARGUMENTS: dict[OpKind, Callable[[Draw, str, int, ArgumentSizes], tuple[object, ...]]] = {
     OpKind.LINEAR: _rows,
     OpKind.GROUPED: _grouped,
     OpKind.MOE: _experts,

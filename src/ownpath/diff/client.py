@@ -5,7 +5,7 @@ import json
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO
 from urllib.parse import urlsplit
 
 _MAX_BYTES = 256 * 2**20
@@ -28,7 +28,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """Treats a redirect like any other answer: following it could carry the key and the prompts to another host."""
 
     def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: object, newurl: str
     ) -> None:
         return None
 
@@ -59,16 +59,16 @@ class Client:
         path = parts.path.rstrip("/").removesuffix("/v1")
         return cls(f"{parts.scheme}://{parts.netloc}{path}", timeout_s, api_key)
 
-    def get(self, path: str) -> dict[str, Any]:
+    def get(self, path: str) -> dict[str, object]:
         """Sends a GET request. Errors: as ``post``."""
         return self._ask(path, None)
 
-    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def post(self, path: str, body: dict[str, object]) -> dict[str, object]:
         """Sends one request and returns its JSON object. Errors: Refused for a status other than 200, else
         CannotAsk."""
         return self._ask(path, body)
 
-    def _ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+    def _ask(self, path: str, body: dict[str, object] | None) -> dict[str, object]:
         url = self.root + path
         headers = {"Accept": "application/json", "Content-Type": "application/json"}
         if self.api_key is not None:
@@ -108,7 +108,7 @@ def _refusal(url: str, error: urllib.error.HTTPError) -> CannotAsk:
     return Refused(f"{url}: {error.code}: {text}", error.code)
 
 
-def _json_object(url: str, raw: bytes) -> dict[str, Any]:
+def _json_object(url: str, raw: bytes) -> dict[str, object]:
     if len(raw) > _MAX_BYTES:
         raise CannotAsk(f"{url}: the answer is larger than {_MAX_BYTES} bytes")
     try:

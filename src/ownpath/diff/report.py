@@ -76,7 +76,7 @@ def difference_text(difference: Difference, server: RemoteServer, tokenizer: Tok
     return "\n".join(lines)
 
 
-def difference_dict(difference: Difference, server: RemoteServer, name: str, seed: int) -> dict[str, Any]:
+def difference_dict(difference: Difference, server: RemoteServer, name: str, seed: int) -> dict[str, object]:
     """Returns the same for programs. What is not finite is written as a string: JSON has no word for it."""
     first = first_divergence(difference)
     whole = {
@@ -95,7 +95,7 @@ def difference_dict(difference: Difference, server: RemoteServer, name: str, see
         "first_divergence": None if first is None else {"prompt_idx": first[0], **asdict(first[1])},
         "checks": [_check_dict(check) for check in difference.checks],
     }
-    finite: dict[str, Any] = _finite(whole)
+    finite: dict[str, object] = _finite(whole)
     return finite
 
 
@@ -121,7 +121,7 @@ def _passed(difference: Difference) -> str:
     return ", ".join(check.id for check in difference.checks if check.verdict is Verdict.PASS) or "nothing"
 
 
-def _check_dict(check: Finding) -> dict[str, Any]:
+def _check_dict(check: Finding) -> dict[str, object]:
     return {
         "id": check.id,
         "verdict": _WORDS[check.verdict],

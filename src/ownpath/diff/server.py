@@ -7,7 +7,7 @@ likeliest tokens or few.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ownpath.diff.client import CannotAsk, Client, Refused
 from ownpath.diff.prompts import SurveyPrompt
@@ -25,7 +25,7 @@ from ownpath.diff.responses import (
 
 COMPLETIONS, CHAT, TOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize"
 _NUMS_TOP = (20, 5, 1)
-_EXTRAS: tuple[Mapping[str, Any], ...] = (
+_EXTRAS: tuple[Mapping[str, object], ...] = (
     {"return_token_ids": True, "return_tokens_as_token_ids": True},
     {"return_token_ids": True},
     {},
@@ -48,9 +48,9 @@ class RequestForm:
     path: str
     sends_ids: bool
     num_top: int
-    extras: Mapping[str, Any]
+    extras: Mapping[str, object]
 
-    def body(self, prompt: SurveyPrompt, max_tokens: int) -> dict[str, Any]:
+    def body(self, prompt: SurveyPrompt, max_tokens: int) -> dict[str, object]:
         """Builds the request for one greedy answer."""
         common = {"max_tokens": max_tokens, **_GREEDY, **self.extras}
         if self.path == CHAT:
@@ -110,7 +110,7 @@ class RemoteServer:
         """Returns the text's tokens by ``/tokenize``, in the request form of vLLM and SGLang or in llama.cpp's."""
         return self._tokenize({"prompt": prompt.text, "content": prompt.text})
 
-    def _tokenize(self, body: dict[str, Any]) -> tuple[int, ...] | None:
+    def _tokenize(self, body: dict[str, object]) -> tuple[int, ...] | None:
         try:
             tokens = self._post(TOKENIZE, body).get("tokens")
         except CannotAsk:
@@ -118,14 +118,14 @@ class RemoteServer:
         ids = [self.names.check(token) for token in tokens] if isinstance(tokens, list) else [None]
         return None if None in ids else tuple(i for i in ids if i is not None)
 
-    def _sent(self, prompt: SurveyPrompt, answer: Mapping[str, Any]) -> tuple[int, ...]:
+    def _sent(self, prompt: SurveyPrompt, answer: Mapping[str, object]) -> tuple[int, ...]:
         """Returns the ids that the server read: those sent; for text, those it reports, else those of our tokenizer."""
         if self.way.path == COMPLETIONS and self.way.sends_ids:
             return prompt.ids
         own = prompt.chat_ids if self.way.path == CHAT else prompt.ids
         return told_prompt_ids(answer, self.names) or own
 
-    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def _post(self, path: str, body: dict[str, object]) -> dict[str, object]:
         return self.client.post(path, body if self.model is None else {"model": self.model, **body})
 
     def _read(self, path: str, read: Callable[[], Answer]) -> Answer:
@@ -178,7 +178,7 @@ def _ways() -> Iterator[RequestForm]:
                 yield RequestForm(path, sends_ids, num_top, extras)
 
 
-def _messages(prompt: SurveyPrompt) -> dict[str, Any]:
+def _messages(prompt: SurveyPrompt) -> dict[str, object]:
     return {"messages": [{"role": "user", "content": prompt.text}]}
 
 

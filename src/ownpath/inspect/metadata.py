@@ -5,7 +5,6 @@ import re
 from collections.abc import Generator, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from ownpath.chat.markers import BOS
 from ownpath.chat.tokenizer import Tokenizer, TokenizerError
@@ -75,10 +74,10 @@ def format_problems(folder: Path, modules: tuple[StoredModule, ...]) -> Iterator
         yield from _format_problems(declared, modules)
 
 
-def json_object(path: Path, check: str) -> Generator[Finding, None, dict[str, Any]]:
+def json_object(path: Path, check: str) -> Generator[Finding, None, dict[str, object]]:
     """Yields what is wrong with the file, as ``check``; returns its object, empty where there is none to read."""
     problem = file_problem(path, check)
-    content: Any = {}
+    content: object = {}
     if problem is not None:
         yield problem
     elif path.exists():
@@ -89,7 +88,7 @@ def json_object(path: Path, check: str) -> Generator[Finding, None, dict[str, An
     return content if isinstance(content, dict) else {}
 
 
-def _format_problems(declared: dict[str, Any], modules: tuple[StoredModule, ...]) -> Iterator[Finding]:
+def _format_problems(declared: dict[str, object], modules: tuple[StoredModule, ...]) -> Iterator[Finding]:
     layers, excluded = declared.get("quantized_layers"), declared.get("exclude_modules")
     layers = layers if isinstance(layers, dict) else {}
     patterns = [entry for entry in excluded if isinstance(entry, str)] if isinstance(excluded, list) else []

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from dataclasses import asdict
-from typing import Any
 
 from ownpath.checkpoint.problems import REMEDIES
 from ownpath.inspect.inspection import Contents, Inspection
@@ -25,13 +24,13 @@ _SHAPE = (
 )
 
 
-def inspection_dict(inspection: Inspection) -> dict[str, Any]:
+def inspection_dict(inspection: Inspection) -> dict[str, object]:
     """Returns the inspection for programs; the keys are documented in docs/inspect.md."""
     index, contents = inspection.index, inspection.contents
     problems = [
         {"check": p.id, "where": p.where, "problem": p.message, "remedy": p.remedy} for p in inspection.problems
     ]
-    common: dict[str, Any] = {
+    common: dict[str, object] = {
         "folder": str(inspection.folder),
         "complete": contents is not None,
         "num_tensors": len(index.tensors),
@@ -42,7 +41,7 @@ def inspection_dict(inspection: Inspection) -> dict[str, Any]:
     return common | (_contents_dict(inspection, contents) if contents else {}) | {"problems": problems}
 
 
-def _contents_dict(inspection: Inspection, contents: Contents) -> dict[str, Any]:
+def _contents_dict(inspection: Inspection, contents: Contents) -> dict[str, object]:
     index, census, blocks = inspection.index, contents.census, contents.blocks
     return {
         "shape": {field: getattr(contents.config, field) for field, _ in _SHAPE},

@@ -2,7 +2,6 @@
 
 import asyncio
 from dataclasses import dataclass
-from typing import Any
 
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
@@ -24,7 +23,7 @@ class Limits:
     max_prompts: int = 64
 
 
-async def read_json_object(request: Request, limits: Limits) -> dict[str, Any]:
+async def read_json_object(request: Request, limits: Limits) -> dict[str, object]:
     """Reads the body as a JSON object. Errors: ApiError 400, 408, 413 or 415; ClientGone."""
     # Browsers send other content types across sites without a preflight request; this one needs one.
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":

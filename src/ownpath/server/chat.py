@@ -3,7 +3,6 @@
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import Any
 
 from ownpath.chat.parts import AnswerPart, Content, MalformedMarkup, Reasoning, ToolCallArguments, ToolCallStart
 from ownpath.chat.tokenizer import Tokenizer
@@ -11,8 +10,7 @@ from ownpath.engine.request import SamplingParams, ScoredToken
 from ownpath.server.generation import Generation
 from ownpath.server.prompts import Prompt
 from ownpath.server.protocol import ChatRequest
-
-Chunk = dict[str, Any]
+from ownpath.server.sse import JsonObject
 
 
 def sampling_params(request: ChatRequest, prompt: Prompt, max_model_len: int) -> SamplingParams:
@@ -30,7 +28,7 @@ def sampling_params(request: ChatRequest, prompt: Prompt, max_model_len: int) ->
 
 async def chat_chunks(
     request: ChatRequest, generation: Generation, tokenizer: Tokenizer, model_id: str
-) -> AsyncIterator[Chunk]:
+) -> AsyncIterator[JsonObject]:
     """Yields the answer as ``chat.completion.chunk`` objects; the last one has the usage and no choices."""
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -38,7 +36,7 @@ async def chat_chunks(
         "created": int(time.time()),
         "model": model_id,
     }
-    opening: Chunk = {**head, "choices": [_choice({"role": "assistant", "content": ""})]}
+    opening: JsonObject = {**head, "choices": [_choice({"role": "assistant", "content": ""})]}
     if request.return_token_ids:
         opening["prompt_token_ids"] = generation.prompts[0].ids
     yield opening
@@ -58,11 +56,11 @@ async def chat_chunks(
     yield {**head, "choices": [], "usage": generation.usage()}
 
 
-def fold_chat(chunks: Iterable[Chunk]) -> dict[str, Any]:
+def fold_chat(chunks: Iterable[JsonObject]) -> JsonObject:
     """Folds the chunks of one answer into the ``chat.completion`` object."""
-    answer: dict[str, Any] = {}
-    message: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
-    choice: dict[str, Any] = {"index": 0, "message": message, "logprobs": None, "finish_reason": None}
+    answer: JsonObject = {}
+    message: JsonObject = {"role": "assistant", "content": "", "refusal": None}
+    choice: JsonObject = {"index": 0, "message": message, "logprobs": None, "finish_reason": None}
     for chunk in chunks:
         answer |= chunk
         for part in chunk["choices"]:
@@ -79,10 +77,10 @@ def fold_chat(chunks: Iterable[Chunk]) -> dict[str, Any]:
     return answer | {"object": "chat.completion", "choices": [choice]}
 
 
-def _message_delta(parts: Sequence[AnswerPart]) -> dict[str, Any]:
+def _message_delta(parts: Sequence[AnswerPart]) -> JsonObject:
     """Returns what one step adds to the message, in the shape of a streamed delta."""
-    delta: dict[str, Any] = {}
-    calls: dict[int, dict[str, Any]] = {}
+    delta: JsonObject = {}
+    calls: dict[int, JsonObject] = {}
     for part in parts:
         if isinstance(part, Content):
             delta["content"] = delta.get("content", "") + part.text
@@ -98,7 +96,7 @@ def _message_delta(parts: Sequence[AnswerPart]) -> dict[str, Any]:
     return delta | ({"tool_calls": list(calls.values())} if calls else {})
 
 
-def _extend_message(message: dict[str, Any], delta: dict[str, Any]) -> None:
+def _extend_message(message: JsonObject, delta: JsonObject) -> None:
     for name in ("content", "reasoning_content"):
         if name in delta:
             message[name] = message.get(name, "") + delta[name]
@@ -110,12 +108,12 @@ def _extend_message(message: dict[str, Any], delta: dict[str, Any]) -> None:
             message["tool_calls"][call["index"]]["function"]["arguments"] += call["function"]["arguments"]
 
 
-def _choice(delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+def _choice(delta: JsonObject, finish_reason: str | None = None) -> JsonObject:
     return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
 
 
-def _logprob_entry(token: ScoredToken, tokenizer: Tokenizer) -> dict[str, Any]:
-    def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
+def _logprob_entry(token: ScoredToken, tokenizer: Tokenizer) -> JsonObject:
+    def entry(token_id: int, logprob: float | None) -> JsonObject:
         data = tokenizer.token_bytes(token_id)
         return {"token": tokenizer.token_text(token_id), "logprob": logprob, "bytes": list(data)}
 

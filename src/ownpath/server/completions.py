@@ -3,7 +3,6 @@
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import Any
 
 from ownpath.chat.detokenize import Detokenizer
 from ownpath.chat.tokenizer import Tokenizer
@@ -11,8 +10,8 @@ from ownpath.engine.request import SamplingParams, ScoredToken
 from ownpath.server.generation import Delta, Generation
 from ownpath.server.prompts import Prompt
 from ownpath.server.protocol import CompletionRequest
+from ownpath.server.sse import JsonObject
 
-Chunk = dict[str, Any]
 _DEFAULT_MAX_TOKENS = 16
 _LOGPROB_KEYS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
@@ -33,7 +32,7 @@ def sampling_params(request: CompletionRequest, prompts: list[Prompt], max_model
 
 async def completion_chunks(
     request: CompletionRequest, generation: Generation, tokenizer: Tokenizer, model_id: str
-) -> AsyncIterator[Chunk]:
+) -> AsyncIterator[JsonObject]:
     """Yields the answer as ``text_completion`` objects; the last one has the usage and no choices."""
     head = {
         "id": f"cmpl-{uuid.uuid4().hex}",
@@ -49,10 +48,10 @@ async def completion_chunks(
     yield {**head, "choices": [], "usage": generation.usage()}
 
 
-def fold_completion(chunks: Iterable[Chunk]) -> dict[str, Any]:
+def fold_completion(chunks: Iterable[JsonObject]) -> JsonObject:
     """Folds the chunks of one answer into one ``text_completion`` object with every choice whole."""
-    answer: dict[str, Any] = {}
-    choices: dict[int, dict[str, Any]] = {}
+    answer: JsonObject = {}
+    choices: dict[int, JsonObject] = {}
     for chunk in chunks:
         answer |= chunk
         for part in chunk["choices"]:
@@ -63,7 +62,7 @@ def fold_completion(chunks: Iterable[Chunk]) -> dict[str, Any]:
     return answer | {"choices": [choices[index] for index in sorted(choices)]}
 
 
-def _extend(choice: dict[str, Any], part: dict[str, Any]) -> None:
+def _extend(choice: JsonObject, part: JsonObject) -> None:
     choice["text"] += part["text"]
     choice["finish_reason"] = part["finish_reason"]
     if part["logprobs"] is not None:
@@ -83,7 +82,7 @@ class _ChoiceWriter:
         self._echo_text = prompt.as_text(tokenizer) if request.echo else ""
         self._is_first = True
 
-    def write(self, delta: Delta) -> dict[str, Any] | None:
+    def write(self, delta: Delta) -> JsonObject | None:
         """Returns the chunk's choice; None when there is nothing to say yet."""
         text = (self._echo_text if self._is_first else "") + delta.text
         choice = {
@@ -104,7 +103,7 @@ class _ChoiceWriter:
         self._is_first = False
         return choice
 
-    def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
+    def _logprobs(self, delta: Delta) -> JsonObject | None:
         if self._request.logprobs is None:
             return None
         tokens = list(delta.prompt)

@@ -1,6 +1,6 @@
 """The parts of a chat request that shape the prompt: messages, tools, reasoning, and the answer's format."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -16,7 +16,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-def _content(value: Any) -> str:
+def _content(value: object) -> str:
     """Returns text; text parts are joined as the format joins the parts of a turn."""
     if isinstance(value, str):
         return value
@@ -89,7 +89,7 @@ class ChatMessage(Strict):
         return Message(self.role, self.content or "", self.reasoning_content, calls, self.tool_call_id or "")
 
 
-def _function(value: Any) -> dict[str, Any]:
+def _function(value: object) -> dict[str, object]:
     """Returns a function's own object, which the model reads as it was sent; null is not sent."""
     if not isinstance(value, dict):
         raise ValueError("must be an object")
@@ -110,7 +110,7 @@ class Tool(Strict):
     """A tool on offer."""
 
     type: Literal["function"]
-    function: Annotated[dict[str, Any], BeforeValidator(_function)]
+    function: Annotated[dict[str, object], BeforeValidator(_function)]
 
 
 def _tools(tools: list[Tool]) -> list[Tool]:
@@ -123,7 +123,7 @@ def _tools(tools: list[Tool]) -> list[Tool]:
 Tools = Annotated[list[Tool], AfterValidator(_tools)]
 
 
-def _tool_choice(value: Any) -> str:
+def _tool_choice(value: object) -> str:
     if value not in ("none", "auto"):
         raise ValueError("only 'none' and 'auto' are supported yet: a call can be asked for, not promised")
     return str(value)
@@ -151,7 +151,7 @@ class JsonSchema(Strict):
 
     name: str | None = None
     # The name "schema" is taken by the base class.
-    value: dict[str, Any] = Field(alias="schema")
+    value: dict[str, object] = Field(alias="schema")
     strict: Literal[False] | None = None
 
 
@@ -167,7 +167,7 @@ class ResponseFormat(Strict):
             text = "response_format: json_schema goes with the type 'json_schema', and only with it"
             raise bad_request(text, "response_format.json_schema")
 
-    def schema_for_model(self) -> Any:
+    def schema_for_model(self) -> object:
         """Returns the schema that the prompt asks for; None for none."""
         if self.json_schema is not None:
             return self.json_schema.value

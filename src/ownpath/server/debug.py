@@ -5,7 +5,6 @@ import hashlib
 import hmac
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -34,7 +33,7 @@ class DebugPlan:
     """
 
     admin_key: str
-    facts: Mapping[str, Any]
+    facts: Mapping[str, object]
     ledger: Ledger
     limits: Limits
     records: Records | None = None
@@ -74,7 +73,7 @@ class DebugPlan:
         changing = {"schema": SCHEMA, "recording": records is not None, "ran": list(self._ran(records))}
         return JSONResponse(changing | dict(self.facts), headers={"Cache-Control": "no-store"})
 
-    def _ran(self, records: Records | None) -> Iterator[dict[str, Any]]:
+    def _ran(self, records: Records | None) -> Iterator[dict[str, object]]:
         """Yields an entry for every slot that was called since the model is served."""
         for slot, num_calls in dict(self.ledger.calls).items():
             use, (runner, kernel) = self.ledger.uses[slot], self.ledger.kernels[slot]
@@ -90,7 +89,7 @@ class DebugPlan:
             }
 
 
-def _form(record: Record) -> dict[str, Any]:
+def _form(record: Record) -> dict[str, object]:
     return {
         "variant": record.variant,
         "arguments": list(record.arguments),

@@ -1,7 +1,6 @@
 """Errors in OpenAI's shape. Their texts name the field or the limit, never a path, an address or a traceback."""
 
 import logging
-from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -28,7 +27,7 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.param, self.code, self.headers = status, param, code, headers
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> dict[str, object]:
         """Returns the JSON object that clients see."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         message = str(self)

@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -23,9 +22,7 @@ from ownpath.server.protocol import (
     read_chat_request,
     read_completion_request,
 )
-from ownpath.server.sse import EventStream, until_disconnect
-
-Chunk = dict[str, Any]
+from ownpath.server.sse import EventStream, JsonObject, until_disconnect
 
 
 @dataclass(frozen=True)
@@ -91,8 +88,8 @@ class Api:
         request: Request,
         asked: ChatRequest | CompletionRequest,
         generation: Generation,
-        chunks: AsyncIterator[Chunk],
-        fold: Callable[[Iterable[Chunk]], dict[str, Any]],
+        chunks: AsyncIterator[JsonObject],
+        fold: Callable[[Iterable[JsonObject]], JsonObject],
     ) -> Response:
         """Answers with the chunks as a stream, or folded; either way the generation ends when the client goes."""
         if asked.stream:
@@ -111,7 +108,7 @@ class Api:
         except MissingMarkerError as error:
             raise missing_marker(error) from None
 
-    def _model(self) -> dict[str, Any]:
+    def _model(self) -> JsonObject:
         return {
             "id": self.model_id,
             "object": "model",
@@ -126,11 +123,11 @@ class Api:
             raise ApiError(404, message, param="model", code="model_not_found")
 
 
-async def _collect(events: AsyncIterator[Chunk]) -> list[Chunk]:
+async def _collect(events: AsyncIterator[JsonObject]) -> list[JsonObject]:
     return [event async for event in events]
 
 
-async def _stream_events(events: AsyncIterator[Chunk], wants_usage: bool) -> AsyncIterator[Chunk]:
+async def _stream_events(events: AsyncIterator[JsonObject], wants_usage: bool) -> AsyncIterator[JsonObject]:
     """Yields the chunks as clients expect them: usage only if asked for, and then a null in every other chunk."""
     async for event in events:
         if not wants_usage and not event["choices"]:

@@ -12,6 +12,9 @@ from ownpath.server.errors import ApiError, ClientGone
 
 Result = TypeVar("Result")
 
+JsonObject = dict[str, Any]
+"""An object of an answer, whose values are JSON values: a chunk, a choice, a delta."""
+
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
     """Returns the result of the work. If the client goes first, cancels the work. Errors: ClientGone."""
@@ -41,7 +44,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[dict[str, Any]], on_end: Callable[[], None]) -> None:
+    def __init__(self, events: AsyncIterator[JsonObject], on_end: Callable[[], None]) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events, self._on_end = events, on_end

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import ownpath.kernels
 from ownpath.finding import Finding, Verdict
@@ -51,7 +50,7 @@ def machine_findings(machine: Machine) -> Iterator[Finding]:
         yield Finding("E01", machine.device, Verdict.PASS, message, 0, f"none of {len(KNOWN_BAD)} known combinations")
 
 
-def kernel_findings(plan: Plan, configs: dict[str, list[Any]]) -> Iterator[Finding]:
+def kernel_findings(plan: Plan, configs: dict[str, list[Config]]) -> Iterator[Finding]:
     """E02: checks that each planned kernel's implementation exists. configs: per kernel compiled to disk, its variants.
 
     The plan holds one kernel for each slot and nothing replaces it at run time, so there is no fallback: a missing
@@ -75,7 +74,7 @@ def kernel_findings(plan: Plan, configs: dict[str, list[Any]]) -> Iterator[Findi
             yield Finding("E02", name, Verdict.PASS, f"{slots}: {how}", len(missing), kernel=name)
 
 
-def _how(name: str, configs: list[Any], num_missing: int) -> str:
+def _how(name: str, configs: list[Config], num_missing: int) -> str:
     if configs:
         left = f", {num_missing} to be compiled at load" if num_missing else ""
         return f"{len(configs) - num_missing} of {len(configs)} variants compiled on disk{left}"

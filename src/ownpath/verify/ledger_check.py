@@ -1,7 +1,6 @@
 """Compares the plan with what ran, slot by slot: an earlier ``ownpath plan --json``, and the calls of a prompt."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -10,6 +9,7 @@ from ownpath.ops import OpKind
 from ownpath.plan.opspec import OpSpec
 from ownpath.plan.show import plan_dict
 from ownpath.trace import Record
+from ownpath.trace.uses import Use
 from ownpath.verify.fold import fold_layers
 from ownpath.verify.launch_check import check_launches
 from ownpath.verify.ledger_run import PartRun, run_parts
@@ -55,7 +55,7 @@ def kinds_of(subject: Subject) -> Kinds:
 
 def check_ledger(
     subject: Subject,
-    plan_json: Mapping[str, Any],
+    plan_json: Mapping[str, object],
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Iterator[Finding]:
     """Compares a written plan with today's plan of the checkpoint, then with what a prompt runs.
@@ -177,7 +177,7 @@ def _layout_of(written: PlanFile, record: Record) -> str:
     return planned.layout if planned is not None else ""
 
 
-def _named(planned: Any) -> str:
+def _named(planned: PlannedSlot | Use) -> str:
     """Names a runner and its kernel as findings do."""
     return f"{planned.runner} ({planned.kernel})"
 

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ownpath.bench.record import device_name
 from ownpath.checkpoint.header import MAX_HEADER_BYTES
@@ -90,7 +89,7 @@ def kernels_of(plan: Plan) -> dict[str, int]:
     return dict(sorted(Counter(kernel for _, kernel in plan.slots.values()).items()))
 
 
-def report_dict(result: Verification) -> dict[str, Any]:
+def report_dict(result: Verification) -> dict[str, object]:
     """Returns the report for programs; the keys are documented in docs/verify.md."""
     job, findings = result.job, result.findings
     plan = plan_of(result)
@@ -142,22 +141,22 @@ def _counts(findings: Iterable[Finding]) -> dict[Verdict, int]:
     return {verdict: counts[verdict] for verdict in Verdict}
 
 
-def _stage_dict(stage: StageResult) -> dict[str, Any]:
+def _stage_dict(stage: StageResult) -> dict[str, object]:
     findings = [_finding_dict(finding) for finding in stage.findings]
     skipped = stage.skipped or None
     return {"name": stage.name, "seconds": round(stage.seconds, 3), "skipped": skipped, "findings": findings}
 
 
-def _finding_dict(finding: Finding) -> dict[str, Any]:
+def _finding_dict(finding: Finding) -> dict[str, object]:
     fields = {name: value for name, value in vars(finding).items() if name != "limit"}
     return _named(fields | {"verdict": finding.verdict.value.lower()})
 
 
-def _measurement_dict(measured: Measurement) -> dict[str, Any]:
+def _measurement_dict(measured: Measurement) -> dict[str, object]:
     return _named(dict(vars(measured)) | {"is_within": measured.is_within})
 
 
-def _named(fields: dict[str, Any]) -> dict[str, Any]:
+def _named(fields: dict[str, object]) -> dict[str, object]:
     """Replaces NaN and infinity, which JSON lacks, by their names."""
     strange = {key: str(x) for key, x in fields.items() if isinstance(x, float) and not math.isfinite(x)}
     return fields | strange

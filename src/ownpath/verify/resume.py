@@ -28,14 +28,14 @@ _FORMAT = 2
 State = TypeVar("State")
 
 
-def digest_of(subject: Subject, **more: Any) -> str:
+def digest_of(subject: Subject, **more: object) -> str:
     """Digests headers (names, places, sizes and times of the shards), configuration, plan and selection with SHA-256.
 
     more: other values that a stage's findings depend on, JSON-serialisable.
     """
     selection = subject.selection
     shards = {info.file for info in subject.index.tensors.values()}
-    parts: dict[str, Any] = more | {
+    parts: dict[str, object] = more | {
         "format": _FORMAT,
         "versions": versions(),
         "device": subject.plan.caps.name,
@@ -58,7 +58,7 @@ class SavedState(Enum):
     SAME = "this run, as far as it came"
 
 
-def write_state(path: Path, key: str, value: Any, tensors: Mapping[str, Tensor] | None = None) -> None:
+def write_state(path: Path, key: str, value: object, tensors: Mapping[str, Tensor] | None = None) -> None:
     """Writes a JSON value and tensors under the run's key. Errors: OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.writing")

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import scan_checkpoint
@@ -38,7 +37,7 @@ class VerifyJob:
     selection: Selection = field(default_factory=Selection)
     source: Path | None = None
     work: Path | None = None
-    written_plan: Mapping[str, Any] | None = None
+    written_plan: Mapping[str, object] | None = None
 
     @cached_property
     def subject(self) -> Subject:

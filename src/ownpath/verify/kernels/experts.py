@@ -9,7 +9,6 @@ Legend: R drawn rows, E chosen experts, D hidden, T tokens of a call, K experts 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,7 +104,7 @@ class RoutedExperts:
         y: Tensor = self.probe.slots[self.slot](self.x[routing.rows], ids_TK, weights_TK)
         return y
 
-    def unread(self, num_tokens: int) -> tuple[Any, ...]:
+    def unread(self, num_tokens: int) -> tuple[object, ...]:
         """Makes arguments of a call with so many tokens, without values."""
         slots, device = self.probe.config.num_experts_per_tok, self.x.device
         x = unread(self.x.dtype, device, num_tokens, self.x.shape[1])

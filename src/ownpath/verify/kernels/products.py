@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +77,7 @@ class DenseSlot:
             return run(self.x[ids])
         return run(self.x[ids], (self.angles[0][ids], self.angles[1][ids])).flatten(1)
 
-    def unread(self, num_rows: int) -> tuple[Any, ...]:
+    def unread(self, num_rows: int) -> tuple[object, ...]:
         """Makes arguments of so many rows without values."""
         x = unread(self.x.dtype, self.x.device, num_rows, *self.x.shape[1:])
         if not self.is_grouped:

@@ -4,7 +4,6 @@ The runners tell which variant a call would launch. This decides only which row 
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 
@@ -42,7 +41,7 @@ def changes(variant: Callable[[int], str]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(dict.fromkeys(ends)) for name, ends in found.items()}
 
 
-def variants_of(runner: Runner, arguments: Callable[[int], tuple[Any, ...]]) -> Iterator[tuple[str, int]]:
+def variants_of(runner: Runner, arguments: Callable[[int], tuple[object, ...]]) -> Iterator[tuple[str, int]]:
     """Yields (variant, rows) at both ends of the range each variant of a slot serves; nothing for single-form kernels.
 
     arguments: of a call with so many rows; no value is read.
