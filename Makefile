@@ -8,15 +8,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 ON_A_DEVICE := tests/gpu tests/cpu/verify/test_oracle_block.py $(addprefix tests/cpu/,model numerics kernels checkpoint \
 	engine selftest test_startup.py test_launches.py test_full_layer.py)
 
-.PHONY: demo test lint type test-gpu sanitize bench size
+.PHONY: demo test lint type interpret aot test-gpu sanitize bench size
 
 demo: $(VENV)/.base
 	$(BIN)/python tools/demo.py
 
-test: lint type
+test: lint
+	$(MAKE) --jobs 2 --output-sync=target aot type interpret
 	$(BIN)/python -m pytest -n 2 --dist loadfile
-	$(BIN)/python -m pytest tests/interpret
-	$(BIN)/python -m pytest tests/aot
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -25,8 +24,17 @@ lint: $(VENV)/.dev
 type: $(VENV)/.dev
 	$(BIN)/mypy
 
+# Triton kernels by its interpreter; and kernels compiled for GPUs that are not here. A process does one or the other.
+interpret: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/interpret
+
+aot: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/aot
+
 # On a machine with a CUDA device, with the interpreter that has torch there: make test-gpu PYTHON=python3
+# Kernels are compiled first, on all cores. Where pytest-xdist is installed, PYTEST_ARGS="-n 14" runs the tests on 14.
 test-gpu:
+	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -m pytest --device cuda --compile-only $(ON_A_DEVICE)
 	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -m pytest --device cuda $(ON_A_DEVICE) $(PYTEST_ARGS)
 
 # As test-gpu, where the CUDA toolkit has compute-sanitizer.

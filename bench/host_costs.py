@@ -5,6 +5,7 @@ process pays to have all kernels of V4-Flash's shapes ready when the cache on di
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +22,10 @@ from ownpath.bench.operands import random_activations, random_fp8, random_moe, r
 from ownpath.bench.record import provenance
 from ownpath.bench.routing import uniform_routing
 from ownpath.bench.shapes import LINEAR_SHAPES, moe_shape
+from ownpath.conformance.operations import CASES, make_inputs
+from ownpath.kernels.contract import NormWeights, RouterWeights
 from ownpath.kernels.dsl.cache import is_cached, load
+from ownpath.kernels.registry import KERNELS
 from ownpath.runners import Fp8Linear
 
 CALLS = 2000
@@ -77,8 +82,47 @@ def calls(
     ids, weights = routing.topk_ids, routing.topk_weights
     for what, given in bad.items():
         yield f"Nvfp4MoE, {what}", partial(moe, given, ids, weights)
+    ops = torch.ops.ownpath
+    yield "Nvfp4Linear, through the operation", partial(ops.linear, good, linear.handle)
+    yield "Fp8Linear, through the operation", partial(ops.linear, good, fp8.handle)
+    yield "Nvfp4MoE, through the operation", partial(ops.experts, good, ids, weights, None, 0, moe.handle)
+    out, workspace = torch.empty_like(good), moe.workspace(4, ids.shape[1])
+    yield "Nvfp4MoE, out and workspace given", partial(moe.run, good, ids, weights, out=out, workspace=workspace)
+    moved = [random_activations(4, width, generator) for _ in range(2)]
+    yield "Nvfp4Linear, inputs that move", _turns(linear, moved)
+    yield "Fp8Linear, inputs that move", _turns(fp8, moved)
     yield "Nvfp4MoE, ids' dtype", partial(moe, good, ids.float(), weights)
     yield "Nvfp4MoE, weights' shape", partial(moe, good, ids, weights[:, :-1])
+
+
+def _turns(call: Callable[[torch.Tensor], object], inputs: list[torch.Tensor]) -> Callable[[], object]:
+    """The call on each input in turn: addresses change from call to call."""
+    turn = itertools.cycle(inputs)
+    return lambda: call(next(turn))
+
+
+def companion_calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    """(what, call) of the small operations at V4-Flash's sizes and four tokens, as the model calls them."""
+    wanted = ("flash", "hidden", "flash shared")
+    seen = set()
+    for case in CASES:
+        if case.kernel in seen or case.label not in wanted:
+            continue
+        seen.add(case.kernel)
+        kernel, inputs = KERNELS[f"triton.{case.kernel}"], make_inputs(case, 4, torch.device("cuda"))
+        yield f"{case.kernel}, accepted", bound(kernel, case.op, inputs)
+
+
+def bound(kernel: Any, op: str, inputs: tuple[Any, ...]) -> Callable[[], object]:
+    """One call of a small operation on an operand that stays."""
+    if op == "router":
+        logits, num_chosen, factor, bias, token_ids, table = inputs
+        operand = kernel.prepare(RouterWeights(num_chosen, factor, bias, table))
+        return partial(kernel.run, logits, token_ids, operand)
+    if op == "rms_norm":
+        return partial(kernel.run, inputs[0], kernel.prepare(NormWeights(*inputs[1:])))
+    *given, weights = inputs
+    return partial(kernel.run, *given, kernel.prepare(weights))
 
 
 def main() -> None:
@@ -102,9 +146,10 @@ def main() -> None:
     print(f"{len(configs)} kernels from a warm cache onto the device: {ready_s:.3f} s")
     by_shape = {(one.out_features, one.in_features): one for one in linears}
     square = next(one for one in fp8 if one.in_features == moe.hidden_size)
-    costs = {what: host_us(call) for what, call in calls(by_shape[4096, 4096], square, moe, generator)}
+    timed = itertools.chain(calls(by_shape[4096, 4096], square, moe, generator), companion_calls())
+    costs = {what: host_us(call) for what, call in timed}
     for what, us in costs.items():
-        print(f"{what:32s} {us:8.1f} us")
+        print(f"{what:36s} {us:8.1f} us")
     if args.out:
         origin = provenance("cuda", args.commit, "python bench/host_costs.py", "host clock")
         line = {"bench": "host_costs", "kernels": len(configs), "ready_s": ready_s, "host_us": costs, **origin}

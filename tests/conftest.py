@@ -1,5 +1,7 @@
 """Options and fixtures that every test shares."""
 
+import os
+
 import pytest
 import torch
 
@@ -9,9 +11,19 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="torch device for the tests that take `device` (default: cpu)")
+    parser.addoption("--compile-only", action="store_true", help="compile what the tests launch, and run none of them")
 
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The device under test: the same suite runs with ``--device cuda``."""
     return torch.device(request.config.getoption("--device"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """On a CUDA device, what the tests may launch is compiled before the first of them runs."""
+    device = torch.device(config.getoption("--device"))
+    if device.type == "cuda" and "PYTEST_XDIST_WORKER" not in os.environ:
+        from support.kernel_configs import CompiledAhead
+
+        config.pluginmanager.register(CompiledAhead(config, torch.cuda.get_device_capability(device)))

@@ -1,4 +1,6 @@
-"""Writes docs/mutations.md: every corruption of tests/support/mutations, and what `ownpath verify` says of it.
+"""Writes docs/mutations.md: what `ownpath verify` says of every corruption of tests/support/mutations.
+
+It prints what the page leaves out: what is corrupted, the options, and the sentence of the finding.
 
 python tools/mutation_table.py        # two minutes of one core
 """
@@ -16,7 +18,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from support.hopper_layouts import allow_packing_on_cpu  # noqa: E402
 from support.mutations import MUTATIONS  # noqa: E402
 from support.mutations.runs import Outcome, outcome_of, verified, write_models  # noqa: E402
-from support.mutations.table import PATH, page  # noqa: E402
+from support.mutations.table import PATH, page, told  # noqa: E402
 
 
 def main() -> None:
@@ -27,6 +29,7 @@ def main() -> None:
         models = write_models(Path(folder))
         for number, name in enumerate(MUTATIONS):
             outcomes[name] = _outcome(name, models, Path(folder) / str(number), monkeypatch)
+            print(told(name, MUTATIONS[name], outcomes[name]), flush=True)
     PATH.write_text(page(outcomes), encoding="utf-8")
     print(f"{len(outcomes)} mutations, all caught: {PATH.relative_to(ROOT)}")
 

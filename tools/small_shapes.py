@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import torch
 
-from ownpath.kernels.registry import KERNELS
 from ownpath.runners import Fp8Linear, Nvfp4Linear, Nvfp4MoE
 
 LINEAR_SHAPES = ((192, 384), (256, 512), (1536, 512))
@@ -29,7 +28,7 @@ def linears() -> Iterator[tuple[str, torch.Tensor]]:
     for rows, cols in LINEAR_SHAPES:
         for name in ("cute.nvfp4_linear", "cute.nvfp4_linear_invariant"):
             one = torch.ones((), device="cuda")
-            linear = Nvfp4Linear(codes(rows, cols // 2), scales(rows, cols // 16), one, kernel=KERNELS[name])
+            linear = Nvfp4Linear(codes(rows, cols // 2), scales(rows, cols // 16), one, kernel=name)
             for num_tokens in (1, 13, 60, 130, 600):
                 yield f"{name} {num_tokens} x {rows} x {cols}", linear(activations(num_tokens, cols))
 
@@ -44,7 +43,7 @@ def experts() -> Iterator[tuple[str, torch.Tensor]]:
             scales(EXPERTS, HIDDEN, INTER // 16),
             torch.full((EXPERTS,), 0.01, device="cuda"),
             swiglu_limit=10.0,
-            kernel=KERNELS[name],
+            kernel=name,
         )
         for num_tokens in (1, 9, 60, 300):
             ids = torch.rand(num_tokens, EXPERTS, device="cuda").topk(TOP_K).indices.int()

@@ -3,17 +3,15 @@
 The plan may be a whole model's or that of some of its slots: serving and verifying assemble alike.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.config import EngineConfig
-from ownpath.kernels.registry import KERNELS
 from ownpath.model.build import Builder
 from ownpath.plan.plan import Plan
+from ownpath.runners import Runner
 from ownpath.runners.make import make_runners
 from ownpath.startup import compile_kernels
 from ownpath.trace import Ledger
@@ -32,7 +30,7 @@ class LoadedPart:
     builder: Builder
 
     @property
-    def runners(self) -> dict[str, Callable[..., Any]]:
+    def runners(self) -> dict[str, Runner]:
         """Of the plan's products, by slot."""
         return self.builder.runners
 
@@ -56,5 +54,5 @@ def assemble(plan: Plan, engine: EngineConfig, weights: LoadedWeights) -> Loaded
     """Puts weights into their kernels' layouts, compiles what the cache lacks. Errors: as ``make_runners``."""
     runners = make_runners(plan, weights.operands)
     compile_kernels(runners.values())
-    kernels = {companion.spec.slot: KERNELS[companion.choice.kernel.name] for companion in plan.companions}
-    return LoadedPart(plan, weights, Builder(plan.config, engine, runners, kernels, weights.params, Ledger(plan.slots)))
+    specs = {companion.spec.slot: companion.choice.kernel for companion in plan.companions}
+    return LoadedPart(plan, weights, Builder(plan.config, engine, runners, specs, weights.params, Ledger(plan.slots)))

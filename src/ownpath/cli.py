@@ -18,8 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Command modules import nothing heavy at their top, so that --help is quick.
         module = importlib.import_module(f"ownpath.commands.{name}")
         module.add_parser(subparsers).set_defaults(run=module.run)
-    args = _parse(parser, subparsers.choices, list(sys.argv[1:] if argv is None else argv))
     try:
+        args = _parse(parser, subparsers.choices, list(sys.argv[1:] if argv is None else argv))
         code: int = args.run(args)
     except (ValueError, OSError) as error:
         print(f"ownpath: {error}", file=sys.stderr)

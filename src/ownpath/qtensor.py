@@ -31,3 +31,9 @@ class QuantTensor:
         """Logical shape [..., N, K]."""
         *lead, k = self.qdata.shape
         return torch.Size([*lead, k * self.format.packed_per_byte])
+
+    def of_expert(self, expert: int) -> "QuantTensor":
+        """One matrix of a stack."""
+        scale = None if self.scale is None else self.scale[expert]
+        global_scale = None if self.global_scale is None else self.global_scale[expert]
+        return QuantTensor(self.qdata[expert], scale, global_scale, self.format, self.layout)

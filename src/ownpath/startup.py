@@ -7,8 +7,7 @@ libraries choose and allocate. Progress is one line on a terminal, and nothing w
 
 import sys
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 
@@ -16,12 +15,13 @@ from ownpath.config import EngineConfig
 from ownpath.kernels.dsl.cache import compile_missing
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
+from ownpath.runners import Runner
 from ownpath.runners.make import compile_configs
 
 WARM_UP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
-def compile_kernels(runners: Iterable[Callable[..., Any]]) -> int:
+def compile_kernels(runners: Iterable[Runner]) -> int:
     """Compiles what the runners may launch and the cache on disk lacks; returns how many kernels that were.
 
     Errors: CompileError naming the compiler.

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -38,9 +39,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def cuobjdump(option: str, cache: Path, config: Fp8Config, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("OWNPATH_KERNEL_CACHE", str(cache))
+    return disassembled(option, stem(config).with_suffix(".cubin"))
+
+
+@lru_cache(maxsize=256)
+def disassembled(option: str, binary: Path) -> str:
+    """What the toolkit prints of a kernel, asked once."""
     tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-    command = [str(tool), option, str(stem(config).with_suffix(".cubin"))]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return subprocess.run([str(tool), option, str(binary)], capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize("config", configs(), ids=lambda config: config.name)

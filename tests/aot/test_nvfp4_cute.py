@@ -6,6 +6,7 @@ assembler has not put a full wait behind every ``wgmma``, which it does in silen
 
 import re
 import subprocess
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@lru_cache(maxsize=256)
 def tool(name: str, *options: str) -> str:
+    """What a tool of the toolkit prints; each kernel is disassembled once."""
     command = [str(Path(nvidia.__file__).parent / "bin" / name), *options]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 

@@ -6,8 +6,11 @@ import pytest
 import torch
 from support.triton_aot import Compiled, compile_launch, recorded_launches
 
+from ownpath.kernels.contract import Routing
 from ownpath.kernels.nvfp4_sm100 import launch as kernels
 from ownpath.kernels.nvfp4_sm100.layout import W4A4LinearOperand, W4A4MoeOperand, boxed_shape
+from ownpath.kernels.nvfp4_sm100.linear import nvfp4_linear_w4a4
+from ownpath.kernels.nvfp4_sm100.moe import nvfp4_moe_w4a4
 
 SHARED_BYTES = 232448  # what one program may use on sm_100
 TENSOR_MEMORY_COLUMNS = 512
@@ -32,16 +35,18 @@ def moe(num_experts: int, dim: int, inter: int) -> W4A4MoeOperand:
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
     """Every distinct launch of V4-Flash's linears and experts, at one token and at many, compiled for sm_100."""
     with pytest.MonkeyPatch.context() as patch, recorded_launches() as launches:
-        patch.setattr(kernels, "_check_input", lambda x, width, device: None)  # it refuses what no GPU holds
+        for module in ("launch", "linear"):
+            name = f"ownpath.kernels.nvfp4_sm100.{module}.check_input"
+            patch.setattr(name, lambda x, width, device: None)  # it refuses what no GPU holds
         for num_rows in (1, 2048):
             for n, k in FLASH_LINEARS.values():
-                kernels.nvfp4_linear_w4a4(torch.empty(num_rows, k, dtype=torch.bfloat16), linear(n, k))
+                nvfp4_linear_w4a4.run(torch.empty(num_rows, k, dtype=torch.bfloat16), linear(n, k))
         operand = moe(4, 4096, 2048)
         for num_tokens in (1, 1024):
             x = torch.empty(num_tokens, 4096, dtype=torch.bfloat16)
             for ids_dtype in (torch.int32, torch.int64):
                 ids = torch.empty(num_tokens, 6, dtype=ids_dtype)
-                kernels.nvfp4_moe_w4a4(x, ids, torch.empty(num_tokens, 6), operand)
+                nvfp4_moe_w4a4.run(x, Routing(ids, torch.empty(num_tokens, 6)), operand)
                 kernels.place_pairs(ids, 256)
     folder = tmp_path_factory.mktemp("cubins")
     return [compile_launch(launch, 100, folder) for launch in launches]

@@ -1,7 +1,6 @@
 """Before the first request: what is compiled, in which sizes steps are tried, and what people see of it."""
 
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,8 @@ from ownpath import startup
 from ownpath.config import EngineConfig
 from ownpath.loading import default_model_dir, load_model
 from ownpath.runners import ConcatLinear, PlainLinear, WideLinear
-from ownpath.runners.make import compile_configs, share_workspace
+from ownpath.runners.make import compile_configs
+from ownpath.runners.runner import KernelRunner
 from ownpath.startup import LoadingBar, Progress, compile_kernels, warm_up, warm_up_sizes
 
 
@@ -22,7 +22,7 @@ class Config:
     name: str
 
 
-class Runner:
+class Runner(KernelRunner):
     """A runner whose kernel comes in several compiled variants."""
 
     in_features = out_features = 8
@@ -30,8 +30,10 @@ class Runner:
     def __init__(self, *names: str) -> None:
         self.names = names
 
-    def compile_configs(self) -> Iterator[Config]:
-        return (Config(name) for name in self.names)
+    def compile_configs(self) -> list[Config]:
+        return [Config(name) for name in self.names]
+
+    def variant(self, *args: object) -> None: ...
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -114,17 +116,3 @@ def test_a_warm_up_leaves_no_trace_in_the_ledger(tmp_path: Path, device: torch.d
     model = load_model(tmp_path, engine)
     warm_up(model, engine)
     assert not model.ledger.calls
-
-
-def test_runners_of_a_kind_share_the_largest_workspace() -> None:
-    @dataclass
-    class WithWorkspace:
-        workspace: torch.Tensor
-
-    runners = [WithWorkspace(torch.empty(size)) for size in (3, 7, 5)]
-    largest = runners[1].workspace
-    sharing: list[WithWorkspace] = []
-    for runner in runners:
-        share_workspace(sharing, runner)
-    assert sharing == runners
-    assert all(runner.workspace is largest for runner in runners)

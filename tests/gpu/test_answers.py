@@ -5,15 +5,18 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import httpx
 import pytest
 import torch
+from support.kernel_configs import model_configs
 
 from ownpath.chat.encode import encode_messages
 from ownpath.chat.messages import Message
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.config import EngineConfig
+from ownpath.kernels.dsl.cache import Config
 from ownpath.loading import default_model_dir, load_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
@@ -40,6 +43,11 @@ COMPLETIONS = (
     "Brazil is in",
 )
 MAX_TOKENS = 40
+
+
+def kernel_configs() -> Iterator[Config]:
+    """Those of the embedded model."""
+    return model_configs(default_model_dir())
 
 
 @pytest.fixture(scope="module")

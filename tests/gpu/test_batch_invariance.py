@@ -1,9 +1,13 @@
 """What the plan calls batch-invariant gives a token the same bits, whatever runs beside it."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from support.kernel_configs import model_configs
 
 from ownpath.config import EngineConfig
+from ownpath.kernels.dsl.cache import Config
 from ownpath.kernels.registry import KERNELS
 from ownpath.loading import default_model_dir, load_model
 from ownpath.model.batch import ForwardBatch
@@ -11,6 +15,11 @@ from ownpath.model.batch import ForwardBatch
 pytestmark = pytest.mark.gpu
 
 SIZES = (2, 5, 16, 17, 33, 64, 65, 129, 1024)
+
+
+def kernel_configs() -> Iterator[Config]:
+    """Those of the embedded model."""
+    return model_configs(default_model_dir(), is_batch_invariant=True)
 
 
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32], ids=str)

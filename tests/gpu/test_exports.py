@@ -1,16 +1,20 @@
 """Every export on the kernels that its plan chooses: each product against the same operand on the CPU reference."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from support.checkpoints import LAYOUTS, random_checkpoint
+from support.kernel_configs import model_configs
 
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.config import ModelConfig
+from ownpath.kernels.dsl.cache import Config
 from ownpath.loading import default_model_dir, device_caps
-from ownpath.official import parse_numerics
+from ownpath.official import OFFICIAL, PLAIN, parse_numerics
 from ownpath.ops import OpKind
 from ownpath.plan.plan import make_plan
 from ownpath.plan.select import Demands
@@ -25,6 +29,22 @@ ROUNDINGS = 3
 """The most that lie between a product's input and its output: hidden rows, an expert's output, their sum."""
 
 
+def export(folder: Path, layout: str) -> None:
+    """A checkpoint of random values with the embedded model's shapes."""
+    shape = json.loads((default_model_dir() / "config.json").read_text(encoding="utf-8"))
+    shape.pop("quantization_config")
+    random_checkpoint(folder, layout, **shape)
+
+
+def kernel_configs() -> Iterator[Config]:
+    """Those of every layout with either numerics."""
+    for layout in LAYOUTS:
+        with TemporaryDirectory() as folder:
+            export(Path(folder), layout)
+            for official in (PLAIN, OFFICIAL):
+                yield from model_configs(Path(folder), official=official)
+
+
 @pytest.mark.parametrize("numerics", ["plain", "official"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.inference_mode()
@@ -33,9 +53,7 @@ def test_every_product_of_an_export_equals_the_cpu_reference(
 ) -> None:
     """Plain numerics against float32; official ones against the same BF16 activations, which round alike."""
     official = parse_numerics(numerics)
-    shape = json.loads((default_model_dir() / "config.json").read_text(encoding="utf-8"))
-    shape.pop("quantization_config")
-    random_checkpoint(tmp_path, layout, **shape)
+    export(tmp_path, layout)
     config = ModelConfig.from_file(tmp_path / "config.json")
     index = CheckpointIndex.open(tmp_path)
     runners = []

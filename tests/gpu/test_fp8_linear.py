@@ -1,19 +1,24 @@
 """FP8 linears on Hopper: W8A16 against float64, W8A8 against the emulation, bits on repetition, errors by name."""
 
-from typing import TypeVar
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import pytest
 import torch
+from support.kernel_configs import fp8_configs, w8a8_configs, w8a16_configs
 
 from ownpath.bench.shapes import LINEAR_SHAPES
 from ownpath.bench.tuners.fp8 import Fp8Family
 from ownpath.conformance.quantized import MAX_REL_L2, draw_rows, draw_weights, relative_l2
+from ownpath.formats import FP8_BLOCK
+from ownpath.kernels.contract import Config, StoredLinear
 from ownpath.kernels.fp8.cases import AMPLITUDES, CASES, NUM_ROWS, Fp8Case
 from ownpath.kernels.fp8.choose import knobs_config
 from ownpath.kernels.fp8.config import QuantizeConfig, W8A8Config, W8A16Config
 from ownpath.kernels.fp8.layout import ACT_BLOCK_BYTES, pack_fp8, unpack_blocks
 from ownpath.kernels.fp8.ref import quantize_rows
 from ownpath.numerics import decode_fp8_block
+from ownpath.qtensor import QuantTensor
 from ownpath.runners import Fp8Linear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sm90]
@@ -24,6 +29,25 @@ BF16_HALF_ULP = 2.0**-8
 """Largest relative error of one rounding to BF16 (8 significant bits), as a bound on |y| rather than on its binade."""
 TENSOR_CORE_ULP = 2.0**-13
 """FP8 products are aligned to the largest of a step and cut to at least 13 fraction bits before they are added."""
+PARTS = ((0, 1), (5, 12), (17, 33), (40, 73))
+MANY_ROWS = (1, 7, 64, 129, 255, 1024, 2048, 4096)
+WORKSPACE_ROWS = 1024
+CAPTURED_ROWS = (5, 512)
+
+
+def kernel_configs() -> Iterator[Config]:
+    """Those of the cases, and every candidate of the tuner."""
+    for case in CASES:
+        for is_invariant in (False, True):
+            yield from w8a16_configs(case, NUM_ROWS, is_invariant)
+        yield from w8a16_configs(case, [100, *(stop - start for start, stop in PARTS)], is_invariant=True)
+        yield from w8a8_configs(case, [min(num_rows, WORKSPACE_ROWS) for num_rows in MANY_ROWS])
+    for matrix in MATRICES:
+        yield from tuner_kernels(matrix, W8A16Config)
+        yield from tuner_kernels(matrix, W8A8Config)
+    yield from w8a16_configs(CASES[4], [70])
+    yield from w8a8_configs(CASES[4], [70])
+    yield from fp8_configs(CASES[0], CAPTURED_ROWS)
 
 
 def reference_weight(weights: list[torch.Tensor], scales: list[torch.Tensor]) -> torch.Tensor:
@@ -52,21 +76,29 @@ def tuner_kernels(matrix: tuple[int, int], kind: type[Kernel]) -> list[Kernel]:
     return list(found.values())
 
 
+def operand_of(weights: list[torch.Tensor], scales: list[torch.Tensor]) -> Any:
+    from ownpath.kernels.fp8.linear import fp8_linear
+
+    shards = (QuantTensor(weight, scale, None, FP8_BLOCK) for weight, scale in zip(weights, scales, strict=True))
+    return fp8_linear.prepare(StoredLinear(tuple(shards)))
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("is_invariant", [False, True], ids=["fastest", "invariant"])
 def test_w8a16_against_float64(case: Fp8Case, is_invariant: bool, cuda: torch.device) -> None:
-    from ownpath.kernels.fp8.launch import fp8_w8a16, fp8_w8a16_invariant
+    from ownpath.kernels.fp8.linear import Fp8LinearKernel
 
-    product = fp8_w8a16_invariant if is_invariant else fp8_w8a16
+    kernel = Fp8LinearKernel(None, is_invariant)
     weights, scales = draw_weights(case, 1, cuda)
-    packed = pack_fp8(weights, scales)
+    operand = operand_of(weights, scales)
+    packed = operand.weight
     exact = reference_weight(weights, scales)
     for num_rows in NUM_ROWS:
         for amplitude in AMPLITUDES:
             x = draw_rows(num_rows, case.width, amplitude, cuda)
             first, again = (poisoned(num_rows, packed.out_features, cuda) for _ in range(2))
-            product(x, packed, first)
-            product(x, packed, again)
+            kernel.run(x, operand, out=first)
+            kernel.run(x, operand, out=again)
             reference = x.double() @ exact.T
             assert torch.equal(first, again), (num_rows, amplitude)
             # Float32 sums of K products: 2**-24 of their absolute sum each.
@@ -76,16 +108,17 @@ def test_w8a16_against_float64(case: Fp8Case, is_invariant: bool, cuda: torch.de
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_invariant_rows_keep_their_bits(case: Fp8Case, cuda: torch.device) -> None:
-    from ownpath.kernels.fp8.launch import fp8_w8a16_invariant
+    from ownpath.kernels.fp8.linear import fp8_linear_invariant
 
     weights, scales = draw_weights(case, 2, cuda)
-    packed = pack_fp8(weights, scales)
+    operand = operand_of(weights, scales)
+    packed = operand.weight
     x = draw_rows(100, case.width, 1.0, cuda)
     whole = poisoned(100, packed.out_features, cuda)
-    fp8_w8a16_invariant(x, packed, whole)
-    for start, stop in ((0, 1), (5, 12), (17, 33), (40, 73)):
+    fp8_linear_invariant.run(x, operand, out=whole)
+    for start, stop in PARTS:
         part = poisoned(stop - start, packed.out_features, cuda)
-        fp8_w8a16_invariant(x[start:stop], packed, part)
+        fp8_linear_invariant.run(x[start:stop], operand, out=part)
         assert torch.equal(part, whole[start:stop]), (start, stop)
 
 
@@ -156,20 +189,23 @@ def test_quantised_blocks_are_the_definition(case: Fp8Case, cuda: torch.device) 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_w8a8_against_the_emulation(case: Fp8Case, cuda: torch.device) -> None:
-    from ownpath.kernels.fp8.launch import fp8_w8a8, workspace_bytes
+    from ownpath.kernels.fp8.launch import workspace_bytes
+    from ownpath.kernels.fp8.linear import Fp8LinearKernel
 
+    kernel = Fp8LinearKernel(1)
     weights, scales = draw_weights(case, 3, cuda)
-    packed = pack_fp8(weights, scales)
+    operand = operand_of(weights, scales)
+    packed = operand.weight
     exact = reference_weight(weights, scales)
-    for num_rows in (1, 7, 64, 129, 255, 1024, 2048, 4096):
+    for num_rows in MANY_ROWS:
         for amplitude in AMPLITUDES:
             x = draw_rows(num_rows, case.width, amplitude, cuda)
-            # Room for 1024 rows only: more go through it in turns.
-            num_bytes = workspace_bytes(min(num_rows, 1024), packed.num_k_blocks)
+            # More rows than it has room for go through it in turns.
+            num_bytes = workspace_bytes(min(num_rows, WORKSPACE_ROWS), packed.num_k_blocks)
             workspace = torch.full((num_bytes,), 255, dtype=torch.uint8, device=cuda)
             first, again = (poisoned(num_rows, packed.out_features, cuda) for _ in range(2))
-            fp8_w8a8(x, packed, first, workspace)
-            fp8_w8a8(x, packed, again, workspace)
+            kernel.run(x, operand, out=first, workspace=workspace)
+            kernel.run(x, operand, out=again, workspace=workspace)
             codes, scale = quantize_rows(x, packed.power_of_two)
             rows = (codes.double() * scale.double()[..., None]).flatten(1)[:, : case.width]
             reference = rows @ exact.T
@@ -180,16 +216,16 @@ def test_w8a8_against_the_emulation(case: Fp8Case, cuda: torch.device) -> None:
 
 
 def test_a_nan_reaches_only_its_own_row(cuda: torch.device) -> None:
-    from ownpath.kernels.fp8.launch import fp8_w8a8, fp8_w8a16, workspace_bytes
+    from ownpath.kernels.fp8.linear import Fp8LinearKernel
 
     weights, scales = draw_weights(CASES[4], 4, cuda)
-    packed = pack_fp8(weights, scales)
+    operand = operand_of(weights, scales)
+    packed = operand.weight
     x = draw_rows(70, CASES[4].width, 1.0, cuda)
     x[3, 5], x[66, 200] = torch.nan, torch.inf
-    workspace = torch.empty(workspace_bytes(70, packed.num_k_blocks), dtype=torch.uint8, device=cuda)
-    for product, more in ((fp8_w8a16, ()), (fp8_w8a8, (workspace,))):
+    for kernel in (Fp8LinearKernel(None), Fp8LinearKernel(1)):
         y = poisoned(70, packed.out_features, cuda)
-        product(x, packed, y, *more)
+        kernel.run(x, operand, out=y)
         bad = ~torch.isfinite(y)
         assert bad[3].all()
         assert bad[66].any()
@@ -200,7 +236,7 @@ def test_a_nan_reaches_only_its_own_row(cuda: torch.device) -> None:
 def test_one_call_is_captured_and_replayed(cuda: torch.device) -> None:
     weights, scales = draw_weights(CASES[0], 5, cuda)
     linear = Fp8Linear(weights, scales)
-    for num_rows in (5, 512):
+    for num_rows in CAPTURED_ROWS:
         x = draw_rows(num_rows, CASES[0].width, 1.0, cuda)
         expected = linear(x)
         torch.cuda.synchronize()
@@ -228,6 +264,6 @@ def test_wrong_inputs_are_named(cuda: torch.device) -> None:
     with pytest.raises(ValueError, match="contiguous"):
         linear(torch.empty(4096, 4, dtype=torch.bfloat16, device=cuda).T)
     with pytest.raises(ValueError, match="workspace"):
-        Fp8Linear(weights, scales, workspace=torch.empty(64, dtype=torch.uint8, device=cuda))
+        linear.run(x.repeat(40, 1), workspace=torch.empty(64, dtype=torch.uint8, device=cuda))
     with pytest.raises(ValueError, match="NaN code"):
         Fp8Linear(weights[0].view(torch.uint8).fill_(0x7F).view(torch.float8_e4m3fn), scales[0])

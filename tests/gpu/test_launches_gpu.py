@@ -1,16 +1,19 @@
 """The ledger against the plan and against the device: what was named is what was launched."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 from support.checkpoints import random_checkpoint
+from support.kernel_configs import model_configs
 
 from ownpath.config import EngineConfig
 from ownpath.finding import Finding, Verdict
+from ownpath.kernels.dsl.cache import Config
 from ownpath.kernels.fp8 import launch as fp8_launch
 from ownpath.kernels.nvfp4 import launch, linear
 from ownpath.loading import default_model_dir, load_model, plan_model
@@ -23,13 +26,24 @@ from ownpath.verify.subject import Subject
 
 pytestmark = pytest.mark.gpu
 
+LAYOUTS = ("full-nvfp4", "deepseek-native", "fp8-experts", "bf16")
+
+
+def kernel_configs() -> Iterator[Config]:
+    """Those of the embedded model, and of small ones in each layout."""
+    yield from model_configs(default_model_dir())
+    for layout in LAYOUTS:
+        with TemporaryDirectory() as folder:
+            random_checkpoint(Path(folder), layout)
+            yield from model_configs(Path(folder))
+
 
 def findings(folder: Path, device: torch.device) -> list[Finding]:
     plan = json.loads(json.dumps(plan_dict(plan_model(folder, str(device)))))
     return list(check_ledger(Subject.of(folder, EngineConfig.for_device(str(device), 512)), plan))
 
 
-@pytest.mark.parametrize("layout", ["embedded", "full-nvfp4", "deepseek-native", "fp8-experts", "bf16"])
+@pytest.mark.parametrize("layout", ["embedded", *LAYOUTS])
 def test_what_the_device_ran_is_what_was_planned(layout: str, tmp_path: Path, cuda: torch.device) -> None:
     folder = default_model_dir()
     if layout != "embedded":
@@ -77,11 +91,13 @@ def test_named_forms_are_those_that_were_launched(cuda: torch.device, monkeypatc
 def test_a_library_behind_our_kernel_is_named(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The call is still our kernel's; what it launches is not, which only the profiler sees."""
 
-    def by_library(config: Any, x: torch.Tensor, weight: Any, out: torch.Tensor, *_: Any) -> None:
-        torch.mm(x, torch.zeros(x.shape[1], out.shape[1], dtype=x.dtype, device=x.device), out=out)
+    def by_library(kernel: Any, x: torch.Tensor, operand: Any, **_: Any) -> torch.Tensor:
+        num_rows, num_cols = operand.shape
+        y = torch.mm(x.reshape(-1, num_cols), torch.zeros(num_cols, num_rows, dtype=x.dtype, device=x.device))
+        return y.view(*x.shape[:-1], num_rows)
 
     # Of the dense products alone: experts gather rows, which a library's product does not.
-    monkeypatch.setattr(linear, "launch", SimpleNamespace(**vars(launch) | {"gemm": by_library}))
+    monkeypatch.setattr(linear.Nvfp4LinearKernel, "run", by_library)
     found = findings(default_model_dir(), cuda)
     failed = [finding for finding in found if finding.verdict is Verdict.FAIL]
     assert {finding.id for finding in failed} == {"LG06"}, failed

@@ -1,11 +1,14 @@
 """The kernels that ran on the device, against the plan: no product outside the planned runners."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 
 import pytest
 import torch
+from support.kernel_configs import model_configs
 
 from ownpath.config import EngineConfig
+from ownpath.kernels.dsl.cache import Config
 from ownpath.loading import default_model_dir, load_model, plan_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.ops import OpKind
@@ -15,6 +18,11 @@ pytestmark = pytest.mark.gpu
 
 BY_TORCH = ("torch.", "ref.")
 """Kernels of the plan that torch's libraries compute: cuBLAS is what the plan names there, and nowhere else."""
+
+
+def kernel_configs() -> Iterator[Config]:
+    """Those of the embedded model."""
+    return model_configs(default_model_dir())
 
 
 @pytest.fixture(scope="module")

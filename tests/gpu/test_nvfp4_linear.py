@@ -1,18 +1,42 @@
 """``Nvfp4Linear`` on Hopper against float64: every count of tokens, amplitudes, scales, shards; bits; refusals."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from support.kernel_configs import linear_configs
 
 from ownpath import Nvfp4Linear
 from ownpath.conformance.quantized import MAX_REL_L2, Dense, dense_reference, first_beyond, relative_l2
+from ownpath.formats import NVFP4
 from ownpath.kernels.cases import KernelCase
+from ownpath.kernels.contract import Config, StoredLinear
 from ownpath.kernels.nvfp4.cases import CASES
 from ownpath.kernels.registry import KERNELS
+from ownpath.qtensor import QuantTensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sm90]
 
 LINEARS = [case for case in CASES if case.op == "nvfp4_linear"]
 KERNEL_NAMES = ("cute.nvfp4_linear", "cute.nvfp4_linear_invariant")
+EXTREME_COUNTS = (1, 33, 600)
+PARTS = (1, 5, 16, 40, 100, 300, 700)
+
+
+def kernel_configs() -> Iterator[Config]:
+    """Those of the shapes and of the small products below."""
+    for case in LINEARS:
+        for is_invariant in (False, True):
+            yield from linear_configs(case.sizes, case.tokens, is_invariant)
+    yield from linear_configs((640, 512), EXTREME_COUNTS)
+    yield from linear_configs((128, 512), [512])
+    yield from linear_configs((384, 256), [9])
+    yield from linear_configs((1536, 1024), (*PARTS, 2100), is_invariant=True)
+    yield from linear_configs((1536, 1024), [4])
+
+
+def stored(dense: Dense) -> StoredLinear:
+    return StoredLinear((QuantTensor(dense.codes, dense.scale, dense.global_scale, NVFP4),))
 
 
 def poisoned(num_rows: int, width: int, device: torch.device) -> torch.Tensor:
@@ -26,10 +50,10 @@ def test_against_float64(name: str, case: KernelCase, cuda: torch.device) -> Non
     dense = Dense.draw(num_rows, num_cols, cuda)
     weight = dense.weight()
     kernel = KERNELS[name]
-    operand = kernel.prepare(dense.codes, dense.scale, dense.global_scale)
+    operand = kernel.prepare(stored(dense))
     for num_tokens in case.tokens:
         x = torch.randn(num_tokens, num_cols, device=cuda).bfloat16()
-        first, again = (kernel(x, operand, out=poisoned(num_tokens, num_rows, cuda)) for _ in range(2))
+        first, again = (kernel.run(x, operand, out=poisoned(num_tokens, num_rows, cuda)) for _ in range(2))
         exact, bound = dense_reference(x, weight)
         assert torch.isfinite(first).all(), num_tokens
         assert first.any(), num_tokens
@@ -39,7 +63,7 @@ def test_against_float64(name: str, case: KernelCase, cuda: torch.device) -> Non
 
 
 @pytest.mark.parametrize("amplitude", [1e-4, 1e-2, 1e2, 1e4])
-@pytest.mark.parametrize("num_tokens", [1, 33, 600])
+@pytest.mark.parametrize("num_tokens", EXTREME_COUNTS)
 def test_amplitudes_and_extreme_scales(amplitude: float, num_tokens: int, cuda: torch.device) -> None:
     dense = Dense.draw(640, 512, cuda, extreme=True)
     weight = dense.weight()
@@ -76,11 +100,11 @@ def test_shards_keep_their_own_global_scales(cuda: torch.device) -> None:
 def test_an_invariant_rows_bits_do_not_depend_on_the_batch(cuda: torch.device) -> None:
     dense = Dense.draw(1536, 1024, cuda)
     kernel = KERNELS["cute.nvfp4_linear_invariant"]
-    operand = kernel.prepare(dense.codes, dense.scale, dense.global_scale)
+    operand = kernel.prepare(stored(dense))
     x = torch.randn(2100, 1024, device=cuda).bfloat16()
-    whole = kernel(x, operand)
-    for count in (1, 5, 16, 40, 100, 300, 700):
-        assert torch.equal(kernel(x[:count], operand), whole[:count]), count
+    whole = kernel.run(x, operand)
+    for count in PARTS:
+        assert torch.equal(kernel.run(x[:count], operand), whole[:count]), count
 
 
 def test_a_captured_call_replays(cuda: torch.device) -> None:

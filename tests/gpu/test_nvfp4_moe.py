@@ -1,7 +1,10 @@
 """``Nvfp4MoE`` on Hopper against float64: token counts, routings, amplitudes, clamps, maps; bits; refusals."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from support.kernel_configs import moe_configs
 
 from ownpath import Nvfp4MoE
 from ownpath.conformance.quantized import (
@@ -14,21 +17,44 @@ from ownpath.conformance.quantized import (
     relative_l2,
 )
 from ownpath.kernels.cases import KernelCase
+from ownpath.kernels.contract import Config
 from ownpath.kernels.nvfp4.cases import CASES
-from ownpath.kernels.registry import KERNELS
 from ownpath.numerics import decode_mxfp4_blocks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sm90]
 
 LIMIT = 10.0
+EXPERTS = [case for case in CASES if case.op == "nvfp4_moe"]
+FULL = ((256, 4096, 2048), (384, 7168, 3072))
+FULL_COUNTS = (1, 8, 100, 700)
+SKEWED_COUNTS = (1, 40, 700, 6144)
+SHARED_COUNTS = (1, 30, 900)
+PARTS = (1, 9, 130, 1100)
+
+
+def kernel_configs() -> Iterator[Config]:
+    """Those of the shapes, and of the small experts below by their (token, slot) pairs."""
+    for case in EXPERTS:
+        num_experts, top_k, hidden, inter = case.sizes
+        for is_invariant in (False, True):
+            pairs = [count * top_k for count in case.tokens]
+            yield from moe_configs((num_experts, hidden, inter), pairs, is_invariant=is_invariant)
+    for dims in FULL:
+        yield from moe_configs(dims, [6 * count for count in FULL_COUNTS])
+    yield from moe_configs((16, 512, 256), [4 * count for count in SKEWED_COUNTS])
+    yield from moe_configs((8, 256, 256), [50 * 3, 20 * 2, 1 * 2, 33 * 2, 21 * 2, 12 * 2])
+    yield from moe_configs((8, 256, 256), [33 * 2], wide_ids=True)
+    yield from moe_configs((9, 512, 256), [4 * count for count in SHARED_COUNTS], num_shared=1)
+    yield from moe_configs((4, 512, 256), [77 * 3], mapped=True)
+    yield from moe_configs((16, 512, 256), [4 * count for count in (*PARTS, 3000)], is_invariant=True)
 
 
 def runner(experts: Experts, name: str = "cute.nvfp4_moe", limit: float = LIMIT) -> Nvfp4MoE:
-    return Nvfp4MoE(*experts.clone().tensors(), swiglu_limit=limit, kernel=KERNELS[name])
+    return Nvfp4MoE(*experts.clone().tensors(), swiglu_limit=limit, kernel=name)
 
 
-def poison(workspace: object) -> None:
-    for tensor in vars(workspace).values():
+def poison(*tensors: torch.Tensor) -> None:
+    for tensor in tensors:
         tensor.view(torch.uint8).fill_(0xFF)
 
 
@@ -37,8 +63,9 @@ def check(moe: Nvfp4MoE, experts: Experts, routed: Routed, limit: float = LIMIT,
     workspace = moe.workspace(len(routed.x), routed.ids.shape[1] + num_shared)
     found = []
     for _ in range(2):
-        poison(workspace)
-        y = moe(routed.x, routed.ids, routed.weights, workspace=workspace, **given)
+        out = torch.empty_like(routed.x)
+        poison(workspace, out)
+        y = moe(routed.x, routed.ids, routed.weights, out=out, workspace=workspace, **given)
         found.append(y.clone())
     exact, bound = moe_reference(experts, routed, limit, num_shared)
     assert torch.isfinite(found[0]).all()
@@ -49,7 +76,7 @@ def check(moe: Nvfp4MoE, experts: Experts, routed: Routed, limit: float = LIMIT,
 
 
 @pytest.mark.parametrize("name", ["cute.nvfp4_moe", "cute.nvfp4_moe_invariant"])
-@pytest.mark.parametrize("case", [case for case in CASES if case.op == "nvfp4_moe"], ids=lambda case: case.label)
+@pytest.mark.parametrize("case", EXPERTS, ids=lambda case: case.label)
 def test_against_float64(name: str, case: KernelCase, cuda: torch.device) -> None:
     num_experts, top_k, hidden, inter = case.sizes
     experts = Experts.draw(num_experts, hidden, inter, cuda)
@@ -58,19 +85,19 @@ def test_against_float64(name: str, case: KernelCase, cuda: torch.device) -> Non
         check(moe, experts, Routed.draw(num_tokens, hidden, num_experts, top_k, cuda))
 
 
-@pytest.mark.parametrize("shape", [(256, 4096, 2048), (384, 7168, 3072)], ids=["V4-Flash", "V4-Pro"])
+@pytest.mark.parametrize("shape", FULL, ids=["V4-Flash", "V4-Pro"])
 def test_full_shapes(shape: tuple[int, int, int], cuda: torch.device) -> None:
     """All experts exist; tokens go to a few of them, so that the float64 reference stays small."""
     num_experts, hidden, inter = shape
     experts = Experts.draw(num_experts, hidden, inter, cuda)
     moe = Nvfp4MoE(*experts.clone().tensors(), swiglu_limit=LIMIT)
     few = torch.tensor([0, 1, num_experts // 2, num_experts - 2, num_experts - 1, 7], device=cuda)
-    for num_tokens in (1, 8, 100, 700):
+    for num_tokens in FULL_COUNTS:
         routed = Routed.draw(num_tokens, hidden, len(few), 6, cuda)
         check(moe, experts, Routed(routed.x, few[routed.ids.long()].int(), routed.weights))
 
 
-@pytest.mark.parametrize("num_tokens", [1, 40, 700, 6144])
+@pytest.mark.parametrize("num_tokens", SKEWED_COUNTS)
 def test_skewed_routings(num_tokens: int, cuda: torch.device) -> None:
     experts = Experts.draw(16, 512, 256, cuda)
     moe = runner(experts)
@@ -90,7 +117,7 @@ def test_amplitudes_and_clamps(amplitude: float, limit: float, cuda: torch.devic
 
 def test_shared_experts(cuda: torch.device) -> None:
     experts = Experts.draw(9, 512, 256, cuda)
-    for num_tokens in (1, 30, 900):
+    for num_tokens in SHARED_COUNTS:
         check(runner(experts), experts, Routed.draw(num_tokens, 512, 8, 3, cuda), num_shared=1)
 
 
@@ -131,7 +158,7 @@ def test_an_invariant_tokens_bits_do_not_depend_on_the_batch(cuda: torch.device)
     moe = runner(experts, "cute.nvfp4_moe_invariant")
     routed = Routed.draw(3000, 512, 16, 4, cuda)
     whole = moe(routed.x, routed.ids, routed.weights)
-    for count in (1, 9, 130, 1100):
+    for count in PARTS:
         part = moe(routed.x[:count], routed.ids[:count], routed.weights[:count])
         assert torch.equal(part, whole[:count]), count
 
@@ -160,14 +187,14 @@ def test_a_captured_call_replays_without_allocating(cuda: torch.device) -> None:
     experts = Experts.draw(8, 256, 256, cuda)
     moe = runner(experts)
     routed, other = (Routed.draw(12, 256, 8, 2, cuda) for _ in range(2))
-    workspace = moe.workspace(12, 2)
-    moe(routed.x, routed.ids, routed.weights, workspace=workspace)
+    given = {"workspace": moe.workspace(12, 2), "out": torch.empty_like(routed.x)}
+    moe(routed.x, routed.ids, routed.weights, **given)
     held = torch.cuda.memory_stats(cuda)["allocation.all.allocated"]
-    moe(routed.x, routed.ids, routed.weights, workspace=workspace)
+    moe(routed.x, routed.ids, routed.weights, **given)
     assert torch.cuda.memory_stats(cuda)["allocation.all.allocated"] == held
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = moe(routed.x, routed.ids, routed.weights, workspace=workspace)
+        y = moe(routed.x, routed.ids, routed.weights, **given)
     for name in ("x", "ids", "weights"):
         getattr(routed, name).copy_(getattr(other, name))
     graph.replay()
@@ -185,7 +212,7 @@ def test_what_it_cannot_take_is_named(cuda: torch.device) -> None:
         moe(routed.x, routed.ids[:3], routed.weights)
     with pytest.raises(ValueError, match="topk_weights"):
         moe(routed.x, routed.ids, routed.weights.double())
-    with pytest.raises(ValueError, match="workspace holds 1 tokens"):
+    with pytest.raises(ValueError, match=r"workspace holds \d+ bytes, this call of 5 tokens needs"):
         moe(routed.x, routed.ids, routed.weights, workspace=moe.workspace(1, 2))
     with pytest.raises(ValueError, match="num_shared is 4"):
         moe(routed.x, routed.ids, routed.weights, num_shared=4)

@@ -1,14 +1,17 @@
 """Official numerics on CUDA: the planned kernels behind quantisers, every planned operation run, the CPU's answers."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+from support.kernel_configs import model_configs
 
 from ownpath.chat.encode import encode_messages
 from ownpath.chat.messages import Message
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.config import EngineConfig
+from ownpath.kernels.dsl.cache import Config
 from ownpath.loading import default_model_dir, load_model, plan_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.official import OFFICIAL
@@ -16,6 +19,11 @@ from ownpath.official import OFFICIAL
 pytestmark = pytest.mark.gpu
 
 QUESTION = "What is the capital of Kenya?"
+
+
+def kernel_configs() -> Iterator[Config]:
+    """Those of the embedded model."""
+    return model_configs(default_model_dir(), official=OFFICIAL)
 
 
 def next_token(device: str, prompt: list[int]) -> tuple[int, set[str]]:

@@ -44,6 +44,6 @@ def test_quantiser_and_linear_at_v4_width(num_rows: int, blackwell: torch.device
     assert torch.equal(codes, expected.qdata)
     assert torch.equal(unboxed(scale, num_rows, 256).view(torch.uint8), expected.scale.view(torch.uint8))
     rows = w.global_scale.expand(1536)
-    y = KERNELS[NAMES[0]](x, linear_operand(w.qdata, w.scale, rows, input_scale))
+    y = KERNELS[NAMES[0]].run(x, linear_operand(w.qdata, w.scale, rows, input_scale))
     exact = nvfp4_linear_w4a4(x.double(), input_scale, w.qdata, w.scale, rows)
     assert float((y.double() - exact).norm() / exact.norm()) <= 2.0**-8

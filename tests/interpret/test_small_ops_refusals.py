@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from ownpath.conformance.operations import CASES, make_inputs
-from ownpath.kernels.grouped.launch import rope_grouped_linear
-from ownpath.kernels.hyper.launch import hyper_boundary, new_out, num_workspace_floats
+from ownpath.kernels.grouped.launch import GROUPED_LINEAR as rope_grouped_linear
+from ownpath.kernels.hyper.launch import HYPER_BOUNDARY as hyper_boundary
+from ownpath.kernels.hyper.launch import new_out, num_workspace_floats
 from ownpath.kernels.hyper.ref import HyperOut, HyperWeights, Mix
-from ownpath.kernels.norms.launch import rms_norm
-from ownpath.kernels.router.launch import router
-from ownpath.kernels.swiglu.launch import swiglu
+from ownpath.kernels.norms.launch import RMS_NORM as rms_norm
+from ownpath.kernels.router.launch import ROUTER as router
+from ownpath.kernels.swiglu.launch import SWIGLU as swiglu
 
 CPU = torch.device("cpu")
 

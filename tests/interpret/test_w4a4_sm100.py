@@ -6,13 +6,20 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ownpath.kernels.contract import Routing
 from ownpath.kernels.nvfp4_sm100 import launch as kernels
 from ownpath.kernels.nvfp4_sm100 import ref as ref
 from ownpath.kernels.nvfp4_sm100.layout import W4A4LinearOperand, W4A4MoeOperand, linear_operand, moe_operand, unboxed
+from ownpath.kernels.nvfp4_sm100.linear import Nvfp4LinearW4A4Kernel
+from ownpath.kernels.nvfp4_sm100.linear import nvfp4_linear_w4a4 as linear_kernel
+from ownpath.kernels.nvfp4_sm100.linear import nvfp4_linear_w4a4_invariant as linear_invariant
+from ownpath.kernels.nvfp4_sm100.moe import Nvfp4MoeW4A4Kernel
+from ownpath.kernels.nvfp4_sm100.moe import nvfp4_moe_w4a4 as moe_kernel
+from ownpath.kernels.nvfp4_sm100.moe import nvfp4_moe_w4a4_invariant as moe_invariant
 from ownpath.kernels.nvfp4_sm100.prove import ProofError, prove_linear, prove_moe
 from ownpath.kernels.nvfp4_sm100.route_sm100 import num_tiles_bound
 from ownpath.numerics import decode_nvfp4_blocks, nvfp4_global_scale, quantize_nvfp4, quantize_nvfp4_activation
-from ownpath.runners.w4a4 import Nvfp4LinearW4A4, Nvfp4MoEW4A4
+from ownpath.runners import Nvfp4LinearW4A4, Nvfp4MoEW4A4
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered in divide:RuntimeWarning"),  # zero blocks, masked afterwards
@@ -40,6 +47,12 @@ def one_program_quantises_a_tile(request: pytest.FixtureRequest, monkeypatch: py
     """Interpretation pays for each program. The quantiser's own test keeps the tile of 8 rows that devices get."""
     if "input_scale" not in request.fixturenames:
         monkeypatch.setattr(kernels, "QUANTIZE_ROWS", kernels.ROW_TILE)
+
+
+def moe(
+    kernel: Nvfp4MoeW4A4Kernel, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, operand: W4A4MoeOperand
+) -> torch.Tensor:
+    return kernel.run(x, Routing(ids, weights), operand)
 
 
 def generator(seed: int) -> torch.Generator:
@@ -99,7 +112,7 @@ def test_linear_is_the_twin_within_bf16_rounding(num_rows: int, n: int, k: int) 
     qdata, scale = (torch.cat([getattr(q, part) for q in shards]) for part in ("qdata", "scale"))
     global_scale = torch.cat([q.global_scale.expand(n // 2) for q in shards if q.global_scale is not None])
     input_scale = nvfp4_global_scale(x)
-    y = kernels.nvfp4_linear_w4a4(x, linear_operand(qdata, scale, global_scale, input_scale))
+    y = linear_kernel.run(x, linear_operand(qdata, scale, global_scale, input_scale))
     exact = ref.nvfp4_linear_w4a4(x.double(), input_scale, qdata, scale, global_scale)
     bound = sum_bound(x, input_scale, qdata, scale, input_scale * global_scale) + BF16_HALF_ULP * exact.abs()
     assert bool(torch.isfinite(y).all())
@@ -116,7 +129,7 @@ def test_linear_with_every_code_and_every_scale(amplitude: float) -> None:
     scale = (torch.arange(n * k // 16, dtype=torch.int64) % 127).to(torch.uint8).view(n, k // 16)
     scale = scale.view(torch.float8_e4m3fn)
     global_scale, input_scale = torch.full((n,), 1e-3), nvfp4_global_scale(x)
-    y = kernels.nvfp4_linear_w4a4(x, linear_operand(qdata, scale, global_scale, input_scale))
+    y = linear_kernel.run(x, linear_operand(qdata, scale, global_scale, input_scale))
     exact = ref.nvfp4_linear_w4a4(x.double(), input_scale, qdata, scale, global_scale)
     bound = sum_bound(x, input_scale, qdata, scale, input_scale * global_scale) + BF16_HALF_ULP * exact.abs()
     assert bool(((y.double() - exact).abs() <= bound).all())
@@ -178,7 +191,7 @@ def test_moe_is_the_twin_within_bf16_rounding(name: str) -> None:
     ids, (w13, w2) = ROUTINGS[name], experts(4, 128, 256)
     x = torch.randn(len(ids), 128, generator=generator(6)).to(torch.bfloat16)
     weights = torch.rand(ids.shape, generator=generator(7)) + 0.1
-    y = kernels.nvfp4_moe_w4a4(x, ids, weights, moe_operand(w13, w2, LIMIT))
+    y = moe(moe_kernel, x, ids, weights, moe_operand(w13, w2, LIMIT))
     expected = ref.nvfp4_moe_w4a4(x, ids, weights, w13, w2, LIMIT)
     assert bool(torch.isfinite(y).all())
     assert bool((expected != 0).any())
@@ -216,9 +229,9 @@ def test_a_token_does_not_depend_on_its_batch_and_repetition_changes_no_bit() ->
     operand = moe_operand(w13, w2, LIMIT)
     x = torch.randn(len(ids), 128, generator=generator(9)).to(torch.bfloat16)
     weights = torch.rand(ids.shape, generator=generator(10))
-    y = kernels.nvfp4_moe_w4a4(x, ids, weights, operand)
-    assert same_bytes(y, kernels.nvfp4_moe_w4a4(x, ids, weights, operand))
-    alone = kernels.nvfp4_moe_w4a4_invariant(x[5:6].clone(), ids[5:6].clone(), weights[5:6].clone(), operand)
+    y = moe(moe_kernel, x, ids, weights, operand)
+    assert same_bytes(y, moe(moe_kernel, x, ids, weights, operand))
+    alone = moe(moe_invariant, x[5:6].clone(), ids[5:6].clone(), weights[5:6].clone(), operand)
     assert same_bytes(y[5:6], alone)
 
 
@@ -226,7 +239,7 @@ def test_a_nan_reaches_the_output() -> None:
     (w13, w2), ids = experts(4, 128, 128), torch.tensor([[0], [0]])
     x = torch.randn(2, 128, generator=generator(11)).to(torch.bfloat16)
     x[1, 7] = torch.nan
-    y = kernels.nvfp4_moe_w4a4(x, ids, torch.ones(2, 1), moe_operand(w13, w2, LIMIT))
+    y = moe(moe_kernel, x, ids, torch.ones(2, 1), moe_operand(w13, w2, LIMIT))
     assert bool(torch.isnan(y[1]).all())
     assert bool(torch.isfinite(y[0]).all())
 
@@ -237,11 +250,11 @@ def test_wrong_operands_are_named() -> None:
     x = torch.zeros(2, 128, dtype=torch.bfloat16)
     ids, weights = torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
     with pytest.raises(ValueError, match=r"x must be torch\.bfloat16"):
-        kernels.nvfp4_moe_w4a4(x.float(), ids, weights, operand)
+        moe(moe_kernel, x.float(), ids, weights, operand)
     with pytest.raises(ValueError, match="topk_weights must have shape"):
-        kernels.nvfp4_moe_w4a4(x, ids, torch.ones(2, 2), operand)
+        moe(moe_kernel, x, ids, torch.ones(2, 2), operand)
     with pytest.raises(ValueError, match="x must be contiguous"):
-        kernels.nvfp4_moe_w4a4(torch.zeros(128, 2, dtype=torch.bfloat16).T, ids, weights, operand)
+        moe(moe_kernel, torch.zeros(128, 2, dtype=torch.bfloat16).T, ids, weights, operand)
     with pytest.raises(ValueError, match="w2_input_scale must be finite and positive"):
         moe_operand(w13, (*w2[:3], torch.tensor([1.0, 0.0])), LIMIT)
     with pytest.raises(ValueError, match="multiples of 64"):
@@ -254,31 +267,33 @@ def test_wide_tiles_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert w.scale is not None
     assert w.global_scale is not None
     operand = linear_operand(w.qdata, w.scale, w.global_scale.expand(512), nvfp4_global_scale(x))
-    y = kernels.nvfp4_linear_w4a4(x, operand)
-    assert same_bytes(y, kernels.nvfp4_linear_w4a4_invariant(x, operand))
+    y = linear_kernel.run(x, operand)
+    assert same_bytes(y, linear_invariant.run(x, operand))
     assert kernels.columns_per_tile(2048, 512) == 256
-    monkeypatch.setattr(kernels, "columns_per_tile", lambda num_rows, n: 256)
-    assert same_bytes(y, kernels.nvfp4_linear_w4a4(x, operand))
-    assert same_bytes(y, kernels.nvfp4_linear_w4a4_invariant(x, operand))
+    monkeypatch.setattr("ownpath.kernels.nvfp4_sm100.linear.columns_per_tile", lambda num_rows, n: 256)
+    assert same_bytes(y, linear_kernel.run(x, operand))
+    assert same_bytes(y, linear_invariant.run(x, operand))
 
 
 def test_the_proof_accepts_the_kernels_and_finds_a_wrong_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a runner does on its first Blackwell device, with the kernels right and with scales in the wrong order."""
     cpu = torch.device("cpu")
-    prove_linear.__wrapped__(kernels.nvfp4_linear_w4a4, cpu)
-    prove_moe.__wrapped__(kernels.nvfp4_moe_w4a4, cpu)
+    prove_linear.__wrapped__(linear_kernel, cpu)
+    prove_moe.__wrapped__(moe_kernel, cpu)
 
-    def wrong_layout(x: torch.Tensor, operand: W4A4LinearOperand) -> torch.Tensor:
-        swapped = operand.scale.view(torch.uint8).flip(-2).view(operand.scale.dtype)
-        return kernels.nvfp4_linear_w4a4(x, replace(operand, scale=swapped))
+    class WrongLayout(Nvfp4LinearW4A4Kernel):
+        def run(self, x: torch.Tensor, operand: W4A4LinearOperand, **given: object) -> torch.Tensor:
+            swapped = operand.scale.view(torch.uint8).flip(-2).view(operand.scale.dtype)
+            return super().run(x, replace(operand, scale=swapped))
 
-    def no_input_scale(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, op: W4A4MoeOperand) -> torch.Tensor:
-        return kernels.nvfp4_moe_w4a4(x, ids, weights, replace(op, w2_input_scale=torch.ones_like(op.w2_input_scale)))
+    class NoInputScale(Nvfp4MoeW4A4Kernel):
+        def run(self, x: torch.Tensor, routing: Routing, op: W4A4MoeOperand, **given: object) -> torch.Tensor:
+            return super().run(x, routing, replace(op, w2_input_scale=torch.ones_like(op.w2_input_scale)))
 
-    with pytest.raises(ProofError, match=r"wrong_layout on cpu: \d+ of \d+ values differ"):
-        prove_linear.__wrapped__(wrong_layout, cpu)
+    with pytest.raises(ProofError, match=r"WrongLayout on cpu: \d+ of \d+ values differ"):
+        prove_linear.__wrapped__(WrongLayout(False), cpu)
     with pytest.raises(ProofError, match="relative difference"):
-        prove_moe.__wrapped__(no_input_scale, cpu)
+        prove_moe.__wrapped__(NoInputScale(False), cpu)
 
 
 def test_the_runners_take_a_checkpoints_tensors() -> None:
@@ -287,7 +302,7 @@ def test_the_runners_take_a_checkpoints_tensors() -> None:
     shards = [quantize_nvfp4(torch.randn(n, 128, generator=generator(n))) for n in (64, 128)]
     parts = [[getattr(q, name) for q in shards] for name in ("qdata", "scale", "global_scale")]
     input_scale = nvfp4_global_scale(x.flatten(0, 1))
-    linear = Nvfp4LinearW4A4(*parts, torch.stack([input_scale / 3, input_scale]), kernel=kernels.nvfp4_linear_w4a4)
+    linear = Nvfp4LinearW4A4(*parts, torch.stack([input_scale / 3, input_scale]))
     rows = torch.cat([q.global_scale.expand(len(q.qdata)) for q in shards if q.global_scale is not None])
     expected = ref.nvfp4_linear_w4a4(x.flatten(0, 1), input_scale, torch.cat(parts[0]), torch.cat(parts[1]), rows)
     y = linear(x)
@@ -295,11 +310,11 @@ def test_the_runners_take_a_checkpoints_tensors() -> None:
     assert (y.flatten(0, 1) - expected).float().norm() <= BF16_HALF_ULP * expected.float().norm()
     w13, w2 = experts(4, 128, 128)
     pair = torch.stack((w13[3], w13[3] / 2), dim=1)
-    moe = Nvfp4MoEW4A4((*w13[:3], pair), w2, LIMIT, kernel=kernels.nvfp4_moe_w4a4)
+    runner = Nvfp4MoEW4A4((*w13[:3], pair), w2, LIMIT)
     ids, weights = torch.tensor([[1, 2]]), torch.tensor([[0.5, 0.25]])
     expected = ref.nvfp4_moe_w4a4(x[0, :1], ids, weights, w13, w2, LIMIT)
-    assert (moe(x[0, :1], ids, weights) - expected).float().norm() <= BF16_HALF_ULP * expected.float().norm()
+    assert (runner(x[0, :1], ids, weights) - expected).float().norm() <= BF16_HALF_ULP * expected.float().norm()
     with pytest.raises(ValueError, match=r"w2_input_scale must have shape \[4\]"):
-        Nvfp4MoEW4A4(w13, (*w2[:3], torch.ones(4, 2)), LIMIT, kernel=kernels.nvfp4_moe_w4a4)
+        Nvfp4MoEW4A4(w13, (*w2[:3], torch.ones(4, 2)), LIMIT)
     with pytest.raises(ValueError, match="same number of shards"):
-        Nvfp4LinearW4A4(parts[0], parts[1][:1], parts[2], input_scale, kernel=kernels.nvfp4_linear_w4a4)
+        Nvfp4LinearW4A4(parts[0], parts[1][:1], parts[2], input_scale)

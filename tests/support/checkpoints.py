@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -164,10 +166,31 @@ def random_checkpoint(
     fp8_scale: dtype of FP8 block scales; by default the one that the layout's published checkpoints have.
     draft: layout of an MTP module to write too. The backbone's tensors are the same with and without it.
     """
+    made = _made(layout, seed, fp8_scale, draft, json.dumps(changes))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(made.fields))
+    write_checkpoint(folder, made.tensors.items(), max_shard_bytes=200_000)
+    decoded = {name: tensor.clone() for name, tensor in made.decoded.items()}
+    return Checkpoint(folder, made.config, deepcopy(made.fields), decoded)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a checkpoint is before it is written."""
+
+    config: ModelConfig
+    fields: dict[str, Any]
+    tensors: Tensors
+    decoded: Tensors
+
+
+@lru_cache(maxsize=16)
+def _made(layout: str, seed: int, fp8_scale: torch.dtype | None, draft: str | None, changes: str) -> _Made:
+    """Tests of a file ask for the same checkpoint again and again. changes: as JSON."""
     stored = (layout,) if draft is None else (layout, draft)
     width = max(WIDTHS.get(name, SMALL["moe_intermediate_size"]) for name in stored)
     fields = SMALL | {"moe_intermediate_size": width}
-    fields |= ({} if draft is None else {"num_nextn_predict_layers": 1}) | changes
+    fields |= ({} if draft is None else {"num_nextn_predict_layers": 1}) | json.loads(changes)
     config = ModelConfig.from_dict(fields)
     generator = torch.Generator().manual_seed(seed)
     parts = [(tuple(model_params(config)), tuple(model_ops(config)), layout)]
@@ -184,10 +207,7 @@ def random_checkpoint(
             input_scale = torch.rand((), generator=generator) * 0.01 + 1e-4
             tensors.update(encoding.encode(name, quantized, input_scale))
             decoded[name] = dequantize(_read_back(quantized, encoding))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(fields))
-    write_checkpoint(folder, tensors.items(), max_shard_bytes=200_000)
-    return Checkpoint(folder, config, fields, decoded)
+    return _Made(config, fields, tensors, decoded)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

@@ -20,7 +20,7 @@ REMEDIES = MappingProxyType(
         "unlisted-tensor": "write the index anew from the shards, or remove the stale shard",
         "missing-tensor": "download the shard that should hold it, or export again with every expert",
         "unexpected-tensor": "check that config.json belongs to these shards; another export's tensors are not read",
-        "wrong-dtype": "export again, in one of the encodings that docs/checkpoint.md lists",
+        "wrong-dtype": "export again, in one of the encodings that `ownpath inspect --list` prints",
         "wrong-shape": "check that config.json belongs to these shards",
         "mixed-experts": "export the routed experts of a layer in one encoding",
         "no-kernel": "export again in a format that `ownpath plan` has a kernel for",
@@ -48,6 +48,50 @@ REMEDIES = MappingProxyType(
     }
 )
 """check -> what to do. The names are stable: programs may match them."""
+
+FOUND_WHEN = MappingProxyType(
+    {
+        "folder": "there is no checkpoint in the folder",
+        "file": "a file is missing, unreadable or not a plain file",
+        "index": "the index is no JSON object of names, or disagrees with the shards",
+        "escaping-shard": "the index names a path, or a link that leaves the folder (other than into a hub cache)",
+        "missing-shard": "the index names a shard that is not there",
+        "shard": "bytes belong to no tensor, or a header entry is no tensor",
+        "truncated-shard": "a shard ends before its last tensor does",
+        "over-long-shard": "a shard goes on after its last tensor",
+        "overlapping-tensors": "two tensors claim the same bytes",
+        "header-bomb": "a header claims more than the format's limit of 100,000,000 bytes; it is not read",
+        "duplicated-tensor": "a name occurs twice, in a header, in the index or in two shards",
+        "unlisted-tensor": "a shard holds a tensor that the index does not list",
+        "missing-tensor": "config.json asks for a tensor, or an encoding for a part, that is not there",
+        "unexpected-tensor": "nothing in this model reads a tensor",
+        "wrong-dtype": "a tensor has a dtype that no encoding stores",
+        "wrong-shape": "a tensor has another shape than config.json asks for",
+        "mixed-experts": "experts of one layer are stored in different encodings, or with scales of different dtypes",
+        "no-kernel": "no kernel runs a module's format",
+        "draft": "--draft, and there is no MTP module: no mtp.* tensor, DSpark's, or none that config.json counts",
+        "config": "config.json cannot be honoured",
+        "config-contradiction": "counts or layer types in config.json are not those of the tensors",
+        "format-contradiction": "config.json or hf_quant_config.json claims a format that the tensors do not have",
+        "scalar-scale": "a scale is zero, negative, infinite or NaN",
+        "reciprocal-scale": "a scale is on the wrong side of 1: a divisor (2688 / amax) for a multiplier, or reversed",
+        "out-of-band-scale": "an expert's scale is a factor of 1000 from its layer's median, or no normal float32",
+        "block-scale": "a block scale is NaN, infinite or negative",
+        "zero-block-scale": "a block scale is zero over codes that are not, or all that were read are zero",
+        "saturated-block-scale": "more than an eighth of the block scales read are 448 (E8M0: any is 2^127)",
+        "gate-up-scale": "w1 and w3 of an expert have different global scales",
+        "expert-outlier": "verify: an expert's largest block is far from those of its layer's others",
+        "uncalibrated-expert": "verify: an input_scale is exactly 1, a default and no measurement",
+        "router-bias": "verify: a router's bias holds NaN, or is the same for all experts where other layers' are not",
+        "expert-ids": "a hash layer's table names an expert that is not there",
+        "generation-config": "verify: generation_config.json or tokenizer_config.json names other token ids",
+        "marker": "verify: a marker of the chat format is not one token",
+        "round-trip": "verify: a text does not come back from its tokens",
+        "prompt": "verify: a golden prompt is not encoded as the format says",
+        "tokenizer": "the tokenizer is missing or unreadable, has ids beyond the embedding, or another BOS or EOS",
+    }
+)
+"""check -> what was seen. ``ownpath inspect --list`` prints it with the remedy."""
 
 
 def make_problem(kind: str, where: str, message: str) -> Finding:

@@ -208,11 +208,14 @@ def _closest_encoding(index: CheckpointIndex, module: ModuleSpec) -> Encoding:
     found = []
     for encoding in ENCODINGS:
         weight = encoding.part("qdata")
-        key = f"{module.name}.{weight.suffix}"
-        if key in index:
-            found.append(str(index[key]))
-            if index[key].dtype in weight.dtypes:
+        info = index.tensors.get(f"{module.name}.{weight.suffix}")
+        if info is not None:
+            found.append(info)
+            if info.dtype in weight.dtypes:
                 candidates.append(encoding)
+    for encoding in candidates:
+        if not _num_missing(index, encoding, module) and not num_unlike(index, encoding, module):
+            return encoding
     if not candidates and found:
         known = ", ".join(f"{encoding.name} {'/'.join(encoding.part('qdata').dtypes)}" for encoding in ENCODINGS)
         raise CheckpointError(f"tensor {found[0]}: no known encoding has this dtype (known: {known})")

@@ -1,6 +1,7 @@
 """Arguments that several commands share. Nothing heavy is imported here."""
 
 import argparse
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ownpath.official import PLAIN, Step, parse_numerics
@@ -12,6 +13,23 @@ if TYPE_CHECKING:
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
     """The optional model folder, ``args.model``."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="model folder (default: the embedded model)")
+
+
+class _Print(argparse.Action):
+    """Prints a text and ends, before anything else is asked of the command line."""
+
+    def __init__(self, option_strings: list[str], dest: str, const: Callable[[], str], help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, const=const, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        assert callable(self.const)
+        print(self.const())
+        parser.exit()
+
+
+def add_list_argument(parser: argparse.ArgumentParser, text: Callable[[], str], what: str) -> None:
+    """``--list``: prints ``text()`` and ends with exit code 0. what: it lists, for ``--help``."""
+    parser.add_argument("--list", action=_Print, const=text, help=f"print {what}, and end")
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:

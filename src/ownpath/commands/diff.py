@@ -10,7 +10,8 @@ import secrets
 import sys
 from typing import TYPE_CHECKING
 
-from ownpath.commands.arguments import add_engine_arguments, add_model_argument, positive_int
+from ownpath.commands.arguments import add_engine_arguments, add_list_argument, add_model_argument, positive_int
+from ownpath.commands.listings import signatures_of_diff
 
 if TYPE_CHECKING:
     from ownpath.commands.arguments import Subparsers
@@ -35,6 +36,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="of the numbers that open our prompts (default: another each time)")
     parser.add_argument("--json", action="store_true", help="one object, for programs")
     add_engine_arguments(parser)
+    add_list_argument(parser, signatures_of_diff, "what it looks for")
     return parser
 
 

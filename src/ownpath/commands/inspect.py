@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ownpath.commands.arguments import add_model_argument
+from ownpath.commands.arguments import add_list_argument, add_model_argument
+from ownpath.commands.listings import problems_of_inspect
 
 if TYPE_CHECKING:
     from ownpath.commands.arguments import Subparsers
@@ -22,6 +23,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     parser.add_argument("--all-scales", action="store_true", help="read every block scale instead of a sample")
     parser.add_argument("--draft", action="store_true", help="look at the MTP draft module too, and count its memory")
     parser.add_argument("--json", action="store_true", help="one object with every problem, for programs")
+    add_list_argument(parser, problems_of_inspect, "every kind of problem, and every encoding")
     return parser
 
 

@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ownpath.commands.arguments import add_model_argument, add_plan_arguments
+from ownpath.commands.arguments import add_list_argument, add_model_argument, add_plan_arguments
+from ownpath.commands.listings import kernels_of_plan
 
 if TYPE_CHECKING:
     from ownpath.commands.arguments import Subparsers
@@ -22,6 +23,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     parser.add_argument("--draft", action="store_true", help="plan the MTP draft module too")
     parser.add_argument("--scales", action="store_true", help="read the scales: which weights are lossless casts?")
     parser.add_argument("--json", action="store_true", help="one entry per module, for programs")
+    add_list_argument(parser, kernels_of_plan, "every kernel with its contract, and the steps of --numerics")
     return parser
 
 

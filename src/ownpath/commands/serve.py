@@ -7,7 +7,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from ownpath.chat.effort import RELEASES, release_of_folder
-from ownpath.commands.arguments import add_engine_arguments, add_model_argument
+from ownpath.commands.arguments import add_engine_arguments, add_list_argument, add_model_argument
+from ownpath.commands.listings import fields_of_server
 
 if TYPE_CHECKING:
     from ownpath.commands.arguments import Subparsers
@@ -37,6 +38,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     )
     parser.add_argument("--allow-unverified", action="store_true", help="serve even if the self-test fails")
     add_engine_arguments(parser)
+    add_list_argument(parser, fields_of_server, "every request field, and the checks of the self-test")
     return parser
 
 

@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ownpath.commands.arguments import add_model_argument, add_plan_arguments, positive_int
+from ownpath.commands.arguments import add_list_argument, add_model_argument, add_plan_arguments, positive_int
+from ownpath.commands.listings import checks_of_verify
 
 if TYPE_CHECKING:
     from ownpath.commands.arguments import Subparsers
@@ -30,6 +31,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     parser.add_argument("--json", metavar="PATH", help="write the report for programs there; - prints it instead")
     parser.add_argument("--html", type=Path, metavar="PATH", help="write the report as one page for a browser there")
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="where to keep what a later run can resume from")
+    add_list_argument(parser, checks_of_verify, "every check and what makes it fail")
     return parser
 
 

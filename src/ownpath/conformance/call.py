@@ -42,12 +42,3 @@ def tensors_of(result: Any) -> Iterator[Tensor]:
     elif is_dataclass(result):
         for field in fields(result):
             yield from tensors_of(getattr(result, field.name))
-
-
-def runners_behind(runner: Any) -> Iterator[Any]:
-    """The runners around kernels, behind those that only pass calls on."""
-    parts = getattr(runner, "parts", None) or ((runner.linear,) if hasattr(runner, "linear") else ())
-    if not parts:
-        yield runner
-    for part in parts:
-        yield from runners_behind(part)

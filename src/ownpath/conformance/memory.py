@@ -1,20 +1,19 @@
 """What lies in memory before a call must not matter (K02).
 
-Every call runs twice. Before the first, each buffer that it allocates, each workspace that its runner holds and the
-rows behind its input are filled with 0xFF bytes, which are NaN in every float format here and -1 in the integers;
-before the second, with zeros. A result that differs holds an element that nobody wrote, or was made from one. A third
-call has the input's negative: a result that is the first one's to the bit was made from an input that was kept. (Not of
-one row: a softmax over one key may be 1 whatever the query is.)
+Every call runs twice. Before the first, each buffer that it allocates and the rows behind its input are filled with
+0xFF bytes, which are NaN in every float format here and -1 in the integers; before the second, with zeros. A result
+that differs holds an element that nobody wrote, or was made from one. A third call has the input's negative: a result
+that is the first one's to the bit was made from an input that was kept. (Not of one row: a softmax over one key may be
+1 whatever the query is.)
 """
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ownpath.conformance.call import KernelCall, runners_behind, tensors_of
+from ownpath.conformance.call import KernelCall, tensors_of
 
 GUARD_ROWS = 128
 FILLS = (0xFF, 0x00)
@@ -76,8 +75,6 @@ def _run(call: KernelCall, byte: int) -> list[Tensor]:
     """The results' copies."""
     first, *rest = call.args
     args = (_guarded(first, byte), *rest)
-    for workspace in workspaces(call.run):
-        fill(workspace, byte)
     with Filled(byte):
         result = call.run(*args)
     return [tensor.clone() for tensor in tensors_of(result)]
@@ -89,11 +86,3 @@ def _guarded(x: Tensor, byte: int) -> Tensor:
     fill(whole, byte)
     whole[: len(x)] = x
     return whole[: len(x)]
-
-
-def workspaces(runner: Callable[..., Any]) -> Iterator[Tensor]:
-    """The scratch memory that a runner keeps between calls."""
-    for part in runners_behind(runner):
-        workspace = getattr(part, "workspace", None)
-        if isinstance(workspace, Tensor):
-            yield workspace

@@ -5,11 +5,9 @@ adding a folder. Implementations are imported when one is first asked for; until
 """
 
 import pkgutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -48,33 +46,19 @@ def spec_of(name: str) -> KernelSpec:
 _BY_NAME = {spec.name: spec for spec in reversed(SPECS)}
 
 
-Kernel = Callable[..., Any]
-
-
-class Registry(Mapping[str, Kernel]):
+class Registry(Mapping[str, Any]):
     """Kernel name -> implementation. A name whose module needs an extra does not need it until it is looked up."""
 
     def __init__(self, places: Mapping[str, str]) -> None:
         self._places = dict(places)
 
-    def __getitem__(self, name: str) -> Kernel:
+    def __getitem__(self, name: str) -> Any:
         module, _, attribute = self._places[name].partition(":")
-        kernel: Kernel = attrgetter(attribute)(import_module(f"ownpath.kernels.{module}"))
-        return kernel
+        return vars(import_module(f"ownpath.kernels.{module}"))[attribute]
 
     def place(self, name: str) -> str:
         """Where an implementation is, as ``module:attribute`` in ``ownpath.kernels``."""
         return self._places[name]
-
-    def name_of(self, kernel: Kernel) -> str | None:
-        """The name that an implementation goes by; ``None`` for one that is not here."""
-        for name, place in self._places.items():
-            # Whoever holds an implementation has imported its module; the others may need what is not installed.
-            module, _, attribute = place.partition(":")
-            loaded = sys.modules.get(f"ownpath.kernels.{module}")
-            if loaded is not None and attrgetter(attribute)(loaded) is kernel:
-                return name
-        return None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -84,28 +68,3 @@ class Registry(Mapping[str, Kernel]):
 
 
 KERNELS = Registry({spec.name: spec.entry for spec in SPECS})
-
-VARIANTS = Registry(
-    {
-        "cute.nvfp4_linear": "nvfp4.linear:nvfp4_linear.variant",
-        "cute.nvfp4_linear_invariant": "nvfp4.linear:nvfp4_linear_invariant.variant",
-        "cute.nvfp4_moe": "nvfp4.moe:nvfp4_moe.variant",
-        "cute.nvfp4_moe_invariant": "nvfp4.moe:nvfp4_moe_invariant.variant",
-        "cute.fp8_linear_sm90": "fp8.launch:fp8_linear.variant",
-        "cute.fp8_linear_w8a16_sm90_invariant": "fp8.launch:fp8_linear_invariant.variant",
-        "triton.nvfp4_linear_w4a4_sm100": "variants:linear_w4a4",
-        "triton.nvfp4_linear_w4a4_sm100_invariant": "variants:linear_w4a4_invariant",
-        "triton.nvfp4_moe_w4a4_sm100": "variants:moe_w4a4",
-        "triton.nvfp4_moe_w4a4_sm100_invariant": "variants:moe_w4a4_invariant",
-        "triton.plain_linear_invariant": "variants:plain_linear",
-        "triton.hyper_boundary": "variants:hyper_boundary",
-        "triton.hyper_boundary_invariant": "variants:hyper_boundary_invariant",
-        "triton.rms_norm": "variants:rms_norm",
-        "triton.router": "variants:router",
-        "triton.swiglu": "variants:swiglu",
-        "triton.grouped_linear": "variants:grouped_linear",
-        "triton.grouped_linear_invariant": "variants:grouped_linear_invariant",
-    }
-)
-"""Kernel name -> which of its compiled configurations a call launches, by name, from the call's arguments without
-those that results are written to. A kernel that is not here has one form only."""

@@ -14,20 +14,20 @@ from ownpath.attention.interface import AttentionBackend, AttentionLayer, Attent
 from ownpath.attention.rope import Rotation
 from ownpath.config import ModelConfig
 from ownpath.model.indexer import Indexer
-from ownpath.runners import GroupedLinear, Linear, RMSNorm
+from ownpath.runners import GroupedLinear, KernelRunner, Linear, RMSNorm, Runner
 from ownpath.trace import Tap
 
 
 @dataclass(frozen=True)
-class AttentionCore:
+class AttentionCore(Runner):
     """One layer between its projections: what the ledger counts as ``attn.core``, once per step."""
 
     layer: AttentionLayer
 
     @property
-    def parts(self) -> tuple[object, ...]:
-        """The runners that it calls; those of the compressor and the indexer have slots of their own."""
-        return (self.layer.softmax,)
+    def leaves(self) -> tuple[KernelRunner, ...]:
+        """The softmax; the compressor and the indexer have slots of their own."""
+        return self.layer.softmax.leaves
 
     def __call__(self, rows: Projected, step: AttentionStep) -> torch.Tensor:
         """Attention of all rows of a step: [T, N, H]; reads and extends this layer's caches."""

@@ -28,13 +28,15 @@ from ownpath.runners import (
     Linear,
     RMSNorm,
     Router,
+    Runner,
     SharedKeyAttention,
     SwiGLU,
     SwigluMlp,
 )
+from ownpath.runners.runner import Chosen
 from ownpath.trace import Ledger, Tap
 
-Runners = dict[str, Callable[..., Any]]
+Runners = dict[str, Runner]
 Params = Mapping[str, torch.Tensor]
 Quantize = Callable[[torch.Tensor], torch.Tensor]
 
@@ -46,12 +48,12 @@ def _identity(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Builder:
-    """The materials of one model. kernels: the implementation that the plan chose for each companion, by slot."""
+    """The materials of one model. specs: the kernel that the plan chose for each companion, by slot."""
 
     config: ModelConfig
     engine: EngineConfig
     runners: Runners
-    kernels: Mapping[str, Callable[..., Any]]
+    specs: Mapping[str, Chosen]
     params: Params
     ledger: Ledger
 
@@ -126,10 +128,10 @@ class Builder:
             mix_norm_eps=config.rms_norm_eps,
             norm_eps=config.rms_norm_eps,
         )
-        return self.ledger.watch(slot, HyperBoundary(weights, kernel=self.kernels[slot]))
+        return self.ledger.watch(slot, HyperBoundary(weights, kernel=self.specs[slot]))
 
     def _norm(self, slot: str, weight: torch.Tensor | None) -> Any:
-        norm = RMSNorm(weight, self.config.rms_norm_eps, kernel=self.kernels[slot])
+        norm = RMSNorm(weight, self.config.rms_norm_eps, kernel=self.specs[slot])
         return self.ledger.watch(slot, norm)
 
     def _attention(self, layer_idx: int, compress_rope: Rope) -> Attention:
@@ -157,7 +159,7 @@ class Builder:
     def _core(self, layer_idx: int, rope: Rope, quantize_kv: Quantize) -> AttentionCore:
         layer = self._layers[layer_idx]
         attn, ratio = f"{layer.name}.attn", layer.ratio
-        sink_N, kernel = self.params[f"{attn}.attn_sink"], self.kernels[f"{attn}.core"]
+        sink_N, kernel = self.params[f"{attn}.attn_sink"], self.specs[f"{attn}.core"]
         softmax = SharedKeyAttention(sink_N, self.config.softmax_scale, kernel=kernel)
         compressor = self._compressor(f"{attn}.compressor", ratio, rope, quantize_kv) if ratio else None
         if ratio != CSA_RATIO:
@@ -170,16 +172,16 @@ class Builder:
 
     def _key_quantizer(self, slot: str) -> Quantize:
         """Rounds keys to the cache's format, where the plan says so."""
-        if slot not in self.kernels:
+        if slot not in self.specs:
             return _identity
-        return KeyQuantizer(self.config.qk_rope_head_dim, kernel=self.kernels[slot])
+        return KeyQuantizer(self.config.qk_rope_head_dim, kernel=self.specs[slot])
 
     def _index_quantizer(self, slot: str) -> Quantize:
         """Rounds index queries and keys, where the plan says so."""
-        return IndexQuantizer(kernel=self.kernels[slot]) if slot in self.kernels else _identity
+        return IndexQuantizer(kernel=self.specs[slot]) if slot in self.specs else _identity
 
     def _watched(self, slot: str, quantize: Quantize) -> Quantize:
-        return self.ledger.watch(slot, quantize) if slot in self.kernels else quantize
+        return self.ledger.watch(slot, quantize) if slot in self.specs else quantize
 
     def _compressor(self, name: str, ratio: int, rope: Rope, quantize_kv: Quantize) -> Compressor:
         """Its norm runs only when a window is complete, inside the layer's attention, with the layer's norm kernel.
@@ -187,7 +189,7 @@ class Builder:
         So does ``quantize_kv``, which is why neither counts as a call of its slot.
         """
         attn = name.partition(".attn.")[0] + ".attn"
-        weight, kernel = self.params[f"{name}.norm.weight"], self.kernels[f"{attn}.kv_norm"]
+        weight, kernel = self.params[f"{name}.norm.weight"], self.specs[f"{attn}.kv_norm"]
         norm = RMSNorm(weight, self.config.rms_norm_eps, kernel=kernel)
         return Compressor(self.params[f"{name}.ape"], norm, rope, ratio, quantize_kv)
 
@@ -213,9 +215,9 @@ class Builder:
             routed_scaling_factor=self.config.routed_scaling_factor,
             bias_E=self.params.get(f"{ffn}.gate.bias"),
             tid2eid_VK=self.params.get(f"{ffn}.gate.tid2eid"),
-            kernel=self.kernels[f"{ffn}.router"],
+            kernel=self.specs[f"{ffn}.router"],
         )
         limit = self.config.swiglu_limit
-        activation = self.ledger.watch(f"{shared}.swiglu", SwiGLU(limit, kernel=self.kernels[f"{shared}.swiglu"]))
+        activation = self.ledger.watch(f"{shared}.swiglu", SwiGLU(limit, kernel=self.specs[f"{shared}.swiglu"]))
         mlp = SwigluMlp(self._runner(f"{shared}.w13"), self._runner(f"{shared}.w2"), limit, activation=activation)
         return MoE(self.ledger.watch(f"{ffn}.router", router), self._runner(f"{ffn}.experts"), mlp)

@@ -1,18 +1,30 @@
 """Runners: an operand in its planned layout with the kernel that uses it, behind one call."""
 
-from ownpath.runners.companions import HyperBoundary, HyperWeights, Mix, RMSNorm, Router, SharedKeyAttention, SwiGLU
-from ownpath.runners.fp8 import Fp8Linear
+from ownpath.runners.companions import (
+    HyperBoundary,
+    HyperWeights,
+    IndexQuantizer,
+    KeyQuantizer,
+    Mix,
+    RMSNorm,
+    Router,
+    SharedKeyAttention,
+    SwiGLU,
+)
 from ownpath.runners.linear import (
     ConcatLinear,
+    Fp8Linear,
     GroupedLinear,
     Linear,
     Nvfp4Linear,
+    Nvfp4LinearW4A4,
     PlainLinear,
+    QuantizedLinear,
     WideLinear,
 )
 from ownpath.runners.mlp import SwigluMlp
-from ownpath.runners.moe import Fp8MoE, Nvfp4MoE, PlainMoE
-from ownpath.runners.official import IndexQuantizer, KeyQuantizer
+from ownpath.runners.moe import Fp8MoE, Nvfp4MoE, Nvfp4MoEW4A4, PlainMoE
+from ownpath.runners.runner import KernelRunner, Runner
 
 __all__ = [
     "ConcatLinear",
@@ -22,15 +34,20 @@ __all__ = [
     "HyperBoundary",
     "HyperWeights",
     "IndexQuantizer",
+    "KernelRunner",
     "KeyQuantizer",
     "Linear",
     "Mix",
     "Nvfp4Linear",
+    "Nvfp4LinearW4A4",
     "Nvfp4MoE",
+    "Nvfp4MoEW4A4",
     "PlainLinear",
     "PlainMoE",
+    "QuantizedLinear",
     "RMSNorm",
     "Router",
+    "Runner",
     "SharedKeyAttention",
     "SwiGLU",
     "SwigluMlp",

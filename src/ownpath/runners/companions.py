@@ -7,50 +7,102 @@ from typing import Any
 
 import torch
 
-from ownpath.kernels.hyper.ref import HyperOut, HyperWeights, Mix
-from ownpath.kernels.registry import KERNELS, Kernel
+from ownpath.kernels.attention.ref import AttentionReference, AttentionWeights
+from ownpath.kernels.cache_formats.ref import IndexQuantizerReference, KeyQuantizerReference
+from ownpath.kernels.contract import NormKernel, NormWeights, RouterKernel, RouterWeights, SwigluKernel
+from ownpath.kernels.hyper.ref import BoundaryKernel, HyperOut, HyperWeights, Mix
+from ownpath.kernels.registry import KERNELS
 from ownpath.runners.linear import Linear
+from ownpath.runners.ops import HANDLES
+from ownpath.runners.runner import Chosen, KernelRunner, chosen_spec
 
 __all__ = ["HyperBoundary", "HyperWeights", "Mix", "RMSNorm", "Router", "SharedKeyAttention", "SwiGLU"]
 
 
-class RMSNorm:
+class RMSNorm(KernelRunner):
     """y = weight * x / sqrt(mean(x²) + eps) over the last dimension, rounded once; ``None`` for a weight of ones."""
 
-    def __init__(self, weight: torch.Tensor | None, eps: float, *, kernel: Kernel = KERNELS["ref.rms_norm"]) -> None:
-        self.weight, self.eps = weight, eps
-        self._kernel = kernel
+    def __init__(self, weight: torch.Tensor | None, eps: float, *, kernel: Chosen = "ref.rms_norm") -> None:
+        self.spec, self.weight, self.eps = chosen_spec(kernel), weight, eps
+        self.kernel: NormKernel[Any] = KERNELS[self.spec.name]
+        self.operand = self.kernel.prepare(NormWeights(weight, eps))
+        self.handle = HANDLES.new(self)
 
-    def kernel_arguments(self, x: torch.Tensor) -> tuple[Any, ...]:
-        """What a call gives the kernel."""
-        return x, self.weight, self.eps
+    def variant(self, x: torch.Tensor, *_: Any) -> str | None:
+        """Names of the configurations that a call launches; ``None``: there is one form."""
+        return self.kernel.variant(x, self.operand)
+
+    def run(self, x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """y, of the shape and dtype of x. Errors: ValueError naming what the kernel does not take."""
+        return self.kernel.run(x, self.operand, out=out)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self._kernel(x, self.weight, self.eps)
-        return y
+        if torch.compiler.is_compiling():
+            y: torch.Tensor = torch.ops.ownpath.rms_norm(x, self.handle)
+            return y
+        return self.kernel.run(x, self.operand)
 
 
-class HyperBoundary:
+class HyperBoundary(KernelRunner):
     """What lies between two sublayers: the streams take one's output in, and the other's input is made of them.
 
     ``__call__``: streams x [T, S, D], output y [T, D] and its mix (both ``None`` before the first sublayer) -> new
     streams, normed input of the coming sublayer [T, D], and its mix (``None`` after the last sublayer).
     """
 
-    def __init__(self, weights: HyperWeights, *, kernel: Kernel = KERNELS["ref.hyper_boundary"]) -> None:
-        self.weights = weights
-        self._kernel = kernel
+    def __init__(self, weights: HyperWeights, *, kernel: Chosen = "ref.hyper_boundary") -> None:
+        self.spec, self.weights = chosen_spec(kernel), weights
+        self.kernel: BoundaryKernel[Any] = KERNELS[self.spec.name]
+        self.operand = self.kernel.prepare(weights)
+        self.handle = HANDLES.new(self)
 
-    def kernel_arguments(self, x_TSD: torch.Tensor, y_TD: torch.Tensor | None, mix: Mix | None) -> tuple[Any, ...]:
-        """What a call gives the kernel."""
-        return x_TSD, y_TD, mix, self.weights
+    @property
+    def makes_mix(self) -> bool:
+        """Whether another sublayer follows."""
+        num_streams = self.weights.fn.shape[1] // self.weights.norm_weight.shape[0]
+        return len(self.weights.fn) > num_streams
+
+    def variant(self, x_TSD: torch.Tensor, *_: Any) -> str | None:
+        """Names of the configurations that a call launches; ``None``: there is one form."""
+        return self.kernel.variant(x_TSD, self.operand)
+
+    def workspace(self, num_tokens: int) -> torch.Tensor | None:
+        """Scratch for calls of up to ``num_tokens`` tokens; ``None`` where none is used."""
+        return self.kernel.workspace(self.operand, num_tokens)
+
+    def run(
+        self,
+        x_TSD: torch.Tensor,
+        y_TD: torch.Tensor | None,
+        mix: Mix | None,
+        *,
+        out: HyperOut | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> HyperOut:
+        """``__call__``, without asking whether torch compiles."""
+        return self.kernel.run(x_TSD, y_TD, mix, self.operand, out=out, workspace=workspace)
+
+    def run_flat(
+        self, x: torch.Tensor, y: torch.Tensor | None, post: torch.Tensor | None, comb: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``run`` on tensors alone, none of the results an argument; no mix is two tensors without elements."""
+        mix = None if post is None or comb is None else Mix(post, comb)
+        found = self.run(x, y, mix)
+        streams = found.x_TSD.clone() if found.x_TSD.data_ptr() == x.data_ptr() else found.x_TSD
+        if found.mix is None:
+            nothing = x.new_empty((len(x), 0), dtype=torch.promote_types(x.dtype, torch.float32))
+            return streams, found.h_TD, nothing, nothing.new_empty((len(x), 0, 0))
+        return streams, found.h_TD, found.mix.post_TS, found.mix.comb_TSS
 
     def __call__(self, x_TSD: torch.Tensor, y_TD: torch.Tensor | None, mix: Mix | None) -> HyperOut:
-        out: HyperOut = self._kernel(x_TSD, y_TD, mix, self.weights)
-        return out
+        if torch.compiler.is_compiling():
+            post, comb = (None, None) if mix is None else (mix.post_TS, mix.comb_TSS)
+            streams, h, *new = torch.ops.ownpath.hyper_boundary(x_TSD, y_TD, post, comb, self.handle)
+            return HyperOut(streams, h, Mix(*new) if self.makes_mix else None)
+        return self.kernel.run(x_TSD, y_TD, mix, self.operand)
 
 
-class Router:
+class Router(KernelRunner):
     """Which experts a token goes to, and with what weight: by score with a selection bias, or by token id.
 
     gate: x [T, D] -> logits [T, E], at least float32. Exactly one of ``bias_E`` and ``tid2eid_VK`` is given. bias_E
@@ -66,18 +118,31 @@ class Router:
         bias_E: torch.Tensor | None,
         tid2eid_VK: torch.Tensor | None,
         *,
-        kernel: Kernel = KERNELS["ref.router"],
+        kernel: Chosen = "ref.router",
     ) -> None:
         if (bias_E is None) == (tid2eid_VK is None):
             raise ValueError("exactly one of bias_E and tid2eid_VK must be given")
-        self.gate = gate
+        self.spec, self.gate = chosen_spec(kernel), gate
         self.num_experts_per_tok, self.routed_scaling_factor = num_experts_per_tok, routed_scaling_factor
         self.bias_E, self.tid2eid_VK = bias_E, tid2eid_VK
-        self._kernel = kernel
+        self.kernel: RouterKernel[Any] = KERNELS[self.spec.name]
+        weights = RouterWeights(num_experts_per_tok, routed_scaling_factor, bias_E, tid2eid_VK)
+        self.operand = self.kernel.prepare(weights)
+        self.handle = HANDLES.new(self)
 
-    def kernel_arguments(self, x_TD: torch.Tensor, token_ids_T: torch.Tensor) -> tuple[Any, ...]:
-        """What a call gives the kernel, without the gate's logits."""
-        return None, self.num_experts_per_tok, self.routed_scaling_factor, self.bias_E, token_ids_T, self.tid2eid_VK
+    def variant(self, x_TD: torch.Tensor, *_: Any) -> str | None:
+        """Names of the configurations that a call launches; ``None``: there is one form. Logits are not looked at."""
+        return self.kernel.variant(x_TD, self.operand)
+
+    def run(
+        self,
+        logits_TE: torch.Tensor,
+        token_ids_T: torch.Tensor,
+        *,
+        out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The choice, from the gate's logits. Errors: ValueError naming what the kernel does not take."""
+        return self.kernel.run(logits_TE, token_ids_T, self.operand, out=out)
 
     def __call__(self, x_TD: torch.Tensor, token_ids_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Expert ids [T, K] and weights, at least float32 [T, K], that sum to ``routed_scaling_factor``.
@@ -86,43 +151,101 @@ class Router:
         """
         if len(token_ids_T) != len(x_TD):
             raise ValueError(f"token_ids_T has {len(token_ids_T)} ids for {len(x_TD)} rows of x")
-        chosen: tuple[torch.Tensor, torch.Tensor] = self._kernel(
-            self.gate(x_TD),
-            self.num_experts_per_tok,
-            self.routed_scaling_factor,
-            self.bias_E,
-            token_ids_T,
-            self.tid2eid_VK,
-        )
-        return chosen
+        logits_TE = self.gate(x_TD)
+        if torch.compiler.is_compiling():
+            ids, weights = torch.ops.ownpath.router(logits_TE, token_ids_T, self.handle)
+            return ids, weights
+        return self.kernel.run(logits_TE, token_ids_T, self.operand)
 
 
-class SwiGLU:
+class SwiGLU(KernelRunner):
     """silu(min(gate, limit)) * clamp(up, -limit, limit) of [..., gate | up], at least float32 inside, rounded once."""
 
-    def __init__(self, limit: float, *, kernel: Kernel = KERNELS["ref.swiglu"]) -> None:
-        self.limit = limit
-        self._kernel = kernel
+    def __init__(self, limit: float, *, kernel: Chosen = "ref.swiglu") -> None:
+        self.spec, self.limit = chosen_spec(kernel), limit
+        self.kernel: SwigluKernel[Any] = KERNELS[self.spec.name]
+        self.operand = self.kernel.prepare(limit)
+        self.handle = HANDLES.new(self)
 
-    def kernel_arguments(self, gate_up: torch.Tensor) -> tuple[Any, ...]:
-        """What a call gives the kernel."""
-        return gate_up, self.limit
+    def variant(self, gate_up: torch.Tensor, *_: Any) -> str | None:
+        """Names of the configurations that a call launches; ``None``: there is one form."""
+        return self.kernel.variant(gate_up, self.operand)
+
+    def run(self, gate_up: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """y [..., F]. Errors: ValueError naming what the kernel does not take."""
+        return self.kernel.run(gate_up, self.operand, out=out)
 
     def __call__(self, gate_up: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self._kernel(gate_up, self.limit)
-        return y
+        if torch.compiler.is_compiling():
+            y: torch.Tensor = torch.ops.ownpath.swiglu(gate_up, self.handle)
+            return y
+        return self.kernel.run(gate_up, self.operand)
 
 
-class SharedKeyAttention:
+class SharedKeyAttention(KernelRunner):
     """Softmax attention of many query heads over one set of keys, which are the values too, with a sink per head."""
 
-    def __init__(
-        self, sink_N: torch.Tensor, softmax_scale: float, *, kernel: Kernel = KERNELS["ref.attention"]
-    ) -> None:
-        self.sink_N, self.softmax_scale = sink_N, softmax_scale
-        self._kernel = kernel
+    def __init__(self, sink_N: torch.Tensor, softmax_scale: float, *, kernel: Chosen = "ref.attention") -> None:
+        self.spec, self.sink_N, self.softmax_scale = chosen_spec(kernel), sink_N, softmax_scale
+        self.kernel: AttentionReference = KERNELS[self.spec.name]
+        self.operand = self.kernel.prepare(AttentionWeights(sink_N, softmax_scale))
+        self.handle = HANDLES.new(self)
+
+    def variant(self, *args: Any) -> None:
+        """There is one form."""
+
+    def run(self, q_tNH: torch.Tensor, keys_KH: torch.Tensor, visible_tK: torch.Tensor) -> torch.Tensor:
+        """``__call__``, without asking whether torch compiles."""
+        return self.kernel.run(q_tNH, keys_KH, visible_tK, self.operand)
 
     def __call__(self, q_tNH: torch.Tensor, keys_KH: torch.Tensor, visible_tK: torch.Tensor) -> torch.Tensor:
         """q [t, N, H], keys [K, H], visible bool [t, K] -> [t, N, H]."""
-        o_tNH: torch.Tensor = self._kernel(q_tNH, keys_KH, visible_tK, self.sink_N, self.softmax_scale)
-        return o_tNH
+        if torch.compiler.is_compiling():
+            o_tNH: torch.Tensor = torch.ops.ownpath.attention(q_tNH, keys_KH, visible_tK, self.handle)
+            return o_tNH
+        return self.run(q_tNH, keys_KH, visible_tK)
+
+
+class KeyQuantizer(KernelRunner):
+    """Rounds keys to the cache's format, all but their last ``num_rotary`` channels, and reads them back."""
+
+    def __init__(self, num_rotary: int, *, kernel: Chosen = "ref.fp8_keys") -> None:
+        self.spec, self.num_rotary = chosen_spec(kernel), num_rotary
+        self.kernel: KeyQuantizerReference = KERNELS[self.spec.name]
+        self.operand = self.kernel.prepare(num_rotary)
+        self.handle = HANDLES.new(self)
+
+    def variant(self, *args: Any) -> None:
+        """There is one form."""
+
+    def run(self, kv: torch.Tensor) -> torch.Tensor:
+        """``__call__``, without asking whether torch compiles."""
+        return self.kernel.run(kv, self.operand)
+
+    def __call__(self, kv: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            y: torch.Tensor = torch.ops.ownpath.quantize_kv(kv, self.handle)
+            return y
+        return self.run(kv)
+
+
+class IndexQuantizer(KernelRunner):
+    """Rounds index queries and keys to the index cache's format and reads them back."""
+
+    def __init__(self, *, kernel: Chosen = "ref.fp4_index") -> None:
+        self.spec = chosen_spec(kernel)
+        self.kernel: IndexQuantizerReference = KERNELS[self.spec.name]
+        self.handle = HANDLES.new(self)
+
+    def variant(self, *args: Any) -> None:
+        """There is one form."""
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        """``__call__``, without asking whether torch compiles."""
+        return self.kernel.run(x)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            y: torch.Tensor = torch.ops.ownpath.quantize_index(x, self.handle)
+            return y
+        return self.run(x)

@@ -1,16 +1,25 @@
-"""Dense runners: an operand in its planned layout and the kernel that multiplies by it, behind one call."""
+"""Dense runners: a matrix in its kernel's layout and the kernel, behind one call."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 
-from ownpath.formats import BF16, FP32, NVFP4
+from ownpath.formats import BF16, FP8_BLOCK, FP32, NVFP4, Format
+from ownpath.kernels.checks import require, require_input
+from ownpath.kernels.contract import Config, GroupedKernel, LinearKernel, StoredLinear
 from ownpath.kernels.grouped.ref import grouped_linear
-from ownpath.kernels.registry import KERNELS, Kernel
+from ownpath.kernels.registry import KERNELS
+from ownpath.numerics import fake_quantize_fp8, nvfp4_codes_times_scales
+from ownpath.ops import OpKind
 from ownpath.qtensor import QuantTensor
-from ownpath.runners.checks import require, require_input
-from ownpath.runners.prepare import compile_configs, default_kernel, prepared, restored
+from ownpath.runners.ops import HANDLES
+from ownpath.runners.runner import Chosen, KernelRunner, Runner, chosen_spec, default_spec
+
+Shards = torch.Tensor | Sequence[torch.Tensor]
+PACKED = (torch.uint8, torch.int8)
+INPUT_BLOCK = 128
+"""Columns that share a scale where official numerics round the input of an FP8 weight."""
 
 
 class Linear(Protocol):
@@ -22,23 +31,87 @@ class Linear(Protocol):
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
 
-Shards = torch.Tensor | Sequence[torch.Tensor]
+class LinearRunner(KernelRunner):
+    """Product with one stored matrix, or with several fused ones whose rows follow each other in y.
+
+    The stored tensors are taken over: a kernel with a layout of its own may repack them in place.
+    Errors: ValueError naming what the kernel does not take.
+    """
+
+    def __init__(self, kernel: Chosen, stored: StoredLinear) -> None:
+        self.spec = chosen_spec(kernel)
+        self.out_features, self.in_features = stored.shape
+        self.kernel: LinearKernel[Any] = KERNELS[self.spec.name]
+        self.operand = self.kernel.prepare(stored)
+        self.handle = HANDLES.new(self)
+
+    def run(
+        self, x: torch.Tensor, *, out: torch.Tensor | None = None, workspace: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """y [..., N] in the dtype of x. out, workspace: so that the call allocates nothing.
+
+        Errors: ValueError naming what is wrong with x, out or workspace.
+        """
+        return self.kernel.run(x, self.operand, out=out, workspace=workspace)
+
+    def run_wide(self, x: torch.Tensor) -> torch.Tensor:
+        """y [..., N] in at least float32. Errors: ValueError naming what is wrong with x."""
+        return self.kernel.run_wide(x, self.operand)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            y: torch.Tensor = torch.ops.ownpath.linear(x, self.handle)
+            return y
+        return self.kernel.run(x, self.operand)
+
+    def wide(self, x: torch.Tensor) -> torch.Tensor:
+        """``run_wide``."""
+        if torch.compiler.is_compiling():
+            y: torch.Tensor = torch.ops.ownpath.linear_wide(x, self.handle)
+            return y
+        return self.kernel.run_wide(x, self.operand)
+
+    def workspace(self, num_tokens: int) -> torch.Tensor | None:
+        """uint8 scratch for calls of up to ``num_tokens`` rows; ``None``: the kernel needs none."""
+        return self.kernel.workspace(self.operand, num_tokens)
+
+    def stored(self) -> tuple[QuantTensor, ...]:
+        """What the kernel holds, read back out of its layout; a kernel that fuses shards gives one matrix."""
+        return self.kernel.restore(self.operand)
+
+    def padding(self) -> torch.Tensor | None:
+        """Bytes that the kernel may read beyond the matrix; ``None``: its layout has none."""
+        return self.kernel.padding(self.operand)
+
+    def compile_configs(self) -> Sequence[Config]:
+        """Everything compiled to disk that calls may launch, for compiling ahead."""
+        return self.kernel.configs(self.operand)
+
+    def variant(self, x: torch.Tensor, *_: Any) -> str | None:
+        """Names of the configurations that a call with this x launches; ``None``: there is one form."""
+        return self.kernel.variant(x, self.operand)
 
 
-def _shards(value: Shards) -> tuple[torch.Tensor, ...]:
-    return (value,) if isinstance(value, torch.Tensor) else tuple(value)
+def _listed(value: Shards) -> list[torch.Tensor]:
+    return [value] if isinstance(value, torch.Tensor) else list(value)
 
 
-def _fuse(shards: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """One tensor of all rows; a single shard is used as it is, without a copy."""
-    return shards[0] if len(shards) == 1 else torch.cat(shards)
+def _nvfp4_shards(weight: Shards, weight_scale: Shards, weight_scale_2: Shards) -> tuple[QuantTensor, ...]:
+    """Errors: ValueError naming the operand for a wrong dtype or shape."""
+    weights, scales, globals_ = _listed(weight), _listed(weight_scale), _listed(weight_scale_2)
+    if not len(weights) == len(scales) == len(globals_):
+        raise ValueError("weight, weight_scale and weight_scale_2 must have the same number of shards")
+    for idx, (w, s, g) in enumerate(zip(weights, scales, globals_, strict=True)):
+        num_rows, packed = w.shape
+        require(f"weight[{idx}]", w, PACKED, (num_rows, weights[0].shape[1]))
+        require(f"weight_scale[{idx}]", s, (torch.float8_e4m3fn,), (num_rows, packed // 8))
+        require(f"weight_scale_2[{idx}]", g, (torch.float32,), (num_rows,) if g.ndim else ())
+    return tuple(
+        QuantTensor(w.view(torch.uint8), s, g, NVFP4) for w, s, g in zip(weights, scales, globals_, strict=True)
+    )
 
 
-def _plain(weight: torch.Tensor) -> QuantTensor:
-    return QuantTensor(weight, None, None, BF16 if weight.dtype == torch.bfloat16 else FP32)
-
-
-class Nvfp4Linear:
+class Nvfp4Linear(LinearRunner):
     """W4A16 product with an NVFP4 weight, or with several fused ones that keep their own global scales.
 
     Shapes: weight uint8 [N, K/2], low nibble = even k (int8 storage is viewed as uint8); weight_scale E4M3
@@ -51,94 +124,148 @@ class Nvfp4Linear:
     """
 
     def __init__(
+        self, weight: Shards, weight_scale: Shards, weight_scale_2: Shards, *, kernel: Chosen | None = None
+    ) -> None:
+        shards = _nvfp4_shards(weight, weight_scale, weight_scale_2)
+        chosen = default_spec(OpKind.LINEAR, NVFP4, shards[0].qdata.device) if kernel is None else kernel
+        super().__init__(chosen, StoredLinear(shards))
+
+
+class Nvfp4LinearW4A4(LinearRunner):
+    """W4A4, for Blackwell: product of an NVFP4 weight, or several fused ones, with activations quantised to NVFP4.
+
+    Shapes: as ``Nvfp4Linear``, and input_scale float32 [] or [shards], a multiplier. The input is quantised once, with
+        the largest input scale. x bfloat16 [..., K]; y bfloat16 [..., N].
+    Errors: ValueError naming the operand for a wrong dtype, shape or device, K not a multiple of 64, or a scale that
+        is not finite and positive; ProofError when the kernel differs from its twin on this device.
+    """
+
+    def __init__(
         self,
         weight: Shards,
         weight_scale: Shards,
         weight_scale_2: Shards,
+        input_scale: Shards,
         *,
-        kernel: Kernel | None = None,
+        kernel: Chosen = "triton.nvfp4_linear_w4a4_sm100",
     ) -> None:
-        weights, scales, globals_ = _shards(weight), _shards(weight_scale), _shards(weight_scale_2)
-        if not len(weights) == len(scales) == len(globals_):
-            raise ValueError("weight, weight_scale and weight_scale_2 must have the same number of shards")
-        for idx, (w, s, g) in enumerate(zip(weights, scales, globals_, strict=True)):
-            num_rows, packed = w.shape
-            require(f"weight[{idx}]", w, (torch.uint8, torch.int8), (num_rows, weights[0].shape[1]))
-            require(f"weight_scale[{idx}]", s, (torch.float8_e4m3fn,), (num_rows, packed // 8))
-            require(f"weight_scale_2[{idx}]", g, (torch.float32,), (num_rows,) if g.ndim else ())
-        rows = tuple(g.expand(len(w)) for w, g in zip(weights, globals_, strict=True))
-        weight = _fuse(weights).view(torch.uint8)
-        self.out_features, self.in_features = weight.shape[0], 2 * weight.shape[1]
-        self._kernel = default_kernel("nvfp4_linear", weight) if kernel is None else kernel
-        self._operand = prepared(self._kernel, weight, _fuse(scales), _fuse(rows))
-        self._weight = weight
-
-    def compile_configs(self) -> list[Any]:
-        """The kernels that calls may launch, for compiling ahead."""
-        return compile_configs(self._kernel, self._operand)
-
-    def stored(self) -> tuple[QuantTensor, ...]:
-        """What the kernel holds, read back out of its layout: all shards' rows, and a global scale for each [N]."""
-        codes, scale, rows = restored(self._kernel, self._operand)
-        return (QuantTensor(codes, scale, rows, NVFP4),)
-
-    def kernel_arguments(self, x: torch.Tensor) -> tuple[Any, ...]:
-        """What a call gives the kernel."""
-        return x.reshape(-1, self.in_features), *self._operand
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        require_input(x, self.in_features, self._weight)
-        y: torch.Tensor = self._kernel(x.reshape(-1, self.in_features), *self._operand)
-        return y.view(*x.shape[:-1], self.out_features)
+        shards = _nvfp4_shards(weight, weight_scale, weight_scale_2)
+        largest = torch.stack([scale.max() for scale in _listed(input_scale)]).max()
+        require("input_scale", largest, (torch.float32,), ())
+        super().__init__(kernel, StoredLinear(shards, largest))
 
 
-class PlainLinear:
+class Fp8Linear(LinearRunner):
+    """Product with E4M3 weights in 128x128 blocks, one or several fused ones that keep their own grids of scales.
+
+    With the torch reference: W8A16. With ``cute.fp8_linear_sm90``: W8A16 for few rows, W8A8 (activations quantised
+    1 x 128 on the fly) from the number of rows that its spec names; the weights are repacked into a copy, so the
+    tensors given are not needed afterwards.
+
+    Shapes: weight E4M3 [N, K]; scale E8M0 or float32 [ceil(N/128), ceil(K/128)]; lists are fused shards, a shard's
+        last block may hold fewer than 128 rows.
+    Errors: ValueError naming the operand for a wrong dtype, shape, device, stride or alignment.
+    """
+
+    def __init__(self, weight: Shards, scale: Shards, *, kernel: Chosen | None = None) -> None:
+        weights, scales = _listed(weight), _listed(scale)
+        if len(weights) != len(scales):
+            raise ValueError(f"{len(weights)} weights with {len(scales)} scales")
+        for idx, (w, s) in enumerate(zip(weights, scales, strict=True)):
+            num_rows, width = w.shape
+            require(f"weight[{idx}]", w, (torch.float8_e4m3fn,), (num_rows, weights[0].shape[1]))
+            blocks = (-(-num_rows // 128), -(-width // 128))
+            require(f"scale[{idx}]", s, (torch.float8_e8m0fnu, torch.float32), blocks)
+        shards = tuple(QuantTensor(w, s, None, FP8_BLOCK) for w, s in zip(weights, scales, strict=True))
+        chosen = default_spec(OpKind.LINEAR, FP8_BLOCK, weights[0].device) if kernel is None else kernel
+        super().__init__(chosen, StoredLinear(shards))
+
+
+class PlainLinear(LinearRunner):
     """Product with an unquantised weight. Shapes: weight bfloat16 or float32 [N, K]; a list is fused shards."""
 
-    def __init__(self, weight: Shards, *, kernel: Kernel = KERNELS["ref.plain_linear"]) -> None:
-        weights = _shards(weight)
+    def __init__(self, weight: Shards, *, kernel: Chosen = "ref.plain_linear") -> None:
+        weights = _listed(weight)
         for idx, w in enumerate(weights):
             require(f"weight[{idx}]", w, (torch.bfloat16, torch.float32), (len(w), weights[0].shape[1]))
-        self.weight = _fuse(weights)
-        self.out_features, self.in_features = self.weight.shape
-        self._kernel = kernel
-
-    def stored(self) -> tuple[QuantTensor, ...]:
-        """What the kernel holds: all shards' rows."""
-        return (_plain(self.weight),)
-
-    def kernel_arguments(self, x: torch.Tensor, out_dtype: torch.dtype | None = None) -> tuple[Any, ...]:
-        """What a call gives the kernel."""
-        return x, self.weight, out_dtype or x.dtype
-
-    def __call__(self, x: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
-        """y in the dtype of x, or unrounded in a wider ``out_dtype``."""
-        require_input(x, self.in_features, self.weight)
-        y: torch.Tensor = self._kernel(x, self.weight, out_dtype or x.dtype)
-        return y
+        super().__init__(kernel, StoredLinear(tuple(QuantTensor(w, None, None, plain_format(w)) for w in weights)))
 
 
-class WideLinear:
+def plain_format(weight: torch.Tensor) -> Format:
+    """The format of an unquantised weight."""
+    return BF16 if weight.dtype == torch.bfloat16 else FP32
+
+
+class QuantizedLinear(LinearRunner):
+    """A linear whose input is quantised first and read back, which any dtype of activations holds exactly.
+
+    FP8 weights: E4M3 with a power-of-two scale per 1 x 128, W8A8. NVFP4 weights: W4A4 by a W4A16 kernel; the input's
+    global scale (the largest of the shards') goes into the weights'.
+    """
+
+    def __init__(self, kernel: Chosen, stored: StoredLinear) -> None:
+        self.input_scale = stored.input_scale
+        if self.input_scale is not None:
+            stored = StoredLinear(tuple(_scaled(shard, self.input_scale) for shard in stored.shards))
+        super().__init__(kernel, stored)
+
+    def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
+        """Quantises x and reads it back, without the global scale that went into the weights'."""
+        if self.input_scale is None:
+            return fake_quantize_fp8(x, INPUT_BLOCK)
+        return nvfp4_codes_times_scales(x.reshape(-1, x.shape[-1]), self.input_scale).view(x.shape)
+
+    def run(
+        self, x: torch.Tensor, *, out: torch.Tensor | None = None, workspace: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As ``LinearRunner``, on the quantised x."""
+        return super().run(self.quantize_input(x), out=out, workspace=workspace)
+
+    def run_wide(self, x: torch.Tensor) -> torch.Tensor:
+        """As ``LinearRunner``, on the quantised x."""
+        return super().run_wide(self.quantize_input(x.to(torch.promote_types(x.dtype, torch.float32))))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return super().__call__(x)
+        return self.run(x)
+
+    def wide(self, x: torch.Tensor) -> torch.Tensor:
+        """``run_wide``."""
+        if torch.compiler.is_compiling():
+            return super().wide(x)
+        return self.run_wide(x)
+
+
+def _scaled(shard: QuantTensor, input_scale: torch.Tensor) -> QuantTensor:
+    assert shard.global_scale is not None
+    return QuantTensor(shard.qdata, shard.scale, shard.global_scale * input_scale, shard.format)
+
+
+class WideLinear(Runner):
     """A linear whose result is at least float32: sums are kept as they are, not rounded to the dtype of x."""
 
-    def __init__(self, linear: Linear) -> None:
+    def __init__(self, linear: LinearRunner) -> None:
         self.linear = linear
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     @property
-    def parts(self) -> tuple[Linear, ...]:
-        """The runners that it calls."""
-        return (self.linear,)
+    def leaves(self) -> tuple[KernelRunner, ...]:
+        """The linear."""
+        return self.linear.leaves
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return self.linear(x, wide) if isinstance(self.linear, PlainLinear) else self.linear(x.to(wide))
+        return self.linear.wide(x)
+
+    def wide(self, x: torch.Tensor) -> torch.Tensor:
+        """The same."""
+        return self.linear.wide(x)
 
 
-class ConcatLinear:
+class ConcatLinear(Runner):
     """Several linears on the same input, outputs side by side: a fused slot whose shards are stored differently."""
 
-    def __init__(self, linears: Sequence[Linear]) -> None:
+    def __init__(self, linears: Sequence[LinearRunner | WideLinear]) -> None:
         if len({linear.in_features for linear in linears}) != 1:
             raise ValueError("linears of one slot must take the same number of features")
         self.linears = tuple(linears)
@@ -146,15 +273,19 @@ class ConcatLinear:
         self.out_features = sum(linear.out_features for linear in linears)
 
     @property
-    def parts(self) -> tuple[Linear, ...]:
-        """The runners that it calls."""
-        return self.linears
+    def leaves(self) -> tuple[KernelRunner, ...]:
+        """Those of all linears."""
+        return tuple(leaf for linear in self.linears for leaf in linear.leaves)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([linear(x) for linear in self.linears], dim=-1)
 
+    def wide(self, x: torch.Tensor) -> torch.Tensor:
+        """In at least float32."""
+        return torch.cat([linear.wide(x) for linear in self.linears], dim=-1)
 
-class GroupedLinear:
+
+class GroupedLinear(KernelRunner):
     """y[..., g] = W[g] x[..., g]: ``wo_a``, one matrix per group of heads, plain floating point.
 
     Shapes: weight bfloat16 or float32 [G*R, I], groups one after the other; y [..., G, R]. x is [..., G, I]; or, with
@@ -162,38 +293,52 @@ class GroupedLinear:
     Errors: ValueError for a wrong dtype or shape.
     """
 
-    def __init__(
-        self, weight: torch.Tensor, num_groups: int, *, kernel: Kernel = KERNELS["ref.grouped_linear"]
-    ) -> None:
+    def __init__(self, weight: torch.Tensor, num_groups: int, *, kernel: Chosen = "ref.grouped_linear") -> None:
         require("weight", weight, (torch.bfloat16, torch.float32), (len(weight), weight.shape[1]))
         if len(weight) % num_groups:
             raise ValueError(f"weight has {len(weight)} rows, not a multiple of {num_groups} groups")
+        self.spec = chosen_spec(kernel)
         self.weight_GRI = weight.unflatten(0, (num_groups, -1))
         self.num_groups, self.out_features, self.in_features = self.weight_GRI.shape
-        self._kernel = kernel
+        self.kernel: GroupedKernel[Any] = KERNELS[self.spec.name]
+        self.operand = self.kernel.prepare(self.weight_GRI)
+        self.handle = HANDLES.new(self)
 
     def stored(self) -> tuple[QuantTensor, ...]:
         """What the kernel holds: rows of all groups."""
-        return (_plain(self.weight_GRI.flatten(0, 1)),)
+        return self.kernel.restore(self.operand)
 
-    def kernel_arguments(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> tuple[Any, ...]:
-        """What a call with a rotation gives the kernel."""
-        return x, *rotation, self.weight_GRI
+    def padding(self) -> None:
+        """The layout has none."""
+
+    def variant(self, o_TNH: torch.Tensor, *_: Any) -> str | None:
+        """Names of the configurations that a call with this input launches; ``None``: there is one form."""
+        return self.kernel.variant(o_TNH, self.operand)
+
+    def new_out(self, o_TNH: torch.Tensor) -> torch.Tensor:
+        """Unwritten y [T, G, R]."""
+        return o_TNH.new_empty((o_TNH.shape[0], self.num_groups, self.out_features))
+
+    def run(
+        self, o_TNH: torch.Tensor, cos_TA: torch.Tensor, sin_TA: torch.Tensor, *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The rotation undone and the product. Errors: ValueError for heads that do not fit."""
+        width = self.num_groups * self.in_features
+        if o_TNH.ndim != 3 or o_TNH.shape[1] * o_TNH.shape[2] != width:
+            raise ValueError(f"heads must be [T, N, H] with N * H = {width}, found {list(o_TNH.shape)}")
+        if o_TNH.device != self.weight_GRI.device or not o_TNH.is_floating_point():
+            require_input(o_TNH, o_TNH.shape[-1], self.weight_GRI)
+        return self.kernel.run(o_TNH, cos_TA, sin_TA, self.operand, out=out)
 
     def __call__(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
         """rotation: (cos, sin) float32 [T, A] of each row's angles, to be undone; the planned kernel does both."""
         if rotation is not None:
-            return self._turned_back(x, *rotation)
+            if torch.compiler.is_compiling():
+                y_TGR: torch.Tensor = torch.ops.ownpath.grouped_linear(x, *rotation, self.handle)
+                return y_TGR
+            return self.run(x, *rotation)
         require_input(x, self.in_features, self.weight_GRI)
         if x.shape[-2] != self.num_groups:
             raise ValueError(f"x has {x.shape[-2]} groups, the weight {self.num_groups}")
         y = grouped_linear(x.flatten(0, -3), self.weight_GRI)
         return y.reshape(*x.shape[:-1], self.out_features)
-
-    def _turned_back(self, o_TNH: torch.Tensor, cos_TA: torch.Tensor, sin_TA: torch.Tensor) -> torch.Tensor:
-        if o_TNH.ndim != 3 or o_TNH.shape[1] * o_TNH.shape[2] != self.num_groups * self.in_features:
-            width, found = self.num_groups * self.in_features, list(o_TNH.shape)
-            raise ValueError(f"heads must be [T, N, H] with N * H = {width}, found {found}")
-        require_input(o_TNH, o_TNH.shape[-1], self.weight_GRI)
-        y_TGR: torch.Tensor = self._kernel(o_TNH, cos_TA, sin_TA, self.weight_GRI)
-        return y_TGR

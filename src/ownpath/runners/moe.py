@@ -1,21 +1,111 @@
 """The routed experts' runners."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ownpath.formats import BF16, FP8_BLOCK, FP32, NVFP4
-from ownpath.kernels.registry import KERNELS, Kernel
+from ownpath.formats import FP8_BLOCK, NVFP4
+from ownpath.kernels.checks import require
+from ownpath.kernels.contract import Config, ExpertsKernel, Routing, StoredExperts
+from ownpath.kernels.registry import KERNELS
 from ownpath.numerics import mxfp4_scale_as_nvfp4
+from ownpath.ops import OpKind
 from ownpath.qtensor import QuantTensor
-from ownpath.runners.checks import require, require_input, require_routing
-from ownpath.runners.prepare import compile_configs, default_kernel, gate_and_up, prepared, restored_expert
+from ownpath.runners.linear import PACKED, plain_format
+from ownpath.runners.ops import HANDLES
+from ownpath.runners.runner import Chosen, KernelRunner, chosen_spec, default_spec
 
 Expert = tuple[QuantTensor, QuantTensor, QuantTensor]
 """w1 (gate), w3 (up) and w2 (down) of one expert, as they are stored."""
 
 
-class Nvfp4MoE:
+class MoeRunner(KernelRunner):
+    """Top-k mixture of SwiGLU experts. The stored tensors are taken over: a kernel may repack them in place.
+
+    Errors: ValueError naming what the kernel does not take.
+    """
+
+    def __init__(self, kernel: Chosen, stored: StoredExperts) -> None:
+        self.spec = chosen_spec(kernel)
+        self.num_experts, self.hidden_size = stored.num_experts, stored.hidden_size
+        self.swiglu_limit = stored.swiglu_limit
+        self.kernel: ExpertsKernel[Any] = KERNELS[self.spec.name]
+        self.operand = self.kernel.prepare(stored)
+        self.handle = HANDLES.new(self)
+
+    def run(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        num_shared: int = 0,
+        expert_map: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``__call__``, without asking whether torch compiles."""
+        routing = Routing(topk_ids, topk_weights, num_shared, expert_map)
+        return self.kernel.run(x, routing, self.operand, out=out, workspace=workspace)
+
+    def __call__(
+        self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, **given: Any
+    ) -> torch.Tensor:
+        """y[t] = sum over slots k of topk_weights[t, k] * expert topk_ids[t, k] of x[t], and the shared experts.
+
+        Shapes: x [T, D]; topk_ids int32 or int64 [T, K]; topk_weights float32 [T, K]; y [T, D] in the dtype of x.
+        given: ``num_shared``, how many experts at the end of the stacks are shared: every token goes to them with
+            weight 1; ``expert_map`` int32 [global experts], local expert or -1, when this runner holds only some;
+            ``out`` like x and ``workspace``, so that the call allocates nothing.
+        """
+        if torch.compiler.is_compiling():
+            num_shared, expert_map = given.get("num_shared", 0), given.get("expert_map")
+            y: torch.Tensor = torch.ops.ownpath.experts(x, topk_ids, topk_weights, expert_map, num_shared, self.handle)
+            return y
+        return self.run(x, topk_ids, topk_weights, **given)
+
+    def workspace(self, num_tokens: int, num_slots: int) -> torch.Tensor | None:
+        """uint8 scratch for calls of up to ``num_tokens`` tokens; ``None`` where none is used.
+
+        num_slots: experts per token, shared ones included.
+        """
+        return self.kernel.workspace(self.operand, num_tokens, num_slots)
+
+    def stored_expert(self, expert: int) -> Expert:
+        """What the kernel holds of one expert, read back out of its layout; w2's global scale may be there twice."""
+        gate_up, down = self.kernel.restore(self.operand, expert)
+        return *gate_and_up(gate_up), down
+
+    def padding(self) -> None:
+        """Experts' layouts have none."""
+
+    def compile_configs(self) -> Sequence[Config]:
+        """The kernels that calls may launch (without shared experts or an expert map), for compiling ahead."""
+        return self.kernel.configs(self.operand)
+
+    def variant(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, *_: Any) -> str | None:
+        """Names of the configurations that a call launches; ``None``: there is one form."""
+        return self.kernel.variant(x, Routing(topk_ids, topk_weights), self.operand)
+
+
+def gate_and_up(fused: QuantTensor) -> tuple[QuantTensor, QuantTensor]:
+    """An expert's fused matrix in two, gate rows first.
+
+    Shapes: qdata [2F, ...]; scale [2F, ...], or a grid for each half [2, R, C]; global_scale [2].
+    """
+
+    def half(idx: int) -> QuantTensor:
+        scale = fused.scale
+        if scale is not None:
+            scale = scale[idx] if scale.ndim == 3 else scale.chunk(2)[idx]
+        global_scale = None if fused.global_scale is None else fused.global_scale[idx]
+        return QuantTensor(fused.qdata.chunk(2)[idx], scale, global_scale, fused.format)
+
+    return half(0), half(1)
+
+
+class Nvfp4MoE(MoeRunner):
     """Top-k mixture of SwiGLU experts with NVFP4 weights.
 
     Shapes (E experts, D hidden, F expert width): w13 uint8 [E, 2F, D/2], gate rows first; w13_scale E4M3
@@ -37,25 +127,12 @@ class Nvfp4MoE:
         w2_scale_2: torch.Tensor,
         swiglu_limit: float,
         *,
-        kernel: Kernel | None = None,
+        kernel: Chosen | None = None,
     ) -> None:
-        self.num_experts, rows, packed = w13.shape
-        dim, inter = 2 * packed, rows // 2
-        packed_dtypes = (torch.uint8, torch.int8)
-        require("w13", w13, packed_dtypes, (self.num_experts, 2 * inter, dim // 2))
-        require("w13_scale", w13_scale, (torch.float8_e4m3fn,), (self.num_experts, 2 * inter, dim // 16))
-        shared = (self.num_experts, 2) if w13_scale_2.ndim == 2 else (self.num_experts,)
-        require("w13_scale_2", w13_scale_2, (torch.float32,), shared)
-        require("w2", w2, packed_dtypes, (self.num_experts, dim, inter // 2))
-        require("w2_scale", w2_scale, (torch.float8_e4m3fn,), (self.num_experts, dim, inter // 16))
-        require("w2_scale_2", w2_scale_2, (torch.float32,), (self.num_experts,))
-        if w13_scale_2.ndim == 1:
-            w13_scale_2 = w13_scale_2[:, None].expand(-1, 2)
-        self.hidden_size, self.swiglu_limit = dim, swiglu_limit
-        self._kernel = default_kernel("nvfp4_moe", w13) if kernel is None else kernel
-        self._codes = w13.view(torch.uint8)
-        gate_up, down = (self._codes, w13_scale, w13_scale_2), (w2.view(torch.uint8), w2_scale, w2_scale_2)
-        self._operand = prepared(self._kernel, gate_up, down)
+        gate_up, down = _nvfp4_side("w13", w13, w13_scale, w13_scale_2), _nvfp4_side("w2", w2, w2_scale, w2_scale_2)
+        _require_fit(gate_up, down)
+        chosen = default_spec(OpKind.MOE, NVFP4, w13.device) if kernel is None else kernel
+        super().__init__(chosen, StoredExperts(gate_up, down, swiglu_limit))
 
     @classmethod
     def from_mxfp4(
@@ -66,61 +143,68 @@ class Nvfp4MoE:
         w2_scale: torch.Tensor,
         swiglu_limit: float,
         *,
-        rooms: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
-        **options: Any,
+        kernel: Chosen | None = None,
     ) -> "Nvfp4MoE":
         """From MXFP4 experts, exactly: each E8M0 scale becomes two E4M3 ones and a power of two per expert.
 
         Shapes: w13 uint8 [E, 2F, D/2] and w13_scale E8M0 [E, 2F, D/32], gate rows first; w2 uint8 [E, D, F/2] and
             w2_scale E8M0 [E, D, F/32]. Scales take twice their bytes: 0.5625 a weight instead of 0.53125.
-        rooms: where the scales of w13 and w2 are written, E4M3 [E, 2F, D/16] and [E, D, F/16]; the E8M0 ones may be
-            their last halves, and are then gone. Without them new memory is taken.
         Errors: ValueError naming the operand and expert whose scales span more than E4M3's 18 powers of two.
         """
-        gate_up_scale, gate_up_global = mxfp4_scale_as_nvfp4("w13_scale", w13.view(torch.uint8), w13_scale, rooms[0])
-        down_scale, down_global = mxfp4_scale_as_nvfp4("w2_scale", w2.view(torch.uint8), w2_scale, rooms[1])
-        return cls(w13, gate_up_scale, gate_up_global, w2, down_scale, down_global, swiglu_limit, **options)
-
-    def compile_configs(self) -> list[Any]:
-        """The kernels that calls may launch (without shared experts or an expert map), for compiling ahead."""
-        return compile_configs(self._kernel, self._operand)
-
-    def stored_expert(self, expert: int) -> Expert:
-        """What the kernel holds of one expert, read back out of its layout; w2's global scale may be there twice."""
-        (codes13, scale13, scale13_2), (codes2, scale2, scale2_2) = restored_expert(self._kernel, self._operand, expert)
-        gate_up, down = QuantTensor(codes13, scale13, scale13_2, NVFP4), QuantTensor(codes2, scale2, scale2_2, NVFP4)
-        return *gate_and_up(gate_up), down
-
-    def workspace(self, num_tokens: int, num_slots: int) -> Any:
-        """Scratch that spares calls of up to ``num_tokens`` tokens every allocation; None where none is used.
-
-        num_slots: experts per token, shared ones included.
-        """
-        make = getattr(self._kernel, "workspace", None)
-        return None if make is None else make(*self._operand, num_tokens, num_slots)
-
-    def kernel_arguments(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> tuple[Any, ...]:
-        """What a call gives the kernel (without shared experts or an expert map)."""
-        return x, topk_ids, topk_weights, *self._operand, self.swiglu_limit
-
-    def __call__(
-        self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, **given: Any
-    ) -> torch.Tensor:
-        """y[t] = sum over slots k of topk_weights[t, k] * expert topk_ids[t, k] of x[t], and the shared experts.
-
-        Shapes: x [T, D]; topk_ids int32 or int64 [T, K]; topk_weights float32 [T, K]; y [T, D] in the dtype of x.
-        given: ``num_shared``, how many experts at the end of the stacks are shared: every token goes to them with
-            weight 1; ``expert_map`` int32 [global experts], local expert or -1, when this runner holds only some;
-            ``workspace`` (Hopper kernels only), so that the call allocates nothing; y is then a view of its ``out``,
-            which the next call overwrites.
-        """
-        require_input(x, self.hidden_size, self._codes)
-        require_routing(x, topk_ids, topk_weights)
-        y: torch.Tensor = self._kernel(x, topk_ids, topk_weights, *self._operand, self.swiglu_limit, **given)
-        return y
+        gate_up_scale, gate_up_global = mxfp4_scale_as_nvfp4("w13_scale", w13.view(torch.uint8), w13_scale, None)
+        down_scale, down_global = mxfp4_scale_as_nvfp4("w2_scale", w2.view(torch.uint8), w2_scale, None)
+        return cls(w13, gate_up_scale, gate_up_global, w2, down_scale, down_global, swiglu_limit, kernel=kernel)
 
 
-class Fp8MoE:
+def _nvfp4_side(name: str, codes: torch.Tensor, scale: torch.Tensor, global_scale: torch.Tensor) -> QuantTensor:
+    """One stack. A global scale for gate and up alike is spread over both. Errors: ValueError naming the operand."""
+    num_experts, num_rows, packed = codes.shape
+    require(name, codes, PACKED, (num_experts, num_rows, packed))
+    require(f"{name}_scale", scale, (torch.float8_e4m3fn,), (num_experts, num_rows, packed // 8))
+    is_pair = name == "w13" and global_scale.ndim == 2
+    require(f"{name}_scale_2", global_scale, (torch.float32,), (num_experts, 2) if is_pair else (num_experts,))
+    if name == "w13" and not is_pair:
+        global_scale = global_scale[:, None].expand(-1, 2)
+    return QuantTensor(codes.view(torch.uint8), scale, global_scale, NVFP4)
+
+
+def _require_fit(gate_up: QuantTensor, down: QuantTensor) -> None:
+    """Errors: ValueError when down does not have the shape that gate and up ask for."""
+    num_experts, rows, dim = gate_up.shape
+    require("w13", gate_up.qdata, (torch.uint8,), (num_experts, rows // 2 * 2, dim // 2))
+    require("w2", down.qdata, (torch.uint8,), (num_experts, dim, rows // 4))
+
+
+class Nvfp4MoEW4A4(MoeRunner):
+    """W4A4, for Blackwell: top-k mixture of SwiGLU experts, weights and activations NVFP4.
+
+    Shapes (E experts, D hidden, F expert width, both multiples of 128): w13 and w2 are (qdata, scale, global scale,
+        input scale), the first three as ``Nvfp4MoE``; w13's input scale float32 [E], or [E, 2] for gate and up, of
+        which the larger is used; w2's float32 [E].
+    Errors: ValueError naming the operand for a wrong dtype, shape or device, or a scale that is not finite and
+        positive; ProofError when the kernels differ from their twin on this device. Expert ids outside [0, E) are
+        skipped: those experts live elsewhere.
+    """
+
+    def __init__(
+        self,
+        w13: Sequence[torch.Tensor],
+        w2: Sequence[torch.Tensor],
+        swiglu_limit: float,
+        *,
+        kernel: Chosen = "triton.nvfp4_moe_w4a4_sm100",
+    ) -> None:
+        gate_up, down = _nvfp4_side("w13", *w13[:3]), _nvfp4_side("w2", *w2[:3])
+        _require_fit(gate_up, down)
+        num_experts = len(w2[0])
+        pairs = w13[3].ndim == 2
+        require("w13_input_scale", w13[3], (torch.float32,), (num_experts, 2) if pairs else (num_experts,))
+        require("w2_input_scale", w2[3], (torch.float32,), (num_experts,))
+        shared = w13[3].amax(dim=1) if pairs else w13[3]
+        super().__init__(kernel, StoredExperts(gate_up, down, swiglu_limit, shared, w2[3]))
+
+
+class Fp8MoE(MoeRunner):
     """Top-k mixture of SwiGLU experts with E4M3 weights in 128 x 128 blocks, by the torch reference.
 
     Shapes (E experts, D hidden, F expert width, R = ceil(F/128), C = ceil(D/128)): w13 E4M3 [E, 2F, D], gate rows
@@ -137,36 +221,21 @@ class Fp8MoE:
         w2_scale: torch.Tensor,
         swiglu_limit: float,
         *,
-        kernel: Kernel = KERNELS["ref.fp8_moe"],
+        kernel: Chosen = "ref.fp8_moe",
     ) -> None:
-        self.num_experts, rows, dim = w13.shape
+        num_experts, rows, dim = w13.shape
         inter = rows // 2
         blocks_F, blocks_D = -(-inter // 128), -(-dim // 128)
         codes, scales = (torch.float8_e4m3fn,), (torch.float8_e8m0fnu, torch.float32)
-        require("w13", w13, codes, (self.num_experts, 2 * inter, dim))
-        require("w13_scale", w13_scale, scales, (self.num_experts, 2, blocks_F, blocks_D))
-        require("w2", w2, codes, (self.num_experts, dim, inter))
-        require("w2_scale", w2_scale, scales, (self.num_experts, blocks_D, blocks_F))
-        self.hidden_size, self.swiglu_limit = dim, swiglu_limit
-        self._operand = ((w13, w13_scale), (w2, w2_scale))
-        self._kernel = kernel
-
-    def stored_expert(self, expert: int) -> Expert:
-        """What the kernel holds of one expert."""
-        gate_up, down = ((codes[expert], scale[expert]) for codes, scale in self._operand)
-        return *gate_and_up(QuantTensor(*gate_up, None, FP8_BLOCK)), QuantTensor(*down, None, FP8_BLOCK)
-
-    def __call__(
-        self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, **given: Any
-    ) -> torch.Tensor:
-        """As ``Nvfp4MoE``; given: ``num_shared`` and ``expert_map``."""
-        require_input(x, self.hidden_size, self._operand[0][0])
-        require_routing(x, topk_ids, topk_weights)
-        y: torch.Tensor = self._kernel(x, topk_ids, topk_weights, *self._operand, self.swiglu_limit, **given)
-        return y
+        require("w13", w13, codes, (num_experts, 2 * inter, dim))
+        require("w13_scale", w13_scale, scales, (num_experts, 2, blocks_F, blocks_D))
+        require("w2", w2, codes, (num_experts, dim, inter))
+        require("w2_scale", w2_scale, scales, (num_experts, blocks_D, blocks_F))
+        gate_up, down = QuantTensor(w13, w13_scale, None, FP8_BLOCK), QuantTensor(w2, w2_scale, None, FP8_BLOCK)
+        super().__init__(kernel, StoredExperts(gate_up, down, swiglu_limit))
 
 
-class PlainMoE:
+class PlainMoE(MoeRunner):
     """Top-k mixture of SwiGLU experts with unquantised weights, by the torch reference.
 
     Shapes (E experts, D hidden, F expert width): w13 bfloat16 or float32 [E, 2F, D], gate rows first; w2 [E, D, F].
@@ -174,27 +243,11 @@ class PlainMoE:
     """
 
     def __init__(
-        self, w13: torch.Tensor, w2: torch.Tensor, swiglu_limit: float, *, kernel: Kernel = KERNELS["ref.plain_moe"]
+        self, w13: torch.Tensor, w2: torch.Tensor, swiglu_limit: float, *, kernel: Chosen = "ref.plain_moe"
     ) -> None:
-        self.num_experts, rows, dim = w13.shape
+        num_experts, rows, dim = w13.shape
         floats = (torch.bfloat16, torch.float32)
-        require("w13", w13, floats, (self.num_experts, rows // 2 * 2, dim))
-        require("w2", w2, floats, (self.num_experts, dim, rows // 2))
-        self.hidden_size, self.swiglu_limit = dim, swiglu_limit
-        self.w13, self.w2 = w13, w2
-        self._kernel = kernel
-
-    def stored_expert(self, expert: int) -> Expert:
-        """What the kernel holds of one expert."""
-        fmt = BF16 if self.w13.dtype == torch.bfloat16 else FP32
-        gate_up = QuantTensor(self.w13[expert], None, None, fmt)
-        return *gate_and_up(gate_up), QuantTensor(self.w2[expert], None, None, fmt)
-
-    def __call__(
-        self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, **given: Any
-    ) -> torch.Tensor:
-        """As ``Nvfp4MoE``; given: ``num_shared`` and ``expert_map``."""
-        require_input(x, self.hidden_size, self.w13)
-        require_routing(x, topk_ids, topk_weights)
-        y: torch.Tensor = self._kernel(x, topk_ids, topk_weights, self.w13, self.w2, self.swiglu_limit, **given)
-        return y
+        require("w13", w13, floats, (num_experts, rows // 2 * 2, dim))
+        require("w2", w2, floats, (num_experts, dim, rows // 2))
+        gate_up, down = (QuantTensor(w, None, None, plain_format(w)) for w in (w13, w2))
+        super().__init__(kernel, StoredExperts(gate_up, down, swiglu_limit))

@@ -88,6 +88,12 @@ def judge(evidence: ProbeAnswers, facts: Facts) -> list[Finding]:
     ]
 
 
+def all_checks() -> list[Finding]:
+    """What ``judge`` asks, with nothing seen: ids, what is measured, what is allowed and the remedies."""
+    nothing = Seen(())
+    return judge(ProbeAnswers((), nothing, None, nothing, None, None, None), Facts(1, (), torch.float32, None))
+
+
 def _consistency(evidence: ProbeAnswers, facts: Facts) -> list[Finding]:
     first = evidence.first
     margin = MARGIN_NATS.get(facts.dtype, WIDE_MARGIN_NATS)

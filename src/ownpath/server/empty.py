@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from enum import Enum
+from types import MappingProxyType
 
 from ownpath.chat.answer import Answer
 from ownpath.chat.parts import CallStarted, Content, Malformed, Part
 
 
 class EmptyContent(Enum):
-    """The value of ``empty_content``; docs/serving.md says what each means."""
+    """The value of ``empty_content``; ``MEANING`` says what each means."""
 
     TOOL_CALLS = "tool_calls"
     TOOL_PARSE_FAILED = "tool_parse_failed"
@@ -19,6 +20,22 @@ class EmptyContent(Enum):
     CUT_OFF_CHARACTER = "cut_off_character"
     EOS_AT_ONCE = "eos_at_once"
     ONLY_SPECIAL_TOKENS = "only_special_tokens"
+
+
+MEANING = MappingProxyType(
+    {
+        EmptyContent.TOOL_CALLS: "the answer is tool calls",
+        EmptyContent.TOOL_PARSE_FAILED: "the markup of calls broke, and nothing was left to show (see malformed)",
+        EmptyContent.STOP_STRING: "a stop string was complete before anything could be shown",
+        EmptyContent.REASONING_EXHAUSTED: "a limit ended the answer inside its reasoning: raise max_tokens",
+        EmptyContent.REASONING_NOT_CLOSED: "the model ended inside its reasoning",
+        EmptyContent.NOTHING_AFTER_REASONING: "the reasoning was closed, and nothing followed",
+        EmptyContent.CUT_OFF_CHARACTER: "the answer ended inside its first character",
+        EmptyContent.EOS_AT_ONCE: "the first token was EOS",
+        EmptyContent.ONLY_SPECIAL_TOKENS: "tokens were generated, all of them special",
+    }
+)
+"""reason -> one line. ``ownpath serve --list`` prints it."""
 
 
 class ContentWatch:

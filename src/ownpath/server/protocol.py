@@ -7,6 +7,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from ownpath.engine.request import MAX_TEMPERATURE, MAX_TOP_LOGPROBS
 from ownpath.server import fields
 from ownpath.server.conversation import (
+    ROLES,
     ChatMessage,
     ResponseFormat,
     Strict,
@@ -59,33 +60,60 @@ class StreamOptions(Strict):
 
 
 class _GenerationRequest(Strict):
-    model: str | None = None
-    max_tokens: int | None = Field(None, ge=0, le=_MAX_INT)
-    temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE)
-    top_p: float = Field(1.0, gt=0, le=1)
-    seed: int | None = Field(None, ge=-_SEED_LIMIT, lt=_SEED_LIMIT)
-    stop: Annotated[list[str], BeforeValidator(_stops)] = Field(default_factory=list)
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    return_token_ids: bool = False
-    user: str | None = None
+    model: str | None = Field(None, description="the served name; another name is 404")
+    max_tokens: int | None = Field(
+        None, ge=0, le=_MAX_INT, description="must fit max_model_len with the prompt; left out: 16. 0 needs echo"
+    )
+    temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE, description="0 takes the likeliest token")
+    top_p: float = Field(1.0, gt=0, le=1, description="samples from the fewest tokens that reach this probability")
+    seed: int | None = Field(
+        None, ge=-_SEED_LIMIT, lt=_SEED_LIMIT, description="the same seed, prompt and parameters draw the same numbers"
+    )
+    stop: Annotated[list[str], BeforeValidator(_stops)] = Field(
+        default_factory=list,
+        description=f"the answer ends before it; a string or up to {MAX_STOPS}, of 1 to {MAX_STOP_CHARS} characters",
+    )
+    stream: bool = Field(False, description="server-sent events, then [DONE]")
+    stream_options: StreamOptions | None = Field(
+        None, description="include_usage: a last event with usage and no choices; needs stream"
+    )
+    return_token_ids: bool = Field(
+        False, description="adds prompt_token_ids and token_ids to the answer (ownpath's own)"
+    )
+    user: str | None = Field(None, description="a label of the caller; changes nothing")
 
 
 class ChatRequest(_GenerationRequest):
     """``POST /v1/chat/completions``."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1, le=_MAX_INT)
-    max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_INT)
-    logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    tools: Tools = Field(default_factory=list)
-    tool_choice: ToolChoice = "auto"
-    parallel_tool_calls: bool = True
-    thinking: Thinking | None = None
-    reasoning_effort: str | None = None
-    chat_template_kwargs: TemplateOptions = TemplateOptions()
-    response_format: ResponseFormat | None = None
+    messages: list[ChatMessage] = Field(min_length=1, description=f"roles {', '.join(ROLES)}; ends with user or tool")
+    max_tokens: int | None = Field(
+        None, ge=1, le=_MAX_INT, description="must fit max_model_len with the prompt; left out: all the room there is"
+    )
+    max_completion_tokens: int | None = Field(
+        None, ge=1, le=_MAX_INT, description="the newer name of max_tokens; both may be sent if they agree"
+    )
+    logprobs: bool = Field(False, description="one entry for each generated token")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MAX_TOP_LOGPROBS, description="likeliest tokens in each entry; needs logprobs"
+    )
+    tools: Tools = Field(
+        default_factory=list, description="functions, names all different; strict: true is refused, nothing enforces it"
+    )
+    tool_choice: ToolChoice = Field(
+        "auto", description='auto or none; "required" and a named function are refused: a call cannot be promised'
+    )
+    parallel_tool_calls: bool = Field(True, description="false is accepted only without tools")
+    thinking: Thinking | None = Field(None, description="whether the answer opens with reasoning; left out: no")
+    reasoning_effort: str | None = Field(
+        None, description='"none" (no thinking) or a word of the model\'s release, which turns thinking on'
+    )
+    chat_template_kwargs: TemplateOptions = Field(
+        TemplateOptions(), description="thinking, enable_thinking, reasoning_effort; must not contradict the others"
+    )
+    response_format: ResponseFormat | None = Field(
+        None, description="asks the model for JSON and does not check the answer; strict: true is refused"
+    )
 
     @property
     def functions(self) -> tuple[dict[str, Any], ...]:
@@ -114,9 +142,13 @@ class ChatRequest(_GenerationRequest):
 class CompletionRequest(_GenerationRequest):
     """``POST /v1/completions``. ``prompt`` holds texts or lists of token ids."""
 
-    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)]
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    echo: bool = False
+    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)] = Field(
+        description="a text, a list of texts, token ids, or a list of such lists; each prompt is a choice"
+    )
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_TOP_LOGPROBS, description="likeliest tokens at each token; with echo of the prompt's too"
+    )
+    echo: bool = Field(False, description="the text begins with the prompt")
 
 
 def read_chat_request(body: dict[str, Any]) -> ChatRequest:

@@ -1,5 +1,4 @@
-"""Every check's stable name, and what it says when it passes. docs/verify.md says more of each,
-and which checks there are not, because nothing here could fail them."""
+"""Every check's stable name, and what it says when it passes. ``ownpath verify --list`` prints both tables."""
 
 from types import MappingProxyType
 
@@ -53,3 +52,56 @@ TITLES = MappingProxyType(
     }
 )
 """id -> one line."""
+
+FAILS_ON = MappingProxyType(
+    {
+        "F01": "a shard that is damaged, missing or foreign; an index that disagrees with the shards",
+        "F02": "missing and unexpected tensors, expert by expert",
+        "F03": "a dtype or shape that no encoding stores",
+        "F04": "experts of a layer that are stored differently; config files that claim another format",
+        "F05": "zero, negative or NaN; a divisor for a multiplier; a factor of 1000 from the layer's median",
+        "F06": "different global scales of w1 and w3: exact here, wrong in engines that apply w1's to both",
+        "F07": "NaN, negative, all zero or saturated block scales; an expert far from its layer's others; counts "
+        "FP8 scales that are no power of two, which kernels that keep exponents alone get wrong",
+        "F09": "input_scale not finite and positive, or exactly 1; counts those that calibration did not reach",
+        "F10": "expert ids out of range or twice in a row; a bias that is NaN, or constant while other layers' are not",
+        "F11": "a field that cannot be honoured or contradicts the tensors; lists the fields that are not read",
+        "F12": "ids that disagree, markers that are not one token, text that does not come back, wrong prompts",
+        "F13": "with --source: an element further from the other export's than half a step of either format",
+        "E01": "a combination of device, driver, CUDA, torch and Triton that is publicly known to fail (listed below)",
+        "E02": "a module that cannot be imported; a variant not on disk where there is no compiler",
+        "E03": "a tuned table that is none; machine code that is damaged",
+        "E04": "two layers that do not fit; a whole model that does not fit is skipped",
+        "L01": "a slot written not at all or twice; a sentinel that is left; anything that loading refuses",
+        "L02": "one element of codes, block scales or plain tensors that is not the file's, read back from the layout",
+        "L03": "a factor off by more than 3 x 2^-24, relative",
+        "L04": "a byte of padding that a kernel may read and that is not zero",
+        "K01": "an element beyond what the arithmetic allows, for many row counts and sizes; each expert alone",
+        "K02": "a bit that depends on what memory held; NaN; nothing but zeros; an earlier input's result",
+        "K03": "one wrong value at codes, midpoints and their neighbours, for quantisers that stand alone",
+        "K04": "as K01, at both ends of the row counts that each compiled variant serves",
+        "K05": "an expert with too small a score, a tie that is not the lowest id, weights that are not the scores'",
+        "K06": "as K01, on inputs up to 1024 times too large; says when a missing clamp explains it",
+        "K07": "an angle that is not the layer's theta and YaRN; a rotation that wo_a does not undo",
+        "K08": "as K01; columns of comb that do not sum to 1; mixing weights narrower than float32",
+        "K09": "as K01, at window edges and round the ring; a bit that hidden keys change",
+        "K10": "a wrong call that is not refused; a result narrower than the activations",
+        "V01": "a value beyond its budget over all rows, or 8 budgets in one; choices that the scores do not explain",
+        "V02": "the streams behind a layer beyond their budget",
+        "V03": "the largest magnitude of a value more than 8 budgets from the oracle's",
+        "V04": "KL, best token or likelihood beyond the logit budget, over the 99 % of positions that agree best",
+        "V05": "a row more than 2 x 8 budgets from one shot",
+        "V08": "one bit, in caches that were filled with NaN",
+        "V09": "as V05; one bit with --batch-invariant",
+        "V10": "with official numerics: keys that do not move, or by more than half a step of E4M3",
+        "LG01": "another checkpoint's plan or device; a slot that the file lacks",
+        "LG02": "a slot that was never called; a layer that could not be loaded or run",
+        "LG03": "a runner or kernel put in another's place after planning; a call that is not planned",
+        "LG04": "a kernel that reads another layout than the weights were planned in",
+        "LG05": "arguments or results of another dtype than the plan demands",
+        "LG06": "on CUDA: a library's product in a slot planned on our kernel, a planned kernel that did not run, "
+        "a product outside every slot",
+        "RUN": "a stage that ended with an error",
+    }
+)
+"""id -> what makes it fail."""

@@ -10,7 +10,8 @@ from typing import Any
 import ownpath.kernels
 from ownpath.finding import Finding, Verdict
 from ownpath.inspect.memory import cache_bytes, weights_bytes
-from ownpath.kernels.dsl.cache import COMPILER, Config, cache_dir, is_cached, source_key, stem
+from ownpath.kernels.contract import Config
+from ownpath.kernels.dsl.cache import COMPILER, cache_dir, is_cached, source_key, stem
 from ownpath.kernels.registry import KERNELS
 from ownpath.plan.plan import Plan
 from ownpath.verify.layer import in_layer, in_no_layer, restricted

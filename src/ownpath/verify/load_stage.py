@@ -180,7 +180,7 @@ def _padding(part: LoadedPart, name: str) -> Iterator[Finding]:
     num_bytes = num_bad = 0
     for slot, runner in part.runners.items():
         for op, own in ops_with_runners(part.plan.ops_of(slot), runner):
-            padding = own.padding() if hasattr(own, "padding") else None
+            padding = own.padding()
             if padding is None or not padding.numel():
                 continue
             num_bytes += padding.numel()

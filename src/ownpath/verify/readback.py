@@ -22,8 +22,7 @@ from ownpath.oracle.formats import decode, e4m3_of, e8m0_of
 from ownpath.oracle.stored import spread_blocks
 from ownpath.plan.plan import PlannedOp
 from ownpath.qtensor import QuantTensor
-from ownpath.runners.linear import ConcatLinear, WideLinear
-from ownpath.runners.official import QuantizedInput
+from ownpath.runners import Runner
 from ownpath.verify.file_tensors import FileTensors
 
 PACKED = "packed_64x128"
@@ -48,14 +47,9 @@ class KernelModule:
     weight: QuantTensor
 
 
-def ops_with_runners(op_list: tuple[PlannedOp, ...], runner: Any) -> Iterator[tuple[PlannedOp, Any]]:
+def ops_with_runners(op_list: tuple[PlannedOp, ...], runner: Runner) -> Iterator[tuple[PlannedOp, Any]]:
     """Each op of a slot with the runner that holds its operand."""
-    parts = runner.linears if isinstance(runner, ConcatLinear) else (runner,)
-    for op, part in zip(op_list, parts, strict=True):
-        inner = part
-        while isinstance(inner, WideLinear | QuantizedInput):
-            inner = inner.linear
-        yield op, inner
+    return zip(op_list, runner.leaves, strict=True)
 
 
 def read_modules(op: PlannedOp, runner: Any, expert_ids: tuple[int, ...]) -> Iterator[KernelModule]:

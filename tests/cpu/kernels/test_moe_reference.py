@@ -137,9 +137,13 @@ def _cast_peak(num_experts: int, dim: int, inter: int, *, in_place: bool) -> int
     codes = [torch.full((e, n, k // 2), 0x21, dtype=torch.uint8) for e, n, k in shapes]
     rooms = [torch.full((e, n, k // 16), 120, dtype=torch.uint8) for e, n, k in shapes]
     scales = [room.view(2, len(room), room.shape[1], -1)[1].view(torch.float8_e8m0fnu) for room in rooms]
-    given = {"rooms": tuple(room.view(torch.float8_e4m3fn) for room in rooms)} if in_place else {}
     with PeakBytes() as live:
-        moe = Nvfp4MoE.from_mxfp4(codes[0], scales[0], codes[1], scales[1], LIMIT, **given)
+        if in_place:
+            parts = zip(codes, scales, rooms, strict=True)
+            cast = [mxfp4_scale_as_nvfp4("w", c, s, room.view(torch.float8_e4m3fn)) for c, s, room in parts]
+            moe = Nvfp4MoE(codes[0], *cast[0], codes[1], *cast[1], LIMIT)
+        else:
+            moe = Nvfp4MoE.from_mxfp4(codes[0], scales[0], codes[1], scales[1], LIMIT)
     assert moe.num_experts == num_experts
     return live.peak
 

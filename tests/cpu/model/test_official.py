@@ -24,6 +24,10 @@ TOLERANCE = 2**16 * torch.finfo(torch.float64).eps
 NUM_TOKENS = 400
 LAYOUTS = ("modelopt-experts-only", "full-nvfp4", "compressed-tensors", "deepseek-native", "fp8-experts", "bf16")
 CHOICES = {"plain": PLAIN, "official": OFFICIAL} | {step: frozenset({step}) for step in Step}
+BY_STORAGE = {Step.NVFP4_INPUTS: LAYOUTS[:3], Step.FP8_INPUTS: LAYOUTS[:5], Step.ROUTING_WEIGHT: LAYOUTS}
+"""Steps whose kernels depend on how weights are stored. Each other one is tried alone once, and with all everywhere."""
+CASES = [(layout, choice) for choice in ("plain", "official") for layout in LAYOUTS]
+CASES += [(layout, step) for step in Step for layout in BY_STORAGE.get(step, ("deepseek-native",))]
 
 
 def token_ids(count: int = NUM_TOKENS) -> list[int]:
@@ -51,12 +55,19 @@ def exact(official: frozenset[Step]) -> Arithmetic:
     return Arithmetic(torch.float64, official=official)
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_logits_equal_the_second_forward(layout: str, choice: str, tmp_path: Path) -> None:
-    random_checkpoint(tmp_path, layout, seed=1)
-    found = logits(tmp_path, CHOICES[choice], [token_ids()])
-    expected = second_forward(tmp_path, CHOICES[choice], token_ids())
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint of each layout."""
+    found = {layout: tmp_path_factory.mktemp(layout) for layout in LAYOUTS}
+    for layout, folder in found.items():
+        random_checkpoint(folder, layout, seed=1)
+    return found
+
+
+@pytest.mark.parametrize(("layout", "choice"), CASES)
+def test_logits_equal_the_second_forward(layout: str, choice: str, folders: dict[str, Path]) -> None:
+    found = logits(folders[layout], CHOICES[choice], [token_ids()])
+    expected = second_forward(folders[layout], CHOICES[choice], token_ids())
     assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
@@ -85,30 +96,27 @@ def test_draft_logits_equal_the_second_forward(layout: str, draft: str, choice: 
         ("bf16", Step.INDEXER),
     ],
 )
-def test_the_comparison_would_see_a_missing_step(layout: str, step: Step, tmp_path: Path) -> None:
-    random_checkpoint(tmp_path, layout, seed=1)
-    without = logits(tmp_path, OFFICIAL - {step}, [token_ids()])
-    expected = second_forward(tmp_path, OFFICIAL, token_ids())
+def test_the_comparison_would_see_a_missing_step(layout: str, step: Step, folders: dict[str, Path]) -> None:
+    without = logits(folders[layout], OFFICIAL - {step}, [token_ids()])
+    expected = second_forward(folders[layout], OFFICIAL, token_ids())
     assert (without - expected).abs().max() > 1e6 * TOLERANCE * expected.abs().max()
 
 
-def test_chunks_compute_what_one_step_computes(tmp_path: Path) -> None:
+def test_chunks_compute_what_one_step_computes(folders: dict[str, Path]) -> None:
     """The cache holds rounded keys, so that a later step reads what the same step would have seen."""
-    random_checkpoint(tmp_path, "deepseek-native", seed=1)
-    ids = token_ids()
-    whole = logits(tmp_path, OFFICIAL, [ids])
-    cut = logits(tmp_path, OFFICIAL, [ids[:129], ids[129:300], *([token] for token in ids[300:310]), ids[310:]])
+    folder, ids = folders["deepseek-native"], token_ids()
+    whole = logits(folder, OFFICIAL, [ids])
+    cut = logits(folder, OFFICIAL, [ids[:129], ids[129:300], *([token] for token in ids[300:310]), ids[310:]])
     assert (whole - cut).abs().max() <= TOLERANCE * whole.abs().max()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_planned_step_runs(layout: str, tmp_path: Path) -> None:
+def test_every_planned_step_runs(layout: str, folders: dict[str, Path]) -> None:
     """The ledger counts each planned operation, those of official numerics included."""
-    random_checkpoint(tmp_path, layout, seed=1)
-    model = load_model(tmp_path, EngineConfig(dtype=torch.bfloat16, official=OFFICIAL))
+    model = load_model(folders[layout], EngineConfig(dtype=torch.bfloat16, official=OFFICIAL))
     found = model.forward(ForwardBatch.of([(token_ids(40), model.new_cache())], "cpu"))
     assert torch.isfinite(found).all()
-    assert set(model.ledger.calls) == set(plan_model(tmp_path, "cpu", official=OFFICIAL).slots)
+    assert set(model.ledger.calls) == set(plan_model(folders[layout], "cpu", official=OFFICIAL).slots)
 
 
 def test_an_indexer_that_hadamard_cannot_rotate_is_refused(tmp_path: Path) -> None:

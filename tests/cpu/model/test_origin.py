@@ -10,14 +10,13 @@ from support.checkpoints import LAYOUTS, SMALL, random_checkpoint
 from ownpath.attention.rope import Rope
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.config import ModelConfig
-from ownpath.kernels.registry import KERNELS
 from ownpath.loading import plan_model
 from ownpath.numerics import dequantize, quantize_nvfp4
 from ownpath.qtensor import QuantTensor
 from ownpath.runners import GroupedLinear, Nvfp4Linear, Nvfp4MoE
 from ownpath.weights.load import load_weights
 
-REFERENCE_LINEAR, REFERENCE_MOE = KERNELS["ref.nvfp4_linear"], KERNELS["ref.nvfp4_moe"]
+REFERENCE_LINEAR, REFERENCE_MOE = "ref.nvfp4_linear", "ref.nvfp4_moe"
 """The twins that every other kernel is held against; the kernels' own tests are in tests/gpu."""
 EPS_F32 = torch.finfo(torch.float32).eps
 EPS_BF16 = torch.finfo(torch.bfloat16).eps

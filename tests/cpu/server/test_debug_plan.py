@@ -135,7 +135,7 @@ def test_recording_is_for_whoever_asks() -> None:
         assert body["recording"] is True
         [ran] = body["ran"]
         assert ran["calls"] == 4
-        form = {"variant": "swiglu.ref:swiglu"}
+        form = {"variant": "swiglu.ref:SWIGLU"}
         assert ran["recorded"] == [
             form | {"arguments": ["float32[3, 4]"], "results": ["float32[3, 2]"], "calls": 2},
             form | {"arguments": ["float32[1, 4]"], "results": ["float32[1, 2]"], "calls": 1},

@@ -65,7 +65,7 @@ def test_shapes_alone_tell_what_will_be_compiled(
 ) -> None:
     """The same configurations as the loaded runners name."""
     allow_packing_on_cpu(monkeypatch)
-    monkeypatch.setattr("ownpath.kernels.fp8.launch.num_sms", lambda _: 132)
+    monkeypatch.setattr("ownpath.kernels.fp8.linear.num_sms", lambda _: 132)
     sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "q_lora_rank": 136}
     folder = TINY if folder_kind == "tiny" else random_checkpoint(tmp_path, "modelopt-experts-only", **sizes).folder
     subject = subject_on(folder, "sm_90")
@@ -79,7 +79,7 @@ def test_shapes_alone_tell_what_will_be_compiled(
 def hopper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
     """The embedded model planned for Hopper, with a kernel cache of its own."""
     monkeypatch.setenv("OWNPATH_KERNEL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("ownpath.kernels.fp8.launch.num_sms", lambda _: 132)
+    monkeypatch.setattr("ownpath.kernels.fp8.linear.num_sms", lambda _: 132)
     return subject_on(TINY, "sm_90")
 
 

@@ -16,14 +16,14 @@ from ownpath.conformance.bounds import Exact, deviation, repeated_deviation, rou
 from ownpath.conformance.memory import Filled, fill
 from ownpath.finding import Finding, failed
 from ownpath.formats import BF16
+from ownpath.kernels.contract import StoredExperts
 from ownpath.kernels.fp8.choose import w8a8_config, w8a16_config
 from ownpath.kernels.nvfp4.choose import choose_linear, choose_moe
-from ownpath.kernels.official_experts.ref import ExpertWeights
-from ownpath.kernels.registry import KERNELS
 from ownpath.oracle.formats import E2M1, E4M3, nearest
 from ownpath.oracle.formulas import frequencies
+from ownpath.qtensor import QuantTensor
 from ownpath.runners import PlainLinear, Router
-from ownpath.runners.official import OfficialMoE
+from ownpath.runners.moe import MoeRunner
 from ownpath.verify import kernel_stage as stage
 from ownpath.verify.kernels import products
 from ownpath.verify.kernels.probe import watched_in
@@ -163,8 +163,8 @@ def test_a_router_asks_for_a_token_id_a_row() -> None:
 
 
 def test_official_experts_ask_for_routing_that_fits() -> None:
-    w13, w2 = ExpertWeights(BF16, torch.ones(2, 16, 8)), ExpertWeights(BF16, torch.ones(2, 8, 8))
-    experts = OfficialMoE(w13, w2, 10.0, kernel=KERNELS["ref.moe_weight_first"])
+    w13, w2 = (QuantTensor(torch.ones(2, rows, 8), None, None, BF16) for rows in (16, 8))
+    experts = MoeRunner("ref.moe_weight_first", StoredExperts(w13, w2, 10.0))
     ids, weights = torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)
     for wrong_ids, wrong_weights in ((ids[:2], weights), (ids.float(), weights), (ids, weights[:, :1])):
         with pytest.raises(ValueError, match="topk_"):

@@ -14,7 +14,7 @@ from support.checkpoints import random_checkpoint
 from ownpath import assembly
 from ownpath.config import EngineConfig
 from ownpath.finding import Finding, Verdict
-from ownpath.kernels.nvfp4.ref import nvfp4_linear
+from ownpath.kernels.nvfp4.ref import Nvfp4LinearReference
 from ownpath.loading import plan_model
 from ownpath.plan.show import plan_dict
 from ownpath.trace import Record
@@ -76,8 +76,11 @@ def replacing(monkeypatch: pytest.MonkeyPatch, slot: str, replacement: Callable[
 
 
 def test_a_kernel_that_was_swapped_inside_its_runner_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(Nvfp4LinearReference):
+        """The same arithmetic under no name."""
+
     def swapped(runner: Any) -> Any:
-        runner._kernel = lambda *args: nvfp4_linear(*args)
+        runner.kernel = Other()
         return runner
 
     replacing(monkeypatch, SLOT, swapped)

@@ -56,8 +56,8 @@ def faults(subject: Subject, part: LoadedPart, layer_idx: int = 1) -> list[Findi
 
 def experts(part: LoadedPart, layer_idx: int = 1) -> list[torch.Tensor]:
     """The routed experts' buffers as the runner holds them: w13, w13_scale, w13_scale_2, then w2's."""
-    first, second = part.runners[f"layers.{layer_idx}.ffn.experts"]._operand[:2]
-    return [*first, *second]
+    stored = part.runners[f"layers.{layer_idx}.ffn.experts"].operand
+    return [part for side in (stored.gate_up, stored.down) for part in (side.qdata, side.scale, side.global_scale)]
 
 
 EXPERT = "layers.1.ffn.experts"
@@ -69,7 +69,7 @@ def test_a_bit_of_a_packed_weight_is_found(kind: str) -> None:
     subject = subject_on(TINY, kind)
     part = loaded(subject)
     runner = part.runners["layers.1.ffn.experts"]
-    w13 = runner._operand[0].w13.codes if kind == "sm_90" else runner.operand.w13
+    w13 = runner.operand.w13.codes if kind == "sm_90" else runner.operand.w13
     expert = w13.view(8, -1)[5]
     expert[1234] ^= 1
     (found,) = faults(subject, part)
@@ -82,7 +82,7 @@ def test_a_bit_of_a_packed_weight_is_found(kind: str) -> None:
 def test_a_global_scale_that_the_kernel_holds_twice_must_be_right_twice() -> None:
     subject = subject_on(TINY, "sm_90")
     part = loaded(subject)
-    part.runners["layers.1.ffn.experts"]._operand[0].w2.global_scale[4, 1] *= 2
+    part.runners["layers.1.ffn.experts"].operand.w2.global_scale[4, 1] *= 2
     (found,) = faults(subject, part)
     assert (found.id, found.where) == ("L03", "layers.1.ffn.experts.4.w2")
 
@@ -105,7 +105,7 @@ def test_dirty_padding_is_found(tmp_path: Path) -> None:
     sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "q_lora_rank": 136}
     subject = subject_on(random_checkpoint(tmp_path, "deepseek-native", **sizes).folder, "sm_90")
     part = loaded(subject)
-    packed = part.runners["layers.1.attn.wqa_wkv"].operand
+    packed = part.runners["layers.1.attn.wqa_wkv"].operand.weight
     assert not faults(subject, part)
     blocks = packed.blocks.clone()
     blocks[packed.rows[:, 1] < 64] |= 1  # rows beyond the shard's 136, and real ones: those are L02's
@@ -120,7 +120,7 @@ def test_the_three_forms_of_an_fp8_scale_must_agree(tmp_path: Path) -> None:
     sizes = {"hidden_size": 128, "moe_intermediate_size": 128}
     subject = subject_on(random_checkpoint(tmp_path, "deepseek-native", **sizes).folder, "sm_90")
     part = loaded(subject)
-    part.runners["layers.1.attn.wq_b"].operand.scales[0, 0, 1] += 1
+    part.runners["layers.1.attn.wq_b"].operand.weight.scales[0, 0, 1] += 1
     (found,) = faults(subject, part)
     assert (found.id, found.where, found.number) == ("L02", "layers.1.attn.wq_b", 1)
 

@@ -61,7 +61,7 @@ def blocks_exchanged(part: LoadedPart) -> None:
     """Two pieces of 128 bytes of an expert's packed codes change places, as another swizzle would put them."""
     runner = part.runners.get(EXPERTS)
     if runner is not None:
-        pieces = runner._operand[0].w13.codes.view(8, -1)[5].view(-1, 128)  # type: ignore[attr-defined]
+        pieces = runner.operand.w13.codes.view(8, -1)[5].view(-1, 128)  # type: ignore[attr-defined]
         pieces[:2] = pieces[:2].flip(0)
 
 
@@ -69,7 +69,7 @@ def dirty_padding(part: LoadedPart) -> None:
     """0x7F, E4M3's NaN, in the rows that only fill a tile up."""
     runner = part.runners.get(f"{LAYER}.attn.wqa_wkv")
     if runner is not None:
-        packed = runner.operand  # type: ignore[attr-defined]
+        packed = runner.operand.weight  # type: ignore[attr-defined]
         tiles, num_cols = len(packed.blocks), packed.blocks.shape[1] * COLS
         whole = unpack_blocks(packed.blocks, row_order(), tiles * ROWS, num_cols)
         is_outside = (torch.arange(ROWS) >= packed.rows[:, 1, None]).flatten()
@@ -79,7 +79,7 @@ def dirty_padding(part: LoadedPart) -> None:
 def row_scaled(part: LoadedPart) -> None:
     runner = part.runners.get(f"{LAYER}.attn.wq_b")
     if runner is not None:
-        runner._operand[2][17] *= 1.001  # type: ignore[attr-defined]
+        runner.operand.shards[0].global_scale[17] *= 1.001  # type: ignore[attr-defined]
 
 
 def norm_poisoned(part: LoadedPart) -> None:

@@ -121,7 +121,8 @@ def in_operand(change: Callable[[Any, Any], object]) -> Mutation:
     def changed(part: LoadedPart) -> None:
         runner: Any = part.runners.get(f"{LAYER}.ffn.experts")
         if runner is not None:
-            change(*runner._operand[:2])
+            sides = (runner.operand.gate_up, runner.operand.down)
+            change(*((side.qdata, side.scale, side.global_scale) for side in sides))
 
     return Mutation(
         "expert 2 as the kernel holds it", "K01", f"{LAYER}.ffn.experts.2", None, on_part(changed), 1, KERNELS

@@ -1,7 +1,7 @@
 """`docs/mutations.md`: what it says, and what is read back from it."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,6 @@ from support.mutations.runs import Outcome
 from support.mutations.unseen import MUTATIONS as UNSEEN
 
 PATH = Path(__file__).parents[3] / "docs" / "mutations.md"
-COLUMNS = ("mutation", "what is corrupted", "options", "caught by", "named", "what it prints")
 STAGE_OF = (
     ("F", "file"),
     ("E", "environment"),
@@ -21,29 +20,23 @@ STAGE_OF = (
     ("V", "layers"),
 )
 """How a check's id begins -> its stage; the first that fits."""
-HEAD = """# What `ownpath verify` was seen to catch
+HEAD = """# What can `ownpath verify` catch, and what not?
 
-{caught} ways to corrupt a good checkpoint, a loaded model or a kernel's output. Each was done, `ownpath verify` was run
-on it, failed, and named the place. Five intact checkpoints of five exports and five seeds pass, and so does the
-embedded model. `tests/cpu/verify/test_mutations.py` does all of it again; the corruptions are in
-`tests/support/mutations/`. This page is written by `python tools/mutation_table.py`.
+{caught} ways to corrupt a good checkpoint, a loaded model or a kernel's output. `ownpath verify` failed on each and
+named the place; five intact checkpoints of five exports and five seeds pass, and so does the embedded model
+(`tests/cpu/verify/test_mutations.py`). A line has the mutation, the checks that failed and the place that the check
+in bold named; `ownpath verify --list` says what each check looks at. `python tools/mutation_table.py` writes this
+page and prints, for each mutation, what is corrupted, the options and the sentence.
 
-- **caught by**: the checks that failed and their stage. The first is not always the nearest: the place and the sentence
-  are those of the check in bold. [verify.md](verify.md) says what each looks at.
-- **options**: what the command was given besides the model; everything else is its default. Where no stages are named,
-  all ran (behind a failed file stage the others are skipped). Fewer stages save the tests' time: what
-  loading gets wrong, what a kernel does and what only a whole layer shows go through the stages that look there.
-- Everything ran on a CPU, in float32, on checkpoints of three layers, one of each kind, with eight experts (the packed
-  layout: on the embedded model). Packed layouts are planned for sm_90 and loaded on the CPU, which runs no kernel.
-- No CUDA graphs are captured here, so that their stale inputs are those of a runner that keeps a buffer of its own.
+Everything ran on a CPU, in float32, on checkpoints of three layers, one of each kind, with eight experts (packed
+layouts: on the embedded model, planned for sm_90 and loaded on the CPU, which runs no kernel).
 """
 TAIL = """
 ## Not caught
-`ownpath verify` passes these, and says so here rather than nowhere.
+`ownpath verify` passes these.
 
-| mutation | what is corrupted | options | why |
-|---|---|---|---|
 """
+_ROW = re.compile(r"- (.+?): ([A-Z0-9*, ]+) at `(.+)`")
 
 
 @dataclass(frozen=True)
@@ -60,20 +53,22 @@ def page(outcomes: Mapping[str, Outcome]) -> str:
     parts = [HEAD.format(caught=len(outcomes))]
     for heading, group in GROUPS.items():
         rows = [_row(name, mutation, outcomes[name]) for name, mutation in group.items()]
-        parts.append("\n".join([f"\n## {heading}", _line(COLUMNS), "|---" * len(COLUMNS) + "|", *rows, ""]))
-    unseen = [_line((name, it.mutation.what, _code(it.mutation.options), it.why)) for name, it in UNSEEN.items()]
+        parts.append("\n".join([f"\n## {heading}", *rows, ""]))
+    unseen = [f"- {name} ({it.mutation.what}; {_code(it.mutation.options)}): {it.why}" for name, it in UNSEEN.items()]
     return "".join(parts) + TAIL + "\n".join(unseen) + "\n"
 
 
 def _row(name: str, mutation: Mutation, outcome: Outcome) -> str:
     assert outcome.finding is not None, f"{name} is not caught"
-    stages: dict[str, list[str]] = {}
-    for id_ in outcome.ids:
-        shown = f"**{id_}**" if id_ == mutation.check else id_
-        stages.setdefault(stage_of(id_), []).append(shown)
-    caught = "; ".join(f"{', '.join(ids)} ({stage})" for stage, ids in stages.items())
-    finding = outcome.finding
-    return _line((name, mutation.what, _code(mutation.options), caught, _code(finding.where), finding.message))
+    ids = ", ".join(f"**{id_}**" if id_ == mutation.check else id_ for id_ in outcome.ids)
+    return f"- {name}: {ids} at {_code(outcome.finding.where)}"
+
+
+def told(name: str, mutation: Mutation, outcome: Outcome) -> str:
+    """What the page has no room for: what is corrupted, the options, the stages and the sentence."""
+    assert outcome.finding is not None, f"{name} is not caught"
+    stages = ", ".join(dict.fromkeys(map(stage_of, outcome.ids)))
+    return f"{name} ({mutation.what}; {mutation.options or 'all stages'}), {stages}: {outcome.finding.message}"
 
 
 def stage_of(id_: str) -> str:
@@ -82,23 +77,16 @@ def stage_of(id_: str) -> str:
 
 def rows() -> list[Row]:
     """What the committed page says was caught, in its order."""
-    found = []
-    for line in PATH.read_text(encoding="utf-8").split("## Not caught")[0].splitlines():
-        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        if len(cells) == len(COLUMNS) and cells[0] != COLUMNS[0] and not cells[0].startswith("---"):
-            found.append(Row(cells[0], tuple(re.findall(r"[A-Z]+\d+", cells[3])), cells[4].strip("`")))
-    return found
+    caught = PATH.read_text(encoding="utf-8").split("## Not caught")[0]
+    found = filter(None, map(_ROW.fullmatch, caught.splitlines()))
+    return [Row(row[1], tuple(re.findall(r"[A-Z]+\d+", row[2])), row[3]) for row in found]
 
 
 def unseen_names() -> list[str]:
     """What it says was not."""
     lines = PATH.read_text(encoding="utf-8").split("## Not caught")[1].splitlines()
-    return [line.split("|")[1].strip() for line in lines if line.startswith("| ")][1:]
+    return [line[2:].split(" (")[0] for line in lines if line.startswith("- ")]
 
 
 def _code(text: str) -> str:
     return f"`{text}`" if text else ""
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -6,6 +6,7 @@ tile and ``stages`` of shared memory at most.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -18,11 +19,15 @@ from ownpath.bench.rotation import num_calls
 from ownpath.bench.shapes import LINEAR_SHAPES, LinearShape
 from ownpath.bench.timing import CudaGraph
 from ownpath.bench.tune import CandidateFailed, Config
+from ownpath.formats import NVFP4
+from ownpath.kernels.calls import Calls
+from ownpath.kernels.contract import StoredLinear
 from ownpath.kernels.dsl.cache import CompileError
 from ownpath.kernels.dsl.driver import CudaError
 from ownpath.kernels.nvfp4.choose import TUNED, LinearChoice, linear_choice, linear_config
 from ownpath.kernels.nvfp4.config import BLOCK_K
 from ownpath.kernels.nvfp4.linear import LinearOperand, Nvfp4LinearKernel
+from ownpath.qtensor import QuantTensor
 
 MAX_REL_L2 = 3e-3
 TOKENS = (8, 16, 64, 256, 2048)
@@ -107,8 +112,8 @@ class LinearFamily:
         first = random_nvfp4(shape, self._settings.generator())
         for idx in range(num_calls(shape.num_params * 0.5625, least=2)):
             own = first.clone() if idx == 0 else random_nvfp4(shape, self._settings.generator(idx))
-            rows = own.weight_scale_2.expand(shape.out_features)
-            packed.append(kernel.prepare(own.weight, own.weight_scale, rows))
+            shard = QuantTensor(own.weight, own.weight_scale, own.weight_scale_2, NVFP4)
+            packed.append(kernel.prepare(StoredLinear((shard,))))
         return first, packed
 
     def run(self, case: str, config: Config) -> float:
@@ -118,14 +123,17 @@ class LinearFamily:
         kernel = Nvfp4LinearKernel(is_batch_invariant=False, choose=partial(_chosen, config))
         x = random_activations(tokens, cols, self._settings.generator(tokens))
         try:
-            y = kernel(x, packed[0])
+            operands = [replace(operand, calls=Calls()) for operand in packed]
+            y = kernel.run(x, operands[0])
         except (CompileError, CudaError, ValueError) as failure:
             raise CandidateFailed(str(failure).splitlines()[0]) from failure
         error = rel_l2(y, nvfp4_reference(x, stored))
         if not error <= MAX_REL_L2:
             raise CandidateFailed(f"wrong: relative L2 {error:.1e}")
         out = torch.empty_like(y)
-        return CudaGraph(0.05, warm_up_s=0.1).time([partial(kernel, x, operand, out) for operand in packed]).us
+        return (
+            CudaGraph(0.05, warm_up_s=0.1).time([partial(kernel.run, x, operand, out=out) for operand in operands]).us
+        )
 
 
 def fits(config: Config, shape: LinearShape) -> bool:

@@ -9,6 +9,7 @@ for rows that are looked up instead of copied first, ``box`` token rows of one c
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -22,10 +23,14 @@ from ownpath.bench.routing import uniform_routing
 from ownpath.bench.shapes import MoeShape, moe_shape
 from ownpath.bench.timing import CudaGraph
 from ownpath.bench.tune import CandidateFailed, Config
+from ownpath.formats import NVFP4
+from ownpath.kernels.calls import Calls
+from ownpath.kernels.contract import Routing, StoredExperts
 from ownpath.kernels.dsl.cache import CompileError
 from ownpath.kernels.dsl.driver import CudaError
 from ownpath.kernels.nvfp4.choose import TUNED, WIDE_PAIRS, MoeChoice, moe_choice
 from ownpath.kernels.nvfp4.moe import MoeOperand, Nvfp4MoeKernel
+from ownpath.qtensor import QuantTensor
 
 SHAPES = ("v4-flash", "v4-pro")
 MAX_REL_L2 = 3e-3
@@ -138,17 +143,19 @@ class MoeFamily:
         """Stored experts for the reference, and packed ones."""
         stored = random_moe(shape, self._settings.generator())
         own = stored.clone()
-        w13 = own.w13_scale_2 if own.w13_scale_2.ndim == 2 else own.w13_scale_2[:, None].expand(-1, 2)
+        gate_up_scale = own.w13_scale_2 if own.w13_scale_2.ndim == 2 else own.w13_scale_2[:, None].expand(-1, 2)
+        gate_up = QuantTensor(own.w13, own.w13_scale, gate_up_scale, NVFP4)
+        down = QuantTensor(own.w2, own.w2_scale, own.w2_scale_2, NVFP4)
         kernel = Nvfp4MoeKernel(is_batch_invariant=False)
-        return stored, kernel.prepare((own.w13, own.w13_scale, w13), (own.w2, own.w2_scale, own.w2_scale_2))
+        return stored, kernel.prepare(StoredExperts(gate_up, down, SWIGLU_LIMIT))
 
     def run(self, case: str, config: Config) -> float:
         """Median microseconds of a call; the answer is compared with the torch reference first."""
         shape, num_tokens = self._problems[case]
-        packed = self._operands(shape)[1]
+        packed = replace(self._operands(shape)[1], calls=Calls())
         kernel = Nvfp4MoeKernel(is_batch_invariant=False, choose=partial(_chosen, config))
         inputs = [self._input(shape, num_tokens, idx) for idx in range(6 if num_tokens <= 64 else 2)]
-        calls = [partial(kernel, *given, packed, SWIGLU_LIMIT) for given in inputs]
+        calls = [partial(kernel.run, x, Routing(ids, weights), packed) for x, ids, weights in inputs]
         try:
             y = calls[0]()
         except (CompileError, CudaError, ValueError) as failure:

@@ -3,8 +3,11 @@
 Shape suffixes: t queries, N heads, H head dim, K keys.
 """
 
+from dataclasses import dataclass
+
 import torch
 
+from ownpath.kernels.reference import Reference
 from ownpath.numerics import wide_dtype
 
 
@@ -21,3 +24,31 @@ def attend(
     sink_tN1 = sink_N.to(wide).expand(len(q_tNH), -1).unsqueeze(-1)
     weights_tNK = torch.cat((scores_tNK, sink_tN1), dim=-1).softmax(dim=-1)[..., :-1]
     return weights_tNK.to(keys_KH.dtype) @ keys_KH
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """sink float32 [N]: a learned logit for each head; softmax_scale: of the scores."""
+
+    sink_N: torch.Tensor
+    softmax_scale: float
+
+
+class AttentionReference(Reference):
+    """``attend`` as a kernel. The operand is the weights."""
+
+    def prepare(self, weights: AttentionWeights) -> AttentionWeights:
+        """The weights as they are."""
+        return weights
+
+    def variant(self, q_tNH: torch.Tensor, operand: AttentionWeights) -> None:
+        """There is one form."""
+
+    def run(
+        self, q_tNH: torch.Tensor, keys_KH: torch.Tensor, visible_tK: torch.Tensor, operand: AttentionWeights
+    ) -> torch.Tensor:
+        """[t, N, H]."""
+        return attend(q_tNH, keys_KH, visible_tK, operand.sink_N, operand.softmax_scale)
+
+
+ATTENTION = AttentionReference()

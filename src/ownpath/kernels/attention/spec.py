@@ -11,7 +11,7 @@ SPECS = (
         "SharedKeyAttention",
         "row_major",
         "torch, one sequence at a time: products with keys and values are not projections, no weight is involved",
-        "attention.ref:attend",
+        "attention.ref:ATTENTION",
         is_batch_invariant=True,
         is_default=True,
     ),

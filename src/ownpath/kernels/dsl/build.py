@@ -1,4 +1,4 @@
-"""Compiles kernels into the cache: ``python -m ownpath.kernels.dsl.build``, configurations as JSON on stdin.
+"""Compiles kernels into the cache: ``python -m ownpath.kernels.dsl.build``, asked on stdin by a line of JSON for each.
 
 A process of its own, because the DSL reads its target from the environment when it is imported.
 """
@@ -9,7 +9,8 @@ import sys
 import tempfile
 from typing import Any
 
-from ownpath.kernels.dsl.cache import ARCH, COMPILER, Config, store
+from ownpath.kernels.contract import Config
+from ownpath.kernels.dsl.cache import ARCH, COMPILER, store
 from ownpath.kernels.fp8.config import QuantizeConfig, W8A8Config, W8A16Config
 from ownpath.kernels.nvfp4.config import COPY_THREADS, AlignConfig, CombineConfig, GemmConfig, PermuteConfig
 
@@ -53,11 +54,12 @@ def build(config: Config) -> None:
 
 
 def main() -> None:
-    """Compiles what stdin names and prints each name when it is done."""
+    """Compiles what stdin asks for, line by line, and prints each name when it is done."""
     with tempfile.TemporaryDirectory() as scratch:
         settings = {"ARCH": ARCH, "KEEP_PTX": "1", "KEEP_CUBIN": "1", "DUMP_DIR": scratch}
         os.environ.update({f"CUTE_DSL_{key}": value for key, value in settings.items()})
-        for kind, fields in json.load(sys.stdin):
+        for line in sys.stdin:
+            kind, fields = json.loads(line)
             fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
             config = CONFIGS[kind](**fields)
             build(config)

@@ -11,28 +11,20 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Protocol
 
-from ownpath.kernels.dsl.driver import Binary, Kernel
+from ownpath.kernels.contract import Config
+from ownpath.kernels.dsl.driver import Binary, Function, load_function
 
 ARCH = "sm_90a"
 COMPILER = "nvidia-cutlass-dsl 4.8.1"
 SOURCES = Path(__file__).parents[1]
-
-
-class Config(Hashable, Protocol):
-    """A kernel's compile-time configuration; frozen dataclasses in ``kernels.nvfp4.config`` fit."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def sources(self) -> tuple[str, ...]: ...
 
 
 class CompileError(RuntimeError):
@@ -84,8 +76,8 @@ def compile_missing(configs: Iterable[Config], progress: Callable[[int, int, str
     missing = {config.name: config for config in configs if not is_cached(config)}
     if not missing:
         return 0
-    waiting, finished, lock = list(missing.values()), list[str](), Lock()
-    workers = min(len(waiting), os.cpu_count() or 1)
+    queue, finished, lock = deque(missing.values()), list[str](), Lock()
+    workers = min(len(queue), os.cpu_count() or 1)
 
     def count(name: str) -> None:
         with lock:
@@ -94,40 +86,53 @@ def compile_missing(configs: Iterable[Config], progress: Callable[[int, int, str
                 progress(len(finished), len(missing), name)
 
     with ThreadPoolExecutor(workers) as pool:
-        shares = [waiting[idx::workers] for idx in range(workers)]
-        # Every share runs to its end before the first failure is raised: what compiles stays compiled.
-        for failure in list(pool.map(lambda share: _compile(share, count), shares)):
+        # Every other process goes on before the first failure is raised: what compiles stays compiled.
+        for failure in list(pool.map(lambda _: _compile(queue, count), range(workers))):
             if failure:
                 raise CompileError(failure)
     return len(missing)
 
 
-def _compile(share: Sequence[Config], compiled: Callable[[str], None]) -> str:
-    """Compiles kernels one after the other in a process of their own; returns what went wrong."""
-    request = json.dumps([[type(config).__name__, vars(config)] for config in share])
+def _compile(queue: deque[Config], count: Callable[[str], None]) -> str:
+    """Compiles kernels off the queue, one after the other, in a process of their own; returns what went wrong."""
     with tempfile.TemporaryFile("w+") as errors:
         command = [sys.executable, "-m", "ownpath.kernels.dsl.build"]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
-        assert process.stdin
-        assert process.stdout
-        process.stdin.write(request)
-        process.stdin.close()
-        for line in process.stdout:
-            compiled(line.strip())
-        if process.wait() == 0:
+        with suppress(BrokenPipeError), process:  # what a process that has ended did not read
+            failed = _feed(process, queue, count)
+        if not failed:
             return ""
         errors.seek(0)
         words = errors.read()[-2000:]
     return (
         f"a kernel could not be compiled. The compiler is {COMPILER}: pip install 'ownpath[cute]', or bring a cache "
-        f"that holds {', '.join(config.name for config in share[:3])}, ... in {cache_dir()}\n{words}"
+        f"that holds {failed}, ... in {cache_dir()}\n{words}"
     )
 
 
+def _feed(process: subprocess.Popen[str], queue: deque[Config], count: Callable[[str], None]) -> str:
+    """Asks a process for one kernel at a time until the queue is empty; returns the name of one that it failed at."""
+    requests, answers = process.stdin, process.stdout
+    assert requests
+    assert answers
+    with suppress(IndexError):
+        while True:
+            config = queue.popleft()
+            with suppress(BrokenPipeError):  # a process that has ended, and answers nothing
+                requests.write(json.dumps([type(config).__name__, vars(config)]) + "\n")
+                requests.flush()
+                if not queue:
+                    requests.close()
+            if all(line.strip() != config.name for line in answers):
+                return config.name
+            count(config.name)
+    return ""
+
+
 @lru_cache(maxsize=512)
-def load(config: Config, device_index: int) -> Kernel:
+def load(config: Config, device_index: int) -> Function:
     """The kernel on a device, compiled if the cache lacks it. Errors: CompileError, CudaError."""
     compile_missing([config])
     facts = json.loads(stem(config).with_suffix(".json").read_text())
     code = stem(config).with_suffix(".cubin").read_bytes()
-    return Kernel(Binary(code, facts["entry"], facts["num_threads"], facts["cluster"]))
+    return load_function(Binary(code, facts["entry"], facts["num_threads"], facts["cluster"]))

@@ -1,21 +1,27 @@
 """Launches compiled kernels through the CUDA driver, so that a machine with a warm cache needs no kernel compiler.
 
 Everything here is ``libcuda``'s C interface through ctypes: module load, tensor maps, launches with the two attributes
-the kernels use (clusters, programmatic dependent launch). The caller keeps arguments alive until the launch returns;
-the driver copies them.
+the kernels use (clusters, programmatic dependent launch).
+
+A ``Launch`` is made once: grid, arguments and their addresses are in place, and a call changes only what differs and
+starts it, with one driver call. The driver copies arguments when it is called. One thread at a time uses a launch.
 """
 
 import ctypes
 from collections.abc import Sequence
+from ctypes import addressof, byref
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from struct import Struct
 
 import torch
 
 CLUSTER_DIMENSION, PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
-BFLOAT16, FLOAT8 = 9, 0
-SWIZZLE_128B, PROMOTE_L2_256B = 3, 3
+BFLOAT16 = 9
+SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
+PROMOTE_L2_256B = 3
+Argument = ctypes.c_void_p | ctypes.c_int | ctypes.c_longlong | ctypes.c_float | ctypes.Structure
+"""What a kernel takes: its ctypes value."""
 
 
 class CudaError(RuntimeError):
@@ -48,8 +54,11 @@ class _Config(ctypes.Structure):
 
 
 @lru_cache(maxsize=1)
-def _cuda() -> Any:
-    return ctypes.CDLL("libcuda.so.1")
+def _cuda() -> ctypes.CDLL:
+    cuda = ctypes.CDLL("libcuda.so.1")
+    cuda.cuLaunchKernelEx.argtypes = (ctypes.c_void_p,) * 4
+    cuda.cuTensorMapReplaceAddress.argtypes = (ctypes.c_void_p,) * 2
+    return cuda
 
 
 def _check(name: str, code: int) -> None:
@@ -71,72 +80,139 @@ class Binary:
     dependent: bool = True
 
 
-class Kernel:
-    """A loaded kernel. ``dependent``: it may start while its predecessor drains, because it waits where it must."""
+@dataclass(frozen=True)
+class Function:
+    """A kernel on a device. handle: the driver's function; shared_bytes: dynamic shared memory of a CTA.
 
-    def __init__(self, binary: Binary) -> None:
-        cuda, module, function = _cuda(), ctypes.c_void_p(), ctypes.c_void_p()
-        torch.cuda.current_stream()
-        _check("cuModuleLoadData", cuda.cuModuleLoadData(ctypes.byref(module), binary.code))
-        name = binary.entry.encode()
-        _check("cuModuleGetFunction", cuda.cuModuleGetFunction(ctypes.byref(function), module, name))
-        self._function = function
+    dependent: it may start while its predecessor drains, because it waits where it must.
+    """
+
+    handle: int
+    num_threads: int
+    shared_bytes: int = 0
+    cluster: int = 1
+    dependent: bool = True
+
+
+def load_function(binary: Binary) -> Function:
+    """Puts machine code on the current device. Errors: CudaError."""
+    cuda, module, function = _cuda(), ctypes.c_void_p(), ctypes.c_void_p()
+    torch.cuda.current_stream()
+    _check("cuModuleLoadData", cuda.cuModuleLoadData(byref(module), binary.code))
+    name = binary.entry.encode()
+    _check("cuModuleGetFunction", cuda.cuModuleGetFunction(byref(function), module, name))
+    assert function.value
+    return Function(function.value, binary.num_threads, 0, binary.cluster, binary.dependent)
+
+
+class Pointers:
+    """Addresses that change from call to call, in one piece of memory; one or several launches read them.
+
+    slots: the arguments to give to launches, in the order of ``set``.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._memory = (ctypes.c_uint64 * count)()
+        self.slots = tuple(ctypes.c_void_p.from_buffer(self._memory, 8 * idx) for idx in range(count))
+        self._pack_into = Struct(f"{count}Q").pack_into
+
+    def set(self, *addresses: int) -> None:
+        """All of them at once."""
+        self._pack_into(self._memory, 0, *addresses)
+
+
+class Launch:
+    """One launch of a kernel with everything in place.
+
+    args: ctypes values in the order of the kernel's parameters; what changes from call to call stands in ``Pointers``.
+    """
+
+    def __init__(self, function: Function, grid: tuple[int, int, int], args: Sequence[Argument]) -> None:
         self._attributes = (_Attribute * 2)()
         used = 0
-        if binary.dependent:
+        if function.dependent:
             self._attributes[used].id = PROGRAMMATIC_STREAM_SERIALIZATION
             self._attributes[used].value.flag = 1
             used += 1
-        if binary.cluster > 1:
+        if function.cluster > 1:
             self._attributes[used].id = CLUSTER_DIMENSION
-            self._attributes[used].value.cluster = (binary.cluster, 1, 1)
+            self._attributes[used].value.cluster = (function.cluster, 1, 1)
             used += 1
-        self._config = _Config(block=(binary.num_threads, 1, 1), attributes=self._attributes, num_attributes=used)
+        self._config = _Config(
+            grid=grid,
+            block=(function.num_threads, 1, 1),
+            shared_bytes=function.shared_bytes,
+            attributes=self._attributes,
+            num_attributes=used,
+        )
+        self._args = tuple(args)
+        self._addresses = (ctypes.c_void_p * len(args))(*map(addressof, args))
+        self._launch = _cuda().cuLaunchKernelEx
+        self._call = addressof(self._config), function.handle, addressof(self._addresses), None
+        self._stream = 0
 
-    def launch(self, grid: int, args: Sequence[Any], stream: int) -> None:
-        """Starts the kernel. args: ctypes values in the order of the kernel's parameters.
-
-        Errors: CudaError when the driver refuses the launch.
-        """
-        self._config.grid[0], self._config.grid[1], self._config.grid[2] = grid, 1, 1
-        self._config.stream = stream
-        pointers = (ctypes.c_void_p * len(args))(*(ctypes.addressof(arg) for arg in args))
-        code = _cuda().cuLaunchKernelEx(ctypes.byref(self._config), self._function, pointers, None)
-        _check("cuLaunchKernelEx", code)
+    def start(self, stream: int) -> None:
+        """Launches on a stream (its handle). Errors: CudaError when the driver refuses."""
+        if stream != self._stream:
+            self._config.stream = self._stream = stream
+        code = self._launch(*self._call)
+        if code:
+            _check("cuLaunchKernelEx", code)
 
 
-def tensor_map(tensor: torch.Tensor, box_rows: int, box_cols: int) -> TensorMap:
-    """Describes a row-major matrix [rows, cols] for boxes of [box_rows, box_cols] with the 128-byte swizzle.
+class Boxes:
+    """A row-major matrix [rows, cols] as the copy engine sees it: boxes of [box_rows, box_cols].
 
-    Errors: CudaError, for a pointer that is not 16-byte aligned or a row pitch that is not a multiple of 16 bytes.
+    ``argument`` is passed to a launch; ``point_at`` moves it to another matrix of the same shape and pitch.
     """
-    rows, cols = tensor.shape
-    width = tensor.element_size()
-    raw = (ctypes.c_uint64 * 24)()
-    start = ctypes.addressof(raw)
-    described = TensorMap.from_address(start + -start % 64)
-    dims = (ctypes.c_uint64 * 2)(cols, rows)
-    pitch = (ctypes.c_uint64 * 1)(tensor.stride(0) * width)
-    box, unit = (ctypes.c_uint32 * 2)(box_cols, box_rows), (ctypes.c_uint32 * 2)(1, 1)
-    code = _cuda().cuTensorMapEncodeTiled(
-        ctypes.byref(described),
-        BFLOAT16 if width == 2 else FLOAT8,
-        2,
-        ctypes.c_void_p(tensor.data_ptr()),
-        dims,
-        pitch,
-        box,
-        unit,
-        0,
-        SWIZZLE_128B,
-        PROMOTE_L2_256B,
-        0,
-    )
-    _check("cuTensorMapEncodeTiled", code)
-    described._keep = raw
-    return described
+
+    def __init__(
+        self, address: int, shape: tuple[int, int], pitch: int, box: tuple[int, int], swizzle_bytes: int = 128
+    ) -> None:
+        """BF16 at an address, rows ``pitch`` elements apart.
+
+        Errors: CudaError, for an address that is not 16-byte aligned or a pitch that is not a multiple of 16 bytes.
+        """
+        self.num_rows = shape[0]
+        self._raw = (ctypes.c_uint64 * 24)()
+        start = addressof(self._raw)
+        self._map_address = start + -start % 64
+        self.argument = TensorMap.from_address(self._map_address)
+        self._address = address
+        code = _cuda().cuTensorMapEncodeTiled(
+            byref(self.argument),
+            BFLOAT16,
+            2,
+            ctypes.c_void_p(address),
+            (ctypes.c_uint64 * 2)(shape[1], shape[0]),
+            (ctypes.c_uint64 * 1)(2 * pitch),
+            (ctypes.c_uint32 * 2)(box[1], box[0]),
+            (ctypes.c_uint32 * 2)(1, 1),
+            0,
+            SWIZZLES[swizzle_bytes],
+            PROMOTE_L2_256B,
+            0,
+        )
+        _check("cuTensorMapEncodeTiled", code)
+
+    def point_at(self, address: int) -> None:
+        """Moves the map. Errors: CudaError for an address that is not 16-byte aligned."""
+        if address != self._address:
+            _check("cuTensorMapReplaceAddress", _cuda().cuTensorMapReplaceAddress(self._map_address, address))
+            self._address = address
 
 
 def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
     """The address of a tensor's first element as a kernel argument."""
     return ctypes.c_void_p(tensor.data_ptr())
+
+
+def current_stream(device_index: int) -> int:
+    """Handle of the stream that torch uses on a device."""
+    return torch._C._cuda_getCurrentRawStream(device_index)
+
+
+@lru_cache(maxsize=16)
+def num_sms(device_index: int) -> int:
+    """Multiprocessors of a device."""
+    return torch.cuda.get_device_properties(device_index).multi_processor_count

@@ -105,22 +105,26 @@ def load_bulk(
     src: Value,
     num_bytes: Value,
     barrier: Value,
-    passes_once: bool = True,
+    passes_once: bool = False,
+    peers: int = 0,
     *,
     loc: Any = None,
     ip: Any = None,
 ) -> None:
     """A contiguous copy, global to shared memory (byte addresses), by the copy engine; ``barrier`` counts its bytes.
 
-    passes_once: nobody reads it again, so it is marked to leave L2 first.
+    passes_once: nobody reads it again, so it is marked to leave L2 first. peers: mask of the cluster's CTAs that all
+    receive it, each at the same place of its memory; 0 for this CTA only.
     """
-    copy = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-    text = f"{copy} [$0], [$1], $2, [$3];"
+    setup, how, more = "", "", ""
+    if peers:
+        setup += f".reg .b16 mask; mov.b16 mask, {peers:#x}; "
+        how, more = how + ".multicast::cluster", more + ", mask"
     if passes_once:
-        text = (
-            "{ .reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0; "
-            f"{copy}.L2::cache_hint [$0], [$1], $2, [$3], policy; }}"
-        )
+        setup += ".reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0; "
+        how, more = how + ".L2::cache_hint", more + ", policy"
+    copy = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+    text = f"{{ {setup}{copy}{how} [$0], [$1], $2, [$3]{more}; }}"
     operands = [
         Int32(dst).ir_value(loc=loc, ip=ip),
         Int64(src).ir_value(loc=loc, ip=ip),
@@ -207,6 +211,17 @@ def load_shared_vec2(address: Value, *, loc: Any = None, ip: Any = None) -> tupl
 def named_barrier(barrier_id: int, num_threads: int, *, loc: Any = None, ip: Any = None) -> None:
     """All ``num_threads`` threads that name this barrier wait for each other."""
     asm(f"bar.sync {barrier_id}, {num_threads};", "", None, [], False, loc, ip)
+
+
+@dsl_user_op
+def cluster_barrier(relaxed: bool = False, *, loc: Any = None, ip: Any = None) -> None:
+    """All threads of the cluster that have not exited wait for each other.
+
+    What they wrote is then visible to all, unless ``relaxed``, which orders nothing but spares waiting for writes.
+    """
+    order = "relaxed" if relaxed else "release"
+    text = f"barrier.cluster.arrive.{order}.aligned; barrier.cluster.wait.aligned;"
+    asm(text, "", None, [], False, loc, ip)
 
 
 @dsl_user_op

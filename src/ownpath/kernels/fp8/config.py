@@ -34,7 +34,10 @@ ACT_STRIDE = 9216
 
 assert ACT_BLOCK_BYTES <= ACT_STRIDE
 
-_SHARED_SOURCES = ("fp8/ptx.py", "fp8/config.py", "fp8/layout.py", "dsl/ring.py", "dsl/ptx.py")
+_SHARED_SOURCES = (
+    *(f"fp8/{name}.py" for name in ("output_sm90", "ptx", "config", "layout")),
+    *(f"dsl/{name}.py" for name in ("pipeline", "warpgroup", "ptx")),
+)
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,12 @@ def pack_fp8(weights: Sequence[Tensor], scales: Sequence[Tensor]) -> PackedFp8:
     )
 
 
+def fp8_shape(shard_rows: Sequence[int], width: int) -> tuple[int, int, bool]:
+    """Row blocks, K blocks, and whether it is ragged, of shards of so many rows, as ``pack_fp8`` makes them."""
+    rows = _row_table(shard_rows)
+    return len(rows) + len(rows) % 2, -(-width // COLS), bool((rows % 4 != 0).any())
+
+
 def restore_fp8(packed: PackedFp8, shard_rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
     """The inverse of ``pack_fp8``, for shards of so many rows: E4M3 [N, K], float32 [ceil(N/128), ceil(K/128)].
 

@@ -10,17 +10,6 @@ from ownpath.kernels.dsl.ptx import Value, asm
 
 
 @dsl_user_op
-def cluster_barrier(relaxed: bool = False, *, loc: Any = None, ip: Any = None) -> None:
-    """All threads of the cluster that have not exited wait for each other.
-
-    What they wrote is then visible to all, unless ``relaxed``, which orders nothing but spares waiting for writes.
-    """
-    order = "relaxed" if relaxed else "release"
-    text = f"barrier.cluster.arrive.{order}.aligned; barrier.cluster.wait.aligned;"
-    asm(text, "", None, [], False, loc, ip)
-
-
-@dsl_user_op
 def load_global16_or_zero(src: Value, inside: Value, *, loc: Any = None, ip: Any = None) -> list[Uint32]:
     """16 bytes of global memory that this kernel does not write, or zeros."""
     struct = llvm.StructType.get_literal([T.i32()] * 4)
@@ -56,27 +45,6 @@ def to_e4m3x4(v0: Value, v1: Value, v2: Value, v3: Value, *, loc: Any = None, ip
     )
     operands = [Float32(v).ir_value(loc=loc, ip=ip) for v in (v0, v1, v2, v3)]
     return Uint32(asm(text, "=r,f,f,f,f", T.i32(), operands, True, loc, ip))
-
-
-@dsl_user_op
-def load_bulk(
-    dst: Value, src: Value, num_bytes: Value, barrier: Value, peers: int = 0, *, loc: Any = None, ip: Any = None
-) -> None:
-    """A contiguous copy, global to shared memory, by the copy engine; ``barrier`` counts its bytes.
-
-    peers: mask of the cluster's CTAs that all receive it, each at the same place of its memory; 0 for this CTA only.
-    """
-    copy = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-    text = f"{copy} [$0], [$1], $2, [$3];"
-    if peers:
-        text = f"{{ .reg .b16 mask; mov.b16 mask, {peers:#x}; {copy}.multicast::cluster [$0], [$1], $2, [$3], mask; }}"
-    operands = [
-        dst.toint().ir_value(loc=loc, ip=ip),
-        src.toint().ir_value(loc=loc, ip=ip),
-        Int32(num_bytes).ir_value(loc=loc, ip=ip),
-        barrier.toint().ir_value(loc=loc, ip=ip),
-    ]
-    asm(text, "r,l,r,r", None, operands, False, loc, ip)
 
 
 @dsl_user_op

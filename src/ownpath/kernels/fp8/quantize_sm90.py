@@ -86,7 +86,7 @@ class Quantize:
                 target = cute.recast_ptr(block + (BLOCK_BYTES + token % 64 * 4), dtype=Float32)
                 cute.make_tensor(target, cute.make_layout(1))[0] = scale
 
-    def scale_values(self, amax_bits: Any, values: list[Any]) -> tuple[Any, list[Any]]:
+    def scale_values(self, amax_bits: Uint32, values: list[Float32]) -> tuple[Float32, list[Float32]]:
         """The scale of a block whose largest magnitude has these float32 bits, and its values over the scale."""
         floor = Uint32(0x38D1B717)  # 1e-4
         bits = fp8_ptx.max_u32(amax_bits, floor)
@@ -102,7 +102,7 @@ class Quantize:
             scaled = [fp8_ptx.divide(value, scale) for value in values]
         return fp8_ptx.nan_unless_finite(scale, amax_bits), scaled
 
-    def write(self, block: Any, row: Int32, part: Int32, scaled: list[Any]) -> None:
+    def write(self, block: cute.Pointer, row: Int32, part: Int32, scaled: list[Float32]) -> None:
         """Four words: columns {2q + 8, 2q, 2q + 9, 2q + 1} of these 16 go to unit 2q + part / 4, word part % 4."""
         for q in range(4):
             word = fp8_ptx.to_e4m3x4(scaled[2 * q + 8], scaled[2 * q], scaled[2 * q + 9], scaled[2 * q + 1])

@@ -19,7 +19,7 @@ _LINEARS = (
         "blocks_64x128",
         f"W8A16 below {PREFILL_FROM} rows: exact decode, float32 sums, scale per 128 x 128; from there W8A8: "
         "activations to E4M3 with a scale per 1 x 128, FP8 tensor cores, float32 promotion per 128 of K",
-        "fp8.launch:fp8_linear",
+        "fp8.linear:fp8_linear",
         min_sm=90,
         end_sm=100,
         dim_multiple=8,
@@ -37,7 +37,7 @@ _LINEARS = (
         "Fp8Linear",
         "blocks_64x128",
         "W8A16 for any number of rows: exact decode, float32 sums, one order of sums for every number of tokens",
-        "fp8.launch:fp8_linear_invariant",
+        "fp8.linear:fp8_linear_invariant",
         min_sm=90,
         end_sm=100,
         dim_multiple=8,
@@ -53,7 +53,7 @@ _LINEARS = (
         "Fp8Linear",
         "row_major",
         "W8A16: E4M3 x block scale decoded, float32 sums",
-        "fp8.ref:fp8_linear",
+        "fp8.ref:FP8_LINEAR",
         is_default=True,
     ),
 )
@@ -64,7 +64,7 @@ _MOE = KernelSpec(
     "Fp8MoE",
     "row_major",
     "W8A16 per expert: E4M3 x block scale decoded for the experts that are hit, float32 sums and combine",
-    "fp8.ref:fp8_moe",
+    "fp8.ref:FP8_MOE",
     is_default=True,
 )
 

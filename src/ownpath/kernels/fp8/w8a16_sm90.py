@@ -24,18 +24,35 @@ Roofline. 1 byte per weight at 4.41 TB/s up to M = 64, where tensor cores are at
 way. Limits: sm_90a; K a multiple of 8; 16-byte aligned rows.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import cutlass
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.nvgpu import cpasync, warpgroup
-from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
 from ownpath.kernels.dsl import ptx
-from ownpath.kernels.dsl.ring import next_stage
+from ownpath.kernels.dsl.pipeline import Pipeline, Stages
+from ownpath.kernels.dsl.warpgroup import Operands, Thread, decoded_mma, shared_operand, wgmma
 from ownpath.kernels.fp8 import ptx as fp8_ptx
 from ownpath.kernels.fp8.config import BLOCK_K, CHUNK_K, ENTRY_BYTES, MAX_K_BLOCKS, W8A16_REGISTERS, WG, W8A16Config
 from ownpath.kernels.fp8.layout import BLOCK_BYTES
+from ownpath.kernels.fp8.output_sm90 import Output, RowBlock
+
+Words = tuple[Uint32, Uint32, Uint32, Uint32]
+"""16 bytes of shared memory."""
+
+
+@dataclass(frozen=True)
+class CtaTile:
+    """What a CTA multiplies: row blocks from ``block`` on, tokens from ``token0`` on, ``k_iters`` blocks of K from
+    ``k_start`` on. rank: of the CTA in its cluster."""
+
+    block: Int32
+    token0: Int32
+    k_start: Int32
+    k_iters: Int32
+    rank: Int32
 
 
 class W8A16:
@@ -87,172 +104,123 @@ class W8A16:
         num_row_blocks: Int32,
         num_k_blocks: Int32,
     ) -> None:
+        """Sets the ring up, then loads or multiplies, by warpgroup."""
         cfg = self.cfg
         thread, _, _ = cute.arch.thread_idx()
         cta, _, _ = cute.arch.block_idx()
         warp_group = cute.arch.make_warp_uniform(thread // WG)
-
-        smem_x = cute.arch.alloc_smem(BFloat16, cfg.num_stages * cfg.num_n * BLOCK_K, 1024)
-        smem_w = cute.arch.alloc_smem(Uint8, cfg.num_stages * cfg.num_m64 * BLOCK_BYTES, 128)
-        smem_scales = cute.arch.alloc_smem(Uint8, cfg.num_m64 * MAX_K_BLOCKS * ENTRY_BYTES, 128)
-        full = cute.arch.alloc_smem(Int64, cfg.num_stages, 8)
-        empty = cute.arch.alloc_smem(Int64, cfg.num_stages, 8)
+        stages = self.allocate()
         if thread == 0:
             cpasync.prefetch_descriptor(tma_x)
-            for stage in cutlass.range_constexpr(cfg.num_stages):
-                cute.arch.mbarrier_init(full + stage, 2)
-                cute.arch.mbarrier_init(empty + stage, cfg.consumers * 4)
-            cute.arch.mbarrier_init_fence()
+            stages.pipeline.init(2, 4 * cfg.consumers)
         cute.arch.sync_threads()
-
         cute.arch.griddepcontrol_launch_dependents()
+        tile = self.tile(cta, num_row_blocks, num_k_blocks)
+        if warp_group == cfg.consumers:
+            cute.arch.setmaxregister_decrease(self.registers[0])
+            worker = thread - cfg.consumers * WG
+            if worker == 0:
+                self.load_weights(blocks, scales, stages, tile, num_row_blocks, num_k_blocks)
+            if worker == 32:
+                self.load_tokens(ptx.descriptor_address(tma_x), stages, tile)
+        else:
+            cute.arch.setmaxregister_increase(self.registers[1])
+            operands = Operands(Thread(thread % WG, warp_group), stages, tile.k_iters)
+            self.consume(tile, operands, Output(out, row_table, num_tokens, ld_out, num_row_blocks))
+
+    def allocate(self) -> Stages:
+        """All of a CTA's shared memory."""
+        cfg = self.cfg
+        tokens = cute.arch.alloc_smem(BFloat16, cfg.num_stages * cfg.num_n * BLOCK_K, 1024)
+        weights = cute.arch.alloc_smem(Uint8, cfg.num_stages * cfg.num_m64 * BLOCK_BYTES, 128)
+        scales = cute.arch.alloc_smem(Uint8, cfg.num_m64 * MAX_K_BLOCKS * ENTRY_BYTES, 128)
+        return Stages(tokens, weights, scales, Pipeline.allocate(cfg.num_stages))
+
+    @cute.jit
+    def tile(self, cta: Int32, num_row_blocks: Int32, num_k_blocks: Int32) -> CtaTile:
+        """A CTA's rows, tokens and share of K."""
+        cfg = self.cfg
         rank = cta % cfg.cluster_k
         num_groups = (num_row_blocks + cfg.num_m64 - 1) // cfg.num_m64
-        first_block = cta // cfg.cluster_k % num_groups * cfg.num_m64
+        block = cta // cfg.cluster_k % num_groups * cfg.num_m64
         token0 = cta // cfg.cluster_k // num_groups * cfg.num_n
         share, rest = num_k_blocks // cfg.cluster_k, num_k_blocks % cfg.cluster_k
         k_start = rank * share + cutlass.min(rank, rest)
         k_iters = share
         if rank < rest:
             k_iters = share + 1
-
-        if warp_group == cfg.consumers:
-            cute.arch.setmaxregister_decrease(self.registers[0])
-            worker = thread - cfg.consumers * WG
-            if worker == 0:
-                self.load_weights(
-                    blocks, scales, smem_w, smem_scales, full, empty, first_block, num_row_blocks, num_k_blocks,
-                    k_start, k_iters,
-                )  # fmt: skip
-            if worker == 32:
-                self.load_tokens(ptx.descriptor_address(tma_x), smem_x, full, empty, token0, k_start, k_iters)
-        else:
-            cute.arch.setmaxregister_increase(self.registers[1])
-            self.consume(
-                out, row_table, smem_x, smem_w, smem_scales, full, empty, thread % WG, warp_group, rank, first_block,
-                num_row_blocks, token0, num_tokens, ld_out, k_iters,
-            )  # fmt: skip
+        return CtaTile(block, token0, k_start, k_iters, rank)
 
     @cute.jit
     def load_weights(
         self,
         blocks: cute.Pointer,
         scales: cute.Pointer,
-        smem_w: cute.Pointer,
-        smem_scales: cute.Pointer,
-        full: cute.Pointer,
-        empty: cute.Pointer,
-        first_block: Int32,
+        stages: Stages,
+        tile: CtaTile,
         num_row_blocks: Int32,
         num_k_blocks: Int32,
-        k_start: Int32,
-        k_iters: Int32,
     ) -> None:
         """One thread: weight blocks into the ring; the scales of the whole share come with the first stage.
 
         Weights never change, so this does not wait for the kernel before.
         """
         cfg = self.cfg
-        slot, phase = Int32(0), Int32(1)
-        for k in cutlass.range(k_iters, unroll=1):
-            cute.arch.mbarrier_wait(empty + slot, phase)
+        ring = stages.pipeline.producer()
+        for k in cutlass.range(tile.k_iters, unroll=1):
+            ring.acquire()
             num_bytes = Int32(cfg.num_m64 * BLOCK_BYTES)
             if k == 0:
-                num_bytes += cfg.num_m64 * ENTRY_BYTES * k_iters
-            cute.arch.mbarrier_arrive_and_expect_tx(full + slot, num_bytes)
+                num_bytes += cfg.num_m64 * ENTRY_BYTES * tile.k_iters
+            ring.commit(num_bytes)
             for r in cutlass.range_constexpr(cfg.num_m64):
-                row_block = cutlass.min(first_block + r, num_row_blocks - 1)
-                idx = Int64(row_block) * num_k_blocks + k_start
+                row_block = cutlass.min(tile.block + r, num_row_blocks - 1)
+                idx = Int64(row_block) * num_k_blocks + tile.k_start
                 if k == 0:
                     ptx.load_bulk(
-                        (smem_scales + r * (MAX_K_BLOCKS * ENTRY_BYTES)).toint(), (scales + idx * ENTRY_BYTES).toint(),
-                        k_iters * ENTRY_BYTES, full + slot,
+                        (stages.scales + r * (MAX_K_BLOCKS * ENTRY_BYTES)).toint(),
+                        (scales + idx * ENTRY_BYTES).toint(), tile.k_iters * ENTRY_BYTES, ring.full, passes_once=True,
                     )  # fmt: skip
                 ptx.load_bulk(
-                    (smem_w + (slot * cfg.num_m64 + r) * BLOCK_BYTES).toint(),
-                    (blocks + (idx + k) * BLOCK_BYTES).toint(), BLOCK_BYTES, full + slot,
+                    (stages.weights + (ring.slot * cfg.num_m64 + r) * BLOCK_BYTES).toint(),
+                    (blocks + (idx + k) * BLOCK_BYTES).toint(), BLOCK_BYTES, ring.full, passes_once=True,
                 )  # fmt: skip
-            slot, phase = next_stage(slot, phase, cfg.num_stages)
+            ring.advance()
 
     @cute.jit
-    def load_tokens(
-        self,
-        descriptor: Int64,
-        smem_x: cute.Pointer,
-        full: cute.Pointer,
-        empty: cute.Pointer,
-        token0: Int32,
-        k_start: Int32,
-        k_iters: Int32,
-    ) -> None:
+    def load_tokens(self, descriptor: Int64, stages: Stages, tile: CtaTile) -> None:
         """One thread: each stage's tokens as two boxes, zeros where there is no token or no k."""
         cfg = self.cfg
         cute.arch.griddepcontrol_wait()
-        slot, phase = Int32(0), Int32(1)
-        for k in cutlass.range(k_iters, unroll=1):
-            cute.arch.mbarrier_wait(empty + slot, phase)
-            cute.arch.mbarrier_arrive_and_expect_tx(full + slot, cfg.num_n * BLOCK_K * 2)
+        ring = stages.pipeline.producer()
+        for k in cutlass.range(tile.k_iters, unroll=1):
+            ring.acquire()
+            ring.commit(cfg.num_n * BLOCK_K * 2)
             for half in cutlass.range_constexpr(2):
-                target = smem_x + (slot * 2 + half) * (cfg.num_n * CHUNK_K)
-                ptx.load_box(target, descriptor, (k_start + k) * BLOCK_K + half * CHUNK_K, token0, full + slot)
-            slot, phase = next_stage(slot, phase, cfg.num_stages)
+                target = stages.tokens + (ring.slot * 2 + half) * (cfg.num_n * CHUNK_K)
+                ptx.load_box(target, descriptor, (tile.k_start + k) * BLOCK_K + half * CHUNK_K, tile.token0, ring.full)
+            ring.advance()
 
     @cute.jit
-    def consume(
-        self,
-        out: cute.Pointer,
-        row_table: cute.Pointer,
-        smem_x: cute.Pointer,
-        smem_w: cute.Pointer,
-        smem_scales: cute.Pointer,
-        full: cute.Pointer,
-        empty: cute.Pointer,
-        lane: Int32,
-        warp_group: Int32,
-        rank: Int32,
-        first_block: Int32,
-        num_row_blocks: Int32,
-        token0: Int32,
-        num_tokens: Int32,
-        ld_out: Int32,
-        k_iters: Int32,
-    ) -> None:
+    def consume(self, tile: CtaTile, operands: Operands, output: Output) -> None:
         """One warpgroup: the product of its row blocks with the tile's tokens, then the sum and the store."""
         cfg = self.cfg
         totals = [cute.make_rmem_tensor(cfg.num_n // 2, Float32) for _ in range(self.per_wg)]
         for total in totals:
             total.fill(0.0)
         if cutlass.const_expr(cfg.wgmma):
-            self.multiply_wgmma(totals, smem_x, smem_w, smem_scales, full, empty, lane, warp_group, k_iters)
+            self.multiply_wgmma(totals, operands)
         else:
-            self.multiply_mma(totals, smem_x, smem_w, smem_scales, full, empty, lane, warp_group, k_iters)
-        self.reduce_and_store(
-            totals, out, row_table, smem_w, lane, warp_group, rank, first_block, num_row_blocks, token0, num_tokens,
-            ld_out,
-        )  # fmt: skip
+            self.multiply_mma(totals, operands)
+        self.reduce_and_store(totals, tile, operands, output)
 
     @cute.jit
-    def multiply_wgmma(
-        self,
-        totals: list[Any],
-        smem_x: cute.Pointer,
-        smem_w: cute.Pointer,
-        smem_scales: cute.Pointer,
-        full: cute.Pointer,
-        empty: cute.Pointer,
-        lane: Int32,
-        warp_group: Int32,
-        k_iters: Int32,
-    ) -> None:
+    def multiply_wgmma(self, totals: list[cute.Tensor], operands: Operands) -> None:
         """Decodes one group of k16 steps while the tensor cores multiply the one before."""
-        cfg = self.cfg
-        mma = make_trivial_tiled_mma(
-            BFloat16, BFloat16, cute.nvgpu.OperandMajorMode.K, cute.nvgpu.OperandMajorMode.K, Float32,
-            (1, 1, 1), (64, cfg.num_n), a_source=warpgroup.OperandSource.RMEM,
-        )  # fmt: skip
-        layout = self.token_layout()
-        shared = cute.make_tensor(cute.recast_ptr(smem_x, layout.inner, BFloat16), layout.outer)
-        thr_mma = mma.get_slice(lane)
+        cfg, stages, thread = self.cfg, operands.stages, operands.thread
+        mma = decoded_mma(cfg.num_n)
+        shared = shared_operand(stages.tokens, BFloat16, cfg.num_n, 2 * cfg.num_stages, cfg.num_n * CHUNK_K)
+        thr_mma = mma.get_slice(thread.idx)
         tokens = thr_mma.make_fragment_B(thr_mma.partition_B(shared))
         acc_shape = thr_mma.partition_shape_C((64, cfg.num_n))
         sums = [cute.make_rmem_tensor(acc_shape, Float32) for _ in range(self.per_wg)]
@@ -262,15 +230,15 @@ class W8A16:
             [thr_mma.make_fragment_A(thr_mma.partition_shape_A((64, 16 * self.group))) for _ in range(self.per_wg)]
             for _ in range(2)
         ]
-        slot, phase = Int32(0), Int32(0)
-        last = slot
-        for k in cutlass.range(k_iters, unroll=1):
-            cute.arch.mbarrier_wait(full + slot, phase)
-            entries = self.load_entries(smem_scales, k, warp_group)
-            words = [None] * self.per_wg
+        ring = stages.pipeline.consumer()
+        last = ring.slot
+        for k in cutlass.range(operands.k_iters, unroll=1):
+            ring.wait()
+            entries = self.load_entries(operands, k)
+            words: list[Any] = [None] * self.per_wg
             for part in cutlass.range_constexpr(8 // self.group):
                 if cutlass.const_expr(part * self.group % 4 == 0):
-                    words = self.load_words(smem_w, slot, warp_group, part * self.group // 4, lane)
+                    words = self.load_words(operands, ring.slot, part * self.group // 4)
                 for r in cutlass.range_constexpr(self.per_wg):
                     fragment = cute.recast_tensor(weights[part % 2][r], Uint32)
                     for kk in cutlass.range_constexpr(self.group):
@@ -280,26 +248,20 @@ class W8A16:
                 for kk in cutlass.range_constexpr(self.group):
                     k16 = part * self.group + kk
                     for r in cutlass.range_constexpr(self.per_wg):
-                        atom = cute.make_mma_atom(mma.op)
-                        atom.set(warpgroup.Field.ACCUMULATE, cfg.folded or k16 > 0)
-                        a = weights[part % 2][r][None, None, kk]
-                        cute.gemm(atom, sums[r], a, tokens[None, None, k16 % 4, slot * 2 + k16 // 4], sums[r])
+                        b = tokens[None, None, k16 % 4, ring.slot * 2 + k16 // 4]
+                        wgmma(mma, weights[part % 2][r][None, None, kk], b, sums[r], cfg.folded or k16 > 0)
                 warpgroup.commit_group()
                 warpgroup.wait_group(1)
                 if cutlass.const_expr(part == 0 and cfg.folded):
                     # Every product of the stage before is done: only this part's are in flight.
-                    if k > 0 and lane % 32 == 0:
-                        cute.arch.mbarrier_arrive(empty + last)
+                    if k > 0:
+                        ring.release(last, thread.idx)
             if cutlass.const_expr(not cfg.folded):
                 warpgroup.wait_group(0)
-                for r in cutlass.range_constexpr(self.per_wg):
-                    factor = ptx.as_float(entries[r][1])
-                    for idx in cutlass.range_constexpr(cfg.num_n // 2):
-                        totals[r][idx] = totals[r][idx] + factor * sums[r][idx]
-                if lane % 32 == 0:
-                    cute.arch.mbarrier_arrive(empty + slot)
-            last = slot
-            slot, phase = next_stage(slot, phase, cfg.num_stages)
+                self.promote(totals, sums, entries)
+                ring.release(ring.slot, thread.idx)
+            last = ring.slot
+            ring.advance()
         if cutlass.const_expr(cfg.folded):
             warpgroup.wait_group(0)
             for r in cutlass.range_constexpr(self.per_wg):
@@ -307,36 +269,25 @@ class W8A16:
                     totals[r][idx] = sums[r][idx]
 
     @cute.jit
-    def multiply_mma(
-        self,
-        totals: list[Any],
-        smem_x: cute.Pointer,
-        smem_w: cute.Pointer,
-        smem_scales: cute.Pointer,
-        full: cute.Pointer,
-        empty: cute.Pointer,
-        lane: Int32,
-        warp_group: Int32,
-        k_iters: Int32,
-    ) -> None:
+    def multiply_mma(self, totals: list[cute.Tensor], operands: Operands) -> None:
         """Each warp multiplies 16 rows of every row block by itself; nothing waits for another warp."""
-        cfg = self.cfg
+        cfg, stages, thread = self.cfg, operands.stages, operands.thread
         pieces = cfg.num_n // 8
         # ldmatrix: lane 8 i + t gives the address of token t, 16-byte unit i of four; units are exchanged by t.
-        row, unit = lane % 8, lane % 32 // 8
-        token_base = smem_x.toint() + row * 128
-        slot, phase = Int32(0), Int32(0)
-        for k in cutlass.range(k_iters, unroll=1):
-            cute.arch.mbarrier_wait(full + slot, phase)
-            entries = self.load_entries(smem_scales, k, warp_group)
+        row, unit = thread.idx % 8, thread.lane // 8
+        token_base = stages.tokens.toint() + row * 128
+        ring = stages.pipeline.consumer()
+        for k in cutlass.range(operands.k_iters, unroll=1):
+            ring.wait()
+            entries = self.load_entries(operands, k)
             sums = totals
             if cutlass.const_expr(not cfg.folded):
                 sums = [cute.make_rmem_tensor(cfg.num_n // 2, Float32) for _ in range(self.per_wg)]
                 for acc in sums:
                     acc.fill(0.0)
             for half in cutlass.range_constexpr(2):
-                words = self.load_words(smem_w, slot, warp_group, half, lane)
-                chunk = token_base + (slot * 2 + half) * (cfg.num_n * 128)
+                words = self.load_words(operands, ring.slot, half)
+                chunk = token_base + (ring.slot * 2 + half) * (cfg.num_n * 128)
                 for pair in cutlass.range_constexpr(2):
                     tokens = [
                         fp8_ptx.load_matrix4(chunk + j * 1024 + ((unit ^ row) ^ (4 * pair)) * 16) for j in range(pieces)
@@ -351,48 +302,44 @@ class W8A16:
                                 new = fp8_ptx.mma_bf16(a, b, old)
                                 for idx in cutlass.range_constexpr(4):
                                     sums[r][4 * j + idx] = new[idx]
-            if lane % 32 == 0:
-                cute.arch.mbarrier_arrive(empty + slot)
+            ring.release(ring.slot, thread.idx)
             if cutlass.const_expr(not cfg.folded):
-                for r in cutlass.range_constexpr(self.per_wg):
-                    factor = ptx.as_float(entries[r][1])
-                    for idx in cutlass.range_constexpr(cfg.num_n // 2):
-                        totals[r][idx] = totals[r][idx] + factor * sums[r][idx]
-            slot, phase = next_stage(slot, phase, cfg.num_stages)
+                self.promote(totals, sums, entries)
+            ring.advance()
 
-    def token_layout(self) -> Any:
-        """[tokens, 64, chunks] of BF16, K contiguous, 128-byte swizzle."""
-        num_n = self.cfg.num_n
-        outer = cute.make_layout(
-            ((8, num_n // 8), CHUNK_K, 2 * self.cfg.num_stages), stride=((CHUNK_K, 8 * CHUNK_K), 1, num_n * CHUNK_K)
-        )
-        return cute.make_composed_layout(cute.make_swizzle(3, 4, 3), 0, outer)
+    def promote(self, totals: list[cute.Tensor], sums: list[cute.Tensor], entries: list[Words]) -> None:
+        """totals += scale of the row block and 128 of K * sums."""
+        for total, acc, entry in zip(totals, sums, entries, strict=True):
+            factor = ptx.as_float(entry[1])
+            for idx in range(self.cfg.num_n // 2):
+                total[idx] = total[idx] + factor * acc[idx]
 
-    def load_words(self, smem_w: cute.Pointer, slot: Int32, warp_group: Int32, half: int, lane: Int32) -> list[Any]:
+    def load_words(self, operands: Operands, slot: Int32, half: int) -> list[tuple[Words, Words]]:
         """This thread's bytes of half of each block's k: for its rows g and g + 8, one word per k16 step."""
-        g, q, warp = lane % 32 // 4, lane % 4, lane // 32
+        thread = operands.thread
+        g, q, warp = thread.row, thread.pair, thread.warp
         words = []
         for r in range(self.per_wg):
-            block = slot * self.cfg.num_m64 + warp_group * self.per_wg + r
-            base = smem_w.toint() + block * BLOCK_BYTES + (warp * 16 + g) * 128
+            block = slot * self.cfg.num_m64 + thread.wg_m * self.per_wg + r
+            base = operands.stages.weights.toint() + block * BLOCK_BYTES + (warp * 16 + g) * 128
             unit = base + ((2 * q + half) ^ g) * 16
             words.append((ptx.load_shared_vec4(unit), ptx.load_shared_vec4(unit + 1024)))
         return words
 
-    def load_entries(self, smem_scales: cute.Pointer, k: Int32, warp_group: Int32) -> list[Any]:
+    def load_entries(self, operands: Operands, k: Int32) -> list[Words]:
         """Decode multiplier and factor of the sums of each row block."""
         entries = []
         for r in range(self.per_wg):
-            row = (warp_group * self.per_wg + r) * MAX_K_BLOCKS + k
-            entries.append(ptx.load_shared_vec4(smem_scales.toint() + row * ENTRY_BYTES))
+            row = (operands.thread.wg_m * self.per_wg + r) * MAX_K_BLOCKS + k
+            entries.append(ptx.load_shared_vec4(operands.stages.scales.toint() + row * ENTRY_BYTES))
         return entries
 
-    def decode(self, upper: Any, lower: Any, multiplier: Any, fragment: Any, start: int) -> None:
+    def decode(self, upper: Uint32, lower: Uint32, multiplier: Uint32, fragment: cute.Tensor, start: int) -> None:
         """``decode_step`` into four registers of a fragment."""
         for idx, value in enumerate(self.decode_step(upper, lower, multiplier)):
             fragment[start + idx] = value
 
-    def decode_step(self, upper: Any, lower: Any, multiplier: Any) -> list[Any]:
+    def decode_step(self, upper: Uint32, lower: Uint32, multiplier: Uint32) -> list[Uint32]:
         """Eight weights of one k16 step as BF16 pairs: (row g, low k), (g + 8, low), (g, high), (g + 8, high)."""
         pairs = []
         for word in (upper, lower):
@@ -402,61 +349,33 @@ class W8A16:
         return [pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1]]
 
     @cute.jit
-    def reduce_and_store(
-        self,
-        totals: list[Any],
-        out: cute.Pointer,
-        row_table: cute.Pointer,
-        smem: cute.Pointer,
-        lane: Int32,
-        warp_group: Int32,
-        rank: Int32,
-        first_block: Int32,
-        num_row_blocks: Int32,
-        token0: Int32,
-        num_tokens: Int32,
-        ld_out: Int32,
-    ) -> None:
+    def reduce_and_store(self, totals: list[cute.Tensor], tile: CtaTile, operands: Operands, output: Output) -> None:
         """Adds the cluster's sums in rank order, each CTA a share of the pieces, and writes BF16."""
-        cfg = self.cfg
+        cfg, thread = self.cfg, operands.thread
         pieces = cfg.num_n // 8
-        base = smem.toint() + warp_group * (self.per_wg * pieces * WG * 16) + lane * 16
+        base = operands.stages.weights.toint() + thread.wg_m * (self.per_wg * pieces * WG * 16) + thread.idx * 16
         if cutlass.const_expr(cfg.cluster_k > 1):
             ptx.named_barrier(1, cfg.consumers * WG)  # the ring is read to its end before sums overwrite it
             for r in cutlass.range_constexpr(self.per_wg):
                 for j in cutlass.range_constexpr(pieces):
                     values = tuple(totals[r][4 * j + idx] for idx in range(4))
                     ptx.store_shared_vec4(base + (r * pieces + j) * (WG * 16), values)
-            fp8_ptx.cluster_barrier()
+            ptx.cluster_barrier()
         for r in cutlass.range_constexpr(self.per_wg):
-            row_block = first_block + warp_group * self.per_wg + r
-            row0, num_valid = self.read_rows(row_table, row_block, num_row_blocks)
+            rows = output.rows(tile.block + thread.wg_m * self.per_wg + r)
             for j in cutlass.range_constexpr(pieces):
                 unit = r * pieces + j
                 if cutlass.const_expr(cfg.cluster_k == 1):
-                    own = [totals[r][4 * j + idx] for idx in range(4)]
-                    self.store(own, out, row0, num_valid, j, lane, token0, num_tokens, ld_out)
+                    self.store([totals[r][4 * j + idx] for idx in range(4)], rows, j, tile, thread, output)
                 else:
-                    if rank == (unit + warp_group) % cfg.cluster_k:
-                        self.store(
-                            self.cluster_sum(base + unit * (WG * 16)), out, row0, num_valid, j, lane, token0,
-                            num_tokens, ld_out,
-                        )  # fmt: skip
+                    if tile.rank == (unit + thread.wg_m) % cfg.cluster_k:
+                        self.store(self.cluster_sum(base + unit * (WG * 16)), rows, j, tile, thread, output)
         if cutlass.const_expr(cfg.cluster_k > 1):
             # A CTA's sums stay in place until the whole cluster has read them. (Its loading warps have left by now:
             # a cluster barrier waits for threads that have not exited.)
-            fp8_ptx.cluster_barrier(relaxed=True)
+            ptx.cluster_barrier(relaxed=True)
 
-    @cute.jit
-    def read_rows(self, row_table: cute.Pointer, row_block: Int32, num_row_blocks: Int32) -> tuple[Int32, Int32]:
-        """First output feature of a row block, and how many of its rows exist (none beyond the matrix)."""
-        row0, num_valid = Int32(0), Int32(0)
-        if row_block < num_row_blocks:
-            table = cute.make_tensor(row_table + 2 * row_block, cute.make_layout(2))
-            row0, num_valid = table[0], table[1]
-        return row0, num_valid
-
-    def cluster_sum(self, address: Int32) -> list[Any]:
+    def cluster_sum(self, address: Int32) -> list[Float32]:
         """Four sums of every CTA of the cluster, added in rank order."""
         parts = [ptx.load_cluster_vec4(address, Int32(peer)) for peer in range(self.cfg.cluster_k)]
         values = list(parts[0])
@@ -466,31 +385,22 @@ class W8A16:
 
     @cute.jit
     def store(
-        self,
-        values: list[Any],
-        out: cute.Pointer,
-        row0: Int32,
-        num_valid: Int32,
-        j: int,
-        lane: Int32,
-        token0: Int32,
-        num_tokens: Int32,
-        ld_out: Int32,
+        self, values: list[Float32], rows: RowBlock, j: int, tile: CtaTile, thread: Thread, output: Output
     ) -> None:
         """Writes features 2g and 2g + 1 of a warp's 16 for tokens 2q and 2q + 1 of a piece of 8."""
-        g, q, warp = lane % 32 // 4, lane % 4, lane // 32
+        g, q, warp = thread.row, thread.pair, thread.warp
         feature = warp * 16 + 2 * g
         for odd in cutlass.range_constexpr(2):
-            token = token0 + 8 * j + 2 * q + odd
-            if token < num_tokens and feature < num_valid:
-                offset = Int64(token) * ld_out + (row0 + feature)
+            token = tile.token0 + 8 * j + 2 * q + odd
+            if token < output.num_tokens and feature < rows.num_valid:
+                offset = Int64(token) * output.ld_out + (rows.first + feature)
                 if cutlass.const_expr(self.cfg.ragged):
-                    line = cute.make_tensor(out + offset, cute.make_layout(2))
+                    line = cute.make_tensor(output.out + offset, cute.make_layout(2))
                     line[0] = BFloat16(values[odd])
-                    if feature + 1 < num_valid:
+                    if feature + 1 < rows.num_valid:
                         line[1] = BFloat16(values[2 + odd])
                 else:
-                    pair = cute.make_tensor(cute.recast_ptr(out + offset, dtype=Uint32), cute.make_layout(1))
+                    pair = cute.make_tensor(cute.recast_ptr(output.out + offset, dtype=Uint32), cute.make_layout(1))
                     pair[0] = ptx.pack_bf16x2(values[odd], values[2 + odd])
 
 

@@ -19,6 +19,7 @@ Roofline. 1979 TFLOP/s on paper; 1222 reached (docs/kernels-fp8.md). Limits: sm_
 tokens with a long K keep few SMs busy.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import cutlass
@@ -27,12 +28,36 @@ from cutlass.cute.nvgpu import warpgroup
 from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
 from ownpath.kernels.dsl import ptx
-from ownpath.kernels.dsl.ring import next_stage
+from ownpath.kernels.dsl.pipeline import Pipeline, Stages
+from ownpath.kernels.dsl.warpgroup import Thread, shared_operand, wgmma
 from ownpath.kernels.fp8 import ptx as fp8_ptx
 from ownpath.kernels.fp8.config import ACT_STRIDE, ENTRY_BYTES, W8A8_REGISTERS, WG, W8A8Config
 from ownpath.kernels.fp8.layout import ACT_BLOCK_BYTES, BLOCK_BYTES
+from ownpath.kernels.fp8.output_sm90 import Output, RowBlock
 
 TILE_N = 128
+Scales = tuple[Float32, Float32]
+
+
+@dataclass(frozen=True)
+class CtaTiles:
+    """A cluster's share of the output: every ``num_workers``-th tile, all of K. rank: of the CTA in its cluster."""
+
+    cfg: W8A8Config
+    rank: Int32
+    worker: Int32
+    num_workers: Int32
+    num_tiles: Int32
+    num_m_tiles: Int32
+    num_k_blocks: Int32
+
+    def m64(self, tile: Int32) -> Int32:
+        """The first of a tile's blocks of 64 tokens."""
+        return tile % self.num_m_tiles * self.cfg.m64_per_tile
+
+    def row_block(self, tile: Int32) -> Int32:
+        """The first of this CTA's two blocks of 64 features in a tile."""
+        return (tile // self.num_m_tiles * self.cfg.cluster_n + self.rank) * 2
 
 
 class W8A8:
@@ -76,66 +101,44 @@ class W8A8:
         num_row_blocks: Int32,
         num_k_blocks: Int32,
     ) -> None:
+        """Sets the ring up, then loads or multiplies, by warpgroup."""
         cfg = self.cfg
         thread, _, _ = cute.arch.thread_idx()
         cta, _, _ = cute.arch.block_idx()
         grid, _, _ = cute.arch.grid_dim()
         warp_group = cute.arch.make_warp_uniform(thread // WG)
-
-        smem_a = cute.arch.alloc_smem(Uint8, cfg.num_stages * cfg.m64_per_tile * ACT_STRIDE, 1024)
-        smem_b = cute.arch.alloc_smem(Uint8, cfg.num_stages * 2 * BLOCK_BYTES, 1024)
-        smem_scales = cute.arch.alloc_smem(Uint8, cfg.num_stages * 2 * ENTRY_BYTES, 16)
-        full = cute.arch.alloc_smem(Int64, cfg.num_stages, 8)
-        empty = cute.arch.alloc_smem(Int64, cfg.num_stages, 8)
+        stages = self.allocate()
         if thread == 0:
-            for stage in cutlass.range_constexpr(cfg.num_stages):
-                cute.arch.mbarrier_init(full + stage, 2)
-                cute.arch.mbarrier_init(empty + stage, 4 * cfg.warpgroups * cfg.cluster_n)
-            cute.arch.mbarrier_init_fence()
+            stages.pipeline.init(2, 4 * cfg.warpgroups)
         cute.arch.sync_threads()
         if cutlass.const_expr(cfg.cluster_n > 1):
-            fp8_ptx.cluster_barrier()
-
+            ptx.cluster_barrier()
         rank = cta % cfg.cluster_n
         worker, num_workers = cta // cfg.cluster_n, grid // cfg.cluster_n
         num_m_tiles = (num_tokens + cfg.m64_per_tile * 64 - 1) // (cfg.m64_per_tile * 64)
         num_n_tiles = (num_row_blocks + 2 * cfg.cluster_n - 1) // (2 * cfg.cluster_n)
-        num_tiles = num_m_tiles * num_n_tiles
-
+        tiles = CtaTiles(cfg, rank, worker, num_workers, num_m_tiles * num_n_tiles, num_m_tiles, num_k_blocks)
         if warp_group == cfg.warpgroups:
             cute.arch.setmaxregister_decrease(24)
             if thread == cfg.warpgroups * WG:
-                self.produce_acts(
-                    acts, smem_a, full, empty, rank, worker, num_workers, num_tiles, num_m_tiles, num_tokens,
-                    num_k_blocks,
-                )  # fmt: skip
+                self.load_acts(acts, stages, tiles, num_tokens)
             if thread == cfg.warpgroups * WG + 32:
-                self.produce_weights(
-                    blocks, scales, smem_b, smem_scales, full, empty, rank, worker, num_workers, num_tiles,
-                    num_m_tiles, num_row_blocks, num_k_blocks,
-                )  # fmt: skip
+                self.load_weights(blocks, scales, stages, tiles, num_row_blocks)
         else:
             cute.arch.setmaxregister_increase(W8A8_REGISTERS[cfg.warpgroups])
-            self.consume(
-                row_table, out, smem_a, smem_b, smem_scales, full, empty, thread % WG, warp_group, rank, worker,
-                num_workers, num_tiles, num_m_tiles, num_tokens, ld_out, num_row_blocks, num_k_blocks,
-            )  # fmt: skip
+            output = Output(out, row_table, num_tokens, ld_out, num_row_blocks)
+            self.consume(tiles, stages, output, Thread(thread % WG, warp_group))
+
+    def allocate(self) -> Stages:
+        """All of a CTA's shared memory."""
+        cfg = self.cfg
+        acts = cute.arch.alloc_smem(Uint8, cfg.num_stages * cfg.m64_per_tile * ACT_STRIDE, 1024)
+        weights = cute.arch.alloc_smem(Uint8, cfg.num_stages * 2 * BLOCK_BYTES, 1024)
+        scales = cute.arch.alloc_smem(Uint8, cfg.num_stages * 2 * ENTRY_BYTES, 16)
+        return Stages(acts, weights, scales, Pipeline.allocate(cfg.num_stages, cfg.cluster_n))
 
     @cute.jit
-    def produce_acts(
-        self,
-        acts: cute.Pointer,
-        smem_a: cute.Pointer,
-        full: cute.Pointer,
-        empty: cute.Pointer,
-        rank: Int32,
-        worker: Int32,
-        num_workers: Int32,
-        num_tiles: Int32,
-        num_m_tiles: Int32,
-        num_tokens: Int32,
-        num_k_blocks: Int32,
-    ) -> None:
+    def load_acts(self, acts: cute.Pointer, stages: Stages, tiles: CtaTiles, num_tokens: Int32) -> None:
         """One thread: this CTA's share of the cluster's activations, once the quantiser has written them."""
         cfg = self.cfg
         part = ACT_BLOCK_BYTES // cfg.cluster_n
@@ -143,151 +146,102 @@ class W8A8:
         last_m64 = (num_tokens + 63) // 64 - 1
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
-        slot, phase = Int32(0), Int32(1)
-        for tile in cutlass.range(worker, num_tiles, num_workers, unroll=1):
-            m_tile = tile % num_m_tiles
-            for k in cutlass.range(num_k_blocks, unroll=1):
-                cute.arch.mbarrier_wait(empty + slot, phase)
-                cute.arch.mbarrier_arrive_and_expect_tx(full + slot, cfg.m64_per_tile * ACT_BLOCK_BYTES)
+        ring = stages.pipeline.producer()
+        for tile in cutlass.range(tiles.worker, tiles.num_tiles, tiles.num_workers, unroll=1):
+            first = tiles.m64(tile)
+            for k in cutlass.range(tiles.num_k_blocks, unroll=1):
+                ring.acquire()
+                ring.commit(cfg.m64_per_tile * ACT_BLOCK_BYTES)
                 for r in cutlass.range_constexpr(cfg.m64_per_tile):
-                    m64 = cutlass.min(m_tile * cfg.m64_per_tile + r, last_m64)
-                    fp8_ptx.load_bulk(
-                        smem_a + ((slot * cfg.m64_per_tile + r) * ACT_STRIDE + rank * part),
-                        acts + ((Int64(m64) * num_k_blocks + k) * ACT_BLOCK_BYTES + rank * part),
-                        part, full + slot, peers,
-                    )  # fmt: skip
-                slot, phase = next_stage(slot, phase, cfg.num_stages)
+                    m64 = cutlass.min(first + r, last_m64)
+                    target = stages.tokens + ((ring.slot * cfg.m64_per_tile + r) * ACT_STRIDE + tiles.rank * part)
+                    source = acts + ((Int64(m64) * tiles.num_k_blocks + k) * ACT_BLOCK_BYTES + tiles.rank * part)
+                    ptx.load_bulk(target.toint(), source.toint(), part, ring.full, peers=peers)
+                ring.advance()
 
     @cute.jit
-    def produce_weights(
-        self,
-        blocks: cute.Pointer,
-        scales: cute.Pointer,
-        smem_b: cute.Pointer,
-        smem_scales: cute.Pointer,
-        full: cute.Pointer,
-        empty: cute.Pointer,
-        rank: Int32,
-        worker: Int32,
-        num_workers: Int32,
-        num_tiles: Int32,
-        num_m_tiles: Int32,
-        num_row_blocks: Int32,
-        num_k_blocks: Int32,
+    def load_weights(
+        self, blocks: cute.Pointer, scales: cute.Pointer, stages: Stages, tiles: CtaTiles, num_row_blocks: Int32
     ) -> None:
         """One thread: every stage's weights for this CTA. No earlier kernel writes them: it waits for none."""
-        cfg = self.cfg
-        slot, phase = Int32(0), Int32(1)
-        for tile in cutlass.range(worker, num_tiles, num_workers, unroll=1):
-            row_block = cutlass.min((tile // num_m_tiles * cfg.cluster_n + rank) * 2, num_row_blocks - 2)
-            for k in cutlass.range(num_k_blocks, unroll=1):
-                cute.arch.mbarrier_wait(empty + slot, phase)
-                cute.arch.mbarrier_arrive_and_expect_tx(full + slot, 2 * (BLOCK_BYTES + ENTRY_BYTES))
+        ring = stages.pipeline.producer()
+        for tile in cutlass.range(tiles.worker, tiles.num_tiles, tiles.num_workers, unroll=1):
+            row_block = cutlass.min(tiles.row_block(tile), num_row_blocks - 2)
+            for k in cutlass.range(tiles.num_k_blocks, unroll=1):
+                ring.acquire()
+                ring.commit(2 * (BLOCK_BYTES + ENTRY_BYTES))
                 for half in cutlass.range_constexpr(2):
-                    idx = Int64(row_block + half) * num_k_blocks + k
-                    fp8_ptx.load_bulk(
-                        smem_b + (slot * 2 + half) * BLOCK_BYTES, blocks + idx * BLOCK_BYTES, BLOCK_BYTES, full + slot
-                    )
-                    fp8_ptx.load_bulk(
-                        smem_scales + (slot * 2 + half) * ENTRY_BYTES, scales + idx * ENTRY_BYTES, ENTRY_BYTES,
-                        full + slot,
-                    )  # fmt: skip
-                slot, phase = next_stage(slot, phase, cfg.num_stages)
+                    idx = Int64(row_block + half) * tiles.num_k_blocks + k
+                    place = ring.slot * 2 + half
+                    for target, source, size in (
+                        (stages.weights, blocks, BLOCK_BYTES),
+                        (stages.scales, scales, ENTRY_BYTES),
+                    ):
+                        ptx.load_bulk((target + place * size).toint(), (source + idx * size).toint(), size, ring.full)
+                ring.advance()
 
     @cute.jit
-    def consume(
-        self,
-        row_table: cute.Pointer,
-        out: cute.Pointer,
-        smem_a: cute.Pointer,
-        smem_b: cute.Pointer,
-        smem_scales: cute.Pointer,
-        full: cute.Pointer,
-        empty: cute.Pointer,
-        lane: Int32,
-        warp_group: Int32,
-        rank: Int32,
-        worker: Int32,
-        num_workers: Int32,
-        num_tiles: Int32,
-        num_m_tiles: Int32,
-        num_tokens: Int32,
-        ld_out: Int32,
-        num_row_blocks: Int32,
-        num_k_blocks: Int32,
-    ) -> None:
+    def consume(self, tiles: CtaTiles, stages: Stages, output: Output, thread: Thread) -> None:
         """One warpgroup: its 64-token blocks of every tile."""
         cfg = self.cfg
         mma = make_trivial_tiled_mma(
             Float8E4M3FN, Float8E4M3FN, cute.nvgpu.OperandMajorMode.K, cute.nvgpu.OperandMajorMode.K, Float32,
             (1, 1, 1), (64, TILE_N),
         )  # fmt: skip
-        thr_mma = mma.get_slice(lane)
-        acts = self.operand(smem_a, 64, cfg.num_stages * cfg.m64_per_tile, ACT_STRIDE)
-        weights = self.operand(smem_b, TILE_N, cfg.num_stages, 2 * BLOCK_BYTES)
+        thr_mma = mma.get_slice(thread.idx)
+        acts = shared_operand(stages.tokens, Float8E4M3FN, 64, cfg.num_stages * cfg.m64_per_tile, ACT_STRIDE)
+        weights = shared_operand(stages.weights, Float8E4M3FN, TILE_N, cfg.num_stages, 2 * BLOCK_BYTES)
         a = thr_mma.make_fragment_A(thr_mma.partition_A(acts))
         b = thr_mma.make_fragment_B(thr_mma.partition_B(weights))
         acc_shape = thr_mma.partition_shape_C((64, TILE_N))
         totals = [cute.make_rmem_tensor(acc_shape, Float32) for _ in range(cfg.num_m64)]
         sums = cute.make_rmem_tensor(acc_shape, Float32)
-        slot, phase = Int32(0), Int32(0)
-        for tile in cutlass.range(worker, num_tiles, num_workers, unroll=1):
+        ring = stages.pipeline.consumer()
+        for tile in cutlass.range(tiles.worker, tiles.num_tiles, tiles.num_workers, unroll=1):
             for total in totals:
                 total.fill(0.0)
-            for _ in cutlass.range(num_k_blocks, unroll=1):
-                cute.arch.mbarrier_wait(full + slot, phase)
-                weight_scales = self.weight_scales(smem_scales, slot)
+            for _ in cutlass.range(tiles.num_k_blocks, unroll=1):
+                ring.wait()
+                weight_scales = self.weight_scales(stages, ring.slot)
                 for r in cutlass.range_constexpr(cfg.num_m64):
-                    chunk = slot * cfg.m64_per_tile + warp_group * cfg.num_m64 + r
-                    token_scales = self.token_scales(smem_a, chunk, lane)
+                    chunk = ring.slot * cfg.m64_per_tile + thread.wg_m * cfg.num_m64 + r
+                    token_scales = self.token_scales(stages, chunk, thread)
                     warpgroup.fence()
                     for k32 in cutlass.range_constexpr(4):
-                        atom = cute.make_mma_atom(mma.op)
-                        atom.set(warpgroup.Field.ACCUMULATE, k32 > 0)
-                        cute.gemm(atom, sums, a[None, None, k32, chunk], b[None, None, k32, slot], sums)
+                        wgmma(mma, a[None, None, k32, chunk], b[None, None, k32, ring.slot], sums, k32 > 0)
                     warpgroup.commit_group()
                     warpgroup.wait_group(0)
                     if cutlass.const_expr(r == cfg.num_m64 - 1):
-                        self.release(empty + slot, lane)
+                        ring.release(ring.slot, thread.idx)
                     self.promote(totals[r], sums, token_scales, weight_scales)
-                slot, phase = next_stage(slot, phase, cfg.num_stages)
-            m64 = tile % num_m_tiles * cfg.m64_per_tile + warp_group * cfg.num_m64
-            row_block = (tile // num_m_tiles * cfg.cluster_n + rank) * 2
+                ring.advance()
+            m64 = tiles.m64(tile) + thread.wg_m * cfg.num_m64
+            row_block = tiles.row_block(tile)
             for half in cutlass.range_constexpr(2):
-                row0, num_valid = self.read_rows(row_table, row_block + half, num_row_blocks)
+                rows = output.rows(row_block + half)
                 for r in cutlass.range_constexpr(cfg.num_m64):
-                    self.store(totals[r], half, out, row0, num_valid, (m64 + r) * 64, lane, num_tokens, ld_out)
+                    self.store(totals[r], half, rows, (m64 + r) * 64, thread, output)
         if cutlass.const_expr(cfg.cluster_n > 1):
-            fp8_ptx.cluster_barrier(relaxed=True)  # the peer may still arrive at this CTA's barriers
+            ptx.cluster_barrier(relaxed=True)  # the peer may still arrive at this CTA's barriers
 
-    def operand(self, smem: cute.Pointer, num_rows: int, num_blocks: int, stride: int) -> Any:
-        """[rows, 128, blocks] of E4M3, K contiguous, 128-byte swizzle."""
-        outer = cute.make_layout(((8, num_rows // 8), 128, num_blocks), stride=((128, 1024), 1, stride))
-        layout = cute.make_composed_layout(cute.make_swizzle(3, 4, 3), 0, outer)
-        return cute.make_tensor(cute.recast_ptr(smem, layout.inner, Float8E4M3FN), layout.outer)
-
-    def weight_scales(self, smem_scales: cute.Pointer, slot: Int32) -> tuple[Any, Any]:
+    def weight_scales(self, stages: Stages, slot: Int32) -> Scales:
         """Scales of the tile's two 64-feature blocks."""
-        base = smem_scales.toint() + slot * (2 * ENTRY_BYTES) + 8
+        base = stages.scales.toint() + slot * (2 * ENTRY_BYTES) + 8
         return fp8_ptx.load_shared_float(base), fp8_ptx.load_shared_float(base + ENTRY_BYTES)
 
-    def token_scales(self, smem_a: cute.Pointer, chunk: Int32, lane: Int32) -> tuple[Any, Any]:
+    def token_scales(self, stages: Stages, chunk: Int32, thread: Thread) -> Scales:
         """Scales of this thread's tokens g and g + 8."""
-        row = lane // 32 * 16 + lane % 32 // 4
-        base = smem_a.toint() + chunk * ACT_STRIDE + BLOCK_BYTES + row * 4
+        row = thread.warp * 16 + thread.row
+        base = stages.tokens.toint() + chunk * ACT_STRIDE + BLOCK_BYTES + row * 4
         return fp8_ptx.load_shared_float(base), fp8_ptx.load_shared_float(base + 32)
 
-    @cute.jit
-    def release(self, barrier: cute.Pointer, lane: Int32) -> None:
-        """Each warp tells every CTA of the cluster, whose producers all write into this stage, that it is read."""
-        if cutlass.const_expr(self.cfg.cluster_n == 1):
-            if lane % 32 == 0:
-                cute.arch.mbarrier_arrive(barrier)
-        else:
-            if lane % 32 < self.cfg.cluster_n:
-                ptx.arrive_remote(barrier, lane % 32)
-
-    def promote(self, total: Any, sums: Any, token_scales: tuple[Any, Any], weight_scales: tuple[Any, Any]) -> None:
+    def promote(
+        self,
+        total: cute.Tensor,
+        sums: cute.Tensor,
+        token_scales: Scales,
+        weight_scales: Scales,
+    ) -> None:
         """total += sums * (token scale * weight scale); the product of the scales is rounded to float32 first."""
         for half in range(2):
             factors = [scale * weight_scales[half] for scale in token_scales]
@@ -297,43 +251,25 @@ class W8A8:
                     total[at] = total[at] + factors[idx // 2] * sums[at]
 
     @cute.jit
-    def read_rows(self, row_table: cute.Pointer, row_block: Int32, num_row_blocks: Int32) -> tuple[Int32, Int32]:
-        """First output feature of a row block, and how many of its rows exist (none beyond the matrix)."""
-        row0, num_valid = Int32(0), Int32(0)
-        if row_block < num_row_blocks:
-            table = cute.make_tensor(row_table + 2 * row_block, cute.make_layout(2))
-            row0, num_valid = table[0], table[1]
-        return row0, num_valid
-
-    @cute.jit
     def store(
-        self,
-        total: Any,
-        half: int,
-        out: cute.Pointer,
-        row0: Int32,
-        num_valid: Int32,
-        token0: Int32,
-        lane: Int32,
-        num_tokens: Int32,
-        ld_out: Int32,
+        self, total: cute.Tensor, half: int, rows: RowBlock, token0: Int32, thread: Thread, output: Output
     ) -> None:
         """Writes 64 features of 64 tokens: features 4q .. 4q + 3 of every 16, for tokens g and g + 8 of a warp."""
-        q = lane % 4
-        token = token0 + lane // 32 * 16 + lane % 32 // 4
+        q = thread.pair
+        token = token0 + thread.warp * 16 + thread.row
         for lower in cutlass.range_constexpr(2):
             mine = token + 8 * lower
-            if mine < num_tokens:
-                line = out + (Int64(mine) * ld_out + row0)
+            if mine < output.num_tokens:
+                line = output.out + (Int64(mine) * output.ld_out + rows.first)
                 for group in cutlass.range_constexpr(4):
                     first = 4 * (8 * half + 2 * group) + 2 * lower
                     values = [total[first], total[first + 4], total[first + 1], total[first + 5]]
                     feature = 16 * group + 4 * q
                     if cutlass.const_expr(self.cfg.ragged):
                         for idx in cutlass.range_constexpr(4):
-                            if feature + idx < num_valid:
+                            if feature + idx < rows.num_valid:
                                 cute.make_tensor(line + (feature + idx), cute.make_layout(1))[0] = BFloat16(values[idx])
-                    elif feature < num_valid:
+                    elif feature < rows.num_valid:
                         fp8_ptx.store_global8(
                             line + feature, ptx.pack_bf16x2(values[0], values[1]), ptx.pack_bf16x2(values[2], values[3])
                         )

@@ -15,14 +15,23 @@ repetition; a token's bits depend on T only through the choice of tile. ``rope_g
 and so one order of sums, for every T; it reads W once for each 16 tokens.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from threading import Lock
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ownpath.kernels.checks import check, check_rank
+from ownpath.formats import BF16
+from ownpath.kernels.calls import Calls
+from ownpath.kernels.checks import check, check_rank, is_dense
+from ownpath.kernels.contract import Config
+from ownpath.kernels.dsl.driver import current_stream
+from ownpath.kernels.dsl.triton import TritonCall, launch
+from ownpath.kernels.variants import spelled
+from ownpath.qtensor import QuantTensor
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -110,89 +119,143 @@ def rope_grouped_kernel(
     tl.store(y_row[None, :] + r[:, None], acc.to(tl.bfloat16), mask=in_t[None, :])
 
 
-def _check(
-    o_TNH: torch.Tensor, cos_TA: torch.Tensor, sin_TA: torch.Tensor, weight_GRI: torch.Tensor, out: torch.Tensor
-) -> None:
-    num_tokens, num_heads, head_dim = o_TNH.shape
-    device, bf16 = o_TNH.device, (torch.bfloat16,)
+CallKey = tuple[torch.Size, torch.Size, int]
+"""Shapes of o and of the angles, and the device."""
+
+
+@dataclass(frozen=True)
+class GroupedOperand:
+    """weight bfloat16 [G, R, I]. calls: launches by ``CallKey``, once these have passed every check."""
+
+    weight_GRI: torch.Tensor
+    calls: Calls[CallKey, TritonCall] = field(default_factory=Calls, compare=False)
+    lock: Lock = field(default_factory=Lock, compare=False)
+
+
+def _check_shapes(o_TNH: torch.Tensor, cos_TA: torch.Tensor, weight_GRI: torch.Tensor) -> None:
+    _, num_heads, head_dim = o_TNH.shape
     num_groups, num_rows, width = weight_GRI.shape
     if num_heads * head_dim != num_groups * width or head_dim % 64 or width % head_dim:
         raise ValueError(f"weight_GRI {list(weight_GRI.shape)} does not fit o_TNH {list(o_TNH.shape)}")
     if num_rows % 64:
         raise ValueError(f"weight_GRI must have a multiple of 64 rows per group, found {num_rows}")
-    check("o_TNH", o_TNH, bf16, (num_tokens, num_heads, head_dim), device)
-    check("weight_GRI", weight_GRI, bf16, (num_groups, num_rows, width), device)
+    check("weight_GRI", weight_GRI, (torch.bfloat16,), (num_groups, num_rows, width), o_TNH.device)
     if cos_TA.ndim != 2 or not 0 < cos_TA.shape[1] <= 32:
         raise ValueError(f"cos_TA must be [T, 1..32], found {list(cos_TA.shape)}")
-    check("cos_TA", cos_TA, (torch.float32,), (num_tokens, cos_TA.shape[1]), device)
-    check("sin_TA", sin_TA, (torch.float32,), (num_tokens, cos_TA.shape[1]), device)
-    check("out", out, bf16, (num_tokens, num_groups, num_rows), device)
 
 
-def rope_grouped_linear(
-    o_TNH: torch.Tensor,
-    cos_TA: torch.Tensor,
-    sin_TA: torch.Tensor,
-    weight_GRI: torch.Tensor,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
+def _check_inputs(o_TNH: torch.Tensor, cos_TA: torch.Tensor, sin_TA: torch.Tensor) -> None:
+    device, angles = o_TNH.device, (len(o_TNH), cos_TA.shape[1])
+    check("o_TNH", o_TNH, (torch.bfloat16,), tuple(o_TNH.shape), device)
+    check("cos_TA", cos_TA, (torch.float32,), angles, device)
+    check("sin_TA", sin_TA, (torch.float32,), angles, device)
+
+
+class GroupedLinearKernel:
     """y[t, g] = W[g] u[t, g], where u is the attention output with the rotation of its channels undone.
 
-    Shapes: o bfloat16 [T, N, H]; cos and sin float32 [T, A]; weight bfloat16 [G, R, I]; y bfloat16 [T, G, R].
-    Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
+    is_batch_invariant: a token's bits do not depend on the other tokens, nor on their number.
     """
-    check_rank("o_TNH", o_TNH, 3, INTERPRETED)
-    check_rank("weight_GRI", weight_GRI, 3, INTERPRETED)
-    tiles = choose_tiles(len(o_TNH), weight_GRI.shape[1], o_TNH.shape[2])
-    return _launch((o_TNH, cos_TA, sin_TA, weight_GRI), out, tiles)
+
+    def __init__(self, is_batch_invariant: bool) -> None:
+        self.is_batch_invariant = is_batch_invariant
+
+    def prepare(self, weight_GRI: torch.Tensor) -> GroupedOperand:
+        """The operand: the weight as it is, bfloat16 [G, R, I]. Errors at the first call name one that does not fit."""
+        return GroupedOperand(weight_GRI)
+
+    def restore(self, operand: GroupedOperand) -> tuple[QuantTensor, ...]:
+        """Rows of all groups."""
+        return (QuantTensor(operand.weight_GRI.flatten(0, 1), None, None, BF16),)
+
+    def configs(self, operand: GroupedOperand) -> Sequence[Config]:
+        """Triton compiles at the first call."""
+        return ()
+
+    def variant(self, o_TNH: torch.Tensor, operand: GroupedOperand) -> str:
+        """By the number of tokens, unless it is batch-invariant."""
+        return spelled("rope_grouped", **vars(self._tiles(o_TNH, operand)))
+
+    def _tiles(self, o_TNH: torch.Tensor, operand: GroupedOperand) -> Tiles:
+        if self.is_batch_invariant:
+            return invariant_tiles(o_TNH.shape[2])
+        return choose_tiles(len(o_TNH), operand.weight_GRI.shape[1], o_TNH.shape[2])
+
+    def run(
+        self,
+        o_TNH: torch.Tensor,
+        cos_TA: torch.Tensor,
+        sin_TA: torch.Tensor,
+        operand: GroupedOperand,
+        *,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Shapes: o bfloat16 [T, N, H]; cos and sin float32 [T, A]; y bfloat16 [T, G, R].
+
+        Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
+        """
+        weight_GRI, device = operand.weight_GRI, o_TNH.device
+        check_rank("o_TNH", o_TNH, 3, INTERPRETED)
+        key = o_TNH.shape, cos_TA.shape, o_TNH.get_device()
+        call = operand.calls.get(key)
+        if call is None:
+            check_rank("weight_GRI", weight_GRI, 3, INTERPRETED)
+            _check_shapes(o_TNH, cos_TA, weight_GRI)
+        num_tokens, (num_groups, num_rows, _) = o_TNH.shape[0], weight_GRI.shape
+        fits = is_dense(o_TNH, torch.bfloat16) and is_dense(cos_TA, torch.float32) and is_dense(sin_TA, torch.float32)
+        if not fits or sin_TA.shape != cos_TA.shape or len(cos_TA) != num_tokens or sin_TA.get_device() != key[2]:
+            _check_inputs(o_TNH, cos_TA, sin_TA)
+        if out is None:
+            out = o_TNH.new_empty((num_tokens, num_groups, num_rows))
+        else:
+            check("out", out, (torch.bfloat16,), (num_tokens, num_groups, num_rows), device)
+        tensors = (o_TNH, weight_GRI, cos_TA, sin_TA, out)
+        if call is not None:
+            with operand.lock:
+                described = (o_TNH.data_ptr(), weight_GRI.data_ptr())
+                rest = (cos_TA.data_ptr(), sin_TA.data_ptr(), out.data_ptr())
+                call.start(current_stream(key[2]), *rest, described=described)
+        elif num_tokens:
+            first = _first_launch(tensors, self._tiles(o_TNH, operand))
+            if first is not None:
+                operand.calls.keep(key, first)
+        return out
+
+    def __call__(
+        self,
+        o_TNH: torch.Tensor,
+        cos_TA: torch.Tensor,
+        sin_TA: torch.Tensor,
+        weight_GRI: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``run`` with the signature of its twin."""
+        return self.run(o_TNH, cos_TA, sin_TA, self.prepare(weight_GRI), out=out)
 
 
-def rope_grouped_linear_invariant(
-    o_TNH: torch.Tensor,
-    cos_TA: torch.Tensor,
-    sin_TA: torch.Tensor,
-    weight_GRI: torch.Tensor,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """As ``rope_grouped_linear``; a token's bits do not depend on the other tokens, nor on their number."""
-    check_rank("o_TNH", o_TNH, 3, INTERPRETED)
-    check_rank("weight_GRI", weight_GRI, 3, INTERPRETED)
-    return _launch((o_TNH, cos_TA, sin_TA, weight_GRI), out, invariant_tiles(o_TNH.shape[2]))
+def _first_launch(tensors: tuple[torch.Tensor, ...], tiles: Tiles) -> TritonCall | None:
+    o_TNH, weight_GRI, cos_TA, sin_TA, out = tensors
+    (num_tokens, _, head_dim), (num_groups, num_rows, width) = o_TNH.shape, weight_GRI.shape
+    pdl, row = not INTERPRETED, num_groups * width
+    o_desc = TensorDescriptor(o_TNH, [num_tokens, row], [row, 1], [tiles.tokens, tiles.channels])
+    w_desc = TensorDescriptor(weight_GRI, [num_groups * num_rows, width], [width, 1], [tiles.rows, tiles.channels])
+    return launch(
+        rope_grouped_kernel,
+        (num_rows // tiles.rows, triton.cdiv(num_tokens, tiles.tokens), num_groups),
+        (o_desc, w_desc, cos_TA, sin_TA, out, num_tokens, num_groups, num_rows, width // head_dim),
+        {
+            "H": head_dim,
+            "A": cos_TA.shape[1],
+            "ROWS": tiles.rows,
+            "TOKENS": tiles.tokens,
+            "CHANNELS": tiles.channels,
+            "PDL": pdl,
+            "num_warps": tiles.num_warps,
+            "num_stages": tiles.num_stages,
+            "launch_pdl": pdl,
+        },
+    )
 
 
-def _launch(
-    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], out: torch.Tensor | None, tiles: Tiles
-) -> torch.Tensor:
-    o_TNH, cos_TA, sin_TA, weight_GRI = operands
-    num_groups, num_rows, width = weight_GRI.shape
-    num_tokens, _, head_dim = o_TNH.shape
-    if out is None:
-        out = o_TNH.new_empty(num_tokens, num_groups, num_rows)
-    _check(o_TNH, cos_TA, sin_TA, weight_GRI, out)
-    if num_tokens:
-        pdl = not INTERPRETED
-        rows_a_token = num_groups * width
-        o_desc = TensorDescriptor(o_TNH, [num_tokens, rows_a_token], [rows_a_token, 1], [tiles.tokens, tiles.channels])
-        w_desc = TensorDescriptor(weight_GRI, [num_groups * num_rows, width], [width, 1], [tiles.rows, tiles.channels])
-        grid = (num_rows // tiles.rows, triton.cdiv(num_tokens, tiles.tokens), num_groups)
-        rope_grouped_kernel[grid](
-            o_desc,
-            w_desc,
-            cos_TA,
-            sin_TA,
-            out,
-            num_tokens,
-            num_groups,
-            num_rows,
-            width // head_dim,
-            H=head_dim,
-            A=cos_TA.shape[1],
-            ROWS=tiles.rows,
-            TOKENS=tiles.tokens,
-            CHANNELS=tiles.channels,
-            PDL=pdl,
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
-            launch_pdl=pdl,
-        )
-    return out
+GROUPED_LINEAR = GroupedLinearKernel(is_batch_invariant=False)
+GROUPED_LINEAR_INVARIANT = GroupedLinearKernel(is_batch_invariant=True)

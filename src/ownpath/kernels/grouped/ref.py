@@ -6,7 +6,10 @@ per group, R outputs per group.
 
 import torch
 
+from ownpath.formats import BF16, FP32
 from ownpath.kernels.mixture import sum_dtype
+from ownpath.kernels.reference import Reference
+from ownpath.qtensor import QuantTensor
 
 
 def grouped_linear(x_MGI: torch.Tensor, weight_GRI: torch.Tensor) -> torch.Tensor:
@@ -39,3 +42,44 @@ def rope_grouped_linear(
     weight_GIR = weight_GRI.to(u_TGI.dtype).transpose(1, 2)
     y_TGR = torch.bmm(u_TGI.transpose(0, 1), weight_GIR).transpose(0, 1)
     return y_TGR if out is None else out.copy_(y_TGR)
+
+
+class GroupedLinearReference(Reference):
+    """``rope_grouped_linear`` as a kernel. The operand is the weight, bfloat16 or float32 [G, R, I]."""
+
+    def prepare(self, weight_GRI: torch.Tensor) -> torch.Tensor:
+        """The weight as it is."""
+        return weight_GRI
+
+    def restore(self, operand: torch.Tensor) -> tuple[QuantTensor, ...]:
+        """Rows of all groups."""
+        return (QuantTensor(operand.flatten(0, 1), None, None, BF16 if operand.dtype == torch.bfloat16 else FP32),)
+
+    def variant(self, o_TNH: torch.Tensor, operand: torch.Tensor) -> None:
+        """There is one form."""
+
+    def run(
+        self,
+        o_TNH: torch.Tensor,
+        cos_TA: torch.Tensor,
+        sin_TA: torch.Tensor,
+        operand: torch.Tensor,
+        *,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """y [T, G, R] for o [T, N, H]."""
+        return rope_grouped_linear(o_TNH, cos_TA, sin_TA, operand, out)
+
+    def __call__(
+        self,
+        o_TNH: torch.Tensor,
+        cos_TA: torch.Tensor,
+        sin_TA: torch.Tensor,
+        weight_GRI: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``rope_grouped_linear``."""
+        return rope_grouped_linear(o_TNH, cos_TA, sin_TA, weight_GRI, out)
+
+
+GROUPED_LINEAR = GroupedLinearReference()

@@ -13,7 +13,7 @@ _FAST = KernelSpec(
     "GroupedLinear",
     "row_major",
     "inverse rotation in registers on the way to the tensor cores, one launch",
-    "grouped.launch:rope_grouped_linear",
+    "grouped.launch:GROUPED_LINEAR",
     min_sm=90,
     dim_multiple=64,
     activations=("bfloat16",),
@@ -26,7 +26,7 @@ _INVARIANT = replace(
     _FAST,
     name="triton.grouped_linear_invariant",
     why="as triton.grouped_linear, with one tile and one order of sums for every number of tokens",
-    entry="grouped.launch:rope_grouped_linear_invariant",
+    entry="grouped.launch:GROUPED_LINEAR_INVARIANT",
     is_batch_invariant=True,
 )
 _REFERENCE = KernelSpec(
@@ -36,7 +36,7 @@ _REFERENCE = KernelSpec(
     "GroupedLinear",
     "row_major",
     "inverse rotation, then a batched matrix product over head groups, no scale anywhere",
-    "grouped.ref:rope_grouped_linear",
+    "grouped.ref:GROUPED_LINEAR",
     rounds_weight=True,
     is_default=True,
 )

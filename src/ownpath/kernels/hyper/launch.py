@@ -20,17 +20,24 @@ Roofline. fn once, and per token S*D streams read, written and read again: (24 *
 
 Limits. S = 4, bfloat16 streams, D a multiple of 8 up to 16384. Bits are the same on every repetition. The two ways of
 summing differ in the last float32 bits, so a token's result may depend on how many tokens run with it;
-``hyper_boundary_invariant`` always takes the second way, whose sums do not depend on T.
+``HYPER_BOUNDARY_INVARIANT`` always takes the second way, whose sums do not depend on T.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from threading import Lock
 
 import torch
 import triton
 
-from ownpath.kernels.checks import check, check_rank
+from ownpath.kernels.calls import Calls
+from ownpath.kernels.checks import check, check_rank, is_dense
+from ownpath.kernels.contract import Config
+from ownpath.kernels.dsl.driver import current_stream
+from ownpath.kernels.dsl.triton import TritonCall, launch
 from ownpath.kernels.hyper.boundary import collapse, spread_few, spread_many
 from ownpath.kernels.hyper.ref import HyperOut, HyperWeights, Mix
+from ownpath.kernels.variants import spelled
 
 NUM_STREAMS = 4
 NUM_MIX = (2 + NUM_STREAMS) * NUM_STREAMS
@@ -80,9 +87,8 @@ def new_out(x_TSD: torch.Tensor, with_mix: bool) -> HyperOut:
     num_tokens, s, dim = x_TSD.shape
     mix = None
     if with_mix:
-        floats = x_TSD.new_empty(num_tokens * (s + s * s), dtype=torch.float32)
-        post, comb = floats.split((num_tokens * s, num_tokens * s * s))
-        mix = Mix(post.view(num_tokens, s), comb.view(num_tokens, s, s))
+        post_TS = x_TSD.new_empty((num_tokens, s), dtype=torch.float32)
+        mix = Mix(post_TS, x_TSD.new_empty((num_tokens, s, s), dtype=torch.float32))
     return HyperOut(torch.empty_like(x_TSD), x_TSD.new_empty(num_tokens, dim), mix)
 
 
@@ -102,7 +108,7 @@ def _check_weights(weights: HyperWeights, dim: int, device: torch.device) -> Non
     check("norm_weight", weights.norm_weight, (torch.bfloat16,), (dim,), device)
 
 
-def _check_inputs(x_TSD: torch.Tensor, y_TD: torch.Tensor | None, mix: Mix | None, weights: HyperWeights) -> None:
+def _check_inputs(x_TSD: torch.Tensor, y_TD: torch.Tensor | None, mix: Mix | None) -> None:
     check_rank("x_TSD", x_TSD, 3, INTERPRETED)
     num_tokens, s, dim = x_TSD.shape
     if s != NUM_STREAMS or dim % 8 or not 0 < dim <= 16384:
@@ -113,7 +119,12 @@ def _check_inputs(x_TSD: torch.Tensor, y_TD: torch.Tensor | None, mix: Mix | Non
     if y_TD is not None and mix is not None:
         check("y_TD", y_TD, (torch.bfloat16,), (num_tokens, dim), x_TSD.device)
         _check_mix("mix", mix, num_tokens, x_TSD.device)
-    _check_weights(weights, dim, x_TSD.device)
+
+
+def _check_workspace(workspace: torch.Tensor, num_floats: int, device: torch.device) -> None:
+    if workspace.numel() < num_floats:
+        raise ValueError(f"workspace must hold {num_floats} float32 elements, found {workspace.numel()}")
+    check("workspace", workspace, (torch.float32,), tuple(workspace.shape), device)
 
 
 def _check_out(out: HyperOut, x_TSD: torch.Tensor, with_mix: bool) -> None:
@@ -126,127 +137,234 @@ def _check_out(out: HyperOut, x_TSD: torch.Tensor, with_mix: bool) -> None:
         _check_mix("out.mix", out.mix, num_tokens, x_TSD.device)
 
 
-def _launch_spread(
-    x_TSD: torch.Tensor,
-    y_TD: torch.Tensor | None,
-    mix: Mix | None,
-    weights: HyperWeights,
-    new_TSD: torch.Tensor,
-    workspace: torch.Tensor,
-    tiles: Tiles,
-) -> None:
-    num_tokens, _, dim = x_TSD.shape
+@dataclass(frozen=True)
+class BoundaryCall:
+    """The two launches of one size. num_floats: what they need of the workspace."""
+
+    spread: TritonCall
+    collapse: TritonCall
+    num_floats: int
+
+    def start(self, tensors: "Tensors", stream: int) -> None:
+        """Launches both."""
+        self.spread.start(stream, *[tensor.data_ptr() for tensor in tensors.spread()])
+        self.collapse.start(stream, *[tensor.data_ptr() for tensor in tensors.collapse()])
+
+
+@dataclass(frozen=True)
+class HyperOperand:
+    """calls: launches by shape of x, whether a sublayer came before, and device, once these have passed every check."""
+
+    weights: HyperWeights
+    calls: Calls[tuple[torch.Size, bool, int], BoundaryCall] = field(default_factory=Calls, compare=False)
+    lock: Lock = field(default_factory=Lock, compare=False)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Everything that one boundary reads and writes. y and mix: ``None`` before the first sublayer."""
+
+    x_TSD: torch.Tensor
+    y_TD: torch.Tensor | None
+    mix: Mix | None
+    weights: HyperWeights
+    out: HyperOut
+    workspace: torch.Tensor
+
+    def spread(self) -> tuple[torch.Tensor, ...]:
+        """Pointers of the first launch; what this boundary does not have is some tensor that is never read."""
+        y, mix, unused = self.y_TD, self.mix, self.weights.base
+        post, comb = (unused, unused) if mix is None else (mix.post_TS, mix.comb_TSS)
+        return self.x_TSD, self.x_TSD if y is None else y, post, comb, self.weights.fn, self.out.x_TSD, self.workspace
+
+    def collapse(self) -> tuple[torch.Tensor, ...]:
+        """Pointers of the second launch."""
+        weights, mix = self.weights, self.out.mix
+        post, comb = (weights.base, weights.base) if mix is None else (mix.post_TS, mix.comb_TSS)
+        norms = weights.base, weights.scale, weights.norm_weight
+        return self.out.x_TSD, self.workspace, *norms, self.out.h_TD, post, comb
+
+
+def _first_launches(tensors: Tensors, tiles: Tiles, num_floats: int) -> BoundaryCall | None:
+    spread, collapse = _launch_spread(tensors, tiles), _launch_collapse(tensors, tiles)
+    return None if spread is None or collapse is None else BoundaryCall(spread, collapse, num_floats)
+
+
+def _launch_spread(tensors: Tensors, tiles: Tiles) -> TritonCall | None:
+    num_tokens, _, dim = tensors.x_TSD.shape
     num_slices, pdl = triton.cdiv(dim, tiles.channels), not INTERPRETED
-    unused = weights.base  # a pointer for operands that this boundary does not have; never read
-    pointers = (
-        x_TSD,
-        x_TSD if y_TD is None else y_TD,
-        unused if mix is None else mix.post_TS,
-        unused if mix is None else mix.comb_TSS,
-        weights.fn,
-        new_TSD,
-        workspace,
-    )
-    kernel = spread_many if tiles.use_dot else spread_few
-    kernel[(num_slices, triton.cdiv(num_tokens, tiles.tokens))](
-        *pointers,
-        num_tokens,
-        dim,
-        num_slices,
-        HAS_POST=mix is not None,
-        NUM_MIX=len(weights.fn),
-        TOKENS=tiles.tokens,
-        CHANNELS=tiles.channels,
-        PDL=pdl,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        launch_pdl=pdl,
+    return launch(
+        spread_many if tiles.use_dot else spread_few,
+        (num_slices, triton.cdiv(num_tokens, tiles.tokens)),
+        (*tensors.spread(), num_tokens, dim, num_slices),
+        {
+            "HAS_POST": tensors.mix is not None,
+            "NUM_MIX": len(tensors.weights.fn),
+            "TOKENS": tiles.tokens,
+            "CHANNELS": tiles.channels,
+            "PDL": pdl,
+            "num_warps": tiles.num_warps,
+            "num_stages": tiles.num_stages,
+            "launch_pdl": pdl,
+        },
     )
 
 
-def _launch_collapse(out: HyperOut, weights: HyperWeights, workspace: torch.Tensor, tiles: Tiles) -> None:
-    num_tokens, _, dim = out.x_TSD.shape
-    mix, num_mix, block_d = out.mix, len(weights.fn), triton.next_power_of_2(dim)
+def _launch_collapse(tensors: Tensors, tiles: Tiles) -> TritonCall | None:
+    num_tokens, _, dim = tensors.x_TSD.shape
+    weights, block_d = tensors.weights, triton.next_power_of_2(dim)
     num_slices, sinkhorn_tokens = triton.cdiv(dim, tiles.channels), tiles.sinkhorn_tokens
-    num_sinkhorn = 0 if mix is None else triton.cdiv(num_tokens, sinkhorn_tokens)
-    collapse[(num_sinkhorn + num_tokens,)](
-        out.x_TSD,
-        workspace,
-        weights.base,
-        weights.scale,
-        weights.norm_weight,
-        out.h_TD,
-        weights.base if mix is None else mix.post_TS,
-        weights.base if mix is None else mix.comb_TSS,
-        num_tokens,
-        dim,
-        num_slices,
-        weights.mix_norm_eps,
-        weights.eps,
-        weights.norm_eps,
-        NUM_MIX=num_mix,
-        NUM_ITERS=weights.num_iters,
-        SINKHORN_TOKENS=sinkhorn_tokens,
-        SLICES=triton.next_power_of_2(num_slices),
-        BLOCK_D=block_d,
-        PDL=not INTERPRETED,
-        num_warps=4 if block_d <= 4096 else 8,
-        launch_pdl=not INTERPRETED,
+    num_sinkhorn = 0 if tensors.out.mix is None else triton.cdiv(num_tokens, sinkhorn_tokens)
+    epsilons = weights.mix_norm_eps, weights.eps, weights.norm_eps
+    return launch(
+        collapse,
+        (num_sinkhorn + num_tokens,),
+        (*tensors.collapse(), num_tokens, dim, num_slices, *epsilons),
+        {
+            "NUM_MIX": len(weights.fn),
+            "NUM_ITERS": weights.num_iters,
+            "SINKHORN_TOKENS": sinkhorn_tokens,
+            "SLICES": triton.next_power_of_2(num_slices),
+            "BLOCK_D": block_d,
+            "PDL": not INTERPRETED,
+            "num_warps": 4 if block_d <= 4096 else 8,
+            "launch_pdl": not INTERPRETED,
+        },
     )
 
 
-def _boundary(
-    x_TSD: torch.Tensor,
-    y_TD: torch.Tensor | None,
-    mix: Mix | None,
-    weights: HyperWeights,
-    out: HyperOut | None,
-    workspace: torch.Tensor | None,
-    invariant: bool,
-) -> HyperOut:
-    _check_inputs(x_TSD, y_TD, mix, weights)
-    num_tokens, _, dim = x_TSD.shape
-    with_mix, tiles = len(weights.fn) == NUM_MIX, choose_tiles(num_tokens, invariant)
-    if out is None:
-        out = new_out(x_TSD, with_mix)
-    _check_out(out, x_TSD, with_mix)
-    num_floats = num_workspace_floats(num_tokens, dim, tiles)
-    if workspace is None:
-        workspace = x_TSD.new_empty(num_floats, dtype=torch.float32)
-    if workspace.numel() < num_floats:
-        raise ValueError(f"workspace must hold {num_floats} float32 elements, found {workspace.numel()}")
-    check("workspace", workspace, (torch.float32,), tuple(workspace.shape), x_TSD.device)
-    if num_tokens:
-        _launch_spread(x_TSD, y_TD, mix, weights, out.x_TSD, workspace, tiles)
-        _launch_collapse(out, weights, workspace, tiles)
-    return out
+@dataclass(frozen=True)
+class Inputs:
+    """What a call is given."""
+
+    x_TSD: torch.Tensor
+    y_TD: torch.Tensor | None
+    mix: Mix | None
 
 
-def hyper_boundary(
-    x_TSD: torch.Tensor,
-    y_TD: torch.Tensor | None,
-    mix: Mix | None,
-    weights: HyperWeights,
-    out: HyperOut | None = None,
-    workspace: torch.Tensor | None = None,
-) -> HyperOut:
-    """Post of the sublayer that made ``y_TD`` (none before the first), pre of the coming one, and its norm.
+def _fits(x_TSD: torch.Tensor, y_TD: torch.Tensor | None, mix: Mix | None) -> bool:
+    """What the key of a call leaves open; quicker than ``_check_inputs``, which says what is wrong."""
+    if not is_dense(x_TSD, torch.bfloat16) or (y_TD is None) != (mix is None):
+        return False
+    if y_TD is None or mix is None:
+        return True
+    num_tokens, s, dim = x_TSD.shape
+    post_TS, comb_TSS, device_index = mix.post_TS, mix.comb_TSS, x_TSD.get_device()
+    return (
+        is_dense(y_TD, torch.bfloat16)
+        and is_dense(post_TS, torch.float32)
+        and is_dense(comb_TSS, torch.float32)
+        and y_TD.shape == (num_tokens, dim)
+        and post_TS.shape == (num_tokens, s)
+        and comb_TSS.shape == (num_tokens, s, s)
+        and device_index == y_TD.get_device() == post_TS.get_device() == comb_TSS.get_device()
+    )
+
+
+def _out_like(x_TSD: torch.Tensor, y_TD: torch.Tensor, mix: Mix) -> HyperOut:
+    """Unwritten outputs of a boundary in the middle: like its inputs."""
+    empty_like = torch.empty_like
+    return HyperOut(empty_like(x_TSD), empty_like(y_TD), Mix(empty_like(mix.post_TS), empty_like(mix.comb_TSS)))
+
+
+class HyperBoundaryKernel:
+    """Post of the sublayer that made y (none before the first), pre of the coming one, and its norm.
 
     With fn of 4 rows (after the last sublayer) only the collapse and the norm follow, and there is no new mix.
-    Shapes: x bfloat16 [T, 4, D]; y bfloat16 [T, D]; workspace float32, ``num_workspace_floats(T, D)`` elements.
-        out.x_TSD may be x_TSD; otherwise outputs must not overlap inputs.
-    Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment, before any launch.
+    is_batch_invariant: the order of sums does not depend on how many tokens run together.
     """
-    return _boundary(x_TSD, y_TD, mix, weights, out, workspace, invariant=False)
+
+    def __init__(self, is_batch_invariant: bool) -> None:
+        self.is_batch_invariant = is_batch_invariant
+
+    def prepare(self, weights: HyperWeights) -> HyperOperand:
+        """The operand. Errors at the first call name weights that do not fit."""
+        return HyperOperand(weights)
+
+    def configs(self, operand: HyperOperand) -> Sequence[Config]:
+        """Triton compiles at the first call."""
+        return ()
+
+    def variant(self, x_TSD: torch.Tensor, operand: HyperOperand) -> str:
+        """By the number of tokens, unless it is batch-invariant."""
+        return spelled("hyper", **vars(choose_tiles(len(x_TSD), self.is_batch_invariant)))
+
+    def workspace(self, operand: HyperOperand, num_tokens: int) -> torch.Tensor:
+        """float32 scratch for calls of up to ``num_tokens`` tokens."""
+        fn = operand.weights.fn
+        return fn.new_empty(num_workspace_floats(num_tokens, fn.shape[1] // NUM_STREAMS))
+
+    def run(
+        self,
+        x_TSD: torch.Tensor,
+        y_TD: torch.Tensor | None,
+        mix: Mix | None,
+        operand: HyperOperand,
+        *,
+        out: HyperOut | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> HyperOut:
+        """Shapes: x bfloat16 [T, 4, D]; y bfloat16 [T, D]; workspace float32, ``num_workspace_floats(T, D)`` elements.
+            out.x_TSD may be x_TSD; otherwise outputs must not overlap inputs.
+
+        Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment, before any launch.
+        """
+        key = x_TSD.shape, mix is not None, x_TSD.get_device()
+        call = operand.calls.get(key)
+        if call is None or not _fits(x_TSD, y_TD, mix):
+            return self._first(Inputs(x_TSD, y_TD, mix), operand, out, workspace)
+        with_mix = len(operand.weights.fn) == NUM_MIX
+        if out is None:
+            if with_mix and y_TD is not None and mix is not None:
+                out = _out_like(x_TSD, y_TD, mix)
+            else:
+                out = new_out(x_TSD, with_mix)
+        else:
+            _check_out(out, x_TSD, with_mix)
+        if workspace is None:
+            workspace = x_TSD.new_empty(call.num_floats, dtype=torch.float32)
+        else:
+            _check_workspace(workspace, call.num_floats, x_TSD.device)
+        with operand.lock:
+            call.start(Tensors(x_TSD, y_TD, mix, operand.weights, out, workspace), current_stream(key[2]))
+        return out
+
+    def _first(
+        self, inputs: "Inputs", operand: HyperOperand, out: HyperOut | None, workspace: torch.Tensor | None
+    ) -> HyperOut:
+        """Checks everything, launches, and keeps the launches of this size."""
+        x_TSD, y_TD, mix, weights = inputs.x_TSD, inputs.y_TD, inputs.mix, operand.weights
+        _check_inputs(x_TSD, y_TD, mix)
+        num_tokens, _, dim = x_TSD.shape
+        _check_weights(weights, dim, x_TSD.device)
+        with_mix, tiles = len(weights.fn) == NUM_MIX, choose_tiles(num_tokens, self.is_batch_invariant)
+        if out is None:
+            out = new_out(x_TSD, with_mix)
+        else:
+            _check_out(out, x_TSD, with_mix)
+        num_floats = num_workspace_floats(num_tokens, dim, tiles)
+        if workspace is None:
+            workspace = x_TSD.new_empty(num_floats, dtype=torch.float32)
+        else:
+            _check_workspace(workspace, num_floats, x_TSD.device)
+        if num_tokens:
+            call = _first_launches(Tensors(x_TSD, y_TD, mix, weights, out, workspace), tiles, num_floats)
+            if call is not None:
+                operand.calls.keep((x_TSD.shape, mix is not None, x_TSD.get_device()), call)
+        return out
+
+    def __call__(
+        self,
+        x_TSD: torch.Tensor,
+        y_TD: torch.Tensor | None,
+        mix: Mix | None,
+        weights: HyperWeights,
+        out: HyperOut | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> HyperOut:
+        """``run`` with the signature of its twin."""
+        return self.run(x_TSD, y_TD, mix, self.prepare(weights), out=out, workspace=workspace)
 
 
-def hyper_boundary_invariant(
-    x_TSD: torch.Tensor,
-    y_TD: torch.Tensor | None,
-    mix: Mix | None,
-    weights: HyperWeights,
-    out: HyperOut | None = None,
-    workspace: torch.Tensor | None = None,
-) -> HyperOut:
-    """As ``hyper_boundary``, with sums whose order does not depend on how many tokens run together."""
-    return _boundary(x_TSD, y_TD, mix, weights, out, workspace, invariant=True)
+HYPER_BOUNDARY = HyperBoundaryKernel(is_batch_invariant=False)
+HYPER_BOUNDARY_INVARIANT = HyperBoundaryKernel(is_batch_invariant=True)

@@ -11,12 +11,15 @@ Source: mHC (Xie et al.), as DeepSeek-V4's published inference code orders the s
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
+from ownpath.kernels.contract import Kernel, Operand
 from ownpath.kernels.mixture import sum_dtype
 from ownpath.kernels.norms.ref import rms_norm
+from ownpath.kernels.reference import Reference
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,31 @@ class HyperOut:
     x_TSD: torch.Tensor
     h_TD: torch.Tensor
     mix: Mix | None
+
+
+class BoundaryKernel(Kernel[Operand], Protocol[Operand]):
+    """Post of the sublayer that made y (none before the first), pre of the coming one, and its norm."""
+
+    def prepare(self, weights: HyperWeights) -> Operand:
+        """The operand."""
+
+    def variant(self, x_TSD: torch.Tensor, operand: Operand) -> str | None:
+        """Names of the configurations that a call launches; ``None``: there is one form."""
+
+    def workspace(self, operand: Operand, num_tokens: int) -> torch.Tensor | None:
+        """Scratch for calls of up to ``num_tokens`` tokens; ``None``: the kernel needs none."""
+
+    def run(
+        self,
+        x_TSD: torch.Tensor,
+        y_TD: torch.Tensor | None,
+        mix: Mix | None,
+        operand: Operand,
+        *,
+        out: HyperOut | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> HyperOut:
+        """Errors: ValueError naming the operand for what the kernel does not take."""
 
 
 def sinkhorn(logits_TSS: torch.Tensor, num_iters: int, eps: float) -> torch.Tensor:
@@ -124,3 +152,45 @@ def hyper_boundary(
         out.mix.post_TS.copy_(new_mix.post_TS)
         out.mix.comb_TSS.copy_(new_mix.comb_TSS)
     return out
+
+
+class HyperBoundaryReference(Reference):
+    """``hyper_boundary`` as a kernel. The operand is the weights."""
+
+    def prepare(self, weights: HyperWeights) -> HyperWeights:
+        """The weights as they are."""
+        return weights
+
+    def variant(self, x_TSD: torch.Tensor, operand: HyperWeights) -> None:
+        """There is one form."""
+
+    def workspace(self, operand: HyperWeights, num_tokens: int) -> None:
+        """No call needs any."""
+
+    def run(
+        self,
+        x_TSD: torch.Tensor,
+        y_TD: torch.Tensor | None,
+        mix: Mix | None,
+        operand: HyperWeights,
+        *,
+        out: HyperOut | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> HyperOut:
+        """New streams, the normed input of the coming sublayer, and its mix."""
+        return hyper_boundary(x_TSD, y_TD, mix, operand, out, workspace)
+
+    def __call__(
+        self,
+        x_TSD: torch.Tensor,
+        y_TD: torch.Tensor | None,
+        mix: Mix | None,
+        weights: HyperWeights,
+        out: HyperOut | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> HyperOut:
+        """``hyper_boundary``."""
+        return hyper_boundary(x_TSD, y_TD, mix, weights, out, workspace)
+
+
+HYPER_BOUNDARY = HyperBoundaryReference()

@@ -12,7 +12,7 @@ _FAST = KernelSpec(
     "HyperBoundary",
     "row_major",
     "post, pre and norm in two launches that overlap; the mixing logits split over the whole device",
-    "hyper.launch:hyper_boundary",
+    "hyper.launch:HYPER_BOUNDARY",
     min_sm=90,
     dim_multiple=8,
     first_dim=4,
@@ -28,7 +28,7 @@ SPECS = (
         _FAST,
         name="triton.hyper_boundary_invariant",
         why="as triton.hyper_boundary, with one way of summing for every number of tokens",
-        entry="hyper.launch:hyper_boundary_invariant",
+        entry="hyper.launch:HYPER_BOUNDARY_INVARIANT",
         is_batch_invariant=True,
     ),
     KernelSpec(
@@ -38,7 +38,7 @@ SPECS = (
         "HyperBoundary",
         "row_major",
         "post, pre and norm as torch computes them one after the other",
-        "hyper.ref:hyper_boundary",
+        "hyper.ref:HYPER_BOUNDARY",
         is_default=True,
     ),
 )

@@ -7,11 +7,20 @@ Roofline. 4 * D bytes a row. Limits. bfloat16 or float32, D up to 16384, last di
 A row's bits never depend on the other rows of a call.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+
 import torch
 import triton
 import triton.language as tl
 
+from ownpath.kernels.calls import Calls
 from ownpath.kernels.checks import VECTOR_BYTES, check, check_alignment, check_rank
+from ownpath.kernels.contract import Config, NormWeights
+from ownpath.kernels.dsl.driver import current_stream
+from ownpath.kernels.dsl.triton import TritonCall, launch
+from ownpath.kernels.variants import spelled
 
 INTERPRETED = triton.knobs.runtime.interpret
 MAX_WIDTH = 16384
@@ -96,39 +105,93 @@ def norm_tile(dim: int) -> tuple[int, int, int]:
     return rows, block, max(1, min(16, rows * block // 256))
 
 
-def rms_norm(
-    x: torch.Tensor, weight_D: torch.Tensor | None, eps: float, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """y = weight * x / sqrt(mean(x²) + eps) over the last dimension, rounded once; no weight means ones.
+@dataclass(frozen=True)
+class NormOperand:
+    """calls: launches by shape, strides and dtype of x, once these have passed every check."""
 
-    Shapes: x bfloat16 or float32 [..., D], rows may be spaced (a slice of a wider tensor); weight [D]; out as x,
-        contiguous.
-    Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
-    """
-    _check_norm(x, weight_D)
-    if out is None:
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    check("out", out, (x.dtype,), tuple(x.shape), x.device)
-    dim = x.shape[-1]
-    num_rows = x.numel() // dim
-    if num_rows:
-        inner_rows, outer_stride, row_stride = _row_steps(x)
-        (rows, block_d, num_warps), pdl = norm_tile(dim), not INTERPRETED
-        rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
-            x,
-            x if weight_D is None else weight_D,
-            out,
-            num_rows,
-            inner_rows,
-            outer_stride,
-            row_stride,
-            dim,
-            eps,
-            ROWS=rows,
-            BLOCK_D=block_d,
-            HAS_WEIGHT=weight_D is not None,
-            PDL=pdl,
-            num_warps=num_warps,
-            launch_pdl=pdl,
-        )
-    return out
+    weights: NormWeights
+    calls: Calls[tuple[torch.Size, tuple[int, ...], torch.dtype, int], TritonCall] = field(
+        default_factory=Calls, compare=False
+    )
+    lock: Lock = field(default_factory=Lock, compare=False)
+
+
+class RmsNormKernel:
+    """y = weight * x / sqrt(mean(x²) + eps) over the last dimension, rounded once; no weight means ones."""
+
+    def prepare(self, weights: NormWeights) -> NormOperand:
+        """The operand. Errors at the first call name a weight that does not fit."""
+        return NormOperand(weights)
+
+    def configs(self, operand: NormOperand) -> Sequence[Config]:
+        """Triton compiles at the first call."""
+        return ()
+
+    def variant(self, x: torch.Tensor, operand: NormOperand) -> str:
+        """By width alone."""
+        rows, block, num_warps = norm_tile(x.shape[-1])
+        return spelled("rms_norm", rows=rows, block=block, warps=num_warps)
+
+    def run(self, x: torch.Tensor, operand: NormOperand, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Shapes: x bfloat16 or float32 [..., D], rows may be spaced (a slice of a wider tensor); out as x, contiguous.
+
+        Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
+        """
+        weight_D = operand.weights.weight_D
+        key = x.shape, x.stride(), x.dtype, x.get_device()
+        call = operand.calls.get(key)
+        if call is None:
+            return self._first(x, operand, key, out)
+        address = x.data_ptr()
+        if address % VECTOR_BYTES:
+            check_alignment("x", x)
+        if out is None:
+            out = torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
+        else:
+            check("out", out, (x.dtype,), tuple(x.shape), x.device)
+        with operand.lock:
+            weight = address if weight_D is None else weight_D.data_ptr()
+            call.start(current_stream(key[3]), address, weight, out.data_ptr())
+        return out
+
+    def _first(
+        self,
+        x: torch.Tensor,
+        operand: NormOperand,
+        key: tuple[torch.Size, tuple[int, ...], torch.dtype, int],
+        out: torch.Tensor | None,
+    ) -> torch.Tensor:
+        weight_D, eps = operand.weights.weight_D, operand.weights.eps
+        _check_norm(x, weight_D)
+        if out is None:
+            out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        check("out", out, (x.dtype,), tuple(x.shape), x.device)
+        dim = x.shape[-1]
+        num_rows = x.numel() // dim
+        if num_rows:
+            (rows, block_d, num_warps), pdl = norm_tile(dim), not INTERPRETED
+            call = launch(
+                rms_norm_kernel,
+                (triton.cdiv(num_rows, rows),),
+                (x, x if weight_D is None else weight_D, out, num_rows, *_row_steps(x), dim, eps),
+                {
+                    "ROWS": rows,
+                    "BLOCK_D": block_d,
+                    "HAS_WEIGHT": weight_D is not None,
+                    "PDL": pdl,
+                    "num_warps": num_warps,
+                    "launch_pdl": pdl,
+                },
+            )
+            if call is not None:
+                operand.calls.keep(key, call)
+        return out
+
+    def __call__(
+        self, x: torch.Tensor, weight_D: torch.Tensor | None, eps: float, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``run`` with the signature of its twin."""
+        return self.run(x, self.prepare(NormWeights(weight_D, eps)), out=out)
+
+
+RMS_NORM = RmsNormKernel()

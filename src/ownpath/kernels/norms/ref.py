@@ -3,9 +3,13 @@
 Legend: D width.
 """
 
+from collections.abc import Callable
+
 import torch
 
+from ownpath.kernels.contract import NormWeights
 from ownpath.kernels.mixture import sum_dtype
+from ownpath.kernels.reference import Reference, filled
 
 
 def rms_norm(
@@ -25,3 +29,31 @@ def rms_norm_stepwise(x: torch.Tensor, weight: torch.Tensor | None, eps: float) 
     """
     assert weight is None
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+class RmsNormReference(Reference):
+    """A norm as a kernel. The operand is the weights."""
+
+    def __init__(self, norm: Callable[[torch.Tensor, torch.Tensor | None, float], torch.Tensor]) -> None:
+        self._norm = norm
+
+    def prepare(self, weights: NormWeights) -> NormWeights:
+        """The weights as they are."""
+        return weights
+
+    def variant(self, x: torch.Tensor, operand: NormWeights) -> None:
+        """There is one form."""
+
+    def run(self, x: torch.Tensor, operand: NormWeights, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """y, of the shape and dtype of x."""
+        return filled(out, self._norm(x, operand.weight_D, operand.eps))
+
+    def __call__(
+        self, x: torch.Tensor, weight_D: torch.Tensor | None, eps: float, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The norm itself."""
+        return filled(out, self._norm(x, weight_D, eps))
+
+
+RMS_NORM = RmsNormReference(rms_norm)
+RMS_NORM_STEPWISE = RmsNormReference(rms_norm_stepwise)

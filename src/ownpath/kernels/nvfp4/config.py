@@ -10,7 +10,7 @@ WG = 128
 ALIGN_THREADS = 1024
 COPY_THREADS = 256
 MAX_SHARED_BYTES = 232448
-DSL_SOURCES = ("dsl/ring.py", "dsl/ptx.py", "dsl/build.py")
+DSL_SOURCES = ("dsl/pipeline.py", "dsl/warpgroup.py", "dsl/ptx.py", "dsl/build.py")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ class GemmConfig:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        return (*(f"nvfp4/{name}.py" for name in ("gemm_sm90", "epilogue_sm90", "handover", "config")), *DSL_SOURCES)
+        modules = ("gemm_sm90", "tile_sm90", "epilogue_sm90", "schedule", "handover", "config")
+        return (*(f"nvfp4/{name}.py" for name in modules), *DSL_SOURCES)
 
     @property
     def hands_over(self) -> bool:
@@ -187,7 +188,7 @@ class AlignConfig:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        return ("nvfp4/moe_sm90.py", "nvfp4/config.py", *DSL_SOURCES)
+        return ("nvfp4/moe_sm90.py", "nvfp4/schedule.py", "nvfp4/config.py", *DSL_SOURCES)
 
     @property
     def name(self) -> str:
@@ -201,7 +202,7 @@ class PermuteConfig:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        return ("nvfp4/moe_sm90.py", "nvfp4/config.py", *DSL_SOURCES)
+        return ("nvfp4/moe_sm90.py", "nvfp4/schedule.py", "nvfp4/config.py", *DSL_SOURCES)
 
     @property
     def name(self) -> str:
@@ -217,7 +218,7 @@ class CombineConfig:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        return ("nvfp4/moe_sm90.py", "nvfp4/config.py", *DSL_SOURCES)
+        return ("nvfp4/moe_sm90.py", "nvfp4/schedule.py", "nvfp4/config.py", *DSL_SOURCES)
 
     @property
     def name(self) -> str:

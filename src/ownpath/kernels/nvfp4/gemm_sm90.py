@@ -23,20 +23,30 @@ Roofline. Below about 150 tokens per expert: bytes, 0.5625 per weight at 4.41 TB
 tile; sm_90a only.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import cutlass
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.nvgpu import cpasync, warpgroup
-from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
 from ownpath.kernels.dsl import ptx
-from ownpath.kernels.dsl.ring import next_stage
+from ownpath.kernels.dsl.pipeline import Consumer, Pipeline, Stages
+from ownpath.kernels.dsl.warpgroup import Operands, Thread, decoded_mma, shared_operand, wgmma
 from ownpath.kernels.nvfp4.config import BLOCK_K, CHUNK_K, WG, GemmConfig
 from ownpath.kernels.nvfp4.epilogue_sm90 import Epilogue
 from ownpath.kernels.nvfp4.handover import announce, await_rows
+from ownpath.kernels.nvfp4.schedule import Schedule, element
+from ownpath.kernels.nvfp4.tile_sm90 import Tile, TileScheduler
 
-BAND_TILES = 16
+
+@dataclass(frozen=True)
+class PartialSums:
+    """Where the sums of warpgroups that share K are added up. turn: 0 and 1 from tile to tile; rank: of the CTA."""
+
+    memory: cute.Pointer
+    turn: Int32
+    rank: Int32
 
 
 class Gemm:
@@ -46,7 +56,6 @@ class Gemm:
         self.cfg = config
         self.num_consumers = config.num_consumers
         self.max_n = config.n_sizes[-1]
-        self.epilogue = Epilogue(config)
         self.chunks_per_group = config.stage_k // CHUNK_K
         self.num_chunks = self.chunks_per_group * config.warpgroups_k
 
@@ -84,12 +93,6 @@ class Gemm:
             preferred_smem_carveout=100,
         )  # fmt: skip
 
-    def chunk_layout(self, num_rows: int, num_chunks: Any) -> Any:
-        """[rows, 64, chunks] of BF16, K contiguous, 128-byte swizzle; chunks are ``max_n`` rows apart."""
-        stride = self.max_n * CHUNK_K
-        outer = cute.make_layout(((8, num_rows // 8), CHUNK_K, num_chunks), stride=((CHUNK_K, 8 * CHUNK_K), 1, stride))
-        return cute.make_composed_layout(cute.make_swizzle(3, 4, 3), 0, outer)
-
     @cute.kernel
     def kernel(
         self,
@@ -106,151 +109,102 @@ class Gemm:
         ld_out: Int32,
         swiglu_limit: Float32,
     ) -> None:
+        """Sets the ring up, then loads or multiplies, by warpgroup."""
         cfg = self.cfg
         thread, _, _ = cute.arch.thread_idx()
         cta, _, _ = cute.arch.block_idx()
         grid, _, _ = cute.arch.grid_dim()
         warp_group = cute.arch.make_warp_uniform(thread // WG)
-
-        smem_x = cute.arch.alloc_smem(BFloat16, cfg.num_stages * self.num_chunks * self.max_n * CHUNK_K, 1024)
-        blocks = cfg.m64_per_tile * cfg.warpgroups_k
-        smem_codes = cute.arch.alloc_smem(Uint8, cfg.num_stages * blocks * cfg.code_bytes, 128)
-        smem_scales = cute.arch.alloc_smem(Uint8, cfg.num_stages * blocks * cfg.scale_bytes, 128)
-        smem_sums = smem_codes
-        if cutlass.const_expr(cfg.reduces):
-            smem_sums = cute.arch.alloc_smem(Uint8, cfg.reduce_bytes, 128)
-        full = cute.arch.alloc_smem(Int64, cfg.num_stages, 8)
-        empty = cute.arch.alloc_smem(Int64, cfg.num_stages, 8)
+        stages, partial_sums = self.allocate()
         if thread == 0:
             cpasync.prefetch_descriptor(tma_x)
-            for stage in cutlass.range_constexpr(cfg.num_stages):
-                cute.arch.mbarrier_init(full + stage, 3)
-                cute.arch.mbarrier_init(empty + stage, 4 * self.num_consumers * cfg.cluster_m)
-            cute.arch.mbarrier_init_fence()
+            stages.pipeline.init(3, 4 * self.num_consumers)
         cute.arch.sync_threads()
-
-        rank, rank_m = Int32(0), Int32(0)
-        worker, num_workers = cta, grid
-        if cutlass.const_expr(cfg.cluster > 1):
-            worker, num_workers = cta // cfg.cluster, grid // cfg.cluster
-        if cutlass.const_expr(cfg.cluster_k > 1):
-            rank = cute.arch.block_idx_in_cluster()
-        if cutlass.const_expr(cfg.cluster_m > 1):
-            # The neighbour writes tokens into this CTA's memory: its barriers must stand before that.
-            rank_m = cute.arch.block_idx_in_cluster()
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
-        if cutlass.const_expr(cfg.grouped and cfg.swiglu):
-            cute.arch.griddepcontrol_wait()
-        num_n_tiles = Int32(0)
-        if cutlass.const_expr(cfg.grouped):
-            num_n_tiles = self.read(schedule, 0)
-        else:
-            num_n_tiles = (num_rows + rows_per_tile - 1) // rows_per_tile
-        # With clusters along M a worker is a cluster, and a tile one of its CTAs' each.
-        m_per_worker = num_m_tiles // cfg.cluster_m
-        num_tiles = num_n_tiles * m_per_worker
-        k_units = num_k_blocks * (BLOCK_K // cfg.stage_k)
-        k_iters = k_units // (cfg.warpgroups_k * cfg.cluster_k)
-
+        work = self.share(cta, grid, Schedule(schedule), num_rows, num_m_tiles, num_k_blocks, rows_per_tile)
         if warp_group == self.num_consumers:
             if cutlass.const_expr(cfg.consumer_registers):
                 cute.arch.setmaxregister_decrease(cfg.producer_registers)
             warp = cute.arch.make_warp_uniform(thread % WG // 32)
             if warp < 2:
                 if thread % 32 == 0:
-                    source, shared, num_bytes = codes, smem_codes, Int32(cfg.code_bytes)
+                    source, target, num_bytes = codes, stages.weights, Int32(cfg.code_bytes)
                     if warp == 1:
-                        source, shared, num_bytes = scales, smem_scales, Int32(cfg.scale_bytes)
-                    self.produce_weights(
-                        source, shared, num_bytes, schedule, full, empty, worker, num_workers, num_tiles, m_per_worker,
-                        num_n_tiles, k_units, k_iters, rank, rank_m,
-                    )  # fmt: skip
+                        source, target, num_bytes = scales, stages.scales, Int32(cfg.scale_bytes)
+                    self.load_weights(source, target, num_bytes, stages.pipeline, work)
             elif warp == 2:
                 # Single rows are loaded by all lanes of the warp, boxes by one.
                 if thread % 32 < (32 if cfg.gather else 1):
-                    self.produce_tokens(
-                        ptx.descriptor_address(tma_x), thread % 32, schedule, smem_x, full, empty, worker, num_workers,
-                        num_tiles, m_per_worker, num_n_tiles, k_iters, rank, rank_m, num_rows, rows_per_tile,
-                    )  # fmt: skip
+                    self.load_tokens(ptx.descriptor_address(tma_x), thread % 32, stages, work)
         else:
             if cutlass.const_expr(cfg.consumer_registers):
                 cute.arch.setmaxregister_increase(cfg.consumer_registers)
-            step = Int32(0)
-            parity = Int32(0)
-            for tile in cutlass.range(worker, num_tiles, num_workers, unroll=1):
-                m_tile, n_tile = self.place_in_grid(tile, m_per_worker, num_n_tiles)
-                expert, row0, rows = self.tile_rows(schedule, n_tile, num_rows, rows_per_tile)
-                m_tile = m_tile * cfg.cluster_m + rank_m
-                for idx in cutlass.range_constexpr(len(cfg.n_sizes)):
-                    below = cfg.n_sizes[idx - 1] if idx else 0
-                    if rows > below and rows <= cfg.n_sizes[idx]:
-                        self.consume(
-                            cfg.n_sizes[idx], global_scale, out, smem_x, smem_codes, smem_scales, smem_sums, full,
-                            empty, step, parity, k_iters, thread, warp_group, m_tile, expert, row0, rows, ld_out,
-                            swiglu_limit, rank,
-                        )  # fmt: skip
-                if cutlass.const_expr(cfg.hands_over):
-                    announce(schedule + (4 + 4 * n_tile + 3), thread, 16 * cfg.num_m64 // cfg.warpgroups_k)
-                step += k_iters
-                parity = parity ^ 1
+            epilogue = Epilogue(cfg, global_scale, out, ld_out, swiglu_limit)
+            self.multiply(work, stages, partial_sums, epilogue, thread, warp_group)
         if cutlass.const_expr(cfg.cluster_m > 1):
             # No CTA leaves while its neighbour may still write to it or signal it.
             cute.arch.sync_threads()
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
+            ptx.cluster_barrier()
 
-    def read(self, schedule: cute.Pointer, idx: Any) -> Int32:
-        return cute.make_tensor(schedule + idx, cute.make_layout(1))[0]
-
-    @cute.jit
-    def place_in_grid(self, tile: Int32, m_per_worker: Int32, num_n_tiles: Int32) -> tuple[Int32, Int32]:
-        """Which weight rows and which tokens a worker's tile has.
-
-        Experts go one after another. Dense products go in bands of weight rows, all tokens of a band first: a wave of
-        CTAs then reads few weights and few tokens from memory, and the rest from L2.
-        """
-        m_tile, n_tile = tile % m_per_worker, tile // m_per_worker
-        if cutlass.const_expr(not self.cfg.grouped):
-            band_tiles = BAND_TILES // self.cfg.cluster_m
-            first = tile // (band_tiles * num_n_tiles) * band_tiles
-            in_band = tile - first * num_n_tiles
-            height = cutlass.min(band_tiles, m_per_worker - first)
-            m_tile, n_tile = first + in_band % height, in_band // height
-        return m_tile, n_tile
+    def allocate(self) -> tuple[Stages, cute.Pointer]:
+        """All of a CTA's shared memory: the ring, and room for partial sums."""
+        cfg = self.cfg
+        tokens = cute.arch.alloc_smem(BFloat16, cfg.num_stages * self.num_chunks * self.max_n * CHUNK_K, 1024)
+        blocks = cfg.num_stages * cfg.m64_per_tile * cfg.warpgroups_k
+        codes = cute.arch.alloc_smem(Uint8, blocks * cfg.code_bytes, 128)
+        scales = cute.arch.alloc_smem(Uint8, blocks * cfg.scale_bytes, 128)
+        sums = cute.arch.alloc_smem(Uint8, cfg.reduce_bytes, 128) if cfg.reduces else codes
+        return Stages(tokens, codes, scales, Pipeline.allocate(cfg.num_stages, cfg.cluster_m)), sums
 
     @cute.jit
-    def tile_rows(
-        self, schedule: cute.Pointer, n_tile: Int32, num_rows: Int32, rows_per_tile: Int32
-    ) -> tuple[Int32, Int32, Int32]:
-        """Expert, first row and number of rows of a tile of tokens."""
-        expert, row0, rows = Int32(0), n_tile * rows_per_tile, rows_per_tile
-        if cutlass.const_expr(self.cfg.grouped):
-            entry = 4 + 4 * n_tile
-            expert, row0 = self.read(schedule, entry), self.read(schedule, entry + 1)
-            rows = self.read(schedule, entry + 2)
-        else:
-            rows = cutlass.min(rows_per_tile, num_rows - row0)
-        return expert, row0, rows
-
-    @cute.jit
-    def produce_weights(
+    def share(
         self,
-        source: cute.Pointer,
-        shared: cute.Pointer,
-        num_bytes: Int32,
-        schedule: cute.Pointer,
-        full: cute.Pointer,
-        empty: cute.Pointer,
         worker: Int32,
         num_workers: Int32,
-        num_tiles: Int32,
-        m_per_worker: Int32,
-        num_n_tiles: Int32,
-        k_units: Int32,
-        k_iters: Int32,
-        rank: Int32,
-        rank_m: Int32,
+        schedule: Schedule,
+        num_rows: Int32,
+        num_m_tiles: Int32,
+        num_k_blocks: Int32,
+        rows_per_tile: Int32,
+    ) -> TileScheduler:
+        """The share of CTA ``worker`` of ``num_workers``, as soon as the schedule may be read."""
+        cfg = self.cfg
+        rank, rank_m = Int32(0), Int32(0)
+        if cutlass.const_expr(cfg.cluster > 1):
+            worker, num_workers = worker // cfg.cluster, num_workers // cfg.cluster
+        if cutlass.const_expr(cfg.cluster_k > 1):
+            rank = cute.arch.block_idx_in_cluster()
+        if cutlass.const_expr(cfg.cluster_m > 1):
+            # The neighbour writes tokens into this CTA's memory: its barriers must stand before that.
+            rank_m = cute.arch.block_idx_in_cluster()
+            ptx.cluster_barrier()
+        if cutlass.const_expr(cfg.grouped and cfg.swiglu):
+            cute.arch.griddepcontrol_wait()
+        num_n_tiles = Int32(0)
+        if cutlass.const_expr(cfg.grouped):
+            num_n_tiles = schedule.num_tiles()
+        else:
+            num_n_tiles = (num_rows + rows_per_tile - 1) // rows_per_tile
+        m_per_worker = num_m_tiles // cfg.cluster_m
+        k_units = num_k_blocks * (BLOCK_K // cfg.stage_k)
+        return TileScheduler(
+            cfg=cfg,
+            schedule=schedule,
+            num_rows=num_rows,
+            rows_per_tile=rows_per_tile,
+            worker=worker,
+            num_workers=num_workers,
+            m_per_worker=m_per_worker,
+            num_n_tiles=num_n_tiles,
+            num_tiles=num_n_tiles * m_per_worker,
+            k_units=k_units,
+            k_iters=k_units // (cfg.warpgroups_k * cfg.cluster_k),
+            rank=rank,
+            rank_m=rank_m,
+        )
+
+    @cute.jit
+    def load_weights(
+        self, source: cute.Pointer, target: cute.Pointer, num_bytes: Int32, pipeline: Pipeline, work: TileScheduler
     ) -> None:
         """One thread: the codes (or the scales) of every stage, ``num_bytes`` per block, as fast as stages free up.
 
@@ -258,125 +212,110 @@ class Gemm:
         """
         cfg = self.cfg
         m64, k_blocks = cfg.m64_per_tile, cfg.warpgroups_k
-        slot, phase = Int32(0), Int32(1)
-        for tile in cutlass.range(worker, num_tiles, num_workers, unroll=1):
-            m_tile, n_tile = self.place_in_grid(tile, m_per_worker, num_n_tiles)
-            expert = Int32(0)
-            if cutlass.const_expr(cfg.grouped):
-                expert = self.read(schedule, 4 + 4 * n_tile)
-            m_tile = (expert * m_per_worker + m_tile) * cfg.cluster_m + rank_m
-            first = Int64(m_tile * m64) * k_units
-            start = source.toint() + (first + rank * k_iters * k_blocks) * num_bytes
-            for _ in cutlass.range(k_iters, unroll=1):
-                cute.arch.mbarrier_wait(empty + slot, phase)
-                cute.arch.mbarrier_arrive_and_expect_tx(full + slot, m64 * k_blocks * num_bytes)
-                target = shared.toint() + slot * (m64 * k_blocks) * num_bytes
-                for idx in cutlass.range_constexpr(m64):
-                    block = start + Int64(idx * k_units * num_bytes)
+        ring = pipeline.producer()
+        for idx in cutlass.range(work.worker, work.num_tiles, work.num_workers, unroll=1):
+            tile = work.tile(idx)
+            m_tile = (tile.expert * work.m_per_worker + tile.m_group) * cfg.cluster_m + work.rank_m
+            first = Int64(m_tile * m64) * work.k_units
+            start = source.toint() + (first + work.rank * work.k_iters * k_blocks) * num_bytes
+            for _ in cutlass.range(work.k_iters, unroll=1):
+                ring.acquire()
+                ring.commit(m64 * k_blocks * num_bytes)
+                place = target.toint() + ring.slot * (m64 * k_blocks) * num_bytes
+                for r in cutlass.range_constexpr(m64):
+                    block = start + Int64(r * work.k_units * num_bytes)
                     ptx.load_bulk(
-                        target + idx * k_blocks * num_bytes, block, k_blocks * num_bytes, full + slot,
+                        place + r * k_blocks * num_bytes, block, k_blocks * num_bytes, ring.full,
                         not cfg.reuses_weights,
                     )  # fmt: skip
                 start += k_blocks * num_bytes
-                slot, phase = next_stage(slot, phase, cfg.num_stages)
+                ring.advance()
 
     @cute.jit
-    def produce_tokens(
-        self,
-        descriptor: Int64,
-        lane: Int32,
-        schedule: cute.Pointer,
-        smem_x: cute.Pointer,
-        full: cute.Pointer,
-        empty: cute.Pointer,
-        worker: Int32,
-        num_workers: Int32,
-        num_tiles: Int32,
-        m_per_worker: Int32,
-        num_n_tiles: Int32,
-        k_iters: Int32,
-        rank: Int32,
-        rank_m: Int32,
-        num_rows: Int32,
-        rows_per_tile: Int32,
-    ) -> None:
+    def load_tokens(self, descriptor: Int64, lane: Int32, stages: Stages, work: TileScheduler) -> None:
         """One thread (or warp, for single rows): the tokens of every stage."""
         cfg = self.cfg
         if cutlass.const_expr(not cfg.follows):
             cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
-        slot, phase = Int32(0), Int32(1)
-        for tile in cutlass.range(worker, num_tiles, num_workers, unroll=1):
-            _, n_tile = self.place_in_grid(tile, m_per_worker, num_n_tiles)
-            _, row0, rows = self.tile_rows(schedule, n_tile, num_rows, rows_per_tile)
+        ring = stages.pipeline.producer()
+        for idx in cutlass.range(work.worker, work.num_tiles, work.num_workers, unroll=1):
+            tile = work.tile(idx)
             if cutlass.const_expr(cfg.follows):
                 # Gate and up rows: two for each of this product's columns.
-                await_rows(schedule + (4 + 4 * n_tile + 3), 2 * CHUNK_K * self.num_chunks * k_iters)
-            boxes = (rows + cfg.box_rows - 1) // cfg.box_rows
+                await_rows(work.schedule.counter(tile.n_tile), 2 * CHUNK_K * self.num_chunks * work.k_iters)
+            boxes = (tile.rows + cfg.box_rows - 1) // cfg.box_rows
             places = cute.make_rmem_tensor(cute.make_layout((self.max_n + 31) // 32), Int32)
             if cutlass.const_expr(cfg.gather):
-                index = schedule + self.read(schedule, 1)
+                tokens = work.schedule.tokens()
                 for turn in cutlass.range_constexpr((self.max_n + 31) // 32):
                     places[turn] = Int32(0)
-                    if lane + 32 * turn < rows:
-                        places[turn] = self.read(index, row0 + lane + 32 * turn)
-            for k in cutlass.range(k_iters, unroll=1):
-                cute.arch.mbarrier_wait(empty + slot, phase)
+                    if lane + 32 * turn < tile.rows:
+                        places[turn] = element(tokens, tile.row0 + lane + 32 * turn)[0]
+            for k in cutlass.range(work.k_iters, unroll=1):
+                ring.acquire()
                 if lane == 0:
-                    num_bytes = boxes * (cfg.box_rows * CHUNK_K * 2 * self.num_chunks)
-                    cute.arch.mbarrier_arrive_and_expect_tx(full + slot, num_bytes)
+                    ring.commit(boxes * (cfg.box_rows * CHUNK_K * 2 * self.num_chunks))
                 for chunk in cutlass.range_constexpr(self.num_chunks):
-                    column = ((rank * k_iters + k) * self.num_chunks + chunk) * CHUNK_K
-                    start = smem_x + (slot * self.num_chunks + chunk) * (self.max_n * CHUNK_K)
+                    column = ((work.rank * work.k_iters + k) * self.num_chunks + chunk) * CHUNK_K
+                    start = stages.tokens + (ring.slot * self.num_chunks + chunk) * (self.max_n * CHUNK_K)
                     if cutlass.const_expr(cfg.gather):
                         for turn in cutlass.range_constexpr((self.max_n + 31) // 32):
                             row = lane + 32 * turn
-                            if row < rows:
-                                ptx.load_box(start + row * CHUNK_K, descriptor, column, places[turn], full + slot)
+                            if row < tile.rows:
+                                ptx.load_box(start + row * CHUNK_K, descriptor, column, places[turn], ring.full)
                     else:
                         # The CTAs of a cluster take turns, each loading for all of them.
-                        for box in cutlass.range(rank_m, boxes, cfg.cluster_m, unroll=1):
+                        for box in cutlass.range(work.rank_m, boxes, cfg.cluster_m, unroll=1):
                             row = box * cfg.box_rows
-                            target = start + row * CHUNK_K
-                            ptx.load_box(target, descriptor, column, row0 + row, full + slot, cfg.cluster_m)
-                slot, phase = next_stage(slot, phase, cfg.num_stages)
+                            place = start + row * CHUNK_K
+                            ptx.load_box(place, descriptor, column, tile.row0 + row, ring.full, cfg.cluster_m)
+                ring.advance()
+
+    @cute.jit
+    def multiply(
+        self,
+        work: TileScheduler,
+        stages: Stages,
+        partial_sums: cute.Pointer,
+        epilogue: Epilogue,
+        thread: Int32,
+        warp_group: Int32,
+    ) -> None:
+        """One warpgroup: its part of every tile, by the code for as many tokens as the tile has."""
+        cfg = self.cfg
+        step, turn = Int32(0), Int32(0)
+        for idx in cutlass.range(work.worker, work.num_tiles, work.num_workers, unroll=1):
+            tile = work.tile(idx)
+            for size_idx in cutlass.range_constexpr(len(cfg.n_sizes)):
+                below = cfg.n_sizes[size_idx - 1] if size_idx else 0
+                if tile.rows > below and tile.rows <= cfg.n_sizes[size_idx]:
+                    place = Thread(thread % WG, warp_group // cfg.warpgroups_k, warp_group % cfg.warpgroups_k)
+                    ring, operands = stages.pipeline.consumer_at(step), Operands(place, stages, work.k_iters)
+                    partial = PartialSums(partial_sums, turn, work.rank)
+                    self.consume(cfg.n_sizes[size_idx], tile, ring, operands, partial, epilogue)
+            if cutlass.const_expr(cfg.hands_over):
+                announce(work.schedule.counter(tile.n_tile), thread, 16 * cfg.num_m64 // cfg.warpgroups_k)
+            step += work.k_iters
+            turn = turn ^ 1
 
     @cute.jit
     def consume(
         self,
         num_n: int,
-        global_scale: cute.Pointer,
-        out: cute.Pointer,
-        smem_x: cute.Pointer,
-        smem_codes: cute.Pointer,
-        smem_scales: cute.Pointer,
-        smem_sums: cute.Pointer,
-        full: cute.Pointer,
-        empty: cute.Pointer,
-        step: Int32,
-        parity: Int32,
-        k_iters: Int32,
-        thread: Int32,
-        warp_group: Int32,
-        m_tile: Int32,
-        expert: Int32,
-        row0: Int32,
-        rows: Int32,
-        ld_out: Int32,
-        swiglu_limit: Float32,
-        rank: Int32,
+        tile: Tile,
+        ring: Consumer,
+        operands: Operands,
+        partial: PartialSums,
+        epilogue: Epilogue,
     ) -> None:
-        """One tile: the product over K, then the epilogue."""
+        """One tile of at most ``num_n`` tokens: the product over K, then the epilogue."""
         cfg = self.cfg
-        lane = thread % WG
-        wg_m, wg_k = warp_group // cfg.warpgroups_k, warp_group % cfg.warpgroups_k
-        mma = make_trivial_tiled_mma(
-            BFloat16, BFloat16, cute.nvgpu.OperandMajorMode.K, cute.nvgpu.OperandMajorMode.K, Float32,
-            (1, 1, 1), (64, num_n), a_source=warpgroup.OperandSource.RMEM,
-        )  # fmt: skip
-        layout = self.chunk_layout(num_n, cfg.num_stages * self.num_chunks)
-        shared = cute.make_tensor(cute.recast_ptr(smem_x, layout.inner, BFloat16), layout.outer)
-        thr_mma = mma.get_slice(lane)
+        thread = operands.thread
+        mma = decoded_mma(num_n)
+        thr_mma = mma.get_slice(thread.idx)
+        chunks = cfg.num_stages * self.num_chunks
+        shared = shared_operand(operands.stages.tokens, BFloat16, num_n, chunks, self.max_n * CHUNK_K)
         tokens = thr_mma.make_fragment_B(thr_mma.partition_B(shared))
         sums = [cute.make_rmem_tensor(thr_mma.partition_shape_C((64, num_n)), Float32) for _ in range(cfg.num_m64)]
         for acc in sums:
@@ -387,13 +326,11 @@ class Gemm:
             for _ in range(depth)
         ]
         # A constant that the assembler does not know to be one: it would load it again for every use.
-        scale_bits = Uint32(0x0FF00FF0) | Uint32(ld_out >> 31)
-        slot = step % cfg.num_stages
-        phase = (step // cfg.num_stages) % 2
-        last = slot
-        for k in cutlass.range(k_iters, unroll=1):
-            cute.arch.mbarrier_wait(full + slot, phase)
-            words, scale_words = self.load_fragments(smem_codes, smem_scales, slot, wg_m, wg_k, lane)
+        scale_bits = Uint32(0x0FF00FF0) | Uint32(epilogue.ld_out >> 31)
+        last = ring.slot
+        for k in cutlass.range(operands.k_iters, unroll=1):
+            ring.wait()
+            words, scale_words = self.load_fragments(operands, ring.slot)
             for part in cutlass.range_constexpr(cfg.num_steps // group):
                 # Buffers take turns: products of the last ``depth - 1`` groups run while this one is decoded.
                 buffer = weights[part % depth]
@@ -408,72 +345,38 @@ class Gemm:
                 warpgroup.fence()
                 for kk in cutlass.range_constexpr(group):
                     k16 = part * group + kk
-                    chunk = slot * self.num_chunks + wg_k * self.chunks_per_group + k16 // 4
+                    chunk = ring.slot * self.num_chunks + thread.wg_k * self.chunks_per_group + k16 // 4
                     for r in cutlass.range_constexpr(cfg.num_m64):
-                        atom = cute.make_mma_atom(mma.op)
-                        atom.set(warpgroup.Field.ACCUMULATE, True)
-                        a = buffer[r][None, None, kk]
-                        cute.gemm(atom, sums[r], a, tokens[None, None, k16 % 4, chunk], sums[r])
+                        wgmma(mma, buffer[r][None, None, kk], tokens[None, None, k16 % 4, chunk], sums[r])
                 warpgroup.commit_group()
                 warpgroup.wait_group(depth - 1)
                 if cutlass.const_expr(part == depth - 2):
                     # Every product of the previous stage is done.
                     if k > 0:
-                        self.release(empty + last, lane)
-            last = slot
-            slot, phase = next_stage(slot, phase, cfg.num_stages)
+                        ring.release(last, thread.idx)
+            last = ring.slot
+            ring.advance()
         warpgroup.wait_group(0)
-        self.release(empty + last, lane)
+        ring.release(last, thread.idx)
         if cutlass.const_expr(cfg.reduces):
-            self.reduce_and_store(
-                num_n, sums, smem_sums, parity, lane, wg_k, rank, global_scale, out,
-                m_tile, expert, row0, rows, ld_out, swiglu_limit,
-            )  # fmt: skip
+            self.reduce_and_store(sums, tile, thread, partial, epilogue)
         else:
-            for r in cutlass.range_constexpr(cfg.num_m64):
-                block = m_tile * cfg.m64_per_tile + wg_m * cfg.num_m64 + r
-                factors = self.epilogue.factors(global_scale, expert, block, lane)
-                place, pitch = self.epilogue.place(out, row0, block, lane, ld_out)
-                for j in cutlass.range_constexpr(num_n // 8):
-                    values = [sums[r][4 * j + idx] for idx in range(4)]
-                    self.epilogue.store(
-                        values, factors, place, pitch, rows - (8 * j + 2 * (lane % 4)), lane, swiglu_limit
-                    )
-                    place += 8 * pitch
+            self.store(sums, tile, thread, epilogue)
 
-    @cute.jit
-    def release(self, barrier: cute.Pointer, lane: Int32) -> None:
-        """A warp is done with a stage: it has read its codes and its products are finished. Every CTA that writes
-        into the stage must know."""
-        if cutlass.const_expr(self.cfg.cluster_m > 1):
-            if lane % 32 < self.cfg.cluster_m:
-                ptx.arrive_remote(barrier, lane % 32)
-        else:
-            if lane % 32 == 0:
-                cute.arch.mbarrier_arrive(barrier)
-
-    def load_fragments(
-        self,
-        smem_codes: cute.Pointer,
-        smem_scales: cute.Pointer,
-        slot: Int32,
-        wg_m: Int32,
-        wg_k: Int32,
-        lane: Int32,
-    ) -> tuple[list[Any], list[Any]]:
+    def load_fragments(self, operands: Operands, slot: Int32) -> tuple[list[list[Uint32]], list[list[Uint32]]]:
         """This thread's codes (one word per k16 step) and scales (one word for two steps) of each 64-row block."""
-        cfg = self.cfg
+        cfg, stages, thread = self.cfg, operands.stages, operands.thread
         words, scale_words = [], []
         for r in range(cfg.num_m64):
-            block = (slot * cfg.m64_per_tile + wg_m * cfg.num_m64 + r) * cfg.warpgroups_k + wg_k
-            base = smem_codes.toint() + block * cfg.code_bytes + lane * 16
-            scale_base = smem_scales.toint() + block * cfg.scale_bytes + (lane // 32) * 64 + (lane % 32) // 4 * 8
+            block = (slot * cfg.m64_per_tile + thread.wg_m * cfg.num_m64 + r) * cfg.warpgroups_k + thread.wg_k
+            base = stages.weights.toint() + block * cfg.code_bytes + thread.idx * 16
+            scale_base = stages.scales.toint() + block * cfg.scale_bytes + thread.warp * 64 + thread.row * 8
             halves = range(self.chunks_per_group)
             words.append([word for half in halves for word in ptx.load_shared_vec4(base + half * (WG * 16))])
             scale_words.append([word for half in halves for word in ptx.load_shared_vec2(scale_base + half * 256)])
         return words, scale_words
 
-    def decode(self, word: Any, scales: Any, fragment: Any, start: int) -> None:
+    def decode(self, word: Uint32, scales: Uint32, fragment: cute.Tensor, start: int) -> None:
         """Eight codes of one k16 step to BF16: registers (row g, low k), (g + 8, low), (g, high), (g + 8, high)."""
         scale_low, scale_high = ptx.broadcast_halves(scales | Uint32(0x70007000))
         wanted = Uint32(0x81C081C0)
@@ -487,59 +390,49 @@ class Gemm:
         fragment[start + 3] = ptx.mul_bf16x2(fourth, scale_high)
 
     @cute.jit
+    def store(self, sums: list[cute.Tensor], tile: Tile, thread: Thread, epilogue: Epilogue) -> None:
+        """The sums of this warpgroup's rows, which are whole, to memory."""
+        cfg = self.cfg
+        for r in cutlass.range_constexpr(cfg.num_m64):
+            rows = epilogue.rows(tile, tile.m_tile * cfg.m64_per_tile + thread.wg_m * cfg.num_m64 + r, thread)
+            for j in cutlass.range_constexpr(cute.size(sums[r]) // 4):
+                values = [sums[r][4 * j + idx] for idx in range(4)]
+                epilogue.store(values, rows, j)
+
+    @cute.jit
     def reduce_and_store(
-        self,
-        num_n: int,
-        sums: list[Any],
-        smem_sums: cute.Pointer,
-        parity: Int32,
-        lane: Int32,
-        wg_k: Int32,
-        rank: Int32,
-        global_scale: cute.Pointer,
-        out: cute.Pointer,
-        m_tile: Int32,
-        expert: Int32,
-        row0: Int32,
-        rows: Int32,
-        ld_out: Int32,
-        swiglu_limit: Float32,
+        self, sums: list[cute.Tensor], tile: Tile, thread: Thread, partial: PartialSums, epilogue: Epilogue
     ) -> None:
         """Sums the partial tiles of all warpgroups (and CTAs of the cluster) in a fixed order, then the epilogue."""
         cfg = self.cfg
-        pieces = num_n // 8
+        pieces = cute.size(sums[0]) // 4
         part_bytes = cfg.num_m64 * pieces * WG * 16
-        base = smem_sums.toint()
+        base = partial.memory.toint()
         if cutlass.const_expr(cfg.cluster_k == 1):
             # Two buffers in turn: a warpgroup one tile ahead must not overwrite sums that are still read.
-            base += parity * (cfg.reduce_bytes // 2)
+            base += partial.turn * (cfg.reduce_bytes // 2)
         for r in cutlass.range_constexpr(cfg.num_m64):
             for j in cutlass.range_constexpr(pieces):
-                address = base + wg_k * part_bytes + (r * pieces + j) * (WG * 16) + lane * 16
+                address = base + thread.wg_k * part_bytes + (r * pieces + j) * (WG * 16) + thread.idx * 16
                 ptx.store_shared_vec4(address, tuple(sums[r][4 * j + idx] for idx in range(4)))
         if cutlass.const_expr(cfg.cluster_k > 1):
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
+            ptx.cluster_barrier()
         else:
             ptx.named_barrier(1, WG * cfg.warpgroups_k)
         for r in cutlass.range_constexpr(cfg.num_m64):
-            block = m_tile * cfg.m64_per_tile + r
+            block = tile.m_tile * cfg.m64_per_tile + r
             for j in cutlass.range_constexpr(pieces):
                 unit = r * pieces + j
                 owner = unit // cfg.cluster_k % cfg.warpgroups_k
-                if rank == unit % cfg.cluster_k and wg_k == owner:
+                if partial.rank == unit % cfg.cluster_k and thread.wg_k == owner:
                     total = [Float32(0.0)] * 4
-                    for part in cutlass.range_constexpr(cfg.cluster_k * cfg.warpgroups_k):
-                        address = base + part % cfg.warpgroups_k * part_bytes + unit * (WG * 16) + lane * 16
-                        piece = ptx.load_cluster_vec4(address, Int32(part // cfg.warpgroups_k))
+                    for peer in cutlass.range_constexpr(cfg.cluster_k * cfg.warpgroups_k):
+                        address = base + peer % cfg.warpgroups_k * part_bytes + unit * (WG * 16) + thread.idx * 16
+                        piece = ptx.load_cluster_vec4(address, Int32(peer // cfg.warpgroups_k))
                         total = [a + b for a, b in zip(total, piece, strict=True)]
-                    factors = self.epilogue.factors(global_scale, expert, block, lane)
-                    place, pitch = self.epilogue.place(out, row0, block, lane, ld_out)
-                    left = rows - (8 * j + 2 * (lane % 4))
-                    self.epilogue.store(total, factors, place + 8 * j * pitch, pitch, left, lane, swiglu_limit)
+                    epilogue.store(total, epilogue.rows(tile, block, thread), j)
         if cutlass.const_expr(cfg.cluster_k > 1):
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
+            ptx.cluster_barrier()
 
 
 def compile_gemm(config: GemmConfig) -> Any:

@@ -1,13 +1,15 @@
-"""Launches of the compiled kernels on tensors: arguments in their order, tensor maps, grids. No checks: see runners."""
+"""Launches of the compiled NVFP4 kernels: arguments in their order, tensor maps, grids. ``linear`` and ``moe`` check.
 
-from ctypes import c_float, c_int
+A launch is made from sizes and addresses that stay; addresses that change from call to call are slots of ``Pointers``.
+"""
+
+from ctypes import c_float, c_int, c_void_p
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
 from ownpath.kernels.dsl.cache import load
-from ownpath.kernels.dsl.driver import pointer, tensor_map
+from ownpath.kernels.dsl.driver import Argument, Boxes, Launch, pointer
 from ownpath.kernels.nvfp4.config import (
     BLOCK_K,
     CHUNK_K,
@@ -17,6 +19,9 @@ from ownpath.kernels.nvfp4.config import (
     GemmConfig,
     PermuteConfig,
 )
+
+Slots = tuple[c_void_p, ...]
+"""Arguments whose addresses change from call to call."""
 
 
 @dataclass(frozen=True)
@@ -33,78 +38,93 @@ class PackedWeight:
     num_rows: int
     num_cols: int
 
-
-@lru_cache(maxsize=16)
-def num_sms(device_index: int) -> int:
-    """Multiprocessors of a device."""
-    return torch.cuda.get_device_properties(device_index).multi_processor_count
+    @property
+    def device_index(self) -> int:
+        return self.codes.get_device()
 
 
-def current_stream(tensor: torch.Tensor) -> int:
-    """Handle of the stream that torch uses on the tensor's device."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream
+class Gemm:
+    """One product with a packed weight. x: boxes over bfloat16 [num_rows, K]; move them before it is started.
+
+    results: where the addresses of out (bfloat16 or float32 [rows, N], or [rows, N / 2] after SwiGLU) and schedule are.
+    """
+
+    def __init__(
+        self, config: GemmConfig, weight: PackedWeight, x: Boxes, tiles: "Tiling", results: tuple[c_void_p, c_void_p]
+    ) -> None:
+        self.x = x
+        args: tuple[Argument, ...] = (
+            x.argument,
+            pointer(weight.codes),
+            pointer(weight.scales),
+            pointer(weight.global_scale),
+            *results,
+            c_int(x.num_rows),
+            c_int(weight.num_rows // (64 * config.m64_per_tile)),
+            c_int(weight.num_cols // BLOCK_K),
+            c_int(tiles.rows_per_tile),
+            c_int(tiles.out_pitch),
+            c_float(tiles.limit),
+        )
+        self.launch = Launch(load(config, weight.device_index), (tiles.grid, 1, 1), args)
 
 
-def gemm(
-    config: GemmConfig,
-    x: torch.Tensor,
-    weight: PackedWeight,
-    out: torch.Tensor,
-    schedule: torch.Tensor,
-    rows_per_tile: int,
-    grid: int,
-    limit: float = 0.0,
-) -> None:
-    """One product. x bfloat16 [rows, K] with 16-byte rows; out bfloat16 [rows, N] (or [rows, N / 2] after SwiGLU)."""
-    kernel = load(config, x.device.index)
-    args = (
-        tensor_map(x, config.box_rows, CHUNK_K),
-        pointer(weight.codes),
-        pointer(weight.scales),
-        pointer(weight.global_scale),
-        pointer(out),
-        pointer(schedule),
-        c_int(x.shape[0]),
-        c_int(weight.num_rows // (64 * config.m64_per_tile)),
-        c_int(weight.num_cols // BLOCK_K),
-        c_int(rows_per_tile),
-        c_int(out.stride(0)),
-        c_float(limit),
-    )
-    kernel.launch(grid, args, current_stream(x))
+@dataclass(frozen=True)
+class Tiling:
+    """How a product is cut. rows_per_tile: tokens of a dense tile; out_pitch: elements between rows of the output;
+    grid: CTAs; limit: SwiGLU's clamp."""
+
+    grid: int
+    out_pitch: int
+    rows_per_tile: int = 0
+    limit: float = 0.0
 
 
-def align(
-    config: AlignConfig,
-    ids: torch.Tensor,
-    expert_map: torch.Tensor,
-    schedule: torch.Tensor,
-    num_experts: int,
-    tile_rows: int,
-    index_offset: int,
-) -> None:
-    """Fills the schedule of one call. expert_map: any tensor when the configuration has no map."""
-    num_ids = len(expert_map) if config.mapped else num_experts - config.num_shared
-    sizes = (*ids.shape, num_ids, num_experts, tile_rows, index_offset)
-    args = (pointer(ids), pointer(expert_map), pointer(schedule), *map(c_int, sizes))
-    load(config, ids.device.index).launch(config.num_ctas, args, current_stream(ids))
+def box(config: GemmConfig) -> tuple[int, int]:
+    """Rows and columns of the tokens that a product copies at once."""
+    return config.box_rows, CHUNK_K
 
 
-def permute(x: torch.Tensor, schedule: torch.Tensor, out: torch.Tensor) -> None:
-    """Copies each row of x [T, D] to its places in the experts' order, out [T * slots, D]."""
-    num_tokens, width = x.shape
-    grid = -(-num_tokens * (width // 8) // COPY_THREADS)
-    sizes = (num_tokens, len(out) // num_tokens, width)
-    args = (pointer(x), pointer(schedule), pointer(out), *map(c_int, sizes))
-    load(PermuteConfig(), x.device.index).launch(grid, args, current_stream(x))
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of one call of routed experts. slots: of a token, shared experts too; num_ids: length of the id space."""
+
+    num_tokens: int
+    num_choices: int
+    slots: int
+    num_ids: int
+    num_experts: int
+    hidden: int
+
+    @property
+    def pairs(self) -> int:
+        return self.num_tokens * self.slots
 
 
-def combine(
-    config: CombineConfig, rows: torch.Tensor, schedule: torch.Tensor, weights: torch.Tensor, out: torch.Tensor
-) -> None:
-    """Sums the experts' rows per token into out [T, D]."""
-    num_tokens, width = out.shape
-    grid = -(-num_tokens * (width // 8) // COPY_THREADS)
-    sizes = (num_tokens, weights.shape[1], width)
-    args = (pointer(rows), pointer(schedule), pointer(weights), pointer(out), *map(c_int, sizes))
-    load(config, rows.device.index).launch(grid, args, current_stream(rows))
+def align(config: AlignConfig, sizes: Sizes, tiles: tuple[int, int], pointers: Slots, device_index: int) -> Launch:
+    """Fills the schedule of one call. tiles: rows of one, and where the index begins behind them.
+
+    pointers: ids, expert_map, schedule.
+    """
+    counts = (sizes.num_tokens, sizes.num_choices, sizes.num_ids, sizes.num_experts, *tiles)
+    args: tuple[Argument, ...] = (*pointers, *map(c_int, counts))
+    return Launch(load(config, device_index), (config.num_ctas, 1, 1), args)
+
+
+def permute(sizes: Sizes, pointers: Slots, device_index: int) -> Launch:
+    """Copies each row of x [T, D] to its places in the experts' order, out [T * slots, D].
+
+    pointers: x, schedule, out.
+    """
+    counts = (sizes.num_tokens, sizes.slots, sizes.hidden)
+    grid = -(-sizes.num_tokens * (sizes.hidden // 8) // COPY_THREADS)
+    args: tuple[Argument, ...] = (*pointers, *map(c_int, counts))
+    return Launch(load(PermuteConfig(), device_index), (grid, 1, 1), args)
+
+
+def combine(config: CombineConfig, sizes: Sizes, pointers: Slots, device_index: int) -> Launch:
+    """Sums the experts' rows per token into out [T, D]. pointers: rows, schedule, weights, out."""
+    counts = (sizes.num_tokens, sizes.num_choices, sizes.hidden)
+    grid = -(-sizes.num_tokens * (sizes.hidden // 8) // COPY_THREADS)
+    args: tuple[Argument, ...] = (*pointers, *map(c_int, counts))
+    return Launch(load(config, device_index), (grid, 1, 1), args)

@@ -1,26 +1,56 @@
 """``cute.nvfp4_linear``: one dense NVFP4 product as a call. Its kernel: ``gemm_sm90``."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Lock
 
 import torch
 
-from ownpath.kernels.nvfp4 import launch
+from ownpath.formats import NVFP4
+from ownpath.kernels.calls import Calls
+from ownpath.kernels.checks import require_input
+from ownpath.kernels.contract import StoredLinear
+from ownpath.kernels.dsl.driver import Boxes, Pointers, current_stream
 from ownpath.kernels.nvfp4.choose import LinearChoice, choose_linear
 from ownpath.kernels.nvfp4.config import GemmConfig
+from ownpath.kernels.nvfp4.launch import Gemm, PackedWeight, Tiling, box
 from ownpath.kernels.nvfp4.layout import check_scales, pack_weight_, plain_rows, unpack_weight
+from ownpath.kernels.shards import fuse_nvfp4
+from ownpath.qtensor import QuantTensor
 
 ROW_MULTIPLE, COL_MULTIPLE = 64, 128
 TOKEN_COUNTS = (1, 16, 32, 64, 128, 512, 2048)
 """One number of tokens for each kernel that ``choose_linear`` may pick, except for tile widths of long prompts."""
 
 
+class DenseCall:
+    """The launch of one number of rows."""
+
+    def __init__(
+        self, choice: LinearChoice, weight: PackedWeight, x: Boxes, out_pitch: int, schedule_address: int
+    ) -> None:
+        self._schedule = schedule_address
+        self._pointers = Pointers(2)
+        out, schedule = self._pointers.slots
+        tiles = Tiling(choice.grid, out_pitch, choice.rows_per_tile)
+        self._gemm = Gemm(choice.gemm, weight, x, tiles, (out, schedule))
+
+    def start(self, x: int, out: int, stream: int) -> None:
+        """Launches with these addresses."""
+        self._gemm.x.point_at(x)
+        self._pointers.set(out, self._schedule)
+        self._gemm.launch.start(stream)
+
+
 @dataclass(frozen=True)
 class LinearOperand:
-    """A packed weight. schedule: unused by dense products, but a kernel's argument."""
+    """A packed weight. calls: launches by rows and pitch of x and pitch of out. schedule: unused by dense products, but
+    a kernel's argument."""
 
-    weight: launch.PackedWeight
+    weight: PackedWeight
     schedule: torch.Tensor
+    calls: Calls[tuple[int, int, int], DenseCall] = field(default_factory=Calls, compare=False)
+    lock: Lock = field(default_factory=Lock, compare=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -34,12 +64,14 @@ class Nvfp4LinearKernel:
         self.is_batch_invariant = is_batch_invariant
         self._choose = choose
 
-    def prepare(self, weight: torch.Tensor, scale: torch.Tensor, global_scale: torch.Tensor) -> LinearOperand:
-        """Repacks in place: weight and scale afterwards hold the kernel's layout.
+    def prepare(self, stored: StoredLinear) -> LinearOperand:
+        """Repacks in place: codes and scales of a single shard afterwards hold the kernel's layout.
 
-        Shapes: weight uint8 [N, K/2], scale E4M3 [N, K/16], global_scale float32 [N]; contiguous, on one CUDA device.
+        Shapes: codes uint8 [N, K/2], scale E4M3 [N, K/16], global_scale float32 [] or [N]; contiguous, on one CUDA
+            device. Several shards are copied together first and stay as they are.
         Errors: ValueError naming the operand for sizes that are not multiples of 64 and 128, or a bad block scale.
         """
+        weight, scale, global_scale = fuse_nvfp4(stored)
         num_rows, num_cols = weight.shape[0], 2 * weight.shape[1]
         if num_rows % ROW_MULTIPLE or num_cols % COL_MULTIPLE:
             raise ValueError(f"weight is [{num_rows}, {num_cols}]: rows must be a multiple of 64, columns of 128")
@@ -50,42 +82,94 @@ class Nvfp4LinearKernel:
         per_row = global_scale.contiguous()
         # Kernels read weights before they wait for their predecessor: what wrote them must be over by then.
         torch.cuda.synchronize(weight.device)
-        packed = launch.PackedWeight(weight, scale, per_row, num_rows, num_cols)
+        packed = PackedWeight(weight, scale, per_row, num_rows, num_cols)
         return LinearOperand(packed, torch.zeros(4, dtype=torch.int32, device=weight.device))
 
-    def restore(self, operand: LinearOperand) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What ``prepare`` took, read back out of the layout (``unpack_weight`` says what zero scales become)."""
+    def restore(self, operand: LinearOperand) -> tuple[QuantTensor, ...]:
+        """All shards' rows as one matrix, a global scale for each; ``unpack_weight`` says what zero scales become."""
         weight = operand.weight
         rows = plain_rows(weight.num_rows).to(weight.codes.device)
-        return (*unpack_weight(weight.codes, weight.scales, rows, weight.num_cols), weight.global_scale)
+        codes, scale = unpack_weight(weight.codes, weight.scales, rows, weight.num_cols)
+        return (QuantTensor(codes, scale, weight.global_scale, NVFP4),)
+
+    def padding(self, operand: LinearOperand) -> None:
+        """The layout has none."""
 
     def configs(self, operand: LinearOperand) -> list[GemmConfig]:
         """Every kernel that a call may launch."""
+        return self._configs(*operand.shape)
+
+    def planned_configs(self, stored: StoredLinear) -> list[GemmConfig]:
+        """As ``configs``, from the shape."""
+        return self._configs(*stored.shape)
+
+    def _configs(self, num_rows: int, num_cols: int) -> list[GemmConfig]:
         counts = (*TOKEN_COUNTS, *range(2048, 8193, 512))
-        chosen = (self._choose(count, *operand.shape, self.is_batch_invariant).gemm for count in counts)
+        chosen = (self._choose(count, num_rows, num_cols, self.is_batch_invariant).gemm for count in counts)
         return list({config.name: config for config in chosen}.values())
 
     def variant(self, x: torch.Tensor, operand: LinearOperand) -> str:
-        """Name of the kernel that a call with these arguments launches."""
-        return self._choose(len(x), *operand.shape, self.is_batch_invariant).gemm.name
+        """Name of the kernel that a call with this x launches."""
+        num_tokens = x.numel() // x.shape[-1]
+        return self._choose(num_tokens, *operand.shape, self.is_batch_invariant).gemm.name
 
-    def __call__(self, x: torch.Tensor, operand: LinearOperand, out: torch.Tensor | None = None) -> torch.Tensor:
-        """y = x W^T. Shapes: x bfloat16 [M, K], rows 16-byte aligned; y bfloat16 [M, N], ``out`` if given.
+    def workspace(self, operand: LinearOperand, num_tokens: int) -> None:
+        """No call needs any."""
 
-        Errors: ValueError naming x or out for a wrong dtype, shape, stride or alignment.
+    def run(
+        self,
+        x: torch.Tensor,
+        operand: LinearOperand,
+        *,
+        out: torch.Tensor | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """y = x W^T. Shapes: x bfloat16 [..., K], rows 16-byte aligned; y bfloat16 [..., N], ``out`` if given.
+
+        Errors: ValueError naming x or out for a wrong dtype, shape, device, stride or alignment.
         """
-        num_rows, num_cols = operand.shape
-        require_rows("x", x, num_cols)
+        weight = operand.weight
+        if not is_readable(x, weight.num_cols, weight.device_index):
+            require_input(x, weight.num_cols, weight.codes)
+            rows = x.reshape(-1, weight.num_cols)
+            require_rows("x", rows, weight.num_cols)
+            flat_out = None if out is None else out.view(-1, weight.num_rows)
+            return self.run(rows, operand, out=flat_out).view(*x.shape[:-1], weight.num_rows)
+        num_tokens = x.shape[0]
         if out is None:
-            out = torch.empty(x.shape[0], num_rows, dtype=torch.bfloat16, device=x.device)
+            out = x.new_empty((num_tokens, weight.num_rows))
         else:
-            require_rows("out", out, num_rows)
-            if len(out) != len(x):
-                raise ValueError(f"out has {len(out)} rows, x has {len(x)}")
-        if len(x):
-            choice = self._choose(len(x), num_rows, num_cols, self.is_batch_invariant)
-            launch.gemm(choice.gemm, x, operand.weight, out, operand.schedule, choice.rows_per_tile, choice.grid)
+            require_rows("out", out, weight.num_rows)
+            if len(out) != num_tokens:
+                raise ValueError(f"out has {len(out)} rows, x has {num_tokens}")
+        if num_tokens:
+            key = num_tokens, x.stride(0), out.stride(0)
+            with operand.lock:
+                call = operand.calls.get(key) or operand.calls.keep(key, self._new_call(x, operand, out.stride(0)))
+                call.start(x.data_ptr(), out.data_ptr(), current_stream(weight.device_index))
         return out
+
+    def run_wide(self, x: torch.Tensor, operand: LinearOperand) -> torch.Tensor:
+        """y in at least float32, which this kernel does not write. Errors: ValueError."""
+        return self.run(x.to(torch.promote_types(x.dtype, torch.float32)), operand)
+
+    def _new_call(self, x: torch.Tensor, operand: LinearOperand, out_pitch: int) -> DenseCall:
+        choice = self._choose(len(x), *operand.shape, self.is_batch_invariant)
+        boxes = Boxes(x.data_ptr(), (len(x), x.shape[1]), x.stride(0), box(choice.gemm))
+        return DenseCall(choice, operand.weight, boxes, out_pitch, operand.schedule.data_ptr())
+
+
+def is_readable(x: torch.Tensor, width: int, device_index: int) -> bool:
+    """Whether the copy engine of a device can read x as a bfloat16 matrix [rows, width]."""
+    return (
+        x.dtype is torch.bfloat16
+        and x.ndim == 2
+        and x.shape[1] == width
+        and x.get_device() == device_index
+        and x.stride(1) == 1
+        and not x.stride(0) % 8
+        and not x.data_ptr() % 16
+    )
 
 
 def require_packable(name: str, tensor: torch.Tensor) -> None:

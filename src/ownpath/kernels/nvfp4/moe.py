@@ -2,21 +2,31 @@
 
     align -> (permute, for long prompts) -> gate_up with SwiGLU -> down -> combine
 
-See ``moe_sm90`` for the schedule they share and ``gemm_sm90`` for the products. A token's bits depend neither on
-the other tokens nor on their number, except that up to 4096 (token, slot) pairs the experts' outputs are summed before
+See ``moe_sm90`` for the schedule they share and ``gemm_sm90`` for the products. A token's bits depend neither on the
+other tokens nor on their number, except that up to 4096 (token, slot) pairs the experts' outputs are summed before
 they are rounded to BF16; the invariant kernel always does so.
+
+A call's scratch is one piece of memory: schedule, then (for long prompts) the rows in the experts' order, bfloat16
+[P, D], then the hidden rows, bfloat16 [P, F], then the experts' outputs, float32 or bfloat16 [P, D].
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Lock
 
 import torch
 
-from ownpath.kernels.nvfp4 import launch
+from ownpath.formats import NVFP4
+from ownpath.kernels.calls import Calls
+from ownpath.kernels.checks import require_input, require_routing
+from ownpath.kernels.contract import Config, Expert, Routing, StoredExperts
+from ownpath.kernels.dsl.driver import Boxes, Pointers, current_stream, num_sms
 from ownpath.kernels.nvfp4.choose import WIDE_PAIRS, MoeChoice, choose_moe, moe_choice, moe_table
-from ownpath.kernels.nvfp4.config import ALIGN_THREADS, AlignConfig, CombineConfig, PermuteConfig
+from ownpath.kernels.nvfp4.config import ALIGN_THREADS, AlignConfig, CombineConfig, GemmConfig, PermuteConfig
+from ownpath.kernels.nvfp4.launch import Gemm, PackedWeight, Sizes, Tiling, align, box, combine, permute
 from ownpath.kernels.nvfp4.layout import check_scales, gate_up_rows, pack_weight_, plain_rows, unpack_weight
-from ownpath.kernels.nvfp4.linear import require_packable, require_rows
+from ownpath.kernels.nvfp4.linear import is_readable, require_packable, require_rows
+from ownpath.qtensor import QuantTensor
 
 DIM_MULTIPLE = 128
 MAX_EXPERTS = ALIGN_THREADS - 1
@@ -24,15 +34,23 @@ ALIGN_CTAS = 8
 PAIRS_PER_ALIGN_WARP = 32
 PAIRS_PER_ALIGN_CTA = 4096
 """Above, a cluster sorts the pairs: one CTA takes 12 us for 6144 of them."""
+PART_BYTES = 256
+"""Parts of the scratch start at multiples of it."""
+
+CallKey = tuple[int, int, int, int, bool, int]
+"""Tokens, choices of each, shared experts, length of the expert map or -1, whether ids are int64, pitch of x."""
 
 
 @dataclass(frozen=True)
 class MoeOperand:
-    """Packed experts."""
+    """Packed experts. calls: launches by what tells calls apart."""
 
-    w13: launch.PackedWeight
-    w2: launch.PackedWeight
+    w13: PackedWeight
+    w2: PackedWeight
     num_experts: int
+    swiglu_limit: float
+    calls: "Calls[CallKey, _Call]" = field(default_factory=Calls, compare=False)
+    lock: Lock = field(default_factory=Lock, compare=False)
 
     @property
     def hidden(self) -> int:
@@ -43,46 +61,83 @@ class MoeOperand:
         return self.w2.num_cols
 
 
-@dataclass(frozen=True)
-class MoeWorkspace:
-    """Scratch for calls of at most ``len(hidden)`` (token, slot) pairs; not to be shared between streams.
-
-    Shapes (P pairs, D hidden, F width): schedule int32; sorted bfloat16 [P, D] (empty when rows are looked up one by
-    one); hidden bfloat16 [P, F]; rows uint8, viewed as float32 or bfloat16 [P, D]; out bfloat16 [tokens, D], the
-    result.
-    """
-
-    schedule: torch.Tensor
-    sorted: torch.Tensor
-    hidden: torch.Tensor
-    rows: torch.Tensor
-    out: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Where each token goes. Shapes: ids int32 or int64 [T, K]; weights float32 [T, K]; expert_map int32 [global]."""
-
-    ids: torch.Tensor
-    weights: torch.Tensor
-    num_shared: int
-    expert_map: torch.Tensor | None
-
-
-Restored = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Codes uint8 [N, K/2], scale E4M3 [N, K/16], global_scale float32 [2]."""
-
-
-def _restored(weight: launch.PackedWeight, rows: torch.Tensor, num_experts: int, expert: int) -> Restored:
-    codes, scales = (part.view(num_experts, -1)[expert] for part in (weight.codes, weight.scales))
-    unpacked = unpack_weight(codes, scales, rows.to(codes.device), weight.num_cols)
-    return (*unpacked, weight.global_scale[expert])
-
-
 def align_config(wide_ids: bool, mapped: bool, num_shared: int, pairs: int) -> AlignConfig:
     """One warp, one CTA or a cluster, by the number of (token, slot) pairs."""
     ctas = ALIGN_CTAS if pairs > PAIRS_PER_ALIGN_CTA else 1
     return AlignConfig(wide_ids, mapped, num_shared, ctas, few=pairs <= PAIRS_PER_ALIGN_WARP)
+
+
+class _Call:
+    """The launches of one size of call, and where in the scratch each part lies."""
+
+    def __init__(self, choice: MoeChoice, key: CallKey, operand: MoeOperand) -> None:
+        num_tokens, num_choices, num_shared, map_length, wide_ids, x_pitch = key
+        num_ids = map_length if map_length >= 0 else operand.num_experts - num_shared
+        sizes = Sizes(num_tokens, num_choices, num_choices + num_shared, num_ids, operand.num_experts, operand.hidden)
+        pairs, device_index = sizes.pairs, operand.w13.device_index
+        tiles = min(operand.num_experts, pairs) + pairs // choice.tile_rows + 1
+        self.sorted_at = _aligned(4 * (4 + 4 * tiles + 2 * pairs + 4))
+        self.hidden_at = self.sorted_at + (0 if choice.gate_up.gather else _aligned(2 * pairs * operand.hidden))
+        self.rows_at = self.hidden_at + _aligned(2 * pairs * operand.inter)
+        self.num_bytes = self.rows_at + (4 if choice.is_wide else 2) * pairs * operand.hidden
+        self._pointers = Pointers(9)
+        x, ids, expert_map, schedule, ordered, hidden, rows, weights, out = self._pointers.slots
+        aligning = align_config(wide_ids, map_length >= 0, num_shared, pairs)
+        tiling = (choice.tile_rows, 4 + 4 * tiles)
+        self._before = [align(aligning, sizes, tiling, (ids, expert_map, schedule), device_index)]
+        self.sorts = not choice.gate_up.gather
+        if self.sorts:
+            self._before.append(permute(sizes, (x, schedule, ordered), device_index))
+        combining = CombineConfig(num_shared, choice.is_wide)
+        self._combine = combine(combining, sizes, (rows, schedule, weights, out), device_index)
+        source = (pairs, operand.hidden) if self.sorts else (num_tokens, x_pitch)
+        self._shapes = (
+            (choice.gate_up, operand.w13, source, hidden),
+            (choice.down, operand.w2, (pairs, operand.inter), rows),
+        )
+        self._operand, self._tiles, self._schedule = operand, tiles, schedule
+        self._products: tuple[Gemm, Gemm] | None = None
+
+    def _new_products(self, x_address: int, hidden_address: int) -> tuple[Gemm, Gemm]:
+        """Both products with their inputs at these addresses."""
+        found = []
+        for (config, weight, (num_rows, pitch), out), address in zip(
+            self._shapes, (x_address, hidden_address), strict=True
+        ):
+            boxes = Boxes(address, (num_rows, weight.num_cols), pitch, box(config))
+            tiling = _tiling(config, self._operand, self._tiles)
+            found.append(Gemm(config, weight, boxes, tiling, (out, self._schedule)))
+        return found[0], found[1]
+
+    def start(self, x: int, routing: Routing, scratch: int, out: int, stream: int) -> None:
+        """Launches everything. x, scratch, out: addresses."""
+        ids, expert_map = routing.ids.data_ptr(), routing.expert_map
+        hidden, rows, ordered = scratch + self.hidden_at, scratch + self.rows_at, scratch + self.sorted_at
+        mapped = ids if expert_map is None else expert_map.data_ptr()
+        self._pointers.set(x, ids, mapped, scratch, ordered, hidden, rows, routing.weights.data_ptr(), out)
+        source = ordered if self.sorts else x
+        if self._products is None:
+            self._products = self._new_products(source, hidden)
+        gate_up, down = self._products
+        gate_up.x.point_at(source)
+        down.x.point_at(hidden)
+        for one in self._before:
+            one.start(stream)
+        gate_up.launch.start(stream)
+        down.launch.start(stream)
+        self._combine.start(stream)
+
+
+def _tiling(config: GemmConfig, operand: MoeOperand, tiles: int) -> Tiling:
+    """How gate_up (the one with SwiGLU) or down is cut, for at most ``tiles`` tiles of tokens."""
+    weight, pitch = (operand.w13, operand.inter) if config.swiglu else (operand.w2, operand.hidden)
+    most = tiles * (weight.num_rows // (64 * config.m64_per_tile)) // config.cluster
+    grid = min(config.per_sm * num_sms(weight.device_index) // config.cluster, most) * config.cluster
+    return Tiling(grid, pitch, 0, operand.swiglu_limit)
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // PART_BYTES) * PART_BYTES
 
 
 class Nvfp4MoeKernel:
@@ -92,27 +147,20 @@ class Nvfp4MoeKernel:
         self.is_batch_invariant = is_batch_invariant
         self._choose = choose
 
-    def prepare(
-        self,
-        w13: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        w2: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    ) -> MoeOperand:
+    def prepare(self, stored: StoredExperts) -> MoeOperand:
         """Repacks the stacks in place, one expert at a time, so that two copies of the experts never exist.
 
-        Shapes: as ``kernels.nvfp4.ref``; codes and scales contiguous, on one CUDA device.
+        Shapes: as ``StoredExperts``; codes and scales contiguous, on one CUDA device.
         Errors: ValueError naming the operand for sizes that are not multiples of 128, too many experts, or a bad
         block scale; nothing is repacked then.
         """
-        num_experts, rows, packed = w13[0].shape
-        hidden, inter = 2 * packed, rows // 2
+        num_experts, hidden = stored.num_experts, stored.hidden_size
+        inter = stored.down.shape[2]
         if hidden % DIM_MULTIPLE or inter % DIM_MULTIPLE:
             raise ValueError(f"experts are {hidden} -> {inter}: both must be multiples of {DIM_MULTIPLE}")
         if num_experts > MAX_EXPERTS:
             raise ValueError(f"w13 holds {num_experts} experts, at most {MAX_EXPERTS} are supported")
-        for name, (codes, scale, _) in (("w13", w13), ("w2", w2)):
-            require_packable(name, codes)
-            require_packable(f"{name}_scale", scale)
-            check_scales(f"{name}_scale", scale)
+        w13, w2 = _stack("w13", stored.gate_up), _stack("w2", stored.down)
         for (codes, scale, _), order in ((w13, gate_up_rows(2 * inter)), (w2, plain_rows(hidden))):
             placed = order.to(codes.device)
             for expert in range(num_experts):
@@ -122,13 +170,14 @@ class Nvfp4MoeKernel:
         # Kernels read weights before they wait for their predecessor: what wrote them must be over by then.
         torch.cuda.synchronize(both.device)
         return MoeOperand(
-            launch.PackedWeight(w13[0], w13[1], gate_up_scale, 2 * inter, hidden),
-            launch.PackedWeight(w2[0], w2[1], both, hidden, inter),
+            PackedWeight(w13[0], w13[1], gate_up_scale, 2 * inter, hidden),
+            PackedWeight(w2[0], w2[1], both, hidden, inter),
             num_experts,
+            stored.swiglu_limit,
         )
 
-    def restore(self, operand: MoeOperand, expert: int) -> tuple[Restored, Restored]:
-        """One expert's w13 and w2 as ``prepare`` took them; the kernel holds the global scale of w2 twice: [2]."""
+    def restore(self, operand: MoeOperand, expert: int) -> Expert:
+        """One expert as ``prepare`` took it; the kernel holds the global scale of w2 twice: [2]."""
         sides = (operand.w13, gate_up_rows), (operand.w2, plain_rows)
         w13, w2 = (_restored(weight, rows(weight.num_rows), operand.num_experts, expert) for weight, rows in sides)
         return w13, w2
@@ -137,150 +186,150 @@ class Nvfp4MoeKernel:
         """The kernels of a call with ``pairs`` (token, slot) pairs."""
         return self._choose(pairs, operand.num_experts, operand.hidden, operand.inter, self.is_batch_invariant)
 
-    def variant(
-        self,
-        x: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        operand: MoeOperand,
-        swiglu_limit: float,
-    ) -> str:
+    def variant(self, x: torch.Tensor, routing: Routing, operand: MoeOperand) -> str:
         """Names of the products that a call with these arguments launches."""
-        choice = self.choose(topk_ids.numel(), operand)
+        choice = self.choose(routing.ids.numel() + len(x) * routing.num_shared, operand)
         return f"{choice.gate_up.name} {choice.down.name}"
 
-    def configs(self, operand: MoeOperand) -> list[object]:
+    def configs(self, operand: MoeOperand) -> list[Config]:
         """Every kernel that a call without shared experts or an expert map may launch."""
+        return self._configs(operand.hidden, operand.inter)
+
+    def planned_configs(self, stored: StoredExperts) -> list[Config]:
+        """As ``configs``, from the shapes."""
+        return self._configs(stored.hidden_size, stored.down.shape[2])
+
+    def _configs(self, hidden: int, inter: int) -> list[Config]:
         counts = (1, PAIRS_PER_ALIGN_CTA, PAIRS_PER_ALIGN_CTA + 1)
-        found: list[object] = [align_config(wide, False, 0, pairs) for wide in (False, True) for pairs in counts]
+        found: list[Config] = [align_config(wide, False, 0, pairs) for wide in (False, True) for pairs in counts]
         found += [PermuteConfig(), CombineConfig(0, True)]
         if not self.is_batch_invariant:
             found.append(CombineConfig(0, False))
-        for _, knobs in moe_table(operand.hidden, operand.inter):
+        for _, knobs in moe_table(hidden, inter):
             for wide in (True,) if self.is_batch_invariant else (False, True):
-                choice = moe_choice(knobs, operand.hidden, operand.inter, wide)
+                choice = moe_choice(knobs, hidden, inter, wide)
                 found += [choice.gate_up, choice.down]
         return list(dict.fromkeys(found))
 
-    def workspace(self, operand: MoeOperand, num_tokens: int, num_slots: int) -> MoeWorkspace:
+    def workspace(self, operand: MoeOperand, num_tokens: int, num_slots: int) -> torch.Tensor:
         """Scratch for calls of up to ``num_tokens`` tokens with this many slots, shared experts included."""
-        device = operand.w13.codes.device
         pairs = num_tokens * num_slots
         # The narrowest tile of any smaller call makes the longest schedule, and a smaller call may keep float32.
         tiles = min(operand.num_experts, pairs) + pairs // 8 + 1
-        schedule = torch.empty(4 + 4 * tiles + 2 * pairs + 4, dtype=torch.int32, device=device)
-        hidden = torch.empty(pairs, operand.inter, dtype=torch.bfloat16, device=device)
         row_bytes = 4 * pairs if self.is_batch_invariant else max(4 * min(pairs, WIDE_PAIRS), 2 * pairs)
-        rows = torch.empty(row_bytes * operand.hidden, dtype=torch.uint8, device=device)
-        sorted_rows = torch.empty(pairs, operand.hidden, dtype=torch.bfloat16, device=device)
-        out = torch.empty(num_tokens, operand.hidden, dtype=torch.bfloat16, device=device)
-        return MoeWorkspace(schedule, sorted_rows, hidden, rows, out)
+        parts = (
+            4 * (4 + 4 * tiles + 2 * pairs + 4),
+            2 * pairs * operand.hidden,
+            2 * pairs * operand.inter,
+            row_bytes * operand.hidden,
+        )
+        return torch.empty(sum(map(_aligned, parts)), dtype=torch.uint8, device=operand.w13.codes.device)
 
-    def __call__(
+    def run(
         self,
         x: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
+        routing: Routing,
         operand: MoeOperand,
-        swiglu_limit: float,
         *,
-        num_shared: int = 0,
-        expert_map: torch.Tensor | None = None,
-        workspace: MoeWorkspace | None = None,
+        out: torch.Tensor | None = None,
+        workspace: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """y[t] = sum over slots of weight * expert(x[t]), and over the last num_shared experts of expert(x[t]).
 
-        Shapes: x bfloat16 [T, D]; topk_ids int32 or int64 [T, K]; topk_weights float32 [T, K]; expert_map int32
-            [global experts], the local expert or -1; y bfloat16 [T, D]: with a workspace, a view of its
-            ``out`` that the next call overwrites.
+        Shapes: x bfloat16 [T, D]; routing as ``Routing``; y bfloat16 [T, D], ``out`` if given.
         Errors: ValueError naming a tensor the kernels cannot take. Ids outside the experts contribute nothing.
         """
-        num_tokens, slots = topk_ids.shape[0], topk_ids.shape[1] + num_shared
-        if not 0 <= num_shared < operand.num_experts:
-            raise ValueError(f"num_shared is {num_shared}, there are {operand.num_experts} experts")
-        _check(x, topk_ids, topk_weights, operand, expert_map)
-        pairs = num_tokens * slots
-        choice = self.choose(pairs, operand)
-        if workspace is None:
-            workspace = self.workspace(operand, num_tokens, slots)
-        elif len(workspace.hidden) < pairs or len(workspace.out) < num_tokens:
-            held = f"{len(workspace.out)} tokens and {len(workspace.hidden)} (token, slot) pairs"
-            raise ValueError(f"workspace holds {held}, this call has {num_tokens} and {pairs}")
+        _check(x, routing, operand)
+        ids, expert_map = routing.ids, routing.expert_map
+        num_tokens, num_choices = ids.shape
+        if out is None:
+            out = torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
+        else:
+            _check_out(out, num_tokens, operand)
         if not num_tokens:
-            return workspace.out[:0]
-        routing = Routing(topk_ids, topk_weights, num_shared, expert_map)
-        _run(choice, x, routing, operand, swiglu_limit, workspace)
-        return workspace.out[:num_tokens]
+            return out
+        map_length = -1 if expert_map is None else expert_map.shape[0]
+        key = num_tokens, num_choices, routing.num_shared, map_length, ids.dtype is torch.int64, x.stride(0)
+        with operand.lock:
+            call = operand.calls.get(key) or operand.calls.keep(key, self._new_call(key, operand))
+            if call.sorts and not x.is_contiguous():
+                x = x.contiguous()
+            if workspace is None:
+                workspace = x.new_empty(call.num_bytes, dtype=torch.uint8)
+            elif workspace.numel() < call.num_bytes:
+                needed = f"this call of {num_tokens} tokens needs {call.num_bytes}"
+                raise ValueError(f"workspace holds {workspace.numel()} bytes, {needed}")
+            stream = current_stream(operand.w13.device_index)
+            call.start(x.data_ptr(), routing, workspace.data_ptr(), out.data_ptr(), stream)
+        return out
+
+    def _new_call(self, key: CallKey, operand: MoeOperand) -> _Call:
+        num_tokens, num_choices, num_shared = key[:3]
+        return _Call(self.choose(num_tokens * (num_choices + num_shared), operand), key, operand)
 
 
-def _check(
-    x: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    operand: MoeOperand,
-    expert_map: torch.Tensor | None,
-) -> None:
-    require_rows("x", x, operand.hidden)
-    routed = (len(x), topk_ids.shape[1])
-    for name, tensor, dtypes in (
-        ("topk_ids", topk_ids, (torch.int32, torch.int64)),
-        ("topk_weights", topk_weights, (torch.float32,)),
-    ):
-        if tensor.dtype not in dtypes or tuple(tensor.shape) != routed or not tensor.is_contiguous():
-            wanted = " or ".join(map(str, dtypes))
-            raise ValueError(
-                f"{name} must be contiguous {wanted} {list(routed)}, found {tensor.dtype} {list(tensor.shape)}"
-            )
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
+def _stack(name: str, side: QuantTensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scales and global scales that can be repacked in place. Errors: ValueError naming them."""
+    assert side.scale is not None
+    assert side.global_scale is not None
+    require_packable(name, side.qdata)
+    require_packable(f"{name}_scale", side.scale)
+    check_scales(f"{name}_scale", side.scale)
+    return side.qdata, side.scale, side.global_scale
+
+
+def _restored(weight: PackedWeight, rows: torch.Tensor, num_experts: int, expert: int) -> QuantTensor:
+    codes, scales = (part.view(num_experts, -1)[expert] for part in (weight.codes, weight.scales))
+    unpacked = unpack_weight(codes, scales, rows.to(codes.device), weight.num_cols)
+    return QuantTensor(*unpacked, weight.global_scale[expert], NVFP4)
+
+
+def _check(x: torch.Tensor, routing: Routing, operand: MoeOperand) -> None:
+    ids, weights, device_index = routing.ids, routing.weights, operand.w13.device_index
+    fits = (
+        is_readable(x, operand.hidden, device_index)
+        and ids.ndim == 2
+        and ids.shape[0] == x.shape[0]
+        and weights.shape == ids.shape
+        and (ids.dtype is torch.int64 or ids.dtype is torch.int32)
+        and weights.dtype is torch.float32
+        and ids.is_contiguous()
+        and weights.is_contiguous()
+        and ids.get_device() == device_index
+        and weights.get_device() == device_index
+    )
+    if not fits:
+        _refuse(x, routing, operand)
+    if not 0 <= routing.num_shared < operand.num_experts:
+        raise ValueError(f"num_shared is {routing.num_shared}, there are {operand.num_experts} experts")
+    expert_map = routing.expert_map
     if expert_map is not None and (expert_map.dtype is not torch.int32 or expert_map.device != x.device):
         raise ValueError(
             f"expert_map must be torch.int32 on {x.device}, found {expert_map.dtype} on {expert_map.device}"
         )
 
 
-def _run(
-    choice: MoeChoice,
-    x: torch.Tensor,
-    routing: Routing,
-    operand: MoeOperand,
-    swiglu_limit: float,
-    workspace: MoeWorkspace,
-) -> None:
-    ids, num_shared = routing.ids, routing.num_shared
-    pairs = ids.shape[0] * (ids.shape[1] + num_shared)
-    rows = _rows(workspace, pairs, operand.hidden, choice.is_wide)
-    tiles = min(operand.num_experts, pairs) + pairs // choice.tile_rows + 1
-    launch.align(
-        align_config(ids.dtype == torch.int64, routing.expert_map is not None, num_shared, pairs),
-        ids,
-        ids if routing.expert_map is None else routing.expert_map,
-        workspace.schedule,
-        operand.num_experts,
-        choice.tile_rows,
-        4 + 4 * tiles,
-    )
-    source = x
-    if not choice.gate_up.gather:
-        source = workspace.sorted[:pairs]
-        launch.permute(x, workspace.schedule, source)
-    hidden = workspace.hidden[:pairs]
-    num_sms = launch.num_sms(x.device.index)
-    for config, given, weight, result in (
-        (choice.gate_up, source, operand.w13, hidden),
-        (choice.down, hidden, operand.w2, rows),
+def _refuse(x: torch.Tensor, routing: Routing, operand: MoeOperand) -> None:
+    """Errors: ValueError naming the first tensor that the kernels cannot take."""
+    require_input(x, operand.hidden, operand.w13.codes)
+    require_routing(x, routing.ids, routing.weights)
+    require_rows("x", x, operand.hidden)
+    for name, tensor, dtypes in (
+        ("topk_ids", routing.ids, (torch.int32, torch.int64)),
+        ("topk_weights", routing.weights, (torch.float32,)),
     ):
-        most = tiles * (weight.num_rows // (64 * config.m64_per_tile)) // config.cluster
-        grid = min(config.per_sm * num_sms // config.cluster, most) * config.cluster
-        launch.gemm(config, given, weight, result, workspace.schedule, 0, grid, swiglu_limit)
-    launch.combine(
-        CombineConfig(num_shared, choice.is_wide), rows, workspace.schedule, routing.weights, workspace.out[: len(ids)]
-    )
+        if tensor.dtype not in dtypes or not tensor.is_contiguous():
+            wanted = " or ".join(map(str, dtypes))
+            routed = [len(x), routing.ids.shape[1]]
+            raise ValueError(f"{name} must be contiguous {wanted} {routed}, found {tensor.dtype} {list(tensor.shape)}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
 
 
-def _rows(workspace: MoeWorkspace, pairs: int, hidden: int, wide: bool) -> torch.Tensor:
-    dtype = torch.float32 if wide else torch.bfloat16
-    return workspace.rows[: pairs * hidden * dtype.itemsize].view(dtype).view(pairs, hidden)
+def _check_out(out: torch.Tensor, num_tokens: int, operand: MoeOperand) -> None:
+    require_rows("out", out, operand.hidden)
+    if len(out) != num_tokens or not out.is_contiguous() or out.device != operand.w13.codes.device:
+        raise ValueError(f"out must be contiguous [{num_tokens}, {operand.hidden}] on {operand.w13.codes.device}")
 
 
 nvfp4_moe = Nvfp4MoeKernel(is_batch_invariant=False)

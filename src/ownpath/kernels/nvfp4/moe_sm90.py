@@ -6,13 +6,10 @@ prompts so long that looking rows up one by one would cost more; ``Combine`` sum
 order of its top-k slots, so that the result is the same bits every time. The order of rows inside an expert is free: a
 row's sums do not depend on its place in a tile.
 
-Schedule (int32): [number of tiles, offset of the row index, 0, 0], then (expert, first row, rows, 0) per tile, where
-``handover`` counts; at the offset, the token of each sorted row; behind it, the sorted row of each (token, slot), -1
-where no local expert has it.
-
 Roofline: bytes of the copied rows. Limits: at most 1024 experts, and ids outside the map count as absent.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import cutlass
@@ -20,11 +17,88 @@ from cutlass import BFloat16, Float32, Int32, Int64, cute
 
 from ownpath.kernels.dsl import ptx
 from ownpath.kernels.nvfp4.config import ALIGN_THREADS, COPY_THREADS, AlignConfig, CombineConfig
+from ownpath.kernels.nvfp4.schedule import Schedule, element
 
 
-def element(pointer: Any, idx: Any) -> Any:
-    """A one-element view at ``idx``."""
-    return cute.make_tensor(pointer + idx, cute.make_layout(1))
+@dataclass(frozen=True)
+class Pairs:
+    """The (token, slot) pairs of one call: ``slots`` to a token, the last of which are the shared experts'.
+
+    num_ids: experts the ids name; num_experts: experts held here, shared ones included and last. tile_rows: rows of a
+    tile at most. index_offset: where the schedule's index begins.
+    """
+
+    cfg: AlignConfig
+    ids: cute.Pointer
+    expert_map: cute.Pointer
+    top_k: Int32
+    num_ids: Int32
+    num_experts: Int32
+    slots: Int32
+    total: Int32
+    tile_rows: Int32
+    index_offset: Int32
+
+    def num_tiles(self, count: Int32) -> Int32:
+        """Tiles of an expert with ``count`` rows."""
+        return (count + self.tile_rows - 1) // self.tile_rows
+
+    @cute.jit
+    def expert(self, idx: Int32) -> Int32:
+        """The local expert of one pair, or -1."""
+        expert = Int32(-1)
+        slot = idx % self.slots
+        if slot < self.top_k:
+            named = Int32(element(self.ids, idx // self.slots * self.top_k + slot)[0])
+            if named >= 0 and named < self.num_ids:
+                expert = named
+                if cutlass.const_expr(self.cfg.mapped):
+                    expert = element(self.expert_map, named)[0]
+        else:
+            expert = self.num_experts - self.cfg.num_shared + slot - self.top_k
+        return expert
+
+
+@dataclass(frozen=True)
+class Share:
+    """An expert's part of the schedule: ``count`` sorted rows from ``row_start``, tiles from ``tile_start``."""
+
+    expert: Int32
+    count: Int32
+    tiles: Int32
+    row_start: Int32
+    tile_start: Int32
+
+    @cute.jit
+    def write_tiles(self, schedule: Schedule, rank: Int32, num_ctas: int) -> None:
+        """The tiles of one expert, even ones: 192 rows in tiles of at most 128 become twice 96, not 128 and 64."""
+        rows = (self.count + cutlass.max(self.tiles, 1) - 1) // cutlass.max(self.tiles, 1)
+        for tile in cutlass.range(rank, self.tiles, num_ctas, unroll=1):
+            entry = schedule.entry(self.tile_start + tile)
+            first = tile * rows
+            schedule.write_tile(entry, self.expert, self.row_start + first, cutlass.min(rows, self.count - first))
+
+
+@dataclass(frozen=True)
+class Counters:
+    """A CTA's shared memory, and its rank in the cluster. counts: rows of each expert; cursors: the row that it places
+    next; partial: sums of warps."""
+
+    rank: Int32
+    counts: cute.Pointer
+    cursors: cute.Pointer
+    partial: cute.Pointer
+
+
+@cute.jit
+def warp_sum(value: Int32, lane: Int32) -> Int32:
+    """Sum of ``value`` over the lanes up to this one."""
+    running = value
+    for power in cutlass.range_constexpr(5):
+        other = cute.arch.shuffle_sync_up(running, offset=1 << power, mask_and_clamp=0)
+        if lane >= 1 << power:
+            running += other
+    return running
 
 
 class Align:
@@ -46,6 +120,7 @@ class Align:
         tile_rows: Int32,
         index_offset: Int32,
     ) -> None:
+        """Host side, used to compile only."""
         ctas = [self.cfg.num_ctas, 1, 1]
         self.kernel(ids, expert_map, schedule, num_tokens, top_k, num_ids, num_experts, tile_rows, index_offset).launch(
             grid=ctas, block=[self.cfg.num_threads, 1, 1], cluster=ctas
@@ -66,24 +141,41 @@ class Align:
     ) -> None:
         """num_ids: experts the ids name; num_experts: experts held here, shared ones included and last."""
         thread, _, _ = cute.arch.thread_idx()
-        rank, num_ctas = Int32(0), self.cfg.num_ctas
-        if cutlass.const_expr(num_ctas > 1):
+        counters = None if self.cfg.few else self.counters(thread)
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+        slots = top_k + self.cfg.num_shared
+        pairs = Pairs(
+            self.cfg, ids, expert_map, top_k, num_ids, num_experts, slots, num_tokens * slots, tile_rows, index_offset
+        )
+        if cutlass.const_expr(counters is None):
+            self.align_few(pairs, Schedule(schedule), thread)
+        else:
+            self.align(pairs, Schedule(schedule), thread, counters)
+
+    @cute.jit
+    def counters(self, thread: Int32) -> Counters:
+        """Shared memory, with the counts at zero."""
+        rank = Int32(0)
+        if cutlass.const_expr(self.cfg.num_ctas > 1):
             rank = cute.arch.block_idx_in_cluster()
         counts = cute.arch.alloc_smem(Int32, ALIGN_THREADS, 16)
         cursors = cute.arch.alloc_smem(Int32, ALIGN_THREADS, 16)
         partial = cute.arch.alloc_smem(Int32, 64, 16)
         element(counts, thread)[0] = Int32(0)
         cute.arch.sync_threads()
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
-        slots = top_k + self.cfg.num_shared
-        total = num_tokens * slots
+        return Counters(rank, counts, cursors, partial)
+
+    @cute.jit
+    def align(self, pairs: Pairs, schedule: Schedule, thread: Int32, counters: Counters) -> None:
+        """Any number of pairs: counters of all experts in shared memory, a thread to each."""
+        num_ctas, rank, counts = self.cfg.num_ctas, counters.rank, counters.counts
         # Every CTA of the cluster counts and places its own share of the pairs.
-        pairs = (total + num_ctas - 1) // num_ctas
-        begin = rank * pairs
-        end = cutlass.min(begin + pairs, total)
+        per_cta = (pairs.total + num_ctas - 1) // num_ctas
+        begin = rank * per_cta
+        end = cutlass.min(begin + per_cta, pairs.total)
         for idx in cutlass.range(begin + thread, end, ALIGN_THREADS, unroll=4):
-            expert = self.expert_of(ids, expert_map, idx, top_k, slots, num_ids, num_experts)
+            expert = pairs.expert(idx)
             if expert >= 0:
                 cute.arch.atomic_add(counts + expert, Int32(1))
         cute.arch.sync_threads()
@@ -99,90 +191,63 @@ class Align:
                 if other < rank:
                     before += there
             cute.arch.cluster_arrive()
-        tiles = (count + tile_rows - 1) // tile_rows
-        row_start = self.prefix(count, thread, partial)
-        tile_start = self.prefix(tiles, thread, partial)
-        element(cursors, thread)[0] = row_start + before
-        self.write_tiles(schedule, thread, count, row_start, tiles, tile_start, rank)
+        tiles = pairs.num_tiles(count)
+        row_start = self.prefix(count, thread, counters.partial)
+        share = Share(thread, count, tiles, row_start, self.prefix(tiles, thread, counters.partial))
+        element(counters.cursors, thread)[0] = row_start + before
+        share.write_tiles(schedule, rank, num_ctas)
         if thread == ALIGN_THREADS - 1 and rank == 0:
-            element(schedule, 0)[0] = tile_start + tiles
-            element(schedule, 1)[0] = index_offset
+            schedule.write_head(share.tile_start + share.tiles, pairs.index_offset)
         cute.arch.sync_threads()
         for idx in cutlass.range(begin + thread, end, ALIGN_THREADS, unroll=4):
-            expert = self.expert_of(ids, expert_map, idx, top_k, slots, num_ids, num_experts)
+            expert = pairs.expert(idx)
             row = Int32(-1)
             if expert >= 0:
-                row = cute.arch.atomic_add(cursors + expert, Int32(1))
-                element(schedule, index_offset + row)[0] = idx // slots
-            element(schedule, index_offset + total + idx)[0] = row
+                row = cute.arch.atomic_add(counters.cursors + expert, Int32(1))
+                schedule.write(pairs.index_offset + row, idx // pairs.slots)
+            schedule.write(pairs.index_offset + pairs.total + idx, row)
         if cutlass.const_expr(num_ctas > 1):
             # No CTA leaves while another may still read its counts.
             cute.arch.cluster_wait()
 
     @cute.jit
-    def write_tiles(
-        self,
-        schedule: cute.Pointer,
-        expert: Int32,
-        count: Int32,
-        row_start: Int32,
-        tiles: Int32,
-        tile_start: Int32,
-        rank: Int32,
-    ) -> None:
-        """The tiles of one expert, even ones: 192 rows in tiles of at most 128 become twice 96, not 128 and 64."""
-        share = (count + cutlass.max(tiles, 1) - 1) // cutlass.max(tiles, 1)
-        for tile in cutlass.range(rank, tiles, self.cfg.num_ctas, unroll=1):
-            entry = 4 + 4 * (tile_start + tile)
-            first = tile * share
-            element(schedule, entry)[0] = expert
-            element(schedule, entry + 1)[0] = row_start + first
-            element(schedule, entry + 2)[0] = cutlass.min(share, count - first)
-            element(schedule, entry + 3)[0] = Int32(0)
+    def align_few(self, pairs: Pairs, schedule: Schedule, lane: Int32) -> None:
+        """At most 32 pairs: one warp, a pair a lane, and neither barriers nor counters.
 
-    @cute.jit
-    def expert_of(
-        self,
-        ids: cute.Pointer,
-        expert_map: cute.Pointer,
-        idx: Int32,
-        top_k: Int32,
-        slots: Int32,
-        num_ids: Int32,
-        num_experts: Int32,
-    ) -> Int32:
-        """The local expert of one (token, slot), or -1."""
+        Experts come in the order in which pairs first name them.
+        """
         expert = Int32(-1)
-        slot = idx % slots
-        if slot < top_k:
-            named = Int32(element(ids, idx // slots * top_k + slot)[0])
-            if named >= 0 and named < num_ids:
-                expert = named
-                if cutlass.const_expr(self.cfg.mapped):
-                    expert = element(expert_map, named)[0]
-        else:
-            expert = num_experts - self.cfg.num_shared + slot - top_k
-        return expert
+        if lane < pairs.total:
+            expert = pairs.expert(lane)
+        same = Int32(cute.arch.match_sync(0xFFFFFFFF, expert))
+        earlier = Int32(cute.arch.popc(same & ((Int32(1) << lane) - 1)))
+        count, tiles = Int32(0), Int32(0)
+        if expert >= 0 and earlier == 0:
+            count = Int32(cute.arch.popc(same))
+            tiles = pairs.num_tiles(count)
+        share = Share(expert, count, tiles, warp_sum(count, lane) - count, warp_sum(tiles, lane) - tiles)
+        share.write_tiles(schedule, Int32(0), 1)
+        leader = Int32(cute.arch.popc((same & -same) - 1))
+        first_row = cute.arch.shuffle_sync(share.row_start, leader)
+        if lane < pairs.total:
+            row = Int32(-1)
+            if expert >= 0:
+                row = first_row + earlier
+                schedule.write(pairs.index_offset + row, lane // pairs.slots)
+            schedule.write(pairs.index_offset + pairs.total + lane, row)
+        if lane == 31:
+            schedule.write_head(share.tile_start + share.tiles, pairs.index_offset)
 
     @cute.jit
     def prefix(self, value: Int32, thread: Int32, partial: cute.Pointer) -> Int32:
         """Sum of ``value`` over all threads before this one."""
         lane, warp = thread % 32, thread // 32
-        running = value
-        for power in cutlass.range_constexpr(5):
-            other = cute.arch.shuffle_sync_up(running, offset=1 << power, mask_and_clamp=0)
-            if lane >= 1 << power:
-                running += other
+        running = warp_sum(value, lane)
         if lane == 31:
             element(partial, warp)[0] = running
         cute.arch.sync_threads()
         if warp == 0:
-            sums = element(partial, lane)[0]
-            for power in cutlass.range_constexpr(5):
-                other = cute.arch.shuffle_sync_up(sums, offset=1 << power, mask_and_clamp=0)
-                if lane >= 1 << power:
-                    sums += other
-            element(partial, 32 + lane)[0] = sums
+            element(partial, 32 + lane)[0] = warp_sum(element(partial, lane)[0], lane)
         cute.arch.sync_threads()
         before = Int32(0)
         if warp > 0:
@@ -192,63 +257,7 @@ class Align:
         return result
 
 
-class AlignFew(Align):
-    """As ``Align``, for at most 32 pairs: one warp, a pair a lane, and neither barriers nor counters."""
-
-    @cute.kernel
-    def kernel(
-        self,
-        ids: cute.Pointer,
-        expert_map: cute.Pointer,
-        schedule: cute.Pointer,
-        num_tokens: Int32,
-        top_k: Int32,
-        num_ids: Int32,
-        num_experts: Int32,
-        tile_rows: Int32,
-        index_offset: Int32,
-    ) -> None:
-        """Experts come in the order in which pairs first name them."""
-        lane, _, _ = cute.arch.thread_idx()
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
-        slots = top_k + self.cfg.num_shared
-        total = num_tokens * slots
-        expert = Int32(-1)
-        if lane < total:
-            expert = self.expert_of(ids, expert_map, lane, top_k, slots, num_ids, num_experts)
-        same = Int32(cute.arch.match_sync(0xFFFFFFFF, expert))
-        earlier = Int32(cute.arch.popc(same & ((Int32(1) << lane) - 1)))
-        count, tiles = Int32(0), Int32(0)
-        if expert >= 0 and earlier == 0:
-            count = Int32(cute.arch.popc(same))
-            tiles = (count + tile_rows - 1) // tile_rows
-        row_start, tile_start = self.before(count, lane), self.before(tiles, lane)
-        self.write_tiles(schedule, expert, count, row_start, tiles, tile_start, Int32(0))
-        leader = Int32(cute.arch.popc((same & -same) - 1))
-        first_row = cute.arch.shuffle_sync(row_start, leader)
-        if lane < total:
-            row = Int32(-1)
-            if expert >= 0:
-                row = first_row + earlier
-                element(schedule, index_offset + row)[0] = lane // slots
-            element(schedule, index_offset + total + lane)[0] = row
-        if lane == 31:
-            element(schedule, 0)[0] = tile_start + tiles
-            element(schedule, 1)[0] = index_offset
-
-    @cute.jit
-    def before(self, value: Int32, lane: Int32) -> Int32:
-        """Sum of ``value`` over the lanes before this one."""
-        running = value
-        for power in cutlass.range_constexpr(5):
-            other = cute.arch.shuffle_sync_up(running, offset=1 << power, mask_and_clamp=0)
-            if lane >= 1 << power:
-                running += other
-        return running - value
-
-
-def address(pointer: Any, row: Any, width: Any, piece: Any) -> Int64:
+def address(pointer: cute.Pointer, row: Int32, width: Int32, piece: Int32) -> Int64:
     """Byte address of eight BF16 of a row."""
     return pointer.toint() + (Int64(row) * width + piece * 8) * 2
 
@@ -283,7 +292,7 @@ class Permute:
         cta, _, _ = cute.arch.block_idx()
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
-        place = schedule + (element(schedule, 1)[0] + num_tokens * slots)
+        place = Schedule(schedule).sorted_rows(num_tokens, slots)
         pieces = width // 8
         unit = cta * COPY_THREADS + thread
         token, piece = unit // pieces, unit % pieces
@@ -334,7 +343,7 @@ class Combine:
         cute.arch.griddepcontrol_launch_dependents()
         pieces = width // 8
         slots = top_k + self.num_shared
-        place = schedule + (element(schedule, 1)[0] + num_tokens * slots)
+        place = Schedule(schedule).sorted_rows(num_tokens, slots)
         unit = cta * COPY_THREADS + thread
         token, piece = unit // pieces, unit % pieces
         if token < num_tokens:
@@ -353,7 +362,7 @@ class Combine:
             packed = tuple(ptx.pack_bf16x2(total[2 * idx], total[2 * idx + 1]) for idx in range(4))
             ptx.store_global_vec4(address(out, token, width, piece), packed)
 
-    def load(self, rows: cute.Pointer, row: Any, width: Any, piece: Any) -> list[Any]:
+    def load(self, rows: cute.Pointer, row: Int32, width: Int32, piece: Int32) -> list[Float32]:
         """Eight values of a row."""
         if self.wide:
             start = rows.toint() + (Int64(row) * width + piece * 8) * 4
@@ -370,8 +379,7 @@ def compile_align(config: AlignConfig) -> Any:
     """Compiles for sm_90a; no GPU is needed."""
     ids = _pointer(Int64 if config.wide_ids else Int32, 4)
     one = Int32(1)
-    align = AlignFew(config) if config.few else Align(config)
-    return cute.compile(align, ids, _pointer(Int32), _pointer(Int32), *[one] * 6)
+    return cute.compile(Align(config), ids, _pointer(Int32), _pointer(Int32), *[one] * 6)
 
 
 def compile_permute() -> Any:

@@ -7,8 +7,14 @@ S rows sent to one expert. Sums are float32 (float64 for float64 inputs); the ou
 import torch
 import torch.nn.functional as F
 
+from ownpath.formats import NVFP4
+from ownpath.kernels.checks import require_input, require_routing
+from ownpath.kernels.contract import Expert, Routing, StoredExperts, StoredLinear
 from ownpath.kernels.mixture import mixture, sum_dtype, with_shared
+from ownpath.kernels.reference import Reference, filled
+from ownpath.kernels.shards import fuse_nvfp4
 from ownpath.numerics import decode_nvfp4_blocks
+from ownpath.qtensor import QuantTensor
 
 
 def nvfp4_linear(
@@ -54,3 +60,94 @@ def nvfp4_moe(
 
     ids_TK, weights_TK = with_shared(topk_ids_TK, topk_weights_TK, len(w13[0]), num_shared, expert_map)
     return mixture(x_TD, ids_TK, weights_TK, gate_up, down, swiglu_limit)
+
+
+class Nvfp4LinearReference(Reference):
+    """``nvfp4_linear`` as a kernel: operands lie as they are stored."""
+
+    def prepare(self, stored: StoredLinear) -> StoredLinear:
+        """All shards' rows as one matrix, and a global scale for each; a single shard is used as it is."""
+        return StoredLinear((QuantTensor(*fuse_nvfp4(stored), NVFP4),))
+
+    def restore(self, operand: StoredLinear) -> tuple[QuantTensor, ...]:
+        """The shards."""
+        return operand.shards
+
+    def variant(self, x: torch.Tensor, operand: StoredLinear) -> None:
+        """There is one form."""
+
+    def workspace(self, operand: StoredLinear, num_tokens: int) -> None:
+        """No call needs any."""
+
+    def run(
+        self,
+        x: torch.Tensor,
+        operand: StoredLinear,
+        *,
+        out: torch.Tensor | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """y [..., N] in the dtype of x. Errors: ValueError naming what is wrong with x."""
+        num_rows, width = operand.shape
+        require_input(x, width, operand.shards[0].qdata)
+        (weight,) = operand.shards
+        assert weight.scale is not None
+        assert weight.global_scale is not None
+        y = nvfp4_linear(x.reshape(-1, width), weight.qdata, weight.scale, weight.global_scale)
+        return filled(out, y.view(*x.shape[:-1], num_rows))
+
+    def run_wide(self, x: torch.Tensor, operand: StoredLinear) -> torch.Tensor:
+        """y in at least float32."""
+        return self.run(x.to(torch.promote_types(x.dtype, torch.float32)), operand)
+
+
+class Nvfp4MoeReference(Reference):
+    """``nvfp4_moe`` as a kernel: operands lie as they are stored."""
+
+    def prepare(self, stored: StoredExperts) -> StoredExperts:
+        """The stacks as they are."""
+        return stored
+
+    def restore(self, operand: StoredExperts, expert: int) -> Expert:
+        """One expert's part of each side."""
+        return operand.gate_up.of_expert(expert), operand.down.of_expert(expert)
+
+    def variant(self, x: torch.Tensor, routing: Routing, operand: StoredExperts) -> None:
+        """There is one form."""
+
+    def workspace(self, operand: StoredExperts, num_tokens: int, num_slots: int) -> None:
+        """No call needs any."""
+
+    def run(
+        self,
+        x: torch.Tensor,
+        routing: Routing,
+        operand: StoredExperts,
+        *,
+        out: torch.Tensor | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """y [T, D] in the dtype of x. Errors: ValueError naming what is wrong with x or the routing."""
+        require_input(x, operand.hidden_size, operand.gate_up.qdata)
+        require_routing(x, routing.ids, routing.weights)
+        y = nvfp4_moe(
+            x,
+            routing.ids,
+            routing.weights,
+            _side(operand.gate_up),
+            _side(operand.down),
+            operand.swiglu_limit,
+            num_shared=routing.num_shared,
+            expert_map=routing.expert_map,
+        )
+        return filled(out, y)
+
+
+def _side(side: QuantTensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    assert side.scale is not None
+    assert side.global_scale is not None
+    return side.qdata, side.scale, side.global_scale
+
+
+NVFP4_LINEAR = Nvfp4LinearReference()
+NVFP4_MOE = Nvfp4MoeReference()

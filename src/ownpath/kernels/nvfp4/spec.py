@@ -59,7 +59,7 @@ _LINEARS = (
         "Nvfp4Linear",
         "row_major",
         "W4A16: E2M1 x E4M3 decoded exactly, float32 sums, global scale per shard after the product",
-        "nvfp4.ref:nvfp4_linear",
+        "nvfp4.ref:NVFP4_LINEAR",
         is_default=True,
     ),
 )
@@ -80,7 +80,7 @@ _MOES = (
         "Nvfp4MoE",
         "row_major",
         "W4A16 per expert: exact decode, gate and up keep their own global scales, float32 combine",
-        "nvfp4.ref:nvfp4_moe",
+        "nvfp4.ref:NVFP4_MOE",
         is_default=True,
     ),
 )

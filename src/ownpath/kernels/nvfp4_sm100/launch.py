@@ -1,6 +1,6 @@
 """The W4A4 products as calls: check, allocate, launch. The kernels are in the modules imported here.
 
-``nvfp4_linear_w4a4``: quantise x -> block-scaled product (2 launches). ``nvfp4_moe_w4a4``: count and place the pairs,
+Linear: quantise x -> block-scaled product (2 launches). Experts: count and place the pairs,
 quantise into sorted rows, gate_up with SwiGLU and quantisation, down, combine (6 launches, whatever the routing).
 Nothing is read back to the host and no launch depends on data, so that a CUDA graph can capture both; the grid of the
 grouped products is the bound over all routings, its unused tiles end at once. Every sum has one order: the result is
@@ -22,7 +22,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ownpath.kernels.checks import check
 from ownpath.kernels.nvfp4_sm100.gate_up_sm100 import gate_up_w4a4_kernel
 from ownpath.kernels.nvfp4_sm100.gemm_sm100 import gemm_w4a4_kernel
-from ownpath.kernels.nvfp4_sm100.layout import W4A4LinearOperand, W4A4MoeOperand, boxed_shape
+from ownpath.kernels.nvfp4_sm100.layout import (
+    W4A4MoeOperand,
+    boxed_shape,
+)
 from ownpath.kernels.nvfp4_sm100.quantize_sm100 import quantize_kernel
 from ownpath.kernels.nvfp4_sm100.route_sm100 import combine_kernel, count_kernel, num_tiles_bound, place_kernel
 
@@ -32,29 +35,6 @@ BLOCK_K = 256
 STAGES = 3
 QUANTIZE_ROWS, QUANTIZE_COLUMNS = 8, 512
 CHUNK = 1024
-
-
-def nvfp4_linear_w4a4(x_MK: torch.Tensor, operand: W4A4LinearOperand) -> torch.Tensor:
-    """y = x w^T with both operands NVFP4. Shapes: x bfloat16 [M, K]; y bfloat16 [M, N].
-
-    Errors: ValueError for another dtype, width, stride or device than the operand's, or a device without tcgen05.
-    """
-    return _linear(x_MK, operand, columns_per_tile(len(x_MK), operand.shape[0]))
-
-
-def nvfp4_linear_w4a4_invariant(x_MK: torch.Tensor, operand: W4A4LinearOperand) -> torch.Tensor:
-    """As ``nvfp4_linear_w4a4``, with the same tiles for every number of rows."""
-    return _linear(x_MK, operand, NARROW)
-
-
-def _linear(x_MK: torch.Tensor, operand: W4A4LinearOperand, columns: int) -> torch.Tensor:
-    n, k = operand.shape
-    _check_input(x_MK, k, operand.codes.device)
-    y = torch.empty((len(x_MK), n), dtype=torch.bfloat16, device=x_MK.device)
-    if len(x_MK):
-        codes, scale = quantize_activation(x_MK, operand.input_scale)
-        _product(codes, scale, operand.codes, operand.scale, y, operand.alpha, columns)
-    return y
 
 
 def quantize_activation(x_MK: torch.Tensor, input_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,34 +65,19 @@ def quantize_activation(x_MK: torch.Tensor, input_scale: torch.Tensor) -> tuple[
     return codes, scale
 
 
-def nvfp4_moe_w4a4(
-    x_TD: torch.Tensor, topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor, operand: W4A4MoeOperand
-) -> torch.Tensor:
-    """y[t] = sum over chosen experts of weight * w2 swiglu(w13 x[t]), every operand NVFP4.
-
-    Shapes: x bfloat16 [T, D]; topk_ids int32 or int64 [T, K], ids outside [0, E) are skipped; topk_weights float32
-        [T, K]; y bfloat16 [T, D].
-    Errors: ValueError for another dtype, shape, stride or device, or a device without tcgen05.
-    """
-    num_rows = ROW_TILE * num_tiles_bound(topk_ids_TK.numel(), operand.num_experts, ROW_TILE)
-    return _moe(x_TD, topk_ids_TK, topk_weights_TK, operand, columns_per_tile(num_rows, operand.hidden_size))
-
-
-def nvfp4_moe_w4a4_invariant(
-    x_TD: torch.Tensor, topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor, operand: W4A4MoeOperand
-) -> torch.Tensor:
-    """As ``nvfp4_moe_w4a4``, with the same tiles for every number of tokens."""
-    return _moe(x_TD, topk_ids_TK, topk_weights_TK, operand, NARROW)
-
-
-def _moe(
+def run_experts(
     x_TD: torch.Tensor,
     topk_ids_TK: torch.Tensor,
     topk_weights_TK: torch.Tensor,
     operand: W4A4MoeOperand,
     columns: int,
 ) -> torch.Tensor:
-    _check_input(x_TD, operand.hidden_size, operand.w13.device)
+    """Six launches, whatever the routing. columns: of the tiles of down.
+
+    Shapes: x bfloat16 [T, D]; ids int32 or int64 [T, K]; weights float32 [T, K]; y bfloat16 [T, D].
+    Errors: ValueError for another dtype, shape, stride or device, or a device without tcgen05.
+    """
+    check_input(x_TD, operand.hidden_size, operand.w13.device)
     routed = (len(x_TD), topk_ids_TK.shape[-1])
     check("topk_ids", topk_ids_TK, (torch.int32, torch.int64), routed, x_TD.device)
     check("topk_weights", topk_weights_TK, (torch.float32,), routed, x_TD.device)
@@ -122,7 +87,7 @@ def _moe(
     pair_of_row, row_of_pair, expert_of_tile = place_pairs(topk_ids_TK, operand.num_experts)
     h_codes, h_scale = _expert_hidden(x_TD, routed[1], pair_of_row, expert_of_tile, operand)
     out = torch.empty((len(pair_of_row), operand.hidden_size), dtype=torch.bfloat16, device=x_TD.device)
-    _product(h_codes, h_scale, operand.w2, operand.w2_scale, out, operand.w2_alpha, columns, expert_of_tile)
+    run_product(h_codes, h_scale, operand.w2, operand.w2_scale, out, operand.w2_alpha, columns, expert_of_tile)
     grid = (len(x_TD), triton.cdiv(operand.hidden_size, CHUNK))
     combine_kernel[grid](
         out,
@@ -213,7 +178,7 @@ def _expert_hidden(
     return h_codes, h_scale
 
 
-def _product(
+def run_product(
     codes: torch.Tensor,
     scale: torch.Tensor,
     w_codes: torch.Tensor,
@@ -258,7 +223,7 @@ def _scale_box(scale: torch.Tensor, num_rows: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(scale, [1, num_rows // 128, BLOCK_K // 64, 2, 256])
 
 
-def _check_input(x: torch.Tensor, width: int, device: torch.device) -> None:
+def check_input(x: torch.Tensor, width: int, device: torch.device) -> None:
     """Errors: ValueError naming x, or the device when its tensor cores have no block scales."""
     if x.ndim != 2:
         raise ValueError(f"x must have 2 dimensions, found shape {list(x.shape)}")

@@ -10,9 +10,9 @@ import functools
 
 import torch
 
-from ownpath.kernels.nvfp4_sm100.layout import linear_operand, moe_operand
+from ownpath.kernels.contract import ExpertsKernel, LinearKernel, Routing
+from ownpath.kernels.nvfp4_sm100.layout import W4A4LinearOperand, W4A4MoeOperand, linear_operand, moe_operand
 from ownpath.kernels.nvfp4_sm100.ref import nvfp4_linear_w4a4, nvfp4_moe_w4a4
-from ownpath.kernels.registry import Kernel
 from ownpath.numerics import decode_e2m1, encode_e4m3
 
 BF16_EPS = 2.0**-8
@@ -23,7 +23,7 @@ class ProofError(RuntimeError):
 
 
 @functools.cache
-def prove_linear(kernel: Kernel, device: torch.device) -> None:
+def prove_linear(kernel: LinearKernel[W4A4LinearOperand], device: torch.device) -> None:
     """Compares the dense kernel with its twin: 129 rows (two tiles), two shards, K that no tile divides.
 
     Errors: ProofError when a bit differs.
@@ -37,15 +37,17 @@ def prove_linear(kernel: Kernel, device: torch.device) -> None:
     x, qdata, scale, global_scale, input_scale = (
         tensor.to(device) for tensor in (x, qdata, scale, global_scale, input_scale)
     )
-    y = kernel(x, linear_operand(qdata, scale, global_scale, input_scale))
+    y = kernel.run(x, linear_operand(qdata, scale, global_scale, input_scale))
     expected = nvfp4_linear_w4a4(x, input_scale, qdata, scale, global_scale)
     differing = int((y != expected).sum())
     if differing:
-        raise ProofError(f"{kernel.__name__} on {device}: {differing} of {y.numel()} values differ from the twin's")
+        raise ProofError(
+            f"{type(kernel).__name__} on {device}: {differing} of {y.numel()} values differ from the twin's"
+        )
 
 
 @functools.cache
-def prove_moe(kernel: Kernel, device: torch.device) -> None:
+def prove_moe(kernel: ExpertsKernel[W4A4MoeOperand], device: torch.device) -> None:
     """Compares the experts' kernels with their twin: empty experts, one with two tiles, one choice elsewhere.
 
     Errors: ProofError when the relative L2 difference exceeds BF16's epsilon or a value is not finite.
@@ -62,11 +64,11 @@ def prove_moe(kernel: Kernel, device: torch.device) -> None:
     codes13, scale13, codes2, scale2 = (part.to(device) for part in (*q13, *q2))
     w13 = (codes13, scale13, gains[:, :2].contiguous(), torch.full_like(gains[:, 0], 0.5))
     w2 = (codes2, scale2, gains[:, 2].contiguous(), gains[:, 3].contiguous())
-    y = kernel(x, ids, weights, moe_operand(w13, w2, 8.0))
+    y = kernel.run(x, Routing(ids, weights), moe_operand(w13, w2, 8.0))
     expected = nvfp4_moe_w4a4(x, ids, weights, w13, w2, 8.0)
     difference = float((y - expected).float().norm() / expected.float().norm())
     if not difference <= BF16_EPS:
-        raise ProofError(f"{kernel.__name__} on {device}: relative difference {difference:.2e} from the twin")
+        raise ProofError(f"{type(kernel).__name__} on {device}: relative difference {difference:.2e} from the twin")
 
 
 def _exact_activations(num_rows: int, k: int, generator: torch.Generator) -> torch.Tensor:

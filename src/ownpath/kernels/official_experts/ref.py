@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from ownpath.formats import FP8_BLOCK, MXFP4, NVFP4, Format
+from ownpath.kernels.checks import require, require_input, require_routing
+from ownpath.kernels.contract import Expert, Routing, StoredExperts
 from ownpath.kernels.mixture import Product, clamped_swiglu, mixture, sum_dtype
+from ownpath.kernels.reference import Reference, filled
 from ownpath.numerics import (
     decode_fp8_block,
     decode_mxfp4_blocks,
@@ -147,3 +150,58 @@ def _products(product: WeightProduct, w13: ExpertWeights, w2: ExpertWeights) -> 
 
 def _known(topk_ids_TK: torch.Tensor, w13: ExpertWeights) -> torch.Tensor:
     return torch.where(topk_ids_TK < len(w13.qdata), topk_ids_TK, -1)
+
+
+Experts = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, ExpertWeights, ExpertWeights, float],
+    torch.Tensor,
+]
+"""One of the functions above."""
+
+
+class OfficialMoeReference(Reference):
+    """Experts, each decoded from its stored format when a token chose it."""
+
+    def __init__(self, experts: Experts) -> None:
+        self._experts = experts
+
+    def prepare(self, stored: StoredExperts) -> StoredExperts:
+        """The stacks as they are. Errors: ValueError naming an input scale of a wrong shape or dtype."""
+        for name, scale in (("w13", stored.gate_up_input_scale), ("w2", stored.down_input_scale)):
+            if scale is not None:
+                require(f"{name}_input_scale", scale, (torch.float32,), (stored.num_experts,))
+        return stored
+
+    def restore(self, operand: StoredExperts, expert: int) -> Expert:
+        """One expert's part of each side."""
+        return operand.gate_up.of_expert(expert), operand.down.of_expert(expert)
+
+    def variant(self, x: torch.Tensor, routing: Routing, operand: StoredExperts) -> None:
+        """There is one form."""
+
+    def workspace(self, operand: StoredExperts, num_tokens: int, num_slots: int) -> None:
+        """No call needs any."""
+
+    def run(
+        self,
+        x: torch.Tensor,
+        routing: Routing,
+        operand: StoredExperts,
+        *,
+        out: torch.Tensor | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """y [T, D]. Errors: ValueError naming what is wrong with x or the routing, or for shared experts or a map."""
+        if routing.num_shared or routing.expert_map is not None:
+            raise ValueError("experts of official numerics take neither shared experts nor an expert map")
+        require_input(x, operand.hidden_size, operand.gate_up.qdata)
+        require_routing(x, routing.ids, routing.weights)
+        up, down = operand.gate_up, operand.down
+        w13 = ExpertWeights(up.format, up.qdata, up.scale, up.global_scale, operand.gate_up_input_scale)
+        w2 = ExpertWeights(down.format, down.qdata, down.scale, down.global_scale, operand.down_input_scale)
+        return filled(out, self._experts(x, routing.ids, routing.weights, w13, w2, operand.swiglu_limit))
+
+
+MOE_QUANTIZED_INPUTS = OfficialMoeReference(moe_quantized_inputs)
+MOE_WEIGHT_FIRST = OfficialMoeReference(moe_weight_first)
+MOE_OFFICIAL = OfficialMoeReference(moe_official)

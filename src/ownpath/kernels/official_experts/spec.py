@@ -8,11 +8,11 @@ from ownpath.official import Step
 from ownpath.ops import OpKind
 
 _KERNELS = (
-    ("ref.moe_quantized_inputs", "moe_quantized_inputs", True, False, "quantised inputs of both products"),
-    ("ref.moe_weight_first", "moe_weight_first", False, True, "routing weight before w2, products rounded"),
+    ("ref.moe_quantized_inputs", "MOE_QUANTIZED_INPUTS", True, False, "quantised inputs of both products"),
+    ("ref.moe_weight_first", "MOE_WEIGHT_FIRST", False, True, "routing weight before w2, products rounded"),
     (
         "ref.moe_official",
-        "moe_official",
+        "MOE_OFFICIAL",
         True,
         True,
         "quantised inputs of both products, routing weight before w2, products rounded",

@@ -8,6 +8,8 @@ of widened operands would give, at a quarter of the reads.
 import torch
 import torch.nn.functional as F
 
+from ownpath.kernels.plain.operand import PlainKernel
+
 
 def plain_linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     """y = x Wᵀ in ``out_dtype``, never narrower than x. Shapes: x [..., K]; weight [N, K]; y [..., N]."""
@@ -15,3 +17,6 @@ def plain_linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, out_dtype: torch.d
         y = torch.mm(x_MK.flatten(0, -2), weight_NK.T, out_dtype=out_dtype)
         return y.view(*x_MK.shape[:-1], len(weight_NK))
     return F.linear(x_MK.to(out_dtype), weight_NK.to(out_dtype))
+
+
+PLAIN_LINEAR = PlainKernel(plain_linear)

@@ -11,11 +11,16 @@ Roofline. 2 * N * K bytes for each 16 tokens (4 * N * K with float32 weights).
 Limits. bfloat16 or float32 on either side, any N and K. Mixed or float32 operands are multiplied in float32.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
 from ownpath.kernels.checks import check
+from ownpath.kernels.contract import Config
+from ownpath.kernels.plain.operand import PlainKernel, PlainOperand
+from ownpath.kernels.variants import spelled
 
 INTERPRETED = triton.knobs.runtime.interpret
 FLOATS = (torch.bfloat16, torch.float32)
@@ -97,3 +102,19 @@ def plain_linear_invariant(x: torch.Tensor, weight_NK: torch.Tensor, out_dtype: 
             num_stages=4,
         )
     return y_MN.view(*x.shape[:-1], num_rows)
+
+
+class InvariantPlainKernel(PlainKernel):
+    """``plain_linear_invariant`` as a kernel."""
+
+    def configs(self, operand: PlainOperand) -> Sequence[Config]:
+        """Triton compiles at the first call."""
+        return ()
+
+    def variant(self, x: torch.Tensor, operand: PlainOperand) -> str:
+        """By whether both operands are bfloat16."""
+        kind = "plain_bfloat16" if x.dtype == operand.weight_NK.dtype == torch.bfloat16 else "plain_float32"
+        return spelled(kind, rows=ROWS, tokens=TOKENS, step=STEP)
+
+
+PLAIN_LINEAR = InvariantPlainKernel(plain_linear_invariant)

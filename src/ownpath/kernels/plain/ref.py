@@ -7,7 +7,11 @@ F expert width, S rows sent to one expert.
 import torch
 import torch.nn.functional as F
 
+from ownpath.kernels.checks import require_input, require_routing
+from ownpath.kernels.contract import Expert, Routing, StoredExperts
 from ownpath.kernels.mixture import mixture, with_shared
+from ownpath.kernels.plain.operand import PlainKernel
+from ownpath.kernels.reference import Reference, filled
 
 
 def plain_linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
@@ -42,3 +46,49 @@ def plain_moe(
 
     ids_TK, weights_TK = with_shared(topk_ids_TK, topk_weights_TK, len(w13_EGD), num_shared, expert_map)
     return mixture(x_TD, ids_TK, weights_TK, gate_up, down, swiglu_limit)
+
+
+class PlainMoeReference(Reference):
+    """``plain_moe`` as a kernel: operands lie as they are stored."""
+
+    def prepare(self, stored: StoredExperts) -> StoredExperts:
+        """The stacks as they are."""
+        return stored
+
+    def restore(self, operand: StoredExperts, expert: int) -> Expert:
+        """One expert's part of each side."""
+        return operand.gate_up.of_expert(expert), operand.down.of_expert(expert)
+
+    def variant(self, x: torch.Tensor, routing: Routing, operand: StoredExperts) -> None:
+        """There is one form."""
+
+    def workspace(self, operand: StoredExperts, num_tokens: int, num_slots: int) -> None:
+        """No call needs any."""
+
+    def run(
+        self,
+        x: torch.Tensor,
+        routing: Routing,
+        operand: StoredExperts,
+        *,
+        out: torch.Tensor | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """y [T, D] in the dtype of x. Errors: ValueError naming what is wrong with x or the routing."""
+        require_input(x, operand.hidden_size, operand.gate_up.qdata)
+        require_routing(x, routing.ids, routing.weights)
+        y = plain_moe(
+            x,
+            routing.ids,
+            routing.weights,
+            operand.gate_up.qdata,
+            operand.down.qdata,
+            operand.swiglu_limit,
+            num_shared=routing.num_shared,
+            expert_map=routing.expert_map,
+        )
+        return filled(out, y)
+
+
+PLAIN_LINEAR = PlainKernel(plain_linear)
+PLAIN_MOE = PlainMoeReference()

@@ -8,11 +8,20 @@ Roofline. 4 * T * E bytes read. Limits. float32 logits, E up to 4096, K up to 16
 other tokens of a call.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+
 import torch
 import triton
 import triton.language as tl
 
-from ownpath.kernels.checks import check, check_rank
+from ownpath.kernels.calls import Calls
+from ownpath.kernels.checks import check, check_rank, is_dense
+from ownpath.kernels.contract import Config, RouterWeights
+from ownpath.kernels.dsl.driver import current_stream
+from ownpath.kernels.dsl.triton import TritonCall, launch
+from ownpath.kernels.variants import spelled
 
 INTERPRETED = triton.knobs.runtime.interpret
 MAX_EXPERTS, MAX_CHOSEN = 4096, 16
@@ -78,27 +87,9 @@ def router_kernel(
     tl.store(weights_ptr + t * K + k, weights, mask=k < K)
 
 
-def _router_out(
-    logits_TE: torch.Tensor, k: int, out: tuple[torch.Tensor, torch.Tensor] | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    num_tokens, device = len(logits_TE), logits_TE.device
-    if out is None:
-        ids_TK = torch.empty(num_tokens, k, dtype=torch.int64, device=device)
-        return ids_TK, torch.empty(num_tokens, k, dtype=torch.float32, device=device)
-    check("out[0]", out[0], (torch.int64, torch.int32), (num_tokens, k), device)
-    check("out[1]", out[1], (torch.float32,), (num_tokens, k), device)
-    return out
-
-
-def _check_choice(
-    logits_TE: torch.Tensor,
-    k: int,
-    bias_E: torch.Tensor | None,
-    token_ids_T: torch.Tensor | None,
-    tid2eid_VK: torch.Tensor | None,
-) -> None:
-    num_tokens, num_experts = logits_TE.shape
-    device = logits_TE.device
+def _check_choice(logits_TE: torch.Tensor, weights: RouterWeights, token_ids_T: torch.Tensor | None) -> None:
+    num_experts, k, device = logits_TE.shape[1], weights.num_experts_per_tok, logits_TE.device
+    bias_E, tid2eid_VK = weights.bias_E, weights.tid2eid_VK
     if not 0 < k <= min(num_experts, MAX_CHOSEN) or num_experts > MAX_EXPERTS:
         raise ValueError(f"cannot choose {k} of {num_experts} experts: limits are {MAX_CHOSEN} and {MAX_EXPERTS}")
     if (bias_E is None) == (tid2eid_VK is None):
@@ -109,53 +100,141 @@ def _check_choice(
         check("tid2eid_VK", tid2eid_VK, (torch.int64, torch.int32), (len(tid2eid_VK), k), device)
         if token_ids_T is None:
             raise ValueError("token_ids_T is needed to look experts up")
-        # A step's ids are often a view into a longer row: element alignment is enough for scalar loads.
-        if token_ids_T.dtype not in (torch.int64, torch.int32) or token_ids_T.shape != (num_tokens,):
-            raise ValueError(f"token_ids_T must be int64 or int32 [{num_tokens}]")
-        if token_ids_T.device != device or not token_ids_T.is_contiguous():
-            raise ValueError(f"token_ids_T must be contiguous on {device}")
 
 
-def router(
-    logits_TE: torch.Tensor,
-    num_experts_per_tok: int,
-    routed_scaling_factor: float,
-    bias_E: torch.Tensor | None = None,
-    token_ids_T: torch.Tensor | None = None,
-    tid2eid_VK: torch.Tensor | None = None,
-    out: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _check_token_ids(token_ids_T: torch.Tensor, num_tokens: int, device: torch.device) -> None:
+    # A step's ids are often a view into a longer row: element alignment is enough for scalar loads.
+    if token_ids_T.dtype not in (torch.int64, torch.int32) or token_ids_T.shape != (num_tokens,):
+        raise ValueError(f"token_ids_T must be int64 or int32 [{num_tokens}]")
+    if token_ids_T.device != device or not token_ids_T.is_contiguous():
+        raise ValueError(f"token_ids_T must be contiguous on {device}")
+
+
+Out = tuple[torch.Tensor, torch.Tensor]
+CallKey = tuple[torch.Size, torch.dtype | None, bool, torch.dtype, int]
+"""Shape of the logits, dtype of the token ids, whether they are aligned, dtype of the ids written, device."""
+
+
+@dataclass(frozen=True)
+class RouterOperand:
+    """calls: launches by ``CallKey``, once these have passed every check."""
+
+    weights: RouterWeights
+    calls: Calls[CallKey, TritonCall] = field(default_factory=Calls, compare=False)
+    lock: Lock = field(default_factory=Lock, compare=False)
+
+
+class RouterKernel:
     """Expert ids [T, K] and weights [T, K] that sum to ``routed_scaling_factor``; scores are sqrt(softplus(logits)).
 
     Either ``bias_E`` shifts the scores for the selection (never the weights; the lower id wins an exact tie), or
     ``tid2eid_VK`` names the experts of each token id (token 0's row for an id outside the vocabulary).
-    Shapes: logits float32 [T, E]; bias float32 [E]; tid2eid int64 or int32 [V, K]; out: ids int64 or int32, weights
-        float32, both [T, K].
-    Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
     """
-    check_rank("logits_TE", logits_TE, 2, INTERPRETED)
-    check("logits_TE", logits_TE, (torch.float32,), tuple(logits_TE.shape), logits_TE.device)
-    _check_choice(logits_TE, num_experts_per_tok, bias_E, token_ids_T, tid2eid_VK)
-    ids_TK, weights_TK = _router_out(logits_TE, num_experts_per_tok, out)
+
+    def prepare(self, weights: RouterWeights) -> RouterOperand:
+        """The operand."""
+        return RouterOperand(weights)
+
+    def configs(self, operand: RouterOperand) -> Sequence[Config]:
+        """Triton compiles at the first call."""
+        return ()
+
+    def variant(self, logits_TE: torch.Tensor, operand: RouterOperand) -> str:
+        """By how experts are chosen; the logits are not looked at."""
+        weights = operand.weights
+        name = "router_by_score" if weights.tid2eid_VK is None else "router_by_token"
+        return spelled(name, k=weights.num_experts_per_tok)
+
+    def run(
+        self,
+        logits_TE: torch.Tensor,
+        token_ids_T: torch.Tensor | None,
+        operand: RouterOperand,
+        *,
+        out: Out | None = None,
+    ) -> Out:
+        """Shapes: logits float32 [T, E]; token ids [T], read where experts are named by token; out: ids int64 or int32,
+            weights float32, both [T, K].
+
+        Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
+        """
+        weights = operand.weights
+        k, device = weights.num_experts_per_tok, logits_TE.device
+        if not is_dense(logits_TE, torch.float32) or logits_TE.ndim != 2 or not (logits_TE.is_cuda or INTERPRETED):
+            check_rank("logits_TE", logits_TE, 2, INTERPRETED)
+            check("logits_TE", logits_TE, (torch.float32,), tuple(logits_TE.shape), device)
+        num_tokens = logits_TE.shape[0]
+        ids = token_ids_T if weights.tid2eid_VK is not None else None
+        if ids is not None:
+            _check_token_ids(ids, num_tokens, device)
+        if out is None:
+            ids_TK = logits_TE.new_empty((num_tokens, k), dtype=torch.int64)
+            out = ids_TK, logits_TE.new_empty((num_tokens, k))
+        else:
+            check("out[0]", out[0], (torch.int64, torch.int32), (num_tokens, k), device)
+            check("out[1]", out[1], (torch.float32,), (num_tokens, k), device)
+        aligned = ids is None or not ids.data_ptr() % 16
+        key = logits_TE.shape, None if ids is None else ids.dtype, aligned, out[0].dtype, logits_TE.get_device()
+        call = operand.calls.get(key)
+        if call is None:
+            _check_choice(logits_TE, weights, token_ids_T)
+            first = _first_launch(logits_TE, ids, weights, out) if num_tokens else None
+            if first is not None:
+                operand.calls.keep(key, first)
+            return out
+        with operand.lock:
+            addresses = [tensor.data_ptr() for tensor in _tensors(logits_TE, ids, weights, out)]
+            call.start(current_stream(key[4]), *addresses)
+        return out
+
+    def __call__(
+        self,
+        logits_TE: torch.Tensor,
+        num_experts_per_tok: int,
+        routed_scaling_factor: float,
+        bias_E: torch.Tensor | None = None,
+        token_ids_T: torch.Tensor | None = None,
+        tid2eid_VK: torch.Tensor | None = None,
+        out: Out | None = None,
+    ) -> Out:
+        """``run`` with the signature of its twin."""
+        weights = RouterWeights(num_experts_per_tok, routed_scaling_factor, bias_E, tid2eid_VK)
+        return self.run(logits_TE, token_ids_T, self.prepare(weights), out=out)
+
+
+def _tensors(
+    logits_TE: torch.Tensor, token_ids_T: torch.Tensor | None, weights: RouterWeights, out: Out
+) -> tuple[torch.Tensor, ...]:
+    """In the kernel's order; what this way of choosing does not have is some tensor that is not read."""
+    return (
+        logits_TE,
+        logits_TE if weights.bias_E is None else weights.bias_E,
+        out[0] if token_ids_T is None else token_ids_T,
+        out[0] if weights.tid2eid_VK is None else weights.tid2eid_VK,
+        *out,
+    )
+
+
+def _first_launch(
+    logits_TE: torch.Tensor, token_ids_T: torch.Tensor | None, weights: RouterWeights, out: Out
+) -> TritonCall | None:
     num_tokens, num_experts = logits_TE.shape
-    if num_tokens:
-        by_token, pdl = tid2eid_VK is not None, not INTERPRETED
-        router_kernel[(num_tokens,)](
-            logits_TE,
-            logits_TE if bias_E is None else bias_E,
-            token_ids_T if by_token else ids_TK,
-            tid2eid_VK if by_token else ids_TK,
-            ids_TK,
-            weights_TK,
-            routed_scaling_factor,
-            num_experts,
-            len(tid2eid_VK) if tid2eid_VK is not None else 0,
-            K=num_experts_per_tok,
-            K_PAD=triton.next_power_of_2(num_experts_per_tok),
-            E_PAD=triton.next_power_of_2(num_experts),
-            BY_TOKEN=by_token,
-            PDL=pdl,
-            num_warps=1 if num_experts <= 1024 else 4,
-            launch_pdl=pdl,
-        )
-    return ids_TK, weights_TK
+    k, table, pdl = weights.num_experts_per_tok, weights.tid2eid_VK, not INTERPRETED
+    scalars = (weights.routed_scaling_factor, num_experts, 0 if table is None else len(table))
+    return launch(
+        router_kernel,
+        (num_tokens,),
+        (*_tensors(logits_TE, token_ids_T, weights, out), *scalars),
+        {
+            "K": k,
+            "K_PAD": triton.next_power_of_2(k),
+            "E_PAD": triton.next_power_of_2(num_experts),
+            "BY_TOKEN": table is not None,
+            "PDL": pdl,
+            "num_warps": 1 if num_experts <= 1024 else 4,
+            "launch_pdl": pdl,
+        },
+    )
+
+
+ROUTER = RouterKernel()

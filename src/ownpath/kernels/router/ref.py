@@ -6,6 +6,9 @@ Legend: T tokens, E experts, K experts per token, V vocabulary.
 import torch
 import torch.nn.functional as F
 
+from ownpath.kernels.contract import RouterWeights
+from ownpath.kernels.reference import Reference
+
 
 def router(
     logits_TE: torch.Tensor,
@@ -33,3 +36,49 @@ def router(
     weights_TK = scores_TE.gather(1, ids_TK)
     weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True) * routed_scaling_factor
     return (ids_TK, weights_TK) if out is None else (out[0].copy_(ids_TK), out[1].copy_(weights_TK))
+
+
+class RouterReference(Reference):
+    """``router`` as a kernel. The operand is the weights."""
+
+    def prepare(self, weights: RouterWeights) -> RouterWeights:
+        """The weights as they are."""
+        return weights
+
+    def variant(self, logits_TE: torch.Tensor, operand: RouterWeights) -> None:
+        """There is one form."""
+
+    def run(
+        self,
+        logits_TE: torch.Tensor,
+        token_ids_T: torch.Tensor | None,
+        operand: RouterWeights,
+        *,
+        out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and weights [T, K]."""
+        return router(
+            logits_TE,
+            operand.num_experts_per_tok,
+            operand.routed_scaling_factor,
+            operand.bias_E,
+            token_ids_T,
+            operand.tid2eid_VK,
+            out,
+        )
+
+    def __call__(
+        self,
+        logits_TE: torch.Tensor,
+        num_experts_per_tok: int,
+        routed_scaling_factor: float,
+        bias_E: torch.Tensor | None = None,
+        token_ids_T: torch.Tensor | None = None,
+        tid2eid_VK: torch.Tensor | None = None,
+        out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``router``."""
+        return router(logits_TE, num_experts_per_tok, routed_scaling_factor, bias_E, token_ids_T, tid2eid_VK, out)
+
+
+ROUTER = RouterReference()

@@ -11,7 +11,7 @@ SPECS = (
         "Router",
         "row_major",
         "a warp a token: K rounds of the largest score, the lowest id first, in registers",
-        "router.launch:router",
+        "router.launch:ROUTER",
         min_sm=90,
         activations=("bfloat16", "float32"),
         is_batch_invariant=True,
@@ -26,7 +26,7 @@ SPECS = (
         "Router",
         "row_major",
         "torch: a stable sort, so that ties are decided",
-        "router.ref:router",
+        "router.ref:ROUTER",
         is_default=True,
     ),
 )

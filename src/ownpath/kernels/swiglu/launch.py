@@ -4,11 +4,20 @@ Roofline. 6 * F bytes a row. Limits. bfloat16 or float32, F a multiple of 8. A r
 of a call.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+
 import torch
 import triton
 import triton.language as tl
 
-from ownpath.kernels.checks import check, check_rank
+from ownpath.kernels.calls import Calls
+from ownpath.kernels.checks import VECTOR_BYTES, check, check_alignment, check_rank
+from ownpath.kernels.contract import Config
+from ownpath.kernels.dsl.driver import current_stream
+from ownpath.kernels.dsl.triton import TritonCall, launch
+from ownpath.kernels.variants import spelled
 
 INTERPRETED = triton.knobs.runtime.interpret
 FLOATS = (torch.bfloat16, torch.float32)
@@ -35,25 +44,71 @@ def swiglu_block(half: int) -> int:
     return min(1024, int(triton.next_power_of_2(half)))
 
 
-def swiglu(gate_up_TF2: torch.Tensor, limit: float, out: torch.Tensor | None = None) -> torch.Tensor:
-    """silu(min(gate, limit)) * clamp(up, -limit, limit), gate columns first, in float32, rounded once.
+@dataclass(frozen=True)
+class SwigluOperand:
+    """calls: launches by shape, strides, dtype and device of gate_up, once these have passed every check."""
 
-    Shapes: gate_up bfloat16 or float32 [..., 2F], contiguous; y [..., F].
-    Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
-    """
-    check_rank("gate_up_TF2", gate_up_TF2, max(1, gate_up_TF2.ndim), INTERPRETED)
-    *lead, width = gate_up_TF2.shape
-    if width % 16:
-        raise ValueError(f"gate_up_TF2 must have rows of a multiple of 16 elements, found {width}")
-    check("gate_up_TF2", gate_up_TF2, FLOATS, tuple(gate_up_TF2.shape), gate_up_TF2.device)
-    half = width // 2
-    if out is None:
-        out = gate_up_TF2.new_empty(*lead, half)
-    check("out", out, (gate_up_TF2.dtype,), (*lead, half), gate_up_TF2.device)
-    if out.numel():
-        pdl, block = not INTERPRETED, swiglu_block(half)
-        grid = (out.numel() // half, triton.cdiv(half, block))
-        swiglu_kernel[grid](
-            gate_up_TF2, out, half, limit, BLOCK=block, PDL=pdl, num_warps=max(1, block // 256), launch_pdl=pdl
-        )
-    return out
+    limit: float
+    calls: Calls[tuple[torch.Size, tuple[int, ...], torch.dtype, int], TritonCall] = field(
+        default_factory=Calls, compare=False
+    )
+    lock: Lock = field(default_factory=Lock, compare=False)
+
+
+class SwigluKernel:
+    """silu(min(gate, limit)) * clamp(up, -limit, limit), gate columns first, in float32, rounded once."""
+
+    def prepare(self, limit: float) -> SwigluOperand:
+        """The operand."""
+        return SwigluOperand(limit)
+
+    def configs(self, operand: SwigluOperand) -> Sequence[Config]:
+        """Triton compiles at the first call."""
+        return ()
+
+    def variant(self, gate_up: torch.Tensor, operand: SwigluOperand) -> str:
+        """By width alone."""
+        return spelled("swiglu", block=swiglu_block(gate_up.shape[-1] // 2))
+
+    def run(self, gate_up: torch.Tensor, operand: SwigluOperand, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Shapes: gate_up bfloat16 or float32 [..., 2F], contiguous; y [..., F].
+
+        Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
+        """
+        key = gate_up.shape, gate_up.stride(), gate_up.dtype, gate_up.get_device()
+        call = operand.calls.get(key)
+        *lead, width = gate_up.shape
+        if call is None:
+            check_rank("gate_up_TF2", gate_up, max(1, gate_up.ndim), INTERPRETED)
+            if width % 16:
+                raise ValueError(f"gate_up_TF2 must have rows of a multiple of 16 elements, found {width}")
+            check("gate_up_TF2", gate_up, FLOATS, tuple(gate_up.shape), gate_up.device)
+        if gate_up.data_ptr() % VECTOR_BYTES:
+            check_alignment("gate_up_TF2", gate_up)
+        if out is None:
+            out = gate_up.new_empty(*lead, width // 2)
+        else:
+            check("out", out, (gate_up.dtype,), (*lead, width // 2), gate_up.device)
+        if call is not None:
+            with operand.lock:
+                call.start(current_stream(key[3]), gate_up.data_ptr(), out.data_ptr())
+        elif out.numel():
+            first = _first_launch(gate_up, out, operand.limit)
+            if first is not None:
+                operand.calls.keep(key, first)
+        return out
+
+    def __call__(self, gate_up: torch.Tensor, limit: float, out: torch.Tensor | None = None) -> torch.Tensor:
+        """``run`` with the signature of its twin."""
+        return self.run(gate_up, self.prepare(limit), out=out)
+
+
+def _first_launch(gate_up: torch.Tensor, out: torch.Tensor, limit: float) -> TritonCall | None:
+    half = out.shape[-1]
+    pdl, block = not INTERPRETED, swiglu_block(half)
+    grid = (out.numel() // half, triton.cdiv(half, block))
+    options = {"BLOCK": block, "PDL": pdl, "num_warps": max(1, block // 256), "launch_pdl": pdl}
+    return launch(swiglu_kernel, grid, (gate_up, out, half, limit), options)
+
+
+SWIGLU = SwigluKernel()

@@ -11,7 +11,7 @@ SPECS = (
         "SwiGLU",
         "row_major",
         "one launch, float32 inside",
-        "swiglu.launch:swiglu",
+        "swiglu.launch:SWIGLU",
         min_sm=90,
         dim_multiple=8,
         activations=("bfloat16", "float32"),
@@ -27,7 +27,7 @@ SPECS = (
         "SwiGLU",
         "row_major",
         "torch, at least float32 inside",
-        "swiglu.ref:swiglu",
+        "swiglu.ref:SWIGLU",
         is_default=True,
     ),
 )

@@ -207,7 +207,7 @@ def _every_variant(experts: RoutedExperts) -> Iterator[Finding]:
     probe = experts.probe
     kernel = probe.kernels[experts.slot]
     tally = Tally("K04", experts.slot, "each variant that the experts' chooser can pick", REMEDY, ONE_FORM)
-    for variant, num_tokens in variants_of(kernel, probe.slots[experts.slot], experts.unread):
+    for variant, num_tokens in variants_of(probe.part.runners[experts.slot], experts.unread):
         call = routings(experts, num_tokens)["random experts"]
         found = deviation(experts.call(call), experts.exact(call))
         where = f"{experts.slot} at {num_tokens} tokens"

@@ -49,8 +49,8 @@ class Probe:
     def slots(self) -> dict[str, Callable[..., Any]]:
         """Every planned slot's callable, the one that the layer itself calls."""
         found: dict[str, Callable[..., Any]] = dict(self.part.runners)
-        whole = self.part.builder._boundary("hc_head", "norm") if self.layer is None else self.layer.block
-        return found | {call.slot: call.runner for call in watched_in(whole)}
+        wholes = self.part.builder.ends() if self.layer is None else (self.layer.block,)
+        return found | {call.slot: call.runner for whole in wholes for call in watched_in(whole)}
 
     @cached_property
     def ops(self) -> dict[str, tuple[PlannedOp, ...]]:

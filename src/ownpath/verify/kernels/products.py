@@ -141,7 +141,7 @@ def check_products(probe: Probe) -> Iterator[Finding]:
         with each.catching(slot, probe.kernels[slot]):
             for num_rows in dense.row_counts:
                 _add(each, dense, num_rows, probe.kernels[slot])
-            for variant, num_rows in variants_of(probe.kernels[slot], probe.slots[slot], dense.unread):
+            for variant, num_rows in variants_of(probe.part.runners[slot], dense.unread):
                 _add(every, dense, num_rows, f"{probe.kernels[slot]} {variant}")
     yield from each.findings()
     yield from every.findings()

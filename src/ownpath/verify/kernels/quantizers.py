@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ownpath.conformance.bounds import rounding, summing
-from ownpath.conformance.call import runners_behind
 from ownpath.finding import Finding
+from ownpath.kernels.spec import InputRounding
 from ownpath.ops import OpKind
 from ownpath.oracle.formats import (
     E2M1,
@@ -26,8 +26,6 @@ from ownpath.oracle.formats import (
     hadamard_matrix,
     nvfp4_without_global,
 )
-from ownpath.runners import Fp8Linear
-from ownpath.runners.official import QuantizedInput
 from ownpath.verify.kernels.operands import largest_input_scale
 from ownpath.verify.kernels.probe import Probe
 from ownpath.verify.kernels.tally import Tally, error_of
@@ -137,31 +135,33 @@ def _keys(probe: Probe, slot: str) -> Callable[[Tensor], Tensor]:
 
 def _inputs(probe: Probe, slot: str) -> Iterator[Quantiser]:
     """Of a linear: in front of it, or the one that it launches itself for many rows."""
-    runner: Any = probe.slots[slot]
     op = probe.ops[slot][0]
     width = op.spec.shape[1]
-    if isinstance(runner, QuantizedInput) and op.choice.kernel.runner == "QuantizedNvfp4Linear":
-        scale = largest_input_scale(op, [module.name for module in op.spec.modules], probe.stored)
-        yield Quantiser(slot, width, NVFP4_BLOCK, E2M1, runner._quantize, _exactly(nvfp4_without_global, scale))
-    elif isinstance(runner, QuantizedInput):
-        yield Quantiser(slot, width, INPUT_BLOCK, E4M3, runner._quantize, _exactly(fp8, INPUT_BLOCK))
-    for part in runners_behind(runner):
-        if isinstance(part, Fp8Linear) and getattr(part._kernel, "prefill_from", None) is not None:
-            powers = part.operand.power_of_two
-            yield Quantiser(slot, width, INPUT_BLOCK, E4M3, _launched(part), _exactly(fp8, INPUT_BLOCK, powers))
+    leaf: Any
+    for leaf in probe.part.runners[slot].leaves:
+        rounding, in_front = leaf.spec.rounding, bool(leaf.spec.official)
+        if in_front and rounding is InputRounding.NVFP4:
+            scale = largest_input_scale(op, [module.name for module in op.spec.modules], probe.stored)
+            yield Quantiser(slot, width, NVFP4_BLOCK, E2M1, leaf.quantize_input, _exactly(nvfp4_without_global, scale))
+        elif in_front:
+            yield Quantiser(slot, width, INPUT_BLOCK, E4M3, leaf.quantize_input, _exactly(fp8, INPUT_BLOCK))
+        elif rounding is InputRounding.E4M3:
+            powers = leaf.operand.weight.power_of_two
+            run = _launched(leaf.operand.weight)
+            yield Quantiser(slot, width, INPUT_BLOCK, E4M3, run, _exactly(fp8, INPUT_BLOCK, powers))
 
 
-def _launched(linear: Any) -> Callable[[Tensor], Tensor]:
+def _launched(weight: Any) -> Callable[[Tensor], Tensor]:
     """What the Hopper quantiser writes for the product that follows it, read back."""
     from ownpath.kernels.fp8.config import QuantizeConfig
     from ownpath.kernels.fp8.launch import quantize_launch, workspace_bytes
     from ownpath.kernels.fp8.layout import ACT_BLOCK_BYTES, BLOCK_BYTES, unpack_blocks
 
     def run(x: Tensor) -> Tensor:
-        num_blocks = linear.operand.num_k_blocks
+        num_blocks = weight.num_k_blocks
         num_bytes = workspace_bytes(len(x), num_blocks)
         workspace = torch.full((num_bytes,), 255, dtype=torch.uint8, device=x.device)
-        quantize_launch(QuantizeConfig(linear.operand.power_of_two), x, workspace, num_blocks)
+        quantize_launch(QuantizeConfig(weight.power_of_two), x, workspace, num_blocks)
         blocks = workspace.view(-1, num_blocks, ACT_BLOCK_BYTES)
         stored = blocks[..., :BLOCK_BYTES].contiguous()
         codes = unpack_blocks(stored, torch.arange(64), len(x), num_blocks * INPUT_BLOCK).view(torch.uint8)

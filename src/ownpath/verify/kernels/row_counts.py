@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ownpath.kernels.registry import VARIANTS
+from ownpath.runners import Runner
 from ownpath.trace.uses import variant_of
 
 ROW_COUNTS = (1, 2, 3, 8, 31, 32, 33, 64, 127, 128, 129)
@@ -42,14 +42,12 @@ def changes(variant: Callable[[int], str]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(dict.fromkeys(ends)) for name, ends in found.items()}
 
 
-def variants_of(
-    kernel: str, runner: Callable[..., Any], arguments: Callable[[int], tuple[Any, ...]]
-) -> Iterator[tuple[str, int]]:
+def variants_of(runner: Runner, arguments: Callable[[int], tuple[Any, ...]]) -> Iterator[tuple[str, int]]:
     """(variant, rows) at both ends of what each variant of a slot serves; nothing for kernels that have one form.
 
-    kernel: as the plan names it, several joined by "+". arguments: of a call with so many rows; no value is read.
+    arguments: of a call with so many rows; no value is read.
     """
-    if any(name in VARIANTS for name in kernel.split("+")):
+    if any(leaf.variant(*arguments(1)) is not None for leaf in runner.leaves):
         for variant, counts in changes(lambda count: variant_of(runner, arguments(count))).items():
             yield from ((variant, count) for count in counts)
 

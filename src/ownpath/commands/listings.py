@@ -1,0 +1,139 @@
+"""Texts of ``--list``: tables that the code itself goes by, so that no page of the documentation repeats them."""
+
+import json
+import textwrap
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
+
+    from ownpath.checkpoint.schema import Part
+    from ownpath.kernels.spec import KernelSpec
+    from ownpath.server.fields import Neutral
+
+_WIDTH = 120
+_EXAMPLE = (256, 512)
+
+
+def checks_of_verify() -> str:
+    """Every check by id, with what makes it fail; then the combinations that E01 knows."""
+    from ownpath.verify.checks import FAILS_ON, TITLES
+    from ownpath.verify.machine import KNOWN_BAD
+
+    checks = _entries((id_, title, f"fails on: {FAILS_ON[id_]}") for id_, title in TITLES.items())
+    known = _entries((f"{bad.what}", f"remedy: {bad.remedy}", f"source: {bad.source}") for bad in KNOWN_BAD)
+    return f"{checks}\n\nknown to fail (E01):\n{known}"
+
+
+def problems_of_inspect() -> str:
+    """Every kind of problem with its remedy; then every encoding with its tensors."""
+    from ownpath.checkpoint.problems import FOUND_WHEN, REMEDIES
+    from ownpath.checkpoint.schema import ENCODINGS
+
+    problems = _entries((check, f"found when {FOUND_WHEN[check]}", f"remedy: {REMEDIES[check]}") for check in REMEDIES)
+    encodings = _entries((f"{it.name} ({it.format})", *map(_part, it.parts)) for it in ENCODINGS)
+    return f"problems:\n{problems}\n\nencodings, tensors of a weight {list(_EXAMPLE)}:\n{encodings}"
+
+
+def _part(part: "Part") -> str:
+    meaning = f"1 / {part.role}" if part.is_divisor else part.role
+    return f"{part.suffix}: {' or '.join(part.dtypes)} {list(part.shape(*_EXAMPLE))}, {meaning}"
+
+
+def kernels_of_plan() -> str:
+    """Every kernel by operation, best first, with its contract; then the steps of official numerics."""
+    from ownpath.kernels.registry import SPECS
+    from ownpath.official import MEANING
+
+    kernels = _entries((f"{it.kind}: {it.name}", _contract(it), it.why, *_evidence(it)) for it in SPECS)
+    steps = _entries((step.value, meaning) for step, meaning in MEANING.items())
+    return f"kernels, best first:\n{kernels}\n\nsteps of --numerics, where they are official:\n{steps}"
+
+
+def _contract(spec: "KernelSpec") -> str:
+    facts = [f"runner {spec.runner}", f"layout {spec.layout}"]
+    facts += [f"formats {', '.join(map(str, spec.formats))}"] if spec.formats else []
+    facts += [f"sm_{spec.min_sm} or later"] if spec.min_sm is not None else []
+    facts += [f"before sm_{spec.end_sm}"] if spec.end_sm is not None else []
+    facts += [f"dimensions a multiple of {spec.dim_multiple}"] if spec.dim_multiple > 1 else []
+    facts += [f"first dimension {spec.first_dim}"] if spec.first_dim is not None else []
+    facts += ["dimensions powers of two"] if spec.dim_power_of_two else []
+    facts += [f"activations {', '.join(spec.activations)}"] if spec.activations else []
+    facts += ["batch-invariant"] if spec.is_batch_invariant else []
+    facts += [f"inputs rounded to {spec.rounding} from {spec.rounds_from} rows"] if spec.rounding != "exact" else []
+    facts += [f"needs {', '.join(spec.packages)}"] if spec.packages else []
+    facts += [f"official {', '.join(sorted(spec.official))}"] if spec.official else []
+    return "; ".join(facts)
+
+
+def _evidence(spec: "KernelSpec") -> tuple[str, ...]:
+    held = spec.evidence
+    return () if held is None else (f"twin {held.twin}; test {held.test}; bench {held.bench}",)
+
+
+def fields_of_server() -> str:
+    """Every request field of both endpoints, reasons for empty content, and the checks of the self-test."""
+    from ownpath.selftest.checks import all_checks
+    from ownpath.server import fields
+    from ownpath.server.empty import MEANING
+    from ownpath.server.protocol import ChatRequest, CompletionRequest
+
+    parts = []
+    endpoints = (("chat/completions", ChatRequest, fields.CHAT), ("completions", CompletionRequest, fields.COMPLETION))
+    for name, model, neutral in endpoints:
+        parts += [f"/v1/{name}, honoured:", _entries(_honoured(model)), ""]
+        parts += [f"/v1/{name}, refused with 400 unless the value is one of these (null: not sent):"]
+        parts += [_refused(neutral), ""]
+    parts += ["of a message, refused likewise:", _refused(fields.MESSAGE), ""]
+    parts += ["of stream_options, refused likewise:", _refused(fields.STREAM_OPTIONS), ""]
+    parts += ["empty_content:", _entries((reason.value, meaning) for reason, meaning in MEANING.items()), ""]
+    parts += ["self-test:"]
+    parts += [_entries((it.id, f"{it.message}: {it.allowed}", f"remedy: {it.remedy}") for it in all_checks())]
+    return "\n".join(parts)
+
+
+def _honoured(model: type["BaseModel"]) -> Iterator[tuple[str, ...]]:
+    for name, field in model.model_fields.items():
+        yield name, f"{field.description}{_range(field)}"
+
+
+def _range(field: "FieldInfo") -> str:
+    """Bounds and default of a field; bounds of 2**31 - 1 and beyond say nothing."""
+    from annotated_types import Ge, Gt, Le
+
+    facts = []
+    for bound in field.metadata:
+        match bound:
+            case Ge(float() | int() as limit) if limit > -(2**31):
+                facts.append(f">= {limit:g}")
+            case Gt(float() | int() as limit):
+                facts.append(f"> {limit:g}")
+            case Le(float() | int() as limit) if limit < 2**31 - 1:
+                facts.append(f"<= {limit:g}")
+    if isinstance(field.default, bool | float | str):
+        facts.append(f"default {json.dumps(field.default)}")
+    return f" ({', '.join(facts)})" if facts else ""
+
+
+def _refused(neutral: "Neutral") -> str:
+    shown = (f"{name} {' or '.join(map(json.dumps, values)) or 'null'}" for name, values in neutral.items())
+    return textwrap.indent(textwrap.fill(", ".join(shown), _WIDTH - 2), "  ")
+
+
+def signatures_of_diff() -> str:
+    """Every signature of a broken server, causes before what follows from them."""
+    from ownpath.diff.signatures import SIGNATURES
+
+    return _entries((it.__name__.replace("_", "-"), (it.__doc__ or "").strip()) for it in SIGNATURES)
+
+
+def _entries(entries: Iterable[tuple[str, ...]]) -> str:
+    """A name on a line of its own, what is said of it indented below."""
+    lines = []
+    for name, *said in entries:
+        lines.append(name)
+        for text in said:
+            lines += textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="    ")
+    return "\n".join(lines)

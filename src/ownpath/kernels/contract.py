@@ -1,0 +1,239 @@
+"""What a kernel takes and how it is called: one protocol for each kind of operation.
+
+A kernel is four steps. ``prepare`` turns weights as they are stored into an operand, the form that the kernel reads;
+everything that does not change from call to call is resolved there. ``restore`` reads an operand back. ``workspace``
+allocates scratch for calls up to a size. ``run`` computes. Given ``out`` and ``workspace``, ``run`` allocates nothing.
+
+An operand belongs to one device; calls on it may come from any stream, one thread at a time.
+
+Legend: M rows, K in, N out; T tokens, D hidden, F expert width, E experts; G head groups, I in and R out per group.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from ownpath.qtensor import QuantTensor
+
+
+class Config(Hashable, Protocol):
+    """A compile-time configuration of a kernel that is compiled to disk."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def sources(self) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """A dense matrix as it is stored: fused shards, whose rows follow each other in y.
+
+    input_scale: float32 [], the calibrated global scale of the input (a multiplier), where activations are quantised.
+    """
+
+    shards: tuple[QuantTensor, ...]
+    input_scale: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[N, K] of all shards."""
+        return sum(shard.shape[0] for shard in self.shards), self.shards[0].shape[1]
+
+
+@dataclass(frozen=True)
+class StoredExperts:
+    """Routed SwiGLU experts as they are stored: gate above up, and down.
+
+    Shapes: gate_up [E, 2F, D], its global scale [E, 2], its FP8 grids [E, 2, R, C]; down [E, D, F], global scale [E].
+        gate_up_input_scale, down_input_scale: float32 [E], where activations are quantised.
+    """
+
+    gate_up: QuantTensor
+    down: QuantTensor
+    swiglu_limit: float
+    gate_up_input_scale: Tensor | None = None
+    down_input_scale: Tensor | None = None
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.gate_up.qdata)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.down.shape[1]
+
+
+Expert = tuple[QuantTensor, QuantTensor]
+"""Gate above up [2F, D], and down [D, F], of one expert as it is stored."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where each token of a call goes.
+
+    Shapes: ids int32 or int64 [T, K]; weights float32 [T, K]; expert_map int32 [global experts], the expert here or -1.
+    num_shared: how many experts at the end of the stacks are shared: every token goes to them with weight 1.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    num_shared: int = 0
+    expert_map: Tensor | None = None
+
+
+Operand = TypeVar("Operand")
+Operand_contra = TypeVar("Operand_contra", contravariant=True)
+
+
+class Kernel(Protocol[Operand_contra]):
+    """The steps around ``run`` that all kernels have."""
+
+    def configs(self, operand: Operand_contra) -> Sequence[Config]:
+        """Everything compiled to disk that a call may launch."""
+
+
+class MatrixKernel(Kernel[Operand], Protocol[Operand]):
+    """The steps of kernels that hold a dense matrix."""
+
+    def prepare(self, stored: StoredLinear) -> Operand:
+        """The operand. The stored tensors are taken over: a kernel may repack them in place.
+
+        Errors: ValueError naming what the kernel does not take; nothing is changed then.
+        """
+
+    def restore(self, operand: Operand) -> tuple[QuantTensor, ...]:
+        """The shards, read back out of the operand; a kernel that fuses shards gives one."""
+
+    def padding(self, operand: Operand) -> Tensor | None:
+        """Bytes that the kernel may read beyond the matrix; ``None``: its layout has none."""
+
+    def planned_configs(self, stored: StoredLinear) -> Sequence[Config]:
+        """As ``configs``, from shapes and dtypes alone: the tensors may lie on ``meta``."""
+
+
+class LinearKernel(MatrixKernel[Operand], Protocol[Operand]):
+    """y = x Wᵀ."""
+
+    def variant(self, x: Tensor, operand: Operand) -> str | None:
+        """Names of the configurations that a call launches; ``None``: there is one form."""
+
+    def workspace(self, operand: Operand, num_tokens: int) -> Tensor | None:
+        """uint8 scratch for calls of up to ``num_tokens`` rows; ``None``: the kernel needs none."""
+
+    def run(self, x: Tensor, operand: Operand, *, out: Tensor | None = None, workspace: Tensor | None = None) -> Tensor:
+        """y [..., N] for x [..., K]. Errors: ValueError naming what is wrong with x, out or workspace."""
+
+    def run_wide(self, x: Tensor, operand: Operand) -> Tensor:
+        """y in at least float32, sums as they are. Errors: ValueError where the kernel has no such output."""
+
+
+class GroupedKernel(MatrixKernel[Operand], Protocol[Operand]):
+    """y[t, g] = W[g] u[t, g], where u is attention's output with its rotation undone."""
+
+    def variant(self, o_TNH: Tensor, operand: Operand) -> str | None:
+        """As ``LinearKernel``."""
+
+    def run(
+        self, o_TNH: Tensor, cos_TA: Tensor, sin_TA: Tensor, operand: Operand, *, out: Tensor | None = None
+    ) -> Tensor:
+        """y [T, G, R] for o [T, N, H] and float32 angles. Errors: ValueError naming the operand."""
+
+
+class ExpertsKernel(Kernel[Operand], Protocol[Operand]):
+    """y[t] = sum over slots k of weights[t, k] * expert ids[t, k] of x[t]."""
+
+    def prepare(self, stored: StoredExperts) -> Operand:
+        """As ``LinearKernel``."""
+
+    def restore(self, operand: Operand, expert: int) -> Expert:
+        """One expert, read back out of the operand; a global scale may be there twice."""
+
+    def planned_configs(self, stored: StoredExperts) -> Sequence[Config]:
+        """As ``LinearKernel``."""
+
+    def variant(self, x: Tensor, routing: Routing, operand: Operand) -> str | None:
+        """As ``LinearKernel``."""
+
+    def workspace(self, operand: Operand, num_tokens: int, num_slots: int) -> Tensor | None:
+        """uint8 scratch for calls of up to ``num_tokens`` tokens with as many slots, shared experts included."""
+
+    def run(
+        self,
+        x: Tensor,
+        routing: Routing,
+        operand: Operand,
+        *,
+        out: Tensor | None = None,
+        workspace: Tensor | None = None,
+    ) -> Tensor:
+        """y [T, D] for x [T, D]. Ids outside the experts contribute nothing.
+
+        Errors: ValueError naming what is wrong with x, the routing, out or workspace.
+        """
+
+
+@dataclass(frozen=True)
+class NormWeights:
+    """weight float32 or bfloat16 [D], ``None`` for ones; eps: added to the mean square."""
+
+    weight_D: Tensor | None
+    eps: float
+
+
+@dataclass(frozen=True)
+class RouterWeights:
+    """How experts are chosen: by score with a selection bias, or by token id. Exactly one of the two tensors is given.
+
+    bias float32 [E] shifts the scores for the selection only, never the weights. tid2eid int64 or int32 [vocab, K]
+    names the experts of each token id (hash-routed layers).
+    """
+
+    num_experts_per_tok: int
+    routed_scaling_factor: float
+    bias_E: Tensor | None
+    tid2eid_VK: Tensor | None
+
+
+class NormKernel(Kernel[Operand], Protocol[Operand]):
+    """y = weight * x / sqrt(mean(x²) + eps) over the last dimension, rounded once."""
+
+    def prepare(self, weights: NormWeights) -> Operand:
+        """The operand."""
+
+    def variant(self, x: Tensor, operand: Operand) -> str | None:
+        """As ``LinearKernel``."""
+
+    def run(self, x: Tensor, operand: Operand, *, out: Tensor | None = None) -> Tensor:
+        """y, of the shape and dtype of x. Errors: ValueError naming the operand."""
+
+
+class RouterKernel(Kernel[Operand], Protocol[Operand]):
+    """Expert ids and weights from the gate's logits."""
+
+    def prepare(self, weights: RouterWeights) -> Operand:
+        """The operand."""
+
+    def variant(self, logits_TE: Tensor, operand: Operand) -> str | None:
+        """As ``LinearKernel``."""
+
+    def run(
+        self, logits_TE: Tensor, token_ids_T: Tensor, operand: Operand, *, out: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Ids int64 [T, K] and weights, at least float32 [T, K]. Errors: ValueError naming the operand."""
+
+
+class SwigluKernel(Kernel[Operand], Protocol[Operand]):
+    """The clamped activation of [..., gate | up]."""
+
+    def prepare(self, limit: float) -> Operand:
+        """The operand."""
+
+    def variant(self, gate_up: Tensor, operand: Operand) -> str | None:
+        """As ``LinearKernel``."""
+
+    def run(self, gate_up: Tensor, operand: Operand, *, out: Tensor | None = None) -> Tensor:
+        """y [..., F] for gate_up [..., 2F]. Errors: ValueError naming the operand."""

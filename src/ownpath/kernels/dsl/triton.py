@@ -1,0 +1,80 @@
+"""Launches of Triton functions without Triton's launcher: compiled and launched by it once, by the driver ever after.
+
+Triton's own launch binds and specialises every argument again: 20 us and more of the host's time. A ``TritonCall`` is
+what one specialisation needs: it may be started again for tensors of the same shapes, dtypes and alignment.
+"""
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ownpath.kernels.dsl.driver import Argument, Boxes, Function, Launch, Pointers
+
+SCALARS: Mapping[str, Callable[[Any], Any]] = {"i32": ctypes.c_int, "i64": ctypes.c_longlong, "fp32": ctypes.c_float}
+Given: TypeAlias = Any
+"""A tensor, a descriptor, an integer or a float."""
+
+
+class TritonCall:
+    """One launch of a compiled Triton function. Its tensors may move from call to call; everything else is fixed."""
+
+    def __init__(self, launch: Launch, pointers: Pointers, boxes: Sequence[Boxes]) -> None:
+        self._launch, self._pointers, self._boxes = launch, pointers, tuple(boxes)
+
+    def start(self, stream: int, *addresses: int, described: Sequence[int] = ()) -> None:
+        """addresses: of the tensors among the arguments, in their order. described: of the descriptors' tensors."""
+        for boxes, address in zip(self._boxes, described, strict=True):
+            boxes.point_at(address)
+        self._pointers.set(*addresses)
+        self._launch.start(stream)
+
+
+def launch(
+    function: "JITFunction[Any]", grid: tuple[int, ...], args: Sequence[Given], options: Mapping[str, Any]
+) -> TritonCall | None:
+    """Launches through Triton, and returns what launches the same again; ``None`` where Triton interprets.
+
+    args: all that are not constants, in the function's order. options: constants and launch options.
+    """
+    compiled = function[grid](*args, **options)
+    if compiled is None:
+        return None
+    metadata = compiled.metadata
+    assert not metadata.global_scratch_size, f"{metadata.name} needs scratch of Triton's"
+    assert metadata.num_ctas == 1, f"{metadata.name} needs a cluster"
+    pointers = Pointers(sum(isinstance(value, Tensor) for value in args))
+    slots, described = iter(pointers.slots), list[Boxes]()
+    passed: list[Argument] = []
+    descriptions = iter(metadata.tensordesc_meta or ())
+    for kind, value in zip(compiled.src.signature.values(), args, strict=False):
+        if isinstance(value, TensorDescriptor):
+            boxes = _boxes(value, next(descriptions))
+            described.append(boxes)
+            passed += [boxes.argument, *map(ctypes.c_int, value.shape), *map(ctypes.c_longlong, value.strides)]
+        elif kind == "constexpr":
+            if isinstance(value, Tensor):
+                raise AssertionError(f"{metadata.name} takes a tensor as a constant")
+        elif isinstance(value, Tensor):
+            passed.append(next(slots))
+        else:
+            scalar: Argument = SCALARS[kind](value)
+            passed.append(scalar)
+    scratch = (ctypes.c_void_p(), ctypes.c_void_p())
+    threads = 32 * metadata.num_warps
+    function_on_device = Function(compiled.function, threads, metadata.shared, 1, bool(metadata.launch_pdl))
+    sizes = (*grid, 1, 1)[:3]
+    return TritonCall(
+        Launch(function_on_device, (sizes[0], sizes[1], sizes[2]), (*passed, *scratch)), pointers, described
+    )
+
+
+def _boxes(descriptor: TensorDescriptor, description: Mapping[str, Any]) -> Boxes:
+    """The tensor map that Triton makes of a two-dimensional BF16 descriptor."""
+    rows, cols = descriptor.shape
+    block = description["block_size"]
+    swizzle = {0: 0, 1: 32, 2: 64, 3: 128}[description["swizzle"]]
+    return Boxes(descriptor.base.data_ptr(), (rows, cols), descriptor.strides[0], (block[0], block[1]), swizzle)

@@ -1,0 +1,37 @@
+"""Where the FP8 products' rows and tokens go: the table of a packed weight's row blocks, and the output.
+
+Packing cuts a weight into blocks of 64 rows; the table says of each where its rows begin among the output features,
+and how many of them exist. Roofline: the bytes of the output. Limits: as the products.
+"""
+
+from dataclasses import dataclass
+
+from cutlass import Int32, cute
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """The first output feature of a row block, and how many of its rows exist (none beyond the matrix)."""
+
+    first: Int32
+    num_valid: Int32
+
+
+@dataclass(frozen=True)
+class Output:
+    """The output of one call, BF16 [num_tokens, ld_out]. row_table: int32 [num_row_blocks, 2]."""
+
+    out: cute.Pointer
+    row_table: cute.Pointer
+    num_tokens: Int32
+    ld_out: Int32
+    num_row_blocks: Int32
+
+    @cute.jit
+    def rows(self, row_block: Int32) -> RowBlock:
+        """The table's entry of a row block."""
+        first, num_valid = Int32(0), Int32(0)
+        if row_block < self.num_row_blocks:
+            table = cute.make_tensor(self.row_table + 2 * row_block, cute.make_layout(2))
+            first, num_valid = table[0], table[1]
+        return RowBlock(first, num_valid)

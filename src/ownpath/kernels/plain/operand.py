@@ -1,0 +1,74 @@
+"""The operand of products with unquantised weights, and the kernel around any function that computes them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ownpath.formats import BF16, FP32
+from ownpath.kernels.checks import require_input
+from ownpath.kernels.contract import Config, StoredLinear
+from ownpath.kernels.shards import fuse
+from ownpath.qtensor import QuantTensor
+
+Product = Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
+"""(x [..., K], weight [N, K], dtype of y) -> y [..., N]."""
+
+
+@dataclass(frozen=True)
+class PlainOperand:
+    """weight bfloat16 or float32 [N, K]."""
+
+    weight_NK: torch.Tensor
+
+
+class PlainKernel:
+    """y = x Wᵀ in the dtype of x, or unrounded in a wider dtype."""
+
+    def __init__(self, product: Product) -> None:
+        self._product = product
+
+    def prepare(self, stored: StoredLinear) -> PlainOperand:
+        """All shards' rows as one matrix; a single shard is used as it is, without a copy."""
+        return PlainOperand(fuse([shard.qdata for shard in stored.shards]))
+
+    def restore(self, operand: PlainOperand) -> tuple[QuantTensor, ...]:
+        """All shards' rows."""
+        weight = operand.weight_NK
+        return (QuantTensor(weight, None, None, BF16 if weight.dtype == torch.bfloat16 else FP32),)
+
+    def padding(self, operand: PlainOperand) -> None:
+        """The layout has none."""
+
+    def configs(self, operand: PlainOperand) -> Sequence[Config]:
+        """Nothing is compiled to disk."""
+        return ()
+
+    def planned_configs(self, stored: StoredLinear) -> Sequence[Config]:
+        """Nothing is compiled to disk."""
+        return ()
+
+    def variant(self, x: torch.Tensor, operand: PlainOperand) -> str | None:
+        """There is one form."""
+        return None
+
+    def workspace(self, operand: PlainOperand, num_tokens: int) -> None:
+        """No call needs any."""
+
+    def run(
+        self,
+        x: torch.Tensor,
+        operand: PlainOperand,
+        *,
+        out: torch.Tensor | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """y [..., N] in the dtype of x, or in that of ``out``. Errors: ValueError naming what is wrong with x."""
+        require_input(x, operand.weight_NK.shape[1], operand.weight_NK)
+        y = self._product(x, operand.weight_NK, x.dtype if out is None else out.dtype)
+        return y if out is None else out.copy_(y)
+
+    def run_wide(self, x: torch.Tensor, operand: PlainOperand) -> torch.Tensor:
+        """y in at least float32: sums are kept as they are."""
+        require_input(x, operand.weight_NK.shape[1], operand.weight_NK)
+        return self._product(x, operand.weight_NK, torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,90 @@
+"""What a plan's filled buffers hold, as kernels take it: shards of a matrix, or stacks of experts."""
+
+from dataclasses import replace
+
+import torch
+
+from ownpath.checkpoint.errors import CheckpointError
+from ownpath.formats import FP8_BLOCK, MXFP4, NVFP4
+from ownpath.kernels.contract import StoredExperts, StoredLinear
+from ownpath.numerics import dequantize, mxfp4_scale_as_nvfp4
+from ownpath.plan.plan import PlannedOp
+from ownpath.qtensor import QuantTensor
+from ownpath.weights.operands import Operand
+
+
+def stored_linear(op: PlannedOp, operand: Operand) -> StoredLinear:
+    """A dense op's shards. Those of one slot share an input, quantised once with the largest of their scales."""
+    buffers, fmt = operand.buffers, op.encoding.format
+    weights = buffers["weight"]
+    if fmt is FP8_BLOCK:
+        shards = zip(weights, buffers["scale"], strict=True)
+        return StoredLinear(tuple(QuantTensor(weight, scale, None, fmt) for weight, scale in shards))
+    if fmt is not NVFP4:
+        return StoredLinear(tuple(QuantTensor(weight, None, None, fmt) for weight in weights))
+    parts = zip(weights, buffers["weight_scale"], buffers["weight_scale_2"], strict=True)
+    shards_NVFP4 = tuple(QuantTensor(weight, scale, scale_2, fmt) for weight, scale, scale_2 in parts)
+    input_scales = buffers.get("input_scale")
+    if input_scales is None:
+        return StoredLinear(shards_NVFP4)
+    return StoredLinear(shards_NVFP4, torch.stack([scale.max() for scale in input_scales]).max())
+
+
+def stored_experts(op: PlannedOp, operand: Operand, swiglu_limit: float) -> StoredExperts:
+    """The routed experts. A kernel of NVFP4 on MXFP4 experts gets block scales converted to E4M3.
+
+    Errors: CheckpointError naming slot and expert for MXFP4 that NVFP4 cannot say.
+    """
+    stored = unconverted_experts(op, operand, swiglu_limit)
+    if op.encoding.format is not MXFP4 or op.choice.kernel.layout == "row_major":
+        return stored
+    gate_up, down = (_mxfp4_as_nvfp4(op, operand, name) for name in ("w13", "w2"))
+    return replace(stored, gate_up=gate_up, down=down)
+
+
+def unconverted_experts(op: PlannedOp, operand: Operand, swiglu_limit: float) -> StoredExperts:
+    """The routed experts in the format of the file; the buffers may lie on ``meta``."""
+    gate_up, down = (_side(op, operand, name) for name in ("w13", "w2"))
+    gate_up_input, down_input = (_input_scale(operand, name) for name in ("w13", "w2"))
+    return StoredExperts(gate_up, down, swiglu_limit, gate_up_input, down_input)
+
+
+def _side(op: PlannedOp, operand: Operand, name: str) -> QuantTensor:
+    parts = [operand.buffers.get(f"{name}{part}") for part in ("", "_scale", "_scale_2")]
+    qdata, scale, global_scale = (None if part is None else part[0] for part in parts)
+    assert qdata is not None
+    return QuantTensor(qdata, scale, global_scale, op.encoding.format)
+
+
+def _input_scale(operand: Operand, name: str) -> torch.Tensor | None:
+    """Gate and up share an input, so they share the larger input scale: float32 [E]."""
+    found = operand.buffers.get(f"{name}_input_scale")
+    if found is None:
+        return None
+    return found[0].amax(dim=1) if found[0].ndim == 2 else found[0]
+
+
+def _mxfp4_as_nvfp4(op: PlannedOp, operand: Operand, name: str) -> QuantTensor:
+    """Exact: each E8M0 scale becomes two E4M3 ones, in the memory kept for them, and a power of two per expert."""
+    codes, scale = operand.buffers[name][0], operand.buffers[f"{name}_scale"][0]
+    try:
+        converted, global_scale = mxfp4_scale_as_nvfp4(f"{name}_scale", codes, scale, operand.rooms[f"{name}_scale"])
+    except ValueError as error:
+        raise CheckpointError(f"{op.spec.slot}: {error}") from None
+    if name == "w13":
+        global_scale = global_scale[:, None].expand(-1, 2) if global_scale.ndim == 1 else global_scale
+    return QuantTensor(codes, converted, global_scale, NVFP4)
+
+
+def stored_groups(op: PlannedOp, operand: Operand) -> torch.Tensor:
+    """``wo_a`` as plain floating point; from FP8, BF16 where that is exact (power-of-two scales), else float32.
+
+    A kernel that takes BF16 alone gets BF16: the activations' dtype, to which any other kernel would round too.
+    """
+    (weight,) = operand.buffers["weight"]
+    if op.choice.kernel.layout != "dequantized":
+        return weight
+    (scale,) = operand.buffers["scale"]
+    is_narrow = scale.dtype == torch.float8_e8m0fnu or op.choice.kernel.activations == ("bfloat16",)
+    dtype = torch.bfloat16 if is_narrow else torch.float32
+    return dequantize(QuantTensor(weight, scale, None, FP8_BLOCK), dtype)
