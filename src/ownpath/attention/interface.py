@@ -35,7 +35,7 @@ class Projected:
     index_weights_TI: torch.Tensor | None = None
 
 
-def _untapped(mask_tC: torch.Tensor) -> torch.Tensor:
+def _identity(mask_tC: torch.Tensor) -> torch.Tensor:
     return mask_tC
 
 
@@ -49,7 +49,7 @@ class AttentionLayer:
     compressor: Compressor | None = None
     index_compressor: Compressor | None = None
     selector: EntrySelector | None = None
-    tap_mask: Callable[[torch.Tensor], torch.Tensor] = _untapped
+    tap_mask: Callable[[torch.Tensor], torch.Tensor] = _identity
 
 
 class AttentionStep(Protocol):

@@ -129,11 +129,11 @@ class ReferenceAttention:
         age_tK = positions_t[:, None] - torch.arange(oldest, end, device=positions_t.device)
         visible_tK = (age_tK >= 0) & (age_tK < self.sliding_window)
         ratios = tables.pool.layout.ratios
-        entries = {ratio: _request_entries(tables, number, ratio, range(start, end)) for ratio in ratios}
+        entries = {ratio: _read_entries(tables, number, ratio, range(start, end)) for ratio in ratios}
         return RequestRows(rows, slot * num_rows + older % num_rows, visible_tK, entries)
 
 
-def _request_entries(tables: StepTables, number: int, ratio: int, positions: range) -> RequestEntries:
+def _read_entries(tables: StepTables, number: int, ratio: int, positions: range) -> RequestEntries:
     positions_t = tables.positions_T[tables.rows[number]]
     windows = range(positions.start // ratio, positions.stop // ratio)
     older = torch.arange(first_row(windows.start, ratio), positions.start, device=positions_t.device)

@@ -98,17 +98,17 @@ class AnswerParser:
         """Leaves the block when it has ended or broken."""
         assert self._calls is not None
         if self._calls.broken is not None:
-            return parts + self._give_up(self._calls.broken, self._calls.unread)
+            return parts + self._end_malformed(self._calls.broken, self._calls.unread)
         if self._calls.rest is not None:
-            self._state = self._behind_calls
-            return parts + self._behind_calls(self._calls.rest)
+            self._state = self._after_calls
+            return parts + self._after_calls(self._calls.rest)
         return parts
 
-    def _behind_calls(self, text: str) -> list[AnswerPart]:
+    def _after_calls(self, text: str) -> list[AnswerPart]:
         text = text.lstrip(_SPACE)
-        return self._give_up("there is text behind the tool calls", text) if text else []
+        return self._end_malformed("there is text behind the tool calls", text) if text else []
 
-    def _give_up(self, reason: str, text: str) -> list[AnswerPart]:
+    def _end_malformed(self, reason: str, text: str) -> list[AnswerPart]:
         self._state = _content
         return [MalformedMarkup(reason), *_content(text)]
 

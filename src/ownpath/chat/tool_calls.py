@@ -56,7 +56,7 @@ class CallsReader:
     def feed(self, text: str) -> list[AnswerPart]:
         """Takes a piece of text and returns the parts that it adds."""
         self._raw.append(text)
-        return self._run(lambda: self._go_on(text))
+        return self._run(lambda: self._feed_state(text))
 
     def feed_marker(self) -> list[AnswerPart]:
         """Takes a ``｜DSML｜`` token and returns the parts that it adds."""
@@ -77,7 +77,7 @@ class CallsReader:
         parts, self._parts = self._parts, []
         return parts
 
-    def _go_on(self, text: str) -> None:
+    def _feed_state(self, text: str) -> None:
         if text:
             self._state(text)
 
@@ -114,7 +114,7 @@ class CallsReader:
 
     def _open_block(self, tag: str) -> None:
         _expect(tag == "tool_calls>", "the block of tool calls is not opened as it should be")
-        self._turn_to(self._between_calls)
+        self._enter(self._between_calls)
 
     def _start_call(self, tag: str) -> None:
         match = _INVOKE.fullmatch(tag)
@@ -123,7 +123,7 @@ class CallsReader:
         self._names = set()
         self._parts.append(ToolCallStart(self.num_started, match[1]))
         self.num_started += 1
-        self._turn_to(self._between_parameters)
+        self._enter(self._between_parameters)
 
     def _start_value(self, tag: str) -> None:
         match = _PARAMETER.fullmatch(tag)
@@ -133,25 +133,25 @@ class CallsReader:
         _expect(name not in self._names, "a parameter is given twice")
         lead = ", " if self._names else "{"
         self._names.add(name)
-        self._tell(f"{lead}{write_json(name)}: " + ('"' if self._is_text else ""))
-        self._turn_to(self._value)
+        self._emit(f"{lead}{write_json(name)}: " + ('"' if self._is_text else ""))
+        self._enter(self._value)
 
     def _end_call(self, tag: str) -> None:
         _expect(tag == "invoke>", "a call is not closed as it should be")
-        self._tell("}" if self._names else "{}")
+        self._emit("}" if self._names else "{}")
         self.num_ended += 1
         self._raw = [self._rest_of_piece]
-        self._turn_to(self._between_calls)
+        self._enter(self._between_calls)
 
     def _end_block(self, tag: str) -> None:
         _expect(tag == "tool_calls>", "the block of tool calls is not closed as it should be")
         _expect(self.num_ended > 0, "the block of tool calls has no call")
         self.rest = self._rest_of_piece
 
-    def _turn_to(self, state: Callable[[str], None]) -> None:
+    def _enter(self, state: Callable[[str], None]) -> None:
         """Changes the state and feeds it the rest of the piece, which holds no further tag: a token opens each."""
         self._state = state
-        self._go_on(self._rest_of_piece)
+        self._feed_state(self._rest_of_piece)
 
     # Between tags: white space, then the start of the next tag.
 
@@ -188,20 +188,20 @@ class CallsReader:
         if not text:
             return
         if self._is_text:
-            self._tell(write_json(text)[1:-1])
+            self._emit(write_json(text)[1:-1])
         else:
             self._value_pieces.append(text)
 
     def _end_value(self) -> None:
         if self._is_text:
-            self._tell('"')
+            self._emit('"')
         else:
             value, self._value_pieces = "".join(self._value_pieces), []
             _expect(_is_json(value), "a parameter's value is not JSON")
-            self._tell(value)
-        self._turn_to(self._between_parameters)
+            self._emit(value)
+        self._enter(self._between_parameters)
 
-    def _tell(self, text: str) -> None:
+    def _emit(self, text: str) -> None:
         self._parts.append(ToolCallArguments(self.num_started - 1, text))
 
 

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(difference_dict(difference, server, name, seed), indent=1))
     else:
         print(difference_text(difference, server, loaded.tokenizer, name))
-    if not server.way.sends_ids:
+    if not server.request_form.sends_ids:
         print("warning: the server takes no token ids; text was sent", file=sys.stderr)
     return 0 if difference.agrees else 1
 

@@ -17,9 +17,9 @@ most; elements read from the wrong place are off by their own size."""
 
 def contract_problems(call: KernelCall) -> Iterator[str]:
     """Yields one string per possible violation: a description, or empty where there is none."""
-    for wrong, args in wrong_calls(call):
+    for wrong, args in invalid_calls(call):
         yield "" if _is_refused(call.with_args(*args)) else f"{wrong}: not refused"
-    for strange, args in strange_calls(call):
+    for strange, args in strided_calls(call):
         is_fine = _is_same_or_refused(call, call.with_args(*args))
         yield "" if is_fine else f"{strange}: neither refused nor computed as it is"
     yield from (f"a result in {dtype}, of activations in {call.args[0].dtype}" for dtype in _narrow_results(call))
@@ -61,7 +61,7 @@ def _same(found: torch.Tensor, usual: torch.Tensor) -> bool:
     return bool((found.double() - usual.double()).norm() <= NEAR * usual.double().norm())
 
 
-def wrong_calls(call: KernelCall) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def invalid_calls(call: KernelCall) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Yields (fault, arguments) of calls without a meaning."""
     x, *rest = call.args
     if call.is_product:
@@ -71,7 +71,7 @@ def wrong_calls(call: KernelCall) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield from _MORE.get(call.kind, _nothing)(call)
 
 
-def strange_calls(call: KernelCall) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def strided_calls(call: KernelCall) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Yields activations whose rows, or whose features, are not contiguous."""
     x, *rest = call.args
     apart = x.new_zeros(len(x), 2, *x.shape[1:])

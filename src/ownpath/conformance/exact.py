@@ -21,7 +21,7 @@ STEPWISE_ROUNDINGS = 3
 mean's and the sum's move the root by half a unit each, the root is rounded itself, and half a unit is to spare."""
 
 
-def as_it_is(x: Tensor) -> Tensor:
+def unrounded(x: Tensor) -> Tensor:
     """Returns x in float64: W4A16 and W8A16 multiply their inputs unrounded."""
     return x.double()
 
@@ -33,7 +33,7 @@ def product(x_MK: Tensor, weight_NK: Tensor, slack: float = 0.0) -> Exact:
     return Exact(x_MK @ weight_NK.T, magnitude * (summing(x_MK.shape[-1]) + slack))
 
 
-def independent(errors_MK: Tensor, weight_NK: Tensor) -> Tensor:
+def independent_error(errors_MK: Tensor, weight_NK: Tensor) -> Tensor:
     """Bounds the error of a product whose inputs have independent errors: [M, N]."""
     return SPREAD * (errors_MK.square() @ weight_NK.square().T).sqrt()
 
@@ -49,9 +49,9 @@ def grouped(
     lost = (None,) * num_groups if lost_NK is None else lost_NK.chunk(num_groups)
     found = []
     for group, (weight_RK, lost_RK) in enumerate(zip(weight_NK.chunk(num_groups), lost, strict=True)):
-        exact = product(u_TGK[:, group], weight_RK).plus(independent(error_TGK[:, group], weight_RK))
-        found.append(exact if lost_RK is None else exact.plus(independent(u_TGK[:, group], lost_RK)))
-    return beside(found)
+        exact = product(u_TGK[:, group], weight_RK).plus(independent_error(error_TGK[:, group], weight_RK))
+        found.append(exact if lost_RK is None else exact.plus(independent_error(u_TGK[:, group], lost_RK)))
+    return join_columns(found)
 
 
 def rotate_back(o_TNH: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,7 @@ def rotate_back(o_TNH: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, T
     return u_TNH, u_TNH.abs() * rounding(o_TNH.dtype)
 
 
-def beside(parts: list[Exact]) -> Exact:
+def join_columns(parts: list[Exact]) -> Exact:
     """Joins the columns of several results side by side."""
     return Exact(torch.cat([part.value for part in parts], 1), torch.cat([part.bound for part in parts], 1))
 
@@ -111,8 +111,8 @@ class ExpertSteps:
 
     limit: float
     dtype: torch.dtype
-    inputs: Callable[[Tensor], Tensor] = as_it_is
-    hidden: Callable[[Tensor], Tensor] = as_it_is
+    inputs: Callable[[Tensor], Tensor] = unrounded
+    hidden: Callable[[Tensor], Tensor] = unrounded
     rounds_products: bool = False
 
 
@@ -121,13 +121,13 @@ def expert(x_MD: Tensor, matrices: ExpertMatrices, steps: ExpertSteps) -> Exact:
     rows = steps.inputs(x_MD)
     gate, up = product(rows, matrices.w1), product(rows, matrices.w3)
     if steps.rounds_products:
-        gate, up = _rounded(gate, steps.dtype), _rounded(up, steps.dtype)
-    middle, error = _quantized(_activated(gate, up, steps.limit), steps)
+        gate, up = _round(gate, steps.dtype), _round(up, steps.dtype)
+    middle, error = _quantize_hidden(_activate(gate, up, steps.limit), steps)
     down = product(middle, matrices.w2)
-    return down.plus(independent(error, matrices.w2))
+    return down.plus(independent_error(error, matrices.w2))
 
 
-def _rounded(exact: Exact, dtype: torch.dtype) -> Exact:
+def _round(exact: Exact, dtype: torch.dtype) -> Exact:
     """Rounds to ``dtype``, and adds what an earlier error may change about it."""
     value = exact.value.to(dtype).double()
     ends = ((exact.value + sign * exact.bound).to(dtype).double() for sign in (1, -1))
@@ -135,7 +135,7 @@ def _rounded(exact: Exact, dtype: torch.dtype) -> Exact:
     return Exact(value, torch.maximum(low, high))
 
 
-def _activated(gate: Exact, up: Exact, limit: float) -> Exact:
+def _activate(gate: Exact, up: Exact, limit: float) -> Exact:
     """Applies the activation; errors vanish where a clamp cuts them off."""
     value = formulas.swiglu(gate.value, up.value, limit)
     gate_error = torch.where(gate.value - gate.bound > limit, 0.0, gate.bound)
@@ -145,7 +145,7 @@ def _activated(gate: Exact, up: Exact, limit: float) -> Exact:
     return Exact(value, spread + EXP_STEPS * FLOAT32_ROUND * value.abs())
 
 
-def _quantized(hidden: Exact, steps: ExpertSteps) -> tuple[Tensor, Tensor]:
+def _quantize_hidden(hidden: Exact, steps: ExpertSteps) -> tuple[Tensor, Tensor]:
     """Quantises hidden values for the second product, and bounds how far a right kernel's may be from those."""
     sign, size = hidden.value.sign(), hidden.value.abs()
 

@@ -74,13 +74,13 @@ def _bits(tensor: Tensor) -> Tensor:
 def _run(call: KernelCall, byte: int) -> list[Tensor]:
     """Runs the call and copies its results."""
     first, *rest = call.args
-    args = (_guarded(first, byte), *rest)
+    args = (_with_guard_rows(first, byte), *rest)
     with FilledMemory(byte):
         result = call.run(*args)
     return [tensor.clone() for tensor in tensors_of(result)]
 
 
-def _guarded(x: Tensor, byte: int) -> Tensor:
+def _with_guard_rows(x: Tensor, byte: int) -> Tensor:
     """Returns x as the front of a larger buffer whose further rows are filled."""
     whole = x.new_empty(len(x) + GUARD_ROWS, *x.shape[1:])
     fill(whole, byte)

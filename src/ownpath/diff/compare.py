@@ -97,7 +97,7 @@ class AnswerDivergence:
     far: float
 
 
-def part(first: SequenceReading, second: SequenceReading) -> AnswerDivergence | None:
+def answer_divergence(first: SequenceReading, second: SequenceReading) -> AnswerDivergence | None:
     """Returns the largest difference between two answers, up to the token in which they differ; None for no common
     token.
 
@@ -107,7 +107,7 @@ def part(first: SequenceReading, second: SequenceReading) -> AnswerDivergence | 
     worst: AnswerDivergence | None = None
     for n, (a, b) in enumerate(zip(first.all_rows, second.all_rows, strict=False)):
         is_same = a.token_id == b.token_id
-        far = _apart(a, b) if is_same else _preference(a, b)
+        far = _logprob_gap(a, b) if is_same else _preference(a, b)
         if worst is None or far > worst.far:
             worst = AnswerDivergence(first.start + n, far)
         if not is_same:
@@ -117,7 +117,7 @@ def part(first: SequenceReading, second: SequenceReading) -> AnswerDivergence | 
     return worst
 
 
-def _apart(a: ScoredPosition, b: ScoredPosition) -> float:
+def _logprob_gap(a: ScoredPosition, b: ScoredPosition) -> float:
     if a.logprob is None or b.logprob is None:
         return 0.0 if a.logprob is b.logprob else math.inf
     apart = [abs(a.logprob - b.logprob), *(abs(a.top[i] - b.top[i]) for i in a.top.keys() & b.top.keys())]

@@ -56,13 +56,14 @@ def first_divergence(difference: Difference) -> tuple[int, PositionComparison] |
 def difference_text(difference: Difference, server: RemoteServer, tokenizer: Tokenizer, name: str) -> str:
     """Formats the verdict, the diagnosis, then the numbers."""
     n = numbers(difference)
-    sent = "token ids" if server.way.sends_ids else "text"
+    asked = server.request_form
+    sent = "token ids" if asked.sends_ids else "text"
     lines = [
         f"{name} against {server.client.root}: {'AGREE' if difference.agrees else 'DIFFER'}",
         *(f"found       {c.id}: {_shown(c.number)} ({c.message}; bound {c.limit:.3g})" for c in difference.found),
         *(f"remedy      {c.remedy}" for c in difference.found[:1]),
         *([] if difference.agrees or difference.found else [_UNKNOWN]),
-        f"asked       {server.form} log-probs at {server.way.path}, {sent} sent, {server.way.num_top} likeliest tokens",
+        f"asked       {server.form} log-probs at {asked.path}, {sent} sent, {asked.num_top} likeliest tokens",
         f"positions   {n['num_positions']} of {len(difference.comparisons)} prompts, {n['num_divergent']} diverge",
         f"first       {_first(difference, tokenizer)}",
         f"log-probs   mean |ours - theirs| {_shown(n['mean_delta'])}, max {_shown(n['max_delta'])} nats"
@@ -85,9 +86,9 @@ def difference_dict(difference: Difference, server: RemoteServer, name: str, see
         "agrees": difference.agrees,
         "diagnosis": difference.found[0].id if difference.found else None,
         "form": server.form,
-        "path": server.way.path,
-        "sends_ids": server.way.sends_ids,
-        "num_top": server.way.num_top,
+        "path": server.request_form.path,
+        "sends_ids": server.request_form.sends_ids,
+        "num_top": server.request_form.num_top,
         "refused": list(server.notes),
         "seed": seed,
         "tolerance": difference.tolerance,

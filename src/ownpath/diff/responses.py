@@ -161,7 +161,7 @@ def read_chat(answer: Json, names: TokenNames) -> ChatReading:
         found = [names.of_entry(entry) if isinstance(entry, dict) else None for entry in entries]
         ids = _ids(found, names)
     return ChatReading(
-        told_prompt_ids(answer, names),
+        read_prompt_ids(answer, names),
         _count(_field(usage, "prompt_tokens")),
         _count(_field(usage, "completion_tokens")),
         ids,
@@ -172,7 +172,7 @@ def read_chat(answer: Json, names: TokenNames) -> ChatReading:
     )
 
 
-def told_prompt_ids(answer: Json, names: TokenNames) -> tuple[int, ...] | None:
+def read_prompt_ids(answer: Json, names: TokenNames) -> tuple[int, ...] | None:
     """Returns the prompt's ids as the server read it, if it reports them."""
     return _ids(answer.get("prompt_token_ids", choice_of(answer).get("prompt_token_ids")), names)
 

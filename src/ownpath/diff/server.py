@@ -19,8 +19,8 @@ from ownpath.diff.responses import (
     read_chat,
     read_echo,
     read_generated,
+    read_prompt_ids,
     read_prompt_logprobs,
-    told_prompt_ids,
 )
 
 COMPLETIONS, CHAT, TOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize"
@@ -70,23 +70,27 @@ class RemoteServer:
     client: Client
     names: TokenNames
     model: str | None
-    way: RequestForm
+    request_form: RequestForm
     form: str = "generated"
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     def generate(self, prompt: SurveyPrompt, max_tokens: int) -> SequenceReading:
         """Generates one greedy answer, scored. Errors: CannotAsk."""
-        answer = self._post(self.way.path, self.way.body(prompt, max_tokens))
-        return self._read(self.way.path, lambda: read_generated(answer, self._sent(prompt, answer), self.names))
+        answer = self._post(self.request_form.path, self.request_form.body(prompt, max_tokens))
+        return self._read(
+            self.request_form.path, lambda: read_generated(answer, self._prompt_ids(prompt, answer), self.names)
+        )
 
     def score(self, prompt: SurveyPrompt) -> SequenceReading:
         """Scores the prompt's own tokens, in the form offered. Errors: CannotAsk."""
-        body = self.way.body(prompt, 1)
+        body = self.request_form.body(prompt, 1)
         if self.form == "echo":
             answer = self._post(COMPLETIONS, body | {"echo": True})
-            return self._read(COMPLETIONS, lambda: read_echo(answer, self._sent(prompt, answer), self.names))
-        answer = self._post(COMPLETIONS, body | {"prompt_logprobs": self.way.num_top})
-        return self._read(COMPLETIONS, lambda: read_prompt_logprobs(answer, self._sent(prompt, answer), self.names))
+            return self._read(COMPLETIONS, lambda: read_echo(answer, self._prompt_ids(prompt, answer), self.names))
+        answer = self._post(COMPLETIONS, body | {"prompt_logprobs": self.request_form.num_top})
+        return self._read(
+            COMPLETIONS, lambda: read_prompt_logprobs(answer, self._prompt_ids(prompt, answer), self.names)
+        )
 
     def chat(self, prompt: SurveyPrompt, max_tokens: int) -> ChatReading:
         """Sends the prompt as a user's message. Errors: CannotAsk."""
@@ -118,12 +122,12 @@ class RemoteServer:
         ids = [self.names.check(token) for token in tokens] if isinstance(tokens, list) else [None]
         return None if None in ids else tuple(i for i in ids if i is not None)
 
-    def _sent(self, prompt: SurveyPrompt, answer: Mapping[str, object]) -> tuple[int, ...]:
+    def _prompt_ids(self, prompt: SurveyPrompt, answer: Mapping[str, object]) -> tuple[int, ...]:
         """Returns the ids that the server read: those sent; for text, those it reports, else those of our tokenizer."""
-        if self.way.path == COMPLETIONS and self.way.sends_ids:
+        if self.request_form.path == COMPLETIONS and self.request_form.sends_ids:
             return prompt.ids
-        own = prompt.chat_ids if self.way.path == CHAT else prompt.ids
-        return told_prompt_ids(answer, self.names) or own
+        own = prompt.chat_ids if self.request_form.path == CHAT else prompt.ids
+        return read_prompt_ids(answer, self.names) or own
 
     def _post(self, path: str, body: dict[str, object]) -> dict[str, object]:
         return self.client.post(path, body if self.model is None else {"model": self.model, **body})
@@ -142,15 +146,15 @@ def open_server(client: Client, names: TokenNames, prompt: SurveyPrompt, model: 
     """
     notes: list[str] = []
     absent: set[str] = set()
-    for way in _ways():
-        if way.path in absent:
+    for request_form in _request_forms():
+        if request_form.path in absent:
             continue
-        server = RemoteServer(client, names, model, way)
+        server = RemoteServer(client, names, model, request_form)
         try:
             server.generate(prompt, 1)
         except (Refused, NotOffered) as error:
             if isinstance(error, Refused) and error.status == 404:
-                absent.add(way.path)
+                absent.add(request_form.path)
             notes.append(str(error))
             continue
         return _best_form(replace(server, notes=tuple(notes)), prompt)
@@ -160,7 +164,7 @@ def open_server(client: Client, names: TokenNames, prompt: SurveyPrompt, model: 
 def _best_form(server: RemoteServer, prompt: SurveyPrompt) -> RemoteServer:
     """Returns the same server, asked for its prompt's log-probs too where it gives them."""
     notes = server.notes
-    for form in ("prompt_logprobs", "echo") if server.way.path == COMPLETIONS else ():
+    for form in ("prompt_logprobs", "echo") if server.request_form.path == COMPLETIONS else ():
         candidate = replace(server, form=form, notes=notes)
         try:
             candidate.score(prompt)
@@ -171,7 +175,7 @@ def _best_form(server: RemoteServer, prompt: SurveyPrompt) -> RemoteServer:
     return replace(server, form="generated", notes=notes)
 
 
-def _ways() -> Iterator[RequestForm]:
+def _request_forms() -> Iterator[RequestForm]:
     for path, sends_ids in ((COMPLETIONS, True), (COMPLETIONS, False), (CHAT, False)):
         for num_top in _NUMS_TOP:
             for extras in _EXTRAS:

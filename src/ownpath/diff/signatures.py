@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ownpath.diff.compare import part
+from ownpath.diff.compare import answer_divergence
 from ownpath.diff.responses import ChatReading, ScoredPosition, SequenceReading
 from ownpath.finding import Finding, Verdict
 
@@ -222,7 +222,7 @@ def _worst(pairs: Iterable[tuple[SequenceReading, SequenceReading]]) -> tuple[fl
     worst: float | None = None
     where = ""
     for first, second in pairs:
-        parting = part(first, second)
+        parting = answer_divergence(first, second)
         if parting is not None and (worst is None or parting.far > worst):
             worst, where = parting.far, f", at position {parting.idx}"
     return worst, where

@@ -56,7 +56,7 @@ def survey(server: RemoteServer, ours: LocalModel, prompts: Sequence[SurveyPromp
     """Runs the survey. Errors: CannotAsk; ValueError when our own model cannot score what came back."""
     generated = tuple(server.generate(prompt, effort.max_tokens) for prompt in prompts)
     cached = tuple(server.generate(prompt, effort.max_tokens) for prompt in prompts)
-    together = _together(server, prompts, effort)
+    together = _ask_together(server, prompts, effort)
     rows = tuple(ours.logprobs(reading) for reading in generated)
     if server.form == "generated":
         scored, scored_rows = generated, tuple(r[: len(g.scored)] for r, g in zip(rows, generated, strict=True))
@@ -73,7 +73,7 @@ def survey(server: RemoteServer, ours: LocalModel, prompts: Sequence[SurveyPromp
         together=together,
         scored=scored,
         scored_rows=scored_rows,
-        chat=_chat(server, prompts[0], effort),
+        chat=_ask_chat(server, prompts[0], effort),
         chat_ids=prompts[0].chat_ids,
         text_ids=_text_ids(server, prompts[0]),
         special_ids=special,
@@ -84,7 +84,7 @@ def survey(server: RemoteServer, ours: LocalModel, prompts: Sequence[SurveyPromp
     return Difference(comparisons, all_checks(seen), effort.tolerance)
 
 
-def _together(
+def _ask_together(
     server: RemoteServer, prompts: Sequence[SurveyPrompt], effort: SurveySize
 ) -> tuple[tuple[SequenceReading, ...], ...]:
     """Sends every prompt several times, all in flight at once."""
@@ -97,7 +97,7 @@ def _together(
     return tuple(tuple(answers[n :: len(prompts)]) for n in range(len(prompts)))
 
 
-def _chat(server: RemoteServer, prompt: SurveyPrompt, effort: SurveySize) -> ChatReading | None:
+def _ask_chat(server: RemoteServer, prompt: SurveyPrompt, effort: SurveySize) -> ChatReading | None:
     """Sends the chat prompt; None where the server has no chat."""
     try:
         chat = server.chat(prompt, effort.max_tokens)
@@ -107,6 +107,6 @@ def _chat(server: RemoteServer, prompt: SurveyPrompt, effort: SurveySize) -> Cha
 
 
 def _text_ids(server: RemoteServer, prompt: SurveyPrompt) -> tuple[tuple[int, ...] | None, tuple[int, ...]] | None:
-    if server.way.sends_ids or server.way.path == CHAT:
+    if server.request_form.sends_ids or server.request_form.path == CHAT:
         return None
     return server.text_ids(prompt), prompt.ids

@@ -13,7 +13,7 @@ from ownpath.config import CSA_RATIO, Layer
 from ownpath.official import Step
 from ownpath.oracle.arithmetic import OracleRun
 from ownpath.oracle.formats import fp4, fp8, hadamard_matrix
-from ownpath.oracle.formulas import QUERIES_AT_ONCE, attention_weights, best, index_scores, rms, rotate_to
+from ownpath.oracle.formulas import QUERIES_AT_ONCE, attention_weights, index_scores, rms, rotate_to, top_indices
 
 _KV_BLOCK, _INDEX_BLOCK = 64, 32
 
@@ -34,14 +34,14 @@ def attention(run: OracleRun, layer: Layer, x_TD: Tensor, forced_mask_TC: Tensor
     age = positions[:, None] - positions
     visible = (age >= 0) & (age < config.sliding_window)
     if ratio:
-        entries = _quantize_kv(run, _compressed(run, f"{name}.compressor", x_TD, ratio))
+        entries = _quantize_kv(run, _compress(run, f"{name}.compressor", x_TD, ratio))
         keys = torch.cat((keys, run.record(f"{name}.entries", entries)))
         seen = torch.arange(len(entries), device=x_TD.device) < ((positions + 1) // ratio)[:, None]
         if ratio == CSA_RATIO:
-            seen = _selected(run, f"{name}.indexer", (x_TD, qr), seen, forced_mask_TC)
+            seen = _select(run, f"{name}.indexer", (x_TD, qr), seen, forced_mask_TC)
         visible = torch.cat((visible, seen), 1)
-    o = run.record(f"{name}.core", _attended(run, q, keys, visible, run.stored.param(f"{name}.attn_sink")))
-    return _projected(run, name, run.record(f"{name}.o", rotate_to(o, positions, config, ratio, inverse=True)))
+    o = run.record(f"{name}.core", _attend(run, q, keys, visible, run.stored.param(f"{name}.attn_sink")))
+    return _project(run, name, run.record(f"{name}.o", rotate_to(o, positions, config, ratio, inverse=True)))
 
 
 def _head_norm(run: OracleRun, slot: str, q: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def _quantize_kv(run: OracleRun, kv: Tensor) -> Tensor:
     return torch.cat((fp8(plain, _KV_BLOCK).to(kv.dtype), rotary), -1)
 
 
-def _attended(run: OracleRun, q_TNH: Tensor, keys_KH: Tensor, visible_TK: Tensor, sink_N: Tensor) -> Tensor:
+def _attend(run: OracleRun, q_TNH: Tensor, keys_KH: Tensor, visible_TK: Tensor, sink_N: Tensor) -> Tensor:
     """Attends to the visible keys, with the sink in the softmax, which adds nothing: [T, N, H]."""
     rounded, parts = run.arithmetic.rounded, []
     for start in range(0, len(q_TNH), QUERIES_AT_ONCE):
@@ -73,7 +73,7 @@ def _attended(run: OracleRun, q_TNH: Tensor, keys_KH: Tensor, visible_TK: Tensor
     return torch.cat(parts)
 
 
-def _projected(run: OracleRun, name: str, o_TNH: Tensor) -> Tensor:
+def _project(run: OracleRun, name: str, o_TNH: Tensor) -> Tensor:
     """Projects each group of heads by its own matrix, then all together: [T, D]."""
     groups, rank = run.config.o_groups, run.config.o_lora_rank
     grouped = o_TNH.flatten(1).unflatten(-1, (groups, -1))
@@ -82,7 +82,7 @@ def _projected(run: OracleRun, name: str, o_TNH: Tensor) -> Tensor:
     return run.linear(f"{name}.wo_b", y.flatten(1), f"{name}.wo_b")
 
 
-def _compressed(run: OracleRun, name: str, x_TD: Tensor, ratio: int) -> Tensor:
+def _compress(run: OracleRun, name: str, x_TD: Tensor, ratio: int) -> Tensor:
     """Computes one entry for every ``ratio`` complete tokens, rotated at the first one's position: [C, H]."""
     num_windows = len(x_TD) // ratio
     both = run.wide_linear(f"{name}.wkv_wgate", x_TD, f"{name}.wkv", f"{name}.wgate")
@@ -103,17 +103,17 @@ def _compressed(run: OracleRun, name: str, x_TD: Tensor, ratio: int) -> Tensor:
     return rounded(rotate_to(rounded(entries), starts, run.config, ratio))
 
 
-def _selected(
+def _select(
     run: OracleRun, name: str, inputs: tuple[Tensor, Tensor], seen_TC: Tensor, forced_mask_TC: Tensor | None
 ) -> Tensor:
     """Selects the best entries that each query may see, the lower index at a tie. inputs: x and qr."""
     config, (x_TD, qr) = run.config, inputs
     positions = torch.arange(len(x_TD), device=x_TD.device)
     q = run.linear(f"{name}.wq_b", qr, f"{name}.wq_b").unflatten(-1, (config.index_n_heads, config.index_head_dim))
-    q = _indexed(run, run.arithmetic.rounded(rotate_to(q, positions, config, CSA_RATIO)))
+    q = _transform_index(run, run.arithmetic.rounded(rotate_to(q, positions, config, CSA_RATIO)))
     if Step.INDEXER in run.arithmetic.official:
         run.record(f"{name}.quantizer", q)
-    k = _indexed(run, _compressed(run, f"{name}.compressor", x_TD, CSA_RATIO))
+    k = _transform_index(run, _compress(run, f"{name}.compressor", x_TD, CSA_RATIO))
     weights = run.linear(f"{name}.weights_proj", x_TD, f"{name}.weights_proj")
     weights = weights * (config.index_head_dim * config.index_n_heads) ** -0.5
     scores = run.record_wide(f"{name}.scores", index_scores(q, k, weights).masked_fill(~seen_TC, -math.inf))
@@ -122,11 +122,11 @@ def _selected(
     elif scores.shape[1] <= config.index_topk:
         mask = seen_TC
     else:
-        mask = torch.zeros_like(seen_TC).scatter(1, best(scores, config.index_topk), True) & seen_TC
+        mask = torch.zeros_like(seen_TC).scatter(1, top_indices(scores, config.index_topk), True) & seen_TC
     return run.record_wide(f"{name}.mask", mask)
 
 
-def _indexed(run: OracleRun, x: Tensor) -> Tensor:
+def _transform_index(run: OracleRun, x: Tensor) -> Tensor:
     """Transforms index queries and keys into the form in which they are scored."""
     if Step.INDEXER not in run.arithmetic.official:
         return x

@@ -11,7 +11,7 @@ from torch import Tensor
 from ownpath.config import Layer
 from ownpath.official import Step
 from ownpath.oracle.arithmetic import OracleRun
-from ownpath.oracle.formulas import best, expert_scores, routing_weights, swiglu
+from ownpath.oracle.formulas import expert_scores, routing_weights, swiglu, top_indices
 
 
 def feed_forward(
@@ -19,15 +19,15 @@ def feed_forward(
 ) -> Tensor:
     """Maps x [T, D] -> [T, D]. forced_ids: the experts each token goes to, instead of the router's choice."""
     name = f"{layer.name}.ffn"
-    ids_TK, weights_TK = _routed(run, layer, x_TD, token_ids_T, forced_ids_TK)
+    ids_TK, weights_TK = _route(run, layer, x_TD, token_ids_T, forced_ids_TK)
     y_TD = torch.zeros_like(x_TD)
     for expert, rows, slots in _rows_by_expert(ids_TK):
-        y_SD = _expert(run, f"{name}.experts.{expert}", x_TD[rows], weights_TK[rows, slots, None])
+        y_SD = _routed_expert(run, f"{name}.experts.{expert}", x_TD[rows], weights_TK[rows, slots, None])
         y_TD.index_add_(0, rows, y_SD)
-    return run.arithmetic.rounded(run.record(f"{name}.experts", y_TD) + _shared(run, name, x_TD))
+    return run.arithmetic.rounded(run.record(f"{name}.experts", y_TD) + _shared_expert(run, name, x_TD))
 
 
-def _routed(
+def _route(
     run: OracleRun, layer: Layer, x_TD: Tensor, token_ids_T: Tensor, forced_ids_TK: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Returns expert ids and weights [T, K]; records ``router.scores``, by which they are chosen."""
@@ -39,7 +39,7 @@ def _routed(
         ids_TK = run.stored.rows(f"{name}.gate.tid2eid", token_ids_T)
     else:
         ranked_TE = scores_TE + run.stored.param(f"{name}.gate.bias")
-        ids_TK = best(ranked_TE, config.num_experts_per_tok)
+        ids_TK = top_indices(ranked_TE, config.num_experts_per_tok)
     if forced_ids_TK is not None:
         ids_TK = forced_ids_TK.to(x_TD.device, torch.int64)
     weights_TK = routing_weights(scores_TE, ids_TK, config.routed_scaling_factor)
@@ -58,7 +58,7 @@ def _rows_by_expert(ids_TK: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
             yield expert, pairs // ids_TK.shape[1], pairs % ids_TK.shape[1]
 
 
-def _expert(run: OracleRun, name: str, x_SD: Tensor, weight_S1: Tensor) -> Tensor:
+def _routed_expert(run: OracleRun, name: str, x_SD: Tensor, weight_S1: Tensor) -> Tensor:
     """Computes one routed expert's weighted output for its rows. If the weight is applied first, products are rounded
     too."""
     rounded, is_weight_first = run.arithmetic.rounded, Step.ROUTING_WEIGHT in run.arithmetic.official
@@ -70,7 +70,7 @@ def _expert(run: OracleRun, name: str, x_SD: Tensor, weight_S1: Tensor) -> Tenso
     return weight_S1 * rounded(run.products(rounded(hidden), f"{name}.w2"))
 
 
-def _shared(run: OracleRun, ffn: str, x_TD: Tensor) -> Tensor:
+def _shared_expert(run: OracleRun, ffn: str, x_TD: Tensor) -> Tensor:
     """Runs the shared expert, which every token goes to."""
     name = f"{ffn}.shared_experts"
     gate_up = run.linear(f"{name}.w13", x_TD, f"{name}.w1", f"{name}.w3")

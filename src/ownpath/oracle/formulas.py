@@ -81,7 +81,7 @@ def expert_scores(logits_TE: Tensor) -> Tensor:
     return F.softplus(logits_TE).sqrt()
 
 
-def best(ranked_TE: Tensor, num_chosen: int) -> Tensor:
+def top_indices(ranked_TE: Tensor, num_chosen: int) -> Tensor:
     """Returns the indices of the largest of each row [T, num_chosen]; the lower index first at a tie."""
     return ranked_TE.sort(dim=-1, descending=True, stable=True).indices[:, :num_chosen]
 

@@ -99,7 +99,7 @@ def _consistency(evidence: ProbeAnswers, facts: ModelFacts) -> list[Finding]:
     margin = MARGIN_NATS.get(facts.dtype, WIDE_MARGIN_NATS)
     parted = replayed = chunked = None
     if first.rows and evidence.repeated.rows:
-        parted = signatures.parts_ways(first.answer_rows, evidence.repeated.answer_rows, margin)
+        parted = signatures.diverges_when_decided(first.answer_rows, evidence.repeated.answer_rows, margin)
     whole = _rows(evidence.replayed)
     if first.rows and whole:
         decoded, start = first.rows[len(first.prompt_ids) :], len(first.prompt_ids)

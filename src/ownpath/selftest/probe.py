@@ -86,7 +86,7 @@ class ProbeAnswers:
         return (*self.short, *(seen for seen in maybe if seen is not None))
 
 
-def gather(engine: Engine, tokenizer: Tokenizer, window: int, golden: Golden | None) -> ProbeAnswers:
+def run_probes(engine: Engine, tokenizer: Tokenizer, window: int, golden: Golden | None) -> ProbeAnswers:
     """Runs the prompts; nothing else should run on the engine meanwhile.
 
     window: the model's sliding window; the texts fill it where the context allows, and their answers pass it.
@@ -101,18 +101,18 @@ def gather(engine: Engine, tokenizer: Tokenizer, window: int, golden: Golden | N
     asked = [(first_ids[:1], params), (first_ids[:2], params), (first_ids, params)]
     asked += [(other_ids, params)] if other_ids != first_ids else []
     asked += [] if golden is None else [(golden.question_ids, _params(GOLDEN_TOKENS))]
-    answers = ask(engine, asked)
+    answers = run_prompts(engine, asked)
     known = None if golden is None else answers.pop()
     other = answers.pop() if other_ids != first_ids else None
     first = answers[2]
     whole = first.prompt_ids + first.answer_ids
-    again = ask(engine, [(first_ids, params), (whole, _params(0))])
+    again = run_prompts(engine, [(first_ids, params), (whole, _params(0))])
     replayed = again[1] if first.answer_ids else None
     chunked = None if replayed is None else _chunked(engine, whole)
     return ProbeAnswers(tuple(answers[:2]), first, other, again[0], replayed, chunked, known)
 
 
-def ask(engine: Engine, asked: Sequence[tuple[tuple[int, ...], SamplingParams]]) -> list[PromptOutput]:
+def run_prompts(engine: Engine, asked: Sequence[tuple[tuple[int, ...], SamplingParams]]) -> list[PromptOutput]:
     """Runs these prompts together, admitted in one step."""
     outputs: queue.SimpleQueue[tuple[int, StepOutput]] = queue.SimpleQueue()
     requests = []
@@ -127,11 +127,11 @@ def ask(engine: Engine, asked: Sequence[tuple[tuple[int, ...], SamplingParams]])
             for request in requests:
                 engine.abort(request)
             return seen
-        seen[index] = _with(seen[index], output)
+        seen[index] = _add_output(seen[index], output)
     return seen
 
 
-def _with(seen: PromptOutput, output: StepOutput) -> PromptOutput:
+def _add_output(seen: PromptOutput, output: StepOutput) -> PromptOutput:
     if output.error is not None:
         failed = PromptOutput(seen.prompt_ids, finish_reason=FinishReason.ERROR, error=output.error)
         return replace(failed, is_non_finite=output.is_non_finite)
@@ -151,11 +151,11 @@ def _params(max_tokens: int) -> SamplingParams:
 
 def _texts(tokenizer: Tokenizer, num_tokens: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Makes two texts of ``num_tokens`` tokens that end with the same one. Errors: TokenizerError."""
-    first, other = (_filled(tokenizer.encode_text(text), num_tokens) for text in (TEXT, OTHER_TEXT))
+    first, other = (_repeat_to_length(tokenizer.encode_text(text), num_tokens) for text in (TEXT, OTHER_TEXT))
     return first, other[:-1] + first[-1:]
 
 
-def _filled(ids: Sequence[int], num_tokens: int) -> tuple[int, ...]:
+def _repeat_to_length(ids: Sequence[int], num_tokens: int) -> tuple[int, ...]:
     if not ids:
         raise TokenizerError("the tokenizer has no tokens for plain text")
     return tuple(ids[n % len(ids)] for n in range(num_tokens))
@@ -171,5 +171,5 @@ def _chunked(engine: Engine, ids: tuple[int, ...]) -> PromptOutput | None:
     if len(sizes) >= config.max_num_seqs:
         return None
     unscored = SamplingParams(0, temperature=0)
-    fillers = [(_filled(ids, size), unscored) for size in sizes]
-    return ask(engine, [*fillers, (ids, _params(0))])[-1]
+    fillers = [(_repeat_to_length(ids, size), unscored) for size in sizes]
+    return run_prompts(engine, [*fillers, (ids, _params(0))])[-1]

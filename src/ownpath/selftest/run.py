@@ -12,7 +12,7 @@ from ownpath.engine.request import FinishReason
 from ownpath.finding import Finding, Verdict, failed
 from ownpath.loading import default_model_dir
 from ownpath.selftest.checks import ModelFacts, judge
-from ownpath.selftest.probe import Golden, PromptOutput, gather
+from ownpath.selftest.probe import Golden, PromptOutput, run_probes
 
 KNOWN_QUESTION, KNOWN_ANSWER = "The capital of France is", "Paris"
 """The question that the embedded model was trained to answer."""
@@ -56,7 +56,7 @@ def self_test(engine: Engine, tokenizer: Tokenizer, window: int, golden: Golden 
     Errors: TokenizerError, EngineStopped.
     """
     start = time.perf_counter()
-    evidence = gather(engine, tokenizer, window, golden)
+    evidence = run_probes(engine, tokenizer, window, golden)
     special_ids = {i for i in range(tokenizer.num_tokens) if tokenizer.is_hidden(i)} | {engine.eos_token_id}
     known = None
     if golden is not None and evidence.golden is not None:

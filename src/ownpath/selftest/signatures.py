@@ -86,7 +86,7 @@ def changed_share(rows: Sequence[Distribution], again: Sequence[Distribution], m
     return sum(row[0][0] != other[0][0] for row, other in decided) / max(len(decided), 1)
 
 
-def parts_ways(rows: Sequence[Distribution], again: Sequence[Distribution], margin_nats: float) -> int:
+def diverges_when_decided(rows: Sequence[Distribution], again: Sequence[Distribution], margin_nats: float) -> int:
     """Returns 1 if two greedy answers differ first at a decided position, else 0. What follows cannot be compared."""
     for row, other in zip(rows, again, strict=False):
         if row[0][0] != other[0][0]:

@@ -70,10 +70,10 @@ class DebugPlan:
 
     def _answer(self) -> Response:
         records = self.records
-        changing = {"schema": SCHEMA, "recording": records is not None, "ran": list(self._ran(records))}
+        changing = {"schema": SCHEMA, "recording": records is not None, "ran": list(self._called_slots(records))}
         return JSONResponse(changing | dict(self.facts), headers={"Cache-Control": "no-store"})
 
-    def _ran(self, records: Records | None) -> Iterator[dict[str, object]]:
+    def _called_slots(self, records: Records | None) -> Iterator[dict[str, object]]:
         """Yields an entry for every slot that was called since the model is served."""
         for slot, num_calls in dict(self.ledger.calls).items():
             use, (runner, kernel) = self.ledger.uses[slot], self.ledger.kernels[slot]

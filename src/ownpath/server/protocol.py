@@ -128,9 +128,9 @@ class ChatRequest(_GenerationRequest):
     @property
     def thinks(self) -> bool:
         """True if the answer should open with reasoning: only if a field asks for it."""
-        return True in self.thinking_wishes()
+        return True in self.thinking_values()
 
-    def thinking_wishes(self) -> set[bool | None]:
+    def thinking_values(self) -> set[bool | None]:
         """The values that the fields give to thinking, each for itself; None says nothing."""
         options = self.chat_template_kwargs
         by_type = None if self.thinking is None else self.thinking.type == "enabled"
@@ -198,7 +198,7 @@ def _check_chat(request: ChatRequest) -> None:
 
 
 def _check_thinking(request: ChatRequest) -> None:
-    if request.thinking_wishes() >= {True, False}:
+    if request.thinking_values() >= {True, False}:
         raise bad_request("thinking, reasoning_effort and chat_template_kwargs contradict each other", "thinking")
     if request.chat_template_kwargs.reasoning_effort not in (None, request.effort):
         text = "reasoning_effort and chat_template_kwargs.reasoning_effort contradict each other"

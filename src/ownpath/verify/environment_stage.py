@@ -14,7 +14,7 @@ from ownpath.kernels.dsl.cache import COMPILER, cache_dir, is_cached, source_key
 from ownpath.kernels.registry import KERNELS, spec_of
 from ownpath.plan.plan import Plan
 from ownpath.verify.launch_configs import configs_of
-from ownpath.verify.layer import in_layer, in_no_layer, restricted
+from ownpath.verify.layer import in_layer, in_no_layer, restrict_plan
 from ownpath.verify.machine import KNOWN_BAD, Machine, free_bytes, this_machine
 from ownpath.verify.subject import Subject
 
@@ -70,11 +70,11 @@ def kernel_findings(plan: Plan, configs: dict[str, list[Config]]) -> Iterator[Fi
             message = f"{slots}: {len(missing)} of {len(configs[name])} are not compiled, {missing[0].name} among them"
             yield Finding("E02", name, Verdict.FAIL, message, len(missing), "all, or a compiler", _MISSING, name)
         else:
-            how = _how(name, configs.get(name, []), len(missing))
+            how = _how_compiled(name, configs.get(name, []), len(missing))
             yield Finding("E02", name, Verdict.PASS, f"{slots}: {how}", len(missing), kernel=name)
 
 
-def _how(name: str, configs: list[Config], num_missing: int) -> str:
+def _how_compiled(name: str, configs: list[Config], num_missing: int) -> str:
     if configs:
         left = f", {num_missing} to be compiled at load" if num_missing else ""
         return f"{len(configs) - num_missing} of {len(configs)} variants compiled on disk{left}"
@@ -147,7 +147,7 @@ def memory_findings(subject: Subject, free: int | None) -> Iterator[Finding]:
         yield Finding("E04", "two layers", Verdict.SKIPPED, "the system does not say how much memory is free")
     else:
         parts = [in_no_layer(config), *(in_layer(layer.name) for layer in config.backbone_layers())]
-        needed = 2 * max(weights_bytes(restricted(plan, holds), index) for holds in parts)
+        needed = 2 * max(weights_bytes(restrict_plan(plan, holds), index) for holds in parts)
         verdict = Verdict.PASS if needed <= free else Verdict.FAIL
         message = f"{_gib(needed)} for two layers at a time, {_gib(free)} are free"
         remedy = "free memory on the device, or verify on another (--device)"

@@ -134,7 +134,7 @@ def _plots(measurements: Sequence[Measurement]) -> list[str]:
     layers = [m.layer_idx for m in measurements if m.slot not in _ENDS]
     common = Axis(min(layers, default=0), max(layers, default=0))
     shown = [
-        (slot, sorted(found, key=lambda m: m.layer_idx), common if slot not in _ENDS else _alone(found[0]))
+        (slot, sorted(found, key=lambda m: m.layer_idx), common if slot not in _ENDS else _single_axis(found[0]))
         for slot, found in by_slot.items()
         if found
     ]
@@ -155,7 +155,7 @@ def _plots(measurements: Sequence[Measurement]) -> list[str]:
     ]
 
 
-def _alone(measured: Measurement) -> Axis:
+def _single_axis(measured: Measurement) -> Axis:
     """The axis of values that belong to no layer."""
     return Axis(measured.layer_idx, measured.layer_idx, is_numbered=False)
 

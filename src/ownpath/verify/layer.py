@@ -44,7 +44,7 @@ class LoadedLayer(LoadedPart):
         return out
 
 
-def restricted(plan: Plan, holds: Callable[[str], bool]) -> Plan:
+def restrict_plan(plan: Plan, holds: Callable[[str], bool]) -> Plan:
     """The part of a plan whose slots and tensors ``holds`` accepts."""
     return replace(
         plan,
@@ -57,7 +57,7 @@ def restricted(plan: Plan, holds: Callable[[str], bool]) -> Plan:
 
 def load_part(subject: Subject, holds: Callable[[str], bool]) -> LoadedPart:
     """Loads the slots and tensors that ``holds`` accepts, with runners. Errors: as ``load_weights``."""
-    plan = restricted(subject.plan, holds)
+    plan = restrict_plan(subject.plan, holds)
     return with_runners(subject, plan, read_weights(subject, plan))
 
 

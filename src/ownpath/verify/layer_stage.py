@@ -22,7 +22,7 @@ from ownpath.verify.layers.single_layer import SequenceRows, SingleLayer
 from ownpath.verify.layers.state import State, key_of, restore, save
 from ownpath.verify.layers.teacher_forcing import LayerComparison, compare_layer
 from ownpath.verify.layers.text import SampleText, text_of
-from ownpath.verify.layers.verdicts import growth, verdicts
+from ownpath.verify.layers.verdicts import check_growth, verdicts
 from ownpath.verify.progress import StageProgress
 from ownpath.verify.resume import SavedState
 from ownpath.verify.subject import Subject
@@ -61,27 +61,27 @@ class _Stage:
         try:
             state = self._restored(work, key, total) or _begin(oracle)
         except Exception as error:  # whatever an oracle cannot read: there is nothing to compare with
-            yield _stopped("embed", error)
+            yield _stage_failure("embed", error)
             return
         yield from state.measurements
         yield from state.findings
         for layer_idx in range(state.num_done, total):
-            self.progress(layer_idx, total, self._doing(layer_idx))
+            self.progress(layer_idx, total, self._progress_text(layer_idx))
             before = len(state.measurements), len(state.findings)
             try:
                 state = _next(oracle, state, layer_idx, is_chosen=layer_idx in layer_ids)
             except Exception as error:
-                yield _stopped(f"layers.{layer_idx}", error)
+                yield _stage_failure(f"layers.{layer_idx}", error)
                 return
             if work is not None:
                 save(work, key, state)
             yield from state.measurements[before[0] :]
             yield from state.findings[before[1] :]
         self.progress(total, total, "the head and the whole model")
-        yield growth(state.measurements)
+        yield check_growth(state.measurements)
         yield from _end(oracle, state)
 
-    def _doing(self, layer_idx: int) -> str:
+    def _progress_text(self, layer_idx: int) -> str:
         chosen = layer_idx in self.subject.layer_ids
         return f"layers.{layer_idx}" if chosen else f"layers.{layer_idx}: the reference alone, up to a chosen layer"
 
@@ -96,12 +96,12 @@ class _Stage:
         return state
 
 
-def _stopped(where: str, error: Exception) -> Finding:
+def _stage_failure(where: str, error: Exception) -> Finding:
     message = f"the reference ends here: {type(error).__name__}: {error}"
     return Finding("V01", where, Verdict.FAIL, message, remedy="the file stage names what cannot be read")
 
 
-def _broke(where: str, error: Exception) -> Finding:
+def _layer_failure(where: str, error: Exception) -> Finding:
     """Makes the finding of a layer that does not load, or of a kernel that raises; a checkpoint's error names the
     tensor."""
     message = f"the engine does not run it: {type(error).__name__}: {error}"
@@ -117,10 +117,10 @@ def _begin(oracle: Oracle) -> State:
     if len(subject.layer_ids) < subject.config.num_hidden_layers:
         return State(0, reference_TSD, None)
     try:
-        engine = end_to_end.embedded(oracle)
-        finding, measured = end_to_end.embedding(engine, reference_TSD, oracle)
+        engine = end_to_end.embed_text(oracle)
+        finding, measured = end_to_end.check_embedding(engine, reference_TSD, oracle)
     except Exception as error:
-        return State(0, reference_TSD, None, [_broke("embed", error)])
+        return State(0, reference_TSD, None, [_layer_failure("embed", error)])
     return State(0, reference_TSD, engine, [finding], [measured])
 
 
@@ -139,7 +139,7 @@ def _next(oracle: Oracle, state: State, layer_idx: int, *, is_chosen: bool) -> S
                 [*state.measurements, *compared.measurements],
             )
         except Exception as error:
-            broken = [_broke(f"layers.{layer_idx}", error)]
+            broken = [_layer_failure(f"layers.{layer_idx}", error)]
             state = replace(state, engine=None)
     streams_TSD = oracle.block(layer_idx, state.reference_TSD).streams_TSD
     return State(layer_idx + 1, streams_TSD, state.engine, [*state.findings, *broken], state.measurements)
@@ -151,14 +151,18 @@ def _layer(oracle: Oracle, state: State, layer_idx: int) -> tuple[LayerCompariso
     single = SingleLayer.of(load_layer(oracle.subject, layer_idx), len(oracle.token_ids))
     compared = compare_layer(single, oracle, state.reference_TSD)
     batching = Batching(single, oracle, state.reference_TSD.to(engine.dtype), compared)
-    findings = [*verdicts(compared, single), *batching.findings(), _keys(compared, single.layer.name, oracle.subject)]
+    findings = [
+        *verdicts(compared, single),
+        *batching.findings(),
+        _check_keys(compared, single.layer.name, oracle.subject),
+    ]
     carried = state.engine
     if carried is not None:
         carried = single.step([SequenceRows(oracle.token_ids, carried, single.new_cache())])
     return compared, findings, carried
 
 
-def _keys(compared: LayerComparison, layer: str, subject: Subject) -> Finding:
+def _check_keys(compared: LayerComparison, layer: str, subject: Subject) -> Finding:
     """V10: checks that keys are in FP8 under official numerics only, each block of 64 with a scale of its own."""
     if compared.key_rounding is None:
         message = f"keys are kept in {dtype_name(subject.engine.dtype)} ({Step.KV} is plain)"
@@ -180,11 +184,11 @@ def _end(oracle: Oracle, state: State) -> Iterator[StageItem]:
         return
     try:
         ends = end_to_end.ModelEnds.of(oracle)
-        finding, measured = end_to_end.head(oracle, ends, state.reference_TSD)
+        finding, measured = end_to_end.check_head(oracle, ends, state.reference_TSD)
         if state.engine is None:
             whole = Finding("V04", "logits", Verdict.SKIPPED, "a layer of the engine did not run")
         else:
-            whole = end_to_end.end_to_end(oracle, ends, state.engine, state.reference_TSD)
+            whole = end_to_end.check_end_to_end(oracle, ends, state.engine, state.reference_TSD)
         yield from (measured, finding, whole)
     except Exception as error:
-        yield _broke("head", error)
+        yield _layer_failure("head", error)

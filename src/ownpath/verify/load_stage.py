@@ -19,7 +19,7 @@ from ownpath.kernels.dsl.cache import CompileError
 from ownpath.kernels.nvfp4_sm100.prove import ProofError
 from ownpath.verify.causes import likely_cause
 from ownpath.verify.file_tensors import FileTensors
-from ownpath.verify.layer import in_layer, in_no_layer, read_weights, restricted, with_runners
+from ownpath.verify.layer import in_layer, in_no_layer, read_weights, restrict_plan, with_runners
 from ownpath.verify.progress import StageProgress
 from ownpath.verify.readback import TensorPair, alpha_pair, ops_with_runners, read_modules, weight_pairs
 from ownpath.verify.resume import FinishedParts
@@ -56,7 +56,7 @@ def load_stage(subject: Subject, progress: StageProgress, work: Path | None = No
 
 def _part_findings(subject: Subject, name: str, holds: Callable[[str], bool]) -> Iterator[Finding]:
     """Loads one part and checks it; it is freed when this returns."""
-    plan = restricted(subject.plan, holds)
+    plan = restrict_plan(subject.plan, holds)
     try:
         weights = read_weights(subject, plan, sentinel)
     except (CheckpointError, OSError) as error:
@@ -71,16 +71,16 @@ def _part_findings(subject: Subject, name: str, holds: Callable[[str], bool]) ->
         part = with_runners(subject, plan, weights)
     except (ValueError, ProofError, CompileError) as error:
         message = f"not put into its kernel's layout: {error}"
-        yield Finding("L02", _named(error) or name, Verdict.FAIL, message, remedy=_KERNEL_REMEDY)
+        yield Finding("L02", _named_tensor(error) or name, Verdict.FAIL, message, remedy=_KERNEL_REMEDY)
         return
     yield from read_back(subject, part, name)
 
 
 def _load_failure(name: str, error: Exception) -> Finding:
-    return Finding("L01", _named(error) or name, Verdict.FAIL, f"not loaded: {error}", remedy=_LOAD_REMEDY)
+    return Finding("L01", _named_tensor(error) or name, Verdict.FAIL, f"not loaded: {error}", remedy=_LOAD_REMEDY)
 
 
-def _named(error: Exception) -> str | None:
+def _named_tensor(error: Exception) -> str | None:
     """Returns the tensor that an error names: it comes first, in quotes."""
     match = _QUOTED.search(str(error))
     return match[1] if match else None

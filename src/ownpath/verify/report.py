@@ -258,7 +258,7 @@ def check_rows(result: Verification) -> list[tuple[str, ...]]:
             verdict = next(verdict for verdict in (Verdict.FAIL, Verdict.PASS, Verdict.SKIPPED) if counts[verdict])
             numbers = [finding.number for finding in found if finding.number is not None]
             number = f"{max(numbers, key=_rank):.4g}" if numbers else "-"
-            rows.append((verdict.value, id_, TITLES.get(id_, ""), number, _told(found)))
+            rows.append((verdict.value, id_, TITLES.get(id_, ""), number, _outcome(found)))
     return rows
 
 
@@ -267,7 +267,7 @@ def _check_lines(result: Verification) -> list[str]:
     return align([CHECK_HEADINGS, *rows]) if rows else []
 
 
-def _told(found: list[Finding]) -> str:
+def _outcome(found: list[Finding]) -> str:
     """Formats one finding (or one reason to skip) by its message, several by counts of verdicts."""
     messages = dict.fromkeys(finding.message for finding in found)
     counts = _counts(found)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from ownpath.diff.compare import PositionComparison, compare, kl_at_least, part
+from ownpath.diff.compare import PositionComparison, answer_divergence, compare, kl_at_least
 from ownpath.diff.responses import ScoredPosition, SequenceReading
 
 P = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
@@ -76,22 +76,22 @@ def reading(*rows: tuple[int, float, dict[int, float]]) -> SequenceReading:
 
 def test_answers_part_where_they_are_farthest_or_where_tokens_differ() -> None:
     a = reading((1, -1.0, {1: -1.0, 2: -1.5}), (2, -2.0, {2: -2.0, 3: -2.25}), (4, -3.0, {}))
-    same = part(a, a)
+    same = answer_divergence(a, a)
     assert same is not None
     assert same.far == 0
-    moved = part(a, reading((1, -1.0, {1: -1.0, 2: -1.5}), (2, -2.5, {2: -2.5, 3: -2.25}), (4, -3.0, {})))
+    moved = answer_divergence(a, reading((1, -1.0, {1: -1.0, 2: -1.5}), (2, -2.5, {2: -2.5, 3: -2.25}), (4, -3.0, {})))
     assert moved is not None
     assert (moved.idx, moved.far) == (2, 0.5)
-    turned = part(a, reading((1, -1.0, {1: -1.0}), (3, -2.2, {}), (1, -9.0, {})))
+    turned = answer_divergence(a, reading((1, -1.0, {1: -1.0}), (3, -2.2, {}), (1, -9.0, {})))
     assert turned is not None
     assert (turned.idx, turned.far) == (2, 0.125)  # half of what they were apart; what follows has another context
-    strange = part(a, reading((1, -1.0, {}), (8, -2.0, {})))
+    strange = answer_divergence(a, reading((1, -1.0, {}), (8, -2.0, {})))
     assert strange is not None
     assert strange.far == math.inf
-    ended = part(a, reading((1, -1.0, {})))
+    ended = answer_divergence(a, reading((1, -1.0, {})))
     assert ended is not None
     assert ended.far == math.inf
-    lost = part(a, reading((1, math.nan, {}), (2, -2.0, {}), (4, -3.0, {})))
+    lost = answer_divergence(a, reading((1, math.nan, {}), (2, -2.0, {}), (4, -3.0, {})))
     assert lost is not None
     assert not lost.far <= 0.25
-    assert part(reading(), reading()) is None
+    assert answer_divergence(reading(), reading()) is None

@@ -34,7 +34,7 @@ def check_attention(probe: Probe) -> Iterator[Finding]:
         tally = Tally("K09", slot, "softmax and sink, unseen keys, window's edges, ring of keys", REMEDY)
         for name, check in _checks(core):
             kernel = probe.kernels[slot]
-            with tally.catching(slot, kernel, f"{name}: "):
+            with tally.catch_errors(slot, kernel, f"{name}: "):
                 for found, message in check(probe, slot, core):
                     tally.add(slot, kernel, found, f"{name}: {message or found}")
         yield from tally.findings()
@@ -45,10 +45,10 @@ Deviations = Iterator[tuple[Deviation, str]]
 
 def _checks(core: object) -> Iterator[tuple[str, Callable[[Probe, str, Any], Deviations]]]:
     if isinstance(core, AttentionCore):
-        yield "softmax", _softmax
-        yield "unseen keys", _unseen
-        yield "ring", _ring
-    yield "window", _window
+        yield "softmax", _check_softmax
+        yield "unseen keys", _check_unseen_keys
+        yield "ring", _check_ring
+    yield "window", _check_window
 
 
 def _queries(probe: Probe, slot: str, num_rows: int) -> Tensor:
@@ -60,7 +60,7 @@ def _exact(probe: Probe, slot: str, q_tNH: Tensor, keys_KH: Tensor, visible_tK: 
     return attention(q_tNH, keys_KH, visible_tK, sink_N, probe.config.softmax_scale)
 
 
-def _softmax(probe: Probe, slot: str, core: AttentionCore) -> Deviations:
+def _check_softmax(probe: Probe, slot: str, core: AttentionCore) -> Deviations:
     """Checks few and many keys, some of them hidden, at least one seen."""
     for num_keys in NUM_KEYS:
         q_tNH, keys_KH = _queries(probe, slot, NUM_QUERIES), _keys(probe, slot, num_keys)
@@ -75,7 +75,7 @@ def _keys(probe: Probe, slot: str, num_keys: int) -> Tensor:
     return probe.draw.keys(slot, num_keys, probe.config.head_dim)
 
 
-def _unseen(probe: Probe, slot: str, core: AttentionCore) -> Deviations:
+def _check_unseen_keys(probe: Probe, slot: str, core: AttentionCore) -> Deviations:
     """Checks that the contents of keys that no query sees change no bit."""
     num_keys = NUM_KEYS[-1]
     q_tNH, keys_KH = _queries(probe, slot, NUM_QUERIES), _keys(probe, slot, num_keys)
@@ -88,7 +88,7 @@ def _unseen(probe: Probe, slot: str, core: AttentionCore) -> Deviations:
     yield Deviation(float("inf") if differing else 0.0), f"{differing} outputs depend on keys that are not to be seen"
 
 
-def _window(probe: Probe, slot: str, core: Any) -> Deviations:
+def _check_window(probe: Probe, slot: str, core: Any) -> Deviations:
     """Checks a sequence in chunks, past the window and round the ring: each query against all keys that it may see."""
     assert probe.layer is not None
     config, layer_idx = probe.config, probe.layer.layer_idx
@@ -125,7 +125,7 @@ def _pool(probe: Probe, num_tokens: int) -> CachePool:
     return CachePool(replace(spec, max_tokens=num_tokens, max_sequences=1))
 
 
-def _ring(probe: Probe, slot: str, core: AttentionCore) -> Deviations:
+def _check_ring(probe: Probe, slot: str, core: AttentionCore) -> Deviations:
     """Checks that written rows come back bit by bit, anywhere in the ring, after chunks of every size."""
     assert probe.layer is not None
     config = probe.config

@@ -26,7 +26,7 @@ def check_boundaries(probe: Probe) -> Iterator[Finding]:
         tally = Tally("K08", slot, "streams, mixing weights and normed input in float64", REMEDY)
         kernel = probe.kernels[slot]
         for num_rows in MANY_ROWS if probe.is_cuda else ROWS:
-            with tally.catching(slot, kernel, f"{num_rows} tokens: "):
+            with tally.catch_errors(slot, kernel, f"{num_rows} tokens: "):
                 for what, found in _compared(probe, slot, num_rows):
                     tally.add(slot, kernel, found, f"{num_rows} tokens, {what}: {found}")
         yield from tally.findings()

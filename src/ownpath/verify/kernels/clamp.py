@@ -23,13 +23,13 @@ def check_clamp(probe: Probe) -> Iterator[Finding]:
     """K06: checks the shared expert."""
     for slot in probe.slots_of(OpKind.SWIGLU):
         tally = Tally("K06", slot, "the activation around the clamp, and the shared expert beyond it", CLAMP_REMEDY)
-        with tally.catching(slot, probe.kernels[slot]):
-            _activation(probe, slot, tally)
-            _whole(probe, slot.removesuffix(".swiglu"), tally)
+        with tally.catch_errors(slot, probe.kernels[slot]):
+            _check_activation(probe, slot, tally)
+            _check_expert(probe, slot.removesuffix(".swiglu"), tally)
         yield from tally.findings()
 
 
-def _activation(probe: Probe, slot: str, tally: Tally) -> None:
+def _check_activation(probe: Probe, slot: str, tally: Tally) -> None:
     """Checks the activation: every gate with every up, repeated as a row has room."""
     limit, width = probe.config.swiglu_limit, probe.config.moe_intermediate_size
     ends = torch.tensor([sign * factor * limit for factor in CLAMP_FACTORS for sign in (1, -1)])
@@ -41,7 +41,7 @@ def _activation(probe: Probe, slot: str, tally: Tally) -> None:
     tally.add(slot, probe.kernels[slot], deviation(found, swiglu(gate, up, limit)))
 
 
-def _whole(probe: Probe, shared: str, tally: Tally) -> None:
+def _check_expert(probe: Probe, shared: str, tally: Tally) -> None:
     """Runs the layer's own shared expert on large rows, to check that it calls the activation."""
     assert probe.layer is not None
     (w13, *others), (w2,) = probe.ops[f"{shared}.w13"], probe.ops[f"{shared}.w2"]

@@ -34,7 +34,7 @@ def explain(probe: Probe, op: PlannedOp, name: str, x: Tensor, y_SD: Tensor) -> 
     best = min(_explanations(rows, matrices, y_SD, steps.limit), key=lambda found: found[0])
     if best[0] < NEAR:
         return best[1]
-    return _another(probe, op, name, rows, y_SD) or "no single fault explains it"
+    return _other_expert(probe, op, name, rows, y_SD) or "no single fault explains it"
 
 
 def _explanations(rows: Tensor, matrices: ExpertMatrices, y_SD: Tensor, limit: float) -> Iterator[tuple[float, str]]:
@@ -44,12 +44,12 @@ def _explanations(rows: Tensor, matrices: ExpertMatrices, y_SD: Tensor, limit: f
     unclamped = swiglu(gate, up, float("inf")) @ down
     yield _distance(unclamped, y_SD), "the clamp is missing"
     plain = swiglu(gate, up, limit) @ down
-    yield _scaled(lambda c: c * plain, y_SD, "w2 is scaled")
-    yield _scaled(lambda c: swiglu(c * gate, up, limit) @ down, y_SD, "w1 is scaled")
-    yield _scaled(lambda c: swiglu(gate, c * up, limit) @ down, y_SD, "w3 is scaled")
+    yield _best_factor(lambda c: c * plain, y_SD, "w2 is scaled")
+    yield _best_factor(lambda c: swiglu(c * gate, up, limit) @ down, y_SD, "w1 is scaled")
+    yield _best_factor(lambda c: swiglu(gate, c * up, limit) @ down, y_SD, "w3 is scaled")
 
 
-def _scaled(make: Callable[[float], Tensor], y_SD: Tensor, what: str) -> tuple[float, str]:
+def _best_factor(make: Callable[[float], Tensor], y_SD: Tensor, what: str) -> tuple[float, str]:
     """Finds the factor that comes nearest."""
     exponents = [step / 4 for step in range(-4 * FACTORS, 4 * FACTORS + 1)]
     step = 0.25
@@ -60,7 +60,7 @@ def _scaled(make: Callable[[float], Tensor], y_SD: Tensor, what: str) -> tuple[f
     return _distance(make(2.0**best), y_SD), f"{what} by {2.0**best:.4g}"
 
 
-def _another(probe: Probe, op: PlannedOp, name: str, rows: Tensor, y_SD: Tensor) -> str:
+def _other_expert(probe: Probe, op: PlannedOp, name: str, rows: Tensor, y_SD: Tensor) -> str:
     """Tests whether it is another expert's output."""
     stack, _, own = name.rpartition(".")
     for other in range(min(probe.config.n_routed_experts, MAX_EXPERTS_TRIED)):

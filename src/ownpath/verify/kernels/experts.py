@@ -24,7 +24,7 @@ from ownpath.verify.kernels.diagnosis import explain
 from ownpath.verify.kernels.operands import matrices_of, steps_of
 from ownpath.verify.kernels.probe import Probe
 from ownpath.verify.kernels.products import ONE_FORM, REMEDY
-from ownpath.verify.kernels.row_counts import row_counts, unread, variants_of
+from ownpath.verify.kernels.row_counts import placeholder, row_counts, variants_of
 from ownpath.verify.kernels.tally import Tally
 
 NUM_ORDINARY = len(ORDINARY)
@@ -104,12 +104,12 @@ class RoutedExperts:
         y: Tensor = self.probe.slots[self.slot](self.x[routing.rows], ids_TK, weights_TK)
         return y
 
-    def unread(self, num_tokens: int) -> tuple[object, ...]:
+    def placeholders(self, num_tokens: int) -> tuple[object, ...]:
         """Makes arguments of a call with so many tokens, without values."""
         slots, device = self.probe.config.num_experts_per_tok, self.x.device
-        x = unread(self.x.dtype, device, num_tokens, self.x.shape[1])
-        weights = unread(torch.float32, device, num_tokens, slots)
-        return x, unread(torch.int64, device, num_tokens, slots), weights
+        x = placeholder(self.x.dtype, device, num_tokens, self.x.shape[1])
+        weights = placeholder(torch.float32, device, num_tokens, slots)
+        return x, placeholder(torch.int64, device, num_tokens, slots), weights
 
     def exact(self, routing: RoutedCall) -> Exact:
         """Returns the expected result."""
@@ -126,18 +126,18 @@ def check_experts(probe: Probe) -> Iterator[Finding]:
         experts = RoutedExperts(probe, slot)
         each = Tally("K01", slot, "experts against dequantise-then-matmul in float64", REMEDY)
         clamp = Tally("K06", slot, "experts beyond the clamp", CLAMP_REMEDY, "no gate of any expert came near it")
-        with each.catching(slot, probe.kernels[slot]):
-            wrong = _alone(experts, each, clamp)
+        with each.catch_errors(slot, probe.kernels[slot]):
+            wrong = _check_alone(experts, each, clamp)
             # One wrong expert spoils every mixture, so mixtures would add nothing.
             if not wrong:
-                _mixtures(experts, each)
+                _check_mixtures(experts, each)
         yield from each.findings()
         yield from clamp.findings()
         if not each.failures:
-            yield from _every_variant(experts)
+            yield from _check_variants(experts)
 
 
-def _alone(experts: RoutedExperts, each: Tally, clamp: Tally) -> bool:
+def _check_alone(experts: RoutedExperts, each: Tally, clamp: Tally) -> bool:
     """Runs every chosen expert by itself with weight 1, all in one call; returns whether one is wrong."""
     kernel = experts.probe.kernels[experts.slot]
     num_rows, num_experts = len(experts.x), len(experts.ids)
@@ -151,13 +151,13 @@ def _alone(experts: RoutedExperts, each: Tally, clamp: Tally) -> bool:
         return True
     worst = ratios(found, exact).amax(-1).view(num_rows, num_experts)
     y = found.view(num_rows, num_experts, -1)
-    _add_alone(experts, each, y, worst, slice(NUM_ORDINARY))
+    _tally_alone(experts, each, y, worst, slice(NUM_ORDINARY))
     if bool((experts.known.loud[NUM_ORDINARY:] > 0).any()):
-        _add_alone(experts, clamp, y, worst, slice(NUM_ORDINARY, None))
+        _tally_alone(experts, clamp, y, worst, slice(NUM_ORDINARY, None))
     return bool((worst > 1).any())
 
 
-def _add_alone(experts: RoutedExperts, tally: Tally, y: Tensor, worst: Tensor, rows: slice) -> None:
+def _tally_alone(experts: RoutedExperts, tally: Tally, y: Tensor, worst: Tensor, rows: slice) -> None:
     """Adds the experts' worst elements among some rows to the tally."""
     kernel, known = experts.probe.kernels[experts.slot], experts.known
     by_expert = worst[rows].amax(0).tolist()
@@ -173,7 +173,7 @@ def _add_alone(experts: RoutedExperts, tally: Tally, y: Tensor, worst: Tensor, r
         tally.add(experts.name(place), kernel, found, f"{what}; {found}")
 
 
-def _mixtures(experts: RoutedExperts, tally: Tally) -> None:
+def _check_mixtures(experts: RoutedExperts, tally: Tally) -> None:
     """Runs several numbers of tokens: random choices, all tokens at one expert, and most experts left out."""
     kernel = experts.probe.kernels[experts.slot]
     for num_tokens in row_counts(experts.probe.is_cuda, experts.probe.config.hidden_size):
@@ -202,12 +202,12 @@ def _weights(experts: RoutedExperts, drawn: Tensor) -> Tensor:
     return torch.ones_like(drawn) if Step.ROUTING_WEIGHT in experts.op.choice.kernel.official else drawn + 0.1
 
 
-def _every_variant(experts: RoutedExperts) -> Iterator[Finding]:
+def _check_variants(experts: RoutedExperts) -> Iterator[Finding]:
     """K04: runs both ends of the range that each variant of the kernel serves."""
     probe = experts.probe
     kernel = probe.kernels[experts.slot]
     tally = Tally("K04", experts.slot, "each variant that the experts' chooser can pick", REMEDY, ONE_FORM)
-    for variant, num_tokens in variants_of(probe.part.runners[experts.slot], experts.unread):
+    for variant, num_tokens in variants_of(probe.part.runners[experts.slot], experts.placeholders):
         call = routings(experts, num_tokens)["random experts"]
         found = deviation(experts.call(call), experts.exact(call))
         where = f"{experts.slot} at {num_tokens} tokens"

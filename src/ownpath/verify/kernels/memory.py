@@ -21,7 +21,7 @@ def check_memory(probe: Probe) -> Iterator[Finding]:
     for num_rows in MANY_ROWS if probe.is_cuda else ROWS:
         for call in calls(probe, num_rows):
             kernel, rows = probe.kernels[call.slot], f"{num_rows} rows: "
-            with tally.catching(call.slot, kernel, rows):
+            with tally.catch_errors(call.slot, kernel, rows):
                 problem = memory_problem(call)
                 tally.judge(call.slot, kernel, problem and rows + problem)
     yield from tally.findings()

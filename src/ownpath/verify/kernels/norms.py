@@ -28,7 +28,7 @@ def check_norms(probe: Probe) -> Iterator[Finding]:
             continue
         slot, kernel = planned.spec.slot, probe.kernels[planned.spec.slot]
         for num_rows in MANY_ROWS if probe.is_cuda else ROWS:
-            with tally.catching(slot, kernel, f"{num_rows} tokens: "):
+            with tally.catch_errors(slot, kernel, f"{num_rows} tokens: "):
                 x = _input(probe, planned, num_rows)
                 tally.add(slot, kernel, deviation(probe.slots[slot](x), _exact(probe, planned, x)))
     if tally.count:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ownpath.conformance.bounds import Deviation, Exact, repeated_deviation
-from ownpath.conformance.exact import beside, grouped, independent, product, rotate_back
+from ownpath.conformance.exact import grouped, independent_error, join_columns, product, rotate_back
 from ownpath.finding import Finding
 from ownpath.ops import OpKind
 from ownpath.plan.plan import PlannedOp
 from ownpath.verify.kernels.operands import InputReading, inputs_of, loss_at_load, weight_of
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.row_counts import row_counts, unread, variants_of
+from ownpath.verify.kernels.row_counts import placeholder, row_counts, variants_of
 from ownpath.verify.kernels.tally import Tally
 
 PERIOD = 1009
@@ -77,9 +77,9 @@ class DenseSlot:
             return run(self.x[ids])
         return run(self.x[ids], (self.angles[0][ids], self.angles[1][ids])).flatten(1)
 
-    def unread(self, num_rows: int) -> tuple[object, ...]:
+    def placeholders(self, num_rows: int) -> tuple[object, ...]:
         """Makes arguments of so many rows without values."""
-        x = unread(self.x.dtype, self.x.device, num_rows, *self.x.shape[1:])
+        x = placeholder(self.x.dtype, self.x.device, num_rows, *self.x.shape[1:])
         if not self.is_grouped:
             return (x,)
         return x, (self.angles[0][:1].expand(num_rows, -1), self.angles[1][:1].expand(num_rows, -1))
@@ -95,7 +95,7 @@ class DenseSlot:
         applies."""
         parts = [tuple(_exact_parts(self, op)) for op in self.ops]
         starts = sorted({inputs.from_rows for part in parts for inputs, _ in part})
-        return {start: beside([_latest(part, start) for part in parts]) for start in starts}
+        return {start: join_columns([_latest(part, start) for part in parts]) for start in starts}
 
     def place(self, found: Deviation) -> tuple[str, str]:
         """Returns (where, message) of a wrong result: the module, if all wrong outputs are one module's."""
@@ -125,7 +125,7 @@ def _exact_parts(dense: DenseSlot, op: PlannedOp) -> Iterator[tuple[InputReading
         most = len(dense.x) if after is None else after.from_rows - 1
         x_MK = inputs.quantize(dense.x[:most])
         exact = product(x_MK, weight, inputs.slack)
-        yield inputs, exact if lost is None else exact.plus(independent(x_MK, lost))
+        yield inputs, exact if lost is None else exact.plus(independent_error(x_MK, lost))
 
 
 def _latest(parts: tuple[tuple[InputReading, Exact], ...], start: int) -> Exact:
@@ -138,10 +138,10 @@ def check_products(probe: Probe) -> Iterator[Finding]:
     every = Tally("K04", probe.name, "each variant that a kernel's chooser can pick", REMEDY, ONE_FORM)
     for slot in probe.slots_of(OpKind.LINEAR, OpKind.GROUPED):
         dense = DenseSlot(probe, slot)
-        with each.catching(slot, probe.kernels[slot]):
+        with each.catch_errors(slot, probe.kernels[slot]):
             for num_rows in dense.row_counts:
                 _add(each, dense, num_rows, probe.kernels[slot])
-            for variant, num_rows in variants_of(probe.part.runners[slot], dense.unread):
+            for variant, num_rows in variants_of(probe.part.runners[slot], dense.placeholders):
                 _add(every, dense, num_rows, f"{probe.kernels[slot]} {variant}")
     yield from each.findings()
     yield from every.findings()

@@ -117,10 +117,10 @@ def quantizer_cases(probe: Probe) -> Iterator[QuantizerCase]:
     for slot in probe.slots_of(OpKind.KEY_QUANTIZER):
         rotary = config.qk_rope_head_dim
         yield QuantizerCase(
-            slot, config.head_dim - rotary, KEY_BLOCK, E4M3, _keys(probe, slot), _exactly(fp8, KEY_BLOCK)
+            slot, config.head_dim - rotary, KEY_BLOCK, E4M3, _keys(probe, slot), _expect_exact(fp8, KEY_BLOCK)
         )
     for slot in probe.slots_of(OpKind.INDEX_QUANTIZER):
-        yield QuantizerCase(slot, config.index_head_dim, INDEX_BLOCK, E2M1, probe.slots[slot], _index)
+        yield QuantizerCase(slot, config.index_head_dim, INDEX_BLOCK, E2M1, probe.slots[slot], _expect_index)
 
 
 def _keys(probe: Probe, slot: str) -> Callable[[Tensor], Tensor]:
@@ -146,17 +146,17 @@ def _inputs(probe: Probe, slot: str) -> Iterator[QuantizerCase]:
         if in_front and rounding is InputRounding.NVFP4:
             scale = largest_input_scale(op, [module.name for module in op.spec.modules], probe.stored)
             yield QuantizerCase(
-                slot, width, NVFP4_BLOCK, E2M1, leaf.quantize_input, _exactly(nvfp4_without_global, scale)
+                slot, width, NVFP4_BLOCK, E2M1, leaf.quantize_input, _expect_exact(nvfp4_without_global, scale)
             )
         elif in_front:
-            yield QuantizerCase(slot, width, INPUT_BLOCK, E4M3, leaf.quantize_input, _exactly(fp8, INPUT_BLOCK))
+            yield QuantizerCase(slot, width, INPUT_BLOCK, E4M3, leaf.quantize_input, _expect_exact(fp8, INPUT_BLOCK))
         elif rounding is InputRounding.E4M3:
             powers = leaf.operand.weight.power_of_two
-            run = _launched(leaf.operand.weight)
-            yield QuantizerCase(slot, width, INPUT_BLOCK, E4M3, run, _exactly(fp8, INPUT_BLOCK, powers))
+            run = _launched_quantizer(leaf.operand.weight)
+            yield QuantizerCase(slot, width, INPUT_BLOCK, E4M3, run, _expect_exact(fp8, INPUT_BLOCK, powers))
 
 
-def _launched(weight: Any) -> Callable[[Tensor], Tensor]:
+def _launched_quantizer(weight: Any) -> Callable[[Tensor], Tensor]:
     """Runs the Hopper quantiser that precedes a product, and reads its output back."""
     from ownpath.kernels.fp8.config import QuantizeConfig
     from ownpath.kernels.fp8.launch import quantize_launch, workspace_bytes
@@ -182,7 +182,7 @@ Expected = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Maps an input to the lower and the upper bound of the values read back."""
 
 
-def _exactly(quantize: Callable[..., Tensor], *how: object) -> Expected:
+def _expect_exact(quantize: Callable[..., Tensor], *how: object) -> Expected:
     def expected(x: Tensor) -> tuple[Tensor, Tensor]:
         value = quantize(x, *how)
         return value, value
@@ -190,7 +190,7 @@ def _exactly(quantize: Callable[..., Tensor], *how: object) -> Expected:
     return expected
 
 
-def _index(x: Tensor) -> tuple[Tensor, Tensor]:
+def _expect_index(x: Tensor) -> tuple[Tensor, Tensor]:
     """Bounds Hadamard's rotation, rounded, then E2M1: the least and the most that float32 sums may give."""
     matrix = hadamard_matrix(x.shape[1]).to(x.device)
     turned = x.double() @ matrix

@@ -31,11 +31,11 @@ def check_rotation(probe: Probe) -> Iterator[Finding]:
     ratio = tuple(probe.config.backbone_layers())[probe.layer.layer_idx].ratio
     attn = f"{probe.name}.attn"
     for where, rope, compressing in _tables(probe, attn, compressing=bool(ratio)):
-        with tally.catching(where, KERNEL):
-            tally.add(where, KERNEL, _turns(probe, rope, compressing))
+        with tally.catch_errors(where, KERNEL):
+            tally.add(where, KERNEL, _compare_table(probe, rope, compressing))
     slot = f"{attn}.wo_a"
-    with tally.catching(slot, probe.kernels[slot]):
-        tally.add(slot, probe.kernels[slot], _undone(probe, slot))
+    with tally.catch_errors(slot, probe.kernels[slot]):
+        tally.add(slot, probe.kernels[slot], _compare_output(probe, slot))
     yield from tally.findings()
 
 
@@ -55,7 +55,7 @@ def positions(probe: Probe) -> Tensor:
     return torch.tensor([min(place, probe.config.max_position_embeddings - 1) for place in POSITIONS])
 
 
-def _turns(probe: Probe, rope: Rope, compressing: bool) -> Deviation:
+def _compare_table(probe: Probe, rope: Rope, compressing: bool) -> Deviation:
     """Rotates forward and back at every position, and compares each with angles in float64."""
     at_P = positions(probe)
     freqs_F = frequencies(probe.config, int(compressing), torch.float64)
@@ -66,7 +66,7 @@ def _turns(probe: Probe, rope: Rope, compressing: bool) -> Deviation:
     return worse(forth, deviation(rotated.invert(x), rotation(x, -angles_PF)))
 
 
-def _undone(probe: Probe, slot: str) -> Deviation:
+def _compare_output(probe: Probe, slot: str) -> Deviation:
     """Checks that ``wo_a`` undoes the rotation: rotated outputs must give what unrotated ones would.
 
     Rotating rounds once to the activations' dtype, which the product spreads like any rounding of its input.

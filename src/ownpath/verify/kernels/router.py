@@ -12,7 +12,7 @@ from ownpath.conformance.bounds import EXP_STEPS, FLOAT32_ROUND, Exact, deviatio
 from ownpath.conformance.exact import product
 from ownpath.finding import Finding
 from ownpath.ops import OpKind
-from ownpath.oracle.formulas import best, expert_scores, routing_weights
+from ownpath.oracle.formulas import expert_scores, routing_weights, top_indices
 from ownpath.runners import Router
 from ownpath.verify.kernels.operands import weight_of
 from ownpath.verify.kernels.probe import Probe
@@ -138,7 +138,7 @@ class _ExpectedChoice:
         ordered = ids_TK.sort(-1).values
         if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
             return "an expert is chosen twice"
-        order = best(self.ranked_TE, self.num_chosen)
+        order = top_indices(self.ranked_TE, self.num_chosen)
         worst_T1 = self.ranked_TE.gather(1, order)[:, -1:]
         short_TK = worst_T1 - self.ranked_TE.gather(1, ids_TK)
         allowed_TK = self.error_TE.gather(1, ids_TK) + self.error_TE.gather(1, order)[:, -1:]

@@ -23,7 +23,7 @@ def row_counts(is_cuda: bool, num_columns: int) -> tuple[int, ...]:
     return (*ROW_COUNTS, *MANY_ROWS) if is_cuda and num_columns <= WIDEST else ROW_COUNTS
 
 
-def scanned() -> Iterator[int]:
+def scanned_row_counts() -> Iterator[int]:
     """Yields every number up to 128; then both sides of every multiple of 8, and of 64 from 2048 on: tiles change
     there."""
     yield from range(1, FEW + 1)
@@ -32,10 +32,10 @@ def scanned() -> Iterator[int]:
     yield MOST
 
 
-def changes(variant: Callable[[int], str]) -> dict[str, tuple[int, ...]]:
+def row_ranges(variant: Callable[[int], str]) -> dict[str, tuple[int, ...]]:
     """Returns, per variant, the fewest and the most rows that it serves."""
     found: dict[str, tuple[int, ...]] = {}
-    for count in scanned():
+    for count in scanned_row_counts():
         name = variant(count)
         found[name] = (found.get(name, (count,))[0], count)
     return {name: tuple(dict.fromkeys(ends)) for name, ends in found.items()}
@@ -47,10 +47,10 @@ def variants_of(runner: Runner, arguments: Callable[[int], tuple[object, ...]]) 
     arguments: of a call with so many rows; no value is read.
     """
     if any(leaf.variant(*arguments(1)) is not None for leaf in runner.leaves):
-        for variant, counts in changes(lambda count: variant_of(runner, arguments(count))).items():
+        for variant, counts in row_ranges(lambda count: variant_of(runner, arguments(count))).items():
             yield from ((variant, count) for count in counts)
 
 
-def unread(dtype: torch.dtype, device: torch.device, num_rows: int, *shape: int) -> torch.Tensor:
+def placeholder(dtype: torch.dtype, device: torch.device, num_rows: int, *shape: int) -> torch.Tensor:
     """Makes a tensor of so many rows that takes the memory of one."""
     return torch.empty(1, *shape, dtype=dtype, device=device).expand(num_rows, *shape)

@@ -59,7 +59,7 @@ class Tally:
             self.passed(kernel)
 
     @contextmanager
-    def catching(self, where: str, kernel: str, prefix: str = "") -> Iterator[None]:
+    def catch_errors(self, where: str, kernel: str, prefix: str = "") -> Iterator[None]:
         """Turns any exception raised inside into a wrong place."""
         try:
             yield
@@ -71,7 +71,7 @@ class Tally:
         if self.failures:
             yield from self.failures.values()
         elif not self.count:
-            yield skipped(self.id, self.where, f"{self.what}: {self.nothing}")
+            yield skipped_finding(self.id, self.where, f"{self.what}: {self.nothing}")
         else:
             worst = f", worst in {self.worst_at}" if self.worst_at else ""
             number, allowed = (self.worst.ratio, NEAR_FLOAT64) if self.worst_at else (None, "")
@@ -79,7 +79,7 @@ class Tally:
             yield Finding(self.id, self.where, Verdict.PASS, message, number, allowed, kernel=", ".join(self.kernels))
 
 
-def skipped(check_id: str, where: str, why: str) -> Finding:
+def skipped_finding(check_id: str, where: str, why: str) -> Finding:
     """Makes the finding of a check that looked at nothing."""
     return Finding(check_id, where, Verdict.SKIPPED, why)
 

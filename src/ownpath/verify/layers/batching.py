@@ -53,9 +53,9 @@ class Batching:
     def findings(self) -> Iterator[Finding]:
         """Checks V05, V08 and V09 of this layer."""
         chunks = self.in_steps(self._chunk_sizes(), self.single.new_cache())
-        yield self._cut(chunks)
-        yield self._again(chunks)
-        yield from self._beside()
+        yield self._check_chunks(chunks)
+        yield self._check_repeat(chunks)
+        yield from self._check_neighbours()
 
     def in_steps(self, sizes: list[int], cache: SequenceCache) -> SequenceRun:
         """Reads the text's first tokens in steps of these sizes."""
@@ -77,17 +77,17 @@ class Batching:
                 left -= size
         return [*sizes, *(size for size in (left // 2, left - left // 2) if size)]
 
-    def _cut(self, chunks: SequenceRun) -> Finding:
+    def _check_chunks(self, chunks: SequenceRun) -> Finding:
         """V05: chunks, and token by token at both ends."""
         num_tokens = len(self.entering_TSD)
         first = self.in_steps([1] * min(_NUM_FIRST, num_tokens), self.single.new_cache())
         num_last = min(_NUM_LAST, num_tokens - 1)
         last = self.in_steps([num_tokens - num_last, *[1] * num_last], self.single.new_cache())
         runs = {"in chunks": chunks, "token by token from the start": first, "token by token behind a prompt": last}
-        seen = [self._compared(name, run) for name, run in runs.items()]
+        seen = [self._compare(name, run) for name, run in runs.items()]
         return self._verdict("V05", seen, _REMEDY_CACHE)
 
-    def _again(self, chunks: SequenceRun) -> Finding:
+    def _check_repeat(self, chunks: SequenceRun) -> Finding:
         """V08: the chunks once more, in a reused process and in caches full of NaN, bit by bit."""
         cache = self.single.new_cache()
         for memory in cache.views():
@@ -102,16 +102,16 @@ class Batching:
         number, words = float(num_differing), "no row differs"
         return Finding.judged("V08", self._where, not num_differing, message, number, words, _REMEDY_FRESH)
 
-    def _beside(self) -> Iterator[Finding]:
+    def _check_neighbours(self) -> Iterator[Finding]:
         """V09: the text's beginning alone, in a step with others, and several times in one step."""
         num_rows = min(_NUM_SHORT, len(self.entering_TSD))
         alone = self._in_one_step([(0, num_rows)])[0]
         others = [(0, num_rows), (num_rows, min(num_rows + 33, len(self.entering_TSD))), (0, 1), (0, num_rows // 2)]
         mixed = self._in_one_step([part for part in others if part[0] < part[1]])[0]
         same = self._in_one_step([(0, num_rows)] * _NUM_SAME)
-        seen = [self._compared("beside others", mixed, alone)]
+        seen = [self._compare("beside others", mixed, alone)]
         seen += [
-            self._compared(f"number {n} of {_NUM_SAME} that are the same", run, alone) for n, run in enumerate(same)
+            self._compare(f"number {n} of {_NUM_SAME} that are the same", run, alone) for n, run in enumerate(same)
         ]
         distinct = 1 + sum(not torch.equal(run.out_TSD, same[0].out_TSD) for run in same[1:])
         yield self._verdict("V09", seen, _REMEDY_BATCH, f"; {_NUM_SAME} equal sequences in a step: {distinct} outcomes")
@@ -137,7 +137,7 @@ class Batching:
     def _where(self) -> str:
         return self.single.layer.name
 
-    def _compared(self, name: str, run: SequenceRun, baseline: SequenceRun | None = None) -> "RunComparison":
+    def _compare(self, name: str, run: SequenceRun, baseline: SequenceRun | None = None) -> "RunComparison":
         """Compares rows that chose the same with the baseline: the one shot, if none is given."""
         baseline = baseline or SequenceRun(self.one_shot.out_TSD, self.one_shot.choices)
         num_rows = len(run.out_TSD)

@@ -20,7 +20,7 @@ _REMEDY_DRIFT = (
 
 
 @torch.inference_mode()
-def embedded(oracle: Oracle) -> Residual:
+def embed_text(oracle: Oracle) -> Residual:
     """Returns the engine's streams before the first layer. Errors: as ``load_weights``."""
     subject = oracle.subject
     part = load_part(subject, lambda name: name == "embed.weight")
@@ -28,7 +28,7 @@ def embedded(oracle: Oracle) -> Residual:
     return Residual.of_embedding(h_TD, subject.config.hc_mult)
 
 
-def embedding(engine: Residual, reference_TSD: torch.Tensor, oracle: Oracle) -> tuple[Finding, Measurement]:
+def check_embedding(engine: Residual, reference_TSD: torch.Tensor, oracle: Oracle) -> tuple[Finding, Measurement]:
     """V01 of the embedding: at most one rounding away."""
     allowed = torch.finfo(oracle.subject.engine.dtype).eps / 2
     dtypes = "", dtype_name(engine.x_TSD.dtype)
@@ -73,7 +73,7 @@ class Distributions:
     nll_2T: torch.Tensor
 
 
-def head(oracle: Oracle, ends: ModelEnds, reference_TSD: torch.Tensor) -> tuple[Finding, Measurement]:
+def check_head(oracle: Oracle, ends: ModelEnds, reference_TSD: torch.Tensor) -> tuple[Finding, Measurement]:
     """V01 of the head, on the reference's last rows."""
     last_TSD = reference_TSD[-_ROWS:]
     engine = ends.logits(Residual(last_TSD.to(oracle.subject.engine.dtype)))
@@ -88,7 +88,7 @@ def head(oracle: Oracle, ends: ModelEnds, reference_TSD: torch.Tensor) -> tuple[
     return finding, measured
 
 
-def end_to_end(oracle: Oracle, ends: ModelEnds, engine: Residual, reference_TSD: torch.Tensor) -> Finding:
+def check_end_to_end(oracle: Oracle, ends: ModelEnds, engine: Residual, reference_TSD: torch.Tensor) -> Finding:
     """V04: compares distributions by KL(reference || engine), best token, and the text's likelihood.
 
     Only the 99 % of positions that agree best are judged, and the value at their end (p99). In the others a near tie

@@ -82,7 +82,7 @@ class SingleLayer:
         """Runs one step and extends the caches. seen: observes it."""
         batch = ForwardBatch.of([(chunk.token_ids, chunk.cache) for chunk in chunks], self.pool.spec.device)
         with nullcontext() if seen is None else self.loaded.ledger.observe(seen):
-            return self.loaded.step(joined([chunk.residual for chunk in chunks]), batch)
+            return self.loaded.step(join_residuals([chunk.residual for chunk in chunks]), batch)
 
     @torch.inference_mode()
     def streams(self, residual: Residual) -> torch.Tensor:
@@ -93,7 +93,7 @@ class SingleLayer:
         return self.loaded.block.hc_attn(residual.x_TSD, residual.y_TD, residual.mix).x_TSD
 
 
-def joined(residuals: Sequence[Residual]) -> Residual:
+def join_residuals(residuals: Sequence[Residual]) -> Residual:
     """Joins rows of several sequences; with more than one, their streams must have the last output mixed in."""
     if len(residuals) == 1:
         return residuals[0]

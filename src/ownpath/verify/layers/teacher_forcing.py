@@ -92,14 +92,14 @@ def compare_layer(single: SingleLayer, oracle: Oracle, streams_TSD: torch.Tensor
     trace = free
     if choices.differs:
         router = f"{layer.name}.ffn.router"
-        ids_TK = _existing(values[f"{router}.ids"], free.values[f"{router}.ids"], choices.num_experts)
+        ids_TK = _replace_missing(values[f"{router}.ids"], free.values[f"{router}.ids"], choices.num_experts)
         trace = oracle.block(single.layer_idx, streams_TSD, Choices(ids_TK, choices.entries_TC))
         # A row that attends to other entries has other router scores, by which its choice of experts is judged.
         scores = replace(scores, expert_scores_TE=trace.values[f"{router}.scores"])
         choices = scores.judge(run, index_keys)
     sampled_T = choices.experts_TE[:, list(oracle.subject.expert_ids(single.layer_idx))].any(1)
     pairs = _pairs(layer, values, trace, sampled_T)
-    measured = tuple(_measured(oracle, single, name, pair, run) for name, pair in pairs.items())
+    measured = tuple(_measure(oracle, single, name, pair, run) for name, pair in pairs.items())
     experts = pairs["ffn.experts"]
     expert = _one_bad_expert(experts, choices.experts_TE[sampled_T], oracle.budget("ffn.experts"))
     rounding, few_rows = _key_rounding(layer, values), _of_few_rows(oracle, single, streams_TSD, trace)
@@ -122,7 +122,7 @@ def _key_rounding(layer: Layer, values: Mapping[str, torch.Tensor]) -> float | N
     return distance(values[slot], values[f"{slot}.in"]).rel_l2 if slot in values else None
 
 
-def _existing(ids_TK: torch.Tensor, instead_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
+def _replace_missing(ids_TK: torch.Tensor, instead_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Replaces expert ids that do not exist: a row that names one gets the reference's own."""
     ids_TK = ids_TK.long()
     is_real_T = ((ids_TK >= 0) & (ids_TK < num_experts)).all(1, keepdim=True)
@@ -139,7 +139,7 @@ def _pairs(
     router = f"{layer.name}.ffn.router"
     theirs = {name: trace.values[f"{router}.{name}"] for name in ("ids", "weights", "scores")}
     num_experts = theirs["scores"].shape[1]
-    ids_TK = _existing(values[f"{router}.ids"], theirs["ids"], num_experts)
+    ids_TK = _replace_missing(values[f"{router}.ids"], theirs["ids"], num_experts)
     pairs = {}
     for name in ORDER:
         full = f"{layer.name}.{name}"
@@ -149,14 +149,14 @@ def _pairs(
             mine_TE = _by_expert(ids_TK, values[full], num_experts)
             pairs[name] = mine_TE, _by_expert(theirs["ids"], theirs["weights"], num_experts)
         elif name == "attn.indexer.scores":
-            pairs[name] = _seen(values[full], trace.values[full])
+            pairs[name] = _visible_scores(values[full], trace.values[full])
         else:
             rows = sampled_T if name == "ffn.experts" else slice(None)
             pairs[name] = values[full][rows], trace.values[full].reshape(values[full].shape)[rows]
     return pairs
 
 
-def _seen(mine_TC: torch.Tensor, theirs_TC: torch.Tensor) -> Pair:
+def _visible_scores(mine_TC: torch.Tensor, theirs_TC: torch.Tensor) -> Pair:
     """Pairs index scores of the entries that a row may see; the reference's others are -inf."""
     return mine_TC.masked_fill(theirs_TC == -torch.inf, 0.0), theirs_TC.masked_fill(theirs_TC == -torch.inf, 0.0)
 
@@ -167,7 +167,7 @@ def _by_expert(ids_TK: torch.Tensor, weights_TK: torch.Tensor, num_experts: int)
     return weights_TE.scatter_(1, ids_TK, weights_TK.double())
 
 
-def _measured(oracle: Oracle, single: SingleLayer, name: str, pair: Pair, run: Activations) -> Measurement:
+def _measure(oracle: Oracle, single: SingleLayer, name: str, pair: Pair, run: Activations) -> Measurement:
     full = f"{single.layer.name}.{name}"
     slot = single.slot_of(full)
     kernel = single.loaded.ledger.kernels[slot][1] if slot else ""

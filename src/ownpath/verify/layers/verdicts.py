@@ -38,11 +38,11 @@ def verdicts(comparison: LayerComparison, single: SingleLayer) -> Iterator[Findi
         if name in wrong:
             yield wrong[name]
         if name in bad:
-            yield _off(bad[name], layer, "" if name == root else root, comparison.expert)
+            yield _beyond_budget(bad[name], layer, "" if name == root else root, comparison.expert)
     if not root:
-        yield _fine(comparison, layer)
-    yield _leaving(comparison.measurements[-1], layer, root)
-    yield _magnitudes(comparison.measurements, layer)
+        yield _pass(comparison, layer)
+    yield _check_output(comparison.measurements[-1], layer, root)
+    yield _check_magnitudes(comparison.measurements, layer)
 
 
 def _wrong_choices(entries: Judgement | None, experts: Judgement, single: SingleLayer) -> Iterator[tuple[str, Finding]]:
@@ -50,21 +50,21 @@ def _wrong_choices(entries: Judgement | None, experts: Judgement, single: Single
     layer, kernels = single.layer.name, single.loaded.ledger.kernels
     if entries is not None and entries.num_wrong:
         remedy = "the indexer: which entries are complete, their order, index_topk, lowest index on ties"
-        yield "attn.core", _wrong(f"{layer}.attn.indexer", entries, "compressed entries", remedy)
+        yield "attn.core", _wrong_choice(f"{layer}.attn.indexer", entries, "compressed entries", remedy)
     if experts.num_wrong:
         remedy = "the router: the bias in the choice, num_experts_per_tok, ties, or the table of a hash layer"
         where = f"{layer}.ffn.router"
-        yield "ffn.router.weights", _wrong(where, experts, "experts", remedy, kernels[where][1])
+        yield "ffn.router.weights", _wrong_choice(where, experts, "experts", remedy, kernels[where][1])
 
 
-def _wrong(where: str, judged: Judgement, what: str, remedy: str, kernel: str = "") -> Finding:
+def _wrong_choice(where: str, judged: Judgement, what: str, remedy: str, kernel: str = "") -> Finding:
     first = int(judged.wrong_T.nonzero()[0])
     message = f"{judged.num_wrong} of {len(judged.wrong_T)} tokens get other {what} than the scores say, first {first}"
     words = "0 tokens, near ties aside (twice the scores' own distance)"
     return Finding("V01", where, Verdict.FAIL, message, float(judged.num_wrong), words, remedy, kernel)
 
 
-def _off(measured: Measurement, layer: str, root: str, expert: int | None) -> Finding:
+def _beyond_budget(measured: Measurement, layer: str, root: str, expert: int | None) -> Finding:
     slot = measured.slot
     where = f"{layer}.{slot}" if expert is None or slot != "ffn.experts" else f"{layer}.{slot}.{expert}"
     order = f"follows {layer}.{root}" if root else "the first of this layer beyond its budget"
@@ -81,7 +81,7 @@ def _numbers(measured: Measurement) -> str:
     return f"{rows}, cosine {measured.cosine:.6f}{bad}{empty}"
 
 
-def _fine(comparison: LayerComparison, layer: str) -> Finding:
+def _pass(comparison: LayerComparison, layer: str) -> Finding:
     worst = max(comparison.measurements, key=lambda measured: measured.excess)
     chosen = comparison.choices
     ties = chosen.experts.num_differing + (chosen.entries.num_differing if chosen.entries else 0)
@@ -90,7 +90,7 @@ def _fine(comparison: LayerComparison, layer: str) -> Finding:
     return Finding("V01", layer, Verdict.PASS, message, worst.excess, _WITHIN, kernel=worst.kernel)
 
 
-def _leaving(out: Measurement, layer: str, root: str) -> Finding:
+def _check_output(out: Measurement, layer: str, root: str) -> Finding:
     """V02: checks the streams after the layer, when those before it are the reference's."""
     words = f"rel-L2 {out.budget:.1e}, {ROW_FACTOR:g} times that in one row"
     message = f"given the reference's streams, {_numbers(out)}"
@@ -98,7 +98,7 @@ def _leaving(out: Measurement, layer: str, root: str) -> Finding:
     return Finding.judged("V02", layer, out.is_within, message, out.rel_l2, words, remedy)
 
 
-def _magnitudes(measurements: Iterable[Measurement], layer: str) -> Finding:
+def _check_magnitudes(measurements: Iterable[Measurement], layer: str) -> Finding:
     """V03: compares largest magnitudes with the reference's."""
     shown = [m for m in measurements if m.reference_amax]
     worst = max(shown, key=lambda m: m.grown / m.budget)
@@ -115,7 +115,7 @@ def _magnitudes(measurements: Iterable[Measurement], layer: str) -> Finding:
     return Finding("V03", where, Verdict.FAIL, message, worst.grown, words, _GROWN, worst.kernel)
 
 
-def growth(measurements: Iterable[Measurement]) -> Finding:
+def check_growth(measurements: Iterable[Measurement]) -> Finding:
     """V03 over the depth: reports how the streams' largest magnitude grows, and where most."""
     enters = {m.layer_idx: m.amax for m in measurements if m.slot == "hc_attn.x"}
     leaves = {m.layer_idx: m.amax for m in measurements if m.slot == "out"}
