@@ -72,10 +72,9 @@ import sys
 import ownpath.kernels
 ownpath.kernels.__path__.append(sys.argv.pop(1))
 """
-MAIN = f"{WITH_TOY}\nfrom ownpath.cli import main\nsys.exit(main(sys.argv[1:]))"
-BENCH = (
-    f"{WITH_TOY}\nfrom ownpath.bench import rotation\nrotation.COLD_BYTES = 1_000_000\n{MAIN.removeprefix(WITH_TOY)}"
-)
+COMMAND = "from ownpath.cli import main\nsys.exit(main(sys.argv[1:]))"
+MAIN = f"{WITH_TOY}\n{COMMAND}"
+BENCH = f"{WITH_TOY}\nfrom ownpath.bench import rotation\nrotation.COLD_BYTES = 1_000_000\n{COMMAND}"
 RUN = f"""{WITH_TOY}
 import json
 from ownpath.config import EngineConfig
