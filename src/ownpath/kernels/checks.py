@@ -30,6 +30,15 @@ def is_dense(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     return tensor.dtype is dtype and tensor.is_contiguous() and not tensor.data_ptr() % VECTOR_BYTES
 
 
+def is_readable(x: torch.Tensor, width: int, device_index: int) -> bool:
+    """Whether the copy engine of a device can read x as a bfloat16 matrix [rows, width]."""
+    if x.ndim != 2 or x.dtype is not torch.bfloat16:
+        return False
+    pitch, step = x.stride()
+    is_aligned = not (2 * pitch | x.data_ptr()) & 15
+    return is_aligned and step == 1 and x.shape[1] == width and x.get_device() == device_index
+
+
 def check_alignment(name: str, tensor: torch.Tensor) -> None:
     """Errors: ValueError when the first element is not at a multiple of 16 bytes."""
     if tensor.data_ptr() % VECTOR_BYTES:

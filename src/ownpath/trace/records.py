@@ -6,7 +6,7 @@ when an entry is new. A slot keeps at most ``max_per_slot`` entries; calls beyon
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ def _collect(values: Iterable[Any], found: list[tuple[torch.Size, torch.dtype]])
         elif isinstance(value, (tuple, list)):
             _collect(value, found)
         elif is_dataclass(value):
-            _collect(vars(value).values(), found)
+            _collect((getattr(value, field.name) for field in fields(value)), found)
 
 
 def _spelled(tensors: _Signature) -> tuple[str, ...]:

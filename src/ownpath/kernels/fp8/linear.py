@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ownpath.formats import FP8_BLOCK
 from ownpath.kernels.calls import Calls
-from ownpath.kernels.checks import require_input
+from ownpath.kernels.checks import is_readable, require_input
 from ownpath.kernels.contract import StoredLinear
 from ownpath.kernels.dsl.driver import current_stream, num_sms
 from ownpath.kernels.fp8.choose import WeightKey, w8a8_config, w8a8_configs, w8a16_config, w8a16_configs
@@ -166,7 +166,7 @@ class Fp8LinearKernel:
         """
         weight = operand.weight
         device_index = weight.blocks.get_device()
-        if not _is_readable(x, weight.in_features, device_index):
+        if not is_readable(x, weight.in_features, device_index):
             _refuse(x, weight)
             flat_out = None if out is None else out.view(-1, weight.out_features)
             flat = self.run(x.flatten(0, -2), operand, out=flat_out, workspace=workspace)
@@ -213,18 +213,6 @@ def _codes_and_scales(stored: StoredLinear) -> tuple[Sequence[Tensor], Sequence[
     scales = [shard.scale for shard in stored.shards if shard.scale is not None]
     assert len(scales) == len(stored.shards)
     return [shard.qdata for shard in stored.shards], scales
-
-
-def _is_readable(x: Tensor, width: int, device_index: int) -> bool:
-    return (
-        x.dtype is torch.bfloat16
-        and x.ndim == 2
-        and x.shape[1] == width
-        and x.get_device() == device_index
-        and x.stride(1) == 1
-        and not x.stride(0) % 8
-        and not x.data_ptr() % 16
-    )
 
 
 def _refuse(x: Tensor, weight: PackedFp8) -> None:

@@ -22,7 +22,7 @@ from ownpath.kernels.norms.ref import rms_norm
 from ownpath.kernels.reference import Reference
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Mix:
     """What pre leaves for post: post_TS, and comb_TSS indexed [from stream, to stream]; at least float32."""
 
@@ -53,7 +53,7 @@ class HyperWeights:
     norm_eps: float
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class HyperOut:
     """What a boundary computes: new streams [T, S, D], the normed input of the coming sublayer [T, D], its mix."""
 

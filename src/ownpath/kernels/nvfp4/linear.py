@@ -8,7 +8,7 @@ import torch
 
 from ownpath.formats import NVFP4
 from ownpath.kernels.calls import Calls
-from ownpath.kernels.checks import require_input
+from ownpath.kernels.checks import is_readable, require_input
 from ownpath.kernels.contract import StoredLinear
 from ownpath.kernels.dsl.driver import Boxes, Pointers, current_stream
 from ownpath.kernels.nvfp4.choose import LinearChoice, choose_linear
@@ -157,19 +157,6 @@ class Nvfp4LinearKernel:
         choice = self._choose(len(x), *operand.shape, self.is_batch_invariant)
         boxes = Boxes(x.data_ptr(), (len(x), x.shape[1]), x.stride(0), box(choice.gemm))
         return DenseCall(choice, operand.weight, boxes, out_pitch, operand.schedule.data_ptr())
-
-
-def is_readable(x: torch.Tensor, width: int, device_index: int) -> bool:
-    """Whether the copy engine of a device can read x as a bfloat16 matrix [rows, width]."""
-    return (
-        x.dtype is torch.bfloat16
-        and x.ndim == 2
-        and x.shape[1] == width
-        and x.get_device() == device_index
-        and x.stride(1) == 1
-        and not x.stride(0) % 8
-        and not x.data_ptr() % 16
-    )
 
 
 def require_packable(name: str, tensor: torch.Tensor) -> None:

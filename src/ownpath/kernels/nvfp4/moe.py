@@ -18,14 +18,14 @@ import torch
 
 from ownpath.formats import NVFP4
 from ownpath.kernels.calls import Calls
-from ownpath.kernels.checks import require_input, require_routing
+from ownpath.kernels.checks import is_readable, require_input, require_routing
 from ownpath.kernels.contract import Config, Expert, Routing, StoredExperts
 from ownpath.kernels.dsl.driver import Boxes, Pointers, current_stream, num_sms
 from ownpath.kernels.nvfp4.choose import WIDE_PAIRS, MoeChoice, choose_moe, moe_choice, moe_table
 from ownpath.kernels.nvfp4.config import ALIGN_THREADS, AlignConfig, CombineConfig, GemmConfig, PermuteConfig
 from ownpath.kernels.nvfp4.launch import Gemm, PackedWeight, Sizes, Tiling, align, box, combine, permute
 from ownpath.kernels.nvfp4.layout import check_scales, gate_up_rows, pack_weight_, plain_rows, unpack_weight
-from ownpath.kernels.nvfp4.linear import is_readable, require_packable, require_rows
+from ownpath.kernels.nvfp4.linear import require_packable, require_rows
 from ownpath.qtensor import QuantTensor
 
 DIM_MULTIPLE = 128
