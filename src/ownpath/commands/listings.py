@@ -77,8 +77,9 @@ def fields_of_server() -> str:
     """Every request field of both endpoints, reasons for empty content, and the checks of the self-test."""
     from ownpath.selftest.checks import all_checks
     from ownpath.server import fields
+    from ownpath.server.conversation import ChatMessage
     from ownpath.server.empty import MEANING
-    from ownpath.server.protocol import ChatMessage, ChatRequest, CompletionRequest
+    from ownpath.server.protocol import ChatRequest, CompletionRequest
 
     parts = []
     endpoints = (("chat/completions", ChatRequest, fields.CHAT), ("completions", CompletionRequest, fields.COMPLETION))
