@@ -28,10 +28,6 @@ class PlainKernel:
     def __init__(self, product: Product) -> None:
         self._product = product
 
-    def __call__(self, x: torch.Tensor, weight_NK: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
-        """The product itself, of a weight as it is stored."""
-        return self._product(x, weight_NK, out_dtype)
-
     def prepare(self, stored: StoredLinear) -> PlainOperand:
         """All shards' rows as one matrix; a single shard is used as it is, without a copy."""
         return PlainOperand(fuse([shard.qdata for shard in stored.shards]))
