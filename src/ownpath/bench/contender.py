@@ -35,6 +35,10 @@ W8A8_MAX_REL_L2 = 5e-2
 """Activations in E4M3: an error of at most 2^-4, 2.6e-2 in the quadratic mean of random ones, with half as much again
 for the rounding of weights that a peer may do."""
 
+W4A4_MAX_REL_L2 = 2e-1
+"""Activations in E2M1: an error of at most a quarter of a value, 0.1 in the quadratic mean of random ones, in front of
+each of an MoE's two products."""
+
 
 class Contender(Protocol):
     """Imports nothing of its system until it is asked to prepare. max_rel_l2: a larger error marks a row as wrong."""

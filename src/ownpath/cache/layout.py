@@ -26,12 +26,22 @@ NOBODY = 0
 """The slot, and the block, that no sequence owns: writes that are to be dropped go there."""
 
 
-class CacheGroup(Enum):
-    """A kind of cache. All tensors of a group are written together and freed together."""
+@dataclass(frozen=True)
+class CacheGroup:
+    """A kind of cache. All tensors of a group are written together and freed together.
 
-    WINDOW = "window"
-    STATE = "state"
-    ENTRIES = "entries"
+    is_paged: rows lie in blocks and grow with the sequence; otherwise in a ring of the sequence's slot.
+    is_wide: rows are at least float32; otherwise they have the cache's dtype.
+    """
+
+    name: str
+    is_paged: bool = False
+    is_wide: bool = False
+
+
+WINDOW = CacheGroup("window")
+STATE = CacheGroup("state", is_wide=True)
+ENTRIES = CacheGroup("entries", is_paged=True)
 
 
 class EntryKind(Enum):
@@ -45,8 +55,8 @@ class EntryKind(Enum):
 class CacheTensor:
     """One tensor of a group.
 
-    num_rows: rows of one slot (window, state) or of one block (entries). width: elements of a row. ratio: tokens per
-    entry, 0 for a window.
+    num_rows: rows of one slot, or of one block of a paged group. width: elements of a row. ratio: tokens per entry, 0
+    for a window.
     """
 
     group: CacheGroup
@@ -58,7 +68,7 @@ class CacheTensor:
 
     def num_sequence_rows(self, num_tokens: int) -> int:
         """Returns how many rows a sequence of ``num_tokens`` can fill."""
-        return num_tokens // self.ratio if self.group is CacheGroup.ENTRIES else self.num_rows
+        return num_tokens // self.ratio if self.group.is_paged else self.num_rows
 
 
 @dataclass(frozen=True)
@@ -89,15 +99,13 @@ class CacheLayout:
     def num_bytes(self, num_tokens: int, itemsize: int, state_itemsize: int) -> int:
         """Returns the bytes of the rows that one sequence of ``num_tokens`` can fill."""
         return sum(
-            member.num_sequence_rows(num_tokens)
-            * member.width
-            * (state_itemsize if member.group is CacheGroup.STATE else itemsize)
+            member.num_sequence_rows(num_tokens) * member.width * (state_itemsize if member.group.is_wide else itemsize)
             for member in self.members
         )
 
 
 def _of_layer(config: ModelConfig, layer_idx: int, ratio: int) -> Iterator[CacheTensor]:
-    yield CacheTensor(CacheGroup.WINDOW, layer_idx, EntryKind.MAIN, config.sliding_window, config.head_dim)
+    yield CacheTensor(WINDOW, layer_idx, EntryKind.MAIN, config.sliding_window, config.head_dim)
     if ratio:
         yield from _compressed(layer_idx, EntryKind.MAIN, ratio, config.head_dim)
     if ratio == CSA_RATIO:
@@ -108,8 +116,8 @@ def _compressed(layer_idx: int, part: EntryKind, ratio: int, head_dim: int) -> I
     """Yields the state and entries of one compressor. CSA's windows overlap: an entry needs two windows of doubled
     rows."""
     num_windows = windows_per_entry(ratio)
-    yield CacheTensor(CacheGroup.STATE, layer_idx, part, num_windows * ratio, 2 * num_windows * head_dim, ratio)
-    yield CacheTensor(CacheGroup.ENTRIES, layer_idx, part, BLOCK_TOKENS // ratio, head_dim, ratio)
+    yield CacheTensor(STATE, layer_idx, part, num_windows * ratio, 2 * num_windows * head_dim, ratio)
+    yield CacheTensor(ENTRIES, layer_idx, part, BLOCK_TOKENS // ratio, head_dim, ratio)
 
 
 def windows_per_entry(ratio: int) -> int:

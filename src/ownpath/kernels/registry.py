@@ -24,15 +24,19 @@ def families() -> Iterator[str]:
 
 @cache
 def _specs() -> tuple[KernelSpec, ...]:
-    """All specs, those of the newest architecture's families first; within a family in its own order, best first."""
+    """All specs, best first: families without a reference of their own, then those of the newest architecture.
+
+    Within a family its own order holds. A family without references is an alternative to what others refer to: it is
+    asked before them, or it would never be where a reference runs.
+    """
     found: list[tuple[KernelSpec, ...]] = [
         import_module(f"ownpath.kernels.{family}.spec").SPECS for family in sorted(families())
     ]
-    return tuple(spec for specs in sorted(found, key=_newest_sm, reverse=True) for spec in specs)
+    return tuple(spec for specs in sorted(found, key=_rank) for spec in specs)
 
 
-def _newest_sm(specs: tuple[KernelSpec, ...]) -> int:
-    return max(spec.min_sm or 0 for spec in specs)
+def _rank(specs: tuple[KernelSpec, ...]) -> tuple[bool, int]:
+    return any(spec.evidence is None for spec in specs), -max(spec.min_sm or 0 for spec in specs)
 
 
 SPECS = _specs()

@@ -62,7 +62,8 @@ class MoeRunner(KernelRunner):
         if torch.compiler.is_compiling():
             num_shared, expert_map = given.get("num_shared", 0), given.get("expert_map")
             y: torch.Tensor = torch.ops.ownpath.experts(x, topk_ids, topk_weights, expert_map, num_shared, self.handle)
-            return y
+            out: torch.Tensor | None = given.get("out")
+            return y if out is None else out.copy_(y)
         return self.run(x, topk_ids, topk_weights, **given)
 
     def workspace(self, num_tokens: int, num_slots: int) -> torch.Tensor | None:

@@ -5,7 +5,9 @@ from support.checkpoints import SMALL
 
 from ownpath.cache.layout import (
     BLOCK_TOKENS,
-    CacheGroup,
+    ENTRIES,
+    STATE,
+    WINDOW,
     CacheLayout,
     CacheTensor,
     EntryKind,
@@ -39,19 +41,10 @@ def test_bytes_of_a_slot() -> None:
 
 
 def test_members_of_each_kind_of_layer() -> None:
-    window = CacheTensor(CacheGroup.WINDOW, 0, EntryKind.MAIN, 128, 512)
-    main = (
-        CacheTensor(CacheGroup.STATE, 0, EntryKind.MAIN, 8, 2048, 4),
-        CacheTensor(CacheGroup.ENTRIES, 0, EntryKind.MAIN, 64, 512, 4),
-    )
-    index = (
-        CacheTensor(CacheGroup.STATE, 0, EntryKind.INDEX, 8, 512, 4),
-        CacheTensor(CacheGroup.ENTRIES, 0, EntryKind.INDEX, 64, 128, 4),
-    )
-    hca = (
-        CacheTensor(CacheGroup.STATE, 0, EntryKind.MAIN, 128, 1024, 128),
-        CacheTensor(CacheGroup.ENTRIES, 0, EntryKind.MAIN, 2, 512, 128),
-    )
+    window = CacheTensor(WINDOW, 0, EntryKind.MAIN, 128, 512)
+    main = (CacheTensor(STATE, 0, EntryKind.MAIN, 8, 2048, 4), CacheTensor(ENTRIES, 0, EntryKind.MAIN, 64, 512, 4))
+    index = (CacheTensor(STATE, 0, EntryKind.INDEX, 8, 512, 4), CacheTensor(ENTRIES, 0, EntryKind.INDEX, 64, 128, 4))
+    hca = (CacheTensor(STATE, 0, EntryKind.MAIN, 128, 1024, 128), CacheTensor(ENTRIES, 0, EntryKind.MAIN, 2, 512, 128))
     assert layout((SLIDING,)).members == (window,)
     assert layout((CSA_RATIO,)).members == (window, *main, *index)
     assert layout((HCA_RATIO,)).members == (window, *hca)

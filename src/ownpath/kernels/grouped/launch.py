@@ -207,7 +207,7 @@ class GroupedLinearKernel:
         if not fits or sin_TA.shape != cos_TA.shape or len(cos_TA) != num_tokens or sin_TA.get_device() != key[2]:
             _check_inputs(o_TNH, cos_TA, sin_TA)
         if out is None:
-            out = o_TNH.new_empty((num_tokens, num_groups, num_rows))
+            out = o_TNH.new_empty(num_tokens, num_groups, num_rows)
         else:
             check("out", out, (torch.bfloat16,), (num_tokens, num_groups, num_rows), o_TNH.device)
         tensors = (o_TNH, weight_GRI, cos_TA, sin_TA, out)

@@ -137,18 +137,23 @@ def _check_out(out: HyperOut, x_TSD: torch.Tensor, with_mix: bool) -> None:
         _check_mix("out.mix", out.mix, num_tokens, x_TSD.device)
 
 
+Shapes = tuple[torch.Size, torch.Size, torch.Size]
+
+
 @dataclass(frozen=True)
 class BoundaryCall:
     """The two launches of one size. num_floats: what they need of the workspace.
 
-    weights: addresses of fn, base, scale and norm_weight.
+    weights: addresses of fn, base, scale and norm_weight. makes_mix: another sublayer follows.
+    shapes: of y, post and comb.
     """
 
     spread: TritonCall
     collapse: TritonCall
     num_floats: int
-
     weights: tuple[int, int, int, int]
+    makes_mix: bool
+    shapes: Shapes
 
     def start(self, given: tuple[int, int, int, int], out: HyperOut, workspace: int, stream: int) -> None:
         """Launches both. given: addresses of x, y, post and comb. An address that is not read may be any."""
@@ -200,11 +205,12 @@ def _addresses(weights: HyperWeights) -> tuple[int, int, int, int]:
 
 def _first_launches(tensors: Tensors, tiles: Tiles, num_floats: int) -> BoundaryCall | None:
     spread, collapse = _launch_spread(tensors, tiles), _launch_collapse(tensors, tiles)
-    return (
-        None
-        if spread is None or collapse is None
-        else BoundaryCall(spread, collapse, num_floats, _addresses(tensors.weights))
-    )
+    if spread is None or collapse is None:
+        return None
+    num_tokens, s, dim = tensors.x_TSD.shape
+    shapes = torch.Size((num_tokens, dim)), torch.Size((num_tokens, s)), torch.Size((num_tokens, s, s))
+    makes_mix = len(tensors.weights.fn) == NUM_MIX
+    return BoundaryCall(spread, collapse, num_floats, _addresses(tensors.weights), makes_mix, shapes)
 
 
 def _launch_spread(tensors: Tensors, tiles: Tiles) -> TritonCall | None:
@@ -259,23 +265,22 @@ class Inputs:
     mix: Mix | None
 
 
-def _given(x_TSD: torch.Tensor, y_TD: torch.Tensor | None, mix: Mix | None) -> tuple[int, int, int, int] | None:
+def _given(
+    x_TSD: torch.Tensor, y_TD: torch.Tensor | None, mix: Mix | None, shapes: Shapes
+) -> tuple[int, int, int, int] | None:
     """Addresses of x, y, post and comb, or ``None`` where something does not fit: quicker than ``_check_inputs``, which
-    says what."""
+    says what. shapes: of y, post and comb."""
     x = x_TSD.data_ptr()
     if x_TSD.dtype is not torch.bfloat16 or not x_TSD.is_contiguous() or x & 15:
         return None
     if y_TD is None or mix is None:
         return (x, x, x, x) if y_TD is None and mix is None else None
-    num_tokens, s, dim = x_TSD.shape
     post_TS, comb_TSS, device_index = mix.post_TS, mix.comb_TSS, x_TSD.get_device()
     y, post, comb = y_TD.data_ptr(), post_TS.data_ptr(), comb_TSS.data_ptr()
     fits = (
         y_TD.dtype is torch.bfloat16
         and post_TS.dtype is comb_TSS.dtype is torch.float32
-        and y_TD.shape == (num_tokens, dim)
-        and post_TS.shape == (num_tokens, s)
-        and comb_TSS.shape == (num_tokens, s, s)
+        and (y_TD.shape, post_TS.shape, comb_TSS.shape) == shapes
         and y_TD.is_contiguous()
         and post_TS.is_contiguous()
         and comb_TSS.is_contiguous()
@@ -335,10 +340,10 @@ class HyperBoundaryKernel:
         """
         device_index = x_TSD.get_device()
         call = operand.calls.get((x_TSD.shape, mix is not None, device_index))
-        given = _given(x_TSD, y_TD, mix)
+        given = None if call is None else _given(x_TSD, y_TD, mix, call.shapes)
         if call is None or given is None:
             return self._first(Inputs(x_TSD, y_TD, mix), operand, out, workspace)
-        with_mix = len(operand.weights.fn) == NUM_MIX
+        with_mix = call.makes_mix
         if out is not None:
             _check_out(out, x_TSD, with_mix)
         elif with_mix and y_TD is not None and mix is not None:

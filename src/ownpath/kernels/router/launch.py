@@ -167,8 +167,8 @@ class RouterKernel:
         if ids is not None:
             _check_token_ids(ids, num_tokens, logits_TE.device)
         if out is None:
-            ids_TK = logits_TE.new_empty((num_tokens, k), dtype=torch.int64)
-            out = ids_TK, logits_TE.new_empty((num_tokens, k))
+            ids_TK = logits_TE.new_empty(num_tokens, k, dtype=torch.int64)
+            out = ids_TK, logits_TE.new_empty(num_tokens, k)
         else:
             check("out[0]", out[0], (torch.int64, torch.int32), (num_tokens, k), logits_TE.device)
             check("out[1]", out[1], (torch.float32,), (num_tokens, k), logits_TE.device)
