@@ -119,7 +119,7 @@ def _fp8_rows(args: argparse.Namespace, settings: "Settings", shape: "LinearShap
 
 
 def _chosen(everyone: list[_Some], named: list[_Some], names: str | None) -> list[_Some]:
-    """named: who takes part only when asked for."""
+    """Selects contenders by name. named: those that take part only when asked for."""
     if names is None:
         return everyone
     known = {contender.name: contender for contender in (*everyone, *named)}
