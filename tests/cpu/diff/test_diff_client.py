@@ -1,4 +1,4 @@
-"""Failures before anything can be compared: one line that names the URL, and exit code 2."""
+"""What goes wrong before anything can be compared: one line that names the URL, and exit code 2."""
 
 import json
 import socket

@@ -1,4 +1,4 @@
-"""The problems of an inspection, in a form that tests compare."""
+"""What an inspection reports, in a form that tests compare."""
 
 from pathlib import Path
 

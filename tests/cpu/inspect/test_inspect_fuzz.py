@@ -147,7 +147,7 @@ def as_safetensors_reads_it(path: Path) -> dict[str, tuple[str, tuple[int, ...]]
 
 
 def compare_readers(path: Path) -> None:
-    """Checks that the public reader opens a file without problems, and finds the same tensors in it."""
+    """What we find nothing wrong with, the public reader opens, and finds the same tensors in."""
     header = read_header(path)
     if not header.problems:
         expected = as_safetensors_reads_it(path)

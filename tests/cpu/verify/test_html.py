@@ -29,7 +29,7 @@ FAULT = "wrong theta in a CSA layer"
 
 
 class Page(HTMLParser):
-    """The page as a browser sees it: every element with its attributes, its text and the elements around it."""
+    """What a browser would see: every element with its attributes, its text and the elements that it lies in."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Parts of the kernels stage: comparing, numbers of rows, rounding by table, angles, refusals it asks for."""
+"""What the kernels stage is made of: comparing, numbers of rows, rounding by table, angles, refusals it asks for."""
 
 import math
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""Mutations of plans: other kernels run than planned, and official steps are computed otherwise."""
+"""What runs is not what was planned, and steps of official numerics that are computed otherwise."""
 
 from typing import Any
 
