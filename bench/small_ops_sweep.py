@@ -22,15 +22,15 @@ from ownpath.kernels.hyper import launch as hyper
 from ownpath.kernels.registry import KERNELS
 
 HYPER = (
-    *(hyper.Tiles(channels, 1, False, 4, 1, 1) for channels in (32, 64)),
-    *(hyper.Tiles(64, tokens, False, 4, 1, 1) for tokens in (2, 4)),
-    *(hyper.Tiles(channels, 16, True, 1, 3, 1) for channels in (32, 64, 128)),
+    *(hyper.BoundaryTiles(channels, 1, False, 4, 1, 1) for channels in (32, 64)),
+    *(hyper.BoundaryTiles(64, tokens, False, 4, 1, 1) for tokens in (2, 4)),
+    *(hyper.BoundaryTiles(channels, 16, True, 1, 3, 1) for channels in (32, 64, 128)),
 )
 GROUPED = (
-    *(grouped.Tiles(64, 16, channels, 5, 4) for channels in (64, 128)),
-    *(grouped.Tiles(64, tokens, 128, 4, 4) for tokens in (32, 64)),
-    *(grouped.Tiles(64, 128, 64, stages, 4) for stages in (4, 6)),
-    *(grouped.Tiles(128, tokens, 64, 3, 8) for tokens in (128, 256)),
+    *(grouped.GroupedTiles(64, 16, channels, 5, 4) for channels in (64, 128)),
+    *(grouped.GroupedTiles(64, tokens, 128, 4, 4) for tokens in (32, 64)),
+    *(grouped.GroupedTiles(64, 128, 64, stages, 4) for stages in (4, 6)),
+    *(grouped.GroupedTiles(128, tokens, 64, 3, 8) for tokens in (128, 256)),
 )
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 1024)
 

@@ -18,7 +18,7 @@ from ownpath.trace import Ledger
 from ownpath.weights.load import LoadedWeights, load_weights
 from ownpath.weights.memory import reserve
 from ownpath.weights.operands import Allocate
-from ownpath.weights.readers import Progress
+from ownpath.weights.readers import LoadProgress
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def load_part(
     plan: Plan,
     index: CheckpointIndex,
     engine: EngineConfig,
-    progress: Progress | None = None,
+    progress: LoadProgress | None = None,
     allocate: Allocate = reserve,
 ) -> LoadedPart:
     """Loads what a plan names and assembles it. Errors: as ``load_weights`` and ``make_runners``."""

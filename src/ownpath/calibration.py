@@ -19,16 +19,16 @@ from ownpath.loading import load_model, plan_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.numerics import dequantize
 from ownpath.quantize.convert import stored_weight
-from ownpath.quantize.steps import Convert, Scope, plan_steps
+from ownpath.quantize.steps import Convert, QuantizeScope, plan_steps
 from ownpath.runners import SwiGLU
-from ownpath.trace.observers import Arguments, Observer, Watched
+from ownpath.trace.observers import CallArguments, Observer, Watched
 
 NVFP4_MAX = 6 * 448
 CHUNK_TOKENS = 512
 """The text is read in pieces of so many tokens, each on its own."""
 
 
-def calibrate(source: Path, text: str, scope: Scope, device: str) -> dict[str, float]:
+def calibrate(source: Path, text: str, scope: QuantizeScope, device: str) -> dict[str, float]:
     """``input_scale``, amax / 2688, of every weight that ``scope`` converts, by module.
 
     An expert that no token reached gets the largest of its projection: in its layer, or anywhere if none was there.
@@ -84,7 +84,7 @@ class _InputAmax(Observer):
         self._slots, self._read = slots, read
         self._activation = SwiGLU(swiglu_limit)
 
-    def before(self, call: Watched, args: Arguments) -> None:
+    def before(self, call: Watched, args: CallArguments) -> None:
         slot = call.slot
         modules = [name for name in self._slots.get(slot, ()) if name in self._source]
         if modules and ".experts." in modules[0]:

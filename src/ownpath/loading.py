@@ -17,7 +17,7 @@ from ownpath.official import PLAIN, Step
 from ownpath.plan.plan import Plan, make_plan
 from ownpath.plan.select import Caps, Demands
 from ownpath.weights.load import find_lossless_casts
-from ownpath.weights.readers import Progress
+from ownpath.weights.readers import LoadProgress
 
 
 def default_model_dir() -> Path:
@@ -88,7 +88,7 @@ def plan_model(
     return planned(folder, engine_config, caps)[0]
 
 
-def load_model(folder: Path, engine_config: EngineConfig, progress: Progress | None = None) -> Model:
+def load_model(folder: Path, engine_config: EngineConfig, progress: LoadProgress | None = None) -> Model:
     """Loads the checkpoint in ``folder`` as its plan says.
 
     progress: told a few times a second how many of the weights' bytes are in.

@@ -26,7 +26,7 @@ def compile_kernels(runners: Iterable[Runner]) -> int:
 
     Errors: CompileError naming the compiler.
     """
-    show = Progress("compiling kernels")
+    show = CountingBar("compiling kernels")
     count = compile_missing(compile_configs(runners), show)
     show.end()
     return count
@@ -34,7 +34,7 @@ def compile_kernels(runners: Iterable[Runner]) -> int:
 
 def warm_up(model: Model, engine: EngineConfig) -> None:
     """Runs a step of every size that matters, so that no later step compiles anything; the ledger starts anew."""
-    show = Progress("warming up")
+    show = CountingBar("warming up")
     sizes = warm_up_sizes(engine)
     for done, num_tokens in enumerate(sizes, start=1):
         _step(model, engine, num_tokens)
@@ -56,7 +56,7 @@ def _step(model: Model, engine: EngineConfig, num_tokens: int) -> None:
     model.forward(ForwardBatch.of([(token_ids, model.new_cache())], engine.device))
 
 
-class _Line:
+class _TerminalLine:
     """One line on a terminal's stderr that is written over; where stderr is no terminal, nothing."""
 
     def __init__(self, title: str) -> None:
@@ -82,7 +82,7 @@ class _Line:
         self._is_shown = False
 
 
-class Progress(_Line):
+class CountingBar(_TerminalLine):
     """Shows how many of how many are done, and the seconds so far."""
 
     def __call__(self, done: int, total: int, name: str) -> None:
@@ -90,7 +90,7 @@ class Progress(_Line):
         self._show(done, total, f"{done}/{total} {self._seconds():5.1f} s  {name:.48}")
 
 
-class LoadingBar(_Line):
+class LoadingBar(_TerminalLine):
     """Bytes loaded of how many, how many a second on average, and the time left at that rate; it ends itself."""
 
     def __init__(self) -> None:

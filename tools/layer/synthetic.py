@@ -18,7 +18,7 @@ from ownpath.checkpoint.schema import MODELOPT_NVFP4, NATIVE_FP8, PLAIN_BF16, En
 from ownpath.config import ModelConfig
 from ownpath.plan.opspec import model_ops
 from ownpath.plan.plan import Plan
-from ownpath.weights.operands import STORAGE, Operand, Slot, make_operand
+from ownpath.weights.operands import STORAGE, Destination, OperandBuffers, make_operand
 
 COMMON: dict[str, Any] = {
     "model_type": "deepseek_v4",
@@ -137,17 +137,17 @@ class Values:
         """uint8 in [low, high)."""
         return torch.randint(low, high, shape, generator=self.generator, device=self.device, dtype=torch.uint8)
 
-    def operands(self, plan: Plan, index: CheckpointIndex) -> Iterator[Operand]:
+    def operands(self, plan: Plan, index: CheckpointIndex) -> Iterator[OperandBuffers]:
         """Filled operands in the order of ``plan.ops``."""
         stored = {name: info.dtype for name, info in index.tensors.items()}
         for op in plan.ops:
             operand = make_operand(op, stored, self.device)
             width = {key: m.shape[1] for m in op.spec.modules for key in op.encoding.keys(m.name)}
-            for slot in operand.slots:
+            for slot in operand.destinations:
                 self._fill(slot, width[slot.key])
             yield operand
 
-    def _fill(self, slot: Slot, width: int) -> None:
+    def _fill(self, slot: Destination, width: int) -> None:
         target = slot.target
         gain = width**-0.5
         if slot.role == "global_scale":

@@ -3,7 +3,7 @@
 import torch
 
 from ownpath.bench.operands import Fp8Operands, MoeOperands, Nvfp4Operands
-from ownpath.bench.routing import Routing
+from ownpath.bench.routing import TopkRouting
 from ownpath.conformance import quantized
 from ownpath.oracle.formats import decode, e4m3_of, e8m0_of
 from ownpath.oracle.stored import spread_blocks
@@ -17,7 +17,7 @@ def sample(num_rows: int) -> torch.Tensor:
     return torch.linspace(0, num_rows - 1, min(num_rows, NUM_SAMPLED)).round().to(torch.int64)
 
 
-def moe_reference(x: torch.Tensor, routing: Routing, operands: MoeOperands, swiglu_limit: float) -> torch.Tensor:
+def moe_reference(x: torch.Tensor, routing: TopkRouting, operands: MoeOperands, swiglu_limit: float) -> torch.Tensor:
     """float64 of the dequantised operands, for the sampled tokens only. Shapes: x [T, D] -> [sampled, D]."""
     rows = sample(len(x)).to(x.device)
     parts = operands.w13, operands.w13_scale, operands.w13_scale_2[:, None].expand(-1, 2)

@@ -16,7 +16,7 @@ from ownpath.bench.floor import moe_work
 from ownpath.bench.measure import Round, Settings, describe, measure, without_time
 from ownpath.bench.operands import MoeOperands, random_activations, random_moe
 from ownpath.bench.rotation import num_calls
-from ownpath.bench.routing import Routing, uniform_routing
+from ownpath.bench.routing import TopkRouting, uniform_routing
 from ownpath.bench.row import Case, Row
 from ownpath.bench.shapes import MoeShape
 
@@ -24,7 +24,7 @@ from ownpath.bench.shapes import MoeShape
 @dataclass(frozen=True)
 class _Problem:
     case: Case
-    inputs: Sequence[tuple[torch.Tensor, Routing]]
+    inputs: Sequence[tuple[torch.Tensor, TopkRouting]]
     reference: torch.Tensor
 
 

@@ -7,7 +7,7 @@ from ownpath.bench.operands import Fp8Operands, MoeOperands, Nvfp4Operands
 from ownpath.runners import Fp8Linear, Nvfp4Linear, Nvfp4MoE
 
 
-class _Ours:
+class _OwnSystem:
     name = "ownpath"
     is_peer = False
     max_rel_l2 = W4A16_MAX_REL_L2
@@ -17,7 +17,7 @@ class _Ours:
         return None
 
 
-class OwnMoe(_Ours):
+class OwnMoe(_OwnSystem):
     """``ownpath.Nvfp4MoE``."""
 
     def prepare(self, operands: MoeOperands, num_tokens: Sequence[int], top_k: int) -> MoeCall:
@@ -27,7 +27,7 @@ class OwnMoe(_Ours):
         )
 
 
-class OwnNvfp4Linear(_Ours):
+class OwnNvfp4Linear(_OwnSystem):
     """``ownpath.Nvfp4Linear``."""
 
     def prepare(self, operands: Nvfp4Operands, num_rows: Sequence[int]) -> LinearCall:
@@ -35,7 +35,7 @@ class OwnNvfp4Linear(_Ours):
         return Nvfp4Linear(own.weight, own.weight_scale, own.weight_scale_2)
 
 
-class OwnFp8Linear(_Ours):
+class OwnFp8Linear(_OwnSystem):
     """``ownpath.runners.Fp8Linear``: W8A16, or W8A8 for many rows."""
 
     max_rel_l2 = W8A8_MAX_REL_L2

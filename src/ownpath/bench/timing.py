@@ -11,7 +11,7 @@ import torch
 
 from ownpath.bench.row import Timing
 
-Call = Callable[[], object]
+TimedCall = Callable[[], object]
 
 
 class Timer(Protocol):
@@ -20,7 +20,7 @@ class Timer(Protocol):
     @property
     def name(self) -> str: ...
 
-    def time(self, calls: Sequence[Call]) -> Timing: ...
+    def time(self, calls: Sequence[TimedCall]) -> Timing: ...
 
 
 def choose_timer(device: str, budget_s: float = 0.5) -> Timer:
@@ -51,7 +51,7 @@ class CudaGraph:
     least_replays: int = 11
     most_replays: int = 400
 
-    def time(self, calls: Sequence[Call]) -> Timing:
+    def time(self, calls: Sequence[TimedCall]) -> Timing:
         graph = self._capture(calls)
         round_us = self._replay(graph, 3)[-1]
         # From rest a GPU runs faster than its power limit lets it run for long; when a heavy load begins, the limiter
@@ -60,7 +60,7 @@ class CudaGraph:
         replays = int(min(max(self.budget_s * 1e6 / round_us, self.least_replays), self.most_replays))
         return _timing(self._replay(graph, replays), len(calls))
 
-    def _capture(self, calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+    def _capture(self, calls: Sequence[TimedCall]) -> torch.cuda.CUDAGraph:
         """Calls run once outside the graph first: that compiles, and allocates what is allocated once."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -95,12 +95,12 @@ class WallClock:
     least_replays: int = 3
     most_replays: int = 50
 
-    def time(self, calls: Sequence[Call]) -> Timing:
+    def time(self, calls: Sequence[TimedCall]) -> Timing:
         round_us = self._round(calls)
         replays = int(min(max(self.budget_s * 1e6 / round_us, self.least_replays), self.most_replays))
         return _timing([self._round(calls) for _ in range(replays)], len(calls))
 
-    def _round(self, calls: Sequence[Call]) -> float:
+    def _round(self, calls: Sequence[TimedCall]) -> float:
         start = time.perf_counter()
         for call in calls:
             call()

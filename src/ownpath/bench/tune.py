@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-Config = Mapping[str, int | str | bool]
+Candidate = Mapping[str, int | str | bool]
 """One candidate: what a kernel family calls its knobs, as JSON values."""
 
-Run = Callable[[str, Config], float]
+RunCandidate = Callable[[str, Candidate], float]
 """(case, candidate) -> median microseconds. It checks the answer first.
 
 Errors: CandidateFailed for a candidate that does not compile, fit or compute the right thing.
 """
 
-Report = Callable[[str], None]
+WriteLine = Callable[[str], None]
 
 _TUNERS = "ownpath.bench.tuners"
 
@@ -36,13 +36,13 @@ class CandidateFailed(ValueError):
 class Family(Protocol):
     """What ``--tune`` needs to know of a kernel family."""
 
-    candidates: Mapping[str, Sequence[Config]]
+    candidates: Mapping[str, Sequence[Candidate]]
     """Case (a key that the kernels look up, such as "m=64,n=4096,k=4096") -> what to try, the present choice first."""
 
     table: Path
     """Where its kernels read the choice from."""
 
-    def run(self, case: str, config: Config) -> float:
+    def run(self, case: str, config: Candidate) -> float:
         """See Run."""
 
 
@@ -50,18 +50,18 @@ class Family(Protocol):
 class Tried:
     """One candidate in one case. us is NaN when it failed."""
 
-    config: Config
+    config: Candidate
     us: float
     reason: str = ""
 
 
 def tune(
     family: str,
-    candidates: Mapping[str, Sequence[Config]],
-    run: Run,
+    candidates: Mapping[str, Sequence[Candidate]],
+    run: RunCandidate,
     out: Path,
     provenance: Mapping[str, object],
-    report: Report = print,
+    report: WriteLine = print,
 ) -> dict[str, Tried]:
     """Runs every candidate and writes the fastest for each case to ``out``; cases of an earlier table stay.
 
@@ -92,7 +92,7 @@ def _has_tuner(name: str) -> bool:
     return importlib.util.find_spec(_TUNERS) is not None and importlib.util.find_spec(f"{_TUNERS}.{name}") is not None
 
 
-def _try(case: str, config: Config, run: Run) -> Tried:
+def _try(case: str, config: Candidate, run: RunCandidate) -> Tried:
     try:
         return Tried(config, run(case, config))
     except CandidateFailed as failure:

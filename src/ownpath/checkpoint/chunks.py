@@ -25,7 +25,7 @@ class Piece(NamedTuple):
     stop: int
 
 
-class Chunk(NamedTuple):
+class FileChunk(NamedTuple):
     """Bytes [start, start + num_bytes) of a file, and whose they are, without a gap."""
 
     file: Path
@@ -34,7 +34,7 @@ class Chunk(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
-def file_chunks(infos: Iterable[TensorInfo], max_bytes: int) -> Iterator[Chunk]:
+def file_chunks(infos: Iterable[TensorInfo], max_bytes: int) -> Iterator[FileChunk]:
     """Every byte of the tensors once, in chunks of at most ``max_bytes``, in the order of files and their bytes."""
     assert max_bytes >= ALIGNMENT_BYTES, max_bytes
     by_file: dict[Path, list[TensorInfo]] = {}
@@ -44,7 +44,7 @@ def file_chunks(infos: Iterable[TensorInfo], max_bytes: int) -> Iterator[Chunk]:
         yield from _chunks_of(file, sorted(by_file[file], key=lambda info: info.start), max_bytes)
 
 
-def _chunks_of(file: Path, infos: list[TensorInfo], max_bytes: int) -> Iterator[Chunk]:
+def _chunks_of(file: Path, infos: list[TensorInfo], max_bytes: int) -> Iterator[FileChunk]:
     pieces: list[Piece] = []
     chunk_start = end = 0
     for info in infos:
@@ -55,7 +55,7 @@ def _chunks_of(file: Path, infos: list[TensorInfo], max_bytes: int) -> Iterator[
             if fits < num_bytes - first:
                 fits -= fits % ALIGNMENT_BYTES
             if pieces and (fits <= 0 or info.start + first != end):
-                yield Chunk(file, chunk_start, end - chunk_start, tuple(pieces))
+                yield FileChunk(file, chunk_start, end - chunk_start, tuple(pieces))
                 pieces = []
             if not pieces:
                 chunk_start = end = info.start + first
@@ -66,7 +66,7 @@ def _chunks_of(file: Path, infos: list[TensorInfo], max_bytes: int) -> Iterator[
             end += fits
             first += fits
     if pieces:
-        yield Chunk(file, chunk_start, end - chunk_start, tuple(pieces))
+        yield FileChunk(file, chunk_start, end - chunk_start, tuple(pieces))
 
 
 class ChunkReader:
@@ -80,7 +80,7 @@ class ChunkReader:
         self._file: Path | None = None
         self._descriptor = -1
 
-    def read(self, chunk: Chunk, buffer: memoryview) -> None:
+    def read(self, chunk: FileChunk, buffer: memoryview) -> None:
         """Fills the beginning of ``buffer``. Errors: CheckpointError naming the tensor that cannot be read."""
         done = 0
         try:
@@ -105,5 +105,5 @@ class ChunkReader:
 _BINARY = getattr(os, "O_BINARY", 0)
 
 
-def _info_at(chunk: Chunk, position: int) -> TensorInfo:
+def _info_at(chunk: FileChunk, position: int) -> TensorInfo:
     return next(piece.info for piece in chunk.pieces if position < piece.stop)

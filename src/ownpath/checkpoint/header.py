@@ -28,7 +28,7 @@ DTYPE_BITS = MappingProxyType(
 )
 
 
-class Entry(NamedTuple):
+class HeaderEntry(NamedTuple):
     """One tensor of a header. start, stop: its bytes in the file."""
 
     name: str
@@ -42,7 +42,7 @@ class Entry(NamedTuple):
 class Header:
     """What one shard says it holds. A shard with problems may still name its tensors; their bytes mean nothing."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[HeaderEntry, ...]
     problems: tuple[Finding, ...]
 
 
@@ -109,7 +109,7 @@ def _parse(text: bytes, problems: _Problems) -> dict[str, Any] | None:
     return content
 
 
-def _entries(content: dict[str, Any], data_start: int, problems: _Problems) -> list[Entry]:
+def _entries(content: dict[str, Any], data_start: int, problems: _Problems) -> list[HeaderEntry]:
     entries = []
     for name, fields in content.items():
         detail = _entry_fault(fields)
@@ -117,7 +117,9 @@ def _entries(content: dict[str, Any], data_start: int, problems: _Problems) -> l
             problems.add("shard", f"tensor {name!r} {detail}")
             continue
         start, stop = fields["data_offsets"]
-        entries.append(Entry(name, fields["dtype"], tuple(fields["shape"]), data_start + start, data_start + stop))
+        entries.append(
+            HeaderEntry(name, fields["dtype"], tuple(fields["shape"]), data_start + start, data_start + stop)
+        )
     return entries
 
 
@@ -144,7 +146,7 @@ def _are_sizes(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
-def _check_tiling(entries: list[Entry], data_start: int, num_bytes: int, problems: _Problems) -> None:
+def _check_tiling(entries: list[HeaderEntry], data_start: int, num_bytes: int, problems: _Problems) -> None:
     end, last = data_start, "the header"
     for entry in sorted(entries, key=lambda entry: (entry.start, entry.stop)):
         if entry.start < end:

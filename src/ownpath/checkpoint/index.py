@@ -11,7 +11,7 @@ from typing import Any
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.header import DTYPE_BITS, MAX_HEADER_BYTES, read_header
 from ownpath.checkpoint.problems import make_problem
-from ownpath.checkpoint.renamed import Source, are_renamed, native_tensors
+from ownpath.checkpoint.transformers_names import Source, are_transformers_names, native_tensors
 from ownpath.checkpoint.writer import INDEX_NAME
 from ownpath.finding import Finding
 
@@ -94,7 +94,7 @@ def scan_checkpoint(folder: Path) -> Scan:
         scanner.read_shards([folder / SINGLE_NAME])
     else:
         scanner.add("folder", folder.name, f"{folder}: found neither {INDEX_NAME} nor {SINGLE_NAME}")
-    if are_renamed(scanner.tensors):
+    if are_transformers_names(scanner.tensors):
         scanner.rename()
     index = CheckpointIndex(folder, MappingProxyType(scanner.tensors))
     return Scan(index, tuple(scanner.problems), frozenset(scanner.broken), bool(scanner.tensors))

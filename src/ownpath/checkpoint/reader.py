@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
-from ownpath.checkpoint.renamed import Source
+from ownpath.checkpoint.transformers_names import Source
 
 MAX_SLICE_BYTES = 64 * 2**20
 

@@ -4,8 +4,8 @@ A checkpoint stores each weight matrix (a *module*, ``layers.3.attn.wq_b``) as o
 ``Encoding`` says which: it maps roles (``qdata``, ``scale``, ``global_scale``, ``input_scale``) to key suffixes, dtypes
 and shapes, in both directions. Another export is one more entry in ``ENCODINGS``.
 
-Some exports store a global scale as its reciprocal. A ``Part`` knows (``is_divisor``), and converts both ways; nothing
-beyond the schema sees a divisor.
+Some exports store a global scale as its reciprocal, a divisor. ``PartSpec.is_divisor`` marks it; it is converted when
+read and when written, and nothing beyond the schema sees a divisor.
 
 The format of a module is read off its own tensors. ``config.json`` is not asked: exports differ in what they write
 there, and one checkpoint mixes formats. What it says is compared with the tensors afterwards (``plan.claims``).
@@ -25,7 +25,7 @@ ShapeRule = Callable[[int, int], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Part:
+class PartSpec:
     """One stored tensor of a module: its key suffix, the dtypes it may have, its shape for a weight [N, K].
 
     dtypes: the first is the one that is written.
@@ -61,9 +61,9 @@ class Encoding:
 
     name: str
     format: Format
-    parts: tuple[Part, ...]
+    parts: tuple[PartSpec, ...]
 
-    def part(self, role: str) -> Part:
+    def part(self, role: str) -> PartSpec:
         return next(part for part in self.parts if part.role == role)
 
     def key(self, module: str, role: str) -> str:
@@ -111,26 +111,26 @@ MODELOPT_NVFP4 = Encoding(
     "modelopt-nvfp4",
     NVFP4,
     (
-        Part("qdata", "weight", ("U8", "I8"), lambda n, k: (n, k // 2)),
-        Part("scale", "weight_scale", ("F8_E4M3",), lambda n, k: (n, k // 16)),
-        Part("global_scale", "weight_scale_2", ("F32",), _scalar),
-        Part("input_scale", "input_scale", ("F32",), _scalar),
+        PartSpec("qdata", "weight", ("U8", "I8"), lambda n, k: (n, k // 2)),
+        PartSpec("scale", "weight_scale", ("F8_E4M3",), lambda n, k: (n, k // 16)),
+        PartSpec("global_scale", "weight_scale_2", ("F32",), _scalar),
+        PartSpec("input_scale", "input_scale", ("F32",), _scalar),
     ),
 )
 NATIVE_FP8 = Encoding(
     "native-fp8-block",
     FP8_BLOCK,
     (
-        Part("qdata", "weight", ("F8_E4M3",), lambda n, k: (n, k)),
-        Part("scale", "scale", ("F8_E8M0", "F32"), _fp8_blocks),
+        PartSpec("qdata", "weight", ("F8_E4M3",), lambda n, k: (n, k)),
+        PartSpec("scale", "scale", ("F8_E8M0", "F32"), _fp8_blocks),
     ),
 )
 NATIVE_MXFP4 = Encoding(
     "native-mxfp4",
     MXFP4,
     (
-        Part("qdata", "weight", ("I8", "U8"), lambda n, k: (n, k // 2)),
-        Part("scale", "scale", ("F8_E8M0",), lambda n, k: (n, k // 32)),
+        PartSpec("qdata", "weight", ("I8", "U8"), lambda n, k: (n, k // 2)),
+        PartSpec("scale", "scale", ("F8_E8M0",), lambda n, k: (n, k // 32)),
     ),
 )
 # Global scales are written as 2688 / amax, [1] by the library and [] by tools that squeeze it.
@@ -138,22 +138,22 @@ COMPRESSED_NVFP4 = Encoding(
     "compressed-tensors-nvfp4",
     NVFP4,
     (
-        Part("qdata", "weight_packed", ("U8",), lambda n, k: (n, k // 2)),
-        Part("scale", "weight_scale", ("F8_E4M3",), lambda n, k: (n, k // 16)),
-        Part("global_scale", "weight_global_scale", ("F32",), _one, is_divisor=True, other_shapes=((),)),
-        Part("input_scale", "input_global_scale", ("F32",), _one, is_divisor=True, other_shapes=((),)),
+        PartSpec("qdata", "weight_packed", ("U8",), lambda n, k: (n, k // 2)),
+        PartSpec("scale", "weight_scale", ("F8_E4M3",), lambda n, k: (n, k // 16)),
+        PartSpec("global_scale", "weight_global_scale", ("F32",), _one, is_divisor=True, other_shapes=((),)),
+        PartSpec("input_scale", "input_global_scale", ("F32",), _one, is_divisor=True, other_shapes=((),)),
     ),
 )
 COMPRESSED_FP8 = Encoding(
     "compressed-tensors-fp8-block",
     FP8_BLOCK,
     (
-        Part("qdata", "weight", ("F8_E4M3",), lambda n, k: (n, k)),
-        Part("scale", "weight_scale", ("BF16", "F32"), _fp8_blocks),
+        PartSpec("qdata", "weight", ("F8_E4M3",), lambda n, k: (n, k)),
+        PartSpec("scale", "weight_scale", ("BF16", "F32"), _fp8_blocks),
     ),
 )
-PLAIN_BF16 = Encoding("bf16", BF16, (Part("qdata", "weight", ("BF16",), lambda n, k: (n, k)),))
-PLAIN_FP32 = Encoding("fp32", FP32, (Part("qdata", "weight", ("F32",), lambda n, k: (n, k)),))
+PLAIN_BF16 = Encoding("bf16", BF16, (PartSpec("qdata", "weight", ("BF16",), lambda n, k: (n, k)),))
+PLAIN_FP32 = Encoding("fp32", FP32, (PartSpec("qdata", "weight", ("F32",), lambda n, k: (n, k)),))
 
 ENCODINGS = (MODELOPT_NVFP4, NATIVE_MXFP4, NATIVE_FP8, COMPRESSED_NVFP4, COMPRESSED_FP8, PLAIN_BF16, PLAIN_FP32)
 

@@ -67,7 +67,7 @@ class StoredExperts:
         return self.down.shape[1]
 
 
-Expert = tuple[QuantTensor, QuantTensor]
+FusedExpert = tuple[QuantTensor, QuantTensor]
 """Gate above up [2F, D], and down [D, F], of one expert as it is stored."""
 
 
@@ -149,7 +149,7 @@ class ExpertsKernel(Kernel[Operand], Protocol[Operand]):
     def prepare(self, stored: StoredExperts) -> Operand:
         """As ``LinearKernel``."""
 
-    def restore(self, operand: Operand, expert: int) -> Expert:
+    def restore(self, operand: Operand, expert: int) -> FusedExpert:
         """One expert, read back out of the operand; a global scale may be there twice."""
 
     def planned_configs(self, stored: StoredExperts) -> Sequence[Config]:

@@ -14,7 +14,7 @@ def sum_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-Product = Callable[[torch.Tensor, int], torch.Tensor]
+ExpertProduct = Callable[[torch.Tensor, int], torch.Tensor]
 """(rows in the dtype of sums, expert) -> their product with one of the expert's matrices."""
 
 
@@ -27,8 +27,8 @@ def mixture(
     x_TD: torch.Tensor,
     topk_ids_TK: torch.Tensor,
     topk_weights_TK: torch.Tensor,
-    gate_up: Product,
-    down: Product,
+    gate_up: ExpertProduct,
+    down: ExpertProduct,
     swiglu_limit: float,
 ) -> torch.Tensor:
     """The sum over experts in the order of their ids, whatever their weights are stored as."""

@@ -20,7 +20,7 @@ from ownpath.checkpoint.schema import (
     Encoding,
     ModuleSpec,
     ParamSpec,
-    Part,
+    PartSpec,
     check_param,
     detect,
     num_unlike,
@@ -116,7 +116,7 @@ def _likeness(index: CheckpointIndex, encoding: Encoding, spec: ModuleSpec) -> t
     return is_dtype, len(keys) - 2 * num_missing, -num_unlike(index, encoding, spec)
 
 
-def _perfect_parts(encoding: Encoding, spec: ModuleSpec, missing: Part) -> Iterator[TensorInfo]:
+def _perfect_parts(encoding: Encoding, spec: ModuleSpec, missing: PartSpec) -> Iterator[TensorInfo]:
     for part in encoding.parts:
         if part is not missing:
             key = encoding.key(spec.name, part.role)

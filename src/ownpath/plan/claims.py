@@ -20,7 +20,7 @@ from ownpath.checkpoint.schema import (
 )
 from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4, Format
 
-Stored = tuple[ModuleSpec, Encoding]
+EncodedModule = tuple[ModuleSpec, Encoding]
 
 COMPARED_FIELDS = frozenset({QUANTIZATION_FIELD, "expert_dtype"})
 """Fields of config.json that decide nothing and are held against the tensors."""
@@ -39,7 +39,7 @@ _EXPERT_ALGORITHMS: Mapping[str, tuple[Format, ...]] = MappingProxyType({"NVFP4"
 
 
 def find_contradictions(
-    claims: Mapping[str, Any], experts: Iterable[Stored], others: Iterable[Stored], index: CheckpointIndex
+    claims: Mapping[str, Any], experts: Iterable[EncodedModule], others: Iterable[EncodedModule], index: CheckpointIndex
 ) -> tuple[str, ...]:
     """One line for each field of config.json that says something else than the tensors; it names both.
 
@@ -58,7 +58,7 @@ def find_contradictions(
     return tuple(f"config.json: {line}" for line in found)
 
 
-def _method(quantization: Mapping[str, Any], modules: tuple[Stored, ...]) -> Iterator[str]:
+def _method(quantization: Mapping[str, Any], modules: tuple[EncodedModule, ...]) -> Iterator[str]:
     method = quantization.get("quant_method")
     expected = _METHODS.get(method) if isinstance(method, str) else None
     if expected is not None and not any(encoding in expected for _, encoding in modules):
@@ -70,7 +70,7 @@ def _experts(
     fields: Mapping[str, Any],
     field: str,
     known: Mapping[str, tuple[Format, ...]],
-    experts: tuple[Stored, ...],
+    experts: tuple[EncodedModule, ...],
     prefix: str = "",
 ) -> Iterator[str]:
     value = fields.get(field)
@@ -81,7 +81,7 @@ def _experts(
         yield f"{prefix}{field} is {value!r}, but {module.name!r} is stored as {encoding.format} ({encoding.name})"
 
 
-def _fp8(quantization: Mapping[str, Any], fp8: list[Stored], index: CheckpointIndex) -> Iterator[str]:
+def _fp8(quantization: Mapping[str, Any], fp8: list[EncodedModule], index: CheckpointIndex) -> Iterator[str]:
     block = quantization.get("weight_block_size")
     if fp8 and block is not None and block != [128, 128]:
         yield f"{QUANTIZATION_FIELD}.weight_block_size is {block!r}, but {fp8[0][0].name!r} has a scale per 128 x 128"

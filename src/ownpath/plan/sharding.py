@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from math import lcm
 
-from ownpath.checkpoint.schema import Encoding, ModuleSpec, ParamSpec, Part
+from ownpath.checkpoint.schema import Encoding, ModuleSpec, ParamSpec, PartSpec
 from ownpath.config import ModelConfig, Parallel
 
 
@@ -89,7 +89,7 @@ def param_region(param: ParamSpec, parallel: Parallel) -> Region | None:
     return _share(param.key, cut.value, param.shape[cut.value], 1, parallel)
 
 
-def part_region(part: Part, module: ModuleSpec, region: Region | None) -> Region | None:
+def part_region(part: PartSpec, module: ModuleSpec, region: Region | None) -> Region | None:
     """The region of one of a module's tensors: of its codes, or of its block scales. ``None``: all of it."""
     if region is None or part.role in ("global_scale", "input_scale"):
         return None

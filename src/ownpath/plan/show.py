@@ -15,7 +15,7 @@ _COMPANION_HEADINGS = ("between them", "runner", "kernel")
 
 
 @dataclass(frozen=True)
-class Row:
+class PlanRow:
     """One line of the table: the same decision for the same module of one or more layers.
 
     stack: whose layers they are, "layers" (the backbone's) or "mtp".
@@ -32,24 +32,24 @@ class Row:
         return f"{self.stack}.{ranges(self.layers)}.{self.module}" if self.layers else self.module
 
 
-def plan_rows(plan: Plan) -> list[Row]:
+def plan_rows(plan: Plan) -> list[PlanRow]:
     """Rows of the products in forward order; layers that decide alike share a row."""
     return _folded((op.label, _cells(op), op.choice.why) for op in plan.ops)
 
 
-def companion_rows(plan: Plan) -> list[Row]:
+def companion_rows(plan: Plan) -> list[PlanRow]:
     """Rows of the operations without a stored matrix, folded like the products'."""
     return _folded((op.spec.slot, _companion_cells(op), op.choice.why) for op in plan.companions)
 
 
-def _folded(decisions: Iterable[tuple[str, tuple[str, ...], str]]) -> list[Row]:
-    rows: dict[tuple[str, str, tuple[str, ...]], Row] = {}
+def _folded(decisions: Iterable[tuple[str, tuple[str, ...], str]]) -> list[PlanRow]:
+    rows: dict[tuple[str, str, tuple[str, ...]], PlanRow] = {}
     for label, cells, why in decisions:
         match = _LAYER.fullmatch(label)
         stack, layers, module = (match[1], (int(match[2]),), match[3]) if match else ("", (), label)
         known = rows.get((stack, module, cells))
         all_layers = known.layers + layers if known else layers
-        rows[stack, module, cells] = Row(module, all_layers, cells, why, stack)
+        rows[stack, module, cells] = PlanRow(module, all_layers, cells, why, stack)
     return list(rows.values())
 
 

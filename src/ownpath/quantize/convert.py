@@ -10,7 +10,7 @@ from ownpath.checkpoint.schema import MODELOPT_NVFP4, Encoding
 from ownpath.formats import MXFP4
 from ownpath.numerics import dequantize, mxfp4_as_nvfp4, nvfp4_global_scale, quantize_nvfp4
 from ownpath.qtensor import QuantTensor
-from ownpath.quantize.steps import Carry, Convert, Step
+from ownpath.quantize.steps import Carry, Convert, WriteStep
 
 UNCALIBRATED = 1.0
 """``input_scale`` of weights that no text was run through: block scales then take activations from 0.01 to 2688.
@@ -35,7 +35,9 @@ class Counts:
         )
 
 
-def step_tensors(step: Step, read: Read, input_scales: Mapping[str, float]) -> tuple[dict[str, torch.Tensor], Counts]:
+def step_tensors(
+    step: WriteStep, read: Read, input_scales: Mapping[str, float]
+) -> tuple[dict[str, torch.Tensor], Counts]:
     """The tensors that a step writes. input_scales: by module; others are uncalibrated.
 
     Errors: CheckpointError naming the weight.

@@ -3,12 +3,12 @@
 from collections.abc import Iterable
 from typing import Any
 
-from ownpath.quantize.steps import Convert, Scope
+from ownpath.quantize.steps import Convert, QuantizeScope
 
 GROUP_SIZE = 16
 IGNORE = {
-    Scope.EXPERTS: ["*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"],
-    Scope.FULL: ["*.attn.compressor.*", "*.attn.indexer.*", "*.attn.wo_a", "*.ffn.gate", "head", "mtp.*"],
+    QuantizeScope.EXPERTS: ["*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"],
+    QuantizeScope.FULL: ["*.attn.compressor.*", "*.attn.indexer.*", "*.attn.wo_a", "*.ffn.gate", "head", "mtp.*"],
 }
 EXPERT_DTYPE = "expert_dtype"
 PRODUCER = {"name": "ownpath", "version": "1"}
@@ -21,7 +21,7 @@ def quantized_layers(converts: Iterable[Convert]) -> dict[str, dict[str, Any]]:
     return {layer: {"quant_algo": "NVFP4", "group_size": GROUP_SIZE} for layer in sorted(layers)}
 
 
-def config_fields(source: dict[str, Any], scope: Scope, converts: Iterable[Convert]) -> dict[str, Any]:
+def config_fields(source: dict[str, Any], scope: QuantizeScope, converts: Iterable[Convert]) -> dict[str, Any]:
     """``config.json`` of the result: the source's, with the quantisation added to what it said about the rest."""
     numbers = {"num_bits": 4, "type": "float", "group_size": GROUP_SIZE, "dynamic": False}
     added = {
@@ -45,7 +45,7 @@ def _as_fp4(fields: dict[str, Any]) -> dict[str, Any]:
     return fields if fields.get(EXPERT_DTYPE) is None else fields | {EXPERT_DTYPE: "fp4"}
 
 
-def quant_config_fields(scope: Scope, converts: Iterable[Convert]) -> dict[str, Any]:
+def quant_config_fields(scope: QuantizeScope, converts: Iterable[Convert]) -> dict[str, Any]:
     """``hf_quant_config.json``."""
     quantization = {
         "quant_algo": "MIXED_PRECISION",

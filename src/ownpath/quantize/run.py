@@ -23,7 +23,7 @@ from ownpath.checkpoint.writer import INDEX_NAME
 from ownpath.config import ModelConfig
 from ownpath.quantize.convert import Counts, step_tensors
 from ownpath.quantize.describe import config_fields, quant_config_fields
-from ownpath.quantize.steps import Convert, Scope, Step, plan_shards, plan_steps
+from ownpath.quantize.steps import Convert, QuantizeScope, WriteStep, plan_shards, plan_steps
 
 STAGING = ".quantizing"
 PLAN, CONFIG, QUANT_CONFIG = "plan.json", "config.json", "hf_quant_config.json"
@@ -37,7 +37,7 @@ ShowProgress = Callable[[int, int, int], None]
 class Options:
     """What to write. input_scales: of calibrated weights, by module."""
 
-    scope: Scope = Scope.EXPERTS
+    scope: QuantizeScope = QuantizeScope.EXPERTS
     max_shard_bytes: int = 4 * 10**9
     input_scales: Mapping[str, float] = field(default_factory=dict)
 
@@ -51,7 +51,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Report:
+class QuantizeReport:
     """What was written."""
 
     num_shards: int
@@ -60,7 +60,9 @@ class Report:
     counts: Counts
 
 
-def quantize_checkpoint(source: Path, target: Path, options: Options, show: ShowProgress | None = None) -> Report:
+def quantize_checkpoint(
+    source: Path, target: Path, options: Options, show: ShowProgress | None = None
+) -> QuantizeReport:
     """Quantises ``source`` into ``target``, or goes on where an interrupted run stopped.
 
     show: called with (finished shards, all shards, bytes read and written so far).
@@ -82,7 +84,7 @@ def quantize_checkpoint(source: Path, target: Path, options: Options, show: Show
     _finish(source, target, done, (options.scope, converts))
     num_bytes = sum(sum(shard.tensors.values()) for shard in done)
     num_converted = sum(len(convert.modules) for convert in converts)
-    return Report(len(done), num_bytes, num_converted, sum((shard.counts for shard in done), Counts()))
+    return QuantizeReport(len(done), num_bytes, num_converted, sum((shard.counts for shard in done), Counts()))
 
 
 def require_free(target: Path) -> None:
@@ -124,7 +126,7 @@ def _finished(staging: Path, number: int) -> Shard | None:
     return Shard(fields["tensors"], Counts(**fields["counts"]))
 
 
-def _make_shard(stem: Path, steps: Sequence[Step], index: CheckpointIndex, options: Options) -> Shard:
+def _make_shard(stem: Path, steps: Sequence[WriteStep], index: CheckpointIndex, options: Options) -> Shard:
     tensors: dict[str, torch.Tensor] = {}
     counts = Counts()
     with TensorReader(index) as read:
@@ -140,7 +142,7 @@ def _make_shard(stem: Path, steps: Sequence[Step], index: CheckpointIndex, optio
     return shard
 
 
-def _finish(source: Path, target: Path, shards: Sequence[Shard], what: tuple[Scope, list[Convert]]) -> None:
+def _finish(source: Path, target: Path, shards: Sequence[Shard], what: tuple[QuantizeScope, list[Convert]]) -> None:
     """Names the shards, writes what describes them, and the index last."""
     staging = target / STAGING
     weight_map: dict[str, str] = {}

@@ -18,7 +18,7 @@ from ownpath.formats import NVFP4
 NVFP4_COLUMNS = 16
 
 
-class Scope(StrEnum):
+class QuantizeScope(StrEnum):
     """Which weights become NVFP4."""
 
     EXPERTS = "experts"
@@ -52,25 +52,25 @@ class Convert:
         return tuple(key for module in self.modules for key in self.source.keys(module.name))
 
 
-Step = Carry | Convert
+WriteStep = Carry | Convert
 
 
-def plan_steps(index: CheckpointIndex, config: ModelConfig, scope: Scope) -> list[Step]:
+def plan_steps(index: CheckpointIndex, config: ModelConfig, scope: QuantizeScope) -> list[WriteStep]:
     """Every step, in the order of the source's shards, so that each shard is read once.
 
     Errors: CheckpointError naming a weight that is missing, has another shape, or cannot become NVFP4.
     """
     converts = [Convert(group, _encoding(index, group)) for group in _groups(config, scope)]
     read = {key: convert for convert in converts for key in convert.keys}
-    steps: dict[Step, None] = {}
+    steps: dict[WriteStep, None] = {}
     for key, info in sorted(index.tensors.items(), key=lambda item: (item[1].file, item[0])):
         steps[read.get(key) or Carry(key, info.num_bytes)] = None
     return list(steps)
 
 
-def plan_shards(steps: Sequence[Step], max_shard_bytes: int) -> list[list[Step]]:
+def plan_shards(steps: Sequence[WriteStep], max_shard_bytes: int) -> list[list[WriteStep]]:
     """The steps in shards of at most so many bytes; one larger step gets a shard of its own."""
-    shards: list[list[Step]] = []
+    shards: list[list[WriteStep]] = []
     room = 0
     for step in steps:
         if not shards or step.num_bytes > room:
@@ -81,7 +81,7 @@ def plan_shards(steps: Sequence[Step], max_shard_bytes: int) -> list[list[Step]]
     return shards
 
 
-def _groups(config: ModelConfig, scope: Scope) -> Iterator[tuple[ModuleSpec, ...]]:
+def _groups(config: ModelConfig, scope: QuantizeScope) -> Iterator[tuple[ModuleSpec, ...]]:
     """Weights that share a global scale: gate and up of an expert; every other weight has its own."""
     dim, inter = config.hidden_size, config.moe_intermediate_size
     for layer_idx in range(config.num_hidden_layers):
@@ -89,7 +89,7 @@ def _groups(config: ModelConfig, scope: Scope) -> Iterator[tuple[ModuleSpec, ...
         gates, ups, downs = (expert_modules(config, layer, projection) for projection in ("w1", "w3", "w2"))
         yield from zip(gates, ups, strict=True)
         yield from ((down,) for down in downs)
-        if scope is Scope.FULL:
+        if scope is QuantizeScope.FULL:
             shared = f"{layer}.ffn.shared_experts"
             yield ModuleSpec(f"{shared}.w1", (inter, dim)), ModuleSpec(f"{shared}.w3", (inter, dim))
             yield (ModuleSpec(f"{shared}.w2", (dim, inter)),)

@@ -14,7 +14,7 @@ from ownpath.kernels.hyper.ref import BoundaryKernel, HyperOut, HyperWeights, Mi
 from ownpath.kernels.registry import KERNELS
 from ownpath.runners.linear import Linear
 from ownpath.runners.ops import HANDLES
-from ownpath.runners.runner import Chosen, KernelRunner, chosen_spec
+from ownpath.runners.runner import KernelOrName, KernelRunner, chosen_spec
 
 __all__ = ["HyperBoundary", "HyperWeights", "Mix", "RMSNorm", "Router", "SharedKeyAttention", "SwiGLU"]
 
@@ -22,7 +22,7 @@ __all__ = ["HyperBoundary", "HyperWeights", "Mix", "RMSNorm", "Router", "SharedK
 class RMSNorm(KernelRunner):
     """y = weight * x / sqrt(mean(x²) + eps) over the last dimension, rounded once; ``None`` for a weight of ones."""
 
-    def __init__(self, weight: torch.Tensor | None, eps: float, *, kernel: Chosen = "ref.rms_norm") -> None:
+    def __init__(self, weight: torch.Tensor | None, eps: float, *, kernel: KernelOrName = "ref.rms_norm") -> None:
         self.spec, self.weight, self.eps = chosen_spec(kernel), weight, eps
         self.kernel: NormKernel[Any] = KERNELS[self.spec.name]
         self.operand = self.kernel.prepare(NormWeights(weight, eps))
@@ -50,7 +50,7 @@ class HyperBoundary(KernelRunner):
     streams, normed input of the coming sublayer [T, D], and its mix (``None`` after the last sublayer).
     """
 
-    def __init__(self, weights: HyperWeights, *, kernel: Chosen = "ref.hyper_boundary") -> None:
+    def __init__(self, weights: HyperWeights, *, kernel: KernelOrName = "ref.hyper_boundary") -> None:
         self.spec, self.weights = chosen_spec(kernel), weights
         self.kernel: BoundaryKernel[Any] = KERNELS[self.spec.name]
         self.operand = self.kernel.prepare(weights)
@@ -118,7 +118,7 @@ class Router(KernelRunner):
         bias_E: torch.Tensor | None,
         tid2eid_VK: torch.Tensor | None,
         *,
-        kernel: Chosen = "ref.router",
+        kernel: KernelOrName = "ref.router",
     ) -> None:
         if (bias_E is None) == (tid2eid_VK is None):
             raise ValueError("exactly one of bias_E and tid2eid_VK must be given")
@@ -161,7 +161,7 @@ class Router(KernelRunner):
 class SwiGLU(KernelRunner):
     """silu(min(gate, limit)) * clamp(up, -limit, limit) of [..., gate | up], at least float32 inside, rounded once."""
 
-    def __init__(self, limit: float, *, kernel: Chosen = "ref.swiglu") -> None:
+    def __init__(self, limit: float, *, kernel: KernelOrName = "ref.swiglu") -> None:
         self.spec, self.limit = chosen_spec(kernel), limit
         self.kernel: SwigluKernel[Any] = KERNELS[self.spec.name]
         self.operand = self.kernel.prepare(limit)
@@ -185,7 +185,7 @@ class SwiGLU(KernelRunner):
 class SharedKeyAttention(KernelRunner):
     """Softmax attention of many query heads over one set of keys, which are the values too, with a sink per head."""
 
-    def __init__(self, sink_N: torch.Tensor, softmax_scale: float, *, kernel: Chosen = "ref.attention") -> None:
+    def __init__(self, sink_N: torch.Tensor, softmax_scale: float, *, kernel: KernelOrName = "ref.attention") -> None:
         self.spec, self.sink_N, self.softmax_scale = chosen_spec(kernel), sink_N, softmax_scale
         self.kernel: AttentionReference = KERNELS[self.spec.name]
         self.operand = self.kernel.prepare(AttentionWeights(sink_N, softmax_scale))
@@ -209,7 +209,7 @@ class SharedKeyAttention(KernelRunner):
 class KeyQuantizer(KernelRunner):
     """Rounds keys to the cache's format, all but their last ``num_rotary`` channels, and reads them back."""
 
-    def __init__(self, num_rotary: int, *, kernel: Chosen = "ref.fp8_keys") -> None:
+    def __init__(self, num_rotary: int, *, kernel: KernelOrName = "ref.fp8_keys") -> None:
         self.spec, self.num_rotary = chosen_spec(kernel), num_rotary
         self.kernel: KeyQuantizerReference = KERNELS[self.spec.name]
         self.operand = self.kernel.prepare(num_rotary)
@@ -232,7 +232,7 @@ class KeyQuantizer(KernelRunner):
 class IndexQuantizer(KernelRunner):
     """Rounds index queries and keys to the index cache's format and reads them back."""
 
-    def __init__(self, *, kernel: Chosen = "ref.fp4_index") -> None:
+    def __init__(self, *, kernel: KernelOrName = "ref.fp4_index") -> None:
         self.spec = chosen_spec(kernel)
         self.kernel: IndexQuantizerReference = KERNELS[self.spec.name]
         self.handle = HANDLES.new(self)

@@ -14,7 +14,7 @@ from ownpath.numerics import fake_quantize_fp8, nvfp4_codes_times_scales
 from ownpath.ops import OpKind
 from ownpath.qtensor import QuantTensor
 from ownpath.runners.ops import HANDLES
-from ownpath.runners.runner import Chosen, KernelRunner, Runner, chosen_spec, default_spec
+from ownpath.runners.runner import KernelOrName, KernelRunner, Runner, chosen_spec, default_spec
 
 Shards = torch.Tensor | Sequence[torch.Tensor]
 PACKED = (torch.uint8, torch.int8)
@@ -38,7 +38,7 @@ class LinearRunner(KernelRunner):
     Errors: ValueError naming what the kernel does not take.
     """
 
-    def __init__(self, kernel: Chosen, stored: StoredLinear) -> None:
+    def __init__(self, kernel: KernelOrName, stored: StoredLinear) -> None:
         self.spec = chosen_spec(kernel)
         self.out_features, self.in_features = stored.shape
         self.kernel: LinearKernel[Any] = KERNELS[self.spec.name]
@@ -124,7 +124,7 @@ class Nvfp4Linear(LinearRunner):
     """
 
     def __init__(
-        self, weight: Shards, weight_scale: Shards, weight_scale_2: Shards, *, kernel: Chosen | None = None
+        self, weight: Shards, weight_scale: Shards, weight_scale_2: Shards, *, kernel: KernelOrName | None = None
     ) -> None:
         shards = _nvfp4_shards(weight, weight_scale, weight_scale_2)
         chosen = default_spec(OpKind.LINEAR, NVFP4, shards[0].qdata.device) if kernel is None else kernel
@@ -147,7 +147,7 @@ class Nvfp4LinearW4A4(LinearRunner):
         weight_scale_2: Shards,
         input_scale: Shards,
         *,
-        kernel: Chosen = "triton.nvfp4_linear_w4a4_sm100",
+        kernel: KernelOrName = "triton.nvfp4_linear_w4a4_sm100",
     ) -> None:
         shards = _nvfp4_shards(weight, weight_scale, weight_scale_2)
         largest = torch.stack([scale.max() for scale in _listed(input_scale)]).max()
@@ -167,7 +167,7 @@ class Fp8Linear(LinearRunner):
     Errors: ValueError naming the operand for a wrong dtype, shape, device, stride or alignment.
     """
 
-    def __init__(self, weight: Shards, scale: Shards, *, kernel: Chosen | None = None) -> None:
+    def __init__(self, weight: Shards, scale: Shards, *, kernel: KernelOrName | None = None) -> None:
         weights, scales = _listed(weight), _listed(scale)
         if len(weights) != len(scales):
             raise ValueError(f"{len(weights)} weights with {len(scales)} scales")
@@ -184,7 +184,7 @@ class Fp8Linear(LinearRunner):
 class PlainLinear(LinearRunner):
     """Product with an unquantised weight. Shapes: weight bfloat16 or float32 [N, K]; a list is fused shards."""
 
-    def __init__(self, weight: Shards, *, kernel: Chosen = "ref.plain_linear") -> None:
+    def __init__(self, weight: Shards, *, kernel: KernelOrName = "ref.plain_linear") -> None:
         weights = _listed(weight)
         for idx, w in enumerate(weights):
             require(f"weight[{idx}]", w, (torch.bfloat16, torch.float32), (len(w), weights[0].shape[1]))
@@ -203,7 +203,7 @@ class QuantizedLinear(LinearRunner):
     global scale (the largest of the shards') goes into the weights'.
     """
 
-    def __init__(self, kernel: Chosen, stored: StoredLinear) -> None:
+    def __init__(self, kernel: KernelOrName, stored: StoredLinear) -> None:
         self.input_scale = stored.input_scale
         if self.input_scale is not None:
             stored = StoredLinear(tuple(_scaled(shard, self.input_scale) for shard in stored.shards))
@@ -293,7 +293,7 @@ class GroupedLinear(KernelRunner):
     Errors: ValueError for a wrong dtype or shape.
     """
 
-    def __init__(self, weight: torch.Tensor, num_groups: int, *, kernel: Chosen = "ref.grouped_linear") -> None:
+    def __init__(self, weight: torch.Tensor, num_groups: int, *, kernel: KernelOrName = "ref.grouped_linear") -> None:
         require("weight", weight, (torch.bfloat16, torch.float32), (len(weight), weight.shape[1]))
         if len(weight) % num_groups:
             raise ValueError(f"weight has {len(weight)} rows, not a multiple of {num_groups} groups")

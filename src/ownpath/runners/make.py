@@ -9,11 +9,11 @@ from ownpath.plan.plan import Plan, PlannedOp
 from ownpath.runners.linear import ConcatLinear, GroupedLinear, LinearRunner, QuantizedLinear, WideLinear
 from ownpath.runners.moe import MoeRunner
 from ownpath.runners.runner import Runner
-from ownpath.weights.operands import Operand
+from ownpath.weights.operands import OperandBuffers
 from ownpath.weights.stored import stored_experts, stored_groups, stored_linear
 
 
-def make_runners(plan: Plan, operands: Iterable[Operand]) -> dict[str, Runner]:
+def make_runners(plan: Plan, operands: Iterable[OperandBuffers]) -> dict[str, Runner]:
     """The runner of each slot, around the operands in the order of ``plan.ops``.
 
     A runner whose kernel has a layout of its own repacks the operand's buffers in place, one expert at a time, so
@@ -32,7 +32,7 @@ def _side_by_side(found: list[LinearRunner | WideLinear | GroupedLinear | MoeRun
 
 
 def make_runner(
-    op: PlannedOp, operand: Operand, config: ModelConfig
+    op: PlannedOp, operand: OperandBuffers, config: ModelConfig
 ) -> LinearRunner | WideLinear | GroupedLinear | MoeRunner:
     """The runner that the plan names for one op, around its operand."""
     spec = op.choice.kernel

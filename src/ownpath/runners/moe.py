@@ -14,9 +14,9 @@ from ownpath.ops import OpKind
 from ownpath.qtensor import QuantTensor
 from ownpath.runners.linear import PACKED, plain_format
 from ownpath.runners.ops import HANDLES
-from ownpath.runners.runner import Chosen, KernelRunner, chosen_spec, default_spec
+from ownpath.runners.runner import KernelOrName, KernelRunner, chosen_spec, default_spec
 
-Expert = tuple[QuantTensor, QuantTensor, QuantTensor]
+ExpertMatrices = tuple[QuantTensor, QuantTensor, QuantTensor]
 """w1 (gate), w3 (up) and w2 (down) of one expert, as they are stored."""
 
 
@@ -26,7 +26,7 @@ class MoeRunner(KernelRunner):
     Errors: ValueError naming what the kernel does not take.
     """
 
-    def __init__(self, kernel: Chosen, stored: StoredExperts) -> None:
+    def __init__(self, kernel: KernelOrName, stored: StoredExperts) -> None:
         self.spec = chosen_spec(kernel)
         self.num_experts, self.hidden_size = stored.num_experts, stored.hidden_size
         self.swiglu_limit = stored.swiglu_limit
@@ -72,7 +72,7 @@ class MoeRunner(KernelRunner):
         """
         return self.kernel.workspace(self.operand, num_tokens, num_slots)
 
-    def stored_expert(self, expert: int) -> Expert:
+    def stored_expert(self, expert: int) -> ExpertMatrices:
         """What the kernel holds of one expert, read back out of its layout; w2's global scale may be there twice."""
         gate_up, down = self.kernel.restore(self.operand, expert)
         return *gate_and_up(gate_up), down
@@ -127,7 +127,7 @@ class Nvfp4MoE(MoeRunner):
         w2_scale_2: torch.Tensor,
         swiglu_limit: float,
         *,
-        kernel: Chosen | None = None,
+        kernel: KernelOrName | None = None,
     ) -> None:
         gate_up, down = _nvfp4_side("w13", w13, w13_scale, w13_scale_2), _nvfp4_side("w2", w2, w2_scale, w2_scale_2)
         _require_fit(gate_up, down)
@@ -143,7 +143,7 @@ class Nvfp4MoE(MoeRunner):
         w2_scale: torch.Tensor,
         swiglu_limit: float,
         *,
-        kernel: Chosen | None = None,
+        kernel: KernelOrName | None = None,
     ) -> "Nvfp4MoE":
         """From MXFP4 experts, exactly: each E8M0 scale becomes two E4M3 ones and a power of two per expert.
 
@@ -192,7 +192,7 @@ class Nvfp4MoEW4A4(MoeRunner):
         w2: Sequence[torch.Tensor],
         swiglu_limit: float,
         *,
-        kernel: Chosen = "triton.nvfp4_moe_w4a4_sm100",
+        kernel: KernelOrName = "triton.nvfp4_moe_w4a4_sm100",
     ) -> None:
         gate_up, down = _nvfp4_side("w13", *w13[:3]), _nvfp4_side("w2", *w2[:3])
         _require_fit(gate_up, down)
@@ -221,7 +221,7 @@ class Fp8MoE(MoeRunner):
         w2_scale: torch.Tensor,
         swiglu_limit: float,
         *,
-        kernel: Chosen = "ref.fp8_moe",
+        kernel: KernelOrName = "ref.fp8_moe",
     ) -> None:
         num_experts, rows, dim = w13.shape
         inter = rows // 2
@@ -243,7 +243,7 @@ class PlainMoE(MoeRunner):
     """
 
     def __init__(
-        self, w13: torch.Tensor, w2: torch.Tensor, swiglu_limit: float, *, kernel: Chosen = "ref.plain_moe"
+        self, w13: torch.Tensor, w2: torch.Tensor, swiglu_limit: float, *, kernel: KernelOrName = "ref.plain_moe"
     ) -> None:
         num_experts, rows, dim = w13.shape
         floats = (torch.bfloat16, torch.float32)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ownpath.runners.linear import GroupedLinear, LinearRunner
     from ownpath.runners.moe import MoeRunner
 
-Held = TypeVar("Held")
+Returned = TypeVar("Returned")
 
 
 class Handles:
@@ -187,11 +187,11 @@ OPERATIONS = (
 """(schema, implementation, fake implementation). Both take the runner itself as their last argument."""
 
 
-def _by_handle(function: Callable[..., Held]) -> Callable[..., Held]:
+def _by_handle(function: Callable[..., Returned]) -> Callable[..., Returned]:
     """The function with a handle in place of the runner."""
     find = HANDLES.runner
 
-    def call(*args: object) -> Held:
+    def call(*args: object) -> Returned:
         return function(*args[:-1], find(args[-1]))  # type: ignore[arg-type]
 
     return call

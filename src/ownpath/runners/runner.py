@@ -12,7 +12,7 @@ from ownpath.kernels.registry import SPECS, spec_of
 from ownpath.kernels.spec import KernelSpec
 from ownpath.ops import OpKind
 
-Chosen = KernelSpec | str
+KernelOrName = KernelSpec | str
 """A kernel: its spec, as a plan chose it, or its name."""
 
 
@@ -46,7 +46,7 @@ class KernelRunner(Runner):
         """Names of the configurations that a call with these arguments launches; ``None``: there is one form."""
 
 
-def chosen_spec(kernel: Chosen) -> KernelSpec:
+def chosen_spec(kernel: KernelOrName) -> KernelSpec:
     """The spec of a kernel. Errors: ValueError for a name that there is not."""
     if isinstance(kernel, KernelSpec):
         return kernel

@@ -19,7 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ownpath.trace.ledger import Ledger
-from ownpath.trace.observers import Arguments, Observer, Watched
+from ownpath.trace.observers import CallArguments, Observer, Watched
 
 LIBRARY_PRODUCT = re.compile(
     r"nvjet|cublas|gemv|xmma|wgrad|\bcutlass::|cutlass_?\d\d_|ampere_|hopper_|volta_|turing_|splitK|dot_kernel|gemmk"
@@ -35,7 +35,7 @@ class NoLaunchSeen(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Launch:
+class DeviceLaunch:
     """One kernel on the device: the slot it worked for (``None``: none), its name, when it began, how long it ran."""
 
     slot: str | None
@@ -52,7 +52,7 @@ class Launch:
         return PRODUCT.search(self.kernel) is not None
 
 
-def record_launches(ledger: Ledger, run: Callable[[], object]) -> list[Launch]:
+def record_launches(ledger: Ledger, run: Callable[[], object]) -> list[DeviceLaunch]:
     """Runs ``run`` under the profiler and tells for every kernel which planned slot launched it.
 
     Errors: NoLaunchSeen when the profiler saw no kernel at all.
@@ -76,16 +76,16 @@ class _SlotMarks(Observer):
     def __init__(self) -> None:
         self._open: list[record_function] = []
 
-    def before(self, call: Watched, args: Arguments) -> None:
+    def before(self, call: Watched, args: CallArguments) -> None:
         mark = record_function(_PREFIX + call.slot)
         mark.__enter__()
         self._open.append(mark)
 
-    def after(self, call: Watched, args: Arguments, result: Any) -> None:
+    def after(self, call: Watched, args: CallArguments, result: Any) -> None:
         self._open.pop().__exit__(None, None, None)
 
 
-def launches_of(events: Iterable[dict[str, Any]]) -> list[Launch]:
+def launches_of(events: Iterable[dict[str, Any]]) -> list[DeviceLaunch]:
     """Kernels of a trace in Chrome's format, in order of start, each with the innermost slot around its launch."""
     kernels, launch_of, marks = [], {}, defaultdict(list)
     for event in events:
@@ -102,11 +102,11 @@ def launches_of(events: Iterable[dict[str, Any]]) -> list[Launch]:
         launch = launch_of.get(kernel["args"].get("correlation"))
         around = by_thread.get(launch["tid"]) if launch else None
         slot = around.innermost(float(launch["ts"])) if launch and around else None
-        found.append(Launch(slot, str(kernel["name"]), float(kernel["ts"]), float(kernel["dur"])))
+        found.append(DeviceLaunch(slot, str(kernel["name"]), float(kernel["ts"]), float(kernel["dur"])))
     return found
 
 
-def slot_times(launches: Iterable[Launch]) -> dict[str | None, float]:
+def slot_times(launches: Iterable[DeviceLaunch]) -> dict[str | None, float]:
     """Microseconds for each slot. While several kernels run, the time is that of the one that began first: a kernel
     that is already there while its predecessor drains must not count twice."""
     times: dict[str | None, float] = defaultdict(float)

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from ownpath.trace.observers import AnObserver, Observers, Tap, Watched
+from ownpath.trace.observers import AnyObserver, Observers, Tap, Watched
 from ownpath.trace.uses import Use, use_of
 
 
@@ -33,7 +33,7 @@ class Ledger:
         """A place of the forward whose value observers see."""
         return Tap(name, self.observers)
 
-    def observe(self, observer: AnObserver) -> AbstractContextManager[AnObserver]:
+    def observe(self, observer: AnyObserver) -> AbstractContextManager[AnyObserver]:
         """Attaches an observer for the length of a ``with`` block."""
         return self.observers.during(observer)
 

@@ -13,16 +13,16 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-Arguments = tuple[Any, ...]
+CallArguments = tuple[Any, ...]
 
 
 class Observer:
     """Sees a run. Calls nest (a router calls its gate): the inner one ends before the outer one."""
 
-    def before(self, call: "Watched", args: Arguments) -> None:
+    def before(self, call: "Watched", args: CallArguments) -> None:
         """A slot is about to be called."""
 
-    def after(self, call: "Watched", args: Arguments, result: Any) -> None:
+    def after(self, call: "Watched", args: CallArguments, result: Any) -> None:
         """A slot's call has returned; not told where it raised."""
 
     def tapped(self, name: str, value: Tensor) -> None:
@@ -32,7 +32,7 @@ class Observer:
         """Forgets what was seen."""
 
 
-AnObserver = TypeVar("AnObserver", bound=Observer)
+AnyObserver = TypeVar("AnyObserver", bound=Observer)
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Observers:
             self.attached = tuple(other for other in self.attached if other is not observer)
 
     @contextmanager
-    def during(self, observer: AnObserver) -> Iterator[AnObserver]:
+    def during(self, observer: AnyObserver) -> Iterator[AnyObserver]:
         """Attaches one for the length of a ``with`` block, and gives it."""
         self.attach(observer)
         try:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ownpath.trace.observers import Arguments, Observer, Watched
+from ownpath.trace.observers import CallArguments, Observer, Watched
 from ownpath.trace.uses import Use, use_of, variant_of
 
 MAX_PER_SLOT = 32
@@ -35,7 +35,7 @@ class Record:
 
 
 @dataclass
-class _Entry:
+class _RecordCount:
     use: Use
     variant: str
     num_calls: int = 0
@@ -46,10 +46,10 @@ class Records(Observer):
 
     def __init__(self, max_per_slot: int = MAX_PER_SLOT) -> None:
         self._max_per_slot = max_per_slot
-        self._entries: dict[str, dict[tuple[_Signature, _Signature], _Entry]] = defaultdict(dict)
+        self._entries: dict[str, dict[tuple[_Signature, _Signature], _RecordCount]] = defaultdict(dict)
         self._unlisted: Counter[str] = Counter()
 
-    def after(self, call: Watched, args: Arguments, result: Any) -> None:
+    def after(self, call: Watched, args: CallArguments, result: Any) -> None:
         """Counts one call."""
         key = signature(args), signature((result,))
         entries = self._entries[call.slot]
@@ -58,7 +58,7 @@ class Records(Observer):
             if len(entries) >= self._max_per_slot:
                 self._unlisted[call.slot] += 1
                 return
-            entry = entries[key] = _Entry(use_of(call.runner), variant_of(call.runner, args))
+            entry = entries[key] = _RecordCount(use_of(call.runner), variant_of(call.runner, args))
         entry.num_calls += 1
 
     def listed(self, slot: str) -> list[Record]:

@@ -5,7 +5,7 @@ Each slot is written exactly once, from the one tensor planned for it; bytes are
 the multiplier that its schema says it means.
 
 Several threads read (``readers``), through buffers of bounded size (``staging``), chunks of each shard in turn
-(``checkpoint.chunks``), whose bytes are checked and go straight to where the plan wants them (``places``, ``fill``).
+(``checkpoint.chunks``), whose bytes are checked and go straight to where the plan wants them (``targets``, ``fill``).
 """
 
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ from ownpath.weights.checks import check_expert_ids
 from ownpath.weights.fill import Filler
 from ownpath.weights.lossless import is_lossless_cast
 from ownpath.weights.memory import reserve
-from ownpath.weights.operands import STORAGE, Allocate, Operand, Slot, make_operand
-from ownpath.weights.places import place_slots
-from ownpath.weights.readers import Progress, Reading, read_chunks
+from ownpath.weights.operands import STORAGE, Allocate, Destination, OperandBuffers, make_operand
+from ownpath.weights.readers import LoadProgress, ReadOptions, read_chunks
+from ownpath.weights.targets import find_targets
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class LoadedWeights:
     lossless_casts: slots whose NVFP4 weights are MXFP4 weights written in another way (see ``lossless``).
     """
 
-    operands: tuple[Operand, ...]
+    operands: tuple[OperandBuffers, ...]
     params: dict[str, torch.Tensor]
     lossless_casts: tuple[str, ...] = ()
 
@@ -43,14 +43,14 @@ def load_weights(
     plan: Plan,
     index: CheckpointIndex,
     device: torch.device,
-    progress: Progress | None = None,
-    reading: Reading | None = None,
+    progress: LoadProgress | None = None,
+    read_options: ReadOptions | None = None,
     allocate: Allocate = reserve,
 ) -> LoadedWeights:
     """Allocates every operand on ``device`` and fills it from the checkpoint.
 
     progress: told how many bytes are in, of how many. reading: None: as suits the device. allocate: for every buffer.
-    Memory: beside the weights, ``Reading.staging_bytes`` and what the index takes, whatever the model's size.
+    Memory: beside the weights, ``ReadOptions.staging_bytes`` and what the index takes, whatever the model's size.
     Errors: CheckpointError naming the tensor for a bad scale, an unreadable shard, or a slot left unwritten: the first
     in the order of the files.
     """
@@ -59,10 +59,10 @@ def load_weights(
     shapes = {spec.key: spec.shape for spec in plan.params}
     shapes |= {key: region.shape(shapes[key]) for key, region in plan.param_regions.items()}
     params = {key: allocate(shape, STORAGE[stored[key]], device) for key, shape in shapes.items()}
-    slots = [slot for operand in operands for slot in operand.slots]
-    slots += [Slot(key, target, region=plan.param_regions.get(key)) for key, target in params.items()]
+    destinations = [destination for operand in operands for destination in operand.destinations]
+    destinations += [Destination(key, target, region=plan.param_regions.get(key)) for key, target in params.items()]
     buffers = [buffer for operand in operands for parts in operand.buffers.values() for buffer in parts]
-    _fill(slots, [*buffers, *params.values()], index, progress, reading or Reading.for_device(device))
+    _fill(destinations, [*buffers, *params.values()], index, progress, read_options or ReadOptions.for_device(device))
     for key, table in params.items():
         if not table.is_floating_point():
             check_expert_ids(key, table, plan.config.n_routed_experts)
@@ -71,25 +71,25 @@ def load_weights(
 
 
 def _fill(
-    slots: list[Slot],
+    destinations: list[Destination],
     buffers: list[torch.Tensor],
     index: CheckpointIndex,
-    progress: Progress | None,
-    reading: Reading,
+    progress: LoadProgress | None,
+    read_options: ReadOptions,
 ) -> None:
-    by_key = {slot.key: slot for slot in slots}
-    if len(by_key) != len(slots):
-        twice = next(slot.key for slot in slots if by_key[slot.key] is not slot)
+    by_key = {destination.key: destination for destination in destinations}
+    if len(by_key) != len(destinations):
+        twice = next(destination.key for destination in destinations if by_key[destination.key] is not destination)
         raise CheckpointError(f"tensor {twice!r} is planned into two slots")
-    places = place_slots(slots, buffers, index)
-    total_bytes = sum(info.num_bytes for info in places.infos)
-    filler = Filler(places)
+    targets = find_targets(destinations, buffers, index)
+    total_bytes = sum(info.num_bytes for info in targets.infos)
+    filler = Filler(targets)
 
     def report(num_bytes: int) -> None:
         if progress is not None:
             progress(num_bytes, total_bytes)
 
-    read_chunks(file_chunks(places.infos, reading.chunk_bytes), filler, reading, buffers[0].device, report)
+    read_chunks(file_chunks(targets.infos, read_options.chunk_bytes), filler, read_options, buffers[0].device, report)
     filler.finish()
 
 
@@ -113,7 +113,7 @@ def _is_stored_cast(op: PlannedOp, index: CheckpointIndex) -> bool:
     return True
 
 
-def _is_cast(op: PlannedOp, operand: Operand) -> bool:
+def _is_cast(op: PlannedOp, operand: OperandBuffers) -> bool:
     """Whether all of an op's NVFP4 matrices were cast from MXFP4 without loss; other formats never were."""
     if op.encoding.format is not NVFP4:
         return False

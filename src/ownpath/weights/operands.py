@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from ownpath.checkpoint.schema import Encoding, ModuleSpec, Part
+from ownpath.checkpoint.schema import Encoding, ModuleSpec, PartSpec
 from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4, Format
 from ownpath.ops import OpKind
 from ownpath.plan.plan import PlannedOp
@@ -35,7 +35,7 @@ _MOE_SUFFIX = {"qdata": "", "scale": "_scale", "global_scale": "_scale_2", "inpu
 
 
 @dataclass(frozen=True)
-class Slot:
+class Destination:
     """``target``: the view of a buffer that the checkpoint tensor ``key`` fills; ``part``: what that tensor is.
 
     A tensor that is used as stored is no part of a module. region: the part of the stored tensor that fills the target,
@@ -44,7 +44,7 @@ class Slot:
 
     key: str
     target: torch.Tensor
-    part: Part | None = None
+    part: PartSpec | None = None
     region: Region | None = None
 
     @property
@@ -53,20 +53,20 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Operand:
+class OperandBuffers:
     """An op's buffers by the argument names of its runner, and the slots that fill them.
 
     rooms: by the same names, the memory that a buffer lies in where its runner writes something larger over it.
     """
 
     buffers: dict[str, tuple[torch.Tensor, ...]]
-    slots: tuple[Slot, ...]
-    rooms: dict[str, torch.Tensor] = field(default_factory=dict)
+    destinations: tuple[Destination, ...]
+    scale_memory: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
         """What the operand takes, for as long as its runner lives."""
-        whole = {name: (room,) for name, room in self.rooms.items()}
+        whole = {name: (memory,) for name, memory in self.scale_memory.items()}
         return sum(buffer.nbytes for buffers in (self.buffers | whole).values() for buffer in buffers)
 
 
@@ -88,13 +88,20 @@ class Allocate(Protocol):
 _New = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 
 
-def make_operand(op: PlannedOp, stored: dict[str, str], device: torch.device, allocate: Allocate = sentinel) -> Operand:
+def make_operand(
+    op: PlannedOp, stored: dict[str, str], device: torch.device, allocate: Allocate = sentinel
+) -> OperandBuffers:
     """Allocates the operand of ``op``, of this rank's part of it. stored: checkpoint key -> safetensors dtype name."""
     operand = _operand(op, stored, partial(allocate, device=device))
     if not op.regions:
         return operand
     regions = _regions_by_key(op)
-    return replace(operand, slots=tuple(replace(slot, region=regions[slot.key]) for slot in operand.slots))
+    return replace(
+        operand,
+        destinations=tuple(
+            replace(destination, region=regions[destination.key]) for destination in operand.destinations
+        ),
+    )
 
 
 def _regions_by_key(op: PlannedOp) -> dict[str, Region | None]:
@@ -106,7 +113,7 @@ def _regions_by_key(op: PlannedOp) -> dict[str, Region | None]:
     }
 
 
-def _operand(op: PlannedOp, stored: dict[str, str], new: _New) -> Operand:
+def _operand(op: PlannedOp, stored: dict[str, str], new: _New) -> OperandBuffers:
     encoding, modules = op.encoding, op.local_modules
     if op.spec.kind is OpKind.MOE:
         return _moe(encoding, modules, stored, new)
@@ -118,20 +125,20 @@ def _operand(op: PlannedOp, stored: dict[str, str], new: _New) -> Operand:
     return _plain(encoding, modules, stored, new)
 
 
-def _nvfp4_linear(encoding: Encoding, modules: tuple[ModuleSpec, ...], new: _New) -> Operand:
+def _nvfp4_linear(encoding: Encoding, modules: tuple[ModuleSpec, ...], new: _New) -> OperandBuffers:
     num_rows = sum(module.shape[0] for module in modules)
     width = modules[0].shape[1]
     weight = new((num_rows, width // 2), torch.uint8)
     scale = new((num_rows, width // 16), torch.float8_e4m3fn)
     global_scale = new((num_rows,), torch.float32)
     input_scale = new((len(modules),), torch.float32)
-    slots: list[Slot] = []
+    destinations: list[Destination] = []
     start = 0
     for idx, module in enumerate(modules):
         rows = slice(start, start + module.shape[0])
         targets = {"qdata": weight[rows], "scale": scale[rows]}
         targets |= {"global_scale": global_scale[rows], "input_scale": input_scale[idx]}
-        slots += _slots(encoding, module, targets)
+        destinations += _destinations(encoding, module, targets)
         start = rows.stop
     named = {
         "weight": weight,
@@ -139,10 +146,10 @@ def _nvfp4_linear(encoding: Encoding, modules: tuple[ModuleSpec, ...], new: _New
         "weight_scale_2": global_scale,
         "input_scale": input_scale,
     }
-    return Operand({name: (buffer,) for name, buffer in named.items()}, tuple(slots))
+    return OperandBuffers({name: (buffer,) for name, buffer in named.items()}, tuple(destinations))
 
 
-def _moe(encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, str], new: _New) -> Operand:
+def _moe(encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, str], new: _New) -> OperandBuffers:
     num_experts = len(modules) // 3
     inter, dim = modules[0].shape
     if encoding.format is FP8_BLOCK:
@@ -152,22 +159,22 @@ def _moe(encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, 
     else:
         gate_up = _expert_stack(encoding.format, (num_experts, 2 * inter, dim), (num_experts, 2), new)
         down = _expert_stack(encoding.format, (num_experts, dim, inter), (num_experts,), new)
-    rooms = {}
+    scale_memory = {}
     if encoding.format is MXFP4:
         for name, stack in (("w13_scale", gate_up), ("w2_scale", down)):
-            rooms[name] = _nvfp4_scales(stack["qdata"], new)
-            stack["scale"] = _last_half(rooms[name])
+            scale_memory[name] = _nvfp4_scales(stack["qdata"], new)
+            stack["scale"] = _last_half(scale_memory[name])
     # Every expert's matrices by one call a buffer: a view of its own for each of 10^5 tensors takes a second.
     halves = {role: _halves(t).unbind() for role, t in gate_up.items()}
     wholes = {role: t.unbind() for role, t in down.items()}
-    slots: list[Slot] = []
+    destinations: list[Destination] = []
     for idx, module in enumerate(modules):
         projection, expert = divmod(idx, num_experts)
         views, at = (halves, 2 * expert + projection) if projection < 2 else (wholes, expert)
-        slots += _slots(encoding, module, {role: targets[at] for role, targets in views.items()})
+        destinations += _destinations(encoding, module, {role: targets[at] for role, targets in views.items()})
     named = {f"w13{_MOE_SUFFIX[role]}": buffer for role, buffer in gate_up.items()}
     named |= {f"w2{_MOE_SUFFIX[role]}": buffer for role, buffer in down.items()}
-    return Operand({name: (buffer,) for name, buffer in named.items()}, tuple(slots), rooms)
+    return OperandBuffers({name: (buffer,) for name, buffer in named.items()}, tuple(destinations), scale_memory)
 
 
 def _halves(gate_up: torch.Tensor) -> torch.Tensor:
@@ -200,10 +207,10 @@ def _nvfp4_scales(codes: torch.Tensor, new: _New) -> torch.Tensor:
     return new((num_experts, n, packed // 8), torch.float8_e4m3fn)
 
 
-def _last_half(room: torch.Tensor) -> torch.Tensor:
+def _last_half(memory: torch.Tensor) -> torch.Tensor:
     """E8M0 [E, N, K/32] in the last half of the memory of E4M3 [E, N, K/16]."""
-    num_experts, n, width = room.shape
-    return room.view(torch.float8_e8m0fnu).view(2, num_experts, n, width // 2)[1]
+    num_experts, n, width = memory.shape
+    return memory.view(torch.float8_e8m0fnu).view(2, num_experts, n, width // 2)[1]
 
 
 def _fp8_stack(
@@ -225,30 +232,32 @@ def _fp8_scale_dtype(encoding: Encoding, module: ModuleSpec, stored: dict[str, s
     return torch.float8_e8m0fnu if is_e8m0 else torch.float32
 
 
-def _fp8_shards(encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, str], new: _New) -> Operand:
+def _fp8_shards(
+    encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, str], new: _New
+) -> OperandBuffers:
     """One weight and one scale per shard: a shard's last block may be partial, so shards do not concatenate."""
     weights, scales = [], []
-    slots: list[Slot] = []
+    destinations: list[Destination] = []
     for module in modules:
         dtype = _fp8_scale_dtype(encoding, module, stored)
         weights.append(new(module.shape, torch.float8_e4m3fn))
         scales.append(new(encoding.part("scale").shape(*module.shape), dtype))
-        slots += _slots(encoding, module, {"qdata": weights[-1], "scale": scales[-1]})
-    return Operand({"weight": tuple(weights), "scale": tuple(scales)}, tuple(slots))
+        destinations += _destinations(encoding, module, {"qdata": weights[-1], "scale": scales[-1]})
+    return OperandBuffers({"weight": tuple(weights), "scale": tuple(scales)}, tuple(destinations))
 
 
-def _plain(encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, str], new: _New) -> Operand:
+def _plain(encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, str], new: _New) -> OperandBuffers:
     num_rows = sum(module.shape[0] for module in modules)
     dtype = STORAGE[stored[encoding.key(modules[0].name, "qdata")]]
     weight = new((num_rows, modules[0].shape[1]), dtype)
-    slots: list[Slot] = []
+    destinations: list[Destination] = []
     start = 0
     for module in modules:
-        slots += _slots(encoding, module, {"qdata": weight[start : start + module.shape[0]]})
+        destinations += _destinations(encoding, module, {"qdata": weight[start : start + module.shape[0]]})
         start += module.shape[0]
-    return Operand({"weight": (weight,)}, tuple(slots))
+    return OperandBuffers({"weight": (weight,)}, tuple(destinations))
 
 
-def _slots(encoding: Encoding, module: ModuleSpec, targets: dict[str, torch.Tensor]) -> list[Slot]:
+def _destinations(encoding: Encoding, module: ModuleSpec, targets: dict[str, torch.Tensor]) -> list[Destination]:
     keys = encoding.keys(module.name)
-    return [Slot(key, targets[part.role], part) for key, part in zip(keys, encoding.parts, strict=True)]
+    return [Destination(key, targets[part.role], part) for key, part in zip(keys, encoding.parts, strict=True)]

@@ -10,9 +10,9 @@ from typing import Protocol
 
 import torch
 
-from ownpath.checkpoint.chunks import Chunk, ChunkReader
+from ownpath.checkpoint.chunks import ChunkReader, FileChunk
 from ownpath.weights.checks import Bytes
-from ownpath.weights.staging import HostStage, PinnedStage, Stage, make_stage
+from ownpath.weights.staging import HostStaging, PinnedStaging, Staging, make_staging
 
 MAX_STAGING_BYTES = 2**30
 """All staging buffers together, for a model of any size: half of the 2 GiB that loading may take beside the weights."""
@@ -20,14 +20,14 @@ REPORT_INTERVAL_S = 0.1
 THREAD_NAME = "ownpath reader"
 
 
-class Progress(Protocol):
+class LoadProgress(Protocol):
     """Told how far loading is, in the thread that loads: at first (0), a few times a second, and at the end."""
 
     def __call__(self, num_bytes: int, total_bytes: int) -> None: ...
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """How shards are read. num_threads, chunk_bytes: of each thread's buffers.
 
     Errors: ValueError for buffers beyond ``MAX_STAGING_BYTES``.
@@ -37,28 +37,32 @@ class Reading:
     chunk_bytes: int
 
     def __post_init__(self) -> None:
-        staging_bytes = self.num_threads * self.chunk_bytes * PinnedStage.num_buffers
+        staging_bytes = self.num_threads * self.chunk_bytes * PinnedStaging.num_buffers
         if self.num_threads < 1 or self.chunk_bytes < 64 or staging_bytes > MAX_STAGING_BYTES:
             raise ValueError(f"{self}: its buffers take {staging_bytes} bytes, of at most {MAX_STAGING_BYTES}")
 
     @classmethod
-    def for_device(cls, device: torch.device) -> "Reading":
+    def for_device(cls, device: torch.device) -> "ReadOptions":
         """A thread for each core, at most 16. On the CPU, chunks that stay in a core's cache between two copies."""
         num_threads = min(os.cpu_count() or 1, 16)
         return cls(num_threads, 2 * 2**20 if device.type == "cpu" else 8 * 2**20)
 
     def staging_bytes(self, device: torch.device) -> int:
         """Host memory that the buffers take together."""
-        stage = HostStage if device.type == "cpu" else PinnedStage
-        return self.num_threads * self.chunk_bytes * stage.num_buffers
+        staging = HostStaging if device.type == "cpu" else PinnedStaging
+        return self.num_threads * self.chunk_bytes * staging.num_buffers
 
 
-Consume = Callable[[Chunk, Bytes, Stage], None]
+Consume = Callable[[FileChunk, Bytes, Staging], None]
 """Checks a chunk's bytes and copies them where they belong."""
 
 
 def read_chunks(
-    chunks: Iterator[Chunk], consume: Consume, reading: Reading, device: torch.device, report: Callable[[int], None]
+    chunks: Iterator[FileChunk],
+    consume: Consume,
+    read_options: ReadOptions,
+    device: torch.device,
+    report: Callable[[int], None],
 ) -> None:
     """Reads every chunk once and has it consumed, by several threads; ``report`` is told how many bytes are done.
 
@@ -67,8 +71,8 @@ def read_chunks(
     if device.type != "cpu":  # each thread's stream writes into memory that is allocated and filled by now
         torch.accelerator.synchronize(device)
     jobs = _Jobs(chunks, torch.is_inference_mode_enabled())
-    arguments = (jobs, consume, reading, device)
-    work = [threading.Thread(target=_work, args=arguments, name=THREAD_NAME) for _ in range(reading.num_threads)]
+    arguments = (jobs, consume, read_options, device)
+    work = [threading.Thread(target=_work, args=arguments, name=THREAD_NAME) for _ in range(read_options.num_threads)]
     started: list[threading.Thread] = []
     report(0)
     try:
@@ -95,7 +99,7 @@ class _Jobs:
         in it.
     """
 
-    def __init__(self, chunks: Iterator[Chunk], in_inference_mode: bool) -> None:
+    def __init__(self, chunks: Iterator[FileChunk], in_inference_mode: bool) -> None:
         self.in_inference_mode = in_inference_mode
         self._numbered = enumerate(chunks)
         self._lock = threading.Lock()
@@ -104,12 +108,12 @@ class _Jobs:
         self.num_bytes = self.num_ended = 0
         self.is_closed = False
 
-    def take(self) -> tuple[int, Chunk] | None:
+    def take(self) -> tuple[int, FileChunk] | None:
         """The next chunk. After a fault there is none: all chunks before the faulty one have been taken by then."""
         with self._lock:
             return None if self.is_closed or self._faults else next(self._numbered, None)
 
-    def done(self, chunk: Chunk) -> None:
+    def done(self, chunk: FileChunk) -> None:
         with self._lock:
             self.num_bytes += chunk.num_bytes
 
@@ -135,19 +139,19 @@ class _Jobs:
             raise self._faults[min(self._faults)]
 
 
-def _work(jobs: _Jobs, consume: Consume, reading: Reading, device: torch.device) -> None:
+def _work(jobs: _Jobs, consume: Consume, read_options: ReadOptions, device: torch.device) -> None:
     number = -1  # a fault before the first chunk
     try:
         with (
             torch.inference_mode(jobs.in_inference_mode),
             closing(ChunkReader()) as reader,
-            closing(make_stage(reading.chunk_bytes, device)) as stage,
+            closing(make_staging(read_options.chunk_bytes, device)) as staging,
         ):
             while (taken := jobs.take()) is not None:
                 number, chunk = taken
-                buffer = stage.next_buffer()
+                buffer = staging.next_buffer()
                 reader.read(chunk, buffer.data)
-                consume(chunk, buffer, stage)
+                consume(chunk, buffer, staging)
                 jobs.done(chunk)
     except BaseException as error:  # raised again by the thread that loads
         jobs.fail(number, error)

@@ -8,7 +8,7 @@ import torch
 from ownpath.weights.checks import Bytes
 
 
-class Stage(Protocol):
+class Staging(Protocol):
     """A reader thread's buffers. Between two calls of ``next_buffer`` the buffer is the caller's."""
 
     def next_buffer(self) -> Bytes:
@@ -28,7 +28,7 @@ class Stage(Protocol):
         ...
 
 
-class HostStage:
+class HostStaging:
     """For operands in host memory: a buffer that stays in the cache."""
 
     num_buffers = 1
@@ -41,18 +41,18 @@ class HostStage:
         return self._buffer
 
     def copy(self, start: int, stop: int, flat: Any, first: int) -> None:
-        """See ``Stage``; numpy lets go of the interpreter for it, and starts no threads of its own."""
+        """See ``Staging``; numpy lets go of the interpreter for it, and starts no threads of its own."""
         flat[first : first + stop - start] = self._buffer[start:stop]
 
     def write(self, values: torch.Tensor, flat: Any, first: int) -> None:
-        """See ``Stage``."""
+        """See ``Staging``."""
         flat[first : first + values.nbytes] = values.view(torch.uint8).numpy()
 
     def close(self) -> None:
         """Nothing is under way."""
 
 
-class PinnedStage:
+class PinnedStaging:
     """For operands on an accelerator: two pinned buffers and a stream, one filled while the other is sent.
 
     The thread that uses it must have made it: streams are current per thread.
@@ -76,19 +76,19 @@ class PinnedStage:
         return buffer
 
     def copy(self, start: int, stop: int, flat: Any, first: int) -> None:
-        """See ``Stage``; returns at once."""
+        """See ``Staging``; returns at once."""
         source = self._buffers[self._current][start:stop]
         flat[first : first + stop - start].copy_(source, non_blocking=True)
 
     def write(self, values: torch.Tensor, flat: Any, first: int) -> None:
-        """See ``Stage``."""
+        """See ``Staging``."""
         flat[first : first + values.nbytes].copy_(values.view(torch.uint8))
 
     def close(self) -> None:
-        """See ``Stage``."""
+        """See ``Staging``."""
         self._stream.synchronize()
 
 
-def make_stage(num_bytes: int, device: torch.device) -> HostStage | PinnedStage:
+def make_staging(num_bytes: int, device: torch.device) -> HostStaging | PinnedStaging:
     """The stage for operands on ``device``; to be called in the thread that uses it."""
-    return HostStage(num_bytes) if device.type == "cpu" else PinnedStage(num_bytes, device)
+    return HostStaging(num_bytes) if device.type == "cpu" else PinnedStaging(num_bytes, device)

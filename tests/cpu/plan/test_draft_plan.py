@@ -91,7 +91,7 @@ def test_every_byte_of_the_draft_is_read_as_it_is_stored(folder: Path, tmp_path:
     params = {key: value for key, value in loaded.params.items() if key.startswith("mtp.")}
     assert len(params) == 18
     assert all(torch.equal(value, checkpoint.decoded[key]) for key, value in params.items())
-    written = {slot.key for operand in loaded.operands for slot in operand.slots} | set(loaded.params)
+    written = {slot.key for operand in loaded.operands for slot in operand.destinations} | set(loaded.params)
     assert written == set(CheckpointIndex.open(folder).tensors)
 
 

@@ -102,7 +102,9 @@ def on_slot(key: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Interfe
     """What one tensor of the file became in memory: the change gets its bytes where it has no dtype to compute in."""
 
     def changed(weights: LoadedWeights) -> None:
-        targets = {slot.key: slot.target for operand in weights.operands for slot in operand.slots} | weights.params
+        targets = {
+            slot.key: slot.target for operand in weights.operands for slot in operand.destinations
+        } | weights.params
         if key in targets:
             target = _writable(targets[key])
             target.copy_(change(target.clone()))

@@ -18,7 +18,7 @@ from ownpath.bench.operands import Fp8Operands, random_activations, random_fp8
 from ownpath.bench.rotation import num_calls
 from ownpath.bench.shapes import LINEAR_SHAPES, LinearShape
 from ownpath.bench.timing import CudaGraph
-from ownpath.bench.tune import CandidateFailed, Config
+from ownpath.bench.tune import Candidate, CandidateFailed
 from ownpath.kernels.dsl.cache import CompileError
 from ownpath.kernels.dsl.driver import CudaError
 from ownpath.kernels.fp8.choose import CLUSTERS, TABLE, W8A8_SHAPES, WGMMA_FROM, knobs_config, w8a16_shape
@@ -39,11 +39,11 @@ FITTING = CLUSTERS | {6: 20}
 """Clusters of each size that run at once with one CTA per SM. 15 of 8 and 30 of 4 on 132 SMs mean seven GPCs of 16 or
 18 SMs and one of 8 or 10, which hold 20 of 6 (but only 15 of 7)."""
 
-Tile = tuple[int, int, int, bool]
+CandidateTile = tuple[int, int, int, bool]
 """num_m64, consumers, per_sm, wgmma."""
 
-SMALL: tuple[Tile, ...] = ((2, 2, 2, False), (2, 1, 3, False), (1, 1, 4, False), (2, 1, 2, False))
-TILES: dict[int, tuple[Tile, ...]] = {
+SMALL: tuple[CandidateTile, ...] = ((2, 2, 2, False), (2, 1, 3, False), (1, 1, 4, False), (2, 1, 2, False))
+TILES: dict[int, tuple[CandidateTile, ...]] = {
     8: (*SMALL, (1, 1, 3, False), (4, 4, 1, False)),
     16: (*SMALL, (2, 2, 2, True), (4, 4, 1, False)),
     32: ((2, 2, 2, True), (2, 1, 2, True), (1, 1, 4, True), (2, 2, 2, False), (1, 1, 3, False), (4, 4, 1, True)),
@@ -54,7 +54,7 @@ UNEVEN = (6,)
 """Clusters that are tried for the largest tiles only, where 4 leave half of the SMs idle and 8 do not fit."""
 
 
-def few(shape: LinearShape, tokens: int) -> list[Config]:
+def few(shape: LinearShape, tokens: int) -> list[Candidate]:
     """W8A16 candidates: the rule's choice, then tiles in as many CTAs as fill most of the device, up to twice."""
     blocks, k_blocks = shape.out_features // 64, shape.in_features // 128
     rule = w8a16_shape(tokens, (blocks, k_blocks, True, False), SMS, tokens >= WGMMA_FROM)
@@ -71,15 +71,15 @@ def few(shape: LinearShape, tokens: int) -> list[Config]:
     return [knobs for idx, knobs in enumerate(found) if knobs not in found[:idx]]
 
 
-def _tile(tile: Tile, num_n: int, cluster_k: int) -> Config:
+def _tile(tile: CandidateTile, num_n: int, cluster_k: int) -> Candidate:
     num_m64, consumers, per_sm, wgmma = tile
     named = {"num_m64": num_m64, "num_n": num_n, "cluster_k": cluster_k, "per_sm": per_sm, "consumers": consumers}
     return named | {"wgmma": wgmma}
 
 
-def many() -> list[Config]:
+def many() -> list[Candidate]:
     """W8A8 candidates: every tile, alone and by pairs of CTAs that share activations, with all stages and one less."""
-    found: list[Config] = []
+    found: list[Candidate] = []
     for warpgroups, num_m64 in W8A8_SHAPES:
         stages = w8a8_stages(warpgroups * num_m64)
         for cluster_n, num_stages in ((1, stages), (2, stages), (1, stages - 1)):
@@ -91,7 +91,7 @@ def many() -> list[Config]:
 class Fp8Family:
     """The family that ``--tune fp8`` asks for."""
 
-    candidates: Mapping[str, Sequence[Config]]
+    candidates: Mapping[str, Sequence[Candidate]]
     table: Path = TABLE
 
     def __init__(self, device: str) -> None:
@@ -108,7 +108,7 @@ class Fp8Family:
         self._operands = lru_cache(maxsize=1)(self._make_operands)
         self._reference = lru_cache(maxsize=1)(self._make_reference)
 
-    def run(self, case: str, config: Config) -> float:
+    def run(self, case: str, config: Candidate) -> float:
         """Median microseconds of a call, W8A8's with its quantiser; the answer is compared with float64 first."""
         tokens, rows, cols = (int(part.split("=")[1]) for part in case.split(","))
         shape = self._shapes[rows, cols]

@@ -22,12 +22,12 @@ from ownpath.bench.operands import MoeOperands, random_activations, random_moe
 from ownpath.bench.routing import uniform_routing
 from ownpath.bench.shapes import MoeShape, moe_shape
 from ownpath.bench.timing import CudaGraph
-from ownpath.bench.tune import CandidateFailed, Config
+from ownpath.bench.tune import Candidate, CandidateFailed
 from ownpath.formats import NVFP4
-from ownpath.kernels.calls import Calls
 from ownpath.kernels.contract import Routing, StoredExperts
 from ownpath.kernels.dsl.cache import CompileError
 from ownpath.kernels.dsl.driver import CudaError
+from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.nvfp4.choose import TUNED, WIDE_PAIRS, MoeChoice, moe_choice
 from ownpath.kernels.nvfp4.moe import MoeOperand, Nvfp4MoeKernel
 from ownpath.qtensor import QuantTensor
@@ -124,7 +124,7 @@ def candidates(pairs_per_expert: float) -> tuple[dict[str, int], ...]:
 class MoeFamily:
     """The family that ``--tune moe`` asks for."""
 
-    candidates: Mapping[str, Sequence[Config]]
+    candidates: Mapping[str, Sequence[Candidate]]
     table: Path = TUNED / "moe.json"
 
     def __init__(self, device: str) -> None:
@@ -149,10 +149,10 @@ class MoeFamily:
         kernel = Nvfp4MoeKernel(is_batch_invariant=False)
         return stored, kernel.prepare(StoredExperts(gate_up, down, SWIGLU_LIMIT))
 
-    def run(self, case: str, config: Config) -> float:
+    def run(self, case: str, config: Candidate) -> float:
         """Median microseconds of a call; the answer is compared with the torch reference first."""
         shape, num_tokens = self._problems[case]
-        packed = replace(self._operands(shape)[1], calls=Calls())
+        packed = replace(self._operands(shape)[1], launches=LaunchCache())
         kernel = Nvfp4MoeKernel(is_batch_invariant=False, choose=partial(_chosen, config))
         inputs = [self._input(shape, num_tokens, idx) for idx in range(6 if num_tokens <= 64 else 2)]
         calls = [partial(kernel.run, x, Routing(ids, weights), packed) for x, ids, weights in inputs]
@@ -176,7 +176,7 @@ class MoeFamily:
         return x, routing.topk_ids, routing.topk_weights
 
 
-def _chosen(config: Config, pairs: int, num_experts: int, hidden: int, inter: int, invariant: bool) -> MoeChoice:
+def _chosen(config: Candidate, pairs: int, num_experts: int, hidden: int, inter: int, invariant: bool) -> MoeChoice:
     return moe_choice(config, hidden, inter, wide=invariant or pairs <= WIDE_PAIRS)
 
 

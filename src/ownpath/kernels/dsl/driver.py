@@ -42,7 +42,7 @@ class _Attribute(ctypes.Structure):
     _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", _AttributeValue))
 
 
-class _Config(ctypes.Structure):
+class _LaunchConfig(ctypes.Structure):
     _fields_ = (
         ("grid", ctypes.c_uint * 3),
         ("block", ctypes.c_uint * 3),
@@ -108,12 +108,12 @@ def load_function(binary: Binary) -> Function:
 class Pointers:
     """Addresses that change from call to call, in one piece of memory; one or several launches read them.
 
-    slots: the arguments to give to launches, in the order of ``set``.
+    arguments: what launches are given, in the order of ``set``.
     """
 
     def __init__(self, count: int) -> None:
         self._memory = (ctypes.c_uint64 * count)()
-        self.slots = tuple(ctypes.c_void_p.from_buffer(self._memory, 8 * idx) for idx in range(count))
+        self.arguments = tuple(ctypes.c_void_p.from_buffer(self._memory, 8 * idx) for idx in range(count))
         self._pack_into = Struct(f"{count}Q").pack_into
 
     def set(self, *addresses: int) -> None:
@@ -138,7 +138,7 @@ class Launch:
             self._attributes[used].id = CLUSTER_DIMENSION
             self._attributes[used].value.cluster = (function.cluster, 1, 1)
             used += 1
-        self._config = _Config(
+        self._config = _LaunchConfig(
             grid=grid,
             block=(function.num_threads, 1, 1),
             shared_bytes=function.shared_bytes,

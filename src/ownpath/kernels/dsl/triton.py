@@ -47,7 +47,7 @@ def launch(
     assert not metadata.global_scratch_size, f"{metadata.name} needs scratch of Triton's"
     assert metadata.num_ctas == 1, f"{metadata.name} needs a cluster"
     pointers = Pointers(sum(isinstance(value, Tensor) for value in args))
-    slots, described = iter(pointers.slots), list[Boxes]()
+    slots, described = iter(pointers.arguments), list[Boxes]()
     passed: list[Argument] = []
     descriptions = iter(metadata.tensordesc_meta or ())
     for kind, value in zip(compiled.src.signature.values(), args, strict=False):

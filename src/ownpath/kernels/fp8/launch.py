@@ -41,7 +41,7 @@ def weight_key(weight: PackedFp8) -> WeightKey:
     return weight.num_row_blocks, weight.num_k_blocks, weight.folded, weight.ragged
 
 
-class W8A16:
+class W8A16Launch:
     """out = x (E4M3 x scale).T."""
 
     def __init__(self, config: W8A16Config, weight: PackedFp8, x_address: int, rows: Rows) -> None:
@@ -49,7 +49,7 @@ class W8A16:
         self._pointers = Pointers(1)
         sizes = (rows.count, rows.out_pitch, weight.num_row_blocks, weight.num_k_blocks)
         operands = map(pointer, (weight.blocks, weight.scales, weight.rows))
-        args: tuple[Argument, ...] = (self.x.argument, *operands, *self._pointers.slots, *map(c_int, sizes))
+        args: tuple[Argument, ...] = (self.x.argument, *operands, *self._pointers.arguments, *map(c_int, sizes))
         grid = config.grid(rows.count, weight.num_row_blocks)
         self._launch = Launch(load(config, weight.blocks.get_device()), (grid, 1, 1), args)
 
@@ -60,13 +60,13 @@ class W8A16:
         self._launch.start(stream)
 
 
-class Quantize:
+class QuantizeLaunch:
     """Quantised blocks of x, bfloat16 [count, K]."""
 
     def __init__(self, config: QuantizeConfig, width: int, num_k_blocks: int, rows: Rows, device_index: int) -> None:
         self._pointers = Pointers(2)
         sizes = (rows.count, width, rows.x_pitch, num_k_blocks)
-        args: tuple[Argument, ...] = (*self._pointers.slots, *map(c_int, sizes))
+        args: tuple[Argument, ...] = (*self._pointers.arguments, *map(c_int, sizes))
         grid = -(-rows.count // QUANTIZE_ROWS) * num_k_blocks
         self._launch = Launch(load(config, device_index), (grid, 1, 1), args)
 
@@ -76,12 +76,12 @@ class Quantize:
         self._launch.start(stream)
 
 
-class W8A8:
+class W8A8Launch:
     """out = quantised x (E4M3 x scale).T."""
 
     def __init__(self, config: W8A8Config, weight: PackedFp8, rows: Rows) -> None:
         self._pointers = Pointers(2)
-        workspace, out = self._pointers.slots
+        workspace, out = self._pointers.arguments
         sizes = (rows.count, rows.out_pitch, weight.num_row_blocks, weight.num_k_blocks)
         operands = map(pointer, (weight.blocks, weight.scales, weight.rows))
         args: tuple[Argument, ...] = (workspace, *operands, out, *map(c_int, sizes))
@@ -97,17 +97,17 @@ class W8A8:
 
 def w8a16_launch(config: W8A16Config, x: Tensor, weight: PackedFp8, out: Tensor) -> None:
     """One product with the kernel of ``config``. x bfloat16 [M, K] with 16-byte rows, out [M, N]."""
-    call = W8A16(config, weight, x.data_ptr(), Rows(len(x), x.stride(0), out.stride(0)))
+    call = W8A16Launch(config, weight, x.data_ptr(), Rows(len(x), x.stride(0), out.stride(0)))
     call.start(x.data_ptr(), out.data_ptr(), current_stream(x.get_device()))
 
 
 def quantize_launch(config: QuantizeConfig, x: Tensor, workspace: Tensor, num_k_blocks: int) -> None:
     """Quantised blocks of x into ``workspace``."""
-    call = Quantize(config, x.shape[1], num_k_blocks, Rows(len(x), x.stride(0), 0), x.get_device())
+    call = QuantizeLaunch(config, x.shape[1], num_k_blocks, Rows(len(x), x.stride(0), 0), x.get_device())
     call.start(x.data_ptr(), workspace.data_ptr(), current_stream(x.get_device()))
 
 
 def w8a8_launch(config: W8A8Config, workspace: Tensor, weight: PackedFp8, out: Tensor) -> None:
     """One product of the blocks in ``workspace`` with the kernel of ``config``."""
-    call = W8A8(config, weight, Rows(len(out), 0, out.stride(0)))
+    call = W8A8Launch(config, weight, Rows(len(out), 0, out.stride(0)))
     call.start(workspace.data_ptr(), out.data_ptr(), current_stream(out.get_device()))

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ownpath.formats import FP8_BLOCK
-from ownpath.kernels.calls import Calls
 from ownpath.kernels.checks import require_input
 from ownpath.kernels.contract import StoredLinear
 from ownpath.kernels.dsl.driver import current_stream, num_sms
@@ -16,16 +15,17 @@ from ownpath.kernels.fp8.choose import WeightKey, w8a8_config, w8a8_configs, w8a
 from ownpath.kernels.fp8.config import MAX_K_BLOCKS, Fp8Config, QuantizeConfig
 from ownpath.kernels.fp8.launch import (
     ROWS_PER_WORKSPACE_BLOCK,
-    W8A8,
-    W8A16,
-    Quantize,
+    QuantizeLaunch,
     Rows,
+    W8A8Launch,
+    W8A16Launch,
     weight_key,
     workspace_bytes,
     workspace_rows,
 )
 from ownpath.kernels.fp8.layout import PackedFp8, fp8_padding, fp8_shape, pack_fp8, restore_fp8
 from ownpath.kernels.fp8.spec import PREFILL_FROM
+from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.qtensor import QuantTensor
 
 MAX_WIDTH = 8 * MAX_K_BLOCKS * 128
@@ -38,21 +38,21 @@ def rows_at_once(num_k_blocks: int) -> int:
     return max(2048, PASS_BLOCKS // num_k_blocks * ROWS_PER_WORKSPACE_BLOCK)
 
 
-class _Exact:
+class _W8A16Pass:
     """One W8A16 launch."""
 
     def __init__(self, kernel: "Fp8LinearKernel", weight: PackedFp8, x_address: int, rows: Rows) -> None:
         config = w8a16_config(
             rows.count, weight_key(weight), num_sms(weight.blocks.get_device()), kernel.is_batch_invariant
         )
-        self._product = W8A16(config, weight, x_address, rows)
+        self._product = W8A16Launch(config, weight, x_address, rows)
 
     def start(self, x: int, out: int, workspace: int, stream: int) -> None:
         """Launches with these addresses. workspace: not used."""
         self._product.start(x, out, stream)
 
 
-class _Quantized:
+class _W8A8Passes:
     """W8A8 in as many passes as ``step`` rows ask for; they share a workspace one after the other."""
 
     def __init__(self, weight: PackedFp8, rows: Rows, step: int) -> None:
@@ -61,8 +61,8 @@ class _Quantized:
         self._passes = []
         for start in range(0, rows.count, step):
             part = Rows(min(step, rows.count - start), rows.x_pitch, rows.out_pitch)
-            quantize = Quantize(config, weight.in_features, weight.num_k_blocks, part, weight.blocks.get_device())
-            product = W8A8(w8a8_config(part.count, key, sms), weight, part)
+            quantize = QuantizeLaunch(config, weight.in_features, weight.num_k_blocks, part, weight.blocks.get_device())
+            product = W8A8Launch(w8a8_config(part.count, key, sms), weight, part)
             self._passes.append((quantize, product, 2 * start * rows.x_pitch, 2 * start * rows.out_pitch))
 
     def start(self, x: int, out: int, workspace: int, stream: int) -> None:
@@ -74,12 +74,14 @@ class _Quantized:
 
 @dataclass(frozen=True)
 class Fp8Operand:
-    """A packed weight. shard_rows: of each fused shard. calls: launches by rows, pitches of x and out, and rows of a
+    """A packed weight. shard_rows: of each fused shard. launches: by rows, pitches of x and out, and rows of a
     pass."""
 
     weight: PackedFp8
     shard_rows: tuple[int, ...]
-    calls: Calls[tuple[int, int, int, int], _Exact | _Quantized] = field(default_factory=Calls, compare=False)
+    launches: LaunchCache[tuple[int, int, int, int], _W8A16Pass | _W8A8Passes] = field(
+        default_factory=LaunchCache, compare=False
+    )
     lock: Lock = field(default_factory=Lock, compare=False)
 
 
@@ -180,7 +182,7 @@ class Fp8LinearKernel:
             step, address, workspace = self._scratch(num_rows, weight, workspace)
             key = num_rows, x.stride(0), out.stride(0), step
             with operand.lock:
-                call = operand.calls.get(key) or operand.calls.keep(key, self._new_call(x, weight, key))
+                call = operand.launches.get(key) or operand.launches.add(key, self._new_call(x, weight, key))
                 call.start(x.data_ptr(), out.data_ptr(), address, current_stream(device_index))
         return out
 
@@ -188,9 +190,9 @@ class Fp8LinearKernel:
         """y in at least float32, which this kernel does not write. Errors: ValueError."""
         return self.run(x.to(torch.promote_types(x.dtype, torch.float32)), operand)
 
-    def _new_call(self, x: Tensor, weight: PackedFp8, key: tuple[int, int, int, int]) -> _Exact | _Quantized:
+    def _new_call(self, x: Tensor, weight: PackedFp8, key: tuple[int, int, int, int]) -> _W8A16Pass | _W8A8Passes:
         rows = Rows(*key[:3])
-        return _Quantized(weight, rows, key[3]) if key[3] else _Exact(self, weight, x.data_ptr(), rows)
+        return _W8A8Passes(weight, rows, key[3]) if key[3] else _W8A16Pass(self, weight, x.data_ptr(), rows)
 
     def _scratch(self, num_rows: int, weight: PackedFp8, given: Tensor | None) -> tuple[int, int, Tensor | None]:
         """Rows of a pass (0: nothing is quantised), the scratch's address, and what keeps it alive."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ownpath.kernels.checks import require_input, require_routing
-from ownpath.kernels.contract import Expert, Routing, StoredExperts, StoredLinear
+from ownpath.kernels.contract import FusedExpert, Routing, StoredExperts, StoredLinear
 from ownpath.kernels.fp8.layout import PackedFp8, row_order, unpack_blocks
 from ownpath.kernels.mixture import mixture, sum_dtype, with_shared
 from ownpath.kernels.reference import Reference, filled
@@ -152,7 +152,7 @@ class Fp8MoeReference(Reference):
         """The stacks as they are."""
         return stored
 
-    def restore(self, operand: StoredExperts, expert: int) -> Expert:
+    def restore(self, operand: StoredExperts, expert: int) -> FusedExpert:
         """One expert's part of each side."""
         return operand.gate_up.of_expert(expert), operand.down.of_expert(expert)
 

@@ -25,19 +25,19 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ownpath.formats import BF16
-from ownpath.kernels.calls import Calls
 from ownpath.kernels.checks import check, check_rank, is_dense
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
-from ownpath.kernels.variants import spelled
+from ownpath.kernels.launch_cache import LaunchCache
+from ownpath.kernels.variants import variant_name
 from ownpath.qtensor import QuantTensor
 
 INTERPRETED = triton.knobs.runtime.interpret
 
 
 @dataclass(frozen=True)
-class Tiles:
+class GroupedTiles:
     """Rows of W, tokens and channels per step of a program; pipeline depth and warps."""
 
     rows: int
@@ -47,21 +47,21 @@ class Tiles:
     num_warps: int
 
 
-def choose_tiles(num_tokens: int, num_rows: int, head_dim: int) -> Tiles:
+def choose_tiles(num_tokens: int, num_rows: int, head_dim: int) -> GroupedTiles:
     """Tiles by token count, measured on an H200 at V4-Flash's shape."""
     if num_tokens <= 64:
         channels = 64 if head_dim % 128 else 128
         if num_tokens <= 16:
-            return Tiles(64, 16, channels, 5, 4)
-        return Tiles(64, 32 if num_tokens <= 32 else 64, channels, 4, 4)
+            return GroupedTiles(64, 16, channels, 5, 4)
+        return GroupedTiles(64, 32 if num_tokens <= 32 else 64, channels, 4, 4)
     if num_tokens <= 256 or num_rows % 128:
-        return Tiles(64, 128, 64, 6, 4)
-    return Tiles(128, 256, 64, 3, 8)
+        return GroupedTiles(64, 128, 64, 6, 4)
+    return GroupedTiles(128, 256, 64, 3, 8)
 
 
-def invariant_tiles(head_dim: int) -> Tiles:
+def invariant_tiles(head_dim: int) -> GroupedTiles:
     """The tiles of every token count where bits must not depend on it."""
-    return Tiles(64, 16, 64 if head_dim % 128 else 128, 5, 4)
+    return GroupedTiles(64, 16, 64 if head_dim % 128 else 128, 5, 4)
 
 
 @triton.jit
@@ -119,16 +119,16 @@ def rope_grouped_kernel(
     tl.store(y_row[None, :] + r[:, None], acc.to(tl.bfloat16), mask=in_t[None, :])
 
 
-CallKey = tuple[torch.Size, torch.Size, int]
+GroupedCallKey = tuple[torch.Size, torch.Size, int]
 """Shapes of o and of the angles, and the device."""
 
 
 @dataclass(frozen=True)
 class GroupedOperand:
-    """weight bfloat16 [G, R, I]. calls: launches by ``CallKey``, once these have passed every check."""
+    """weight bfloat16 [G, R, I]. launches: by ``GroupedCallKey``, once these have passed every check."""
 
     weight_GRI: torch.Tensor
-    calls: Calls[CallKey, TritonCall] = field(default_factory=Calls, compare=False)
+    launches: LaunchCache[GroupedCallKey, TritonCall] = field(default_factory=LaunchCache, compare=False)
     lock: Lock = field(default_factory=Lock, compare=False)
 
 
@@ -174,9 +174,9 @@ class GroupedLinearKernel:
 
     def variant(self, o_TNH: torch.Tensor, operand: GroupedOperand) -> str:
         """By the number of tokens, unless it is batch-invariant."""
-        return spelled("rope_grouped", **vars(self._tiles(o_TNH, operand)))
+        return variant_name("rope_grouped", **vars(self._tiles(o_TNH, operand)))
 
-    def _tiles(self, o_TNH: torch.Tensor, operand: GroupedOperand) -> Tiles:
+    def _tiles(self, o_TNH: torch.Tensor, operand: GroupedOperand) -> GroupedTiles:
         if self.is_batch_invariant:
             return invariant_tiles(o_TNH.shape[2])
         return choose_tiles(len(o_TNH), operand.weight_GRI.shape[1], o_TNH.shape[2])
@@ -197,7 +197,7 @@ class GroupedLinearKernel:
         weight_GRI, device = operand.weight_GRI, o_TNH.device
         check_rank("o_TNH", o_TNH, 3, INTERPRETED)
         key = o_TNH.shape, cos_TA.shape, o_TNH.get_device()
-        call = operand.calls.get(key)
+        call = operand.launches.get(key)
         if call is None:
             check_rank("weight_GRI", weight_GRI, 3, INTERPRETED)
             _check_shapes(o_TNH, cos_TA, weight_GRI)
@@ -218,7 +218,7 @@ class GroupedLinearKernel:
         elif num_tokens:
             first = _first_launch(tensors, self._tiles(o_TNH, operand))
             if first is not None:
-                operand.calls.keep(key, first)
+                operand.launches.add(key, first)
         return out
 
     def __call__(
@@ -233,7 +233,7 @@ class GroupedLinearKernel:
         return self.run(o_TNH, cos_TA, sin_TA, self.prepare(weight_GRI), out=out)
 
 
-def _first_launch(tensors: tuple[torch.Tensor, ...], tiles: Tiles) -> TritonCall | None:
+def _first_launch(tensors: tuple[torch.Tensor, ...], tiles: GroupedTiles) -> TritonCall | None:
     o_TNH, weight_GRI, cos_TA, sin_TA, out = tensors
     (num_tokens, _, head_dim), (num_groups, num_rows, width) = o_TNH.shape, weight_GRI.shape
     pdl, row = not INTERPRETED, num_groups * width

@@ -30,14 +30,14 @@ from threading import Lock
 import torch
 import triton
 
-from ownpath.kernels.calls import Calls
 from ownpath.kernels.checks import check, check_rank, is_dense
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
 from ownpath.kernels.hyper.boundary import collapse, spread_few, spread_many
 from ownpath.kernels.hyper.ref import HyperOut, HyperWeights, Mix
-from ownpath.kernels.variants import spelled
+from ownpath.kernels.launch_cache import LaunchCache
+from ownpath.kernels.variants import variant_name
 
 NUM_STREAMS = 4
 NUM_MIX = (2 + NUM_STREAMS) * NUM_STREAMS
@@ -48,7 +48,7 @@ MANY_TOKENS = 256
 
 
 @dataclass(frozen=True)
-class Tiles:
+class BoundaryTiles:
     """How a program of the first launch cuts its work, and how many tokens one Sinkhorn program takes."""
 
     channels: int
@@ -59,13 +59,13 @@ class Tiles:
     sinkhorn_tokens: int
 
 
-ONE_TILES = Tiles(32, 1, False, 4, 1, 1)
-FEW_TILES = Tiles(64, 1, False, 4, 1, 1)
-INVARIANT_TILES = Tiles(32, 16, True, 2, 3, 1)
-MANY_TILES = Tiles(128, 16, True, 1, 3, 4)
+ONE_TILES = BoundaryTiles(32, 1, False, 4, 1, 1)
+FEW_TILES = BoundaryTiles(64, 1, False, 4, 1, 1)
+INVARIANT_TILES = BoundaryTiles(32, 16, True, 2, 3, 1)
+MANY_TILES = BoundaryTiles(128, 16, True, 1, 3, 4)
 
 
-def choose_tiles(num_tokens: int, invariant: bool) -> Tiles:
+def choose_tiles(num_tokens: int, invariant: bool) -> BoundaryTiles:
     """Tiles by token count, measured on an H200; the invariant variant keeps one slicing and one way of summing."""
     if num_tokens > MANY_TOKENS and not invariant:
         return MANY_TILES
@@ -74,7 +74,7 @@ def choose_tiles(num_tokens: int, invariant: bool) -> Tiles:
     return ONE_TILES if num_tokens == 1 else FEW_TILES
 
 
-def num_workspace_floats(num_tokens: int, hidden_size: int, tiles: Tiles | None = None) -> int:
+def num_workspace_floats(num_tokens: int, hidden_size: int, tiles: BoundaryTiles | None = None) -> int:
     """float32 elements that one boundary needs; without tiles, enough for every variant."""
     if tiles is None:
         default = num_workspace_floats(num_tokens, hidden_size, choose_tiles(num_tokens, invariant=False))
@@ -153,10 +153,12 @@ class BoundaryCall:
 
 @dataclass(frozen=True)
 class HyperOperand:
-    """calls: launches by shape of x, whether a sublayer came before, and device, once these have passed every check."""
+    """launches: by shape of x, whether a sublayer came before, and device, once these have passed every check."""
 
     weights: HyperWeights
-    calls: Calls[tuple[torch.Size, bool, int], BoundaryCall] = field(default_factory=Calls, compare=False)
+    launches: LaunchCache[tuple[torch.Size, bool, int], BoundaryCall] = field(
+        default_factory=LaunchCache, compare=False
+    )
     lock: Lock = field(default_factory=Lock, compare=False)
 
 
@@ -185,12 +187,12 @@ class Tensors:
         return self.out.x_TSD, self.workspace, *norms, self.out.h_TD, post, comb
 
 
-def _first_launches(tensors: Tensors, tiles: Tiles, num_floats: int) -> BoundaryCall | None:
+def _first_launches(tensors: Tensors, tiles: BoundaryTiles, num_floats: int) -> BoundaryCall | None:
     spread, collapse = _launch_spread(tensors, tiles), _launch_collapse(tensors, tiles)
     return None if spread is None or collapse is None else BoundaryCall(spread, collapse, num_floats)
 
 
-def _launch_spread(tensors: Tensors, tiles: Tiles) -> TritonCall | None:
+def _launch_spread(tensors: Tensors, tiles: BoundaryTiles) -> TritonCall | None:
     num_tokens, _, dim = tensors.x_TSD.shape
     num_slices, pdl = triton.cdiv(dim, tiles.channels), not INTERPRETED
     return launch(
@@ -210,7 +212,7 @@ def _launch_spread(tensors: Tensors, tiles: Tiles) -> TritonCall | None:
     )
 
 
-def _launch_collapse(tensors: Tensors, tiles: Tiles) -> TritonCall | None:
+def _launch_collapse(tensors: Tensors, tiles: BoundaryTiles) -> TritonCall | None:
     num_tokens, _, dim = tensors.x_TSD.shape
     weights, block_d = tensors.weights, triton.next_power_of_2(dim)
     num_slices, sinkhorn_tokens = triton.cdiv(dim, tiles.channels), tiles.sinkhorn_tokens
@@ -234,7 +236,7 @@ def _launch_collapse(tensors: Tensors, tiles: Tiles) -> TritonCall | None:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class BoundaryInputs:
     """What a call is given."""
 
     x_TSD: torch.Tensor
@@ -287,7 +289,7 @@ class HyperBoundaryKernel:
 
     def variant(self, x_TSD: torch.Tensor, operand: HyperOperand) -> str:
         """By the number of tokens, unless it is batch-invariant."""
-        return spelled("hyper", **vars(choose_tiles(len(x_TSD), self.is_batch_invariant)))
+        return variant_name("hyper", **vars(choose_tiles(len(x_TSD), self.is_batch_invariant)))
 
     def workspace(self, operand: HyperOperand, num_tokens: int) -> torch.Tensor:
         """float32 scratch for calls of up to ``num_tokens`` tokens."""
@@ -310,9 +312,9 @@ class HyperBoundaryKernel:
         Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment, before any launch.
         """
         key = x_TSD.shape, mix is not None, x_TSD.get_device()
-        call = operand.calls.get(key)
+        call = operand.launches.get(key)
         if call is None or not _fits(x_TSD, y_TD, mix):
-            return self._first(Inputs(x_TSD, y_TD, mix), operand, out, workspace)
+            return self._first(BoundaryInputs(x_TSD, y_TD, mix), operand, out, workspace)
         with_mix = len(operand.weights.fn) == NUM_MIX
         if out is None:
             if with_mix and y_TD is not None and mix is not None:
@@ -330,7 +332,7 @@ class HyperBoundaryKernel:
         return out
 
     def _first(
-        self, inputs: "Inputs", operand: HyperOperand, out: HyperOut | None, workspace: torch.Tensor | None
+        self, inputs: "BoundaryInputs", operand: HyperOperand, out: HyperOut | None, workspace: torch.Tensor | None
     ) -> HyperOut:
         """Checks everything, launches, and keeps the launches of this size."""
         x_TSD, y_TD, mix, weights = inputs.x_TSD, inputs.y_TD, inputs.mix, operand.weights
@@ -350,7 +352,7 @@ class HyperBoundaryKernel:
         if num_tokens:
             call = _first_launches(Tensors(x_TSD, y_TD, mix, weights, out, workspace), tiles, num_floats)
             if call is not None:
-                operand.calls.keep((x_TSD.shape, mix is not None, x_TSD.get_device()), call)
+                operand.launches.add((x_TSD.shape, mix is not None, x_TSD.get_device()), call)
         return out
 
     def __call__(

@@ -15,12 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ownpath.kernels.calls import Calls
 from ownpath.kernels.checks import VECTOR_BYTES, check, check_alignment, check_rank
 from ownpath.kernels.contract import Config, NormWeights
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
-from ownpath.kernels.variants import spelled
+from ownpath.kernels.launch_cache import LaunchCache
+from ownpath.kernels.variants import variant_name
 
 INTERPRETED = triton.knobs.runtime.interpret
 MAX_WIDTH = 16384
@@ -107,11 +107,11 @@ def norm_tile(dim: int) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class NormOperand:
-    """calls: launches by shape, strides and dtype of x, once these have passed every check."""
+    """launches: by shape, strides and dtype of x, once these have passed every check."""
 
     weights: NormWeights
-    calls: Calls[tuple[torch.Size, tuple[int, ...], torch.dtype, int], TritonCall] = field(
-        default_factory=Calls, compare=False
+    launches: LaunchCache[tuple[torch.Size, tuple[int, ...], torch.dtype, int], TritonCall] = field(
+        default_factory=LaunchCache, compare=False
     )
     lock: Lock = field(default_factory=Lock, compare=False)
 
@@ -130,7 +130,7 @@ class RmsNormKernel:
     def variant(self, x: torch.Tensor, operand: NormOperand) -> str:
         """By width alone."""
         rows, block, num_warps = norm_tile(x.shape[-1])
-        return spelled("rms_norm", rows=rows, block=block, warps=num_warps)
+        return variant_name("rms_norm", rows=rows, block=block, warps=num_warps)
 
     def run(self, x: torch.Tensor, operand: NormOperand, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """Shapes: x bfloat16 or float32 [..., D], rows may be spaced (a slice of a wider tensor); out as x, contiguous.
@@ -139,7 +139,7 @@ class RmsNormKernel:
         """
         weight_D = operand.weights.weight_D
         key = x.shape, x.stride(), x.dtype, x.get_device()
-        call = operand.calls.get(key)
+        call = operand.launches.get(key)
         if call is None:
             return self._first(x, operand, key, out)
         address = x.data_ptr()
@@ -184,7 +184,7 @@ class RmsNormKernel:
                 },
             )
             if call is not None:
-                operand.calls.keep(key, call)
+                operand.launches.add(key, call)
         return out
 
     def __call__(

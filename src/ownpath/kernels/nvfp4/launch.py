@@ -20,7 +20,7 @@ from ownpath.kernels.nvfp4.config import (
     PermuteConfig,
 )
 
-Slots = tuple[c_void_p, ...]
+PointerArgs = tuple[c_void_p, ...]
 """Arguments whose addresses change from call to call."""
 
 
@@ -43,7 +43,7 @@ class PackedWeight:
         return self.codes.get_device()
 
 
-class Gemm:
+class GemmLaunch:
     """One product with a packed weight. x: boxes over bfloat16 [num_rows, K]; move them before it is started.
 
     results: where the addresses of out (bfloat16 or float32 [rows, N], or [rows, N / 2] after SwiGLU) and schedule are.
@@ -86,7 +86,7 @@ def box(config: GemmConfig) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class MoeSizes:
     """Sizes of one call of routed experts. slots: of a token, shared experts too; num_ids: length of the id space."""
 
     num_tokens: int
@@ -101,7 +101,9 @@ class Sizes:
         return self.num_tokens * self.slots
 
 
-def align(config: AlignConfig, sizes: Sizes, tiles: tuple[int, int], pointers: Slots, device_index: int) -> Launch:
+def align(
+    config: AlignConfig, sizes: MoeSizes, tiles: tuple[int, int], pointers: PointerArgs, device_index: int
+) -> Launch:
     """Fills the schedule of one call. tiles: rows of one, and where the index begins behind them.
 
     pointers: ids, expert_map, schedule.
@@ -111,7 +113,7 @@ def align(config: AlignConfig, sizes: Sizes, tiles: tuple[int, int], pointers: S
     return Launch(load(config, device_index), (config.num_ctas, 1, 1), args)
 
 
-def permute(sizes: Sizes, pointers: Slots, device_index: int) -> Launch:
+def permute(sizes: MoeSizes, pointers: PointerArgs, device_index: int) -> Launch:
     """Copies each row of x [T, D] to its places in the experts' order, out [T * slots, D].
 
     pointers: x, schedule, out.
@@ -122,7 +124,7 @@ def permute(sizes: Sizes, pointers: Slots, device_index: int) -> Launch:
     return Launch(load(PermuteConfig(), device_index), (grid, 1, 1), args)
 
 
-def combine(config: CombineConfig, sizes: Sizes, pointers: Slots, device_index: int) -> Launch:
+def combine(config: CombineConfig, sizes: MoeSizes, pointers: PointerArgs, device_index: int) -> Launch:
     """Sums the experts' rows per token into out [T, D]. pointers: rows, schedule, weights, out."""
     counts = (sizes.num_tokens, sizes.num_choices, sizes.hidden)
     grid = -(-sizes.num_tokens * (sizes.hidden // 8) // COPY_THREADS)

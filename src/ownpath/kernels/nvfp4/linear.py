@@ -7,13 +7,13 @@ from threading import Lock
 import torch
 
 from ownpath.formats import NVFP4
-from ownpath.kernels.calls import Calls
 from ownpath.kernels.checks import require_input
 from ownpath.kernels.contract import StoredLinear
 from ownpath.kernels.dsl.driver import Boxes, Pointers, current_stream
+from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.nvfp4.choose import LinearChoice, choose_linear
 from ownpath.kernels.nvfp4.config import GemmConfig
-from ownpath.kernels.nvfp4.launch import Gemm, PackedWeight, Tiling, box
+from ownpath.kernels.nvfp4.launch import GemmLaunch, PackedWeight, Tiling, box
 from ownpath.kernels.nvfp4.layout import check_scales, pack_weight_, plain_rows, unpack_weight
 from ownpath.kernels.shards import fuse_nvfp4
 from ownpath.qtensor import QuantTensor
@@ -31,9 +31,9 @@ class DenseCall:
     ) -> None:
         self._schedule = schedule_address
         self._pointers = Pointers(2)
-        out, schedule = self._pointers.slots
+        out, schedule = self._pointers.arguments
         tiles = Tiling(choice.grid, out_pitch, choice.rows_per_tile)
-        self._gemm = Gemm(choice.gemm, weight, x, tiles, (out, schedule))
+        self._gemm = GemmLaunch(choice.gemm, weight, x, tiles, (out, schedule))
 
     def start(self, x: int, out: int, stream: int) -> None:
         """Launches with these addresses."""
@@ -44,12 +44,12 @@ class DenseCall:
 
 @dataclass(frozen=True)
 class LinearOperand:
-    """A packed weight. calls: launches by rows and pitch of x and pitch of out. schedule: unused by dense products, but
+    """A packed weight. launches: by rows and pitch of x and pitch of out. schedule: unused by dense products, but
     a kernel's argument."""
 
     weight: PackedWeight
     schedule: torch.Tensor
-    calls: Calls[tuple[int, int, int], DenseCall] = field(default_factory=Calls, compare=False)
+    launches: LaunchCache[tuple[int, int, int], DenseCall] = field(default_factory=LaunchCache, compare=False)
     lock: Lock = field(default_factory=Lock, compare=False)
 
     @property
@@ -145,7 +145,7 @@ class Nvfp4LinearKernel:
         if num_tokens:
             key = num_tokens, x.stride(0), out.stride(0)
             with operand.lock:
-                call = operand.calls.get(key) or operand.calls.keep(key, self._new_call(x, operand, out.stride(0)))
+                call = operand.launches.get(key) or operand.launches.add(key, self._new_call(x, operand, out.stride(0)))
                 call.start(x.data_ptr(), out.data_ptr(), current_stream(weight.device_index))
         return out
 

@@ -17,13 +17,13 @@ from threading import Lock
 import torch
 
 from ownpath.formats import NVFP4
-from ownpath.kernels.calls import Calls
 from ownpath.kernels.checks import require_input, require_routing
-from ownpath.kernels.contract import Config, Expert, Routing, StoredExperts
+from ownpath.kernels.contract import Config, FusedExpert, Routing, StoredExperts
 from ownpath.kernels.dsl.driver import Boxes, Pointers, current_stream, num_sms
+from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.nvfp4.choose import WIDE_PAIRS, MoeChoice, choose_moe, moe_choice, moe_table
 from ownpath.kernels.nvfp4.config import ALIGN_THREADS, AlignConfig, CombineConfig, GemmConfig, PermuteConfig
-from ownpath.kernels.nvfp4.launch import Gemm, PackedWeight, Sizes, Tiling, align, box, combine, permute
+from ownpath.kernels.nvfp4.launch import GemmLaunch, MoeSizes, PackedWeight, Tiling, align, box, combine, permute
 from ownpath.kernels.nvfp4.layout import check_scales, gate_up_rows, pack_weight_, plain_rows, unpack_weight
 from ownpath.kernels.nvfp4.linear import is_readable, require_packable, require_rows
 from ownpath.qtensor import QuantTensor
@@ -37,19 +37,19 @@ PAIRS_PER_ALIGN_CTA = 4096
 PART_BYTES = 256
 """Parts of the scratch start at multiples of it."""
 
-CallKey = tuple[int, int, int, int, bool, int]
+MoeCallKey = tuple[int, int, int, int, bool, int]
 """Tokens, choices of each, shared experts, length of the expert map or -1, whether ids are int64, pitch of x."""
 
 
 @dataclass(frozen=True)
 class MoeOperand:
-    """Packed experts. calls: launches by what tells calls apart."""
+    """Packed experts. launches: by what tells calls apart."""
 
     w13: PackedWeight
     w2: PackedWeight
     num_experts: int
     swiglu_limit: float
-    calls: "Calls[CallKey, _Call]" = field(default_factory=Calls, compare=False)
+    launches: "LaunchCache[MoeCallKey, _MoeLaunches]" = field(default_factory=LaunchCache, compare=False)
     lock: Lock = field(default_factory=Lock, compare=False)
 
     @property
@@ -67,13 +67,15 @@ def align_config(wide_ids: bool, mapped: bool, num_shared: int, pairs: int) -> A
     return AlignConfig(wide_ids, mapped, num_shared, ctas, few=pairs <= PAIRS_PER_ALIGN_WARP)
 
 
-class _Call:
+class _MoeLaunches:
     """The launches of one size of call, and where in the scratch each part lies."""
 
-    def __init__(self, choice: MoeChoice, key: CallKey, operand: MoeOperand) -> None:
+    def __init__(self, choice: MoeChoice, key: MoeCallKey, operand: MoeOperand) -> None:
         num_tokens, num_choices, num_shared, map_length, wide_ids, x_pitch = key
         num_ids = map_length if map_length >= 0 else operand.num_experts - num_shared
-        sizes = Sizes(num_tokens, num_choices, num_choices + num_shared, num_ids, operand.num_experts, operand.hidden)
+        sizes = MoeSizes(
+            num_tokens, num_choices, num_choices + num_shared, num_ids, operand.num_experts, operand.hidden
+        )
         pairs, device_index = sizes.pairs, operand.w13.device_index
         tiles = min(operand.num_experts, pairs) + pairs // choice.tile_rows + 1
         self.sorted_at = _aligned(4 * (4 + 4 * tiles + 2 * pairs + 4))
@@ -81,7 +83,7 @@ class _Call:
         self.rows_at = self.hidden_at + _aligned(2 * pairs * operand.inter)
         self.num_bytes = self.rows_at + (4 if choice.is_wide else 2) * pairs * operand.hidden
         self._pointers = Pointers(9)
-        x, ids, expert_map, schedule, ordered, hidden, rows, weights, out = self._pointers.slots
+        x, ids, expert_map, schedule, ordered, hidden, rows, weights, out = self._pointers.arguments
         aligning = align_config(wide_ids, map_length >= 0, num_shared, pairs)
         tiling = (choice.tile_rows, 4 + 4 * tiles)
         self._before = [align(aligning, sizes, tiling, (ids, expert_map, schedule), device_index)]
@@ -96,9 +98,9 @@ class _Call:
             (choice.down, operand.w2, (pairs, operand.inter), rows),
         )
         self._operand, self._tiles, self._schedule = operand, tiles, schedule
-        self._products: tuple[Gemm, Gemm] | None = None
+        self._products: tuple[GemmLaunch, GemmLaunch] | None = None
 
-    def _new_products(self, x_address: int, hidden_address: int) -> tuple[Gemm, Gemm]:
+    def _new_products(self, x_address: int, hidden_address: int) -> tuple[GemmLaunch, GemmLaunch]:
         """Both products with their inputs at these addresses."""
         found = []
         for (config, weight, (num_rows, pitch), out), address in zip(
@@ -106,7 +108,7 @@ class _Call:
         ):
             boxes = Boxes(address, (num_rows, weight.num_cols), pitch, box(config))
             tiling = _tiling(config, self._operand, self._tiles)
-            found.append(Gemm(config, weight, boxes, tiling, (out, self._schedule)))
+            found.append(GemmLaunch(config, weight, boxes, tiling, (out, self._schedule)))
         return found[0], found[1]
 
     def start(self, x: int, routing: Routing, scratch: int, out: int, stream: int) -> None:
@@ -176,7 +178,7 @@ class Nvfp4MoeKernel:
             stored.swiglu_limit,
         )
 
-    def restore(self, operand: MoeOperand, expert: int) -> Expert:
+    def restore(self, operand: MoeOperand, expert: int) -> FusedExpert:
         """One expert as ``prepare`` took it; the kernel holds the global scale of w2 twice: [2]."""
         sides = (operand.w13, gate_up_rows), (operand.w2, plain_rows)
         w13, w2 = (_restored(weight, rows(weight.num_rows), operand.num_experts, expert) for weight, rows in sides)
@@ -251,7 +253,7 @@ class Nvfp4MoeKernel:
         map_length = -1 if expert_map is None else expert_map.shape[0]
         key = num_tokens, num_choices, routing.num_shared, map_length, ids.dtype is torch.int64, x.stride(0)
         with operand.lock:
-            call = operand.calls.get(key) or operand.calls.keep(key, self._new_call(key, operand))
+            call = operand.launches.get(key) or operand.launches.add(key, self._new_call(key, operand))
             if call.sorts and not x.is_contiguous():
                 x = x.contiguous()
             if workspace is None:
@@ -263,9 +265,9 @@ class Nvfp4MoeKernel:
             call.start(x.data_ptr(), routing, workspace.data_ptr(), out.data_ptr(), stream)
         return out
 
-    def _new_call(self, key: CallKey, operand: MoeOperand) -> _Call:
+    def _new_call(self, key: MoeCallKey, operand: MoeOperand) -> _MoeLaunches:
         num_tokens, num_choices, num_shared = key[:3]
-        return _Call(self.choose(num_tokens * (num_choices + num_shared), operand), key, operand)
+        return _MoeLaunches(self.choose(num_tokens * (num_choices + num_shared), operand), key, operand)
 
 
 def _stack(name: str, side: QuantTensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

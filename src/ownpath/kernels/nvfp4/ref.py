@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ownpath.formats import NVFP4
 from ownpath.kernels.checks import require_input, require_routing
-from ownpath.kernels.contract import Expert, Routing, StoredExperts, StoredLinear
+from ownpath.kernels.contract import FusedExpert, Routing, StoredExperts, StoredLinear
 from ownpath.kernels.mixture import mixture, sum_dtype, with_shared
 from ownpath.kernels.reference import Reference, filled
 from ownpath.kernels.shards import fuse_nvfp4
@@ -108,7 +108,7 @@ class Nvfp4MoeReference(Reference):
         """The stacks as they are."""
         return stored
 
-    def restore(self, operand: StoredExperts, expert: int) -> Expert:
+    def restore(self, operand: StoredExperts, expert: int) -> FusedExpert:
         """One expert's part of each side."""
         return operand.gate_up.of_expert(expert), operand.down.of_expert(expert)
 

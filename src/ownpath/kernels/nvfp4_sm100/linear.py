@@ -18,7 +18,7 @@ from ownpath.kernels.nvfp4_sm100.launch import (
 from ownpath.kernels.nvfp4_sm100.layout import W4A4LinearOperand, W4A4MoeOperand, linear_operand, scale_padding, unboxed
 from ownpath.kernels.nvfp4_sm100.prove import prove_linear
 from ownpath.kernels.shards import fuse_nvfp4
-from ownpath.kernels.variants import spelled
+from ownpath.kernels.variants import variant_name
 from ownpath.qtensor import QuantTensor
 
 
@@ -70,7 +70,7 @@ class Nvfp4LinearW4A4Kernel(TritonKernel):
     def variant(self, x: torch.Tensor, operand: W4A4LinearOperand) -> str:
         """By the number of rows, unless it is batch-invariant."""
         columns = self._columns(x.numel() // x.shape[-1], operand)
-        return spelled("w4a4_linear", rows=ROW_TILE, columns=columns)
+        return variant_name("w4a4_linear", rows=ROW_TILE, columns=columns)
 
     def workspace(self, operand: W4A4LinearOperand, num_tokens: int) -> None:
         """Scratch comes from torch's allocator."""

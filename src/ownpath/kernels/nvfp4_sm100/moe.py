@@ -4,13 +4,13 @@ import torch
 
 from ownpath.formats import NVFP4
 from ownpath.kernels.checks import require_input
-from ownpath.kernels.contract import Expert, Routing, StoredExperts
+from ownpath.kernels.contract import FusedExpert, Routing, StoredExperts
 from ownpath.kernels.nvfp4_sm100.launch import NARROW, ROW_TILE, columns_per_tile, run_experts
 from ownpath.kernels.nvfp4_sm100.layout import W4A4MoeOperand, moe_operand, unboxed
 from ownpath.kernels.nvfp4_sm100.linear import TritonKernel
 from ownpath.kernels.nvfp4_sm100.prove import prove_moe
 from ownpath.kernels.nvfp4_sm100.route_sm100 import num_tiles_bound
-from ownpath.kernels.variants import spelled
+from ownpath.kernels.variants import variant_name
 from ownpath.qtensor import QuantTensor
 
 
@@ -31,7 +31,7 @@ class Nvfp4MoeW4A4Kernel(TritonKernel):
             prove_moe(self, operand.w2.device)
         return operand
 
-    def restore(self, operand: W4A4MoeOperand, expert: int) -> Expert:
+    def restore(self, operand: W4A4MoeOperand, expert: int) -> FusedExpert:
         """One expert in the stored order. Its global scales have the input's in them."""
         gate_up = _restored(operand, operand.w13, operand.w13_scale, operand.w13_alpha, expert)
         return gate_up, _restored(operand, operand.w2, operand.w2_scale, operand.w2_alpha, expert)
@@ -42,7 +42,7 @@ class Nvfp4MoeW4A4Kernel(TritonKernel):
 
     def variant(self, x: torch.Tensor, routing: Routing, operand: W4A4MoeOperand) -> str:
         """By the most rows that the routing may need, unless it is batch-invariant."""
-        return spelled("w4a4_moe", rows=ROW_TILE, columns=self._columns(routing, operand))
+        return variant_name("w4a4_moe", rows=ROW_TILE, columns=self._columns(routing, operand))
 
     def workspace(self, operand: W4A4MoeOperand, num_tokens: int, num_slots: int) -> None:
         """Scratch comes from torch's allocator."""

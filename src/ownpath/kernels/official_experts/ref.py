@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from ownpath.formats import FP8_BLOCK, MXFP4, NVFP4, Format
 from ownpath.kernels.checks import require, require_input, require_routing
-from ownpath.kernels.contract import Expert, Routing, StoredExperts
-from ownpath.kernels.mixture import Product, clamped_swiglu, mixture, sum_dtype
+from ownpath.kernels.contract import FusedExpert, Routing, StoredExperts
+from ownpath.kernels.mixture import ExpertProduct, clamped_swiglu, mixture, sum_dtype
 from ownpath.kernels.reference import Reference, filled
 from ownpath.numerics import (
     decode_fp8_block,
@@ -127,7 +127,7 @@ def _mixture_weight_first(
     x_TD: torch.Tensor,
     topk_ids_TK: torch.Tensor,
     topk_weights_TK: torch.Tensor,
-    products: tuple[Product, Product],
+    products: tuple[ExpertProduct, ExpertProduct],
     swiglu_limit: float,
 ) -> torch.Tensor:
     """As ``mixture``, with the weight on the hidden rows, and every product's result in the dtype of x."""
@@ -144,7 +144,7 @@ def _mixture_weight_first(
     return y_TD.to(narrow)
 
 
-def _products(product: WeightProduct, w13: ExpertWeights, w2: ExpertWeights) -> tuple[Product, Product]:
+def _products(product: WeightProduct, w13: ExpertWeights, w2: ExpertWeights) -> tuple[ExpertProduct, ExpertProduct]:
     return (lambda x_SD, expert: product(x_SD, w13, expert)), (lambda h_SF, expert: product(h_SF, w2, expert))
 
 
@@ -152,7 +152,7 @@ def _known(topk_ids_TK: torch.Tensor, w13: ExpertWeights) -> torch.Tensor:
     return torch.where(topk_ids_TK < len(w13.qdata), topk_ids_TK, -1)
 
 
-Experts = Callable[
+ExpertsFunction = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, ExpertWeights, ExpertWeights, float],
     torch.Tensor,
 ]
@@ -162,7 +162,7 @@ Experts = Callable[
 class OfficialMoeReference(Reference):
     """Experts, each decoded from its stored format when a token chose it."""
 
-    def __init__(self, experts: Experts) -> None:
+    def __init__(self, experts: ExpertsFunction) -> None:
         self._experts = experts
 
     def prepare(self, stored: StoredExperts) -> StoredExperts:
@@ -172,7 +172,7 @@ class OfficialMoeReference(Reference):
                 require(f"{name}_input_scale", scale, (torch.float32,), (stored.num_experts,))
         return stored
 
-    def restore(self, operand: StoredExperts, expert: int) -> Expert:
+    def restore(self, operand: StoredExperts, expert: int) -> FusedExpert:
         """One expert's part of each side."""
         return operand.gate_up.of_expert(expert), operand.down.of_expert(expert)
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from ownpath.kernels.checks import check
 from ownpath.kernels.contract import Config
 from ownpath.kernels.plain.operand import PlainKernel, PlainOperand
-from ownpath.kernels.variants import spelled
+from ownpath.kernels.variants import variant_name
 
 INTERPRETED = triton.knobs.runtime.interpret
 FLOATS = (torch.bfloat16, torch.float32)
@@ -114,7 +114,7 @@ class InvariantPlainKernel(PlainKernel):
     def variant(self, x: torch.Tensor, operand: PlainOperand) -> str:
         """By whether both operands are bfloat16."""
         kind = "plain_bfloat16" if x.dtype == operand.weight_NK.dtype == torch.bfloat16 else "plain_float32"
-        return spelled(kind, rows=ROWS, tokens=TOKENS, step=STEP)
+        return variant_name(kind, rows=ROWS, tokens=TOKENS, step=STEP)
 
 
 PLAIN_LINEAR = InvariantPlainKernel(plain_linear_invariant)

@@ -11,7 +11,7 @@ from ownpath.kernels.contract import Config, StoredLinear
 from ownpath.kernels.shards import fuse
 from ownpath.qtensor import QuantTensor
 
-Product = Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
+DenseProduct = Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
 """(x [..., K], weight [N, K], dtype of y) -> y [..., N]."""
 
 
@@ -25,7 +25,7 @@ class PlainOperand:
 class PlainKernel:
     """y = x Wᵀ in the dtype of x, or unrounded in a wider dtype."""
 
-    def __init__(self, product: Product) -> None:
+    def __init__(self, product: DenseProduct) -> None:
         self._product = product
 
     def prepare(self, stored: StoredLinear) -> PlainOperand:

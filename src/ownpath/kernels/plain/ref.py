@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ownpath.kernels.checks import require_input, require_routing
-from ownpath.kernels.contract import Expert, Routing, StoredExperts
+from ownpath.kernels.contract import FusedExpert, Routing, StoredExperts
 from ownpath.kernels.mixture import mixture, with_shared
 from ownpath.kernels.plain.operand import PlainKernel
 from ownpath.kernels.reference import Reference, filled
@@ -55,7 +55,7 @@ class PlainMoeReference(Reference):
         """The stacks as they are."""
         return stored
 
-    def restore(self, operand: StoredExperts, expert: int) -> Expert:
+    def restore(self, operand: StoredExperts, expert: int) -> FusedExpert:
         """One expert's part of each side."""
         return operand.gate_up.of_expert(expert), operand.down.of_expert(expert)
 

@@ -16,12 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ownpath.kernels.calls import Calls
 from ownpath.kernels.checks import check, check_rank, is_dense
 from ownpath.kernels.contract import Config, RouterWeights
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
-from ownpath.kernels.variants import spelled
+from ownpath.kernels.launch_cache import LaunchCache
+from ownpath.kernels.variants import variant_name
 
 INTERPRETED = triton.knobs.runtime.interpret
 MAX_EXPERTS, MAX_CHOSEN = 4096, 16
@@ -110,21 +110,21 @@ def _check_token_ids(token_ids_T: torch.Tensor, num_tokens: int, device: torch.d
         raise ValueError(f"token_ids_T must be contiguous on {device}")
 
 
-Out = tuple[torch.Tensor, torch.Tensor]
-CallKey = tuple[torch.Size, torch.dtype | None, bool, torch.dtype, int]
+RouterOut = tuple[torch.Tensor, torch.Tensor]
+RouterCallKey = tuple[torch.Size, torch.dtype | None, bool, torch.dtype, int]
 """Shape of the logits, dtype of the token ids, whether they are aligned, dtype of the ids written, device."""
 
 
 @dataclass(frozen=True)
 class RouterOperand:
-    """calls: launches by ``CallKey``, once these have passed every check."""
+    """launches: by ``RouterCallKey``, once these have passed every check."""
 
     weights: RouterWeights
-    calls: Calls[CallKey, TritonCall] = field(default_factory=Calls, compare=False)
+    launches: LaunchCache[RouterCallKey, TritonCall] = field(default_factory=LaunchCache, compare=False)
     lock: Lock = field(default_factory=Lock, compare=False)
 
 
-class RouterKernel:
+class TritonRouter:
     """Expert ids [T, K] and weights [T, K] that sum to ``routed_scaling_factor``; scores are sqrt(softplus(logits)).
 
     Either ``bias_E`` shifts the scores for the selection (never the weights; the lower id wins an exact tie), or
@@ -143,7 +143,7 @@ class RouterKernel:
         """By how experts are chosen; the logits are not looked at."""
         weights = operand.weights
         name = "router_by_score" if weights.tid2eid_VK is None else "router_by_token"
-        return spelled(name, k=weights.num_experts_per_tok)
+        return variant_name(name, k=weights.num_experts_per_tok)
 
     def run(
         self,
@@ -151,8 +151,8 @@ class RouterKernel:
         token_ids_T: torch.Tensor | None,
         operand: RouterOperand,
         *,
-        out: Out | None = None,
-    ) -> Out:
+        out: RouterOut | None = None,
+    ) -> RouterOut:
         """Shapes: logits float32 [T, E]; token ids [T], read where experts are named by token; out: ids int64 or int32,
             weights float32, both [T, K].
 
@@ -175,12 +175,12 @@ class RouterKernel:
             check("out[1]", out[1], (torch.float32,), (num_tokens, k), device)
         aligned = ids is None or not ids.data_ptr() % 16
         key = logits_TE.shape, None if ids is None else ids.dtype, aligned, out[0].dtype, logits_TE.get_device()
-        call = operand.calls.get(key)
+        call = operand.launches.get(key)
         if call is None:
             _check_choice(logits_TE, weights, token_ids_T)
             first = _first_launch(logits_TE, ids, weights, out) if num_tokens else None
             if first is not None:
-                operand.calls.keep(key, first)
+                operand.launches.add(key, first)
             return out
         with operand.lock:
             addresses = [tensor.data_ptr() for tensor in _tensors(logits_TE, ids, weights, out)]
@@ -195,15 +195,15 @@ class RouterKernel:
         bias_E: torch.Tensor | None = None,
         token_ids_T: torch.Tensor | None = None,
         tid2eid_VK: torch.Tensor | None = None,
-        out: Out | None = None,
-    ) -> Out:
+        out: RouterOut | None = None,
+    ) -> RouterOut:
         """``run`` with the signature of its twin."""
         weights = RouterWeights(num_experts_per_tok, routed_scaling_factor, bias_E, tid2eid_VK)
         return self.run(logits_TE, token_ids_T, self.prepare(weights), out=out)
 
 
 def _tensors(
-    logits_TE: torch.Tensor, token_ids_T: torch.Tensor | None, weights: RouterWeights, out: Out
+    logits_TE: torch.Tensor, token_ids_T: torch.Tensor | None, weights: RouterWeights, out: RouterOut
 ) -> tuple[torch.Tensor, ...]:
     """In the kernel's order; what this way of choosing does not have is some tensor that is not read."""
     return (
@@ -216,7 +216,7 @@ def _tensors(
 
 
 def _first_launch(
-    logits_TE: torch.Tensor, token_ids_T: torch.Tensor | None, weights: RouterWeights, out: Out
+    logits_TE: torch.Tensor, token_ids_T: torch.Tensor | None, weights: RouterWeights, out: RouterOut
 ) -> TritonCall | None:
     num_tokens, num_experts = logits_TE.shape
     k, table, pdl = weights.num_experts_per_tok, weights.tid2eid_VK, not INTERPRETED
@@ -237,4 +237,4 @@ def _first_launch(
     )
 
 
-ROUTER = RouterKernel()
+ROUTER = TritonRouter()

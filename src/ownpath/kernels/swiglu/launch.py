@@ -12,12 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ownpath.kernels.calls import Calls
 from ownpath.kernels.checks import VECTOR_BYTES, check, check_alignment, check_rank
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
-from ownpath.kernels.variants import spelled
+from ownpath.kernels.launch_cache import LaunchCache
+from ownpath.kernels.variants import variant_name
 
 INTERPRETED = triton.knobs.runtime.interpret
 FLOATS = (torch.bfloat16, torch.float32)
@@ -46,16 +46,16 @@ def swiglu_block(half: int) -> int:
 
 @dataclass(frozen=True)
 class SwigluOperand:
-    """calls: launches by shape, strides, dtype and device of gate_up, once these have passed every check."""
+    """launches: by shape, strides, dtype and device of gate_up, once these have passed every check."""
 
     limit: float
-    calls: Calls[tuple[torch.Size, tuple[int, ...], torch.dtype, int], TritonCall] = field(
-        default_factory=Calls, compare=False
+    launches: LaunchCache[tuple[torch.Size, tuple[int, ...], torch.dtype, int], TritonCall] = field(
+        default_factory=LaunchCache, compare=False
     )
     lock: Lock = field(default_factory=Lock, compare=False)
 
 
-class SwigluKernel:
+class TritonSwiglu:
     """silu(min(gate, limit)) * clamp(up, -limit, limit), gate columns first, in float32, rounded once."""
 
     def prepare(self, limit: float) -> SwigluOperand:
@@ -68,7 +68,7 @@ class SwigluKernel:
 
     def variant(self, gate_up: torch.Tensor, operand: SwigluOperand) -> str:
         """By width alone."""
-        return spelled("swiglu", block=swiglu_block(gate_up.shape[-1] // 2))
+        return variant_name("swiglu", block=swiglu_block(gate_up.shape[-1] // 2))
 
     def run(self, gate_up: torch.Tensor, operand: SwigluOperand, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """Shapes: gate_up bfloat16 or float32 [..., 2F], contiguous; y [..., F].
@@ -76,7 +76,7 @@ class SwigluKernel:
         Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
         """
         key = gate_up.shape, gate_up.stride(), gate_up.dtype, gate_up.get_device()
-        call = operand.calls.get(key)
+        call = operand.launches.get(key)
         *lead, width = gate_up.shape
         if call is None:
             check_rank("gate_up_TF2", gate_up, max(1, gate_up.ndim), INTERPRETED)
@@ -95,7 +95,7 @@ class SwigluKernel:
         elif out.numel():
             first = _first_launch(gate_up, out, operand.limit)
             if first is not None:
-                operand.calls.keep(key, first)
+                operand.launches.add(key, first)
         return out
 
     def __call__(self, gate_up: torch.Tensor, limit: float, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -111,4 +111,4 @@ def _first_launch(gate_up: torch.Tensor, out: torch.Tensor, limit: float) -> Tri
     return launch(swiglu_kernel, grid, (gate_up, out, half, limit), options)
 
 
-SWIGLU = SwigluKernel()
+SWIGLU = TritonSwiglu()

@@ -56,7 +56,7 @@ class Source:
     first_row: int = 0
 
 
-def are_renamed(keys: Iterable[str]) -> bool:
+def are_transformers_names(keys: Iterable[str]) -> bool:
     """Whether a checkpoint's keys are transformers'."""
     return any(key.startswith(PREFIX) for key in keys)
 

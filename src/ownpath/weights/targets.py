@@ -9,17 +9,17 @@ import numpy as np
 import torch
 
 from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
-from ownpath.checkpoint.schema import Part
+from ownpath.checkpoint.schema import PartSpec
 from ownpath.weights.checks import Bytes
-from ownpath.weights.operands import Slot
+from ownpath.weights.operands import Destination
 
 _WIDENED = {("I32", torch.int64): torch.int32, ("BF16", torch.float32): torch.bfloat16}
 """Stored dtypes that are read into wider ones, exactly."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Bytes of ``flat`` from ``first`` on: where the tensor of ``slot``, or its region of it, goes.
+class CopyTarget:
+    """Bytes of ``flat`` from ``first`` on: where the tensor of ``destination``, or its region of it, goes.
 
     info: what is read. Of a region of rows, as a tensor of its own; of one of columns, all rows whole.
     flat: all bytes of the buffer, as numpy sees them where they are in host memory.
@@ -27,7 +27,7 @@ class Place:
     """
 
     info: TensorInfo
-    slot: Slot
+    destination: Destination
     flat: Any
     first: int
     widened: torch.dtype | None
@@ -35,7 +35,7 @@ class Place:
     @property
     def is_one_stretch(self) -> bool:
         """Whether all bytes that are read are wanted, in their order."""
-        return self.slot.region is None or self.slot.region.dim == 0
+        return self.destination.region is None or self.destination.region.dim == 0
 
     def stretches(self, first: int, data: Bytes) -> Iterator[tuple[int, Bytes]]:
         """Of the bytes ``data`` that the tensor has from its byte ``first`` on, those that are wanted, in stretches.
@@ -45,7 +45,7 @@ class Place:
         if self.is_one_stretch:
             yield first, data
             return
-        region = self.slot.region
+        region = self.destination.region
         assert region is not None
         row_bytes = self.info.num_bytes // self.info.shape[0]
         item_bytes = row_bytes // self.info.shape[1]
@@ -68,7 +68,7 @@ class ScalarBuffer:
     """A buffer of multipliers: scalars ``start`` to ``stop``, the i-th of them ``repeats[i]`` times."""
 
     buffer: torch.Tensor
-    part: Part
+    part: PartSpec
     start: int
     stop: int
     repeats: torch.Tensor
@@ -80,66 +80,70 @@ class ScalarBuffer:
 
 
 @dataclass(frozen=True)
-class Places:
+class CopyTargets:
     """matrices: by key, what is copied as stored. scalars: key -> its position among all scalars, as in ``buffers``."""
 
-    matrices: dict[str, Place]
+    matrices: dict[str, CopyTarget]
     scalars: dict[str, int]
     buffers: tuple[ScalarBuffer, ...]
     infos: tuple[TensorInfo, ...]
 
 
-def is_scalar(slot: Slot) -> bool:
+def is_scalar(destination: Destination) -> bool:
     """One multiplier, stored as [] or [1], for everything the slot covers."""
-    return slot.role in ("global_scale", "input_scale")
+    return destination.role in ("global_scale", "input_scale")
 
 
-def place_slots(slots: Iterable[Slot], buffers: Iterable[torch.Tensor], index: CheckpointIndex) -> Places:
+def find_targets(
+    destinations: Iterable[Destination], buffers: Iterable[torch.Tensor], index: CheckpointIndex
+) -> CopyTargets:
     """Finds each slot in its buffer by address, and asserts that slots tile the buffers.
 
     Errors: CheckpointError naming a tensor the checkpoint does not hold.
     """
-    ordered = iter(sorted(slots, key=lambda slot: slot.target.data_ptr()))
-    matrices: dict[str, Place] = {}
+    ordered = iter(sorted(destinations, key=lambda destination: destination.target.data_ptr()))
+    matrices: dict[str, CopyTarget] = {}
     scalars: dict[str, int] = {}
     scalar_buffers = []
     infos = []
     for buffer in sorted((buffer for buffer in buffers if buffer.numel()), key=torch.Tensor.data_ptr):
         own = _tiles(buffer, ordered)
-        infos += [_source(index[slot.key], slot) for slot in own]
+        infos += [_source(index[destination.key], destination) for destination in own]
         if is_scalar(own[0]):
             scalar_buffers.append(_scalar_buffer(buffer, own, len(scalars)))
-            scalars |= {slot.key: len(scalars) + idx for idx, slot in enumerate(own)}
+            scalars |= {destination.key: len(scalars) + idx for idx, destination in enumerate(own)}
             continue
         flat, base = _flat(buffer), buffer.data_ptr()
-        for slot, info in zip(own, infos[-len(own) :], strict=True):
-            matrices[slot.key] = Place(info, slot, flat, slot.target.data_ptr() - base, _widened(info, slot))
-    assert next(ordered, None) is None, "a slot outside the buffers"
-    return Places(matrices, scalars, tuple(scalar_buffers), tuple(infos))
+        for destination, info in zip(own, infos[-len(own) :], strict=True):
+            matrices[destination.key] = CopyTarget(
+                info, destination, flat, destination.target.data_ptr() - base, _widened(info, destination)
+            )
+    assert next(ordered, None) is None, "a destination outside the buffers"
+    return CopyTargets(matrices, scalars, tuple(scalar_buffers), tuple(infos))
 
 
-def _tiles(buffer: torch.Tensor, ordered: Iterable[Slot]) -> list[Slot]:
+def _tiles(buffer: torch.Tensor, ordered: Iterable[Destination]) -> list[Destination]:
     """The next slots, which must cover the buffer from end to end, each byte once."""
     own = []
     address, end = buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes
-    for slot in ordered:
-        target = slot.target
-        assert target.data_ptr() == address, f"{slot.key}: the slots do not tile their buffer"
-        assert target.is_contiguous(), slot.key
-        own.append(slot)
+    for destination in ordered:
+        target = destination.target
+        assert target.data_ptr() == address, f"{destination.key}: the destinations do not tile their buffer"
+        assert target.is_contiguous(), destination.key
+        own.append(destination)
         address += target.nbytes
         if address >= end:
             break
-    assert address == end, f"{[slot.key for slot in own[-1:]]}: the slots do not tile their buffer"
+    assert address == end, f"{[destination.key for destination in own[-1:]]}: the destinations do not tile their buffer"
     return own
 
 
-def _scalar_buffer(buffer: torch.Tensor, slots: list[Slot], start: int) -> ScalarBuffer:
-    part = slots[0].part
+def _scalar_buffer(buffer: torch.Tensor, destinations: list[Destination], start: int) -> ScalarBuffer:
+    part = destinations[0].part
     assert part is not None
-    assert all(slot.part is part for slot in slots), slots[0].key
-    repeats = torch.tensor([slot.target.numel() for slot in slots])
-    return ScalarBuffer(buffer, part, start, start + len(slots), repeats)
+    assert all(destination.part is part for destination in destinations), destinations[0].key
+    repeats = torch.tensor([destination.target.numel() for destination in destinations])
+    return ScalarBuffer(buffer, part, start, start + len(destinations), repeats)
 
 
 def _flat(buffer: torch.Tensor) -> torch.Tensor | np.ndarray[Any, np.dtype[np.uint8]]:
@@ -147,17 +151,17 @@ def _flat(buffer: torch.Tensor) -> torch.Tensor | np.ndarray[Any, np.dtype[np.ui
     return flat.numpy() if buffer.device.type == "cpu" else flat
 
 
-def _source(info: TensorInfo, slot: Slot) -> TensorInfo:
+def _source(info: TensorInfo, destination: Destination) -> TensorInfo:
     """The tensor that is read for a slot. A region of rows is one stretch of the file: a tensor of fewer rows."""
-    region = slot.region
+    region = destination.region
     if region is None or region.dim != 0:
         return info
     row_bytes = info.num_bytes // info.shape[0]
     return replace(info, shape=region.shape(info.shape), start=info.start + region.start * row_bytes)
 
 
-def _widened(info: TensorInfo, slot: Slot) -> torch.dtype | None:
+def _widened(info: TensorInfo, destination: Destination) -> torch.dtype | None:
     """The stored dtype, where an element has another size in memory."""
-    if info.num_bytes * slot.target.numel() == slot.target.nbytes * prod(info.shape):
+    if info.num_bytes * destination.target.numel() == destination.target.nbytes * prod(info.shape):
         return None
-    return _WIDENED[info.dtype, slot.target.dtype]
+    return _WIDENED[info.dtype, destination.target.dtype]

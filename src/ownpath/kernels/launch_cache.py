@@ -4,17 +4,17 @@ from collections.abc import Hashable
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
-Call = TypeVar("Call")
-MAX_CALLS = 512
+Prepared = TypeVar("Prepared")
+MAX_LAUNCHES = 512
 """Distinct sizes that an operand keeps; prompts come in any length, so that there is no end to them."""
 
 
-class Calls(dict[Key, Call], Generic[Key, Call]):
+class LaunchCache(dict[Key, Prepared], Generic[Key, Prepared]):
     """Launches by key. When it is full it starts anew."""
 
-    def keep(self, key: Key, call: Call) -> Call:
+    def add(self, key: Key, launch: Prepared) -> Prepared:
         """Adds a call and returns it."""
-        if len(self) >= MAX_CALLS:
+        if len(self) >= MAX_LAUNCHES:
             self.clear()
-        self[key] = call
-        return call
+        self[key] = launch
+        return launch
