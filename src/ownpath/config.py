@@ -33,7 +33,7 @@ _OTHER_MODELS = {
     "mixtral": "Mixtral is a mixture of experts with grouped-query attention",
     "llama": "Llama is a dense model with grouped-query attention",
 }
-"""What other models are, by model_type; architectures are told by the same words without underscores."""
+"""Description of other models by model_type. Their class names in ``architectures`` are the same words without "_"."""
 _REQUIRED: dict[str, tuple[Any, ...]] = {
     "scoring_func": ("sqrtsoftplus",),
     "topk_method": ("noaux_tc",),
@@ -43,12 +43,12 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "tie_word_embeddings": (False,),
 }
-"""What must be so where it is said at all: the forward is made for these values."""
+"""Field -> values that the forward computes. A field that is present must have one of them; an absent one is fine."""
 _ARCHITECTURE, _MODEL_TYPE = "DeepseekV4ForCausalLM", "deepseek_v4"
 
 
 class ConfigError(ValueError):
-    """A configuration this code cannot honour; the message names the file and the field."""
+    """Raised for a configuration that this code cannot run; the message names the file and the field."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class ModelConfig:
     compress_ratios: one entry per backbone layer: 0 sliding window only, 4 CSA, 128 HCA.
     num_hash_layers: the first layers whose experts are looked up by token id.
     num_nextn_predict_layers: MTP draft modules behind the backbone, 0 where the field is absent.
-    claims: every field as written. What they say of formats decides nothing: the plan holds it against the tensors.
+    claims: every field as written. What it states about formats decides nothing; the plan compares it with the tensors.
     """
 
     vocab_size: int
@@ -126,12 +126,12 @@ class ModelConfig:
         return layer_idx < self.num_hash_layers
 
     def backbone_layers(self) -> Iterator[Layer]:
-        """The decoder layers, in order."""
+        """Yields the decoder layers, in order."""
         for layer_idx, ratio in enumerate(self.compress_ratios):
             yield Layer(f"layers.{layer_idx}", ratio, self.is_hash_layer(layer_idx))
 
     def draft_layers(self) -> Iterator[Layer]:
-        """The MTP modules' decoder layers, in order: they compress nothing, and a gate chooses their experts."""
+        """Yields the MTP modules' decoder layers, in order: without compression, with experts chosen by a gate."""
         for draft_idx in range(self.num_nextn_predict_layers):
             yield Layer(f"mtp.{draft_idx}", SLIDING, is_hash=False)
 
@@ -196,7 +196,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Parallel:
-    """This process among those that run one model, each on its own GPU. Errors: ConfigError for a rank there is not."""
+    """This process's rank among the ``size`` processes that run one model, each on its own GPU.
+
+    Errors: ConfigError for a rank outside 0 to size - 1.
+    """
 
     rank: int = 0
     size: int = 1
@@ -211,17 +214,17 @@ ONE_RANK = Parallel()
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How to run: where, in which activation dtype, and with which limits.
+    """The engine's settings: device, activation dtype, limits and numerics.
 
     device: a torch device name.
-    dtype: dtype of activations and caches. Sums, norms, softmax and router scores are at least float32 anyway.
+    dtype: dtype of activations and caches. Sums, norms, softmax and router scores are at least float32 in any case.
     max_model_len: tokens (prompt + answer) that one sequence may reach; caches are allocated for it once.
     max_num_seqs: sequences that run together.
     max_prefill_tokens: prompt tokens that one step may process, over all sequences.
     is_batch_invariant: ask for kernels whose result for a row does not depend on the other rows of the step.
     official: steps to be computed as DeepSeek's published code does; all others are plain.
-    loads_draft: load the MTP modules too. The engine does not draft: it is for callers of the model.
-    parallel: this process among those that run one model together.
+    loads_draft: load the MTP modules too. The engine does not draft; callers of the model may.
+    parallel: this process's rank among those that run one model together.
     """
 
     device: str = "cpu"
@@ -236,13 +239,13 @@ class EngineConfig:
 
     @classmethod
     def for_device(cls, device: str, max_model_len: int = 4096) -> "EngineConfig":
-        """The defaults of a device: float32 activations on CPU (bf16 products are slow there), bfloat16 on CUDA."""
+        """Returns a device's defaults: float32 activations on CPU (bf16 products are slow there), bfloat16 on CUDA."""
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         return cls(device=device, dtype=dtype, max_model_len=max_model_len)
 
 
 def unread_fields(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """The fields of config.json that no part of this code reads as a setting of the model, in their order."""
+    """Returns the names of config.json fields that this code does not read as settings of the model, in file order."""
     own = {field.name for field in dataclass_fields(ModelConfig)} - {"yarn", "claims"}
     spelled = {"rope_scaling", "layer_types", "mlp_layer_types", "rope_parameters", "architectures", "model_type"}
     return tuple(name for name in fields if name not in own | spelled | set(_REQUIRED))
@@ -271,7 +274,7 @@ def _what_it_is(model_type: Any, architectures: Any) -> str:
 
 
 def _published_fields(fields: dict[str, Any], source: str) -> dict[str, Any]:
-    """transformers' spelling, which its ``save_pretrained`` writes, turned back where the published one is absent."""
+    """Adds absent published fields, derived from the ones that transformers' ``save_pretrained`` writes."""
     published = dict(fields)
     if "layer_types" in fields and "compress_ratios" not in fields:
         layer_types = _listed(fields, "layer_types", source)
@@ -344,7 +347,7 @@ class _Reader:
         return value
 
     def count(self, field: str) -> int:
-        """A number of things that are none where the field is absent or null."""
+        """Reads a count; 0 where the field is absent or null."""
         return 0 if self.fields.get(field) is None else self.integer(field, minimum=0)
 
     def number(self, field: str) -> float:
@@ -354,7 +357,7 @@ class _Reader:
         return float(value)
 
     def compress_ratios(self, num_layers: int) -> tuple[int, ...]:
-        """The backbone's entries. Entries past the backbone (MTP, DSpark drafts) are not this model's."""
+        """Reads the backbone's entries and drops those behind them, which belong to MTP or DSpark drafts."""
         ratios = self._get("compress_ratios")
         if not isinstance(ratios, list) or len(ratios) < num_layers:
             raise ConfigError(f"{self.source}: compress_ratios must list at least {num_layers} entries")

@@ -1,7 +1,7 @@
-"""The bytes of many tensors as few large reads: each shard from its first wanted byte to its last, chunk by chunk.
+"""Cuts the bytes of many tensors into few large reads: each shard from its first wanted byte to its last, in chunks.
 
-A tensor may begin in one chunk and end in a later one, and thousands of scalars lie in one. Chunks come in the order of
-the file, so that readers who take them in turn read each shard sequentially.
+A tensor may span several chunks, and one chunk may hold thousands of scalars. Chunks follow the order of the file, so
+that several readers together read each shard sequentially.
 """
 
 import os
@@ -17,7 +17,7 @@ ALIGNMENT_BYTES = 64
 
 
 class Piece(NamedTuple):
-    """Bytes [start, stop) of a chunk: those of a tensor from its byte ``first`` on."""
+    """Bytes [start, stop) of a chunk, which hold a tensor's bytes from its byte ``first`` on."""
 
     info: TensorInfo
     first: int
@@ -26,7 +26,7 @@ class Piece(NamedTuple):
 
 
 class FileChunk(NamedTuple):
-    """Bytes [start, start + num_bytes) of a file, and whose they are, without a gap."""
+    """Bytes [start, start + num_bytes) of a file, and the pieces of tensors that fill them without a gap."""
 
     file: Path
     start: int
@@ -35,7 +35,7 @@ class FileChunk(NamedTuple):
 
 
 def file_chunks(infos: Iterable[TensorInfo], max_bytes: int) -> Iterator[FileChunk]:
-    """Every byte of the tensors once, in chunks of at most ``max_bytes``, in the order of files and their bytes."""
+    """Yields every byte of the tensors once, in chunks of at most ``max_bytes``, in the order of files and bytes."""
     assert max_bytes >= ALIGNMENT_BYTES, max_bytes
     by_file: dict[Path, list[TensorInfo]] = {}
     for info in infos:
@@ -70,10 +70,10 @@ def _chunks_of(file: Path, infos: list[TensorInfo], max_bytes: int) -> Iterator[
 
 
 class ChunkReader:
-    """Reads chunks into buffers of the caller's, by position; one shard is open at a time.
+    """Reads chunks into the caller's buffers, with one shard open at a time.
 
-    Positional reads, not a mapping: a file that is cut short while it is read is an error and not a bus error, and no
-    page of it is ever counted as this process's memory.
+    It reads by position instead of mapping the file: a file that is truncated meanwhile raises an error instead of a bus
+    error, and no page of the file counts as this process's memory.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The header of one safetensors file, read defensively: everything wrong with it is reported, nothing raises.
+"""Reads the header of one safetensors file defensively: every fault is reported, nothing raises.
 
 A safetensors file is 8 bytes (little-endian length of the header), the header (a JSON object: tensor name -> dtype,
 shape, data_offsets), and the tensors' bytes. Offsets count from the end of the header; tensors must tile the rest of
@@ -40,7 +40,7 @@ class HeaderEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """What one shard says it holds. A shard with problems may still name its tensors; their bytes mean nothing."""
+    """One shard's tensors by its header. A shard with problems may still name tensors, but their bytes mean nothing."""
 
     entries: tuple[HeaderEntry, ...]
     problems: tuple[Finding, ...]
@@ -124,7 +124,7 @@ def _entries(content: dict[str, Any], data_start: int, problems: _Problems) -> l
 
 
 def _entry_fault(fields: Any) -> str | None:
-    """Why one header entry is no tensor; ``None``: it is one."""
+    """Returns what is wrong with a header entry, or ``None`` for a valid tensor."""
     if not isinstance(fields, dict):
         return "is not described by an object"
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
@@ -132,7 +132,7 @@ def _entry_fault(fields: Any) -> str | None:
         return f"has the unknown dtype {dtype!r}"
     if not _are_sizes(shape) or len(shape) > MAX_DIMS:
         return "has a shape that is not a list of sizes"
-    if prod(size for size in shape if size) >= 2**63:  # also where another size is 0: readers multiply one by one
+    if prod(size for size in shape if size) >= 2**63:  # even where another size is 0: readers multiply sizes one by one
         return f"has a shape of more elements than can be counted: {shape}"
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         return "has data_offsets that are not [start, stop]"

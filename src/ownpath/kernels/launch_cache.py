@@ -1,4 +1,4 @@
-"""What a kernel keeps of the calls that it has seen: launches with everything in place, by what tells calls apart."""
+"""A cache of prepared launches for the sizes of calls that a kernel has seen."""
 
 from collections.abc import Hashable
 from typing import Generic, TypeVar
@@ -6,14 +6,14 @@ from typing import Generic, TypeVar
 Key = TypeVar("Key", bound=Hashable)
 Prepared = TypeVar("Prepared")
 MAX_LAUNCHES = 512
-"""Distinct sizes that an operand keeps; prompts come in any length, so that there is no end to them."""
+"""Sizes of calls that an operand keeps: prompts come in any length, so the cache needs a limit."""
 
 
 class LaunchCache(dict[Key, Prepared], Generic[Key, Prepared]):
-    """Launches by key. When it is full it starts anew."""
+    """Prepared launches by key. A full cache is cleared."""
 
     def add(self, key: Key, launch: Prepared) -> Prepared:
-        """Adds a call and returns it."""
+        """Adds a prepared launch and returns it."""
         if len(self) >= MAX_LAUNCHES:
             self.clear()
         self[key] = launch

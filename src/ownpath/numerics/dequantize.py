@@ -1,4 +1,4 @@
-"""From stored parts back to values: ``value = qdata * scale * global_scale``."""
+"""Dequantisers: values of stored weights, ``value = qdata * scale * global_scale``."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from ownpath.qtensor import QuantTensor
 
 
 def dequantize(q: QuantTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Values of a stored weight, computed in float32 (float64 for float64), then rounded once to dtype.
+    """Returns the values of a stored weight, computed in float32 (float64 for float64) and rounded once to dtype.
 
     Shapes: q.shape [..., N, K] -> dtype [..., N, K].
     Errors: ValueError for a layout other than "row_major", a format without a definition, or parts that do
@@ -86,7 +86,7 @@ def decode_fp8_block(
 
 
 def _block_scale_values(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers of an FP8_BLOCK scale. Raw bytes are refused: they could be E8M0 or a mistake."""
+    """Returns an FP8_BLOCK scale as numbers. Raw bytes are refused: their encoding is not known."""
     if scale.dtype == torch.float8_e8m0fnu:
         return decode_e8m0(scale, dtype)
     if scale.dtype in (torch.float32, torch.bfloat16):
@@ -95,7 +95,7 @@ def _block_scale_values(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _scale_groups(value: Tensor, factor: Tensor, group: int) -> Tensor:
-    """Each run of ``group`` values along K times its own factor. ``value`` is fresh from a table: written over."""
+    """Multiplies each run of ``group`` values along K by its factor, in place: ``value`` is no one else's."""
     *lead, k = value.shape
     if list(factor.shape) != [*lead, k // group] or k % group:
         raise ValueError(f"scale {tuple(factor.shape)} is not one per {group} values of {tuple(value.shape)}")

@@ -1,7 +1,7 @@
-"""What config.json says of the formats, held against the tensors: a contradiction is reported, and the tensors win.
+"""Compares config.json's claims about formats with the tensors: contradictions are reported, and the tensors win.
 
-Exports differ in what they write there, and third parties copy a config from one export to another. A field that is
-absent or null says nothing, and neither does a value that no export is known to write.
+Exports differ in what they write there, and third parties copy a config from one export to another. An absent or null
+field claims nothing, and neither does a value that no export is known to write.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,7 +23,7 @@ from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4, Format
 EncodedModule = tuple[ModuleSpec, Encoding]
 
 COMPARED_FIELDS = frozenset({QUANTIZATION_FIELD, "expert_dtype"})
-"""Fields of config.json that decide nothing and are held against the tensors."""
+"""Fields of config.json that decide nothing and are compared with the tensors."""
 
 _METHODS: Mapping[str, tuple[Encoding, ...]] = MappingProxyType(
     {
@@ -41,9 +41,9 @@ _EXPERT_ALGORITHMS: Mapping[str, tuple[Format, ...]] = MappingProxyType({"NVFP4"
 def find_contradictions(
     claims: Mapping[str, Any], experts: Iterable[EncodedModule], others: Iterable[EncodedModule], index: CheckpointIndex
 ) -> tuple[str, ...]:
-    """One line for each field of config.json that says something else than the tensors; it names both.
+    """Returns a line for each field of config.json that contradicts the tensors; it names both.
 
-    claims: the fields of config.json. experts, others: routed experts' and all other modules, as they are stored.
+    claims: the fields of config.json. experts, others: routed experts' and all other modules with their encodings.
     """
     experts, others = tuple(experts), tuple(others)
     nested = claims.get(QUANTIZATION_FIELD)

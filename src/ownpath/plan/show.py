@@ -1,4 +1,4 @@
-"""The plan as people and programs read it."""
+"""Prints a plan: as text for people, as JSON values for programs."""
 
 import re
 from collections.abc import Iterable
@@ -16,9 +16,9 @@ _COMPANION_HEADINGS = ("between them", "runner", "kernel")
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One line of the table: the same decision for the same module of one or more layers.
+    """A line of the table: the same decision for the same module of one or more layers.
 
-    stack: whose layers they are, "layers" (the backbone's) or "mtp".
+    stack: "layers" (the backbone) or "mtp".
     """
 
     module: str
@@ -33,12 +33,12 @@ class PlanRow:
 
 
 def plan_rows(plan: Plan) -> list[PlanRow]:
-    """Rows of the products in forward order; layers that decide alike share a row."""
+    """Returns the products' rows in forward order; layers with the same decision share a row."""
     return _folded((op.label, _cells(op), op.choice.why) for op in plan.ops)
 
 
 def companion_rows(plan: Plan) -> list[PlanRow]:
-    """Rows of the operations without a stored matrix, folded like the products'."""
+    """Returns the companions' rows, folded like the products'."""
     return _folded((op.spec.slot, _companion_cells(op), op.choice.why) for op in plan.companions)
 
 
@@ -54,7 +54,7 @@ def _folded(decisions: Iterable[tuple[str, tuple[str, ...], str]]) -> list[PlanR
 
 
 def plan_text(plan: Plan) -> str:
-    """A table of every module's format, runner, kernel and layout, then the reasons, params and ignored keys."""
+    """Returns a table of each module's format, runner, kernel and layout, then the reasons, params and ignored keys."""
     rows, companions = plan_rows(plan), companion_rows(plan)
     lines = align([_HEADINGS, *((row.title, *row.cells) for row in rows)])
     lines += ["", *align([_COMPANION_HEADINGS, *((row.title, *row.cells) for row in companions)])]
@@ -84,7 +84,7 @@ def _draft_line(draft: Draft) -> str:
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
-    """The plan for programs: one entry per op, nothing folded."""
+    """Returns the plan as JSON values: one entry per op, nothing folded."""
     ops = []
     for op in plan.ops:
         cells = dict(zip(("encoding", "format", "runner", "kernel", "layout"), _cells(op), strict=True))
@@ -114,7 +114,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
 
 
 def is_official(plan: Plan, step: Step) -> bool:
-    """Whether the plan computes a step as the published code does."""
+    """Returns True if the plan computes a step as the published code does."""
     return step in plan.demands.official | ALWAYS_OFFICIAL
 
 
@@ -135,13 +135,13 @@ def _companion_cells(op: PlannedCompanion) -> tuple[str, str]:
 
 
 def align(table: list[tuple[str, ...]]) -> list[str]:
-    """Lines of a table whose columns are as wide as their widest cell."""
+    """Returns a table's lines, each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
 
 
 def ranges(values: tuple[int, ...]) -> str:
-    """Compact layer list: (0, 1, 2, 5) -> "{0-2,5}"; a single layer stays bare."""
+    """Formats layers compactly: (0, 1, 2, 5) -> "{0-2,5}"; a single layer as its number."""
     if len(values) == 1:
         return str(values[0])
     runs: list[list[int]] = []

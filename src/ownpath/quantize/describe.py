@@ -1,4 +1,4 @@
-"""What ``config.json`` and ``hf_quant_config.json`` say about a checkpoint that we quantised, as ModelOpt writes it."""
+"""Writes ``config.json`` and ``hf_quant_config.json`` of a checkpoint that we quantised, as ModelOpt does."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,14 +15,14 @@ PRODUCER = {"name": "ownpath", "version": "1"}
 
 
 def quantized_layers(converts: Iterable[Convert]) -> dict[str, dict[str, Any]]:
-    """One entry for each layer's experts, and one for each other weight."""
+    """Returns one entry for each layer's experts, and one for each other weight."""
     names = (module.name for convert in converts for module in convert.modules)
     layers = dict.fromkeys(name.split(".experts.")[0] + ".experts" if ".experts." in name else name for name in names)
     return {layer: {"quant_algo": "NVFP4", "group_size": GROUP_SIZE} for layer in sorted(layers)}
 
 
 def config_fields(source: dict[str, Any], scope: QuantizeScope, converts: Iterable[Convert]) -> dict[str, Any]:
-    """``config.json`` of the result: the source's, with the quantisation added to what it said about the rest."""
+    """Returns the result's ``config.json``: the source's fields with the quantisation added."""
     numbers = {"num_bits": 4, "type": "float", "group_size": GROUP_SIZE, "dynamic": False}
     added = {
         "quant_algo": "MIXED_PRECISION",
@@ -35,18 +35,18 @@ def config_fields(source: dict[str, Any], scope: QuantizeScope, converts: Iterab
         "producer": PRODUCER,
     }
     stored = source.get("quantization_config")
-    # The FP8 blocks of what is carried over are read by what the source says of them.
+    # The source's description stays: it applies to the FP8 weights that are carried over.
     quantization = {"quant_method": "modelopt"} | _as_fp4(stored if isinstance(stored, dict) else {}) | added
     return _as_fp4(source) | {"quantization_config": quantization}
 
 
 def _as_fp4(fields: dict[str, Any]) -> dict[str, Any]:
-    """With the experts' dtype, where the source states it, as it is now: NVFP4 exports keep the release's word."""
+    """Sets the experts' dtype to "fp4", the release's word that NVFP4 exports keep, where the source states one."""
     return fields if fields.get(EXPERT_DTYPE) is None else fields | {EXPERT_DTYPE: "fp4"}
 
 
 def quant_config_fields(scope: QuantizeScope, converts: Iterable[Convert]) -> dict[str, Any]:
-    """``hf_quant_config.json``."""
+    """Returns the fields of ``hf_quant_config.json``."""
     quantization = {
         "quant_algo": "MIXED_PRECISION",
         "kv_cache_quant_algo": None,

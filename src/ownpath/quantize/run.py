@@ -1,8 +1,8 @@
-"""Writes the quantised checkpoint shard by shard; what is finished stays finished, and only the end looks like one.
+"""Writes the quantised checkpoint shard by shard, so that an interrupted run can continue.
 
-Shards are made in ``.quantizing`` inside the target, each with a note of what it holds; a run that was interrupted
-finds them there and goes on. The target gets its ``config.json`` and, last, its index when all of them are done:
-before that no loader takes it for a checkpoint.
+Shards are written to ``.quantizing`` inside the target, each with a note of its contents; the next run finds them there
+and continues. When all are done the target gets its ``config.json`` and, last, its index: before that, no loader takes
+it for a checkpoint.
 """
 
 import hashlib
@@ -28,14 +28,14 @@ from ownpath.quantize.steps import Convert, QuantizeScope, WriteStep, plan_shard
 STAGING = ".quantizing"
 PLAN, CONFIG, QUANT_CONFIG = "plan.json", "config.json", "hf_quant_config.json"
 VERSION = 1
-"""Of what a step writes: another version does not go on with an older one's shards."""
+"""Version of a step's output: a run does not continue from the shards of another version."""
 
 ShowProgress = Callable[[int, int, int], None]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to write. input_scales: of calibrated weights, by module."""
+    """Settings of a run. input_scales: of calibrated weights, by module."""
 
     scope: QuantizeScope = QuantizeScope.EXPERTS
     max_shard_bytes: int = 4 * 10**9
@@ -44,7 +44,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Shard:
-    """A finished shard: tensor names with their bytes, and what was converted in it."""
+    """A finished shard: tensor names with their bytes, and counts of its conversions."""
 
     tensors: dict[str, int]
     counts: Counts
@@ -52,7 +52,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What was written."""
+    """Totals of a finished run."""
 
     num_shards: int
     num_bytes: int
@@ -63,11 +63,11 @@ class QuantizeReport:
 def quantize_checkpoint(
     source: Path, target: Path, options: Options, show: ShowProgress | None = None
 ) -> QuantizeReport:
-    """Quantises ``source`` into ``target``, or goes on where an interrupted run stopped.
+    """Quantises ``source`` into ``target``, or continues an interrupted run.
 
     show: called with (finished shards, all shards, bytes read and written so far).
-    Memory: one shard. Errors: CheckpointError or ConfigError naming the file, field or tensor; ``target`` is then no
-    checkpoint, and what was finished is kept.
+    Memory: one shard. Errors: CheckpointError or ConfigError naming the file, field or tensor; ``target`` is then not a
+    checkpoint, and finished shards are kept.
     """
     require_free(target)
     config = ModelConfig.from_file(source / CONFIG)
@@ -88,14 +88,14 @@ def quantize_checkpoint(
 
 
 def require_free(target: Path) -> None:
-    """Errors: CheckpointError where a checkpoint is already."""
+    """Refuses a target that holds a checkpoint. Errors: CheckpointError."""
     for name in (INDEX_NAME, CONFIG, "model.safetensors"):
         if (target / name).exists() and not (target / STAGING / PLAN).exists():
             raise CheckpointError(f"{target / name} exists; a checkpoint is never overwritten")
 
 
 def _plan(index: CheckpointIndex, options: Options) -> dict[str, Any]:
-    """What decides every byte of the result."""
+    """Returns all inputs that decide the bytes of the result."""
     files = sorted({info.file for info in index.tensors.values()})
     files.append(index.folder / CONFIG)
     facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -107,7 +107,7 @@ def _plan(index: CheckpointIndex, options: Options) -> dict[str, Any]:
 
 
 def _open_staging(target: Path, plan: dict[str, Any]) -> Path:
-    """Errors: CheckpointError where an unfinished run of other inputs is."""
+    """Opens the folder for shards. Errors: CheckpointError where an unfinished run with other inputs is."""
     staging = target / STAGING
     staging.mkdir(parents=True, exist_ok=True)
     if not (staging / PLAN).exists():
@@ -118,7 +118,7 @@ def _open_staging(target: Path, plan: dict[str, Any]) -> Path:
 
 
 def _finished(staging: Path, number: int) -> Shard | None:
-    """A shard of an earlier run: its note is written after its data."""
+    """Returns an earlier run's shard if its note, which is written after its data, exists."""
     note = staging / f"{number}.json"
     if not note.exists():
         return None
@@ -143,7 +143,7 @@ def _make_shard(stem: Path, steps: Sequence[WriteStep], index: CheckpointIndex, 
 
 
 def _finish(source: Path, target: Path, shards: Sequence[Shard], what: tuple[QuantizeScope, list[Convert]]) -> None:
-    """Names the shards, writes what describes them, and the index last."""
+    """Renames the shards, writes the config files and, last, the index."""
     staging = target / STAGING
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards):
@@ -162,7 +162,7 @@ def _finish(source: Path, target: Path, shards: Sequence[Shard], what: tuple[Qua
 
 
 def _companions(source: Path) -> list[Path]:
-    """Tokenizer and other files beside the weights; what describes the source's own weights is written anew."""
+    """Yields the tokenizer's and other files beside the weights, without those that describe the source's weights."""
     written = {INDEX_NAME, CONFIG, QUANT_CONFIG}
     return [
         path
@@ -172,7 +172,7 @@ def _companions(source: Path) -> list[Path]:
 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:
-    """So that a reader sees all of it or nothing."""
+    """Writes JSON atomically: a reader sees all of it or nothing."""
     scratch = path.with_suffix(".writing")
     scratch.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
     scratch.replace(path)

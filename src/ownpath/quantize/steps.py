@@ -1,7 +1,7 @@
-"""What a quantised checkpoint holds, in which order and in which shards: decided from headers, before a weight moves.
+"""Plans the steps and shards of a quantised checkpoint from headers, before any weight is read.
 
-A *step* is what is written together: one tensor carried over as it is, or one or two weights that become NVFP4 (two
-where they share a global scale: a runner multiplies gate and up as one matrix).
+A *step* is written as a unit: one tensor carried over as it is, or one or two weights that become NVFP4 (two where they
+share a global scale: a runner multiplies gate and up as one matrix).
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ NVFP4_COLUMNS = 16
 
 
 class QuantizeScope(StrEnum):
-    """Which weights become NVFP4."""
+    """The weights that become NVFP4."""
 
     EXPERTS = "experts"
     """The backbone's routed experts, as NVIDIA publishes DeepSeek-V4."""
@@ -37,7 +37,7 @@ class Carry:
 
 @dataclass(frozen=True)
 class Convert:
-    """Weights that become NVFP4 with one global scale, and how they are stored now."""
+    """Weights that become NVFP4 with one global scale, and their present encoding."""
 
     modules: tuple[ModuleSpec, ...]
     source: Encoding
@@ -48,7 +48,7 @@ class Convert:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """What is read, instead of being carried over."""
+        """Keys that are converted instead of carried over."""
         return tuple(key for module in self.modules for key in self.source.keys(module.name))
 
 
@@ -56,7 +56,7 @@ WriteStep = Carry | Convert
 
 
 def plan_steps(index: CheckpointIndex, config: ModelConfig, scope: QuantizeScope) -> list[WriteStep]:
-    """Every step, in the order of the source's shards, so that each shard is read once.
+    """Returns the steps in the order of the source's shards, so that each shard is read once.
 
     Errors: CheckpointError naming a weight that is missing, has another shape, or cannot become NVFP4.
     """
@@ -69,7 +69,7 @@ def plan_steps(index: CheckpointIndex, config: ModelConfig, scope: QuantizeScope
 
 
 def plan_shards(steps: Sequence[WriteStep], max_shard_bytes: int) -> list[list[WriteStep]]:
-    """The steps in shards of at most so many bytes; one larger step gets a shard of its own."""
+    """Groups steps into shards of at most ``max_shard_bytes``; a larger step gets its own shard."""
     shards: list[list[WriteStep]] = []
     room = 0
     for step in steps:
@@ -82,7 +82,7 @@ def plan_shards(steps: Sequence[WriteStep], max_shard_bytes: int) -> list[list[W
 
 
 def _groups(config: ModelConfig, scope: QuantizeScope) -> Iterator[tuple[ModuleSpec, ...]]:
-    """Weights that share a global scale: gate and up of an expert; every other weight has its own."""
+    """Yields groups that share a global scale: gate and up of an expert; every other weight has its own."""
     dim, inter = config.hidden_size, config.moe_intermediate_size
     for layer_idx in range(config.num_hidden_layers):
         layer = f"layers.{layer_idx}"
@@ -105,7 +105,7 @@ def _projections(config: ModelConfig, attn: str) -> Iterator[ModuleSpec]:
 
 
 def _encoding(index: CheckpointIndex, group: tuple[ModuleSpec, ...]) -> Encoding:
-    """How all of a group are stored. Errors: CheckpointError naming the weight."""
+    """Returns the encoding of a group's weights. Errors: CheckpointError naming the weight."""
     found = [detect(index, module) for module in group]
     for module, encoding in zip(group, found, strict=True):
         if encoding.format is NVFP4:

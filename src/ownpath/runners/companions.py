@@ -1,6 +1,6 @@
-"""Runners of what lies between the products: norms, the hyper-connections' boundary, expert choice, attention.
+"""Runners of companions: norms, boundaries, router, SwiGLU, attention and the cache formats' quantisers.
 
-Each holds what does not change from step to step beside the kernel that the plan chose.
+Each holds its weights and constants beside the kernel that the plan chose.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ __all__ = ["HyperBoundary", "HyperWeights", "Mix", "RMSNorm", "Router", "SharedK
 
 
 class RMSNorm(KernelRunner):
-    """y = weight * x / sqrt(mean(x²) + eps) over the last dimension, rounded once; ``None`` for a weight of ones."""
+    """y = weight * x / sqrt(mean(x²) + eps) over the last dimension, rounded once; a weight of ``None`` means ones."""
 
     def __init__(self, weight: torch.Tensor | None, eps: float, *, kernel: KernelOrName = "ref.rms_norm") -> None:
         self.spec, self.weight, self.eps = chosen_spec(kernel), weight, eps
@@ -29,11 +29,11 @@ class RMSNorm(KernelRunner):
         self.handle = HANDLES.new(self)
 
     def variant(self, x: torch.Tensor, *_: Any) -> str | None:
-        """Names of the configurations that a call launches; ``None``: there is one form."""
+        """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
         return self.kernel.variant(x, self.operand)
 
     def run(self, x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-        """y, of the shape and dtype of x. Errors: ValueError naming what the kernel does not take."""
+        """Returns y, of the shape and dtype of x. Errors: ValueError naming an input that the kernel refuses."""
         return self.kernel.run(x, self.operand, out=out)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -44,7 +44,7 @@ class RMSNorm(KernelRunner):
 
 
 class HyperBoundary(KernelRunner):
-    """What lies between two sublayers: the streams take one's output in, and the other's input is made of them.
+    """The boundary between two sublayers: adds one's output to the streams and makes the other's normed input.
 
     ``__call__``: streams x [T, S, D], output y [T, D] and its mix (both ``None`` before the first sublayer) -> new
     streams, normed input of the coming sublayer [T, D], and its mix (``None`` after the last sublayer).
@@ -58,16 +58,16 @@ class HyperBoundary(KernelRunner):
 
     @property
     def makes_mix(self) -> bool:
-        """Whether another sublayer follows."""
+        """True if another sublayer follows."""
         num_streams = self.weights.fn.shape[1] // self.weights.norm_weight.shape[0]
         return len(self.weights.fn) > num_streams
 
     def variant(self, x_TSD: torch.Tensor, *_: Any) -> str | None:
-        """Names of the configurations that a call launches; ``None``: there is one form."""
+        """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
         return self.kernel.variant(x_TSD, self.operand)
 
     def workspace(self, num_tokens: int) -> torch.Tensor | None:
-        """Scratch for calls of up to ``num_tokens`` tokens; ``None`` where none is used."""
+        """Allocates scratch for calls of up to ``num_tokens`` tokens; ``None`` where none is used."""
         return self.kernel.workspace(self.operand, num_tokens)
 
     def run(
@@ -79,13 +79,16 @@ class HyperBoundary(KernelRunner):
         out: HyperOut | None = None,
         workspace: torch.Tensor | None = None,
     ) -> HyperOut:
-        """``__call__``, without asking whether torch compiles."""
+        """Computes ``__call__`` directly, also while torch compiles."""
         return self.kernel.run(x_TSD, y_TD, mix, self.operand, out=out, workspace=workspace)
 
     def run_flat(
         self, x: torch.Tensor, y: torch.Tensor | None, post: torch.Tensor | None, comb: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``run`` on tensors alone, none of the results an argument; no mix is two tensors without elements."""
+        """Computes ``run`` on tensors alone, for the torch operation: no result aliases an argument.
+
+        A mix of ``None`` is returned as two tensors without elements.
+        """
         mix = None if post is None or comb is None else Mix(post, comb)
         found = self.run(x, y, mix)
         streams = found.x_TSD.clone() if found.x_TSD.data_ptr() == x.data_ptr() else found.x_TSD
@@ -103,7 +106,7 @@ class HyperBoundary(KernelRunner):
 
 
 class Router(KernelRunner):
-    """Which experts a token goes to, and with what weight: by score with a selection bias, or by token id.
+    """Chooses each token's experts and their weights: by score with a selection bias, or by token id.
 
     gate: x [T, D] -> logits [T, E], at least float32. Exactly one of ``bias_E`` and ``tid2eid_VK`` is given. bias_E
     float32 [E] shifts the scores for the selection only, never the weights. tid2eid_VK int64 [vocab, K] names the
@@ -131,7 +134,7 @@ class Router(KernelRunner):
         self.handle = HANDLES.new(self)
 
     def variant(self, x_TD: torch.Tensor, *_: Any) -> str | None:
-        """Names of the configurations that a call launches; ``None``: there is one form. Logits are not looked at."""
+        """Returns the names of the variants that a call launches; ``None`` without variants. The logits do not matter."""
         return self.kernel.variant(x_TD, self.operand)
 
     def run(
@@ -141,11 +144,11 @@ class Router(KernelRunner):
         *,
         out: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The choice, from the gate's logits. Errors: ValueError naming what the kernel does not take."""
+        """Chooses experts from the gate's logits. Errors: ValueError naming an input that the kernel refuses."""
         return self.kernel.run(logits_TE, token_ids_T, self.operand, out=out)
 
     def __call__(self, x_TD: torch.Tensor, token_ids_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Expert ids [T, K] and weights, at least float32 [T, K], that sum to ``routed_scaling_factor``.
+        """Returns expert ids [T, K] and weights, at least float32 [T, K], that sum to ``routed_scaling_factor``.
 
         Errors: ValueError when there is not one token id for each row of x.
         """
@@ -168,11 +171,11 @@ class SwiGLU(KernelRunner):
         self.handle = HANDLES.new(self)
 
     def variant(self, gate_up: torch.Tensor, *_: Any) -> str | None:
-        """Names of the configurations that a call launches; ``None``: there is one form."""
+        """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
         return self.kernel.variant(gate_up, self.operand)
 
     def run(self, gate_up: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-        """y [..., F]. Errors: ValueError naming what the kernel does not take."""
+        """Returns y [..., F]. Errors: ValueError naming an input that the kernel refuses."""
         return self.kernel.run(gate_up, self.operand, out=out)
 
     def __call__(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -183,7 +186,7 @@ class SwiGLU(KernelRunner):
 
 
 class SharedKeyAttention(KernelRunner):
-    """Softmax attention of many query heads over one set of keys, which are the values too, with a sink per head."""
+    """Softmax attention of many query heads over shared keys, which are also the values, with a sink per head."""
 
     def __init__(self, sink_N: torch.Tensor, softmax_scale: float, *, kernel: KernelOrName = "ref.attention") -> None:
         self.spec, self.sink_N, self.softmax_scale = chosen_spec(kernel), sink_N, softmax_scale
@@ -192,14 +195,14 @@ class SharedKeyAttention(KernelRunner):
         self.handle = HANDLES.new(self)
 
     def variant(self, *args: Any) -> None:
-        """There is one form."""
+        """Returns ``None``: the kernel has no variants."""
 
     def run(self, q_tNH: torch.Tensor, keys_KH: torch.Tensor, visible_tK: torch.Tensor) -> torch.Tensor:
-        """``__call__``, without asking whether torch compiles."""
+        """Computes ``__call__`` directly, also while torch compiles."""
         return self.kernel.run(q_tNH, keys_KH, visible_tK, self.operand)
 
     def __call__(self, q_tNH: torch.Tensor, keys_KH: torch.Tensor, visible_tK: torch.Tensor) -> torch.Tensor:
-        """q [t, N, H], keys [K, H], visible bool [t, K] -> [t, N, H]."""
+        """Computes q [t, N, H], keys [K, H], visible bool [t, K] -> [t, N, H]."""
         if torch.compiler.is_compiling():
             o_tNH: torch.Tensor = torch.ops.ownpath.attention(q_tNH, keys_KH, visible_tK, self.handle)
             return o_tNH
@@ -216,10 +219,10 @@ class KeyQuantizer(KernelRunner):
         self.handle = HANDLES.new(self)
 
     def variant(self, *args: Any) -> None:
-        """There is one form."""
+        """Returns ``None``: the kernel has no variants."""
 
     def run(self, kv: torch.Tensor) -> torch.Tensor:
-        """``__call__``, without asking whether torch compiles."""
+        """Computes ``__call__`` directly, also while torch compiles."""
         return self.kernel.run(kv, self.operand)
 
     def __call__(self, kv: torch.Tensor) -> torch.Tensor:
@@ -238,10 +241,10 @@ class IndexQuantizer(KernelRunner):
         self.handle = HANDLES.new(self)
 
     def variant(self, *args: Any) -> None:
-        """There is one form."""
+        """Returns ``None``: the kernel has no variants."""
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
-        """``__call__``, without asking whether torch compiles."""
+        """Computes ``__call__`` directly, also while torch compiles."""
         return self.kernel.run(x)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

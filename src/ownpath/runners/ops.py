@@ -1,8 +1,8 @@
-"""Every runner's call as an operation of torch: ``torch.ops.ownpath.*``, each with a fake implementation.
+"""Registers every runner's call as a torch operation, ``torch.ops.ownpath.*``, with a fake implementation.
 
-So that ``torch.compile``, CUDA graphs and other engines can hold a call without looking into it. An operation takes the
-tensors of one call and the ``handle`` of its runner, an integer; the runner holds the weights and must stay alive as
-long as whatever refers to it. Inside ``torch.compile`` runners call their operation by themselves.
+``torch.compile``, CUDA graphs and other engines can then hold a call without tracing into it. An operation takes the
+tensors of one call and the ``handle`` of its runner, an integer; the runner holds the weights and must outlive every
+graph that refers to it. Inside ``torch.compile`` runners call their operation by themselves.
 
 Source: PyTorch's ``torch.library``.
 """
@@ -32,20 +32,20 @@ Returned = TypeVar("Returned")
 
 
 class Handles:
-    """The runners that operations can name. A runner that is gone is an error at the next call."""
+    """Maps handles to live runners. A call with the handle of a runner that is gone is an error."""
 
     def __init__(self) -> None:
         self._runners: WeakValueDictionary[int, object] = WeakValueDictionary()
         self._next = count()
 
     def new(self, runner: object) -> int:
-        """The handle of a new runner."""
+        """Registers a runner and returns its handle."""
         handle = next(self._next)
         self._runners[handle] = runner
         return handle
 
     def runner(self, handle: int) -> object:
-        """Errors: ValueError for one that is gone."""
+        """Returns the runner of a handle. Errors: ValueError for one that is gone."""
         found = self._runners.get(handle)
         if found is None:
             raise ValueError(f"ownpath has no runner {handle}: it was dropped while something still refers to it")
@@ -188,7 +188,7 @@ OPERATIONS = (
 
 
 def _by_handle(function: Callable[..., Returned]) -> Callable[..., Returned]:
-    """The function with a handle in place of the runner."""
+    """Wraps a function so that it takes a handle in place of the runner."""
     find = HANDLES.runner
 
     def call(*args: object) -> Returned:

@@ -1,7 +1,7 @@
-"""Records of a model's calls: for each slot one entry per distinct call, with a count.
+"""Records a model's calls: for each slot one record per distinct signature, with a count.
 
-Shapes and dtypes are compared on every call; what runner and kernel it was, and which compiled configuration, is asked
-when an entry is new. A slot keeps at most ``max_per_slot`` entries; calls beyond are counted together.
+Shapes and dtypes are compared on every call; runner, kernel and variant are looked up when a signature is new. A slot
+keeps at most ``max_per_slot`` records; calls with further signatures are counted together.
 """
 
 from collections import Counter, defaultdict
@@ -20,10 +20,10 @@ _Signature = tuple[tuple[torch.Size, torch.dtype], ...]
 
 @dataclass(frozen=True)
 class Record:
-    """Calls of one slot that look alike.
+    """Calls of one slot with the same signature.
 
-    variant: the compiled configurations that were launched; for a kernel with one form, where its implementation is.
-    arguments, results: their tensors in order, such as ``bfloat16[3, 256]``. num_calls: how often.
+    variant: the variants that were launched; for a kernel without variants, the path of its implementation.
+    arguments, results: their tensors in order, such as ``bfloat16[3, 256]``. num_calls: number of such calls.
     """
 
     slot: str
@@ -42,7 +42,7 @@ class _RecordCount:
 
 
 class Records(Observer):
-    """The distinct calls of every slot. Added to by one thread; any thread may read."""
+    """An observer that records the distinct calls of every slot. One thread adds; any thread may read."""
 
     def __init__(self, max_per_slot: int = MAX_PER_SLOT) -> None:
         self._max_per_slot = max_per_slot
@@ -62,8 +62,8 @@ class Records(Observer):
         entry.num_calls += 1
 
     def listed(self, slot: str) -> list[Record]:
-        """The records of one slot, in the order in which they were first seen."""
-        # A copy made in one step: the thread that runs the model may add meanwhile.
+        """Returns one slot's records, in the order in which they were first seen."""
+        # Copied in one step: the thread that runs the model may add meanwhile.
         found = list(self._entries.get(slot, {}).items())
         return [
             Record(slot, entry.use, entry.variant, _spelled(args), _spelled(results), entry.num_calls)
@@ -75,17 +75,17 @@ class Records(Observer):
             yield from self.listed(slot)
 
     def num_unlisted(self, slot: str) -> int:
-        """Calls that looked unlike all that there was room for."""
+        """Returns the number of calls that did not fit into the slot's records."""
         return self._unlisted[slot]
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Clears all records."""
         self._entries.clear()
         self._unlisted.clear()
 
 
 def signature(values: Iterable[Any]) -> _Signature:
-    """Shape and dtype of every tensor among the values, also inside tuples, lists and dataclasses, in order."""
+    """Returns shape and dtype of every tensor among the values, also inside tuples, lists and dataclasses, in order."""
     found: list[tuple[torch.Size, torch.dtype]] = []
     _collect(values, found)
     return tuple(found)

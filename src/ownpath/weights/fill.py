@@ -1,4 +1,4 @@
-"""From chunks to operands: each byte checked while it is in the cache, copied once, and counted."""
+"""Fills operands from chunks: checks each byte while it is in the cache, copies it once, and counts it."""
 
 import threading
 from math import ceil
@@ -14,7 +14,7 @@ from ownpath.weights.targets import CopyTargets
 
 
 class Filler:
-    """Takes chunks in any order and from any thread, each with a stage of its own; ``finish`` when all are in."""
+    """Takes chunks in any order from any thread, each with its own staging; call ``finish`` after the last chunk."""
 
     def __init__(self, targets: CopyTargets) -> None:
         self._targets = targets
@@ -26,7 +26,7 @@ class Filler:
         self._lock = threading.Lock()
 
     def __call__(self, chunk: FileChunk, buffer: Bytes, staging: Staging) -> None:
-        """Errors: CheckpointError naming the chunk's first tensor that may not be what it is."""
+        """Checks and copies one chunk. Errors: CheckpointError naming the chunk's first tensor with a bad value."""
         scalars = [piece for piece in chunk.pieces if piece.info.name in self._targets.scalars]
         faulty = self._take_scalars(scalars, buffer) if scalars else None
         for piece in chunk.pieces:
@@ -68,7 +68,7 @@ class Filler:
             staging.write(values, target.flat, target.first + first)
 
     def _take_scalars(self, pieces: list[Piece], buffer: Bytes) -> Piece | None:
-        """Keeps the stored values, all at once; returns the first that may be no scale."""
+        """Stores all scalars of a chunk at once; returns the first that is not a valid scale."""
         starts = np.array([piece.start for piece in pieces])
         numbers = [self._targets.scalars[piece.info.name] for piece in pieces]
         values = buffer[starts[:, None] + np.arange(4)].view(np.float32)[:, 0]

@@ -1,11 +1,11 @@
-"""Streams a checkpoint into the planned operands: complete, or an error that names the tensor.
+"""Loads a checkpoint into the planned operands: complete, or an error that names the tensor.
 
-Each slot is written exactly once, from the one tensor planned for it; bytes are copied as bytes, never converted
-(a numeric copy of an E8M0 scale would turn 2^-7 into 0). Scales are checked on the way in, and a stored divisor becomes
-the multiplier that its schema says it means.
+Each destination is written exactly once, from the one tensor planned for it; bytes are copied as bytes, never converted
+(a numeric copy of an E8M0 scale would turn 2^-7 into 0). Scales are checked while loading, and a stored divisor becomes
+a multiplier.
 
-Several threads read (``readers``), through buffers of bounded size (``staging``), chunks of each shard in turn
-(``checkpoint.chunks``), whose bytes are checked and go straight to where the plan wants them (``targets``, ``fill``).
+Several threads (``readers``) read the chunks of each shard (``checkpoint.chunks``) through buffers of bounded size
+(``staging``). Bytes are checked and copied straight to their destinations (``targets``, ``fill``).
 """
 
 from dataclasses import dataclass
@@ -29,9 +29,9 @@ from ownpath.weights.targets import find_targets
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """Operands in the order of ``plan.ops``, and the tensors used as stored, by key.
+    """Operands in the order of ``plan.ops``, and the parameters by key.
 
-    lossless_casts: slots whose NVFP4 weights are MXFP4 weights written in another way (see ``lossless``).
+    lossless_casts: slots whose NVFP4 weights were cast from MXFP4 without loss (see ``lossless``).
     """
 
     operands: tuple[OperandBuffers, ...]
@@ -49,10 +49,11 @@ def load_weights(
 ) -> LoadedWeights:
     """Allocates every operand on ``device`` and fills it from the checkpoint.
 
-    progress: told how many bytes are in, of how many. reading: None: as suits the device. allocate: for every buffer.
-    Memory: beside the weights, ``ReadOptions.staging_bytes`` and what the index takes, whatever the model's size.
-    Errors: CheckpointError naming the tensor for a bad scale, an unreadable shard, or a slot left unwritten: the first
-    in the order of the files.
+    progress: called with (bytes loaded, total bytes). read_options: ``None`` for the device's default. allocate: makes
+        each buffer.
+    Memory: beside the weights, ``ReadOptions.staging_bytes`` and the index, whatever the model's size.
+    Errors: CheckpointError naming the tensor for a bad scale, an unreadable shard or a destination left unwritten; the
+        first fault in the order of the files.
     """
     stored = {name: info.dtype for name, info in index.tensors.items()}
     operands = tuple(make_operand(op, stored, device, allocate) for op in plan.ops)
@@ -94,7 +95,7 @@ def _fill(
 
 
 def find_lossless_casts(plan: Plan, index: CheckpointIndex) -> tuple[str, ...]:
-    """Slots whose NVFP4 weights were cast from MXFP4 without loss, from the scales alone; no weight is read."""
+    """Returns slots whose NVFP4 weights were cast from MXFP4 without loss. Reads scales alone, no weights."""
     return tuple(dict.fromkeys(op.spec.slot for op in plan.ops if _is_stored_cast(op, index)))
 
 
@@ -114,7 +115,7 @@ def _is_stored_cast(op: PlannedOp, index: CheckpointIndex) -> bool:
 
 
 def _is_cast(op: PlannedOp, operand: OperandBuffers) -> bool:
-    """Whether all of an op's NVFP4 matrices were cast from MXFP4 without loss; other formats never were."""
+    """Returns True if all of an op's matrices are NVFP4 cast from MXFP4 without loss."""
     if op.encoding.format is not NVFP4:
         return False
     pairs = (("weight_scale", "weight_scale_2"), ("w13_scale", "w13_scale_2"), ("w2_scale", "w2_scale_2"))

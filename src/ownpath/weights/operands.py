@@ -1,8 +1,8 @@
-"""The memory an op's operand lives in, in its planned layout, and which checkpoint tensor fills which part of it.
+"""Allocates an op's operand buffers in the planned layout, with the destination of each checkpoint tensor in them.
 
-Every buffer starts as a sentinel: NaN where the dtype has one, all ones otherwise. (The loader leaves that out in host
-memory, see ``memory``.) A slot is a view of a buffer that exactly one checkpoint tensor fills; the slots of an op tile
-its buffers without gap or overlap.
+Every buffer starts as a sentinel: NaN where the dtype has one, all bits one otherwise. (In host memory the loader
+leaves that out, see ``memory``.) A destination is a view of a buffer that exactly one checkpoint tensor fills; the
+destinations of an op tile its buffers without gap or overlap.
 """
 
 from collections.abc import Callable
@@ -29,17 +29,16 @@ STORAGE = {
     "I64": torch.int64,
     "I32": torch.int64,
 }
-"""Safetensors dtype -> dtype in memory. Packed codes are bytes; token tables index, so they are int64."""
+"""Safetensors dtype -> dtype in memory. Packed codes are bytes; token tables are used as indices, so they are int64."""
 
 _MOE_SUFFIX = {"qdata": "", "scale": "_scale", "global_scale": "_scale_2", "input_scale": "_input_scale"}
 
 
 @dataclass(frozen=True)
 class Destination:
-    """``target``: the view of a buffer that the checkpoint tensor ``key`` fills; ``part``: what that tensor is.
+    """``target``: the view of a buffer that the checkpoint tensor ``key`` fills; ``part``: its role in the module.
 
-    A tensor that is used as stored is no part of a module. region: the part of the stored tensor that fills the target,
-    ``None`` for all of it.
+    ``part`` is ``None`` for a parameter. region: the region of the stored tensor to copy, ``None`` for all of it.
     """
 
     key: str
@@ -54,9 +53,10 @@ class Destination:
 
 @dataclass(frozen=True)
 class OperandBuffers:
-    """An op's buffers by the argument names of its runner, and the slots that fill them.
+    """An op's buffers by the argument names of its runner, and the destinations that tile them.
 
-    rooms: by the same names, the memory that a buffer lies in where its runner writes something larger over it.
+    scale_memory: memory for block scales that are converted in place when loaded. The buffer of the same name, the
+        stored scales, lies in its last half.
     """
 
     buffers: dict[str, tuple[torch.Tensor, ...]]
@@ -65,13 +65,13 @@ class OperandBuffers:
 
     @property
     def num_bytes(self) -> int:
-        """What the operand takes, for as long as its runner lives."""
+        """Bytes of the operand, for as long as its runner lives."""
         whole = {name: (memory,) for name, memory in self.scale_memory.items()}
         return sum(buffer.nbytes for buffers in (self.buffers | whole).values() for buffer in buffers)
 
 
 def sentinel(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A buffer whose every element is NaN, or all bits one where the dtype has no NaN."""
+    """Allocates a buffer filled with NaN, or with all bits one where the dtype has no NaN."""
     buffer = torch.empty(shape, dtype=dtype, device=device)
     if dtype in (torch.float32, torch.bfloat16):
         return buffer.fill_(torch.nan)
@@ -80,7 +80,7 @@ def sentinel(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
 
 
 class Allocate(Protocol):
-    """Memory for one buffer."""
+    """Allocates one buffer."""
 
     def __call__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor: ...
 
@@ -91,7 +91,7 @@ _New = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 def make_operand(
     op: PlannedOp, stored: dict[str, str], device: torch.device, allocate: Allocate = sentinel
 ) -> OperandBuffers:
-    """Allocates the operand of ``op``, of this rank's part of it. stored: checkpoint key -> safetensors dtype name."""
+    """Allocates this rank's part of ``op``'s operand. stored: checkpoint key -> safetensors dtype name."""
     operand = _operand(op, stored, partial(allocate, device=device))
     if not op.regions:
         return operand
@@ -105,7 +105,7 @@ def make_operand(
 
 
 def _regions_by_key(op: PlannedOp) -> dict[str, Region | None]:
-    """Of every tensor of the op's modules."""
+    """Returns the region of every tensor of the op's modules, by key."""
     return {
         key: part_region(part, module, region)
         for module, region in zip(op.spec.modules, op.regions, strict=True)
@@ -164,7 +164,7 @@ def _moe(encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, 
         for name, stack in (("w13_scale", gate_up), ("w2_scale", down)):
             scale_memory[name] = _nvfp4_scales(stack["qdata"], new)
             stack["scale"] = _last_half(scale_memory[name])
-    # Every expert's matrices by one call a buffer: a view of its own for each of 10^5 tensors takes a second.
+    # One call makes the views of all experts' matrices in a buffer: 10^5 separate calls take a second.
     halves = {role: _halves(t).unbind() for role, t in gate_up.items()}
     wholes = {role: t.unbind() for role, t in down.items()}
     destinations: list[Destination] = []
@@ -178,7 +178,10 @@ def _moe(encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, 
 
 
 def _halves(gate_up: torch.Tensor) -> torch.Tensor:
-    """Matrices [E, 2F, K] -> [2E, F, K], scalars [E, 2] -> [2E], grids [E, 2, R, C] -> [2E, R, C]: w1, w3 by turns."""
+    """Splits gate and up: matrices [E, 2F, K] -> [2E, F, K], scalars [E, 2] -> [2E], grids [E, 2, R, C] -> [2E, R, C].
+
+    w1 and w3 alternate in the result.
+    """
     pairs = gate_up.unflatten(1, (2, -1)) if gate_up.ndim == 3 else gate_up
     return pairs.flatten(0, 1)
 
@@ -186,9 +189,9 @@ def _halves(gate_up: torch.Tensor) -> torch.Tensor:
 def _expert_stack(
     fmt: Format, shape: tuple[int, int, int], scalars: tuple[int, ...], new: _New
 ) -> dict[str, torch.Tensor]:
-    """Buffers by role for experts' matrices [E, N, K]; scalars: the shape of what each matrix has one of.
+    """Allocates buffers by role for experts' matrices [E, N, K]. scalars: shape of the per-matrix scales.
 
-    MXFP4's scales are not among them: they lie in the room of what they become.
+    MXFP4's block scales are not among them: they lie in ``scale_memory``.
     """
     num_experts, n, k = shape
     if fmt in (BF16, FP32):
@@ -202,13 +205,13 @@ def _expert_stack(
 
 
 def _nvfp4_scales(codes: torch.Tensor, new: _New) -> torch.Tensor:
-    """Memory for the E4M3 scales that experts' E8M0 ones become. Shapes: codes [E, N, K/2] -> [E, N, K/16]."""
+    """Allocates memory for experts' E8M0 scales converted to E4M3. Shapes: codes [E, N, K/2] -> [E, N, K/16]."""
     num_experts, n, packed = codes.shape
     return new((num_experts, n, packed // 8), torch.float8_e4m3fn)
 
 
 def _last_half(memory: torch.Tensor) -> torch.Tensor:
-    """E8M0 [E, N, K/32] in the last half of the memory of E4M3 [E, N, K/16]."""
+    """Views the last half of the memory of E4M3 [E, N, K/16] as E8M0 [E, N, K/32]."""
     num_experts, n, width = memory.shape
     return memory.view(torch.float8_e8m0fnu).view(2, num_experts, n, width // 2)[1]
 
@@ -216,9 +219,9 @@ def _last_half(memory: torch.Tensor) -> torch.Tensor:
 def _fp8_stack(
     encoding: Encoding, lead: tuple[int, ...], shape: tuple[int, int], scale_dtype: torch.dtype, new: _New
 ) -> dict[str, torch.Tensor]:
-    """Buffers by role for matrices [N, K], so many as ``lead`` says: (experts,), or (experts, 2) for gate above up.
+    """Allocates buffers by role for matrices [N, K]. lead: their number, (experts,) or (experts, 2) for gate above up.
 
-    Each matrix keeps its own grid of scales: its last blocks may be partial.
+    Each matrix has its own grid of scales, because its last blocks may be partial.
     """
     n, k = shape
     codes = (lead[0], prod(lead[1:]) * n, k)
@@ -227,7 +230,7 @@ def _fp8_stack(
 
 
 def _fp8_scale_dtype(encoding: Encoding, module: ModuleSpec, stored: dict[str, str]) -> torch.dtype:
-    """E8M0 as stored, else float32: BF16 scales are widened, exactly."""
+    """Returns E8M0 where scales are stored so, else float32: BF16 scales are widened, exactly."""
     is_e8m0 = stored[encoding.key(module.name, "scale")] == "F8_E8M0"
     return torch.float8_e8m0fnu if is_e8m0 else torch.float32
 
@@ -235,7 +238,7 @@ def _fp8_scale_dtype(encoding: Encoding, module: ModuleSpec, stored: dict[str, s
 def _fp8_shards(
     encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, str], new: _New
 ) -> OperandBuffers:
-    """One weight and one scale per shard: a shard's last block may be partial, so shards do not concatenate."""
+    """Allocates a weight and a scale per shard: a shard's last block may be partial, so shards do not concatenate."""
     weights, scales = [], []
     destinations: list[Destination] = []
     for module in modules:

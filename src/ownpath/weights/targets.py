@@ -1,4 +1,4 @@
-"""Which bytes of which buffer each checkpoint tensor fills, and that no byte of a buffer is left without one."""
+"""Finds the bytes of a buffer that each checkpoint tensor fills, and asserts that tensors cover every buffer."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -14,15 +14,15 @@ from ownpath.weights.checks import Bytes
 from ownpath.weights.operands import Destination
 
 _WIDENED = {("I32", torch.int64): torch.int32, ("BF16", torch.float32): torch.bfloat16}
-"""Stored dtypes that are read into wider ones, exactly."""
+"""Stored dtypes that are widened when read, exactly."""
 
 
 @dataclass(frozen=True)
 class CopyTarget:
-    """Bytes of ``flat`` from ``first`` on: where the tensor of ``destination``, or its region of it, goes.
+    """The bytes of ``flat`` from ``first`` on, to which the destination's tensor, or its region, is copied.
 
-    info: what is read. Of a region of rows, as a tensor of its own; of one of columns, all rows whole.
-    flat: all bytes of the buffer, as numpy sees them where they are in host memory.
+    info: the tensor to read. A region of rows is a tensor of its own; for a region of columns, whole rows are read.
+    flat: all bytes of the buffer; a numpy array where it is in host memory.
     widened: the stored dtype, where it is not the buffer's.
     """
 
@@ -34,13 +34,13 @@ class CopyTarget:
 
     @property
     def is_one_stretch(self) -> bool:
-        """Whether all bytes that are read are wanted, in their order."""
+        """True if all bytes that are read are copied, in their order."""
         return self.destination.region is None or self.destination.region.dim == 0
 
     def stretches(self, first: int, data: Bytes) -> Iterator[tuple[int, Bytes]]:
-        """Of the bytes ``data`` that the tensor has from its byte ``first`` on, those that are wanted, in stretches.
+        """Yields the wanted stretches of ``data``, the tensor's bytes from its byte ``first`` on.
 
-        Each with its place among the wanted bytes; those of columns are copied together, row after row.
+        Each comes with its offset among the wanted bytes; a region's columns are joined, row after row.
         """
         if self.is_one_stretch:
             yield first, data
@@ -55,7 +55,7 @@ class CopyTarget:
             whole = 0 if column else data.size // row_bytes * row_bytes
             if whole:
                 part = data[:whole].reshape(-1, row_bytes)[:, start:stop].reshape(-1)
-            else:  # the end of a row that began in another chunk, or a beginning
+            else:  # a row that continues from another chunk, or into one
                 whole = min(row_bytes - column, data.size)
                 part = data[max(0, start - column) : max(0, min(whole, stop - column))]
             if part.size:
@@ -65,7 +65,7 @@ class CopyTarget:
 
 @dataclass(frozen=True)
 class ScalarBuffer:
-    """A buffer of multipliers: scalars ``start`` to ``stop``, the i-th of them ``repeats[i]`` times."""
+    """A buffer of multipliers: scalars ``start`` to ``stop``, the i-th repeated ``repeats[i]`` times."""
 
     buffer: torch.Tensor
     part: PartSpec
@@ -74,14 +74,14 @@ class ScalarBuffer:
     repeats: torch.Tensor
 
     def fill(self, stored: torch.Tensor) -> None:
-        """In one copy; 100,000 of their own would each be a launch."""
+        """Fills the buffer in one copy; 100,000 separate copies would each be a launch."""
         meant = self.part.meant_each(stored[self.start : self.stop])
         self.buffer.copy_(meant.repeat_interleave(self.repeats).view(self.buffer.shape))
 
 
 @dataclass(frozen=True)
 class CopyTargets:
-    """matrices: by key, what is copied as stored. scalars: key -> its position among all scalars, as in ``buffers``."""
+    """matrices: by key, the tensors copied as stored. scalars: key -> position among all scalars, as in ``buffers``."""
 
     matrices: dict[str, CopyTarget]
     scalars: dict[str, int]
@@ -90,14 +90,14 @@ class CopyTargets:
 
 
 def is_scalar(destination: Destination) -> bool:
-    """One multiplier, stored as [] or [1], for everything the slot covers."""
+    """Returns True for a multiplier stored as [] or [1], which fills all of its destination."""
     return destination.role in ("global_scale", "input_scale")
 
 
 def find_targets(
     destinations: Iterable[Destination], buffers: Iterable[torch.Tensor], index: CheckpointIndex
 ) -> CopyTargets:
-    """Finds each slot in its buffer by address, and asserts that slots tile the buffers.
+    """Finds each destination in its buffer by address, and asserts that destinations tile the buffers.
 
     Errors: CheckpointError naming a tensor the checkpoint does not hold.
     """
@@ -123,7 +123,7 @@ def find_targets(
 
 
 def _tiles(buffer: torch.Tensor, ordered: Iterable[Destination]) -> list[Destination]:
-    """The next slots, which must cover the buffer from end to end, each byte once."""
+    """Returns the next destinations, which must cover the buffer from end to end, each byte once."""
     own = []
     address, end = buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes
     for destination in ordered:
@@ -152,7 +152,7 @@ def _flat(buffer: torch.Tensor) -> torch.Tensor | np.ndarray[Any, np.dtype[np.ui
 
 
 def _source(info: TensorInfo, destination: Destination) -> TensorInfo:
-    """The tensor that is read for a slot. A region of rows is one stretch of the file: a tensor of fewer rows."""
+    """Returns the tensor to read for a destination. A region of rows is a tensor of fewer rows."""
     region = destination.region
     if region is None or region.dim != 0:
         return info
@@ -161,7 +161,7 @@ def _source(info: TensorInfo, destination: Destination) -> TensorInfo:
 
 
 def _widened(info: TensorInfo, destination: Destination) -> torch.dtype | None:
-    """The stored dtype, where an element has another size in memory."""
+    """Returns the stored dtype where an element has another size in memory, else ``None``."""
     if info.num_bytes * destination.target.numel() == destination.target.nbytes * prod(info.shape):
         return None
     return _WIDENED[info.dtype, destination.target.dtype]

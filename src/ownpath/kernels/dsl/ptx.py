@@ -1,4 +1,4 @@
-"""The few PTX instructions that the kernels issue themselves, as typed functions."""
+"""PTX instructions that the kernels issue directly, as typed functions."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ Value = Any
 
 
 def asm(text: str, constraints: str, result: Any, operands: list[Any], pure: bool, loc: Any, ip: Any) -> Any:
-    """Inline PTX. pure: it may be moved, merged or dropped like arithmetic."""
+    """Emits inline PTX. pure: the compiler may move, merge or drop it like arithmetic."""
     return llvm.inline_asm(
         result,
         operands,
@@ -29,21 +29,21 @@ def asm(text: str, constraints: str, result: Any, operands: list[Any], pure: boo
 
 @dsl_user_op
 def rotate_right(x: Value, distance: int, *, loc: Any = None, ip: Any = None) -> Uint32:
-    """The bits of ``x``, lowest ones to the top."""
+    """Rotates the bits of ``x`` right by ``distance``."""
     text = f"shf.r.wrap.b32 $0, $1, $1, {distance};"
     return Uint32(asm(text, "=r,r", T.i32(), [Uint32(x).ir_value(loc=loc, ip=ip)], True, loc, ip))
 
 
 @dsl_user_op
 def mad(x: Value, factor: int, addend: int, *, loc: Any = None, ip: Any = None) -> Uint32:
-    """x * factor + addend on 32 bits, on the multiplier's pipe rather than the logic one."""
+    """Computes x * factor + addend on 32 bits, on the multiplier's pipe instead of the logic pipe."""
     text = f"mad.lo.u32 $0, $1, {factor:#x}, {addend:#x};"
     return Uint32(asm(text, "=r,r", T.i32(), [Uint32(x).ir_value(loc=loc, ip=ip)], True, loc, ip))
 
 
 @dsl_user_op
 def broadcast_halves(pair: Value, *, loc: Any = None, ip: Any = None) -> tuple[Uint32, Uint32]:
-    """The lower half twice and the upper half twice; the multiplier selects halves by itself, at no cost."""
+    """Returns the lower half twice and the upper half twice; the multiplier selects halves at no cost."""
     struct = llvm.StructType.get_literal([T.i32()] * 2)
     text = "{ .reg .b16 low, high; mov.b32 {low, high}, $2; mov.b32 $0, {low, low}; mov.b32 $1, {high, high}; }"
     both = asm(text, "=r,=r,r", struct, [Uint32(pair).ir_value(loc=loc, ip=ip)], True, loc, ip)
@@ -113,8 +113,8 @@ def load_bulk(
 ) -> None:
     """A contiguous copy, global to shared memory (byte addresses), by the copy engine; ``barrier`` counts its bytes.
 
-    passes_once: nobody reads it again, so it is marked to leave L2 first. peers: mask of the cluster's CTAs that all
-    receive it, each at the same place of its memory; 0 for this CTA only.
+    passes_once: the data is read once, so it is marked to be evicted from L2 first. peers: mask of the cluster's CTAs
+    that all receive it, each at the same address of its memory; 0 for this CTA only.
     """
     setup, how, more = "", "", ""
     if peers:

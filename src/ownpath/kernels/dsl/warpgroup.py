@@ -1,4 +1,4 @@
-"""What the products share: a thread's place in its warpgroup, and operands of ``wgmma``, the tensor cores' instruction.
+"""Parts that the products share: a thread's position in its warpgroup, and operands of the ``wgmma`` instruction.
 
 A warpgroup multiplies 64 rows at a time. Operand B comes from shared memory, operand A from there or from registers.
 """
@@ -43,7 +43,7 @@ class Thread:
 
 @dataclass(frozen=True)
 class Operands:
-    """What a thread's warpgroup multiplies: its rows of the next ``k_iters`` stages."""
+    """The operands of a warpgroup: its rows of the next ``k_iters`` stages."""
 
     thread: Thread
     stages: Stages
