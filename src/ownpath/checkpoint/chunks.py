@@ -72,7 +72,7 @@ def _chunks_of(file: Path, infos: list[TensorInfo], max_bytes: int) -> Iterator[
 class ChunkReader:
     """Reads chunks into the caller's buffers, with one shard open at a time.
 
-    It reads by position instead of mapping the file: a file that is truncated meanwhile raises an error instead of a bus
+    It reads by position instead of mapping the file: a file that is truncated meanwhile raises an error, not a bus
     error, and no page of the file counts as this process's memory.
     """
 

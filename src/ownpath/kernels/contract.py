@@ -1,8 +1,8 @@
 """The contract of kernels: one protocol for each kind of operation, and the types of their arguments.
 
-A kernel has four methods. ``prepare`` turns stored weights into an operand, the form that the kernel reads, and resolves
-everything that does not change from call to call. ``restore`` reads an operand back. ``workspace`` allocates scratch for
-calls up to a size. ``run`` computes. Given ``out`` and ``workspace``, ``run`` allocates nothing.
+A kernel has four methods. ``prepare`` turns stored weights into an operand, the form that the kernel reads, and
+resolves everything that does not change from call to call. ``restore`` reads an operand back. ``workspace`` allocates
+scratch for calls up to a size. ``run`` computes. Given ``out`` and ``workspace``, ``run`` allocates nothing.
 
 An operand belongs to one device; calls on it may come from any stream, one thread at a time.
 

@@ -19,7 +19,7 @@ ExpertProduct = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 def clamped_swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
-    """Computes silu(min(gate, limit)) * clamp(up, -limit, limit), DeepSeek-V4's clamped SwiGLU, in the input's dtype."""
+    """Computes silu(min(gate, limit)) * clamp(up, -limit, limit), DeepSeek-V4's SwiGLU, in the dtype of its inputs."""
     return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
 
 

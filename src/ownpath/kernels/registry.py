@@ -1,7 +1,7 @@
 """The registry of kernels: the specs of every family, and their implementations by name.
 
 A folder of ``ownpath.kernels`` with a ``spec.py`` is a family. Nothing else lists kernels, so that adding one means
-adding a folder. An implementation is imported when it is first looked up; before that, neither torch nor a toolchain is.
+adding a folder. An implementation is imported when it is first looked up; until then neither torch nor a toolchain is.
 """
 
 import pkgutil

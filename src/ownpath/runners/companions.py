@@ -134,7 +134,7 @@ class Router(KernelRunner):
         self.handle = HANDLES.new(self)
 
     def variant(self, x_TD: torch.Tensor, *_: Any) -> str | None:
-        """Returns the names of the variants that a call launches; ``None`` without variants. The logits do not matter."""
+        """Returns the names of the variants that a call launches; ``None`` without variants. Logits are not read."""
         return self.kernel.variant(x_TD, self.operand)
 
     def run(

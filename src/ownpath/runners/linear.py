@@ -88,7 +88,7 @@ class LinearRunner(KernelRunner):
         return self.kernel.configs(self.operand)
 
     def variant(self, x: torch.Tensor, *_: Any) -> str | None:
-        """Returns the names of the variants that a call with this x launches; ``None`` for a kernel without variants."""
+        """Returns the names of the variants that a call with this x launches; ``None`` without variants."""
         return self.kernel.variant(x, self.operand)
 
 
@@ -117,8 +117,9 @@ class Nvfp4Linear(LinearRunner):
     Shapes: weight uint8 [N, K/2], low nibble = even k (int8 storage is viewed as uint8); weight_scale E4M3
         [N, K/16]; weight_scale_2 float32 [], a multiplier (ModelOpt's convention), or [N], one per output row.
         Lists of these are fused shards: their rows follow each other in y. x [..., K]; y [..., N] in its dtype.
-    On a Hopper GPU the runner takes ownership of its operands: they are repacked in place, so that a weight never exists
-    twice. Pass clones of tensors that are needed later. (Fused shards are copied together first and stay unchanged.)
+    On a Hopper GPU the runner takes ownership of its operands: they are repacked in place, so that a weight never
+    exists twice. Pass clones of tensors that are needed later. (Fused shards are copied together first and stay
+    unchanged.)
     Errors: ValueError naming the operand for a wrong dtype, shape or device.
     Source: NVIDIA ModelOpt's NVFP4 export.
     """
@@ -197,7 +198,7 @@ def plain_format(weight: torch.Tensor) -> Format:
 
 
 class QuantizedLinear(LinearRunner):
-    """A linear whose input is quantised and read back before the product; any activation dtype holds the result exactly.
+    """A linear whose input is quantised and read back before the product; any activation dtype holds it exactly.
 
     FP8 weights: W8A8, E4M3 with a power-of-two scale per 1 x 128. NVFP4 weights: W4A4 by a W4A16 kernel; the input's
     global scale (the largest of the shards') is multiplied into the weights' global scales.

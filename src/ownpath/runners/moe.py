@@ -145,7 +145,7 @@ class Nvfp4MoE(MoeRunner):
         *,
         kernel: KernelOrName | None = None,
     ) -> "Nvfp4MoE":
-        """Makes a runner from MXFP4 experts, exactly: each E8M0 scale becomes two E4M3 scales, with a power of two each.
+        """Makes a runner from MXFP4 experts, exactly: an E8M0 scale becomes two E4M3 scales and a power of two each.
 
         Shapes: w13 uint8 [E, 2F, D/2] and w13_scale E8M0 [E, 2F, D/32], gate rows first; w2 uint8 [E, D, F/2] and
             w2_scale E8M0 [E, D, F/32]. Scales take twice their bytes: 0.5625 a weight instead of 0.53125.

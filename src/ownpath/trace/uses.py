@@ -42,7 +42,7 @@ def variant_of(runner: Callable[..., Any], args: tuple[Any, ...]) -> str:
 
 
 def _names(leaf: KernelRunner) -> tuple[str, str, str]:
-    """Returns runner, kernel and layout by the leaf's spec, or by its kernel's type if that is not the spec's kernel."""
+    """Returns runner, kernel and layout by the leaf's spec, or by its kernel's type if that is not registered."""
     spec = leaf.spec
     if leaf.kernel is KERNELS[spec.name]:
         return spec.runner, spec.name, spec.layout

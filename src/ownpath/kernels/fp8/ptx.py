@@ -1,4 +1,4 @@
-"""PTX instructions that only the FP8 kernels issue, as typed functions."""
+"""PTX instructions of the FP8 kernels, as typed functions."""
 
 from typing import Any
 

@@ -1,12 +1,12 @@
-"""``cute.nvfp4_moe``: routed experts as one call of at most five launches, each started while its predecessor drains.
+"""``cute.nvfp4_moe``: routed experts in at most five launches, each started while its predecessor drains.
 
     align -> (permute, for long prompts) -> gate_up with SwiGLU -> down -> combine
 
 See ``moe_sm90`` for the schedule they share and ``gemm_sm90`` for the products. A token's bits depend neither on the
-other tokens nor on their number, except that up to 4096 (token, slot) pairs the experts' outputs are summed before
-they are rounded to BF16; the invariant kernel always does so.
+other tokens nor on their number, with one exception: up to 4096 (token, slot) pairs the experts' outputs are summed
+before they are rounded to BF16; the invariant kernel always does so.
 
-A call's scratch is one piece of memory: schedule, then (for long prompts) the rows in the experts' order, bfloat16
+A call's scratch is one buffer: schedule, then (for long prompts) the rows in the experts' order, bfloat16
 [P, D], then the hidden rows, bfloat16 [P, F], then the experts' outputs, float32 or bfloat16 [P, D].
 """
 
@@ -33,17 +33,17 @@ MAX_EXPERTS = ALIGN_THREADS - 1
 ALIGN_CTAS = 8
 PAIRS_PER_ALIGN_WARP = 32
 PAIRS_PER_ALIGN_CTA = 4096
-"""Above, a cluster sorts the pairs: one CTA takes 12 us for 6144 of them."""
+"""With more pairs, a cluster sorts them: one CTA takes 12 us for 6144."""
 PART_BYTES = 256
-"""Parts of the scratch start at multiples of it."""
+"""Alignment of the parts of the scratch."""
 
 MoeCallKey = tuple[int, int, int, int, bool, int]
-"""Tokens, choices of each, shared experts, length of the expert map or -1, whether ids are int64, pitch of x."""
+"""Tokens, top k, shared experts, length of the expert map or -1, whether ids are int64, pitch of x."""
 
 
 @dataclass(frozen=True)
 class MoeOperand:
-    """Packed experts. launches: by what tells calls apart."""
+    """Packed experts. launches: by ``MoeCallKey``."""
 
     w13: PackedWeight
     w2: PackedWeight
@@ -62,13 +62,13 @@ class MoeOperand:
 
 
 def align_config(wide_ids: bool, mapped: bool, num_shared: int, pairs: int) -> AlignConfig:
-    """One warp, one CTA or a cluster, by the number of (token, slot) pairs."""
+    """Returns the kernel for one warp, one CTA or a cluster, by the number of (token, slot) pairs."""
     ctas = ALIGN_CTAS if pairs > PAIRS_PER_ALIGN_CTA else 1
     return AlignConfig(wide_ids, mapped, num_shared, ctas, few=pairs <= PAIRS_PER_ALIGN_WARP)
 
 
 class _MoeLaunches:
-    """The launches of one size of call, and where in the scratch each part lies."""
+    """The prepared launches for one size of call, and the offsets of the scratch's parts."""
 
     def __init__(self, choice: MoeChoice, key: MoeCallKey, operand: MoeOperand) -> None:
         num_tokens, num_choices, num_shared, map_length, wide_ids, x_pitch = key
@@ -101,7 +101,7 @@ class _MoeLaunches:
         self._products: tuple[GemmLaunch, GemmLaunch] | None = None
 
     def _new_products(self, x_address: int, hidden_address: int) -> tuple[GemmLaunch, GemmLaunch]:
-        """Both products with their inputs at these addresses."""
+        """Prepares both products with their inputs at these addresses."""
         found = []
         for (config, weight, (num_rows, pitch), out), address in zip(
             self._shapes, (x_address, hidden_address), strict=True
@@ -112,7 +112,7 @@ class _MoeLaunches:
         return found[0], found[1]
 
     def start(self, x: int, routing: Routing, scratch: int, out: int, stream: int) -> None:
-        """Launches everything. x, scratch, out: addresses."""
+        """Launches all kernels. x, scratch, out: addresses."""
         ids, expert_map = routing.ids.data_ptr(), routing.expert_map
         hidden, rows, ordered = scratch + self.hidden_at, scratch + self.rows_at, scratch + self.sorted_at
         mapped = ids if expert_map is None else expert_map.data_ptr()
@@ -131,7 +131,7 @@ class _MoeLaunches:
 
 
 def _tiling(config: GemmConfig, operand: MoeOperand, tiles: int) -> Tiling:
-    """How gate_up (the one with SwiGLU) or down is cut, for at most ``tiles`` tiles of tokens."""
+    """Returns the tiling of gate_up (the product with SwiGLU) or down, for at most ``tiles`` tiles of tokens."""
     weight, pitch = (operand.w13, operand.inter) if config.swiglu else (operand.w2, operand.hidden)
     most = tiles * (weight.num_rows // (64 * config.m64_per_tile)) // config.cluster
     grid = min(config.per_sm * num_sms(weight.device_index) // config.cluster, most) * config.cluster
@@ -179,26 +179,26 @@ class Nvfp4MoeKernel:
         )
 
     def restore(self, operand: MoeOperand, expert: int) -> FusedExpert:
-        """One expert as ``prepare`` took it; the kernel holds the global scale of w2 twice: [2]."""
+        """Reads one expert back; the kernel holds the global scale of w2 twice: [2]."""
         sides = (operand.w13, gate_up_rows), (operand.w2, plain_rows)
         w13, w2 = (_restored(weight, rows(weight.num_rows), operand.num_experts, expert) for weight, rows in sides)
         return w13, w2
 
     def choose(self, pairs: int, operand: MoeOperand) -> MoeChoice:
-        """The kernels of a call with ``pairs`` (token, slot) pairs."""
+        """Chooses the kernels of a call with ``pairs`` (token, slot) pairs."""
         return self._choose(pairs, operand.num_experts, operand.hidden, operand.inter, self.is_batch_invariant)
 
     def variant(self, x: torch.Tensor, routing: Routing, operand: MoeOperand) -> str:
-        """Names of the products that a call with these arguments launches."""
+        """Returns the names of the products that a call with these arguments launches."""
         choice = self.choose(routing.ids.numel() + len(x) * routing.num_shared, operand)
         return f"{choice.gate_up.name} {choice.down.name}"
 
     def configs(self, operand: MoeOperand) -> list[Config]:
-        """Every kernel that a call without shared experts or an expert map may launch."""
+        """Returns the configurations of every kernel that a call without shared experts or a map may launch."""
         return self._configs(operand.hidden, operand.inter)
 
     def planned_configs(self, stored: StoredExperts) -> list[Config]:
-        """As ``configs``, from the shapes."""
+        """Returns ``configs`` from the shapes."""
         return self._configs(stored.hidden_size, stored.down.shape[2])
 
     def _configs(self, hidden: int, inter: int) -> list[Config]:
@@ -214,9 +214,9 @@ class Nvfp4MoeKernel:
         return list(dict.fromkeys(found))
 
     def workspace(self, operand: MoeOperand, num_tokens: int, num_slots: int) -> torch.Tensor:
-        """Scratch for calls of up to ``num_tokens`` tokens with this many slots, shared experts included."""
+        """Allocates scratch for up to ``num_tokens`` tokens. num_slots: experts per token, shared ones included."""
         pairs = num_tokens * num_slots
-        # The narrowest tile of any smaller call makes the longest schedule, and a smaller call may keep float32.
+        # A smaller call may have narrower tiles, hence a longer schedule, and may use float32 outputs.
         tiles = min(operand.num_experts, pairs) + pairs // 8 + 1
         row_bytes = 4 * pairs if self.is_batch_invariant else max(4 * min(pairs, WIDE_PAIRS), 2 * pairs)
         parts = (
@@ -236,7 +236,7 @@ class Nvfp4MoeKernel:
         out: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """y[t] = sum over slots of weight * expert(x[t]), and over the last num_shared experts of expert(x[t]).
+        """Computes y[t] = sum over slots of weight * expert(x[t]), plus the last num_shared experts of x[t].
 
         Shapes: x bfloat16 [T, D]; routing as ``Routing``; y bfloat16 [T, D], ``out`` if given.
         Errors: ValueError naming a tensor the kernels cannot take. Ids outside the experts contribute nothing.
@@ -271,7 +271,7 @@ class Nvfp4MoeKernel:
 
 
 def _stack(name: str, side: QuantTensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes, scales and global scales that can be repacked in place. Errors: ValueError naming them."""
+    """Returns codes, scales and global scales, checked for repacking in place. Errors: ValueError naming the tensor."""
     assert side.scale is not None
     assert side.global_scale is not None
     require_packable(name, side.qdata)
@@ -312,7 +312,7 @@ def _check(x: torch.Tensor, routing: Routing, operand: MoeOperand) -> None:
 
 
 def _refuse(x: torch.Tensor, routing: Routing, operand: MoeOperand) -> None:
-    """Errors: ValueError naming the first tensor that the kernels cannot take."""
+    """Raises ValueError naming the first tensor that the kernels cannot take."""
     require_input(x, operand.hidden, operand.w13.codes)
     require_routing(x, routing.ids, routing.weights)
     require_rows("x", x, operand.hidden)

@@ -28,7 +28,7 @@ ROW_TILE = tl.constexpr(128)
 
 @triton.jit
 def clamped_swiglu(gate, up, limit):
-    """silu(min(gate, limit)) * clamp(up, -limit, limit) in float32; a NaN stays one."""
+    """Computes silu(min(gate, limit)) * clamp(up, -limit, limit) in float32; NaN stays NaN."""
     gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
     up = tl.minimum(tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL), limit, propagate_nan=tl.PropagateNan.ALL)
     return gate / (1.0 + tl.exp(-gate)) * up

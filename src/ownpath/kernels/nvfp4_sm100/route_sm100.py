@@ -1,4 +1,4 @@
-"""Rows of the grouped products: from routing choices to tiles of one expert, and from expert outputs back to tokens.
+"""Routing of the grouped products' rows: sorts routed pairs into tiles of one expert, and sums outputs per token.
 
 How it works. A *pair* is a token's choice of an expert, numbered token * choices + choice. ``count_kernel`` counts
 the pairs of each expert; ``place_kernel`` gives expert e the tiles of 128 rows after those of experts 0..e-1, and its
@@ -29,7 +29,7 @@ import triton.language as tl
 
 
 def num_tiles_bound(num_pairs: int, num_experts: int, tile: int = 128) -> int:
-    """Most tiles that ``num_pairs`` routed pairs can need: each expert with a pair rounds up to whole tiles."""
+    """Returns the most tiles that ``num_pairs`` routed pairs can need: each expert with a pair rounds up to tiles."""
     used = min(num_pairs, num_experts)
     return used + (num_pairs - used) // tile
 
