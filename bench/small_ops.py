@@ -29,7 +29,7 @@ Call = Callable[[], object]
 
 
 def replay_us(calls: list[Call], num_replays: int = 30) -> float:
-    """Median time of a graph of these calls, per call."""
+    """Returns the median microseconds per call, from replays of a graph of these calls."""
     for call in calls[:2]:
         call()
     graph = torch.cuda.CUDAGraph()
@@ -48,7 +48,7 @@ def replay_us(calls: list[Call], num_replays: int = 30) -> float:
 
 
 def bound_call(kernel: Callable[..., Any], inputs: tuple[Any, ...]) -> Call:
-    """A call with its outputs and workspace allocated beforehand."""
+    """Returns a call with preallocated outputs and workspace."""
     out = kernel(*inputs)
     arguments = {"out": out}
     if isinstance(out, HyperOut):
@@ -57,12 +57,12 @@ def bound_call(kernel: Callable[..., Any], inputs: tuple[Any, ...]) -> Call:
 
 
 def num_sets(case: KernelCase, num_tokens: int) -> int:
-    """Operand sets that together exceed the L2 cache, within reason for the smallest operations."""
+    """Returns the number of operand sets that together exceed the L2 cache, limited for the smallest operations."""
     return int(min(max(COLD_BYTES / num_bytes(case, num_tokens), 3), 96))
 
 
 def measure(case: KernelCase, num_tokens: int, with_torch: bool) -> dict[str, Any]:
-    """One row of the table. Errors: AssertionError when the kernel is wrong."""
+    """Measures one row of the table. Errors: AssertionError when the kernel is wrong."""
     device = torch.device("cuda")
     sets = [make_inputs(case, num_tokens, device, seed) for seed in range(num_sets(case, num_tokens))]
     kernel = KERNELS[f"triton.{case.kernel}"]
@@ -88,7 +88,7 @@ def measure(case: KernelCase, num_tokens: int, with_torch: bool) -> dict[str, An
 
 
 def machine() -> dict[str, str]:
-    """Device and versions, for every record."""
+    """Returns device and versions, for every record."""
     return {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,

@@ -1,7 +1,7 @@
 """Times tiles of the small operations that have a choice: ``python bench/small_ops_sweep.py --out FILE``.
 
-``choose_tiles`` in ``kernels/triton/hyper.py`` and ``grouped.py`` is the outcome of such a sweep. A tile is judged
-before it is timed; one that is wrong is reported, not timed.
+``choose_tiles`` in ``kernels/hyper/launch.py`` and ``kernels/grouped/launch.py`` is the outcome of such a sweep. A tile
+is checked before it is timed; a wrong one is reported, not timed.
 """
 
 import argparse
@@ -36,7 +36,7 @@ TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 1024)
 
 
 def time_tiles(case: KernelCase, module: Any, tiles: Any, sets: Sequence[tuple[Any, ...]]) -> float | str:
-    """Microseconds a call with these tiles, or what is wrong with them."""
+    """Returns the microseconds of a call with these tiles, or the reason why they cannot be timed."""
     kernel = KERNELS[f"triton.{case.kernel}"]
     with mock.patch.object(module, "choose_tiles", return_value=tiles):
         try:

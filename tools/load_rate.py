@@ -1,4 +1,4 @@
-"""How fast weights are loaded, beside reading the same files: on a synthetic checkpoint of full-size V4-Flash layers.
+"""Measures the rates of loading weights and of reading the same files, on synthetic full-size V4-Flash layers.
 
     PYTHONPATH=src python tools/load_rate.py --folder /tmp/synthetic --layers 5 --devices cpu,cuda --out rates.jsonl
 
@@ -38,7 +38,7 @@ STATUS = Path("/proc/self/status")
 
 
 def read_part(path: Path, part_idx: int, num_parts: int) -> None:
-    """One thread's part of a file: as long as the others', and read from its beginning to its end."""
+    """Reads one thread's part of a file; all parts have the same length."""
     buffer = memoryview(bytearray(READ_BYTES))
     num_bytes = path.stat().st_size
     start, stop = (num_bytes * idx // num_parts for idx in (part_idx, part_idx + 1))
@@ -49,32 +49,32 @@ def read_part(path: Path, part_idx: int, num_parts: int) -> None:
 
 
 def read_files(index: CheckpointIndex, num_threads: int) -> None:
-    """Every byte of the shards once, in large reads, shard by shard."""
+    """Reads every byte of the shards once, in large reads, shard by shard."""
     with ThreadPoolExecutor(num_threads) as pool:
         for path in sorted({info.file for info in index.tensors.values()}):
             list(pool.map(read_part, repeat(path), range(num_threads), repeat(num_threads)))
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Wall time of a call; its result is dropped."""
+    """Returns the wall time of a call; its result is dropped."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
 def status_bytes(field: str) -> int:
-    """A size that the kernel keeps for this process: VmRSS, or VmHWM, its highest since ``forget_peak``."""
+    """Returns the operating system's size of this process: VmRSS, or VmHWM, the peak since ``forget_peak``."""
     (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024
 
 
 def forget_peak() -> None:
-    """From here on, VmHWM is the peak."""
+    """Resets VmHWM, the peak."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def touch_rates(num_bytes: int, num_threads: int) -> dict[str, float]:
-    """GB/s at which the system gives fresh memory, a byte of each page written: as operands get it, in small pages."""
+    """Measures the GB/s of fresh memory, writing a byte of each page: as operands get it, and in small pages."""
     rates = {}
     for kind, allocate in (("operand", reserve), ("small pages", torch.empty)):
         pages = allocate((num_bytes,), dtype=torch.uint8, device=torch.device("cpu")).numpy()
@@ -91,7 +91,7 @@ def _touch(pages: Any, num_threads: int) -> None:
 
 
 def load_row(plan: Plan, index: CheckpointIndex, device: torch.device, read_options: ReadOptions) -> dict[str, object]:
-    """One load: its seconds, and the host memory it took at most, less the weights where they are in it."""
+    """Measures a load: seconds, and peak host memory without the weights that are in it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -108,7 +108,7 @@ def load_row(plan: Plan, index: CheckpointIndex, device: torch.device, read_opti
 
 
 def measure(args: argparse.Namespace, device: str, index: CheckpointIndex, config: ModelConfig) -> None:
-    """Prints and keeps one row for each load on a device."""
+    """Prints and records a row for each load on a device."""
     dtype = str(EngineConfig.for_device(device).dtype).removeprefix("torch.")
     plan = make_plan(config, index, device_caps(device), Demands(dtype))
     default = ReadOptions.for_device(torch.device(device))

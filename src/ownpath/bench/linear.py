@@ -26,7 +26,7 @@ class _LinearContender(Contender, Protocol[_FormatOperands_contra]):
 
 @dataclass(frozen=True)
 class LinearBench(Generic[FormatOperands]):
-    """What differs between weight formats: how to make operands, what is right, and what must move."""
+    """A weight format's benchmark: functions that make operands, compute the reference and count the work."""
 
     name: str
     make: Callable[[LinearShape, torch.Generator], FormatOperands]
@@ -45,7 +45,7 @@ def run_linear(
     row_counts: Sequence[int],
     contenders: Sequence[_LinearContender[FormatOperands]],
 ) -> Iterator[Row]:
-    """One row for each row count and contender, contender by contender."""
+    """Yields a row for each row count and contender, contender by contender."""
     sets = num_calls(bench.work(shape, 0).num_bytes)
     operands = [bench.make(shape, settings.generator(idx)) for idx in range(sets)]
     cases = [_case(bench, settings, shape, num_rows) for num_rows in row_counts]

@@ -1,4 +1,4 @@
-"""This package's own runners, through the public API."""
+"""This package's runners as contenders, through the public API."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ class _OwnSystem:
     max_rel_l2 = W4A16_MAX_REL_L2
 
     def missing(self, device: str) -> Missing | None:
-        """Runs everywhere."""
+        """Returns None: it runs everywhere."""
         return None
 
 

@@ -1,4 +1,4 @@
-"""Which experts the tokens of a benchmark go to."""
+"""Random routing of a benchmark's tokens."""
 
 from dataclasses import dataclass
 
@@ -16,12 +16,12 @@ class TopkRouting:
 
     @property
     def distinct_experts(self) -> int:
-        """How many experts get at least one token."""
+        """Number of experts that get at least one token."""
         return int(self.topk_ids.unique().numel())
 
 
 def uniform_routing(shape: MoeShape, num_tokens: int, seed: int, device: str) -> TopkRouting:
-    """Each token's experts drawn uniformly without replacement; the same for a seed on every device."""
+    """Draws each token's experts uniformly without replacement; the same for a seed on every device."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(num_tokens, shape.num_experts, generator=generator)
     weights = torch.rand(num_tokens, shape.top_k, generator=generator) + 0.5

@@ -1,4 +1,4 @@
-"""How long a call takes: CUDA-graph replays on a GPU, a wall clock on a CPU, never one in the other's name."""
+"""Times calls: with CUDA-graph replays on a GPU, with a wall clock on a CPU. Records name the timer."""
 
 import itertools
 import statistics
@@ -24,9 +24,9 @@ class Timer(Protocol):
 
 
 def choose_timer(device: str, budget_s: float = 0.5) -> Timer:
-    """The timer for a device. budget_s: how long to replay, at least.
+    """Returns the timer for a device. budget_s: least time of replaying, in seconds.
 
-    Errors: ValueError when a GPU is asked for and there is none: a CPU's time must not stand in a GPU's table.
+    Errors: ValueError for a GPU that is not there: a CPU's time must not appear in a GPU's table.
     """
     kind = torch.device(device).type
     if kind == "cpu":
@@ -43,7 +43,7 @@ def choose_timer(device: str, budget_s: float = 0.5) -> Timer:
 
 @dataclass(frozen=True)
 class CudaGraph:
-    """Captures the round once and replays it; events around each replay, the median over replays."""
+    """Captures the round once and replays it; events time each replay, and the median counts."""
 
     budget_s: float
     name: str = "cuda graph replay"
@@ -61,7 +61,7 @@ class CudaGraph:
         return _timing(self._replay(graph, replays), len(calls))
 
     def _capture(self, calls: Sequence[TimedCall]) -> torch.cuda.CUDAGraph:
-        """Calls run once outside the graph first: that compiles, and allocates what is allocated once."""
+        """Captures the calls, after running each once to compile and allocate."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -76,7 +76,7 @@ class CudaGraph:
         return graph
 
     def _replay(self, graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
-        """Microseconds of each of ``count`` replays."""
+        """Returns the microseconds of each of ``count`` replays."""
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
         marks[0].record()
         for mark in marks[1:]:
@@ -88,7 +88,7 @@ class CudaGraph:
 
 @dataclass(frozen=True)
 class WallClock:
-    """A CPU's own clock around each round. Says nothing about a GPU."""
+    """Times each round with the CPU's clock. Not valid for a GPU."""
 
     budget_s: float
     name: str = "cpu wall clock"

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Protocol
 
 Candidate = Mapping[str, int | str | bool]
-"""One candidate: what a kernel family calls its knobs, as JSON values."""
+"""A candidate configuration: the family's knobs by name, as JSON values."""
 
 RunCandidate = Callable[[str, Candidate], float]
-"""(case, candidate) -> median microseconds. It checks the answer first.
+"""(case, candidate) -> median microseconds. It checks the result first.
 
-Errors: CandidateFailed for a candidate that does not compile, fit or compute the right thing.
+Errors: CandidateFailed for a candidate that does not compile, does not fit or computes a wrong result.
 """
 
 WriteLine = Callable[[str], None]
@@ -30,25 +30,25 @@ _TUNERS = "ownpath.bench.tuners"
 
 
 class CandidateFailed(ValueError):
-    """This candidate is no choice for this case; the message says why."""
+    """Raised for a candidate that cannot be chosen for a case; the message says why."""
 
 
 class Family(Protocol):
-    """What ``--tune`` needs to know of a kernel family."""
+    """A kernel family that ``--tune`` can tune."""
 
     candidates: Mapping[str, Sequence[Candidate]]
-    """Case (a key that the kernels look up, such as "m=64,n=4096,k=4096") -> what to try, the present choice first."""
+    """Case (a key of the table, such as "m=64,n=4096,k=4096") -> candidates, the present choice first."""
 
     table: Path
-    """Where its kernels read the choice from."""
+    """Path of the table that the kernels read."""
 
     def run(self, case: str, config: Candidate) -> float:
-        """See Run."""
+        """See ``RunCandidate``."""
 
 
 @dataclass(frozen=True)
 class Tried:
-    """One candidate in one case. us is NaN when it failed."""
+    """One candidate's result in one case. us: NaN if it failed."""
 
     config: Candidate
     us: float
@@ -63,7 +63,7 @@ def tune(
     provenance: Mapping[str, object],
     report: WriteLine = print,
 ) -> dict[str, Tried]:
-    """Runs every candidate and writes the fastest for each case to ``out``; cases of an earlier table stay.
+    """Runs every candidate and writes the fastest for each case to ``out``; other cases of an earlier table are kept.
 
     A tie goes to the earlier candidate. Errors: CandidateFailed when no candidate of a case runs; nothing is written.
     """
@@ -81,7 +81,7 @@ def tune(
 
 
 def load_family(name: str, device: str) -> Family:
-    """The family's candidates. Errors: ValueError for a family without a tuner."""
+    """Loads a family's tuner. Errors: ValueError for a family without one."""
     if not name.isidentifier() or not _has_tuner(name):
         raise ValueError(f"--tune: no kernel family {name!r} with candidates in {_TUNERS}")
     family: Family = importlib.import_module(f"{_TUNERS}.{name}").family(device)

@@ -88,7 +88,7 @@ LISTS = {8: _few(8), 16: _few(16), 64: WIDE, 256: MIDDLE, 2048: LONG}
 
 
 class LinearFamily:
-    """The family that ``--tune linear`` asks for."""
+    """The family of ``--tune linear``."""
 
     candidates: Mapping[str, Sequence[Candidate]]
     table: Path = TUNED / "linear.json"
@@ -107,7 +107,7 @@ class LinearFamily:
         self._operands = lru_cache(maxsize=1)(self._make_operands)
 
     def _make_operands(self, shape: LinearShape) -> tuple[Nvfp4Operands, list[LinearOperand]]:
-        """One stored operand for the reference, and packed ones in rotation so that L2 is cold."""
+        """Makes one stored operand for the reference, and packed ones in rotation so that L2 is cold."""
         kernel, packed = Nvfp4LinearKernel(is_batch_invariant=False), []
         first = random_nvfp4(shape, self._settings.generator())
         for idx in range(num_calls(shape.num_params * 0.5625, least=2)):
@@ -117,7 +117,7 @@ class LinearFamily:
         return first, packed
 
     def run(self, case: str, config: Candidate) -> float:
-        """Median microseconds of a call; the answer is compared with the torch reference first."""
+        """Returns the median microseconds of a call, after a comparison with the torch reference."""
         tokens, rows, cols = (int(part.split("=")[1]) for part in case.split(","))
         stored, packed = self._operands(self._shapes[rows, cols])
         kernel = Nvfp4LinearKernel(is_batch_invariant=False, choose=partial(_chosen, config))
@@ -137,7 +137,7 @@ class LinearFamily:
 
 
 def fits(config: Candidate, shape: LinearShape) -> bool:
-    """Whether a candidate's tile divides the matrix and its stages leave at least two."""
+    """Returns True if a candidate's tile divides the matrix and at least two of its stages fit."""
     gemm = linear_config(config)
     tiles, rest = divmod(shape.out_features, 64 * gemm.m64_per_tile)
     columns = gemm.stage_k * gemm.warpgroups_k * gemm.cluster_k
@@ -150,7 +150,7 @@ def _chosen(config: Candidate, num_tokens: int, num_rows: int, num_cols: int, in
 
 
 def family(device: str) -> LinearFamily:
-    """The dense products' tuner. Errors: ValueError off CUDA."""
+    """Returns the dense products' tuner. Errors: ValueError off CUDA."""
     if not device.startswith("cuda"):
         raise ValueError(f"--tune linear measures on a CUDA device, not on {device}")
     return LinearFamily(device)

@@ -104,8 +104,8 @@ MANY = (
 
 
 def cases(shape: MoeShape) -> dict[str, int]:
-    """Case -> number of tokens. An entry holds up to 17% more pairs per expert than it was measured with, so that few
-    experts exceed the tile; where a tile holds all rows anyway, halfway to the next one."""
+    """Returns case -> number of tokens. An entry holds up to 17% more pairs per expert than it was measured with, so
+    that few experts exceed the tile; where a tile holds all rows anyway, up to halfway to the next entry."""
     densities = [num_tokens * shape.top_k / shape.num_experts for num_tokens in TOKENS]
     limits = [
         1.17 * density if density >= 4 else math.sqrt(density * following)
@@ -116,13 +116,13 @@ def cases(shape: MoeShape) -> dict[str, int]:
 
 
 def candidates(pairs_per_expert: float) -> tuple[dict[str, int], ...]:
-    """What is worth trying with so many rows per expert."""
+    """Returns the candidates for this number of rows per expert."""
     lists = ((FEW, 0, 2.2), (SOME, 2.2, 40), (MIDDLE, 20, 80), (MANY, 60, math.inf))
     return tuple(one for tried, least, most in lists if least <= pairs_per_expert < most for one in tried)
 
 
 class MoeFamily:
-    """The family that ``--tune moe`` asks for."""
+    """The family of ``--tune moe``."""
 
     candidates: Mapping[str, Sequence[Candidate]]
     table: Path = TUNED / "moe.json"
@@ -140,7 +140,7 @@ class MoeFamily:
         self._reference = lru_cache(maxsize=1)(self._make_reference)
 
     def _make_operands(self, shape: MoeShape) -> tuple[MoeOperands, MoeOperand]:
-        """Stored experts for the reference, and packed ones."""
+        """Makes stored experts for the reference, and packed ones."""
         stored = random_moe(shape, self._settings.generator())
         own = stored.clone()
         gate_up_scale = own.w13_scale_2 if own.w13_scale_2.ndim == 2 else own.w13_scale_2[:, None].expand(-1, 2)
@@ -150,7 +150,7 @@ class MoeFamily:
         return stored, kernel.prepare(StoredExperts(gate_up, down, SWIGLU_LIMIT))
 
     def run(self, case: str, config: Candidate) -> float:
-        """Median microseconds of a call; the answer is compared with the torch reference first."""
+        """Returns the median microseconds of a call, after a comparison with the torch reference."""
         shape, num_tokens = self._problems[case]
         packed = replace(self._operands(shape)[1], launches=LaunchCache())
         kernel = Nvfp4MoeKernel(is_batch_invariant=False, choose=partial(_chosen, config))
@@ -181,7 +181,7 @@ def _chosen(config: Candidate, pairs: int, num_experts: int, hidden: int, inter:
 
 
 def family(device: str) -> MoeFamily:
-    """The experts' tuner. Errors: ValueError off CUDA."""
+    """Returns the experts' tuner. Errors: ValueError off CUDA."""
     if not device.startswith("cuda"):
         raise ValueError(f"--tune moe measures on a CUDA device, not on {device}")
     return MoeFamily(device)

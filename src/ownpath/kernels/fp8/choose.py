@@ -79,8 +79,9 @@ def w8a16_shape(num_n: int, key: WeightKey, sms: int, wgmma: bool) -> W8A16Confi
 
 @lru_cache(maxsize=4096)
 def w8a8_config(num_tokens: int, key: WeightKey, sms: int) -> W8A8Config:
-    """The table's kernel shape, or that whose tiles waste the least of the device: fewest tensor-core steps of the
-    busiest SM. Errors: ValueError naming an entry of the table that is no kernel.
+    """Chooses the table's kernel shape, or the one with the fewest tensor-core steps on the busiest SM.
+
+    Errors: ValueError naming an entry of the table that is not a valid kernel.
     """
     for limit, config in tuned(key):
         if isinstance(config, W8A8Config) and -(-num_tokens // 64) == -(-limit // 64):

@@ -1,6 +1,6 @@
 """Torch twins of the Hopper FP8 products on the same packed operand, with the same signatures.
 
-W8A16 decodes exactly and sums in float32. W8A8 follows the published scheme step by step: E4M3 activations, one scale per
+W8A16 decodes exactly and sums in float32. W8A8 follows the published scheme: E4M3 activations with one scale per
 1 x 128, a product per 128 of K, each added to the total times both scales. The device's tensor cores keep about 14
 bits while they sum inside 128 of K; here that sum is float32.
 

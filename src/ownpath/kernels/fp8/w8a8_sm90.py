@@ -10,7 +10,7 @@ it sums). While one warpgroup promotes, the others keep the tensor cores busy. C
 for the next tile while the last one is written. (With ``cluster_n`` 2, two CTAs with neighbouring features fetch half
 of every activation block for both; on an H200 this gained nothing, so it is not chosen.)
 
-Why it is fast. Per 128 of K a 256 x 128 tile reads 48 KiB from L2 for 1024 tensor cycles, and does 128 multiply-adds per
+Why it is fast. Per 128 of K a 256 x 128 tile reads 48 KiB from L2 for 1024 tensor cycles, with 128 multiply-adds per
 thread for the promotion, hidden behind the other warpgroup's products. The row order of the packed weights gives each
 thread four neighbouring features, so results leave as 8-byte stores without a trip through shared memory.
 

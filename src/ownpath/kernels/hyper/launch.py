@@ -1,16 +1,16 @@
 """Hyper-connection boundary: post of one sublayer, pre of the next and its RMS norm, as two launches.
 
-How it works. Two sums over all S * D channels of a token stand in the way: the 24 mixing logits, and the root mean
-square that divides them. Everything before them is local to a channel, everything after needs only their values.
+How it works. Two sums run over all S * D channels of a token: the 24 mixing logits, and the root mean square that
+divides them. Everything before them is local to a channel, everything after needs only their values.
   1. ``spread`` gives each program a slice of channels (and 1 or 16 tokens): it forms the new streams, writes them,
-     and leaves its part of the 24 dot products and of the sum of squares in the workspace.
+     and writes its part of the 24 dot products and of the sum of squares to the workspace.
   2. ``collapse`` gives each token a program: it adds the parts in a fixed order, collapses the streams with the
      ``pre`` weights and normalises; other programs beside it run Sinkhorn, a token's 16 entries in one thread, and
      write the mix for the next boundary.
 Both are launched with programmatic dependent launch: the second grid is resident and has its constants loaded when the
 first one ends, and the first one reads ``fn`` (which no earlier kernel writes) before it waits for its predecessor.
 
-Why it is fast. At T = 1 the boundary moves 1.6 MB (0.4 us), so latency is all that counts: ``fn`` is split over 128
+Why it is fast. At T = 1 the boundary moves 1.6 MB (0.4 us), so latency dominates: ``fn`` is split over 128
 programs, one reduction per program, no atomics, no host work: 5.0 us on an H200, of which a graph's two empty kernels
 would be 2.2. From ``MIN_DOT_TOKENS`` tokens on, the dot products run on tensor cores. The streams are bfloat16 already;
 ``fn`` is split into three bfloat16 terms (24 bits of mantissa), so that every product is exact and the sum is float32,
@@ -49,7 +49,7 @@ MANY_TOKENS = 256
 
 @dataclass(frozen=True)
 class BoundaryTiles:
-    """How a program of the first launch cuts its work, and how many tokens one Sinkhorn program takes."""
+    """Tile sizes of the first launch's programs, and tokens per Sinkhorn program."""
 
     channels: int
     tokens: int
@@ -66,7 +66,7 @@ MANY_TILES = BoundaryTiles(128, 16, True, 1, 3, 4)
 
 
 def choose_tiles(num_tokens: int, invariant: bool) -> BoundaryTiles:
-    """Tiles by token count, measured on an H200; the invariant variant keeps one slicing and one way of summing."""
+    """Chooses tiles by token count, as measured on an H200; invariant: the same slices and order of sums always."""
     if num_tokens > MANY_TOKENS and not invariant:
         return MANY_TILES
     if num_tokens >= MIN_DOT_TOKENS or invariant:
@@ -75,7 +75,7 @@ def choose_tiles(num_tokens: int, invariant: bool) -> BoundaryTiles:
 
 
 def num_workspace_floats(num_tokens: int, hidden_size: int, tiles: BoundaryTiles | None = None) -> int:
-    """float32 elements that one boundary needs; without tiles, enough for every variant."""
+    """Returns the float32 elements that a boundary needs; without tiles, enough for every variant."""
     if tiles is None:
         default = num_workspace_floats(num_tokens, hidden_size, choose_tiles(num_tokens, invariant=False))
         return max(default, num_workspace_floats(num_tokens, hidden_size, INVARIANT_TILES))
@@ -83,7 +83,7 @@ def num_workspace_floats(num_tokens: int, hidden_size: int, tiles: BoundaryTiles
 
 
 def new_out(x_TSD: torch.Tensor, with_mix: bool) -> HyperOut:
-    """Unwritten outputs for streams like ``x_TSD``; there is no mix after the last sublayer."""
+    """Allocates outputs for streams like ``x_TSD``; there is no mix after the last sublayer."""
     num_tokens, s, dim = x_TSD.shape
     mix = None
     if with_mix:
@@ -139,7 +139,7 @@ def _check_out(out: HyperOut, x_TSD: torch.Tensor, with_mix: bool) -> None:
 
 @dataclass(frozen=True)
 class BoundaryCall:
-    """The two launches of one size. num_floats: what they need of the workspace."""
+    """The two prepared launches of one size. num_floats: elements of the workspace that they use."""
 
     spread: TritonCall
     collapse: TritonCall
@@ -153,7 +153,7 @@ class BoundaryCall:
 
 @dataclass(frozen=True)
 class HyperOperand:
-    """launches: by shape of x, whether a sublayer came before, and device, once these have passed every check."""
+    """launches: by shape of x, whether a sublayer came before, and device, for inputs that have passed every check."""
 
     weights: HyperWeights
     launches: LaunchCache[tuple[torch.Size, bool, int], BoundaryCall] = field(
@@ -164,7 +164,7 @@ class HyperOperand:
 
 @dataclass(frozen=True)
 class Tensors:
-    """Everything that one boundary reads and writes. y and mix: ``None`` before the first sublayer."""
+    """The tensors that a boundary reads and writes. y and mix: ``None`` before the first sublayer."""
 
     x_TSD: torch.Tensor
     y_TD: torch.Tensor | None
@@ -174,13 +174,13 @@ class Tensors:
     workspace: torch.Tensor
 
     def spread(self) -> tuple[torch.Tensor, ...]:
-        """Pointers of the first launch; what this boundary does not have is some tensor that is never read."""
+        """Returns the first launch's tensors; an absent input is replaced by a tensor that is not read."""
         y, mix, unused = self.y_TD, self.mix, self.weights.base
         post, comb = (unused, unused) if mix is None else (mix.post_TS, mix.comb_TSS)
         return self.x_TSD, self.x_TSD if y is None else y, post, comb, self.weights.fn, self.out.x_TSD, self.workspace
 
     def collapse(self) -> tuple[torch.Tensor, ...]:
-        """Pointers of the second launch."""
+        """Returns the second launch's tensors."""
         weights, mix = self.weights, self.out.mix
         post, comb = (weights.base, weights.base) if mix is None else (mix.post_TS, mix.comb_TSS)
         norms = weights.base, weights.scale, weights.norm_weight
@@ -237,7 +237,7 @@ def _launch_collapse(tensors: Tensors, tiles: BoundaryTiles) -> TritonCall | Non
 
 @dataclass(frozen=True)
 class BoundaryInputs:
-    """What a call is given."""
+    """The inputs of a call."""
 
     x_TSD: torch.Tensor
     y_TD: torch.Tensor | None
@@ -245,7 +245,7 @@ class BoundaryInputs:
 
 
 def _fits(x_TSD: torch.Tensor, y_TD: torch.Tensor | None, mix: Mix | None) -> bool:
-    """What the key of a call leaves open; quicker than ``_check_inputs``, which says what is wrong."""
+    """Checks what a call's key does not cover. Quicker than ``_check_inputs``, which raises with the reason."""
     if not is_dense(x_TSD, torch.bfloat16) or (y_TD is None) != (mix is None):
         return False
     if y_TD is None or mix is None:
@@ -264,7 +264,7 @@ def _fits(x_TSD: torch.Tensor, y_TD: torch.Tensor | None, mix: Mix | None) -> bo
 
 
 def _out_like(x_TSD: torch.Tensor, y_TD: torch.Tensor, mix: Mix) -> HyperOut:
-    """Unwritten outputs of a boundary in the middle: like its inputs."""
+    """Allocates a middle boundary's outputs, like its inputs."""
     empty_like = torch.empty_like
     return HyperOut(empty_like(x_TSD), empty_like(y_TD), Mix(empty_like(mix.post_TS), empty_like(mix.comb_TSS)))
 
@@ -280,19 +280,19 @@ class HyperBoundaryKernel:
         self.is_batch_invariant = is_batch_invariant
 
     def prepare(self, weights: HyperWeights) -> HyperOperand:
-        """The operand. Errors at the first call name weights that do not fit."""
+        """Makes the operand. The first call raises for weights that do not fit."""
         return HyperOperand(weights)
 
     def configs(self, operand: HyperOperand) -> Sequence[Config]:
-        """Triton compiles at the first call."""
+        """Returns nothing: Triton compiles at the first call."""
         return ()
 
     def variant(self, x_TSD: torch.Tensor, operand: HyperOperand) -> str:
-        """By the number of tokens, unless it is batch-invariant."""
+        """Returns the variant's name. It depends on the number of tokens, unless the kernel is batch-invariant."""
         return variant_name("hyper", **vars(choose_tiles(len(x_TSD), self.is_batch_invariant)))
 
     def workspace(self, operand: HyperOperand, num_tokens: int) -> torch.Tensor:
-        """float32 scratch for calls of up to ``num_tokens`` tokens."""
+        """Allocates float32 scratch for calls of up to ``num_tokens`` tokens."""
         fn = operand.weights.fn
         return fn.new_empty(num_workspace_floats(num_tokens, fn.shape[1] // NUM_STREAMS))
 
@@ -306,7 +306,8 @@ class HyperBoundaryKernel:
         out: HyperOut | None = None,
         workspace: torch.Tensor | None = None,
     ) -> HyperOut:
-        """Shapes: x bfloat16 [T, 4, D]; y bfloat16 [T, D]; workspace float32, ``num_workspace_floats(T, D)`` elements.
+        """Computes the boundary. Shapes: x bfloat16 [T, 4, D]; y bfloat16 [T, D]; workspace float32 [num_floats].
+
             out.x_TSD may be x_TSD; otherwise outputs must not overlap inputs.
 
         Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment, before any launch.
@@ -334,7 +335,7 @@ class HyperBoundaryKernel:
     def _first(
         self, inputs: "BoundaryInputs", operand: HyperOperand, out: HyperOut | None, workspace: torch.Tensor | None
     ) -> HyperOut:
-        """Checks everything, launches, and keeps the launches of this size."""
+        """Checks everything, launches, and caches the launches of this size."""
         x_TSD, y_TD, mix, weights = inputs.x_TSD, inputs.y_TD, inputs.mix, operand.weights
         _check_inputs(x_TSD, y_TD, mix)
         num_tokens, _, dim = x_TSD.shape
@@ -364,7 +365,7 @@ class HyperBoundaryKernel:
         out: HyperOut | None = None,
         workspace: torch.Tensor | None = None,
     ) -> HyperOut:
-        """``run`` with the signature of its twin."""
+        """Computes ``run`` with the signature of the twin."""
         return self.run(x_TSD, y_TD, mix, self.prepare(weights), out=out, workspace=workspace)
 
 

@@ -4,8 +4,8 @@ Linear: quantise x -> block-scaled product (2 launches). Experts: count and plac
 quantise into sorted rows, gate_up with SwiGLU and quantisation, down, combine (6 launches, whatever the routing).
 The host reads nothing back and no launch depends on data, so that a CUDA graph can capture both. The grouped products'
 grid covers every possible routing, and unused tiles end at once. Every sum has one order, so that repeated calls give
-the same bits. A row's arithmetic does not depend on the other rows; only the width of the tiles depends on their number,
-and the ``_invariant`` calls fix that too.
+the same bits. A row's arithmetic does not depend on the other rows; only the width of the tiles depends on their
+number, and the ``_invariant`` calls fix that too.
 
 Why it is fast, and the rooflines: in the kernels' modules. Tiles are chosen by arithmetic, not by measurement: 128
 columns while the weight's bytes bound a product, 256 from 2048 rows on, where the activations' traffic would.
@@ -103,7 +103,7 @@ def run_experts(
 
 
 def place_pairs(topk_ids_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sorts pairs: pair_of_row int32 [tiles * 128], row_of_pair [T * K], expert_of_tile [tiles]; see ``route_sm100``."""
+    """Places pairs: int32 pair_of_row [tiles * 128], row_of_pair [T * K], expert_of_tile [tiles] (``route_sm100``)."""
     num_pairs = topk_ids_TK.numel()
     num_tiles = num_tiles_bound(num_pairs, num_experts, ROW_TILE)
     sizes = (num_experts, num_tiles * ROW_TILE, num_pairs, num_tiles)

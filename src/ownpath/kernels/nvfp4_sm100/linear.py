@@ -44,7 +44,7 @@ class Nvfp4LinearW4A4Kernel(TritonKernel):
     """y = x w^T with both operands NVFP4. is_batch_invariant: the same tiles for every number of rows."""
 
     def prepare(self, stored: StoredLinear) -> W4A4LinearOperand:
-        """Swizzles the scales; codes are used as they are. The first call on a device compares the kernel with its twin.
+        """Swizzles the scales; codes are used as they are. The first call on a device proves the kernel there.
 
         Errors: OperandError as ``linear_operand``; ProofError when the kernel differs from its twin.
         """

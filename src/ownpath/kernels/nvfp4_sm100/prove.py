@@ -2,8 +2,8 @@
 
 The problem is random but exact: codes of activations and weights are E2M1 values and every scale is a power of two in
 a narrow range, so that quantisation loses nothing and every sum of products fits float32's 24 bits, in any order. A
-linear must therefore give the twin's bits. (A tolerance cannot hide a wrong nibble order, scale layout or global scale.)
-The experts' SwiGLU has an exp, so their result must agree within BF16's rounding instead.
+linear must therefore give the twin's bits, so that no tolerance can hide a wrong nibble order, scale layout or global
+scale. The experts' SwiGLU has an exp, so their result must agree within BF16's rounding instead.
 """
 
 import functools
@@ -72,7 +72,7 @@ def prove_moe(kernel: ExpertsKernel[W4A4MoeOperand], device: torch.device) -> No
 
 
 def _exact_activations(num_rows: int, k: int, generator: torch.Generator) -> torch.Tensor:
-    """Makes BF16 values that NVFP4 holds exactly: E2M1 values with a 6 in each block, times a power of two per block."""
+    """Makes BF16 values that NVFP4 holds exactly: E2M1 values with a 6 in each block, times a power of two for each."""
     values = decode_e2m1(torch.randint(0, 16, (num_rows, k // 16, 16), dtype=torch.uint8, generator=generator))
     values[..., 5] = 6.0
     exponent = torch.randint(-1, 2, (num_rows, k // 16, 1), generator=generator)

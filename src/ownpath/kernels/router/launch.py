@@ -1,8 +1,8 @@
-"""The choice of experts on Hopper: one launch.
+"""The router on Hopper: chooses experts in one launch.
 
-How it works. Each token gets one warp: scores, then K rounds of "the largest, lowest id first" in registers; with a
-look-up table there is nothing to search and only K logits are read. At decode sizes it is launch latency, which
-programmatic dependent launch overlaps with the end of the kernel before.
+How it works. Each token has one warp: scores, then K rounds of "the largest, lowest id first" in registers; with a
+look-up table there is no search and only K logits are read. At decode sizes the time is launch latency, which
+programmatic dependent launch overlaps with the end of the previous kernel.
 
 Roofline. 4 * T * E bytes read. Limits. float32 logits, E up to 4096, K up to 16. A token's bits never depend on the
 other tokens of a call.
@@ -29,7 +29,7 @@ MAX_EXPERTS, MAX_CHOSEN = 4096, 16
 
 @triton.jit
 def _score(logits):
-    """sqrt(softplus(x)). softplus(x) = max(x, 0) + log1p(e), e = exp(-|x|) in (0, 1].
+    """Computes sqrt(softplus(x)). softplus(x) = max(x, 0) + log1p(e), e = exp(-|x|) in (0, 1].
 
     log1p(e) = 2 atanh(z), z = e / (2 + e) <= 1/3: an odd series whose first dropped term is below 3^-20 / 21 of z.
     """
@@ -59,7 +59,7 @@ def router_kernel(
     BY_TOKEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One token: its experts and their weights."""
+    """Chooses one token's experts and their weights."""
     t = tl.program_id(0).to(tl.int64)
     e, k = tl.arange(0, E_PAD), tl.arange(0, K_PAD)
     row = logits_ptr + t * num_experts
@@ -103,7 +103,7 @@ def _check_choice(logits_TE: torch.Tensor, weights: RouterWeights, token_ids_T: 
 
 
 def _check_token_ids(token_ids_T: torch.Tensor, num_tokens: int, device: torch.device) -> None:
-    # A step's ids are often a view into a longer row: element alignment is enough for scalar loads.
+    # A step's ids are often a view into a longer row; scalar loads need only element alignment.
     if token_ids_T.dtype not in (torch.int64, torch.int32) or token_ids_T.shape != (num_tokens,):
         raise ValueError(f"token_ids_T must be int64 or int32 [{num_tokens}]")
     if token_ids_T.device != device or not token_ids_T.is_contiguous():
@@ -117,7 +117,7 @@ RouterCallKey = tuple[torch.Size, torch.dtype | None, bool, torch.dtype, int]
 
 @dataclass(frozen=True)
 class RouterOperand:
-    """launches: by ``RouterCallKey``, once these have passed every check."""
+    """launches: by ``RouterCallKey``, for inputs that have passed every check."""
 
     weights: RouterWeights
     launches: LaunchCache[RouterCallKey, TritonCall] = field(default_factory=LaunchCache, compare=False)
@@ -132,15 +132,15 @@ class TritonRouter:
     """
 
     def prepare(self, weights: RouterWeights) -> RouterOperand:
-        """The operand."""
+        """Makes the operand."""
         return RouterOperand(weights)
 
     def configs(self, operand: RouterOperand) -> Sequence[Config]:
-        """Triton compiles at the first call."""
+        """Returns nothing: Triton compiles at the first call."""
         return ()
 
     def variant(self, logits_TE: torch.Tensor, operand: RouterOperand) -> str:
-        """By how experts are chosen; the logits are not looked at."""
+        """Returns the variant's name, which depends on how experts are chosen. The logits are not read."""
         weights = operand.weights
         name = "router_by_score" if weights.tid2eid_VK is None else "router_by_token"
         return variant_name(name, k=weights.num_experts_per_tok)
@@ -153,8 +153,8 @@ class TritonRouter:
         *,
         out: RouterOut | None = None,
     ) -> RouterOut:
-        """Shapes: logits float32 [T, E]; token ids [T], read where experts are named by token; out: ids int64 or int32,
-            weights float32, both [T, K].
+        """Chooses experts. Shapes: logits float32 [T, E]; token ids [T], read where a table names experts by token;
+            out: ids int64 or int32 [T, K], weights float32 [T, K].
 
         Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
         """
@@ -197,7 +197,7 @@ class TritonRouter:
         tid2eid_VK: torch.Tensor | None = None,
         out: RouterOut | None = None,
     ) -> RouterOut:
-        """``run`` with the signature of its twin."""
+        """Computes ``run`` with the signature of the twin."""
         weights = RouterWeights(num_experts_per_tok, routed_scaling_factor, bias_E, tid2eid_VK)
         return self.run(logits_TE, token_ids_T, self.prepare(weights), out=out)
 
@@ -205,7 +205,7 @@ class TritonRouter:
 def _tensors(
     logits_TE: torch.Tensor, token_ids_T: torch.Tensor | None, weights: RouterWeights, out: RouterOut
 ) -> tuple[torch.Tensor, ...]:
-    """In the kernel's order; what this way of choosing does not have is some tensor that is not read."""
+    """Returns the kernel's tensors in order; an absent one is replaced by a tensor that is not read."""
     return (
         logits_TE,
         logits_TE if weights.bias_E is None else weights.bias_E,

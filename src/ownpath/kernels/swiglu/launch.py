@@ -25,7 +25,7 @@ FLOATS = (torch.bfloat16, torch.float32)
 
 @triton.jit
 def swiglu_kernel(gate_up_ptr, y_ptr, F, limit, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """BLOCK outputs of one row."""
+    """Computes BLOCK outputs of one row."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -40,13 +40,13 @@ def swiglu_kernel(gate_up_ptr, y_ptr, F, limit, BLOCK: tl.constexpr, PDL: tl.con
 
 
 def swiglu_block(half: int) -> int:
-    """Outputs of one program."""
+    """Returns the number of outputs of one program."""
     return min(1024, int(triton.next_power_of_2(half)))
 
 
 @dataclass(frozen=True)
 class SwigluOperand:
-    """launches: by shape, strides, dtype and device of gate_up, once these have passed every check."""
+    """launches: by shape, strides, dtype and device of gate_up, for inputs that have passed every check."""
 
     limit: float
     launches: LaunchCache[tuple[torch.Size, tuple[int, ...], torch.dtype, int], TritonCall] = field(
@@ -59,19 +59,19 @@ class TritonSwiglu:
     """silu(min(gate, limit)) * clamp(up, -limit, limit), gate columns first, in float32, rounded once."""
 
     def prepare(self, limit: float) -> SwigluOperand:
-        """The operand."""
+        """Makes the operand."""
         return SwigluOperand(limit)
 
     def configs(self, operand: SwigluOperand) -> Sequence[Config]:
-        """Triton compiles at the first call."""
+        """Returns nothing: Triton compiles at the first call."""
         return ()
 
     def variant(self, gate_up: torch.Tensor, operand: SwigluOperand) -> str:
-        """By width alone."""
+        """Returns the variant's name, which depends on the width alone."""
         return variant_name("swiglu", block=swiglu_block(gate_up.shape[-1] // 2))
 
     def run(self, gate_up: torch.Tensor, operand: SwigluOperand, *, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Shapes: gate_up bfloat16 or float32 [..., 2F], contiguous; y [..., F].
+        """Computes y. Shapes: gate_up bfloat16 or float32 [..., 2F], contiguous; y [..., F].
 
         Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
         """
@@ -99,7 +99,7 @@ class TritonSwiglu:
         return out
 
     def __call__(self, gate_up: torch.Tensor, limit: float, out: torch.Tensor | None = None) -> torch.Tensor:
-        """``run`` with the signature of its twin."""
+        """Computes ``run`` with the signature of the twin."""
         return self.run(gate_up, self.prepare(limit), out=out)
 
 
