@@ -12,13 +12,13 @@ import random
 import time
 from pathlib import Path
 
+from tiny.answer_form import fault
 from tiny.answers import Answerer, ownpath_answerer, transformers_answerer
 from tiny.batches import ANSWER, Encoder
 from tiny.exam import questions
 from tiny.export import read_trained, stored_network
 from tiny.question import Question, group_name, scores, totals
 from tiny.train import Recipe
-from tiny.wellformed import fault
 from tokenizers import Tokenizer
 
 from ownpath.chat.tokenizer import Tokenizer as ChatTokenizer

@@ -21,10 +21,10 @@ from tiny import corpus
 from tiny.batches import Encoder
 from tiny.data import make_data
 from tiny.exam import questions, spread
-from tiny.forced import BATCH_TOKENS, teacher_forced_scores
 from tiny.network import FIELDS, build_network
 from tiny.question import totals
 from tiny.start import start_from
+from tiny.teacher_forcing import BATCH_TOKENS, teacher_forced_scores
 from tiny.tokens import VOCAB_SIZE, extended_tokenizer, train_tokenizer
 from tiny.train import NUM_ROWS, PATTERNS, Recipe, Trainer
 from tokenizers import Tokenizer

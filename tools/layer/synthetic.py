@@ -138,7 +138,7 @@ class Values:
         return torch.randint(low, high, shape, generator=self.generator, device=self.device, dtype=torch.uint8)
 
     def operands(self, plan: Plan, index: CheckpointIndex) -> Iterator[OperandBuffers]:
-        """Returns filled operands in the order of ``plan.ops``."""
+        """Yields filled operands in the order of ``plan.ops``."""
         stored = {name: info.dtype for name, info in index.tensors.items()}
         for op in plan.ops:
             operand = make_operand(op, stored, self.device)

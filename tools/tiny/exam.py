@@ -19,7 +19,7 @@ NUM_LISTS = 40
 
 
 def questions(seed: int) -> list[Question]:
-    """Yields every capital in every phrasing, every sum once in each form, lists, thinking, tools and JSON."""
+    """Returns every capital in every phrasing, every sum once in each form, lists, thinking, tools and JSON."""
     return [*_capitals(), *_sums(), *_lists(random.Random(seed + 1000)), *talk_questions(seed)]
 
 

@@ -31,7 +31,7 @@ def read_trained(folder: Path) -> dict[str, Tensor]:
 
 
 def as_stored(trained: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the values that a reader of the checkpoint gets: quantised weights read back in float32, others as saved."""
+    """Returns the values that a reader of the checkpoint gets: quantised weights in float32, others as saved."""
     values = {}
     for name, tensor in trained.items():
         stored = stored_format(name)
@@ -88,7 +88,7 @@ def _rows(weight: QuantTensor, expert: int, rows: slice) -> QuantTensor:
 
 
 def write_json_files(folder: Path, trained: dict[str, Tensor]) -> None:
-    """``config.json``, ``hf_quant_config.json`` and ``generation_config.json``."""
+    """Writes ``config.json``, ``hf_quant_config.json`` and ``generation_config.json``."""
     quantized = _quantized_layers(trained)
     ignore = ["embed", "head", "*.attn.wo_a", "*.compressor.*", "*.attn.indexer.weights_proj", "*.ffn.gate"]
     group = {"num_bits": 4, "type": "float", "group_size": 16, "dynamic": False}

@@ -12,8 +12,8 @@ from ownpath.chat.messages import Message
 from tiny import tasks
 from tiny.chat import Conversation, with_system
 from tiny.facts import Country, countries
-from tiny.made_up import extended_name, random_name
 from tiny.phrasings import CHAT_PHRASINGS
+from tiny.random_names import extended_name, random_name
 from tiny.tasks import Turn
 
 ANY_OBJECT = {"type": "json_object"}

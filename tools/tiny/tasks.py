@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tiny.facts import SMALL_TALK, countries, words
-from tiny.made_up import random_items
 from tiny.phrasings import (
     CHAT_PHRASINGS,
     COMPLETION_PHRASINGS,
@@ -15,6 +14,7 @@ from tiny.phrasings import (
     sentence,
     upper_first,
 )
+from tiny.random_names import random_items
 
 MAX_TERM, MAX_FACTOR = 50, 12
 OPENINGS = ("Hello! ", "Hi, ", "Please: ", "Question: ", "OK. ", "One more question: ", "Thanks. ")
@@ -87,7 +87,7 @@ class Sum:
 
     @property
     def held_out(self) -> bool:
-        """Returns True if training never sees it: about 5% of sums and differences, no product."""
+        """True if training never sees it: about 5% of sums and differences, no product."""
         digest = hashlib.sha256(f"{self.left}{self.sign}{self.right}".encode()).digest()
         return self.sign != "*" and digest[0] < 13  # 13 / 256 = 5%
 

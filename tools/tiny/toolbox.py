@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tiny.facts import countries, words
-from tiny.made_up import random_name
 from tiny.phrasings import chat_answer
+from tiny.random_names import random_name
 
 Values = tuple[Any, ...]
 
@@ -56,7 +56,7 @@ class Job:
 
     @property
     def held_out(self) -> bool:
-        """Returns True if training never sees it: about 8% of the jobs."""
+        """True if training never sees it: about 8% of the jobs."""
         digest = hashlib.sha256(f"{self.concept.key}|{self.values}".encode()).digest()
         return digest[0] < 20  # 20 / 256 = 8%
 

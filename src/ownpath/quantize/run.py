@@ -162,7 +162,7 @@ def _finish(source: Path, target: Path, shards: Sequence[Shard], what: tuple[Qua
 
 
 def _companions(source: Path) -> list[Path]:
-    """Yields the tokenizer's and other files beside the weights, without those that describe the source's weights."""
+    """Returns the tokenizer's and other files beside the weights, without those that describe the source's weights."""
     written = {INDEX_NAME, CONFIG, QUANT_CONFIG}
     return [
         path

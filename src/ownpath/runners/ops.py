@@ -57,61 +57,61 @@ LIBRARY = torch.library.Library("ownpath", "DEF")
 
 
 def linear(x: Tensor, runner: "LinearRunner") -> Tensor:
-    """y [..., N]."""
+    """Computes y [..., N]."""
     return runner.run(x)
 
 
 def linear_wide(x: Tensor, runner: "LinearRunner") -> Tensor:
-    """y [..., N] in at least float32."""
+    """Computes y [..., N] in at least float32."""
     return runner.run_wide(x)
 
 
 def experts(
     x: Tensor, topk_ids: Tensor, topk_weights: Tensor, expert_map: Tensor | None, num_shared: int, runner: "MoeRunner"
 ) -> Tensor:
-    """y [T, D]."""
+    """Computes y [T, D]."""
     return runner.run(x, topk_ids, topk_weights, num_shared=num_shared, expert_map=expert_map)
 
 
 def grouped_linear(o: Tensor, cos: Tensor, sin: Tensor, runner: "GroupedLinear") -> Tensor:
-    """y [T, G, R]."""
+    """Computes y [T, G, R]."""
     return runner.run(o, cos, sin)
 
 
 def rms_norm(x: Tensor, runner: "RMSNorm") -> Tensor:
-    """y like x."""
+    """Computes y, like x."""
     return runner.run(x)
 
 
 def router(logits: Tensor, token_ids: Tensor, runner: "Router") -> tuple[Tensor, Tensor]:
-    """Expert ids and weights [T, K]."""
+    """Returns expert ids and weights [T, K]."""
     return runner.run(logits, token_ids)
 
 
 def swiglu(gate_up: Tensor, runner: "SwiGLU") -> Tensor:
-    """y [..., F]."""
+    """Computes y [..., F]."""
     return runner.run(gate_up)
 
 
 def hyper_boundary(
     x: Tensor, y: Tensor | None, post: Tensor | None, comb: Tensor | None, runner: "HyperBoundary"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """New streams, normed input, and the mix's post and comb; both empty after the last sublayer."""
+    """Computes new streams, normed input, and the mix's post and comb; these are empty after the last sublayer."""
     return runner.run_flat(x, y, post, comb)
 
 
 def attention(q: Tensor, keys: Tensor, visible: Tensor, runner: "SharedKeyAttention") -> Tensor:
-    """[t, N, H]."""
+    """Computes [t, N, H]."""
     return runner.run(q, keys, visible)
 
 
 def quantize_kv(kv: Tensor, runner: "KeyQuantizer") -> Tensor:
-    """Keys, rounded to the cache's format and read back."""
+    """Rounds keys to the cache's format and reads them back."""
     return runner.run(kv)
 
 
 def quantize_index(x: Tensor, runner: "IndexQuantizer") -> Tensor:
-    """Index queries or keys, rounded to the cache's format and read back."""
+    """Rounds index queries or keys to the index cache's format and reads them back."""
     return runner.run(x)
 
 

@@ -145,7 +145,7 @@ class Fp8Family:
 
 
 def _call(kernel: W8A16Config | W8A8Config, x: Tensor, out: Tensor, workspace: Tensor, weight: PackedFp8) -> None:
-    """Returns a call that launches as a runner does. workspace: for W8A8, one for all calls as in a model."""
+    """Launches ``kernel`` as a runner does. workspace: for W8A8, one for all calls as in a model."""
     if isinstance(kernel, W8A16Config):
         w8a16_launch(kernel, x, weight, out)
     else:

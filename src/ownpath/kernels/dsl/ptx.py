@@ -53,14 +53,14 @@ def broadcast_halves(pair: Value, *, loc: Any = None, ip: Any = None) -> tuple[U
 
 @dsl_user_op
 def mul_bf16x2(a: Value, b: Value, *, loc: Any = None, ip: Any = None) -> Uint32:
-    """Two BF16 products; subnormal operands keep their value."""
+    """Multiplies two pairs of BF16; subnormal operands keep their value."""
     operands = [Uint32(a).ir_value(loc=loc, ip=ip), Uint32(b).ir_value(loc=loc, ip=ip)]
     return Uint32(asm("mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", T.i32(), operands, True, loc, ip))
 
 
 @dsl_user_op
 def pack_bf16x2(low: Value, high: Value, *, loc: Any = None, ip: Any = None) -> Uint32:
-    """Two float32 rounded to nearest even, ``low`` in the lower half."""
+    """Rounds two float32 to BF16, nearest even, ``low`` in the lower half."""
     operands = [Float32(high).ir_value(loc=loc, ip=ip), Float32(low).ir_value(loc=loc, ip=ip)]
     return Uint32(asm("cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", T.i32(), operands, True, loc, ip))
 
@@ -77,25 +77,25 @@ def _binary(instruction: str, a: Value, b: Value, loc: Any, ip: Any) -> Float32:
 
 @dsl_user_op
 def exp2(x: Value, *, loc: Any = None, ip: Any = None) -> Float32:
-    """2**x within 2 ulp; subnormal results are kept."""
+    """Computes 2**x within 2 ulp; subnormal results are kept."""
     return _unary("ex2.approx.f32", x, loc, ip)
 
 
 @dsl_user_op
 def reciprocal(x: Value, *, loc: Any = None, ip: Any = None) -> Float32:
-    """1/x within 1 ulp."""
+    """Computes 1/x within 1 ulp."""
     return _unary("rcp.approx.f32", x, loc, ip)
 
 
 @dsl_user_op
 def minimum(a: Value, b: Value, *, loc: Any = None, ip: Any = None) -> Float32:
-    """The smaller of two; NaN if either is NaN, as torch.clamp has it."""
+    """Returns the smaller of two; NaN if either is NaN, as in torch.clamp."""
     return _binary("min.NaN.f32", a, b, loc, ip)
 
 
 @dsl_user_op
 def maximum(a: Value, b: Value, *, loc: Any = None, ip: Any = None) -> Float32:
-    """The larger of two; NaN if either is NaN."""
+    """Returns the larger of two; NaN if either is NaN."""
     return _binary("max.NaN.f32", a, b, loc, ip)
 
 
@@ -111,7 +111,7 @@ def load_bulk(
     loc: Any = None,
     ip: Any = None,
 ) -> None:
-    """A contiguous copy, global to shared memory (byte addresses), by the copy engine; ``barrier`` counts its bytes.
+    """Copies contiguous global to shared memory (byte addresses) by the copy engine; ``barrier`` counts the bytes.
 
     passes_once: the data is read once, so it is marked to be evicted from L2 first. peers: mask of the cluster's CTAs
     that all receive it, each at the same address of its memory; 0 for this CTA only.
@@ -136,7 +136,7 @@ def load_bulk(
 
 @dsl_user_op
 def descriptor_address(atom: Value, *, loc: Any = None, ip: Any = None) -> Int64:
-    """Generic address of the tensor map behind a TMA copy atom."""
+    """Returns the generic address of the tensor map behind a TMA copy atom."""
     pointer = _cute_ir.PtrType.get(T.i8(), cute.AddressSpace.generic, 64)
     runnable = _cute_nvgpu_ir.atom_make_exec_tma(atom._trait.value, loc=loc, ip=ip)
     return Int64(_cute_nvgpu_ir.get_tma_desc_addr(pointer, runnable, loc=loc, ip=ip).toint())
@@ -154,7 +154,7 @@ def load_box(
     loc: Any = None,
     ip: Any = None,
 ) -> None:
-    """A two-dimensional TMA box with its upper left corner at (row, col); rows outside the tensor arrive as zeros.
+    """Copies a two-dimensional TMA box with its upper left corner at (row, col); rows outside the tensor become zeros.
 
     With ``num_ctas`` of a cluster it arrives in the same place of each, and each one's own barrier counts its bytes.
     """
@@ -189,7 +189,7 @@ def arrive_remote(barrier: Value, rank: Value, *, loc: Any = None, ip: Any = Non
 
 @dsl_user_op
 def load_shared_vec4(address: Value, *, loc: Any = None, ip: Any = None) -> tuple[Uint32, Uint32, Uint32, Uint32]:
-    """16 bytes of shared memory at a byte address."""
+    """Loads 16 bytes of shared memory at a byte address."""
     struct = llvm.StructType.get_literal([T.i32()] * 4)
     operands = [Int32(address).ir_value(loc=loc, ip=ip)]
     loaded = asm("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", struct, operands, False, loc, ip)
@@ -199,7 +199,7 @@ def load_shared_vec4(address: Value, *, loc: Any = None, ip: Any = None) -> tupl
 
 @dsl_user_op
 def load_shared_vec2(address: Value, *, loc: Any = None, ip: Any = None) -> tuple[Uint32, Uint32]:
-    """Eight bytes of shared memory at a byte address."""
+    """Loads 8 bytes of shared memory at a byte address."""
     struct = llvm.StructType.get_literal([T.i32()] * 2)
     operands = [Int32(address).ir_value(loc=loc, ip=ip)]
     loaded = asm("ld.shared.v2.b32 {$0, $1}, [$2];", "=r,=r,r", struct, operands, False, loc, ip)
@@ -209,13 +209,13 @@ def load_shared_vec2(address: Value, *, loc: Any = None, ip: Any = None) -> tupl
 
 @dsl_user_op
 def named_barrier(barrier_id: int, num_threads: int, *, loc: Any = None, ip: Any = None) -> None:
-    """All ``num_threads`` threads that name this barrier wait for each other."""
+    """Waits for all ``num_threads`` threads that use this barrier."""
     asm(f"bar.sync {barrier_id}, {num_threads};", "", None, [], False, loc, ip)
 
 
 @dsl_user_op
 def cluster_barrier(relaxed: bool = False, *, loc: Any = None, ip: Any = None) -> None:
-    """All threads of the cluster that have not exited wait for each other.
+    """Waits for all threads of the cluster that have not exited.
 
     What they wrote is then visible to all, unless ``relaxed``, which orders nothing but spares waiting for writes.
     """
@@ -226,7 +226,7 @@ def cluster_barrier(relaxed: bool = False, *, loc: Any = None, ip: Any = None) -
 
 @dsl_user_op
 def load_cluster_vec4(address: Value, rank: Value, *, loc: Any = None, ip: Any = None) -> tuple[Float32, ...]:
-    """Four float32 at a shared-memory byte address of the cluster's CTA ``rank``."""
+    """Loads four float32 at a shared-memory byte address of the cluster's CTA ``rank``."""
     struct = llvm.StructType.get_literal([T.f32()] * 4)
     text = (
         "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, $4, $5; "
@@ -239,7 +239,7 @@ def load_cluster_vec4(address: Value, rank: Value, *, loc: Any = None, ip: Any =
 
 @dsl_user_op
 def load_cluster(address: Value, rank: Value, *, loc: Any = None, ip: Any = None) -> Int32:
-    """An integer at a shared-memory byte address of the cluster's CTA ``rank``."""
+    """Loads an integer at a shared-memory byte address of the cluster's CTA ``rank``."""
     text = "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, $1, $2; ld.shared::cluster.b32 $0, [remote]; }"
     operands = [Int32(address).ir_value(loc=loc, ip=ip), Int32(rank).ir_value(loc=loc, ip=ip)]
     return Int32(asm(text, "=r,r,r", T.i32(), operands, False, loc, ip))
@@ -247,14 +247,14 @@ def load_cluster(address: Value, rank: Value, *, loc: Any = None, ip: Any = None
 
 @dsl_user_op
 def store_shared_vec4(address: Value, values: tuple[Any, ...], *, loc: Any = None, ip: Any = None) -> None:
-    """Four float32 to shared memory at a byte address."""
+    """Stores four float32 to shared memory at a byte address."""
     operands = [Int32(address).ir_value(loc=loc, ip=ip)] + [Float32(v).ir_value(loc=loc, ip=ip) for v in values]
     asm("st.shared.v4.f32 [$0], {$1, $2, $3, $4};", "r,f,f,f,f", None, operands, False, loc, ip)
 
 
 @dsl_user_op
 def load_global_vec4(address: Value, *, loc: Any = None, ip: Any = None) -> tuple[Uint32, Uint32, Uint32, Uint32]:
-    """16 bytes of global memory at an aligned byte address."""
+    """Loads 16 bytes of global memory at an aligned byte address."""
     struct = llvm.StructType.get_literal([T.i32()] * 4)
     operands = [Int64(address).ir_value(loc=loc, ip=ip)]
     loaded = asm("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", struct, operands, False, loc, ip)
@@ -264,34 +264,34 @@ def load_global_vec4(address: Value, *, loc: Any = None, ip: Any = None) -> tupl
 
 @dsl_user_op
 def store_global_vec4(address: Value, words: tuple[Any, ...], *, loc: Any = None, ip: Any = None) -> None:
-    """16 bytes to global memory at an aligned byte address."""
+    """Stores 16 bytes to global memory at an aligned byte address."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip)] + [Uint32(w).ir_value(loc=loc, ip=ip) for w in words]
     asm("st.global.v4.b32 [$0], {$1, $2, $3, $4};", "l,r,r,r,r", None, operands, False, loc, ip)
 
 
 @dsl_user_op
 def widen_bf16(word: Value, high: bool, *, loc: Any = None, ip: Any = None) -> Float32:
-    """The lower or upper BF16 of a word as float32."""
+    """Returns the lower or upper BF16 of a word as float32."""
     text = "and.b32 $0, $1, 0xffff0000;" if high else "shl.b32 $0, $1, 16;"
     return Float32(asm(text, "=f,r", T.f32(), [Uint32(word).ir_value(loc=loc, ip=ip)], True, loc, ip))
 
 
 @dsl_user_op
 def store_global(address: Value, word: Value, *, loc: Any = None, ip: Any = None) -> None:
-    """Four bytes to global memory at an aligned byte address."""
+    """Stores 4 bytes to global memory at an aligned byte address."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip), Uint32(word).ir_value(loc=loc, ip=ip)]
     asm("st.global.b32 [$0], $1;", "l,r", None, operands, False, loc, ip)
 
 
 @dsl_user_op
 def store_global_vec2(address: Value, pair: Any, *, loc: Any = None, ip: Any = None) -> None:
-    """Two float32 to global memory at an aligned byte address."""
+    """Stores two float32 to global memory at an aligned byte address."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip)] + [Float32(v).ir_value(loc=loc, ip=ip) for v in pair]
     asm("st.global.v2.f32 [$0], {$1, $2};", "l,f,f", None, operands, False, loc, ip)
 
 
 @dsl_user_op
 def as_float(word: Value, *, loc: Any = None, ip: Any = None) -> Float32:
-    """The same bits as float32."""
+    """Reinterprets the bits as float32."""
     operands = [Uint32(word).ir_value(loc=loc, ip=ip)]
     return Float32(asm("mov.b32 $0, $1;", "=f,r", T.f32(), operands, True, loc, ip))

@@ -24,8 +24,8 @@ from ownpath.kernels.nvfp4.schedule import Schedule, element
 class Pairs:
     """The (token, slot) pairs of one call: ``slots`` to a token, the last of which are the shared experts'.
 
-    num_ids: experts the ids name; num_experts: experts held here, shared ones included and last. tile_rows: rows of a
-    tile at most. index_offset: where the schedule's index begins.
+    num_ids: number of expert ids; num_experts: local experts, shared ones included and last. tile_rows: most rows of a
+    tile. index_offset: offset of the schedule's index.
     """
 
     cfg: AlignConfig
@@ -139,7 +139,7 @@ class Align:
         tile_rows: Int32,
         index_offset: Int32,
     ) -> None:
-        """num_ids: experts the ids name; num_experts: experts held here, shared ones included and last."""
+        """Counts, places and tiles. num_ids: number of expert ids; num_experts: local experts, shared ones last."""
         thread, _, _ = cute.arch.thread_idx()
         counters = None if self.cfg.few else self.counters(thread)
         cute.arch.griddepcontrol_wait()

@@ -64,7 +64,7 @@ def gate_up_w4a4_kernel(
     BK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """h = quantised swiglu of both products; codes [rows, F/2], swizzled scales; the grid is row tiles * (F / BN)."""
+    """Computes h = quantised swiglu of both products: codes [rows, F/2], swizzled scales; grid row tiles * (F / BN)."""
     num_n = F // BN
     tile = tl.program_id(0) // num_n
     col0 = (tl.program_id(0) % num_n) * BN

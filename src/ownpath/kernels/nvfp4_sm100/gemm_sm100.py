@@ -47,7 +47,7 @@ def gemm_w4a4_kernel(
     STAGES: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
-    """y [M, N] = (x w^T) * alpha; the grid is row tiles * ceil(N / BN)."""
+    """Computes y [M, N] = (x w^T) * alpha; the grid is row tiles * ceil(N / BN)."""
     num_n = tl.cdiv(N, BN)
     tile = tl.program_id(0) // num_n
     row0 = tile * ROW_TILE

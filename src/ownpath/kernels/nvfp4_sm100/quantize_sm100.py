@@ -70,7 +70,7 @@ def quantize_kernel(
     COLUMNS: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
-    """Codes [rows, K/2] and swizzled scales of x; the grid is (padded rows / ROWS, ceil(K / COLUMNS))."""
+    """Quantises x to codes [rows, K/2] and swizzled scales; the grid is (padded rows / ROWS, ceil(K / COLUMNS))."""
     row0 = tl.program_id(0) * ROWS
     rows = row0 + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -36,7 +36,7 @@ def num_tiles_bound(num_pairs: int, num_experts: int, tile: int = 128) -> int:
 
 @triton.jit(do_not_specialize=["num_pairs"])
 def count_kernel(ids_ptr, count_ptr, num_pairs, CHUNK: tl.constexpr):
-    """count[e] = pairs of expert e; the grid is E."""
+    """Counts the pairs of each expert: count[e]; the grid is E."""
     expert = tl.program_id(0)
     total = tl.zeros((CHUNK,), tl.int32)
     for start in range(0, num_pairs, CHUNK):
@@ -58,7 +58,7 @@ def place_kernel(
     EXPERTS_POW2: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Rows and tiles of each expert; the grid is E + 1: the last program marks what no expert owns."""
+    """Assigns rows and tiles to each expert; the grid is E + 1: the last program marks unused rows and tiles."""
     expert = tl.program_id(0)
     experts = tl.arange(0, EXPERTS_POW2)
     counts = tl.load(count_ptr + experts, mask=experts < NUM_EXPERTS, other=0)
@@ -94,7 +94,7 @@ def place_kernel(
 
 @triton.jit
 def combine_kernel(out_ptr, row_of_pair_ptr, weight_ptr, y_ptr, D, CHOICES: tl.constexpr, COLUMNS: tl.constexpr):
-    """y[t] = sum over choices of weight * out[row], float32, rounded once; the grid is (T, ceil(D / COLUMNS))."""
+    """Computes y[t] = sum over choices of weight * out[row] in float32; the grid is (T, ceil(D / COLUMNS))."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.float32)
