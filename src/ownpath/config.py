@@ -8,7 +8,6 @@ from dataclasses import field as dataclass_field
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 
@@ -34,7 +33,7 @@ _OTHER_MODELS = {
     "llama": "Llama is a dense model with grouped-query attention",
 }
 """Description of other models by model_type. Their class names in ``architectures`` are the same words without "_"."""
-_REQUIRED: dict[str, tuple[Any, ...]] = {
+_REQUIRED: dict[str, tuple[object, ...]] = {
     "scoring_func": ("sqrtsoftplus",),
     "topk_method": ("noaux_tc",),
     "norm_topk_prob": (True,),
@@ -116,7 +115,7 @@ class ModelConfig:
     bos_token_id: int
     eos_token_id: int
     num_nextn_predict_layers: int = 0
-    claims: Mapping[str, Any] = dataclass_field(default_factory=dict, compare=False, repr=False)
+    claims: Mapping[str, object] = dataclass_field(default_factory=dict, compare=False, repr=False)
 
     @property
     def softmax_scale(self) -> float:
@@ -149,7 +148,7 @@ class ModelConfig:
         return cls.from_dict(fields, source=str(path))
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any], source: str = "config") -> "ModelConfig":
+    def from_dict(cls, fields: dict[str, object], source: str = "config") -> "ModelConfig":
         """Parses the published field names, or transformers'. Errors: ConfigError naming ``source`` and the field."""
         _refuse_other_architectures(fields, source)
         fields = _published_fields(fields, source)
@@ -244,14 +243,14 @@ class EngineConfig:
         return cls(device=device, dtype=dtype, max_model_len=max_model_len)
 
 
-def unread_fields(fields: Mapping[str, Any]) -> tuple[str, ...]:
+def unread_fields(fields: Mapping[str, object]) -> tuple[str, ...]:
     """Returns the names of config.json fields that this code does not read as settings of the model, in file order."""
     own = {field.name for field in dataclass_fields(ModelConfig)} - {"yarn", "claims"}
     spelled = {"rope_scaling", "layer_types", "mlp_layer_types", "rope_parameters", "architectures", "model_type"}
     return tuple(name for name in fields if name not in own | spelled | set(_REQUIRED))
 
 
-def _refuse_other_architectures(fields: dict[str, Any], source: str) -> None:
+def _refuse_other_architectures(fields: dict[str, object], source: str) -> None:
     listed = fields.get("architectures")
     architectures = listed if isinstance(listed, list) else []
     model_type = fields.get("model_type")
@@ -262,7 +261,7 @@ def _refuse_other_architectures(fields: dict[str, Any], source: str) -> None:
     raise ConfigError(f"{source}: {found}: ownpath runs {_ARCHITECTURE} only. {what}.")
 
 
-def _what_it_is(model_type: Any, architectures: Any) -> str:
+def _what_it_is(model_type: object, architectures: object) -> str:
     named = model_type if isinstance(model_type, str) else ""
     classes = (
         [name.lower() for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
@@ -273,7 +272,7 @@ def _what_it_is(model_type: Any, architectures: Any) -> str:
     return "This one is no DeepSeek model that ownpath knows"
 
 
-def _published_fields(fields: dict[str, Any], source: str) -> dict[str, Any]:
+def _published_fields(fields: dict[str, object], source: str) -> dict[str, object]:
     """Adds absent published fields, derived from the ones that transformers' ``save_pretrained`` writes."""
     published = dict(fields)
     if "layer_types" in fields and "compress_ratios" not in fields:
@@ -293,14 +292,14 @@ def _published_fields(fields: dict[str, Any], source: str) -> dict[str, Any]:
     return published
 
 
-def _listed(fields: dict[str, Any], field: str, source: str) -> list[Any]:
+def _listed(fields: dict[str, object], field: str, source: str) -> list[str]:
     value = fields[field]
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise ConfigError(f"{source}: {field} must be a list of names, found {value!r}")
     return value
 
 
-def _check_semantics(config: ModelConfig, fields: dict[str, Any], source: str) -> None:
+def _check_semantics(config: ModelConfig, fields: dict[str, object], source: str) -> None:
     """Refuses values that would make the forward mean something else than this code computes."""
     for field, allowed in _REQUIRED.items():
         if field in fields and fields[field] not in allowed:
@@ -332,10 +331,10 @@ def _check_semantics(config: ModelConfig, fields: dict[str, Any], source: str) -
 class _Reader:
     """Typed access to the fields of one config, with errors that name them."""
 
-    def __init__(self, fields: dict[str, Any], source: str) -> None:
+    def __init__(self, fields: dict[str, object], source: str) -> None:
         self.fields, self.source = fields, source
 
-    def _get(self, field: str) -> Any:
+    def _get(self, field: str) -> object:
         if field not in self.fields:
             raise ConfigError(f"{self.source}: field {field!r} is missing")
         return self.fields[field]
@@ -371,7 +370,7 @@ class _Reader:
         if scaling is None:
             return None
         kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
-        if kind != "yarn":
+        if not isinstance(scaling, dict) or kind != "yarn":
             raise ConfigError(f"{self.source}: rope_scaling must be null or of type 'yarn', found {scaling!r}")
         read = _Reader(scaling, f"{self.source}: rope_scaling")
         original = read.integer("original_max_position_embeddings")

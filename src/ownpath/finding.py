@@ -58,7 +58,7 @@ def failed(findings: Iterable[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.verdict is Verdict.FAIL]
 
 
-def finding_fields(finding: Finding) -> dict[str, Any]:
+def finding_fields(finding: Finding) -> dict[str, object]:
     """Returns a finding as JSON values; ``finding_from`` reads it back."""
     return asdict(finding) | {"verdict": finding.verdict.name}
 

@@ -87,7 +87,7 @@ class _Problems:
 
 
 def _parse(text: bytes, problems: _Problems) -> dict[str, Any] | None:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         content = dict(pairs)
         if len(content) != len(pairs):
             twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
@@ -123,7 +123,7 @@ def _entries(content: dict[str, Any], data_start: int, problems: _Problems) -> l
     return entries
 
 
-def _entry_fault(fields: Any) -> str | None:
+def _entry_fault(fields: object) -> str | None:
     """Returns what is wrong with a header entry, or ``None`` for a valid tensor."""
     if not isinstance(fields, dict):
         return "is not described by an object"
@@ -142,7 +142,7 @@ def _entry_fault(fields: Any) -> str | None:
     return None
 
 
-def _are_sizes(values: Any) -> TypeGuard[list[int]]:
+def _are_sizes(values: object) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 

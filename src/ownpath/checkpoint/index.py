@@ -6,7 +6,6 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.header import DTYPE_BITS, MAX_HEADER_BYTES, read_header
@@ -163,11 +162,11 @@ class _Scanner:
                 self.add("index", name, f"{path}: tensor {name!r} is mapped to {file!r}, not to a file name")
         return {name: file for name, file in weight_map.items() if isinstance(file, str)}
 
-    def _read_object(self, path: Path) -> dict[str, Any] | None:
+    def _read_object(self, path: Path) -> dict[str, object] | None:
         """Returns the file's JSON object, or reports a problem and returns ``None``."""
 
-        def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-            content: dict[str, Any] = {}
+        def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+            content: dict[str, object] = {}
             for name, value in pairs:
                 if name in content:
                     self.add("duplicated-tensor", name, f"{path}: names {name!r} twice")

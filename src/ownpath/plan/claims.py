@@ -6,7 +6,6 @@ field claims nothing, and neither does a value that no export is known to write.
 
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
 
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.schema import (
@@ -39,7 +38,10 @@ _EXPERT_ALGORITHMS: Mapping[str, tuple[Format, ...]] = MappingProxyType({"NVFP4"
 
 
 def find_contradictions(
-    claims: Mapping[str, Any], experts: Iterable[EncodedModule], others: Iterable[EncodedModule], index: CheckpointIndex
+    claims: Mapping[str, object],
+    experts: Iterable[EncodedModule],
+    others: Iterable[EncodedModule],
+    index: CheckpointIndex,
 ) -> tuple[str, ...]:
     """Returns a line for each field of config.json that contradicts the tensors; it names both.
 
@@ -58,7 +60,7 @@ def find_contradictions(
     return tuple(f"config.json: {line}" for line in found)
 
 
-def _method(quantization: Mapping[str, Any], modules: tuple[EncodedModule, ...]) -> Iterator[str]:
+def _method(quantization: Mapping[str, object], modules: tuple[EncodedModule, ...]) -> Iterator[str]:
     method = quantization.get("quant_method")
     expected = _METHODS.get(method) if isinstance(method, str) else None
     if expected is not None and not any(encoding in expected for _, encoding in modules):
@@ -67,7 +69,7 @@ def _method(quantization: Mapping[str, Any], modules: tuple[EncodedModule, ...])
 
 
 def _experts(
-    fields: Mapping[str, Any],
+    fields: Mapping[str, object],
     field: str,
     known: Mapping[str, tuple[Format, ...]],
     experts: tuple[EncodedModule, ...],
@@ -81,7 +83,7 @@ def _experts(
         yield f"{prefix}{field} is {value!r}, but {module.name!r} is stored as {encoding.format} ({encoding.name})"
 
 
-def _fp8(quantization: Mapping[str, Any], fp8: list[EncodedModule], index: CheckpointIndex) -> Iterator[str]:
+def _fp8(quantization: Mapping[str, object], fp8: list[EncodedModule], index: CheckpointIndex) -> Iterator[str]:
     block = quantization.get("weight_block_size")
     if fp8 and block is not None and block != [128, 128]:
         yield f"{QUANTIZATION_FIELD}.weight_block_size is {block!r}, but {fp8[0][0].name!r} has a scale per 128 x 128"

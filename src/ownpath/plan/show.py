@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from ownpath.checkpoint.drafts import Draft, DraftKind
 from ownpath.official import ALWAYS_OFFICIAL, MEANING, Step, numerics_name
@@ -83,7 +82,7 @@ def _draft_line(draft: Draft) -> str:
     return "none in the checkpoint" if draft.kind is DraftKind.NONE else f"{draft.kind}, not planned"
 
 
-def plan_dict(plan: Plan) -> dict[str, Any]:
+def plan_dict(plan: Plan) -> dict[str, object]:
     """Returns the plan as JSON values: one entry per op, nothing folded."""
     ops = []
     for op in plan.ops:
@@ -118,9 +117,9 @@ def is_official(plan: Plan, step: Step) -> bool:
     return step in plan.demands.official | ALWAYS_OFFICIAL
 
 
-def _companion_entry(op: PlannedCompanion) -> dict[str, Any]:
+def _companion_entry(op: PlannedCompanion) -> dict[str, object]:
     runner, kernel = _companion_cells(op)
-    entry: dict[str, Any] = {"slot": op.spec.slot, "kind": str(op.spec.kind), "dims": list(op.spec.dims)}
+    entry: dict[str, object] = {"slot": op.spec.slot, "kind": str(op.spec.kind), "dims": list(op.spec.dims)}
     entry |= {"runner": runner, "kernel": kernel, "why": op.choice.why}
     return entry | {"passed_over": list(op.choice.passed_over)}
 

@@ -1,7 +1,6 @@
 """Writes ``config.json`` and ``hf_quant_config.json`` of a checkpoint that we quantised, as ModelOpt does."""
 
 from collections.abc import Iterable
-from typing import Any
 
 from ownpath.quantize.steps import Convert, QuantizeScope
 
@@ -14,14 +13,14 @@ EXPERT_DTYPE = "expert_dtype"
 PRODUCER = {"name": "ownpath", "version": "1"}
 
 
-def quantized_layers(converts: Iterable[Convert]) -> dict[str, dict[str, Any]]:
+def quantized_layers(converts: Iterable[Convert]) -> dict[str, dict[str, object]]:
     """Returns one entry for each layer's experts, and one for each other weight."""
     names = (module.name for convert in converts for module in convert.modules)
     layers = dict.fromkeys(name.split(".experts.")[0] + ".experts" if ".experts." in name else name for name in names)
     return {layer: {"quant_algo": "NVFP4", "group_size": GROUP_SIZE} for layer in sorted(layers)}
 
 
-def config_fields(source: dict[str, Any], scope: QuantizeScope, converts: Iterable[Convert]) -> dict[str, Any]:
+def config_fields(source: dict[str, object], scope: QuantizeScope, converts: Iterable[Convert]) -> dict[str, object]:
     """Returns the result's ``config.json``: the source's fields with the quantisation added."""
     numbers = {"num_bits": 4, "type": "float", "group_size": GROUP_SIZE, "dynamic": False}
     added = {
@@ -40,12 +39,12 @@ def config_fields(source: dict[str, Any], scope: QuantizeScope, converts: Iterab
     return _as_fp4(source) | {"quantization_config": quantization}
 
 
-def _as_fp4(fields: dict[str, Any]) -> dict[str, Any]:
+def _as_fp4(fields: dict[str, object]) -> dict[str, object]:
     """Sets the experts' dtype to "fp4", the release's word that NVFP4 exports keep, where the source states one."""
     return fields if fields.get(EXPERT_DTYPE) is None else fields | {EXPERT_DTYPE: "fp4"}
 
 
-def quant_config_fields(scope: QuantizeScope, converts: Iterable[Convert]) -> dict[str, Any]:
+def quant_config_fields(scope: QuantizeScope, converts: Iterable[Convert]) -> dict[str, object]:
     """Returns the fields of ``hf_quant_config.json``."""
     quantization = {
         "quant_algo": "MIXED_PRECISION",

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -94,7 +93,7 @@ def require_free(target: Path) -> None:
             raise CheckpointError(f"{target / name} exists; a checkpoint is never overwritten")
 
 
-def _plan(index: CheckpointIndex, options: Options) -> dict[str, Any]:
+def _plan(index: CheckpointIndex, options: Options) -> dict[str, object]:
     """Returns all inputs that decide the bytes of the result."""
     files = sorted({info.file for info in index.tensors.values()})
     files.append(index.folder / CONFIG)
@@ -103,10 +102,11 @@ def _plan(index: CheckpointIndex, options: Options) -> dict[str, Any]:
         name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
         for name, value in (("source", facts), ("input_scales", dict(options.input_scales)))
     }
-    return {"version": VERSION, "scope": options.scope.value, "max_shard_bytes": options.max_shard_bytes} | digests
+    settings = {"version": VERSION, "scope": options.scope.value, "max_shard_bytes": options.max_shard_bytes}
+    return {**settings, **digests}
 
 
-def _open_staging(target: Path, plan: dict[str, Any]) -> Path:
+def _open_staging(target: Path, plan: dict[str, object]) -> Path:
     """Opens the folder for shards. Errors: CheckpointError where an unfinished run with other inputs is."""
     staging = target / STAGING
     staging.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ def _companions(source: Path) -> list[Path]:
     ]
 
 
-def _write_json(path: Path, fields: dict[str, Any]) -> None:
+def _write_json(path: Path, fields: dict[str, object]) -> None:
     """Writes JSON atomically: a reader sees all of it or nothing."""
     scratch = path.with_suffix(".writing")
     scratch.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")

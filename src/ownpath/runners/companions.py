@@ -3,8 +3,6 @@
 Each holds its weights and constants beside the kernel that the plan chose.
 """
 
-from typing import Any
-
 import torch
 
 from ownpath.kernels.attention.ref import AttentionReference, AttentionWeights
@@ -24,11 +22,11 @@ class RMSNorm(KernelRunner):
 
     def __init__(self, weight: torch.Tensor | None, eps: float, *, kernel: KernelOrName = "ref.rms_norm") -> None:
         self.spec, self.weight, self.eps = chosen_spec(kernel), weight, eps
-        self.kernel: NormKernel[Any] = KERNELS[self.spec.name]
+        self.kernel: NormKernel[object] = KERNELS[self.spec.name]
         self.operand = self.kernel.prepare(NormWeights(weight, eps))
         self.handle = HANDLES.new(self)
 
-    def variant(self, x: torch.Tensor, *_: Any) -> str | None:
+    def variant(self, x: torch.Tensor, *_: object) -> str | None:
         """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
         return self.kernel.variant(x, self.operand)
 
@@ -52,7 +50,7 @@ class HyperBoundary(KernelRunner):
 
     def __init__(self, weights: HyperWeights, *, kernel: KernelOrName = "ref.hyper_boundary") -> None:
         self.spec, self.weights = chosen_spec(kernel), weights
-        self.kernel: BoundaryKernel[Any] = KERNELS[self.spec.name]
+        self.kernel: BoundaryKernel[object] = KERNELS[self.spec.name]
         self.operand = self.kernel.prepare(weights)
         self.handle = HANDLES.new(self)
 
@@ -62,7 +60,7 @@ class HyperBoundary(KernelRunner):
         num_streams = self.weights.fn.shape[1] // self.weights.norm_weight.shape[0]
         return len(self.weights.fn) > num_streams
 
-    def variant(self, x_TSD: torch.Tensor, *_: Any) -> str | None:
+    def variant(self, x_TSD: torch.Tensor, *_: object) -> str | None:
         """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
         return self.kernel.variant(x_TSD, self.operand)
 
@@ -128,12 +126,12 @@ class Router(KernelRunner):
         self.spec, self.gate = chosen_spec(kernel), gate
         self.num_experts_per_tok, self.routed_scaling_factor = num_experts_per_tok, routed_scaling_factor
         self.bias_E, self.tid2eid_VK = bias_E, tid2eid_VK
-        self.kernel: RouterKernel[Any] = KERNELS[self.spec.name]
+        self.kernel: RouterKernel[object] = KERNELS[self.spec.name]
         weights = RouterWeights(num_experts_per_tok, routed_scaling_factor, bias_E, tid2eid_VK)
         self.operand = self.kernel.prepare(weights)
         self.handle = HANDLES.new(self)
 
-    def variant(self, x_TD: torch.Tensor, *_: Any) -> str | None:
+    def variant(self, x_TD: torch.Tensor, *_: object) -> str | None:
         """Returns the names of the variants that a call launches; ``None`` without variants. Logits are not read."""
         return self.kernel.variant(x_TD, self.operand)
 
@@ -166,11 +164,11 @@ class SwiGLU(KernelRunner):
 
     def __init__(self, limit: float, *, kernel: KernelOrName = "ref.swiglu") -> None:
         self.spec, self.limit = chosen_spec(kernel), limit
-        self.kernel: SwigluKernel[Any] = KERNELS[self.spec.name]
+        self.kernel: SwigluKernel[object] = KERNELS[self.spec.name]
         self.operand = self.kernel.prepare(limit)
         self.handle = HANDLES.new(self)
 
-    def variant(self, gate_up: torch.Tensor, *_: Any) -> str | None:
+    def variant(self, gate_up: torch.Tensor, *_: object) -> str | None:
         """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
         return self.kernel.variant(gate_up, self.operand)
 
@@ -194,7 +192,7 @@ class SharedKeyAttention(KernelRunner):
         self.operand = self.kernel.prepare(AttentionWeights(sink_N, softmax_scale))
         self.handle = HANDLES.new(self)
 
-    def variant(self, *args: Any) -> None:
+    def variant(self, *_: object) -> None:
         """Returns ``None``: the kernel has no variants."""
 
     def run(self, q_tNH: torch.Tensor, keys_KH: torch.Tensor, visible_tK: torch.Tensor) -> torch.Tensor:
@@ -218,7 +216,7 @@ class KeyQuantizer(KernelRunner):
         self.operand = self.kernel.prepare(num_rotary)
         self.handle = HANDLES.new(self)
 
-    def variant(self, *args: Any) -> None:
+    def variant(self, *_: object) -> None:
         """Returns ``None``: the kernel has no variants."""
 
     def run(self, kv: torch.Tensor) -> torch.Tensor:
@@ -240,7 +238,7 @@ class IndexQuantizer(KernelRunner):
         self.kernel: IndexQuantizerReference = KERNELS[self.spec.name]
         self.handle = HANDLES.new(self)
 
-    def variant(self, *args: Any) -> None:
+    def variant(self, *_: object) -> None:
         """Returns ``None``: the kernel has no variants."""
 
     def run(self, x: torch.Tensor) -> torch.Tensor:

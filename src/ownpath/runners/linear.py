@@ -1,7 +1,7 @@
 """Runners of dense products."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -41,7 +41,7 @@ class LinearRunner(KernelRunner):
     def __init__(self, kernel: KernelOrName, stored: StoredLinear) -> None:
         self.spec = chosen_spec(kernel)
         self.out_features, self.in_features = stored.shape
-        self.kernel: LinearKernel[Any] = KERNELS[self.spec.name]
+        self.kernel: LinearKernel[object] = KERNELS[self.spec.name]
         self.operand = self.kernel.prepare(stored)
         self.handle = HANDLES.new(self)
 
@@ -87,7 +87,7 @@ class LinearRunner(KernelRunner):
         """Returns the configurations of every kernel compiled to disk that calls may launch."""
         return self.kernel.configs(self.operand)
 
-    def variant(self, x: torch.Tensor, *_: Any) -> str | None:
+    def variant(self, x: torch.Tensor, *_: object) -> str | None:
         """Returns the names of the variants that a call with this x launches; ``None`` without variants."""
         return self.kernel.variant(x, self.operand)
 
@@ -301,7 +301,7 @@ class GroupedLinear(KernelRunner):
         self.spec = chosen_spec(kernel)
         self.weight_GRI = weight.unflatten(0, (num_groups, -1))
         self.num_groups, self.out_features, self.in_features = self.weight_GRI.shape
-        self.kernel: GroupedKernel[Any] = KERNELS[self.spec.name]
+        self.kernel: GroupedKernel[object] = KERNELS[self.spec.name]
         self.operand = self.kernel.prepare(self.weight_GRI)
         self.handle = HANDLES.new(self)
 
@@ -312,7 +312,7 @@ class GroupedLinear(KernelRunner):
     def padding(self) -> None:
         """Returns ``None``: the layout has no padding."""
 
-    def variant(self, o_TNH: torch.Tensor, *_: Any) -> str | None:
+    def variant(self, o_TNH: torch.Tensor, *_: object) -> str | None:
         """Returns the names of the variants that a call with this input launches; ``None`` without variants."""
         return self.kernel.variant(o_TNH, self.operand)
 

@@ -1,7 +1,6 @@
 """Runners of routed experts."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -30,7 +29,7 @@ class MoeRunner(KernelRunner):
         self.spec = chosen_spec(kernel)
         self.num_experts, self.hidden_size = stored.num_experts, stored.hidden_size
         self.swiglu_limit = stored.swiglu_limit
-        self.kernel: ExpertsKernel[Any] = KERNELS[self.spec.name]
+        self.kernel: ExpertsKernel[object] = KERNELS[self.spec.name]
         self.operand = self.kernel.prepare(stored)
         self.handle = HANDLES.new(self)
 
@@ -50,20 +49,35 @@ class MoeRunner(KernelRunner):
         return self.kernel.run(x, routing, self.operand, out=out, workspace=workspace)
 
     def __call__(
-        self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, **given: Any
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        num_shared: int = 0,
+        expert_map: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        workspace: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Computes y[t] = sum over k of topk_weights[t, k] * expert topk_ids[t, k] of x[t], plus the shared experts.
 
         Shapes: x [T, D]; topk_ids int32 or int64 [T, K]; topk_weights float32 [T, K]; y [T, D] in the dtype of x.
-        given: ``num_shared``, the number of shared experts at the end of the stacks, to which every token goes with
-            weight 1; ``expert_map`` int32 [global experts], local expert or -1, for a runner that holds only some;
-            ``out`` (like x) and ``workspace``, with which the call allocates nothing.
+        num_shared: number of shared experts at the end of the stacks; every token goes to them with weight 1.
+        expert_map: int32 [global experts], local expert or -1, for a runner that holds only some.
+        out (like x), workspace: with both, the call allocates nothing.
         """
         if torch.compiler.is_compiling():
-            num_shared, expert_map = given.get("num_shared", 0), given.get("expert_map")
             y: torch.Tensor = torch.ops.ownpath.experts(x, topk_ids, topk_weights, expert_map, num_shared, self.handle)
             return y
-        return self.run(x, topk_ids, topk_weights, **given)
+        return self.run(
+            x,
+            topk_ids,
+            topk_weights,
+            num_shared=num_shared,
+            expert_map=expert_map,
+            out=out,
+            workspace=workspace,
+        )
 
     def workspace(self, num_tokens: int, num_slots: int) -> torch.Tensor | None:
         """Allocates uint8 scratch for calls of up to ``num_tokens`` tokens; ``None`` where none is used.
@@ -84,7 +98,7 @@ class MoeRunner(KernelRunner):
         """Returns the configurations of kernels that calls without shared experts or an expert map may launch."""
         return self.kernel.configs(self.operand)
 
-    def variant(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, *_: Any) -> str | None:
+    def variant(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, *_: object) -> str | None:
         """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
         return self.kernel.variant(x, Routing(topk_ids, topk_weights), self.operand)
 

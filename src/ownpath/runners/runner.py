@@ -30,7 +30,7 @@ class KernelRunner(Runner):
     """A runner of one kernel. kernel: the implementation that ``spec`` names."""
 
     spec: KernelSpec
-    kernel: Kernel[Any]
+    kernel: Kernel[object]
 
     @property
     def leaves(self) -> "tuple[KernelRunner, ...]":

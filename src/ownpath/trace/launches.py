@@ -28,6 +28,8 @@ LIBRARY_PRODUCT = re.compile(
 PRODUCT = re.compile(LIBRARY_PRODUCT.pattern + r"|gemm|matmul|linear|moe_|[^a-z]mm[^a-z]", re.IGNORECASE)
 """Matches any kernel name that looks like a product."""
 _PREFIX = "slot "
+TraceEvent = dict[str, Any]
+"""An event of a Chrome trace, as parsed from JSON."""
 
 
 class NoLaunchSeen(RuntimeError):
@@ -81,11 +83,11 @@ class _SlotMarks(Observer):
         mark.__enter__()
         self._open.append(mark)
 
-    def after(self, call: Watched, args: CallArguments, result: Any) -> None:
+    def after(self, call: Watched, args: CallArguments, result: object) -> None:
         self._open.pop().__exit__(None, None, None)
 
 
-def launches_of(events: Iterable[dict[str, Any]]) -> list[DeviceLaunch]:
+def launches_of(events: Iterable[TraceEvent]) -> list[DeviceLaunch]:
     """Returns the kernels of a Chrome trace in order of start, each with the innermost slot around its launch."""
     kernels, launch_of, marks = [], {}, defaultdict(list)
     for event in events:
@@ -123,7 +125,7 @@ def slot_times(launches: Iterable[DeviceLaunch]) -> dict[str | None, float]:
 class _Marks:
     """The marked calls of one thread: nested or disjoint."""
 
-    def __init__(self, events: list[dict[str, Any]]) -> None:
+    def __init__(self, events: list[TraceEvent]) -> None:
         self._events = sorted(events, key=lambda event: float(event["ts"]))
         self._starts = [float(event["ts"]) for event in self._events]
 

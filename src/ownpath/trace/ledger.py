@@ -1,12 +1,10 @@
 """The ledger: counts the calls of each planned slot, records what runs there, and holds the observers."""
 
 from collections import Counter
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
 
-from ownpath.trace.observers import AnyObserver, Observers, Tap, Watched
+from ownpath.trace.observers import AnyObserver, Observers, SlotCallable, Tap, Watched
 from ownpath.trace.uses import Use, use_of
 
 
@@ -23,7 +21,7 @@ class Ledger:
     uses: dict[str, Use] = field(default_factory=dict)
     observers: Observers = field(default_factory=Observers)
 
-    def watch(self, slot: str, runner: Callable[..., Any]) -> Watched:
+    def watch(self, slot: str, runner: SlotCallable) -> Watched:
         """Wraps a runner so that its calls are counted and observed; the slot must be planned."""
         assert slot in self.kernels, f"{slot} is not planned"
         self.uses[slot] = use_of(runner)

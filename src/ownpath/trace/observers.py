@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 CallArguments = tuple[Any, ...]
+SlotCallable = Callable[..., Any]
+"""A runner, or another callable in its place; each slot has its own signature."""
 
 
 class Observer:
@@ -22,7 +24,7 @@ class Observer:
     def before(self, call: "Watched", args: CallArguments) -> None:
         """Called before a slot's runner runs."""
 
-    def after(self, call: "Watched", args: CallArguments, result: Any) -> None:
+    def after(self, call: "Watched", args: CallArguments, result: object) -> None:
         """Called after a slot's runner has returned, not if it raised."""
 
     def tapped(self, name: str, value: Tensor) -> None:
@@ -71,7 +73,7 @@ class Watched:
     """A slot's runner whose calls the ledger counts and observers see."""
 
     slot: str
-    runner: Callable[..., Any]
+    runner: SlotCallable
     calls: Counter[str]
     observers: Observers
 

@@ -7,7 +7,6 @@ keeps at most ``max_per_slot`` records; calls with further signatures are counte
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, is_dataclass
-from typing import Any
 
 import torch
 
@@ -49,7 +48,7 @@ class Records(Observer):
         self._entries: dict[str, dict[tuple[_Signature, _Signature], _RecordCount]] = defaultdict(dict)
         self._unlisted: Counter[str] = Counter()
 
-    def after(self, call: Watched, args: CallArguments, result: Any) -> None:
+    def after(self, call: Watched, args: CallArguments, result: object) -> None:
         """Counts one call."""
         key = signature(args), signature((result,))
         entries = self._entries[call.slot]
@@ -84,14 +83,14 @@ class Records(Observer):
         self._unlisted.clear()
 
 
-def signature(values: Iterable[Any]) -> _Signature:
+def signature(values: Iterable[object]) -> _Signature:
     """Returns shape and dtype of every tensor among the values, also inside tuples, lists and dataclasses, in order."""
     found: list[tuple[torch.Size, torch.dtype]] = []
     _collect(values, found)
     return tuple(found)
 
 
-def _collect(values: Iterable[Any], found: list[tuple[torch.Size, torch.dtype]]) -> None:
+def _collect(values: Iterable[object], found: list[tuple[torch.Size, torch.dtype]]) -> None:
     for value in values:
         if isinstance(value, torch.Tensor):
             found.append((value.shape, value.dtype))

@@ -1,12 +1,12 @@
 """Reads the runners, kernels and layouts behind a slot's callable from the objects themselves, not from a plan."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
 
 from ownpath.kernels.registry import KERNELS
 from ownpath.runners.runner import KernelRunner, Runner
+from ownpath.trace.observers import CallArguments, SlotCallable
 
 UNKNOWN = "unknown"
 
@@ -20,7 +20,7 @@ class Use:
     layout: str
 
 
-def use_of(runner: Callable[..., Any]) -> Use:
+def use_of(runner: SlotCallable) -> Use:
     """Returns the runners, kernels and layouts behind a slot's callable.
 
     A callable that is not a ``Runner`` has the name of its type or function and an ``unregistered`` kernel.
@@ -31,7 +31,7 @@ def use_of(runner: Callable[..., Any]) -> Use:
     return Use(*map(_joined, zip(*map(_names, runner.leaves), strict=True)))
 
 
-def variant_of(runner: Callable[..., Any], args: tuple[Any, ...]) -> str:
+def variant_of(runner: SlotCallable, args: CallArguments) -> str:
     """Returns the variants that a call with these arguments launches.
 
     For a kernel without variants, returns the path of its implementation.
@@ -50,7 +50,7 @@ def _names(leaf: KernelRunner) -> tuple[str, str, str]:
     return spec.runner, f"unregistered {held.__module__}.{held.__qualname__}", UNKNOWN
 
 
-def _variant(leaf: KernelRunner, args: tuple[Any, ...]) -> str:
+def _variant(leaf: KernelRunner, args: CallArguments) -> str:
     variant = leaf.variant(*args)
     return leaf.spec.entry if variant is None else variant
 

@@ -4,17 +4,16 @@ Reader threads check bytes right after reading, while they are in the cache. A f
 as a signed integer, reach those of +infinity, or, as an unsigned one, those of -infinity: one reduction each, no copy.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ownpath.checkpoint.chunks import Piece
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import TensorInfo
 from ownpath.checkpoint.scales import scale_fault
 
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Bytes = NDArray[np.uint8]
 
 _NOT_FINITE = {
     "F8_E4M3": (np.int8, 0x7F, np.uint8, 0xFF),  # no infinity; 0x7F with either sign is NaN

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-import numpy as np
 import torch
 
 from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
@@ -146,7 +145,7 @@ def _scalar_buffer(buffer: torch.Tensor, destinations: list[Destination], start:
     return ScalarBuffer(buffer, part, start, start + len(destinations), repeats)
 
 
-def _flat(buffer: torch.Tensor) -> torch.Tensor | np.ndarray[Any, np.dtype[np.uint8]]:
+def _flat(buffer: torch.Tensor) -> torch.Tensor | Bytes:
     flat = buffer.view(-1).view(torch.uint8)
     return flat.numpy() if buffer.device.type == "cpu" else flat
 
