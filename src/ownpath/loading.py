@@ -79,7 +79,7 @@ def plan_model(
     loads_draft: plan the MTP modules too.
     Errors: as ``make_plan`` and ``ModelConfig``.
     """
-    caps = planned_caps(device)  # says what is wrong with the device's name before torch does
+    caps = planned_caps(device)  # before torch, for a clearer error about the device's name
     engine_config = replace(
         EngineConfig.for_device(caps.device_type),
         is_batch_invariant=batch_invariant,
@@ -92,7 +92,7 @@ def plan_model(
 def load_model(folder: Path, engine_config: EngineConfig, progress: LoadProgress | None = None) -> Model:
     """Loads the checkpoint in ``folder`` as its plan says.
 
-    progress: told a few times a second how many of the weights' bytes are in.
+    progress: called a few times a second with the bytes loaded and their total.
     Errors: ConfigError, CheckpointError or PlanError (all ValueError), naming the file, field, tensor or op.
     """
     plan, index = planned(folder, engine_config)

@@ -95,7 +95,7 @@ def _block_scale_values(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _scale_groups(value: Tensor, factor: Tensor, group: int) -> Tensor:
-    """Multiplies each run of ``group`` values along K by its factor, in place: ``value`` is no one else's."""
+    """Multiplies each run of ``group`` values along K by its factor, in place: only the caller holds ``value``."""
     *lead, k = value.shape
     if list(factor.shape) != [*lead, k // group] or k % group:
         raise ValueError(f"scale {tuple(factor.shape)} is not one per {group} values of {tuple(value.shape)}")

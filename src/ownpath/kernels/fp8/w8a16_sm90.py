@@ -5,8 +5,8 @@ and tokens their N, so that one token costs 8 columns rather than 64 rows. A CTA
 a share of K. One thread streams 8 KiB weight blocks into a ring of shared-memory stages by bulk copies; another brings
 the tokens as TMA boxes of all rows by 64 columns, swizzled as the tensor cores read them. Consumer warpgroups read
 their blocks with conflict-free 16-byte loads (``kernels.fp8.layout``), decode to BF16 in registers and multiply from
-there: below 32 tokens by ``mma``, each warp its own 16 rows, waiting for nobody; from 32 by ``wgmma``, decoding one
-group of steps while the tensor cores work on the other. CTAs that share rows and split K form a cluster and add their
+there: below 32 tokens by ``mma``, each warp its own 16 rows without waiting; from 32 by ``wgmma``, decoding one group
+of steps while the tensor cores work on the other. CTAs that share rows and split K form a cluster and add their
 float32 sums through distributed shared memory in the order of their rank: no workspace, and always the same bits. The
 next kernel may start at once: its CTAs fetch weights while this one's finish, and wait before they read a token.
 
@@ -20,8 +20,8 @@ multiplies. Nearly a CTA's whole share of the weights is in flight at once (up t
 weights, tokens and results passes through memory.
 
 Roofline. 1 byte per weight at 4.41 TB/s up to M = 64, where tensor cores are at about half their rate; tokens beyond
-64 go to further CTAs, which read the weights again from L2. docs/kernels-fp8.md has what is reached, and what is in the
-way. Limits: sm_90a; K a multiple of 8; 16-byte aligned rows.
+64 go to further CTAs, which read the weights again from L2. docs/benchmarks.md has the measured rates.
+Limits: sm_90a; K a multiple of 8; 16-byte aligned rows.
 """
 
 from dataclasses import dataclass

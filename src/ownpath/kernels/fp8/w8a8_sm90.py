@@ -14,7 +14,7 @@ Why it is fast. Per 128 of K a 256 x 128 tile reads 48 KiB from L2 for 1024 tens
 thread for the promotion, hidden behind the other warpgroup's products. The row order of the packed weights gives each
 thread four neighbouring features, so results leave as 8-byte stores without a trip through shared memory.
 
-Roofline. 1979 TFLOP/s on paper; 1222 reached (docs/kernels-fp8.md). Limits: sm_90a; the activation blocks of
+Roofline. 1979 TFLOP/s on paper; 1222 measured. Limits: sm_90a; the activation blocks of
 ``quantize_sm90``; the sum inside 128 of K has the tensor core's precision, not float32's; K is not split, so few
 tokens with a long K keep few SMs busy.
 """

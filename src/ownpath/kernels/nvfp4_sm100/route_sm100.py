@@ -19,7 +19,7 @@ Roofline. Placing 8192 x 6 ids reads 256 x 196 KB from L2, about 10 us and indep
 it is a launch's latency. Combining 8192 x 6 rows of 4096 reads 403 MB and writes 67 MB: 59 us at 8 TB/s, the cost of
 writing expert outputs before their sum, which is what keeps the sum deterministic.
 
-Numbers that follow the batch are not specialised (``do_not_specialize``), so that no batch size compiles anew.
+Numbers that depend on the batch are not specialised (``do_not_specialize``), so that no batch size recompiles.
 
 Limits: E at most 1024; ids int32 or int64. Compiled for sm_100a and interpreted on a CPU; never run on a device.
 """
