@@ -111,9 +111,11 @@ def companion_calls() -> Iterator[tuple[str, Callable[[], object]]]:
         seen.add(case.kernel)
         kernel, inputs = KERNELS[f"triton.{case.kernel}"], make_inputs(case, 4, torch.device("cuda"))
         yield f"{case.kernel}, accepted", bound(kernel, case.op, inputs)
+        if case.op in ("hyper_boundary", "router", "grouped_linear"):
+            yield f"{case.kernel}, outputs given", with_outputs(kernel, case.op, inputs)
 
 
-def bound(kernel: Any, op: str, inputs: tuple[Any, ...]) -> Callable[[], object]:
+def bound(kernel: Any, op: str, inputs: tuple[Any, ...]) -> partial[object]:
     """Returns a call of a small operation on a prepared operand."""
     if op == "router":
         logits, num_chosen, factor, bias, token_ids, table = inputs
@@ -123,6 +125,17 @@ def bound(kernel: Any, op: str, inputs: tuple[Any, ...]) -> Callable[[], object]
         return partial(kernel.run, inputs[0], kernel.prepare(NormWeights(*inputs[1:])))
     *given, weights = inputs
     return partial(kernel.run, *given, kernel.prepare(weights))
+
+
+def with_outputs(kernel: Any, op: str, inputs: tuple[Any, ...]) -> Callable[[], object]:
+    """As ``bound``, with outputs and workspace, so that the call allocates nothing."""
+    call = bound(kernel, op, inputs)
+    out = call()
+    if op == "hyper_boundary":
+        *given, weights = inputs
+        operand = kernel.prepare(weights)
+        return partial(kernel.run, *given, operand, out=out, workspace=kernel.workspace(operand, len(inputs[0])))
+    return partial(call, out=out)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ with an unrelated kernel before each call and that kernel's time subtracted (no 
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,19 @@ from typing import Any
 import torch
 import triton
 
+from ownpath.conformance.bounds import deviation
+from ownpath.conformance.exact import product
 from ownpath.conformance.operations import CASES, judge, make_inputs, num_bytes
 from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.hyper.ref import HyperOut
+from ownpath.kernels.plain.cases import CASES as PRODUCTS
+from ownpath.kernels.plain.cases import PlainCase
 from ownpath.kernels.registry import KERNELS
 
 READ_CEILING_GBPS = 4410.0
 """A read-only reduction on one H200, measured."""
 COLD_BYTES = 120e6
+PRODUCT_KERNELS = ("torch.plain_linear", "triton.plain_linear_invariant")
 Call = Callable[[], object]
 
 
@@ -56,35 +61,66 @@ def bound_call(kernel: Callable[..., Any], inputs: tuple[Any, ...]) -> Call:
     return lambda: kernel(*inputs, **arguments)
 
 
-def num_sets(case: KernelCase, num_tokens: int) -> int:
+def num_sets(moved_bytes: int) -> int:
     """Returns the number of operand sets that together exceed the L2 cache, limited for the smallest operations."""
-    return int(min(max(COLD_BYTES / num_bytes(case, num_tokens), 3), 96))
+    return int(min(max(COLD_BYTES / moved_bytes, 3), 96))
 
 
 def measure(case: KernelCase, num_tokens: int, with_torch: bool) -> dict[str, Any]:
     """Measures one row of the table. Errors: AssertionError when the kernel is wrong."""
-    device = torch.device("cuda")
-    sets = [make_inputs(case, num_tokens, device, seed) for seed in range(num_sets(case, num_tokens))]
+    device, moved_bytes = torch.device("cuda"), num_bytes(case, num_tokens)
+    sets = [make_inputs(case, num_tokens, device, seed) for seed in range(num_sets(moved_bytes))]
     kernel = KERNELS[f"triton.{case.kernel}"]
     judge(case, kernel(*sets[0]), sets[0])
-    calls = [bound_call(kernel, inputs) for inputs in sets]
+    row = {"op": case.kernel, "shape": case.label, "tokens": num_tokens}
+    row |= times([bound_call(kernel, inputs) for inputs in sets], moved_bytes)
+    if with_torch:
+        row["torch_us"] = twin_us(KERNELS[f"ref.{case.op}"], sets)
+    return row
+
+
+def measure_product(name: str, case: PlainCase, num_tokens: int, with_torch: bool) -> dict[str, Any]:
+    """One row of an unquantised product. Errors: AssertionError when the kernel is wrong."""
+    out_dtype = torch.float32 if case.is_wide else torch.bfloat16
+    size = out_dtype.itemsize
+    moved_bytes = 2 * (case.num_rows + num_tokens) * case.width + size * num_tokens * case.num_rows
+    sets = [product_inputs(case, num_tokens, out_dtype, seed) for seed in range(num_sets(moved_bytes))]
+    kernel, (x, weight, _) = KERNELS[name], sets[0]
+    found = deviation(kernel(*sets[0]), product(x.double(), weight.double()))
+    assert found.is_allowed, f"{name}: {found}"
+    row = {"op": name, "shape": case.label, "tokens": num_tokens}
+    row |= times([partial(kernel, *inputs) for inputs in sets], moved_bytes)
+    if with_torch:
+        row["torch_us"] = twin_us(KERNELS["ref.plain_linear"], sets)
+    return row
+
+
+def product_inputs(case: PlainCase, num_tokens: int, out_dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
+    """Activations, a weight of outputs of about unit variance, and the dtype of y."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    x, weight = (
+        torch.randn(rows, case.width, generator=generator, device="cuda") for rows in (num_tokens, case.num_rows)
+    )
+    return x.bfloat16(), (weight * case.width**-0.5).bfloat16(), out_dtype
+
+
+def times(calls: list[Call], moved_bytes: int) -> dict[str, Any]:
+    """Columns of the kernel's own times."""
     us = replay_us(calls)
-    filler = torch.zeros(1 << 16, device=device)
+    filler = torch.zeros(1 << 16, device="cuda")
     mixed = [call for pair in ((lambda: filler.add_(1.0), call) for call in calls) for call in pair]
     alone_us = 2 * replay_us(mixed) - replay_us([lambda: filler.add_(1.0)] * len(calls))
-    row = {
-        "op": case.kernel,
-        "shape": case.label,
-        "tokens": num_tokens,
+    return {
         "us": round(us, 2),
         "alone_us": round(alone_us, 2),
-        "gbps": round(num_bytes(case, num_tokens) / us / 1e3, 1),
-        "of_read_ceiling": round(num_bytes(case, num_tokens) / us / 1e3 / READ_CEILING_GBPS, 3),
+        "gbps": round(moved_bytes / us / 1e3, 1),
+        "of_read_ceiling": round(moved_bytes / us / 1e3 / READ_CEILING_GBPS, 3),
     }
-    if with_torch:
-        twin = KERNELS[f"ref.{case.op}"]
-        row["torch_us"] = round(replay_us([partial(twin, *inputs) for inputs in sets[:4]], 10), 2)
-    return row
+
+
+def twin_us(twin: Callable[..., Any], sets: list[tuple[Any, ...]]) -> float:
+    """The torch twin, captured the same way."""
+    return round(replay_us([partial(twin, *inputs) for inputs in sets[:4]], 10), 2)
 
 
 def machine() -> dict[str, str]:
@@ -107,17 +143,24 @@ def main() -> None:
     facts = {**machine(), "commit": options.commit}
     print(*(f"{key}={value}" for key, value in facts.items()))
     print(f"{'op':26}{'shape':20}{'T':>6}{'us':>9}{'alone':>9}{'torch':>9}{'GB/s':>8}{'of 4.41':>9}", flush=True)
+    for row in rows(options.max_tokens):
+        torch_us = row.get("torch_us", "")
+        numbers = f"{row['us']:9.2f}{row['alone_us']:9.2f}{torch_us:>9}{row['gbps']:8.0f}{row['of_read_ceiling']:9.2f}"
+        print(f"{row['op']:26}{row['shape']:20}{row['tokens']:6}{numbers}", flush=True)
+        if options.out:
+            with options.out.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps({**row, **facts}) + "\n")
+
+
+def rows(max_tokens: int) -> Iterator[dict[str, Any]]:
+    """The table, the small operations first."""
     for case in (case for case in CASES if case.bench):
-        for num_tokens in (t for t in case.tokens if t <= options.max_tokens):
-            row = measure(case, num_tokens, with_torch=num_tokens in (1, 64, 4096))
-            torch_us = row.get("torch_us", "")
-            numbers = (
-                f"{row['us']:9.2f}{row['alone_us']:9.2f}{torch_us:>9}{row['gbps']:8.0f}{row['of_read_ceiling']:9.2f}"
-            )
-            print(f"{row['op']:26}{row['shape']:20}{num_tokens:6}{numbers}", flush=True)
-            if options.out:
-                with options.out.open("a", encoding="utf-8") as lines:
-                    lines.write(json.dumps({**row, **facts}) + "\n")
+        for num_tokens in (t for t in case.tokens if t <= max_tokens):
+            yield measure(case, num_tokens, with_torch=num_tokens in (1, 64, 4096))
+    for product_case in PRODUCTS:
+        for name in PRODUCT_KERNELS:
+            for num_tokens in (t for t in product_case.tokens if t <= max_tokens):
+                yield measure_product(name, product_case, num_tokens, with_torch=num_tokens in (1, 64))
 
 
 if __name__ == "__main__":

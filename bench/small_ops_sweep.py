@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from small_ops import bound_call, machine, num_sets, replay_us
 
-from ownpath.conformance.operations import CASES, judge, make_inputs
+from ownpath.conformance.operations import CASES, judge, make_inputs, num_bytes
 from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.grouped import launch as grouped
 from ownpath.kernels.hyper import launch as hyper
@@ -61,7 +61,7 @@ def main() -> None:
         case = next(case for case in CASES if case.op == op and case.label == "flash" and not case.variant)
         for num_tokens in options.tokens:
             make = partial(make_inputs, case, num_tokens, device)
-            sets = [make(seed) for seed in range(num_sets(case, num_tokens))]
+            sets = [make(seed) for seed in range(num_sets(num_bytes(case, num_tokens)))]
             for tiles in candidates:
                 found = time_tiles(case, module, tiles, sets)
                 print(f"{op:20}{num_tokens:6}  {found!s:12} {tiles}", flush=True)

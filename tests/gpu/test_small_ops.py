@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from ownpath.conformance.operations import CASES, judge, make_inputs, tensors
+from ownpath.conformance.memory import memory_problem
+from ownpath.conformance.operations import CASES, call_of, judge, make_inputs, tensors
 from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.hyper.ref import HyperOut
 from ownpath.kernels.registry import KERNELS
@@ -53,6 +54,13 @@ def test_values_and_repetition(case: KernelCase, num_tokens: int, cuda: torch.de
     first = bits(result)
     for _ in range(3):
         assert equal(bits(kernel(*inputs, **arguments)), first)
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_memory_does_not_matter(case: KernelCase, cuda: torch.device) -> None:
+    """As ``ownpath verify`` asks of every slot (K02)."""
+    inputs = make_inputs(case, 33, cuda)
+    assert not memory_problem(call_of(case, KERNELS[f"triton.{case.kernel}"], inputs))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.bench], ids=label)

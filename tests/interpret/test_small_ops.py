@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ownpath.conformance.operations import CASES, judge, make_inputs, tensors
+from ownpath.conformance.memory import memory_problem
+from ownpath.conformance.operations import CASES, call_of, judge, make_inputs, tensors
 from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.registry import KERNELS
 
@@ -22,6 +23,13 @@ def test_reference(case: KernelCase) -> None:
     """The torch twin stands the same judgement."""
     inputs = make_inputs(case, case.tokens[0], CPU, seed=1)
     judge(case, KERNELS[f"ref.{case.op}"](*inputs), inputs)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.tiny], ids=lambda case: f"{case.kernel} {case.label}")
+def test_memory_does_not_matter(case: KernelCase) -> None:
+    """As ``ownpath verify`` asks of every slot (K02)."""
+    inputs = make_inputs(case, 5, CPU)
+    assert not memory_problem(call_of(case, KERNELS[f"triton.{case.kernel}"], inputs))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.tiny], ids=lambda case: f"{case.kernel} {case.label}")

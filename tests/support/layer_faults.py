@@ -29,6 +29,11 @@ class Fault:
     layer_idx: int = 1
 
 
+def in_operand(runner: Any, **fields: Any) -> None:
+    """Changes what a torch reference got from ``prepare``: its weights as they are."""
+    runner.operand = replace(runner.operand, **fields)
+
+
 def with_attn(loaded: LoadedLayer, **parts: Any) -> LoadedLayer:
     return replace(loaded, block=replace(loaded.block, attn=replace(loaded.block.attn, **parts)))
 
@@ -116,7 +121,7 @@ def no_inverse_rope(runner: Any, o_TNH: torch.Tensor, angles: tuple[torch.Tensor
 
 def no_bias(loaded: LoadedLayer) -> LoadedLayer:
     router: Any = loaded.block.ffn.router
-    router.runner.bias_E = torch.zeros_like(router.runner.bias_E)
+    in_operand(router.runner, bias_E=torch.zeros_like(router.runner.bias_E))
     return loaded
 
 
@@ -142,7 +147,7 @@ def shared_swapped(loaded: LoadedLayer) -> LoadedLayer:
 def shared_clamp(loaded: LoadedLayer) -> LoadedLayer:
     """No clamp in the shared expert; its inputs made large enough that there is one to miss."""
     mlp: Any = loaded.block.ffn.shared_experts
-    mlp._activation.runner.limit = 0.5
+    mlp._activation.runner.operand = 0.5
     return loaded
 
 
@@ -162,7 +167,7 @@ def routed_swapped(expert: int) -> Change:
 def sink_dropped(loaded: LoadedLayer) -> LoadedLayer:
     watched: Any = loaded.block.attn.core
     softmax = watched.runner.layer.softmax
-    softmax.sink_N = torch.full_like(softmax.sink_N, -torch.inf)
+    in_operand(softmax, sink_N=torch.full_like(softmax.sink_N, -torch.inf))
     return loaded
 
 

@@ -35,6 +35,10 @@ W8A8_MAX_REL_L2 = 5e-2
 """Largest error of a contender with E4M3 activations: rounding has at most 2^-4, 2.6e-2 in the quadratic mean of random
 values; half of that is added for a peer that rounds weights."""
 
+W4A4_MAX_REL_L2 = 2e-1
+"""Activations in E2M1: an error of at most a quarter of a value, 0.1 in the quadratic mean of random ones, in front of
+each of an MoE's two products."""
+
 
 class Contender(Protocol):
     """A system under test, imported only when it prepares. max_rel_l2: a larger error marks a row as wrong."""

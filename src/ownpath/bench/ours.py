@@ -1,45 +1,92 @@
-"""This package's runners as contenders, through the public API."""
+"""This package's own runners, through the public API: around the device's default kernel, or around any by its name."""
 
 from collections.abc import Sequence
 
-from ownpath.bench.contender import SWIGLU_LIMIT, W4A16_MAX_REL_L2, W8A8_MAX_REL_L2, LinearCall, Missing, MoeCall
+import torch
+
+from ownpath.bench.contender import (
+    SWIGLU_LIMIT,
+    W4A4_MAX_REL_L2,
+    W4A16_MAX_REL_L2,
+    W8A8_MAX_REL_L2,
+    LinearCall,
+    Missing,
+    MoeCall,
+)
 from ownpath.bench.operands import Fp8Operands, MoeOperands, Nvfp4Operands
-from ownpath.runners import Fp8Linear, Nvfp4Linear, Nvfp4MoE
+from ownpath.formats import Format
+from ownpath.kernels.registry import SPECS
+from ownpath.kernels.spec import InputRounding, KernelSpec
+from ownpath.loading import device_caps
+from ownpath.ops import OpKind
+from ownpath.plan.select import Choice, Demands, select
+from ownpath.runners import Fp8Linear, Nvfp4Linear, Nvfp4LinearW4A4, Nvfp4MoE, Nvfp4MoEW4A4
+
+_MAX_REL_L2 = {
+    InputRounding.EXACT: W4A16_MAX_REL_L2,
+    InputRounding.E4M3: W8A8_MAX_REL_L2,
+    InputRounding.E4M3_POWER_OF_TWO: W8A8_MAX_REL_L2,
+    InputRounding.NVFP4: W4A4_MAX_REL_L2,
+}
+_INPUT_SCALE = 2.0**-9
+"""Of activations of unit variance: E2M1 and E4M3 together reach 6 x 448 times it, 5.25."""
 
 
 class _OwnSystem:
-    name = "ownpath"
+    """kernel: ``None`` for what the runner takes where nobody chose, which is called "ownpath"."""
+
     is_peer = False
-    max_rel_l2 = W4A16_MAX_REL_L2
+    default_max_rel_l2 = W4A16_MAX_REL_L2
+
+    def __init__(self, kernel: KernelSpec | None = None) -> None:
+        self.kernel = kernel
+        self.name = "ownpath" if kernel is None else kernel.name
+        self.max_rel_l2 = self.default_max_rel_l2 if kernel is None else _MAX_REL_L2[kernel.rounding]
 
     def missing(self, device: str) -> Missing | None:
-        """Returns None: it runs everywhere."""
+        """Runs everywhere, or was chosen because it runs here."""
         return None
+
+    @property
+    def is_w4a4(self) -> bool:
+        return self.kernel is not None and self.kernel.rounding is InputRounding.NVFP4
+
+
+def own_kernels(kind: OpKind, stored: Format, device: str) -> list[KernelSpec]:
+    """The registered kernels of plain numerics that run there on bfloat16 activations, best first."""
+    caps, demands = device_caps(device), Demands("bfloat16")
+    return [spec for spec in SPECS if isinstance(select(kind, stored, caps, (spec,), demands), Choice)]
 
 
 class OwnMoe(_OwnSystem):
-    """``ownpath.Nvfp4MoE``."""
+    """``ownpath.Nvfp4MoE``, or ``Nvfp4MoEW4A4`` around a kernel that quantises activations."""
 
     def prepare(self, operands: MoeOperands, num_tokens: Sequence[int], top_k: int) -> MoeCall:
         own = operands.clone()
-        return Nvfp4MoE(
-            own.w13, own.w13_scale, own.w13_scale_2, own.w2, own.w2_scale, own.w2_scale_2, swiglu_limit=SWIGLU_LIMIT
-        )
+        w13, w2 = (own.w13, own.w13_scale, own.w13_scale_2), (own.w2, own.w2_scale, own.w2_scale_2)
+        if self.kernel is not None and self.is_w4a4:
+            scale = torch.full_like(own.w2_scale_2, _INPUT_SCALE)
+            return Nvfp4MoEW4A4((*w13, scale), (*w2, scale), SWIGLU_LIMIT, kernel=self.kernel)
+        return Nvfp4MoE(*w13, *w2, swiglu_limit=SWIGLU_LIMIT, kernel=self.kernel)
 
 
 class OwnNvfp4Linear(_OwnSystem):
-    """``ownpath.Nvfp4Linear``."""
+    """``ownpath.Nvfp4Linear``, or ``Nvfp4LinearW4A4`` around a kernel that quantises activations."""
 
     def prepare(self, operands: Nvfp4Operands, num_rows: Sequence[int]) -> LinearCall:
         own = operands.clone()
-        return Nvfp4Linear(own.weight, own.weight_scale, own.weight_scale_2)
+        parts = own.weight, own.weight_scale, own.weight_scale_2
+        if self.kernel is not None and self.is_w4a4:
+            scale = torch.full_like(own.weight_scale_2, _INPUT_SCALE)
+            return Nvfp4LinearW4A4(*parts, scale, kernel=self.kernel)
+        return Nvfp4Linear(*parts, kernel=self.kernel)
 
 
 class OwnFp8Linear(_OwnSystem):
     """``ownpath.runners.Fp8Linear``: W8A16, or W8A8 for many rows."""
 
-    max_rel_l2 = W8A8_MAX_REL_L2
+    default_max_rel_l2 = W8A8_MAX_REL_L2
 
     def prepare(self, operands: Fp8Operands, num_rows: Sequence[int]) -> LinearCall:
         own = operands.clone()
-        return Fp8Linear(own.weight, own.scale)
+        return Fp8Linear(own.weight, own.scale, kernel=self.kernel)

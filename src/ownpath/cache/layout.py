@@ -26,12 +26,22 @@ NOBODY = 0
 """The slot, and the block, that no sequence owns."""
 
 
-class Group(Enum):
-    """A kind of cache. Its members are written and freed together."""
+@dataclass(frozen=True)
+class Group:
+    """A kind of cache. Its members are written and freed together.
 
-    WINDOW = "window"
-    STATE = "state"
-    ENTRIES = "entries"
+    is_paged: rows lie in blocks and grow with the sequence; otherwise in a ring of the sequence's slot.
+    is_wide: rows are at least float32; otherwise they have the cache's dtype.
+    """
+
+    name: str
+    is_paged: bool = False
+    is_wide: bool = False
+
+
+WINDOW = Group("window")
+STATE = Group("state", is_wide=True)
+ENTRIES = Group("entries", is_paged=True)
 
 
 class Part(Enum):
@@ -45,8 +55,8 @@ class Part(Enum):
 class Member:
     """One tensor of a group.
 
-    num_rows: of a slot (window, state) or of a block (entries). width: elements of a row. ratio: tokens of an entry, 0
-    for a window.
+    num_rows: of a slot, or of a block of a paged group. width: elements of a row. ratio: tokens of an entry, 0 for a
+    window.
     """
 
     group: Group
@@ -58,7 +68,7 @@ class Member:
 
     def num_sequence_rows(self, num_tokens: int) -> int:
         """Rows that a sequence of so many tokens can fill."""
-        return num_tokens // self.ratio if self.group is Group.ENTRIES else self.num_rows
+        return num_tokens // self.ratio if self.group.is_paged else self.num_rows
 
 
 @dataclass(frozen=True)
@@ -89,15 +99,13 @@ class CacheLayout:
     def num_bytes(self, num_tokens: int, itemsize: int, state_itemsize: int) -> int:
         """Bytes of the rows that one sequence of ``num_tokens`` can fill."""
         return sum(
-            member.num_sequence_rows(num_tokens)
-            * member.width
-            * (state_itemsize if member.group is Group.STATE else itemsize)
+            member.num_sequence_rows(num_tokens) * member.width * (state_itemsize if member.group.is_wide else itemsize)
             for member in self.members
         )
 
 
 def _of_layer(config: ModelConfig, layer_idx: int, ratio: int) -> Iterator[Member]:
-    yield Member(Group.WINDOW, layer_idx, Part.MAIN, config.sliding_window, config.head_dim)
+    yield Member(WINDOW, layer_idx, Part.MAIN, config.sliding_window, config.head_dim)
     if ratio:
         yield from _compressed(layer_idx, Part.MAIN, ratio, config.head_dim)
     if ratio == CSA_RATIO:
@@ -107,8 +115,8 @@ def _of_layer(config: ModelConfig, layer_idx: int, ratio: int) -> Iterator[Membe
 def _compressed(layer_idx: int, part: Part, ratio: int, head_dim: int) -> Iterator[Member]:
     """CSA's windows overlap: an entry needs the rows of two windows, and each row is projected twice."""
     num_windows = windows_per_entry(ratio)
-    yield Member(Group.STATE, layer_idx, part, num_windows * ratio, 2 * num_windows * head_dim, ratio)
-    yield Member(Group.ENTRIES, layer_idx, part, BLOCK_TOKENS // ratio, head_dim, ratio)
+    yield Member(STATE, layer_idx, part, num_windows * ratio, 2 * num_windows * head_dim, ratio)
+    yield Member(ENTRIES, layer_idx, part, BLOCK_TOKENS // ratio, head_dim, ratio)
 
 
 def windows_per_entry(ratio: int) -> int:

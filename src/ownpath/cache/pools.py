@@ -11,7 +11,7 @@ from math import prod
 import numpy as np
 import torch
 
-from ownpath.cache.layout import NOBODY, CacheLayout, Group, Member, Part, num_blocks
+from ownpath.cache.layout import ENTRIES, NOBODY, STATE, WINDOW, CacheLayout, Member, Part, num_blocks
 from ownpath.cache.slots import Owned, Slots
 from ownpath.config import SLIDING, EngineConfig, ModelConfig
 
@@ -93,9 +93,9 @@ class CachePool:
         return SequenceCache(self, self.slots.take(self.blocks_per_sequence))
 
     def _allocate(self, member: Member) -> torch.Tensor:
-        spec, is_state = self.spec, member.group is Group.STATE
-        count = 1 + (self.slots.num_blocks if member.group is Group.ENTRIES else self.slots.num_slots)
-        dtype = spec.state_dtype if is_state else spec.dtype
+        spec, group = self.spec, member.group
+        count = 1 + (self.slots.num_blocks if group.is_paged else self.slots.num_slots)
+        dtype = spec.state_dtype if group.is_wide else spec.dtype
         with torch.inference_mode(False):  # written by steps in that mode and by others
             return _zeros((count * member.num_rows, member.width), dtype, spec.device)
 
@@ -103,12 +103,12 @@ class CachePool:
         found = {(m.group, m.part): m for m in self.layout.members if m.layer_idx == layer_idx}
 
         def compressed(part: Part) -> EntryCache | None:
-            member = found.get((Group.ENTRIES, part))
+            member = found.get((ENTRIES, part))
             if member is None:
                 return None
-            return EntryCache(member.ratio, self.tensors[member], self.tensors[found[Group.STATE, part]])
+            return EntryCache(member.ratio, self.tensors[member], self.tensors[found[STATE, part]])
 
-        window = self.tensors[found[Group.WINDOW, Part.MAIN]]
+        window = self.tensors[found[WINDOW, Part.MAIN]]
         return LayerCache(window, compressed(Part.MAIN), compressed(Part.INDEX))
 
 
@@ -155,7 +155,7 @@ class SequenceCache:
     def views(self) -> Iterator[torch.Tensor]:
         """All memory that is this sequence's, [rows, width] each."""
         for member, tensor in self.pool.tensors.items():
-            for number in self.blocks if member.group is Group.ENTRIES else (self.slot,):
+            for number in self.blocks if member.group.is_paged else (self.slot,):
                 assert number != NOBODY
                 yield tensor[number * member.num_rows : (number + 1) * member.num_rows]
 

@@ -57,11 +57,15 @@ class PartSpec:
 
 @dataclass(frozen=True)
 class Encoding:
-    """One way to store a module; ``format`` is the number format of the weight once read."""
+    """One way to store a module; ``format`` is what the parts mean once read.
+
+    quant_method: what exports of this kind write in config.json; empty where it says nothing of them.
+    """
 
     name: str
     format: Format
     parts: tuple[PartSpec, ...]
+    quant_method: str = ""
 
     def part(self, role: str) -> PartSpec:
         return next(part for part in self.parts if part.role == role)
@@ -116,6 +120,7 @@ MODELOPT_NVFP4 = Encoding(
         PartSpec("global_scale", "weight_scale_2", ("F32",), _scalar),
         PartSpec("input_scale", "input_scale", ("F32",), _scalar),
     ),
+    "modelopt",
 )
 NATIVE_FP8 = Encoding(
     "native-fp8-block",
@@ -124,6 +129,7 @@ NATIVE_FP8 = Encoding(
         PartSpec("qdata", "weight", ("F8_E4M3",), lambda n, k: (n, k)),
         PartSpec("scale", "scale", ("F8_E8M0", "F32"), _fp8_blocks),
     ),
+    "fp8",
 )
 NATIVE_MXFP4 = Encoding(
     "native-mxfp4",
@@ -143,6 +149,7 @@ COMPRESSED_NVFP4 = Encoding(
         PartSpec("global_scale", "weight_global_scale", ("F32",), _one, is_divisor=True, other_shapes=((),)),
         PartSpec("input_scale", "input_global_scale", ("F32",), _one, is_divisor=True, other_shapes=((),)),
     ),
+    "compressed-tensors",
 )
 COMPRESSED_FP8 = Encoding(
     "compressed-tensors-fp8-block",
@@ -151,6 +158,7 @@ COMPRESSED_FP8 = Encoding(
         PartSpec("qdata", "weight", ("F8_E4M3",), lambda n, k: (n, k)),
         PartSpec("scale", "weight_scale", ("BF16", "F32"), _fp8_blocks),
     ),
+    "compressed-tensors",
 )
 PLAIN_BF16 = Encoding("bf16", BF16, (PartSpec("qdata", "weight", ("BF16",), lambda n, k: (n, k)),))
 PLAIN_FP32 = Encoding("fp32", FP32, (PartSpec("qdata", "weight", ("F32",), lambda n, k: (n, k)),))

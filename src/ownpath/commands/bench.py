@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from ownpath.formats import FP8_BLOCK, NVFP4
+from ownpath.ops import OpKind
+
 if TYPE_CHECKING:
     from ownpath.bench.contender import Contender
     from ownpath.bench.measure import Settings
@@ -14,7 +17,8 @@ if TYPE_CHECKING:
     from ownpath.bench.shapes import LinearShape, MoeShape
     from ownpath.commands.arguments import Subparsers
 
-_BENCHES = ("moe", "linear", "fp8")
+KINDS = {"moe": (OpKind.MOE, NVFP4), "linear": (OpKind.LINEAR, NVFP4), "fp8": (OpKind.LINEAR, FP8_BLOCK)}
+"""Benchmark -> the operation and the weights' format: every registered kernel of these may take part by its name."""
 _Some = TypeVar("_Some", bound="Contender")
 
 
@@ -25,7 +29,9 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     parser.add_argument("--tune", metavar="FAMILY", help="run a kernel family's candidates and write its table")
     parser.add_argument("--shape", action="append", default=[], metavar="NAME", help="repeatable (default: V4-Flash's)")
     parser.add_argument("--tokens", metavar="N,N,...", help="token counts (default: those of the published tables)")
-    parser.add_argument("--contenders", metavar="A,B,...", help="who takes part (default: everyone)")
+    parser.add_argument(
+        "--contenders", metavar="A,B,...", help="who takes part; a kernel of ours by its name too (default: everyone)"
+    )
     parser.add_argument("--device", default="cuda", help="cuda; cpu only tries the harness (default: cuda)")
     parser.add_argument("--seed", type=int, default=0, help="of operands and routing (default: 0)")
     parser.add_argument("--seconds", type=float, default=0.5, help="least replay time of a measurement (default: 0.5)")
@@ -44,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("bench: name one of moe, linear and fp8, or give --tune FAMILY")
     if args.tune is not None:
         return _tune(args)
-    if args.bench not in _BENCHES:
-        raise ValueError(f"bench: no benchmark {args.bench!r}; known: {', '.join(_BENCHES)}")
+    if args.bench not in KINDS:
+        raise ValueError(f"bench: no benchmark {args.bench!r}; known: {', '.join(KINDS)}")
     from ownpath.bench.measure import Settings
     from ownpath.bench.table import table_text
 
@@ -75,44 +81,48 @@ def _rows(args: argparse.Namespace, settings: "Settings") -> "Iterator[Row]":
 def _moe_rows(args: argparse.Namespace, settings: "Settings", shape: "MoeShape") -> "Iterator[Row]":
     from ownpath.bench.contender import MoeContender
     from ownpath.bench.moe import run_moe
-    from ownpath.bench.ours import OwnMoe
+    from ownpath.bench.ours import OwnMoe, own_kernels
     from ownpath.bench.peers.humming import HummingMoe
     from ownpath.bench.shapes import MOE_TOKENS
 
     everyone: list[MoeContender] = [OwnMoe(), HummingMoe()]
-    return run_moe(settings, shape, _counts(args.tokens) or MOE_TOKENS, _chosen(everyone, args.contenders))
+    named: list[MoeContender] = [OwnMoe(kernel) for kernel in own_kernels(*KINDS["moe"], args.device)]
+    return run_moe(settings, shape, _counts(args.tokens) or MOE_TOKENS, _chosen(everyone, named, args.contenders))
 
 
 def _nvfp4_rows(args: argparse.Namespace, settings: "Settings", shape: "LinearShape") -> "Iterator[Row]":
     from ownpath.bench.contender import Nvfp4Contender
     from ownpath.bench.linear import NVFP4_BENCH, run_linear
-    from ownpath.bench.ours import OwnNvfp4Linear
+    from ownpath.bench.ours import OwnNvfp4Linear, own_kernels
     from ownpath.bench.peers.cublas import CublasNvfp4
     from ownpath.bench.peers.humming import HummingNvfp4
     from ownpath.bench.peers.quack import QuackNvfp4
     from ownpath.bench.shapes import LINEAR_TOKENS
 
     everyone: list[Nvfp4Contender] = [OwnNvfp4Linear(), HummingNvfp4(), QuackNvfp4(), CublasNvfp4()]
-    chosen = _chosen(everyone, args.contenders)
+    named: list[Nvfp4Contender] = [OwnNvfp4Linear(kernel) for kernel in own_kernels(*KINDS["linear"], args.device)]
+    chosen = _chosen(everyone, named, args.contenders)
     return run_linear(NVFP4_BENCH, settings, shape, _counts(args.tokens) or LINEAR_TOKENS, chosen)
 
 
 def _fp8_rows(args: argparse.Namespace, settings: "Settings", shape: "LinearShape") -> "Iterator[Row]":
     from ownpath.bench.contender import Fp8Contender
     from ownpath.bench.linear import FP8_BENCH, run_linear
-    from ownpath.bench.ours import OwnFp8Linear
+    from ownpath.bench.ours import OwnFp8Linear, own_kernels
     from ownpath.bench.peers.cublas import CublasFp8
     from ownpath.bench.shapes import LINEAR_TOKENS
 
     everyone: list[Fp8Contender] = [OwnFp8Linear(), CublasFp8()]
-    chosen = _chosen(everyone, args.contenders)
+    named: list[Fp8Contender] = [OwnFp8Linear(kernel) for kernel in own_kernels(*KINDS["fp8"], args.device)]
+    chosen = _chosen(everyone, named, args.contenders)
     return run_linear(FP8_BENCH, settings, shape, _counts(args.tokens) or LINEAR_TOKENS, chosen)
 
 
-def _chosen(everyone: list[_Some], names: str | None) -> list[_Some]:
+def _chosen(everyone: list[_Some], named: list[_Some], names: str | None) -> list[_Some]:
+    """named: who takes part only when asked for."""
     if names is None:
         return everyone
-    known = {contender.name: contender for contender in everyone}
+    known = {contender.name: contender for contender in (*everyone, *named)}
     wanted = names.split(",")
     if unknown := [name for name in wanted if name not in known]:
         raise ValueError(f"--contenders: {', '.join(unknown)} not among {', '.join(known)}")

@@ -77,6 +77,7 @@ def fields_of_server() -> str:
     """Every request field of both endpoints, reasons for empty content, and the checks of the self-test."""
     from ownpath.selftest.checks import all_checks
     from ownpath.server import fields
+    from ownpath.server.conversation import ChatMessage
     from ownpath.server.empty import MEANING
     from ownpath.server.protocol import ChatRequest, CompletionRequest
 
@@ -86,6 +87,7 @@ def fields_of_server() -> str:
         parts += [f"/v1/{name}, honoured:", _entries(_honoured(model)), ""]
         parts += [f"/v1/{name}, refused with 400 unless the value is one of these (null: not sent):"]
         parts += [_refused(neutral), ""]
+    parts += ["of a message, honoured:", textwrap.indent(", ".join(ChatMessage.model_fields), "  "), ""]
     parts += ["of a message, refused likewise:", _refused(fields.MESSAGE), ""]
     parts += ["of stream_options, refused likewise:", _refused(fields.STREAM_OPTIONS), ""]
     parts += ["empty_content:", _entries((reason.value, meaning) for reason, meaning in MEANING.items()), ""]

@@ -8,13 +8,16 @@ stored results, F32 that of the arithmetic, and each bound names how many roundi
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from ownpath.conformance.call import KernelCall
 from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.hyper.ref import HyperOut, HyperWeights, Mix, sinkhorn
 from ownpath.kernels.registry import families
+from ownpath.ops import OpKind
 from ownpath.oracle import formulas
 
 BF16, F32 = 2.0**-8, 2.0**-24
@@ -103,6 +106,22 @@ CASES = listed_cases()
 def make_inputs(case: KernelCase, num_tokens: int, device: torch.device, seed: int = 0) -> Inputs:
     """Fresh random operands of a case."""
     return INPUTS[case.op](case, num_tokens, torch.Generator(device).manual_seed(seed))
+
+
+def call_of(case: KernelCase, kernel: Callable[..., Any], inputs: Inputs) -> KernelCall:
+    """One call as ``memory`` looks at it."""
+    return KernelCall(case.label, KINDS[case.op], kernel, inputs)
+
+
+KINDS = MappingProxyType(
+    {
+        "hyper_boundary": OpKind.HYPER,
+        "router": OpKind.ROUTER,
+        "rms_norm": OpKind.NORM,
+        "swiglu": OpKind.SWIGLU,
+        "grouped_linear": OpKind.GROUPED,
+    }
+)
 
 
 def _within(name: str, got: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor) -> None:

@@ -30,6 +30,19 @@ def is_dense(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     return tensor.dtype is dtype and tensor.is_contiguous() and not tensor.data_ptr() % VECTOR_BYTES
 
 
+def readable_rows(x: torch.Tensor, width: int, device_index: int) -> tuple[int, int, int] | None:
+    """Rows, pitch in elements and address of x [rows, width], or ``None`` where the copy engine cannot read it.
+
+    It reads a bfloat16 matrix of its device, with contiguous rows at multiples of 16 bytes.
+    """
+    if x.ndim != 2 or x.dtype is not torch.bfloat16:
+        return None
+    (num_rows, found), (pitch, step), address = x.shape, x.stride(), x.data_ptr()
+    is_aligned = not (2 * pitch | address) & 15
+    fits = is_aligned and step == 1 and found == width and x.get_device() == device_index
+    return (num_rows, pitch, address) if fits else None
+
+
 def check_alignment(name: str, tensor: torch.Tensor) -> None:
     """Checks the address. Errors: ValueError when the first element is not at a multiple of 16 bytes."""
     if tensor.data_ptr() % VECTOR_BYTES:

@@ -24,15 +24,19 @@ def families() -> Iterator[str]:
 
 @cache
 def _specs() -> tuple[KernelSpec, ...]:
-    """Returns all specs, the newest architecture's families first; within a family in its own order, best first."""
+    """Returns all specs, best first: families without a torch reference, then the newest architecture's.
+
+    A family keeps its own order. One without a reference is an alternative to kernels of other families, so it comes
+    before these: their reference runs everywhere, and ``select`` takes the first kernel that can run.
+    """
     found: list[tuple[KernelSpec, ...]] = [
         import_module(f"ownpath.kernels.{family}.spec").SPECS for family in sorted(families())
     ]
-    return tuple(spec for specs in sorted(found, key=_newest_sm, reverse=True) for spec in specs)
+    return tuple(spec for specs in sorted(found, key=_rank) for spec in specs)
 
 
-def _newest_sm(specs: tuple[KernelSpec, ...]) -> int:
-    return max(spec.min_sm or 0 for spec in specs)
+def _rank(specs: tuple[KernelSpec, ...]) -> tuple[bool, int]:
+    return any(spec.evidence is None for spec in specs), -max(spec.min_sm or 0 for spec in specs)
 
 
 SPECS = _specs()

@@ -8,15 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 
 from ownpath.checkpoint.index import CheckpointIndex
-from ownpath.checkpoint.schema import (
-    COMPRESSED_FP8,
-    COMPRESSED_NVFP4,
-    MODELOPT_NVFP4,
-    NATIVE_FP8,
-    QUANTIZATION_FIELD,
-    Encoding,
-    ModuleSpec,
-)
+from ownpath.checkpoint.schema import ENCODINGS, QUANTIZATION_FIELD, Encoding, ModuleSpec
 from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4, Format
 
 EncodedModule = tuple[ModuleSpec, Encoding]
@@ -24,13 +16,6 @@ EncodedModule = tuple[ModuleSpec, Encoding]
 COMPARED_FIELDS = frozenset({QUANTIZATION_FIELD, "expert_dtype"})
 """Fields of config.json that decide nothing and are compared with the tensors."""
 
-_METHODS: Mapping[str, tuple[Encoding, ...]] = MappingProxyType(
-    {
-        "fp8": (NATIVE_FP8,),
-        "modelopt": (MODELOPT_NVFP4,),
-        "compressed-tensors": (COMPRESSED_NVFP4, COMPRESSED_FP8),
-    }
-)
 _EXPERT_DTYPES: Mapping[str, tuple[Format, ...]] = MappingProxyType(
     {"fp4": (MXFP4, NVFP4), "fp8": (FP8_BLOCK,), "bf16": (BF16,), "bfloat16": (BF16,), "float32": (FP32,)}
 )
@@ -62,8 +47,8 @@ def find_contradictions(
 
 def _method(quantization: Mapping[str, object], modules: tuple[EncodedModule, ...]) -> Iterator[str]:
     method = quantization.get("quant_method")
-    expected = _METHODS.get(method) if isinstance(method, str) else None
-    if expected is not None and not any(encoding in expected for _, encoding in modules):
+    expected = [encoding for encoding in ENCODINGS if encoding.quant_method and encoding.quant_method == method]
+    if expected and not any(encoding in expected for _, encoding in modules):
         names = " or ".join(encoding.name for encoding in expected)
         yield f"{QUANTIZATION_FIELD}.quant_method is {method!r}, but no tensor is stored as {names}"
 

@@ -68,16 +68,9 @@ class MoeRunner(KernelRunner):
         """
         if torch.compiler.is_compiling():
             y: torch.Tensor = torch.ops.ownpath.experts(x, topk_ids, topk_weights, expert_map, num_shared, self.handle)
-            return y
-        return self.run(
-            x,
-            topk_ids,
-            topk_weights,
-            num_shared=num_shared,
-            expert_map=expert_map,
-            out=out,
-            workspace=workspace,
-        )
+            return y if out is None else out.copy_(y)
+        routing = Routing(topk_ids, topk_weights, num_shared, expert_map)
+        return self.kernel.run(x, routing, self.operand, out=out, workspace=workspace)
 
     def workspace(self, num_tokens: int, num_slots: int) -> torch.Tensor | None:
         """Allocates uint8 scratch for calls of up to ``num_tokens`` tokens; ``None`` where none is used.

@@ -197,8 +197,18 @@ def _by_handle(function: Callable[..., Returned]) -> Callable[..., Returned]:
     return call
 
 
+def _dense(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    """The function with results that lie as the fake ones do: a torch reference may return a view."""
+
+    def call(*args: object) -> Tensor | tuple[Tensor, ...]:
+        found = function(*args)
+        return found.contiguous() if isinstance(found, Tensor) else tuple(part.contiguous() for part in found)
+
+    return call
+
+
 for _schema, _function, _fake in OPERATIONS:
     _name = _schema.partition("(")[0]
     LIBRARY.define(_schema)
-    LIBRARY.impl(_name, _by_handle(_function), "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, _dense(_by_handle(_function)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"ownpath::{_name}", _by_handle(_fake), lib=LIBRARY)

@@ -6,7 +6,7 @@ keeps at most ``max_per_slot`` records; calls with further signatures are counte
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 
 import torch
 
@@ -97,7 +97,7 @@ def _collect(values: Iterable[object], found: list[tuple[torch.Size, torch.dtype
         elif isinstance(value, (tuple, list)):
             _collect(value, found)
         elif is_dataclass(value):
-            _collect(vars(value).values(), found)
+            _collect((getattr(value, field.name) for field in fields(value)), found)
 
 
 def _spelled(tensors: _Signature) -> tuple[str, ...]:

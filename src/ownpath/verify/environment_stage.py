@@ -12,7 +12,7 @@ from ownpath.finding import Finding, Verdict
 from ownpath.inspect.memory import cache_bytes, weights_bytes
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.cache import COMPILER, cache_dir, is_cached, source_key, stem
-from ownpath.kernels.registry import KERNELS
+from ownpath.kernels.registry import KERNELS, spec_of
 from ownpath.plan.plan import Plan
 from ownpath.verify.layer import in_layer, in_no_layer, restricted
 from ownpath.verify.machine import KNOWN_BAD, Machine, free_bytes, this_machine
@@ -79,7 +79,7 @@ def _how(name: str, configs: list[Any], num_missing: int) -> str:
     if configs:
         left = f", {num_missing} to be compiled at load" if num_missing else ""
         return f"{len(configs) - num_missing} of {len(configs)} variants compiled on disk{left}"
-    if name.startswith("triton."):
+    if "triton" in spec_of(name).packages:
         return "Triton compiles it at its first call"
     return "torch's own operations"
 

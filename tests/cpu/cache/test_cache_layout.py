@@ -3,7 +3,18 @@
 import pytest
 from support.checkpoints import SMALL
 
-from ownpath.cache.layout import BLOCK_TOKENS, CacheLayout, Group, Member, Part, entry_row, num_blocks, ring_row
+from ownpath.cache.layout import (
+    BLOCK_TOKENS,
+    ENTRIES,
+    STATE,
+    WINDOW,
+    CacheLayout,
+    Member,
+    Part,
+    entry_row,
+    num_blocks,
+    ring_row,
+)
 from ownpath.config import CSA_RATIO, HCA_RATIO, SLIDING, ModelConfig
 
 FLASH = (SLIDING, SLIDING, *[CSA_RATIO, HCA_RATIO] * 20, CSA_RATIO)
@@ -30,10 +41,10 @@ def test_bytes_of_a_slot() -> None:
 
 
 def test_members_of_each_kind_of_layer() -> None:
-    window = Member(Group.WINDOW, 0, Part.MAIN, 128, 512)
-    main = (Member(Group.STATE, 0, Part.MAIN, 8, 2048, 4), Member(Group.ENTRIES, 0, Part.MAIN, 64, 512, 4))
-    index = (Member(Group.STATE, 0, Part.INDEX, 8, 512, 4), Member(Group.ENTRIES, 0, Part.INDEX, 64, 128, 4))
-    hca = (Member(Group.STATE, 0, Part.MAIN, 128, 1024, 128), Member(Group.ENTRIES, 0, Part.MAIN, 2, 512, 128))
+    window = Member(WINDOW, 0, Part.MAIN, 128, 512)
+    main = (Member(STATE, 0, Part.MAIN, 8, 2048, 4), Member(ENTRIES, 0, Part.MAIN, 64, 512, 4))
+    index = (Member(STATE, 0, Part.INDEX, 8, 512, 4), Member(ENTRIES, 0, Part.INDEX, 64, 128, 4))
+    hca = (Member(STATE, 0, Part.MAIN, 128, 1024, 128), Member(ENTRIES, 0, Part.MAIN, 2, 512, 128))
     assert layout((SLIDING,)).members == (window,)
     assert layout((CSA_RATIO,)).members == (window, *main, *index)
     assert layout((HCA_RATIO,)).members == (window, *hca)

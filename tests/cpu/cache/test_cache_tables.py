@@ -129,8 +129,6 @@ def test_bytes_of_a_sequence_are_those_that_it_can_fill(device: torch.device) ->
     """Not those of whole blocks: the number that ``ownpath inspect`` reports."""
     pool = make_pool(device, max_tokens=300)
     cache = pool.new_sequence()
-    per_entry = sum(
-        (300 // member.ratio) * member.width * 4 for member in pool.layout.members if member.group.value == "entries"
-    )
-    slots = sum(m.num_rows * m.width * 4 for m in pool.layout.members if m.group.value != "entries")
+    per_entry = sum((300 // member.ratio) * member.width * 4 for member in pool.layout.members if member.group.is_paged)
+    slots = sum(m.num_rows * m.width * 4 for m in pool.layout.members if not m.group.is_paged)
     assert cache.num_bytes() == per_entry + slots

@@ -2,12 +2,14 @@
 
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cpu.server.harness import HELLO
 
+from ownpath.cli import main
 from ownpath.server import fields
 from ownpath.server.conversation import CalledFunction, CallInMessage, ChatMessage, TemplateOptions
 from ownpath.server.errors import ApiError
@@ -201,9 +203,13 @@ def test_integers_are_numbers() -> None:
     assert read_chat_request(CHAT | {"temperature": 1, "top_p": 1}).temperature == 1.0
 
 
-def test_the_documentation_names_every_field() -> None:
+def test_the_documentation_names_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    """The page, or the list that it sends the reader to."""
     text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`(\w+)`", text))
+    assert "ownpath serve --list" in text
+    with suppress(SystemExit):
+        main(["serve", "--list"])
+    named = set(re.findall(r"`(\w+)`", text)) | set(re.findall(r"\w+", capsys.readouterr().out))
     models = (
         ChatRequest,
         CompletionRequest,

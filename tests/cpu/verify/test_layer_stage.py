@@ -49,7 +49,7 @@ def assert_complete(findings: list[Finding], rows: list[Measurement], subject: S
     ids=["bfloat16", "official", "float64"],
 )
 def test_other_numerics_pass(changes: dict[str, Any], tmp_path: Path) -> None:
-    random_checkpoint(tmp_path, "full-nvfp4", seed=5)
+    random_checkpoint(tmp_path, "full-nvfp4", seed=5, num_hidden_layers=3, compress_ratios=[0, 4, 128])
     findings, rows, subject = run(tmp_path, EngineConfig(**changes))
     assert_complete(findings, rows, subject)
     keys = [finding for finding in findings if finding.id == "V10"]

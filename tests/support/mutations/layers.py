@@ -12,7 +12,7 @@ from ownpath.attention.rope import Rope, Rotation
 from ownpath.attention.select import EntrySelector
 from ownpath.runners import SwigluMlp
 from ownpath.verify.layer import LoadedLayer
-from support.layer_faults import FAULTS, with_attn, with_core, with_step
+from support.layer_faults import FAULTS, in_operand, with_attn, with_core, with_step
 from support.mutations.mutation import LAYERS, LOAD_AND_KERNELS, Mutation, around, on_layer
 
 LAYER = "layers.1"
@@ -94,13 +94,14 @@ def window_moved(by: int) -> Change:
 def softmax_scaled(loaded: LoadedLayer) -> LoadedLayer:
     """YaRN's mscale, 0.1 ln(factor) + 1, which V4 does not apply, in the softmax scale."""
     core: Any = loaded.block.attn.core
-    core.runner.layer.softmax.softmax_scale *= 1.277
+    softmax = core.runner.layer.softmax
+    in_operand(softmax, softmax_scale=1.277 * softmax.softmax_scale)
     return loaded
 
 
 def scaling_lost(loaded: LoadedLayer) -> LoadedLayer:
     router: Any = loaded.block.ffn.router
-    router.runner.routed_scaling_factor = 1.0
+    in_operand(router.runner, routed_scaling_factor=1.0)
     return loaded
 
 
@@ -112,13 +113,13 @@ def reads_token_0(loaded: LoadedLayer) -> LoadedLayer:
 
 def no_clamp_in_shared(loaded: LoadedLayer) -> LoadedLayer:
     mlp: Any = loaded.block.ffn.shared_experts
-    mlp._activation.runner.limit = 1e30
+    mlp._activation.runner.operand = 1e30
     return loaded
 
 
 def no_clamp_in_routed(loaded: LoadedLayer) -> LoadedLayer:
     experts: Any = loaded.block.ffn.experts
-    experts.runner.swiglu_limit = 1e30
+    in_operand(experts.runner, swiglu_limit=1e30)
     return loaded
 
 
@@ -141,7 +142,7 @@ def no_shared_expert(loaded: LoadedLayer) -> LoadedLayer:
 
 def one_sinkhorn_round(loaded: LoadedLayer) -> LoadedLayer:
     boundary: Any = loaded.block.hc_ffn
-    boundary.runner.weights = replace(boundary.runner.weights, num_iters=1)
+    in_operand(boundary.runner, num_iters=1)
     return loaded
 
 
@@ -170,8 +171,8 @@ def comb_read_transposed(loaded: LoadedLayer) -> LoadedLayer:
 
 def hidden_keys_seen(loaded: LoadedLayer) -> LoadedLayer:
     softmax: Any = loaded.block.attn.core.runner.layer.softmax  # type: ignore[attr-defined]
-    kernel = softmax._kernel
-    softmax._kernel = lambda q, keys, visible, *rest: kernel(q, keys, torch.ones_like(visible), *rest)
+    run = softmax.run
+    softmax.run = lambda q, keys, visible: run(q, keys, torch.ones_like(visible))
     return loaded
 
 
@@ -189,7 +190,7 @@ def without(norm: str) -> Change:
 
 def wrong_eps(loaded: LoadedLayer) -> LoadedLayer:
     norm: Any = loaded.block.attn.q_norm
-    norm.runner.eps = 1e-2
+    in_operand(norm.runner, eps=1e-2)
     return loaded
 
 

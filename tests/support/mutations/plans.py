@@ -39,8 +39,8 @@ def rounds_half_up(part: LoadedPart) -> None:
     """Values are made larger by less than their distance to any other middle, so that halves go away from zero."""
     runner: Any = part.runners.get(INDEX_SLOT)
     if runner is not None:
-        quantize = runner._quantize
-        runner._quantize = lambda x: quantize(x * (1 + 2.0**-20))
+        quantize = runner.quantize_input
+        runner.quantize_input = lambda x: quantize(x * (1 + 2.0**-20))
 
 
 def keys_as_they_are(loaded: LoadedLayer) -> LoadedLayer:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ownpath.formats import FP8_BLOCK
-from ownpath.kernels.checks import require_input
+from ownpath.kernels.checks import readable_rows, require_input
 from ownpath.kernels.contract import StoredLinear
 from ownpath.kernels.dsl.driver import current_stream, num_sms
 from ownpath.kernels.fp8.choose import WeightKey, w8a8_config, w8a8_configs, w8a16_config, w8a16_configs
@@ -167,22 +167,23 @@ class Fp8LinearKernel:
         """
         weight = operand.weight
         device_index = weight.blocks.get_device()
-        if not _is_readable(x, weight.in_features, device_index):
+        readable = readable_rows(x, weight.in_features, device_index)
+        if readable is None:
             _refuse(x, weight)
             flat_out = None if out is None else out.view(-1, weight.out_features)
             flat = self.run(x.flatten(0, -2), operand, out=flat_out, workspace=workspace)
             return flat.view(*x.shape[:-1], weight.out_features)
-        num_rows = x.shape[0]
+        num_rows, pitch, x_address = readable
         if out is None:
-            out = x.new_empty((num_rows, weight.out_features))
+            out = x.new_empty(num_rows, weight.out_features)
         elif out.shape != (num_rows, weight.out_features) or out.dtype is not x.dtype or out.stride(1) != 1:
             raise ValueError(f"out must be {x.dtype} [{num_rows}, {weight.out_features}] with contiguous rows")
         if num_rows:
             step, address, workspace = self._scratch(num_rows, weight, workspace)
-            key = num_rows, x.stride(0), out.stride(0), step
+            key = num_rows, pitch, out.stride(0), step
             with operand.lock:
                 call = operand.launches.get(key) or operand.launches.add(key, self._new_call(x, weight, key))
-                call.start(x.data_ptr(), out.data_ptr(), address, current_stream(device_index))
+                call.start(x_address, out.data_ptr(), address, current_stream(device_index))
         return out
 
     def run_wide(self, x: Tensor, operand: Fp8Operand) -> Tensor:
@@ -214,18 +215,6 @@ def _codes_and_scales(stored: StoredLinear) -> tuple[Sequence[Tensor], Sequence[
     scales = [shard.scale for shard in stored.shards if shard.scale is not None]
     assert len(scales) == len(stored.shards)
     return [shard.qdata for shard in stored.shards], scales
-
-
-def _is_readable(x: Tensor, width: int, device_index: int) -> bool:
-    return (
-        x.dtype is torch.bfloat16
-        and x.ndim == 2
-        and x.shape[1] == width
-        and x.get_device() == device_index
-        and x.stride(1) == 1
-        and not x.stride(0) % 8
-        and not x.data_ptr() % 16
-    )
 
 
 def _refuse(x: Tensor, weight: PackedFp8) -> None:

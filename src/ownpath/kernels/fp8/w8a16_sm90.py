@@ -235,7 +235,7 @@ class W8A16:
         for k in cutlass.range(operands.k_iters, unroll=1):
             ring.wait()
             entries = self.load_entries(operands, k)
-            words: list[Any] = [None] * self.per_wg
+            words: list[tuple[Words, Words]] = []
             for part in cutlass.range_constexpr(8 // self.group):
                 if cutlass.const_expr(part * self.group % 4 == 0):
                     words = self.load_words(operands, ring.slot, part * self.group // 4)

@@ -18,4 +18,4 @@ _CASES = (
     ),
 )
 
-CASES = (*_CASES, *(replace(case, tokens=case.tokens[:3], bench=False, variant="_invariant") for case in _CASES))
+CASES = (*_CASES, *(replace(case, tokens=case.tokens[:3], variant="_invariant") for case in _CASES))

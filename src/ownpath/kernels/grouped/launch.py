@@ -194,8 +194,9 @@ class GroupedLinearKernel:
 
         Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
         """
-        weight_GRI, device = operand.weight_GRI, o_TNH.device
-        check_rank("o_TNH", o_TNH, 3, INTERPRETED)
+        weight_GRI = operand.weight_GRI
+        if o_TNH.ndim != 3 or not (o_TNH.is_cuda or INTERPRETED):
+            check_rank("o_TNH", o_TNH, 3, INTERPRETED)
         key = o_TNH.shape, cos_TA.shape, o_TNH.get_device()
         call = operand.launches.get(key)
         if call is None:
@@ -206,9 +207,9 @@ class GroupedLinearKernel:
         if not fits or sin_TA.shape != cos_TA.shape or len(cos_TA) != num_tokens or sin_TA.get_device() != key[2]:
             _check_inputs(o_TNH, cos_TA, sin_TA)
         if out is None:
-            out = o_TNH.new_empty((num_tokens, num_groups, num_rows))
+            out = o_TNH.new_empty(num_tokens, num_groups, num_rows)
         else:
-            check("out", out, (torch.bfloat16,), (num_tokens, num_groups, num_rows), device)
+            check("out", out, (torch.bfloat16,), (num_tokens, num_groups, num_rows), o_TNH.device)
         tensors = (o_TNH, weight_GRI, cos_TA, sin_TA, out)
         if call is not None:
             with operand.lock:

@@ -30,7 +30,7 @@ from threading import Lock
 import torch
 import triton
 
-from ownpath.kernels.checks import check, check_rank, is_dense
+from ownpath.kernels.checks import check, check_rank
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
@@ -137,18 +137,31 @@ def _check_out(out: HyperOut, x_TSD: torch.Tensor, with_mix: bool) -> None:
         _check_mix("out.mix", out.mix, num_tokens, x_TSD.device)
 
 
+Shapes = tuple[torch.Size, torch.Size, torch.Size]
+
+
 @dataclass(frozen=True)
 class BoundaryCall:
-    """The two prepared launches of one size. num_floats: elements of the workspace that they use."""
+    """The two launches of one size. num_floats: what they need of the workspace.
+
+    weights: addresses of fn, base, scale and norm_weight. makes_mix: another sublayer follows.
+    shapes: of y, post and comb.
+    """
 
     spread: TritonCall
     collapse: TritonCall
     num_floats: int
+    weights: tuple[int, int, int, int]
+    makes_mix: bool
+    shapes: Shapes
 
-    def start(self, tensors: "Tensors", stream: int) -> None:
-        """Launches both."""
-        self.spread.start(stream, *[tensor.data_ptr() for tensor in tensors.spread()])
-        self.collapse.start(stream, *[tensor.data_ptr() for tensor in tensors.collapse()])
+    def start(self, given: tuple[int, int, int, int], out: HyperOut, workspace: int, stream: int) -> None:
+        """Launches both. given: addresses of x, y, post and comb. An address that is not read may be any."""
+        fn, base, scale, norm_weight = self.weights
+        mix, streams = out.mix, out.x_TSD.data_ptr()
+        self.spread.start(stream, *given, fn, streams, workspace)
+        post, comb = (base, base) if mix is None else (mix.post_TS.data_ptr(), mix.comb_TSS.data_ptr())
+        self.collapse.start(stream, streams, workspace, base, scale, norm_weight, out.h_TD.data_ptr(), post, comb)
 
 
 @dataclass(frozen=True)
@@ -187,9 +200,19 @@ class Tensors:
         return self.out.x_TSD, self.workspace, *norms, self.out.h_TD, post, comb
 
 
+def _addresses(weights: HyperWeights) -> tuple[int, int, int, int]:
+    fn, base, scale, norm_weight = weights.fn, weights.base, weights.scale, weights.norm_weight
+    return fn.data_ptr(), base.data_ptr(), scale.data_ptr(), norm_weight.data_ptr()
+
+
 def _first_launches(tensors: Tensors, tiles: BoundaryTiles, num_floats: int) -> BoundaryCall | None:
     spread, collapse = _launch_spread(tensors, tiles), _launch_collapse(tensors, tiles)
-    return None if spread is None or collapse is None else BoundaryCall(spread, collapse, num_floats)
+    if spread is None or collapse is None:
+        return None
+    num_tokens, s, dim = tensors.x_TSD.shape
+    shapes = torch.Size((num_tokens, dim)), torch.Size((num_tokens, s)), torch.Size((num_tokens, s, s))
+    makes_mix = len(tensors.weights.fn) == NUM_MIX
+    return BoundaryCall(spread, collapse, num_floats, _addresses(tensors.weights), makes_mix, shapes)
 
 
 def _launch_spread(tensors: Tensors, tiles: BoundaryTiles) -> TritonCall | None:
@@ -244,23 +267,29 @@ class BoundaryInputs:
     mix: Mix | None
 
 
-def _fits(x_TSD: torch.Tensor, y_TD: torch.Tensor | None, mix: Mix | None) -> bool:
-    """Checks what a call's key does not cover. Quicker than ``_check_inputs``, which raises with the reason."""
-    if not is_dense(x_TSD, torch.bfloat16) or (y_TD is None) != (mix is None):
-        return False
+def _given(
+    x_TSD: torch.Tensor, y_TD: torch.Tensor | None, mix: Mix | None, shapes: Shapes
+) -> tuple[int, int, int, int] | None:
+    """Addresses of x, y, post and comb, or ``None`` where something does not fit: quicker than ``_check_inputs``, which
+    says what. shapes: of y, post and comb."""
+    x = x_TSD.data_ptr()
+    if x_TSD.dtype is not torch.bfloat16 or not x_TSD.is_contiguous() or x & 15:
+        return None
     if y_TD is None or mix is None:
-        return True
-    num_tokens, s, dim = x_TSD.shape
+        return (x, x, x, x) if y_TD is None and mix is None else None
     post_TS, comb_TSS, device_index = mix.post_TS, mix.comb_TSS, x_TSD.get_device()
-    return (
-        is_dense(y_TD, torch.bfloat16)
-        and is_dense(post_TS, torch.float32)
-        and is_dense(comb_TSS, torch.float32)
-        and y_TD.shape == (num_tokens, dim)
-        and post_TS.shape == (num_tokens, s)
-        and comb_TSS.shape == (num_tokens, s, s)
+    y, post, comb = y_TD.data_ptr(), post_TS.data_ptr(), comb_TSS.data_ptr()
+    fits = (
+        y_TD.dtype is torch.bfloat16
+        and post_TS.dtype is comb_TSS.dtype is torch.float32
+        and (y_TD.shape, post_TS.shape, comb_TSS.shape) == shapes
+        and y_TD.is_contiguous()
+        and post_TS.is_contiguous()
+        and comb_TSS.is_contiguous()
         and device_index == y_TD.get_device() == post_TS.get_device() == comb_TSS.get_device()
+        and not (y | post | comb) & 15
     )
+    return (x, y, post, comb) if fits else None
 
 
 def _out_like(x_TSD: torch.Tensor, y_TD: torch.Tensor, mix: Mix) -> HyperOut:
@@ -312,24 +341,24 @@ class HyperBoundaryKernel:
 
         Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment, before any launch.
         """
-        key = x_TSD.shape, mix is not None, x_TSD.get_device()
-        call = operand.launches.get(key)
-        if call is None or not _fits(x_TSD, y_TD, mix):
+        device_index = x_TSD.get_device()
+        call = operand.launches.get((x_TSD.shape, mix is not None, device_index))
+        given = None if call is None else _given(x_TSD, y_TD, mix, call.shapes)
+        if call is None or given is None:
             return self._first(BoundaryInputs(x_TSD, y_TD, mix), operand, out, workspace)
-        with_mix = len(operand.weights.fn) == NUM_MIX
-        if out is None:
-            if with_mix and y_TD is not None and mix is not None:
-                out = _out_like(x_TSD, y_TD, mix)
-            else:
-                out = new_out(x_TSD, with_mix)
-        else:
+        with_mix = call.makes_mix
+        if out is not None:
             _check_out(out, x_TSD, with_mix)
+        elif with_mix and y_TD is not None and mix is not None:
+            out = _out_like(x_TSD, y_TD, mix)
+        else:
+            out = new_out(x_TSD, with_mix)
         if workspace is None:
             workspace = x_TSD.new_empty(call.num_floats, dtype=torch.float32)
         else:
             _check_workspace(workspace, call.num_floats, x_TSD.device)
         with operand.lock:
-            call.start(Tensors(x_TSD, y_TD, mix, operand.weights, out, workspace), current_stream(key[2]))
+            call.start(given, out, workspace.data_ptr(), current_stream(device_index))
         return out
 
     def _first(

@@ -22,7 +22,7 @@ from ownpath.kernels.norms.ref import rms_norm
 from ownpath.kernels.reference import Reference
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Mix:
     """The weights that pre derives for post: post_TS, and comb_TSS [from stream, to stream]; at least float32."""
 
@@ -53,7 +53,7 @@ class HyperWeights:
     norm_eps: float
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class HyperOut:
     """A boundary's results: new streams [T, S, D], the next sublayer's normed input [T, D], and its mix."""
 

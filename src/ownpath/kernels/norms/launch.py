@@ -148,7 +148,7 @@ class RmsNormKernel:
         if address % VECTOR_BYTES:
             check_alignment("x", x)
         if out is None:
-            out = torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
+            out = torch.empty_like(x) if x.is_contiguous() else x.new_empty(*x.shape)
         else:
             check("out", out, (x.dtype,), tuple(x.shape), x.device)
         with operand.lock:

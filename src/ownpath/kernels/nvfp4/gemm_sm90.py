@@ -120,7 +120,7 @@ class Gemm:
             cpasync.prefetch_descriptor(tma_x)
             stages.pipeline.init(3, 4 * self.num_consumers)
         cute.arch.sync_threads()
-        work = self.share(cta, grid, Schedule(schedule), num_rows, num_m_tiles, num_k_blocks, rows_per_tile)
+        scheduler = self.share(cta, grid, Schedule(schedule), num_rows, num_m_tiles, num_k_blocks, rows_per_tile)
         if warp_group == self.num_consumers:
             if cutlass.const_expr(cfg.consumer_registers):
                 cute.arch.setmaxregister_decrease(cfg.producer_registers)
@@ -130,16 +130,16 @@ class Gemm:
                     source, target, num_bytes = codes, stages.weights, Int32(cfg.code_bytes)
                     if warp == 1:
                         source, target, num_bytes = scales, stages.scales, Int32(cfg.scale_bytes)
-                    self.load_weights(source, target, num_bytes, stages.pipeline, work)
+                    self.load_weights(source, target, num_bytes, stages.pipeline, scheduler)
             elif warp == 2:
                 # Single rows are loaded by all lanes of the warp, boxes by one.
                 if thread % 32 < (32 if cfg.gather else 1):
-                    self.load_tokens(ptx.descriptor_address(tma_x), thread % 32, stages, work)
+                    self.load_tokens(ptx.descriptor_address(tma_x), thread % 32, stages, scheduler)
         else:
             if cutlass.const_expr(cfg.consumer_registers):
                 cute.arch.setmaxregister_increase(cfg.consumer_registers)
             epilogue = Epilogue(cfg, global_scale, out, ld_out, swiglu_limit)
-            self.multiply(work, stages, partial_sums, epilogue, thread, warp_group)
+            self.multiply(scheduler, stages, partial_sums, epilogue, thread, warp_group)
         if cutlass.const_expr(cfg.cluster_m > 1):
             # No CTA leaves while its neighbour may still write to it or signal it.
             cute.arch.sync_threads()
@@ -204,7 +204,7 @@ class Gemm:
 
     @cute.jit
     def load_weights(
-        self, source: cute.Pointer, target: cute.Pointer, num_bytes: Int32, pipeline: Pipeline, work: TileScheduler
+        self, source: cute.Pointer, target: cute.Pointer, num_bytes: Int32, pipeline: Pipeline, scheduler: TileScheduler
     ) -> None:
         """Loads the codes (or the scales) of every stage, ``num_bytes`` per block, as stages become free. One thread.
 
@@ -213,17 +213,17 @@ class Gemm:
         cfg = self.cfg
         m64, k_blocks = cfg.m64_per_tile, cfg.warpgroups_k
         ring = pipeline.producer()
-        for idx in cutlass.range(work.worker, work.num_tiles, work.num_workers, unroll=1):
-            tile = work.tile(idx)
-            m_tile = (tile.expert * work.m_per_worker + tile.m_group) * cfg.cluster_m + work.rank_m
-            first = Int64(m_tile * m64) * work.k_units
-            start = source.toint() + (first + work.rank * work.k_iters * k_blocks) * num_bytes
-            for _ in cutlass.range(work.k_iters, unroll=1):
+        for idx in cutlass.range(scheduler.worker, scheduler.num_tiles, scheduler.num_workers, unroll=1):
+            tile = scheduler.tile(idx)
+            m_tile = (tile.expert * scheduler.m_per_worker + tile.m_group) * cfg.cluster_m + scheduler.rank_m
+            first = Int64(m_tile * m64) * scheduler.k_units
+            start = source.toint() + (first + scheduler.rank * scheduler.k_iters * k_blocks) * num_bytes
+            for _ in cutlass.range(scheduler.k_iters, unroll=1):
                 ring.acquire()
                 ring.commit(m64 * k_blocks * num_bytes)
                 place = target.toint() + ring.slot * (m64 * k_blocks) * num_bytes
                 for r in cutlass.range_constexpr(m64):
-                    block = start + Int64(r * work.k_units * num_bytes)
+                    block = start + Int64(r * scheduler.k_units * num_bytes)
                     ptx.load_bulk(
                         place + r * k_blocks * num_bytes, block, k_blocks * num_bytes, ring.full,
                         not cfg.reuses_weights,
@@ -232,32 +232,32 @@ class Gemm:
                 ring.advance()
 
     @cute.jit
-    def load_tokens(self, descriptor: Int64, lane: Int32, stages: Stages, work: TileScheduler) -> None:
+    def load_tokens(self, descriptor: Int64, lane: Int32, stages: Stages, scheduler: TileScheduler) -> None:
         """Loads the tokens of every stage. One thread, or a warp for single rows."""
         cfg = self.cfg
         if cutlass.const_expr(not cfg.follows):
             cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
         ring = stages.pipeline.producer()
-        for idx in cutlass.range(work.worker, work.num_tiles, work.num_workers, unroll=1):
-            tile = work.tile(idx)
+        for idx in cutlass.range(scheduler.worker, scheduler.num_tiles, scheduler.num_workers, unroll=1):
+            tile = scheduler.tile(idx)
             if cutlass.const_expr(cfg.follows):
                 # Gate and up rows: two for each of this product's columns.
-                await_rows(work.schedule.counter(tile.n_tile), 2 * CHUNK_K * self.num_chunks * work.k_iters)
+                await_rows(scheduler.schedule.counter(tile.n_tile), 2 * CHUNK_K * self.num_chunks * scheduler.k_iters)
             boxes = (tile.rows + cfg.box_rows - 1) // cfg.box_rows
             places = cute.make_rmem_tensor(cute.make_layout((self.max_n + 31) // 32), Int32)
             if cutlass.const_expr(cfg.gather):
-                tokens = work.schedule.tokens()
+                tokens = scheduler.schedule.tokens()
                 for turn in cutlass.range_constexpr((self.max_n + 31) // 32):
                     places[turn] = Int32(0)
                     if lane + 32 * turn < tile.rows:
                         places[turn] = element(tokens, tile.row0 + lane + 32 * turn)[0]
-            for k in cutlass.range(work.k_iters, unroll=1):
+            for k in cutlass.range(scheduler.k_iters, unroll=1):
                 ring.acquire()
                 if lane == 0:
                     ring.commit(boxes * (cfg.box_rows * CHUNK_K * 2 * self.num_chunks))
                 for chunk in cutlass.range_constexpr(self.num_chunks):
-                    column = ((work.rank * work.k_iters + k) * self.num_chunks + chunk) * CHUNK_K
+                    column = ((scheduler.rank * scheduler.k_iters + k) * self.num_chunks + chunk) * CHUNK_K
                     start = stages.tokens + (ring.slot * self.num_chunks + chunk) * (self.max_n * CHUNK_K)
                     if cutlass.const_expr(cfg.gather):
                         for turn in cutlass.range_constexpr((self.max_n + 31) // 32):
@@ -266,7 +266,7 @@ class Gemm:
                                 ptx.load_box(start + row * CHUNK_K, descriptor, column, places[turn], ring.full)
                     else:
                         # The CTAs of a cluster take turns, each loading for all of them.
-                        for box in cutlass.range(work.rank_m, boxes, cfg.cluster_m, unroll=1):
+                        for box in cutlass.range(scheduler.rank_m, boxes, cfg.cluster_m, unroll=1):
                             row = box * cfg.box_rows
                             place = start + row * CHUNK_K
                             ptx.load_box(place, descriptor, column, tile.row0 + row, ring.full, cfg.cluster_m)
@@ -275,7 +275,7 @@ class Gemm:
     @cute.jit
     def multiply(
         self,
-        work: TileScheduler,
+        scheduler: TileScheduler,
         stages: Stages,
         partial_sums: cute.Pointer,
         epilogue: Epilogue,
@@ -285,18 +285,18 @@ class Gemm:
         """Multiplies a warpgroup's part of every tile, with the code for the tile's number of tokens."""
         cfg = self.cfg
         step, turn = Int32(0), Int32(0)
-        for idx in cutlass.range(work.worker, work.num_tiles, work.num_workers, unroll=1):
-            tile = work.tile(idx)
+        for idx in cutlass.range(scheduler.worker, scheduler.num_tiles, scheduler.num_workers, unroll=1):
+            tile = scheduler.tile(idx)
             for size_idx in cutlass.range_constexpr(len(cfg.n_sizes)):
                 below = cfg.n_sizes[size_idx - 1] if size_idx else 0
                 if tile.rows > below and tile.rows <= cfg.n_sizes[size_idx]:
                     place = Thread(thread % WG, warp_group // cfg.warpgroups_k, warp_group % cfg.warpgroups_k)
-                    ring, operands = stages.pipeline.consumer_at(step), Operands(place, stages, work.k_iters)
-                    partial = PartialSums(partial_sums, turn, work.rank)
+                    ring, operands = stages.pipeline.consumer_at(step), Operands(place, stages, scheduler.k_iters)
+                    partial = PartialSums(partial_sums, turn, scheduler.rank)
                     self.consume(cfg.n_sizes[size_idx], tile, ring, operands, partial, epilogue)
             if cutlass.const_expr(cfg.hands_over):
-                announce(work.schedule.counter(tile.n_tile), thread, 16 * cfg.num_m64 // cfg.warpgroups_k)
-            step += work.k_iters
+                announce(scheduler.schedule.counter(tile.n_tile), thread, 16 * cfg.num_m64 // cfg.warpgroups_k)
+            step += scheduler.k_iters
             turn = turn ^ 1
 
     @cute.jit

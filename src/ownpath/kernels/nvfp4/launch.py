@@ -37,10 +37,10 @@ class PackedWeight:
     global_scale: torch.Tensor
     num_rows: int
     num_cols: int
+    device_index: int = -1
 
-    @property
-    def device_index(self) -> int:
-        return self.codes.get_device()
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "device_index", self.codes.get_device())
 
 
 class GemmLaunch:

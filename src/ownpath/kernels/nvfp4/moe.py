@@ -17,7 +17,7 @@ from threading import Lock
 import torch
 
 from ownpath.formats import NVFP4
-from ownpath.kernels.checks import require_input, require_routing
+from ownpath.kernels.checks import readable_rows, require_input, require_routing
 from ownpath.kernels.contract import Config, FusedExpert, Routing, StoredExperts
 from ownpath.kernels.dsl.driver import Boxes, Pointers, current_stream, num_sms
 from ownpath.kernels.launch_cache import LaunchCache
@@ -25,7 +25,7 @@ from ownpath.kernels.nvfp4.choose import WIDE_PAIRS, MoeChoice, choose_moe, moe_
 from ownpath.kernels.nvfp4.config import ALIGN_THREADS, AlignConfig, CombineConfig, GemmConfig, PermuteConfig
 from ownpath.kernels.nvfp4.launch import GemmLaunch, MoeSizes, PackedWeight, Tiling, align, box, combine, permute
 from ownpath.kernels.nvfp4.layout import check_scales, gate_up_rows, pack_weight_, plain_rows, unpack_weight
-from ownpath.kernels.nvfp4.linear import is_readable, require_packable, require_rows
+from ownpath.kernels.nvfp4.linear import require_packable, require_rows
 from ownpath.qtensor import QuantTensor
 
 DIM_MULTIPLE = 128
@@ -245,7 +245,7 @@ class Nvfp4MoeKernel:
         ids, expert_map = routing.ids, routing.expert_map
         num_tokens, num_choices = ids.shape
         if out is None:
-            out = torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
+            out = torch.empty_like(x) if x.is_contiguous() else x.new_empty(num_tokens, operand.hidden)
         else:
             _check_out(out, num_tokens, operand)
         if not num_tokens:
@@ -289,7 +289,7 @@ def _restored(weight: PackedWeight, rows: torch.Tensor, num_experts: int, expert
 def _check(x: torch.Tensor, routing: Routing, operand: MoeOperand) -> None:
     ids, weights, device_index = routing.ids, routing.weights, operand.w13.device_index
     fits = (
-        is_readable(x, operand.hidden, device_index)
+        readable_rows(x, operand.hidden, device_index) is not None
         and ids.ndim == 2
         and ids.shape[0] == x.shape[0]
         and weights.shape == ids.shape

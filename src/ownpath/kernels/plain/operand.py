@@ -68,6 +68,10 @@ class PlainKernel:
         y = self._product(x, operand.weight_NK, x.dtype if out is None else out.dtype)
         return y if out is None else out.copy_(y)
 
+    def __call__(self, x: torch.Tensor, weight_NK: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+        """The product, with the signature of its twin."""
+        return self._product(x, weight_NK, out_dtype)
+
     def run_wide(self, x: torch.Tensor, operand: PlainOperand) -> torch.Tensor:
         """Computes y in at least float32, with unrounded sums."""
         require_input(x, operand.weight_NK.shape[1], operand.weight_NK)

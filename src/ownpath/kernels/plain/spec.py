@@ -15,7 +15,7 @@ SPECS = (
         "plain.cublas:PLAIN_LINEAR",
         min_sm=80,
         rounds_weight=True,
-        evidence=Evidence("plain.ref:plain_linear", "tests/gpu/test_small_ops.py", "python bench/small_ops.py"),
+        evidence=Evidence("plain.ref:plain_linear", "tests/gpu/test_plain_linear.py", "python bench/small_ops.py"),
     ),
     KernelSpec(
         "triton.plain_linear_invariant",
@@ -31,7 +31,7 @@ SPECS = (
         packages=("triton",),
         launches=(r"\bplain_linear_kernel\b",),
         rounds_weight=True,
-        evidence=Evidence("plain.ref:plain_linear", "tests/gpu/test_batch_invariance.py", "python bench/small_ops.py"),
+        evidence=Evidence("plain.ref:plain_linear", "tests/gpu/test_plain_linear.py", "python bench/small_ops.py"),
     ),
     KernelSpec(
         "ref.plain_linear",

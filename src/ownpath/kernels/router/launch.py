@@ -159,20 +159,19 @@ class TritonRouter:
         Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
         """
         weights = operand.weights
-        k, device = weights.num_experts_per_tok, logits_TE.device
+        k, num_tokens = weights.num_experts_per_tok, logits_TE.shape[0]
         if not is_dense(logits_TE, torch.float32) or logits_TE.ndim != 2 or not (logits_TE.is_cuda or INTERPRETED):
             check_rank("logits_TE", logits_TE, 2, INTERPRETED)
-            check("logits_TE", logits_TE, (torch.float32,), tuple(logits_TE.shape), device)
-        num_tokens = logits_TE.shape[0]
+            check("logits_TE", logits_TE, (torch.float32,), tuple(logits_TE.shape), logits_TE.device)
         ids = token_ids_T if weights.tid2eid_VK is not None else None
         if ids is not None:
-            _check_token_ids(ids, num_tokens, device)
+            _check_token_ids(ids, num_tokens, logits_TE.device)
         if out is None:
-            ids_TK = logits_TE.new_empty((num_tokens, k), dtype=torch.int64)
-            out = ids_TK, logits_TE.new_empty((num_tokens, k))
+            ids_TK = logits_TE.new_empty(num_tokens, k, dtype=torch.int64)
+            out = ids_TK, logits_TE.new_empty(num_tokens, k)
         else:
-            check("out[0]", out[0], (torch.int64, torch.int32), (num_tokens, k), device)
-            check("out[1]", out[1], (torch.float32,), (num_tokens, k), device)
+            check("out[0]", out[0], (torch.int64, torch.int32), (num_tokens, k), logits_TE.device)
+            check("out[1]", out[1], (torch.float32,), (num_tokens, k), logits_TE.device)
         aligned = ids is None or not ids.data_ptr() % 16
         key = logits_TE.shape, None if ids is None else ids.dtype, aligned, out[0].dtype, logits_TE.get_device()
         call = operand.launches.get(key)
@@ -183,8 +182,17 @@ class TritonRouter:
                 operand.launches.add(key, first)
             return out
         with operand.lock:
-            addresses = [tensor.data_ptr() for tensor in _tensors(logits_TE, ids, weights, out)]
-            call.start(current_stream(key[4]), *addresses)
+            logits, chosen = logits_TE.data_ptr(), out[0].data_ptr()
+            bias, table = weights.bias_E, weights.tid2eid_VK
+            call.start(
+                current_stream(key[4]),
+                logits,
+                logits if bias is None else bias.data_ptr(),
+                chosen if ids is None else ids.data_ptr(),
+                chosen if table is None else table.data_ptr(),
+                chosen,
+                out[1].data_ptr(),
+            )
         return out
 
     def __call__(

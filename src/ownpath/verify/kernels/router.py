@@ -3,7 +3,6 @@
 Legend: T tokens, E experts, K experts per token.
 """
 
-import copy
 from collections.abc import Iterator
 
 import torch
@@ -45,13 +44,13 @@ def _problems(probe: Probe, slot: str) -> Iterator[tuple[str, str]]:
         yield "the layer's own gate", _own_gate(probe, slot)
         if isinstance(router, Router):
             for case, logits_TE in cases(probe):
-                yield case, _forced(probe, slot, router, logits_TE, None)
+                yield case, _given(probe, slot, router, logits_TE, None)
             if router.bias_E is not None:
                 bias_E = torch.zeros_like(router.bias_E)
                 bias_E[1::3], bias_E[2::3] = HUGE_BIAS, -HUGE_BIAS
-                yield "a huge bias", _forced(probe, slot, router, _spread(probe), bias_E)
+                yield "a huge bias", _given(probe, slot, router, _spread(probe), bias_E)
                 no_bias_E = torch.zeros_like(bias_E)
-                yield "all scores equal", _forced(probe, slot, router, torch.ones_like(_spread(probe)), no_bias_E)
+                yield "all scores equal", _given(probe, slot, router, torch.ones_like(_spread(probe)), no_bias_E)
     except Exception as error:  # whatever a kernel can raise is what is looked for
         yield "call", error_of(error)
 
@@ -73,15 +72,13 @@ def _spread(probe: Probe) -> Tensor:
     return values_E[probe.normal("order", ROWS, num_experts).argsort(-1)]
 
 
-def _forced(probe: Probe, slot: str, router: Router, logits_TE: Tensor, bias_E: Tensor | None) -> str:
-    """The same router with these logits, and with this bias where one is given."""
-    forced = copy.copy(router)
-    forced.gate = _Fixed(logits_TE)
+def _given(probe: Probe, slot: str, router: Router, logits_TE: Tensor, bias_E: Tensor | None) -> str:
+    """The router on these logits, and with this bias where one is given."""
     if bias_E is not None:
-        forced.bias_E = bias_E
-    x_TD = torch.zeros(len(logits_TE), probe.config.hidden_size, dtype=probe.dtype, device=probe.device)
+        chosen, factor = router.num_experts_per_tok, router.routed_scaling_factor
+        router = Router(router.gate, chosen, factor, bias_E, None, kernel=router.spec)
     token_ids_T = _token_ids(probe, len(logits_TE))
-    ids_TK, weights_TK = forced(x_TD, token_ids_T)
+    ids_TK, weights_TK = router.run(logits_TE, token_ids_T)
     choice = _ExpectedChoice(probe, slot, logits_TE.double(), torch.zeros_like(logits_TE).double(), token_ids_T, bias_E)
     return choice.problem(ids_TK, weights_TK)
 
@@ -100,17 +97,6 @@ def _own_gate(probe: Probe, slot: str) -> str:
 def _token_ids(probe: Probe, num_rows: int) -> Tensor:
     """The first, the last and others of the vocabulary."""
     return torch.linspace(0, probe.config.vocab_size - 1, num_rows, device=probe.device).long()
-
-
-class _Fixed:
-    """A gate that says the same whatever it is asked."""
-
-    def __init__(self, logits_TE: Tensor) -> None:
-        self._logits_TE = logits_TE
-        self.in_features, self.out_features = 0, logits_TE.shape[1]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._logits_TE
 
 
 class _ExpectedChoice:
