@@ -128,7 +128,7 @@ def bound(kernel: Any, op: str, inputs: tuple[Any, ...]) -> partial[object]:
 
 
 def with_outputs(kernel: Any, op: str, inputs: tuple[Any, ...]) -> Callable[[], object]:
-    """As ``bound``, with outputs and workspace, so that the call allocates nothing."""
+    """Returns a call as ``bound`` does, with outputs and workspace, so that it allocates nothing."""
     call = bound(kernel, op, inputs)
     out = call()
     if op == "hyper_boundary":

@@ -80,7 +80,7 @@ def measure(case: KernelCase, num_tokens: int, with_torch: bool) -> dict[str, An
 
 
 def measure_product(name: str, case: PlainCase, num_tokens: int, with_torch: bool) -> dict[str, Any]:
-    """One row of an unquantised product. Errors: AssertionError when the kernel is wrong."""
+    """Measures one row of an unquantised product. Errors: AssertionError when the kernel is wrong."""
     out_dtype = torch.float32 if case.is_wide else torch.bfloat16
     size = out_dtype.itemsize
     moved_bytes = 2 * (case.num_rows + num_tokens) * case.width + size * num_tokens * case.num_rows
@@ -96,7 +96,7 @@ def measure_product(name: str, case: PlainCase, num_tokens: int, with_torch: boo
 
 
 def product_inputs(case: PlainCase, num_tokens: int, out_dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
-    """Activations, a weight of outputs of about unit variance, and the dtype of y."""
+    """Makes activations, a weight that gives outputs of about unit variance, and the dtype of y."""
     generator = torch.Generator("cuda").manual_seed(seed)
     x, weight = (
         torch.randn(rows, case.width, generator=generator, device="cuda") for rows in (num_tokens, case.num_rows)
@@ -105,7 +105,7 @@ def product_inputs(case: PlainCase, num_tokens: int, out_dtype: torch.dtype, see
 
 
 def times(calls: list[Call], moved_bytes: int) -> dict[str, Any]:
-    """Columns of the kernel's own times."""
+    """Returns the columns of the kernel's times."""
     us = replay_us(calls)
     filler = torch.zeros(1 << 16, device="cuda")
     mixed = [call for pair in ((lambda: filler.add_(1.0), call) for call in calls) for call in pair]
@@ -119,7 +119,7 @@ def times(calls: list[Call], moved_bytes: int) -> dict[str, Any]:
 
 
 def twin_us(twin: Callable[..., Any], sets: list[tuple[Any, ...]]) -> float:
-    """The torch twin, captured the same way."""
+    """Returns the microseconds of the torch twin, captured the same way."""
     return round(replay_us([partial(twin, *inputs) for inputs in sets[:4]], 10), 2)
 
 
@@ -153,7 +153,7 @@ def main() -> None:
 
 
 def rows(max_tokens: int) -> Iterator[dict[str, Any]]:
-    """The table, the small operations first."""
+    """Yields the table's rows, the small operations first."""
     for case in (case for case in CASES if case.bench):
         for num_tokens in (t for t in case.tokens if t <= max_tokens):
             yield measure(case, num_tokens, with_torch=num_tokens in (1, 64, 4096))

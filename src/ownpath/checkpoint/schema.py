@@ -57,9 +57,9 @@ class PartSpec:
 
 @dataclass(frozen=True)
 class Encoding:
-    """One way to store a module; ``format`` is what the parts mean once read.
+    """One way to store a module; ``format`` is the number format of the weight once read.
 
-    quant_method: what exports of this kind write in config.json; empty where it says nothing of them.
+    quant_method: the name in config.json of exports of this kind; empty where they have none.
     """
 
     name: str

@@ -198,7 +198,7 @@ def _by_handle(function: Callable[..., Returned]) -> Callable[..., Returned]:
 
 
 def _dense(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> Callable[..., Tensor | tuple[Tensor, ...]]:
-    """The function with results that lie as the fake ones do: a torch reference may return a view."""
+    """Wraps a function so that its results are contiguous as the fake ones are: a torch reference may return a view."""
 
     def call(*args: object) -> Tensor | tuple[Tensor, ...]:
         found = function(*args)

@@ -142,7 +142,7 @@ Shapes = tuple[torch.Size, torch.Size, torch.Size]
 
 @dataclass(frozen=True)
 class BoundaryCall:
-    """The two launches of one size. num_floats: what they need of the workspace.
+    """The two prepared launches of one size. num_floats: elements of the workspace that they use.
 
     weights: addresses of fn, base, scale and norm_weight. makes_mix: another sublayer follows.
     shapes: of y, post and comb.
@@ -270,8 +270,10 @@ class BoundaryInputs:
 def _given(
     x_TSD: torch.Tensor, y_TD: torch.Tensor | None, mix: Mix | None, shapes: Shapes
 ) -> tuple[int, int, int, int] | None:
-    """Addresses of x, y, post and comb, or ``None`` where something does not fit: quicker than ``_check_inputs``, which
-    says what. shapes: of y, post and comb."""
+    """Returns the addresses of x, y, post and comb, or ``None`` where an input does not fit. shapes: of y, post, comb.
+
+    Quicker than ``_check_inputs``, which raises with the reason.
+    """
     x = x_TSD.data_ptr()
     if x_TSD.dtype is not torch.bfloat16 or not x_TSD.is_contiguous() or x & 15:
         return None

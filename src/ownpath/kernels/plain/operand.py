@@ -69,7 +69,7 @@ class PlainKernel:
         return y if out is None else out.copy_(y)
 
     def __call__(self, x: torch.Tensor, weight_NK: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
-        """The product, with the signature of its twin."""
+        """Computes the product with the signature of the twin."""
         return self._product(x, weight_NK, out_dtype)
 
     def run_wide(self, x: torch.Tensor, operand: PlainOperand) -> torch.Tensor:
