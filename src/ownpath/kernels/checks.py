@@ -31,7 +31,7 @@ def is_dense(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
 
 
 def readable_rows(x: torch.Tensor, width: int, device_index: int) -> tuple[int, int, int] | None:
-    """Rows, pitch in elements and address of x [rows, width], or ``None`` where the copy engine cannot read it.
+    """Returns rows, pitch in elements and address of x [rows, width]; ``None`` if the copy engine cannot read it.
 
     It reads a bfloat16 matrix of its device, with contiguous rows at multiples of 16 bytes.
     """

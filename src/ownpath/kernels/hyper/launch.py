@@ -156,7 +156,7 @@ class BoundaryCall:
     shapes: Shapes
 
     def start(self, given: tuple[int, int, int, int], out: HyperOut, workspace: int, stream: int) -> None:
-        """Launches both. given: addresses of x, y, post and comb. An address that is not read may be any."""
+        """Launches both. given: addresses of x, y, post and comb; an absent one may be any address."""
         fn, base, scale, norm_weight = self.weights
         mix, streams = out.mix, out.x_TSD.data_ptr()
         self.spread.start(stream, *given, fn, streams, workspace)

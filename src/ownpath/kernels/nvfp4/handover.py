@@ -6,30 +6,28 @@ second starts on a tile when all rows are there. Counters are part of the schedu
 CTAs of the first product run before one of the second starts, so that waiting always ends.
 """
 
-from typing import Any
-
 from cutlass import Int32, Int64, cute
 from cutlass.cutlass_dsl import T, dsl_user_op
 
-from ownpath.kernels.dsl.ptx import Value, asm
+from ownpath.kernels.dsl.ptx import Site, Value, asm
 
 
 @dsl_user_op
-def _add_release(address: Value, amount: Value, *, loc: Any = None, ip: Any = None) -> None:
+def _add_release(address: Value, amount: Value, *, loc: Site = None, ip: Site = None) -> None:
     """Adds to a counter with release semantics: after all writes that this thread has seen."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip), Int32(amount).ir_value(loc=loc, ip=ip)]
     asm("red.release.gpu.global.add.u32 [$0], $1;", "l,r", None, operands, False, loc, ip)
 
 
 @dsl_user_op
-def _load_acquire(address: Value, *, loc: Any = None, ip: Any = None) -> Int32:
+def _load_acquire(address: Value, *, loc: Site = None, ip: Site = None) -> Int32:
     """Reads a counter with acquire semantics: before all of this thread's later reads."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip)]
     return Int32(asm("ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", T.i32(), operands, False, loc, ip))
 
 
 @dsl_user_op
-def _order_copies(*, loc: Any = None, ip: Any = None) -> None:
+def _order_copies(*, loc: Site = None, ip: Site = None) -> None:
     """Makes ordinary stores visible to the copy engine."""
     asm("fence.proxy.async.global;", "", None, [], False, loc, ip)
 
