@@ -37,9 +37,9 @@ from ownpath.formats import FP8_BLOCK, NVFP4
 from ownpath.loading import default_model_dir
 from ownpath.official import OFFICIAL
 from ownpath.oracle.arithmetic import Arithmetic
-from ownpath.oracle.block import Choices, Trace, reference_block, reference_embed, reference_head
+from ownpath.oracle.block import Choices, LayerTrace, reference_block, reference_embed, reference_head
 from ownpath.oracle.forward import reference_logits
-from ownpath.oracle.stored import StoredWeights
+from ownpath.oracle.weights import StoredWeights
 from ownpath.verify.budgets import PATH, kind_of
 from ownpath.verify.subject import Subject
 
@@ -173,7 +173,7 @@ def forward(case: Case, how: Arithmetic) -> tuple[list[Tensor], Tensor]:
     return streams, head(case, how, streams[-1])
 
 
-def layer(case: Case, layer_idx: int, x_TSD: Tensor, how: Arithmetic, choices: Choices | None = None) -> Trace:
+def layer(case: Case, layer_idx: int, x_TSD: Tensor, how: Arithmetic, choices: Choices | None = None) -> LayerTrace:
     subject, stored = case.subject, case.stored(how.dtype)
     return reference_block(subject.config, layer_idx, stored, subject.plan, x_TSD, case.token_ids_T, how, choices)
 

@@ -20,7 +20,7 @@ from layer.synthetic import SHAPES
 from ownpath.bench.record import append_lines, provenance
 from ownpath.config import EngineConfig
 from ownpath.finding import failed
-from ownpath.verify.run import STAGES, Job, StageResult, verify
+from ownpath.verify.run import STAGES, StageResult, VerifyJob, verify
 from ownpath.verify.subject import Selection
 
 
@@ -43,7 +43,7 @@ def main() -> int:
     for name in args.stages.split(","):
         if args.device != "cpu":
             torch.cuda.reset_peak_memory_stats()
-        job = Job(args.folder, EngineConfig.for_device(args.device), Selection(num_experts=args.experts))
+        job = VerifyJob(args.folder, EngineConfig.for_device(args.device), Selection(num_experts=args.experts))
         (result,) = verify(job, [name]).stages
         row = row_of(result, job, args.device)
         append_lines(args.out, [{"bench": "verify", "shape": args.shape} | row | origin])
@@ -54,7 +54,7 @@ def main() -> int:
     return 0 if all_passed else 1
 
 
-def row_of(result: StageResult, job: Job, device: str) -> dict[str, object]:
+def row_of(result: StageResult, job: VerifyJob, device: str) -> dict[str, object]:
     """Returns a stage's row; its time is divided by the number of layers, the model's two ends included."""
     num_layers = len(job.subject.layer_ids)
     return {

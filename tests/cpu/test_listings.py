@@ -10,7 +10,7 @@ from ownpath.kernels.registry import SPECS
 from ownpath.official import Step
 from ownpath.selftest.checks import REMEDIES as SELFTEST_REMEDIES
 from ownpath.server import fields
-from ownpath.server.empty import EmptyContent
+from ownpath.server.empty_content import EmptyContent
 from ownpath.server.protocol import ChatRequest, CompletionRequest
 from ownpath.verify.checks import FAILS_ON, TITLES
 from ownpath.verify.machine import KNOWN_BAD

@@ -13,7 +13,7 @@ from ownpath.chat.answer import content_of
 from ownpath.chat.encode import Setting, encode_messages
 from ownpath.chat.markers import Special
 from ownpath.chat.messages import Message, ToolCall
-from ownpath.chat.parts import Malformed, Reasoning
+from ownpath.chat.parts import MalformedMarkup, Reasoning
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.loading import default_model_dir
 
@@ -93,7 +93,7 @@ def test_taught_answers_are_read_back_whole(
         assert content_of(parts) == talk.answer.content
         calls = [(name, json.loads(text)) for name, text in answer_form.calls_of(parts)]
         assert calls == [(c.name, json.loads(c.arguments)) for c in talk.answer.tool_calls]
-        assert not any(isinstance(part, Malformed) for part in parts)
+        assert not any(isinstance(part, MalformedMarkup) for part in parts)
 
 
 def test_an_earlier_answer_is_learnt_only_where_its_prompt_was_the_same() -> None:

@@ -7,7 +7,7 @@ import torch
 from support.kernel_configs import linear_configs
 
 from ownpath import Nvfp4Linear
-from ownpath.conformance.quantized import MAX_REL_L2, Dense, dense_reference, first_beyond, relative_l2
+from ownpath.conformance.quant_weights import MAX_REL_L2, DenseWeight, dense_reference, first_beyond, relative_l2
 from ownpath.formats import NVFP4
 from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.contract import Config, StoredLinear
@@ -35,7 +35,7 @@ def kernel_configs() -> Iterator[Config]:
     yield from linear_configs((1536, 1024), [4])
 
 
-def stored(dense: Dense) -> StoredLinear:
+def stored(dense: DenseWeight) -> StoredLinear:
     return StoredLinear((QuantTensor(dense.codes, dense.scale, dense.global_scale, NVFP4),))
 
 
@@ -47,7 +47,7 @@ def poisoned(num_rows: int, width: int, device: torch.device) -> torch.Tensor:
 @pytest.mark.parametrize("name", KERNEL_NAMES)
 def test_against_float64(name: str, case: KernelCase, cuda: torch.device) -> None:
     num_rows, num_cols = case.sizes
-    dense = Dense.draw(num_rows, num_cols, cuda)
+    dense = DenseWeight.draw(num_rows, num_cols, cuda)
     weight = dense.weight()
     kernel = KERNELS[name]
     operand = kernel.prepare(stored(dense))
@@ -65,7 +65,7 @@ def test_against_float64(name: str, case: KernelCase, cuda: torch.device) -> Non
 @pytest.mark.parametrize("amplitude", [1e-4, 1e-2, 1e2, 1e4])
 @pytest.mark.parametrize("num_tokens", EXTREME_COUNTS)
 def test_amplitudes_and_extreme_scales(amplitude: float, num_tokens: int, cuda: torch.device) -> None:
-    dense = Dense.draw(640, 512, cuda, extreme=True)
+    dense = DenseWeight.draw(640, 512, cuda, extreme=True)
     weight = dense.weight()
     x = (torch.randn(num_tokens, 512, device=cuda) * amplitude).bfloat16()
     y = Nvfp4Linear(dense.codes, dense.scale, dense.global_scale)(x)
@@ -79,17 +79,17 @@ def test_every_code_with_every_scale_is_exact(cuda: torch.device) -> None:
     codes = torch.arange(256, dtype=torch.uint8, device=cuda).repeat(128, 1).view(128, 256)
     scale = torch.arange(128, dtype=torch.uint8, device=cuda)[:, None].repeat(1, 32)
     scale[127] = 0  # NaN
-    dense = Dense(codes, scale.view(torch.float8_e4m3fn), torch.ones(128, device=cuda))
+    dense = DenseWeight(codes, scale.view(torch.float8_e4m3fn), torch.ones(128, device=cuda))
     weight = dense.weight()
     y = Nvfp4Linear(dense.codes, dense.scale, dense.global_scale)(torch.eye(512, dtype=torch.bfloat16, device=cuda))
     assert torch.equal(y.double(), weight.T)
 
 
 def test_shards_keep_their_own_global_scales(cuda: torch.device) -> None:
-    shards = [Dense.draw(rows, 256, cuda) for rows in (192, 64, 128)]
+    shards = [DenseWeight.draw(rows, 256, cuda) for rows in (192, 64, 128)]
     scales = [torch.tensor(value, device=cuda) for value in (1e-3, 7.0, 1.0)]
     weight = torch.cat(
-        [Dense(s.codes, s.scale, g.expand(len(s.codes))).weight() for s, g in zip(shards, scales, strict=True)]
+        [DenseWeight(s.codes, s.scale, g.expand(len(s.codes))).weight() for s, g in zip(shards, scales, strict=True)]
     )
     linear = Nvfp4Linear([s.codes for s in shards], [s.scale for s in shards], scales)
     x = torch.randn(9, 256, device=cuda).bfloat16()
@@ -98,7 +98,7 @@ def test_shards_keep_their_own_global_scales(cuda: torch.device) -> None:
 
 
 def test_an_invariant_rows_bits_do_not_depend_on_the_batch(cuda: torch.device) -> None:
-    dense = Dense.draw(1536, 1024, cuda)
+    dense = DenseWeight.draw(1536, 1024, cuda)
     kernel = KERNELS["cute.nvfp4_linear_invariant"]
     operand = kernel.prepare(stored(dense))
     x = torch.randn(2100, 1024, device=cuda).bfloat16()
@@ -108,7 +108,7 @@ def test_an_invariant_rows_bits_do_not_depend_on_the_batch(cuda: torch.device) -
 
 
 def test_a_captured_call_replays(cuda: torch.device) -> None:
-    dense = Dense.draw(1536, 1024, cuda)
+    dense = DenseWeight.draw(1536, 1024, cuda)
     linear = Nvfp4Linear(dense.codes, dense.scale, dense.global_scale)
     x = torch.randn(4, 1024, device=cuda).bfloat16()
     linear(x)
@@ -121,7 +121,7 @@ def test_a_captured_call_replays(cuda: torch.device) -> None:
 
 
 def test_what_it_cannot_take_is_named(cuda: torch.device) -> None:
-    dense = Dense.draw(128, 256, cuda)
+    dense = DenseWeight.draw(128, 256, cuda)
     with pytest.raises(ValueError, match="columns of 128"):
         Nvfp4Linear(dense.codes[:, :96].contiguous(), dense.scale[:, :12].contiguous(), torch.ones((), device=cuda))
     linear = Nvfp4Linear(dense.codes, dense.scale, dense.global_scale)

@@ -7,10 +7,10 @@ import torch
 from support.kernel_configs import moe_configs
 
 from ownpath import Nvfp4MoE
-from ownpath.conformance.quantized import (
+from ownpath.conformance.quant_weights import (
     MAX_REL_L2,
-    Experts,
-    Routed,
+    ExpertStacks,
+    RoutedTokens,
     first_beyond,
     moe_reference,
     random_codes,
@@ -49,7 +49,7 @@ def kernel_configs() -> Iterator[Config]:
     yield from moe_configs((16, 512, 256), [4 * count for count in (*PARTS, 3000)], is_invariant=True)
 
 
-def runner(experts: Experts, name: str = "cute.nvfp4_moe", limit: float = LIMIT) -> Nvfp4MoE:
+def runner(experts: ExpertStacks, name: str = "cute.nvfp4_moe", limit: float = LIMIT) -> Nvfp4MoE:
     return Nvfp4MoE(*experts.clone().tensors(), swiglu_limit=limit, kernel=name)
 
 
@@ -58,7 +58,9 @@ def poison(*tensors: torch.Tensor) -> None:
         tensor.view(torch.uint8).fill_(0xFF)
 
 
-def check(moe: Nvfp4MoE, experts: Experts, routed: Routed, limit: float = LIMIT, num_shared: int = 0) -> None:
+def check(
+    moe: Nvfp4MoE, experts: ExpertStacks, routed: RoutedTokens, limit: float = LIMIT, num_shared: int = 0
+) -> None:
     given = {"num_shared": num_shared} if num_shared else {}
     workspace = moe.workspace(len(routed.x), routed.ids.shape[1] + num_shared)
     found = []
@@ -79,56 +81,56 @@ def check(moe: Nvfp4MoE, experts: Experts, routed: Routed, limit: float = LIMIT,
 @pytest.mark.parametrize("case", EXPERTS, ids=lambda case: case.label)
 def test_against_float64(name: str, case: KernelCase, cuda: torch.device) -> None:
     num_experts, top_k, hidden, inter = case.sizes
-    experts = Experts.draw(num_experts, hidden, inter, cuda)
+    experts = ExpertStacks.draw(num_experts, hidden, inter, cuda)
     moe = runner(experts, name)
     for num_tokens in case.tokens:
-        check(moe, experts, Routed.draw(num_tokens, hidden, num_experts, top_k, cuda))
+        check(moe, experts, RoutedTokens.draw(num_tokens, hidden, num_experts, top_k, cuda))
 
 
 @pytest.mark.parametrize("shape", FULL, ids=["V4-Flash", "V4-Pro"])
 def test_full_shapes(shape: tuple[int, int, int], cuda: torch.device) -> None:
     """All experts exist; tokens go to a few of them, so that the float64 reference stays small."""
     num_experts, hidden, inter = shape
-    experts = Experts.draw(num_experts, hidden, inter, cuda)
+    experts = ExpertStacks.draw(num_experts, hidden, inter, cuda)
     moe = Nvfp4MoE(*experts.clone().tensors(), swiglu_limit=LIMIT)
     few = torch.tensor([0, 1, num_experts // 2, num_experts - 2, num_experts - 1, 7], device=cuda)
     for num_tokens in FULL_COUNTS:
-        routed = Routed.draw(num_tokens, hidden, len(few), 6, cuda)
-        check(moe, experts, Routed(routed.x, few[routed.ids.long()].int(), routed.weights))
+        routed = RoutedTokens.draw(num_tokens, hidden, len(few), 6, cuda)
+        check(moe, experts, RoutedTokens(routed.x, few[routed.ids.long()].int(), routed.weights))
 
 
 @pytest.mark.parametrize("num_tokens", SKEWED_COUNTS)
 def test_skewed_routings(num_tokens: int, cuda: torch.device) -> None:
-    experts = Experts.draw(16, 512, 256, cuda)
+    experts = ExpertStacks.draw(16, 512, 256, cuda)
     moe = runner(experts)
-    drawn = Routed.draw(num_tokens, 512, 16, 4, cuda)
+    drawn = RoutedTokens.draw(num_tokens, 512, 16, 4, cuda)
     one = torch.full_like(drawn.ids, 11)
     half = torch.where(torch.rand(drawn.ids.shape, device=cuda) < 0.5, one, drawn.ids)
     for ids in (one, half, drawn.ids.clamp(max=3)):
-        check(moe, experts, Routed(drawn.x, ids, drawn.weights))
+        check(moe, experts, RoutedTokens(drawn.x, ids, drawn.weights))
 
 
 @pytest.mark.parametrize("amplitude", [1e-4, 1e-2, 1e2, 1e4])
 @pytest.mark.parametrize("limit", [0.5, 10.0, 1e9])
 def test_amplitudes_and_clamps(amplitude: float, limit: float, cuda: torch.device) -> None:
-    experts = Experts.draw(8, 256, 256, cuda, extreme=True)
-    check(runner(experts, limit=limit), experts, Routed.draw(50, 256, 8, 3, cuda, amplitude), limit)
+    experts = ExpertStacks.draw(8, 256, 256, cuda, extreme=True)
+    check(runner(experts, limit=limit), experts, RoutedTokens.draw(50, 256, 8, 3, cuda, amplitude), limit)
 
 
 def test_shared_experts(cuda: torch.device) -> None:
-    experts = Experts.draw(9, 512, 256, cuda)
+    experts = ExpertStacks.draw(9, 512, 256, cuda)
     for num_tokens in SHARED_COUNTS:
-        check(runner(experts), experts, Routed.draw(num_tokens, 512, 8, 3, cuda), num_shared=1)
+        check(runner(experts), experts, RoutedTokens.draw(num_tokens, 512, 8, 3, cuda), num_shared=1)
 
 
 def test_an_expert_map_adds_up_to_the_whole(cuda: torch.device) -> None:
     """Two runners with every other expert: their float64 sum is the reference of all."""
-    experts = Experts.draw(8, 512, 256, cuda)
-    routed = Routed.draw(77, 512, 8, 3, cuda)
+    experts = ExpertStacks.draw(8, 512, 256, cuda)
+    routed = RoutedTokens.draw(77, 512, 8, 3, cuda)
     exact, bound = moe_reference(experts, routed, LIMIT)
     total = torch.zeros_like(exact)
     for parity in (0, 1):
-        local = Experts(*(tensor[parity::2].contiguous() for tensor in experts.tensors()))
+        local = ExpertStacks(*(tensor[parity::2].contiguous() for tensor in experts.tensors()))
         expert_map = torch.full((8,), -1, dtype=torch.int32, device=cuda)
         expert_map[parity::2] = torch.arange(4, dtype=torch.int32, device=cuda)
         total += runner(local)(routed.x, routed.ids, routed.weights, expert_map=expert_map).double()
@@ -137,26 +139,26 @@ def test_an_expert_map_adds_up_to_the_whole(cuda: torch.device) -> None:
 
 
 def test_ids_outside_the_experts_contribute_nothing(cuda: torch.device) -> None:
-    experts = Experts.draw(8, 256, 256, cuda)
-    routed = Routed.draw(20, 256, 8, 2, cuda)
+    experts = ExpertStacks.draw(8, 256, 256, cuda)
+    routed = RoutedTokens.draw(20, 256, 8, 2, cuda)
     ids = routed.ids.clone()
     ids[3], ids[4, 0], ids[5, 1] = -1, 8, 1 << 30
-    check(runner(experts), experts, Routed(routed.x, ids, routed.weights))
+    check(runner(experts), experts, RoutedTokens(routed.x, ids, routed.weights))
     y = runner(experts)(routed.x[3:4], ids[3:4], routed.weights[3:4])
     assert not y.any()
 
 
 def test_wide_ids_give_the_same_bits(cuda: torch.device) -> None:
-    experts = Experts.draw(8, 256, 256, cuda)
-    routed = Routed.draw(33, 256, 8, 2, cuda)
+    experts = ExpertStacks.draw(8, 256, 256, cuda)
+    routed = RoutedTokens.draw(33, 256, 8, 2, cuda)
     moe = runner(experts)
     assert torch.equal(moe(routed.x, routed.ids, routed.weights), moe(routed.x, routed.ids.long(), routed.weights))
 
 
 def test_an_invariant_tokens_bits_do_not_depend_on_the_batch(cuda: torch.device) -> None:
-    experts = Experts.draw(16, 512, 256, cuda)
+    experts = ExpertStacks.draw(16, 512, 256, cuda)
     moe = runner(experts, "cute.nvfp4_moe_invariant")
-    routed = Routed.draw(3000, 512, 16, 4, cuda)
+    routed = RoutedTokens.draw(3000, 512, 16, 4, cuda)
     whole = moe(routed.x, routed.ids, routed.weights)
     for count in PARTS:
         part = moe(routed.x[:count], routed.ids[:count], routed.weights[:count])
@@ -171,7 +173,7 @@ def test_from_mxfp4(cuda: torch.device) -> None:
         torch.stack([decode_mxfp4_blocks(c[i], s[i].view(torch.float8_e8m0fnu), torch.float64) for i in range(8)])
         for c, s in zip(codes, scales, strict=True)
     )
-    routed = Routed.draw(21, 256, 8, 2, cuda)
+    routed = RoutedTokens.draw(21, 256, 8, 2, cuda)
     y = torch.zeros(21, 256, dtype=torch.float64, device=cuda)
     for expert in range(8):
         token_ids, slots = torch.where(routed.ids == expert)
@@ -184,9 +186,9 @@ def test_from_mxfp4(cuda: torch.device) -> None:
 
 
 def test_a_captured_call_replays_without_allocating(cuda: torch.device) -> None:
-    experts = Experts.draw(8, 256, 256, cuda)
+    experts = ExpertStacks.draw(8, 256, 256, cuda)
     moe = runner(experts)
-    routed, other = (Routed.draw(12, 256, 8, 2, cuda) for _ in range(2))
+    routed, other = (RoutedTokens.draw(12, 256, 8, 2, cuda) for _ in range(2))
     given = {"workspace": moe.workspace(12, 2), "out": torch.empty_like(routed.x)}
     moe(routed.x, routed.ids, routed.weights, **given)
     held = torch.cuda.memory_stats(cuda)["allocation.all.allocated"]
@@ -203,8 +205,8 @@ def test_a_captured_call_replays_without_allocating(cuda: torch.device) -> None:
 
 
 def test_what_it_cannot_take_is_named(cuda: torch.device) -> None:
-    experts = Experts.draw(4, 256, 256, cuda)
-    routed = Routed.draw(5, 256, 4, 2, cuda)
+    experts = ExpertStacks.draw(4, 256, 256, cuda)
+    routed = RoutedTokens.draw(5, 256, 4, 2, cuda)
     moe = runner(experts)
     with pytest.raises(ValueError, match=r"x must be torch\.bfloat16"):
         moe(routed.x.float(), routed.ids, routed.weights)
@@ -222,6 +224,6 @@ def test_what_it_cannot_take_is_named(cuda: torch.device) -> None:
     with pytest.raises(ValueError, match="w2_scale holds a NaN"):
         Nvfp4MoE(*bad.tensors(), swiglu_limit=LIMIT)
     assert torch.equal(bad.w13, kept), "a refused operand must stay as it was"
-    odd = Experts.draw(2, 192, 128, cuda)
+    odd = ExpertStacks.draw(2, 192, 128, cuda)
     with pytest.raises(ValueError, match="multiples of 128"):
         Nvfp4MoE(*odd.tensors(), swiglu_limit=LIMIT)

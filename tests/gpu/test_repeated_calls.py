@@ -13,7 +13,7 @@ from support.kernel_configs import fp8_configs, linear_configs, moe_configs
 
 from ownpath import Nvfp4Linear, Nvfp4MoE
 from ownpath.conformance.operations import CASES, make_inputs, tensors
-from ownpath.conformance.quantized import Dense, Experts, Routed, draw_weights
+from ownpath.conformance.quant_weights import DenseWeight, ExpertStacks, RoutedTokens, draw_weights
 from ownpath.kernels.contract import Config, NormWeights, RouterWeights
 from ownpath.kernels.fp8.cases import Fp8Case
 from ownpath.kernels.hyper.ref import Mix
@@ -80,7 +80,7 @@ def test_small_operations(name: str, num_tokens: int, cuda: torch.device) -> Non
 
 @pytest.mark.parametrize("num_tokens", PRODUCT_COUNTS)
 def test_products(num_tokens: int, cuda: torch.device) -> None:
-    dense = Dense.draw(1536, 1024, cuda)
+    dense = DenseWeight.draw(1536, 1024, cuda)
     copies = [Nvfp4Linear(dense.codes.clone(), dense.scale.clone(), dense.global_scale) for _ in range(4)]
     fp8 = [Fp8Linear(*draw_weights(FP8, 3, cuda)) for _ in range(4)]
     for first, *fresh in (copies, fp8):
@@ -97,10 +97,10 @@ def test_products(num_tokens: int, cuda: torch.device) -> None:
 @pytest.mark.parametrize("num_tokens", EXPERT_COUNTS)
 def test_experts(num_tokens: int, cuda: torch.device) -> None:
     """Rows at even steps too: what sorts them copies whole rows."""
-    experts = Experts.draw(8, 256, 256, cuda)
+    experts = ExpertStacks.draw(8, 256, 256, cuda)
     first, *fresh = (Nvfp4MoE(*experts.clone().tensors(), swiglu_limit=10.0) for _ in range(4))
     for seed, other in enumerate(fresh):
-        routed = Routed.draw(num_tokens, 256, 8, 2, cuda)
+        routed = RoutedTokens.draw(num_tokens, 256, 8, 2, cuda)
         x = torch.randn(num_tokens, 512, device=cuda).bfloat16()[:, : 256 * (1 + seed % 2)][:, -256:]
         call = (x, routed.ids, routed.weights)
         expected = other(*call)
@@ -115,7 +115,7 @@ def test_experts(num_tokens: int, cuda: torch.device) -> None:
 
 @pytest.mark.parametrize("num_tokens", [1, 70])
 def test_registered_operations_are_the_calls(num_tokens: int, cuda: torch.device) -> None:
-    dense = Dense.draw(1536, 1024, cuda)
+    dense = DenseWeight.draw(1536, 1024, cuda)
     linear = Nvfp4Linear(dense.codes, dense.scale, dense.global_scale)
     x = torch.randn(num_tokens, 1024, device=cuda).bfloat16()
     assert torch.equal(torch.ops.ownpath.linear(x, linear.handle), linear(x))

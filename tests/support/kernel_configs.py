@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ownpath.checkpoint.index import CheckpointIndex
-from ownpath.conformance.quantized import draw_weights
+from ownpath.conformance.quant_weights import draw_weights
 from ownpath.kernels.dsl.cache import CompileError, Config, cache_dir, compile_missing
 from ownpath.kernels.fp8 import linear as fp8_linear
 from ownpath.kernels.fp8.cases import Fp8Case
@@ -27,7 +27,7 @@ from ownpath.kernels.nvfp4.choose import choose_linear, choose_moe
 from ownpath.kernels.nvfp4.config import CombineConfig, PermuteConfig
 from ownpath.kernels.nvfp4.moe import align_config
 from ownpath.plan.plan import Plan
-from ownpath.verify.skeleton import configs_of
+from ownpath.verify.launch_configs import configs_of
 from support.hopper_layouts import subject_on
 
 HOPPER = (9, 0)

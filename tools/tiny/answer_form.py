@@ -8,7 +8,7 @@ from ownpath.chat.answer import Answer, content_of
 from ownpath.chat.encode import Setting
 from ownpath.chat.markers import DSML, SPECIALS, THINK_END
 from ownpath.chat.parse import AnswerParser
-from ownpath.chat.parts import Arguments, CallStarted, Malformed, Part, Reasoning
+from ownpath.chat.parts import AnswerPart, MalformedMarkup, Reasoning, ToolCallArguments, ToolCallStart
 from ownpath.chat.tokenizer import Tokenizer
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
@@ -39,26 +39,26 @@ def fault(tokenizer: Tokenizer, setting: Setting, ids: Sequence[int]) -> str:
     return _content_fault(setting, parts)
 
 
-def read_answer(tokenizer: Tokenizer, setting: Setting, ids: Sequence[int]) -> list[Part]:
-    """Returns the parts that a server would show of an answer's tokens, without the end token."""
+def read_answer(tokenizer: Tokenizer, setting: Setting, ids: Sequence[int]) -> list[AnswerPart]:
+    """The parts that a server would show of an answer's tokens, without its end."""
     parser = AnswerParser(thinks=setting.thinking, offers_tools=bool(setting.functions))
     answer = Answer(tokenizer, (), parser)
     return [part for token_id in ids for part in answer.feed(token_id)] + answer.finish()
 
 
-def calls_of(parts: Sequence[Part]) -> list[tuple[str, str]]:
+def calls_of(parts: Sequence[AnswerPart]) -> list[tuple[str, str]]:
     """Returns name and arguments' text of each call."""
     calls: list[tuple[str, str]] = []
     for part in parts:
-        if isinstance(part, CallStarted):
+        if isinstance(part, ToolCallStart):
             calls.append((part.name, ""))
-        elif isinstance(part, Arguments):
+        elif isinstance(part, ToolCallArguments):
             calls[part.index] = (calls[part.index][0], calls[part.index][1] + part.text)
     return calls
 
 
-def _content_fault(setting: Setting, parts: Sequence[Part]) -> str:
-    broken = [part.reason for part in parts if isinstance(part, Malformed)]
+def _content_fault(setting: Setting, parts: Sequence[AnswerPart]) -> str:
+    broken = [part.reason for part in parts if isinstance(part, MalformedMarkup)]
     if broken:
         return broken[0]
     content, calls = content_of(parts), calls_of(parts)

@@ -22,8 +22,8 @@ from ownpath.runners import RMSNorm
 
 @dataclass(frozen=True)
 class Compressor:
-    """Raw rows -> entries. ape float32 [ratio, P]: score bias by place in the window. quantize_kv: rounds entries to
-    the cache's format; the identity without one."""
+    """Turns raw rows into entries. ape float32 [ratio, P]: score bias by place in the window. quantize_kv: rounds
+    entries to the cache's format; the identity without one."""
 
     ape: torch.Tensor
     norm: RMSNorm
@@ -32,13 +32,15 @@ class Compressor:
     quantize_kv: Callable[[torch.Tensor], torch.Tensor]
 
     def entries(self, rows_TP2: torch.Tensor, windows: range, dtype: torch.dtype) -> torch.Tensor:
-        """The entries of these windows [N, H]; rows: from ``layout.first_row`` of them to the last one's end, or on."""
+        """Computes the entries of these windows [N, H]. rows: from ``layout.first_row`` of the first window to at least
+        the end of the last."""
         end = windows.stop * self.ratio - first_row(windows.start, self.ratio)
         pooled_NH = self._pool(rows_TP2[:end].unflatten(0, (-1, self.ratio)), num_entries=len(windows))
         return self._finish(pooled_NH, windows, dtype)
 
     def _pool(self, windows: torch.Tensor, num_entries: int) -> torch.Tensor:
-        """Gated averages of the last ``num_entries`` windows of [N, ratio, 2P]; one more comes first if it exists."""
+        """Averages the last ``num_entries`` windows of [N, ratio, 2P], gated; one more window stands in front if it
+        exists."""
         kv_NLP, score_NLP = windows.chunk(2, dim=-1)
         score_NLP = score_NLP + self.ape
         if windows_per_entry(self.ratio) > 1:
@@ -47,13 +49,14 @@ class Compressor:
         return (kv_NLP * score_NLP.softmax(dim=1)).sum(1)
 
     def _finish(self, pooled_NH: torch.Tensor, windows: range, dtype: torch.dtype) -> torch.Tensor:
-        """Norm, then rotation at the position of each window's first token, then the cache's format."""
+        """Applies the norm, the rotation at the position of each window's first token, and the cache's format."""
         numbers = torch.arange(windows.start, windows.stop, device=pooled_NH.device)
         return self.quantize_kv(self.rope.at(numbers * self.ratio).apply(self.norm(pooled_NH.to(dtype))))
 
 
 def _overlap(rows_NLP: torch.Tensor, fill: float) -> torch.Tensor:
-    """[N, L, 2H] -> [N, 2L, H]: the previous window's first half of channels, then this window's second half."""
+    """Pairs windows, [N, L, 2H] -> [N, 2L, H]: the previous window's first half of channels, then this one's second
+    half."""
     ahead_NLH, own_NLH = rows_NLP.chunk(2, dim=-1)
     before_first = torch.full_like(ahead_NLH[:1], fill)
     return torch.cat((torch.cat((before_first, ahead_NLH[:-1])), own_NLH), dim=1)

@@ -1,4 +1,4 @@
-"""Attention in torch, one request after the other: the definition that other backends are held against.
+"""Attention in torch, one request after the other: the definition that other backends are compared with.
 
 A query sees the last ``sliding_window`` tokens and, in compressing layers, the compressed entries whose windows are
 complete: all of them (HCA), or those that the indexer's scores select (CSA). A learned sink per head takes part in the
@@ -23,8 +23,9 @@ from ownpath.cache.tables import StepTables
 class RequestEntries:
     """One request's entries of one compress ratio.
 
-    windows: those that end in this step. state_rows: of the pool, older rows that their entries average, oldest first.
-    entry_rows: of the pool, all entries after this step [C]. visible_tC: those whose windows are complete.
+    windows: those that end in this step. state_rows: rows of the pool's state that these entries average, oldest first.
+    entry_rows: rows of the pool that hold all entries after this step [C]. visible_tC: entries whose windows are
+    complete.
     """
 
     windows: range
@@ -37,8 +38,8 @@ class RequestEntries:
 class RequestRows:
     """One request's share of a step.
 
-    rows: of the step. window_rows: of the pool, the older keys that its queries see, oldest first. visible_tK: which of
-    those and of the new keys each query sees. entries: by compress ratio.
+    rows: rows of the step. window_rows: rows of the pool with the older keys that its queries see, oldest first.
+    visible_tK: which of those and of the new keys each query sees. entries: by compress ratio.
     """
 
     rows: slice
@@ -48,7 +49,7 @@ class RequestRows:
 
 
 class ReferenceStep:
-    """One step, request by request. No dataclass: a call's tensors are its projections, not these."""
+    """One step, request by request. Not a dataclass: the tensors of a call are its projections, not these fields."""
 
     def __init__(self, tables: StepTables, requests: tuple[RequestRows, ...]) -> None:
         self.tables, self.requests = tables, requests
@@ -60,11 +61,11 @@ class ReferenceStep:
         self._write_entries(layer.index_compressor, caches.indexer, rows.indexer_rows)
 
     def attend(self, layer: AttentionLayer, rows: Projected) -> torch.Tensor:
-        """Each request's queries over its own keys: [T, N, H]."""
+        """Attends from each request's queries to its own keys: [T, N, H]."""
         return torch.cat([self._attend(layer, rows, request) for request in self.requests])
 
     def write_rows(self, layer: AttentionLayer, rows: Projected) -> None:
-        """Writes all requests' rows at once: each goes to a place of its own."""
+        """Writes all requests' rows at once; no two go to the same place."""
         caches, writes = self.tables.pool.layers[layer.layer_idx], self.tables.writes
         caches.window[writes.window_T] = rows.kv_TH
         for cache, raw in ((caches.compressor, rows.compressor_rows), (caches.indexer, rows.indexer_rows)):
@@ -93,13 +94,13 @@ class ReferenceStep:
         return layer.softmax(rows.q_TNH[request.rows], keys_KH, visible_tK)
 
     def _window_keys(self, window: torch.Tensor, rows: Projected, request: RequestRows) -> torch.Tensor:
-        """The keys before and among the new tokens that the queries may see."""
+        """Returns the keys before and among the new tokens that the queries may see."""
         return torch.cat((window[request.window_rows], rows.kv_TH[request.rows]))
 
     def _selected(
         self, layer: AttentionLayer, rows: Projected, of: slice, index: EntryCache | None, entries: RequestEntries
     ) -> torch.Tensor:
-        """The entries that each query of a request attends to: bool [t, C], complete windows only."""
+        """Returns the entries that each query of a request attends to: bool [t, C], complete windows only."""
         if index is None or layer.selector is None:
             return entries.visible_tC
         assert rows.index_q_TIH is not None
@@ -111,12 +112,12 @@ class ReferenceStep:
 
 @dataclass(frozen=True)
 class ReferenceAttention:
-    """The torch backend. sliding_window: tokens that a query sees, its own among them."""
+    """The torch backend. sliding_window: tokens that a query sees, including its own."""
 
     sliding_window: int
 
     def prepare(self, tables: StepTables) -> ReferenceStep:
-        """Lists the rows of the pool that each request reads, and what its queries see."""
+        """Lists the rows of the pool that each request reads, and the keys that its queries see."""
         return ReferenceStep(tables, tuple(self._request(tables, number) for number in range(len(tables.slots))))
 
     def _request(self, tables: StepTables, number: int) -> RequestRows:
@@ -128,11 +129,11 @@ class ReferenceAttention:
         age_tK = positions_t[:, None] - torch.arange(oldest, end, device=positions_t.device)
         visible_tK = (age_tK >= 0) & (age_tK < self.sliding_window)
         ratios = tables.pool.layout.ratios
-        entries = {ratio: _request_entries(tables, number, ratio, range(start, end)) for ratio in ratios}
+        entries = {ratio: _read_entries(tables, number, ratio, range(start, end)) for ratio in ratios}
         return RequestRows(rows, slot * num_rows + older % num_rows, visible_tK, entries)
 
 
-def _request_entries(tables: StepTables, number: int, ratio: int, positions: range) -> RequestEntries:
+def _read_entries(tables: StepTables, number: int, ratio: int, positions: range) -> RequestEntries:
     positions_t = tables.positions_T[tables.rows[number]]
     windows = range(positions.start // ratio, positions.stop // ratio)
     older = torch.arange(first_row(windows.start, ratio), positions.start, device=positions_t.device)

@@ -18,7 +18,7 @@ from ownpath.numerics import rotate_pairs
 
 
 def rotary_frequencies(rotary_dim: int, theta: float, yarn: Yarn | None) -> torch.Tensor:
-    """Radians per position of each channel pair, float32 [F].
+    """Returns the radians per position of each channel pair, float32 [F].
 
     With YaRN, pairs that turn more than ``beta_fast`` times over the original context keep their frequency, pairs
     that turn less than ``beta_slow`` times are divided by ``factor``, with a linear ramp over pair index between.
@@ -52,12 +52,12 @@ class Rotation:
         return rotate_pairs(x, self.cos_TF, self.sin_TF)
 
     def invert(self, x: torch.Tensor) -> torch.Tensor:
-        """The inverse rotation: by the negative angle."""
+        """Applies the inverse rotation: by the negative angle."""
         return rotate_pairs(x, self.cos_TF, -self.sin_TF)
 
     @property
     def angles(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin), as kernels that undo the rotation take them."""
+        """(cos, sin), for kernels that undo the rotation."""
         return self.cos_TF, self.sin_TF
 
     def rows(self, start: int, stop: int) -> "Rotation":
@@ -71,7 +71,7 @@ class Rope:
     freqs_F: torch.Tensor
 
     def at(self, positions_T: torch.Tensor) -> Rotation:
-        """The rotation of each position, angles in float32 as every public implementation computes them."""
+        """Returns the rotation of each position; angles in float32, as every public implementation computes them."""
         angles_TF = positions_T[:, None].to(torch.float32) * self.freqs_F
         return Rotation(angles_TF.cos(), angles_TF.sin())
 

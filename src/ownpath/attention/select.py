@@ -1,7 +1,7 @@
-"""Selection of the compressed entries that a CSA query attends to, by the lightning indexer's scores.
+"""Selects the compressed entries that a CSA query attends to, by the lightning indexer's scores.
 
-score(t, c) = sum over index heads h of w[t, h] * relu(q[t, h] . k[c]); the ``topk`` best entries that the query may see
-are attended to.
+score(t, c) = sum over index heads h of w[t, h] * relu(q[t, h] . k[c]). A query attends to the ``topk`` best entries
+that it may see.
 
 Legend: T tokens, I index heads, H index head dim, C compressed entries.
 """
@@ -13,19 +13,20 @@ import torch
 
 @dataclass(frozen=True)
 class EntrySelector:
-    """topk: entries that a query attends to, at most."""
+    """Selects entries by score. topk: the most entries that a query attends to."""
 
     topk: int
 
     def select(
         self, q_TIH: torch.Tensor, weights_TI: torch.Tensor, keys_CH: torch.Tensor, visible_TC: torch.Tensor
     ) -> torch.Tensor:
-        """Mask [T, C] of the entries each query attends to: the top ``topk`` visible ones, lowest index on ties."""
+        """Returns a mask [T, C] of the entries each query attends to: the ``topk`` best visible ones, lowest index on
+        ties."""
         if keys_CH.shape[0] <= self.topk:
             return visible_TC
         wide = weights_TI.dtype
         scores_TIC = torch.relu(q_TIH.to(wide) @ keys_CH.to(wide).T)
         scores_TC = (scores_TIC * weights_TI.unsqueeze(-1)).sum(1).masked_fill(~visible_TC, -torch.inf)
-        # A stable sort, not topk: which of two equal scores wins must not depend on the number of entries.
+        # A stable sort, not topk: the winner among equal scores must not depend on the number of entries.
         best_TK = scores_TC.sort(dim=-1, descending=True, stable=True).indices[:, : self.topk]
         return torch.zeros_like(visible_TC).scatter_(-1, best_TK, True) & visible_TC

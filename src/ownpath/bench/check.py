@@ -4,9 +4,9 @@ import torch
 
 from ownpath.bench.operands import Fp8Operands, MoeOperands, Nvfp4Operands
 from ownpath.bench.routing import TopkRouting
-from ownpath.conformance import quantized
+from ownpath.conformance import quant_weights
 from ownpath.oracle.formats import decode, e4m3_of, e8m0_of
-from ownpath.oracle.stored import spread_blocks
+from ownpath.oracle.weights import spread_blocks
 
 NUM_SAMPLED = 8
 """Rows compared with float64; every row must be finite."""
@@ -21,15 +21,15 @@ def moe_reference(x: torch.Tensor, routing: TopkRouting, operands: MoeOperands, 
     """Computes the sampled tokens in float64 from dequantised operands. Shapes: x [T, D] -> [sampled, D]."""
     rows = sample(len(x)).to(x.device)
     parts = operands.w13, operands.w13_scale, operands.w13_scale_2[:, None].expand(-1, 2)
-    experts = quantized.Experts(*parts, operands.w2, operands.w2_scale, operands.w2_scale_2)
-    routed = quantized.Routed(x[rows], routing.topk_ids[rows], routing.topk_weights[rows])
-    return quantized.moe_reference(experts, routed, swiglu_limit)[0]
+    experts = quant_weights.ExpertStacks(*parts, operands.w2, operands.w2_scale, operands.w2_scale_2)
+    routed = quant_weights.RoutedTokens(x[rows], routing.topk_ids[rows], routing.topk_weights[rows])
+    return quant_weights.moe_reference(experts, routed, swiglu_limit)[0]
 
 
 def nvfp4_reference(x: torch.Tensor, operands: Nvfp4Operands) -> torch.Tensor:
     """Computes the sampled rows in float64. Shapes: x [M, K] -> [sampled, N]."""
     scale_2 = operands.weight_scale_2.expand(len(operands.weight))
-    weight = quantized.Dense(operands.weight, operands.weight_scale, scale_2).weight()
+    weight = quant_weights.DenseWeight(operands.weight, operands.weight_scale, scale_2).weight()
     return x[sample(len(x)).to(x.device)].double() @ weight.T
 
 

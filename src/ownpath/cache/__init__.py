@@ -1,1 +1,1 @@
-"""Caches of sequences between steps: layout as arithmetic, pools of memory, slots and blocks, and a step's tables."""
+"""Caches of sequences between steps: the layout as arithmetic, memory pools, slots and blocks, and a step's tables."""

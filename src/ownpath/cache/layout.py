@@ -1,4 +1,4 @@
-"""The layout of the caches, as arithmetic: which tensors there are, and which row of one holds what. No tensor here.
+"""Describes the caches as arithmetic: the tensors there are, and the row of one that holds a value. Holds no tensor.
 
 There are three groups:
 
@@ -23,12 +23,12 @@ from ownpath.config import CSA_RATIO, ModelConfig
 BLOCK_TOKENS = 256
 """Tokens of a block: a multiple of every compress ratio."""
 NOBODY = 0
-"""The slot, and the block, that no sequence owns."""
+"""The slot, and the block, that no sequence owns: writes that are to be dropped go there."""
 
 
 @dataclass(frozen=True)
-class Group:
-    """A kind of cache. Its members are written and freed together.
+class CacheGroup:
+    """A kind of cache. All tensors of a group are written together and freed together.
 
     is_paged: rows lie in blocks and grow with the sequence; otherwise in a ring of the sequence's slot.
     is_wide: rows are at least float32; otherwise they have the cache's dtype.
@@ -39,35 +39,35 @@ class Group:
     is_wide: bool = False
 
 
-WINDOW = Group("window")
-STATE = Group("state", is_wide=True)
-ENTRIES = Group("entries", is_paged=True)
+WINDOW = CacheGroup("window")
+STATE = CacheGroup("state", is_wide=True)
+ENTRIES = CacheGroup("entries", is_paged=True)
 
 
-class Part(Enum):
-    """A layer's own cache, or its indexer's."""
+class EntryKind(Enum):
+    """Tells a layer's main entries from its indexer's keys."""
 
     MAIN = "main"
     INDEX = "index"
 
 
 @dataclass(frozen=True)
-class Member:
+class CacheTensor:
     """One tensor of a group.
 
-    num_rows: of a slot, or of a block of a paged group. width: elements of a row. ratio: tokens of an entry, 0 for a
-    window.
+    num_rows: rows of one slot, or of one block of a paged group. width: elements of a row. ratio: tokens per entry, 0
+    for a window.
     """
 
-    group: Group
+    group: CacheGroup
     layer_idx: int
-    part: Part
+    part: EntryKind
     num_rows: int
     width: int
     ratio: int = 0
 
     def num_sequence_rows(self, num_tokens: int) -> int:
-        """Rows that a sequence of so many tokens can fill."""
+        """Returns how many rows a sequence of ``num_tokens`` can fill."""
         return num_tokens // self.ratio if self.group.is_paged else self.num_rows
 
 
@@ -75,20 +75,20 @@ class Member:
 class CacheLayout:
     """Every tensor of the caches of one model, in the order of its layers: the backbone's, then the drafts'."""
 
-    members: tuple[Member, ...]
+    members: tuple[CacheTensor, ...]
 
     @classmethod
     def of(cls, config: ModelConfig, ratios: Sequence[int]) -> "CacheLayout":
-        """ratios: one for each layer, as in ``compress_ratios``."""
+        """Lists the tensors of a model's layers. ratios: one for each layer, as in ``compress_ratios``."""
         return cls(tuple(member for idx, ratio in enumerate(ratios) for member in _of_layer(config, idx, ratio)))
 
     def of_layers(self, layer_ids: frozenset[int]) -> "CacheLayout":
-        """The tensors of some layers."""
+        """Keeps the tensors of some layers."""
         return CacheLayout(tuple(member for member in self.members if member.layer_idx in layer_ids))
 
     @property
     def layer_ids(self) -> tuple[int, ...]:
-        """The layers that have caches, in order."""
+        """The layers that have caches, in ascending order."""
         return tuple(dict.fromkeys(member.layer_idx for member in self.members))
 
     @property
@@ -97,48 +97,49 @@ class CacheLayout:
         return tuple(sorted({member.ratio for member in self.members if member.ratio}))
 
     def num_bytes(self, num_tokens: int, itemsize: int, state_itemsize: int) -> int:
-        """Bytes of the rows that one sequence of ``num_tokens`` can fill."""
+        """Returns the bytes of the rows that one sequence of ``num_tokens`` can fill."""
         return sum(
             member.num_sequence_rows(num_tokens) * member.width * (state_itemsize if member.group.is_wide else itemsize)
             for member in self.members
         )
 
 
-def _of_layer(config: ModelConfig, layer_idx: int, ratio: int) -> Iterator[Member]:
-    yield Member(WINDOW, layer_idx, Part.MAIN, config.sliding_window, config.head_dim)
+def _of_layer(config: ModelConfig, layer_idx: int, ratio: int) -> Iterator[CacheTensor]:
+    yield CacheTensor(WINDOW, layer_idx, EntryKind.MAIN, config.sliding_window, config.head_dim)
     if ratio:
-        yield from _compressed(layer_idx, Part.MAIN, ratio, config.head_dim)
+        yield from _compressed(layer_idx, EntryKind.MAIN, ratio, config.head_dim)
     if ratio == CSA_RATIO:
-        yield from _compressed(layer_idx, Part.INDEX, ratio, config.index_head_dim)
+        yield from _compressed(layer_idx, EntryKind.INDEX, ratio, config.index_head_dim)
 
 
-def _compressed(layer_idx: int, part: Part, ratio: int, head_dim: int) -> Iterator[Member]:
-    """CSA's windows overlap: an entry needs the rows of two windows, and each row is projected twice."""
+def _compressed(layer_idx: int, part: EntryKind, ratio: int, head_dim: int) -> Iterator[CacheTensor]:
+    """Yields the state and entries of one compressor. CSA's windows overlap: an entry needs two windows of doubled
+    rows."""
     num_windows = windows_per_entry(ratio)
-    yield Member(STATE, layer_idx, part, num_windows * ratio, 2 * num_windows * head_dim, ratio)
-    yield Member(ENTRIES, layer_idx, part, BLOCK_TOKENS // ratio, head_dim, ratio)
+    yield CacheTensor(STATE, layer_idx, part, num_windows * ratio, 2 * num_windows * head_dim, ratio)
+    yield CacheTensor(ENTRIES, layer_idx, part, BLOCK_TOKENS // ratio, head_dim, ratio)
 
 
 def windows_per_entry(ratio: int) -> int:
-    """Windows whose tokens an entry averages."""
+    """Returns how many windows an entry averages over."""
     return 2 if ratio == CSA_RATIO else 1
 
 
 def first_row(window: int, ratio: int) -> int:
-    """The position of the first row that a window's entry averages."""
+    """Returns the position of the first row that a window's entry averages."""
     return max(0, window + 1 - windows_per_entry(ratio)) * ratio
 
 
 def num_blocks(num_tokens: int) -> int:
-    """Blocks of a sequence of so many tokens."""
+    """Returns how many blocks a sequence of ``num_tokens`` needs."""
     return -(-num_tokens // BLOCK_TOKENS)
 
 
 def ring_row(slot: int, position: int, num_rows: int) -> int:
-    """The row of a window's or state's tensor that holds a position's row."""
+    """Returns the row of a window's or state's tensor that holds the row of ``position``."""
     return slot * num_rows + position % num_rows
 
 
 def entry_row(blocks: Sequence[int], entry: int, num_rows: int) -> int:
-    """The row of an entries tensor that holds a sequence's entry."""
+    """Returns the row of an entries tensor that holds entry number ``entry`` of a sequence."""
     return blocks[entry // num_rows] * num_rows + entry % num_rows

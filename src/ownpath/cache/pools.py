@@ -1,4 +1,4 @@
-"""The caches' memory: declared up front, allocated once; sequences take a slot and blocks of it, and give them back.
+"""Memory of the caches: declared and allocated once. Sequences take a slot and blocks of it, and give them back.
 
 Legend: H head dim (or index head dim), P compressor width.
 """
@@ -11,17 +11,17 @@ from math import prod
 import numpy as np
 import torch
 
-from ownpath.cache.layout import ENTRIES, NOBODY, STATE, WINDOW, CacheLayout, Member, Part, num_blocks
+from ownpath.cache.layout import ENTRIES, NOBODY, STATE, WINDOW, CacheLayout, CacheTensor, EntryKind, num_blocks
 from ownpath.cache.slots import Owned, Slots
 from ownpath.config import SLIDING, EngineConfig, ModelConfig
 
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """Sizes, dtype and device that the caches' memory follows from.
+    """Sizes, dtype and device of the caches' memory.
 
-    max_tokens: that one sequence may reach. max_sequences: that hold tokens together. num_drafts: MTP modules that are
-    loaded; each has a window of its own. layer_ids: those that there are caches for; ``None``: all.
+    max_tokens: the most tokens of one sequence. max_sequences: the most sequences at a time. num_drafts: loaded MTP
+    modules; each has a window of its own. layer_ids: the layers to allocate for; ``None``: all.
     """
 
     config: ModelConfig
@@ -40,12 +40,12 @@ class CacheSpec:
 
     @property
     def state_dtype(self) -> torch.dtype:
-        """At least float32: inputs of a softmax."""
+        """At least float32, because states are inputs of a softmax."""
         return torch.promote_types(self.dtype, torch.float32)
 
     @property
     def layout(self) -> CacheLayout:
-        """The layers with caches: the backbone's, then the drafts'."""
+        """The tensors of the layers to allocate for: the backbone's, then the drafts'."""
         layout = CacheLayout.of(self.config, (*self.config.compress_ratios, *[SLIDING] * self.num_drafts))
         return layout if self.layer_ids is None else layout.of_layers(self.layer_ids)
 
@@ -57,8 +57,8 @@ class CacheSpec:
 
 @dataclass(frozen=True)
 class EntryCache:
-    """Compressed entries [blocks * entries of a block, H] of one layer or its indexer, and the compressor's raw (kv,
-    score) rows [slots * rows of a slot, 2P]."""
+    """Compressed entries [blocks * entries per block, H] of one layer or its indexer, and its compressor's raw (kv,
+    score) rows [slots * rows per slot, 2P]."""
 
     ratio: int
     entries: torch.Tensor
@@ -67,7 +67,7 @@ class EntryCache:
 
 @dataclass(frozen=True)
 class LayerCache:
-    """One layer's part of the pool, all sequences'. window: keys [slots * rows of a slot, H]."""
+    """One layer's share of the pool, for all sequences. window: keys [slots * rows per slot, H]."""
 
     window: torch.Tensor
     compressor: EntryCache | None
@@ -75,9 +75,9 @@ class LayerCache:
 
 
 class CachePool:
-    """The caches of all sequences of a model. Rows are addressed as ``layout`` says.
+    """The caches of all sequences of a model. ``layout`` says which row holds what.
 
-    Memory is cleared once, when it is allocated, and not between sequences: what one has not written, it does not read.
+    Memory is cleared once, when it is allocated, and not between sequences: a sequence reads only rows that it wrote.
     """
 
     def __init__(self, spec: CacheSpec) -> None:
@@ -89,10 +89,10 @@ class CachePool:
         self.layers = {layer_idx: self._layer(layer_idx) for layer_idx in self.layout.layer_ids}
 
     def new_sequence(self) -> "SequenceCache":
-        """Empty caches for one sequence of up to ``max_tokens`` tokens. Errors: CacheFull."""
+        """Reserves empty caches for one sequence of up to ``max_tokens`` tokens. Errors: CacheFull."""
         return SequenceCache(self, self.slots.take(self.blocks_per_sequence))
 
-    def _allocate(self, member: Member) -> torch.Tensor:
+    def _allocate(self, member: CacheTensor) -> torch.Tensor:
         spec, group = self.spec, member.group
         count = 1 + (self.slots.num_blocks if group.is_paged else self.slots.num_slots)
         dtype = spec.state_dtype if group.is_wide else spec.dtype
@@ -102,27 +102,27 @@ class CachePool:
     def _layer(self, layer_idx: int) -> LayerCache:
         found = {(m.group, m.part): m for m in self.layout.members if m.layer_idx == layer_idx}
 
-        def compressed(part: Part) -> EntryCache | None:
+        def compressed(part: EntryKind) -> EntryCache | None:
             member = found.get((ENTRIES, part))
             if member is None:
                 return None
             return EntryCache(member.ratio, self.tensors[member], self.tensors[found[STATE, part]])
 
-        window = self.tensors[found[WINDOW, Part.MAIN]]
-        return LayerCache(window, compressed(Part.MAIN), compressed(Part.INDEX))
+        window = self.tensors[found[WINDOW, EntryKind.MAIN]]
+        return LayerCache(window, compressed(EntryKind.MAIN), compressed(EntryKind.INDEX))
 
 
 def _zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """In host memory by ``calloc``: pages that no sequence comes to are never touched, and take no memory."""
+    """Allocates zeros. In host memory ``calloc`` does: pages that no sequence touches take no memory."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 class SequenceCache:
-    """The handle of one sequence: its slot, its blocks, and how many tokens they hold.
+    """The handle of one sequence: its slot, its blocks, and the number of tokens that they hold.
 
-    A handle that is released, or that nobody holds any more, gives them back to the pool.
+    Releasing the handle, or dropping the last reference to it, gives slot and blocks back to the pool.
     """
 
     def __init__(self, pool: CachePool, owned: Owned) -> None:
@@ -145,24 +145,25 @@ class SequenceCache:
         self.pool.slots.lengths[self.slot] = count
 
     def release(self) -> None:
-        """Gives slot and blocks back; the handle is of no use after it."""
+        """Gives slot and blocks back. The handle must not be used afterwards."""
         self._give_back()
 
     def num_bytes(self) -> int:
-        """Bytes that this sequence fills when it is as long as it may become."""
+        """Bytes that this sequence fills once it has ``max_tokens`` tokens."""
         return self.pool.spec.sequence_bytes
 
     def views(self) -> Iterator[torch.Tensor]:
-        """All memory that is this sequence's, [rows, width] each."""
+        """Yields all memory of this sequence, as views [rows, width]."""
         for member, tensor in self.pool.tensors.items():
             for number in self.blocks if member.group.is_paged else (self.slot,):
                 assert number != NOBODY
                 yield tensor[number * member.num_rows : (number + 1) * member.num_rows]
 
-    def entries(self, layer_idx: int, part: Part = Part.MAIN) -> torch.Tensor | None:
-        """The finished entries of a layer, or its index keys, in order: a copy [C, H]. None where it has none."""
+    def entries(self, layer_idx: int, part: EntryKind = EntryKind.MAIN) -> torch.Tensor | None:
+        """Copies the finished entries of a layer, or its index keys, in order: [C, H]. None where the layer has
+        none."""
         layer = self.pool.layers[layer_idx]
-        cache = layer.compressor if part is Part.MAIN else layer.indexer
+        cache = layer.compressor if part is EntryKind.MAIN else layer.indexer
         if cache is None:
             return None
         blocks = torch.tensor(self.blocks, device=cache.entries.device)
@@ -170,6 +171,6 @@ class SequenceCache:
         return by_block[blocks].flatten(0, 1)[: self.num_tokens // cache.ratio]
 
     def window(self, layer_idx: int) -> torch.Tensor:
-        """The ring of a layer's keys: a view [sliding_window, H] whose row p % sliding_window is position p's."""
+        """Returns a view of a layer's ring of keys [sliding_window, H]: row p % sliding_window holds position p."""
         num_rows = self.pool.spec.config.sliding_window
         return self.pool.layers[layer_idx].window[self.slot * num_rows : (self.slot + 1) * num_rows]

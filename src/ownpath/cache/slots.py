@@ -8,7 +8,7 @@ from ownpath.cache.layout import BLOCK_TOKENS, NOBODY
 
 
 class CacheFull(RuntimeError):
-    """No slot, or not enough blocks, for one more sequence; the message has the numbers."""
+    """Too few slots or blocks are free for one more sequence; the message has the numbers."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Owned:
 
 
 class Slots:
-    """Free lists of ``num_slots`` slots and ``num_blocks`` blocks, without ``NOBODY``, and what each sequence has.
+    """Free lists of ``num_slots`` slots and ``num_blocks`` blocks, ``NOBODY`` excepted, and the owner of each.
 
-    lengths: how many tokens the sequence of each slot holds.
+    lengths: slot -> tokens that its sequence holds.
     """
 
     def __init__(self, num_slots: int, num_blocks: int) -> None:
@@ -33,7 +33,8 @@ class Slots:
         self.lengths = [0] * (num_slots + 1)
 
     def take(self, num_blocks: int) -> Owned:
-        """A slot and blocks for one sequence, which holds no token yet. Errors: CacheFull; nothing is taken then."""
+        """Takes a slot and blocks for one sequence that holds no token yet. Errors: CacheFull; nothing is taken
+        then."""
         if not self._free_slots:
             raise CacheFull(f"all {self.num_slots} slots of the caches are taken")
         if len(self._free_blocks) < num_blocks:
@@ -49,7 +50,8 @@ class Slots:
         self._free_slots.append(slot)
 
     def faults(self) -> list[str]:
-        """Faults of the books, a sentence each; none while every slot and block is free or owned, once."""
+        """Lists inconsistencies of the free lists, a sentence each; none while every slot and block is free or owned,
+        once."""
         lengths = {slot: self.lengths[slot] for slot in self.owned}
         return [
             *_miscounted("slot", [*self._free_slots, *self.owned], self.num_slots),
@@ -63,7 +65,7 @@ def _flat(owned: Mapping[int, Sequence[int]]) -> Iterable[int]:
 
 
 def _miscounted(name: str, found: list[int], count: int) -> list[str]:
-    """Numbers that are not there once each, from 1 to ``count``."""
+    """Lists the numbers from 1 to ``count`` that do not occur exactly once."""
     counts = Counter(found)
     faults = [f"{name} {number} is missing" for number in range(NOBODY + 1, count + 1) if not counts[number]]
     faults += [f"{name} {number} is there {times} times" for number, times in counts.items() if times > 1]

@@ -1,4 +1,4 @@
-"""A step's tables: which request each row is of, where in the caches the request is, and where its rows go.
+"""Tables of a step: the request of each row, the place of each request in the caches, and where its rows are written.
 
 Legend: T rows of the step, R requests, B blocks of a request.
 """
@@ -16,11 +16,11 @@ from ownpath.cache.pools import CachePool, SequenceCache
 
 @dataclass(frozen=True)
 class Writes:
-    """Rows of the pool's tensors that the rows of a step are written to, int64 [T] each.
+    """Rows of the pool's tensors that a step's rows are written to, int64 [T] each.
 
-    window_T: of windows. state_T, entry_T: of compressors' states and entries, by compress ratio; an entry is written
-    by the row that ends its window. A row of ``NOBODY``'s where a row is written nowhere: one that ends no window, or
-    that a later row of the same step replaces in the ring.
+    window_T: in windows. state_T, entry_T: in compressors' states and entries, by compress ratio. The row that ends a
+    window writes its entry. Row ``NOBODY`` means "not written": the row ends no window, or a later row of the same step
+    replaces it in the ring.
     """
 
     window_T: torch.Tensor
@@ -30,7 +30,7 @@ class Writes:
 
 @dataclass(frozen=True)
 class StepTables:
-    """The arrays of one step, on the pool's device, and on the host what its code asks for.
+    """The arrays of one step: on the pool's device for kernels, on the host for Python code.
 
     Device: positions_T int64 [T], each row's position in its sequence; cu_rows int64 [R + 1], the rows of request r are
     [cu_rows[r], cu_rows[r + 1]); slots_R int64 [R]; blocks_RB int64 [R, B], block tables.
@@ -49,17 +49,17 @@ class StepTables:
 
     @cached_property
     def rows(self) -> tuple[slice, ...]:
-        """Each request's rows."""
+        """The rows of each request."""
         return tuple(slice(*pair) for pair in zip((0, *self.row_ends), self.row_ends, strict=False))
 
     def extend(self) -> None:
-        """Counts the step's rows as held by their sequences."""
+        """Adds the step's rows to the token counts of their sequences."""
         for slot, start, rows in zip(self.slots, self.starts, self.rows, strict=True):
             self.pool.slots.lengths[slot] = start + rows.stop - rows.start
 
     @classmethod
     def of(cls, caches: Sequence[SequenceCache], num_rows: Sequence[int]) -> "StepTables":
-        """The tables of a step in which each sequence goes on by so many rows.
+        """Builds the tables of a step in which sequence i brings ``num_rows[i]`` more rows.
 
         The sequences are distinct and of one pool, and have room for their rows.
         """
@@ -90,7 +90,7 @@ class StepTables:
 
 @dataclass(frozen=True)
 class _Places:
-    """By row: its position, its sequence's length after the step, its slot, its blocks [T, B]."""
+    """Per row: its position, its sequence's length after the step, its slot, its blocks [T, B]."""
 
     positions_T: torch.Tensor
     lengths_T: torch.Tensor
@@ -104,12 +104,12 @@ class _Places:
         return Writes(self.ring(window).to(device), state_T, entry_T)
 
     def ring(self, num_rows: int) -> torch.Tensor:
-        """``layout.ring_row``, of the last ``num_rows`` positions of each sequence."""
+        """Applies ``layout.ring_row`` to the last ``num_rows`` positions of each sequence."""
         rows_T = self.slots_T * num_rows + self.positions_T % num_rows
         return torch.where(self.positions_T >= self.lengths_T - num_rows, rows_T, NOBODY)
 
     def entries(self, ratio: int) -> torch.Tensor:
-        """``layout.entry_row`` of the entries whose windows end at a row."""
+        """Applies ``layout.entry_row`` to the entries whose windows end at a row."""
         per_block = BLOCK_TOKENS // ratio
         entry_T = self.positions_T // ratio
         block_T = self.blocks_TB.gather(1, (entry_T // per_block)[:, None])[:, 0]

@@ -1,20 +1,20 @@
-"""One answer on its way from tokens to what is shown of it: whole characters, its parts, up to a stop string."""
+"""Turns one answer's tokens into what clients see: whole characters, split into parts, up to a stop string."""
 
 from collections.abc import Sequence
 
 from ownpath.chat.detokenize import Detokenizer, StopMatcher
 from ownpath.chat.parse import AnswerParser
-from ownpath.chat.parts import Content, Malformed, Part, Reasoning
+from ownpath.chat.parts import AnswerPart, Content, MalformedMarkup, Reasoning
 from ownpath.chat.tokenizer import Tokenizer
 
 
 class Answer:
-    """The parts of one answer, token by token.
+    """Parses one answer into parts, token by token.
 
-    Stop strings are looked for in the content alone: reasoning and tool calls are not what they are about.
+    Stop strings are searched in the content only, not in reasoning or tool calls.
 
     num_chars: characters generated so far, shown or held back.
-    Errors: MissingMarkerError when the vocabulary lacks a marker that the parser is to be fed.
+    Errors: MissingMarkerError when the vocabulary lacks a marker that the parser needs.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], parser: AnswerParser | None = None) -> None:
@@ -27,64 +27,64 @@ class Answer:
 
     @property
     def is_stopped(self) -> bool:
-        """Whether a stop string was completed; nothing is shown any more."""
+        """True once a stop string was completed; nothing is shown any more."""
         return self._matcher.matched is not None
 
     @property
     def asks_for_tools(self) -> bool:
-        """Whether there is a tool call, and each one is whole."""
+        """True if there is a tool call and every one is whole."""
         return self._parser.asks_for_tools
 
     @property
     def is_reasoning(self) -> bool:
-        """Whether the reasoning block is still open."""
+        """True while the reasoning block is open."""
         return self._parser.is_reasoning
 
     @property
     def has_reasoned(self) -> bool:
-        """Whether there was a reasoning block, and it is closed."""
+        """True if there was a reasoning block and it is closed."""
         return self._thinks and not self._parser.is_reasoning
 
     @property
     def has_cut_off_character(self) -> bool:
-        """Whether the tokens so far end inside a character, which is not shown then."""
+        """True if the tokens so far end inside a character, which is not shown then."""
         return self._detokenizer.is_inside_character
 
-    def feed(self, token_id: int) -> list[Part]:
-        """What can be shown after this token."""
+    def feed(self, token_id: int) -> list[AnswerPart]:
+        """Takes one token and returns what can be shown after it."""
         if token_id in self._markers:
             parts = self._text(self._detokenizer.flush())
             return self._shown(parts + self._parser.feed_marker(self._markers[token_id]))
         return self._shown(self._text(self._detokenizer.feed(token_id)))
 
-    def finish(self) -> list[Part]:
-        """What was held back, once no token follows."""
+    def finish(self) -> list[AnswerPart]:
+        """Ends the answer and returns what was held back."""
         return self._shown(self._parser.finish()) + self._released()
 
-    def _text(self, text: str) -> list[Part]:
+    def _text(self, text: str) -> list[AnswerPart]:
         self.num_chars += len(text)
         return self._parser.feed(text)
 
-    def _shown(self, parts: Sequence[Part]) -> list[Part]:
-        shown: list[Part] = []
+    def _shown(self, parts: Sequence[AnswerPart]) -> list[AnswerPart]:
+        shown: list[AnswerPart] = []
         for part in parts:
             if self.is_stopped:
                 break
             if isinstance(part, Content):
                 text = self._matcher.feed(part.text)
                 shown += [Content(text)] if text else []
-            elif isinstance(part, Reasoning | Malformed):
+            elif isinstance(part, Reasoning | MalformedMarkup):
                 shown.append(part)
             else:
                 shown += [*self._released(), part]
         return shown
 
-    def _released(self) -> list[Part]:
-        """Content that a stop string could have claimed."""
+    def _released(self) -> list[AnswerPart]:
+        """Returns content that was held back for a possible stop string."""
         text = "" if self.is_stopped else self._matcher.flush()
         return [Content(text)] if text else []
 
 
-def content_of(parts: Sequence[Part]) -> str:
-    """The text for people among the parts."""
+def content_of(parts: Sequence[AnswerPart]) -> str:
+    """Joins the content among the parts."""
     return "".join(part.text for part in parts if isinstance(part, Content))

@@ -1,4 +1,4 @@
-"""Token ids -> text while they arrive: whole characters only, and stop strings never shown."""
+"""Turns token ids into text while they arrive: whole characters only, and stop strings never shown."""
 
 import codecs
 import re
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from ownpath.chat.tokenizer import Tokenizer
 
 SURROGATE = re.compile(rb"\xed[\xa0-\xbf]")
-"""The start of what UTF-8 has for half a UTF-16 pair: well-formed in its bits, and no character."""
+"""The UTF-8 encoding of half a UTF-16 pair begins so: well-formed bits, but no character."""
 
 
 class Detokenizer:
     """Turns tokens into text as soon as their bytes are whole characters.
 
-    A character split over tokens appears with its last byte. Bytes that can never become a character appear
-    as U+FFFD once that is certain. A tail still incomplete when the tokens end is not text and is not shown.
+    A character split over tokens appears with its last byte. Bytes that can never become a character appear as U+FFFD
+    once that is certain. A tail that is incomplete when the tokens end is dropped.
     """
 
     def __init__(self, tokenizer: Tokenizer, show_special: bool = False) -> None:
@@ -23,23 +23,23 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, token_id: int) -> str:
-        """The text that this token completes; may be empty."""
+        """Takes one token and returns the text that it completes, which may be empty."""
         if self._tokenizer.is_hidden(token_id) and not self._show_special:
             return ""
         text = self._decoder.decode(self._tokenizer.token_bytes(token_id))
         pending, _ = self._decoder.getstate()
         if SURROGATE.fullmatch(pending):
-            # The decoder waits for the third byte, which cannot make a character of it.
+            # The decoder waits for a third byte, which cannot complete the character.
             text += self.flush()
         return text
 
     @property
     def is_inside_character(self) -> bool:
-        """Whether bytes wait for the rest of their character."""
+        """True while bytes wait for the rest of their character."""
         return bool(self._decoder.getstate()[0])
 
     def flush(self) -> str:
-        """What an unfinished character becomes when something else than its rest follows."""
+        """Returns the text of an unfinished character whose remaining bytes will not come."""
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return text
@@ -59,7 +59,7 @@ class StopMatcher:
         self.matched: str | None = None
 
     def feed(self, text: str) -> str:
-        """The part of the text so far that can be shown now. After a match nothing more is shown."""
+        """Takes text and returns what can be shown now. After a match nothing more is shown."""
         if self.matched is not None:
             return ""
         pending = self._held + text
@@ -73,12 +73,12 @@ class StopMatcher:
         return pending[:cut]
 
     def flush(self) -> str:
-        """What was held back, when no more text can complete a stop string."""
+        """Returns the text that was held back, when no more text can complete a stop string."""
         held, self._held = self._held, ""
         return held
 
     def _first_match(self, text: str) -> tuple[int, str] | None:
-        """(start, stop) of the match that ends first; of several that end together, the longest."""
+        """Finds the (start, stop) of the match that ends first; of several that end together, the longest."""
         starts = [(text.find(stop), stop) for stop in self._stops]
         matches = [(start + len(stop), start, stop) for start, stop in starts if start >= 0]
         if not matches:
@@ -87,7 +87,7 @@ class StopMatcher:
         return start, stop
 
     def _num_held(self, text: str) -> int:
-        """Length of the longest end of the text that begins a stop string."""
+        """Returns the length of the longest suffix that begins a stop string."""
         longest = max((len(stop) - 1 for stop in self._stops), default=0)
         for size in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-size:]) for stop in self._stops):

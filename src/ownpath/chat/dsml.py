@@ -14,7 +14,6 @@ Source: the format's public description, ``encoding/README.md`` in the DeepSeek-
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from ownpath.chat.markers import Segment, segments_of
 from ownpath.chat.messages import ChatFormatError, ToolCall
@@ -49,24 +48,24 @@ Otherwise, output directly after </think> with tool calls or final response.
 _OFFER_END = "\n\nYou MUST strictly follow the above defined tool name and parameter schemas to invoke tool calls.\n"
 
 
-def write_json(value: Any) -> str:
-    """JSON as the format spells it: on one line, characters as they are.
+def write_json(value: object) -> str:
+    """Writes a value as JSON in the format's style: on one line, non-ASCII characters unescaped.
 
     Errors: ChatFormatError for what JSON lacks.
     """
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except ValueError as error:  # infinite, or an integer too long to spell
+    except ValueError as error:  # infinite, or an integer too long to write
         raise ChatFormatError(f"a value cannot be written as JSON ({error})") from None
 
 
-def offer_tools(functions: Sequence[Mapping[str, Any]]) -> list[Segment]:
-    """The block that tells the model about tools: each function's object is one line of JSON."""
+def offer_tools(functions: Sequence[Mapping[str, object]]) -> list[Segment]:
+    """Writes the block that offers tools to the model: each function's object is one line of JSON."""
     return [*_OFFER, "\n".join(write_json(function) for function in functions), _OFFER_END]
 
 
 def write_calls(calls: Sequence[ToolCall]) -> list[Segment]:
-    """The block of calls behind an answer's content. Errors: ChatFormatError."""
+    """Writes the block of calls that follows an answer's content. Errors: ChatFormatError."""
     segments = segments_of("\n\n<｜DSML｜tool_calls>\n")
     for call in calls:
         _check_name(call.name)
@@ -78,15 +77,14 @@ def write_calls(calls: Sequence[ToolCall]) -> list[Segment]:
     return segments + segments_of("</｜DSML｜tool_calls>")
 
 
-def _write_parameter(name: str, value: Any) -> list[Segment]:
+def _write_parameter(name: str, value: object) -> list[Segment]:
     _check_name(name)
-    is_text = isinstance(value, str)
-    opening = f'" string="{"true" if is_text else "false"}">'
-    text = value if is_text else write_json(value)
+    opening = f'" string="{"true" if isinstance(value, str) else "false"}">'
+    text = value if isinstance(value, str) else write_json(value)
     return [*segments_of('<｜DSML｜parameter name="'), name, opening, text, *segments_of("</｜DSML｜parameter>")]
 
 
-def _arguments(call: ToolCall) -> dict[str, Any]:
+def _arguments(call: ToolCall) -> dict[str, object]:
     try:
         arguments = json.loads(call.arguments)
         write_json(arguments)  # NaN and Infinity are Python's, not JSON's

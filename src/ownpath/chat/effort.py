@@ -1,4 +1,4 @@
-"""How hard to think, as each release was taught to be told: words, and the text that a word puts before everything.
+"""Reasoning effort: the words of each release, and the text that a word puts before the conversation.
 
 The refresh of 31 July moved the scale by one: the text of the first release's strongest word became that of "high".
 
@@ -31,14 +31,14 @@ RELEASES: dict[str, dict[str, str]] = {
     "0731": {"low": "", "high": _ABSOLUTE, "max": _BEYOND},
     "0813": {"low": "", "high": _ABSOLUTE, "max": _BEYOND},
 }
-"""Release -> word -> text. Thinking without a word adds no text in any of them."""
+"""Release -> effort word -> text. Thinking without a word adds no text in any release."""
 
 
 def release_of_folder(folder: Path) -> str:
-    """Which release's words a model folder goes by.
+    """Tells which release's effort words a model folder uses.
 
-    Its own ``encoding/encoding_dsv4.py`` decides (read as text, never run); exports often lack it, then a drafter's
-    ``dspark_block_size`` in config.json, which came with the refresh.
+    Its own ``encoding/encoding_dsv4.py`` decides (read as text, never run). Exports often lack it; then a
+    ``dspark_block_size`` in config.json, a drafter's field that came with the refresh, decides.
     """
     encoder = folder / "encoding" / "encoding_dsv4.py"
     if encoder.is_file():

@@ -40,12 +40,12 @@ _FORMAT_REQUEST = "## Response Format:\n\nYou MUST strictly adhere to the follow
 
 @dataclass(frozen=True)
 class Setting:
-    """What surrounds the messages.
+    """The options of a conversation beside its messages.
 
     thinking: whether the next answer opens with reasoning.
     effort_text: stands before everything when thinking; see ``effort.RELEASES``.
     functions: tools on offer, each an object with a name, and usually a description and parameters.
-    response_schema: what the answer is asked to adhere to, a JSON value; None asks for nothing.
+    response_schema: the schema that the answer should adhere to, a JSON value; None asks for nothing.
     """
 
     thinking: bool = False
@@ -58,7 +58,7 @@ PLAIN = Setting()
 
 
 def encode_messages(messages: Sequence[Message], setting: Setting = PLAIN) -> list[Segment]:
-    """The segments of a conversation, ending where the next turn is to be written.
+    """Encodes a conversation as segments, ending where the next turn is to be written.
 
     A last user turn is followed by the opening of the assistant's answer: ``</think>``, or ``<think>`` with
     ``thinking``. Reasoning is written only for answers after the last user turn; that of earlier answers is
@@ -85,7 +85,7 @@ def encode_messages(messages: Sequence[Message], setting: Setting = PLAIN) -> li
 
 
 def _with_requests(turns: list[Message], setting: Setting) -> list[Message]:
-    """Requests stand behind the first system text; without one, behind an empty one."""
+    """Puts tools and response format behind the first system text; without one, behind an empty one."""
     is_needed = bool(setting.functions) or setting.response_schema is not None
     if is_needed and (not turns or turns[0].role != "system"):
         return [Message("system", ""), *turns]
@@ -93,7 +93,7 @@ def _with_requests(turns: list[Message], setting: Setting) -> list[Message]:
 
 
 def _requests(setting: Setting) -> list[Segment]:
-    """What the system text is followed by: the tools, then the format of the answer."""
+    """Writes what follows the system text: the tools, then the format of the answer."""
     segments: list[Segment] = []
     if setting.functions:
         segments += ["\n\n", *offer_tools(setting.functions)]
@@ -109,7 +109,7 @@ def _answer(turn: Message, thinks: bool) -> list[Segment]:
 
 
 def _opening(turn: Message, thinks: bool, thinking: bool) -> list[Segment]:
-    """What asks for the answer to a user turn: the assistant's marker, a task's, or both."""
+    """Writes what asks for the answer to a user turn: the assistant's marker, a task's, or both."""
     if turn.task == "action":
         return [Special(ASSISTANT), Special(THINK_START if thinking else THINK_END), Special(TASKS["action"])]
     if turn.task == "read_url":

@@ -1,4 +1,4 @@
-"""The markers of DeepSeek-V4's chat format, and the segments that a conversation is written in.
+"""The markers of DeepSeek-V4's chat format, and the segments of an encoded conversation.
 
 Source: the format's public description, ``encoding/README.md`` in the DeepSeek-V4 model repositories.
 """
@@ -41,13 +41,13 @@ _ANY_MARKER = re.compile("(" + "|".join(re.escape(marker) for marker in SPECIALS
 
 
 def segments_of(literal: str) -> list[Segment]:
-    """A text of the format itself, in which the markers that it spells are meant. Never for a person's text."""
+    """Splits a text of the format itself into segments; markers in it are markers. Never use it on a person's text."""
     pieces = _ANY_MARKER.split(literal)
     return [Special(piece) if piece in SPECIALS else piece for piece in pieces if piece]
 
 
 def join_text(segments: list[Segment]) -> list[Segment]:
-    """Neighbouring text becomes one segment (it is tokenised as a whole); empty text disappears."""
+    """Joins neighbouring text into one segment (it is tokenised as a whole) and drops empty text."""
     joined: list[Segment] = []
     text: list[str] = []
     for segment in [*segments, None]:

@@ -1,4 +1,4 @@
-"""Conversations as values: what the encoder writes."""
+"""Messages of a conversation: the input of the encoder."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ class ChatFormatError(ValueError):
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call that an answer made. arguments: the text of a JSON object. call_id: what its result refers to."""
+    """A tool call of an answer. arguments: the text of a JSON object. call_id: the id that its result refers to."""
 
     name: str
     arguments: str
@@ -23,9 +23,9 @@ class Message:
     role: system, user, assistant, tool or latest_reminder.
     reasoning: the thinking part of an assistant's answer, without its delimiters.
     tool_call_id: of a tool's result, the call that it answers.
-    task: a short job for the model about this message: "title" behind an answer, the other ones behind a user's
-        message (see ``markers.TASKS``).
-    url: what the task "read_url" is about.
+    task: a short job for the model about this message: "title" behind an answer, the other ones behind a user's message
+    (see ``markers.TASKS``).
+    url: the page that the task "read_url" is about.
     """
 
     role: str

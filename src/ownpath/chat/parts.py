@@ -1,24 +1,24 @@
-"""What an answer is made of, in the order of its arrival."""
+"""The parts of an answer, in the order of their arrival."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Reasoning:
-    """More of the thinking part."""
+    """More text of the reasoning."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Content:
-    """More of the answer for people."""
+    """More text of the content."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class CallStarted:
+class ToolCallStart:
     """A tool call begins; its arguments follow."""
 
     index: int
@@ -26,7 +26,7 @@ class CallStarted:
 
 
 @dataclass(frozen=True)
-class Arguments:
+class ToolCallArguments:
     """More of the JSON text of a call's arguments."""
 
     index: int
@@ -34,10 +34,10 @@ class Arguments:
 
 
 @dataclass(frozen=True)
-class Malformed:
-    """The markup broke here, for this reason; from here on everything is content."""
+class MalformedMarkup:
+    """The markup broke here, for this reason; everything after it is content."""
 
     reason: str
 
 
-Part = Reasoning | Content | CallStarted | Arguments | Malformed
+AnswerPart = Reasoning | Content | ToolCallStart | ToolCallArguments | MalformedMarkup

@@ -1,8 +1,7 @@
-"""Text <-> token ids over the checkpoint's ``tokenizer.json``.
+"""Converts between text and token ids with the checkpoint's ``tokenizer.json``.
 
-Two readings of the same vocabulary are kept. ``encode_text`` knows no special tokens, so a marker spelled out
-in somebody's text is ordinary text. ``encode_raw`` recognises them: the raw prompt form gives its author full
-control.
+Two readings of the same vocabulary are kept. ``encode_text`` knows no special tokens, so a marker spelled out in
+somebody's text is ordinary text. ``encode_raw`` recognises them: the raw prompt form gives its author full control.
 """
 
 import json
@@ -16,7 +15,7 @@ from ownpath.chat.markers import BOS, EOS, Special
 
 
 class TokenizerError(ValueError):
-    """A tokenizer file, or a text, that cannot be used; the message names which."""
+    """A tokenizer file, or a text, that cannot be used; the message names it."""
 
 
 class MissingMarkerError(TokenizerError):
@@ -30,8 +29,7 @@ class MissingMarkerError(TokenizerError):
 class Tokenizer:
     """Byte-level BPE with explicit special tokens.
 
-    num_tokens: the vocabulary proper: every id it can name is below. An embedding may have more (padding)
-        rows.
+    num_tokens: size of the vocabulary; every token's id is below it. An embedding may have more rows (padding).
     max_token_bytes: bytes of the longest token; n tokens never hold more than n times that.
     """
 
@@ -57,7 +55,7 @@ class Tokenizer:
         return cls(spec, config.get("add_bos_token") is True, str(folder / "tokenizer.json"))
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of text in which nothing is special."""
+        """Encodes text in which nothing is special."""
         ids = self._encode(self._plain, text)
         markers = self._marker_ids.intersection(ids)
         if markers:  # a vocabulary that lists a marker among its ordinary words
@@ -65,29 +63,29 @@ class Tokenizer:
         return ids
 
     def encode_raw(self, text: str) -> list[int]:
-        """Token ids of text in which special tokens are recognised; opens with BOS iff ``add_bos``."""
+        """Encodes text in which special tokens are recognised; puts BOS first iff ``add_bos``."""
         bos = [self.special_id(BOS)] if self.add_bos else []
         return bos + self._encode(self._raw, text)
 
     def encode_segments(self, segments: Sequence[Special | str]) -> list[int]:
-        """Token ids of an encoded conversation."""
+        """Encodes the segments of a conversation."""
         ids: list[int] = []
         for segment in segments:
             ids += [self.special_id(segment.text)] if isinstance(segment, Special) else self.encode_text(segment)
         return ids
 
     def special_id(self, text: str) -> int:
-        """The id of a special token. Errors: MissingMarkerError when this vocabulary has none of that name."""
+        """Returns the id of a special token. Errors: MissingMarkerError when this vocabulary has none of that name."""
         if text not in self._special_ids:
             raise MissingMarkerError(text, self._source)
         return self._special_ids[text]
 
     def is_hidden(self, token_id: int) -> bool:
-        """Whether a token is a marker that answers do not show."""
+        """Tells whether a token is a marker that answers do not show."""
         return token_id in self._hidden_ids
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token stands for, not always whole characters. An id without a token has none."""
+        """Returns the bytes of a token, not always whole characters; none for an id without a token."""
         return self._token_bytes.get(token_id, b"")
 
     def token_text(self, token_id: int) -> str:
@@ -120,7 +118,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _added_tokens(spec: dict[str, Any], source: str) -> tuple[dict[str, int], frozenset[int]]:
-    """Added tokens by text, and the ids of those marked special."""
+    """Returns added tokens' ids by text, and the ids of those marked special."""
     try:
         tokens = [(str(token["content"]), int(token["id"]), bool(token["special"])) for token in spec["added_tokens"]]
     except (KeyError, TypeError, ValueError):
@@ -142,7 +140,7 @@ def _backend(spec: dict[str, Any], source: str) -> Any:
 
 
 def _check_ids(backend: Any, added: dict[str, int], source: str) -> None:
-    """The backend numbers added tokens itself and only hopes to arrive at the file's numbers."""
+    """Checks that the backend gave added tokens the file's ids; it numbers them itself."""
     for text, token_id in added.items():
         if backend.token_to_id(text) != token_id:
             found = backend.token_to_id(text)
@@ -161,7 +159,8 @@ def _token_bytes(backend: Any, added: dict[str, int]) -> dict[int, bytes]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE writes printable Latin-1 bytes as themselves, the others in order from U+0100."""
+    """Maps characters to bytes: byte-level BPE writes printable Latin-1 bytes as themselves, the others from U+0100
+    on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}

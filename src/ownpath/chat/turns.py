@@ -1,7 +1,7 @@
-"""Messages -> the turns of the format: tools have no turn of their own, their results are part of a user's.
+"""Merges messages into the turns of the format: tools have no turn of their own, their results are part of a user's.
 
-Messages of users and tools in a row are one user turn, joined by blank lines; the results of several calls stand in
-the order of the calls, whatever order they came in.
+Messages of users and tools in a row are one user turn, joined by blank lines; the results of several calls stand in the
+order of the calls, whatever order they came in.
 """
 
 from collections.abc import Sequence
@@ -12,20 +12,20 @@ from ownpath.chat.messages import ChatFormatError, Message
 
 ROLES = ("system", "user", "assistant", "tool", "latest_reminder")
 
-# How the format joins several pieces of content inside one user turn.
+# The separator between several pieces of content inside one user turn.
 PART_SEPARATOR = "\n\n"
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A piece of a user turn. call_idx: of a result, the place of its call; None for text."""
+    """A piece of a user turn. call_idx: for a tool result, the index of its call; None for text."""
 
     text: str
     call_idx: int | None = None
 
 
 def merge_turns(messages: Sequence[Message]) -> list[Message]:
-    """The turns of a conversation; their roles are system, user, assistant and latest_reminder.
+    """Returns the turns of a conversation; their roles are system, user, assistant and latest_reminder.
 
     Errors: ChatFormatError naming the message.
     """
@@ -56,7 +56,8 @@ def _part(index: int, message: Message, calls: dict[str, int]) -> _Part:
 
 
 def _join(parts: Sequence[_Part]) -> str:
-    """Results take each other's places, in the order of their calls; texts stay where they are."""
+    """Joins pieces: tool results in the order of their calls, in the places that results took; texts stay where they
+    are."""
     results = iter(sorted((p for p in parts if p.call_idx is not None), key=lambda part: part.call_idx or 0))
     return PART_SEPARATOR.join(part.text if part.call_idx is None else next(results).text for part in parts)
 

@@ -1,1 +1,1 @@
-"""One module per subcommand of ``ownpath``."""
+"""The subcommands of ``ownpath``, one module each."""

@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
-    """The optional model folder, ``args.model``."""
+    """Adds the optional model folder, ``args.model``."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="model folder (default: the embedded model)")
 
 
 class _Print(argparse.Action):
-    """Prints a text and ends, before anything else is asked of the command line."""
+    """Prints a text and exits before other arguments are required."""
 
     def __init__(self, option_strings: list[str], dest: str, const: Callable[[], str], help: str) -> None:
         super().__init__(option_strings, dest, nargs=0, const=const, help=help)
@@ -28,12 +28,12 @@ class _Print(argparse.Action):
 
 
 def add_list_argument(parser: argparse.ArgumentParser, text: Callable[[], str], what: str) -> None:
-    """``--list``: prints ``text()`` and ends with exit code 0. what: it lists, for ``--help``."""
+    """Adds ``--list``: prints ``text()`` and exits with code 0. what: the content of the list, for ``--help``."""
     parser.add_argument("--list", action=_Print, const=text, help=f"print {what}, and end")
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where to run, what to ask of the kernels, and how long a sequence may get."""
+    """Adds where to run, which properties kernels must have, and how long a sequence may get."""
     add_plan_arguments(parser)
     parser.add_argument(
         "--max-model-len",
@@ -45,7 +45,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    """What a plan depends on besides the checkpoint."""
+    """Adds what a plan depends on besides the checkpoint."""
     parser.add_argument("--device", default="cpu", help="torch device to run on (default: cpu)")
     parser.add_argument(
         "--batch-invariant",
@@ -70,7 +70,7 @@ def _numerics(text: str) -> frozenset[Step]:
 
 
 def positive_int(text: str) -> int:
-    """An argparse type."""
+    """Parses a positive integer; an argparse type."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, found {value}")

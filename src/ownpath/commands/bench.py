@@ -42,7 +42,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table and writes what was asked for; 1 if one of our own rows has no right answer.
+    """Prints the table and writes the requested files; returns 1 if one of our own rows has a wrong answer.
 
     Errors: ValueError for an unknown name or a device that is not there.
     """
@@ -144,7 +144,7 @@ def _title(args: argparse.Namespace, settings: "Settings") -> str:
 
 
 def _keep(args: argparse.Namespace, settings: "Settings", rows: "list[Row]") -> None:
-    """JSON lines before the plot: a missing matplotlib must not cost the numbers."""
+    """Writes JSON lines before the plot, so that a missing matplotlib does not cost the numbers."""
     from ownpath.bench.plot import plot_rows
     from ownpath.bench.record import append_lines, provenance, row_dict
 
@@ -168,7 +168,7 @@ def _tune(args: argparse.Namespace) -> int:
 
 
 def _command(args: argparse.Namespace) -> str:
-    """What reproduces the rows: where they were written to is nobody's business, and left out."""
+    """Returns the command line that reproduces the rows, without output paths."""
     words = ["ownpath", "bench", args.bench] if args.tune is None else ["ownpath", "bench", "--tune", args.tune]
     for shape in args.shape:
         words += ["--shape", shape]

@@ -44,28 +44,28 @@ def run(args: argparse.Namespace) -> int:
     """Prints the difference. Errors: CannotAsk and others (all ValueError) for what the user can cause."""
     from ownpath.commands.session import load_for
     from ownpath.diff.client import Client
-    from ownpath.diff.offers import first_model, open_server
-    from ownpath.diff.ours import Ours
+    from ownpath.diff.local_model import LocalModel
     from ownpath.diff.prompts import make_prompts, probe_prompt
-    from ownpath.diff.readings import TokenNames
     from ownpath.diff.report import difference_dict, difference_text
-    from ownpath.diff.survey import Effort, survey
+    from ownpath.diff.responses import TokenNames
+    from ownpath.diff.server import first_model, open_server
+    from ownpath.diff.survey import SurveySize, survey
 
     client = Client.of_url(args.against, args.timeout, _api_key(args.api_key_env))
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
-    listed = first_model(client)  # before minutes of loading: is anybody there?
+    listed = first_model(client)  # before minutes of loading: is the server there?
     loaded = load_for(args, max_num_seqs=1)
     prompts = make_prompts(loaded.tokenizer, seed, args.prompt)
     probe = probe_prompt(loaded.tokenizer)
     server = open_server(client, TokenNames(loaded.tokenizer), probe, args.served_model_name or listed)
-    effort = Effort(args.max_tokens, args.together, args.tolerance)
-    difference = survey(server, Ours(loaded.model, loaded.tokenizer), prompts, effort)
+    effort = SurveySize(args.max_tokens, args.together, args.tolerance)
+    difference = survey(server, LocalModel(loaded.model, loaded.tokenizer), prompts, effort)
     name = loaded.folder.resolve().name
     if args.json:
         print(json.dumps(difference_dict(difference, server, name, seed), indent=1))
     else:
         print(difference_text(difference, server, loaded.tokenizer, name))
-    if not server.way.sends_ids:
+    if not server.request_form.sends_ids:
         print("warning: the server takes no token ids; text was sent", file=sys.stderr)
     return 0 if difference.agrees else 1
 

@@ -35,7 +35,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the answer; 1 if the engine fails on the way. Errors: ValueError for what the user can cause."""
+    """Prints the answer; returns 1 if the engine fails on the way. Errors: ValueError for what the user can cause."""
     from ownpath.commands.session import open_session
     from ownpath.engine.request import Request, SamplingParams
 
@@ -72,7 +72,7 @@ def _pieces(
     outputs: "queue.SimpleQueue[StepOutput]",
     args: argparse.Namespace,
 ) -> Iterator[str]:
-    """What to print, as it comes: text, or one token id a line (EOS and a stop string's tokens included)."""
+    """Yields the output as it comes: text, or one token id a line (EOS and a stop string's tokens included)."""
     from ownpath.chat.answer import Answer, content_of
     from ownpath.engine.request import FinishReason
 

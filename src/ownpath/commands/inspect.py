@@ -30,7 +30,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Prints the inspection. Errors: ValueError when there is no such folder."""
     from ownpath.inspect.inspection import inspect_folder
-    from ownpath.inspect.show import inspection_dict, inspection_text
+    from ownpath.inspect.report import inspection_dict, inspection_text
     from ownpath.loading import default_model_dir
 
     folder = default_model_dir() if args.model is None else Path(args.model)

@@ -1,4 +1,4 @@
-"""Texts of ``--list``: tables that the code itself goes by, so that no page of the documentation repeats them."""
+"""Texts of ``--list``: the tables that the code itself uses, so that no page of the documentation repeats them."""
 
 import json
 import textwrap
@@ -18,7 +18,7 @@ _EXAMPLE = (256, 512)
 
 
 def checks_of_verify() -> str:
-    """Every check by id, with what makes it fail; then the combinations that E01 knows."""
+    """Lists every check by id, with what makes it fail; then the combinations that E01 knows."""
     from ownpath.verify.checks import FAILS_ON, TITLES
     from ownpath.verify.machine import KNOWN_BAD
 
@@ -28,7 +28,7 @@ def checks_of_verify() -> str:
 
 
 def problems_of_inspect() -> str:
-    """Every kind of problem with its remedy; then every encoding with its tensors."""
+    """Lists every kind of problem with its remedy; then every encoding with its tensors."""
     from ownpath.checkpoint.problems import FOUND_WHEN, REMEDIES
     from ownpath.checkpoint.schema import ENCODINGS
 
@@ -43,7 +43,7 @@ def _part(part: "PartSpec") -> str:
 
 
 def kernels_of_plan() -> str:
-    """Every kernel by operation, best first, with its contract; then the steps of official numerics."""
+    """Lists every kernel by operation, best first, with its contract; then the steps of official numerics."""
     from ownpath.kernels.registry import SPECS
     from ownpath.official import MEANING
 
@@ -74,11 +74,11 @@ def _evidence(spec: "KernelSpec") -> tuple[str, ...]:
 
 
 def fields_of_server() -> str:
-    """Every request field of both endpoints, reasons for empty content, and the checks of the self-test."""
+    """Lists every request field of both endpoints, reasons for empty content, and the checks of the self-test."""
     from ownpath.selftest.checks import all_checks
     from ownpath.server import fields
     from ownpath.server.conversation import ChatMessage
-    from ownpath.server.empty import MEANING
+    from ownpath.server.empty_content import MEANING
     from ownpath.server.protocol import ChatRequest, CompletionRequest
 
     parts = []
@@ -102,7 +102,7 @@ def _honoured(model: type["BaseModel"]) -> Iterator[tuple[str, ...]]:
 
 
 def _range(field: "FieldInfo") -> str:
-    """Bounds and default of a field; bounds of 2**31 - 1 and beyond say nothing."""
+    """Formats bounds and default of a field; leaves out bounds of 2**31 - 1 and beyond."""
     from annotated_types import Ge, Gt, Le
 
     facts = []
@@ -125,14 +125,14 @@ def _refused(neutral: "Neutral") -> str:
 
 
 def signatures_of_diff() -> str:
-    """Every signature of a broken server, causes before what follows from them."""
+    """Lists every signature of a broken server, causes before their consequences."""
     from ownpath.diff.signatures import SIGNATURES
 
     return _entries((it.__name__.replace("_", "-"), (it.__doc__ or "").strip()) for it in SIGNATURES)
 
 
 def _entries(entries: Iterable[tuple[str, ...]]) -> str:
-    """A name on a line of its own, what is said of it indented below."""
+    """Formats entries: the name on a line of its own, its texts indented below."""
     lines = []
     for name, *said in entries:
         lines.append(name)

@@ -36,7 +36,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Quantises and says what became of the weights. Errors: ValueError naming the file, field or tensor."""
+    """Quantises and prints what became of the weights. Errors: ValueError naming the file, field or tensor."""
     from ownpath.calibration import calibrate
     from ownpath.quantize.run import Options, quantize_checkpoint, require_free
     from ownpath.quantize.steps import QuantizeScope
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _text(path: Path) -> str:
-    """Errors: ValueError naming a file that is no text."""
+    """Reads the calibration text. Errors: ValueError naming a file that is no text."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

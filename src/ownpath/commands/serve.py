@@ -43,7 +43,8 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serves until SIGINT or SIGTERM; 1 if the self-test fails. Errors: ValueError for what the user can cause."""
+    """Serves until SIGINT or SIGTERM; returns 1 if the self-test fails. Errors: ValueError for what the user can
+    cause."""
     from ownpath.commands.session import open_session
     from ownpath.server.app import create_app
     from ownpath.server.run import run_server
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _admin_key(given: str | None) -> str | None:
-    """The argument, or what the environment has. Errors: ValueError for one that cannot be a key."""
+    """Returns the key of the argument or the environment. Errors: ValueError for one that cannot be a key."""
     from ownpath.server.debug import require_admin_key
 
     key = os.environ.get(ADMIN_KEY_VARIABLE) or None if given is None else given
@@ -73,7 +74,7 @@ def _admin_key(given: str | None) -> str | None:
 
 
 def _debug_plan(session: "Session", admin_key: str, model_id: str) -> "DebugPlan":
-    """What ``/debug/plan`` shows. The plan is made from the headers again: it is the one that was loaded."""
+    """Builds the data of ``/debug/plan``. The plan is made from the headers again; it is the one that was loaded."""
     from ownpath.loading import planned
     from ownpath.plan.show import plan_dict
     from ownpath.server.body import Limits
@@ -87,7 +88,7 @@ def _debug_plan(session: "Session", admin_key: str, model_id: str) -> "DebugPlan
 
 
 def _is_served(session: "Session", allow_unverified: bool) -> bool:
-    """Whether the self-test passed, or may fail; says on stderr what failed. The ledger starts anew."""
+    """True if the self-test passed or may fail; prints failures on stderr. Resets the ledger."""
     from ownpath.selftest.run import known_question, report_text, self_test
 
     golden = known_question(session.folder, session.tokenizer)

@@ -1,4 +1,4 @@
-"""What ``generate``, ``serve`` and ``diff`` share: a model folder -> tokenizer and model, or a running engine."""
+"""Loads a model folder for ``generate``, ``serve`` and ``diff``: tokenizer and model, or a running engine."""
 
 import argparse
 import contextlib
@@ -31,8 +31,8 @@ class Session:
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model and what belongs to it."""
+class LoadedModel:
+    """A model with its tokenizer and configuration."""
 
     folder: Path
     tokenizer: Tokenizer
@@ -40,7 +40,7 @@ class Loaded:
     config: EngineConfig
 
 
-def load_for(args: argparse.Namespace, max_num_seqs: int = EngineConfig.max_num_seqs) -> Loaded:
+def load_for(args: argparse.Namespace, max_num_seqs: int = EngineConfig.max_num_seqs) -> LoadedModel:
     """Loads the model that the arguments name (none: the embedded one), ready for its first step.
 
     max_num_seqs: sequences that its caches have room for. Errors: ValueError naming the file or field.
@@ -66,7 +66,7 @@ def load_for(args: argparse.Namespace, max_num_seqs: int = EngineConfig.max_num_
         raise ValueError(f"{folder}: config.json says {ids}")
     if torch.device(args.device).type == "cuda":
         warm_up(model, config)
-    return Loaded(folder, tokenizer, model, config)
+    return LoadedModel(folder, tokenizer, model, config)
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from ownpath.verify.html import report_html
     from ownpath.verify.plan_file import read_plan_file
     from ownpath.verify.report import report_dict, report_text
-    from ownpath.verify.run import STAGES, Job, verify
+    from ownpath.verify.run import STAGES, VerifyJob, verify
     from ownpath.verify.subject import Selection
 
     folder = default_model_dir() if args.model is None else Path(args.model)
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         EngineConfig.for_device(args.device), is_batch_invariant=args.batch_invariant, official=args.numerics
     )
     written = None if args.ledger is None else read_plan_file(args.ledger)
-    job = Job(folder, engine, Selection(args.layers, args.experts, args.seed), args.source, args.work, written)
+    job = VerifyJob(folder, engine, Selection(args.layers, args.experts, args.seed), args.source, args.work, written)
     result = verify(job, args.stages or STAGES, keeps_going=args.keep_going)
     if args.json is not None and args.json != "-":
         Path(args.json).write_text(json.dumps(report_dict(result), indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -71,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_can_be_written(args: argparse.Namespace) -> None:
-    """Before minutes of work are spent. Errors: ValueError for a report whose folder is not there, or that is one."""
+    """Checks the report's path before minutes of work. Errors: ValueError if its folder is missing, or it is a
+    folder."""
     json_path = None if args.json in (None, "-") else Path(args.json)
     for path in (json_path, args.html):
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
@@ -83,7 +84,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _layers(text: str) -> frozenset[int]:
-    """``0,3-5`` -> {0, 3, 4, 5}."""
+    """Parses layer ids: ``0,3-5`` -> {0, 3, 4, 5}."""
     found: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.partition("-")

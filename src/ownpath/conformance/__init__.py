@@ -1,4 +1,4 @@
-"""What any kernel of an operation must do, on any weights: its operands, its exact result, its memory, its refusals.
+"""Conformance of any kernel of an operation, on any weights: operands, exact results, memory, refusals.
 
 Tests, bench and ``ownpath verify`` share it. Right answers come from ``oracle``, never from a kernel's torch twin.
 """

@@ -1,4 +1,4 @@
-"""How far a right kernel may be from float64, each figure with what it follows from, and the comparison itself.
+"""Bounds on a right kernel's distance from float64, each with its derivation, and the comparison itself.
 
 A result is an exact product plus three kinds of error. (1) It is rounded once, to the dtype of the activations: half a
 unit in the last place, at most ``rounding(dtype)`` of the value. (2) K products are summed in float32 in any order.
@@ -35,12 +35,12 @@ reading cosine and sine at it."""
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """The largest relative error of one rounding to ``dtype``: 2^-8 for BF16, 2^-24 for float32."""
+    """Returns the largest relative error of one rounding to ``dtype``: 2^-8 for BF16, 2^-24 for float32."""
     return float(torch.finfo(dtype).eps) / 2
 
 
 def summing(width: int) -> float:
-    """The largest error of a float32 sum of ``width`` products, in units of the sum of their magnitudes.
+    """Bounds the error of a float32 sum of ``width`` products, in units of the sum of their magnitudes.
 
     One rounding for each product is the most there can be in any order, and 3 more where tensor cores cut a short sum.
     """
@@ -49,25 +49,25 @@ def summing(width: int) -> float:
 
 @dataclass(frozen=True)
 class Exact:
-    """What a result should be, float64, and how far it may be off before it is rounded to its own dtype."""
+    """The exact result in float64, and the allowed error before it is rounded to its own dtype."""
 
     value: Tensor
     bound: Tensor
 
     def rows(self, ids: Tensor | slice) -> "Exact":
-        """Some of the rows."""
+        """Selects some of the rows."""
         return Exact(self.value[ids], self.bound[ids])
 
     def plus(self, more: Tensor) -> "Exact":
-        """The same with a larger bound."""
+        """Returns the same with a bound larger by ``more``."""
         return Exact(self.value, self.bound + more)
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """The worst element of a result. ratio: its error over what is allowed; infinite for NaN and infinities.
+    """The worst element of a result. ratio: its error over the allowed one; infinite for NaN and infinities.
 
-    place: its index. columns: which columns have an element beyond what is allowed.
+    place: its index. columns: which columns have an element beyond its bound.
     """
 
     ratio: float
@@ -88,7 +88,7 @@ NO_DEVIATION = Deviation(0.0)
 
 
 def deviation(found: Tensor, exact: Exact) -> Deviation:
-    """The worst element of ``found``. Shapes: all three the same."""
+    """Finds the worst element of ``found``. Shapes: all three the same."""
     if found.shape != exact.value.shape:
         return Deviation(math.inf, tuple(found.shape))
     if not found.numel():
@@ -104,7 +104,7 @@ def deviation(found: Tensor, exact: Exact) -> Deviation:
 
 
 def ratios(found: Tensor, exact: Exact) -> Tensor:
-    """Each element's error over what is allowed, float64; infinite where the result is not finite."""
+    """Returns each element's error over the allowed one, float64; infinite where the result is not finite."""
     error = (found.double() - exact.value).abs()
     # The smallest normal number: below it a result may be flushed to zero.
     allowed = exact.bound + rounding(found.dtype) * exact.value.abs() + torch.finfo(found.dtype).tiny
@@ -112,7 +112,7 @@ def ratios(found: Tensor, exact: Exact) -> Tensor:
 
 
 def repeated_deviation(found: Tensor, exact: Exact) -> Deviation:
-    """As ``deviation``, of rows that repeat ``exact``'s as often as there is room."""
+    """As ``deviation``, for rows that repeat ``exact``'s as often as there is room."""
     worst, period = NO_DEVIATION, len(exact.value)
     for start in range(0, len(found), period):
         rows = found[start : start + period]
@@ -122,5 +122,5 @@ def repeated_deviation(found: Tensor, exact: Exact) -> Deviation:
 
 
 def worse(a: Deviation, b: Deviation) -> Deviation:
-    """The one that is further off."""
+    """Returns the larger of two deviations."""
     return b if b.ratio > a.ratio else a

@@ -12,7 +12,7 @@ from ownpath.ops import OpKind
 
 @dataclass(frozen=True)
 class KernelCall:
-    """A callable and its arguments; the first of them is the activations. slot: what it is called in findings."""
+    """A callable and its arguments; the first of them is the activations. slot: its name in findings."""
 
     slot: str
     kind: OpKind
@@ -23,17 +23,17 @@ class KernelCall:
         return self.run(*self.args)
 
     def with_args(self, *args: Any) -> "KernelCall":
-        """The same slot, called otherwise."""
+        """Returns the same slot with other arguments."""
         return replace(self, args=args)
 
     @cached_property
     def is_product(self) -> bool:
-        """Whether a stored matrix is behind it."""
+        """True if the operation multiplies by a stored matrix."""
         return self.kind in (OpKind.LINEAR, OpKind.GROUPED, OpKind.MOE)
 
 
 def tensors_of(result: Any) -> Iterator[Tensor]:
-    """Every tensor of what a slot returns."""
+    """Yields every tensor of a slot's result."""
     if isinstance(result, Tensor):
         yield result
     elif isinstance(result, tuple):

@@ -1,5 +1,5 @@
-"""Calls that mean nothing are refused, unusual ones that mean something give the same result, and results are as
-wide as the activations (K10)."""
+"""Checks contracts (K10): meaningless calls are refused, unusual but meaningful ones give the same result, and results
+are as wide as the activations."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
@@ -11,22 +11,22 @@ from ownpath.conformance.call import KernelCall, tensors_of
 from ownpath.ops import OpKind
 
 NEAR = 2.0**-6
-"""Relative. A library may add up in another order for other strides, which moves BF16 results by 2^-8 at most; elements
-that are read from the wrong place are off by their own size."""
+"""Relative tolerance for other strides: a library may sum in another order, which moves BF16 results by 2^-8 at
+most; elements read from the wrong place are off by their own size."""
 
 
 def contract_problems(call: KernelCall) -> Iterator[str]:
-    """For each thing that can be wrong, that it is, or an empty string."""
-    for wrong, args in wrong_calls(call):
+    """Yields one string per possible violation: a description, or empty where there is none."""
+    for wrong, args in invalid_calls(call):
         yield "" if _is_refused(call.with_args(*args)) else f"{wrong}: not refused"
-    for strange, args in strange_calls(call):
+    for strange, args in strided_calls(call):
         is_fine = _is_same_or_refused(call, call.with_args(*args))
         yield "" if is_fine else f"{strange}: neither refused nor computed as it is"
     yield from (f"a result in {dtype}, of activations in {call.args[0].dtype}" for dtype in _narrow_results(call))
 
 
 def _narrow_results(call: KernelCall) -> Iterator[torch.dtype]:
-    """Dtypes of results that hold less than the activations do; a mix within a result is K08's."""
+    """Yields dtypes of results that hold less than the activations do; a mix within a result is K08's."""
     try:
         result = call()
     except Exception:  # K02 reports it
@@ -47,7 +47,7 @@ def _is_refused(call: KernelCall) -> bool:
 
 
 def _is_same_or_refused(call: KernelCall, strange: KernelCall) -> bool:
-    """Whether a call with unusual strides is refused or gives what it gives without them."""
+    """True if a call with unusual strides is refused or gives the same result as without them."""
     try:
         found = list(tensors_of(strange()))
     except Exception:  # refused
@@ -61,8 +61,8 @@ def _same(found: torch.Tensor, usual: torch.Tensor) -> bool:
     return bool((found.double() - usual.double()).norm() <= NEAR * usual.double().norm())
 
 
-def wrong_calls(call: KernelCall) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """(what is wrong, arguments) of calls without a meaning."""
+def invalid_calls(call: KernelCall) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Yields (fault, arguments) of calls without a meaning."""
     x, *rest = call.args
     if call.is_product:
         yield "integer activations", (x.to(torch.int32), *rest)
@@ -71,8 +71,8 @@ def wrong_calls(call: KernelCall) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield from _MORE.get(call.kind, _nothing)(call)
 
 
-def strange_calls(call: KernelCall) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Activations whose rows, or whose features, are not next to each other."""
+def strided_calls(call: KernelCall) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Yields activations whose rows, or whose features, are not contiguous."""
     x, *rest = call.args
     apart = x.new_zeros(len(x), 2, *x.shape[1:])
     apart[:, 0] = x

@@ -1,4 +1,4 @@
-"""The exact result of each operation in float64, by the oracle's formulas, and how far a right kernel may be from it.
+"""The exact result of each operation in float64, by the oracle's formulas, and the allowed error of a right kernel.
 
 Legend: M rows, K in, N out; T tokens, S streams, D hidden, N heads, H head dim, F expert width or frequencies.
 """
@@ -15,58 +15,59 @@ from ownpath.oracle.formulas import Mixing
 
 ROWS_AT_ONCE = 8192
 SILU_SLOPE = 1.1
-"""silu is nowhere steeper."""
+"""The largest slope of silu."""
 STEPWISE_ROUNDINGS = 3
 """Roundings to the activations' dtype in front of a norm's last one, where every operation rounds: the square's, the
 mean's and the sum's move the root by half a unit each, the root is rounded itself, and half a unit is to spare."""
 
 
-def as_it_is(x: Tensor) -> Tensor:
-    """What W4A16 and W8A16 multiply."""
+def unrounded(x: Tensor) -> Tensor:
+    """Returns x in float64: W4A16 and W8A16 multiply their inputs unrounded."""
     return x.double()
 
 
 def product(x_MK: Tensor, weight_NK: Tensor, slack: float = 0.0) -> Exact:
-    """x Wᵀ of float64 rows, and what its float32 sums may be off by."""
+    """Multiplies x Wᵀ in float64, and bounds the error of the float32 sums."""
     # In parts: the head of a large model is 4 GB in float64, and one copy of it is enough.
     magnitude = torch.cat([x_MK.abs() @ part.abs().T for part in weight_NK.split(ROWS_AT_ONCE)], -1)
     return Exact(x_MK @ weight_NK.T, magnitude * (summing(x_MK.shape[-1]) + slack))
 
 
-def independent(errors_MK: Tensor, weight_NK: Tensor) -> Tensor:
-    """What a product is off by when its inputs are off by as much, each for itself: [M, N]."""
+def independent_error(errors_MK: Tensor, weight_NK: Tensor) -> Tensor:
+    """Bounds the error of a product whose inputs have independent errors: [M, N]."""
     return SPREAD * (errors_MK.square() @ weight_NK.square().T).sqrt()
 
 
 def grouped(
     u_TNH: Tensor, error_TNH: Tensor, num_groups: int, weight_NK: Tensor, lost_NK: Tensor | None = None
 ) -> Exact:
-    """A product for each group of heads, side by side [T, N], of channels that are each off by ``error`` at most.
+    """Multiplies each group of heads, side by side [T, N]. error: the bound of each channel's own error.
 
-    lost: what the weights may be off by.
+    lost: the bound of the weights' errors.
     """
     u_TGK, error_TGK = (part.flatten(1).unflatten(1, (num_groups, -1)) for part in (u_TNH, error_TNH))
     lost = (None,) * num_groups if lost_NK is None else lost_NK.chunk(num_groups)
     found = []
     for group, (weight_RK, lost_RK) in enumerate(zip(weight_NK.chunk(num_groups), lost, strict=True)):
-        exact = product(u_TGK[:, group], weight_RK).plus(independent(error_TGK[:, group], weight_RK))
-        found.append(exact if lost_RK is None else exact.plus(independent(u_TGK[:, group], lost_RK)))
-    return beside(found)
+        exact = product(u_TGK[:, group], weight_RK).plus(independent_error(error_TGK[:, group], weight_RK))
+        found.append(exact if lost_RK is None else exact.plus(independent_error(u_TGK[:, group], lost_RK)))
+    return join_columns(found)
 
 
 def rotate_back(o_TNH: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Heads turned back in float64 by (cos, sin) [T, F] as a kernel gets them, and what rounding them moves."""
+    """Rotates heads back in float64 by (cos, sin) [T, F] as a kernel gets them, and bounds the effect of rounding
+    those."""
     u_TNH = formulas.rotate(o_TNH.double(), angles[0].double(), -angles[1].double())
     return u_TNH, u_TNH.abs() * rounding(o_TNH.dtype)
 
 
-def beside(parts: list[Exact]) -> Exact:
-    """Columns of several results side by side."""
+def join_columns(parts: list[Exact]) -> Exact:
+    """Joins the columns of several results side by side."""
     return Exact(torch.cat([part.value for part in parts], 1), torch.cat([part.bound for part in parts], 1))
 
 
 def rotation(x: Tensor, angles_TF: Tensor) -> Exact:
-    """x turned by angles in float64, and what their error moves: that times the length of the pair."""
+    """Rotates x by angles in float64; bounds the effect of the angles' error: that times the length of the pair."""
     wide, num_rotary = x.double(), 2 * angles_TF.shape[1]
     value = formulas.rotate(wide, angles_TF.cos(), angles_TF.sin())
     pair = wide[..., -num_rotary:].unflatten(-1, (-1, 2)).norm(dim=-1)
@@ -78,7 +79,7 @@ def rotation(x: Tensor, angles_TF: Tensor) -> Exact:
 
 
 def norm(x: Tensor, eps: float, weight: Tensor | None = None, *, is_stepwise: bool = False) -> Exact:
-    """RMS norm. The root of a float32 mean of squares is off by half of what their sum is."""
+    """Computes an RMS norm. The root of a float32 mean of squares has half the relative error of their sum."""
     value = formulas.rms(x.double(), eps)
     relative = summing(x.shape[-1]) / 2 + EXP_STEPS * FLOAT32_ROUND
     relative += STEPWISE_ROUNDINGS * rounding(x.dtype) if is_stepwise else 0.0
@@ -87,13 +88,13 @@ def norm(x: Tensor, eps: float, weight: Tensor | None = None, *, is_stepwise: bo
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float) -> Exact:
-    """The clamped activation of exact gate and up."""
+    """Computes the clamped activation of exact gate and up."""
     value = formulas.swiglu(gate.double(), up.double(), limit)
     return Exact(value, EXP_STEPS * FLOAT32_ROUND * value.abs())
 
 
 @dataclass(frozen=True)
-class Matrices:
+class ExpertMatrices:
     """w1 (gate) and w3 (up) [F, D], w2 (down) [D, F], float64."""
 
     w1: Tensor
@@ -103,39 +104,39 @@ class Matrices:
 
 @dataclass(frozen=True)
 class ExpertSteps:
-    """What is rounded on the way. inputs, hidden: quantisers in front of the two products.
+    """The roundings inside an expert. inputs, hidden: quantisers in front of the two products.
 
     rounds_products: gate and up are rounded to ``dtype`` before the activation.
     """
 
     limit: float
     dtype: torch.dtype
-    inputs: Callable[[Tensor], Tensor] = as_it_is
-    hidden: Callable[[Tensor], Tensor] = as_it_is
+    inputs: Callable[[Tensor], Tensor] = unrounded
+    hidden: Callable[[Tensor], Tensor] = unrounded
     rounds_products: bool = False
 
 
-def expert(x_MD: Tensor, matrices: Matrices, steps: ExpertSteps) -> Exact:
-    """w2 swiglu(w1 x, w3 x), not rounded. x: activations in the engine's dtype."""
+def expert(x_MD: Tensor, matrices: ExpertMatrices, steps: ExpertSteps) -> Exact:
+    """Computes w2 swiglu(w1 x, w3 x), not rounded. x: activations in the engine's dtype."""
     rows = steps.inputs(x_MD)
     gate, up = product(rows, matrices.w1), product(rows, matrices.w3)
     if steps.rounds_products:
-        gate, up = _rounded(gate, steps.dtype), _rounded(up, steps.dtype)
-    middle, error = _quantized(_activated(gate, up, steps.limit), steps)
+        gate, up = _round(gate, steps.dtype), _round(up, steps.dtype)
+    middle, error = _quantize_hidden(_activate(gate, up, steps.limit), steps)
     down = product(middle, matrices.w2)
-    return down.plus(independent(error, matrices.w2))
+    return down.plus(independent_error(error, matrices.w2))
 
 
-def _rounded(exact: Exact, dtype: torch.dtype) -> Exact:
-    """What is left when it is rounded, and what an error before may have made of it."""
+def _round(exact: Exact, dtype: torch.dtype) -> Exact:
+    """Rounds to ``dtype``, and adds what an earlier error may change about it."""
     value = exact.value.to(dtype).double()
     ends = ((exact.value + sign * exact.bound).to(dtype).double() for sign in (1, -1))
     low, high = ((end - value).abs() for end in ends)
     return Exact(value, torch.maximum(low, high))
 
 
-def _activated(gate: Exact, up: Exact, limit: float) -> Exact:
-    """Errors die where a clamp cuts them off."""
+def _activate(gate: Exact, up: Exact, limit: float) -> Exact:
+    """Applies the activation; errors vanish where a clamp cuts them off."""
     value = formulas.swiglu(gate.value, up.value, limit)
     gate_error = torch.where(gate.value - gate.bound > limit, 0.0, gate.bound)
     up_error = torch.where(up.value.abs() - up.bound > limit, 0.0, up.bound)
@@ -144,8 +145,8 @@ def _activated(gate: Exact, up: Exact, limit: float) -> Exact:
     return Exact(value, spread + EXP_STEPS * FLOAT32_ROUND * value.abs())
 
 
-def _quantized(hidden: Exact, steps: ExpertSteps) -> tuple[Tensor, Tensor]:
-    """Hidden values as the second product reads them, and how far from those a right kernel's may be."""
+def _quantize_hidden(hidden: Exact, steps: ExpertSteps) -> tuple[Tensor, Tensor]:
+    """Quantises hidden values for the second product, and bounds how far a right kernel's may be from those."""
     sign, size = hidden.value.sign(), hidden.value.abs()
 
     def read(magnitude: Tensor) -> Tensor:
@@ -153,13 +154,13 @@ def _quantized(hidden: Exact, steps: ExpertSteps) -> tuple[Tensor, Tensor]:
 
     middle = read(size)
     low, high = read((size - hidden.bound).clamp(min=0)), read(size + hidden.bound)
-    # A hidden value so small that its error may turn its sign may be off by both.
+    # A hidden value so small that its error may flip its sign may be off by both.
     crossing = torch.where(hidden.bound > size, middle + high, 0.0)
     return sign * middle, torch.maximum((high - middle).abs(), (middle - low).abs()) + crossing
 
 
 def attention(q_TNH: Tensor, keys_KH: Tensor, visible_TK: Tensor, sink_N: Tensor, scale: float) -> Exact:
-    """Softmax over the visible keys and a sink, times the keys.
+    """Computes softmax over the visible keys and a sink, times the keys.
 
     A score is a sum of H products, rounded to the activations' dtype. An error d of a score moves the output by its
     weight times d times how far its key is from the output; weights are rounded once more.
@@ -167,7 +168,7 @@ def attention(q_TNH: Tensor, keys_KH: Tensor, visible_TK: Tensor, sink_N: Tensor
     q, keys, round_ = q_TNH.double(), keys_KH.double(), rounding(q_TNH.dtype)
     scores_TNK = (q @ keys.T) * scale
     error_TNK = summing(q.shape[-1]) * (q.abs() @ keys.abs().T) * scale
-    # By the largest of the row too: exp of a difference.
+    # Relative to the largest of the row too: exp of a difference.
     error_TNK = error_TNK + round_ * scores_TNK.abs() + EXP_STEPS * FLOAT32_ROUND * (1 + scores_TNK.abs())
     weights_TNK = formulas.attention_weights(scores_TNK, visible_TK, sink_N)
     out_TNH = weights_TNK @ keys
@@ -179,15 +180,15 @@ def attention(q_TNH: Tensor, keys_KH: Tensor, visible_TK: Tensor, sink_N: Tensor
 
 
 def written_streams(x_TSD: Tensor, y_TD: Tensor, post_TS: Tensor, comb_TSS: Tensor) -> Exact:
-    """New streams: a sum of S + 1 products."""
+    """Computes the new streams: a sum of S + 1 products."""
     parts = tuple(part.double() for part in (x_TSD, y_TD, post_TS, comb_TSS))
     terms = formulas.write_streams(*(part.abs() for part in parts))
     return Exact(formulas.write_streams(*parts), summing(x_TSD.shape[1] + 1) * terms)
 
 
 @dataclass(frozen=True)
-class Boundary:
-    """What a boundary makes of streams [T, S, D] that it reads, float64."""
+class ExactBoundary:
+    """One boundary on the streams [T, S, D] that it reads, in float64."""
 
     x_TSD: Tensor
     mixing: Mixing
@@ -200,7 +201,7 @@ class Boundary:
         return self.mixing.logits(self.x_TSD)
 
     def logits_error(self) -> Tensor:
-        """By how much the mixing logits, scaled, may be off: the largest of each token, [T, 1]."""
+        """Bounds the error of the scaled mixing logits: the largest of each token, [T, 1]."""
         x, fn = self.x_TSD.flatten(1), self.mixing.fn
         root = x.square().mean(-1, keepdim=True).add(self.mixing.norm_eps).sqrt()
         sums = (x.abs() @ fn.abs().T) / root * summing(x.shape[1])
@@ -208,15 +209,15 @@ class Boundary:
         return ((sums + 8 * FLOAT32_ROUND * values) * self.mixing.scale.abs().amax()).amax(-1, keepdim=True)
 
     def post(self) -> Exact:
-        """A logit's error d changes a sigmoid by d / 4."""
+        """A logit's error d changes a sigmoid by at most d / 4."""
         value = self.mixing.post(self._logits(), self.num_streams)
         return Exact(value, self.logits_error() / 2 + EXP_STEPS * FLOAT32_ROUND * value)
 
     def comb(self) -> Exact:
-        """An error d of a logit changes an entry by a factor of exp(4 d) at most.
+        """A logit's error d changes an entry by a factor of exp(4 d) at most.
 
-        Softmax changes by exp(2 d), and each of Sinkhorn's sums by no more than what the entries are off by, twice
-        over. Each of its steps adds a sum of S and a quotient.
+        Softmax changes by exp(2 d), and each of Sinkhorn's sums by no more than twice the entries' error. Each of its
+        steps adds a sum of S and a quotient.
         """
         value = self.mixing.comb(self._logits(), self.num_streams)
         steps = EXP_STEPS + 2 * self.mixing.num_iters * (self.num_streams + 1)
@@ -229,7 +230,7 @@ class Boundary:
         return Exact(ones, 2 * self.num_streams * (self.mixing.hc_eps + FLOAT32_ROUND) * ones)
 
     def normed(self, weight_D: Tensor, dtype: torch.dtype) -> Exact:
-        """The collapsed streams, rounded once, then their norm, whose divisor is off by no more than they are."""
+        """The collapsed streams, rounded once, then their norm, whose divisor has no larger error than they have."""
         h_TD = formulas.collapse(self.x_TSD, self.mixing.pre(self._logits(), self.num_streams))
         weights_T1 = self.logits_error() / 4 + (EXP_STEPS + self.num_streams) * FLOAT32_ROUND
         error_TD = self.x_TSD.abs().sum(1) * weights_T1 + rounding(dtype) * h_TD.abs()

@@ -1,10 +1,10 @@
-"""What lies in memory before a call must not matter (K02).
+"""Checks that earlier contents of memory do not matter to a call (K02).
 
 Every call runs twice. Before the first, each buffer that it allocates and the rows behind its input are filled with
-0xFF bytes, which are NaN in every float format here and -1 in the integers; before the second, with zeros. A result
-that differs holds an element that nobody wrote, or was made from one. A third call has the input's negative: a result
-that is the first one's to the bit was made from an input that was kept. (Not of one row: a softmax over one key may be
-1 whatever the query is.)
+0xFF bytes, which are NaN in every float format here and -1 in the integers; before the second, with zeros. If the
+results differ, an element was never written, or was computed from memory that was not. A third call gets the negated
+input: if its result equals the first one's to the bit, an earlier input was reused. (Not with one row: a softmax over
+one key may be 1 whatever the query is.)
 """
 
 from typing import Any
@@ -26,8 +26,8 @@ _ALLOCATES = {
 }
 
 
-class Filled(TorchDispatchMode):
-    """While it is entered, memory that is allocated without contents has some: one byte, everywhere."""
+class FilledMemory(TorchDispatchMode):
+    """While active, fills memory that is allocated uninitialised with one byte value."""
 
     def __init__(self, byte: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -41,13 +41,13 @@ class Filled(TorchDispatchMode):
 
 
 def fill(tensor: Tensor, byte: int) -> None:
-    """Every byte behind ``tensor``, whatever its dtype and strides."""
+    """Overwrites every byte behind ``tensor``, whatever its dtype and strides."""
     raw = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     raw.set_(tensor.untyped_storage()).fill_(byte)
 
 
 def memory_problem(call: KernelCall) -> str:
-    """What memory did to a call, or nothing."""
+    """Describes the effect of memory on a call; empty if there is none."""
     first, second = (_run(call, byte) for byte in FILLS)
     for nan, zero in zip(first, second, strict=True):
         differing = int((_bits(nan) != _bits(zero)).any(-1).sum()) if nan.ndim else int(nan != zero)
@@ -67,21 +67,21 @@ def memory_problem(call: KernelCall) -> str:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """[..., bytes of an element]."""
+    """Views a tensor as bytes: [..., bytes of an element]."""
     return tensor.contiguous().unsqueeze(-1).view(torch.uint8)
 
 
 def _run(call: KernelCall, byte: int) -> list[Tensor]:
-    """The results' copies."""
+    """Runs the call and copies its results."""
     first, *rest = call.args
-    args = (_guarded(first, byte), *rest)
-    with Filled(byte):
+    args = (_with_guard_rows(first, byte), *rest)
+    with FilledMemory(byte):
         result = call.run(*args)
     return [tensor.clone() for tensor in tensors_of(result)]
 
 
-def _guarded(x: Tensor, byte: int) -> Tensor:
-    """x with rows behind it that are not its own."""
+def _with_guard_rows(x: Tensor, byte: int) -> Tensor:
+    """Returns x as the front of a larger buffer whose further rows are filled."""
     whole = x.new_empty(len(x) + GUARD_ROWS, *x.shape[1:])
     fill(whole, byte)
     whole[: len(x)] = x

@@ -1,5 +1,5 @@
-"""Operands of the operations without a quantised weight, at the shapes of ``kernels/*/cases.py``, and how their results
-are judged. Tests and bench share it.
+"""Operands of the operations without a quantised weight, at the shapes of ``kernels/*/cases.py``, and the judging of
+their results. Tests and bench share it.
 
 A judge compares with the oracle's formulas in float64. Bounds come from the formats: BF16 is the unit roundoff of the
 stored results, F32 that of the arithmetic, and each bound names how many roundings it covers.
@@ -33,7 +33,7 @@ def _normal(generator: torch.Generator, *shape: int) -> torch.Tensor:
 
 
 def hyper_inputs(case: KernelCase, num_tokens: int, g: torch.Generator) -> Inputs:
-    """Streams, output and mix of the sublayer before, weights of the coming one."""
+    """Draws streams, output and mix of the sublayer before, and weights of the coming one."""
     dim, num_mix, has_post = case.sizes
     x_TSD = _normal(g, num_tokens, 4, dim).bfloat16()
     fn = _normal(g, num_mix, 4 * dim) * (4 * dim) ** -0.5
@@ -47,7 +47,7 @@ def hyper_inputs(case: KernelCase, num_tokens: int, g: torch.Generator) -> Input
 
 
 def router_inputs(case: KernelCase, num_tokens: int, g: torch.Generator) -> Inputs:
-    """Logits over several magnitudes; half of the cases choose by token id."""
+    """Draws logits over several magnitudes; half of the cases choose by token id."""
     num_experts, k, by_token = case.sizes
     logits_TE = _normal(g, num_tokens, num_experts) * 10 ** (2 * _uniform(g, num_tokens, 1) - 1)
     if not by_token:
@@ -58,7 +58,7 @@ def router_inputs(case: KernelCase, num_tokens: int, g: torch.Generator) -> Inpu
 
 
 def norm_inputs(case: KernelCase, num_tokens: int, g: torch.Generator) -> Inputs:
-    """Rows of several magnitudes, as a slice of a wider tensor or as heads without a weight."""
+    """Draws rows of several magnitudes, as a slice of a wider tensor or as heads without a weight."""
     dim, num_heads, pitch = case.sizes
     if num_heads:
         return (_normal(g, num_tokens, num_heads, dim) * 3).bfloat16(), None, 1e-6
@@ -67,7 +67,7 @@ def norm_inputs(case: KernelCase, num_tokens: int, g: torch.Generator) -> Inputs
 
 
 def swiglu_inputs(case: KernelCase, num_tokens: int, g: torch.Generator) -> Inputs:
-    """Values on both sides of the clamp, and exactly on it."""
+    """Draws values on both sides of the clamp, and exactly on it."""
     gate_up = _normal(g, num_tokens, 2 * case.sizes[0]) * 8
     gate_up[:, ::7] = 10.0
     gate_up[:, 3::11] = -10.0
@@ -75,7 +75,7 @@ def swiglu_inputs(case: KernelCase, num_tokens: int, g: torch.Generator) -> Inpu
 
 
 def grouped_inputs(case: KernelCase, num_tokens: int, g: torch.Generator) -> Inputs:
-    """Attention outputs, angles of positions up to a million, one matrix per group."""
+    """Draws attention outputs, angles of positions up to a million, one matrix per group."""
     num_groups, num_heads, head_dim, rotary_dim, num_rows = case.sizes
     o_TNH = _normal(g, num_tokens, num_groups * num_heads, head_dim).bfloat16()
     angles_TA = _uniform(g, num_tokens, rotary_dim // 2) * 1e6
@@ -94,7 +94,7 @@ INPUTS: dict[str, Callable[[KernelCase, int, torch.Generator], Inputs]] = {
 
 
 def listed_cases() -> tuple[KernelCase, ...]:
-    """The cases of every family that lists some, of the operations whose operands are made here."""
+    """Lists the cases of every family whose operands are made here."""
     modules = (f"ownpath.kernels.{family}.cases" for family in families())
     found = (import_module(name).CASES for name in modules if find_spec(name) is not None)
     return tuple(case for cases in found for case in cases if isinstance(case, KernelCase) and case.op in INPUTS)
@@ -104,7 +104,7 @@ CASES = listed_cases()
 
 
 def make_inputs(case: KernelCase, num_tokens: int, device: torch.device, seed: int = 0) -> Inputs:
-    """Fresh random operands of a case."""
+    """Draws fresh operands of a case."""
     return INPUTS[case.op](case, num_tokens, torch.Generator(device).manual_seed(seed))
 
 
@@ -125,7 +125,7 @@ KINDS = MappingProxyType(
 
 
 def _within(name: str, got: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor) -> None:
-    """Every element finite and within its bound; the message gives the first that is not."""
+    """Asserts that every element is finite and within its bound; the message gives the first that is not."""
     assert got.isfinite().all(), f"{name}: not finite"
     excess = (got.double() - expected).abs() - bound
     if (excess > 0).any():
@@ -134,13 +134,13 @@ def _within(name: str, got: torch.Tensor, expected: torch.Tensor, bound: torch.T
 
 
 def _close(name: str, got: torch.Tensor, expected: torch.Tensor, limit: float) -> None:
-    """Relative L2 distance at most ``limit``."""
+    """Asserts a relative L2 distance of at most ``limit``."""
     distance = ((got.double() - expected).norm() / expected.norm()).item()
     assert distance <= limit, f"{name}: relative L2 {distance:.2e} above {limit:.2e}"
 
 
 def judge_hyper(result: HyperOut, inputs: Inputs) -> None:
-    """Streams against float64; then everything else against float64 of the streams that were stored."""
+    """Judges streams against float64; then everything else against float64 of the streams that were stored."""
     x_TSD, y_TD, mix, weights = inputs
     new_TSD, num_streams = result.x_TSD.double(), x_TSD.shape[1]
     if mix is None:
@@ -166,13 +166,13 @@ def judge_hyper(result: HyperOut, inputs: Inputs) -> None:
 
 
 def mixing_of(weights: HyperWeights) -> formulas.Mixing:
-    """A boundary's weights as the oracle takes them, in float64."""
+    """Converts a boundary's weights for the oracle, in float64."""
     fn, scale, base = (part.double() for part in (weights.fn, weights.scale, weights.base))
     return formulas.Mixing(fn, scale, base, weights.num_iters, weights.eps, weights.mix_norm_eps)
 
 
 def judge_router(result: tuple[torch.Tensor, torch.Tensor], inputs: Inputs) -> None:
-    """Chosen experts are the best up to float32 rounding of their scores; weights follow from the chosen ones."""
+    """Judges that chosen experts are the best up to float32 rounding of their scores, and weights follow from them."""
     logits_TE, k, factor, bias_E, token_ids_T, table = inputs
     ids_TK, weights_TK = result[0].long(), result[1]
     scores_TE = formulas.expert_scores(logits_TE.double())
@@ -191,14 +191,15 @@ def judge_router(result: tuple[torch.Tensor, torch.Tensor], inputs: Inputs) -> N
 
 
 def judge_norm(result: torch.Tensor, inputs: Inputs) -> None:
-    """One rounding of the result, and the mean's."""
+    """Allows one rounding of the result, and the mean's."""
     x, weight, eps = inputs
     expected = formulas.rms(x.double(), eps) * (1.0 if weight is None else weight.double())
     _within("y", result, expected, (BF16 + 16 * F32) * expected.abs())
 
 
 def judge_swiglu(result: torch.Tensor, inputs: Inputs) -> None:
-    """exp's argument is rounded once: an error of |gate| roundings. Below float32's normal range, zero is right."""
+    """Allows the rounding of exp's argument: an error of |gate| roundings. Below float32's normal range, zero is
+    right."""
     gate_up, limit = inputs
     gate, up = gate_up.double().chunk(2, dim=-1)
     expected = formulas.swiglu(gate, up, limit)
@@ -206,7 +207,7 @@ def judge_swiglu(result: torch.Tensor, inputs: Inputs) -> None:
 
 
 def judge_grouped(result: torch.Tensor, inputs: Inputs) -> None:
-    """Un-rotated channels are rounded to bfloat16 once before the product, the product once after it."""
+    """Allows un-rotated channels one rounding to bfloat16 before the product, and the product one after it."""
     o_TNH, cos_TA, sin_TA, weight_GRI = inputs
     u_TNH = formulas.rotate(o_TNH.double(), cos_TA.double(), -sin_TA.double())
     weight = weight_GRI.double()
@@ -233,12 +234,12 @@ JUDGES: dict[str, Callable[[Any, Inputs], None]] = {
 
 
 def judge(case: KernelCase, result: Any, inputs: Inputs) -> None:
-    """Errors: AssertionError when the result is not what the operation defines."""
+    """Judges a result. Errors: AssertionError when it is not what the operation defines."""
     JUDGES[case.op](result, inputs)
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
-    """All tensors of a result, in a fixed order."""
+    """Lists all tensors of a result, in a fixed order."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, tuple):
@@ -250,7 +251,7 @@ def tensors(value: Any) -> list[torch.Tensor]:
 
 
 def num_bytes(case: KernelCase, num_tokens: int) -> int:
-    """Bytes that any implementation must move: each operand once, each result once."""
+    """Counts the bytes that any implementation must move: each operand once, each result once."""
     if case.op == "hyper_boundary":
         dim, num_mix, _ = case.sizes
         return 16 * num_mix * dim + num_tokens * (2 * 4 * dim * 2 + 2 * dim * 2)

@@ -1,1 +1,2 @@
-"""A model here against a server elsewhere: the same token ids, both log-probs, and what the difference looks like."""
+"""Compares the model here with a server elsewhere: log-probs of the same token ids, and a diagnosis of the
+difference."""

@@ -5,7 +5,7 @@ import json
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO
 from urllib.parse import urlsplit
 
 _MAX_BYTES = 256 * 2**20
@@ -13,11 +13,11 @@ _SHOWN_CHARS = 200
 
 
 class CannotAsk(ValueError):
-    """The server could not be asked; the message names the URL and what came back."""
+    """The server could not be asked; the message names the URL and its answer."""
 
 
 class Refused(CannotAsk):
-    """The server answered, and said no to this request. status: of HTTP."""
+    """The server answered, and refused this request. status: of HTTP."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -25,10 +25,10 @@ class Refused(CannotAsk):
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect could carry the key and the prompts to another host: it is an answer like any other."""
+    """Treats a redirect like any other answer: following it could carry the key and the prompts to another host."""
 
     def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: object, newurl: str
     ) -> None:
         return None
 
@@ -43,7 +43,8 @@ class Client:
 
     @classmethod
     def of_url(cls, url: str, timeout_s: float, api_key: str | None = None) -> "Client":
-        """The server at ``url``, with or without ``/v1``. Errors: CannotAsk for what is no plain http(s) URL."""
+        """Makes a client of the server at ``url``, with or without ``/v1``. Errors: CannotAsk unless it is a plain
+        http(s) URL."""
         try:
             parts = urlsplit(url)
             is_plain = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
@@ -58,15 +59,16 @@ class Client:
         path = parts.path.rstrip("/").removesuffix("/v1")
         return cls(f"{parts.scheme}://{parts.netloc}{path}", timeout_s, api_key)
 
-    def get(self, path: str) -> dict[str, Any]:
-        """Errors: as ``post``."""
+    def get(self, path: str) -> dict[str, object]:
+        """Sends a GET request. Errors: as ``post``."""
         return self._ask(path, None)
 
-    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """One request, one JSON object back. Errors: Refused for a status other than 200, CannotAsk for the rest."""
+    def post(self, path: str, body: dict[str, object]) -> dict[str, object]:
+        """Sends one request and returns its JSON object. Errors: Refused for a status other than 200, else
+        CannotAsk."""
         return self._ask(path, body)
 
-    def _ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+    def _ask(self, path: str, body: dict[str, object] | None) -> dict[str, object]:
         url = self.root + path
         headers = {"Accept": "application/json", "Content-Type": "application/json"}
         if self.api_key is not None:
@@ -106,7 +108,7 @@ def _refusal(url: str, error: urllib.error.HTTPError) -> CannotAsk:
     return Refused(f"{url}: {error.code}: {text}", error.code)
 
 
-def _json_object(url: str, raw: bytes) -> dict[str, Any]:
+def _json_object(url: str, raw: bytes) -> dict[str, object]:
     if len(raw) > _MAX_BYTES:
         raise CannotAsk(f"{url}: the answer is larger than {_MAX_BYTES} bytes")
     try:
@@ -119,7 +121,7 @@ def _json_object(url: str, raw: bytes) -> dict[str, Any]:
 
 
 def _shown(raw: bytes) -> str:
-    """The start of a body, on one line, nothing in it that a terminal obeys."""
+    """Returns the start of a body on one line, without terminal control characters."""
     text = " ".join(raw.decode("utf-8", "replace").split())
     text = "".join(character if character.isprintable() else "?" for character in text)
     return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "..."

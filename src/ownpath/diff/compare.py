@@ -1,4 +1,4 @@
-"""Two sets of log-probs of the same tokens: how far apart, and where first. Pure.
+"""Compares two sets of log-probs of the same tokens: the distance, and the first divergence. Pure.
 
 Shapes: P = positions scored, V = vocabulary.
 """
@@ -9,22 +9,24 @@ from dataclasses import dataclass
 
 import torch
 
-from ownpath.diff.readings import Reading, Scored
+from ownpath.diff.responses import ScoredPosition, SequenceReading
 
 TOLERANCE_NATS = 0.25
 """Four roundings of a BF16 logit: between 16 and 32 its steps are 1/8 apart, so one rounding is at most 1/16."""
 
 _FLOOR = 2.0**-20
-"""Less probability than this outside a list is the rounding of its float32 sums, up to 8 steps; it counts as this."""
+"""Least probability outside a list. A smaller one is the rounding of float32 sums, up to 8 steps, and counts as
+this."""
 
 
 @dataclass(frozen=True)
-class Position:
-    """One token by both.
+class PositionComparison:
+    """One token as both sides scored it.
 
-    idx: in the sequence.
+    idx: its index in the sequence.
     gap: by how much our likeliest token beats theirs, in our log-probs; None without a whole list.
-    kl: of theirs from ours, at least; None without a list. outside: the probability that their list leaves out.
+    kl: lower bound of the divergence of theirs from ours; None without a list. outside: the probability outside their
+    list.
     """
 
     idx: int
@@ -36,25 +38,25 @@ class Position:
     outside: float | None = None
 
     def diverges(self, tolerance: float) -> bool:
-        """Whether log-probs within ``tolerance`` of ours cannot look like this. What is not finite diverges."""
+        """True if log-probs within ``tolerance`` of ours cannot look like this. A value that is not finite diverges."""
         is_near = self.theirs is not None and abs(self.ours - self.theirs) <= tolerance
-        # Each of two tokens may have moved by the tolerance before their order turns round.
+        # Each of two tokens may have moved by the tolerance before their order is reversed.
         return not is_near or (self.gap is not None and self.gap > 2 * tolerance)
 
 
 @dataclass(frozen=True)
 class PromptComparison:
-    """One sequence. prompt_idx: which prompt it came of."""
+    """The comparison of one sequence. prompt_idx: the prompt that it belongs to."""
 
     prompt_idx: int
-    positions: tuple[Position, ...]
+    positions: tuple[PositionComparison, ...]
 
-    def first_divergence(self, tolerance: float) -> Position | None:
+    def first_divergence(self, tolerance: float) -> PositionComparison | None:
         return next((position for position in self.positions if position.diverges(tolerance)), None)
 
 
-def compare(prompt_idx: int, reading: Reading, logprobs_PV: torch.Tensor) -> PromptComparison:
-    """Shapes: logprobs_PV [P, V], ours, row n for ``reading.scored[n]``."""
+def compare(prompt_idx: int, reading: SequenceReading, logprobs_PV: torch.Tensor) -> PromptComparison:
+    """Compares one sequence. Shapes: logprobs_PV [P, V], ours, row n for ``reading.scored[n]``."""
     assert len(logprobs_PV) == len(reading.scored)
     rows = zip(reading.scored, reading.scored_ids, logprobs_PV, strict=True)
     return PromptComparison(
@@ -63,21 +65,21 @@ def compare(prompt_idx: int, reading: Reading, logprobs_PV: torch.Tensor) -> Pro
     )
 
 
-def _position(idx: int, token_id: int, scored: Scored, row_V: torch.Tensor) -> Position:
+def _position(idx: int, token_id: int, scored: ScoredPosition, row_V: torch.Tensor) -> PositionComparison:
     ours = float(row_V[token_id])
     if not scored.top:
-        return Position(idx, token_id, ours, scored.logprob)
+        return PositionComparison(idx, token_id, ours, scored.logprob)
     best_id = max(scored.top, key=lambda i: scored.top[i])
-    # A nameless entry may be the likeliest, or several tokens that the server itself writes as one.
+    # An unnamed entry may be the likeliest, or several tokens that the server itself writes as one.
     gap = float(row_V.max() - row_V[best_id]) if scored.is_whole else None
     kl, outside = kl_at_least(row_V, list(scored.top), list(scored.top.values()))
-    return Position(idx, token_id, ours, scored.logprob, gap, kl, outside)
+    return PositionComparison(idx, token_id, ours, scored.logprob, gap, kl, outside)
 
 
 def kl_at_least(ours_V: torch.Tensor, ids: Sequence[int], theirs: Sequence[float]) -> tuple[float, float]:
-    """KL(ours || theirs) in nats with all tokens outside the list taken as one, and theirs' probability outside.
+    """Bounds KL(ours || theirs) in nats from below, and returns theirs' probability outside the list with it.
 
-    Taking outcomes together never adds divergence, so this is a lower bound of the whole one.
+    All tokens outside the list count as one outcome. Merging outcomes never adds divergence, so this is a lower bound.
     """
     p_log = ours_V[list(ids)].double()
     q_log = torch.tensor(list(theirs), dtype=torch.float64)
@@ -88,33 +90,34 @@ def kl_at_least(ours_V: torch.Tensor, ids: Sequence[int], theirs: Sequence[float
 
 
 @dataclass(frozen=True)
-class Parting:
-    """Where two answers of one server to one request part. far: in nats; infinite where a token is not listed."""
+class AnswerDivergence:
+    """The place where two answers to one request differ. far: in nats; infinite where a token is not listed."""
 
     idx: int
     far: float
 
 
-def part(first: Reading, second: Reading) -> Parting | None:
-    """The largest difference between two answers, up to the token in which they differ; None for no common token.
+def answer_divergence(first: SequenceReading, second: SequenceReading) -> AnswerDivergence | None:
+    """Returns the largest difference between two answers, up to the token in which they differ; None for no common
+    token.
 
     A token that the other answer does not have counts by how far the first answer preferred its own to it, halved:
     each of the two log-probs may have moved.
     """
-    worst: Parting | None = None
+    worst: AnswerDivergence | None = None
     for n, (a, b) in enumerate(zip(first.all_rows, second.all_rows, strict=False)):
         is_same = a.token_id == b.token_id
-        far = _apart(a, b) if is_same else _preference(a, b)
+        far = _logprob_gap(a, b) if is_same else _preference(a, b)
         if worst is None or far > worst.far:
-            worst = Parting(first.start + n, far)
+            worst = AnswerDivergence(first.start + n, far)
         if not is_same:
             return worst
     if len(first.all_rows) != len(second.all_rows):
-        return Parting(first.start + min(len(first.all_rows), len(second.all_rows)), math.inf)
+        return AnswerDivergence(first.start + min(len(first.all_rows), len(second.all_rows)), math.inf)
     return worst
 
 
-def _apart(a: Scored, b: Scored) -> float:
+def _logprob_gap(a: ScoredPosition, b: ScoredPosition) -> float:
     if a.logprob is None or b.logprob is None:
         return 0.0 if a.logprob is b.logprob else math.inf
     apart = [abs(a.logprob - b.logprob), *(abs(a.top[i] - b.top[i]) for i in a.top.keys() & b.top.keys())]
@@ -122,7 +125,7 @@ def _apart(a: Scored, b: Scored) -> float:
     return math.inf if any(map(math.isnan, apart)) else max(apart)
 
 
-def _preference(a: Scored, b: Scored) -> float:
+def _preference(a: ScoredPosition, b: ScoredPosition) -> float:
     if a.logprob is None or b.token_id is None or b.token_id not in a.top:
         return math.inf
     preference = (a.logprob - a.top[b.token_id]) / 2

@@ -1,4 +1,4 @@
-"""A difference, for people in ten seconds and for programs."""
+"""Formats a difference for people and for programs."""
 
 import math
 from collections.abc import Sequence
@@ -7,8 +7,8 @@ from types import MappingProxyType
 from typing import Any
 
 from ownpath.chat.tokenizer import Tokenizer
-from ownpath.diff.compare import Position
-from ownpath.diff.offers import Server
+from ownpath.diff.compare import PositionComparison
+from ownpath.diff.server import RemoteServer
 from ownpath.diff.survey import Difference
 from ownpath.finding import Finding, Verdict
 
@@ -17,7 +17,7 @@ _UNKNOWN = "found       no signature: the server reads, caches and batches alike
 
 
 def numbers(difference: Difference) -> dict[str, float | int | None]:
-    """Everything that is averaged or counted over positions. Units: nats; None where nothing was given."""
+    """Averages and counts over positions. Units: nats; None where nothing was given."""
     positions = [p for comparison in difference.comparisons for p in comparison.positions]
     deltas = [abs(p.ours - p.theirs) for p in positions if p.theirs is not None]
     ranked = [p for p in positions if p.gap is not None]
@@ -40,12 +40,12 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _max(values: Sequence[float]) -> float | None:
-    """NaN if there is one."""
+    """Returns the maximum; NaN if there is one."""
     return math.nan if any(map(math.isnan, values)) else max(values, default=None)
 
 
-def first_divergence(difference: Difference) -> tuple[int, Position] | None:
-    """Of the first prompt that has one."""
+def first_divergence(difference: Difference) -> tuple[int, PositionComparison] | None:
+    """Returns the first divergence of the first prompt that has one."""
     for comparison in difference.comparisons:
         position = comparison.first_divergence(difference.tolerance)
         if position is not None:
@@ -53,16 +53,17 @@ def first_divergence(difference: Difference) -> tuple[int, Position] | None:
     return None
 
 
-def difference_text(difference: Difference, server: Server, tokenizer: Tokenizer, name: str) -> str:
-    """The verdict, the diagnosis, then the numbers."""
+def difference_text(difference: Difference, server: RemoteServer, tokenizer: Tokenizer, name: str) -> str:
+    """Formats the verdict, the diagnosis, then the numbers."""
     n = numbers(difference)
-    sent = "token ids" if server.way.sends_ids else "text"
+    asked = server.request_form
+    sent = "token ids" if asked.sends_ids else "text"
     lines = [
         f"{name} against {server.client.root}: {'AGREE' if difference.agrees else 'DIFFER'}",
         *(f"found       {c.id}: {_shown(c.number)} ({c.message}; bound {c.limit:.3g})" for c in difference.found),
         *(f"remedy      {c.remedy}" for c in difference.found[:1]),
         *([] if difference.agrees or difference.found else [_UNKNOWN]),
-        f"asked       {server.form} log-probs at {server.way.path}, {sent} sent, {server.way.num_top} likeliest tokens",
+        f"asked       {server.form} log-probs at {asked.path}, {sent} sent, {asked.num_top} likeliest tokens",
         f"positions   {n['num_positions']} of {len(difference.comparisons)} prompts, {n['num_divergent']} diverge",
         f"first       {_first(difference, tokenizer)}",
         f"log-probs   mean |ours - theirs| {_shown(n['mean_delta'])}, max {_shown(n['max_delta'])} nats"
@@ -76,8 +77,8 @@ def difference_text(difference: Difference, server: Server, tokenizer: Tokenizer
     return "\n".join(lines)
 
 
-def difference_dict(difference: Difference, server: Server, name: str, seed: int) -> dict[str, Any]:
-    """The same for programs. What is not finite is written as a string: JSON has no word for it."""
+def difference_dict(difference: Difference, server: RemoteServer, name: str, seed: int) -> dict[str, object]:
+    """Returns the same for programs. What is not finite is written as a string: JSON has no word for it."""
     first = first_divergence(difference)
     whole = {
         "model": name,
@@ -85,9 +86,9 @@ def difference_dict(difference: Difference, server: Server, name: str, seed: int
         "agrees": difference.agrees,
         "diagnosis": difference.found[0].id if difference.found else None,
         "form": server.form,
-        "path": server.way.path,
-        "sends_ids": server.way.sends_ids,
-        "num_top": server.way.num_top,
+        "path": server.request_form.path,
+        "sends_ids": server.request_form.sends_ids,
+        "num_top": server.request_form.num_top,
         "refused": list(server.notes),
         "seed": seed,
         "tolerance": difference.tolerance,
@@ -95,7 +96,7 @@ def difference_dict(difference: Difference, server: Server, name: str, seed: int
         "first_divergence": None if first is None else {"prompt_idx": first[0], **asdict(first[1])},
         "checks": [_check_dict(check) for check in difference.checks],
     }
-    finite: dict[str, Any] = _finite(whole)
+    finite: dict[str, object] = _finite(whole)
     return finite
 
 
@@ -121,7 +122,7 @@ def _passed(difference: Difference) -> str:
     return ", ".join(check.id for check in difference.checks if check.verdict is Verdict.PASS) or "nothing"
 
 
-def _check_dict(check: Finding) -> dict[str, Any]:
+def _check_dict(check: Finding) -> dict[str, object]:
     return {
         "id": check.id,
         "verdict": _WORDS[check.verdict],

@@ -1,6 +1,6 @@
-"""What a broken server looks like from outside: one pure function a signature, from observations to a finding.
+"""Signatures of broken servers as seen from outside: one pure function each, from observations to a finding.
 
-Where the model here behaves the same way, it is no fault of the server: every signature is held against ours.
+Where the model here behaves the same way, the server is not at fault: every signature is compared with ours.
 """
 
 import math
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ownpath.diff.compare import part
-from ownpath.diff.readings import ChatReading, Reading, Scored
+from ownpath.diff.compare import answer_divergence
+from ownpath.diff.responses import ChatReading, ScoredPosition, SequenceReading
 from ownpath.finding import Finding, Verdict
 
 SAME_NATS = 2.0**-10
@@ -19,19 +19,19 @@ LONGEST_RUN = 4
 
 
 @dataclass(frozen=True)
-class Observed:
-    """Everything that was seen. Prompt n's answers are at place n of each tuple.
+class Observations:
+    """All observations of one server. Prompt n's answers are at index n of each tuple.
 
     generated: alone, the first time. cached: the same again. together: at once with all others, several a prompt.
     scored: the sequences that are compared. *_rows: our log-probs of them; ``generated_rows`` always has a first row.
-    text_ids: each prompt as the server read its text and as we do, where text was sent; None where it does not tell.
+    text_ids: each prompt as the server reads its text and as we do, where text was sent; None where it does not tell.
     """
 
-    generated: tuple[Reading, ...]
+    generated: tuple[SequenceReading, ...]
     generated_rows: tuple[torch.Tensor, ...]
-    cached: tuple[Reading, ...]
-    together: tuple[tuple[Reading, ...], ...]
-    scored: tuple[Reading, ...]
+    cached: tuple[SequenceReading, ...]
+    together: tuple[tuple[SequenceReading, ...], ...]
+    scored: tuple[SequenceReading, ...]
     scored_rows: tuple[torch.Tensor, ...]
     chat: ChatReading | None
     chat_ids: tuple[int, ...]
@@ -41,14 +41,15 @@ class Observed:
 
 
 def _check(name: str, number: float | None, threshold: float, says: str, remedy: str, is_found: bool) -> Finding:
-    """FAIL: the number is beyond the threshold, as ``says`` explains. SKIPPED: the server does not show it."""
+    """Judges one signature. FAIL: the number is beyond the threshold, as ``says`` explains. SKIPPED: there is no
+    number."""
     if number is None:
         return Finding(name, "", Verdict.SKIPPED, says, limit=threshold)
     verdict = Verdict.FAIL if is_found else Verdict.PASS
     return Finding(name, "", verdict, says, number, remedy=remedy if is_found else "", limit=threshold)
 
 
-def non_finite(seen: Observed) -> Finding:
+def non_finite(seen: Observations) -> Finding:
     """Log-probs that are NaN, infinite or null."""
     rows = [row for reading in (*seen.scored, *seen.generated) for row in reading.all_rows]
     bad = sum(_is_bad(row) for row in rows)
@@ -57,7 +58,7 @@ def non_finite(seen: Observed) -> Finding:
     return _check("non-finite", bad if rows else None, 0, says, remedy, bad > 0)
 
 
-def all_special(seen: Observed) -> Finding:
+def all_special(seen: Observations) -> Finding:
     """Answers of nothing but special tokens (BOS, EOS, padding), or of nothing, where ours would write text."""
     rows = [row for reading in seen.generated for row in reading.all_rows]
     num_special = sum(row.token_id in seen.special_ids for row in rows)
@@ -69,7 +70,7 @@ def all_special(seen: Observed) -> Finding:
     return _check("all-special", share, 1.0, says, remedy, is_bare and ours_write)
 
 
-def input_independent(seen: Observed) -> Finding:
+def input_independent(seen: Observations) -> Finding:
     """The same log-probs after different prompts."""
     theirs = [_listed(reading.all_rows[0]) for reading in seen.generated if reading.all_rows]
     ours = [rows_PV[0] for rows_PV in seen.generated_rows]
@@ -83,7 +84,7 @@ def input_independent(seen: Observed) -> Finding:
     return _check("input-independent", far, SAME_NATS, says, remedy, is_found)
 
 
-def identical_logprob(seen: Observed) -> Finding:
+def identical_logprob(seen: Observations) -> Finding:
     """One log-prob at every position, where ours has different ones."""
     longest = 0
     pairs = (*zip(seen.scored, seen.scored_rows, strict=True), *zip(seen.generated, seen.generated_rows, strict=True))
@@ -97,7 +98,7 @@ def identical_logprob(seen: Observed) -> Finding:
     return _check("identical-logprob", longest if has_any else None, LONGEST_RUN, says, remedy, longest > LONGEST_RUN)
 
 
-def prompt_template(seen: Observed) -> Finding:
+def prompt_template(seen: Observations) -> Finding:
     """A conversation that the server writes in other tokens than the model's format."""
     name, remedy = "prompt-template", "give the server the model's own chat encoding; V4 has no Jinja template"
     chat = seen.chat
@@ -111,7 +112,7 @@ def prompt_template(seen: Observed) -> Finding:
     return _check(name, off, 0, says, remedy, off > 0)
 
 
-def text_tokens(seen: Observed) -> Finding:
+def text_tokens(seen: Observations) -> Finding:
     """A text that the server splits into other tokens; only where it takes no token ids."""
     name, remedy = "text-tokens", "another tokenizer, or a BOS that one side adds (add_bos_token)"
     if seen.text_ids is None or seen.text_ids[0] is None:
@@ -123,7 +124,7 @@ def text_tokens(seen: Observed) -> Finding:
     return _check(name, off, 0, says, remedy, off > 0)
 
 
-def reasoning_swallowed(seen: Observed) -> Finding:
+def reasoning_swallowed(seen: Observations) -> Finding:
     """Text was generated, and the answer shows none of it."""
     name, says = "reasoning-swallowed", "generated tokens that neither content, reasoning nor tool calls show"
     chat = seen.chat
@@ -143,7 +144,7 @@ def reasoning_swallowed(seen: Observed) -> Finding:
     return _check(name, hidden, 0, says, remedy, hidden > 0)
 
 
-def cold_cached(seen: Observed) -> Finding:
+def cold_cached(seen: Observations) -> Finding:
     """The same request answered differently when it comes again."""
     far, where = _worst(zip(seen.generated, seen.cached, strict=True))
     says = f"nats between the first answer and the same again{where}"
@@ -151,7 +152,7 @@ def cold_cached(seen: Observed) -> Finding:
     return _check("cold-cached", far, seen.tolerance, says, remedy, far is not None and far > seen.tolerance)
 
 
-def batch_dependent(seen: Observed) -> Finding:
+def batch_dependent(seen: Observations) -> Finding:
     """The same request answered differently in company."""
     pairs = ((alone, other) for alone, others in zip(seen.cached, seen.together, strict=True) for other in others)
     far, where = _worst(pairs)
@@ -160,7 +161,7 @@ def batch_dependent(seen: Observed) -> Finding:
     return _check("batch-dependent", far, seen.tolerance, says, remedy, far is not None and far > seen.tolerance)
 
 
-SIGNATURES: tuple[Callable[[Observed], Finding], ...] = (
+SIGNATURES: tuple[Callable[[Observations], Finding], ...] = (
     non_finite,
     all_special,
     input_independent,
@@ -171,19 +172,19 @@ SIGNATURES: tuple[Callable[[Observed], Finding], ...] = (
     cold_cached,
     batch_dependent,
 )
-"""Causes before what follows from them: the first that is found is the diagnosis."""
+"""Causes before their consequences: the first signature found is the diagnosis."""
 
 
-def all_checks(seen: Observed) -> tuple[Finding, ...]:
-    """Every signature, in that order."""
+def all_checks(seen: Observations) -> tuple[Finding, ...]:
+    """Runs every signature, in that order."""
     return tuple(signature(seen) for signature in SIGNATURES)
 
 
-def _is_bad(row: Scored) -> bool:
+def _is_bad(row: ScoredPosition) -> bool:
     return row.logprob is None or not all(math.isfinite(value) for value in (row.logprob, *row.top.values()))
 
 
-def _listed(row: Scored) -> dict[int | None, float]:
+def _listed(row: ScoredPosition) -> dict[int | None, float]:
     own = {} if row.logprob is None else {row.token_id: row.logprob}
     return own | dict(row.top)
 
@@ -192,8 +193,8 @@ def _lists_apart(a: dict[int | None, float], b: dict[int | None, float]) -> floa
     return max((abs(a[i] - b[i]) for i in a), default=math.inf) if a.keys() == b.keys() else math.inf
 
 
-def _longest_false_run(reading: Reading, rows_PV: torch.Tensor, tolerance: float) -> int:
-    """The longest run of one log-prob over which ours move by more than the tolerance."""
+def _longest_false_run(reading: SequenceReading, rows_PV: torch.Tensor, tolerance: float) -> int:
+    """Returns the longest run of one log-prob over which ours move by more than the tolerance."""
     longest, start = 0, 0
     for n, row in enumerate(reading.scored):
         before = reading.scored[start].logprob
@@ -206,7 +207,7 @@ def _longest_false_run(reading: Reading, rows_PV: torch.Tensor, tolerance: float
 
 
 def _ids_apart(theirs: Sequence[int], ours: Sequence[int]) -> tuple[int, str]:
-    """How many places differ, and the first of them in words."""
+    """Counts the places that differ, and describes the first of them."""
     num_common = min(len(theirs), len(ours))
     places = [n for n in range(num_common) if theirs[n] != ours[n]]
     off = len(places) + abs(len(theirs) - len(ours))
@@ -217,11 +218,11 @@ def _ids_apart(theirs: Sequence[int], ours: Sequence[int]) -> tuple[int, str]:
     return off, f"{len(theirs)} tokens, ours {len(ours)}; from place {first} {shown[0]}, ours {shown[1]}"
 
 
-def _worst(pairs: Iterable[tuple[Reading, Reading]]) -> tuple[float | None, str]:
+def _worst(pairs: Iterable[tuple[SequenceReading, SequenceReading]]) -> tuple[float | None, str]:
     worst: float | None = None
     where = ""
     for first, second in pairs:
-        parting = part(first, second)
+        parting = answer_divergence(first, second)
         if parting is not None and (worst is None or parting.far > worst):
             worst, where = parting.far, f", at position {parting.idx}"
     return worst, where

@@ -1,4 +1,4 @@
-"""Asks a server everything that the comparison and the signatures need, in the order that keeps the first times first.
+"""Asks a server everything that the comparison and the signatures need; first answers are asked for first.
 
 Each prompt alone, then the same again, then all at once several times, then their own tokens scored, then one chat.
 """
@@ -9,17 +9,17 @@ from dataclasses import dataclass, replace
 
 from ownpath.diff.client import CannotAsk
 from ownpath.diff.compare import TOLERANCE_NATS, PromptComparison, compare
-from ownpath.diff.offers import CHAT, Server
-from ownpath.diff.ours import Ours
-from ownpath.diff.prompts import Prompt
-from ownpath.diff.readings import ChatReading, Reading
-from ownpath.diff.signatures import Observed, all_checks
+from ownpath.diff.local_model import LocalModel
+from ownpath.diff.prompts import SurveyPrompt
+from ownpath.diff.responses import ChatReading, SequenceReading
+from ownpath.diff.server import CHAT, RemoteServer
+from ownpath.diff.signatures import Observations, all_checks
 from ownpath.finding import Finding, failed
 
 
 @dataclass(frozen=True)
-class Effort:
-    """max_tokens: of each answer. num_together: requests a prompt, all at once."""
+class SurveySize:
+    """max_tokens: of each answer. num_together: requests per prompt, all at once."""
 
     max_tokens: int = 16
     num_together: int = 2
@@ -28,7 +28,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Difference:
-    """What came out. checks: every signature."""
+    """The result of a survey. checks: every signature's finding."""
 
     comparisons: tuple[PromptComparison, ...]
     checks: tuple[Finding, ...]
@@ -48,15 +48,15 @@ class Difference:
 
     @property
     def agrees(self) -> bool:
-        """Whether nothing was found and no position diverges."""
+        """True if no signature was found and no position diverges."""
         return not self.found and self.num_divergent == 0
 
 
-def survey(server: Server, ours: Ours, prompts: Sequence[Prompt], effort: Effort) -> Difference:
-    """Errors: CannotAsk; ValueError when our own model cannot score what came back."""
+def survey(server: RemoteServer, ours: LocalModel, prompts: Sequence[SurveyPrompt], effort: SurveySize) -> Difference:
+    """Runs the survey. Errors: CannotAsk; ValueError when our own model cannot score what came back."""
     generated = tuple(server.generate(prompt, effort.max_tokens) for prompt in prompts)
     cached = tuple(server.generate(prompt, effort.max_tokens) for prompt in prompts)
-    together = _together(server, prompts, effort)
+    together = _ask_together(server, prompts, effort)
     rows = tuple(ours.logprobs(reading) for reading in generated)
     if server.form == "generated":
         scored, scored_rows = generated, tuple(r[: len(g.scored)] for r, g in zip(rows, generated, strict=True))
@@ -66,14 +66,14 @@ def survey(server: Server, ours: Ours, prompts: Sequence[Prompt], effort: Effort
     if not any(reading.scored for reading in scored) and any(reading.unnamed for reading in generated):
         raise CannotAsk(f"{server.client.root}: no token of its answers can be told apart by name, and it tells no ids")
     special = frozenset(i for i in range(ours.tokenizer.num_tokens) if ours.is_special(i))
-    seen = Observed(
+    seen = Observations(
         generated=generated,
         generated_rows=rows,
         cached=cached,
         together=together,
         scored=scored,
         scored_rows=scored_rows,
-        chat=_chat(server, prompts[0], effort),
+        chat=_ask_chat(server, prompts[0], effort),
         chat_ids=prompts[0].chat_ids,
         text_ids=_text_ids(server, prompts[0]),
         special_ids=special,
@@ -84,8 +84,10 @@ def survey(server: Server, ours: Ours, prompts: Sequence[Prompt], effort: Effort
     return Difference(comparisons, all_checks(seen), effort.tolerance)
 
 
-def _together(server: Server, prompts: Sequence[Prompt], effort: Effort) -> tuple[tuple[Reading, ...], ...]:
-    """Every prompt several times, all in flight at once."""
+def _ask_together(
+    server: RemoteServer, prompts: Sequence[SurveyPrompt], effort: SurveySize
+) -> tuple[tuple[SequenceReading, ...], ...]:
+    """Sends every prompt several times, all in flight at once."""
     num_requests = len(prompts) * effort.num_together
     if not num_requests:
         return ((),) * len(prompts)
@@ -95,8 +97,8 @@ def _together(server: Server, prompts: Sequence[Prompt], effort: Effort) -> tupl
     return tuple(tuple(answers[n :: len(prompts)]) for n in range(len(prompts)))
 
 
-def _chat(server: Server, prompt: Prompt, effort: Effort) -> ChatReading | None:
-    """None where the server has no chat."""
+def _ask_chat(server: RemoteServer, prompt: SurveyPrompt, effort: SurveySize) -> ChatReading | None:
+    """Sends the chat prompt; None where the server has no chat."""
     try:
         chat = server.chat(prompt, effort.max_tokens)
     except CannotAsk:
@@ -104,7 +106,7 @@ def _chat(server: Server, prompt: Prompt, effort: Effort) -> ChatReading | None:
     return chat if chat.prompt_ids is not None else replace(chat, prompt_ids=server.chat_prompt_ids(prompt))
 
 
-def _text_ids(server: Server, prompt: Prompt) -> tuple[tuple[int, ...] | None, tuple[int, ...]] | None:
-    if server.way.sends_ids or server.way.path == CHAT:
+def _text_ids(server: RemoteServer, prompt: SurveyPrompt) -> tuple[tuple[int, ...] | None, tuple[int, ...]] | None:
+    if server.request_form.sends_ids or server.request_form.path == CHAT:
         return None
     return server.text_ids(prompt), prompt.ids

@@ -1,1 +1,1 @@
-"""Many requests through one model: what to run each step, which token follows, who hears of it."""
+"""Runs many requests through one model: schedules steps, samples tokens, reports to each request."""

@@ -1,4 +1,4 @@
-"""A scheduled step -> the tensors of one forward, and which of its logits belong to whom."""
+"""Turns a scheduled step into the tensors of one forward, and assigns its logits to requests."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,8 +14,8 @@ class LogitsShare:
     """One chunk's rows of the step's logits: first those that score prompt tokens, then the one that samples.
 
     scored_ids: the prompt tokens that rows [start, start + len(scored_ids)) predict.
-    sample_row: the row that predicts the next token; None when the chunk does not reach the end of what is
-        known, or when no token is wanted.
+    sample_row: the row that predicts the next token; None when the chunk stops short of the last known token, or when
+    no token is wanted.
     ends_prompt: whether the whole prompt has been through the model after this chunk.
     """
 
@@ -27,7 +27,7 @@ class LogitsShare:
 
 
 def build_batch(chunks: Sequence[ScheduledChunk], device: torch.device | str) -> tuple[ForwardBatch, list[LogitsShare]]:
-    """The forward of a step. Every chunk's request has its cache already."""
+    """Builds the forward of a step. The request of every chunk must have its cache already."""
     parts = []
     for chunk in chunks:
         assert chunk.request.cache is not None
@@ -49,7 +49,7 @@ def build_batch(chunks: Sequence[ScheduledChunk], device: torch.device | str) ->
 
 
 def _scored_ids(chunk: ScheduledChunk) -> tuple[int, ...]:
-    """The prompt tokens that this chunk's rows predict, if the request asks for their log-probabilities."""
+    """Returns the prompt tokens that this chunk's rows predict, if the request asks for their log-probabilities."""
     request = chunk.request
     if not (request.params.prompt_logprobs and request.is_prefilling):
         return ()

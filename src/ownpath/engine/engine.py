@@ -31,7 +31,7 @@ _STOPPED = "the engine has stopped"
 
 
 class LanguageModel(Protocol):
-    """What the engine needs of a model."""
+    """The model as the engine uses it."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -42,7 +42,7 @@ class LanguageModel(Protocol):
 
 
 class EngineOverloaded(RuntimeError):
-    """Too many requests are open; nothing of this call was accepted."""
+    """Too many requests are open; none of this call was accepted."""
 
 
 class EngineStopped(RuntimeError):
@@ -52,8 +52,7 @@ class EngineStopped(RuntimeError):
 class Engine:
     """Runs requests together, each with its own parameters, random stream and reports.
 
-    num_vocab: token ids below it are tokens; embedding rows from there on are padding and never chosen or
-        scored.
+    num_vocab: ids below it are tokens; embedding rows from there on are padding, never chosen or scored.
     max_num_queued: requests that may wait beyond those that run.
     """
 
@@ -75,11 +74,11 @@ class Engine:
     # -- called from any thread
 
     def start(self) -> None:
-        """Starts the thread; once."""
+        """Starts the thread. Call once."""
         self._thread.start()
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """Ends the thread after the step it is in; open requests end with an error."""
+        """Ends the thread after its current step; open requests end with an error."""
         with self._lock:
             self._stopping = True
         self._inbox.put(lambda: None)
@@ -96,7 +95,7 @@ class Engine:
         return len(self._open)
 
     def check(self, request: Request) -> None:
-        """Errors: RequestError if the request could not run here, with the numbers."""
+        """Checks that the request could run here. Errors: RequestError with the numbers."""
         num_prompt, limit = len(request.prompt_ids), self.config.max_model_len
         if num_prompt == 0:
             raise RequestError("the prompt has no tokens")
@@ -120,11 +119,11 @@ class Engine:
                 raise EngineOverloaded(f"{len(self._open)} of at most {self._max_num_open} requests are open")
             self._open.update(requests)
             taken = tuple(requests)
-            # One message: what is submitted together is admitted in one step, if it fits.
+            # One message: requests submitted together are admitted in one step, if they fit.
             self._inbox.put(lambda: self._add(taken))
 
     def abort(self, request: Request) -> None:
-        """Drops a request wherever it is. Nothing more is reported, apart from a step already under way."""
+        """Drops a request, queued or running. It gets no more reports, apart from a step already under way."""
         self._inbox.put(lambda: self._close(request))
 
     # -- the engine's thread
@@ -145,7 +144,7 @@ class Engine:
             self._scheduler.add(request)
 
     def _take_messages(self) -> bool:
-        """Handles what other threads asked for; sleeps while there is nothing to do. False: stop."""
+        """Handles messages from other threads; sleeps while there is nothing to do. Returns False to stop."""
         while not self._stopping:
             try:
                 handle = self._inbox.get(block=not self._scheduler.has_work)
@@ -155,7 +154,7 @@ class Engine:
         return False
 
     def _step_or_fail(self) -> None:
-        """A step that fails takes the requests that were in it with it, and only those."""
+        """Runs a step. If it fails, its requests fail with it, and only those."""
         chunks = [chunk for chunk in self._scheduler.schedule() if self._prepare(chunk.request)]
         if not chunks:
             return
@@ -168,7 +167,8 @@ class Engine:
                 self._fail(chunk.request, _STEP_FAILED)
 
     def _prepare(self, request: Request) -> bool:
-        """Gives a newly admitted request its cache and random stream; False, and its end, if it gets none."""
+        """Gives a newly admitted request its cache and random stream. Returns False, and ends the request, if it gets
+        none."""
         if request.cache is not None:
             return True
         try:
@@ -189,7 +189,7 @@ class Engine:
             self._report(share, token_id, logits_RV)
 
     def _sample(self, logits_RV: torch.Tensor, shares: list[LogitsShare]) -> list[int | None]:
-        """The next token of every share; None where none is due or none can be chosen."""
+        """Samples the next token of every share; None where none is due or none can be chosen."""
         finite = finite_rows(logits_RV)
         due = {n: s.sample_row for n, s in enumerate(shares) if s.sample_row is not None and finite[s.sample_row]}
         sampled: list[int | None] = [None] * len(shares)
@@ -201,7 +201,7 @@ class Engine:
         return sampled
 
     def _report(self, share: LogitsShare, token_id: int | None, logits_RV: torch.Tensor) -> None:
-        """Advances one request by its chunk and tells it what came of it. Only this request can fail here."""
+        """Advances one request by its chunk and reports to it. An error here fails only this request."""
         request = share.chunk.request
         try:
             output = self._advance(share, token_id, logits_RV)
@@ -247,7 +247,7 @@ class Engine:
         self._deliver(request, output)
 
     def _deliver(self, request: Request, output: StepOutput) -> None:
-        """A listener that is gone is no reason to stop: its request is dropped."""
+        """Calls the request's sink. If that fails, the request is dropped and the engine goes on."""
         try:
             request.sink(output)
         except Exception:

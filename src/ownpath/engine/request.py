@@ -1,4 +1,4 @@
-"""One request: what was asked, how far it is, and what it reports back."""
+"""One request: its parameters, its progress, and its reports."""
 
 import math
 from collections.abc import Callable
@@ -20,7 +20,7 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen and how many.
+    """Parameters of one request's sampling and its limits.
 
     max_tokens: upper bound on generated tokens; 0 only scores the prompt.
     temperature: 0 takes the likeliest token, otherwise the logits are divided by it.
@@ -68,7 +68,7 @@ class SamplingParams:
 
 
 class FinishReason(Enum):
-    """Why the last token was the last. EOS ends with ``STOP``, a reached limit with ``LENGTH``."""
+    """The reason why generation ended. EOS ends with ``STOP``, a reached limit with ``LENGTH``."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -90,7 +90,7 @@ class ScoredToken:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one step brought to one request. The one with a ``finish_reason`` is the last.
+    """One step's result for one request. The one with a ``finish_reason`` is the last.
 
     is_non_finite: whether the error is a logit that is NaN or infinite.
     """
@@ -136,7 +136,7 @@ class Request:
         return self.num_computed < len(self.prompt_ids)
 
     def next_ids(self, num_tokens: int) -> list[int]:
-        """The next tokens to run."""
+        """Returns the next ``num_tokens`` tokens to run."""
         if self.is_prefilling:
             return self.prompt_ids[self.num_computed : self.num_computed + num_tokens]
         start = self.num_computed - len(self.prompt_ids)

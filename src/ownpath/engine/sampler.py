@@ -1,4 +1,4 @@
-"""Logits -> next tokens. Every row is decided by itself: what else is in the batch changes nothing.
+"""Samples next tokens from logits. Every row is decided by itself, whatever else is in the batch.
 
 Shapes: V = vocabulary of the tokenizer, S = rows that sample.
 """
@@ -19,14 +19,14 @@ class NonFiniteLogits(RuntimeError):
 
 @dataclass(frozen=True)
 class SampleRow:
-    """How one row of logits is turned into a token."""
+    """The parameters that turn one row of logits into a token."""
 
     params: SamplingParams
     generator: torch.Generator | None
 
 
 def new_generator(params: SamplingParams) -> torch.Generator | None:
-    """The request's own random stream; None when it needs none. Lives on the CPU, so devices agree."""
+    """Creates the request's own random stream; None when it needs none. It lives on the CPU, so devices agree."""
     if params.greedy:
         return None
     generator = torch.Generator(device="cpu")
@@ -38,16 +38,15 @@ def new_generator(params: SamplingParams) -> torch.Generator | None:
 
 
 def finite_rows(logits_RV: torch.Tensor) -> list[bool]:
-    """Which rows a token may be chosen from."""
+    """Tells for each row whether all its logits are finite, so that a token can be chosen."""
     finite: list[bool] = torch.isfinite(logits_RV).all(dim=-1).tolist()
     return finite
 
 
 def choose_tokens(logits_SV: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
-    """One token id per row.
+    """Chooses one token id per row.
 
-    Shapes: logits_SV float32 [S, V], finite, already cut to the tokenizer's vocabulary, so every id is a
-        token.
+    Shapes: logits_SV float32 [S, V], finite, cut to the tokenizer's vocabulary, so that every id is a token.
     """
     chosen: list[int] = logits_SV.argmax(dim=-1).tolist()
     drawing = [index for index, row in enumerate(rows) if not row.params.greedy]
@@ -59,7 +58,7 @@ def choose_tokens(logits_SV: torch.Tensor, rows: Sequence[SampleRow]) -> list[in
 
 
 def _draw(logits_SV: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
-    """Inverse-CDF sampling within the nucleus: one uniform number per row, from that row's own generator."""
+    """Samples within the nucleus by inverse CDF: one uniform number per row, from that row's own generator."""
 
     def column(values: list[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float64, device=logits_SV.device).unsqueeze(-1)
@@ -81,7 +80,7 @@ def _draw(logits_SV: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
 
 
 def score_tokens(logits_RV: torch.Tensor, token_ids: Sequence[int], num_top: int) -> list[ScoredToken]:
-    """The log-probability of one given token per row, and the ``num_top`` likeliest of the row.
+    """Returns the log-probability of one given token per row, and the ``num_top`` likeliest of the row.
 
     Shapes: logits_RV float32 [R, V]; token_ids R ids.
     Errors: NonFiniteLogits.

@@ -1,5 +1,4 @@
-"""Which requests run in a step, and how many of their tokens. Pure bookkeeping: no tensor, no model, no
-clock.
+"""Decides which requests run in a step, and how many of their tokens. Pure bookkeeping: no tensor, no model, no clock.
 
 A step costs time with every token in it, so each step has two limits: ``max_num_seqs`` sequences and
 ``max_prefill_tokens`` prompt tokens. The rules, in order:
@@ -36,7 +35,7 @@ class ScheduledChunk:
 
     @property
     def reaches_end(self) -> bool:
-        """Whether nothing known is left after this chunk, so that its last row predicts the next token."""
+        """True if no known token is left after this chunk, so that its last row predicts the next token."""
         return self.num_tokens == self.request.num_pending
 
 
@@ -62,7 +61,7 @@ class Scheduler:
         self.waiting.append(request)
 
     def remove(self, request: Request) -> bool:
-        """Forgets a finished or aborted request, wherever it is; says whether it was known."""
+        """Forgets a finished or aborted request, queued or running. Returns whether it was known."""
         for queue in (self.running, self.waiting):
             if request in queue:
                 queue.remove(request)
@@ -70,7 +69,7 @@ class Scheduler:
         return False
 
     def schedule(self) -> list[ScheduledChunk]:
-        """The next step. Requests of the step stay in ``running`` until they are removed."""
+        """Plans the next step. Its requests stay in ``running`` until they are removed."""
         chunks = [ScheduledChunk(request, 1) for request in self.running if not request.is_prefilling]
         budget = self._max_prefill_tokens
         for request in self.running:

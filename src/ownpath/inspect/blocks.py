@@ -1,4 +1,4 @@
-"""Block scales: bytes that no quantiser writes, blocks that vanished or overflowed, and scales cast from MXFP4."""
+"""Checks block scales: bytes that no quantiser writes, blocks that vanished or overflowed, and casts from MXFP4."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -11,12 +11,12 @@ from ownpath.checkpoint.problems import make_problem
 from ownpath.finding import Finding
 from ownpath.formats import NVFP4
 from ownpath.inspect.scalars import Scalar
-from ownpath.inspect.values import read_values
+from ownpath.inspect.tensor_bytes import read_values
 from ownpath.plan.census import StoredModule
 from ownpath.weights.lossless import is_lossless_cast
 
 SAMPLE_BYTES = 4096
-"""Of every module's block scales, unless all are asked for: one page of the file."""
+"""Bytes read of every module's block scales, unless all are asked for: one page of the file."""
 MAX_SATURATED_SHARE = 1 / 8
 """A tensor's largest block is scaled to E4M3's largest number, 448; an eighth of all blocks is not, unless the global
 scale was taken from smaller values."""
@@ -40,7 +40,7 @@ _LEGAL = {"F8_E4M3": bytes(range(0x7F)), "F8_E8M0": bytes(range(0xFF))}
 class BlockReport:
     """num_zero, num_saturated: of the ``num_blocks`` scales that were read, in ``num_modules`` modules.
 
-    cast_slots: slot -> whether all its modules' scales (those read) are as a lossless cast from MXFP4 writes them.
+    cast_slots: slot -> whether the scales read of all its modules look like a lossless cast from MXFP4.
     largest: module -> the largest of its scales, where all of them were read.
     num_rough: module -> how many scales stored as floats are no power of two.
     """
@@ -59,7 +59,7 @@ class BlockReport:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _ScaleScan:
     num_bad: int
     num_zero: int
     num_saturated: int
@@ -107,21 +107,21 @@ def read_blocks(
     return report
 
 
-def _scan(dtype: str, data: bytes) -> _Found:
+def _scan(dtype: str, data: bytes) -> _ScaleScan:
     if dtype in ("F32", "BF16"):
         values = torch.frombuffer(bytearray(data), dtype=_DTYPES[dtype])
         is_bad = ~(torch.isfinite(values) & (values >= 0))
         num_rough = int((values.view(_BITS[dtype]) & _MANTISSAS[dtype]).count_nonzero())
         largest = float(values.masked_fill(is_bad, 0).amax())
-        return _Found(int(is_bad.sum()), int((values == 0).sum()), 0, largest, num_rough)
+        return _ScaleScan(int(is_bad.sum()), int((values == 0).sum()), 0, largest, num_rough)
     num_bad = len(data.translate(None, _LEGAL[dtype]))
     codes = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     legal = codes.masked_fill(codes > _LARGEST[dtype][0], 0) if num_bad else codes
     largest = float(legal.amax().view(_DTYPES[dtype]).double())
-    return _Found(num_bad, data.count(b"\0"), data.count(_LARGEST[dtype]), largest)
+    return _ScaleScan(num_bad, data.count(b"\0"), data.count(_LARGEST[dtype]), largest)
 
 
-def _faults(info: TensorInfo, found: _Found, num_blocks: int) -> Iterator[Finding]:
+def _faults(info: TensorInfo, found: _ScaleScan, num_blocks: int) -> Iterator[Finding]:
     of_all = f"of {num_blocks} block scales read"
     if found.num_bad:
         message = f"tensor {info}: {found.num_bad} {of_all} are NaN, infinite or negative"
@@ -135,7 +135,8 @@ def _faults(info: TensorInfo, found: _Found, num_blocks: int) -> Iterator[Findin
 def _zero_faults(
     stored: StoredModule, index: CheckpointIndex, data: bytes, broken: frozenset[Path]
 ) -> Iterator[Finding]:
-    """A zero scale is right for a block of zeros. It is wrong over other codes, and for all that was read."""
+    """Yields wrong zero scales. Zero is right for a block of zeros, wrong over other codes, and wrong for all blocks
+    read."""
     info = stored.info(index, "scale")
     is_zero = torch.frombuffer(bytearray(data), dtype=_DTYPES[info.dtype]).view(_BITS[info.dtype]) == 0
     if is_zero.all():
@@ -149,7 +150,8 @@ def _zero_faults(
 
 
 def _has_codes(stored: StoredModule, index: CheckpointIndex, num_blocks: int, broken: frozenset[Path]) -> torch.Tensor:
-    """Whether each of a module's first blocks holds anything but zeros; what cannot be told is taken to."""
+    """Tells for each of a module's first blocks whether it holds anything but zeros; unreadable blocks count as
+    nonzero."""
     rows, columns = stored.encoding.format.block or (1, 1)
     if rows == 1 and stored.encoding.format.bits == 4:
         num_bytes = columns // 2
@@ -160,7 +162,7 @@ def _has_codes(stored: StoredModule, index: CheckpointIndex, num_blocks: int, br
 
 
 class _Casts:
-    """Whether each slot's scales are a lossless cast; several modules' scales are looked at in one go."""
+    """Tells whether each slot's scales are a lossless cast; several modules' scales are looked at in one go."""
 
     def __init__(self, global_scales: dict[str, float]) -> None:
         self.global_scales = global_scales
@@ -168,7 +170,8 @@ class _Casts:
         self.waiting: dict[str, tuple[bytearray, list[float]]] = {}
 
     def add(self, stored: StoredModule, info: TensorInfo, data: bytes) -> None:
-        """Rows are whole pairs or the tensor is no cast; the bytes read may end inside a row, not inside a pair."""
+        """Adds a module's scales. A cast's rows are whole pairs; the bytes read may end inside a row, not inside a
+        pair."""
         slot, global_scale = stored.slot, self.global_scales.get(stored.spec.name)
         if not self.verdicts.setdefault(slot, True):
             return

@@ -1,4 +1,4 @@
-"""Experts beside their layer's others: whose weights are far larger or smaller, and whose inputs nobody measured."""
+"""Compares experts with the others of their layer: weights that are far larger or smaller, and uncalibrated inputs."""
 
 import math
 import re
@@ -11,9 +11,9 @@ from ownpath.finding import Finding
 from ownpath.inspect.scalars import Scalar
 
 LEAST_RATIO = 10.0
-"""Below it no expert is an outlier: the largest weights of one layer's experts differ by as much without a fault."""
+"""Ratio below which no expert is an outlier: the largest weights of one layer's sound experts differ by as much."""
 FALSE_ALARM = 1e-6
-"""What a sound expert may be called an outlier with; a model has some 10^4 to 10^5 of their matrices."""
+"""Probability that a sound expert is called an outlier; a model has some 10^4 to 10^5 of their matrices."""
 MAD_TO_SIGMA = 1.4826
 """Standard deviation of a normal distribution / its median absolute deviation."""
 
@@ -21,7 +21,7 @@ _EXPERT = re.compile(r"((?:layers|mtp)\.\d+)\.ffn\.experts\.(\d+)\.(w[123])")
 
 
 def outlier_limit(num_experts: int) -> float:
-    """How many robust standard deviations from the median of ``num_experts`` are too many.
+    """Returns how many robust standard deviations from the median of ``num_experts`` are too many.
 
     Few experts tell their own spread badly, so that the tail of Student's t with one degree of freedom fewer counts:
     P(|t| > z) is about (1 + z^2 / n)^(-n / 2), which is solved for z.
@@ -31,7 +31,7 @@ def outlier_limit(num_experts: int) -> float:
 
 
 def expert_outliers(largest_scale: Mapping[str, float], scalars: Iterable[Scalar]) -> Iterator[Finding]:
-    """Experts whose largest block is out of its layer's range, in log.
+    """Yields experts whose largest block is out of its layer's range, in log.
 
     largest_scale: module -> its largest block scale, of modules whose scales were all read.
     """
@@ -48,7 +48,8 @@ def expert_outliers(largest_scale: Mapping[str, float], scalars: Iterable[Scalar
 
 
 def expert_spread(largest_scale: Mapping[str, float], scalars: Iterable[Scalar]) -> float | None:
-    """The largest ratio of an expert's largest block to its layer's median, either way; ``None``: none was read."""
+    """Returns the largest ratio of an expert's largest block to its layer's median, either way; ``None``: none was
+    read."""
     ratios = []
     for sizes in _sizes(largest_scale, scalars).values():
         middle, _ = _middle_and_spread(sizes.values())
@@ -57,7 +58,8 @@ def expert_spread(largest_scale: Mapping[str, float], scalars: Iterable[Scalar])
 
 
 def _sizes(largest_scale: Mapping[str, float], scalars: Iterable[Scalar]) -> dict[tuple[str, str], dict[str, float]]:
-    """(layer, projection) -> module -> log of its largest block; groups of three at least, matrices of zeros apart."""
+    """Groups the log of each module's largest block by (layer, projection); groups of three at least, zero matrices
+    apart."""
     multipliers = {scalar.module: scalar.value for scalar in scalars if scalar.role == "global_scale"}
     groups: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     for module, scale in largest_scale.items():
@@ -74,7 +76,7 @@ def _middle_and_spread(values: Iterable[float]) -> tuple[float, float]:
 
 
 def uncalibrated_experts(scalars: Iterable[Scalar]) -> Iterator[Finding]:
-    """Experts whose ``input_scale`` is 1: what tools fill in where nothing was measured.
+    """Yields experts whose ``input_scale`` is 1: the value that tools fill in where nothing was measured.
 
     A matrix of zeros has 1 for both of its scales, and needs none.
     """

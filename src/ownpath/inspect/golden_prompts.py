@@ -1,4 +1,4 @@
-"""Prompts written out by hand from the chat format's description, for an encoder and a tokenizer to be held against.
+"""Prompts written by hand from the chat format's description, to compare an encoder and a tokenizer with.
 
 Source: the format's public description and its tests, ``encoding/`` in the DeepSeek-V4 model repositories.
 """

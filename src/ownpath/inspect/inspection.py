@@ -1,4 +1,4 @@
-"""One checkpoint, looked at from all sides. Nothing here raises for what a checkpoint can get wrong."""
+"""Inspects one checkpoint from all sides. Nothing here raises for what a checkpoint can get wrong."""
 
 import time
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from ownpath.checkpoint.problems import make_problem
 from ownpath.config import ConfigError, ModelConfig
 from ownpath.finding import Finding
 from ownpath.inspect.blocks import SAMPLE_BYTES, BlockReport, read_blocks
-from ownpath.inspect.contradictions import config_problems, file_problem, format_problems, tokenizer_problems
+from ownpath.inspect.expert_tables import table_problems
 from ownpath.inspect.memory import KINDS, Memory, memory_needed
+from ownpath.inspect.metadata import config_problems, file_problem, format_problems, tokenizer_problems
 from ownpath.inspect.scalars import Coverage, GateUp, Scalar, calibration, gate_up, out_of_band, read_scalars
-from ownpath.inspect.tables import table_problems
 from ownpath.plan.census import Census, StoredModule, take_census
 from ownpath.plan.plan import MixedExpertsError, PlanError, make_plan
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What the tensors are, where config.json can be read; scales and tables as far as they were read."""
+    """The tensors' content, where config.json can be read; scales and tables as far as they were read."""
 
     config: ModelConfig
     census: Census
@@ -37,7 +37,7 @@ class Inspection:
     """contents: ``None`` when config.json or the tensors could not be read, so that nothing could be compared.
 
     are_all_scales_read: whether every block scale was read, or a sample of every module's.
-    broken: shards whose bytes mean nothing.
+    broken: shards that cannot be read.
     """
 
     folder: Path
@@ -93,7 +93,7 @@ def _config(folder: Path, problems: list[Finding]) -> ModelConfig | None:
 
 
 def _draft(config: ModelConfig, index: CheckpointIndex, with_draft: bool, problems: list[Finding]) -> Draft:
-    """The draft as it was asked for; one that cannot be read is a problem, and stays unread."""
+    """Plans the draft as asked for. If it cannot be read, that is a problem, and it stays unread."""
     if with_draft:
         try:
             return requested_draft(config, index)
@@ -105,7 +105,7 @@ def _draft(config: ModelConfig, index: CheckpointIndex, with_draft: bool, proble
 def _contents(
     config: ModelConfig, draft: Draft, scan: Scan, problems: list[Finding], whole: tuple[str, ...]
 ) -> Contents | None:
-    """whole: what the names of modules begin with whose block scales are all read."""
+    """Reads what the tensors hold. whole: prefixes of modules whose block scales are all read."""
     index, broken = scan.index, scan.broken
     num_matrices = 3 * (config.num_hidden_layers + draft.num_modules) * config.n_routed_experts
     if num_matrices > 10_000 + 4 * len(index.tensors):  # counting billions of experts would take hours
@@ -131,13 +131,13 @@ def _contents(
 
 
 def _not_explained(census: Census, scan: Scan) -> list[Finding]:
-    """The census' problems; a tensor that the scan already reported as missing is not reported again."""
+    """Returns the census' problems, without tensors that the scan already reported as missing."""
     known = {problem.where for problem in scan.problems if problem.id == "missing-tensor"}
     return [p for p in census.problems if not (p.id == "missing-tensor" and p.where in known)]
 
 
 def _planned(config: ModelConfig, draft: Draft, index: CheckpointIndex, problems: list[Finding]) -> tuple[Memory, ...]:
-    """What a plan says: the memory it takes, and what config.json claims and the tensors do not bear out."""
+    """Plans the model: the memory it takes, and the claims of config.json that the tensors do not bear out."""
     try:
         plan = make_plan(config, index, KINDS[0], loads_draft=draft.num_modules > 0)
     except MixedExpertsError as error:

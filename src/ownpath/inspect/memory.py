@@ -1,4 +1,4 @@
-"""What the model takes in each kind of device's memory: operands and tables as planned, caches as declared.
+"""Measures the memory of the model on each kind of device: operands and tables as planned, caches as declared.
 
 Everything is allocated on torch's ``meta`` device, which has shapes and no memory.
 """
@@ -36,7 +36,7 @@ class Memory:
 
 
 def memory_needed(plan: Plan, index: CheckpointIndex) -> tuple[Memory, ...]:
-    """One entry per kind of device, for the checkpoint behind ``plan``, whichever device that was made for."""
+    """Returns one entry per kind of device, for the checkpoint behind ``plan``, whichever device that was made for."""
     num_tokens = min(EngineConfig.max_model_len, plan.config.max_position_embeddings)
     return tuple(_memory_on(caps, plan, index, num_tokens) for caps in KINDS)
 
@@ -53,13 +53,13 @@ def _memory_on(caps: Caps, first: Plan, index: CheckpointIndex, num_tokens: int)
 
 
 def cache_bytes(plan: Plan, num_tokens: int, dtype: torch.dtype) -> int:
-    """The caches of one sequence of ``num_tokens``, with keys in ``dtype``."""
+    """Returns the bytes of the caches of one sequence of ``num_tokens``, with keys in ``dtype``."""
     spec = CacheSpec(plan.config, num_tokens, dtype, torch.device("meta"), plan.draft.num_modules)
     return spec.sequence_bytes
 
 
 def weights_bytes(plan: Plan, index: CheckpointIndex) -> int:
-    """All operands and tables of a plan, or of a part of one.
+    """Returns the bytes of all operands and tables of a plan, or of a part of one.
 
     Operands of one shape and encoding are measured once: a model has dozens of layers and few kinds of them.
     """

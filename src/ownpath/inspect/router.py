@@ -1,4 +1,4 @@
-"""What chooses experts: tables that name one twice, and biases that were lost."""
+"""Checks the inputs of expert choice: tables that name one expert twice, and biases that were lost."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -11,15 +11,15 @@ from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.problems import make_problem
 from ownpath.checkpoint.schema import ParamSpec
 from ownpath.finding import Finding
-from ownpath.inspect.values import read_values
+from ownpath.inspect.tensor_bytes import read_values
 
 _DTYPES = {"I64": torch.int64, "I32": torch.int32}
 _BIAS = re.compile(r".+\.ffn\.gate\.bias")
 
 
 @dataclass(frozen=True)
-class Bias:
-    """One layer's router bias. num_ties: experts whose bias another one has too, bit by bit."""
+class RouterBias:
+    """One layer's router bias. num_ties: experts whose bias equals another one's, bit by bit."""
 
     key: str
     num_experts: int
@@ -31,8 +31,8 @@ class Bias:
 
 def read_biases(
     params: Iterable[ParamSpec], index: CheckpointIndex, broken: frozenset[Path], problems: list[Finding]
-) -> tuple[Bias, ...]:
-    """Every router bias; shards that cannot be read are added to ``problems``."""
+) -> tuple[RouterBias, ...]:
+    """Reads every router bias; shards that cannot be read are added to ``problems``."""
     keys = [param.key for param in params if _BIAS.fullmatch(param.key)]
     biases = []
     for info, data in read_values((index[key] for key in keys), broken, problems):
@@ -41,12 +41,12 @@ def read_biases(
         num_ties = int(counts[counts > 1].sum())
         largest = float(values.abs().amax())
         is_finite = bool(torch.isfinite(values).all())
-        biases.append(Bias(info.name, len(values), largest, num_ties, len(counts) == 1, is_finite))
+        biases.append(RouterBias(info.name, len(values), largest, num_ties, len(counts) == 1, is_finite))
     return tuple(biases)
 
 
-def bias_problems(biases: Iterable[Bias]) -> Iterator[Finding]:
-    """Biases that are no numbers, and those that are constant while other layers' are not.
+def bias_problems(biases: Iterable[RouterBias]) -> Iterator[Finding]:
+    """Yields biases that are not finite, and those that are constant while other layers' are not.
 
     Where every layer's is constant, the model was trained without one.
     """
@@ -64,7 +64,7 @@ def bias_problems(biases: Iterable[Bias]) -> Iterator[Finding]:
 def repeated_ids(
     params: Iterable[ParamSpec], index: CheckpointIndex, broken: frozenset[Path], problems: list[Finding]
 ) -> Iterator[Finding]:
-    """Tables of expert ids in which a token has one expert twice."""
+    """Yields tables of expert ids in which a token has one expert twice."""
     tables = [index[param.key] for param in params if index[param.key].dtype in _DTYPES]
     for info, data in read_values(tables, broken, problems):
         ids = torch.frombuffer(bytearray(data), dtype=_DTYPES[info.dtype]).view(info.shape).sort(dim=1).values

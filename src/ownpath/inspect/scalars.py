@@ -1,4 +1,4 @@
-"""Scalar scales: may they be multipliers, do they agree with their neighbours, whose did calibration measure?"""
+"""Checks scalar scales: valid as multipliers, consistent with their neighbours, calibrated or filled in."""
 
 import re
 import struct
@@ -12,15 +12,15 @@ from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.problems import make_problem
 from ownpath.checkpoint.scales import scale_fault
 from ownpath.finding import Finding
-from ownpath.inspect.values import read_values
+from ownpath.inspect.tensor_bytes import read_values
 from ownpath.plan.census import StoredModule
 
 MAX_RATIO = 1000.0
-"""How far a scale may be from the median of its layer's experts, either way: three decades. Experts of one layer start
-alike and see the same hidden states; their largest values differ by a factor of ten, not of a thousand."""
+"""Largest factor between a scale and the median of its layer's experts, either way: three decades. Experts of one
+layer start alike and see the same hidden states; their largest values differ by a factor of ten, not of a thousand."""
 
 SMALLEST_NORMAL = 2.0**-126
-"""Of float32: below it, a scale is an integer's bits, or a value that underflowed."""
+"""Smallest normal float32: below it, a scale is an integer's bits, or a value that underflowed."""
 
 _SCALARS = ("global_scale", "input_scale")
 _EXPERT = re.compile(r"((?:layers|mtp)\.\d+)\.ffn\.experts\.(\d+)\.(w[123])")
@@ -28,7 +28,7 @@ _EXPERT = re.compile(r"((?:layers|mtp)\.\d+)\.ffn\.experts\.(\d+)\.(w[123])")
 
 @dataclass(frozen=True)
 class Scalar:
-    """One scalar scale of a module. role: ``global_scale`` or ``input_scale``. value: the multiplier that is meant."""
+    """One scalar scale of a module. role: ``global_scale`` or ``input_scale``. value: the multiplier that it means."""
 
     module: str
     role: str
@@ -38,7 +38,8 @@ class Scalar:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Routed experts' matrices by their ``input_scale``: its own value, or the maximum that the uncalibrated get."""
+    """Counts of routed experts' matrices by ``input_scale``: a value of their own, or the maximum given to the
+    uncalibrated."""
 
     num_own: int
     num_shared: int
@@ -55,7 +56,7 @@ class GateUp:
 def read_scalars(
     modules: Iterable[StoredModule], index: CheckpointIndex, broken: frozenset[Path], problems: list[Finding]
 ) -> tuple[Scalar, ...]:
-    """Every scalar scale of ``modules``; those that cannot be multipliers are added to ``problems``."""
+    """Reads every scalar scale of ``modules``; those that cannot be multipliers are added to ``problems``."""
     owners = {}
     for stored in modules:
         for part in stored.encoding.parts:
@@ -77,7 +78,8 @@ def read_scalars(
 
 
 def out_of_band(scalars: Iterable[Scalar]) -> Iterator[Finding]:
-    """Experts' scales that are ``MAX_RATIO`` away from their layer's median; 1.0 is what a matrix of zeros has."""
+    """Yields experts' scales that are ``MAX_RATIO`` away from their layer's median; 1.0 is the scale of a matrix of
+    zeros."""
     for (role, layer, projection), group in _by_layer(scalars).items():
         middle = median(scalar.value for scalar in group)
         for scalar in group:
@@ -88,7 +90,7 @@ def out_of_band(scalars: Iterable[Scalar]) -> Iterator[Finding]:
 
 
 def farthest_from_median(scalars: Iterable[Scalar]) -> float:
-    """The largest factor between an expert's scale and its layer's median, either way; 1 where there are no experts."""
+    """Returns the largest factor between an expert's scale and its layer's median, either way; 1 without experts."""
     factors = [1.0]
     for group in _by_layer(scalars).values():
         middle = median(scalar.value for scalar in group)
@@ -97,7 +99,7 @@ def farthest_from_median(scalars: Iterable[Scalar]) -> float:
 
 
 def calibration(scalars: Iterable[Scalar]) -> dict[str, Coverage]:
-    """projection -> how many experts share the maximum ``input_scale`` of their layer, or of all layers.
+    """Counts, per projection, the experts that share the maximum ``input_scale`` of their layer, or of all layers.
 
     Exporters give that maximum to experts that no calibration token reached; the expert it was measured on has it
     too, so that one of each group of sharers is calibrated.

@@ -1,4 +1,4 @@
-"""The tokenizer at work: markers are single tokens, text survives, prompts are what the chat format says."""
+"""Checks the tokenizer: markers are single tokens, text survives, prompts are as the chat format says."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,20 +9,20 @@ from ownpath.chat.tokenizer import MissingMarkerError, Tokenizer, TokenizerError
 from ownpath.checkpoint.problems import make_problem
 from ownpath.config import ModelConfig
 from ownpath.finding import Finding
-from ownpath.inspect.contradictions import json_object
 from ownpath.inspect.golden_prompts import GOLDEN_PROMPTS, ROUND_TRIPS, GoldenPrompt
+from ownpath.inspect.metadata import json_object
 
 NEEDED = (BOS, EOS, USER, ASSISTANT, THINK_START, THINK_END)
-"""Without these there is no conversation; the others serve tools and tasks."""
+"""Markers that every conversation needs; the others serve tools and tasks."""
 
 
 def missing_markers(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """The chat format's markers that a vocabulary has no token for."""
+    """Returns the chat format's markers that a vocabulary has no token for."""
     return tuple(marker for marker in SPECIALS if _id_of(tokenizer, marker) is None)
 
 
 def token_problems(tokenizer: Tokenizer) -> Iterator[Finding]:
-    """What the tokenizer does to markers, texts and prompts that it must not."""
+    """Yields markers, texts and prompts that the tokenizer gets wrong."""
     missing = missing_markers(tokenizer)
     for marker in SPECIALS:
         if marker in missing:
@@ -62,7 +62,7 @@ def _round_trip(tokenizer: Tokenizer, text: str) -> Iterator[Finding]:
 
 
 def _prompt(tokenizer: Tokenizer, golden: GoldenPrompt) -> Iterator[Finding]:
-    """Our encoder's ids against those of the prompt's own text, and back to that text."""
+    """Compares our encoder's ids with those of the prompt's own text, and decodes them back to that text."""
     try:
         ours = tokenizer.encode_segments(encode_messages(golden.messages, golden.setting))
         theirs = _without_bos(tokenizer, tokenizer.encode_raw(golden.prompt))
@@ -83,7 +83,7 @@ def _prompt(tokenizer: Tokenizer, golden: GoldenPrompt) -> Iterator[Finding]:
 
 
 def generation_problems(folder: Path, config: ModelConfig) -> Iterator[Finding]:
-    """generation_config.json and tokenizer_config.json (where there are any) against config.json and the format."""
+    """Compares generation_config.json and tokenizer_config.json (where they exist) with config.json and the format."""
     said = yield from json_object(folder / "generation_config.json", "generation-config")
     for field, expected in (("bos_token_id", config.bos_token_id), ("eos_token_id", config.eos_token_id)):
         value = said.get(field)

@@ -1,6 +1,6 @@
 """Attention's projections: many query heads, one key head whose vectors are the values too.
 
-What lies between them (caches, compressed entries, softmax) is an attention backend's: ``ownpath.attention``.
+An attention backend (``ownpath.attention``) does everything between them: caches, compressed entries, softmax.
 
 Legend: T tokens of the step, D hidden, R low rank, N heads, H head dim, G head groups, P compressor width.
 """
@@ -20,7 +20,7 @@ from ownpath.trace import Tap
 
 @dataclass(frozen=True)
 class AttentionCore(Runner):
-    """One layer between its projections: what the ledger counts as ``attn.core``, once per step."""
+    """One layer between its projections, called once per step; the ledger counts it as ``attn.core``."""
 
     layer: AttentionLayer
 
@@ -30,7 +30,7 @@ class AttentionCore(Runner):
         return self.layer.softmax.leaves
 
     def __call__(self, rows: Projected, step: AttentionStep) -> torch.Tensor:
-        """Attention of all rows of a step: [T, N, H]; reads and extends this layer's caches."""
+        """Attends from all rows of a step: [T, N, H]; reads and extends this layer's caches."""
         step.write_entries(self.layer, rows)
         o_TNH = step.attend(self.layer, rows)
         step.write_rows(self.layer, rows)
@@ -62,7 +62,7 @@ class Attention:
     tap_kv: Tap
 
     def __call__(self, x_TD: torch.Tensor, rotation: Rotation, step: AttentionStep) -> torch.Tensor:
-        """x [T, D] -> [T, D]. step: of the backend, from the tables of these rows."""
+        """Maps x [T, D] -> [T, D]. step: prepared by the backend from the tables of these rows."""
         o_TNH = self.core(self._project(x_TD, rotation), step)
         return self.wo_b(self.wo_a(o_TNH, rotation.angles).flatten(1))
 

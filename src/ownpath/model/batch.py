@@ -13,7 +13,7 @@ from ownpath.cache.tables import StepTables
 class ForwardBatch:
     """Token rows of several sequences side by side; prefill chunks and single decode tokens mix freely.
 
-    tables: whose the rows are, at which positions, and where in the caches.
+    tables: the sequence and position of each row, and its places in the caches.
     Shapes: token_ids_T int64 [T]; logits_ids int64 [L], the rows whose logits are wanted.
     """
 

@@ -14,7 +14,8 @@ from ownpath.runners import HyperBoundary, Mix
 
 @dataclass(frozen=True)
 class Residual:
-    """The residual between two sublayers: S streams, and the last sublayer's output that they have not taken in yet.
+    """The residual between two sublayers: S streams, and the last sublayer's output, which is still to be mixed into
+    them.
 
     x [T, S, D]; y [T, D] and its mix are ``None`` before the first sublayer.
     """
@@ -25,11 +26,11 @@ class Residual:
 
     @classmethod
     def of_embedding(cls, h_TD: torch.Tensor, num_streams: int) -> "Residual":
-        """Before the first layer: every stream is the token's embedding."""
+        """Starts before the first layer: every stream is the token's embedding."""
         return cls(h_TD.unsqueeze(1).expand(-1, num_streams, -1).contiguous())
 
     def rows(self, ids_R: torch.Tensor) -> "Residual":
-        """The residual of some tokens."""
+        """Selects the residual of some tokens."""
         assert self.y_TD is not None
         assert self.mix is not None
         return Residual(self.x_TSD[ids_R], self.y_TD[ids_R], self.mix.rows(ids_R))
@@ -37,7 +38,7 @@ class Residual:
 
 @dataclass(frozen=True)
 class Hidden:
-    """What the blocks end in: streams_TSD, after the last one, and h_TD, collapsed and normed for the head."""
+    """The result of the last block: streams_TSD after it, and h_TD, collapsed and normed for the head."""
 
     streams_TSD: torch.Tensor
     h_TD: torch.Tensor
@@ -45,7 +46,8 @@ class Hidden:
 
 @dataclass(frozen=True)
 class Block:
-    """Residual -> residual. Each boundary takes the output before it into the streams and makes the next input."""
+    """Maps a residual to the next. Each boundary mixes the previous output into the streams and makes the next
+    input."""
 
     hc_attn: HyperBoundary
     attn: Attention
@@ -53,7 +55,7 @@ class Block:
     ffn: MoE
 
     def prepare(self, tables: StepTables) -> AttentionStep:
-        """Prepares a step for the attention of this layer, and so of all layers of the model."""
+        """Prepares a step for this layer's attention, which serves all layers of the model."""
         return self.attn.backend.prepare(tables)
 
     def __call__(

@@ -1,4 +1,4 @@
-"""Puts a model together from runners (by slot), tensors used as stored (by checkpoint key) and planned companions."""
+"""Builds a model from runners (by slot), tensors used as stored (by checkpoint key) and planned companions."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -38,11 +38,11 @@ from ownpath.trace import Ledger, Tap
 
 Runners = dict[str, Runner]
 Params = Mapping[str, torch.Tensor]
-Quantize = Callable[[torch.Tensor], torch.Tensor]
+Quantizer = Callable[[torch.Tensor], torch.Tensor]
 
 
 def _identity(x: torch.Tensor) -> torch.Tensor:
-    """Plain numerics round keys to nothing else."""
+    """Returns x: plain numerics round keys to no other format."""
     return x
 
 
@@ -58,7 +58,7 @@ class Builder:
     ledger: Ledger
 
     def model(self) -> Model:
-        """The model, every runner and companion watched by the ledger."""
+        """Builds the model; the ledger watches every runner and companion."""
         config, device = self.config, torch.device(self.engine.device)
         sliding = Rope.for_layer(config, compressing=False, device=device)
         compress = Rope.for_layer(config, compressing=True, device=device)
@@ -78,11 +78,11 @@ class Builder:
 
     @property
     def _layers(self) -> tuple[Layer, ...]:
-        """In the order of a sequence's caches."""
+        """The layers that have caches: the backbone's, then the drafts'."""
         return (*self.config.backbone_layers(), *self.config.draft_layers())
 
     def block(self, layer_idx: int, compress_rope: Rope) -> Block:
-        """One decoder layer; the drafts' come after the backbone's."""
+        """Builds one decoder layer; the drafts' come after the backbone's."""
         layer = self._layers[layer_idx].name
         return Block(
             hc_attn=self._boundary(f"{layer}.hc_attn", f"{layer}.attn_norm"),
@@ -92,7 +92,7 @@ class Builder:
         )
 
     def ends(self) -> tuple[HyperBoundary, Linear]:
-        """The modules after the last layer: its boundary, and the vocabulary's product."""
+        """Builds what follows the last layer: its boundary, and the head's product."""
         return self._boundary("hc_head", "norm"), self._runner("head")
 
     def _drafts(self, sliding: Rope, compress: Rope) -> Iterator[Mtp]:
@@ -156,7 +156,7 @@ class Builder:
             tap_kv=self._tap(layer, "attn.kv"),
         )
 
-    def _core(self, layer_idx: int, rope: Rope, quantize_kv: Quantize) -> AttentionCore:
+    def _core(self, layer_idx: int, rope: Rope, quantize_kv: Quantizer) -> AttentionCore:
         layer = self._layers[layer_idx]
         attn, ratio = f"{layer.name}.attn", layer.ratio
         sink_N, kernel = self.params[f"{attn}.attn_sink"], self.specs[f"{attn}.core"]
@@ -170,23 +170,24 @@ class Builder:
         tap_mask = self._tap(layer, "attn.indexer.mask")
         return AttentionCore(AttentionLayer(layer_idx, softmax, compressor, index_compressor, selector, tap_mask))
 
-    def _key_quantizer(self, slot: str) -> Quantize:
-        """Rounds keys to the cache's format, where the plan says so."""
+    def _key_quantizer(self, slot: str) -> Quantizer:
+        """Returns the rounding of keys to the cache's format, or the identity where the plan has none."""
         if slot not in self.specs:
             return _identity
         return KeyQuantizer(self.config.qk_rope_head_dim, kernel=self.specs[slot])
 
-    def _index_quantizer(self, slot: str) -> Quantize:
-        """Rounds index queries and keys, where the plan says so."""
+    def _index_quantizer(self, slot: str) -> Quantizer:
+        """Returns the rounding of index queries and keys, or the identity where the plan has none."""
         return IndexQuantizer(kernel=self.specs[slot]) if slot in self.specs else _identity
 
-    def _watched(self, slot: str, quantize: Quantize) -> Quantize:
+    def _watched(self, slot: str, quantize: Quantizer) -> Quantizer:
         return self.ledger.watch(slot, quantize) if slot in self.specs else quantize
 
-    def _compressor(self, name: str, ratio: int, rope: Rope, quantize_kv: Quantize) -> Compressor:
-        """Its norm runs only when a window is complete, inside the layer's attention, with the layer's norm kernel.
+    def _compressor(self, name: str, ratio: int, rope: Rope, quantize_kv: Quantizer) -> Compressor:
+        """Builds a compressor. Its norm runs only when a window is complete, with the layer's norm kernel, inside
+        attention.
 
-        So does ``quantize_kv``, which is why neither counts as a call of its slot.
+        ``quantize_kv`` does too, so neither counts as a call of its slot.
         """
         attn = name.partition(".attn.")[0] + ".attn"
         weight, kernel = self.params[f"{name}.norm.weight"], self.specs[f"{attn}.kv_norm"]

@@ -1,4 +1,4 @@
-"""The lightning indexer's projections: what a CSA layer's compressed entries are scored by.
+"""The lightning indexer's projections, from which a CSA layer's compressed entries are scored.
 
 Legend: T tokens, I index heads, H index head dim, P compressor width.
 """
@@ -31,12 +31,12 @@ class Indexer:
     tap_weights: Tap
 
     def queries(self, qr_TR: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-        """Rotated index queries [T, I, H]."""
+        """Projects and rotates index queries: [T, I, H]."""
         q_TIH: torch.Tensor = self.wq_b(qr_TR).unflatten(-1, (self.num_heads, self.head_dim))
         return self.tap_q(self.quantize_index(rotation.apply(q_TIH)))
 
     def head_weights(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """w [T, I], with both softmax scales folded in."""
+        """Projects head weights w [T, I], with both softmax scales folded in."""
         weights_TI = self.weights_proj(x_TD)
         scale: float = self.head_dim**-0.5 * self.num_heads**-0.5
         return self.tap_weights(weights_TI.to(wide_dtype(weights_TI.dtype)) * scale)

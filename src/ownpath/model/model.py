@@ -17,11 +17,11 @@ from ownpath.trace import Ledger
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model. ``ledger`` counts which runner each module really ran on.
+    """A loaded model. ``ledger`` counts which runner each slot really ran on.
 
-    drafts: the MTP modules in order, none unless they were asked for. Each takes the ``hidden`` of what is before it.
-    lossless_casts: slots whose NVFP4 weights are MXFP4 weights written in another way.
-    contradictions: what config.json says of the formats and the tensors do not bear out.
+    drafts: the loaded MTP modules, in order. Each takes the ``hidden`` of the module before it.
+    lossless_casts: slots whose NVFP4 weights are MXFP4 weights rewritten without loss.
+    contradictions: claims of config.json about formats that the tensors do not bear out.
     """
 
     config: ModelConfig
@@ -39,27 +39,27 @@ class Model:
 
     @cached_property
     def caches(self) -> CachePool:
-        """The memory of all sequences' caches, allocated when the first one asks for its own."""
+        """The memory of all sequences' caches, allocated when the first sequence asks for its own."""
         return CachePool(self.cache_spec)
 
     def new_cache(self) -> SequenceCache:
-        """Empty caches for one sequence of up to ``cache_spec.max_tokens`` tokens. Errors: CacheFull."""
+        """Reserves empty caches for one sequence of up to ``cache_spec.max_tokens`` tokens. Errors: CacheFull."""
         return self.caches.new_sequence()
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Runs one step and returns logits, at least float32, of the rows ``batch.logits_ids``: [R, vocab].
 
-        Every sequence's caches then hold its rows too.
+        Extends every sequence's caches by its rows.
         """
         wanted = self._backbone(batch).rows(batch.logits_ids)
         return self.head(self.hc_head(wanted.x_TSD, wanted.y_TD, wanted.mix).h_TD)
 
     @torch.inference_mode()
     def hidden(self, batch: ForwardBatch) -> Hidden:
-        """Runs one step, as ``forward`` does, and returns what the drafts continue from, of every row.
+        """Runs one step, as ``forward`` does, and returns every row's hidden, from which the drafts continue.
 
-        ``logits`` of it are those that ``forward`` would have returned, up to the order of sums.
+        ``logits`` of it equal those of ``forward`` up to the order of sums.
         """
         residual = self._backbone(batch)
         at = self.hc_head(residual.x_TSD, residual.y_TD, residual.mix)
@@ -67,7 +67,8 @@ class Model:
 
     @torch.inference_mode()
     def logits(self, hidden: Hidden, ids_R: torch.Tensor) -> torch.Tensor:
-        """Logits, at least float32, of some rows of a hidden, the backbone's or (the head is shared) a draft's."""
+        """Computes logits, at least float32, of some rows of a hidden: the backbone's, or a draft's (they share the
+        head)."""
         return self.head(hidden.h_TD[ids_R])
 
     def _backbone(self, batch: ForwardBatch) -> Residual:

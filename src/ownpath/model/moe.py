@@ -10,7 +10,7 @@ from ownpath.runners import SwigluMlp
 
 @dataclass(frozen=True)
 class MoE:
-    """y = experts(x, routed) + shared_experts(x), both clamped SwiGLU.
+    """Adds routed and shared experts: y = experts(x, routed) + shared_experts(x), both clamped SwiGLU.
 
     router: (x [T, D], token_ids [T]) -> expert ids and weights [T, K].
     experts: (x [T, D], ids [T, K], weights [T, K]) -> y [T, D].

@@ -38,9 +38,9 @@ class Mtp:
 
     @torch.inference_mode()
     def hidden(self, before: Hidden, next_ids_T: torch.Tensor, batch: ForwardBatch) -> Hidden:
-        """The hidden of every row; ``Model.logits`` of its rows predict the token after ``next_ids_T``.
+        """Computes the hidden of every row; ``Model.logits`` of it predict the token after ``next_ids_T``.
 
-        before: of the same step, the backbone's, or the module's before this one.
+        before: the hidden of the same step, of the backbone or of the module before this one.
         Shapes: next_ids_T int64 [T], the token that follows each row's.
         """
         streams_TSD = before.streams_TSD

@@ -1,7 +1,7 @@
 """Taps: the values of a layer that no slot returns, by the names under which observers see them.
 
-What a slot takes and returns is seen by its call (``attn.wo_b``, ``hc_ffn``); a tap is for what is made of it before
-the next slot takes it. A tap returns its value as it is. A captured graph replays without host code: nothing sees it.
+An observer of a slot's call (``attn.wo_b``, ``hc_ffn``) sees what the slot takes and returns; a tap shows a value in
+between. A tap returns its value unchanged. A captured graph replays without host code, so observers see nothing of it.
 """
 
 from ownpath.config import CSA_RATIO, Layer
@@ -14,6 +14,6 @@ step, which of its compressed entries each of its rows attends to, bool [t, C]."
 
 
 def tap_names(layer: Layer) -> tuple[str, ...]:
-    """The taps of one decoder layer, by full name."""
+    """Lists the taps of one decoder layer, by full name."""
     names = EVERY_LAYER + (CSA_LAYER if layer.ratio == CSA_RATIO else ())
     return tuple(f"{layer.name}.{name}" for name in names)

@@ -11,126 +11,124 @@ from torch import Tensor
 
 from ownpath.config import CSA_RATIO, Layer
 from ownpath.official import Step
-from ownpath.oracle.arithmetic import Scope
+from ownpath.oracle.arithmetic import OracleRun
 from ownpath.oracle.formats import fp4, fp8, hadamard_matrix
-from ownpath.oracle.formulas import QUERIES_AT_ONCE, attention_weights, best, index_scores, rms, rotate_to
+from ownpath.oracle.formulas import QUERIES_AT_ONCE, attention_weights, index_scores, rms, rotate_to, top_indices
 
 _KV_BLOCK, _INDEX_BLOCK = 64, 32
 
 
-def attention(scope: Scope, layer: Layer, x_TD: Tensor, forced_mask_TC: Tensor | None) -> Tensor:
-    """x [T, D] -> [T, D]. forced_mask: the entries each query is to see, instead of those the indexer picks."""
-    config, name, ratio = scope.config, f"{layer.name}.attn", layer.ratio
+def attention(run: OracleRun, layer: Layer, x_TD: Tensor, forced_mask_TC: Tensor | None) -> Tensor:
+    """Maps x [T, D] -> [T, D]. forced_mask: the entries each query sees, instead of the indexer's choice."""
+    config, name, ratio = run.config, f"{layer.name}.attn", layer.ratio
     positions = torch.arange(len(x_TD), device=x_TD.device)
-    both = scope.linear(f"{name}.wqa_wkv", x_TD, f"{name}.wq_a", f"{name}.wkv")
+    both = run.linear(f"{name}.wqa_wkv", x_TD, f"{name}.wq_a", f"{name}.wkv")
     qr, kv = both.split((config.q_lora_rank, config.head_dim), -1)
-    qr = scope.norm(f"{name}.q_norm", qr, f"{name}.q_norm.weight")
-    q = scope.linear(f"{name}.wq_b", qr, f"{name}.wq_b").unflatten(-1, (config.num_attention_heads, config.head_dim))
-    q = scope.noted(f"{name}.q", rotate_to(_head_norm(scope, f"{name}.q_head_norm", q), positions, config, ratio))
-    kv = scope.norm(f"{name}.kv_norm", kv, f"{name}.kv_norm.weight")
-    keys = scope.noted(
-        f"{name}.kv", _quantize_kv(scope, scope.arithmetic.rounded(rotate_to(kv, positions, config, ratio)))
-    )
-    if Step.KV in scope.arithmetic.official:
-        scope.noted(f"{name}.key_quantizer", keys)
+    qr = run.norm(f"{name}.q_norm", qr, f"{name}.q_norm.weight")
+    q = run.linear(f"{name}.wq_b", qr, f"{name}.wq_b").unflatten(-1, (config.num_attention_heads, config.head_dim))
+    q = run.record(f"{name}.q", rotate_to(_head_norm(run, f"{name}.q_head_norm", q), positions, config, ratio))
+    kv = run.norm(f"{name}.kv_norm", kv, f"{name}.kv_norm.weight")
+    keys = run.record(f"{name}.kv", _quantize_kv(run, run.arithmetic.rounded(rotate_to(kv, positions, config, ratio))))
+    if Step.KV in run.arithmetic.official:
+        run.record(f"{name}.key_quantizer", keys)
     age = positions[:, None] - positions
     visible = (age >= 0) & (age < config.sliding_window)
     if ratio:
-        entries = _quantize_kv(scope, _compressed(scope, f"{name}.compressor", x_TD, ratio))
-        keys = torch.cat((keys, scope.noted(f"{name}.entries", entries)))
+        entries = _quantize_kv(run, _compress(run, f"{name}.compressor", x_TD, ratio))
+        keys = torch.cat((keys, run.record(f"{name}.entries", entries)))
         seen = torch.arange(len(entries), device=x_TD.device) < ((positions + 1) // ratio)[:, None]
         if ratio == CSA_RATIO:
-            seen = _selected(scope, f"{name}.indexer", (x_TD, qr), seen, forced_mask_TC)
+            seen = _select(run, f"{name}.indexer", (x_TD, qr), seen, forced_mask_TC)
         visible = torch.cat((visible, seen), 1)
-    o = scope.noted(f"{name}.core", _attended(scope, q, keys, visible, scope.stored.param(f"{name}.attn_sink")))
-    return _projected(scope, name, scope.noted(f"{name}.o", rotate_to(o, positions, config, ratio, inverse=True)))
+    o = run.record(f"{name}.core", _attend(run, q, keys, visible, run.stored.param(f"{name}.attn_sink")))
+    return _project(run, name, run.record(f"{name}.o", rotate_to(o, positions, config, ratio, inverse=True)))
 
 
-def _head_norm(scope: Scope, slot: str, q: Tensor) -> Tensor:
-    """Without a weight; where it is official, every operation is rounded."""
-    if Step.Q_HEAD_NORM not in scope.arithmetic.official:
-        return scope.noted(slot, rms(q, scope.config.rms_norm_eps))
-    rounded = scope.arithmetic.rounded
+def _head_norm(run: OracleRun, slot: str, q: Tensor) -> Tensor:
+    """Norms query heads, without a weight; official numerics round after every operation."""
+    if Step.Q_HEAD_NORM not in run.arithmetic.official:
+        return run.record(slot, rms(q, run.config.rms_norm_eps))
+    rounded = run.arithmetic.rounded
     mean = rounded(rounded(q.square()).mean(-1, keepdim=True))
-    return scope.noted(slot, q * rounded(torch.rsqrt(rounded(mean + scope.config.rms_norm_eps))))
+    return run.record(slot, q * rounded(torch.rsqrt(rounded(mean + run.config.rms_norm_eps))))
 
 
-def _quantize_kv(scope: Scope, kv: Tensor) -> Tensor:
-    """Keys in the format that the cache holds; as they are without one."""
-    if Step.KV not in scope.arithmetic.official:
+def _quantize_kv(run: OracleRun, kv: Tensor) -> Tensor:
+    """Rounds keys to the cache's format; the identity without one."""
+    if Step.KV not in run.arithmetic.official:
         return kv
-    num_rotary = scope.config.qk_rope_head_dim
+    num_rotary = run.config.qk_rope_head_dim
     plain, rotary = kv.split((kv.shape[-1] - num_rotary, num_rotary), -1)
     return torch.cat((fp8(plain, _KV_BLOCK).to(kv.dtype), rotary), -1)
 
 
-def _attended(scope: Scope, q_TNH: Tensor, keys_KH: Tensor, visible_TK: Tensor, sink_N: Tensor) -> Tensor:
-    """Softmax over the visible keys and the sink, which adds nothing: [T, N, H]."""
-    rounded, parts = scope.arithmetic.rounded, []
+def _attend(run: OracleRun, q_TNH: Tensor, keys_KH: Tensor, visible_TK: Tensor, sink_N: Tensor) -> Tensor:
+    """Attends to the visible keys, with the sink in the softmax, which adds nothing: [T, N, H]."""
+    rounded, parts = run.arithmetic.rounded, []
     for start in range(0, len(q_TNH), QUERIES_AT_ONCE):
         rows = slice(start, start + QUERIES_AT_ONCE)
-        scores = rounded(torch.einsum("tnh,kh->tnk", q_TNH[rows], keys_KH)) * scope.config.head_dim**-0.5
+        scores = rounded(torch.einsum("tnh,kh->tnk", q_TNH[rows], keys_KH)) * run.config.head_dim**-0.5
         weights = attention_weights(scores, visible_TK[rows], sink_N)
         parts.append(torch.einsum("tnk,kh->tnh", rounded(weights), keys_KH))
     return torch.cat(parts)
 
 
-def _projected(scope: Scope, name: str, o_TNH: Tensor) -> Tensor:
-    """Each group of heads by a matrix of its own, then all together: [T, D]."""
-    groups, rank = scope.config.o_groups, scope.config.o_lora_rank
+def _project(run: OracleRun, name: str, o_TNH: Tensor) -> Tensor:
+    """Projects each group of heads by its own matrix, then all together: [T, D]."""
+    groups, rank = run.config.o_groups, run.config.o_lora_rank
     grouped = o_TNH.flatten(1).unflatten(-1, (groups, -1))
-    wo_a = scope.matrix(f"{name}.wo_a").view(groups, rank, -1)
-    y = scope.noted(f"{name}.wo_a", torch.einsum("tgi,gri->tgr", grouped, wo_a))
-    return scope.linear(f"{name}.wo_b", y.flatten(1), f"{name}.wo_b")
+    wo_a = run.matrix(f"{name}.wo_a").view(groups, rank, -1)
+    y = run.record(f"{name}.wo_a", torch.einsum("tgi,gri->tgr", grouped, wo_a))
+    return run.linear(f"{name}.wo_b", y.flatten(1), f"{name}.wo_b")
 
 
-def _compressed(scope: Scope, name: str, x_TD: Tensor, ratio: int) -> Tensor:
-    """One entry for every ``ratio`` tokens that are all there, rotated at the first one's position: [C, H]."""
+def _compress(run: OracleRun, name: str, x_TD: Tensor, ratio: int) -> Tensor:
+    """Computes one entry for every ``ratio`` complete tokens, rotated at the first one's position: [C, H]."""
     num_windows = len(x_TD) // ratio
-    both = scope.wide_linear(f"{name}.wkv_wgate", x_TD, f"{name}.wkv", f"{name}.wgate")
+    both = run.wide_linear(f"{name}.wkv_wgate", x_TD, f"{name}.wkv", f"{name}.wgate")
     both = both[: num_windows * ratio].unflatten(0, (num_windows, ratio))
     kv, score = both.chunk(2, -1)
-    score = score + scope.stored.param(f"{name}.ape")
+    score = score + run.stored.param(f"{name}.ape")
     if ratio == CSA_RATIO:
         half = kv.shape[-1] // 2
         before = F.pad(kv[..., :half], (0, 0, 0, 0, 1, 0))[:num_windows]
         before_score = F.pad(score[..., :half], (0, 0, 0, 0, 1, 0), value=-math.inf)[:num_windows]
         kv = torch.cat((before, kv[..., half:]), 1)
         score = torch.cat((before_score, score[..., half:]), 1)
-    rounded = scope.arithmetic.rounded
-    entries = rms(rounded((kv * score.softmax(1)).sum(1)), scope.config.rms_norm_eps) * scope.stored.param(
+    rounded = run.arithmetic.rounded
+    entries = rms(rounded((kv * score.softmax(1)).sum(1)), run.config.rms_norm_eps) * run.stored.param(
         f"{name}.norm.weight"
     )
     starts = torch.arange(num_windows, device=x_TD.device) * ratio
-    return rounded(rotate_to(rounded(entries), starts, scope.config, ratio))
+    return rounded(rotate_to(rounded(entries), starts, run.config, ratio))
 
 
-def _selected(
-    scope: Scope, name: str, inputs: tuple[Tensor, Tensor], seen_TC: Tensor, forced_mask_TC: Tensor | None
+def _select(
+    run: OracleRun, name: str, inputs: tuple[Tensor, Tensor], seen_TC: Tensor, forced_mask_TC: Tensor | None
 ) -> Tensor:
-    """The entries each query attends to: the best of those it may see, the lower index at a tie. inputs: x and qr."""
-    config, (x_TD, qr) = scope.config, inputs
+    """Selects the best entries that each query may see, the lower index at a tie. inputs: x and qr."""
+    config, (x_TD, qr) = run.config, inputs
     positions = torch.arange(len(x_TD), device=x_TD.device)
-    q = scope.linear(f"{name}.wq_b", qr, f"{name}.wq_b").unflatten(-1, (config.index_n_heads, config.index_head_dim))
-    q = _indexed(scope, scope.arithmetic.rounded(rotate_to(q, positions, config, CSA_RATIO)))
-    if Step.INDEXER in scope.arithmetic.official:
-        scope.noted(f"{name}.quantizer", q)
-    k = _indexed(scope, _compressed(scope, f"{name}.compressor", x_TD, CSA_RATIO))
-    weights = scope.linear(f"{name}.weights_proj", x_TD, f"{name}.weights_proj")
+    q = run.linear(f"{name}.wq_b", qr, f"{name}.wq_b").unflatten(-1, (config.index_n_heads, config.index_head_dim))
+    q = _transform_index(run, run.arithmetic.rounded(rotate_to(q, positions, config, CSA_RATIO)))
+    if Step.INDEXER in run.arithmetic.official:
+        run.record(f"{name}.quantizer", q)
+    k = _transform_index(run, _compress(run, f"{name}.compressor", x_TD, CSA_RATIO))
+    weights = run.linear(f"{name}.weights_proj", x_TD, f"{name}.weights_proj")
     weights = weights * (config.index_head_dim * config.index_n_heads) ** -0.5
-    scores = scope.noted_wide(f"{name}.scores", index_scores(q, k, weights).masked_fill(~seen_TC, -math.inf))
+    scores = run.record_wide(f"{name}.scores", index_scores(q, k, weights).masked_fill(~seen_TC, -math.inf))
     if forced_mask_TC is not None:
         mask = forced_mask_TC.to(seen_TC.device)
     elif scores.shape[1] <= config.index_topk:
         mask = seen_TC
     else:
-        mask = torch.zeros_like(seen_TC).scatter(1, best(scores, config.index_topk), True) & seen_TC
-    return scope.noted_wide(f"{name}.mask", mask)
+        mask = torch.zeros_like(seen_TC).scatter(1, top_indices(scores, config.index_topk), True) & seen_TC
+    return run.record_wide(f"{name}.mask", mask)
 
 
-def _indexed(scope: Scope, x: Tensor) -> Tensor:
-    """What index queries and keys are scored as."""
-    if Step.INDEXER not in scope.arithmetic.official:
+def _transform_index(run: OracleRun, x: Tensor) -> Tensor:
+    """Transforms index queries and keys into the form in which they are scored."""
+    if Step.INDEXER not in run.arithmetic.official:
         return x
-    turned = scope.arithmetic.rounded(x @ hadamard_matrix(x.shape[-1]).to(x))
+    turned = run.arithmetic.rounded(x @ hadamard_matrix(x.shape[-1]).to(x))
     return fp4(turned, _INDEX_BLOCK).to(x.dtype)

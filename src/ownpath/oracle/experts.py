@@ -10,44 +10,46 @@ from torch import Tensor
 
 from ownpath.config import Layer
 from ownpath.official import Step
-from ownpath.oracle.arithmetic import Scope
-from ownpath.oracle.formulas import best, expert_scores, routing_weights, swiglu
+from ownpath.oracle.arithmetic import OracleRun
+from ownpath.oracle.formulas import expert_scores, routing_weights, swiglu, top_indices
 
 
-def feed_forward(scope: Scope, layer: Layer, x_TD: Tensor, token_ids_T: Tensor, forced_ids_TK: Tensor | None) -> Tensor:
-    """x [T, D] -> [T, D]. forced_ids: the experts each token goes to, instead of the router's choice."""
+def feed_forward(
+    run: OracleRun, layer: Layer, x_TD: Tensor, token_ids_T: Tensor, forced_ids_TK: Tensor | None
+) -> Tensor:
+    """Maps x [T, D] -> [T, D]. forced_ids: the experts each token goes to, instead of the router's choice."""
     name = f"{layer.name}.ffn"
-    ids_TK, weights_TK = _routed(scope, layer, x_TD, token_ids_T, forced_ids_TK)
+    ids_TK, weights_TK = _route(run, layer, x_TD, token_ids_T, forced_ids_TK)
     y_TD = torch.zeros_like(x_TD)
     for expert, rows, slots in _rows_by_expert(ids_TK):
-        y_SD = _expert(scope, f"{name}.experts.{expert}", x_TD[rows], weights_TK[rows, slots, None])
+        y_SD = _routed_expert(run, f"{name}.experts.{expert}", x_TD[rows], weights_TK[rows, slots, None])
         y_TD.index_add_(0, rows, y_SD)
-    return scope.arithmetic.rounded(scope.noted(f"{name}.experts", y_TD) + _shared(scope, name, x_TD))
+    return run.arithmetic.rounded(run.record(f"{name}.experts", y_TD) + _shared_expert(run, name, x_TD))
 
 
-def _routed(
-    scope: Scope, layer: Layer, x_TD: Tensor, token_ids_T: Tensor, forced_ids_TK: Tensor | None
+def _route(
+    run: OracleRun, layer: Layer, x_TD: Tensor, token_ids_T: Tensor, forced_ids_TK: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Expert ids and weights [T, K]. ``router.scores`` is what the choice is made by."""
-    config, name = scope.config, f"{layer.name}.ffn"
-    logits_TE = scope.wide_linear(f"{name}.gate", x_TD, f"{name}.gate")
+    """Returns expert ids and weights [T, K]; records ``router.scores``, by which they are chosen."""
+    config, name = run.config, f"{layer.name}.ffn"
+    logits_TE = run.wide_linear(f"{name}.gate", x_TD, f"{name}.gate")
     scores_TE = expert_scores(logits_TE)
     if layer.is_hash:
         ranked_TE = scores_TE
-        ids_TK = scope.stored.rows(f"{name}.gate.tid2eid", token_ids_T)
+        ids_TK = run.stored.rows(f"{name}.gate.tid2eid", token_ids_T)
     else:
-        ranked_TE = scores_TE + scope.stored.param(f"{name}.gate.bias")
-        ids_TK = best(ranked_TE, config.num_experts_per_tok)
+        ranked_TE = scores_TE + run.stored.param(f"{name}.gate.bias")
+        ids_TK = top_indices(ranked_TE, config.num_experts_per_tok)
     if forced_ids_TK is not None:
         ids_TK = forced_ids_TK.to(x_TD.device, torch.int64)
     weights_TK = routing_weights(scores_TE, ids_TK, config.routed_scaling_factor)
-    scope.noted_wide(f"{name}.router.scores", ranked_TE)
-    scope.noted_wide(f"{name}.router.ids", ids_TK)
-    return ids_TK, scope.noted_wide(f"{name}.router.weights", weights_TK)
+    run.record_wide(f"{name}.router.scores", ranked_TE)
+    run.record_wide(f"{name}.router.ids", ids_TK)
+    return ids_TK, run.record_wide(f"{name}.router.weights", weights_TK)
 
 
 def _rows_by_expert(ids_TK: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Each expert that is chosen at all, with the tokens that chose it and the place it has among their choices."""
+    """Yields each chosen expert, with the tokens that chose it and its place among their choices."""
     flat = ids_TK.flatten()
     counts = flat.bincount().tolist()
     by_expert = flat.argsort(stable=True).split(counts)
@@ -56,21 +58,22 @@ def _rows_by_expert(ids_TK: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
             yield expert, pairs // ids_TK.shape[1], pairs % ids_TK.shape[1]
 
 
-def _expert(scope: Scope, name: str, x_SD: Tensor, weight_S1: Tensor) -> Tensor:
-    """One routed expert's weighted output for its rows. Where its weight comes first, its products are rounded too."""
-    rounded, is_weight_first = scope.arithmetic.rounded, Step.ROUTING_WEIGHT in scope.arithmetic.official
-    gate_up = scope.products(x_SD, f"{name}.w1", f"{name}.w3")
+def _routed_expert(run: OracleRun, name: str, x_SD: Tensor, weight_S1: Tensor) -> Tensor:
+    """Computes one routed expert's weighted output for its rows. If the weight is applied first, products are rounded
+    too."""
+    rounded, is_weight_first = run.arithmetic.rounded, Step.ROUTING_WEIGHT in run.arithmetic.official
+    gate_up = run.products(x_SD, f"{name}.w1", f"{name}.w3")
     gate, up = (rounded(gate_up) if is_weight_first else gate_up).chunk(2, -1)
-    hidden = swiglu(gate, up, scope.config.swiglu_limit)
+    hidden = swiglu(gate, up, run.config.swiglu_limit)
     if is_weight_first:
-        return rounded(scope.products(rounded(weight_S1 * hidden), f"{name}.w2"))
-    return weight_S1 * rounded(scope.products(rounded(hidden), f"{name}.w2"))
+        return rounded(run.products(rounded(weight_S1 * hidden), f"{name}.w2"))
+    return weight_S1 * rounded(run.products(rounded(hidden), f"{name}.w2"))
 
 
-def _shared(scope: Scope, ffn: str, x_TD: Tensor) -> Tensor:
-    """The expert that every token goes to."""
+def _shared_expert(run: OracleRun, ffn: str, x_TD: Tensor) -> Tensor:
+    """Runs the shared expert, which every token goes to."""
     name = f"{ffn}.shared_experts"
-    gate_up = scope.linear(f"{name}.w13", x_TD, f"{name}.w1", f"{name}.w3")
+    gate_up = run.linear(f"{name}.w13", x_TD, f"{name}.w1", f"{name}.w3")
     gate, up = gate_up.chunk(2, -1)
-    hidden = scope.noted(f"{name}.swiglu", swiglu(gate, up, scope.config.swiglu_limit))
-    return scope.linear(f"{name}.w2", hidden, f"{name}.w2")
+    hidden = run.record(f"{name}.swiglu", swiglu(gate, up, run.config.swiglu_limit))
+    return run.linear(f"{name}.w2", hidden, f"{name}.w2")

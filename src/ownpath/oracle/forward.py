@@ -1,4 +1,4 @@
-"""The oracle's whole forward: token ids to logits, and those of a draft module.
+"""The oracle's whole forward from token ids to logits, and that of a draft module.
 
 Legend: T tokens, S streams, D hidden, V vocabulary.
 """
@@ -6,20 +6,20 @@ Legend: T tokens, S streams, D hidden, V vocabulary.
 import torch
 from torch import Tensor
 
-from ownpath.oracle.arithmetic import Arithmetic, Scope
+from ownpath.oracle.arithmetic import Arithmetic, OracleRun
 from ownpath.oracle.block import reference_block, reference_embed, reference_head
-from ownpath.oracle.stored import StoredWeights
+from ownpath.oracle.weights import StoredWeights
 from ownpath.plan.plan import Plan
 
 
 def reference_logits(plan: Plan, stored: StoredWeights, token_ids_T: Tensor, arithmetic: Arithmetic) -> Tensor:
-    """Of one sequence from its first token: [T, V]."""
+    """Computes the logits of one sequence from its first token: [T, V]."""
     streams_TSD = reference_streams(plan, stored, token_ids_T, arithmetic)
     return reference_head(plan.config, stored, plan, streams_TSD, arithmetic)
 
 
 def reference_streams(plan: Plan, stored: StoredWeights, token_ids_T: Tensor, arithmetic: Arithmetic) -> Tensor:
-    """After the last layer: [T, S, D]."""
+    """Computes the streams after the last layer: [T, S, D]."""
     config = plan.config
     x_TSD = reference_embed(config, stored, token_ids_T, arithmetic)
     for layer_idx in range(config.num_hidden_layers):
@@ -28,14 +28,15 @@ def reference_streams(plan: Plan, stored: StoredWeights, token_ids_T: Tensor, ar
 
 
 def reference_draft_logits(plan: Plan, stored: StoredWeights, token_ids_T: Tensor, arithmetic: Arithmetic) -> Tensor:
-    """Of ``mtp.0``, for each token but the last, whose follower is not known: [T - 1, V]. The plan must hold it."""
+    """Computes the logits of ``mtp.0`` for each token but the last, whose follower is unknown: [T - 1, V]. The plan
+    must hold it."""
     config, following = plan.config, token_ids_T[1:]
-    scope = Scope.of(stored, plan, arithmetic, "mtp.0.")
+    run = OracleRun.of(stored, plan, arithmetic, "mtp.0.")
     streams_TSD = reference_streams(plan, stored, token_ids_T, arithmetic)[:-1]
-    e_TD = scope.norm("mtp.0.enorm", stored.rows("embed.weight", following), "mtp.0.enorm.weight")
-    h_TSD = scope.norm("mtp.0.hnorm", streams_TSD, "mtp.0.hnorm.weight")
-    h_TSD = scope.linear("mtp.0.h_proj", h_TSD, "mtp.0.h_proj")
-    x_TSD = torch.add(scope.linear("mtp.0.e_proj", e_TD, "mtp.0.e_proj")[:, None], h_TSD)
+    e_TD = run.norm("mtp.0.enorm", stored.rows("embed.weight", following), "mtp.0.enorm.weight")
+    h_TSD = run.norm("mtp.0.hnorm", streams_TSD, "mtp.0.hnorm.weight")
+    h_TSD = run.linear("mtp.0.h_proj", h_TSD, "mtp.0.h_proj")
+    x_TSD = torch.add(run.linear("mtp.0.e_proj", e_TD, "mtp.0.e_proj")[:, None], h_TSD)
     layer_idx = config.num_hidden_layers
     x_TSD = reference_block(config, layer_idx, stored, plan, x_TSD, following, arithmetic).streams_TSD
     return reference_head(config, stored, plan, x_TSD, arithmetic, "mtp.0.")

@@ -15,7 +15,7 @@ from ownpath.runners.linear import PACKED, plain_format
 from ownpath.runners.ops import HANDLES
 from ownpath.runners.runner import KernelOrName, KernelRunner, chosen_spec, default_spec
 
-ExpertMatrices = tuple[QuantTensor, QuantTensor, QuantTensor]
+SplitExpert = tuple[QuantTensor, QuantTensor, QuantTensor]
 """w1 (gate), w3 (up) and w2 (down) of one expert, as they are stored."""
 
 
@@ -79,7 +79,7 @@ class MoeRunner(KernelRunner):
         """
         return self.kernel.workspace(self.operand, num_tokens, num_slots)
 
-    def stored_expert(self, expert: int) -> ExpertMatrices:
+    def stored_expert(self, expert: int) -> SplitExpert:
         """Returns one expert, read back from the operand; w2's global scale may be there twice."""
         gate_up, down = self.kernel.restore(self.operand, expert)
         return *gate_and_up(gate_up), down

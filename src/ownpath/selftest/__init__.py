@@ -1,1 +1,1 @@
-"""Before the port opens: fixed prompts through the running engine, and what their raw logits look like."""
+"""Before the port opens: runs fixed prompts through the engine and checks their raw logits."""

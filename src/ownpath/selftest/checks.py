@@ -1,4 +1,4 @@
-"""ProbeAnswers -> verdicts. Every threshold is here, with its reason."""
+"""Turns the answers to the fixed prompts into findings. Every threshold is here, with its reason."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from ownpath.engine.request import FinishReason
 from ownpath.finding import Finding, Verdict
 from ownpath.selftest import signatures
-from ownpath.selftest.probe import ProbeAnswers, Seen
+from ownpath.selftest.probe import ProbeAnswers, PromptOutput
 
 MAX_REPEATS = 16
 """Running text has no 17 positions in a row with one likeliest continuation; a model that ignores it has them all."""
@@ -18,8 +18,8 @@ MAX_FROZEN = 4
 room for a text that repeats itself in a narrow dtype."""
 
 SAME_NATS = 1e-3
-"""Closer is the same: float32's noise through these models stays below 1e-4 nats (the forward is compared with another
-implementation of it, at 640 positions), and what a different text changes is of order 1."""
+"""Distances below this count as equal: float32's noise through these models stays below 1e-4 nats (the forward is
+compared with another implementation of it, at 640 positions), and a different text changes them by order 1."""
 
 MIN_NATS = 0.01
 """A model that is certain to this at most positions of a text that it cannot know, or that never prefers a token by
@@ -43,11 +43,11 @@ layers and both directions: 2^-4 * sqrt(122) = 0.7."""
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What the checks must know of the model.
+class ModelFacts:
+    """The model's facts that the checks need.
 
     special_ids: tokens that answers do not show, EOS among them.
-    golden: whether the expected text was in the answer, which ended by itself; None where nothing is known.
+    golden: whether the expected text was in the answer, which ended by itself; None where no answer is known.
     """
 
     num_vocab: int
@@ -73,8 +73,8 @@ REMEDIES = {
 }
 
 
-def judge(evidence: ProbeAnswers, facts: Facts) -> list[Finding]:
-    """Every check, in the order of their ids."""
+def judge(evidence: ProbeAnswers, facts: ModelFacts) -> list[Finding]:
+    """Runs every check, in the order of their ids."""
     everything = evidence.all()
     num_non_finite = sum(seen.is_non_finite for seen in everything)
     num_unanswered = sum(
@@ -89,17 +89,17 @@ def judge(evidence: ProbeAnswers, facts: Facts) -> list[Finding]:
 
 
 def all_checks() -> list[Finding]:
-    """What ``judge`` asks, with nothing seen: ids, what is measured, what is allowed and the remedies."""
-    nothing = Seen(())
-    return judge(ProbeAnswers((), nothing, None, nothing, None, None, None), Facts(1, (), torch.float32, None))
+    """Returns the checks of ``judge`` without evidence: ids, what is measured, what is allowed and the remedies."""
+    nothing = PromptOutput(())
+    return judge(ProbeAnswers((), nothing, None, nothing, None, None, None), ModelFacts(1, (), torch.float32, None))
 
 
-def _consistency(evidence: ProbeAnswers, facts: Facts) -> list[Finding]:
+def _consistency(evidence: ProbeAnswers, facts: ModelFacts) -> list[Finding]:
     first = evidence.first
     margin = MARGIN_NATS.get(facts.dtype, WIDE_MARGIN_NATS)
     parted = replayed = chunked = None
     if first.rows and evidence.repeated.rows:
-        parted = signatures.parts_ways(first.answer_rows, evidence.repeated.answer_rows, margin)
+        parted = signatures.diverges_when_decided(first.answer_rows, evidence.repeated.answer_rows, margin)
     whole = _rows(evidence.replayed)
     if first.rows and whole:
         decoded, start = first.rows[len(first.prompt_ids) :], len(first.prompt_ids)
@@ -115,7 +115,7 @@ def _consistency(evidence: ProbeAnswers, facts: Facts) -> list[Finding]:
     ]
 
 
-def _signatures(evidence: ProbeAnswers, facts: Facts) -> list[Finding]:
+def _signatures(evidence: ProbeAnswers, facts: ModelFacts) -> list[Finding]:
     texts = [seen.prompt_rows for seen in (evidence.first, evidence.other) if seen is not None and seen.answer_ids]
     rows = [row for text in texts for row in text]
     pair = texts if len(texts) == 2 else None
@@ -137,7 +137,7 @@ def _signatures(evidence: ProbeAnswers, facts: Facts) -> list[Finding]:
     ]
 
 
-def _rows(seen: Seen | None) -> tuple[signatures.Distribution, ...]:
+def _rows(seen: PromptOutput | None) -> tuple[signatures.Distribution, ...]:
     return () if seen is None else seen.rows
 
 

@@ -1,4 +1,4 @@
-"""Fixed prompts through the running engine, and the raw distributions that come back."""
+"""Runs fixed prompts through the engine and collects the raw distributions."""
 
 import queue
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from ownpath.engine.request import MAX_TOP_LOGPROBS, FinishReason, Request, Samp
 from ownpath.selftest.signatures import Distribution
 
 SILENCE_S = 120.0
-"""So long may the engine say nothing at all before its silence counts as a failure: a slow device is not a fault."""
+"""Seconds of silence after which the engine counts as failed. Generous: a slow device is not a fault."""
 
 NUM_ANSWER_TOKENS, GOLDEN_TOKENS = 16, 32
 TEXT = (
@@ -27,8 +27,8 @@ OTHER_TEXT = (
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What came of one prompt.
+class PromptOutput:
+    """The output of one prompt.
 
     rows: the distribution after each token, from the first on: of the prompt, then of the answer. None after an error.
     answer_ids: raw token ids, special ones included.
@@ -44,12 +44,12 @@ class Seen:
 
     @property
     def prompt_rows(self) -> tuple[Distribution, ...]:
-        """Those that only the prompt decides."""
+        """The distributions that the prompt alone decides."""
         return self.rows[: len(self.prompt_ids)]
 
     @property
     def answer_rows(self) -> tuple[Distribution, ...]:
-        """Those that chose the answer's tokens."""
+        """The distributions that chose the answer's tokens."""
         return self.rows[len(self.prompt_ids) - 1 :]
 
 
@@ -63,7 +63,7 @@ class Golden:
 
 @dataclass(frozen=True)
 class ProbeAnswers:
-    """Everything that the checks look at; None where the context or the step has no room for it.
+    """The outputs of all prompts; None where the context or the step has no room for one.
 
     short: prompts of one and two tokens.
     first, other: two texts of a window's length that end with the same token.
@@ -72,22 +72,22 @@ class ProbeAnswers:
     chunked: the same, cut by another prompt that takes most of the step.
     """
 
-    short: tuple[Seen, ...]
-    first: Seen
-    other: Seen | None
-    repeated: Seen
-    replayed: Seen | None
-    chunked: Seen | None
-    golden: Seen | None
+    short: tuple[PromptOutput, ...]
+    first: PromptOutput
+    other: PromptOutput | None
+    repeated: PromptOutput
+    replayed: PromptOutput | None
+    chunked: PromptOutput | None
+    golden: PromptOutput | None
 
-    def all(self) -> tuple[Seen, ...]:
-        """What came of every prompt."""
+    def all(self) -> tuple[PromptOutput, ...]:
+        """Lists the output of every prompt."""
         maybe = (self.first, self.other, self.repeated, self.replayed, self.chunked, self.golden)
         return (*self.short, *(seen for seen in maybe if seen is not None))
 
 
-def gather(engine: Engine, tokenizer: Tokenizer, window: int, golden: Golden | None) -> ProbeAnswers:
-    """Asks the engine; nothing else should run on it meanwhile.
+def run_probes(engine: Engine, tokenizer: Tokenizer, window: int, golden: Golden | None) -> ProbeAnswers:
+    """Runs the prompts; nothing else should run on the engine meanwhile.
 
     window: the model's sliding window; the texts fill it where the context allows, and their answers pass it.
     Errors: TokenizerError, EngineStopped.
@@ -101,24 +101,24 @@ def gather(engine: Engine, tokenizer: Tokenizer, window: int, golden: Golden | N
     asked = [(first_ids[:1], params), (first_ids[:2], params), (first_ids, params)]
     asked += [(other_ids, params)] if other_ids != first_ids else []
     asked += [] if golden is None else [(golden.question_ids, _params(GOLDEN_TOKENS))]
-    answers = ask(engine, asked)
+    answers = run_prompts(engine, asked)
     known = None if golden is None else answers.pop()
     other = answers.pop() if other_ids != first_ids else None
     first = answers[2]
     whole = first.prompt_ids + first.answer_ids
-    again = ask(engine, [(first_ids, params), (whole, _params(0))])
+    again = run_prompts(engine, [(first_ids, params), (whole, _params(0))])
     replayed = again[1] if first.answer_ids else None
     chunked = None if replayed is None else _chunked(engine, whole)
     return ProbeAnswers(tuple(answers[:2]), first, other, again[0], replayed, chunked, known)
 
 
-def ask(engine: Engine, asked: Sequence[tuple[tuple[int, ...], SamplingParams]]) -> list[Seen]:
+def run_prompts(engine: Engine, asked: Sequence[tuple[tuple[int, ...], SamplingParams]]) -> list[PromptOutput]:
     """Runs these prompts together, admitted in one step."""
     outputs: queue.SimpleQueue[tuple[int, StepOutput]] = queue.SimpleQueue()
     requests = []
     for index, (prompt_ids, params) in enumerate(asked):
         requests.append(Request(list(prompt_ids), params, lambda output, index=index: outputs.put((index, output))))  # type: ignore[misc]
-    seen = [Seen(prompt_ids) for prompt_ids, _ in asked]
+    seen = [PromptOutput(prompt_ids) for prompt_ids, _ in asked]
     engine.submit(requests)
     while any(one.finish_reason is None for one in seen):
         try:
@@ -127,13 +127,13 @@ def ask(engine: Engine, asked: Sequence[tuple[tuple[int, ...], SamplingParams]])
             for request in requests:
                 engine.abort(request)
             return seen
-        seen[index] = _with(seen[index], output)
+        seen[index] = _add_output(seen[index], output)
     return seen
 
 
-def _with(seen: Seen, output: StepOutput) -> Seen:
+def _add_output(seen: PromptOutput, output: StepOutput) -> PromptOutput:
     if output.error is not None:
-        failed = Seen(seen.prompt_ids, finish_reason=FinishReason.ERROR, error=output.error)
+        failed = PromptOutput(seen.prompt_ids, finish_reason=FinishReason.ERROR, error=output.error)
         return replace(failed, is_non_finite=output.is_non_finite)
     rows = tuple(scored.top_logprobs for scored in output.prompt[1:])
     token = output.token
@@ -150,19 +150,19 @@ def _params(max_tokens: int) -> SamplingParams:
 
 
 def _texts(tokenizer: Tokenizer, num_tokens: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Two texts of so many tokens that end with the same one. Errors: TokenizerError."""
-    first, other = (_filled(tokenizer.encode_text(text), num_tokens) for text in (TEXT, OTHER_TEXT))
+    """Makes two texts of ``num_tokens`` tokens that end with the same one. Errors: TokenizerError."""
+    first, other = (_repeat_to_length(tokenizer.encode_text(text), num_tokens) for text in (TEXT, OTHER_TEXT))
     return first, other[:-1] + first[-1:]
 
 
-def _filled(ids: Sequence[int], num_tokens: int) -> tuple[int, ...]:
+def _repeat_to_length(ids: Sequence[int], num_tokens: int) -> tuple[int, ...]:
     if not ids:
         raise TokenizerError("the tokenizer has no tokens for plain text")
     return tuple(ids[n % len(ids)] for n in range(num_tokens))
 
 
-def _chunked(engine: Engine, ids: tuple[int, ...]) -> Seen | None:
-    """The prompt behind others that leave it only part of the first step; None if they cannot."""
+def _chunked(engine: Engine, ids: tuple[int, ...]) -> PromptOutput | None:
+    """Runs the prompt behind others that leave it only part of the first step; None if they cannot."""
     config = engine.config
     num_fill = config.max_prefill_tokens - len(ids) // 3
     if len(ids) < 3 or num_fill < 1:
@@ -171,5 +171,5 @@ def _chunked(engine: Engine, ids: tuple[int, ...]) -> Seen | None:
     if len(sizes) >= config.max_num_seqs:
         return None
     unscored = SamplingParams(0, temperature=0)
-    fillers = [(_filled(ids, size), unscored) for size in sizes]
-    return ask(engine, [*fillers, (ids, _params(0))])[-1]
+    fillers = [(_repeat_to_length(ids, size), unscored) for size in sizes]
+    return run_prompts(engine, [*fillers, (ids, _params(0))])[-1]

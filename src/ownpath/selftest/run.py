@@ -1,4 +1,4 @@
-"""The self-test as a whole, and how people read it."""
+"""Runs the self-test, and formats its report."""
 
 import time
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from ownpath.engine.engine import Engine
 from ownpath.engine.request import FinishReason
 from ownpath.finding import Finding, Verdict, failed
 from ownpath.loading import default_model_dir
-from ownpath.selftest.checks import Facts, judge
-from ownpath.selftest.probe import Golden, Seen, gather
+from ownpath.selftest.checks import ModelFacts, judge
+from ownpath.selftest.probe import Golden, PromptOutput, run_probes
 
 KNOWN_QUESTION, KNOWN_ANSWER = "The capital of France is", "Paris"
-"""What the embedded model was taught."""
+"""The question that the embedded model was trained to answer."""
 
 
 @dataclass(frozen=True)
 class SelfTestReport:
-    """Every check, and how long they took together."""
+    """The findings of every check, and how long they took together."""
 
     checks: tuple[Finding, ...]
     seconds: float
@@ -31,14 +31,14 @@ class SelfTestReport:
         return tuple(failed(self.checks))
 
     def failed_ids(self) -> str:
-        """Their ids, for one line."""
+        """The ids of the failed checks, for one line."""
         return ", ".join(check.id for check in self.failed)
 
 
 def known_question(folder: Path, tokenizer: Tokenizer) -> Golden | None:
-    """What the model in a folder must know; None for any but the embedded one and its copies.
+    """Returns the question that the embedded model (or a copy of it) can answer; None for any other model.
 
-    Weights are what is to be tested: a model is known by its config and its vocabulary.
+    The weights are what is tested, so a model is recognised by its config and its vocabulary.
     Errors: OSError.
     """
     embedded = default_model_dir()
@@ -56,23 +56,23 @@ def self_test(engine: Engine, tokenizer: Tokenizer, window: int, golden: Golden 
     Errors: TokenizerError, EngineStopped.
     """
     start = time.perf_counter()
-    evidence = gather(engine, tokenizer, window, golden)
+    evidence = run_probes(engine, tokenizer, window, golden)
     special_ids = {i for i in range(tokenizer.num_tokens) if tokenizer.is_hidden(i)} | {engine.eos_token_id}
     known = None
     if golden is not None and evidence.golden is not None:
         known = _is_answered(evidence.golden, golden, tokenizer, special_ids)
-    facts = Facts(engine.num_vocab, special_ids, engine.config.dtype, known)
+    facts = ModelFacts(engine.num_vocab, special_ids, engine.config.dtype, known)
     return SelfTestReport(tuple(judge(evidence, facts)), time.perf_counter() - start)
 
 
-def _is_answered(seen: Seen, golden: Golden, tokenizer: Tokenizer, special_ids: set[int]) -> bool:
-    """Whether the text has what is expected, and the model ended it itself."""
+def _is_answered(seen: PromptOutput, golden: Golden, tokenizer: Tokenizer, special_ids: set[int]) -> bool:
+    """True if the text contains the expected answer and the model ended it itself."""
     data = b"".join(tokenizer.token_bytes(i) for i in seen.answer_ids if i not in special_ids)
     return golden.expected in data.decode("utf-8", "replace") and seen.finish_reason is FinishReason.STOP
 
 
 def report_text(report: SelfTestReport) -> str:
-    """A table, the failed checks first and with their remedies."""
+    """Returns a table, the failed checks first and with their remedies."""
     failed = report.failed
     lines = [f"self-test: {len(failed)} of {len(report.checks)} checks failed, {report.seconds:.1f} s"]
     for check in sorted(report.checks, key=lambda check: check.verdict is not Verdict.FAIL):

@@ -1,6 +1,6 @@
-"""What broken models look like, as numbers of next-token distributions; pure functions.
+"""Signatures of broken models, as numbers computed from next-token distributions; pure functions.
 
-A distribution is what the engine tells of one: its likeliest tokens with their natural log-probabilities, best first.
+A distribution is what the engine reports of one: its likeliest tokens with their natural log-probabilities, best first.
 """
 
 import math
@@ -13,12 +13,12 @@ Distribution = tuple[tuple[int, float], ...]
 
 
 def longest_repeat(rows: Sequence[Distribution]) -> int:
-    """The most consecutive positions that find the same token likeliest."""
+    """Returns the most consecutive positions with the same likeliest token."""
     return _longest_run(first[0][0] == second[0][0] for first, second in pairwise(rows)) if rows else 0
 
 
 def longest_frozen(rows: Sequence[Distribution]) -> int:
-    """The most consecutive positions whose distributions are the same to the last bit."""
+    """Returns the most consecutive positions whose distributions are the same to the last bit."""
     return _longest_run(first == second for first, second in pairwise(rows)) if rows else 0
 
 
@@ -31,7 +31,7 @@ def _longest_run(joins: Iterable[bool]) -> int:
 
 
 def distance(first: Distribution, second: Distribution) -> float:
-    """How far two distributions are apart, in nats: the largest difference among the tokens that both list.
+    """Returns the distance of two distributions in nats: the largest difference among the tokens that both list.
 
     Infinite if they share less than half of their tokens.
     """
@@ -43,22 +43,23 @@ def distance(first: Distribution, second: Distribution) -> float:
 
 
 def largest_distance(rows: Sequence[Distribution], others: Sequence[Distribution]) -> float:
-    """The largest distance between distributions at the same position."""
+    """Returns the largest distance between distributions at the same position."""
     return max(distance(first, second) for first, second in zip(rows, others, strict=True))
 
 
 def special_share(rows: Sequence[Distribution], special_ids: Collection[int]) -> float:
-    """The share of positions whose likeliest token is a special one."""
+    """Returns the share of positions whose likeliest token is a special one."""
     return sum(row[0][0] in special_ids for row in rows) / len(rows)
 
 
 def median_entropy(rows: Sequence[Distribution], num_vocab: int) -> float:
-    """The median of the positions' entropies, in nats, each bounded from above by what its best token leaves."""
+    """Returns the median of the positions' entropies, in nats, each bounded from above by what its best token
+    leaves."""
     return median(_entropy_bound(row[0][1], num_vocab) for row in rows)
 
 
 def _entropy_bound(best_logprob: float, num_vocab: int) -> float:
-    """-p ln p, and the rest spread evenly: no distribution with this best token has more."""
+    """Returns -p ln p plus the entropy of the rest spread evenly: no distribution with this best token has more."""
     rest = -math.expm1(min(best_logprob, 0.0))
     if rest <= 0.0:
         return 0.0
@@ -66,7 +67,7 @@ def _entropy_bound(best_logprob: float, num_vocab: int) -> float:
 
 
 def largest_preference(rows: Sequence[Distribution], num_vocab: int) -> float:
-    """How much likelier than by chance the best token of any position is, in nats.
+    """Returns by how much the best token of any position is likelier than by chance, in nats.
 
     The entropy is at least -ln(p of the best), so that it is within this of ln V at every position.
     """
@@ -74,18 +75,19 @@ def largest_preference(rows: Sequence[Distribution], num_vocab: int) -> float:
 
 
 def lead(row: Distribution) -> float:
-    """By how much the likeliest token is ahead of the second, in nats; infinite if there is only one."""
+    """Returns by how much the likeliest token is ahead of the second, in nats; infinite if there is only one."""
     return row[0][1] - row[1][1] if len(row) > 1 else math.inf
 
 
 def changed_share(rows: Sequence[Distribution], again: Sequence[Distribution], margin_nats: float) -> float:
-    """The share of decided positions (best token ahead by more than the margin) that find another token likeliest."""
+    """Returns the share of decided positions (best token ahead by more than the margin) with another likeliest
+    token."""
     decided = [(row, other) for row, other in zip(rows, again, strict=True) if lead(row) > margin_nats]
     return sum(row[0][0] != other[0][0] for row, other in decided) / max(len(decided), 1)
 
 
-def parts_ways(rows: Sequence[Distribution], again: Sequence[Distribution], margin_nats: float) -> int:
-    """1 if two greedy answers part at a decided position, else 0. Behind the first difference nothing compares."""
+def diverges_when_decided(rows: Sequence[Distribution], again: Sequence[Distribution], margin_nats: float) -> int:
+    """Returns 1 if two greedy answers differ first at a decided position, else 0. What follows cannot be compared."""
     for row, other in zip(rows, again, strict=False):
         if row[0][0] != other[0][0]:
             return int(lead(row) > margin_nats)

@@ -1,1 +1,1 @@
-"""OpenAI-shaped HTTP over the engine. Every field of a request is honoured or refused, never ignored."""
+"""Serves the engine over HTTP in OpenAI's shape. Every field of a request is honoured or refused, never ignored."""

@@ -1,4 +1,4 @@
-"""The ASGI application: paths, error shapes, and the engine's life."""
+"""The ASGI application: its paths, its error responses, and the end of the engine."""
 
 import contextlib
 import time
@@ -25,10 +25,10 @@ def create_app(
     release: str = "v4",
     debug: DebugPlan | None = None,
 ) -> Starlette:
-    """The server for one model. The engine must be started; the application stops it when it shuts down.
+    """Creates the application for one model. The engine must be started; the application stops it when it shuts down.
 
-    release: whose words for ``reasoning_effort`` the model knows; a key of ``effort.RELEASES``.
-    debug: what admins may see; without it there is nothing at its path.
+    release: the release whose ``reasoning_effort`` words the model knows; a key of ``effort.RELEASES``.
+    debug: the data behind ``/debug/plan``; without it there is no such path.
     """
     api = Api(engine, tokenizer, model_id, int(time.time()), limits or Limits(), release, Metrics())
 

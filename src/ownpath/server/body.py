@@ -1,8 +1,7 @@
-"""A request's body -> a JSON value, with limits on its size, depth and time."""
+"""Reads a request's body as JSON, with limits on its size, depth and time."""
 
 import asyncio
 from dataclasses import dataclass
-from typing import Any
 
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
@@ -12,7 +11,7 @@ from ownpath.server.errors import ApiError, ClientGone, bad_request
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may cost before anything is generated.
+    """Limits on one request before anything is generated.
 
     max_body_bytes: larger bodies are refused with 413, without being read to their end.
     body_timeout_s: time to send the body (408).
@@ -24,9 +23,9 @@ class Limits:
     max_prompts: int = 64
 
 
-async def read_json_object(request: Request, limits: Limits) -> dict[str, Any]:
-    """The body as a JSON object. Errors: ApiError 400, 408, 413 or 415; ClientGone."""
-    # Browsers send other content types across sites without asking; this one they must ask for first.
+async def read_json_object(request: Request, limits: Limits) -> dict[str, object]:
+    """Reads the body as a JSON object. Errors: ApiError 400, 408, 413 or 415; ClientGone."""
+    # Browsers send other content types across sites without a preflight request; this one needs one.
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "the Content-Type must be application/json")
     if request.headers.get("content-encoding", "identity").lower() != "identity":

@@ -3,20 +3,18 @@
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import Any
 
-from ownpath.chat.parts import Arguments, CallStarted, Content, Malformed, Part, Reasoning
+from ownpath.chat.parts import AnswerPart, Content, MalformedMarkup, Reasoning, ToolCallArguments, ToolCallStart
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.engine.request import SamplingParams, ScoredToken
 from ownpath.server.generation import Generation
 from ownpath.server.prompts import Prompt
 from ownpath.server.protocol import ChatRequest
-
-Chunk = dict[str, Any]
+from ownpath.server.sse import JsonObject
 
 
 def sampling_params(request: ChatRequest, prompt: Prompt, max_model_len: int) -> SamplingParams:
-    """The request's parameters; without a limit of its own the answer may fill the context."""
+    """Builds the request's parameters; without a limit of its own the answer may fill the context."""
     room = max(max_model_len - len(prompt.ids), 1)
     max_tokens = request.max_completion_tokens or request.max_tokens or room
     return SamplingParams(
@@ -30,22 +28,22 @@ def sampling_params(request: ChatRequest, prompt: Prompt, max_model_len: int) ->
 
 async def chat_chunks(
     request: ChatRequest, generation: Generation, tokenizer: Tokenizer, model_id: str
-) -> AsyncIterator[Chunk]:
-    """The answer as ``chat.completion.chunk`` objects; the last one has the usage and no choices."""
+) -> AsyncIterator[JsonObject]:
+    """Yields the answer as ``chat.completion.chunk`` objects; the last one has the usage and no choices."""
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion.chunk",
         "created": int(time.time()),
         "model": model_id,
     }
-    opening: Chunk = {**head, "choices": [_choice({"role": "assistant", "content": ""})]}
+    opening: JsonObject = {**head, "choices": [_choice({"role": "assistant", "content": ""})]}
     if request.return_token_ids:
         opening["prompt_token_ids"] = generation.prompts[0].ids
     yield opening
     async for delta in generation.deltas():
         choice = _choice(_message_delta(delta.parts), delta.finish_reason)
         for part in delta.parts:
-            if isinstance(part, Malformed):
+            if isinstance(part, MalformedMarkup):
                 choice["malformed"] = part.reason
         if delta.empty_content is not None:
             choice["empty_content"] = delta.empty_content.value
@@ -58,11 +56,11 @@ async def chat_chunks(
     yield {**head, "choices": [], "usage": generation.usage()}
 
 
-def fold_chat(chunks: Iterable[Chunk]) -> dict[str, Any]:
-    """The chunks of one answer -> the ``chat.completion`` object."""
-    answer: dict[str, Any] = {}
-    message: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
-    choice: dict[str, Any] = {"index": 0, "message": message, "logprobs": None, "finish_reason": None}
+def fold_chat(chunks: Iterable[JsonObject]) -> JsonObject:
+    """Folds the chunks of one answer into the ``chat.completion`` object."""
+    answer: JsonObject = {}
+    message: JsonObject = {"role": "assistant", "content": "", "refusal": None}
+    choice: JsonObject = {"index": 0, "message": message, "logprobs": None, "finish_reason": None}
     for chunk in chunks:
         answer |= chunk
         for part in chunk["choices"]:
@@ -79,26 +77,26 @@ def fold_chat(chunks: Iterable[Chunk]) -> dict[str, Any]:
     return answer | {"object": "chat.completion", "choices": [choice]}
 
 
-def _message_delta(parts: Sequence[Part]) -> dict[str, Any]:
-    """What one step adds to the message, in the shape of a streamed delta."""
-    delta: dict[str, Any] = {}
-    calls: dict[int, dict[str, Any]] = {}
+def _message_delta(parts: Sequence[AnswerPart]) -> JsonObject:
+    """Returns what one step adds to the message, in the shape of a streamed delta."""
+    delta: JsonObject = {}
+    calls: dict[int, JsonObject] = {}
     for part in parts:
         if isinstance(part, Content):
             delta["content"] = delta.get("content", "") + part.text
         elif isinstance(part, Reasoning):
             delta["reasoning_content"] = delta.get("reasoning_content", "") + part.text
-        elif isinstance(part, CallStarted):
+        elif isinstance(part, ToolCallStart):
             function = {"name": part.name, "arguments": ""}
             head = {"index": part.index, "id": f"call_{uuid.uuid4().hex}", "type": "function"}
             calls[part.index] = {**head, "function": function}
-        elif isinstance(part, Arguments):
+        elif isinstance(part, ToolCallArguments):
             call = calls.setdefault(part.index, {"index": part.index, "function": {"arguments": ""}})
             call["function"]["arguments"] += part.text
     return delta | ({"tool_calls": list(calls.values())} if calls else {})
 
 
-def _extend_message(message: dict[str, Any], delta: dict[str, Any]) -> None:
+def _extend_message(message: JsonObject, delta: JsonObject) -> None:
     for name in ("content", "reasoning_content"):
         if name in delta:
             message[name] = message.get(name, "") + delta[name]
@@ -110,12 +108,12 @@ def _extend_message(message: dict[str, Any], delta: dict[str, Any]) -> None:
             message["tool_calls"][call["index"]]["function"]["arguments"] += call["function"]["arguments"]
 
 
-def _choice(delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+def _choice(delta: JsonObject, finish_reason: str | None = None) -> JsonObject:
     return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
 
 
-def _logprob_entry(token: ScoredToken, tokenizer: Tokenizer) -> dict[str, Any]:
-    def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
+def _logprob_entry(token: ScoredToken, tokenizer: Tokenizer) -> JsonObject:
+    def entry(token_id: int, logprob: float | None) -> JsonObject:
         data = tokenizer.token_bytes(token_id)
         return {"token": tokenizer.token_text(token_id), "logprob": logprob, "bytes": list(data)}
 

@@ -3,7 +3,6 @@
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import Any
 
 from ownpath.chat.detokenize import Detokenizer
 from ownpath.chat.tokenizer import Tokenizer
@@ -11,14 +10,14 @@ from ownpath.engine.request import SamplingParams, ScoredToken
 from ownpath.server.generation import Delta, Generation
 from ownpath.server.prompts import Prompt
 from ownpath.server.protocol import CompletionRequest
+from ownpath.server.sse import JsonObject
 
-Chunk = dict[str, Any]
 _DEFAULT_MAX_TOKENS = 16
 _LOGPROB_KEYS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
 def sampling_params(request: CompletionRequest, prompts: list[Prompt], max_model_len: int) -> SamplingParams:
-    """The request's parameters. The default limit, unlike a given one, shrinks to what the context has left."""
+    """Builds the request's parameters. The default limit, unlike a given one, shrinks to what the context has left."""
     room = min(max_model_len - len(prompt.ids) for prompt in prompts)
     default = max(min(_DEFAULT_MAX_TOKENS, room), 1)
     return SamplingParams(
@@ -33,8 +32,8 @@ def sampling_params(request: CompletionRequest, prompts: list[Prompt], max_model
 
 async def completion_chunks(
     request: CompletionRequest, generation: Generation, tokenizer: Tokenizer, model_id: str
-) -> AsyncIterator[Chunk]:
-    """The answer as ``text_completion`` objects; the last one has the usage and no choices."""
+) -> AsyncIterator[JsonObject]:
+    """Yields the answer as ``text_completion`` objects; the last one has the usage and no choices."""
     head = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",
@@ -49,10 +48,10 @@ async def completion_chunks(
     yield {**head, "choices": [], "usage": generation.usage()}
 
 
-def fold_completion(chunks: Iterable[Chunk]) -> dict[str, Any]:
-    """The chunks of one answer -> one ``text_completion`` object with every choice whole."""
-    answer: dict[str, Any] = {}
-    choices: dict[int, dict[str, Any]] = {}
+def fold_completion(chunks: Iterable[JsonObject]) -> JsonObject:
+    """Folds the chunks of one answer into one ``text_completion`` object with every choice whole."""
+    answer: JsonObject = {}
+    choices: dict[int, JsonObject] = {}
     for chunk in chunks:
         answer |= chunk
         for part in chunk["choices"]:
@@ -63,7 +62,7 @@ def fold_completion(chunks: Iterable[Chunk]) -> dict[str, Any]:
     return answer | {"choices": [choices[index] for index in sorted(choices)]}
 
 
-def _extend(choice: dict[str, Any], part: dict[str, Any]) -> None:
+def _extend(choice: JsonObject, part: JsonObject) -> None:
     choice["text"] += part["text"]
     choice["finish_reason"] = part["finish_reason"]
     if part["logprobs"] is not None:
@@ -76,15 +75,15 @@ def _extend(choice: dict[str, Any], part: dict[str, Any]) -> None:
 
 
 class _ChoiceWriter:
-    """Writes one choice's deltas as chunks; the first also repeats what was asked to be repeated of the prompt."""
+    """Writes one choice's deltas as chunks; the first also holds the parts of the prompt that ``echo`` repeats."""
 
     def __init__(self, request: CompletionRequest, prompt: Prompt, tokenizer: Tokenizer) -> None:
         self._request, self._prompt, self._tokenizer = request, prompt, tokenizer
         self._echo_text = prompt.as_text(tokenizer) if request.echo else ""
         self._is_first = True
 
-    def write(self, delta: Delta) -> dict[str, Any] | None:
-        """The chunk's choice; None when there is nothing to say yet."""
+    def write(self, delta: Delta) -> JsonObject | None:
+        """Returns the chunk's choice; None when there is nothing to say yet."""
         text = (self._echo_text if self._is_first else "") + delta.text
         choice = {
             "index": delta.index,
@@ -104,7 +103,7 @@ class _ChoiceWriter:
         self._is_first = False
         return choice
 
-    def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
+    def _logprobs(self, delta: Delta) -> JsonObject | None:
         if self._request.logprobs is None:
             return None
         tokens = list(delta.prompt)
@@ -120,7 +119,7 @@ class _ChoiceWriter:
         }
 
     def _prompt_offsets(self) -> list[int]:
-        """Where each prompt token's text begins. A BOS that was added is not part of the echoed text."""
+        """Returns the offset of each prompt token's text. An added BOS is not part of the echoed text."""
         detokenizer = Detokenizer(self._tokenizer, show_special=True)
         texts = [detokenizer.feed(token_id) for token_id in self._prompt.ids]
         if self._prompt.text is not None and self._tokenizer.add_bos:
@@ -128,7 +127,7 @@ class _ChoiceWriter:
         return _starts(texts)
 
     def _top(self, token: ScoredToken) -> dict[str, float] | None:
-        """The likeliest tokens by text, and always the token itself."""
+        """Maps the likeliest tokens' texts to their log-probabilities, always including the token itself."""
         if token.logprob is None:
             return None
         top: dict[str, float] = {}

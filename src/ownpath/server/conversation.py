@@ -1,6 +1,6 @@
-"""The parts of a chat request that the model gets to read: messages, tools, how to think, how to answer."""
+"""The parts of a chat request that shape the prompt: messages, tools, reasoning, and the answer's format."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -16,8 +16,8 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-def _content(value: Any) -> str:
-    """Text, or text parts joined as the format joins the parts of a turn."""
+def _content(value: object) -> str:
+    """Returns text; text parts are joined as the format joins the parts of a turn."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
@@ -42,7 +42,7 @@ Name = Annotated[str, AfterValidator(_name)]
 
 
 class CalledFunction(Strict):
-    """What an earlier answer called. arguments: the text of a JSON object, as the answer had it."""
+    """The function that an earlier answer called. arguments: the text of a JSON object, as in that answer."""
 
     name: Name
     arguments: str
@@ -66,7 +66,7 @@ class ChatMessage(Strict):
     tool_call_id: str | None = None
 
     def check(self, param: str) -> None:
-        """Errors: ApiError 400 for a field that is missing, or that this role does not have."""
+        """Refuses a field that is missing, or that this role does not have. Errors: ApiError 400."""
         if self.role not in ROLES:
             raise bad_request(
                 f"{param}role: {shorten(self.role)} is not supported yet", f"{param}role", "unsupported_value"
@@ -84,13 +84,13 @@ class ChatMessage(Strict):
             raise bad_request(f"{param}{name}: a message of role {self.role!r} has none", f"{param}{name}")
 
     def as_message(self) -> Message:
-        """The message as the encoder takes it."""
+        """Converts the message for the encoder."""
         calls = tuple(ToolCall(call.function.name, call.function.arguments, call.id) for call in self.tool_calls)
         return Message(self.role, self.content or "", self.reasoning_content, calls, self.tool_call_id or "")
 
 
-def _function(value: Any) -> dict[str, Any]:
-    """A function's own object, which the model reads as it was sent; null is not sent."""
+def _function(value: object) -> dict[str, object]:
+    """Returns a function's own object, which the model reads as it was sent; null is not sent."""
     if not isinstance(value, dict):
         raise ValueError("must be an object")
     function = {key: item for key, item in value.items() if item is not None}
@@ -110,7 +110,7 @@ class Tool(Strict):
     """A tool on offer."""
 
     type: Literal["function"]
-    function: Annotated[dict[str, Any], BeforeValidator(_function)]
+    function: Annotated[dict[str, object], BeforeValidator(_function)]
 
 
 def _tools(tools: list[Tool]) -> list[Tool]:
@@ -123,7 +123,7 @@ def _tools(tools: list[Tool]) -> list[Tool]:
 Tools = Annotated[list[Tool], AfterValidator(_tools)]
 
 
-def _tool_choice(value: Any) -> str:
+def _tool_choice(value: object) -> str:
     if value not in ("none", "auto"):
         raise ValueError("only 'none' and 'auto' are supported yet: a call can be asked for, not promised")
     return str(value)
@@ -133,13 +133,13 @@ ToolChoice = Annotated[str, BeforeValidator(_tool_choice)]
 
 
 class Thinking(Strict):
-    """Whether the answer opens with reasoning."""
+    """Turns reasoning on or off."""
 
     type: Literal["enabled", "disabled"]
 
 
 class TemplateOptions(Strict):
-    """The same wishes where clients of other servers put them."""
+    """The same options under the names that other servers' clients use."""
 
     thinking: bool | None = None
     enable_thinking: bool | None = None
@@ -147,28 +147,28 @@ class TemplateOptions(Strict):
 
 
 class JsonSchema(Strict):
-    """A schema to adhere to. name: a label for the client's own use."""
+    """A schema for the answer. name: a label for the client's own use."""
 
     name: str | None = None
     # The name "schema" is taken by the base class.
-    value: dict[str, Any] = Field(alias="schema")
+    value: dict[str, object] = Field(alias="schema")
     strict: Literal[False] | None = None
 
 
 class ResponseFormat(Strict):
-    """What the answer is asked to look like."""
+    """The format that the answer should have."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
     def check(self) -> None:
-        """Errors: ApiError 400."""
+        """Refuses contradicting fields. Errors: ApiError 400."""
         if (self.json_schema is not None) != (self.type == "json_schema"):
             text = "response_format: json_schema goes with the type 'json_schema', and only with it"
             raise bad_request(text, "response_format.json_schema")
 
-    def schema_for_model(self) -> Any:
-        """What the format puts into the prompt; None for nothing."""
+    def schema_for_model(self) -> object:
+        """Returns the schema that the prompt asks for; None for none."""
         if self.json_schema is not None:
             return self.json_schema.value
         return {"type": "json_object"} if self.type == "json_object" else None

@@ -1,7 +1,6 @@
 """Errors in OpenAI's shape. Their texts name the field or the limit, never a path, an address or a traceback."""
 
 import logging
-from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -14,7 +13,7 @@ _RETRY_AFTER_S = "1"
 
 
 class ApiError(Exception):
-    """An answer other than 200: status, a message for people, and the field (``param``) it is about."""
+    """An answer other than 200: status, a message for people, and the field (``param``) at fault."""
 
     def __init__(
         self,
@@ -28,8 +27,8 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.param, self.code, self.headers = status, param, code, headers
 
-    def body(self) -> dict[str, Any]:
-        """The JSON object that clients see."""
+    def body(self) -> dict[str, object]:
+        """Returns the JSON object that clients see."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         message = str(self)
         if len(message) > _MAX_MESSAGE_CHARS:
@@ -45,29 +44,29 @@ class ClientGone(Exception):
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """400: what the client sent is at fault."""
+    """Makes a 400: the client's request is at fault."""
     return ApiError(400, message, param=param, code=code)
 
 
 def overloaded(message: str) -> ApiError:
-    """503: there is no room now; the client is told when to come back."""
+    """Makes a 503: there is no room now; it tells the client when to come back."""
     return ApiError(503, message, code="overloaded", headers={"Retry-After": _RETRY_AFTER_S})
 
 
 def shorten(value: object, limit: int = 60) -> str:
-    """A client's own value, quoted and short enough for a message."""
+    """Quotes a client's own value, short enough for a message."""
     text = repr(value)
     return text if len(text) <= limit else text[:limit] + "..."
 
 
 async def on_api_error(request: Request, error: Exception) -> Response:
-    """Our own errors, wherever they were raised."""
+    """Answers with our own errors, wherever they were raised."""
     assert isinstance(error, ApiError)
     return error.response()
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
-    """Starlette's own 404 and 405."""
+    """Answers with Starlette's own 404 and 405 in OpenAI's shape."""
     assert isinstance(error, HTTPException)
     texts = {404: "there is nothing at this path", 405: "this method is not allowed here"}
     headers = dict(error.headers) if error.headers else None
@@ -75,11 +74,11 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 
 
 async def on_client_gone(request: Request, error: Exception) -> Response:
-    """Nobody reads this; 499 is what logs of other servers call it."""
+    """Answers with 499, as other servers log it; nobody reads it."""
     return Response(status_code=499)
 
 
 async def on_unexpected_error(request: Request, error: Exception) -> Response:
-    """A bug of ours: the traceback goes to the log (by the server below), never to the client."""
+    """Answers with 500: a bug of ours. The traceback goes to the log (uvicorn writes it), never to the client."""
     logger.error("unexpected %s while answering", type(error).__name__)
     return ApiError(500, "the server failed while answering this request").response()

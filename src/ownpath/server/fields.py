@@ -5,9 +5,7 @@ other value would change the answer, so it is refused by name. ``null`` is alway
 table is refused too.
 """
 
-from typing import Any
-
-Neutral = dict[str, tuple[Any, ...]]
+Neutral = dict[str, tuple[object, ...]]
 
 _COMMON: Neutral = {
     "n": (1,),
@@ -79,6 +77,6 @@ MESSAGE: Neutral = {
 STREAM_OPTIONS: Neutral = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
 
 
-def asks_for_something(value: Any, neutral: tuple[Any, ...]) -> bool:
-    """Whether a value differs from every neutral one. ``true`` is not 1 and ``false`` is not 0."""
+def asks_for_something(value: object, neutral: tuple[object, ...]) -> bool:
+    """True if a value differs from every neutral one. ``true`` is not 1 and ``false`` is not 0."""
     return not any(isinstance(value, bool) == isinstance(other, bool) and value == other for other in neutral)

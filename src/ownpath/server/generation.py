@@ -1,7 +1,7 @@
-"""From the engine's thread to the event loop, and from tokens to text.
+"""Carries the engine's outputs from its thread to the event loop, and turns tokens into text.
 
-One ``Generation`` is everything that one HTTP request generates: one or several prompts, each a choice with
-an index. Its ``deltas`` are the only source of both the streamed and the folded answer.
+One ``Generation`` is everything that one HTTP request generates: one or several prompts, each a choice with an index.
+Its ``deltas`` are the only source of both the streamed and the folded answer.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from ownpath.chat.answer import Answer, content_of
-from ownpath.chat.parts import Part
+from ownpath.chat.parts import AnswerPart
 from ownpath.engine.engine import Engine, EngineOverloaded, EngineStopped
 from ownpath.engine.request import (
     FinishReason,
@@ -19,7 +19,7 @@ from ownpath.engine.request import (
     ScoredToken,
     StepOutput,
 )
-from ownpath.server.empty import ContentWatch, EmptyContent
+from ownpath.server.empty_content import ContentWatch, EmptyContent
 from ownpath.server.errors import ApiError, bad_request, overloaded
 from ownpath.server.metrics import Metrics
 from ownpath.server.prompts import Prompt
@@ -27,9 +27,9 @@ from ownpath.server.prompts import Prompt
 
 @dataclass(frozen=True)
 class Delta:
-    """What one step adds to one choice.
+    """One step's addition to one choice.
 
-    parts: what is new of the answer, whole characters, nothing that belongs to a stop string.
+    parts: new parts of the answer, whole characters, nothing that belongs to a stop string.
     token: the step's token, also when its text is not to be shown yet or at all.
     text_offset: characters of generated text before that token.
     prompt: the scored prompt, once, if it was asked for.
@@ -38,7 +38,7 @@ class Delta:
     """
 
     index: int
-    parts: tuple[Part, ...]
+    parts: tuple[AnswerPart, ...]
     token: ScoredToken | None
     text_offset: int
     prompt: tuple[ScoredToken, ...]
@@ -47,12 +47,12 @@ class Delta:
 
     @property
     def text(self) -> str:
-        """The new text for people."""
+        """The new content."""
         return content_of(self.parts)
 
 
 class _Choice:
-    """One choice's way from tokens to the parts of its answer."""
+    """Turns one choice's tokens into deltas."""
 
     def __init__(self, index: int, answer: Answer, metrics: Metrics) -> None:
         self._index, self._answer, self._metrics = index, answer, metrics
@@ -61,7 +61,7 @@ class _Choice:
         self.is_finished = False
 
     def feed(self, output: StepOutput) -> Delta:
-        """Errors: ApiError 500 when the engine could not go on."""
+        """Turns one step's output into a delta. Errors: ApiError 500 when the engine could not go on."""
         if output.finish_reason is FinishReason.ERROR:
             self.is_finished = True
             self._metrics.count_finished("error")
@@ -70,7 +70,7 @@ class _Choice:
             code = "non_finite_logits" if output.is_non_finite else None
             raise ApiError(500, output.error or "the generation failed", code=code)
         offset = self._answer.num_chars
-        parts: list[Part] = []
+        parts: list[AnswerPart] = []
         if output.token is not None:
             self.num_tokens += 1
             self._metrics.count_token()
@@ -94,20 +94,20 @@ class _Choice:
 
     def _empty_content(self, output: StepOutput) -> EmptyContent | None:
         if self.num_tokens == 0:
-            return None  # only a prompt was to be scored
+            return None  # the request only scores its prompt
         num_shown_tokens = self.num_tokens - (output.finish_reason is FinishReason.STOP)
         return self._watch.reason(num_shown_tokens, output.finish_reason is FinishReason.LENGTH)
 
     def abandon(self) -> None:
-        """Nobody waits for the rest."""
+        """Ends the choice: nobody waits for the rest."""
         self.is_finished = True
         self._metrics.count_finished("abandoned")
 
 
 class Generation:
-    """Submitted requests and the answers that come of them. ``close`` must be called; more than once is fine.
+    """Submitted requests and their answers. ``close`` must be called; more than once is fine.
 
-    answers: one a prompt; they read what the model writes.
+    answers: one per prompt, to parse its output.
     """
 
     def __init__(self, engine: Engine, prompts: list[Prompt], answers: Sequence[Answer], metrics: Metrics) -> None:
@@ -118,7 +118,7 @@ class Generation:
         self._outputs: asyncio.Queue[tuple[int, StepOutput]] = asyncio.Queue()
 
     def submit(self, params: SamplingParams) -> None:
-        """Hands all prompts to the engine. Errors: ApiError 400 (does not fit) or 503 (no room, or stopped)."""
+        """Submits all prompts to the engine. Errors: ApiError 400 (does not fit) or 503 (no room, or stopped)."""
         loop = asyncio.get_running_loop()
 
         def request(index: int, prompt: Prompt) -> Request:
@@ -137,7 +137,7 @@ class Generation:
         self._requests = requests
 
     async def deltas(self) -> AsyncIterator[Delta]:
-        """Everything that is generated, as it comes; choices interleave. Errors: ApiError 500."""
+        """Yields everything that is generated, as it comes; choices interleave. Errors: ApiError 500."""
         while not all(choice.is_finished for choice in self._choices):
             index, output = await self._outputs.get()
             if self._choices[index].is_finished:
@@ -148,7 +148,7 @@ class Generation:
             yield delta
 
     def close(self) -> None:
-        """Stops whatever still runs."""
+        """Aborts the requests that still run."""
         for choice, request in zip(self._choices, self._requests, strict=False):
             if not choice.is_finished:
                 self._engine.abort(request)
@@ -156,7 +156,7 @@ class Generation:
         self._requests = []
 
     def usage(self) -> dict[str, int]:
-        """Tokens so far. EOS and the tokens of a stop string count: they were generated."""
+        """Counts tokens so far. EOS and the tokens of a stop string count: they were generated."""
         num_prompt = sum(len(prompt.ids) for prompt in self.prompts)
         num_generated = sum(choice.num_tokens for choice in self._choices)
         return {

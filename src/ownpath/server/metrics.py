@@ -1,9 +1,9 @@
-"""Counters since the start, in Prometheus' text format. All of it happens on the event loop: no lock is needed."""
+"""Counters since the start, in Prometheus' text format. Only the event loop touches them: no lock is needed."""
 
 from collections import Counter
 from collections.abc import Mapping
 
-from ownpath.server.empty import EmptyContent
+from ownpath.server.empty_content import EmptyContent
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FINISH_REASONS = ("stop", "length", "tool_calls", "error", "abandoned")
@@ -11,7 +11,7 @@ FINISH_REASONS = ("stop", "length", "tool_calls", "error", "abandoned")
 
 
 class Metrics:
-    """What was answered, counted for each prompt (a completions request may have several)."""
+    """Counts answers and tokens, per prompt (a completions request may have several)."""
 
     def __init__(self) -> None:
         self._finished: Counter[str] = Counter()
@@ -20,22 +20,22 @@ class Metrics:
         self._num_tokens = 0
 
     def count_token(self) -> None:
-        """A token was generated."""
+        """Counts one generated token."""
         self._num_tokens += 1
 
     def count_finished(self, reason: str, empty: EmptyContent | None = None) -> None:
-        """An answer ended; ``empty`` says why it has no content."""
+        """Counts an ended answer; ``empty`` says why it has no content."""
         assert reason in FINISH_REASONS, reason
         self._finished[reason] += 1
         if empty is not None:
             self._empty[empty.value] += 1
 
     def count_corrupted(self) -> None:
-        """An answer ended because of logits that are not finite; it is counted as finished too."""
+        """Counts an answer that ended because of logits that are not finite; it is counted as finished too."""
         self._num_corrupted += 1
 
     def render(self) -> str:
-        """The page. Every series is there from the start, so that its first event is a step from 0."""
+        """Renders the page. Every series is there from the start, so that its first event is a step from 0."""
         finished = {reason: self._finished[reason] for reason in FINISH_REASONS}
         empty = {reason.value: self._empty[reason.value] for reason in EmptyContent}
         lines = [

@@ -1,4 +1,5 @@
-"""Requests -> prompts as token ids, refusing early what cannot fit. Long texts are tokenised off the event loop."""
+"""Turns requests into prompts of token ids; refuses early what cannot fit. Long texts are tokenised off the event
+loop."""
 
 import asyncio
 from collections.abc import Callable
@@ -18,13 +19,13 @@ _INLINE_CHARS = 4096
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids, and the text they came from when it was text."""
+    """Token ids, and their text when the request had text."""
 
     ids: list[int]
     text: str | None = None
 
     def as_text(self, tokenizer: Tokenizer) -> str:
-        """The prompt as ``echo`` repeats it: the given text, or every token's own."""
+        """Returns the prompt as ``echo`` repeats it: the given text, or the text of every token."""
         if self.text is not None:
             return self.text
         detokenizer = Detokenizer(tokenizer, show_special=True)
@@ -32,7 +33,7 @@ class Prompt:
 
 
 async def chat_prompt(request: ChatRequest, tokenizer: Tokenizer, max_model_len: int, release: str) -> Prompt:
-    """The conversation in the model's format. Errors: ApiError 400."""
+    """Encodes the conversation in the model's format. Errors: ApiError 400."""
     try:
         segments = encode_messages([message.as_message() for message in request.messages], _setting(request, release))
     except ChatFormatError as error:
@@ -45,7 +46,7 @@ async def chat_prompt(request: ChatRequest, tokenizer: Tokenizer, max_model_len:
 
 
 def _setting(request: ChatRequest, release: str) -> Setting:
-    """What surrounds the messages. Errors: ApiError 400."""
+    """Reads the options of the conversation. Errors: ApiError 400."""
     texts: dict[str | None, str] = {None: "", "none": ""}
     texts.update(RELEASES[release])
     if request.effort not in texts:
@@ -59,7 +60,7 @@ def _setting(request: ChatRequest, release: str) -> Setting:
 async def completion_prompts(
     request: CompletionRequest, tokenizer: Tokenizer, max_model_len: int, max_prompts: int
 ) -> list[Prompt]:
-    """Every prompt of the request; raw text may spell special tokens. Errors: ApiError 400."""
+    """Encodes every prompt of the request; raw text may contain special tokens. Errors: ApiError 400."""
     if len(request.prompt) > max_prompts:
         raise bad_request(f"prompt: {len(request.prompt)} prompts; at most {max_prompts} are allowed", "prompt")
     prompts = []
@@ -97,19 +98,19 @@ async def _tokenise(encode: Callable[[], list[int]], num_chars: int, param: str)
 
 
 def missing_marker(error: MissingMarkerError) -> ApiError:
-    """The request needs a token that this model does not have."""
+    """Makes the error for a request that needs a token that this model does not have."""
     return bad_request(f"this model's tokenizer has no token {error.marker!r}, which this request needs", "messages")
 
 
 def _refuse_hopeless(num_chars: int, tokenizer: Tokenizer, max_model_len: int, param: str) -> None:
-    """A text that is too long however well it compresses need not be tokenised."""
+    """Refuses a text that is too long however well it compresses, before it is tokenised."""
     least = -(-num_chars // tokenizer.max_token_bytes)
     if least > max_model_len:
         raise _too_long(f"at least {least}", max_model_len, param)
 
 
 def _check_length(num_tokens: int, max_model_len: int, param: str) -> None:
-    """A prompt that fills the context leaves nothing to generate, but can still be scored."""
+    """Refuses a prompt longer than the context. One that fills it exactly can still be scored."""
     if num_tokens > max_model_len:
         raise _too_long(str(num_tokens), max_model_len, param)
 

@@ -1,6 +1,6 @@
-"""Requests as types: what is read, in which range, and the refusal of everything else."""
+"""Requests as types: the fields that are read, their ranges, and the refusal of everything else."""
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
@@ -24,7 +24,7 @@ _MAX_INT = 2**31 - 1
 _SEED_LIMIT = 2**63
 
 
-def _stops(value: Any) -> list[str]:
+def _stops(value: object) -> list[str]:
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise ValueError("must be a string or a list of strings")
@@ -35,8 +35,8 @@ def _stops(value: Any) -> list[str]:
     return stops
 
 
-def _prompts(value: Any) -> list[str] | list[list[int]]:
-    """All four forms of a prompt as a list of prompts, texts or token ids."""
+def _prompts(value: object) -> list[str] | list[list[int]]:
+    """Reads all four forms of a prompt as a list of prompts, texts or token ids."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
@@ -49,12 +49,12 @@ def _prompts(value: Any) -> list[str] | list[list[int]]:
     raise ValueError("must be a string, a list of strings, a list of token ids, or a list of such lists; not empty")
 
 
-def _is_token_ids(value: list[Any]) -> bool:
+def _is_token_ids(value: list[object]) -> bool:
     return bool(value) and all(type(item) is int and 0 <= item <= _MAX_INT for item in value)
 
 
 class StreamOptions(Strict):
-    """What a stream ends with."""
+    """Options of a stream."""
 
     include_usage: bool = False
 
@@ -116,22 +116,22 @@ class ChatRequest(_GenerationRequest):
     )
 
     @property
-    def functions(self) -> tuple[dict[str, Any], ...]:
-        """The functions that the model is told about: with ``tool_choice`` "none" it is told of none."""
+    def functions(self) -> tuple[dict[str, object], ...]:
+        """The functions to tell the model about: none with ``tool_choice`` "none"."""
         return () if self.tool_choice == "none" else tuple(tool.function for tool in self.tools)
 
     @property
     def effort(self) -> str | None:
-        """The word for how hard to think, "none" included; None without one."""
+        """The word for the reasoning effort, "none" included; None without one."""
         return self.reasoning_effort or self.chat_template_kwargs.reasoning_effort
 
     @property
     def thinks(self) -> bool:
-        """Whether the answer opens with reasoning: only if something asks for it."""
-        return True in self.thinking_wishes()
+        """True if the answer should open with reasoning: only if a field asks for it."""
+        return True in self.thinking_values()
 
-    def thinking_wishes(self) -> set[bool | None]:
-        """What the fields say about thinking, each for itself; None says nothing."""
+    def thinking_values(self) -> set[bool | None]:
+        """The values that the fields give to thinking, each for itself; None says nothing."""
         options = self.chat_template_kwargs
         by_type = None if self.thinking is None else self.thinking.type == "enabled"
         words = (self.reasoning_effort, options.reasoning_effort)
@@ -151,24 +151,25 @@ class CompletionRequest(_GenerationRequest):
     echo: bool = Field(False, description="the text begins with the prompt")
 
 
-def read_chat_request(body: dict[str, Any]) -> ChatRequest:
-    """Errors: ApiError 400 naming the field."""
+def read_chat_request(body: dict[str, object]) -> ChatRequest:
+    """Validates a chat request. Errors: ApiError 400 naming the field."""
     body = _known_fields(body, fields.CHAT, ChatRequest)
     body = _known_nested(body)
-    if isinstance(body.get("messages"), list):
+    messages = body.get("messages")
+    if isinstance(messages, list):
         body["messages"] = [
             _known_fields(message, fields.MESSAGE, ChatMessage, f"messages.{index}.")
             if isinstance(message, dict)
             else message
-            for index, message in enumerate(body["messages"])
+            for index, message in enumerate(messages)
         ]
     request = _validate(ChatRequest, body)
     _check_chat(request)
     return request
 
 
-def read_completion_request(body: dict[str, Any]) -> CompletionRequest:
-    """Errors: ApiError 400 naming the field."""
+def read_completion_request(body: dict[str, object]) -> CompletionRequest:
+    """Validates a completions request. Errors: ApiError 400 naming the field."""
     body = _known_nested(_known_fields(body, fields.COMPLETION, CompletionRequest))
     request = _validate(CompletionRequest, body)
     _check_stream_options(request)
@@ -197,7 +198,7 @@ def _check_chat(request: ChatRequest) -> None:
 
 
 def _check_thinking(request: ChatRequest) -> None:
-    if request.thinking_wishes() >= {True, False}:
+    if request.thinking_values() >= {True, False}:
         raise bad_request("thinking, reasoning_effort and chat_template_kwargs contradict each other", "thinking")
     if request.chat_template_kwargs.reasoning_effort not in (None, request.effort):
         text = "reasoning_effort and chat_template_kwargs.reasoning_effort contradict each other"
@@ -209,7 +210,7 @@ def _check_stream_options(request: _GenerationRequest) -> None:
         raise bad_request("stream_options: needs stream to be true", "stream_options")
 
 
-def _known_nested(body: dict[str, Any]) -> dict[str, Any]:
+def _known_nested(body: dict[str, object]) -> dict[str, object]:
     options = body.get("stream_options")
     if not isinstance(options, dict):
         return body
@@ -217,9 +218,9 @@ def _known_nested(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _known_fields(
-    body: dict[str, Any], unsupported: fields.Neutral, model: type[BaseModel], prefix: str = ""
-) -> dict[str, Any]:
-    """The fields that are implemented; neutral values of the others are dropped, everything else is refused."""
+    body: dict[str, object], unsupported: fields.Neutral, model: type[BaseModel], prefix: str = ""
+) -> dict[str, object]:
+    """Keeps the fields that are implemented; drops neutral values of the others, refuses everything else."""
     known = {}
     for name, value in body.items():
         if value is None:
@@ -238,7 +239,7 @@ def _known_fields(
 RequestModel = TypeVar("RequestModel", bound=BaseModel)
 
 
-def _validate(model: type[RequestModel], body: dict[str, Any]) -> RequestModel:
+def _validate(model: type[RequestModel], body: dict[str, object]) -> RequestModel:
     try:
         return model.model_validate(body)
     except ValidationError as error:

@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -23,17 +22,15 @@ from ownpath.server.protocol import (
     read_chat_request,
     read_completion_request,
 )
-from ownpath.server.sse import EventStream, until_disconnect
-
-Chunk = dict[str, Any]
+from ownpath.server.sse import EventStream, JsonObject, until_disconnect
 
 
 @dataclass(frozen=True)
 class Api:
-    """What every endpoint works with.
+    """The objects behind every endpoint.
 
     created: when the model was loaded, in seconds since 1970.
-    release: whose words for ``reasoning_effort`` the model knows; a key of ``effort.RELEASES``.
+    release: the release whose ``reasoning_effort`` words the model knows; a key of ``effort.RELEASES``.
     """
 
     engine: Engine
@@ -91,10 +88,10 @@ class Api:
         request: Request,
         asked: ChatRequest | CompletionRequest,
         generation: Generation,
-        chunks: AsyncIterator[Chunk],
-        fold: Callable[[Iterable[Chunk]], dict[str, Any]],
+        chunks: AsyncIterator[JsonObject],
+        fold: Callable[[Iterable[JsonObject]], JsonObject],
     ) -> Response:
-        """The chunks as a stream, or folded; either way the generation ends when the client goes."""
+        """Answers with the chunks as a stream, or folded; either way the generation ends when the client goes."""
         if asked.stream:
             wants_usage = asked.stream_options is not None and asked.stream_options.include_usage
             return EventStream(_stream_events(chunks, wants_usage), generation.close)
@@ -104,14 +101,14 @@ class Api:
             generation.close()
 
     def _chat_answer(self, asked: ChatRequest) -> Answer:
-        """Reads for the parts that the request opens the way to. Errors: ApiError 400."""
+        """Makes the parser for the parts that the request allows. Errors: ApiError 400."""
         parser = AnswerParser(asked.thinks, offers_tools=bool(asked.functions))
         try:
             return Answer(self.tokenizer, asked.stop, parser)
         except MissingMarkerError as error:
             raise missing_marker(error) from None
 
-    def _model(self) -> dict[str, Any]:
+    def _model(self) -> JsonObject:
         return {
             "id": self.model_id,
             "object": "model",
@@ -126,12 +123,12 @@ class Api:
             raise ApiError(404, message, param="model", code="model_not_found")
 
 
-async def _collect(events: AsyncIterator[Chunk]) -> list[Chunk]:
+async def _collect(events: AsyncIterator[JsonObject]) -> list[JsonObject]:
     return [event async for event in events]
 
 
-async def _stream_events(events: AsyncIterator[Chunk], wants_usage: bool) -> AsyncIterator[Chunk]:
-    """The chunks as clients expect them: usage only if asked for, and then a null in every other chunk."""
+async def _stream_events(events: AsyncIterator[JsonObject], wants_usage: bool) -> AsyncIterator[JsonObject]:
+    """Yields the chunks as clients expect them: usage only if asked for, and then a null in every other chunk."""
     async for event in events:
         if not wants_usage and not event["choices"]:
             continue

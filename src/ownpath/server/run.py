@@ -1,4 +1,4 @@
-"""The application behind uvicorn: limits of the HTTP layer, one line at the start, a clean end."""
+"""Runs the application in uvicorn: limits of the HTTP layer, one line at the start, a clean end."""
 
 import asyncio
 import logging
@@ -19,7 +19,7 @@ _WRITE_OUT_S = 5
 
 
 class Server(uvicorn.Server):
-    """uvicorn that says where the model can be reached, and that ends open answers with an error, not a cut.
+    """uvicorn that prints the model's address, and that ends open answers with an error instead of cutting them off.
 
     drain_s: how long answers may go on after a signal; then the engine stops, which ends them.
     """
@@ -50,7 +50,7 @@ class Server(uvicorn.Server):
 def make_server(
     app: Starlette, engine: Engine, host: str, port: int, model_id: str, drain_s: float = _DRAIN_S
 ) -> Server:
-    """A server that has not started yet."""
+    """Makes a server that has not started yet."""
     config = uvicorn.Config(
         app,
         host=host,
@@ -69,10 +69,10 @@ def make_server(
 
 
 def run_server(app: Starlette, engine: Engine, host: str, port: int, model_id: str) -> int:
-    """Serves until SIGINT or SIGTERM; 0 after a clean end, 1 if it could not start (uvicorn has said why)."""
+    """Serves until SIGINT or SIGTERM; returns 0 after a clean end, 1 if it could not start (uvicorn has said why)."""
     server = make_server(app, engine, host, port, model_id)
-    # uvicorn raises the signal again after its shutdown, for whoever handled it before. Being asked to end is not
-    # a failure here: without these, a clean end would look like a crash to whoever started us.
+    # uvicorn raises the signal again after its shutdown, for the previous handler. Being asked to end is not a failure
+    # here: without these, a clean end would look like a crash to the parent process.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     try:

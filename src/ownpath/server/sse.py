@@ -1,4 +1,4 @@
-"""Answers that arrive piece by piece, and what to do when nobody is listening any more."""
+"""Streamed answers, and their end when the client disconnects."""
 
 import asyncio
 import json
@@ -12,9 +12,12 @@ from ownpath.server.errors import ApiError, ClientGone
 
 Result = TypeVar("Result")
 
+JsonObject = dict[str, Any]
+"""An object of an answer, whose values are JSON values: a chunk, a choice, a delta."""
+
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of the work, unless the client goes first: then the work is cancelled. Errors: ClientGone."""
+    """Returns the result of the work. If the client goes first, cancels the work. Errors: ClientGone."""
     tasks = [asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -33,8 +36,7 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events: one ``data:`` line per object, then ``[DONE]``. ``on_end`` is called however it
-    ends.
+    """Server-sent events: one ``data:`` line per object, then ``[DONE]``. ``on_end`` is called however it ends.
 
     A failure after the first byte cannot change the status any more: it becomes an event with an ``error``
     object, and the stream ends without ``[DONE]``.
@@ -42,7 +44,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[dict[str, Any]], on_end: Callable[[], None]) -> None:
+    def __init__(self, events: AsyncIterator[JsonObject], on_end: Callable[[], None]) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events, self._on_end = events, on_end

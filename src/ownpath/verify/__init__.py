@@ -1,1 +1,2 @@
-"""Proof: which kernel ran, and which layer is wrong. Beside all of the package, and imported by none of it."""
+"""Verifies a checkpoint on a device: which kernel ran, and which layer is wrong. The rest of the package never imports
+it."""

@@ -1,9 +1,9 @@
-"""How far a right engine may be from the oracle: a multiple of measured noise, for every kind of sub-block.
+"""Budgets: how far a right engine may be from the oracle, as a multiple of measured noise, for every kind of sub-block.
 
-``budgets.json`` is written by ``tools/measure_budgets.py`` and by nothing else. It holds what rounding alone does to
-the oracle: relative L2 distances between one layer computed in float64 and the same layer, from the same streams and
+``budgets.json`` is written by ``tools/measure_budgets.py`` and by nothing else. It holds the effect of rounding alone
+on the oracle: relative L2 distances between one layer computed in float64 and the same layer, from the same streams and
 with the same choices, rounded as an engine of a dtype rounds. Where that engine's kernels quantise their inputs, both
-sides do. docs/verify.md says what was measured and why so.
+sides do. docs/verify.md says what was measured and why.
 
 A kind is a slot's name without its layer: ``attn.wq_b``, ``ffn.experts``, ``hc_ffn.h``, ``out``.
 """
@@ -36,7 +36,7 @@ _LAYER = re.compile(r"^(layers|mtp)\.\d+\.")
 
 
 class UnknownKind(ValueError):
-    """A sub-block that nothing was measured for."""
+    """A sub-block without a measured budget."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class LogitBudget:
 
 
 def kind_of(slot: str) -> str:
-    """What a slot is, in whichever layer: its name without ``layers.3.`` or ``mtp.0.``."""
+    """Returns a slot's kind: its name without ``layers.3.`` or ``mtp.0.``."""
     return _LAYER.sub("", slot)
 
 
 def mode_of(dtype: torch.dtype, is_w4a4: bool = False, is_w8a8: bool = False, is_official: bool = False) -> str:
-    """The measured arithmetic that is like an engine's.
+    """Names the measured arithmetic that is closest to an engine's.
 
     Where inputs are quantised there is one for all dtypes: a value next to a boundary of E4M3 or E2M1 may be rounded to
     different neighbours on the two sides. In float32 that is rarer than in bfloat16, and as large when it happens.
@@ -75,7 +75,7 @@ def mode_of(dtype: torch.dtype, is_w4a4: bool = False, is_w8a8: bool = False, is
 def budget(
     kind: str, dtype: torch.dtype, is_w4a4: bool = False, is_w8a8: bool = False, is_official: bool = False
 ) -> float:
-    """The largest relative L2 distance from the oracle that noise explains, for an engine of ``dtype``.
+    """Returns the largest relative L2 distance from the oracle that noise explains, for an engine of ``dtype``.
 
     is_w4a4, is_w8a8, is_official: engine and oracle (``Arithmetic``) quantise inputs so.
     Errors: UnknownKind naming a kind or arithmetic that was not measured.
@@ -89,7 +89,8 @@ def budget(
 def logit_budget(
     dtype: torch.dtype, is_w4a4: bool = False, is_w8a8: bool = False, is_official: bool = False
 ) -> LogitBudget:
-    """Of a whole model on its own choices, which differ where candidates nearly tie: most of the divergence there is.
+    """Returns the bounds of a whole model on its own choices, which differ at near ties: most of the divergence there
+    is.
 
     Errors: UnknownKind naming an arithmetic that was not measured.
     """
@@ -102,7 +103,7 @@ def logit_budget(
 
 
 def _one_rounding(dtype: torch.dtype) -> float:
-    """The most that one rounding moves a value: what is left where the measured noise is none."""
+    """Returns the most that one rounding moves a value: the budget where the measured noise is zero."""
     return torch.finfo(dtype).eps / 2
 
 

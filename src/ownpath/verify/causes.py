@@ -1,4 +1,4 @@
-"""What a difference between file and kernel looks like: a guess at the cause, made only where it explains all of it."""
+"""Guesses the cause of a difference between file and kernel; a guess is made only where it explains all of it."""
 
 import re
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ _EXPERT = re.compile(r"(.+\.experts\.)(\d+)\.(w[123])\.(.+)")
 
 
 def likely_cause(pair: TensorPair, raw: FileTensors) -> str:
-    """A sentence, or nothing."""
+    """Returns a likely cause as a sentence, or an empty string."""
     kernel, file = pair.kernel, pair.file
     if kernel.numel() and not kernel.any():
         return "they are all zero"
@@ -35,7 +35,7 @@ def likely_cause(pair: TensorPair, raw: FileTensors) -> str:
 
 
 def _factor(kernel: Tensor, file: Tensor) -> str:
-    """Two float32 roundings between the guess and what it explains."""
+    """Finds one factor that explains the difference within two float32 roundings."""
     guesses = {"its square": file * file, "its reciprocal": 1 / file, "1: it was left out": torch.ones_like(file)}
     for word, guess in guesses.items():
         if bool(((kernel / guess - 1).abs() <= 2.0**-22).all()):
@@ -44,7 +44,7 @@ def _factor(kernel: Tensor, file: Tensor) -> str:
 
 
 def _neighbours(key: str) -> Iterator[str]:
-    """The same tensor of the expert's other projections, and of the experts beside it."""
+    """Yields the same tensor of the expert's other projections, and of the experts beside it."""
     match = _EXPERT.fullmatch(key)
     if match is None:
         return

@@ -1,4 +1,4 @@
-"""Every check's stable name, and what it says when it passes. ``ownpath verify --list`` prints both tables."""
+"""The stable id of every check, and its message when it passes. ``ownpath verify --list`` prints both tables."""
 
 from types import MappingProxyType
 

@@ -1,11 +1,10 @@
-"""Stage ``environment``: can this machine run the plan as it stands? No weight is read and nothing is launched."""
+"""Stage ``environment``: checks that this machine can run the plan as it stands. Reads no weight, launches nothing."""
 
 import json
 from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import ownpath.kernels
 from ownpath.finding import Finding, Verdict
@@ -14,14 +13,14 @@ from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.cache import COMPILER, cache_dir, is_cached, source_key, stem
 from ownpath.kernels.registry import KERNELS, spec_of
 from ownpath.plan.plan import Plan
-from ownpath.verify.layer import in_layer, in_no_layer, restricted
+from ownpath.verify.launch_configs import configs_of
+from ownpath.verify.layer import in_layer, in_no_layer, restrict_plan
 from ownpath.verify.machine import KNOWN_BAD, Machine, free_bytes, this_machine
-from ownpath.verify.skeleton import configs_of
 from ownpath.verify.subject import Subject
 
 TUNED = Path(ownpath.kernels.__path__[0])
 _FACTS = {"entry": str, "num_threads": int, "cluster": int}
-"""What the cache says beside each kernel's machine code."""
+"""Fields that the cache stores beside each kernel's machine code, with their types."""
 _ELF = b"\x7fELF"
 _MISSING = f"install the compiler ({COMPILER}: pip install 'ownpath[cute]'), or bring a kernel cache that was filled"
 _CACHE = "delete the file and its .cubin: it will be compiled anew"
@@ -29,7 +28,7 @@ _TABLE = "take the file from the release, or write it anew: ownpath bench --tune
 
 
 def environment_stage(subject: Subject) -> Iterator[Finding]:
-    """E01 to E04."""
+    """Runs E01 to E04."""
     machine = this_machine(subject.device)
     yield from machine_findings(machine)
     configs = configs_of(subject.plan, subject.index)
@@ -40,7 +39,7 @@ def environment_stage(subject: Subject) -> Iterator[Finding]:
 
 
 def machine_findings(machine: Machine) -> Iterator[Finding]:
-    """E01: combinations that are known to fail."""
+    """E01: looks for combinations that are known to fail."""
     bad = [known for known in KNOWN_BAD if known.applies(machine)]
     for known in bad:
         yield Finding("E01", machine.device, Verdict.FAIL, f"{known.what} ({known.source})", remedy=known.remedy)
@@ -51,11 +50,11 @@ def machine_findings(machine: Machine) -> Iterator[Finding]:
         yield Finding("E01", machine.device, Verdict.PASS, message, 0, f"none of {len(KNOWN_BAD)} known combinations")
 
 
-def kernel_findings(plan: Plan, configs: dict[str, list[Any]]) -> Iterator[Finding]:
-    """E02: each planned kernel's implementation is there. configs: of kernels compiled to disk, what may be launched.
+def kernel_findings(plan: Plan, configs: dict[str, list[Config]]) -> Iterator[Finding]:
+    """E02: checks that each planned kernel's implementation exists. configs: per kernel compiled to disk, its variants.
 
-    The plan holds one kernel for each slot and nothing replaces it at run time, so that there is no fallback to fear:
-    a kernel that is not there would be an error at its first call.
+    The plan holds one kernel for each slot and nothing replaces it at run time, so there is no fallback: a missing
+    kernel would be an error at its first call.
     """
     counts = Counter(op.choice.kernel.name for op in plan.decided)
     for name, num_slots in sorted(counts.items()):
@@ -71,11 +70,11 @@ def kernel_findings(plan: Plan, configs: dict[str, list[Any]]) -> Iterator[Findi
             message = f"{slots}: {len(missing)} of {len(configs[name])} are not compiled, {missing[0].name} among them"
             yield Finding("E02", name, Verdict.FAIL, message, len(missing), "all, or a compiler", _MISSING, name)
         else:
-            how = _how(name, configs.get(name, []), len(missing))
+            how = _how_compiled(name, configs.get(name, []), len(missing))
             yield Finding("E02", name, Verdict.PASS, f"{slots}: {how}", len(missing), kernel=name)
 
 
-def _how(name: str, configs: list[Any], num_missing: int) -> str:
+def _how_compiled(name: str, configs: list[Config], num_missing: int) -> str:
     if configs:
         left = f", {num_missing} to be compiled at load" if num_missing else ""
         return f"{len(configs) - num_missing} of {len(configs)} variants compiled on disk{left}"
@@ -85,9 +84,9 @@ def _how(name: str, configs: list[Any], num_missing: int) -> str:
 
 
 def table_findings(folder: Path, machine: Machine) -> Iterator[Finding]:
-    """E03: tables of tuned tiles are readable, and say where they were measured.
+    """E03: checks that tables of tuned tiles are readable, and says where they were measured.
 
-    They choose between kernels that are all right, so that another device's table costs time and nothing else.
+    They choose between kernels that are all right, so another device's table costs time and nothing else.
     """
     for path in sorted(folder.rglob("*.json")):
         try:
@@ -106,7 +105,7 @@ def table_findings(folder: Path, machine: Machine) -> Iterator[Finding]:
 
 
 def cache_findings(configs: list[Config]) -> Iterator[Finding]:
-    """E03: kernels on disk are whole, and of these sources."""
+    """E03: checks that kernels on disk are whole, and compiled from these sources."""
     if not configs:
         yield Finding("E03", "kernel cache", Verdict.SKIPPED, "no planned kernel is compiled to disk")
         return
@@ -123,7 +122,7 @@ def cache_findings(configs: list[Config]) -> Iterator[Finding]:
 
 
 def _fault(config: Config) -> str:
-    """What is wrong with a kernel's two files; empty: nothing."""
+    """Describes what is wrong with a kernel's two files; empty if nothing is."""
     try:
         code = stem(config).with_suffix(".cubin").read_bytes()
         facts = json.loads(stem(config).with_suffix(".json").read_text(encoding="utf-8"))
@@ -135,20 +134,20 @@ def _fault(config: Config) -> str:
 
 
 def _num_stale(configs: list[Config]) -> int:
-    """Kernels of the same names under another key."""
+    """Counts kernels of the same names under another key."""
     keys = {config.name: source_key(config.sources) for config in configs}
     names = (path.stem.rpartition("-") for path in cache_dir().glob("*.json"))
     return sum(1 for name, _, key in names if name in keys and keys[name] != key)
 
 
 def memory_findings(subject: Subject, free: int | None) -> Iterator[Finding]:
-    """E04: two layers must fit, for verifying; that the whole does is for serving."""
+    """E04: checks that two layers fit, for verifying; serving needs room for the whole model."""
     plan, index, config = subject.plan, subject.index, subject.config
     if free is None:
         yield Finding("E04", "two layers", Verdict.SKIPPED, "the system does not say how much memory is free")
     else:
         parts = [in_no_layer(config), *(in_layer(layer.name) for layer in config.backbone_layers())]
-        needed = 2 * max(weights_bytes(restricted(plan, holds), index) for holds in parts)
+        needed = 2 * max(weights_bytes(restrict_plan(plan, holds), index) for holds in parts)
         verdict = Verdict.PASS if needed <= free else Verdict.FAIL
         message = f"{_gib(needed)} for two layers at a time, {_gib(free)} are free"
         remedy = "free memory on the device, or verify on another (--device)"

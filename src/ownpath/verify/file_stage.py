@@ -1,6 +1,7 @@
-"""Stage ``file``: what an inspection finds, as checks F01 to F12, and F13 beside another export.
+"""Stage ``file``: reports an inspection as checks F01 to F12, and compares with another export as F13.
 
-No kernel, no engine and no weight: headers, scalars, tables, every block scale of the chosen layers, the tokenizer.
+It needs no kernel, no engine and no weight: headers, scalars, tables, every block scale of the chosen layers, the
+tokenizer.
 """
 
 import json
@@ -18,12 +19,12 @@ from ownpath.config import ConfigError, unread_fields
 from ownpath.finding import Finding, Verdict
 from ownpath.inspect.experts import expert_outliers, expert_spread, uncalibrated_experts
 from ownpath.inspect.inspection import Contents, Inspection, inspect_folder
-from ownpath.inspect.router import Bias, bias_problems, read_biases, repeated_ids
+from ownpath.inspect.router import RouterBias, bias_problems, read_biases, repeated_ids
 from ownpath.inspect.scalars import MAX_RATIO, farthest_from_median
 from ownpath.inspect.tokens import generation_problems, missing_markers, token_problems
 from ownpath.plan.claims import COMPARED_FIELDS
-from ownpath.verify.progress import Progress
-from ownpath.verify.source import Export, source_findings
+from ownpath.verify.progress import StageProgress
+from ownpath.verify.source import ExpertSource, source_findings
 from ownpath.verify.subject import Selection
 
 CHECK_OF = MappingProxyType(
@@ -51,17 +52,17 @@ _INPUT_SCALES = ("input_scale", "input_global_scale")
 
 @dataclass(frozen=True)
 class FileEvidence:
-    """An inspection, and what it leaves to be looked at here."""
+    """An inspection, with the problems that this stage adds."""
 
     inspection: Inspection
     problems: tuple[Finding, ...]
-    biases: tuple[Bias, ...]
+    biases: tuple[RouterBias, ...]
     tokenizer: Tokenizer | None
     unread: tuple[str, ...]
 
 
-def file_stage(folder: Path, selection: Selection, source: Path | None, progress: Progress) -> Iterator[Finding]:
-    """F01 to F13: one PASS for each check, or a FAIL for each problem. source: another export, for F13."""
+def file_stage(folder: Path, selection: Selection, source: Path | None, progress: StageProgress) -> Iterator[Finding]:
+    """Runs F01 to F13: one PASS for each check, or a FAIL for each problem. source: another export, for F13."""
     progress(0, 2, "headers, scalars, tables, block scales")
     layers = selection.layer_ids
     inspection = inspect_folder(folder, read_all_scales=layers is None, all_scales_in=layers or frozenset())
@@ -79,16 +80,16 @@ def file_stage(folder: Path, selection: Selection, source: Path | None, progress
 
 
 def check_of(problem: Finding) -> str:
-    """The check that a problem belongs to: by its kind, and for scalars by whose scale it is."""
+    """Returns the check that a problem belongs to: by its kind, and for scalars by whose scale it is."""
     id_ = _ID_OF[problem.id]
     return "F09" if id_ == "F05" and problem.where.endswith(_INPUT_SCALES) else id_
 
 
 def gather(inspection: Inspection) -> FileEvidence:
-    """Everything that is wrong, the inspection's own problems first."""
+    """Collects every problem, the inspection's own first."""
     folder, contents = inspection.folder, inspection.contents
     problems = list(inspection.problems)
-    biases: tuple[Bias, ...] = ()
+    biases: tuple[RouterBias, ...] = ()
     unread: tuple[str, ...] = ()
     if contents is not None:
         broken = inspection.broken
@@ -107,7 +108,7 @@ def gather(inspection: Inspection) -> FileEvidence:
 
 
 def _tokenizer(folder: Path, problems: list[Finding]) -> Tokenizer | None:
-    """``None`` where the inspection could not read it either, and said so."""
+    """Opens the tokenizer; ``None`` where the inspection could not read it either, and reported that."""
     if any(problem.id == "tokenizer" for problem in problems):
         return None
     try:
@@ -122,7 +123,7 @@ def _passed(id_: str, message: str, number: float | None = None, allowed: str = 
 
 
 def _of_tensors(id_: str, look: Callable[[FileEvidence, Contents], Finding]) -> Callable[[FileEvidence], Finding]:
-    """A check that needs config.json and tensors; without them it is skipped."""
+    """Makes a check that needs config.json and tensors; without them it is skipped."""
 
     def looked(evidence: FileEvidence) -> Finding:
         contents = evidence.inspection.contents
@@ -178,7 +179,7 @@ def _blocks(evidence: FileEvidence, contents: Contents) -> Finding:
     share = blocks.num_saturated / max(1, blocks.num_blocks)
     found = f"{blocks.num_blocks} block scales: {blocks.num_zero} zero, {share:.2%} at the largest number"
     rough = blocks.num_rough
-    if rough:  # no fault here: kernels multiply by the scale as it is, and others may keep exponents alone
+    if rough:  # no fault here: kernels multiply by the scale as it is, though others may keep exponents alone
         found += f"; {sum(rough.values())} FP8 scales in {sum(n > 0 for n in rough.values())} of {len(rough)} matrices"
         found += " are no power of two"
     spread = expert_spread(blocks.largest, contents.scalars)
@@ -234,16 +235,18 @@ _CHECKS: MappingProxyType[str, Callable[[FileEvidence], Finding]] = MappingProxy
         "F12": _tokens,
     }
 )
-"""What each check says where it found no problem."""
+"""Check -> the function that makes its finding when it found no problem."""
 
 
-def _against_source(folder: Path, selection: Selection, source: Path | None, progress: Progress) -> Iterator[Finding]:
+def _against_source(
+    folder: Path, selection: Selection, source: Path | None, progress: StageProgress
+) -> Iterator[Finding]:
     if source is None:
         yield Finding("F13", "checkpoint", Verdict.SKIPPED, "no other export to compare with (--source DIR)")
         return
     cpu = torch.device("cpu")
     try:
-        ours, theirs = Export.of(folder, cpu), Export.of(source, cpu)
+        ours, theirs = ExpertSource.of(folder, cpu), ExpertSource.of(source, cpu)
     except (ConfigError, CheckpointError) as error:
         remedy = "give the folder of a checkpoint that `ownpath inspect` can read"
         yield Finding("F13", "--source", Verdict.FAIL, f"nothing to compare: {error}", remedy=remedy)

@@ -1,4 +1,4 @@
-"""A tensor's bytes as they lie in the file, found by header and offset, and read by nothing that loads weights."""
+"""Reads a tensor's bytes from the file by header and offset, independent of the weight loader."""
 
 import os
 from contextlib import ExitStack
@@ -37,7 +37,7 @@ class FileTensors:
         self._descriptors.clear()
 
     def __call__(self, key: str) -> Tensor:
-        """The tensor in its shape: one-byte elements as uint8, others as the numbers they are.
+        """Reads the tensor in its shape: one-byte elements as uint8, others as numbers.
 
         Errors: CheckpointError naming a tensor that the checkpoint does not hold; OSError for a file that ends inside.
         """

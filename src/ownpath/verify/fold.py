@@ -1,4 +1,4 @@
-"""Many layers with the same fault are one line: which layers, then what."""
+"""Folds the same fault of many layers into one line: the layers, then the message."""
 
 import re
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ _LAYER = re.compile(r"(layers|mtp)\.(\d+)\.(.*)")
 
 
 def fold_layers(faults: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """(slot, message) pairs, those that differ in the layer alone as one: ``layers.{0-4}.ffn.experts``."""
+    """Merges (slot, message) pairs that differ in the layer alone: ``layers.{0-4}.ffn.experts``."""
     found: dict[tuple[str, str, str], list[int]] = {}
     for slot, message in faults:
         match = _LAYER.fullmatch(slot)

@@ -1,6 +1,6 @@
-"""A verification as one page for a browser: no script, no network, nothing beside it.
+"""Renders a verification as one HTML page: no script, no network, no other files.
 
-It tells what ``report`` tells, through the same functions. Whatever comes from a checkpoint is escaped.
+It shows the same as ``report``, through the same functions. Text that comes from a checkpoint is escaped.
 """
 
 import math
@@ -9,7 +9,7 @@ from html import escape
 
 from ownpath.bench.record import device_name
 from ownpath.finding import Finding, failed
-from ownpath.inspect.show import printable
+from ownpath.inspect.report import printable
 from ownpath.plan.plan import Plan
 from ownpath.plan.show import companion_rows, plan_rows
 from ownpath.verify import report
@@ -17,7 +17,7 @@ from ownpath.verify.checks import TITLES
 from ownpath.verify.layers.measure import ROW_FACTOR, Measurement
 from ownpath.verify.layers.teacher_forcing import ORDER
 from ownpath.verify.plots import Axis, Line, Point, small_plot
-from ownpath.verify.run import Result
+from ownpath.verify.run import Verification
 from ownpath.versions import versions
 
 MAX_ROWS = 1000
@@ -60,8 +60,9 @@ polyline.budget,polyline.reference{stroke:var(--other);stroke-dasharray:5 3;stro
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def report_html(result: Result) -> str:
-    """The page: verdict, failing checks, plots with the plan beside them, environment, every check, failing rows."""
+def report_html(result: Verification) -> str:
+    """Renders the page: verdict, failing checks, plots with the plan beside them, environment, every check, failing
+    rows."""
     name = _text(f"{result.job.folder.resolve().name} on {device_name(result.job.engine.device)}")
     verdict = report.verdict_of(result)
     plan = report.plan_of(result)
@@ -93,7 +94,7 @@ def _text(told: str) -> str:
     return escape(printable(told))
 
 
-def _summary(result: Result) -> list[str]:
+def _summary(result: Verification) -> list[str]:
     findings = result.findings
     worst = report.worst_layer(findings)
     rows = [("unreadable", result.unreadable)] if result.unreadable else []
@@ -106,7 +107,7 @@ def _summary(result: Result) -> list[str]:
 
 
 def _failing(findings: Iterable[Finding]) -> list[str]:
-    """As the text has them: the first places of each failing check, then what to do."""
+    """Renders failures like the text report: the first places of each failing check, then the remedies."""
     parts = []
     for check in report.failed_checks(findings):
         parts.append(f'<div class="failing"><h3>{_text(check.id)} {_text(TITLES.get(check.id, ""))}</h3><ul>')
@@ -133,7 +134,7 @@ def _plots(measurements: Sequence[Measurement]) -> list[str]:
     layers = [m.layer_idx for m in measurements if m.slot not in _ENDS]
     common = Axis(min(layers, default=0), max(layers, default=0))
     shown = [
-        (slot, sorted(found, key=lambda m: m.layer_idx), common if slot not in _ENDS else _alone(found[0]))
+        (slot, sorted(found, key=lambda m: m.layer_idx), common if slot not in _ENDS else _single_axis(found[0]))
         for slot, found in by_slot.items()
         if found
     ]
@@ -154,8 +155,8 @@ def _plots(measurements: Sequence[Measurement]) -> list[str]:
     ]
 
 
-def _alone(measured: Measurement) -> Axis:
-    """What is no layer."""
+def _single_axis(measured: Measurement) -> Axis:
+    """The axis of values that belong to no layer."""
     return Axis(measured.layer_idx, measured.layer_idx, is_numbered=False)
 
 
@@ -199,7 +200,7 @@ def _amax_title(m: Measurement) -> str:
 
 
 def _plan(plan: Plan | None) -> list[str]:
-    """Rows as ``ownpath plan`` folds them."""
+    """Renders the plan's rows, folded as ``ownpath plan`` folds them."""
     if plan is None:
         return ["<h2>Plan</h2>", '<p class="note">There is none.</p>']
     rows: list[tuple[str, ...]] = []
@@ -210,7 +211,7 @@ def _plan(plan: Plan | None) -> list[str]:
     return ["<h2>Plan</h2>", *_table(("slot", "runner", "kernel", "layout", "format", "stored as"), rows)]
 
 
-def _environment(result: Result, plan: Plan | None) -> list[str]:
+def _environment(result: Verification, plan: Plan | None) -> list[str]:
     job = result.job
     rows = [
         ("model", str(job.folder)),
@@ -225,7 +226,7 @@ def _environment(result: Result, plan: Plan | None) -> list[str]:
     return ["<h2>Environment</h2>", *_table((), rows)]
 
 
-def _checks(result: Result) -> list[str]:
+def _checks(result: Verification) -> list[str]:
     return ["<h2>Checks</h2>", *_table(report.CHECK_HEADINGS, report.check_rows(result))]
 
 
@@ -245,7 +246,7 @@ def _number(number: float | None) -> str:
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Without headings: names and what they are. A cell that is a verdict has its colour."""
+    """Renders a table; without headings, of names and values. A cell that is a verdict has its colour."""
     head = f"<tr>{''.join(f'<th>{_text(heading)}</th>' for heading in headings)}</tr>" if headings else ""
     lines = [f"<tr>{''.join(_cell(cell) for cell in row)}</tr>" for row in rows]
     kind = "" if headings else ' class="facts"'

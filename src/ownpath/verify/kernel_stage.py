@@ -1,7 +1,7 @@
-"""The kernels stage: every planned kernel of a layer alone, on the layer's real weights, through serving's own runners.
+"""The kernels stage: runs every planned kernel of a layer alone, on its real weights, through serving's own runners.
 
-A layer is loaded as the whole model would load it, looked at, and let go of before the next. Results are held against
-float64 (``kernels/compare.py``) within what the kernel's arithmetic allows (``kernels/limits.py``).
+A layer is loaded as the whole model would load it, checked, and freed before the next. Results are compared with
+float64 (``conformance/exact.py``) within what the kernel's arithmetic allows (``conformance/bounds.py``).
 """
 
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ownpath.finding import Finding, Verdict
-from ownpath.oracle.stored import StoredWeights
+from ownpath.oracle.weights import StoredWeights
 from ownpath.verify.kernels.attention import check_attention
 from ownpath.verify.kernels.boundary import check_boundaries
 from ownpath.verify.kernels.clamp import check_clamp
@@ -25,7 +25,7 @@ from ownpath.verify.kernels.rotation import check_rotation
 from ownpath.verify.kernels.router import check_router
 from ownpath.verify.kernels.tally import error_of
 from ownpath.verify.layer import load_ends, load_layer
-from ownpath.verify.progress import Progress
+from ownpath.verify.progress import StageProgress
 from ownpath.verify.resume import FinishedParts
 from ownpath.verify.subject import Subject
 
@@ -49,10 +49,12 @@ CHECKS: tuple[tuple[str, LayerCheck], ...] = (
 LOAD_REMEDY = "the file and load stages say more of this layer"
 
 
-def kernel_stage(subject: Subject, progress: Progress | None = None, work: Path | None = None) -> Iterator[Finding]:
-    """K01 to K10 on each chosen layer; on what is in no layer too, where all layers are chosen.
+def kernel_stage(
+    subject: Subject, progress: StageProgress | None = None, work: Path | None = None
+) -> Iterator[Finding]:
+    """Runs K01 to K10 on each chosen layer, and on the slots outside all layers if every layer is chosen.
 
-    work: a folder where what was found is saved, layer by layer, for a run that goes on from there.
+    work: a folder where findings are saved layer by layer, so that an interrupted run continues from there.
     """
     stored, finished = StoredWeights(subject.index, subject.device), FinishedParts.of(work, "kernels", subject)
     parts: list[int | None] = [*subject.layer_ids]
@@ -66,11 +68,11 @@ def kernel_stage(subject: Subject, progress: Progress | None = None, work: Path 
 
 
 def _part(subject: Subject, stored: StoredWeights, layer_idx: int | None, name: str) -> Iterator[Finding]:
-    """Loads one layer and looks at it."""
+    """Loads one layer and runs its checks."""
     try:
         with torch.inference_mode():
             probe = _loaded(subject, stored, layer_idx, name)
-    except Exception as error:  # whatever a checkpoint can get wrong is what is looked for
+    except Exception as error:  # whatever a checkpoint can get wrong becomes a finding
         yield Finding("K01", name, Verdict.FAIL, f"cannot be loaded: {error_of(error)}", remedy=LOAD_REMEDY)
         return
     for check_id, check in CHECKS:
@@ -85,11 +87,11 @@ def _loaded(subject: Subject, stored: StoredWeights, layer_idx: int | None, name
 
 
 def _found(check_id: str, check: LayerCheck, probe: Probe) -> list[Finding]:
-    """All of one check's findings, made in inference mode, which must not reach whoever reads them."""
+    """Collects one check's findings in inference mode, which must not leak to the caller."""
     found: list[Finding] = []
     with torch.inference_mode():
         try:
             found.extend(check(probe))
-        except Exception as error:  # whatever a kernel can raise is what is looked for
+        except Exception as error:  # whatever a kernel can raise becomes a finding
             found.append(Finding(check_id, probe.name, Verdict.FAIL, error_of(error)))
     return found

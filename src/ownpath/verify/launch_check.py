@@ -1,7 +1,7 @@
-"""Kernels that the device really ran, as the profiler names them, against the plan.
+"""Compares the kernels that the device really ran, as the profiler names them, with the plan.
 
-A planned kernel of ours must be seen under the name of its own code, in its own slot. A product that is not ours may
-run only in a slot whose planned kernel is torch's, and none outside all slots.
+A planned kernel of ours must appear under the name of its own code, in its own slot. A product that is not ours may run
+only in a slot whose planned kernel is torch's, and none outside all slots.
 """
 
 import re
@@ -12,7 +12,7 @@ from ownpath.finding import Finding, Verdict
 from ownpath.kernels.registry import SPECS
 from ownpath.trace.launches import DeviceLaunch
 from ownpath.verify.fold import fold_layers
-from ownpath.verify.ledger_run import Ran
+from ownpath.verify.ledger_run import PartRun
 from ownpath.verify.plan_file import PlanFile
 
 _SPECS = {spec.name: spec for spec in SPECS}
@@ -20,8 +20,8 @@ _OURS = re.compile("|".join(dict.fromkeys(pattern for spec in SPECS for pattern 
 _REMEDY = "the device ran something else than the plan says: a fallback inside a kernel, or a product in the model"
 
 
-def check_launches(written: PlanFile, parts: Sequence[Ran]) -> Iterator[Finding]:
-    """LG06: the profiler's kernels against the plan."""
+def check_launches(written: PlanFile, parts: Sequence[PartRun]) -> Iterator[Finding]:
+    """LG06: compares the profiler's kernels with the plan."""
     seen = [part for part in parts if part.launches is not None]
     if not seen:
         reason = "no profiler on this device, or it saw no kernel"
@@ -36,7 +36,7 @@ def check_launches(written: PlanFile, parts: Sequence[Ran]) -> Iterator[Finding]
         yield Finding("LG06", "device", Verdict.PASS, message, 0, "no other product, no planned kernel missing")
 
 
-def launch_faults(written: PlanFile, part: Ran) -> list[tuple[str, str]]:
+def launch_faults(written: PlanFile, part: PartRun) -> list[tuple[str, str]]:
     """Lists launches of one part that were not planned, and planned ones that did not happen."""
     by_slot: dict[str | None, list[DeviceLaunch]] = defaultdict(list)
     for launch in part.launches or ():

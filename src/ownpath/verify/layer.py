@@ -1,6 +1,6 @@
-"""One layer of the engine at a time, loaded exactly as the whole model would load it: same plan, loader and runners.
+"""Loads one layer of the engine at a time, exactly as the whole model would: same plan, loader and runners.
 
-A checkpoint larger than memory is verified this way; whoever holds a layer lets go of it before taking the next.
+This way a checkpoint larger than memory can be verified; callers must drop a layer before they load the next.
 """
 
 from collections.abc import Callable
@@ -24,14 +24,14 @@ from ownpath.weights.operands import Allocate
 
 @dataclass(frozen=True)
 class LoadedLayer(LoadedPart):
-    """One decoder layer. rope: the one its attention turns queries and keys by."""
+    """One decoder layer. rope: the table that its attention rotates queries and keys with."""
 
     layer_idx: int
     block: Block
     rope: Rope
 
     def new_pool(self, max_tokens: int, max_sequences: int) -> CachePool:
-        """Caches of this layer alone."""
+        """Makes caches of this layer alone."""
         spec = CacheSpec.of(self.plan.config, self.builder.engine)
         spec = replace(spec, max_tokens=max_tokens, max_sequences=max_sequences, layer_ids=frozenset({self.layer_idx}))
         return CachePool(spec)
@@ -44,7 +44,7 @@ class LoadedLayer(LoadedPart):
         return out
 
 
-def restricted(plan: Plan, holds: Callable[[str], bool]) -> Plan:
+def restrict_plan(plan: Plan, holds: Callable[[str], bool]) -> Plan:
     """The part of a plan whose slots and tensors ``holds`` accepts."""
     return replace(
         plan,
@@ -57,7 +57,7 @@ def restricted(plan: Plan, holds: Callable[[str], bool]) -> Plan:
 
 def load_part(subject: Subject, holds: Callable[[str], bool]) -> LoadedPart:
     """Loads the slots and tensors that ``holds`` accepts, with runners. Errors: as ``load_weights``."""
-    plan = restricted(subject.plan, holds)
+    plan = restrict_plan(subject.plan, holds)
     return with_runners(subject, plan, read_weights(subject, plan))
 
 
@@ -87,16 +87,17 @@ def layer_of(part: LoadedPart, layer_idx: int) -> LoadedLayer:
 
 
 def load_ends(subject: Subject) -> LoadedPart:
-    """Loads what is in no layer: the embedding, the last boundary and norm, and the head. Errors: as loading."""
+    """Loads the slots outside all layers: the embedding, the last boundary and norm, and the head. Errors: as
+    loading."""
     return load_part(subject, in_no_layer(subject.config))
 
 
 def in_layer(name: str) -> Callable[[str], bool]:
-    """Returns a test: is a slot or tensor of the layer so named?"""
+    """Returns a predicate on names: the slot or tensor belongs to the layer ``name``."""
     return lambda other: other.startswith(f"{name}.")
 
 
 def in_no_layer(config: ModelConfig) -> Callable[[str], bool]:
-    """Returns a test: is a slot or tensor of no layer?"""
+    """Returns a predicate on names: the slot or tensor belongs to no layer."""
     layers = tuple(f"{layer.name}." for layer in (*config.backbone_layers(), *config.draft_layers()))
     return lambda name: not name.startswith(layers)

@@ -1,7 +1,7 @@
-"""The layers stage: every chosen layer of the engine beside the reference, in one pass over the checkpoint.
+"""The layers stage: compares every chosen layer of the engine with the reference, in one pass over the checkpoint.
 
-A layer is loaded, compared on the reference's streams, read in other ways, run on the engine's own streams, and let go
-before the next is loaded. What goes on from layer to layer are streams.
+A layer is loaded, compared on the reference's streams, run in other batches, run on the engine's own streams, and freed
+before the next is loaded. Only streams are carried from layer to layer.
 """
 
 from collections.abc import Iterator
@@ -18,13 +18,13 @@ from ownpath.verify.layers import end_to_end
 from ownpath.verify.layers.batching import Batching
 from ownpath.verify.layers.measure import Measurement, dtype_name
 from ownpath.verify.layers.oracle import Oracle
-from ownpath.verify.layers.single_layer import Chunk, SingleLayer
+from ownpath.verify.layers.single_layer import SequenceRows, SingleLayer
+from ownpath.verify.layers.state import State, key_of, restore, save
 from ownpath.verify.layers.teacher_forcing import LayerComparison, compare_layer
-from ownpath.verify.layers.text import Text, text_of
-from ownpath.verify.layers.verdicts import growth, verdicts
-from ownpath.verify.layers.work import State, key_of, restore, save
-from ownpath.verify.progress import Progress
-from ownpath.verify.resume import Saved
+from ownpath.verify.layers.text import SampleText, text_of
+from ownpath.verify.layers.verdicts import check_growth, verdicts
+from ownpath.verify.progress import StageProgress
+from ownpath.verify.resume import SavedState
 from ownpath.verify.subject import Subject
 
 E4M3_ROUNDING = 2**-4 * (1 + 2**-10)
@@ -32,14 +32,16 @@ E4M3_ROUNDING = 2**-4 * (1 + 2**-10)
 less than 2^-17 of the block's largest, which the last factor has room for."""
 
 
-Seen = Finding | Measurement
+StageItem = Finding | Measurement
 
 
-def layer_stage(subject: Subject, progress: Progress | None = None, work: Path | None = None) -> Iterator[Seen]:
-    """V01 to V10 of the chosen layers, in their order; each layer's measurements before its findings.
+def layer_stage(
+    subject: Subject, progress: StageProgress | None = None, work: Path | None = None
+) -> Iterator[StageItem]:
+    """Runs V01 to V10 on the chosen layers, in their order; yields each layer's measurements before its findings.
 
-    progress: told (layers done, layers, what comes next). work: a folder for the state behind each layer, where a later
-    call with the same checkpoint, plan, selection and text goes on.
+    progress: called with (layers done, layers, the next one). work: a folder for the state behind each layer, where a
+    later call with the same checkpoint, plan, selection and text continues.
     Memory: one layer of the engine and one expert of the reference at a time, beside a text's streams.
     """
     yield from _Stage(subject, text_of(subject), progress or (lambda done, total, name: None)).run(work)
@@ -48,10 +50,10 @@ def layer_stage(subject: Subject, progress: Progress | None = None, work: Path |
 @dataclass(frozen=True)
 class _Stage:
     subject: Subject
-    text: Text
-    progress: Progress
+    text: SampleText
+    progress: StageProgress
 
-    def run(self, work: Path | None) -> Iterator[Seen]:
+    def run(self, work: Path | None) -> Iterator[StageItem]:
         oracle = Oracle.of(self.subject, self.text.token_ids)
         layer_ids = self.subject.layer_ids
         total = max(layer_ids, default=-1) + 1
@@ -59,27 +61,27 @@ class _Stage:
         try:
             state = self._restored(work, key, total) or _begin(oracle)
         except Exception as error:  # whatever an oracle cannot read: there is nothing to compare with
-            yield _stopped("embed", error)
+            yield _stage_failure("embed", error)
             return
         yield from state.measurements
         yield from state.findings
         for layer_idx in range(state.num_done, total):
-            self.progress(layer_idx, total, self._doing(layer_idx))
+            self.progress(layer_idx, total, self._progress_text(layer_idx))
             before = len(state.measurements), len(state.findings)
             try:
                 state = _next(oracle, state, layer_idx, is_chosen=layer_idx in layer_ids)
             except Exception as error:
-                yield _stopped(f"layers.{layer_idx}", error)
+                yield _stage_failure(f"layers.{layer_idx}", error)
                 return
             if work is not None:
                 save(work, key, state)
             yield from state.measurements[before[0] :]
             yield from state.findings[before[1] :]
         self.progress(total, total, "the head and the whole model")
-        yield growth(state.measurements)
+        yield check_growth(state.measurements)
         yield from _end(oracle, state)
 
-    def _doing(self, layer_idx: int) -> str:
+    def _progress_text(self, layer_idx: int) -> str:
         chosen = layer_idx in self.subject.layer_ids
         return f"layers.{layer_idx}" if chosen else f"layers.{layer_idx}: the reference alone, up to a chosen layer"
 
@@ -87,20 +89,21 @@ class _Stage:
         if work is None:
             return None
         found, state = restore(work, key, self.subject.device)
-        if found is Saved.OTHER:
+        if found is SavedState.OTHER:
             self.progress(0, total, f"{work}: {found.value}; starting anew")
         if state is not None:
             self.progress(state.num_done, total, f"{work}: going on behind layers.{state.num_done - 1}")
         return state
 
 
-def _stopped(where: str, error: Exception) -> Finding:
+def _stage_failure(where: str, error: Exception) -> Finding:
     message = f"the reference ends here: {type(error).__name__}: {error}"
     return Finding("V01", where, Verdict.FAIL, message, remedy="the file stage names what cannot be read")
 
 
-def _broke(where: str, error: Exception) -> Finding:
-    """A layer that does not load, or a kernel that raises; a checkpoint's error names the tensor."""
+def _layer_failure(where: str, error: Exception) -> Finding:
+    """Makes the finding of a layer that does not load, or of a kernel that raises; a checkpoint's error names the
+    tensor."""
     message = f"the engine does not run it: {type(error).__name__}: {error}"
     remedy = "the stages file, environment and load look at the checkpoint, the kernels and the operands alone"
     return Finding("V01", where, Verdict.FAIL, message, remedy=remedy)
@@ -108,22 +111,22 @@ def _broke(where: str, error: Exception) -> Finding:
 
 @torch.inference_mode()
 def _begin(oracle: Oracle) -> State:
-    """Before the first layer. The engine's own streams are carried if no layer will be left out."""
+    """Makes the state before the first layer. The engine's own streams are carried if no layer will be left out."""
     reference_TSD = oracle.embed()
     subject = oracle.subject
     if len(subject.layer_ids) < subject.config.num_hidden_layers:
         return State(0, reference_TSD, None)
     try:
-        engine = end_to_end.embedded(oracle)
-        finding, measured = end_to_end.embedding(engine, reference_TSD, oracle)
+        engine = end_to_end.embed_text(oracle)
+        finding, measured = end_to_end.check_embedding(engine, reference_TSD, oracle)
     except Exception as error:
-        return State(0, reference_TSD, None, [_broke("embed", error)])
+        return State(0, reference_TSD, None, [_layer_failure("embed", error)])
     return State(0, reference_TSD, engine, [finding], [measured])
 
 
 @torch.inference_mode()
 def _next(oracle: Oracle, state: State, layer_idx: int, *, is_chosen: bool) -> State:
-    """The state behind one more layer, with what was found in it."""
+    """Returns the state behind one more layer, with the layer's results."""
     broken = []
     if is_chosen:
         try:
@@ -136,27 +139,31 @@ def _next(oracle: Oracle, state: State, layer_idx: int, *, is_chosen: bool) -> S
                 [*state.measurements, *compared.measurements],
             )
         except Exception as error:
-            broken = [_broke(f"layers.{layer_idx}", error)]
+            broken = [_layer_failure(f"layers.{layer_idx}", error)]
             state = replace(state, engine=None)
     streams_TSD = oracle.block(layer_idx, state.reference_TSD).streams_TSD
     return State(layer_idx + 1, streams_TSD, state.engine, [*state.findings, *broken], state.measurements)
 
 
 def _layer(oracle: Oracle, state: State, layer_idx: int) -> tuple[LayerComparison, list[Finding], Residual | None]:
-    """One layer of the engine in every way; it is let go when this returns."""
+    """Runs one layer of the engine in all ways; it is freed when this returns."""
     engine = oracle.subject.engine
     single = SingleLayer.of(load_layer(oracle.subject, layer_idx), len(oracle.token_ids))
     compared = compare_layer(single, oracle, state.reference_TSD)
     batching = Batching(single, oracle, state.reference_TSD.to(engine.dtype), compared)
-    findings = [*verdicts(compared, single), *batching.findings(), _keys(compared, single.layer.name, oracle.subject)]
+    findings = [
+        *verdicts(compared, single),
+        *batching.findings(),
+        _check_keys(compared, single.layer.name, oracle.subject),
+    ]
     carried = state.engine
     if carried is not None:
-        carried = single.step([Chunk(oracle.token_ids, carried, single.new_cache())])
+        carried = single.step([SequenceRows(oracle.token_ids, carried, single.new_cache())])
     return compared, findings, carried
 
 
-def _keys(compared: LayerComparison, layer: str, subject: Subject) -> Finding:
-    """V10: keys are kept in FP8 under official numerics alone, each block of 64 with a scale of its own."""
+def _check_keys(compared: LayerComparison, layer: str, subject: Subject) -> Finding:
+    """V10: checks that keys are in FP8 under official numerics only, each block of 64 with a scale of its own."""
     if compared.key_rounding is None:
         message = f"keys are kept in {dtype_name(subject.engine.dtype)} ({Step.KV} is plain)"
         return Finding("V10", layer, Verdict.SKIPPED, message)
@@ -168,20 +175,20 @@ def _keys(compared: LayerComparison, layer: str, subject: Subject) -> Finding:
 
 
 @torch.inference_mode()
-def _end(oracle: Oracle, state: State) -> Iterator[Seen]:
-    """The head, and V04 where every layer of the engine ran."""
+def _end(oracle: Oracle, state: State) -> Iterator[StageItem]:
+    """Checks the head, and V04 where every layer of the engine ran."""
     num_chosen, num_layers = len(oracle.subject.layer_ids), oracle.subject.config.num_hidden_layers
     if num_chosen < num_layers:
         message = f"{num_chosen} of {num_layers} layers chosen: the whole model did not run"
         yield Finding("V04", "logits", Verdict.SKIPPED, message)
         return
     try:
-        ends = end_to_end.Ends.of(oracle)
-        finding, measured = end_to_end.head(oracle, ends, state.reference_TSD)
+        ends = end_to_end.ModelEnds.of(oracle)
+        finding, measured = end_to_end.check_head(oracle, ends, state.reference_TSD)
         if state.engine is None:
             whole = Finding("V04", "logits", Verdict.SKIPPED, "a layer of the engine did not run")
         else:
-            whole = end_to_end.end_to_end(oracle, ends, state.engine, state.reference_TSD)
+            whole = end_to_end.check_end_to_end(oracle, ends, state.engine, state.reference_TSD)
         yield from (measured, finding, whole)
     except Exception as error:
-        yield _broke("head", error)
+        yield _layer_failure("head", error)

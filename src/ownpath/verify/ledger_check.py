@@ -1,7 +1,6 @@
-"""Compares the plan with what ran: `ownpath plan --json` before, the calls of a prompt after, slot by slot."""
+"""Compares the plan with what ran, slot by slot: an earlier ``ownpath plan --json``, and the calls of a prompt."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -10,16 +9,17 @@ from ownpath.ops import OpKind
 from ownpath.plan.opspec import OpSpec
 from ownpath.plan.show import plan_dict
 from ownpath.trace import Record
+from ownpath.trace.uses import Use
 from ownpath.verify.fold import fold_layers
 from ownpath.verify.launch_check import check_launches
-from ownpath.verify.ledger_run import Ran, run_parts
+from ownpath.verify.ledger_run import PartRun, run_parts
 from ownpath.verify.plan_file import FACTS, PlanFile, PlannedSlot
 from ownpath.verify.subject import Subject
 
 Kinds = dict[str, tuple[OpKind, bool]]
-"""slot -> (what it is, whether its result is wide)."""
+"""Slot -> (its operation, whether its result is wide)."""
 Faults = list[tuple[str, str]]
-"""(slot, what is wrong)."""
+"""Pairs of (slot, what is wrong)."""
 REMEDIES = {
     "LG01": "make the plan again (ownpath plan MODEL --json), with the device and the demands that are verified",
     "LG02": "a slot that never runs is a product or a step that the model leaves out: the model's code is at fault",
@@ -44,7 +44,7 @@ float32; I: ids."""
 
 
 def kinds_of(subject: Subject) -> Kinds:
-    """The slots that a run calls: those of the chosen layers and those of no layer."""
+    """Returns the slots that a run calls: those of the chosen layers and those of no layer."""
     chosen = tuple(f"layers.{layer_idx}." for layer_idx in subject.layer_ids)
     return {
         planned.spec.slot: (planned.spec.kind, isinstance(planned.spec, OpSpec) and planned.spec.is_wide)
@@ -55,12 +55,12 @@ def kinds_of(subject: Subject) -> Kinds:
 
 def check_ledger(
     subject: Subject,
-    plan_json: Mapping[str, Any],
+    plan_json: Mapping[str, object],
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Iterator[Finding]:
-    """Holds a written plan against today's plan of the checkpoint, then against what a prompt runs.
+    """Compares a written plan with today's plan of the checkpoint, then with what a prompt runs.
 
-    plan_json: what ``ownpath plan --json`` printed. Layers run one at a time, so that two are never in memory.
+    plan_json: the output of ``ownpath plan --json``. Layers run one at a time, so that two are never in memory.
     Errors: ValueError naming the field where ``plan_json`` is no plan.
     """
     written = PlanFile.of(plan_json)
@@ -73,8 +73,8 @@ def check_ledger(
         yield Finding("LG02", f"mtp (modules: {num_drafts})", Verdict.SKIPPED, reason)
 
 
-def compare(kinds: Kinds, written: PlanFile, parts: Sequence[Ran]) -> Iterator[Finding]:
-    """Every finding about what ran. kinds: the slots that had to run."""
+def compare(kinds: Kinds, written: PlanFile, parts: Sequence[PartRun]) -> Iterator[Finding]:
+    """Yields every finding about what ran. kinds: the slots that had to run."""
     for part in parts:
         if part.failure:
             remedy = "ownpath inspect MODEL says whether the checkpoint is at fault"
@@ -116,13 +116,13 @@ def _differences(written: PlannedSlot, today: PlannedSlot) -> list[str]:
 
 
 def call_faults(kinds: Iterable[str], written: PlanFile, ran: set[str]) -> Faults:
-    """Slots that had to run and did not."""
+    """Lists slots that had to run and did not."""
     planned = ((slot, written.slots.get(slot)) for slot in kinds if slot not in ran)
     return [(slot, f"never called{f'; planned {_named(entry)}' if entry else ''}") for slot, entry in planned]
 
 
 def use_faults(written: PlanFile, records: Iterable[Record]) -> Faults:
-    """Calls of slots that are not planned, or on another runner or kernel."""
+    """Lists calls of slots that are not planned, or on another runner or kernel."""
     faults = []
     for record in records:
         planned, ran = written.slots.get(record.slot), _named(record.use)
@@ -134,7 +134,7 @@ def use_faults(written: PlanFile, records: Iterable[Record]) -> Faults:
 
 
 def layout_faults(written: PlanFile, records: Iterable[Record]) -> Faults:
-    """Calls on weights that lie in another layout than planned."""
+    """Lists calls on weights in another layout than planned."""
     faults = []
     for record in records:
         planned = _layout_of(written, record)
@@ -145,7 +145,7 @@ def layout_faults(written: PlanFile, records: Iterable[Record]) -> Faults:
 
 
 def dtype_faults(kinds: Kinds, activations: str, records: Iterable[Record]) -> Faults:
-    """Calls with other dtypes than a plan for these activations demands."""
+    """Lists calls with other dtypes than a plan for these activations demands."""
     faults = []
     for record in records:
         if record.slot not in kinds:
@@ -177,13 +177,13 @@ def _layout_of(written: PlanFile, record: Record) -> str:
     return planned.layout if planned is not None else ""
 
 
-def _named(planned: Any) -> str:
+def _named(planned: PlannedSlot | Use) -> str:
     """Names a runner and its kernel as findings do."""
     return f"{planned.runner} ({planned.kernel})"
 
 
 def _judged(check: str, faults: Faults, num_seen: int, passes: str) -> Iterator[Finding]:
-    """A finding for every fault, or one that says how many were looked at."""
+    """Yields a finding for every fault, or one that says how many slots were checked."""
     for where, message in fold_layers(faults):
         yield Finding(check, where, Verdict.FAIL, message, allowed="no difference", remedy=REMEDIES[check])
     if not faults:

@@ -1,7 +1,7 @@
-"""Stage ``load``: every chosen layer is loaded as the engine loads it, read back, and compared with the file.
+"""Stage ``load``: loads every chosen layer as the engine does, reads it back, and compares it with the file.
 
-Buffers start as sentinels on every device. The routed experts that are read back are the chosen ones; loading itself
-always covers all of them.
+Buffers start as sentinels on every device. Of the routed experts, the chosen ones are read back; loading itself always
+covers all of them.
 """
 
 import re
@@ -19,8 +19,8 @@ from ownpath.kernels.dsl.cache import CompileError
 from ownpath.kernels.nvfp4_sm100.prove import ProofError
 from ownpath.verify.causes import likely_cause
 from ownpath.verify.file_tensors import FileTensors
-from ownpath.verify.layer import in_layer, in_no_layer, read_weights, restricted, with_runners
-from ownpath.verify.progress import Progress
+from ownpath.verify.layer import in_layer, in_no_layer, read_weights, restrict_plan, with_runners
+from ownpath.verify.progress import StageProgress
 from ownpath.verify.readback import TensorPair, alpha_pair, ops_with_runners, read_modules, weight_pairs
 from ownpath.verify.resume import FinishedParts
 from ownpath.verify.subject import Subject
@@ -28,9 +28,10 @@ from ownpath.weights.load import LoadedWeights
 from ownpath.weights.operands import Destination, sentinel
 
 ALPHA_EPS = 3 * 2.0**-24
-"""Of a factor that a kernel receives: at most two float32 reciprocals and one product, half an ulp each."""
+"""Relative error allowed in the factor that a kernel receives: at most two float32 reciprocals and one product, half
+an ulp each."""
 ENDS = "ends"
-"""What is in no layer: the embedding, the last boundary and norm, the head."""
+"""The part outside all layers: the embedding, the last boundary and norm, the head."""
 _QUOTED = re.compile(r"'([^']+)'")
 _LOAD_REMEDY = "run `ownpath inspect` on the folder; if it finds nothing, the loader is wrong: report this finding"
 _KERNEL_REMEDY = (
@@ -38,10 +39,10 @@ _KERNEL_REMEDY = (
 )
 
 
-def load_stage(subject: Subject, progress: Progress, work: Path | None = None) -> Iterator[Finding]:
-    """L01 to L04 for each chosen layer, and for what is in no layer if every layer is chosen.
+def load_stage(subject: Subject, progress: StageProgress, work: Path | None = None) -> Iterator[Finding]:
+    """Runs L01 to L04 on each chosen layer, and on the slots outside all layers if every layer is chosen.
 
-    work: a folder where what was found is saved, layer by layer, for a run that goes on from there.
+    work: a folder where findings are saved layer by layer, so that an interrupted run continues from there.
     """
     finished = FinishedParts.of(work, "load", subject)
     names = [f"layers.{idx}" for idx in subject.layer_ids]
@@ -54,8 +55,8 @@ def load_stage(subject: Subject, progress: Progress, work: Path | None = None) -
 
 
 def _part_findings(subject: Subject, name: str, holds: Callable[[str], bool]) -> Iterator[Finding]:
-    """Loads one part and looks at it; it is gone when this returns."""
-    plan = restricted(subject.plan, holds)
+    """Loads one part and checks it; it is freed when this returns."""
+    plan = restrict_plan(subject.plan, holds)
     try:
         weights = read_weights(subject, plan, sentinel)
     except (CheckpointError, OSError) as error:
@@ -70,23 +71,23 @@ def _part_findings(subject: Subject, name: str, holds: Callable[[str], bool]) ->
         part = with_runners(subject, plan, weights)
     except (ValueError, ProofError, CompileError) as error:
         message = f"not put into its kernel's layout: {error}"
-        yield Finding("L02", _named(error) or name, Verdict.FAIL, message, remedy=_KERNEL_REMEDY)
+        yield Finding("L02", _named_tensor(error) or name, Verdict.FAIL, message, remedy=_KERNEL_REMEDY)
         return
     yield from read_back(subject, part, name)
 
 
 def _load_failure(name: str, error: Exception) -> Finding:
-    return Finding("L01", _named(error) or name, Verdict.FAIL, f"not loaded: {error}", remedy=_LOAD_REMEDY)
+    return Finding("L01", _named_tensor(error) or name, Verdict.FAIL, f"not loaded: {error}", remedy=_LOAD_REMEDY)
 
 
-def _named(error: Exception) -> str | None:
-    """The tensor that an error names: it comes first, in quotes."""
+def _named_tensor(error: Exception) -> str | None:
+    """Returns the tensor that an error names: it comes first, in quotes."""
     match = _QUOTED.search(str(error))
     return match[1] if match else None
 
 
 def unwritten_slots(subject: Subject, weights: LoadedWeights) -> Iterator[Finding]:
-    """L01: slots that still hold their sentinel, before any kernel repacks them.
+    """L01: looks for slots that still hold their sentinel, before any kernel repacks them.
 
     Floats start as NaN, bytes and integers as all ones. A code may be all ones too, so that a matrix of codes counts as
     unwritten when all of it is; single codes are compared with the file (L02).
@@ -111,11 +112,11 @@ def _is_sentinel(slot: Destination) -> torch.Tensor:
 
 
 def read_back(subject: Subject, part: LoadedPart, name: str) -> Iterator[Finding]:
-    """L02, L03, L04: what the kernels of a loaded part hold, against the file."""
+    """L02, L03, L04: compares what the kernels of a loaded part hold with the file."""
     expert_ids = () if name == ENDS else subject.expert_ids(int(name.partition(".")[2]))
     with FileTensors(subject.index, subject.device) as raw:
         compared = [(it.id, it.number()) for it in comparisons(part, expert_ids, raw)]
-        # Asked for at once: each answer would stall a GPU.
+        # Fetched at once: each answer would stall a GPU.
         numbers = torch.stack([number for _, number in compared]).tolist()
         limits = [_LIMITS[id_] for id_, _ in compared]
         bad = {idx for idx, (number, limit) in enumerate(zip(numbers, limits, strict=True)) if not number <= limit}
@@ -142,7 +143,7 @@ class WeightComparison:
     pair: TensorPair
 
     def number(self) -> torch.Tensor:
-        """How far apart the two are, float64 []: elements that differ, or (L03) the largest relative error."""
+        """The difference of the two, float64 []: elements that differ, or (L03) the largest relative error."""
         pair = self.pair
         if self.id == "L02":
             return (pair.file != pair.kernel).count_nonzero().double()
@@ -150,7 +151,8 @@ class WeightComparison:
 
 
 def comparisons(part: LoadedPart, expert_ids: tuple[int, ...], raw: FileTensors) -> Iterator[WeightComparison]:
-    """Everything of a part that can be compared, one pair at a time; of routed experts, those that are given."""
+    """Yields everything of a part that can be compared, one pair at a time; of routed experts, those in
+    ``expert_ids``."""
     for key, tensor in part.weights.params.items():
         yield WeightComparison("L02", "", TensorPair(key, "values", key, raw(key), tensor))
     for slot, runner in part.runners.items():
@@ -176,7 +178,7 @@ def _difference(it: WeightComparison, number: float, raw: FileTensors) -> Findin
 
 
 def _padding(part: LoadedPart, name: str) -> Iterator[Finding]:
-    """L04: bytes that a kernel may read beyond a matrix."""
+    """L04: checks the bytes that a kernel may read beyond a matrix."""
     num_bytes = num_bad = 0
     for slot, runner in part.runners.items():
         for op, own in ops_with_runners(part.plan.ops_of(slot), runner):

@@ -1,4 +1,4 @@
-"""What this machine is, as data, and the combinations of hardware and software that are known to compute wrong."""
+"""Describes this machine as data, and lists combinations of hardware and software that are known to compute wrong."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 @dataclass(frozen=True)
 class Machine:
-    """sm: compute capability times ten, ``None`` off CUDA. driver: NVIDIA's, "" where it cannot be told.
+    """sm: compute capability times ten, ``None`` off CUDA. driver: NVIDIA's version, "" where unknown.
 
     versions: of Python, CUDA (as torch was built with it; "" without) and the packages that are installed.
     """
@@ -26,7 +26,7 @@ class Machine:
     versions: Mapping[str, str]
 
     def version(self, name: str) -> tuple[int, ...]:
-        """Leading numbers of a version, () where it is not installed. ``driver`` is a name too."""
+        """Returns the leading numbers of a version, () where it is not installed. ``driver`` is a name too."""
         text = self.driver if name == "driver" else self.versions.get(name, "")
         match = re.match(r"\d+(\.\d+)*", text)
         return tuple(int(part) for part in match[0].split(".")) if match else ()
@@ -76,7 +76,7 @@ def _is_sm(machine: Machine, first: int, end: int) -> bool:
 
 
 def this_machine(device: torch.device) -> Machine:
-    """The machine as ``device`` sees it."""
+    """Describes the machine as ``device`` sees it."""
     if device.type != "cuda":
         return Machine(device_name(str(device)), None, "", versions())
     major, minor = torch.cuda.get_device_capability(device)
@@ -84,7 +84,7 @@ def this_machine(device: torch.device) -> Machine:
 
 
 def driver_version() -> str:
-    """Of NVIDIA's kernel module, from the file that it keeps; "" where there is none."""
+    """Returns the version of NVIDIA's kernel module, from the file that it keeps; "" where there is none."""
     try:
         text = _DRIVER_FILE.read_text(encoding="utf-8")
     except OSError:
@@ -94,7 +94,7 @@ def driver_version() -> str:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that an allocation on ``device`` may take now; ``None`` where the system does not say."""
+    """Returns the memory that an allocation on ``device`` may take now; ``None`` where the system does not say."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:

@@ -1,4 +1,4 @@
-"""A plan as ``ownpath plan --json`` wrote it down, to be compared with what is planned today and with what ran."""
+"""Reads a plan written by ``ownpath plan --json``, to compare it with today's plan and with what ran."""
 
 import json
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 FACTS = ("device", "activations", "batch_invariant", "numerics")
-"""What a plan was made for."""
+"""Settings that a plan was made for."""
 _OP_FIELDS = ("encoding", "runner", "kernel", "layout")
 _COMPANION_FIELDS = ("runner", "kernel")
 
@@ -16,7 +16,7 @@ _COMPANION_FIELDS = ("runner", "kernel")
 class PlannedSlot:
     """One slot. Several products of a slot are joined by "+".
 
-    encoding, layout: empty for what has no stored matrix. sizes: of each product, or those that a companion depends on.
+    encoding, layout: empty for a slot without a stored matrix. sizes: of each product, or those that a companion needs.
     """
 
     slot: str
@@ -36,7 +36,7 @@ class PlanFile:
 
     @classmethod
     def of(cls, written: Mapping[str, Any]) -> "PlanFile":
-        """Errors: ValueError naming the field that is missing or no such value."""
+        """Parses a written plan. Errors: ValueError naming the field that is missing or has no valid value."""
         facts = {name: _field(written, name, object, name) for name in FACTS}
         entries: dict[str, list[PlannedSlot]] = {}
         for kind, fields, sizes in (("ops", _OP_FIELDS, "shape"), ("companions", _COMPANION_FIELDS, "dims")):
@@ -47,7 +47,7 @@ class PlanFile:
 
 
 def read_plan_file(path: Path) -> dict[str, Any]:
-    """What ``ownpath plan --json`` wrote. Errors: ValueError naming the file."""
+    """Reads the output of ``ownpath plan --json``. Errors: ValueError naming the file."""
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

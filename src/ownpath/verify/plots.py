@@ -1,8 +1,8 @@
-"""Small plots over the layers as inline SVG: the engine's numbers beside what they are held against.
+"""Draws small plots over the layers as inline SVG: the engine's numbers beside their references.
 
 One plot for each kind of value, since kinds differ by orders of magnitude: x is the layer, the same in all of them; y
-is logarithmic, in each plot's own decades. Colours are the page's (``html.STYLE``), so that plots follow it into the
-dark. Coordinates have one decimal: the same numbers give the same bytes.
+is logarithmic, in each plot's own decades. Colours are the page's (``html.STYLE``), so that plots have a dark mode too.
+Coordinates have one decimal: the same numbers give the same bytes.
 """
 
 import math
@@ -14,7 +14,7 @@ WIDTH, HEIGHT = 320.0, 150.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 312.0, 8.0, 128.0
 """The frame that values lie in; left of it and under it are the labels."""
 MAX_DECADES = 12
-"""Below so many decades under the largest a value lies on the lower edge: an exact layer would flatten all others."""
+"""Values more decades below the largest lie on the lower edge: an exact layer would flatten all others."""
 _MAX_LABELS = 4
 _MAX_LAYER_LABELS = 7
 _LAYER_STEPS = (1, 2, 5, 10, 20, 50, 100)
@@ -23,7 +23,7 @@ _SIZE = 4.0
 
 @dataclass(frozen=True)
 class Point:
-    """A value of one layer. title: shown while a pointer rests on it. is_bad: beyond what was allowed."""
+    """A value of one layer. title: shown while a pointer rests on it. is_bad: beyond its limit."""
 
     layer_idx: int
     value: float
@@ -41,14 +41,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Decades:
-    """From 10^first to 10^last."""
+    """A range of y from 10^first to 10^last."""
 
     first: int
     last: int
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Decades":
-        """What holds all values that have a logarithm, as far as ``MAX_DECADES`` allow; one decade at least."""
+        """Covers all values that have a logarithm, as far as ``MAX_DECADES`` allow; one decade at least."""
         logs = [math.log10(value) for value in values if 0 < value < math.inf]
         if not logs:
             return cls(-1, 0)
@@ -56,7 +56,7 @@ class Decades:
         return cls(max(min(math.floor(min(logs)), last - 1), last - MAX_DECADES), last)
 
     def y(self, value: float) -> float:
-        """Downwards. Zero and what is too small lie on the lower edge, NaN and infinity on the upper."""
+        """Maps a value to y, downwards. Zero and small values lie on the lower edge, NaN and infinity on the upper."""
         if math.isnan(value) or value == math.inf:
             return TOP
         log = math.log10(value) if value > 0 else -math.inf
@@ -71,20 +71,21 @@ class Decades:
 
 @dataclass(frozen=True)
 class Axis:
-    """The layers from left to right. is_numbered: whether their numbers are written; what is no layer has none."""
+    """The layers from left to right. is_numbered: whether their numbers are written; values outside all layers have
+    none."""
 
     first: int
     last: int
     is_numbered: bool = True
 
     def x(self, layer_idx: int) -> float:
-        """A layer alone lies in the middle."""
+        """Maps a layer to x; a single layer lies in the middle."""
         share = 0.5 if self.first == self.last else (layer_idx - self.first) / (self.last - self.first)
         return LEFT + share * (RIGHT - LEFT)
 
     @property
     def labelled(self) -> list[int]:
-        """The layers whose numbers are written: every one, or every second, fifth, tenth, as there is room."""
+        """Returns the layers whose numbers are written: every one, or every second, fifth, tenth, as there is room."""
         if not self.is_numbered:
             return []
         span = self.last - self.first
@@ -93,7 +94,7 @@ class Axis:
 
 
 def small_plot(name: str, axis: Axis, points: Sequence[Point], lines: Sequence[Line]) -> str:
-    """One plot. name: what it shows, for those who cannot see it."""
+    """Draws one plot. name: what it shows, for screen readers."""
     drawn = [value for line in lines for _, value in line.values]
     decades = Decades.of([*drawn, *(point.value for point in points)])
     parts = [*_frame(decades, axis), *(_line(line, decades, axis) for line in lines)]
@@ -118,7 +119,7 @@ def _frame(decades: Decades, axis: Axis) -> list[str]:
 
 def _line(line: Line, decades: Decades, axis: Axis) -> str:
     places = [(axis.x(layer_idx), decades.y(value)) for layer_idx, value in line.values]
-    if len(places) == 1:  # a line of one value would not be seen
+    if len(places) == 1:  # a line of one value would be invisible
         (x, y), places = places[0], []
         places = [(x - _SIZE, y), (x + _SIZE, y)]
     return f'<polyline class="{line.style}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>'
@@ -130,7 +131,7 @@ def _dot(point: Point, decades: Decades, axis: Axis) -> str:
 
 
 def _mark(point: Point, decades: Decades, axis: Axis) -> str:
-    """Another shape too: not everybody tells the colours apart."""
+    """Draws a bad value in another shape too: not everybody tells the colours apart."""
     x, y = axis.x(point.layer_idx), decades.y(point.value)
     outline = f"M{x:.1f} {y - _SIZE:.1f}l{_SIZE:g} {_SIZE:g}l-{_SIZE:g} {_SIZE:g}l-{_SIZE:g} -{_SIZE:g}z"
     return f'<path d="{outline}"><title>{escape(point.title)}</title></path>'

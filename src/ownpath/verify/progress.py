@@ -1,15 +1,15 @@
-"""How far a stage is: one line on stderr, written over on a terminal, now and then a new one elsewhere."""
+"""Shows a stage's progress: one line on stderr, overwritten on a terminal, now and then a new one elsewhere."""
 
 import sys
 import time
 from typing import Protocol
 
 LINE_INTERVAL_S = 10.0
-"""Between two lines where nothing can be written over: a log that a person can still read."""
+"""Seconds between two lines where no line can be overwritten, so that a log stays readable."""
 
 
-class Progress(Protocol):
-    """Told by a stage that ``done`` of ``total`` parts are looked at, and which it takes up next."""
+class StageProgress(Protocol):
+    """Called by a stage: ``done`` of ``total`` parts are checked, and ``name`` is the next."""
 
     def __call__(self, done: int, total: int, name: str) -> None: ...
 
@@ -34,14 +34,14 @@ class StageLine:
             self._last = now
 
     def end(self) -> None:
-        """Takes the line away, if there is one."""
+        """Clears the line, if there is one."""
         if self._is_open:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
         self._is_open = False
 
 
 def time_left(done: int, total: int, seconds: float) -> str:
-    """What remains if parts go on taking as long as the first ``done`` did in ``seconds``."""
+    """Formats the remaining time if parts go on taking as long as the first ``done`` did in ``seconds``."""
     if done == 0:
         return "..."
     left = round(seconds / done * (total - done))

@@ -1,10 +1,10 @@
-"""What a runner's kernel holds, beside what the file holds: pairs of tensors that must be equal, module by module.
+"""Pairs what a runner's kernel holds with what the file holds, module by module; the two must be equal.
 
-The kernel's side is read back out of its layout by the runner (``stored``, ``stored_expert``); the file's side comes
-from ``FileTensors``, with the meaning of its bytes from the oracle's tables. Scales are compared as values where the
-kernel holds them in another dtype, codes and all other scales bit by bit. Two things may differ from the file without a
-change of meaning, and are allowed for: codes under a zero scale (a kernel that cannot say zero holds zeros under
-2^-9), and the scale of a block of zeros in MXFP4 that became NVFP4.
+The runner reads the kernel's side back out of its layout (``stored``, ``stored_expert``); the file's side comes from
+``FileTensors``, decoded by the oracle's tables. Scales are compared as values where the kernel holds them in another
+dtype, codes and all other scales bit by bit. Two differences from the file do not change any value and are allowed:
+codes under a zero scale (a kernel that cannot store zero holds zeros under 2^-9), and the scale of a block of zeros in
+MXFP4 that became NVFP4.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from ownpath.formats import BF16, FP32, MXFP4, NVFP4
 from ownpath.kernels.spec import InputRounding
 from ownpath.ops import OpKind
 from ownpath.oracle.formats import decode, e4m3_of, e8m0_of
-from ownpath.oracle.stored import spread_blocks
+from ownpath.oracle.weights import spread_blocks
 from ownpath.plan.plan import PlannedOp
 from ownpath.qtensor import QuantTensor
 from ownpath.runners import Runner
@@ -30,7 +30,7 @@ PACKED = "packed_64x128"
 
 @dataclass(frozen=True)
 class TensorPair:
-    """What must be equal, and of what: role says it in a word. key: the tensor in the file. Shapes are equal."""
+    """Two tensors of one shape that must be equal. role: their role in a word. key: the tensor in the file."""
 
     module: str
     role: str
@@ -41,19 +41,19 @@ class TensorPair:
 
 @dataclass(frozen=True)
 class KernelModule:
-    """One stored matrix with what the kernel holds for it."""
+    """One stored matrix as the kernel holds it."""
 
     module: ModuleSpec
     weight: QuantTensor
 
 
 def ops_with_runners(op_list: tuple[PlannedOp, ...], runner: Runner) -> Iterator[tuple[PlannedOp, Any]]:
-    """Each op of a slot with the runner that holds its operand."""
+    """Yields each op of a slot with the runner that holds its operand."""
     return zip(op_list, runner.leaves, strict=True)
 
 
 def read_modules(op: PlannedOp, runner: Any, expert_ids: tuple[int, ...]) -> Iterator[KernelModule]:
-    """What ``runner`` holds of each module of ``op``; of routed experts, those that are given."""
+    """Reads each module of ``op`` back from ``runner``; of routed experts, those in ``expert_ids``."""
     modules = op.spec.modules
     if op.spec.kind is OpKind.MOE:
         num_experts = len(modules) // 3
@@ -74,7 +74,7 @@ def read_modules(op: PlannedOp, runner: Any, expert_ids: tuple[int, ...]) -> Ite
 
 
 def weight_pairs(op: PlannedOp, held: KernelModule, raw: FileTensors) -> Iterator[TensorPair]:
-    """Codes (or values) and block scales of one module."""
+    """Yields codes (or values) and block scales of one module."""
     encoding, name, weight = op.encoding, held.module.name, held.weight
     keys = {part.role: key for part, key in zip(encoding.parts, encoding.keys(name), strict=True)}
     codes = raw(keys["qdata"])
@@ -103,7 +103,8 @@ def weight_pairs(op: PlannedOp, held: KernelModule, raw: FileTensors) -> Iterato
 
 
 def _mxfp4_scales(codes: Tensor, scale: Tensor, weight: QuantTensor) -> tuple[Tensor, Tensor]:
-    """MXFP4's scales, twice each, and what they became: NVFP4's with the global scale. Over zeros any will do."""
+    """Returns MXFP4's scales, twice each, and the NVFP4 scales (with global scale) that replaced them. Zero blocks
+    match."""
     assert weight.scale is not None
     assert weight.global_scale is not None
     twice = scale.repeat_interleave(2, dim=1)
@@ -113,7 +114,8 @@ def _mxfp4_scales(codes: Tensor, scale: Tensor, weight: QuantTensor) -> tuple[Te
 
 
 def alpha_pair(op: PlannedOp, held: KernelModule, raw: FileTensors) -> TensorPair | None:
-    """The factor that the kernel receives for one module, and the file's, in float64; ``None``: the format has none."""
+    """Pairs the factor that the kernel receives for one module with the file's, in float64; ``None``: the format has
+    none."""
     if op.encoding.format is not NVFP4:
         return None
     assert held.weight.global_scale is not None, held.module.name
@@ -128,13 +130,13 @@ def alpha_pair(op: PlannedOp, held: KernelModule, raw: FileTensors) -> TensorPai
 
 
 def multiplier(encoding: Encoding, module: str, role: str, raw: FileTensors) -> Tensor:
-    """What a stored scalar means as a multiplier, in float64 [1]."""
+    """Returns a stored scalar as a multiplier, in float64 [1]."""
     stored = raw(encoding.key(module, role)).double().reshape(1)
     return 1 / stored if encoding.part(role).is_divisor else stored
 
 
 def _input_scale(op: PlannedOp, module: str, raw: FileTensors) -> Tensor:
-    """Matrices that share an input share the largest of their input scales: fused shards, and an expert's w1 and w3."""
+    """Returns the largest input scale of the matrices that share an input: fused shards, and an expert's w1 and w3."""
     names = [other.name for other in op.spec.modules]
     if op.spec.kind is OpKind.MOE:
         stem, _, projection = module.rpartition(".")
@@ -143,20 +145,20 @@ def _input_scale(op: PlannedOp, module: str, raw: FileTensors) -> Tensor:
 
 
 def block_scales(stored: Tensor, encoding: Encoding) -> Tensor:
-    """Block scales of a file as float64. One byte is E4M3 in NVFP4 and E8M0 elsewhere."""
+    """Decodes block scales of a file as float64. One byte is E4M3 in NVFP4 and E8M0 elsewhere."""
     if stored.dtype != torch.uint8:
         return stored.double()
     return decode(stored, e4m3_of if encoding.format is NVFP4 else e8m0_of)
 
 
 def _scale_values(scale: Tensor) -> Tensor:
-    """Block scales of a kernel as float64."""
+    """Decodes block scales of a kernel as float64."""
     if scale.element_size() > 1:
         return scale.double()
     return decode(scale, e8m0_of if scale.dtype == torch.float8_e8m0fnu else e4m3_of)
 
 
 def _decoded_fp8(codes: Tensor, stored_scale: Tensor) -> Tensor:
-    """E4M3 with a scale for 128 x 128, rounded to float32 once, as every product of the two is."""
+    """Decodes E4M3 with a scale for 128 x 128, rounded to float32 once, as every product of the two is."""
     scale = decode(stored_scale, e8m0_of) if stored_scale.dtype == torch.uint8 else stored_scale
     return (decode(codes, e4m3_of) * spread_blocks(scale.double(), codes.shape)).float()

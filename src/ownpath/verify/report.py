@@ -1,4 +1,4 @@
-"""A verification as people read it in ten seconds, and as programs read it."""
+"""Formats a verification for people and for programs."""
 
 import hashlib
 import json
@@ -9,30 +9,29 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ownpath.bench.record import device_name
 from ownpath.checkpoint.header import MAX_HEADER_BYTES
 from ownpath.finding import Finding, Verdict, failed
-from ownpath.inspect.show import printable
+from ownpath.inspect.report import printable
 from ownpath.plan.plan import Plan
 from ownpath.plan.show import align, plan_dict
 from ownpath.verify.checks import TITLES
 from ownpath.verify.layers.measure import Measurement
-from ownpath.verify.run import Result, StageResult
+from ownpath.verify.run import StageResult, Verification
 from ownpath.verify.subject import Selection
 from ownpath.versions import versions
 
 MAX_FAILURES = 8
-"""Lines for one failing check; the rest is counted. ``--json`` has them all."""
+"""Lines shown for one failing check; the rest is counted. ``--json`` has them all."""
 SCHEMA = "ownpath verify 1"
 _LAYER = re.compile(r"(?:layers|mtp)\.\d+(?=\.|$)")
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """SHA-256 over config.json and every shard's header, by file name: which tensors, of what type, and where.
+    """Digests config.json and every shard's header, by file name, with SHA-256: names, types and places of tensors.
 
-    It tells exports apart, not contents: weights are not read.
+    It distinguishes exports, not contents: weights are not read.
     """
     digest = hashlib.sha256()
     for path in sorted((folder / "config.json", *folder.glob("*.safetensors"))):
@@ -49,18 +48,18 @@ def _header(path: Path) -> bytes:
 
 
 def plan_digest(plan: Plan) -> str:
-    """SHA-256 over what ``ownpath plan --json`` prints: which kernel runs what, from which layout, and why."""
+    """Digests the output of ``ownpath plan --json`` with SHA-256: kernels, layouts and reasons."""
     return hashlib.sha256(json.dumps(plan_dict(plan), sort_keys=True).encode()).hexdigest()
 
 
 def layer_of(finding: Finding) -> str | None:
-    """The layer that a finding is about, as ``layers.3``."""
+    """Returns the layer that a finding is about, as ``layers.3``."""
     match = _LAYER.match(finding.where)
     return match[0] if match else None
 
 
 def first_bad_layer(findings: Iterable[Finding]) -> str | None:
-    """The lowest layer with a failure."""
+    """Returns the lowest layer with a failure."""
     layers = {layer for finding in failed(findings) if (layer := layer_of(finding))}
     return min(layers, key=_depth, default=None)
 
@@ -71,7 +70,7 @@ def _depth(layer: str) -> tuple[bool, int]:
 
 
 def worst_layer(findings: Iterable[Finding]) -> tuple[str, Finding] | None:
-    """The layer with the largest error of the layer checks (V01, or the first of them that measured any)."""
+    """Returns the layer with the largest error of the layer checks (V01, or the first of them that measured any)."""
     measured = [f for f in findings if f.id.startswith("V") and f.number is not None and layer_of(f)]
     if not measured:
         return None
@@ -81,17 +80,17 @@ def worst_layer(findings: Iterable[Finding]) -> tuple[str, Finding] | None:
 
 
 def _rank(number: float | None) -> float:
-    """NaN is worse than any number."""
+    """Ranks a number; NaN is worse than any."""
     return math.inf if number is None or math.isnan(number) else number
 
 
 def kernels_of(plan: Plan) -> dict[str, int]:
-    """Kernel -> how many of the plan's slots it runs."""
+    """Counts the plan's slots by kernel."""
     return dict(sorted(Counter(kernel for _, kernel in plan.slots.values()).items()))
 
 
-def report_dict(result: Result) -> dict[str, Any]:
-    """The report for programs; the keys are documented in docs/verify.md."""
+def report_dict(result: Verification) -> dict[str, object]:
+    """Returns the report for programs; the keys are documented in docs/verify.md."""
     job, findings = result.job, result.findings
     plan = plan_of(result)
     worst = worst_layer(findings)
@@ -121,19 +120,19 @@ def report_dict(result: Result) -> dict[str, Any]:
     }
 
 
-def plan_of(result: Result) -> Plan | None:
-    """Made by some stage, or not at all."""
+def plan_of(result: Verification) -> Plan | None:
+    """Returns the plan, if any stage made it."""
     subject = vars(result.job).get("subject")
     return None if subject is None else subject.plan
 
 
-def verdict_of(result: Result) -> str:
-    """pass or fail."""
+def verdict_of(result: Verification) -> str:
+    """Returns "pass" or "fail"."""
     return "pass" if result.passed else "fail"
 
 
-def seconds_of(result: Result) -> float:
-    """Of all stages."""
+def seconds_of(result: Verification) -> float:
+    """Sums the seconds of all stages."""
     return sum(stage.seconds for stage in result.stages)
 
 
@@ -142,29 +141,29 @@ def _counts(findings: Iterable[Finding]) -> dict[Verdict, int]:
     return {verdict: counts[verdict] for verdict in Verdict}
 
 
-def _stage_dict(stage: StageResult) -> dict[str, Any]:
+def _stage_dict(stage: StageResult) -> dict[str, object]:
     findings = [_finding_dict(finding) for finding in stage.findings]
     skipped = stage.skipped or None
     return {"name": stage.name, "seconds": round(stage.seconds, 3), "skipped": skipped, "findings": findings}
 
 
-def _finding_dict(finding: Finding) -> dict[str, Any]:
+def _finding_dict(finding: Finding) -> dict[str, object]:
     fields = {name: value for name, value in vars(finding).items() if name != "limit"}
     return _named(fields | {"verdict": finding.verdict.value.lower()})
 
 
-def _measurement_dict(measured: Measurement) -> dict[str, Any]:
+def _measurement_dict(measured: Measurement) -> dict[str, object]:
     return _named(dict(vars(measured)) | {"is_within": measured.is_within})
 
 
-def _named(fields: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN and no infinity: such a number is its name."""
+def _named(fields: dict[str, object]) -> dict[str, object]:
+    """Replaces NaN and infinity, which JSON lacks, by their names."""
     strange = {key: str(x) for key, x in fields.items() if isinstance(x, float) and not math.isfinite(x)}
     return fields | strange
 
 
-def report_text(result: Result) -> str:
-    """Verdict, first bad and worst layer, kernels; failures with remedies; then every check in a line."""
+def report_text(result: Verification) -> str:
+    """Formats verdict, first bad and worst layer, kernels; failures with remedies; then every check in a line."""
     job, findings = result.job, result.findings
     worst, plan = worst_layer(findings), plan_of(result)
     lines = [f"{job.folder.resolve().name} on {device_name(job.engine.device)}: {verdict_of(result).upper()}"]
@@ -183,20 +182,20 @@ _WORDS = {Verdict.FAIL: "failed", Verdict.PASS: "passed", Verdict.SKIPPED: "skip
 
 
 def _kernel_lines(plan: Plan) -> list[str]:
-    """How many of the plan's slots each kernel runs."""
+    """Formats how many of the plan's slots each kernel runs."""
     told = ", ".join(f"{count}_x_{kernel}" for kernel, count in kernels_of(plan).items())
     lines = textwrap.wrap(told, 110, initial_indent=f"{'kernels':17}", subsequent_indent=" " * 17)
     return [line.replace("_x_", " x ") for line in lines]
 
 
 def counts_text(findings: Iterable[Finding]) -> str:
-    """How many findings have which verdict."""
+    """Formats how many findings have which verdict."""
     counts = _counts(findings)
     return ", ".join(f"{counts[verdict]} {word}" for verdict, word in _WORDS.items())
 
 
 def limits_of(selection: Selection) -> list[str]:
-    """What was left out on request; empty where nothing was."""
+    """Lists what was left out on request; empty where nothing was."""
     limits = []
     if selection.layer_ids is not None:
         limits.append(f"layers {', '.join(map(str, sorted(selection.layer_ids)))}")
@@ -206,13 +205,13 @@ def limits_of(selection: Selection) -> list[str]:
 
 
 def worst_text(finding: Finding) -> str:
-    """Where, which check, its number and what was allowed."""
+    """Formats place, check, number and limit of a finding."""
     allowed = f", allowed {finding.allowed}" if finding.allowed else ""
     return f"{finding.where}: {finding.id} {finding.number:.3g}{allowed}"
 
 
 def _failure_lines(findings: Iterable[Finding]) -> list[str]:
-    """Grouped by check: the places, then what to do, once for each remedy."""
+    """Groups failures by check: the places, then what to do, once for each remedy."""
     lines = []
     for check in failed_checks(findings):
         for finding in check.shown:
@@ -226,7 +225,7 @@ def _failure_lines(findings: Iterable[Finding]) -> list[str]:
 
 @dataclass(frozen=True)
 class FailedCheck:
-    """What a check found wrong. shown: the first places; num_more: how many others there are; remedies: each once."""
+    """The failures of one check. shown: the first places; num_more: how many others there are; remedies: each once."""
 
     id: str
     shown: tuple[Finding, ...]
@@ -235,7 +234,7 @@ class FailedCheck:
 
 
 def failed_checks(findings: Iterable[Finding]) -> list[FailedCheck]:
-    """The failing checks in their order, with the places that every form of the report tells first."""
+    """Returns the failing checks in their order, with the places that every form of the report shows first."""
     return [
         FailedCheck(
             id_,
@@ -250,8 +249,8 @@ def failed_checks(findings: Iterable[Finding]) -> list[FailedCheck]:
 CHECK_HEADINGS = ("", "check", "", "worst", "found")
 
 
-def check_rows(result: Result) -> list[tuple[str, ...]]:
-    """One row for each check of each stage: the worst number, and what was found or how often it was looked for."""
+def check_rows(result: Verification) -> list[tuple[str, ...]]:
+    """Returns one row for each check of each stage: the worst number, and the message or a count of verdicts."""
     rows: list[tuple[str, ...]] = []
     for stage in result.stages:
         for id_, found in sorted(_by_id(stage.findings).items()):
@@ -259,17 +258,17 @@ def check_rows(result: Result) -> list[tuple[str, ...]]:
             verdict = next(verdict for verdict in (Verdict.FAIL, Verdict.PASS, Verdict.SKIPPED) if counts[verdict])
             numbers = [finding.number for finding in found if finding.number is not None]
             number = f"{max(numbers, key=_rank):.4g}" if numbers else "-"
-            rows.append((verdict.value, id_, TITLES.get(id_, ""), number, _told(found)))
+            rows.append((verdict.value, id_, TITLES.get(id_, ""), number, _outcome(found)))
     return rows
 
 
-def _check_lines(result: Result) -> list[str]:
+def _check_lines(result: Verification) -> list[str]:
     rows = check_rows(result)
     return align([CHECK_HEADINGS, *rows]) if rows else []
 
 
-def _told(found: list[Finding]) -> str:
-    """What a check found where it looked once, or was skipped for one reason; else how often it did what."""
+def _outcome(found: list[Finding]) -> str:
+    """Formats one finding (or one reason to skip) by its message, several by counts of verdicts."""
     messages = dict.fromkeys(finding.message for finding in found)
     counts = _counts(found)
     if len(messages) == 1 and found[0].verdict is not Verdict.FAIL:

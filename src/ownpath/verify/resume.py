@@ -1,9 +1,9 @@
-"""Where a stopped run goes on: one file a stage in the work folder, written anew behind each part of a checkpoint.
+"""Resumes a stopped run: one file per stage in the work folder, rewritten after each part of a checkpoint.
 
 A safetensors file holds tensors and, as metadata, the run's key and a JSON value. It is written beside its final name,
-flushed and renamed: there is the state behind one part or behind the next, never half of one. It is used by a run with
-the same key alone: a digest of everything that findings depend on. A part with a failure is not saved, because what
-failed is looked at again.
+flushed and renamed: it holds the state after one part or after the next, never half of one. Only a run with the same
+key uses it; the key digests everything that findings depend on. A part with a failure is not saved, because failed
+parts are checked again.
 """
 
 import hashlib
@@ -28,14 +28,14 @@ _FORMAT = 2
 State = TypeVar("State")
 
 
-def digest_of(subject: Subject, **more: Any) -> str:
-    """SHA-256 over headers (names, places, sizes and times of the shards), configuration, plan and selection.
+def digest_of(subject: Subject, **more: object) -> str:
+    """Digests headers (names, places, sizes and times of the shards), configuration, plan and selection with SHA-256.
 
-    more: what else a stage's findings depend on, as JSON can say it.
+    more: other values that a stage's findings depend on, JSON-serialisable.
     """
     selection = subject.selection
     shards = {info.file for info in subject.index.tensors.values()}
-    parts: dict[str, Any] = more | {
+    parts: dict[str, object] = more | {
         "format": _FORMAT,
         "versions": versions(),
         "device": subject.plan.caps.name,
@@ -50,15 +50,15 @@ def digest_of(subject: Subject, **more: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-class Saved(Enum):
-    """What lies in a work folder."""
+class SavedState(Enum):
+    """The state of a file in a work folder."""
 
     NOTHING = "nothing"
     OTHER = "what is there is of another run, or cannot be read"
     SAME = "this run, as far as it came"
 
 
-def write_state(path: Path, key: str, value: Any, tensors: Mapping[str, Tensor] | None = None) -> None:
+def write_state(path: Path, key: str, value: object, tensors: Mapping[str, Tensor] | None = None) -> None:
     """Writes a JSON value and tensors under the run's key. Errors: OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.writing")
@@ -71,25 +71,25 @@ def write_state(path: Path, key: str, value: Any, tensors: Mapping[str, Tensor] 
 
 def read_state(
     path: Path, key: str, decode: Callable[[Any, dict[str, Tensor]], State], device: torch.device | None = None
-) -> tuple[Saved, State | None]:
-    """Reads what a run with this key wrote, through ``decode(value, tensors)``, whose errors mean a torn file."""
+) -> tuple[SavedState, State | None]:
+    """Reads a file of a run with this key, through ``decode(value, tensors)``, whose errors mean a torn file."""
     if not path.exists():
-        return Saved.NOTHING, None
+        return SavedState.NOTHING, None
     try:
         with safe_open(path, framework="pt", device=str(device or "cpu")) as file:
             metadata = file.metadata() or {}
             if metadata.get("key") != key:
-                return Saved.OTHER, None
-            # Copies lie where torch aligns them: in which order a processor sums depends on that.
+                return SavedState.OTHER, None
+            # Copies are aligned as torch aligns them: a processor's summation order depends on that.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        return Saved.SAME, decode(json.loads(metadata["value"]), tensors)
+        return SavedState.SAME, decode(json.loads(metadata["value"]), tensors)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError):
-        return Saved.OTHER, None
+        return SavedState.OTHER, None
 
 
 @dataclass
 class FinishedParts:
-    """The findings of those parts of a stage that are done, by the parts' names. path: ``None``: nothing is saved."""
+    """The findings of a stage's finished parts, by the parts' names. path: ``None``: nothing is saved."""
 
     path: Path | None
     key: str
@@ -97,7 +97,7 @@ class FinishedParts:
 
     @classmethod
     def of(cls, work: Path | None, stage: str, subject: Subject) -> "FinishedParts":
-        """Starts with what an earlier run of the same key left; without it where the file is another run's or torn."""
+        """Starts from an earlier run with the same key; empty where the file is another run's or torn."""
         if work is None:
             return cls(None, "")
         path, key = work / f"{stage}.safetensors", digest_of(subject)
@@ -105,7 +105,7 @@ class FinishedParts:
         return cls(path, key, parts or {})
 
     def part(self, name: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-        """Yields a part's saved findings, or what ``look`` finds, which is saved from then on."""
+        """Yields a part's saved findings, or those of ``look``, which it then saves."""
         if name in self.parts:
             yield from self.parts[name]
             return

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import scan_checkpoint
@@ -21,15 +20,15 @@ from ownpath.verify.layer_stage import layer_stage
 from ownpath.verify.layers.measure import Measurement
 from ownpath.verify.ledger_check import check_ledger
 from ownpath.verify.load_stage import load_stage
-from ownpath.verify.progress import Progress, StageLine
+from ownpath.verify.progress import StageLine, StageProgress
 from ownpath.verify.subject import Selection, Subject
 
 
 @dataclass
-class Job:
-    """What is to be verified. source: another export of the same model. work: where a stage may keep its state.
+class VerifyJob:
+    """One verification to run. source: another export of the same model. work: where a stage may keep its state.
 
-    written_plan: what ``ownpath plan --json`` printed before, to be what runs; ``None``: the plan of now.
+    written_plan: an earlier output of ``ownpath plan --json`` that should be what runs; ``None``: the plan of now.
     subject: the checkpoint's plan for the device, made when a stage first asks for it.
     """
 
@@ -38,15 +37,16 @@ class Job:
     selection: Selection = field(default_factory=Selection)
     source: Path | None = None
     work: Path | None = None
-    written_plan: Mapping[str, Any] | None = None
+    written_plan: Mapping[str, object] | None = None
 
     @cached_property
     def subject(self) -> Subject:
-        """Errors: ConfigError, CheckpointError, PlanError; ValueError for a layer or device that is not there."""
+        """The checkpoint's plan. Errors: ConfigError, CheckpointError, PlanError; ValueError for an unknown layer or
+        device."""
         return Subject.of(self.folder, self.engine, self.selection)
 
 
-StageRun = Callable[[Job, Progress], Iterator[Finding | Measurement]]
+StageRun = Callable[[VerifyJob, StageProgress], Iterator[Finding | Measurement]]
 
 STAGES: MappingProxyType[str, StageRun] = MappingProxyType(
     {
@@ -60,12 +60,12 @@ STAGES: MappingProxyType[str, StageRun] = MappingProxyType(
         ),
     }
 )
-"""Name -> what it looks at, in the order in which they run."""
+"""Stage -> its function, in the order in which they run."""
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """skipped: why the stage did not run, or did not end; empty where it did.
+    """skipped: why the stage did not run, or did not finish; empty where it did.
 
     measurements: of the layers stage, every value's distance from the reference's.
     """
@@ -78,35 +78,36 @@ class StageResult:
 
 
 @dataclass(frozen=True)
-class Result:
-    """Every stage that was asked for. unreadable: why nothing could be compared; empty where it could."""
+class Verification:
+    """The results of every stage that was asked for. unreadable: why nothing could be compared; empty where it
+    could."""
 
-    job: Job
+    job: VerifyJob
     stages: tuple[StageResult, ...]
     unreadable: str = ""
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """Of all stages, in their order."""
+        """The findings of all stages, in their order."""
         return tuple(finding for stage in self.stages for finding in stage.findings)
 
     @property
     def measurements(self) -> tuple[Measurement, ...]:
-        """Of all stages, layer by layer."""
+        """The measurements of all stages, layer by layer."""
         return tuple(measured for stage in self.stages for measured in stage.measurements)
 
     @property
     def passed(self) -> bool:
-        """Nothing failed, and every stage that was asked for came to its end."""
+        """True if nothing failed and every stage that was asked for finished."""
         return not failed(self.findings) and not any(stage.skipped for stage in self.stages)
 
 
-def verify(job: Job, names: Iterable[str], *, keeps_going: bool = False) -> Result:
+def verify(job: VerifyJob, names: Iterable[str], *, keeps_going: bool = False) -> Verification:
     """Runs the named stages in their order.
 
     keeps_going: run what follows a failed file stage too; otherwise it is skipped, because it would only find the
     consequences.
-    Errors: ValueError for a layer or a device that is not there, or a stage that is none.
+    Errors: ValueError for an unknown layer, device or stage.
     """
     wanted = set(names)
     if not wanted <= set(STAGES):
@@ -120,15 +121,15 @@ def verify(job: Job, names: Iterable[str], *, keeps_going: bool = False) -> Resu
         result = _run(name, job)
         results.append(result)
         unreadable = unreadable or _unreadable(result, job)
-    return Result(job, tuple(results), unreadable)
+    return Verification(job, tuple(results), unreadable)
 
 
 def _stops(result: StageResult) -> bool:
     return result.name == "file" and bool(failed(result.findings))
 
 
-def _run(name: str, job: Job) -> StageResult:
-    """One stage to its end, or as far as it came."""
+def _run(name: str, job: VerifyJob) -> StageResult:
+    """Runs one stage to its end, or as far as it comes."""
     line, start = StageLine(name), time.perf_counter()
     findings: list[Finding] = []
     measurements: list[Measurement] = []
@@ -141,7 +142,7 @@ def _run(name: str, job: Job) -> StageResult:
                 findings.append(found)
     except (ConfigError, CheckpointError, PlanError) as error:
         skipped = f"there is no plan: {error}"
-    except RuntimeError as error:  # a device or driver that gave up: what was found until then is kept
+    except RuntimeError as error:  # a device or driver that gave up: earlier findings are kept
         first = str(error).partition("\n")[0]
         remedy = "run this stage alone; if the device is out of memory, on fewer layers (--layers)"
         findings.append(Finding("RUN", f"stage {name}", Verdict.FAIL, f"did not end: {first}", remedy=remedy))
@@ -151,8 +152,8 @@ def _run(name: str, job: Job) -> StageResult:
     return StageResult(name, tuple(findings), seconds, skipped, tuple(measurements))
 
 
-def _unreadable(result: StageResult, job: Job) -> str:
-    """Why a failed stage had nothing to compare: no config.json that can be honoured, or no tensors."""
+def _unreadable(result: StageResult, job: VerifyJob) -> str:
+    """Returns why a failed stage had nothing to compare: no config.json that can be honoured, or no tensors."""
     if not result.skipped and not _stops(result):
         return ""
     try:

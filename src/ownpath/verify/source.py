@@ -1,8 +1,8 @@
-"""F13: experts of this export beside another export's of the same model, decoded in float64.
+"""F13: compares experts of this export with another export's of the same model, decoded in float64.
 
 Neither is the truth: both are roundings of weights that nobody has here. An element is at most half a step of its
-format away from what was rounded, so that two exports' elements are at most both half steps apart, and whole matrices
-at most as far apart as the norm of those. Wrong scales, orders and signs are far beyond it.
+format away from the value that was rounded, so that two exports' elements are at most both half steps apart, and whole
+matrices at most as far apart as the norm of those. Wrong scales, orders and signs are far beyond that.
 """
 
 from collections.abc import Iterator
@@ -18,10 +18,10 @@ from ownpath.checkpoint.schema import Encoding
 from ownpath.config import ModelConfig
 from ownpath.finding import Finding, Verdict
 from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4
-from ownpath.oracle.stored import StoredWeights
+from ownpath.oracle.weights import StoredWeights
 from ownpath.plan.census import StoredModule, take_census
 from ownpath.verify.file_tensors import FileTensors
-from ownpath.verify.progress import Progress
+from ownpath.verify.progress import StageProgress
 from ownpath.verify.readback import block_scales, multiplier
 from ownpath.verify.subject import Selection, sampled_experts
 
@@ -37,7 +37,7 @@ _TOP_STEP = {NVFP4.name: 2.0, MXFP4.name: 4.0}
 
 
 @dataclass(frozen=True)
-class Export:
+class ExpertSource:
     """A checkpoint's experts, by the names of their modules."""
 
     index: CheckpointIndex
@@ -46,14 +46,15 @@ class Export:
     device: torch.device
 
     @classmethod
-    def of(cls, folder: Path, device: torch.device) -> "Export":
-        """Errors: ConfigError, CheckpointError."""
+    def of(cls, folder: Path, device: torch.device) -> "ExpertSource":
+        """Opens a checkpoint. Errors: ConfigError, CheckpointError."""
         index, config = CheckpointIndex.open(folder), ModelConfig.from_file(folder / "config.json")
         census = take_census(config, index, carried_draft(index))
         return cls(index, config, {stored.spec.name: stored for stored in census.modules}, device)
 
     def decoded(self, name: str) -> tuple[Tensor, Tensor]:
-        """A matrix, and how far each element may be from what was rounded to it: float64 [N, K] both."""
+        """Decodes a matrix, and bounds the distance of each element from the value it was rounded from: float64 [N, K]
+        both."""
         encoding = self.modules[name].encoding
         matrix = StoredWeights(self.index, self.device).matrix(name, encoding)
         return matrix, self._half_steps(name, matrix, encoding)
@@ -69,11 +70,11 @@ class Export:
         units = torch.where(scales > 0, size / scales, 0.0)
         values = torch.tensor(_VALUES, dtype=torch.float64, device=matrix.device)
         steps = torch.tensor((*_STEPS, _TOP_STEP[fmt.name]), dtype=torch.float64, device=matrix.device)
-        # Float32's reciprocals put a quotient beside its code's value: a little less finds the code.
+        # Float32's reciprocals move a quotient off its code's value: a slightly smaller one finds the code.
         return steps[torch.bucketize(units * (1 - 2.0**-20), values)] / 2 * scales
 
     def _scales(self, name: str, shape: torch.Size, encoding: Encoding) -> Tensor:
-        """Every element's scale, global scale and all."""
+        """Returns every element's scale, times the global scale."""
         with FileTensors(self.index, self.device) as raw:
             grid = block_scales(raw(encoding.key(name, "scale")), encoding)
             if encoding.format is NVFP4:
@@ -85,8 +86,10 @@ class Export:
         return grid[rows][:, cols]
 
 
-def source_findings(ours: Export, theirs: Export, selection: Selection, progress: Progress) -> Iterator[Finding]:
-    """F13 for a sample of the chosen layers' experts."""
+def source_findings(
+    ours: ExpertSource, theirs: ExpertSource, selection: Selection, progress: StageProgress
+) -> Iterator[Finding]:
+    """Runs F13 on a sample of the chosen layers' experts."""
     own = ours.config
     layer_ids = [idx for idx in range(own.num_hidden_layers) if idx in (selection.layer_ids or range(10**6))]
     sample = replace(selection, num_experts=min(selection.num_experts or SAMPLED_EXPERTS, own.n_routed_experts))
@@ -108,8 +111,8 @@ def source_findings(ours: Export, theirs: Export, selection: Selection, progress
             yield Finding("F13", f"layers.{layer_idx}", Verdict.PASS, message, worst, "both formats' half steps")
 
 
-def _compared(ours: Export, theirs: Export, name: str) -> Finding:
-    """PASS or FAIL for one matrix; number: the relative L2 distance."""
+def _compared(ours: ExpertSource, theirs: ExpertSource, name: str) -> Finding:
+    """Compares one matrix, PASS or FAIL; number: the relative L2 distance."""
     for export in (ours, theirs):
         if name not in export.modules:
             message = f"{export.index.folder} does not hold it whole"

@@ -33,10 +33,10 @@ class Subject:
 
     @classmethod
     def of(cls, folder: Path, engine: EngineConfig, selection: Selection | None = None) -> "Subject":
-        """Headers and plan; no weight is read.
+        """Reads headers and makes the plan; reads no weight.
 
-        Errors: ConfigError, CheckpointError, PlanError as ``load_model``; ValueError naming a layer that there is none
-        of.
+        Errors: ConfigError, CheckpointError, PlanError as ``load_model``; ValueError naming a layer that does not
+        exist.
         """
         plan, index = planned(folder, engine)
         selection = selection or Selection()
@@ -61,12 +61,12 @@ class Subject:
         return tuple(idx for idx in range(self.config.num_hidden_layers) if chosen is None or idx in chosen)
 
     def expert_ids(self, layer_idx: int) -> tuple[int, ...]:
-        """The chosen experts of a layer, in order: the same for the same seed, others in other layers."""
+        """Returns the chosen experts of a layer, in order: the same for the same seed, others in other layers."""
         return sampled_experts(self.selection, layer_idx, self.config.n_routed_experts)
 
 
 def sampled_experts(selection: Selection, layer_idx: int, num_experts: int) -> tuple[int, ...]:
-    """The chosen ones of a layer's experts, in order."""
+    """Draws experts of a layer; returns their ids in order."""
     wanted = selection.num_experts
     if wanted is None or wanted >= num_experts:
         return tuple(range(num_experts))

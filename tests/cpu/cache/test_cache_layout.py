@@ -9,8 +9,8 @@ from ownpath.cache.layout import (
     STATE,
     WINDOW,
     CacheLayout,
-    Member,
-    Part,
+    CacheTensor,
+    EntryKind,
     entry_row,
     num_blocks,
     ring_row,
@@ -41,10 +41,10 @@ def test_bytes_of_a_slot() -> None:
 
 
 def test_members_of_each_kind_of_layer() -> None:
-    window = Member(WINDOW, 0, Part.MAIN, 128, 512)
-    main = (Member(STATE, 0, Part.MAIN, 8, 2048, 4), Member(ENTRIES, 0, Part.MAIN, 64, 512, 4))
-    index = (Member(STATE, 0, Part.INDEX, 8, 512, 4), Member(ENTRIES, 0, Part.INDEX, 64, 128, 4))
-    hca = (Member(STATE, 0, Part.MAIN, 128, 1024, 128), Member(ENTRIES, 0, Part.MAIN, 2, 512, 128))
+    window = CacheTensor(WINDOW, 0, EntryKind.MAIN, 128, 512)
+    main = (CacheTensor(STATE, 0, EntryKind.MAIN, 8, 2048, 4), CacheTensor(ENTRIES, 0, EntryKind.MAIN, 64, 512, 4))
+    index = (CacheTensor(STATE, 0, EntryKind.INDEX, 8, 512, 4), CacheTensor(ENTRIES, 0, EntryKind.INDEX, 64, 128, 4))
+    hca = (CacheTensor(STATE, 0, EntryKind.MAIN, 128, 1024, 128), CacheTensor(ENTRIES, 0, EntryKind.MAIN, 2, 512, 128))
     assert layout((SLIDING,)).members == (window,)
     assert layout((CSA_RATIO,)).members == (window, *main, *index)
     assert layout((HCA_RATIO,)).members == (window, *hca)

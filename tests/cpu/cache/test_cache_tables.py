@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.checkpoints import SMALL
 
-from ownpath.cache.layout import BLOCK_TOKENS, Part, entry_row, ring_row
+from ownpath.cache.layout import BLOCK_TOKENS, EntryKind, entry_row, ring_row
 from ownpath.cache.pools import CachePool, CacheSpec, SequenceCache
 from ownpath.cache.slots import CacheFull
 from ownpath.cache.tables import StepTables
@@ -97,12 +97,12 @@ def test_entries_are_read_back_in_order(device: torch.device) -> None:
     _, cache = scattered(pool)
     tables = StepTables.of([cache], [611])
     csa = SMALL["compress_ratios"].index(4)
-    for part in Part:
+    for part in EntryKind:
         layer = pool.layers[csa]
-        entries = (layer.compressor if part is Part.MAIN else layer.indexer).entries  # type: ignore[union-attr]
+        entries = (layer.compressor if part is EntryKind.MAIN else layer.indexer).entries  # type: ignore[union-attr]
         entries[tables.writes.entry_T[4]] = torch.arange(611.0, device=device)[:, None].expand(-1, entries.shape[1])
     tables.extend()
-    for part in Part:
+    for part in EntryKind:
         found = cache.entries(csa, part)
         assert found is not None
         assert found[:, 0].tolist() == [4 * window + 3 for window in range(152)]

@@ -8,19 +8,19 @@ import torch
 from support.checkpoints import random_checkpoint
 
 from ownpath.cache import layout
-from ownpath.cache.layout import Group, Member, Part
+from ownpath.cache.layout import CacheGroup, CacheTensor, EntryKind
 from ownpath.cache.pools import CachePool, CacheSpec
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.loading import load_model
 from ownpath.model.batch import ForwardBatch
 
-TOY = Group("toy", is_paged=True, is_wide=True)
+TOY = CacheGroup("toy", is_paged=True, is_wide=True)
 ENGINE = EngineConfig(max_model_len=300, dtype=torch.bfloat16, max_num_seqs=2)
 
 
-def listed(config: ModelConfig, layer_idx: int, ratio: int) -> Iterator[Member]:
+def listed(config: ModelConfig, layer_idx: int, ratio: int) -> Iterator[CacheTensor]:
     yield from ALL(config, layer_idx, ratio)
-    yield Member(TOY, layer_idx, Part.MAIN, num_rows=4, width=8, ratio=64)
+    yield CacheTensor(TOY, layer_idx, EntryKind.MAIN, num_rows=4, width=8, ratio=64)
 
 
 ALL = layout._of_layer

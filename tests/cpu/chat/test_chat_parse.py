@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import ownpath.chat.calls
 import ownpath.chat.parse
+import ownpath.chat.tool_calls
 from ownpath.chat.encode import Setting, encode_messages
 from ownpath.chat.markers import DSML, EOS, THINK_END, Segment, Special, join_text, segments_of
 from ownpath.chat.messages import Message, ToolCall
 from ownpath.chat.parse import AnswerParser
-from ownpath.chat.parts import Arguments, CallStarted, Content, Malformed, Part, Reasoning
+from ownpath.chat.parts import AnswerPart, Content, MalformedMarkup, Reasoning, ToolCallArguments, ToolCallStart
 
 
 @dataclass
@@ -31,19 +31,19 @@ class Read:
     malformed: str = ""
     asks_for_tools: bool = False
 
-    def add(self, part: Part) -> None:
+    def add(self, part: AnswerPart) -> None:
         match part:
             case Reasoning(text):
                 self.reasoning += text
             case Content(text):
                 self.content += text
-            case CallStarted(index, name):
+            case ToolCallStart(index, name):
                 assert index == len(self.calls), "calls are numbered in order"
                 self.calls.append([name, ""])
-            case Arguments(index, text):
+            case ToolCallArguments(index, text):
                 assert index == len(self.calls) - 1, "only the newest call grows"
                 self.calls[index][1] += text
-            case Malformed(reason):
+            case MalformedMarkup(reason):
                 assert self.malformed == "", "an answer breaks once"
                 self.malformed = reason
 
@@ -270,8 +270,8 @@ def test_a_call_streams() -> None:
             "invoke>",
         ]
     ]
-    assert [part for parts in told[:5] for part in parts] == [CallStarted(0, "f")]
-    assert [[part.text for part in parts if isinstance(part, Arguments)] for parts in told[7:]] == [
+    assert [part for parts in told[:5] for part in parts] == [ToolCallStart(0, "f")]
+    assert [[part.text for part in parts if isinstance(part, ToolCallArguments)] for parts in told[7:]] == [
         ['{"a": "'],
         ["x"],
         ['<\\"y'],
@@ -375,7 +375,7 @@ def test_what_is_written_is_read_back(
     assert found.asks_for_tools == bool(calls)
 
 
-READERS = {ownpath.chat.parse.__file__, ownpath.chat.calls.__file__}
+READERS = {ownpath.chat.parse.__file__, ownpath.chat.tool_calls.__file__}
 
 
 def num_steps(events: Sequence[Segment], thinks: bool) -> int:

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from ownpath.diff.compare import Position, compare, kl_at_least, part
-from ownpath.diff.readings import Reading, Scored
+from ownpath.diff.compare import PositionComparison, answer_divergence, compare, kl_at_least
+from ownpath.diff.responses import ScoredPosition, SequenceReading
 
 P = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
 Q = torch.tensor([0.25, 0.25, 0.25, 0.25]).log()
@@ -47,19 +47,21 @@ def test_kl_grows_with_the_list_and_ends_at_the_divergence(seed: int) -> None:
 
 
 def test_a_position_diverges_by_its_own_logprob_or_by_the_likeliest() -> None:
-    near, tie, far = (Position(0, 0, -1.0, -1.0 - d, gap) for d, gap in ((0.25, 0.5), (0.0, 0.5), (0.26, 0.0)))
+    near, tie, far = (
+        PositionComparison(0, 0, -1.0, -1.0 - d, gap) for d, gap in ((0.25, 0.5), (0.0, 0.5), (0.26, 0.0))
+    )
     assert not near.diverges(0.25)
     assert not tie.diverges(0.25)
     assert far.diverges(0.25)
-    assert Position(0, 0, -1.0, -1.0, 0.51).diverges(0.25)
-    assert Position(0, 0, -1.0, math.nan).diverges(0.25)
-    assert Position(0, 0, -1.0, None).diverges(0.25)
+    assert PositionComparison(0, 0, -1.0, -1.0, 0.51).diverges(0.25)
+    assert PositionComparison(0, 0, -1.0, math.nan).diverges(0.25)
+    assert PositionComparison(0, 0, -1.0, None).diverges(0.25)
 
 
 def test_compare_takes_each_row_for_its_own_token() -> None:
     rows = torch.stack([P, Q])
-    scored = (Scored(2, -3.0, {}), Scored(1, math.log(0.25), {1: math.log(0.25), 3: -5.0}))
-    result = compare(7, Reading((0, 2, 1), 1, scored), rows)
+    scored = (ScoredPosition(2, -3.0, {}), ScoredPosition(1, math.log(0.25), {1: math.log(0.25), 3: -5.0}))
+    result = compare(7, SequenceReading((0, 2, 1), 1, scored), rows)
     assert result.prompt_idx == 7
     first, second = result.positions
     assert (first.idx, first.token_id, first.theirs, first.gap, first.kl) == (1, 2, -3.0, None, None)
@@ -67,29 +69,29 @@ def test_compare_takes_each_row_for_its_own_token() -> None:
     assert (second.idx, second.gap) == (2, 0)
 
 
-def reading(*rows: tuple[int, float, dict[int, float]]) -> Reading:
-    scored = tuple(Scored(token_id, logprob, top) for token_id, logprob, top in rows)
-    return Reading((9, *(row[0] for row in rows)), 1, scored)
+def reading(*rows: tuple[int, float, dict[int, float]]) -> SequenceReading:
+    scored = tuple(ScoredPosition(token_id, logprob, top) for token_id, logprob, top in rows)
+    return SequenceReading((9, *(row[0] for row in rows)), 1, scored)
 
 
 def test_answers_part_where_they_are_farthest_or_where_tokens_differ() -> None:
     a = reading((1, -1.0, {1: -1.0, 2: -1.5}), (2, -2.0, {2: -2.0, 3: -2.25}), (4, -3.0, {}))
-    same = part(a, a)
+    same = answer_divergence(a, a)
     assert same is not None
     assert same.far == 0
-    moved = part(a, reading((1, -1.0, {1: -1.0, 2: -1.5}), (2, -2.5, {2: -2.5, 3: -2.25}), (4, -3.0, {})))
+    moved = answer_divergence(a, reading((1, -1.0, {1: -1.0, 2: -1.5}), (2, -2.5, {2: -2.5, 3: -2.25}), (4, -3.0, {})))
     assert moved is not None
     assert (moved.idx, moved.far) == (2, 0.5)
-    turned = part(a, reading((1, -1.0, {1: -1.0}), (3, -2.2, {}), (1, -9.0, {})))
+    turned = answer_divergence(a, reading((1, -1.0, {1: -1.0}), (3, -2.2, {}), (1, -9.0, {})))
     assert turned is not None
     assert (turned.idx, turned.far) == (2, 0.125)  # half of what they were apart; what follows has another context
-    strange = part(a, reading((1, -1.0, {}), (8, -2.0, {})))
+    strange = answer_divergence(a, reading((1, -1.0, {}), (8, -2.0, {})))
     assert strange is not None
     assert strange.far == math.inf
-    ended = part(a, reading((1, -1.0, {})))
+    ended = answer_divergence(a, reading((1, -1.0, {})))
     assert ended is not None
     assert ended.far == math.inf
-    lost = part(a, reading((1, math.nan, {}), (2, -2.0, {}), (4, -3.0, {})))
+    lost = answer_divergence(a, reading((1, math.nan, {}), (2, -2.0, {}), (4, -3.0, {})))
     assert lost is not None
     assert not lost.far <= 0.25
-    assert part(reading(), reading()) is None
+    assert answer_divergence(reading(), reading()) is None

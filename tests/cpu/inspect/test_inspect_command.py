@@ -16,8 +16,8 @@ from ownpath.checkpoint.problems import REMEDIES
 from ownpath.cli import main
 from ownpath.config import EngineConfig
 from ownpath.inspect.inspection import inspect_folder
+from ownpath.inspect.report import MAX_LINES
 from ownpath.inspect.scalars import Coverage
-from ownpath.inspect.show import MAX_LINES
 from ownpath.loading import default_model_dir, load_model, plan_model
 from ownpath.weights.load import load_weights
 

@@ -22,7 +22,7 @@ from support.checkpoints import random_checkpoint
 from ownpath.checkpoint.header import read_header
 from ownpath.checkpoint.writer import INDEX_NAME
 from ownpath.inspect.inspection import inspect_folder
-from ownpath.inspect.show import MAX_WIDTH, inspection_dict, inspection_text
+from ownpath.inspect.report import MAX_WIDTH, inspection_dict, inspection_text
 from ownpath.loading import plan_model
 
 TIMES = int(os.environ.get("OWNPATH_FUZZ", "1"))

@@ -11,7 +11,7 @@ from support.broken import write_sparse_shard
 from ownpath.checkpoint.writer import INDEX_NAME
 from ownpath.inspect.blocks import SAMPLE_BYTES
 from ownpath.inspect.inspection import inspect_folder
-from ownpath.inspect.rows import module_rows, num_parameters
+from ownpath.inspect.module_rows import module_rows, num_parameters
 
 NUM_SHARDS = 46
 DTYPE_ORDER = ("I64", "F32", "BF16", "F8_E4M3", "F8_E8M0", "U8", "I8")

@@ -5,10 +5,10 @@ import torch
 from support.live_bytes import PeakBytes
 
 from ownpath import Nvfp4Linear, Nvfp4MoE
-from ownpath.conformance.quantized import (
-    Dense,
-    Experts,
-    Routed,
+from ownpath.conformance.quant_weights import (
+    DenseWeight,
+    ExpertStacks,
+    RoutedTokens,
     dense_reference,
     first_beyond,
     moe_reference,
@@ -29,12 +29,12 @@ def seeded() -> None:
 
 
 def test_the_reference_keeps_the_bounds() -> None:
-    dense = Dense.draw(64, 128, CPU)
+    dense = DenseWeight.draw(64, 128, CPU)
     x = torch.randn(5, 128).bfloat16()
     exact, bound = dense_reference(x, dense.weight())
     assert not first_beyond(Nvfp4Linear(dense.codes, dense.scale, dense.global_scale)(x), exact, bound)
-    experts = Experts.draw(5, 128, 128, CPU)
-    routed = Routed.draw(9, 128, 4, 2, CPU)
+    experts = ExpertStacks.draw(5, 128, 128, CPU)
+    routed = RoutedTokens.draw(9, 128, 4, 2, CPU)
     exact, bound = moe_reference(experts, routed, LIMIT, num_shared=1)
     y = Nvfp4MoE(*experts.tensors(), swiglu_limit=LIMIT)(routed.x, routed.ids, routed.weights, num_shared=1)
     assert not first_beyond(y, exact, bound)
@@ -42,8 +42,8 @@ def test_the_reference_keeps_the_bounds() -> None:
 
 
 def test_the_bounds_see_a_wrong_scale() -> None:
-    experts = Experts.draw(4, 128, 128, CPU)
-    routed = Routed.draw(9, 128, 4, 2, CPU)
+    experts = ExpertStacks.draw(4, 128, 128, CPU)
+    routed = RoutedTokens.draw(9, 128, 4, 2, CPU)
     exact, bound = moe_reference(experts, routed, LIMIT)
     experts.w2_scale_2[2] *= 1.05
     y = Nvfp4MoE(*experts.tensors(), swiglu_limit=LIMIT)(routed.x, routed.ids, routed.weights)
@@ -51,8 +51,8 @@ def test_the_bounds_see_a_wrong_scale() -> None:
 
 
 def test_maps_and_unknown_ids() -> None:
-    experts = Experts.draw(4, 128, 128, CPU)
-    routed = Routed.draw(9, 128, 4, 2, CPU)
+    experts = ExpertStacks.draw(4, 128, 128, CPU)
+    routed = RoutedTokens.draw(9, 128, 4, 2, CPU)
     x = routed.x.double()
     whole = Nvfp4MoE(*experts.tensors(), swiglu_limit=LIMIT)(x, routed.ids, routed.weights)
     total = torch.zeros_like(whole)
@@ -68,7 +68,7 @@ def test_maps_and_unknown_ids() -> None:
 
 def test_plain_experts_are_the_same_mixture() -> None:
     """Decoded NVFP4 experts in float32 with power-of-two global scales: equal to the packed ones, bit for bit."""
-    experts = Experts.draw(5, 128, 64, CPU)
+    experts = ExpertStacks.draw(5, 128, 64, CPU)
     for scalar in (experts.w13_scale_2, experts.w2_scale_2):
         scalar.copy_(2.0 ** torch.randint(-12, -6, scalar.shape))
     w13, w13_scale, w13_scale_2, w2, w2_scale, w2_scale_2 = experts.tensors()
@@ -77,7 +77,7 @@ def test_plain_experts_are_the_same_mixture() -> None:
     decoded = [
         dequantize(QuantTensor(*parts, NVFP4)) for parts in ((w13, w13_scale, shared), (w2, w2_scale, w2_scale_2))
     ]
-    routed = Routed.draw(9, 128, 4, 2, CPU)
+    routed = RoutedTokens.draw(9, 128, 4, 2, CPU)
     expert_map = torch.tensor([2, 0, -1, 3], dtype=torch.int32)
     for given in ({}, {"num_shared": 1}, {"num_shared": 1, "expert_map": expert_map}):
         call = (routed.x, routed.ids, routed.weights)
@@ -163,7 +163,7 @@ def test_fp8_experts_are_the_same_mixture(dim: int, inter: int, scale_dtype: tor
     fp8 = (torch.cat([codes["w1"], codes["w3"]], dim=1), torch.stack([scales["w1"], scales["w3"]], dim=1))
     moe = Fp8MoE(*fp8, codes["w2"], scales["w2"], LIMIT)
     plain = PlainMoE(torch.cat([values["w1"], values["w3"]], dim=1), values["w2"], LIMIT)
-    routed = Routed.draw(9, dim, 4, 2, CPU)
+    routed = RoutedTokens.draw(9, dim, 4, 2, CPU)
     expert_map = torch.tensor([2, 0, -1, 3], dtype=torch.int32)
     for given in ({}, {"num_shared": 1}, {"num_shared": 1, "expert_map": expert_map}):
         for x in (routed.x, routed.x.float()):

@@ -16,7 +16,7 @@ from ownpath.model.batch import ForwardBatch
 from ownpath.official import OFFICIAL, PLAIN, Step
 from ownpath.oracle.arithmetic import Arithmetic
 from ownpath.oracle.forward import reference_draft_logits, reference_logits
-from ownpath.oracle.stored import StoredWeights
+from ownpath.oracle.weights import StoredWeights
 from ownpath.plan.plan import PlanError
 from ownpath.verify.subject import Subject
 

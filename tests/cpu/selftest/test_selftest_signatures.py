@@ -60,6 +60,6 @@ def test_only_decided_positions_count_as_changed() -> None:
 
 def test_answers_part_once() -> None:
     close = row((1, 0.4), (2, 0.3999))
-    assert signatures.parts_ways([A, B, A], [A, B, A], 1e-3) == 0
-    assert signatures.parts_ways([A, B], [A, C], 1e-3) == 1
-    assert signatures.parts_ways([close, A], [C, C], 1e-3) == 0, "after a tie they go different ways"
+    assert signatures.diverges_when_decided([A, B, A], [A, B, A], 1e-3) == 0
+    assert signatures.diverges_when_decided([A, B], [A, C], 1e-3) == 1
+    assert signatures.diverges_when_decided([close, A], [C, C], 1e-3) == 0, "after a tie they go different ways"

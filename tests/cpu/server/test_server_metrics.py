@@ -10,7 +10,7 @@ from cpu.chat.small_tokenizer import FIRST_BYTE_ID, THINK_END_ID
 from cpu.engine.fake_model import EOS_ID, FakeModel, random_rule, script_rule
 from cpu.server.harness import HELLO, MAX_MODEL_LEN, TOKENIZER, VOCAB, Harness, error, harness
 
-from ownpath.server.empty import EmptyContent
+from ownpath.server.empty_content import EmptyContent
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USER_ID = 2

@@ -12,7 +12,7 @@ import torch
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.oracle.arithmetic import Arithmetic
 from ownpath.oracle.block import Choices, reference_block, reference_embed
-from ownpath.oracle.stored import StoredWeights
+from ownpath.oracle.weights import StoredWeights
 from ownpath.plan.opspec import model_ops
 from ownpath.verify.budgets import PATH, LogitBudget, UnknownKind, budget, kind_of, logit_budget, mode_of
 from ownpath.verify.layer import load_layer

@@ -13,9 +13,9 @@ from ownpath.kernels.dsl import cache
 from ownpath.loading import default_model_dir, planned
 from ownpath.runners.make import compile_configs
 from ownpath.verify import environment_stage as stage
+from ownpath.verify.launch_configs import configs_of
 from ownpath.verify.layer import load_part
 from ownpath.verify.machine import KNOWN_BAD, Machine
-from ownpath.verify.skeleton import configs_of
 from ownpath.verify.subject import Subject
 
 TINY = default_model_dir()

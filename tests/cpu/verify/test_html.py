@@ -20,7 +20,7 @@ from ownpath.verify.layers.measure import ROW_FACTOR, Measurement
 from ownpath.verify.layers.teacher_forcing import ORDER
 from ownpath.verify.plots import BOTTOM, LEFT, MAX_DECADES, RIGHT, TOP, Axis, Decades, Line, Point, small_plot
 from ownpath.verify.report import report_dict, report_text
-from ownpath.verify.run import Job, Result, StageResult, verify
+from ownpath.verify.run import StageResult, Verification, VerifyJob, verify
 from ownpath.verify.subject import Selection, Subject
 
 MAX_BYTES = 1_000_000
@@ -82,13 +82,13 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def passing(tmp_path_factory: pytest.TempPathFactory) -> Result:
+def passing(tmp_path_factory: pytest.TempPathFactory) -> Verification:
     folder = random_checkpoint(tmp_path_factory.mktemp("page"), "full-nvfp4", seed=21).folder
-    return verify(Job(folder), ["environment", "layers"])
+    return verify(VerifyJob(folder), ["environment", "layers"])
 
 
 @pytest.fixture(scope="module")
-def failing(passing: Result) -> Result:
+def failing(passing: Verification) -> Verification:
     """A real fault in one layer."""
     fault = FAULTS[FAULT]
 
@@ -98,13 +98,13 @@ def failing(passing: Result) -> Result:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "load_layer", load)
-        return verify(Job(passing.job.folder), ["environment", "layers"])
+        return verify(VerifyJob(passing.job.folder), ["environment", "layers"])
 
 
 @pytest.fixture(params=["passing", "failing"])
-def result(request: pytest.FixtureRequest) -> Result:
+def result(request: pytest.FixtureRequest) -> Verification:
     found = request.getfixturevalue(request.param)
-    assert isinstance(found, Result)
+    assert isinstance(found, Verification)
     assert found.passed == (request.param == "passing")
     return found
 
@@ -116,11 +116,11 @@ def measured(layer_idx: int, slot: str, share: float) -> Measurement:
     return Measurement(layer_idx, slot, error, error, 0.999, error, 12.5, 12.5, 0.0, 0.0, budget, "cute.nvfp4_linear")
 
 
-def result_of(folder: Path, findings: list[Finding], rows: list[Measurement]) -> Result:
-    return Result(Job(folder), (StageResult("layers", tuple(findings), 1.0, "", tuple(rows)),))
+def result_of(folder: Path, findings: list[Finding], rows: list[Measurement]) -> Verification:
+    return Verification(VerifyJob(folder), (StageResult("layers", tuple(findings), 1.0, "", tuple(rows)),))
 
 
-def test_every_measurement_reaches_the_report(passing: Result) -> None:
+def test_every_measurement_reaches_the_report(passing: Verification) -> None:
     num_layers = passing.job.subject.config.num_hidden_layers
     assert {m.layer_idx for m in passing.measurements} == set(range(-1, num_layers + 1))
     rows = report_dict(passing)["measurements"]
@@ -128,7 +128,7 @@ def test_every_measurement_reaches_the_report(passing: Result) -> None:
     assert all(row["is_within"] and row["rel_l2"] <= row["budget"] for row in rows)
 
 
-def test_it_is_well_formed_and_the_same_every_time(result: Result) -> None:
+def test_it_is_well_formed_and_the_same_every_time(result: Verification) -> None:
     text = report_html(result)
     page = Page(text)
     assert text == report_html(result)
@@ -138,7 +138,7 @@ def test_it_is_well_formed_and_the_same_every_time(result: Result) -> None:
     assert page.tags.count("figure") == 2 * len(kinds)
 
 
-def test_it_asks_for_nothing(result: Result) -> None:
+def test_it_asks_for_nothing(result: Verification) -> None:
     text = report_html(result)
     page = Page(text)
     assert not {"script", "link", "img", "iframe", "object", "embed", "image", "use", "a"} & set(page.tags)
@@ -147,7 +147,7 @@ def test_it_asks_for_nothing(result: Result) -> None:
     assert not [name for found in page.attributes for name in found if name.startswith("on")]
 
 
-def test_it_says_what_the_other_forms_say(result: Result) -> None:
+def test_it_says_what_the_other_forms_say(result: Verification) -> None:
     page, text, programs = Page(report_html(result)), report_text(result), report_dict(result)
     facts = dict(row for row in page.rows() if len(row) == 2)
     assert f"findings         {facts['findings']}" in text
@@ -168,7 +168,7 @@ def test_it_says_what_the_other_forms_say(result: Result) -> None:
     assert all(kernel in kernels for kernel in programs["kernels"])
 
 
-def test_what_failed_comes_first_with_what_to_do(failing: Result) -> None:
+def test_what_failed_comes_first_with_what_to_do(failing: Verification) -> None:
     text = report_html(failing)
     page, bad = Page(text), failed(failing.findings)
     boxes = page.find("div", "failing")
@@ -180,7 +180,7 @@ def test_what_failed_comes_first_with_what_to_do(failing: Result) -> None:
     assert [(row[0], row[1], row[5]) for row in rows] == [(f.id, f.where, f.message) for f in bad]
 
 
-def test_points_beyond_their_budget_are_marked_and_no_others(result: Result) -> None:
+def test_points_beyond_their_budget_are_marked_and_no_others(result: Verification) -> None:
     page = Page(report_html(result))
     marked: list[str] = []
     for figure in page.find("figure"):
@@ -230,9 +230,9 @@ def test_nothing_from_a_checkpoint_is_taken_for_markup(folder: Path) -> None:
     hostile = folder.rename(folder.with_name("<script>&'\"model"))
     findings = [Finding(name, name, Verdict.FAIL, name, 1.0, name, name, name) for name in names]
     rows = [replace(measured(0, name, 2.0), kernel=name) for name in names]
-    job = Job(hostile, EngineConfig(), Selection())
+    job = VerifyJob(hostile, EngineConfig(), Selection())
     stages = (StageResult("<script>", tuple(findings), 1.0, "<script>why</script>", tuple(rows)),)
-    page = Page(report_html(Result(job, stages, "<script>unreadable</script>")))
+    page = Page(report_html(Verification(job, stages, "<script>unreadable</script>")))
     assert not {"script", "img"} & set(page.tags)
     assert page.told[page.find("h1")[0]].startswith("<script>&'\"model on ")
     told = [cell for row in page.rows() for cell in row]
@@ -267,7 +267,7 @@ def test_a_whole_model_stays_under_a_megabyte(share: float, folder: Path) -> Non
 
 
 def test_without_the_layers_stage_there_is_nothing_to_plot(folder: Path) -> None:
-    page = Page(report_html(verify(Job(folder), ["file"])))
+    page = Page(report_html(verify(VerifyJob(folder), ["file"])))
     assert "svg" not in page.tags
     assert any("nothing to plot" in page.told[idx] for idx in page.find("p"))
 

@@ -13,7 +13,7 @@ from support.checkpoints import SMALL, random_checkpoint
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.conformance import exact
 from ownpath.conformance.bounds import Exact, deviation, repeated_deviation, rounding
-from ownpath.conformance.memory import Filled, fill
+from ownpath.conformance.memory import FilledMemory, fill
 from ownpath.finding import Finding, failed
 from ownpath.formats import BF16
 from ownpath.kernels.contract import StoredExperts
@@ -26,9 +26,9 @@ from ownpath.runners import PlainLinear, Router
 from ownpath.runners.moe import MoeRunner
 from ownpath.verify import kernel_stage as stage
 from ownpath.verify.kernels import products
-from ownpath.verify.kernels.probe import watched_in
+from ownpath.verify.kernels.probe import watched_calls
 from ownpath.verify.kernels.quantizers import EXPONENTS, edges
-from ownpath.verify.kernels.row_counts import MOST, changes, row_counts, scanned
+from ownpath.verify.kernels.row_counts import MOST, row_counts, row_ranges, scanned_row_counts
 from ownpath.verify.layer import LoadedLayer
 from ownpath.verify.subject import Selection, Subject
 
@@ -71,7 +71,7 @@ def test_no_variant_of_the_dense_products_is_missed(matrix: tuple[int, int]) -> 
         lambda count: w8a16_config(count, key, 132).name,
         lambda count: w8a8_config(count, key, 132).name,
     ):
-        found = changes(variant)
+        found = row_ranges(variant)
         assert set(found) == {variant(count) for count in range(1, MOST + 1)}
         for name, counts in found.items():
             assert {variant(count) for count in counts} == {name}
@@ -82,8 +82,8 @@ def test_no_variant_of_the_experts_is_missed() -> None:
         choice = choose_moe(6 * count, 256, 4096, 2048, False)
         return f"{choice.gate_up.name} {choice.down.name}"
 
-    assert set(changes(variant)) == {variant(count) for count in range(1, MOST + 1)}
-    assert max(scanned()) == MOST
+    assert set(row_ranges(variant)) == {variant(count) for count in range(1, MOST + 1)}
+    assert max(scanned_row_counts()) == MOST
 
 
 @pytest.mark.parametrize("magnitudes", [E2M1, E4M3], ids=["e2m1", "e4m3"])
@@ -120,7 +120,7 @@ def test_frequencies_follow_yarn(compressing: bool) -> None:
 @pytest.mark.parametrize("byte", [0xFF, 0x00])
 def test_memory_without_contents_is_filled(byte: int) -> None:
     like = torch.ones(3, 4, dtype=torch.bfloat16)
-    with Filled(byte):
+    with FilledMemory(byte):
         made = [torch.empty(3), torch.empty_like(like), like.new_empty(2, 2), torch.zeros(2)]
         product = like.float() @ like.float().T
     for tensor in made[:3]:
@@ -139,7 +139,7 @@ def test_a_variant_that_no_other_row_count_runs(tmp_path: Path, monkeypatch: pyt
 
     def load_changed(of: Subject, layer_idx: int) -> LoadedLayer:
         loaded = load(of, layer_idx)
-        (call,) = [call for call in watched_in(loaded.block) if call.slot == slot]
+        (call,) = [call for call in watched_calls(loaded.block) if call.slot == slot]
         run = call.runner
         object.__setattr__(call, "runner", lambda x: run(x) * (1.01 if len(x) == 77 else 1.0))
         return loaded

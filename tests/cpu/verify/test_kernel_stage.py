@@ -12,7 +12,7 @@ from ownpath.finding import Verdict, failed
 from ownpath.loading import default_model_dir
 from ownpath.official import OFFICIAL
 from ownpath.verify import kernel_stage as stage
-from ownpath.verify.kernels.probe import watched_in
+from ownpath.verify.kernels.probe import watched_calls
 from ownpath.verify.layer import LoadedLayer
 from ownpath.verify.subject import Selection, Subject
 
@@ -69,7 +69,7 @@ def test_a_product_one_percent_too_large_in_bfloat16(tmp_path: Path, monkeypatch
 
     def load_changed(of: Subject, layer_idx: int) -> LoadedLayer:
         loaded = load(of, layer_idx)
-        (call,) = (call for call in watched_in(loaded.block) if call.slot == "layers.3.attn.wq_b")
+        (call,) = (call for call in watched_calls(loaded.block) if call.slot == "layers.3.attn.wq_b")
         run = call.runner
         object.__setattr__(call, "runner", lambda x: run(x) * 1.01)
         return loaded

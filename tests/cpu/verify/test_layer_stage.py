@@ -118,15 +118,15 @@ def test_a_checkpoint_that_cannot_be_read_is_a_finding(tmp_path: Path) -> None:
 def test_the_whole_model_is_judged_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A head that goes wrong on the engine's own streams alone, in two rows of a hundred: V04, and nothing else."""
     random_checkpoint(tmp_path, "full-nvfp4", seed=11)
-    right = end_to_end.Ends.logits
+    right = end_to_end.ModelEnds.logits
 
-    def wrong(ends: end_to_end.Ends, residual: Residual) -> torch.Tensor:
+    def wrong(ends: end_to_end.ModelEnds, residual: Residual) -> torch.Tensor:
         logits = right(ends, residual)
         if residual.y_TD is not None:
             logits[::50] = logits[::50].roll(1, dims=1)
         return logits
 
-    monkeypatch.setattr(end_to_end.Ends, "logits", wrong)
+    monkeypatch.setattr(end_to_end.ModelEnds, "logits", wrong)
     (only,) = failed(run(tmp_path, EngineConfig(max_model_len=200))[0])
     assert (only.id, only.where) == ("V04", "logits")
     assert only.number is not None

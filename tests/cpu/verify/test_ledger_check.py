@@ -22,7 +22,7 @@ from ownpath.trace.launches import DeviceLaunch
 from ownpath.trace.uses import Use
 from ownpath.verify.launch_check import check_launches
 from ownpath.verify.ledger_check import check_ledger
-from ownpath.verify.ledger_run import Ran
+from ownpath.verify.ledger_run import PartRun
 from ownpath.verify.plan_file import PlanFile, read_plan_file
 from ownpath.verify.subject import Selection, Subject
 
@@ -197,7 +197,7 @@ INTACT = [(LINEAR, GEMM), (PLAIN, CUBLAS), (NORM, "rms_norm_kernel"), (None, ADD
 def launched(*launches: tuple[str | None, str]) -> list[Finding]:
     records = [Record(slot, Use("", "", ""), "", (), (), 1) for slot in (LINEAR, PLAIN, NORM)]
     seen = tuple(DeviceLaunch(slot, kernel, 0.0, 1.0) for slot, kernel in launches)
-    return list(check_launches(PlanFile.of(ON_HOPPER), [Ran("layers.0", tuple(records), seen)]))
+    return list(check_launches(PlanFile.of(ON_HOPPER), [PartRun("layers.0", tuple(records), seen)]))
 
 
 def test_launches_as_planned_pass() -> None:

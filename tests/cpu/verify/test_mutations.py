@@ -13,7 +13,7 @@ from support.mutations.unseen import MUTATIONS as UNSEEN
 from ownpath.finding import Finding, Verdict, failed
 from ownpath.loading import default_model_dir
 from ownpath.verify.checks import TITLES
-from ownpath.verify.run import STAGES, Job, Result, verify
+from ownpath.verify.run import STAGES, Verification, VerifyJob, verify
 
 EXPERTS = "layers.1.ffn.experts"
 SAYS = {
@@ -85,7 +85,7 @@ def test_what_is_said_not_to_be_caught_is_not(name: str, models: dict[str, Path]
     assert verified(UNSEEN[name].mutation, models, tmp_path).passed
 
 
-def assert_no_alarm(result: Result) -> None:
+def assert_no_alarm(result: Verification) -> None:
     """Nothing failed, nothing came too near, and no layer, slot or check was left out."""
     assert result.passed, failed(result.findings)
     assert {finding.id for finding in result.findings} == set(TITLES) - {"RUN"}
@@ -104,7 +104,7 @@ def assert_no_alarm(result: Result) -> None:
     assert all(0 < row.budget < 1 and row.is_within for row in rows)
 
 
-def of_stage(result: Result, name: str) -> tuple[Finding, ...]:
+def of_stage(result: Verification, name: str) -> tuple[Finding, ...]:
     (stage,) = (stage for stage in result.stages if stage.name == name)
     return stage.findings
 
@@ -113,11 +113,11 @@ def of_stage(result: Result, name: str) -> tuple[Finding, ...]:
 def test_intact_checkpoints_raise_no_alarm(seed: int, layout: str, tmp_path: Path) -> None:
     """Each export with a seed of its own."""
     widths = {"moe_intermediate_size": 64} if layout == "deepseek-native" else {}
-    result = verify(Job(write_model(tmp_path / "model", layout, seed, **widths)), STAGES)
+    result = verify(VerifyJob(write_model(tmp_path / "model", layout, seed, **widths)), STAGES)
     assert_no_alarm(result)
     if layout == "full-nvfp4":
         assert {f.id for f in of_stage(result, "file") if f.verdict is Verdict.SKIPPED} == {"F13"}
 
 
 def test_the_embedded_model_raises_no_alarm() -> None:
-    assert_no_alarm(verify(Job(default_model_dir()), STAGES))
+    assert_no_alarm(verify(VerifyJob(default_model_dir()), STAGES))

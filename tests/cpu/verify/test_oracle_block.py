@@ -13,9 +13,9 @@ from ownpath.checkpoint.schema import Encoding
 from ownpath.config import EngineConfig
 from ownpath.official import OFFICIAL, PLAIN, Step
 from ownpath.oracle.arithmetic import Arithmetic
-from ownpath.oracle.block import Choices, Trace, reference_block, reference_embed
+from ownpath.oracle.block import Choices, LayerTrace, reference_block, reference_embed
 from ownpath.oracle.forward import reference_logits
-from ownpath.oracle.stored import StoredWeights
+from ownpath.oracle.weights import StoredWeights
 from ownpath.verify.layer import load_layer
 from ownpath.verify.subject import Subject
 
@@ -42,13 +42,15 @@ def streams(of: Subject, seed: int = 5) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def block(of: Subject, layer_idx: int, x_TSD: torch.Tensor, choices: Choices | None = None, **arithmetic: Any) -> Trace:
+def block(
+    of: Subject, layer_idx: int, x_TSD: torch.Tensor, choices: Choices | None = None, **arithmetic: Any
+) -> LayerTrace:
     how = Arithmetic(**arithmetic)
     stored = StoredWeights(of.index, CPU, how.dtype)
     return reference_block(of.config, layer_idx, stored, of.plan, x_TSD, token_ids(len(x_TSD)), how, choices)
 
 
-def assert_equal_slots(found: dict[str, torch.Tensor], trace: Trace) -> None:
+def assert_equal_slots(found: dict[str, torch.Tensor], trace: LayerTrace) -> None:
     missing = set(found) - set(trace.values)
     assert not missing, "slots that the oracle does not name"
     for slot, result in found.items():

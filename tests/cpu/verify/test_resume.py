@@ -14,7 +14,7 @@ from ownpath.finding import Finding, Verdict
 from ownpath.verify import kernel_stage, layer_stage, load_stage
 from ownpath.verify.layer import LoadedLayer, load_layer
 from ownpath.verify.layers.measure import Measurement
-from ownpath.verify.resume import FinishedParts, Saved, digest_of, read_state, write_state
+from ownpath.verify.resume import FinishedParts, SavedState, digest_of, read_state, write_state
 from ownpath.verify.subject import Selection, Subject
 
 Stage = Callable[[Subject, Callable[[int, int, str], None], Path | None], Iterator[Finding]]
@@ -146,9 +146,9 @@ def test_a_torn_file_is_not_used(value: object, folder: Path, tmp_path: Path) ->
     write_state(path, digest_of(subject), value)
     assert FinishedParts.of(tmp_path, "load", subject).parts == {}
     write_state(path, "key", {}, {"x": torch.ones(3)})
-    assert read_state(path, "key", lambda value, tensors: len(tensors)) == (Saved.SAME, 1)
+    assert read_state(path, "key", lambda value, tensors: len(tensors)) == (SavedState.SAME, 1)
     path.write_bytes(path.read_bytes()[:-1])
-    assert read_state(path, "key", lambda value, tensors: len(tensors)) == (Saved.OTHER, None)
+    assert read_state(path, "key", lambda value, tensors: len(tensors)) == (SavedState.OTHER, None)
 
 
 def test_another_checkpoint_selection_or_engine_has_another_key(tmp_path: Path) -> None:

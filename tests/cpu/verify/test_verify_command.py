@@ -15,7 +15,7 @@ from ownpath.verify import run as run_module
 from ownpath.verify.checks import TITLES
 from ownpath.verify.progress import StageLine, time_left
 from ownpath.verify.report import checkpoint_digest, first_bad_layer, report_dict, report_text, worst_layer
-from ownpath.verify.run import STAGES, Job, Result, StageResult, verify
+from ownpath.verify.run import STAGES, StageResult, Verification, VerifyJob, verify
 from ownpath.verify.subject import Selection
 
 
@@ -145,7 +145,7 @@ def test_the_digest_tells_exports_apart(folder: Path) -> None:
 
 
 def stage_of(*found: Finding, error: Exception | None = None):
-    def stage(_job: Job, _progress: object) -> Iterator[Finding]:
+    def stage(_job: VerifyJob, _progress: object) -> Iterator[Finding]:
         yield from found
         if error is not None:
             raise error
@@ -157,7 +157,7 @@ def test_a_device_that_gives_up_leaves_what_was_found(folder: Path, monkeypatch:
     good = Finding("L01", "layers.0", Verdict.PASS, "")
     stages = {"load": stage_of(good, error=RuntimeError("CUDA error: misaligned address\nmore"))}
     monkeypatch.setattr(run_module, "STAGES", stages)
-    result = verify(Job(folder), stages)
+    result = verify(VerifyJob(folder), stages)
     assert result.findings[0] is good
     assert (result.findings[1].id, result.findings[1].where) == ("RUN", "stage load")
     assert result.findings[1].message == "did not end: CUDA error: misaligned address"
@@ -170,7 +170,7 @@ def test_a_plan_that_cannot_be_made_fails_the_stages_that_need_it(
     from ownpath.plan.plan import PlanError
 
     monkeypatch.setattr(run_module, "STAGES", {"load": stage_of(error=PlanError("head: no kernel"))})
-    result = verify(Job(folder), ["load"])
+    result = verify(VerifyJob(folder), ["load"])
     assert not result.passed
     assert result.stages[0].skipped == "there is no plan: head: no kernel"
     assert not result.unreadable, "this folder can be read"
@@ -195,8 +195,8 @@ def test_first_bad_and_worst_layers() -> None:
 
 def test_many_failures_are_counted_and_strange_numbers_are_json(folder: Path) -> None:
     found = tuple(v01(layer, float("inf"), Verdict.FAIL) for layer in range(11))
-    job = Job(folder, EngineConfig(), Selection())
-    result = Result(job, (StageResult("layers", found, 1.0),))
+    job = VerifyJob(folder, EngineConfig(), Selection())
+    result = Verification(job, (StageResult("layers", found, 1.0),))
     text = report_text(result)
     assert text.count("FAIL V01 layers.") == 8
     assert "FAIL V01 and 3 more" in text

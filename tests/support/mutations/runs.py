@@ -13,7 +13,7 @@ from ownpath.finding import Finding, failed
 from ownpath.loading import default_model_dir
 from ownpath.official import OFFICIAL, PLAIN
 from ownpath.plan.show import plan_dict
-from ownpath.verify.run import STAGES, Job, Result, verify
+from ownpath.verify.run import STAGES, Verification, VerifyJob, verify
 from ownpath.verify.subject import Selection
 from support.checkpoints import random_checkpoint
 from support.hopper_layouts import subject_on
@@ -42,7 +42,7 @@ def write_models(folder: Path) -> dict[str, Path]:
     }
 
 
-def verified(mutation: Mutation, models: dict[str, Path], scratch: Path) -> Result:
+def verified(mutation: Mutation, models: dict[str, Path], scratch: Path) -> Verification:
     """Runs the stages on a mutation of one of the models. scratch: an empty folder."""
     folder = intact = models[mutation.model]
     if mutation.on_disk is not None:
@@ -50,7 +50,7 @@ def verified(mutation: Mutation, models: dict[str, Path], scratch: Path) -> Resu
         mutation.on_disk(folder)
     layer_ids = None if mutation.layer_idx is None else frozenset({mutation.layer_idx})
     engine = EngineConfig(official=OFFICIAL if mutation.is_official else PLAIN)
-    job = Job(folder, engine, Selection(layer_ids))
+    job = VerifyJob(folder, engine, Selection(layer_ids))
     job.source = models["source"] if mutation.source else None
     if mutation.in_plan is not None:
         written = json.loads(json.dumps(plan_dict(job.subject.plan)))
@@ -70,13 +70,13 @@ class Outcome:
     finding: Finding | None
 
 
-def outcome_of(mutation: Mutation, result: Result) -> Outcome:
+def outcome_of(mutation: Mutation, result: Verification) -> Outcome:
     found = [told(result, finding) for finding in failed(result.findings)]
     expected = (finding for finding in found if (finding.id, finding.where) == (mutation.check, mutation.where))
     return Outcome(tuple(dict.fromkeys(finding.id for finding in found)), next(expected, None))
 
 
-def told(result: Result, finding: Finding) -> Finding:
+def told(result: Verification, finding: Finding) -> Finding:
     """A finding without what is of this run alone: where the folder is, how many shards there are."""
     folder = str(result.job.folder)
     where, message = (

@@ -1,1 +1,1 @@
-"""The planned kernels alone, on a layer's real weights: their results, their memory, their edges, their refusals."""
+"""Checks planned kernels alone, on a layer's real weights: their results, memory, edge cases and refusals."""

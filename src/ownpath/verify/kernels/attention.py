@@ -1,4 +1,4 @@
-"""K09: softmax over keys with a sink, the window's edges, and the ring of keys that a sequence keeps.
+"""K09: checks softmax over keys with a sink, the window's edges, and the ring of keys that a sequence keeps.
 
 Legend: t queries, N heads, H head dim, K keys.
 """
@@ -28,13 +28,13 @@ REMEDY = "a query sees itself and the sliding_window - 1 tokens before; the sink
 
 
 def check_attention(probe: Probe) -> Iterator[Finding]:
-    """K09 of a layer's attention between its projections."""
+    """K09: checks a layer's attention between its projections."""
     for slot in probe.slots_of(OpKind.ATTENTION):
         core: Any = probe.slots[slot]
         tally = Tally("K09", slot, "softmax and sink, unseen keys, window's edges, ring of keys", REMEDY)
         for name, check in _checks(core):
             kernel = probe.kernels[slot]
-            with tally.catching(slot, kernel, f"{name}: "):
+            with tally.catch_errors(slot, kernel, f"{name}: "):
                 for found, message in check(probe, slot, core):
                     tally.add(slot, kernel, found, f"{name}: {message or found}")
         yield from tally.findings()
@@ -45,10 +45,10 @@ Deviations = Iterator[tuple[Deviation, str]]
 
 def _checks(core: object) -> Iterator[tuple[str, Callable[[Probe, str, Any], Deviations]]]:
     if isinstance(core, AttentionCore):
-        yield "softmax", _softmax
-        yield "unseen keys", _unseen
-        yield "ring", _ring
-    yield "window", _window
+        yield "softmax", _check_softmax
+        yield "unseen keys", _check_unseen_keys
+        yield "ring", _check_ring
+    yield "window", _check_window
 
 
 def _queries(probe: Probe, slot: str, num_rows: int) -> Tensor:
@@ -60,8 +60,8 @@ def _exact(probe: Probe, slot: str, q_tNH: Tensor, keys_KH: Tensor, visible_tK: 
     return attention(q_tNH, keys_KH, visible_tK, sink_N, probe.config.softmax_scale)
 
 
-def _softmax(probe: Probe, slot: str, core: AttentionCore) -> Deviations:
-    """Few and many keys, some of them hidden, at least one seen."""
+def _check_softmax(probe: Probe, slot: str, core: AttentionCore) -> Deviations:
+    """Checks few and many keys, some of them hidden, at least one seen."""
     for num_keys in NUM_KEYS:
         q_tNH, keys_KH = _queries(probe, slot, NUM_QUERIES), _keys(probe, slot, num_keys)
         visible_tK = probe.normal(f"{slot} mask {num_keys}", NUM_QUERIES, num_keys) > 0
@@ -75,8 +75,8 @@ def _keys(probe: Probe, slot: str, num_keys: int) -> Tensor:
     return probe.draw.keys(slot, num_keys, probe.config.head_dim)
 
 
-def _unseen(probe: Probe, slot: str, core: AttentionCore) -> Deviations:
-    """What lies in keys that no query sees changes no bit."""
+def _check_unseen_keys(probe: Probe, slot: str, core: AttentionCore) -> Deviations:
+    """Checks that the contents of keys that no query sees change no bit."""
     num_keys = NUM_KEYS[-1]
     q_tNH, keys_KH = _queries(probe, slot, NUM_QUERIES), _keys(probe, slot, num_keys)
     visible_tK = (torch.arange(num_keys, device=probe.device) % 3 > 0).expand(NUM_QUERIES, -1)
@@ -88,8 +88,8 @@ def _unseen(probe: Probe, slot: str, core: AttentionCore) -> Deviations:
     yield Deviation(float("inf") if differing else 0.0), f"{differing} outputs depend on keys that are not to be seen"
 
 
-def _window(probe: Probe, slot: str, core: Any) -> Deviations:
-    """A sequence in chunks, past the window and round the ring, each query against all keys that it may see."""
+def _check_window(probe: Probe, slot: str, core: Any) -> Deviations:
+    """Checks a sequence in chunks, past the window and round the ring: each query against all keys that it may see."""
     assert probe.layer is not None
     config, layer_idx = probe.config, probe.layer.layer_idx
     if isinstance(core, AttentionCore):
@@ -113,20 +113,20 @@ def _window(probe: Probe, slot: str, core: Any) -> Deviations:
 
 
 def chunks(window: int, num_tokens: int) -> Iterator[int]:
-    """Almost a window, over its edge token by token, a whole window, and the rest."""
+    """Yields chunk sizes: almost a window, over its edge token by token, a whole window, and the rest."""
     sizes = [max(1, window - 2), 1, 1, 1, 1, window]
     yield from sizes
     yield num_tokens - sum(sizes)
 
 
 def _pool(probe: Probe, num_tokens: int) -> CachePool:
-    """The caches of one sequence, with no room beyond what is needed."""
+    """Makes the caches of one sequence, with no room beyond what is needed."""
     spec = CacheSpec.of(probe.config, probe.subject.engine)
     return CachePool(replace(spec, max_tokens=num_tokens, max_sequences=1))
 
 
-def _ring(probe: Probe, slot: str, core: AttentionCore) -> Deviations:
-    """What was written comes back bit by bit, wherever in the ring, after chunks of every size."""
+def _check_ring(probe: Probe, slot: str, core: AttentionCore) -> Deviations:
+    """Checks that written rows come back bit by bit, anywhere in the ring, after chunks of every size."""
     assert probe.layer is not None
     config = probe.config
     window, num_tokens = config.sliding_window, 3 * config.sliding_window + 5

@@ -1,4 +1,4 @@
-"""K08: the hyper-connections' boundaries: Sinkhorn's sums, the streams' sums, what goes in and what is kept.
+"""K08: checks the hyper-connections' boundaries: Sinkhorn's sums, the streams' sums, inputs, and stored streams.
 
 Legend: T tokens, S streams, D hidden, M mixing weights.
 """
@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from ownpath.conformance.bounds import Deviation, Exact, deviation
-from ownpath.conformance.exact import Boundary, written_streams
-from ownpath.conformance.params import Sizes
+from ownpath.conformance.exact import ExactBoundary, written_streams
+from ownpath.conformance.params import ArgumentSizes
 from ownpath.finding import Finding
 from ownpath.ops import OpKind
-from ownpath.oracle.arithmetic import Arithmetic, Scope
+from ownpath.oracle.arithmetic import Arithmetic, OracleRun
 from ownpath.verify.kernels.probe import Probe
 from ownpath.verify.kernels.tally import Tally
 
@@ -21,28 +21,28 @@ REMEDY = "comb[from, to]: rows are the streams that are read, columns those that
 
 
 def check_boundaries(probe: Probe) -> Iterator[Finding]:
-    """K08 of every boundary."""
+    """K08: checks every boundary."""
     for slot in probe.slots_of(OpKind.HYPER):
         tally = Tally("K08", slot, "streams, mixing weights and normed input in float64", REMEDY)
         kernel = probe.kernels[slot]
         for num_rows in MANY_ROWS if probe.is_cuda else ROWS:
-            with tally.catching(slot, kernel, f"{num_rows} tokens: "):
+            with tally.catch_errors(slot, kernel, f"{num_rows} tokens: "):
                 for what, found in _compared(probe, slot, num_rows):
                     tally.add(slot, kernel, found, f"{num_rows} tokens, {what}: {found}")
         yield from tally.findings()
 
 
 def _compared(probe: Probe, slot: str, num_rows: int) -> Iterator[tuple[str, Deviation]]:
-    """(what, how far off) for each part of one boundary's results."""
-    sizes = Sizes(probe.config.hidden_size, num_streams=probe.config.hc_mult)
+    """Yields (part, deviation) for each part of one boundary's results."""
+    sizes = ArgumentSizes(probe.config.hidden_size, num_streams=probe.config.hc_mult)
     x_TSD, y_TD, mix = probe.draw.streams(slot, num_rows, sizes)
     out = probe.slots[slot](x_TSD, y_TD, mix)
     yield "streams", deviation(out.x_TSD, written_streams(x_TSD, y_TD, mix.post_TS, mix.comb_TSS))
     if not bool(out.x_TSD.isfinite().all()):
         return
-    # What is read is what was written: its own streams, so that one error is not counted twice.
-    scope = Scope.of(probe.stored, probe.part.plan, Arithmetic(narrow=probe.dtype))
-    exact = Boundary(out.x_TSD.double(), scope.mixing(slot))
+    # The reference reads the boundary's own written streams, so that one error is not counted twice.
+    scope = OracleRun.of(probe.stored, probe.part.plan, Arithmetic(narrow=probe.dtype))
+    exact = ExactBoundary(out.x_TSD.double(), scope.mixing(slot))
     if out.mix is not None:
         post_TS, comb_TSS = out.mix.post_TS, out.mix.comb_TSS
         yield f"post in {post_TS.dtype}", _wide(post_TS, exact.post())
@@ -57,7 +57,7 @@ def _norm_key(slot: str) -> str:
 
 
 def _wide(found: Tensor, exact: Exact) -> Deviation:
-    """Weights that mix streams stay at least float32."""
+    """Compares weights that mix streams, which stay at least float32."""
     if found.dtype.itemsize < 4:
         return Deviation(float("inf"), (), 0.0, 0.0)
     return deviation(found, exact)

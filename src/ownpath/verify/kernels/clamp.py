@@ -1,4 +1,4 @@
-"""K06 of the shared expert: its activation and the whole of it, beyond swiglu_limit. (Routed ones: ``experts``.)
+"""K06: checks the shared expert beyond swiglu_limit, its activation and the whole. (Routed experts: ``experts``.)
 
 Legend: R rows, D hidden, F expert width.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ownpath.conformance.bounds import deviation
-from ownpath.conformance.exact import ExpertSteps, Matrices, expert, swiglu
+from ownpath.conformance.exact import ExpertMatrices, ExpertSteps, expert, swiglu
 from ownpath.conformance.params import CLAMP_FACTORS, LOUD
 from ownpath.finding import Finding
 from ownpath.ops import OpKind
@@ -20,17 +20,17 @@ from ownpath.verify.kernels.tally import Tally
 
 
 def check_clamp(probe: Probe) -> Iterator[Finding]:
-    """K06 of the shared expert."""
+    """K06: checks the shared expert."""
     for slot in probe.slots_of(OpKind.SWIGLU):
         tally = Tally("K06", slot, "the activation around the clamp, and the shared expert beyond it", CLAMP_REMEDY)
-        with tally.catching(slot, probe.kernels[slot]):
-            _activation(probe, slot, tally)
-            _whole(probe, slot.removesuffix(".swiglu"), tally)
+        with tally.catch_errors(slot, probe.kernels[slot]):
+            _check_activation(probe, slot, tally)
+            _check_expert(probe, slot.removesuffix(".swiglu"), tally)
         yield from tally.findings()
 
 
-def _activation(probe: Probe, slot: str, tally: Tally) -> None:
-    """Every gate with every up, as often as a row has room."""
+def _check_activation(probe: Probe, slot: str, tally: Tally) -> None:
+    """Checks the activation: every gate with every up, repeated as a row has room."""
     limit, width = probe.config.swiglu_limit, probe.config.moe_intermediate_size
     ends = torch.tensor([sign * factor * limit for factor in CLAMP_FACTORS for sign in (1, -1)])
     pairs = torch.cartesian_prod(ends, ends).to(probe.device, probe.dtype)
@@ -41,8 +41,8 @@ def _activation(probe: Probe, slot: str, tally: Tally) -> None:
     tally.add(slot, probe.kernels[slot], deviation(found, swiglu(gate, up, limit)))
 
 
-def _whole(probe: Probe, shared: str, tally: Tally) -> None:
-    """The layer's own shared expert on loud rows: that the activation is the one that it calls."""
+def _check_expert(probe: Probe, shared: str, tally: Tally) -> None:
+    """Runs the layer's own shared expert on large rows, to check that it calls the activation."""
     assert probe.layer is not None
     (w13, *others), (w2,) = probe.ops[f"{shared}.w13"], probe.ops[f"{shared}.w2"]
     x = probe.normal(f"{shared} x", len(LOUD), probe.config.hidden_size)
@@ -50,7 +50,7 @@ def _whole(probe: Probe, shared: str, tally: Tally) -> None:
     inputs, hidden = (inputs_of(op, probe.stored)[0] for op in (w13, w2))  # as a call with few rows reads them
     both = torch.cat([probe.stored.matrix(m.name, op.encoding) for op in (w13, *others) for m in op.spec.modules])
     w1, w3 = both.chunk(2)
-    matrices = Matrices(w1, w3, probe.stored.matrix(f"{shared}.w2", w2.encoding))
+    matrices = ExpertMatrices(w1, w3, probe.stored.matrix(f"{shared}.w2", w2.encoding))
     steps = ExpertSteps(probe.config.swiglu_limit, probe.dtype, inputs.quantize, hidden.quantize, rounds_products=True)
     found = probe.layer.block.ffn.shared_experts(x_RD)
     kernel = f"{probe.kernels[f'{shared}.w13']}, {probe.kernels[f'{shared}.w2']}"

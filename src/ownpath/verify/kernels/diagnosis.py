@@ -1,4 +1,4 @@
-"""What is wrong with an expert, told from its output: which of a few faults would give just this.
+"""Diagnoses a wrong expert from its output: which of a few known faults would give just this output.
 
 Legend: S rows, D hidden, F expert width.
 """
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ownpath.conformance.exact import Matrices
+from ownpath.conformance.exact import ExpertMatrices
 from ownpath.oracle.formulas import swiglu
 from ownpath.plan.plan import PlannedOp
 from ownpath.verify.kernels.operands import matrices_of, steps_of
@@ -22,7 +22,7 @@ MAX_EXPERTS_TRIED = 512
 
 
 def explain(probe: Probe, op: PlannedOp, name: str, x: Tensor, y_SD: Tensor) -> str:
-    """In words, what would explain that the expert so named makes y of x."""
+    """Describes the fault that explains the named expert's output y for x."""
     y_SD = y_SD.double()
     if not bool(y_SD.isfinite().all()):
         return f"{int((~y_SD.isfinite()).any(-1).sum())} of {len(y_SD)} rows are not finite"
@@ -34,23 +34,23 @@ def explain(probe: Probe, op: PlannedOp, name: str, x: Tensor, y_SD: Tensor) -> 
     best = min(_explanations(rows, matrices, y_SD, steps.limit), key=lambda found: found[0])
     if best[0] < NEAR:
         return best[1]
-    return _another(probe, op, name, rows, y_SD) or "no single fault explains it"
+    return _other_expert(probe, op, name, rows, y_SD) or "no single fault explains it"
 
 
-def _explanations(rows: Tensor, matrices: Matrices, y_SD: Tensor, limit: float) -> Iterator[tuple[float, str]]:
-    """(relative distance, fault) for each fault that is known."""
+def _explanations(rows: Tensor, matrices: ExpertMatrices, y_SD: Tensor, limit: float) -> Iterator[tuple[float, str]]:
+    """Yields (relative distance, fault) for each known fault."""
     gate, up, down = rows @ matrices.w1.T, rows @ matrices.w3.T, matrices.w2.T
     yield _distance(swiglu(up, gate, limit) @ down, y_SD), "w1 and w3 (gate and up) are swapped"
     unclamped = swiglu(gate, up, float("inf")) @ down
     yield _distance(unclamped, y_SD), "the clamp is missing"
     plain = swiglu(gate, up, limit) @ down
-    yield _scaled(lambda c: c * plain, y_SD, "w2 is scaled")
-    yield _scaled(lambda c: swiglu(c * gate, up, limit) @ down, y_SD, "w1 is scaled")
-    yield _scaled(lambda c: swiglu(gate, c * up, limit) @ down, y_SD, "w3 is scaled")
+    yield _best_factor(lambda c: c * plain, y_SD, "w2 is scaled")
+    yield _best_factor(lambda c: swiglu(c * gate, up, limit) @ down, y_SD, "w1 is scaled")
+    yield _best_factor(lambda c: swiglu(gate, c * up, limit) @ down, y_SD, "w3 is scaled")
 
 
-def _scaled(make: Callable[[float], Tensor], y_SD: Tensor, what: str) -> tuple[float, str]:
-    """The factor that comes nearest."""
+def _best_factor(make: Callable[[float], Tensor], y_SD: Tensor, what: str) -> tuple[float, str]:
+    """Finds the factor that comes nearest."""
     exponents = [step / 4 for step in range(-4 * FACTORS, 4 * FACTORS + 1)]
     step = 0.25
     best = min(exponents, key=lambda e: _distance(make(2.0**e), y_SD))
@@ -60,8 +60,8 @@ def _scaled(make: Callable[[float], Tensor], y_SD: Tensor, what: str) -> tuple[f
     return _distance(make(2.0**best), y_SD), f"{what} by {2.0**best:.4g}"
 
 
-def _another(probe: Probe, op: PlannedOp, name: str, rows: Tensor, y_SD: Tensor) -> str:
-    """Whether it is another expert's output."""
+def _other_expert(probe: Probe, op: PlannedOp, name: str, rows: Tensor, y_SD: Tensor) -> str:
+    """Tests whether it is another expert's output."""
     stack, _, own = name.rpartition(".")
     for other in range(min(probe.config.n_routed_experts, MAX_EXPERTS_TRIED)):
         if other == int(own):
@@ -74,6 +74,6 @@ def _another(probe: Probe, op: PlannedOp, name: str, rows: Tensor, y_SD: Tensor)
 
 
 def _distance(made_SD: Tensor, y_SD: Tensor) -> float:
-    """Relative, the mean over rows, so that loud rows do not drown the others."""
+    """Returns the relative distance, averaged over rows so that large rows do not dominate."""
     per_row = (made_SD - y_SD).norm(dim=-1) / y_SD.norm(dim=-1).clamp(min=torch.finfo(torch.float64).tiny)
     return float(per_row.nan_to_num(torch.inf).mean())

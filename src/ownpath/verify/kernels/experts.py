@@ -1,7 +1,7 @@
 """K01, K04 and K06 of the routed experts: each chosen expert alone and by name, then mixtures of them.
 
-Every chosen expert is decoded once and run in float64 on a few drawn rows; all calls are made of these rows, so that
-what a call should give is a weighted sum of what is known.
+Every chosen expert is decoded once and run in float64 on a few drawn rows. All calls consist of these rows, so that the
+expected result of a call is a weighted sum of known results.
 
 Legend: R drawn rows, E chosen experts, D hidden, T tokens of a call, K experts per token.
 """
@@ -9,7 +9,6 @@ Legend: R drawn rows, E chosen experts, D hidden, T tokens of a call, K experts 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,19 +24,20 @@ from ownpath.verify.kernels.diagnosis import explain
 from ownpath.verify.kernels.operands import matrices_of, steps_of
 from ownpath.verify.kernels.probe import Probe
 from ownpath.verify.kernels.products import ONE_FORM, REMEDY
-from ownpath.verify.kernels.row_counts import row_counts, unread, variants_of
+from ownpath.verify.kernels.row_counts import placeholder, row_counts, variants_of
 from ownpath.verify.kernels.tally import Tally
 
 NUM_ORDINARY = len(ORDINARY)
 PERIOD = NUM_ORDINARY + len(LOUD)
 MAX_DIAGNOSED = 4
-"""Wrong experts whose fault is looked for; with more of them, the fault is not an expert's own."""
+"""Most wrong experts that are diagnosed; with more of them, the fault is not an expert's own."""
 CLAMP_REMEDY = "swiglu_limit is not applied, or with another value: see the kernel's call"
 
 
 @dataclass(frozen=True)
-class Known:
-    """value, bound [R, E, D]: each drawn row through each chosen expert. loud [R, E]: gates that exceed the limit."""
+class ExactRows:
+    """Exact results. value, bound [R, E, D]: each drawn row through each chosen expert. loud [R, E]: gates beyond the
+    limit."""
 
     value: Tensor
     bound: Tensor
@@ -46,7 +46,7 @@ class Known:
 
 @dataclass(frozen=True)
 class RoutedCall:
-    """One call: which drawn row each token is [T], which chosen expert by place [T, K], and weights [T, K]."""
+    """One call: the drawn row of each token [T], its chosen experts as indices [T, K], and weights [T, K]."""
 
     rows: Tensor
     places: Tensor
@@ -73,7 +73,7 @@ class RoutedExperts:
 
     @cached_property
     def x(self) -> Tensor:
-        """[R, D]: ordinary rows, then loud ones."""
+        """The drawn rows [R, D]: ordinary ones, then large ones."""
         x = self.probe.normal(self.slot, PERIOD, self.probe.config.hidden_size)
         return self.probe.draw.sized(x, (*ORDINARY, *LOUD))
 
@@ -81,8 +81,8 @@ class RoutedExperts:
         return f"{self.slot}.{int(self.ids[place])}"
 
     @cached_property
-    def known(self) -> Known:
-        """One expert after the other, so that never more than one is decoded."""
+    def known(self) -> ExactRows:
+        """The exact results, computed one expert at a time, so that never more than one is decoded."""
         config, stored = self.probe.config, self.probe.stored
         shape = (len(self.x), len(self.ids), config.hidden_size)
         value = torch.empty(shape, dtype=torch.float64, device=self.probe.device)
@@ -96,23 +96,23 @@ class RoutedExperts:
             value[:, place], bound[:, place] = exact.value, exact.bound
             gate = steps.inputs(self.x) @ matrices.w1.T
             loud[:, place] = (gate > config.swiglu_limit).double().mean(-1)
-        return Known(value, bound, loud)
+        return ExactRows(value, bound, loud)
 
     def call(self, routing: RoutedCall) -> Tensor:
-        """What the slot gives: [T, D]."""
+        """Calls the slot: returns [T, D]."""
         ids_TK, weights_TK = self.ids[routing.places].contiguous(), routing.weights.contiguous()
         y: Tensor = self.probe.slots[self.slot](self.x[routing.rows], ids_TK, weights_TK)
         return y
 
-    def unread(self, num_tokens: int) -> tuple[Any, ...]:
-        """Arguments of a call with so many tokens, without values."""
+    def placeholders(self, num_tokens: int) -> tuple[object, ...]:
+        """Makes arguments of a call with so many tokens, without values."""
         slots, device = self.probe.config.num_experts_per_tok, self.x.device
-        x = unread(self.x.dtype, device, num_tokens, self.x.shape[1])
-        weights = unread(torch.float32, device, num_tokens, slots)
-        return x, unread(torch.int64, device, num_tokens, slots), weights
+        x = placeholder(self.x.dtype, device, num_tokens, self.x.shape[1])
+        weights = placeholder(torch.float32, device, num_tokens, slots)
+        return x, placeholder(torch.int64, device, num_tokens, slots), weights
 
     def exact(self, routing: RoutedCall) -> Exact:
-        """What it should give."""
+        """Returns the expected result."""
         known = self.known
         weights = routing.weights.double()[..., None]
         rows = routing.rows[:, None]
@@ -121,24 +121,24 @@ class RoutedExperts:
 
 
 def check_experts(probe: Probe) -> Iterator[Finding]:
-    """K01, K04 and K06 of the routed experts."""
+    """K01, K04 and K06: checks the routed experts."""
     for slot in probe.slots_of(OpKind.MOE):
         experts = RoutedExperts(probe, slot)
         each = Tally("K01", slot, "experts against dequantise-then-matmul in float64", REMEDY)
         clamp = Tally("K06", slot, "experts beyond the clamp", CLAMP_REMEDY, "no gate of any expert came near it")
-        with each.catching(slot, probe.kernels[slot]):
-            wrong = _alone(experts, each, clamp)
-            # What one wrong expert does to every mixture says nothing more.
+        with each.catch_errors(slot, probe.kernels[slot]):
+            wrong = _check_alone(experts, each, clamp)
+            # One wrong expert spoils every mixture, so mixtures would add nothing.
             if not wrong:
-                _mixtures(experts, each)
+                _check_mixtures(experts, each)
         yield from each.findings()
         yield from clamp.findings()
         if not each.failures:
-            yield from _every_variant(experts)
+            yield from _check_variants(experts)
 
 
-def _alone(experts: RoutedExperts, each: Tally, clamp: Tally) -> bool:
-    """Every chosen expert by itself with weight 1, all in one call; returns whether one is wrong."""
+def _check_alone(experts: RoutedExperts, each: Tally, clamp: Tally) -> bool:
+    """Runs every chosen expert by itself with weight 1, all in one call; returns whether one is wrong."""
     kernel = experts.probe.kernels[experts.slot]
     num_rows, num_experts = len(experts.x), len(experts.ids)
     rows = torch.arange(num_rows, device=experts.x.device).repeat_interleave(num_experts)
@@ -151,14 +151,14 @@ def _alone(experts: RoutedExperts, each: Tally, clamp: Tally) -> bool:
         return True
     worst = ratios(found, exact).amax(-1).view(num_rows, num_experts)
     y = found.view(num_rows, num_experts, -1)
-    _add_alone(experts, each, y, worst, slice(NUM_ORDINARY))
+    _tally_alone(experts, each, y, worst, slice(NUM_ORDINARY))
     if bool((experts.known.loud[NUM_ORDINARY:] > 0).any()):
-        _add_alone(experts, clamp, y, worst, slice(NUM_ORDINARY, None))
+        _tally_alone(experts, clamp, y, worst, slice(NUM_ORDINARY, None))
     return bool((worst > 1).any())
 
 
-def _add_alone(experts: RoutedExperts, tally: Tally, y: Tensor, worst: Tensor, rows: slice) -> None:
-    """The experts' worst elements among some rows."""
+def _tally_alone(experts: RoutedExperts, tally: Tally, y: Tensor, worst: Tensor, rows: slice) -> None:
+    """Adds the experts' worst elements among some rows to the tally."""
     kernel, known = experts.probe.kernels[experts.slot], experts.known
     by_expert = worst[rows].amax(0).tolist()
     for place, ratio in enumerate(by_expert):
@@ -173,8 +173,8 @@ def _add_alone(experts: RoutedExperts, tally: Tally, y: Tensor, worst: Tensor, r
         tally.add(experts.name(place), kernel, found, f"{what}; {found}")
 
 
-def _mixtures(experts: RoutedExperts, tally: Tally) -> None:
-    """Numbers of tokens, with random choices, with all tokens at one expert, and with most experts left out."""
+def _check_mixtures(experts: RoutedExperts, tally: Tally) -> None:
+    """Runs several numbers of tokens: random choices, all tokens at one expert, and most experts left out."""
     kernel = experts.probe.kernels[experts.slot]
     for num_tokens in row_counts(experts.probe.is_cuda, experts.probe.config.hidden_size):
         for routing, call in routings(experts, num_tokens).items():
@@ -183,7 +183,7 @@ def _mixtures(experts: RoutedExperts, tally: Tally) -> None:
 
 
 def routings(experts: RoutedExperts, num_tokens: int) -> dict[str, RoutedCall]:
-    """Calls of so many tokens, ordinary rows alone."""
+    """Makes calls of so many tokens, ordinary rows only."""
     num_experts, device = len(experts.ids), experts.x.device
     num_slots = min(experts.probe.config.num_experts_per_tok, num_experts)
     rows = torch.arange(num_tokens, device=device) % NUM_ORDINARY
@@ -198,16 +198,16 @@ def routings(experts: RoutedExperts, num_tokens: int) -> dict[str, RoutedCall]:
 
 
 def _weights(experts: RoutedExperts, drawn: Tensor) -> Tensor:
-    """Ones where the weight comes before a quantiser: what a row becomes would depend on it."""
+    """Draws weights; ones where the weight precedes a quantiser, since it would change the quantised row."""
     return torch.ones_like(drawn) if Step.ROUTING_WEIGHT in experts.op.choice.kernel.official else drawn + 0.1
 
 
-def _every_variant(experts: RoutedExperts) -> Iterator[Finding]:
-    """K04: both ends of what each variant of the kernel serves."""
+def _check_variants(experts: RoutedExperts) -> Iterator[Finding]:
+    """K04: runs both ends of the range that each variant of the kernel serves."""
     probe = experts.probe
     kernel = probe.kernels[experts.slot]
     tally = Tally("K04", experts.slot, "each variant that the experts' chooser can pick", REMEDY, ONE_FORM)
-    for variant, num_tokens in variants_of(probe.part.runners[experts.slot], experts.unread):
+    for variant, num_tokens in variants_of(probe.part.runners[experts.slot], experts.placeholders):
         call = routings(experts, num_tokens)["random experts"]
         found = deviation(experts.call(call), experts.exact(call))
         where = f"{experts.slot} at {num_tokens} tokens"

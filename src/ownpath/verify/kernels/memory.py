@@ -1,4 +1,4 @@
-"""K02 and K10: what lies in memory before a call, and calls that mean nothing, of every planned slot."""
+"""K02 and K10 of every planned slot: earlier contents of memory, and meaningless calls."""
 
 from collections.abc import Iterator
 
@@ -16,19 +16,19 @@ CONTRACT_REMEDY = "the runner must check this argument: a caller's mistake would
 
 
 def check_memory(probe: Probe) -> Iterator[Finding]:
-    """K02 of every planned slot."""
+    """K02: checks every planned slot."""
     tally = Tally("K02", probe.name, "calls in memory full of NaN and of zeros", MEMORY_REMEDY)
     for num_rows in MANY_ROWS if probe.is_cuda else ROWS:
         for call in calls(probe, num_rows):
             kernel, rows = probe.kernels[call.slot], f"{num_rows} rows: "
-            with tally.catching(call.slot, kernel, rows):
+            with tally.catch_errors(call.slot, kernel, rows):
                 problem = memory_problem(call)
                 tally.judge(call.slot, kernel, problem and rows + problem)
     yield from tally.findings()
 
 
 def check_contracts(probe: Probe) -> Iterator[Finding]:
-    """K10 of every planned slot."""
+    """K10: checks every planned slot."""
     tally = Tally("K10", probe.name, "wrong dtype, width, device, routing or strides", CONTRACT_REMEDY)
     for call in calls(probe, FEW_ROWS):
         for problem in contract_problems(call):

@@ -1,4 +1,4 @@
-"""K01 of the norms: of low-rank queries, of keys, and of query heads, each against float64.
+"""K01: compares the norms with float64: of low-rank queries, of keys, and of query heads.
 
 Legend: T tokens, N heads, D width.
 """
@@ -21,14 +21,14 @@ REMEDY = "the norm's weight, rms_norm_eps, or the kernel: the mean is over the l
 
 
 def check_norms(probe: Probe) -> Iterator[Finding]:
-    """K01 of every norm that is a slot."""
+    """K01: checks every norm that is a slot."""
     tally = Tally("K01", f"{probe.name} norms", "norms in float64", REMEDY)
     for planned in probe.part.plan.companions:
         if planned.spec.kind is not OpKind.NORM or planned.spec.slot not in probe.slots:
             continue
         slot, kernel = planned.spec.slot, probe.kernels[planned.spec.slot]
         for num_rows in MANY_ROWS if probe.is_cuda else ROWS:
-            with tally.catching(slot, kernel, f"{num_rows} tokens: "):
+            with tally.catch_errors(slot, kernel, f"{num_rows} tokens: "):
                 x = _input(probe, planned, num_rows)
                 tally.add(slot, kernel, deviation(probe.slots[slot](x), _exact(probe, planned, x)))
     if tally.count:
@@ -36,7 +36,7 @@ def check_norms(probe: Probe) -> Iterator[Finding]:
 
 
 def _input(probe: Probe, planned: PlannedCompanion, num_rows: int) -> Tensor:
-    """[T, D], or heads [T, N, D]; the last row is zeros."""
+    """Draws [T, D], or heads [T, N, D]; the last row is zeros."""
     slot, (width,) = planned.spec.slot, planned.spec.dims
     num_heads = probe.config.num_attention_heads if planned.spec.step is Step.Q_HEAD_NORM else 1
     x = probe.draw.rows(slot, num_rows * num_heads, width)

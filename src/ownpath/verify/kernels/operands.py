@@ -1,4 +1,4 @@
-"""A planned slot's stored weights in float64, and what its kernel makes of its activations before it multiplies.
+"""A planned slot's stored weights in float64, and its kernel's rounding of activations before it multiplies.
 
 Legend: M rows, K in, N out.
 """
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ownpath.conformance.bounds import FP8_TENSOR_CORE
-from ownpath.conformance.exact import ExpertSteps, Matrices, as_it_is
+from ownpath.conformance.exact import ExpertMatrices, ExpertSteps, unrounded
 from ownpath.kernels.spec import InputRounding
 from ownpath.official import Step
 from ownpath.oracle.formats import fp8, nvfp4
-from ownpath.oracle.stored import StoredWeights
+from ownpath.oracle.weights import StoredWeights
 from ownpath.plan.plan import PlannedOp
 
 INPUT_BLOCK = 128
@@ -22,15 +22,16 @@ INPUT_BLOCK = 128
 
 @dataclass(frozen=True)
 class InputReading:
-    """What a kernel makes of its activations. from_rows: from how many rows of a call on. slack: of the sums, more."""
+    """A kernel's rounding of its activations. from_rows: applies to calls of so many rows or more. slack: added error
+    of the sums."""
 
-    quantize: Callable[[Tensor], Tensor] = as_it_is
+    quantize: Callable[[Tensor], Tensor] = unrounded
     from_rows: int = 1
     slack: float = 0.0
 
 
 def inputs_of(op: PlannedOp, stored: StoredWeights) -> tuple[InputReading, ...]:
-    """How a planned dense product reads its activations, by the number of rows; ascending."""
+    """Returns a planned dense product's readings of its activations, by number of rows, ascending."""
     kernel, quantize = op.choice.kernel, _quantizer(op, stored)
     if kernel.rounds_from == 1:
         return (InputReading(quantize),)
@@ -42,7 +43,7 @@ def inputs_of(op: PlannedOp, stored: StoredWeights) -> tuple[InputReading, ...]:
 def _quantizer(op: PlannedOp, stored: StoredWeights) -> Callable[[Tensor], Tensor]:
     rounding, modules = op.choice.kernel.rounding, [module.name for module in op.spec.modules]
     if rounding is InputRounding.EXACT:
-        return as_it_is
+        return unrounded
     if rounding is InputRounding.NVFP4:
         scale = largest_input_scale(op, modules, stored)
         return lambda x: nvfp4(x, scale)
@@ -61,32 +62,32 @@ def _has_power_scales(op: PlannedOp, module: str, stored: StoredWeights) -> bool
 
 
 def largest_input_scale(op: PlannedOp, modules: Sequence[str], stored: StoredWeights) -> Tensor:
-    """Fused modules share an input, quantised once with the largest of their scales."""
+    """Returns the largest scale of fused modules, which share an input that is quantised once."""
     scales = [stored.input_scale(module, op.encoding) for module in modules]
     return torch.stack([scale for scale in scales if scale is not None]).amax().float()
 
 
 def weight_of(op: PlannedOp, stored: StoredWeights) -> Tensor:
-    """The fused matrix of a dense op, float64 [N, K]."""
+    """Returns the fused matrix of a dense op, float64 [N, K]."""
     parts = [stored.matrix(module.name, op.encoding) for module in op.spec.modules]
     return parts[0] if len(parts) == 1 else torch.cat(parts)  # cat copies even a single one
 
 
 def loss_at_load(op: PlannedOp, weight_NK: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """What bringing the weight to ``dtype`` changes, for kernels that do; ``None``: nothing."""
+    """Bounds the change of a weight that its kernel converts to ``dtype``; ``None`` where it converts nothing."""
     if op.spec.is_wide or not op.choice.kernel.rounds_weight:
         return None
     lost = (weight_NK - weight_NK.to(dtype).double()).abs()
     return lost if bool(lost.any()) else None
 
 
-def matrices_of(op: PlannedOp, stored: StoredWeights, expert: str) -> Matrices:
-    """Those of the routed expert so named, such as ``layers.3.ffn.experts.17``."""
-    return Matrices(*(stored.matrix(f"{expert}.{name}", op.encoding) for name in ("w1", "w3", "w2")))
+def matrices_of(op: PlannedOp, stored: StoredWeights, expert: str) -> ExpertMatrices:
+    """Reads the matrices of one routed expert, such as ``layers.3.ffn.experts.17``."""
+    return ExpertMatrices(*(stored.matrix(f"{expert}.{name}", op.encoding) for name in ("w1", "w3", "w2")))
 
 
 def steps_of(op: PlannedOp, stored: StoredWeights, expert: str, limit: float, dtype: torch.dtype) -> ExpertSteps:
-    """The planned experts' steps."""
+    """Returns the roundings inside the planned experts."""
     kernel = op.choice.kernel
     first = Step.ROUTING_WEIGHT in kernel.official
     if kernel.rounding is InputRounding.NVFP4:

@@ -1,4 +1,4 @@
-"""One loaded layer as it is looked at: its planned slots as serving calls them, the stored weights, drawn inputs."""
+"""One loaded layer under test: its planned slots as serving calls them, the stored weights, drawn inputs."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -12,7 +12,7 @@ from ownpath.assembly import LoadedPart
 from ownpath.config import ModelConfig
 from ownpath.conformance.params import Draw
 from ownpath.ops import OpKind
-from ownpath.oracle.stored import StoredWeights
+from ownpath.oracle.weights import StoredWeights
 from ownpath.plan.plan import PlannedOp
 from ownpath.trace.observers import Watched
 from ownpath.verify.layer import LoadedLayer
@@ -21,7 +21,7 @@ from ownpath.verify.subject import Subject
 
 @dataclass(frozen=True)
 class Probe:
-    """name: ``layers.3``, or ``ends`` for what is in no layer. layer: ``None`` there."""
+    """name: ``layers.3``, or ``ends`` for the slots outside all layers. layer: ``None`` there."""
 
     subject: Subject
     part: LoadedPart
@@ -50,7 +50,7 @@ class Probe:
         """Every planned slot's callable, the one that the layer itself calls."""
         found: dict[str, Callable[..., Any]] = dict(self.part.runners)
         wholes = self.part.builder.ends() if self.layer is None else (self.layer.block,)
-        return found | {call.slot: call.runner for whole in wholes for call in watched_in(whole)}
+        return found | {call.slot: call.runner for whole in wholes for call in watched_calls(whole)}
 
     @cached_property
     def ops(self) -> dict[str, tuple[PlannedOp, ...]]:
@@ -63,13 +63,13 @@ class Probe:
         return {slot: kernel for slot, (_, kernel) in self.part.plan.slots.items()}
 
     def slots_of(self, *kinds: OpKind) -> Iterator[str]:
-        """The planned slots of some kinds, in the plan's order."""
+        """Yields the planned slots of some kinds, in the plan's order."""
         seen = dict.fromkeys(op.spec.slot for op in self.part.plan.decided if op.spec.kind in kinds)
         return iter(seen)
 
     @property
     def draw(self) -> Draw:
-        """Random values that depend on the layer's name and on words."""
+        """Random values that depend on the layer's name and on given words."""
         return Draw(self.name, self.device, self.dtype)
 
     def normal(self, seed: str, *shape: int) -> Tensor:
@@ -77,14 +77,14 @@ class Probe:
         return self.draw.normal(seed, *shape)
 
 
-def watched_in(part: object) -> Iterator[Watched]:
-    """The calls that the ledger watches, in ``part`` and in what it is made of."""
+def watched_calls(part: object) -> Iterator[Watched]:
+    """Yields the calls that the ledger watches, in ``part`` and in its parts."""
     if isinstance(part, Watched):
         yield part
-        yield from watched_in(part.runner)
+        yield from watched_calls(part.runner)
     elif type(part).__module__.startswith("ownpath."):
         for value in _parts(part):
-            yield from watched_in(value)
+            yield from watched_calls(value)
 
 
 def _parts(whole: object) -> Iterator[object]:

@@ -1,4 +1,4 @@
-"""K01 and K04 of the dense products: each against float64, for numbers of rows at which kernels change.
+"""K01 and K04 of the dense products: each against float64, at numbers of rows where kernels change.
 
 Legend: M rows, K in, N out; T tokens, N heads, H head dim, G groups, R rows of a group, F frequencies.
 """
@@ -7,23 +7,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ownpath.conformance.bounds import Deviation, Exact, repeated_deviation
-from ownpath.conformance.exact import beside, grouped, independent, product, rotate_back
+from ownpath.conformance.exact import grouped, independent_error, join_columns, product, rotate_back
 from ownpath.finding import Finding
 from ownpath.ops import OpKind
 from ownpath.plan.plan import PlannedOp
 from ownpath.verify.kernels.operands import InputReading, inputs_of, loss_at_load, weight_of
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.row_counts import row_counts, unread, variants_of
+from ownpath.verify.kernels.row_counts import placeholder, row_counts, variants_of
 from ownpath.verify.kernels.tally import Tally
 
 PERIOD = 1009
-"""Rows that are drawn; a longer input repeats them. A prime, so that a tile never meets its own rows again."""
+"""Number of rows drawn; a longer input repeats them. A prime, so that a tile never gets the same rows twice."""
 POSITIONS = (0, 1, 5, 127, 4096)
 REMEDY = "the weight arrived wrong or the kernel is: run the load stage, then a kernel that the plan can do without"
 
@@ -48,12 +47,12 @@ class DenseSlot:
 
     @property
     def row_counts(self) -> tuple[int, ...]:
-        """How many rows it is called with."""
+        """The numbers of rows to call it with."""
         return row_counts(self.probe.is_cuda, sum(op.spec.shape[0] for op in self.ops))
 
     @cached_property
     def x(self) -> Tensor:
-        """[M, K]; heads [T, N, H] where the slot is grouped."""
+        """The inputs [M, K]; heads [T, N, H] where the slot is grouped."""
         num_rows = min(PERIOD, max(self.row_counts))
         config = self.probe.config
         if not self.is_grouped:
@@ -71,34 +70,35 @@ class DenseSlot:
         return cos, sin
 
     def call(self, num_rows: int) -> Tensor:
-        """The slot's own result for so many rows: [M, N]."""
+        """Calls the slot with so many rows: returns [M, N]."""
         ids = torch.arange(num_rows, device=self.probe.device) % len(self.x)
         run: Callable[..., Tensor] = self.probe.slots[self.slot]
         if not self.is_grouped:
             return run(self.x[ids])
         return run(self.x[ids], (self.angles[0][ids], self.angles[1][ids])).flatten(1)
 
-    def unread(self, num_rows: int) -> tuple[Any, ...]:
-        """Arguments of so many rows without values."""
-        x = unread(self.x.dtype, self.x.device, num_rows, *self.x.shape[1:])
+    def placeholders(self, num_rows: int) -> tuple[object, ...]:
+        """Makes arguments of so many rows without values."""
+        x = placeholder(self.x.dtype, self.x.device, num_rows, *self.x.shape[1:])
         if not self.is_grouped:
             return (x,)
         return x, (self.angles[0][:1].expand(num_rows, -1), self.angles[1][:1].expand(num_rows, -1))
 
     def compare(self, num_rows: int) -> Deviation:
-        """How far the slot's result is from the exact one."""
+        """Compares the slot's result with the exact one."""
         from_rows = max(start for start in self.exact if start <= num_rows)
         return repeated_deviation(self.call(num_rows), self.exact[from_rows])
 
     @cached_property
     def exact(self) -> dict[int, Exact]:
-        """From how many rows a call has -> its exact result, for every way in which the kernels read their inputs."""
+        """The exact result for each way in which the kernels read their inputs, by the number of rows from which it
+        applies."""
         parts = [tuple(_exact_parts(self, op)) for op in self.ops]
         starts = sorted({inputs.from_rows for part in parts for inputs, _ in part})
-        return {start: beside([_latest(part, start) for part in parts]) for start in starts}
+        return {start: join_columns([_latest(part, start) for part in parts]) for start in starts}
 
     def place(self, found: Deviation) -> tuple[str, str]:
-        """(where, message) of a wrong result: the module, if all wrong outputs are one module's."""
+        """Returns (where, message) of a wrong result: the module, if all wrong outputs are one module's."""
         names = [module.name for op in self.ops for module in op.spec.modules]
         ends = list(accumulate((module.shape[0] for op in self.ops for module in op.spec.modules), initial=0))
         wrong = {
@@ -114,7 +114,7 @@ class DenseSlot:
 
 
 def _exact_parts(dense: DenseSlot, op: PlannedOp) -> Iterator[tuple[InputReading, Exact]]:
-    """One op's exact results, a pair for each way in which its kernel reads its inputs."""
+    """Yields one op's exact results, a pair for each way in which its kernel reads its inputs."""
     weight, probe = weight_of(op, dense.probe.stored), dense.probe
     lost = loss_at_load(op, weight, probe.dtype)
     if dense.is_grouped:
@@ -125,7 +125,7 @@ def _exact_parts(dense: DenseSlot, op: PlannedOp) -> Iterator[tuple[InputReading
         most = len(dense.x) if after is None else after.from_rows - 1
         x_MK = inputs.quantize(dense.x[:most])
         exact = product(x_MK, weight, inputs.slack)
-        yield inputs, exact if lost is None else exact.plus(independent(x_MK, lost))
+        yield inputs, exact if lost is None else exact.plus(independent_error(x_MK, lost))
 
 
 def _latest(parts: tuple[tuple[InputReading, Exact], ...], start: int) -> Exact:
@@ -133,15 +133,15 @@ def _latest(parts: tuple[tuple[InputReading, Exact], ...], start: int) -> Exact:
 
 
 def check_products(probe: Probe) -> Iterator[Finding]:
-    """K01 and K04 of every linear and grouped product."""
+    """K01 and K04: checks every linear and grouped product."""
     each = Tally("K01", probe.name, "products against dequantise-then-matmul in float64", REMEDY)
     every = Tally("K04", probe.name, "each variant that a kernel's chooser can pick", REMEDY, ONE_FORM)
     for slot in probe.slots_of(OpKind.LINEAR, OpKind.GROUPED):
         dense = DenseSlot(probe, slot)
-        with each.catching(slot, probe.kernels[slot]):
+        with each.catch_errors(slot, probe.kernels[slot]):
             for num_rows in dense.row_counts:
                 _add(each, dense, num_rows, probe.kernels[slot])
-            for variant, num_rows in variants_of(probe.part.runners[slot], dense.unread):
+            for variant, num_rows in variants_of(probe.part.runners[slot], dense.placeholders):
                 _add(every, dense, num_rows, f"{probe.kernels[slot]} {variant}")
     yield from each.findings()
     yield from every.findings()

@@ -1,4 +1,4 @@
-"""K03: every quantiser of activations, at every value of its format, every middle between two, and beside each.
+"""K03: checks every quantiser of activations at every value of its format, every midpoint, and their neighbours.
 
 Legend: R rows, K channels.
 """
@@ -33,12 +33,12 @@ from ownpath.verify.kernels.tally import Tally, error_of
 REMEDY = "the quantiser does not round to nearest, ties to even, or takes its scale otherwise: docs/numerics.md"
 KEY_BLOCK, INDEX_BLOCK, INPUT_BLOCK, NVFP4_BLOCK = 64, 32, 128, 16
 EXPONENTS = (0, -3, 5)
-"""Powers of two that scales have in turn."""
+"""Exponents of the scales, in turn."""
 
 
 @dataclass(frozen=True)
-class Quantiser:
-    """run: x [R, K] -> what is read back. low, high: the least and the most that it may be."""
+class QuantizerCase:
+    """A quantiser with its expected results. run: x [R, K] -> the values read back. low, high: their allowed range."""
 
     slot: str
     width: int
@@ -49,14 +49,14 @@ class Quantiser:
 
 
 def check_quantizers(probe: Probe) -> Iterator[Finding]:
-    """K03 of every slot that quantises activations."""
+    """K03: checks every slot that quantises activations."""
     what = "quantisers at every value, middle and edge of their formats"
     tally = Tally("K03", probe.name, what, REMEDY, "no planned kernel here quantises activations by itself")
-    for quantiser in quantisers(probe):
+    for quantiser in quantizer_cases(probe):
         kernel = probe.kernels[quantiser.slot]
         try:
             problem = _problem(probe, quantiser)
-        except Exception as error:  # whatever a kernel can raise is what is looked for
+        except Exception as error:  # whatever a kernel can raise becomes a finding
             problem = error_of(error)
         if problem:
             tally.fail(quantiser.slot, kernel, problem)
@@ -65,7 +65,7 @@ def check_quantizers(probe: Probe) -> Iterator[Finding]:
     yield from tally.findings()
 
 
-def _problem(probe: Probe, quantiser: Quantiser) -> str:
+def _problem(probe: Probe, quantiser: QuantizerCase) -> str:
     x = edges(quantiser.most, quantiser.block, quantiser.width, probe.dtype).to(probe.device)
     found = quantiser.run(x).double()
     low, high = quantiser.low_high(x)
@@ -78,7 +78,8 @@ def _problem(probe: Probe, quantiser: Quantiser) -> str:
 
 
 def edges(magnitudes: tuple[float, ...], block: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Rows of blocks whose first value sets a power-of-two scale and whose others are the format's edges times it.
+    """Makes rows of blocks whose first value sets a power-of-two scale and whose others are the format's edges times
+    it.
 
     Also blocks whose largest value lies just beyond what the scale holds, tiny ones, and one of zeros.
     """
@@ -101,27 +102,29 @@ def edges(magnitudes: tuple[float, ...], block: int, width: int, dtype: torch.dt
 
 
 def _rows(blocks: Tensor, width: int) -> Tensor:
-    """Blocks side by side [R, width], zeros where no whole one fits."""
+    """Puts blocks side by side [R, width], with zeros where no whole one fits."""
     across = width // blocks.shape[1]
     padded = F.pad(blocks, (0, 0, 0, -len(blocks) % across)).view(-1, across * blocks.shape[1])
     rows: Tensor = F.pad(padded, (0, width - padded.shape[1]))
     return rows
 
 
-def quantisers(probe: Probe) -> Iterator[Quantiser]:
-    """Those of the planned slots."""
+def quantizer_cases(probe: Probe) -> Iterator[QuantizerCase]:
+    """Yields the quantisers of the planned slots."""
     for slot in probe.slots_of(OpKind.LINEAR):
         yield from _inputs(probe, slot)
     config = probe.config
     for slot in probe.slots_of(OpKind.KEY_QUANTIZER):
         rotary = config.qk_rope_head_dim
-        yield Quantiser(slot, config.head_dim - rotary, KEY_BLOCK, E4M3, _keys(probe, slot), _exactly(fp8, KEY_BLOCK))
+        yield QuantizerCase(
+            slot, config.head_dim - rotary, KEY_BLOCK, E4M3, _keys(probe, slot), _expect_exact(fp8, KEY_BLOCK)
+        )
     for slot in probe.slots_of(OpKind.INDEX_QUANTIZER):
-        yield Quantiser(slot, config.index_head_dim, INDEX_BLOCK, E2M1, probe.slots[slot], _index)
+        yield QuantizerCase(slot, config.index_head_dim, INDEX_BLOCK, E2M1, probe.slots[slot], _expect_index)
 
 
 def _keys(probe: Probe, slot: str) -> Callable[[Tensor], Tensor]:
-    """The slot with rotary channels behind the others, which must come back as they are."""
+    """Wraps the slot: rotary channels stand behind the others, and must come back unchanged."""
 
     def run(x: Tensor) -> Tensor:
         rotary = probe.normal(slot, len(x), probe.config.qk_rope_head_dim).to(x.dtype)
@@ -133,8 +136,8 @@ def _keys(probe: Probe, slot: str) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def _inputs(probe: Probe, slot: str) -> Iterator[Quantiser]:
-    """Of a linear: in front of it, or the one that it launches itself for many rows."""
+def _inputs(probe: Probe, slot: str) -> Iterator[QuantizerCase]:
+    """Yields a linear's quantisers: the one in front of it, or the one that it launches itself for many rows."""
     op = probe.ops[slot][0]
     width = op.spec.shape[1]
     leaf: Any
@@ -142,17 +145,19 @@ def _inputs(probe: Probe, slot: str) -> Iterator[Quantiser]:
         rounding, in_front = leaf.spec.rounding, bool(leaf.spec.official)
         if in_front and rounding is InputRounding.NVFP4:
             scale = largest_input_scale(op, [module.name for module in op.spec.modules], probe.stored)
-            yield Quantiser(slot, width, NVFP4_BLOCK, E2M1, leaf.quantize_input, _exactly(nvfp4_without_global, scale))
+            yield QuantizerCase(
+                slot, width, NVFP4_BLOCK, E2M1, leaf.quantize_input, _expect_exact(nvfp4_without_global, scale)
+            )
         elif in_front:
-            yield Quantiser(slot, width, INPUT_BLOCK, E4M3, leaf.quantize_input, _exactly(fp8, INPUT_BLOCK))
+            yield QuantizerCase(slot, width, INPUT_BLOCK, E4M3, leaf.quantize_input, _expect_exact(fp8, INPUT_BLOCK))
         elif rounding is InputRounding.E4M3:
             powers = leaf.operand.weight.power_of_two
-            run = _launched(leaf.operand.weight)
-            yield Quantiser(slot, width, INPUT_BLOCK, E4M3, run, _exactly(fp8, INPUT_BLOCK, powers))
+            run = _launched_quantizer(leaf.operand.weight)
+            yield QuantizerCase(slot, width, INPUT_BLOCK, E4M3, run, _expect_exact(fp8, INPUT_BLOCK, powers))
 
 
-def _launched(weight: Any) -> Callable[[Tensor], Tensor]:
-    """What the Hopper quantiser writes for the product that follows it, read back."""
+def _launched_quantizer(weight: Any) -> Callable[[Tensor], Tensor]:
+    """Runs the Hopper quantiser that precedes a product, and reads its output back."""
     from ownpath.kernels.fp8.config import QuantizeConfig
     from ownpath.kernels.fp8.launch import quantize_launch, workspace_bytes
     from ownpath.kernels.fp8.layout import ACT_BLOCK_BYTES, BLOCK_BYTES, unpack_blocks
@@ -174,10 +179,10 @@ def _launched(weight: Any) -> Callable[[Tensor], Tensor]:
 
 
 Expected = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""What is read back must lie between these two."""
+"""Maps an input to the lower and the upper bound of the values read back."""
 
 
-def _exactly(quantize: Callable[..., Tensor], *how: object) -> Expected:
+def _expect_exact(quantize: Callable[..., Tensor], *how: object) -> Expected:
     def expected(x: Tensor) -> tuple[Tensor, Tensor]:
         value = quantize(x, *how)
         return value, value
@@ -185,8 +190,8 @@ def _exactly(quantize: Callable[..., Tensor], *how: object) -> Expected:
     return expected
 
 
-def _index(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Hadamard's rotation, rounded, then E2M1: what float32 sums may turn into at most and at least."""
+def _expect_index(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounds Hadamard's rotation, rounded, then E2M1: the least and the most that float32 sums may give."""
     matrix = hadamard_matrix(x.shape[1]).to(x.device)
     turned = x.double() @ matrix
     slack = summing(x.shape[1]) * (x.double().abs() @ matrix.abs()) + rounding(x.dtype) * turned.abs()

@@ -1,4 +1,4 @@
-"""K07: the rotation by position and its inverse, for queries, keys and compressed entries.
+"""K07: checks the rotation by position and its inverse, for queries, keys and compressed entries.
 
 Legend: P positions, F frequencies, N heads, H head dim.
 """
@@ -24,23 +24,23 @@ REMEDY = "theta and YaRN belong to the layer's kind: rope_theta where nothing is
 
 
 def check_rotation(probe: Probe) -> Iterator[Finding]:
-    """K07 of a layer: its own table, those of its compressors, and the output projection that undoes it."""
+    """K07: checks a layer's own table, those of its compressors, and the output projection that undoes the rotation."""
     if probe.layer is None:
         return
     tally = Tally("K07", probe.name, "rotation and its inverse at positions up to a million, in float64", REMEDY)
     ratio = tuple(probe.config.backbone_layers())[probe.layer.layer_idx].ratio
     attn = f"{probe.name}.attn"
     for where, rope, compressing in _tables(probe, attn, compressing=bool(ratio)):
-        with tally.catching(where, KERNEL):
-            tally.add(where, KERNEL, _turns(probe, rope, compressing))
+        with tally.catch_errors(where, KERNEL):
+            tally.add(where, KERNEL, _compare_table(probe, rope, compressing))
     slot = f"{attn}.wo_a"
-    with tally.catching(slot, probe.kernels[slot]):
-        tally.add(slot, probe.kernels[slot], _undone(probe, slot))
+    with tally.catch_errors(slot, probe.kernels[slot]):
+        tally.add(slot, probe.kernels[slot], _compare_output(probe, slot))
     yield from tally.findings()
 
 
 def _tables(probe: Probe, attn: str, *, compressing: bool) -> Iterator[tuple[str, Rope, bool]]:
-    """(name, table, whether it is that of compressing layers)."""
+    """Yields (name, table, whether it is that of compressing layers)."""
     assert probe.layer is not None
     yield f"{attn} rotation", probe.layer.rope, compressing
     core: Any = probe.slots[f"{attn}.core"]  # entries are rotated in there
@@ -51,12 +51,12 @@ def _tables(probe: Probe, attn: str, *, compressing: bool) -> Iterator[tuple[str
 
 
 def positions(probe: Probe) -> Tensor:
-    """Those that the model has."""
+    """Returns all positions of the model."""
     return torch.tensor([min(place, probe.config.max_position_embeddings - 1) for place in POSITIONS])
 
 
-def _turns(probe: Probe, rope: Rope, compressing: bool) -> Deviation:
-    """Forth and back at every position, each held against angles in float64."""
+def _compare_table(probe: Probe, rope: Rope, compressing: bool) -> Deviation:
+    """Rotates forward and back at every position, and compares each with angles in float64."""
     at_P = positions(probe)
     freqs_F = frequencies(probe.config, int(compressing), torch.float64)
     angles_PF = (at_P[:, None].double() * freqs_F).to(probe.device)
@@ -66,10 +66,10 @@ def _turns(probe: Probe, rope: Rope, compressing: bool) -> Deviation:
     return worse(forth, deviation(rotated.invert(x), rotation(x, -angles_PF)))
 
 
-def _undone(probe: Probe, slot: str) -> Deviation:
-    """Outputs that were turned forth by their positions come out of ``wo_a`` as if they had never been.
+def _compare_output(probe: Probe, slot: str) -> Deviation:
+    """Checks that ``wo_a`` undoes the rotation: rotated outputs must give what unrotated ones would.
 
-    Turning forth rounds once to the activations' dtype, which the product spreads like any rounding of its input.
+    Rotating rounds once to the activations' dtype, which the product spreads like any rounding of its input.
     """
     assert probe.layer is not None
     config = probe.config
@@ -81,7 +81,7 @@ def _undone(probe: Probe, slot: str) -> Deviation:
     (op,) = probe.ops[slot]
     matrix = probe.stored.matrix(op.spec.modules[0].name, op.encoding)
     lost = loss_at_load(op, matrix, probe.dtype)
-    # Twice rounded, by a dtype and by cosines and sines; each channel by no more than its pair is long.
+    # Rounded twice, by a dtype and by cosines and sines; each channel by no more than its pair is long.
     pairs = u_PNH.double().unflatten(-1, (-1, 2)).norm(dim=-1).repeat_interleave(2, -1)
     error_PNH = pairs * (2 * rounding(probe.dtype) + ANGLE_STEPS * FLOAT32_ROUND)
     return deviation(found.flatten(1), grouped(u_PNH.double(), error_PNH, config.o_groups, matrix, lost))

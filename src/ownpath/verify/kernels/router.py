@@ -1,4 +1,4 @@
-"""K05: the router on logits that decide things: exact ties, very small scores, a bias that dwarfs them, token tables.
+"""K05: checks the router on hard logits: exact ties, very small scores, a bias that dwarfs them, token tables.
 
 Legend: T tokens, E experts, K experts per token.
 """
@@ -12,7 +12,7 @@ from ownpath.conformance.bounds import EXP_STEPS, FLOAT32_ROUND, Exact, deviatio
 from ownpath.conformance.exact import product
 from ownpath.finding import Finding
 from ownpath.ops import OpKind
-from ownpath.oracle.formulas import best, expert_scores, routing_weights
+from ownpath.oracle.formulas import expert_scores, routing_weights, top_indices
 from ownpath.runners import Router
 from ownpath.verify.kernels.operands import weight_of
 from ownpath.verify.kernels.probe import Probe
@@ -20,13 +20,13 @@ from ownpath.verify.kernels.tally import Tally, error_of
 
 ROWS = 67
 VERY_NEGATIVE = -80.0
-"""Below -87, exp is no normal float32 any more; no gate comes near."""
+"""A very small logit: below -87, exp is subnormal in float32; no gate comes near."""
 HUGE_BIAS = 1e4
 REMEDY = "bias shifts the choice alone, never the weights; the lower id wins a tie; hash layers read tid2eid"
 
 
 def check_router(probe: Probe) -> Iterator[Finding]:
-    """K05 of a layer's router."""
+    """K05: checks a layer's router."""
     for slot in probe.slots_of(OpKind.ROUTER):
         tally = Tally("K05", slot, "ties, small scores, large biases, weights' sums", REMEDY)
         for case, problem in _problems(probe, slot):
@@ -38,7 +38,7 @@ def check_router(probe: Probe) -> Iterator[Finding]:
 
 
 def _problems(probe: Probe, slot: str) -> Iterator[tuple[str, str]]:
-    """(case, what is wrong with it)."""
+    """Yields (case, what is wrong with it)."""
     try:
         router = probe.slots[slot]
         yield "the layer's own gate", _own_gate(probe, slot)
@@ -51,12 +51,12 @@ def _problems(probe: Probe, slot: str) -> Iterator[tuple[str, str]]:
                 yield "a huge bias", _given(probe, slot, router, _spread(probe), bias_E)
                 no_bias_E = torch.zeros_like(bias_E)
                 yield "all scores equal", _given(probe, slot, router, torch.ones_like(_spread(probe)), no_bias_E)
-    except Exception as error:  # whatever a kernel can raise is what is looked for
+    except Exception as error:  # whatever a kernel can raise becomes a finding
         yield "call", error_of(error)
 
 
 def cases(probe: Probe) -> Iterator[tuple[str, Tensor]]:
-    """Logits [T, E], float32."""
+    """Yields (name, logits [T, E]) in float32."""
     spread_TE = _spread(probe)
     yield "spread logits", spread_TE
     yield "pairs of equal logits", spread_TE[:, torch.arange(spread_TE.shape[1], device=probe.device) // 2]
@@ -66,14 +66,14 @@ def cases(probe: Probe) -> Iterator[tuple[str, Tensor]]:
 
 
 def _spread(probe: Probe) -> Tensor:
-    """Every row another order of the same distinct values between -4 and 4."""
+    """Draws rows of the same distinct values between -4 and 4, each in another order."""
     num_experts = probe.config.n_routed_experts
     values_E = torch.linspace(-4, 4, num_experts, device=probe.device)
     return values_E[probe.normal("order", ROWS, num_experts).argsort(-1)]
 
 
 def _given(probe: Probe, slot: str, router: Router, logits_TE: Tensor, bias_E: Tensor | None) -> str:
-    """The router on these logits, and with this bias where one is given."""
+    """Runs the router on these logits, and with this bias where one is given."""
     if bias_E is not None:
         chosen, factor = router.num_experts_per_tok, router.routed_scaling_factor
         router = Router(router.gate, chosen, factor, bias_E, None, kernel=router.spec)
@@ -84,7 +84,7 @@ def _given(probe: Probe, slot: str, router: Router, logits_TE: Tensor, bias_E: T
 
 
 def _own_gate(probe: Probe, slot: str) -> str:
-    """Ordinary input through the router and its gate."""
+    """Runs ordinary input through the router and its gate."""
     gate = f"{slot.removesuffix('.router')}.gate"
     (op,) = probe.ops[gate]
     x_TD = probe.normal(f"{slot} x", ROWS, probe.config.hidden_size).to(probe.dtype)
@@ -95,12 +95,12 @@ def _own_gate(probe: Probe, slot: str) -> str:
 
 
 def _token_ids(probe: Probe, num_rows: int) -> Tensor:
-    """The first, the last and others of the vocabulary."""
+    """Draws the first, the last and other ids of the vocabulary."""
     return torch.linspace(0, probe.config.vocab_size - 1, num_rows, device=probe.device).long()
 
 
 class _ExpectedChoice:
-    """What a router should choose. bias_E: instead of the checkpoint's."""
+    """The expected choice of a router. bias_E: instead of the checkpoint's."""
 
     def __init__(
         self, probe: Probe, slot: str, logits_TE: Tensor, bound_TE: Tensor, token_ids_T: Tensor, bias_E: Tensor | None
@@ -109,7 +109,7 @@ class _ExpectedChoice:
         config, stored = probe.config, probe.stored
         self.factor, self.num_chosen = config.routed_scaling_factor, config.num_experts_per_tok
         self.scores_TE = expert_scores(logits_TE)
-        # exp of x is off by |x| steps, from the product in front of it; the root halves what softplus is off by.
+        # exp of x is off by |x| steps, from the product in front of it; the root halves the error of softplus.
         self.relative_TE = (EXP_STEPS + logits_TE.abs()) * FLOAT32_ROUND + bound_TE / 2
         self.error_TE = self.scores_TE * self.relative_TE
         self.table_TK, self.ranked_TE = None, self.scores_TE
@@ -122,7 +122,7 @@ class _ExpectedChoice:
             self.error_TE = self.error_TE + FLOAT32_ROUND * self.ranked_TE.abs()
 
     def problem(self, ids_TK: Tensor, weights_TK: Tensor) -> str:
-        """What is wrong with a choice, or nothing."""
+        """Describes what is wrong with a choice; empty if nothing is."""
         shape = (len(self.scores_TE), self.num_chosen)
         if tuple(ids_TK.shape) != shape or tuple(weights_TK.shape) != shape:
             return f"ids {list(ids_TK.shape)} and weights {list(weights_TK.shape)}, not {list(shape)}"
@@ -138,7 +138,7 @@ class _ExpectedChoice:
         ordered = ids_TK.sort(-1).values
         if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
             return "an expert is chosen twice"
-        order = best(self.ranked_TE, self.num_chosen)
+        order = top_indices(self.ranked_TE, self.num_chosen)
         worst_T1 = self.ranked_TE.gather(1, order)[:, -1:]
         short_TK = worst_T1 - self.ranked_TE.gather(1, ids_TK)
         allowed_TK = self.error_TE.gather(1, ids_TK) + self.error_TE.gather(1, order)[:, -1:]
@@ -153,7 +153,7 @@ class _ExpectedChoice:
     def _wrong_weights(self, ids_TK: Tensor, weights_TK: Tensor) -> str:
         relative_TK = self.relative_TE.gather(1, ids_TK)
         exact_TK = routing_weights(self.scores_TE, ids_TK, self.factor)
-        # A quotient is off by what its score is, and by no more than the worst score in its sum.
+        # A quotient has its score's error, and no more than the worst score's in its sum.
         bound_TK = exact_TK * (relative_TK + relative_TK.amax(-1, keepdim=True))
         found = deviation(weights_TK, Exact(exact_TK, bound_TK))
         if not found.is_allowed:

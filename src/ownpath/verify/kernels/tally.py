@@ -1,4 +1,4 @@
-"""Findings of the kernels stage, written in one way."""
+"""Collects results of the kernels stage into findings, all written in one way."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ NEAR_FLOAT64 = "1 time what rounding allows"
 
 @dataclass
 class Tally:
-    """Results of one check in one layer: a finding for each wrong place, or one that says how near all were.
+    """Results of one check in one layer: a finding for each wrong place, or one with the largest of the right results.
 
     A deviation's number is the worst element's error over what its arithmetic allows.
     """
@@ -29,7 +29,7 @@ class Tally:
     failures: dict[str, Finding] = field(default_factory=dict)
 
     def add(self, where: str, kernel: str, found: Deviation, message: str = "") -> None:
-        """One comparison. The worst of each place is reported."""
+        """Adds one comparison. The worst of each place is reported."""
         self.count += 1
         self.kernels.setdefault(kernel)
         if found.ratio >= self.worst.ratio:
@@ -42,36 +42,36 @@ class Tally:
             )
 
     def fail(self, where: str, kernel: str, message: str) -> None:
-        """A wrong place that no number tells of."""
+        """Adds a wrong place that has no number."""
         self.count += 1
         self.failures.setdefault(where, Finding(self.id, where, Verdict.FAIL, message, None, "", self.remedy, kernel))
 
     def passed(self, kernel: str) -> None:
-        """A right place that no number tells of."""
+        """Adds a right place that has no number."""
         self.count += 1
         self.kernels.setdefault(kernel)
 
     def judge(self, where: str, kernel: str, problem: str) -> None:
-        """A place that is right if there is no problem."""
+        """Adds a place that is right if ``problem`` is empty."""
         if problem:
             self.fail(where, kernel, problem)
         else:
             self.passed(kernel)
 
     @contextmanager
-    def catching(self, where: str, kernel: str, prefix: str = "") -> Iterator[None]:
-        """Whatever a kernel raises in here is a wrong place: that is what is looked for."""
+    def catch_errors(self, where: str, kernel: str, prefix: str = "") -> Iterator[None]:
+        """Turns any exception raised inside into a wrong place."""
         try:
             yield
         except Exception as error:
             self.fail(where, kernel, f"{prefix}{error_of(error)}")
 
     def findings(self) -> Iterator[Finding]:
-        """The failures, or one pass; a skip where nothing was looked at."""
+        """Yields the failures, or one pass; a skip where nothing was looked at."""
         if self.failures:
             yield from self.failures.values()
         elif not self.count:
-            yield skipped(self.id, self.where, f"{self.what}: {self.nothing}")
+            yield skipped_finding(self.id, self.where, f"{self.what}: {self.nothing}")
         else:
             worst = f", worst in {self.worst_at}" if self.worst_at else ""
             number, allowed = (self.worst.ratio, NEAR_FLOAT64) if self.worst_at else (None, "")
@@ -79,12 +79,12 @@ class Tally:
             yield Finding(self.id, self.where, Verdict.PASS, message, number, allowed, kernel=", ".join(self.kernels))
 
 
-def skipped(check_id: str, where: str, why: str) -> Finding:
-    """Nothing was looked at."""
+def skipped_finding(check_id: str, where: str, why: str) -> Finding:
+    """Makes the finding of a check that looked at nothing."""
     return Finding(check_id, where, Verdict.SKIPPED, why)
 
 
 def error_of(error: Exception) -> str:
-    """An error in one line."""
+    """Formats an error as one line."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -1,7 +1,7 @@
-"""Records the values of one layer of the engine, by the names that the reference has for them.
+"""Records the values of one layer of the engine, under the reference's names.
 
 A slot's result goes under the slot's name: a boundary's streams and normed input under ``<slot>.x`` and ``.h``, the
-router's under ``.ids`` and ``.weights``. What lies between slots comes from the model's taps (``model.taps``).
+router's under ``.ids`` and ``.weights``. Values between slots come from the model's taps (``model.taps``).
 """
 
 from collections import defaultdict
@@ -19,15 +19,15 @@ _RESULTS: Mapping[OpKind, Callable[[Any], dict[str, torch.Tensor]]] = {
     OpKind.HYPER: lambda result: {".x": result.x_TSD, ".h": result.h_TD},
     OpKind.ROUTER: lambda result: {".ids": result[0], ".weights": result[1]},
 }
-"""Names of the tensors of slots that return several, the last of which tells the dtype."""
+"""Splits the result of slots that return several tensors, by name; the last one has the result's dtype."""
 _MASK = ".indexer.mask"
-"""The tap of one value per sequence; all others are of all rows of a step."""
+"""The tap that is called once per sequence; all others are called once per step."""
 
 
 class Activations(Observer):
     """All rows of a layer's values in one or more steps.
 
-    kinds: what each slot is. dtypes: of a slot's first input and of its output.
+    kinds: each slot's operation. dtypes: of a slot's first input and of its output.
     """
 
     def __init__(self, kinds: Mapping[str, OpKind]) -> None:
@@ -49,22 +49,23 @@ class Activations(Observer):
         self._parts[name].append(value)
 
     def value(self, name: str) -> torch.Tensor:
-        """All rows of a value."""
+        """Returns all rows of a value."""
         found = self._parts[name]
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def values(self) -> dict[str, torch.Tensor]:
-        """All rows of every value but the masks, whose widths differ."""
+        """Returns all rows of every value but the masks, whose widths differ."""
         return {name: self.value(name) for name in self._parts if not name.endswith(_MASK)}
 
     def of_sequence(self, idx: int, rows: slice) -> "Activations":
-        """One sequence's share of a single step."""
+        """Returns one sequence's share of a single step."""
         share = Activations(self.kinds)
         for name, found in self._parts.items():
             share._parts[name] = [found[idx] if name.endswith(_MASK) else found[0][rows]]
         return share
 
     def index_mask(self, attn: str, num_entries: int) -> torch.Tensor:
-        """The compressed entries that each row of a sequence attends to, bool [T, C]; later steps know more of them."""
+        """Returns the compressed entries that each row of a sequence attends to, bool [T, C]; later steps see more of
+        them."""
         masks = self._parts[f"{attn}{_MASK}"]
         return torch.cat([F.pad(mask, (0, num_entries - mask.shape[1])) for mask in masks])

@@ -1,8 +1,8 @@
 """Judges the experts and the compressed entries that a run of one layer chose, by the reference's scores.
 
 At a near tie either choice is right. An engine that picks the best of its own scores s' = s + d picks, in the
-reference's s, nothing that falls behind what it leaves out by more than 2 max|d| of that row: whatever it chose has
-s' >= that of what it left. So each row is held against the distance of its own scores, which have a budget themselves.
+reference's s, nothing that falls behind what it leaves out by more than 2 max|d| of that row: whatever it chose has s'
+>= that of what it left. So each row is compared with the distance of its own scores, which have a budget themselves.
 
 Legend: T tokens, K experts per token, E experts, C compressed entries, N candidates of either kind.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ownpath.config import CSA_RATIO, Layer, ModelConfig
-from ownpath.oracle.block import Trace
+from ownpath.oracle.block import LayerTrace
 from ownpath.oracle.formulas import expert_scores, index_scores
 from ownpath.verify.layers.activations import Activations
 from ownpath.verify.layers.oracle import Oracle
@@ -20,10 +20,10 @@ from ownpath.verify.layers.oracle import Oracle
 
 @dataclass(frozen=True)
 class Candidates:
-    """Candidates row by row: ``count_T`` of those that ``allowed_TN`` (bool) holds are chosen, the best by score.
+    """Candidates per row: the ``count_T`` best by score are chosen among those in ``allowed_TN`` (bool).
 
-    scores, engine_scores: of the reference and of the engine [T, N]. size_T: what a score's terms amount to, without
-    signs; the engine sums them in float32.
+    scores, engine_scores: of the reference and of the engine [T, N]. size_T: the sum of a score's terms in magnitude;
+    the engine sums them in float32.
     """
 
     scores_TN: torch.Tensor
@@ -33,14 +33,15 @@ class Candidates:
     size_T: torch.Tensor
 
     def best(self) -> torch.Tensor:
-        """The reference's choice, bool [T, N]; of equal scores the lowest index."""
+        """Returns the reference's choice, bool [T, N]; of equal scores the lowest index."""
         scores_TN = self.scores_TN.masked_fill(~self.allowed_TN, -torch.inf)
         order_TN = scores_TN.sort(dim=1, descending=True, stable=True).indices
         is_taken_TN = torch.arange(scores_TN.shape[1], device=scores_TN.device) < self.count_T[:, None]
         return torch.zeros_like(self.allowed_TN).scatter_(1, order_TN, is_taken_TN)
 
     def slack(self) -> torch.Tensor:
-        """The distance by which the engine's choice may fall behind [T]: twice its scores', and its sums' rounding."""
+        """Returns how far the engine's choice may fall behind [T]: twice its scores' distance, and its sums'
+        rounding."""
         gap_TN = (self.engine_scores_TN - self.scores_TN).abs().masked_fill(~self.allowed_TN, 0.0)
         return 2 * (gap_TN.amax(1) + 16 * torch.finfo(torch.float32).eps * self.size_T)
 
@@ -68,7 +69,7 @@ class Judgement:
 def expert_candidates(
     scores_TE: torch.Tensor, engine_logits_TE: torch.Tensor, bias_E: torch.Tensor, num_chosen: int
 ) -> Candidates:
-    """Routing by score: sqrt(softplus(logits)) + bias ranks the experts."""
+    """Makes the candidates of routing by score: sqrt(softplus(logits)) + bias ranks the experts."""
     engine_TE = expert_scores(engine_logits_TE.double()) + bias_E.double()
     allowed_TE = torch.ones_like(engine_TE, dtype=torch.bool)
     count_T = torch.full((len(engine_TE),), num_chosen, device=engine_TE.device)
@@ -78,7 +79,7 @@ def expert_candidates(
 def entry_candidates(
     scores_TC: torch.Tensor, operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor], ratio: int, topk: int
 ) -> Candidates:
-    """The indexer's: of a sequence from its first token on, row t may choose among the (t + 1) // ratio first entries.
+    """Makes the indexer's candidates: row t of a sequence may choose among the first (t + 1) // ratio entries.
 
     operands: the engine's index queries [T, I, H], head weights [T, I] and index keys [C, H].
     """
@@ -93,7 +94,7 @@ def entry_candidates(
 
 
 def mask_of(ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Expert ids as a mask bool [T, E]; an id that there is none of counts as no choice."""
+    """Converts expert ids to a mask bool [T, E]; an id that does not exist counts as no choice."""
     ids_TK = ids_TK.long()
     exists_TK = (ids_TK >= 0) & (ids_TK < num_experts)
     mask_TE = torch.zeros(len(ids_TK), num_experts + 1, dtype=torch.bool, device=ids_TK.device)
@@ -101,7 +102,7 @@ def mask_of(ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
 
 
 def judge(chosen_TN: torch.Tensor, candidates: Candidates) -> Judgement:
-    """Holds a choice, bool [T, N], against the reference's and, where they differ, against the reference's scores.
+    """Compares a choice, bool [T, N], with the reference's and, where they differ, with the reference's scores.
 
     A row that chose what is not allowed, or another number, is wrong whatever the scores.
     """
@@ -118,7 +119,7 @@ def judge(chosen_TN: torch.Tensor, candidates: Candidates) -> Judgement:
 
 @dataclass(frozen=True)
 class RunChoices:
-    """A run's choices, judged: entries bool [T, C], ``None`` where none are chosen; experts bool [T, E]."""
+    """The judged choices of a run: entries bool [T, C], ``None`` where none are chosen; experts bool [T, E]."""
 
     entries_TC: torch.Tensor | None
     experts_TE: torch.Tensor
@@ -136,13 +137,13 @@ class RunChoices:
 
     @property
     def wrong_T(self) -> torch.Tensor:
-        """Rows that chose what no near tie excuses. A row with other entries has other router scores: not judged."""
+        """Rows with a choice that no near tie excuses. A row with other entries has other router scores: not judged."""
         if self.entries is None:
             return self.experts.wrong_T
         return self.entries.wrong_T | (self.experts.wrong_T & ~self.entries.differs_T)
 
     def agrees(self, other: "RunChoices") -> torch.Tensor:
-        """Rows in which both chose the same: bool [T] of the shorter."""
+        """Returns the rows in which both chose the same: bool [T] of the shorter."""
         num_rows = min(len(self.experts_TE), len(other.experts_TE))
         agree_T = (self.experts_TE[:num_rows] == other.experts_TE[:num_rows]).all(1)
         if self.entries_TC is None or other.entries_TC is None:
@@ -154,7 +155,7 @@ class RunChoices:
 
 @dataclass(frozen=True)
 class Scores:
-    """The reference's scores of one layer: what a run's choices are judged by.
+    """The reference's scores of one layer, by which a run's choices are judged.
 
     index_scores_TC: of CSA layers. expert_scores_TE and the bias_E in them; or hash_ids_TK, for experts looked up by
     token id.
@@ -168,7 +169,7 @@ class Scores:
     hash_ids_TK: torch.Tensor | None
 
     def judge(self, run: Activations, keys_CH: torch.Tensor | None) -> RunChoices:
-        """A run's choices, of a sequence's first rows. keys_CH: index keys that its cache then held."""
+        """Judges a run's choices for a sequence's first rows. keys_CH: the index keys that its cache held."""
         name = self.layer.name
         engine_logits_TE = run.value(f"{name}.ffn.gate")
         experts_TE = mask_of(run.value(f"{name}.ffn.router.ids"), self.config.n_routed_experts)
@@ -196,8 +197,8 @@ class Scores:
         return entry_candidates(scores_TC, operands, self.layer.ratio, self.config.index_topk)
 
 
-def scores_of(oracle: Oracle, layer: Layer, trace: Trace) -> Scores:
-    """The reference's scores of a layer."""
+def scores_of(oracle: Oracle, layer: Layer, trace: LayerTrace) -> Scores:
+    """Returns the reference's scores of a layer."""
     stored, ffn = oracle.stored, f"{layer.name}.ffn"
     return Scores(
         config=oracle.subject.config,

@@ -1,4 +1,4 @@
-"""The whole model on its own streams: what it begins with, and how far its distribution ends from the reference's."""
+"""Runs the whole model on its own streams: the embedding, and the distance of its final distribution."""
 
 from dataclasses import dataclass
 
@@ -20,16 +20,16 @@ _REMEDY_DRIFT = (
 
 
 @torch.inference_mode()
-def embedded(oracle: Oracle) -> Residual:
-    """The engine's streams before the first layer. Errors: as ``load_weights``."""
+def embed_text(oracle: Oracle) -> Residual:
+    """Returns the engine's streams before the first layer. Errors: as ``load_weights``."""
     subject = oracle.subject
     part = load_part(subject, lambda name: name == "embed.weight")
     h_TD = part.weights.params["embed.weight"][oracle.token_ids_T].to(subject.engine.dtype)
     return Residual.of_embedding(h_TD, subject.config.hc_mult)
 
 
-def embedding(engine: Residual, reference_TSD: torch.Tensor, oracle: Oracle) -> tuple[Finding, Measurement]:
-    """V01 of the embedding: one rounding away at most."""
+def check_embedding(engine: Residual, reference_TSD: torch.Tensor, oracle: Oracle) -> tuple[Finding, Measurement]:
+    """V01 of the embedding: at most one rounding away."""
     allowed = torch.finfo(oracle.subject.engine.dtype).eps / 2
     dtypes = "", dtype_name(engine.x_TSD.dtype)
     measured = Measurement.of(-1, "embed", (engine.x_TSD, reference_TSD), allowed, dtypes=dtypes)
@@ -40,7 +40,7 @@ def embedding(engine: Residual, reference_TSD: torch.Tensor, oracle: Oracle) -> 
 
 
 @dataclass(frozen=True)
-class Ends:
+class ModelEnds:
     """The boundary and the head, which follow the last layer."""
 
     hc_head: HyperBoundary
@@ -48,15 +48,15 @@ class Ends:
     kernel: str
 
     @classmethod
-    def of(cls, oracle: Oracle) -> "Ends":
-        """Errors: as ``load_weights``."""
+    def of(cls, oracle: Oracle) -> "ModelEnds":
+        """Loads both. Errors: as ``load_weights``."""
         belongs = in_no_layer(oracle.subject.config)
         part = load_part(oracle.subject, lambda name: belongs(name) and name != "embed.weight")
         return cls(*part.builder.ends(), part.ledger.kernels["head"][1])
 
     @torch.inference_mode()
     def logits(self, residual: Residual) -> torch.Tensor:
-        """[T, V] of some rows."""
+        """Computes logits [T, V] of some rows."""
         return self.head(self.hc_head(residual.x_TSD, residual.y_TD, residual.mix).h_TD)
 
 
@@ -64,8 +64,8 @@ class Ends:
 class Distributions:
     """Two distributions over the vocabulary, position by position. kl: of the reference's to the engine's, in nats.
 
-    changed: whether the best token is another. nll_2T: the following token's, by the reference and by the engine; the
-    last position has none and counts 0.
+    changed: whether the best token differs. nll_2T: the following token's, by the reference and by the engine; the last
+    position has none and counts 0.
     """
 
     kl_T: torch.Tensor
@@ -73,7 +73,7 @@ class Distributions:
     nll_2T: torch.Tensor
 
 
-def head(oracle: Oracle, ends: Ends, reference_TSD: torch.Tensor) -> tuple[Finding, Measurement]:
+def check_head(oracle: Oracle, ends: ModelEnds, reference_TSD: torch.Tensor) -> tuple[Finding, Measurement]:
     """V01 of the head, on the reference's last rows."""
     last_TSD = reference_TSD[-_ROWS:]
     engine = ends.logits(Residual(last_TSD.to(oracle.subject.engine.dtype)))
@@ -88,11 +88,12 @@ def head(oracle: Oracle, ends: Ends, reference_TSD: torch.Tensor) -> tuple[Findi
     return finding, measured
 
 
-def end_to_end(oracle: Oracle, ends: Ends, engine: Residual, reference_TSD: torch.Tensor) -> Finding:
-    """V04: KL(reference || engine), the best token, and the text's likelihood.
+def check_end_to_end(oracle: Oracle, ends: ModelEnds, engine: Residual, reference_TSD: torch.Tensor) -> Finding:
+    """V04: compares distributions by KL(reference || engine), best token, and the text's likelihood.
 
-    Judged are the 99 % of the positions that agree best, and where they end (p99). In the others a near tie may have
-    sent a token to another expert, which no budget of rounding bounds; each layer's own comparison covers them.
+    Only the 99 % of positions that agree best are judged, and the value at their end (p99). In the others a near tie
+    may have sent a token to another expert, which no budget of rounding bounds; each layer's own comparison covers
+    them.
     """
     found, budget = distributions(oracle, ends, engine, reference_TSD), oracle.logit_budget()
     kl = torch.nan_to_num(found.kl_T, nan=torch.inf)
@@ -115,8 +116,8 @@ def end_to_end(oracle: Oracle, ends: Ends, engine: Residual, reference_TSD: torc
     return Finding.judged("V04", "logits", is_good, message, float(p99), words, _REMEDY_DRIFT)
 
 
-def distributions(oracle: Oracle, ends: Ends, engine: Residual, reference_TSD: torch.Tensor) -> Distributions:
-    """Both distributions over the whole text, some rows at a time."""
+def distributions(oracle: Oracle, ends: ModelEnds, engine: Residual, reference_TSD: torch.Tensor) -> Distributions:
+    """Computes both distributions over the whole text, some rows at a time."""
     ids_T = oracle.token_ids_T
     kl, changed, nll = [], [], torch.zeros(2, len(ids_T), dtype=torch.float64, device=ids_T.device)
     for start in range(0, len(ids_T), _ROWS):

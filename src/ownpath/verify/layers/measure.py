@@ -1,4 +1,4 @@
-"""The distance of a value of the engine from the reference's, in numbers that a report can plot."""
+"""Measures the distance of an engine's value from the reference's, in numbers that a report can plot."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 class Measurement:
     """One value of one layer.
 
-    slot: its name; budget: what ``rel_l2`` may be. kernel: the one that computed it, empty for what is no slot.
+    slot: its name; budget: the limit of ``rel_l2``. kernel: the one that computed it, empty for values between slots.
     rel_l2: |e - r| / |r| over all rows. worst_row: the largest over rows, of |r| the row's or the rows' root mean
     square, whichever is larger. nonfinite_share, zero_share: of the engine's entries that are not finite, or zero.
     amax, reference_amax: largest magnitudes. dtypes: of the slot's input and output.
@@ -41,7 +41,7 @@ class Measurement:
     def of(
         cls, layer_idx: int, slot: str, pair: Pair, budget: float, kernel: str = "", dtypes: tuple[str, str] = ("", "")
     ) -> "Measurement":
-        """Of the engine's value and the reference's. dtypes: of the slot's input and output."""
+        """Measures the engine's value against the reference's. dtypes: of the slot's input and output."""
         numbers = vars(distance(*pair))
         return cls(layer_idx, slot, **numbers, budget=budget, kernel=kernel, dtype_in=dtypes[0], dtype_out=dtypes[1])
 
@@ -53,7 +53,7 @@ class Measurement:
 
     @property
     def excess(self) -> float:
-        """Its distance in units of its budget, together or in its worst row, whichever is more."""
+        """The distance in units of its budget, together or in its worst row, whichever is more."""
         if self.nonfinite_share:
             return float("inf")
         return max(self.rel_l2, self.worst_row / ROW_FACTOR) / max(self.budget, torch.finfo(torch.float64).tiny)
@@ -65,7 +65,8 @@ class Measurement:
 
     @property
     def is_as_large(self) -> bool:
-        """An element as large as the largest is off by some 8 times its share of the noise at most."""
+        """True if the largest magnitude is right: an element that large is off by some 8 times its share of the noise
+        at most."""
         return self.grown <= ROW_FACTOR * self.budget
 
 
@@ -84,7 +85,8 @@ class Distance:
 
 
 def distance(engine: torch.Tensor, reference: torch.Tensor) -> Distance:
-    """The distance of a value [T, ...] to the reference's, in float64; entries that are not finite count as zeros.
+    """Computes the distance of a value [T, ...] to the reference's, in float64; entries that are not finite count as
+    zeros.
 
     Errors: ValueError for shapes that differ.
     """
@@ -92,7 +94,7 @@ def distance(engine: torch.Tensor, reference: torch.Tensor) -> Distance:
         raise ValueError(f"the engine's is {list(engine.shape)}, the reference's {list(reference.shape)}")
     if not engine.numel():
         return Distance(0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    # Counts, divided here: a GPU divides by multiplying with the reciprocal, and n * (1 / n) is not always 1.
+    # Divided on the host: a GPU multiplies by the reciprocal, and n * (1 / n) is not always 1.
     counts = (~engine.isfinite()).sum(), (engine == 0).sum()
     nonfinite_share, zero_share = (int(count) / engine.numel() for count in counts)
     found, wanted = engine.double().flatten(1).nan_to_num(0.0, 0.0, 0.0), reference.double().flatten(1)
@@ -112,14 +114,14 @@ def distance(engine: torch.Tensor, reference: torch.Tensor) -> Distance:
 
 
 def row_distances(engine: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Each row's distance, as ``Measurement.worst_row`` has it: float64 [T]."""
+    """Computes each row's distance, as ``Measurement.worst_row`` defines it: float64 [T]."""
     found, wanted = engine.double().flatten(1), reference.double().flatten(1)
     gap_T, wanted_T = (found - wanted).square().sum(1), wanted.square().sum(1)
     return torch.nan_to_num(_ratio(gap_T, torch.maximum(wanted_T, wanted_T.mean())), nan=torch.inf)
 
 
 def _ratio(gap: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-    """Root of the quotient; of nothing to nothing 0, of something to nothing infinite."""
+    """Returns the root of the quotient; 0 / 0 is 0, anything else over 0 is infinite."""
     return torch.where(gap == 0, 0.0, gap / size).sqrt()
 
 

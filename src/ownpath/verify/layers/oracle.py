@@ -1,4 +1,4 @@
-"""The reference of one checkpoint, in the arithmetic that judges one engine."""
+"""The oracle for one checkpoint, in the arithmetic that judges one engine."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -8,18 +8,18 @@ import torch
 from ownpath.kernels.spec import InputRounding
 from ownpath.official import ALWAYS_OFFICIAL, Step
 from ownpath.oracle.arithmetic import Arithmetic
-from ownpath.oracle.block import Choices, Trace, reference_block, reference_embed, reference_head
-from ownpath.oracle.stored import StoredWeights
+from ownpath.oracle.block import Choices, LayerTrace, reference_block, reference_embed, reference_head
+from ownpath.oracle.weights import StoredWeights
 from ownpath.verify.budgets import LogitBudget, budget, logit_budget
 from ownpath.verify.subject import Subject
 
 
 @dataclass(frozen=True)
 class Oracle:
-    """Computes what the engine should have computed, of one sequence from its first token on.
+    """Computes what the engine should have computed, for one sequence from its first token on.
 
     It is wider than the engine: float64 for float32, float32 for 16 bits. It quantises activations where the engine
-    does: as official numerics ask for, or as the planned kernels do.
+    does: as official numerics demand, or as the planned kernels do.
     """
 
     subject: Subject
@@ -43,34 +43,36 @@ class Oracle:
         return torch.tensor(self.token_ids, dtype=torch.int64, device=self.subject.device)
 
     def embed(self) -> torch.Tensor:
-        """The streams before the first layer [T, S, D]."""
+        """Returns the streams before the first layer [T, S, D]."""
         return reference_embed(self.subject.config, self.stored, self.token_ids_T, self.arithmetic)
 
-    def block(self, layer_idx: int, streams_TSD: torch.Tensor, choices: Choices | None = None) -> Trace:
-        """Everything that one layer computes."""
+    def block(self, layer_idx: int, streams_TSD: torch.Tensor, choices: Choices | None = None) -> LayerTrace:
+        """Computes one layer, every slot's result included."""
         subject, ids_T = self.subject, self.token_ids_T
         return reference_block(
             subject.config, layer_idx, self.stored, subject.plan, streams_TSD, ids_T, self.arithmetic, choices
         )
 
     def head(self, streams_TSD: torch.Tensor) -> torch.Tensor:
-        """Logits of some rows [T, V]."""
+        """Computes logits of some rows [T, V]."""
         return reference_head(self.subject.config, self.stored, self.subject.plan, streams_TSD, self.arithmetic)
 
     def budget(self, kind: str) -> float:
-        """The distance that a value of the engine may have from this."""
+        """Returns the largest relative L2 distance that a right engine's value may have."""
         return budget(kind, *self._mode)
 
     def logit_budget(self) -> LogitBudget:
-        """The distances that the whole model's logits may have from this."""
+        """Returns the bounds of the whole model's logits."""
         return logit_budget(*self._mode)
 
     @property
     def _mode(self) -> tuple[torch.dtype, bool, bool, bool]:
-        """dtype, and whether NVFP4 weights, FP8 weights have their inputs rounded, and whether that is official."""
+        """dtype, and whether inputs of NVFP4 weights and of FP8 weights are rounded, and whether numerics are
+        official."""
         engine, how = self.subject.engine, self.arithmetic
         return engine.dtype, how.w4a4, how.w8a8, bool(engine.official - ALWAYS_OFFICIAL)
 
     def of_few_rows(self) -> "Oracle | None":
-        """As the engine computes steps of few rows, if it does so otherwise than long ones: without W8A8."""
+        """Returns an oracle for steps of few rows, where the engine computes those otherwise: without W8A8. Else
+        ``None``."""
         return replace(self, arithmetic=replace(self.arithmetic, w8a8=False)) if self.arithmetic.w8a8 else None

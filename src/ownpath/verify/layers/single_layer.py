@@ -1,4 +1,4 @@
-"""One layer of the engine with caches of its own, run on streams from wherever they come."""
+"""Runs one layer of the engine, with caches of its own, on any streams."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -7,7 +7,7 @@ from functools import cached_property
 
 import torch
 
-from ownpath.cache.layout import Part
+from ownpath.cache.layout import EntryKind
 from ownpath.cache.pools import CachePool, SequenceCache
 from ownpath.config import Layer
 from ownpath.model.batch import ForwardBatch
@@ -17,12 +17,12 @@ from ownpath.verify.layer import LoadedLayer
 from ownpath.verify.layers.activations import Activations
 
 MAX_SEQUENCES = 8
-"""That hold tokens at once: those of one step, and one that is looked at afterwards."""
+"""The most sequences that hold tokens at once: those of one step, and one that is read afterwards."""
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """New tokens of one sequence: their ids, what enters the layer at them, and the sequence's cache."""
+class SequenceRows:
+    """New tokens of one sequence: their ids, the layer's input for them, and the sequence's cache."""
 
     token_ids: Sequence[int]
     residual: Residual
@@ -54,45 +54,47 @@ class SingleLayer:
         return {planned.spec.slot: planned.spec.kind for planned in self.loaded.plan.decided}
 
     def slot_of(self, name: str) -> str:
-        """The slot that computes a value, empty for what lies between slots; both boundaries run the same kernel."""
+        """Returns the slot that computes a value, empty for values between slots; both boundaries run the same
+        kernel."""
         slots, layer = self.loaded.ledger.kernels, self.layer.name
         name = f"{layer}.hc_attn" if name == f"{layer}.out" else name
         return next((slot for slot in (name, name.rpartition(".")[0]) if slot in slots), "")
 
     def new_cache(self) -> SequenceCache:
-        """One that holds zeros, so that no earlier sequence's rows take part; V08 looks at what is read unwritten."""
+        """Makes a cache of zeros, so that no earlier sequence's rows take part; V08 checks for reads of unwritten
+        rows."""
         cache = self.pool.new_sequence()
         for memory in cache.views():
             memory.zero_()
         return cache
 
     def entries(self, cache: SequenceCache) -> dict[str, torch.Tensor]:
-        """The compressed entries that a cache holds, by name."""
+        """Returns the compressed entries that a cache holds, by name."""
         entries_CH = cache.entries(self.layer_idx)
         return {} if entries_CH is None else {f"{self.layer.name}.attn.entries": entries_CH}
 
     def index_keys(self, cache: SequenceCache) -> torch.Tensor | None:
-        """The index keys that a cache holds [C, H], of CSA layers."""
-        return cache.entries(self.layer_idx, Part.INDEX)
+        """Returns the index keys that a cache holds [C, H]; ``None`` outside CSA layers."""
+        return cache.entries(self.layer_idx, EntryKind.INDEX)
 
     @torch.inference_mode()
-    def step(self, chunks: Sequence[Chunk], seen: Activations | None = None) -> Residual:
+    def step(self, chunks: Sequence[SequenceRows], seen: Activations | None = None) -> Residual:
         """Runs one step and extends the caches. seen: observes it."""
         batch = ForwardBatch.of([(chunk.token_ids, chunk.cache) for chunk in chunks], self.pool.spec.device)
         with nullcontext() if seen is None else self.loaded.ledger.observe(seen):
-            return self.loaded.step(joined([chunk.residual for chunk in chunks]), batch)
+            return self.loaded.step(join_residuals([chunk.residual for chunk in chunks]), batch)
 
     @torch.inference_mode()
     def streams(self, residual: Residual) -> torch.Tensor:
-        """The streams once they have taken in the last output, by the layer's own boundary kernel: [T, S, D].
+        """Mixes the last output into the streams with the layer's own boundary kernel: returns [T, S, D].
 
-        Which boundary's weights it has makes no difference: they are of what follows the streams.
+        It makes no difference which boundary's weights the kernel gets: they apply to what follows the streams.
         """
         return self.loaded.block.hc_attn(residual.x_TSD, residual.y_TD, residual.mix).x_TSD
 
 
-def joined(residuals: Sequence[Residual]) -> Residual:
-    """Rows of several sequences side by side; with more than one, streams that have taken everything in."""
+def join_residuals(residuals: Sequence[Residual]) -> Residual:
+    """Joins rows of several sequences; with more than one, their streams must have the last output mixed in."""
     if len(residuals) == 1:
         return residuals[0]
     assert all(residual.y_TD is None for residual in residuals)

@@ -1,7 +1,7 @@
-"""Teacher forcing: one layer of the engine on the reference's streams, every value beside the reference's.
+"""Teacher forcing: runs one layer of the engine on the reference's streams and compares every value.
 
-The engine runs first. Where its choices (experts, compressed entries) are others than the reference's, the reference
-computes once more with the engine's, so that what follows can be compared; whether they were right is judged apart.
+The engine runs first. Where its choices (experts, compressed entries) differ from the reference's, the reference
+computes once more with the engine's, so that what follows can be compared; the choices are judged apart.
 """
 
 from collections.abc import Mapping
@@ -11,13 +11,13 @@ import torch
 
 from ownpath.config import Layer
 from ownpath.model.block import Residual
-from ownpath.oracle.block import Choices, Trace
+from ownpath.oracle.block import Choices, LayerTrace
 from ownpath.oracle.formulas import index_scores
 from ownpath.verify.layers.activations import Activations
 from ownpath.verify.layers.choices import RunChoices, Scores, scores_of
 from ownpath.verify.layers.measure import ROW_FACTOR, Measurement, Pair, distance, row_distances
 from ownpath.verify.layers.oracle import Oracle
-from ownpath.verify.layers.single_layer import Chunk, SingleLayer
+from ownpath.verify.layers.single_layer import SequenceRows, SingleLayer
 
 ORDER = (
     "hc_attn.x",
@@ -55,11 +55,11 @@ ORDER = (
 
 @dataclass(frozen=True)
 class LayerComparison:
-    """The result of one layer. streams_TSD: the reference's after it, by its own choices. out_TSD: the engine's.
+    """The results of one layer. streams_TSD: the reference's after it, by its own choices. out_TSD: the engine's.
 
-    expert: the routed expert that every row out of line was sent to, if there is one such. key_rounding: rel-L2 of the
-    window's keys to what they were before they were rounded, where they are. few_rows: how far a row of the reference
-    is from what it would be as the engine computes steps of few rows.
+    expert: the routed expert of every row beyond its budget, if there is one such. key_rounding: rel-L2 of the window's
+    keys to their unrounded values, where they are rounded. few_rows: distance of the reference's rows from those
+    computed the engine's way for steps of few rows.
     """
 
     streams_TSD: torch.Tensor
@@ -77,7 +77,7 @@ def compare_layer(single: SingleLayer, oracle: Oracle, streams_TSD: torch.Tensor
     layer = single.layer
     run, cache = Activations(single.kinds), single.new_cache()
     entering = Residual(streams_TSD.to(oracle.subject.engine.dtype))
-    residual = single.step([Chunk(oracle.token_ids, entering, cache)], run)
+    residual = single.step([SequenceRows(oracle.token_ids, entering, cache)], run)
     values = run.values() | single.entries(cache)
     values[f"{layer.name}.out"] = out_TSD = single.streams(residual)
     index_keys = single.index_keys(cache)
@@ -92,22 +92,22 @@ def compare_layer(single: SingleLayer, oracle: Oracle, streams_TSD: torch.Tensor
     trace = free
     if choices.differs:
         router = f"{layer.name}.ffn.router"
-        ids_TK = _existing(values[f"{router}.ids"], free.values[f"{router}.ids"], choices.num_experts)
+        ids_TK = _replace_missing(values[f"{router}.ids"], free.values[f"{router}.ids"], choices.num_experts)
         trace = oracle.block(single.layer_idx, streams_TSD, Choices(ids_TK, choices.entries_TC))
-        # A row that attends to other entries has other router scores: its choice of experts is judged by those.
+        # A row that attends to other entries has other router scores, by which its choice of experts is judged.
         scores = replace(scores, expert_scores_TE=trace.values[f"{router}.scores"])
         choices = scores.judge(run, index_keys)
     sampled_T = choices.experts_TE[:, list(oracle.subject.expert_ids(single.layer_idx))].any(1)
     pairs = _pairs(layer, values, trace, sampled_T)
-    measured = tuple(_measured(oracle, single, name, pair, run) for name, pair in pairs.items())
+    measured = tuple(_measure(oracle, single, name, pair, run) for name, pair in pairs.items())
     experts = pairs["ffn.experts"]
     expert = _one_bad_expert(experts, choices.experts_TE[sampled_T], oracle.budget("ffn.experts"))
     rounding, few_rows = _key_rounding(layer, values), _of_few_rows(oracle, single, streams_TSD, trace)
     return LayerComparison(free.streams_TSD, out_TSD, measured, scores, choices, expert, rounding, few_rows)
 
 
-def _of_few_rows(oracle: Oracle, single: SingleLayer, streams_TSD: torch.Tensor, trace: Trace) -> float:
-    """With the same choices."""
+def _of_few_rows(oracle: Oracle, single: SingleLayer, streams_TSD: torch.Tensor, trace: LayerTrace) -> float:
+    """Measures ``few_rows`` with the same choices."""
     other = oracle.of_few_rows()
     if other is None:
         return 0.0
@@ -122,22 +122,24 @@ def _key_rounding(layer: Layer, values: Mapping[str, torch.Tensor]) -> float | N
     return distance(values[slot], values[f"{slot}.in"]).rel_l2 if slot in values else None
 
 
-def _existing(ids_TK: torch.Tensor, instead_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Expert ids that the reference can follow: a row that names one there is none of gets the reference's own."""
+def _replace_missing(ids_TK: torch.Tensor, instead_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Replaces expert ids that do not exist: a row that names one gets the reference's own."""
     ids_TK = ids_TK.long()
     is_real_T = ((ids_TK >= 0) & (ids_TK < num_experts)).all(1, keepdim=True)
     return torch.where(is_real_T, ids_TK, instead_TK)
 
 
-def _pairs(layer: Layer, values: Mapping[str, torch.Tensor], trace: Trace, sampled_T: torch.Tensor) -> dict[str, Pair]:
-    """Name within the layer -> the engine's value and the reference's, in the order in which they depend.
+def _pairs(
+    layer: Layer, values: Mapping[str, torch.Tensor], trace: LayerTrace, sampled_T: torch.Tensor
+) -> dict[str, Pair]:
+    """Pairs the engine's values with the reference's, by name within the layer, in the order in which they depend.
 
     sampled: tokens that went to one of the chosen experts; of the routed experts' outputs, no others are compared.
     """
     router = f"{layer.name}.ffn.router"
     theirs = {name: trace.values[f"{router}.{name}"] for name in ("ids", "weights", "scores")}
     num_experts = theirs["scores"].shape[1]
-    ids_TK = _existing(values[f"{router}.ids"], theirs["ids"], num_experts)
+    ids_TK = _replace_missing(values[f"{router}.ids"], theirs["ids"], num_experts)
     pairs = {}
     for name in ORDER:
         full = f"{layer.name}.{name}"
@@ -147,25 +149,25 @@ def _pairs(layer: Layer, values: Mapping[str, torch.Tensor], trace: Trace, sampl
             mine_TE = _by_expert(ids_TK, values[full], num_experts)
             pairs[name] = mine_TE, _by_expert(theirs["ids"], theirs["weights"], num_experts)
         elif name == "attn.indexer.scores":
-            pairs[name] = _seen(values[full], trace.values[full])
+            pairs[name] = _visible_scores(values[full], trace.values[full])
         else:
             rows = sampled_T if name == "ffn.experts" else slice(None)
             pairs[name] = values[full][rows], trace.values[full].reshape(values[full].shape)[rows]
     return pairs
 
 
-def _seen(mine_TC: torch.Tensor, theirs_TC: torch.Tensor) -> Pair:
-    """Index scores of the entries that a row may see; the reference's others are -inf."""
+def _visible_scores(mine_TC: torch.Tensor, theirs_TC: torch.Tensor) -> Pair:
+    """Pairs index scores of the entries that a row may see; the reference's others are -inf."""
     return mine_TC.masked_fill(theirs_TC == -torch.inf, 0.0), theirs_TC.masked_fill(theirs_TC == -torch.inf, 0.0)
 
 
 def _by_expert(ids_TK: torch.Tensor, weights_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Routing weights [T, E], whatever order a row names its experts in."""
+    """Spreads routing weights over experts [T, E], whatever order a row names its experts in."""
     weights_TE = torch.zeros(len(ids_TK), num_experts, dtype=torch.float64, device=ids_TK.device)
     return weights_TE.scatter_(1, ids_TK, weights_TK.double())
 
 
-def _measured(oracle: Oracle, single: SingleLayer, name: str, pair: Pair, run: Activations) -> Measurement:
+def _measure(oracle: Oracle, single: SingleLayer, name: str, pair: Pair, run: Activations) -> Measurement:
     full = f"{single.layer.name}.{name}"
     slot = single.slot_of(full)
     kernel = single.loaded.ledger.kernels[slot][1] if slot else ""
@@ -173,7 +175,7 @@ def _measured(oracle: Oracle, single: SingleLayer, name: str, pair: Pair, run: A
 
 
 def _one_bad_expert(pair: Pair, experts_TE: torch.Tensor, budget: float) -> int | None:
-    """The expert that every row out of line went to, if there is just one such."""
+    """Returns the expert of every row beyond its budget, if there is just one such."""
     bad_T = row_distances(*pair) > ROW_FACTOR * budget
     if not bad_T.any():
         return None

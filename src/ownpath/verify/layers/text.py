@@ -1,4 +1,4 @@
-"""The fixed text that the layers read: long enough for every kind of attention to come to its edges."""
+"""The fixed text that the layers read, long enough to reach the edge cases of every kind of attention."""
 
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -29,14 +29,14 @@ and green. Die Fähre legt an, les voyageurs descendent, y el capitán apunta un
 """
 _SEED = 20
 _EDGE = 6
-"""Tokens behind the last window of 128, so that a step near the end completes one and others follow it."""
+"""Tokens after the last window of 128, so that a step near the end completes one and others follow it."""
 _CPU_WINDOWS, _CUDA_WINDOWS = (3, 6), (8, 18)
 """The fewest and the most windows of 128 tokens: seconds on two cores; more than a thousand positions on a GPU."""
 
 
 @dataclass(frozen=True)
-class Text:
-    """token_ids, and what they are, in words."""
+class SampleText:
+    """token_ids, and a description of them."""
 
     token_ids: tuple[int, ...]
     what: str
@@ -46,8 +46,8 @@ class Text:
         return len(self.token_ids)
 
 
-def text_of(subject: Subject) -> Text:
-    """The paragraph in the checkpoint's own tokens, over and over; seeded random ids where it has no tokenizer.
+def text_of(subject: Subject) -> SampleText:
+    """Repeats the paragraph in the checkpoint's own tokens; takes seeded random ids where it has no tokenizer.
 
     Its length lets the indexer choose (more entries than ``index_topk``) where the device can afford that, and never
     exceeds what the engine is configured for.
@@ -57,8 +57,8 @@ def text_of(subject: Subject) -> Text:
     if words is None:
         generator = torch.Generator().manual_seed(_SEED)
         ids = torch.randint(0, subject.config.vocab_size, (num_tokens,), generator=generator).tolist()
-        return Text(tuple(ids), f"{num_tokens} random tokens (seed {_SEED})")
-    return Text(tuple(islice(cycle(words), num_tokens)), f"{num_tokens} tokens of a fixed text")
+        return SampleText(tuple(ids), f"{num_tokens} random tokens (seed {_SEED})")
+    return SampleText(tuple(islice(cycle(words), num_tokens)), f"{num_tokens} tokens of a fixed text")
 
 
 def _num_tokens(subject: Subject) -> int:
@@ -71,7 +71,7 @@ def _num_tokens(subject: Subject) -> int:
 
 
 def _tokenized(subject: Subject) -> list[int] | None:
-    """BOS and the paragraph; ``None`` where no tokenizer fits this model."""
+    """Tokenizes BOS and the paragraph; ``None`` where no tokenizer fits this model."""
     if not (subject.folder / "tokenizer.json").exists():
         return None
     try:

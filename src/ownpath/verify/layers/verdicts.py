@@ -1,4 +1,4 @@
-"""Turns the comparison of one layer into findings: within its budgets, or the first value that is not."""
+"""Turns the comparison of one layer into findings: all values within budget, or the first that is not."""
 
 from collections.abc import Iterable, Iterator
 
@@ -28,7 +28,8 @@ _GROWN = "what multiplies here: a scale applied twice, or not at all"
 
 
 def verdicts(comparison: LayerComparison, single: SingleLayer) -> Iterator[Finding]:
-    """V01 of every value that is off and every wrong choice, V02 of what leaves the layer, V03 of its magnitudes."""
+    """Checks V01 (every value beyond its budget, every wrong choice), V02 (the layer's output), V03 (its
+    magnitudes)."""
     layer = single.layer.name
     wrong = dict(_wrong_choices(comparison.choices.entries, comparison.choices.experts, single))
     bad = {measured.slot: measured for measured in comparison.measurements if not measured.is_within}
@@ -37,33 +38,33 @@ def verdicts(comparison: LayerComparison, single: SingleLayer) -> Iterator[Findi
         if name in wrong:
             yield wrong[name]
         if name in bad:
-            yield _off(bad[name], layer, "" if name == root else root, comparison.expert)
+            yield _beyond_budget(bad[name], layer, "" if name == root else root, comparison.expert)
     if not root:
-        yield _fine(comparison, layer)
-    yield _leaving(comparison.measurements[-1], layer, root)
-    yield _magnitudes(comparison.measurements, layer)
+        yield _pass(comparison, layer)
+    yield _check_output(comparison.measurements[-1], layer, root)
+    yield _check_magnitudes(comparison.measurements, layer)
 
 
 def _wrong_choices(entries: Judgement | None, experts: Judgement, single: SingleLayer) -> Iterator[tuple[str, Finding]]:
-    """By the value that comes right behind the choice."""
+    """Yields wrong choices, by the first value that depends on the choice."""
     layer, kernels = single.layer.name, single.loaded.ledger.kernels
     if entries is not None and entries.num_wrong:
         remedy = "the indexer: which entries are complete, their order, index_topk, lowest index on ties"
-        yield "attn.core", _wrong(f"{layer}.attn.indexer", entries, "compressed entries", remedy)
+        yield "attn.core", _wrong_choice(f"{layer}.attn.indexer", entries, "compressed entries", remedy)
     if experts.num_wrong:
         remedy = "the router: the bias in the choice, num_experts_per_tok, ties, or the table of a hash layer"
         where = f"{layer}.ffn.router"
-        yield "ffn.router.weights", _wrong(where, experts, "experts", remedy, kernels[where][1])
+        yield "ffn.router.weights", _wrong_choice(where, experts, "experts", remedy, kernels[where][1])
 
 
-def _wrong(where: str, judged: Judgement, what: str, remedy: str, kernel: str = "") -> Finding:
+def _wrong_choice(where: str, judged: Judgement, what: str, remedy: str, kernel: str = "") -> Finding:
     first = int(judged.wrong_T.nonzero()[0])
     message = f"{judged.num_wrong} of {len(judged.wrong_T)} tokens get other {what} than the scores say, first {first}"
     words = "0 tokens, near ties aside (twice the scores' own distance)"
     return Finding("V01", where, Verdict.FAIL, message, float(judged.num_wrong), words, remedy, kernel)
 
 
-def _off(measured: Measurement, layer: str, root: str, expert: int | None) -> Finding:
+def _beyond_budget(measured: Measurement, layer: str, root: str, expert: int | None) -> Finding:
     slot = measured.slot
     where = f"{layer}.{slot}" if expert is None or slot != "ffn.experts" else f"{layer}.{slot}.{expert}"
     order = f"follows {layer}.{root}" if root else "the first of this layer beyond its budget"
@@ -80,7 +81,7 @@ def _numbers(measured: Measurement) -> str:
     return f"{rows}, cosine {measured.cosine:.6f}{bad}{empty}"
 
 
-def _fine(comparison: LayerComparison, layer: str) -> Finding:
+def _pass(comparison: LayerComparison, layer: str) -> Finding:
     worst = max(comparison.measurements, key=lambda measured: measured.excess)
     chosen = comparison.choices
     ties = chosen.experts.num_differing + (chosen.entries.num_differing if chosen.entries else 0)
@@ -89,16 +90,16 @@ def _fine(comparison: LayerComparison, layer: str) -> Finding:
     return Finding("V01", layer, Verdict.PASS, message, worst.excess, _WITHIN, kernel=worst.kernel)
 
 
-def _leaving(out: Measurement, layer: str, root: str) -> Finding:
-    """V02: the streams after the layer, when those before it are the reference's."""
+def _check_output(out: Measurement, layer: str, root: str) -> Finding:
+    """V02: checks the streams after the layer, when those before it are the reference's."""
     words = f"rel-L2 {out.budget:.1e}, {ROW_FACTOR:g} times that in one row"
     message = f"given the reference's streams, {_numbers(out)}"
     remedy = f"{layer}.{root} is where it begins" if root != "out" else _PLACES["out"]
     return Finding.judged("V02", layer, out.is_within, message, out.rel_l2, words, remedy)
 
 
-def _magnitudes(measurements: Iterable[Measurement], layer: str) -> Finding:
-    """Largest magnitudes, beside the reference's."""
+def _check_magnitudes(measurements: Iterable[Measurement], layer: str) -> Finding:
+    """V03: compares largest magnitudes with the reference's."""
     shown = [m for m in measurements if m.reference_amax]
     worst = max(shown, key=lambda m: m.grown / m.budget)
     allowed = ROW_FACTOR * worst.budget
@@ -114,8 +115,8 @@ def _magnitudes(measurements: Iterable[Measurement], layer: str) -> Finding:
     return Finding("V03", where, Verdict.FAIL, message, worst.grown, words, _GROWN, worst.kernel)
 
 
-def growth(measurements: Iterable[Measurement]) -> Finding:
-    """V03 of the depth: how the streams' largest magnitude grows, and where most."""
+def check_growth(measurements: Iterable[Measurement]) -> Finding:
+    """V03 over the depth: reports how the streams' largest magnitude grows, and where most."""
     enters = {m.layer_idx: m.amax for m in measurements if m.slot == "hc_attn.x"}
     leaves = {m.layer_idx: m.amax for m in measurements if m.slot == "out"}
     steps = {idx: leaves[idx] / enters[idx] for idx in leaves if enters.get(idx)}

@@ -1,4 +1,4 @@
-"""What servers answer -> log-probs by token id. Pure; every server's form is read here and nowhere else.
+"""Reads servers' answers as log-probs by token id. Pure; every server's form is read here and nowhere else.
 
 A name that stands for no token, or for several, gives no id: it is never guessed.
 """
@@ -17,11 +17,11 @@ class Unreadable(ValueError):
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredPosition:
     """One position.
 
     token_id: None where its name is no token's. logprob: None where the server gave none.
-    top: the tokens it lists, by id. is_whole: none of them had a name that is no token's.
+    top: the tokens it lists, by id. is_whole: every listed name is a token's.
     """
 
     token_id: int | None
@@ -31,22 +31,22 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What a server says of one sequence.
+class SequenceReading:
+    """A server's log-probs of one sequence.
 
     ids: the sequence, as far as its ids are known; scored[n] is of ids[start + n].
-    unnamed: what follows, from the first token whose id is not known.
+    unnamed: the positions from the first token whose id is not known.
     is_stopped: the answer ended by itself, not at its limit.
     """
 
     ids: tuple[int, ...]
     start: int
-    scored: tuple[Scored, ...]
-    unnamed: tuple[Scored, ...] = ()
+    scored: tuple[ScoredPosition, ...]
+    unnamed: tuple[ScoredPosition, ...] = ()
     is_stopped: bool = False
 
     @property
-    def all_rows(self) -> tuple[Scored, ...]:
+    def all_rows(self) -> tuple[ScoredPosition, ...]:
         return self.scored + self.unnamed
 
     @property
@@ -56,7 +56,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class ChatReading:
-    """One answer of the chat endpoint. ids: None where the server did not tell them."""
+    """One answer of the chat endpoint. ids: None where the server did not report them."""
 
     prompt_ids: tuple[int, ...] | None
     num_prompt_tokens: int | None
@@ -69,7 +69,7 @@ class ChatReading:
 
 
 class TokenNames:
-    """Token names -> ids, by the tokenizer of the model here."""
+    """Looks up token ids by name, with the tokenizer of the model here."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._num_tokens = tokenizer.num_tokens
@@ -79,7 +79,7 @@ class TokenNames:
             self._ids[name] = None if name in self._ids else token_id
 
     def id_of(self, name: object) -> int | None:
-        """Of a text or ``token_id:N``."""
+        """Returns the id of a text or of ``token_id:N``; None if it has none."""
         if not isinstance(name, str):
             return None
         prefix, _, number = name.partition(":")
@@ -88,17 +88,17 @@ class TokenNames:
         return self._ids.get(name)
 
     def check(self, token_id: object) -> int | None:
-        """An id the server gave; None unless it is one of the tokenizer's."""
+        """Returns an id that the server gave; None unless it is one of the tokenizer's."""
         is_id = isinstance(token_id, int) and not isinstance(token_id, bool) and 0 <= token_id < self._num_tokens
         return token_id if is_id else None  # type: ignore[return-value]
 
     def of_entry(self, entry: Json) -> int | None:
-        """The token of a ``content`` entry: by its id where it has one, else by its name."""
+        """Returns the token of a ``content`` entry: by its id where it has one, else by its name."""
         return self.check(entry["id"]) if "id" in entry else self.id_of(entry.get("token"))
 
 
 def choice_of(answer: Json) -> Json:
-    """The first choice. Errors: Unreadable."""
+    """Returns the first choice. Errors: Unreadable."""
     choices = answer.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         raise Unreadable("choices: there is none")
@@ -106,8 +106,8 @@ def choice_of(answer: Json) -> Json:
     return first
 
 
-def read_prompt_logprobs(answer: Json, prompt_ids: Sequence[int], names: TokenNames) -> Reading:
-    """vLLM's ``prompt_logprobs``: one object a position, keyed by token id. Errors: Unreadable."""
+def read_prompt_logprobs(answer: Json, prompt_ids: Sequence[int], names: TokenNames) -> SequenceReading:
+    """Reads vLLM's ``prompt_logprobs``: one object per position, keyed by token id. Errors: Unreadable."""
     rows = choice_of(answer).get("prompt_logprobs", answer.get("prompt_logprobs"))
     if not isinstance(rows, list) or len(rows) != len(prompt_ids):
         raise Unreadable("prompt_logprobs: not in the answer, or not one for each prompt token")
@@ -118,12 +118,12 @@ def read_prompt_logprobs(answer: Json, prompt_ids: Sequence[int], names: TokenNa
         top = {
             key: p for key, value in pairs if key is not None and (p := _number(_field(value, "logprob"))) is not None
         }
-        scored.append(Scored(token_id, top.get(token_id), top))
-    return Reading(tuple(prompt_ids), 1, tuple(scored))
+        scored.append(ScoredPosition(token_id, top.get(token_id), top))
+    return SequenceReading(tuple(prompt_ids), 1, tuple(scored))
 
 
-def read_echo(answer: Json, prompt_ids: Sequence[int], names: TokenNames) -> Reading:
-    """OpenAI's ``echo``: the prompt's tokens before the answer's. Errors: Unreadable."""
+def read_echo(answer: Json, prompt_ids: Sequence[int], names: TokenNames) -> SequenceReading:
+    """Reads OpenAI's ``echo``: the prompt's tokens before the answer's. Errors: Unreadable."""
     scored = _read_logprobs(choice_of(answer), names)[: len(prompt_ids)]
     if len(scored) < len(prompt_ids):
         raise Unreadable("logprobs: echo was ignored, the prompt's tokens are not in them")
@@ -131,11 +131,11 @@ def read_echo(answer: Json, prompt_ids: Sequence[int], names: TokenNames) -> Rea
         if row.token_id not in (None, token_id):
             raise Unreadable("logprobs: echo was ignored, or other tokens were read than were sent")
     rows = (replace(row, token_id=i) for row, i in zip(scored[1:], prompt_ids[1:], strict=True))
-    return Reading(tuple(prompt_ids), 1, tuple(rows))
+    return SequenceReading(tuple(prompt_ids), 1, tuple(rows))
 
 
-def read_generated(answer: Json, prompt_ids: Sequence[int], names: TokenNames) -> Reading:
-    """The answer's own tokens, as far as their ids are known. Errors: Unreadable."""
+def read_generated(answer: Json, prompt_ids: Sequence[int], names: TokenNames) -> SequenceReading:
+    """Reads the answer's own tokens, as far as their ids are known. Errors: Unreadable."""
     choice = choice_of(answer)
     scored = _read_logprobs(choice, names)
     told = _ids(choice.get("token_ids"), names)
@@ -145,11 +145,11 @@ def read_generated(answer: Json, prompt_ids: Sequence[int], names: TokenNames) -
     ids = (row.token_id for row in scored[:num_known] if row.token_id is not None)
     known, unnamed = tuple(scored[:num_known]), tuple(scored[num_known:])
     is_stopped = choice.get("finish_reason") == "stop"
-    return Reading((*prompt_ids, *ids), len(prompt_ids), known, unnamed, is_stopped)
+    return SequenceReading((*prompt_ids, *ids), len(prompt_ids), known, unnamed, is_stopped)
 
 
 def read_chat(answer: Json, names: TokenNames) -> ChatReading:
-    """Errors: Unreadable."""
+    """Reads an answer of the chat endpoint. Errors: Unreadable."""
     choice = choice_of(answer)
     message = choice.get("message")
     if not isinstance(message, dict):
@@ -161,7 +161,7 @@ def read_chat(answer: Json, names: TokenNames) -> ChatReading:
         found = [names.of_entry(entry) if isinstance(entry, dict) else None for entry in entries]
         ids = _ids(found, names)
     return ChatReading(
-        told_prompt_ids(answer, names),
+        read_prompt_ids(answer, names),
         _count(_field(usage, "prompt_tokens")),
         _count(_field(usage, "completion_tokens")),
         ids,
@@ -172,13 +172,13 @@ def read_chat(answer: Json, names: TokenNames) -> ChatReading:
     )
 
 
-def told_prompt_ids(answer: Json, names: TokenNames) -> tuple[int, ...] | None:
-    """The prompt as the server read it, if it says."""
+def read_prompt_ids(answer: Json, names: TokenNames) -> tuple[int, ...] | None:
+    """Returns the prompt's ids as the server read it, if it reports them."""
     return _ids(answer.get("prompt_token_ids", choice_of(answer).get("prompt_token_ids")), names)
 
 
-def _read_logprobs(choice: Json, names: TokenNames) -> list[Scored]:
-    """Either form: parallel lists (completions), or ``content`` entries (chat, and llama.cpp's completions)."""
+def _read_logprobs(choice: Json, names: TokenNames) -> list[ScoredPosition]:
+    """Reads either form: parallel lists (completions), or ``content`` entries (chat, and llama.cpp's completions)."""
     logprobs = choice.get("logprobs")
     if not isinstance(logprobs, dict):
         raise Unreadable("logprobs: not in the answer")
@@ -192,18 +192,18 @@ def _read_logprobs(choice: Json, names: TokenNames) -> list[Scored]:
     rows = []
     for token, value, listed in zip(tokens, values, lists, strict=True):
         top, is_whole = _top([(names.id_of(name), number) for name, number in (listed or {}).items()])
-        rows.append(Scored(names.id_of(token), _number(value), top, is_whole))
+        rows.append(ScoredPosition(names.id_of(token), _number(value), top, is_whole))
     return rows
 
 
-def _of_entry(entry: Json, names: TokenNames) -> Scored:
+def _of_entry(entry: Json, names: TokenNames) -> ScoredPosition:
     listed = [item for item in entry.get("top_logprobs") or [] if isinstance(item, dict)]
     top, is_whole = _top([(names.of_entry(item), item.get("logprob")) for item in listed])
-    return Scored(names.of_entry(entry), _number(entry.get("logprob")), top, is_whole)
+    return ScoredPosition(names.of_entry(entry), _number(entry.get("logprob")), top, is_whole)
 
 
 def _top(pairs: Sequence[tuple[int | None, object]]) -> tuple[dict[int, float], bool]:
-    """A list by id, and whether every entry has one."""
+    """Returns a list by id, and whether every entry has one."""
     numbers = [(token_id, _number(value)) for token_id, value in pairs]
     top = {token_id: p for token_id, p in numbers if token_id is not None and p is not None}
     return top, len(top) == len(pairs)

@@ -1,11 +1,11 @@
-"""Why an answer has no content: never left to guess."""
+"""Explains an answer without content, so that clients need not guess."""
 
 from collections.abc import Sequence
 from enum import Enum
 from types import MappingProxyType
 
 from ownpath.chat.answer import Answer
-from ownpath.chat.parts import CallStarted, Content, Malformed, Part
+from ownpath.chat.parts import AnswerPart, Content, MalformedMarkup, ToolCallStart
 
 
 class EmptyContent(Enum):
@@ -39,25 +39,25 @@ MEANING = MappingProxyType(
 
 
 class ContentWatch:
-    """Follows one answer and says at its end why there was nothing to read, if there was nothing."""
+    """Follows one answer and says at its end why it had no content, if it had none."""
 
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
-        self._kinds: set[type[Part]] = set()
+        self._kinds: set[type[AnswerPart]] = set()
 
-    def see(self, parts: Sequence[Part]) -> None:
-        """More of the answer."""
+    def see(self, parts: Sequence[AnswerPart]) -> None:
+        """Takes more parts of the answer."""
         self._kinds |= {type(part) for part in parts}
 
     def reason(self, num_shown_tokens: int, is_cut: bool) -> EmptyContent | None:
-        """None if there was content.
+        """Returns why there was no content; None if there was.
 
         num_shown_tokens: tokens generated, without the EOS that ended the answer. is_cut: a limit ended it.
         """
         if Content in self._kinds:
             return None
-        if CallStarted in self._kinds:
-            return EmptyContent.TOOL_PARSE_FAILED if Malformed in self._kinds else EmptyContent.TOOL_CALLS
+        if ToolCallStart in self._kinds:
+            return EmptyContent.TOOL_PARSE_FAILED if MalformedMarkup in self._kinds else EmptyContent.TOOL_CALLS
         if self._answer.is_stopped:
             return EmptyContent.STOP_STRING
         if self._answer.is_reasoning:

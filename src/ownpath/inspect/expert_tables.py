@@ -1,4 +1,4 @@
-"""The hash layers' tables of expert ids."""
+"""Checks the hash layers' tables of expert ids."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -9,7 +9,7 @@ from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.problems import make_problem
 from ownpath.checkpoint.schema import ParamSpec
 from ownpath.finding import Finding
-from ownpath.inspect.values import read_values
+from ownpath.inspect.tensor_bytes import read_values
 
 _DTYPES = {"I64": torch.int64, "I32": torch.int32}
 
@@ -17,7 +17,7 @@ _DTYPES = {"I64": torch.int64, "I32": torch.int32}
 def table_problems(
     params: Iterable[ParamSpec], num_experts: int, index: CheckpointIndex, broken: frozenset[Path]
 ) -> Iterator[Finding]:
-    """Tables that name experts which are not there. Every id is read: 6 MB a layer of V4-Flash."""
+    """Yields tables that name experts which do not exist. Every id is read: 6 MB a layer of V4-Flash."""
     unreadable: list[Finding] = []
     tables = [index[param.key] for param in params if index[param.key].dtype in _DTYPES]
     for info, data in read_values(tables, broken, unreadable):

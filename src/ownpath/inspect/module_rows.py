@@ -25,7 +25,7 @@ class ModuleRow:
 
 
 def module_rows(census: Census, index: CheckpointIndex) -> list[ModuleRow]:
-    """Rows in forward order; ``layers.{0-42}.ffn.experts.{0-255}.w1`` stands for all those modules."""
+    """Returns rows in forward order; ``layers.{0-42}.ffn.experts.{0-255}.w1`` stands for all those modules."""
     groups: dict[tuple[object, ...], list[tuple[int, int, int]]] = {}
     for stored in census.modules:
         name, stack, layer_idx, expert = stored.spec.name, "", -1, -1
@@ -50,7 +50,7 @@ def _row(kind: tuple[object, ...], members: list[tuple[int, int, int]]) -> Modul
 
 
 def bytes_by_format(census: Census, index: CheckpointIndex) -> dict[str, int]:
-    """Stored bytes of modules by format, of the other tensors by dtype, and of what is not read."""
+    """Sums stored bytes of modules by format, of the other tensors by dtype, and of those that are not read."""
     sizes: Counter[str] = Counter()
     for stored in census.modules:
         sizes[str(stored.encoding.format)] += stored.num_bytes(index)
@@ -62,6 +62,7 @@ def bytes_by_format(census: Census, index: CheckpointIndex) -> dict[str, int]:
 
 
 def num_parameters(census: Census, index: CheckpointIndex) -> int:
-    """Numbers of what is read, counted once each: packed codes by what they stand for, without scales and id tables."""
+    """Counts the numbers that are read, once each: packed codes by the values they stand for, without scales and id
+    tables."""
     tables = (param.shape for param in census.params if index[param.key].dtype[0] != "I")
     return sum(prod(stored.spec.shape) for stored in census.modules) + sum(map(prod, tables))

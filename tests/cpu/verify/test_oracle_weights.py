@@ -20,7 +20,7 @@ from ownpath.checkpoint.schema import (
     PLAIN_BF16,
     PLAIN_FP32,
 )
-from ownpath.oracle.stored import StoredWeights
+from ownpath.oracle.weights import StoredWeights
 from ownpath.plan.opspec import model_ops
 
 CPU = torch.device("cpu")

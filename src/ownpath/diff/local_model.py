@@ -1,24 +1,24 @@
-"""Our own log-probs of the same token ids, and what our tokenizer calls special."""
+"""Computes our own log-probs of the same token ids, and knows which tokens our tokenizer calls special."""
 
 from dataclasses import dataclass
 
 import torch
 
 from ownpath.chat.tokenizer import Tokenizer
-from ownpath.diff.readings import Reading
+from ownpath.diff.responses import SequenceReading
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
 
 
 @dataclass(frozen=True)
-class Ours:
-    """The model here. What it says is taken as right."""
+class LocalModel:
+    """The model here, which is taken as right."""
 
     model: Model
     tokenizer: Tokenizer
 
-    def logprobs(self, reading: Reading) -> torch.Tensor:
-        """Log-probs of every token at the reading's positions, on the CPU: [P, V], float32.
+    def logprobs(self, reading: SequenceReading) -> torch.Tensor:
+        """Returns the log-probs of every token at the reading's positions, on the CPU: [P, V], float32.
 
         One forward over the sequence, in a fresh cache. Errors: ValueError when the sequence does not fit, or when a
         logit is not finite.

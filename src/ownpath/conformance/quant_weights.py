@@ -1,4 +1,4 @@
-"""Random operands of the NVFP4 and FP8 kernels, their products in float64 by the oracle, and how far to be from them.
+"""Random operands of the NVFP4 and FP8 kernels, their products in float64 by the oracle, and the allowed errors.
 
 Tests and bench share it. Legend: N rows, K columns of a weight; E experts, D hidden, F expert width; T tokens.
 """
@@ -19,19 +19,19 @@ FP32_ROUND = 2.0**-24
 
 
 def random_scales(shape: tuple[int, ...], device: torch.device, extreme: bool = False) -> torch.Tensor:
-    """E4M3 block scales: ordinary ones, or any positive value from the smallest subnormal to 448, and zeros."""
+    """Draws E4M3 block scales: ordinary ones, or any positive value from the smallest subnormal to 448, and zeros."""
     if extreme:
         return torch.randint(0, 127, shape, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
     return (torch.rand(shape, device=device) * 3 + 0.25).to(torch.float8_e4m3fn)
 
 
 def random_codes(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Bytes of two codes each."""
+    """Draws bytes of two codes each."""
     return torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
 
 
 @dataclass(frozen=True)
-class Dense:
+class DenseWeight:
     """A weight [N, K] with a global scale per row."""
 
     codes: torch.Tensor
@@ -39,25 +39,25 @@ class Dense:
     global_scale: torch.Tensor
 
     @classmethod
-    def draw(cls, num_rows: int, num_cols: int, device: torch.device, extreme: bool = False) -> "Dense":
+    def draw(cls, num_rows: int, num_cols: int, device: torch.device, extreme: bool = False) -> "DenseWeight":
         codes = random_codes((num_rows, num_cols // 2), device)
         scale = random_scales((num_rows, num_cols // 16), device, extreme)
         return cls(codes, scale, (torch.rand(num_rows, device=device) + 0.5) * 1e-2)
 
     def weight(self) -> torch.Tensor:
-        """Decoded, float64 [N, K]."""
+        """Decodes the weight, float64 [N, K]."""
         return decoded_nvfp4(self.codes, self.scale) * self.global_scale[:, None].double()
 
 
 def decoded_nvfp4(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Codes times block scales in float64, by the oracle's tables: [..., K]."""
+    """Multiplies codes with block scales in float64, by the oracle's tables: [..., K]."""
     values = decode(codes, e2m1_pair_of).flatten(-2)
     scaled: torch.Tensor = values.unflatten(-1, (-1, 16)) * decode(scale, e4m3_of)[..., None]
     return scaled.flatten(-2)
 
 
 def dense_reference(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x W^T in float64, and the largest error of an element.
+    """Computes x W^T in float64, and the largest error of an element.
 
     Each product is exact in float32's 24 bits (8 + 6 significant ones); sums round once per addition in float32, in
     any order, and tensor cores cut aligned products to at least 2**-22 of the largest; the output is rounded to BF16.
@@ -68,7 +68,7 @@ def dense_reference(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor
 
 
 @dataclass(frozen=True)
-class Experts:
+class ExpertStacks:
     """Stacks of E experts, D hidden, F wide."""
 
     w13: torch.Tensor
@@ -79,7 +79,9 @@ class Experts:
     w2_scale_2: torch.Tensor
 
     @classmethod
-    def draw(cls, num_experts: int, hidden: int, inter: int, device: torch.device, extreme: bool = False) -> "Experts":
+    def draw(
+        cls, num_experts: int, hidden: int, inter: int, device: torch.device, extreme: bool = False
+    ) -> "ExpertStacks":
         return cls(
             random_codes((num_experts, 2 * inter, hidden // 2), device),
             random_scales((num_experts, 2 * inter, hidden // 16), device, extreme),
@@ -89,15 +91,15 @@ class Experts:
             (torch.rand(num_experts, device=device) + 0.5) * inter**-0.5 / 4,
         )
 
-    def clone(self) -> "Experts":
-        return Experts(*(tensor.clone() for tensor in vars(self).values()))
+    def clone(self) -> "ExpertStacks":
+        return ExpertStacks(*(tensor.clone() for tensor in vars(self).values()))
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return tuple(vars(self).values())
 
 
 @dataclass(frozen=True)
-class Routed:
+class RoutedTokens:
     """Tokens with their experts. Shapes: x bfloat16 [T, D]; ids [T, K]; weights float32 [T, K]."""
 
     x: torch.Tensor
@@ -107,16 +109,16 @@ class Routed:
     @classmethod
     def draw(
         cls, num_tokens: int, hidden: int, num_experts: int, top_k: int, device: torch.device, amplitude: float = 1.0
-    ) -> "Routed":
+    ) -> "RoutedTokens":
         ids = torch.rand(num_tokens, num_experts, device=device).topk(top_k).indices.int()
         x = (torch.randn(num_tokens, hidden, device=device) * amplitude).bfloat16()
         return cls(x, ids, torch.rand(num_tokens, top_k, device=device))
 
 
 def moe_reference(
-    experts: Experts, routed: Routed, limit: float, num_shared: int = 0
+    experts: ExpertStacks, routed: RoutedTokens, limit: float, num_shared: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The experts in float64, and the largest error of an element.
+    """Computes the experts in float64, and the largest error of an element.
 
     An error d of gate or up moves silu(gate) * up by at most 1.1 |d| times the other factor (silu's slope is below
     1.1); hidden values and expert outputs are rounded to BF16; sums add as in ``dense_reference``.
@@ -140,7 +142,7 @@ def moe_reference(
     return y, error + y.abs() * BF16_ROUND
 
 
-def _expert(experts: Experts, expert: int, x: torch.Tensor, limit: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _expert(experts: ExpertStacks, expert: int, x: torch.Tensor, limit: float) -> tuple[torch.Tensor, torch.Tensor]:
     inter = experts.w2.shape[2] * 2
     scale = experts.w13_scale_2[expert].double()[:, None, None]
     w13 = decoded_nvfp4(experts.w13[expert], experts.w13_scale[expert])
@@ -157,12 +159,12 @@ def _expert(experts: Experts, expert: int, x: torch.Tensor, limit: float) -> tup
 
 
 def relative_l2(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """||found - exact|| / ||exact||."""
+    """Computes ||found - exact|| / ||exact||."""
     return float((found.double() - exact).norm() / exact.norm())
 
 
 def first_beyond(found: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> str:
-    """The first element further off than its bound, in words; empty when there is none."""
+    """Describes the first element further off than its bound; empty when there is none."""
     beyond = ((found.double() - exact).abs() > bound).nonzero()
     if not len(beyond):
         return ""
@@ -171,7 +173,7 @@ def first_beyond(found: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) 
 
 
 def draw_weights(case: Fp8Case, seed: int, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Random shards: codes of every magnitude, no NaN code, and their scales."""
+    """Draws shards: codes of every magnitude, no NaN code, and their scales."""
     generator = torch.Generator(device).manual_seed(seed)
     weights, scales = [], []
     for num_rows in case.shard_rows:
@@ -189,6 +191,6 @@ def draw_weights(case: Fp8Case, seed: int, device: torch.device) -> tuple[list[t
 
 
 def draw_rows(num_rows: int, width: int, amplitude: float, device: torch.device) -> torch.Tensor:
-    """Activations, the same for the same number of rows."""
+    """Draws activations, the same for the same number of rows."""
     generator = torch.Generator(device).manual_seed(num_rows)
     return (torch.randn(num_rows, width, generator=generator, device=device) * amplitude).to(torch.bfloat16)

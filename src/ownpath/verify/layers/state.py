@@ -1,4 +1,4 @@
-"""The state of the layers stage behind a layer: both sides' streams, and what was found so far.
+"""The state of the layers stage after a layer: both sides' streams, and the findings so far.
 
 ``resume`` writes and reads it; the key is a digest of everything that the numbers depend on.
 """
@@ -13,8 +13,8 @@ from ownpath.finding import Finding, finding_fields, finding_from
 from ownpath.model.block import Residual
 from ownpath.runners import Mix
 from ownpath.verify.layers.measure import Measurement
-from ownpath.verify.layers.text import Text
-from ownpath.verify.resume import Saved, digest_of, read_state, write_state
+from ownpath.verify.layers.text import SampleText
+from ownpath.verify.resume import SavedState, digest_of, read_state, write_state
 from ownpath.verify.subject import Subject
 
 FILE_NAME = "layers.safetensors"
@@ -24,7 +24,8 @@ _ENGINE = ("x", "y", "post", "comb")
 
 @dataclass
 class State:
-    """How far a run is. num_done: layers that are behind it. engine: ``None`` where its own streams are not carried."""
+    """The progress of a run. num_done: layers that are finished. engine: ``None`` where its own streams are not
+    carried."""
 
     num_done: int
     reference_TSD: torch.Tensor
@@ -33,8 +34,8 @@ class State:
     measurements: list[Measurement] = field(default_factory=list)
 
 
-def key_of(subject: Subject, text: Text) -> str:
-    """What the numbers of a run depend on."""
+def key_of(subject: Subject, text: SampleText) -> str:
+    """Digests what the numbers of a run depend on."""
     return digest_of(subject, format_of_streams=_FORMAT, text=text.token_ids)
 
 
@@ -50,8 +51,8 @@ def save(folder: Path, key: str, state: State) -> None:
     write_state(folder / FILE_NAME, key, value, tensors)
 
 
-def restore(folder: Path, key: str, device: torch.device) -> tuple[Saved, State | None]:
-    """Reads the state that a run with this key left, if one did."""
+def restore(folder: Path, key: str, device: torch.device) -> tuple[SavedState, State | None]:
+    """Reads the state of a run with this key, if there is one."""
     return read_state(folder / FILE_NAME, key, _state, device)
 
 

@@ -1,11 +1,10 @@
-"""Where config.json, hf_quant_config.json and the tokenizer say something else than the tensors."""
+"""Compares config.json, hf_quant_config.json and the tokenizer with the tensors."""
 
 import json
 import re
 from collections.abc import Generator, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from ownpath.chat.markers import BOS
 from ownpath.chat.tokenizer import Tokenizer, TokenizerError
@@ -16,24 +15,24 @@ from ownpath.finding import Finding
 from ownpath.plan.census import StoredModule
 
 MAX_JSON_BYTES = 256 * 2**20
-"""Of any JSON file beside the weights; the largest honest one is a tokenizer of a few dozen MB."""
+"""Largest size of a JSON file beside the weights; the largest honest one is a tokenizer of a few dozen MB."""
 
 QUANT_CONFIG = "hf_quant_config.json"
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"ffn\.experts\.(\d+)\.")
 _ALGORITHMS = {"NVFP4": "NVFP4", "FP8_PB_WO": "FP8_BLOCK", "MXFP4": "MXFP4"}
-"""ModelOpt's name of an algorithm -> the format of a module stored so."""
+"""ModelOpt's name of an algorithm -> the format of a module stored with it."""
 
 
 def file_problem(path: Path, check: str) -> Finding | None:
-    """Why a JSON file beside the weights cannot be opened safely; ``None``: it can, or it is not there."""
+    """Returns why a JSON file beside the weights cannot be opened safely; ``None``: it can, or it is not there."""
     if path.exists() and (not path.is_file() or path.stat().st_size > MAX_JSON_BYTES):
         return make_problem(check, path.name, f"{path}: not a regular file of at most {MAX_JSON_BYTES} bytes")
     return None
 
 
 def config_problems(config: ModelConfig, index: CheckpointIndex) -> Iterator[Finding]:
-    """Counts and layer types of config.json against those that the tensors' names show."""
+    """Compares counts and layer types of config.json with those that the tensors' names show."""
     layers: dict[int, set[str]] = {}
     experts: set[int] = set()
     for name in index.tensors:
@@ -68,17 +67,17 @@ def _contradiction(field: str, value: int, found: str) -> Finding:
 
 
 def format_problems(folder: Path, modules: tuple[StoredModule, ...]) -> Iterator[Finding]:
-    """Modules that hf_quant_config.json (where there is one) says are stored in another format than they are."""
+    """Yields modules stored in another format than hf_quant_config.json (where there is one) says."""
     content = yield from json_object(folder / QUANT_CONFIG, "format-contradiction")
     declared = content.get("quantization")
     if isinstance(declared, dict):
         yield from _format_problems(declared, modules)
 
 
-def json_object(path: Path, check: str) -> Generator[Finding, None, dict[str, Any]]:
+def json_object(path: Path, check: str) -> Generator[Finding, None, dict[str, object]]:
     """Yields what is wrong with the file, as ``check``; returns its object, empty where there is none to read."""
     problem = file_problem(path, check)
-    content: Any = {}
+    content: object = {}
     if problem is not None:
         yield problem
     elif path.exists():
@@ -89,7 +88,7 @@ def json_object(path: Path, check: str) -> Generator[Finding, None, dict[str, An
     return content if isinstance(content, dict) else {}
 
 
-def _format_problems(declared: dict[str, Any], modules: tuple[StoredModule, ...]) -> Iterator[Finding]:
+def _format_problems(declared: dict[str, object], modules: tuple[StoredModule, ...]) -> Iterator[Finding]:
     layers, excluded = declared.get("quantized_layers"), declared.get("exclude_modules")
     layers = layers if isinstance(layers, dict) else {}
     patterns = [entry for entry in excluded if isinstance(entry, str)] if isinstance(excluded, list) else []
@@ -112,7 +111,7 @@ def _format_contradiction(name: str, said: str, found: str) -> Finding:
 
 
 def tokenizer_problems(folder: Path, config: ModelConfig) -> Iterator[Finding]:
-    """The tokenizer against the embedding's rows and config.json's ids."""
+    """Compares the tokenizer with the embedding's rows and config.json's ids."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         problem = file_problem(folder / name, "tokenizer")
         if problem is not None:

@@ -1,17 +1,16 @@
-"""An inspection as people and programs read it."""
+"""Formats an inspection for people and for programs."""
 
 from collections import Counter
 from dataclasses import asdict
-from typing import Any
 
 from ownpath.checkpoint.problems import REMEDIES
 from ownpath.inspect.inspection import Contents, Inspection
 from ownpath.inspect.memory import Memory
-from ownpath.inspect.rows import bytes_by_format, module_rows, num_parameters
+from ownpath.inspect.module_rows import bytes_by_format, module_rows, num_parameters
 from ownpath.plan.show import align
 
 MAX_LINES = 8
-"""Lines of one kind of problem; the rest is counted. ``--json`` has them all."""
+"""Lines shown for one kind of problem; the rest is counted. ``--json`` has them all."""
 MAX_WIDTH = 400
 _SHAPE = (
     ("num_hidden_layers", "layers"),
@@ -25,13 +24,13 @@ _SHAPE = (
 )
 
 
-def inspection_dict(inspection: Inspection) -> dict[str, Any]:
-    """The inspection for programs; the keys are documented in docs/inspect.md."""
+def inspection_dict(inspection: Inspection) -> dict[str, object]:
+    """Returns the inspection for programs; the keys are documented in docs/inspect.md."""
     index, contents = inspection.index, inspection.contents
     problems = [
         {"check": p.id, "where": p.where, "problem": p.message, "remedy": p.remedy} for p in inspection.problems
     ]
-    common: dict[str, Any] = {
+    common: dict[str, object] = {
         "folder": str(inspection.folder),
         "complete": contents is not None,
         "num_tensors": len(index.tensors),
@@ -42,7 +41,7 @@ def inspection_dict(inspection: Inspection) -> dict[str, Any]:
     return common | (_contents_dict(inspection, contents) if contents else {}) | {"problems": problems}
 
 
-def _contents_dict(inspection: Inspection, contents: Contents) -> dict[str, Any]:
+def _contents_dict(inspection: Inspection, contents: Contents) -> dict[str, object]:
     index, census, blocks = inspection.index, contents.census, contents.blocks
     return {
         "shape": {field: getattr(contents.config, field) for field, _ in _SHAPE},
@@ -65,7 +64,7 @@ def _contents_dict(inspection: Inspection, contents: Contents) -> dict[str, Any]
 
 
 def inspection_text(inspection: Inspection) -> str:
-    """A page: what the checkpoint is, how it is stored, what it takes to run, and what is wrong with it."""
+    """Returns a page: the checkpoint, how it is stored, what it takes to run, and what is wrong with it."""
     index, contents = inspection.index, inspection.contents
     num_files = len({info.file for info in index.tensors.values()})
     total = sum(info.num_bytes for info in index.tensors.values())
@@ -134,6 +133,6 @@ def _size(num_bytes: int) -> str:
 
 
 def printable(line: str) -> str:
-    """Names come from files: whatever a terminal would act on is spelled out, and no line floods it."""
+    """Escapes what a terminal would act on, since names come from files, and cuts a line that is too long."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
     return text if len(text) <= MAX_WIDTH else f"{text[:MAX_WIDTH]}…"

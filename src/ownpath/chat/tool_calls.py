@@ -1,4 +1,4 @@
-"""The block of tool calls in an answer, read while it arrives. ``dsml`` says what it looks like.
+"""Reads the block of tool calls in an answer while it arrives. ``dsml`` documents its markup.
 
 The reader is fed what follows the block's first ``<｜DSML｜``: text, and ``｜DSML｜`` tokens. Between tags only white
 space may stand. A value runs to the first ``</｜DSML｜parameter>``; any other markup in it is part of it. Every
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from ownpath.chat.dsml import write_json
 from ownpath.chat.markers import DSML
-from ownpath.chat.parts import Arguments, CallStarted, Part
+from ownpath.chat.parts import AnswerPart, ToolCallArguments, ToolCallStart
 
 _SPACE = " \t\r\n"
 _INVOKE = re.compile(r'invoke name="([^"]+)"\s*>')
@@ -21,7 +21,7 @@ _VALUE_END = "parameter>"
 
 
 class _Broken(Exception):
-    """The markup is not what it must be."""
+    """The markup is malformed."""
 
 
 class CallsReader:
@@ -35,9 +35,9 @@ class CallsReader:
         self.rest: str | None = None
         self.broken: str | None = None
         self.num_started = self.num_ended = 0
-        # All that was fed since the last whole call, in case the next one breaks.
+        # Everything fed since the last whole call, in case the next one breaks.
         self._raw = [opening]
-        self._parts: list[Part] = []
+        self._parts: list[AnswerPart] = []
         self._state: Callable[[str], None] = self._tag
         self._on_tag: Callable[[str], None] = self._open_block
         self._held = ""
@@ -50,25 +50,25 @@ class CallsReader:
 
     @property
     def unread(self) -> str:
-        """What was fed since the last whole call, or since the block's opening."""
+        """The text fed since the last whole call, or since the block's opening."""
         return "".join(self._raw)
 
-    def feed(self, text: str) -> list[Part]:
-        """What a piece of text adds to the calls."""
+    def feed(self, text: str) -> list[AnswerPart]:
+        """Takes a piece of text and returns the parts that it adds."""
         self._raw.append(text)
-        return self._run(lambda: self._go_on(text))
+        return self._run(lambda: self._feed_state(text))
 
-    def feed_marker(self) -> list[Part]:
-        """What a ``｜DSML｜`` token adds."""
+    def feed_marker(self) -> list[AnswerPart]:
+        """Takes a ``｜DSML｜`` token and returns the parts that it adds."""
         self._raw.append(DSML)
         return self._run(self._marker)
 
     def finish(self) -> None:
-        """Says that nothing follows: a block that is still open is broken."""
+        """Ends the input: a block that is still open is broken."""
         if self.rest is None and self.broken is None:
             self.broken = "the answer ends inside the tool calls"
 
-    def _run(self, step: Callable[[], None]) -> list[Part]:
+    def _run(self, step: Callable[[], None]) -> list[AnswerPart]:
         assert self.rest is self.broken is None
         try:
             step()
@@ -77,7 +77,7 @@ class CallsReader:
         parts, self._parts = self._parts, []
         return parts
 
-    def _go_on(self, text: str) -> None:
+    def _feed_state(self, text: str) -> None:
         if text:
             self._state(text)
 
@@ -98,7 +98,7 @@ class CallsReader:
             self._held = held
             self._state(DSML)
 
-    # Tags: read to their end, then looked at as a whole.
+    # Tags: read to their end, then parsed as a whole.
 
     def _tag(self, text: str) -> None:
         for match in _QUOTE_OR_END.finditer(text):
@@ -114,16 +114,16 @@ class CallsReader:
 
     def _open_block(self, tag: str) -> None:
         _expect(tag == "tool_calls>", "the block of tool calls is not opened as it should be")
-        self._turn_to(self._between_calls)
+        self._enter(self._between_calls)
 
     def _start_call(self, tag: str) -> None:
         match = _INVOKE.fullmatch(tag)
         if match is None:
             raise _Broken("a call's opening tag cannot be read")
         self._names = set()
-        self._parts.append(CallStarted(self.num_started, match[1]))
+        self._parts.append(ToolCallStart(self.num_started, match[1]))
         self.num_started += 1
-        self._turn_to(self._between_parameters)
+        self._enter(self._between_parameters)
 
     def _start_value(self, tag: str) -> None:
         match = _PARAMETER.fullmatch(tag)
@@ -133,25 +133,25 @@ class CallsReader:
         _expect(name not in self._names, "a parameter is given twice")
         lead = ", " if self._names else "{"
         self._names.add(name)
-        self._tell(f"{lead}{write_json(name)}: " + ('"' if self._is_text else ""))
-        self._turn_to(self._value)
+        self._emit(f"{lead}{write_json(name)}: " + ('"' if self._is_text else ""))
+        self._enter(self._value)
 
     def _end_call(self, tag: str) -> None:
         _expect(tag == "invoke>", "a call is not closed as it should be")
-        self._tell("}" if self._names else "{}")
+        self._emit("}" if self._names else "{}")
         self.num_ended += 1
         self._raw = [self._rest_of_piece]
-        self._turn_to(self._between_calls)
+        self._enter(self._between_calls)
 
     def _end_block(self, tag: str) -> None:
         _expect(tag == "tool_calls>", "the block of tool calls is not closed as it should be")
         _expect(self.num_ended > 0, "the block of tool calls has no call")
         self.rest = self._rest_of_piece
 
-    def _turn_to(self, state: Callable[[str], None]) -> None:
-        """On with the rest of the piece, which can hold no other tag: a token opens each."""
+    def _enter(self, state: Callable[[str], None]) -> None:
+        """Changes the state and feeds it the rest of the piece, which holds no further tag: a token opens each."""
         self._state = state
-        self._go_on(self._rest_of_piece)
+        self._feed_state(self._rest_of_piece)
 
     # Between tags: white space, then the start of the next tag.
 
@@ -188,21 +188,21 @@ class CallsReader:
         if not text:
             return
         if self._is_text:
-            self._tell(write_json(text)[1:-1])
+            self._emit(write_json(text)[1:-1])
         else:
             self._value_pieces.append(text)
 
     def _end_value(self) -> None:
         if self._is_text:
-            self._tell('"')
+            self._emit('"')
         else:
             value, self._value_pieces = "".join(self._value_pieces), []
             _expect(_is_json(value), "a parameter's value is not JSON")
-            self._tell(value)
-        self._turn_to(self._between_parameters)
+            self._emit(value)
+        self._enter(self._between_parameters)
 
-    def _tell(self, text: str) -> None:
-        self._parts.append(Arguments(self.num_started - 1, text))
+    def _emit(self, text: str) -> None:
+        self._parts.append(ToolCallArguments(self.num_started - 1, text))
 
 
 def _expect(condition: bool, reason: str) -> None:

@@ -1,30 +1,31 @@
-"""Which log-probs a server offers, found by asking for each and looking at what came back; nothing is assumed.
+"""Finds out which log-probs a server offers, by asking for each and looking at the answer; nothing is assumed.
 
-A request is tried from the most telling form to the plainest: with ids told or not, with many likeliest tokens or few.
+A request is tried from the most informative form to the plainest: with token ids in the answer or not, with many
+likeliest tokens or few.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ownpath.diff.client import CannotAsk, Client, Refused
-from ownpath.diff.prompts import Prompt
-from ownpath.diff.readings import (
+from ownpath.diff.prompts import SurveyPrompt
+from ownpath.diff.responses import (
     ChatReading,
-    Reading,
+    SequenceReading,
     TokenNames,
     Unreadable,
     read_chat,
     read_echo,
     read_generated,
+    read_prompt_ids,
     read_prompt_logprobs,
-    told_prompt_ids,
 )
 
 COMPLETIONS, CHAT, TOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize"
 _NUMS_TOP = (20, 5, 1)
-_EXTRAS: tuple[Mapping[str, Any], ...] = (
+_EXTRAS: tuple[Mapping[str, object], ...] = (
     {"return_token_ids": True, "return_tokens_as_token_ids": True},
     {"return_token_ids": True},
     {},
@@ -38,19 +39,19 @@ class NotOffered(CannotAsk):
 
 
 @dataclass(frozen=True)
-class Way:
-    """How one server is asked for generated tokens: all that its refusals left.
+class RequestForm:
+    """The form of request for generated tokens that one server accepts: what its refusals left.
 
-    extras: fields that make it tell token ids. sends_ids: the prompt goes as ids, not as text.
+    extras: fields that make it report token ids. sends_ids: the prompt goes as ids, not as text.
     """
 
     path: str
     sends_ids: bool
     num_top: int
-    extras: Mapping[str, Any]
+    extras: Mapping[str, object]
 
-    def body(self, prompt: Prompt, max_tokens: int) -> dict[str, Any]:
-        """The request for one greedy answer."""
+    def body(self, prompt: SurveyPrompt, max_tokens: int) -> dict[str, object]:
+        """Builds the request for one greedy answer."""
         common = {"max_tokens": max_tokens, **_GREEDY, **self.extras}
         if self.path == CHAT:
             return _messages(prompt) | common | {"logprobs": True, "top_logprobs": self.num_top}
@@ -59,8 +60,8 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Server:
-    """A server and the way found to ask it.
+class RemoteServer:
+    """A server and the form of request that it accepts.
 
     model: its name in requests; None sends none. form: ``prompt_logprobs``, ``echo`` or ``generated``.
     notes: what it refused on the way, for people.
@@ -69,26 +70,30 @@ class Server:
     client: Client
     names: TokenNames
     model: str | None
-    way: Way
+    request_form: RequestForm
     form: str = "generated"
     notes: tuple[str, ...] = field(default=(), compare=False)
 
-    def generate(self, prompt: Prompt, max_tokens: int) -> Reading:
-        """One greedy answer, scored. Errors: CannotAsk."""
-        answer = self._post(self.way.path, self.way.body(prompt, max_tokens))
-        return self._read(self.way.path, lambda: read_generated(answer, self._sent(prompt, answer), self.names))
+    def generate(self, prompt: SurveyPrompt, max_tokens: int) -> SequenceReading:
+        """Generates one greedy answer, scored. Errors: CannotAsk."""
+        answer = self._post(self.request_form.path, self.request_form.body(prompt, max_tokens))
+        return self._read(
+            self.request_form.path, lambda: read_generated(answer, self._prompt_ids(prompt, answer), self.names)
+        )
 
-    def score(self, prompt: Prompt) -> Reading:
-        """The prompt's own tokens, scored in the form offered. Errors: CannotAsk."""
-        body = self.way.body(prompt, 1)
+    def score(self, prompt: SurveyPrompt) -> SequenceReading:
+        """Scores the prompt's own tokens, in the form offered. Errors: CannotAsk."""
+        body = self.request_form.body(prompt, 1)
         if self.form == "echo":
             answer = self._post(COMPLETIONS, body | {"echo": True})
-            return self._read(COMPLETIONS, lambda: read_echo(answer, self._sent(prompt, answer), self.names))
-        answer = self._post(COMPLETIONS, body | {"prompt_logprobs": self.way.num_top})
-        return self._read(COMPLETIONS, lambda: read_prompt_logprobs(answer, self._sent(prompt, answer), self.names))
+            return self._read(COMPLETIONS, lambda: read_echo(answer, self._prompt_ids(prompt, answer), self.names))
+        answer = self._post(COMPLETIONS, body | {"prompt_logprobs": self.request_form.num_top})
+        return self._read(
+            COMPLETIONS, lambda: read_prompt_logprobs(answer, self._prompt_ids(prompt, answer), self.names)
+        )
 
-    def chat(self, prompt: Prompt, max_tokens: int) -> ChatReading:
-        """The prompt as a user's message, answered. Errors: CannotAsk."""
+    def chat(self, prompt: SurveyPrompt, max_tokens: int) -> ChatReading:
+        """Sends the prompt as a user's message. Errors: CannotAsk."""
         wishes = [{**extras, **asked} for asked in ({"logprobs": True}, {}) for extras in _EXTRAS]
         refused: Refused | None = None
         for wish in wishes:
@@ -101,65 +106,65 @@ class Server:
         assert refused is not None
         raise refused
 
-    def chat_prompt_ids(self, prompt: Prompt) -> tuple[int, ...] | None:
-        """The conversation's tokens by ``/tokenize``, where a server has one that knows messages."""
+    def chat_prompt_ids(self, prompt: SurveyPrompt) -> tuple[int, ...] | None:
+        """Returns the conversation's tokens by ``/tokenize``, where a server has one that knows messages."""
         return self._tokenize(_messages(prompt))
 
-    def text_ids(self, prompt: Prompt) -> tuple[int, ...] | None:
-        """The text's tokens by ``/tokenize``, in vLLM's and SGLang's words or in llama.cpp's."""
+    def text_ids(self, prompt: SurveyPrompt) -> tuple[int, ...] | None:
+        """Returns the text's tokens by ``/tokenize``, in the request form of vLLM and SGLang or in llama.cpp's."""
         return self._tokenize({"prompt": prompt.text, "content": prompt.text})
 
-    def _tokenize(self, body: dict[str, Any]) -> tuple[int, ...] | None:
+    def _tokenize(self, body: dict[str, object]) -> tuple[int, ...] | None:
         try:
             tokens = self._post(TOKENIZE, body).get("tokens")
         except CannotAsk:
-            return None  # few servers have it; who needs the ids says that they are missing
+            return None  # few servers have it; the check that needs the ids says that they are missing
         ids = [self.names.check(token) for token in tokens] if isinstance(tokens, list) else [None]
         return None if None in ids else tuple(i for i in ids if i is not None)
 
-    def _sent(self, prompt: Prompt, answer: Mapping[str, Any]) -> tuple[int, ...]:
-        """What the server read: the ids that were sent; for text, what it tells, else what our tokenizer makes."""
-        if self.way.path == COMPLETIONS and self.way.sends_ids:
+    def _prompt_ids(self, prompt: SurveyPrompt, answer: Mapping[str, object]) -> tuple[int, ...]:
+        """Returns the ids that the server read: those sent; for text, those it reports, else those of our tokenizer."""
+        if self.request_form.path == COMPLETIONS and self.request_form.sends_ids:
             return prompt.ids
-        own = prompt.chat_ids if self.way.path == CHAT else prompt.ids
-        return told_prompt_ids(answer, self.names) or own
+        own = prompt.chat_ids if self.request_form.path == CHAT else prompt.ids
+        return read_prompt_ids(answer, self.names) or own
 
-    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def _post(self, path: str, body: dict[str, object]) -> dict[str, object]:
         return self.client.post(path, body if self.model is None else {"model": self.model, **body})
 
     def _read(self, path: str, read: Callable[[], Answer]) -> Answer:
         try:
             return read()
-        except (Unreadable, AttributeError, TypeError) as error:  # a field of a shape nobody documents
+        except (Unreadable, AttributeError, TypeError) as error:  # a field of an undocumented shape
             raise NotOffered(f"{self.client.root}{path}: {error}") from None
 
 
-def open_server(client: Client, names: TokenNames, prompt: Prompt, model: str | None) -> Server:
-    """Finds the way to ask. model: its name in requests; None sends none.
+def open_server(client: Client, names: TokenNames, prompt: SurveyPrompt, model: str | None) -> RemoteServer:
+    """Finds the form of request that the server accepts. model: its name in requests; None sends none.
 
     Errors: CannotAsk when the server cannot be reached or offers no log-probs, with its last words to each form.
     """
     notes: list[str] = []
     absent: set[str] = set()
-    for way in _ways():
-        if way.path in absent:
+    for request_form in _request_forms():
+        if request_form.path in absent:
             continue
-        server = Server(client, names, model, way)
+        server = RemoteServer(client, names, model, request_form)
         try:
             server.generate(prompt, 1)
         except (Refused, NotOffered) as error:
             if isinstance(error, Refused) and error.status == 404:
-                absent.add(way.path)
+                absent.add(request_form.path)
             notes.append(str(error))
             continue
         return _best_form(replace(server, notes=tuple(notes)), prompt)
     raise CannotAsk(f"{client.root} offers no log-probs: " + "; ".join(dict.fromkeys(notes[-3:])))
 
 
-def _best_form(server: Server, prompt: Prompt) -> Server:
-    """The same server, asked for its prompt's log-probs too where it gives them."""
+def _best_form(server: RemoteServer, prompt: SurveyPrompt) -> RemoteServer:
+    """Returns the same server, asked for its prompt's log-probs too where it gives them."""
     notes = server.notes
-    for form in ("prompt_logprobs", "echo") if server.way.path == COMPLETIONS else ():
+    for form in ("prompt_logprobs", "echo") if server.request_form.path == COMPLETIONS else ():
         candidate = replace(server, form=form, notes=notes)
         try:
             candidate.score(prompt)
@@ -170,19 +175,19 @@ def _best_form(server: Server, prompt: Prompt) -> Server:
     return replace(server, form="generated", notes=notes)
 
 
-def _ways() -> Iterator[Way]:
+def _request_forms() -> Iterator[RequestForm]:
     for path, sends_ids in ((COMPLETIONS, True), (COMPLETIONS, False), (CHAT, False)):
         for num_top in _NUMS_TOP:
             for extras in _EXTRAS:
-                yield Way(path, sends_ids, num_top, extras)
+                yield RequestForm(path, sends_ids, num_top, extras)
 
 
-def _messages(prompt: Prompt) -> dict[str, Any]:
+def _messages(prompt: SurveyPrompt) -> dict[str, object]:
     return {"messages": [{"role": "user", "content": prompt.text}]}
 
 
 def first_model(client: Client) -> str | None:
-    """The first model that ``/v1/models`` lists.
+    """Returns the first model that ``/v1/models`` lists.
 
     Errors: CannotAsk when nothing answers; a server without the list is asked without a name.
     """

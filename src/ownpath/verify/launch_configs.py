@@ -1,4 +1,4 @@
-"""The compile-time configurations that a plan's kernels may launch, from shapes alone: operands on ``meta``."""
+"""Lists the compile-time configurations that a plan's kernels may launch, from shapes alone: operands on ``meta``."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ _META = torch.device("meta")
 
 
 def configs_of(plan: Plan, index: CheckpointIndex) -> dict[str, list[Config]]:
-    """Kernel -> every configuration that its planned operands may launch, each once; of kernels compiled to disk."""
+    """Returns, per kernel compiled to disk, every configuration that its planned operands may launch, each once."""
     found: dict[str, dict[str, Config]] = {}
     seen = set()
     for op in plan.ops:
