@@ -1,4 +1,4 @@
-"""What the embedded model is taught to say in thinking, with tools and in JSON: as ownpath encodes and reads it."""
+"""The embedded model's training data on thinking, tools and JSON, as ownpath encodes and reads it."""
 
 import json
 import random

@@ -13,7 +13,7 @@ from ownpath.trace.observers import CallArguments, Watched
 
 
 class Toy(Observer):
-    """What it was told, in order."""
+    """Records the open calls, the slots and the taps that it sees."""
 
     def __init__(self) -> None:
         self.open: list[str] = []

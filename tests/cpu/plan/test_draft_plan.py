@@ -26,7 +26,7 @@ LAYER = (
     | {f"ffn.shared_experts.{name}" for name in ("w13", "w2", "swiglu")}
     | {"hc_attn", "hc_ffn"}
 )
-"""What a layer without compressed entries computes."""
+"""The slots of a layer without compressed entries."""
 OF_MTP = LAYER | {"e_proj", "h_proj", "enorm", "hnorm", "hc_head"}
 
 

@@ -1,4 +1,4 @@
-"""What ``ownpath quantize`` writes, read by public tools on CPU: their own code decodes it to our values.
+"""Public tools read the output of ``ownpath quantize`` on CPU: their own code decodes it to our values.
 
 compressed-tensors reads the folder itself, shard by shard. ModelOpt, whose layout this is, writes it and reads none on
 CPU: its tensor class is given what safetensors reads. transformers has no loader for the layout; it loads what

@@ -169,7 +169,7 @@ def test_config_keeps_what_it_says_of_the_rest(tmp_path: Path) -> None:
 
 
 class Stopped(Exception):
-    """What a run that is killed looks like from inside."""
+    """Stands for the signal that kills a run."""
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
