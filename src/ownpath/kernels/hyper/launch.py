@@ -138,6 +138,7 @@ def _check_out(out: HyperOut, x_TSD: torch.Tensor, with_mix: bool) -> None:
 
 
 Shapes = tuple[torch.Size, torch.Size, torch.Size]
+BoundaryKey = tuple[torch.Size, bool, int]
 
 
 @dataclass(frozen=True)
@@ -169,9 +170,7 @@ class HyperOperand:
     """launches: by shape of x, whether a sublayer came before, and device, for inputs that have passed every check."""
 
     weights: HyperWeights
-    launches: LaunchCache[tuple[torch.Size, bool, int], BoundaryCall] = field(
-        default_factory=LaunchCache, compare=False
-    )
+    launches: LaunchCache[BoundaryKey, BoundaryCall] = field(default_factory=LaunchCache, compare=False)
     lock: Lock = field(default_factory=Lock, compare=False)
 
 
@@ -270,10 +269,7 @@ class BoundaryInputs:
 def _given(
     x_TSD: torch.Tensor, y_TD: torch.Tensor | None, mix: Mix | None, shapes: Shapes
 ) -> tuple[int, int, int, int] | None:
-    """Returns the addresses of x, y, post and comb, or ``None`` where an input does not fit. shapes: of y, post, comb.
-
-    Quicker than ``_check_inputs``, which raises with the reason.
-    """
+    """Returns the addresses of x, y, post and comb; ``None`` where one does not fit. shapes: of y, post, comb."""
     x = x_TSD.data_ptr()
     if x_TSD.dtype is not torch.bfloat16 or not x_TSD.is_contiguous() or x & 15:
         return None
