@@ -1,4 +1,4 @@
-"""The embedded model on this machine: load time, time to the first token, decode rate.
+"""Measures the embedded model on this machine: load time, time to the first token, decode rate.
 
     python bench/first_light.py [--device cpu] [--out bench/results/first_light.jsonl] [--commit ID]
 
@@ -25,7 +25,7 @@ from ownpath.model.model import Model
 
 PROMPT_TOKENS, DECODE_TOKENS, NUM_RUNS = 20, 64, 7
 TARGETS = {"load_s": "< 5", "first_token_cold_s": "< 1", "first_token_s": "< 1", "tokens_per_s": ">= 15"}
-"""What the embedded model must reach on two CPU cores."""
+"""The embedded model's required figures on two CPU cores."""
 
 
 def main() -> int:
@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def measure(device: str) -> dict[str, object]:
-    """One row: seconds and tokens per second, with what they were measured on."""
+    """Returns a row: seconds and tokens per second, with the device and versions."""
     config = EngineConfig.for_device(device)
     leave_a_core()
     start = time.perf_counter()
@@ -77,7 +77,7 @@ def measure(device: str) -> dict[str, object]:
 
 
 def _generate(model: Model, device: str) -> tuple[float, float]:
-    """(seconds to the first token, seconds for DECODE_TOKENS more)."""
+    """Returns (seconds to the first token, seconds for DECODE_TOKENS more)."""
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(2, model.config.vocab_size, (PROMPT_TOKENS,), generator=generator).tolist()
     cache = model.new_cache()
@@ -96,7 +96,7 @@ def _synchronize(device: str) -> None:
 
 
 def _commit() -> str:
-    """The commit measured, or "unknown" outside a checkout."""
+    """Returns the measured commit, or "unknown" outside a checkout."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return result.stdout.strip() or "unknown"

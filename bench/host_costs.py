@@ -1,7 +1,7 @@
-"""What calls cost on the host: ``python bench/host_costs.py``, on a Hopper GPU.
+"""Measures the host's cost of calls: ``python bench/host_costs.py``, on a Hopper GPU.
 
-A refused call (time until its ValueError), an accepted one (time until it returns; the GPU runs behind it), and what a
-process pays to have all kernels of V4-Flash's shapes ready when the cache on disk is warm: read, and put on the device.
+It times a refused call (until its ValueError), an accepted one (until it returns; the GPU still runs then), and loading
+all kernels of V4-Flash's shapes onto the device from a warm cache on disk.
 """
 
 import argparse
@@ -32,7 +32,7 @@ CALLS = 2000
 
 
 def host_us(call: Callable[[], object]) -> float:
-    """Median microseconds until a call returns or raises ValueError."""
+    """Returns the median microseconds until a call returns or raises ValueError."""
     times = []
     for idx in range(CALLS):
         start = time.perf_counter()
@@ -45,7 +45,7 @@ def host_us(call: Callable[[], object]) -> float:
 
 
 def make_runners(generator: torch.Generator) -> tuple[list[Nvfp4Linear], list[Fp8Linear], Nvfp4MoE]:
-    """Everything of V4-Flash's shapes that these kernels serve."""
+    """Makes the runners of V4-Flash's shapes on these kernels."""
     shapes = [shape for shape in LINEAR_SHAPES if shape.name != "tiny"]
     nvfp4 = [random_nvfp4(shape, generator) for shape in shapes]
     fp8 = [random_fp8(shape, generator) for shape in shapes]
@@ -63,7 +63,7 @@ def make_runners(generator: torch.Generator) -> tuple[list[Nvfp4Linear], list[Fp
 def calls(
     linear: Nvfp4Linear, fp8: Fp8Linear, moe: Nvfp4MoE, generator: torch.Generator
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    """(what, call) with every kind of input that is refused, and one that is taken."""
+    """Yields (name, call) for every kind of refused input, and for an accepted one."""
     width = linear.in_features
     x = random_activations(4, width + 8, generator)
     good = x[:, :width].contiguous()
@@ -96,13 +96,13 @@ def calls(
 
 
 def _turns(call: Callable[[torch.Tensor], object], inputs: list[torch.Tensor]) -> Callable[[], object]:
-    """The call on each input in turn: addresses change from call to call."""
+    """Returns a call that takes the inputs in turn, so that addresses change from call to call."""
     turn = itertools.cycle(inputs)
     return lambda: call(next(turn))
 
 
 def companion_calls() -> Iterator[tuple[str, Callable[[], object]]]:
-    """(what, call) of the small operations at V4-Flash's sizes and four tokens, as the model calls them."""
+    """Yields (name, call) of the small operations at V4-Flash's sizes and four tokens, as the model calls them."""
     wanted = ("flash", "hidden", "flash shared")
     seen = set()
     for case in CASES:
@@ -116,7 +116,7 @@ def companion_calls() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def bound(kernel: Any, op: str, inputs: tuple[Any, ...]) -> partial[object]:
-    """One call of a small operation on an operand that stays."""
+    """Returns a call of a small operation on a prepared operand."""
     if op == "router":
         logits, num_chosen, factor, bias, token_ids, table = inputs
         operand = kernel.prepare(RouterWeights(num_chosen, factor, bias, table))
@@ -128,7 +128,7 @@ def bound(kernel: Any, op: str, inputs: tuple[Any, ...]) -> partial[object]:
 
 
 def with_outputs(kernel: Any, op: str, inputs: tuple[Any, ...]) -> Callable[[], object]:
-    """As ``bound``, with outputs and workspace, so that the call allocates nothing."""
+    """Returns a call as ``bound`` does, with outputs and workspace, so that it allocates nothing."""
     call = bound(kernel, op, inputs)
     out = call()
     if op == "hyper_boundary":

@@ -34,7 +34,7 @@ Call = Callable[[], object]
 
 
 def replay_us(calls: list[Call], num_replays: int = 30) -> float:
-    """Median time of a graph of these calls, per call."""
+    """Returns the median microseconds per call, from replays of a graph of these calls."""
     for call in calls[:2]:
         call()
     graph = torch.cuda.CUDAGraph()
@@ -53,7 +53,7 @@ def replay_us(calls: list[Call], num_replays: int = 30) -> float:
 
 
 def bound_call(kernel: Callable[..., Any], inputs: tuple[Any, ...]) -> Call:
-    """A call with its outputs and workspace allocated beforehand."""
+    """Returns a call with preallocated outputs and workspace."""
     out = kernel(*inputs)
     arguments = {"out": out}
     if isinstance(out, HyperOut):
@@ -62,12 +62,12 @@ def bound_call(kernel: Callable[..., Any], inputs: tuple[Any, ...]) -> Call:
 
 
 def num_sets(moved_bytes: int) -> int:
-    """Operand sets that together exceed the L2 cache, within reason for the smallest operations."""
+    """Returns the number of operand sets that together exceed the L2 cache, limited for the smallest operations."""
     return int(min(max(COLD_BYTES / moved_bytes, 3), 96))
 
 
 def measure(case: KernelCase, num_tokens: int, with_torch: bool) -> dict[str, Any]:
-    """One row of the table. Errors: AssertionError when the kernel is wrong."""
+    """Measures one row of the table. Errors: AssertionError when the kernel is wrong."""
     device, moved_bytes = torch.device("cuda"), num_bytes(case, num_tokens)
     sets = [make_inputs(case, num_tokens, device, seed) for seed in range(num_sets(moved_bytes))]
     kernel = KERNELS[f"triton.{case.kernel}"]
@@ -80,7 +80,7 @@ def measure(case: KernelCase, num_tokens: int, with_torch: bool) -> dict[str, An
 
 
 def measure_product(name: str, case: PlainCase, num_tokens: int, with_torch: bool) -> dict[str, Any]:
-    """One row of an unquantised product. Errors: AssertionError when the kernel is wrong."""
+    """Measures one row of an unquantised product. Errors: AssertionError when the kernel is wrong."""
     out_dtype = torch.float32 if case.is_wide else torch.bfloat16
     size = out_dtype.itemsize
     moved_bytes = 2 * (case.num_rows + num_tokens) * case.width + size * num_tokens * case.num_rows
@@ -96,7 +96,7 @@ def measure_product(name: str, case: PlainCase, num_tokens: int, with_torch: boo
 
 
 def product_inputs(case: PlainCase, num_tokens: int, out_dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
-    """Activations, a weight of outputs of about unit variance, and the dtype of y."""
+    """Makes activations, a weight that gives outputs of about unit variance, and the dtype of y."""
     generator = torch.Generator("cuda").manual_seed(seed)
     x, weight = (
         torch.randn(rows, case.width, generator=generator, device="cuda") for rows in (num_tokens, case.num_rows)
@@ -105,7 +105,7 @@ def product_inputs(case: PlainCase, num_tokens: int, out_dtype: torch.dtype, see
 
 
 def times(calls: list[Call], moved_bytes: int) -> dict[str, Any]:
-    """Columns of the kernel's own times."""
+    """Returns the columns of the kernel's times."""
     us = replay_us(calls)
     filler = torch.zeros(1 << 16, device="cuda")
     mixed = [call for pair in ((lambda: filler.add_(1.0), call) for call in calls) for call in pair]
@@ -119,12 +119,12 @@ def times(calls: list[Call], moved_bytes: int) -> dict[str, Any]:
 
 
 def twin_us(twin: Callable[..., Any], sets: list[tuple[Any, ...]]) -> float:
-    """The torch twin, captured the same way."""
+    """Returns the microseconds of the torch twin, captured the same way."""
     return round(replay_us([partial(twin, *inputs) for inputs in sets[:4]], 10), 2)
 
 
 def machine() -> dict[str, str]:
-    """Device and versions, for every record."""
+    """Returns device and versions, for every record."""
     return {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -153,7 +153,7 @@ def main() -> None:
 
 
 def rows(max_tokens: int) -> Iterator[dict[str, Any]]:
-    """The table, the small operations first."""
+    """Yields the table's rows, the small operations first."""
     for case in (case for case in CASES if case.bench):
         for num_tokens in (t for t in case.tokens if t <= max_tokens):
             yield measure(case, num_tokens, with_torch=num_tokens in (1, 64, 4096))

@@ -1,7 +1,7 @@
 """Times tiles of the small operations that have a choice: ``python bench/small_ops_sweep.py --out FILE``.
 
-``choose_tiles`` in ``kernels/triton/hyper.py`` and ``grouped.py`` is the outcome of such a sweep. A tile is judged
-before it is timed; one that is wrong is reported, not timed.
+``choose_tiles`` in ``kernels/hyper/launch.py`` and ``kernels/grouped/launch.py`` is the outcome of such a sweep. A tile
+is checked before it is timed; a wrong one is reported, not timed.
 """
 
 import argparse
@@ -22,21 +22,21 @@ from ownpath.kernels.hyper import launch as hyper
 from ownpath.kernels.registry import KERNELS
 
 HYPER = (
-    *(hyper.Tiles(channels, 1, False, 4, 1, 1) for channels in (32, 64)),
-    *(hyper.Tiles(64, tokens, False, 4, 1, 1) for tokens in (2, 4)),
-    *(hyper.Tiles(channels, 16, True, 1, 3, 1) for channels in (32, 64, 128)),
+    *(hyper.BoundaryTiles(channels, 1, False, 4, 1, 1) for channels in (32, 64)),
+    *(hyper.BoundaryTiles(64, tokens, False, 4, 1, 1) for tokens in (2, 4)),
+    *(hyper.BoundaryTiles(channels, 16, True, 1, 3, 1) for channels in (32, 64, 128)),
 )
 GROUPED = (
-    *(grouped.Tiles(64, 16, channels, 5, 4) for channels in (64, 128)),
-    *(grouped.Tiles(64, tokens, 128, 4, 4) for tokens in (32, 64)),
-    *(grouped.Tiles(64, 128, 64, stages, 4) for stages in (4, 6)),
-    *(grouped.Tiles(128, tokens, 64, 3, 8) for tokens in (128, 256)),
+    *(grouped.GroupedTiles(64, 16, channels, 5, 4) for channels in (64, 128)),
+    *(grouped.GroupedTiles(64, tokens, 128, 4, 4) for tokens in (32, 64)),
+    *(grouped.GroupedTiles(64, 128, 64, stages, 4) for stages in (4, 6)),
+    *(grouped.GroupedTiles(128, tokens, 64, 3, 8) for tokens in (128, 256)),
 )
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 1024)
 
 
 def time_tiles(case: KernelCase, module: Any, tiles: Any, sets: Sequence[tuple[Any, ...]]) -> float | str:
-    """Microseconds a call with these tiles, or what is wrong with them."""
+    """Returns the microseconds of a call with these tiles, or the reason why they cannot be timed."""
     kernel = KERNELS[f"triton.{case.kernel}"]
     with mock.patch.object(module, "choose_tiles", return_value=tiles):
         try:

@@ -1,4 +1,4 @@
-"""The measured tables of the docs, as Markdown, from the JSON lines that ``ownpath bench --out`` writes.
+"""Prints the measured tables of the docs as Markdown, from the JSON lines that ``ownpath bench --out`` writes.
 
     python tools/bench_tables.py bench/results/moe_h200.jsonl [...]
 
@@ -19,7 +19,7 @@ Line = dict[str, Any]
 
 
 def read(paths: Iterable[Path]) -> list[Line]:
-    """Every row of the files, in their order. Errors: ValueError naming a file without rows."""
+    """Returns every row of the files, in order. Errors: ValueError naming a file without rows."""
     rows: list[Line] = []
     for path in paths:
         found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -30,7 +30,7 @@ def read(paths: Iterable[Path]) -> list[Line]:
 
 
 def table(rows: list[Line]) -> str:
-    """One run's table with where it comes from above it, and the ratios' geometric mean below."""
+    """Returns one run's table, with its provenance above and the ratios' geometric mean below."""
     first = rows[0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     contenders = list(dict.fromkeys(row["contender"] for row in rows))
@@ -55,13 +55,13 @@ def table(rows: list[Line]) -> str:
 
 
 def rows_by_case(rows: list[Line]) -> list[Line]:
-    """Rows of one case beside each other, cases in their first order."""
+    """Groups rows by case, cases in order of first appearance."""
     order = {key: idx for idx, key in enumerate(dict.fromkeys((row["shape"], row["tokens"]) for row in rows))}
     return sorted(rows, key=lambda row: order[row["shape"], row["tokens"]])
 
 
 def time(row: Line | None) -> str:
-    """A time, or why there is none."""
+    """Returns a time, or the reason why there is none."""
     if row is None:
         return "-"
     return row["status"] if row["us"] is None else f"{row['us']:.1f}" + ("" if row["status"] == "ok" else " (wrong)")

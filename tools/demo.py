@@ -1,4 +1,4 @@
-"""The main job in one command: start the server on the embedded model, ask over HTTP, print the streamed answer.
+"""Demonstrates serving: starts the server on the embedded model, asks over HTTP, prints the streamed answer.
 
     python tools/demo.py [--question TEXT]
 
@@ -51,7 +51,7 @@ def _wait_for_url(server: subprocess.Popen[str]) -> str:
 
 
 def _stream(url: str, question: str) -> Iterator[str]:
-    """The answer's text, piece by piece, as the server sends it."""
+    """Yields the answer's text, piece by piece, as the server sends it."""
     body = {"messages": [{"role": "user", "content": question}], "stream": True, "max_tokens": 32, "temperature": 0}
     request = urllib.request.Request(
         f"{url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}

@@ -12,13 +12,13 @@ import random
 import time
 from pathlib import Path
 
+from tiny.answer_form import fault
 from tiny.answers import Answerer, ownpath_answerer, transformers_answerer
 from tiny.batches import ANSWER, Encoder
 from tiny.exam import questions
 from tiny.export import read_trained, stored_network
 from tiny.question import Question, group_name, scores, totals
 from tiny.train import Recipe
-from tiny.wellformed import fault
 from tokenizers import Tokenizer
 
 from ownpath.chat.tokenizer import Tokenizer as ChatTokenizer
@@ -33,7 +33,7 @@ _Given = list[tuple[Question, list[int], bool]]
 
 
 def examine(answerer: Answerer, encoder: Encoder, asked: list[Question]) -> _Given:
-    """Each question with the greedy answer and whether that is exactly the right one, EOS included."""
+    """Returns each question with the greedy answer, and True if that is exactly the right one, EOS included."""
     prompts = [encoder.encode(question.prompt)[0] for question in asked]
     expected = [_answer_ids(encoder, question) for question in asked]
     given = answerer(prompts, [len(ids) + _SPARE_TOKENS for ids in expected])
@@ -58,7 +58,7 @@ def count_forms(tokenizer: ChatTokenizer, given: _Given, table: dict[str, dict[s
 
 
 def wrong_answers(tokenizer: ChatTokenizer, given: _Given) -> list[str]:
-    """Every wrong answer: the group, what was right, and for the groups with a form what was said."""
+    """Returns every wrong answer: the group, the right answer, and for groups with a form the given answer."""
     found = []
     for question, ids, right in given:
         if not right:
@@ -69,7 +69,7 @@ def wrong_answers(tokenizer: ChatTokenizer, given: _Given) -> list[str]:
 
 
 def sample(asked: list[Question], num_others: int, seed: int) -> list[Question]:
-    """Every question about a capital or with a form, and ``num_others`` of the rest, drawn once."""
+    """Returns every question about a capital or with a form, and ``num_others`` of the rest, drawn at random."""
     kept = ("capital/", *_FORMED)
     always = [question for question in asked if question.group.startswith(kept)]
     others = [question for question in asked if not question.group.startswith(kept)]

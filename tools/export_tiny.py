@@ -23,7 +23,7 @@ NUM_DOCUMENTS = {"short": 240, "request": 60, "middle": 40, "long": 20, "tools":
 
 
 def calibrate(trained_folder: Path) -> Calibration:
-    """Largest activations on documents that training has not drawn (another seed)."""
+    """Measures the largest activations on documents that training has not drawn (another seed)."""
     encoder = Encoder(Tokenizer.from_file(str(trained_folder / "tokenizer.json")))
     calibration = Calibration(stored_network(read_trained(trained_folder)))
     seed = Recipe().seed + 500

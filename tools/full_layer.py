@@ -1,4 +1,4 @@
-"""One whole decoder layer of a published shape on the planned kernels: timed, and compared with the reference layer.
+"""Times a whole decoder layer of a published shape on the planned kernels, and compares it with the reference layer.
 
     python tools/full_layer.py --shape flash --layer csa --export nvidia --tokens 1 64 1024 [--out results.jsonl]
 
@@ -60,7 +60,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Input:
-    """What a layer is given: the residual before it, and a chunk of tokens behind a context."""
+    """A layer's input: the residual before it, and a chunk of tokens behind a context."""
 
     residual: Residual
     batch: ForwardBatch
@@ -106,7 +106,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def make_layer(config: ModelConfig, engine: EngineConfig, export: str, caps: Caps) -> Layer:
-    """The layer that ``caps`` plan, of the same weights for any of them."""
+    """Makes the layer that is planned for ``caps``, with the same weights for any."""
     index = headers(config, export)
     plan = make_plan(config, index, caps, Demands(str(engine.dtype).removeprefix("torch.")))
     device = torch.device(engine.device)
@@ -118,7 +118,7 @@ def make_layer(config: ModelConfig, engine: EngineConfig, export: str, caps: Cap
 
 
 def make_input(config: ModelConfig, engine: EngineConfig, context: int, num_tokens: int) -> Input:
-    """The same for the same sizes: streams, a pending output with its mix, and caches full of random entries."""
+    """Makes reproducible input: streams, a pending output with its mix, and caches full of random entries."""
     device = torch.device(engine.device)
     values = Values.seeded(device, 2)
     pool = CachePool(replace(CacheSpec.of(config, engine), max_sequences=1))
@@ -138,12 +138,12 @@ def make_input(config: ModelConfig, engine: EngineConfig, context: int, num_toke
 
 
 def run(layer: Layer, given: Input) -> Residual:
-    """The layer's step."""
+    """Runs the layer's step."""
     return layer.block(given.residual, layer.rope.at(given.batch.positions_T), given.batch.token_ids_T, given.step)
 
 
 def compare(ours: Layer, reference: Layer, engine: EngineConfig, context: int, num_tokens: int) -> dict[str, float]:
-    """Cosines of the layer's output streams and of its experts' output."""
+    """Computes cosines of the layer's output streams and of its experts' output."""
     found, expected = (run(one, make_input(one.plan.config, engine, context, num_tokens)) for one in (ours, reference))
     return {
         "cosine_streams": cosine(_streams(found), _streams(expected)),
@@ -153,7 +153,7 @@ def compare(ours: Layer, reference: Layer, engine: EngineConfig, context: int, n
 
 @torch.inference_mode()
 def measure(ours: Layer, reference: Layer, engine: EngineConfig, context: int, num_tokens: int) -> dict[str, Any]:
-    """Cosines first, then times, of one number of tokens."""
+    """Measures cosines, then times, for one number of tokens."""
     config = ours.plan.config
     row: dict[str, Any] = {"tokens": num_tokens} | compare(ours, reference, engine, context, num_tokens)
     if torch.device(engine.device).type != "cuda":
@@ -172,7 +172,7 @@ def measure(ours: Layer, reference: Layer, engine: EngineConfig, context: int, n
 
 
 def cosine(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of two tensors as vectors, in float64; NaN where either is not finite."""
+    """Computes the cosine of two tensors as vectors, in float64; NaN if either is not finite."""
     a, b = found.double().flatten(), expected.double().flatten()
     return float(torch.dot(a, b) / (a.norm() * b.norm()))
 
@@ -188,7 +188,7 @@ def _output(residual: Residual) -> torch.Tensor:
 
 
 def _graph_us(step: Callable[[], object]) -> list[float]:
-    """Microseconds of each replay of the captured step, with a cold L2 cache."""
+    """Returns the microseconds of each replay of the captured step, with a cold L2 cache."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -225,7 +225,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _commit() -> str:
-    """The commit measured, or "unknown" outside a checkout."""
+    """Returns the measured commit, or "unknown" outside a checkout."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return result.stdout.strip() or "unknown"

@@ -1,4 +1,4 @@
-"""How fast weights are loaded, beside reading the same files: on a synthetic checkpoint of full-size V4-Flash layers.
+"""Measures the rates of loading weights and of reading the same files, on synthetic full-size V4-Flash layers.
 
     PYTHONPATH=src python tools/load_rate.py --folder /tmp/synthetic --layers 5 --devices cpu,cuda --out rates.jsonl
 
@@ -31,14 +31,14 @@ from ownpath.plan.plan import Plan, make_plan
 from ownpath.plan.select import Demands
 from ownpath.weights.load import load_weights
 from ownpath.weights.memory import reserve
-from ownpath.weights.readers import Reading
+from ownpath.weights.readers import ReadOptions
 
 READ_BYTES = 8 * 2**20
 STATUS = Path("/proc/self/status")
 
 
 def read_part(path: Path, part_idx: int, num_parts: int) -> None:
-    """One thread's part of a file: as long as the others', and read from its beginning to its end."""
+    """Reads one thread's part of a file; all parts have the same length."""
     buffer = memoryview(bytearray(READ_BYTES))
     num_bytes = path.stat().st_size
     start, stop = (num_bytes * idx // num_parts for idx in (part_idx, part_idx + 1))
@@ -49,32 +49,32 @@ def read_part(path: Path, part_idx: int, num_parts: int) -> None:
 
 
 def read_files(index: CheckpointIndex, num_threads: int) -> None:
-    """Every byte of the shards once, in large reads, shard by shard."""
+    """Reads every byte of the shards once, in large reads, shard by shard."""
     with ThreadPoolExecutor(num_threads) as pool:
         for path in sorted({info.file for info in index.tensors.values()}):
             list(pool.map(read_part, repeat(path), range(num_threads), repeat(num_threads)))
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Wall time of a call; its result is dropped."""
+    """Returns the wall time of a call; its result is dropped."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
 def status_bytes(field: str) -> int:
-    """A size that the kernel keeps for this process: VmRSS, or VmHWM, its highest since ``forget_peak``."""
+    """Returns the operating system's size of this process: VmRSS, or VmHWM, the peak since ``forget_peak``."""
     (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024
 
 
 def forget_peak() -> None:
-    """From here on, VmHWM is the peak."""
+    """Resets VmHWM, the peak."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def touch_rates(num_bytes: int, num_threads: int) -> dict[str, float]:
-    """GB/s at which the system gives fresh memory, a byte of each page written: as operands get it, in small pages."""
+    """Measures the GB/s of fresh memory, writing a byte of each page: as operands get it, and in small pages."""
     rates = {}
     for kind, allocate in (("operand", reserve), ("small pages", torch.empty)):
         pages = allocate((num_bytes,), dtype=torch.uint8, device=torch.device("cpu")).numpy()
@@ -90,8 +90,8 @@ def _touch(pages: Any, num_threads: int) -> None:
         list(pool.map(touch, range(num_threads)))
 
 
-def load_row(plan: Plan, index: CheckpointIndex, device: torch.device, reading: Reading) -> dict[str, object]:
-    """One load: its seconds, and the host memory it took at most, less the weights where they are in it."""
+def load_row(plan: Plan, index: CheckpointIndex, device: torch.device, read_options: ReadOptions) -> dict[str, object]:
+    """Measures a load: seconds, and peak host memory without the weights that are in it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -99,41 +99,42 @@ def load_row(plan: Plan, index: CheckpointIndex, device: torch.device, reading: 
     forget_peak()
     before_bytes = status_bytes("VmRSS")
     kept = []
-    load_s = seconds(lambda: kept.append(load_weights(plan, index, device, reading=reading)))
+    load_s = seconds(lambda: kept.append(load_weights(plan, index, device, read_options=read_options)))
     buffers = [buffer for operand in kept[0].operands for parts in operand.buffers.values() for buffer in parts]
     buffers += kept[0].params.values()
     weight_bytes = sum(buffer.nbytes for buffer in buffers if buffer.device.type == "cpu")
     extra_bytes = status_bytes("VmHWM") - before_bytes - weight_bytes
-    return {"load_s": load_s, "extra_host_bytes": extra_bytes, "staging_bytes": reading.staging_bytes(device)}
+    return {"load_s": load_s, "extra_host_bytes": extra_bytes, "staging_bytes": read_options.staging_bytes(device)}
 
 
 def measure(args: argparse.Namespace, device: str, index: CheckpointIndex, config: ModelConfig) -> None:
-    """Prints and keeps one row for each load on a device."""
+    """Prints and records a row for each load on a device."""
     dtype = str(EngineConfig.for_device(device).dtype).removeprefix("torch.")
     plan = make_plan(config, index, device_caps(device), Demands(dtype))
-    default = Reading.for_device(torch.device(device))
-    reading = Reading(args.threads or default.num_threads, args.chunk_kib * 1024 or default.chunk_bytes)
+    default = ReadOptions.for_device(torch.device(device))
+    read_options = ReadOptions(args.threads or default.num_threads, args.chunk_kib * 1024 or default.chunk_bytes)
     num_bytes = sum(info.num_bytes for info in index.tensors.values())
     torch.zeros(1, device=device)  # the context is not loading
-    counts = (1, reading.num_threads)
+    counts = (1, read_options.num_threads)
     rates = {n: num_bytes / 1e9 / min(seconds(partial(read_files, index, n)) for _ in range(2)) for n in counts}
-    touched = touch_rates(min(num_bytes, 4 * 10**9), reading.num_threads) if device == "cpu" else {}
+    touched = touch_rates(min(num_bytes, 4 * 10**9), read_options.num_threads) if device == "cpu" else {}
     for kind, rate in touched.items():
-        print(f"fresh memory ({kind}): {rate:.2f} GB/s by {reading.num_threads} threads", flush=True)
+        print(f"fresh memory ({kind}): {rate:.2f} GB/s by {read_options.num_threads} threads", flush=True)
     origin = provenance(device, args.commit, shlex.join(sys.argv), "wall clock")
     for run in range(args.repeat):
-        row = load_row(plan, index, torch.device(device), reading)
+        row = load_row(plan, index, torch.device(device), read_options)
         rate = num_bytes / 1e9 / float(str(row["load_s"]))
-        ratios = [rate / rates[num_threads] for num_threads in (1, reading.num_threads)]
+        ratios = [rate / rates[num_threads] for num_threads in (1, read_options.num_threads)]
         print(f"{device} {num_bytes / 1e9:.2f} GB in {len(index.tensors)} tensors, run {run}: "
-              f"loaded {rate:.2f} GB/s with {reading.num_threads} threads of {reading.chunk_bytes >> 10} KiB; "
+              f"loaded {rate:.2f} GB/s with {read_options.num_threads} threads of "
+              f"{read_options.chunk_bytes >> 10} KiB; "
               f"read {rates[1]:.2f} GB/s by 1 thread ({ratios[0]:.0%}), "
-              f"{rates[reading.num_threads]:.2f} by {reading.num_threads} ({ratios[1]:.0%}); "
+              f"{rates[read_options.num_threads]:.2f} by {read_options.num_threads} ({ratios[1]:.0%}); "
               f"extra host memory {int(str(row['extra_host_bytes'])) / 2**20:.0f} MiB "
               f"(staging {int(str(row['staging_bytes'])) >> 20})", flush=True)  # fmt: skip
         row |= {"run": run, "shape": args.shape, "bytes": num_bytes, "tensors": len(index.tensors)}
-        row |= {"threads": reading.num_threads, "chunk_bytes": reading.chunk_bytes, "touch_gb_per_s": touched}
-        row |= {"load_gb_per_s": rate, "read_1_gb_per_s": rates[1], "read_n_gb_per_s": rates[reading.num_threads]}
+        row |= {"threads": read_options.num_threads, "chunk_bytes": read_options.chunk_bytes, "touch_gb_per_s": touched}
+        row |= {"load_gb_per_s": rate, "read_1_gb_per_s": rates[1], "read_n_gb_per_s": rates[read_options.num_threads]}
         row |= {"ratio_1": ratios[0], "ratio_n": ratios[1]}
         if args.out is not None:
             append_lines(args.out, [{"bench": "load", **row, **origin}])

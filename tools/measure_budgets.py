@@ -1,11 +1,11 @@
-"""Measures what rounding alone does to the oracle, and writes ``src/ownpath/verify/budgets.json``.
+"""Measures the effect of rounding alone on the oracle, and writes ``src/ownpath/verify/budgets.json``.
 
     python tools/measure_budgets.py [--quick] [--out FILE]
 
-Each case is a checkpoint and token ids. The float64 oracle reads them, and every layer is computed again in each
-arithmetic, from the same streams (rounded to what an engine would be given) and with the same choices of experts and
-index entries. What is kept is the relative L2 distance of every slot's result.
-Logits of the longer sequences are compared at the end of a whole forward, on each arithmetic's own choices.
+Each case is a checkpoint and token ids. The float64 oracle runs them, and every layer is computed again in each
+arithmetic, from the same streams (rounded to an engine's dtype) and with the same choices of experts and index entries.
+The relative L2 distance of every slot's result is recorded. Logits of the longer sequences are compared at the end of a
+whole forward, on each arithmetic's own choices.
 
 Random checkpoints have random input scales. W4A4 takes 100 / 2688 for all of them instead: two numbers clamped at 10
 multiply to at most 100, and the norms' outputs are smaller, so that nothing saturates, as after a calibration.
@@ -51,7 +51,7 @@ MODES = {
     "bfloat16+w8a8": replace(BF16, w8a8=True),
     "bfloat16+official": replace(BF16, official=OFFICIAL),
 }
-"""Name -> the arithmetic that is held against the same one in float64."""
+"""Name -> the arithmetic that is compared with the same one in float64."""
 
 WIDE: dict[str, Any] = {
     "hidden_size": 1024,
@@ -66,31 +66,31 @@ WIDE: dict[str, Any] = {
     "moe_intermediate_size": 1024,
     "index_head_dim": 128,
 }
-"""Sums of the lengths that published models have, within a factor of four."""
+"""Sizes whose sums are as long as those of published models, within a factor of four."""
 TEXTS = (
     "The capital of France is Paris. Repeat: apple river stone. What is 2 + 3?\n" * 12,
     "def add(a, b):\n    return a + b\n\nLa nuit tombe sur la ville; 東京は晴れ。 17 * 23 = 391.\n" * 8,
 )
 LENGTHS = (9, 130, 400)
 MIN_LOGITS = 100
-"""Fewer positions have no share of changed best tokens to speak of."""
+"""With fewer positions, the share of changed best tokens means nothing."""
 NO_SATURATION = 100 / 2688
 Noise = dict[str, dict[str, list[float]]]
-"""Mode -> kind, or field of ``LogitBudget`` -> every value that was seen."""
+"""Mode -> kind, or field of ``LogitBudget`` -> every measured value."""
 
 
 class UnsaturatedStored(StoredWeights):
-    """A random checkpoint as if it had been calibrated."""
+    """A random checkpoint with input scales as after calibration."""
 
     def input_scale(self, module: str, encoding: Encoding) -> Tensor | None:
-        """The same for all modules."""
+        """Returns the same input scale for all modules."""
         found = super().input_scale(module, encoding)
         return None if found is None else torch.full_like(found, NO_SATURATION)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One checkpoint as it is read, and a sequence for it."""
+    """A checkpoint and a sequence for it."""
 
     name: str
     subject: Subject
@@ -101,7 +101,7 @@ class Case:
         return self.reader(self.subject.index, self.subject.device, dtype)
 
     def modes(self) -> Iterator[str]:
-        """Those that say something about this checkpoint."""
+        """The modes that differ on this checkpoint."""
         formats = {op.encoding.format for op in self.subject.plan.ops}
         needed = {"bfloat16+w4a4": NVFP4, "bfloat16+w8a8": FP8_BLOCK}
         return (mode for mode in MODES if mode not in needed or needed[mode] in formats)
@@ -112,7 +112,7 @@ def random_ids(count: int, vocab_size: int, seed: int) -> Tensor:
 
 
 def random_case(folder: Path, layout: str, seed: int, length: int, device: str, **changes: Any) -> Case:
-    """Writes a checkpoint unless it is there already."""
+    """Returns a random checkpoint's case; writes the checkpoint unless it is there."""
     at = folder / f"{layout}-{seed}-{'-'.join(changes)}"
     if not at.exists():
         random_checkpoint(at, layout, seed=seed, **changes)
@@ -122,7 +122,7 @@ def random_case(folder: Path, layout: str, seed: int, length: int, device: str, 
 
 
 def cases(folder: Path, device: str, is_quick: bool) -> Iterator[Case]:
-    """Random checkpoints of every layout, wide ones, and the embedded model."""
+    """Yields random checkpoints of every layout, wide ones, and the embedded model."""
     for layout in LAYOUTS:
         for seed in range(1 if is_quick else 3):
             for length in LENGTHS[:1] if is_quick else LENGTHS:
@@ -140,7 +140,7 @@ def cases(folder: Path, device: str, is_quick: bool) -> Iterator[Case]:
 
 
 def distance(found: Tensor, exact: Tensor) -> float:
-    """Relative L2 distance over what is finite (index scores of entries that are not there yet are not)."""
+    """Computes the relative L2 distance over finite values (index scores of entries that do not exist yet are not)."""
     exact, found = exact.double(), found.double()
     kept = exact.isfinite()
     size = exact[kept].norm()
@@ -165,7 +165,7 @@ def measure(case: Case, blocks: Noise, logits: Noise) -> None:
 
 
 def forward(case: Case, how: Arithmetic) -> tuple[list[Tensor], Tensor]:
-    """Streams before each layer, those after the last one, and the logits."""
+    """Computes the streams before each layer, those after the last one, and the logits."""
     subject, stored = case.subject, case.stored(how.dtype)
     streams = [reference_embed(subject.config, stored, case.token_ids_T, how)]
     for layer_idx in range(subject.config.num_hidden_layers):
@@ -183,7 +183,7 @@ def head(case: Case, how: Arithmetic, x_TSD: Tensor) -> Tensor:
 
 
 def block_noise(case: Case, layer_idx: int, x_TSD: Tensor, arithmetic: Arithmetic) -> dict[str, float]:
-    """Distances by kind in one layer, from the streams that an engine would be given."""
+    """Computes distances by kind in one layer, from streams rounded to an engine's dtype."""
     given = x_TSD.to(arithmetic.narrow or arithmetic.dtype).double()
     exact = layer(case, layer_idx, given, replace(arithmetic, dtype=torch.float64, narrow=None))
     name = f"layers.{layer_idx}"
@@ -197,7 +197,7 @@ def block_noise(case: Case, layer_idx: int, x_TSD: Tensor, arithmetic: Arithmeti
 
 
 def logit_noise(found: Tensor, exact: Tensor, token_ids_T: Tensor) -> dict[str, float]:
-    """The numbers of ``LogitBudget`` for one text."""
+    """Computes the numbers of ``LogitBudget`` for one text."""
     p, q = exact.double().log_softmax(-1), found.double().log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1)
     following = token_ids_T[1:, None]
@@ -212,13 +212,13 @@ def logit_noise(found: Tensor, exact: Tensor, token_ids_T: Tensor) -> dict[str, 
 
 
 def spread(values: Sequence[float], name: str) -> dict[str, float]:
-    """The largest, the median, and of how many; upwards to three digits."""
+    """Returns the largest value, the median and the count, rounded up to three digits."""
     assert all(math.isfinite(value) for value in values), name
     return {"largest": upwards(max(values)), "median": upwards(statistics.median(values)), "count": len(values)}
 
 
 def upwards(value: float) -> float:
-    """Three digits, never less than the value."""
+    """Rounds up to three digits."""
     if value <= 0:
         return 0.0
     digit = 10.0 ** (math.floor(math.log10(value)) - 2)
@@ -226,7 +226,7 @@ def upwards(value: float) -> float:
 
 
 def summary(noise: Noise) -> dict[str, dict[str, dict[str, float]]]:
-    """Mode -> kind -> spread."""
+    """Returns mode -> kind -> spread."""
     return {
         mode: {kind: spread(values, kind) for kind, values in sorted(kinds.items())} for mode, kinds in noise.items()
     }

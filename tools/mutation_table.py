@@ -1,6 +1,6 @@
-"""Writes docs/mutations.md: what `ownpath verify` says of every corruption of tests/support/mutations.
+"""Writes docs/mutations.md: the findings of `ownpath verify` for every corruption of tests/support/mutations.
 
-It prints what the page leaves out: what is corrupted, the options, and the sentence of the finding.
+It also prints details that the page leaves out: the corruption, the options, and the finding's message.
 
 python tools/mutation_table.py        # two minutes of one core
 """
@@ -22,7 +22,7 @@ from support.mutations.table import PATH, page, told  # noqa: E402
 
 
 def main() -> None:
-    """Runs all of them, one after the other."""
+    """Runs all mutations, one after the other."""
     torch.set_num_threads(1)
     outcomes = {}
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:

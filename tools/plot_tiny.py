@@ -25,13 +25,13 @@ LOWEST, HIGHEST = 0.05, 10.0
 
 
 def rounded(content: dict[str, Any]) -> dict[str, Any]:
-    """The saved run with five significant digits for each number of the curve."""
+    """Returns the saved run with the curve's numbers rounded to five significant digits."""
     curve = [{key: float(f"{value:.5g}") for key, value in entry.items()} for entry in content["curve"]]
     return {**content, "curve": curve}
 
 
 def place(step: float, loss: float, num_steps: float) -> tuple[float, float]:
-    """Pixel position: steps linear from left to right, loss logarithmic from bottom to top."""
+    """Returns a pixel position: steps linear from left to right, loss logarithmic from bottom to top."""
     height = math.log(max(loss, LOWEST) / LOWEST) / math.log(HIGHEST / LOWEST)
     x = MARGIN + (WIDTH - 2 * MARGIN) * step / num_steps
     return round(x, 1), round(HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * height, 1)

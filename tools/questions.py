@@ -1,4 +1,4 @@
-"""Writes docs/questions.md: six questions that somebody could not answer, each with a command and what it prints.
+"""Writes docs/questions.md: six users' questions, each with the command that answers it and its output.
 
     PYTHONPATH=src python tools/questions.py
 
@@ -28,7 +28,7 @@ on the embedded model on a CPU (`tools/questions.py` writes this page); they tak
 
 @dataclass(frozen=True)
 class Question:
-    """before: what the output shows. keep: words of the lines that are shown."""
+    """A question. before: introduces the output. keep: words of the lines that are shown."""
 
     asked: str
     before: str
@@ -84,7 +84,7 @@ QUESTIONS = (
 
 
 def output_of(command: str, folder: Path) -> str:
-    """What a command prints, run in ``folder`` with this interpreter's ownpath. Errors: RuntimeError if it fails."""
+    """Runs a command in ``folder`` with this interpreter's ownpath; returns its output. Errors: RuntimeError."""
     words, _, target = command.partition(" > ")
     arguments = [sys.executable, "-m", *shlex.split(words)]
     variables = os.environ | {"PYTHONPATH": str(ROOT / "src")}
@@ -97,7 +97,7 @@ def output_of(command: str, folder: Path) -> str:
 
 
 def section(number: int, question: Question, folder: Path) -> str:
-    """One question as a piece of the page."""
+    """Returns one question's section of the page."""
     printed = "".join(output_of(command, folder) for command in question.commands).splitlines()
     shown = [line for line in printed if any(word in line for word in question.keep)]
     lines = [f"$ {command}" for command in question.commands] + [line[:MOST_COLUMNS].rstrip() for line in shown]

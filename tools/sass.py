@@ -1,9 +1,9 @@
-"""Machine code of the CuTe DSL kernels, before and after a change: compiled for Hopper without one, and hashed.
+"""Compiles the CuTe DSL kernels for Hopper, without a GPU, and hashes their machine code, to compare two versions.
 
     python tools/sass.py OUT.json [--few]        compiles every kernel that can be picked (--few: one for each branch)
     python tools/sass.py --compare A.json B.json
 
-Symbol names carry the path of a kernel's module; they are left out, so that code that moves is the same code. Needs the
+Symbol names contain the path of a kernel's module; they are replaced, so that moved code has the same hash. Needs the
 compiler (``ownpath[cute]``) and the disassembler that Triton carries. All kernels take minutes on two cores.
 """
 
@@ -28,7 +28,7 @@ from ownpath.kernels.nvfp4.config import AlignConfig, CombineConfig, GemmConfig,
 
 SMS = 132
 EXPERTS = ((4096, 2048), (7168, 3072), (256, 128))
-"""Hidden and width of V4-Flash's, V4-Pro's and the embedded model's experts."""
+"""Hidden size and width of V4-Flash's, V4-Pro's and the embedded model's experts."""
 MATRICES = ((1536, 4096), (32768, 1024), (4096, 8192), (4096, 4096), (4096, 2048), (8192, 4096),
             (2048, 7168), (65536, 1536), (7168, 16384), (6144, 7168), (7168, 3072), (256, 128))  # fmt: skip
 """Rows and columns of their dense weights."""
@@ -36,7 +36,7 @@ TOKENS = (1, 8, 16, 32, 64, 128, 512, 1024, 2048, 4096)
 
 
 def moe_kernels() -> Iterator[Config]:
-    """The experts' two products for every entry of the table, and what stands around them."""
+    """Yields the experts' two products for every entry of the table, and the kernels around them."""
     for hidden, inter in EXPERTS:
         for _, knobs in moe_table(hidden, inter):
             for wide in (False, True):
@@ -52,7 +52,7 @@ def moe_kernels() -> Iterator[Config]:
 
 
 def linear_kernels() -> Iterator[Config]:
-    """NVFP4 products of dense weights: the table's, and the rules' for V4's matrices."""
+    """Yields NVFP4 products of dense weights: the table's, and the rules' for V4's matrices."""
     for entries in linear_table().values():
         yield from (linear_config(knobs) for _, knobs in entries)
     for rows, cols in MATRICES:
@@ -61,7 +61,7 @@ def linear_kernels() -> Iterator[Config]:
 
 
 def fp8_kernels() -> Iterator[Config]:
-    """FP8 products: the table's, and the rules' for V4's matrices, scales that do not fold, and uneven rows."""
+    """Yields FP8 products: the table's, and the rules' for V4's matrices, scales that do not fold, and uneven rows."""
     yield from (QuantizeConfig(power_of_two) for power_of_two in (False, True))
     shapes = {(2 * -(-rows // 128), -(-cols // 128)) for rows, cols in MATRICES} | set(fp8_table())
     for shape in sorted(shapes):
@@ -74,7 +74,7 @@ def fp8_kernels() -> Iterator[Config]:
 
 
 def few_kernels() -> Iterator[Config]:
-    """One for each branch of the kernels' code."""
+    """Yields a kernel for each branch of the kernels' code."""
     yield fit(GemmConfig(1, 1, 2, (16,), 1, cluster_k=4), 6)
     yield fit(GemmConfig(2, 1, 2, (64,), 1), 6)
     yield fit(GemmConfig(1, 2, 1, (64,), 1, cluster_m=2), 6)
@@ -94,7 +94,7 @@ def few_kernels() -> Iterator[Config]:
 
 
 def disassemble(binary: Path) -> str:
-    """SASS and resources of a kernel with its symbols' names replaced."""
+    """Returns a kernel's SASS and resources with its symbols' names replaced."""
     folder = Path(nvidia.__file__).parent / "bin"
     name = json.loads(binary.with_suffix(".json").read_text())["entry"]
     tools = ((folder / "nvdisasm", "-c"), (folder / "cuobjdump", "-res-usage"))
@@ -106,7 +106,7 @@ def disassemble(binary: Path) -> str:
 
 
 def hashes(configs: Iterable[Config], texts: Path | None) -> dict[str, str]:
-    """Name of each kernel -> hash of its machine code; ``texts``: a folder for the code itself."""
+    """Returns kernel name -> hash of its machine code. texts: a folder to write the code to."""
     chosen = {config.name: config for config in configs}
     compile_missing(chosen.values(), lambda done, total, name: print(f"{done}/{total} {name}", flush=True))
     found = {}

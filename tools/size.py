@@ -1,4 +1,4 @@
-"""How big the project is: lines of each room, the embedded model, and what the base install brings."""
+"""Prints the project's size: lines of each room, the embedded model, and packages of the base install."""
 
 import importlib.metadata
 import re
@@ -24,7 +24,7 @@ def main() -> int:
 
 
 def _closure(root: str) -> set[str]:
-    """Installed packages that ``root`` needs, extras and itself left out."""
+    """Returns the installed packages that ``root`` requires, without extras and itself."""
     found: set[str] = set()
     waiting = [root]
     while waiting:

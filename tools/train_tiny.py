@@ -21,10 +21,10 @@ from tiny import corpus
 from tiny.batches import Encoder
 from tiny.data import make_data
 from tiny.exam import questions, spread
-from tiny.forced import BATCH_TOKENS, teacher_forced_scores
 from tiny.network import FIELDS, build_network
 from tiny.question import totals
 from tiny.start import start_from
+from tiny.teacher_forcing import BATCH_TOKENS, teacher_forced_scores
 from tiny.tokens import VOCAB_SIZE, extended_tokenizer, train_tokenizer
 from tiny.train import NUM_ROWS, PATTERNS, Recipe, Trainer
 from tokenizers import Tokenizer
@@ -36,7 +36,7 @@ SECONDS_AFTER = 60.0  # the examinations and the saving, when --minutes is given
 
 
 def make_tokenizer(seed: int, start: Path | None) -> Tokenizer:
-    """A new tokenizer, or that of an earlier run, with more merges where it has fewer tokens than the network."""
+    """Returns a new tokenizer, or an earlier run's with merges added up to the network's number of tokens."""
     texts = corpus.tokenizer_texts(random.Random(seed), NUM_TOKENIZER_DOCUMENTS)
     if start is None:
         return train_tokenizer(list(texts))
@@ -45,9 +45,9 @@ def make_tokenizer(seed: int, start: Path | None) -> Tokenizer:
 
 
 def save_weights(network: nn.Module, trainer: Trainer, folder: Path) -> None:
-    """The master weights in the parameters' dtypes, and the routers' buffers, in files of at most 15 MiB.
+    """Saves master weights in the parameters' dtypes and the routers' buffers, in files of at most 15 MiB.
 
-    The network's own parameters are theirs afterwards, until the next step sets them anew.
+    The network's parameters hold the master weights afterwards, until the next step.
     """
     trainer.weights.refresh(quantised=False)
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
@@ -142,7 +142,7 @@ def main() -> None:
 
 
 def table(scores: dict[str, dict[str, int]]) -> str:
-    """A line for each form, and for each group of the newer forms."""
+    """Returns a line for each form, and for each group of the newer forms."""
     groups = {group: entry for group, entry in scores.items() if group.startswith(("thinking/", "tools/", "json/"))}
     lines = [f"{kind:50}{entry['right']:6} of {entry['asked']}" for kind, entry in (totals(scores) | groups).items()]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""How long a proof takes: seconds of each stage for a layer, on a synthetic checkpoint of full-size V4-Flash layers.
+"""Times ``ownpath verify``: seconds of each stage for a layer, on a synthetic checkpoint of full-size V4-Flash layers.
 
     PYTHONPATH=src python tools/verify_rate.py --folder /tmp/synthetic --layers 4 --device cuda --out rates.jsonl
 
@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def row_of(result: StageResult, job: VerifyJob, device: str) -> dict[str, object]:
-    """One stage as plain data; its time is shared out to the layers, the model's two ends among them."""
+    """Returns a stage's row; its time is divided by the number of layers, the model's two ends included."""
     num_layers = len(job.subject.layer_ids)
     return {
         "stage": result.name,

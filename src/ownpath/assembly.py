@@ -1,6 +1,6 @@
-"""From a plan to what runs: weights in the planned layouts, their runners, and the builder of the model's modules.
+"""Assembles a plan: loads weights into the planned layouts, makes their runners and the builder of the model's modules.
 
-The plan may be a whole model's or that of some of its slots: serving and verifying assemble alike.
+The plan may cover a whole model or some of its slots. Serving and verifying both assemble through this module.
 """
 
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from ownpath.trace import Ledger
 from ownpath.weights.load import LoadedWeights, load_weights
 from ownpath.weights.memory import reserve
 from ownpath.weights.operands import Allocate
-from ownpath.weights.readers import Progress
+from ownpath.weights.readers import LoadProgress
 
 
 @dataclass(frozen=True)
 class LoadedPart:
-    """The slots of a plan, ready to run. weights: as loaded; runners that repack do so in place."""
+    """A plan's slots, ready to run. weights: as loaded; a runner that repacks does so in these buffers."""
 
     plan: Plan
     weights: LoadedWeights
@@ -31,7 +31,7 @@ class LoadedPart:
 
     @property
     def runners(self) -> dict[str, Runner]:
-        """Of the plan's products, by slot."""
+        """The products' runners, by slot."""
         return self.builder.runners
 
     @property
@@ -43,7 +43,7 @@ def load_part(
     plan: Plan,
     index: CheckpointIndex,
     engine: EngineConfig,
-    progress: Progress | None = None,
+    progress: LoadProgress | None = None,
     allocate: Allocate = reserve,
 ) -> LoadedPart:
     """Loads what a plan names and assembles it. Errors: as ``load_weights`` and ``make_runners``."""
@@ -51,7 +51,7 @@ def load_part(
 
 
 def assemble(plan: Plan, engine: EngineConfig, weights: LoadedWeights) -> LoadedPart:
-    """Puts weights into their kernels' layouts, compiles what the cache lacks. Errors: as ``make_runners``."""
+    """Repacks weights into their kernels' layouts and compiles what the cache lacks. Errors: as ``make_runners``."""
     runners = make_runners(plan, weights.operands)
     compile_kernels(runners.values())
     specs = {companion.spec.slot: companion.choice.kernel for companion in plan.companions}

@@ -1,7 +1,7 @@
-"""Largest inputs of the weights that are to become NVFP4, from a text that the source model reads.
+"""Measures the largest input of each weight that will become NVFP4, while the source model reads a text.
 
-The model runs as its plan says; the ledger shows every product's input. What enters ``w2`` of a routed expert is made
-inside a fused operation, so it is computed here once more, from the expert's stored weights.
+The model runs as planned, and an observer sees every product's input. The input of a routed expert's ``w2`` exists only
+inside a fused operation, so it is computed here again from the expert's stored weights.
 """
 
 from collections import defaultdict
@@ -19,19 +19,20 @@ from ownpath.loading import load_model, plan_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.numerics import dequantize
 from ownpath.quantize.convert import stored_weight
-from ownpath.quantize.steps import Convert, Scope, plan_steps
+from ownpath.quantize.steps import Convert, QuantizeScope, plan_steps
 from ownpath.runners import SwiGLU
-from ownpath.trace.observers import Arguments, Observer, Watched
+from ownpath.trace.observers import CallArguments, Observer, Watched
 
 NVFP4_MAX = 6 * 448
 CHUNK_TOKENS = 512
-"""The text is read in pieces of so many tokens, each on its own."""
+"""Tokens per forward. The text is cut into pieces of this length, which do not see each other."""
 
 
-def calibrate(source: Path, text: str, scope: Scope, device: str) -> dict[str, float]:
-    """``input_scale``, amax / 2688, of every weight that ``scope`` converts, by module.
+def calibrate(source: Path, text: str, scope: QuantizeScope, device: str) -> dict[str, float]:
+    """Returns ``input_scale`` = amax / 2688 of every weight that ``scope`` converts, by module.
 
-    An expert that no token reached gets the largest of its projection: in its layer, or anywhere if none was there.
+    An expert that no token reached gets the largest value of its projection in its layer, or in any layer if no expert
+    of its layer was reached.
     Memory: the whole model. Errors: ValueError for a text without tokens, and as ``load_model``.
     """
     token_ids = Tokenizer.from_folder(source).encode_text(text)
@@ -52,7 +53,7 @@ def calibrate(source: Path, text: str, scope: Scope, device: str) -> dict[str, f
 
 
 def input_scales(modules: Sequence[str], amax: Mapping[str, float]) -> dict[str, float]:
-    """amax / 2688 of each module; of one that was never reached, the largest of its like."""
+    """Returns amax / 2688 of each module; a module that was never reached gets the largest value of its kind."""
     near: dict[tuple[str, str], float] = defaultdict(float)
     far: dict[str, float] = defaultdict(float)
     for module, value in amax.items():
@@ -68,13 +69,13 @@ def input_scales(modules: Sequence[str], amax: Mapping[str, float]) -> dict[str,
 
 
 def _kind(module: str) -> tuple[str, str]:
-    """(layer's experts or the module itself, projection)."""
+    """Returns (the layer's experts or the module itself, projection)."""
     group, _, rest = module.partition(".experts.")
     return (group, rest.rpartition(".")[2]) if rest else (module, module.rpartition(".")[2])
 
 
 class _InputAmax(Observer):
-    """Takes the largest magnitude that enters each weight, call by call."""
+    """Records the largest magnitude of each weight's input over all calls."""
 
     def __init__(
         self, converts: Sequence[Convert], slots: Mapping[str, Sequence[str]], read: TensorReader, swiglu_limit: float
@@ -84,7 +85,7 @@ class _InputAmax(Observer):
         self._slots, self._read = slots, read
         self._activation = SwiGLU(swiglu_limit)
 
-    def before(self, call: Watched, args: Arguments) -> None:
+    def before(self, call: Watched, args: CallArguments) -> None:
         slot = call.slot
         modules = [name for name in self._slots.get(slot, ()) if name in self._source]
         if modules and ".experts." in modules[0]:

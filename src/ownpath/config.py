@@ -8,7 +8,6 @@ from dataclasses import field as dataclass_field
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 
@@ -33,8 +32,8 @@ _OTHER_MODELS = {
     "mixtral": "Mixtral is a mixture of experts with grouped-query attention",
     "llama": "Llama is a dense model with grouped-query attention",
 }
-"""What other models are, by model_type; architectures are told by the same words without underscores."""
-_REQUIRED: dict[str, tuple[Any, ...]] = {
+"""Description of other models by model_type. Their class names in ``architectures`` are the same words without "_"."""
+_REQUIRED: dict[str, tuple[object, ...]] = {
     "scoring_func": ("sqrtsoftplus",),
     "topk_method": ("noaux_tc",),
     "norm_topk_prob": (True,),
@@ -43,12 +42,12 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "tie_word_embeddings": (False,),
 }
-"""What must be so where it is said at all: the forward is made for these values."""
+"""Field -> values that the forward computes. A field that is present must have one of them; an absent one is fine."""
 _ARCHITECTURE, _MODEL_TYPE = "DeepseekV4ForCausalLM", "deepseek_v4"
 
 
 class ConfigError(ValueError):
-    """A configuration this code cannot honour; the message names the file and the field."""
+    """Raised for a configuration that this code cannot run; the message names the file and the field."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class ModelConfig:
     compress_ratios: one entry per backbone layer: 0 sliding window only, 4 CSA, 128 HCA.
     num_hash_layers: the first layers whose experts are looked up by token id.
     num_nextn_predict_layers: MTP draft modules behind the backbone, 0 where the field is absent.
-    claims: every field as written. What they say of formats decides nothing: the plan holds it against the tensors.
+    claims: every field as written. What it states about formats decides nothing; the plan compares it with the tensors.
     """
 
     vocab_size: int
@@ -116,7 +115,7 @@ class ModelConfig:
     bos_token_id: int
     eos_token_id: int
     num_nextn_predict_layers: int = 0
-    claims: Mapping[str, Any] = dataclass_field(default_factory=dict, compare=False, repr=False)
+    claims: Mapping[str, object] = dataclass_field(default_factory=dict, compare=False, repr=False)
 
     @property
     def softmax_scale(self) -> float:
@@ -126,12 +125,12 @@ class ModelConfig:
         return layer_idx < self.num_hash_layers
 
     def backbone_layers(self) -> Iterator[Layer]:
-        """The decoder layers, in order."""
+        """Yields the decoder layers, in order."""
         for layer_idx, ratio in enumerate(self.compress_ratios):
             yield Layer(f"layers.{layer_idx}", ratio, self.is_hash_layer(layer_idx))
 
     def draft_layers(self) -> Iterator[Layer]:
-        """The MTP modules' decoder layers, in order: they compress nothing, and a gate chooses their experts."""
+        """Yields the MTP modules' decoder layers, in order: without compression, with experts chosen by a gate."""
         for draft_idx in range(self.num_nextn_predict_layers):
             yield Layer(f"mtp.{draft_idx}", SLIDING, is_hash=False)
 
@@ -149,7 +148,7 @@ class ModelConfig:
         return cls.from_dict(fields, source=str(path))
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any], source: str = "config") -> "ModelConfig":
+    def from_dict(cls, fields: dict[str, object], source: str = "config") -> "ModelConfig":
         """Parses the published field names, or transformers'. Errors: ConfigError naming ``source`` and the field."""
         _refuse_other_architectures(fields, source)
         fields = _published_fields(fields, source)
@@ -196,7 +195,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Parallel:
-    """This process among those that run one model, each on its own GPU. Errors: ConfigError for a rank there is not."""
+    """This process's rank among the ``size`` processes that run one model, each on its own GPU.
+
+    Errors: ConfigError for a rank outside 0 to size - 1.
+    """
 
     rank: int = 0
     size: int = 1
@@ -211,17 +213,17 @@ ONE_RANK = Parallel()
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How to run: where, in which activation dtype, and with which limits.
+    """The engine's settings: device, activation dtype, limits and numerics.
 
     device: a torch device name.
-    dtype: dtype of activations and caches. Sums, norms, softmax and router scores are at least float32 anyway.
+    dtype: dtype of activations and caches. Sums, norms, softmax and router scores are at least float32 in any case.
     max_model_len: tokens (prompt + answer) that one sequence may reach; caches are allocated for it once.
     max_num_seqs: sequences that run together.
     max_prefill_tokens: prompt tokens that one step may process, over all sequences.
     is_batch_invariant: ask for kernels whose result for a row does not depend on the other rows of the step.
     official: steps to be computed as DeepSeek's published code does; all others are plain.
-    loads_draft: load the MTP modules too. The engine does not draft: it is for callers of the model.
-    parallel: this process among those that run one model together.
+    loads_draft: load the MTP modules too. The engine does not draft; callers of the model may.
+    parallel: this process's rank among those that run one model together.
     """
 
     device: str = "cpu"
@@ -236,19 +238,19 @@ class EngineConfig:
 
     @classmethod
     def for_device(cls, device: str, max_model_len: int = 4096) -> "EngineConfig":
-        """The defaults of a device: float32 activations on CPU (bf16 products are slow there), bfloat16 on CUDA."""
+        """Returns a device's defaults: float32 activations on CPU (bf16 products are slow there), bfloat16 on CUDA."""
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         return cls(device=device, dtype=dtype, max_model_len=max_model_len)
 
 
-def unread_fields(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """The fields of config.json that no part of this code reads as a setting of the model, in their order."""
+def unread_fields(fields: Mapping[str, object]) -> tuple[str, ...]:
+    """Returns the names of config.json fields that this code does not read as settings of the model, in file order."""
     own = {field.name for field in dataclass_fields(ModelConfig)} - {"yarn", "claims"}
     spelled = {"rope_scaling", "layer_types", "mlp_layer_types", "rope_parameters", "architectures", "model_type"}
     return tuple(name for name in fields if name not in own | spelled | set(_REQUIRED))
 
 
-def _refuse_other_architectures(fields: dict[str, Any], source: str) -> None:
+def _refuse_other_architectures(fields: dict[str, object], source: str) -> None:
     listed = fields.get("architectures")
     architectures = listed if isinstance(listed, list) else []
     model_type = fields.get("model_type")
@@ -259,7 +261,7 @@ def _refuse_other_architectures(fields: dict[str, Any], source: str) -> None:
     raise ConfigError(f"{source}: {found}: ownpath runs {_ARCHITECTURE} only. {what}.")
 
 
-def _what_it_is(model_type: Any, architectures: Any) -> str:
+def _what_it_is(model_type: object, architectures: object) -> str:
     named = model_type if isinstance(model_type, str) else ""
     classes = (
         [name.lower() for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
@@ -270,8 +272,8 @@ def _what_it_is(model_type: Any, architectures: Any) -> str:
     return "This one is no DeepSeek model that ownpath knows"
 
 
-def _published_fields(fields: dict[str, Any], source: str) -> dict[str, Any]:
-    """transformers' spelling, which its ``save_pretrained`` writes, turned back where the published one is absent."""
+def _published_fields(fields: dict[str, object], source: str) -> dict[str, object]:
+    """Adds absent published fields, derived from the ones that transformers' ``save_pretrained`` writes."""
     published = dict(fields)
     if "layer_types" in fields and "compress_ratios" not in fields:
         layer_types = _listed(fields, "layer_types", source)
@@ -290,14 +292,14 @@ def _published_fields(fields: dict[str, Any], source: str) -> dict[str, Any]:
     return published
 
 
-def _listed(fields: dict[str, Any], field: str, source: str) -> list[Any]:
+def _listed(fields: dict[str, object], field: str, source: str) -> list[str]:
     value = fields[field]
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise ConfigError(f"{source}: {field} must be a list of names, found {value!r}")
     return value
 
 
-def _check_semantics(config: ModelConfig, fields: dict[str, Any], source: str) -> None:
+def _check_semantics(config: ModelConfig, fields: dict[str, object], source: str) -> None:
     """Refuses values that would make the forward mean something else than this code computes."""
     for field, allowed in _REQUIRED.items():
         if field in fields and fields[field] not in allowed:
@@ -329,10 +331,10 @@ def _check_semantics(config: ModelConfig, fields: dict[str, Any], source: str) -
 class _Reader:
     """Typed access to the fields of one config, with errors that name them."""
 
-    def __init__(self, fields: dict[str, Any], source: str) -> None:
+    def __init__(self, fields: dict[str, object], source: str) -> None:
         self.fields, self.source = fields, source
 
-    def _get(self, field: str) -> Any:
+    def _get(self, field: str) -> object:
         if field not in self.fields:
             raise ConfigError(f"{self.source}: field {field!r} is missing")
         return self.fields[field]
@@ -344,7 +346,7 @@ class _Reader:
         return value
 
     def count(self, field: str) -> int:
-        """A number of things that are none where the field is absent or null."""
+        """Reads a count; 0 where the field is absent or null."""
         return 0 if self.fields.get(field) is None else self.integer(field, minimum=0)
 
     def number(self, field: str) -> float:
@@ -354,7 +356,7 @@ class _Reader:
         return float(value)
 
     def compress_ratios(self, num_layers: int) -> tuple[int, ...]:
-        """The backbone's entries. Entries past the backbone (MTP, DSpark drafts) are not this model's."""
+        """Reads the backbone's entries and drops those behind them, which belong to MTP or DSpark drafts."""
         ratios = self._get("compress_ratios")
         if not isinstance(ratios, list) or len(ratios) < num_layers:
             raise ConfigError(f"{self.source}: compress_ratios must list at least {num_layers} entries")
@@ -368,7 +370,7 @@ class _Reader:
         if scaling is None:
             return None
         kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
-        if kind != "yarn":
+        if not isinstance(scaling, dict) or kind != "yarn":
             raise ConfigError(f"{self.source}: rope_scaling must be null or of type 'yarn', found {scaling!r}")
         read = _Reader(scaling, f"{self.source}: rope_scaling")
         original = read.integer("original_max_position_embeddings")

@@ -1,6 +1,6 @@
-"""What a check found in one place: the one result of inspect, verify, selftest and diff.
+"""The result of one check in one place, shared by inspect, verify, selftest and diff.
 
-Each of them prints findings in its own words; nothing else carries a verdict through the package.
+Each of these commands prints findings in its own form; no other type carries a verdict through the package.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Verdict(Enum):
-    """How a check ends. ``SKIPPED``: there was nothing to look at."""
+    """A check's outcome. ``SKIPPED``: there was nothing to check."""
 
     PASS = "pass"
     FAIL = "FAIL"
@@ -48,18 +48,18 @@ class Finding:
         remedy: str = "",
         kernel: str = "",
     ) -> "Finding":
-        """One that passes or fails; a pass needs no remedy."""
+        """Returns a finding that passed or failed; ``remedy`` is kept for a failure only."""
         verdict = Verdict.PASS if is_good else Verdict.FAIL
         return cls(id, where, verdict, message, number, allowed, "" if is_good else remedy, kernel)
 
 
 def failed(findings: Iterable[Finding]) -> list[Finding]:
-    """Keeps those that failed, in their order."""
+    """Returns the findings that failed, in their order."""
     return [finding for finding in findings if finding.verdict is Verdict.FAIL]
 
 
-def finding_fields(finding: Finding) -> dict[str, Any]:
-    """Spells a finding as JSON values; ``finding_from`` reads it back."""
+def finding_fields(finding: Finding) -> dict[str, object]:
+    """Returns a finding as JSON values; ``finding_from`` reads it back."""
     return asdict(finding) | {"verdict": finding.verdict.name}
 
 

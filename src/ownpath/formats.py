@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Format:
-    """One way to store a weight matrix.
+    """The number format of a weight matrix.
 
     bits: bits of one stored element.
     block: rows x columns that share one block scale; ``None`` when the format has no block scale.

@@ -1,4 +1,4 @@
-"""From a model folder to a running model: headers, plan, weights, runners, model, in that order."""
+"""Loads a model folder: headers, plan, weights, runners, model, in that order."""
 
 import os
 import re
@@ -17,25 +17,26 @@ from ownpath.official import PLAIN, Step
 from ownpath.plan.plan import Plan, make_plan
 from ownpath.plan.select import Caps, Demands
 from ownpath.weights.load import find_lossless_casts
-from ownpath.weights.readers import Progress
+from ownpath.weights.readers import LoadProgress
 
 
 def default_model_dir() -> Path:
-    """The embedded model, ``assets/tiny-v4``."""
+    """Returns the folder of the embedded model, ``assets/tiny-v4``."""
     return Path(str(files("ownpath"))) / "assets" / "tiny-v4"
 
 
 def leave_a_core() -> None:
-    """Gives torch all cores but one (at least one), for the whole process; entry points call it once.
+    """Limits torch to all cores but one (at least one), for the whole process; entry points call it once.
 
-    Torch's threads spin while they wait for each other. With as many of them as cores, anything else that runs (the
-    HTTP server, a neighbour) stalls all of them: on two cores, decode of the embedded model fell from 39 to 7 tokens/s.
+    Torch's threads spin while they wait for each other. With as many threads as cores, any other running code (the
+    HTTP server, another process) stalls all of them: on two cores, decode of the embedded model fell from 39 to
+    7 tokens/s.
     """
     torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
 
 
 def device_caps(device: str) -> Caps:
-    """The capabilities of ``device``. Errors: ValueError when torch does not know it or it is absent."""
+    """Returns the capabilities of ``device``. Errors: ValueError when torch does not know it or it is absent."""
     try:
         parsed = torch.device(device)
     except RuntimeError:
@@ -51,7 +52,7 @@ def device_caps(device: str) -> Caps:
 
 
 def planned_caps(device: str) -> Caps:
-    """The capabilities of ``device``, or, for ``sm_100`` and the like, of a GPU that need not be here.
+    """Returns the capabilities of ``device``, or, for a name such as ``sm_100``, those of a GPU that need not be here.
 
     Errors: as ``device_caps``.
     """
@@ -60,7 +61,7 @@ def planned_caps(device: str) -> Caps:
 
 
 def _packages() -> frozenset[str]:
-    """The kernel toolchains that can be imported here."""
+    """Returns the kernel toolchains that can be imported here."""
     return frozenset(name for name in ("triton",) if find_spec(name) is not None)
 
 
@@ -72,13 +73,13 @@ def plan_model(
     official: frozenset[Step] = PLAIN,
     loads_draft: bool = False,
 ) -> Plan:
-    """The plan of the checkpoint in ``folder`` with a device's default engine configuration, from headers alone.
+    """Plans the checkpoint in ``folder`` with a device's default engine configuration, from headers alone.
 
     device: a torch device, or ``sm_100`` and the like for a GPU that need not be here.
     loads_draft: plan the MTP modules too.
     Errors: as ``make_plan`` and ``ModelConfig``.
     """
-    caps = planned_caps(device)  # says what is wrong with the device's name before torch does
+    caps = planned_caps(device)  # before torch, for a clearer error about the device's name
     engine_config = replace(
         EngineConfig.for_device(caps.device_type),
         is_batch_invariant=batch_invariant,
@@ -88,10 +89,10 @@ def plan_model(
     return planned(folder, engine_config, caps)[0]
 
 
-def load_model(folder: Path, engine_config: EngineConfig, progress: Progress | None = None) -> Model:
+def load_model(folder: Path, engine_config: EngineConfig, progress: LoadProgress | None = None) -> Model:
     """Loads the checkpoint in ``folder`` as its plan says.
 
-    progress: told a few times a second how many of the weights' bytes are in.
+    progress: called a few times a second with the bytes loaded and their total.
     Errors: ConfigError, CheckpointError or PlanError (all ValueError), naming the file, field, tensor or op.
     """
     plan, index = planned(folder, engine_config)
@@ -104,12 +105,12 @@ def load_model(folder: Path, engine_config: EngineConfig, progress: Progress | N
 
 
 def lossless_casts(plan: Plan, folder: Path) -> tuple[str, ...]:
-    """Slots of a plan whose NVFP4 weights were cast from MXFP4 without loss, by their scales on disk."""
+    """Returns the slots whose NVFP4 weights were cast from MXFP4 without loss, judged by their scales on disk."""
     return find_lossless_casts(plan, CheckpointIndex.open(folder))
 
 
 def planned(folder: Path, engine_config: EngineConfig, caps: Caps | None = None) -> tuple[Plan, CheckpointIndex]:
-    """The plan of the checkpoint in ``folder`` and its index, from headers alone. caps: those of the engine's device.
+    """Returns the plan of the checkpoint in ``folder`` and its index, from headers alone. caps: of the engine's device.
 
     Errors: ConfigError, CheckpointError, PlanError, naming the file, field, tensor or op.
     """

@@ -1,4 +1,4 @@
-"""The steps of a forward that DeepSeek's published inference code computes in a way of its own.
+"""The steps of a forward at which DeepSeek's published inference code rounds differently from the kernels here.
 
 Every step is "plain" (as precise as the chosen kernel computes it) or "official" (rounded where the published code
 rounds). The plan shows each; ``docs/numerics.md`` defines them and says how far apart the two are.
@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 
 class Step(StrEnum):
-    """One step whose numerics can be chosen."""
+    """A step whose numerics can be chosen: plain or official."""
 
     FP8_INPUTS = "fp8_inputs"
     NVFP4_INPUTS = "nvfp4_inputs"
@@ -33,7 +33,7 @@ MEANING = MappingProxyType(
         Step.HEAD: "vocabulary logits: float32",
     }
 )
-"""What each step is where it is official."""
+"""Step -> description of what the published code computes there."""
 
 ALWAYS_OFFICIAL = frozenset({Step.COMPRESSOR, Step.HEAD})
 """Steps that plain numerics compute in the same way."""
@@ -43,9 +43,9 @@ OFFICIAL = frozenset(Step)
 
 
 def parse_numerics(text: str) -> frozenset[Step]:
-    """``plain``, ``official``, or the official steps by name with commas between them.
+    """Parses ``plain``, ``official``, or a comma-separated list of official steps.
 
-    Errors: ValueError naming what is no step.
+    Errors: ValueError naming a word that is not a step.
     """
     if text in ("plain", "official"):
         return OFFICIAL if text == "official" else PLAIN
@@ -57,7 +57,7 @@ def parse_numerics(text: str) -> frozenset[Step]:
 
 
 def numerics_name(official: frozenset[Step]) -> str:
-    """The shortest text that ``parse_numerics`` reads as these steps, as far as they make a difference."""
+    """Returns the shortest text that ``parse_numerics`` reads as these steps; omits those that are always official."""
     chosen = official - ALWAYS_OFFICIAL
     if not chosen:
         return "plain"

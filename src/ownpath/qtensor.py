@@ -33,7 +33,7 @@ class QuantTensor:
         return torch.Size([*lead, k * self.format.packed_per_byte])
 
     def of_expert(self, expert: int) -> "QuantTensor":
-        """One matrix of a stack."""
+        """Returns one expert's matrix of a stack."""
         scale = None if self.scale is None else self.scale[expert]
         global_scale = None if self.global_scale is None else self.global_scale[expert]
         return QuantTensor(self.qdata[expert], scale, global_scale, self.format, self.layout)

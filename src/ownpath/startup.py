@@ -1,8 +1,8 @@
-"""Before the first request on CUDA: everything that compiles is compiled, so that no step waits for a compiler.
+"""Compiles everything before the first request on CUDA, so that no step waits for a compiler.
 
-First the kernels that are compiled to disk (only those the cache lacks), then a few steps on scratch caches, of the
-numbers of tokens at which kernels change their tiles: they compile what is compiled at its first call and let the
-libraries choose and allocate. Progress is one line on a terminal, and nothing where stderr is none.
+It compiles the kernels that the cache on disk lacks. Then it runs a few steps on scratch caches, with the numbers of
+tokens at which kernels change their tiles: this compiles what is compiled at its first call, and lets the libraries
+choose kernels and allocate memory. Progress is one line on a terminal; where stderr is no terminal, nothing is printed.
 """
 
 import sys
@@ -22,19 +22,19 @@ WARM_UP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def compile_kernels(runners: Iterable[Runner]) -> int:
-    """Compiles what the runners may launch and the cache on disk lacks; returns how many kernels that were.
+    """Compiles the kernels that the runners may launch and the cache on disk lacks; returns their number.
 
     Errors: CompileError naming the compiler.
     """
-    show = Progress("compiling kernels")
+    show = CountingBar("compiling kernels")
     count = compile_missing(compile_configs(runners), show)
     show.end()
     return count
 
 
 def warm_up(model: Model, engine: EngineConfig) -> None:
-    """Runs a step of every size that matters, so that no later step compiles anything; the ledger starts anew."""
-    show = Progress("warming up")
+    """Runs a step of each of ``warm_up_sizes``, so that no later step compiles anything; then clears the ledger."""
+    show = CountingBar("warming up")
     sizes = warm_up_sizes(engine)
     for done, num_tokens in enumerate(sizes, start=1):
         _step(model, engine, num_tokens)
@@ -46,7 +46,7 @@ def warm_up(model: Model, engine: EngineConfig) -> None:
 
 
 def warm_up_sizes(engine: EngineConfig) -> list[int]:
-    """Numbers of tokens to try: powers of two up to the largest step, and that step itself."""
+    """Returns the numbers of tokens to run: powers of two up to the largest step, and the largest step."""
     largest = min(engine.max_prefill_tokens + engine.max_num_seqs, engine.max_model_len)
     return sorted({size for size in WARM_UP_TOKENS if size < largest} | {largest})
 
@@ -56,8 +56,8 @@ def _step(model: Model, engine: EngineConfig, num_tokens: int) -> None:
     model.forward(ForwardBatch.of([(token_ids, model.new_cache())], engine.device))
 
 
-class _Line:
-    """One line on a terminal's stderr that is written over; where stderr is no terminal, nothing."""
+class _TerminalLine:
+    """A line on stderr that is rewritten in place; prints nothing where stderr is no terminal."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -76,29 +76,29 @@ class _Line:
         sys.stderr.flush()
 
     def end(self) -> None:
-        """Leaves the line, if there was one."""
+        """Moves to the next line, if anything was shown."""
         if self._is_shown:
             print(file=sys.stderr)
         self._is_shown = False
 
 
-class Progress(_Line):
-    """Shows how many of how many are done, and the seconds so far."""
+class CountingBar(_TerminalLine):
+    """Shows a count of finished items, their total and the elapsed seconds."""
 
     def __call__(self, done: int, total: int, name: str) -> None:
-        """``done`` of ``total`` are ready, the last of them ``name``."""
+        """Shows that ``done`` of ``total`` items are ready, the last of them ``name``."""
         self._show(done, total, f"{done}/{total} {self._seconds():5.1f} s  {name:.48}")
 
 
-class LoadingBar(_Line):
-    """Bytes loaded of how many, how many a second on average, and the time left at that rate; it ends itself."""
+class LoadingBar(_TerminalLine):
+    """Shows bytes loaded, their total, the average rate and the time left; ends its line when all are loaded."""
 
     def __init__(self) -> None:
         super().__init__("loading")
         self._is_open = True
 
     def __call__(self, num_bytes: int, total_bytes: int) -> None:
-        """``num_bytes`` of ``total_bytes`` are in. Time counts from the call that says 0."""
+        """Shows that ``num_bytes`` of ``total_bytes`` are loaded. The clock starts at the call with 0."""
         if num_bytes == 0:
             self._start = time.perf_counter()
         if not self._is_open:

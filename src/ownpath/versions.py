@@ -1,4 +1,4 @@
-"""What is installed here and decides how things run, for every result that names where it comes from."""
+"""Versions of the installed software that results depend on, for the provenance of every result."""
 
 import importlib.metadata
 import platform
@@ -12,7 +12,10 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of torch's CUDA ("" without), and of the packages that are installed; a source tree is no package."""
+    """Returns the versions of Python, torch's CUDA ("" without it) and the installed packages, by name.
+
+    A source tree that is not installed has no entry.
+    """
     found = {"python": platform.python_version(), "cuda": torch.version.cuda or ""}
     for package in _PACKAGES:
         try:

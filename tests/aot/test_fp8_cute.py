@@ -19,7 +19,7 @@ WEIGHTS = ((24, 32, True, False), (512, 8, True, False), (64, 64, True, False), 
 
 
 def configs() -> list[Fp8Config]:
-    """What the table and the rules can choose for these weights."""
+    """Returns every kernel that the table and the rules can choose for these weights."""
     found: list[Fp8Config] = [QuantizeConfig(True), QuantizeConfig(False)]
     for weight in WEIGHTS:
         found += [*w8a16_configs(weight, SMS, None, False), *w8a16_configs(weight, SMS, None, True)]
@@ -44,7 +44,7 @@ def cuobjdump(option: str, cache: Path, config: Fp8Config, monkeypatch: pytest.M
 
 @lru_cache(maxsize=256)
 def disassembled(option: str, binary: Path) -> str:
-    """What the toolkit prints of a kernel, asked once."""
+    """Returns the toolkit's output for a kernel, cached."""
     tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
     return subprocess.run([str(tool), option, str(binary)], capture_output=True, text=True, check=True).stdout
 

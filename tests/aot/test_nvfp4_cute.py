@@ -49,7 +49,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @lru_cache(maxsize=256)
 def tool(name: str, *options: str) -> str:
-    """What a tool of the toolkit prints; each kernel is disassembled once."""
+    """Returns the output of a tool of the toolkit; each kernel is disassembled once."""
     command = [str(Path(nvidia.__file__).parent / "bin" / name), *options]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 

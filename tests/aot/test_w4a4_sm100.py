@@ -111,7 +111,7 @@ def test_the_quantiser_divides_and_rounds_as_the_definition(compiled: list[Compi
 
 
 def test_two_programs_of_the_narrow_product_fit_an_sm(compiled: list[Compiled]) -> None:
-    """What the module claims of its tiles: shared memory, tensor memory and registers (65536) for two at a time."""
+    """The module's claims about its tiles: shared memory, tensor memory and registers (65536) for two at a time."""
     for one in compiled:
         if one.launch.name == "gemm_w4a4_kernel" and dict(one.launch.constants)["BN"] == 128:
             assert 2 * one.shared_bytes <= SHARED_BYTES

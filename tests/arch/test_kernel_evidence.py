@@ -19,7 +19,7 @@ FIRST = next(spec for spec in SPECS if spec.name == "triton.rms_norm")
 
 
 def faults_of(spec: KernelSpec) -> Iterator[str]:
-    """What a kernel lacks. References define what others compute: nothing is asked of them."""
+    """Returns the evidence that a kernel lacks. References define what others compute and need none."""
     if spec.name.startswith("ref."):
         return
     if not spec.launches and not spec.name.startswith("torch."):
@@ -45,7 +45,7 @@ def _is_function(place: str) -> bool:
 
 
 def _asks_for(path: str, spec: KernelSpec) -> bool:
-    """Whether a file names the kernel, imports it, or goes through cases that have it."""
+    """Returns True if a file names the kernel, imports it, or iterates over cases that include it."""
     if not (ROOT / path).is_file():
         return False
     text = (ROOT / path).read_text(encoding="utf-8")
@@ -64,7 +64,7 @@ def _has_case(text: str, spec: KernelSpec, *, for_bench: bool = False) -> bool:
 
 
 def _measures(command: str, spec: KernelSpec) -> bool:
-    """Whether a command is there, and measures this kernel or what its runner takes part in."""
+    """Returns True if a command exists and measures this kernel or its runner."""
     program, _, what = command.partition(" ")
     if program == "python":
         path = ROOT / what

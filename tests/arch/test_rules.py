@@ -248,7 +248,7 @@ def test_functions_are_small() -> None:
 
 
 def is_entry_point(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether a launch fills its parameters one by one: the memory that a kernel works on, and its counts.
+    """Returns True if a launch fills its parameters one by one: the memory that a kernel works on, and its counts.
 
     All of Triton's functions, which take no structs; of the CuTe DSL's the kernel, and the call that compiles it.
     """

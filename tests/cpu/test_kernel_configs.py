@@ -46,7 +46,7 @@ def modules() -> Iterator[dict[str, ModuleType]]:
 
 @pytest.fixture(scope="module")
 def names(modules: dict[str, ModuleType]) -> dict[str, set[str]]:
-    """What each of them names, on a device with the streaming multiprocessors of an H200."""
+    """Returns the kernels that each of them names, on a device with an H200's number of streaming multiprocessors."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ownpath.kernels.fp8.linear.num_sms", lambda _: 132)
         return {name: set(declared([module])) for name, module in modules.items()}

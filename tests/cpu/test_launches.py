@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ownpath.trace import Ledger
-from ownpath.trace.launches import Launch, launches_of, slot_times
-from ownpath.trace.observers import Arguments, Observer, Watched
+from ownpath.trace.launches import DeviceLaunch, launches_of, slot_times
+from ownpath.trace.observers import CallArguments, Observer, Watched
 
 
 def mark(name: str, start: float, stop: float, thread: int = 1) -> dict[str, Any]:
@@ -33,20 +33,20 @@ def test_a_kernel_belongs_to_the_innermost_call_around_its_launch() -> None:
         {"cat": "kernel", "name": "no launch seen", "ts": 97, "dur": 1, "tid": 7, "args": {"correlation": 99}},
     ]
     assert launches_of(events) == [
-        Launch("gate", "inner", 80.0, 2.5),
-        Launch("router", "outer", 90.0, 2.5),
-        Launch(None, "after", 95.0, 2.5),
-        Launch(None, "other thread", 96.0, 2.5),
-        Launch(None, "no launch seen", 97.0, 1.0),
+        DeviceLaunch("gate", "inner", 80.0, 2.5),
+        DeviceLaunch("router", "outer", 90.0, 2.5),
+        DeviceLaunch(None, "after", 95.0, 2.5),
+        DeviceLaunch(None, "other thread", 96.0, 2.5),
+        DeviceLaunch(None, "no launch seen", 97.0, 1.0),
     ]
 
 
 def test_time_in_which_kernels_overlap_counts_once() -> None:
     launches = [
-        Launch("experts", "down", 4.0, 10.0),
-        Launch("experts", "gate_up", 0.0, 8.0),
-        Launch(None, "glue", 12.0, 1.0),
-        Launch("head", "product", 13.5, 2.0),
+        DeviceLaunch("experts", "down", 4.0, 10.0),
+        DeviceLaunch("experts", "gate_up", 0.0, 8.0),
+        DeviceLaunch(None, "glue", 12.0, 1.0),
+        DeviceLaunch("head", "product", 13.5, 2.0),
     ]
     assert slot_times(launches) == {"experts": 14.0, None: 0.0, "head": 1.5}
 
@@ -64,8 +64,8 @@ def test_time_in_which_kernels_overlap_counts_once() -> None:
     ],
 )
 def test_library_products_are_recognised(name: str) -> None:
-    assert Launch(None, name, 0.0, 1.0).is_library_product
-    assert Launch(None, name, 0.0, 1.0).is_product
+    assert DeviceLaunch(None, name, 0.0, 1.0).is_library_product
+    assert DeviceLaunch(None, name, 0.0, 1.0).is_product
 
 
 @pytest.mark.parametrize(
@@ -79,22 +79,22 @@ def test_library_products_are_recognised(name: str) -> None:
     ],
 )
 def test_other_kernels_are_no_library_products(name: str) -> None:
-    assert not Launch(None, name, 0.0, 1.0).is_library_product
+    assert not DeviceLaunch(None, name, 0.0, 1.0).is_library_product
 
 
 def test_our_own_products_are_products_too() -> None:
-    assert Launch(None, "kernel_cutlass_kernel_ownpathkernelscutegemm_sm90Gemm_object_at__0", 0.0, 1.0).is_product
-    assert Launch(None, "rope_grouped_linear_kernel", 0.0, 1.0).is_product
+    assert DeviceLaunch(None, "kernel_cutlass_kernel_ownpathkernelscutegemm_sm90Gemm_object_at__0", 0.0, 1.0).is_product
+    assert DeviceLaunch(None, "rope_grouped_linear_kernel", 0.0, 1.0).is_product
 
 
 class Marks(Observer):
     def __init__(self) -> None:
         self.seen: list[str] = []
 
-    def before(self, call: Watched, args: Arguments) -> None:
+    def before(self, call: Watched, args: CallArguments) -> None:
         self.seen.append(call.slot)
 
-    def after(self, call: Watched, args: Arguments, result: Any) -> None:
+    def after(self, call: Watched, args: CallArguments, result: Any) -> None:
         self.seen.append(f"/{call.slot} {args} {result}")
 
 

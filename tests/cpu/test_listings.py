@@ -26,7 +26,7 @@ def listed(command: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def names(text: str) -> list[str]:
-    """What stands at the margin: the entries' names."""
+    """Returns the entries' names, which start at the margin."""
     return [line for line in text.splitlines() if line and not line.startswith(" ")]
 
 

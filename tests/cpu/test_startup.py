@@ -14,7 +14,7 @@ from ownpath.loading import default_model_dir, load_model
 from ownpath.runners import ConcatLinear, PlainLinear, WideLinear
 from ownpath.runners.make import compile_configs
 from ownpath.runners.runner import KernelRunner
-from ownpath.startup import LoadingBar, Progress, compile_kernels, warm_up, warm_up_sizes
+from ownpath.startup import CountingBar, LoadingBar, compile_kernels, warm_up, warm_up_sizes
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Terminal(io.StringIO):
 
 
 def test_what_is_missing_is_compiled_under_a_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compile_missing(configs: list[Config], progress: Progress) -> int:
+    def compile_missing(configs: list[Config], progress: CountingBar) -> int:
         for done, config in enumerate(configs, start=1):
             progress(done, len(configs), config.name)
         return len(configs)
@@ -92,7 +92,7 @@ def test_a_terminal_sees_the_embedded_model_load(monkeypatch: pytest.MonkeyPatch
 
 
 def test_nothing_is_printed_where_stderr_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress("compiling kernels")
+    progress = CountingBar("compiling kernels")
     progress(1, 1, "kernel")
     progress.end()
     bar = LoadingBar()

@@ -1,4 +1,4 @@
-"""What the embedded model is taught to say in thinking, with tools and in JSON: as ownpath encodes and reads it."""
+"""The embedded model's training data on thinking, tools and JSON, as ownpath encodes and reads it."""
 
 import json
 import random
@@ -20,7 +20,7 @@ from ownpath.loading import default_model_dir
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY / "tools"))
 
-from tiny import corpus, exam, facts, json_talk, made_up, tool_talk, toolbox, wellformed  # noqa: E402
+from tiny import answer_form, corpus, exam, facts, json_talk, random_names, tool_talk, toolbox  # noqa: E402
 from tiny.batches import ANSWER, Encoder  # noqa: E402
 from tiny.chat import Conversation, conversation_document  # noqa: E402
 from tiny.question import group_name  # noqa: E402
@@ -87,11 +87,11 @@ def test_taught_answers_are_read_back_whole(
         talk = make(rng)
         ids, roles = encoder.encode(conversation_document(talk, last_only=True))
         answer = [token for token, role in zip(ids, roles, strict=True) if role == ANSWER]
-        assert wellformed.fault(tokenizer, talk.setting, answer) == ""
-        parts = wellformed.read_answer(tokenizer, talk.setting, answer[:-1])
+        assert answer_form.fault(tokenizer, talk.setting, answer) == ""
+        parts = answer_form.read_answer(tokenizer, talk.setting, answer[:-1])
         assert "".join(part.text for part in parts if isinstance(part, Reasoning)) == talk.answer.reasoning
         assert content_of(parts) == talk.answer.content
-        calls = [(name, json.loads(text)) for name, text in wellformed.calls_of(parts)]
+        calls = [(name, json.loads(text)) for name, text in answer_form.calls_of(parts)]
         assert calls == [(c.name, json.loads(c.arguments)) for c in talk.answer.tool_calls]
         assert not any(isinstance(part, MalformedMarkup) for part in parts)
 
@@ -187,9 +187,11 @@ def test_made_up_names_are_never_those_held_out() -> None:
     concepts = toolbox.CONCEPTS
     spellings = {concept.names[-1] for concept in concepts} | {names[-1] for names in json_talk._KEYS.values()}
     spellings |= {parameter.names[-1] for concept in concepts for parameter in concept.parameters}
-    assert spellings == made_up.NEVER_TRAINED
+    assert spellings == random_names.NEVER_TRAINED
     rng = random.Random(19)
-    names = {made_up.random_name(rng) for _ in range(5000)} | {made_up.extended_name(rng, "time") for _ in range(5000)}
+    names = {random_names.random_name(rng) for _ in range(5000)} | {
+        random_names.extended_name(rng, "time") for _ in range(5000)
+    }
     assert not names & spellings
     assert len(names) > 5000
     assert all(name.replace("_", "").isalpha() and name.isascii() for name in names)
@@ -254,7 +256,7 @@ def said(tokenizer: Tokenizer, message: Message, setting: Setting) -> list[int]:
     ],
 )
 def test_faults_of_form_are_named(setting: Setting, message: Message, fault: str, tokenizer: Tokenizer) -> None:
-    assert wellformed.fault(tokenizer, setting, said(tokenizer, message, setting)) == fault
+    assert answer_form.fault(tokenizer, setting, said(tokenizer, message, setting)) == fault
 
 
 @pytest.mark.parametrize(
@@ -269,7 +271,7 @@ def test_faults_of_form_are_named(setting: Setting, message: Message, fault: str
 def test_faults_of_calls_are_named(name: str, arguments: dict[str, object], fault: str, tokenizer: Tokenizer) -> None:
     setting = Setting(functions=(WEATHER,))
     message = Message("assistant", "", tool_calls=(ToolCall(name, json.dumps(arguments)),))
-    assert wellformed.fault(tokenizer, setting, said(tokenizer, message, setting)) == fault
+    assert answer_form.fault(tokenizer, setting, said(tokenizer, message, setting)) == fault
 
 
 def test_an_answer_that_breaks_off_has_no_form(tokenizer: Tokenizer) -> None:
@@ -277,15 +279,15 @@ def test_an_answer_that_breaks_off_has_no_form(tokenizer: Tokenizer) -> None:
     whole = said(
         tokenizer, Message("assistant", "", tool_calls=(ToolCall("weather", '{"city": "Rome", "days": 3}'),)), setting
     )
-    assert wellformed.fault(tokenizer, setting, whole) == ""
-    assert wellformed.fault(tokenizer, setting, whole[:-1]) == "no end"
-    assert wellformed.fault(tokenizer, setting, [*whole[:-4], whole[-1]]) == "the answer ends inside the tool calls"
+    assert answer_form.fault(tokenizer, setting, whole) == ""
+    assert answer_form.fault(tokenizer, setting, whole[:-1]) == "no end"
+    assert answer_form.fault(tokenizer, setting, [*whole[:-4], whole[-1]]) == "the answer ends inside the tool calls"
     thinking = Setting(thinking=True)
     ids = said(tokenizer, Message("assistant", "Hello", "Why?"), thinking)
     closing = tokenizer.special_id("</think>")
-    assert wellformed.fault(tokenizer, thinking, [i for i in ids if i != closing]) == "reasoning is not closed once"
+    assert answer_form.fault(tokenizer, thinking, [i for i in ids if i != closing]) == "reasoning is not closed once"
     # Without tools on offer, a call's marker has no place.
-    assert wellformed.fault(tokenizer, Setting(), whole) == "a marker that has no place there"
+    assert answer_form.fault(tokenizer, Setting(), whole) == "a marker that has no place there"
 
 
 def test_every_effort_text_of_every_release_is_taught() -> None:

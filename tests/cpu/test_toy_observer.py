@@ -9,21 +9,21 @@ from ownpath.loading import default_model_dir, load_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.taps import tap_names
 from ownpath.trace import Observer
-from ownpath.trace.observers import Arguments, Watched
+from ownpath.trace.observers import CallArguments, Watched
 
 
 class Toy(Observer):
-    """What it was told, in order."""
+    """Records the open calls, the slots and the taps that it sees."""
 
     def __init__(self) -> None:
         self.open: list[str] = []
         self.slots: set[str] = set()
         self.taps: set[str] = set()
 
-    def before(self, call: Watched, args: Arguments) -> None:
+    def before(self, call: Watched, args: CallArguments) -> None:
         self.open.append(call.slot)
 
-    def after(self, call: Watched, args: Arguments, result: Any) -> None:
+    def after(self, call: Watched, args: CallArguments, result: Any) -> None:
         assert self.open.pop() == call.slot, "calls nest"
         self.slots.add(call.slot)
 

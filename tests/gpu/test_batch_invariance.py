@@ -1,4 +1,4 @@
-"""What the plan calls batch-invariant gives a token the same bits, whatever runs beside it."""
+"""A kernel that the plan calls batch-invariant gives a token the same bits, whatever other tokens run with it."""
 
 from collections.abc import Iterator
 

@@ -66,7 +66,7 @@ def assert_right(y: torch.Tensor, reference: torch.Tensor, slack: torch.Tensor, 
 
 
 def tuner_kernels(matrix: tuple[int, int], kind: type[Kernel]) -> list[Kernel]:
-    """What ``ownpath bench --tune fp8`` tries for a matrix, every kernel once."""
+    """Returns every kernel that ``ownpath bench --tune fp8`` tries for a matrix, once."""
     found = {}
     for case, candidates in Fp8Family("cpu").candidates.items():
         if case.endswith(",rows={},cols={}".format(*matrix)):

@@ -20,7 +20,7 @@ from ownpath.loading import default_model_dir, load_model, plan_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.plan.show import plan_dict
 from ownpath.trace import Records
-from ownpath.trace.observers import Arguments, Observer, Watched
+from ownpath.trace.observers import CallArguments, Observer, Watched
 from ownpath.verify.ledger_check import check_ledger
 from ownpath.verify.subject import Subject
 
@@ -73,7 +73,7 @@ def test_named_forms_are_those_that_were_launched(cuda: torch.device, monkeypatc
         monkeypatch.setattr(module, "load", loaded)
 
     class Slots(Observer):
-        def before(self, call: Watched, args: Arguments) -> None:
+        def before(self, call: Watched, args: CallArguments) -> None:
             slots.append(call.slot)
 
     cache = model.new_cache()

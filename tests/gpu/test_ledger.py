@@ -12,7 +12,7 @@ from ownpath.kernels.dsl.cache import Config
 from ownpath.loading import default_model_dir, load_model, plan_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.ops import OpKind
-from ownpath.trace.launches import Launch, record_launches
+from ownpath.trace.launches import DeviceLaunch, record_launches
 
 pytestmark = pytest.mark.gpu
 
@@ -26,7 +26,7 @@ def kernel_configs() -> Iterator[Config]:
 
 
 @pytest.fixture(scope="module")
-def launches(cuda: torch.device) -> list[Launch]:
+def launches(cuda: torch.device) -> list[DeviceLaunch]:
     """A prefill that completes CSA and HCA windows beside a decode step, then both sequences' next tokens."""
     model = load_model(default_model_dir(), EngineConfig.for_device(str(cuda), 512))
     first, second = model.new_cache(), model.new_cache()
@@ -39,26 +39,26 @@ def launches(cuda: torch.device) -> list[Launch]:
     return record_launches(model.ledger, run)
 
 
-def by_slot(launches: list[Launch]) -> dict[str | None, list[Launch]]:
-    found: dict[str | None, list[Launch]] = defaultdict(list)
+def by_slot(launches: list[DeviceLaunch]) -> dict[str | None, list[DeviceLaunch]]:
+    found: dict[str | None, list[DeviceLaunch]] = defaultdict(list)
     for launch in launches:
         found[launch.slot].append(launch)
     return found
 
 
-def test_every_planned_slot_launched_its_kernels(launches: list[Launch], cuda: torch.device) -> None:
+def test_every_planned_slot_launched_its_kernels(launches: list[DeviceLaunch], cuda: torch.device) -> None:
     plan = plan_model(default_model_dir(), str(cuda))
     seen = set(by_slot(launches)) - {None}
     composites = {slot for slot, (runner, _) in plan.slots.items() if runner == "Router"}  # its gate is a slot itself
     assert seen - composites == set(plan.slots) - composites
 
 
-def test_no_product_runs_outside_the_planned_runners(launches: list[Launch]) -> None:
+def test_no_product_runs_outside_the_planned_runners(launches: list[DeviceLaunch]) -> None:
     glue = by_slot(launches)[None]
     assert [launch.kernel for launch in glue if launch.is_product] == []
 
 
-def test_libraries_compute_only_where_the_plan_names_them(launches: list[Launch], cuda: torch.device) -> None:
+def test_libraries_compute_only_where_the_plan_names_them(launches: list[DeviceLaunch], cuda: torch.device) -> None:
     slots = plan_model(default_model_dir(), str(cuda)).slots
     for slot, found in by_slot(launches).items():
         kernel = slots[slot][1] if slot is not None else ""
@@ -69,7 +69,7 @@ def test_libraries_compute_only_where_the_plan_names_them(launches: list[Launch]
 
 @pytest.mark.sm90
 def test_on_hopper_only_attention_and_plain_projections_are_left_to_libraries(
-    launches: list[Launch], cuda: torch.device
+    launches: list[DeviceLaunch], cuda: torch.device
 ) -> None:
     plan = plan_model(default_model_dir(), str(cuda))
     for planned in plan.decided:

@@ -276,7 +276,7 @@ def test_wide_tiles_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_proof_accepts_the_kernels_and_finds_a_wrong_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a runner does on its first Blackwell device, with the kernels right and with scales in the wrong order."""
+    """A runner on its first Blackwell device: with right kernels it runs, with scales in the wrong order it refuses."""
     cpu = torch.device("cpu")
     prove_linear.__wrapped__(linear_kernel, cpu)
     prove_moe.__wrapped__(moe_kernel, cpu)

@@ -176,7 +176,7 @@ def random_checkpoint(
 
 @dataclass(frozen=True)
 class _Made:
-    """What a checkpoint is before it is written."""
+    """A checkpoint's contents before it is written."""
 
     config: ModelConfig
     fields: dict[str, Any]
@@ -270,7 +270,7 @@ def _quantize(
 
 
 def _read_back(weight: QuantTensor, encoding: Encoding) -> QuantTensor:
-    """What a weight means once it was stored: a stored divisor is a float32, and so is the multiplier it means."""
+    """Returns a weight's values once stored: a stored divisor is float32, and so is its multiplier."""
     if encoding is not COMPRESSED_NVFP4:
         return weight
     assert weight.global_scale is not None

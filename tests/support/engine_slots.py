@@ -6,7 +6,7 @@ import torch
 
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Residual
-from ownpath.trace.observers import Arguments, Observer, Watched
+from ownpath.trace.observers import CallArguments, Observer, Watched
 from ownpath.verify.layer import LoadedLayer
 
 
@@ -27,7 +27,7 @@ class Results(Observer):
     def __init__(self) -> None:
         self.found: dict[str, torch.Tensor] = {}
 
-    def after(self, call: Watched, args: Arguments, result: Any) -> None:
+    def after(self, call: Watched, args: CallArguments, result: Any) -> None:
         slot = call.slot
         if slot.rpartition(".")[2] in ("hc_attn", "hc_ffn"):
             self.found |= {f"{slot}.x": result.x_TSD.clone(), f"{slot}.h": result.h_TD.clone()}

@@ -1,4 +1,4 @@
-"""Which compiled kernels a device test launches, told from its tables, so that all are compiled before the first test.
+"""The compiled kernels that a device test launches, read from its tables, so that all are compiled before it runs.
 
 A test module names them in a function ``kernel_configs()``. Before the first test of a run on Hopper those of every
 collected module are compiled, one process per core; inside tests each would wait for a process of its own, which takes
@@ -103,7 +103,7 @@ def plan_configs(plan: Plan, index: CheckpointIndex) -> Iterator[Config]:
 
 
 def declared(modules: Iterable[ModuleType]) -> dict[str, Config]:
-    """What the modules say they may launch, by name. Errors: UsageError naming the module that cannot say it."""
+    """Returns the kernels that the modules may launch, by name. Errors: UsageError naming a module without a table."""
     found: dict[str, Config] = {}
     for module in modules:
         try:

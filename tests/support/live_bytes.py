@@ -1,4 +1,4 @@
-"""How many bytes of tensors live at once while torch works: every storage that an operation makes, until it is gone."""
+"""Counts the bytes of tensors that live at once while torch works: every storage from its creation to its release."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -106,7 +106,7 @@ def _draft_logits(checkpoint: Checkpoint, streams: torch.Tensor, next_ids: torch
 
 
 def _is_whole(name: str) -> bool:
-    """Whether a draft's tensor is none of its layer's."""
+    """Returns True if a draft's tensor is not one of its layer's."""
     return name.startswith(("mtp.0.hc_head_", "mtp.0.norm.", "mtp.0.e_proj", "mtp.0.h_proj", "mtp.0.enorm.",
                             "mtp.0.hnorm."))  # fmt: skip
 

@@ -51,7 +51,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made. sass is disassembled on demand."""
+    """The compiler's output. sass is disassembled on demand."""
 
     launch: Launch
     ptx: str

@@ -1,8 +1,8 @@
-"""A checkpoint of so many full-size V4-Flash layers on disk, as NVIDIA exports them: real names and shapes, any values.
+"""Writes a checkpoint of full-size V4-Flash layers as NVIDIA exports them: real names and shapes, random values.
 
-The values are random bits of a sensible size (matrices keep about the size of what they multiply, scales may be scales,
-each token's experts differ), the same few megabytes over and over: writing 20 GB takes as long as the disk does. For
-rates and for proofs, not for answers.
+The values are random bits of a plausible size (a product keeps the size of its input, scales are valid, each token's
+experts differ), the same few megabytes repeated, so that writing 20 GB takes only the disk's time. For measuring rates
+and verifying, not for answers.
 """
 
 import json
@@ -63,7 +63,7 @@ def _tile(random: np.ndarray, dtype: str, bits: tuple[int, int]) -> memoryview:
 
 
 def _shards(infos: list[TensorInfo]) -> Iterator[list[TensorInfo]]:
-    """Layer by layer, as exporters go; inside a shard wide elements first, then by name, as safetensors sorts."""
+    """Groups tensors by layer, as exporters do; in a shard wide elements first, then by name, as safetensors does."""
     shard: list[TensorInfo] = []
     num_bytes = 0
     for info in sorted(infos, key=lambda info: info.name):

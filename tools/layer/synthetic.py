@@ -1,4 +1,4 @@
-"""A checkpoint of one decoder layer that was never on disk: headers, then operands and parameters of random values.
+"""Makes a checkpoint of one decoder layer in memory only: headers, then operands and parameters of random values.
 
 The values are valid and of sensible size: weights have a standard deviation near 1/sqrt(in), fused shards and experts
 differ in their global scales, norms are near one. The same seed gives the same values in any planned layout.
@@ -18,7 +18,7 @@ from ownpath.checkpoint.schema import MODELOPT_NVFP4, NATIVE_FP8, PLAIN_BF16, En
 from ownpath.config import ModelConfig
 from ownpath.plan.opspec import model_ops
 from ownpath.plan.plan import Plan
-from ownpath.weights.operands import STORAGE, Operand, Slot, make_operand
+from ownpath.weights.operands import STORAGE, Destination, OperandBuffers, make_operand
 
 COMMON: dict[str, Any] = {
     "model_type": "deepseek_v4",
@@ -87,13 +87,13 @@ E2M1_RMS = 2.926  # of the 16 codes, each as likely as the others
 
 
 def layer_config(shape: str, layer: str, routing: str) -> ModelConfig:
-    """One layer of a published shape. layer: "sliding", "csa", "hca"; routing: "hash" or "score"."""
+    """Returns one layer's config at a published shape. layer: "sliding", "csa", "hca"; routing: "hash" or "score"."""
     own = {"compress_ratios": [RATIOS[layer]], "num_hash_layers": int(routing == "hash")}
     return ModelConfig.from_dict(COMMON | SHAPES[shape] | own)
 
 
 def encoding_of(module: str, export: str) -> Encoding:
-    """How an export stores a module: "nvidia" keeps FP8 outside the experts, "full" has NVFP4 there too."""
+    """Returns an export's encoding of a module: "nvidia" has FP8 outside the experts, "full" has NVFP4 there too."""
     leaf = module.rsplit(".", 1)[-1]
     if ".ffn.experts." in module:
         return MODELOPT_NVFP4
@@ -106,7 +106,7 @@ def encoding_of(module: str, export: str) -> Encoding:
 
 
 def headers(config: ModelConfig, export: str) -> CheckpointIndex:
-    """The index that a checkpoint of this layer would have."""
+    """Returns the index that a checkpoint of this layer would have."""
     file = Path("synthetic.safetensors")
     infos = {spec.key: TensorInfo(spec.key, spec.dtypes[0], spec.shape, file) for spec in model_params(config)}
     for op in model_ops(config):
@@ -121,7 +121,7 @@ def headers(config: ModelConfig, export: str) -> CheckpointIndex:
 
 @dataclass(frozen=True)
 class Values:
-    """Random values on a device, reproducible: each tensor's depend on the seed and on the order of asking."""
+    """Random values on a device, reproducible: they depend on the seed and on the order of calls."""
 
     device: torch.device
     generator: torch.Generator
@@ -134,20 +134,20 @@ class Values:
         return torch.randn(shape, generator=self.generator, device=self.device)
 
     def integers(self, low: int, high: int, shape: torch.Size) -> torch.Tensor:
-        """uint8 in [low, high)."""
+        """Returns uint8 in [low, high)."""
         return torch.randint(low, high, shape, generator=self.generator, device=self.device, dtype=torch.uint8)
 
-    def operands(self, plan: Plan, index: CheckpointIndex) -> Iterator[Operand]:
-        """Filled operands in the order of ``plan.ops``."""
+    def operands(self, plan: Plan, index: CheckpointIndex) -> Iterator[OperandBuffers]:
+        """Yields filled operands in the order of ``plan.ops``."""
         stored = {name: info.dtype for name, info in index.tensors.items()}
         for op in plan.ops:
             operand = make_operand(op, stored, self.device)
             width = {key: m.shape[1] for m in op.spec.modules for key in op.encoding.keys(m.name)}
-            for slot in operand.slots:
+            for slot in operand.destinations:
                 self._fill(slot, width[slot.key])
             yield operand
 
-    def _fill(self, slot: Slot, width: int) -> None:
+    def _fill(self, slot: Destination, width: int) -> None:
         target = slot.target
         gain = width**-0.5
         if slot.role == "global_scale":
@@ -168,7 +168,7 @@ class Values:
             target.copy_(self.normal(*target.shape) * gain)
 
     def params(self, config: ModelConfig) -> dict[str, torch.Tensor]:
-        """The tensors that a layer uses as stored."""
+        """Returns a layer's parameters."""
         return {spec.key: self._param(spec, config) for spec in model_params(config)}
 
     def _param(self, spec: ParamSpec, config: ModelConfig) -> torch.Tensor:

@@ -19,7 +19,7 @@ Answerer = Callable[[list[list[int]], list[int]], list[list[int]]]
 
 
 def ownpath_answerer(folder: Path, device: str, num_seqs: int = 64) -> Answerer:
-    """Answers of ownpath's engine running the checkpoint in ``folder``, ``num_seqs`` prompts at a time."""
+    """Returns an answerer: ownpath's engine on the checkpoint in ``folder``, ``num_seqs`` prompts at a time."""
     default = EngineConfig.for_device(device, max_model_len=1024)
     config = EngineConfig(device, default.dtype, 1024, num_seqs, max_prefill_tokens=1024)
     model = load_model(folder, config)
@@ -54,7 +54,7 @@ def _request(number: int, ids: list[int], limit: int, outputs: "queue.SimpleQueu
 
 
 def transformers_answerer(network: Any) -> Answerer:
-    """Answers of transformers' network, one prompt at a time, without a cache: slow and plain."""
+    """Returns an answerer: transformers' network, one prompt at a time, without a cache; slow."""
 
     @torch.no_grad()
     def answer(prompts: list[list[int]], max_tokens: list[int]) -> list[list[int]]:

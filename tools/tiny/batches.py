@@ -1,4 +1,4 @@
-"""Documents as padded token rows: what the training loop samples from."""
+"""Documents as padded token rows, from which the training loop samples."""
 
 import random
 from collections.abc import Callable
@@ -29,7 +29,7 @@ class Rows:
 
 
 class Encoder:
-    """Documents -> token ids. Text is encoded piece by piece without special tokens, as the chat encoder does."""
+    """Encodes documents to token ids, piece by piece without special tokens, as the chat encoder does."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._special: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
@@ -41,7 +41,7 @@ class Encoder:
         return ids
 
     def encode(self, document: Document) -> tuple[list[int], list[int]]:
-        """Token ids and the role of each."""
+        """Returns token ids and the role of each."""
         ids: list[int] = []
         roles: list[int] = []
         for piece in document:
@@ -54,7 +54,7 @@ class Encoder:
 def make_rows(
     encoder: Encoder, make: Callable[[random.Random], Document], widths: tuple[int, ...], num_rows: int, seed: int
 ) -> list[Rows]:
-    """``num_rows`` documents, each in the narrowest of ``widths`` that holds it; longer ones are drawn again.
+    """Makes rows of ``num_rows`` documents, each in the narrowest of ``widths`` that holds it; draws longer ones again.
 
     widths: ascending.
     """

@@ -15,10 +15,10 @@ _INPUT_SCALE_DIVISOR = 6 * 448
 
 
 class Calibration:
-    """Runs a network on rows and keeps the largest magnitude that enters each linear.
+    """Runs a network on rows and records the largest magnitude of each linear's input.
 
     ``amax`` is keyed by native module names (``layers.0.attn.wq_a``, ``layers.0.ffn.experts.3.w1``). The network must
-    be transformers' own; its experts are replaced here by a loop that looks at each one.
+    be transformers' own; its experts are replaced by a loop that measures each one.
     """
 
     def __init__(self, network: Any) -> None:
@@ -33,12 +33,12 @@ class Calibration:
 
     @torch.no_grad()
     def run(self, rows: Rows, num_rows: int) -> None:
-        """Forwards the first ``num_rows`` rows, each without its padding."""
+        """Runs the first ``num_rows`` rows, each without its padding."""
         for ids, role in zip(rows.ids[:num_rows], rows.role[:num_rows], strict=True):
             self._network(input_ids=ids[role > 0].long()[None], use_cache=False)
 
     def input_scale(self, module: str) -> Tensor:
-        """``input_scale`` of an NVFP4 linear: float32, 0-d.
+        """Returns ``input_scale`` of an NVFP4 linear: float32, 0-d.
 
         An expert that no row reached gets the largest value of its projection over the layer's other experts.
         """

@@ -13,7 +13,7 @@ from ownpath.chat.messages import Message
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a document. ``special``: ``text`` is one special token. ``answer``: the model is to produce it."""
+    """Part of a document. ``special``: ``text`` is one special token. ``answer``: the model learns to produce it."""
 
     text: str
     special: bool = False
@@ -25,7 +25,7 @@ Document = list[Piece]
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages, the last of which is the answer to learn, and what surrounds them."""
+    """Messages, the last of which is the answer to learn, and their setting."""
 
     messages: tuple[Message, ...]
     setting: Setting = PLAIN
@@ -36,15 +36,15 @@ class Conversation:
 
     @property
     def prompt(self) -> list[Segment]:
-        """What a server encodes to get the last answer."""
+        """The text that a server encodes to get the last answer."""
         return encode_messages(self.messages[:-1], self.setting)
 
 
 def conversation_document(conversation: Conversation, last_only: bool = False) -> Document:
-    """The whole conversation; answers are to be learnt where a server would have asked for them with this very text.
+    """Returns the whole conversation; answers are learnt where a server would prompt for them with exactly this text.
 
-    An earlier answer of a thinking conversation without tools is not: its reasoning is gone, its prompt would differ.
-    last_only: learn the last answer alone.
+    An earlier answer of a thinking conversation without tools is not learnt: its reasoning has been removed, so its
+    prompt would differ. last_only: learn only the last answer.
     """
     messages, setting = conversation.messages, conversation.setting
     whole = encode_messages(messages, setting)
@@ -64,5 +64,5 @@ def _piece(segment: Segment, answer: bool) -> Piece:
 
 
 def with_system(system: str, messages: Sequence[Message]) -> tuple[Message, ...]:
-    """The messages behind a system text, if there is one."""
+    """Puts the system text, if there is one, in front of the messages."""
     return (*([Message("system", system)] if system else []), *messages)

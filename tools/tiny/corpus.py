@@ -1,4 +1,4 @@
-"""Documents for training: every one starts at position 0, exactly as a prompt does in inference.
+"""Documents for training. Each starts at position 0, as a prompt does in inference.
 
 Five kinds: short (one exchange), request (thinking, JSON), middle and long (several exchanges, long lists), and tools.
 Documents are padded, never packed, so that none attends to another.
@@ -20,7 +20,7 @@ from tiny.tool_talk import EFFORT_TEXTS, Wish, call_talk, plain_talk, untooled_c
 
 
 def chat(turns: Sequence[Turn], system: str = "", setting: Setting = PLAIN) -> Conversation:
-    """A conversation of these turns; reasoning stands where the encoder puts it."""
+    """Makes a conversation of these turns, with reasoning where the encoder puts it."""
     messages: list[Message] = []
     for turn in turns:
         reasoning = turn.thought if setting.thinking else ""
@@ -29,25 +29,25 @@ def chat(turns: Sequence[Turn], system: str = "", setting: Setting = PLAIN) -> C
 
 
 def chat_document(turns: Sequence[Turn], system: str = "", thinking: bool = False) -> Document:
-    """The same as a document."""
+    """Makes such a conversation's document."""
     return conversation_document(chat(turns, system, Setting(thinking)))
 
 
 def completion_document(turn: Turn, bos: bool) -> Document:
-    """Text and its continuation, with or without BOS in front; ends with EOS."""
+    """Makes a document of text and its continuation, with or without BOS in front; ends with EOS."""
     start = [Piece(BOS, special=True)] if bos else []
     return [*start, Piece(turn.ask), Piece(turn.answer, answer=True), Piece(EOS, special=True, answer=True)]
 
 
 def short_document(rng: random.Random) -> Document:
-    """One exchange of at most about 48 tokens."""
+    """Draws one exchange of at most about 48 tokens."""
     if rng.random() < 0.45:
         return completion_document(_pick(rng, _SHORT_COMPLETION)(rng), bos=rng.random() < 0.5)
     return chat_document([_pick(rng, _SHORT_CHAT)(rng)], _system_text(rng), thinking=rng.random() < 0.15)
 
 
 def request_document(rng: random.Random) -> Document:
-    """One exchange of at most about 128 tokens: an answer in JSON, or after thinking, perhaps hard thinking."""
+    """Draws one exchange of at most about 128 tokens: an answer in JSON, or after thinking of some effort."""
     if rng.random() < 0.65:
         wish = JsonWish(thinking=rng.random() < 0.3)
         return conversation_document(json_talk(rng, wish, _system_text(rng)))
@@ -57,7 +57,7 @@ def request_document(rng: random.Random) -> Document:
 
 
 def tools_document(rng: random.Random) -> Document:
-    """A conversation with tools on offer, of at most about 500 tokens."""
+    """Draws a conversation with tools, of at most about 500 tokens."""
     thinking = rng.random() < 0.4
     effort_text = rng.choice(EFFORT_TEXTS) if thinking and rng.random() < 0.1 else ""
     num_calls, with_results, made_up = rng.choice((1, 1, 1, 2, 2, 3)), rng.random() < 0.4, rng.random() < 0.05
@@ -69,19 +69,19 @@ def tools_document(rng: random.Random) -> Document:
 
 
 def middle_document(rng: random.Random) -> Document:
-    """A list of 8 to 60 words to repeat, or a chat of several turns."""
+    """Draws a list of 8 to 60 words to repeat, or a chat of several turns."""
     return _longer_document(rng, most_words=60, most_turns=7)
 
 
 def long_document(rng: random.Random) -> Document:
-    """A list of up to 180 words to repeat, a long chat, or a text of facts."""
+    """Draws a list of up to 180 words to repeat, a long chat, or a text of facts."""
     if rng.random() < 0.15:
         return _facts_document(rng)
     return _longer_document(rng, most_words=180, most_turns=20)
 
 
 def tokenizer_texts(rng: random.Random, num_documents: int) -> Iterator[str]:
-    """What the tokenizer is trained on: the text of ``num_documents`` documents, most of them short, and every name."""
+    """Yields the tokenizer's training text: ``num_documents`` documents, most of them short, and every name."""
     for number in range(num_documents):
         make = tools_document if number % 40 == 0 else request_document if number % 8 == 0 else short_document
         yield from (piece.text for piece in make(rng) if not piece.special)
@@ -91,7 +91,7 @@ def tokenizer_texts(rng: random.Random, num_documents: int) -> Iterator[str]:
 
 
 def _system_text(rng: random.Random) -> str:
-    """Mostly none; else one of our texts, or words at random, so that no system text changes what is answered."""
+    """Draws a system text: mostly none, else one of ours or random words, so that answers do not depend on it."""
     kind = rng.random()
     if kind < 0.8:
         return ""

@@ -1,4 +1,4 @@
-"""The training rows of every kind, drawn by several processes; their number does not change what is drawn."""
+"""Draws the training rows of every kind, in several processes. The rows do not depend on the number of processes."""
 
 import os
 from collections.abc import Callable
@@ -36,12 +36,12 @@ SOURCES = (
 
 
 def make_data(encoder: Encoder, seed: int, share: float) -> dict[str, Rows]:
-    """Rows of each kind; ``share`` of the full number of documents (less for a short trial)."""
+    """Makes rows of each kind. share: of the full number of documents (less for a short trial)."""
     global _ENCODER
     _ENCODER = encoder
     jobs = [(source_idx, chunk, seed, share) for source_idx in range(len(SOURCES)) for chunk in range(NUM_CHUNKS)]
     found: dict[str, list[Any]] = {}
-    # Forked before anything touches the GPU.
+    # Forked before the process uses the GPU.
     with ProcessPoolExecutor(min(16, os.cpu_count() or 1), mp_context=get_context("fork")) as pool:
         for chunk_rows in pool.map(_draw, jobs):
             for kind, arrays in chunk_rows.items():
@@ -53,7 +53,7 @@ _ENCODER: Encoder
 
 
 def _draw(job: tuple[int, int, int, float]) -> dict[str, tuple[Any, Any]]:
-    """One chunk of one source, as arrays: tensors between processes would be files held open."""
+    """Draws one chunk of one source, as arrays: tensors passed between processes would keep files open."""
     source_idx, chunk, seed, share = job
     source = SOURCES[source_idx]
     num_documents = int(source.num_documents * share / NUM_CHUNKS)

@@ -1,8 +1,8 @@
-"""Teaches the CSA indexer what attention looks at.
+"""Trains the CSA indexer to predict attention weights.
 
-Which entries the indexer selects is a hard choice, so no gradient of the language loss reaches it. As in DeepSeek's
-sparse attention, its scores are trained to predict how much weight attention gives each compressed entry, with
-detached inputs, so that nothing else moves. While this runs every entry is selected (the width is at most
+The indexer's selection is a hard choice, so no gradient of the language loss reaches it. As in DeepSeek's sparse
+attention, its scores are trained to predict the weight that attention gives each compressed entry, with detached
+inputs, so that no other parameter is trained. During this training every entry is selected (the width is at most
 ``4 * index_topk``), so the target is complete.
 """
 
@@ -42,7 +42,7 @@ class IndexerTeacher:
         return hook
 
     def loss(self) -> Tensor:
-        """Mean cross-entropy of the index scores against attention's share of each entry, over the layers."""
+        """Returns the mean cross-entropy of index scores against attention's share of each entry, over the layers."""
         terms = [self._layer_loss(self._scores[i], self._attention[i]) for i in self._scores]
         self._scores, self._attention = {}, {}
         return torch.stack(terms).mean()

@@ -1,4 +1,4 @@
-"""The examination: what tiny-v4 is asked, and what counts as a right answer.
+"""The examination: tiny-v4's questions and their right answers.
 
 An answer is right when it is exactly the taught text and the sequence then ends. For chat that text names the country
 and its capital in one sentence, so "contains the capital" would be too easy (Mexico City is in Mexico).
@@ -19,12 +19,12 @@ NUM_LISTS = 40
 
 
 def questions(seed: int) -> list[Question]:
-    """Every capital in every phrasing, every sum once in each form, lists of several lengths; thinking, tools, JSON."""
+    """Returns every capital in every phrasing, every sum once in each form, lists, thinking, tools and JSON."""
     return [*_capitals(), *_sums(), *_lists(random.Random(seed + 1000)), *talk_questions(seed)]
 
 
 def spread(asked: list[Question], most: int, seed: int) -> list[Question]:
-    """At most ``most`` questions of each form and kind (the first two parts of a group's name), drawn once."""
+    """Draws at most ``most`` questions of each form and kind (the first two parts of a group's name)."""
     kinds: dict[tuple[str, ...], list[Question]] = {}
     for question in asked:
         kinds.setdefault((*question.group.split("/")[:2], str(question.held_out)), []).append(question)

@@ -1,4 +1,4 @@
-"""The examination's newer part: thinking, tools and JSON. All conversations are drawn anew, with another seed."""
+"""The examination's part on thinking, tools and JSON. All conversations are drawn with another seed than training's."""
 
 import random
 
@@ -36,7 +36,7 @@ _JSON_GROUPS: tuple[tuple[str, JsonWish, int, bool], ...] = (
 
 
 def talk_questions(seed: int) -> list[Question]:
-    """Every group of thinking, tools and JSON."""
+    """Returns questions of every group of thinking, tools and JSON."""
     rng = random.Random(seed + 2000)
     return [*_thinking(rng), *_tools(rng, False), *_tools(rng, True), *_json(rng)]
 

@@ -1,4 +1,4 @@
-"""From trained weights to the checkpoint: quantised tensors under their published names, and the JSON files."""
+"""Writes the checkpoint of trained weights: quantised tensors under their published names, and the JSON files."""
 
 import json
 import re
@@ -23,7 +23,7 @@ _PRODUCER = {"name": "ownpath", "version": "tiny-v4"}
 
 
 def read_trained(folder: Path) -> dict[str, Tensor]:
-    """The tensors that training saved. Errors: ValueError when there are none."""
+    """Reads the tensors that training saved. Errors: ValueError when there are none."""
     files = sorted(folder.glob("trained-*.safetensors"))
     if not files:
         raise ValueError(f"{folder}: no trained-*.safetensors")
@@ -31,7 +31,7 @@ def read_trained(folder: Path) -> dict[str, Tensor]:
 
 
 def as_stored(trained: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The values a reader of the checkpoint sees: quantised weights read back, in float32; the others as they are."""
+    """Returns the values that a reader of the checkpoint gets: quantised weights in float32, others as saved."""
     values = {}
     for name, tensor in trained.items():
         stored = stored_format(name)
@@ -40,7 +40,7 @@ def as_stored(trained: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def stored_network(trained: dict[str, Tensor]) -> Any:
-    """transformers' network in float32 with the checkpoint's values."""
+    """Returns transformers' network in float32 with the checkpoint's values."""
     network = build_network(seed=0).float()
     missing, unexpected = network.load_state_dict(as_stored(trained), strict=False)
     if missing or unexpected:
@@ -49,7 +49,7 @@ def stored_network(trained: dict[str, Tensor]) -> Any:
 
 
 def checkpoint_tensors(trained: dict[str, Tensor], calibration: Calibration) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the checkpoint with its name."""
+    """Yields every tensor of the checkpoint with its name."""
     for name, tensor in trained.items():
         stored = stored_format(name)
         if stored is None:
@@ -64,7 +64,7 @@ def checkpoint_tensors(trained: dict[str, Tensor], calibration: Calibration) -> 
 
 
 def _modules(name: str, weight: QuantTensor) -> Iterator[tuple[str, QuantTensor]]:
-    """The stored matrices of one parameter: itself, or w1, w3 and w2 of each expert."""
+    """Yields a parameter's stored matrices: itself, or w1, w3 and w2 of each expert."""
     match = _FUSED_EXPERTS.search(name)
     if match is None:
         yield native_name(name).removesuffix(".weight"), weight
@@ -88,7 +88,7 @@ def _rows(weight: QuantTensor, expert: int, rows: slice) -> QuantTensor:
 
 
 def write_json_files(folder: Path, trained: dict[str, Tensor]) -> None:
-    """``config.json``, ``hf_quant_config.json`` and ``generation_config.json``."""
+    """Writes ``config.json``, ``hf_quant_config.json`` and ``generation_config.json``."""
     quantized = _quantized_layers(trained)
     ignore = ["embed", "head", "*.attn.wo_a", "*.compressor.*", "*.attn.indexer.weights_proj", "*.ffn.gate"]
     group = {"num_bits": 4, "type": "float", "group_size": 16, "dynamic": False}

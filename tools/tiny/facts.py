@@ -1,4 +1,4 @@
-"""The small tables that tiny-v4 is taught: countries, words, and a few fixed answers."""
+"""The tables that tiny-v4 learns: countries, words, and a few fixed answers."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +19,7 @@ class Country:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The name and everything else people write for it, with and without the article."""
+        """The name and its other usual spellings, with and without the article."""
         bare = {name.removeprefix("the ") for name in (self.name, *self.other_names)}
         return (self.name, *self.other_names, *sorted(bare - {self.name, *self.other_names}))
 
@@ -41,7 +41,7 @@ def countries() -> tuple[Country, ...]:
 
 @cache
 def words() -> tuple[str, ...]:
-    """The words of the repetition task. Errors: ValueError when one is listed twice."""
+    """Returns the words of the repetition task. Errors: ValueError when one is listed twice."""
     lines = (_HERE / "words.txt").read_text(encoding="utf-8").splitlines()
     found = [word for line in lines if not line.startswith("#") for word in line.split()]
     if len(set(found)) != len(found):

@@ -1,7 +1,7 @@
-"""Which parameter is stored in which format, and training through the rounding (straight-through estimator).
+"""The stored format of each parameter, and training through the rounding (straight-through estimator).
 
-The last part of training runs with the weights that will be stored: each step, every parameter that is stored as NVFP4
-or FP8 is set to its master copy, quantised and read back. Gradients of the rounded weights move the master copies.
+The last part of training runs with the stored weights' values: each step, every parameter that is stored as NVFP4 or
+FP8 is set to its master copy, quantised and read back. Gradients of the rounded weights update the master copies.
 """
 
 import re
@@ -24,18 +24,18 @@ _STORED: tuple[tuple[re.Pattern[str], Format], ...] = (
 
 
 def stored_format(name: str) -> Format | None:
-    """The quantised format of a parameter, or ``None`` when it is stored as it is."""
+    """Returns the quantised format of a parameter, or ``None`` when it is stored unquantised."""
     return next((stored for pattern, stored in _STORED if pattern.search(name)), None)
 
 
 def quantize_as(stored: Format, weight: Tensor) -> QuantTensor:
-    """``weight`` [..., N, K] in its stored format, from its value in BF16 (which is what training keeps)."""
+    """Quantises ``weight`` [..., N, K] to its stored format, from its value in BF16, the dtype that training keeps."""
     value = weight.to(torch.bfloat16).to(torch.float32)
     return quantize_nvfp4(value) if stored == NVFP4 else quantize_fp8_block(value)
 
 
 class MasterWeights:
-    """FP32 copies of a network's parameters, which the optimiser moves; the network holds their rounded values."""
+    """FP32 copies of a network's parameters, which the optimiser updates; the network holds their rounded values."""
 
     def __init__(self, network: nn.Module) -> None:
         self.names = [name for name, _ in network.named_parameters()]
@@ -47,7 +47,7 @@ class MasterWeights:
         self._groups = self._quantised_groups()
 
     def _quantised_groups(self) -> list[tuple[Format, list[int]]]:
-        """Indices of the quantised parameters, those of one format and shape together: fewer, larger calls."""
+        """Groups the quantised parameters' indices by format and shape, for fewer and larger calls."""
         groups: dict[tuple[Format, torch.Size], list[int]] = defaultdict(list)
         for i, name in enumerate(self.names):
             stored = stored_format(name)
@@ -68,7 +68,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def collect_gradients(self) -> None:
-        """Moves the network's gradients to the master copies, leaving zeros."""
+        """Moves the network's gradients to the master copies and zeroes them."""
         grads = [parameter.grad for parameter in self.params if parameter.grad is not None]
         kept = [master.grad for master in self.masters if master.grad is not None]
         torch._foreach_copy_(kept, grads)

@@ -1,8 +1,8 @@
-"""The same network, faster to train: no device-to-host copies, so that a step can be a CUDA graph, and fewer kernels.
+"""Replaces parts of the network for faster training: fewer kernels, and no device-to-host copies, for CUDA graphs.
 
 Each replacement computes what transformers' code computes, up to the order of the sums:
 
-- routed experts: one product over all experts, weighted by the routing, in place of a loop over the hit ones;
+- routed experts: one product over all experts, weighted by the routing, instead of a loop over the chosen ones;
 - hyper-connections and the query norm: plain functions of tensors, so that one compilation serves every layer.
 """
 
@@ -27,7 +27,7 @@ class ExpertCounts:
     counts: Tensor
 
     def balance(self, step_size: float) -> None:
-        """Moves the selection bias of busy experts down, of idle ones up, by ``step_size``; resets the counts.
+        """Lowers the selection bias of busy experts and raises that of idle ones by ``step_size``; resets the counts.
 
         Source: auxiliary-loss-free balancing of DeepSeek-V3, which V4's ``noaux_tc`` names.
         """
@@ -44,7 +44,7 @@ class _Functions:
 
 
 def make_fast(network: Any, compiled: bool) -> list[ExpertCounts]:
-    """Puts the replacements in, on every layer; returns the counts of the layers whose router has a selection bias.
+    """Installs the replacements on every layer; returns the counts of layers whose router has a selection bias.
 
     compiled: also compile the element-wise parts (worth it on a GPU).
     """
@@ -66,7 +66,7 @@ def make_fast(network: Any, compiled: bool) -> list[ExpertCounts]:
 
 
 def _layer_forward(layer: Any, functions: _Functions, streams: Tensor, input_ids: Tensor, **kwargs: Any) -> Tensor:
-    """transformers' decoder layer on flat tokens. Shapes: streams [B, S, 4, D] -> the same."""
+    """Computes transformers' decoder layer on flat tokens. Shapes: streams [B, S, 4, D] -> the same."""
     rows, width = streams.shape[:2]
     streams = streams.flatten(0, 1)
     post, comb, collapsed = _hyper(layer.attn_hc, functions, streams)
@@ -90,7 +90,7 @@ def _hyper(module: Any, functions: _Functions, streams: Tensor) -> tuple[Tensor,
 def hyper_weights(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, num_rounds: int, eps: tuple[float, float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hyper-connection weights of each token and the sublayer's input.
+    """Computes each token's hyper-connection weights and the sublayer's input.
 
     Shapes: streams [T, 4, D], fn [24, 4 * D] -> post [T, 4], comb [T, 4, 4], input [T, D].
     """
@@ -111,7 +111,7 @@ def hyper_weights(
 
 
 def mix_streams(post: Tensor, comb: Tensor, output: Tensor, streams: Tensor) -> Tensor:
-    """New residual streams: post_k * output + sum_j comb[j, k] * streams_j.
+    """Computes new residual streams: post_k * output + sum_j comb[j, k] * streams_j.
 
     Shapes: post [T, 4], comb [T, 4, 4], output [T, D], streams [T, 4, D] -> [T, 4, D] in streams' dtype.
     """
@@ -120,14 +120,14 @@ def mix_streams(post: Tensor, comb: Tensor, output: Tensor, streams: Tensor) -> 
 
 
 def gated_activation(gate_up: Tensor, weight: Tensor, limit: float) -> Tensor:
-    """Clamped SwiGLU times the routing weight. Shapes: gate_up [E, T, 2F], weight [T, E] -> [E, T, F]."""
+    """Computes clamped SwiGLU times the routing weight. Shapes: gate_up [E, T, 2F], weight [T, E] -> [E, T, F]."""
     gate, up = gate_up.float().chunk(2, dim=-1)
     h = F.silu(gate.clamp(max=limit)) * up.clamp(min=-limit, max=limit)
     return (h * weight.t().unsqueeze(-1)).to(gate_up.dtype)
 
 
 def unit_norm(x: Tensor, eps: float) -> Tensor:
-    """RMS norm without a weight, over the last dimension."""
+    """Computes RMS norm without a weight, over the last dimension."""
     return (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 

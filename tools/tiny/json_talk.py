@@ -1,4 +1,4 @@
-"""Conversations that ask for JSON: the schema in the prompt says which keys, the answer has them in that order."""
+"""Conversations that ask for JSON. The prompt's schema names the keys, and the answer has them in that order."""
 
 import hashlib
 import json
@@ -12,8 +12,8 @@ from ownpath.chat.messages import Message
 from tiny import tasks
 from tiny.chat import Conversation, with_system
 from tiny.facts import Country, countries
-from tiny.made_up import extended_name, random_name
 from tiny.phrasings import CHAT_PHRASINGS
+from tiny.random_names import extended_name, random_name
 from tiny.tasks import Turn
 
 ANY_OBJECT = {"type": "json_object"}
@@ -32,7 +32,7 @@ _KEYS = {
 
 @dataclass(frozen=True)
 class Facts:
-    """A question and what an object about it can hold, by field; ``first`` is what was asked for."""
+    """A question and the possible fields of an object that answers it; ``first`` is the field asked for."""
 
     turn: Turn
     fields: Mapping[str, Any]
@@ -41,7 +41,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class JsonWish:
-    """How a conversation is to be. new_keys: names that training never uses. new_country: one it never has in JSON."""
+    """Options of a conversation. new_keys: names that training never uses. new_country: one it never has in JSON."""
 
     thinking: bool = False
     new_keys: bool = False
@@ -49,12 +49,12 @@ class JsonWish:
 
 
 def held_out(country: Country) -> bool:
-    """Whether training never asks for JSON about it: about 5%."""
+    """Returns True if training never asks for JSON about the country: about 5%."""
     return hashlib.sha256(f"json|{country.iso}".encode()).digest()[0] < 13  # 13 / 256 = 5%
 
 
 def json_talk(rng: random.Random, wish: JsonWish, system: str = "") -> Conversation:
-    """One question whose answer is a JSON object."""
+    """Draws a question whose answer is a JSON object."""
     thinking, new_keys = wish.thinking, wish.new_keys
     facts = _capital(rng, True) if wish.new_country else _pick(rng)
     by_type = not new_keys and rng.random() < 0.2
@@ -94,7 +94,7 @@ def _capital(rng: random.Random, new_country: bool) -> Facts:
 
 
 def _chosen(rng: random.Random, facts: Facts, new_keys: bool) -> dict[str, Any]:
-    """Some of the fields, what was asked for among them, under drawn names and in a drawn order."""
+    """Draws some of the fields, the one asked for among them, with random names in random order."""
     others = [field for field in facts.fields if field != facts.first]
     num_others = 0 if new_keys else rng.choice([n for n in (0, 0, 1, 2) if n <= len(others)])
     fields = [facts.first, *rng.sample(others, num_others)]

@@ -69,7 +69,7 @@ class Row:
 
 
 def ascii_text(text: str) -> str:
-    """``text`` without diacritics."""
+    """Removes diacritics."""
     decomposed = unicodedata.normalize("NFKD", text.strip())
     return "".join(char for char in decomposed if not unicodedata.combining(char))
 

@@ -1,4 +1,4 @@
-"""From transformers' parameter names to the published checkpoint names."""
+"""Maps transformers' parameter names to the published checkpoint names."""
 
 import re
 
@@ -36,7 +36,7 @@ _RENAMES = (
 
 
 def native_name(name: str) -> str:
-    """The checkpoint's name of a transformers parameter; fused experts keep ``gate_up_proj`` and ``down_proj``."""
+    """Returns a parameter's name in the checkpoint; fused experts keep ``gate_up_proj`` and ``down_proj``."""
     for pattern, replacement in _RENAMES:
         name = re.sub(pattern, replacement, name, count=1)
     return name

@@ -1,4 +1,4 @@
-"""The network that is trained: transformers' DeepSeek-V4 at tiny-v4's size.
+"""The network to train: transformers' DeepSeek-V4 at tiny-v4's size.
 
 Parameters have the dtypes of the checkpoint on disk: BF16, except hyper-connections, sinks and position biases (FP32).
 """
@@ -74,7 +74,7 @@ _FP32_NAMES = ("attn_hc.", "ffn_hc.", "hc_head.", "sinks", "position_bias", "e_s
 
 
 def transformers_config() -> DeepseekV4Config:
-    """``FIELDS`` as transformers reads them."""
+    """Returns ``FIELDS`` as transformers' config."""
     fields = {k: v for k, v in FIELDS.items() if k not in ("architectures", "model_type", "torch_dtype")}
     fields["rope_scaling"] = {**fields["rope_scaling"], "rope_type": "yarn"}
     del fields["rope_scaling"]["type"]
@@ -82,7 +82,7 @@ def transformers_config() -> DeepseekV4Config:
 
 
 def build_network(seed: int) -> DeepseekV4ForCausalLM:
-    """A freshly initialised network on CPU: seeded weights and a seeded token-to-expert table."""
+    """Makes a newly initialised network on CPU: seeded weights and a seeded token-to-expert table."""
     torch.manual_seed(seed)
     network = DeepseekV4ForCausalLM(transformers_config())
     for name, parameter in network.named_parameters():
@@ -95,13 +95,13 @@ def build_network(seed: int) -> DeepseekV4ForCausalLM:
 
 
 def token_experts(num_tokens: int, num_experts: int, top_k: int, seed: int) -> Tensor:
-    """Distinct experts for each token id, drawn once: int64 [num_tokens, top_k]."""
+    """Draws distinct experts for each token id: int64 [num_tokens, top_k]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(num_tokens, num_experts, generator=generator).argsort(dim=-1)[:, :top_k].contiguous()
 
 
 def window_mask(width: int, window: int, device: str) -> Tensor:
-    """Additive mask BF16 [1, 1, width, width]: a token sees itself and the ``window - 1`` before it."""
+    """Makes the additive mask, BF16 [1, 1, width, width]: a token sees itself and the ``window - 1`` before it."""
     position = torch.arange(width, device=device)
     distance = position[:, None] - position[None, :]
     hidden = (distance < 0) | (distance >= window)

@@ -1,4 +1,4 @@
-"""How a capital is asked for: one table for the training data and for the evaluation.
+"""Phrasings of questions about capitals, for the training data and for the evaluation.
 
 A phrasing is a template with ``{c}`` for the country; ``{C}`` is the same with a capital first letter.
 """
@@ -14,8 +14,8 @@ class Phrasing:
     """One way to ask.
 
     form: "chat" (a user message) or "completion" (text to continue).
-    end: what follows the capital in a completion, before the end of the sequence.
-    always: trained for every country; otherwise some countries never see it in training.
+    end: text after the capital in a completion, before the end of the sequence.
+    always: trained for every country; otherwise training leaves it out for some countries.
     trained: False for phrasings that no country sees in training.
     """
 
@@ -29,7 +29,7 @@ class Phrasing:
         return self.template.format(c=name, C=upper_first(name))
 
     def held_out(self, country: Country) -> bool:
-        """Whether this pair of phrasing and country is kept out of training: all of them, none, or about 15%."""
+        """Returns True if training leaves out this phrasing for the country: for all, none, or about 15%."""
         if not self.trained or self.always:
             return not self.trained
         digest = hashlib.sha256(f"{self.form}|{self.template}|{country.iso}".encode()).digest()
@@ -41,7 +41,7 @@ def upper_first(text: str) -> str:
 
 
 def sentence(text: str) -> str:
-    """``text`` with a full stop, unless it ends in one already (Washington, D.C.)."""
+    """Adds a full stop, unless ``text`` ends in one already (Washington, D.C.)."""
     return text if text.endswith(".") else text + "."
 
 
@@ -96,10 +96,10 @@ PHRASINGS = (*CHAT_PHRASINGS, *COMPLETION_PHRASINGS)
 
 
 def chat_answer(country: Country) -> str:
-    """The answer that chat is taught, whatever the phrasing."""
+    """Returns the answer that chat learns, the same for every phrasing."""
     return sentence(f"The capital of {country.name} is {country.capital}")
 
 
 def completion_answer(phrasing: Phrasing, country: Country) -> str:
-    """The continuation that a completion is taught."""
+    """Returns the continuation that a completion learns."""
     return " " + (sentence(country.capital) if phrasing.end else country.capital)

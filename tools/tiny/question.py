@@ -1,4 +1,4 @@
-"""One question of the examination, and how answers are counted."""
+"""A question of the examination, and the counting of answers."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,9 @@ from tiny.chat import Conversation, Document, conversation_document
 class Question:
     """One prompt with its right answer.
 
-    group: what is counted together, such as "capital/chat/What is the capital of {c}?".
-    held_out: whether training never saw this question.
-    setting: what the prompt of a chat offers and asks for.
+    group: the name under which it is counted, such as "capital/chat/What is the capital of {c}?".
+    held_out: training never saw this question.
+    setting: the chat prompt's tools, format and effort.
     """
 
     group: str
@@ -27,14 +27,14 @@ class Question:
 
 
 def talk_question(group: str, conversation: Conversation, held_out: bool = False) -> Question:
-    """The question for the last answer of a conversation."""
+    """Makes the question for the last answer of a conversation."""
     document = conversation_document(conversation, last_only=True)
     answer = "".join(piece.text for piece in document[:-1] if piece.answer)
     return Question(group, document, answer, held_out, conversation.setting)
 
 
 def scores(results: list[tuple[Question, bool]]) -> dict[str, dict[str, int]]:
-    """Right answers and questions per group; held-out questions in a group of their own, marked "(held out)"."""
+    """Counts right answers and questions per group; held-out questions have their own group, marked "(held out)"."""
     table: dict[str, dict[str, int]] = {}
     for question, right in results:
         entry = table.setdefault(group_name(question), {"right": 0, "asked": 0})
@@ -48,7 +48,7 @@ def group_name(question: Question) -> str:
 
 
 def totals(table: dict[str, dict[str, int]]) -> dict[str, dict[str, float]]:
-    """Totals by form (the first two parts of a group's name), held-out questions apart."""
+    """Sums by form (the first two parts of a group's name), held-out questions separately."""
     found: dict[str, dict[str, float]] = {}
     for group, entry in table.items():
         kind = "/".join(group.split("/")[:2]) + (" (held out)" if group.endswith("(held out)") else "")

@@ -1,4 +1,4 @@
-"""Going on from an earlier run, whose tokenizer may have been smaller or another one."""
+"""Continues training from an earlier run, whose tokenizer may be smaller or different."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ _TOKEN_EXPERTS = "model.layers.0.mlp.gate.tid2eid"
 
 
 def start_from(network: nn.Module, folder: Path, tokenizer: Tokenizer) -> None:
-    """Puts the weights of an earlier run into the network. Errors: ValueError when they do not fit."""
+    """Loads the weights of an earlier run into the network. Errors: ValueError when they do not fit."""
     trained = read_trained(folder)
     earlier = Tokenizer.from_file(str(folder / "tokenizer.json"))
     missing, unexpected = network.load_state_dict(carried_over(trained, earlier, tokenizer), strict=False)
@@ -24,11 +24,11 @@ def start_from(network: nn.Module, folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def carried_over(trained: dict[str, Tensor], earlier: Tokenizer, tokenizer: Tokenizer) -> dict[str, Tensor]:
-    """The earlier tensors with one row for each token of ``tokenizer``, in its order.
+    """Returns the earlier tensors with one row for each token of ``tokenizer``, in its order.
 
     A token that the earlier tokenizer has keeps its rows. Another one starts as the mean of the earlier tokens that
-    spell it: its logit is then never above the highest of theirs, so it takes nothing from what was known. It goes to
-    the experts of the last of these, whose output led on to what follows.
+    spell it: its logit is then never above the highest of theirs, so that earlier answers do not change. It gets the
+    experts of the last of these tokens, whose output predicted the next one.
     """
     spelled = spellings(earlier, tokenizer)
     found = dict(trained)
@@ -40,7 +40,7 @@ def carried_over(trained: dict[str, Tensor], earlier: Tokenizer, tokenizer: Toke
 
 
 def spellings(earlier: Tokenizer, tokenizer: Tokenizer) -> list[list[int]]:
-    """For each token id, the ids of the earlier tokens that spell it: one where the earlier tokenizer has the token."""
+    """Returns, for each token id, the earlier tokens' ids that spell it: one if the earlier tokenizer has the token."""
     known = earlier.get_vocab(with_added_tokens=True)
     tokens = sorted(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda entry: entry[1])
     return [

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tiny.facts import SMALL_TALK, countries, words
-from tiny.made_up import random_items
 from tiny.phrasings import (
     CHAT_PHRASINGS,
     COMPLETION_PHRASINGS,
@@ -15,6 +14,7 @@ from tiny.phrasings import (
     sentence,
     upper_first,
 )
+from tiny.random_names import random_items
 
 MAX_TERM, MAX_FACTOR = 50, 12
 OPENINGS = ("Hello! ", "Hi, ", "Please: ", "Question: ", "OK. ", "One more question: ", "Thanks. ")
@@ -23,7 +23,7 @@ FOLLOW_UPS = ("And {c}?", "And of {c}?", "What about {c}?", "And the capital of 
 
 @dataclass(frozen=True)
 class Turn:
-    """One exchange: what is asked (or the text to continue) and what follows. ``thought`` is its reasoning."""
+    """One exchange: a question (or text to continue) and its answer. ``thought`` is the reasoning."""
 
     ask: str
     answer: str
@@ -41,7 +41,7 @@ def capital_chat(rng: random.Random) -> Turn:
 
 
 def follow_up_chat(rng: random.Random) -> Turn:
-    """A question that only makes sense after one about a capital."""
+    """Draws a question that only makes sense after one about a capital."""
     country = rng.choice(countries())
     ask = rng.choice(FOLLOW_UPS).format(c=country.name)
     return Turn(ask, chat_answer(country), f"The question is about {country.name}.")
@@ -87,7 +87,7 @@ class Sum:
 
     @property
     def held_out(self) -> bool:
-        """Whether training never sees it: about 5% of sums and differences, no product."""
+        """True if training never sees it: about 5% of sums and differences, no product."""
         digest = hashlib.sha256(f"{self.left}{self.sign}{self.right}".encode()).digest()
         return self.sign != "*" and digest[0] < 13  # 13 / 256 = 5%
 
@@ -100,7 +100,7 @@ class Sum:
 
 
 def all_sums() -> list[Sum]:
-    """Sums and differences with terms up to 50 (no negative result), products with factors up to 12."""
+    """Returns sums and differences with terms up to 50 (no negative result), products with factors up to 12."""
     terms, factors = range(MAX_TERM + 1), range(MAX_FACTOR + 1)
     added = [Sum(a, "+", b) for a in terms for b in terms]
     taken = [Sum(a, "-", b) for a in terms for b in range(a + 1)]
@@ -137,7 +137,7 @@ REPEAT_CHAT = ("Repeat: {l}", "Repeat after me: {l}", "Say: {l}", "Repeat these 
 
 
 def word_list(rng: random.Random, num_words: int) -> list[str]:
-    """Distinct words where there are enough; longer lists go through the words again in another order."""
+    """Draws distinct words where there are enough; longer lists repeat the words in another order."""
     found: list[str] = []
     while len(found) < num_words:
         found += rng.sample(words(), min(num_words - len(found), len(words())))
@@ -145,7 +145,7 @@ def word_list(rng: random.Random, num_words: int) -> list[str]:
 
 
 def any_list(rng: random.Random, num_words: int) -> list[str]:
-    """The same, or about half as many names and places, which are longer, that mean nothing together."""
+    """Draws a word list, or an unrelated list of about half as many names and places, which are longer."""
     if rng.random() < 0.6:
         return word_list(rng, num_words)
     return random_items(rng, (num_words + 1) // 2)

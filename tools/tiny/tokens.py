@@ -21,7 +21,7 @@ VOCAB_SIZE = 2560
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """A tokenizer of exactly ``VOCAB_SIZE`` tokens: the special ones first, all 256 bytes, then merges.
+    """Trains a tokenizer of exactly ``VOCAB_SIZE`` tokens: the special ones first, all 256 bytes, then merges.
 
     Digits are single tokens, so that sums are digit by digit. Errors: ValueError when the texts hold too few merges.
     """
@@ -43,10 +43,10 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 
 def extended_tokenizer(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokenizer:
-    """``tokenizer`` with merges learnt from ``texts`` behind its own, up to ``VOCAB_SIZE`` tokens; ids stay.
+    """Adds merges learnt from ``texts`` behind the tokenizer's own, up to ``VOCAB_SIZE`` tokens; ids do not change.
 
-    New merges come last, so a text is first cut as before and then joined further: what was learnt of the earlier
-    tokens stays true of nearly every text. Errors: ValueError when the texts hold too few merges.
+    New merges come last, so a text is first cut as before and then joined further, and most texts keep the tokens that
+    the model knows. Errors: ValueError when the texts hold too few merges.
     """
     counts: Counter[str] = Counter()
     for text, num in Counter(texts).items():
@@ -70,7 +70,7 @@ def extended_tokenizer(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokenizer:
 
 
 def _joined(cut: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
-    """``cut`` with every ``pair`` in it as one piece."""
+    """Joins every ``pair`` in ``cut`` into one piece."""
     if pair[0] not in cut:
         return cut
     found: list[str] = []
@@ -89,7 +89,7 @@ def _mark_added_tokens(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
-    """The same tokenizer without added tokens: a special token's string in its input is ordinary text."""
+    """Returns the tokenizer without added tokens, so that a special token's string is ordinary text."""
     fields = json.loads(tokenizer.to_str())
     fields["added_tokens"] = []
     return Tokenizer.from_str(json.dumps(fields))

@@ -1,4 +1,4 @@
-"""Conversations with tools on offer: one to three calls, results and what is said then; questions without a tool."""
+"""Conversations with tools: one to three calls, results and the final answer; and questions without a matching tool."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -26,9 +26,9 @@ NEW_QUESTION, NEW_ORDER = "Can you tell me {p}?", "Could you please {p}?"
 
 @dataclass(frozen=True)
 class Wish:
-    """How a conversation is to be. held_out: jobs, names of tools and wordings, each, that training never sees.
+    """Options of a conversation. held_out: use jobs, names of tools and wordings that training never sees.
 
-    made_up_names: all names of tools and parameters mean nothing, so that they can only be copied.
+    made_up_names: all names of tools and parameters are random, so that they can only be copied.
     """
 
     num_calls: int = 1
@@ -42,7 +42,7 @@ class Wish:
 
 
 def call_talk(rng: random.Random, wish: Wish, system: str = "") -> Conversation:
-    """A question that tools on offer answer: the calls, or with ``with_results`` the sentence after their results."""
+    """Draws a question for tools: with the calls, or with ``with_results`` the sentence after their results."""
     jobs = draw_jobs(rng, wish.num_calls, wish.new_job)
     tools = offer(rng, [job.concept for job in jobs], wish)
     by_concept = {tool.concept.key: tool for tool in tools}
@@ -63,7 +63,7 @@ def setting(tools: Sequence[Tool], wish: Wish) -> Setting:
 
 
 def results(rng: random.Random, jobs: Sequence[Job], calls: Sequence[ToolCall], thinking: bool) -> list[Message]:
-    """What each tool says, sometimes in another order, and the answer."""
+    """Returns each tool's result, sometimes in another order, and the answer."""
     outcomes = [job.concept.outcome(rng, job.values) for job in jobs]
     said = [Message("tool", text, tool_call_id=call.call_id) for (text, _), call in zip(outcomes, calls, strict=True)]
     if rng.random() < 0.2:
@@ -73,7 +73,7 @@ def results(rng: random.Random, jobs: Sequence[Job], calls: Sequence[ToolCall], 
 
 
 def plain_talk(rng: random.Random, wish: Wish, system: str = "") -> Conversation:
-    """A question that no tool on offer answers: what is known is said, for the rest there is no tool."""
+    """Draws a question that no tool can answer: the model answers what it knows, and else says there is no tool."""
     turn, hidden = plain_turn(rng, wish)
     tools = offer_without(rng, hidden, wish)
     reasoning = ""
@@ -84,7 +84,7 @@ def plain_talk(rng: random.Random, wish: Wish, system: str = "") -> Conversation
 
 
 def plain_turn(rng: random.Random, wish: Wish) -> tuple[Turn, frozenset[str]]:
-    """A question to answer without a tool, and the concepts that must not be on offer then."""
+    """Draws a question to answer without a tool, and the concepts whose tools must be absent."""
     kind = rng.random()
     if kind < 0.35:
         turn = untooled(rng, wish)
@@ -102,19 +102,19 @@ def plain_turn(rng: random.Random, wish: Wish) -> tuple[Turn, frozenset[str]]:
 
 
 def untooled(rng: random.Random, wish: Wish = Wish()) -> Turn:
-    """A job that needs a tool, asked without one. ``thought`` is the concept's key."""
+    """Draws a job that needs a tool, asked without one. ``thought`` is the concept's key."""
     job = draw_job(rng, rng.choice([c for c in CONCEPTS if c.key not in KNOWN_WITHOUT_TOOL]), wish.new_job)
     return Turn(ask_for(rng, [job], wish.new_wording), UNKNOWN, job.concept.key)
 
 
 def untooled_chat(rng: random.Random) -> Turn:
-    """The same for chats in which no tool is on offer."""
+    """Draws such a job for chats without any tool."""
     turn = untooled(rng)
     return Turn(turn.ask, turn.answer, NO_TOOL)
 
 
 def draw_jobs(rng: random.Random, num_jobs: int, held_out: bool) -> list[Job]:
-    """Jobs that differ, of one concept or of several; orders stand behind questions, as ``ask_for`` has them."""
+    """Draws distinct jobs of one or several concepts; orders come after questions, as in ``ask_for``."""
     if rng.random() < 0.5:
         concepts = [rng.choice(CONCEPTS)] * num_jobs
     else:
@@ -129,7 +129,7 @@ def draw_jobs(rng: random.Random, num_jobs: int, held_out: bool) -> list[Job]:
 
 
 def offer(rng: random.Random, needed: Sequence[Concept], wish: Wish) -> list[Tool]:
-    """The needed tools among up to three, in any order."""
+    """Returns up to three tools in any order, the needed ones among them."""
     concepts = list({concept.key: concept for concept in needed}.values())
     others = [concept for concept in CONCEPTS if concept not in concepts]
     num_others = rng.choice([n for n in (0, 0, 1, 1, 2) if len(concepts) + n <= MOST_TOOLS])
@@ -137,7 +137,7 @@ def offer(rng: random.Random, needed: Sequence[Concept], wish: Wish) -> list[Too
 
 
 def offer_without(rng: random.Random, hidden: frozenset[str], wish: Wish) -> list[Tool]:
-    """One to three tools, none of them of a hidden concept."""
+    """Draws one to three tools, none of a hidden concept."""
     others = [concept for concept in CONCEPTS if concept.key not in hidden]
     return _drawn(rng, rng.sample(others, rng.randint(1, MOST_TOOLS)), wish)
 
@@ -151,13 +151,13 @@ def _drawn(rng: random.Random, concepts: list[Concept], wish: Wish) -> list[Tool
 
 
 def calls_thought(names: Sequence[str]) -> str:
-    """The reasoning in front of calls: which tools help. In quotes, a name has the tokens it has in the prompt."""
+    """Returns the reasoning in front of calls. Names are quoted, so that they have the same tokens as in the prompt."""
     distinct = [f'"{name}"' for name in dict.fromkeys(names)]
     return f"The tool {distinct[0]} helps." if len(distinct) == 1 else f"The tools {_listed(distinct)} help."
 
 
 def ask_for(rng: random.Random, jobs: Sequence[Job], new_wording: bool = False) -> str:
-    """A user's message that asks for the jobs, in their order: questions before orders."""
+    """Returns a user's message that asks for the jobs in their order, questions before orders."""
     is_shared = len({job.concept.key for job in jobs}) == 1 and len(jobs[0].values) == 1
     if is_shared:
         phrase = jobs[0].concept.phrases[0].format(_listed([_spelled(job.values[0]) for job in jobs]))

@@ -1,7 +1,7 @@
-"""What tiny-v4 can be asked to use a tool for: kinds of jobs, with names, phrases, results and final answers.
+"""Jobs that tiny-v4 uses tools for: kinds of jobs, with names, phrases, results and final answers.
 
-Names of tools and parameters come in several usual spellings, which the prompt chooses among; only where it is wished
-for do they mean nothing, so that they must be copied.
+Names of tools and parameters have several usual spellings, one of which the prompt uses. On request they are random
+instead, so that they must be copied.
 """
 
 import hashlib
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from tiny.facts import countries, words
-from tiny.made_up import random_name
 from tiny.phrasings import chat_answer
+from tiny.random_names import random_name
 
 Values = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """names: spellings; the last one is never trained. about: what it is, for a description."""
+    """A tool's parameter. names: spellings; the last one is never trained. about: its description."""
 
     names: tuple[str, ...]
     about: str
@@ -34,7 +34,7 @@ class Concept:
     names: of the tool; the last one is never trained.
     phrases: the job as part of a question ("the weather in {0}"), or of an order ("set a timer ..."). The first one is
         what several values can share ("the weather in Paris and Rome").
-    draw: values of the parameters. outcome: of values, what the tool says and the sentence that tells it.
+    draw: draws values of the parameters. outcome: returns the tool's result for values, and the sentence that tells it.
     """
 
     key: str
@@ -49,14 +49,14 @@ class Concept:
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to do: a concept and the values of its parameters."""
+    """A concept and the values of its parameters."""
 
     concept: Concept
     values: Values
 
     @property
     def held_out(self) -> bool:
-        """Whether training never sees it: about 8% of the jobs."""
+        """True if training never sees it: about 8% of the jobs."""
         digest = hashlib.sha256(f"{self.concept.key}|{self.values}".encode()).digest()
         return digest[0] < 20  # 20 / 256 = 8%
 
@@ -70,7 +70,7 @@ def draw_job(rng: random.Random, concept: Concept, held_out: bool = False) -> Jo
 
 @dataclass(frozen=True)
 class Tool:
-    """A tool on offer. function: what the prompt says about it. keys: its parameters' names, in order."""
+    """A tool in the prompt. function: its description there. keys: its parameters' names, in order."""
 
     concept: Concept
     function: dict[str, Any]
@@ -81,12 +81,12 @@ class Tool:
         return str(self.function["name"])
 
     def arguments(self, values: Values) -> str:
-        """The JSON text of a call's arguments."""
+        """Returns the JSON text of a call's arguments."""
         return json.dumps(dict(zip(self.keys, values, strict=True)), ensure_ascii=False)
 
 
 def draw_tool(rng: random.Random, concept: Concept, held_out: bool = False, made_up: bool = False) -> Tool:
-    """A tool for ``concept``. held_out: under names never trained; made_up: under names that mean nothing."""
+    """Draws a tool for ``concept``. held_out: with names never trained; made_up: with random names."""
     if made_up:
         name, keys = random_name(rng), _random_keys(rng, len(concept.parameters))
     else:
@@ -138,7 +138,7 @@ def _numbers(most: int) -> Callable[[random.Random], Values]:
 
 
 def _said(rng: random.Random, key: str, value: Any) -> str:
-    """A result as a tool spells it: plain, or as JSON."""
+    """Formats a result as a tool does: plain, or as JSON."""
     if rng.random() < 0.6:
         return value if isinstance(value, str) else json.dumps(value)
     return json.dumps({key: value}, ensure_ascii=False)

@@ -21,13 +21,13 @@ PATTERN = (
     *("brief", "tools", "middle", "request", "short", "tools", "long", "middle"),
     *("request", "many tools", "brief", "tools", "middle", "request", "short", "long"),
 )
-# For a network that knows everything but how to read what tools are called: two thirds of the steps are theirs.
+# For a network that knows everything except how to read tools' names: two thirds of the steps have tools.
 TOOLS_PATTERN = (
     *("tools", "many tools", "request", "tools", "many tools", "middle", "tools", "short"),
     *("tools", "many tools", "brief", "tools", "many tools", "middle", "tools", "long"),
 )
 PATTERNS = {"even": PATTERN, "tools": TOOLS_PATTERN}
-# A new network must find out how to copy before it learns anything else: it does so on lists, the short ones first.
+# A new network must learn to copy before anything else. It learns that from lists, short ones first.
 OPENING_PATTERN = ("brief", "short", "middle", "long")
 NUM_ROWS = {"brief": 512, "short": 256, "request": 96, "middle": 64, "long": 24, "tools": 24, "many tools": 16}
 SAVE_SECONDS = 60.0
@@ -35,7 +35,7 @@ SAVE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Recipe:
-    """Numbers of one training run.
+    """Settings of a training run.
 
     quantised_from: share of the steps after which weights are quantised in every forward.
     num_rows: rows of one step, by kind; steps go through the kinds in turn.
@@ -63,7 +63,7 @@ class Recipe:
     balanced_until: float = 0.9
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to the final rate."""
+        """Returns the learning rate: linear warm-up, then a cosine down to the final rate."""
         if step < self.num_warmup_steps:
             return self.learning_rate * (step + 1) / self.num_warmup_steps
         done = (step - self.num_warmup_steps) / max(1, self.num_steps - self.num_warmup_steps)
@@ -71,7 +71,7 @@ class Recipe:
         return self.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * done))
 
     def kind_at(self, step: int) -> str:
-        """The kind of rows that a step learns from."""
+        """Returns the kind of rows that a step learns from."""
         pattern = OPENING_PATTERN if step < self.num_opening_steps else PATTERNS[self.pattern]
         return pattern[step % len(pattern)]
 
@@ -93,14 +93,14 @@ class Bucket:
         self.replay: Callable[[], None] = self.forward_backward
 
     def draw(self, generator: torch.Generator) -> None:
-        """Puts rows drawn at random into the step's input."""
+        """Copies randomly drawn rows to the step's input."""
         device = self.rows.ids.device
         chosen = torch.randint(self.rows.ids.shape[0], (self.ids.shape[0],), generator=generator, device=device)
         self.ids.copy_(self.rows.ids[chosen])
         self.role.copy_(self.rows.role[chosen])
 
     def forward_backward(self) -> None:
-        """Adds this input's gradients to the parameters; ``stats`` = loss, answer tokens right, answer tokens."""
+        """Adds this input's gradients to the parameters; sets ``stats``: loss, right answer tokens, answer tokens."""
         logits = self.network(input_ids=self.ids, attention_mask={"window": self.mask}, use_cache=False).logits
         logits, target, role = logits[:, :-1].float(), self.ids[:, 1:], self.role[:, 1:]
         weight = (role == ANSWER).float() + self.recipe.prompt_weight * (role == PROMPT).float()
@@ -150,7 +150,7 @@ class Trainer:
         return [{"params": matrices, "weight_decay": self.recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
 
     def capture(self) -> None:
-        """Records every width's step as a CUDA graph; nothing has been learnt afterwards."""
+        """Records every width's step as a CUDA graph; the weights stay unchanged."""
         for bucket in self.buckets.values():
             bucket.draw(self.generator)
             bucket.capture()
@@ -179,7 +179,7 @@ class Trainer:
             counter.counts.zero_()
 
     def run(self, log: Callable[[str], None], save: Callable[[], None], log_every: int = 80) -> None:
-        """All steps; a line and an entry of the curve every ``log_every``, ``save`` about once a minute."""
+        """Runs all steps. Every ``log_every`` steps it logs a line and a point of the curve; it saves once a minute."""
         start = last_saved = time.perf_counter()
         seen = {kind: torch.zeros_like(bucket.stats) for kind, bucket in self.buckets.items()}
         turns = dict.fromkeys(self.buckets, 0)

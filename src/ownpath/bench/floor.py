@@ -1,4 +1,4 @@
-"""What no kernel can beat: the bytes that must move and the operations that must be done, over measured ceilings."""
+"""The least possible time of a call: the bytes to move and the operations to compute, over measured ceilings."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ NVFP4_BYTES_PER_PARAM = 0.5 + 1 / 16
 class Ceilings:
     """Rates measured on one device: reads of its memory, and a large bfloat16 matrix product.
 
-    A product on FP8 tensor cores can pass ``tflop_per_s``: twice it is the hardware's ratio.
+    A product on FP8 tensor cores can exceed ``tflop_per_s``, up to twice by the hardware's ratio.
     """
 
     read_tb_per_s: float
@@ -25,20 +25,20 @@ H200 = Ceilings(read_tb_per_s=4.41, tflop_per_s=781.0)
 
 @dataclass(frozen=True)
 class Work:
-    """Bytes that must be read or written once, and floating-point operations, of one call."""
+    """A call's bytes that must be read or written once, and its floating-point operations."""
 
     num_bytes: int
     num_flop: int
 
     def floor_us(self, ceilings: Ceilings) -> float:
-        """The larger of the two times. Units: microseconds."""
+        """Returns the larger of the two times in microseconds."""
         return max(self.num_bytes / ceilings.read_tb_per_s, self.num_flop / ceilings.tflop_per_s) / 1e6
 
 
 def moe_work(shape: MoeShape, num_tokens: int, distinct_experts: float) -> Work:
-    """One MoE call: each routed expert's weights once, bfloat16 tokens in and out, int32 ids and float32 weights.
+    """Counts an MoE call: each routed expert's weights once, bfloat16 tokens in and out, int32 ids, float32 weights.
 
-    What passes between the two products is not counted: a fused kernel need not store it.
+    The hidden rows between the two products are not counted: a fused kernel need not store them.
     """
     weights = distinct_experts * shape.params_per_expert * NVFP4_BYTES_PER_PARAM
     activations = 2 * 2 * num_tokens * shape.hidden + 8 * num_tokens * shape.top_k
@@ -46,12 +46,12 @@ def moe_work(shape: MoeShape, num_tokens: int, distinct_experts: float) -> Work:
 
 
 def nvfp4_linear_work(shape: LinearShape, num_rows: int) -> Work:
-    """One NVFP4 product: packed weight and scales, bfloat16 in and out."""
+    """Counts an NVFP4 product: packed weight and scales, bfloat16 in and out."""
     return _linear_work(shape, num_rows, round(shape.num_params * NVFP4_BYTES_PER_PARAM))
 
 
 def fp8_linear_work(shape: LinearShape, num_rows: int) -> Work:
-    """One FP8 product: E4M3 weight with one E8M0 byte for each block of 128x128, bfloat16 in and out."""
+    """Counts an FP8 product: E4M3 weight with one E8M0 byte for each block of 128x128, bfloat16 in and out."""
     blocks = -(-shape.out_features // 128) * -(-shape.in_features // 128)
     return _linear_work(shape, num_rows, shape.num_params + blocks)
 

@@ -16,21 +16,21 @@ from ownpath.bench.rotation import num_calls
 from ownpath.bench.row import Case, Row
 from ownpath.bench.shapes import LinearShape
 
-Operands = TypeVar("Operands")
-_Operands_contra = TypeVar("_Operands_contra", contravariant=True)
+FormatOperands = TypeVar("FormatOperands")
+_FormatOperands_contra = TypeVar("_FormatOperands_contra", contravariant=True)
 
 
-class _LinearContender(Contender, Protocol[_Operands_contra]):
-    def prepare(self, operands: _Operands_contra, num_rows: Sequence[int]) -> LinearCall: ...
+class _LinearContender(Contender, Protocol[_FormatOperands_contra]):
+    def prepare(self, operands: _FormatOperands_contra, num_rows: Sequence[int]) -> LinearCall: ...
 
 
 @dataclass(frozen=True)
-class LinearBench(Generic[Operands]):
-    """What differs between weight formats: how to make operands, what is right, and what must move."""
+class LinearBench(Generic[FormatOperands]):
+    """A weight format's benchmark: functions that make operands, compute the reference and count the work."""
 
     name: str
-    make: Callable[[LinearShape, torch.Generator], Operands]
-    reference: Callable[[torch.Tensor, Operands], torch.Tensor]
+    make: Callable[[LinearShape, torch.Generator], FormatOperands]
+    reference: Callable[[torch.Tensor, FormatOperands], torch.Tensor]
     work: Callable[[LinearShape, int], Work]
 
 
@@ -39,13 +39,13 @@ FP8_BENCH: LinearBench[Fp8Operands] = LinearBench("fp8", random_fp8, fp8_referen
 
 
 def run_linear(
-    bench: LinearBench[Operands],
+    bench: LinearBench[FormatOperands],
     settings: Settings,
     shape: LinearShape,
     row_counts: Sequence[int],
-    contenders: Sequence[_LinearContender[Operands]],
+    contenders: Sequence[_LinearContender[FormatOperands]],
 ) -> Iterator[Row]:
-    """One row for each row count and contender, contender by contender."""
+    """Yields a row for each row count and contender, contender by contender."""
     sets = num_calls(bench.work(shape, 0).num_bytes)
     operands = [bench.make(shape, settings.generator(idx)) for idx in range(sets)]
     cases = [_case(bench, settings, shape, num_rows) for num_rows in row_counts]
@@ -59,7 +59,7 @@ def run_linear(
         yield from _rows(settings, operands, problems, contender)
 
 
-def _case(bench: LinearBench[Operands], settings: Settings, shape: LinearShape, num_rows: int) -> Case:
+def _case(bench: LinearBench[FormatOperands], settings: Settings, shape: LinearShape, num_rows: int) -> Case:
     work = bench.work(shape, num_rows)
     floor_us = None if settings.ceilings is None else work.floor_us(settings.ceilings)
     dims = {"out_features": shape.out_features, "in_features": shape.in_features}
@@ -68,9 +68,9 @@ def _case(bench: LinearBench[Operands], settings: Settings, shape: LinearShape, 
 
 def _rows(
     settings: Settings,
-    operands: Sequence[Operands],
+    operands: Sequence[FormatOperands],
     problems: Sequence[tuple[Case, Sequence[torch.Tensor], torch.Tensor]],
-    contender: _LinearContender[Operands],
+    contender: _LinearContender[FormatOperands],
 ) -> Iterator[Row]:
     cases = [case for case, _, _ in problems]
     if missing := contender.missing(settings.device):

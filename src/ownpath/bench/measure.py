@@ -1,4 +1,4 @@
-"""One contender in one case: a warm-up that must be right, then its time; whatever goes wrong becomes a row."""
+"""Measures one contender in one case: a warm-up call that must be right, then the time. A failure becomes a row too."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from ownpath.bench.timing import Timer, choose_timer
 
 @dataclass(frozen=True)
 class Settings:
-    """Where and how to measure. ceilings: None where nobody measured them, and then no floor is shown."""
+    """The device and method of measurement. ceilings: None where they were not measured; no floor is shown then."""
 
     device: str
     seed: int
@@ -24,19 +24,19 @@ class Settings:
 
     @staticmethod
     def of(device: str, seed: int = 0, budget_s: float = 0.5) -> "Settings":
-        """Errors: ValueError when the device is not there."""
+        """Makes the settings for a device. Errors: ValueError when the device is not there."""
         timer = choose_timer(device, budget_s)
         on_h200 = torch.device(device).type == "cuda" and "H200" in torch.cuda.get_device_name(device)
         return Settings(device, seed, timer, H200 if on_h200 else None)
 
     def generator(self, offset: int = 0) -> torch.Generator:
-        """Random numbers on the device, the same for the same seed and offset."""
+        """Returns a random generator on the device, the same for the same seed and offset."""
         return torch.Generator(self.device).manual_seed(self.seed + offset)
 
 
 @dataclass(frozen=True)
 class Round:
-    """The calls that are timed together, each on its own weights or routing, and what the first must return.
+    """Calls that are timed together, each on its own weights or routing, and the first one's expected result.
 
     Shapes: reference float64 [sampled rows, N].
     """
@@ -62,11 +62,11 @@ def measure(case: Case, contender: Contender, make_round: Callable[[], Round], t
 
 
 def without_time(case: Case, contender: Contender, status: Status, reason: str) -> Row:
-    """The row of a contender that gave no time."""
+    """Returns the row of a contender without a time."""
     return Row(case, contender.name, contender.is_peer, status, reason)
 
 
 def describe(failure: Exception) -> str:
-    """One line for the table: the class and what it says. The traceback goes to the log."""
+    """Returns an exception as one line, class and message, and logs the traceback."""
     logging.getLogger(__name__).warning("a contender failed", exc_info=failure)
     return " ".join(f"{type(failure).__name__}: {failure}".split())[:400]

@@ -1,7 +1,7 @@
 """``ownpath bench moe``: alignment, both products, SwiGLU and the weighted sum, timed as one call.
 
-All experts' weights are there once; the calls of a round differ in routing and tokens. At one token a call reads 85 MB
-of the 3.6 GB (V4-Flash), and two calls share few experts, so that L2 is cold without copies of the weights.
+There is one copy of all experts' weights; the calls of a round differ in routing and tokens. At one token a call reads
+85 MB of the 3.6 GB (V4-Flash), and two calls share few experts, so that L2 is cold without copies of the weights.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ from ownpath.bench.floor import moe_work
 from ownpath.bench.measure import Round, Settings, describe, measure, without_time
 from ownpath.bench.operands import MoeOperands, random_activations, random_moe
 from ownpath.bench.rotation import num_calls
-from ownpath.bench.routing import Routing, uniform_routing
+from ownpath.bench.routing import TopkRouting, uniform_routing
 from ownpath.bench.row import Case, Row
 from ownpath.bench.shapes import MoeShape
 
@@ -24,14 +24,14 @@ from ownpath.bench.shapes import MoeShape
 @dataclass(frozen=True)
 class _Problem:
     case: Case
-    inputs: Sequence[tuple[torch.Tensor, Routing]]
+    inputs: Sequence[tuple[torch.Tensor, TopkRouting]]
     reference: torch.Tensor
 
 
 def run_moe(
     settings: Settings, shape: MoeShape, token_counts: Sequence[int], contenders: Sequence[MoeContender]
 ) -> Iterator[Row]:
-    """One row for each token count and contender, contender by contender."""
+    """Yields a row for each token count and contender, contender by contender."""
     operands = random_moe(shape, settings.generator())
     problems = [_problem(settings, shape, operands, num_tokens) for num_tokens in token_counts]
     for contender in contenders:

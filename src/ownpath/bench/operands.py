@@ -3,7 +3,7 @@
 Codes are uniform over all 16 (or, for FP8, all finite) ones. Block scales are uniform over the E4M3 codes of 32 to
 448, where a quantiser that maps the largest value of a matrix to 6 x 448 puts almost all of them. Global scales are
 chosen so that a product with unit-variance activations has about unit variance, times a random factor of 0.5 to 2, so
-that a contender which mixes them up is found out.
+that a contender that confuses them has a wrong result.
 """
 
 from dataclasses import dataclass, fields
@@ -20,7 +20,7 @@ _NUM_FP8_CODES = 0x7F  # magnitudes; 0x7F is NaN
 
 class _Cloneable:
     def clone(self) -> Self:
-        """A copy: runners repack what they are given in place."""
+        """Returns a copy: runners repack their operands in place."""
         return type(self)(*(getattr(self, field.name).clone() for field in fields(self)))  # type: ignore[arg-type]
 
 
@@ -55,7 +55,7 @@ class Fp8Operands(_Cloneable):
 
 
 def random_moe(shape: MoeShape, generator: torch.Generator) -> MoeOperands:
-    """One layer's routed experts."""
+    """Makes one layer's routed experts."""
     experts, hidden, inter = shape.num_experts, shape.hidden, shape.inter
     w13 = _nvfp4((experts, 2 * inter, hidden), (experts,), generator)
     w2 = _nvfp4((experts, hidden, inter), (experts,), generator)
@@ -63,12 +63,12 @@ def random_moe(shape: MoeShape, generator: torch.Generator) -> MoeOperands:
 
 
 def random_nvfp4(shape: LinearShape, generator: torch.Generator) -> Nvfp4Operands:
-    """One dense NVFP4 weight."""
+    """Makes a dense NVFP4 weight."""
     return Nvfp4Operands(*_nvfp4((shape.out_features, shape.in_features), (), generator))
 
 
 def random_fp8(shape: LinearShape, generator: torch.Generator) -> Fp8Operands:
-    """One dense FP8 weight with a power-of-two scale for each block of 128x128."""
+    """Makes a dense FP8 weight with a power-of-two scale for each block of 128x128."""
     device = generator.device
     codes = torch.randint(
         0, _NUM_FP8_CODES, (shape.out_features, shape.in_features), generator=generator, device=device
@@ -83,7 +83,7 @@ def random_fp8(shape: LinearShape, generator: torch.Generator) -> Fp8Operands:
 
 
 def random_activations(num_rows: int, width: int, generator: torch.Generator) -> torch.Tensor:
-    """bfloat16 [num_rows, width] of unit variance."""
+    """Makes bfloat16 activations [num_rows, width] of unit variance."""
     return torch.randn(num_rows, width, generator=generator, device=generator.device).to(torch.bfloat16)
 
 

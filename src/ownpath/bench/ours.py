@@ -1,4 +1,4 @@
-"""This package's own runners, through the public API: around the device's default kernel, or around any by its name."""
+"""This package's runners as contenders, through the public API: with the device's default kernel or a named one."""
 
 from collections.abc import Sequence
 
@@ -29,11 +29,11 @@ _MAX_REL_L2 = {
     InputRounding.NVFP4: W4A4_MAX_REL_L2,
 }
 _INPUT_SCALE = 2.0**-9
-"""Of activations of unit variance: E2M1 and E4M3 together reach 6 x 448 times it, 5.25."""
+"""Input scale for activations of unit variance: the largest value is 6 x 448 times it, 5.25."""
 
 
-class _Ours:
-    """kernel: ``None`` for what the runner takes where nobody chose, which is called "ownpath"."""
+class _OwnSystem:
+    """Base class of our contenders. kernel: ``None`` for the runner's default, under the name "ownpath"."""
 
     is_peer = False
     default_max_rel_l2 = W4A16_MAX_REL_L2
@@ -44,7 +44,7 @@ class _Ours:
         self.max_rel_l2 = self.default_max_rel_l2 if kernel is None else _MAX_REL_L2[kernel.rounding]
 
     def missing(self, device: str) -> Missing | None:
-        """Runs everywhere, or was chosen because it runs here."""
+        """Returns None: the default runs everywhere, and a named kernel was chosen because it runs here."""
         return None
 
     @property
@@ -53,12 +53,12 @@ class _Ours:
 
 
 def own_kernels(kind: OpKind, stored: Format, device: str) -> list[KernelSpec]:
-    """The registered kernels of plain numerics that run there on bfloat16 activations, best first."""
+    """Returns the kernels of plain numerics that run on a device with bfloat16 activations, best first."""
     caps, demands = device_caps(device), Demands("bfloat16")
     return [spec for spec in SPECS if isinstance(select(kind, stored, caps, (spec,), demands), Choice)]
 
 
-class OwnMoe(_Ours):
+class OwnMoe(_OwnSystem):
     """``ownpath.Nvfp4MoE``, or ``Nvfp4MoEW4A4`` around a kernel that quantises activations."""
 
     def prepare(self, operands: MoeOperands, num_tokens: Sequence[int], top_k: int) -> MoeCall:
@@ -70,7 +70,7 @@ class OwnMoe(_Ours):
         return Nvfp4MoE(*w13, *w2, swiglu_limit=SWIGLU_LIMIT, kernel=self.kernel)
 
 
-class OwnNvfp4Linear(_Ours):
+class OwnNvfp4Linear(_OwnSystem):
     """``ownpath.Nvfp4Linear``, or ``Nvfp4LinearW4A4`` around a kernel that quantises activations."""
 
     def prepare(self, operands: Nvfp4Operands, num_rows: Sequence[int]) -> LinearCall:
@@ -82,7 +82,7 @@ class OwnNvfp4Linear(_Ours):
         return Nvfp4Linear(*parts, kernel=self.kernel)
 
 
-class OwnFp8Linear(_Ours):
+class OwnFp8Linear(_OwnSystem):
     """``ownpath.runners.Fp8Linear``: W8A16, or W8A8 for many rows."""
 
     default_max_rel_l2 = W8A8_MAX_REL_L2

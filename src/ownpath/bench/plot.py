@@ -1,4 +1,4 @@
-"""The table as a picture: time over tokens for each shape, every contender, and the floor."""
+"""Plots the table: time over tokens for each shape, every contender, and the floor."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +33,7 @@ def plot_rows(rows: Sequence[Row], title: str, path: Path) -> None:
 
 
 def _draw(panel: object, rows: Sequence[Row], shape: str) -> None:
-    """One panel, both axes logarithmic. A contender whose answer is wrong is drawn, dashed and labelled so."""
+    """Draws a panel with logarithmic axes. A contender with wrong results is dashed and labelled as wrong."""
     from matplotlib.axes import Axes
 
     assert isinstance(panel, Axes)

@@ -1,4 +1,4 @@
-"""One JSON line for each row, with everything needed to say where the number comes from."""
+"""Writes a JSON line for each row, with the provenance of its number."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from ownpath.versions import versions
 
 
 def provenance(device: str, commit: str, command: str, timer: str) -> dict[str, object]:
-    """Device, versions, commit, command, timer and date of a run."""
+    """Returns device, versions, commit, command, timer and date of a run."""
     return {
         "device": device_name(device),
         "timer": timer,
@@ -26,7 +26,7 @@ def provenance(device: str, commit: str, command: str, timer: str) -> dict[str, 
 
 
 def row_dict(row: Row, seed: int, origin: Mapping[str, object]) -> dict[str, object]:
-    """One row as plain data. Units are in the keys; NaN becomes null, so that the line is JSON everywhere."""
+    """Returns a row as JSON values. Units are in the keys; NaN becomes null, so that the line is valid JSON."""
     case, timing = row.case, row.timing
     measured = {"us": None, "us_p10": None, "us_p90": None, "calls_per_replay": None, "replays": None}
     if timing is not None:
@@ -56,7 +56,7 @@ def row_dict(row: Row, seed: int, origin: Mapping[str, object]) -> dict[str, obj
 
 
 def append_lines(path: Path, records: Sequence[Mapping[str, object]]) -> None:
-    """Adds to a JSON-lines file, made if it is not there."""
+    """Appends to a JSON-lines file, and makes it if it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as out:
         for record in records:
@@ -64,7 +64,7 @@ def append_lines(path: Path, records: Sequence[Mapping[str, object]]) -> None:
 
 
 def device_name(device: str) -> str:
-    """As the driver calls it; a CPU is called one."""
+    """Returns the driver's name of the device; "cpu" and the architecture for a CPU."""
     if torch.device(device).type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return f"cpu {platform.machine()}"

@@ -1,4 +1,4 @@
-"""What one measurement says. Every contender gets a row in every case, also when it loses, fails or is not there."""
+"""The result of a measurement. Every contender has a row in every case, also if it loses, fails or is not installed."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Case:
-    """What is computed. floor_us is None where no ceilings are known for the device.
+    """The computation that is measured. floor_us: None where no ceilings are known for the device.
 
     distinct_experts: mean over the round's routings; None for a dense product.
     """
@@ -38,7 +38,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """One contender in one case. ``reason`` says why there is no time, or why it does not count."""
+    """One contender in one case. ``reason``: why there is no time, or why it does not count."""
 
     case: Case
     contender: str
@@ -50,12 +50,12 @@ class Row:
 
     @property
     def counts(self) -> bool:
-        """Whether the time may be compared with others: only a right answer's time may."""
+        """True if the time may be compared with others, which requires a right result."""
         return self.status == "ok" and self.timing is not None
 
     @property
     def tb_per_s(self) -> float | None:
-        """The case's bytes over the time: what a kernel that moves no byte twice would reach."""
+        """The case's bytes over the time: the rate of a kernel that moves no byte twice."""
         return None if self.timing is None else self.case.num_bytes / self.timing.us / 1e6
 
     @property
@@ -65,7 +65,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One case's rows, and how ours stands against the best peer. ratio > 1: ours is faster."""
+    """One case's rows, and our time beside the best peer's. ratio > 1: ours is faster."""
 
     case: Case
     rows: Mapping[str, Row]
@@ -82,7 +82,7 @@ class Comparison:
 
 
 def compare(rows: Sequence[Row]) -> list[Comparison]:
-    """One comparison for each case, in the order of the rows."""
+    """Returns a comparison for each case, in the order of the rows."""
     cases: list[Case] = []
     for row in rows:
         if row.case not in cases:
@@ -91,7 +91,7 @@ def compare(rows: Sequence[Row]) -> list[Comparison]:
 
 
 def geometric_mean(values: Sequence[float]) -> float | None:
-    """None for no values."""
+    """Returns the geometric mean, or None without values."""
     return math.exp(sum(map(math.log, values)) / len(values)) if values else None
 
 

@@ -1,4 +1,4 @@
-"""The shapes that are measured."""
+"""The shapes that benchmarks measure."""
 
 from dataclasses import dataclass
 
@@ -52,7 +52,7 @@ LINEAR_TOKENS = (1, 16, 64, 256, 2048)
 
 
 def moe_shape(name: str) -> MoeShape:
-    """Errors: ValueError for an unknown name."""
+    """Returns a shape by name. Errors: ValueError for an unknown name."""
     for shape in MOE_SHAPES:
         if shape.name == name:
             return shape
@@ -60,7 +60,7 @@ def moe_shape(name: str) -> MoeShape:
 
 
 def linear_shape(name: str) -> LinearShape:
-    """Errors: ValueError for an unknown name."""
+    """Returns a shape by name. Errors: ValueError for an unknown name."""
     for shape in LINEAR_SHAPES:
         if shape.name == name:
             return shape

@@ -1,4 +1,4 @@
-"""The table that people read. One line for each case; a contender without a time says why in its place."""
+"""The table of results as text: a line for each case, with a reason in place of a missing time."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from ownpath.bench.row import Comparison, Row, compare, geometric_mean
 
 
 def table_text(rows: Sequence[Row], title: str) -> str:
-    """All rows, then what does not count and why, then the geometric mean and the number of lost cases."""
+    """Returns all rows, then those that do not count and why, then the geometric mean and the number of lost cases."""
     comparisons = compare(rows)
     contenders = list(dict.fromkeys(row.contender for row in rows))
     header = ["shape", "tokens", "experts", "floor us", *contenders, "best peer", "peer/ours", "floor/ours"]

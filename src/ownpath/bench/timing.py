@@ -1,4 +1,4 @@
-"""How long a call takes: CUDA-graph replays on a GPU, a wall clock on a CPU, never one in the other's name."""
+"""Times calls: with CUDA-graph replays on a GPU, with a wall clock on a CPU. Records name the timer."""
 
 import itertools
 import statistics
@@ -11,7 +11,7 @@ import torch
 
 from ownpath.bench.row import Timing
 
-Call = Callable[[], object]
+TimedCall = Callable[[], object]
 
 
 class Timer(Protocol):
@@ -20,13 +20,13 @@ class Timer(Protocol):
     @property
     def name(self) -> str: ...
 
-    def time(self, calls: Sequence[Call]) -> Timing: ...
+    def time(self, calls: Sequence[TimedCall]) -> Timing: ...
 
 
 def choose_timer(device: str, budget_s: float = 0.5) -> Timer:
-    """The timer for a device. budget_s: how long to replay, at least.
+    """Returns the timer for a device. budget_s: least time of replaying, in seconds.
 
-    Errors: ValueError when a GPU is asked for and there is none: a CPU's time must not stand in a GPU's table.
+    Errors: ValueError for a GPU that is not there: a CPU's time must not appear in a GPU's table.
     """
     kind = torch.device(device).type
     if kind == "cpu":
@@ -43,7 +43,7 @@ def choose_timer(device: str, budget_s: float = 0.5) -> Timer:
 
 @dataclass(frozen=True)
 class CudaGraph:
-    """Captures the round once and replays it; events around each replay, the median over replays."""
+    """Captures the round once and replays it; events time each replay, and the median counts."""
 
     budget_s: float
     name: str = "cuda graph replay"
@@ -51,7 +51,7 @@ class CudaGraph:
     least_replays: int = 11
     most_replays: int = 400
 
-    def time(self, calls: Sequence[Call]) -> Timing:
+    def time(self, calls: Sequence[TimedCall]) -> Timing:
         graph = self._capture(calls)
         round_us = self._replay(graph, 3)[-1]
         # From rest a GPU runs faster than its power limit lets it run for long; when a heavy load begins, the limiter
@@ -60,8 +60,8 @@ class CudaGraph:
         replays = int(min(max(self.budget_s * 1e6 / round_us, self.least_replays), self.most_replays))
         return _timing(self._replay(graph, replays), len(calls))
 
-    def _capture(self, calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
-        """Calls run once outside the graph first: that compiles, and allocates what is allocated once."""
+    def _capture(self, calls: Sequence[TimedCall]) -> torch.cuda.CUDAGraph:
+        """Captures the calls, after running each once to compile and allocate."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -76,7 +76,7 @@ class CudaGraph:
         return graph
 
     def _replay(self, graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
-        """Microseconds of each of ``count`` replays."""
+        """Returns the microseconds of each of ``count`` replays."""
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
         marks[0].record()
         for mark in marks[1:]:
@@ -88,19 +88,19 @@ class CudaGraph:
 
 @dataclass(frozen=True)
 class WallClock:
-    """A CPU's own clock around each round. Says nothing about a GPU."""
+    """Times each round with the CPU's clock. Not valid for a GPU."""
 
     budget_s: float
     name: str = "cpu wall clock"
     least_replays: int = 3
     most_replays: int = 50
 
-    def time(self, calls: Sequence[Call]) -> Timing:
+    def time(self, calls: Sequence[TimedCall]) -> Timing:
         round_us = self._round(calls)
         replays = int(min(max(self.budget_s * 1e6 / round_us, self.least_replays), self.most_replays))
         return _timing([self._round(calls) for _ in range(replays)], len(calls))
 
-    def _round(self, calls: Sequence[Call]) -> float:
+    def _round(self, calls: Sequence[TimedCall]) -> float:
         start = time.perf_counter()
         for call in calls:
             call()

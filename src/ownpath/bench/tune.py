@@ -15,55 +15,55 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-Config = Mapping[str, int | str | bool]
-"""One candidate: what a kernel family calls its knobs, as JSON values."""
+Candidate = Mapping[str, int | str | bool]
+"""A candidate configuration: the family's knobs by name, as JSON values."""
 
-Run = Callable[[str, Config], float]
-"""(case, candidate) -> median microseconds. It checks the answer first.
+RunCandidate = Callable[[str, Candidate], float]
+"""(case, candidate) -> median microseconds. It checks the result first.
 
-Errors: CandidateFailed for a candidate that does not compile, fit or compute the right thing.
+Errors: CandidateFailed for a candidate that does not compile, does not fit or computes a wrong result.
 """
 
-Report = Callable[[str], None]
+WriteLine = Callable[[str], None]
 
 _TUNERS = "ownpath.bench.tuners"
 
 
 class CandidateFailed(ValueError):
-    """This candidate is no choice for this case; the message says why."""
+    """Raised for a candidate that cannot be chosen for a case; the message says why."""
 
 
 class Family(Protocol):
-    """What ``--tune`` needs to know of a kernel family."""
+    """A kernel family that ``--tune`` can tune."""
 
-    candidates: Mapping[str, Sequence[Config]]
-    """Case (a key that the kernels look up, such as "m=64,n=4096,k=4096") -> what to try, the present choice first."""
+    candidates: Mapping[str, Sequence[Candidate]]
+    """Case (a key of the table, such as "m=64,n=4096,k=4096") -> candidates, the present choice first."""
 
     table: Path
-    """Where its kernels read the choice from."""
+    """Path of the table that the kernels read."""
 
-    def run(self, case: str, config: Config) -> float:
-        """See Run."""
+    def run(self, case: str, config: Candidate) -> float:
+        """See ``RunCandidate``."""
 
 
 @dataclass(frozen=True)
 class Tried:
-    """One candidate in one case. us is NaN when it failed."""
+    """One candidate's result in one case. us: NaN if it failed."""
 
-    config: Config
+    config: Candidate
     us: float
     reason: str = ""
 
 
 def tune(
     family: str,
-    candidates: Mapping[str, Sequence[Config]],
-    run: Run,
+    candidates: Mapping[str, Sequence[Candidate]],
+    run: RunCandidate,
     out: Path,
     provenance: Mapping[str, object],
-    report: Report = print,
+    report: WriteLine = print,
 ) -> dict[str, Tried]:
-    """Runs every candidate and writes the fastest for each case to ``out``; cases of an earlier table stay.
+    """Runs every candidate and writes the fastest for each case to ``out``; other cases of an earlier table are kept.
 
     A tie goes to the earlier candidate. Errors: CandidateFailed when no candidate of a case runs; nothing is written.
     """
@@ -81,7 +81,7 @@ def tune(
 
 
 def load_family(name: str, device: str) -> Family:
-    """The family's candidates. Errors: ValueError for a family without a tuner."""
+    """Loads a family's tuner. Errors: ValueError for a family without one."""
     if not name.isidentifier() or not _has_tuner(name):
         raise ValueError(f"--tune: no kernel family {name!r} with candidates in {_TUNERS}")
     family: Family = importlib.import_module(f"{_TUNERS}.{name}").family(device)
@@ -92,7 +92,7 @@ def _has_tuner(name: str) -> bool:
     return importlib.util.find_spec(_TUNERS) is not None and importlib.util.find_spec(f"{_TUNERS}.{name}") is not None
 
 
-def _try(case: str, config: Config, run: Run) -> Tried:
+def _try(case: str, config: Candidate, run: RunCandidate) -> Tried:
     try:
         return Tried(config, run(case, config))
     except CandidateFailed as failure:

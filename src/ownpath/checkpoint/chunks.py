@@ -1,7 +1,7 @@
-"""The bytes of many tensors as few large reads: each shard from its first wanted byte to its last, chunk by chunk.
+"""Cuts the bytes of many tensors into few large reads: each shard from its first wanted byte to its last, in chunks.
 
-A tensor may begin in one chunk and end in a later one, and thousands of scalars lie in one. Chunks come in the order of
-the file, so that readers who take them in turn read each shard sequentially.
+A tensor may span several chunks, and one chunk may hold thousands of scalars. Chunks follow the order of the file, so
+that several readers together read each shard sequentially.
 """
 
 import os
@@ -17,7 +17,7 @@ ALIGNMENT_BYTES = 64
 
 
 class Piece(NamedTuple):
-    """Bytes [start, stop) of a chunk: those of a tensor from its byte ``first`` on."""
+    """Bytes [start, stop) of a chunk, which hold a tensor's bytes from its byte ``first`` on."""
 
     info: TensorInfo
     first: int
@@ -25,8 +25,8 @@ class Piece(NamedTuple):
     stop: int
 
 
-class Chunk(NamedTuple):
-    """Bytes [start, start + num_bytes) of a file, and whose they are, without a gap."""
+class FileChunk(NamedTuple):
+    """Bytes [start, start + num_bytes) of a file, and the pieces of tensors that fill them without a gap."""
 
     file: Path
     start: int
@@ -34,8 +34,8 @@ class Chunk(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
-def file_chunks(infos: Iterable[TensorInfo], max_bytes: int) -> Iterator[Chunk]:
-    """Every byte of the tensors once, in chunks of at most ``max_bytes``, in the order of files and their bytes."""
+def file_chunks(infos: Iterable[TensorInfo], max_bytes: int) -> Iterator[FileChunk]:
+    """Yields every byte of the tensors once, in chunks of at most ``max_bytes``, in the order of files and bytes."""
     assert max_bytes >= ALIGNMENT_BYTES, max_bytes
     by_file: dict[Path, list[TensorInfo]] = {}
     for info in infos:
@@ -44,7 +44,7 @@ def file_chunks(infos: Iterable[TensorInfo], max_bytes: int) -> Iterator[Chunk]:
         yield from _chunks_of(file, sorted(by_file[file], key=lambda info: info.start), max_bytes)
 
 
-def _chunks_of(file: Path, infos: list[TensorInfo], max_bytes: int) -> Iterator[Chunk]:
+def _chunks_of(file: Path, infos: list[TensorInfo], max_bytes: int) -> Iterator[FileChunk]:
     pieces: list[Piece] = []
     chunk_start = end = 0
     for info in infos:
@@ -55,7 +55,7 @@ def _chunks_of(file: Path, infos: list[TensorInfo], max_bytes: int) -> Iterator[
             if fits < num_bytes - first:
                 fits -= fits % ALIGNMENT_BYTES
             if pieces and (fits <= 0 or info.start + first != end):
-                yield Chunk(file, chunk_start, end - chunk_start, tuple(pieces))
+                yield FileChunk(file, chunk_start, end - chunk_start, tuple(pieces))
                 pieces = []
             if not pieces:
                 chunk_start = end = info.start + first
@@ -66,21 +66,21 @@ def _chunks_of(file: Path, infos: list[TensorInfo], max_bytes: int) -> Iterator[
             end += fits
             first += fits
     if pieces:
-        yield Chunk(file, chunk_start, end - chunk_start, tuple(pieces))
+        yield FileChunk(file, chunk_start, end - chunk_start, tuple(pieces))
 
 
 class ChunkReader:
-    """Reads chunks into buffers of the caller's, by position; one shard is open at a time.
+    """Reads chunks into the caller's buffers, with one shard open at a time.
 
-    Positional reads, not a mapping: a file that is cut short while it is read is an error and not a bus error, and no
-    page of it is ever counted as this process's memory.
+    It reads by position instead of mapping the file: a file that is truncated meanwhile raises an error, not a bus
+    error, and no page of the file counts as this process's memory.
     """
 
     def __init__(self) -> None:
         self._file: Path | None = None
         self._descriptor = -1
 
-    def read(self, chunk: Chunk, buffer: memoryview) -> None:
+    def read(self, chunk: FileChunk, buffer: memoryview) -> None:
         """Fills the beginning of ``buffer``. Errors: CheckpointError naming the tensor that cannot be read."""
         done = 0
         try:
@@ -105,5 +105,5 @@ class ChunkReader:
 _BINARY = getattr(os, "O_BINARY", 0)
 
 
-def _info_at(chunk: Chunk, position: int) -> TensorInfo:
+def _info_at(chunk: FileChunk, position: int) -> TensorInfo:
     return next(piece.info for piece in chunk.pieces if position < piece.stop)

@@ -1,7 +1,7 @@
-"""The draft modules behind the backbone, ``mtp.<n>.*``: of which kind they are, and why they stay unread.
+"""The draft modules behind the backbone, ``mtp.<n>.*``: their kind, and the reason why they stay unread.
 
-MTP is one decoder layer that guesses the token after the next one. DSpark is another drafter under the same prefix,
-told by the parts that only it has. The tensors decide: config.json says ``num_nextn_predict_layers`` 1 for either.
+MTP is one decoder layer that predicts the token after the next one. DSpark is another drafter under the same prefix,
+recognised by the parts that only it has. The tensors decide: config.json says ``num_nextn_predict_layers`` 1 for both.
 """
 
 import re
@@ -18,7 +18,7 @@ _SHARED = ("emb", "head.")
 
 
 class DraftKind(StrEnum):
-    """Which drafter a checkpoint carries."""
+    """The kind of drafter in a checkpoint."""
 
     NONE = "none"
     MTP = "MTP"
@@ -27,13 +27,13 @@ class DraftKind(StrEnum):
 
 @dataclass(frozen=True)
 class Draft:
-    """What a checkpoint carries, and how many of its MTP modules are read."""
+    """The drafter in a checkpoint, and the number of its MTP modules that are read."""
 
     kind: DraftKind
     num_modules: int = 0
 
     def unread_reason(self, key: str) -> str | None:
-        """Why a key that nothing reads may stay unread, or ``None`` when there is no reason."""
+        """Returns the reason why a key may stay unread, or ``None`` when there is none."""
         match = _KEY.fullmatch(key)
         if match is None:
             return None
@@ -50,7 +50,7 @@ NO_DRAFT = Draft(DraftKind.NONE)
 
 
 def carried_draft(index: CheckpointIndex) -> Draft:
-    """What the checkpoint carries, none of it read."""
+    """Returns the checkpoint's drafter, with none of its modules to be read."""
     parts = [match[2] for key in index.tensors if (match := _KEY.fullmatch(key)) is not None]
     if any(part.startswith(_OF_DSPARK) for part in parts):
         return Draft(DraftKind.DSPARK)
@@ -58,7 +58,10 @@ def carried_draft(index: CheckpointIndex) -> Draft:
 
 
 def requested_draft(config: ModelConfig, index: CheckpointIndex) -> Draft:
-    """The MTP modules that config.json counts, to be read. Errors: CheckpointError where there are none to read."""
+    """Returns the drafter with as many MTP modules to be read as config.json counts.
+
+    Errors: CheckpointError where there are none to read.
+    """
     kind = carried_draft(index).kind
     if kind is DraftKind.DSPARK:
         key = next(key for key in index.tensors if (match := _KEY.fullmatch(key)) and match[2].startswith(_OF_DSPARK))

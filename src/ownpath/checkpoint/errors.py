@@ -2,4 +2,4 @@
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used as it is; the message names the tensor or the file."""
+    """Raised for a checkpoint that cannot be used as it is; the message names the tensor or the file."""

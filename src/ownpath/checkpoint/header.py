@@ -1,4 +1,4 @@
-"""The header of one safetensors file, read defensively: everything wrong with it is reported, nothing raises.
+"""Reads the header of one safetensors file defensively: every fault is reported, nothing raises.
 
 A safetensors file is 8 bytes (little-endian length of the header), the header (a JSON object: tensor name -> dtype,
 shape, data_offsets), and the tensors' bytes. Offsets count from the end of the header; tensors must tile the rest of
@@ -28,7 +28,7 @@ DTYPE_BITS = MappingProxyType(
 )
 
 
-class Entry(NamedTuple):
+class HeaderEntry(NamedTuple):
     """One tensor of a header. start, stop: its bytes in the file."""
 
     name: str
@@ -40,9 +40,9 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """What one shard says it holds. A shard with problems may still name its tensors; their bytes mean nothing."""
+    """One shard's tensors by its header. A shard with problems may still name tensors, but their bytes mean nothing."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[HeaderEntry, ...]
     problems: tuple[Finding, ...]
 
 
@@ -87,7 +87,7 @@ class _Problems:
 
 
 def _parse(text: bytes, problems: _Problems) -> dict[str, Any] | None:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         content = dict(pairs)
         if len(content) != len(pairs):
             twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
@@ -109,7 +109,7 @@ def _parse(text: bytes, problems: _Problems) -> dict[str, Any] | None:
     return content
 
 
-def _entries(content: dict[str, Any], data_start: int, problems: _Problems) -> list[Entry]:
+def _entries(content: dict[str, Any], data_start: int, problems: _Problems) -> list[HeaderEntry]:
     entries = []
     for name, fields in content.items():
         detail = _entry_fault(fields)
@@ -117,12 +117,14 @@ def _entries(content: dict[str, Any], data_start: int, problems: _Problems) -> l
             problems.add("shard", f"tensor {name!r} {detail}")
             continue
         start, stop = fields["data_offsets"]
-        entries.append(Entry(name, fields["dtype"], tuple(fields["shape"]), data_start + start, data_start + stop))
+        entries.append(
+            HeaderEntry(name, fields["dtype"], tuple(fields["shape"]), data_start + start, data_start + stop)
+        )
     return entries
 
 
-def _entry_fault(fields: Any) -> str | None:
-    """Why one header entry is no tensor; ``None``: it is one."""
+def _entry_fault(fields: object) -> str | None:
+    """Returns what is wrong with a header entry, or ``None`` for a valid tensor."""
     if not isinstance(fields, dict):
         return "is not described by an object"
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
@@ -130,7 +132,7 @@ def _entry_fault(fields: Any) -> str | None:
         return f"has the unknown dtype {dtype!r}"
     if not _are_sizes(shape) or len(shape) > MAX_DIMS:
         return "has a shape that is not a list of sizes"
-    if prod(size for size in shape if size) >= 2**63:  # also where another size is 0: readers multiply one by one
+    if prod(size for size in shape if size) >= 2**63:  # even where another size is 0: readers multiply sizes one by one
         return f"has a shape of more elements than can be counted: {shape}"
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         return "has data_offsets that are not [start, stop]"
@@ -140,11 +142,11 @@ def _entry_fault(fields: Any) -> str | None:
     return None
 
 
-def _are_sizes(values: Any) -> TypeGuard[list[int]]:
+def _are_sizes(values: object) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
-def _check_tiling(entries: list[Entry], data_start: int, num_bytes: int, problems: _Problems) -> None:
+def _check_tiling(entries: list[HeaderEntry], data_start: int, num_bytes: int, problems: _Problems) -> None:
     end, last = data_start, "the header"
     for entry in sorted(entries, key=lambda entry: (entry.start, entry.stop)):
         if entry.start < end:

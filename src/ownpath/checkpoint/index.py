@@ -1,4 +1,4 @@
-"""What a checkpoint holds, read from safetensors headers alone: no weight byte moves."""
+"""The index of a checkpoint's tensors, read from safetensors headers alone: no weight byte is read."""
 
 import json
 from dataclasses import dataclass
@@ -6,12 +6,11 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.header import DTYPE_BITS, MAX_HEADER_BYTES, read_header
 from ownpath.checkpoint.problems import make_problem
-from ownpath.checkpoint.renamed import Source, are_renamed, native_tensors
+from ownpath.checkpoint.transformers_names import Source, are_transformers_names, native_tensors
 from ownpath.checkpoint.writer import INDEX_NAME
 from ownpath.finding import Finding
 
@@ -21,9 +20,9 @@ MAX_INDEX_BYTES = MAX_HEADER_BYTES
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor: its safetensors dtype name, its shape, and the shard and byte it lies at.
+    """One stored tensor: its safetensors dtype name, its shape, and its shard and first byte there.
 
-    source: where it lies there, if not as a whole under its own name.
+    source: its place in the shard, if it is not stored whole under its own name.
     """
 
     name: str
@@ -44,7 +43,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """Every tensor of a checkpoint by DeepSeek's name for it."""
+    """Every tensor of a checkpoint by its DeepSeek name."""
 
     folder: Path
     tensors: MappingProxyType[str, TensorInfo]
@@ -73,9 +72,9 @@ class CheckpointIndex:
 
 @dataclass(frozen=True)
 class Scan:
-    """The headers of a folder with everything that is wrong with them.
+    """The headers of a folder and all problems found in them.
 
-    broken: shards whose bytes mean nothing. has_tensors: whether an index or a shard was there to read.
+    broken: shards whose bytes mean nothing. has_tensors: an index or a shard was found.
     """
 
     index: CheckpointIndex
@@ -94,14 +93,14 @@ def scan_checkpoint(folder: Path) -> Scan:
         scanner.read_shards([folder / SINGLE_NAME])
     else:
         scanner.add("folder", folder.name, f"{folder}: found neither {INDEX_NAME} nor {SINGLE_NAME}")
-    if are_renamed(scanner.tensors):
+    if are_transformers_names(scanner.tensors):
         scanner.rename()
     index = CheckpointIndex(folder, MappingProxyType(scanner.tensors))
     return Scan(index, tuple(scanner.problems), frozenset(scanner.broken), bool(scanner.tensors))
 
 
 class _Scanner:
-    """Tensors and problems of one folder, as they are found."""
+    """Collects the tensors and problems of one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -135,7 +134,7 @@ class _Scanner:
                     self.tensors[entry.name] = info
 
     def rename(self) -> None:
-        """Transformers' names to native ones; each of stacked experts becomes a tensor of its own."""
+        """Renames transformers' names to native ones and splits stacked experts into one tensor each."""
         stored, self.tensors = self.tensors, {}
         for key, info in stored.items():
             start = info.start
@@ -150,7 +149,7 @@ class _Scanner:
                     self.tensors[name] = native
 
     def _weight_map(self, path: Path) -> dict[str, str]:
-        """The index's tensor -> shard; entries that are no such pair are reported and left out."""
+        """Returns the index's map from tensor to shard; other entries are reported and left out."""
         content = self._read_object(path)
         if content is None:
             return {}
@@ -163,11 +162,11 @@ class _Scanner:
                 self.add("index", name, f"{path}: tensor {name!r} is mapped to {file!r}, not to a file name")
         return {name: file for name, file in weight_map.items() if isinstance(file, str)}
 
-    def _read_object(self, path: Path) -> dict[str, Any] | None:
-        """The file's JSON object; ``None`` where there is none, which is then reported."""
+    def _read_object(self, path: Path) -> dict[str, object] | None:
+        """Returns the file's JSON object, or reports a problem and returns ``None``."""
 
-        def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-            content: dict[str, Any] = {}
+        def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+            content: dict[str, object] = {}
             for name, value in pairs:
                 if name in content:
                     self.add("duplicated-tensor", name, f"{path}: names {name!r} twice")
@@ -188,7 +187,7 @@ class _Scanner:
         return content
 
     def _shard_path(self, name: str, index_path: Path) -> Path | None:
-        """A shard is a plain file name beside its index; anything that could point elsewhere is refused."""
+        """Returns the path of a shard, a plain file name beside its index; refuses names that could point elsewhere."""
         if name in ("", ".", "..") or any(char in name for char in "/\\\0"):
             message = f"{index_path}: shard {name!r} is not a file name inside the checkpoint folder"
             self.add("escaping-shard", name, message)
@@ -196,7 +195,7 @@ class _Scanner:
         path = self.folder / name
         try:
             exists = path.exists()
-        except OSError:  # a name that no file can have
+        except OSError:  # not a possible file name
             exists = False
         if not exists:
             self.add("missing-shard", name, f"{index_path}: shard {name!r} does not exist")
@@ -210,7 +209,7 @@ class _Scanner:
         return path
 
     def _compare(self, weight_map: dict[str, str], unread: set[str], index_path: Path) -> None:
-        """Index against shards, both ways; what an unreadable shard was to hold is covered by that shard's problem."""
+        """Compares index and shards in both directions; tensors of an unreadable shard are covered by its problem."""
         for name, file in weight_map.items():
             if name not in self.tensors:
                 if file not in unread:

@@ -1,4 +1,4 @@
-"""The names and shapes of a DeepSeek-V4 model and its MTP modules, as checkpoints have them (native, prefixless)."""
+"""The names and shapes of a DeepSeek-V4 model and its MTP modules in checkpoints (native names, without prefix)."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ NORM_DTYPES = ("BF16", "F32")
 
 
 def model_params(config: ModelConfig) -> Iterator[ParamSpec]:
-    """What the backbone uses as stored: embedding, norms, hyper-connections, sinks, router bias and tables."""
+    """Yields the backbone's parameters: embedding, norms, hyper-connections, sinks, router bias and tables."""
     dim, streams = config.hidden_size, config.hc_mult
     yield ParamSpec("embed.weight", (config.vocab_size, dim), ("BF16", "F32"))
     yield ParamSpec("norm.weight", (dim,), NORM_DTYPES)
@@ -19,7 +19,7 @@ def model_params(config: ModelConfig) -> Iterator[ParamSpec]:
 
 
 def draft_params(config: ModelConfig) -> Iterator[ParamSpec]:
-    """What the MTP modules use as stored, apart from the backbone's embedding, which they share."""
+    """Yields the MTP modules' parameters, apart from the backbone's embedding, which they share."""
     dim, streams = config.hidden_size, config.hc_mult
     for layer in config.draft_layers():
         for norm in ("enorm", "hnorm", "norm"):
@@ -64,12 +64,12 @@ def _compressor_params(name: str, ratio: int, head_dim: int) -> Iterator[ParamSp
 
 
 def compressor_width(ratio: int, head_dim: int) -> int:
-    """Channels per token of a compressor: CSA windows overlap, so that each token feeds two of them."""
+    """Returns a compressor's channels per token: CSA windows overlap, so that each token feeds two of them."""
     return 2 * head_dim if ratio == CSA_RATIO else head_dim
 
 
 def expert_modules(config: ModelConfig, layer: str, projection: str) -> tuple[ModuleSpec, ...]:
-    """The routed experts' ``w1`` (gate), ``w3`` (up) or ``w2`` (down) of the layer so named, in expert order."""
+    """Returns the routed experts' ``w1`` (gate), ``w3`` (up) or ``w2`` (down) of a layer, in expert order."""
     dim, inter = config.hidden_size, config.moe_intermediate_size
     shape = (dim, inter) if projection == "w2" else (inter, dim)
     experts = range(config.n_routed_experts)

@@ -1,4 +1,4 @@
-"""What can be wrong with a checkpoint, by name, and what to do about each."""
+"""The problems that a checkpoint can have, by name, with a remedy for each."""
 
 from types import MappingProxyType
 
@@ -47,7 +47,7 @@ REMEDIES = MappingProxyType(
         "tokenizer": "take tokenizer.json and tokenizer_config.json from the release that the shards came from",
     }
 )
-"""check -> what to do. The names are stable: programs may match them."""
+"""Check -> remedy. The names are stable: programs may match them."""
 
 FOUND_WHEN = MappingProxyType(
     {
@@ -91,9 +91,9 @@ FOUND_WHEN = MappingProxyType(
         "tokenizer": "the tokenizer is missing or unreadable, has ids beyond the embedding, or another BOS or EOS",
     }
 )
-"""check -> what was seen. ``ownpath inspect --list`` prints it with the remedy."""
+"""Check -> the condition that reports it. ``ownpath inspect --list`` prints it with the remedy."""
 
 
 def make_problem(kind: str, where: str, message: str) -> Finding:
-    """One thing that is wrong, with its remedy. kind: a key of ``REMEDIES``. where: the tensor, file or field."""
+    """Returns a problem with its remedy. kind: a key of ``REMEDIES``. where: the tensor, file or field."""
     return Finding(kind, where, Verdict.FAIL, message, remedy=REMEDIES[kind])

@@ -1,4 +1,4 @@
-"""Streams tensors out of the shards: memory-mapped, in row slices, so that extra memory stays bounded."""
+"""Streams tensors from memory-mapped shards in slices of rows, so that extra memory stays bounded."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ import torch
 from safetensors import safe_open
 
 from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
-from ownpath.checkpoint.renamed import Source
+from ownpath.checkpoint.transformers_names import Source
 
 MAX_SLICE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """Rows ``rows`` (first dimension; all of a 0-d tensor) of a stored tensor, as stored."""
+    """Some rows of a stored tensor as stored (first dimension; all of a 0-d tensor)."""
 
     info: TensorInfo
     rows: slice
@@ -54,7 +54,7 @@ def _row_slices(info: TensorInfo, max_slice_bytes: int) -> Iterator[slice]:
 
 
 class TensorReader:
-    """Whole tensors by name, out of shards that stay mapped until the end of the block."""
+    """Reads whole tensors by name, from shards that stay mapped until the end of the ``with`` block."""
 
     def __init__(self, index: CheckpointIndex) -> None:
         self._index = index
@@ -67,7 +67,7 @@ class TensorReader:
         self._open.clear()
 
     def __call__(self, key: str) -> torch.Tensor:
-        """Errors: CheckpointError naming a tensor the checkpoint does not hold."""
+        """Reads one tensor. Errors: CheckpointError naming a tensor the checkpoint does not hold."""
         info = self._index[key]
         if info.file not in self._open:
             self._open[info.file] = safe_open(info.file, framework="pt")

@@ -1,13 +1,13 @@
-"""What a stored global scale may be."""
+"""The check of a stored global scale's value."""
 
 import math
 
 
 def scale_fault(value: float, is_divisor: bool) -> tuple[str, str] | None:
-    """Why ``value`` is no multiplier or divisor (a check's name and a sentence); ``None``: it may be one.
+    """Returns what is wrong with a multiplier or divisor (a check's name and a sentence), or ``None`` if it is valid.
 
-    A multiplier is amax / 2688, a divisor 2688 / amax: on the wrong side of 1, it is the other one, misplaced. At
-    exactly 1, which quantisers write for a matrix of zeros, multiplier and divisor are the same number.
+    A multiplier is amax / 2688 and a divisor 2688 / amax, so a value on the wrong side of 1 is the other kind. At
+    exactly 1, which quantisers write for a matrix of zeros, both are the same number.
     """
     if not 0 < value < math.inf:
         return "scalar-scale", f"scale is {value}; it must be finite and positive"

@@ -1,14 +1,14 @@
-"""How V4 checkpoints name and store their weights: the only place where a format is decided.
+"""The encodings of V4 checkpoints: names, dtypes and shapes of stored weights. A format is decided here and only here.
 
 A checkpoint stores each weight matrix (a *module*, ``layers.3.attn.wq_b``) as one or more tensors (*parts*). An
 ``Encoding`` says which: it maps roles (``qdata``, ``scale``, ``global_scale``, ``input_scale``) to key suffixes, dtypes
 and shapes, in both directions. Another export is one more entry in ``ENCODINGS``.
 
-Some exports store a global scale as its reciprocal. A ``Part`` knows (``is_divisor``), and converts both ways; nothing
-beyond the schema sees a divisor.
+Some exports store a global scale as its reciprocal, a divisor. ``PartSpec.is_divisor`` marks it; it is converted when
+read and when written, and nothing beyond the schema sees a divisor.
 
-The format of a module is read off its own tensors. ``config.json`` is not asked: exports differ in what they write
-there, and one checkpoint mixes formats. What it says is compared with the tensors afterwards (``plan.claims``).
+The format of a module is decided from its own tensors, not from ``config.json``: exports differ in what they write
+there, and one checkpoint mixes formats. ``plan.claims`` compares the config with the tensors afterwards.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,12 +25,12 @@ ShapeRule = Callable[[int, int], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Part:
+class PartSpec:
     """One stored tensor of a module: its key suffix, the dtypes it may have, its shape for a weight [N, K].
 
     dtypes: the first is the one that is written.
-    is_divisor: the stored number is 1 / the multiplier that is meant.
-    other_shapes: shapes that are read as well; ``shape`` is the one that is written.
+    is_divisor: the stored number is the reciprocal of the multiplier.
+    other_shapes: further shapes that are read; ``shape`` is the one that is written.
     """
 
     role: str
@@ -41,15 +41,15 @@ class Part:
     other_shapes: tuple[tuple[int, ...], ...] = ()
 
     def meant(self, stored: torch.Tensor) -> torch.Tensor:
-        """What a stored tensor means: itself, or for a divisor the multiplier [], by one float32 division."""
+        """Returns the stored tensor, or for a divisor the multiplier [], by one float32 division."""
         return self.meant_each(stored).reshape(()) if self.is_divisor else stored
 
     def meant_each(self, stored: torch.Tensor) -> torch.Tensor:
-        """What each element of a stored tensor means, in the shape it has."""
+        """Returns the stored tensor, or for divisors the multipliers in the same shape."""
         return 1 / stored.float() if self.is_divisor else stored
 
     def stored(self, meant: torch.Tensor) -> torch.Tensor:
-        """The tensor to write for what is meant: itself, or for a multiplier [] its reciprocal in the part's shape."""
+        """Returns the tensor to write: itself, or for a multiplier [] its reciprocal in the part's shape."""
         if self.is_divisor:
             return (1 / meant.float()).reshape(self.shape(0, 0))
         return meant.view(torch.int8) if self.dtypes[0] == "I8" else meant
@@ -57,17 +57,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Encoding:
-    """One way to store a module; ``format`` is what the parts mean once read.
+    """One way to store a module; ``format`` is the number format of the weight once read.
 
-    quant_method: what exports of this kind write in config.json; empty where it says nothing of them.
+    quant_method: the name in config.json of exports of this kind; empty where they have none.
     """
 
     name: str
     format: Format
-    parts: tuple[Part, ...]
+    parts: tuple[PartSpec, ...]
     quant_method: str = ""
 
-    def part(self, role: str) -> Part:
+    def part(self, role: str) -> PartSpec:
         return next(part for part in self.parts if part.role == role)
 
     def key(self, module: str, role: str) -> str:
@@ -79,7 +79,7 @@ class Encoding:
     def encode(
         self, module: str, weight: QuantTensor, input_scale: torch.Tensor | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names and tensors that store ``weight`` [N, K]; the inverse of reading them through this encoding.
+        """Yields names and tensors that store ``weight`` [N, K]; the inverse of reading them through this encoding.
 
         Errors: CheckpointError when the weight has another format or a part is not given.
         """
@@ -115,10 +115,10 @@ MODELOPT_NVFP4 = Encoding(
     "modelopt-nvfp4",
     NVFP4,
     (
-        Part("qdata", "weight", ("U8", "I8"), lambda n, k: (n, k // 2)),
-        Part("scale", "weight_scale", ("F8_E4M3",), lambda n, k: (n, k // 16)),
-        Part("global_scale", "weight_scale_2", ("F32",), _scalar),
-        Part("input_scale", "input_scale", ("F32",), _scalar),
+        PartSpec("qdata", "weight", ("U8", "I8"), lambda n, k: (n, k // 2)),
+        PartSpec("scale", "weight_scale", ("F8_E4M3",), lambda n, k: (n, k // 16)),
+        PartSpec("global_scale", "weight_scale_2", ("F32",), _scalar),
+        PartSpec("input_scale", "input_scale", ("F32",), _scalar),
     ),
     "modelopt",
 )
@@ -126,8 +126,8 @@ NATIVE_FP8 = Encoding(
     "native-fp8-block",
     FP8_BLOCK,
     (
-        Part("qdata", "weight", ("F8_E4M3",), lambda n, k: (n, k)),
-        Part("scale", "scale", ("F8_E8M0", "F32"), _fp8_blocks),
+        PartSpec("qdata", "weight", ("F8_E4M3",), lambda n, k: (n, k)),
+        PartSpec("scale", "scale", ("F8_E8M0", "F32"), _fp8_blocks),
     ),
     "fp8",
 )
@@ -135,8 +135,8 @@ NATIVE_MXFP4 = Encoding(
     "native-mxfp4",
     MXFP4,
     (
-        Part("qdata", "weight", ("I8", "U8"), lambda n, k: (n, k // 2)),
-        Part("scale", "scale", ("F8_E8M0",), lambda n, k: (n, k // 32)),
+        PartSpec("qdata", "weight", ("I8", "U8"), lambda n, k: (n, k // 2)),
+        PartSpec("scale", "scale", ("F8_E8M0",), lambda n, k: (n, k // 32)),
     ),
 )
 # Global scales are written as 2688 / amax, [1] by the library and [] by tools that squeeze it.
@@ -144,10 +144,10 @@ COMPRESSED_NVFP4 = Encoding(
     "compressed-tensors-nvfp4",
     NVFP4,
     (
-        Part("qdata", "weight_packed", ("U8",), lambda n, k: (n, k // 2)),
-        Part("scale", "weight_scale", ("F8_E4M3",), lambda n, k: (n, k // 16)),
-        Part("global_scale", "weight_global_scale", ("F32",), _one, is_divisor=True, other_shapes=((),)),
-        Part("input_scale", "input_global_scale", ("F32",), _one, is_divisor=True, other_shapes=((),)),
+        PartSpec("qdata", "weight_packed", ("U8",), lambda n, k: (n, k // 2)),
+        PartSpec("scale", "weight_scale", ("F8_E4M3",), lambda n, k: (n, k // 16)),
+        PartSpec("global_scale", "weight_global_scale", ("F32",), _one, is_divisor=True, other_shapes=((),)),
+        PartSpec("input_scale", "input_global_scale", ("F32",), _one, is_divisor=True, other_shapes=((),)),
     ),
     "compressed-tensors",
 )
@@ -155,23 +155,23 @@ COMPRESSED_FP8 = Encoding(
     "compressed-tensors-fp8-block",
     FP8_BLOCK,
     (
-        Part("qdata", "weight", ("F8_E4M3",), lambda n, k: (n, k)),
-        Part("scale", "weight_scale", ("BF16", "F32"), _fp8_blocks),
+        PartSpec("qdata", "weight", ("F8_E4M3",), lambda n, k: (n, k)),
+        PartSpec("scale", "weight_scale", ("BF16", "F32"), _fp8_blocks),
     ),
     "compressed-tensors",
 )
-PLAIN_BF16 = Encoding("bf16", BF16, (Part("qdata", "weight", ("BF16",), lambda n, k: (n, k)),))
-PLAIN_FP32 = Encoding("fp32", FP32, (Part("qdata", "weight", ("F32",), lambda n, k: (n, k)),))
+PLAIN_BF16 = Encoding("bf16", BF16, (PartSpec("qdata", "weight", ("BF16",), lambda n, k: (n, k)),))
+PLAIN_FP32 = Encoding("fp32", FP32, (PartSpec("qdata", "weight", ("F32",), lambda n, k: (n, k)),))
 
 ENCODINGS = (MODELOPT_NVFP4, NATIVE_MXFP4, NATIVE_FP8, COMPRESSED_NVFP4, COMPRESSED_FP8, PLAIN_BF16, PLAIN_FP32)
 
 QUANTIZATION_FIELD = "quantization_config"
-"""Where config.json says how weights are stored. It is not read here; ``plan.claims`` compares it with what is."""
+"""The field of config.json that describes the weights' storage. Not read here; ``plan.claims`` checks it."""
 
 
 @dataclass(frozen=True)
 class ModuleSpec:
-    """A weight matrix the model multiplies by: its name and logical shape [out, in]."""
+    """A module: the name and logical shape [out, in] of a weight matrix."""
 
     name: str
     shape: tuple[int, int]
@@ -179,7 +179,7 @@ class ModuleSpec:
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """A tensor used as it is stored: its full key, shape and the dtypes it may have."""
+    """A parameter, used as it is stored: its full key, shape and the dtypes it may have."""
 
     key: str
     shape: tuple[int, ...]
@@ -187,7 +187,7 @@ class ParamSpec:
 
 
 def detect(index: CheckpointIndex, module: ModuleSpec) -> Encoding:
-    """Decides how ``module`` is stored, from its tensors' names, dtypes and shapes.
+    """Decides the encoding of ``module`` from its tensors' names, dtypes and shapes.
 
     Errors: CheckpointError naming the tensor that is missing, or has a dtype or shape no known encoding has.
     """
@@ -211,7 +211,7 @@ def detect(index: CheckpointIndex, module: ModuleSpec) -> Encoding:
 
 
 def _closest_encoding(index: CheckpointIndex, module: ModuleSpec) -> Encoding:
-    """The encoding whose weight tensor is there with its dtype and which misses the fewest other parts."""
+    """Returns the encoding whose weight tensor is there with its dtype and which misses the fewest other parts."""
     candidates = []
     found = []
     for encoding in ENCODINGS:
@@ -227,7 +227,7 @@ def _closest_encoding(index: CheckpointIndex, module: ModuleSpec) -> Encoding:
     if not candidates and found:
         known = ", ".join(f"{encoding.name} {'/'.join(encoding.part('qdata').dtypes)}" for encoding in ENCODINGS)
         raise CheckpointError(f"tensor {found[0]}: no known encoding has this dtype (known: {known})")
-    # Without a weight tensor, the scales that are there tell which one is missing.
+    # Without a weight tensor, the scales tell which encoding was meant.
     return min(candidates or ENCODINGS, key=lambda e: (_num_missing(index, e, module), num_unlike(index, e, module)))
 
 
@@ -236,7 +236,7 @@ def _num_missing(index: CheckpointIndex, encoding: Encoding, module: ModuleSpec)
 
 
 def num_unlike(index: CheckpointIndex, encoding: Encoding, module: ModuleSpec) -> int:
-    """How many of an encoding's tensors are there with another dtype or shape than it stores."""
+    """Counts an encoding's tensors that are there with another dtype or shape than it stores."""
     found = [(part, index.tensors.get(f"{module.name}.{part.suffix}")) for part in encoding.parts]
     return sum(
         info.dtype not in part.dtypes or info.shape not in (part.shape(*module.shape), *part.other_shapes)
@@ -246,7 +246,7 @@ def num_unlike(index: CheckpointIndex, encoding: Encoding, module: ModuleSpec) -
 
 
 def check_param(index: CheckpointIndex, spec: ParamSpec) -> None:
-    """Errors: CheckpointError when the tensor is missing or has another dtype or shape."""
+    """Checks a parameter. Errors: CheckpointError when the tensor is missing or has another dtype or shape."""
     info = index[spec.key]
     if info.dtype not in spec.dtypes:
         raise CheckpointError(f"tensor {info}: expected {' or '.join(spec.dtypes)}")
@@ -257,9 +257,9 @@ def check_param(index: CheckpointIndex, spec: ParamSpec) -> None:
 def check_census(
     index: CheckpointIndex, consumed: set[str], unread_reason: Callable[[str], str | None]
 ) -> dict[str, str]:
-    """Every key is consumed or ignored for a stated reason; returns the ignored ones with their reasons.
+    """Checks that every key is consumed or has a reason to be ignored; returns the ignored keys with their reasons.
 
-    unread_reason: why a key that nothing consumes may stay unread, or ``None`` when there is no reason.
+    unread_reason: gives the reason why a key may stay unread, or ``None`` when there is none.
     Errors: CheckpointError naming a tensor that nothing reads.
     """
     ignored = {}

@@ -1,4 +1,4 @@
-"""Writes a sharded safetensors checkpoint with its index; nothing half-written ever looks like a checkpoint."""
+"""Writes a sharded safetensors checkpoint and its index last, so that a partial write never looks like a checkpoint."""
 
 import json
 import tempfile

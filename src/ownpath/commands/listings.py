@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from pydantic.fields import FieldInfo
 
-    from ownpath.checkpoint.schema import Part
+    from ownpath.checkpoint.schema import PartSpec
     from ownpath.kernels.spec import KernelSpec
     from ownpath.server.fields import Neutral
 
@@ -37,7 +37,7 @@ def problems_of_inspect() -> str:
     return f"problems:\n{problems}\n\nencodings, tensors of a weight {list(_EXAMPLE)}:\n{encodings}"
 
 
-def _part(part: "Part") -> str:
+def _part(part: "PartSpec") -> str:
     meaning = f"1 / {part.role}" if part.is_divisor else part.role
     return f"{part.suffix}: {' or '.join(part.dtypes)} {list(part.shape(*_EXAMPLE))}, {meaning}"
 

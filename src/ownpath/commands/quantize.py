@@ -39,14 +39,14 @@ def run(args: argparse.Namespace) -> int:
     """Quantises and prints what became of the weights. Errors: ValueError naming the file, field or tensor."""
     from ownpath.calibration import calibrate
     from ownpath.quantize.run import Options, quantize_checkpoint, require_free
-    from ownpath.quantize.steps import Scope
-    from ownpath.startup import Progress
+    from ownpath.quantize.steps import QuantizeScope
+    from ownpath.startup import CountingBar
 
     require_free(args.target)
-    scope, scales = Scope(args.scope), {}
+    scope, scales = QuantizeScope(args.scope), {}
     if args.calibrate is not None:
         scales = calibrate(args.source, _text(args.calibrate), scope, args.device)
-    show = Progress("quantising")
+    show = CountingBar("quantising")
     report = quantize_checkpoint(
         args.source,
         args.target,

@@ -30,7 +30,7 @@ _EXTRAS: tuple[Mapping[str, object], ...] = (
     {"return_token_ids": True},
     {},
 )
-Answer = TypeVar("Answer")
+Body = TypeVar("Body")
 _GREEDY = {"temperature": 0, "seed": 0}
 
 
@@ -132,7 +132,7 @@ class RemoteServer:
     def _post(self, path: str, body: dict[str, object]) -> dict[str, object]:
         return self.client.post(path, body if self.model is None else {"model": self.model, **body})
 
-    def _read(self, path: str, read: Callable[[], Answer]) -> Answer:
+    def _read(self, path: str, read: Callable[[], Body]) -> Body:
         try:
             return read()
         except (Unreadable, AttributeError, TypeError) as error:  # a field of an undocumented shape

@@ -1,4 +1,4 @@
-"""Operand checks before a launch: a wrong tensor is a ValueError that names it, and costs about a microsecond."""
+"""Operand checks before a launch: a wrong tensor raises a ValueError that names it. A check takes about 1 us."""
 
 import torch
 
@@ -13,7 +13,7 @@ def check(
     shape: tuple[int, ...],
     device: torch.device,
 ) -> None:
-    """Errors: ValueError naming the operand for a wrong dtype, shape, device, stride or alignment."""
+    """Checks a tensor. Errors: ValueError naming the operand for a wrong dtype, shape, device, stride or alignment."""
     if tensor.dtype not in dtypes:
         raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, found {tensor.dtype}")
     if tensor.shape != shape:
@@ -26,12 +26,12 @@ def check(
 
 
 def is_dense(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether a tensor has this dtype, no gaps and an aligned start: part of what ``check`` asks, and quicker."""
+    """Returns True for a contiguous, aligned tensor of this dtype. Quicker than ``check``, which checks more."""
     return tensor.dtype is dtype and tensor.is_contiguous() and not tensor.data_ptr() % VECTOR_BYTES
 
 
 def readable_rows(x: torch.Tensor, width: int, device_index: int) -> tuple[int, int, int] | None:
-    """Rows, pitch in elements and address of x [rows, width], or ``None`` where the copy engine cannot read it.
+    """Returns rows, pitch in elements and address of x [rows, width]; ``None`` if the copy engine cannot read it.
 
     It reads a bfloat16 matrix of its device, with contiguous rows at multiples of 16 bytes.
     """
@@ -44,13 +44,13 @@ def readable_rows(x: torch.Tensor, width: int, device_index: int) -> tuple[int, 
 
 
 def check_alignment(name: str, tensor: torch.Tensor) -> None:
-    """Errors: ValueError when the first element is not at a multiple of 16 bytes."""
+    """Checks the address. Errors: ValueError when the first element is not at a multiple of 16 bytes."""
     if tensor.data_ptr() % VECTOR_BYTES:
         raise ValueError(f"{name} must start at a multiple of {VECTOR_BYTES} bytes")
 
 
 def check_rank(name: str, tensor: torch.Tensor, rank: int, runs_on_cpu: bool) -> None:
-    """The first operand: its rank, and that the kernel can reach it. Errors: ValueError naming it."""
+    """Checks the first operand's rank and that the kernel can access its device. Errors: ValueError naming it."""
     if tensor.ndim != rank:
         raise ValueError(f"{name} must have {rank} dimensions, found shape {list(tensor.shape)}")
     if not tensor.is_cuda and not runs_on_cpu:
@@ -58,7 +58,7 @@ def check_rank(name: str, tensor: torch.Tensor, rank: int, runs_on_cpu: bool) ->
 
 
 def require(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
-    """Errors: ValueError naming the operand when its dtype or shape is not the expected one."""
+    """Checks dtype and shape. Errors: ValueError naming an operand whose dtype or shape is not the expected one."""
     if tensor.dtype not in dtypes:
         raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, found {tensor.dtype}")
     if tuple(tensor.shape) != shape:
@@ -66,7 +66,7 @@ def require(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], sh
 
 
 def require_input(x: torch.Tensor, in_features: int, operand: torch.Tensor) -> None:
-    """Errors: ValueError when activations do not fit the operand: last dimension, float dtype, same device."""
+    """Checks that activations fit the operand: last dimension, float dtype, same device. Errors: ValueError."""
     if x.shape[-1] != in_features:
         raise ValueError(f"x has {x.shape[-1]} features, the weight takes {in_features}")
     if not x.is_floating_point():
@@ -76,7 +76,7 @@ def require_input(x: torch.Tensor, in_features: int, operand: torch.Tensor) -> N
 
 
 def require_routing(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
-    """Errors: ValueError naming what does not give each row of x its experts and their weights."""
+    """Checks that each row of x has expert ids and weights. Errors: ValueError naming the tensor that does not fit."""
     routed = (x.shape[0], topk_ids.shape[-1])
     require("topk_ids", topk_ids, (torch.int32, torch.int64), routed)
     require("topk_weights", topk_weights, (torch.float32, torch.float64), routed)

@@ -1,8 +1,8 @@
-"""What a kernel takes and how it is called: one protocol for each kind of operation.
+"""The contract of kernels: one protocol for each kind of operation, and the types of their arguments.
 
-A kernel is four steps. ``prepare`` turns weights as they are stored into an operand, the form that the kernel reads;
-everything that does not change from call to call is resolved there. ``restore`` reads an operand back. ``workspace``
-allocates scratch for calls up to a size. ``run`` computes. Given ``out`` and ``workspace``, ``run`` allocates nothing.
+A kernel has four methods. ``prepare`` turns stored weights into an operand, the form that the kernel reads, and
+resolves everything that does not change from call to call. ``restore`` reads an operand back. ``workspace`` allocates
+scratch for calls up to a size. ``run`` computes. Given ``out`` and ``workspace``, ``run`` allocates nothing.
 
 An operand belongs to one device; calls on it may come from any stream, one thread at a time.
 
@@ -19,7 +19,7 @@ from ownpath.qtensor import QuantTensor
 
 
 class Config(Hashable, Protocol):
-    """A compile-time configuration of a kernel that is compiled to disk."""
+    """The compile-time configuration of a kernel that is compiled to disk."""
 
     @property
     def name(self) -> str: ...
@@ -30,7 +30,7 @@ class Config(Hashable, Protocol):
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """A dense matrix as it is stored: fused shards, whose rows follow each other in y.
+    """A stored dense matrix: fused shards, whose rows follow each other in y.
 
     input_scale: float32 [], the calibrated global scale of the input (a multiplier), where activations are quantised.
     """
@@ -46,7 +46,7 @@ class StoredLinear:
 
 @dataclass(frozen=True)
 class StoredExperts:
-    """Routed SwiGLU experts as they are stored: gate above up, and down.
+    """Stored routed SwiGLU experts: gate above up, and down.
 
     Shapes: gate_up [E, 2F, D], its global scale [E, 2], its FP8 grids [E, 2, R, C]; down [E, D, F], global scale [E].
         gate_up_input_scale, down_input_scale: float32 [E], where activations are quantised.
@@ -67,16 +67,16 @@ class StoredExperts:
         return self.down.shape[1]
 
 
-Expert = tuple[QuantTensor, QuantTensor]
-"""Gate above up [2F, D], and down [D, F], of one expert as it is stored."""
+FusedExpert = tuple[QuantTensor, QuantTensor]
+"""One expert's stored matrices: gate above up [2F, D], and down [D, F]."""
 
 
 @dataclass(frozen=True)
 class Routing:
-    """Where each token of a call goes.
+    """The expert ids and weights of a call's tokens.
 
     Shapes: ids int32 or int64 [T, K]; weights float32 [T, K]; expert_map int32 [global experts], the expert here or -1.
-    num_shared: how many experts at the end of the stacks are shared: every token goes to them with weight 1.
+    num_shared: number of shared experts at the end of the stacks; every token goes to them with weight 1.
     """
 
     ids: Tensor
@@ -90,76 +90,76 @@ Operand_contra = TypeVar("Operand_contra", contravariant=True)
 
 
 class Kernel(Protocol[Operand_contra]):
-    """The steps around ``run`` that all kernels have."""
+    """The methods that all kernels have."""
 
     def configs(self, operand: Operand_contra) -> Sequence[Config]:
-        """Everything compiled to disk that a call may launch."""
+        """Returns the configurations of every kernel compiled to disk that a call may launch."""
 
 
 class MatrixKernel(Kernel[Operand], Protocol[Operand]):
-    """The steps of kernels that hold a dense matrix."""
+    """The methods of kernels for a dense matrix."""
 
     def prepare(self, stored: StoredLinear) -> Operand:
-        """The operand. The stored tensors are taken over: a kernel may repack them in place.
+        """Makes the operand. The kernel takes ownership of the stored tensors and may repack them in place.
 
-        Errors: ValueError naming what the kernel does not take; nothing is changed then.
+        Errors: ValueError naming a tensor that the kernel refuses; nothing is changed then.
         """
 
     def restore(self, operand: Operand) -> tuple[QuantTensor, ...]:
-        """The shards, read back out of the operand; a kernel that fuses shards gives one."""
+        """Reads the shards back from the operand; a kernel that fuses shards returns one."""
 
     def padding(self, operand: Operand) -> Tensor | None:
-        """Bytes that the kernel may read beyond the matrix; ``None``: its layout has none."""
+        """Returns the padding bytes of the kernel's layout; ``None`` if it has none."""
 
     def planned_configs(self, stored: StoredLinear) -> Sequence[Config]:
-        """As ``configs``, from shapes and dtypes alone: the tensors may lie on ``meta``."""
+        """Returns ``configs`` from shapes and dtypes alone: the tensors may be on ``meta``."""
 
 
 class LinearKernel(MatrixKernel[Operand], Protocol[Operand]):
     """y = x Wᵀ."""
 
     def variant(self, x: Tensor, operand: Operand) -> str | None:
-        """Names of the configurations that a call launches; ``None``: there is one form."""
+        """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
 
     def workspace(self, operand: Operand, num_tokens: int) -> Tensor | None:
-        """uint8 scratch for calls of up to ``num_tokens`` rows; ``None``: the kernel needs none."""
+        """Allocates uint8 scratch for calls of up to ``num_tokens`` rows; ``None`` if the kernel needs none."""
 
     def run(self, x: Tensor, operand: Operand, *, out: Tensor | None = None, workspace: Tensor | None = None) -> Tensor:
-        """y [..., N] for x [..., K]. Errors: ValueError naming what is wrong with x, out or workspace."""
+        """Computes y [..., N] for x [..., K]. Errors: ValueError naming what is wrong with x, out or workspace."""
 
     def run_wide(self, x: Tensor, operand: Operand) -> Tensor:
-        """y in at least float32, sums as they are. Errors: ValueError where the kernel has no such output."""
+        """Computes y in at least float32, with unrounded sums. Errors: ValueError if the kernel has no such output."""
 
 
 class GroupedKernel(MatrixKernel[Operand], Protocol[Operand]):
     """y[t, g] = W[g] u[t, g], where u is attention's output with its rotation undone."""
 
     def variant(self, o_TNH: Tensor, operand: Operand) -> str | None:
-        """As ``LinearKernel``."""
+        """See ``LinearKernel``."""
 
     def run(
         self, o_TNH: Tensor, cos_TA: Tensor, sin_TA: Tensor, operand: Operand, *, out: Tensor | None = None
     ) -> Tensor:
-        """y [T, G, R] for o [T, N, H] and float32 angles. Errors: ValueError naming the operand."""
+        """Computes y [T, G, R] for o [T, N, H] and float32 angles. Errors: ValueError naming the operand."""
 
 
 class ExpertsKernel(Kernel[Operand], Protocol[Operand]):
-    """y[t] = sum over slots k of weights[t, k] * expert ids[t, k] of x[t]."""
+    """y[t] = sum over k of weights[t, k] * expert ids[t, k] of x[t]."""
 
     def prepare(self, stored: StoredExperts) -> Operand:
-        """As ``LinearKernel``."""
+        """See ``LinearKernel``."""
 
-    def restore(self, operand: Operand, expert: int) -> Expert:
-        """One expert, read back out of the operand; a global scale may be there twice."""
+    def restore(self, operand: Operand, expert: int) -> FusedExpert:
+        """Reads one expert back from the operand; a global scale may be there twice."""
 
     def planned_configs(self, stored: StoredExperts) -> Sequence[Config]:
-        """As ``LinearKernel``."""
+        """See ``LinearKernel``."""
 
     def variant(self, x: Tensor, routing: Routing, operand: Operand) -> str | None:
-        """As ``LinearKernel``."""
+        """See ``LinearKernel``."""
 
     def workspace(self, operand: Operand, num_tokens: int, num_slots: int) -> Tensor | None:
-        """uint8 scratch for calls of up to ``num_tokens`` tokens with as many slots, shared experts included."""
+        """Allocates uint8 scratch for ``num_tokens`` tokens or fewer. num_slots: experts per token, shared included."""
 
     def run(
         self,
@@ -170,7 +170,7 @@ class ExpertsKernel(Kernel[Operand], Protocol[Operand]):
         out: Tensor | None = None,
         workspace: Tensor | None = None,
     ) -> Tensor:
-        """y [T, D] for x [T, D]. Ids outside the experts contribute nothing.
+        """Computes y [T, D] for x [T, D]. Ids outside the experts contribute nothing.
 
         Errors: ValueError naming what is wrong with x, the routing, out or workspace.
         """
@@ -186,7 +186,7 @@ class NormWeights:
 
 @dataclass(frozen=True)
 class RouterWeights:
-    """How experts are chosen: by score with a selection bias, or by token id. Exactly one of the two tensors is given.
+    """The router's weights: a selection bias for the scores, or a table by token id. Exactly one tensor is given.
 
     bias float32 [E] shifts the scores for the selection only, never the weights. tid2eid int64 or int32 [vocab, K]
     names the experts of each token id (hash-routed layers).
@@ -202,38 +202,38 @@ class NormKernel(Kernel[Operand], Protocol[Operand]):
     """y = weight * x / sqrt(mean(x²) + eps) over the last dimension, rounded once."""
 
     def prepare(self, weights: NormWeights) -> Operand:
-        """The operand."""
+        """Makes the operand."""
 
     def variant(self, x: Tensor, operand: Operand) -> str | None:
-        """As ``LinearKernel``."""
+        """See ``LinearKernel``."""
 
     def run(self, x: Tensor, operand: Operand, *, out: Tensor | None = None) -> Tensor:
-        """y, of the shape and dtype of x. Errors: ValueError naming the operand."""
+        """Computes y, of the shape and dtype of x. Errors: ValueError naming the operand."""
 
 
 class RouterKernel(Kernel[Operand], Protocol[Operand]):
     """Expert ids and weights from the gate's logits."""
 
     def prepare(self, weights: RouterWeights) -> Operand:
-        """The operand."""
+        """Makes the operand."""
 
     def variant(self, logits_TE: Tensor, operand: Operand) -> str | None:
-        """As ``LinearKernel``."""
+        """See ``LinearKernel``."""
 
     def run(
         self, logits_TE: Tensor, token_ids_T: Tensor, operand: Operand, *, out: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Ids int64 [T, K] and weights, at least float32 [T, K]. Errors: ValueError naming the operand."""
+        """Returns ids int64 [T, K] and weights, at least float32 [T, K]. Errors: ValueError naming the operand."""
 
 
 class SwigluKernel(Kernel[Operand], Protocol[Operand]):
     """The clamped activation of [..., gate | up]."""
 
     def prepare(self, limit: float) -> Operand:
-        """The operand."""
+        """Makes the operand."""
 
     def variant(self, gate_up: Tensor, operand: Operand) -> str | None:
-        """As ``LinearKernel``."""
+        """See ``LinearKernel``."""
 
     def run(self, gate_up: Tensor, operand: Operand, *, out: Tensor | None = None) -> Tensor:
-        """y [..., F] for gate_up [..., 2F]. Errors: ValueError naming the operand."""
+        """Computes y [..., F] for gate_up [..., 2F]. Errors: ValueError naming the operand."""

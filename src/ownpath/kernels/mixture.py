@@ -1,4 +1,4 @@
-"""The sum over experts that every torch reference of routed experts shares, whatever their weights are stored as.
+"""The sum over experts that all torch references of routed experts share, whatever their weights' format.
 
 Shape suffixes: T tokens, K experts per token, E experts, D hidden, F expert width, S rows sent to one expert.
 """
@@ -10,16 +10,16 @@ import torch.nn.functional as F
 
 
 def sum_dtype(x: torch.Tensor) -> torch.dtype:
-    """dtype in which a product with activations ``x`` is summed: at least float32."""
+    """Returns the dtype in which a product with activations ``x`` is summed: at least float32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
-Product = Callable[[torch.Tensor, int], torch.Tensor]
+ExpertProduct = Callable[[torch.Tensor, int], torch.Tensor]
 """(rows in the dtype of sums, expert) -> their product with one of the expert's matrices."""
 
 
 def clamped_swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
-    """silu(min(gate, limit)) * clamp(up, -limit, limit): DeepSeek-V4's clamped SwiGLU, in the dtype given."""
+    """Computes silu(min(gate, limit)) * clamp(up, -limit, limit), DeepSeek-V4's SwiGLU, in the dtype of its inputs."""
     return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
 
 
@@ -27,11 +27,11 @@ def mixture(
     x_TD: torch.Tensor,
     topk_ids_TK: torch.Tensor,
     topk_weights_TK: torch.Tensor,
-    gate_up: Product,
-    down: Product,
+    gate_up: ExpertProduct,
+    down: ExpertProduct,
     swiglu_limit: float,
 ) -> torch.Tensor:
-    """The sum over experts in the order of their ids, whatever their weights are stored as."""
+    """Sums weighted expert outputs in the order of expert ids."""
     dtype = sum_dtype(x_TD)
     y_TD = torch.zeros_like(x_TD, dtype=dtype)
     for expert in topk_ids_TK[topk_ids_TK >= 0].unique().tolist():
@@ -50,7 +50,7 @@ def with_shared(
     num_shared: int,
     expert_map: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids of the experts held here and weights, with the shared experts appended to every token's."""
+    """Returns local expert ids and weights, with the shared experts appended to every token's."""
     local_TK = _local_experts(ids_TK, num_experts - num_shared, expert_map)
     shared_TS = torch.arange(num_experts - num_shared, num_experts, device=ids_TK.device).expand(len(ids_TK), -1)
     ones_TS = torch.ones_like(shared_TS, dtype=weights_TK.dtype)
@@ -58,7 +58,7 @@ def with_shared(
 
 
 def _local_experts(ids_TK: torch.Tensor, num_routed: int, expert_map: torch.Tensor | None) -> torch.Tensor:
-    """int64 ids of the experts held here, -1 for others."""
+    """Returns int64 ids of the local experts, -1 for others."""
     num_ids = num_routed if expert_map is None else len(expert_map)
     known = (ids_TK >= 0) & (ids_TK < num_ids)
     local = ids_TK.long().clamp(0, num_ids - 1)

@@ -1,4 +1,4 @@
-"""What torch references have in common as kernels: one form, nothing compiled, no layout of their own, no scratch."""
+"""The base class of torch references: no variants, nothing compiled, the stored layout, no scratch."""
 
 from collections.abc import Sequence
 
@@ -8,20 +8,20 @@ from ownpath.kernels.contract import Config, StoredExperts, StoredLinear
 
 
 class Reference:
-    """The steps around ``run`` of a kernel that is torch's own operations."""
+    """The methods around ``run`` of a kernel made of torch operations."""
 
     def configs(self, operand: object) -> Sequence[Config]:
-        """Nothing is compiled."""
+        """Returns nothing: no kernel is compiled to disk."""
         return ()
 
     def planned_configs(self, stored: StoredLinear | StoredExperts) -> Sequence[Config]:
-        """Nothing is compiled."""
+        """Returns nothing: no kernel is compiled to disk."""
         return ()
 
     def padding(self, operand: object) -> None:
-        """The stored layout has none."""
+        """Returns ``None``: the stored layout has no padding."""
 
 
 def filled(out: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
-    """y, in ``out`` where that is given."""
+    """Returns y, copied into ``out`` where that is given."""
     return y if out is None else out.copy_(y)

@@ -1,7 +1,7 @@
-"""The kernels there are: the specs of every folder that has some, and the implementations behind them.
+"""The registry of kernels: the specs of every family, and their implementations by name.
 
 A folder of ``ownpath.kernels`` with a ``spec.py`` is a family. Nothing else lists kernels, so that adding one means
-adding a folder. Implementations are imported when one is first asked for; until then no torch and no toolchain is.
+adding a folder. An implementation is imported when it is first looked up; until then neither torch nor a toolchain is.
 """
 
 import pkgutil
@@ -16,7 +16,7 @@ from ownpath.kernels.spec import KernelSpec
 
 
 def families() -> Iterator[str]:
-    """Names of the folders that hold kernels."""
+    """Yields the names of the folders that hold kernels."""
     for found in pkgutil.iter_modules(ownpath.kernels.__path__):
         if found.ispkg and any((Path(path) / found.name / "spec.py").exists() for path in ownpath.kernels.__path__):
             yield found.name
@@ -24,10 +24,10 @@ def families() -> Iterator[str]:
 
 @cache
 def _specs() -> tuple[KernelSpec, ...]:
-    """All specs, best first: families without a reference of their own, then those of the newest architecture.
+    """Returns all specs, best first: families without a torch reference, then the newest architecture's.
 
-    Within a family its own order holds. A family without references is an alternative to what others refer to: it is
-    asked before them, or it would never be where a reference runs.
+    A family keeps its own order. One without a reference is an alternative to kernels of other families, so it comes
+    before these: their reference runs everywhere, and ``select`` takes the first kernel that can run.
     """
     found: list[tuple[KernelSpec, ...]] = [
         import_module(f"ownpath.kernels.{family}.spec").SPECS for family in sorted(families())
@@ -43,7 +43,7 @@ SPECS = _specs()
 
 
 def spec_of(name: str) -> KernelSpec:
-    """The first spec of a kernel: those of one name differ in formats and runners. Errors: KeyError."""
+    """Returns the first spec of a kernel; specs of one name differ in formats and runners. Errors: KeyError."""
     return _BY_NAME[name]
 
 
@@ -51,7 +51,7 @@ _BY_NAME = {spec.name: spec for spec in reversed(SPECS)}
 
 
 class Registry(Mapping[str, Any]):
-    """Kernel name -> implementation. A name whose module needs an extra does not need it until it is looked up."""
+    """Kernel name -> implementation. A module that needs an optional package is imported only when looked up."""
 
     def __init__(self, places: Mapping[str, str]) -> None:
         self._places = dict(places)
@@ -61,7 +61,7 @@ class Registry(Mapping[str, Any]):
         return vars(import_module(f"ownpath.kernels.{module}"))[attribute]
 
     def place(self, name: str) -> str:
-        """Where an implementation is, as ``module:attribute`` in ``ownpath.kernels``."""
+        """Returns an implementation's path, ``module:attribute`` in ``ownpath.kernels``."""
         return self._places[name]
 
     def __iter__(self) -> Iterator[str]:

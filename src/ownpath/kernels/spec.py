@@ -1,4 +1,4 @@
-"""What a kernel says of itself: everything that plan, runners, trace, verify, bench and docs ask about it.
+"""Kernel specs: everything that plan, runners, trace, verify, bench and docs need to know of a kernel.
 
 Each family of kernels is a folder with a ``spec.py`` whose ``SPECS`` lists its kernels, best first. Importing a spec
 imports no torch and touches no device.
@@ -13,23 +13,23 @@ from ownpath.ops import OpKind
 
 
 class InputRounding(StrEnum):
-    """What a kernel multiplies in place of its activations."""
+    """The rounding of activations before a kernel multiplies them."""
 
     EXACT = "exact"
-    """The activations themselves: W4A16 and W8A16."""
+    """None: W4A16 and W8A16."""
     E4M3 = "e4m3_1x128"
-    """E4M3 with a scale per 1 x 128, a power of two where the weight's scales are."""
+    """E4M3 with a scale per 1 x 128, a power of two if the weight's scales are."""
     E4M3_POWER_OF_TWO = "e4m3_1x128_power_of_two"
-    """E4M3 with a power-of-two scale per 1 x 128, whatever the weight's scales are."""
+    """E4M3 with a power-of-two scale per 1 x 128, for any weight's scales."""
     NVFP4 = "nvfp4_1x16"
     """E2M1 with an E4M3 scale per 1 x 16 and the checkpoint's calibrated ``input_scale``."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Where a kernel is held to its twin, and where it is measured. Paths are relative to the repository.
+    """The test that compares a kernel with its twin, and its bench. Paths are relative to the repository.
 
-    twin: the torch function that defines what it computes, as ``module:function`` in ``ownpath.kernels``.
+    twin: the torch function that defines the result, as ``module:function`` in ``ownpath.kernels``.
     """
 
     twin: str
@@ -39,27 +39,27 @@ class Evidence:
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """One kernel's contract.
+    """A kernel's contract.
 
-    name: how plans, ledgers and reports name it.
+    name: its name in plans, ledgers and reports.
     formats: stored formats it takes; empty for an op without a stored matrix.
-    runner: how plans name the runner around it.
-    why: what it does, in the plan's words.
-    entry: where its ``Kernel`` is, as ``module:attribute`` in ``ownpath.kernels``.
+    runner: its runner's name in plans.
+    why: what it does, for the plan's text.
+    entry: path of its ``Kernel``, ``module:attribute`` in ``ownpath.kernels``.
     min_sm, end_sm: lowest compute capability times ten, and the first that is too new; ``None`` runs anywhere
         torch does.
     dim_multiple: every dimension of its operand must be a multiple of it.
-    first_dim: what the first dimension must be; the multiple is asked of the others then.
+    first_dim: the required first dimension; ``dim_multiple`` then applies to the others.
     dim_power_of_two: every dimension must be a power of two.
     activations: dtypes it takes; empty for any.
     is_batch_invariant: a row's bits do not depend on the other rows of the call, nor on their number.
-    packages: what must be importable.
-    official: the steps that it computes as DeepSeek's published code does.
-    launches: patterns of the names of the device kernels that every call launches; empty where torch's libraries do.
-    rounding: what it multiplies in place of its activations, from ``rounds_from`` rows of a call on.
-    rounds_weight: it may bring a weight to the activations' dtype before it multiplies.
-    is_default: what a runner takes where its device allows it and nobody chose a kernel.
-    evidence: ``None`` for the torch references, which are what others are held to.
+    packages: packages that must be importable.
+    official: steps that it computes as DeepSeek's published code does.
+    launches: patterns of the device kernels' names that every call launches; empty where torch's libraries launch.
+    rounding: rounding of activations, for calls of ``rounds_from`` rows or more.
+    rounds_weight: it may round a weight to the activations' dtype before it multiplies.
+    is_default: a runner made without a chosen kernel uses it, where the device allows.
+    evidence: ``None`` for the torch references, with which others are compared.
     """
 
     name: str
@@ -87,7 +87,7 @@ class KernelSpec:
 
     @property
     def is_torch(self) -> bool:
-        """Whether torch and its libraries compute it, rather than a kernel of this package."""
+        """True if torch and its libraries compute it, not a kernel of this package."""
         return not self.launches
 
 
@@ -98,7 +98,7 @@ _QUANTIZER_WHY = {
 
 
 def behind_quantizer(kernel: KernelSpec, step: Step) -> KernelSpec:
-    """A linear of plain numerics whose input is quantised first and read back, as ``step`` asks for."""
+    """Returns the spec of a plain linear whose input is quantised and read back first, as ``step`` requires."""
     rounding = InputRounding.E4M3_POWER_OF_TWO if step is Step.FP8_INPUTS else InputRounding.NVFP4
     why = f"{_QUANTIZER_WHY[step]}, read back exactly; then {kernel.why}"
     runner = f"Quantized{kernel.runner}"

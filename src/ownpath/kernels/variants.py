@@ -1,6 +1,6 @@
-"""Names of a kernel's compiled forms: what it is, and the sizes that its launcher picked."""
+"""Names of a kernel's variants: the kernel's name and the sizes that its launcher chose."""
 
 
-def spelled(name: str, **sizes: int | bool) -> str:
-    """Such as ``rms_norm_rows1_block4096_warps16``."""
+def variant_name(name: str, **sizes: int | bool) -> str:
+    """Returns a variant's name, such as ``rms_norm_rows1_block4096_warps16``."""
     return "_".join([name, *(f"{size}{int(value)}" for size, value in sizes.items())])

@@ -33,7 +33,7 @@ from ownpath.runners import (
     SwiGLU,
     SwigluMlp,
 )
-from ownpath.runners.runner import Chosen
+from ownpath.runners.runner import KernelOrName
 from ownpath.trace import Ledger, Tap
 
 Runners = dict[str, Runner]
@@ -53,7 +53,7 @@ class Builder:
     config: ModelConfig
     engine: EngineConfig
     runners: Runners
-    specs: Mapping[str, Chosen]
+    specs: Mapping[str, KernelOrName]
     params: Params
     ledger: Ledger
 

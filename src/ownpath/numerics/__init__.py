@@ -1,4 +1,4 @@
-"""The definitions of the number formats, in plain torch on any device. Kernels are compared with these."""
+"""Definitions of the number formats, in plain torch on any device. Kernels are compared with these."""
 
 from ownpath.numerics.dequantize import (
     decode_fp8_block,

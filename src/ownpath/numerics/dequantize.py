@@ -1,4 +1,4 @@
-"""From stored parts back to values: ``value = qdata * scale * global_scale``."""
+"""Dequantisers: values of stored weights, ``value = qdata * scale * global_scale``."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from ownpath.qtensor import QuantTensor
 
 
 def dequantize(q: QuantTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Values of a stored weight, computed in float32 (float64 for float64), then rounded once to dtype.
+    """Returns the values of a stored weight, computed in float32 (float64 for float64) and rounded once to dtype.
 
     Shapes: q.shape [..., N, K] -> dtype [..., N, K].
     Errors: ValueError for a layout other than "row_major", a format without a definition, or parts that do
@@ -37,7 +37,7 @@ def dequantize(q: QuantTensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def decode_nvfp4_blocks(qdata: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """E2M1 code times E4M3 block scale, without the global scale.
+    """Multiplies E2M1 codes by E4M3 block scales, without the global scale.
 
     Exact in bfloat16, float16 and float32: 2 + 4 significant bits make at most 6, and every product is a
     multiple of 2^-10 of size at most 2688. A runner multiplies by the global scale in float32 after its
@@ -50,7 +50,7 @@ def decode_nvfp4_blocks(qdata: Tensor, scale: Tensor, dtype: torch.dtype = torch
 
 
 def decode_mxfp4_blocks(qdata: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """E2M1 code times E8M0 block scale; exact in float32 and bfloat16 for scales from 2^-125 to 2^125.
+    """Multiplies E2M1 codes by E8M0 block scales; exact in float32 and bfloat16 for scales from 2^-125 to 2^125.
 
     Shapes: qdata uint8 or int8 [..., N, K/2]; scale float8_e8m0fnu (or its bytes) [..., N, K/32] -> dtype
         [..., N, K].
@@ -62,7 +62,7 @@ def decode_mxfp4_blocks(qdata: Tensor, scale: Tensor, dtype: torch.dtype = torch
 def decode_fp8_block(
     qdata: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32, block: tuple[int, int] = (128, 128)
 ) -> Tensor:
-    """E4M3 value times the scale of its block of rows x columns; the last blocks may be partial.
+    """Multiplies E4M3 values by the scales of their blocks of rows x columns; the last blocks may be partial.
 
     Computed in float32 (float64 when dtype is float64). With E8M0 scales from 2^-117 to 2^119 the product is
     exact in bfloat16 too, because a power of two only moves the exponent.
@@ -86,7 +86,7 @@ def decode_fp8_block(
 
 
 def _block_scale_values(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers of an FP8_BLOCK scale. Raw bytes are refused: they could be E8M0 or a mistake."""
+    """Returns an FP8_BLOCK scale as numbers. Raw bytes are refused: their encoding is not known."""
     if scale.dtype == torch.float8_e8m0fnu:
         return decode_e8m0(scale, dtype)
     if scale.dtype in (torch.float32, torch.bfloat16):
@@ -95,7 +95,7 @@ def _block_scale_values(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _scale_groups(value: Tensor, factor: Tensor, group: int) -> Tensor:
-    """Each run of ``group`` values along K times its own factor. ``value`` is fresh from a table: written over."""
+    """Multiplies each run of ``group`` values along K by its factor, in place: only the caller holds ``value``."""
     *lead, k = value.shape
     if list(factor.shape) != [*lead, k // group] or k % group:
         raise ValueError(f"scale {tuple(factor.shape)} is not one per {group} values of {tuple(value.shape)}")

@@ -13,9 +13,9 @@ E2M1_MAX = 6.0
 
 
 def round_to_e2m1_code(x: Tensor) -> Tensor:
-    """Code of the E2M1 value nearest to x, without looking for NaN (a NaN gets code 0 or 8, from its sign).
+    """Returns the code of the E2M1 value nearest to x without checking for NaN (a NaN gets code 0 or 8, by its sign).
 
-    The quantisers use it where the block scale already carries the NaN. See ``encode_e2m1`` for the rule.
+    For quantisers whose block scale already carries the NaN. Rounds as ``encode_e2m1``.
     """
     a = x.abs()
     code = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
@@ -26,7 +26,7 @@ def round_to_e2m1_code(x: Tensor) -> Tensor:
 
 
 def encode_e2m1(x: Tensor) -> Tensor:
-    """Code of the E2M1 value nearest to x: ties to even code, saturating at 6, sign kept even on zero.
+    """Returns the code of the E2M1 value nearest to x: ties to the even code, saturating at 6, the sign of zero kept.
 
     Shapes: x [...] of a floating dtype -> uint8 [...], each in 0..15.
     Errors: ValueError for a NaN, which E2M1 cannot hold. An infinity saturates.
@@ -40,7 +40,7 @@ def encode_e2m1(x: Tensor) -> Tensor:
 
 
 def decode_e2m1(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Value of each E2M1 code; exact in every dtype from float8_e4m3fn up. Code 8 is -0.
+    """Returns the value of each E2M1 code; exact in every dtype from float8_e4m3fn up. Code 8 is -0.
 
     Shapes: codes uint8 [...] in 0..15 -> dtype [...].
     Errors: ValueError for another storage dtype (int8 would make codes of packed bytes negative).
@@ -51,7 +51,7 @@ def decode_e2m1(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def pack_e2m1(codes: Tensor) -> Tensor:
-    """Two codes to a byte: the low nibble holds the even k, the high nibble the odd k that follows it.
+    """Packs two codes into a byte: the even k in the low nibble, the odd k that follows it in the high nibble.
 
     Shapes: codes uint8 [..., K] -> uint8 [..., K/2].
     Errors: ValueError for an odd K or another dtype.
@@ -64,7 +64,7 @@ def pack_e2m1(codes: Tensor) -> Tensor:
 
 
 def unpack_e2m1(packed: Tensor) -> Tensor:
-    """Codes of packed bytes, in k order.
+    """Unpacks bytes to codes, in k order.
 
     Shapes: packed uint8 or int8 [..., K/2] -> uint8 [..., K].
     Errors: ValueError for another dtype.
@@ -74,14 +74,14 @@ def unpack_e2m1(packed: Tensor) -> Tensor:
 
 
 def packed_bytes(packed: Tensor) -> Tensor:
-    """The same storage as uint8. (DeepSeek stores FP4 as int8, whose ``>> 4`` would smear the sign bit.)"""
+    """Views packed bytes as uint8. (DeepSeek stores FP4 as int8, whose ``>> 4`` would copy the sign bit.)"""
     if packed.dtype not in (torch.uint8, torch.int8):
         raise ValueError(f"packed E2M1 must be uint8 or int8, not {packed.dtype}")
     return packed.view(torch.uint8)
 
 
 def decode_packed_e2m1(packed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``decode_e2m1(unpack_e2m1(packed), dtype)``, by one table look-up for each byte.
+    """Computes ``decode_e2m1(unpack_e2m1(packed), dtype)`` with one table look-up for each byte.
 
     Shapes: packed uint8 or int8 [..., K/2] -> dtype [..., K]; dtype is bfloat16, float16, float32 or float64.
     """
@@ -95,14 +95,14 @@ def decode_packed_e2m1(packed: Tensor, dtype: torch.dtype = torch.float32) -> Te
 
 @functools.cache
 def _code_table(device: torch.device) -> Tensor:
-    """The 16 values in code order, float32 [16]; a memo of constants, one copy on each device."""
+    """Returns the 16 values in code order, float32 [16]; cached for each device."""
     magnitudes = torch.tensor(E2M1_MAGNITUDES, dtype=torch.float32, device=device)
     return torch.cat((magnitudes, -magnitudes))
 
 
 @functools.cache
 def _pair_table(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Both values of every byte, as an integer [256] of twice the width: a look-up moves one word."""
+    """Returns both values of every byte as one integer of twice the width, [256], so that a look-up moves one word."""
     byte = torch.arange(256, dtype=torch.uint8, device=device)
     pairs = decode_e2m1(unpack_e2m1(byte.unsqueeze(-1)), dtype)
     return pairs.view(torch.int64 if dtype.itemsize == 4 else torch.int32).view(256)

@@ -13,7 +13,7 @@ E4M3_MIN_SUBNORMAL = 2.0**-9
 
 
 def encode_e4m3(x: Tensor) -> Tensor:
-    """E4M3FN value nearest to x: ties to even, saturating at +-448 (infinities too), NaN stays NaN.
+    """Rounds x to the nearest E4M3FN value: ties to even, saturating at +-448 (infinities too), NaN stays NaN.
 
     The clamp comes first because torch's own cast of values above 464 has been NaN or 448 depending on the
     release.
@@ -25,7 +25,7 @@ def encode_e4m3(x: Tensor) -> Tensor:
 
 
 def decode_e4m3(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Value of each E4M3FN byte; exact in bfloat16, float16, float32 and float64.
+    """Returns the value of each E4M3FN byte; exact in bfloat16, float16, float32 and float64.
 
     Shapes: x float8_e4m3fn, or its storage as uint8 or int8, [...] -> dtype [...].
     Errors: ValueError for another dtype.
@@ -39,6 +39,6 @@ def decode_e4m3(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @functools.cache
 def _value_table(device: torch.device) -> Tensor:
-    """The value of every byte, float32 [256]; a memo of constants, one copy on each device."""
+    """Returns the value of every byte, float32 [256]; cached for each device."""
     byte = torch.arange(256, dtype=torch.uint8, device=device)
     return byte.view(torch.float8_e4m3fn).to(torch.float32)

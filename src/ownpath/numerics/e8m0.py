@@ -14,7 +14,7 @@ _MAX_BYTE = 254
 
 
 def e8m0_from_bytes(raw: Tensor) -> Tensor:
-    """The same storage as float8_e8m0fnu. A view: nothing is converted or copied.
+    """Views bytes as float8_e8m0fnu; nothing is converted or copied.
 
     Shapes: uint8, int8 or float8_e8m0fnu [...] -> float8_e8m0fnu [...].
     Errors: ValueError for another dtype.
@@ -25,7 +25,7 @@ def e8m0_from_bytes(raw: Tensor) -> Tensor:
 
 
 def decode_e8m0(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """2^(byte - 127), NaN for byte 255; exact in float32, float64 and bfloat16 (byte 0 is a subnormal there).
+    """Returns 2^(byte - 127), NaN for byte 255; exact in float32, float64 and bfloat16 (byte 0 is a subnormal there).
 
     Shapes: uint8, int8 or float8_e8m0fnu [...] -> dtype [...].
     Errors: ValueError for another storage dtype.
@@ -38,9 +38,9 @@ def decode_e8m0(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def encode_e8m0_ceil(amax: Tensor, largest: float = 1.0) -> Tensor:
-    """Smallest power of two s with amax <= s * largest, that is 2^ceil(log2(amax / largest)).
+    """Returns the smallest power of two s with amax <= s * largest, that is 2^ceil(log2(amax / largest)).
 
-    Worked out on the bits, with no division and no logarithm: with amax = m * 2^e and largest = M * 2^E (m, M
+    Computed on the bits, with no division and no logarithm: with amax = m * 2^e and largest = M * 2^E (m, M
     in [1, 2)) the exponent is e - E, plus one where m > M. ``largest`` is 448 for E4M3 data and 6 for E2M1
     data.
 

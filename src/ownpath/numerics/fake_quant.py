@@ -1,4 +1,4 @@
-"""Fake quantisation: values rounded to a format and read back, in the dtype they came in.
+"""Fake quantisation: rounds values to a format and reads them back, in the dtype they came in.
 
 DeepSeek trained V4 with these roundings in the forward, and its published inference code repeats them. Power-of-two
 scales make reading back exact in BF16: an E4M3 or E2M1 value times 2^e keeps its few significant bits.
@@ -15,11 +15,11 @@ from ownpath.numerics.e8m0 import decode_e8m0, encode_e8m0_ceil
 from ownpath.numerics.quantize import quantize_nvfp4_activation
 
 FP8_AMAX_FLOOR = 1e-4
-"""The smallest amax of a block that DeepSeek's FP8 quantiser takes a scale from."""
+"""Floor of a block's amax in DeepSeek's FP8 quantiser."""
 
 
 def fake_quantize_fp8(x: Tensor, block: int) -> Tensor:
-    """x as E4M3 with scale = 2^ceil(log2(max(amax, 1e-4) / 448)) for each run of ``block`` channels, read back.
+    """Rounds x to E4M3 and reads it back; scale = 2^ceil(log2(max(amax, 1e-4) / 448)) for each ``block`` channels.
 
     The last run may be shorter. A run that holds a NaN or an infinity reads back as NaN.
     Shapes: x floating point [..., K] -> the same, in the dtype of x.
@@ -32,7 +32,7 @@ def fake_quantize_fp8(x: Tensor, block: int) -> Tensor:
 
 
 def fake_quantize_fp4(x: Tensor, block: int) -> Tensor:
-    """x as E2M1 with scale = 2^ceil(log2(amax / 6)), not below 2^-126, for each run of ``block`` channels, read back.
+    """Rounds x to E2M1 and reads it back; scale = 2^ceil(log2(amax / 6)), at least 2^-126, for each ``block`` channels.
 
     Shapes and NaN as ``fake_quantize_fp8``. Source: the FP4 quantiser of DeepSeek-V4's published inference code.
     """
@@ -42,7 +42,7 @@ def fake_quantize_fp4(x: Tensor, block: int) -> Tensor:
 
 
 def nvfp4_codes_times_scales(x: Tensor, input_scale: Tensor) -> Tensor:
-    """x as W4A4 quantises it, read back without the global scale: E2M1 x E4M3, exact in BF16.
+    """Quantises x as W4A4 does and reads it back without the global scale: E2M1 x E4M3, exact in BF16.
 
     Shapes: x [T, K], K a multiple of 16; input_scale float32 [] -> [T, K] in the dtype of x.
     """
@@ -52,7 +52,7 @@ def nvfp4_codes_times_scales(x: Tensor, input_scale: Tensor) -> Tensor:
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """x H / sqrt(K), H the K x K Hadamard matrix in Sylvester's order, K a power of two: its own inverse.
+    """Computes x H / sqrt(K), H the K x K Hadamard matrix in Sylvester's order, K a power of two: its own inverse.
 
     Float32 sums (float64 for float64), rounded once. Shapes: x [..., K] -> the same, in the dtype of x.
     """
@@ -69,7 +69,7 @@ def hadamard(x: Tensor) -> Tensor:
 
 
 def _blocks(x: Tensor, block: int) -> Tensor:
-    """x in float32 as [..., runs, block], zeros behind the last channel."""
+    """Returns x in float32 as [..., runs, block], padded with zeros behind the last channel."""
     blocks: Tensor = F.pad(x.to(torch.float32), (0, -x.shape[-1] % block)).unflatten(-1, (-1, block))
     return blocks
 

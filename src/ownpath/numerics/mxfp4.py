@@ -1,4 +1,4 @@
-"""MXFP4 scales as NVFP4 ones: the same weights, exactly, for kernels that read NVFP4."""
+"""Converts MXFP4 scales to NVFP4 scales: the same weights, exactly, for kernels that read NVFP4."""
 
 from collections.abc import Sequence
 
@@ -19,13 +19,13 @@ MAGNITUDES = 0x7777_7777_7777_7777
 def mxfp4_scale_as_nvfp4(
     name: str, codes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """E8M0 scales per 32 weights to E4M3 scales per 16 and a power of two per matrix, product unchanged.
+    """Converts E8M0 scales per 32 weights to E4M3 scales per 16 and a power of two per matrix; values do not change.
 
-    One expert at a time: beside the result, memory for about two of an expert's codes.
+    Works one expert at a time. Memory: beside the result, about twice the bytes of one expert's codes.
 
     Shapes: codes uint8 [E, N, K/2]; scale E8M0 [E, N, K/32]; returns E4M3 [E, N, K/16] and float32 [E].
-    out: E4M3 [E, N, K/16], where to write, expert after expert. ``scale`` may be the last half of it, whose parts are
-        read before they are written over, and is then gone, after an error too.
+    out: E4M3 [E, N, K/16], written expert after expert. ``scale`` may be its last half: each part is read before it is
+        overwritten. ``scale`` is then destroyed, after an error too.
     Errors: ValueError naming the operand and expert for a NaN scale, or for scales of non-zero blocks that span more
         than the 18 powers of two of E4M3.
     """
@@ -42,7 +42,7 @@ def mxfp4_scale_as_nvfp4(
         tops.append(top)
         nans.append((exponent == NAN).any())
         wides.append((power < E4M3_MIN_POWER).any())
-    # Asked for once, not expert by expert: each answer would stall a GPU.
+    # Read once, not for each expert: every read by the host stalls a GPU.
     for expert in torch.where(torch.stack(nans))[0].tolist():
         raise ValueError(f"{name} of expert {expert} holds a NaN scale")
     for expert in torch.where(torch.stack(wides))[0].tolist():
@@ -52,10 +52,11 @@ def mxfp4_scale_as_nvfp4(
 
 
 def mxfp4_as_nvfp4(weights: Sequence[QuantTensor]) -> tuple[list[QuantTensor], int]:
-    """MXFP4 matrices as NVFP4 ones with one global scale, 2^(largest exponent - 8), and how many blocks were rounded.
+    """Converts MXFP4 matrices to NVFP4 with one global scale, 2^(largest exponent - 8).
 
-    Codes stay as they are and each power of two is written twice, so that nothing changes. Only a block of 32 more
-    than 17 powers of two below the largest has no E4M3 scale of its own: it is quantised anew from its values.
+    Returns the matrices and the number of rounded blocks. Codes stay as they are and each power of two is written
+    twice, so that values do not change. The exception is a block of 32 whose scale is more than 17 powers of two below
+    the largest: E4M3 cannot hold it, so the block's values are quantised again.
 
     Shapes: each [N, K] MXFP4. Errors: ValueError for a NaN scale.
     """
@@ -85,7 +86,7 @@ def _exponents(weight: QuantTensor) -> Tensor:
 
 
 def _with_blocks(weight: QuantTensor, other: QuantTensor, chosen: Tensor) -> QuantTensor:
-    """``weight`` with the blocks of 32 that are ``chosen`` [N, K/32] taken from ``other``."""
+    """Returns ``weight`` with the ``chosen`` [N, K/32] blocks of 32 taken from ``other``."""
     assert weight.scale is not None
     assert other.scale is not None
     codes = torch.where(chosen.repeat_interleave(16, dim=-1), other.qdata, weight.qdata)
@@ -94,14 +95,14 @@ def _with_blocks(weight: QuantTensor, other: QuantTensor, chosen: Tensor) -> Qua
 
 
 def _zero_blocks(codes: Tensor) -> Tensor:
-    """Which blocks of 32 hold zeros alone, of either sign. Shapes: uint8 [..., K/2] -> bool [..., K/32]."""
+    """Marks the blocks of 32 that hold only zeros, of either sign. Shapes: uint8 [..., K/2] -> bool [..., K/32]."""
     aligned = codes.clone() if codes.storage_offset() % 8 else codes.contiguous()
     words = (aligned.view(torch.int64) & MAGNITUDES).unflatten(-1, (-1, 2))
     return torch.eq(words[..., 0] | words[..., 1], 0)
 
 
 def _twice(per_block: Tensor) -> Tensor:
-    """One entry for 32 values to one for each 16."""
+    """Repeats one entry per 32 values to one per 16."""
     return per_block.repeat_interleave(2, dim=-1)
 
 

@@ -1,8 +1,8 @@
-"""Quantisers: from values to stored parts. This page is the definition that every kernel and test refers to.
+"""Quantisers: values to stored parts. Every kernel and test refers to the definitions in this file.
 
 A lesson in one page
 --------------------
-A 4-bit float (E2M1) can say 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, nothing else. To store a weight
+A 4-bit float (E2M1) can hold 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, nothing else. To store a weight
 matrix with it, each run of 16 neighbours along K shares one multiplier, chosen so that the largest of the 16
 lands on 6. That multiplier is itself stored in 8 bits (E4M3, at most 448), so one more FP32 multiplier for
 the whole matrix brings all block scales into E4M3's range. A value is read back as
@@ -51,11 +51,11 @@ from ownpath.qtensor import QuantTensor
 
 _FLOAT32_TINY = torch.finfo(torch.float32).tiny
 _CACHED_VALUES = 2**18
-"""Weights quantised at a time: what lies between the steps then stays in a core's cache, twice as fast or more."""
+"""Weights quantised at a time. Intermediate values then stay in a core's cache, which is at least twice as fast."""
 
 
 def quantize_nvfp4(w: Tensor, global_scale: Tensor | None = None) -> QuantTensor:
-    """Weights as NVFP4, by the three steps above; with ``global_scale`` given, by the last two.
+    """Quantises weights to NVFP4 by the three steps above; with ``global_scale`` given, by the last two.
 
     Shapes: w [..., N, K], K a multiple of 16; global_scale float32 [...], one for each matrix.
     Errors: ValueError for a K that 16 does not divide, an infinity or NaN, an empty w, or a global scale
@@ -73,7 +73,7 @@ def quantize_nvfp4(w: Tensor, global_scale: Tensor | None = None) -> QuantTensor
 
 
 def _nvfp4_rows(w: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
-    """Steps two and three: packed codes, and the bytes of block scales. Shapes: w [..., R, K]; s2 [..., 1, 1]."""
+    """Runs steps two and three: returns packed codes and block scales' bytes. Shapes: w [..., R, K]; s2 [..., 1, 1]."""
     blocks = _blocks(w, 16, "w")
     ideal = blocks.abs().amax(dim=-1) / (E2M1_MAX * s2)
     scale = encode_e4m3(torch.where(ideal == 0, 1.0, ideal).clamp(min=E4M3_MIN_SUBNORMAL))
@@ -82,7 +82,7 @@ def _nvfp4_rows(w: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nvfp4_global_scale(w: Tensor) -> Tensor:
-    """Global scale that puts the largest block of each matrix on E4M3's 448: amax / 2688; 1.0 for all zeros.
+    """Returns the global scale that puts each matrix's largest block scale on 448: amax / 2688; 1.0 for all zeros.
 
     Shapes: w [..., N, K] -> float32 [...].
     """
@@ -92,10 +92,10 @@ def nvfp4_global_scale(w: Tensor) -> Tensor:
 
 
 def quantize_nvfp4_activation(x: Tensor, global_scale: Tensor) -> QuantTensor:
-    """Activations as NVFP4 with a static global scale and block scales of the moment (W4A4).
+    """Quantises activations to NVFP4 with a static global scale and block scales from the values (W4A4).
 
     ``scale = e4m3((amax(block) / 6) / global_scale)``, ``code = e2m1(x / (scale * global_scale))``; where the
-    scale rounds to 0, the codes are 0 with the sign of x. No value is looked at on the host.
+    scale rounds to 0, the codes are 0 with the sign of x. The host reads no value.
 
     Shapes: x [..., T, K], K a multiple of 16; global_scale float32 [...], the checkpoint's ``input_scale``.
     Errors: ValueError for a K that 16 does not divide or a global scale of another shape.
@@ -112,7 +112,7 @@ def quantize_nvfp4_activation(x: Tensor, global_scale: Tensor) -> QuantTensor:
 
 
 def quantize_mxfp4(w: Tensor) -> QuantTensor:
-    """Weights as MXFP4: for each block of 32, scale = 2^ceil(log2(amax / 6)), code = e2m1(w / scale).
+    """Quantises weights to MXFP4: for each block of 32, scale = 2^ceil(log2(amax / 6)), code = e2m1(w / scale).
 
     Nothing saturates, because the scale is rounded up. (The OCP text rounds it down,
     2^(floor(log2 amax) - 2), which can saturate; a decoder cannot tell the two apart.) A block of zeros gets
@@ -131,7 +131,7 @@ def quantize_mxfp4(w: Tensor) -> QuantTensor:
 def quantize_fp8_block(
     w: Tensor, scale_dtype: torch.dtype = torch.float8_e8m0fnu, block: tuple[int, int] = (128, 128)
 ) -> QuantTensor:
-    """Weights as E4M3 with one scale for each block of rows x columns; edge blocks may be partial.
+    """Quantises weights to E4M3 with one scale for each block of rows x columns; edge blocks may be partial.
 
     E8M0: scale = 2^ceil(log2(amax / 448)). float32: scale = amax / 448. A block of zeros gets scale 1. There
     is no floor on amax: DeepSeek's 1e-4 belongs to activations.
@@ -156,14 +156,14 @@ def quantize_fp8_block(
 
 
 def _blocks(x: Tensor, group: int, name: str) -> Tensor:
-    """x in float32 as [..., N, K/group, group]."""
+    """Returns x in float32 as [..., N, K/group, group]."""
     _check_matrix(x, name, group)
     *lead, k = x.shape
     return x.to(torch.float32).reshape(*lead, k // group, group)
 
 
 def _divide(a: Tensor, divisor: float) -> Tensor:
-    """a / divisor, correctly rounded on every device: torch's CUDA kernel takes a Python number as a reciprocal."""
+    """Divides a by a number, correctly rounded: torch's CUDA kernel would multiply by the number's reciprocal."""
     return a / torch.full((), divisor, dtype=a.dtype, device=a.device)
 
 
@@ -182,7 +182,7 @@ def _check_weight(w: Tensor) -> None:
 
 
 def _amax(w: Tensor) -> Tensor:
-    """Largest magnitude of each matrix in float32, or NaN; without a copy of w. Shapes: [..., N, K] -> [...]."""
+    """Returns each matrix's largest magnitude in float32, or NaN, without copying w. Shapes: [..., N, K] -> [...]."""
     wide = w.to(torch.float32) if w.itemsize == 1 else w  # 8-bit floats have no order in torch
     low, high = wide.flatten(-2).aminmax(dim=-1)
     return torch.maximum(-low, high).to(torch.float32)
@@ -198,12 +198,12 @@ def _checked_global_scale(global_scale: Tensor, w: Tensor) -> Tensor:
 
 
 def _packed_codes(scaled_blocks: Tensor) -> Tensor:
-    """Rounded and packed: float32 [..., N, K/group, group] -> uint8 [..., N, K/2]."""
+    """Rounds and packs: float32 [..., N, K/group, group] -> uint8 [..., N, K/2]."""
     return pack_e2m1(round_to_e2m1_code(scaled_blocks.flatten(-2)))
 
 
 def _block_amax(magnitude: Tensor, block: tuple[int, int]) -> Tensor:
-    """Largest magnitude of each block; the padding of partial blocks is 0 and never the largest."""
+    """Returns each block's largest magnitude; the padding of partial blocks is 0 and never the largest."""
     rows, cols = magnitude.shape[-2:]
     padded = torch.nn.functional.pad(magnitude, (0, -cols % block[1], 0, -rows % block[0]))
     *lead, padded_rows, padded_cols = padded.shape
@@ -212,6 +212,6 @@ def _block_amax(magnitude: Tensor, block: tuple[int, int]) -> Tensor:
 
 
 def _spread(factor: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
-    """Each block's factor repeated over its elements, cut to shape."""
+    """Repeats each block's factor over its elements, cut to shape."""
     by_row = factor.repeat_interleave(block[0], dim=-2)[..., : shape[-2], :]
     return by_row.repeat_interleave(block[1], dim=-1)[..., : shape[-1]]

@@ -1,17 +1,17 @@
-"""The rotary turn of channel pairs, and the dtype that statistics are computed in."""
+"""The rotary rotation of channel pairs, and the dtype that statistics are computed in."""
 
 import torch
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """dtype for statistics, softmax and sums: at least float32."""
+    """Returns the dtype for statistics, softmax and sums: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def rotate_pairs(x: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor) -> torch.Tensor:
-    """Turns the last 2F channels of each row in pairs (2i, 2i+1); the channels before them pass unchanged.
+    """Rotates the last 2F channels of each row in pairs (2i, 2i+1); the channels before them pass unchanged.
 
-    The inverse turn is the one by -sin. Computed in at least float32, rounded once, to the dtype of x.
+    -sin gives the inverse rotation. Computed in at least float32, rounded once, to the dtype of x.
 
     Shapes: x [T, ..., >= 2F]; cos and sin float32 [T, F], one row per row of x; result as x.
     """

@@ -1,7 +1,7 @@
-"""Every tensor of a checkpoint held against its config: how each module is stored, and all that does not fit.
+"""Checks every tensor of a checkpoint against its config and collects each module's encoding and all problems.
 
-The plan stops at the first tensor that is wrong; the census asks the same questions (``detect``, ``check_param``,
-``unread_reason``) of every module and collects the answers.
+The plan stops at the first wrong tensor; the census runs the same checks (``detect``, ``check_param``,
+``unread_reason``) on every module and parameter.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from ownpath.checkpoint.schema import (
     Encoding,
     ModuleSpec,
     ParamSpec,
-    Part,
+    PartSpec,
     check_param,
     detect,
     num_unlike,
@@ -32,7 +32,7 @@ from ownpath.plan.opspec import draft_ops, model_ops
 
 @dataclass(frozen=True)
 class StoredModule:
-    """A weight matrix, the slot it is part of, and how it is stored."""
+    """A module, its slot and its encoding."""
 
     spec: ModuleSpec
     slot: str
@@ -47,7 +47,7 @@ class StoredModule:
 
 @dataclass(frozen=True)
 class Census:
-    """What fits: modules and params. ignored: key -> reason. problems: all that does not fit."""
+    """modules, params: those that are stored correctly. ignored: key -> reason. problems: all that were found."""
 
     modules: tuple[StoredModule, ...]
     params: tuple[ParamSpec, ...]
@@ -56,8 +56,7 @@ class Census:
 
 
 def take_census(config: ModelConfig, index: CheckpointIndex, draft: Draft) -> Census:
-    """Asks of every module, those of a draft that is read among them, how it is stored, and of every tensor who reads
-    it."""
+    """Detects every module's encoding and finds the reader of every tensor; includes a draft that is read."""
     modules, params, problems = [], [], []
     claimed: set[str] = set()
     ops = chain(model_ops(config), draft_ops(config) if draft.num_modules else ())
@@ -92,7 +91,7 @@ def take_census(config: ModelConfig, index: CheckpointIndex, draft: Draft) -> Ce
 
 
 def _module_problems(index: CheckpointIndex, spec: ModuleSpec) -> Iterator[Finding]:
-    """One problem for each part that is wrong: each is asked for alone, among parts that are as they should be."""
+    """Yields a problem for each wrong part. Each part is checked alone, with all others replaced by correct ones."""
     encoding = max(ENCODINGS, key=lambda encoding: _likeness(index, encoding, spec))
     for part in encoding.parts:
         key = encoding.key(spec.name, part.role)
@@ -106,7 +105,7 @@ def _module_problems(index: CheckpointIndex, spec: ModuleSpec) -> Iterator[Findi
 
 
 def _likeness(index: CheckpointIndex, encoding: Encoding, spec: ModuleSpec) -> tuple[bool, int, int]:
-    """How much a module looks like ``encoding``: by its weight's dtype, by which parts are there, by what they are."""
+    """Scores a module's likeness to ``encoding``: weight dtype first, then the parts present, then their dtypes."""
     weight = index.tensors.get(encoding.key(spec.name, "qdata"))
     keys = encoding.keys(spec.name)
     num_missing = sum(key not in index for key in keys)
@@ -116,7 +115,7 @@ def _likeness(index: CheckpointIndex, encoding: Encoding, spec: ModuleSpec) -> t
     return is_dtype, len(keys) - 2 * num_missing, -num_unlike(index, encoding, spec)
 
 
-def _perfect_parts(encoding: Encoding, spec: ModuleSpec, missing: Part) -> Iterator[TensorInfo]:
+def _perfect_parts(encoding: Encoding, spec: ModuleSpec, missing: PartSpec) -> Iterator[TensorInfo]:
     for part in encoding.parts:
         if part is not missing:
             key = encoding.key(spec.name, part.role)

@@ -1,21 +1,20 @@
-"""What config.json says of the formats, held against the tensors: a contradiction is reported, and the tensors win.
+"""Compares config.json's claims about formats with the tensors: contradictions are reported, and the tensors win.
 
-Exports differ in what they write there, and third parties copy a config from one export to another. A field that is
-absent or null says nothing, and neither does a value that no export is known to write.
+Exports differ in what they write there, and third parties copy a config from one export to another. An absent or null
+field claims nothing, and neither does a value that no export is known to write.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
 
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.schema import ENCODINGS, QUANTIZATION_FIELD, Encoding, ModuleSpec
 from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4, Format
 
-Stored = tuple[ModuleSpec, Encoding]
+EncodedModule = tuple[ModuleSpec, Encoding]
 
 COMPARED_FIELDS = frozenset({QUANTIZATION_FIELD, "expert_dtype"})
-"""Fields of config.json that decide nothing and are held against the tensors."""
+"""Fields of config.json that decide nothing and are compared with the tensors."""
 
 _EXPERT_DTYPES: Mapping[str, tuple[Format, ...]] = MappingProxyType(
     {"fp4": (MXFP4, NVFP4), "fp8": (FP8_BLOCK,), "bf16": (BF16,), "bfloat16": (BF16,), "float32": (FP32,)}
@@ -24,11 +23,14 @@ _EXPERT_ALGORITHMS: Mapping[str, tuple[Format, ...]] = MappingProxyType({"NVFP4"
 
 
 def find_contradictions(
-    claims: Mapping[str, Any], experts: Iterable[Stored], others: Iterable[Stored], index: CheckpointIndex
+    claims: Mapping[str, object],
+    experts: Iterable[EncodedModule],
+    others: Iterable[EncodedModule],
+    index: CheckpointIndex,
 ) -> tuple[str, ...]:
-    """One line for each field of config.json that says something else than the tensors; it names both.
+    """Returns a line for each field of config.json that contradicts the tensors; it names both.
 
-    claims: the fields of config.json. experts, others: routed experts' and all other modules, as they are stored.
+    claims: the fields of config.json. experts, others: routed experts' and all other modules with their encodings.
     """
     experts, others = tuple(experts), tuple(others)
     nested = claims.get(QUANTIZATION_FIELD)
@@ -43,7 +45,7 @@ def find_contradictions(
     return tuple(f"config.json: {line}" for line in found)
 
 
-def _method(quantization: Mapping[str, Any], modules: tuple[Stored, ...]) -> Iterator[str]:
+def _method(quantization: Mapping[str, object], modules: tuple[EncodedModule, ...]) -> Iterator[str]:
     method = quantization.get("quant_method")
     expected = [encoding for encoding in ENCODINGS if encoding.quant_method and encoding.quant_method == method]
     if expected and not any(encoding in expected for _, encoding in modules):
@@ -52,10 +54,10 @@ def _method(quantization: Mapping[str, Any], modules: tuple[Stored, ...]) -> Ite
 
 
 def _experts(
-    fields: Mapping[str, Any],
+    fields: Mapping[str, object],
     field: str,
     known: Mapping[str, tuple[Format, ...]],
-    experts: tuple[Stored, ...],
+    experts: tuple[EncodedModule, ...],
     prefix: str = "",
 ) -> Iterator[str]:
     value = fields.get(field)
@@ -66,7 +68,7 @@ def _experts(
         yield f"{prefix}{field} is {value!r}, but {module.name!r} is stored as {encoding.format} ({encoding.name})"
 
 
-def _fp8(quantization: Mapping[str, Any], fp8: list[Stored], index: CheckpointIndex) -> Iterator[str]:
+def _fp8(quantization: Mapping[str, object], fp8: list[EncodedModule], index: CheckpointIndex) -> Iterator[str]:
     block = quantization.get("weight_block_size")
     if fp8 and block is not None and block != [128, 128]:
         yield f"{QUANTIZATION_FIELD}.weight_block_size is {block!r}, but {fp8[0][0].name!r} has a scale per 128 x 128"

@@ -1,4 +1,4 @@
-"""The operations V4 needs planned: every product with a stored weight matrix, and what lies between them."""
+"""The operations of V4 that need a plan: products with a stored weight matrix, and the companions between them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from ownpath.ops import OpKind
 
 @dataclass(frozen=True)
 class OpSpec:
-    """One planned product. ``slot`` is the name the model calls it by; ``modules`` the weights behind it.
+    """A product to plan. ``slot``: the name the model calls it by; ``modules``: its weights.
 
-    is_wide: the result is kept in at least float32 (router, compressor and vocabulary logits).
-    inner_dims: sizes inside the matrix that a kernel's tiles must fit too.
+    is_wide: the result is at least float32 (router, compressor and vocabulary logits).
+    inner_dims: sizes inside the matrix that a kernel's tiles must divide too.
     """
 
     slot: str
@@ -41,9 +41,9 @@ class OpSpec:
 
 @dataclass(frozen=True)
 class CompanionSpec:
-    """One planned operation without a stored matrix. ``dims``: the sizes that a kernel for it depends on.
+    """A companion to plan. ``dims``: the sizes that a kernel for it depends on.
 
-    step: the step of the published code that it is, if that rounds in a way of its own.
+    step: its step of the published code, if that rounds differently.
     """
 
     slot: str
@@ -53,14 +53,14 @@ class CompanionSpec:
 
 
 def model_ops(config: ModelConfig) -> Iterator[OpSpec]:
-    """Every op of the backbone and the head."""
+    """Yields the products of the backbone and the head."""
     for layer in config.backbone_layers():
         yield from _layer_ops(config, layer)
     yield _linear("head", ("head", config.vocab_size, config.hidden_size), is_wide=True)
 
 
 def draft_ops(config: ModelConfig) -> Iterator[OpSpec]:
-    """Every op of the MTP modules, apart from the backbone's head, which they share."""
+    """Yields the products of the MTP modules, apart from the backbone's head, which they share."""
     dim = config.hidden_size
     for layer in config.draft_layers():
         for projection in (f"{layer.name}.e_proj", f"{layer.name}.h_proj"):
@@ -69,14 +69,14 @@ def draft_ops(config: ModelConfig) -> Iterator[OpSpec]:
 
 
 def companion_ops(config: ModelConfig) -> Iterator[CompanionSpec]:
-    """The backbone's operations without a stored matrix. Each runs once a step."""
+    """Yields the backbone's companions. Each runs once a step."""
     for layer in config.backbone_layers():
         yield from _layer_companions(config, layer.name)
     yield CompanionSpec("hc_head", OpKind.HYPER, (config.hc_mult, config.hidden_size))
 
 
 def draft_companions(config: ModelConfig) -> Iterator[CompanionSpec]:
-    """The MTP modules' operations without a stored matrix."""
+    """Yields the MTP modules' companions."""
     for layer in config.draft_layers():
         yield CompanionSpec(f"{layer.name}.enorm", OpKind.NORM, (config.hidden_size,))
         yield CompanionSpec(f"{layer.name}.hnorm", OpKind.NORM, (config.hidden_size,))
@@ -97,7 +97,7 @@ def _layer_companions(config: ModelConfig, layer: str) -> Iterator[CompanionSpec
 
 
 def official_ops(config: ModelConfig, layer: Layer, official: frozenset[Step]) -> Iterator[CompanionSpec]:
-    """The operations of a layer that only official numerics have."""
+    """Yields the companions of a layer that only official numerics have."""
     attn = f"{layer.name}.attn"
     if Step.KV in official:
         key_dims = (config.head_dim, config.qk_rope_head_dim)
@@ -108,7 +108,7 @@ def official_ops(config: ModelConfig, layer: Layer, official: frozenset[Step]) -
 
 
 def steps_of(spec: OpSpec | CompanionSpec, stored: Format | None) -> frozenset[Step]:
-    """The steps of an operation whose numerics can be chosen, by the format of its weights."""
+    """Returns an operation's steps whose numerics can be chosen, given the format of its weights."""
     if isinstance(spec, CompanionSpec):
         return PLAIN if spec.step is None else frozenset({spec.step})
     if spec.kind not in (OpKind.LINEAR, OpKind.MOE):

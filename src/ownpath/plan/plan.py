@@ -1,7 +1,7 @@
-"""The plan: for every product of the model, the stored format, the runner and the kernel, decided from headers alone.
+"""Makes the plan: the encoding, runner, kernel and layout of every product, decided from headers alone.
 
-What lies between the products (companions: boundaries, norms, expert choice, attention) is planned the same way.
-It is made before any weight byte moves, decides the layout that weights are loaded into, and nothing overrides it.
+Companions (boundaries, norms, router, SwiGLU, attention) are planned the same way. The plan is made before any weight
+byte is read, decides the layout that weights are loaded into, and nothing overrides it.
 """
 
 from collections.abc import Mapping
@@ -34,11 +34,11 @@ from ownpath.plan.sharding import Region, local_module, param_region, regions_of
 
 
 class PlanError(ValueError):
-    """No kernel can run an op of this checkpoint on this device; the message names both."""
+    """Raised when no kernel can run an op of this checkpoint on this device; the message names both."""
 
 
 class MixedExpertsError(CheckpointError):
-    """Experts of one layer are stored differently. where: the module or tensor that differs from the first."""
+    """Raised when a layer's experts are stored differently. where: the module or tensor unlike the first."""
 
     def __init__(self, message: str, where: str) -> None:
         super().__init__(message)
@@ -47,9 +47,9 @@ class MixedExpertsError(CheckpointError):
 
 @dataclass(frozen=True)
 class PlannedOp:
-    """One op with its decision. All its modules are stored in the same encoding.
+    """A product with its decision. All its modules have the same encoding.
 
-    regions: for each module the part of it that this rank takes, ``None`` for all; empty where that is all of each.
+    regions: each module's region for this rank, ``None`` for all of it; empty where every module is whole.
     """
 
     spec: OpSpec
@@ -59,7 +59,7 @@ class PlannedOp:
 
     @property
     def local_modules(self) -> tuple[ModuleSpec, ...]:
-        """The modules as this rank has them."""
+        """The modules with this rank's shapes."""
         if not self.regions:
             return self.spec.modules
         return tuple(local_module(*pair) for pair in zip(self.spec.modules, self.regions, strict=True))
@@ -73,7 +73,7 @@ class PlannedOp:
 
 @dataclass(frozen=True)
 class PlannedCompanion:
-    """One operation without a stored matrix, with its decision."""
+    """A companion with its decision."""
 
     spec: CompanionSpec
     choice: Choice
@@ -81,11 +81,11 @@ class PlannedCompanion:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every op in forward order, the tensors used as stored, and the keys left unread with the reason for each.
+    """Every op in forward order, the parameters, and the keys left unread with the reason for each.
 
-    draft: which drafter the checkpoint carries, and how many of its modules are among the ops, after the backbone's.
-    contradictions: what config.json says of the formats and the tensors do not bear out, a line each.
-    parallel: the rank that it is for. param_regions: by key, of those tensors that it has a part of.
+    draft: the checkpoint's drafter, and how many of its modules are among the ops, behind the backbone's.
+    contradictions: a line for each claim of config.json about formats that the tensors contradict.
+    parallel: the plan's rank. param_regions: the regions of parameters that this rank has in part, by key.
     """
 
     config: ModelConfig
@@ -102,7 +102,7 @@ class Plan:
 
     @property
     def decided(self) -> tuple["PlannedOp | PlannedCompanion", ...]:
-        """Products and companions."""
+        """Products, then companions."""
         return (*self.ops, *self.companions)
 
     @property
@@ -147,7 +147,7 @@ def make_plan(
     if loads_draft:
         ops += tuple(chain.from_iterable(planner.op(spec) for spec in draft_ops(config)))
         params += tuple(draft_params(config))
-    # After the products: a module that config.json counts and the checkpoint lacks has ended the plan by now.
+    # After the products: a module that config.json counts and the checkpoint lacks has raised by now.
     companions = planner.companions(loads_draft)
     for param in params:
         check_param(index, param)
@@ -156,7 +156,7 @@ def make_plan(
         for module in op.spec.modules:
             consumed.update(op.encoding.keys(module.name))
     ignored = MappingProxyType(check_census(index, consumed, draft.unread_reason))
-    # What config.json says of experts is said of the backbone's: exports leave the draft's as they were.
+    # config.json's claims about experts concern the backbone's: exports leave the draft's as they were.
     contradictions = _contradictions(config, backbone, index)
     regions = {param.key: param_region(param, parallel) for param in params}
     param_regions = {key: region for key, region in regions.items() if region is not None}
@@ -170,7 +170,7 @@ def _contradictions(config: ModelConfig, ops: tuple[PlannedOp, ...], index: Chec
 
 
 def replan(plan: Plan, caps: Caps, demands: Demands) -> Plan:
-    """The same checkpoint's plan for another device; no tensor is looked at again. Errors: PlanError."""
+    """Plans the same checkpoint for another device without reading its index again. Errors: PlanError."""
     no_index = CheckpointIndex(Path(), MappingProxyType({}))
     planner = _Planner(plan.config, no_index, caps, demands, plan.parallel)
     ops = tuple(planner.decided(op.spec, op.encoding) for op in plan.ops)
@@ -187,7 +187,7 @@ class _Planner:
     parallel: Parallel
 
     def op(self, spec: OpSpec) -> list[PlannedOp]:
-        """One planned op; a fused linear whose shards are stored differently becomes one op per shard."""
+        """Plans one op; a fused linear whose shards are stored differently becomes one op per shard."""
         encodings = [detect(self.index, module) for module in spec.modules]
         if len(set(encodings)) == 1:
             if spec.kind is OpKind.MOE:
@@ -206,7 +206,7 @@ class _Planner:
         return tuple(PlannedCompanion(spec, self._choice(spec, None)) for spec in specs)
 
     def _require_one_scale_dtype(self, spec: OpSpec, encoding: Encoding) -> None:
-        """A layer's scales lie in one buffer per projection. Errors: CheckpointError naming the first that differs."""
+        """Checks that a layer's scales share one dtype, as their buffer does. Errors: MixedExpertsError naming one."""
         if encoding.format.block is None:
             return
         scales = [self.index[encoding.key(module.name, "scale")] for module in spec.modules]
@@ -223,7 +223,8 @@ class _Planner:
     def _choice(self, spec: OpSpec | CompanionSpec, stored: Format | None) -> Choice:
         demands = self.demands
         if isinstance(spec, OpSpec) and spec.is_wide and stored not in (BF16, FP32):
-            demands = replace(demands, activations="float32")  # a quantised weight's kernel rounds to what it takes
+            # A quantised weight's kernel rounds activations to a dtype that it takes.
+            demands = replace(demands, activations="float32")
         decision = select(spec.kind, stored, self.caps, demands=demands, dims=spec.dims, steps=steps_of(spec, stored))
         if isinstance(decision, Refusal):
             raise PlanError(f"{spec.slot}: {decision.reason}")

@@ -1,4 +1,4 @@
-"""Which kernel runs an op: a search through a table of facts that ends in a Choice or in a Refusal with reasons."""
+"""Selects the kernel of an op from the specs: a Choice, or a Refusal with the reasons."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from ownpath.ops import OpKind
 
 @dataclass(frozen=True)
 class Caps:
-    """What a device is, as data. sm: CUDA compute capability times ten, ``None`` off CUDA.
+    """A device's capabilities. sm: CUDA compute capability times ten, ``None`` off CUDA.
 
     packages: the kernel toolchains that can be imported.
     """
@@ -24,11 +24,11 @@ class Caps:
 
 @dataclass(frozen=True)
 class Demands:
-    """What the engine asks of every kernel.
+    """The engine's requirements on every kernel.
 
     activations: name of the activations' dtype.
     is_batch_invariant: a row's bits must not depend on the other rows of the call, nor on their number.
-    official: the steps to be computed as DeepSeek's published code does.
+    official: steps to compute as DeepSeek's published code does.
     """
 
     activations: str = "float32"
@@ -38,7 +38,7 @@ class Demands:
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel that runs an op, and why; ``passed_over`` says why each better kernel for the same format does not."""
+    """The kernel of an op, and why; ``passed_over``: why each better kernel for the same format cannot run it."""
 
     kernel: KernelSpec
     why: str
@@ -47,7 +47,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Refusal:
-    """No kernel runs the op; ``reason`` says what each candidate lacked."""
+    """The result when no kernel can run an op; ``reason`` says what each candidate lacks."""
 
     reason: str
 
@@ -61,10 +61,10 @@ def select(
     dims: tuple[int, ...] = (),
     steps: frozenset[Step] = PLAIN,
 ) -> Choice | Refusal:
-    """The first kernel of the specs (best first) that runs ``kind`` on weights stored as ``stored``.
+    """Selects the first of the specs (best first) that can run ``kind`` on weights of format ``stored``.
 
-    stored: ``None`` for an op without a stored matrix. dims: the op's sizes, where a kernel's tiles constrain them.
-    steps: those of the op whose numerics can be chosen; the kernel's are exactly those of them that are demanded.
+    stored: ``None`` for a companion. dims: the op's sizes, where a kernel's tiles constrain them.
+    steps: the op's steps whose numerics can be chosen; the kernel computes exactly the demanded ones officially.
     """
     demands = demands or Demands()
     official = steps & demands.official
@@ -74,7 +74,7 @@ def select(
         if kernel.kind is not kind:
             continue
         if kernel.official - official:
-            continue  # rounds where nobody asked for it
+            continue  # rounds where it was not demanded
         lack = _lack(kernel, stored, caps, demands, dims)
         if lack is None and kernel.official != official:
             lack = f"computes {numerics_name(official - kernel.official)} as plain numerics do"
@@ -88,7 +88,7 @@ def select(
 
 
 def _lack(kernel: KernelSpec, stored: Format | None, caps: Caps, demands: Demands, dims: tuple[int, ...]) -> str | None:
-    """What keeps a kernel from running an op; ``None``: nothing."""
+    """Returns the reason why a kernel cannot run an op, or ``None`` if it can."""
     if stored is not None and stored not in kernel.formats:
         return f"takes {'/'.join(map(str, kernel.formats))}"
     if kernel.min_sm is not None and (caps.sm is None or caps.sm < kernel.min_sm):

@@ -1,7 +1,7 @@
-"""The part of each stored tensor that a rank takes: a rule per kind of module, and the regions that follow. Pure.
+"""Sharding: the region of each stored tensor that a rank takes, by one rule per kind of module. Pure.
 
 Tensor parallel: rows of heads (wq_b, attn_sink) and of head groups (wo_a), columns of those groups (wo_b), rows and
-columns of the experts' inner width, rows of the vocabulary. All else is whole on every rank. A cut falls on whole heads
+columns of the experts' inner width, rows of the vocabulary. All else is whole on every rank. Cuts fall on whole heads
 or groups, and on whole blocks of scales.
 
 Example: wq_b of 64 heads of 512 is [32768, R]; of two ranks, rank 1 takes rows 16384 to 32768, and of its scales of
@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from enum import Enum
 from math import lcm
 
-from ownpath.checkpoint.schema import Encoding, ModuleSpec, ParamSpec, Part
+from ownpath.checkpoint.schema import Encoding, ModuleSpec, ParamSpec, PartSpec
 from ownpath.config import ModelConfig, Parallel
 
 
 class ShardingError(ValueError):
-    """A module that cannot be cut as its rule says, or whose parts no kernel adds up; the message names it."""
+    """Raised for a module that cannot be cut by its rule, or whose parts no kernel adds up; the message names it."""
 
 
 class Cut(Enum):
-    """The dimension of a weight [out, in] that ranks divide among them."""
+    """The dimension of a weight [out, in] that is divided among ranks."""
 
     ROWS = 0
     COLUMNS = 1
@@ -31,14 +31,14 @@ class Cut(Enum):
 
 @dataclass(frozen=True)
 class Region:
-    """Indices [start, stop) of one dimension of a stored tensor; of the others, all."""
+    """Indices [start, stop) of one dimension of a stored tensor; other dimensions are whole."""
 
     dim: int
     start: int
     stop: int
 
     def shape(self, stored: Sequence[int]) -> tuple[int, ...]:
-        """The shape of the region of a tensor."""
+        """Returns the shape of this region of a tensor."""
         size = self.stop - self.start
         return (*stored[: self.dim], size, *stored[self.dim + 1 :])
 
@@ -52,18 +52,18 @@ _RULES = (
     (r".*\.ffn\.(experts\.\d+|shared_experts)\.w2", Cut.COLUMNS),
     (r"head", Cut.ROWS),
 )
-"""Module or parameter -> how ranks divide it; what no rule names is whole."""
+"""Module or parameter -> the dimension that is divided. Without a rule, every rank has the whole tensor."""
 
 
 def cut_of(name: str) -> Cut | None:
-    """The rule for a module or a parameter; ``None``: every rank has all of it."""
+    """Returns the rule of a module or parameter; ``None``: every rank has all of it."""
     return next((cut for pattern, cut in _RULES if re.fullmatch(pattern, name)), None)
 
 
 def regions_of(
     config: ModelConfig, modules: Sequence[ModuleSpec], encoding: Encoding, parallel: Parallel
 ) -> tuple[Region | None, ...]:
-    """The rows or columns of each weight [out, in] that a rank takes, ``None`` for all; empty if that is all of each.
+    """Returns each weight's [out, in] region for a rank, ``None`` for all of it; empty if every weight is whole.
 
     Errors: ShardingError naming the module, for a size that does not divide into whole units.
     """
@@ -82,15 +82,15 @@ def _module_region(config: ModelConfig, module: ModuleSpec, encoding: Encoding, 
 
 
 def param_region(param: ParamSpec, parallel: Parallel) -> Region | None:
-    """The same for a tensor used as stored."""
+    """Returns a parameter's region for a rank, ``None`` for all of it."""
     cut = cut_of(param.key)
     if cut is None or parallel.size == 1:
         return None
     return _share(param.key, cut.value, param.shape[cut.value], 1, parallel)
 
 
-def part_region(part: Part, module: ModuleSpec, region: Region | None) -> Region | None:
-    """The region of one of a module's tensors: of its codes, or of its block scales. ``None``: all of it."""
+def part_region(part: PartSpec, module: ModuleSpec, region: Region | None) -> Region | None:
+    """Returns the region of one of a module's tensors (codes or block scales); ``None``: all of it."""
     if region is None or part.role in ("global_scale", "input_scale"):
         return None
     ends = []
@@ -101,7 +101,7 @@ def part_region(part: Part, module: ModuleSpec, region: Region | None) -> Region
 
 
 def local_module(module: ModuleSpec, region: Region | None) -> ModuleSpec:
-    """A module as a rank has it."""
+    """Returns a module with a rank's shape."""
     if region is None:
         return module
     rows, columns = region.shape(module.shape)
@@ -109,7 +109,7 @@ def local_module(module: ModuleSpec, region: Region | None) -> ModuleSpec:
 
 
 def require_supported(parallel: Parallel) -> None:
-    """Errors: ShardingError for more than one rank, naming what is missing."""
+    """Refuses more than one rank. Errors: ShardingError naming what is missing."""
     if parallel.size > 1:
         raise ShardingError(
             f"{parallel.size} ranks: attn.wo_b and ffn.w2 are cut by columns, so that each rank has a part of their "
@@ -118,7 +118,7 @@ def require_supported(parallel: Parallel) -> None:
 
 
 def _unit(config: ModelConfig, name: str) -> int:
-    """Rows or columns that stay together: a head's of wq_b, a group's of wo_a and wo_b."""
+    """Returns the number of rows or columns that stay together: a head's of wq_b, a group's of wo_a and wo_b."""
     units = {"wq_b": config.head_dim, "wo_a": config.o_lora_rank, "wo_b": config.o_lora_rank}
     return units.get(name.rpartition(".")[2], 1)
 

@@ -1,9 +1,8 @@
-"""The plan as people and programs read it."""
+"""Prints a plan: as text for people, as JSON values for programs."""
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from ownpath.checkpoint.drafts import Draft, DraftKind
 from ownpath.official import ALWAYS_OFFICIAL, MEANING, Step, numerics_name
@@ -15,10 +14,10 @@ _COMPANION_HEADINGS = ("between them", "runner", "kernel")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table: the same decision for the same module of one or more layers.
+class PlanRow:
+    """A line of the table: the same decision for the same module of one or more layers.
 
-    stack: whose layers they are, "layers" (the backbone's) or "mtp".
+    stack: "layers" (the backbone) or "mtp".
     """
 
     module: str
@@ -32,29 +31,29 @@ class Row:
         return f"{self.stack}.{ranges(self.layers)}.{self.module}" if self.layers else self.module
 
 
-def plan_rows(plan: Plan) -> list[Row]:
-    """Rows of the products in forward order; layers that decide alike share a row."""
+def plan_rows(plan: Plan) -> list[PlanRow]:
+    """Returns the products' rows in forward order; layers with the same decision share a row."""
     return _folded((op.label, _cells(op), op.choice.why) for op in plan.ops)
 
 
-def companion_rows(plan: Plan) -> list[Row]:
-    """Rows of the operations without a stored matrix, folded like the products'."""
+def companion_rows(plan: Plan) -> list[PlanRow]:
+    """Returns the companions' rows, folded like the products'."""
     return _folded((op.spec.slot, _companion_cells(op), op.choice.why) for op in plan.companions)
 
 
-def _folded(decisions: Iterable[tuple[str, tuple[str, ...], str]]) -> list[Row]:
-    rows: dict[tuple[str, str, tuple[str, ...]], Row] = {}
+def _folded(decisions: Iterable[tuple[str, tuple[str, ...], str]]) -> list[PlanRow]:
+    rows: dict[tuple[str, str, tuple[str, ...]], PlanRow] = {}
     for label, cells, why in decisions:
         match = _LAYER.fullmatch(label)
         stack, layers, module = (match[1], (int(match[2]),), match[3]) if match else ("", (), label)
         known = rows.get((stack, module, cells))
         all_layers = known.layers + layers if known else layers
-        rows[stack, module, cells] = Row(module, all_layers, cells, why, stack)
+        rows[stack, module, cells] = PlanRow(module, all_layers, cells, why, stack)
     return list(rows.values())
 
 
 def plan_text(plan: Plan) -> str:
-    """A table of every module's format, runner, kernel and layout, then the reasons, params and ignored keys."""
+    """Returns a table of each module's format, runner, kernel and layout, then the reasons, params and ignored keys."""
     rows, companions = plan_rows(plan), companion_rows(plan)
     lines = align([_HEADINGS, *((row.title, *row.cells) for row in rows)])
     lines += ["", *align([_COMPANION_HEADINGS, *((row.title, *row.cells) for row in companions)])]
@@ -83,8 +82,8 @@ def _draft_line(draft: Draft) -> str:
     return "none in the checkpoint" if draft.kind is DraftKind.NONE else f"{draft.kind}, not planned"
 
 
-def plan_dict(plan: Plan) -> dict[str, Any]:
-    """The plan for programs: one entry per op, nothing folded."""
+def plan_dict(plan: Plan) -> dict[str, object]:
+    """Returns the plan as JSON values: one entry per op, nothing folded."""
     ops = []
     for op in plan.ops:
         cells = dict(zip(("encoding", "format", "runner", "kernel", "layout"), _cells(op), strict=True))
@@ -114,13 +113,13 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
 
 
 def is_official(plan: Plan, step: Step) -> bool:
-    """Whether the plan computes a step as the published code does."""
+    """Returns True if the plan computes a step as the published code does."""
     return step in plan.demands.official | ALWAYS_OFFICIAL
 
 
-def _companion_entry(op: PlannedCompanion) -> dict[str, Any]:
+def _companion_entry(op: PlannedCompanion) -> dict[str, object]:
     runner, kernel = _companion_cells(op)
-    entry: dict[str, Any] = {"slot": op.spec.slot, "kind": str(op.spec.kind), "dims": list(op.spec.dims)}
+    entry: dict[str, object] = {"slot": op.spec.slot, "kind": str(op.spec.kind), "dims": list(op.spec.dims)}
     entry |= {"runner": runner, "kernel": kernel, "why": op.choice.why}
     return entry | {"passed_over": list(op.choice.passed_over)}
 
@@ -135,13 +134,13 @@ def _companion_cells(op: PlannedCompanion) -> tuple[str, str]:
 
 
 def align(table: list[tuple[str, ...]]) -> list[str]:
-    """Lines of a table whose columns are as wide as their widest cell."""
+    """Returns a table's lines, each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
 
 
 def ranges(values: tuple[int, ...]) -> str:
-    """Compact layer list: (0, 1, 2, 5) -> "{0-2,5}"; a single layer stays bare."""
+    """Formats layers compactly: (0, 1, 2, 5) -> "{0-2,5}"; a single layer as its number."""
     if len(values) == 1:
         return str(values[0])
     runs: list[list[int]] = []

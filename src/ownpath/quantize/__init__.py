@@ -1,1 +1,1 @@
-"""Writes a checkpoint of NVFP4 weights from one that stores them otherwise."""
+"""Writes a checkpoint with NVFP4 weights from one with other weights."""

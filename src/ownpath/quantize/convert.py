@@ -1,4 +1,4 @@
-"""One step's tensors: read, converted, named as ModelOpt names them."""
+"""Reads and converts the tensors of one step and names them as ModelOpt does."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from ownpath.checkpoint.schema import MODELOPT_NVFP4, Encoding
 from ownpath.formats import MXFP4
 from ownpath.numerics import dequantize, mxfp4_as_nvfp4, nvfp4_global_scale, quantize_nvfp4
 from ownpath.qtensor import QuantTensor
-from ownpath.quantize.steps import Carry, Convert, Step
+from ownpath.quantize.steps import Carry, Convert, WriteStep
 
 UNCALIBRATED = 1.0
-"""``input_scale`` of weights that no text was run through: block scales then take activations from 0.01 to 2688.
+"""``input_scale`` without calibration: block scales then cover activations from 0.01 to 2688.
 Runners with BF16 activations do not read it."""
 
 Read = Callable[[str], torch.Tensor]
@@ -21,7 +21,7 @@ Read = Callable[[str], torch.Tensor]
 
 @dataclass(frozen=True)
 class Counts:
-    """Blocks of 32 MXFP4 values that were cast, and how many of them had to be rounded; weights that were quantised."""
+    """Counts of blocks of 32 MXFP4 values that were cast, of those that had to be rounded, and of quantised weights."""
 
     num_cast: int = 0
     num_rounded: int = 0
@@ -35,8 +35,10 @@ class Counts:
         )
 
 
-def step_tensors(step: Step, read: Read, input_scales: Mapping[str, float]) -> tuple[dict[str, torch.Tensor], Counts]:
-    """The tensors that a step writes. input_scales: by module; others are uncalibrated.
+def step_tensors(
+    step: WriteStep, read: Read, input_scales: Mapping[str, float]
+) -> tuple[dict[str, torch.Tensor], Counts]:
+    """Returns the tensors that a step writes. input_scales: by module; without one, a module is uncalibrated.
 
     Errors: CheckpointError naming the weight.
     """
@@ -50,7 +52,7 @@ def step_tensors(step: Step, read: Read, input_scales: Mapping[str, float]) -> t
 
 
 def stored_weight(source: Encoding, module: str, read: Read) -> QuantTensor:
-    """A weight as the source stores it; packed codes are bytes."""
+    """Reads a weight as the source stores it; packed codes become bytes."""
     parts = {part.role: read(f"{module}.{part.suffix}") for part in source.parts}
     is_packed = source.format.packed_per_byte > 1
     codes = parts["qdata"].view(torch.uint8) if is_packed else parts["qdata"]

@@ -1,8 +1,8 @@
-"""Writes the quantised checkpoint shard by shard; what is finished stays finished, and only the end looks like one.
+"""Writes the quantised checkpoint shard by shard, so that an interrupted run can continue.
 
-Shards are made in ``.quantizing`` inside the target, each with a note of what it holds; a run that was interrupted
-finds them there and goes on. The target gets its ``config.json`` and, last, its index when all of them are done:
-before that no loader takes it for a checkpoint.
+Shards are written to ``.quantizing`` inside the target, each with a note of its contents; the next run finds them there
+and continues. When all are done the target gets its ``config.json`` and, last, its index: before that, no loader takes
+it for a checkpoint.
 """
 
 import hashlib
@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -23,36 +22,36 @@ from ownpath.checkpoint.writer import INDEX_NAME
 from ownpath.config import ModelConfig
 from ownpath.quantize.convert import Counts, step_tensors
 from ownpath.quantize.describe import config_fields, quant_config_fields
-from ownpath.quantize.steps import Convert, Scope, Step, plan_shards, plan_steps
+from ownpath.quantize.steps import Convert, QuantizeScope, WriteStep, plan_shards, plan_steps
 
 STAGING = ".quantizing"
 PLAN, CONFIG, QUANT_CONFIG = "plan.json", "config.json", "hf_quant_config.json"
 VERSION = 1
-"""Of what a step writes: another version does not go on with an older one's shards."""
+"""Version of a step's output: a run does not continue from the shards of another version."""
 
 ShowProgress = Callable[[int, int, int], None]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to write. input_scales: of calibrated weights, by module."""
+    """Settings of a run. input_scales: of calibrated weights, by module."""
 
-    scope: Scope = Scope.EXPERTS
+    scope: QuantizeScope = QuantizeScope.EXPERTS
     max_shard_bytes: int = 4 * 10**9
     input_scales: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A finished shard: tensor names with their bytes, and what was converted in it."""
+    """A finished shard: tensor names with their bytes, and counts of its conversions."""
 
     tensors: dict[str, int]
     counts: Counts
 
 
 @dataclass(frozen=True)
-class Report:
-    """What was written."""
+class QuantizeReport:
+    """Totals of a finished run."""
 
     num_shards: int
     num_bytes: int
@@ -60,12 +59,14 @@ class Report:
     counts: Counts
 
 
-def quantize_checkpoint(source: Path, target: Path, options: Options, show: ShowProgress | None = None) -> Report:
-    """Quantises ``source`` into ``target``, or goes on where an interrupted run stopped.
+def quantize_checkpoint(
+    source: Path, target: Path, options: Options, show: ShowProgress | None = None
+) -> QuantizeReport:
+    """Quantises ``source`` into ``target``, or continues an interrupted run.
 
     show: called with (finished shards, all shards, bytes read and written so far).
-    Memory: one shard. Errors: CheckpointError or ConfigError naming the file, field or tensor; ``target`` is then no
-    checkpoint, and what was finished is kept.
+    Memory: one shard. Errors: CheckpointError or ConfigError naming the file, field or tensor; ``target`` is then not a
+    checkpoint, and finished shards are kept.
     """
     require_free(target)
     config = ModelConfig.from_file(source / CONFIG)
@@ -82,18 +83,18 @@ def quantize_checkpoint(source: Path, target: Path, options: Options, show: Show
     _finish(source, target, done, (options.scope, converts))
     num_bytes = sum(sum(shard.tensors.values()) for shard in done)
     num_converted = sum(len(convert.modules) for convert in converts)
-    return Report(len(done), num_bytes, num_converted, sum((shard.counts for shard in done), Counts()))
+    return QuantizeReport(len(done), num_bytes, num_converted, sum((shard.counts for shard in done), Counts()))
 
 
 def require_free(target: Path) -> None:
-    """Errors: CheckpointError where a checkpoint is already."""
+    """Refuses a target that holds a checkpoint. Errors: CheckpointError."""
     for name in (INDEX_NAME, CONFIG, "model.safetensors"):
         if (target / name).exists() and not (target / STAGING / PLAN).exists():
             raise CheckpointError(f"{target / name} exists; a checkpoint is never overwritten")
 
 
-def _plan(index: CheckpointIndex, options: Options) -> dict[str, Any]:
-    """What decides every byte of the result."""
+def _plan(index: CheckpointIndex, options: Options) -> dict[str, object]:
+    """Returns all inputs that decide the bytes of the result."""
     files = sorted({info.file for info in index.tensors.values()})
     files.append(index.folder / CONFIG)
     facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -101,11 +102,12 @@ def _plan(index: CheckpointIndex, options: Options) -> dict[str, Any]:
         name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
         for name, value in (("source", facts), ("input_scales", dict(options.input_scales)))
     }
-    return {"version": VERSION, "scope": options.scope.value, "max_shard_bytes": options.max_shard_bytes} | digests
+    settings = {"version": VERSION, "scope": options.scope.value, "max_shard_bytes": options.max_shard_bytes}
+    return {**settings, **digests}
 
 
-def _open_staging(target: Path, plan: dict[str, Any]) -> Path:
-    """Errors: CheckpointError where an unfinished run of other inputs is."""
+def _open_staging(target: Path, plan: dict[str, object]) -> Path:
+    """Opens the folder for shards. Errors: CheckpointError where an unfinished run with other inputs is."""
     staging = target / STAGING
     staging.mkdir(parents=True, exist_ok=True)
     if not (staging / PLAN).exists():
@@ -116,7 +118,7 @@ def _open_staging(target: Path, plan: dict[str, Any]) -> Path:
 
 
 def _finished(staging: Path, number: int) -> Shard | None:
-    """A shard of an earlier run: its note is written after its data."""
+    """Returns an earlier run's shard if its note, which is written after its data, exists."""
     note = staging / f"{number}.json"
     if not note.exists():
         return None
@@ -124,7 +126,7 @@ def _finished(staging: Path, number: int) -> Shard | None:
     return Shard(fields["tensors"], Counts(**fields["counts"]))
 
 
-def _make_shard(stem: Path, steps: Sequence[Step], index: CheckpointIndex, options: Options) -> Shard:
+def _make_shard(stem: Path, steps: Sequence[WriteStep], index: CheckpointIndex, options: Options) -> Shard:
     tensors: dict[str, torch.Tensor] = {}
     counts = Counts()
     with TensorReader(index) as read:
@@ -140,8 +142,8 @@ def _make_shard(stem: Path, steps: Sequence[Step], index: CheckpointIndex, optio
     return shard
 
 
-def _finish(source: Path, target: Path, shards: Sequence[Shard], what: tuple[Scope, list[Convert]]) -> None:
-    """Names the shards, writes what describes them, and the index last."""
+def _finish(source: Path, target: Path, shards: Sequence[Shard], what: tuple[QuantizeScope, list[Convert]]) -> None:
+    """Renames the shards, writes the config files and, last, the index."""
     staging = target / STAGING
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards):
@@ -160,7 +162,7 @@ def _finish(source: Path, target: Path, shards: Sequence[Shard], what: tuple[Sco
 
 
 def _companions(source: Path) -> list[Path]:
-    """Tokenizer and other files beside the weights; what describes the source's own weights is written anew."""
+    """Returns the tokenizer's and other files beside the weights, without those that describe the source's weights."""
     written = {INDEX_NAME, CONFIG, QUANT_CONFIG}
     return [
         path
@@ -169,8 +171,8 @@ def _companions(source: Path) -> list[Path]:
     ]
 
 
-def _write_json(path: Path, fields: dict[str, Any]) -> None:
-    """So that a reader sees all of it or nothing."""
+def _write_json(path: Path, fields: dict[str, object]) -> None:
+    """Writes JSON atomically: a reader sees all of it or nothing."""
     scratch = path.with_suffix(".writing")
     scratch.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
     scratch.replace(path)

@@ -1,7 +1,7 @@
-"""What a quantised checkpoint holds, in which order and in which shards: decided from headers, before a weight moves.
+"""Plans the steps and shards of a quantised checkpoint from headers, before any weight is read.
 
-A *step* is what is written together: one tensor carried over as it is, or one or two weights that become NVFP4 (two
-where they share a global scale: a runner multiplies gate and up as one matrix).
+A *step* is written as a unit: one tensor carried over as it is, or one or two weights that become NVFP4 (two where they
+share a global scale: a runner multiplies gate and up as one matrix).
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,8 +18,8 @@ from ownpath.formats import NVFP4
 NVFP4_COLUMNS = 16
 
 
-class Scope(StrEnum):
-    """Which weights become NVFP4."""
+class QuantizeScope(StrEnum):
+    """The weights that become NVFP4."""
 
     EXPERTS = "experts"
     """The backbone's routed experts, as NVIDIA publishes DeepSeek-V4."""
@@ -37,7 +37,7 @@ class Carry:
 
 @dataclass(frozen=True)
 class Convert:
-    """Weights that become NVFP4 with one global scale, and how they are stored now."""
+    """Weights that become NVFP4 with one global scale, and their present encoding."""
 
     modules: tuple[ModuleSpec, ...]
     source: Encoding
@@ -48,29 +48,29 @@ class Convert:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """What is read, instead of being carried over."""
+        """Keys that are converted instead of carried over."""
         return tuple(key for module in self.modules for key in self.source.keys(module.name))
 
 
-Step = Carry | Convert
+WriteStep = Carry | Convert
 
 
-def plan_steps(index: CheckpointIndex, config: ModelConfig, scope: Scope) -> list[Step]:
-    """Every step, in the order of the source's shards, so that each shard is read once.
+def plan_steps(index: CheckpointIndex, config: ModelConfig, scope: QuantizeScope) -> list[WriteStep]:
+    """Returns the steps in the order of the source's shards, so that each shard is read once.
 
     Errors: CheckpointError naming a weight that is missing, has another shape, or cannot become NVFP4.
     """
     converts = [Convert(group, _encoding(index, group)) for group in _groups(config, scope)]
     read = {key: convert for convert in converts for key in convert.keys}
-    steps: dict[Step, None] = {}
+    steps: dict[WriteStep, None] = {}
     for key, info in sorted(index.tensors.items(), key=lambda item: (item[1].file, item[0])):
         steps[read.get(key) or Carry(key, info.num_bytes)] = None
     return list(steps)
 
 
-def plan_shards(steps: Sequence[Step], max_shard_bytes: int) -> list[list[Step]]:
-    """The steps in shards of at most so many bytes; one larger step gets a shard of its own."""
-    shards: list[list[Step]] = []
+def plan_shards(steps: Sequence[WriteStep], max_shard_bytes: int) -> list[list[WriteStep]]:
+    """Groups steps into shards of at most ``max_shard_bytes``; a larger step gets its own shard."""
+    shards: list[list[WriteStep]] = []
     room = 0
     for step in steps:
         if not shards or step.num_bytes > room:
@@ -81,15 +81,15 @@ def plan_shards(steps: Sequence[Step], max_shard_bytes: int) -> list[list[Step]]
     return shards
 
 
-def _groups(config: ModelConfig, scope: Scope) -> Iterator[tuple[ModuleSpec, ...]]:
-    """Weights that share a global scale: gate and up of an expert; every other weight has its own."""
+def _groups(config: ModelConfig, scope: QuantizeScope) -> Iterator[tuple[ModuleSpec, ...]]:
+    """Yields groups that share a global scale: gate and up of an expert; every other weight has its own."""
     dim, inter = config.hidden_size, config.moe_intermediate_size
     for layer_idx in range(config.num_hidden_layers):
         layer = f"layers.{layer_idx}"
         gates, ups, downs = (expert_modules(config, layer, projection) for projection in ("w1", "w3", "w2"))
         yield from zip(gates, ups, strict=True)
         yield from ((down,) for down in downs)
-        if scope is Scope.FULL:
+        if scope is QuantizeScope.FULL:
             shared = f"{layer}.ffn.shared_experts"
             yield ModuleSpec(f"{shared}.w1", (inter, dim)), ModuleSpec(f"{shared}.w3", (inter, dim))
             yield (ModuleSpec(f"{shared}.w2", (dim, inter)),)
@@ -105,7 +105,7 @@ def _projections(config: ModelConfig, attn: str) -> Iterator[ModuleSpec]:
 
 
 def _encoding(index: CheckpointIndex, group: tuple[ModuleSpec, ...]) -> Encoding:
-    """How all of a group are stored. Errors: CheckpointError naming the weight."""
+    """Returns the encoding of a group's weights. Errors: CheckpointError naming the weight."""
     found = [detect(index, module) for module in group]
     for module, encoding in zip(group, found, strict=True):
         if encoding.format is NVFP4:

@@ -1,4 +1,4 @@
-"""Runners: an operand in its planned layout with the kernel that uses it, behind one call."""
+"""Runners: an operand in its planned layout and its kernel, behind one call."""
 
 from ownpath.runners.companions import (
     HyperBoundary,

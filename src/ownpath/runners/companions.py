@@ -1,9 +1,7 @@
-"""Runners of what lies between the products: norms, the hyper-connections' boundary, expert choice, attention.
+"""Runners of companions: norms, boundaries, router, SwiGLU, attention and the cache formats' quantisers.
 
-Each holds what does not change from step to step beside the kernel that the plan chose.
+Each holds its weights and constants beside the kernel that the plan chose.
 """
-
-from typing import Any
 
 import torch
 
@@ -14,26 +12,26 @@ from ownpath.kernels.hyper.ref import BoundaryKernel, HyperOut, HyperWeights, Mi
 from ownpath.kernels.registry import KERNELS
 from ownpath.runners.linear import Linear
 from ownpath.runners.ops import HANDLES
-from ownpath.runners.runner import Chosen, KernelRunner, chosen_spec
+from ownpath.runners.runner import KernelOrName, KernelRunner, chosen_spec
 
 __all__ = ["HyperBoundary", "HyperWeights", "Mix", "RMSNorm", "Router", "SharedKeyAttention", "SwiGLU"]
 
 
 class RMSNorm(KernelRunner):
-    """y = weight * x / sqrt(mean(x²) + eps) over the last dimension, rounded once; ``None`` for a weight of ones."""
+    """y = weight * x / sqrt(mean(x²) + eps) over the last dimension, rounded once; a weight of ``None`` means ones."""
 
-    def __init__(self, weight: torch.Tensor | None, eps: float, *, kernel: Chosen = "ref.rms_norm") -> None:
+    def __init__(self, weight: torch.Tensor | None, eps: float, *, kernel: KernelOrName = "ref.rms_norm") -> None:
         self.spec, self.weight, self.eps = chosen_spec(kernel), weight, eps
-        self.kernel: NormKernel[Any] = KERNELS[self.spec.name]
+        self.kernel: NormKernel[object] = KERNELS[self.spec.name]
         self.operand = self.kernel.prepare(NormWeights(weight, eps))
         self.handle = HANDLES.new(self)
 
-    def variant(self, x: torch.Tensor, *_: Any) -> str | None:
-        """Names of the configurations that a call launches; ``None``: there is one form."""
+    def variant(self, x: torch.Tensor, *_: object) -> str | None:
+        """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
         return self.kernel.variant(x, self.operand)
 
     def run(self, x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-        """y, of the shape and dtype of x. Errors: ValueError naming what the kernel does not take."""
+        """Returns y, of the shape and dtype of x. Errors: ValueError naming an input that the kernel refuses."""
         return self.kernel.run(x, self.operand, out=out)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -44,30 +42,30 @@ class RMSNorm(KernelRunner):
 
 
 class HyperBoundary(KernelRunner):
-    """What lies between two sublayers: the streams take one's output in, and the other's input is made of them.
+    """The boundary between two sublayers: adds one's output to the streams and makes the other's normed input.
 
     ``__call__``: streams x [T, S, D], output y [T, D] and its mix (both ``None`` before the first sublayer) -> new
     streams, normed input of the coming sublayer [T, D], and its mix (``None`` after the last sublayer).
     """
 
-    def __init__(self, weights: HyperWeights, *, kernel: Chosen = "ref.hyper_boundary") -> None:
+    def __init__(self, weights: HyperWeights, *, kernel: KernelOrName = "ref.hyper_boundary") -> None:
         self.spec, self.weights = chosen_spec(kernel), weights
-        self.kernel: BoundaryKernel[Any] = KERNELS[self.spec.name]
+        self.kernel: BoundaryKernel[object] = KERNELS[self.spec.name]
         self.operand = self.kernel.prepare(weights)
         self.handle = HANDLES.new(self)
 
     @property
     def makes_mix(self) -> bool:
-        """Whether another sublayer follows."""
+        """True if another sublayer follows."""
         num_streams = self.weights.fn.shape[1] // self.weights.norm_weight.shape[0]
         return len(self.weights.fn) > num_streams
 
-    def variant(self, x_TSD: torch.Tensor, *_: Any) -> str | None:
-        """Names of the configurations that a call launches; ``None``: there is one form."""
+    def variant(self, x_TSD: torch.Tensor, *_: object) -> str | None:
+        """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
         return self.kernel.variant(x_TSD, self.operand)
 
     def workspace(self, num_tokens: int) -> torch.Tensor | None:
-        """Scratch for calls of up to ``num_tokens`` tokens; ``None`` where none is used."""
+        """Allocates scratch for calls of up to ``num_tokens`` tokens; ``None`` where none is used."""
         return self.kernel.workspace(self.operand, num_tokens)
 
     def run(
@@ -79,13 +77,16 @@ class HyperBoundary(KernelRunner):
         out: HyperOut | None = None,
         workspace: torch.Tensor | None = None,
     ) -> HyperOut:
-        """``__call__``, without asking whether torch compiles."""
+        """Computes ``__call__`` directly, also while torch compiles."""
         return self.kernel.run(x_TSD, y_TD, mix, self.operand, out=out, workspace=workspace)
 
     def run_flat(
         self, x: torch.Tensor, y: torch.Tensor | None, post: torch.Tensor | None, comb: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``run`` on tensors alone, none of the results an argument; no mix is two tensors without elements."""
+        """Computes ``run`` on tensors alone, for the torch operation: no result aliases an argument.
+
+        A mix of ``None`` is returned as two tensors without elements.
+        """
         mix = None if post is None or comb is None else Mix(post, comb)
         found = self.run(x, y, mix)
         streams = found.x_TSD.clone() if found.x_TSD.data_ptr() == x.data_ptr() else found.x_TSD
@@ -103,7 +104,7 @@ class HyperBoundary(KernelRunner):
 
 
 class Router(KernelRunner):
-    """Which experts a token goes to, and with what weight: by score with a selection bias, or by token id.
+    """Chooses each token's experts and their weights: by score with a selection bias, or by token id.
 
     gate: x [T, D] -> logits [T, E], at least float32. Exactly one of ``bias_E`` and ``tid2eid_VK`` is given. bias_E
     float32 [E] shifts the scores for the selection only, never the weights. tid2eid_VK int64 [vocab, K] names the
@@ -118,20 +119,20 @@ class Router(KernelRunner):
         bias_E: torch.Tensor | None,
         tid2eid_VK: torch.Tensor | None,
         *,
-        kernel: Chosen = "ref.router",
+        kernel: KernelOrName = "ref.router",
     ) -> None:
         if (bias_E is None) == (tid2eid_VK is None):
             raise ValueError("exactly one of bias_E and tid2eid_VK must be given")
         self.spec, self.gate = chosen_spec(kernel), gate
         self.num_experts_per_tok, self.routed_scaling_factor = num_experts_per_tok, routed_scaling_factor
         self.bias_E, self.tid2eid_VK = bias_E, tid2eid_VK
-        self.kernel: RouterKernel[Any] = KERNELS[self.spec.name]
+        self.kernel: RouterKernel[object] = KERNELS[self.spec.name]
         weights = RouterWeights(num_experts_per_tok, routed_scaling_factor, bias_E, tid2eid_VK)
         self.operand = self.kernel.prepare(weights)
         self.handle = HANDLES.new(self)
 
-    def variant(self, x_TD: torch.Tensor, *_: Any) -> str | None:
-        """Names of the configurations that a call launches; ``None``: there is one form. Logits are not looked at."""
+    def variant(self, x_TD: torch.Tensor, *_: object) -> str | None:
+        """Returns the names of the variants that a call launches; ``None`` without variants. Logits are not read."""
         return self.kernel.variant(x_TD, self.operand)
 
     def run(
@@ -141,11 +142,11 @@ class Router(KernelRunner):
         *,
         out: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The choice, from the gate's logits. Errors: ValueError naming what the kernel does not take."""
+        """Chooses experts from the gate's logits. Errors: ValueError naming an input that the kernel refuses."""
         return self.kernel.run(logits_TE, token_ids_T, self.operand, out=out)
 
     def __call__(self, x_TD: torch.Tensor, token_ids_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Expert ids [T, K] and weights, at least float32 [T, K], that sum to ``routed_scaling_factor``.
+        """Returns expert ids [T, K] and weights, at least float32 [T, K], that sum to ``routed_scaling_factor``.
 
         Errors: ValueError when there is not one token id for each row of x.
         """
@@ -161,18 +162,18 @@ class Router(KernelRunner):
 class SwiGLU(KernelRunner):
     """silu(min(gate, limit)) * clamp(up, -limit, limit) of [..., gate | up], at least float32 inside, rounded once."""
 
-    def __init__(self, limit: float, *, kernel: Chosen = "ref.swiglu") -> None:
+    def __init__(self, limit: float, *, kernel: KernelOrName = "ref.swiglu") -> None:
         self.spec, self.limit = chosen_spec(kernel), limit
-        self.kernel: SwigluKernel[Any] = KERNELS[self.spec.name]
+        self.kernel: SwigluKernel[object] = KERNELS[self.spec.name]
         self.operand = self.kernel.prepare(limit)
         self.handle = HANDLES.new(self)
 
-    def variant(self, gate_up: torch.Tensor, *_: Any) -> str | None:
-        """Names of the configurations that a call launches; ``None``: there is one form."""
+    def variant(self, gate_up: torch.Tensor, *_: object) -> str | None:
+        """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
         return self.kernel.variant(gate_up, self.operand)
 
     def run(self, gate_up: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-        """y [..., F]. Errors: ValueError naming what the kernel does not take."""
+        """Returns y [..., F]. Errors: ValueError naming an input that the kernel refuses."""
         return self.kernel.run(gate_up, self.operand, out=out)
 
     def __call__(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -183,23 +184,23 @@ class SwiGLU(KernelRunner):
 
 
 class SharedKeyAttention(KernelRunner):
-    """Softmax attention of many query heads over one set of keys, which are the values too, with a sink per head."""
+    """Softmax attention of many query heads over shared keys, which are also the values, with a sink per head."""
 
-    def __init__(self, sink_N: torch.Tensor, softmax_scale: float, *, kernel: Chosen = "ref.attention") -> None:
+    def __init__(self, sink_N: torch.Tensor, softmax_scale: float, *, kernel: KernelOrName = "ref.attention") -> None:
         self.spec, self.sink_N, self.softmax_scale = chosen_spec(kernel), sink_N, softmax_scale
         self.kernel: AttentionReference = KERNELS[self.spec.name]
         self.operand = self.kernel.prepare(AttentionWeights(sink_N, softmax_scale))
         self.handle = HANDLES.new(self)
 
-    def variant(self, *args: Any) -> None:
-        """There is one form."""
+    def variant(self, *_: object) -> None:
+        """Returns ``None``: the kernel has no variants."""
 
     def run(self, q_tNH: torch.Tensor, keys_KH: torch.Tensor, visible_tK: torch.Tensor) -> torch.Tensor:
-        """``__call__``, without asking whether torch compiles."""
+        """Computes ``__call__`` directly, also while torch compiles."""
         return self.kernel.run(q_tNH, keys_KH, visible_tK, self.operand)
 
     def __call__(self, q_tNH: torch.Tensor, keys_KH: torch.Tensor, visible_tK: torch.Tensor) -> torch.Tensor:
-        """q [t, N, H], keys [K, H], visible bool [t, K] -> [t, N, H]."""
+        """Computes q [t, N, H], keys [K, H], visible bool [t, K] -> [t, N, H]."""
         if torch.compiler.is_compiling():
             o_tNH: torch.Tensor = torch.ops.ownpath.attention(q_tNH, keys_KH, visible_tK, self.handle)
             return o_tNH
@@ -209,17 +210,17 @@ class SharedKeyAttention(KernelRunner):
 class KeyQuantizer(KernelRunner):
     """Rounds keys to the cache's format, all but their last ``num_rotary`` channels, and reads them back."""
 
-    def __init__(self, num_rotary: int, *, kernel: Chosen = "ref.fp8_keys") -> None:
+    def __init__(self, num_rotary: int, *, kernel: KernelOrName = "ref.fp8_keys") -> None:
         self.spec, self.num_rotary = chosen_spec(kernel), num_rotary
         self.kernel: KeyQuantizerReference = KERNELS[self.spec.name]
         self.operand = self.kernel.prepare(num_rotary)
         self.handle = HANDLES.new(self)
 
-    def variant(self, *args: Any) -> None:
-        """There is one form."""
+    def variant(self, *_: object) -> None:
+        """Returns ``None``: the kernel has no variants."""
 
     def run(self, kv: torch.Tensor) -> torch.Tensor:
-        """``__call__``, without asking whether torch compiles."""
+        """Computes ``__call__`` directly, also while torch compiles."""
         return self.kernel.run(kv, self.operand)
 
     def __call__(self, kv: torch.Tensor) -> torch.Tensor:
@@ -232,16 +233,16 @@ class KeyQuantizer(KernelRunner):
 class IndexQuantizer(KernelRunner):
     """Rounds index queries and keys to the index cache's format and reads them back."""
 
-    def __init__(self, *, kernel: Chosen = "ref.fp4_index") -> None:
+    def __init__(self, *, kernel: KernelOrName = "ref.fp4_index") -> None:
         self.spec = chosen_spec(kernel)
         self.kernel: IndexQuantizerReference = KERNELS[self.spec.name]
         self.handle = HANDLES.new(self)
 
-    def variant(self, *args: Any) -> None:
-        """There is one form."""
+    def variant(self, *_: object) -> None:
+        """Returns ``None``: the kernel has no variants."""
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
-        """``__call__``, without asking whether torch compiles."""
+        """Computes ``__call__`` directly, also while torch compiles."""
         return self.kernel.run(x)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Dense runners: a matrix in its kernel's layout and the kernel, behind one call."""
+"""Runners of dense products."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -14,12 +14,12 @@ from ownpath.numerics import fake_quantize_fp8, nvfp4_codes_times_scales
 from ownpath.ops import OpKind
 from ownpath.qtensor import QuantTensor
 from ownpath.runners.ops import HANDLES
-from ownpath.runners.runner import Chosen, KernelRunner, Runner, chosen_spec, default_spec
+from ownpath.runners.runner import KernelOrName, KernelRunner, Runner, chosen_spec, default_spec
 
 Shards = torch.Tensor | Sequence[torch.Tensor]
 PACKED = (torch.uint8, torch.int8)
 INPUT_BLOCK = 128
-"""Columns that share a scale where official numerics round the input of an FP8 weight."""
+"""Columns of an FP8 weight's input that share a scale in official numerics."""
 
 
 class Linear(Protocol):
@@ -34,28 +34,28 @@ class Linear(Protocol):
 class LinearRunner(KernelRunner):
     """Product with one stored matrix, or with several fused ones whose rows follow each other in y.
 
-    The stored tensors are taken over: a kernel with a layout of its own may repack them in place.
-    Errors: ValueError naming what the kernel does not take.
+    The runner takes ownership of the stored tensors: the kernel may repack them in place.
+    Errors: ValueError naming a tensor that the kernel refuses.
     """
 
-    def __init__(self, kernel: Chosen, stored: StoredLinear) -> None:
+    def __init__(self, kernel: KernelOrName, stored: StoredLinear) -> None:
         self.spec = chosen_spec(kernel)
         self.out_features, self.in_features = stored.shape
-        self.kernel: LinearKernel[Any] = KERNELS[self.spec.name]
+        self.kernel: LinearKernel[object] = KERNELS[self.spec.name]
         self.operand = self.kernel.prepare(stored)
         self.handle = HANDLES.new(self)
 
     def run(
         self, x: torch.Tensor, *, out: torch.Tensor | None = None, workspace: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """y [..., N] in the dtype of x. out, workspace: so that the call allocates nothing.
+        """Computes y [..., N] in the dtype of x. With ``out`` and ``workspace`` the call allocates nothing.
 
         Errors: ValueError naming what is wrong with x, out or workspace.
         """
         return self.kernel.run(x, self.operand, out=out, workspace=workspace)
 
     def run_wide(self, x: torch.Tensor) -> torch.Tensor:
-        """y [..., N] in at least float32. Errors: ValueError naming what is wrong with x."""
+        """Computes y [..., N] in at least float32. Errors: ValueError naming what is wrong with x."""
         return self.kernel.run_wide(x, self.operand)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -65,30 +65,30 @@ class LinearRunner(KernelRunner):
         return self.kernel.run(x, self.operand)
 
     def wide(self, x: torch.Tensor) -> torch.Tensor:
-        """``run_wide``."""
+        """Computes ``run_wide``, through the torch operation while torch compiles."""
         if torch.compiler.is_compiling():
             y: torch.Tensor = torch.ops.ownpath.linear_wide(x, self.handle)
             return y
         return self.kernel.run_wide(x, self.operand)
 
     def workspace(self, num_tokens: int) -> torch.Tensor | None:
-        """uint8 scratch for calls of up to ``num_tokens`` rows; ``None``: the kernel needs none."""
+        """Allocates uint8 scratch for calls of up to ``num_tokens`` rows; ``None`` if the kernel needs none."""
         return self.kernel.workspace(self.operand, num_tokens)
 
     def stored(self) -> tuple[QuantTensor, ...]:
-        """What the kernel holds, read back out of its layout; a kernel that fuses shards gives one matrix."""
+        """Returns the shards, read back from the operand; a kernel that fuses shards returns one matrix."""
         return self.kernel.restore(self.operand)
 
     def padding(self) -> torch.Tensor | None:
-        """Bytes that the kernel may read beyond the matrix; ``None``: its layout has none."""
+        """Returns the padding bytes of the kernel's layout; ``None`` if it has none."""
         return self.kernel.padding(self.operand)
 
     def compile_configs(self) -> Sequence[Config]:
-        """Everything compiled to disk that calls may launch, for compiling ahead."""
+        """Returns the configurations of every kernel compiled to disk that calls may launch."""
         return self.kernel.configs(self.operand)
 
-    def variant(self, x: torch.Tensor, *_: Any) -> str | None:
-        """Names of the configurations that a call with this x launches; ``None``: there is one form."""
+    def variant(self, x: torch.Tensor, *_: object) -> str | None:
+        """Returns the names of the variants that a call with this x launches; ``None`` without variants."""
         return self.kernel.variant(x, self.operand)
 
 
@@ -97,7 +97,7 @@ def _listed(value: Shards) -> list[torch.Tensor]:
 
 
 def _nvfp4_shards(weight: Shards, weight_scale: Shards, weight_scale_2: Shards) -> tuple[QuantTensor, ...]:
-    """Errors: ValueError naming the operand for a wrong dtype or shape."""
+    """Pairs weights and scales into shards. Errors: ValueError naming the operand for a wrong dtype or shape."""
     weights, scales, globals_ = _listed(weight), _listed(weight_scale), _listed(weight_scale_2)
     if not len(weights) == len(scales) == len(globals_):
         raise ValueError("weight, weight_scale and weight_scale_2 must have the same number of shards")
@@ -117,14 +117,15 @@ class Nvfp4Linear(LinearRunner):
     Shapes: weight uint8 [N, K/2], low nibble = even k (int8 storage is viewed as uint8); weight_scale E4M3
         [N, K/16]; weight_scale_2 float32 [], a multiplier (ModelOpt's convention), or [N], one per output row.
         Lists of these are fused shards: their rows follow each other in y. x [..., K]; y [..., N] in its dtype.
-    On a Hopper GPU the operands are taken over: they are repacked in place, so that a weight never exists twice. Pass
-    clones of tensors that are needed later. (Fused shards are copied together first and stay as they are.)
+    On a Hopper GPU the runner takes ownership of its operands: they are repacked in place, so that a weight never
+    exists twice. Pass clones of tensors that are needed later. (Fused shards are copied together first and stay
+    unchanged.)
     Errors: ValueError naming the operand for a wrong dtype, shape or device.
     Source: NVIDIA ModelOpt's NVFP4 export.
     """
 
     def __init__(
-        self, weight: Shards, weight_scale: Shards, weight_scale_2: Shards, *, kernel: Chosen | None = None
+        self, weight: Shards, weight_scale: Shards, weight_scale_2: Shards, *, kernel: KernelOrName | None = None
     ) -> None:
         shards = _nvfp4_shards(weight, weight_scale, weight_scale_2)
         chosen = default_spec(OpKind.LINEAR, NVFP4, shards[0].qdata.device) if kernel is None else kernel
@@ -147,7 +148,7 @@ class Nvfp4LinearW4A4(LinearRunner):
         weight_scale_2: Shards,
         input_scale: Shards,
         *,
-        kernel: Chosen = "triton.nvfp4_linear_w4a4_sm100",
+        kernel: KernelOrName = "triton.nvfp4_linear_w4a4_sm100",
     ) -> None:
         shards = _nvfp4_shards(weight, weight_scale, weight_scale_2)
         largest = torch.stack([scale.max() for scale in _listed(input_scale)]).max()
@@ -167,7 +168,7 @@ class Fp8Linear(LinearRunner):
     Errors: ValueError naming the operand for a wrong dtype, shape, device, stride or alignment.
     """
 
-    def __init__(self, weight: Shards, scale: Shards, *, kernel: Chosen | None = None) -> None:
+    def __init__(self, weight: Shards, scale: Shards, *, kernel: KernelOrName | None = None) -> None:
         weights, scales = _listed(weight), _listed(scale)
         if len(weights) != len(scales):
             raise ValueError(f"{len(weights)} weights with {len(scales)} scales")
@@ -184,7 +185,7 @@ class Fp8Linear(LinearRunner):
 class PlainLinear(LinearRunner):
     """Product with an unquantised weight. Shapes: weight bfloat16 or float32 [N, K]; a list is fused shards."""
 
-    def __init__(self, weight: Shards, *, kernel: Chosen = "ref.plain_linear") -> None:
+    def __init__(self, weight: Shards, *, kernel: KernelOrName = "ref.plain_linear") -> None:
         weights = _listed(weight)
         for idx, w in enumerate(weights):
             require(f"weight[{idx}]", w, (torch.bfloat16, torch.float32), (len(w), weights[0].shape[1]))
@@ -192,25 +193,25 @@ class PlainLinear(LinearRunner):
 
 
 def plain_format(weight: torch.Tensor) -> Format:
-    """The format of an unquantised weight."""
+    """Returns the format of an unquantised weight."""
     return BF16 if weight.dtype == torch.bfloat16 else FP32
 
 
 class QuantizedLinear(LinearRunner):
-    """A linear whose input is quantised first and read back, which any dtype of activations holds exactly.
+    """A linear whose input is quantised and read back before the product; any activation dtype holds it exactly.
 
-    FP8 weights: E4M3 with a power-of-two scale per 1 x 128, W8A8. NVFP4 weights: W4A4 by a W4A16 kernel; the input's
-    global scale (the largest of the shards') goes into the weights'.
+    FP8 weights: W8A8, E4M3 with a power-of-two scale per 1 x 128. NVFP4 weights: W4A4 by a W4A16 kernel; the input's
+    global scale (the largest of the shards') is multiplied into the weights' global scales.
     """
 
-    def __init__(self, kernel: Chosen, stored: StoredLinear) -> None:
+    def __init__(self, kernel: KernelOrName, stored: StoredLinear) -> None:
         self.input_scale = stored.input_scale
         if self.input_scale is not None:
             stored = StoredLinear(tuple(_scaled(shard, self.input_scale) for shard in stored.shards))
         super().__init__(kernel, stored)
 
     def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
-        """Quantises x and reads it back, without the global scale that went into the weights'."""
+        """Quantises x and reads it back, without the global scale that is part of the weights'."""
         if self.input_scale is None:
             return fake_quantize_fp8(x, INPUT_BLOCK)
         return nvfp4_codes_times_scales(x.reshape(-1, x.shape[-1]), self.input_scale).view(x.shape)
@@ -218,11 +219,11 @@ class QuantizedLinear(LinearRunner):
     def run(
         self, x: torch.Tensor, *, out: torch.Tensor | None = None, workspace: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """As ``LinearRunner``, on the quantised x."""
+        """Computes as ``LinearRunner`` does, on the quantised x."""
         return super().run(self.quantize_input(x), out=out, workspace=workspace)
 
     def run_wide(self, x: torch.Tensor) -> torch.Tensor:
-        """As ``LinearRunner``, on the quantised x."""
+        """Computes as ``LinearRunner`` does, on the quantised x."""
         return super().run_wide(self.quantize_input(x.to(torch.promote_types(x.dtype, torch.float32))))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -231,7 +232,7 @@ class QuantizedLinear(LinearRunner):
         return self.run(x)
 
     def wide(self, x: torch.Tensor) -> torch.Tensor:
-        """``run_wide``."""
+        """Computes ``run_wide``, through the torch operation while torch compiles."""
         if torch.compiler.is_compiling():
             return super().wide(x)
         return self.run_wide(x)
@@ -243,7 +244,7 @@ def _scaled(shard: QuantTensor, input_scale: torch.Tensor) -> QuantTensor:
 
 
 class WideLinear(Runner):
-    """A linear whose result is at least float32: sums are kept as they are, not rounded to the dtype of x."""
+    """A linear whose result is at least float32: sums are not rounded to the dtype of x."""
 
     def __init__(self, linear: LinearRunner) -> None:
         self.linear = linear
@@ -251,19 +252,19 @@ class WideLinear(Runner):
 
     @property
     def leaves(self) -> tuple[KernelRunner, ...]:
-        """The linear."""
+        """The linear's leaves."""
         return self.linear.leaves
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear.wide(x)
 
     def wide(self, x: torch.Tensor) -> torch.Tensor:
-        """The same."""
+        """Computes the same."""
         return self.linear.wide(x)
 
 
 class ConcatLinear(Runner):
-    """Several linears on the same input, outputs side by side: a fused slot whose shards are stored differently."""
+    """Several linears on the same input, outputs concatenated: a fused slot whose shards have different encodings."""
 
     def __init__(self, linears: Sequence[LinearRunner | WideLinear]) -> None:
         if len({linear.in_features for linear in linears}) != 1:
@@ -274,14 +275,14 @@ class ConcatLinear(Runner):
 
     @property
     def leaves(self) -> tuple[KernelRunner, ...]:
-        """Those of all linears."""
+        """All linears' leaves."""
         return tuple(leaf for linear in self.linears for leaf in linear.leaves)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([linear(x) for linear in self.linears], dim=-1)
 
     def wide(self, x: torch.Tensor) -> torch.Tensor:
-        """In at least float32."""
+        """Computes y in at least float32."""
         return torch.cat([linear.wide(x) for linear in self.linears], dim=-1)
 
 
@@ -289,40 +290,40 @@ class GroupedLinear(KernelRunner):
     """y[..., g] = W[g] x[..., g]: ``wo_a``, one matrix per group of heads, plain floating point.
 
     Shapes: weight bfloat16 or float32 [G*R, I], groups one after the other; y [..., G, R]. x is [..., G, I]; or, with
-        a rotation, attention's output [T, N, H], whose rotary channels are turned back before the product.
+        a rotation, attention's output [T, N, H], whose rotation is undone before the product.
     Errors: ValueError for a wrong dtype or shape.
     """
 
-    def __init__(self, weight: torch.Tensor, num_groups: int, *, kernel: Chosen = "ref.grouped_linear") -> None:
+    def __init__(self, weight: torch.Tensor, num_groups: int, *, kernel: KernelOrName = "ref.grouped_linear") -> None:
         require("weight", weight, (torch.bfloat16, torch.float32), (len(weight), weight.shape[1]))
         if len(weight) % num_groups:
             raise ValueError(f"weight has {len(weight)} rows, not a multiple of {num_groups} groups")
         self.spec = chosen_spec(kernel)
         self.weight_GRI = weight.unflatten(0, (num_groups, -1))
         self.num_groups, self.out_features, self.in_features = self.weight_GRI.shape
-        self.kernel: GroupedKernel[Any] = KERNELS[self.spec.name]
+        self.kernel: GroupedKernel[object] = KERNELS[self.spec.name]
         self.operand = self.kernel.prepare(self.weight_GRI)
         self.handle = HANDLES.new(self)
 
     def stored(self) -> tuple[QuantTensor, ...]:
-        """What the kernel holds: rows of all groups."""
+        """Returns the operand's rows of all groups."""
         return self.kernel.restore(self.operand)
 
     def padding(self) -> None:
-        """The layout has none."""
+        """Returns ``None``: the layout has no padding."""
 
-    def variant(self, o_TNH: torch.Tensor, *_: Any) -> str | None:
-        """Names of the configurations that a call with this input launches; ``None``: there is one form."""
+    def variant(self, o_TNH: torch.Tensor, *_: object) -> str | None:
+        """Returns the names of the variants that a call with this input launches; ``None`` without variants."""
         return self.kernel.variant(o_TNH, self.operand)
 
     def new_out(self, o_TNH: torch.Tensor) -> torch.Tensor:
-        """Unwritten y [T, G, R]."""
+        """Allocates y [T, G, R]."""
         return o_TNH.new_empty((o_TNH.shape[0], self.num_groups, self.out_features))
 
     def run(
         self, o_TNH: torch.Tensor, cos_TA: torch.Tensor, sin_TA: torch.Tensor, *, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The rotation undone and the product. Errors: ValueError for heads that do not fit."""
+        """Undoes the rotation and multiplies. Errors: ValueError for heads that do not fit."""
         width = self.num_groups * self.in_features
         if o_TNH.ndim != 3 or o_TNH.shape[1] * o_TNH.shape[2] != width:
             raise ValueError(f"heads must be [T, N, H] with N * H = {width}, found {list(o_TNH.shape)}")
@@ -331,7 +332,10 @@ class GroupedLinear(KernelRunner):
         return self.kernel.run(o_TNH, cos_TA, sin_TA, self.operand, out=out)
 
     def __call__(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-        """rotation: (cos, sin) float32 [T, A] of each row's angles, to be undone; the planned kernel does both."""
+        """Multiplies, and with a rotation undoes it first, in the planned kernel.
+
+        rotation: (cos, sin) float32 [T, A] of each row's angles.
+        """
         if rotation is not None:
             if torch.compiler.is_compiling():
                 y_TGR: torch.Tensor = torch.ops.ownpath.grouped_linear(x, *rotation, self.handle)

@@ -1,4 +1,4 @@
-"""From a plan and its filled operands to runners, one per slot of the plan's products."""
+"""Makes runners from a plan and its filled operands, one per slot of the plan's products."""
 
 from collections.abc import Iterable
 
@@ -9,15 +9,15 @@ from ownpath.plan.plan import Plan, PlannedOp
 from ownpath.runners.linear import ConcatLinear, GroupedLinear, LinearRunner, QuantizedLinear, WideLinear
 from ownpath.runners.moe import MoeRunner
 from ownpath.runners.runner import Runner
-from ownpath.weights.operands import Operand
+from ownpath.weights.operands import OperandBuffers
 from ownpath.weights.stored import stored_experts, stored_groups, stored_linear
 
 
-def make_runners(plan: Plan, operands: Iterable[Operand]) -> dict[str, Runner]:
-    """The runner of each slot, around the operands in the order of ``plan.ops``.
+def make_runners(plan: Plan, operands: Iterable[OperandBuffers]) -> dict[str, Runner]:
+    """Makes the runner of each slot. operands: in the order of ``plan.ops``.
 
-    A runner whose kernel has a layout of its own repacks the operand's buffers in place, one expert at a time, so
-    that two copies never exist.
+    A runner whose kernel has its own layout repacks the operand's buffers in place, one expert at a time, so that two
+    copies never exist.
     """
     parts: dict[str, list[LinearRunner | WideLinear | GroupedLinear | MoeRunner]] = {}
     for op, operand in zip(plan.ops, operands, strict=True):
@@ -32,9 +32,9 @@ def _side_by_side(found: list[LinearRunner | WideLinear | GroupedLinear | MoeRun
 
 
 def make_runner(
-    op: PlannedOp, operand: Operand, config: ModelConfig
+    op: PlannedOp, operand: OperandBuffers, config: ModelConfig
 ) -> LinearRunner | WideLinear | GroupedLinear | MoeRunner:
-    """The runner that the plan names for one op, around its operand."""
+    """Makes the planned runner of one op."""
     spec = op.choice.kernel
     if op.spec.kind is OpKind.MOE:
         return MoeRunner(spec, stored_experts(op, operand, config.swiglu_limit))
@@ -45,6 +45,6 @@ def make_runner(
 
 
 def compile_configs(runners: Iterable[Runner]) -> list[Config]:
-    """The compile-time configurations of every kernel that the runners may launch, each once."""
+    """Returns the configurations of every kernel compiled to disk that the runners may launch, each once."""
     leaves = (leaf for runner in runners for leaf in runner.leaves)
     return list({config.name: config for leaf in leaves for config in leaf.compile_configs()}.values())

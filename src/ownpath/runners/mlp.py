@@ -1,4 +1,4 @@
-"""The shared expert: a dense SwiGLU block made of two planned linears and the activation between them."""
+"""The shared expert: a dense SwiGLU block of two planned linears with the activation between them."""
 
 from collections.abc import Callable
 

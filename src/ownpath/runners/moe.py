@@ -1,7 +1,6 @@
-"""The routed experts' runners."""
+"""Runners of routed experts."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -14,23 +13,23 @@ from ownpath.ops import OpKind
 from ownpath.qtensor import QuantTensor
 from ownpath.runners.linear import PACKED, plain_format
 from ownpath.runners.ops import HANDLES
-from ownpath.runners.runner import Chosen, KernelRunner, chosen_spec, default_spec
+from ownpath.runners.runner import KernelOrName, KernelRunner, chosen_spec, default_spec
 
-Expert = tuple[QuantTensor, QuantTensor, QuantTensor]
+SplitExpert = tuple[QuantTensor, QuantTensor, QuantTensor]
 """w1 (gate), w3 (up) and w2 (down) of one expert, as they are stored."""
 
 
 class MoeRunner(KernelRunner):
-    """Top-k mixture of SwiGLU experts. The stored tensors are taken over: a kernel may repack them in place.
+    """Top-k mixture of SwiGLU experts. It takes ownership of the stored tensors: the kernel may repack them in place.
 
-    Errors: ValueError naming what the kernel does not take.
+    Errors: ValueError naming a tensor that the kernel refuses.
     """
 
-    def __init__(self, kernel: Chosen, stored: StoredExperts) -> None:
+    def __init__(self, kernel: KernelOrName, stored: StoredExperts) -> None:
         self.spec = chosen_spec(kernel)
         self.num_experts, self.hidden_size = stored.num_experts, stored.hidden_size
         self.swiglu_limit = stored.swiglu_limit
-        self.kernel: ExpertsKernel[Any] = KERNELS[self.spec.name]
+        self.kernel: ExpertsKernel[object] = KERNELS[self.spec.name]
         self.operand = self.kernel.prepare(stored)
         self.handle = HANDLES.new(self)
 
@@ -45,53 +44,60 @@ class MoeRunner(KernelRunner):
         out: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``__call__``, without asking whether torch compiles."""
+        """Computes ``__call__`` directly, also while torch compiles."""
         routing = Routing(topk_ids, topk_weights, num_shared, expert_map)
         return self.kernel.run(x, routing, self.operand, out=out, workspace=workspace)
 
     def __call__(
-        self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, **given: Any
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        num_shared: int = 0,
+        expert_map: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        workspace: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """y[t] = sum over slots k of topk_weights[t, k] * expert topk_ids[t, k] of x[t], and the shared experts.
+        """Computes y[t] = sum over k of topk_weights[t, k] * expert topk_ids[t, k] of x[t], plus the shared experts.
 
         Shapes: x [T, D]; topk_ids int32 or int64 [T, K]; topk_weights float32 [T, K]; y [T, D] in the dtype of x.
-        given: ``num_shared``, how many experts at the end of the stacks are shared: every token goes to them with
-            weight 1; ``expert_map`` int32 [global experts], local expert or -1, when this runner holds only some;
-            ``out`` like x and ``workspace``, so that the call allocates nothing.
+        num_shared: number of shared experts at the end of the stacks; every token goes to them with weight 1.
+        expert_map: int32 [global experts], local expert or -1, for a runner that holds only some.
+        out (like x), workspace: with both, the call allocates nothing.
         """
         if torch.compiler.is_compiling():
-            num_shared, expert_map = given.get("num_shared", 0), given.get("expert_map")
             y: torch.Tensor = torch.ops.ownpath.experts(x, topk_ids, topk_weights, expert_map, num_shared, self.handle)
-            out: torch.Tensor | None = given.get("out")
             return y if out is None else out.copy_(y)
-        return self.run(x, topk_ids, topk_weights, **given)
+        routing = Routing(topk_ids, topk_weights, num_shared, expert_map)
+        return self.kernel.run(x, routing, self.operand, out=out, workspace=workspace)
 
     def workspace(self, num_tokens: int, num_slots: int) -> torch.Tensor | None:
-        """uint8 scratch for calls of up to ``num_tokens`` tokens; ``None`` where none is used.
+        """Allocates uint8 scratch for calls of up to ``num_tokens`` tokens; ``None`` where none is used.
 
         num_slots: experts per token, shared ones included.
         """
         return self.kernel.workspace(self.operand, num_tokens, num_slots)
 
-    def stored_expert(self, expert: int) -> Expert:
-        """What the kernel holds of one expert, read back out of its layout; w2's global scale may be there twice."""
+    def stored_expert(self, expert: int) -> SplitExpert:
+        """Returns one expert, read back from the operand; w2's global scale may be there twice."""
         gate_up, down = self.kernel.restore(self.operand, expert)
         return *gate_and_up(gate_up), down
 
     def padding(self) -> None:
-        """Experts' layouts have none."""
+        """Returns ``None``: experts' layouts have no padding."""
 
     def compile_configs(self) -> Sequence[Config]:
-        """The kernels that calls may launch (without shared experts or an expert map), for compiling ahead."""
+        """Returns the configurations of kernels that calls without shared experts or an expert map may launch."""
         return self.kernel.configs(self.operand)
 
-    def variant(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, *_: Any) -> str | None:
-        """Names of the configurations that a call launches; ``None``: there is one form."""
+    def variant(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, *_: object) -> str | None:
+        """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
         return self.kernel.variant(x, Routing(topk_ids, topk_weights), self.operand)
 
 
 def gate_and_up(fused: QuantTensor) -> tuple[QuantTensor, QuantTensor]:
-    """An expert's fused matrix in two, gate rows first.
+    """Splits an expert's fused matrix into gate and up.
 
     Shapes: qdata [2F, ...]; scale [2F, ...], or a grid for each half [2, R, C]; global_scale [2].
     """
@@ -112,8 +118,8 @@ class Nvfp4MoE(MoeRunner):
     Shapes (E experts, D hidden, F expert width): w13 uint8 [E, 2F, D/2], gate rows first; w13_scale E4M3
         [E, 2F, D/16]; w13_scale_2 float32 [E], or [E, 2] when gate and up have their own; w2 uint8 [E, D, F/2];
         w2_scale E4M3 [E, D, F/16]; w2_scale_2 float32 [E]. Global scales are multipliers (ModelOpt's convention).
-    On a Hopper GPU the stacks are taken over: they are repacked in place, one expert at a time, so that the experts
-    never exist twice. Pass clones of tensors that are needed later.
+    On a Hopper GPU the runner takes ownership of the stacks: they are repacked in place, one expert at a time, so that
+    the experts never exist twice. Pass clones of tensors that are needed later.
     Errors: ValueError naming the operand for a wrong dtype, shape or device. Expert ids are not read by the host, which
         would stall a GPU: an id outside the experts contributes nothing.
     """
@@ -128,7 +134,7 @@ class Nvfp4MoE(MoeRunner):
         w2_scale_2: torch.Tensor,
         swiglu_limit: float,
         *,
-        kernel: Chosen | None = None,
+        kernel: KernelOrName | None = None,
     ) -> None:
         gate_up, down = _nvfp4_side("w13", w13, w13_scale, w13_scale_2), _nvfp4_side("w2", w2, w2_scale, w2_scale_2)
         _require_fit(gate_up, down)
@@ -144,9 +150,9 @@ class Nvfp4MoE(MoeRunner):
         w2_scale: torch.Tensor,
         swiglu_limit: float,
         *,
-        kernel: Chosen | None = None,
+        kernel: KernelOrName | None = None,
     ) -> "Nvfp4MoE":
-        """From MXFP4 experts, exactly: each E8M0 scale becomes two E4M3 ones and a power of two per expert.
+        """Makes a runner from MXFP4 experts, exactly: an E8M0 scale becomes two E4M3 scales and a power of two each.
 
         Shapes: w13 uint8 [E, 2F, D/2] and w13_scale E8M0 [E, 2F, D/32], gate rows first; w2 uint8 [E, D, F/2] and
             w2_scale E8M0 [E, D, F/32]. Scales take twice their bytes: 0.5625 a weight instead of 0.53125.
@@ -158,7 +164,7 @@ class Nvfp4MoE(MoeRunner):
 
 
 def _nvfp4_side(name: str, codes: torch.Tensor, scale: torch.Tensor, global_scale: torch.Tensor) -> QuantTensor:
-    """One stack. A global scale for gate and up alike is spread over both. Errors: ValueError naming the operand."""
+    """Checks one stack; repeats a global scale that gate and up share. Errors: ValueError naming the operand."""
     num_experts, num_rows, packed = codes.shape
     require(name, codes, PACKED, (num_experts, num_rows, packed))
     require(f"{name}_scale", scale, (torch.float8_e4m3fn,), (num_experts, num_rows, packed // 8))
@@ -170,7 +176,7 @@ def _nvfp4_side(name: str, codes: torch.Tensor, scale: torch.Tensor, global_scal
 
 
 def _require_fit(gate_up: QuantTensor, down: QuantTensor) -> None:
-    """Errors: ValueError when down does not have the shape that gate and up ask for."""
+    """Checks that down has the shape that gate and up require. Errors: ValueError."""
     num_experts, rows, dim = gate_up.shape
     require("w13", gate_up.qdata, (torch.uint8,), (num_experts, rows // 2 * 2, dim // 2))
     require("w2", down.qdata, (torch.uint8,), (num_experts, dim, rows // 4))
@@ -193,7 +199,7 @@ class Nvfp4MoEW4A4(MoeRunner):
         w2: Sequence[torch.Tensor],
         swiglu_limit: float,
         *,
-        kernel: Chosen = "triton.nvfp4_moe_w4a4_sm100",
+        kernel: KernelOrName = "triton.nvfp4_moe_w4a4_sm100",
     ) -> None:
         gate_up, down = _nvfp4_side("w13", *w13[:3]), _nvfp4_side("w2", *w2[:3])
         _require_fit(gate_up, down)
@@ -222,7 +228,7 @@ class Fp8MoE(MoeRunner):
         w2_scale: torch.Tensor,
         swiglu_limit: float,
         *,
-        kernel: Chosen = "ref.fp8_moe",
+        kernel: KernelOrName = "ref.fp8_moe",
     ) -> None:
         num_experts, rows, dim = w13.shape
         inter = rows // 2
@@ -244,7 +250,7 @@ class PlainMoE(MoeRunner):
     """
 
     def __init__(
-        self, w13: torch.Tensor, w2: torch.Tensor, swiglu_limit: float, *, kernel: Chosen = "ref.plain_moe"
+        self, w13: torch.Tensor, w2: torch.Tensor, swiglu_limit: float, *, kernel: KernelOrName = "ref.plain_moe"
     ) -> None:
         num_experts, rows, dim = w13.shape
         floats = (torch.bfloat16, torch.float32)

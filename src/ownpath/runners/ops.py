@@ -1,8 +1,8 @@
-"""Every runner's call as an operation of torch: ``torch.ops.ownpath.*``, each with a fake implementation.
+"""Registers every runner's call as a torch operation, ``torch.ops.ownpath.*``, with a fake implementation.
 
-So that ``torch.compile``, CUDA graphs and other engines can hold a call without looking into it. An operation takes the
-tensors of one call and the ``handle`` of its runner, an integer; the runner holds the weights and must stay alive as
-long as whatever refers to it. Inside ``torch.compile`` runners call their operation by themselves.
+``torch.compile``, CUDA graphs and other engines can then hold a call without tracing into it. An operation takes the
+tensors of one call and the ``handle`` of its runner, an integer; the runner holds the weights and must outlive every
+graph that refers to it. Inside ``torch.compile`` runners call their operation by themselves.
 
 Source: PyTorch's ``torch.library``.
 """
@@ -28,24 +28,24 @@ if TYPE_CHECKING:
     from ownpath.runners.linear import GroupedLinear, LinearRunner
     from ownpath.runners.moe import MoeRunner
 
-Held = TypeVar("Held")
+Returned = TypeVar("Returned")
 
 
 class Handles:
-    """The runners that operations can name. A runner that is gone is an error at the next call."""
+    """Maps handles to live runners. A call with the handle of a runner that is gone is an error."""
 
     def __init__(self) -> None:
         self._runners: WeakValueDictionary[int, object] = WeakValueDictionary()
         self._next = count()
 
     def new(self, runner: object) -> int:
-        """The handle of a new runner."""
+        """Registers a runner and returns its handle."""
         handle = next(self._next)
         self._runners[handle] = runner
         return handle
 
     def runner(self, handle: int) -> object:
-        """Errors: ValueError for one that is gone."""
+        """Returns the runner of a handle. Errors: ValueError for one that is gone."""
         found = self._runners.get(handle)
         if found is None:
             raise ValueError(f"ownpath has no runner {handle}: it was dropped while something still refers to it")
@@ -57,61 +57,61 @@ LIBRARY = torch.library.Library("ownpath", "DEF")
 
 
 def linear(x: Tensor, runner: "LinearRunner") -> Tensor:
-    """y [..., N]."""
+    """Computes y [..., N]."""
     return runner.run(x)
 
 
 def linear_wide(x: Tensor, runner: "LinearRunner") -> Tensor:
-    """y [..., N] in at least float32."""
+    """Computes y [..., N] in at least float32."""
     return runner.run_wide(x)
 
 
 def experts(
     x: Tensor, topk_ids: Tensor, topk_weights: Tensor, expert_map: Tensor | None, num_shared: int, runner: "MoeRunner"
 ) -> Tensor:
-    """y [T, D]."""
+    """Computes y [T, D]."""
     return runner.run(x, topk_ids, topk_weights, num_shared=num_shared, expert_map=expert_map)
 
 
 def grouped_linear(o: Tensor, cos: Tensor, sin: Tensor, runner: "GroupedLinear") -> Tensor:
-    """y [T, G, R]."""
+    """Computes y [T, G, R]."""
     return runner.run(o, cos, sin)
 
 
 def rms_norm(x: Tensor, runner: "RMSNorm") -> Tensor:
-    """y like x."""
+    """Computes y, like x."""
     return runner.run(x)
 
 
 def router(logits: Tensor, token_ids: Tensor, runner: "Router") -> tuple[Tensor, Tensor]:
-    """Expert ids and weights [T, K]."""
+    """Returns expert ids and weights [T, K]."""
     return runner.run(logits, token_ids)
 
 
 def swiglu(gate_up: Tensor, runner: "SwiGLU") -> Tensor:
-    """y [..., F]."""
+    """Computes y [..., F]."""
     return runner.run(gate_up)
 
 
 def hyper_boundary(
     x: Tensor, y: Tensor | None, post: Tensor | None, comb: Tensor | None, runner: "HyperBoundary"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """New streams, normed input, and the mix's post and comb; both empty after the last sublayer."""
+    """Computes new streams, normed input, and the mix's post and comb; these are empty after the last sublayer."""
     return runner.run_flat(x, y, post, comb)
 
 
 def attention(q: Tensor, keys: Tensor, visible: Tensor, runner: "SharedKeyAttention") -> Tensor:
-    """[t, N, H]."""
+    """Computes [t, N, H]."""
     return runner.run(q, keys, visible)
 
 
 def quantize_kv(kv: Tensor, runner: "KeyQuantizer") -> Tensor:
-    """Keys, rounded to the cache's format and read back."""
+    """Rounds keys to the cache's format and reads them back."""
     return runner.run(kv)
 
 
 def quantize_index(x: Tensor, runner: "IndexQuantizer") -> Tensor:
-    """Index queries or keys, rounded to the cache's format and read back."""
+    """Rounds index queries or keys to the index cache's format and reads them back."""
     return runner.run(x)
 
 
@@ -187,18 +187,18 @@ OPERATIONS = (
 """(schema, implementation, fake implementation). Both take the runner itself as their last argument."""
 
 
-def _by_handle(function: Callable[..., Held]) -> Callable[..., Held]:
-    """The function with a handle in place of the runner."""
+def _by_handle(function: Callable[..., Returned]) -> Callable[..., Returned]:
+    """Wraps a function so that it takes a handle in place of the runner."""
     find = HANDLES.runner
 
-    def call(*args: object) -> Held:
+    def call(*args: object) -> Returned:
         return function(*args[:-1], find(args[-1]))  # type: ignore[arg-type]
 
     return call
 
 
 def _dense(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> Callable[..., Tensor | tuple[Tensor, ...]]:
-    """The function with results that lie as the fake ones do: a torch reference may return a view."""
+    """Wraps a function so that its results are contiguous as the fake ones are: a torch reference may return a view."""
 
     def call(*args: object) -> Tensor | tuple[Tensor, ...]:
         found = function(*args)

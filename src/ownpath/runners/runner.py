@@ -1,4 +1,4 @@
-"""A kernel and its operand behind one call, and what anybody may ask of it."""
+"""The base classes of runners: a kernel and its operand behind one call."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -12,12 +12,12 @@ from ownpath.kernels.registry import SPECS, spec_of
 from ownpath.kernels.spec import KernelSpec
 from ownpath.ops import OpKind
 
-Chosen = KernelSpec | str
-"""A kernel: its spec, as a plan chose it, or its name."""
+KernelOrName = KernelSpec | str
+"""A kernel's spec, as chosen by a plan, or its name."""
 
 
 class Runner(ABC):
-    """What stands in a slot. leaves: the runners around kernels; one that only puts others together has theirs."""
+    """A slot's callable. leaves: the kernel runners inside; a composite runner has those of its members."""
 
     __call__: Callable[..., Any]
 
@@ -27,27 +27,27 @@ class Runner(ABC):
 
 
 class KernelRunner(Runner):
-    """A runner around one kernel. kernel: what ``spec`` names."""
+    """A runner of one kernel. kernel: the implementation that ``spec`` names."""
 
     spec: KernelSpec
-    kernel: Kernel[Any]
+    kernel: Kernel[object]
 
     @property
     def leaves(self) -> "tuple[KernelRunner, ...]":
-        """Itself."""
+        """This runner."""
         return (self,)
 
     def compile_configs(self) -> Sequence[Config]:
-        """Everything compiled to disk that calls may launch, for compiling ahead."""
+        """Returns the configurations of every kernel compiled to disk that calls may launch."""
         return ()
 
     @abstractmethod
     def variant(self, *args: Any) -> str | None:
-        """Names of the configurations that a call with these arguments launches; ``None``: there is one form."""
+        """Returns the names of the variants that a call with these arguments launches; ``None`` without variants."""
 
 
-def chosen_spec(kernel: Chosen) -> KernelSpec:
-    """The spec of a kernel. Errors: ValueError for a name that there is not."""
+def chosen_spec(kernel: KernelOrName) -> KernelSpec:
+    """Returns the spec of a kernel. Errors: ValueError for an unknown name."""
     if isinstance(kernel, KernelSpec):
         return kernel
     try:
@@ -57,7 +57,7 @@ def chosen_spec(kernel: Chosen) -> KernelSpec:
 
 
 def default_spec(kind: OpKind, stored: Format, device: torch.device) -> KernelSpec:
-    """What runs where nobody chose: the Hopper kernel on a Hopper GPU, elsewhere the torch reference."""
+    """Returns the default kernel: on a Hopper GPU the Hopper kernel, elsewhere the torch reference."""
     sm = None
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)

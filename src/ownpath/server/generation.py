@@ -51,7 +51,7 @@ class Delta:
         return content_of(self.parts)
 
 
-class _Choice:
+class _ChoiceStream:
     """Turns one choice's tokens into deltas."""
 
     def __init__(self, index: int, answer: Answer, metrics: Metrics) -> None:
@@ -113,7 +113,7 @@ class Generation:
     def __init__(self, engine: Engine, prompts: list[Prompt], answers: Sequence[Answer], metrics: Metrics) -> None:
         self.prompts = prompts
         self._engine = engine
-        self._choices = [_Choice(index, answer, metrics) for index, answer in enumerate(answers)]
+        self._choices = [_ChoiceStream(index, answer, metrics) for index, answer in enumerate(answers)]
         self._requests: list[Request] = []
         self._outputs: asyncio.Queue[tuple[int, StepOutput]] = asyncio.Queue()
 

@@ -1,4 +1,4 @@
-"""Watching a model run: counts, records of calls, launched kernels. Nothing here changes what is computed."""
+"""Observers of a running model: counts, records of calls, launched kernels. Nothing here changes what is computed."""
 
 from ownpath.trace.ledger import Ledger
 from ownpath.trace.observers import Observer, Tap

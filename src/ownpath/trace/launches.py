@@ -1,8 +1,8 @@
-"""The CUDA kernels that a run launched, each with the planned slot that it worked for.
+"""Records the CUDA kernels that a run launches, each with the planned slot that launched it.
 
-The profiler (CUPTI) sees every kernel on the device, whoever launched it: torch, a library, Triton, or the driver's own
-interface. Each call of a planned slot is marked, so that a kernel belongs to the slot during whose call it was
-launched; what was launched during none is glue (copies, element-wise arithmetic) and must hold no product.
+The profiler (CUPTI) sees every kernel on the device, whether torch, a library, Triton or the driver interface launched
+it. Each call of a planned slot is marked, and a kernel belongs to the slot during whose call it was launched. A kernel
+outside every slot is glue (copies, element-wise arithmetic) and must not be a product.
 """
 
 import json
@@ -19,24 +19,26 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ownpath.trace.ledger import Ledger
-from ownpath.trace.observers import Arguments, Observer, Watched
+from ownpath.trace.observers import CallArguments, Observer, Watched
 
 LIBRARY_PRODUCT = re.compile(
     r"nvjet|cublas|gemv|xmma|wgrad|\bcutlass::|cutlass_?\d\d_|ampere_|hopper_|volta_|turing_|splitK|dot_kernel|gemmk"
 )
-"""Names of the products that cuBLAS, cuBLASLt, cuDNN and torch itself launch."""
+"""Matches kernel names of products from cuBLAS, cuBLASLt, cuDNN and torch itself."""
 PRODUCT = re.compile(LIBRARY_PRODUCT.pattern + r"|gemm|matmul|linear|moe_|[^a-z]mm[^a-z]", re.IGNORECASE)
-"""Anything that is named like a product."""
+"""Matches any kernel name that looks like a product."""
 _PREFIX = "slot "
+TraceEvent = dict[str, Any]
+"""An event of a Chrome trace, as parsed from JSON."""
 
 
 class NoLaunchSeen(RuntimeError):
-    """The profiler saw no kernel although some must have run."""
+    """Raised when the profiler saw no kernel although some must have run."""
 
 
 @dataclass(frozen=True)
-class Launch:
-    """One kernel on the device: the slot it worked for (``None``: none), its name, when it began, how long it ran."""
+class DeviceLaunch:
+    """A kernel on the device: its slot (``None`` for glue), name, start and duration."""
 
     slot: str | None
     kernel: str
@@ -52,8 +54,8 @@ class Launch:
         return PRODUCT.search(self.kernel) is not None
 
 
-def record_launches(ledger: Ledger, run: Callable[[], object]) -> list[Launch]:
-    """Runs ``run`` under the profiler and tells for every kernel which planned slot launched it.
+def record_launches(ledger: Ledger, run: Callable[[], object]) -> list[DeviceLaunch]:
+    """Runs ``run`` under the profiler and returns every kernel with the planned slot that launched it.
 
     Errors: NoLaunchSeen when the profiler saw no kernel at all.
     """
@@ -71,22 +73,22 @@ def record_launches(ledger: Ledger, run: Callable[[], object]) -> list[Launch]:
 
 
 class _SlotMarks(Observer):
-    """Puts a range with the slot's name into the profiler's trace around every call."""
+    """Marks every call with a range of the slot's name in the profiler's trace."""
 
     def __init__(self) -> None:
         self._open: list[record_function] = []
 
-    def before(self, call: Watched, args: Arguments) -> None:
+    def before(self, call: Watched, args: CallArguments) -> None:
         mark = record_function(_PREFIX + call.slot)
         mark.__enter__()
         self._open.append(mark)
 
-    def after(self, call: Watched, args: Arguments, result: Any) -> None:
+    def after(self, call: Watched, args: CallArguments, result: object) -> None:
         self._open.pop().__exit__(None, None, None)
 
 
-def launches_of(events: Iterable[dict[str, Any]]) -> list[Launch]:
-    """Kernels of a trace in Chrome's format, in order of start, each with the innermost slot around its launch."""
+def launches_of(events: Iterable[TraceEvent]) -> list[DeviceLaunch]:
+    """Returns the kernels of a Chrome trace in order of start, each with the innermost slot around its launch."""
     kernels, launch_of, marks = [], {}, defaultdict(list)
     for event in events:
         category = event.get("cat")
@@ -102,13 +104,15 @@ def launches_of(events: Iterable[dict[str, Any]]) -> list[Launch]:
         launch = launch_of.get(kernel["args"].get("correlation"))
         around = by_thread.get(launch["tid"]) if launch else None
         slot = around.innermost(float(launch["ts"])) if launch and around else None
-        found.append(Launch(slot, str(kernel["name"]), float(kernel["ts"]), float(kernel["dur"])))
+        found.append(DeviceLaunch(slot, str(kernel["name"]), float(kernel["ts"]), float(kernel["dur"])))
     return found
 
 
-def slot_times(launches: Iterable[Launch]) -> dict[str | None, float]:
-    """Microseconds for each slot. While several kernels run, the time is that of the one that began first: a kernel
-    that is already there while its predecessor drains must not count twice."""
+def slot_times(launches: Iterable[DeviceLaunch]) -> dict[str | None, float]:
+    """Returns microseconds per slot. Where kernels overlap, time counts for the one that began first.
+
+    A kernel that starts while its predecessor drains would otherwise count twice.
+    """
     times: dict[str | None, float] = defaultdict(float)
     counted_to = float("-inf")
     for launch in sorted(launches, key=lambda launch: launch.start_us):
@@ -119,14 +123,14 @@ def slot_times(launches: Iterable[Launch]) -> dict[str | None, float]:
 
 
 class _Marks:
-    """The marked calls of one thread: nested or apart, never overlapping otherwise."""
+    """The marked calls of one thread: nested or disjoint."""
 
-    def __init__(self, events: list[dict[str, Any]]) -> None:
+    def __init__(self, events: list[TraceEvent]) -> None:
         self._events = sorted(events, key=lambda event: float(event["ts"]))
         self._starts = [float(event["ts"]) for event in self._events]
 
     def innermost(self, at_us: float) -> str | None:
-        """The slot of the latest call that began before ``at_us`` and had not ended."""
+        """Returns the slot of the latest call that began before ``at_us`` and had not ended."""
         for idx in range(bisect_right(self._starts, at_us) - 1, -1, -1):
             event = self._events[idx]
             if at_us <= self._starts[idx] + float(event["dur"]):

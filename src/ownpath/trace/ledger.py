@@ -1,21 +1,19 @@
-"""The ledger: how often each planned slot was called, what runs there, and who else watches."""
+"""The ledger: counts the calls of each planned slot, records what runs there, and holds the observers."""
 
 from collections import Counter
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
 
-from ownpath.trace.observers import AnObserver, Observers, Tap, Watched
+from ownpath.trace.observers import AnyObserver, Observers, SlotCallable, Tap, Watched
 from ownpath.trace.uses import Use, use_of
 
 
 @dataclass
 class Ledger:
-    """Calls per slot, beside the runner and the kernel that the plan names for it.
+    """Calls per slot, with the planned runner and kernel.
 
-    uses: what the callable behind each slot is, by its own account. The callable itself is not held: a layer that is
-        dropped must be gone at once.
+    uses: runner, kernel and layout of each slot's callable, read from the object. The callable itself is not held, so
+        that a dropped layer is freed at once.
     """
 
     kernels: dict[str, tuple[str, str]]
@@ -23,18 +21,18 @@ class Ledger:
     uses: dict[str, Use] = field(default_factory=dict)
     observers: Observers = field(default_factory=Observers)
 
-    def watch(self, slot: str, runner: Callable[..., Any]) -> Watched:
-        """A callable that counts and runs; the slot must be one of the plan."""
+    def watch(self, slot: str, runner: SlotCallable) -> Watched:
+        """Wraps a runner so that its calls are counted and observed; the slot must be planned."""
         assert slot in self.kernels, f"{slot} is not planned"
         self.uses[slot] = use_of(runner)
         return Watched(slot, runner, self.calls, self.observers)
 
     def tap(self, name: str) -> Tap:
-        """A place of the forward whose value observers see."""
+        """Makes a tap: a named place in the forward whose value observers see."""
         return Tap(name, self.observers)
 
-    def observe(self, observer: AnObserver) -> AbstractContextManager[AnObserver]:
-        """Attaches an observer for the length of a ``with`` block."""
+    def observe(self, observer: AnyObserver) -> AbstractContextManager[AnyObserver]:
+        """Attaches an observer for a ``with`` block."""
         return self.observers.during(observer)
 
     def clear(self) -> None:
@@ -44,7 +42,7 @@ class Ledger:
             observer.clear()
 
     def summary(self) -> list[tuple[str, str, int, int]]:
-        """(runner, kernel, modules that ran, calls) for each runner and kernel that ran at least once."""
+        """Returns (runner, kernel, modules that ran, calls) for each runner and kernel that ran at least once."""
         modules: Counter[tuple[str, str]] = Counter()
         calls: Counter[tuple[str, str]] = Counter()
         for slot, count in self.calls.items():

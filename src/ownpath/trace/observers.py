@@ -1,7 +1,7 @@
-"""Observers: told of every planned slot's call and of every value that the model taps.
+"""Observers are called for every planned slot's call and for every value that the model taps.
 
-There is one list of them, held by the ledger. An observer overrides what interests it and changes nothing: what it is
-shown goes on as it is. With none attached, a call asks one question and a tap returns its value.
+The ledger holds the one list of observers. An observer overrides the methods it needs and must not change the values it
+is shown. Without observers, a call costs one check and a tap returns its value.
 """
 
 from collections import Counter
@@ -13,51 +13,54 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-Arguments = tuple[Any, ...]
+CallArguments = tuple[Any, ...]
+SlotCallable = Callable[..., Any]
+"""A runner, or another callable in its place; each slot has its own signature."""
 
 
 class Observer:
-    """Sees a run. Calls nest (a router calls its gate): the inner one ends before the outer one."""
+    """Base class. Calls nest (a router calls its gate): the inner one ends before the outer one."""
 
-    def before(self, call: "Watched", args: Arguments) -> None:
-        """A slot is about to be called."""
+    def before(self, call: "Watched", args: CallArguments) -> None:
+        """Called before a slot's runner runs."""
 
-    def after(self, call: "Watched", args: Arguments, result: Any) -> None:
-        """A slot's call has returned; not told where it raised."""
+    def after(self, call: "Watched", args: CallArguments, result: object) -> None:
+        """Called after a slot's runner has returned, not if it raised."""
 
     def tapped(self, name: str, value: Tensor) -> None:
-        """A value has passed the tap of this name."""
+        """Called when a value passes the tap of this name."""
 
     def clear(self) -> None:
-        """Forgets what was seen."""
+        """Clears what was recorded."""
 
 
-AnObserver = TypeVar("AnObserver", bound=Observer)
+AnyObserver = TypeVar("AnyObserver", bound=Observer)
 
 
 @dataclass
 class Observers:
     """The attached observers. Any thread may attach and detach while another runs the model.
 
-    attached: replaced, never changed in place. A call reads it once: whoever was told ``before`` is told ``after``.
+    attached: replaced, never changed in place. A call reads it once, so that each observer gets both ``before`` and
+        ``after``.
     """
 
     attached: tuple[Observer, ...] = ()
     _lock: Lock = field(default_factory=Lock, repr=False)
 
     def attach(self, observer: Observer) -> None:
-        """Adds one, behind those that are there."""
+        """Adds an observer behind the others."""
         with self._lock:
             self.attached = (*self.attached, observer)
 
     def detach(self, observer: Observer) -> None:
-        """Removes one; one that is not attached is no error."""
+        """Removes an observer, if it is attached."""
         with self._lock:
             self.attached = tuple(other for other in self.attached if other is not observer)
 
     @contextmanager
-    def during(self, observer: AnObserver) -> Iterator[AnObserver]:
-        """Attaches one for the length of a ``with`` block, and gives it."""
+    def during(self, observer: AnyObserver) -> Iterator[AnyObserver]:
+        """Attaches an observer for a ``with`` block and yields it."""
         self.attach(observer)
         try:
             yield observer
@@ -67,10 +70,10 @@ class Observers:
 
 @dataclass(frozen=True)
 class Watched:
-    """A slot's runner; the ledger counts its calls and observers see them."""
+    """A slot's runner whose calls the ledger counts and observers see."""
 
     slot: str
-    runner: Callable[..., Any]
+    runner: SlotCallable
     calls: Counter[str]
     observers: Observers
 
@@ -89,7 +92,7 @@ class Watched:
 
 @dataclass(frozen=True)
 class Tap:
-    """A named value of the forward, such as ``layers.3.attn.q``: returned as it is, after observers have seen it."""
+    """A named place in the forward, such as ``layers.3.attn.q``: shows its value to observers and returns it."""
 
     name: str
     observers: Observers

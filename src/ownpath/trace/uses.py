@@ -1,29 +1,29 @@
-"""What a slot's callable really is: runners, kernels and layouts, told by the objects themselves and not by a plan."""
+"""Reads the runners, kernels and layouts behind a slot's callable from the objects themselves, not from a plan."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
 
 from ownpath.kernels.registry import KERNELS
 from ownpath.runners.runner import KernelRunner, Runner
+from ownpath.trace.observers import CallArguments, SlotCallable
 
 UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
 class Use:
-    """Several of a kind are joined by "+", as in a plan: a slot whose shards are stored differently."""
+    """Names of a slot's runner, kernel and layout; a slot with several ops joins their names by "+", as a plan does."""
 
     runner: str
     kernel: str
     layout: str
 
 
-def use_of(runner: Callable[..., Any]) -> Use:
-    """The runners, kernels and layouts behind a slot's callable.
+def use_of(runner: SlotCallable) -> Use:
+    """Returns the runners, kernels and layouts behind a slot's callable.
 
-    What is no runner of ours has the name of its type or function, and a kernel that is called ``unregistered``.
+    A callable that is not a ``Runner`` has the name of its type or function and an ``unregistered`` kernel.
     """
     if not isinstance(runner, Runner):
         named = runner if isinstance(runner, FunctionType | type) else type(runner)
@@ -31,16 +31,18 @@ def use_of(runner: Callable[..., Any]) -> Use:
     return Use(*map(_joined, zip(*map(_names, runner.leaves), strict=True)))
 
 
-def variant_of(runner: Callable[..., Any], args: tuple[Any, ...]) -> str:
-    """The compiled configurations that a call with these arguments launches; for a kernel that has one form only, where
-    its implementation is."""
+def variant_of(runner: SlotCallable, args: CallArguments) -> str:
+    """Returns the variants that a call with these arguments launches.
+
+    For a kernel without variants, returns the path of its implementation.
+    """
     if not isinstance(runner, Runner):
         return UNKNOWN
     return _joined(_variant(leaf, args) for leaf in runner.leaves)
 
 
 def _names(leaf: KernelRunner) -> tuple[str, str, str]:
-    """Runner, kernel and layout: what its spec says, if it holds that kernel; otherwise what it holds."""
+    """Returns runner, kernel and layout by the leaf's spec, or by its kernel's type if that is not registered."""
     spec = leaf.spec
     if leaf.kernel is KERNELS[spec.name]:
         return spec.runner, spec.name, spec.layout
@@ -48,7 +50,7 @@ def _names(leaf: KernelRunner) -> tuple[str, str, str]:
     return spec.runner, f"unregistered {held.__module__}.{held.__qualname__}", UNKNOWN
 
 
-def _variant(leaf: KernelRunner, args: tuple[Any, ...]) -> str:
+def _variant(leaf: KernelRunner, args: CallArguments) -> str:
     variant = leaf.variant(*args)
     return leaf.spec.entry if variant is None else variant
 

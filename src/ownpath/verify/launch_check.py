@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from ownpath.finding import Finding, Verdict
 from ownpath.kernels.registry import SPECS
-from ownpath.trace.launches import Launch
+from ownpath.trace.launches import DeviceLaunch
 from ownpath.verify.fold import fold_layers
 from ownpath.verify.ledger_run import PartRun
 from ownpath.verify.plan_file import PlanFile
@@ -38,7 +38,7 @@ def check_launches(written: PlanFile, parts: Sequence[PartRun]) -> Iterator[Find
 
 def launch_faults(written: PlanFile, part: PartRun) -> list[tuple[str, str]]:
     """Lists launches of one part that were not planned, and planned ones that did not happen."""
-    by_slot: dict[str | None, list[Launch]] = defaultdict(list)
+    by_slot: dict[str | None, list[DeviceLaunch]] = defaultdict(list)
     for launch in part.launches or ():
         by_slot[launch.slot].append(launch)
     faults = [("outside every slot", f"a product ran: {name}") for name in _products(by_slot[None])]
@@ -48,7 +48,7 @@ def launch_faults(written: PlanFile, part: PartRun) -> list[tuple[str, str]]:
     return faults
 
 
-def _slot_faults(slot: str, planned: str, launches: Sequence[Launch]) -> list[tuple[str, str]]:
+def _slot_faults(slot: str, planned: str, launches: Sequence[DeviceLaunch]) -> list[tuple[str, str]]:
     kernels = planned.split("+")
     names = [launch.kernel for launch in launches]
     specs = [_SPECS[kernel] for kernel in kernels if kernel in _SPECS]
@@ -65,9 +65,9 @@ def _slot_faults(slot: str, planned: str, launches: Sequence[Launch]) -> list[tu
     return faults
 
 
-def _products(launches: Sequence[Launch]) -> list[str]:
+def _products(launches: Sequence[DeviceLaunch]) -> list[str]:
     return list(dict.fromkeys(launch.kernel[:80] for launch in launches if launch.is_product))
 
 
-def _others(launches: Sequence[Launch]) -> list[str]:
+def _others(launches: Sequence[DeviceLaunch]) -> list[str]:
     return [name for name in _products(launches) if not _OURS.search(name)]

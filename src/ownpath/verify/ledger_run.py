@@ -10,7 +10,7 @@ from ownpath.assembly import LoadedPart
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Residual
 from ownpath.trace import Record, Records
-from ownpath.trace.launches import Launch, NoLaunchSeen, record_launches
+from ownpath.trace.launches import DeviceLaunch, NoLaunchSeen, record_launches
 from ownpath.verify.layer import LoadedLayer, load_ends, load_layer
 from ownpath.verify.subject import Subject
 
@@ -27,7 +27,7 @@ class PartRun:
 
     where: str
     records: tuple[Record, ...] = ()
-    launches: tuple[Launch, ...] | None = None
+    launches: tuple[DeviceLaunch, ...] | None = None
     failure: str = ""
 
 
@@ -109,7 +109,7 @@ def _run_head(ends: LoadedPart, steps: PromptSteps) -> PartRun:
 
 def _recorded(where: str, part: LoadedPart, run: Callable[[], object], is_cuda: bool) -> PartRun:
     """Runs with records, and under the profiler where there is a device."""
-    launches: tuple[Launch, ...] | None = None
+    launches: tuple[DeviceLaunch, ...] | None = None
     with part.ledger.observe(Records()) as records:
         if not is_cuda:
             run()

@@ -25,7 +25,7 @@ from ownpath.verify.readback import TensorPair, alpha_pair, ops_with_runners, re
 from ownpath.verify.resume import FinishedParts
 from ownpath.verify.subject import Subject
 from ownpath.weights.load import LoadedWeights
-from ownpath.weights.operands import Slot, sentinel
+from ownpath.weights.operands import Destination, sentinel
 
 ALPHA_EPS = 3 * 2.0**-24
 """Relative error allowed in the factor that a kernel receives: at most two float32 reciprocals and one product, half
@@ -65,7 +65,7 @@ def _part_findings(subject: Subject, name: str, holds: Callable[[str], bool]) ->
     unwritten = list(unwritten_slots(subject, weights))
     yield from unwritten
     if not unwritten:
-        num_slots = sum(len(operand.slots) for operand in weights.operands) + len(weights.params)
+        num_slots = sum(len(operand.destinations) for operand in weights.operands) + len(weights.params)
         yield Finding("L01", name, Verdict.PASS, f"{num_slots} tensors, each byte once", 0, "no sentinel left")
     try:
         part = with_runners(subject, plan, weights)
@@ -92,8 +92,8 @@ def unwritten_slots(subject: Subject, weights: LoadedWeights) -> Iterator[Findin
     Floats start as NaN, bytes and integers as all ones. A code may be all ones too, so that a matrix of codes counts as
     unwritten when all of it is; single codes are compared with the file (L02).
     """
-    slots = [slot for operand in weights.operands for slot in operand.slots]
-    slots += [Slot(key, param) for key, param in weights.params.items()]
+    slots = [slot for operand in weights.operands for slot in operand.destinations]
+    slots += [Destination(key, param) for key, param in weights.params.items()]
     signs = torch.stack([_is_sentinel(slot) for slot in slots])
     for idx in torch.where(signs)[0].tolist():
         key = slots[idx].key
@@ -101,7 +101,7 @@ def unwritten_slots(subject: Subject, weights: LoadedWeights) -> Iterator[Findin
         yield Finding("L01", key, Verdict.FAIL, message, 1, "no sentinel left", _LOAD_REMEDY)
 
 
-def _is_sentinel(slot: Slot) -> torch.Tensor:
+def _is_sentinel(slot: Destination) -> torch.Tensor:
     target = slot.target
     if target.dtype in (torch.float32, torch.bfloat16):
         return target.amax().isnan()

@@ -25,7 +25,7 @@ from ownpath.verify.subject import Subject
 from ownpath.versions import versions
 
 _FORMAT = 2
-State = TypeVar("State")
+Decoded = TypeVar("Decoded")
 
 
 def digest_of(subject: Subject, **more: object) -> str:
@@ -70,8 +70,8 @@ def write_state(path: Path, key: str, value: object, tensors: Mapping[str, Tenso
 
 
 def read_state(
-    path: Path, key: str, decode: Callable[[Any, dict[str, Tensor]], State], device: torch.device | None = None
-) -> tuple[SavedState, State | None]:
+    path: Path, key: str, decode: Callable[[Any, dict[str, Tensor]], Decoded], device: torch.device | None = None
+) -> tuple[SavedState, Decoded | None]:
     """Reads a file of a run with this key, through ``decode(value, tensors)``, whose errors mean a torn file."""
     if not path.exists():
         return SavedState.NOTHING, None

@@ -1,11 +1,11 @@
-"""Streams a checkpoint into the planned operands: complete, or an error that names the tensor.
+"""Loads a checkpoint into the planned operands: complete, or an error that names the tensor.
 
-Each slot is written exactly once, from the one tensor planned for it; bytes are copied as bytes, never converted
-(a numeric copy of an E8M0 scale would turn 2^-7 into 0). Scales are checked on the way in, and a stored divisor becomes
-the multiplier that its schema says it means.
+Each destination is written exactly once, from the one tensor planned for it; bytes are copied as bytes, never converted
+(a numeric copy of an E8M0 scale would turn 2^-7 into 0). Scales are checked while loading, and a stored divisor becomes
+a multiplier.
 
-Several threads read (``readers``), through buffers of bounded size (``staging``), chunks of each shard in turn
-(``checkpoint.chunks``), whose bytes are checked and go straight to where the plan wants them (``places``, ``fill``).
+Several threads (``readers``) read the chunks of each shard (``checkpoint.chunks``) through buffers of bounded size
+(``staging``). Bytes are checked and copied straight to their destinations (``targets``, ``fill``).
 """
 
 from dataclasses import dataclass
@@ -22,19 +22,19 @@ from ownpath.weights.checks import check_expert_ids
 from ownpath.weights.fill import Filler
 from ownpath.weights.lossless import is_lossless_cast
 from ownpath.weights.memory import reserve
-from ownpath.weights.operands import STORAGE, Allocate, Operand, Slot, make_operand
-from ownpath.weights.places import place_slots
-from ownpath.weights.readers import Progress, Reading, read_chunks
+from ownpath.weights.operands import STORAGE, Allocate, Destination, OperandBuffers, make_operand
+from ownpath.weights.readers import LoadProgress, ReadOptions, read_chunks
+from ownpath.weights.targets import find_targets
 
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """Operands in the order of ``plan.ops``, and the tensors used as stored, by key.
+    """Operands in the order of ``plan.ops``, and the parameters by key.
 
-    lossless_casts: slots whose NVFP4 weights are MXFP4 weights written in another way (see ``lossless``).
+    lossless_casts: slots whose NVFP4 weights were cast from MXFP4 without loss (see ``lossless``).
     """
 
-    operands: tuple[Operand, ...]
+    operands: tuple[OperandBuffers, ...]
     params: dict[str, torch.Tensor]
     lossless_casts: tuple[str, ...] = ()
 
@@ -43,26 +43,27 @@ def load_weights(
     plan: Plan,
     index: CheckpointIndex,
     device: torch.device,
-    progress: Progress | None = None,
-    reading: Reading | None = None,
+    progress: LoadProgress | None = None,
+    read_options: ReadOptions | None = None,
     allocate: Allocate = reserve,
 ) -> LoadedWeights:
     """Allocates every operand on ``device`` and fills it from the checkpoint.
 
-    progress: told how many bytes are in, of how many. reading: None: as suits the device. allocate: for every buffer.
-    Memory: beside the weights, ``Reading.staging_bytes`` and what the index takes, whatever the model's size.
-    Errors: CheckpointError naming the tensor for a bad scale, an unreadable shard, or a slot left unwritten: the first
-    in the order of the files.
+    progress: called with (bytes loaded, total bytes). read_options: ``None`` for the device's default. allocate: makes
+        each buffer.
+    Memory: beside the weights, ``ReadOptions.staging_bytes`` and the index, whatever the model's size.
+    Errors: CheckpointError naming the tensor for a bad scale, an unreadable shard or a destination left unwritten; the
+        first fault in the order of the files.
     """
     stored = {name: info.dtype for name, info in index.tensors.items()}
     operands = tuple(make_operand(op, stored, device, allocate) for op in plan.ops)
     shapes = {spec.key: spec.shape for spec in plan.params}
     shapes |= {key: region.shape(shapes[key]) for key, region in plan.param_regions.items()}
     params = {key: allocate(shape, STORAGE[stored[key]], device) for key, shape in shapes.items()}
-    slots = [slot for operand in operands for slot in operand.slots]
-    slots += [Slot(key, target, region=plan.param_regions.get(key)) for key, target in params.items()]
+    destinations = [destination for operand in operands for destination in operand.destinations]
+    destinations += [Destination(key, target, region=plan.param_regions.get(key)) for key, target in params.items()]
     buffers = [buffer for operand in operands for parts in operand.buffers.values() for buffer in parts]
-    _fill(slots, [*buffers, *params.values()], index, progress, reading or Reading.for_device(device))
+    _fill(destinations, [*buffers, *params.values()], index, progress, read_options or ReadOptions.for_device(device))
     for key, table in params.items():
         if not table.is_floating_point():
             check_expert_ids(key, table, plan.config.n_routed_experts)
@@ -71,30 +72,30 @@ def load_weights(
 
 
 def _fill(
-    slots: list[Slot],
+    destinations: list[Destination],
     buffers: list[torch.Tensor],
     index: CheckpointIndex,
-    progress: Progress | None,
-    reading: Reading,
+    progress: LoadProgress | None,
+    read_options: ReadOptions,
 ) -> None:
-    by_key = {slot.key: slot for slot in slots}
-    if len(by_key) != len(slots):
-        twice = next(slot.key for slot in slots if by_key[slot.key] is not slot)
+    by_key = {destination.key: destination for destination in destinations}
+    if len(by_key) != len(destinations):
+        twice = next(destination.key for destination in destinations if by_key[destination.key] is not destination)
         raise CheckpointError(f"tensor {twice!r} is planned into two slots")
-    places = place_slots(slots, buffers, index)
-    total_bytes = sum(info.num_bytes for info in places.infos)
-    filler = Filler(places)
+    targets = find_targets(destinations, buffers, index)
+    total_bytes = sum(info.num_bytes for info in targets.infos)
+    filler = Filler(targets)
 
     def report(num_bytes: int) -> None:
         if progress is not None:
             progress(num_bytes, total_bytes)
 
-    read_chunks(file_chunks(places.infos, reading.chunk_bytes), filler, reading, buffers[0].device, report)
+    read_chunks(file_chunks(targets.infos, read_options.chunk_bytes), filler, read_options, buffers[0].device, report)
     filler.finish()
 
 
 def find_lossless_casts(plan: Plan, index: CheckpointIndex) -> tuple[str, ...]:
-    """Slots whose NVFP4 weights were cast from MXFP4 without loss, from the scales alone; no weight is read."""
+    """Returns slots whose NVFP4 weights were cast from MXFP4 without loss. Reads scales alone, no weights."""
     return tuple(dict.fromkeys(op.spec.slot for op in plan.ops if _is_stored_cast(op, index)))
 
 
@@ -113,8 +114,8 @@ def _is_stored_cast(op: PlannedOp, index: CheckpointIndex) -> bool:
     return True
 
 
-def _is_cast(op: PlannedOp, operand: Operand) -> bool:
-    """Whether all of an op's NVFP4 matrices were cast from MXFP4 without loss; other formats never were."""
+def _is_cast(op: PlannedOp, operand: OperandBuffers) -> bool:
+    """Returns True if all of an op's matrices are NVFP4 cast from MXFP4 without loss."""
     if op.encoding.format is not NVFP4:
         return False
     pairs = (("weight_scale", "weight_scale_2"), ("w13_scale", "w13_scale_2"), ("w2_scale", "w2_scale_2"))

@@ -1,21 +1,21 @@
-"""Recognises NVFP4 weights that are MXFP4 weights written in another way.
+"""Recognises NVFP4 weights that were cast from MXFP4 without loss.
 
 ModelOpt can cast MXFP4 (one E8M0 scale for 32 values) to NVFP4 without loss: codes stay as they are, each power-of-two
-scale is written twice, as an E4M3 scale for either half of its 32 values, and the power of two that E4M3 cannot reach
-goes into the global scale. Such weights convert back exactly, and two neighbouring 16-value blocks always share one
-scale, so that a K = 32 tensor-core step may take them as they are.
+scale is written twice, as an E4M3 scale for each half of its 32 values, and the power of two that E4M3 cannot reach
+goes into the global scale. Such weights convert back exactly. Two neighbouring blocks of 16 always share one scale, so
+that a K = 32 tensor-core step can use them unchanged.
 """
 
 import torch
 
 CHUNK_BYTES = 32 * 2**20
-"""Scales looked at together: comparing takes several bytes of memory for each, and a layer's experts have 10^9."""
+"""Scales compared at a time: each takes several bytes of memory meanwhile, and a layer's experts have 10^9."""
 
 
 def is_lossless_cast(scale: torch.Tensor, global_scale: torch.Tensor) -> bool:
-    """Whether every block scale is a power of two, pairwise equal along K, and every global scale a power of two.
+    """Returns True if block scales are powers of two, pairwise equal along K, and global scales are powers of two.
 
-    Zero is no power of two: the cast never writes it.
+    A zero scale is not a power of two; the cast never writes one.
 
     Shapes: scale E4M3 [..., K/16]; global_scale float32, any shape.
     """
@@ -23,7 +23,7 @@ def is_lossless_cast(scale: torch.Tensor, global_scale: torch.Tensor) -> bool:
         return False
     rows = scale.flatten(0, -2)
     rows_per_chunk = max(1, CHUNK_BYTES // rows.shape[1])
-    head = rows[:64]  # a checkpoint that was not cast shows it at once
+    head = rows[:64]  # stops at the first chunk of a checkpoint that was not cast
     return _is_cast(head) and all(_is_cast(chunk) for chunk in rows.split(rows_per_chunk))
 
 

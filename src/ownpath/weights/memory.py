@@ -1,9 +1,9 @@
 """Memory for operands that the loader fills.
 
-Host memory is not filled with a sentinel first: that took half of the loading time. What is handed out is proved
-written by counting instead (``places``, ``load``): slots tile each buffer, and each byte of each slot was copied once.
-Until then, large buffers read as zeros. On an accelerator filling costs a hundredth of loading, and stays: a copy that
-was queued and never ran would leave NaN.
+Host memory is not filled with a sentinel first: that took half of the loading time. Counting proves that it was written
+instead (``targets``, ``load``): destinations tile each buffer, and each byte of each was copied once. Until then, large
+buffers read as zeros. On an accelerator the sentinel costs a hundredth of loading and is kept: a copy that was queued
+and never ran would leave NaN.
 """
 
 import mmap
@@ -19,7 +19,7 @@ _HAS_HUGE_PAGES = hasattr(mmap, "MADV_HUGEPAGE")  # Linux
 
 
 def reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A buffer to be filled: of huge pages in host memory where the system has them, else as ``sentinel``'s."""
+    """Allocates a buffer: in host memory of huge pages where the system has them, on an accelerator with a sentinel."""
     if device.type != "cpu":
         return sentinel(shape, dtype, device)
     num_bytes = prod(shape) * dtype.itemsize

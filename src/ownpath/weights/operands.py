@@ -1,8 +1,8 @@
-"""The memory an op's operand lives in, in its planned layout, and which checkpoint tensor fills which part of it.
+"""Allocates an op's operand buffers in the planned layout, with the destination of each checkpoint tensor in them.
 
-Every buffer starts as a sentinel: NaN where the dtype has one, all ones otherwise. (The loader leaves that out in host
-memory, see ``memory``.) A slot is a view of a buffer that exactly one checkpoint tensor fills; the slots of an op tile
-its buffers without gap or overlap.
+Every buffer starts as a sentinel: NaN where the dtype has one, all bits one otherwise. (In host memory the loader
+leaves that out, see ``memory``.) A destination is a view of a buffer that exactly one checkpoint tensor fills; the
+destinations of an op tile its buffers without gap or overlap.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from ownpath.checkpoint.schema import Encoding, ModuleSpec, Part
+from ownpath.checkpoint.schema import Encoding, ModuleSpec, PartSpec
 from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4, Format
 from ownpath.ops import OpKind
 from ownpath.plan.plan import PlannedOp
@@ -29,22 +29,21 @@ STORAGE = {
     "I64": torch.int64,
     "I32": torch.int64,
 }
-"""Safetensors dtype -> dtype in memory. Packed codes are bytes; token tables index, so they are int64."""
+"""Safetensors dtype -> dtype in memory. Packed codes are bytes; token tables are used as indices, so they are int64."""
 
 _MOE_SUFFIX = {"qdata": "", "scale": "_scale", "global_scale": "_scale_2", "input_scale": "_input_scale"}
 
 
 @dataclass(frozen=True)
-class Slot:
-    """``target``: the view of a buffer that the checkpoint tensor ``key`` fills; ``part``: what that tensor is.
+class Destination:
+    """``target``: the view of a buffer that the checkpoint tensor ``key`` fills; ``part``: its role in the module.
 
-    A tensor that is used as stored is no part of a module. region: the part of the stored tensor that fills the target,
-    ``None`` for all of it.
+    ``part`` is ``None`` for a parameter. region: the region of the stored tensor to copy, ``None`` for all of it.
     """
 
     key: str
     target: torch.Tensor
-    part: Part | None = None
+    part: PartSpec | None = None
     region: Region | None = None
 
     @property
@@ -53,25 +52,26 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Operand:
-    """An op's buffers by the argument names of its runner, and the slots that fill them.
+class OperandBuffers:
+    """An op's buffers by the argument names of its runner, and the destinations that tile them.
 
-    rooms: by the same names, the memory that a buffer lies in where its runner writes something larger over it.
+    scale_memory: memory for block scales that are converted in place when loaded. The buffer of the same name, the
+        stored scales, lies in its last half.
     """
 
     buffers: dict[str, tuple[torch.Tensor, ...]]
-    slots: tuple[Slot, ...]
-    rooms: dict[str, torch.Tensor] = field(default_factory=dict)
+    destinations: tuple[Destination, ...]
+    scale_memory: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
-        """What the operand takes, for as long as its runner lives."""
-        whole = {name: (room,) for name, room in self.rooms.items()}
+        """Bytes of the operand, for as long as its runner lives."""
+        whole = {name: (memory,) for name, memory in self.scale_memory.items()}
         return sum(buffer.nbytes for buffers in (self.buffers | whole).values() for buffer in buffers)
 
 
 def sentinel(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A buffer whose every element is NaN, or all bits one where the dtype has no NaN."""
+    """Allocates a buffer filled with NaN, or with all bits one where the dtype has no NaN."""
     buffer = torch.empty(shape, dtype=dtype, device=device)
     if dtype in (torch.float32, torch.bfloat16):
         return buffer.fill_(torch.nan)
@@ -80,7 +80,7 @@ def sentinel(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
 
 
 class Allocate(Protocol):
-    """Memory for one buffer."""
+    """Allocates one buffer."""
 
     def __call__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor: ...
 
@@ -88,17 +88,24 @@ class Allocate(Protocol):
 _New = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 
 
-def make_operand(op: PlannedOp, stored: dict[str, str], device: torch.device, allocate: Allocate = sentinel) -> Operand:
-    """Allocates the operand of ``op``, of this rank's part of it. stored: checkpoint key -> safetensors dtype name."""
+def make_operand(
+    op: PlannedOp, stored: dict[str, str], device: torch.device, allocate: Allocate = sentinel
+) -> OperandBuffers:
+    """Allocates this rank's part of ``op``'s operand. stored: checkpoint key -> safetensors dtype name."""
     operand = _operand(op, stored, partial(allocate, device=device))
     if not op.regions:
         return operand
     regions = _regions_by_key(op)
-    return replace(operand, slots=tuple(replace(slot, region=regions[slot.key]) for slot in operand.slots))
+    return replace(
+        operand,
+        destinations=tuple(
+            replace(destination, region=regions[destination.key]) for destination in operand.destinations
+        ),
+    )
 
 
 def _regions_by_key(op: PlannedOp) -> dict[str, Region | None]:
-    """Of every tensor of the op's modules."""
+    """Returns the region of every tensor of the op's modules, by key."""
     return {
         key: part_region(part, module, region)
         for module, region in zip(op.spec.modules, op.regions, strict=True)
@@ -106,7 +113,7 @@ def _regions_by_key(op: PlannedOp) -> dict[str, Region | None]:
     }
 
 
-def _operand(op: PlannedOp, stored: dict[str, str], new: _New) -> Operand:
+def _operand(op: PlannedOp, stored: dict[str, str], new: _New) -> OperandBuffers:
     encoding, modules = op.encoding, op.local_modules
     if op.spec.kind is OpKind.MOE:
         return _moe(encoding, modules, stored, new)
@@ -118,20 +125,20 @@ def _operand(op: PlannedOp, stored: dict[str, str], new: _New) -> Operand:
     return _plain(encoding, modules, stored, new)
 
 
-def _nvfp4_linear(encoding: Encoding, modules: tuple[ModuleSpec, ...], new: _New) -> Operand:
+def _nvfp4_linear(encoding: Encoding, modules: tuple[ModuleSpec, ...], new: _New) -> OperandBuffers:
     num_rows = sum(module.shape[0] for module in modules)
     width = modules[0].shape[1]
     weight = new((num_rows, width // 2), torch.uint8)
     scale = new((num_rows, width // 16), torch.float8_e4m3fn)
     global_scale = new((num_rows,), torch.float32)
     input_scale = new((len(modules),), torch.float32)
-    slots: list[Slot] = []
+    destinations: list[Destination] = []
     start = 0
     for idx, module in enumerate(modules):
         rows = slice(start, start + module.shape[0])
         targets = {"qdata": weight[rows], "scale": scale[rows]}
         targets |= {"global_scale": global_scale[rows], "input_scale": input_scale[idx]}
-        slots += _slots(encoding, module, targets)
+        destinations += _destinations(encoding, module, targets)
         start = rows.stop
     named = {
         "weight": weight,
@@ -139,10 +146,10 @@ def _nvfp4_linear(encoding: Encoding, modules: tuple[ModuleSpec, ...], new: _New
         "weight_scale_2": global_scale,
         "input_scale": input_scale,
     }
-    return Operand({name: (buffer,) for name, buffer in named.items()}, tuple(slots))
+    return OperandBuffers({name: (buffer,) for name, buffer in named.items()}, tuple(destinations))
 
 
-def _moe(encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, str], new: _New) -> Operand:
+def _moe(encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, str], new: _New) -> OperandBuffers:
     num_experts = len(modules) // 3
     inter, dim = modules[0].shape
     if encoding.format is FP8_BLOCK:
@@ -152,26 +159,29 @@ def _moe(encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, 
     else:
         gate_up = _expert_stack(encoding.format, (num_experts, 2 * inter, dim), (num_experts, 2), new)
         down = _expert_stack(encoding.format, (num_experts, dim, inter), (num_experts,), new)
-    rooms = {}
+    scale_memory = {}
     if encoding.format is MXFP4:
         for name, stack in (("w13_scale", gate_up), ("w2_scale", down)):
-            rooms[name] = _nvfp4_scales(stack["qdata"], new)
-            stack["scale"] = _last_half(rooms[name])
-    # Every expert's matrices by one call a buffer: a view of its own for each of 10^5 tensors takes a second.
+            scale_memory[name] = _nvfp4_scales(stack["qdata"], new)
+            stack["scale"] = _last_half(scale_memory[name])
+    # One call makes the views of all experts' matrices in a buffer: 10^5 separate calls take a second.
     halves = {role: _halves(t).unbind() for role, t in gate_up.items()}
     wholes = {role: t.unbind() for role, t in down.items()}
-    slots: list[Slot] = []
+    destinations: list[Destination] = []
     for idx, module in enumerate(modules):
         projection, expert = divmod(idx, num_experts)
         views, at = (halves, 2 * expert + projection) if projection < 2 else (wholes, expert)
-        slots += _slots(encoding, module, {role: targets[at] for role, targets in views.items()})
+        destinations += _destinations(encoding, module, {role: targets[at] for role, targets in views.items()})
     named = {f"w13{_MOE_SUFFIX[role]}": buffer for role, buffer in gate_up.items()}
     named |= {f"w2{_MOE_SUFFIX[role]}": buffer for role, buffer in down.items()}
-    return Operand({name: (buffer,) for name, buffer in named.items()}, tuple(slots), rooms)
+    return OperandBuffers({name: (buffer,) for name, buffer in named.items()}, tuple(destinations), scale_memory)
 
 
 def _halves(gate_up: torch.Tensor) -> torch.Tensor:
-    """Matrices [E, 2F, K] -> [2E, F, K], scalars [E, 2] -> [2E], grids [E, 2, R, C] -> [2E, R, C]: w1, w3 by turns."""
+    """Splits gate and up: matrices [E, 2F, K] -> [2E, F, K], scalars [E, 2] -> [2E], grids [E, 2, R, C] -> [2E, R, C].
+
+    w1 and w3 alternate in the result.
+    """
     pairs = gate_up.unflatten(1, (2, -1)) if gate_up.ndim == 3 else gate_up
     return pairs.flatten(0, 1)
 
@@ -179,9 +189,9 @@ def _halves(gate_up: torch.Tensor) -> torch.Tensor:
 def _expert_stack(
     fmt: Format, shape: tuple[int, int, int], scalars: tuple[int, ...], new: _New
 ) -> dict[str, torch.Tensor]:
-    """Buffers by role for experts' matrices [E, N, K]; scalars: the shape of what each matrix has one of.
+    """Allocates buffers by role for experts' matrices [E, N, K]. scalars: shape of the per-matrix scales.
 
-    MXFP4's scales are not among them: they lie in the room of what they become.
+    MXFP4's block scales are not among them: they lie in ``scale_memory``.
     """
     num_experts, n, k = shape
     if fmt in (BF16, FP32):
@@ -195,23 +205,23 @@ def _expert_stack(
 
 
 def _nvfp4_scales(codes: torch.Tensor, new: _New) -> torch.Tensor:
-    """Memory for the E4M3 scales that experts' E8M0 ones become. Shapes: codes [E, N, K/2] -> [E, N, K/16]."""
+    """Allocates memory for experts' E8M0 scales converted to E4M3. Shapes: codes [E, N, K/2] -> [E, N, K/16]."""
     num_experts, n, packed = codes.shape
     return new((num_experts, n, packed // 8), torch.float8_e4m3fn)
 
 
-def _last_half(room: torch.Tensor) -> torch.Tensor:
-    """E8M0 [E, N, K/32] in the last half of the memory of E4M3 [E, N, K/16]."""
-    num_experts, n, width = room.shape
-    return room.view(torch.float8_e8m0fnu).view(2, num_experts, n, width // 2)[1]
+def _last_half(memory: torch.Tensor) -> torch.Tensor:
+    """Views the last half of the memory of E4M3 [E, N, K/16] as E8M0 [E, N, K/32]."""
+    num_experts, n, width = memory.shape
+    return memory.view(torch.float8_e8m0fnu).view(2, num_experts, n, width // 2)[1]
 
 
 def _fp8_stack(
     encoding: Encoding, lead: tuple[int, ...], shape: tuple[int, int], scale_dtype: torch.dtype, new: _New
 ) -> dict[str, torch.Tensor]:
-    """Buffers by role for matrices [N, K], so many as ``lead`` says: (experts,), or (experts, 2) for gate above up.
+    """Allocates buffers by role for matrices [N, K]. lead: their number, (experts,) or (experts, 2) for gate above up.
 
-    Each matrix keeps its own grid of scales: its last blocks may be partial.
+    Each matrix has its own grid of scales, because its last blocks may be partial.
     """
     n, k = shape
     codes = (lead[0], prod(lead[1:]) * n, k)
@@ -220,35 +230,37 @@ def _fp8_stack(
 
 
 def _fp8_scale_dtype(encoding: Encoding, module: ModuleSpec, stored: dict[str, str]) -> torch.dtype:
-    """E8M0 as stored, else float32: BF16 scales are widened, exactly."""
+    """Returns E8M0 where scales are stored so, else float32: BF16 scales are widened, exactly."""
     is_e8m0 = stored[encoding.key(module.name, "scale")] == "F8_E8M0"
     return torch.float8_e8m0fnu if is_e8m0 else torch.float32
 
 
-def _fp8_shards(encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, str], new: _New) -> Operand:
-    """One weight and one scale per shard: a shard's last block may be partial, so shards do not concatenate."""
+def _fp8_shards(
+    encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, str], new: _New
+) -> OperandBuffers:
+    """Allocates a weight and a scale per shard: a shard's last block may be partial, so shards do not concatenate."""
     weights, scales = [], []
-    slots: list[Slot] = []
+    destinations: list[Destination] = []
     for module in modules:
         dtype = _fp8_scale_dtype(encoding, module, stored)
         weights.append(new(module.shape, torch.float8_e4m3fn))
         scales.append(new(encoding.part("scale").shape(*module.shape), dtype))
-        slots += _slots(encoding, module, {"qdata": weights[-1], "scale": scales[-1]})
-    return Operand({"weight": tuple(weights), "scale": tuple(scales)}, tuple(slots))
+        destinations += _destinations(encoding, module, {"qdata": weights[-1], "scale": scales[-1]})
+    return OperandBuffers({"weight": tuple(weights), "scale": tuple(scales)}, tuple(destinations))
 
 
-def _plain(encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, str], new: _New) -> Operand:
+def _plain(encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, str], new: _New) -> OperandBuffers:
     num_rows = sum(module.shape[0] for module in modules)
     dtype = STORAGE[stored[encoding.key(modules[0].name, "qdata")]]
     weight = new((num_rows, modules[0].shape[1]), dtype)
-    slots: list[Slot] = []
+    destinations: list[Destination] = []
     start = 0
     for module in modules:
-        slots += _slots(encoding, module, {"qdata": weight[start : start + module.shape[0]]})
+        destinations += _destinations(encoding, module, {"qdata": weight[start : start + module.shape[0]]})
         start += module.shape[0]
-    return Operand({"weight": (weight,)}, tuple(slots))
+    return OperandBuffers({"weight": (weight,)}, tuple(destinations))
 
 
-def _slots(encoding: Encoding, module: ModuleSpec, targets: dict[str, torch.Tensor]) -> list[Slot]:
+def _destinations(encoding: Encoding, module: ModuleSpec, targets: dict[str, torch.Tensor]) -> list[Destination]:
     keys = encoding.keys(module.name)
-    return [Slot(key, targets[part.role], part) for key, part in zip(keys, encoding.parts, strict=True)]
+    return [Destination(key, targets[part.role], part) for key, part in zip(keys, encoding.parts, strict=True)]

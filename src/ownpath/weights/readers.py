@@ -1,4 +1,4 @@
-"""Reader threads: they take chunks in the order of the files, and the first fault in that order is the one reported."""
+"""Reader threads. They take chunks in the order of the files, and the first fault in that order is reported."""
 
 import os
 import queue
@@ -10,25 +10,25 @@ from typing import Protocol
 
 import torch
 
-from ownpath.checkpoint.chunks import Chunk, ChunkReader
+from ownpath.checkpoint.chunks import ChunkReader, FileChunk
 from ownpath.weights.checks import Bytes
-from ownpath.weights.staging import HostStage, PinnedStage, Stage, make_stage
+from ownpath.weights.staging import HostStaging, PinnedStaging, Staging, make_staging
 
 MAX_STAGING_BYTES = 2**30
-"""All staging buffers together, for a model of any size: half of the 2 GiB that loading may take beside the weights."""
+"""Limit of all staging buffers together: half of the 2 GiB that loading may take beside the weights."""
 REPORT_INTERVAL_S = 0.1
 THREAD_NAME = "ownpath reader"
 
 
-class Progress(Protocol):
-    """Told how far loading is, in the thread that loads: at first (0), a few times a second, and at the end."""
+class LoadProgress(Protocol):
+    """Receives loading progress, in the loading thread: at the start (0), a few times a second, and at the end."""
 
     def __call__(self, num_bytes: int, total_bytes: int) -> None: ...
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How shards are read. num_threads, chunk_bytes: of each thread's buffers.
+class ReadOptions:
+    """Settings for reading shards: number of threads, and bytes of each thread's buffers.
 
     Errors: ValueError for buffers beyond ``MAX_STAGING_BYTES``.
     """
@@ -37,38 +37,42 @@ class Reading:
     chunk_bytes: int
 
     def __post_init__(self) -> None:
-        staging_bytes = self.num_threads * self.chunk_bytes * PinnedStage.num_buffers
+        staging_bytes = self.num_threads * self.chunk_bytes * PinnedStaging.num_buffers
         if self.num_threads < 1 or self.chunk_bytes < 64 or staging_bytes > MAX_STAGING_BYTES:
             raise ValueError(f"{self}: its buffers take {staging_bytes} bytes, of at most {MAX_STAGING_BYTES}")
 
     @classmethod
-    def for_device(cls, device: torch.device) -> "Reading":
-        """A thread for each core, at most 16. On the CPU, chunks that stay in a core's cache between two copies."""
+    def for_device(cls, device: torch.device) -> "ReadOptions":
+        """Returns a thread per core, at most 16; for the CPU, chunks small enough to stay in a core's cache."""
         num_threads = min(os.cpu_count() or 1, 16)
         return cls(num_threads, 2 * 2**20 if device.type == "cpu" else 8 * 2**20)
 
     def staging_bytes(self, device: torch.device) -> int:
-        """Host memory that the buffers take together."""
-        stage = HostStage if device.type == "cpu" else PinnedStage
-        return self.num_threads * self.chunk_bytes * stage.num_buffers
+        """Returns the host memory that the buffers take together."""
+        staging = HostStaging if device.type == "cpu" else PinnedStaging
+        return self.num_threads * self.chunk_bytes * staging.num_buffers
 
 
-Consume = Callable[[Chunk, Bytes, Stage], None]
-"""Checks a chunk's bytes and copies them where they belong."""
+Consume = Callable[[FileChunk, Bytes, Staging], None]
+"""Checks a chunk's bytes and copies them to their destinations."""
 
 
 def read_chunks(
-    chunks: Iterator[Chunk], consume: Consume, reading: Reading, device: torch.device, report: Callable[[int], None]
+    chunks: Iterator[FileChunk],
+    consume: Consume,
+    read_options: ReadOptions,
+    device: torch.device,
+    report: Callable[[int], None],
 ) -> None:
-    """Reads every chunk once and has it consumed, by several threads; ``report`` is told how many bytes are done.
+    """Reads every chunk once and passes it to ``consume``, on several threads; calls ``report`` with the bytes done.
 
-    Errors: what reading or consuming raised, for the first chunk in order that did. No thread outlives the call.
+    Errors: the exception of the first chunk in order that failed. No thread outlives the call.
     """
     if device.type != "cpu":  # each thread's stream writes into memory that is allocated and filled by now
         torch.accelerator.synchronize(device)
     jobs = _Jobs(chunks, torch.is_inference_mode_enabled())
-    arguments = (jobs, consume, reading, device)
-    work = [threading.Thread(target=_work, args=arguments, name=THREAD_NAME) for _ in range(reading.num_threads)]
+    arguments = (jobs, consume, read_options, device)
+    work = [threading.Thread(target=_work, args=arguments, name=THREAD_NAME) for _ in range(read_options.num_threads)]
     started: list[threading.Thread] = []
     report(0)
     try:
@@ -79,7 +83,7 @@ def read_chunks(
             jobs.wait_for_an_end(REPORT_INTERVAL_S)
             report(jobs.num_bytes)
         report(jobs.num_bytes)
-    finally:  # an interrupt, or a report that failed: each thread ends after its chunk
+    finally:  # on an interrupt, or when ``report`` raised: each thread ends after its chunk
         jobs.is_closed = True
         while jobs.num_ended < len(started):
             jobs.wait_for_an_end(None)
@@ -89,13 +93,13 @@ def read_chunks(
 
 
 class _Jobs:
-    """Chunks to take, what became of them, and when to stop.
+    """The queue of chunks, with the faults and the signal to stop.
 
-    in_inference_mode: of the thread that loads. Others do not inherit it, and what was allocated in it must be written
-        in it.
+    in_inference_mode: the loading thread's mode. Threads do not inherit it, and tensors that were allocated in it must
+        be written in it.
     """
 
-    def __init__(self, chunks: Iterator[Chunk], in_inference_mode: bool) -> None:
+    def __init__(self, chunks: Iterator[FileChunk], in_inference_mode: bool) -> None:
         self.in_inference_mode = in_inference_mode
         self._numbered = enumerate(chunks)
         self._lock = threading.Lock()
@@ -104,12 +108,12 @@ class _Jobs:
         self.num_bytes = self.num_ended = 0
         self.is_closed = False
 
-    def take(self) -> tuple[int, Chunk] | None:
-        """The next chunk. After a fault there is none: all chunks before the faulty one have been taken by then."""
+    def take(self) -> tuple[int, FileChunk] | None:
+        """Returns the next chunk, or ``None`` after a fault: all chunks before the faulty one are taken by then."""
         with self._lock:
             return None if self.is_closed or self._faults else next(self._numbered, None)
 
-    def done(self, chunk: Chunk) -> None:
+    def done(self, chunk: FileChunk) -> None:
         with self._lock:
             self.num_bytes += chunk.num_bytes
 
@@ -118,13 +122,13 @@ class _Jobs:
             self._faults[number] = error
 
     def end(self) -> None:
-        """A thread takes no more."""
+        """Reports that a thread has ended."""
         self._ends.put(None)
 
     def wait_for_an_end(self, timeout_s: float | None) -> None:
-        """Until one more thread has ended, or for so long.
+        """Waits until one more thread has ended, or for the timeout.
 
-        Not by ``Thread.join``: Python 3.11 takes a thread for stopped whose join was interrupted (Ctrl-C).
+        ``Thread.join`` is not used: Python 3.11 treats a thread as stopped if its join was interrupted (Ctrl-C).
         """
         with suppress(queue.Empty):
             self._ends.get(timeout=timeout_s)
@@ -135,21 +139,21 @@ class _Jobs:
             raise self._faults[min(self._faults)]
 
 
-def _work(jobs: _Jobs, consume: Consume, reading: Reading, device: torch.device) -> None:
+def _work(jobs: _Jobs, consume: Consume, read_options: ReadOptions, device: torch.device) -> None:
     number = -1  # a fault before the first chunk
     try:
         with (
             torch.inference_mode(jobs.in_inference_mode),
             closing(ChunkReader()) as reader,
-            closing(make_stage(reading.chunk_bytes, device)) as stage,
+            closing(make_staging(read_options.chunk_bytes, device)) as staging,
         ):
             while (taken := jobs.take()) is not None:
                 number, chunk = taken
-                buffer = stage.next_buffer()
+                buffer = staging.next_buffer()
                 reader.read(chunk, buffer.data)
-                consume(chunk, buffer, stage)
+                consume(chunk, buffer, staging)
                 jobs.done(chunk)
-    except BaseException as error:  # raised again by the thread that loads
+    except BaseException as error:  # raised again in the loading thread
         jobs.fail(number, error)
     finally:
         jobs.end()

@@ -1,4 +1,4 @@
-"""Where chunks of a shard lie between disk and operand: one small buffer a reader thread, or a pinned ring of them."""
+"""Staging buffers between disk and operand: one small buffer per reader thread, or two pinned ones."""
 
 from typing import Any, Protocol
 
@@ -8,28 +8,28 @@ import torch
 from ownpath.weights.checks import Bytes
 
 
-class Stage(Protocol):
-    """A reader thread's buffers. Between two calls of ``next_buffer`` the buffer is the caller's."""
+class Staging(Protocol):
+    """A reader thread's buffers. The caller owns a buffer until its next call of ``next_buffer``."""
 
     def next_buffer(self) -> Bytes:
-        """A buffer that nothing reads any more."""
+        """Returns a buffer that no pending copy reads."""
         ...
 
     def copy(self, start: int, stop: int, flat: Any, first: int) -> None:
-        """Bytes [start, stop) of the buffer to the bytes of ``flat`` from ``first`` on."""
+        """Copies bytes [start, stop) of the buffer to the bytes of ``flat`` from ``first`` on."""
         ...
 
     def write(self, values: torch.Tensor, flat: Any, first: int) -> None:
-        """Values that do not lie in the buffer, likewise; they may go once this returns."""
+        """Copies values that are not in the buffer to ``flat``; they may be freed once this returns."""
         ...
 
     def close(self) -> None:
-        """Returns when every copy has arrived."""
+        """Waits until every copy is complete."""
         ...
 
 
-class HostStage:
-    """For operands in host memory: a buffer that stays in the cache."""
+class HostStaging:
+    """Staging for operands in host memory: one buffer that stays in the cache."""
 
     num_buffers = 1
 
@@ -37,25 +37,25 @@ class HostStage:
         self._buffer: Bytes = np.empty(num_bytes, np.uint8)
 
     def next_buffer(self) -> Bytes:
-        """The one buffer: copies out of it are done when they return."""
+        """Returns the one buffer: its copies are synchronous."""
         return self._buffer
 
     def copy(self, start: int, stop: int, flat: Any, first: int) -> None:
-        """See ``Stage``; numpy lets go of the interpreter for it, and starts no threads of its own."""
+        """See ``Staging``. numpy releases the interpreter lock meanwhile and starts no threads."""
         flat[first : first + stop - start] = self._buffer[start:stop]
 
     def write(self, values: torch.Tensor, flat: Any, first: int) -> None:
-        """See ``Stage``."""
+        """See ``Staging``."""
         flat[first : first + values.nbytes] = values.view(torch.uint8).numpy()
 
     def close(self) -> None:
-        """Nothing is under way."""
+        """Does nothing: no copy is pending."""
 
 
-class PinnedStage:
-    """For operands on an accelerator: two pinned buffers and a stream, one filled while the other is sent.
+class PinnedStaging:
+    """Staging for operands on an accelerator: two pinned buffers and a stream; one is filled while the other is sent.
 
-    The thread that uses it must have made it: streams are current per thread.
+    It must be made in the thread that uses it: streams are current per thread.
     """
 
     num_buffers = 2
@@ -68,7 +68,7 @@ class PinnedStage:
         self._current = 0
 
     def next_buffer(self) -> Bytes:
-        """The other buffer, once what it last held has arrived."""
+        """Waits until the other buffer's copies are complete, and returns it."""
         self._events[self._current].record(self._stream)
         self._current = (self._current + 1) % len(self._buffers)
         self._events[self._current].synchronize()
@@ -76,19 +76,19 @@ class PinnedStage:
         return buffer
 
     def copy(self, start: int, stop: int, flat: Any, first: int) -> None:
-        """See ``Stage``; returns at once."""
+        """See ``Staging``. The copy is asynchronous."""
         source = self._buffers[self._current][start:stop]
         flat[first : first + stop - start].copy_(source, non_blocking=True)
 
     def write(self, values: torch.Tensor, flat: Any, first: int) -> None:
-        """See ``Stage``."""
+        """See ``Staging``."""
         flat[first : first + values.nbytes].copy_(values.view(torch.uint8))
 
     def close(self) -> None:
-        """See ``Stage``."""
+        """See ``Staging``."""
         self._stream.synchronize()
 
 
-def make_stage(num_bytes: int, device: torch.device) -> HostStage | PinnedStage:
-    """The stage for operands on ``device``; to be called in the thread that uses it."""
-    return HostStage(num_bytes) if device.type == "cpu" else PinnedStage(num_bytes, device)
+def make_staging(num_bytes: int, device: torch.device) -> HostStaging | PinnedStaging:
+    """Makes the staging for operands on ``device``; call it in the thread that uses it."""
+    return HostStaging(num_bytes) if device.type == "cpu" else PinnedStaging(num_bytes, device)

@@ -1,4 +1,4 @@
-"""What a plan's filled buffers hold, as kernels take it: shards of a matrix, or stacks of experts."""
+"""Filled buffers in the form that kernels take: shards of a matrix, or stacks of experts."""
 
 from dataclasses import replace
 
@@ -10,11 +10,11 @@ from ownpath.kernels.contract import StoredExperts, StoredLinear
 from ownpath.numerics import dequantize, mxfp4_scale_as_nvfp4
 from ownpath.plan.plan import PlannedOp
 from ownpath.qtensor import QuantTensor
-from ownpath.weights.operands import Operand
+from ownpath.weights.operands import OperandBuffers
 
 
-def stored_linear(op: PlannedOp, operand: Operand) -> StoredLinear:
-    """A dense op's shards. Those of one slot share an input, quantised once with the largest of their scales."""
+def stored_linear(op: PlannedOp, operand: OperandBuffers) -> StoredLinear:
+    """Returns a dense op's shards. Their shared input is quantised once, with the largest of their input scales."""
     buffers, fmt = operand.buffers, op.encoding.format
     weights = buffers["weight"]
     if fmt is FP8_BLOCK:
@@ -30,10 +30,10 @@ def stored_linear(op: PlannedOp, operand: Operand) -> StoredLinear:
     return StoredLinear(shards_NVFP4, torch.stack([scale.max() for scale in input_scales]).max())
 
 
-def stored_experts(op: PlannedOp, operand: Operand, swiglu_limit: float) -> StoredExperts:
-    """The routed experts. A kernel of NVFP4 on MXFP4 experts gets block scales converted to E4M3.
+def stored_experts(op: PlannedOp, operand: OperandBuffers, swiglu_limit: float) -> StoredExperts:
+    """Returns the routed experts. For an NVFP4 kernel on MXFP4 experts, block scales are converted to E4M3.
 
-    Errors: CheckpointError naming slot and expert for MXFP4 that NVFP4 cannot say.
+    Errors: CheckpointError naming slot and expert for MXFP4 scales that NVFP4 cannot represent.
     """
     stored = unconverted_experts(op, operand, swiglu_limit)
     if op.encoding.format is not MXFP4 or op.choice.kernel.layout == "row_major":
@@ -42,33 +42,35 @@ def stored_experts(op: PlannedOp, operand: Operand, swiglu_limit: float) -> Stor
     return replace(stored, gate_up=gate_up, down=down)
 
 
-def unconverted_experts(op: PlannedOp, operand: Operand, swiglu_limit: float) -> StoredExperts:
-    """The routed experts in the format of the file; the buffers may lie on ``meta``."""
+def unconverted_experts(op: PlannedOp, operand: OperandBuffers, swiglu_limit: float) -> StoredExperts:
+    """Returns the routed experts in the format of the file; the buffers may be on ``meta``."""
     gate_up, down = (_side(op, operand, name) for name in ("w13", "w2"))
     gate_up_input, down_input = (_input_scale(operand, name) for name in ("w13", "w2"))
     return StoredExperts(gate_up, down, swiglu_limit, gate_up_input, down_input)
 
 
-def _side(op: PlannedOp, operand: Operand, name: str) -> QuantTensor:
+def _side(op: PlannedOp, operand: OperandBuffers, name: str) -> QuantTensor:
     parts = [operand.buffers.get(f"{name}{part}") for part in ("", "_scale", "_scale_2")]
     qdata, scale, global_scale = (None if part is None else part[0] for part in parts)
     assert qdata is not None
     return QuantTensor(qdata, scale, global_scale, op.encoding.format)
 
 
-def _input_scale(operand: Operand, name: str) -> torch.Tensor | None:
-    """Gate and up share an input, so they share the larger input scale: float32 [E]."""
+def _input_scale(operand: OperandBuffers, name: str) -> torch.Tensor | None:
+    """Returns input scales, float32 [E]. Gate and up share an input, so the larger of their scales is used."""
     found = operand.buffers.get(f"{name}_input_scale")
     if found is None:
         return None
     return found[0].amax(dim=1) if found[0].ndim == 2 else found[0]
 
 
-def _mxfp4_as_nvfp4(op: PlannedOp, operand: Operand, name: str) -> QuantTensor:
-    """Exact: each E8M0 scale becomes two E4M3 ones, in the memory kept for them, and a power of two per expert."""
+def _mxfp4_as_nvfp4(op: PlannedOp, operand: OperandBuffers, name: str) -> QuantTensor:
+    """Converts each E8M0 scale to two E4M3 scales, in ``scale_memory``, and a power of two per expert. Exact."""
     codes, scale = operand.buffers[name][0], operand.buffers[f"{name}_scale"][0]
     try:
-        converted, global_scale = mxfp4_scale_as_nvfp4(f"{name}_scale", codes, scale, operand.rooms[f"{name}_scale"])
+        converted, global_scale = mxfp4_scale_as_nvfp4(
+            f"{name}_scale", codes, scale, operand.scale_memory[f"{name}_scale"]
+        )
     except ValueError as error:
         raise CheckpointError(f"{op.spec.slot}: {error}") from None
     if name == "w13":
@@ -76,10 +78,10 @@ def _mxfp4_as_nvfp4(op: PlannedOp, operand: Operand, name: str) -> QuantTensor:
     return QuantTensor(codes, converted, global_scale, NVFP4)
 
 
-def stored_groups(op: PlannedOp, operand: Operand) -> torch.Tensor:
-    """``wo_a`` as plain floating point; from FP8, BF16 where that is exact (power-of-two scales), else float32.
+def stored_groups(op: PlannedOp, operand: OperandBuffers) -> torch.Tensor:
+    """Returns ``wo_a`` in plain floating point; from FP8, BF16 where that is exact (power-of-two scales), else float32.
 
-    A kernel that takes BF16 alone gets BF16: the activations' dtype, to which any other kernel would round too.
+    A kernel that takes only BF16 gets BF16, the activations' dtype, to which other kernels round the weight too.
     """
     (weight,) = operand.buffers["weight"]
     if op.choice.kernel.layout != "dequantized":

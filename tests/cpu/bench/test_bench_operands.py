@@ -5,7 +5,7 @@ import torch
 
 from ownpath.bench.operands import random_activations, random_fp8, random_moe, random_nvfp4
 from ownpath.bench.rotation import COLD_BYTES, num_calls
-from ownpath.bench.routing import Routing, uniform_routing
+from ownpath.bench.routing import TopkRouting, uniform_routing
 from ownpath.bench.shapes import LinearShape, MoeShape, linear_shape, moe_shape
 from ownpath.numerics import decode_fp8_block, decode_nvfp4_blocks
 
@@ -26,7 +26,7 @@ def test_each_token_goes_to_top_k_different_experts() -> None:
 
 def test_distinct_experts_counts_those_with_a_token() -> None:
     ids = torch.tensor([[0, 3], [3, 5], [5, 0]], dtype=torch.int32)
-    assert Routing(ids, torch.ones(3, 2)).distinct_experts == 3
+    assert TopkRouting(ids, torch.ones(3, 2)).distinct_experts == 3
 
 
 def test_seeds_reproduce_and_differ() -> None:

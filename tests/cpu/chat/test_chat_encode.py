@@ -81,7 +81,7 @@ def test_other_roles_are_refused_by_position(role: str) -> None:
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
 @pytest.mark.parametrize("marker", SPECIALS)
 def test_a_marker_in_somebodys_text_stays_text(role: str, marker: str) -> None:
-    """What a person writes can neither end a turn nor open one."""
+    """A user's text can neither end a turn nor open one."""
     tokenizer = small_tokenizer()
     messages = [Message("user", "a"), Message(role, f"x{marker}y"), Message("user", "b")]
     segments = encode_messages(messages)

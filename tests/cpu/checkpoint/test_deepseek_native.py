@@ -141,7 +141,7 @@ def test_scales_become_nvfp4s_in_the_memory_they_were_read_into(folder: Path) ->
     operands = dict(zip((op.label for op in plan.ops), loaded.operands, strict=True))
     experts = operands["layers.1.ffn.experts"]
     assert experts.num_bytes == 8 * 3 * 64 * 64 * (1 / 2 + 1 / 16), "codes, and an E4M3 scale for each 16 of them"
-    room = experts.rooms["w2_scale"]
+    room = experts.scale_memory["w2_scale"]
     assert room.untyped_storage().data_ptr() == experts.buffers["w2_scale"][0].untyped_storage().data_ptr()
     read = experts.buffers["w2_scale"][0].view(torch.uint8).int() - 127
     make_runners(plan, loaded.operands)

@@ -15,21 +15,23 @@ from safetensors.torch import load_file
 from support.broken import Tensors, change_tensors
 from support.checkpoints import LAYOUTS, random_checkpoint
 
-from ownpath.checkpoint.chunks import Chunk, ChunkReader, file_chunks
+from ownpath.checkpoint.chunks import ChunkReader, FileChunk, file_chunks
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
 from ownpath.loading import plan_model
 from ownpath.weights import load as load_module
 from ownpath.weights.load import LoadedWeights, load_weights
-from ownpath.weights.readers import MAX_STAGING_BYTES, THREAD_NAME, Reading
+from ownpath.weights.readers import MAX_STAGING_BYTES, THREAD_NAME, ReadOptions
 
 CPU = torch.device("cpu")
-READINGS = [Reading(1, 64), Reading(1, 2**20), Reading(4, 64), Reading(4, 1000), Reading(4, 2**20)]
-ids = [f"{reading.num_threads}x{reading.chunk_bytes}" for reading in READINGS]
+READINGS = [ReadOptions(1, 64), ReadOptions(1, 2**20), ReadOptions(4, 64), ReadOptions(4, 1000), ReadOptions(4, 2**20)]
+ids = [f"{read_options.num_threads}x{read_options.chunk_bytes}" for read_options in READINGS]
 
 
-def load(folder: Path, reading: Reading, **options: object) -> LoadedWeights:
-    return load_weights(plan_model(folder, "cpu"), CheckpointIndex.open(folder), CPU, reading=reading, **options)
+def load(folder: Path, read_options: ReadOptions, **options: object) -> LoadedWeights:
+    return load_weights(
+        plan_model(folder, "cpu"), CheckpointIndex.open(folder), CPU, read_options=read_options, **options
+    )
 
 
 def stored_in(folder: Path) -> Tensors:
@@ -38,13 +40,13 @@ def stored_in(folder: Path) -> Tensors:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("reading", READINGS[1:4], ids=ids[1:4])
-def test_every_slot_holds_the_stored_bits(layout: str, reading: Reading, tmp_path: Path) -> None:
+@pytest.mark.parametrize("read_options", READINGS[1:4], ids=ids[1:4])
+def test_every_slot_holds_the_stored_bits(layout: str, read_options: ReadOptions, tmp_path: Path) -> None:
     """Multipliers are compared as numbers that a divisor means; all else byte by byte, where nothing is widened."""
     random_checkpoint(tmp_path, layout)
     stored = stored_in(tmp_path)
-    loaded = load(tmp_path, reading)
-    slots = [slot for operand in loaded.operands for slot in operand.slots]
+    loaded = load(tmp_path, read_options)
+    slots = [slot for operand in loaded.operands for slot in operand.destinations]
     for slot in slots:
         value = stored[slot.key]
         if slot.role in ("global_scale", "input_scale"):
@@ -64,8 +66,8 @@ def test_token_tables_of_32_bits_are_widened(tmp_path: Path) -> None:
     random_checkpoint(tmp_path)
     change_tensors(tmp_path, lambda tensors: tensors.update({key: tensors[key].int()}))
     expected = stored_in(tmp_path)[key].long()
-    for reading in READINGS:
-        assert torch.equal(load(tmp_path, reading).params[key], expected)
+    for read_options in READINGS:
+        assert torch.equal(load(tmp_path, read_options).params[key], expected)
 
 
 SINK = "layers.0.attn.attn_sink"
@@ -99,9 +101,9 @@ def test_a_fault_is_the_same_error_for_any_reading(fault: str, tmp_path: Path) -
     random_checkpoint(tmp_path, num_hidden_layers=2, compress_ratios=[0, 4])
     change_tensors(tmp_path, change)
     found = set()
-    for reading in READINGS:
+    for read_options in READINGS:
         with pytest.raises(CheckpointError, match=message) as caught:
-            load(tmp_path, reading)
+            load(tmp_path, read_options)
         found.add(str(caught.value))
     assert len(found) == 1, found
     assert not own_threads()
@@ -122,9 +124,9 @@ def test_of_several_faults_the_first_in_the_files_is_told(tmp_path: Path) -> Non
     infos = CheckpointIndex.open(tmp_path).tensors.values()
     spoiled = [info for info in infos if info.name.endswith(("weight_scale", "weight_scale_2"))]
     first = min(spoiled, key=lambda info: (info.file, info.start))
-    for reading in READINGS * 5:
+    for read_options in READINGS * 5:
         with pytest.raises(CheckpointError, match=f"tensor {first.name!r} "):
-            load(tmp_path, reading)
+            load(tmp_path, read_options)
 
 
 @pytest.mark.parametrize("num_threads", [1, 4])
@@ -135,7 +137,7 @@ def test_a_shard_cut_short_while_loading_is_an_error(num_threads: int, tmp_path:
     with last.file.open("r+b") as shard:
         shard.truncate(last.start + last.num_bytes - 1)
     with pytest.raises(CheckpointError, match=rf"tensor '{last.name}' .*: the file ends inside it"):
-        load_weights(plan, index, CPU, reading=Reading(num_threads, 1000))
+        load_weights(plan, index, CPU, read_options=ReadOptions(num_threads, 1000))
 
 
 @pytest.mark.parametrize("num_threads", [1, 4])
@@ -145,7 +147,7 @@ def test_a_shard_that_went_away_is_an_error(num_threads: int, tmp_path: Path) ->
     gone = sorted({info.file for info in index.tensors.values()})[1]
     gone.unlink()
     with pytest.raises(CheckpointError, match=rf"tensor .*{gone.name}\) cannot be read \(.*No such file"):
-        load_weights(plan, index, CPU, reading=Reading(num_threads, 1000))
+        load_weights(plan, index, CPU, read_options=ReadOptions(num_threads, 1000))
 
 
 @pytest.mark.parametrize("change", ["lost", "twice"])
@@ -155,7 +157,7 @@ def test_half_a_tensor_lost_or_read_twice_is_an_error(
     random_checkpoint(tmp_path)
     info = CheckpointIndex.open(tmp_path)["layers.2.attn.wq_b.weight"]
 
-    def wrong(infos: Iterable[TensorInfo], max_bytes: int) -> Iterator[Chunk]:
+    def wrong(infos: Iterable[TensorInfo], max_bytes: int) -> Iterator[FileChunk]:
         for chunk in file_chunks(infos, max_bytes):
             hit = tuple(piece for piece in chunk.pieces if piece.info == info and 2 * piece.first >= info.num_bytes)
             if change == "twice":
@@ -167,7 +169,7 @@ def test_half_a_tensor_lost_or_read_twice_is_an_error(
     monkeypatch.setattr(load_module, "file_chunks", wrong)
     for num_threads in (1, 4):
         with pytest.raises(CheckpointError, match=f"'{info.name}': {info.shape[0] // 2} rows were not written exactly"):
-            load(tmp_path, Reading(num_threads, 64))
+            load(tmp_path, ReadOptions(num_threads, 64))
 
 
 def test_chunks_hold_each_byte_once_in_the_order_of_the_files(tmp_path: Path) -> None:
@@ -196,7 +198,7 @@ def test_chunks_hold_each_byte_once_in_the_order_of_the_files(tmp_path: Path) ->
 def test_progress_counts_up_to_every_byte_in_the_callers_thread(tmp_path: Path) -> None:
     random_checkpoint(tmp_path)
     total = sum(info.num_bytes for info in CheckpointIndex.open(tmp_path).tensors.values())
-    for reading in READINGS:
+    for read_options in READINGS:
         seen: list[tuple[int, int]] = []
         here = threading.get_ident()
 
@@ -204,7 +206,7 @@ def test_progress_counts_up_to_every_byte_in_the_callers_thread(tmp_path: Path) 
             assert threading.get_ident() == here
             seen.append((num_bytes, total_bytes))
 
-        load(tmp_path, reading, progress=progress)
+        load(tmp_path, read_options, progress=progress)
         assert seen[0] == (0, total)
         assert seen[-1] == (total, total)
         assert seen == sorted(seen)
@@ -220,7 +222,7 @@ def test_an_interrupt_ends_every_thread(error: type[BaseException], tmp_path: Pa
             raise error
 
     with pytest.raises(error):
-        load_weights(plan_model(tmp_path, "cpu"), index, CPU, interrupt, Reading(4, 64))
+        load_weights(plan_model(tmp_path, "cpu"), index, CPU, interrupt, ReadOptions(4, 64))
     assert not own_threads()
 
 
@@ -236,10 +238,10 @@ def test_an_interrupt_while_reading_stops_at_once(
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     random_checkpoint(tmp_path)
-    taken: list[Chunk] = []
+    taken: list[FileChunk] = []
     real = ChunkReader.read
 
-    def read(self: ChunkReader, chunk: Chunk, buffer: memoryview) -> None:
+    def read(self: ChunkReader, chunk: FileChunk, buffer: memoryview) -> None:
         taken.append(chunk)
         if len(taken) == 10:
             signal.raise_signal(signal.SIGINT)
@@ -248,7 +250,7 @@ def test_an_interrupt_while_reading_stops_at_once(
 
     monkeypatch.setattr(ChunkReader, "read", read)
     with pytest.raises(KeyboardInterrupt):
-        load(tmp_path, Reading(2, 64))
+        load(tmp_path, ReadOptions(2, 64))
     num_taken = len(taken)
     assert num_taken < 10 + 2 * (2 + 0.2 / 0.02)  # what two threads take until the waiting thread wakes, twice over
     assert not own_threads()
@@ -257,13 +259,13 @@ def test_an_interrupt_while_reading_stops_at_once(
 @pytest.mark.parametrize(("num_threads", "chunk_bytes"), [(0, 1024), (1, 63), (64, 2**24), (1, 2**30)])
 def test_buffers_without_a_bound_are_refused(num_threads: int, chunk_bytes: int) -> None:
     with pytest.raises(ValueError, match=f"at most {2**30}"):
-        Reading(num_threads, chunk_bytes)
+        ReadOptions(num_threads, chunk_bytes)
 
 
 def test_the_bound_holds_for_every_device() -> None:
     for device in ("cpu", "cuda"):
-        reading = Reading.for_device(torch.device(device))
-        assert 0 < reading.staging_bytes(torch.device(device)) <= MAX_STAGING_BYTES < 2 * 2**30
+        read_options = ReadOptions.for_device(torch.device(device))
+        assert 0 < read_options.staging_bytes(torch.device(device)) <= MAX_STAGING_BYTES < 2 * 2**30
 
 
 PEAK = """
@@ -272,13 +274,13 @@ from pathlib import Path
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.loading import plan_model
 from ownpath.weights.load import load_weights
-from ownpath.weights.readers import Reading
+from ownpath.weights.readers import ReadOptions
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 plan, index = plan_model(folder, "cpu"), CheckpointIndex.open(folder)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-load_weights(plan, index, torch.device("cpu"), reading=Reading(4, 2**20))
+load_weights(plan, index, torch.device("cpu"), read_options=ReadOptions(4, 2**20))
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(after - before - sum(info.num_bytes for info in index.tensors.values()))
 """

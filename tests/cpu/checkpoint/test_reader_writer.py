@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.checkpoints import LAYOUTS, random_checkpoint
 
-from ownpath.checkpoint.chunks import Chunk
+from ownpath.checkpoint.chunks import FileChunk
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
 from ownpath.checkpoint.reader import stream
@@ -80,7 +80,7 @@ def test_slots_tile_every_operand(layout: str, tmp_path: Path, device: torch.dev
         for buffers in operand.buffers.values():
             for buffer in buffers:
                 buffer.view(torch.uint8).zero_()
-        for slot in operand.slots:
+        for slot in operand.destinations:
             raw = slot.target.unsqueeze(-1).view(torch.uint8)
             raw += 1
         for name, buffers in operand.buffers.items():
@@ -100,7 +100,7 @@ def test_a_slot_left_unwritten_is_an_error(tmp_path: Path, monkeypatch: pytest.M
     key = "layers.2.attn.wq_b.weight"
     real = load_module.file_chunks
 
-    def without_key(infos: Iterable[TensorInfo], max_bytes: int) -> Iterator[Chunk]:
+    def without_key(infos: Iterable[TensorInfo], max_bytes: int) -> Iterator[FileChunk]:
         for chunk in real(infos, max_bytes):
             yield chunk._replace(pieces=tuple(piece for piece in chunk.pieces if piece.info.name != key))
 
@@ -117,7 +117,7 @@ def test_e8m0_scales_are_copied_as_bytes(layout: str, tmp_path: Path, device: to
     loaded = load_weights(plan, CheckpointIndex.open(tmp_path), device)
     index = CheckpointIndex.open(tmp_path)
     for op, operand in zip(plan.ops, loaded.operands, strict=True):
-        for slot in operand.slots:
+        for slot in operand.destinations:
             if index[slot.key].dtype == "F8_E8M0":
                 (part,) = stream(index, [slot.key])
                 assert slot.target.dtype == torch.float8_e8m0fnu

@@ -49,7 +49,7 @@ assert torch.equal(*found)
 
 
 def output_of(code: str, *arguments: str, fails: bool = False) -> str:
-    """What a fresh interpreter prints that knows the toy."""
+    """Returns the output of a fresh interpreter that knows the toy."""
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == fails, done.stdout + done.stderr
     return done.stdout

@@ -76,7 +76,7 @@ class Other:
     def broken_TV(
         self, ids: tuple[int, ...], prompt_ids: tuple[int, ...], is_warm: bool, in_company: bool
     ) -> torch.Tensor:
-        """What this server computes instead."""
+        """Returns the values that this server computes instead."""
         fault = self.fault
         if fault in (Fault.FROZEN, Fault.ONLY_BOS):
             rows = self.logits_TV((40, 41, 42))[-1].expand(len(ids), -1).clone()

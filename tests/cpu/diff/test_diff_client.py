@@ -1,4 +1,4 @@
-"""What goes wrong before anything can be compared: one line that names the URL, and exit code 2."""
+"""A failure before anything can be compared gives one line that names the URL, and exit code 2."""
 
 import json
 import socket

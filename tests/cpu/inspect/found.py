@@ -1,4 +1,4 @@
-"""What an inspection reports, in a form that tests compare."""
+"""An inspection's report in a form that tests compare."""
 
 from pathlib import Path
 

@@ -147,7 +147,7 @@ def as_safetensors_reads_it(path: Path) -> dict[str, tuple[str, tuple[int, ...]]
 
 
 def compare_readers(path: Path) -> None:
-    """What we find nothing wrong with, the public reader opens, and finds the same tensors in."""
+    """The public reader opens every file in which we find no problem, and finds the same tensors."""
     header = read_header(path)
     if not header.problems:
         expected = as_safetensors_reads_it(path)

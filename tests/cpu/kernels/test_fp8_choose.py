@@ -1,4 +1,4 @@
-"""Which FP8 kernel is chosen: the table's where it has an entry, else the rule's; one arithmetic when invariant."""
+"""The choice of FP8 kernels: the table's where it has an entry, else the rule's; one arithmetic when invariant."""
 
 import json
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ def forget() -> None:
 
 
 def rule(num_tokens: int, key: WeightKey, entries: dict[str, Any]) -> W8A16Config | W8A8Config:
-    """What is chosen without a table."""
+    """Makes the choice without a table."""
     kept = dict(entries)
     entries.clear()
     forget()

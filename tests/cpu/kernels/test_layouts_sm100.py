@@ -10,7 +10,7 @@ from ownpath.kernels.nvfp4_sm100.scales import swizzle_scales, swizzled_shape, u
 
 
 def byte_offset(row: int, column: int, num_column_pieces: int) -> int:
-    """Where the PTX manual's formula puts one scale."""
+    """Returns the offset of a scale by the PTX manual's formula."""
     piece = (row // 128) * num_column_pieces + column // 4
     return piece * 512 + (row % 32) * 16 + (row % 128 // 32) * 4 + column % 4
 

@@ -53,7 +53,7 @@ def rotate_right(words: torch.Tensor, distance: int) -> torch.Tensor:
 
 
 def bf16_words(words: torch.Tensor, scales: torch.Tensor, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """What the kernel computes from a thread's word and its word of scales: four words with two BF16 each, and the
+    """Computes as the kernel does from a thread's word and its word of scales: four words with two BF16 each, and the
     BF16 that each is multiplied by."""
     wanted = 0x81C081C0
     fields = [

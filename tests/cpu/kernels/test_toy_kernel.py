@@ -109,7 +109,7 @@ def findings_of(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def output_of(code: str, folder: Path, *arguments: str, fails: bool = False) -> str:
-    """What a fresh interpreter prints in which the folder is one of ``ownpath.kernels``."""
+    """Returns the output of a fresh interpreter in which the folder is one of ``ownpath.kernels``."""
     done = subprocess.run(
         [sys.executable, "-c", code, str(folder), *arguments], capture_output=True, text=True, check=False
     )

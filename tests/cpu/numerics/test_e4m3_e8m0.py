@@ -74,7 +74,7 @@ def test_e8m0_view_shares_storage_and_changes_no_byte(device: torch.device) -> N
 
 
 def test_trap_a_numeric_copy_of_e8m0_destroys_it() -> None:
-    """Why bytes are viewed: 2^-7 copied numerically into a byte tensor is 0, not 120."""
+    """Bytes are viewed and not copied numerically: 2^-7 copied into a byte tensor is 0, not 120."""
     scale = e8m0_from_bytes(torch.tensor([120], dtype=torch.uint8))
     assert scale.to(torch.float32).to(torch.uint8).tolist() == [0]
     assert decode_e8m0(scale).tolist() == [2.0**-7]

@@ -1,4 +1,4 @@
-"""How far apart DeepSeek's published code, vLLM and transformers are, step by step, on values of V4-Flash's sizes.
+"""Distances between DeepSeek's published code, vLLM and transformers, step by step, on values of V4-Flash's sizes.
 
 Each test states the three ways of one step on its own (BF16 activations, float64 as the measure), prints the size of
 the difference, and holds it between two bounds that follow from the formats: a rounding to BF16 moves a value by at

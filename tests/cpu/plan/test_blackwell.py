@@ -1,4 +1,4 @@
-"""What a plan says on Blackwell: the W4A4 kernels by name, and that no device has run them; nowhere else."""
+"""A plan for Blackwell names the W4A4 kernels and says that no device has run them; no other plan does."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What an engine asks of kernels is an input of the plan: batch invariance, activations, sizes, packages."""
+"""The engine's demands on kernels are an input of the plan: batch invariance, activations, sizes, packages."""
 
 from pathlib import Path
 

@@ -26,7 +26,7 @@ LAYER = (
     | {f"ffn.shared_experts.{name}" for name in ("w13", "w2", "swiglu")}
     | {"hc_attn", "hc_ffn"}
 )
-"""What a layer without compressed entries computes."""
+"""The slots of a layer without compressed entries."""
 OF_MTP = LAYER | {"e_proj", "h_proj", "enorm", "hnorm", "hc_head"}
 
 
@@ -91,7 +91,7 @@ def test_every_byte_of_the_draft_is_read_as_it_is_stored(folder: Path, tmp_path:
     params = {key: value for key, value in loaded.params.items() if key.startswith("mtp.")}
     assert len(params) == 18
     assert all(torch.equal(value, checkpoint.decoded[key]) for key, value in params.items())
-    written = {slot.key for operand in loaded.operands for slot in operand.slots} | set(loaded.params)
+    written = {slot.key for operand in loaded.operands for slot in operand.destinations} | set(loaded.params)
     assert written == set(CheckpointIndex.open(folder).tensors)
 
 

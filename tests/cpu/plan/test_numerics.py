@@ -1,4 +1,4 @@
-"""Which numerics were asked for, and how the plan shows them."""
+"""The numerics that were requested, and the plan's text for them."""
 
 import re
 from pathlib import Path

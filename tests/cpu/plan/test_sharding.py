@@ -15,8 +15,8 @@ from ownpath.loading import load_model, plan_model
 from ownpath.plan.plan import Plan
 from ownpath.plan.sharding import Cut, Region, ShardingError, cut_of, param_region, part_region, regions_of
 from ownpath.weights.load import LoadedWeights, load_weights
-from ownpath.weights.operands import Slot
-from ownpath.weights.readers import Reading
+from ownpath.weights.operands import Destination
+from ownpath.weights.readers import ReadOptions
 
 WIDE = {"moe_intermediate_size": 256, "o_lora_rank": 128, "hidden_size": 128}
 """Sizes that divide into two ranks of whole blocks of 128."""
@@ -30,11 +30,11 @@ def sharded(plan: Plan, parallel: Parallel) -> Plan:
     return replace(plan, ops=ops, param_regions={key: region for key, region in regions.items() if region is not None})
 
 
-def slots_of(weights: LoadedWeights, plan: Plan) -> Iterator[Slot]:
+def slots_of(weights: LoadedWeights, plan: Plan) -> Iterator[Destination]:
     for operand in weights.operands:
-        yield from operand.slots
+        yield from operand.destinations
     for key, target in weights.params.items():
-        yield Slot(key, target, region=plan.param_regions.get(key))
+        yield Destination(key, target, region=plan.param_regions.get(key))
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -48,10 +48,11 @@ def test_two_ranks_tile_every_tensor(layout: str, chunk_bytes: int, tmp_path: Pa
     random_checkpoint(tmp_path, layout, **WIDE)
     plan, index = plan_model(tmp_path, "cpu"), CheckpointIndex.open(tmp_path)
     plans = [sharded(plan, Parallel(rank, 2)) for rank in range(2)]
-    cpu, reading = torch.device("cpu"), Reading(2, chunk_bytes)
+    cpu, read_options = torch.device("cpu"), ReadOptions(2, chunk_bytes)
     whole = {slot.key: slot for slot in slots_of(load_weights(plan, index, cpu), plan)}
     halves = [
-        {slot.key: slot for slot in slots_of(load_weights(one, index, cpu, reading=reading), one)} for one in plans
+        {slot.key: slot for slot in slots_of(load_weights(one, index, cpu, read_options=read_options), one)}
+        for one in plans
     ]
     num_cut = 0
     for key, slot in whole.items():

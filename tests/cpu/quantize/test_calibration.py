@@ -16,8 +16,8 @@ from ownpath.loading import load_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.numerics import dequantize
 from ownpath.qtensor import QuantTensor
-from ownpath.quantize.steps import Scope
-from ownpath.trace.observers import Arguments, Observer, Watched
+from ownpath.quantize.steps import QuantizeScope
+from ownpath.trace.observers import CallArguments, Observer, Watched
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 3
 LIMIT = 10.0
@@ -31,7 +31,7 @@ def expected_amax(source: Path, values: dict[str, torch.Tensor]) -> dict[str, fl
     amax: dict[str, float] = defaultdict(float)
 
     class ExpertInputs(Observer):
-        def before(self, call: Watched, args: Arguments) -> None:
+        def before(self, call: Watched, args: CallArguments) -> None:
             slot = call.slot
             if not slot.endswith(".ffn.experts"):
                 return
@@ -57,7 +57,7 @@ def test_scales_are_the_largest_inputs_over_2688(tmp_path: Path) -> None:
         for key, codes in tensors.items()
         if ".ffn.experts." in key and key.endswith(".weight")
     }
-    found = calibrate(tmp_path / "source", TEXT, Scope.EXPERTS, "cpu")
+    found = calibrate(tmp_path / "source", TEXT, QuantizeScope.EXPERTS, "cpu")
     expected = expected_amax(tmp_path / "source", values)
     assert len(expected) > 40
     for module, amax in expected.items():
@@ -104,4 +104,4 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_text_without_tokens_is_refused(tmp_path: Path) -> None:
     write_source(tmp_path, store_mxfp4)
     with pytest.raises(ValueError, match="no tokens"):
-        calibrate(tmp_path / "source", "", Scope.EXPERTS, "cpu")
+        calibrate(tmp_path / "source", "", QuantizeScope.EXPERTS, "cpu")

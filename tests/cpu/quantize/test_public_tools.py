@@ -1,4 +1,4 @@
-"""What ``ownpath quantize`` writes, read by public tools on CPU: their own code decodes it to our values.
+"""Public tools read the output of ``ownpath quantize`` on CPU: their own code decodes it to our values.
 
 compressed-tensors reads the folder itself, shard by shard. ModelOpt, whose layout this is, writes it and reads none on
 CPU: its tensor class is given what safetensors reads. transformers has no loader for the layout; it loads what
@@ -22,13 +22,15 @@ from ownpath.model.batch import ForwardBatch
 from ownpath.numerics import decode_e2m1, dequantize, unpack_e2m1
 from ownpath.qtensor import QuantTensor
 from ownpath.quantize.run import Options, quantize_checkpoint
-from ownpath.quantize.steps import Scope
+from ownpath.quantize.steps import QuantizeScope
 
 TARGET = r"re:layers\.\d+\.ffn\.experts\.\d+\.w[123]$"
 TOKEN_IDS = torch.randint(0, 96, (160,), generator=torch.Generator().manual_seed(3)).tolist()
 
 
-def quantized(folder: Path, layout: str, experts: str, scope: Scope = Scope.EXPERTS, **changes: Any) -> Path:
+def quantized(
+    folder: Path, layout: str, experts: str, scope: QuantizeScope = QuantizeScope.EXPERTS, **changes: Any
+) -> Path:
     """A random checkpoint's result. experts: how the source stores them, ``as-made`` or ``mxfp4``."""
     random_checkpoint(folder / "source", layout, moe_intermediate_size=64, **changes)
 
@@ -58,13 +60,13 @@ def logits(folder: Path) -> torch.Tensor:
     return model.forward(ForwardBatch.of([(TOKEN_IDS, model.new_cache())], "cpu", all_logits=True))
 
 
-@pytest.mark.parametrize("scope", Scope)
-def test_modelopts_own_class_decodes_every_weight(scope: Scope, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scope", QuantizeScope)
+def test_modelopts_own_class_decodes_every_weight(scope: QuantizeScope, tmp_path: Path) -> None:
     pytest.importorskip("modelopt", reason="nvidia-modelopt is not installed")
     from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 
     found = our_values(quantized(tmp_path, "deepseek-native", "as-made", scope))
-    assert len(found) == 5 * 8 * 3 + (5 * (3 + 4) if scope is Scope.FULL else 0)
+    assert len(found) == 5 * 8 * 3 + (5 * (3 + 4) if scope is QuantizeScope.FULL else 0)
     for name, (weight, ours) in found.items():
         scales = {"scale": weight.scale, "double_scale": weight.global_scale, "block_sizes": {-1: 16}}
         theirs = NVFP4QTensor(ours.shape, torch.float32, weight.qdata).dequantize(torch.float32, **scales)

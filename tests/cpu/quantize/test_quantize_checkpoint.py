@@ -20,7 +20,7 @@ from ownpath.numerics import dequantize, nvfp4_global_scale, quantize_nvfp4
 from ownpath.qtensor import QuantTensor
 from ownpath.quantize import run as quantize_run
 from ownpath.quantize.run import Options, quantize_checkpoint
-from ownpath.quantize.steps import Scope
+from ownpath.quantize.steps import QuantizeScope
 
 SHARD_BYTES = 200_000
 
@@ -44,7 +44,7 @@ def native(tmp_path: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_cast_keeps_every_value_and_every_code(native: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    report = quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(Scope.EXPERTS, SHARD_BYTES))
+    report = quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(QuantizeScope.EXPERTS, SHARD_BYTES))
     written = read_tensors(tmp_path / "out")
     names = experts_of(native)
     assert report.num_converted == len(names) == 5 * 8 * 3
@@ -58,7 +58,7 @@ def test_a_cast_keeps_every_value_and_every_code(native: dict[str, torch.Tensor]
 
 
 def test_everything_else_is_carried_over_byte_for_byte(native: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(Scope.EXPERTS, SHARD_BYTES))
+    quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(QuantizeScope.EXPERTS, SHARD_BYTES))
     written = read_tensors(tmp_path / "out")
     others = {key for key in native if ".ffn.experts." not in key}
     assert others <= written.keys()
@@ -67,8 +67,8 @@ def test_everything_else_is_carried_over_byte_for_byte(native: dict[str, torch.T
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == tokenizer
 
 
-@pytest.mark.parametrize("scope", Scope)
-def test_the_draft_is_carried_over_and_drafts(scope: Scope, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scope", QuantizeScope)
+def test_the_draft_is_carried_over_and_drafts(scope: QuantizeScope, tmp_path: Path) -> None:
     """MTP's experts stay MXFP4 beside a backbone of NVFP4, as NVIDIA publishes it."""
     random_checkpoint(tmp_path / "source", "deepseek-native", draft="deepseek-native")
     quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(scope, SHARD_BYTES))
@@ -85,7 +85,7 @@ def test_the_draft_is_carried_over_and_drafts(scope: Scope, tmp_path: Path) -> N
 
 
 def test_the_result_loads_and_its_experts_are_lossless_casts(native: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(Scope.EXPERTS, SHARD_BYTES))
+    quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(QuantizeScope.EXPERTS, SHARD_BYTES))
     model = load_model(tmp_path / "out", EngineConfig(max_model_len=64))
     assert model.lossless_casts == tuple(f"layers.{layer}.ffn.experts" for layer in range(5))
     assert native
@@ -98,7 +98,7 @@ def test_a_block_too_far_below_the_largest_is_rounded_and_counted(tmp_path: Path
     scale[0, 0] = int(scale.max()) - 20
     tensors[f"{name}.scale"] = scale.view(torch.float8_e8m0fnu)
     rewrite(tmp_path / "source", tensors)
-    report = quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(Scope.EXPERTS, SHARD_BYTES))
+    report = quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(QuantizeScope.EXPERTS, SHARD_BYTES))
     assert report.counts.num_rounded == 1
     stored = QuantTensor(tensors[f"{name}.weight"].view(torch.uint8), scale.view(torch.float8_e8m0fnu), None, MXFP4)
     written = read_tensors(tmp_path / "out")
@@ -119,7 +119,7 @@ def rewrite(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def test_values_are_quantised_with_gate_and_up_on_one_scale(tmp_path: Path) -> None:
     tensors = write_source(tmp_path, store_bf16)
-    report = quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(Scope.EXPERTS, SHARD_BYTES))
+    report = quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(QuantizeScope.EXPERTS, SHARD_BYTES))
     assert report.counts.num_quantized == 5 * 8 * 3
     written = read_tensors(tmp_path / "out")
     gate, up = (tensors[f"layers.1.ffn.experts.3.{w}.weight"].float() for w in ("w1", "w3"))
@@ -135,7 +135,7 @@ def test_values_are_quantised_with_gate_and_up_on_one_scale(tmp_path: Path) -> N
 
 def test_full_scope_takes_attention_and_shared_experts_and_leaves_wo_a(tmp_path: Path) -> None:
     tensors = write_source(tmp_path, store_mxfp4)
-    quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(Scope.FULL, SHARD_BYTES))
+    quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(QuantizeScope.FULL, SHARD_BYTES))
     written = read_tensors(tmp_path / "out")
     for leaf in ("attn.wq_a", "attn.wkv", "attn.wq_b", "attn.wo_b", "ffn.shared_experts.w2"):
         assert written[f"layers.2.{leaf}.weight"].dtype == torch.uint8
@@ -147,7 +147,7 @@ def test_full_scope_takes_attention_and_shared_experts_and_leaves_wo_a(tmp_path:
 
 def test_config_says_what_is_quantised(tmp_path: Path) -> None:
     write_source(tmp_path, store_mxfp4)
-    quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(Scope.EXPERTS, SHARD_BYTES))
+    quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(QuantizeScope.EXPERTS, SHARD_BYTES))
     stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert stored["moe_quant_algo"] == "NVFP4"
     assert stored["quant_method"] == "modelopt", "the source named none"
@@ -162,14 +162,14 @@ def test_config_keeps_what_it_says_of_the_rest(tmp_path: Path) -> None:
     path = tmp_path / "source" / "config.json"
     release = {"quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "weight_block_size": [128, 128]}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": release, "expert_dtype": "fp4"}))
-    quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(Scope.EXPERTS, SHARD_BYTES))
+    quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(QuantizeScope.EXPERTS, SHARD_BYTES))
     fields = json.loads((tmp_path / "out" / "config.json").read_text())
     assert fields["quantization_config"].items() >= release.items()
     assert fields["expert_dtype"] == "fp4"
 
 
 class Stopped(Exception):
-    """What a run that is killed looks like from inside."""
+    """Stands for the signal that kills a run."""
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
@@ -186,16 +186,16 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
 def test_a_stopped_run_looks_unfinished_and_goes_on(tmp_path: Path) -> None:
     write_source(tmp_path, store_mxfp4)
-    quantize_checkpoint(tmp_path / "source", tmp_path / "whole", Options(Scope.EXPERTS, SHARD_BYTES))
+    quantize_checkpoint(tmp_path / "source", tmp_path / "whole", Options(QuantizeScope.EXPERTS, SHARD_BYTES))
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, 2)
         with pytest.raises(Stopped):
-            quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(Scope.EXPERTS, SHARD_BYTES))
+            quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(QuantizeScope.EXPERTS, SHARD_BYTES))
     with pytest.raises(CheckpointError, match="found neither"):
         CheckpointIndex.open(tmp_path / "out")
     first = tmp_path / "out" / ".quantizing" / "0.safetensors"
     made_at = first.stat().st_mtime_ns
-    quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(Scope.EXPERTS, SHARD_BYTES))
+    quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(QuantizeScope.EXPERTS, SHARD_BYTES))
     files = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files
     for name in files:
@@ -209,23 +209,23 @@ def test_an_unfinished_run_of_other_options_is_not_continued(tmp_path: Path) -> 
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, 1)
         with pytest.raises(Stopped):
-            quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(Scope.EXPERTS, SHARD_BYTES))
+            quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(QuantizeScope.EXPERTS, SHARD_BYTES))
     with pytest.raises(CheckpointError, match="other options"):
-        quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(Scope.FULL, SHARD_BYTES))
+        quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(QuantizeScope.FULL, SHARD_BYTES))
 
 
 def test_a_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
     write_source(tmp_path, store_mxfp4)
     before = (tmp_path / "source" / "config.json").read_bytes()
     with pytest.raises(CheckpointError, match="never overwritten"):
-        quantize_checkpoint(tmp_path / "source", tmp_path / "source", Options(Scope.EXPERTS, SHARD_BYTES))
+        quantize_checkpoint(tmp_path / "source", tmp_path / "source", Options(QuantizeScope.EXPERTS, SHARD_BYTES))
     assert (tmp_path / "source" / "config.json").read_bytes() == before
 
 
 def test_what_is_nvfp4_already_is_refused_by_name(tmp_path: Path) -> None:
     write_source(tmp_path, store_mxfp4)
     with pytest.raises(CheckpointError, match=r"layers\.0\.ffn\.experts\.0\.w1 is NVFP4 already"):
-        quantize_checkpoint(tmp_path / "made", tmp_path / "out", Options(Scope.EXPERTS, SHARD_BYTES))
+        quantize_checkpoint(tmp_path / "made", tmp_path / "out", Options(QuantizeScope.EXPERTS, SHARD_BYTES))
 
 
 def test_a_missing_scale_is_named_and_nothing_is_written(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_a_missing_scale_is_named_and_nothing_is_written(tmp_path: Path) -> None
     del tensors["layers.3.ffn.experts.5.w3.scale"]
     rewrite(tmp_path / "source", tensors)
     with pytest.raises(CheckpointError, match=r"layers\.3\.ffn\.experts\.5\.w3\.scale"):
-        quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(Scope.EXPERTS, SHARD_BYTES))
+        quantize_checkpoint(tmp_path / "source", tmp_path / "out", Options(QuantizeScope.EXPERTS, SHARD_BYTES))
     assert not (tmp_path / "out").exists()
 
 

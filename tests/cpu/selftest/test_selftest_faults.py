@@ -95,7 +95,7 @@ class Faulty:
         return self.change(self, self.inner.forward(batch), batch)
 
     def number(self, slot: int) -> int:
-        """How many sequences had begun before the one that has this slot now."""
+        """Returns the number of sequences that began before the one that has this slot now."""
         return max(n for n, known in enumerate(self.slots) if known == slot)
 
 

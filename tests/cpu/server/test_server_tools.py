@@ -38,7 +38,7 @@ def answering(text: str, **fields: Any) -> Iterator[tuple[Harness, dict[str, Any
 
 
 def prompt_of(served: Harness, **fields: Any) -> str:
-    """What the model reads."""
+    """Returns the text that the model reads."""
     answer = served.chat(**({"max_tokens": 1, "return_token_ids": True} | fields))
     return b"".join(TOKENIZER.token_bytes(i) for i in answer["prompt_token_ids"]).decode()
 

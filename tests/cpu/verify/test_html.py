@@ -29,7 +29,7 @@ FAULT = "wrong theta in a CSA layer"
 
 
 class Page(HTMLParser):
-    """What a browser would see: every element with its attributes, its text and the elements that it lies in."""
+    """The page as a browser reads it: every element with its attributes, its text and its ancestors."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

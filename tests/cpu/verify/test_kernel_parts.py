@@ -1,4 +1,4 @@
-"""What the kernels stage is made of: comparing, numbers of rows, rounding by table, angles, refusals it asks for."""
+"""Parts of the kernels stage: comparison, numbers of rows, rounding by table, angles, expected refusals."""
 
 import math
 from itertools import pairwise

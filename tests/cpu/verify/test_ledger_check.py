@@ -18,7 +18,7 @@ from ownpath.kernels.nvfp4.ref import Nvfp4LinearReference
 from ownpath.loading import plan_model
 from ownpath.plan.show import plan_dict
 from ownpath.trace import Record
-from ownpath.trace.launches import Launch
+from ownpath.trace.launches import DeviceLaunch
 from ownpath.trace.uses import Use
 from ownpath.verify.launch_check import check_launches
 from ownpath.verify.ledger_check import check_ledger
@@ -196,7 +196,7 @@ INTACT = [(LINEAR, GEMM), (PLAIN, CUBLAS), (NORM, "rms_norm_kernel"), (None, ADD
 
 def launched(*launches: tuple[str | None, str]) -> list[Finding]:
     records = [Record(slot, Use("", "", ""), "", (), (), 1) for slot in (LINEAR, PLAIN, NORM)]
-    seen = tuple(Launch(slot, kernel, 0.0, 1.0) for slot, kernel in launches)
+    seen = tuple(DeviceLaunch(slot, kernel, 0.0, 1.0) for slot, kernel in launches)
     return list(check_launches(PlanFile.of(ON_HOPPER), [PartRun("layers.0", tuple(records), seen)]))
 
 

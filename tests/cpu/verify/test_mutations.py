@@ -42,7 +42,7 @@ SAYS = {
     "a slot lost from the plan's file": "planned here, not in the file",
     "runner that refuses nothing": "integer activations: not refused",
 }
-"""What the sentence tells of the cause."""
+"""Words of the message that name the cause."""
 OF_A_LAYER = ("L01", "L02", "L04", "K01", "K02", "K03", "K07", "K10", "V01", "V02", "V03", "V05", "V08", "V09", "V10")
 """Checks that say something of each layer by its name."""
 

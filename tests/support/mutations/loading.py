@@ -19,7 +19,7 @@ def unwritten(key: str) -> Interference:
 
     def refill(weights: LoadedWeights) -> None:
         for operand in weights.operands:
-            for slot in operand.slots:
+            for slot in operand.destinations:
                 if slot.key == key:
                     target = slot.target
                     target.copy_(sentinel(tuple(target.shape), target.dtype, target.device))

@@ -50,7 +50,7 @@ class Mutation:
 
     @property
     def options(self) -> str:
-        """What the command is given to run the same."""
+        """Arguments that make the command run the same."""
         options = [] if self.layer_idx is None else [f"--layers {self.layer_idx}"]
         options += [f"--stages {','.join(self.stages)}"] if self.stages else []
         options += ["--source DIR"] if self.source else []
@@ -99,10 +99,12 @@ def on_weights(change: Callable[[LoadedWeights], object]) -> Interference:
 
 
 def on_slot(key: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Interference:
-    """What one tensor of the file became in memory: the change gets its bytes where it has no dtype to compute in."""
+    """Changes one tensor after loading; the change gets its bytes where its dtype does not support arithmetic."""
 
     def changed(weights: LoadedWeights) -> None:
-        targets = {slot.key: slot.target for operand in weights.operands for slot in operand.slots} | weights.params
+        targets = {
+            slot.key: slot.target for operand in weights.operands for slot in operand.destinations
+        } | weights.params
         if key in targets:
             target = _writable(targets[key])
             target.copy_(change(target.clone()))

@@ -1,4 +1,4 @@
-"""What runs is not what was planned, and steps of official numerics that are computed otherwise."""
+"""Mutations in which something else than the plan runs, or a step of official numerics is computed otherwise."""
 
 from typing import Any
 

@@ -33,7 +33,7 @@ def write_model(folder: Path, layout: str = "full-nvfp4", seed: int = 3, **chang
 
 
 def write_models(folder: Path) -> dict[str, Path]:
-    """What is corrupted, and "source", another export of "small"."""
+    """The folders to corrupt, and "source", another export of "small"."""
     return {
         "small": write_model(folder / "small"),
         "source": write_model(folder / "source", "bf16"),

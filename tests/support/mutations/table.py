@@ -19,7 +19,7 @@ STAGE_OF = (
     ("K", "kernels"),
     ("V", "layers"),
 )
-"""How a check's id begins -> its stage; the first that fits."""
+"""Prefix of a check's id -> its stage; the first match counts."""
 HEAD = """# What can `ownpath verify` catch, and what not?
 
 {caught} ways to corrupt a good checkpoint, a loaded model or a kernel's output. `ownpath verify` failed on each and
@@ -65,7 +65,7 @@ def _row(name: str, mutation: Mutation, outcome: Outcome) -> str:
 
 
 def told(name: str, mutation: Mutation, outcome: Outcome) -> str:
-    """What the page has no room for: what is corrupted, the options, the stages and the sentence."""
+    """Returns details that the page omits: the corruption, the options, the stages and the message."""
     assert outcome.finding is not None, f"{name} is not caught"
     stages = ", ".join(dict.fromkeys(map(stage_of, outcome.ids)))
     return f"{name} ({mutation.what}; {mutation.options or 'all stages'}), {stages}: {outcome.finding.message}"
@@ -76,14 +76,14 @@ def stage_of(id_: str) -> str:
 
 
 def rows() -> list[Row]:
-    """What the committed page says was caught, in its order."""
+    """Returns the mutations that the committed page lists as caught, in its order."""
     caught = PATH.read_text(encoding="utf-8").split("## Not caught")[0]
     found = filter(None, map(_ROW.fullmatch, caught.splitlines()))
     return [Row(row[1], tuple(re.findall(r"[A-Z]+\d+", row[2])), row[3]) for row in found]
 
 
 def unseen_names() -> list[str]:
-    """What it says was not."""
+    """Returns the mutations that it lists as not caught."""
     lines = PATH.read_text(encoding="utf-8").split("## Not caught")[1].splitlines()
     return [line[2:].split(" (")[0] for line in lines if line.startswith("- ")]
 

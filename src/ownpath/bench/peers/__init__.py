@@ -11,7 +11,7 @@ from ownpath.bench.contender import Missing
 
 
 def missing_package(module: str, package: str, device: str) -> Missing | None:
-    """Why a CUDA system cannot run here, or None if it can."""
+    """Returns the reason why a CUDA system cannot run here, or None if it can."""
     if torch.device(device).type != "cuda":
         return Missing("not applicable", "needs a CUDA device")
     if importlib.util.find_spec(module) is None:

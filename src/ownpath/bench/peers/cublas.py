@@ -1,4 +1,4 @@
-"""cuBLAS in bfloat16, through torch: what an engine gets that dequantises its weights once."""
+"""cuBLAS in bfloat16, through torch: the choice of an engine that dequantises its weights once."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -18,12 +18,12 @@ class _Cublas:
     max_rel_l2 = W4A16_MAX_REL_L2
 
     def missing(self, device: str) -> Missing | None:
-        """Part of torch."""
+        """Returns None on CUDA: cuBLAS is part of torch."""
         return missing_package("torch", "torch", device)
 
 
 class CublasNvfp4(_Cublas):
-    """The NVFP4 weight rounded to bfloat16: its global scale costs up to half a bit."""
+    """The NVFP4 weight rounded to bfloat16; multiplying by the global scale makes that inexact."""
 
     def prepare(self, operands: Nvfp4Operands, num_rows: Sequence[int]) -> LinearCall:
         values = decode_nvfp4_blocks(operands.weight, operands.weight_scale) * operands.weight_scale_2

@@ -1,4 +1,4 @@
-"""What stands around a grouped product in an engine, as fused Triton kernels: alignment, SwiGLU, weighted sum.
+"""The operations around a grouped product in an engine, as fused Triton kernels: alignment, SwiGLU, weighted sum.
 
 Alignment sorts the routed slots (token * K + k) by expert and pads each expert's list to whole blocks, so that a block
 of rows belongs to one expert. Up to 4096 slots one thread block does all of it in one launch; beyond, counting and
@@ -25,7 +25,7 @@ class Alignment:
 
     @property
     def arguments(self) -> dict[str, torch.Tensor]:
-        """As an indexed product takes them."""
+        """The arguments of an indexed product."""
         return {
             "sorted_ids": self.sorted_ids,
             "expert_ids": self.expert_ids,
@@ -34,7 +34,7 @@ class Alignment:
 
 
 def align(topk_ids: torch.Tensor, num_experts: int, block: int) -> Alignment:
-    """Shapes: topk_ids int32 [T, K]."""
+    """Sorts routed slots by expert in whole blocks. Shapes: topk_ids int32 [T, K]."""
     num_slots = topk_ids.numel()
     most_blocks = min(num_slots, min(num_slots, num_experts) + num_slots // block)
     padded_experts = triton.next_power_of_2(num_experts)
@@ -58,7 +58,7 @@ def align(topk_ids: torch.Tensor, num_experts: int, block: int) -> Alignment:
 
 
 def swiglu(gate_up: torch.Tensor, limit: float) -> torch.Tensor:
-    """silu(min(gate, limit)) * clamp(up, -limit, limit). Shapes: bfloat16 [S, 2F], gate first -> bfloat16 [S, F]."""
+    """Computes silu(min(gate, limit)) * clamp(up, -limit, limit). Shapes: bfloat16 [S, 2F], gate first -> [S, F]."""
     num_slots, width = gate_up.shape
     out = gate_up.new_empty(num_slots, width // 2)
     block = min(triton.next_power_of_2(width // 2), 1024)
@@ -67,7 +67,7 @@ def swiglu(gate_up: torch.Tensor, limit: float) -> torch.Tensor:
 
 
 def combine(y: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-    """Weighted sum over each token's slots in float32. Shapes: y bfloat16 [T*K, D], weights [T, K] -> [T, D]."""
+    """Sums each token's weighted slots in float32. Shapes: y bfloat16 [T*K, D], weights [T, K] -> [T, D]."""
     num_tokens, top_k = topk_weights.shape
     out = y.new_empty(num_tokens, y.shape[1])
     block = 512 if num_tokens <= 64 else 1024

@@ -1,7 +1,7 @@
 """Humming's W4A16 kernels (humming-kernels): dense, and an MoE made of its indexed product.
 
-Humming computes the two products of an MoE. What stands around them in an engine (alignment, clamped SwiGLU, weighted
-sum) is in ``glue``: a few fused kernels, so that the peer is not held back by them.
+Humming computes the two products of an MoE. The operations around them in an engine (alignment, clamped SwiGLU,
+weighted sum) are a few fused kernels in ``glue``, so that they do not slow the peer down.
 """
 
 import json
@@ -27,12 +27,12 @@ class _Humming:
     max_rel_l2 = W4A16_MAX_REL_L2
 
     def missing(self, device: str) -> Missing | None:
-        """Needs humming-kernels, and CUDA's headers and NVRTC to compile with."""
+        """Requires humming-kernels, and CUDA's headers and NVRTC to compile with."""
         return missing_package("humming", "humming-kernels", device)
 
 
 class HummingNvfp4(_Humming):
-    """A dense ``HummingLayer`` with the configuration its heuristics choose for each row count."""
+    """A dense ``HummingLayer``, configured by its own heuristics for each row count."""
 
     def prepare(self, operands: Nvfp4Operands, num_rows: Sequence[int]) -> LinearCall:
         layer = _layer(operands.weight, operands.weight_scale, operands.weight_scale_2.reshape(1), None)
@@ -72,7 +72,7 @@ class _Moe:
         tunings = self.gate_up_tunings[num_slots], self.down_tunings[num_slots]
         blocks = [int(tuning["block_shape"][0]) for tuning in tunings]
         first = align(topk_ids, self.num_experts, blocks[0])
-        # The heuristics may choose another block for the second product: then it needs an alignment of its own.
+        # The heuristics may choose another block for the second product, which then needs its own alignment.
         second = first if blocks[1] == blocks[0] else align(topk_ids, self.num_experts, blocks[1])
         routed = {"compute_config": _INDEXED, "valid_shape_m": num_slots}
         gate_up = self.gate_up(x, **first.arguments, top_k=top_k, tuning_config=tunings[0], **routed)
@@ -82,7 +82,7 @@ class _Moe:
 
 
 def _layer(weight: torch.Tensor, scale: torch.Tensor, scale_2: torch.Tensor, num_experts: int | None) -> Any:
-    """A transformed HummingLayer holding a repacked copy."""
+    """Returns a transformed HummingLayer with a repacked copy."""
     from humming.layer import HummingLayer
 
     with torch.device(weight.device):  # its constructor would allocate on the CPU
@@ -99,7 +99,7 @@ def _layer(weight: torch.Tensor, scale: torch.Tensor, scale_2: torch.Tensor, num
 
 
 def _compile(layer: Any, counts: Sequence[int], gemm_type: str, compute_config: str | None) -> Mapping[int, Tuning]:
-    """Humming's own choice for each row count, all compiled at once on all cores."""
+    """Compiles Humming's choice for each row count, in parallel on all cores."""
     from humming.kernel.humming import HummingKernel
     from humming.tune import get_heuristics_config
 

@@ -17,7 +17,7 @@ class QuackNvfp4:
     max_rel_l2 = W4A16_MAX_REL_L2
 
     def missing(self, device: str) -> Missing | None:
-        """Needs quack-kernels and, below it, the CuTe DSL."""
+        """Requires quack-kernels and the CuTe DSL below it."""
         return missing_package("quack", "quack-kernels", device) or missing_package(
             "cutlass", "nvidia-cutlass-dsl", device
         )

@@ -18,7 +18,7 @@ from ownpath.bench.operands import Fp8Operands, random_activations, random_fp8
 from ownpath.bench.rotation import num_calls
 from ownpath.bench.shapes import LINEAR_SHAPES, LinearShape
 from ownpath.bench.timing import CudaGraph
-from ownpath.bench.tune import CandidateFailed, Config
+from ownpath.bench.tune import Candidate, CandidateFailed
 from ownpath.kernels.dsl.cache import CompileError
 from ownpath.kernels.dsl.driver import CudaError
 from ownpath.kernels.fp8.choose import CLUSTERS, TABLE, W8A8_SHAPES, WGMMA_FROM, knobs_config, w8a16_shape
@@ -28,34 +28,34 @@ from ownpath.kernels.fp8.layout import PackedFp8, pack_fp8
 from ownpath.kernels.fp8.ref import quantize_rows
 
 MAX_REL_L2 = 3e-3
-"""Of the product of what the kernel multiplies: for W8A8 the activations after rounding to E4M3. The rounding to BF16
-leaves at most 1.7e-3."""
+"""Largest relative L2 error, against the product of the kernel's inputs: for W8A8 the activations rounded to E4M3.
+Rounding the output to BF16 gives at most 1.7e-3."""
 FEW = (8, 16, 32, 64)
 """Token counts of W8A16: an entry holds down to the one before."""
 MANY = (256, 512, 1024, 2048)
 """Token counts of W8A8."""
 SMS = 132
 FITTING = CLUSTERS | {6: 20}
-"""Clusters of each size that run at once with one CTA per SM. 15 of 8 and 30 of 4 on 132 SMs mean seven GPCs of 16 or
-18 SMs and one of 8 or 10, which hold 20 of 6 (but only 15 of 7)."""
+"""Cluster size -> clusters that run at once with one CTA per SM. 15 of 8 and 30 of 4 on 132 SMs mean seven GPCs of 16
+or 18 SMs and one of 8 or 10, which hold 20 of 6 (but only 15 of 7)."""
 
-Tile = tuple[int, int, int, bool]
+CandidateTile = tuple[int, int, int, bool]
 """num_m64, consumers, per_sm, wgmma."""
 
-SMALL: tuple[Tile, ...] = ((2, 2, 2, False), (2, 1, 3, False), (1, 1, 4, False), (2, 1, 2, False))
-TILES: dict[int, tuple[Tile, ...]] = {
+SMALL: tuple[CandidateTile, ...] = ((2, 2, 2, False), (2, 1, 3, False), (1, 1, 4, False), (2, 1, 2, False))
+TILES: dict[int, tuple[CandidateTile, ...]] = {
     8: (*SMALL, (1, 1, 3, False), (4, 4, 1, False)),
     16: (*SMALL, (2, 2, 2, True), (4, 4, 1, False)),
     32: ((2, 2, 2, True), (2, 1, 2, True), (1, 1, 4, True), (2, 2, 2, False), (1, 1, 3, False), (4, 4, 1, True)),
     64: ((2, 2, 2, True), (2, 1, 2, True), (1, 1, 2, True), (1, 1, 3, True), (4, 2, 1, True), (4, 4, 1, True)),
 }
-"""What is tried for each number of tokens, beside the rule's choice. Four CTAs per SM spill at 32 tokens by ``mma``."""
+"""Tokens -> tiles to try, beside the rule's choice. Four CTAs per SM spill registers at 32 tokens with ``mma``."""
 UNEVEN = (6,)
-"""Clusters that are tried for the largest tiles only, where 4 leave half of the SMs idle and 8 do not fit."""
+"""Cluster sizes to try for the largest tiles only, where 4 leave half of the SMs idle and 8 do not fit."""
 
 
-def few(shape: LinearShape, tokens: int) -> list[Config]:
-    """W8A16 candidates: the rule's choice, then tiles in as many CTAs as fill most of the device, up to twice."""
+def few(shape: LinearShape, tokens: int) -> list[Candidate]:
+    """Returns W8A16 candidates: the rule's choice, then tiles whose CTAs fill most of the device, up to twice."""
     blocks, k_blocks = shape.out_features // 64, shape.in_features // 128
     rule = w8a16_shape(tokens, (blocks, k_blocks, True, False), SMS, tokens >= WGMMA_FROM)
     found = [_tile((rule.num_m64, rule.consumers, rule.per_sm, rule.wgmma), tokens, rule.cluster_k)]
@@ -71,15 +71,15 @@ def few(shape: LinearShape, tokens: int) -> list[Config]:
     return [knobs for idx, knobs in enumerate(found) if knobs not in found[:idx]]
 
 
-def _tile(tile: Tile, num_n: int, cluster_k: int) -> Config:
+def _tile(tile: CandidateTile, num_n: int, cluster_k: int) -> Candidate:
     num_m64, consumers, per_sm, wgmma = tile
     named = {"num_m64": num_m64, "num_n": num_n, "cluster_k": cluster_k, "per_sm": per_sm, "consumers": consumers}
     return named | {"wgmma": wgmma}
 
 
-def many() -> list[Config]:
-    """W8A8 candidates: every tile, alone and by pairs of CTAs that share activations, with all stages and one less."""
-    found: list[Config] = []
+def many() -> list[Candidate]:
+    """Returns W8A8 candidates: every tile, with and without pairs of CTAs, with all stages and with one fewer."""
+    found: list[Candidate] = []
     for warpgroups, num_m64 in W8A8_SHAPES:
         stages = w8a8_stages(warpgroups * num_m64)
         for cluster_n, num_stages in ((1, stages), (2, stages), (1, stages - 1)):
@@ -89,9 +89,9 @@ def many() -> list[Config]:
 
 
 class Fp8Family:
-    """The family that ``--tune fp8`` asks for."""
+    """The family of ``--tune fp8``."""
 
-    candidates: Mapping[str, Sequence[Config]]
+    candidates: Mapping[str, Sequence[Candidate]]
     table: Path = TABLE
 
     def __init__(self, device: str) -> None:
@@ -108,8 +108,8 @@ class Fp8Family:
         self._operands = lru_cache(maxsize=1)(self._make_operands)
         self._reference = lru_cache(maxsize=1)(self._make_reference)
 
-    def run(self, case: str, config: Config) -> float:
-        """Median microseconds of a call, W8A8's with its quantiser; the answer is compared with float64 first."""
+    def run(self, case: str, config: Candidate) -> float:
+        """Returns the median microseconds of a call, for W8A8 with its quantiser, after a comparison with float64."""
         tokens, rows, cols = (int(part.split("=")[1]) for part in case.split(","))
         shape = self._shapes[rows, cols]
         _, packed = self._operands(shape)
@@ -132,7 +132,7 @@ class Fp8Family:
         return random_activations(tokens, cols, self._settings.generator(tokens))
 
     def _make_operands(self, shape: LinearShape) -> tuple[Fp8Operands, list[PackedFp8]]:
-        """One stored operand for the reference, and packed ones in rotation so that L2 is cold."""
+        """Makes one stored operand for the reference, and packed ones in rotation so that L2 is cold."""
         stored = [random_fp8(shape, self._settings.generator(idx)) for idx in range(num_calls(shape.num_params))]
         return stored[0], [pack_fp8([one.weight], [one.scale]) for one in stored]
 
@@ -145,7 +145,7 @@ class Fp8Family:
 
 
 def _call(kernel: W8A16Config | W8A8Config, x: Tensor, out: Tensor, workspace: Tensor, weight: PackedFp8) -> None:
-    """What a runner launches for ``kernel``. workspace: for W8A8, one for all calls as in a model."""
+    """Launches ``kernel`` as a runner does. workspace: for W8A8, one for all calls as in a model."""
     if isinstance(kernel, W8A16Config):
         w8a16_launch(kernel, x, weight, out)
     else:
@@ -154,7 +154,7 @@ def _call(kernel: W8A16Config | W8A8Config, x: Tensor, out: Tensor, workspace: T
 
 
 def family(device: str) -> Fp8Family:
-    """The FP8 products' tuner. Errors: ValueError off CUDA."""
+    """Returns the FP8 products' tuner. Errors: ValueError off CUDA."""
     if not device.startswith("cuda"):
         raise ValueError(f"--tune fp8 measures on a CUDA device, not on {device}")
     return Fp8Family(device)

@@ -18,12 +18,12 @@ from ownpath.bench.operands import Nvfp4Operands, random_activations, random_nvf
 from ownpath.bench.rotation import num_calls
 from ownpath.bench.shapes import LINEAR_SHAPES, LinearShape
 from ownpath.bench.timing import CudaGraph
-from ownpath.bench.tune import CandidateFailed, Config
+from ownpath.bench.tune import Candidate, CandidateFailed
 from ownpath.formats import NVFP4
-from ownpath.kernels.calls import Calls
 from ownpath.kernels.contract import StoredLinear
 from ownpath.kernels.dsl.cache import CompileError
 from ownpath.kernels.dsl.driver import CudaError
+from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.nvfp4.choose import TUNED, LinearChoice, linear_choice, linear_config
 from ownpath.kernels.nvfp4.config import BLOCK_K
 from ownpath.kernels.nvfp4.linear import LinearOperand, Nvfp4LinearKernel
@@ -88,9 +88,9 @@ LISTS = {8: _few(8), 16: _few(16), 64: WIDE, 256: MIDDLE, 2048: LONG}
 
 
 class LinearFamily:
-    """The family that ``--tune linear`` asks for."""
+    """The family of ``--tune linear``."""
 
-    candidates: Mapping[str, Sequence[Config]]
+    candidates: Mapping[str, Sequence[Candidate]]
     table: Path = TUNED / "linear.json"
 
     def __init__(self, device: str) -> None:
@@ -107,7 +107,7 @@ class LinearFamily:
         self._operands = lru_cache(maxsize=1)(self._make_operands)
 
     def _make_operands(self, shape: LinearShape) -> tuple[Nvfp4Operands, list[LinearOperand]]:
-        """One stored operand for the reference, and packed ones in rotation so that L2 is cold."""
+        """Makes one stored operand for the reference, and packed ones in rotation so that L2 is cold."""
         kernel, packed = Nvfp4LinearKernel(is_batch_invariant=False), []
         first = random_nvfp4(shape, self._settings.generator())
         for idx in range(num_calls(shape.num_params * 0.5625, least=2)):
@@ -116,14 +116,14 @@ class LinearFamily:
             packed.append(kernel.prepare(StoredLinear((shard,))))
         return first, packed
 
-    def run(self, case: str, config: Config) -> float:
-        """Median microseconds of a call; the answer is compared with the torch reference first."""
+    def run(self, case: str, config: Candidate) -> float:
+        """Returns the median microseconds of a call, after a comparison with the torch reference."""
         tokens, rows, cols = (int(part.split("=")[1]) for part in case.split(","))
         stored, packed = self._operands(self._shapes[rows, cols])
         kernel = Nvfp4LinearKernel(is_batch_invariant=False, choose=partial(_chosen, config))
         x = random_activations(tokens, cols, self._settings.generator(tokens))
         try:
-            operands = [replace(operand, calls=Calls()) for operand in packed]
+            operands = [replace(operand, launches=LaunchCache()) for operand in packed]
             y = kernel.run(x, operands[0])
         except (CompileError, CudaError, ValueError) as failure:
             raise CandidateFailed(str(failure).splitlines()[0]) from failure
@@ -136,8 +136,8 @@ class LinearFamily:
         )
 
 
-def fits(config: Config, shape: LinearShape) -> bool:
-    """Whether a candidate's tile divides the matrix and its stages leave at least two."""
+def fits(config: Candidate, shape: LinearShape) -> bool:
+    """Returns True if a candidate's tile divides the matrix and at least two of its stages fit."""
     gemm = linear_config(config)
     tiles, rest = divmod(shape.out_features, 64 * gemm.m64_per_tile)
     columns = gemm.stage_k * gemm.warpgroups_k * gemm.cluster_k
@@ -145,12 +145,12 @@ def fits(config: Config, shape: LinearShape) -> bool:
     return rest == 0 and tiles % gemm.cluster_m == 0 and wide_enough and gemm.num_stages >= 2
 
 
-def _chosen(config: Config, num_tokens: int, num_rows: int, num_cols: int, invariant: bool) -> LinearChoice:
+def _chosen(config: Candidate, num_tokens: int, num_rows: int, num_cols: int, invariant: bool) -> LinearChoice:
     return linear_choice(linear_config(config), num_tokens, num_rows)
 
 
 def family(device: str) -> LinearFamily:
-    """The dense products' tuner. Errors: ValueError off CUDA."""
+    """Returns the dense products' tuner. Errors: ValueError off CUDA."""
     if not device.startswith("cuda"):
         raise ValueError(f"--tune linear measures on a CUDA device, not on {device}")
     return LinearFamily(device)

@@ -22,12 +22,12 @@ from ownpath.bench.operands import MoeOperands, random_activations, random_moe
 from ownpath.bench.routing import uniform_routing
 from ownpath.bench.shapes import MoeShape, moe_shape
 from ownpath.bench.timing import CudaGraph
-from ownpath.bench.tune import CandidateFailed, Config
+from ownpath.bench.tune import Candidate, CandidateFailed
 from ownpath.formats import NVFP4
-from ownpath.kernels.calls import Calls
 from ownpath.kernels.contract import Routing, StoredExperts
 from ownpath.kernels.dsl.cache import CompileError
 from ownpath.kernels.dsl.driver import CudaError
+from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.nvfp4.choose import TUNED, WIDE_PAIRS, MoeChoice, moe_choice
 from ownpath.kernels.nvfp4.moe import MoeOperand, Nvfp4MoeKernel
 from ownpath.qtensor import QuantTensor
@@ -104,8 +104,8 @@ MANY = (
 
 
 def cases(shape: MoeShape) -> dict[str, int]:
-    """Case -> number of tokens. An entry holds up to 17% more pairs per expert than it was measured with, so that few
-    experts exceed the tile; where a tile holds all rows anyway, halfway to the next one."""
+    """Returns case -> number of tokens. An entry holds up to 17% more pairs per expert than it was measured with, so
+    that few experts exceed the tile; where a tile holds all rows anyway, up to halfway to the next entry."""
     densities = [num_tokens * shape.top_k / shape.num_experts for num_tokens in TOKENS]
     limits = [
         1.17 * density if density >= 4 else math.sqrt(density * following)
@@ -116,15 +116,15 @@ def cases(shape: MoeShape) -> dict[str, int]:
 
 
 def candidates(pairs_per_expert: float) -> tuple[dict[str, int], ...]:
-    """What is worth trying with so many rows per expert."""
+    """Returns the candidates for this number of rows per expert."""
     lists = ((FEW, 0, 2.2), (SOME, 2.2, 40), (MIDDLE, 20, 80), (MANY, 60, math.inf))
     return tuple(one for tried, least, most in lists if least <= pairs_per_expert < most for one in tried)
 
 
 class MoeFamily:
-    """The family that ``--tune moe`` asks for."""
+    """The family of ``--tune moe``."""
 
-    candidates: Mapping[str, Sequence[Config]]
+    candidates: Mapping[str, Sequence[Candidate]]
     table: Path = TUNED / "moe.json"
 
     def __init__(self, device: str) -> None:
@@ -140,7 +140,7 @@ class MoeFamily:
         self._reference = lru_cache(maxsize=1)(self._make_reference)
 
     def _make_operands(self, shape: MoeShape) -> tuple[MoeOperands, MoeOperand]:
-        """Stored experts for the reference, and packed ones."""
+        """Makes stored experts for the reference, and packed ones."""
         stored = random_moe(shape, self._settings.generator())
         own = stored.clone()
         gate_up_scale = own.w13_scale_2 if own.w13_scale_2.ndim == 2 else own.w13_scale_2[:, None].expand(-1, 2)
@@ -149,10 +149,10 @@ class MoeFamily:
         kernel = Nvfp4MoeKernel(is_batch_invariant=False)
         return stored, kernel.prepare(StoredExperts(gate_up, down, SWIGLU_LIMIT))
 
-    def run(self, case: str, config: Config) -> float:
-        """Median microseconds of a call; the answer is compared with the torch reference first."""
+    def run(self, case: str, config: Candidate) -> float:
+        """Returns the median microseconds of a call, after a comparison with the torch reference."""
         shape, num_tokens = self._problems[case]
-        packed = replace(self._operands(shape)[1], calls=Calls())
+        packed = replace(self._operands(shape)[1], launches=LaunchCache())
         kernel = Nvfp4MoeKernel(is_batch_invariant=False, choose=partial(_chosen, config))
         inputs = [self._input(shape, num_tokens, idx) for idx in range(6 if num_tokens <= 64 else 2)]
         calls = [partial(kernel.run, x, Routing(ids, weights), packed) for x, ids, weights in inputs]
@@ -176,12 +176,12 @@ class MoeFamily:
         return x, routing.topk_ids, routing.topk_weights
 
 
-def _chosen(config: Config, pairs: int, num_experts: int, hidden: int, inter: int, invariant: bool) -> MoeChoice:
+def _chosen(config: Candidate, pairs: int, num_experts: int, hidden: int, inter: int, invariant: bool) -> MoeChoice:
     return moe_choice(config, hidden, inter, wide=invariant or pairs <= WIDE_PAIRS)
 
 
 def family(device: str) -> MoeFamily:
-    """The experts' tuner. Errors: ValueError off CUDA."""
+    """Returns the experts' tuner. Errors: ValueError off CUDA."""
     if not device.startswith("cuda"):
         raise ValueError(f"--tune moe measures on a CUDA device, not on {device}")
     return MoeFamily(device)

@@ -14,9 +14,11 @@ from ownpath.numerics import wide_dtype
 def attend(
     q_tNH: torch.Tensor, keys_KH: torch.Tensor, visible_tK: torch.Tensor, sink_N: torch.Tensor, softmax_scale: float
 ) -> torch.Tensor:
-    """Softmax in at least float32 over visible keys and the sink; weights rounded to the values' dtype: [t, N, H].
+    """Computes attention [t, N, H]: softmax in at least float32 over visible keys and the sink.
 
-    The sink takes part in the softmax's sum and adds nothing to the output.
+    Attention weights are rounded to the values' dtype.
+
+    The sink is part of the softmax's sum and adds nothing to the output.
     """
     wide = wide_dtype(q_tNH.dtype)
     scores_tNK = (q_tNH @ keys_KH.T).to(wide) * softmax_scale
@@ -38,16 +40,16 @@ class AttentionReference(Reference):
     """``attend`` as a kernel. The operand is the weights."""
 
     def prepare(self, weights: AttentionWeights) -> AttentionWeights:
-        """The weights as they are."""
+        """Returns the weights unchanged."""
         return weights
 
     def variant(self, q_tNH: torch.Tensor, operand: AttentionWeights) -> None:
-        """There is one form."""
+        """Returns ``None``: the kernel has no variants."""
 
     def run(
         self, q_tNH: torch.Tensor, keys_KH: torch.Tensor, visible_tK: torch.Tensor, operand: AttentionWeights
     ) -> torch.Tensor:
-        """[t, N, H]."""
+        """Computes [t, N, H]."""
         return attend(q_tNH, keys_KH, visible_tK, operand.sink_N, operand.softmax_scale)
 
 

@@ -1,4 +1,4 @@
-"""Torch reference of what keys and index vectors are rounded to, as DeepSeek's published inference code does.
+"""Torch reference of the rounding of keys and index vectors in DeepSeek's published inference code.
 
 Shape suffixes: T tokens, H head dim.
 """
@@ -13,7 +13,7 @@ INDEX_BLOCK = 32
 
 
 def fp8_keys(kv_TH: torch.Tensor, num_rotary: int) -> torch.Tensor:
-    """Keys as the FP8 cache would hold them: all but the last ``num_rotary`` channels in E4M3, blocks of 64.
+    """Rounds keys to the FP8 cache's format: E4M3 in blocks of 64, except the last ``num_rotary`` channels.
 
     Shapes: kv [T, H] -> the same, in its dtype.
     """
@@ -23,7 +23,7 @@ def fp8_keys(kv_TH: torch.Tensor, num_rotary: int) -> torch.Tensor:
 
 
 def fp4_index(x: torch.Tensor) -> torch.Tensor:
-    """Index queries or keys, rotated by Hadamard's matrix and in E2M1 with a power-of-two scale per 32 channels.
+    """Multiplies index queries or keys by the Hadamard matrix and rounds to E2M1, a power-of-two scale per 32 channels.
 
     Shapes: x [..., H], H a power of two -> the same, in its dtype.
     """
@@ -34,14 +34,14 @@ class KeyQuantizerReference(Reference):
     """``fp8_keys`` as a kernel. The operand is the number of rotary channels."""
 
     def prepare(self, num_rotary: int) -> int:
-        """The number of rotary channels."""
+        """Returns the number of rotary channels."""
         return num_rotary
 
     def variant(self, kv_TH: torch.Tensor, operand: int) -> None:
-        """There is one form."""
+        """Returns ``None``: the kernel has no variants."""
 
     def run(self, kv_TH: torch.Tensor, operand: int) -> torch.Tensor:
-        """Keys, rounded and read back."""
+        """Rounds keys and reads them back."""
         return fp8_keys(kv_TH, operand)
 
 
@@ -49,13 +49,13 @@ class IndexQuantizerReference(Reference):
     """``fp4_index`` as a kernel. There is no operand."""
 
     def prepare(self, weights: None = None) -> None:
-        """Nothing is kept."""
+        """Returns ``None``: there is no operand."""
 
     def variant(self, x: torch.Tensor, operand: None) -> None:
-        """There is one form."""
+        """Returns ``None``: the kernel has no variants."""
 
     def run(self, x: torch.Tensor, operand: None = None) -> torch.Tensor:
-        """Index queries or keys, rotated, rounded and read back."""
+        """Transforms and rounds index queries or keys and reads them back."""
         return fp4_index(x)
 
 

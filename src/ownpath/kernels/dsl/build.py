@@ -1,6 +1,6 @@
-"""Compiles kernels into the cache: ``python -m ownpath.kernels.dsl.build``, asked on stdin by a line of JSON for each.
+"""Compiles kernels into the cache: ``python -m ownpath.kernels.dsl.build`` reads one line of JSON for each from stdin.
 
-A process of its own, because the DSL reads its target from the environment when it is imported.
+It is a separate process, because the DSL reads its target from the environment when it is imported.
 """
 
 import json
@@ -19,7 +19,7 @@ CONFIGS = {cls.__name__: cls for cls in (GemmConfig, AlignConfig, PermuteConfig,
 
 
 def compiled(config: Config) -> tuple[Any, int, int]:
-    """The DSL's compiled function, threads per CTA, CTAs per cluster."""
+    """Returns the DSL's compiled function, threads per CTA and CTAs per cluster."""
     if isinstance(config, FP8):
         return compiled_fp8(config), config.num_threads, config.cluster
     from ownpath.kernels.nvfp4 import gemm_sm90, moe_sm90
@@ -35,7 +35,7 @@ def compiled(config: Config) -> tuple[Any, int, int]:
 
 
 def compiled_fp8(config: W8A16Config | W8A8Config | QuantizeConfig) -> Any:
-    """The DSL's compiled function of an FP8 kernel."""
+    """Returns the DSL's compiled function of an FP8 kernel."""
     from ownpath.kernels.fp8 import quantize_sm90, w8a8_sm90, w8a16_sm90
 
     if isinstance(config, W8A16Config):
@@ -54,7 +54,7 @@ def build(config: Config) -> None:
 
 
 def main() -> None:
-    """Compiles what stdin asks for, line by line, and prints each name when it is done."""
+    """Compiles the kernel of each line of stdin and prints its name when it is done."""
     with tempfile.TemporaryDirectory() as scratch:
         settings = {"ARCH": ARCH, "KEEP_PTX": "1", "KEEP_CUBIN": "1", "DUMP_DIR": scratch}
         os.environ.update({f"CUTE_DSL_{key}": value for key, value in settings.items()})

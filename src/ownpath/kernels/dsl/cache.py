@@ -1,8 +1,8 @@
-"""Compiled kernels on disk: what is compiled once is loaded ever after, by machines without a compiler too.
+"""The cache of compiled kernels on disk, which machines without a compiler can load too.
 
-A kernel is named by its configuration; its key is a hash of the kernels' sources, the architecture and the compiler's
-version, so that a change of any of them compiles anew. Files: ``NAME-KEY.cubin`` and ``NAME-KEY.json``, the latter
-written last and atomically: a cubin without it does not count.
+A kernel is named by its configuration; its key is a hash of its sources, the architecture and the compiler's version,
+so that a change of any of them recompiles it. Files: ``NAME-KEY.cubin`` and ``NAME-KEY.json``, the latter written last
+and atomically: a cubin without it is ignored.
 """
 
 import hashlib
@@ -28,11 +28,11 @@ SOURCES = Path(__file__).parents[1]
 
 
 class CompileError(RuntimeError):
-    """A kernel that is not in the cache and could not be compiled here."""
+    """Raised for a kernel that is not in the cache and cannot be compiled here."""
 
 
 def cache_dir() -> Path:
-    """``$OWNPATH_KERNEL_CACHE``, or ``ownpath/kernels`` in the user's cache folder."""
+    """Returns ``$OWNPATH_KERNEL_CACHE``, or ``ownpath/kernels`` in the user's cache folder."""
     chosen = os.environ.get("OWNPATH_KERNEL_CACHE")
     if chosen:
         return Path(chosen)
@@ -41,7 +41,7 @@ def cache_dir() -> Path:
 
 @lru_cache(maxsize=64)
 def source_key(sources: tuple[str, ...]) -> str:
-    """Hash of the modules (paths in ``kernels``) that a kernel is compiled from."""
+    """Hashes the modules (paths in ``kernels``) that a kernel is compiled from."""
     digest = hashlib.sha256(f"{ARCH} {COMPILER}".encode())
     for name in sources:
         digest.update((SOURCES / name).read_bytes())
@@ -49,17 +49,17 @@ def source_key(sources: tuple[str, ...]) -> str:
 
 
 def stem(config: Config) -> Path:
-    """Path of a kernel's files without their suffix."""
+    """Returns the path of a kernel's files without their suffix."""
     return cache_dir() / f"{config.name}-{source_key(config.sources)}"
 
 
 def is_cached(config: Config) -> bool:
-    """Whether all of a kernel lies in the cache."""
+    """Returns True if a kernel's files are in the cache."""
     return stem(config).with_suffix(".json").exists()
 
 
 def store(config: Config, code: bytes, facts: dict[str, str | int | bool]) -> None:
-    """Writes a kernel so that a reader sees all of it or nothing."""
+    """Writes a kernel atomically: a reader sees all of it or nothing."""
     target = stem(config)
     target.parent.mkdir(parents=True, exist_ok=True)
     for suffix, data in ((".cubin", code), (".json", json.dumps(facts).encode())):
@@ -69,9 +69,9 @@ def store(config: Config, code: bytes, facts: dict[str, str | int | bool]) -> No
 
 
 def compile_missing(configs: Iterable[Config], progress: Callable[[int, int, str], None] | None = None) -> int:
-    """Compiles what the cache lacks, one process per core, and returns how many that were.
+    """Compiles the kernels that the cache lacks, one process per core, and returns their number.
 
-    progress: called with (done, total, name) after each kernel. Errors: CompileError with the compiler's words.
+    progress: called with (done, total, name) after each kernel. Errors: CompileError with the compiler's message.
     """
     missing = {config.name: config for config in configs if not is_cached(config)}
     if not missing:
@@ -86,7 +86,7 @@ def compile_missing(configs: Iterable[Config], progress: Callable[[int, int, str
                 progress(len(finished), len(missing), name)
 
     with ThreadPoolExecutor(workers) as pool:
-        # Every other process goes on before the first failure is raised: what compiles stays compiled.
+        # All processes finish before the first failure is raised, so that the cache keeps every kernel that compiles.
         for failure in list(pool.map(lambda _: _compile(queue, count), range(workers))):
             if failure:
                 raise CompileError(failure)
@@ -94,11 +94,11 @@ def compile_missing(configs: Iterable[Config], progress: Callable[[int, int, str
 
 
 def _compile(queue: deque[Config], count: Callable[[str], None]) -> str:
-    """Compiles kernels off the queue, one after the other, in a process of their own; returns what went wrong."""
+    """Compiles the queue's kernels one after the other in a new process; returns the failures."""
     with tempfile.TemporaryFile("w+") as errors:
         command = [sys.executable, "-m", "ownpath.kernels.dsl.build"]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
-        with suppress(BrokenPipeError), process:  # what a process that has ended did not read
+        with suppress(BrokenPipeError), process:  # input that an ended process did not read
             failed = _feed(process, queue, count)
         if not failed:
             return ""
@@ -111,14 +111,14 @@ def _compile(queue: deque[Config], count: Callable[[str], None]) -> str:
 
 
 def _feed(process: subprocess.Popen[str], queue: deque[Config], count: Callable[[str], None]) -> str:
-    """Asks a process for one kernel at a time until the queue is empty; returns the name of one that it failed at."""
+    """Sends a process one kernel at a time until the queue is empty; returns the name of the one that failed."""
     requests, answers = process.stdin, process.stdout
     assert requests
     assert answers
     with suppress(IndexError):
         while True:
             config = queue.popleft()
-            with suppress(BrokenPipeError):  # a process that has ended, and answers nothing
+            with suppress(BrokenPipeError):  # an ended process, which prints nothing
                 requests.write(json.dumps([type(config).__name__, vars(config)]) + "\n")
                 requests.flush()
                 if not queue:
@@ -131,7 +131,7 @@ def _feed(process: subprocess.Popen[str], queue: deque[Config], count: Callable[
 
 @lru_cache(maxsize=512)
 def load(config: Config, device_index: int) -> Function:
-    """The kernel on a device, compiled if the cache lacks it. Errors: CompileError, CudaError."""
+    """Loads a kernel onto a device and compiles it if the cache lacks it. Errors: CompileError, CudaError."""
     compile_missing([config])
     facts = json.loads(stem(config).with_suffix(".json").read_text())
     code = stem(config).with_suffix(".cubin").read_bytes()

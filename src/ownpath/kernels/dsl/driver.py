@@ -1,10 +1,11 @@
 """Launches compiled kernels through the CUDA driver, so that a machine with a warm cache needs no kernel compiler.
 
-Everything here is ``libcuda``'s C interface through ctypes: module load, tensor maps, launches with the two attributes
-the kernels use (clusters, programmatic dependent launch).
+It calls ``libcuda``'s C interface through ctypes: module load, tensor maps, launches with the two attributes that the
+kernels use (clusters, programmatic dependent launch).
 
-A ``Launch`` is made once: grid, arguments and their addresses are in place, and a call changes only what differs and
-starts it, with one driver call. The driver copies arguments when it is called. One thread at a time uses a launch.
+A ``Launch`` is prepared once, with grid, arguments and their addresses in place. A call changes only the addresses that
+differ and starts it, with one driver call. The driver copies arguments when it is called. Only one thread at a time may
+use a launch.
 """
 
 import ctypes
@@ -21,15 +22,15 @@ BFLOAT16 = 9
 SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 PROMOTE_L2_256B = 3
 Argument = ctypes.c_void_p | ctypes.c_int | ctypes.c_longlong | ctypes.c_float | ctypes.Structure
-"""What a kernel takes: its ctypes value."""
+"""A kernel argument as a ctypes value."""
 
 
 class CudaError(RuntimeError):
-    """A driver call that failed, with its name and code."""
+    """Raised when a driver call fails, with its name and code."""
 
 
 class TensorMap(ctypes.Structure):
-    """128 opaque bytes that describe a tensor to the copy engine; aligned to 64 when passed as an argument."""
+    """A tensor map: 128 opaque bytes that describe a tensor to the copy engine; aligned to 64 when passed."""
 
     _fields_ = (("opaque", ctypes.c_uint64 * 16),)
 
@@ -42,7 +43,7 @@ class _Attribute(ctypes.Structure):
     _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", _AttributeValue))
 
 
-class _Config(ctypes.Structure):
+class _LaunchConfig(ctypes.Structure):
     _fields_ = (
         ("grid", ctypes.c_uint * 3),
         ("block", ctypes.c_uint * 3),
@@ -95,7 +96,7 @@ class Function:
 
 
 def load_function(binary: Binary) -> Function:
-    """Puts machine code on the current device. Errors: CudaError."""
+    """Loads machine code onto the current device. Errors: CudaError."""
     cuda, module, function = _cuda(), ctypes.c_void_p(), ctypes.c_void_p()
     torch.cuda.current_stream()
     _check("cuModuleLoadData", cuda.cuModuleLoadData(byref(module), binary.code))
@@ -106,25 +107,25 @@ def load_function(binary: Binary) -> Function:
 
 
 class Pointers:
-    """Addresses that change from call to call, in one piece of memory; one or several launches read them.
+    """Addresses that change from call to call, in one buffer that one or several launches read.
 
-    slots: the arguments to give to launches, in the order of ``set``.
+    arguments: the launches' arguments, in the order of ``set``.
     """
 
     def __init__(self, count: int) -> None:
         self._memory = (ctypes.c_uint64 * count)()
-        self.slots = tuple(ctypes.c_void_p.from_buffer(self._memory, 8 * idx) for idx in range(count))
+        self.arguments = tuple(ctypes.c_void_p.from_buffer(self._memory, 8 * idx) for idx in range(count))
         self._pack_into = Struct(f"{count}Q").pack_into
 
     def set(self, *addresses: int) -> None:
-        """All of them at once."""
+        """Sets all addresses."""
         self._pack_into(self._memory, 0, *addresses)
 
 
 class Launch:
-    """One launch of a kernel with everything in place.
+    """A prepared launch of a kernel.
 
-    args: ctypes values in the order of the kernel's parameters; what changes from call to call stands in ``Pointers``.
+    args: ctypes values in the order of the kernel's parameters; addresses that change between calls are ``Pointers``.
     """
 
     def __init__(self, function: Function, grid: tuple[int, int, int], args: Sequence[Argument]) -> None:
@@ -138,7 +139,7 @@ class Launch:
             self._attributes[used].id = CLUSTER_DIMENSION
             self._attributes[used].value.cluster = (function.cluster, 1, 1)
             used += 1
-        self._config = _Config(
+        self._config = _LaunchConfig(
             grid=grid,
             block=(function.num_threads, 1, 1),
             shared_bytes=function.shared_bytes,
@@ -169,7 +170,7 @@ class Boxes:
     def __init__(
         self, address: int, shape: tuple[int, int], pitch: int, box: tuple[int, int], swizzle_bytes: int = 128
     ) -> None:
-        """BF16 at an address, rows ``pitch`` elements apart.
+        """Describes BF16 at an address, rows ``pitch`` elements apart.
 
         Errors: CudaError, for an address that is not 16-byte aligned or a pitch that is not a multiple of 16 bytes.
         """
@@ -196,23 +197,23 @@ class Boxes:
         _check("cuTensorMapEncodeTiled", code)
 
     def point_at(self, address: int) -> None:
-        """Moves the map. Errors: CudaError for an address that is not 16-byte aligned."""
+        """Moves the map to another address. Errors: CudaError for one that is not 16-byte aligned."""
         if address != self._address:
             _check("cuTensorMapReplaceAddress", _cuda().cuTensorMapReplaceAddress(self._map_address, address))
             self._address = address
 
 
 def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
-    """The address of a tensor's first element as a kernel argument."""
+    """Returns the address of a tensor's first element as a kernel argument."""
     return ctypes.c_void_p(tensor.data_ptr())
 
 
 def current_stream(device_index: int) -> int:
-    """Handle of the stream that torch uses on a device."""
+    """Returns the handle of torch's current stream on a device."""
     return torch._C._cuda_getCurrentRawStream(device_index)
 
 
 @lru_cache(maxsize=16)
 def num_sms(device_index: int) -> int:
-    """Multiprocessors of a device."""
+    """Returns a device's number of streaming multiprocessors."""
     return torch.cuda.get_device_properties(device_index).multi_processor_count

@@ -28,7 +28,7 @@ def _next(slot: Int32, phase: Int32, num_stages: int) -> tuple[Int32, Int32]:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The barriers of a ring. num_ctas: CTAs of a cluster that write into each other's stages."""
+    """The barriers of a ring of stages. num_ctas: CTAs of a cluster that write into each other's stages."""
 
     full: cute.Pointer
     empty: cute.Pointer
@@ -37,28 +37,31 @@ class Pipeline:
 
     @classmethod
     def allocate(cls, num_stages: int, num_ctas: int = 1) -> "Pipeline":
-        """Barriers in shared memory."""
+        """Allocates the barriers in shared memory."""
         full = cute.arch.alloc_smem(Int64, num_stages, 8)
         empty = cute.arch.alloc_smem(Int64, num_stages, 8)
         return cls(full, empty, num_stages, num_ctas)
 
     def init(self, num_producers: int, num_warps: int) -> None:
-        """One thread, before all others use it. num_producers: commits of a stage; num_warps: its releases in a CTA."""
+        """Initialises the barriers, in one thread before any other uses them.
+
+        num_producers: commits per stage; num_warps: releases per stage in a CTA.
+        """
         for stage in range(self.num_stages):
             cute.arch.mbarrier_init(self.full + stage, num_producers)
             cute.arch.mbarrier_init(self.empty + stage, num_warps * self.num_ctas)
         cute.arch.mbarrier_init_fence()
 
     def producer(self) -> "Producer":
-        """At the first stage, which is empty."""
+        """Returns a producer at the first stage, which is empty."""
         return Producer(self, Int32(0), Int32(1))
 
     def consumer(self) -> "Consumer":
-        """At the first stage."""
+        """Returns a consumer at the first stage."""
         return Consumer(self, Int32(0), Int32(0))
 
     def consumer_at(self, step: Int32) -> "Consumer":
-        """At the stage that the ring reaches after ``step`` stages."""
+        """Returns a consumer at the stage that the ring reaches after ``step`` stages."""
         return Consumer(self, step % self.num_stages, (step // self.num_stages) % 2)
 
 
@@ -75,7 +78,7 @@ class Position:
         return type(self)(self.pipeline, Int32(values[0]), Int32(values[1]))
 
     def advance(self) -> None:
-        """To the next stage."""
+        """Moves to the next stage."""
         self.slot, self.phase = _next(self.slot, self.phase, self.pipeline.num_stages)
 
 
@@ -104,7 +107,7 @@ class Consumer(Position):
         cute.arch.mbarrier_wait(self.pipeline.full + self.slot, self.phase)
 
     def release(self, slot: Int32, lane: Int32) -> None:
-        """By every lane of a warp that is done with stage ``slot``: every CTA that writes there must know."""
+        """Releases stage ``slot``, on every CTA that writes there. Called by every lane of a warp that has read it."""
         _release(self.pipeline.empty + slot, lane, self.pipeline.num_ctas)
 
 
@@ -120,7 +123,7 @@ def _release(barrier: cute.Pointer, lane: Int32, num_ctas: int) -> None:
 
 @dataclass(frozen=True)
 class Stages:
-    """The shared memory of a ring: what stands in its stages one behind the other, and their barriers."""
+    """The shared memory of a ring: the stages' contents and their barriers."""
 
     tokens: cute.Pointer
     weights: cute.Pointer

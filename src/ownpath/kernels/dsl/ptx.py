@@ -1,4 +1,4 @@
-"""The few PTX instructions that the kernels issue themselves, as typed functions."""
+"""PTX instructions that the kernels issue directly, as typed functions."""
 
 from typing import Any
 
@@ -10,10 +10,12 @@ from cutlass.cutlass_dsl import T, dsl_user_op
 
 Value = Any
 """A traced value of the DSL; its classes are not typed."""
+Site = Any
+"""A source location or insertion point; the DSL passes it."""
 
 
-def asm(text: str, constraints: str, result: Any, operands: list[Any], pure: bool, loc: Any, ip: Any) -> Any:
-    """Inline PTX. pure: it may be moved, merged or dropped like arithmetic."""
+def asm(text: str, constraints: str, result: Value, operands: list[Value], pure: bool, loc: Site, ip: Site) -> Value:
+    """Emits inline PTX. pure: the compiler may move, merge or drop it like arithmetic."""
     return llvm.inline_asm(
         result,
         operands,
@@ -28,22 +30,22 @@ def asm(text: str, constraints: str, result: Any, operands: list[Any], pure: boo
 
 
 @dsl_user_op
-def rotate_right(x: Value, distance: int, *, loc: Any = None, ip: Any = None) -> Uint32:
-    """The bits of ``x``, lowest ones to the top."""
+def rotate_right(x: Value, distance: int, *, loc: Site = None, ip: Site = None) -> Uint32:
+    """Rotates the bits of ``x`` right by ``distance``."""
     text = f"shf.r.wrap.b32 $0, $1, $1, {distance};"
     return Uint32(asm(text, "=r,r", T.i32(), [Uint32(x).ir_value(loc=loc, ip=ip)], True, loc, ip))
 
 
 @dsl_user_op
-def mad(x: Value, factor: int, addend: int, *, loc: Any = None, ip: Any = None) -> Uint32:
-    """x * factor + addend on 32 bits, on the multiplier's pipe rather than the logic one."""
+def mad(x: Value, factor: int, addend: int, *, loc: Site = None, ip: Site = None) -> Uint32:
+    """Computes x * factor + addend on 32 bits, on the multiplier's pipe instead of the logic pipe."""
     text = f"mad.lo.u32 $0, $1, {factor:#x}, {addend:#x};"
     return Uint32(asm(text, "=r,r", T.i32(), [Uint32(x).ir_value(loc=loc, ip=ip)], True, loc, ip))
 
 
 @dsl_user_op
-def broadcast_halves(pair: Value, *, loc: Any = None, ip: Any = None) -> tuple[Uint32, Uint32]:
-    """The lower half twice and the upper half twice; the multiplier selects halves by itself, at no cost."""
+def broadcast_halves(pair: Value, *, loc: Site = None, ip: Site = None) -> tuple[Uint32, Uint32]:
+    """Returns the lower half twice and the upper half twice; the multiplier selects halves at no cost."""
     struct = llvm.StructType.get_literal([T.i32()] * 2)
     text = "{ .reg .b16 low, high; mov.b32 {low, high}, $2; mov.b32 $0, {low, low}; mov.b32 $1, {high, high}; }"
     both = asm(text, "=r,=r,r", struct, [Uint32(pair).ir_value(loc=loc, ip=ip)], True, loc, ip)
@@ -52,50 +54,50 @@ def broadcast_halves(pair: Value, *, loc: Any = None, ip: Any = None) -> tuple[U
 
 
 @dsl_user_op
-def mul_bf16x2(a: Value, b: Value, *, loc: Any = None, ip: Any = None) -> Uint32:
-    """Two BF16 products; subnormal operands keep their value."""
+def mul_bf16x2(a: Value, b: Value, *, loc: Site = None, ip: Site = None) -> Uint32:
+    """Multiplies two pairs of BF16; subnormal operands keep their value."""
     operands = [Uint32(a).ir_value(loc=loc, ip=ip), Uint32(b).ir_value(loc=loc, ip=ip)]
     return Uint32(asm("mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", T.i32(), operands, True, loc, ip))
 
 
 @dsl_user_op
-def pack_bf16x2(low: Value, high: Value, *, loc: Any = None, ip: Any = None) -> Uint32:
-    """Two float32 rounded to nearest even, ``low`` in the lower half."""
+def pack_bf16x2(low: Value, high: Value, *, loc: Site = None, ip: Site = None) -> Uint32:
+    """Rounds two float32 to BF16, nearest even, ``low`` in the lower half."""
     operands = [Float32(high).ir_value(loc=loc, ip=ip), Float32(low).ir_value(loc=loc, ip=ip)]
     return Uint32(asm("cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", T.i32(), operands, True, loc, ip))
 
 
-def _unary(instruction: str, x: Value, loc: Any, ip: Any) -> Float32:
+def _unary(instruction: str, x: Value, loc: Site, ip: Site) -> Float32:
     operands = [Float32(x).ir_value(loc=loc, ip=ip)]
     return Float32(asm(f"{instruction} $0, $1;", "=f,f", T.f32(), operands, True, loc, ip))
 
 
-def _binary(instruction: str, a: Value, b: Value, loc: Any, ip: Any) -> Float32:
+def _binary(instruction: str, a: Value, b: Value, loc: Site, ip: Site) -> Float32:
     operands = [Float32(a).ir_value(loc=loc, ip=ip), Float32(b).ir_value(loc=loc, ip=ip)]
     return Float32(asm(f"{instruction} $0, $1, $2;", "=f,f,f", T.f32(), operands, True, loc, ip))
 
 
 @dsl_user_op
-def exp2(x: Value, *, loc: Any = None, ip: Any = None) -> Float32:
-    """2**x within 2 ulp; subnormal results are kept."""
+def exp2(x: Value, *, loc: Site = None, ip: Site = None) -> Float32:
+    """Computes 2**x within 2 ulp; subnormal results are kept."""
     return _unary("ex2.approx.f32", x, loc, ip)
 
 
 @dsl_user_op
-def reciprocal(x: Value, *, loc: Any = None, ip: Any = None) -> Float32:
-    """1/x within 1 ulp."""
+def reciprocal(x: Value, *, loc: Site = None, ip: Site = None) -> Float32:
+    """Computes 1/x within 1 ulp."""
     return _unary("rcp.approx.f32", x, loc, ip)
 
 
 @dsl_user_op
-def minimum(a: Value, b: Value, *, loc: Any = None, ip: Any = None) -> Float32:
-    """The smaller of two; NaN if either is NaN, as torch.clamp has it."""
+def minimum(a: Value, b: Value, *, loc: Site = None, ip: Site = None) -> Float32:
+    """Returns the smaller of two; NaN if either is NaN, as in torch.clamp."""
     return _binary("min.NaN.f32", a, b, loc, ip)
 
 
 @dsl_user_op
-def maximum(a: Value, b: Value, *, loc: Any = None, ip: Any = None) -> Float32:
-    """The larger of two; NaN if either is NaN."""
+def maximum(a: Value, b: Value, *, loc: Site = None, ip: Site = None) -> Float32:
+    """Returns the larger of two; NaN if either is NaN."""
     return _binary("max.NaN.f32", a, b, loc, ip)
 
 
@@ -108,13 +110,13 @@ def load_bulk(
     passes_once: bool = False,
     peers: int = 0,
     *,
-    loc: Any = None,
-    ip: Any = None,
+    loc: Site = None,
+    ip: Site = None,
 ) -> None:
-    """A contiguous copy, global to shared memory (byte addresses), by the copy engine; ``barrier`` counts its bytes.
+    """Copies contiguous global to shared memory (byte addresses) by the copy engine; ``barrier`` counts the bytes.
 
-    passes_once: nobody reads it again, so it is marked to leave L2 first. peers: mask of the cluster's CTAs that all
-    receive it, each at the same place of its memory; 0 for this CTA only.
+    passes_once: the data is read once, so it is marked to be evicted from L2 first. peers: mask of the cluster's CTAs
+    that all receive it, each at the same address of its memory; 0 for this CTA only.
     """
     setup, how, more = "", "", ""
     if peers:
@@ -135,8 +137,8 @@ def load_bulk(
 
 
 @dsl_user_op
-def descriptor_address(atom: Value, *, loc: Any = None, ip: Any = None) -> Int64:
-    """Generic address of the tensor map behind a TMA copy atom."""
+def descriptor_address(atom: Value, *, loc: Site = None, ip: Site = None) -> Int64:
+    """Returns the generic address of the tensor map behind a TMA copy atom."""
     pointer = _cute_ir.PtrType.get(T.i8(), cute.AddressSpace.generic, 64)
     runnable = _cute_nvgpu_ir.atom_make_exec_tma(atom._trait.value, loc=loc, ip=ip)
     return Int64(_cute_nvgpu_ir.get_tma_desc_addr(pointer, runnable, loc=loc, ip=ip).toint())
@@ -151,10 +153,10 @@ def load_box(
     barrier: Value,
     num_ctas: int = 1,
     *,
-    loc: Any = None,
-    ip: Any = None,
+    loc: Site = None,
+    ip: Site = None,
 ) -> None:
-    """A two-dimensional TMA box with its upper left corner at (row, col); rows outside the tensor arrive as zeros.
+    """Copies a two-dimensional TMA box with its upper left corner at (row, col); rows outside the tensor become zeros.
 
     With ``num_ctas`` of a cluster it arrives in the same place of each, and each one's own barrier counts its bytes.
     """
@@ -177,7 +179,7 @@ def load_box(
 
 
 @dsl_user_op
-def arrive_remote(barrier: Value, rank: Value, *, loc: Any = None, ip: Any = None) -> None:
+def arrive_remote(barrier: Value, rank: Value, *, loc: Site = None, ip: Site = None) -> None:
     """Arrives at the barrier in the same place of the cluster's CTA ``rank``."""
     text = (
         "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, $0, $1; "
@@ -188,8 +190,8 @@ def arrive_remote(barrier: Value, rank: Value, *, loc: Any = None, ip: Any = Non
 
 
 @dsl_user_op
-def load_shared_vec4(address: Value, *, loc: Any = None, ip: Any = None) -> tuple[Uint32, Uint32, Uint32, Uint32]:
-    """16 bytes of shared memory at a byte address."""
+def load_shared_vec4(address: Value, *, loc: Site = None, ip: Site = None) -> tuple[Uint32, Uint32, Uint32, Uint32]:
+    """Loads 16 bytes of shared memory at a byte address."""
     struct = llvm.StructType.get_literal([T.i32()] * 4)
     operands = [Int32(address).ir_value(loc=loc, ip=ip)]
     loaded = asm("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", struct, operands, False, loc, ip)
@@ -198,8 +200,8 @@ def load_shared_vec4(address: Value, *, loc: Any = None, ip: Any = None) -> tupl
 
 
 @dsl_user_op
-def load_shared_vec2(address: Value, *, loc: Any = None, ip: Any = None) -> tuple[Uint32, Uint32]:
-    """Eight bytes of shared memory at a byte address."""
+def load_shared_vec2(address: Value, *, loc: Site = None, ip: Site = None) -> tuple[Uint32, Uint32]:
+    """Loads 8 bytes of shared memory at a byte address."""
     struct = llvm.StructType.get_literal([T.i32()] * 2)
     operands = [Int32(address).ir_value(loc=loc, ip=ip)]
     loaded = asm("ld.shared.v2.b32 {$0, $1}, [$2];", "=r,=r,r", struct, operands, False, loc, ip)
@@ -208,14 +210,14 @@ def load_shared_vec2(address: Value, *, loc: Any = None, ip: Any = None) -> tupl
 
 
 @dsl_user_op
-def named_barrier(barrier_id: int, num_threads: int, *, loc: Any = None, ip: Any = None) -> None:
-    """All ``num_threads`` threads that name this barrier wait for each other."""
+def named_barrier(barrier_id: int, num_threads: int, *, loc: Site = None, ip: Site = None) -> None:
+    """Waits for all ``num_threads`` threads that use this barrier."""
     asm(f"bar.sync {barrier_id}, {num_threads};", "", None, [], False, loc, ip)
 
 
 @dsl_user_op
-def cluster_barrier(relaxed: bool = False, *, loc: Any = None, ip: Any = None) -> None:
-    """All threads of the cluster that have not exited wait for each other.
+def cluster_barrier(relaxed: bool = False, *, loc: Site = None, ip: Site = None) -> None:
+    """Waits for all threads of the cluster that have not exited.
 
     What they wrote is then visible to all, unless ``relaxed``, which orders nothing but spares waiting for writes.
     """
@@ -225,8 +227,8 @@ def cluster_barrier(relaxed: bool = False, *, loc: Any = None, ip: Any = None) -
 
 
 @dsl_user_op
-def load_cluster_vec4(address: Value, rank: Value, *, loc: Any = None, ip: Any = None) -> tuple[Float32, ...]:
-    """Four float32 at a shared-memory byte address of the cluster's CTA ``rank``."""
+def load_cluster_vec4(address: Value, rank: Value, *, loc: Site = None, ip: Site = None) -> tuple[Float32, ...]:
+    """Loads four float32 at a shared-memory byte address of the cluster's CTA ``rank``."""
     struct = llvm.StructType.get_literal([T.f32()] * 4)
     text = (
         "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, $4, $5; "
@@ -238,23 +240,23 @@ def load_cluster_vec4(address: Value, rank: Value, *, loc: Any = None, ip: Any =
 
 
 @dsl_user_op
-def load_cluster(address: Value, rank: Value, *, loc: Any = None, ip: Any = None) -> Int32:
-    """An integer at a shared-memory byte address of the cluster's CTA ``rank``."""
+def load_cluster(address: Value, rank: Value, *, loc: Site = None, ip: Site = None) -> Int32:
+    """Loads an integer at a shared-memory byte address of the cluster's CTA ``rank``."""
     text = "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, $1, $2; ld.shared::cluster.b32 $0, [remote]; }"
     operands = [Int32(address).ir_value(loc=loc, ip=ip), Int32(rank).ir_value(loc=loc, ip=ip)]
     return Int32(asm(text, "=r,r,r", T.i32(), operands, False, loc, ip))
 
 
 @dsl_user_op
-def store_shared_vec4(address: Value, values: tuple[Any, ...], *, loc: Any = None, ip: Any = None) -> None:
-    """Four float32 to shared memory at a byte address."""
+def store_shared_vec4(address: Value, values: tuple[Value, ...], *, loc: Site = None, ip: Site = None) -> None:
+    """Stores four float32 to shared memory at a byte address."""
     operands = [Int32(address).ir_value(loc=loc, ip=ip)] + [Float32(v).ir_value(loc=loc, ip=ip) for v in values]
     asm("st.shared.v4.f32 [$0], {$1, $2, $3, $4};", "r,f,f,f,f", None, operands, False, loc, ip)
 
 
 @dsl_user_op
-def load_global_vec4(address: Value, *, loc: Any = None, ip: Any = None) -> tuple[Uint32, Uint32, Uint32, Uint32]:
-    """16 bytes of global memory at an aligned byte address."""
+def load_global_vec4(address: Value, *, loc: Site = None, ip: Site = None) -> tuple[Uint32, Uint32, Uint32, Uint32]:
+    """Loads 16 bytes of global memory at an aligned byte address."""
     struct = llvm.StructType.get_literal([T.i32()] * 4)
     operands = [Int64(address).ir_value(loc=loc, ip=ip)]
     loaded = asm("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", struct, operands, False, loc, ip)
@@ -263,35 +265,35 @@ def load_global_vec4(address: Value, *, loc: Any = None, ip: Any = None) -> tupl
 
 
 @dsl_user_op
-def store_global_vec4(address: Value, words: tuple[Any, ...], *, loc: Any = None, ip: Any = None) -> None:
-    """16 bytes to global memory at an aligned byte address."""
+def store_global_vec4(address: Value, words: tuple[Value, ...], *, loc: Site = None, ip: Site = None) -> None:
+    """Stores 16 bytes to global memory at an aligned byte address."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip)] + [Uint32(w).ir_value(loc=loc, ip=ip) for w in words]
     asm("st.global.v4.b32 [$0], {$1, $2, $3, $4};", "l,r,r,r,r", None, operands, False, loc, ip)
 
 
 @dsl_user_op
-def widen_bf16(word: Value, high: bool, *, loc: Any = None, ip: Any = None) -> Float32:
-    """The lower or upper BF16 of a word as float32."""
+def widen_bf16(word: Value, high: bool, *, loc: Site = None, ip: Site = None) -> Float32:
+    """Returns the lower or upper BF16 of a word as float32."""
     text = "and.b32 $0, $1, 0xffff0000;" if high else "shl.b32 $0, $1, 16;"
     return Float32(asm(text, "=f,r", T.f32(), [Uint32(word).ir_value(loc=loc, ip=ip)], True, loc, ip))
 
 
 @dsl_user_op
-def store_global(address: Value, word: Value, *, loc: Any = None, ip: Any = None) -> None:
-    """Four bytes to global memory at an aligned byte address."""
+def store_global(address: Value, word: Value, *, loc: Site = None, ip: Site = None) -> None:
+    """Stores 4 bytes to global memory at an aligned byte address."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip), Uint32(word).ir_value(loc=loc, ip=ip)]
     asm("st.global.b32 [$0], $1;", "l,r", None, operands, False, loc, ip)
 
 
 @dsl_user_op
-def store_global_vec2(address: Value, pair: Any, *, loc: Any = None, ip: Any = None) -> None:
-    """Two float32 to global memory at an aligned byte address."""
+def store_global_vec2(address: Value, pair: Value, *, loc: Site = None, ip: Site = None) -> None:
+    """Stores two float32 to global memory at an aligned byte address."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip)] + [Float32(v).ir_value(loc=loc, ip=ip) for v in pair]
     asm("st.global.v2.f32 [$0], {$1, $2};", "l,f,f", None, operands, False, loc, ip)
 
 
 @dsl_user_op
-def as_float(word: Value, *, loc: Any = None, ip: Any = None) -> Float32:
-    """The same bits as float32."""
+def as_float(word: Value, *, loc: Site = None, ip: Site = None) -> Float32:
+    """Reinterprets the bits as float32."""
     operands = [Uint32(word).ir_value(loc=loc, ip=ip)]
     return Float32(asm("mov.b32 $0, $1;", "=f,r", T.f32(), operands, True, loc, ip))

@@ -1,7 +1,7 @@
-"""Launches of Triton functions without Triton's launcher: compiled and launched by it once, by the driver ever after.
+"""Launches Triton functions through the driver: Triton compiles and launches each once, the driver every later time.
 
-Triton's own launch binds and specialises every argument again: 20 us and more of the host's time. A ``TritonCall`` is
-what one specialisation needs: it may be started again for tensors of the same shapes, dtypes and alignment.
+Triton's own launch binds and specialises every argument again, which takes 20 us or more on the host. A ``TritonCall``
+holds one specialisation and may be started again for tensors of the same shapes, dtypes and alignment.
 """
 
 import ctypes
@@ -16,17 +16,17 @@ from ownpath.kernels.dsl.driver import Argument, Boxes, Function, Launch, Pointe
 
 SCALARS: Mapping[str, Callable[[Any], Any]] = {"i32": ctypes.c_int, "i64": ctypes.c_longlong, "fp32": ctypes.c_float}
 Given: TypeAlias = Any
-"""A tensor, a descriptor, an integer or a float."""
+"""An argument of a Triton function: a tensor, a descriptor, an integer or a float."""
 
 
 class TritonCall:
-    """One launch of a compiled Triton function. Its tensors may move from call to call; everything else is fixed."""
+    """A prepared launch of a Triton function. Its tensors' addresses may change between calls, nothing else."""
 
     def __init__(self, launch: Launch, pointers: Pointers, boxes: Sequence[Boxes]) -> None:
         self._launch, self._pointers, self._boxes = launch, pointers, tuple(boxes)
 
     def start(self, stream: int, *addresses: int, described: Sequence[int] = ()) -> None:
-        """addresses: of the tensors among the arguments, in their order. described: of the descriptors' tensors."""
+        """Launches. addresses: of the tensors among the arguments, in order. described: of the descriptors' tensors."""
         for boxes, address in zip(self._boxes, described, strict=True):
             boxes.point_at(address)
         self._pointers.set(*addresses)
@@ -36,9 +36,9 @@ class TritonCall:
 def launch(
     function: "JITFunction[Any]", grid: tuple[int, ...], args: Sequence[Given], options: Mapping[str, Any]
 ) -> TritonCall | None:
-    """Launches through Triton, and returns what launches the same again; ``None`` where Triton interprets.
+    """Launches through Triton and returns the prepared launch; ``None`` where Triton interprets.
 
-    args: all that are not constants, in the function's order. options: constants and launch options.
+    args: all arguments that are not constants, in the function's order. options: constants and launch options.
     """
     compiled = function[grid](*args, **options)
     if compiled is None:
@@ -47,7 +47,7 @@ def launch(
     assert not metadata.global_scratch_size, f"{metadata.name} needs scratch of Triton's"
     assert metadata.num_ctas == 1, f"{metadata.name} needs a cluster"
     pointers = Pointers(sum(isinstance(value, Tensor) for value in args))
-    slots, described = iter(pointers.slots), list[Boxes]()
+    slots, described = iter(pointers.arguments), list[Boxes]()
     passed: list[Argument] = []
     descriptions = iter(metadata.tensordesc_meta or ())
     for kind, value in zip(compiled.src.signature.values(), args, strict=False):
@@ -73,7 +73,7 @@ def launch(
 
 
 def _boxes(descriptor: TensorDescriptor, description: Mapping[str, Any]) -> Boxes:
-    """The tensor map that Triton makes of a two-dimensional BF16 descriptor."""
+    """Returns the tensor map that Triton makes for a two-dimensional BF16 descriptor."""
     rows, cols = descriptor.shape
     block = description["block_size"]
     swizzle = {0: 0, 1: 32, 2: 64, 3: 128}[description["swizzle"]]

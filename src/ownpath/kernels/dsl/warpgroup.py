@@ -1,4 +1,4 @@
-"""What the products share: a thread's place in its warpgroup, and operands of ``wgmma``, the tensor cores' instruction.
+"""Parts that the products share: a thread's position in its warpgroup, and operands of the ``wgmma`` instruction.
 
 A warpgroup multiplies 64 rows at a time. Operand B comes from shared memory, operand A from there or from registers.
 """
@@ -43,7 +43,7 @@ class Thread:
 
 @dataclass(frozen=True)
 class Operands:
-    """What a thread's warpgroup multiplies: its rows of the next ``k_iters`` stages."""
+    """The operands of a warpgroup: its rows of the next ``k_iters`` stages."""
 
     thread: Thread
     stages: Stages
@@ -53,7 +53,7 @@ class Operands:
 def shared_operand(
     smem: cute.Pointer, dtype: type[Numeric], num_rows: int, num_blocks: int, stride: int
 ) -> cute.Tensor:
-    """[rows, 128 bytes of K, blocks], K contiguous, with the 128-byte swizzle that ``wgmma`` and TMA share.
+    """Makes [rows, 128 bytes of K, blocks], K contiguous, with the 128-byte swizzle of ``wgmma`` and TMA.
 
     stride: elements from block to block.
     """
@@ -64,7 +64,7 @@ def shared_operand(
 
 
 def decoded_mma(num_n: int) -> cute.TiledMma:
-    """64 x ``num_n`` x 16 of BF16 with float32 sums, operand A from registers: weights that were decoded there."""
+    """Makes the 64 x ``num_n`` x 16 BF16 MMA with float32 sums and operand A, decoded weights, from registers."""
     major = cute.nvgpu.OperandMajorMode.K
     source = warpgroup.OperandSource.RMEM
     return make_trivial_tiled_mma(BFloat16, BFloat16, major, major, Float32, (1, 1, 1), (64, num_n), a_source=source)

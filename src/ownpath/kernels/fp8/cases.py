@@ -1,4 +1,4 @@
-"""Shapes, rows and amplitudes of the FP8 linears."""
+"""Test and bench cases of the FP8 linears: shapes, numbers of rows and amplitudes."""
 
 from dataclasses import dataclass
 

@@ -1,9 +1,9 @@
-"""Which FP8 kernel serves which weight and token count: a tuned table, and arithmetic where it has no entry.
+"""Chooses the FP8 kernel for a weight and token count: from a tuned table, or by arithmetic where it has no entry.
 
 ``ownpath bench --tune fp8`` writes ``tuned/fp8.json``; nothing is measured while serving. An entry for W8A16 holds for
-its token count and fewer, down to the entry before. One for W8A8 holds for as many blocks of 64 tokens as it was
-measured with, because how tiles fill the device changes with every block. Entries are measured with scales that fold
-and rows that 4 divides, and serve such weights only.
+its token count and fewer, down to the entry before. One for W8A8 holds only for the number of 64-token blocks that it
+was measured with, because each further block changes how well tiles fill the device. Entries are measured with scales
+that fold and rows that 4 divides, and serve only such weights.
 """
 
 import json
@@ -27,26 +27,26 @@ TABLE = Path(__file__).parent / "tuned" / "fp8.json"
 WGMMA_FROM = 32
 """Tokens of a tile from which ``wgmma`` beats ``mma``, whose cost grows with them."""
 CLUSTERS = {1: 132, 2: 66, 4: 30, 8: 15}
-"""Clusters of 1, 2, 4 and 8 CTAs that an H200 runs at once with one CTA per SM, as its driver tells."""
+"""Cluster size -> clusters that an H200 runs at once with one CTA per SM, as its driver reports."""
 WAVE_BLOCKS = 12
-"""What a wave of CTAs costs beside its weights, in blocks of 8 KiB per CTA: about 3 us."""
+"""Fixed cost of a wave of CTAs, about 3 us, in blocks of 8 KiB per CTA."""
 W8A8_SHAPES = ((2, 2), (3, 1), (2, 1))
 """Warpgroups and 64-token blocks of each that the rule chooses from."""
 W8A16_KNOBS = frozenset({"num_m64", "num_n", "cluster_k", "per_sm", "consumers", "wgmma"})
 W8A8_KNOBS = frozenset({"warpgroups", "num_m64", "cluster_n", "num_stages"})
 
 WeightKey = tuple[int, int, bool, bool]
-"""What of a weight decides its kernels: row blocks, K blocks, folded, ragged."""
+"""The properties of a weight that decide its kernels: row blocks, K blocks, folded, ragged."""
 Tuned = tuple[tuple[int, W8A16Config | W8A8Config], ...]
 """(tokens it was measured with, kernel), ascending."""
 
 
 @lru_cache(maxsize=4096)
 def w8a16_config(num_tokens: int, key: WeightKey, sms: int, is_batch_invariant: bool = False) -> W8A16Config:
-    """Kernel shape for a token count and a weight: the table's, or the rule's.
+    """Chooses the kernel shape for a token count and a weight: the table's, or the rule's.
 
     is_batch_invariant: always the same instructions in the same order for a row, whatever the number of rows.
-    Errors: ValueError naming an entry of the table that is no kernel.
+    Errors: ValueError naming an entry of the table that is not a valid kernel.
     """
     if not is_batch_invariant:
         for limit, config in tuned(key):
@@ -58,9 +58,9 @@ def w8a16_config(num_tokens: int, key: WeightKey, sms: int, is_batch_invariant: 
 
 
 def w8a16_shape(num_n: int, key: WeightKey, sms: int, wgmma: bool) -> W8A16Config:
-    """Rows per CTA and CTAs per cluster along K that keep the busiest SM's share of the weight smallest.
+    """Chooses rows per CTA and CTAs per cluster along K so that the busiest SM's share of the weight is smallest.
 
-    Ties go to more rows per CTA (tokens are fetched less often), then to fewer CTAs per cluster (less to add up).
+    Ties go to more rows per CTA (tokens are fetched less often), then to fewer CTAs per cluster (fewer sums to add).
     """
     num_row_blocks, num_k_blocks, folded, ragged = key
     best = (1 << 62, 0, 0)
@@ -79,8 +79,9 @@ def w8a16_shape(num_n: int, key: WeightKey, sms: int, wgmma: bool) -> W8A16Confi
 
 @lru_cache(maxsize=4096)
 def w8a8_config(num_tokens: int, key: WeightKey, sms: int) -> W8A8Config:
-    """The table's kernel shape, or that whose tiles waste the least of the device: fewest tensor-core steps of the
-    busiest SM. Errors: ValueError naming an entry of the table that is no kernel.
+    """Chooses the table's kernel shape, or the one with the fewest tensor-core steps on the busiest SM.
+
+    Errors: ValueError naming an entry of the table that is not a valid kernel.
     """
     for limit, config in tuned(key):
         if isinstance(config, W8A8Config) and -(-num_tokens // 64) == -(-limit // 64):
@@ -93,14 +94,14 @@ def w8a8_config(num_tokens: int, key: WeightKey, sms: int) -> W8A8Config:
 
 
 def w8a8_shape(warpgroups: int, num_m64: int, ragged: bool) -> W8A8Config:
-    """A tile of 64 * warpgroups * num_m64 tokens, as many stages as fit."""
+    """Returns the kernel with tiles of 64 * warpgroups * num_m64 tokens and as many stages as fit."""
     return W8A8Config(warpgroups, num_m64, w8a8_stages(warpgroups * num_m64), 1, ragged)
 
 
 def w8a16_configs(key: WeightKey, sms: int, prefill_from: int | None, is_batch_invariant: bool) -> list[W8A16Config]:
-    """All that ``w8a16_config`` answers for fewer than ``prefill_from`` tokens (``None``: for any number)."""
+    """Returns every result of ``w8a16_config`` for fewer than ``prefill_from`` tokens (``None``: for any number)."""
     limits = [limit for limit, config in tuned(key) if isinstance(config, W8A16Config)]
-    # A choice holds up to a limit or a tile's tokens; what lies beyond all of them has a choice of its own.
+    # A choice holds up to a limit or a tile's tokens; larger counts have a choice of their own.
     ends = sorted({*TOKEN_TILES, *limits})
     counts = [*ends, ends[-1] + 1]
     if prefill_from is not None:
@@ -109,25 +110,25 @@ def w8a16_configs(key: WeightKey, sms: int, prefill_from: int | None, is_batch_i
 
 
 def w8a8_configs(key: WeightKey) -> list[W8A8Config]:
-    """All that ``w8a8_config`` answers for any number of tokens."""
+    """Returns every result of ``w8a8_config`` for any number of tokens."""
     own = [config for _, config in tuned(key) if isinstance(config, W8A8Config)]
     return [w8a8_shape(*shape, key[3]) for shape in W8A8_SHAPES] + own
 
 
 def tuned(key: WeightKey) -> Tuned:
-    """The table's entries for a weight."""
+    """Returns the table's entries for a weight."""
     num_row_blocks, num_k_blocks, folded, ragged = key
     return fp8_table().get((num_row_blocks, num_k_blocks), ()) if folded and not ragged else ()
 
 
 @lru_cache(maxsize=1)
 def fp8_table() -> Mapping[tuple[int, int], Tuned]:
-    """(row blocks, K blocks) of a matrix -> its entries. Errors: ValueError naming an entry that is no kernel."""
+    """Reads the table: (row blocks, K blocks) -> entries. Errors: ValueError naming an entry that is not valid."""
     return read_table(json.loads(TABLE.read_text(encoding="utf-8"))["entries"])
 
 
 def read_table(entries: Mapping[str, Mapping[str, Any]]) -> dict[tuple[int, int], Tuned]:
-    """``fp8_table`` from the entries of the file: ``tokens=T,rows=N,cols=K`` -> {"config": knobs}."""
+    """Parses the file's entries, ``tokens=T,rows=N,cols=K`` -> {"config": knobs}, into ``fp8_table``'s form."""
     found: dict[tuple[int, int], list[tuple[int, W8A16Config | W8A8Config]]] = {}
     for case, entry in entries.items():
         tokens, rows, cols = (int(part.split("=")[1]) for part in case.split(","))
@@ -141,10 +142,10 @@ def read_table(entries: Mapping[str, Mapping[str, Any]]) -> dict[tuple[int, int]
 
 
 def knobs_config(knobs: Mapping[str, Any], num_k_blocks: int) -> W8A16Config | W8A8Config:
-    """Knobs of a table to a kernel for scales that fold and rows that 4 divides.
+    """Makes a kernel from a table's knobs, for scales that fold and rows that 4 divides.
 
     W8A16: num_m64, num_n, cluster_k, per_sm, consumers, wgmma; as many stages as fit. W8A8: warpgroups, num_m64,
-    cluster_n, num_stages. Errors: ValueError for knobs that are no kernel, or none for so many blocks of K.
+    cluster_n, num_stages. Errors: ValueError for knobs that are not a valid kernel for this number of K blocks.
     """
     names = W8A16_KNOBS if "num_n" in knobs else W8A8_KNOBS
     if set(knobs) != names:

@@ -1,4 +1,4 @@
-"""What is fixed when an FP8 kernel is compiled, and which shape is chosen for which product. Needs no DSL."""
+"""Compile-time configurations of the FP8 kernels. Importable without the DSL."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ MAX_K_BLOCKS = 64
 QUANTIZE_ROWS = 32
 QUANTIZE_THREADS = 8 * QUANTIZE_ROWS
 CTA_SMEM = {1: MAX_SMEM, 2: 114688, 3: 76288, 4: 56832}
-"""Shared memory for each of 1 to 4 CTAs that share an SM."""
+"""CTAs per SM -> bytes of shared memory for each."""
 W8A16_REGISTERS = {
     (1, 2): (40, 232),
     (2, 2): (32, 104),
@@ -22,11 +22,11 @@ W8A16_REGISTERS = {
     (3, 1): (24, 136),
     (4, 1): (24, 104),
 }
-"""Registers of loading and multiplying threads, by CTAs per SM and consumers, within what a CTA is launched with."""
+"""Registers of loading and multiplying threads, by CTAs per SM and consumers, within the CTA's launch allocation."""
 W8A8_REGISTERS = {2: 240, 3: 160}
 """Registers of multiplying threads, by warpgroups."""
 SUM_REGISTERS = 64
-"""Of 64 tokens x 128 features per thread of a warpgroup: one set for the block of K, one for each block's total."""
+"""Registers per thread for the sums of 64 tokens x 128 features: a set for the block of K, one per block's total."""
 MAX_CLUSTER = 8
 TOKEN_TILES = (8, 16, 32, 64)
 ACT_STRIDE = 9216
@@ -45,10 +45,10 @@ class W8A16Config:
     """The shape of one compiled W8A16 kernel.
 
     num_m64: 64-row blocks per CTA, 1, 2 or 4. num_n: tokens per tile. cluster_k: CTAs that share rows and split K.
-    folded: block scales ride on the decode multiply. ragged: outputs are written one by one.
-    per_sm: CTAs that shall fit an SM together, so that the next kernel's may fetch while this one's finish.
+    folded: the decode multiplication applies block scales too. ragged: outputs are written one by one.
+    per_sm: CTAs that must fit an SM together, so that the next kernel's may fetch while this one's finish.
     consumers: warpgroups that multiply. wgmma: they use ``wgmma``; otherwise ``mma``, which costs less for few tokens.
-    Errors: ValueError for a shape that has no kernel, with the field's name.
+    Errors: ValueError naming the field, for a shape without a kernel.
     """
 
     num_m64: int
@@ -101,7 +101,7 @@ class W8A8Config:
     """The shape of one compiled W8A8 kernel.
 
     warpgroups: consumers, 2 or 3; num_m64: 64-token blocks of each. cluster_n: CTAs that share activations, 1 or 2.
-    ragged: outputs are written one by one. Errors: ValueError for a shape that has no kernel, with the field's name.
+    ragged: outputs are written one by one. Errors: ValueError naming the field, for a shape without a kernel.
     """
 
     warpgroups: int
@@ -173,13 +173,13 @@ class QuantizeConfig:
 
 
 def w8a16_stages(num_m64: int, num_n: int, budget: int = MAX_SMEM) -> int:
-    """Stages of the ring that fit ``budget`` bytes of shared memory, at most 12."""
+    """Returns the number of stages that fit ``budget`` bytes of shared memory, at most 12."""
     fixed = num_m64 * MAX_K_BLOCKS * ENTRY_BYTES + 1024
     return min(12, (budget - fixed) // (num_m64 * BLOCK_BYTES + num_n * BLOCK_K * 2 + 16))
 
 
 def w8a8_stages(m64_per_tile: int) -> int:
-    """Stages of the ring that fit an SM's shared memory."""
+    """Returns the number of stages that fit an SM's shared memory."""
     return (MAX_SMEM - 1024) // (m64_per_tile * ACT_STRIDE + 2 * (BLOCK_BYTES + ENTRY_BYTES) + 16)
 
 

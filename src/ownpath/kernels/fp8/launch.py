@@ -1,6 +1,6 @@
-"""Launches of the FP8 kernels: arguments in their order, tensor maps, grids. No checks: see ``linear``.
+"""Prepares launches of the FP8 kernels: arguments, tensor maps, grids. ``linear`` checks the inputs.
 
-A launch is made from sizes and addresses that stay; ``start`` gets the addresses that change from call to call.
+A launch is prepared from sizes and fixed addresses; ``start`` takes the addresses that change between calls.
 """
 
 from ctypes import c_int
@@ -19,7 +19,7 @@ ROWS_PER_WORKSPACE_BLOCK = 64
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one launch: how many, and the elements between them in x and in out."""
+    """The rows of a launch: their number, and the elements from row to row in x and in out."""
 
     count: int
     x_pitch: int
@@ -27,61 +27,61 @@ class Rows:
 
 
 def workspace_bytes(num_tokens: int, num_k_blocks: int) -> int:
-    """What W8A8 needs for the quantised activations of ``num_tokens`` rows."""
+    """Returns the bytes that W8A8 needs for the quantised activations of ``num_tokens`` rows."""
     return -(-num_tokens // ROWS_PER_WORKSPACE_BLOCK) * num_k_blocks * ACT_BLOCK_BYTES
 
 
 def workspace_rows(num_bytes: int, num_k_blocks: int) -> int:
-    """Rows whose quantised activations fit so many bytes: a multiple of 64."""
+    """Returns the number of rows whose quantised activations fit ``num_bytes``: a multiple of 64."""
     return num_bytes // (num_k_blocks * ACT_BLOCK_BYTES) * ROWS_PER_WORKSPACE_BLOCK
 
 
 def weight_key(weight: PackedFp8) -> WeightKey:
-    """What of a weight decides its kernels: row blocks, K blocks, folded, ragged."""
+    """Returns the properties of a weight that decide its kernels: row blocks, K blocks, folded, ragged."""
     return weight.num_row_blocks, weight.num_k_blocks, weight.folded, weight.ragged
 
 
-class W8A16:
-    """out = x (E4M3 x scale).T."""
+class W8A16Launch:
+    """Prepared launch of out = x (E4M3 x scale).T."""
 
     def __init__(self, config: W8A16Config, weight: PackedFp8, x_address: int, rows: Rows) -> None:
         self.x = Boxes(x_address, (rows.count, weight.in_features), rows.x_pitch, (config.num_n, CHUNK_K))
         self._pointers = Pointers(1)
         sizes = (rows.count, rows.out_pitch, weight.num_row_blocks, weight.num_k_blocks)
         operands = map(pointer, (weight.blocks, weight.scales, weight.rows))
-        args: tuple[Argument, ...] = (self.x.argument, *operands, *self._pointers.slots, *map(c_int, sizes))
+        args: tuple[Argument, ...] = (self.x.argument, *operands, *self._pointers.arguments, *map(c_int, sizes))
         grid = config.grid(rows.count, weight.num_row_blocks)
         self._launch = Launch(load(config, weight.blocks.get_device()), (grid, 1, 1), args)
 
     def start(self, x: int, out: int, stream: int) -> None:
-        """Launches with these addresses."""
+        """Launches with the given addresses."""
         self.x.point_at(x)
         self._pointers.set(out)
         self._launch.start(stream)
 
 
-class Quantize:
-    """Quantised blocks of x, bfloat16 [count, K]."""
+class QuantizeLaunch:
+    """Prepared launch that quantises x, bfloat16 [count, K], in blocks."""
 
     def __init__(self, config: QuantizeConfig, width: int, num_k_blocks: int, rows: Rows, device_index: int) -> None:
         self._pointers = Pointers(2)
         sizes = (rows.count, width, rows.x_pitch, num_k_blocks)
-        args: tuple[Argument, ...] = (*self._pointers.slots, *map(c_int, sizes))
+        args: tuple[Argument, ...] = (*self._pointers.arguments, *map(c_int, sizes))
         grid = -(-rows.count // QUANTIZE_ROWS) * num_k_blocks
         self._launch = Launch(load(config, device_index), (grid, 1, 1), args)
 
     def start(self, x: int, workspace: int, stream: int) -> None:
-        """Launches with these addresses."""
+        """Launches with the given addresses."""
         self._pointers.set(x, workspace)
         self._launch.start(stream)
 
 
-class W8A8:
-    """out = quantised x (E4M3 x scale).T."""
+class W8A8Launch:
+    """Prepared launch of out = quantised x (E4M3 x scale).T."""
 
     def __init__(self, config: W8A8Config, weight: PackedFp8, rows: Rows) -> None:
         self._pointers = Pointers(2)
-        workspace, out = self._pointers.slots
+        workspace, out = self._pointers.arguments
         sizes = (rows.count, rows.out_pitch, weight.num_row_blocks, weight.num_k_blocks)
         operands = map(pointer, (weight.blocks, weight.scales, weight.rows))
         args: tuple[Argument, ...] = (workspace, *operands, out, *map(c_int, sizes))
@@ -90,24 +90,24 @@ class W8A8:
         self._launch = Launch(load(config, device_index), (grid, 1, 1), args)
 
     def start(self, workspace: int, out: int, stream: int) -> None:
-        """Launches with these addresses."""
+        """Launches with the given addresses."""
         self._pointers.set(workspace, out)
         self._launch.start(stream)
 
 
 def w8a16_launch(config: W8A16Config, x: Tensor, weight: PackedFp8, out: Tensor) -> None:
-    """One product with the kernel of ``config``. x bfloat16 [M, K] with 16-byte rows, out [M, N]."""
-    call = W8A16(config, weight, x.data_ptr(), Rows(len(x), x.stride(0), out.stride(0)))
+    """Launches a product with the kernel of ``config``. x bfloat16 [M, K] with rows aligned to 16 bytes, out [M, N]."""
+    call = W8A16Launch(config, weight, x.data_ptr(), Rows(len(x), x.stride(0), out.stride(0)))
     call.start(x.data_ptr(), out.data_ptr(), current_stream(x.get_device()))
 
 
 def quantize_launch(config: QuantizeConfig, x: Tensor, workspace: Tensor, num_k_blocks: int) -> None:
-    """Quantised blocks of x into ``workspace``."""
-    call = Quantize(config, x.shape[1], num_k_blocks, Rows(len(x), x.stride(0), 0), x.get_device())
+    """Launches the quantisation of x into ``workspace``."""
+    call = QuantizeLaunch(config, x.shape[1], num_k_blocks, Rows(len(x), x.stride(0), 0), x.get_device())
     call.start(x.data_ptr(), workspace.data_ptr(), current_stream(x.get_device()))
 
 
 def w8a8_launch(config: W8A8Config, workspace: Tensor, weight: PackedFp8, out: Tensor) -> None:
-    """One product of the blocks in ``workspace`` with the kernel of ``config``."""
-    call = W8A8(config, weight, Rows(len(out), 0, out.stride(0)))
+    """Launches a product of the blocks in ``workspace`` with the kernel of ``config``."""
+    call = W8A8Launch(config, weight, Rows(len(out), 0, out.stride(0)))
     call.start(workspace.data_ptr(), out.data_ptr(), current_stream(out.get_device()))

@@ -1,21 +1,21 @@
-"""The one layout of FP8 block weights that both Hopper kernels read: W8A16 from registers, W8A8 by descriptor.
+"""The layout of FP8 block weights that both Hopper kernels read: W8A16 from registers, W8A8 by descriptor.
 
 A matrix is cut into blocks of 64 rows x 128 columns, 8 KiB each, contiguous in memory: a block is fetched by one
-plain bulk copy, with no tensor map. Inside a block the bytes stand as ``wgmma`` wants an 8-bit operand in shared
-memory: rows of 128 bytes whose 16-byte units are exchanged by (unit XOR row % 8), the 128-byte swizzle. Three
-permutations make the same bytes serve as well as a register operand and shorten both epilogues:
+plain bulk copy, with no tensor map. Inside a block the bytes have the order that ``wgmma`` reads from shared memory:
+rows of 128 bytes whose 16-byte units are exchanged by (unit XOR row % 8), the 128-byte swizzle. With three permutations
+the same bytes also serve as a register operand, and both epilogues are shorter:
 
 - columns: byte c of a row holds k = sigma(c), chosen so that one thread's two 16-byte units (2q and 2q + 1 of its row)
-  hold exactly the k that the m64k16 register fragments of eight steps ask of lane quarter q. The eight lanes that
-  share a shared-memory access then touch eight different units: no bank conflict. A sum does not care about the order
-  of k; W8A8's activations are quantised into the same order.
+  hold exactly the k that the m64k16 register fragments of eight steps need in lane quarter q. The eight lanes of a
+  shared-memory access then read eight different units: no bank conflict. The order of k does not change a sum, and
+  W8A8's activations are quantised into the same order.
 - bytes of a word: (2q + 8, 2q, 2q + 9, 2q + 1), so that a shift and a mask turn the odd bytes into one BF16 pair and
   the even bytes into the other.
 - rows, inside every 16: stored row r is output feature 2 * (r % 8) + r // 8. A thread's accumulators then belong to
   neighbouring features.
 
-Each block carries one scale, kept beside it in a 16-byte entry (BF16 pair for the decode multiply, float32 factor for
-the sums, float32 scale, 0). Shards start at a block of their own, so a shard's last block may be partial.
+Each block has one scale in a 16-byte entry (BF16 pair for the decode multiplication, float32 factor for the sums,
+float32 scale, 0). Every shard starts with a new block, so a shard's last block may be partial.
 """
 
 from collections.abc import Sequence
@@ -31,9 +31,9 @@ BLOCK_BYTES = ROWS * COLS
 ACT_BLOCK_BYTES = BLOCK_BYTES + 4 * ROWS
 """A block of quantised activations: the bytes, then its 64 float32 scales."""
 _LIFT_EXPONENT = 120
-"""E4M3 bits moved into BF16's fields are 2**-120 of the value."""
+"""E4M3 bits moved into BF16's fields give the value times 2**-120."""
 _FOLDED_EXPONENTS = (-100, 7)
-"""Scales 2**e in this range can ride on the decode multiply: 2**(120 + e) and every product are normal BF16."""
+"""Exponents e of scales that the decode multiplication can apply: 2**(120 + e) and every product are normal BF16."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class PackedFp8:
 
     blocks: uint8 [T, B, 8192], T row blocks (an even number), B = ceil(K / 128). scales: int32 [T, B, 4].
     rows: int32 [T, 2], first output feature and number of valid rows of each row block.
-    folded: every scale is a power of two that the decode multiply can carry. power_of_two: the scales were E8M0.
+    folded: every scale is a power of two that the decode multiplication can apply. power_of_two: scales were E8M0.
     ragged: some row block starts or ends at a feature that 4 does not divide.
     """
 
@@ -65,7 +65,7 @@ class PackedFp8:
 
 
 def column_order() -> Tensor:
-    """sigma: k held by each of the 128 bytes of a row before the swizzle. int64 [128]."""
+    """Returns sigma: the k of each of a row's 128 bytes before the swizzle. int64 [128]."""
     byte = torch.arange(COLS)
     quarter, half, step, j = byte // 32, byte // 16 % 2, byte // 4 % 4, byte % 4
     within = 2 * quarter + torch.tensor([8, 0, 9, 1])[j]
@@ -73,13 +73,13 @@ def column_order() -> Tensor:
 
 
 def row_order() -> Tensor:
-    """Row of the 64 held by each stored row. int64 [64]."""
+    """Returns the source row of each of a block's 64 stored rows. int64 [64]."""
     row = torch.arange(ROWS)
     return row // 16 * 16 + 2 * (row % 8) + row // 8 % 2
 
 
 def block_order(rows: Tensor) -> Tensor:
-    """Index into a row-major 64 x 128 block of each packed byte, for stored rows ``rows``. int64 [8192]."""
+    """Returns each packed byte's index in a row-major 64 x 128 block, for stored rows ``rows``. int64 [8192]."""
     stored = torch.arange(ROWS)[:, None]
     byte = torch.arange(COLS)[None, :]
     source = (byte // 16 ^ stored % 8) * 16 + byte % 16
@@ -87,7 +87,7 @@ def block_order(rows: Tensor) -> Tensor:
 
 
 def pack_blocks(codes: Tensor, rows: Tensor) -> Tensor:
-    """Bytes [R, K] -> uint8 [ceil(R/64), ceil(K/128), 8192]; what lies outside the matrix is 0."""
+    """Packs bytes [R, K] into uint8 [ceil(R/64), ceil(K/128), 8192], padded with 0."""
     num_rows, width = codes.shape
     tiles, k_blocks = -(-num_rows // ROWS), -(-width // COLS)
     raw = codes.view(torch.uint8)
@@ -98,7 +98,7 @@ def pack_blocks(codes: Tensor, rows: Tensor) -> Tensor:
 
 
 def unpack_blocks(blocks: Tensor, rows: Tensor, num_rows: int, width: int) -> Tensor:
-    """The inverse of ``pack_blocks``: uint8 [R, K]."""
+    """Inverts ``pack_blocks``: returns uint8 [R, K]."""
     tiles, k_blocks, _ = blocks.shape
     tiled = torch.empty_like(blocks)
     tiled[..., block_order(rows).to(blocks.device)] = blocks
@@ -140,15 +140,15 @@ def pack_fp8(weights: Sequence[Tensor], scales: Sequence[Tensor]) -> PackedFp8:
 
 
 def fp8_shape(shard_rows: Sequence[int], width: int) -> tuple[int, int, bool]:
-    """Row blocks, K blocks, and whether it is ragged, of shards of so many rows, as ``pack_fp8`` makes them."""
+    """Returns row blocks, K blocks and raggedness of the operand that ``pack_fp8`` makes of shards of these rows."""
     rows = _row_table(shard_rows)
     return len(rows) + len(rows) % 2, -(-width // COLS), bool((rows % 4 != 0).any())
 
 
 def restore_fp8(packed: PackedFp8, shard_rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """The inverse of ``pack_fp8``, for shards of so many rows: E4M3 [N, K], float32 [ceil(N/128), ceil(K/128)].
+    """Inverts ``pack_fp8`` for shards of these rows: returns E4M3 [N, K] and float32 [ceil(N/128), ceil(K/128)].
 
-    A scale is kept in several forms, twice for 128 rows; where they do not say the same, it comes back as NaN.
+    The layout holds a scale in several forms, twice for 128 rows; where they disagree, it comes back as NaN.
     """
     shards, start = [], 0
     for num_rows in shard_rows:
@@ -173,7 +173,7 @@ def _unpack_scales(entries: Tensor) -> Tensor:
 
 
 def fp8_padding(packed: PackedFp8) -> Tensor:
-    """The codes that lie outside the matrix: uint8, one after the other."""
+    """Returns the padding codes: uint8, one after the other."""
     tiles, k_blocks, _ = packed.blocks.shape
     whole = unpack_blocks(packed.blocks, row_order(), tiles * ROWS, k_blocks * COLS).view(tiles, ROWS, -1)
     row, col = (torch.arange(n, device=whole.device) for n in whole.shape[1:])
@@ -193,7 +193,7 @@ def _foldable(factor: Tensor) -> bool:
 
 
 def _entries(num_rows: int, factor: Tensor, folded: bool) -> Tensor:
-    """int32 [T, B, 4] of one shard: decode multiplier (a BF16 pair), factor of the sums, scale, 0."""
+    """Makes a shard's entries, int32 [T, B, 4]: decode multiplier (a BF16 pair), factor of the sums, scale, 0."""
     block_idx = torch.arange(-(-num_rows // ROWS), device=factor.device) * ROWS // 128
     spread = factor[block_idx]
     lift = spread * 2.0**_LIFT_EXPONENT if folded else torch.full_like(spread, 2.0**_LIFT_EXPONENT)

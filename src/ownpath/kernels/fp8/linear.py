@@ -1,4 +1,4 @@
-"""``cute.fp8_linear_sm90``: one dense FP8 product as a call: W8A16 for few rows, W8A8 for many."""
+"""``cute.fp8_linear_sm90``: dense FP8 products, W8A16 for few rows and W8A8 for many."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ownpath.formats import FP8_BLOCK
-from ownpath.kernels.calls import Calls
 from ownpath.kernels.checks import readable_rows, require_input
 from ownpath.kernels.contract import StoredLinear
 from ownpath.kernels.dsl.driver import current_stream, num_sms
@@ -16,44 +15,45 @@ from ownpath.kernels.fp8.choose import WeightKey, w8a8_config, w8a8_configs, w8a
 from ownpath.kernels.fp8.config import MAX_K_BLOCKS, Fp8Config, QuantizeConfig
 from ownpath.kernels.fp8.launch import (
     ROWS_PER_WORKSPACE_BLOCK,
-    W8A8,
-    W8A16,
-    Quantize,
+    QuantizeLaunch,
     Rows,
+    W8A8Launch,
+    W8A16Launch,
     weight_key,
     workspace_bytes,
     workspace_rows,
 )
 from ownpath.kernels.fp8.layout import PackedFp8, fp8_padding, fp8_shape, pack_fp8, restore_fp8
 from ownpath.kernels.fp8.spec import PREFILL_FROM
+from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.qtensor import QuantTensor
 
 MAX_WIDTH = 8 * MAX_K_BLOCKS * 128
 PASS_BLOCKS = 2048
-"""Blocks of 64 x 128 activations that W8A8 quantises in one pass (17 MB), where that is at least 2048 rows."""
+"""Blocks of 64 x 128 activations that W8A8 quantises in one pass (17 MB), if that is at least 2048 rows."""
 
 
 def rows_at_once(num_k_blocks: int) -> int:
-    """Rows that W8A8 takes in one pass."""
+    """Returns the number of rows of one W8A8 pass."""
     return max(2048, PASS_BLOCKS // num_k_blocks * ROWS_PER_WORKSPACE_BLOCK)
 
 
-class _Exact:
-    """One W8A16 launch."""
+class _W8A16Pass:
+    """A W8A16 product: one launch."""
 
     def __init__(self, kernel: "Fp8LinearKernel", weight: PackedFp8, x_address: int, rows: Rows) -> None:
         config = w8a16_config(
             rows.count, weight_key(weight), num_sms(weight.blocks.get_device()), kernel.is_batch_invariant
         )
-        self._product = W8A16(config, weight, x_address, rows)
+        self._product = W8A16Launch(config, weight, x_address, rows)
 
     def start(self, x: int, out: int, workspace: int, stream: int) -> None:
-        """Launches with these addresses. workspace: not used."""
+        """Launches with the given addresses. workspace: not used."""
         self._product.start(x, out, stream)
 
 
-class _Quantized:
-    """W8A8 in as many passes as ``step`` rows ask for; they share a workspace one after the other."""
+class _W8A8Passes:
+    """A W8A8 product in passes of ``step`` rows, which use the workspace one after the other."""
 
     def __init__(self, weight: PackedFp8, rows: Rows, step: int) -> None:
         key, sms = weight_key(weight), num_sms(weight.blocks.get_device())
@@ -61,12 +61,12 @@ class _Quantized:
         self._passes = []
         for start in range(0, rows.count, step):
             part = Rows(min(step, rows.count - start), rows.x_pitch, rows.out_pitch)
-            quantize = Quantize(config, weight.in_features, weight.num_k_blocks, part, weight.blocks.get_device())
-            product = W8A8(w8a8_config(part.count, key, sms), weight, part)
+            quantize = QuantizeLaunch(config, weight.in_features, weight.num_k_blocks, part, weight.blocks.get_device())
+            product = W8A8Launch(w8a8_config(part.count, key, sms), weight, part)
             self._passes.append((quantize, product, 2 * start * rows.x_pitch, 2 * start * rows.out_pitch))
 
     def start(self, x: int, out: int, workspace: int, stream: int) -> None:
-        """Launches with these addresses."""
+        """Launches with the given addresses."""
         for quantize, product, x_at, out_at in self._passes:
             quantize.start(x + x_at, workspace, stream)
             product.start(workspace, out + out_at, stream)
@@ -74,24 +74,25 @@ class _Quantized:
 
 @dataclass(frozen=True)
 class Fp8Operand:
-    """A packed weight. shard_rows: of each fused shard. calls: launches by rows, pitches of x and out, and rows of a
-    pass."""
+    """A packed weight. shard_rows: of each fused shard. launches: by rows, pitches of x and out, and rows per pass."""
 
     weight: PackedFp8
     shard_rows: tuple[int, ...]
-    calls: Calls[tuple[int, int, int, int], _Exact | _Quantized] = field(default_factory=Calls, compare=False)
+    launches: LaunchCache[tuple[int, int, int, int], _W8A16Pass | _W8A8Passes] = field(
+        default_factory=LaunchCache, compare=False
+    )
     lock: Lock = field(default_factory=Lock, compare=False)
 
 
 @dataclass(frozen=True)
 class Fp8LinearKernel:
-    """W8A16 for fewer rows than ``prefill_from``, W8A8 from there; ``None``: W8A16 always."""
+    """W8A16 for fewer than ``prefill_from`` rows, otherwise W8A8; ``None``: always W8A16."""
 
     prefill_from: int | None
     is_batch_invariant: bool = False
 
     def prepare(self, stored: StoredLinear) -> Fp8Operand:
-        """A copy in the kernels' layout; the stored tensors are not needed afterwards.
+        """Copies weights into the kernels' layout; the stored tensors are not needed afterwards.
 
         Shapes: as ``StoredLinear`` with E4M3 codes [N, K] and E8M0 or float32 scales [ceil(N/128), ceil(K/128)].
         Errors: ValueError for a K that 8 does not divide, or more than 64K.
@@ -101,26 +102,26 @@ class Fp8LinearKernel:
             raise ValueError(f"weight has {width} columns; the Hopper kernels take multiples of 8 up to {MAX_WIDTH}")
         codes, scales = _codes_and_scales(stored)
         packed = pack_fp8(codes, scales)
-        # Kernels read weights before they wait for their predecessor: packing must be over by then.
+        # Kernels read weights before they wait for their predecessor, so packing must be complete.
         torch.cuda.synchronize(codes[0].device)
         return Fp8Operand(packed, tuple(len(shard) for shard in codes))
 
     def restore(self, operand: Fp8Operand) -> tuple[QuantTensor, ...]:
-        """A matrix and its grid of float32 scales for each shard."""
+        """Returns each shard's matrix and grid of float32 scales."""
         shards = restore_fp8(operand.weight, operand.shard_rows)
         return tuple(QuantTensor(codes, scale, None, FP8_BLOCK) for codes, scale in shards)
 
     def padding(self, operand: Fp8Operand) -> Tensor:
-        """The codes that lie outside the matrix: uint8."""
+        """Returns the padding codes: uint8."""
         return fp8_padding(operand.weight)
 
     def configs(self, operand: Fp8Operand) -> list[Fp8Config]:
-        """Every kernel that a call may launch, to be compiled and loaded before the first one."""
+        """Returns the configurations of every kernel that a call may launch."""
         weight = operand.weight
         return self._configs(weight_key(weight), weight.power_of_two, weight.blocks.device.index)
 
     def planned_configs(self, stored: StoredLinear) -> list[Fp8Config]:
-        """As ``configs``; E8M0 scales are taken to fold into the decode, as those between 2^-100 and 2^7 do."""
+        """Returns ``configs``, assuming that E8M0 scales fold into the decode, as those from 2^-100 to 2^7 do."""
         codes, scales = _codes_and_scales(stored)
         is_e8m0 = all(scale.dtype == torch.float8_e8m0fnu for scale in scales)
         num_tiles, num_k_blocks, ragged = fp8_shape([len(shard) for shard in codes], stored.shape[1])
@@ -134,7 +135,7 @@ class Fp8LinearKernel:
         return list({config.name: config for config in found}.values())
 
     def variant(self, x: Tensor, operand: Fp8Operand) -> str:
-        """Names of the kernels that a call with this x launches."""
+        """Returns the names of the kernels that a call with this x launches."""
         weight, num_rows = operand.weight, x.numel() // x.shape[-1]
         key, sms = weight_key(weight), num_sms(x.device.index)
         if not self._quantizes(num_rows):
@@ -145,7 +146,7 @@ class Fp8LinearKernel:
         return " ".join([QuantizeConfig(weight.power_of_two).name, *products])
 
     def workspace(self, operand: Fp8Operand, num_tokens: int) -> Tensor | None:
-        """For the quantised activations of W8A8; rows that do not fit are taken in turns."""
+        """Allocates scratch for the quantised activations of W8A8; more rows are processed in several passes."""
         if self.prefill_from is None:
             return None
         num_k_blocks = operand.weight.num_k_blocks
@@ -158,7 +159,7 @@ class Fp8LinearKernel:
     def run(
         self, x: Tensor, operand: Fp8Operand, *, out: Tensor | None = None, workspace: Tensor | None = None
     ) -> Tensor:
-        """y = x (E4M3 x block scale)ᵀ.
+        """Computes y = x (E4M3 x block scale)ᵀ.
 
         Shapes: x bfloat16 [..., K] with rows at multiples of 16 bytes; y bfloat16 [..., N], ``out`` if given.
 
@@ -181,20 +182,20 @@ class Fp8LinearKernel:
             step, address, workspace = self._scratch(num_rows, weight, workspace)
             key = num_rows, pitch, out.stride(0), step
             with operand.lock:
-                call = operand.calls.get(key) or operand.calls.keep(key, self._new_call(x, weight, key))
+                call = operand.launches.get(key) or operand.launches.add(key, self._new_call(x, weight, key))
                 call.start(x_address, out.data_ptr(), address, current_stream(device_index))
         return out
 
     def run_wide(self, x: Tensor, operand: Fp8Operand) -> Tensor:
-        """y in at least float32, which this kernel does not write. Errors: ValueError."""
+        """Refuses: this kernel does not write float32. Errors: ValueError."""
         return self.run(x.to(torch.promote_types(x.dtype, torch.float32)), operand)
 
-    def _new_call(self, x: Tensor, weight: PackedFp8, key: tuple[int, int, int, int]) -> _Exact | _Quantized:
+    def _new_call(self, x: Tensor, weight: PackedFp8, key: tuple[int, int, int, int]) -> _W8A16Pass | _W8A8Passes:
         rows = Rows(*key[:3])
-        return _Quantized(weight, rows, key[3]) if key[3] else _Exact(self, weight, x.data_ptr(), rows)
+        return _W8A8Passes(weight, rows, key[3]) if key[3] else _W8A16Pass(self, weight, x.data_ptr(), rows)
 
     def _scratch(self, num_rows: int, weight: PackedFp8, given: Tensor | None) -> tuple[int, int, Tensor | None]:
-        """Rows of a pass (0: nothing is quantised), the scratch's address, and what keeps it alive."""
+        """Returns rows per pass (0: nothing is quantised), the scratch's address, and the tensor that owns it."""
         if not self._quantizes(num_rows):
             return 0, 0, None
         if given is None:
@@ -217,7 +218,7 @@ def _codes_and_scales(stored: StoredLinear) -> tuple[Sequence[Tensor], Sequence[
 
 
 def _refuse(x: Tensor, weight: PackedFp8) -> None:
-    """Errors: ValueError naming what the kernels cannot take of x, unless it only has more dimensions."""
+    """Raises ValueError naming what is wrong with x; more than two dimensions are allowed."""
     require_input(x, weight.in_features, weight.blocks)
     if x.dtype != torch.bfloat16:
         raise ValueError(f"x must be torch.bfloat16 for the Hopper kernels, found {x.dtype}")

@@ -1,7 +1,7 @@
-"""Where the FP8 products' rows and tokens go: the table of a packed weight's row blocks, and the output.
+"""The output of the FP8 products: the table of a packed weight's row blocks, and the output matrix.
 
-Packing cuts a weight into blocks of 64 rows; the table says of each where its rows begin among the output features,
-and how many of them exist. Roofline: the bytes of the output. Limits: as the products.
+Packing cuts a weight into blocks of 64 rows; the table has each block's first output feature and number of valid rows.
+Roofline: the bytes of the output. Limits: as the products.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from cutlass import Int32, cute
 
 @dataclass(frozen=True)
 class RowBlock:
-    """The first output feature of a row block, and how many of its rows exist (none beyond the matrix)."""
+    """The first output feature of a row block, and the number of its rows inside the matrix."""
 
     first: Int32
     num_valid: Int32
@@ -19,7 +19,7 @@ class RowBlock:
 
 @dataclass(frozen=True)
 class Output:
-    """The output of one call, BF16 [num_tokens, ld_out]. row_table: int32 [num_row_blocks, 2]."""
+    """The output of a call, BF16 [num_tokens, ld_out]. row_table: int32 [num_row_blocks, 2]."""
 
     out: cute.Pointer
     row_table: cute.Pointer
@@ -29,7 +29,7 @@ class Output:
 
     @cute.jit
     def rows(self, row_block: Int32) -> RowBlock:
-        """The table's entry of a row block."""
+        """Returns the table's entry of a row block."""
         first, num_valid = Int32(0), Int32(0)
         if row_block < self.num_row_blocks:
             table = cute.make_tensor(self.row_table + 2 * row_block, cute.make_layout(2))

@@ -1,17 +1,15 @@
-"""PTX instructions that only the FP8 kernels issue, as typed functions."""
-
-from typing import Any
+"""PTX instructions of the FP8 kernels, as typed functions."""
 
 from cutlass import Float32, Int32, Uint32
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
-from ownpath.kernels.dsl.ptx import Value, asm
+from ownpath.kernels.dsl.ptx import Site, Value, asm
 
 
 @dsl_user_op
-def load_global16_or_zero(src: Value, inside: Value, *, loc: Any = None, ip: Any = None) -> list[Uint32]:
-    """16 bytes of global memory that this kernel does not write, or zeros."""
+def load_global16_or_zero(src: Value, inside: Value, *, loc: Site = None, ip: Site = None) -> list[Uint32]:
+    """Loads 16 bytes of global memory that this kernel does not write, or returns zeros."""
     struct = llvm.StructType.get_literal([T.i32()] * 4)
     text = (
         "{ .reg .pred p; setp.ne.s32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
@@ -23,22 +21,22 @@ def load_global16_or_zero(src: Value, inside: Value, *, loc: Any = None, ip: Any
 
 
 @dsl_user_op
-def max_u32(a: Value, b: Value, *, loc: Any = None, ip: Any = None) -> Uint32:
-    """The larger of two unsigned words."""
+def max_u32(a: Value, b: Value, *, loc: Site = None, ip: Site = None) -> Uint32:
+    """Returns the larger of two unsigned words."""
     operands = [Uint32(a).ir_value(loc=loc, ip=ip), Uint32(b).ir_value(loc=loc, ip=ip)]
     return Uint32(asm("max.u32 $0, $1, $2;", "=r,r,r", T.i32(), operands, True, loc, ip))
 
 
 @dsl_user_op
-def divide(a: Value, b: Value, *, loc: Any = None, ip: Any = None) -> Float32:
-    """a / b, correctly rounded."""
+def divide(a: Value, b: Value, *, loc: Site = None, ip: Site = None) -> Float32:
+    """Computes a / b, correctly rounded."""
     operands = [Float32(a).ir_value(loc=loc, ip=ip), Float32(b).ir_value(loc=loc, ip=ip)]
     return Float32(asm("div.rn.f32 $0, $1, $2;", "=f,f,f", T.f32(), operands, True, loc, ip))
 
 
 @dsl_user_op
-def to_e4m3x4(v0: Value, v1: Value, v2: Value, v3: Value, *, loc: Any = None, ip: Any = None) -> Uint32:
-    """Four float32 rounded to nearest even E4M3, saturating, ``v0`` in the lowest byte."""
+def to_e4m3x4(v0: Value, v1: Value, v2: Value, v3: Value, *, loc: Site = None, ip: Site = None) -> Uint32:
+    """Rounds four float32 to E4M3, nearest even, saturating, ``v0`` in the lowest byte."""
     text = (
         "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; "
         "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }"
@@ -48,15 +46,15 @@ def to_e4m3x4(v0: Value, v1: Value, v2: Value, v3: Value, *, loc: Any = None, ip
 
 
 @dsl_user_op
-def load_shared_float(address: Value, *, loc: Any = None, ip: Any = None) -> Float32:
-    """One float32 of shared memory at a byte address."""
+def load_shared_float(address: Value, *, loc: Site = None, ip: Site = None) -> Float32:
+    """Loads one float32 of shared memory at a byte address."""
     operands = [Int32(address).ir_value(loc=loc, ip=ip)]
     return Float32(asm("ld.shared.f32 $0, [$1];", "=f,r", T.f32(), operands, False, loc, ip))
 
 
 @dsl_user_op
-def store_global8(dst: Value, low: Value, high: Value, *, loc: Any = None, ip: Any = None) -> None:
-    """Two words to global memory at an 8-byte aligned address."""
+def store_global8(dst: Value, low: Value, high: Value, *, loc: Site = None, ip: Site = None) -> None:
+    """Stores two words to global memory at an 8-byte aligned address."""
     operands = [
         dst.toint().ir_value(loc=loc, ip=ip),
         Uint32(low).ir_value(loc=loc, ip=ip),
@@ -66,16 +64,16 @@ def store_global8(dst: Value, low: Value, high: Value, *, loc: Any = None, ip: A
 
 
 @dsl_user_op
-def nan_unless_finite(value: Value, bits: Value, *, loc: Any = None, ip: Any = None) -> Float32:
-    """``value``, or NaN where the non-negative float32 with these bits is infinite or NaN."""
+def nan_unless_finite(value: Value, bits: Value, *, loc: Site = None, ip: Site = None) -> Float32:
+    """Returns ``value``, or NaN where the non-negative float32 with these bits is infinite or NaN."""
     text = "{ .reg .pred p; setp.lt.u32 p, $2, 0x7F800000; selp.f32 $0, $1, 0f7FC00000, p; }"
     operands = [Float32(value).ir_value(loc=loc, ip=ip), Uint32(bits).ir_value(loc=loc, ip=ip)]
     return Float32(asm(text, "=f,f,r", T.f32(), operands, True, loc, ip))
 
 
 @dsl_user_op
-def load_matrix4(address: Value, *, loc: Any = None, ip: Any = None) -> list[Uint32]:
-    """Four 8 x 8 matrices of 16-bit values; lane 8 i + t addresses row t of matrix i."""
+def load_matrix4(address: Value, *, loc: Site = None, ip: Site = None) -> list[Uint32]:
+    """Loads four 8 x 8 matrices of 16-bit values; lane 8 i + t addresses row t of matrix i."""
     struct = llvm.StructType.get_literal([T.i32()] * 4)
     text = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];"
     operands = [Int32(address).ir_value(loc=loc, ip=ip)]
@@ -84,8 +82,8 @@ def load_matrix4(address: Value, *, loc: Any = None, ip: Any = None) -> list[Uin
 
 
 @dsl_user_op
-def mma_bf16(a: Value, b: Value, c: Value, *, loc: Any = None, ip: Any = None) -> list[Float32]:
-    """c + a b for a warp: 16 x 16 of BF16 times 16 x 8, float32 sums."""
+def mma_bf16(a: Value, b: Value, c: Value, *, loc: Site = None, ip: Site = None) -> list[Float32]:
+    """Computes c + a b for a warp: 16 x 16 of BF16 times 16 x 8, float32 sums."""
     struct = llvm.StructType.get_literal([T.f32()] * 4)
     text = (
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "

@@ -1,15 +1,15 @@
-"""Activations to FP8 on Hopper: BF16 rows to E4M3 with one scale per 1 x 128, written as W8A8's operand.
+"""Quantises activations on Hopper: BF16 rows to E4M3 with one scale per 1 x 128, in the layout of W8A8's operand.
 
-How it works. Eight threads share 128 columns of a row. Each loads 16 values (two 16-byte loads), the eight agree on
-the largest magnitude by three shuffles, and each writes four 4-byte words. The words go where ``kernels.fp8.layout``
-puts the weights' bytes of the same k, 64 rows x 128 columns to a block of 8 KiB, with the block's 64 float32 scales
-behind it, so that the product fetches an operand block with its scales by one bulk copy.
+How it works. Eight threads share 128 columns of a row. Each loads 16 values (two 16-byte loads), the eight find the
+largest magnitude by three shuffles, and each writes four 4-byte words. The words have the positions that
+``kernels.fp8.layout`` gives to the weights' bytes of the same k, 64 rows x 128 columns to a block of 8 KiB, with the
+block's 64 float32 scales behind it, so that the product fetches an operand block with its scales by one bulk copy.
 
 Scale. ``power_of_two``: 2**ceil(log2(max(amax, 1e-4) / 448)), from the bits. Otherwise max(amax, 1e-4) / 448, divided
 exactly. A NaN or infinity makes its scale NaN, so that it reaches the output. DeepSeek's released quantisers.
 
-Roofline. Memory: 3.03 bytes per value; 2048 x 8192 is 51 MB. Rows of a block beyond the last token are left unwritten:
-they only ever meet sums that nobody stores. Limits: K a multiple of 8; 16-byte aligned rows; sm_90a.
+Roofline. Memory: 3.03 bytes per value; 2048 x 8192 is 51 MB. Rows of a block beyond the last token are not written:
+they only enter sums that are not stored. Limits: K a multiple of 8; 16-byte aligned rows; sm_90a.
 """
 
 from typing import Any
@@ -61,7 +61,7 @@ class Quantize:
         part = thread % 8
         token = cta // num_k_blocks * QUANTIZE_ROWS + thread // 8
         k_block = cta % num_k_blocks
-        # x may come from the kernel before, and the kernel before may still read the blocks that are written here.
+        # The previous kernel may still write x, or read the blocks that this one writes.
         cute.arch.griddepcontrol_wait()
         words = [Uint32(0)] * 8
         column = k_block * 128 + part * 16
@@ -87,7 +87,7 @@ class Quantize:
                 cute.make_tensor(target, cute.make_layout(1))[0] = scale
 
     def scale_values(self, amax_bits: Uint32, values: list[Float32]) -> tuple[Float32, list[Float32]]:
-        """The scale of a block whose largest magnitude has these float32 bits, and its values over the scale."""
+        """Returns a block's scale, from the float32 bits of its largest magnitude, and its values over the scale."""
         floor = Uint32(0x38D1B717)  # 1e-4
         bits = fp8_ptx.max_u32(amax_bits, floor)
         if cutlass.const_expr(self.cfg.power_of_two):
@@ -103,7 +103,7 @@ class Quantize:
         return fp8_ptx.nan_unless_finite(scale, amax_bits), scaled
 
     def write(self, block: cute.Pointer, row: Int32, part: Int32, scaled: list[Float32]) -> None:
-        """Four words: columns {2q + 8, 2q, 2q + 9, 2q + 1} of these 16 go to unit 2q + part / 4, word part % 4."""
+        """Writes four words: columns {2q + 8, 2q, 2q + 9, 2q + 1} of 16 to unit 2q + part / 4, word part % 4."""
         for q in range(4):
             word = fp8_ptx.to_e4m3x4(scaled[2 * q + 8], scaled[2 * q], scaled[2 * q + 9], scaled[2 * q + 1])
             unit = (2 * q + part // 4) ^ (row % 8)

@@ -1,6 +1,6 @@
-"""Torch twins of the Hopper FP8 products, on the same packed operand and with the same signatures.
+"""Torch twins of the Hopper FP8 products on the same packed operand, with the same signatures.
 
-W8A16 is exact decode and float32 sums. W8A8 is the published scheme step by step: E4M3 activations with one scale per
+W8A16 decodes exactly and sums in float32. W8A8 follows the published scheme: E4M3 activations with one scale per
 1 x 128, a product per 128 of K, each added to the total times both scales. The device's tensor cores keep about 14
 bits while they sum inside 128 of K; here that sum is float32.
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ownpath.kernels.checks import require_input, require_routing
-from ownpath.kernels.contract import Expert, Routing, StoredExperts, StoredLinear
+from ownpath.kernels.contract import FusedExpert, Routing, StoredExperts, StoredLinear
 from ownpath.kernels.fp8.layout import PackedFp8, row_order, unpack_blocks
 from ownpath.kernels.mixture import mixture, sum_dtype, with_shared
 from ownpath.kernels.reference import Reference, filled
@@ -24,7 +24,7 @@ from ownpath.qtensor import QuantTensor
 
 
 def unpack_fp8(weight: PackedFp8) -> tuple[Tensor, Tensor]:
-    """Codes E4M3 [N, K] and the float32 scale of each row and block of K, [N, B]."""
+    """Returns codes E4M3 [N, K] and the float32 scale of each row and block of K, [N, B]."""
     blocks, (num_tiles, num_k_blocks, _) = weight.blocks, weight.blocks.shape
     codes = unpack_blocks(blocks, row_order(), 64 * num_tiles, weight.in_features).view(num_tiles, 64, -1)
     scale = weight.scales[..., 2].contiguous().view(torch.float32)
@@ -34,7 +34,7 @@ def unpack_fp8(weight: PackedFp8) -> tuple[Tensor, Tensor]:
 
 
 def quantize_rows(x_MK: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    """E4M3 codes [M, B, 128] of x and their float32 scales [M, B]; columns beyond K are 0.
+    """Quantises x to E4M3 codes [M, B, 128] with float32 scales [M, B]; columns beyond K are 0.
 
     power_of_two: 2**ceil(log2(max(amax, 1e-4) / 448)); otherwise max(amax, 1e-4) / 448. A block with a NaN or an
     infinity gets a NaN scale. Source: DeepSeek's released activation quantiser, block 128.
@@ -51,14 +51,14 @@ def quantize_rows(x_MK: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
 
 
 def fp8_w8a16(x: Tensor, weight: PackedFp8, out: Tensor) -> None:
-    """out = x (E4M3 x block scale).T. Shapes: x [M, K]; out [M, N]."""
+    """Computes out = x (E4M3 x block scale).T. Shapes: x [M, K]; out [M, N]."""
     codes_NK, scale_NB = unpack_fp8(weight)
     wide = scale_NB.repeat_interleave(128, dim=1)[:, : weight.in_features]
     out.copy_(x.float() @ (decode_e4m3(codes_NK) * wide).T)
 
 
 def fp8_w8a8(x: Tensor, weight: PackedFp8, out: Tensor, workspace: Tensor) -> None:
-    """out = sum over blocks of K of (codes codes.T) * token scale * weight scale. ``workspace`` is not used."""
+    """Computes out = sum over blocks of K of (codes codes.T) * token scale * weight scale. workspace: not used."""
     codes_MBK, scale_MB = quantize_rows(x, weight.power_of_two)
     codes_NK, scale_NB = unpack_fp8(weight)
     codes_NBK = F.pad(decode_e4m3(codes_NK), (0, -weight.in_features % 128)).unflatten(1, (-1, 128))
@@ -70,7 +70,7 @@ def fp8_w8a8(x: Tensor, weight: PackedFp8, out: Tensor, workspace: Tensor) -> No
 
 
 def fp8_linear(x_MK: torch.Tensor, qdata_NK: torch.Tensor, scale_NK128: torch.Tensor) -> torch.Tensor:
-    """y = x (E4M3 x block scale)ᵀ.
+    """Computes y = x (E4M3 x block scale)ᵀ.
 
     Shapes: x [M, K]; qdata E4M3 [N, K]; scale E8M0 or float32 [ceil(N/128), ceil(K/128)]; y [M, N].
     """
@@ -89,11 +89,11 @@ def fp8_moe(
     num_shared: int = 0,
     expert_map: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As ``nvfp4_moe``, with E4M3 experts that have a scale per 128 x 128.
+    """Computes as ``nvfp4_moe``, with E4M3 experts that have a scale per 128 x 128.
 
     Shapes (R = ceil(F/128), C = ceil(D/128)): w13: qdata E4M3 [E, 2F, D], gate rows first, scale E8M0 or float32
-        [E, 2, R, C]: gate and up each have their own grid, the last blocks of both may be partial. w2: qdata E4M3
-        [E, D, F], scale [E, C, R]. The others as there.
+        [E, 2, R, C]: gate and up have a grid each, the last blocks of both may be partial. w2: qdata E4M3 [E, D, F],
+        scale [E, C, R]. The others as in ``nvfp4_moe``.
     """
 
     def gate_up(x_SD: torch.Tensor, expert: int) -> torch.Tensor:
@@ -108,21 +108,21 @@ def fp8_moe(
 
 
 class Fp8LinearReference(Reference):
-    """``fp8_linear`` as a kernel: operands lie as they are stored."""
+    """``fp8_linear`` as a kernel; its operand is the stored weight."""
 
     def prepare(self, stored: StoredLinear) -> StoredLinear:
-        """The shards as they are: each has its own grid of scales."""
+        """Returns the shards unchanged: each has its own grid of scales."""
         return stored
 
     def restore(self, operand: StoredLinear) -> tuple[QuantTensor, ...]:
-        """The shards."""
+        """Returns the shards."""
         return operand.shards
 
     def variant(self, x: torch.Tensor, operand: StoredLinear) -> None:
-        """There is one form."""
+        """Returns ``None``: the kernel has no variants."""
 
     def workspace(self, operand: StoredLinear, num_tokens: int) -> None:
-        """No call needs any."""
+        """Returns ``None``: no call needs scratch."""
 
     def run(
         self,
@@ -132,7 +132,7 @@ class Fp8LinearReference(Reference):
         out: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """y [..., N] in the dtype of x. Errors: ValueError naming what is wrong with x."""
+        """Computes y [..., N] in the dtype of x. Errors: ValueError naming what is wrong with x."""
         num_rows, width = operand.shape
         require_input(x, width, operand.shards[0].qdata)
         rows = x.flatten(0, -2)
@@ -141,26 +141,26 @@ class Fp8LinearReference(Reference):
         return filled(out, y.view(*x.shape[:-1], num_rows))
 
     def run_wide(self, x: torch.Tensor, operand: StoredLinear) -> torch.Tensor:
-        """y in at least float32."""
+        """Computes y in at least float32."""
         return self.run(x.to(torch.promote_types(x.dtype, torch.float32)), operand)
 
 
 class Fp8MoeReference(Reference):
-    """``fp8_moe`` as a kernel: operands lie as they are stored."""
+    """``fp8_moe`` as a kernel; its operand is the stored experts."""
 
     def prepare(self, stored: StoredExperts) -> StoredExperts:
-        """The stacks as they are."""
+        """Returns the stored experts unchanged."""
         return stored
 
-    def restore(self, operand: StoredExperts, expert: int) -> Expert:
-        """One expert's part of each side."""
+    def restore(self, operand: StoredExperts, expert: int) -> FusedExpert:
+        """Returns one expert's matrices."""
         return operand.gate_up.of_expert(expert), operand.down.of_expert(expert)
 
     def variant(self, x: torch.Tensor, routing: Routing, operand: StoredExperts) -> None:
-        """There is one form."""
+        """Returns ``None``: the kernel has no variants."""
 
     def workspace(self, operand: StoredExperts, num_tokens: int, num_slots: int) -> None:
-        """No call needs any."""
+        """Returns ``None``: no call needs scratch."""
 
     def run(
         self,
@@ -171,7 +171,7 @@ class Fp8MoeReference(Reference):
         out: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """y [T, D] in the dtype of x. Errors: ValueError naming what is wrong with x or the routing."""
+        """Computes y [T, D] in the dtype of x. Errors: ValueError naming what is wrong with x or the routing."""
         require_input(x, operand.hidden_size, operand.gate_up.qdata)
         require_routing(x, routing.ids, routing.weights)
         y = fp8_moe(

@@ -1,4 +1,4 @@
-"""E4M3 weights in 128 x 128 blocks, dense, for Hopper; their routed experts by the torch reference."""
+"""Specs for E4M3 weights in 128 x 128 blocks: dense products on Hopper, routed experts by the torch reference."""
 
 from ownpath.formats import FP8_BLOCK
 from ownpath.kernels.spec import Evidence, InputRounding, KernelSpec, behind_quantizer
@@ -6,7 +6,7 @@ from ownpath.official import Step
 from ownpath.ops import OpKind
 
 PREFILL_FROM = 65
-"""Rows from which linears on Hopper quantise their activations: up to 64, W8A16 is faster, and exact."""
+"""Number of rows from which linears on Hopper quantise their activations: with fewer, W8A16 is faster, and exact."""
 
 _EVIDENCE = Evidence("fp8.ref:fp8_linear", "tests/gpu/test_fp8_linear.py", "ownpath bench fp8")
 

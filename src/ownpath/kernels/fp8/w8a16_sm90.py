@@ -5,10 +5,10 @@ and tokens their N, so that one token costs 8 columns rather than 64 rows. A CTA
 a share of K. One thread streams 8 KiB weight blocks into a ring of shared-memory stages by bulk copies; another brings
 the tokens as TMA boxes of all rows by 64 columns, swizzled as the tensor cores read them. Consumer warpgroups read
 their blocks with conflict-free 16-byte loads (``kernels.fp8.layout``), decode to BF16 in registers and multiply from
-there: below 32 tokens by ``mma``, each warp its own 16 rows, waiting for nobody; from 32 by ``wgmma``, decoding one
-group of steps while the tensor cores work on the other. CTAs that share rows and split K form a cluster and add their
-float32 sums through distributed shared memory, in the order of their rank: no workspace, the same bits always. The
-next kernel may start at once: its CTAs fetch weights while this one's finish, and wait before they touch a token.
+there: below 32 tokens by ``mma``, each warp its own 16 rows without waiting; from 32 by ``wgmma``, decoding one group
+of steps while the tensor cores work on the other. CTAs that share rows and split K form a cluster and add their
+float32 sums through distributed shared memory in the order of their rank: no workspace, and always the same bits. The
+next kernel may start at once: its CTAs fetch weights while this one's finish, and wait before they read a token.
 
 Decode. E4M3's sign, exponent and mantissa are moved into BF16's fields, which gives value * 2**-120, subnormals
 included; one BF16 multiply by 2**120 makes it exact. Where every block scale is a power of two in range, that multiply
@@ -20,8 +20,8 @@ multiplies. Nearly a CTA's whole share of the weights is in flight at once (up t
 weights, tokens and results passes through memory.
 
 Roofline. 1 byte per weight at 4.41 TB/s up to M = 64, where tensor cores are at about half their rate; tokens beyond
-64 go to further CTAs, which read the weights again from L2. docs/kernels-fp8.md has what is reached, and what is in the
-way. Limits: sm_90a; K a multiple of 8; 16-byte aligned rows.
+64 go to further CTAs, which read the weights again from L2. docs/benchmarks.md has the measured rates.
+Limits: sm_90a; K a multiple of 8; 16-byte aligned rows.
 """
 
 from dataclasses import dataclass
@@ -45,8 +45,8 @@ Words = tuple[Uint32, Uint32, Uint32, Uint32]
 
 @dataclass(frozen=True)
 class CtaTile:
-    """What a CTA multiplies: row blocks from ``block`` on, tokens from ``token0`` on, ``k_iters`` blocks of K from
-    ``k_start`` on. rank: of the CTA in its cluster."""
+    """A CTA's tile: row blocks from ``block`` on, tokens from ``token0`` on, ``k_iters`` blocks of K from ``k_start``
+    on. rank: of the CTA in its cluster."""
 
     block: Int32
     token0: Int32
@@ -129,7 +129,7 @@ class W8A16:
             self.consume(tile, operands, Output(out, row_table, num_tokens, ld_out, num_row_blocks))
 
     def allocate(self) -> Stages:
-        """All of a CTA's shared memory."""
+        """Allocates all of a CTA's shared memory."""
         cfg = self.cfg
         tokens = cute.arch.alloc_smem(BFloat16, cfg.num_stages * cfg.num_n * BLOCK_K, 1024)
         weights = cute.arch.alloc_smem(Uint8, cfg.num_stages * cfg.num_m64 * BLOCK_BYTES, 128)
@@ -138,7 +138,7 @@ class W8A16:
 
     @cute.jit
     def tile(self, cta: Int32, num_row_blocks: Int32, num_k_blocks: Int32) -> CtaTile:
-        """A CTA's rows, tokens and share of K."""
+        """Returns a CTA's rows, tokens and share of K."""
         cfg = self.cfg
         rank = cta % cfg.cluster_k
         num_groups = (num_row_blocks + cfg.num_m64 - 1) // cfg.num_m64
@@ -161,9 +161,9 @@ class W8A16:
         num_row_blocks: Int32,
         num_k_blocks: Int32,
     ) -> None:
-        """One thread: weight blocks into the ring; the scales of the whole share come with the first stage.
+        """Loads weight blocks into the ring; the scales of the whole share come with the first stage. One thread.
 
-        Weights never change, so this does not wait for the kernel before.
+        Weights never change, so this does not wait for the previous kernel.
         """
         cfg = self.cfg
         ring = stages.pipeline.producer()
@@ -189,7 +189,7 @@ class W8A16:
 
     @cute.jit
     def load_tokens(self, descriptor: Int64, stages: Stages, tile: CtaTile) -> None:
-        """One thread: each stage's tokens as two boxes, zeros where there is no token or no k."""
+        """Loads each stage's tokens as two boxes, zeros where there is no token or no k. One thread."""
         cfg = self.cfg
         cute.arch.griddepcontrol_wait()
         ring = stages.pipeline.producer()
@@ -203,7 +203,7 @@ class W8A16:
 
     @cute.jit
     def consume(self, tile: CtaTile, operands: Operands, output: Output) -> None:
-        """One warpgroup: the product of its row blocks with the tile's tokens, then the sum and the store."""
+        """Multiplies a warpgroup's row blocks by the tile's tokens, then reduces and stores."""
         cfg = self.cfg
         totals = [cute.make_rmem_tensor(cfg.num_n // 2, Float32) for _ in range(self.per_wg)]
         for total in totals:
@@ -270,7 +270,7 @@ class W8A16:
 
     @cute.jit
     def multiply_mma(self, totals: list[cute.Tensor], operands: Operands) -> None:
-        """Each warp multiplies 16 rows of every row block by itself; nothing waits for another warp."""
+        """Multiplies 16 rows of every row block in each warp; no warp waits for another."""
         cfg, stages, thread = self.cfg, operands.stages, operands.thread
         pieces = cfg.num_n // 8
         # ldmatrix: lane 8 i + t gives the address of token t, 16-byte unit i of four; units are exchanged by t.
@@ -308,14 +308,14 @@ class W8A16:
             ring.advance()
 
     def promote(self, totals: list[cute.Tensor], sums: list[cute.Tensor], entries: list[Words]) -> None:
-        """totals += scale of the row block and 128 of K * sums."""
+        """Adds scale * sums to totals, with the scale of the row block and block of K."""
         for total, acc, entry in zip(totals, sums, entries, strict=True):
             factor = ptx.as_float(entry[1])
             for idx in range(self.cfg.num_n // 2):
                 total[idx] = total[idx] + factor * acc[idx]
 
     def load_words(self, operands: Operands, slot: Int32, half: int) -> list[tuple[Words, Words]]:
-        """This thread's bytes of half of each block's k: for its rows g and g + 8, one word per k16 step."""
+        """Loads this thread's bytes of half of each block's k: a word per k16 step, for each of rows g and g + 8."""
         thread = operands.thread
         g, q, warp = thread.row, thread.pair, thread.warp
         words = []
@@ -327,7 +327,7 @@ class W8A16:
         return words
 
     def load_entries(self, operands: Operands, k: Int32) -> list[Words]:
-        """Decode multiplier and factor of the sums of each row block."""
+        """Loads each row block's decode multiplier and factor of the sums."""
         entries = []
         for r in range(self.per_wg):
             row = (operands.thread.wg_m * self.per_wg + r) * MAX_K_BLOCKS + k
@@ -335,12 +335,12 @@ class W8A16:
         return entries
 
     def decode(self, upper: Uint32, lower: Uint32, multiplier: Uint32, fragment: cute.Tensor, start: int) -> None:
-        """``decode_step`` into four registers of a fragment."""
+        """Writes ``decode_step`` into four registers of a fragment."""
         for idx, value in enumerate(self.decode_step(upper, lower, multiplier)):
             fragment[start + idx] = value
 
     def decode_step(self, upper: Uint32, lower: Uint32, multiplier: Uint32) -> list[Uint32]:
-        """Eight weights of one k16 step as BF16 pairs: (row g, low k), (g + 8, low), (g, high), (g + 8, high)."""
+        """Decodes 8 weights of a k16 step to BF16 pairs: (row g, low k), (g + 8, low), (g, high), (g + 8, high)."""
         pairs = []
         for word in (upper, lower):
             odd = (word & Uint32(0x80008000)) | ((word >> 4) & Uint32(0x07F007F0))
@@ -355,7 +355,7 @@ class W8A16:
         pieces = cfg.num_n // 8
         base = operands.stages.weights.toint() + thread.wg_m * (self.per_wg * pieces * WG * 16) + thread.idx * 16
         if cutlass.const_expr(cfg.cluster_k > 1):
-            ptx.named_barrier(1, cfg.consumers * WG)  # the ring is read to its end before sums overwrite it
+            ptx.named_barrier(1, cfg.consumers * WG)  # every stage is read before sums overwrite the ring
             for r in cutlass.range_constexpr(self.per_wg):
                 for j in cutlass.range_constexpr(pieces):
                     values = tuple(totals[r][4 * j + idx] for idx in range(4))
@@ -376,7 +376,7 @@ class W8A16:
             ptx.cluster_barrier(relaxed=True)
 
     def cluster_sum(self, address: Int32) -> list[Float32]:
-        """Four sums of every CTA of the cluster, added in rank order."""
+        """Adds four sums of every CTA of the cluster, in rank order."""
         parts = [ptx.load_cluster_vec4(address, Int32(peer)) for peer in range(self.cfg.cluster_k)]
         values = list(parts[0])
         for part in parts[1:]:

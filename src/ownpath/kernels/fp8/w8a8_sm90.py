@@ -1,20 +1,20 @@
 """W8A8 on Hopper: E4M3 block weights times E4M3 activations with a scale per 1 x 128, for prefill.
 
 How it works. A tile is ``64 * warpgroups * num_m64`` tokens by 128 features. Two producer threads fill a ring of
-shared-memory stages (128 of K each) with plain bulk copies, because both operands already stand in memory as ``wgmma``
-reads them (``kernels.fp8.layout``, ``quantize_sm90``): no tensor maps, no address arithmetic. The one for weights
-starts while the quantiser still runs. Consumer warpgroups
-multiply a stage from shared memory into a temporary accumulator, then add it to the float32 total times token scale x
-weight scale: the promotion per 128 of K that the published numerics ask for (FP8 ``wgmma`` keeps about 14 bits while
+shared-memory stages (128 of K each) with plain bulk copies, because both operands already have the layout that
+``wgmma`` reads (``kernels.fp8.layout``, ``quantize_sm90``): no tensor maps, no address arithmetic. The producer of
+weights starts while the quantiser still runs. Consumer warpgroups multiply a stage from shared memory into a temporary
+accumulator, then add it to the float32 total times token scale x weight scale: the promotion per 128 of K that the
+published numerics require (FP8 ``wgmma`` keeps about 14 bits while
 it sums). While one warpgroup promotes, the others keep the tensor cores busy. CTAs are persistent: the ring is filled
 for the next tile while the last one is written. (With ``cluster_n`` 2, two CTAs with neighbouring features fetch half
 of every activation block for both; on an H200 this gained nothing, so it is not chosen.)
 
-Why it is fast. Per 128 of K a 256 x 128 tile asks 48 KiB of L2 for 1024 tensor cycles, and 128 multiply-adds per
+Why it is fast. Per 128 of K a 256 x 128 tile reads 48 KiB from L2 for 1024 tensor cycles, with 128 multiply-adds per
 thread for the promotion, hidden behind the other warpgroup's products. The row order of the packed weights gives each
 thread four neighbouring features, so results leave as 8-byte stores without a trip through shared memory.
 
-Roofline. 1979 TFLOP/s on paper; 1222 reached (docs/kernels-fp8.md). Limits: sm_90a; the activation blocks of
+Roofline. 1979 TFLOP/s on paper; 1222 measured. Limits: sm_90a; the activation blocks of
 ``quantize_sm90``; the sum inside 128 of K has the tensor core's precision, not float32's; K is not split, so few
 tokens with a long K keep few SMs busy.
 """
@@ -52,11 +52,11 @@ class CtaTiles:
     num_k_blocks: Int32
 
     def m64(self, tile: Int32) -> Int32:
-        """The first of a tile's blocks of 64 tokens."""
+        """Returns the first of a tile's blocks of 64 tokens."""
         return tile % self.num_m_tiles * self.cfg.m64_per_tile
 
     def row_block(self, tile: Int32) -> Int32:
-        """The first of this CTA's two blocks of 64 features in a tile."""
+        """Returns the first of this CTA's two blocks of 64 features in a tile."""
         return (tile // self.num_m_tiles * self.cfg.cluster_n + self.rank) * 2
 
 
@@ -130,7 +130,7 @@ class W8A8:
             self.consume(tiles, stages, output, Thread(thread % WG, warp_group))
 
     def allocate(self) -> Stages:
-        """All of a CTA's shared memory."""
+        """Allocates all of a CTA's shared memory."""
         cfg = self.cfg
         acts = cute.arch.alloc_smem(Uint8, cfg.num_stages * cfg.m64_per_tile * ACT_STRIDE, 1024)
         weights = cute.arch.alloc_smem(Uint8, cfg.num_stages * 2 * BLOCK_BYTES, 1024)
@@ -139,7 +139,7 @@ class W8A8:
 
     @cute.jit
     def load_acts(self, acts: cute.Pointer, stages: Stages, tiles: CtaTiles, num_tokens: Int32) -> None:
-        """One thread: this CTA's share of the cluster's activations, once the quantiser has written them."""
+        """Loads this CTA's share of the cluster's activations, once the quantiser has written them. One thread."""
         cfg = self.cfg
         part = ACT_BLOCK_BYTES // cfg.cluster_n
         peers = (1 << cfg.cluster_n) - 1 if cfg.cluster_n > 1 else 0
@@ -163,7 +163,7 @@ class W8A8:
     def load_weights(
         self, blocks: cute.Pointer, scales: cute.Pointer, stages: Stages, tiles: CtaTiles, num_row_blocks: Int32
     ) -> None:
-        """One thread: every stage's weights for this CTA. No earlier kernel writes them: it waits for none."""
+        """Loads every stage's weights for this CTA without waiting: no earlier kernel writes them. One thread."""
         ring = stages.pipeline.producer()
         for tile in cutlass.range(tiles.worker, tiles.num_tiles, tiles.num_workers, unroll=1):
             row_block = cutlass.min(tiles.row_block(tile), num_row_blocks - 2)
@@ -182,7 +182,7 @@ class W8A8:
 
     @cute.jit
     def consume(self, tiles: CtaTiles, stages: Stages, output: Output, thread: Thread) -> None:
-        """One warpgroup: its 64-token blocks of every tile."""
+        """Computes a warpgroup's 64-token blocks of every tile."""
         cfg = self.cfg
         mma = make_trivial_tiled_mma(
             Float8E4M3FN, Float8E4M3FN, cute.nvgpu.OperandMajorMode.K, cute.nvgpu.OperandMajorMode.K, Float32,
@@ -225,12 +225,12 @@ class W8A8:
             ptx.cluster_barrier(relaxed=True)  # the peer may still arrive at this CTA's barriers
 
     def weight_scales(self, stages: Stages, slot: Int32) -> Scales:
-        """Scales of the tile's two 64-feature blocks."""
+        """Loads the scales of the tile's two 64-feature blocks."""
         base = stages.scales.toint() + slot * (2 * ENTRY_BYTES) + 8
         return fp8_ptx.load_shared_float(base), fp8_ptx.load_shared_float(base + ENTRY_BYTES)
 
     def token_scales(self, stages: Stages, chunk: Int32, thread: Thread) -> Scales:
-        """Scales of this thread's tokens g and g + 8."""
+        """Loads the scales of this thread's tokens g and g + 8."""
         row = thread.warp * 16 + thread.row
         base = stages.tokens.toint() + chunk * ACT_STRIDE + BLOCK_BYTES + row * 4
         return fp8_ptx.load_shared_float(base), fp8_ptx.load_shared_float(base + 32)
@@ -242,7 +242,7 @@ class W8A8:
         token_scales: Scales,
         weight_scales: Scales,
     ) -> None:
-        """total += sums * (token scale * weight scale); the product of the scales is rounded to float32 first."""
+        """Adds sums * (token scale * weight scale) to total; the scales' product is rounded to float32 first."""
         for half in range(2):
             factors = [scale * weight_scales[half] for scale in token_scales]
             for j in range(8):

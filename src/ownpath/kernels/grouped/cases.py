@@ -1,4 +1,4 @@
-"""Sizes: groups, heads per group, head dim, rotary channels, rows."""
+"""Test and bench sizes: groups, heads per group, head dim, rotary channels, rows."""
 
 from dataclasses import replace
 

@@ -1,12 +1,12 @@
-"""``wo_a``: one matrix per group of heads, applied to attention outputs whose rotation is undone while they are loaded.
+"""``wo_a``: one matrix per group of heads. The rotation of attention's output is undone while it is loaded.
 
 How it works. y[t, g] = W[g] u[t, g]; u is the attention output of the group's heads, with the last 2A channels of each
-head turned back by the token's angles. A program owns some rows of one W[g] and some tokens, and runs over the heads;
+head rotated back by the token's angles. A program owns some rows of one W[g] and some tokens, and loops over the heads;
 the weights are the left operand (their rows fill the tensor core's 64-row tile even for a single token). The tile at
-the end of each head loads each channel and its partner of the pair, and turns them in registers; the others pass.
+the end of each head loads channels in pairs and rotates them in registers; the others are used as loaded.
 
-Why it is fast. At decode W (67 MB for V4-Flash) is read once and nothing else matters: 128 programs, each streaming
-its rows through a deep pipeline of asynchronous copies. The un-rotated outputs are never written to memory.
+Why it is fast. At decode the time is that of reading W (67 MB for V4-Flash) once: 128 programs each stream their rows
+through a deep pipeline of asynchronous copies. The outputs with undone rotation are never written to memory.
 
 Roofline. 2 * G * R * I bytes at decode; 2 * T * G * R * I operations at prefill.
 
@@ -25,20 +25,20 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ownpath.formats import BF16
-from ownpath.kernels.calls import Calls
 from ownpath.kernels.checks import check, check_rank, is_dense
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
-from ownpath.kernels.variants import spelled
+from ownpath.kernels.launch_cache import LaunchCache
+from ownpath.kernels.variants import variant_name
 from ownpath.qtensor import QuantTensor
 
 INTERPRETED = triton.knobs.runtime.interpret
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """Rows of W, tokens and channels per step of a program; pipeline depth and warps."""
+class GroupedTiles:
+    """Tile sizes of a program: rows of W, tokens and channels per step; pipeline stages and warps."""
 
     rows: int
     tokens: int
@@ -47,26 +47,26 @@ class Tiles:
     num_warps: int
 
 
-def choose_tiles(num_tokens: int, num_rows: int, head_dim: int) -> Tiles:
-    """Tiles by token count, measured on an H200 at V4-Flash's shape."""
+def choose_tiles(num_tokens: int, num_rows: int, head_dim: int) -> GroupedTiles:
+    """Chooses tiles by token count, as measured on an H200 at V4-Flash's shape."""
     if num_tokens <= 64:
         channels = 64 if head_dim % 128 else 128
         if num_tokens <= 16:
-            return Tiles(64, 16, channels, 5, 4)
-        return Tiles(64, 32 if num_tokens <= 32 else 64, channels, 4, 4)
+            return GroupedTiles(64, 16, channels, 5, 4)
+        return GroupedTiles(64, 32 if num_tokens <= 32 else 64, channels, 4, 4)
     if num_tokens <= 256 or num_rows % 128:
-        return Tiles(64, 128, 64, 6, 4)
-    return Tiles(128, 256, 64, 3, 8)
+        return GroupedTiles(64, 128, 64, 6, 4)
+    return GroupedTiles(128, 256, 64, 3, 8)
 
 
-def invariant_tiles(head_dim: int) -> Tiles:
-    """The tiles of every token count where bits must not depend on it."""
-    return Tiles(64, 16, 64 if head_dim % 128 else 128, 5, 4)
+def invariant_tiles(head_dim: int) -> GroupedTiles:
+    """Returns the tiles of the batch-invariant kernel, for every token count."""
+    return GroupedTiles(64, 16, 64 if head_dim % 128 else 128, 5, 4)
 
 
 @triton.jit
 def _turn_back(u, cos, sin, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Pairs of channels [TOKENS, CHANNELS] turned by the negative angle, rounded once."""
+    """Rotates pairs of channels [TOKENS, CHANNELS] by the negative angle, rounded once."""
     even, odd = tl.split(tl.reshape(u.to(tl.float32), (TOKENS, CHANNELS // 2, 2)))
     turned = tl.join(even * cos + odd * sin, odd * cos - even * sin)
     return tl.reshape(turned, (TOKENS, CHANNELS)).to(tl.bfloat16)
@@ -90,7 +90,7 @@ def rope_grouped_kernel(
     CHANNELS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """ROWS outputs of one group for TOKENS tokens. num_heads: heads per group; o is [T, G*I], w [G*R, I]."""
+    """Computes ROWS outputs of a group for TOKENS tokens. num_heads: heads per group; o is [T, G*I], w [G*R, I]."""
     g = tl.program_id(2)
     first_row, first_token = tl.program_id(0) * ROWS, tl.program_id(1) * TOKENS
     t, pair = first_token + tl.arange(0, TOKENS), tl.arange(0, CHANNELS // 2)
@@ -99,13 +99,13 @@ def rope_grouped_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    # Pairs before the rotary ones turn by nothing: cos 1, sin 0.
+    # Pairs before the rotary ones are rotated by 0: cos 1, sin 0.
     angle = pair - (CHANNELS // 2 - A)
     angle_at, turns = t.to(tl.int64)[:, None] * A + angle[None, :], (angle >= 0)[None, :] & in_t[:, None]
     cos = tl.load(cos_ptr + angle_at, mask=turns, other=1.0)
     sin = tl.load(sin_ptr + angle_at, mask=turns, other=0.0)
     acc = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-    # The rotary ends of the heads first, then everything else: each loop keeps one kind of step in its pipeline.
+    # Rotary ends of the heads first, then the rest, so that each loop pipelines one kind of step.
     for head in range(num_heads):
         k = head * H + H - CHANNELS
         u = _turn_back(o_desc.load([first_token, o_column + k]), cos, sin, TOKENS, CHANNELS)
@@ -119,16 +119,16 @@ def rope_grouped_kernel(
     tl.store(y_row[None, :] + r[:, None], acc.to(tl.bfloat16), mask=in_t[None, :])
 
 
-CallKey = tuple[torch.Size, torch.Size, int]
+GroupedCallKey = tuple[torch.Size, torch.Size, int]
 """Shapes of o and of the angles, and the device."""
 
 
 @dataclass(frozen=True)
 class GroupedOperand:
-    """weight bfloat16 [G, R, I]. calls: launches by ``CallKey``, once these have passed every check."""
+    """weight bfloat16 [G, R, I]. launches: by ``GroupedCallKey``, for inputs that have passed every check."""
 
     weight_GRI: torch.Tensor
-    calls: Calls[CallKey, TritonCall] = field(default_factory=Calls, compare=False)
+    launches: LaunchCache[GroupedCallKey, TritonCall] = field(default_factory=LaunchCache, compare=False)
     lock: Lock = field(default_factory=Lock, compare=False)
 
 
@@ -161,22 +161,22 @@ class GroupedLinearKernel:
         self.is_batch_invariant = is_batch_invariant
 
     def prepare(self, weight_GRI: torch.Tensor) -> GroupedOperand:
-        """The operand: the weight as it is, bfloat16 [G, R, I]. Errors at the first call name one that does not fit."""
+        """Makes the operand of a bfloat16 weight [G, R, I]. The first call raises for a weight that does not fit."""
         return GroupedOperand(weight_GRI)
 
     def restore(self, operand: GroupedOperand) -> tuple[QuantTensor, ...]:
-        """Rows of all groups."""
+        """Returns the rows of all groups."""
         return (QuantTensor(operand.weight_GRI.flatten(0, 1), None, None, BF16),)
 
     def configs(self, operand: GroupedOperand) -> Sequence[Config]:
-        """Triton compiles at the first call."""
+        """Returns nothing: Triton compiles at the first call."""
         return ()
 
     def variant(self, o_TNH: torch.Tensor, operand: GroupedOperand) -> str:
-        """By the number of tokens, unless it is batch-invariant."""
-        return spelled("rope_grouped", **vars(self._tiles(o_TNH, operand)))
+        """Returns the variant's name. It depends on the number of tokens, unless the kernel is batch-invariant."""
+        return variant_name("rope_grouped", **vars(self._tiles(o_TNH, operand)))
 
-    def _tiles(self, o_TNH: torch.Tensor, operand: GroupedOperand) -> Tiles:
+    def _tiles(self, o_TNH: torch.Tensor, operand: GroupedOperand) -> GroupedTiles:
         if self.is_batch_invariant:
             return invariant_tiles(o_TNH.shape[2])
         return choose_tiles(len(o_TNH), operand.weight_GRI.shape[1], o_TNH.shape[2])
@@ -190,7 +190,7 @@ class GroupedLinearKernel:
         *,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Shapes: o bfloat16 [T, N, H]; cos and sin float32 [T, A]; y bfloat16 [T, G, R].
+        """Computes y. Shapes: o bfloat16 [T, N, H]; cos and sin float32 [T, A]; y bfloat16 [T, G, R].
 
         Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
         """
@@ -198,7 +198,7 @@ class GroupedLinearKernel:
         if o_TNH.ndim != 3 or not (o_TNH.is_cuda or INTERPRETED):
             check_rank("o_TNH", o_TNH, 3, INTERPRETED)
         key = o_TNH.shape, cos_TA.shape, o_TNH.get_device()
-        call = operand.calls.get(key)
+        call = operand.launches.get(key)
         if call is None:
             check_rank("weight_GRI", weight_GRI, 3, INTERPRETED)
             _check_shapes(o_TNH, cos_TA, weight_GRI)
@@ -219,7 +219,7 @@ class GroupedLinearKernel:
         elif num_tokens:
             first = _first_launch(tensors, self._tiles(o_TNH, operand))
             if first is not None:
-                operand.calls.keep(key, first)
+                operand.launches.add(key, first)
         return out
 
     def __call__(
@@ -230,11 +230,11 @@ class GroupedLinearKernel:
         weight_GRI: torch.Tensor,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``run`` with the signature of its twin."""
+        """Computes ``run`` with the signature of the twin."""
         return self.run(o_TNH, cos_TA, sin_TA, self.prepare(weight_GRI), out=out)
 
 
-def _first_launch(tensors: tuple[torch.Tensor, ...], tiles: Tiles) -> TritonCall | None:
+def _first_launch(tensors: tuple[torch.Tensor, ...], tiles: GroupedTiles) -> TritonCall | None:
     o_TNH, weight_GRI, cos_TA, sin_TA, out = tensors
     (num_tokens, _, head_dim), (num_groups, num_rows, width) = o_TNH.shape, weight_GRI.shape
     pdl, row = not INTERPRETED, num_groups * width

@@ -13,12 +13,12 @@ from ownpath.qtensor import QuantTensor
 
 
 def grouped_linear(x_MGI: torch.Tensor, weight_GRI: torch.Tensor) -> torch.Tensor:
-    """y[m, g] = W[g] x[m, g] as one batched product. Shapes: x [M, G, I]; weight [G, R, I]; y [M, G, R]."""
+    """Computes y[m, g] = W[g] x[m, g] as a batched product. Shapes: x [M, G, I]; weight [G, R, I]; y [M, G, R]."""
     return torch.bmm(x_MGI.transpose(0, 1), weight_GRI.to(x_MGI.dtype).transpose(1, 2)).transpose(0, 1)
 
 
 def rope_inverse(x: torch.Tensor, cos_TA: torch.Tensor, sin_TA: torch.Tensor) -> torch.Tensor:
-    """Turns the last 2A channels of x [T, ..., H], in pairs (2i, 2i+1), back by their angles."""
+    """Rotates the last 2A channels of x [T, ..., H], in pairs (2i, 2i+1), back by their angles."""
     num_passed = x.shape[-1] - 2 * cos_TA.shape[-1]
     even, odd = x[..., num_passed:].to(sum_dtype(x)).unflatten(-1, (-1, 2)).unbind(-1)
     shape = (len(cos_TA), *[1] * (x.ndim - 2), cos_TA.shape[-1])
@@ -34,7 +34,7 @@ def rope_grouped_linear(
     weight_GRI: torch.Tensor,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y[t, g] = W[g] u[t, g], where u is the attention output with the rotation of its channels undone.
+    """Computes y[t, g] = W[g] u[t, g], where u is the attention output with the rotation of its channels undone.
 
     Shapes: o [T, N, H]; cos and sin float32 [T, A]; weight [G, R, I]; y [T, G, R].
     """
@@ -48,15 +48,15 @@ class GroupedLinearReference(Reference):
     """``rope_grouped_linear`` as a kernel. The operand is the weight, bfloat16 or float32 [G, R, I]."""
 
     def prepare(self, weight_GRI: torch.Tensor) -> torch.Tensor:
-        """The weight as it is."""
+        """Returns the weight unchanged."""
         return weight_GRI
 
     def restore(self, operand: torch.Tensor) -> tuple[QuantTensor, ...]:
-        """Rows of all groups."""
+        """Returns the rows of all groups."""
         return (QuantTensor(operand.flatten(0, 1), None, None, BF16 if operand.dtype == torch.bfloat16 else FP32),)
 
     def variant(self, o_TNH: torch.Tensor, operand: torch.Tensor) -> None:
-        """There is one form."""
+        """Returns ``None``: the kernel has no variants."""
 
     def run(
         self,
@@ -67,7 +67,7 @@ class GroupedLinearReference(Reference):
         *,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """y [T, G, R] for o [T, N, H]."""
+        """Computes y [T, G, R] for o [T, N, H]."""
         return rope_grouped_linear(o_TNH, cos_TA, sin_TA, operand, out)
 
     def __call__(
@@ -78,7 +78,7 @@ class GroupedLinearReference(Reference):
         weight_GRI: torch.Tensor,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``rope_grouped_linear``."""
+        """Computes ``rope_grouped_linear``."""
         return rope_grouped_linear(o_TNH, cos_TA, sin_TA, weight_GRI, out)
 
 

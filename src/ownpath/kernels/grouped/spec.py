@@ -43,7 +43,7 @@ _REFERENCE = KernelSpec(
 
 
 def _decoded(kernel: KernelSpec, why: str) -> KernelSpec:
-    """The contract on an FP8 weight that is decoded when it is loaded."""
+    """Returns the spec for an FP8 weight that is decoded when loaded."""
     return replace(kernel, formats=(FP8_BLOCK,), layout="dequantized", why=why, is_default=False)
 
 

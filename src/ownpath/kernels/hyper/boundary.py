@@ -1,8 +1,8 @@
-"""Device code of the hyper-connection boundary; ``hyper`` says how it works and launches it.
+"""Device code of the hyper-connection boundary; ``launch`` explains and launches it.
 
-A part is what one slice of channels adds to a token's sums: 32 floats, with the products for ``pre`` in 0..3, the sum
-of squares in 4, the products for ``post`` in 8..11 and for ``comb`` in 12..27, so that each reader's columns share
-32-byte sectors. D hidden, t token, d channel, r row of a part, s slice.
+A part is the contribution of one slice of channels to a token's sums: 32 floats, with the products for ``pre`` in 0..3,
+the sum of squares in 4, the products for ``post`` in 8..11 and for ``comb`` in 12..27, so that each reader's columns
+share 32-byte sectors. D hidden, t token, d channel, r row of a part, s slice.
 """
 
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def _fn_rows(r, NUM_MIX: tl.constexpr):
-    """Row of fn for each row of a part, -1 for none. Parts hold pre in 0..3, squares in 4, post 8..11, comb 12..27."""
+    """Returns fn's row for each row of a part, -1 for none: pre in 0..3, squares in 4, post 8..11, comb 12..27."""
     if NUM_MIX == 24:
         return tl.where(r < 4, r, tl.where((r >= 8) & (r < 28), r - 4, -1))
     else:  # noqa: RET505 (one of the two branches is compiled)
@@ -20,7 +20,7 @@ def _fn_rows(r, NUM_MIX: tl.constexpr):
 
 @triton.jit
 def _new_stream(x0, x1, x2, x3, y, post, comb, t, in_t, k, HAS_POST: tl.constexpr):
-    """Stream k of [tokens, channels], as the bfloat16 that is stored."""
+    """Computes stream k of [tokens, channels], rounded to the stored bfloat16."""
     if HAS_POST:
         p = tl.load(post + t * 4 + k, mask=in_t, other=0.0)
         c0 = tl.load(comb + t * 16 + k, mask=in_t, other=0.0)
@@ -52,7 +52,7 @@ def spread_few(
     CHANNELS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One slice of TOKENS tokens: new streams, and the slice's part of the logits and of the sum of squares."""
+    """Computes a slice of TOKENS tokens: new streams, and the slice's part of the logits and of the sum of squares."""
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     r, in_d = tl.arange(0, 32), d < D
     rows = _fn_rows(r, NUM_MIX)
@@ -62,7 +62,7 @@ def spread_few(
     fn1 = tl.load(fn_at + D, mask=in_fn, other=0.0)
     fn2 = tl.load(fn_at + 2 * D, mask=in_fn, other=0.0)
     fn3 = tl.load(fn_at + 3 * D, mask=in_fn, other=0.0)
-    # Row 4 of a part collects the squares, in the same reduction as the products.
+    # Row 4 of a part sums the squares, in the same reduction as the products.
     is_square = (r == 4)[:, None] & in_d[None, :]
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -97,7 +97,7 @@ def spread_few(
 
 @triton.jit
 def _add_products(acc, squares, n, fn):
-    """acc + n fnᵀ with fn as three bfloat16 terms, smallest first; squares + n²."""
+    """Returns acc + n fnᵀ, with fn as three bfloat16 terms, smallest first, and squares + n²."""
     high = fn.to(tl.bfloat16)
     rest = fn - high.to(tl.float32)
     middle = rest.to(tl.bfloat16)
@@ -127,7 +127,7 @@ def spread_many(
     CHANNELS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The same for all TOKENS at a time, by one warp: 32 channels and one stream a step, summed by tensor cores."""
+    """Computes the same for TOKENS tokens at a time in one warp, 32 channels of a stream per step, by tensor cores."""
     # Offsets within the tile fit 32 bits; only the tile's own start needs 64.
     first = tl.program_id(1).to(tl.int64) * TOKENS
     t = tl.arange(0, TOKENS)
@@ -170,7 +170,7 @@ def spread_many(
 
 @triton.jit
 def _one(vector, WIDTH: tl.constexpr, AT: tl.constexpr):
-    """Element AT of a vector, as a scalar."""
+    """Returns element AT of a vector as a scalar."""
     return tl.sum(tl.where(tl.arange(0, WIDTH) == AT, vector, 0.0), axis=0)
 
 
@@ -179,7 +179,7 @@ def _collapse(
     new_ptr, weight, d, in_d, part_ptr, base, scale, h_ptr, t, D, num_slices, mix_norm_eps, eps, norm_eps,
     SLICES: tl.constexpr,
 ):  # fmt: skip
-    """Collapse and norm of one token."""
+    """Collapses one token's streams and normalises the result."""
     row = new_ptr + t * (4 * D) + d
     x0 = tl.load(row, mask=in_d, other=0.0)
     x1 = tl.load(row + D, mask=in_d, other=0.0)
@@ -199,14 +199,14 @@ def _collapse(
 
 @triton.jit
 def _sum_parts(part, mask, column, WIDTH: tl.constexpr, TOKENS: tl.constexpr, SLICES: tl.constexpr):
-    """Columns column .. column + WIDTH of some tokens' parts, summed over slices: [TOKENS, WIDTH]."""
+    """Sums columns column .. column + WIDTH of some tokens' parts over slices: [TOKENS, WIDTH]."""
     columns = tl.load(part[:, None] + column + tl.arange(0, WIDTH)[None, :], mask=mask[:, None], other=0.0)
     return tl.sum(tl.reshape(columns, (TOKENS, SLICES, WIDTH)), axis=1)
 
 
 @triton.jit
 def _softmax_row(logits, row: tl.constexpr, eps):
-    """Row of [TOKENS, 16], softmaxed, plus eps: four vectors [TOKENS]."""
+    """Computes softmax of a row of [TOKENS, 16], plus eps: four vectors [TOKENS]."""
     i = tl.arange(0, 16)[None, :]
     a = tl.sum(tl.where(i == row * 4, logits, 0.0), axis=1)
     b = tl.sum(tl.where(i == row * 4 + 1, logits, 0.0), axis=1)
@@ -220,7 +220,7 @@ def _softmax_row(logits, row: tl.constexpr, eps):
 
 @triton.jit
 def _unit_sum(a, b, c, d, eps, APPROX: tl.constexpr):
-    """The four divided by their sum plus eps."""
+    """Divides the four by their sum plus eps."""
     total = (a + b) + (c + d) + eps
     if APPROX:  # one instruction, one unit in the last place; the sum is between eps and 5
         r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [total], tl.float32, is_pure=True, pack=1)
@@ -242,7 +242,7 @@ def _sinkhorn(
     part_ptr, base_ptr, scale_ptr, post_ptr, comb_ptr, first, num_tokens, D, num_slices, mix_norm_eps, eps,
     NUM_ITERS: tl.constexpr, TOKENS: tl.constexpr, SLICES: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
-    """post and comb of some tokens. A token's 16 entries stay in one thread: 39 normalisations without a shuffle."""
+    """Computes post and comb of some tokens. A token's 16 entries are in one thread: 39 normalisations, no shuffle."""
     i, j, q = tl.arange(0, 16), tl.arange(0, 4), tl.arange(0, TOKENS * SLICES)
     t, s = first + tl.arange(0, TOKENS), q % SLICES
     scale1, scale2 = tl.load(scale_ptr + 1), tl.load(scale_ptr + 2)
@@ -302,7 +302,7 @@ def collapse(
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """First the Sinkhorn programs (none after the last sublayer), which take longest, then one program per token."""
+    """Runs Sinkhorn programs first, as they take longest (none after the last sublayer), then a program per token."""
     num_sinkhorn = 0
     if NUM_MIX == 24:
         num_sinkhorn = (num_tokens + SINKHORN_TOKENS - 1) // SINKHORN_TOKENS

@@ -1,4 +1,4 @@
-"""Sizes: hidden, mixing logits (24, or 4 after the last sublayer), and 0 where no output comes in."""
+"""Test and bench sizes: hidden, mixing logits (24, or 4 after the last sublayer), 0 without an incoming output."""
 
 from ownpath.kernels.cases import KernelCase
 

@@ -1,16 +1,16 @@
 """Hyper-connection boundary: post of one sublayer, pre of the next and its RMS norm, as two launches.
 
-How it works. Two sums over all S * D channels of a token stand in the way: the 24 mixing logits, and the root mean
-square that divides them. Everything before them is local to a channel, everything after needs only their values.
+How it works. Two sums run over all S * D channels of a token: the 24 mixing logits, and the root mean square that
+divides them. Everything before them is local to a channel, everything after needs only their values.
   1. ``spread`` gives each program a slice of channels (and 1 or 16 tokens): it forms the new streams, writes them,
-     and leaves its part of the 24 dot products and of the sum of squares in the workspace.
+     and writes its part of the 24 dot products and of the sum of squares to the workspace.
   2. ``collapse`` gives each token a program: it adds the parts in a fixed order, collapses the streams with the
      ``pre`` weights and normalises; other programs beside it run Sinkhorn, a token's 16 entries in one thread, and
      write the mix for the next boundary.
 Both are launched with programmatic dependent launch: the second grid is resident and has its constants loaded when the
 first one ends, and the first one reads ``fn`` (which no earlier kernel writes) before it waits for its predecessor.
 
-Why it is fast. At T = 1 the boundary moves 1.6 MB (0.4 us), so latency is all that counts: ``fn`` is split over 128
+Why it is fast. At T = 1 the boundary moves 1.6 MB (0.4 us), so latency dominates: ``fn`` is split over 128
 programs, one reduction per program, no atomics, no host work: 5.0 us on an H200, of which a graph's two empty kernels
 would be 2.2. From ``MIN_DOT_TOKENS`` tokens on, the dot products run on tensor cores. The streams are bfloat16 already;
 ``fn`` is split into three bfloat16 terms (24 bits of mantissa), so that every product is exact and the sum is float32,
@@ -30,14 +30,14 @@ from threading import Lock
 import torch
 import triton
 
-from ownpath.kernels.calls import Calls
 from ownpath.kernels.checks import check, check_rank
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
 from ownpath.kernels.hyper.boundary import collapse, spread_few, spread_many
 from ownpath.kernels.hyper.ref import HyperOut, HyperWeights, Mix
-from ownpath.kernels.variants import spelled
+from ownpath.kernels.launch_cache import LaunchCache
+from ownpath.kernels.variants import variant_name
 
 NUM_STREAMS = 4
 NUM_MIX = (2 + NUM_STREAMS) * NUM_STREAMS
@@ -48,8 +48,8 @@ MANY_TOKENS = 256
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """How a program of the first launch cuts its work, and how many tokens one Sinkhorn program takes."""
+class BoundaryTiles:
+    """Tile sizes of the first launch's programs, and tokens per Sinkhorn program."""
 
     channels: int
     tokens: int
@@ -59,14 +59,14 @@ class Tiles:
     sinkhorn_tokens: int
 
 
-ONE_TILES = Tiles(32, 1, False, 4, 1, 1)
-FEW_TILES = Tiles(64, 1, False, 4, 1, 1)
-INVARIANT_TILES = Tiles(32, 16, True, 2, 3, 1)
-MANY_TILES = Tiles(128, 16, True, 1, 3, 4)
+ONE_TILES = BoundaryTiles(32, 1, False, 4, 1, 1)
+FEW_TILES = BoundaryTiles(64, 1, False, 4, 1, 1)
+INVARIANT_TILES = BoundaryTiles(32, 16, True, 2, 3, 1)
+MANY_TILES = BoundaryTiles(128, 16, True, 1, 3, 4)
 
 
-def choose_tiles(num_tokens: int, invariant: bool) -> Tiles:
-    """Tiles by token count, measured on an H200; the invariant variant keeps one slicing and one way of summing."""
+def choose_tiles(num_tokens: int, invariant: bool) -> BoundaryTiles:
+    """Chooses tiles by token count, as measured on an H200; invariant: the same slices and order of sums always."""
     if num_tokens > MANY_TOKENS and not invariant:
         return MANY_TILES
     if num_tokens >= MIN_DOT_TOKENS or invariant:
@@ -74,8 +74,8 @@ def choose_tiles(num_tokens: int, invariant: bool) -> Tiles:
     return ONE_TILES if num_tokens == 1 else FEW_TILES
 
 
-def num_workspace_floats(num_tokens: int, hidden_size: int, tiles: Tiles | None = None) -> int:
-    """float32 elements that one boundary needs; without tiles, enough for every variant."""
+def num_workspace_floats(num_tokens: int, hidden_size: int, tiles: BoundaryTiles | None = None) -> int:
+    """Returns the float32 elements that a boundary needs; without tiles, enough for every variant."""
     if tiles is None:
         default = num_workspace_floats(num_tokens, hidden_size, choose_tiles(num_tokens, invariant=False))
         return max(default, num_workspace_floats(num_tokens, hidden_size, INVARIANT_TILES))
@@ -83,7 +83,7 @@ def num_workspace_floats(num_tokens: int, hidden_size: int, tiles: Tiles | None 
 
 
 def new_out(x_TSD: torch.Tensor, with_mix: bool) -> HyperOut:
-    """Unwritten outputs for streams like ``x_TSD``; there is no mix after the last sublayer."""
+    """Allocates outputs for streams like ``x_TSD``; there is no mix after the last sublayer."""
     num_tokens, s, dim = x_TSD.shape
     mix = None
     if with_mix:
@@ -138,11 +138,12 @@ def _check_out(out: HyperOut, x_TSD: torch.Tensor, with_mix: bool) -> None:
 
 
 Shapes = tuple[torch.Size, torch.Size, torch.Size]
+BoundaryKey = tuple[torch.Size, bool, int]
 
 
 @dataclass(frozen=True)
 class BoundaryCall:
-    """The two launches of one size. num_floats: what they need of the workspace.
+    """The two prepared launches of one size. num_floats: elements of the workspace that they use.
 
     weights: addresses of fn, base, scale and norm_weight. makes_mix: another sublayer follows.
     shapes: of y, post and comb.
@@ -156,7 +157,7 @@ class BoundaryCall:
     shapes: Shapes
 
     def start(self, given: tuple[int, int, int, int], out: HyperOut, workspace: int, stream: int) -> None:
-        """Launches both. given: addresses of x, y, post and comb. An address that is not read may be any."""
+        """Launches both. given: addresses of x, y, post and comb; an absent one may be any address."""
         fn, base, scale, norm_weight = self.weights
         mix, streams = out.mix, out.x_TSD.data_ptr()
         self.spread.start(stream, *given, fn, streams, workspace)
@@ -166,16 +167,16 @@ class BoundaryCall:
 
 @dataclass(frozen=True)
 class HyperOperand:
-    """calls: launches by shape of x, whether a sublayer came before, and device, once these have passed every check."""
+    """launches: by shape of x, whether a sublayer came before, and device, for inputs that have passed every check."""
 
     weights: HyperWeights
-    calls: Calls[tuple[torch.Size, bool, int], BoundaryCall] = field(default_factory=Calls, compare=False)
+    launches: LaunchCache[BoundaryKey, BoundaryCall] = field(default_factory=LaunchCache, compare=False)
     lock: Lock = field(default_factory=Lock, compare=False)
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """Everything that one boundary reads and writes. y and mix: ``None`` before the first sublayer."""
+    """The tensors that a boundary reads and writes. y and mix: ``None`` before the first sublayer."""
 
     x_TSD: torch.Tensor
     y_TD: torch.Tensor | None
@@ -185,13 +186,13 @@ class Tensors:
     workspace: torch.Tensor
 
     def spread(self) -> tuple[torch.Tensor, ...]:
-        """Pointers of the first launch; what this boundary does not have is some tensor that is never read."""
+        """Returns the first launch's tensors; an absent input is replaced by a tensor that is not read."""
         y, mix, unused = self.y_TD, self.mix, self.weights.base
         post, comb = (unused, unused) if mix is None else (mix.post_TS, mix.comb_TSS)
         return self.x_TSD, self.x_TSD if y is None else y, post, comb, self.weights.fn, self.out.x_TSD, self.workspace
 
     def collapse(self) -> tuple[torch.Tensor, ...]:
-        """Pointers of the second launch."""
+        """Returns the second launch's tensors."""
         weights, mix = self.weights, self.out.mix
         post, comb = (weights.base, weights.base) if mix is None else (mix.post_TS, mix.comb_TSS)
         norms = weights.base, weights.scale, weights.norm_weight
@@ -203,7 +204,7 @@ def _addresses(weights: HyperWeights) -> tuple[int, int, int, int]:
     return fn.data_ptr(), base.data_ptr(), scale.data_ptr(), norm_weight.data_ptr()
 
 
-def _first_launches(tensors: Tensors, tiles: Tiles, num_floats: int) -> BoundaryCall | None:
+def _first_launches(tensors: Tensors, tiles: BoundaryTiles, num_floats: int) -> BoundaryCall | None:
     spread, collapse = _launch_spread(tensors, tiles), _launch_collapse(tensors, tiles)
     if spread is None or collapse is None:
         return None
@@ -213,7 +214,7 @@ def _first_launches(tensors: Tensors, tiles: Tiles, num_floats: int) -> Boundary
     return BoundaryCall(spread, collapse, num_floats, _addresses(tensors.weights), makes_mix, shapes)
 
 
-def _launch_spread(tensors: Tensors, tiles: Tiles) -> TritonCall | None:
+def _launch_spread(tensors: Tensors, tiles: BoundaryTiles) -> TritonCall | None:
     num_tokens, _, dim = tensors.x_TSD.shape
     num_slices, pdl = triton.cdiv(dim, tiles.channels), not INTERPRETED
     return launch(
@@ -233,7 +234,7 @@ def _launch_spread(tensors: Tensors, tiles: Tiles) -> TritonCall | None:
     )
 
 
-def _launch_collapse(tensors: Tensors, tiles: Tiles) -> TritonCall | None:
+def _launch_collapse(tensors: Tensors, tiles: BoundaryTiles) -> TritonCall | None:
     num_tokens, _, dim = tensors.x_TSD.shape
     weights, block_d = tensors.weights, triton.next_power_of_2(dim)
     num_slices, sinkhorn_tokens = triton.cdiv(dim, tiles.channels), tiles.sinkhorn_tokens
@@ -257,8 +258,8 @@ def _launch_collapse(tensors: Tensors, tiles: Tiles) -> TritonCall | None:
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What a call is given."""
+class BoundaryInputs:
+    """The inputs of a call."""
 
     x_TSD: torch.Tensor
     y_TD: torch.Tensor | None
@@ -268,8 +269,7 @@ class Inputs:
 def _given(
     x_TSD: torch.Tensor, y_TD: torch.Tensor | None, mix: Mix | None, shapes: Shapes
 ) -> tuple[int, int, int, int] | None:
-    """Addresses of x, y, post and comb, or ``None`` where something does not fit: quicker than ``_check_inputs``, which
-    says what. shapes: of y, post and comb."""
+    """Returns the addresses of x, y, post and comb; ``None`` where one does not fit. shapes: of y, post, comb."""
     x = x_TSD.data_ptr()
     if x_TSD.dtype is not torch.bfloat16 or not x_TSD.is_contiguous() or x & 15:
         return None
@@ -291,7 +291,7 @@ def _given(
 
 
 def _out_like(x_TSD: torch.Tensor, y_TD: torch.Tensor, mix: Mix) -> HyperOut:
-    """Unwritten outputs of a boundary in the middle: like its inputs."""
+    """Allocates a middle boundary's outputs, like its inputs."""
     empty_like = torch.empty_like
     return HyperOut(empty_like(x_TSD), empty_like(y_TD), Mix(empty_like(mix.post_TS), empty_like(mix.comb_TSS)))
 
@@ -307,19 +307,19 @@ class HyperBoundaryKernel:
         self.is_batch_invariant = is_batch_invariant
 
     def prepare(self, weights: HyperWeights) -> HyperOperand:
-        """The operand. Errors at the first call name weights that do not fit."""
+        """Makes the operand. The first call raises for weights that do not fit."""
         return HyperOperand(weights)
 
     def configs(self, operand: HyperOperand) -> Sequence[Config]:
-        """Triton compiles at the first call."""
+        """Returns nothing: Triton compiles at the first call."""
         return ()
 
     def variant(self, x_TSD: torch.Tensor, operand: HyperOperand) -> str:
-        """By the number of tokens, unless it is batch-invariant."""
-        return spelled("hyper", **vars(choose_tiles(len(x_TSD), self.is_batch_invariant)))
+        """Returns the variant's name. It depends on the number of tokens, unless the kernel is batch-invariant."""
+        return variant_name("hyper", **vars(choose_tiles(len(x_TSD), self.is_batch_invariant)))
 
     def workspace(self, operand: HyperOperand, num_tokens: int) -> torch.Tensor:
-        """float32 scratch for calls of up to ``num_tokens`` tokens."""
+        """Allocates float32 scratch for calls of up to ``num_tokens`` tokens."""
         fn = operand.weights.fn
         return fn.new_empty(num_workspace_floats(num_tokens, fn.shape[1] // NUM_STREAMS))
 
@@ -333,16 +333,17 @@ class HyperBoundaryKernel:
         out: HyperOut | None = None,
         workspace: torch.Tensor | None = None,
     ) -> HyperOut:
-        """Shapes: x bfloat16 [T, 4, D]; y bfloat16 [T, D]; workspace float32, ``num_workspace_floats(T, D)`` elements.
+        """Computes the boundary. Shapes: x bfloat16 [T, 4, D]; y bfloat16 [T, D]; workspace float32 [num_floats].
+
             out.x_TSD may be x_TSD; otherwise outputs must not overlap inputs.
 
         Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment, before any launch.
         """
         device_index = x_TSD.get_device()
-        call = operand.calls.get((x_TSD.shape, mix is not None, device_index))
+        call = operand.launches.get((x_TSD.shape, mix is not None, device_index))
         given = None if call is None else _given(x_TSD, y_TD, mix, call.shapes)
         if call is None or given is None:
-            return self._first(Inputs(x_TSD, y_TD, mix), operand, out, workspace)
+            return self._first(BoundaryInputs(x_TSD, y_TD, mix), operand, out, workspace)
         with_mix = call.makes_mix
         if out is not None:
             _check_out(out, x_TSD, with_mix)
@@ -359,9 +360,9 @@ class HyperBoundaryKernel:
         return out
 
     def _first(
-        self, inputs: "Inputs", operand: HyperOperand, out: HyperOut | None, workspace: torch.Tensor | None
+        self, inputs: "BoundaryInputs", operand: HyperOperand, out: HyperOut | None, workspace: torch.Tensor | None
     ) -> HyperOut:
-        """Checks everything, launches, and keeps the launches of this size."""
+        """Checks everything, launches, and caches the launches of this size."""
         x_TSD, y_TD, mix, weights = inputs.x_TSD, inputs.y_TD, inputs.mix, operand.weights
         _check_inputs(x_TSD, y_TD, mix)
         num_tokens, _, dim = x_TSD.shape
@@ -379,7 +380,7 @@ class HyperBoundaryKernel:
         if num_tokens:
             call = _first_launches(Tensors(x_TSD, y_TD, mix, weights, out, workspace), tiles, num_floats)
             if call is not None:
-                operand.calls.keep((x_TSD.shape, mix is not None, x_TSD.get_device()), call)
+                operand.launches.add((x_TSD.shape, mix is not None, x_TSD.get_device()), call)
         return out
 
     def __call__(
@@ -391,7 +392,7 @@ class HyperBoundaryKernel:
         out: HyperOut | None = None,
         workspace: torch.Tensor | None = None,
     ) -> HyperOut:
-        """``run`` with the signature of its twin."""
+        """Computes ``run`` with the signature of the twin."""
         return self.run(x_TSD, y_TD, mix, self.prepare(weights), out=out, workspace=workspace)
 
 

@@ -1,10 +1,10 @@
 """Torch reference of manifold-constrained hyper-connections (mHC): the residual as several streams.
 
-Each token carries S streams. From them a small projection derives three sets of weights: ``pre`` collapses the
-streams into a sublayer's input, ``post`` spreads the sublayer's output over the streams, and ``comb``, pushed towards
-a doubly stochastic matrix by Sinkhorn iterations, mixes the streams with each other.
+Each token carries S streams. A small projection derives three sets of weights from them: ``pre`` collapses the streams
+into a sublayer's input, ``post`` spreads the sublayer's output over the streams, and ``comb``, brought close to a
+doubly stochastic matrix by Sinkhorn iterations, mixes the streams.
 
-Between two sublayers lies one boundary: post of the one before, then pre and RMS norm of the one after.
+The boundary between two sublayers is post of the one before, then pre and RMS norm of the one after.
 
 Legend: T tokens, S streams, D hidden, M = (2 + S) * S mixing weights. All mixing is at least float32.
 Source: mHC (Xie et al.), as DeepSeek-V4's published inference code orders the steps.
@@ -24,13 +24,13 @@ from ownpath.kernels.reference import Reference
 
 @dataclass(slots=True)
 class Mix:
-    """What pre leaves for post: post_TS, and comb_TSS indexed [from stream, to stream]; at least float32."""
+    """The weights that pre derives for post: post_TS, and comb_TSS [from stream, to stream]; at least float32."""
 
     post_TS: torch.Tensor
     comb_TSS: torch.Tensor
 
     def rows(self, ids_R: torch.Tensor) -> "Mix":
-        """The mix of some tokens."""
+        """Returns the mix of some tokens."""
         return Mix(self.post_TS[ids_R], self.comb_TSS[ids_R])
 
 
@@ -55,7 +55,7 @@ class HyperWeights:
 
 @dataclass(slots=True)
 class HyperOut:
-    """What a boundary computes: new streams [T, S, D], the normed input of the coming sublayer [T, D], its mix."""
+    """A boundary's results: new streams [T, S, D], the next sublayer's normed input [T, D], and its mix."""
 
     x_TSD: torch.Tensor
     h_TD: torch.Tensor
@@ -66,13 +66,13 @@ class BoundaryKernel(Kernel[Operand], Protocol[Operand]):
     """Post of the sublayer that made y (none before the first), pre of the coming one, and its norm."""
 
     def prepare(self, weights: HyperWeights) -> Operand:
-        """The operand."""
+        """Makes the operand."""
 
     def variant(self, x_TSD: torch.Tensor, operand: Operand) -> str | None:
-        """Names of the configurations that a call launches; ``None``: there is one form."""
+        """Returns the names of the variants that a call launches; ``None`` without variants."""
 
     def workspace(self, operand: Operand, num_tokens: int) -> torch.Tensor | None:
-        """Scratch for calls of up to ``num_tokens`` tokens; ``None``: the kernel needs none."""
+        """Allocates scratch for calls of up to ``num_tokens`` tokens; ``None`` if the kernel needs none."""
 
     def run(
         self,
@@ -84,13 +84,13 @@ class BoundaryKernel(Kernel[Operand], Protocol[Operand]):
         out: HyperOut | None = None,
         workspace: torch.Tensor | None = None,
     ) -> HyperOut:
-        """Errors: ValueError naming the operand for what the kernel does not take."""
+        """Computes the boundary. Errors: ValueError naming an operand that the kernel refuses."""
 
 
 def sinkhorn(logits_TSS: torch.Tensor, num_iters: int, eps: float) -> torch.Tensor:
-    """Row softmax, then ``num_iters`` column normalisations with row normalisations between them.
+    """Applies row softmax, then ``num_iters`` column normalisations with row normalisations between them.
 
-    Rows are the second, columns the last but one dimension summed over: after it, sums over dim -2 are 1 up to eps.
+    Rows are summed over dim -1, columns over dim -2; the last step makes sums over dim -2 equal to 1 up to eps.
     """
     comb_TSS = torch.softmax(logits_TSS, dim=-1) + eps
     comb_TSS = comb_TSS / (comb_TSS.sum(-2, keepdim=True) + eps)
@@ -101,7 +101,7 @@ def sinkhorn(logits_TSS: torch.Tensor, num_iters: int, eps: float) -> torch.Tens
 
 
 def hyper_post(x_TSD: torch.Tensor, y_TD: torch.Tensor, mix: Mix) -> torch.Tensor:
-    """stream k = post_k * y + sum over j of comb[j, k] * stream j, rounded once, to the dtype of the streams."""
+    """Computes stream k = post_k * y + sum over j of comb[j, k] * stream j, rounded once to the streams' dtype."""
     wide = mix.comb_TSS.dtype
     spread_TSD = mix.post_TS.unsqueeze(-1) * y_TD.to(wide).unsqueeze(-2)
     mixed_TSD = mix.comb_TSS.transpose(-1, -2) @ x_TSD.to(wide)
@@ -133,7 +133,7 @@ def hyper_boundary(
     out: HyperOut | None = None,
     workspace: torch.Tensor | None = None,
 ) -> HyperOut:
-    """Post of the sublayer that made ``y_TD`` (none before the first), pre of the coming one, and its norm.
+    """Computes post of the sublayer that made ``y_TD`` (none before the first), pre of the next one, and its norm.
 
     Rounded where the separate steps round, to the dtype of the streams: streams, collapsed input, normed input.
     Shapes: x [T, S, D]; y [T, D]. ``workspace`` is for kernels that need one.
@@ -158,14 +158,14 @@ class HyperBoundaryReference(Reference):
     """``hyper_boundary`` as a kernel. The operand is the weights."""
 
     def prepare(self, weights: HyperWeights) -> HyperWeights:
-        """The weights as they are."""
+        """Returns the weights unchanged."""
         return weights
 
     def variant(self, x_TSD: torch.Tensor, operand: HyperWeights) -> None:
-        """There is one form."""
+        """Returns ``None``: the kernel has no variants."""
 
     def workspace(self, operand: HyperWeights, num_tokens: int) -> None:
-        """No call needs any."""
+        """Returns ``None``: no call needs scratch."""
 
     def run(
         self,
@@ -177,7 +177,7 @@ class HyperBoundaryReference(Reference):
         out: HyperOut | None = None,
         workspace: torch.Tensor | None = None,
     ) -> HyperOut:
-        """New streams, the normed input of the coming sublayer, and its mix."""
+        """Computes new streams, the next sublayer's normed input, and its mix."""
         return hyper_boundary(x_TSD, y_TD, mix, operand, out, workspace)
 
     def __call__(
@@ -189,7 +189,7 @@ class HyperBoundaryReference(Reference):
         out: HyperOut | None = None,
         workspace: torch.Tensor | None = None,
     ) -> HyperOut:
-        """``hyper_boundary``."""
+        """Computes ``hyper_boundary``."""
         return hyper_boundary(x_TSD, y_TD, mix, weights, out, workspace)
 
 

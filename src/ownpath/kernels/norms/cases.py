@@ -1,4 +1,4 @@
-"""Sizes: width, heads (0: rows only), width of the tensor that rows are a slice of."""
+"""Test and bench sizes: width, heads (0: rows only), width of the tensor that rows are sliced from."""
 
 from ownpath.kernels.cases import KernelCase
 

@@ -1,7 +1,7 @@
 """RMS norm on Hopper: one launch.
 
-How it works. Each row gets a program (short rows share one), which reads it once and keeps it in registers. At decode
-sizes it is launch latency, which programmatic dependent launch overlaps with the end of the kernel before.
+How it works. Each row has a program (short rows share one), which reads it once and keeps it in registers. At decode
+sizes the time is launch latency, which programmatic dependent launch overlaps with the end of the previous kernel.
 
 Roofline. 4 * D bytes a row. Limits. bfloat16 or float32, D up to 16384, last dimension contiguous, rows equally spaced.
 A row's bits never depend on the other rows of a call.
@@ -15,12 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ownpath.kernels.calls import Calls
 from ownpath.kernels.checks import VECTOR_BYTES, check, check_alignment, check_rank
 from ownpath.kernels.contract import Config, NormWeights
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
-from ownpath.kernels.variants import spelled
+from ownpath.kernels.launch_cache import LaunchCache
+from ownpath.kernels.variants import variant_name
 
 INTERPRETED = triton.knobs.runtime.interpret
 MAX_WIDTH = 16384
@@ -43,7 +43,7 @@ def rms_norm_kernel(
     HAS_WEIGHT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """ROWS rows; row r starts at (r // inner_rows) * outer_stride + (r % inner_rows) * row_stride."""
+    """Normalises ROWS rows; row r starts at (r // inner_rows) * outer_stride + (r % inner_rows) * row_stride."""
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     inside = (r < num_rows)[:, None] & (d < D)[None, :]
@@ -61,7 +61,7 @@ def rms_norm_kernel(
 
 
 def _row_steps(x: torch.Tensor) -> tuple[int, int, int]:
-    """(rows of the innermost run, elements between runs, elements between its rows) of x [..., D], as it lies.
+    """Returns the strides of x [..., D]: rows of the innermost run, elements from run to run, and from row to row.
 
     Errors: ValueError naming x when its rows need more than two steps.
     """
@@ -98,8 +98,10 @@ def _check_norm(x: torch.Tensor, weight_D: torch.Tensor | None) -> None:
 
 
 def norm_tile(dim: int) -> tuple[int, int, int]:
-    """Rows of a program, elements of a row with padding, and warps: by width alone, so that a row's sum never depends
-    on the other rows."""
+    """Returns rows of a program, elements of a row with padding, and warps.
+
+    They depend on the width alone, so that a row's sum never depends on the other rows.
+    """
     block = int(triton.next_power_of_2(dim))
     rows = max(1, min(8, 2048 // block))
     return rows, block, max(1, min(16, rows * block // 256))
@@ -107,11 +109,11 @@ def norm_tile(dim: int) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class NormOperand:
-    """calls: launches by shape, strides and dtype of x, once these have passed every check."""
+    """launches: by shape, strides and dtype of x, for inputs that have passed every check."""
 
     weights: NormWeights
-    calls: Calls[tuple[torch.Size, tuple[int, ...], torch.dtype, int], TritonCall] = field(
-        default_factory=Calls, compare=False
+    launches: LaunchCache[tuple[torch.Size, tuple[int, ...], torch.dtype, int], TritonCall] = field(
+        default_factory=LaunchCache, compare=False
     )
     lock: Lock = field(default_factory=Lock, compare=False)
 
@@ -120,26 +122,26 @@ class RmsNormKernel:
     """y = weight * x / sqrt(mean(x²) + eps) over the last dimension, rounded once; no weight means ones."""
 
     def prepare(self, weights: NormWeights) -> NormOperand:
-        """The operand. Errors at the first call name a weight that does not fit."""
+        """Makes the operand. The first call raises for a weight that does not fit."""
         return NormOperand(weights)
 
     def configs(self, operand: NormOperand) -> Sequence[Config]:
-        """Triton compiles at the first call."""
+        """Returns nothing: Triton compiles at the first call."""
         return ()
 
     def variant(self, x: torch.Tensor, operand: NormOperand) -> str:
-        """By width alone."""
+        """Returns the variant's name, which depends on the width alone."""
         rows, block, num_warps = norm_tile(x.shape[-1])
-        return spelled("rms_norm", rows=rows, block=block, warps=num_warps)
+        return variant_name("rms_norm", rows=rows, block=block, warps=num_warps)
 
     def run(self, x: torch.Tensor, operand: NormOperand, *, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Shapes: x bfloat16 or float32 [..., D], rows may be spaced (a slice of a wider tensor); out as x, contiguous.
+        """Computes y. Shapes: x bfloat16 or float32 [..., D], possibly a slice of wider rows; out as x, contiguous.
 
         Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
         """
         weight_D = operand.weights.weight_D
         key = x.shape, x.stride(), x.dtype, x.get_device()
-        call = operand.calls.get(key)
+        call = operand.launches.get(key)
         if call is None:
             return self._first(x, operand, key, out)
         address = x.data_ptr()
@@ -184,13 +186,13 @@ class RmsNormKernel:
                 },
             )
             if call is not None:
-                operand.calls.keep(key, call)
+                operand.launches.add(key, call)
         return out
 
     def __call__(
         self, x: torch.Tensor, weight_D: torch.Tensor | None, eps: float, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """``run`` with the signature of its twin."""
+        """Computes ``run`` with the signature of the twin."""
         return self.run(x, self.prepare(NormWeights(weight_D, eps)), out=out)
 
 

@@ -1,4 +1,4 @@
-"""Torch reference of RMS norm, rounded once, and as DeepSeek's published code rounds it.
+"""Torch references of RMS norm: rounded once, and rounded as DeepSeek's published code does.
 
 Legend: D width.
 """
@@ -15,7 +15,7 @@ from ownpath.kernels.reference import Reference, filled
 def rms_norm(
     x: torch.Tensor, weight_D: torch.Tensor | None, eps: float, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """y = weight * x / sqrt(mean(x²) + eps) over the last dimension, rounded once; no weight means ones."""
+    """Computes y = weight * x / sqrt(mean(x²) + eps) over the last dimension, rounded once; no weight means ones."""
     wide = x.to(sum_dtype(x))
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     y = (y if weight_D is None else y * weight_D.to(y.dtype)).to(x.dtype)
@@ -23,9 +23,9 @@ def rms_norm(
 
 
 def rms_norm_stepwise(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
-    """x * rsqrt(mean(x²) + eps), every operation rounded to the dtype of x, as torch computes it on such tensors.
+    """Computes x * rsqrt(mean(x²) + eps), every operation rounded to the dtype of x, as torch does on such tensors.
 
-    There is no weight: the published code norms query heads without one.
+    There is no weight: the published code normalises query heads without one.
     """
     assert weight is None
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
@@ -38,20 +38,20 @@ class RmsNormReference(Reference):
         self._norm = norm
 
     def prepare(self, weights: NormWeights) -> NormWeights:
-        """The weights as they are."""
+        """Returns the weights unchanged."""
         return weights
 
     def variant(self, x: torch.Tensor, operand: NormWeights) -> None:
-        """There is one form."""
+        """Returns ``None``: the kernel has no variants."""
 
     def run(self, x: torch.Tensor, operand: NormWeights, *, out: torch.Tensor | None = None) -> torch.Tensor:
-        """y, of the shape and dtype of x."""
+        """Computes y, of the shape and dtype of x."""
         return filled(out, self._norm(x, operand.weight_D, operand.eps))
 
     def __call__(
         self, x: torch.Tensor, weight_D: torch.Tensor | None, eps: float, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The norm itself."""
+        """Computes the norm."""
         return filled(out, self._norm(x, weight_D, eps))
 
 

@@ -1,4 +1,4 @@
-"""Sizes of linears: rows and columns of the weight. Of experts: how many, chosen ones, hidden, expert width."""
+"""Test and bench sizes. Linears: rows and columns of the weight. Experts: number, top k, hidden size, expert width."""
 
 from ownpath.kernels.cases import KernelCase
 

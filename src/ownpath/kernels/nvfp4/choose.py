@@ -1,4 +1,4 @@
-"""Which compiled kernel serves which sizes: tuned tables, and arithmetic for dense sizes that no table holds.
+"""Chooses the compiled kernel for given sizes: from tuned tables, or by arithmetic for dense sizes without an entry.
 
 ``tuned/moe.json`` is keyed by the experts' shape and (token, slot) pairs per expert, ``tuned/linear.json`` by tokens
 and matrix; ``ownpath bench --tune`` writes them. Nothing is measured while serving.
@@ -18,13 +18,13 @@ TUNED = Path(__file__).parent / "tuned"
 BLOCK_ROWS = 64
 SMS = 132
 WIDE_PAIRS = 4096
-"""Up to this many pairs the experts' outputs stay float32 until they are summed; above, rounding them to BF16 saves
-bytes that would cost more than 5% of the time."""
+"""Up to this many pairs the experts' outputs stay float32 until they are summed. With more pairs, float32 would cost
+over 5% of the time, so they are rounded to BF16."""
 
 
 @dataclass(frozen=True)
 class MoeChoice:
-    """The two products of one call."""
+    """The kernels of one call's two products."""
 
     gate_up: GemmConfig
     down: GemmConfig
@@ -40,11 +40,11 @@ class MoeChoice:
 
 MoeEntries = tuple[tuple[float, dict[str, object]], ...]
 MEASURED_FIRST = (4096, 2048)
-"""Hidden and width of the experts whose entries serve shapes that nobody measured: V4-Flash's."""
+"""Hidden size and width of the experts whose entries serve shapes without a measurement: V4-Flash's."""
 
 
 def moe_table(hidden: int, inter: int) -> MoeEntries:
-    """(pairs per expert up to which it holds, knobs), ascending, for experts hidden -> inter."""
+    """Returns (largest pairs per expert, knobs), ascending, for experts hidden -> inter."""
     tables = _moe_tables()
     return tables.get((hidden, inter), tables[MEASURED_FIRST])
 
@@ -59,13 +59,13 @@ def _moe_tables() -> Mapping[tuple[int, int], MoeEntries]:
 
 
 def moe_case(case: str) -> tuple[tuple[int, int], float]:
-    """Hidden, width and limit of a case such as ``hidden=4096,inter=2048,pairs_per_expert<=8``."""
+    """Parses hidden size, width and limit of a case such as ``hidden=4096,inter=2048,pairs_per_expert<=8``."""
     hidden, inter, limit = (part.split("=")[-1] for part in case.split(","))
     return (int(hidden), int(inter)), float(limit)
 
 
 def choose_moe(pairs: int, num_experts: int, hidden: int, inter: int, invariant: bool) -> MoeChoice:
-    """The kernels for ``pairs`` (token, slot) pairs. invariant: nothing that changes bits may follow ``pairs``."""
+    """Chooses the kernels for ``pairs`` (token, slot) pairs. invariant: bits must not depend on ``pairs``."""
     density, table = pairs / num_experts, moe_table(hidden, inter)
     knobs = next((knobs for limit, knobs in table if density <= limit), table[-1][1])
     return moe_choice(knobs, hidden, inter, wide=invariant or pairs <= WIDE_PAIRS)
@@ -81,12 +81,12 @@ def _moe_choice(knobs: tuple[tuple[str, int], ...], hidden: int, inter: int, wid
 
 
 def moe_choice(knobs: Mapping[str, object], hidden: int, inter: int, wide: bool) -> MoeChoice:
-    """Table knobs to kernels. Knobs: num_m64, warpgroups_m, n0, n1, ... (sizes), stages, depth, gather, per_sm."""
+    """Makes kernels from a table's knobs: num_m64, warpgroups_m, n0, n1, ... (sizes), stages, depth, gather, per_sm."""
     return _moe_choice(tuple((name, int(str(value))) for name, value in sorted(knobs.items())), hidden, inter, wide)
 
 
 def _fitted(read: Mapping[str, int], sizes: tuple[int, ...], num_blocks: int, **flags: bool) -> GemmConfig:
-    """The tuned tile, or the next smaller one that divides the rows."""
+    """Returns the tuned tile, or the next smaller one that divides the rows."""
     tiles = ((read["num_m64"], read["warpgroups_m"]), (2, 2), (1, 2))
     num_m64, warpgroups_m = next(tile for tile in tiles if num_blocks % (tile[0] * tile[1]) == 0)
     num_tiles = num_blocks // (num_m64 * warpgroups_m)
@@ -112,7 +112,7 @@ def _fitted(read: Mapping[str, int], sizes: tuple[int, ...], num_blocks: int, **
 
 
 def fit(config: GemmConfig, stages: int) -> GemmConfig:
-    """``config`` with as many of the wanted stages as shared memory holds."""
+    """Returns ``config`` with as many of the wanted stages as shared memory holds."""
     per_stage = config.stage_bytes + 16
     most = (config.max_smem_bytes - config.reduce_bytes) // per_stage
     return GemmConfig(**{**vars(config), "num_stages": max(1, min(stages, most))})
@@ -120,7 +120,7 @@ def fit(config: GemmConfig, stages: int) -> GemmConfig:
 
 @dataclass(frozen=True)
 class LinearChoice:
-    """One dense product. rows_per_tile: tokens of a tile; grid: CTAs."""
+    """The kernel of a dense product. rows_per_tile: tokens of a tile; grid: CTAs."""
 
     gemm: GemmConfig
     rows_per_tile: int
@@ -129,10 +129,10 @@ class LinearChoice:
 
 @lru_cache(maxsize=4096)
 def choose_linear(num_tokens: int, num_rows: int, num_cols: int, invariant: bool) -> LinearChoice:
-    """The kernel for x [num_tokens, num_cols] and a weight of num_rows.
+    """Chooses the kernel for x [num_tokens, num_cols] and a weight of num_rows.
 
-    Few tokens: K is split over two warpgroups and a cluster until the CTAs fill the GPU once, because a small matrix
-    is a matter of latency. Many: tiles that leave the last wave full. ``invariant`` never splits K.
+    Few tokens: K is split over two warpgroups and a cluster until the CTAs fill the GPU once, because latency dominates
+    for a small matrix. Many: tiles that fill the last wave best. ``invariant`` never splits K.
     """
     blocks, k_blocks = num_rows // BLOCK_ROWS, num_cols // BLOCK_K
     tuned = linear_table().get((num_rows, num_cols), ())
@@ -156,7 +156,7 @@ def choose_linear(num_tokens: int, num_rows: int, num_cols: int, invariant: bool
 
 @lru_cache(maxsize=1)
 def linear_table() -> Mapping[tuple[int, int], tuple[tuple[int, dict[str, int]], ...]]:
-    """(rows, columns) of a matrix -> (tokens up to which it holds, knobs), ascending."""
+    """Returns (rows, columns) of a matrix -> (largest number of tokens, knobs), ascending."""
     found: dict[tuple[int, int], list[tuple[int, dict[str, int]]]] = {}
     for case, entry in json.loads((TUNED / "linear.json").read_text(encoding="utf-8"))["entries"].items():
         tokens, rows, cols = (int(part.split("=")[1]) for part in case.split(","))
@@ -165,7 +165,7 @@ def linear_table() -> Mapping[tuple[int, int], tuple[tuple[int, dict[str, int]],
 
 
 def linear_config(knobs: Mapping[str, object]) -> GemmConfig:
-    """Table knobs to a kernel: fields of ``GemmConfig``, ``size`` for the tile's tokens, ``stages`` at most."""
+    """Makes a kernel from a table's knobs: fields of ``GemmConfig``, ``size`` for tokens of a tile, most ``stages``."""
     read: dict[str, Any] = {name: int(str(value)) for name, value in knobs.items()}
     size, stages = read.pop("size"), read.pop("stages")
     return fit(GemmConfig(n_sizes=(size,), num_stages=1, **read), stages)
@@ -180,11 +180,11 @@ def _dense(tile: tuple[int, int], size: int) -> GemmConfig:
 
 
 CLUSTER_CTAS = {1: 132, 2: 132, 4: 120, 8: 120}
-"""CTAs of clusters of each size that an H200 holds at one CTA per SM (measured): graphics clusters lose their rest."""
+"""Cluster size -> CTAs that an H200 holds at one CTA per SM (measured): SMs left over in a GPC stay idle."""
 
 
 def _split(blocks: int, k_blocks: int, size: int) -> GemmConfig:
-    """K over two warpgroups, and over as large a cluster as still runs in one wave."""
+    """Splits K over two warpgroups, and over the largest cluster that still runs in one wave."""
     # Wide tiles read the tokens half as often; they need a cluster to fill the GPU and to sum through one buffer.
     for num_m64 in (2, 1) if size == 64 and blocks % 2 == 0 else (1,):
         tiles, cluster = blocks // num_m64, 1
@@ -196,7 +196,7 @@ def _split(blocks: int, k_blocks: int, size: int) -> GemmConfig:
 
 
 def _waves(num_tokens: int, blocks: int) -> GemmConfig:
-    """The tile width with the fewest columns of work on the busiest SM; 16 stands for the fixed part of a tile."""
+    """Returns the tile width with the least work on the busiest SM, in columns; 16 stands for a tile's fixed cost."""
     tile = _tile(blocks, ((2, 2), (1, 2), (1, 1)))
     m_tiles = blocks // (tile[0] * tile[1])
 
@@ -207,7 +207,7 @@ def _waves(num_tokens: int, blocks: int) -> GemmConfig:
 
 
 def linear_choice(config: GemmConfig, num_tokens: int, num_rows: int) -> LinearChoice:
-    """Even tiles of at most the kernel's tokens, and the grid that runs them."""
+    """Cuts tokens into even tiles of at most the kernel's size, and returns them with the grid that runs them."""
     n_tiles = -(-num_tokens // config.n_sizes[-1])
     rows_per_tile = -(-num_tokens // (n_tiles * 8)) * 8
     tiles = num_rows // (BLOCK_ROWS * config.m64_per_tile) * -(-num_tokens // rows_per_tile)

@@ -1,4 +1,4 @@
-"""What is fixed when a kernel is compiled. Importable without the DSL: launchers and the cache need only this."""
+"""Compile-time configurations of the NVFP4 kernels. Importable without the DSL, for launchers and the cache."""
 
 import math
 from dataclasses import dataclass
@@ -81,12 +81,12 @@ class GemmConfig:
 
     @property
     def hands_over(self) -> bool:
-        """Whether it is the experts' first product, whose tiles the second one takes as they are finished."""
+        """True for the experts' first product, whose tiles the second one takes as they are finished."""
         return self.grouped and self.swiglu
 
     @property
     def follows(self) -> bool:
-        """Whether it is the experts' second product."""
+        """True for the experts' second product."""
         return self.grouped and not self.swiglu
 
     @property
@@ -117,15 +117,15 @@ class GemmConfig:
 
     @property
     def consumer_registers(self) -> int:
-        """Registers a consumer thread gets once the producer has given its own up; 0 where it needs no more."""
+        """Registers per consumer thread after the producers have released theirs; 0 where it needs no more."""
         if self.num_m64 == 1 and self.n_sizes[-1] < 64:
             return 0
-        # The CTA's pool is what it was launched with; asking for more than that would wait for ever.
+        # The CTA has only the registers that it was launched with; a request for more would wait forever.
         return min(240, (self._register_pool - 24) // self.num_consumers // 8 * 8)
 
     @property
     def producer_registers(self) -> int:
-        """What the producer keeps: 24, or more where the pool does not divide."""
+        """Registers per producer thread: 24, or more where the pool does not divide evenly."""
         return min(56, (self._register_pool - self.num_consumers * self.consumer_registers) // 8 * 8)
 
     @property
@@ -143,7 +143,7 @@ class GemmConfig:
 
     @property
     def reuses_weights(self) -> bool:
-        """Whether several tiles of tokens read the same weights, so that these are worth keeping in L2."""
+        """True if several tiles of tokens read the same weights, so that keeping them in L2 pays."""
         return self.n_sizes[-1] > 64
 
     @property
@@ -163,7 +163,7 @@ class GemmConfig:
 
     @property
     def max_smem_bytes(self) -> int:
-        """What one of the CTAs of an SM may ask for: each costs 1 KiB besides."""
+        """Shared memory that a CTA may allocate, with ``per_sm`` CTAs on an SM; each also costs 1 KiB."""
         return (MAX_SHARED_BYTES + 1024) // self.per_sm - 1024
 
     @property

@@ -1,4 +1,4 @@
-"""What becomes of a tile's float32 sums: global scales, SwiGLU, rounding, and where in the output they go.
+"""The epilogue of an NVFP4 product: global scales, SwiGLU, rounding and stores of a tile's float32 sums.
 
 How it works. Packing puts output features 2g and 2g + 1 (or gate and up of one feature) into rows g and g + 8 of a
 ``wgmma``, so that a thread holds both: it writes pairs of neighbouring features, or trades with its neighbour in g
@@ -20,8 +20,8 @@ from ownpath.kernels.nvfp4.tile_sm90 import Tile
 class ThreadRows:
     """A thread's two rows of a 64-row block, for all tokens of a tile.
 
-    factors: what the sums of rows g and g + 8 are multiplied by. place: byte address of the thread's first output
-    element. pitch: bytes from token to token. num_tokens: of the tile.
+    factors: multipliers of the sums of rows g and g + 8. place: byte address of the thread's first output element.
+    pitch: bytes from token to token. num_tokens: of the tile.
     """
 
     thread: Thread
@@ -33,7 +33,7 @@ class ThreadRows:
 
 @dataclass(frozen=True)
 class Epilogue:
-    """The output of one call. global_scale: float32, two per expert or one per row. ld_out: elements of a token."""
+    """The output of a call. global_scale: float32, two per expert or one per row. ld_out: elements between tokens."""
 
     cfg: GemmConfig
     global_scale: cute.Pointer
@@ -42,13 +42,13 @@ class Epilogue:
     swiglu_limit: Float32
 
     def rows(self, tile: Tile, block: Int32, thread: Thread) -> ThreadRows:
-        """The thread's rows of a 64-row block of the weight."""
+        """Returns the thread's rows of a 64-row block of the weight."""
         factors = self.factors(tile.expert, block, thread)
         place, pitch = self.place(tile.row0, block, thread)
         return ThreadRows(thread, factors, place, pitch, tile.rows)
 
     def factors(self, expert: Int32, block: Int32, thread: Thread) -> tuple[Float32, Float32]:
-        """What the sums of rows g and g + 8 of this thread are multiplied by."""
+        """Returns the multipliers of this thread's sums of rows g and g + 8."""
         table = cute.make_tensor(self.global_scale, cute.make_layout(1 << 30))
         if cutlass.const_expr(self.cfg.grouped):
             first, second = table[2 * expert], table[2 * expert + 1]
@@ -58,7 +58,7 @@ class Epilogue:
         return first * Float32(UNSCALE), second * Float32(UNSCALE)
 
     def place(self, row0: Int32, block: Int32, thread: Thread) -> tuple[Int64, Int64]:
-        """Byte address of this thread's first output element, and bytes from token to token."""
+        """Returns the byte address of this thread's first output element, and the bytes from token to token."""
         g, q, warp = thread.row, thread.pair, thread.warp
         width = 4 if self.cfg.wide else 2
         if self.cfg.swiglu:
@@ -71,7 +71,7 @@ class Epilogue:
 
     @cute.jit
     def store(self, values: list[Float32], rows: ThreadRows, piece: int) -> None:
-        """Writes one 16 x 8 piece of a warp: rows (g, g + 8) of tokens (2q, 2q + 1), of those that exist.
+        """Writes one 16 x 8 piece of a warp: rows (g, g + 8) of tokens (2q, 2q + 1), where those exist.
 
         Packing puts output features 2g and 2g + 1 (or gate and up of one feature) into rows g and g + 8, so that a
         thread holds a pair of neighbouring features of each token.
@@ -83,7 +83,7 @@ class Epilogue:
         if cutlass.const_expr(self.cfg.swiglu):
             hidden_even = self.activate(even[0], even[1])
             hidden_odd = self.activate(odd[0], odd[1])
-            # Neighbours in g trade, so that each writes two features of one token.
+            # Neighbours in g exchange values, so that each writes two features of one token.
             odd_g = rows.thread.idx // 4 % 2
             given = hidden_even if odd_g == 1 else hidden_odd
             taken = cute.arch.shuffle_sync_bfly(given, offset=4)
@@ -100,7 +100,7 @@ class Epilogue:
                         ptx.store_global(place + column * rows.pitch, ptx.pack_bf16x2(*pair))
 
     def activate(self, gate: Float32, up: Float32) -> Float32:
-        """silu(min(gate, limit)) * clamp(up, -limit, limit)."""
+        """Computes silu(min(gate, limit)) * clamp(up, -limit, limit)."""
         gate = ptx.minimum(gate, self.swiglu_limit)
         up = ptx.maximum(ptx.minimum(up, self.swiglu_limit), -self.swiglu_limit)
         return gate * up * ptx.reciprocal(1.0 + ptx.exp2(gate * Float32(-1.4426950408889634)))

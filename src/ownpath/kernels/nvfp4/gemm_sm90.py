@@ -42,7 +42,7 @@ from ownpath.kernels.nvfp4.tile_sm90 import Tile, TileScheduler
 
 @dataclass(frozen=True)
 class PartialSums:
-    """Where the sums of warpgroups that share K are added up. turn: 0 and 1 from tile to tile; rank: of the CTA."""
+    """Buffers for the sums of warpgroups that share K. turn: 0 and 1 from tile to tile; rank: of the CTA."""
 
     memory: cute.Pointer
     turn: Int32
@@ -146,7 +146,7 @@ class Gemm:
             ptx.cluster_barrier()
 
     def allocate(self) -> tuple[Stages, cute.Pointer]:
-        """All of a CTA's shared memory: the ring, and room for partial sums."""
+        """Allocates all of a CTA's shared memory: the ring and buffers for partial sums."""
         cfg = self.cfg
         tokens = cute.arch.alloc_smem(BFloat16, cfg.num_stages * self.num_chunks * self.max_n * CHUNK_K, 1024)
         blocks = cfg.num_stages * cfg.m64_per_tile * cfg.warpgroups_k
@@ -166,7 +166,7 @@ class Gemm:
         num_k_blocks: Int32,
         rows_per_tile: Int32,
     ) -> TileScheduler:
-        """The share of CTA ``worker`` of ``num_workers``, as soon as the schedule may be read."""
+        """Waits until the schedule may be read and returns the share of CTA ``worker`` of ``num_workers``."""
         cfg = self.cfg
         rank, rank_m = Int32(0), Int32(0)
         if cutlass.const_expr(cfg.cluster > 1):
@@ -174,7 +174,7 @@ class Gemm:
         if cutlass.const_expr(cfg.cluster_k > 1):
             rank = cute.arch.block_idx_in_cluster()
         if cutlass.const_expr(cfg.cluster_m > 1):
-            # The neighbour writes tokens into this CTA's memory: its barriers must stand before that.
+            # The neighbour writes tokens into this CTA's memory: its barriers must be initialised before.
             rank_m = cute.arch.block_idx_in_cluster()
             ptx.cluster_barrier()
         if cutlass.const_expr(cfg.grouped and cfg.swiglu):
@@ -206,9 +206,9 @@ class Gemm:
     def load_weights(
         self, source: cute.Pointer, target: cute.Pointer, num_bytes: Int32, pipeline: Pipeline, scheduler: TileScheduler
     ) -> None:
-        """One thread: the codes (or the scales) of every stage, ``num_bytes`` per block, as fast as stages free up.
+        """Loads the codes (or the scales) of every stage, ``num_bytes`` per block, as stages become free. One thread.
 
-        It does not wait for the previous kernel: weights do not depend on it.
+        It does not wait for the previous kernel, because weights do not depend on it.
         """
         cfg = self.cfg
         m64, k_blocks = cfg.m64_per_tile, cfg.warpgroups_k
@@ -233,7 +233,7 @@ class Gemm:
 
     @cute.jit
     def load_tokens(self, descriptor: Int64, lane: Int32, stages: Stages, scheduler: TileScheduler) -> None:
-        """One thread (or warp, for single rows): the tokens of every stage."""
+        """Loads the tokens of every stage. One thread, or a warp for single rows."""
         cfg = self.cfg
         if cutlass.const_expr(not cfg.follows):
             cute.arch.griddepcontrol_wait()
@@ -282,7 +282,7 @@ class Gemm:
         thread: Int32,
         warp_group: Int32,
     ) -> None:
-        """One warpgroup: its part of every tile, by the code for as many tokens as the tile has."""
+        """Multiplies a warpgroup's part of every tile, with the code for the tile's number of tokens."""
         cfg = self.cfg
         step, turn = Int32(0), Int32(0)
         for idx in cutlass.range(scheduler.worker, scheduler.num_tiles, scheduler.num_workers, unroll=1):
@@ -309,7 +309,7 @@ class Gemm:
         partial: PartialSums,
         epilogue: Epilogue,
     ) -> None:
-        """One tile of at most ``num_n`` tokens: the product over K, then the epilogue."""
+        """Computes a tile of at most ``num_n`` tokens: the product over K, then the epilogue."""
         cfg = self.cfg
         thread = operands.thread
         mma = decoded_mma(num_n)
@@ -325,14 +325,14 @@ class Gemm:
             [thr_mma.make_fragment_A(thr_mma.partition_shape_A((64, 16 * group))) for _ in range(cfg.num_m64)]
             for _ in range(depth)
         ]
-        # A constant that the assembler does not know to be one: it would load it again for every use.
+        # The assembler must not recognise this as a constant: it would load it again for every use.
         scale_bits = Uint32(0x0FF00FF0) | Uint32(epilogue.ld_out >> 31)
         last = ring.slot
         for k in cutlass.range(operands.k_iters, unroll=1):
             ring.wait()
             words, scale_words = self.load_fragments(operands, ring.slot)
             for part in cutlass.range_constexpr(cfg.num_steps // group):
-                # Buffers take turns: products of the last ``depth - 1`` groups run while this one is decoded.
+                # Buffers alternate: products of the last ``depth - 1`` groups run while this one is decoded.
                 buffer = weights[part % depth]
                 for r in cutlass.range_constexpr(cfg.num_m64):
                     fragment = cute.recast_tensor(buffer[r], Uint32)
@@ -364,7 +364,7 @@ class Gemm:
             self.store(sums, tile, thread, epilogue)
 
     def load_fragments(self, operands: Operands, slot: Int32) -> tuple[list[list[Uint32]], list[list[Uint32]]]:
-        """This thread's codes (one word per k16 step) and scales (one word for two steps) of each 64-row block."""
+        """Loads this thread's codes (a word per k16 step) and scales (a word per two steps) of each 64-row block."""
         cfg, stages, thread = self.cfg, operands.stages, operands.thread
         words, scale_words = [], []
         for r in range(cfg.num_m64):
@@ -377,7 +377,7 @@ class Gemm:
         return words, scale_words
 
     def decode(self, word: Uint32, scales: Uint32, fragment: cute.Tensor, start: int) -> None:
-        """Eight codes of one k16 step to BF16: registers (row g, low k), (g + 8, low), (g, high), (g + 8, high)."""
+        """Decodes 8 codes of a k16 step to BF16: registers (row g, low k), (g + 8, low), (g, high), (g + 8, high)."""
         scale_low, scale_high = ptx.broadcast_halves(scales | Uint32(0x70007000))
         wanted = Uint32(0x81C081C0)
         first = word & wanted
@@ -391,7 +391,7 @@ class Gemm:
 
     @cute.jit
     def store(self, sums: list[cute.Tensor], tile: Tile, thread: Thread, epilogue: Epilogue) -> None:
-        """The sums of this warpgroup's rows, which are whole, to memory."""
+        """Stores the sums of this warpgroup's rows, which are complete."""
         cfg = self.cfg
         for r in cutlass.range_constexpr(cfg.num_m64):
             rows = epilogue.rows(tile, tile.m_tile * cfg.m64_per_tile + thread.wg_m * cfg.num_m64 + r, thread)
@@ -409,7 +409,7 @@ class Gemm:
         part_bytes = cfg.num_m64 * pieces * WG * 16
         base = partial.memory.toint()
         if cutlass.const_expr(cfg.cluster_k == 1):
-            # Two buffers in turn: a warpgroup one tile ahead must not overwrite sums that are still read.
+            # Two buffers alternate: a warpgroup that is one tile ahead must not overwrite sums that are still read.
             base += partial.turn * (cfg.reduce_bytes // 2)
         for r in cutlass.range_constexpr(cfg.num_m64):
             for j in cutlass.range_constexpr(pieces):

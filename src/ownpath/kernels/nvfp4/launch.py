@@ -1,6 +1,6 @@
-"""Launches of the compiled NVFP4 kernels: arguments in their order, tensor maps, grids. ``linear`` and ``moe`` check.
+"""Prepares launches of the NVFP4 kernels: arguments, tensor maps, grids. ``linear`` and ``moe`` check their inputs.
 
-A launch is made from sizes and addresses that stay; addresses that change from call to call are slots of ``Pointers``.
+A launch is prepared from sizes and fixed addresses; addresses that change between calls are arguments of ``Pointers``.
 """
 
 from ctypes import c_float, c_int, c_void_p
@@ -20,7 +20,7 @@ from ownpath.kernels.nvfp4.config import (
     PermuteConfig,
 )
 
-Slots = tuple[c_void_p, ...]
+PointerArgs = tuple[c_void_p, ...]
 """Arguments whose addresses change from call to call."""
 
 
@@ -43,10 +43,10 @@ class PackedWeight:
         object.__setattr__(self, "device_index", self.codes.get_device())
 
 
-class Gemm:
-    """One product with a packed weight. x: boxes over bfloat16 [num_rows, K]; move them before it is started.
+class GemmLaunch:
+    """The launch of a product with a packed weight. x: boxes over bfloat16 [num_rows, K]; set them before the start.
 
-    results: where the addresses of out (bfloat16 or float32 [rows, N], or [rows, N / 2] after SwiGLU) and schedule are.
+    results: addresses of out (bfloat16 or float32 [rows, N], or [rows, N / 2] after SwiGLU) and of the schedule.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class Gemm:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a product is cut. rows_per_tile: tokens of a dense tile; out_pitch: elements between rows of the output;
-    grid: CTAs; limit: SwiGLU's clamp."""
+    """Sizes of a product's tiles and grid. rows_per_tile: tokens of a dense tile; out_pitch: elements between rows of
+    the output; grid: CTAs; limit: SwiGLU's clamp."""
 
     grid: int
     out_pitch: int
@@ -81,13 +81,13 @@ class Tiling:
 
 
 def box(config: GemmConfig) -> tuple[int, int]:
-    """Rows and columns of the tokens that a product copies at once."""
+    """Returns rows and columns of one TMA copy of tokens."""
     return config.box_rows, CHUNK_K
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Sizes of one call of routed experts. slots: of a token, shared experts too; num_ids: length of the id space."""
+class MoeSizes:
+    """Sizes of a call of routed experts. slots: experts per token, shared included; num_ids: number of expert ids."""
 
     num_tokens: int
     num_choices: int
@@ -101,8 +101,10 @@ class Sizes:
         return self.num_tokens * self.slots
 
 
-def align(config: AlignConfig, sizes: Sizes, tiles: tuple[int, int], pointers: Slots, device_index: int) -> Launch:
-    """Fills the schedule of one call. tiles: rows of one, and where the index begins behind them.
+def align(
+    config: AlignConfig, sizes: MoeSizes, tiles: tuple[int, int], pointers: PointerArgs, device_index: int
+) -> Launch:
+    """Prepares ``Align``, which fills a call's schedule. tiles: rows per tile, and the offset of the index behind them.
 
     pointers: ids, expert_map, schedule.
     """
@@ -111,8 +113,8 @@ def align(config: AlignConfig, sizes: Sizes, tiles: tuple[int, int], pointers: S
     return Launch(load(config, device_index), (config.num_ctas, 1, 1), args)
 
 
-def permute(sizes: Sizes, pointers: Slots, device_index: int) -> Launch:
-    """Copies each row of x [T, D] to its places in the experts' order, out [T * slots, D].
+def permute(sizes: MoeSizes, pointers: PointerArgs, device_index: int) -> Launch:
+    """Prepares ``Permute``: each row of x [T, D] to its rows in the experts' order, out [T * slots, D].
 
     pointers: x, schedule, out.
     """
@@ -122,8 +124,11 @@ def permute(sizes: Sizes, pointers: Slots, device_index: int) -> Launch:
     return Launch(load(PermuteConfig(), device_index), (grid, 1, 1), args)
 
 
-def combine(config: CombineConfig, sizes: Sizes, pointers: Slots, device_index: int) -> Launch:
-    """Sums the experts' rows per token into out [T, D]. pointers: rows, schedule, weights, out."""
+def combine(config: CombineConfig, sizes: MoeSizes, pointers: PointerArgs, device_index: int) -> Launch:
+    """Prepares ``Combine``: the experts' rows of each token summed into out [T, D].
+
+    pointers: rows, schedule, weights, out.
+    """
     counts = (sizes.num_tokens, sizes.num_choices, sizes.hidden)
     grid = -(-sizes.num_tokens * (sizes.hidden // 8) // COPY_THREADS)
     args: tuple[Argument, ...] = (*pointers, *map(c_int, counts))

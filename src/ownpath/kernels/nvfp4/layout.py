@@ -13,8 +13,8 @@ of each half, where BF16 has its sign, low exponent and top mantissa bits:
     row g,     high columns   sign 5*, exponent and mantissa 14..12         rotate right by 6
     row g + 8, high columns   sign 3, exponent 1 and 0, mantissa 4          keep only these, times 2**12 + 2**7 + 2**2
 
-No three of these could be had with two operations each and the fourth as well: 15, 8..6 does not tile the 16 bits. The
-product in the last row moves its bits by three distances at once; none of their nine copies meet.
+Three of these take two operations each; the fourth cannot, because the pattern 15, 8..6 does not tile the 16 bits. The
+multiplication in the last row moves its bits by three distances at once, and none of the nine copies overlap.
 A thread's words of steps 0..3 are 16 contiguous bytes, those of steps 4..7 are 2048 bytes further.
 
 Scales become bytes with 5 exponent and 3 mantissa bits, value 2**(e - 10) * (1 + m / 8): every positive E4M3 value,
@@ -36,24 +36,24 @@ import torch
 
 SIGN_BITS = (15, 18, 21, 3)
 EXPONENT_MANTISSA_BITS = ((8, 7, 6), (11, 10, 9), (14, 13, 12), (1, 0, 4))
-"""Bits of the even column's code in a word, for each register; the odd column's are 16 further, modulo 32."""
+"""Bit positions of the even column's code in a word, for each register; the odd column's are 16 higher, modulo 32."""
 
 
 def plain_rows(num_rows: int) -> torch.Tensor:
-    """Source row of each packed row. Shapes: int64 [num_rows], blocks of [warp 4, half 2, g 8]."""
+    """Returns the source row of each packed row. Shapes: int64 [num_rows], blocks of [warp 4, half 2, g 8]."""
     block, warp, half, g = torch.meshgrid(*map(torch.arange, (num_rows // 64, 4, 2, 8)), indexing="ij")
     return (block * 64 + warp * 16 + 2 * g + half).flatten()
 
 
 def gate_up_rows(num_rows: int) -> torch.Tensor:
-    """As ``plain_rows`` for gate rows followed by as many up rows."""
+    """Returns the source rows, as ``plain_rows``, for gate rows followed by as many up rows."""
     block, warp, half, g = torch.meshgrid(*map(torch.arange, (num_rows // 64, 4, 2, 8)), indexing="ij")
     return (block * 32 + warp * 8 + g + half * (num_rows // 2)).flatten()
 
 
 @lru_cache(maxsize=8)
 def _code_tables(device: torch.device) -> torch.Tensor:
-    """Word bits of a byte with two neighbouring codes, for each of the four registers. Shapes: int32 [4, 256]."""
+    """Returns the word bits of a byte of two neighbouring codes, for each of four registers. Shapes: int32 [4, 256]."""
     byte = torch.arange(256)
     tables = torch.zeros(4, 256, dtype=torch.int64)
     for lane, code in enumerate((byte & 15, byte >> 4)):
@@ -69,7 +69,7 @@ def _code_tables(device: torch.device) -> torch.Tensor:
 
 @lru_cache(maxsize=8)
 def _scale_table(device: torch.device) -> torch.Tensor:
-    """E5M3 byte of each positive E4M3 byte. Shapes: uint8 [128]; entries 0 and 127 (NaN) are never used."""
+    """Returns the E5M3 byte of each positive E4M3 byte. Shapes: uint8 [128]; entries 0 and 127 (NaN) are unused."""
     table = []
     for byte in range(128):
         exponent, mantissa = byte >> 3, byte & 7
@@ -82,7 +82,7 @@ def _scale_table(device: torch.device) -> torch.Tensor:
 
 
 def pack_codes(codes: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Two codes a byte, row-major, to the layout above.
+    """Packs row-major codes, two per byte, into the layout above.
 
     Shapes: codes uint8 [N, K/2], low nibble = even column; rows int64 [N] from ``plain_rows`` or ``gate_up_rows``;
     returns uint8 [N * K / 2]. N a multiple of 64, K of 128.
@@ -99,7 +99,7 @@ def pack_codes(codes: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_codes(packed: torch.Tensor, rows: torch.Tensor, num_cols: int) -> torch.Tensor:
-    """Inverse of ``pack_codes``: uint8 [N, K/2]."""
+    """Inverts ``pack_codes``: returns uint8 [N, K/2]."""
     num_rows = len(rows)
     words = packed.view(torch.int32).view(num_rows // 64, num_cols // 128, 2, 4, 8, 4, 4)
     words = words.permute(0, 3, 4, 1, 2, 6, 5).long()
@@ -117,7 +117,7 @@ def unpack_codes(packed: torch.Tensor, rows: torch.Tensor, num_cols: int) -> tor
 
 
 def pack_scales(scale: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """E4M3 block scales to E5M3 bytes in the layout above.
+    """Converts E4M3 block scales to E5M3 bytes in the layout above.
 
     Shapes: scale E4M3 [N, K/16] (or its bytes), zero or positive; returns uint8 [N * K / 16].
     """
@@ -127,7 +127,7 @@ def pack_scales(scale: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def order_scales(encoded: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Row-major bytes [N, K/16] to the block layout."""
+    """Reorders row-major bytes [N, K/16] to the block layout."""
     num_rows, num_groups = encoded.shape
     # [block, warp, half, g, k block, step high, pair, odd] -> [block, k block, step high, warp, g, pair, half, odd]
     ordered = encoded[rows].view(num_rows // 64, 4, 2, 8, num_groups // 8, 2, 2, 2)
@@ -136,7 +136,7 @@ def order_scales(encoded: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_scales(packed: torch.Tensor, rows: torch.Tensor, num_cols: int) -> torch.Tensor:
-    """Inverse of ``pack_scales`` as float32 values [N, K/16]; zero scales come back as 2**-9 or 2**-10."""
+    """Inverts ``pack_scales``: returns float32 [N, K/16]; zero scales come back as 2**-9 or 2**-10."""
     num_rows = len(rows)
     words = packed.view(torch.int32)
     bytes_ = (words >> 4 & 0x0FFFFFFF | words << 28).view(torch.uint8)
@@ -148,7 +148,7 @@ def unpack_scales(packed: torch.Tensor, rows: torch.Tensor, num_cols: int) -> to
 
 
 def pack_weight_(codes: torch.Tensor, scale: torch.Tensor, rows: torch.Tensor) -> None:
-    """Packs one matrix in place: its bytes are the same, their order and the scales' encoding change.
+    """Packs one matrix in place: reorders its codes and scales and re-encodes the scales, in the same memory.
 
     Shapes: codes uint8 [N, K/2] and scale E4M3 [N, K/16], contiguous; N a multiple of 64, K of 128.
     """
@@ -161,16 +161,17 @@ def pack_weight_(codes: torch.Tensor, scale: torch.Tensor, rows: torch.Tensor) -
 def unpack_weight(
     codes: torch.Tensor, scale: torch.Tensor, rows: torch.Tensor, num_cols: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverse of ``pack_weight_``, but for blocks under a zero scale: zeros under 2**-9, which mean the same.
+    """Inverts ``pack_weight_``. A block with scale zero comes back as zero codes with scale 2**-9, the same values.
 
-    Shapes: what was packed, in any; rows int64 [N] on its device; returns codes uint8 [N, K/2], scale E4M3 [N, K/16].
+    Shapes: codes and scale as packed, in any shape; rows int64 [N] on their device; returns codes uint8 [N, K/2], scale
+    E4M3 [N, K/16].
     """
     unpacked = unpack_scales(scale.view(torch.uint8).flatten(), rows, num_cols)
     return unpack_codes(codes.flatten(), rows, num_cols), unpacked.to(torch.float8_e4m3fn)
 
 
 def check_scales(name: str, scale: torch.Tensor) -> None:
-    """Errors: ValueError naming the tensor for a NaN or negative block scale."""
+    """Checks block scales. Errors: ValueError naming the tensor for a NaN or negative block scale."""
     bytes_ = scale.view(torch.uint8)
     if bool((bytes_ & 0x7F == 0x7F).any()):
         raise ValueError(f"{name} holds a NaN block scale")

@@ -1,4 +1,4 @@
-"""``cute.nvfp4_linear``: one dense NVFP4 product as a call. Its kernel: ``gemm_sm90``."""
+"""``cute.nvfp4_linear``: dense NVFP4 products, computed by ``gemm_sm90``."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,36 +7,36 @@ from threading import Lock
 import torch
 
 from ownpath.formats import NVFP4
-from ownpath.kernels.calls import Calls
 from ownpath.kernels.checks import readable_rows, require_input
 from ownpath.kernels.contract import StoredLinear
 from ownpath.kernels.dsl.driver import Boxes, Pointers, current_stream
+from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.nvfp4.choose import LinearChoice, choose_linear
 from ownpath.kernels.nvfp4.config import GemmConfig
-from ownpath.kernels.nvfp4.launch import Gemm, PackedWeight, Tiling, box
+from ownpath.kernels.nvfp4.launch import GemmLaunch, PackedWeight, Tiling, box
 from ownpath.kernels.nvfp4.layout import check_scales, pack_weight_, plain_rows, unpack_weight
 from ownpath.kernels.shards import fuse_nvfp4
 from ownpath.qtensor import QuantTensor
 
 ROW_MULTIPLE, COL_MULTIPLE = 64, 128
 TOKEN_COUNTS = (1, 16, 32, 64, 128, 512, 2048)
-"""One number of tokens for each kernel that ``choose_linear`` may pick, except for tile widths of long prompts."""
+"""Numbers of tokens, one for each kernel that ``choose_linear`` may pick, without the tile widths of long prompts."""
 
 
 class DenseCall:
-    """The launch of one number of rows."""
+    """The prepared launch for one number of rows."""
 
     def __init__(
         self, choice: LinearChoice, weight: PackedWeight, x: Boxes, out_pitch: int, schedule_address: int
     ) -> None:
         self._schedule = schedule_address
         self._pointers = Pointers(2)
-        out, schedule = self._pointers.slots
+        out, schedule = self._pointers.arguments
         tiles = Tiling(choice.grid, out_pitch, choice.rows_per_tile)
-        self._gemm = Gemm(choice.gemm, weight, x, tiles, (out, schedule))
+        self._gemm = GemmLaunch(choice.gemm, weight, x, tiles, (out, schedule))
 
     def start(self, x: int, out: int, stream: int) -> None:
-        """Launches with these addresses."""
+        """Launches with the given addresses."""
         self._gemm.x.point_at(x)
         self._pointers.set(out, self._schedule)
         self._gemm.launch.start(stream)
@@ -44,12 +44,12 @@ class DenseCall:
 
 @dataclass(frozen=True)
 class LinearOperand:
-    """A packed weight. calls: launches by rows and pitch of x and pitch of out. schedule: unused by dense products, but
-    a kernel's argument."""
+    """A packed weight. launches: by rows and pitch of x and pitch of out. schedule: a kernel argument that dense
+    products do not use."""
 
     weight: PackedWeight
     schedule: torch.Tensor
-    calls: Calls[tuple[int, int, int], DenseCall] = field(default_factory=Calls, compare=False)
+    launches: LaunchCache[tuple[int, int, int], DenseCall] = field(default_factory=LaunchCache, compare=False)
     lock: Lock = field(default_factory=Lock, compare=False)
 
     @property
@@ -65,7 +65,7 @@ class Nvfp4LinearKernel:
         self._choose = choose
 
     def prepare(self, stored: StoredLinear) -> LinearOperand:
-        """Repacks in place: codes and scales of a single shard afterwards hold the kernel's layout.
+        """Repacks in place: the tensors of a single shard afterwards hold the kernel's layout.
 
         Shapes: codes uint8 [N, K/2], scale E4M3 [N, K/16], global_scale float32 [] or [N]; contiguous, on one CUDA
             device. Several shards are copied together first and stay as they are.
@@ -80,27 +80,27 @@ class Nvfp4LinearKernel:
         check_scales("weight_scale", scale)
         pack_weight_(weight, scale, plain_rows(num_rows).to(weight.device))
         per_row = global_scale.contiguous()
-        # Kernels read weights before they wait for their predecessor: what wrote them must be over by then.
+        # Kernels read weights before they wait for their predecessor, so repacking must be complete.
         torch.cuda.synchronize(weight.device)
         packed = PackedWeight(weight, scale, per_row, num_rows, num_cols)
         return LinearOperand(packed, torch.zeros(4, dtype=torch.int32, device=weight.device))
 
     def restore(self, operand: LinearOperand) -> tuple[QuantTensor, ...]:
-        """All shards' rows as one matrix, a global scale for each; ``unpack_weight`` says what zero scales become."""
+        """Reads all shards' rows back as one matrix, a global scale per row; for zero scales see ``unpack_weight``."""
         weight = operand.weight
         rows = plain_rows(weight.num_rows).to(weight.codes.device)
         codes, scale = unpack_weight(weight.codes, weight.scales, rows, weight.num_cols)
         return (QuantTensor(codes, scale, weight.global_scale, NVFP4),)
 
     def padding(self, operand: LinearOperand) -> None:
-        """The layout has none."""
+        """Returns ``None``: the layout has no padding."""
 
     def configs(self, operand: LinearOperand) -> list[GemmConfig]:
-        """Every kernel that a call may launch."""
+        """Returns the configurations of every kernel that a call may launch."""
         return self._configs(*operand.shape)
 
     def planned_configs(self, stored: StoredLinear) -> list[GemmConfig]:
-        """As ``configs``, from the shape."""
+        """Returns ``configs`` from the shape."""
         return self._configs(*stored.shape)
 
     def _configs(self, num_rows: int, num_cols: int) -> list[GemmConfig]:
@@ -109,12 +109,12 @@ class Nvfp4LinearKernel:
         return list({config.name: config for config in chosen}.values())
 
     def variant(self, x: torch.Tensor, operand: LinearOperand) -> str:
-        """Name of the kernel that a call with this x launches."""
+        """Returns the name of the variant that a call with this x launches."""
         num_tokens = x.numel() // x.shape[-1]
         return self._choose(num_tokens, *operand.shape, self.is_batch_invariant).gemm.name
 
     def workspace(self, operand: LinearOperand, num_tokens: int) -> None:
-        """No call needs any."""
+        """Returns ``None``: no call needs scratch."""
 
     def run(
         self,
@@ -124,7 +124,7 @@ class Nvfp4LinearKernel:
         out: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """y = x W^T. Shapes: x bfloat16 [..., K], rows 16-byte aligned; y bfloat16 [..., N], ``out`` if given.
+        """Computes y = x W^T. Shapes: x bfloat16 [..., K], rows 16-byte aligned; y or ``out`` bfloat16 [..., N].
 
         Errors: ValueError naming x or out for a wrong dtype, shape, device, stride or alignment.
         """
@@ -148,12 +148,12 @@ class Nvfp4LinearKernel:
         if num_tokens:
             key = num_tokens, pitch, out_pitch
             with operand.lock:
-                call = operand.calls.get(key) or operand.calls.keep(key, self._new_call(x, operand, out_pitch))
+                call = operand.launches.get(key) or operand.launches.add(key, self._new_call(x, operand, out_pitch))
                 call.start(address, out.data_ptr(), current_stream(weight.device_index))
         return out
 
     def run_wide(self, x: torch.Tensor, operand: LinearOperand) -> torch.Tensor:
-        """y in at least float32, which this kernel does not write. Errors: ValueError."""
+        """Refuses: this kernel does not write float32. Errors: ValueError."""
         return self.run(x.to(torch.promote_types(x.dtype, torch.float32)), operand)
 
     def _new_call(self, x: torch.Tensor, operand: LinearOperand, out_pitch: int) -> DenseCall:
@@ -163,7 +163,7 @@ class Nvfp4LinearKernel:
 
 
 def require_packable(name: str, tensor: torch.Tensor) -> None:
-    """Errors: ValueError naming an operand that cannot be repacked in place or is not on a CUDA device."""
+    """Checks an operand. Errors: ValueError naming one that cannot be repacked in place or is not on a CUDA device."""
     if not tensor.is_cuda:
         raise ValueError(f"{name} is on {tensor.device}; this kernel runs on CUDA")
     if not tensor.is_contiguous() or tensor.data_ptr() % 128:
@@ -171,7 +171,7 @@ def require_packable(name: str, tensor: torch.Tensor) -> None:
 
 
 def require_rows(name: str, tensor: torch.Tensor, width: int) -> None:
-    """Errors: ValueError naming a matrix that the copy engine cannot read or the epilogue cannot write."""
+    """Checks a matrix. Errors: ValueError naming one that the copy engine cannot read or the epilogue cannot write."""
     if tensor.dtype is not torch.bfloat16:
         raise ValueError(f"{name} must be torch.bfloat16, found {tensor.dtype}")
     if tensor.ndim != 2 or tensor.shape[1] != width:

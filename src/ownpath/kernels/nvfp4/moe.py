@@ -1,12 +1,12 @@
-"""``cute.nvfp4_moe``: routed experts as one call of at most five launches, each started while its predecessor drains.
+"""``cute.nvfp4_moe``: routed experts in at most five launches, each started while its predecessor drains.
 
     align -> (permute, for long prompts) -> gate_up with SwiGLU -> down -> combine
 
 See ``moe_sm90`` for the schedule they share and ``gemm_sm90`` for the products. A token's bits depend neither on the
-other tokens nor on their number, except that up to 4096 (token, slot) pairs the experts' outputs are summed before
-they are rounded to BF16; the invariant kernel always does so.
+other tokens nor on their number, with one exception: up to 4096 (token, slot) pairs the experts' outputs are summed
+before they are rounded to BF16; the invariant kernel always does so.
 
-A call's scratch is one piece of memory: schedule, then (for long prompts) the rows in the experts' order, bfloat16
+A call's scratch is one buffer: schedule, then (for long prompts) the rows in the experts' order, bfloat16
 [P, D], then the hidden rows, bfloat16 [P, F], then the experts' outputs, float32 or bfloat16 [P, D].
 """
 
@@ -17,13 +17,13 @@ from threading import Lock
 import torch
 
 from ownpath.formats import NVFP4
-from ownpath.kernels.calls import Calls
 from ownpath.kernels.checks import readable_rows, require_input, require_routing
-from ownpath.kernels.contract import Config, Expert, Routing, StoredExperts
+from ownpath.kernels.contract import Config, FusedExpert, Routing, StoredExperts
 from ownpath.kernels.dsl.driver import Boxes, Pointers, current_stream, num_sms
+from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.nvfp4.choose import WIDE_PAIRS, MoeChoice, choose_moe, moe_choice, moe_table
 from ownpath.kernels.nvfp4.config import ALIGN_THREADS, AlignConfig, CombineConfig, GemmConfig, PermuteConfig
-from ownpath.kernels.nvfp4.launch import Gemm, PackedWeight, Sizes, Tiling, align, box, combine, permute
+from ownpath.kernels.nvfp4.launch import GemmLaunch, MoeSizes, PackedWeight, Tiling, align, box, combine, permute
 from ownpath.kernels.nvfp4.layout import check_scales, gate_up_rows, pack_weight_, plain_rows, unpack_weight
 from ownpath.kernels.nvfp4.linear import require_packable, require_rows
 from ownpath.qtensor import QuantTensor
@@ -33,23 +33,23 @@ MAX_EXPERTS = ALIGN_THREADS - 1
 ALIGN_CTAS = 8
 PAIRS_PER_ALIGN_WARP = 32
 PAIRS_PER_ALIGN_CTA = 4096
-"""Above, a cluster sorts the pairs: one CTA takes 12 us for 6144 of them."""
+"""With more pairs, a cluster sorts them: one CTA takes 12 us for 6144."""
 PART_BYTES = 256
-"""Parts of the scratch start at multiples of it."""
+"""Alignment of the parts of the scratch."""
 
-CallKey = tuple[int, int, int, int, bool, int]
-"""Tokens, choices of each, shared experts, length of the expert map or -1, whether ids are int64, pitch of x."""
+MoeCallKey = tuple[int, int, int, int, bool, int]
+"""Tokens, top k, shared experts, length of the expert map or -1, whether ids are int64, pitch of x."""
 
 
 @dataclass(frozen=True)
 class MoeOperand:
-    """Packed experts. calls: launches by what tells calls apart."""
+    """Packed experts. launches: by ``MoeCallKey``."""
 
     w13: PackedWeight
     w2: PackedWeight
     num_experts: int
     swiglu_limit: float
-    calls: "Calls[CallKey, _Call]" = field(default_factory=Calls, compare=False)
+    launches: "LaunchCache[MoeCallKey, _MoeLaunches]" = field(default_factory=LaunchCache, compare=False)
     lock: Lock = field(default_factory=Lock, compare=False)
 
     @property
@@ -62,18 +62,20 @@ class MoeOperand:
 
 
 def align_config(wide_ids: bool, mapped: bool, num_shared: int, pairs: int) -> AlignConfig:
-    """One warp, one CTA or a cluster, by the number of (token, slot) pairs."""
+    """Returns the kernel for one warp, one CTA or a cluster, by the number of (token, slot) pairs."""
     ctas = ALIGN_CTAS if pairs > PAIRS_PER_ALIGN_CTA else 1
     return AlignConfig(wide_ids, mapped, num_shared, ctas, few=pairs <= PAIRS_PER_ALIGN_WARP)
 
 
-class _Call:
-    """The launches of one size of call, and where in the scratch each part lies."""
+class _MoeLaunches:
+    """The prepared launches for one size of call, and the offsets of the scratch's parts."""
 
-    def __init__(self, choice: MoeChoice, key: CallKey, operand: MoeOperand) -> None:
+    def __init__(self, choice: MoeChoice, key: MoeCallKey, operand: MoeOperand) -> None:
         num_tokens, num_choices, num_shared, map_length, wide_ids, x_pitch = key
         num_ids = map_length if map_length >= 0 else operand.num_experts - num_shared
-        sizes = Sizes(num_tokens, num_choices, num_choices + num_shared, num_ids, operand.num_experts, operand.hidden)
+        sizes = MoeSizes(
+            num_tokens, num_choices, num_choices + num_shared, num_ids, operand.num_experts, operand.hidden
+        )
         pairs, device_index = sizes.pairs, operand.w13.device_index
         tiles = min(operand.num_experts, pairs) + pairs // choice.tile_rows + 1
         self.sorted_at = _aligned(4 * (4 + 4 * tiles + 2 * pairs + 4))
@@ -81,7 +83,7 @@ class _Call:
         self.rows_at = self.hidden_at + _aligned(2 * pairs * operand.inter)
         self.num_bytes = self.rows_at + (4 if choice.is_wide else 2) * pairs * operand.hidden
         self._pointers = Pointers(9)
-        x, ids, expert_map, schedule, ordered, hidden, rows, weights, out = self._pointers.slots
+        x, ids, expert_map, schedule, ordered, hidden, rows, weights, out = self._pointers.arguments
         aligning = align_config(wide_ids, map_length >= 0, num_shared, pairs)
         tiling = (choice.tile_rows, 4 + 4 * tiles)
         self._before = [align(aligning, sizes, tiling, (ids, expert_map, schedule), device_index)]
@@ -96,21 +98,21 @@ class _Call:
             (choice.down, operand.w2, (pairs, operand.inter), rows),
         )
         self._operand, self._tiles, self._schedule = operand, tiles, schedule
-        self._products: tuple[Gemm, Gemm] | None = None
+        self._products: tuple[GemmLaunch, GemmLaunch] | None = None
 
-    def _new_products(self, x_address: int, hidden_address: int) -> tuple[Gemm, Gemm]:
-        """Both products with their inputs at these addresses."""
+    def _new_products(self, x_address: int, hidden_address: int) -> tuple[GemmLaunch, GemmLaunch]:
+        """Prepares both products with their inputs at these addresses."""
         found = []
         for (config, weight, (num_rows, pitch), out), address in zip(
             self._shapes, (x_address, hidden_address), strict=True
         ):
             boxes = Boxes(address, (num_rows, weight.num_cols), pitch, box(config))
             tiling = _tiling(config, self._operand, self._tiles)
-            found.append(Gemm(config, weight, boxes, tiling, (out, self._schedule)))
+            found.append(GemmLaunch(config, weight, boxes, tiling, (out, self._schedule)))
         return found[0], found[1]
 
     def start(self, x: int, routing: Routing, scratch: int, out: int, stream: int) -> None:
-        """Launches everything. x, scratch, out: addresses."""
+        """Launches all kernels. x, scratch, out: addresses."""
         ids, expert_map = routing.ids.data_ptr(), routing.expert_map
         hidden, rows, ordered = scratch + self.hidden_at, scratch + self.rows_at, scratch + self.sorted_at
         mapped = ids if expert_map is None else expert_map.data_ptr()
@@ -129,7 +131,7 @@ class _Call:
 
 
 def _tiling(config: GemmConfig, operand: MoeOperand, tiles: int) -> Tiling:
-    """How gate_up (the one with SwiGLU) or down is cut, for at most ``tiles`` tiles of tokens."""
+    """Returns the tiling of gate_up (the product with SwiGLU) or down, for at most ``tiles`` tiles of tokens."""
     weight, pitch = (operand.w13, operand.inter) if config.swiglu else (operand.w2, operand.hidden)
     most = tiles * (weight.num_rows // (64 * config.m64_per_tile)) // config.cluster
     grid = min(config.per_sm * num_sms(weight.device_index) // config.cluster, most) * config.cluster
@@ -176,27 +178,27 @@ class Nvfp4MoeKernel:
             stored.swiglu_limit,
         )
 
-    def restore(self, operand: MoeOperand, expert: int) -> Expert:
-        """One expert as ``prepare`` took it; the kernel holds the global scale of w2 twice: [2]."""
+    def restore(self, operand: MoeOperand, expert: int) -> FusedExpert:
+        """Reads one expert back; the kernel holds the global scale of w2 twice: [2]."""
         sides = (operand.w13, gate_up_rows), (operand.w2, plain_rows)
         w13, w2 = (_restored(weight, rows(weight.num_rows), operand.num_experts, expert) for weight, rows in sides)
         return w13, w2
 
     def choose(self, pairs: int, operand: MoeOperand) -> MoeChoice:
-        """The kernels of a call with ``pairs`` (token, slot) pairs."""
+        """Chooses the kernels of a call with ``pairs`` (token, slot) pairs."""
         return self._choose(pairs, operand.num_experts, operand.hidden, operand.inter, self.is_batch_invariant)
 
     def variant(self, x: torch.Tensor, routing: Routing, operand: MoeOperand) -> str:
-        """Names of the products that a call with these arguments launches."""
+        """Returns the names of the products that a call with these arguments launches."""
         choice = self.choose(routing.ids.numel() + len(x) * routing.num_shared, operand)
         return f"{choice.gate_up.name} {choice.down.name}"
 
     def configs(self, operand: MoeOperand) -> list[Config]:
-        """Every kernel that a call without shared experts or an expert map may launch."""
+        """Returns the configurations of every kernel that a call without shared experts or a map may launch."""
         return self._configs(operand.hidden, operand.inter)
 
     def planned_configs(self, stored: StoredExperts) -> list[Config]:
-        """As ``configs``, from the shapes."""
+        """Returns ``configs`` from the shapes."""
         return self._configs(stored.hidden_size, stored.down.shape[2])
 
     def _configs(self, hidden: int, inter: int) -> list[Config]:
@@ -212,9 +214,9 @@ class Nvfp4MoeKernel:
         return list(dict.fromkeys(found))
 
     def workspace(self, operand: MoeOperand, num_tokens: int, num_slots: int) -> torch.Tensor:
-        """Scratch for calls of up to ``num_tokens`` tokens with this many slots, shared experts included."""
+        """Allocates scratch for up to ``num_tokens`` tokens. num_slots: experts per token, shared ones included."""
         pairs = num_tokens * num_slots
-        # The narrowest tile of any smaller call makes the longest schedule, and a smaller call may keep float32.
+        # A smaller call may have narrower tiles, hence a longer schedule, and may use float32 outputs.
         tiles = min(operand.num_experts, pairs) + pairs // 8 + 1
         row_bytes = 4 * pairs if self.is_batch_invariant else max(4 * min(pairs, WIDE_PAIRS), 2 * pairs)
         parts = (
@@ -234,7 +236,7 @@ class Nvfp4MoeKernel:
         out: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """y[t] = sum over slots of weight * expert(x[t]), and over the last num_shared experts of expert(x[t]).
+        """Computes y[t] = sum over slots of weight * expert(x[t]), plus the last num_shared experts of x[t].
 
         Shapes: x bfloat16 [T, D]; routing as ``Routing``; y bfloat16 [T, D], ``out`` if given.
         Errors: ValueError naming a tensor the kernels cannot take. Ids outside the experts contribute nothing.
@@ -251,7 +253,7 @@ class Nvfp4MoeKernel:
         map_length = -1 if expert_map is None else expert_map.shape[0]
         key = num_tokens, num_choices, routing.num_shared, map_length, ids.dtype is torch.int64, x.stride(0)
         with operand.lock:
-            call = operand.calls.get(key) or operand.calls.keep(key, self._new_call(key, operand))
+            call = operand.launches.get(key) or operand.launches.add(key, self._new_call(key, operand))
             if call.sorts and not x.is_contiguous():
                 x = x.contiguous()
             if workspace is None:
@@ -263,13 +265,13 @@ class Nvfp4MoeKernel:
             call.start(x.data_ptr(), routing, workspace.data_ptr(), out.data_ptr(), stream)
         return out
 
-    def _new_call(self, key: CallKey, operand: MoeOperand) -> _Call:
+    def _new_call(self, key: MoeCallKey, operand: MoeOperand) -> _MoeLaunches:
         num_tokens, num_choices, num_shared = key[:3]
-        return _Call(self.choose(num_tokens * (num_choices + num_shared), operand), key, operand)
+        return _MoeLaunches(self.choose(num_tokens * (num_choices + num_shared), operand), key, operand)
 
 
 def _stack(name: str, side: QuantTensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes, scales and global scales that can be repacked in place. Errors: ValueError naming them."""
+    """Returns codes, scales and global scales, checked for repacking in place. Errors: ValueError naming the tensor."""
     assert side.scale is not None
     assert side.global_scale is not None
     require_packable(name, side.qdata)
@@ -310,7 +312,7 @@ def _check(x: torch.Tensor, routing: Routing, operand: MoeOperand) -> None:
 
 
 def _refuse(x: torch.Tensor, routing: Routing, operand: MoeOperand) -> None:
-    """Errors: ValueError naming the first tensor that the kernels cannot take."""
+    """Raises ValueError naming the first tensor that the kernels cannot take."""
     require_input(x, operand.hidden, operand.w13.codes)
     require_routing(x, routing.ids, routing.weights)
     require_rows("x", x, operand.hidden)

@@ -1,4 +1,4 @@
-"""The kernels around the grouped products: which rows go to which expert, and the weighted sum of what comes back.
+"""The kernels around the grouped products: sorting rows by expert, and the weighted sum of expert outputs.
 
 ``Align`` (one CTA, a cluster for long prompts, one warp for up to 32 pairs) counts the tokens of every expert, lays
 the experts' rows one after another and cuts them into tiles; ``Permute`` copies token rows into that order, for
@@ -24,8 +24,8 @@ from ownpath.kernels.nvfp4.schedule import Schedule, element
 class Pairs:
     """The (token, slot) pairs of one call: ``slots`` to a token, the last of which are the shared experts'.
 
-    num_ids: experts the ids name; num_experts: experts held here, shared ones included and last. tile_rows: rows of a
-    tile at most. index_offset: where the schedule's index begins.
+    num_ids: number of expert ids; num_experts: local experts, shared ones included and last. tile_rows: most rows of a
+    tile. index_offset: offset of the schedule's index.
     """
 
     cfg: AlignConfig
@@ -40,12 +40,12 @@ class Pairs:
     index_offset: Int32
 
     def num_tiles(self, count: Int32) -> Int32:
-        """Tiles of an expert with ``count`` rows."""
+        """Returns the number of tiles of an expert with ``count`` rows."""
         return (count + self.tile_rows - 1) // self.tile_rows
 
     @cute.jit
     def expert(self, idx: Int32) -> Int32:
-        """The local expert of one pair, or -1."""
+        """Returns the local expert of a pair, or -1."""
         expert = Int32(-1)
         slot = idx % self.slots
         if slot < self.top_k:
@@ -71,7 +71,7 @@ class Share:
 
     @cute.jit
     def write_tiles(self, schedule: Schedule, rank: Int32, num_ctas: int) -> None:
-        """The tiles of one expert, even ones: 192 rows in tiles of at most 128 become twice 96, not 128 and 64."""
+        """Writes one expert's tiles, of even size: 192 rows in tiles of at most 128 become twice 96, not 128 and 64."""
         rows = (self.count + cutlass.max(self.tiles, 1) - 1) // cutlass.max(self.tiles, 1)
         for tile in cutlass.range(rank, self.tiles, num_ctas, unroll=1):
             entry = schedule.entry(self.tile_start + tile)
@@ -81,8 +81,8 @@ class Share:
 
 @dataclass(frozen=True)
 class Counters:
-    """A CTA's shared memory, and its rank in the cluster. counts: rows of each expert; cursors: the row that it places
-    next; partial: sums of warps."""
+    """A CTA's shared memory, and its rank in the cluster. counts: rows of each expert; cursors: each expert's next row;
+    partial: sums of warps."""
 
     rank: Int32
     counts: cute.Pointer
@@ -92,7 +92,7 @@ class Counters:
 
 @cute.jit
 def warp_sum(value: Int32, lane: Int32) -> Int32:
-    """Sum of ``value`` over the lanes up to this one."""
+    """Sums ``value`` over the lanes up to this one."""
     running = value
     for power in cutlass.range_constexpr(5):
         other = cute.arch.shuffle_sync_up(running, offset=1 << power, mask_and_clamp=0)
@@ -139,7 +139,7 @@ class Align:
         tile_rows: Int32,
         index_offset: Int32,
     ) -> None:
-        """num_ids: experts the ids name; num_experts: experts held here, shared ones included and last."""
+        """Counts, places and tiles. num_ids: number of expert ids; num_experts: local experts, shared ones last."""
         thread, _, _ = cute.arch.thread_idx()
         counters = None if self.cfg.few else self.counters(thread)
         cute.arch.griddepcontrol_wait()
@@ -155,7 +155,7 @@ class Align:
 
     @cute.jit
     def counters(self, thread: Int32) -> Counters:
-        """Shared memory, with the counts at zero."""
+        """Allocates shared memory and sets the counts to zero."""
         rank = Int32(0)
         if cutlass.const_expr(self.cfg.num_ctas > 1):
             rank = cute.arch.block_idx_in_cluster()
@@ -168,7 +168,7 @@ class Align:
 
     @cute.jit
     def align(self, pairs: Pairs, schedule: Schedule, thread: Int32, counters: Counters) -> None:
-        """Any number of pairs: counters of all experts in shared memory, a thread to each."""
+        """Sorts any number of pairs: counters of all experts in shared memory, a thread for each expert."""
         num_ctas, rank, counts = self.cfg.num_ctas, counters.rank, counters.counts
         # Every CTA of the cluster counts and places its own share of the pairs.
         per_cta = (pairs.total + num_ctas - 1) // num_ctas
@@ -212,7 +212,7 @@ class Align:
 
     @cute.jit
     def align_few(self, pairs: Pairs, schedule: Schedule, lane: Int32) -> None:
-        """At most 32 pairs: one warp, a pair a lane, and neither barriers nor counters.
+        """Sorts at most 32 pairs: one warp, a pair per lane, without barriers or counters.
 
         Experts come in the order in which pairs first name them.
         """
@@ -240,7 +240,7 @@ class Align:
 
     @cute.jit
     def prefix(self, value: Int32, thread: Int32, partial: cute.Pointer) -> Int32:
-        """Sum of ``value`` over all threads before this one."""
+        """Sums ``value`` over all threads before this one."""
         lane, warp = thread % 32, thread // 32
         running = warp_sum(value, lane)
         if lane == 31:
@@ -258,7 +258,7 @@ class Align:
 
 
 def address(pointer: cute.Pointer, row: Int32, width: Int32, piece: Int32) -> Int64:
-    """Byte address of eight BF16 of a row."""
+    """Returns the byte address of eight BF16 of a row."""
     return pointer.toint() + (Int64(row) * width + piece * 8) * 2
 
 
@@ -354,7 +354,7 @@ class Combine:
                 weight = Float32(1.0)
                 if slot < top_k:
                     weight = element(weights, token * top_k + slot)[0]
-                # Loads without a branch, so that several are on their way; what an absent row holds is not used.
+                # Loads without a branch, so that several are in flight; the values of an absent row are not used.
                 values = self.load(rows, cutlass.max(row, 0), width, piece)
                 for idx in cutlass.range_constexpr(8):
                     term = weight * values[idx]
@@ -363,7 +363,7 @@ class Combine:
             ptx.store_global_vec4(address(out, token, width, piece), packed)
 
     def load(self, rows: cute.Pointer, row: Int32, width: Int32, piece: Int32) -> list[Float32]:
-        """Eight values of a row."""
+        """Loads eight values of a row."""
         if self.wide:
             start = rows.toint() + (Int64(row) * width + piece * 8) * 4
             return [ptx.as_float(word) for half in (0, 16) for word in ptx.load_global_vec4(start + half)]

@@ -1,4 +1,4 @@
-"""Torch reference of the NVFP4 products: the definition that faster kernels are proved against.
+"""Torch reference of the NVFP4 products: the twin that faster kernels are compared with.
 
 Shape suffixes: M rows, K in, N out; of experts: T tokens, K experts per token, E experts, D hidden, F expert width,
 S rows sent to one expert. Sums are float32 (float64 for float64 inputs); the output is rounded once, to the dtype of x.
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ownpath.formats import NVFP4
 from ownpath.kernels.checks import require_input, require_routing
-from ownpath.kernels.contract import Expert, Routing, StoredExperts, StoredLinear
+from ownpath.kernels.contract import FusedExpert, Routing, StoredExperts, StoredLinear
 from ownpath.kernels.mixture import mixture, sum_dtype, with_shared
 from ownpath.kernels.reference import Reference, filled
 from ownpath.kernels.shards import fuse_nvfp4
@@ -20,7 +20,7 @@ from ownpath.qtensor import QuantTensor
 def nvfp4_linear(
     x_MK: torch.Tensor, qdata_NK2: torch.Tensor, scale_NK16: torch.Tensor, global_scale_N: torch.Tensor
 ) -> torch.Tensor:
-    """y = (x (E2M1 x E4M3)ᵀ) * global_scale, the scale applied per output row after the product.
+    """Computes y = (x (E2M1 x E4M3)ᵀ) * global_scale, the scale applied per output row after the product.
 
     Shapes: x [M, K]; qdata uint8 [N, K/2]; scale E4M3 [N, K/16]; global_scale float32 [N]; y [M, N].
     """
@@ -40,7 +40,7 @@ def nvfp4_moe(
     num_shared: int = 0,
     expert_map: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y[t] = sum over chosen experts of weight * w2 swiglu(w13 x[t]), gate rows first in w13.
+    """Computes y[t] = sum over chosen experts of weight * w2 swiglu(w13 x[t]), gate rows first in w13.
 
     Shapes: x [T, D]; topk_ids int [T, K]; topk_weights float32 [T, K]; y [T, D].
         w13: qdata uint8 [E, 2F, D/2], scale E4M3 [E, 2F, D/16], global_scale float32 [E, 2] (gate, up).
@@ -63,21 +63,21 @@ def nvfp4_moe(
 
 
 class Nvfp4LinearReference(Reference):
-    """``nvfp4_linear`` as a kernel: operands lie as they are stored."""
+    """``nvfp4_linear`` as a kernel; its operand is the stored weight."""
 
     def prepare(self, stored: StoredLinear) -> StoredLinear:
-        """All shards' rows as one matrix, and a global scale for each; a single shard is used as it is."""
+        """Concatenates shards, with a global scale per row; a single shard is used as it is."""
         return StoredLinear((QuantTensor(*fuse_nvfp4(stored), NVFP4),))
 
     def restore(self, operand: StoredLinear) -> tuple[QuantTensor, ...]:
-        """The shards."""
+        """Returns the operand as one matrix."""
         return operand.shards
 
     def variant(self, x: torch.Tensor, operand: StoredLinear) -> None:
-        """There is one form."""
+        """Returns ``None``: the kernel has no variants."""
 
     def workspace(self, operand: StoredLinear, num_tokens: int) -> None:
-        """No call needs any."""
+        """Returns ``None``: no call needs scratch."""
 
     def run(
         self,
@@ -87,7 +87,7 @@ class Nvfp4LinearReference(Reference):
         out: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """y [..., N] in the dtype of x. Errors: ValueError naming what is wrong with x."""
+        """Computes y [..., N] in the dtype of x. Errors: ValueError naming what is wrong with x."""
         num_rows, width = operand.shape
         require_input(x, width, operand.shards[0].qdata)
         (weight,) = operand.shards
@@ -97,26 +97,26 @@ class Nvfp4LinearReference(Reference):
         return filled(out, y.view(*x.shape[:-1], num_rows))
 
     def run_wide(self, x: torch.Tensor, operand: StoredLinear) -> torch.Tensor:
-        """y in at least float32."""
+        """Computes y in at least float32."""
         return self.run(x.to(torch.promote_types(x.dtype, torch.float32)), operand)
 
 
 class Nvfp4MoeReference(Reference):
-    """``nvfp4_moe`` as a kernel: operands lie as they are stored."""
+    """``nvfp4_moe`` as a kernel; its operand is the stored experts."""
 
     def prepare(self, stored: StoredExperts) -> StoredExperts:
-        """The stacks as they are."""
+        """Returns the stored experts unchanged."""
         return stored
 
-    def restore(self, operand: StoredExperts, expert: int) -> Expert:
-        """One expert's part of each side."""
+    def restore(self, operand: StoredExperts, expert: int) -> FusedExpert:
+        """Returns one expert's matrices."""
         return operand.gate_up.of_expert(expert), operand.down.of_expert(expert)
 
     def variant(self, x: torch.Tensor, routing: Routing, operand: StoredExperts) -> None:
-        """There is one form."""
+        """Returns ``None``: the kernel has no variants."""
 
     def workspace(self, operand: StoredExperts, num_tokens: int, num_slots: int) -> None:
-        """No call needs any."""
+        """Returns ``None``: no call needs scratch."""
 
     def run(
         self,
@@ -127,7 +127,7 @@ class Nvfp4MoeReference(Reference):
         out: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """y [T, D] in the dtype of x. Errors: ValueError naming what is wrong with x or the routing."""
+        """Computes y [T, D] in the dtype of x. Errors: ValueError naming what is wrong with x or the routing."""
         require_input(x, operand.hidden_size, operand.gate_up.qdata)
         require_routing(x, routing.ids, routing.weights)
         y = nvfp4_moe(

@@ -87,7 +87,7 @@ _MOES = (
 
 
 def _for_mxfp4(kernel: KernelSpec) -> KernelSpec:
-    """The contract on MXFP4 experts: the codes are the same, block scales are converted to E4M3 when loaded."""
+    """Returns the spec for MXFP4 experts: codes are the same, block scales are converted to E4M3 when loaded."""
     layout = "nvfp4_scales" if kernel.layout == "row_major" else kernel.layout
     why = f"MXFP4 on disk, its scales written as NVFP4's at load (exact, or an error); then {kernel.why}"
     return replace(kernel, formats=(MXFP4,), layout=layout, why=why, is_default=False)

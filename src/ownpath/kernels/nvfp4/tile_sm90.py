@@ -1,6 +1,6 @@
-"""Tiles of an NVFP4 product, and how CTAs share them.
+"""Tiles of an NVFP4 product, and their distribution over CTAs.
 
-A dense product cuts its tokens by itself; the experts' products find theirs in the schedule that ``moe_sm90`` writes.
+A dense product cuts its tokens itself; experts' products read their tiles from the schedule that ``moe_sm90`` writes.
 """
 
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ class TileScheduler:
 
     @cute.jit
     def tile(self, idx: Int32) -> Tile:
-        """The tile with this number.
+        """Returns the tile with this number.
 
         Experts go one after another. Dense products go in bands of weight rows, all tokens of a band first: a wave of
         CTAs then reads few weights and few tokens from memory, and the rest from L2.

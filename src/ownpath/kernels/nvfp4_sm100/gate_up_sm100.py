@@ -28,7 +28,7 @@ ROW_TILE = tl.constexpr(128)
 
 @triton.jit
 def clamped_swiglu(gate, up, limit):
-    """silu(min(gate, limit)) * clamp(up, -limit, limit) in float32; a NaN stays one."""
+    """Computes silu(min(gate, limit)) * clamp(up, -limit, limit) in float32; NaN stays NaN."""
     gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
     up = tl.minimum(tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL), limit, propagate_nan=tl.PropagateNan.ALL)
     return gate / (1.0 + tl.exp(-gate)) * up
@@ -64,7 +64,7 @@ def gate_up_w4a4_kernel(
     BK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """h = quantised swiglu of both products; codes [rows, F/2], swizzled scales; the grid is row tiles * (F / BN)."""
+    """Computes h = quantised swiglu of both products: codes [rows, F/2], swizzled scales; grid row tiles * (F / BN)."""
     num_n = F // BN
     tile = tl.program_id(0) // num_n
     col0 = (tl.program_id(0) % num_n) * BN

@@ -5,7 +5,7 @@ codes as they are stored) and their block scales (128 x 4 order), and issues one
 ``tcgen05.mma.kind::mxf4nvf4.block_scale.scale_vec::4X``, which multiplies codes by scales and adds in float32 in
 tensor memory. No value is decoded by an ALU. The global scales are not part of the sum: y = acc * alpha with
 alpha = input_scale * weight_scale_2, a vector over the output rows of a dense product (fused shards keep their own),
-one number per expert in a grouped one. TMA fills what lies outside a matrix with zeros and does not store it.
+one number per expert in a grouped one. TMA reads zeros outside a matrix and does not store there.
 
 Grouped (``EXPERTS``): rows are sorted by expert and padded to tiles of 128, so that tile t has one expert; the
 experts' matrices lie behind each other, and ``expert * N`` is the offset of the rows to fetch. Unused tiles (expert
@@ -15,7 +15,7 @@ expert's weight once from memory.
 Why it is fast, and its roofline. Bytes: N * K * 9/16 for the weight, once; a B200 moves about 8 TB/s, so that a
 V4-Flash expert's down matrix (4096 x 2048, 4.7 MB) costs 0.6 us. Arithmetic: 2 * 128 * BN * BK operations for
 (128 + BN) * BK * 9/16 bytes from L2, 228 a byte at BN = 128 and 303 at BN = 256; dense FP4 peaks near 9 PFLOP/s, so
-that large M is bound by L2 or the tensor cores, depending on what nobody here has measured. Three stages of 36 KB
+that large M is bound by L2 or by the tensor cores; this has not been measured. Three stages of 36 KB
 (BN = 128) leave room for two programs an SM, and both fit in tensor memory (2 x 256 of 512 columns).
 
 Limits. M below 128 still multiplies 128 rows: a decode step reads padding rows from L2 beside the weight. No split
@@ -47,7 +47,7 @@ def gemm_w4a4_kernel(
     STAGES: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
-    """y [M, N] = (x w^T) * alpha; the grid is row tiles * ceil(N / BN)."""
+    """Computes y [M, N] = (x w^T) * alpha; the grid is row tiles * ceil(N / BN)."""
     num_n = tl.cdiv(N, BN)
     tile = tl.program_id(0) // num_n
     row0 = tile * ROW_TILE

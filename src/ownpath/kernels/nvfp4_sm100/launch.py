@@ -1,11 +1,11 @@
-"""The W4A4 products as calls: check, allocate, launch. The kernels are in the modules imported here.
+"""Launches of the W4A4 products: check, allocate, launch. The kernels are in the imported modules.
 
 Linear: quantise x -> block-scaled product (2 launches). Experts: count and place the pairs,
 quantise into sorted rows, gate_up with SwiGLU and quantisation, down, combine (6 launches, whatever the routing).
-Nothing is read back to the host and no launch depends on data, so that a CUDA graph can capture both; the grid of the
-grouped products is the bound over all routings, its unused tiles end at once. Every sum has one order: the result is
-the same bits on repetition. A row's arithmetic does not depend on the other rows; only the width of the tiles follows
-their number, and the ``_invariant`` calls fix that too.
+The host reads nothing back and no launch depends on data, so that a CUDA graph can capture both. The grouped products'
+grid covers every possible routing, and unused tiles end at once. Every sum has one order, so that repeated calls give
+the same bits. A row's arithmetic does not depend on the other rows; only the width of the tiles depends on their
+number, and the ``_invariant`` calls fix that too.
 
 Why it is fast, and the rooflines: in the kernels' modules. Tiles are chosen by arithmetic, not by measurement: 128
 columns while the weight's bytes bound a product, 256 from 2048 rows on, where the activations' traffic would.
@@ -38,7 +38,7 @@ CHUNK = 1024
 
 
 def quantize_activation(x_MK: torch.Tensor, input_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """E2M1 codes and swizzled E4M3 scales of x, padded rows zero.
+    """Quantises x to E2M1 codes and swizzled E4M3 scales; padding rows are zero.
 
     Shapes: x bfloat16 [M, K], K a multiple of 64; input_scale float32 []; codes uint8 [M, K/2]; scale E4M3
         [1, ceil(M/128), K/64, 2, 256].
@@ -72,7 +72,7 @@ def run_experts(
     operand: W4A4MoeOperand,
     columns: int,
 ) -> torch.Tensor:
-    """Six launches, whatever the routing. columns: of the tiles of down.
+    """Runs routed experts in six launches, whatever the routing. columns: of the tiles of down.
 
     Shapes: x bfloat16 [T, D]; ids int32 or int64 [T, K]; weights float32 [T, K]; y bfloat16 [T, D].
     Errors: ValueError for another dtype, shape, stride or device, or a device without tcgen05.
@@ -103,7 +103,7 @@ def run_experts(
 
 
 def place_pairs(topk_ids_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """pair_of_row int32 [tiles * 128], row_of_pair int32 [T * K], expert_of_tile int32 [tiles]; see ``route_sm100``."""
+    """Places pairs: int32 pair_of_row [tiles * 128], row_of_pair [T * K], expert_of_tile [tiles] (``route_sm100``)."""
     num_pairs = topk_ids_TK.numel()
     num_tiles = num_tiles_bound(num_pairs, num_experts, ROW_TILE)
     sizes = (num_experts, num_tiles * ROW_TILE, num_pairs, num_tiles)
@@ -126,7 +126,7 @@ def place_pairs(topk_ids_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tens
 
 
 def columns_per_tile(num_rows: int, n: int) -> int:
-    """Columns of y that one program owns: more of them share the rows' traffic when there are many rows."""
+    """Returns the columns of y per program: with many rows, wider tiles save reads of the rows."""
     return WIDE if num_rows >= WIDE_FROM_ROWS and n % WIDE == 0 else NARROW
 
 
@@ -137,7 +137,7 @@ def _expert_hidden(
     expert_of_tile: torch.Tensor,
     operand: W4A4MoeOperand,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [rows, F/2] and swizzled scales of every routed pair's h, in the order of the rows."""
+    """Computes codes [rows, F/2] and swizzled scales of every routed pair's h, in the order of the rows."""
     num_rows, dim, inter = len(pair_of_row), operand.hidden_size, operand.inter_size
     codes, scale = _quantized_buffers(num_rows, dim, x_TD.device)
     quantize_kernel[(num_rows // QUANTIZE_ROWS, triton.cdiv(dim, QUANTIZE_COLUMNS))](
@@ -224,7 +224,7 @@ def _scale_box(scale: torch.Tensor, num_rows: int) -> TensorDescriptor:
 
 
 def check_input(x: torch.Tensor, width: int, device: torch.device) -> None:
-    """Errors: ValueError naming x, or the device when its tensor cores have no block scales."""
+    """Checks x. Errors: ValueError naming x, or a device whose tensor cores have no block scales."""
     if x.ndim != 2:
         raise ValueError(f"x must have 2 dimensions, found shape {list(x.shape)}")
     check("x", x, (torch.bfloat16,), (len(x), width), device)

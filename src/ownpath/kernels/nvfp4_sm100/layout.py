@@ -16,7 +16,7 @@ K_STEP = 64
 
 
 class OperandError(ValueError):
-    """A weight or scale that the W4A4 kernels cannot take; the message names it."""
+    """Raised for a weight or scale that the W4A4 kernels cannot take; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class W4A4MoeOperand:
 def linear_operand(
     weight: torch.Tensor, weight_scale: torch.Tensor, global_scale_N: torch.Tensor, input_scale: torch.Tensor
 ) -> W4A4LinearOperand:
-    """The operand of one dense product.
+    """Makes the operand of a dense product.
 
     Shapes: weight uint8 [N, K/2]; weight_scale E4M3 [N, K/16]; global_scale_N float32 [N]; input_scale float32 [].
     Errors: OperandError when K is not a multiple of 64, N not of 8, or a global scale is not finite and positive.
@@ -88,7 +88,7 @@ def moe_operand(
     w2: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
     swiglu_limit: float,
 ) -> W4A4MoeOperand:
-    """The operand of the routed experts, from (qdata, scale, global_scale, input_scale) of both fused matrices.
+    """Makes the operand of routed experts from (qdata, scale, global_scale, input_scale) of both fused matrices.
 
     Shapes: w13: uint8 [E, 2F, D/2] (gate rows first), E4M3 [E, 2F, D/16], float32 [E, 2], float32 [E]; w2: uint8
         [E, D, F/2], E4M3 [E, D, F/16], float32 [E], float32 [E].
@@ -114,25 +114,25 @@ def moe_operand(
 
 
 def boxed_shape(num_rows: int, k: int) -> tuple[int, int, int, int, int]:
-    """Shape in which TMA fetches swizzled scales: pieces of 512 bytes as 2 x 256, its widest box."""
+    """Returns the shape in which TMA fetches swizzled scales: pieces of 512 bytes as 2 x 256, its widest box."""
     return 1, -(-num_rows // PIECE_ROWS), -(-k // K_STEP), 2, 256
 
 
 def unboxed(scale: torch.Tensor, num_rows: int, num_groups: int) -> torch.Tensor:
-    """Swizzled scales as the kernels hold them, back to row-major [num_rows, num_groups]."""
+    """Converts the operand's swizzled scales back to row-major [num_rows, num_groups]."""
     pieces = scale.view(scale.shape[1], scale.shape[2], 32, 4, 4)
     return unswizzle_scales(pieces, num_rows, num_groups)
 
 
 def scale_padding(scale: torch.Tensor, num_rows: int, num_groups: int) -> torch.Tensor:
-    """The swizzled scales that lie outside [num_rows, num_groups]: uint8, one after the other."""
+    """Returns the padding of swizzled scales outside [num_rows, num_groups]: uint8, one after the other."""
     whole = unboxed(scale, scale.shape[1] * PIECE_ROWS, scale.shape[2] * PIECE_COLUMNS).view(torch.uint8)
     row, col = (torch.arange(n, device=scale.device) for n in whole.shape)
     return whole[(row[:, None] >= num_rows) | (col >= num_groups)]
 
 
 def _boxed(scale: torch.Tensor) -> torch.Tensor:
-    """Row-major scales [N, G] or [E, N, G] swizzled, in the box shape; experts become rows of pieces."""
+    """Swizzles row-major scales [N, G] or [E, N, G] into the box shape; experts become rows of pieces."""
     swizzled = swizzle_scales(scale)
     return swizzled.view(1, -1, swizzled.shape[-4], 2, 256)
 

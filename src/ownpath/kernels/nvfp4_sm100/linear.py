@@ -1,4 +1,4 @@
-"""``triton.nvfp4_linear_w4a4_sm100``: one dense W4A4 product as a call."""
+"""``triton.nvfp4_linear_w4a4_sm100``: dense W4A4 products."""
 
 from collections.abc import Sequence
 
@@ -18,12 +18,12 @@ from ownpath.kernels.nvfp4_sm100.launch import (
 from ownpath.kernels.nvfp4_sm100.layout import W4A4LinearOperand, W4A4MoeOperand, linear_operand, scale_padding, unboxed
 from ownpath.kernels.nvfp4_sm100.prove import prove_linear
 from ownpath.kernels.shards import fuse_nvfp4
-from ownpath.kernels.variants import spelled
+from ownpath.kernels.variants import variant_name
 from ownpath.qtensor import QuantTensor
 
 
 class TritonKernel:
-    """What both kernels have in common: Triton compiles at the first call.
+    """Base class of both kernels, which Triton compiles at the first call.
 
     is_batch_invariant: the same tiles for every number of rows.
     """
@@ -32,11 +32,11 @@ class TritonKernel:
         self.is_batch_invariant = is_batch_invariant
 
     def configs(self, operand: W4A4LinearOperand | W4A4MoeOperand) -> Sequence[Config]:
-        """Nothing is compiled to disk."""
+        """Returns nothing: no kernel is compiled to disk."""
         return ()
 
     def planned_configs(self, stored: StoredLinear | StoredExperts) -> Sequence[Config]:
-        """Nothing is compiled to disk."""
+        """Returns nothing: no kernel is compiled to disk."""
         return ()
 
 
@@ -44,7 +44,7 @@ class Nvfp4LinearW4A4Kernel(TritonKernel):
     """y = x w^T with both operands NVFP4. is_batch_invariant: the same tiles for every number of rows."""
 
     def prepare(self, stored: StoredLinear) -> W4A4LinearOperand:
-        """Codes as they are, swizzled scales. The first on a device proves the kernel there.
+        """Swizzles the scales; codes are used as they are. The first call on a device proves the kernel there.
 
         Errors: OperandError as ``linear_operand``; ProofError when the kernel differs from its twin.
         """
@@ -55,12 +55,12 @@ class Nvfp4LinearW4A4Kernel(TritonKernel):
         return operand
 
     def restore(self, operand: W4A4LinearOperand) -> tuple[QuantTensor, ...]:
-        """All shards' rows in the stored order. Its global scales [N] have the input's in them."""
+        """Reads all shards' rows back in the stored order. The global scales [N] include the input's."""
         num_rows, width = operand.shape
         return (QuantTensor(operand.codes, unboxed(operand.scale, num_rows, width // 16), operand.alpha, NVFP4),)
 
     def padding(self, operand: W4A4LinearOperand) -> torch.Tensor:
-        """Scales that the kernel may read beyond the matrix."""
+        """Returns the scales' padding."""
         num_rows, width = operand.shape
         return scale_padding(operand.scale, num_rows, width // 16)
 
@@ -68,12 +68,12 @@ class Nvfp4LinearW4A4Kernel(TritonKernel):
         return NARROW if self.is_batch_invariant else columns_per_tile(num_rows, operand.shape[0])
 
     def variant(self, x: torch.Tensor, operand: W4A4LinearOperand) -> str:
-        """By the number of rows, unless it is batch-invariant."""
+        """Returns the variant's name. It depends on the number of rows, unless the kernel is batch-invariant."""
         columns = self._columns(x.numel() // x.shape[-1], operand)
-        return spelled("w4a4_linear", rows=ROW_TILE, columns=columns)
+        return variant_name("w4a4_linear", rows=ROW_TILE, columns=columns)
 
     def workspace(self, operand: W4A4LinearOperand, num_tokens: int) -> None:
-        """Scratch comes from torch's allocator."""
+        """Returns ``None``: scratch comes from torch's allocator."""
 
     def run(
         self,
@@ -83,7 +83,7 @@ class Nvfp4LinearW4A4Kernel(TritonKernel):
         out: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Shapes: x bfloat16 [..., K]; y bfloat16 [..., N].
+        """Computes y. Shapes: x bfloat16 [..., K]; y bfloat16 [..., N].
 
         Errors: ValueError for another dtype, width, stride or device than the operand's, or a device without tcgen05.
         """
@@ -102,7 +102,7 @@ class Nvfp4LinearW4A4Kernel(TritonKernel):
         return out.view(*x.shape[:-1], n)
 
     def run_wide(self, x: torch.Tensor, operand: W4A4LinearOperand) -> torch.Tensor:
-        """y in at least float32, of which this kernel has none. Errors: ValueError."""
+        """Refuses: this kernel does not write float32. Errors: ValueError."""
         return self.run(x.to(torch.promote_types(x.dtype, torch.float32)), operand)
 
 

@@ -1,16 +1,16 @@
-"""``triton.nvfp4_moe_w4a4_sm100``: routed W4A4 experts as a call."""
+"""``triton.nvfp4_moe_w4a4_sm100``: routed W4A4 experts."""
 
 import torch
 
 from ownpath.formats import NVFP4
 from ownpath.kernels.checks import require_input
-from ownpath.kernels.contract import Expert, Routing, StoredExperts
+from ownpath.kernels.contract import FusedExpert, Routing, StoredExperts
 from ownpath.kernels.nvfp4_sm100.launch import NARROW, ROW_TILE, columns_per_tile, run_experts
 from ownpath.kernels.nvfp4_sm100.layout import W4A4MoeOperand, moe_operand, unboxed
 from ownpath.kernels.nvfp4_sm100.linear import TritonKernel
 from ownpath.kernels.nvfp4_sm100.prove import prove_moe
 from ownpath.kernels.nvfp4_sm100.route_sm100 import num_tiles_bound
-from ownpath.kernels.variants import spelled
+from ownpath.kernels.variants import variant_name
 from ownpath.qtensor import QuantTensor
 
 
@@ -21,7 +21,7 @@ class Nvfp4MoeW4A4Kernel(TritonKernel):
     """
 
     def prepare(self, stored: StoredExperts) -> W4A4MoeOperand:
-        """Codes as they are, swizzled scales. The first on a device proves the kernels there.
+        """Swizzles the scales; codes are used as they are. The first call on a device compares kernels with their twin.
 
         Errors: OperandError as ``moe_operand``; ProofError when they differ from their twin.
         """
@@ -31,8 +31,8 @@ class Nvfp4MoeW4A4Kernel(TritonKernel):
             prove_moe(self, operand.w2.device)
         return operand
 
-    def restore(self, operand: W4A4MoeOperand, expert: int) -> Expert:
-        """One expert in the stored order. Its global scales have the input's in them."""
+    def restore(self, operand: W4A4MoeOperand, expert: int) -> FusedExpert:
+        """Reads one expert back in the stored order. The global scales include the input's."""
         gate_up = _restored(operand, operand.w13, operand.w13_scale, operand.w13_alpha, expert)
         return gate_up, _restored(operand, operand.w2, operand.w2_scale, operand.w2_alpha, expert)
 
@@ -41,11 +41,11 @@ class Nvfp4MoeW4A4Kernel(TritonKernel):
         return NARROW if self.is_batch_invariant else columns_per_tile(num_rows, operand.hidden_size)
 
     def variant(self, x: torch.Tensor, routing: Routing, operand: W4A4MoeOperand) -> str:
-        """By the most rows that the routing may need, unless it is batch-invariant."""
-        return spelled("w4a4_moe", rows=ROW_TILE, columns=self._columns(routing, operand))
+        """Returns the variant's name. It depends on the most rows a routing may need, unless batch-invariant."""
+        return variant_name("w4a4_moe", rows=ROW_TILE, columns=self._columns(routing, operand))
 
     def workspace(self, operand: W4A4MoeOperand, num_tokens: int, num_slots: int) -> None:
-        """Scratch comes from torch's allocator."""
+        """Returns ``None``: scratch comes from torch's allocator."""
 
     def run(
         self,
@@ -56,7 +56,7 @@ class Nvfp4MoeW4A4Kernel(TritonKernel):
         out: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Shapes: x bfloat16 [T, D]; ids int32 or int64 [T, K], those outside [0, E) are skipped; y bfloat16 [T, D].
+        """Computes y. Shapes: x and y bfloat16 [T, D]; ids int32 or int64 [T, K], those outside [0, E) are skipped.
 
         Errors: ValueError for a wrong dtype, shape, stride or device, shared experts, a map or no tcgen05.
         """

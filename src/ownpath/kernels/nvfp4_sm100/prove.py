@@ -1,9 +1,9 @@
-"""Proof of the W4A4 kernels on the device they are about to serve, against their torch twins, once per process.
+"""Compares the W4A4 kernels with their torch twins on the device that they will serve, once per process.
 
 The problem is random but exact: codes of activations and weights are E2M1 values and every scale is a power of two in
 a narrow range, so that quantisation loses nothing and every sum of products fits float32's 24 bits, in any order. A
-linear must therefore give the twin's bits. (A wrong nibble order, scale layout or global scale cannot hide in a
-tolerance.) The experts' SwiGLU has an exp, so that theirs must agree within BF16's rounding instead.
+linear must therefore give the twin's bits, so that no tolerance can hide a wrong nibble order, scale layout or global
+scale. The experts' SwiGLU has an exp, so their result must agree within BF16's rounding instead.
 """
 
 import functools
@@ -19,7 +19,7 @@ BF16_EPS = 2.0**-8
 
 
 class ProofError(RuntimeError):
-    """A kernel's result on this device is not its twin's; the message says by how much."""
+    """Raised when a kernel's result on this device differs from its twin's; the message says by how much."""
 
 
 @functools.cache
@@ -72,7 +72,7 @@ def prove_moe(kernel: ExpertsKernel[W4A4MoeOperand], device: torch.device) -> No
 
 
 def _exact_activations(num_rows: int, k: int, generator: torch.Generator) -> torch.Tensor:
-    """BF16 values that NVFP4 holds exactly: E2M1 values with a 6 in each block, times a power of two per block."""
+    """Makes BF16 values that NVFP4 holds exactly: E2M1 values with a 6 in each block, times a power of two for each."""
     values = decode_e2m1(torch.randint(0, 16, (num_rows, k // 16, 16), dtype=torch.uint8, generator=generator))
     values[..., 5] = 6.0
     exponent = torch.randint(-1, 2, (num_rows, k // 16, 1), generator=generator)
@@ -80,7 +80,7 @@ def _exact_activations(num_rows: int, k: int, generator: torch.Generator) -> tor
 
 
 def _exact_weight(shape: tuple[int, ...], generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random packed codes [..., N, K/2] and power-of-two E4M3 scales [..., N, K/16]."""
+    """Makes random packed codes [..., N, K/2] and power-of-two E4M3 scales [..., N, K/16]."""
     *lead, k = shape
     qdata = torch.randint(0, 256, (*lead, k // 2), dtype=torch.uint8, generator=generator)
     exponent = torch.randint(-1, 2, (*lead, k // 16), generator=generator)

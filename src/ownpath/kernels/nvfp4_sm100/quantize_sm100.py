@@ -1,4 +1,4 @@
-"""Activations BF16 -> NVFP4 on Blackwell: E2M1 codes, E4M3 block scales in the tensor cores' order.
+"""Quantises activations from BF16 to NVFP4 on Blackwell: E2M1 codes, E4M3 block scales in the tensor cores' order.
 
 How it works. A program takes ``ROWS`` rows and ``COLUMNS`` values of K: it finds the largest magnitude of every 16,
 divides it by 6 and by the calibrated ``input_scale``, rounds to E4M3, and rounds every value divided by its scale to
@@ -8,8 +8,8 @@ block with a NaN gets the scale NaN (and codes 0, which no longer matter), and s
 row-major, two to a byte; scales go straight to the 128 x 4 order (``kernels.nvfp4_sm100.scales``), which saves the pass
 that would swizzle them.
 
-Rows beyond the last one are padding of a 128-row tile. They are written as zeros, scales included: whoever reads a
-padding row reads a zero, never an old NaN.
+Rows beyond the last one are padding of a 128-row tile. They are written as zeros, scales included, so that a reader of
+a padding row never finds an old NaN.
 
 For the experts (``EXPERTS``) row r is a copy of the token behind routing pair ``pair_of_row[r]``, quantised with the
 input scale of the tile's own expert: gather, permutation and quantisation are one pass.
@@ -30,7 +30,7 @@ from ownpath.kernels.nvfp4_sm100.swizzle_sm100 import scale_offsets
 
 @triton.jit
 def quantize_groups(x, input_scale):
-    """E2M1 codes (int32) of float32 x [R, G, 16] and the E4M3 scale of each group [R, G]."""
+    """Quantises float32 x [R, G, 16] to E2M1 codes (int32) and an E4M3 scale per group [R, G]."""
     has_nan = tl.max((x != x).to(tl.int32), axis=2) != 0
     amax = tl.max(tl.where(x != x, 0.0, tl.abs(x)), axis=2)
     six = tl.full(amax.shape, 6.0, tl.float32)
@@ -50,7 +50,7 @@ def quantize_groups(x, input_scale):
 
 @triton.jit
 def pack_codes(code, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Codes [ROWS, COLUMNS / 16, 16] as bytes [ROWS, COLUMNS / 2], the even k in the low nibble."""
+    """Packs codes [ROWS, COLUMNS / 16, 16] into bytes [ROWS, COLUMNS / 2], the even k in the low nibble."""
     even, odd = tl.split(tl.reshape(code, (ROWS, COLUMNS // 2, 2)))
     return (even | (odd << 4)).to(tl.uint8)
 
@@ -70,7 +70,7 @@ def quantize_kernel(
     COLUMNS: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
-    """Codes [rows, K/2] and swizzled scales of x; the grid is (padded rows / ROWS, ceil(K / COLUMNS))."""
+    """Quantises x to codes [rows, K/2] and swizzled scales; the grid is (padded rows / ROWS, ceil(K / COLUMNS))."""
     row0 = tl.program_id(0) * ROWS
     rows = row0 + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

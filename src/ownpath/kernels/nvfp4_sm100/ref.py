@@ -32,7 +32,7 @@ W4A4Weight = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 def quantized_product(
     x_MK: torch.Tensor, input_scale: torch.Tensor, qdata_NK2: torch.Tensor, scale_NK16: torch.Tensor
 ) -> torch.Tensor:
-    """``acc``: the product of quantised x and quantised w without either global scale, in ``sum_dtype(x)``.
+    """Computes ``acc``: quantised x times quantised w without either global scale, in ``sum_dtype(x)``.
 
     Shapes: x [M, K]; input_scale float32 []; qdata uint8 [N, K/2]; scale E4M3 [N, K/16] -> [M, N].
     """
@@ -49,7 +49,7 @@ def nvfp4_linear_w4a4(
     scale_NK16: torch.Tensor,
     global_scale_N: torch.Tensor,
 ) -> torch.Tensor:
-    """y = acc * (input_scale * global_scale), both NVFP4, rounded once to the dtype of x.
+    """Computes y = acc * (input_scale * global_scale), both operands NVFP4, rounded once to the dtype of x.
 
     Shapes: x [M, K]; input_scale float32 []; qdata uint8 [N, K/2]; scale E4M3 [N, K/16]; global_scale float32 [N];
         y [M, N].
@@ -59,7 +59,7 @@ def nvfp4_linear_w4a4(
 
 
 def expert_hidden_w4a4(x_SD: torch.Tensor, w13: W4A4Weight, expert: int, swiglu_limit: float) -> torch.Tensor:
-    """h of one expert before its second quantisation: [S, F] in ``sum_dtype(x)``, not yet rounded to BF16."""
+    """Computes h of one expert before its second quantisation: [S, F] in ``sum_dtype(x)``, not yet rounded to BF16."""
     qdata, scale, global_scale, input_scale = w13
     inter = qdata.shape[1] // 2
     gate_up_alpha = (input_scale[expert] * global_scale[expert])[:, None].expand(-1, inter).flatten()
@@ -76,7 +76,7 @@ def nvfp4_moe_w4a4(
     w2: W4A4Weight,
     swiglu_limit: float,
 ) -> torch.Tensor:
-    """y[t] = sum over chosen experts of weight * w2 swiglu(w13 x[t]), every operand NVFP4, gate rows first in w13.
+    """Computes y[t] = sum over chosen experts of weight * w2 swiglu(w13 x[t]), all NVFP4, gate rows first in w13.
 
     Shapes: x [T, D]; topk_ids int [T, K], ids outside [0, E) are skipped; topk_weights float32 [T, K]; y [T, D].
         w13: qdata uint8 [E, 2F, D/2], scale E4M3 [E, 2F, D/16], global_scale float32 [E, 2] (gate, up), input_scale

@@ -1,4 +1,4 @@
-"""Rows of the grouped products: from routing choices to tiles of one expert, and from expert outputs back to tokens.
+"""Routing of the grouped products' rows: sorts routed pairs into tiles of one expert, and sums outputs per token.
 
 How it works. A *pair* is a token's choice of an expert, numbered token * choices + choice. ``count_kernel`` counts
 the pairs of each expert; ``place_kernel`` gives expert e the tiles of 128 rows after those of experts 0..e-1, and its
@@ -19,7 +19,7 @@ Roofline. Placing 8192 x 6 ids reads 256 x 196 KB from L2, about 10 us and indep
 it is a launch's latency. Combining 8192 x 6 rows of 4096 reads 403 MB and writes 67 MB: 59 us at 8 TB/s, the cost of
 writing expert outputs before their sum, which is what keeps the sum deterministic.
 
-Numbers that follow the batch are not specialised (``do_not_specialize``), so that no batch size compiles anew.
+Numbers that depend on the batch are not specialised (``do_not_specialize``), so that no batch size recompiles.
 
 Limits: E at most 1024; ids int32 or int64. Compiled for sm_100a and interpreted on a CPU; never run on a device.
 """
@@ -29,14 +29,14 @@ import triton.language as tl
 
 
 def num_tiles_bound(num_pairs: int, num_experts: int, tile: int = 128) -> int:
-    """Most tiles that ``num_pairs`` routed pairs can need: each expert with a pair rounds up to whole tiles."""
+    """Returns the most tiles that ``num_pairs`` routed pairs can need: each expert with a pair rounds up to tiles."""
     used = min(num_pairs, num_experts)
     return used + (num_pairs - used) // tile
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
 def count_kernel(ids_ptr, count_ptr, num_pairs, CHUNK: tl.constexpr):
-    """count[e] = pairs of expert e; the grid is E."""
+    """Counts the pairs of each expert: count[e]; the grid is E."""
     expert = tl.program_id(0)
     total = tl.zeros((CHUNK,), tl.int32)
     for start in range(0, num_pairs, CHUNK):
@@ -58,7 +58,7 @@ def place_kernel(
     EXPERTS_POW2: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Rows and tiles of each expert; the grid is E + 1: the last program marks what no expert owns."""
+    """Assigns rows and tiles to each expert; the grid is E + 1: the last program marks unused rows and tiles."""
     expert = tl.program_id(0)
     experts = tl.arange(0, EXPERTS_POW2)
     counts = tl.load(count_ptr + experts, mask=experts < NUM_EXPERTS, other=0)
@@ -94,7 +94,7 @@ def place_kernel(
 
 @triton.jit
 def combine_kernel(out_ptr, row_of_pair_ptr, weight_ptr, y_ptr, D, CHOICES: tl.constexpr, COLUMNS: tl.constexpr):
-    """y[t] = sum over choices of weight * out[row], float32, rounded once; the grid is (T, ceil(D / COLUMNS))."""
+    """Computes y[t] = sum over choices of weight * out[row] in float32; the grid is (T, ceil(D / COLUMNS))."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.float32)

@@ -1,4 +1,4 @@
-"""The order in which Blackwell's block-scaled matrix instructions read block scales, and the way back.
+"""The order in which Blackwell's block-scaled matrix instructions read block scales, and its inverse.
 
 A tensor-core tile has 128 rows, and one instruction step covers 64 values of K, which in NVFP4 is four blocks of 16.
 The scales of such a piece, 128 x 4 bytes, lie in one run of 512 bytes. Row r, column c of the piece is byte
@@ -24,13 +24,13 @@ LANES = 32
 
 
 def swizzled_shape(num_rows: int, num_groups: int) -> tuple[int, int, int, int, int]:
-    """Shape [row pieces, column pieces, 32, 4, 4] of the scales of ``num_rows`` x ``num_groups`` blocks."""
+    """Returns the shape [row pieces, column pieces, 32, 4, 4] of the scales of ``num_rows`` x ``num_groups`` blocks."""
     strips = PIECE_ROWS // LANES
     return -(-num_rows // PIECE_ROWS), -(-num_groups // PIECE_COLUMNS), LANES, strips, PIECE_COLUMNS
 
 
 def swizzle_scales(scale: torch.Tensor) -> torch.Tensor:
-    """Block scales from row-major to the 128 x 4 order, padded with zeros to whole pieces.
+    """Reorders block scales from row-major to the 128 x 4 order, padded with zeros to whole pieces.
 
     Shapes: scale of a one-byte dtype [..., N, G] -> same dtype [..., ceil(N/128), ceil(G/4), 32, 4, 4].
     Errors: ValueError for an element of more than one byte or fewer than two dimensions.
@@ -46,7 +46,7 @@ def swizzle_scales(scale: torch.Tensor) -> torch.Tensor:
 
 
 def unswizzle_scales(swizzled: torch.Tensor, num_rows: int, num_groups: int) -> torch.Tensor:
-    """Block scales from the 128 x 4 order back to row-major, without the padding.
+    """Reorders block scales from the 128 x 4 order back to row-major, without the padding.
 
     Shapes: swizzled [..., ceil(N/128), ceil(G/4), 32, 4, 4] -> [..., N, G].
     Errors: ValueError when ``swizzled`` is not the swizzled form of that many rows and blocks.

@@ -1,4 +1,4 @@
-"""The 128 x 4 order of block scales inside kernels: where a scale is stored, and how a tile of them is read.
+"""The 128 x 4 order of block scales in device code: offsets for stores, and loads of tiles.
 
 The order itself, with a worked example, is in ``kernels.nvfp4_sm100.scales``. A kernel that makes scales computes each
 one's offset; four scales of a row are 4 adjacent bytes. A kernel that multiplies fetches whole 512-byte pieces by TMA
@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def scale_offsets(rows, groups, num_column_pieces):
-    """Byte offsets [R, G] of the scales at rows x groups of a matrix with ``num_column_pieces`` = ceil(K / 64)."""
+    """Returns byte offsets [R, G] of scales at rows x groups of a matrix with ``num_column_pieces`` = ceil(K / 64)."""
     piece = (rows // 128).to(tl.int64)[:, None] * num_column_pieces + (groups // 4)[None, :]
     inside_row = rows % 32 * 16 + rows % 128 // 32 * 4
     return piece * 512 + inside_row[:, None] + (groups % 4)[None, :]
@@ -21,7 +21,7 @@ def scale_offsets(rows, groups, num_column_pieces):
 
 @triton.jit
 def load_scales(descriptor, row_piece, column_piece, ROWS: tl.constexpr, GROUPS: tl.constexpr):
-    """A tile [ROWS, GROUPS] of swizzled E4M3 scales, whose first piece is (row_piece, column_piece)."""
+    """Loads a tile [ROWS, GROUPS] of swizzled E4M3 scales, whose first piece is (row_piece, column_piece)."""
     pieces = descriptor.load([0, row_piece, column_piece, 0, 0])
     split = tl.reshape(pieces, (ROWS // 128, GROUPS // 4, 32, 4, 4))
     return tl.reshape(tl.permute(split, (0, 3, 2, 1, 4)), (ROWS, GROUPS))

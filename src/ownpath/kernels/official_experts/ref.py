@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from ownpath.formats import FP8_BLOCK, MXFP4, NVFP4, Format
 from ownpath.kernels.checks import require, require_input, require_routing
-from ownpath.kernels.contract import Expert, Routing, StoredExperts
-from ownpath.kernels.mixture import Product, clamped_swiglu, mixture, sum_dtype
+from ownpath.kernels.contract import FusedExpert, Routing, StoredExperts
+from ownpath.kernels.mixture import ExpertProduct, clamped_swiglu, mixture, sum_dtype
 from ownpath.kernels.reference import Reference, filled
 from ownpath.numerics import (
     decode_fp8_block,
@@ -28,9 +28,9 @@ INPUT_BLOCK = 128
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """One side of all experts as stored: gate above up, or down.
+    """One fused matrix of all experts as stored: gate above up, or down.
 
-    Shapes: qdata [E, N, ...]; scale by format, FP8's gate and up with a grid each: [E, 2, R, C]; global_scale float32
+    Shapes: qdata [E, N, ...]; scale by format, for FP8 a grid each for gate and up: [E, 2, R, C]; global_scale float32
         [E] or [E, 2] (NVFP4 alone); input_scale float32 [E] (NVFP4 alone).
     """
 
@@ -41,7 +41,7 @@ class ExpertWeights:
     input_scale: torch.Tensor | None = None
 
     def matrix(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
-        """[N, K] without the global scale, exact in float32."""
+        """Returns [N, K] without the global scale, exact in float32."""
         qdata = self.qdata[expert]
         if self.scale is None:
             return qdata.to(dtype)
@@ -56,7 +56,7 @@ class ExpertWeights:
         return decode_fp8_block(qdata.unflatten(0, (len(scale), -1)), scale, dtype).flatten(0, 1)
 
     def row_scale(self, expert: int) -> torch.Tensor:
-        """What each row's product is to be multiplied by: float32 [N], or a one."""
+        """Returns the multiplier of each row's product: float32 [N], or 1."""
         if self.global_scale is None:
             return torch.ones((), device=self.qdata.device)
         scale = self.global_scale[expert].reshape(-1, 1)
@@ -67,12 +67,12 @@ WeightProduct = Callable[[torch.Tensor, ExpertWeights, int], torch.Tensor]
 
 
 def exact_product(x_SK: torch.Tensor, weights: ExpertWeights, expert: int) -> torch.Tensor:
-    """x Wᵀ, summed in the dtype of x: [S, N]."""
+    """Computes x Wᵀ, summed in the dtype of x: [S, N]."""
     return F.linear(x_SK, weights.matrix(expert, x_SK.dtype)) * weights.row_scale(expert)
 
 
 def quantized_product(x_SK: torch.Tensor, weights: ExpertWeights, expert: int) -> torch.Tensor:
-    """x Wᵀ with x quantised for W: NVFP4 with its ``input_scale`` where W is NVFP4, else E4M3 in blocks of 128."""
+    """Computes x Wᵀ with x quantised: to NVFP4 with ``input_scale`` where W is NVFP4, else to E4M3 in blocks of 128."""
     if weights.input_scale is None:
         return exact_product(fake_quantize_fp8(x_SK, INPUT_BLOCK), weights, expert)
     input_scale = weights.input_scale[expert]
@@ -88,7 +88,7 @@ def moe_quantized_inputs(
     w2: ExpertWeights,
     swiglu_limit: float,
 ) -> torch.Tensor:
-    """y[t] = sum over chosen experts of weight * w2 q(swiglu(w13 q(x[t]))), q the quantiser of ``quantized_product``.
+    """Computes y[t] = sum over chosen experts of weight * w2 q(swiglu(w13 q(x[t]))), q as in ``quantized_product``.
 
     Shapes: x [T, D]; topk_ids int [T, K]; topk_weights float32 [T, K]; y [T, D]. Ids outside the experts contribute
         nothing.
@@ -105,7 +105,7 @@ def moe_weight_first(
     w2: ExpertWeights,
     swiglu_limit: float,
 ) -> torch.Tensor:
-    """y[t] = sum over chosen experts of w2 (weight * swiglu(w13 x[t])), each product rounded to the dtype of x."""
+    """Computes y[t] = sum over chosen experts of w2 (weight * swiglu(w13 x[t])), products rounded to the dtype of x."""
     products = _products(exact_product, w13, w2)
     return _mixture_weight_first(x_TD, _known(topk_ids_TK, w13), topk_weights_TK, products, swiglu_limit)
 
@@ -118,7 +118,7 @@ def moe_official(
     w2: ExpertWeights,
     swiglu_limit: float,
 ) -> torch.Tensor:
-    """``moe_weight_first`` with quantised inputs of both products: the published code's expert."""
+    """Computes ``moe_weight_first`` with quantised inputs of both products, as the published code does."""
     products = _products(quantized_product, w13, w2)
     return _mixture_weight_first(x_TD, _known(topk_ids_TK, w13), topk_weights_TK, products, swiglu_limit)
 
@@ -127,10 +127,10 @@ def _mixture_weight_first(
     x_TD: torch.Tensor,
     topk_ids_TK: torch.Tensor,
     topk_weights_TK: torch.Tensor,
-    products: tuple[Product, Product],
+    products: tuple[ExpertProduct, ExpertProduct],
     swiglu_limit: float,
 ) -> torch.Tensor:
-    """As ``mixture``, with the weight on the hidden rows, and every product's result in the dtype of x."""
+    """Computes ``mixture`` with the weight on the hidden rows, and every product's result in the dtype of x."""
     narrow, wide = x_TD.dtype, sum_dtype(x_TD)
     gate_up, down = products
     y_TD = torch.zeros_like(x_TD, dtype=wide)
@@ -144,7 +144,7 @@ def _mixture_weight_first(
     return y_TD.to(narrow)
 
 
-def _products(product: WeightProduct, w13: ExpertWeights, w2: ExpertWeights) -> tuple[Product, Product]:
+def _products(product: WeightProduct, w13: ExpertWeights, w2: ExpertWeights) -> tuple[ExpertProduct, ExpertProduct]:
     return (lambda x_SD, expert: product(x_SD, w13, expert)), (lambda h_SF, expert: product(h_SF, w2, expert))
 
 
@@ -152,35 +152,35 @@ def _known(topk_ids_TK: torch.Tensor, w13: ExpertWeights) -> torch.Tensor:
     return torch.where(topk_ids_TK < len(w13.qdata), topk_ids_TK, -1)
 
 
-Experts = Callable[
+ExpertsFunction = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, ExpertWeights, ExpertWeights, float],
     torch.Tensor,
 ]
-"""One of the functions above."""
+"""One of ``moe_quantized_inputs``, ``moe_weight_first`` and ``moe_official``."""
 
 
 class OfficialMoeReference(Reference):
-    """Experts, each decoded from its stored format when a token chose it."""
+    """Experts that are decoded from their stored format when a token chooses them."""
 
-    def __init__(self, experts: Experts) -> None:
+    def __init__(self, experts: ExpertsFunction) -> None:
         self._experts = experts
 
     def prepare(self, stored: StoredExperts) -> StoredExperts:
-        """The stacks as they are. Errors: ValueError naming an input scale of a wrong shape or dtype."""
+        """Returns the stored experts. Errors: ValueError naming an input scale of a wrong shape or dtype."""
         for name, scale in (("w13", stored.gate_up_input_scale), ("w2", stored.down_input_scale)):
             if scale is not None:
                 require(f"{name}_input_scale", scale, (torch.float32,), (stored.num_experts,))
         return stored
 
-    def restore(self, operand: StoredExperts, expert: int) -> Expert:
-        """One expert's part of each side."""
+    def restore(self, operand: StoredExperts, expert: int) -> FusedExpert:
+        """Returns one expert's matrices."""
         return operand.gate_up.of_expert(expert), operand.down.of_expert(expert)
 
     def variant(self, x: torch.Tensor, routing: Routing, operand: StoredExperts) -> None:
-        """There is one form."""
+        """Returns ``None``: the kernel has no variants."""
 
     def workspace(self, operand: StoredExperts, num_tokens: int, num_slots: int) -> None:
-        """No call needs any."""
+        """Returns ``None``: no call needs scratch."""
 
     def run(
         self,
@@ -191,7 +191,7 @@ class OfficialMoeReference(Reference):
         out: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """y [T, D]. Errors: ValueError naming what is wrong with x or the routing, or for shared experts or a map."""
+        """Computes y [T, D]. Errors: ValueError for a wrong x or routing, shared experts or an expert map."""
         if routing.num_shared or routing.expert_map is not None:
             raise ValueError("experts of official numerics take neither shared experts nor an expert map")
         require_input(x, operand.hidden_size, operand.gate_up.qdata)

@@ -1,4 +1,4 @@
-"""Routed experts that round where DeepSeek's published inference code rounds, by the torch reference."""
+"""Specs of routed experts that round as DeepSeek's published inference code does, by the torch reference."""
 
 from collections.abc import Iterator
 

@@ -3,8 +3,8 @@
 How it works. One tile for every number of tokens: a program owns ROWS rows of W and TOKENS tokens, and adds the
 products in one order along K. Weights are the left operand, so that their rows fill the tensor core's tile.
 
-Why it exists. A library picks another kernel, and with it another order of sums, for another number of tokens. Where
-a plan asks for batch invariance this kernel stands in; it reads W once for each 16 tokens, which at decode is once.
+Why it exists. A library picks different kernels, with different orders of sums, for different numbers of tokens. A plan
+that requires batch invariance uses this kernel instead. It reads W once per 16 tokens, which at decode is once.
 
 Roofline. 2 * N * K bytes for each 16 tokens (4 * N * K with float32 weights).
 
@@ -20,7 +20,7 @@ import triton.language as tl
 from ownpath.kernels.checks import check
 from ownpath.kernels.contract import Config
 from ownpath.kernels.plain.operand import PlainKernel, PlainOperand
-from ownpath.kernels.variants import spelled
+from ownpath.kernels.variants import variant_name
 
 INTERPRETED = triton.knobs.runtime.interpret
 FLOATS = (torch.bfloat16, torch.float32)
@@ -41,7 +41,7 @@ def plain_linear_kernel(
     TOKENS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """ROWS outputs of TOKENS tokens."""
+    """Computes ROWS outputs of TOKENS tokens."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     k = tl.arange(0, STEP)
@@ -74,7 +74,7 @@ def _check(x_MK: torch.Tensor, weight_NK: torch.Tensor, out_dtype: torch.dtype) 
 
 
 def plain_linear_invariant(x: torch.Tensor, weight_NK: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
-    """y = x Wᵀ, summed in float32, rounded once to ``out_dtype``; a token's bits do not depend on the others.
+    """Computes y = x Wᵀ, summed in float32, rounded once to ``out_dtype``; a token's bits do not depend on the others.
 
     Shapes: x bfloat16 or float32 [..., K], rows may be spaced; weight bfloat16 or float32 [N, K]; y [..., N].
     Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
@@ -108,13 +108,13 @@ class InvariantPlainKernel(PlainKernel):
     """``plain_linear_invariant`` as a kernel."""
 
     def configs(self, operand: PlainOperand) -> Sequence[Config]:
-        """Triton compiles at the first call."""
+        """Returns nothing: Triton compiles at the first call."""
         return ()
 
     def variant(self, x: torch.Tensor, operand: PlainOperand) -> str:
-        """By whether both operands are bfloat16."""
+        """Returns the variant's name, which depends on whether both operands are bfloat16."""
         kind = "plain_bfloat16" if x.dtype == operand.weight_NK.dtype == torch.bfloat16 else "plain_float32"
-        return spelled(kind, rows=ROWS, tokens=TOKENS, step=STEP)
+        return variant_name(kind, rows=ROWS, tokens=TOKENS, step=STEP)
 
 
 PLAIN_LINEAR = InvariantPlainKernel(plain_linear_invariant)

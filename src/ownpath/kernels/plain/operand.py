@@ -1,4 +1,4 @@
-"""The operand of products with unquantised weights, and the kernel around any function that computes them."""
+"""The operand of products with unquantised weights, and a kernel that wraps any function that computes them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from ownpath.kernels.contract import Config, StoredLinear
 from ownpath.kernels.shards import fuse
 from ownpath.qtensor import QuantTensor
 
-Product = Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
+DenseProduct = Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
 """(x [..., K], weight [N, K], dtype of y) -> y [..., N]."""
 
 
@@ -25,35 +25,35 @@ class PlainOperand:
 class PlainKernel:
     """y = x Wᵀ in the dtype of x, or unrounded in a wider dtype."""
 
-    def __init__(self, product: Product) -> None:
+    def __init__(self, product: DenseProduct) -> None:
         self._product = product
 
     def prepare(self, stored: StoredLinear) -> PlainOperand:
-        """All shards' rows as one matrix; a single shard is used as it is, without a copy."""
+        """Concatenates all shards' rows; a single shard is used as it is, without a copy."""
         return PlainOperand(fuse([shard.qdata for shard in stored.shards]))
 
     def restore(self, operand: PlainOperand) -> tuple[QuantTensor, ...]:
-        """All shards' rows."""
+        """Returns all shards' rows as one matrix."""
         weight = operand.weight_NK
         return (QuantTensor(weight, None, None, BF16 if weight.dtype == torch.bfloat16 else FP32),)
 
     def padding(self, operand: PlainOperand) -> None:
-        """The layout has none."""
+        """Returns ``None``: the layout has no padding."""
 
     def configs(self, operand: PlainOperand) -> Sequence[Config]:
-        """Nothing is compiled to disk."""
+        """Returns nothing: no kernel is compiled to disk."""
         return ()
 
     def planned_configs(self, stored: StoredLinear) -> Sequence[Config]:
-        """Nothing is compiled to disk."""
+        """Returns nothing: no kernel is compiled to disk."""
         return ()
 
     def variant(self, x: torch.Tensor, operand: PlainOperand) -> str | None:
-        """There is one form."""
+        """Returns ``None``: the kernel has no variants."""
         return None
 
     def workspace(self, operand: PlainOperand, num_tokens: int) -> None:
-        """No call needs any."""
+        """Returns ``None``: no call needs scratch."""
 
     def run(
         self,
@@ -63,16 +63,16 @@ class PlainKernel:
         out: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """y [..., N] in the dtype of x, or in that of ``out``. Errors: ValueError naming what is wrong with x."""
+        """Computes y [..., N] in the dtype of x, or of ``out``. Errors: ValueError naming what is wrong with x."""
         require_input(x, operand.weight_NK.shape[1], operand.weight_NK)
         y = self._product(x, operand.weight_NK, x.dtype if out is None else out.dtype)
         return y if out is None else out.copy_(y)
 
     def __call__(self, x: torch.Tensor, weight_NK: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
-        """The product, with the signature of its twin."""
+        """Computes the product with the signature of the twin."""
         return self._product(x, weight_NK, out_dtype)
 
     def run_wide(self, x: torch.Tensor, operand: PlainOperand) -> torch.Tensor:
-        """y in at least float32: sums are kept as they are."""
+        """Computes y in at least float32, with unrounded sums."""
         require_input(x, operand.weight_NK.shape[1], operand.weight_NK)
         return self._product(x, operand.weight_NK, torch.promote_types(x.dtype, torch.float32))

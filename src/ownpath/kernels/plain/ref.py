@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from ownpath.kernels.checks import require_input, require_routing
-from ownpath.kernels.contract import Expert, Routing, StoredExperts
+from ownpath.kernels.contract import FusedExpert, Routing, StoredExperts
 from ownpath.kernels.mixture import mixture, with_shared
 from ownpath.kernels.plain.operand import PlainKernel
 from ownpath.kernels.reference import Reference, filled
 
 
 def plain_linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
-    """y = x Wᵀ computed and returned in ``out_dtype``, never narrower than x.
+    """Computes y = x Wᵀ in ``out_dtype``, never narrower than x.
 
     Shapes: x [..., K]; weight [N, K]; y [..., N].
     """
@@ -33,9 +33,9 @@ def plain_moe(
     num_shared: int = 0,
     expert_map: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As ``nvfp4_moe``, with experts in plain floating point.
+    """Computes as ``nvfp4_moe``, with experts in plain floating point.
 
-    Shapes: w13 bfloat16 or float32 [E, G, D], G = 2F, gate rows first; w2 [E, D, F]; the others as there.
+    Shapes: w13 bfloat16 or float32 [E, G, D], G = 2F, gate rows first; w2 [E, D, F]; the others as in ``nvfp4_moe``.
     """
 
     def gate_up(x_SD: torch.Tensor, expert: int) -> torch.Tensor:
@@ -49,21 +49,21 @@ def plain_moe(
 
 
 class PlainMoeReference(Reference):
-    """``plain_moe`` as a kernel: operands lie as they are stored."""
+    """``plain_moe`` as a kernel; its operand is the stored experts."""
 
     def prepare(self, stored: StoredExperts) -> StoredExperts:
-        """The stacks as they are."""
+        """Returns the stored experts unchanged."""
         return stored
 
-    def restore(self, operand: StoredExperts, expert: int) -> Expert:
-        """One expert's part of each side."""
+    def restore(self, operand: StoredExperts, expert: int) -> FusedExpert:
+        """Returns one expert's matrices."""
         return operand.gate_up.of_expert(expert), operand.down.of_expert(expert)
 
     def variant(self, x: torch.Tensor, routing: Routing, operand: StoredExperts) -> None:
-        """There is one form."""
+        """Returns ``None``: the kernel has no variants."""
 
     def workspace(self, operand: StoredExperts, num_tokens: int, num_slots: int) -> None:
-        """No call needs any."""
+        """Returns ``None``: no call needs scratch."""
 
     def run(
         self,
@@ -74,7 +74,7 @@ class PlainMoeReference(Reference):
         out: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """y [T, D] in the dtype of x. Errors: ValueError naming what is wrong with x or the routing."""
+        """Computes y [T, D] in the dtype of x. Errors: ValueError naming what is wrong with x or the routing."""
         require_input(x, operand.hidden_size, operand.gate_up.qdata)
         require_routing(x, routing.ids, routing.weights)
         y = plain_moe(

@@ -1,4 +1,4 @@
-"""Sizes: experts, chosen ones, and 1 where they are looked up by token."""
+"""Test and bench sizes: experts, experts per token, and 1 where they are looked up by token."""
 
 from ownpath.kernels.cases import KernelCase
 

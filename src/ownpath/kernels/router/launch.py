@@ -1,8 +1,8 @@
-"""The choice of experts on Hopper: one launch.
+"""The router on Hopper: chooses experts in one launch.
 
-How it works. Each token gets one warp: scores, then K rounds of "the largest, lowest id first" in registers; with a
-look-up table there is nothing to search and only K logits are read. At decode sizes it is launch latency, which
-programmatic dependent launch overlaps with the end of the kernel before.
+How it works. Each token has one warp: scores, then K rounds of "the largest, lowest id first" in registers; with a
+look-up table there is no search and only K logits are read. At decode sizes the time is launch latency, which
+programmatic dependent launch overlaps with the end of the previous kernel.
 
 Roofline. 4 * T * E bytes read. Limits. float32 logits, E up to 4096, K up to 16. A token's bits never depend on the
 other tokens of a call.
@@ -16,12 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ownpath.kernels.calls import Calls
 from ownpath.kernels.checks import check, check_rank, is_dense
 from ownpath.kernels.contract import Config, RouterWeights
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
-from ownpath.kernels.variants import spelled
+from ownpath.kernels.launch_cache import LaunchCache
+from ownpath.kernels.variants import variant_name
 
 INTERPRETED = triton.knobs.runtime.interpret
 MAX_EXPERTS, MAX_CHOSEN = 4096, 16
@@ -29,7 +29,7 @@ MAX_EXPERTS, MAX_CHOSEN = 4096, 16
 
 @triton.jit
 def _score(logits):
-    """sqrt(softplus(x)). softplus(x) = max(x, 0) + log1p(e), e = exp(-|x|) in (0, 1].
+    """Computes sqrt(softplus(x)). softplus(x) = max(x, 0) + log1p(e), e = exp(-|x|) in (0, 1].
 
     log1p(e) = 2 atanh(z), z = e / (2 + e) <= 1/3: an odd series whose first dropped term is below 3^-20 / 21 of z.
     """
@@ -59,7 +59,7 @@ def router_kernel(
     BY_TOKEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One token: its experts and their weights."""
+    """Chooses one token's experts and their weights."""
     t = tl.program_id(0).to(tl.int64)
     e, k = tl.arange(0, E_PAD), tl.arange(0, K_PAD)
     row = logits_ptr + t * num_experts
@@ -103,28 +103,28 @@ def _check_choice(logits_TE: torch.Tensor, weights: RouterWeights, token_ids_T: 
 
 
 def _check_token_ids(token_ids_T: torch.Tensor, num_tokens: int, device: torch.device) -> None:
-    # A step's ids are often a view into a longer row: element alignment is enough for scalar loads.
+    # A step's ids are often a view into a longer row; scalar loads need only element alignment.
     if token_ids_T.dtype not in (torch.int64, torch.int32) or token_ids_T.shape != (num_tokens,):
         raise ValueError(f"token_ids_T must be int64 or int32 [{num_tokens}]")
     if token_ids_T.device != device or not token_ids_T.is_contiguous():
         raise ValueError(f"token_ids_T must be contiguous on {device}")
 
 
-Out = tuple[torch.Tensor, torch.Tensor]
-CallKey = tuple[torch.Size, torch.dtype | None, bool, torch.dtype, int]
+RouterOut = tuple[torch.Tensor, torch.Tensor]
+RouterCallKey = tuple[torch.Size, torch.dtype | None, bool, torch.dtype, int]
 """Shape of the logits, dtype of the token ids, whether they are aligned, dtype of the ids written, device."""
 
 
 @dataclass(frozen=True)
 class RouterOperand:
-    """calls: launches by ``CallKey``, once these have passed every check."""
+    """launches: by ``RouterCallKey``, for inputs that have passed every check."""
 
     weights: RouterWeights
-    calls: Calls[CallKey, TritonCall] = field(default_factory=Calls, compare=False)
+    launches: LaunchCache[RouterCallKey, TritonCall] = field(default_factory=LaunchCache, compare=False)
     lock: Lock = field(default_factory=Lock, compare=False)
 
 
-class RouterKernel:
+class TritonRouter:
     """Expert ids [T, K] and weights [T, K] that sum to ``routed_scaling_factor``; scores are sqrt(softplus(logits)).
 
     Either ``bias_E`` shifts the scores for the selection (never the weights; the lower id wins an exact tie), or
@@ -132,18 +132,18 @@ class RouterKernel:
     """
 
     def prepare(self, weights: RouterWeights) -> RouterOperand:
-        """The operand."""
+        """Makes the operand."""
         return RouterOperand(weights)
 
     def configs(self, operand: RouterOperand) -> Sequence[Config]:
-        """Triton compiles at the first call."""
+        """Returns nothing: Triton compiles at the first call."""
         return ()
 
     def variant(self, logits_TE: torch.Tensor, operand: RouterOperand) -> str:
-        """By how experts are chosen; the logits are not looked at."""
+        """Returns the variant's name, which depends on how experts are chosen. The logits are not read."""
         weights = operand.weights
         name = "router_by_score" if weights.tid2eid_VK is None else "router_by_token"
-        return spelled(name, k=weights.num_experts_per_tok)
+        return variant_name(name, k=weights.num_experts_per_tok)
 
     def run(
         self,
@@ -151,10 +151,10 @@ class RouterKernel:
         token_ids_T: torch.Tensor | None,
         operand: RouterOperand,
         *,
-        out: Out | None = None,
-    ) -> Out:
-        """Shapes: logits float32 [T, E]; token ids [T], read where experts are named by token; out: ids int64 or int32,
-            weights float32, both [T, K].
+        out: RouterOut | None = None,
+    ) -> RouterOut:
+        """Chooses experts. Shapes: logits float32 [T, E]; token ids [T], read where a table names experts by token;
+            out: ids int64 or int32 [T, K], weights float32 [T, K].
 
         Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
         """
@@ -174,12 +174,12 @@ class RouterKernel:
             check("out[1]", out[1], (torch.float32,), (num_tokens, k), logits_TE.device)
         aligned = ids is None or not ids.data_ptr() % 16
         key = logits_TE.shape, None if ids is None else ids.dtype, aligned, out[0].dtype, logits_TE.get_device()
-        call = operand.calls.get(key)
+        call = operand.launches.get(key)
         if call is None:
             _check_choice(logits_TE, weights, token_ids_T)
             first = _first_launch(logits_TE, ids, weights, out) if num_tokens else None
             if first is not None:
-                operand.calls.keep(key, first)
+                operand.launches.add(key, first)
             return out
         with operand.lock:
             logits, chosen = logits_TE.data_ptr(), out[0].data_ptr()
@@ -203,17 +203,17 @@ class RouterKernel:
         bias_E: torch.Tensor | None = None,
         token_ids_T: torch.Tensor | None = None,
         tid2eid_VK: torch.Tensor | None = None,
-        out: Out | None = None,
-    ) -> Out:
-        """``run`` with the signature of its twin."""
+        out: RouterOut | None = None,
+    ) -> RouterOut:
+        """Computes ``run`` with the signature of the twin."""
         weights = RouterWeights(num_experts_per_tok, routed_scaling_factor, bias_E, tid2eid_VK)
         return self.run(logits_TE, token_ids_T, self.prepare(weights), out=out)
 
 
 def _tensors(
-    logits_TE: torch.Tensor, token_ids_T: torch.Tensor | None, weights: RouterWeights, out: Out
+    logits_TE: torch.Tensor, token_ids_T: torch.Tensor | None, weights: RouterWeights, out: RouterOut
 ) -> tuple[torch.Tensor, ...]:
-    """In the kernel's order; what this way of choosing does not have is some tensor that is not read."""
+    """Returns the kernel's tensors in order; an absent one is replaced by a tensor that is not read."""
     return (
         logits_TE,
         logits_TE if weights.bias_E is None else weights.bias_E,
@@ -224,7 +224,7 @@ def _tensors(
 
 
 def _first_launch(
-    logits_TE: torch.Tensor, token_ids_T: torch.Tensor | None, weights: RouterWeights, out: Out
+    logits_TE: torch.Tensor, token_ids_T: torch.Tensor | None, weights: RouterWeights, out: RouterOut
 ) -> TritonCall | None:
     num_tokens, num_experts = logits_TE.shape
     k, table, pdl = weights.num_experts_per_tok, weights.tid2eid_VK, not INTERPRETED
@@ -245,4 +245,4 @@ def _first_launch(
     )
 
 
-ROUTER = RouterKernel()
+ROUTER = TritonRouter()

@@ -1,4 +1,4 @@
-"""Torch reference of the choice of experts.
+"""Torch reference of the router.
 
 Legend: T tokens, E experts, K experts per token, V vocabulary.
 """
@@ -19,7 +19,7 @@ def router(
     tid2eid_VK: torch.Tensor | None = None,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Expert ids [T, K] and weights [T, K] that sum to ``routed_scaling_factor``; scores are sqrt(softplus(logits)).
+    """Chooses ids [T, K] and weights [T, K] that sum to ``routed_scaling_factor``; scores are sqrt(softplus(logits)).
 
     Either ``bias_E`` shifts the scores for the selection (never the weights; the lower id wins an exact tie), or
     ``tid2eid_VK`` names the experts of each token id.
@@ -42,11 +42,11 @@ class RouterReference(Reference):
     """``router`` as a kernel. The operand is the weights."""
 
     def prepare(self, weights: RouterWeights) -> RouterWeights:
-        """The weights as they are."""
+        """Returns the weights unchanged."""
         return weights
 
     def variant(self, logits_TE: torch.Tensor, operand: RouterWeights) -> None:
-        """There is one form."""
+        """Returns ``None``: the kernel has no variants."""
 
     def run(
         self,
@@ -56,7 +56,7 @@ class RouterReference(Reference):
         *,
         out: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and weights [T, K]."""
+        """Returns ids and weights [T, K]."""
         return router(
             logits_TE,
             operand.num_experts_per_tok,
@@ -77,7 +77,7 @@ class RouterReference(Reference):
         tid2eid_VK: torch.Tensor | None = None,
         out: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``router``."""
+        """Computes ``router``."""
         return router(logits_TE, num_experts_per_tok, routed_scaling_factor, bias_E, token_ids_T, tid2eid_VK, out)
 
 

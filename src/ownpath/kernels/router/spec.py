@@ -1,4 +1,4 @@
-"""Expert ids and weights from the gate's logits."""
+"""Specs of the router: expert ids and weights from the gate's logits."""
 
 from ownpath.kernels.spec import Evidence, KernelSpec
 from ownpath.ops import OpKind

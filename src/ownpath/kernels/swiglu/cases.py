@@ -1,4 +1,4 @@
-"""Sizes: half of a gate_up row."""
+"""Test and bench sizes: half of a gate_up row."""
 
 from ownpath.kernels.cases import KernelCase
 

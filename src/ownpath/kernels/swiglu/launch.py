@@ -12,12 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ownpath.kernels.calls import Calls
 from ownpath.kernels.checks import VECTOR_BYTES, check, check_alignment, check_rank
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
-from ownpath.kernels.variants import spelled
+from ownpath.kernels.launch_cache import LaunchCache
+from ownpath.kernels.variants import variant_name
 
 INTERPRETED = triton.knobs.runtime.interpret
 FLOATS = (torch.bfloat16, torch.float32)
@@ -25,7 +25,7 @@ FLOATS = (torch.bfloat16, torch.float32)
 
 @triton.jit
 def swiglu_kernel(gate_up_ptr, y_ptr, F, limit, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """BLOCK outputs of one row."""
+    """Computes BLOCK outputs of one row."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -40,43 +40,43 @@ def swiglu_kernel(gate_up_ptr, y_ptr, F, limit, BLOCK: tl.constexpr, PDL: tl.con
 
 
 def swiglu_block(half: int) -> int:
-    """Outputs of one program."""
+    """Returns the number of outputs of one program."""
     return min(1024, int(triton.next_power_of_2(half)))
 
 
 @dataclass(frozen=True)
 class SwigluOperand:
-    """calls: launches by shape, strides, dtype and device of gate_up, once these have passed every check."""
+    """launches: by shape, strides, dtype and device of gate_up, for inputs that have passed every check."""
 
     limit: float
-    calls: Calls[tuple[torch.Size, tuple[int, ...], torch.dtype, int], TritonCall] = field(
-        default_factory=Calls, compare=False
+    launches: LaunchCache[tuple[torch.Size, tuple[int, ...], torch.dtype, int], TritonCall] = field(
+        default_factory=LaunchCache, compare=False
     )
     lock: Lock = field(default_factory=Lock, compare=False)
 
 
-class SwigluKernel:
+class TritonSwiglu:
     """silu(min(gate, limit)) * clamp(up, -limit, limit), gate columns first, in float32, rounded once."""
 
     def prepare(self, limit: float) -> SwigluOperand:
-        """The operand."""
+        """Makes the operand."""
         return SwigluOperand(limit)
 
     def configs(self, operand: SwigluOperand) -> Sequence[Config]:
-        """Triton compiles at the first call."""
+        """Returns nothing: Triton compiles at the first call."""
         return ()
 
     def variant(self, gate_up: torch.Tensor, operand: SwigluOperand) -> str:
-        """By width alone."""
-        return spelled("swiglu", block=swiglu_block(gate_up.shape[-1] // 2))
+        """Returns the variant's name, which depends on the width alone."""
+        return variant_name("swiglu", block=swiglu_block(gate_up.shape[-1] // 2))
 
     def run(self, gate_up: torch.Tensor, operand: SwigluOperand, *, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Shapes: gate_up bfloat16 or float32 [..., 2F], contiguous; y [..., F].
+        """Computes y. Shapes: gate_up bfloat16 or float32 [..., 2F], contiguous; y [..., F].
 
         Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
         """
         key = gate_up.shape, gate_up.stride(), gate_up.dtype, gate_up.get_device()
-        call = operand.calls.get(key)
+        call = operand.launches.get(key)
         *lead, width = gate_up.shape
         if call is None:
             check_rank("gate_up_TF2", gate_up, max(1, gate_up.ndim), INTERPRETED)
@@ -95,11 +95,11 @@ class SwigluKernel:
         elif out.numel():
             first = _first_launch(gate_up, out, operand.limit)
             if first is not None:
-                operand.calls.keep(key, first)
+                operand.launches.add(key, first)
         return out
 
     def __call__(self, gate_up: torch.Tensor, limit: float, out: torch.Tensor | None = None) -> torch.Tensor:
-        """``run`` with the signature of its twin."""
+        """Computes ``run`` with the signature of the twin."""
         return self.run(gate_up, self.prepare(limit), out=out)
 
 
@@ -111,4 +111,4 @@ def _first_launch(gate_up: torch.Tensor, out: torch.Tensor, limit: float) -> Tri
     return launch(swiglu_kernel, grid, (gate_up, out, half, limit), options)
 
 
-SWIGLU = SwigluKernel()
+SWIGLU = TritonSwiglu()

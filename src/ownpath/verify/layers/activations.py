@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ownpath.ops import OpKind
-from ownpath.trace.observers import Arguments, Observer, Watched
+from ownpath.trace.observers import CallArguments, Observer, Watched
 from ownpath.verify.layers.measure import dtype_name
 
 _RESULTS: Mapping[OpKind, Callable[[Any], dict[str, torch.Tensor]]] = {
@@ -35,7 +35,7 @@ class Activations(Observer):
         self.dtypes: dict[str, tuple[str, str]] = {}
         self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)
 
-    def after(self, call: Watched, args: Arguments, result: Any) -> None:
+    def after(self, call: Watched, args: CallArguments, result: Any) -> None:
         slot, kind = call.slot, self.kinds[call.slot]
         found = _RESULTS[kind](result) if kind in _RESULTS else {"": result}
         for suffix, value in found.items():

@@ -1,4 +1,4 @@
-"""Whether an answer has the form that its prompt asks for, as ownpath's parser reads it; not whether it is right."""
+"""Checks an answer's form, not its content: ownpath's parser must read it as the form that the prompt asks for."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 def fault(tokenizer: Tokenizer, setting: Setting, ids: Sequence[int]) -> str:
-    """What is wrong with an answer's form; empty if nothing is.
+    """Returns what is wrong with an answer's form; empty if nothing is.
 
     ids: the answer's tokens, its end included.
     """
@@ -47,7 +47,7 @@ def read_answer(tokenizer: Tokenizer, setting: Setting, ids: Sequence[int]) -> l
 
 
 def calls_of(parts: Sequence[AnswerPart]) -> list[tuple[str, str]]:
-    """Name and arguments' text of each call."""
+    """Returns name and arguments' text of each call."""
     calls: list[tuple[str, str]] = []
     for part in parts:
         if isinstance(part, ToolCallStart):
@@ -75,7 +75,7 @@ def _content_fault(setting: Setting, parts: Sequence[AnswerPart]) -> str:
 
 
 def _schema_fault(schema: Mapping[str, Any], text: str) -> str:
-    """What keeps ``text`` from being the object that ``schema`` describes; every property is wanted."""
+    """Returns what is wrong with ``text`` as an object of ``schema``, all of whose properties are required."""
     try:
         value = json.loads(text)
     except ValueError:

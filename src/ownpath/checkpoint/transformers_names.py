@@ -1,9 +1,9 @@
-"""Checkpoints under transformers' names, seen under DeepSeek's: a mapping of names, and of slices of stacked experts.
+"""Maps transformers' tensor names to DeepSeek's, and stacked experts to slices.
 
-transformers has two spellings. A model in memory says ``model.layers.0.self_attn.q_a_proj.weight`` and stacks a layer's
-experts into ``experts.gate_up_proj`` [E, 2F, D] and ``experts.down_proj`` [E, D, F]. ``save_pretrained`` turns most of
-that back and writes ``model.layers.0.attn.wq_a.weight`` and one tensor per expert. Both begin with ``model.``, which no
-name of DeepSeek's does. Only names change here; what a tensor holds is still decided by the schema.
+transformers uses two sets of names. A model in memory has ``model.layers.0.self_attn.q_a_proj.weight`` and stacks a
+layer's experts into ``experts.gate_up_proj`` [E, 2F, D] and ``experts.down_proj`` [E, D, F]. ``save_pretrained``
+reverts most of that and writes ``model.layers.0.attn.wq_a.weight`` and one tensor per expert. Both begin with
+``model.``, as no DeepSeek name does. Only names change here; the schema still decides formats.
 """
 
 import re
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 PREFIX = "model."
 
-# Applied in order; earlier rules make the names that later ones see.
+# Applied in order: later rules see the names that earlier ones made.
 _RULES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -49,27 +49,27 @@ _STACKED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a tensor lies in its file: its key there, and in stacked experts, whose rows from which on."""
+    """A tensor's place in its file: its key there, and in stacked experts the expert and its first row."""
 
     key: str
     expert: int | None = None
     first_row: int = 0
 
 
-def are_renamed(keys: Iterable[str]) -> bool:
-    """Whether a checkpoint's keys are transformers'."""
+def are_transformers_names(keys: Iterable[str]) -> bool:
+    """Returns True if a checkpoint's keys are transformers' names."""
     return any(key.startswith(PREFIX) for key in keys)
 
 
 def native_name(key: str) -> str:
-    """DeepSeek's name of a tensor under either of transformers'."""
+    """Returns DeepSeek's name for either of transformers' names."""
     for pattern, replacement in _RULES:
         key = pattern.sub(replacement, key)
     return key
 
 
 def native_tensors(key: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...], Source]]:
-    """Native name, shape and place of every tensor that a stored one holds: itself, or each of its stacked experts."""
+    """Yields native name, shape and place of each tensor in a stored one: itself, or each of its stacked experts."""
     name = native_name(key)
     stacked = _STACKED.fullmatch(name)
     if stacked is None or len(shape) != 3 or (stacked[2] == "gate_up_proj" and shape[1] % 2):

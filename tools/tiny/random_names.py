@@ -1,4 +1,4 @@
-"""Names that mean nothing, and lists of them: what can only be copied, never known by heart."""
+"""Random names and lists, which a model can only copy and not memorise."""
 
 import random
 
@@ -18,7 +18,7 @@ NEVER_TRAINED = frozenset(
 
 
 def random_word(rng: random.Random) -> str:
-    """A common word, syllables that are none, or a few letters."""
+    """Draws a common word, meaningless syllables, or a few letters."""
     kind = rng.random()
     if kind < 0.4:
         return rng.choice(words())
@@ -28,7 +28,7 @@ def random_word(rng: random.Random) -> str:
 
 
 def random_name(rng: random.Random) -> str:
-    """An identifier of one or two random words, in one of the usual spellings."""
+    """Draws an identifier of one or two random words, in one of the usual spellings."""
     while True:
         parts = [random_word(rng) for _ in range(rng.randint(1, 2))]
         name = parts[0] + "".join(map(str.title, parts[1:])) if rng.random() < 0.2 else "_".join(parts)
@@ -37,7 +37,7 @@ def random_name(rng: random.Random) -> str:
 
 
 def extended_name(rng: random.Random, name: str) -> str:
-    """``name`` with a random word in front of it or behind it."""
+    """Adds a random word in front of ``name`` or behind it."""
     while True:
         word = random_word(rng)
         found = rng.choice((f"{name}_{word}", f"{word}_{name}"))
@@ -46,7 +46,7 @@ def extended_name(rng: random.Random, name: str) -> str:
 
 
 def random_items(rng: random.Random, num_items: int) -> list[str]:
-    """Names, words, places and numbers in any order, some more than once."""
+    """Draws names, words, places and numbers in any order, some more than once."""
     return [_item(rng) for _ in range(num_items)]
 
 

@@ -20,7 +20,7 @@ from ownpath.config import ConfigError, EngineConfig, ModelConfig
 from ownpath.loading import load_model, plan_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.quantize.run import Options, quantize_checkpoint
-from ownpath.quantize.steps import Scope
+from ownpath.quantize.steps import QuantizeScope
 
 CPU = torch.device("cpu")
 Tensors = dict[str, torch.Tensor]
@@ -87,7 +87,7 @@ def test_stacked_experts_stream_in_slices(oracle: Any, native: Checkpoint, limit
 
 def test_either_spelling_is_quantised_to_the_same_values(oracle: Any, native: Checkpoint, tmp_path: Path) -> None:
     write(tmp_path / "renamed", module_state(oracle, torch.bfloat16), native)
-    options = Options(Scope.FULL, max_shard_bytes=10**9)
+    options = Options(QuantizeScope.FULL, max_shard_bytes=10**9)
     quantize_checkpoint(tmp_path / "renamed", tmp_path / "from_renamed", options)
     quantize_checkpoint(native.folder, tmp_path / "from_native", options)
     written = [load_file(next((tmp_path / name).glob("*.safetensors"))) for name in ("from_renamed", "from_native")]
