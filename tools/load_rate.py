@@ -30,7 +30,7 @@ from ownpath.loading import device_caps
 from ownpath.plan.plan import Plan, make_plan
 from ownpath.plan.select import Demands
 from ownpath.weights.load import load_weights
-from ownpath.weights.memory import reserve
+from ownpath.weights.operands import reserve
 from ownpath.weights.readers import ReadOptions
 
 READ_BYTES = 8 * 2**20

@@ -16,8 +16,7 @@ from ownpath.runners.make import make_runners
 from ownpath.startup import compile_kernels
 from ownpath.trace import Ledger
 from ownpath.weights.load import LoadedWeights, load_weights
-from ownpath.weights.memory import reserve
-from ownpath.weights.operands import Allocate
+from ownpath.weights.operands import Allocate, reserve
 from ownpath.weights.readers import LoadProgress
 
 

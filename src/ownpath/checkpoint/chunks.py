@@ -9,8 +9,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import TensorInfo
+
+Bytes = NDArray[np.uint8]
 
 ALIGNMENT_BYTES = 64
 """Tensors are cut at multiples of this, counted from their own first byte: a multiple of every element's size."""

@@ -18,8 +18,7 @@ from ownpath.model.block import Block, Residual
 from ownpath.plan.plan import Plan
 from ownpath.verify.subject import Subject
 from ownpath.weights.load import LoadedWeights, load_weights
-from ownpath.weights.memory import reserve
-from ownpath.weights.operands import Allocate
+from ownpath.weights.operands import Allocate, reserve
 
 
 @dataclass(frozen=True)

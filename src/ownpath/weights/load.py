@@ -4,8 +4,8 @@ Each destination is written exactly once, from the one tensor planned for it; by
 (a numeric copy of an E8M0 scale would turn 2^-7 into 0). Scales are checked while loading, and a stored divisor becomes
 a multiplier.
 
-Several threads (``readers``) read the chunks of each shard (``checkpoint.chunks``) through buffers of bounded size
-(``staging``). Bytes are checked and copied straight to their destinations (``targets``, ``fill``).
+Several threads (``readers``) read the chunks of each shard (``checkpoint.chunks``) through buffers of bounded size.
+Bytes are checked and copied straight to their destinations (``targets``, ``fill``).
 """
 
 from dataclasses import dataclass
@@ -18,11 +18,9 @@ from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.reader import stream
 from ownpath.formats import NVFP4
 from ownpath.plan.plan import Plan, PlannedOp
-from ownpath.weights.checks import check_expert_ids
-from ownpath.weights.fill import Filler
+from ownpath.weights.fill import Filler, check_expert_ids
 from ownpath.weights.lossless import is_lossless_cast
-from ownpath.weights.memory import reserve
-from ownpath.weights.operands import STORAGE, Allocate, Destination, OperandBuffers, make_operand
+from ownpath.weights.operands import STORAGE, Allocate, Destination, OperandBuffers, make_operand, reserve
 from ownpath.weights.readers import LoadProgress, ReadOptions, read_chunks
 from ownpath.weights.targets import find_targets
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from ownpath.checkpoint.chunks import Bytes
 from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
 from ownpath.checkpoint.schema import PartSpec
-from ownpath.weights.checks import Bytes
 from ownpath.weights.operands import Destination
 
 _WIDENED = {("I32", torch.int64): torch.int32, ("BF16", torch.float32): torch.bfloat16}

@@ -21,14 +21,14 @@ SUFFIXES = {
 WITH_TOY = """
 import sys
 from ownpath.checkpoint import schema
-from ownpath.checkpoint.schema import Encoding, Part
+from ownpath.checkpoint.schema import Encoding, PartSpec
 from ownpath.formats import NVFP4
 
 parts = (
-    Part("qdata", "codes", ("U8",), lambda n, k: (n, k // 2)),
-    Part("scale", "block_scales", ("F8_E4M3",), lambda n, k: (n, k // 16)),
-    Part("global_scale", "tensor_scale", ("F32",), lambda n, k: ()),
-    Part("input_scale", "input_factor", ("F32",), lambda n, k: ()),
+    PartSpec("qdata", "codes", ("U8",), lambda n, k: (n, k // 2)),
+    PartSpec("scale", "block_scales", ("F8_E4M3",), lambda n, k: (n, k // 16)),
+    PartSpec("global_scale", "tensor_scale", ("F32",), lambda n, k: ()),
+    PartSpec("input_scale", "input_factor", ("F32",), lambda n, k: ()),
 )
 schema.ENCODINGS = (*schema.ENCODINGS, Encoding("toy-nvfp4", NVFP4, parts, "toy"))
 """
