@@ -70,9 +70,9 @@ def measure(case: KernelCase, num_tokens: int, with_torch: bool) -> dict[str, An
     """Measures one row of the table. Errors: AssertionError when the kernel is wrong."""
     device, moved_bytes = torch.device("cuda"), num_bytes(case, num_tokens)
     sets = [make_inputs(case, num_tokens, device, seed) for seed in range(num_sets(moved_bytes))]
-    kernel = KERNELS[f"triton.{case.kernel}"]
+    kernel = KERNELS[case.kernel]
     judge(case, kernel(*sets[0]), sets[0])
-    row = {"op": case.kernel, "shape": case.label, "tokens": num_tokens}
+    row = {"op": case.kernel.partition(".")[2], "shape": case.label, "tokens": num_tokens}
     row |= times([bound_call(kernel, inputs) for inputs in sets], moved_bytes)
     if with_torch:
         row["torch_us"] = twin_us(KERNELS[f"ref.{case.op}"], sets)

@@ -37,7 +37,7 @@ TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 1024)
 
 def time_tiles(case: KernelCase, module: Any, tiles: Any, sets: Sequence[tuple[Any, ...]]) -> float | str:
     """Returns the microseconds of a call with these tiles, or the reason why they cannot be timed."""
-    kernel = KERNELS[f"triton.{case.kernel}"]
+    kernel = KERNELS[case.kernel]
     with mock.patch.object(module, "choose_tiles", return_value=tiles):
         try:
             judge(case, kernel(*sets[0]), sets[0])
@@ -58,7 +58,7 @@ def main() -> None:
         ("grouped_linear", grouped, GROUPED),
     )
     for op, module, candidates in pairs:
-        case = next(case for case in CASES if case.op == op and case.label == "flash" and not case.variant)
+        case = next(case for case in CASES if case.kernel == f"triton.{op}" and case.label == "flash")
         for num_tokens in options.tokens:
             make = partial(make_inputs, case, num_tokens, device)
             sets = [make(seed) for seed in range(num_sets(num_bytes(case, num_tokens)))]

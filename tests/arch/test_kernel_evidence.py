@@ -58,9 +58,7 @@ def _asks_for(path: str, spec: KernelSpec) -> bool:
 
 def _has_case(text: str, spec: KernelSpec, *, for_bench: bool = False) -> bool:
     cases = (case for case in CASES if case.bench or not for_bench)
-    return "from ownpath.conformance.operations import CASES" in text and spec.name in {
-        f"triton.{case.kernel}" for case in cases
-    }
+    return "from ownpath.conformance.operations import CASES" in text and spec.name in {case.kernel for case in cases}
 
 
 def _measures(command: str, spec: KernelSpec) -> bool:

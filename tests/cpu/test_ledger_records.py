@@ -11,15 +11,17 @@ import torch
 from support.checkpoints import LAYOUTS, random_checkpoint
 
 from ownpath.config import EngineConfig
+from ownpath.formats import NVFP4
 from ownpath.kernels.contract import Routing
 from ownpath.kernels.nvfp4.choose import choose_linear, choose_moe
 from ownpath.kernels.nvfp4.launch import PackedWeight
 from ownpath.kernels.nvfp4.linear import LinearOperand, nvfp4_linear, nvfp4_linear_invariant
 from ownpath.kernels.nvfp4.moe import MoeOperand, nvfp4_moe
-from ownpath.kernels.registry import KERNELS, SPECS
+from ownpath.kernels.registry import KERNELS, SPECS, spec_of
 from ownpath.loading import load_model, plan_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.official import Step
+from ownpath.ops import OpKind
 from ownpath.plan.plan import Plan
 from ownpath.runners import (
     GroupedLinear,
@@ -216,37 +218,30 @@ def by_score(name: str) -> Router:
     return Router(PlainLinear(torch.zeros(8, 64)), 6, 1.0, torch.zeros(8), None, kernel=name)
 
 
-FORMS: dict[str, tuple[Callable[[str], Any], Callable[[int], tuple[Any, ...]], bool]] = {
-    "triton.rms_norm": (lambda name: RMSNorm(None, 1e-6, kernel=name), lambda t: (rows(t, 64),), True),
-    "triton.swiglu": (lambda name: SwiGLU(7.0, kernel=name), lambda t: (rows(t, 128),), True),
-    "triton.router": (by_score, lambda t: (rows(t, 64), torch.zeros(t, dtype=torch.int64)), True),
-    "triton.plain_linear_invariant": (
-        lambda name: PlainLinear(torch.zeros(8, 64, dtype=BF16), kernel=name),
-        lambda t: (rows(t, 64),),
-        True,
-    ),
-    "triton.hyper_boundary": (boundary, lambda t: (rows(t, 4, 64), None, None), False),
-    "triton.hyper_boundary_invariant": (boundary, lambda t: (rows(t, 4, 64), None, None), True),
-    "triton.grouped_linear": (grouped, turned, False),
-    "triton.grouped_linear_invariant": (grouped, turned, True),
-    "triton.nvfp4_linear_w4a4_sm100": (linear_w4a4, lambda t: (rows(t, 256),), False),
-    "triton.nvfp4_linear_w4a4_sm100_invariant": (linear_w4a4, lambda t: (rows(t, 256),), True),
-    "triton.nvfp4_moe_w4a4_sm100": (experts_w4a4, routed, False),
-    "triton.nvfp4_moe_w4a4_sm100_invariant": (experts_w4a4, routed, True),
+def linear(name: str) -> PlainLinear | Nvfp4LinearW4A4:
+    is_stored_in_nvfp4 = NVFP4 in spec_of(name).formats
+    return linear_w4a4(name) if is_stored_in_nvfp4 else PlainLinear(torch.zeros(8, 256, dtype=BF16), kernel=name)
+
+
+RUNNERS: dict[OpKind, tuple[Callable[[str], Any], Callable[[int], tuple[Any, ...]]]] = {
+    OpKind.LINEAR: (linear, lambda t: (rows(t, 256),)),
+    OpKind.MOE: (experts_w4a4, routed),
+    OpKind.GROUPED: (grouped, turned),
+    OpKind.HYPER: (boundary, lambda t: (rows(t, 4, 64), None, None)),
+    OpKind.NORM: (lambda name: RMSNorm(None, 1e-6, kernel=name), lambda t: (rows(t, 64),)),
+    OpKind.ROUTER: (by_score, lambda t: (rows(t, 64), torch.zeros(t, dtype=torch.int64))),
+    OpKind.SWIGLU: (lambda name: SwiGLU(7.0, kernel=name), lambda t: (rows(t, 128),)),
 }
-"""Kernel -> (its runner, arguments for so many tokens, whether it has one form for every number of tokens)."""
+"""Operation -> its runner around a kernel, and the arguments of a call of so many tokens."""
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", [name for name in KERNELS if name.startswith("triton.")])
 def test_a_triton_kernel_names_the_tile_for_its_sizes(name: str) -> None:
     """Few tokens and many take the tiles that the launchers choose: one where bits must not depend on the number."""
-    make, arguments, has_one_form = FORMS[name]
+    spec = spec_of(name)
+    make, arguments = RUNNERS[spec.kind]
     runner = make(name)
     assert use_of(runner).kernel == name
     few, many = (variant_of(runner, arguments(num_tokens)) for num_tokens in (1, 3000))
-    assert (few == many) == has_one_form
+    assert (few == many) == spec.is_batch_invariant
     assert re.fullmatch(r"[a-z0-9_]+", few)
-
-
-def test_every_triton_kernel_is_among_them() -> None:
-    assert set(FORMS) == {name for name in KERNELS if name.startswith("triton.")}

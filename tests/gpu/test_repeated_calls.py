@@ -68,7 +68,7 @@ def moved(value: Any, flips: bool) -> Any:
 @pytest.mark.parametrize("num_tokens", [1, 20])
 def test_small_operations(name: str, num_tokens: int, cuda: torch.device) -> None:
     case = FIRST[name]
-    kernel, inputs = KERNELS[f"triton.{name}"], make_inputs(case, num_tokens, cuda)
+    kernel, inputs = KERNELS[name], make_inputs(case, num_tokens, cuda)
     weights = {"rms_norm": (1, 2), "swiglu": (1,), "grouped_linear": (3,), "hyper_boundary": (3,)}.get(case.op, (3, 5))
     call = again(kernel, case.op, inputs)
     for flips in (False, True, True):

@@ -9,11 +9,11 @@ from ownpath.conformance.memory import memory_problem
 from ownpath.conformance.operations import CASES, call_of, judge, make_inputs, tensors
 from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.hyper.ref import HyperOut
-from ownpath.kernels.registry import KERNELS
+from ownpath.kernels.registry import KERNELS, spec_of
 
 pytestmark = pytest.mark.gpu
 
-INVARIANT = [case for case in CASES if case.variant or case.op not in ("hyper_boundary", "grouped_linear")]
+INVARIANT = [case for case in CASES if spec_of(case.kernel).is_batch_invariant]
 RUNS = [(case, num_tokens) for case in CASES for num_tokens in case.tokens]
 
 
@@ -23,7 +23,7 @@ def label(value: Any) -> str:
 
 def out_arguments(case: KernelCase, inputs: tuple[Any, ...]) -> dict[str, Any]:
     """Outputs and workspace, all NaN or -1, for a call that must allocate nothing."""
-    result = KERNELS[f"triton.{case.kernel}"](*inputs)
+    result = KERNELS[case.kernel](*inputs)
     for tensor in tensors(result):
         tensor.fill_(torch.nan if tensor.is_floating_point() else -1)
     arguments = {"out": result}
@@ -45,7 +45,7 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize(("case", "num_tokens"), RUNS, ids=label)
 def test_values_and_repetition(case: KernelCase, num_tokens: int, cuda: torch.device) -> None:
     """Right, every element written, the same bits again, and no allocation in the call."""
-    kernel, inputs = KERNELS[f"triton.{case.kernel}"], make_inputs(case, num_tokens, cuda)
+    kernel, inputs = KERNELS[case.kernel], make_inputs(case, num_tokens, cuda)
     arguments = out_arguments(case, inputs)
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     result = kernel(*inputs, **arguments)
@@ -60,13 +60,13 @@ def test_values_and_repetition(case: KernelCase, num_tokens: int, cuda: torch.de
 def test_memory_does_not_matter(case: KernelCase, cuda: torch.device) -> None:
     """As ``ownpath verify`` asks of every slot (K02)."""
     inputs = make_inputs(case, 33, cuda)
-    assert not memory_problem(call_of(case, KERNELS[f"triton.{case.kernel}"], inputs))
+    assert not memory_problem(call_of(case, KERNELS[case.kernel], inputs))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.bench], ids=label)
 def test_graph_replay(case: KernelCase, cuda: torch.device) -> None:
     """A captured call follows its inputs: new values in the same tensors give new, right outputs."""
-    kernel, num_tokens = KERNELS[f"triton.{case.kernel}"], case.tokens[0]
+    kernel, num_tokens = KERNELS[case.kernel], case.tokens[0]
     inputs, fresh = (make_inputs(case, num_tokens, cuda, seed=seed) for seed in (0, 5))
     arguments = out_arguments(case, inputs)
     kernel(*inputs, **arguments)
@@ -83,9 +83,7 @@ def test_graph_replay(case: KernelCase, cuda: torch.device) -> None:
 @pytest.mark.parametrize("case", INVARIANT, ids=label)
 def test_a_token_does_not_depend_on_its_neighbours(case: KernelCase, cuda: torch.device) -> None:
     """The first rows of a long call have the bits of a short call."""
-    if case.kernel == "grouped_linear":
-        pytest.skip("its tile depends on the number of tokens")
-    kernel, inputs = KERNELS[f"triton.{case.kernel}"], make_inputs(case, 33, cuda)
+    kernel, inputs = KERNELS[case.kernel], make_inputs(case, 33, cuda)
     whole = tensors(kernel(*inputs))
     for num_rows in (1, 3, 20):
         part = kernel(*(rows_of(value, num_rows) for value in inputs))

@@ -15,7 +15,7 @@ TINY = [(case, num_tokens) for case in CASES if case.tiny for num_tokens in case
 @pytest.mark.parametrize(("case", "num_tokens"), TINY, ids=lambda value: getattr(value, "label", str(value)))
 def test_kernel(case: KernelCase, num_tokens: int) -> None:
     inputs = make_inputs(case, num_tokens, CPU)
-    judge(case, KERNELS[f"triton.{case.kernel}"](*inputs), inputs)
+    judge(case, KERNELS[case.kernel](*inputs), inputs)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.tiny], ids=lambda case: f"{case.kernel} {case.label}")
@@ -29,10 +29,10 @@ def test_reference(case: KernelCase) -> None:
 def test_memory_does_not_matter(case: KernelCase) -> None:
     """As ``ownpath verify`` asks of every slot (K02)."""
     inputs = make_inputs(case, 5, CPU)
-    assert not memory_problem(call_of(case, KERNELS[f"triton.{case.kernel}"], inputs))
+    assert not memory_problem(call_of(case, KERNELS[case.kernel], inputs))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.tiny], ids=lambda case: f"{case.kernel} {case.label}")
 def test_no_tokens(case: KernelCase) -> None:
-    for tensor in tensors(KERNELS[f"triton.{case.kernel}"](*make_inputs(case, 0, CPU))):
+    for tensor in tensors(KERNELS[case.kernel](*make_inputs(case, 0, CPU))):
         assert tensor.numel() == 0

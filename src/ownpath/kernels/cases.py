@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class KernelCase:
     """One operation at one shape. sizes: defined by the family; tokens: numbers of rows.
 
-    op: the registry's names are ``ref.<op>`` and, with the variant, ``triton.<op><variant>``.
+    op: whose arguments and judge ``conformance.operations`` takes. kernel: its name; ``triton.<op>`` by default.
     tiny: small enough to be interpreted on a CPU. bench: shown in the bench's table.
     """
 
@@ -17,8 +17,7 @@ class KernelCase:
     tokens: tuple[int, ...]
     tiny: bool = False
     bench: bool = False
-    variant: str = ""
+    kernel: str = ""
 
-    @property
-    def kernel(self) -> str:
-        return self.op + self.variant
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kernel", self.kernel or f"triton.{self.op}")

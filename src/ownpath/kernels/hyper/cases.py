@@ -8,9 +8,11 @@ CASES = (
     KernelCase("hyper_boundary", "odd", (392, 24, 1), (2, 6), tiny=True),
     KernelCase("hyper_boundary", "first", (256, 24, 0), (1, 6), tiny=True),
     KernelCase("hyper_boundary", "last", (256, 4, 1), (1, 6), tiny=True),
-    KernelCase("hyper_boundary", "tiny", (256, 24, 1), (1, 17), tiny=True, variant="_invariant"),
+    KernelCase("hyper_boundary", "tiny", (256, 24, 1), (1, 17), tiny=True, kernel="triton.hyper_boundary_invariant"),
     KernelCase("hyper_boundary", "flash", (4096, 24, 1), (*FEW, *MANY, 4096), bench=True),
-    KernelCase("hyper_boundary", "flash", (4096, 24, 1), (1, 64, 255), bench=True, variant="_invariant"),
+    KernelCase(
+        "hyper_boundary", "flash", (4096, 24, 1), (1, 64, 255), bench=True, kernel="triton.hyper_boundary_invariant"
+    ),
     KernelCase("hyper_boundary", "flash last", (4096, 4, 1), (1, 64)),
     KernelCase("hyper_boundary", "flash first", (4096, 24, 0), (1, 64)),
     KernelCase("hyper_boundary", "pro", (7168, 24, 1), (*FEW, *MANY), bench=True),
