@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ownpath.kernels.checks import require_input, require_routing
-from ownpath.kernels.contract import FusedExpert, Routing, StoredExperts, StoredLinear
+from ownpath.kernels.contract import Routing, StoredExperts, StoredLinear
 from ownpath.kernels.fp8.layout import PackedFp8, row_order, unpack_blocks
 from ownpath.kernels.mixture import mixture, sum_dtype, with_shared
-from ownpath.kernels.reference import Reference, filled
+from ownpath.kernels.reference import ExpertsReference, LinearReference
 from ownpath.numerics import decode_fp8_block
 from ownpath.numerics.e4m3 import E4M3_MAX, decode_e4m3, encode_e4m3
 from ownpath.numerics.e8m0 import decode_e8m0, encode_e8m0_ceil
@@ -107,84 +106,23 @@ def fp8_moe(
     return mixture(x_TD, ids_TK, weights_TK, gate_up, down, swiglu_limit)
 
 
-class Fp8LinearReference(Reference):
-    """``fp8_linear`` as a kernel; its operand is the stored weight."""
-
-    def prepare(self, stored: StoredLinear) -> StoredLinear:
-        """Returns the shards unchanged: each has its own grid of scales."""
-        return stored
-
-    def restore(self, operand: StoredLinear) -> tuple[QuantTensor, ...]:
-        """Returns the shards."""
-        return operand.shards
-
-    def variant(self, x: torch.Tensor, operand: StoredLinear) -> None:
-        """Returns ``None``: the kernel has no variants."""
-
-    def workspace(self, operand: StoredLinear, num_tokens: int) -> None:
-        """Returns ``None``: no call needs scratch."""
-
-    def run(
-        self,
-        x: torch.Tensor,
-        operand: StoredLinear,
-        *,
-        out: torch.Tensor | None = None,
-        workspace: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Computes y [..., N] in the dtype of x. Errors: ValueError naming what is wrong with x."""
-        num_rows, width = operand.shape
-        require_input(x, width, operand.shards[0].qdata)
-        rows = x.flatten(0, -2)
-        parts = [fp8_linear(rows, shard.qdata, _scale(shard)) for shard in operand.shards]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        return filled(out, y.view(*x.shape[:-1], num_rows))
-
-    def run_wide(self, x: torch.Tensor, operand: StoredLinear) -> torch.Tensor:
-        """Computes y in at least float32."""
-        return self.run(x.to(torch.promote_types(x.dtype, torch.float32)), operand)
+def _linear(x_MK: Tensor, operand: StoredLinear) -> Tensor:
+    """Computes each shard by itself: each has its own grid of scales."""
+    parts = [fp8_linear(x_MK, shard.qdata, _scale(shard)) for shard in operand.shards]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-class Fp8MoeReference(Reference):
-    """``fp8_moe`` as a kernel; its operand is the stored experts."""
-
-    def prepare(self, stored: StoredExperts) -> StoredExperts:
-        """Returns the stored experts unchanged."""
-        return stored
-
-    def restore(self, operand: StoredExperts, expert: int) -> FusedExpert:
-        """Returns one expert's matrices."""
-        return operand.gate_up.of_expert(expert), operand.down.of_expert(expert)
-
-    def variant(self, x: torch.Tensor, routing: Routing, operand: StoredExperts) -> None:
-        """Returns ``None``: the kernel has no variants."""
-
-    def workspace(self, operand: StoredExperts, num_tokens: int, num_slots: int) -> None:
-        """Returns ``None``: no call needs scratch."""
-
-    def run(
-        self,
-        x: torch.Tensor,
-        routing: Routing,
-        operand: StoredExperts,
-        *,
-        out: torch.Tensor | None = None,
-        workspace: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Computes y [T, D] in the dtype of x. Errors: ValueError naming what is wrong with x or the routing."""
-        require_input(x, operand.hidden_size, operand.gate_up.qdata)
-        require_routing(x, routing.ids, routing.weights)
-        y = fp8_moe(
-            x,
-            routing.ids,
-            routing.weights,
-            (operand.gate_up.qdata, _scale(operand.gate_up)),
-            (operand.down.qdata, _scale(operand.down)),
-            operand.swiglu_limit,
-            num_shared=routing.num_shared,
-            expert_map=routing.expert_map,
-        )
-        return filled(out, y)
+def _experts(x_TD: Tensor, routing: Routing, operand: StoredExperts) -> Tensor:
+    return fp8_moe(
+        x_TD,
+        routing.ids,
+        routing.weights,
+        (operand.gate_up.qdata, _scale(operand.gate_up)),
+        (operand.down.qdata, _scale(operand.down)),
+        operand.swiglu_limit,
+        num_shared=routing.num_shared,
+        expert_map=routing.expert_map,
+    )
 
 
 def _scale(weight: QuantTensor) -> Tensor:
@@ -192,5 +130,5 @@ def _scale(weight: QuantTensor) -> Tensor:
     return weight.scale
 
 
-FP8_LINEAR = Fp8LinearReference()
-FP8_MOE = Fp8MoeReference()
+FP8_LINEAR = LinearReference(_linear)
+FP8_MOE = ExpertsReference(_experts)

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from ownpath.formats import NVFP4
-from ownpath.kernels.checks import require_input, require_routing
-from ownpath.kernels.contract import FusedExpert, Routing, StoredExperts, StoredLinear
+from ownpath.kernels.contract import Routing, StoredExperts, StoredLinear
 from ownpath.kernels.mixture import mixture, sum_dtype, with_shared
-from ownpath.kernels.reference import Reference, filled
+from ownpath.kernels.reference import ExpertsReference, LinearReference
 from ownpath.kernels.shards import fuse_nvfp4
 from ownpath.numerics import decode_nvfp4_blocks
 from ownpath.qtensor import QuantTensor
@@ -62,92 +61,34 @@ def nvfp4_moe(
     return mixture(x_TD, ids_TK, weights_TK, gate_up, down, swiglu_limit)
 
 
-class Nvfp4LinearReference(Reference):
-    """``nvfp4_linear`` as a kernel; its operand is the stored weight."""
-
-    def prepare(self, stored: StoredLinear) -> StoredLinear:
-        """Concatenates shards, with a global scale per row; a single shard is used as it is."""
-        return StoredLinear((QuantTensor(*fuse_nvfp4(stored), NVFP4),))
-
-    def restore(self, operand: StoredLinear) -> tuple[QuantTensor, ...]:
-        """Returns the operand as one matrix."""
-        return operand.shards
-
-    def variant(self, x: torch.Tensor, operand: StoredLinear) -> None:
-        """Returns ``None``: the kernel has no variants."""
-
-    def workspace(self, operand: StoredLinear, num_tokens: int) -> None:
-        """Returns ``None``: no call needs scratch."""
-
-    def run(
-        self,
-        x: torch.Tensor,
-        operand: StoredLinear,
-        *,
-        out: torch.Tensor | None = None,
-        workspace: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Computes y [..., N] in the dtype of x. Errors: ValueError naming what is wrong with x."""
-        num_rows, width = operand.shape
-        require_input(x, width, operand.shards[0].qdata)
-        (weight,) = operand.shards
-        assert weight.scale is not None
-        assert weight.global_scale is not None
-        y = nvfp4_linear(x.reshape(-1, width), weight.qdata, weight.scale, weight.global_scale)
-        return filled(out, y.view(*x.shape[:-1], num_rows))
-
-    def run_wide(self, x: torch.Tensor, operand: StoredLinear) -> torch.Tensor:
-        """Computes y in at least float32."""
-        return self.run(x.to(torch.promote_types(x.dtype, torch.float32)), operand)
+def _fuse(stored: StoredLinear) -> StoredLinear:
+    """Concatenates shards, with a global scale per row; a single shard is used as it is."""
+    return StoredLinear((QuantTensor(*fuse_nvfp4(stored), NVFP4),))
 
 
-class Nvfp4MoeReference(Reference):
-    """``nvfp4_moe`` as a kernel; its operand is the stored experts."""
-
-    def prepare(self, stored: StoredExperts) -> StoredExperts:
-        """Returns the stored experts unchanged."""
-        return stored
-
-    def restore(self, operand: StoredExperts, expert: int) -> FusedExpert:
-        """Returns one expert's matrices."""
-        return operand.gate_up.of_expert(expert), operand.down.of_expert(expert)
-
-    def variant(self, x: torch.Tensor, routing: Routing, operand: StoredExperts) -> None:
-        """Returns ``None``: the kernel has no variants."""
-
-    def workspace(self, operand: StoredExperts, num_tokens: int, num_slots: int) -> None:
-        """Returns ``None``: no call needs scratch."""
-
-    def run(
-        self,
-        x: torch.Tensor,
-        routing: Routing,
-        operand: StoredExperts,
-        *,
-        out: torch.Tensor | None = None,
-        workspace: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Computes y [T, D] in the dtype of x. Errors: ValueError naming what is wrong with x or the routing."""
-        require_input(x, operand.hidden_size, operand.gate_up.qdata)
-        require_routing(x, routing.ids, routing.weights)
-        y = nvfp4_moe(
-            x,
-            routing.ids,
-            routing.weights,
-            _side(operand.gate_up),
-            _side(operand.down),
-            operand.swiglu_limit,
-            num_shared=routing.num_shared,
-            expert_map=routing.expert_map,
-        )
-        return filled(out, y)
+def _linear(x_MK: torch.Tensor, operand: StoredLinear) -> torch.Tensor:
+    (weight,) = operand.shards
+    return nvfp4_linear(x_MK, *_parts(weight))
 
 
-def _side(side: QuantTensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    assert side.scale is not None
-    assert side.global_scale is not None
-    return side.qdata, side.scale, side.global_scale
+def _experts(x_TD: torch.Tensor, routing: Routing, operand: StoredExperts) -> torch.Tensor:
+    return nvfp4_moe(
+        x_TD,
+        routing.ids,
+        routing.weights,
+        _parts(operand.gate_up),
+        _parts(operand.down),
+        operand.swiglu_limit,
+        num_shared=routing.num_shared,
+        expert_map=routing.expert_map,
+    )
 
 
-NVFP4_LINEAR = Nvfp4LinearReference()
-NVFP4_MOE = Nvfp4MoeReference()
+def _parts(weight: QuantTensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    assert weight.scale is not None
+    assert weight.global_scale is not None
+    return weight.qdata, weight.scale, weight.global_scale
+
+
+NVFP4_LINEAR = LinearReference(_linear, _fuse)
+NVFP4_MOE = ExpertsReference(_experts)

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from ownpath.formats import FP8_BLOCK, MXFP4, NVFP4, Format
-from ownpath.kernels.checks import require, require_input, require_routing
-from ownpath.kernels.contract import FusedExpert, Routing, StoredExperts
+from ownpath.kernels.checks import require
+from ownpath.kernels.contract import Routing, StoredExperts
 from ownpath.kernels.mixture import ExpertProduct, clamped_swiglu, mixture, sum_dtype
-from ownpath.kernels.reference import Reference, filled
+from ownpath.kernels.reference import ExpertsReference
 from ownpath.numerics import (
     decode_fp8_block,
     decode_mxfp4_blocks,
@@ -152,18 +152,19 @@ def _known(topk_ids_TK: torch.Tensor, w13: ExpertWeights) -> torch.Tensor:
     return torch.where(topk_ids_TK < len(w13.qdata), topk_ids_TK, -1)
 
 
-ExpertsFunction = Callable[
+MoeFunction = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, ExpertWeights, ExpertWeights, float],
     torch.Tensor,
 ]
 """One of ``moe_quantized_inputs``, ``moe_weight_first`` and ``moe_official``."""
 
 
-class OfficialMoeReference(Reference):
-    """Experts that are decoded from their stored format when a token chooses them."""
+class OfficialExperts(ExpertsReference):
+    """Experts that may read the calibrated scales of their inputs."""
 
-    def __init__(self, experts: ExpertsFunction) -> None:
-        self._experts = experts
+    def __init__(self, function: MoeFunction) -> None:
+        super().__init__(self._run)
+        self._function = function
 
     def prepare(self, stored: StoredExperts) -> StoredExperts:
         """Returns the stored experts. Errors: ValueError naming an input scale of a wrong shape or dtype."""
@@ -172,36 +173,15 @@ class OfficialMoeReference(Reference):
                 require(f"{name}_input_scale", scale, (torch.float32,), (stored.num_experts,))
         return stored
 
-    def restore(self, operand: StoredExperts, expert: int) -> FusedExpert:
-        """Returns one expert's matrices."""
-        return operand.gate_up.of_expert(expert), operand.down.of_expert(expert)
-
-    def variant(self, x: torch.Tensor, routing: Routing, operand: StoredExperts) -> None:
-        """Returns ``None``: the kernel has no variants."""
-
-    def workspace(self, operand: StoredExperts, num_tokens: int, num_slots: int) -> None:
-        """Returns ``None``: no call needs scratch."""
-
-    def run(
-        self,
-        x: torch.Tensor,
-        routing: Routing,
-        operand: StoredExperts,
-        *,
-        out: torch.Tensor | None = None,
-        workspace: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Computes y [T, D]. Errors: ValueError for a wrong x or routing, shared experts or an expert map."""
+    def _run(self, x_TD: torch.Tensor, routing: Routing, operand: StoredExperts) -> torch.Tensor:
         if routing.num_shared or routing.expert_map is not None:
             raise ValueError("experts of official numerics take neither shared experts nor an expert map")
-        require_input(x, operand.hidden_size, operand.gate_up.qdata)
-        require_routing(x, routing.ids, routing.weights)
         up, down = operand.gate_up, operand.down
         w13 = ExpertWeights(up.format, up.qdata, up.scale, up.global_scale, operand.gate_up_input_scale)
         w2 = ExpertWeights(down.format, down.qdata, down.scale, down.global_scale, operand.down_input_scale)
-        return filled(out, self._experts(x, routing.ids, routing.weights, w13, w2, operand.swiglu_limit))
+        return self._function(x_TD, routing.ids, routing.weights, w13, w2, operand.swiglu_limit)
 
 
-MOE_QUANTIZED_INPUTS = OfficialMoeReference(moe_quantized_inputs)
-MOE_WEIGHT_FIRST = OfficialMoeReference(moe_weight_first)
-MOE_OFFICIAL = OfficialMoeReference(moe_official)
+MOE_QUANTIZED_INPUTS = OfficialExperts(moe_quantized_inputs)
+MOE_WEIGHT_FIRST = OfficialExperts(moe_weight_first)
+MOE_OFFICIAL = OfficialExperts(moe_official)

@@ -7,11 +7,10 @@ F expert width, S rows sent to one expert.
 import torch
 import torch.nn.functional as F
 
-from ownpath.kernels.checks import require_input, require_routing
-from ownpath.kernels.contract import FusedExpert, Routing, StoredExperts
+from ownpath.kernels.contract import Routing, StoredExperts
 from ownpath.kernels.mixture import mixture, with_shared
 from ownpath.kernels.plain.operand import PlainKernel
-from ownpath.kernels.reference import Reference, filled
+from ownpath.kernels.reference import ExpertsReference
 
 
 def plain_linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
@@ -48,47 +47,18 @@ def plain_moe(
     return mixture(x_TD, ids_TK, weights_TK, gate_up, down, swiglu_limit)
 
 
-class PlainMoeReference(Reference):
-    """``plain_moe`` as a kernel; its operand is the stored experts."""
-
-    def prepare(self, stored: StoredExperts) -> StoredExperts:
-        """Returns the stored experts unchanged."""
-        return stored
-
-    def restore(self, operand: StoredExperts, expert: int) -> FusedExpert:
-        """Returns one expert's matrices."""
-        return operand.gate_up.of_expert(expert), operand.down.of_expert(expert)
-
-    def variant(self, x: torch.Tensor, routing: Routing, operand: StoredExperts) -> None:
-        """Returns ``None``: the kernel has no variants."""
-
-    def workspace(self, operand: StoredExperts, num_tokens: int, num_slots: int) -> None:
-        """Returns ``None``: no call needs scratch."""
-
-    def run(
-        self,
-        x: torch.Tensor,
-        routing: Routing,
-        operand: StoredExperts,
-        *,
-        out: torch.Tensor | None = None,
-        workspace: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Computes y [T, D] in the dtype of x. Errors: ValueError naming what is wrong with x or the routing."""
-        require_input(x, operand.hidden_size, operand.gate_up.qdata)
-        require_routing(x, routing.ids, routing.weights)
-        y = plain_moe(
-            x,
-            routing.ids,
-            routing.weights,
-            operand.gate_up.qdata,
-            operand.down.qdata,
-            operand.swiglu_limit,
-            num_shared=routing.num_shared,
-            expert_map=routing.expert_map,
-        )
-        return filled(out, y)
+def _experts(x_TD: torch.Tensor, routing: Routing, operand: StoredExperts) -> torch.Tensor:
+    return plain_moe(
+        x_TD,
+        routing.ids,
+        routing.weights,
+        operand.gate_up.qdata,
+        operand.down.qdata,
+        operand.swiglu_limit,
+        num_shared=routing.num_shared,
+        expert_map=routing.expert_map,
+    )
 
 
 PLAIN_LINEAR = PlainKernel(plain_linear)
-PLAIN_MOE = PlainMoeReference()
+PLAIN_MOE = ExpertsReference(_experts)
