@@ -257,11 +257,11 @@ def _refuse_other_architectures(fields: dict[str, object], source: str) -> None:
     if model_type == _MODEL_TYPE or (model_type is None and _ARCHITECTURE in architectures):
         return
     found = f"model_type {model_type!r}, architectures {architectures!r}"
-    what = _what_it_is(model_type, architectures)
+    what = _describe_model(model_type, architectures)
     raise ConfigError(f"{source}: {found}: ownpath runs {_ARCHITECTURE} only. {what}.")
 
 
-def _what_it_is(model_type: object, architectures: object) -> str:
+def _describe_model(model_type: object, architectures: object) -> str:
     named = model_type if isinstance(model_type, str) else ""
     classes = (
         [name.lower() for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []

@@ -187,14 +187,14 @@ def indexer_off_by_one(loaded: LoadedLayer) -> LoadedLayer:
 class EarlyStep(ReferenceStep):
     """Sees entries whose windows are not complete."""
 
-    def _selected(
+    def _select(
         self, layer: AttentionLayer, rows: Projected, of: slice, index: EntryCache | None, entries: RequestEntries
     ) -> torch.Tensor:
         assert layer.compressor is not None
         positions_t1 = self.tables.positions_T[of][:, None] + 3
         entries_C = torch.arange(len(entries.entry_rows), device=positions_t1.device)
         early = replace(entries, visible_tC=entries_C < (positions_t1 + 1) // layer.compressor.ratio)
-        return super()._selected(layer, rows, of, index, early)
+        return super()._select(layer, rows, of, index, early)
 
 
 class StaleStep(ReferenceStep):

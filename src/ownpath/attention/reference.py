@@ -88,7 +88,7 @@ class ReferenceStep:
         keys_KH, visible_tK = self._window_keys(caches.window, rows, request), request.visible_tK
         if caches.compressor is not None and layer.compressor is not None:
             entries = request.entries[layer.compressor.ratio]
-            visible_tC = self._selected(layer, rows, request.rows, caches.indexer, entries)
+            visible_tC = self._select(layer, rows, request.rows, caches.indexer, entries)
             keys_KH = torch.cat((keys_KH, caches.compressor.entries[entries.entry_rows]))
             visible_tK = torch.cat((visible_tK, visible_tC), dim=1)
         return layer.softmax(rows.q_TNH[request.rows], keys_KH, visible_tK)
@@ -97,7 +97,7 @@ class ReferenceStep:
         """Returns the keys before and among the new tokens that the queries may see."""
         return torch.cat((window[request.window_rows], rows.kv_TH[request.rows]))
 
-    def _selected(
+    def _select(
         self, layer: AttentionLayer, rows: Projected, of: slice, index: EntryCache | None, entries: RequestEntries
     ) -> torch.Tensor:
         """Returns the entries that each query of a request attends to: bool [t, C], complete windows only."""

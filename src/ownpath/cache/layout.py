@@ -107,12 +107,12 @@ class CacheLayout:
 def _of_layer(config: ModelConfig, layer_idx: int, ratio: int) -> Iterator[CacheTensor]:
     yield CacheTensor(WINDOW, layer_idx, EntryKind.MAIN, config.sliding_window, config.head_dim)
     if ratio:
-        yield from _compressed(layer_idx, EntryKind.MAIN, ratio, config.head_dim)
+        yield from _compressed_tensors(layer_idx, EntryKind.MAIN, ratio, config.head_dim)
     if ratio == CSA_RATIO:
-        yield from _compressed(layer_idx, EntryKind.INDEX, ratio, config.index_head_dim)
+        yield from _compressed_tensors(layer_idx, EntryKind.INDEX, ratio, config.index_head_dim)
 
 
-def _compressed(layer_idx: int, part: EntryKind, ratio: int, head_dim: int) -> Iterator[CacheTensor]:
+def _compressed_tensors(layer_idx: int, part: EntryKind, ratio: int, head_dim: int) -> Iterator[CacheTensor]:
     """Yields the state and entries of one compressor. CSA's windows overlap: an entry needs two windows of doubled
     rows."""
     num_windows = windows_per_entry(ratio)

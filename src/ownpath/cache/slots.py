@@ -54,8 +54,8 @@ class Slots:
         once."""
         lengths = {slot: self.lengths[slot] for slot in self.owned}
         return [
-            *_miscounted("slot", [*self._free_slots, *self.owned], self.num_slots),
-            *_miscounted("block", [*self._free_blocks, *_flat(self.owned)], self.num_blocks),
+            *_find_miscounts("slot", [*self._free_slots, *self.owned], self.num_slots),
+            *_find_miscounts("block", [*self._free_blocks, *_flat(self.owned)], self.num_blocks),
             *_too_long(self.owned, lengths),
         ]
 
@@ -64,7 +64,7 @@ def _flat(owned: Mapping[int, Sequence[int]]) -> Iterable[int]:
     return (block for blocks in owned.values() for block in blocks)
 
 
-def _miscounted(name: str, found: list[int], count: int) -> list[str]:
+def _find_miscounts(name: str, found: list[int], count: int) -> list[str]:
     """Lists the numbers from 1 to ``count`` that do not occur exactly once."""
     counts = Counter(found)
     faults = [f"{name} {number} is missing" for number in range(NOBODY + 1, count + 1) if not counts[number]]

@@ -59,7 +59,7 @@ class Answer:
 
     def finish(self) -> list[AnswerPart]:
         """Ends the answer and returns what was held back."""
-        return self._shown(self._parser.finish()) + self._released()
+        return self._shown(self._parser.finish()) + self._release()
 
     def _text(self, text: str) -> list[AnswerPart]:
         self.num_chars += len(text)
@@ -76,10 +76,10 @@ class Answer:
             elif isinstance(part, Reasoning | MalformedMarkup):
                 shown.append(part)
             else:
-                shown += [*self._released(), part]
+                shown += [*self._release(), part]
         return shown
 
-    def _released(self) -> list[AnswerPart]:
+    def _release(self) -> list[AnswerPart]:
         """Returns content that was held back for a possible stop string."""
         text = "" if self.is_stopped else self._matcher.flush()
         return [Content(text)] if text else []

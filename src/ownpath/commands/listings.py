@@ -84,19 +84,19 @@ def fields_of_server() -> str:
     parts = []
     endpoints = (("chat/completions", ChatRequest, fields.CHAT), ("completions", CompletionRequest, fields.COMPLETION))
     for name, model, neutral in endpoints:
-        parts += [f"/v1/{name}, honoured:", _entries(_honoured(model)), ""]
+        parts += [f"/v1/{name}, honoured:", _entries(_honoured_fields(model)), ""]
         parts += [f"/v1/{name}, refused with 400 unless the value is one of these (null: not sent):"]
-        parts += [_refused(neutral), ""]
+        parts += [_refusal(neutral), ""]
     parts += ["of a message, honoured:", textwrap.indent(", ".join(ChatMessage.model_fields), "  "), ""]
-    parts += ["of a message, refused likewise:", _refused(fields.MESSAGE), ""]
-    parts += ["of stream_options, refused likewise:", _refused(fields.STREAM_OPTIONS), ""]
+    parts += ["of a message, refused likewise:", _refusal(fields.MESSAGE), ""]
+    parts += ["of stream_options, refused likewise:", _refusal(fields.STREAM_OPTIONS), ""]
     parts += ["empty_content:", _entries((reason.value, meaning) for reason, meaning in MEANING.items()), ""]
     parts += ["self-test:"]
     parts += [_entries((it.id, f"{it.message}: {it.allowed}", f"remedy: {it.remedy}") for it in all_checks())]
     return "\n".join(parts)
 
 
-def _honoured(model: type["BaseModel"]) -> Iterator[tuple[str, ...]]:
+def _honoured_fields(model: type["BaseModel"]) -> Iterator[tuple[str, ...]]:
     for name, field in model.model_fields.items():
         yield name, f"{field.description}{_range(field)}"
 
@@ -119,7 +119,7 @@ def _range(field: "FieldInfo") -> str:
     return f" ({', '.join(facts)})" if facts else ""
 
 
-def _refused(neutral: "Neutral") -> str:
+def _refusal(neutral: "Neutral") -> str:
     shown = (f"{name} {' or '.join(map(json.dumps, values)) or 'null'}" for name, values in neutral.items())
     return textwrap.indent(textwrap.fill(", ".join(shown), _WIDTH - 2), "  ")
 

@@ -99,7 +99,7 @@ def _rows(draw: Draw, seed: str, num_rows: int, sizes: ArgumentSizes) -> tuple[o
     return (x.unflatten(1, (sizes.num_heads, sizes.width)) if sizes.num_heads else x,)
 
 
-def _grouped(draw: Draw, seed: str, num_rows: int, sizes: ArgumentSizes) -> tuple[object, ...]:
+def _draw_grouped(draw: Draw, seed: str, num_rows: int, sizes: ArgumentSizes) -> tuple[object, ...]:
     return *_rows(draw, seed, num_rows, sizes), sizes.angles
 
 
@@ -126,7 +126,7 @@ def _attention(draw: Draw, seed: str, num_rows: int, sizes: ArgumentSizes) -> tu
 
 _ARGUMENTS: dict[OpKind, Callable[[Draw, str, int, ArgumentSizes], tuple[object, ...]]] = {
     OpKind.LINEAR: _rows,
-    OpKind.GROUPED: _grouped,
+    OpKind.GROUPED: _draw_grouped,
     OpKind.MOE: _experts,
     OpKind.HYPER: Draw.streams,
     OpKind.NORM: _rows,

@@ -71,7 +71,7 @@ def difference_text(difference: Difference, server: RemoteServer, tokenizer: Tok
         f"likeliest   the same token at {n['num_same_likeliest']} of {n['num_ranked']}",
         f"KL          at least {_shown(n['mean_kl_at_least'])} in the mean, {_shown(n['max_kl_at_least'])} at most;"
         f" their list leaves out {_shown(n['mean_outside'])} of the probability",
-        f"looked for  {_passed(difference)}: none",
+        f"looked for  {_pass_line(difference)}: none",
     ]
     lines += [f"not asked   {c.id}: {c.message}" for c in difference.checks if c.verdict is Verdict.SKIPPED]
     return "\n".join(lines)
@@ -118,7 +118,7 @@ def _first(difference: Difference, tokenizer: Tokenizer) -> str:
     return f"prompt {prompt_idx}, position {position.idx}, {token}: {values}"
 
 
-def _passed(difference: Difference) -> str:
+def _pass_line(difference: Difference) -> str:
     return ", ".join(check.id for check in difference.checks if check.verdict is Verdict.PASS) or "nothing"
 
 

@@ -72,7 +72,7 @@ def all_special(seen: Observations) -> Finding:
 
 def input_independent(seen: Observations) -> Finding:
     """The same log-probs after different prompts."""
-    theirs = [_listed(reading.all_rows[0]) for reading in seen.generated if reading.all_rows]
+    theirs = [_by_token(reading.all_rows[0]) for reading in seen.generated if reading.all_rows]
     ours = [rows_PV[0] for rows_PV in seen.generated_rows]
     says = "the log-probs after different prompts differ by this much at most"
     if len(theirs) < 2 or len(theirs) < len(ours):
@@ -184,7 +184,7 @@ def _is_bad(row: ScoredPosition) -> bool:
     return row.logprob is None or not all(math.isfinite(value) for value in (row.logprob, *row.top.values()))
 
 
-def _listed(row: ScoredPosition) -> dict[int | None, float]:
+def _by_token(row: ScoredPosition) -> dict[int | None, float]:
     own = {} if row.logprob is None else {row.token_id: row.logprob}
     return own | dict(row.top)
 

@@ -126,7 +126,7 @@ def _contents(
 
     blocks = read_blocks(census.modules, scalars, index, broken, problems, max_bytes)
     problems += table_problems(census.params, config.n_routed_experts, index, broken)
-    memory = () if census.problems else _planned(config, draft, index, problems)
+    memory = () if census.problems else _plan(config, draft, index, problems)
     return Contents(config, census, blocks, calibration(scalars), pairs, memory, scalars)
 
 
@@ -136,7 +136,7 @@ def _not_explained(census: Census, scan: Scan) -> list[Finding]:
     return [p for p in census.problems if not (p.id == "missing-tensor" and p.where in known)]
 
 
-def _planned(config: ModelConfig, draft: Draft, index: CheckpointIndex, problems: list[Finding]) -> tuple[Memory, ...]:
+def _plan(config: ModelConfig, draft: Draft, index: CheckpointIndex, problems: list[Finding]) -> tuple[Memory, ...]:
     """Plans the model: the memory it takes, and the claims of config.json that the tensors do not bear out."""
     try:
         plan = make_plan(config, index, KINDS[0], loads_draft=draft.num_modules > 0)

@@ -147,7 +147,7 @@ class Builder:
             q_norm=self._norm(f"{attn}.q_norm", self.params[f"{attn}.q_norm.weight"]),
             kv_norm=self._norm(f"{attn}.kv_norm", self.params[f"{attn}.kv_norm.weight"]),
             q_head_norm=self._norm(f"{attn}.q_head_norm", None),
-            quantize_kv=self._watched(f"{attn}.key_quantizer", quantize_kv),
+            quantize_kv=self._watch(f"{attn}.key_quantizer", quantize_kv),
             compressor=self._runner(f"{attn}.compressor.wkv_wgate") if layer.ratio else None,
             indexer=self._indexer(layer) if is_csa else None,
             core=self.ledger.watch(f"{attn}.core", self._core(layer_idx, compress_rope, quantize_kv)),
@@ -180,7 +180,7 @@ class Builder:
         """Returns the rounding of index queries and keys, or the identity where the plan has none."""
         return IndexQuantizer(kernel=self.specs[slot]) if slot in self.specs else _identity
 
-    def _watched(self, slot: str, quantize: Quantizer) -> Quantizer:
+    def _watch(self, slot: str, quantize: Quantizer) -> Quantizer:
         return self.ledger.watch(slot, quantize) if slot in self.specs else quantize
 
     def _compressor(self, name: str, ratio: int, rope: Rope, quantize_kv: Quantizer) -> Compressor:
@@ -203,7 +203,7 @@ class Builder:
             compressor=self._runner(f"{name}.compressor.wkv_wgate"),
             num_heads=self.config.index_n_heads,
             head_dim=self.config.index_head_dim,
-            quantize_index=self._watched(slot, self._index_quantizer(slot)),
+            quantize_index=self._watch(slot, self._index_quantizer(slot)),
             tap_q=self._tap(layer, "attn.indexer.q"),
             tap_weights=self._tap(layer, "attn.indexer.weights"),
         )

@@ -28,7 +28,7 @@ def fake_quantize_fp8(x: Tensor, block: int) -> Tensor:
     blocks = _blocks(x, block)
     amax = blocks.abs().amax(dim=-1, keepdim=True)
     scale = decode_e8m0(encode_e8m0_ceil(amax.clamp(min=FP8_AMAX_FLOOR), E4M3_MAX))
-    return _joined(decode_e4m3(encode_e4m3(blocks / scale)) * scale, x)
+    return _join(decode_e4m3(encode_e4m3(blocks / scale)) * scale, x)
 
 
 def fake_quantize_fp4(x: Tensor, block: int) -> Tensor:
@@ -38,7 +38,7 @@ def fake_quantize_fp4(x: Tensor, block: int) -> Tensor:
     """
     blocks = _blocks(x, block)
     scale = decode_e8m0(encode_e8m0_ceil(blocks.abs().amax(dim=-1, keepdim=True), E2M1_MAX))
-    return _joined(decode_e2m1(round_to_e2m1_code(blocks / scale)) * scale, x)
+    return _join(decode_e2m1(round_to_e2m1_code(blocks / scale)) * scale, x)
 
 
 def nvfp4_codes_times_scales(x: Tensor, input_scale: Tensor) -> Tensor:
@@ -74,5 +74,5 @@ def _blocks(x: Tensor, block: int) -> Tensor:
     return blocks
 
 
-def _joined(blocks: Tensor, like: Tensor) -> Tensor:
+def _join(blocks: Tensor, like: Tensor) -> Tensor:
     return blocks.flatten(-2)[..., : like.shape[-1]].to(like.dtype)

@@ -54,8 +54,8 @@ class StoredWeights:
         assert stored in (NVFP4, MXFP4), stored
         scale = self._read(encoding.key(module, "scale"))
         if stored is MXFP4:
-            return self._fp4(raw, self._decoded(scale, e8m0_of), 32), None
-        return self._fp4(raw, self._decoded(scale, e4m3_of), 16), self._scalar(module, encoding, "global_scale")
+            return self._fp4(raw, self._decode(scale, e8m0_of), 32), None
+        return self._fp4(raw, self._decode(scale, e4m3_of), 16), self._scalar(module, encoding, "global_scale")
 
     def input_scale(self, module: str, encoding: Encoding) -> Tensor | None:
         """Returns the calibrated scale of activations in front of ``module``, as a multiplier: float32 [], or
@@ -71,7 +71,7 @@ class StoredWeights:
 
     def _fp4(self, raw_NB: Tensor, scale: Tensor, width: int) -> Tensor:
         """Decodes two codes a byte, with one scale for ``width`` codes of a row."""
-        values = self._decoded(raw_NB, e2m1_pair_of).flatten(-2)
+        values = self._decode(raw_NB, e2m1_pair_of).flatten(-2)
         scaled: Tensor = values.unflatten(-1, (-1, width)) * scale[..., None]
         return scaled.flatten(-2)
 
@@ -79,10 +79,10 @@ class StoredWeights:
         """Decodes codes with one scale for 128 x 128, fewer at the edges; its dtype tells whether it is E8M0 or a
         float."""
         is_byte = stored_scale.element_size() == 1
-        scale = self._decoded(stored_scale, e8m0_of) if is_byte else stored_scale.to(self.device).to(self.dtype)
-        return self._decoded(raw_NK, e4m3_of) * spread_blocks(scale, raw_NK.shape)
+        scale = self._decode(stored_scale, e8m0_of) if is_byte else stored_scale.to(self.device).to(self.dtype)
+        return self._decode(raw_NK, e4m3_of) * spread_blocks(scale, raw_NK.shape)
 
-    def _decoded(self, raw: Tensor, value_of: ByteValue) -> Tensor:
+    def _decode(self, raw: Tensor, value_of: ByteValue) -> Tensor:
         return decode(raw.to(self.device), value_of, self.dtype)
 
 

@@ -33,15 +33,15 @@ class PlanRow:
 
 def plan_rows(plan: Plan) -> list[PlanRow]:
     """Returns the products' rows in forward order; layers with the same decision share a row."""
-    return _folded((op.label, _cells(op), op.choice.why) for op in plan.ops)
+    return _fold((op.label, _cells(op), op.choice.why) for op in plan.ops)
 
 
 def companion_rows(plan: Plan) -> list[PlanRow]:
     """Returns the companions' rows, folded like the products'."""
-    return _folded((op.spec.slot, _companion_cells(op), op.choice.why) for op in plan.companions)
+    return _fold((op.spec.slot, _companion_cells(op), op.choice.why) for op in plan.companions)
 
 
-def _folded(decisions: Iterable[tuple[str, tuple[str, ...], str]]) -> list[PlanRow]:
+def _fold(decisions: Iterable[tuple[str, tuple[str, ...], str]]) -> list[PlanRow]:
     rows: dict[tuple[str, str, tuple[str, ...]], PlanRow] = {}
     for label, cells, why in decisions:
         match = _LAYER.fullmatch(label)

@@ -45,7 +45,7 @@ def step_tensors(
     if isinstance(step, Carry):
         return {step.key: read(step.key)}, Counts()
     try:
-        weights, counts = _converted(step, [stored_weight(step.source, module.name, read) for module in step.modules])
+        weights, counts = _convert(step, [stored_weight(step.source, module.name, read) for module in step.modules])
     except ValueError as error:
         raise CheckpointError(f"{' and '.join(module.name for module in step.modules)}: {error}") from None
     return dict(_named(step, weights, input_scales)), counts
@@ -59,7 +59,7 @@ def stored_weight(source: Encoding, module: str, read: Read) -> QuantTensor:
     return QuantTensor(codes, parts.get("scale"), None, source.format)
 
 
-def _converted(step: Convert, stored: list[QuantTensor]) -> tuple[list[QuantTensor], Counts]:
+def _convert(step: Convert, stored: list[QuantTensor]) -> tuple[list[QuantTensor], Counts]:
     if step.source.format is MXFP4:
         weights, num_rounded = mxfp4_as_nvfp4(stored)
         return weights, Counts(num_cast=sum(w.scale.numel() for w in stored if w.scale is not None),

@@ -76,7 +76,7 @@ def quantize_checkpoint(
     staging = _open_staging(target, _plan(index, options))
     done: list[Shard] = []
     for number, shard in enumerate(shards):
-        done.append(_finished(staging, number) or _make_shard(staging / str(number), shard, index, options))
+        done.append(_find_finished(staging, number) or _make_shard(staging / str(number), shard, index, options))
         if show:
             show(len(done), len(shards), sum(sum(one.tensors.values()) for one in done))
     converts = [step for step in steps if isinstance(step, Convert)]
@@ -117,7 +117,7 @@ def _open_staging(target: Path, plan: dict[str, object]) -> Path:
     return staging
 
 
-def _finished(staging: Path, number: int) -> Shard | None:
+def _find_finished(staging: Path, number: int) -> Shard | None:
     """Returns an earlier run's shard if its note, which is written after its data, exists."""
     note = staging / f"{number}.json"
     if not note.exists():

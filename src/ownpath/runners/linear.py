@@ -92,13 +92,13 @@ class LinearRunner(KernelRunner):
         return self.kernel.variant(x, self.operand)
 
 
-def _listed(value: Shards) -> list[torch.Tensor]:
+def _as_list(value: Shards) -> list[torch.Tensor]:
     return [value] if isinstance(value, torch.Tensor) else list(value)
 
 
 def _nvfp4_shards(weight: Shards, weight_scale: Shards, weight_scale_2: Shards) -> tuple[QuantTensor, ...]:
     """Pairs weights and scales into shards. Errors: ValueError naming the operand for a wrong dtype or shape."""
-    weights, scales, globals_ = _listed(weight), _listed(weight_scale), _listed(weight_scale_2)
+    weights, scales, globals_ = _as_list(weight), _as_list(weight_scale), _as_list(weight_scale_2)
     if not len(weights) == len(scales) == len(globals_):
         raise ValueError("weight, weight_scale and weight_scale_2 must have the same number of shards")
     for idx, (w, s, g) in enumerate(zip(weights, scales, globals_, strict=True)):
@@ -151,7 +151,7 @@ class Nvfp4LinearW4A4(LinearRunner):
         kernel: KernelOrName = "triton.nvfp4_linear_w4a4_sm100",
     ) -> None:
         shards = _nvfp4_shards(weight, weight_scale, weight_scale_2)
-        largest = torch.stack([scale.max() for scale in _listed(input_scale)]).max()
+        largest = torch.stack([scale.max() for scale in _as_list(input_scale)]).max()
         require("input_scale", largest, (torch.float32,), ())
         super().__init__(kernel, StoredLinear(shards, largest))
 
@@ -169,7 +169,7 @@ class Fp8Linear(LinearRunner):
     """
 
     def __init__(self, weight: Shards, scale: Shards, *, kernel: KernelOrName | None = None) -> None:
-        weights, scales = _listed(weight), _listed(scale)
+        weights, scales = _as_list(weight), _as_list(scale)
         if len(weights) != len(scales):
             raise ValueError(f"{len(weights)} weights with {len(scales)} scales")
         for idx, (w, s) in enumerate(zip(weights, scales, strict=True)):
@@ -186,7 +186,7 @@ class PlainLinear(LinearRunner):
     """Product with an unquantised weight. Shapes: weight bfloat16 or float32 [N, K]; a list is fused shards."""
 
     def __init__(self, weight: Shards, *, kernel: KernelOrName = "ref.plain_linear") -> None:
-        weights = _listed(weight)
+        weights = _as_list(weight)
         for idx, w in enumerate(weights):
             require(f"weight[{idx}]", w, (torch.bfloat16, torch.float32), (len(w), weights[0].shape[1]))
         super().__init__(kernel, StoredLinear(tuple(QuantTensor(w, None, None, plain_format(w)) for w in weights)))
@@ -207,7 +207,7 @@ class QuantizedLinear(LinearRunner):
     def __init__(self, kernel: KernelOrName, stored: StoredLinear) -> None:
         self.input_scale = stored.input_scale
         if self.input_scale is not None:
-            stored = StoredLinear(tuple(_scaled(shard, self.input_scale) for shard in stored.shards))
+            stored = StoredLinear(tuple(_scale_shard(shard, self.input_scale) for shard in stored.shards))
         super().__init__(kernel, stored)
 
     def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
@@ -238,7 +238,7 @@ class QuantizedLinear(LinearRunner):
         return self.run_wide(x)
 
 
-def _scaled(shard: QuantTensor, input_scale: torch.Tensor) -> QuantTensor:
+def _scale_shard(shard: QuantTensor, input_scale: torch.Tensor) -> QuantTensor:
     assert shard.global_scale is not None
     return QuantTensor(shard.qdata, shard.scale, shard.global_scale * input_scale, shard.format)
 

@@ -108,7 +108,7 @@ def run_probes(engine: Engine, tokenizer: Tokenizer, window: int, golden: Golden
     whole = first.prompt_ids + first.answer_ids
     again = run_prompts(engine, [(first_ids, params), (whole, _params(0))])
     replayed = again[1] if first.answer_ids else None
-    chunked = None if replayed is None else _chunked(engine, whole)
+    chunked = None if replayed is None else _read_in_chunks(engine, whole)
     return ProbeAnswers(tuple(answers[:2]), first, other, again[0], replayed, chunked, known)
 
 
@@ -161,7 +161,7 @@ def _repeat_to_length(ids: Sequence[int], num_tokens: int) -> tuple[int, ...]:
     return tuple(ids[n % len(ids)] for n in range(num_tokens))
 
 
-def _chunked(engine: Engine, ids: tuple[int, ...]) -> PromptOutput | None:
+def _read_in_chunks(engine: Engine, ids: tuple[int, ...]) -> PromptOutput | None:
     """Runs the prompt behind others that leave it only part of the first step; None if they cannot."""
     config = engine.config
     num_fill = config.max_prefill_tokens - len(ids) // 3

@@ -39,9 +39,9 @@ class Metrics:
         finished = {reason: self._finished[reason] for reason in FINISH_REASONS}
         empty = {reason.value: self._empty[reason.value] for reason in EmptyContent}
         lines = [
-            *_labelled("requests", "Prompts whose answer ended, by why.", "finish_reason", finished),
+            *_label_lines("requests", "Prompts whose answer ended, by why.", "finish_reason", finished),
             *_plain("corrupted_requests", "Prompts whose logits were not finite.", self._num_corrupted),
-            *_labelled("empty_contents", "Answers without content, by why.", "reason", empty),
+            *_label_lines("empty_contents", "Answers without content, by why.", "reason", empty),
             *_plain("generated_tokens", "Tokens generated.", self._num_tokens),
         ]
         return "\n".join(lines) + "\n"
@@ -55,6 +55,6 @@ def _plain(name: str, text: str, value: int) -> list[str]:
     return [*_head(name, text), f"ownpath_{name}_total {value}"]
 
 
-def _labelled(name: str, text: str, label: str, values: Mapping[str, int]) -> list[str]:
+def _label_lines(name: str, text: str, label: str, values: Mapping[str, int]) -> list[str]:
     series = [f'ownpath_{name}_total{{{label}="{key}"}} {value}' for key, value in values.items()]
     return [*_head(name, text), *series]

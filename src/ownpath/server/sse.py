@@ -18,7 +18,7 @@ JsonObject = dict[str, Any]
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
     """Returns the result of the work. If the client goes first, cancels the work. Errors: ClientGone."""
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))]
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(_wait_for_disconnect(receive))]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if tasks[0].done():
@@ -30,7 +30,7 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) 
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _disconnected(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 

@@ -65,7 +65,7 @@ class Records(Observer):
         # Copied in one step: the thread that runs the model may add meanwhile.
         found = list(self._entries.get(slot, {}).items())
         return [
-            Record(slot, entry.use, entry.variant, _spelled(args), _spelled(results), entry.num_calls)
+            Record(slot, entry.use, entry.variant, _spell(args), _spell(results), entry.num_calls)
             for (args, results), entry in found
         ]
 
@@ -100,5 +100,5 @@ def _collect(values: Iterable[object], found: list[tuple[torch.Size, torch.dtype
             _collect((getattr(value, field.name) for field in fields(value)), found)
 
 
-def _spelled(tensors: _Signature) -> tuple[str, ...]:
+def _spell(tensors: _Signature) -> tuple[str, ...]:
     return tuple(f"{str(dtype).removeprefix('torch.')}{list(shape)}" for shape, dtype in tensors)

@@ -28,7 +28,7 @@ def use_of(runner: SlotCallable) -> Use:
     if not isinstance(runner, Runner):
         named = runner if isinstance(runner, FunctionType | type) else type(runner)
         return Use(named.__qualname__, f"unregistered {named.__module__}.{named.__qualname__}", UNKNOWN)
-    return Use(*map(_joined, zip(*map(_names, runner.leaves), strict=True)))
+    return Use(*map(_join, zip(*map(_names, runner.leaves), strict=True)))
 
 
 def variant_of(runner: SlotCallable, args: CallArguments) -> str:
@@ -38,7 +38,7 @@ def variant_of(runner: SlotCallable, args: CallArguments) -> str:
     """
     if not isinstance(runner, Runner):
         return UNKNOWN
-    return _joined(_variant(leaf, args) for leaf in runner.leaves)
+    return _join(_variant(leaf, args) for leaf in runner.leaves)
 
 
 def _names(leaf: KernelRunner) -> tuple[str, str, str]:
@@ -55,5 +55,5 @@ def _variant(leaf: KernelRunner, args: CallArguments) -> str:
     return leaf.spec.entry if variant is None else variant
 
 
-def _joined(names: Iterable[str]) -> str:
+def _join(names: Iterable[str]) -> str:
     return "+".join(dict.fromkeys(names))

@@ -82,7 +82,7 @@ def budget(
     """
     if dtype is torch.float64:
         return FLOAT64_ROUNDINGS * torch.finfo(dtype).eps
-    largest: float = _measured("blocks", mode_of(dtype, is_w4a4, is_w8a8, is_official), kind)["largest"]
+    largest: float = _read_measured("blocks", mode_of(dtype, is_w4a4, is_w8a8, is_official), kind)["largest"]
     return max(NOISE_FACTOR * largest, _one_rounding(dtype))
 
 
@@ -98,7 +98,10 @@ def logit_budget(
     smallest = _one_rounding(torch.float32)
     least = {field.name: smallest for field in fields(LogitBudget)} | {"top1_changed": FEW_POSITIONS}
     return LogitBudget(
-        **{name: max(NOISE_FACTOR * _measured("logits", mode, name)["largest"], floor) for name, floor in least.items()}
+        **{
+            name: max(NOISE_FACTOR * _read_measured("logits", mode, name)["largest"], floor)
+            for name, floor in least.items()
+        }
     )
 
 
@@ -107,7 +110,7 @@ def _one_rounding(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-def _measured(part: str, mode: str, kind: str) -> Mapping[str, Any]:
+def _read_measured(part: str, mode: str, kind: str) -> Mapping[str, Any]:
     found: Mapping[str, Any] | None = _file()[part].get(mode, {}).get(kind)
     if found is None:
         raise UnknownKind(f"{kind} in {mode}: no noise was measured ({PATH.name})")

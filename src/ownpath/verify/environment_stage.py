@@ -70,11 +70,11 @@ def kernel_findings(plan: Plan, configs: dict[str, list[Config]]) -> Iterator[Fi
             message = f"{slots}: {len(missing)} of {len(configs[name])} are not compiled, {missing[0].name} among them"
             yield Finding("E02", name, Verdict.FAIL, message, len(missing), "all, or a compiler", _MISSING, name)
         else:
-            how = _how_compiled(name, configs.get(name, []), len(missing))
+            how = _describe_compilation(name, configs.get(name, []), len(missing))
             yield Finding("E02", name, Verdict.PASS, f"{slots}: {how}", len(missing), kernel=name)
 
 
-def _how_compiled(name: str, configs: list[Config], num_missing: int) -> str:
+def _describe_compilation(name: str, configs: list[Config], num_missing: int) -> str:
     if configs:
         left = f", {num_missing} to be compiled at load" if num_missing else ""
         return f"{len(configs) - num_missing} of {len(configs)} variants compiled on disk{left}"

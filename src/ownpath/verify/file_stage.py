@@ -118,7 +118,7 @@ def _tokenizer(folder: Path, problems: list[Finding]) -> Tokenizer | None:
         return None
 
 
-def _passed(id_: str, message: str, number: float | None = None, allowed: str = "") -> Finding:
+def _pass(id_: str, message: str, number: float | None = None, allowed: str = "") -> Finding:
     return Finding(id_, "checkpoint", Verdict.PASS, message, number, allowed)
 
 
@@ -137,24 +137,24 @@ def _of_tensors(id_: str, look: Callable[[FileEvidence, Contents], Finding]) -> 
 def _files(evidence: FileEvidence) -> Finding:
     tensors = evidence.inspection.index.tensors
     num_files = len({info.file for info in tensors.values()})
-    return _passed("F01", f"{len(tensors)} tensors in {num_files} files", 0, "0 problems")
+    return _pass("F01", f"{len(tensors)} tensors in {num_files} files", 0, "0 problems")
 
 
 def _census(evidence: FileEvidence, contents: Contents) -> Finding:
     census = contents.census
     found = f"{len(census.modules)} matrices, {len(census.params)} other tensors, {len(census.ignored)} not read"
-    return _passed("F02", found, 0, "0 missing or unexpected")
+    return _pass("F02", found, 0, "0 missing or unexpected")
 
 
 def _shapes(evidence: FileEvidence, contents: Contents) -> Finding:
-    return _passed("F03", f"{len(contents.census.modules)} matrices", 0, "0 wrong")
+    return _pass("F03", f"{len(contents.census.modules)} matrices", 0, "0 wrong")
 
 
 def _formats(evidence: FileEvidence, contents: Contents) -> Finding:
     counts: dict[str, int] = {}
     for stored in contents.census.modules:
         counts[stored.encoding.name] = counts.get(stored.encoding.name, 0) + 1
-    return _passed("F04", ", ".join(f"{n} x {name}" for name, n in counts.items()), 0, "0 contradictions")
+    return _pass("F04", ", ".join(f"{n} x {name}" for name, n in counts.items()), 0, "0 contradictions")
 
 
 def _global_scales(evidence: FileEvidence, contents: Contents) -> Finding:
@@ -162,14 +162,14 @@ def _global_scales(evidence: FileEvidence, contents: Contents) -> Finding:
     if not scalars:
         return Finding("F05", "checkpoint", Verdict.SKIPPED, "no format here has a global scale")
     worst = farthest_from_median(scalars)
-    return _passed("F05", f"{len(scalars)} global scales", worst, f"within {MAX_RATIO:g} of a layer's median")
+    return _pass("F05", f"{len(scalars)} global scales", worst, f"within {MAX_RATIO:g} of a layer's median")
 
 
 def _gate_up(evidence: FileEvidence, contents: Contents) -> Finding:
     pairs = contents.gate_up
     if not pairs.num_pairs:
         return Finding("F06", "checkpoint", Verdict.SKIPPED, "no expert here has a global scale")
-    return _passed("F06", f"{pairs.num_equal} of {pairs.num_pairs} experts share one", 0, "0 experts differ")
+    return _pass("F06", f"{pairs.num_equal} of {pairs.num_pairs} experts share one", 0, "0 experts differ")
 
 
 def _blocks(evidence: FileEvidence, contents: Contents) -> Finding:
@@ -183,7 +183,7 @@ def _blocks(evidence: FileEvidence, contents: Contents) -> Finding:
         found += f"; {sum(rough.values())} FP8 scales in {sum(n > 0 for n in rough.values())} of {len(rough)} matrices"
         found += " are no power of two"
     spread = expert_spread(blocks.largest, contents.scalars)
-    return _passed("F07", found, spread, "no expert far from its layer's median")
+    return _pass("F07", found, spread, "no expert far from its layer's median")
 
 
 def _input_scales(evidence: FileEvidence, contents: Contents) -> Finding:
@@ -192,24 +192,24 @@ def _input_scales(evidence: FileEvidence, contents: Contents) -> Finding:
     shared = sum(coverage.num_shared for coverage in contents.calibration.values())
     own = sum(coverage.num_own for coverage in contents.calibration.values())
     found = f"{own} expert matrices have their own, {shared} share their layer's maximum (not reached in calibration)"
-    return _passed("F09", found, shared / max(1, own + shared), "none at a default of 1")
+    return _pass("F09", found, shared / max(1, own + shared), "none at a default of 1")
 
 
 def _router(evidence: FileEvidence, contents: Contents) -> Finding:
     biases = evidence.biases
     if not biases:
-        return _passed("F10", "no layer has a router bias; tables name experts that exist, each once", 0)
+        return _pass("F10", "no layer has a router bias; tables name experts that exist, each once", 0)
     ties, largest = sum(bias.num_ties for bias in biases), max(bias.largest for bias in biases)
     unused = " (all constant: trained without)" if all(bias.is_constant for bias in biases) else ""
     found = f"{len(biases)} biases up to {largest:.3g}{unused}; {ties} experts tie with another of their layer"
-    return _passed("F10", found, ties, "any: ties go to the lower id")
+    return _pass("F10", found, ties, "any: ties go to the lower id")
 
 
 def _config(evidence: FileEvidence) -> Finding:
     if evidence.inspection.contents is None:
         return Finding("F11", "config.json", Verdict.SKIPPED, "there are no tensors to hold it against")
     names = ", ".join(evidence.unread) or "none"
-    return _passed("F11", f"not read by this engine: {names}", len(evidence.unread), "any")
+    return _pass("F11", f"not read by this engine: {names}", len(evidence.unread), "any")
 
 
 def _tokens(evidence: FileEvidence) -> Finding:
@@ -217,7 +217,7 @@ def _tokens(evidence: FileEvidence) -> Finding:
         return Finding("F12", "tokenizer.json", Verdict.SKIPPED, "config.json could not be read")
     missing = missing_markers(evidence.tokenizer)
     found = f"{evidence.tokenizer.num_tokens} tokens; golden prompts and round trips hold"
-    return _passed("F12", found + (f"; without {', '.join(missing)}" if missing else ""), 0, "0 differences")
+    return _pass("F12", found + (f"; without {', '.join(missing)}" if missing else ""), 0, "0 differences")
 
 
 _CHECKS: MappingProxyType[str, Callable[[FileEvidence], Finding]] = MappingProxyType(

@@ -71,7 +71,7 @@ def _part(subject: Subject, stored: StoredWeights, layer_idx: int | None, name: 
     """Loads one layer and runs its checks."""
     try:
         with torch.inference_mode():
-            probe = _loaded(subject, stored, layer_idx, name)
+            probe = _load(subject, stored, layer_idx, name)
     except Exception as error:  # whatever a checkpoint can get wrong becomes a finding
         yield Finding("K01", name, Verdict.FAIL, f"cannot be loaded: {error_of(error)}", remedy=LOAD_REMEDY)
         return
@@ -79,7 +79,7 @@ def _part(subject: Subject, stored: StoredWeights, layer_idx: int | None, name: 
         yield from _found(check_id, check, probe)
 
 
-def _loaded(subject: Subject, stored: StoredWeights, layer_idx: int | None, name: str) -> Probe:
+def _load(subject: Subject, stored: StoredWeights, layer_idx: int | None, name: str) -> Probe:
     if layer_idx is None:
         return Probe(subject, load_ends(subject), stored, name)
     layer = load_layer(subject, layer_idx)

@@ -59,7 +59,7 @@ class _Stage:
         total = max(layer_ids, default=-1) + 1
         key = key_of(self.subject, self.text)
         try:
-            state = self._restored(work, key, total) or _begin(oracle)
+            state = self._restore(work, key, total) or _begin(oracle)
         except Exception as error:  # whatever an oracle cannot read: there is nothing to compare with
             yield _stage_failure("embed", error)
             return
@@ -85,7 +85,7 @@ class _Stage:
         chosen = layer_idx in self.subject.layer_ids
         return f"layers.{layer_idx}" if chosen else f"layers.{layer_idx}: the reference alone, up to a chosen layer"
 
-    def _restored(self, work: Path | None, key: str, total: int) -> State | None:
+    def _restore(self, work: Path | None, key: str, total: int) -> State | None:
         if work is None:
             return None
         found, state = restore(work, key, self.subject.device)

@@ -65,7 +65,7 @@ def check_ledger(
     """
     written = PlanFile.of(plan_json)
     today = PlanFile.of(plan_dict(subject.plan))
-    yield from _judged("LG01", plan_faults(written, today), len(today.slots), "slots are planned as in the file")
+    yield from _judge("LG01", plan_faults(written, today), len(today.slots), "slots are planned as in the file")
     yield from compare(kinds_of(subject), written, list(run_parts(subject, progress)))
     num_drafts = subject.plan.draft.num_modules
     if num_drafts:
@@ -82,12 +82,12 @@ def compare(kinds: Kinds, written: PlanFile, parts: Sequence[PartRun]) -> Iterat
     records = [record for part in parts for record in part.records]
     ran = {record.slot for record in records}
     missed = [] if any(part.failure for part in parts) else call_faults(kinds, written, ran)
-    yield from _judged("LG02", missed, len(ran), "slots were called")
-    yield from _judged("LG03", use_faults(written, records), len(ran), "slots ran the planned runner and kernel")
+    yield from _judge("LG02", missed, len(ran), "slots were called")
+    yield from _judge("LG03", use_faults(written, records), len(ran), "slots ran the planned runner and kernel")
     with_layout = {record.slot for record in records if _layout_of(written, record)}
-    yield from _judged("LG04", layout_faults(written, records), len(with_layout), "slots have the planned layout")
+    yield from _judge("LG04", layout_faults(written, records), len(with_layout), "slots have the planned layout")
     faults = dtype_faults(kinds, str(written.facts["activations"]), records)
-    yield from _judged("LG05", faults, len(records), "distinct calls have the demanded dtypes")
+    yield from _judge("LG05", faults, len(records), "distinct calls have the demanded dtypes")
     yield from check_launches(written, parts)
 
 
@@ -118,18 +118,18 @@ def _differences(written: PlannedSlot, today: PlannedSlot) -> list[str]:
 def call_faults(kinds: Iterable[str], written: PlanFile, ran: set[str]) -> Faults:
     """Lists slots that had to run and did not."""
     planned = ((slot, written.slots.get(slot)) for slot in kinds if slot not in ran)
-    return [(slot, f"never called{f'; planned {_named(entry)}' if entry else ''}") for slot, entry in planned]
+    return [(slot, f"never called{f'; planned {_describe(entry)}' if entry else ''}") for slot, entry in planned]
 
 
 def use_faults(written: PlanFile, records: Iterable[Record]) -> Faults:
     """Lists calls of slots that are not planned, or on another runner or kernel."""
     faults = []
     for record in records:
-        planned, ran = written.slots.get(record.slot), _named(record.use)
+        planned, ran = written.slots.get(record.slot), _describe(record.use)
         if planned is None:
             faults.append((record.slot, f"not in the plan, ran {ran}"))
-        elif _named(planned) != ran:
-            faults.append((record.slot, f"planned {_named(planned)}, ran {ran}"))
+        elif _describe(planned) != ran:
+            faults.append((record.slot, f"planned {_describe(planned)}, ran {ran}"))
     return list(dict.fromkeys(faults))
 
 
@@ -177,12 +177,12 @@ def _layout_of(written: PlanFile, record: Record) -> str:
     return planned.layout if planned is not None else ""
 
 
-def _named(planned: PlannedSlot | Use) -> str:
+def _describe(planned: PlannedSlot | Use) -> str:
     """Names a runner and its kernel as findings do."""
     return f"{planned.runner} ({planned.kernel})"
 
 
-def _judged(check: str, faults: Faults, num_seen: int, passes: str) -> Iterator[Finding]:
+def _judge(check: str, faults: Faults, num_seen: int, passes: str) -> Iterator[Finding]:
     """Yields a finding for every fault, or one that says how many slots were checked."""
     for where, message in fold_layers(faults):
         yield Finding(check, where, Verdict.FAIL, message, allowed="no difference", remedy=REMEDIES[check])

@@ -84,7 +84,7 @@ def _run_layer(subject: Subject, layer_idx: int, steps: PromptSteps) -> tuple[Pr
         with torch.inference_mode():
             if is_cuda:  # first call outside the profile: what happens only once
                 steps.through(layer)
-            ran = _recorded(where, layer, lambda: passed.append(steps.through(layer)), is_cuda)
+            ran = _record(where, layer, lambda: passed.append(steps.through(layer)), is_cuda)
     except (ValueError, RuntimeError) as error:
         return steps, PartRun(where, failure=_words(error))
     return passed[0], ran
@@ -102,12 +102,12 @@ def _run_head(ends: LoadedPart, steps: PromptSteps) -> PartRun:
         with torch.inference_mode():
             if is_cuda:
                 run()
-            return _recorded("head", ends, run, is_cuda)
+            return _record("head", ends, run, is_cuda)
     except (ValueError, RuntimeError) as error:
         return PartRun("head", failure=_words(error))
 
 
-def _recorded(where: str, part: LoadedPart, run: Callable[[], object], is_cuda: bool) -> PartRun:
+def _record(where: str, part: LoadedPart, run: Callable[[], object], is_cuda: bool) -> PartRun:
     """Runs with records, and under the profiler where there is a device."""
     launches: tuple[DeviceLaunch, ...] | None = None
     with part.ledger.observe(Records()) as records:

@@ -43,7 +43,7 @@ class PlanFile:
             for idx, entry in enumerate(_field(written, kind, list, kind)):
                 planned = _slot(entry, fields, sizes, f"{kind}[{idx}]")
                 entries.setdefault(planned.slot, []).append(planned)
-        return cls(facts, {slot: _joined(found) for slot, found in entries.items()})
+        return cls(facts, {slot: _join(found) for slot, found in entries.items()})
 
 
 def read_plan_file(path: Path) -> dict[str, Any]:
@@ -82,6 +82,6 @@ def _field(entry: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
     return entry[name]
 
 
-def _joined(found: list[PlannedSlot]) -> PlannedSlot:
+def _join(found: list[PlannedSlot]) -> PlannedSlot:
     cells = {name: "+".join(dict.fromkeys(getattr(part, name) for part in found)) for name in _OP_FIELDS}
     return PlannedSlot(found[0].slot, sizes=tuple(size for part in found for size in part.sizes), **cells)

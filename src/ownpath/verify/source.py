@@ -101,7 +101,7 @@ def source_findings(
         ]
         worst, failures = 0.0, 0
         for name in names:
-            finding = _compared(ours, theirs, name)
+            finding = _compare(ours, theirs, name)
             if finding.verdict is Verdict.FAIL:
                 failures += 1
                 yield finding
@@ -111,7 +111,7 @@ def source_findings(
             yield Finding("F13", f"layers.{layer_idx}", Verdict.PASS, message, worst, "both formats' half steps")
 
 
-def _compared(ours: ExpertSource, theirs: ExpertSource, name: str) -> Finding:
+def _compare(ours: ExpertSource, theirs: ExpertSource, name: str) -> Finding:
     """Compares one matrix, PASS or FAIL; number: the relative L2 distance."""
     for export in (ours, theirs):
         if name not in export.modules:

@@ -115,7 +115,7 @@ def find_targets(
         flat, base = _flat(buffer), buffer.data_ptr()
         for destination, info in zip(own, infos[-len(own) :], strict=True):
             matrices[destination.key] = CopyTarget(
-                info, destination, flat, destination.target.data_ptr() - base, _widened(info, destination)
+                info, destination, flat, destination.target.data_ptr() - base, _wider_dtype(info, destination)
             )
     assert next(ordered, None) is None, "a destination outside the buffers"
     return CopyTargets(matrices, scalars, tuple(scalar_buffers), tuple(infos))
@@ -159,7 +159,7 @@ def _source(info: TensorInfo, destination: Destination) -> TensorInfo:
     return replace(info, shape=region.shape(info.shape), start=info.start + region.start * row_bytes)
 
 
-def _widened(info: TensorInfo, destination: Destination) -> torch.dtype | None:
+def _wider_dtype(info: TensorInfo, destination: Destination) -> torch.dtype | None:
     """Returns the stored dtype where an element has another size in memory, else ``None``."""
     if info.num_bytes * destination.target.numel() == destination.target.nbytes * prod(info.shape):
         return None

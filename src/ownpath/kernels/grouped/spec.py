@@ -42,21 +42,21 @@ _REFERENCE = KernelSpec(
 )
 
 
-def _decoded(kernel: KernelSpec, why: str) -> KernelSpec:
+def _decoding_spec(kernel: KernelSpec, why: str) -> KernelSpec:
     """Returns the spec for an FP8 weight that is decoded when loaded."""
     return replace(kernel, formats=(FP8_BLOCK,), layout="dequantized", why=why, is_default=False)
 
 
 SPECS = (
     _FAST,
-    _decoded(
+    _decoding_spec(
         _FAST,
         "FP8 on disk, decoded to BF16 at load (exact for E8M0 scales); inverse rotation in registers, one launch",
     ),
     _INVARIANT,
-    _decoded(_INVARIANT, _INVARIANT.why),
+    _decoding_spec(_INVARIANT, _INVARIANT.why),
     _REFERENCE,
-    _decoded(
+    _decoding_spec(
         _REFERENCE,
         "FP8 on disk, decoded at load as DeepSeek's own conversion does: to BF16 (exact) for E8M0 scales, else FP32",
     ),

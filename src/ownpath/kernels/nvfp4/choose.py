@@ -75,8 +75,8 @@ def choose_moe(pairs: int, num_experts: int, hidden: int, inter: int, invariant:
 def _moe_choice(knobs: tuple[tuple[str, int], ...], hidden: int, inter: int, wide: bool) -> MoeChoice:
     read = dict(knobs)
     sizes = tuple(size for size in (read.get(f"n{idx}") for idx in range(8)) if size)
-    gate_up = _fitted(read, sizes, 2 * inter // BLOCK_ROWS, swiglu=True, gather=bool(read["gather"]))
-    down = _fitted(read, sizes, hidden // BLOCK_ROWS, wide=wide)
+    gate_up = _fit_config(read, sizes, 2 * inter // BLOCK_ROWS, swiglu=True, gather=bool(read["gather"]))
+    down = _fit_config(read, sizes, hidden // BLOCK_ROWS, wide=wide)
     return MoeChoice(gate_up, down)
 
 
@@ -85,7 +85,7 @@ def moe_choice(knobs: Mapping[str, object], hidden: int, inter: int, wide: bool)
     return _moe_choice(tuple((name, int(str(value))) for name, value in sorted(knobs.items())), hidden, inter, wide)
 
 
-def _fitted(read: Mapping[str, int], sizes: tuple[int, ...], num_blocks: int, **flags: bool) -> GemmConfig:
+def _fit_config(read: Mapping[str, int], sizes: tuple[int, ...], num_blocks: int, **flags: bool) -> GemmConfig:
     """Returns the tuned tile, or the next smaller one that divides the rows."""
     tiles = ((read["num_m64"], read["warpgroups_m"]), (2, 2), (1, 2))
     num_m64, warpgroups_m = next(tile for tile in tiles if num_blocks % (tile[0] * tile[1]) == 0)

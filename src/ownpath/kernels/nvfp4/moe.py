@@ -78,9 +78,9 @@ class _MoeLaunches:
         )
         pairs, device_index = sizes.pairs, operand.w13.device_index
         tiles = min(operand.num_experts, pairs) + pairs // choice.tile_rows + 1
-        self.sorted_at = _aligned(4 * (4 + 4 * tiles + 2 * pairs + 4))
-        self.hidden_at = self.sorted_at + (0 if choice.gate_up.gather else _aligned(2 * pairs * operand.hidden))
-        self.rows_at = self.hidden_at + _aligned(2 * pairs * operand.inter)
+        self.sorted_at = _align(4 * (4 + 4 * tiles + 2 * pairs + 4))
+        self.hidden_at = self.sorted_at + (0 if choice.gate_up.gather else _align(2 * pairs * operand.hidden))
+        self.rows_at = self.hidden_at + _align(2 * pairs * operand.inter)
         self.num_bytes = self.rows_at + (4 if choice.is_wide else 2) * pairs * operand.hidden
         self._pointers = Pointers(9)
         x, ids, expert_map, schedule, ordered, hidden, rows, weights, out = self._pointers.arguments
@@ -138,7 +138,7 @@ def _tiling(config: GemmConfig, operand: MoeOperand, tiles: int) -> Tiling:
     return Tiling(grid, pitch, 0, operand.swiglu_limit)
 
 
-def _aligned(num_bytes: int) -> int:
+def _align(num_bytes: int) -> int:
     return -(-num_bytes // PART_BYTES) * PART_BYTES
 
 
@@ -181,7 +181,7 @@ class Nvfp4MoeKernel:
     def restore(self, operand: MoeOperand, expert: int) -> FusedExpert:
         """Reads one expert back; the kernel holds the global scale of w2 twice: [2]."""
         sides = (operand.w13, gate_up_rows), (operand.w2, plain_rows)
-        w13, w2 = (_restored(weight, rows(weight.num_rows), operand.num_experts, expert) for weight, rows in sides)
+        w13, w2 = (_restore_stack(weight, rows(weight.num_rows), operand.num_experts, expert) for weight, rows in sides)
         return w13, w2
 
     def choose(self, pairs: int, operand: MoeOperand) -> MoeChoice:
@@ -225,7 +225,7 @@ class Nvfp4MoeKernel:
             2 * pairs * operand.inter,
             row_bytes * operand.hidden,
         )
-        return torch.empty(sum(map(_aligned, parts)), dtype=torch.uint8, device=operand.w13.codes.device)
+        return torch.empty(sum(map(_align, parts)), dtype=torch.uint8, device=operand.w13.codes.device)
 
     def run(
         self,
@@ -280,7 +280,7 @@ def _stack(name: str, side: QuantTensor) -> tuple[torch.Tensor, torch.Tensor, to
     return side.qdata, side.scale, side.global_scale
 
 
-def _restored(weight: PackedWeight, rows: torch.Tensor, num_experts: int, expert: int) -> QuantTensor:
+def _restore_stack(weight: PackedWeight, rows: torch.Tensor, num_experts: int, expert: int) -> QuantTensor:
     codes, scales = (part.view(num_experts, -1)[expert] for part in (weight.codes, weight.scales))
     unpacked = unpack_weight(codes, scales, rows.to(codes.device), weight.num_cols)
     return QuantTensor(*unpacked, weight.global_scale[expert], NVFP4)

@@ -80,7 +80,7 @@ def linear_operand(
     _require_scales("weight_scale_2", global_scale_N)
     _require_scales("input_scale", input_scale)
     alpha = (input_scale * global_scale_N).contiguous()
-    return W4A4LinearOperand(weight.contiguous(), _boxed(weight_scale), alpha, input_scale.contiguous())
+    return W4A4LinearOperand(weight.contiguous(), _box(weight_scale), alpha, input_scale.contiguous())
 
 
 def moe_operand(
@@ -102,11 +102,11 @@ def moe_operand(
         _require_scales(f"{name}_input_scale", input_scale)
     return W4A4MoeOperand(
         w13[0].contiguous().flatten(0, 1),
-        _boxed(w13[1]),
+        _box(w13[1]),
         (w13[3][:, None] * w13[2]).contiguous(),
         w13[3].contiguous(),
         w2[0].contiguous().flatten(0, 1),
-        _boxed(w2[1]),
+        _box(w2[1]),
         (w2[3] * w2[2]).contiguous(),
         w2[3].contiguous(),
         swiglu_limit,
@@ -131,7 +131,7 @@ def scale_padding(scale: torch.Tensor, num_rows: int, num_groups: int) -> torch.
     return whole[(row[:, None] >= num_rows) | (col >= num_groups)]
 
 
-def _boxed(scale: torch.Tensor) -> torch.Tensor:
+def _box(scale: torch.Tensor) -> torch.Tensor:
     """Swizzles row-major scales [N, G] or [E, N, G] into the box shape; experts become rows of pieces."""
     swizzled = swizzle_scales(scale)
     return swizzled.view(1, -1, swizzled.shape[-4], 2, 256)

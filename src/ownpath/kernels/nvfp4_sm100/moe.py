@@ -33,8 +33,8 @@ class Nvfp4MoeW4A4Kernel(TritonKernel):
 
     def restore(self, operand: W4A4MoeOperand, expert: int) -> FusedExpert:
         """Reads one expert back in the stored order. The global scales include the input's."""
-        gate_up = _restored(operand, operand.w13, operand.w13_scale, operand.w13_alpha, expert)
-        return gate_up, _restored(operand, operand.w2, operand.w2_scale, operand.w2_alpha, expert)
+        gate_up = _restore_stack(operand, operand.w13, operand.w13_scale, operand.w13_alpha, expert)
+        return gate_up, _restore_stack(operand, operand.w2, operand.w2_scale, operand.w2_alpha, expert)
 
     def _columns(self, routing: Routing, operand: W4A4MoeOperand) -> int:
         num_rows = ROW_TILE * num_tiles_bound(routing.ids.numel(), operand.num_experts, ROW_TILE)
@@ -76,7 +76,7 @@ def _side(
     return side.qdata, side.scale, side.global_scale, input_scale
 
 
-def _restored(
+def _restore_stack(
     operand: W4A4MoeOperand, codes: torch.Tensor, scale: torch.Tensor, alpha: torch.Tensor, expert: int
 ) -> QuantTensor:
     own = codes.unflatten(0, (operand.num_experts, -1))[expert]

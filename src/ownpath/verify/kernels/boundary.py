@@ -27,12 +27,12 @@ def check_boundaries(probe: Probe) -> Iterator[Finding]:
         kernel = probe.kernels[slot]
         for num_rows in MANY_ROWS if probe.is_cuda else ROWS:
             with tally.catch_errors(slot, kernel, f"{num_rows} tokens: "):
-                for what, found in _compared(probe, slot, num_rows):
+                for what, found in _compare(probe, slot, num_rows):
                     tally.add(slot, kernel, found, f"{num_rows} tokens, {what}: {found}")
         yield from tally.findings()
 
 
-def _compared(probe: Probe, slot: str, num_rows: int) -> Iterator[tuple[str, Deviation]]:
+def _compare(probe: Probe, slot: str, num_rows: int) -> Iterator[tuple[str, Deviation]]:
     """Yields (part, deviation) for each part of one boundary's results."""
     sizes = ArgumentSizes(probe.config.hidden_size, num_streams=probe.config.hc_mult)
     x_TSD, y_TD, mix = probe.draw.streams(slot, num_rows, sizes)

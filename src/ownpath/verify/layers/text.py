@@ -53,7 +53,7 @@ def text_of(subject: Subject) -> SampleText:
     exceeds what the engine is configured for.
     """
     num_tokens = _num_tokens(subject)
-    words = _tokenized(subject)
+    words = _tokenize(subject)
     if words is None:
         generator = torch.Generator().manual_seed(_SEED)
         ids = torch.randint(0, subject.config.vocab_size, (num_tokens,), generator=generator).tolist()
@@ -70,7 +70,7 @@ def _num_tokens(subject: Subject) -> int:
     return min(HCA_RATIO * windows + _EDGE, subject.engine.max_model_len, config.max_position_embeddings)
 
 
-def _tokenized(subject: Subject) -> list[int] | None:
+def _tokenize(subject: Subject) -> list[int] | None:
     """Tokenizes BOS and the paragraph; ``None`` where no tokenizer fits this model."""
     if not (subject.folder / "tokenizer.json").exists():
         return None
