@@ -198,8 +198,7 @@ def judge_norm(result: torch.Tensor, inputs: Inputs) -> None:
 
 
 def judge_swiglu(result: torch.Tensor, inputs: Inputs) -> None:
-    """Allows the rounding of exp's argument: an error of |gate| roundings. Below float32's normal range, zero is
-    right."""
+    """Allows the rounding of exp's argument, |gate| roundings, and zero below float32's normal range."""
     gate_up, limit = inputs
     gate, up = gate_up.double().chunk(2, dim=-1)
     expected = formulas.swiglu(gate, up, limit)
