@@ -30,6 +30,7 @@ from threading import Lock
 import torch
 import triton
 
+from ownpath.kernels.checks import is_dense
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
@@ -279,6 +280,10 @@ def _out_fits(out: HyperOut, shape: torch.Size, call: BoundaryCall, device_index
     )
 
 
+def _is_scratch(workspace: torch.Tensor, device_index: int) -> bool:
+    return is_dense(workspace, torch.float32) and workspace.get_device() == device_index
+
+
 class HyperBoundaryKernel:
     """Post of the sublayer that made y (none before the first), pre of the coming one, and its norm.
 
@@ -333,7 +338,7 @@ class HyperBoundaryKernel:
             check_out(out, x_TSD, call.makes_mix)
         if workspace is None:
             workspace = call.scratch.new()
-        else:
+        elif workspace.numel() < call.num_floats or not _is_scratch(workspace, device_index):
             check_workspace(workspace, call.num_floats, x_TSD.device)
         with operand.lock:
             call.start(given, out, workspace.data_ptr(), current_stream(device_index))
