@@ -113,9 +113,11 @@ def read_text(path: Path, max_bytes: int = MAX_FILE_BYTES) -> str:
         raise FileError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
-def read_json_object(path: Path, on_twice: Callable[[str], None] | None = None) -> dict[str, object]:
-    """Reads a regular file that holds one JSON object. Errors: as ``parse_json``."""
-    content = parse_json(read_bytes(path), str(path), on_twice)
+def read_json_object(
+    path: Path, on_twice: Callable[[str], None] | None = None, *, follow_links: bool = True
+) -> dict[str, object]:
+    """Reads a regular file that holds one JSON object. Errors: as ``read_bytes`` and ``parse_json``."""
+    content = parse_json(read_bytes(path, follow_links=follow_links), str(path), on_twice)
     if not isinstance(content, dict):
         raise FileError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content

@@ -6,6 +6,7 @@ when all the others have theirs.
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,11 +16,12 @@ import torch
 
 from ownpath.checkpoint.dtypes import NAMES
 from ownpath.checkpoint.errors import CheckpointError
-from ownpath.files import create_file, sync_folder, write_json
+from ownpath.files import FileError, create_file, open_regular, sync_folder, write_json
 
 INDEX_NAME = "model.safetensors.index.json"
 _METADATA = {"format": "pt"}
 _HEADER_ALIGNMENT = 8
+_READ_BYTES = 2**20
 
 
 class Fingerprint(NamedTuple):
@@ -52,6 +54,19 @@ def write_shard(
             digest.update(part)
             write(part)
     return Fingerprint(8 + len(text) + end, digest.hexdigest())
+
+
+def fingerprint_of(path: Path) -> Fingerprint:
+    """Reads a file, not through a link, and returns its fingerprint. Errors: FileError naming it."""
+    digest, num_bytes, buffer = hashlib.sha256(), 0, bytearray(_READ_BYTES)
+    with open_regular(path, follow_links=False) as descriptor:
+        try:
+            while count := os.readv(descriptor, [buffer]):
+                digest.update(memoryview(buffer)[:count])
+                num_bytes += count
+        except OSError as error:
+            raise FileError(f"{path}: cannot be read ({error.strerror})") from None
+    return Fingerprint(num_bytes, digest.hexdigest())
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
