@@ -20,7 +20,7 @@ from ownpath.checkpoint.reader import TensorReader
 from ownpath.checkpoint.schema import MODELOPT_NVFP4
 from ownpath.checkpoint.writer import INDEX_NAME
 from ownpath.config import ModelConfig
-from ownpath.files import is_there, read_json_object, write_json
+from ownpath.files import is_present, read_json_object, write_json
 from ownpath.quantize.companions import CONFIG, QUANT_CONFIG, Companion, copy_companions, find_companions
 from ownpath.quantize.convert import Counts, step_tensors
 from ownpath.quantize.describe import config_fields, quant_config_fields
@@ -95,16 +95,19 @@ def quantize_checkpoint(
 
 
 def require_free(source: Path, target: Path) -> None:
-    """Refuses a target that is the source, lies in it, or holds a file that the run would write. Errors: CheckpointError."""
+    """Refuses a target that is the source, lies in it, or holds a file that the run would write.
+
+    Errors: CheckpointError.
+    """
     if target.is_symlink():
         raise CheckpointError(f"{target}: is a link; give the folder itself, nothing is written through a link")
-    if is_there(target) and not target.is_dir():
+    if is_present(target) and not target.is_dir():
         raise CheckpointError(f"{target}: is there and no folder")
     there, home = Path(os.path.realpath(target)), Path(os.path.realpath(source))
     if there == home or not is_unfinished(target):
         companions = [one.name for one in find_companions(source)] if source.is_dir() else []
         for name in (INDEX_NAME, CONFIG, QUANT_CONFIG, SINGLE_NAME, *companions):
-            if is_there(target / name):
+            if is_present(target / name):
                 raise CheckpointError(f"{target / name} exists; a checkpoint is never overwritten")
         for path in sorted(target.glob("*.safetensors")):
             raise CheckpointError(f"{path} exists; a checkpoint is never overwritten")
