@@ -96,6 +96,8 @@ def scan_checkpoint(folder: Path) -> Scan:
         scanner.read_single(folder / SINGLE_NAME)
     else:
         scanner.add("folder", folder.name, f"{folder}: found neither {INDEX_NAME} nor {SINGLE_NAME}")
+    if not scanner.tensors and not scanner.problems:
+        scanner.add("folder", folder.name, f"{folder}: its shards hold no tensors")
     if are_transformers_names(scanner.tensors):
         scanner.rename()
     index = CheckpointIndex(folder, MappingProxyType(scanner.tensors))

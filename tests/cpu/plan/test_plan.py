@@ -4,7 +4,6 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -56,7 +55,7 @@ def test_the_plan_moves_no_weight_byte(tmp_path: Path, monkeypatch: pytest.Monke
 
     def counted(descriptor: int, num_bytes: int, position: int) -> bytes:
         data = real(descriptor, num_bytes, position)
-        num_read[Path(os.readlink(f"/proc/self/fd/{descriptor}"))] += len(data)
+        num_read[Path(f"/proc/self/fd/{descriptor}").readlink()] += len(data)
         return data
 
     def no_other_way(*_: object, **__: object) -> None:
