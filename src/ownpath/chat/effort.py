@@ -5,8 +5,9 @@ The refresh of 31 July moved the scale by one: the text of the first release's s
 Source: ``encoding/`` in the model repositories of each release.
 """
 
-import json
 from pathlib import Path
+
+from ownpath.files import is_present, read_bytes, read_json_object
 
 _ABSOLUTE = """\
 Reasoning Effort: Absolute maximum with no shortcuts permitted.
@@ -39,11 +40,12 @@ def release_of_folder(folder: Path) -> str:
 
     Its own ``encoding/encoding_dsv4.py`` decides (read as text, never run). Exports often lack it; then a
     ``dspark_block_size`` in config.json, a drafter's field that came with the refresh, decides.
+    Errors: FileError naming a file that is there and cannot be read.
     """
     encoder = folder / "encoding" / "encoding_dsv4.py"
-    if encoder.is_file():
-        is_refresh = "Reasoning Effort: Beyond maximum" in encoder.read_text(encoding="utf-8", errors="replace")
+    config = folder / "config.json"
+    if is_present(encoder):
+        is_refresh = b"Reasoning Effort: Beyond maximum" in read_bytes(encoder)
     else:
-        config = folder / "config.json"
-        is_refresh = config.is_file() and "dspark_block_size" in json.loads(config.read_text(encoding="utf-8"))
+        is_refresh = is_present(config) and "dspark_block_size" in read_json_object(config)
     return "0731" if is_refresh else "v4"

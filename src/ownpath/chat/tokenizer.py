@@ -12,6 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer as BackendTokenizer
 
 from ownpath.chat.markers import BOS, EOS, Special
+from ownpath.files import FileError, is_present, read_json_object
 
 
 class TokenizerError(ValueError):
@@ -51,7 +52,7 @@ class Tokenizer:
         """Reads ``tokenizer.json`` and, if there, ``tokenizer_config.json``. Errors: TokenizerError."""
         spec = _read_json(folder / "tokenizer.json")
         config_path = folder / "tokenizer_config.json"
-        config = _read_json(config_path) if config_path.exists() else {}
+        config = _read_json(config_path) if is_present(config_path) else {}
         return cls(spec, config.get("add_bos_token") is True, str(folder / "tokenizer.json"))
 
     def encode_text(self, text: str) -> list[int]:
@@ -107,14 +108,9 @@ class Tokenizer:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise TokenizerError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise TokenizerError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
+        return read_json_object(path)
+    except FileError as error:
+        raise TokenizerError(str(error)) from None
 
 
 def _added_tokens(spec: dict[str, Any], source: str) -> tuple[dict[str, int], frozenset[int]]:

@@ -13,7 +13,7 @@ from ownpath.finding import Finding
 from ownpath.inspect.blocks import SAMPLE_BYTES, BlockReport, read_blocks
 from ownpath.inspect.expert_tables import table_problems
 from ownpath.inspect.memory import KINDS, Memory, memory_needed
-from ownpath.inspect.metadata import config_problems, file_problem, format_problems, tokenizer_problems
+from ownpath.inspect.metadata import config_problems, format_problems, tokenizer_problems
 from ownpath.inspect.scalars import Coverage, GateUp, Scalar, calibration, gate_up, out_of_band, read_scalars
 from ownpath.plan.census import Census, StoredModule, take_census
 from ownpath.plan.plan import MixedExpertsError, PlanError, make_plan
@@ -81,13 +81,9 @@ def inspect_folder(
 
 def _config(folder: Path, problems: list[Finding]) -> ModelConfig | None:
     path = folder / "config.json"
-    problem = file_problem(path, "config")
-    if problem is not None:
-        problems.append(problem)
-        return None
     try:
         return ModelConfig.from_file(path)
-    except (ConfigError, OSError) as error:
+    except ConfigError as error:
         problems.append(make_problem("config", "config.json", str(error)))
         return None
 

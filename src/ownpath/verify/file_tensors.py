@@ -1,14 +1,11 @@
 """Reads a tensor's bytes from the file by header and offset, independent of the weight loader."""
 
-import os
-from contextlib import ExitStack
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.checkpoint.positioned import PositionedReader
 
 _DTYPES = {
     "F64": torch.float64,
@@ -22,38 +19,25 @@ _DTYPES = {
 
 
 class FileTensors:
-    """Reads tensors by position; shards stay open until the end of the block."""
+    """Reads tensors by position; a shard stays open until another is read or the end of the block."""
 
     def __init__(self, index: CheckpointIndex, device: torch.device) -> None:
         self._index, self._device = index, device
-        self._descriptors: dict[Path, int] = {}
-        self._stack = ExitStack()
+        self._shards = PositionedReader()
 
     def __enter__(self) -> "FileTensors":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
-        self._descriptors.clear()
+        self._shards.close()
 
     def __call__(self, key: str) -> Tensor:
         """Reads the tensor in its shape: one-byte elements as uint8, others as numbers.
 
-        Errors: CheckpointError naming a tensor that the checkpoint does not hold; OSError for a file that ends inside.
+        Errors: CheckpointError naming a tensor that the checkpoint does not hold, or that its file ends inside.
         """
         info = self._index[key]
         data = np.empty(info.num_bytes, np.uint8)
-        done = 0
-        while done < len(data):
-            count = os.preadv(self._descriptor(info.file), [data[done:].data], info.start + done)
-            if not count:
-                raise OSError(f"tensor {info}: the file ends inside it")
-            done += count
+        self._shards.read(info, 0, data.data)
         flat = torch.from_numpy(data).to(self._device)
         return flat.view(_DTYPES.get(info.dtype, torch.uint8)).view(info.shape)
-
-    def _descriptor(self, file: Path) -> int:
-        if file not in self._descriptors:
-            self._descriptors[file] = os.open(file, os.O_RDONLY)
-            self._stack.callback(os.close, self._descriptors[file])
-        return self._descriptors[file]

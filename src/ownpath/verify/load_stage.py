@@ -59,7 +59,7 @@ def _part_findings(subject: Subject, name: str, holds: Callable[[str], bool]) ->
     plan = restrict_plan(subject.plan, holds)
     try:
         weights = read_weights(subject, plan, sentinel)
-    except (CheckpointError, OSError) as error:
+    except CheckpointError as error:
         yield _load_failure(name, error)
         return
     unwritten = list(unwritten_slots(subject, weights))

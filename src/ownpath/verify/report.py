@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import re
 import textwrap
 from collections import Counter
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from ownpath.bench.record import device_name
 from ownpath.checkpoint.header import MAX_HEADER_BYTES
+from ownpath.files import open_regular, read_bytes
 from ownpath.finding import Finding, Verdict, failed
 from ownpath.inspect.report import printable
 from ownpath.plan.plan import Plan
@@ -36,15 +38,15 @@ def checkpoint_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted((folder / "config.json", *folder.glob("*.safetensors"))):
         if path.is_file():
-            data = path.read_bytes() if path.suffix == ".json" else _header(path)
+            data = read_bytes(path) if path.suffix == ".json" else _header(path)
             digest.update(f"{path.name} {len(data)}\n".encode() + data)
     return digest.hexdigest()
 
 
 def _header(path: Path) -> bytes:
-    with path.open("rb") as shard:
-        length = shard.read(8)
-        return length + shard.read(min(int.from_bytes(length, "little"), MAX_HEADER_BYTES))
+    with open_regular(path) as shard:
+        length = os.pread(shard, 8, 0)
+        return length + os.pread(shard, min(int.from_bytes(length, "little"), MAX_HEADER_BYTES), 8)
 
 
 def plan_digest(plan: Plan) -> str:
