@@ -36,6 +36,7 @@ REMEDIES = MappingProxyType(
         "saturated-block-scale": "export again: the global scale is too small for the blocks",
         "gate-up-scale": "export again with one global scale for w1 and w3; other engines apply w1's to both",
         "expert-outlier": "compare this expert with the source: training does not set one so far from the others",
+        "weight-magnitude": "compare this weight's scales with the source: training does not set one so far from its peers",
         "uncalibrated-expert": "calibrate with text that reaches every expert, or give it its layer's maximum; "
         "harmless where only weights are NVFP4",
         "router-bias": "export again: this layer lost its router bias, and chooses experts that training did not mean",
@@ -81,6 +82,8 @@ FOUND_WHEN = MappingProxyType(
         "saturated-block-scale": "more than an eighth of the block scales read are 448 (E8M0: any is 2^127)",
         "gate-up-scale": "w1 and w3 of an expert have different global scales",
         "expert-outlier": "verify: an expert's largest block is far from those of its layer's others",
+        "weight-magnitude": "sampled rows of a weight, decoded, are far larger or smaller than the same weight's in other "
+        "layers, the layer's other experts', or any model's (how far: docs/mutations.md)",
         "uncalibrated-expert": "verify: an input_scale is exactly 1, a default and no measurement",
         "router-bias": "verify: a router's bias holds NaN, or is the same for all experts where other layers' are not",
         "expert-ids": "a hash layer's table names an expert that is not there",
