@@ -120,7 +120,7 @@ def _contents(
         return None
     census = take_census(config, index, draft)
     problems += _not_explained(census, scan)
-    problems += format_problems(index.folder, census.modules)
+    problems += format_problems(index.folder, config, census.modules)
     scalars = read_scalars(census.modules, index, broken, problems)
     problems += out_of_band(scalars)
     pairs = gate_up(scalars, problems)
