@@ -4,11 +4,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from ownpath.chat.effort import Release, find_release
+from ownpath.chat.end_tokens import EndTokens, read_end_tokens
 from ownpath.checkpoint.drafts import Draft, carried_draft, requested_draft
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex, Scan, scan_checkpoint
 from ownpath.checkpoint.problems import make_problem
 from ownpath.config import ConfigError, ModelConfig
+from ownpath.files import FileError
 from ownpath.finding import Finding
 from ownpath.inspect.blocks import SAMPLE_BYTES, BlockReport, read_blocks
 from ownpath.inspect.expert_tables import table_problems
@@ -41,6 +44,7 @@ class Inspection:
 
     are_all_scales_read: whether every block scale was read, or a sample of every module's.
     broken: shards that cannot be read.
+    end_tokens: ``None`` where they cannot be read. release: ``None`` where what tells it cannot be read.
     """
 
     folder: Path
@@ -50,6 +54,8 @@ class Inspection:
     are_all_scales_read: bool
     seconds: float
     broken: frozenset[Path] = frozenset()
+    end_tokens: EndTokens | None = None
+    release: Release | None = None
 
 
 def inspect_folder(
@@ -80,7 +86,24 @@ def inspect_folder(
             contents = _contents(config, draft, scan, problems, prefixes)
     seconds = time.perf_counter() - start
     unique = tuple(dict.fromkeys(problems))
-    return Inspection(folder, scan.index, contents, unique, read_all_scales, seconds, scan.broken)
+    end_tokens = None if config is None else _end_tokens(folder, config)
+    return Inspection(
+        folder, scan.index, contents, unique, read_all_scales, seconds, scan.broken, end_tokens, _release(folder)
+    )
+
+
+def _end_tokens(folder: Path, config: ModelConfig) -> EndTokens | None:
+    try:
+        return read_end_tokens(folder, config)
+    except ConfigError:
+        return None  # a problem of the tokenizer's
+
+
+def _release(folder: Path) -> Release | None:
+    try:
+        return find_release(folder)
+    except FileError:
+        return None  # config.json's problem, or one of no consequence here
 
 
 def _config(folder: Path, problems: list[Finding]) -> ModelConfig | None:

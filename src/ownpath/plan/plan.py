@@ -18,7 +18,7 @@ from ownpath.checkpoint.schema import Encoding, ModuleSpec, ParamSpec, check_cen
 from ownpath.config import ONE_RANK, ModelConfig, Parallel
 from ownpath.formats import BF16, FP32, Format
 from ownpath.ops import OpKind
-from ownpath.plan.claims import find_contradictions
+from ownpath.plan.claims import config_section, find_contradictions
 from ownpath.plan.opspec import (
     CompanionSpec,
     OpSpec,
@@ -29,6 +29,7 @@ from ownpath.plan.opspec import (
     official_ops,
     steps_of,
 )
+from ownpath.plan.sections import QuantSection
 from ownpath.plan.select import Caps, Choice, Demands, Refusal, select
 from ownpath.plan.sharding import Region, local_module, param_region, regions_of, require_supported
 
@@ -161,6 +162,11 @@ def make_plan(
     regions = {param.key: param_region(param, parallel) for param in params}
     param_regions = {key: region for key, region in regions.items() if region is not None}
     return Plan(config, caps, demands, ops, companions, params, ignored, contradictions, draft, parallel, param_regions)
+
+
+def claimed_formats(config: ModelConfig) -> QuantSection:
+    """Returns what config.json says about the format of each module."""
+    return config_section(config.claims)
 
 
 def _contradictions(config: ModelConfig, ops: tuple[PlannedOp, ...], index: CheckpointIndex) -> tuple[str, ...]:
