@@ -1,6 +1,7 @@
 """Inspects one checkpoint from all sides. Nothing here raises for what a checkpoint can get wrong."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from ownpath.checkpoint.index import CheckpointIndex, Scan, scan_checkpoint
 from ownpath.checkpoint.problems import make_problem
 from ownpath.config import ConfigError, ModelConfig
 from ownpath.files import FileError
-from ownpath.finding import Finding
+from ownpath.finding import Finding, failed
 from ownpath.inspect.blocks import SAMPLE_BYTES, BlockReport, read_blocks
 from ownpath.inspect.expert_tables import table_problems
 from ownpath.inspect.magnitudes import read_magnitudes
@@ -154,10 +155,16 @@ def _contents(
     blocks = read_blocks(census.modules, scalars, index, broken, problems, max_bytes)
     sampled = read_magnitudes(census.modules, census.params, scalars, index, broken, problems)
     magnitudes = compare_magnitudes(sampled, config.rms_norm_eps)
-    problems += magnitudes.problems
+    problems += _beyond(magnitudes.problems, problems)
     problems += table_problems(census.params, config.n_routed_experts, index, broken)
     memory = () if census.problems else _plan(config, draft, index, problems)
     return Contents(config, census, blocks, calibration(scalars), pairs, magnitudes, memory, scalars)
+
+
+def _beyond(magnitudes: Iterable[Finding], problems: Iterable[Finding]) -> list[Finding]:
+    """Returns the odd magnitudes of weights without a failure of their own scales, which would explain them."""
+    explained = {problem.where.rpartition(".")[0] for problem in failed(problems)}
+    return [problem for problem in magnitudes if problem.where not in explained]
 
 
 def _not_explained(census: Census, scan: Scan) -> list[Finding]:
