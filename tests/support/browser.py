@@ -1,17 +1,25 @@
 """A headless Chromium, asked through its own debugging pipe: no driver, no port, no package."""
 
 import base64
+import fcntl
 import json
 import os
 import shutil
-import subprocess
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--no-first-run")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+    "--no-first-run",
+)
 
 
 def find_browser() -> str | None:
@@ -29,14 +37,17 @@ class Browser:
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         self._call("Page.enable")
 
-    def open(self, path: Path, width: int, scheme: str = "light") -> None:
-        """Shows a file. width: of the window, in CSS pixels. scheme: ``light`` or ``dark``."""
+    def open(self, path: Path, width: int) -> None:
+        """Shows a file. width: of the window, in CSS pixels."""
         wide = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         self._call("Emulation.setDeviceMetricsOverride", **wide)
-        self._call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self._call("Page.navigate", url=path.as_uri())
         while self._read().get("method") != "Page.loadEventFired":
             pass
+
+    def prefer(self, scheme: str) -> None:
+        """Sets the reader's colour scheme: ``light`` or ``dark``."""
+        self._call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def evaluate(self, expression: str) -> Any:
         """Returns a JavaScript expression's value."""
@@ -44,10 +55,9 @@ class Browser:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    def screenshot(self, path: Path) -> None:
-        """Writes the whole page as a PNG."""
-        shot = self._call("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(shot["data"]))
+    def screenshot(self) -> bytes:
+        """Returns the whole page as a PNG."""
+        return base64.b64decode(self._call("Page.captureScreenshot", captureBeyondViewport=True)["data"])
 
     def _call(self, method: str, **params: object) -> dict[str, Any]:
         self._last_id += 1
@@ -73,17 +83,26 @@ class Browser:
 @contextmanager
 def running_browser(program: str, profile: Path) -> Iterator[Browser]:
     """Starts a browser, and ends it. profile: an empty folder. Errors: RuntimeError where it does not start."""
-    its_in, ours_out = os.pipe()
-    ours_in, its_out = os.pipe()
-    command = [program, *FLAGS, "--remote-debugging-pipe", f"--user-data-dir={profile}"]
+    its_in, ours_out = _pipe()
+    ours_in, its_out = _pipe()
+    command = [program, *FLAGS, "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"]
+    quiet = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in (0, 1, 2)]
     # It reads from descriptor 3 and writes to 4.
-    shell = ["sh", "-c", f'exec "$@" 3<&{its_in} 4>&{its_out}', "sh", *command]
-    null = subprocess.DEVNULL
-    process = subprocess.Popen(shell, pass_fds=(its_in, its_out), stdout=null, stderr=null)
+    pipes = [(os.POSIX_SPAWN_DUP2, its_in, 3), (os.POSIX_SPAWN_DUP2, its_out, 4)]
+    pid = os.posix_spawn(program, command, os.environ, file_actions=[*quiet, *pipes])
     os.close(its_in)
     os.close(its_out)
     try:
         yield Browser(ours_out, ours_in)
     finally:
-        process.terminate()
-        process.wait(10)
+        os.kill(pid, signal.SIGTERM)
+        os.waitpid(pid, 0)
+
+
+def _pipe() -> tuple[int, int]:
+    """Opens a pipe whose ends are above 9: none is one of a program's own descriptors."""
+    low = os.pipe()
+    high = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in low)
+    for end in low:
+        os.close(end)
+    return high[0], high[1]

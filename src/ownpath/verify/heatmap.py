@@ -65,7 +65,7 @@ class Cell:
 
     @property
     def text(self) -> str:
-        """The error in at most four characters, or the check that failed where no error lies beyond its budget."""
+        """The error in at most five characters, or the check that failed where no error lies beyond its budget."""
         if self.worst is None or (self.failures and self.worst <= 1):
             return self.failures[0].id
         return short_number(self.worst)
@@ -93,11 +93,6 @@ def heat_map(result: Verification) -> Rows:
 def measured_name(measured: Measurement) -> str:
     """Returns a measured value's name, with its layer."""
     return measured.slot if measured.slot in ENDS else f"layers.{measured.layer_idx}.{measured.slot}"
-
-
-def columns_of(rows: Rows) -> list[Column]:
-    """Returns the columns that have any cell, in order."""
-    return [column for column in COLUMNS if any(column in cells for cells in rows.values())]
 
 
 def short_number(number: float) -> str:
