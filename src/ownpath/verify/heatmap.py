@@ -71,13 +71,13 @@ class Cell:
         return short_number(self.worst)
 
 
-Rows = dict[str, dict[Column, Cell]]
+HeatRows = dict[str, dict[Column, Cell]]
 """Row (``layers.3``, ``embed``) -> column -> cell. The ends' cells are in the last column."""
 
 
-def heat_map(result: Verification) -> Rows:
+def heat_map(result: Verification) -> HeatRows:
     """Returns the rows in the order of the forward: embedding, layers, drafts, head."""
-    rows: Rows = {}
+    rows: HeatRows = {}
     for measured in result.measurements:
         cell = _cell_at(rows, measured_name(measured))
         if cell is not None:
@@ -104,7 +104,7 @@ def short_number(number: float) -> str:
     return f"{number:.0f}" if number < 999.5 else f"{number:.0e}".replace("e+0", "e").replace("e+", "e")
 
 
-def _cell_at(rows: Rows, name: str) -> Cell | None:
+def _cell_at(rows: HeatRows, name: str) -> Cell | None:
     """Returns the cell that a slot or tensor belongs to; ``None`` for what is of no layer."""
     match = _LAYER.fullmatch(name)
     row = match[1] if match else ENDS.get(name.partition(".")[0], "")

@@ -16,7 +16,7 @@ from ownpath.verify.fold import unfold_layers
 from ownpath.verify.heatmap import COLUMNS, LEVELS, Cell, Column, heat_map, measured_name, short_number
 from ownpath.verify.layers.measure import Measurement
 from ownpath.verify.markup import Html, join, render
-from ownpath.verify.run import STAGES, Verification
+from ownpath.verify.run import STAGES, StageResult, Verification
 from ownpath.versions import versions
 
 _FRAME = Path(__file__).with_name("page.html")
@@ -103,7 +103,7 @@ def _map(result: Verification) -> Html:
     note += "Hover, or open “Every value”, for the numbers behind a cell."
     if not result.measurements:
         note = "No layer was compared." + " Cells name the checks that failed there." * bool(rows)
-    shown = [_legend(), heat] if rows else []
+    shown = [_legend(), heat] if result.measurements else [heat] if rows else []
     title = render("h2", "Error over budget, layer by layer")
     return render("section", title, render("p", note, class_="soft"), *shown, class_="map")
 
@@ -159,19 +159,20 @@ def _cell(name: str, cell: Cell | None, kind: str, **attributes: str) -> Html:
 
 
 def _stages(result: Verification) -> Html:
-    """Renders a line for each stage, which opens on its checks, those that failed first."""
-    lines = [_stage(replace(result, stages=(stage,))) for stage in result.stages]
-    ran = {stage.name for stage in result.stages}
-    lines += [render("p", f"– {name}: not asked for", class_="soft") for name in STAGES if name not in ran]
+    """Renders a line for each stage; one that ran opens on its checks, those that failed first."""
+    by_name = {stage.name: stage for stage in result.stages}
+    lines = [_stage(name, by_name.get(name), result) for name in dict.fromkeys((*STAGES, *by_name))]
     return render("section", render("h2", "Stages"), *lines, class_="stages")
 
 
-def _stage(alone: Verification) -> Html:
-    """Renders one stage. alone: the result without the others."""
-    (stage,) = alone.stages
+def _stage(name: str, stage: StageResult | None, result: Verification) -> Html:
+    reason = "not asked for" if stage is None else f"not run: {stage.skipped}" if stage.skipped else ""
+    if stage is None or (stage.skipped and not stage.findings):
+        return render("p", f"– {name} {reason}", class_="soft")
+    alone = replace(result, stages=(stage,))
     kind, sign = _MARKS["pass" if alone.passed else "FAIL"]
-    told = f"not run: {stage.skipped}" if stage.skipped else report.counts_text(stage.findings)
-    summary = render("summary", render("b", f"{sign} {stage.name} ", class_=kind), f"{told} in {stage.seconds:.1f} s")
+    told = f"{report.counts_text(stage.findings)} in {stage.seconds:.1f} s {reason}"
+    summary = render("summary", render("b", f"{sign} {name} ", class_=kind), told)
     rows = sorted(report.check_rows(alone), key=lambda row: row[0] != "FAIL")
     return render("details", summary, render("table", *(_check(*row) for row in rows), class_="list"))
 

@@ -127,7 +127,7 @@ SIGHT = {
     "deuteranopia": ((0.367, 0.861, -0.228), (0.280, 0.673, 0.047), (-0.012, 0.043, 0.969)),
     "tritanopia": ((1.256, -0.077, -0.179), (-0.078, 0.931, 0.148), (0.005, 0.691, 0.304)),
 }
-"""What is seen of linear red, green and blue. Source: Machado, Oliveira, Fernandes, 2009, severity 1."""
+"""Linear red, green and blue as they are seen. Source: Machado, Oliveira, Fernandes, 2009, severity 1."""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
