@@ -22,6 +22,8 @@ from ownpath.versions import versions
 _FRAME = Path(__file__).with_name("page.html")
 _MARKS = {"pass": ("good", "✓"), "FAIL": ("bad", "✕"), "skipped": ("soft", "–")}
 """Verdict -> its class and its sign, so that nothing is said by colour alone."""
+_MAX_TOLD = 4
+"""Failures that a cell tells on hover; a layer may lack thousands of tensors."""
 _PARTS = {part: [column for column in COLUMNS if column[0] == part] for part, _ in COLUMNS}
 
 
@@ -153,7 +155,8 @@ def _cell(name: str, cell: Cell | None, kind: str, **attributes: str) -> Html:
     if cell is None:
         return render("td", "·", class_=kind)
     told = [f"{m.slot} [{m.kernel}]: {short_number(m.excess)} of its budget {m.budget:.1e}" for m in cell.values]
-    told += [f"{finding.id} {finding.where}: {finding.message}" for finding in cell.failures]
+    told += [f"{finding.id} {finding.where}: {finding.message}" for finding in cell.failures[:_MAX_TOLD]]
+    told += [f"and {len(cell.failures) - _MAX_TOLD} more failures"] if len(cell.failures) > _MAX_TOLD else []
     title = (f"{name}: {cell.text}", *told)
     return render("td", cell.text, class_=f"l{cell.level} {kind}", title=title, **attributes)
 

@@ -226,6 +226,15 @@ def test_other_stages_failures_are_on_the_map(folder: Path) -> None:
     }
 
 
+def test_a_layer_that_lacks_all_its_tensors_fits_on_the_page(folder: Path) -> None:
+    findings = [Finding("F02", f"layers.1.ffn.experts.{idx}.w1", Verdict.FAIL, "missing") for idx in range(5000)]
+    html = report_html(result_of(folder, findings, []))
+    assert len(html) < 20_000
+    ((number, _, title),) = cells_of(Page(html)).values()
+    assert (number, title.split("\n")[-1]) == ("F02", "and 4996 more failures")
+    assert "and 4992 more (--json lists them)" in html
+
+
 def test_kernels_that_ran_and_were_not_planned_are_marked(folder: Path) -> None:
     job = VerifyJob(folder)
     (slot, (_, kernel)), *_ = job.subject.plan.slots.items()
