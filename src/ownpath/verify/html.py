@@ -20,7 +20,7 @@ from ownpath.verify.run import STAGES, StageResult, Verification
 from ownpath.versions import versions
 
 _FRAME = Path(__file__).with_name("page.html")
-_MARKS = {"pass": ("good", "✓"), "FAIL": ("bad", "✕"), "skipped": ("soft", "–")}
+_MARKS = {"pass": ("good", "✓"), "FAIL": ("bad", "✕"), "warning": ("warn", "!"), "skipped": ("soft", "–")}
 """Verdict -> its class and its sign, so that nothing is said by colour alone."""
 _MAX_TOLD = 4
 """Failures that a cell tells on hover; a layer may lack thousands of tensors."""
@@ -38,7 +38,8 @@ def report_html(result: Verification) -> str:
         style=_FRAME.with_suffix(".css").read_text(encoding="utf-8"),
         verdict=render("h1", word, about, class_=f"verdict {verdict}"),
         facts=_facts(result),
-        failing=_failing(result.findings),
+        failing=_told("Failing checks", "FAIL", report.failed_checks(result.findings)),
+        warnings=_told("Warnings", "warning", report.warned_checks(result.findings)),
         map=_map(result),
         stages=_stages(result),
         details=join(_values(result.measurements), _environment(result)),
@@ -72,18 +73,27 @@ def _chip(kernel: str, count: int, is_planned: bool) -> Html:
     return render("span", *told) if is_planned else render("span", "✕ ", *told, "not planned ", class_="bad")
 
 
-def _failing(findings: Iterable[Finding]) -> Html:
-    """Renders failures like the text report: each failing check's first places, then what to do."""
+def _told(title: str, verdict: str, checks: Iterable[report.FailedCheck]) -> Html:
+    """Renders failures or warnings like the text report: each check's first places, then what to do."""
+    kind, sign = _MARKS[verdict]
     articles = []
-    for check in report.failed_checks(findings):
+    for check in checks:
         first, *others = (render("li", _place(finding)) for finding in check.shown)
         others += [render("li", f"and {check.num_more} more (--json lists them)")] if check.num_more else []
         summary = render("summary", f"{len(check.shown) + check.num_more - 1} more")
         more = render("details", summary, render("ul", *others)) if others else Html()
-        title = render("h3", render("span", f"✕ {check.id} ", class_="bad"), TITLES.get(check.id, ""))
+        head = render("h3", render("span", f"{sign} {check.id} ", class_=kind), TITLES.get(check.id, ""))
         remedies = [render("p", render("b", "Remedy: "), remedy) for remedy in check.remedies]
-        articles.append(render("article", title, render("ul", first), more, *remedies))
-    return render("section", render("h2", "Failing checks"), *articles, class_="failing") if articles else Html()
+        articles.append(
+            render(
+                "article",
+                head,
+                render("ul", first),
+                more,
+                *remedies,
+            )
+        )
+    return render("section", render("h2", title), *articles, class_=f"{kind}-list") if articles else Html()
 
 
 def _place(finding: Finding) -> Html:
@@ -181,7 +191,7 @@ def _stage(name: str, stage: StageResult | None, result: Verification) -> Html:
 
 
 def _check(verdict: str, id_: str, title: str, number: str, found: str) -> Html:
-    kind, sign = _MARKS.get(verdict, ("", "!"))
+    kind, sign = _MARKS[verdict]
     told = join(f"{id_} {title}", render("div", found, class_="soft"))
     return _line(render("span", f"{sign} {verdict}", class_=kind), told, number)
 

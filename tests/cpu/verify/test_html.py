@@ -226,6 +226,17 @@ def test_other_stages_failures_are_on_the_map(folder: Path) -> None:
     }
 
 
+def test_warnings_follow_failures_and_are_not_on_the_map(folder: Path) -> None:
+    told = [Finding("F06", "layers.1.ffn.experts.0", Verdict.WARN, "apart", remedy="one scale for both")]
+    page = Page(report_html(result_of(folder, told, [measured(1, "ffn.experts", 0.5)])))
+    assert page.words("h1")[0].startswith("✓ PASS")
+    assert page.words("h2")[0] == "Warnings"
+    assert page.words("article")[0].startswith("! F06 ")
+    assert [number for number, _, _ in cells_of(page).values()] == ["0.50"]
+    failure = Finding("F05", "layers.1.ffn.experts.0", Verdict.FAIL, "zero")
+    assert Page(report_html(result_of(folder, [*told, failure], []))).words("h2")[:2] == ["Failing checks", "Warnings"]
+
+
 def test_a_layer_that_lacks_all_its_tensors_fits_on_the_page(folder: Path) -> None:
     findings = [Finding("F02", f"layers.1.ffn.experts.{idx}.w1", Verdict.FAIL, "missing") for idx in range(5000)]
     html = report_html(result_of(folder, findings, []))
