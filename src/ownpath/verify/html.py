@@ -84,15 +84,7 @@ def _told(title: str, verdict: str, checks: Iterable[report.FailedCheck]) -> Htm
         more = render("details", summary, render("ul", *others)) if others else Html()
         head = render("h3", render("span", f"{sign} {check.id} ", class_=kind), TITLES.get(check.id, ""))
         remedies = [render("p", render("b", "Remedy: "), remedy) for remedy in check.remedies]
-        articles.append(
-            render(
-                "article",
-                head,
-                render("ul", first),
-                more,
-                *remedies,
-            )
-        )
+        articles.append(render("article", head, render("ul", first), more, *remedies))
     return render("section", render("h2", title), *articles, class_=f"{kind}-list") if articles else Html()
 
 
