@@ -50,11 +50,11 @@ def _facts(result: Verification) -> Html:
     """Renders what a reader asks first: how many findings, which kernels, the first bad layer."""
     findings, worst = result.findings, report.worst_layer(result.findings)
     rows = [("unreadable", result.unreadable)] if result.unreadable else []
-    rows.append(("findings", f"{report.counts_text(findings)} in {report.seconds_of(result):.1f} s"))
+    rows.append(("checks", f"{report.counts_text(findings)} in {report.seconds_of(result):.1f} s"))
     rows += [("limited to", limit) for limit in report.limits_of(result.job.selection)]
     rows.append(_kernels(result))
     rows.append(("first bad layer", report.first_bad_layer(findings) or "none"))
-    rows += [("worst layer", report.worst_text(worst[1]))] if worst else []
+    rows += [("largest error", report.worst_text(worst[1]))] if worst else []
     return render("dl", *(join(render("dt", name), render("dd", told)) for name, told in rows), class_="facts")
 
 

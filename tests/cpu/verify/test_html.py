@@ -143,10 +143,10 @@ def test_it_says_what_the_other_forms_say(result: Verification) -> None:
     facts = dict(zip(page.words("dt"), page.words("dd"), strict=True)) | {
         row[0]: row[1] for row in page.rows() if len(row) == 2
     }
-    assert facts["findings"] in text
-    assert facts["findings"].startswith(f"{programs['counts']['fail']} failed, {programs['counts']['pass']} passed")
+    assert facts["checks"].partition(" in ")[0] in text
+    assert facts["checks"].startswith(f"{programs['counts']['fail']} failed, {programs['counts']['pass']} passed")
     assert facts["first bad layer"] == (programs["first_bad_layer"] or "none")
-    assert programs["worst_layer"]["finding"]["where"] == facts["worst layer"].partition(":")[0]
+    assert programs["worst_layer"]["finding"]["where"] == facts["largest error"].partition(":")[0]
     assert facts["checkpoint digest"] == programs["checkpoint_digest"]
     assert facts["plan digest"] == programs["plan_digest"]
     assert {name: facts[name] for name in programs["versions"] if name in facts} == {
