@@ -19,6 +19,7 @@ from ownpath.inspect.report import printable
 from ownpath.plan.plan import Plan
 from ownpath.plan.show import align, plan_dict
 from ownpath.verify.checks import TITLES
+from ownpath.verify.fold import unfold_layers
 from ownpath.verify.layers.measure import Measurement
 from ownpath.verify.run import StageResult, Verification
 from ownpath.verify.subject import Selection
@@ -27,7 +28,7 @@ from ownpath.versions import versions
 MAX_FAILURES = 8
 """Lines shown for one failing check; the rest is counted. ``--json`` has them all."""
 SCHEMA = "ownpath verify 1"
-_LAYER = re.compile(r"(?:layers|mtp)\.\d+(?=\.|$)")
+_LAYER = re.compile(r"(?:layers|mtp)\.[0-9]{1,3}(?=\.|$)")
 
 
 def checkpoint_digest(folder: Path) -> str:
@@ -54,15 +55,16 @@ def plan_digest(plan: Plan) -> str:
     return hashlib.sha256(json.dumps(plan_dict(plan), sort_keys=True).encode()).hexdigest()
 
 
-def layer_of(finding: Finding) -> str | None:
-    """Returns the layer that a finding is about, as ``layers.3``."""
-    match = _LAYER.match(finding.where)
+def layer_of(where: str) -> str | None:
+    """Returns the layer that a finding's place is in, as ``layers.3``."""
+    match = _LAYER.match(where)
     return match[0] if match else None
 
 
 def first_bad_layer(findings: Iterable[Finding]) -> str | None:
     """Returns the lowest layer with a failure."""
-    layers = {layer for finding in failed(findings) if (layer := layer_of(finding))}
+    places = (where for finding in failed(findings) for where in unfold_layers(finding.where))
+    layers = {layer for where in places if (layer := layer_of(where))}
     return min(layers, key=_depth, default=None)
 
 
@@ -73,12 +75,12 @@ def _depth(layer: str) -> tuple[bool, int]:
 
 def worst_layer(findings: Iterable[Finding]) -> tuple[str, Finding] | None:
     """Returns the layer with the largest error of the layer checks (V01, or the first of them that measured any)."""
-    measured = [f for f in findings if f.id.startswith("V") and f.number is not None and layer_of(f)]
+    measured = [f for f in findings if f.id.startswith("V") and f.number is not None and layer_of(f.where)]
     if not measured:
         return None
     first = min(finding.id for finding in measured)
     worst = max((f for f in measured if f.id == first), key=lambda f: _rank(f.number))
-    return layer_of(worst) or "", worst
+    return layer_of(worst.where) or "", worst
 
 
 def _rank(number: float | None) -> float:
@@ -89,6 +91,11 @@ def _rank(number: float | None) -> float:
 def kernels_of(plan: Plan) -> dict[str, int]:
     """Counts the plan's slots by kernel."""
     return dict(sorted(Counter(kernel for _, kernel in plan.slots.values()).items()))
+
+
+def kernels_ran(result: Verification) -> dict[str, int]:
+    """Counts the slots that a prompt called by kernel; empty where the ledger stage did not run."""
+    return dict(sorted(Counter(call.kernel for call in result.ran).items()))
 
 
 def report_dict(result: Verification) -> dict[str, object]:
@@ -117,6 +124,7 @@ def report_dict(result: Verification) -> dict[str, object]:
         "first_bad_layer": first_bad_layer(findings),
         "worst_layer": None if worst is None else {"layer": worst[0], "finding": _finding_dict(worst[1])},
         "kernels": None if plan is None else kernels_of(plan),
+        "kernels_ran": kernels_ran(result) or None,
         "stages": [_stage_dict(stage) for stage in result.stages],
         "measurements": [_measurement_dict(measured) for measured in result.measurements],
     }
@@ -155,7 +163,7 @@ def _finding_dict(finding: Finding) -> dict[str, object]:
 
 
 def _measurement_dict(measured: Measurement) -> dict[str, object]:
-    return _named(dict(vars(measured)) | {"is_within": measured.is_within})
+    return _named(dict(vars(measured)) | {"excess": measured.excess, "is_within": measured.is_within})
 
 
 def _named(fields: dict[str, object]) -> dict[str, object]:

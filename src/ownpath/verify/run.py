@@ -19,7 +19,7 @@ from ownpath.verify.file_stage import file_stage
 from ownpath.verify.kernel_stage import kernel_stage
 from ownpath.verify.layer_stage import layer_stage
 from ownpath.verify.layers.measure import Measurement
-from ownpath.verify.ledger_check import check_ledger
+from ownpath.verify.ledger_check import RanSlot, check_ledger
 from ownpath.verify.load_stage import load_stage
 from ownpath.verify.progress import StageLine, StageProgress
 from ownpath.verify.subject import Selection, Subject
@@ -57,7 +57,7 @@ def _input_readers(job: VerifyJob) -> frozenset[str]:
     return frozenset(module.name for op in reading for module in op.spec.modules)
 
 
-StageRun = Callable[[VerifyJob, StageProgress], Iterator[Finding | Measurement]]
+StageRun = Callable[[VerifyJob, StageProgress], Iterator[Finding | Measurement | RanSlot]]
 
 STAGES: MappingProxyType[str, StageRun] = MappingProxyType(
     {
@@ -78,7 +78,8 @@ STAGES: MappingProxyType[str, StageRun] = MappingProxyType(
 class StageResult:
     """skipped: why the stage did not run, or did not finish; empty where it did.
 
-    measurements: of the layers stage, every value's distance from the reference's.
+    measurements: of the layers stage, every value's distance from the reference's. ran: of the ledger stage, every
+    slot that a prompt called, with its kernel.
     """
 
     name: str
@@ -86,6 +87,7 @@ class StageResult:
     seconds: float
     skipped: str = ""
     measurements: tuple[Measurement, ...] = ()
+    ran: tuple[RanSlot, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,11 @@ class Verification:
     def measurements(self) -> tuple[Measurement, ...]:
         """The measurements of all stages, layer by layer."""
         return tuple(measured for stage in self.stages for measured in stage.measurements)
+
+    @property
+    def ran(self) -> tuple[RanSlot, ...]:
+        """The slots that a prompt called, with their kernels; empty without the ledger stage."""
+        return tuple(call for stage in self.stages for call in stage.ran)
 
     @property
     def passed(self) -> bool:
@@ -142,25 +149,24 @@ def _stops(result: StageResult) -> bool:
 def _run(name: str, job: VerifyJob) -> StageResult:
     """Runs one stage to its end, or as far as it comes."""
     line, start = StageLine(name), time.perf_counter()
-    findings: list[Finding] = []
-    measurements: list[Measurement] = []
+    found: list[Finding | Measurement | RanSlot] = []
     skipped = ""
     try:
-        for found in STAGES[name](job, line):
-            if isinstance(found, Measurement):
-                measurements.append(found)
-            else:
-                findings.append(found)
+        for item in STAGES[name](job, line):
+            found.append(item)  # one by one: what came before an error is kept
     except (ConfigError, CheckpointError, PlanError) as error:
         skipped = f"there is no plan: {error}"
     except RuntimeError as error:  # a device or driver that gave up: earlier findings are kept
         first = str(error).partition("\n")[0]
         remedy = "run this stage alone; if the device is out of memory, on fewer layers (--layers)"
-        findings.append(Finding("RUN", f"stage {name}", Verdict.FAIL, f"did not end: {first}", remedy=remedy))
+        found.append(Finding("RUN", f"stage {name}", Verdict.FAIL, f"did not end: {first}", remedy=remedy))
     finally:
         line.end()
     seconds = time.perf_counter() - start
-    return StageResult(name, tuple(findings), seconds, skipped, tuple(measurements))
+    findings = tuple(item for item in found if isinstance(item, Finding))
+    measurements = tuple(item for item in found if isinstance(item, Measurement))
+    ran = tuple(item for item in found if isinstance(item, RanSlot))
+    return StageResult(name, findings, seconds, skipped, measurements, ran)
 
 
 def _unreadable(result: StageResult, job: VerifyJob) -> str:
