@@ -12,7 +12,8 @@ import torch
 from support.kernel_configs import fp8_configs, linear_configs, moe_configs
 
 from ownpath import Nvfp4Linear, Nvfp4MoE
-from ownpath.conformance.operations import CASES, make_inputs, tensors
+from ownpath.conformance.call import tensors_of
+from ownpath.conformance.operations import CASES, make_inputs
 from ownpath.conformance.quant_weights import DenseWeight, ExpertStacks, RoutedTokens, draw_weights
 from ownpath.kernels.contract import Config, NormWeights, RouterWeights
 from ownpath.kernels.fp8.cases import Fp8Case
@@ -73,8 +74,8 @@ def test_small_operations(name: str, num_tokens: int, cuda: torch.device) -> Non
     call = again(kernel, case.op, inputs)
     for flips in (False, True, True):
         given = tuple(one if idx in weights else moved(one, flips) for idx, one in enumerate(inputs))
-        expected = tensors(kernel(*given))
-        for found, wanted in zip(tensors(call(given)), expected, strict=True):
+        expected = tensors_of(kernel(*given))
+        for found, wanted in zip(tensors_of(call(given)), expected, strict=True):
             assert torch.equal(found, wanted), flips
 
 

@@ -3,13 +3,24 @@
 Legend: M rows, K in, N out; T tokens, S streams, D hidden, N heads, H head dim, F expert width or frequencies.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ownpath.conformance.bounds import ANGLE_STEPS, EXP_STEPS, FLOAT32_ROUND, SPREAD, Exact, rounding, summing
+from ownpath.conformance.bounds import (
+    ANGLE_STEPS,
+    EXP_STEPS,
+    FLOAT32_ROUND,
+    SPREAD,
+    Deviation,
+    Exact,
+    deviation,
+    rounding,
+    summing,
+)
+from ownpath.kernels.hyper.ref import HyperOut, Mix
 from ownpath.oracle import formulas
 from ownpath.oracle.formulas import Mixing
 
@@ -88,9 +99,9 @@ def norm(x: Tensor, eps: float, weight: Tensor | None = None, *, is_stepwise: bo
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float) -> Exact:
-    """Computes the clamped activation of exact gate and up."""
+    """Computes the clamped activation of exact gate and up. exp of a gate is off by |gate| steps, from its argument."""
     value = formulas.swiglu(gate.double(), up.double(), limit)
-    return Exact(value, EXP_STEPS * FLOAT32_ROUND * value.abs())
+    return Exact(value, (EXP_STEPS + 2 * gate.double().abs()) * FLOAT32_ROUND * value.abs())
 
 
 @dataclass(frozen=True)
@@ -238,3 +249,32 @@ class ExactBoundary:
         divisor_T1 = error_TD.square().mean(-1, keepdim=True).sqrt() / root_T1 + EXP_STEPS * FLOAT32_ROUND
         gain_TD = weight_D / root_T1
         return Exact(h_TD * gain_TD, (error_TD + h_TD.abs() * divisor_T1) * gain_TD.abs())
+
+
+def boundary_deviations(
+    out: HyperOut, given: tuple[Tensor, Tensor, Mix] | None, mixing: Mixing, norm_weight_D: Tensor
+) -> Iterator[tuple[str, Deviation]]:
+    """Yields (part, deviation) for each part of one boundary's results.
+
+    given: streams, output and mix that the streams are written from; ``None`` in front of the first sublayer.
+    """
+    if given is not None:
+        x_TSD, y_TD, mix = given
+        yield "streams", deviation(out.x_TSD, written_streams(x_TSD, y_TD, mix.post_TS, mix.comb_TSS))
+    if not bool(out.x_TSD.isfinite().all()):
+        return
+    # The reference reads the boundary's own written streams, so that one error is not counted twice.
+    exact = ExactBoundary(out.x_TSD.double(), mixing)
+    if out.mix is not None:
+        post_TS, comb_TSS = out.mix.post_TS, out.mix.comb_TSS
+        yield f"post in {post_TS.dtype}", _wide_deviation(post_TS, exact.post())
+        yield f"comb in {comb_TSS.dtype}", _wide_deviation(comb_TSS, exact.comb())
+        yield "comb's sums over the streams read", deviation(comb_TSS.double().sum(1), exact.comb_sums())
+    yield "normed input", deviation(out.h_TD, exact.normed(norm_weight_D, out.h_TD.dtype))
+
+
+def _wide_deviation(found: Tensor, exact: Exact) -> Deviation:
+    """Compares weights that mix streams, which stay at least float32."""
+    if found.dtype.itemsize < 4:
+        return Deviation(float("inf"), (), 0.0, 0.0)
+    return deviation(found, exact)
