@@ -28,7 +28,7 @@ from ownpath.oracle.formats import (
 )
 from ownpath.verify.kernels.operands import largest_input_scale
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.tally import Tally, error_of
+from ownpath.verify.kernels.tally import Tally
 
 REMEDY = "the quantiser does not round to nearest, ties to even, or takes its scale otherwise: docs/numerics.md"
 KEY_BLOCK, INDEX_BLOCK, INPUT_BLOCK, NVFP4_BLOCK = 64, 32, 128, 16
@@ -54,14 +54,8 @@ def check_quantizers(probe: Probe) -> Iterator[Finding]:
     tally = Tally("K03", probe.name, what, REMEDY, "no planned kernel here quantises activations by itself")
     for quantiser in quantizer_cases(probe):
         kernel = probe.kernels[quantiser.slot]
-        try:
-            problem = _problem(probe, quantiser)
-        except Exception as error:  # whatever a kernel can raise becomes a finding
-            problem = error_of(error)
-        if problem:
-            tally.fail(quantiser.slot, kernel, problem)
-        else:
-            tally.passed(kernel)
+        with tally.catch_errors(quantiser.slot, kernel):
+            tally.judge(quantiser.slot, kernel, _problem(probe, quantiser))
     yield from tally.findings()
 
 

@@ -17,7 +17,7 @@ from ownpath.ops import OpKind
 from ownpath.runners import Router
 from ownpath.verify.kernels.operands import weight_of
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.tally import Tally, error_of
+from ownpath.verify.kernels.tally import Tally
 
 ROWS = 67
 VERY_NEGATIVE = -80.0
@@ -30,30 +30,27 @@ def check_router(probe: Probe) -> Iterator[Finding]:
     """K05: checks a layer's router."""
     for slot in probe.slots_of(OpKind.ROUTER):
         tally = Tally("K05", slot, "ties, small scores, large biases, weights' sums", REMEDY)
-        for case, problem in _problems(probe, slot):
-            if problem:
-                tally.fail(slot, probe.kernels[slot], f"{case}: {problem}")
-            else:
-                tally.passed(probe.kernels[slot])
+        kernel = probe.kernels[slot]
+        with tally.catch_errors(slot, kernel, "call: "):
+            for case, problem in _problems(probe, slot):
+                tally.judge(slot, kernel, problem and f"{case}: {problem}")
         yield from tally.findings()
 
 
 def _problems(probe: Probe, slot: str) -> Iterator[tuple[str, str]]:
     """Yields (case, what is wrong with it)."""
-    try:
-        router = probe.slots[slot]
-        yield "the layer's own gate", _own_gate(probe, slot)
-        if isinstance(router, Router):
-            for case, logits_TE in cases(probe):
-                yield case, _given(probe, slot, router, logits_TE, None)
-            if router.bias_E is not None:
-                bias_E = torch.zeros_like(router.bias_E)
-                bias_E[1::3], bias_E[2::3] = HUGE_BIAS, -HUGE_BIAS
-                yield "a huge bias", _given(probe, slot, router, _spread(probe), bias_E)
-                no_bias_E = torch.zeros_like(bias_E)
-                yield "all scores equal", _given(probe, slot, router, torch.ones_like(_spread(probe)), no_bias_E)
-    except Exception as error:  # whatever a kernel can raise becomes a finding
-        yield "call", error_of(error)
+    router = probe.slots[slot]
+    yield "the layer's own gate", _own_gate(probe, slot)
+    if not isinstance(router, Router):
+        return
+    for case, logits_TE in cases(probe):
+        yield case, _given(probe, slot, router, logits_TE, None)
+    if router.bias_E is not None:
+        bias_E = torch.zeros_like(router.bias_E)
+        bias_E[1::3], bias_E[2::3] = HUGE_BIAS, -HUGE_BIAS
+        yield "a huge bias", _given(probe, slot, router, _spread(probe), bias_E)
+        no_bias_E = torch.zeros_like(bias_E)
+        yield "all scores equal", _given(probe, slot, router, torch.ones_like(_spread(probe)), no_bias_E)
 
 
 def cases(probe: Probe) -> Iterator[tuple[str, Tensor]]:
