@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 MAX_FILE_BYTES = 15 * 2**20
 NUM_TOKENIZER_DOCUMENTS = 40_000
-SECONDS_AFTER = 10.0  # the saving, when --minutes is given
 
 
 def make_tokenizer(seed: int, start: Path | None) -> Tokenizer:
@@ -65,7 +64,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=defaults.num_steps)
-    parser.add_argument("--minutes", type=float, help="in place of --steps: as many as fit, from now to the end")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of the data and the order of rows")
     parser.add_argument("--start", type=Path, help="go on from the weights and the tokenizer of this run's folder")
     parser.add_argument("--opening-steps", type=int, default=defaults.num_opening_steps, help="0 goes with --start")
@@ -111,14 +109,12 @@ def main() -> None:
     if trainer.on_gpu:
         trainer.capture()
         log("captured")
-    if arguments.minutes:
-        trainer.fit_steps(60 * arguments.minutes - (time.perf_counter() - start) - SECONDS_AFTER)
-    log(f"start: {sum(p.numel() for p in network.parameters())} parameters, {trainer.recipe.num_steps} steps")
+    log(f"start: {sum(p.numel() for p in network.parameters())} parameters, {recipe.num_steps} steps")
     trainer.run(log, lambda: save_weights(network, trainer, arguments.out))
     save_weights(network, trainer, arguments.out)
     log("weights saved")
     curve = {
-        "recipe": trainer.recipe.as_dict(),
+        "recipe": recipe.as_dict(),
         "config": FIELDS,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else arguments.device,
