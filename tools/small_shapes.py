@@ -30,8 +30,8 @@ def linears() -> Iterator[tuple[str, torch.Tensor]]:
 
 def experts() -> Iterator[tuple[str, torch.Tensor]]:
     for name in ("cute.nvfp4_moe", "cute.nvfp4_moe_invariant"):
-        stacks = ExpertStacks.draw(EXPERTS, HIDDEN, INTER, CUDA)
-        moe = Nvfp4MoE(*stacks.tensors(), swiglu_limit=10.0, kernel=name)
+        w13, scale_13, global_13, w2, scale_2, global_2 = ExpertStacks.draw(EXPERTS, HIDDEN, INTER, CUDA).tensors()
+        moe = Nvfp4MoE(w13, scale_13, global_13, w2, scale_2, global_2, swiglu_limit=10.0, kernel=name)
         for num_tokens in (1, 9, 60, 300):
             routed = RoutedTokens.draw(num_tokens, HIDDEN, EXPERTS, TOP_K, CUDA)
             yield f"{name} {num_tokens} tokens", moe(routed.x, routed.ids, routed.weights)
