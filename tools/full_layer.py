@@ -110,8 +110,8 @@ def make_layer(config: ModelConfig, engine: EngineConfig, export: str, caps: Cap
     index = headers(config, export)
     plan = make_plan(config, index, caps, Demands(str(engine.dtype).removeprefix("torch.")))
     device = torch.device(engine.device)
-    params = Values.seeded(device, 0).params(config)
-    operands = tuple(Values.seeded(device, 1).operands(plan, index))
+    params = Values.of_seed(device, 0).params(config)
+    operands = tuple(Values.of_seed(device, 1).operands(plan, index))
     builder = assemble(plan, engine, LoadedWeights(operands, params)).builder
     rope = Rope.for_layer(config, bool(config.compress_ratios[0]), device)
     return Layer(plan, builder.block(0, rope), rope, builder.ledger)
@@ -120,7 +120,7 @@ def make_layer(config: ModelConfig, engine: EngineConfig, export: str, caps: Cap
 def make_input(config: ModelConfig, engine: EngineConfig, context: int, num_tokens: int) -> Input:
     """Makes reproducible input: streams, a pending output with its mix, and caches full of random entries."""
     device = torch.device(engine.device)
-    values = Values.seeded(device, 2)
+    values = Values.of_seed(device, 2)
     pool = CachePool(replace(CacheSpec.of(config, engine), max_sequences=1))
     for tensor in pool.tensors.values():
         tensor.copy_(values.normal(*tensor.shape))

@@ -22,7 +22,7 @@ from tiny.batches import Encoder
 from tiny.data import make_data
 from tiny.network import FIELDS, build_network
 from tiny.start import start_from
-from tiny.tokens import VOCAB_SIZE, extended_tokenizer, train_tokenizer
+from tiny.tokens import VOCAB_SIZE, extend_tokenizer, train_tokenizer
 from tiny.train import NUM_ROWS, PATTERNS, Recipe, Trainer
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ def make_tokenizer(seed: int, start: Path | None) -> Tokenizer:
     if start is None:
         return train_tokenizer(list(texts))
     earlier = Tokenizer.from_file(str(start / "tokenizer.json"))
-    return earlier if earlier.get_vocab_size() == VOCAB_SIZE else extended_tokenizer(earlier, texts)
+    return earlier if earlier.get_vocab_size() == VOCAB_SIZE else extend_tokenizer(earlier, texts)
 
 
 def save_weights(network: nn.Module, trainer: Trainer, folder: Path) -> None:

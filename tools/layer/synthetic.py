@@ -127,7 +127,7 @@ class Values:
     generator: torch.Generator
 
     @classmethod
-    def seeded(cls, device: torch.device, seed: int) -> "Values":
+    def of_seed(cls, device: torch.device, seed: int) -> "Values":
         return cls(device, torch.Generator(device).manual_seed(seed))
 
     def normal(self, *shape: int) -> torch.Tensor:

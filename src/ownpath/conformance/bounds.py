@@ -41,7 +41,7 @@ def rounding(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps) / 2
 
 
-def summing(width: int) -> float:
+def sum_rounding(width: int) -> float:
     """Bounds the error of a float32 sum of ``width`` products, in units of the sum of their magnitudes.
 
     One rounding for each product is the most there can be in any order, and 3 more where tensor cores cut a short sum.
@@ -131,7 +131,7 @@ def ratios(found: Tensor, exact: Exact) -> Tensor:
     return torch.where(found.isfinite(), error / allowed, torch.inf)
 
 
-def repeated_deviation(found: Tensor, exact: Exact) -> Deviation:
+def deviation_of_repeats(found: Tensor, exact: Exact) -> Deviation:
     """As ``deviation``, for rows that repeat ``exact``'s as often as there is room."""
     worst, period = NO_DEVIATION, len(exact.value)
     for start in range(0, len(found), period):

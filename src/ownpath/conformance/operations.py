@@ -22,7 +22,7 @@ from ownpath.conformance.bounds import (
     relative_l2,
 )
 from ownpath.conformance.call import KernelCall
-from ownpath.conformance.exact import ExactBoundary, boundary_deviations, grouped, norm, rotate_back, swiglu
+from ownpath.conformance.exact import ExactBoundary, boundary_deviations, grouped_product, norm, rotate_back, swiglu
 from ownpath.conformance.router import ExpectedChoice, RouterRule
 from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.hyper.ref import HyperOut, HyperWeights, Mix, sinkhorn
@@ -102,10 +102,12 @@ def judge_hyper(result: HyperOut, inputs: Inputs) -> None:
         assert found.is_allowed, f"{what}: {found}"
     assert given is not None or torch.equal(result.x_TSD, x_TSD)
     assert (result.mix is None) == (len(weights.fn) == num_streams)
-    logits, exact = mixing.logits(result.x_TSD.double()), ExactBoundary(result.x_TSD.double(), mixing)
-    assert relative_l2(result.h_TD, exact.normed(weights.norm_weight.double(), result.h_TD.dtype).value) <= MAX_REL_L2
+    new_TSD = result.x_TSD.double()
+    wanted = ExactBoundary(new_TSD, mixing).normed_input(weights.norm_weight.double(), result.h_TD.dtype)
+    assert relative_l2(result.h_TD, wanted.value) <= MAX_REL_L2, "normed input"
     if result.mix is not None:
         # Sums of 16384 products in blocks, then 39 divisions: 128 float32 roundings cover them in the mean.
+        logits = mixing.logits(new_TSD)
         assert relative_l2(result.mix.post_TS, mixing.post(logits, num_streams)) <= 128 * FLOAT32_ROUND, "post"
         assert relative_l2(result.mix.comb_TSS, mixing.comb(logits, num_streams)) <= 128 * FLOAT32_ROUND, "comb"
 
@@ -142,7 +144,7 @@ def judge_grouped(result: torch.Tensor, inputs: Inputs) -> None:
     """Judges the products of each group of heads, which are rotated back before."""
     o_TNH, cos_TA, sin_TA, weight_GRI = inputs
     rotated = rotate_back(o_TNH, (cos_TA, sin_TA))
-    exact = grouped(*rotated, len(weight_GRI), weight_GRI.flatten(0, 1).double())
+    exact = grouped_product(*rotated, len(weight_GRI), weight_GRI.flatten(0, 1).double())
     assert_rounded_once(result.flatten(1), exact)
 
 

@@ -72,7 +72,7 @@ def _part(subject: Subject, stored: StoredWeights, layer_idx: int | None, name: 
         yield Finding("K01", name, Verdict.FAIL, f"cannot be loaded: {error_of(error)}", remedy=LOAD_REMEDY)
         return
     for check_id, check in CHECKS:
-        yield from _found(check_id, check, probe)
+        yield from _run_check(check_id, check, probe)
 
 
 def _load(subject: Subject, stored: StoredWeights, layer_idx: int | None, name: str) -> Probe:
@@ -82,7 +82,7 @@ def _load(subject: Subject, stored: StoredWeights, layer_idx: int | None, name: 
     return Probe(subject, layer, stored, name, layer)
 
 
-def _found(check_id: str, check: LayerCheck, probe: Probe) -> list[Finding]:
+def _run_check(check_id: str, check: LayerCheck, probe: Probe) -> list[Finding]:
     """Collects one check's findings in inference mode, which must not leak to the caller."""
     found: list[Finding] = []
     with torch.inference_mode():

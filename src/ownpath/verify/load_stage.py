@@ -65,16 +65,16 @@ def _part_findings(subject: Subject, name: str) -> Iterator[Finding]:
         part = add_runners(subject, plan, weights)
     except (ValueError, ProofError, CompileError) as error:
         message = f"not put into its kernel's layout: {error}"
-        yield Finding("L02", _named_tensor(error) or name, Verdict.FAIL, message, remedy=_KERNEL_REMEDY)
+        yield Finding("L02", _tensor_of(error) or name, Verdict.FAIL, message, remedy=_KERNEL_REMEDY)
         return
     yield from read_back(subject, part, name)
 
 
 def _load_failure(name: str, error: Exception) -> Finding:
-    return Finding("L01", _named_tensor(error) or name, Verdict.FAIL, f"not loaded: {error}", remedy=_LOAD_REMEDY)
+    return Finding("L01", _tensor_of(error) or name, Verdict.FAIL, f"not loaded: {error}", remedy=_LOAD_REMEDY)
 
 
-def _named_tensor(error: Exception) -> str | None:
+def _tensor_of(error: Exception) -> str | None:
     """Returns the tensor that an error names: it comes first, in quotes."""
     match = _QUOTED.search(str(error))
     return match[1] if match else None

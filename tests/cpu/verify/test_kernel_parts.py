@@ -14,7 +14,7 @@ from support.mutations.mutation import on_layer
 
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.conformance import exact
-from ownpath.conformance.bounds import Exact, deviation, repeated_deviation, rounding
+from ownpath.conformance.bounds import Exact, deviation, deviation_of_repeats, rounding
 from ownpath.conformance.memory import FilledMemory, fill
 from ownpath.finding import failed
 from ownpath.formats import BF16
@@ -29,7 +29,7 @@ from ownpath.runners.moe import MoeRunner
 from ownpath.verify import kernel_stage as stage
 from ownpath.verify.kernels import products
 from ownpath.verify.kernels.quantizers import EXPONENTS, edges
-from ownpath.verify.kernels.row_counts import MOST, row_counts, row_ranges, scanned_row_counts
+from ownpath.verify.kernels.row_counts import MOST, row_counts, row_ranges, scan_row_counts
 from ownpath.verify.subject import Selection, Subject
 
 HALF_ULP = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
@@ -51,7 +51,7 @@ def test_what_is_not_finite_is_never_near(wrong: float) -> None:
     value = torch.ones(5, 3, dtype=torch.float64)
     found = torch.ones(11, 3)
     found[8, 2] = wrong
-    worst = repeated_deviation(found, Exact(value, value * 1e9))
+    worst = deviation_of_repeats(found, Exact(value, value * 1e9))
     assert worst.ratio == math.inf
     assert worst.place == (8, 2)
     assert worst.columns == (2,)
@@ -83,7 +83,7 @@ def test_no_variant_of_the_experts_is_missed() -> None:
         return f"{choice.gate_up.name} {choice.down.name}"
 
     assert set(row_ranges(variant)) == {variant(count) for count in range(1, MOST + 1)}
-    assert max(scanned_row_counts()) == MOST
+    assert max(scan_row_counts()) == MOST
 
 
 @pytest.mark.parametrize("magnitudes", [E2M1, E4M3], ids=["e2m1", "e4m3"])

@@ -44,13 +44,13 @@ def _problems(probe: Probe, slot: str) -> Iterator[tuple[str, str]]:
     if not isinstance(router, Router):
         return
     for case, logits_TE in cases(probe):
-        yield case, _given(probe, slot, router, logits_TE, None)
+        yield case, _run_router(probe, slot, router, logits_TE, None)
     if router.bias_E is not None:
         bias_E = torch.zeros_like(router.bias_E)
         bias_E[1::3], bias_E[2::3] = HUGE_BIAS, -HUGE_BIAS
-        yield "a huge bias", _given(probe, slot, router, _spread(probe), bias_E)
+        yield "a huge bias", _run_router(probe, slot, router, _spread(probe), bias_E)
         no_bias_E = torch.zeros_like(bias_E)
-        yield "all scores equal", _given(probe, slot, router, torch.ones_like(_spread(probe)), no_bias_E)
+        yield "all scores equal", _run_router(probe, slot, router, torch.ones_like(_spread(probe)), no_bias_E)
 
 
 def cases(probe: Probe) -> Iterator[tuple[str, Tensor]]:
@@ -70,7 +70,7 @@ def _spread(probe: Probe) -> Tensor:
     return values_E[probe.normal("order", ROWS, num_experts).argsort(-1)]
 
 
-def _given(probe: Probe, slot: str, router: Router, logits_TE: Tensor, bias_E: Tensor | None) -> str:
+def _run_router(probe: Probe, slot: str, router: Router, logits_TE: Tensor, bias_E: Tensor | None) -> str:
     """Runs the router on these logits, and with this bias where one is given."""
     if bias_E is not None:
         chosen, factor = router.num_experts_per_tok, router.routed_scaling_factor
