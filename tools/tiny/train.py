@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ownpath.bench.timing import capture_graph
 from tiny.batches import ANSWER, PROMPT, Rows
 from tiny.distill import IndexerTeacher
 from tiny.fakequant import MasterWeights
@@ -115,16 +116,7 @@ class Bucket:
 
     def capture(self) -> None:
         """Records the step as a CUDA graph, after the warm-up runs that capturing needs."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self.forward_backward()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.forward_backward()
-        self.replay = graph.replay
+        self.replay = capture_graph([self.forward_backward], num_warm_ups=3).replay
 
 
 class Trainer:
