@@ -23,6 +23,8 @@ sys.path.insert(0, str(REPOSITORY / "tools"))
 from tiny import corpus, exam, facts, phrasings, tasks, tokens  # noqa: E402
 from tiny.batches import ANSWER, PADDING, Encoder, make_rows  # noqa: E402
 
+PLAIN = tokens.plain_tokenizer(Tokenizer.from_file(str(ASSET / "tokenizer.json")))
+
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
@@ -138,8 +140,7 @@ def test_a_special_token_spelled_out_in_text_is_plain_text(
 
 @given(text=st.text())
 def test_any_text_survives_the_tokenizer(text: str) -> None:
-    plain = tokens.plain_tokenizer(Tokenizer.from_file(str(ASSET / "tokenizer.json")))
-    assert plain.decode(plain.encode(text, add_special_tokens=False).ids) == text
+    assert PLAIN.decode(PLAIN.encode(text, add_special_tokens=False).ids) == text
 
 
 def test_the_examination_asks_every_capital_in_both_forms() -> None:
