@@ -36,7 +36,7 @@ def random_name(rng: random.Random) -> str:
             return name
 
 
-def extended_name(rng: random.Random, name: str) -> str:
+def extend_name(rng: random.Random, name: str) -> str:
     """Adds a random word in front of ``name`` or behind it."""
     while True:
         word = random_word(rng)

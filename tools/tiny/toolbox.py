@@ -137,7 +137,7 @@ def _numbers(most: int) -> Callable[[random.Random], Values]:
     return draw
 
 
-def _said(rng: random.Random, key: str, value: Any) -> str:
+def _say(rng: random.Random, key: str, value: Any) -> str:
     """Formats a result as a tool does: plain, or as JSON."""
     if rng.random() < 0.6:
         return value if isinstance(value, str) else json.dumps(value)
@@ -146,13 +146,13 @@ def _said(rng: random.Random, key: str, value: Any) -> str:
 
 def _capital(rng: random.Random, values: Values) -> tuple[str, str]:
     country = next(c for c in countries() if c.name.removeprefix("the ") == values[0])
-    return _said(rng, "capital", country.capital), chat_answer(country)
+    return _say(rng, "capital", country.capital), chat_answer(country)
 
 
 def _weather(rng: random.Random, values: Values) -> tuple[str, str]:
     sky = rng.choice(("sunny", "rainy", "cloudy", "windy", "snowy", "foggy", "cold", "warm"))
     if rng.random() < 0.5:
-        return _said(rng, "weather", sky), f"The weather in {values[0]} is {sky}."
+        return _say(rng, "weather", sky), f"The weather in {values[0]} is {sky}."
     degrees = rng.randint(0, 40)
     said = rng.choice((f"{sky}, {degrees} degrees", json.dumps({"weather": sky, "temperature": degrees})))
     return said, f"The weather in {values[0]} is {sky}, {degrees} degrees."
@@ -160,19 +160,19 @@ def _weather(rng: random.Random, values: Values) -> tuple[str, str]:
 
 def _time(rng: random.Random, values: Values) -> tuple[str, str]:
     time = f"{rng.randint(0, 23):02d}:{rng.randint(0, 59):02d}"
-    return _said(rng, "time", time), f"It is {time} in {values[0]}."
+    return _say(rng, "time", time), f"It is {time} in {values[0]}."
 
 
 def _population(rng: random.Random, values: Values) -> tuple[str, str]:
     number = rng.randint(10, 999) * 10 ** rng.randint(3, 6)
-    return _said(rng, "population", number), f"The population of {values[0]} is {number}."
+    return _say(rng, "population", number), f"The population of {values[0]} is {number}."
 
 
 def _result(sign: str) -> Callable[[random.Random, Values], tuple[str, str]]:
     def outcome(rng: random.Random, values: Values) -> tuple[str, str]:
         first, second = values
         result = {"+": first + second, "-": first - second, "*": first * second}[sign]
-        return _said(rng, "result", result), f"{first} {sign} {second} = {result}"
+        return _say(rng, "result", result), f"{first} {sign} {second} = {result}"
 
     return outcome
 
@@ -182,21 +182,21 @@ def _money(rng: random.Random) -> Values:
     return rng.randint(1, 999), source, target
 
 
-def _converted(rng: random.Random, values: Values) -> tuple[str, str]:
+def _convert(rng: random.Random, values: Values) -> tuple[str, str]:
     amount = rng.randint(1, 999)
-    return _said(rng, "amount", amount), f"{values[0]} {values[1]} are {amount} {values[2]}."
+    return _say(rng, "amount", amount), f"{values[0]} {values[1]} are {amount} {values[2]}."
 
 
-def _done(rng: random.Random) -> str:
+def _confirm(rng: random.Random) -> str:
     return rng.choice(("ok", "done", '{"ok": true}'))
 
 
 def _timer(rng: random.Random, values: Values) -> tuple[str, str]:
-    return _done(rng), f"The timer is set for {values[0]} minutes."
+    return _confirm(rng), f"The timer is set for {values[0]} minutes."
 
 
 def _light(rng: random.Random, values: Values) -> tuple[str, str]:
-    return _done(rng), f"The light in the {values[0]} is {'on' if values[1] else 'off'}."
+    return _confirm(rng), f"The light in the {values[0]} is {'on' if values[1] else 'off'}."
 
 
 def _search(rng: random.Random, values: Values) -> tuple[str, str]:
@@ -286,7 +286,7 @@ CONCEPTS = (
         ),
         ("{0} {1} in {2}",),
         _money,
-        _converted,
+        _convert,
     ),
     Concept(
         "timer",

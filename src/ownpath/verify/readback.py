@@ -83,7 +83,7 @@ def weight_pairs(op: PlannedOp, held: KernelModule, raw: FileTensors) -> Iterato
         return
     stored_scale = raw(keys["scale"])
     if weight.format in (BF16, FP32):
-        values = _decoded_fp8(codes, stored_scale).to(weight.qdata.dtype)
+        values = _decode_fp8(codes, stored_scale).to(weight.qdata.dtype)
         yield TensorPair(name, "values", keys["qdata"], values, weight.qdata)
         return
     assert weight.scale is not None, name
@@ -158,7 +158,7 @@ def _scale_values(scale: Tensor) -> Tensor:
     return decode(scale, e8m0_of if scale.dtype == torch.float8_e8m0fnu else e4m3_of)
 
 
-def _decoded_fp8(codes: Tensor, stored_scale: Tensor) -> Tensor:
+def _decode_fp8(codes: Tensor, stored_scale: Tensor) -> Tensor:
     """Decodes E4M3 with a scale for 128 x 128, rounded to float32 once, as every product of the two is."""
     scale = decode(stored_scale, e8m0_of) if stored_scale.dtype == torch.uint8 else stored_scale
     return (decode(codes, e4m3_of) * spread_blocks(scale.double(), codes.shape)).float()
