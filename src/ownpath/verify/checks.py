@@ -2,6 +2,10 @@
 
 from types import MappingProxyType
 
+STAGE_NAMES = ("file", "environment", "load", "kernels", "layers", "ledger")
+"""The stages, in the order in which they run."""
+SHARE_OF_BOUND = frozenset({"K01", "K04", "K06", "K07", "K08", "K09", "V01"})
+"""Checks whose number is an error over what rounding may cause: 1 is the most that is allowed."""
 TITLES = MappingProxyType(
     {
         "F01": "files are whole; index and shards agree",

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import random_checkpoint
+from support.pages import plan_text
 
 from ownpath.cli import main
 from ownpath.loading import plan_model
 from ownpath.official import ALWAYS_OFFICIAL, OFFICIAL, PLAIN, Step, numerics_name, parse_numerics
-from ownpath.plan.show import plan_dict, plan_text
+from ownpath.plan.show import plan_dict
 
 
 def test_texts_and_steps() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import LAYOUTS, SMALL, random_checkpoint
+from support.pages import plan_text
 
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.schema import ENCODINGS, MODELOPT_NVFP4, NATIVE_FP8, PLAIN_BF16
@@ -25,7 +26,7 @@ from ownpath.ops import OpKind
 from ownpath.plan.opspec import model_ops
 from ownpath.plan.plan import PlanError, make_plan
 from ownpath.plan.select import Caps, Choice, Refusal, select
-from ownpath.plan.show import plan_rows, plan_text
+from ownpath.plan.show import plan_rows
 
 CPU = Caps("cpu", "CPU")
 

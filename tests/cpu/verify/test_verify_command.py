@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from support.broken import change_tensors
+from support.pages import verification_text
 
 from ownpath.cli import main
 from ownpath.config import EngineConfig
 from ownpath.finding import Finding, Verdict
+from ownpath.terminal.progress import Progress, time_left
 from ownpath.verify import run as run_module
 from ownpath.verify.checks import TITLES
-from ownpath.verify.progress import StageLine, time_left
-from ownpath.verify.report import checkpoint_digest, first_bad_layer, report_dict, report_text, worst_layer
+from ownpath.verify.report import checkpoint_digest, first_bad_layer, report_dict, worst_layer
 from ownpath.verify.run import STAGES, StageResult, Verification, VerifyJob, verify
 from ownpath.verify.subject import Selection
 
@@ -197,7 +198,7 @@ def test_many_failures_are_counted_and_strange_numbers_are_json(folder: Path) ->
     found = tuple(v01(layer, float("inf"), Verdict.FAIL) for layer in range(11))
     job = VerifyJob(folder, EngineConfig(), Selection())
     result = Verification(job, (StageResult("layers", found, 1.0),))
-    text = report_text(result)
+    text = verification_text(result)
     assert text.count("FAIL V01 layers.") == 8
     assert "FAIL V01 and 3 more" in text
     assert json.dumps(report_dict(result), allow_nan=False).count('"inf"') == 12
@@ -205,14 +206,13 @@ def test_many_failures_are_counted_and_strange_numbers_are_json(folder: Path) ->
 
 @pytest.mark.parametrize(
     ("done", "total", "seconds", "text"),
-    [(0, 43, 0.0, "..."), (1, 43, 2.0, "1 min 24 s left"), (42, 43, 84.0, "2 s left"), (43, 43, 86.0, "0 s left")],
+    [(0, 43, 0.0, ""), (1, 43, 2.0, "1 min 24 s left"), (42, 43, 84.0, "2.0 s left"), (43, 43, 86.0, "")],
 )
 def test_time_left(done: int, total: int, seconds: float, text: str) -> None:
-    assert time_left(done, total, seconds) == text
+    assert time_left(done, total - done, seconds) == text
 
 
 def test_progress_is_silent_where_nothing_can_be_written_over(capsys: pytest.CaptureFixture[str]) -> None:
-    line = StageLine("load")
-    line(0, 43, "layers.0")
-    line.end()
+    with Progress("load") as progress:
+        progress(0, 43, "layers.0")
     assert capsys.readouterr().err == ""
