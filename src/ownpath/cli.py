@@ -7,20 +7,27 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from ownpath.terminal.text import printable, printable_lines
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 _COMMANDS = ("inspect", "plan", "verify", "generate", "serve", "diff", "quantize", "bench")
 _USAGE_ERROR, _BUG, _INTERRUPTED, _NOBODY_READS = 2, 70, 130, 141
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one escaped line behind the usage, since they repeat what was typed."""
+    """A parser whose errors are one line that names the option; it is escaped, since it repeats what was typed."""
 
     def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
-        self.exit(_USAGE_ERROR, f"{self.prog}: {printable(message)}\n")
+        told = printable(message.removeprefix("argument "))
+        self.exit(_USAGE_ERROR, f"{self.prog}: {told} (`{self.prog} --help` explains the usage)\n")
+
+    def _print_message(self, message: str, file: "SupportsWrite[str] | None" = None) -> None:
+        """Writes as argparse does, and does not hide that it could not."""
+        (file or sys.stderr).write(message)
 
 
 class _Version(argparse.Action):
@@ -100,9 +107,8 @@ def _command(argv: list[str]) -> int:
             return 0
         known = commands.get(argv[0])
         args = parser.parse_args(argv) if known is None else known.parse_intermixed_args(argv[1:])
-    except SystemExit:  # --help, --version, --list, wrong usage
-        sys.stdout.flush()
-        raise
+    except SystemExit as end:  # --help, --version, --list, wrong usage
+        return end.code if isinstance(end.code, int) else 0
     code: int = args.run(args)
     return code
 

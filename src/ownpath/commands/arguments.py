@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _HUB_NAME = re.compile(r"(?:https?://[^/\s]+/|hf://)?([\w.-]+/[\w.-]+?)(?:/tree/\w+)?/?")
+_HUB_WORD = re.compile(r"[\w-]*[A-Za-z]")
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 _GPU_KIND = re.compile(r"sm_\d{2,3}")
 
@@ -149,28 +150,28 @@ def model_folder(text: str) -> Path:
     if not text:
         problem = "the name of the model folder is empty (is a variable of the shell not set?)"
     elif os.path.exists(text):  # noqa: PTH110
-        problem = f"{quoted(text)} is a file; a model is a folder with config.json, tokenizer.json and its shards"
+        problem = f"{_shown(text)} is a file; a model is a folder with config.json, tokenizer.json and its shards"
     elif name := hub_name(text):
         folder = name.partition("/")[2]
         problem = (
-            f"{quoted(text)} is no folder here, and ownpath downloads nothing. If it is a model on the Hugging Face "
+            f"{_shown(text)} is no folder here, and ownpath downloads nothing. If it is a model on the Hugging Face "
             f"hub, fetch it with `hf download {name} --local-dir {folder}`, then give {folder} as MODEL"
         )
     else:
-        problem = f"{quoted(text)}: no such model folder"
+        problem = f"{_shown(text)}: no such model folder"
     raise argparse.ArgumentTypeError(problem)
 
 
 def hub_name(text: str) -> str | None:
     """Returns ORG/NAME where a text is such a name, or an address that ends in it."""
     match = _HUB_NAME.fullmatch(text)
-    return None if match is None or match[1].startswith((".", "/")) else match[1]
+    return match[1] if match is not None and all(map(_HUB_WORD.match, match[1].split("/"))) else None
 
 
 def file_to_read(text: str) -> Path:
     """Parses the path of an existing file; an argparse type."""
     if not os.path.isfile(text):  # noqa: PTH113
-        raise argparse.ArgumentTypeError(f"{quoted(text)}: no such file")
+        raise argparse.ArgumentTypeError(f"{_shown(text)}: no such file")
     return Path(text)
 
 
@@ -181,14 +182,19 @@ def file_to_write(text: str) -> Path:
     """
     path = Path(some_text(text))
     if os.path.isdir(text):  # noqa: PTH112
-        raise argparse.ArgumentTypeError(f"{quoted(text)} cannot be written: it is a folder")
+        raise argparse.ArgumentTypeError(f"{_shown(text)} cannot be written: it is a folder")
     if not os.path.isdir(path.parent) or not os.access(path if os.path.exists(text) else path.parent, os.W_OK):  # noqa: PTH110, PTH112
-        raise argparse.ArgumentTypeError(f"{quoted(text)} cannot be written there")
+        raise argparse.ArgumentTypeError(f"{_shown(text)} cannot be written there")
     return path
 
 
 def folder_to_write(text: str) -> Path:
     """Parses the path of a folder that is there or can be made; an argparse type."""
     if os.path.exists(some_text(text)) and not os.path.isdir(text):  # noqa: PTH110, PTH112
-        raise argparse.ArgumentTypeError(f"{quoted(text)} is a file, not a folder")
+        raise argparse.ArgumentTypeError(f"{_shown(text)} is a file, not a folder")
     return Path(text)
+
+
+def _shown(path: str) -> str:
+    """Quotes a path, whole unless it is longer than a path can be."""
+    return quoted(path, 4096)

@@ -36,6 +36,14 @@ def take_port(host: str, port: int) -> socket.socket:
         raise _refusal(host, port, error) from None
 
 
+def share_port(listener: socket.socket) -> None:
+    """Lets the next server have the port at once when this one has ended; called when it begins to listen.
+
+    Its connections inherit that. Until then nobody else may take the port, so that two servers cannot both load.
+    """
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
+
+
 def _bound(listener: socket.socket, address: object, *, is_shared: bool) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, is_shared)

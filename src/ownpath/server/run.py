@@ -9,6 +9,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from ownpath.engine.engine import Engine
+from ownpath.server.listen import share_port
 from ownpath.terminal.console import tell
 
 _MAX_HEADER_BYTES = 64 * 1024
@@ -72,6 +73,7 @@ def run_server(app: Starlette, engine: Engine, listener: socket.socket, model_id
     # here: without these, a clean end would look like a crash to the parent process.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
+    share_port(listener)
     try:
         server.run(sockets=[listener])
     except SystemExit:

@@ -1,7 +1,7 @@
 """Progress of long work on standard error: a bar on a terminal, a line now and then elsewhere.
 
-The bar is there from the start and gone at the end. Elsewhere the first line comes after two seconds, so that short work
-says nothing, and then one every ten seconds, also while a part of the work takes longer than that.
+The bar is there from the start and gone at the end. Elsewhere the first line comes after two seconds, so that short
+work says nothing, and then one every ten seconds, also while a part of the work takes longer than that.
 """
 
 import sys

@@ -189,6 +189,8 @@ def test_the_command_prints_and_names_what_is_wrong(tmp_path: Path, capsys: pyte
     entries = json.loads(capsys.readouterr().out)["ops"]
     assert {entry["slot"] for entry in entries} == {op.slot for op in model_ops(ModelConfig.from_dict(SMALL))}
     assert main(["plan", str(tmp_path / "absent")]) == 2
+    assert f"'{tmp_path / 'absent'}': no such model folder" in capsys.readouterr().err
+    assert main(["plan", str(tmp_path)]) == 2
     assert "config.json: no such file" in capsys.readouterr().err
     assert main(["plan", str(tmp_path / "model"), "--device", "tpu"]) == 2
     assert "device 'tpu'" in capsys.readouterr().err

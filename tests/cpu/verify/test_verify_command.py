@@ -81,7 +81,7 @@ def test_what_cannot_be_read_is_exit_code_2(name: str, folder: Path, capsys: pyt
         (["/no/such/folder"], "no such model folder"),
         (["--stages", "file,nothing"], "there is no stage 'nothing'"),
         (["--stages", "load", "--layers", "9"], "layer 9: the model has layers 0 to 3"),
-        (["--device", "tpu"], "'tpu' is not one torch knows"),
+        (["--device", "tpu"], "device 'tpu' is none of cpu, cuda and cuda:N"),
         (["--source", "/no/such/folder"], "no such model folder"),
     ],
 )
@@ -92,9 +92,7 @@ def test_wrong_usage_is_exit_code_2(argv: list[str], words: str, capsys: pytest.
 
 @pytest.mark.parametrize("text", ["3-", "-3", "5-3", "x", "0,,2", "1-99999999999"])
 def test_layers_that_are_none_are_refused(text: str) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main(["verify", f"--layers={text}"])
-    assert exit_.value.code == 2
+    assert main(["verify", f"--layers={text}"]) == 2
 
 
 def test_the_report_for_programs(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
