@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from ownpath.terminal.console import start_log
 from ownpath.terminal.text import printable, printable_lines
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def _command(argv: list[str]) -> int:
         args = parser.parse_args(argv) if known is None else known.parse_intermixed_args(argv[1:])
     except SystemExit as end:  # --help, --version, --list, wrong usage
         return end.code if isinstance(end.code, int) else 0
+    start_log()
     code: int = args.run(args)
     return code
 

@@ -168,15 +168,22 @@ def _keep(args: argparse.Namespace, settings: "Settings", rows: "list[Row]") -> 
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from ownpath.bench.record import provenance
-    from ownpath.bench.timing import choose_timer
     from ownpath.bench.tune import load_family, tune
 
-    timer = choose_timer(args.device)
     family = load_family(args.tune, args.device)
+    from ownpath.bench.record import provenance
+    from ownpath.bench.timing import choose_timer
+
+    timer = choose_timer(args.device)
     origin = provenance(args.device, args.commit, _command(args), timer.name)
-    tune(args.tune, family.candidates, family.run, args.out or family.table, origin)
+    tune(args.tune, family.candidates, family.run, args.out or family.table, origin, report=_show_line)
     return 0
+
+
+def _show_line(told: str) -> None:
+    from ownpath.terminal.page import line
+
+    show(line(told))
 
 
 def _command(args: argparse.Namespace) -> str:

@@ -17,7 +17,7 @@ from ownpath.commands.arguments import (
 from ownpath.commands.listings import fields_of_server
 from ownpath.server.admin_key import ADMIN_KEY_VARIABLE, admin_key
 from ownpath.server.listen import take_port
-from ownpath.terminal.console import start_log, tell, tell_page
+from ownpath.terminal.console import tell, tell_page
 from ownpath.terminal.progress import Progress
 from ownpath.terminal.text import counted
 
@@ -62,7 +62,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace, listener: socket.socket, key: str | None) -> int:
-    start_log()
     with Progress("starting"):
         from ownpath.commands.session import open_session
         from ownpath.server.app import create_app

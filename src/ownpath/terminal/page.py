@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, JustifyMethod, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -29,32 +29,40 @@ STYLES: Mapping[str, str] = {
 
 
 def line(*parts: str, style: str = "", indent: int = 0) -> RenderableType:
-    """One line of text; wrapped lines keep its indent. A part that is a verdict's word gets its colour."""
-    text = Text(style=style, overflow="fold")
+    """One line of text. A part that is a verdict's word gets its colour."""
+    text = Text(style=style)
     for part in parts:
         text.append(printable(part), STYLES.get(part.strip(" :"), ""))
-    return Padding(text, (0, 0, 0, indent), expand=False) if indent else text
-
-
-def heading(text: str) -> RenderableType:
-    """A line that stands out, behind an empty one."""
-    return Text(f"\n{printable(text)}", style="bold", overflow="fold")
+    return Wrapped(text, indent)
 
 
 def fact(label: str, told: str, indent: int = 0) -> RenderableType:
     """One line: a label, a colon, and what it says."""
-    text = Text(overflow="fold").append(f"{printable(label)}: ", "bold").append(printable(told))
-    return Padding(text, (0, 0, 0, indent), expand=False) if indent else text
+    return Wrapped(Text().append(f"{printable(label)}: ", "bold").append(printable(told)), indent)
 
 
-def facts(rows: Iterable[tuple[str, str]], indent: int = 0) -> RenderableType:
+def facts(rows: Iterable[tuple[str, str]]) -> RenderableType:
     """Labels with what they say beside them."""
     table = Table.grid(padding=(0, GAP, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for label, told in rows:
         table.add_row(Text(printable(label)), Text(printable(told), STYLES.get(told, "")))
-    return Padding(table, (0, 0, 0, indent), expand=False)
+    return table
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """A text whose second and later lines on a terminal are indented further than its first."""
+
+    text: Text
+    indent: int
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        room = max(8, options.max_width - self.indent - GAP)
+        for idx, wrapped in enumerate(self.text.wrap(console, room, overflow="fold")):
+            wrapped.rstrip()
+            yield Text(" " * (self.indent + (GAP if idx else 0))).append_text(wrapped)
 
 
 @dataclass(frozen=True)
@@ -72,32 +80,37 @@ class Listing:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         cells = [tuple(map(printable, row)) for row in (self.headings, *self.rows)]
         widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
-        if sum(widths) + GAP * (len(widths) - 1) <= options.max_width:
-            yield self._grid(cells, widths, 0)
-            return
-        lead, rest = widths[: self.num_lead], _shrunk(widths[self.num_lead :], options.max_width - 2 * GAP)
-        for idx, row in enumerate(cells):
-            yield self._grid([row[: self.num_lead]], lead, 0, is_heading=idx == 0)
-            below = self._grid([row[self.num_lead :]], rest, self.num_lead, is_heading=idx == 0)
-            if any(row[self.num_lead :]):
-                yield Padding(below, (0, 0, 0, 2 * GAP), expand=False)
+        gap = _fitting_gap(widths, options.max_width)
+        if gap:
+            yield self._grid(cells, 0, widths, gap)
+        else:
+            for idx, row in enumerate(cells):
+                yield from self._two_lines(row, widths, options.max_width, "" if idx else "bold")
+
+    def _two_lines(self, row: tuple[str, ...], widths: list[int], width: int, style: str) -> RenderResult:
+        """Draws the first cells, and the others below: in columns where these fit, else one after the other."""
+        lead, rest, indent = row[: self.num_lead], row[self.num_lead :], 2 * GAP
+        yield self._grid([lead], 0, widths, GAP, style) if len(lead) > 1 else Text(lead[0], style, overflow="fold")
+        gap = _fitting_gap(widths[self.num_lead :], width - indent)
+        if gap:
+            yield Padding(self._grid([rest], self.num_lead, widths, gap, style), (0, 0, 0, indent), expand=False)
+        elif any(rest):
+            yield Wrapped(Text((" " * GAP).join(rest), style), indent)
 
     def _grid(
-        self, cells: Sequence[tuple[str, ...]], widths: list[int], first: int, is_heading: bool = True
+        self, cells: Sequence[tuple[str, ...]], first: int, widths: list[int], gap: int, style: str = ""
     ) -> RenderableType:
-        """Draws columns from ``first`` on. is_heading: the first row is the headings."""
-        table = Table.grid(padding=(0, GAP, 0, 0), pad_edge=False)
-        for idx, width in enumerate(widths, start=first):
-            table.add_column(width=width, overflow="fold", justify="right" if idx in self.to_right else "left")
+        """Draws columns from ``first`` on; of several rows, the first is the headings."""
+        table = Table.grid(padding=(0, gap, 0, 0))
+        for idx in range(first, first + len(cells[0])):
+            justify: JustifyMethod = "right" if idx in self.to_right else "left"
+            table.add_column(width=widths[idx], overflow="fold", justify=justify)
         for number, row in enumerate(cells):
-            style = "bold" if is_heading and number == 0 else ""
-            table.add_row(*(Text(cell, STYLES.get(cell, "")) for cell in row), style=style)
+            row_style = "bold" if len(cells) > 1 and number == 0 else style
+            table.add_row(*(Text(cell, STYLES.get(cell, "")) for cell in row), style=row_style)
         return table
 
 
-def _shrunk(widths: list[int], available: int) -> list[int]:
-    """Narrows the widest columns until all of them and their gaps fit."""
-    shrunk = list(widths)
-    while shrunk and max(shrunk) > 8 and sum(shrunk) + GAP * (len(shrunk) - 1) > available:
-        shrunk[shrunk.index(max(shrunk))] -= 1
-    return shrunk
+def _fitting_gap(widths: list[int], available: int) -> int:
+    """Returns how many spaces can be between columns, at most ``GAP``; 0 where they do not fit."""
+    return next((gap for gap in range(GAP, 0, -1) if sum(widths) + gap * len(widths) <= available), 0)

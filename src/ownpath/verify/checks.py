@@ -11,7 +11,7 @@ TITLES = MappingProxyType(
         "F01": "files are whole; index and shards agree",
         "F02": "every tensor that config.json asks for, and no other",
         "F03": "dtypes and shapes are an encoding's",
-        "F04": "each module's format: the tensors agree with what the files claim",
+        "F04": "each module's format: tensors agree with the files' claims",
         "F05": "global scales are multipliers, near their layer's",
         "F06": "gate and up of an expert share a global scale",
         "F07": "block scales are numbers; no expert is far from the others",
