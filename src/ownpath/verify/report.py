@@ -17,7 +17,7 @@ from ownpath.finding import Finding, Verdict, failed
 from ownpath.plan.plan import Plan
 from ownpath.plan.show import plan_dict
 from ownpath.terminal.page import Listing, fact, facts, line
-from ownpath.terminal.text import counted, duration_text
+from ownpath.terminal.text import counted
 from ownpath.verify.checks import SHARE_OF_BOUND, TITLES
 from ownpath.verify.layers.measure import Measurement
 from ownpath.verify.run import StageResult, Verification
@@ -169,7 +169,7 @@ def report_page(result: Verification) -> list[RenderableType]:
     job, findings = result.job, result.findings
     worst, plan = worst_layer(findings), plan_of(result)
     rows = [("unreadable", result.unreadable)] if result.unreadable else []
-    rows.append(("checks", f"{counts_text(findings)} ({duration_text(seconds_of(result))})"))
+    rows.append(("findings", f"{counts_text(findings)} in {seconds_of(result):.1f} s"))
     rows.append(("first bad layer", first_bad_layer(findings) or "none"))
     rows += [("largest error", worst_text(worst[1]))] if worst else []
     rows += [("kernels", ", ".join(f"{n} x {kernel}" for kernel, n in kernels_of(plan).items()))] if plan else []

@@ -1,4 +1,4 @@
-"""What the command line is expected to do around a command: lists, ends quietly, escapes what it repeats."""
+"""Around a command: the list of them, quiet ends, and escapes in what is repeated."""
 
 import os
 import signal

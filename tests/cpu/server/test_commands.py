@@ -225,7 +225,7 @@ def test_a_model_that_fails_its_self_test_is_not_served(
     assert main(["serve", str(folder), "--max-model-len", "256"]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    title, _, failed, *passed, remedy, last = [line for line in captured.err.splitlines() if " ..." not in line]
+    title, _, failed, *passed, remedy, last = captured.err.splitlines()
     assert re.fullmatch(r"self-test: 1 of 13 checks failed, \d+\.\d s", title)
     assert re.fullmatch(r"FAIL +S03-finite +5 +at most 0 +prompts with logits that are not finite", failed)
     assert remedy == f"remedy for S03-finite: {REMEDIES['S03-finite']}"
@@ -241,9 +241,7 @@ def test_only_allow_unverified_serves_it_and_says_so(
     monkeypatch.setattr(Model, "forward", not_finite)
     assert main(["serve", str(folder), "--max-model-len", "256", "--allow-unverified"]) == 0
     warning = "warning: served unverified: the self-test failed S03-finite (--allow-unverified)"
-    assert [
-        line for line in capsys.readouterr().err.splitlines() if not line.startswith("ran: ") and " ..." not in line
-    ] == [warning]
+    assert [line for line in capsys.readouterr().err.splitlines() if not line.startswith("ran: ")] == [warning]
 
 
 def test_a_model_that_passes_is_served_without_a_word(
@@ -253,9 +251,7 @@ def test_a_model_that_passes_is_served_without_a_word(
     monkeypatch.setattr("ownpath.server.run.run_server", lambda *_: 0)
     for options in ([], ["--allow-unverified"]):
         assert main(["serve", str(folder), "--max-model-len", "256", *options]) == 0
-        out, told = capsys.readouterr()
-        assert out == ""
-        assert set(told.splitlines()) <= {"starting ...", "testing the model ..."}, "on a busy machine"
+        assert capsys.readouterr() == ("", "")
 
 
 def test_the_embedded_model_is_asked_what_it_knows(

@@ -155,7 +155,7 @@ def test_it_says_what_the_other_forms_say(result: Verification) -> None:
     assert facts["findings"].startswith(f"{programs['counts']['fail']} failed, {programs['counts']['pass']} passed")
     assert f"first bad layer  {facts['first bad layer']}" in text
     assert facts["first bad layer"] == (programs["first_bad_layer"] or "none")
-    assert f"worst layer      {facts['worst layer']}" in text
+    assert f"largest error    {facts['worst layer']}" in text
     assert programs["worst_layer"]["finding"]["where"] == facts["worst layer"].partition(":")[0]
     assert facts["checkpoint digest"] == programs["checkpoint_digest"]
     assert facts["plan digest"] == programs["plan_digest"]
@@ -323,5 +323,5 @@ def test_where_nothing_can_be_written_is_said_before_the_work(
     for path in (tmp_path / "nowhere" / "report", tmp_path):
         assert main(["verify", str(folder), option, str(path)]) == 2
         captured = capsys.readouterr()
-        assert f"{path}: the report cannot be written there" in captured.err
+        assert f"'{path}' cannot be written" in captured.err
         assert not captured.out
