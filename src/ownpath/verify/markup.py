@@ -2,7 +2,7 @@
 
 from html import escape
 
-from ownpath.inspect.report import printable
+from ownpath.terminal.text import printable
 
 
 class Html(str):

@@ -22,6 +22,7 @@ from ownpath.config import EngineConfig
 from ownpath.engine.engine import Engine
 from ownpath.server.app import create_app
 from ownpath.server.body import Limits
+from ownpath.server.listen import take_port
 from ownpath.server.run import make_server
 
 MODEL_ID = "tiny"
@@ -140,8 +141,8 @@ def saying(text: str, prompt_ids: list[int]) -> FakeModel:
 @contextlib.contextmanager
 def listening(served: Harness, drain_s: float = 0.5) -> Iterator[str]:
     """The application behind uvicorn on a free loopback port; yields its base URL."""
-    server = make_server(served.app, served.engine, "127.0.0.1", 0, MODEL_ID, drain_s)
-    thread = threading.Thread(target=server.run)
+    server = make_server(served.app, served.engine, MODEL_ID, drain_s)
+    thread = threading.Thread(target=server.run, args=([take_port("127.0.0.1", 0)],))
     thread.start()
     try:
         assert eventually(lambda: server.started or not thread.is_alive())

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from support.checkpoints import random_checkpoint
 from support.layer_faults import FAULTS
+from support.pages import verification_text
 from support.verifications import NAMES, hostile, measured, result_of, whole_model
 
 from ownpath.cli import main
@@ -19,7 +20,7 @@ from ownpath.verify.html import report_html
 from ownpath.verify.layer import LoadedLayer, load_layer
 from ownpath.verify.layers.teacher_forcing import ORDER
 from ownpath.verify.ledger_check import RanSlot
-from ownpath.verify.report import kernels_ran, report_dict, report_text
+from ownpath.verify.report import kernels_ran, report_dict
 from ownpath.verify.run import StageResult, Verification, VerifyJob, verify
 from ownpath.verify.subject import Subject
 
@@ -139,7 +140,7 @@ def test_it_asks_for_nothing(result: Verification) -> None:
 
 
 def test_it_says_what_the_other_forms_say(result: Verification) -> None:
-    page, text, programs = Page(report_html(result)), report_text(result), report_dict(result)
+    page, text, programs = Page(report_html(result)), verification_text(result), report_dict(result)
     facts = dict(zip(page.words("dt"), page.words("dd"), strict=True)) | {
         row[0]: row[1] for row in page.rows() if len(row) == 2
     }
@@ -311,5 +312,5 @@ def test_where_nothing_can_be_written_is_said_before_the_work(
     for path in (tmp_path / "nowhere" / "report", tmp_path):
         assert main(["verify", str(folder), option, str(path)]) == 2
         captured = capsys.readouterr()
-        assert f"{path}: the report cannot be written there" in captured.err
+        assert f"'{path}' cannot be written" in captured.err
         assert not captured.out
