@@ -29,7 +29,7 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
 )
 
-Pairs = list[tuple[str, object]]
+JsonPairs = list[tuple[str, object]]
 
 
 class FileError(ValueError):
@@ -136,7 +136,7 @@ def parse_json(data: bytes, source: str, on_twice: Callable[[str], None] | None 
     if num_values > MAX_JSON_VALUES:
         raise FileError(f"{source}: JSON of {num_values} values; at most {MAX_JSON_VALUES} are read")
 
-    def unique(pairs: Pairs) -> dict[str, object]:
+    def unique(pairs: JsonPairs) -> dict[str, object]:
         content = dict(pairs)
         if len(content) != len(pairs):
             for key in sorted(_repeated(pairs)):
@@ -180,7 +180,7 @@ def _refuse_constant(name: str) -> object:
     raise ValueError(f"it holds {name}, which is no JSON")
 
 
-def _repeated(pairs: Pairs) -> set[str]:
+def _repeated(pairs: JsonPairs) -> set[str]:
     seen: set[str] = set()
     return {key for key, _ in pairs if key in seen or seen.add(key)}  # type: ignore[func-returns-value]
 

@@ -189,7 +189,7 @@ def test_a_vocabulary_beyond_measure_is_refused(model: Path, monkeypatch: pytest
 
 
 def test_a_file_taken_away_between_look_and_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was a file when it was looked at and is a pipe when it is opened is still not waited for."""
+    """A file that was a file when it was looked at and is a pipe when it is opened is still not waited for."""
     path = tmp_path / "x.json"
     path.write_text("{}")
     real = os.open

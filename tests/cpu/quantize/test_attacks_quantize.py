@@ -69,7 +69,7 @@ def stopped(source: Path, tmp_path: Path) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantize_run, "_finish", stop)
-        patch.setattr(quantize_run.Staging, "release", lambda *_: None)
+        patch.setattr(quantize_run.UnfinishedRun, "release", lambda *_: None)
         with pytest.raises(Stopped):
             quantize(source, tmp_path / "out")
     return tmp_path / "out"
@@ -357,7 +357,7 @@ def test_no_file_of_the_users_is_overwritten(name: str, source: Path, tmp_path: 
 
 
 def test_two_runs_do_not_mix(source: Path, stopped: Path) -> None:
-    holder = quantize_run.Staging(stopped, json.loads((stopped / STAGING / "plan.json").read_text()))
+    holder = quantize_run.UnfinishedRun(stopped, json.loads((stopped / STAGING / "plan.json").read_text()))
     with pytest.raises(CheckpointError, match="another run is writing"):
         quantize(source, stopped)
     holder.close()
@@ -371,7 +371,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(
     first = sorted(own.glob("*.safetensors"))[0]
     real = quantize_run._make_shard
 
-    def make(staging: quantize_run.Staging, number: int, *rest: object) -> object:
+    def make(staging: quantize_run.UnfinishedRun, number: int, *rest: object) -> object:
         if number == 1:
             os.utime(first)
         return real(staging, number, *rest)  # type: ignore[arg-type]
