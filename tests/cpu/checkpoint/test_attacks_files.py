@@ -89,6 +89,14 @@ def infinite(path: Path) -> None:
     path.write_text('{"vocab_size": -Infinity}')
 
 
+def half_a_pair(path: Path) -> None:
+    path.write_text('{"a": ["\\ud800"]}')
+
+
+def a_whole_pair(path: Path) -> None:
+    path.write_text('{"a": "\\ud83d\\ude00 \\\\ud800"}')
+
+
 def huge(path: Path) -> None:
     path.write_text('{"vocab_size": ' + "9" * 5000 + "}")
 
@@ -106,7 +114,7 @@ def empty(path: Path) -> None:
 
 
 SPECIAL = (pipe, unix_socket, zeros, terminal, folder, dangling, loop, endless)
-JSON = (not_text, deep, rather_deep, many, twice, not_a_number, infinite, huge, cut, no_object, empty)
+JSON = (half_a_pair, not_text, deep, rather_deep, many, twice, not_a_number, infinite, huge, cut, no_object, empty)
 READERS: dict[str, tuple[type[ValueError], Callable[[Path], object]]] = {
     "config.json": (ConfigError, lambda folder: ModelConfig.from_file(folder / "config.json")),
     "tokenizer.json": (TokenizerError, Tokenizer.from_folder),
@@ -180,6 +188,18 @@ def test_the_limit_of_depth_is_the_last_that_is_read(tmp_path: Path) -> None:
     path.write_text('{"a":' * (MAX_JSON_DEPTH + 1) + "{}" + "}" * (MAX_JSON_DEPTH + 1))
     with pytest.raises(FileError, match=f"deeper than {MAX_JSON_DEPTH}"):
         read_json_object(path)
+
+
+def test_a_pair_of_surrogates_is_one_character(tmp_path: Path) -> None:
+    a_whole_pair(tmp_path / "x.json")
+    assert read_json_object(tmp_path / "x.json") == {"a": "\U0001f600 \\ud800"}
+
+
+def test_what_cannot_be_looked_at_is_not_called_absent(tmp_path: Path) -> None:
+    loop(tmp_path / "model")
+    with pytest.raises(ConfigError, match="symbolic links"):
+        ModelConfig.from_file(tmp_path / "model" / "config.json")
+    assert "symbolic links" in inspect_folder(tmp_path / "model").problems[0].message
 
 
 def test_a_vocabulary_beyond_measure_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,9 @@ def test_a_header_of_too_many_bytes_tensors_or_values_is_refused(
     check, message = problem_of(path)
     assert check == "shard"
     assert "7000 values; at most 6999" in message
+    monkeypatch.setattr("ownpath.files.MAX_JSON_VALUES", 7000)
+    monkeypatch.setattr("ownpath.files.MAX_JSON_KEYS", 3999)
+    assert "4000 keys; at most 3999" in problem_of(path)[1]
 
 
 def test_all_shards_of_a_checkpoint_share_one_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +112,7 @@ def test_an_index_that_points_elsewhere(shard: str, tmp_path: Path) -> None:
     (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": {"0": shard}}))
     scan = scan_checkpoint(tmp_path)
     assert not scan.index.tensors
-    assert {problem.id for problem in scan.problems} <= {"escaping-shard", "missing-shard"}
+    assert {problem.id for problem in scan.problems} <= {"escaping-shard", "missing-shard", "index"}
     assert scan.problems
 
 
