@@ -8,6 +8,7 @@ import errno
 import gc
 import json
 import os
+import re
 import reprlib
 import secrets
 import stat
@@ -19,8 +20,11 @@ MAX_FILE_BYTES = 64 * 2**20
 """Limit of a file that is read whole. The largest honest ones are tokenizers and indexes of some 30 MB."""
 MAX_JSON_VALUES = 4_000_000
 """Limit of the commas and opening brackets of a JSON text, which bound its values: a header has 8 for each tensor."""
+MAX_JSON_KEYS = 2_000_000
+"""Limit of the colons of a JSON text, which bound its keys: a header has 4 for each tensor."""
 MAX_JSON_DEPTH = 64
 _CHUNK_BYTES = 2**20
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -29,7 +33,7 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
 )
 
-Pairs = list[tuple[str, object]]
+JsonPairs = list[tuple[str, object]]
 
 
 class FileError(ValueError):
@@ -85,11 +89,14 @@ def _reason(error: Exception) -> str:
 
 
 def is_present(path: Path) -> bool:
-    """Returns True for anything of this name, also a link to nothing."""
+    """Returns True for anything of this name, also a link to nothing, or a folder that keeps it from being seen."""
     try:
-        return os.path.lexists(path)
-    except ValueError:  # a name with a zero byte
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name with a zero byte
         return False
+    except OSError:  # reading it will say why
+        return True
+    return True
 
 
 def read_bytes(path: Path, max_bytes: int = MAX_FILE_BYTES, *, follow_links: bool = True) -> bytes:
@@ -135,8 +142,10 @@ def parse_json(data: bytes, source: str, on_twice: Callable[[str], None] | None 
     num_values = sum(map(data.count, (b",", b"[", b"{")))
     if num_values > MAX_JSON_VALUES:
         raise FileError(f"{source}: JSON of {num_values} values; at most {MAX_JSON_VALUES} are read")
+    if data.count(b":") > MAX_JSON_KEYS:
+        raise FileError(f"{source}: JSON of {data.count(b':')} keys; at most {MAX_JSON_KEYS} are read")
 
-    def unique(pairs: Pairs) -> dict[str, object]:
+    def unique(pairs: JsonPairs) -> dict[str, object]:
         content = dict(pairs)
         if len(content) != len(pairs):
             for key in sorted(_repeated(pairs)):
@@ -148,8 +157,12 @@ def parse_json(data: bytes, source: str, on_twice: Callable[[str], None] | None 
     try:
         with _uncollected():
             content = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=_refuse_constant)
+        if _SURROGATE.search(data):
+            json.dumps(content, ensure_ascii=False).encode("utf-8")
     except FileError:
         raise
+    except UnicodeEncodeError:
+        raise FileError(f"{source}: not JSON: a text holds half of a surrogate pair") from None
     except UnicodeDecodeError as error:
         raise FileError(f"{source}: not JSON: not UTF-8 ({error.reason} at byte {error.start})") from None
     except ValueError as error:
@@ -180,7 +193,7 @@ def _refuse_constant(name: str) -> object:
     raise ValueError(f"it holds {name}, which is no JSON")
 
 
-def _repeated(pairs: Pairs) -> set[str]:
+def _repeated(pairs: JsonPairs) -> set[str]:
     seen: set[str] = set()
     return {key for key, _ in pairs if key in seen or seen.add(key)}  # type: ignore[func-returns-value]
 

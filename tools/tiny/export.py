@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
+from ownpath.checkpoint.reader import read_file
 from ownpath.checkpoint.schema import MODELOPT_NVFP4, NATIVE_FP8
 from ownpath.formats import FP8_BLOCK, NVFP4
 from ownpath.numerics import dequantize
@@ -27,7 +27,7 @@ def read_trained(folder: Path) -> dict[str, Tensor]:
     files = sorted(folder.glob("trained-*.safetensors"))
     if not files:
         raise ValueError(f"{folder}: no trained-*.safetensors")
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    return {name: tensor for file in files for name, tensor in read_file(file)[1].items()}
 
 
 def read_back(trained: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -64,7 +64,7 @@ FOUND_WHEN = MappingProxyType(
         "truncated-shard": "a shard ends before its last tensor does",
         "over-long-shard": "a shard goes on after its last tensor",
         "overlapping-tensors": "two tensors claim the same bytes",
-        "header-bomb": "a header claims more than the format's limit of 100,000,000 bytes; it is not read",
+        "header-bomb": "a header is beyond a checkpoint's limits, 64 MiB and 400,000 tensors; it is not read",
         "duplicated-tensor": "a name occurs twice, in a header, in the index or in two shards",
         "unlisted-tensor": "a shard holds a tensor that the index does not list",
         "missing-tensor": "config.json asks for a tensor, or an encoding for a part, that is not there",

@@ -50,7 +50,8 @@ def write_shard(
     text += b" " * (-len(text) % _HEADER_ALIGNMENT)
     digest = hashlib.sha256()
     with create_file(path) as write:
-        for part in (len(text).to_bytes(8, "little"), text, *(map(_bytes_of, map(tensors.__getitem__, order)))):
+        parts: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text]
+        for part in (*parts, *(_bytes_of(tensors[name]) for name in order)):
             digest.update(part)
             write(part)
     return Fingerprint(8 + len(text) + end, digest.hexdigest())

@@ -24,7 +24,7 @@ from ownpath.files import is_present, read_json_object, write_json
 from ownpath.quantize.companions import CONFIG, QUANT_CONFIG, Companion, copy_companions, find_companions
 from ownpath.quantize.convert import Counts, step_tensors
 from ownpath.quantize.describe import Described, config_fields, describe, quant_config_fields
-from ownpath.quantize.staging import Shard, Staging, is_unfinished
+from ownpath.quantize.staging import Shard, UnfinishedRun, is_unfinished
 from ownpath.quantize.steps import Carry, Convert, QuantizeScope, WriteStep, plan_shards, plan_steps
 
 VERSION = 2
@@ -73,7 +73,7 @@ def quantize_checkpoint(
     shards = plan_shards(steps, options.max_shard_bytes)
     plan = _plan(index, options)
     finals = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
-    staging = Staging(target, plan)
+    staging = UnfinishedRun(target, plan)
     try:
         done: list[Shard] = []
         for number, shard in enumerate(shards):
@@ -143,7 +143,7 @@ def _names(steps: Sequence[WriteStep]) -> list[str]:
 
 
 def _make_shard(
-    staging: Staging, number: int, steps: Sequence[WriteStep], index: CheckpointIndex, options: Options
+    staging: UnfinishedRun, number: int, steps: Sequence[WriteStep], index: CheckpointIndex, options: Options
 ) -> Shard:
     tensors: dict[str, torch.Tensor] = {}
     counts = Counts()
@@ -155,7 +155,7 @@ def _make_shard(
     return staging.write_shard(number, tensors, counts)
 
 
-def _finish(source: Path, staging: Staging, shards: Mapping[str, Shard], contents: Described) -> list[Companion]:
+def _finish(source: Path, staging: UnfinishedRun, shards: Mapping[str, Shard], contents: Described) -> list[Companion]:
     """Writes everything beside the shards, the index last. Returns the companions that were left out."""
     target, scratch = staging.target, staging.folder
     left_out = copy_companions(source, target, scratch)

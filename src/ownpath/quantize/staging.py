@@ -31,7 +31,7 @@ class Shard:
     counts: Counts
 
 
-class Staging:
+class UnfinishedRun:
     """The folder ``.quantizing`` of one target, held by one run at a time.
 
     redone: final names of shards that an earlier run had finished and that are no longer what it wrote.

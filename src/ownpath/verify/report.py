@@ -14,7 +14,7 @@ from rich.console import RenderableType
 
 from ownpath.bench.record import device_name
 from ownpath.checkpoint.header import MAX_HEADER_BYTES
-from ownpath.files import open_regular, read_bytes
+from ownpath.files import FileError, open_regular, read_bytes
 from ownpath.finding import Finding, Verdict, failed, warned
 from ownpath.plan.plan import Plan
 from ownpath.plan.show import plan_dict
@@ -41,9 +41,17 @@ def checkpoint_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted((folder / "config.json", *folder.glob("*.safetensors"))):
         if path.is_file():
-            data = read_bytes(path) if path.suffix == ".json" else _header(path)
+            data = _digested(path)
             digest.update(f"{path.name} {len(data)}\n".encode() + data)
     return digest.hexdigest()
+
+
+def _digested(path: Path) -> bytes:
+    """Returns config.json or a shard's header; nothing where it cannot be read, which the stages told."""
+    try:
+        return read_bytes(path) if path.suffix == ".json" else _header(path)
+    except (FileError, OSError):
+        return b""
 
 
 def _header(path: Path) -> bytes:

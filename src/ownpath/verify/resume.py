@@ -76,7 +76,7 @@ def read_state(
             return SavedState.OTHER, None
         on_device = {name: tensor.to(device or "cpu") for name, tensor in tensors.items()}
         return SavedState.SAME, decode(json.loads(metadata["value"]), on_device)
-    except (KeyError, ValueError, TypeError, AttributeError):
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return SavedState.OTHER, None
 
 
