@@ -11,7 +11,7 @@ from ownpath.chat.encode import Setting
 from ownpath.chat.messages import Message
 from tiny import tasks
 from tiny.chat import Conversation, with_system
-from tiny.facts import Country, countries
+from tiny.facts import WORDINGS, Country, countries
 from tiny.phrasings import CHAT_PHRASINGS
 from tiny.random_names import extend_name, random_name
 from tiny.tasks import Turn
@@ -19,15 +19,7 @@ from tiny.tasks import Turn
 ANY_OBJECT = {"type": "json_object"}
 ENDINGS = ("", "", " Answer in JSON.", " Reply with JSON.", " Give the answer as JSON.")
 _TYPES = {str: "string", int: "integer", list: "array"}
-# Spellings of each field; the last one is never trained.
-_KEYS = {
-    "capital": ("capital", "city", "capital_city", "answer", "town_name"),
-    "country": ("country", "name", "country_name", "state"),
-    "continent": ("continent", "region", "part_of_the_world"),
-    "result": ("result", "answer", "value", "number", "sum", "total"),
-    "words": ("words", "list", "items", "texts"),
-    "answer": ("answer", "text", "reply", "message", "response"),
-}
+_KEYS: dict[str, list[str]] = WORDINGS["json_keys"]
 
 
 @dataclass(frozen=True)
