@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         from ownpath.quantize.steps import QuantizeScope
         from ownpath.terminal.page import facts, line
 
-    require_free(args.target)
+    require_free(args.source, args.target)
     scope, scales = QuantizeScope(args.scope), {}
     if args.calibrate is not None:
         text = _text(args.calibrate)
@@ -69,6 +69,9 @@ def run(args: argparse.Namespace) -> int:
         rows.append(("cast from MXFP4", f"{counted(counts.num_cast, 'block')}, {share:.4f} % of them without loss"))
     if counts.num_quantized:
         rows.append(("quantised from their values", counted(counts.num_quantized, "weight")))
+    if report.redone:
+        rows.append(("made again, changed since an earlier run", ", ".join(report.redone)))
+    rows += [("not copied", f"{one.name}: {one.left_out}") for one in report.left_out]
     show(line(str(args.target)), facts(rows))
     return 0
 

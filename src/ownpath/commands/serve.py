@@ -4,9 +4,10 @@ ran. A model that fails the self-test is not served."""
 import argparse
 import os
 import socket
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from ownpath.chat.effort import RELEASES, release_of_folder
+from ownpath.chat.effort import RELEASES, Release, find_release
 from ownpath.commands.arguments import (
     add_engine_arguments,
     add_list_argument,
@@ -37,9 +38,9 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     )
     parser.add_argument("--served-model-name", type=some_text, metavar="NAME", help="default: the model folder's name")
     parser.add_argument(
-        "--chat-release",
+        "--release",
         choices=RELEASES,
-        help="whose words for reasoning_effort it knows (default: told by the folder)",
+        help="whose words for reasoning_effort it knows (default: told by the folder, or guessed)",
     )
     parser.add_argument(
         "--admin-key",
@@ -71,8 +72,9 @@ def _serve(args: argparse.Namespace, listener: socket.socket, key: str | None) -
         if not _is_served(session, args.allow_unverified):
             return 1
         model_id = args.served_model_name or session.folder.resolve().name
-        release = args.chat_release or release_of_folder(session.folder)
-        debug = None if key is None else _debug_plan(session, key, model_id)
+        release = find_release(session.folder, args.release)
+        tell(f"release {release}")
+        debug = None if key is None else _debug_plan(session, key, model_id, release)
         app = create_app(session.engine, session.tokenizer, model_id, release=release, debug=debug)
         code = run_server(app, session.engine, listener, model_id)
         for runner, kernel, num_modules, num_calls in session.ledger.summary():
@@ -83,7 +85,7 @@ def _serve(args: argparse.Namespace, listener: socket.socket, key: str | None) -
         return code
 
 
-def _debug_plan(session: "Session", admin_key: str, model_id: str) -> "DebugPlan":
+def _debug_plan(session: "Session", admin_key: str, model_id: str, release: Release) -> "DebugPlan":
     """Builds the data of ``/debug/plan``. The plan is made from the headers again; it is the one that was loaded."""
     from ownpath.loading import planned
     from ownpath.plan.show import plan_dict
@@ -93,7 +95,8 @@ def _debug_plan(session: "Session", admin_key: str, model_id: str) -> "DebugPlan
 
     plan, _ = planned(session.folder, session.engine.config)
     device = {"type": plan.caps.device_type, "name": plan.caps.name, "sm": plan.caps.sm}
-    facts = {"model": model_id, "versions": versions(), "device": device, "plan": plan_dict(plan)}
+    facts: dict[str, object] = {"model": model_id, "versions": versions(), "device": device, "plan": plan_dict(plan)}
+    facts["release"] = asdict(release)
     return DebugPlan(admin_key, facts, session.ledger, Limits())
 
 

@@ -4,16 +4,21 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from ownpath.chat.effort import Release, find_release
+from ownpath.chat.end_tokens import EndTokens, read_end_tokens
 from ownpath.checkpoint.drafts import Draft, carried_draft, requested_draft
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex, Scan, scan_checkpoint
 from ownpath.checkpoint.problems import make_problem
 from ownpath.config import ConfigError, ModelConfig
+from ownpath.files import FileError
 from ownpath.finding import Finding
 from ownpath.inspect.blocks import SAMPLE_BYTES, BlockReport, read_blocks
 from ownpath.inspect.expert_tables import table_problems
+from ownpath.inspect.magnitudes import read_magnitudes
 from ownpath.inspect.memory import KINDS, Memory, memory_needed
 from ownpath.inspect.metadata import config_problems, file_problem, format_problems, tokenizer_problems
+from ownpath.inspect.peers import Comparison, compare_magnitudes
 from ownpath.inspect.scalars import Coverage, GateUp, Scalar, calibration, gate_up, out_of_band, read_scalars
 from ownpath.plan.census import Census, StoredModule, take_census
 from ownpath.plan.plan import MixedExpertsError, PlanError, make_plan
@@ -28,6 +33,7 @@ class Contents:
     blocks: BlockReport
     calibration: dict[str, Coverage]
     gate_up: GateUp
+    magnitudes: Comparison
     memory: tuple[Memory, ...]
     scalars: tuple[Scalar, ...] = ()
 
@@ -38,6 +44,7 @@ class Inspection:
 
     are_all_scales_read: whether every block scale was read, or a sample of every module's.
     broken: shards that cannot be read.
+    end_tokens: ``None`` where they cannot be read. release: ``None`` where what tells it cannot be read.
     """
 
     folder: Path
@@ -47,6 +54,8 @@ class Inspection:
     are_all_scales_read: bool
     seconds: float
     broken: frozenset[Path] = frozenset()
+    end_tokens: EndTokens | None = None
+    release: Release | None = None
 
 
 def inspect_folder(
@@ -56,7 +65,8 @@ def inspect_folder(
     with_draft: bool = False,
     all_scales_in: frozenset[int] = frozenset(),
 ) -> Inspection:
-    """Reads headers, scalars, tables of ids and a sample (or all) of the block scales, and collects every problem.
+    """Reads headers, scalars, tables of ids, a sample (or all) of the block scales and rows of every weight, and
+    collects every problem.
 
     all_scales_in: layers of the backbone whose block scales are all read, beside a sample of the others'.
     with_draft: look at the MTP modules as at the backbone; otherwise they are counted as not read.
@@ -76,7 +86,24 @@ def inspect_folder(
             contents = _contents(config, draft, scan, problems, prefixes)
     seconds = time.perf_counter() - start
     unique = tuple(dict.fromkeys(problems))
-    return Inspection(folder, scan.index, contents, unique, read_all_scales, seconds, scan.broken)
+    end_tokens = None if config is None else _end_tokens(folder, config)
+    return Inspection(
+        folder, scan.index, contents, unique, read_all_scales, seconds, scan.broken, end_tokens, _release(folder)
+    )
+
+
+def _end_tokens(folder: Path, config: ModelConfig) -> EndTokens | None:
+    try:
+        return read_end_tokens(folder, config)
+    except ConfigError:
+        return None  # a problem of the tokenizer's
+
+
+def _release(folder: Path) -> Release | None:
+    try:
+        return find_release(folder)
+    except FileError:
+        return None  # config.json's problem, or one of no consequence here
 
 
 def _config(folder: Path, problems: list[Finding]) -> ModelConfig | None:
@@ -116,7 +143,7 @@ def _contents(
         return None
     census = take_census(config, index, draft)
     problems += _not_explained(census, scan)
-    problems += format_problems(index.folder, census.modules)
+    problems += format_problems(index.folder, config, census.modules)
     scalars = read_scalars(census.modules, index, broken, problems)
     problems += out_of_band(scalars)
     pairs = gate_up(scalars, problems)
@@ -125,9 +152,12 @@ def _contents(
         return None if stored.spec.name.startswith(whole) else SAMPLE_BYTES
 
     blocks = read_blocks(census.modules, scalars, index, broken, problems, max_bytes)
+    sampled = read_magnitudes(census.modules, census.params, scalars, index, broken, problems)
+    magnitudes = compare_magnitudes(sampled, config.rms_norm_eps)
+    problems += magnitudes.problems
     problems += table_problems(census.params, config.n_routed_experts, index, broken)
     memory = () if census.problems else _plan(config, draft, index, problems)
-    return Contents(config, census, blocks, calibration(scalars), pairs, memory, scalars)
+    return Contents(config, census, blocks, calibration(scalars), pairs, magnitudes, memory, scalars)
 
 
 def _not_explained(census: Census, scan: Scan) -> list[Finding]:

@@ -18,7 +18,7 @@ from ownpath.checkpoint.schema import Encoding, ModuleSpec, ParamSpec, check_cen
 from ownpath.config import ONE_RANK, ModelConfig, Parallel
 from ownpath.formats import BF16, FP32, Format
 from ownpath.ops import OpKind
-from ownpath.plan.claims import find_contradictions
+from ownpath.plan.claims import config_section, find_contradictions
 from ownpath.plan.opspec import (
     CompanionSpec,
     OpSpec,
@@ -29,6 +29,7 @@ from ownpath.plan.opspec import (
     official_ops,
     steps_of,
 )
+from ownpath.plan.sections import QuantSection
 from ownpath.plan.select import Caps, Choice, Demands, Refusal, select
 from ownpath.plan.sharding import Region, local_module, param_region, regions_of, require_supported
 
@@ -163,10 +164,14 @@ def make_plan(
     return Plan(config, caps, demands, ops, companions, params, ignored, contradictions, draft, parallel, param_regions)
 
 
+def claimed_formats(config: ModelConfig) -> QuantSection:
+    """Returns what config.json says about the format of each module."""
+    return config_section(config.claims)
+
+
 def _contradictions(config: ModelConfig, ops: tuple[PlannedOp, ...], index: CheckpointIndex) -> tuple[str, ...]:
-    experts = [(module, op.encoding) for op in ops if op.spec.kind is OpKind.MOE for module in op.spec.modules]
-    others = [(module, op.encoding) for op in ops if op.spec.kind is not OpKind.MOE for module in op.spec.modules]
-    return find_contradictions(config.claims, experts, others, index)
+    modules = ((module, op.encoding) for op in ops for module in op.spec.modules)
+    return find_contradictions(config.claims, modules, index)
 
 
 def replan(plan: Plan, caps: Caps, demands: Demands) -> Plan:

@@ -27,7 +27,7 @@ REFUSALS: tuple[tuple[str, str], ...] = (
     ("serve --port 80_80", "--port"),
     ("serve --host no.such.host.invalid", "--host"),
     ("serve --host 192.0.2.1 --port 0", "no such address"),
-    ("serve --chat-release v3", "--chat-release"),
+    ("serve --release v3", "--release"),
     ("serve --admin-key short", "admin key"),
     ("serve --max-model-len 0", "--max-model-len"),
     ("generate hello --max-tokens -5", "--max-tokens"),
