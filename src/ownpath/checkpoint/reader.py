@@ -1,16 +1,19 @@
-"""Streams tensors from memory-mapped shards in slices of rows, so that extra memory stays bounded."""
+"""Reads tensors by their position in a shard: whole, or in slices of rows, so that extra memory stays bounded."""
 
+import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
-from safetensors import safe_open
 
-from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
-from ownpath.checkpoint.transformers_names import Source
+from ownpath.checkpoint.errors import CheckpointError
+from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.checkpoint.tensor_info import TensorInfo
+from ownpath.checkpoint.values import TORCH_DTYPES
 
 MAX_SLICE_BYTES = 64 * 2**20
 
@@ -29,21 +32,19 @@ def stream(
 ) -> Iterator[TensorSlice]:
     """Yields every named tensor in row slices of at most ``max_slice_bytes`` (or one row), shard by shard.
 
-    A slice may lie in the mapped file: copy what must outlive the iteration step.
-    Errors: CheckpointError naming a tensor the checkpoint does not hold.
+    Errors: CheckpointError naming a tensor that the checkpoint does not hold or that cannot be read.
     """
     infos = sorted((index[name] for name in names), key=lambda info: info.file)
-    for file, group in groupby(infos, key=lambda info: info.file):
-        with safe_open(file, framework="pt") as shard:
+    with TensorReader(index) as read:
+        for _, group in groupby(infos, key=lambda info: info.file):
             for info in group:
-                source = info.source or Source(info.name)
-                if source.expert is None and (info.num_bytes <= max_slice_bytes or not info.shape):
-                    yield TensorSlice(info, slice(None), shard.get_tensor(source.key))
+                if info.num_bytes <= max_slice_bytes or not info.shape:
+                    yield TensorSlice(info, slice(None), read.tensor(info))
                     continue
-                stored = shard.get_slice(source.key)
+                row_bytes = info.num_bytes // info.shape[0]
                 for rows in _row_slices(info, max_slice_bytes):
-                    there = slice(rows.start + source.first_row, rows.stop + source.first_row)
-                    yield TensorSlice(info, rows, stored[there if source.expert is None else (source.expert, there)])
+                    start, shape = info.start + rows.start * row_bytes, (rows.stop - rows.start, *info.shape[1:])
+                    yield TensorSlice(info, rows, read.tensor(replace(info, start=start, shape=shape)))
 
 
 def _row_slices(info: TensorInfo, max_slice_bytes: int) -> Iterator[slice]:
@@ -54,28 +55,49 @@ def _row_slices(info: TensorInfo, max_slice_bytes: int) -> Iterator[slice]:
 
 
 class TensorReader:
-    """Reads whole tensors by name, from shards that stay mapped until the end of the ``with`` block."""
+    """Reads whole tensors by name, from shards that stay open until the end of the ``with`` block."""
 
     def __init__(self, index: CheckpointIndex) -> None:
         self._index = index
-        self._open: dict[Path, Any] = {}
+        self._descriptors: dict[Path, int] = {}
+        self._stack = ExitStack()
 
     def __enter__(self) -> "TensorReader":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._open.clear()
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the shards; a later read opens them again."""
+        self._stack.close()
+        self._descriptors.clear()
 
     def __call__(self, key: str) -> torch.Tensor:
-        """Reads one tensor. Errors: CheckpointError naming a tensor the checkpoint does not hold."""
-        info = self._index[key]
-        if info.file not in self._open:
-            self._open[info.file] = safe_open(info.file, framework="pt")
-        shard, source = self._open[info.file], info.source or Source(info.name)
-        tensor: torch.Tensor
-        if source.expert is None:
-            tensor = shard.get_tensor(source.key)
-        else:
-            rows = slice(source.first_row, source.first_row + info.shape[0])
-            tensor = shard.get_slice(source.key)[source.expert, rows]
-        return tensor
+        """Reads one tensor. Errors: CheckpointError naming a tensor that is not there or cannot be read."""
+        return self.tensor(self._index[key])
+
+    def tensor(self, info: TensorInfo) -> torch.Tensor:
+        """Reads the tensor at this place, in this dtype and shape. Errors: CheckpointError naming it."""
+        data = np.empty(info.num_bytes, np.uint8)
+        done = 0
+        try:
+            while done < len(data):
+                count = os.preadv(self._descriptor(info.file), [data[done:].data], info.start + done)
+                if not count:
+                    raise CheckpointError(f"tensor {info}: the file ends inside it")
+                done += count
+        except OSError as error:
+            raise CheckpointError(f"tensor {info} cannot be read ({error})") from None
+        dtype = torch.int8 if info.dtype == "I8" else TORCH_DTYPES.get(info.dtype, torch.uint8)
+        flat = torch.from_numpy(data).view(dtype)
+        return flat.view(info.shape) if info.dtype in TORCH_DTYPES else flat
+
+    def _descriptor(self, file: Path) -> int:
+        if file not in self._descriptors:
+            self._descriptors[file] = os.open(file, os.O_RDONLY)
+            self._stack.callback(os.close, self._descriptors[file])
+        return self._descriptors[file]

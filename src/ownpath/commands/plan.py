@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
     folder = default_model_dir() if args.model is None else Path(args.model)
     wanted = {"batch_invariant": args.batch_invariant, "official": args.numerics, "loads_draft": args.draft}
+    wanted["reference"] = frozenset(args.reference)
     plan = plan_model(folder, args.device, **wanted)
     casts = lossless_casts(plan, folder) if args.scales else None
     if args.json:

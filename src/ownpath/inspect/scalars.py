@@ -1,16 +1,18 @@
 """Checks scalar scales: valid as multipliers, consistent with their neighbours, calibrated or filled in."""
 
 import re
-import struct
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import torch
+
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.problems import make_problem
 from ownpath.checkpoint.scales import scale_fault
+from ownpath.checkpoint.values import TORCH_DTYPES
 from ownpath.finding import Finding
 from ownpath.inspect.tensor_bytes import read_values
 from ownpath.plan.census import StoredModule
@@ -65,7 +67,7 @@ def read_scalars(
     scalars = []
     for info, data in read_values((index[key] for key in owners), broken, problems):
         module, part = owners[info.name]
-        (value,) = struct.unpack("<f", data)
+        value = float(torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[info.dtype])[0])
         fault = scale_fault(value, part.is_divisor)
         meant = 1 / value if part.is_divisor and value else value
         if fault is None and meant < SMALLEST_NORMAL:

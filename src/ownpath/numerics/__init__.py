@@ -3,6 +3,7 @@
 from ownpath.numerics.dequantize import (
     decode_fp8_block,
     decode_mxfp4_blocks,
+    decode_mxfp8_blocks,
     decode_nvfp4_blocks,
     dequantize,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "decode_e8m0",
     "decode_fp8_block",
     "decode_mxfp4_blocks",
+    "decode_mxfp8_blocks",
     "decode_nvfp4_blocks",
     "decode_packed_e2m1",
     "dequantize",

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.schema import ENCODINGS, QUANTIZATION_FIELD, Encoding, ModuleSpec
-from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4, Format
+from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, MXFP8, NVFP4, Format
 
 EncodedModule = tuple[ModuleSpec, Encoding]
 
@@ -17,7 +17,7 @@ COMPARED_FIELDS = frozenset({QUANTIZATION_FIELD, "expert_dtype"})
 """Fields of config.json that decide nothing and are compared with the tensors."""
 
 _EXPERT_DTYPES: Mapping[str, tuple[Format, ...]] = MappingProxyType(
-    {"fp4": (MXFP4, NVFP4), "fp8": (FP8_BLOCK,), "bf16": (BF16,), "bfloat16": (BF16,), "float32": (FP32,)}
+    {"fp4": (MXFP4, NVFP4), "fp8": (FP8_BLOCK, MXFP8), "bf16": (BF16,), "bfloat16": (BF16,), "float32": (FP32,)}
 )
 _EXPERT_ALGORITHMS: Mapping[str, tuple[Format, ...]] = MappingProxyType({"NVFP4": (NVFP4,), "MXFP4": (MXFP4,)})
 
@@ -48,7 +48,7 @@ def find_contradictions(
 def _method(quantization: Mapping[str, object], modules: tuple[EncodedModule, ...]) -> Iterator[str]:
     method = quantization.get("quant_method")
     expected = [encoding for encoding in ENCODINGS if encoding.quant_method and encoding.quant_method == method]
-    if expected and not any(encoding in expected for _, encoding in modules):
+    if expected and not any(encoding.quant_method == method for _, encoding in modules):
         names = " or ".join(encoding.name for encoding in expected)
         yield f"{QUANTIZATION_FIELD}.quant_method is {method!r}, but no tensor is stored as {names}"
 

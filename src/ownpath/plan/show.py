@@ -1,6 +1,7 @@
 """Prints a plan: as text for people, as JSON values for programs."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -67,11 +68,14 @@ def plan_text(plan: Plan) -> str:
     lines += [f"  {kernel}: {why}" for kernel, why in reasons.items()]
     passed_over = dict.fromkeys(lack for op in plan.decided for lack in op.choice.passed_over)
     lines += ["passed over:", *(f"  {lack}" for lack in passed_over)] if passed_over else []
-    lines.append(f"used as stored: {len(plan.params)} tensors (embedding, norms, hyper-connections, sinks, tables)")
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in Counter(plan.stored_dtypes.values()).items())
+    what = "embedding, norms, hyper-connections, sinks, tables"
+    lines.append(f"used as stored: {len(plan.params)} tensors ({what}): {dtypes}")
     lines.append(f"draft: {_draft_line(plan.draft)}")
     for reason in dict.fromkeys(plan.ignored.values()):
         num_keys = sum(value == reason for value in plan.ignored.values())
         lines.append(f"not read: {num_keys} tensors ({reason})")
+    lines += [f"note: {line}" for line in plan.notes]
     lines += [f"warning: {line}; the tensors are believed" for line in plan.contradictions]
     return "\n".join(lines)
 
@@ -95,7 +99,9 @@ def plan_dict(plan: Plan) -> dict[str, object]:
             "modules": modules,
         }
         ops.append(entry | cells | {"why": op.choice.why, "passed_over": list(op.choice.passed_over)})
-    params = [{"key": param.key, "shape": list(param.shape)} for param in plan.params]
+    params = [
+        {"key": param.key, "shape": list(param.shape), "stored": plan.stored_dtypes[param.key]} for param in plan.params
+    ]
     plan_level = {
         "device": plan.caps.name,
         "activations": plan.demands.activations,
@@ -108,6 +114,7 @@ def plan_dict(plan: Plan) -> dict[str, object]:
         "params": params,
         "ignored": dict(plan.ignored),
         "contradictions": list(plan.contradictions),
+        "notes": list(plan.notes),
         "draft": {"kind": str(plan.draft.kind), "num_modules": plan.draft.num_modules},
     }
 

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from ownpath.checkpoint.detect import detect
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.names import expert_modules
-from ownpath.checkpoint.schema import Encoding, ModuleSpec, detect
+from ownpath.checkpoint.schema import Encoding, ModuleSpec
 from ownpath.config import ModelConfig
 from ownpath.formats import NVFP4
 

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 from support.checkpoints import random_checkpoint
 
+from ownpath.checkpoint.detect import detect
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
-from ownpath.checkpoint.schema import ModuleSpec, detect
+from ownpath.checkpoint.schema import ModuleSpec
 from ownpath.checkpoint.writer import INDEX_NAME, write_checkpoint
 from ownpath.config import EngineConfig
 from ownpath.formats import FP8_BLOCK, MXFP4

@@ -195,7 +195,8 @@ def test_the_command_prints_and_names_what_is_wrong(tmp_path: Path, capsys: pyte
 
 def test_encodings_are_told_apart_and_round_trip(tmp_path: Path) -> None:
     """Detection reads back what an encoding writes: names, dtypes and shapes, in both directions."""
-    from ownpath.checkpoint.schema import ModuleSpec, detect
+    from ownpath.checkpoint.detect import detect
+    from ownpath.checkpoint.schema import ModuleSpec
     from ownpath.checkpoint.writer import write_checkpoint
     from ownpath.qtensor import QuantTensor
 
