@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from ownpath.checkpoint.dtypes import TORCH_DTYPES
 from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
 from ownpath.checkpoint.names import model_params
 from ownpath.checkpoint.schema import MODELOPT_NVFP4, NATIVE_FP8, PLAIN_BF16, Encoding, ParamSpec
-from ownpath.checkpoint.values import TORCH_DTYPES
 from ownpath.config import ModelConfig
 from ownpath.plan.opspec import model_ops
 from ownpath.plan.plan import Plan

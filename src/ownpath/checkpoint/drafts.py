@@ -66,7 +66,9 @@ def requested_draft(config: ModelConfig, index: CheckpointIndex) -> Draft:
     """
     kind = carried_draft(index).kind
     if kind is DraftKind.DSPARK:
-        key = next(key for key in index.tensors if (match := DRAFT_KEY.fullmatch(key)) and match[2].startswith(_OF_DSPARK))
+        key = next(
+            key for key in index.tensors if (match := DRAFT_KEY.fullmatch(key)) and match[2].startswith(_OF_DSPARK)
+        )
         raise CheckpointError(f"tensor {index[key]}: a draft was asked for, and this one is DSpark's; "
                               "ownpath computes MTP modules only")  # fmt: skip
     if config.num_nextn_predict_layers == 0:

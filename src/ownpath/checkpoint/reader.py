@@ -1,19 +1,17 @@
-"""Reads tensors by their position in a shard: whole, or in slices of rows, so that extra memory stays bounded."""
+"""Reads tensors by position, whole or in slices of rows, so that extra memory stays bounded."""
 
-import os
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from itertools import groupby
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
-import numpy as np
 import torch
 
+from ownpath.checkpoint.dtypes import TORCH_DTYPES
 from ownpath.checkpoint.errors import CheckpointError
-from ownpath.checkpoint.index import CheckpointIndex
-from ownpath.checkpoint.tensor_info import TensorInfo
-from ownpath.checkpoint.values import TORCH_DTYPES
+from ownpath.checkpoint.header import read_header
+from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
+from ownpath.checkpoint.positioned import PositionedReader
 
 MAX_SLICE_BYTES = 64 * 2**20
 
@@ -32,19 +30,15 @@ def stream(
 ) -> Iterator[TensorSlice]:
     """Yields every named tensor in row slices of at most ``max_slice_bytes`` (or one row), shard by shard.
 
-    Errors: CheckpointError naming a tensor that the checkpoint does not hold or that cannot be read.
+    Errors: CheckpointError naming a tensor that the checkpoint does not hold, or that its file ends inside.
     """
-    infos = sorted((index[name] for name in names), key=lambda info: info.file)
     with TensorReader(index) as read:
-        for _, group in groupby(infos, key=lambda info: info.file):
-            for info in group:
-                if info.num_bytes <= max_slice_bytes or not info.shape:
-                    yield TensorSlice(info, slice(None), read.tensor(info))
-                    continue
-                row_bytes = info.num_bytes // info.shape[0]
-                for rows in _row_slices(info, max_slice_bytes):
-                    start, shape = info.start + rows.start * row_bytes, (rows.stop - rows.start, *info.shape[1:])
-                    yield TensorSlice(info, rows, read.tensor(replace(info, start=start, shape=shape)))
+        for info in sorted((index[name] for name in names), key=lambda info: (info.file, info.start)):
+            if info.num_bytes <= max_slice_bytes or not info.shape:
+                yield TensorSlice(info, slice(None), read.rows_of(info, 0, info.shape[0] if info.shape else 1))
+                continue
+            for rows in _row_slices(info, max_slice_bytes):
+                yield TensorSlice(info, rows, read.rows_of(info, rows.start, rows.stop))
 
 
 def _row_slices(info: TensorInfo, max_slice_bytes: int) -> Iterator[slice]:
@@ -55,49 +49,54 @@ def _row_slices(info: TensorInfo, max_slice_bytes: int) -> Iterator[slice]:
 
 
 class TensorReader:
-    """Reads whole tensors by name, from shards that stay open until the end of the ``with`` block."""
+    """Reads tensors by name, each into memory of its own. A shard stays open until another is read or the end."""
 
     def __init__(self, index: CheckpointIndex) -> None:
         self._index = index
-        self._descriptors: dict[Path, int] = {}
-        self._stack = ExitStack()
+        self._shards = PositionedReader()
 
     def __enter__(self) -> "TensorReader":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes the shards; a later read opens them again."""
-        self._stack.close()
-        self._descriptors.clear()
+        self._shards.close()
 
     def __call__(self, key: str) -> torch.Tensor:
-        """Reads one tensor. Errors: CheckpointError naming a tensor that is not there or cannot be read."""
-        return self.tensor(self._index[key])
+        """Reads one tensor. Errors: CheckpointError naming a tensor that is not there or that its file ends inside."""
+        info = self._index[key]
+        return self.rows_of(info, 0, info.shape[0] if info.shape else 1)
 
-    def tensor(self, info: TensorInfo) -> torch.Tensor:
-        """Reads the tensor at this place, in this dtype and shape. Errors: CheckpointError naming it."""
-        data = np.empty(info.num_bytes, np.uint8)
-        done = 0
-        try:
-            while done < len(data):
-                count = os.preadv(self._descriptor(info.file), [data[done:].data], info.start + done)
-                if not count:
-                    raise CheckpointError(f"tensor {info}: the file ends inside it")
-                done += count
-        except OSError as error:
-            raise CheckpointError(f"tensor {info} cannot be read ({error})") from None
-        dtype = torch.int8 if info.dtype == "I8" else TORCH_DTYPES.get(info.dtype, torch.uint8)
-        flat = torch.from_numpy(data).view(dtype)
-        return flat.view(info.shape) if info.dtype in TORCH_DTYPES else flat
+    def rows(self, key: str, row_ids: torch.Tensor) -> torch.Tensor:
+        """Reads some rows of a tensor, in the order of ``row_ids``; the others are not read.
 
-    def _descriptor(self, file: Path) -> int:
-        if file not in self._descriptors:
-            self._descriptors[file] = os.open(file, os.O_RDONLY)
-            self._stack.callback(os.close, self._descriptors[file])
-        return self._descriptors[file]
+        Errors: as a call's, and CheckpointError for a row that the tensor does not have.
+        """
+        info = self._index[key]
+        found, places = torch.unique(row_ids.cpu(), return_inverse=True)
+        if len(found) and not 0 <= int(found[0]) <= int(found[-1]) < info.shape[0]:
+            raise CheckpointError(f"tensor {info} has no row {int(found[0])} or {int(found[-1])}")
+        rows = [self.rows_of(info, row, row + 1) for row in found.tolist()]
+        return torch.cat(rows)[places] if rows else self.rows_of(info, 0, 0)
+
+    def rows_of(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+        """Reads rows [start, stop) of a stored tensor. Errors: as a call's."""
+        dtype = TORCH_DTYPES.get(info.dtype)
+        if dtype is None:
+            raise CheckpointError(f"tensor {info}: nothing here reads this dtype")
+        shape = (stop - start, *info.shape[1:]) if info.shape else ()
+        row_bytes = info.num_bytes // info.shape[0] if info.shape and info.shape[0] else info.num_bytes
+        data = torch.empty(row_bytes * (stop - start), dtype=torch.uint8)
+        self._shards.read(info, row_bytes * start, memoryview(data.numpy()))
+        return data.view(dtype).view(shape)
+
+
+def read_file(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Reads all metadata and tensors of one safetensors file. Errors: CheckpointError naming the file or tensor."""
+    header = read_header(path)
+    if header.problems:
+        raise CheckpointError(header.problems[0].message)
+    infos = {
+        entry.name: TensorInfo(entry.name, entry.dtype, entry.shape, path, entry.start) for entry in header.entries
+    }
+    with TensorReader(CheckpointIndex(path.parent, MappingProxyType(infos))) as read:
+        return header.metadata, {name: read(name) for name in infos}

@@ -17,9 +17,9 @@ from functools import cached_property
 
 import torch
 
+from ownpath.checkpoint.dtypes import FLOATS, TABLES
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
-from ownpath.checkpoint.values import FLOATS, TABLES
 from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, MXFP8, NVFP4, Format
 from ownpath.qtensor import QuantTensor
 

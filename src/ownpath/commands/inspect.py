@@ -1,7 +1,7 @@
 """Print what a checkpoint is, how it is stored, what it takes to run, and everything that is wrong with it.
 
-Reads headers, scalars, tables of expert ids and the first 4 KiB of every module's block scales; no weights.
-Exit code: 0 nothing is wrong, 1 problems, 2 config.json or the tensors cannot be read (or wrong usage).
+Reads headers, scalars, tables of expert ids, the first 4 KiB of every module's block scales, and a few rows of every
+weight. Exit code: 0 nothing is wrong (there may be warnings), 1 problems, 2 config.json or the tensors cannot be read (or wrong usage).
 """
 
 import argparse
@@ -29,6 +29,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the inspection. Errors: ValueError when there is no such folder."""
+    from ownpath.finding import failed
     from ownpath.inspect.inspection import inspect_folder
     from ownpath.inspect.report import inspection_dict, inspection_text
     from ownpath.loading import default_model_dir
@@ -43,4 +44,4 @@ def run(args: argparse.Namespace) -> int:
         print(inspection_text(inspection))
     if inspection.contents is None:
         return 2
-    return 1 if inspection.problems else 0
+    return 1 if failed(inspection.problems) else 0

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from ownpath.quantize.steps import QuantizeScope
     from ownpath.startup import CountingBar
 
-    require_free(args.target)
+    require_free(args.source, args.target)
     scope, scales = QuantizeScope(args.scope), {}
     if args.calibrate is not None:
         scales = calibrate(args.source, _text(args.calibrate), scope, args.device)
@@ -62,6 +62,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"cast from MXFP4: {counts.num_cast} blocks, {share:.4f}% without loss")
     if counts.num_quantized:
         print(f"quantised from their values: {counts.num_quantized} weights")
+    if report.redone:
+        print(f"made again, for they had changed since an earlier run: {', '.join(report.redone)}")
+    for one in report.left_out:
+        print(f"not copied: {one.name!r}: {one.left_out}")
     return 0
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from ownpath.checkpoint.dtypes import FLOATS, TORCH_DTYPES
 from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
 from ownpath.checkpoint.problems import make_problem
-from ownpath.checkpoint.values import FLOATS, TORCH_DTYPES
 from ownpath.finding import Finding
 from ownpath.formats import NVFP4
 from ownpath.inspect.scalars import Scalar
@@ -18,6 +18,8 @@ from ownpath.weights.lossless import is_lossless_cast
 
 SAMPLE_BYTES = 4096
 """Bytes read of every module's block scales, unless all are asked for: one page of the file."""
+MAX_VANISHED_SHARE = 1 / 8
+"""Blocks too small for E4M3 beside their tensor's largest are rare; an eighth of all is an export's fault."""
 MAX_SATURATED_SHARE = 1 / 8
 """A tensor's largest block is scaled to E4M3's largest number, 448; an eighth of all blocks is not, unless the global
 scale was taken from smaller values."""
@@ -141,7 +143,8 @@ def _zero_faults(
     if lost.any():
         where = f"{int(lost.sum())} of {len(lost)} block scales read are zero over values that are not"
         message = f"tensor {info}: {where}, the first at block {int(lost.nonzero()[0])}"
-        yield make_problem("zero-block-scale", info.name, message)
+        kind = "zero-block-scale" if int(lost.sum()) > MAX_VANISHED_SHARE * len(lost) else "vanished-blocks"
+        yield make_problem(kind, info.name, message)
 
 
 def _has_codes(stored: StoredModule, index: CheckpointIndex, num_blocks: int, broken: frozenset[Path]) -> torch.Tensor:

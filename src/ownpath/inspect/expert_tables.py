@@ -5,13 +5,12 @@ from pathlib import Path
 
 import torch
 
+from ownpath.checkpoint.dtypes import TABLES, TORCH_DTYPES
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.problems import make_problem
 from ownpath.checkpoint.schema import ParamSpec
-from ownpath.checkpoint.values import TABLES, TORCH_DTYPES
 from ownpath.finding import Finding
 from ownpath.inspect.tensor_bytes import read_values
-
 
 
 def table_problems(

@@ -12,8 +12,10 @@ from ownpath.config import ConfigError, ModelConfig
 from ownpath.finding import Finding
 from ownpath.inspect.blocks import SAMPLE_BYTES, BlockReport, read_blocks
 from ownpath.inspect.expert_tables import table_problems
+from ownpath.inspect.magnitudes import read_magnitudes
 from ownpath.inspect.memory import KINDS, Memory, memory_needed
 from ownpath.inspect.metadata import config_problems, file_problem, format_problems, tokenizer_problems
+from ownpath.inspect.peers import Comparison, compare_magnitudes
 from ownpath.inspect.scalars import Coverage, GateUp, Scalar, calibration, gate_up, out_of_band, read_scalars
 from ownpath.plan.census import Census, StoredModule, take_census
 from ownpath.plan.plan import MixedExpertsError, PlanError, make_plan
@@ -28,6 +30,7 @@ class Contents:
     blocks: BlockReport
     calibration: dict[str, Coverage]
     gate_up: GateUp
+    magnitudes: Comparison
     memory: tuple[Memory, ...]
     scalars: tuple[Scalar, ...] = ()
 
@@ -56,7 +59,8 @@ def inspect_folder(
     with_draft: bool = False,
     all_scales_in: frozenset[int] = frozenset(),
 ) -> Inspection:
-    """Reads headers, scalars, tables of ids and a sample (or all) of the block scales, and collects every problem.
+    """Reads headers, scalars, tables of ids, a sample (or all) of the block scales and rows of every weight, and
+    collects every problem.
 
     all_scales_in: layers of the backbone whose block scales are all read, beside a sample of the others'.
     with_draft: look at the MTP modules as at the backbone; otherwise they are counted as not read.
@@ -116,7 +120,7 @@ def _contents(
         return None
     census = take_census(config, index, draft)
     problems += _not_explained(census, scan)
-    problems += format_problems(index.folder, census.modules)
+    problems += format_problems(index.folder, config, census.modules)
     scalars = read_scalars(census.modules, index, broken, problems)
     problems += out_of_band(scalars)
     pairs = gate_up(scalars, problems)
@@ -125,9 +129,12 @@ def _contents(
         return None if stored.spec.name.startswith(whole) else SAMPLE_BYTES
 
     blocks = read_blocks(census.modules, scalars, index, broken, problems, max_bytes)
+    sampled = read_magnitudes(census.modules, census.params, scalars, index, broken, problems)
+    magnitudes = compare_magnitudes(sampled, config.rms_norm_eps)
+    problems += magnitudes.problems
     problems += table_problems(census.params, config.n_routed_experts, index, broken)
     memory = () if census.problems else _plan(config, draft, index, problems)
-    return Contents(config, census, blocks, calibration(scalars), pairs, memory, scalars)
+    return Contents(config, census, blocks, calibration(scalars), pairs, magnitudes, memory, scalars)
 
 
 def _not_explained(census: Census, scan: Scan) -> list[Finding]:

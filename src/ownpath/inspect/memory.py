@@ -9,8 +9,8 @@ from math import prod
 import torch
 
 from ownpath.cache.pools import CacheSpec
+from ownpath.checkpoint.dtypes import TORCH_DTYPES
 from ownpath.checkpoint.index import CheckpointIndex
-from ownpath.checkpoint.values import TORCH_DTYPES
 from ownpath.config import EngineConfig
 from ownpath.plan.plan import Plan, PlanError, PlannedOp, replan
 from ownpath.plan.select import Caps, Demands
@@ -68,7 +68,13 @@ def weights_bytes(plan: Plan, index: CheckpointIndex) -> int:
     total = 0
     for op in plan.ops:
         dtypes = tuple(index[key].dtype for key in op.encoding.keys(op.spec.modules[0].name))
-        kind = (op.spec.kind, op.choice.kernel, op.encoding.name, dtypes, tuple(module.shape for module in op.spec.modules))
+        kind = (
+            op.spec.kind,
+            op.choice.kernel,
+            op.encoding.name,
+            dtypes,
+            tuple(module.shape for module in op.spec.modules),
+        )
         if kind not in sizes:
             sizes[kind] = _operand_bytes(op, index)
         total += sizes[kind]

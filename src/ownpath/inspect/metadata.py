@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Generator, Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ownpath.chat.markers import BOS
@@ -13,6 +12,8 @@ from ownpath.checkpoint.problems import make_problem
 from ownpath.config import CSA_RATIO, ModelConfig
 from ownpath.finding import Finding
 from ownpath.plan.census import StoredModule
+from ownpath.plan.claims import config_section, differing_sections, section_contradictions
+from ownpath.plan.sections import QuantSection
 
 MAX_JSON_BYTES = 256 * 2**20
 """Largest size of a JSON file beside the weights; the largest honest one is a tokenizer of a few dozen MB."""
@@ -20,9 +21,6 @@ MAX_JSON_BYTES = 256 * 2**20
 QUANT_CONFIG = "hf_quant_config.json"
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"ffn\.experts\.(\d+)\.")
-_ALGORITHMS = {"NVFP4": "NVFP4", "FP8_PB_WO": "FP8_BLOCK", "MXFP4": "MXFP4"}
-"""ModelOpt's name of an algorithm -> the format of a module stored with it."""
-
 
 def file_problem(path: Path, check: str) -> Finding | None:
     """Returns why a JSON file beside the weights cannot be opened safely; ``None``: it can, or it is not there."""
@@ -66,12 +64,18 @@ def _contradiction(field: str, value: int, found: str) -> Finding:
     return make_problem("config-contradiction", field, f"config.json: {field} is {value}, but the tensors have {found}")
 
 
-def format_problems(folder: Path, modules: tuple[StoredModule, ...]) -> Iterator[Finding]:
-    """Yields modules stored in another format than hf_quant_config.json (where there is one) says."""
+def format_problems(folder: Path, config: ModelConfig, modules: tuple[StoredModule, ...]) -> Iterator[Finding]:
+    """Yields what hf_quant_config.json (where there is one) says that neither the tensors nor config.json bear out."""
     content = yield from json_object(folder / QUANT_CONFIG, "format-contradiction")
     declared = content.get("quantization")
-    if isinstance(declared, dict):
-        yield from _format_problems(declared, modules)
+    if not isinstance(declared, dict):
+        return
+    theirs = QuantSection(f"{QUANT_CONFIG}: quantization.", declared)
+    lines = [
+        *section_contradictions(theirs, ((stored.spec, stored.encoding) for stored in modules)),
+        *differing_sections(config_section(config.claims), theirs, (stored.spec.name for stored in modules)),
+    ]
+    yield from (make_problem("format-contradiction", QUANT_CONFIG, line) for line in lines)
 
 
 def json_object(path: Path, check: str) -> Generator[Finding, None, dict[str, object]]:
@@ -86,28 +90,6 @@ def json_object(path: Path, check: str) -> Generator[Finding, None, dict[str, ob
         except (ValueError, RecursionError, OSError) as error:
             yield make_problem(check, path.name, f"{path}: not readable as JSON ({error})")
     return content if isinstance(content, dict) else {}
-
-
-def _format_problems(declared: dict[str, object], modules: tuple[StoredModule, ...]) -> Iterator[Finding]:
-    layers, excluded = declared.get("quantized_layers"), declared.get("exclude_modules")
-    layers = layers if isinstance(layers, dict) else {}
-    patterns = [entry for entry in excluded if isinstance(entry, str)] if isinstance(excluded, list) else []
-    for stored in modules:
-        name, found = stored.spec.name, stored.encoding.format.name
-        group = name.split(".experts.")[0] + ".experts" if ".ffn.experts." in name else name
-        entry = layers.get(name, layers.get(group))
-        algorithm = entry.get("quant_algo") if isinstance(entry, dict) else None
-        said = _ALGORITHMS.get(algorithm) if isinstance(algorithm, str) else None
-        if said is not None and said != found:
-            yield _format_contradiction(name, f"says {algorithm}", found)
-        elif entry is None and found == "NVFP4" and any(fnmatchcase(name, pattern) for pattern in patterns):
-            yield _format_contradiction(name, "excludes it from quantisation", found)
-
-
-def _format_contradiction(name: str, said: str, found: str) -> Finding:
-    return make_problem(
-        "format-contradiction", name, f"module {name!r}: {QUANT_CONFIG} {said}, the tensors are {found}"
-    )
 
 
 def tokenizer_problems(folder: Path, config: ModelConfig) -> Iterator[Finding]:

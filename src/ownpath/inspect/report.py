@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import asdict
 
 from ownpath.checkpoint.problems import REMEDIES
+from ownpath.finding import Finding, failed, warned
 from ownpath.inspect.inspection import Contents, Inspection
 from ownpath.inspect.memory import Memory
 from ownpath.inspect.module_rows import bytes_by_format, module_rows, num_parameters
@@ -28,7 +29,8 @@ def inspection_dict(inspection: Inspection) -> dict[str, object]:
     """Returns the inspection for programs; the keys are documented in docs/inspect.md."""
     index, contents = inspection.index, inspection.contents
     problems = [
-        {"check": p.id, "where": p.where, "problem": p.message, "remedy": p.remedy} for p in inspection.problems
+        {"check": p.id, "severity": p.verdict.value.lower(), "where": p.where, "problem": p.message, "remedy": p.remedy}
+        for p in inspection.problems
     ]
     common: dict[str, object] = {
         "folder": str(inspection.folder),
@@ -59,6 +61,11 @@ def _contents_dict(inspection: Inspection, contents: Contents) -> dict[str, obje
         "lossless_casts": list(blocks.lossless_casts),
         "calibration": {name: asdict(coverage) for name, coverage in contents.calibration.items()},
         "gate_up": asdict(contents.gate_up),
+        "magnitudes": {
+            "num_tensors": contents.magnitudes.num_tensors,
+            "num_values": contents.magnitudes.num_values,
+            "farthest": contents.magnitudes.farthest,
+        },
         "memory": [asdict(memory) for memory in contents.memory],
     }
 
@@ -104,6 +111,9 @@ def _scale_lines(inspection: Inspection, contents: Contents) -> list[str]:
     for projection, coverage in contents.calibration.items():
         counts = f"{coverage.num_own} experts have their own, {coverage.num_shared} share the maximum"
         lines.append(f"input_scale of {projection}: {counts}")
+    seen = contents.magnitudes
+    sampled = f"{seen.num_values:,} values of {seen.num_tensors} tensors (rows spread over each)"
+    lines.append(f"magnitudes: {sampled}; matrices within {seen.farthest:.3g} times their peers'")
     return lines
 
 
@@ -115,11 +125,16 @@ def _memory_line(memory: Memory) -> str:
 
 
 def _problem_lines(inspection: Inspection) -> list[str]:
-    if not inspection.problems:
-        return ["no problems found"]
-    lines = [f"{len(inspection.problems)} problems:"]
-    for check, count in Counter(problem.id for problem in inspection.problems).items():
-        messages = [problem.message for problem in inspection.problems if problem.id == check]
+    """Formats the problems, by kind, then the warnings."""
+    problems, warnings = failed(inspection.problems), warned(inspection.problems)
+    lines = [f"{len(problems)} problems:", *_by_kind(problems)] if problems else ["no problems found"]
+    return [*lines, f"{len(warnings)} warnings:", *_by_kind(warnings)] if warnings else lines
+
+
+def _by_kind(problems: list[Finding]) -> list[str]:
+    lines: list[str] = []
+    for check, count in Counter(problem.id for problem in problems).items():
+        messages = [problem.message for problem in problems if problem.id == check]
         lines += [f"  [{check}] {message}" for message in messages[:MAX_LINES]]
         lines += [f"  [{check}] and {count - MAX_LINES} more (--json lists them)"] if count > MAX_LINES else []
         lines.append(f"    remedy: {REMEDIES[check]}")

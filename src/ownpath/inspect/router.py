@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from ownpath.checkpoint.dtypes import TABLES, TORCH_DTYPES
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.problems import make_problem
 from ownpath.checkpoint.schema import ParamSpec
-from ownpath.checkpoint.values import TABLES, TORCH_DTYPES
 from ownpath.finding import Finding
 from ownpath.inspect.tensor_bytes import read_values
 
@@ -67,7 +67,9 @@ def repeated_ids(
     """Yields tables of expert ids in which a token has one expert twice."""
     tables = [index[param.key] for param in params if index[param.key].dtype in TABLES]
     for info, data in read_values(tables, broken, problems):
-        ids = torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[info.dtype]).long().view(info.shape).sort(dim=1).values
+        ids = (
+            torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[info.dtype]).long().view(info.shape).sort(dim=1).values
+        )
         repeats = (ids[:, 1:] == ids[:, :-1]).any(dim=1)
         if repeats.any():
             where = f"{int(repeats.sum())} of {len(ids)} tokens have an expert twice, the first is token"

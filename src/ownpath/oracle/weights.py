@@ -35,7 +35,7 @@ class StoredWeights:
 
     def rows(self, key: str, row_ids: Tensor) -> Tensor:
         """Reads some rows of such a tensor, in the order of ``row_ids``; the others are not read."""
-        stored = self._read(key)[row_ids.cpu()].to(self.device)
+        stored = self._read.rows(key, row_ids).to(self.device)
         return stored.to(self.dtype if stored.is_floating_point() else torch.int64)
 
     def matrix(self, module: str, encoding: Encoding) -> Tensor:

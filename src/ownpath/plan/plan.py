@@ -212,9 +212,8 @@ def make_plan(
 
 
 def _contradictions(config: ModelConfig, ops: tuple[PlannedOp, ...], index: CheckpointIndex) -> tuple[str, ...]:
-    experts = [(module, op.encoding) for op in ops if op.spec.kind is OpKind.MOE for module in op.spec.modules]
-    others = [(module, op.encoding) for op in ops if op.spec.kind is not OpKind.MOE for module in op.spec.modules]
-    return find_contradictions(config.claims, experts, others, index)
+    modules = ((module, op.encoding) for op in ops for module in op.spec.modules)
+    return find_contradictions(config.claims, modules, index)
 
 
 def replan(plan: Plan, caps: Caps, demands: Demands) -> Plan:

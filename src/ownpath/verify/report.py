@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ownpath.bench.record import device_name
 from ownpath.checkpoint.header import MAX_HEADER_BYTES
-from ownpath.finding import Finding, Verdict, failed
+from ownpath.finding import Finding, Verdict, failed, warned
 from ownpath.inspect.report import printable
 from ownpath.plan.plan import Plan
 from ownpath.plan.show import align, plan_dict
@@ -178,7 +178,12 @@ def report_text(result: Verification) -> str:
     return "\n".join(printable(line) for line in lines)
 
 
-_WORDS = {Verdict.FAIL: "failed", Verdict.PASS: "passed", Verdict.SKIPPED: "skipped"}
+_WORDS = {
+    Verdict.FAIL: "failed",
+    Verdict.WARN: "with a warning",
+    Verdict.PASS: "passed",
+    Verdict.SKIPPED: "skipped",
+}
 
 
 def _kernel_lines(plan: Plan) -> list[str]:
@@ -191,7 +196,8 @@ def _kernel_lines(plan: Plan) -> list[str]:
 def counts_text(findings: Iterable[Finding]) -> str:
     """Formats how many findings have which verdict."""
     counts = _counts(findings)
-    return ", ".join(f"{counts[verdict]} {word}" for verdict, word in _WORDS.items())
+    shown = (verdict for verdict in _WORDS if counts[verdict] or verdict is not Verdict.WARN)
+    return ", ".join(f"{counts[verdict]} {_WORDS[verdict]}" for verdict in shown)
 
 
 def limits_of(selection: Selection) -> list[str]:
@@ -211,21 +217,22 @@ def worst_text(finding: Finding) -> str:
 
 
 def _failure_lines(findings: Iterable[Finding]) -> list[str]:
-    """Groups failures by check: the places, then what to do, once for each remedy."""
-    lines = []
-    for check in failed_checks(findings):
-        for finding in check.shown:
-            kernel = f" [{finding.kernel}]" if finding.kernel else ""
-            allowed = f"; allowed: {finding.allowed}" if finding.allowed else ""
-            lines.append(f"FAIL {check.id} {finding.where}{kernel}: {finding.message}{allowed}")
-        lines += [f"FAIL {check.id} and {check.num_more} more (--json lists them)"] if check.num_more else []
-        lines += [f"     remedy: {remedy}" for remedy in check.remedies]
+    """Groups failures by check, then warnings: the places, then what to do, once for each remedy."""
+    listed, lines = list(findings), []
+    for word, checks in (("FAIL", failed_checks(listed)), ("warning", warned_checks(listed))):
+        for check in checks:
+            for finding in check.shown:
+                kernel = f" [{finding.kernel}]" if finding.kernel else ""
+                allowed = f"; allowed: {finding.allowed}" if finding.allowed else ""
+                lines.append(f"{word} {check.id} {finding.where}{kernel}: {finding.message}{allowed}")
+            lines += [f"{word} {check.id} and {check.num_more} more (--json lists them)"] if check.num_more else []
+            lines += [f"     remedy: {remedy}" for remedy in check.remedies]
     return [*lines, ""] if lines else []
 
 
 @dataclass(frozen=True)
 class FailedCheck:
-    """The failures of one check. shown: the first places; num_more: how many others there are; remedies: each once."""
+    """The failures or the warnings of one check. shown: the first places; num_more: how many others there are; remedies: each once."""
 
     id: str
     shown: tuple[Finding, ...]
@@ -235,6 +242,15 @@ class FailedCheck:
 
 def failed_checks(findings: Iterable[Finding]) -> list[FailedCheck]:
     """Returns the failing checks in their order, with the places that every form of the report shows first."""
+    return _checks_with(failed(findings))
+
+
+def warned_checks(findings: Iterable[Finding]) -> list[FailedCheck]:
+    """Returns the checks with warnings likewise."""
+    return _checks_with(warned(findings))
+
+
+def _checks_with(findings: list[Finding]) -> list[FailedCheck]:
     return [
         FailedCheck(
             id_,
@@ -242,7 +258,7 @@ def failed_checks(findings: Iterable[Finding]) -> list[FailedCheck]:
             max(0, len(found) - MAX_FAILURES),
             tuple(dict.fromkeys(finding.remedy for finding in found if finding.remedy)),
         )
-        for id_, found in _by_id(failed(findings)).items()
+        for id_, found in _by_id(findings).items()
     ]
 
 
@@ -255,7 +271,7 @@ def check_rows(result: Verification) -> list[tuple[str, ...]]:
     for stage in result.stages:
         for id_, found in sorted(_by_id(stage.findings).items()):
             counts = _counts(found)
-            verdict = next(verdict for verdict in (Verdict.FAIL, Verdict.PASS, Verdict.SKIPPED) if counts[verdict])
+            verdict = next(verdict for verdict in (Verdict.FAIL, Verdict.WARN, Verdict.PASS, Verdict.SKIPPED) if counts[verdict])
             numbers = [finding.number for finding in found if finding.number is not None]
             number = f"{max(numbers, key=_rank):.4g}" if numbers else "-"
             rows.append((verdict.value, id_, TITLES.get(id_, ""), number, _outcome(found)))
@@ -271,7 +287,7 @@ def _outcome(found: list[Finding]) -> str:
     """Formats one finding (or one reason to skip) by its message, several by counts of verdicts."""
     messages = dict.fromkeys(finding.message for finding in found)
     counts = _counts(found)
-    if len(messages) == 1 and found[0].verdict is not Verdict.FAIL:
+    if len(messages) == 1 and found[0].verdict in (Verdict.PASS, Verdict.SKIPPED):
         return found[0].message
     return ", ".join(f"{counts[verdict]} {word}" for verdict, word in _WORDS.items() if counts[verdict])
 

@@ -11,6 +11,7 @@ from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import scan_checkpoint
 from ownpath.config import ConfigError, EngineConfig
 from ownpath.finding import Finding, Verdict, failed
+from ownpath.kernels.spec import InputRounding
 from ownpath.plan.plan import PlanError
 from ownpath.plan.show import plan_dict
 from ownpath.verify.environment_stage import environment_stage
@@ -46,11 +47,21 @@ class VerifyJob:
         return Subject.of(self.folder, self.engine, self.selection)
 
 
+def _input_readers(job: VerifyJob) -> frozenset[str]:
+    """Returns the modules whose planned kernels read the scale of their input; none where there is no plan."""
+    try:
+        ops = job.subject.plan.ops
+    except (ConfigError, CheckpointError, PlanError):
+        return frozenset()
+    reading = (op for op in ops if op.choice.kernel.rounding is InputRounding.NVFP4)
+    return frozenset(module.name for op in reading for module in op.spec.modules)
+
+
 StageRun = Callable[[VerifyJob, StageProgress], Iterator[Finding | Measurement]]
 
 STAGES: MappingProxyType[str, StageRun] = MappingProxyType(
     {
-        "file": lambda job, progress: file_stage(job.folder, job.selection, job.source, progress),
+        "file": lambda job, progress: file_stage(job.folder, job.selection, job.source, progress, _input_readers(job)),
         "environment": lambda job, _: environment_stage(job.subject),
         "load": lambda job, progress: load_stage(job.subject, progress, job.work),
         "kernels": lambda job, progress: kernel_stage(job.subject, progress, job.work),

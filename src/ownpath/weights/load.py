@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from ownpath.checkpoint.chunks import file_chunks
+from ownpath.checkpoint.dtypes import TORCH_DTYPES
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.reader import stream
-from ownpath.checkpoint.values import TORCH_DTYPES
 from ownpath.formats import NVFP4
 from ownpath.plan.plan import Plan, PlannedOp
 from ownpath.weights.fill import Filler, check_expert_ids

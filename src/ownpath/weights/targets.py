@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ownpath.checkpoint.chunks import Bytes
+from ownpath.checkpoint.dtypes import TORCH_DTYPES
 from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
 from ownpath.checkpoint.schema import PartSpec
-from ownpath.checkpoint.values import TORCH_DTYPES
 from ownpath.weights.operands import Destination
 
 
