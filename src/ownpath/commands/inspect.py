@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ownpath.commands.arguments import add_list_argument, add_model_argument
+from ownpath.commands.arguments import add_list_argument, add_model_argument, add_reference_argument
 from ownpath.commands.listings import problems_of_inspect
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     add_model_argument(parser)
     parser.add_argument("--all-scales", action="store_true", help="read every block scale instead of a sample")
     parser.add_argument("--draft", action="store_true", help="look at the MTP draft module too, and count its memory")
+    add_reference_argument(parser)
     parser.add_argument("--json", action="store_true", help="one object with every problem, for programs")
     add_list_argument(parser, problems_of_inspect, "every kind of problem, and every encoding")
     return parser
@@ -37,7 +38,9 @@ def run(args: argparse.Namespace) -> int:
     folder = default_model_dir() if args.model is None else Path(args.model)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such model folder")
-    inspection = inspect_folder(folder, read_all_scales=args.all_scales, with_draft=args.draft)
+    inspection = inspect_folder(
+        folder, read_all_scales=args.all_scales, with_draft=args.draft, reference=frozenset(args.reference)
+    )
     if args.json:
         print(json.dumps(inspection_dict(inspection), indent=1))
     else:

@@ -10,7 +10,7 @@ from ownpath.checkpoint.dtypes import FLOATS, TORCH_DTYPES
 from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
 from ownpath.checkpoint.problems import make_problem
 from ownpath.finding import Finding
-from ownpath.formats import NVFP4
+from ownpath.formats import MXFP4, NVFP4
 from ownpath.inspect.scalars import Scalar
 from ownpath.inspect.tensor_bytes import read_values
 from ownpath.plan.census import StoredModule
@@ -40,6 +40,7 @@ class BlockReport:
     cast_slots: slot -> whether the scales read of all its modules look like a lossless cast from MXFP4.
     largest: module -> the largest of its scales, where all of them were read.
     num_rough: module -> how many scales stored as floats are no power of two.
+    exponents: MXFP4 module -> the smallest and the largest byte of its scales.
     """
 
     num_modules: int = 0
@@ -49,6 +50,7 @@ class BlockReport:
     cast_slots: dict[str, bool] = field(default_factory=dict)
     largest: dict[str, float] = field(default_factory=dict)
     num_rough: dict[str, int] = field(default_factory=dict)
+    exponents: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def lossless_casts(self) -> tuple[str, ...]:
@@ -100,6 +102,9 @@ def read_blocks(
             report.num_rough[stored.spec.name] = found.num_rough
         if stored.encoding.format is NVFP4:
             casts.add(stored, info, data)
+        if stored.encoding.format is MXFP4:
+            codes = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            report.exponents[stored.spec.name] = int(codes.amin()), int(codes.amax())
     report.cast_slots = casts.finish()
     return report
 

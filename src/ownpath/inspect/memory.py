@@ -47,7 +47,7 @@ def _memory_on(caps: Caps, first: Plan, index: CheckpointIndex, num_tokens: int)
     dtype = str(engine.dtype).removeprefix("torch.")
     cache = cache_bytes(first, num_tokens, engine.dtype)
     try:
-        plan = replan(first, caps, Demands(dtype))
+        plan = replan(first, caps, Demands(dtype, reference=first.demands.reference))
     except PlanError as error:
         return Memory(caps.name, dtype, 0, cache, num_tokens, str(error))
     return Memory(caps.name, dtype, weights_bytes(plan, index), cache, num_tokens)

@@ -7,6 +7,7 @@ from ownpath.checkpoint.problems import REMEDIES
 from ownpath.finding import Finding, failed, warned
 from ownpath.inspect.inspection import Contents, Inspection
 from ownpath.inspect.memory import Memory
+from ownpath.inspect.input_scales import missing_input_scales
 from ownpath.inspect.module_rows import bytes_by_format, module_rows, num_parameters
 from ownpath.plan.show import align
 
@@ -61,6 +62,8 @@ def _contents_dict(inspection: Inspection, contents: Contents) -> dict[str, obje
         "lossless_casts": list(blocks.lossless_casts),
         "calibration": {name: asdict(coverage) for name, coverage in contents.calibration.items()},
         "gate_up": asdict(contents.gate_up),
+        "missing_input_scales": asdict(missing_input_scales(census.modules)),
+        "absent": dict(index.absent),
         "magnitudes": {
             "num_tensors": contents.magnitudes.num_tensors,
             "num_values": contents.magnitudes.num_values,
@@ -94,6 +97,8 @@ def _contents_lines(inspection: Inspection, contents: Contents) -> list[str]:
     lines += align(table)
     for reason, count in Counter(census.ignored.values()).items():
         lines.append(f"not read: {count} tensors ({reason})")
+    for shard, count in Counter(index.absent.values()).items():
+        lines.append(f"not there: {count} tensors that the index lists in {shard!r}; nothing but a draft needs them")
     return [*lines, "", *_scale_lines(inspection, contents), *(_memory_line(memory) for memory in contents.memory)]
 
 
@@ -108,6 +113,10 @@ def _scale_lines(inspection: Inspection, contents: Contents) -> list[str]:
     if contents.gate_up.num_pairs:
         pairs = contents.gate_up
         lines.append(f"gate and up share a global scale: {pairs.num_equal} of {pairs.num_pairs} experts")
+    missing = missing_input_scales(contents.census.modules)
+    if missing.num_modules:
+        kernels = ", ".join(missing.needed_by)
+        lines.append(f"no input scale: {missing.num_modules} NVFP4 modules; kernels that would need it: {kernels}")
     for projection, coverage in contents.calibration.items():
         counts = f"{coverage.num_own} experts have their own, {coverage.num_shared} share the maximum"
         lines.append(f"input_scale of {projection}: {counts}")
