@@ -121,8 +121,8 @@ def _unknown_layout(index: CheckpointIndex, module: ModuleSpec, nearest: Encodin
     weights = [info for info in found if info.name.rpartition(".")[2] in ("weight_packed", "weight")]
     others = [info for info in found if info.name.rpartition(".")[2] not in known and not needless_reason(info.name)]
     if weights and not any(_has_weight(index, module, encoding) for encoding in ENCODINGS):
-        dtypes = ", ".join(f"{encoding.name} {'/'.join(encoding.part('qdata').dtypes)}" for encoding in ENCODINGS)
-        message = f"tensor {weights[0]}: no known encoding has this dtype (known: {dtypes})"
+        known_dtypes = dict.fromkeys(dtype for encoding in ENCODINGS for dtype in encoding.part("qdata").dtypes)
+        message = f"tensor {weights[0]}: no known encoding has this dtype (known: {', '.join(known_dtypes)})"
         return StorageFault("wrong-dtype", weights[0].name, message)
     if others:
         listed = ", ".join(f"{info.name.rpartition('.')[2]} ({info.dtype} {list(info.shape)})" for info in found)

@@ -78,7 +78,7 @@ def _judged(
         if len(parts) < len(keys):
             return
         scale, codes = parts[0].int(), parts[1].view(-1, _BLOCK_BYTES)
-        counts = (codes & 0x77).any(dim=1) & (scale != _NAN)
+        counts = ((codes & 0x77) != 0).any(dim=1) & (scale != _NAN)
         if not counts.any():
             continue
         low, at = scale.where(counts, _NAN).min(dim=0)

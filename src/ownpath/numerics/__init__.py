@@ -25,7 +25,7 @@ from ownpath.numerics.fake_quant import (
     hadamard,
     nvfp4_codes_times_scales,
 )
-from ownpath.numerics.mxfp4 import mxfp4_as_nvfp4, mxfp4_scale_as_nvfp4
+from ownpath.numerics.mxfp4 import ScaleSpanError, mxfp4_as_nvfp4, mxfp4_scale_as_nvfp4
 from ownpath.numerics.quantize import (
     nvfp4_global_scale,
     quantize_fp8_block,
@@ -40,6 +40,7 @@ __all__ = [
     "E2M1_MAX",
     "E4M3_MAX",
     "FP8_AMAX_FLOOR",
+    "ScaleSpanError",
     "decode_e2m1",
     "decode_e4m3",
     "decode_e8m0",

@@ -7,7 +7,7 @@ import torch
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.formats import FP8_BLOCK, MXFP4, MXFP8, NVFP4
 from ownpath.kernels.contract import StoredExperts, StoredLinear
-from ownpath.numerics import dequantize, mxfp4_scale_as_nvfp4
+from ownpath.numerics import ScaleSpanError, dequantize, mxfp4_scale_as_nvfp4
 from ownpath.plan.plan import PlannedOp
 from ownpath.qtensor import QuantTensor
 from ownpath.weights.operands import OperandBuffers
@@ -78,8 +78,12 @@ def _mxfp4_as_nvfp4(op: PlannedOp, operand: OperandBuffers, name: str) -> QuantT
         converted, global_scale = mxfp4_scale_as_nvfp4(
             f"{name}_scale", codes, scale, operand.scale_memory[f"{name}_scale"]
         )
+    except ScaleSpanError as error:
+        expert = f"{op.spec.slot}.{error.expert}"
+        modules = f"{expert}.w2" if name == "w2" else f"{expert}.w1 and {expert}.w3"
+        raise CheckpointError(f"{modules}: {error}; {_hint(op.spec.slot)}") from None
     except ValueError as error:
-        raise CheckpointError(f"{op.spec.slot}: {error}; {_hint(op.spec.slot)}") from None
+        raise CheckpointError(f"{op.spec.slot}: {error}") from None
     if name == "w13":
         global_scale = global_scale[:, None].expand(-1, 2) if global_scale.ndim == 1 else global_scale
     return QuantTensor(codes, converted, global_scale, NVFP4)
@@ -90,7 +94,7 @@ def _shard_as_nvfp4(name: str, weight: QuantTensor) -> QuantTensor:
     assert weight.scale is not None, name
     try:
         converted, global_scale = mxfp4_scale_as_nvfp4("its scale", weight.qdata[None], weight.scale[None])
-    except ValueError as error:
+    except ScaleSpanError as error:
         raise CheckpointError(f"{name}: {error}; {_hint(name)}") from None
     return QuantTensor(weight.qdata, converted[0], global_scale[0], NVFP4)
 
