@@ -4,7 +4,7 @@ Companions (boundaries, norms, router, SwiGLU, attention) are planned the same w
 byte is read, decides the layout that weights are loaded into, and nothing overrides it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import chain
@@ -100,6 +100,7 @@ class Plan:
     contradictions: a line for each claim of config.json about formats that the tensors contradict.
     absent: drafts' and needless tensors that the index lists and no shard holds, with the shard.
     stored_dtypes: parameter -> its dtype on disk.
+    unread_inputs: scales of inputs that no planned kernel reads.
     parallel: the plan's rank. param_regions: the regions of parameters that this rank has in part, by key.
     """
 
@@ -116,6 +117,7 @@ class Plan:
     param_regions: Mapping[str, Region] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
     stored_dtypes: Mapping[str, str] = field(default_factory=dict)
+    unread_inputs: tuple[str, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -188,6 +190,8 @@ def make_plan(
     for op in ops:
         for module in op.spec.modules:
             consumed.update(op.encoding.keys(module.name))
+    unread_inputs = tuple(key for op in ops for key in _input_scales(op) if key in index and key not in consumed)
+    consumed.update(unread_inputs)
     ignored = MappingProxyType(check_census(index, consumed, draft.unread_reason))
     # config.json's claims about experts concern the backbone's: exports leave the draft's as they were.
     contradictions = _contradictions(config, backbone, index)
@@ -208,7 +212,15 @@ def make_plan(
         param_regions,
         index.absent,
         stored_dtypes,
+        unread_inputs,
     )
+
+
+def _input_scales(op: PlannedOp) -> Iterator[str]:
+    """Yields the names that the scales of an op's inputs have in its encoding, whether they are there or not."""
+    named = next(encoding for encoding in ENCODINGS if encoding.name == op.stored.name)
+    if named.has_input_scale:
+        yield from (named.key(module.name, "input_scale") for module in op.spec.modules)
 
 
 def _contradictions(config: ModelConfig, ops: tuple[PlannedOp, ...], index: CheckpointIndex) -> tuple[str, ...]:

@@ -72,6 +72,8 @@ def plan_text(plan: Plan) -> str:
     what = "embedding, norms, hyper-connections, sinks, tables"
     lines.append(f"used as stored: {len(plan.params)} tensors ({what}): {dtypes}")
     lines.append(f"draft: {_draft_line(plan.draft)}")
+    if plan.unread_inputs:
+        lines.append(f"not read: {len(plan.unread_inputs)} scales of inputs (no planned kernel quantises those inputs)")
     for reason in dict.fromkeys(plan.ignored.values()):
         num_keys = sum(value == reason for value in plan.ignored.values())
         lines.append(f"not read: {num_keys} tensors ({reason})")
@@ -113,6 +115,7 @@ def plan_dict(plan: Plan) -> dict[str, object]:
         "companions": [_companion_entry(op) for op in plan.companions],
         "params": params,
         "ignored": dict(plan.ignored),
+        "num_unread_input_scales": len(plan.unread_inputs),
         "contradictions": list(plan.contradictions),
         "notes": list(plan.notes),
         "draft": {"kind": str(plan.draft.kind), "num_modules": plan.draft.num_modules},

@@ -15,7 +15,7 @@ from ownpath.checkpoint.schema import ENCODINGS, MODELOPT_NVFP4, NATIVE_FP8, PLA
 from ownpath.checkpoint.writer import INDEX_NAME
 from ownpath.cli import main
 from ownpath.config import EngineConfig, ModelConfig
-from ownpath.formats import BF16, FP8_BLOCK, MXFP4, NVFP4
+from ownpath.formats import BF16, FP8_BLOCK, NVFP4
 from ownpath.kernels.registry import KERNELS, SPECS
 from ownpath.kernels.spec import KernelSpec
 from ownpath.loading import load_model, plan_model
@@ -78,7 +78,7 @@ def test_the_plan_moves_no_weight_byte(tmp_path: Path, monkeypatch: pytest.Monke
         raise AssertionError("a shard was opened for its tensors")
 
     monkeypatch.setattr(Path, "open", counted)
-    monkeypatch.setattr("ownpath.checkpoint.reader.safe_open", no_other_way)
+    monkeypatch.setattr("ownpath.checkpoint.reader.TensorReader", no_other_way)
     assert plan_model(tmp_path, "cpu").ops
     assert num_read == expected
 
@@ -129,9 +129,9 @@ def test_experts_of_one_layer_must_agree(tmp_path: Path) -> None:
 
 
 def test_a_refusal_says_what_each_candidate_lacks() -> None:
-    refusal = select(OpKind.GROUPED, MXFP4, CPU)
+    refusal = select(OpKind.GROUPED, NVFP4, CPU)
     assert isinstance(refusal, Refusal)
-    assert refusal.reason.startswith("no grouped_linear kernel for MXFP4: ")
+    assert refusal.reason.startswith("no grouped_linear kernel for NVFP4: ")
     lacks = refusal.reason.split(": ")[1].split("; ")
     grouped = [kernel for kernel in SPECS if kernel.kind is OpKind.GROUPED]
     assert lacks == [f"{kernel.name} takes {'/'.join(map(str, kernel.formats))}" for kernel in grouped]
@@ -147,7 +147,7 @@ def test_a_refusal_says_what_each_candidate_lacks() -> None:
 
 def test_a_module_no_kernel_runs_is_an_error_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = random_checkpoint(tmp_path, "full-nvfp4")
-    monkeypatch.setattr("ownpath.plan.plan.select", lambda kind, stored, caps, **_: Refusal(f"no kernel for {stored}"))
+    monkeypatch.setattr("ownpath.plan.plan.select", lambda kind, stored, *_: Refusal(f"no kernel for {stored}"))
     with pytest.raises(PlanError, match=r"layers.0.attn.wqa_wkv: no kernel for NVFP4"):
         make_plan(checkpoint.config, CheckpointIndex.open(tmp_path), CPU)
 
