@@ -61,15 +61,16 @@ def _nearest(index: CheckpointIndex, module: ModuleSpec) -> Encoding:
 
     Without such a weight, all encodings are compared: the scales tell which was meant.
     """
-    having = [encoding for encoding in ENCODINGS if _has_weight(index, module, encoding)]
-    for encoding in having:
-        if next(_faults(index, module, encoding.without_input_scale), None) is None:
+    for encoding in ENCODINGS:
+        is_there = _has_weight(index, module, encoding)
+        if is_there and next(_faults(index, module, encoding.without_input_scale), None) is None:
             return encoding
+    having = [encoding for encoding in ENCODINGS if _has_weight(index, module, encoding)]
     return min(having or ENCODINGS, key=lambda encoding: _distance(index, module, encoding))
 
 
 def _has_weight(index: CheckpointIndex, module: ModuleSpec, encoding: Encoding) -> bool:
-    weight = encoding.part("qdata")
+    weight = encoding.weight
     info = index.tensors.get(f"{module.name}.{weight.suffix}")
     return info is not None and info.dtype in weight.dtypes
 

@@ -75,7 +75,12 @@ class Encoding:
         parts = tuple(part for part in self.parts if part.role != INPUT_SCALE)
         return self if len(parts) == len(self.parts) else replace(self, parts=parts)
 
-    @property
+    @cached_property
+    def weight(self) -> PartSpec:
+        """The part that holds the numbers themselves."""
+        return self.part("qdata")
+
+    @cached_property
     def has_input_scale(self) -> bool:
         return any(part.role == INPUT_SCALE for part in self.parts)
 

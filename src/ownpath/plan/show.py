@@ -72,11 +72,11 @@ def plan_text(plan: Plan) -> str:
     what = "embedding, norms, hyper-connections, sinks, tables"
     lines.append(f"used as stored: {len(plan.params)} tensors ({what}): {dtypes}")
     lines.append(f"draft: {_draft_line(plan.draft)}")
-    if plan.unread_inputs:
-        lines.append(f"not read: {len(plan.unread_inputs)} scales of inputs (no planned kernel quantises those inputs)")
     for reason in dict.fromkeys(plan.ignored.values()):
         num_keys = sum(value == reason for value in plan.ignored.values())
         lines.append(f"not read: {num_keys} tensors ({reason})")
+    if plan.unread_inputs:
+        lines.append(f"not read: {len(plan.unread_inputs)} scales of inputs (no planned kernel quantises those inputs)")
     lines += [f"note: {line}" for line in plan.notes]
     lines += [f"warning: {line}; the tensors are believed" for line in plan.contradictions]
     return "\n".join(lines)

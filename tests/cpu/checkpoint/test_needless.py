@@ -33,7 +33,7 @@ NEEDLESS = {
         "layers.2.attn.kv_cache_scaling_factor",
         "layers.2.attn.kv_cache_rcp_scaling_factor",
         "layers.0.attn.wkv.kv_scale",
-        "layers.0.attn.indexer.k_scale",
+        "layers.1.attn.indexer.k_scale",
         "layers.0.attn.k_zero_point",
         "layers.0.attn.k_bmm_quantizer._amax",
     ),

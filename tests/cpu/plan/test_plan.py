@@ -78,7 +78,7 @@ def test_the_plan_moves_no_weight_byte(tmp_path: Path, monkeypatch: pytest.Monke
         raise AssertionError("a shard was opened for its tensors")
 
     monkeypatch.setattr(Path, "open", counted)
-    monkeypatch.setattr("ownpath.checkpoint.reader.TensorReader", no_other_way)
+    monkeypatch.setattr("ownpath.checkpoint.reader.safe_open", no_other_way)
     assert plan_model(tmp_path, "cpu").ops
     assert num_read == expected
 
@@ -195,6 +195,8 @@ def test_the_command_prints_and_names_what_is_wrong(tmp_path: Path, capsys: pyte
 
 def test_encodings_are_told_apart_and_round_trip(tmp_path: Path) -> None:
     """Detection reads back what an encoding writes: names, dtypes and shapes, in both directions."""
+    from dataclasses import replace
+
     from ownpath.checkpoint.detect import detect
     from ownpath.checkpoint.schema import ModuleSpec
     from ownpath.checkpoint.writer import write_checkpoint
@@ -211,9 +213,12 @@ def test_encodings_are_told_apart_and_round_trip(tmp_path: Path) -> None:
         write_checkpoint(folder, encoding.encode("m", quantized, torch.tensor(0.01)), 2**20)
         index = CheckpointIndex.open(folder)
         assert set(index.tensors) == set(encoding.keys("m"))
-        assert detect(index, ModuleSpec("m", (130, 256))) is encoding
+        assert detect(index, ModuleSpec("m", (130, 256))) == encoding
     assert set(stored) < set(ENCODINGS)
     with pytest.raises(ValueError, match="a BF16 weight cannot be stored as modelopt-nvfp4"):
         list(MODELOPT_NVFP4.encode("m", stored[PLAIN_BF16]))
-    with pytest.raises(ValueError, match=r"m\.input_scale: modelopt-nvfp4 needs it"):
-        list(MODELOPT_NVFP4.encode("m", stored[MODELOPT_NVFP4]))
+    weight_only = dict(MODELOPT_NVFP4.encode("m", stored[MODELOPT_NVFP4]))
+    assert set(weight_only) == set(MODELOPT_NVFP4.without_input_scale.keys("m"))
+    no_scale = replace(stored[NATIVE_FP8], scale=None)
+    with pytest.raises(ValueError, match=r"m\.scale: native-fp8-block needs it"):
+        list(NATIVE_FP8.encode("m", no_scale))
