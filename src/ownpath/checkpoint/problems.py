@@ -46,6 +46,7 @@ REMEDIES = MappingProxyType(
         "router-bias": "export again: this layer lost its router bias, and chooses experts that training did not mean",
         "expert-ids": "download the shard again, or check n_routed_experts in config.json",
         "generation-config": "take generation_config.json from the release that the shards came from",
+        "end-tokens": "make both files name the same tokens, for engines that read one of them",
         "token-id": "take the file from the release that the shards came from, for engines that use this field",
         "marker": "take tokenizer.json from the release: a marker of the chat format must be one token of its own",
         "round-trip": "take tokenizer.json from the release: text must survive it byte by byte",
@@ -99,6 +100,7 @@ FOUND_WHEN = MappingProxyType(
         "router-bias": "verify: a router's bias holds NaN, or is the same for all experts where other layers' are not",
         "expert-ids": "a hash layer's table names an expert that is not there",
         "generation-config": "generation_config.json cannot be read, or its eos_token_id is no id or list of ids",
+        "end-tokens": "config.json and generation_config.json name different end tokens",
         "token-id": "a file names other ids or texts than those that are used, or ids that are no token",
         "marker": "verify: a marker of the chat format is not one token",
         "round-trip": "verify: a text does not come back from its tokens",
@@ -119,6 +121,7 @@ WARNINGS = MappingProxyType(
         "uncalibrated-expert": "no kernel with 16-bit activations reads it; those that quantise activations (ours for "
         "sm_100, vLLM's and SGLang's on Blackwell) do",
         "vanished-blocks": "every engine reads them as zero, which the export made of them",
+        "end-tokens": "both files count here; engines that read one of them go on where others stop",
         "token-id": "not used here; transformers, vLLM and SGLang may use it",
     }
 )

@@ -4,9 +4,10 @@ ran. A model that fails the self-test is not served."""
 import argparse
 import os
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from ownpath.chat.effort import RELEASES, release_of_folder
+from ownpath.chat.effort import RELEASES, Release, find_release
 from ownpath.commands.arguments import add_engine_arguments, add_list_argument, add_model_argument
 from ownpath.commands.listings import fields_of_server
 
@@ -26,9 +27,9 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     parser.add_argument("--port", type=_port, default=8000, help="port; 0 takes a free one (default: 8000)")
     parser.add_argument("--served-model-name", metavar="NAME", help="default: the model folder's name")
     parser.add_argument(
-        "--chat-release",
+        "--release",
         choices=RELEASES,
-        help="whose words for reasoning_effort it knows (default: told by the folder)",
+        help="whose words for reasoning_effort it knows (default: told by the folder, or guessed)",
     )
     parser.add_argument(
         "--admin-key",
@@ -54,8 +55,9 @@ def run(args: argparse.Namespace) -> int:
         if not _is_served(session, args.allow_unverified):
             return 1
         model_id = args.served_model_name or session.folder.resolve().name
-        release = args.chat_release or release_of_folder(session.folder)
-        debug = None if admin_key is None else _debug_plan(session, admin_key, model_id)
+        release = find_release(session.folder, args.release)
+        print(f"release {release}", file=sys.stderr)
+        debug = None if admin_key is None else _debug_plan(session, admin_key, model_id, release)
         app = create_app(session.engine, session.tokenizer, model_id, release=release, debug=debug)
         code = run_server(app, session.engine, args.host, args.port, model_id)
         for runner, kernel, num_modules, num_calls in session.ledger.summary():
@@ -73,7 +75,7 @@ def _admin_key(given: str | None) -> str | None:
     return None if key is None else require_admin_key(key)
 
 
-def _debug_plan(session: "Session", admin_key: str, model_id: str) -> "DebugPlan":
+def _debug_plan(session: "Session", admin_key: str, model_id: str, release: Release) -> "DebugPlan":
     """Builds the data of ``/debug/plan``. The plan is made from the headers again; it is the one that was loaded."""
     from ownpath.loading import planned
     from ownpath.plan.show import plan_dict
@@ -83,7 +85,8 @@ def _debug_plan(session: "Session", admin_key: str, model_id: str) -> "DebugPlan
 
     plan, _ = planned(session.folder, session.engine.config)
     device = {"type": plan.caps.device_type, "name": plan.caps.name, "sm": plan.caps.sm}
-    facts = {"model": model_id, "versions": versions(), "device": device, "plan": plan_dict(plan)}
+    facts: dict[str, object] = {"model": model_id, "versions": versions(), "device": device, "plan": plan_dict(plan)}
+    facts["release"] = asdict(release)
     return DebugPlan(admin_key, facts, session.ledger, Limits())
 
 

@@ -1,15 +1,19 @@
 """Inspects one checkpoint from all sides. Nothing here raises for what a checkpoint can get wrong."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ownpath.chat.effort import Release, find_release
+from ownpath.chat.end_tokens import EndTokens, read_end_tokens
 from ownpath.checkpoint.drafts import Draft, carried_draft, requested_draft
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex, Scan, scan_checkpoint
 from ownpath.checkpoint.problems import make_problem
 from ownpath.config import ConfigError, ModelConfig
-from ownpath.finding import Finding
+from ownpath.files import FileError
+from ownpath.finding import Finding, failed
 from ownpath.inspect.blocks import SAMPLE_BYTES, BlockReport, read_blocks
 from ownpath.inspect.expert_tables import table_problems
 from ownpath.inspect.magnitudes import read_magnitudes
@@ -43,6 +47,7 @@ class Inspection:
 
     are_all_scales_read: whether every block scale was read, or a sample of every module's.
     broken: shards that cannot be read.
+    end_tokens: ``None`` where they cannot be read. release: ``None`` where what tells it cannot be read.
     """
 
     folder: Path
@@ -52,6 +57,8 @@ class Inspection:
     are_all_scales_read: bool
     seconds: float
     broken: frozenset[Path] = frozenset()
+    end_tokens: EndTokens | None = None
+    release: Release | None = None
 
 
 def inspect_folder(
@@ -84,7 +91,24 @@ def inspect_folder(
             contents = _contents(config, draft, scan, problems, prefixes, reference)
     seconds = time.perf_counter() - start
     unique = tuple(dict.fromkeys(problems))
-    return Inspection(folder, scan.index, contents, unique, read_all_scales, seconds, scan.broken)
+    end_tokens = None if config is None else _end_tokens(folder, config)
+    return Inspection(
+        folder, scan.index, contents, unique, read_all_scales, seconds, scan.broken, end_tokens, _release(folder)
+    )
+
+
+def _end_tokens(folder: Path, config: ModelConfig) -> EndTokens | None:
+    try:
+        return read_end_tokens(folder, config)
+    except ConfigError:
+        return None  # a problem of the tokenizer's
+
+
+def _release(folder: Path) -> Release | None:
+    try:
+        return find_release(folder)
+    except FileError:
+        return None  # config.json's problem, or one of no consequence here
 
 
 def _config(folder: Path, problems: list[Finding]) -> ModelConfig | None:
@@ -143,13 +167,19 @@ def _contents(
     blocks = read_blocks(census.modules, scalars, index, broken, problems, max_bytes_of)
     sampled = read_magnitudes(census.modules, census.params, scalars, index, broken, problems)
     magnitudes = compare_magnitudes(sampled, config.rms_norm_eps)
-    problems += magnitudes.problems
+    problems += _beyond(magnitudes.problems, problems)
     problems += table_problems(census.params, config.n_routed_experts, index, broken)
     plan = None if census.problems else _plan(config, draft, index, problems, reference)
     if plan is not None:
         problems += wide_scales(plan, blocks.exponents, index, broken, max_bytes)
     memory = () if plan is None else memory_needed(plan, index)
     return Contents(config, census, blocks, calibration(scalars), pairs, magnitudes, memory, scalars)
+
+
+def _beyond(magnitudes: Iterable[Finding], problems: Iterable[Finding]) -> list[Finding]:
+    """Returns the odd magnitudes of weights without a failure of their own scales, which would explain them."""
+    explained = {problem.where.rpartition(".")[0] for problem in failed(problems)}
+    return [problem for problem in magnitudes if problem.where not in explained]
 
 
 def _not_explained(census: Census, scan: Scan) -> list[Finding]:

@@ -5,14 +5,16 @@ import re
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
-from ownpath.chat.markers import BOS
+from ownpath.chat.end_tokens import FIELD, GENERATION_CONFIG, read_end_tokens
+from ownpath.chat.markers import BOS, EOS
 from ownpath.chat.tokenizer import Tokenizer, TokenizerError
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.problems import make_problem
-from ownpath.config import CSA_RATIO, ModelConfig
+from ownpath.config import CSA_RATIO, ConfigError, ModelConfig
 from ownpath.finding import Finding
 from ownpath.plan.census import StoredModule
-from ownpath.plan.claims import config_section, differing_sections, section_contradictions
+from ownpath.plan.claims import differing_sections, section_contradictions
+from ownpath.plan.plan import claimed_formats
 from ownpath.plan.sections import QuantSection
 
 MAX_JSON_BYTES = 256 * 2**20
@@ -73,7 +75,7 @@ def format_problems(folder: Path, config: ModelConfig, modules: tuple[StoredModu
     theirs = QuantSection(f"{QUANT_CONFIG}: quantization.", declared)
     lines = [
         *section_contradictions(theirs, ((stored.spec, stored.encoding) for stored in modules)),
-        *differing_sections(config_section(config.claims), theirs, (stored.spec.name for stored in modules)),
+        *differing_sections(claimed_formats(config), theirs, (stored.spec.name for stored in modules)),
     ]
     yield from (make_problem("format-contradiction", QUANT_CONFIG, line) for line in lines)
 
@@ -109,9 +111,28 @@ def tokenizer_problems(folder: Path, config: ModelConfig) -> Iterator[Finding]:
     if tokenizer.num_tokens > config.vocab_size:
         ids = f"its ids reach {tokenizer.num_tokens - 1}, the embedding has {config.vocab_size} rows"
         yield make_problem("tokenizer", "vocab_size", f"{path}: {ids}")
-    for field, said, found in (
-        ("bos_token_id", config.bos_token_id, bos_id),
-        ("eos_token_id", config.eos_token_id, tokenizer.eos_id),
-    ):
-        if said != found:
-            yield make_problem("tokenizer", field, f"{path}: {field} is {found}, config.json says {said}")
+    if config.bos_token_id != bos_id:
+        said = f"config.json: bos_token_id is {config.bos_token_id}, the chat format's {BOS!r} is {bos_id}"
+        yield make_problem("token-id", "bos_token_id", said)
+    yield from _end_problems(folder, config, tokenizer)
+
+
+def _end_problems(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> Iterator[Finding]:
+    """Compares the files' end tokens with each other, the vocabulary and the chat format."""
+    try:
+        end = read_end_tokens(folder, config)
+    except ConfigError as error:
+        yield make_problem("generation-config", GENERATION_CONFIG, str(error))
+        return
+    named = ", ".join(f"{token_id} ({' and '.join(files)})" for token_id, files in end.sources.items())
+    if tokenizer.eos_id not in end.ids:
+        message = f"{folder / 'tokenizer.json'}: answers end with {EOS!r}, {tokenizer.eos_id}; eos_token_id is {named}"
+        yield make_problem("tokenizer", FIELD, message)
+    for token_id in (*end.unusable, *(one for one in end.ids if one >= tokenizer.num_tokens)):
+        message = f"{FIELD} has {token_id}, which is no token of this model"
+        yield make_problem("token-id", FIELD, f"{GENERATION_CONFIG} or config.json: {message}")
+    from_generation = {token_id for token_id, files in end.sources.items() if GENERATION_CONFIG in files}
+    if from_generation and from_generation != set(config.eos_token_id):
+        message = f"{FIELD} differs: answers end at any of {named}"
+        yield make_problem("end-tokens", FIELD, f"config.json and {GENERATION_CONFIG}: {message}")
+

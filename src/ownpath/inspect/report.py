@@ -41,6 +41,9 @@ def inspection_dict(inspection: Inspection) -> dict[str, object]:
         "num_bytes": sum(info.num_bytes for info in index.tensors.values()),
         "seconds": round(inspection.seconds, 3),
     }
+    end, release = inspection.end_tokens, inspection.release
+    common["end_tokens"] = None if end is None else {str(token_id): list(files) for token_id, files in end.sources.items()}
+    common["release"] = None if release is None else asdict(release)
     return common | (_contents_dict(inspection, contents) if contents else {}) | {"problems": problems}
 
 
@@ -81,6 +84,11 @@ def inspection_text(inspection: Inspection) -> str:
     lines = [f"{inspection.folder}: {len(index.tensors)} tensors, {_size(total)} in {num_files} files"]
     if contents is not None:
         lines += _contents_lines(inspection, contents)
+    if inspection.end_tokens is not None:
+        ends = (f"{token_id} ({' and '.join(files)})" for token_id, files in inspection.end_tokens.sources.items())
+        lines.append(f"answers end at token {' or '.join(ends)}")
+    if inspection.release is not None:
+        lines.append(f"release of the chat format: {inspection.release}")
     lines += ["", *_problem_lines(inspection), f"read in {inspection.seconds:.1f} s"]
     return "\n".join(printable(line) for line in lines)
 

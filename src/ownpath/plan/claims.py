@@ -62,7 +62,7 @@ def differing_sections(ours: QuantSection, theirs: QuantSection, names: Iterable
                 if not one.formats & other.formats:
                     found.setdefault((one.text, other.text), []).append(name)
     for (one_text, other_text), unlike in found.items():
-        yield f"{one_text}, but {other_text}, of {unlike[0]!r}{_and_more(len(unlike))}"
+        yield f"config.json: {one_text}, but {other_text}, of {unlike[0]!r}{_and_more(len(unlike))}"
 
 
 def _and_more(count: int) -> str:

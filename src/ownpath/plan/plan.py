@@ -22,7 +22,7 @@ from ownpath.formats import BF16, FP32, NVFP4, Format
 from ownpath.kernels.registry import SPECS
 from ownpath.kernels.spec import InputRounding
 from ownpath.ops import OpKind
-from ownpath.plan.claims import find_contradictions
+from ownpath.plan.claims import config_section, find_contradictions
 from ownpath.plan.opspec import (
     CompanionSpec,
     OpSpec,
@@ -33,6 +33,7 @@ from ownpath.plan.opspec import (
     official_ops,
     steps_of,
 )
+from ownpath.plan.sections import QuantSection
 from ownpath.plan.select import REFERENCES, Caps, Choice, Demands, Refusal, select
 from ownpath.plan.sharding import Region, local_module, param_region, regions_of, require_supported
 
@@ -221,6 +222,11 @@ def _input_scales(op: PlannedOp) -> Iterator[str]:
     named = next(encoding for encoding in ENCODINGS if encoding.name == op.stored.name)
     if named.has_input_scale:
         yield from (named.key(module.name, "input_scale") for module in op.spec.modules)
+
+
+def claimed_formats(config: ModelConfig) -> QuantSection:
+    """Returns what config.json says about the format of each module."""
+    return config_section(config.claims)
 
 
 def _contradictions(config: ModelConfig, ops: tuple[PlannedOp, ...], index: CheckpointIndex) -> tuple[str, ...]:

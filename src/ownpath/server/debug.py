@@ -27,7 +27,8 @@ def require_admin_key(key: str) -> str:
 
 @dataclass(repr=False)
 class DebugPlan:
-    """facts: what does not change while the model is served: ``model``, ``versions``, ``device`` and ``plan``.
+    """facts: what does not change while the model is served: ``model``, ``release``, ``versions``, ``device``
+        and ``plan``.
 
     records: records of calls since an admin turned them on; ``None`` while they are off.
     """

@@ -42,7 +42,7 @@ CHECK_OF = MappingProxyType(
         "F09": ("uncalibrated-expert", "input-scale"),
         "F10": ("expert-ids", "router-bias"),
         "F11": ("config", "config-contradiction"),
-        "F12": ("tokenizer", "generation-config", "token-id", "marker", "round-trip", "prompt"),
+        "F12": ("tokenizer", "generation-config", "end-tokens", "token-id", "marker", "round-trip", "prompt"),
         "F14": ("weight-magnitude",),
     }
 )

@@ -14,6 +14,7 @@ from cpu.chat.small_tokenizer import NUM_TOKENS, small_tokenizer
 from cpu.engine.fake_model import FakeModel, random_rule, script_rule
 from starlette.applications import Starlette
 
+from ownpath.chat.effort import Release
 from ownpath.chat.encode import encode_messages
 from ownpath.chat.messages import Message
 from ownpath.chat.tokenizer import Tokenizer
@@ -119,7 +120,7 @@ def harness(
     engine = Engine(model, config, tokenizer.num_tokens, max_num_queued)
     engine.start()
     try:
-        yield Harness(create_app(engine, tokenizer, MODEL_ID, limits, release), engine, model, tokenizer)
+        yield Harness(create_app(engine, tokenizer, MODEL_ID, limits, Release(release, "test")), engine, model, tokenizer)
     finally:
         engine.stop()
 

@@ -131,7 +131,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, capsys: pytest.
         ["dance"],
         ["generate"],
         ["serve", "--port", "70000"],
-        ["serve", "--chat-release", "v3"],
+        ["serve", "--release", "v3"],
         ["generate", "a", "--max-model-len", "0"],
     ],
 )
@@ -223,7 +223,7 @@ def test_the_release_of_the_chat_format_is_an_option(
         return 0
 
     monkeypatch.setattr("ownpath.server.run.run_server", run_server)
-    arguments = ["serve", str(folder), "--max-model-len", "256", *(["--chat-release", *options] if options else [])]
+    arguments = ["serve", str(folder), "--max-model-len", "256", *(["--release", *options] if options else [])]
     assert main(arguments) == 0
     assert told[0].endswith(f": {known}")
 
