@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from ownpath.checkpoint.writer import INDEX_NAME
 from ownpath.config import EngineConfig
+from ownpath.formats import MXFP8
 from ownpath.loading import default_model_dir, load_model
 from ownpath.model.batch import ForwardBatch
-from ownpath.numerics import quantize_mxfp4
+from ownpath.numerics import E4M3_MAX, decode_e8m0, encode_e8m0_ceil, quantize_mxfp4
 from ownpath.qtensor import QuantTensor
 
 Tensors = dict[str, torch.Tensor]
@@ -24,9 +25,8 @@ PROMPT = [0, 17, 301, 5, 902, 44, 1203, 8, 77, 650, 2, 31]
 
 @lru_cache(maxsize=1)
 def _stored() -> Tensors:
-    return {
-        key: tensor for shard in sorted(default_model_dir().glob("*.safetensors")) for key, tensor in load_file(shard).items()
-    }
+    shards = sorted(default_model_dir().glob("*.safetensors"))
+    return {key: tensor for shard in shards for key, tensor in load_file(shard).items()}
 
 
 def tiny_tensors() -> Tensors:
@@ -93,11 +93,22 @@ _SCALES = ("weight_scale", "weight_scale_2", "input_scale")
 def mxfp4_weights(tensors: Tensors, modules: list[str]) -> dict[str, QuantTensor]:
     """MXFP4 of random weights in the shapes of these modules, the same in every call."""
     generator = torch.Generator().manual_seed(3)
-    shapes = {module: (tensors[f"{module}.weight"].shape[0], 2 * tensors[f"{module}.weight"].shape[1]) for module in modules}
-    return {module: quantize_mxfp4(0.02 * torch.randn(shape, generator=generator)) for module, shape in shapes.items()}
+    found = {}
+    for module in modules:
+        rows, packed = tensors[f"{module}.weight"].shape
+        found[module] = quantize_mxfp4(0.02 * torch.randn(rows, 2 * packed, generator=generator))
+    return found
 
 
 def e8m0_bytes(weight: QuantTensor) -> torch.Tensor:
     """The block scales of an MXFP4 or MXFP8 weight as bytes."""
     assert weight.scale is not None
     return weight.scale.view(torch.uint8)
+
+
+def mxfp8_of(weight: torch.Tensor) -> QuantTensor:
+    """E4M3 codes with a power of two for each 32 of a row, the smallest that lets the largest value fit."""
+    blocks = weight.unflatten(1, (-1, 32))
+    scale = encode_e8m0_ceil(blocks.abs().amax(-1), E4M3_MAX)
+    codes = (blocks / decode_e8m0(scale)[..., None]).to(torch.float8_e4m3fn)
+    return QuantTensor(codes.flatten(1), scale, None, MXFP8)

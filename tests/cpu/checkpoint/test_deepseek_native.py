@@ -168,7 +168,8 @@ def test_scales_that_span_too_much_are_named(projection: str, operand: str, fold
     rewrite(folder, lambda tensors: change(tensors, 17))
     load_model(folder, EngineConfig(max_model_len=64))
     rewrite(folder, lambda tensors: change(tensors, 18))
-    with pytest.raises(CheckpointError, match=rf"layers\.1\.ffn\.experts\.3\.{projection}\b.*: {operand} of expert 3 spans more than"):
+    named = rf"layers\.1\.ffn\.experts\.3\.{projection}\b.*: {operand} of expert 3 spans more than"
+    with pytest.raises(CheckpointError, match=named):
         load_model(folder, EngineConfig(max_model_len=64))
 
 

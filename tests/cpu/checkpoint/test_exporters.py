@@ -12,6 +12,7 @@ from support.tiny_exports import (
     logits_of,
     modules_with,
     mxfp4_weights,
+    mxfp8_of,
     tiny_tensors,
     without_nvfp4,
     write_tiny,
@@ -19,10 +20,11 @@ from support.tiny_exports import (
 
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.config import EngineConfig
-from ownpath.formats import MXFP8
+from ownpath.finding import failed
 from ownpath.inspect.inspection import inspect_folder
+from ownpath.inspect.report import inspection_text
 from ownpath.loading import default_model_dir, load_model, plan_model
-from ownpath.numerics import decode_e8m0, dequantize, encode_e8m0_ceil
+from ownpath.numerics import decode_e8m0, dequantize
 from ownpath.official import Step
 from ownpath.plan.plan import PlanError
 from ownpath.qtensor import QuantTensor
@@ -33,8 +35,6 @@ Change = Callable[[Tensors], Tensors]
 
 def failures(folder: Path) -> list[tuple[str, str]]:
     """The inspection's failures: warnings are not."""
-    from ownpath.finding import failed
-
     return [(problem.id, problem.where) for problem in failed(inspect_folder(folder).problems)]
 
 
@@ -43,7 +43,7 @@ def expected() -> torch.Tensor:
     return logits_of(default_model_dir())
 
 
-# --- the same tensors in another form: the same bits -------------------------------------------------------------------
+# --- the same tensors in another form: the same bits ------------------------------------------------------------------
 
 
 def renamed(change: Callable[[str], str]) -> Change:
@@ -81,25 +81,42 @@ def gate_above_up(tensors: Tensors) -> Tensors:
     return fused
 
 
+def chain(*changes: Change) -> Change:
+    def change(tensors: Tensors) -> Tensors:
+        for one in changes:
+            tensors = one(tensors)
+        return tensors
+
+    return change
+
+
 SAME = {
-    "scale-inv": renamed(lambda key: key.replace("indexer.wq_b.scale", "indexer.wq_b.weight_scale_inv")),
     "prefixed": renamed(lambda key: f"model.{key}"),
-    "one-linear-per-expert": renamed(one_linear_per_expert),
+    "one-linear-per-expert": chain(
+        renamed(one_linear_per_expert),
+        reshaped("scale_2", lambda t: t.reshape(1, 1)),
+        reshaped(".weight_scale", lambda t: t.view(torch.uint8)),
+        reshaped("norm.weight", lambda t: t.reshape(1, -1)),
+        reshaped("gate.bias", lambda t: t.reshape(-1, 1)),
+    ),
+    "scale-inv-as-flat-i8": chain(
+        renamed(lambda key: key.replace("indexer.wq_b.scale", "indexer.wq_b.weight_scale_inv")),
+        reshaped("weight_scale_inv", lambda t: t.view(torch.int8).flatten()),
+        reshaped(".weight_scale", torch.flatten),
+        reshaped("tid2eid", lambda t: t.to(torch.int32)),
+        reshaped("norm.weight", lambda t: t.float()),
+    ),
+    "fp8-scales-as-f32": chain(
+        reshaped("indexer.wq_b.scale", decode_e8m0),
+        reshaped(".weight_scale", lambda t: t.unsqueeze(-1)),
+        reshaped("embed.weight", lambda t: t.float()),
+    ),
+    "fp8-scales-as-f16": chain(
+        reshaped("indexer.wq_b.scale", lambda t: decode_e8m0(t).half()),
+        reshaped(f"{W2}.weight", lambda t: t.view(torch.int8)),
+        reshaped("tid2eid", lambda t: t.to(torch.int16)),
+    ),
     "e8m0-as-u8": reshaped("indexer.wq_b.scale", lambda t: t.view(torch.uint8)),
-    "e8m0-as-i8-flat": reshaped("indexer.wq_b.scale", lambda t: t.view(torch.int8).flatten()),
-    "e4m3-as-u8": reshaped(".weight_scale", lambda t: t.view(torch.uint8)),
-    "scales-flat": reshaped(".weight_scale", torch.flatten),
-    "scales-with-a-last-dimension": reshaped(".weight_scale", lambda t: t.unsqueeze(-1)),
-    "scalars-1-1": reshaped("scale_2", lambda t: t.reshape(1, 1)),
-    "codes-as-i8": reshaped(f"{W2}.weight", lambda t: t.view(torch.int8)),
-    "norms-as-rows": reshaped("norm.weight", lambda t: t.reshape(1, -1)),
-    "gate-bias-as-column": reshaped("gate.bias", lambda t: t.reshape(-1, 1)),
-    "ids-as-i32": reshaped("tid2eid", lambda t: t.to(torch.int32)),
-    "norms-as-f32": reshaped("norm.weight", lambda t: t.float()),
-    "embedding-as-f32": reshaped("embed.weight", lambda t: t.float()),
-    "fp8-scales-as-f32": reshaped("indexer.wq_b.scale", lambda t: decode_e8m0(t)),
-    "fp8-scales-as-f16": reshaped("indexer.wq_b.scale", lambda t: decode_e8m0(t).half()),
-    "fp8-scales-as-bf16": reshaped("indexer.wq_b.scale", lambda t: decode_e8m0(t).bfloat16()),
 }
 
 
@@ -131,7 +148,7 @@ def test_one_file_without_an_index_and_stray_copies_beside_it(expected: torch.Te
     assert failures(folder) == []
 
 
-# --- small parameters in any float that widens -------------------------------------------------------------------------
+# --- small parameters in any float that widens ------------------------------------------------------------------------
 
 SMALL_ENDINGS = ("attn_sink", ".ape", "_fn", "_base", "_scale", "gate.bias", "norm.weight")
 
@@ -140,7 +157,9 @@ SMALL_ENDINGS = ("attn_sink", ".ape", "_fn", "_base", "_scale", "gate.bias", "no
 def test_small_parameters_in_16_bits_widen_without_loss(dtype: torch.dtype, tmp_path: Path) -> None:
     """The same numbers in float32 give the same bits, and the plan counts what is on disk."""
     tensors = tiny_tensors()
-    small = [key for key in tensors if key.endswith(SMALL_ENDINGS) and ".weight_scale" not in key and ".input_" not in key]
+    small = [
+        key for key in tensors if key.endswith(SMALL_ENDINGS) and not key.endswith(("weight_scale", "input_scale"))
+    ]
     narrow = tensors | {key: tensors[key].to(dtype) for key in small}
     wide = tensors | {key: narrow[key].float() for key in small}
     folder = write_tiny(tmp_path / "narrow", narrow)
@@ -154,7 +173,7 @@ def test_small_parameters_in_16_bits_widen_without_loss(dtype: torch.dtype, tmp_
 def test_unquantised_matrices_in_16_bits_of_the_other_kind(tmp_path: Path) -> None:
     """F16 does not fit BF16: it is held in float32, where it is exact."""
     tensors = tiny_tensors()
-    plain = [k for k in tensors if k.endswith((".wo_a.weight", "wgate.weight", "wkv.weight", "gate.weight")) and "scale" not in k]
+    plain = [key for key in tensors if key.endswith((".wo_a.weight", "wgate.weight", "wkv.weight", "gate.weight"))]
     plain = ["head.weight", "embed.weight", *(key for key in plain if tensors[key].dtype is torch.bfloat16)]
     half = tensors | {key: tensors[key].half() for key in plain}
     wide = tensors | {key: half[key].float() for key in plain}
@@ -173,7 +192,7 @@ def test_a_parameter_that_float32_does_not_hold_is_refused(dtype: torch.dtype, t
     assert failures(folder) == [("wrong-dtype", key)]
 
 
-# --- input scales: nothing is demanded that no planned kernel reads ----------------------------------------------------
+# --- input scales: nothing is demanded that no planned kernel reads ---------------------------------------------------
 
 
 def test_weight_only_exports_need_no_input_scales(tmp_path: Path) -> None:
@@ -216,32 +235,21 @@ def test_kernels_that_quantise_activations_judge_their_scales(tmp_path: Path) ->
 
 
 def test_inspect_says_which_kernels_would_need_the_missing_scales(tmp_path: Path) -> None:
-    from ownpath.inspect.report import inspection_text
-
-    text = inspection_text(inspect_folder(write_tiny(tmp_path, compressed_nvfp4(tiny_tensors(), has_input_scales=False))))
+    folder = write_tiny(tmp_path, compressed_nvfp4(tiny_tensors(), has_input_scales=False))
+    text = inspection_text(inspect_folder(folder))
     (line,) = (line for line in text.splitlines() if line.startswith("no input scale"))
     assert "124 NVFP4 modules" in line
     assert "triton.nvfp4_moe_w4a4_sm100" in line
 
 
-# --- further encodings -------------------------------------------------------------------------------------------------
-
-
-def mxfp8(weight: torch.Tensor) -> QuantTensor:
-    """E4M3 codes with a power of two for each 32 of a row, the smallest that lets the largest value fit."""
-    blocks = weight.unflatten(1, (-1, 32))
-    scale = encode_e8m0_ceil(blocks.abs().amax(-1), 448.0)
-    codes = (blocks / decode_e8m0(scale)[..., None]).to(torch.float8_e4m3fn)
-    return QuantTensor(codes.flatten(1), scale, None, MXFP8)
+# --- further encodings ------------------------------------------------------------------------------------------------
 
 
 MXFP4_FORMS: dict[str, Callable[[str, QuantTensor], Tensors]] = {
-    "native-mxfp4": lambda m, w: {f"{m}.weight": w.qdata.view(torch.int8), f"{m}.scale": w.scale},
-    "native-mxfp4 ": lambda m, w: {f"{m}.weight": w.qdata.view(torch.int8), f"{m}.scale": e8m0_bytes(w)},
-    "native-mxfp4  ": lambda m, w: {f"{m}.weight": w.qdata, f"{m}.weight_scale_inv": e8m0_bytes(w)},
+    "native-mxfp4": lambda m, w: {f"{m}.weight": w.qdata.view(torch.int8), f"{m}.scale": e8m0_bytes(w)},
     "compressed-tensors-mxfp4": lambda m, w: {f"{m}.weight_packed": w.qdata, f"{m}.weight_scale": e8m0_bytes(w)},
     "modelopt-mxfp4": lambda m, w: {f"{m}.weight": w.qdata, f"{m}.weight_scale": e8m0_bytes(w)},
-}  # type: ignore[dict-item]
+}
 
 
 @pytest.fixture(scope="module")
@@ -266,13 +274,14 @@ def test_mxfp4_experts_of_every_exporter(form: str, mxfp4_experts: torch.Tensor,
     assert failures(folder) == []
     for device, kernel in (("cpu", "ref.nvfp4_moe"), ("sm_90", "cute.nvfp4_moe"), ("sm_100", "ref.nvfp4_moe")):
         (op,) = plan_model(folder, device).ops_of("layers.2.ffn.experts")
-        assert (op.encoding.name, op.choice.kernel.name) == (form.strip(), kernel)
+        assert (op.encoding.name, op.choice.kernel.name) == (form, kernel)
 
 
 @pytest.mark.parametrize("form", ["modelopt-mxfp4", "compressed-tensors-mxfp4"])
 def test_dense_mxfp4(form: str, tmp_path: Path) -> None:
     tensors = tiny_tensors()
-    modules = [name for name in modules_with(tensors, "weight_scale_2") if name.endswith((".wq_b", "shared_experts.w2"))]
+    dense = (".wq_b", "shared_experts.w2")
+    modules = [name for name in modules_with(tensors, "weight_scale_2") if name.endswith(dense)]
     weights = mxfp4_weights(tensors, modules)
     rest = without_nvfp4(tensors, modules)
     stored = {key: t for name, weight in weights.items() for key, t in MXFP4_FORMS[form](name, weight).items()}
@@ -284,7 +293,7 @@ def test_dense_mxfp4(form: str, tmp_path: Path) -> None:
     assert op.choice.kernel.name == "cute.nvfp4_linear"
 
 
-@pytest.mark.parametrize("scale_name", ["scale", "weight_scale", "weight_scale_inv"])
+@pytest.mark.parametrize("scale_name", ["scale", "weight_scale"])
 def test_mxfp8_experts_and_projections(scale_name: str, tmp_path: Path) -> None:
     tensors = tiny_tensors()
     quantized = modules_with(tensors, "weight_scale_2")
@@ -295,7 +304,7 @@ def test_mxfp8_experts_and_projections(scale_name: str, tmp_path: Path) -> None:
     for name in modules:
         rows, columns = tensors[f"{name}.weight"].shape
         columns *= 2 if name in quantized else 1
-        weights[name] = mxfp8(0.02 * torch.randn(rows, columns, generator=generator))
+        weights[name] = mxfp8_of(0.02 * torch.randn(rows, columns, generator=generator))
     rest = without_nvfp4(tensors, modules)
     stored = {f"{name}.weight": weight.qdata for name, weight in weights.items()}
     stored |= {f"{name}.{scale_name}": e8m0_bytes(weight) for name, weight in weights.items()}

@@ -100,7 +100,7 @@ def test_every_planned_tensor_is_off_the_list() -> None:
     assert "compare" not in REMEDIES["unexpected-tensor"]
 
 
-# --- a drafter that is not there ---------------------------------------------------------------------------------------
+# --- a drafter that is not there --------------------------------------------------------------------------------------
 
 GONE = {f"mtp.0.{name}": "model-mtp.safetensors" for name in ("e_proj.weight", "h_proj.weight", "norm.weight")}
 

@@ -1,4 +1,4 @@
-"""MXFP4 scales that NVFP4 cannot hold: inspect finds them, loading names the option, and the option's answer is exact."""
+"""MXFP4 scales that NVFP4 cannot hold: inspect finds them, loading names the option, and its answer is exact."""
 
 import json
 from pathlib import Path
