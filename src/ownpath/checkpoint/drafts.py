@@ -76,8 +76,8 @@ def requested_draft(config: ModelConfig, index: CheckpointIndex) -> Draft:
                               "above 0")  # fmt: skip
     gone = next((key for key in index.absent if DRAFT_KEY.fullmatch(key)), None)
     if gone is not None:
-        raise CheckpointError(f"{index.folder}: a draft was asked for, but shard {index.absent[gone]!r}, which the index "
-                              f"lists for its tensor {gone!r}, does not hold it or is not there")  # fmt: skip
+        shard = f"shard {index.absent[gone]!r}, which the index lists for its tensor {gone!r}"
+        raise CheckpointError(f"{index.folder}: a draft was asked for, but {shard}, does not hold it or is not there")
     if kind is DraftKind.NONE:
         raise CheckpointError(f"{index.folder}: tensor 'mtp.0.e_proj.weight' is missing: a draft was asked for, and "
                               "this checkpoint has no mtp.* tensors")  # fmt: skip

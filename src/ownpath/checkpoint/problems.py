@@ -19,8 +19,7 @@ REMEDIES = MappingProxyType(
         "duplicated-tensor": "keep one of the two: export again, or remove the stale shard",
         "unlisted-tensor": "write the index anew from the shards, or remove the stale shard",
         "missing-tensor": "download the shard that should hold it, or export again with every expert",
-        "unexpected-tensor": "take the tensor out if the model does not need it, or report its name: only what is known "
-        "is read",
+        "unexpected-tensor": "take the tensor out if the model does not need it; if it does, report its name",
         "wrong-dtype": "export again, in one of the encodings that `ownpath inspect --list` prints",
         "wrong-shape": "check that config.json belongs to these shards",
         "unknown-encoding": "export again, in one of the encodings that `ownpath inspect --list` prints",

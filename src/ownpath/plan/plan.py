@@ -126,9 +126,9 @@ class Plan:
         converted = [op.spec.slot for op in self.ops if op.choice.kernel.converts_scales]
         notes = []
         if converted:
-            notes.append(f"assumed of {len(converted)} MXFP4 operands: the block scales of each matrix span at most the "
-                         "18 powers of two of E4M3; loading ends where they do not, `ownpath inspect` looks, and "
-                         "`--reference MODULE` does without")  # fmt: skip
+            assumed = "the block scales of each matrix span at most the 18 powers of two that E4M3 has"
+            notes.append(f"assumed of {len(converted)} MXFP4 operands: {assumed}; loading ends where they do not, "
+                         "`ownpath inspect` looks, and `--reference MODULE` does without")  # fmt: skip
         for shard in dict.fromkeys(self.absent.values()):
             keys = [key for key, file in self.absent.items() if file == shard]
             notes.append(f"not there: {len(keys)} tensors that the index lists in {shard!r}, such as {keys[0]!r}; no "
