@@ -52,7 +52,7 @@ class Release:
     is_guess: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name}, {'a guess' if self.is_guess else 'told'} by {self.told_by}"
+        return f"{self.name}, {'guessed' if self.is_guess else 'told'} by {self.told_by}"
 
 
 def find_release(folder: Path, named: str | None = None) -> Release:
@@ -77,8 +77,8 @@ def find_release(folder: Path, named: str | None = None) -> Release:
         config = {}
     if _DRAFTER_FIELD in config:
         return Release("0731", f"{_DRAFTER_FIELD} in {_CONFIG}")
-    absent = f"default: there is no {_ENCODER} and no {_DRAFTER_FIELD} in {_CONFIG}"
-    return Release(DEFAULT, f"{absent} (--release names another)", is_guess=True)
+    absent = f"the absence of {_ENCODER} and of {_DRAFTER_FIELD} in {_CONFIG}"
+    return Release(DEFAULT, f"{absent} (`ownpath serve --release` names another)", is_guess=True)
 
 
 def require_release(name: str) -> str:

@@ -36,13 +36,14 @@ def read_ranges(
     ranges: Iterable[ByteRange], broken: frozenset[Path], problems: list[Finding]
 ) -> Iterator[tuple[ByteRange, bytes]]:
     """Yields the bytes of each range; for shards that are ``broken`` or cannot be read, as ``read_values``."""
-    readable = sorted(
-        (r for r in ranges if r.info.file not in broken), key=lambda r: (r.info.file, r.info.start + r.offset)
-    )
-    for file, group in groupby(readable, key=lambda part: part.info.file):
+    readable = [(str(r.info.file), r.info.start + r.offset, r) for r in ranges if r.info.file not in broken]
+    readable.sort(key=lambda placed: placed[:2])
+    for _, group in groupby(readable, key=lambda placed: placed[0]):
+        parts = [part for _, _, part in group]
+        file = parts[0].info.file
         try:
             with file.open("rb", buffering=0) as shard:
-                for part in group:
+                for part in parts:
                     yield part, _read(shard.fileno(), part)
         except OSError as error:
             problems.append(make_problem("shard", file.name, f"{file}: {error}"))

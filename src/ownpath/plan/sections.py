@@ -93,7 +93,7 @@ class QuantSection:
             if isinstance(algorithm, str) and algorithm in ALGORITHMS:
                 yield Said(f"{self._prefix}quantized_layers says {algorithm}", ALGORITHMS[algorithm])
         elif excluded is not None:
-            formats = _PLAIN if self._is_compressed or not self._is_modelopt and self._method == "fp8" else _NOT_NVFP4
+            formats = _PLAIN if self._is_compressed or (not self._is_modelopt and self._method == "fp8") else _NOT_NVFP4
             yield Said(f"{self._prefix}{excluded[0]} has {excluded[1]!r}", formats)
         elif self._layers and not (_EXPERT.fullmatch(name) and self._known("moe_quant_algo", ALGORITHMS)):
             yield Said(f"{self._prefix}quantized_layers lists others only", _NOT_NVFP4)

@@ -23,7 +23,7 @@ from ownpath.config import ModelConfig
 from ownpath.files import is_there, read_json_object, write_json
 from ownpath.quantize.companions import CONFIG, QUANT_CONFIG, Companion, copy_companions, find_companions
 from ownpath.quantize.convert import Counts, step_tensors
-from ownpath.quantize.describe import config_fields, quant_config_fields
+from ownpath.quantize.describe import Described, config_fields, describe, quant_config_fields
 from ownpath.quantize.staging import Shard, Staging, is_unfinished
 from ownpath.quantize.steps import Carry, Convert, QuantizeScope, WriteStep, plan_shards, plan_steps
 
@@ -85,7 +85,8 @@ def quantize_checkpoint(
             raise CheckpointError(f"{source} was changed while it was read: delete {staging.folder} and start again")
         staging.release(finals)
         converts = [step for step in steps if isinstance(step, Convert)]
-        left_out = _finish(source, staging, dict(zip(finals, done, strict=True)), (options.scope, converts))
+        contents = describe(index, config, options.scope, converts)
+        left_out = _finish(source, staging, dict(zip(finals, done, strict=True)), contents)
     finally:
         staging.close()
     num_bytes = sum(sum(shard.tensors.values()) for shard in done)
@@ -151,14 +152,12 @@ def _make_shard(
     return staging.write_shard(number, tensors, counts)
 
 
-def _finish(
-    source: Path, staging: Staging, shards: Mapping[str, Shard], what: tuple[QuantizeScope, list[Convert]]
-) -> list[Companion]:
+def _finish(source: Path, staging: Staging, shards: Mapping[str, Shard], contents: Described) -> list[Companion]:
     """Writes everything beside the shards, the index last. Returns the companions that were left out."""
     target, scratch = staging.target, staging.folder
     left_out = copy_companions(source, target, scratch)
-    write_json(target / QUANT_CONFIG, quant_config_fields(*what), scratch)
-    write_json(target / CONFIG, config_fields(read_json_object(source / CONFIG), *what), scratch)
+    write_json(target / QUANT_CONFIG, quant_config_fields(contents), scratch)
+    write_json(target / CONFIG, config_fields(read_json_object(source / CONFIG), contents), scratch)
     weight_map = {name: final for final, shard in shards.items() for name in shard.tensors}
     total_bytes = sum(sum(shard.tensors.values()) for shard in shards.values())
     write_json(target / INDEX_NAME, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, scratch)

@@ -255,7 +255,10 @@ def _places(word: str, check: "FailedCheck") -> Iterator[RenderableType]:
 
 @dataclass(frozen=True)
 class FailedCheck:
-    """The failures or the warnings of one check. shown: the first places; num_more: how many others there are; remedies: each once."""
+    """The failures or the warnings of one check.
+
+    shown: the first places; num_more: how many others there are; remedies: each once.
+    """
 
     id: str
     shown: tuple[Finding, ...]
