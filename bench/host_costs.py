@@ -1,7 +1,8 @@
 """Measures the host's cost of calls: ``python bench/host_costs.py``, on a Hopper GPU.
 
 It times a refused call (until its ValueError), an accepted one (until it returns; the GPU still runs then), and loading
-all kernels of V4-Flash's shapes onto the device from a warm cache on disk.
+all kernels of V4-Flash's shapes onto the device from a warm cache on disk. The first rows are the host's own speed: one
+machine has been 1.6 times slower for seconds, in the middle of a run, so that rows compare only beside these.
 """
 
 import argparse
@@ -29,6 +30,8 @@ from ownpath.kernels.registry import KERNELS
 from ownpath.runners import Fp8Linear
 
 CALLS = 2000
+ROUNDS = 5
+"""Every row is measured in each round, so that a slow moment of the machine shows in one column."""
 
 
 def host_us(call: Callable[[], object]) -> float:
@@ -139,6 +142,13 @@ def with_outputs(kernel: Any, op: str, inputs: tuple[Any, ...]) -> Callable[[], 
     return partial(call, out=out)
 
 
+def host_calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yields (name, call) of what depends on the host alone: Python arithmetic, and an allocation by torch."""
+    x = torch.empty(4, 4096, dtype=torch.bfloat16, device="cuda")
+    yield "a sum of 100 numbers in Python", lambda: sum(range(100))
+    yield "torch.Tensor.new_empty", lambda: x.new_empty(4, 4096)
+
+
 def main() -> None:
     """Prints the table; ``--out`` adds a JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -160,13 +170,14 @@ def main() -> None:
     print(f"{len(configs)} kernels from a warm cache onto the device: {ready_s:.3f} s")
     by_shape = {(one.out_features, one.in_features): one for one in linears}
     square = next(one for one in fp8 if one.in_features == moe.hidden_size)
-    timed = itertools.chain(calls(by_shape[4096, 4096], square, moe, generator), companion_calls())
-    costs = {what: host_us(call) for what, call in timed}
+    timed = [*host_calls(), *calls(by_shape[4096, 4096], square, moe, generator), *companion_calls()]
+    rounds = [{what: host_us(call) for what, call in timed} for _ in range(ROUNDS)]
+    costs = {what: [one[what] for one in rounds] for what, _ in timed}
     for what, us in costs.items():
-        print(f"{what:36s} {us:8.1f} us")
+        print(f"{what:44s} {'  '.join(f'{one:6.1f}' for one in us)} us")
     if args.out:
         origin = provenance("cuda", args.commit, "python bench/host_costs.py", "host clock")
-        line = {"bench": "host_costs", "kernels": len(configs), "ready_s": ready_s, "host_us": costs, **origin}
+        line = {"bench": "host_costs", "kernels": len(configs), "ready_s": ready_s, "host_us_rounds": costs, **origin}
         with args.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -36,23 +36,23 @@ def kernel_configs() -> Iterator[Config]:
     yield from moe_configs((8, 256, 256), [2 * count for count in EXPERT_COUNTS])
 
 
-def again(kernel: Any, op: str, inputs: tuple[Any, ...]) -> Callable[[tuple[Any, ...]], Any]:
+def again(kernel: Any, op: str, inputs: tuple[Any, ...]) -> Callable[..., Any]:
     """A call on one operand that keeps its launches; inputs: with the operand's weights among them."""
     if op == "rms_norm":
         operand = kernel.prepare(NormWeights(*inputs[1:]))
-        return lambda given: kernel.run(given[0], operand)
+        return lambda given, **places: kernel.run(given[0], operand, **places)
     if op == "swiglu":
         operand = kernel.prepare(inputs[1])
-        return lambda given: kernel.run(given[0], operand)
+        return lambda given, **places: kernel.run(given[0], operand, **places)
     if op == "grouped_linear":
         operand = kernel.prepare(inputs[3])
-        return lambda given: kernel.run(*given[:3], operand)
+        return lambda given, **places: kernel.run(*given[:3], operand, **places)
     if op == "hyper_boundary":
         operand = kernel.prepare(inputs[3])
-        return lambda given: kernel.run(*given[:3], operand)
+        return lambda given, **places: kernel.run(*given[:3], operand, **places)
     _, num_chosen, factor, bias, _, table = inputs
     operand = kernel.prepare(RouterWeights(num_chosen, factor, bias, table))
-    return lambda given: kernel.run(given[0], given[4], operand)
+    return lambda given, **places: kernel.run(given[0], given[4], operand, **places)
 
 
 def moved(value: Any, flips: bool) -> Any:
@@ -74,8 +74,48 @@ def test_small_operations(name: str, num_tokens: int, cuda: torch.device) -> Non
     for flips in (False, True, True):
         given = tuple(one if idx in weights else moved(one, flips) for idx, one in enumerate(inputs))
         expected = tensors(kernel(*given))
-        for found, wanted in zip(tensors(call(given)), expected, strict=True):
+        out = call(given)
+        for found, wanted in zip(tensors(out), expected, strict=True):
             assert torch.equal(found, wanted), flips
+            found.fill_(torch.nan if found.is_floating_point() else -1)
+        call(given, out=out)
+        for found, wanted in zip(tensors(out), expected, strict=True):
+            assert torch.equal(found, wanted), flips
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_a_later_call_refuses_outputs_as_the_first_does(name: str, cuda: torch.device) -> None:
+    """Each wrong output in turn: of another dtype, elsewhere, and at an odd address."""
+    case = FIRST[name]
+    kernel, inputs = KERNELS[name], make_inputs(case, 20, cuda)
+    call = again(kernel, case.op, inputs)
+    out = call(inputs)
+    for idx, one in enumerate(tensors(out)):
+        shifted = torch.empty(one.numel() + 1, dtype=one.dtype, device=cuda)[1:].view(one.shape)
+        for wrong in (one.double() if one.is_floating_point() else one.bool(), one.cpu(), shifted):
+            with pytest.raises(ValueError, match="out"):
+                call(inputs, out=with_output(out, idx, wrong))
+
+
+def with_output(out: Any, idx: int, wrong: torch.Tensor) -> Any:
+    """These outputs with another tensor in the place of one."""
+    places = iter(wrong if at == idx else one for at, one in enumerate(tensors(out)))
+
+    def rebuilt(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return next(places)
+        parts = [rebuilt(part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+
+    return rebuilt(out)
+
+
+def test_an_output_elsewhere_is_refused(cuda: torch.device) -> None:
+    dense = DenseWeight.draw(1536, 1024, cuda)
+    x = torch.randn(4, 1024, device=cuda).bfloat16()
+    for linear in (Nvfp4Linear(dense.codes, dense.scale, dense.global_scale), Fp8Linear(*draw_weights(FP8, 3, cuda))):
+        with pytest.raises(ValueError, match="out is on cpu"):
+            linear.run(x, out=linear(x).cpu())
 
 
 @pytest.mark.parametrize("num_tokens", PRODUCT_COUNTS)

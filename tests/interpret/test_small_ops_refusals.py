@@ -67,9 +67,9 @@ def test_hyper_outputs_and_workspace() -> None:
     x_TSD, y_TD, mix, weights = inputs_of("hyper_boundary")
     out = new_out(x_TSD, with_mix=True)
     with pytest.raises(ValueError, match=r"out\.h_TD"):
-        hyper_boundary(x_TSD, y_TD, mix, weights, out=replace(out, h_TD=out.h_TD.float()))
+        hyper_boundary(x_TSD, y_TD, mix, weights, out=out._replace(h_TD=out.h_TD.float()))
     with pytest.raises(ValueError, match=r"out\.mix"):
-        hyper_boundary(x_TSD, y_TD, mix, weights, out=replace(out, mix=None))
+        hyper_boundary(x_TSD, y_TD, mix, weights, out=out._replace(mix=None))
     with pytest.raises(ValueError, match=r"out\.mix\.post_TS"):
         hyper_boundary(x_TSD, y_TD, mix, weights, out=HyperOut(out.x_TSD, out.h_TD, Mix(x_TSD, mix.comb_TSS)))
     with pytest.raises(ValueError, match="workspace"):

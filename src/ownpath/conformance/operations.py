@@ -243,9 +243,6 @@ def tensors(value: Any) -> list[torch.Tensor]:
         return [value]
     if isinstance(value, tuple):
         return [tensor for item in value for tensor in tensors(item)]
-    if isinstance(value, HyperOut):
-        mix = [] if value.mix is None else [value.mix.post_TS, value.mix.comb_TSS]
-        return [value.x_TSD, value.h_TD, *mix]
     return []
 
 

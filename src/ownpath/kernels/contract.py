@@ -11,7 +11,7 @@ Legend: M rows, K in, N out; T tokens, D hidden, F expert width, E experts; G he
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -71,8 +71,7 @@ FusedExpert = tuple[QuantTensor, QuantTensor]
 """One expert's stored matrices: gate above up [2F, D], and down [D, F]."""
 
 
-@dataclass(frozen=True)
-class Routing:
+class Routing(NamedTuple):
     """The expert ids and weights of a call's tokens.
 
     Shapes: ids int32 or int64 [T, K]; weights float32 [T, K]; expert_map int32 [global experts], the expert here or -1.

@@ -176,9 +176,9 @@ class Boxes:
         """
         self.num_rows = shape[0]
         self._raw = (ctypes.c_uint64 * 24)()
-        start = addressof(self._raw)
-        self._map_address = start + -start % 64
-        self.argument = TensorMap.from_address(self._map_address)
+        offset = -addressof(self._raw) % 64
+        self.argument = TensorMap.from_buffer(self._raw, offset)  # keeps the memory alive, as from_address does not
+        self._map_address = addressof(self.argument)
         self._address = address
         code = _cuda().cuTensorMapEncodeTiled(
             byref(self.argument),

@@ -11,6 +11,7 @@ from ownpath.formats import FP8_BLOCK
 from ownpath.kernels.checks import readable_rows, require_input
 from ownpath.kernels.contract import StoredLinear
 from ownpath.kernels.dsl.driver import current_stream, num_sms
+from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.fp8.choose import WeightKey, w8a8_config, w8a8_configs, w8a16_config, w8a16_configs
 from ownpath.kernels.fp8.config import MAX_K_BLOCKS, Fp8Config, QuantizeConfig
 from ownpath.kernels.fp8.launch import (
@@ -38,14 +39,19 @@ def rows_at_once(num_k_blocks: int) -> int:
     return max(2048, PASS_BLOCKS // num_k_blocks * ROWS_PER_WORKSPACE_BLOCK)
 
 
+def _new_output(weight: PackedFp8, rows: Rows) -> EmptyOutput:
+    return EmptyOutput((rows.count, weight.out_features), torch.bfloat16, weight.blocks.get_device())
+
+
 class _W8A16Pass:
-    """A W8A16 product: one launch."""
+    """A W8A16 product: one launch. out: what a call allocates that is given none."""
 
     def __init__(self, kernel: "Fp8LinearKernel", weight: PackedFp8, x_address: int, rows: Rows) -> None:
         config = w8a16_config(
             rows.count, weight_key(weight), num_sms(weight.blocks.get_device()), kernel.is_batch_invariant
         )
         self._product = W8A16Launch(config, weight, x_address, rows)
+        self.out = _new_output(weight, rows)
 
     def start(self, x: int, out: int, workspace: int, stream: int) -> None:
         """Launches with the given addresses. workspace: not used."""
@@ -59,6 +65,7 @@ class _W8A8Passes:
         key, sms = weight_key(weight), num_sms(weight.blocks.get_device())
         config = QuantizeConfig(weight.power_of_two)
         self._passes = []
+        self.out = _new_output(weight, rows)
         for start in range(0, rows.count, step):
             part = Rows(min(step, rows.count - start), rows.x_pitch, rows.out_pitch)
             quantize = QuantizeLaunch(config, weight.in_features, weight.num_k_blocks, part, weight.blocks.get_device())
@@ -174,16 +181,16 @@ class Fp8LinearKernel:
             flat = self.run(x.flatten(0, -2), operand, out=flat_out, workspace=workspace)
             return flat.view(*x.shape[:-1], weight.out_features)
         num_rows, pitch, x_address = readable
-        if out is None:
-            out = x.new_empty(num_rows, weight.out_features)
-        elif out.shape != (num_rows, weight.out_features) or out.dtype is not x.dtype or out.stride(1) != 1:
-            raise ValueError(f"out must be {x.dtype} [{num_rows}, {weight.out_features}] with contiguous rows")
-        if num_rows:
-            step, address, workspace = self._scratch(num_rows, weight, workspace)
-            key = num_rows, pitch, out.stride(0), step
-            with operand.lock:
-                call = operand.launches.get(key) or operand.launches.add(key, self._new_call(x, weight, key))
-                call.start(x_address, out.data_ptr(), address, current_stream(device_index))
+        out_pitch = weight.out_features if out is None else _out_pitch(out, num_rows, weight)
+        if not num_rows:
+            return x.new_empty(0, weight.out_features) if out is None else out
+        step, address, workspace = self._scratch(num_rows, weight, workspace)
+        key = num_rows, pitch, out_pitch, step
+        with operand.lock:
+            call = operand.launches.get(key) or operand.launches.add(key, self._new_call(x, weight, key))
+            if out is None:
+                out = call.out.new()
+            call.start(x_address, out.data_ptr(), address, current_stream(device_index))
         return out
 
     def run_wide(self, x: Tensor, operand: Fp8Operand) -> Tensor:
@@ -225,6 +232,15 @@ def _refuse(x: Tensor, weight: PackedFp8) -> None:
     rows = x if x.ndim == 2 else x.flatten(0, -2)
     if rows.stride(-1) != 1 or rows.stride(0) % 8 or rows.data_ptr() % 16:
         raise ValueError("x must have contiguous features and rows that start at 16-byte aligned addresses")
+
+
+def _out_pitch(out: Tensor, num_rows: int, weight: PackedFp8) -> int:
+    """Returns the elements from row to row of ``out``. Errors: ValueError when a product cannot be written there."""
+    if out.shape != (num_rows, weight.out_features) or out.dtype is not torch.bfloat16 or out.stride(1) != 1:
+        raise ValueError(f"out must be torch.bfloat16 [{num_rows}, {weight.out_features}] with contiguous rows")
+    if out.device != weight.blocks.device:
+        raise ValueError(f"out is on {out.device}, the weight on {weight.blocks.device}")
+    return out.stride(0)
 
 
 fp8_linear = Fp8LinearKernel(PREFILL_FROM)

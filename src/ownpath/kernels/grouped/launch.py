@@ -25,10 +25,11 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ownpath.formats import BF16
-from ownpath.kernels.checks import check, check_rank, is_dense
+from ownpath.kernels.checks import check, check_rank
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
+from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.variants import variant_name
 from ownpath.qtensor import QuantTensor
@@ -128,7 +129,9 @@ class GroupedOperand:
     """weight bfloat16 [G, R, I]. launches: by ``GroupedCallKey``, for inputs that have passed every check."""
 
     weight_GRI: torch.Tensor
-    launches: LaunchCache[GroupedCallKey, TritonCall] = field(default_factory=LaunchCache, compare=False)
+    launches: LaunchCache[GroupedCallKey, tuple[TritonCall, EmptyOutput]] = field(
+        default_factory=LaunchCache, compare=False
+    )
     lock: Lock = field(default_factory=Lock, compare=False)
 
 
@@ -142,6 +145,10 @@ def _check_shapes(o_TNH: torch.Tensor, cos_TA: torch.Tensor, weight_GRI: torch.T
     check("weight_GRI", weight_GRI, (torch.bfloat16,), (num_groups, num_rows, width), o_TNH.device)
     if cos_TA.ndim != 2 or not 0 < cos_TA.shape[1] <= 32:
         raise ValueError(f"cos_TA must be [T, 1..32], found {list(cos_TA.shape)}")
+
+
+def _check_out(out: torch.Tensor, o_TNH: torch.Tensor, operand: GroupedOperand) -> None:
+    check("out", out, (torch.bfloat16,), (o_TNH.shape[0], *operand.weight_GRI.shape[:2]), o_TNH.device)
 
 
 def _check_inputs(o_TNH: torch.Tensor, cos_TA: torch.Tensor, sin_TA: torch.Tensor) -> None:
@@ -194,32 +201,54 @@ class GroupedLinearKernel:
 
         Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
         """
-        weight_GRI = operand.weight_GRI
-        if o_TNH.ndim != 3 or not (o_TNH.is_cuda or INTERPRETED):
-            check_rank("o_TNH", o_TNH, 3, INTERPRETED)
-        key = o_TNH.shape, cos_TA.shape, o_TNH.get_device()
-        call = operand.launches.get(key)
-        if call is None:
-            check_rank("weight_GRI", weight_GRI, 3, INTERPRETED)
-            _check_shapes(o_TNH, cos_TA, weight_GRI)
-        num_tokens, (num_groups, num_rows, _) = o_TNH.shape[0], weight_GRI.shape
-        fits = is_dense(o_TNH, torch.bfloat16) and is_dense(cos_TA, torch.float32) and is_dense(sin_TA, torch.float32)
-        if not fits or sin_TA.shape != cos_TA.shape or len(cos_TA) != num_tokens or sin_TA.get_device() != key[2]:
+        device_index = o_TNH.get_device()
+        key = o_TNH.shape, cos_TA.shape, device_index
+        prepared = operand.launches.get(key)
+        if prepared is None:
+            return self._first((o_TNH, cos_TA, sin_TA), operand, key, out)
+        call, empty = prepared
+        o, cos, sin = o_TNH.data_ptr(), cos_TA.data_ptr(), sin_TA.data_ptr()
+        fits = (
+            o_TNH.dtype is torch.bfloat16
+            and cos_TA.dtype is sin_TA.dtype is torch.float32
+            and sin_TA.shape == cos_TA.shape
+            and o_TNH.is_contiguous()
+            and cos_TA.is_contiguous()
+            and sin_TA.is_contiguous()
+            and cos_TA.get_device() == sin_TA.get_device() == device_index
+            and not (o | cos | sin) & 15
+        )
+        if not fits:
             _check_inputs(o_TNH, cos_TA, sin_TA)
         if out is None:
-            out = o_TNH.new_empty(num_tokens, num_groups, num_rows)
+            out = empty.new()
         else:
-            check("out", out, (torch.bfloat16,), (num_tokens, num_groups, num_rows), o_TNH.device)
-        tensors = (o_TNH, weight_GRI, cos_TA, sin_TA, out)
-        if call is not None:
-            with operand.lock:
-                described = (o_TNH.data_ptr(), weight_GRI.data_ptr())
-                rest = (cos_TA.data_ptr(), sin_TA.data_ptr(), out.data_ptr())
-                call.start(current_stream(key[2]), *rest, described=described)
-        elif num_tokens:
-            first = _first_launch(tensors, self._tiles(o_TNH, operand))
+            _check_out(out, o_TNH, operand)
+        with operand.lock:
+            call.start_described(current_stream(device_index), o, cos, sin, out.data_ptr())
+        return out
+
+    def _first(
+        self,
+        inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        operand: GroupedOperand,
+        key: GroupedCallKey,
+        out: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Checks everything, launches, and caches the launch of this size. inputs: o, cos and sin."""
+        (o_TNH, cos_TA, sin_TA), weight_GRI = inputs, operand.weight_GRI
+        check_rank("o_TNH", o_TNH, 3, INTERPRETED)
+        check_rank("weight_GRI", weight_GRI, 3, INTERPRETED)
+        _check_shapes(o_TNH, cos_TA, weight_GRI)
+        _check_inputs(o_TNH, cos_TA, sin_TA)
+        if out is None:
+            out = o_TNH.new_empty(len(o_TNH), *weight_GRI.shape[:2])
+        else:
+            _check_out(out, o_TNH, operand)
+        if len(o_TNH):
+            first = _first_launch((o_TNH, weight_GRI, cos_TA, sin_TA, out), self._tiles(o_TNH, operand))
             if first is not None:
-                operand.launches.add(key, first)
+                operand.launches.add(key, (first, EmptyOutput(out.shape, out.dtype, out.get_device())))
         return out
 
     def __call__(
@@ -255,6 +284,7 @@ def _first_launch(tensors: tuple[torch.Tensor, ...], tiles: GroupedTiles) -> Tri
             "num_stages": tiles.num_stages,
             "launch_pdl": pdl,
         },
+        moving=(0, 2, 3, 4),
     )
 
 

@@ -30,19 +30,26 @@ from threading import Lock
 import torch
 import triton
 
-from ownpath.kernels.checks import check, check_rank
+from ownpath.kernels.checks import is_dense
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
+from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.hyper.boundary import collapse, spread_few, spread_many
+from ownpath.kernels.hyper.checks import (
+    INTERPRETED,
+    NUM_MIX,
+    NUM_STREAMS,
+    check_inputs,
+    check_out,
+    check_weights,
+    check_workspace,
+)
 from ownpath.kernels.hyper.ref import HyperOut, HyperWeights, Mix
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.variants import variant_name
 
-NUM_STREAMS = 4
-NUM_MIX = (2 + NUM_STREAMS) * NUM_STREAMS
 PART_ROWS = 32
-INTERPRETED = triton.knobs.runtime.interpret
 MIN_DOT_TOKENS = 17
 MANY_TOKENS = 256
 
@@ -92,51 +99,6 @@ def new_out(x_TSD: torch.Tensor, with_mix: bool) -> HyperOut:
     return HyperOut(torch.empty_like(x_TSD), x_TSD.new_empty(num_tokens, dim), mix)
 
 
-def _check_mix(name: str, mix: Mix, num_tokens: int, device: torch.device) -> None:
-    s = NUM_STREAMS
-    check(f"{name}.post_TS", mix.post_TS, (torch.float32,), (num_tokens, s), device)
-    check(f"{name}.comb_TSS", mix.comb_TSS, (torch.float32,), (num_tokens, s, s), device)
-
-
-def _check_weights(weights: HyperWeights, dim: int, device: torch.device) -> None:
-    num_mix = len(weights.fn)
-    if num_mix not in (NUM_STREAMS, NUM_MIX):
-        raise ValueError(f"fn must have {NUM_MIX} rows, or {NUM_STREAMS} after the last sublayer, found {num_mix}")
-    check("fn", weights.fn, (torch.float32,), (num_mix, NUM_STREAMS * dim), device)
-    check("base", weights.base, (torch.float32,), (num_mix,), device)
-    check("scale", weights.scale, (torch.float32,), (3 if num_mix == NUM_MIX else 1,), device)
-    check("norm_weight", weights.norm_weight, (torch.bfloat16,), (dim,), device)
-
-
-def _check_inputs(x_TSD: torch.Tensor, y_TD: torch.Tensor | None, mix: Mix | None) -> None:
-    check_rank("x_TSD", x_TSD, 3, INTERPRETED)
-    num_tokens, s, dim = x_TSD.shape
-    if s != NUM_STREAMS or dim % 8 or not 0 < dim <= 16384:
-        raise ValueError(f"x_TSD must be [T, 4, D] with D a multiple of 8 up to 16384, found {list(x_TSD.shape)}")
-    check("x_TSD", x_TSD, (torch.bfloat16,), (num_tokens, s, dim), x_TSD.device)
-    if (y_TD is None) != (mix is None):
-        raise ValueError("y_TD and mix come together: both after a sublayer, neither before the first one")
-    if y_TD is not None and mix is not None:
-        check("y_TD", y_TD, (torch.bfloat16,), (num_tokens, dim), x_TSD.device)
-        _check_mix("mix", mix, num_tokens, x_TSD.device)
-
-
-def _check_workspace(workspace: torch.Tensor, num_floats: int, device: torch.device) -> None:
-    if workspace.numel() < num_floats:
-        raise ValueError(f"workspace must hold {num_floats} float32 elements, found {workspace.numel()}")
-    check("workspace", workspace, (torch.float32,), tuple(workspace.shape), device)
-
-
-def _check_out(out: HyperOut, x_TSD: torch.Tensor, with_mix: bool) -> None:
-    num_tokens, s, dim = x_TSD.shape
-    check("out.x_TSD", out.x_TSD, (torch.bfloat16,), (num_tokens, s, dim), x_TSD.device)
-    check("out.h_TD", out.h_TD, (torch.bfloat16,), (num_tokens, dim), x_TSD.device)
-    if with_mix != (out.mix is not None):
-        raise ValueError("out.mix must be given exactly when fn has 24 rows")
-    if out.mix is not None:
-        _check_mix("out.mix", out.mix, num_tokens, x_TSD.device)
-
-
 Shapes = tuple[torch.Size, torch.Size, torch.Size]
 BoundaryKey = tuple[torch.Size, bool, int]
 
@@ -145,24 +107,33 @@ BoundaryKey = tuple[torch.Size, bool, int]
 class BoundaryCall:
     """The two prepared launches of one size. num_floats: elements of the workspace that they use.
 
-    weights: addresses of fn, base, scale and norm_weight. makes_mix: another sublayer follows.
-    shapes: of y, post and comb.
+    makes_mix: another sublayer follows. shapes: of y, post and comb. streams, hidden, post, comb, scratch: outputs and
+    workspace of a call that is given none.
     """
 
     spread: TritonCall
     collapse: TritonCall
     num_floats: int
-    weights: tuple[int, int, int, int]
     makes_mix: bool
     shapes: Shapes
+    streams: EmptyOutput
+    hidden: EmptyOutput
+    post: EmptyOutput
+    comb: EmptyOutput
+    scratch: EmptyOutput
+
+    def new_out(self) -> HyperOut:
+        """Allocates the outputs."""
+        mix = Mix(self.post.new(), self.comb.new()) if self.makes_mix else None
+        return HyperOut(self.streams.new(), self.hidden.new(), mix)
 
     def start(self, given: tuple[int, int, int, int], out: HyperOut, workspace: int, stream: int) -> None:
         """Launches both. given: addresses of x, y, post and comb; an absent one may be any address."""
-        fn, base, scale, norm_weight = self.weights
-        mix, streams = out.mix, out.x_TSD.data_ptr()
-        self.spread.start(stream, *given, fn, streams, workspace)
-        post, comb = (base, base) if mix is None else (mix.post_TS.data_ptr(), mix.comb_TSS.data_ptr())
-        self.collapse.start(stream, streams, workspace, base, scale, norm_weight, out.h_TD.data_ptr(), post, comb)
+        streams, hidden, mix = out
+        x = streams.data_ptr()
+        self.spread.start(stream, *given, x, workspace)
+        post, comb = (x, x) if mix is None else (mix[0].data_ptr(), mix[1].data_ptr())
+        self.collapse.start(stream, x, workspace, hidden.data_ptr(), post, comb)
 
 
 @dataclass(frozen=True)
@@ -199,19 +170,16 @@ class Tensors:
         return self.out.x_TSD, self.workspace, *norms, self.out.h_TD, post, comb
 
 
-def _addresses(weights: HyperWeights) -> tuple[int, int, int, int]:
-    fn, base, scale, norm_weight = weights.fn, weights.base, weights.scale, weights.norm_weight
-    return fn.data_ptr(), base.data_ptr(), scale.data_ptr(), norm_weight.data_ptr()
-
-
 def _first_launches(tensors: Tensors, tiles: BoundaryTiles, num_floats: int) -> BoundaryCall | None:
     spread, collapse = _launch_spread(tensors, tiles), _launch_collapse(tensors, tiles)
     if spread is None or collapse is None:
         return None
     num_tokens, s, dim = tensors.x_TSD.shape
     shapes = torch.Size((num_tokens, dim)), torch.Size((num_tokens, s)), torch.Size((num_tokens, s, s))
-    makes_mix = len(tensors.weights.fn) == NUM_MIX
-    return BoundaryCall(spread, collapse, num_floats, _addresses(tensors.weights), makes_mix, shapes)
+    makes_mix, device_index = len(tensors.weights.fn) == NUM_MIX, tensors.x_TSD.get_device()
+    streams, hidden = (EmptyOutput(one, torch.bfloat16, device_index) for one in (tensors.x_TSD.shape, shapes[0]))
+    floats = (EmptyOutput(one, torch.float32, device_index) for one in (*shapes[1:], (num_floats,)))
+    return BoundaryCall(spread, collapse, num_floats, makes_mix, shapes, streams, hidden, *floats)
 
 
 def _launch_spread(tensors: Tensors, tiles: BoundaryTiles) -> TritonCall | None:
@@ -231,6 +199,7 @@ def _launch_spread(tensors: Tensors, tiles: BoundaryTiles) -> TritonCall | None:
             "num_stages": tiles.num_stages,
             "launch_pdl": pdl,
         },
+        moving=(0, 1, 2, 3, 5, 6),
     )
 
 
@@ -254,6 +223,7 @@ def _launch_collapse(tensors: Tensors, tiles: BoundaryTiles) -> TritonCall | Non
             "num_warps": 4 if block_d <= 4096 else 8,
             "launch_pdl": not INTERPRETED,
         },
+        moving=(0, 1, 5, 6, 7),
     )
 
 
@@ -290,10 +260,28 @@ def _given(
     return (x, y, post, comb) if fits else None
 
 
-def _out_like(x_TSD: torch.Tensor, y_TD: torch.Tensor, mix: Mix) -> HyperOut:
-    """Allocates a middle boundary's outputs, like its inputs."""
-    empty_like = torch.empty_like
-    return HyperOut(empty_like(x_TSD), empty_like(y_TD), Mix(empty_like(mix.post_TS), empty_like(mix.comb_TSS)))
+def _out_fits(out: HyperOut, shape: torch.Size, call: BoundaryCall, device_index: int) -> bool:
+    """Returns True for outputs that a middle boundary can write. ``check_out`` says why others are refused."""
+    streams, hidden, mix = out
+    if mix is None or not call.makes_mix:
+        return False
+    post, comb = mix
+    return (
+        streams.dtype is hidden.dtype is torch.bfloat16
+        and post.dtype is comb.dtype is torch.float32
+        and streams.shape == shape
+        and (hidden.shape, post.shape, comb.shape) == call.shapes
+        and streams.is_contiguous()
+        and hidden.is_contiguous()
+        and post.is_contiguous()
+        and comb.is_contiguous()
+        and streams.get_device() == hidden.get_device() == post.get_device() == comb.get_device() == device_index
+        and not (streams.data_ptr() | hidden.data_ptr() | post.data_ptr() | comb.data_ptr()) & 15
+    )
+
+
+def _is_scratch(workspace: torch.Tensor, device_index: int) -> bool:
+    return is_dense(workspace, torch.float32) and workspace.get_device() == device_index
 
 
 class HyperBoundaryKernel:
@@ -344,17 +332,14 @@ class HyperBoundaryKernel:
         given = None if call is None else _given(x_TSD, y_TD, mix, call.shapes)
         if call is None or given is None:
             return self._first(BoundaryInputs(x_TSD, y_TD, mix), operand, out, workspace)
-        with_mix = call.makes_mix
-        if out is not None:
-            _check_out(out, x_TSD, with_mix)
-        elif with_mix and y_TD is not None and mix is not None:
-            out = _out_like(x_TSD, y_TD, mix)
-        else:
-            out = new_out(x_TSD, with_mix)
+        if out is None:
+            out = call.new_out()
+        elif not _out_fits(out, x_TSD.shape, call, device_index):
+            check_out(out, x_TSD, call.makes_mix)
         if workspace is None:
-            workspace = x_TSD.new_empty(call.num_floats, dtype=torch.float32)
-        else:
-            _check_workspace(workspace, call.num_floats, x_TSD.device)
+            workspace = call.scratch.new()
+        elif workspace.numel() < call.num_floats or not _is_scratch(workspace, device_index):
+            check_workspace(workspace, call.num_floats, x_TSD.device)
         with operand.lock:
             call.start(given, out, workspace.data_ptr(), current_stream(device_index))
         return out
@@ -364,19 +349,19 @@ class HyperBoundaryKernel:
     ) -> HyperOut:
         """Checks everything, launches, and caches the launches of this size."""
         x_TSD, y_TD, mix, weights = inputs.x_TSD, inputs.y_TD, inputs.mix, operand.weights
-        _check_inputs(x_TSD, y_TD, mix)
+        check_inputs(x_TSD, y_TD, mix)
         num_tokens, _, dim = x_TSD.shape
-        _check_weights(weights, dim, x_TSD.device)
+        check_weights(weights, dim, x_TSD.device)
         with_mix, tiles = len(weights.fn) == NUM_MIX, choose_tiles(num_tokens, self.is_batch_invariant)
         if out is None:
             out = new_out(x_TSD, with_mix)
         else:
-            _check_out(out, x_TSD, with_mix)
+            check_out(out, x_TSD, with_mix)
         num_floats = num_workspace_floats(num_tokens, dim, tiles)
         if workspace is None:
             workspace = x_TSD.new_empty(num_floats, dtype=torch.float32)
         else:
-            _check_workspace(workspace, num_floats, x_TSD.device)
+            check_workspace(workspace, num_floats, x_TSD.device)
         if num_tokens:
             call = _first_launches(Tensors(x_TSD, y_TD, mix, weights, out, workspace), tiles, num_floats)
             if call is not None:

@@ -11,7 +11,7 @@ Source: mHC (Xie et al.), as DeepSeek-V4's published inference code orders the s
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,7 @@ from ownpath.kernels.norms.ref import rms_norm
 from ownpath.kernels.reference import Reference
 
 
-@dataclass(slots=True)
-class Mix:
+class Mix(NamedTuple):
     """The weights that pre derives for post: post_TS, and comb_TSS [from stream, to stream]; at least float32."""
 
     post_TS: torch.Tensor
@@ -53,8 +52,7 @@ class HyperWeights:
     norm_eps: float
 
 
-@dataclass(slots=True)
-class HyperOut:
+class HyperOut(NamedTuple):
     """A boundary's results: new streams [T, S, D], the next sublayer's normed input [T, D], and its mix."""
 
     x_TSD: torch.Tensor

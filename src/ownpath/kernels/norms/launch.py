@@ -19,6 +19,7 @@ from ownpath.kernels.checks import VECTOR_BYTES, check, check_alignment, check_r
 from ownpath.kernels.contract import Config, NormWeights
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
+from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.variants import variant_name
 
@@ -107,12 +108,16 @@ def norm_tile(dim: int) -> tuple[int, int, int]:
     return rows, block, max(1, min(16, rows * block // 256))
 
 
+NormCallKey = tuple[torch.Size, tuple[int, ...], torch.dtype, int]
+"""Shape, strides, dtype and device of x."""
+
+
 @dataclass(frozen=True)
 class NormOperand:
-    """launches: by shape, strides and dtype of x, for inputs that have passed every check."""
+    """launches: by ``NormCallKey``, for inputs that have passed every check."""
 
     weights: NormWeights
-    launches: LaunchCache[tuple[torch.Size, tuple[int, ...], torch.dtype, int], TritonCall] = field(
+    launches: LaunchCache[NormCallKey, tuple[TritonCall, EmptyOutput]] = field(
         default_factory=LaunchCache, compare=False
     )
     lock: Lock = field(default_factory=Lock, compare=False)
@@ -139,28 +144,27 @@ class RmsNormKernel:
 
         Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
         """
-        weight_D = operand.weights.weight_D
         key = x.shape, x.stride(), x.dtype, x.get_device()
-        call = operand.launches.get(key)
-        if call is None:
+        prepared = operand.launches.get(key)
+        if prepared is None:
             return self._first(x, operand, key, out)
+        call, empty = prepared
         address = x.data_ptr()
         if address % VECTOR_BYTES:
             check_alignment("x", x)
         if out is None:
-            out = torch.empty_like(x) if x.is_contiguous() else x.new_empty(*x.shape)
+            out = empty.new()
         else:
             check("out", out, (x.dtype,), tuple(x.shape), x.device)
         with operand.lock:
-            weight = address if weight_D is None else weight_D.data_ptr()
-            call.start(current_stream(key[3]), address, weight, out.data_ptr())
+            call.start(current_stream(key[3]), address, out.data_ptr())
         return out
 
     def _first(
         self,
         x: torch.Tensor,
         operand: NormOperand,
-        key: tuple[torch.Size, tuple[int, ...], torch.dtype, int],
+        key: NormCallKey,
         out: torch.Tensor | None,
     ) -> torch.Tensor:
         weight_D, eps = operand.weights.weight_D, operand.weights.eps
@@ -184,9 +188,10 @@ class RmsNormKernel:
                     "num_warps": num_warps,
                     "launch_pdl": pdl,
                 },
+                moving=(0, 2),
             )
             if call is not None:
-                operand.launches.add(key, call)
+                operand.launches.add(key, (call, EmptyOutput(x.shape, x.dtype, x.get_device())))
         return out
 
     def __call__(

@@ -10,6 +10,7 @@ from ownpath.formats import NVFP4
 from ownpath.kernels.checks import readable_rows, require_input
 from ownpath.kernels.contract import StoredLinear
 from ownpath.kernels.dsl.driver import Boxes, Pointers, current_stream
+from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.nvfp4.choose import LinearChoice, choose_linear
 from ownpath.kernels.nvfp4.config import GemmConfig
@@ -24,7 +25,7 @@ TOKEN_COUNTS = (1, 16, 32, 64, 128, 512, 2048)
 
 
 class DenseCall:
-    """The prepared launch for one number of rows."""
+    """The prepared launch for one number of rows. out: what a call allocates that is given none."""
 
     def __init__(
         self, choice: LinearChoice, weight: PackedWeight, x: Boxes, out_pitch: int, schedule_address: int
@@ -34,6 +35,7 @@ class DenseCall:
         out, schedule = self._pointers.arguments
         tiles = Tiling(choice.grid, out_pitch, choice.rows_per_tile)
         self._gemm = GemmLaunch(choice.gemm, weight, x, tiles, (out, schedule))
+        self.out = EmptyOutput((x.num_rows, weight.num_rows), torch.bfloat16, weight.device_index)
 
     def start(self, x: int, out: int, stream: int) -> None:
         """Launches with the given addresses."""
@@ -137,19 +139,15 @@ class Nvfp4LinearKernel:
             flat_out = None if out is None else out.view(-1, weight.num_rows)
             return self.run(rows, operand, out=flat_out).view(*x.shape[:-1], weight.num_rows)
         num_tokens, pitch, address = readable
-        out_pitch = weight.num_rows
-        if out is None:
-            out = x.new_empty(num_tokens, out_pitch)  # as numbers: half the time of a tuple
-        else:
-            require_rows("out", out, weight.num_rows)
-            out_pitch = out.stride(0)
-            if len(out) != num_tokens:
-                raise ValueError(f"out has {len(out)} rows, x has {num_tokens}")
-        if num_tokens:
-            key = num_tokens, pitch, out_pitch
-            with operand.lock:
-                call = operand.launches.get(key) or operand.launches.add(key, self._new_call(x, operand, out_pitch))
-                call.start(address, out.data_ptr(), current_stream(weight.device_index))
+        out_pitch = weight.num_rows if out is None else _out_pitch(out, num_tokens, weight)
+        if not num_tokens:
+            return x.new_empty(0, weight.num_rows) if out is None else out
+        key = num_tokens, pitch, out_pitch
+        with operand.lock:
+            call = operand.launches.get(key) or operand.launches.add(key, self._new_call(x, operand, out_pitch))
+            if out is None:
+                out = call.out.new()
+            call.start(address, out.data_ptr(), current_stream(weight.device_index))
         return out
 
     def run_wide(self, x: torch.Tensor, operand: LinearOperand) -> torch.Tensor:
@@ -178,6 +176,16 @@ def require_rows(name: str, tensor: torch.Tensor, width: int) -> None:
         raise ValueError(f"{name} must have shape [rows, {width}], found {list(tensor.shape)}")
     if tensor.stride(1) != 1 or tensor.stride(0) % 8 or tensor.data_ptr() % 16:
         raise ValueError(f"{name} must have contiguous rows that start at multiples of 16 bytes")
+
+
+def _out_pitch(out: torch.Tensor, num_rows: int, weight: PackedWeight) -> int:
+    """Returns the elements from row to row of ``out``. Errors: ValueError when a product cannot be written there."""
+    require_rows("out", out, weight.num_rows)
+    if len(out) != num_rows:
+        raise ValueError(f"out has {len(out)} rows, x has {num_rows}")
+    if out.get_device() != weight.device_index:
+        raise ValueError(f"out is on {out.device}, the weight on {weight.codes.device}")
+    return out.stride(0)
 
 
 nvfp4_linear = Nvfp4LinearKernel(is_batch_invariant=False)

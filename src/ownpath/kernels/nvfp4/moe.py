@@ -20,6 +20,7 @@ from ownpath.formats import NVFP4
 from ownpath.kernels.checks import readable_rows, require_input, require_routing
 from ownpath.kernels.contract import Config, FusedExpert, Routing, StoredExperts
 from ownpath.kernels.dsl.driver import Boxes, Pointers, current_stream, num_sms
+from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.nvfp4.choose import WIDE_PAIRS, MoeChoice, choose_moe, moe_choice, moe_table
 from ownpath.kernels.nvfp4.config import ALIGN_THREADS, AlignConfig, CombineConfig, GemmConfig, PermuteConfig
@@ -68,7 +69,10 @@ def align_config(wide_ids: bool, mapped: bool, num_shared: int, pairs: int) -> A
 
 
 class _MoeLaunches:
-    """The prepared launches for one size of call, and the offsets of the scratch's parts."""
+    """The prepared launches for one size of call, and the offsets of the scratch's parts.
+
+    out, scratch: what a call allocates that is given none.
+    """
 
     def __init__(self, choice: MoeChoice, key: MoeCallKey, operand: MoeOperand) -> None:
         num_tokens, num_choices, num_shared, map_length, wide_ids, x_pitch = key
@@ -82,6 +86,8 @@ class _MoeLaunches:
         self.hidden_at = self.sorted_at + (0 if choice.gate_up.gather else _align(2 * pairs * operand.hidden))
         self.rows_at = self.hidden_at + _align(2 * pairs * operand.inter)
         self.num_bytes = self.rows_at + (4 if choice.is_wide else 2) * pairs * operand.hidden
+        self.out = EmptyOutput((num_tokens, operand.hidden), torch.bfloat16, device_index)
+        self.scratch = EmptyOutput((self.num_bytes,), torch.uint8, device_index)
         self._pointers = Pointers(9)
         x, ids, expert_map, schedule, ordered, hidden, rows, weights, out = self._pointers.arguments
         aligning = align_config(wide_ids, map_length >= 0, num_shared, pairs)
@@ -241,23 +247,20 @@ class Nvfp4MoeKernel:
         Shapes: x bfloat16 [T, D]; routing as ``Routing``; y bfloat16 [T, D], ``out`` if given.
         Errors: ValueError naming a tensor the kernels cannot take. Ids outside the experts contribute nothing.
         """
-        _check(x, routing, operand)
-        ids, expert_map = routing.ids, routing.expert_map
-        num_tokens, num_choices = ids.shape
-        if out is None:
-            out = torch.empty_like(x) if x.is_contiguous() else x.new_empty(num_tokens, operand.hidden)
-        else:
+        key = _call_key(x, routing, operand)
+        num_tokens = key[0]
+        if out is not None:
             _check_out(out, num_tokens, operand)
         if not num_tokens:
-            return out
-        map_length = -1 if expert_map is None else expert_map.shape[0]
-        key = num_tokens, num_choices, routing.num_shared, map_length, ids.dtype is torch.int64, x.stride(0)
+            return torch.empty_like(x) if out is None else out
         with operand.lock:
             call = operand.launches.get(key) or operand.launches.add(key, self._new_call(key, operand))
             if call.sorts and not x.is_contiguous():
                 x = x.contiguous()
+            if out is None:
+                out = call.out.new()
             if workspace is None:
-                workspace = x.new_empty(call.num_bytes, dtype=torch.uint8)
+                workspace = call.scratch.new()
             elif workspace.numel() < call.num_bytes:
                 needed = f"this call of {num_tokens} tokens needs {call.num_bytes}"
                 raise ValueError(f"workspace holds {workspace.numel()} bytes, {needed}")
@@ -267,6 +270,8 @@ class Nvfp4MoeKernel:
 
     def _new_call(self, key: MoeCallKey, operand: MoeOperand) -> _MoeLaunches:
         num_tokens, num_choices, num_shared = key[:3]
+        if not 0 <= num_shared < operand.num_experts:
+            raise ValueError(f"num_shared is {num_shared}, there are {operand.num_experts} experts")
         return _MoeLaunches(self.choose(num_tokens * (num_choices + num_shared), operand), key, operand)
 
 
@@ -286,29 +291,35 @@ def _restore_stack(weight: PackedWeight, rows: torch.Tensor, num_experts: int, e
     return QuantTensor(*unpacked, weight.global_scale[expert], NVFP4)
 
 
-def _check(x: torch.Tensor, routing: Routing, operand: MoeOperand) -> None:
-    ids, weights, device_index = routing.ids, routing.weights, operand.w13.device_index
+def _call_key(x: torch.Tensor, routing: Routing, operand: MoeOperand) -> MoeCallKey:
+    """Checks a call's inputs and returns the key of its launches; ``num_shared`` is checked when these are made.
+
+    Errors: ValueError naming the tensor that does not fit.
+    """
+    (ids, weights, num_shared, expert_map), device_index = routing, operand.w13.device_index
+    readable, shape, dtype = readable_rows(x, operand.w13.num_cols, device_index), ids.shape, ids.dtype
     fits = (
-        readable_rows(x, operand.hidden, device_index) is not None
-        and ids.ndim == 2
-        and ids.shape[0] == x.shape[0]
-        and weights.shape == ids.shape
-        and (ids.dtype is torch.int64 or ids.dtype is torch.int32)
+        readable is not None
+        and len(shape) == 2
+        and shape[0] == readable[0]
+        and weights.shape == shape
+        and (dtype is torch.int64 or dtype is torch.int32)
         and weights.dtype is torch.float32
         and ids.is_contiguous()
         and weights.is_contiguous()
         and ids.get_device() == device_index
         and weights.get_device() == device_index
     )
-    if not fits:
+    if not fits or readable is None:
         _refuse(x, routing, operand)
-    if not 0 <= routing.num_shared < operand.num_experts:
-        raise ValueError(f"num_shared is {routing.num_shared}, there are {operand.num_experts} experts")
-    expert_map = routing.expert_map
-    if expert_map is not None and (expert_map.dtype is not torch.int32 or expert_map.device != x.device):
-        raise ValueError(
-            f"expert_map must be torch.int32 on {x.device}, found {expert_map.dtype} on {expert_map.device}"
-        )
+    assert readable is not None
+    map_length = -1
+    if expert_map is not None:
+        if expert_map.dtype is not torch.int32 or expert_map.device != x.device:
+            found = f"{expert_map.dtype} on {expert_map.device}"
+            raise ValueError(f"expert_map must be torch.int32 on {x.device}, found {found}")
+        map_length = expert_map.shape[0]
+    return readable[0], shape[1], num_shared, map_length, dtype is torch.int64, readable[1]
 
 
 def _refuse(x: torch.Tensor, routing: Routing, operand: MoeOperand) -> None:

@@ -20,6 +20,7 @@ from ownpath.kernels.checks import check, check_rank, is_dense
 from ownpath.kernels.contract import Config, RouterWeights
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
+from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.variants import variant_name
 
@@ -116,11 +117,20 @@ RouterCallKey = tuple[torch.Size, torch.dtype | None, bool, torch.dtype, int]
 
 
 @dataclass(frozen=True)
+class RouterCall:
+    """The prepared launch of one size, and its outputs."""
+
+    launch: TritonCall
+    ids: EmptyOutput
+    weights: EmptyOutput
+
+
+@dataclass(frozen=True)
 class RouterOperand:
     """launches: by ``RouterCallKey``, for inputs that have passed every check."""
 
     weights: RouterWeights
-    launches: LaunchCache[RouterCallKey, TritonCall] = field(default_factory=LaunchCache, compare=False)
+    launches: LaunchCache[RouterCallKey, RouterCall] = field(default_factory=LaunchCache, compare=False)
     lock: Lock = field(default_factory=Lock, compare=False)
 
 
@@ -158,41 +168,23 @@ class TritonRouter:
 
         Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
         """
-        weights = operand.weights
-        k, num_tokens = weights.num_experts_per_tok, logits_TE.shape[0]
-        if not is_dense(logits_TE, torch.float32) or logits_TE.ndim != 2 or not (logits_TE.is_cuda or INTERPRETED):
-            check_rank("logits_TE", logits_TE, 2, INTERPRETED)
-            check("logits_TE", logits_TE, (torch.float32,), tuple(logits_TE.shape), logits_TE.device)
-        ids = token_ids_T if weights.tid2eid_VK is not None else None
-        if ids is not None:
-            _check_token_ids(ids, num_tokens, logits_TE.device)
-        if out is None:
-            ids_TK = logits_TE.new_empty(num_tokens, k, dtype=torch.int64)
-            out = ids_TK, logits_TE.new_empty(num_tokens, k)
-        else:
-            check("out[0]", out[0], (torch.int64, torch.int32), (num_tokens, k), logits_TE.device)
-            check("out[1]", out[1], (torch.float32,), (num_tokens, k), logits_TE.device)
-        aligned = ids is None or not ids.data_ptr() % 16
-        key = logits_TE.shape, None if ids is None else ids.dtype, aligned, out[0].dtype, logits_TE.get_device()
+        ids = None if operand.weights.tid2eid_VK is None else token_ids_T
+        dtype, aligned = (None, True) if ids is None else (ids.dtype, not ids.data_ptr() % 16)
+        written = torch.int64 if out is None else out[0].dtype
+        key = logits_TE.shape, dtype, aligned, written, logits_TE.get_device()
         call = operand.launches.get(key)
-        if call is None:
-            _check_choice(logits_TE, weights, token_ids_T)
-            first = _first_launch(logits_TE, ids, weights, out) if num_tokens else None
-            if first is not None:
-                operand.launches.add(key, first)
-            return out
+        if call is None or not is_dense(logits_TE, torch.float32):
+            return _first(logits_TE, token_ids_T, operand, key, out)
+        if ids is not None:
+            _check_token_ids(ids, logits_TE.shape[0], logits_TE.device)
+        if out is None:
+            out = call.ids.new(), call.weights.new()
+        else:
+            _check_out(out, logits_TE, operand.weights)
         with operand.lock:
-            logits, chosen = logits_TE.data_ptr(), out[0].data_ptr()
-            bias, table = weights.bias_E, weights.tid2eid_VK
-            call.start(
-                current_stream(key[4]),
-                logits,
-                logits if bias is None else bias.data_ptr(),
-                chosen if ids is None else ids.data_ptr(),
-                chosen if table is None else table.data_ptr(),
-                chosen,
-                out[1].data_ptr(),
-            )
+            chosen = out[0].data_ptr()
+            read = chosen if ids is None else ids.data_ptr()
+            call.launch.start(current_stream(key[4]), logits_TE.data_ptr(), read, chosen, out[1].data_ptr())
         return out
 
     def __call__(
@@ -208,6 +200,39 @@ class TritonRouter:
         """Computes ``run`` with the signature of the twin."""
         weights = RouterWeights(num_experts_per_tok, routed_scaling_factor, bias_E, tid2eid_VK)
         return self.run(logits_TE, token_ids_T, self.prepare(weights), out=out)
+
+
+def _check_out(out: RouterOut, logits_TE: torch.Tensor, weights: RouterWeights) -> None:
+    shape, device = (logits_TE.shape[0], weights.num_experts_per_tok), logits_TE.device
+    check("out[0]", out[0], (torch.int64, torch.int32), shape, device)
+    check("out[1]", out[1], (torch.float32,), shape, device)
+
+
+def _first(
+    logits_TE: torch.Tensor,
+    token_ids_T: torch.Tensor | None,
+    operand: RouterOperand,
+    key: RouterCallKey,
+    out: RouterOut | None,
+) -> RouterOut:
+    """Checks everything, launches, and caches the launch of this size."""
+    weights = operand.weights
+    check_rank("logits_TE", logits_TE, 2, INTERPRETED)
+    check("logits_TE", logits_TE, (torch.float32,), tuple(logits_TE.shape), logits_TE.device)
+    num_tokens, k = logits_TE.shape[0], weights.num_experts_per_tok
+    ids = None if weights.tid2eid_VK is None else token_ids_T
+    if ids is not None:
+        _check_token_ids(ids, num_tokens, logits_TE.device)
+    if out is None:
+        out = logits_TE.new_empty(num_tokens, k, dtype=torch.int64), logits_TE.new_empty(num_tokens, k)
+    else:
+        _check_out(out, logits_TE, weights)
+    _check_choice(logits_TE, weights, token_ids_T)
+    first = _first_launch(logits_TE, ids, weights, out) if num_tokens else None
+    if first is not None:
+        made = (EmptyOutput(one.shape, one.dtype, one.get_device()) for one in out)
+        operand.launches.add(key, RouterCall(first, *made))
+    return out
 
 
 def _tensors(
@@ -242,6 +267,7 @@ def _first_launch(
             "num_warps": 1 if num_experts <= 1024 else 4,
             "launch_pdl": pdl,
         },
+        moving=(0, 2, 4, 5),
     )
 
 

@@ -16,6 +16,7 @@ from ownpath.kernels.checks import VECTOR_BYTES, check, check_alignment, check_r
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
+from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.variants import variant_name
 
@@ -44,12 +45,16 @@ def swiglu_block(half: int) -> int:
     return min(1024, int(triton.next_power_of_2(half)))
 
 
+SwigluCallKey = tuple[torch.Size, tuple[int, ...], torch.dtype, int]
+"""Shape, strides, dtype and device of gate_up."""
+
+
 @dataclass(frozen=True)
 class SwigluOperand:
-    """launches: by shape, strides, dtype and device of gate_up, for inputs that have passed every check."""
+    """launches: by ``SwigluCallKey``, for inputs that have passed every check."""
 
     limit: float
-    launches: LaunchCache[tuple[torch.Size, tuple[int, ...], torch.dtype, int], TritonCall] = field(
+    launches: LaunchCache[SwigluCallKey, tuple[TritonCall, EmptyOutput]] = field(
         default_factory=LaunchCache, compare=False
     )
     lock: Lock = field(default_factory=Lock, compare=False)
@@ -76,26 +81,19 @@ class TritonSwiglu:
         Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
         """
         key = gate_up.shape, gate_up.stride(), gate_up.dtype, gate_up.get_device()
-        call = operand.launches.get(key)
-        *lead, width = gate_up.shape
-        if call is None:
-            check_rank("gate_up_TF2", gate_up, max(1, gate_up.ndim), INTERPRETED)
-            if width % 16:
-                raise ValueError(f"gate_up_TF2 must have rows of a multiple of 16 elements, found {width}")
-            check("gate_up_TF2", gate_up, FLOATS, tuple(gate_up.shape), gate_up.device)
-        if gate_up.data_ptr() % VECTOR_BYTES:
+        prepared = operand.launches.get(key)
+        if prepared is None:
+            return _first(gate_up, operand, key, out)
+        call, empty = prepared
+        address = gate_up.data_ptr()
+        if address % VECTOR_BYTES:
             check_alignment("gate_up_TF2", gate_up)
         if out is None:
-            out = gate_up.new_empty(*lead, width // 2)
+            out = empty.new()
         else:
-            check("out", out, (gate_up.dtype,), (*lead, width // 2), gate_up.device)
-        if call is not None:
-            with operand.lock:
-                call.start(current_stream(key[3]), gate_up.data_ptr(), out.data_ptr())
-        elif out.numel():
-            first = _first_launch(gate_up, out, operand.limit)
-            if first is not None:
-                operand.launches.add(key, first)
+            _check_out(out, gate_up)
+        with operand.lock:
+            call.start(current_stream(key[3]), address, out.data_ptr())
         return out
 
     def __call__(self, gate_up: torch.Tensor, limit: float, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -103,12 +101,34 @@ class TritonSwiglu:
         return self.run(gate_up, self.prepare(limit), out=out)
 
 
+def _check_out(out: torch.Tensor, gate_up: torch.Tensor) -> None:
+    *lead, width = gate_up.shape
+    check("out", out, (gate_up.dtype,), (*lead, width // 2), gate_up.device)
+
+
+def _first(gate_up: torch.Tensor, operand: SwigluOperand, key: SwigluCallKey, out: torch.Tensor | None) -> torch.Tensor:
+    """Checks everything, launches, and caches the launch of this size."""
+    check_rank("gate_up_TF2", gate_up, max(1, gate_up.ndim), INTERPRETED)
+    *lead, width = gate_up.shape
+    if width % 16:
+        raise ValueError(f"gate_up_TF2 must have rows of a multiple of 16 elements, found {width}")
+    check("gate_up_TF2", gate_up, FLOATS, tuple(gate_up.shape), gate_up.device)
+    if out is None:
+        out = gate_up.new_empty(*lead, width // 2)
+    else:
+        _check_out(out, gate_up)
+    call = _first_launch(gate_up, out, operand.limit) if out.numel() else None
+    if call is not None:
+        operand.launches.add(key, (call, EmptyOutput(out.shape, out.dtype, out.get_device())))
+    return out
+
+
 def _first_launch(gate_up: torch.Tensor, out: torch.Tensor, limit: float) -> TritonCall | None:
     half = out.shape[-1]
     pdl, block = not INTERPRETED, swiglu_block(half)
     grid = (out.numel() // half, triton.cdiv(half, block))
     options = {"BLOCK": block, "PDL": pdl, "num_warps": max(1, block // 256), "launch_pdl": pdl}
-    return launch(swiglu_kernel, grid, (gate_up, out, half, limit), options)
+    return launch(swiglu_kernel, grid, (gate_up, out, half, limit), options, moving=(0, 1))
 
 
 SWIGLU = TritonSwiglu()
