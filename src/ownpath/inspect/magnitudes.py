@@ -127,7 +127,9 @@ def _measured(
     rows: Sequence[_Row], broken: frozenset[Path], problems: list[Finding]
 ) -> Iterator[tuple[str, float, float, int]]:
     """Yields each row's module, sum of squares, largest magnitude and width."""
-    wanted = {(part.info.name, part.offset): part for row in rows for part in (row.codes, row.scale) if part is not None}
+    wanted = {
+        (part.info.name, part.offset): part for row in rows for part in (row.codes, row.scale) if part is not None
+    }
     data = {(part.info.name, part.offset): found for part, found in read_ranges(wanted.values(), broken, problems)}
     kinds: dict[tuple[object, ...], list[_Row]] = defaultdict(list)
     for row in rows:

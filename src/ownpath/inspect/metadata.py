@@ -24,6 +24,7 @@ QUANT_CONFIG = "hf_quant_config.json"
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"ffn\.experts\.(\d+)\.")
 
+
 def file_problem(path: Path, check: str) -> Finding | None:
     """Returns why a JSON file beside the weights cannot be opened safely; ``None``: it can, or it is not there."""
     if path.exists() and (not path.is_file() or path.stat().st_size > MAX_JSON_BYTES):
@@ -135,4 +136,3 @@ def _end_problems(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> It
     if from_generation and from_generation != set(config.eos_token_id):
         message = f"{FIELD} differs: answers end at any of {named}"
         yield make_problem("end-tokens", FIELD, f"config.json and {GENERATION_CONFIG}: {message}")
-

@@ -41,7 +41,9 @@ def inspection_dict(inspection: Inspection) -> dict[str, object]:
         "seconds": round(inspection.seconds, 3),
     }
     end, release = inspection.end_tokens, inspection.release
-    common["end_tokens"] = None if end is None else {str(token_id): list(files) for token_id, files in end.sources.items()}
+    common["end_tokens"] = (
+        None if end is None else {str(token_id): list(files) for token_id, files in end.sources.items()}
+    )
     common["release"] = None if release is None else asdict(release)
     return common | (_contents_dict(inspection, contents) if contents else {}) | {"problems": problems}
 

@@ -32,7 +32,9 @@ class Described:
     ignored: tuple[str, ...]
 
 
-def describe(index: CheckpointIndex, config: ModelConfig, scope: QuantizeScope, converts: Iterable[Convert]) -> Described:
+def describe(
+    index: CheckpointIndex, config: ModelConfig, scope: QuantizeScope, converts: Iterable[Convert]
+) -> Described:
     """Returns what the result of ``converts`` will hold. index: of the source."""
     converted = [module.name for convert in converts for module in convert.modules]
     nvfp4 = dict.fromkeys([*converted, *_stored_nvfp4(index)])

@@ -152,9 +152,7 @@ def _make_shard(
     return staging.write_shard(number, tensors, counts)
 
 
-def _finish(
-    source: Path, staging: Staging, shards: Mapping[str, Shard], contents: Described
-) -> list[Companion]:
+def _finish(source: Path, staging: Staging, shards: Mapping[str, Shard], contents: Described) -> list[Companion]:
     """Writes everything beside the shards, the index last. Returns the companions that were left out."""
     target, scratch = staging.target, staging.folder
     left_out = copy_companions(source, target, scratch)

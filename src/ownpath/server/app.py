@@ -31,7 +31,15 @@ def create_app(
     release: the release whose ``reasoning_effort`` words the model knows; ``None``: the first.
     debug: the data behind ``/debug/plan``; without it there is no such path.
     """
-    api = Api(engine, tokenizer, model_id, int(time.time()), limits or Limits(), release or Release(DEFAULT, "default"), Metrics())
+    api = Api(
+        engine,
+        tokenizer,
+        model_id,
+        int(time.time()),
+        limits or Limits(),
+        release or Release(DEFAULT, "default"),
+        Metrics(),
+    )
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

@@ -271,7 +271,9 @@ def check_rows(result: Verification) -> list[tuple[str, ...]]:
     for stage in result.stages:
         for id_, found in sorted(_by_id(stage.findings).items()):
             counts = _counts(found)
-            verdict = next(verdict for verdict in (Verdict.FAIL, Verdict.WARN, Verdict.PASS, Verdict.SKIPPED) if counts[verdict])
+            verdict = next(
+                verdict for verdict in (Verdict.FAIL, Verdict.WARN, Verdict.PASS, Verdict.SKIPPED) if counts[verdict]
+            )
             numbers = [finding.number for finding in found if finding.number is not None]
             number = f"{max(numbers, key=_rank):.4g}" if numbers else "-"
             rows.append((verdict.value, id_, TITLES.get(id_, ""), number, _outcome(found)))

@@ -120,7 +120,9 @@ def harness(
     engine = Engine(model, config, tokenizer.num_tokens, max_num_queued)
     engine.start()
     try:
-        yield Harness(create_app(engine, tokenizer, MODEL_ID, limits, Release(release, "test")), engine, model, tokenizer)
+        yield Harness(
+            create_app(engine, tokenizer, MODEL_ID, limits, Release(release, "test")), engine, model, tokenizer
+        )
     finally:
         engine.stop()
 

@@ -99,7 +99,9 @@ MUTATIONS = {
     "NaN among block scales": Mutation("one byte of weight_scale", "F07", SCALE, assigned(SCALE, a_nan)),
     "expert's scales lost": Mutation("all of weight_scale zero", "F07", SCALE, assigned(SCALE, torch.zeros_like)),
     "input scale zero": Mutation("input_scale", "F09", INPUT, assigned(INPUT, torch.zeros_like), is_official=True),
-    "input scale NaN": Mutation("input_scale", "F09", INPUT, assigned(INPUT, lambda s: s * torch.nan), is_official=True),
+    "input scale NaN": Mutation(
+        "input_scale", "F09", INPUT, assigned(INPUT, lambda s: s * torch.nan), is_official=True
+    ),
     "input scale by default": Mutation(
         "input_scale is 1", "F09", INPUT, assigned(INPUT, torch.ones_like), is_official=True
     ),

@@ -45,8 +45,8 @@ MUTATIONS = {
     "a layer's experts times 30": _dense(
         "every weight_scale_2 of them", "layers.1.ffn.experts.w2", layer_times("layers.1", 30)
     ),
-    "block scales divided by 32": _dense(
-        "all of weight_scale", "layers.1.attn.wq_b", times("layers.1.attn.wq_b.weight_scale", 1 / 32)
+    "block scales divided by 64": _dense(
+        "all of weight_scale", "layers.1.attn.wq_b", times("layers.1.attn.wq_b.weight_scale", 1 / 64)
     ),
     "MXFP4 block scales times 32": _dense(
         "an expert's exponents", EXPERT, assigned(f"{EXPERT}.scale", exponents_up), model="native"
@@ -57,5 +57,7 @@ MUTATIONS = {
     "a BF16 matrix times 30": _dense("a router's weight", "layers.2.ffn.gate", times("layers.2.ffn.gate.weight", 30)),
     "the head times 1000": _dense("head.weight", "head", times("head.weight", 1000)),
     "the embedding times 0.001": _dense("embed.weight", "embed.weight", times("embed.weight", 0.001)),
-    "a norm times 1000": _dense("a norm's weight", "layers.1.attn_norm.weight", times("layers.1.attn_norm.weight", 1000)),
+    "a norm times 1000": _dense(
+        "a norm's weight", "layers.1.attn_norm.weight", times("layers.1.attn_norm.weight", 1000)
+    ),
 }
