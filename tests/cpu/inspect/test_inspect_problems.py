@@ -98,7 +98,7 @@ def test_both_wrong_parts_of_one_module(folder: Path) -> None:
 @pytest.mark.parametrize("part", ["weight_scale_2", "input_scale"])
 def test_a_scalar_that_is_no_scale(part: str, value: float, folder: Path) -> None:
     change_tensors(folder, lambda tensors: tensors.update({f"{EXPERT}.{part}": torch.tensor(value)}))
-    assert found(folder) == {("scalar-scale", f"{EXPERT}.{part}")}
+    assert found(folder) == {("input-scale" if part == "input_scale" else "scalar-scale", f"{EXPERT}.{part}")}
 
 
 def test_a_reciprocal_scale(folder: Path) -> None:
@@ -116,7 +116,10 @@ def test_an_out_of_band_scale(factor: float, folder: Path) -> None:
         tensors[key] = torch.tensor(factor) if factor < 1e-30 else tensors[key] * factor
 
     change_tensors(folder, change)
-    assert found(folder) == {("out-of-band-scale", key)}
+    is_tiny = factor < 1e-30
+    assert found(folder) == (
+        {("scalar-scale", key)} if is_tiny else {("out-of-band-scale", key), ("weight-magnitude", EXPERT)}
+    )
 
 
 @pytest.mark.parametrize("bits", [0x7F, 0xFF, 0xB8])
@@ -132,6 +135,8 @@ def test_an_e8m0_block_scale_that_is_nan(folder: Path) -> None:
 
 def test_a_block_scale_of_zero_over_values_that_are_not(folder: Path) -> None:
     change_tensors(folder, set_bytes(f"{EXPERT}.weight_scale", (5, 1), 0))
+    assert found(folder) == {("vanished-blocks", f"{EXPERT}.weight_scale")}
+    change_tensors(folder, set_bytes(f"{EXPERT}.weight_scale", (slice(0, 30), slice(None)), 0))
     assert found(folder) == {("zero-block-scale", f"{EXPERT}.weight_scale")}
 
 
@@ -220,7 +225,7 @@ def test_codes_in_a_broken_shard_are_not_read(folder: Path) -> None:
     codes.write_bytes(codes.read_bytes()[:-9])
     (folder / INDEX_NAME).write_text(json.dumps({"weight_map": index | {name: codes.name}}))
     assert scales != codes
-    assert found(folder) == {("truncated-shard", codes.name), ("zero-block-scale", f"{EXPERT}.weight_scale")}
+    assert found(folder) == {("truncated-shard", codes.name), ("vanished-blocks", f"{EXPERT}.weight_scale")}
 
 
 def test_transformers_names_are_read_where_they_lie(folder: Path) -> None:
