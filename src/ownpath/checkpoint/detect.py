@@ -75,8 +75,9 @@ def _has_weight(index: CheckpointIndex, module: ModuleSpec, encoding: Encoding) 
     return info is not None and info.dtype in weight.dtypes
 
 
-def _distance(index: CheckpointIndex, module: ModuleSpec, encoding: Encoding) -> tuple[int, int]:
-    """Returns the number of differences (missing parts, wrong dtypes, wrong shapes), and of missing parts alone."""
+def _distance(index: CheckpointIndex, module: ModuleSpec, encoding: Encoding) -> tuple[bool, int, int]:
+    """Returns whether the format cannot have the module's width, the number of differences (missing parts, wrong
+    dtypes, wrong shapes), and of missing parts alone."""
     num_missing = num_unlike = 0
     for part in encoding.without_input_scale.parts:
         info = index.tensors.get(f"{module.name}.{part.suffix}")
@@ -84,15 +85,20 @@ def _distance(index: CheckpointIndex, module: ModuleSpec, encoding: Encoding) ->
             num_missing += 1
         else:
             num_unlike += (info.dtype not in part.dtypes) + (info.shape != part.shape(*module.shape))
-    return num_missing + num_unlike, num_missing
+    return not _fits_width(module, encoding), num_missing + num_unlike, num_missing
+
+
+def _fits_width(module: ModuleSpec, encoding: Encoding) -> bool:
+    block = encoding.format.block
+    return block is None or block[0] > 1 or module.shape[1] % block[1] == 0
 
 
 def _faults(index: CheckpointIndex, module: ModuleSpec, encoding: Encoding) -> Iterator[StorageFault]:
-    block = encoding.format.block
-    if block is not None and block[0] == 1 and module.shape[1] % block[1]:
-        key = encoding.key(module.name, "qdata")
+    if not _fits_width(module, encoding):
+        key, width = encoding.key(module.name, "qdata"), encoding.format.block
+        assert width is not None, encoding
         yield StorageFault("wrong-shape", key, f"tensor {key!r}: {encoding.format} cannot hold a width of "
-                           f"{module.shape[1]}: its blocks are {block[1]} wide")  # fmt: skip
+                           f"{module.shape[1]}: its blocks are {width[1]} wide")  # fmt: skip
         return
     for part in encoding.parts:
         fault = _part_fault(index, module, encoding, part)

@@ -87,9 +87,8 @@ def _judged(
     exponent, name, block = lowest
     if name and highest - exponent >= POWERS:
         columns = index[op.encoding.key(name, "scale")].shape[1]
-        where = (
-            f"block {list(divmod(block, columns))} has the scale 2^{exponent - 127}, the largest is 2^{highest - 127}"
-        )
+        powers = f"has the scale 2^{exponent - 127}, the largest is 2^{highest - 127}"
+        where = f"block {list(divmod(block, columns))} {powers}"
         ends = f"as NVFP4 one matrix has {POWERS} powers of two, and loading ends without `--reference {op.spec.slot}`"
         message = f"module {name!r}: {where}; {ends}"
         yield make_problem("wide-scales", name, message)

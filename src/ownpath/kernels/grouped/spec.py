@@ -51,13 +51,13 @@ SPECS = (
     _FAST,
     _decoding_spec(
         _FAST,
-        "block scales on disk, decoded to BF16 at load (exact for E8M0 scales); inverse rotation in registers, one launch",
+        "decoded to BF16 at load (exact for E8M0 scales); inverse rotation in registers, one launch",
     ),
     _INVARIANT,
     _decoding_spec(_INVARIANT, _INVARIANT.why),
     _REFERENCE,
     _decoding_spec(
         _REFERENCE,
-        "block scales on disk, decoded at load as DeepSeek's own conversion does: to BF16 (exact) for E8M0 scales, else FP32",
+        "decoded at load as DeepSeek's own conversion does: to BF16 (exact) for E8M0 scales, else FP32",
     ),
 )
