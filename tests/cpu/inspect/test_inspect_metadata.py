@@ -12,7 +12,7 @@ from support.checkpoints import random_checkpoint
 from ownpath.cli import main
 from ownpath.finding import Verdict, failed
 from ownpath.inspect.inspection import inspect_folder
-from ownpath.inspect.report import inspection_text
+from support.pages import inspection_text
 
 
 def change_config(folder: Path, **changes: Any) -> None:
