@@ -223,6 +223,7 @@ class EngineConfig:
     is_batch_invariant: ask for kernels whose result for a row does not depend on the other rows of the step.
     official: steps to be computed as DeepSeek's published code does; all others are plain.
     loads_draft: load the MTP modules too. The engine does not draft; callers of the model may.
+    reference: names of slots or modules that torch computes from the stored form, whatever kernels there are.
     parallel: this process's rank among those that run one model together.
     """
 
@@ -235,6 +236,7 @@ class EngineConfig:
     official: frozenset[Step] = PLAIN
     loads_draft: bool = False
     parallel: Parallel = ONE_RANK
+    reference: frozenset[str] = frozenset()
 
     @classmethod
     def for_device(cls, device: str, max_model_len: int = 4096) -> "EngineConfig":

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from layer.synthetic import ONE_LAYER, SHAPES, headers
-from ownpath.checkpoint.index import TensorInfo
+from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.checkpoint.writer import INDEX_NAME
 from ownpath.config import ModelConfig
 

@@ -17,13 +17,15 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 from support.published import FLASH, PRO
 
-from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
+from ownpath.checkpoint.dtypes import TORCH_DTYPES
+from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.names import model_params
 from ownpath.checkpoint.schema import MODELOPT_NVFP4, NATIVE_FP8, PLAIN_BF16, Encoding, ParamSpec
+from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.config import ModelConfig
 from ownpath.plan.opspec import model_ops
 from ownpath.plan.plan import Plan
-from ownpath.weights.operands import STORAGE, Destination, OperandBuffers, make_operand
+from ownpath.weights.operands import Destination, OperandBuffers, make_operand
 
 ONE_LAYER = {"num_hidden_layers": 1, "num_nextn_predict_layers": 0}
 SMALL_VOCAB = {"vocab_size": 4096}  # of the tables only the router's is part of a layer
@@ -142,4 +144,4 @@ class Values:
             noise *= spec.shape[-1] ** -0.5
         elif not spec.key.endswith("embed.weight"):
             noise = 0.3 * noise + float(spec.key.endswith("_scale"))
-        return noise.to(STORAGE[spec.dtypes[0]])
+        return noise.to(TORCH_DTYPES[spec.dtypes[0]])

@@ -13,3 +13,8 @@ TORCH_DTYPES = MappingProxyType(
 )
 """Without the dtypes that torch has no elements for (F4, F6): no encoding stores those."""
 NAMES = MappingProxyType({dtype: name for name, dtype in TORCH_DTYPES.items()})
+
+FLOATS = ("F32", "BF16", "F16")
+"""Floats that float32 holds exactly, which is what they widen to."""
+TABLES = ("I64", "I32", "I16", "U8", "U16", "U32")
+"""Integers that int64 holds exactly."""

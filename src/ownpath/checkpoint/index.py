@@ -2,16 +2,19 @@
 
 import os
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from types import MappingProxyType
 
 from ownpath.checkpoint.errors import CheckpointError
-from ownpath.checkpoint.header import DTYPE_BITS, MAX_PROBLEMS, MAX_TENSORS, HeaderBudget, read_header
+from ownpath.checkpoint.header import MAX_PROBLEMS, MAX_TENSORS, HeaderBudget, read_header
+from ownpath.checkpoint.needless import may_stay_unread
 from ownpath.checkpoint.problems import make_problem
-from ownpath.checkpoint.transformers_names import Source, are_transformers_names, native_tensors
+from ownpath.checkpoint.spelling import plainly_spelled
+from ownpath.checkpoint.tensor_info import Source, TensorInfo
+from ownpath.checkpoint.transformers_names import native_name, native_tensors
 from ownpath.checkpoint.writer import INDEX_NAME
 from ownpath.files import FileError, is_present, read_json_object, shorten
 from ownpath.finding import Finding
@@ -22,34 +25,24 @@ MAX_SHARDS = 10_000
 
 
 @dataclass(frozen=True)
-class TensorInfo:
-    """One stored tensor: its safetensors dtype name, its shape, and its shard and first byte there.
-
-    source: its place in the shard, if it is not stored whole under its own name.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    start: int = 0
-    source: Source | None = None
-
-    @cached_property
-    def num_bytes(self) -> int:
-        return prod(self.shape) * DTYPE_BITS.get(self.dtype, 8) // 8
-
-    def __str__(self) -> str:
-        there = f", there {self.source.key!r}" if self.source is not None else ""
-        return f"{self.name!r} ({self.dtype} {list(self.shape)} in {self.file.name}{there})"
-
-
-@dataclass(frozen=True)
 class CheckpointIndex:
-    """Every tensor of a checkpoint by its DeepSeek name."""
+    """Every tensor of a checkpoint by its DeepSeek name.
+
+    absent: tensors that the index file lists and no shard holds, with the shard, where they may stay unread.
+    """
 
     folder: Path
     tensors: MappingProxyType[str, TensorInfo]
+    absent: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def endings(self) -> dict[str, list[str]]:
+        """module -> the endings of its tensors' names."""
+        found: dict[str, list[str]] = {}
+        for name in self.tensors:
+            stem, _, ending = name.rpartition(".")
+            found.setdefault(stem, []).append(ending)
+        return found
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -98,9 +91,9 @@ def scan_checkpoint(folder: Path) -> Scan:
         scanner.add("folder", folder.name, f"{folder}: found neither {INDEX_NAME} nor {SINGLE_NAME}")
     if not scanner.tensors and not scanner.problems:
         scanner.add("folder", folder.name, f"{folder}: its shards hold no tensors")
-    if are_transformers_names(scanner.tensors):
-        scanner.rename()
-    index = CheckpointIndex(folder, MappingProxyType(scanner.tensors))
+    scanner.rename()
+    tensors = MappingProxyType(plainly_spelled(scanner.tensors))
+    index = CheckpointIndex(folder, tensors, MappingProxyType(scanner.absent))
     return Scan(index, scanner.found(), frozenset(scanner.broken), bool(scanner.tensors))
 
 
@@ -114,6 +107,17 @@ def is_inside(path: Path, folder: Path) -> bool:
     return is_blob or there.is_relative_to(home)
 
 
+def _part_of(info: TensorInfo, name: str, shape: tuple[int, ...], source: Source) -> TensorInfo:
+    """Returns the tensor of this name in a stored one: all of it, or rows of an expert's or of gate above up."""
+    start = info.start
+    if source.expert is not None:
+        start += source.expert * (info.num_bytes // info.shape[0])
+        start += source.first_row * (info.num_bytes // (info.shape[0] * info.shape[1]))
+    elif source.first_row:
+        start += source.first_row * (info.num_bytes // info.shape[0])
+    return TensorInfo(name, info.dtype, shape, info.file, start, source)
+
+
 class _Scanner:
     """Collects the tensors and problems of one folder."""
 
@@ -122,6 +126,7 @@ class _Scanner:
         self.tensors: dict[str, TensorInfo] = {}
         self.problems: list[Finding] = []
         self.broken: set[Path] = set()
+        self.absent: dict[str, str] = {}
         self._num_found: Counter[str] = Counter()
         self._budget = HeaderBudget()
 
@@ -139,7 +144,7 @@ class _Scanner:
 
     def read_single(self, path: Path) -> None:
         """Reads the one shard of a folder without an index."""
-        if self._shard_path(path.name, path) is not None:
+        if self._shard_path(path.name, path, is_needed=True) is not None:
             self.read_shards([path])
 
     def read_index(self, path: Path) -> None:
@@ -148,10 +153,10 @@ class _Scanner:
         if len(names) > MAX_SHARDS:
             self.add("index", path.name, f"{path}: names {len(names)} shards; at most {MAX_SHARDS} are read")
             return
-        shards = {name: shard for name in names if (shard := self._shard_path(name, path)) is not None}
+        needed = {file for name, file in weight_map.items() if not may_stay_unread(native_name(name))}
+        shards = {name: shard for name in names if (shard := self._shard_path(name, path, name in needed)) is not None}
         self.read_shards(list(shards.values()))
-        unread = {shard.name for shard in self.broken} | (set(names) - set(shards))
-        self._compare(weight_map, unread, path)
+        self._compare(weight_map, set(names) - set(shards), path)
 
     def read_shards(self, paths: list[Path]) -> None:
         for path in paths:
@@ -168,14 +173,11 @@ class _Scanner:
                     self.tensors[entry.name] = info
 
     def rename(self) -> None:
-        """Renames transformers' names to native ones and splits stacked experts into one tensor each."""
+        """Renames transformers' names to native ones and splits tensors that hold several weights."""
         stored, self.tensors = self.tensors, {}
         for key, info in stored.items():
-            start = info.start
-            # Experts' slices come in the order of the file, one behind the other.
             for name, shape, source in native_tensors(key, info.shape):
-                native = TensorInfo(name, info.dtype, shape, info.file, start, source)
-                start += native.num_bytes
+                native = info if source is None else _part_of(info, name, shape, source)
                 if name in self.tensors:
                     where = f"is also stored as {key!r} in {info.file.name}"
                     self.add("duplicated-tensor", name, f"tensor {self.tensors[name]} {where}")
@@ -211,8 +213,11 @@ class _Scanner:
             self.add("index", path.name, str(error))
             return None
 
-    def _shard_path(self, name: str, index_path: Path) -> Path | None:
-        """Returns the path of a shard, a plain file name beside its index; refuses names that could point elsewhere."""
+    def _shard_path(self, name: str, index_path: Path, is_needed: bool) -> Path | None:
+        """Returns the path of a shard, a plain file name beside its index; refuses names that could point elsewhere.
+
+        is_needed: it holds a tensor that must be read. A shard that is not there is no problem otherwise.
+        """
         if name in ("", ".", "..") or any(char in name for char in "/\\\0"):
             message = f"{index_path}: shard {name!r} is not a file name inside the checkpoint folder"
             self.add("escaping-shard", name, message)
@@ -222,6 +227,8 @@ class _Scanner:
             exists = path.exists()
         except OSError:  # not a possible file name
             exists = False
+        if not exists and not is_needed:
+            return None
         if not exists:
             self.add("missing-shard", name, f"{index_path}: shard {name!r} does not exist")
             return None
@@ -231,11 +238,16 @@ class _Scanner:
             return None
         return path
 
-    def _compare(self, weight_map: dict[str, str], unread: set[str], index_path: Path) -> None:
+    def _compare(self, weight_map: dict[str, str], missing: set[str], index_path: Path) -> None:
         """Compares index and shards in both directions; tensors of an unreadable shard are covered by its problem."""
+        broken = {shard.name for shard in self.broken}
         for name, file in weight_map.items():
             if name not in self.tensors:
-                if file not in unread:
+                if file in broken:
+                    continue
+                if may_stay_unread(native_name(name)):
+                    self.absent[native_name(name)] = file
+                elif file not in missing:
                     message = f"{index_path}: tensor {name!r} is listed but in no shard"
                     self.add("missing-tensor", name, message)
             elif self.tensors[name].file.name != file:

@@ -10,8 +10,9 @@ import torch
 from ownpath.checkpoint.dtypes import TORCH_DTYPES
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.header import read_header
-from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
+from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.positioned import PositionedReader
+from ownpath.checkpoint.tensor_info import TensorInfo
 
 MAX_SLICE_BYTES = 64 * 2**20
 

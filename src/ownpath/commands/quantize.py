@@ -70,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
     if counts.num_quantized:
         rows.append(("quantised from their values", counted(counts.num_quantized, "weight")))
     if report.redone:
-        rows.append(("made again, for they had changed since an earlier run", ", ".join(report.redone)))
-    rows += [("not copied", f"{one.name!r}: {one.left_out}") for one in report.left_out]
+        rows.append(("made again, changed since an earlier run", ", ".join(report.redone)))
+    rows += [("not copied", f"{one.name}: {one.left_out}") for one in report.left_out]
     show(line(str(args.target)), facts(rows))
     return 0
 

@@ -3,7 +3,6 @@ ran. A model that fails the self-test is not served."""
 
 import argparse
 import os
-import socket
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -17,12 +16,13 @@ from ownpath.commands.arguments import (
 )
 from ownpath.commands.listings import fields_of_server
 from ownpath.server.admin_key import ADMIN_KEY_VARIABLE, admin_key
-from ownpath.server.listen import take_port
 from ownpath.terminal.console import tell, tell_page
 from ownpath.terminal.progress import Progress
 from ownpath.terminal.text import counted
 
 if TYPE_CHECKING:
+    import socket
+
     from ownpath.commands.arguments import Subparsers
     from ownpath.commands.session import Session
     from ownpath.server.debug import DebugPlan
@@ -57,12 +57,14 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Serves until SIGINT or SIGTERM; returns 1 if the self-test fails. Errors: ValueError for what the user can
     cause."""
+    from ownpath.server.listen import take_port
+
     key = admin_key(args.admin_key, os.environ)
     with take_port(args.host, args.port) as listener:
         return _serve(args, listener, key)
 
 
-def _serve(args: argparse.Namespace, listener: socket.socket, key: str | None) -> int:
+def _serve(args: argparse.Namespace, listener: "socket.socket", key: str | None) -> int:
     with Progress("starting"):
         from ownpath.commands.session import open_session
         from ownpath.server.app import create_app

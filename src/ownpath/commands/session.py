@@ -54,6 +54,7 @@ def load_for(args: argparse.Namespace, max_num_seqs: int = EngineConfig.max_num_
     tokenizer = Tokenizer.from_folder(folder)
     config = EngineConfig.for_device(args.device, args.max_model_len)
     config = replace(config, is_batch_invariant=args.batch_invariant, official=args.numerics)
+    config = replace(config, reference=frozenset(args.reference))
     config = replace(config, max_num_seqs=max_num_seqs)
     with Progress("loading", in_bytes=True) as show_loaded:
         model = load_model(folder, config, show_loaded)

@@ -21,8 +21,10 @@ from ownpath.inspect.memory import KINDS, Memory, memory_needed
 from ownpath.inspect.metadata import config_problems, format_problems, tokenizer_problems
 from ownpath.inspect.peers import Comparison, compare_magnitudes
 from ownpath.inspect.scalars import Coverage, GateUp, Scalar, calibration, gate_up, out_of_band, read_scalars
+from ownpath.inspect.spans import wide_scales
 from ownpath.plan.census import Census, StoredModule, take_census
-from ownpath.plan.plan import MixedExpertsError, PlanError, make_plan
+from ownpath.plan.plan import MixedExpertsError, Plan, PlanError, make_plan
+from ownpath.plan.select import Demands
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,14 @@ def inspect_folder(
     read_all_scales: bool = False,
     with_draft: bool = False,
     all_scales_in: frozenset[int] = frozenset(),
+    reference: frozenset[str] = frozenset(),
 ) -> Inspection:
     """Reads headers, scalars, tables of ids, a sample (or all) of the block scales and rows of every weight, and
     collects every problem.
 
     all_scales_in: layers of the backbone whose block scales are all read, beside a sample of the others'.
     with_draft: look at the MTP modules as at the backbone; otherwise they are counted as not read.
+    reference: modules that torch is to compute from what is stored, see ``EngineConfig``.
     """
     start = time.perf_counter()
     problems: list[Finding] = []
@@ -84,7 +88,7 @@ def inspect_folder(
             problems += config_problems(config, scan.index)
             draft = _draft(config, scan.index, with_draft, problems)
             prefixes = ("",) if read_all_scales else tuple(f"layers.{idx}." for idx in sorted(all_scales_in))
-            contents = _contents(config, draft, scan, problems, prefixes)
+            contents = _contents(config, draft, scan, problems, prefixes, reference)
     seconds = time.perf_counter() - start
     unique = tuple(dict.fromkeys(problems))
     end_tokens = None if config is None else _end_tokens(folder, config)
@@ -127,7 +131,12 @@ def _draft(config: ModelConfig, index: CheckpointIndex, with_draft: bool, proble
 
 
 def _contents(
-    config: ModelConfig, draft: Draft, scan: Scan, problems: list[Finding], whole: tuple[str, ...]
+    config: ModelConfig,
+    draft: Draft,
+    scan: Scan,
+    problems: list[Finding],
+    whole: tuple[str, ...],
+    reference: frozenset[str],
 ) -> Contents | None:
     """Reads what the tensors hold. whole: prefixes of modules whose block scales are all read."""
     index, broken = scan.index, scan.broken
@@ -145,15 +154,21 @@ def _contents(
     problems += out_of_band(scalars)
     pairs = gate_up(scalars, problems)
 
-    def max_bytes(stored: StoredModule) -> int | None:
-        return None if stored.spec.name.startswith(whole) else SAMPLE_BYTES
+    def max_bytes(name: str) -> int | None:
+        return None if name.startswith(whole) else SAMPLE_BYTES
 
-    blocks = read_blocks(census.modules, scalars, index, broken, problems, max_bytes)
+    def max_bytes_of(stored: StoredModule) -> int | None:
+        return max_bytes(stored.spec.name)
+
+    blocks = read_blocks(census.modules, scalars, index, broken, problems, max_bytes_of)
     sampled = read_magnitudes(census.modules, census.params, scalars, index, broken, problems)
     magnitudes = compare_magnitudes(sampled, config.rms_norm_eps)
     problems += _beyond(magnitudes.problems, problems)
     problems += table_problems(census.params, config.n_routed_experts, index, broken)
-    memory = () if census.problems else _plan(config, draft, index, problems)
+    plan = None if census.problems else _plan(config, draft, index, problems, reference)
+    if plan is not None:
+        problems += wide_scales(plan, blocks.exponents, index, broken, max_bytes)
+    memory = () if plan is None else memory_needed(plan, index)
     return Contents(config, census, blocks, calibration(scalars), pairs, magnitudes, memory, scalars)
 
 
@@ -169,15 +184,18 @@ def _not_explained(census: Census, scan: Scan) -> list[Finding]:
     return [p for p in census.problems if not (p.id == "missing-tensor" and p.where in known)]
 
 
-def _plan(config: ModelConfig, draft: Draft, index: CheckpointIndex, problems: list[Finding]) -> tuple[Memory, ...]:
-    """Plans the model: the memory it takes, and the claims of config.json that the tensors do not bear out."""
+def _plan(
+    config: ModelConfig, draft: Draft, index: CheckpointIndex, problems: list[Finding], reference: frozenset[str]
+) -> Plan | None:
+    """Plans the model, and finds the claims of config.json that the tensors do not bear out; ``None``: it cannot be
+    planned."""
     try:
-        plan = make_plan(config, index, KINDS[0], loads_draft=draft.num_modules > 0)
+        plan = make_plan(config, index, KINDS[0], Demands(reference=reference), loads_draft=draft.num_modules > 0)
     except MixedExpertsError as error:
         problems.append(make_problem("mixed-experts", error.where, str(error)))
-        return ()
+        return None
     except PlanError as error:
         problems.append(make_problem("no-kernel", "plan", str(error)))
-        return ()
+        return None
     problems += [make_problem("format-contradiction", "config.json", line) for line in plan.contradictions]
-    return memory_needed(plan, index)
+    return plan

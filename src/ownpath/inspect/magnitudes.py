@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
+from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.schema import ParamSpec
+from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.finding import Finding
 from ownpath.formats import FP32, Format
 from ownpath.inspect.scalars import Scalar

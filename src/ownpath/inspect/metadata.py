@@ -8,6 +8,7 @@ from ownpath.chat.end_tokens import FIELD, GENERATION_CONFIG, read_end_tokens
 from ownpath.chat.markers import BOS, EOS
 from ownpath.chat.tokenizer import Tokenizer, TokenizerError
 from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.checkpoint.needless import needless_reason
 from ownpath.checkpoint.problems import make_problem
 from ownpath.config import CSA_RATIO, ConfigError, ModelConfig
 from ownpath.files import FileError, is_present, read_json_object
@@ -48,7 +49,7 @@ def _layer_problems(config: ModelConfig, layer_idx: int, names: set[str]) -> Ite
         kind = "a router bias" if is_hash else "a table of expert ids"
         yield _contradiction("num_hash_layers", config.num_hash_layers, f"{kind} in layer {layer_idx}")
     for part, is_there in (("compressor", ratio != 0), ("indexer", ratio == CSA_RATIO)):
-        found = any(name.startswith(f"attn.{part}.") for name in names)
+        found = any(name.startswith(f"attn.{part}.") and not needless_reason(name) for name in names)
         if found != is_there:
             yield _contradiction(f"compress_ratios[{layer_idx}]", ratio, f"{'a' if found else 'no'} {part} there")
 

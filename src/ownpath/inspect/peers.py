@@ -36,7 +36,9 @@ HYPER_FACTOR = 50.0
 LOOSE_FACTOR = 300.0
 """The same for other parameters, upwards alone: biases and sinks may be about zero in one layer."""
 MAX_FACTOR = 300.0
-"""However much a kind of weight varies from layer to layer, this is too far."""
+"""However much a kind of parameter varies from layer to layer, this is too far."""
+MAX_MATRIX_FACTOR = 16.0
+"""The same for matrices: 5.5 standard deviations, if they spread by a factor of 1.65 from layer to layer."""
 MAX_EMBEDDING = 30.0
 """Largest sound RMS of the embedding: layers add values of about 1 to it."""
 EMBEDDING = "embed.weight"
@@ -78,11 +80,12 @@ class _Member:
 class _Rule:
     """factors: how far each of a member's logs may be from its peers'. peers: those in words.
 
-    is_upward: a member that is smaller is never odd. is_smooth: nor is one that is near the layers around it.
+    most: how far it may be however wide the spread. is_upward: a member that is smaller is never odd. is_smooth: nor is one that is near the layers around it.
     """
 
     factors: tuple[float, ...]
     peers: str
+    most: float = MAX_FACTOR
     is_upward: bool = False
     is_smooth: bool = False
 
@@ -104,8 +107,8 @@ class _Deviation:
 
 _Groups = Mapping[str, Sequence[_Member]]
 
-_EXPERTS = _Rule((MATRIX_FACTOR, LARGEST_FACTOR), "the experts of its layer")
-_MATRICES = _Rule((MATRIX_FACTOR, LARGEST_FACTOR), "the same weight in the other layers")
+_EXPERTS = _Rule((MATRIX_FACTOR, LARGEST_FACTOR), "the experts of its layer", MAX_MATRIX_FACTOR)
+_MATRICES = _Rule((MATRIX_FACTOR, LARGEST_FACTOR), "the same weight in the other layers", MAX_MATRIX_FACTOR)
 _NORMS = _Rule((NORM_FACTOR, LOOSE_FACTOR), "the same norm in the other layers", is_smooth=True)
 _HYPER = _Rule((HYPER_FACTOR, LOOSE_FACTOR), "the same parameter in the other layers", is_smooth=True)
 _OTHERS = _Rule((LOOSE_FACTOR, LOOSE_FACTOR), "the same parameter in the other layers", is_upward=True)
@@ -214,13 +217,13 @@ def _deviations(groups: _Groups, rule: _Rule, usual_gain: float) -> Iterator[_De
         for members, values in zip(larger, centred, strict=True):
             size = len(values)
             spread = math.sqrt((_PRIOR * pooled**2 + size * _spread(values) ** 2) / (_PRIOR + size))
-            limit = _limit(factor, tail * spread)
+            limit = _limit(factor, tail * spread, rule.most)
             for place, member in enumerate(members):
                 around = _neighbours(values, place) if rule.is_smooth else 0.0
                 nearer = min(values[place], values[place] - around, key=abs)
                 yield _Deviation(member, _MEASURES[measure], nearer, limit, rule)
         if measure == 0:
-            limit = _limit(max(factor, PAIR_FACTOR), tail * math.sqrt(2) * pooled)
+            limit = _limit(max(factor, PAIR_FACTOR), tail * math.sqrt(2) * pooled, rule.most)
             yield from (_of_pair(members, limit, rule, usual_gain) for members in pairs)
 
 
@@ -247,8 +250,8 @@ def _spread(deviations: Sequence[float]) -> float:
     return MAD_TO_SIGMA * median(map(abs, deviations)) if deviations else 0.0
 
 
-def _limit(factor: float, spread: float) -> float:
-    return max(math.log(factor), min(spread, math.log(MAX_FACTOR)))
+def _limit(factor: float, spread: float, most: float) -> float:
+    return max(math.log(factor), min(spread, math.log(most)))
 
 
 def _problems(found: Iterable[_Deviation]) -> Iterator[Finding]:

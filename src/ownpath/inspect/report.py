@@ -7,6 +7,7 @@ from rich.console import RenderableType
 
 from ownpath.checkpoint.problems import REMEDIES
 from ownpath.finding import Finding, failed, warned
+from ownpath.inspect.input_scales import missing_input_scales
 from ownpath.inspect.inspection import Contents, Inspection
 from ownpath.inspect.memory import Memory
 from ownpath.inspect.module_rows import bytes_by_format, module_rows, num_parameters
@@ -69,6 +70,8 @@ def _contents_dict(inspection: Inspection, contents: Contents) -> dict[str, obje
         "lossless_casts": list(blocks.lossless_casts),
         "calibration": {name: asdict(coverage) for name, coverage in contents.calibration.items()},
         "gate_up": asdict(contents.gate_up),
+        "missing_input_scales": asdict(missing_input_scales(census.modules)),
+        "absent": dict(index.absent),
         "magnitudes": {
             "num_tensors": contents.magnitudes.num_tensors,
             "num_values": contents.magnitudes.num_values,
@@ -108,6 +111,9 @@ def _contents_parts(inspection: Inspection, contents: Contents) -> list[Renderab
     parts.append(Listing(("module", "stored as", "format", "shape", "modules", "bytes"), rows, to_right=_NUMBERS))
     for reason, count in Counter(census.ignored.values()).items():
         parts.append(fact("not read", f"{counted(count, 'tensor')} ({reason})"))
+    for shard, count in Counter(index.absent.values()).items():
+        told_of = f"{counted(count, 'tensor')} that the index lists in {shard!r}; nothing but a draft needs them"
+        parts.append(fact("not there", told_of))
     told = [*_scale_facts(inspection, contents), *map(_memory_fact, contents.memory)]
     return [*parts, line(""), *(fact(label, text) for label, text in told)]
 
@@ -125,12 +131,17 @@ def _scale_facts(inspection: Inspection, contents: Contents) -> list[tuple[str, 
         pairs = contents.gate_up
         experts = counted(pairs.num_pairs, "expert")
         told.append(("gate and up share a global scale", f"{pairs.num_equal} of {experts}"))
+    missing = missing_input_scales(contents.census.modules)
+    if missing.num_modules:
+        modules, kernels = counted(missing.num_modules, "NVFP4 module"), ", ".join(missing.needed_by)
+        told.append(("no input scale", f"{modules}; kernels that would need it: {kernels}"))
     for projection, coverage in contents.calibration.items():
         own = counted(coverage.num_own, "expert has its own", "experts have their own")
         shared = counted(coverage.num_shared, "has", "have")
         told.append((f"input_scale of {projection}", f"{own}, {shared} the maximum of their layer"))
     seen = contents.magnitudes
-    sampled = f"{counted(seen.num_values, 'value')} of {counted(seen.num_tensors, 'tensor')} (rows spread over each)"
+    tensors = counted(seen.num_tensors, "tensor")
+    sampled = f"{seen.num_values:,} values of {tensors} (rows spread over each)"
     told.append(("magnitudes", f"{sampled}; matrices within {seen.farthest:.3g} times their peers'"))
     return told
 
@@ -151,7 +162,7 @@ def _problem_parts(inspection: Inspection) -> list[RenderableType]:
     else:
         parts = [line("no problems found", style="green")]
     if warnings:
-        parts += [line(f"{counted(len(warnings), 'warning')}:", style="yellow"), *_by_kind(warnings)]
+        parts += [line(f"{counted(len(warnings), 'warning')}:", style="bold yellow"), *_by_kind(warnings)]
     return parts
 
 

@@ -1,13 +1,15 @@
 """Checks scalar scales: valid as multipliers, consistent with their neighbours, calibrated or filled in."""
 
 import re
-import struct
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import torch
+
+from ownpath.checkpoint.dtypes import TORCH_DTYPES
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.problems import make_problem
 from ownpath.checkpoint.scales import scale_fault
@@ -65,7 +67,7 @@ def read_scalars(
     scalars = []
     for info, data in read_values((index[key] for key in owners), broken, problems):
         module, part = owners[info.name]
-        (value,) = struct.unpack("<f", data)
+        value = float(torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[info.dtype])[0])
         fault = scale_fault(value, part.is_divisor)
         meant = 1 / value if part.is_divisor and value else value
         kind = None if fault is None else fault[0] if part.role == "global_scale" else "input-scale"

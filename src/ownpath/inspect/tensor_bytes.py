@@ -6,9 +6,9 @@ from itertools import groupby
 from pathlib import Path
 
 from ownpath.checkpoint.errors import CheckpointError
-from ownpath.checkpoint.index import TensorInfo
 from ownpath.checkpoint.positioned import PositionedReader
 from ownpath.checkpoint.problems import make_problem
+from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.finding import Finding
 
 

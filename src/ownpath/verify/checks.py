@@ -63,7 +63,7 @@ FAILS_ON = MappingProxyType(
         "F01": "a shard that is damaged, missing or foreign; an index that disagrees with the shards",
         "F02": "missing and unexpected tensors, expert by expert",
         "F03": "a dtype or shape that no encoding stores",
-        "F04": "experts of a layer that are stored differently; warns of config files that claim another format",
+        "F04": "experts of a layer that are stored differently; scales that a planned kernel cannot read; warns of config files that claim another format",
         "F05": "zero, negative, NaN or no normal number; a divisor for a multiplier; warns of a factor of 1000 from the "
         "layer's median",
         "F06": "nothing; warns of different global scales of w1 and w3: exact here, wrong in engines that apply w1's to both",

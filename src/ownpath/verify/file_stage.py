@@ -34,8 +34,8 @@ CHECK_OF = MappingProxyType(
             *("over-long-shard", "overlapping-tensors", "header-bomb", "duplicated-tensor", "unlisted-tensor"),
         ),
         "F02": ("missing-tensor", "unexpected-tensor", "draft"),
-        "F03": ("wrong-dtype", "wrong-shape"),
-        "F04": ("mixed-experts", "no-kernel", "format-contradiction"),
+        "F03": ("wrong-dtype", "wrong-shape", "unknown-encoding"),
+        "F04": ("mixed-experts", "no-kernel", "format-contradiction", "wide-scales"),
         "F05": ("scalar-scale", "reciprocal-scale", "out-of-band-scale"),
         "F06": ("gate-up-scale",),
         "F07": ("block-scale", "zero-block-scale", "vanished-blocks", "saturated-block-scale", "expert-outlier"),
@@ -68,15 +68,18 @@ def file_stage(
     source: Path | None,
     progress: StageProgress,
     input_readers: frozenset[str] = frozenset(),
+    reference: frozenset[str] = frozenset(),
 ) -> Iterator[Finding]:
     """Runs F01 to F14: one PASS for each check, or a FAIL or WARN for each problem.
 
     source: another export, for F13. input_readers: modules whose planned kernels read the scale of their input: without
-    a good one their answers are wrong.
+    a good one their answers are wrong. reference: modules that torch computes from what is stored.
     """
     progress(0, 2, "headers, scalars, tables, block scales")
     layers = selection.layer_ids
-    inspection = inspect_folder(folder, read_all_scales=layers is None, all_scales_in=layers or frozenset())
+    inspection = inspect_folder(
+        folder, read_all_scales=layers is None, all_scales_in=layers or frozenset(), reference=reference
+    )
     evidence = gather(inspection)
     by_id: dict[str, list[Finding]] = {}
     for problem in evidence.problems:

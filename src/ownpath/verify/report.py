@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -247,23 +247,28 @@ def share_text(share: float) -> str:
 
 def _failure_parts(findings: Iterable[Finding]) -> list[RenderableType]:
     """Groups failures by check, then warnings: the places, then what to do, once for each remedy."""
-    listed = list(findings)
-    parts: list[RenderableType] = []
-    for word, checks in (("FAIL", failed_checks(listed)), ("warning", warned_checks(listed))):
-        for check in checks:
-            for finding in check.shown:
-                kernel = f" [{finding.kernel}]" if finding.kernel else ""
-                allowed = f"; allowed: {finding.allowed}" if finding.allowed else ""
-                parts.append(line(word, f" {check.id} {finding.where}{kernel}: {finding.message}{allowed}"))
-            if check.num_more:
-                parts.append(line(word, f" {check.id} and {check.num_more:,} more (--json lists them)"))
-            parts += [fact("remedy", remedy, indent=5) for remedy in check.remedies]
+    every = list(findings)
+    parts = [part for check in failed_checks(every) for part in _places("FAIL", check)]
+    parts += [part for check in warned_checks(every) for part in _places("warning", check)]
     return [*parts, line("")] if parts else []
+
+
+def _places(word: str, check: "FailedCheck") -> Iterator[RenderableType]:
+    for finding in check.shown:
+        kernel = f" [{finding.kernel}]" if finding.kernel else ""
+        allowed = f"; allowed: {finding.allowed}" if finding.allowed else ""
+        yield line(word, f" {check.id} {finding.where}{kernel}: {finding.message}{allowed}")
+    if check.num_more:
+        yield line(word, f" {check.id} and {check.num_more:,} more (--json lists them)")
+    yield from (fact("remedy", remedy, indent=5) for remedy in check.remedies)
 
 
 @dataclass(frozen=True)
 class FailedCheck:
-    """The failures or the warnings of one check. shown: the first places; num_more: how many others there are; remedies: each once."""
+    """The failures or the warnings of one check.
+
+    shown: the first places; num_more: how many others there are; remedies: each once.
+    """
 
     id: str
     shown: tuple[Finding, ...]

@@ -62,7 +62,9 @@ StageRun = Callable[[VerifyJob, StageProgress], Iterator[Finding | Measurement |
 
 STAGES: MappingProxyType[str, StageRun] = MappingProxyType(
     {
-        "file": lambda job, progress: file_stage(job.folder, job.selection, job.source, progress, _input_readers(job)),
+        "file": lambda job, progress: file_stage(
+            job.folder, job.selection, job.source, progress, _input_readers(job), job.engine.reference
+        ),
         "environment": lambda job, _: environment_stage(job.subject),
         "load": lambda job, progress: load_stage(job.subject, progress, job.work),
         "kernels": lambda job, progress: kernel_stage(job.subject, progress, job.work),

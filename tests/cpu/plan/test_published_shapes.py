@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from support.published import FLASH, PRO
 
-from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
+from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.config import ModelConfig
 from ownpath.ops import OpKind
 from ownpath.plan.plan import make_plan

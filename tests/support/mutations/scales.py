@@ -45,8 +45,8 @@ MUTATIONS = {
     "a layer's experts times 30": _dense(
         "every weight_scale_2 of them", "layers.1.ffn.experts.w2", layer_times("layers.1", 30)
     ),
-    "block scales divided by 32": _dense(
-        "all of weight_scale", "layers.1.attn.wq_b", times("layers.1.attn.wq_b.weight_scale", 1 / 32)
+    "block scales divided by 64": _dense(
+        "all of weight_scale", "layers.1.attn.wq_b", times("layers.1.attn.wq_b.weight_scale", 1 / 64)
     ),
     "MXFP4 block scales times 32": _dense(
         "an expert's exponents", EXPERT, assigned(f"{EXPERT}.scale", exponents_up), model="native"
