@@ -62,9 +62,7 @@ def open_descriptor(path: Path, *, follow_links: bool = True) -> int:
         what = "is a link to a file that does not exist" if os.path.islink(path) else "no such file"
         raise MissingFileError(f"{path}: {what}") from None
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte, or ours
-        raise (
-            error if isinstance(error, FileError) else FileError(f"{path}: cannot be read ({_reason(error)})")
-        ) from None
+        raise error if isinstance(error, FileError) else FileError(f"{path}: cannot be read ({_reason(error)})") from None
     try:
         _require_regular(path, os.fstat(descriptor))
     except FileError:

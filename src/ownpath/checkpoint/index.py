@@ -131,9 +131,7 @@ class _Scanner:
     def found(self) -> tuple[Finding, ...]:
         """Returns the problems, and for each kind the number of those that are too many to list."""
         more = ((check, count - MAX_PROBLEMS) for check, count in self._num_found.items() if count > MAX_PROBLEMS)
-        told = [
-            make_problem(kind, self.folder.name, f"{self.folder}: {n} more problems of this kind") for kind, n in more
-        ]
+        told = [make_problem(kind, self.folder.name, f"{self.folder}: {n} more problems of this kind") for kind, n in more]
         return (*self.problems, *told)
 
     def read_single(self, path: Path) -> None:

@@ -95,8 +95,6 @@ def read_file(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     header = read_header(path)
     if header.problems:
         raise CheckpointError(header.problems[0].message)
-    infos = {
-        entry.name: TensorInfo(entry.name, entry.dtype, entry.shape, path, entry.start) for entry in header.entries
-    }
+    infos = {entry.name: TensorInfo(entry.name, entry.dtype, entry.shape, path, entry.start) for entry in header.entries}
     with TensorReader(CheckpointIndex(path.parent, MappingProxyType(infos))) as read:
         return header.metadata, {name: read(name) for name in infos}

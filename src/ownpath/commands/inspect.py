@@ -1,7 +1,8 @@
 """Print what a checkpoint is, how it is stored, what it takes to run, and everything that is wrong with it.
 
 Reads headers, scalars, tables of expert ids, the first 4 KiB of every module's block scales, and a few rows of every
-weight. Exit code: 0 nothing is wrong (there may be warnings), 1 problems, 2 config.json or the tensors cannot be read (or wrong usage).
+weight. Exit code: 0 nothing is wrong (there may be warnings), 1 problems, 2 config.json or the tensors cannot be read
+(or wrong usage).
 """
 
 import argparse

@@ -64,9 +64,7 @@ def copy_companions(source: Path, target: Path, scratch: Path) -> list[Companion
 def _within_encoding(source: Path, folder: Path, depth: int = 1) -> Iterator[Companion]:
     """Lists the files below a folder, down to a limited depth and number."""
     if folder.is_symlink() or not folder.is_dir():
-        yield Companion(
-            folder.relative_to(source).as_posix(), "a folder is meant, and links to folders are not followed"
-        )
+        yield Companion(folder.relative_to(source).as_posix(), "a folder is meant, and links to folders are not followed")
         return
     names = sorted(os.listdir(folder))
     if depth > MAX_DEPTH or len(names) > MAX_FILES:

@@ -232,7 +232,10 @@ def _failure_lines(findings: Iterable[Finding]) -> list[str]:
 
 @dataclass(frozen=True)
 class FailedCheck:
-    """The failures or the warnings of one check. shown: the first places; num_more: how many others there are; remedies: each once."""
+    """The failures or the warnings of one check.
+
+    shown: the first places; num_more: how many others there are; remedies: each once.
+    """
 
     id: str
     shown: tuple[Finding, ...]
