@@ -34,7 +34,9 @@ def magnitudes_of(folder: Path) -> dict[str, Magnitude]:
 
 def spread(num_rows: int, wanted: int) -> list[int]:
     """Middles of ``wanted`` equal parts."""
-    return [int((part + 0.5) * num_rows / wanted) for part in range(wanted)] if num_rows > wanted else [*range(num_rows)]
+    return (
+        [int((part + 0.5) * num_rows / wanted) for part in range(wanted)] if num_rows > wanted else [*range(num_rows)]
+    )
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
@@ -139,7 +141,12 @@ def times(key: str, factor: float):  # type: ignore[no-untyped-def]
         ("fp8-experts", "layers.1.ffn.experts.2.w3.scale", 1 / 30, "layers.1.ffn.experts.2.w3"),
         ("bf16", "layers.4.attn.wo_a.weight", 30, "layers.4.attn.wo_a"),
         ("bf16", "head.weight", 1000, "head"),
-        ("modelopt-experts-only", "layers.1.attn.indexer.weights_proj.weight", 30, "layers.1.attn.indexer.weights_proj"),
+        (
+            "modelopt-experts-only",
+            "layers.1.attn.indexer.weights_proj.weight",
+            30,
+            "layers.1.attn.indexer.weights_proj",
+        ),
     ],
 )
 def test_every_format(layout: str, key: str, factor: float, where: str, folder: Path) -> None:

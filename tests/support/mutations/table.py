@@ -52,8 +52,8 @@ model, and on 43 layers of V4-Flash's kinds whose RMS spreads log-normally from 
 However wide the spread, a matrix 16 times its peers' median is too far. `hc_head_*` have no peers: nothing is said of
 them. In a model of one layer each matrix is held against the other kinds (a factor of 24), of two layers against the
 other one (8). Wrong block scales show where they move the sampled rows. No alarm: the embedded model,
-what `quantize` makes of three exports, 114 random checkpoints of six exports (1 to 9 layers; gains of 0.5 to 1.5, or one
-deviation of 0.006 to 1 for all matrices), 1000 drawn sets of magnitudes of 1 to 5 layers, and 72 of 43 layers with
+what `quantize` makes of three exports, 114 random checkpoints of six exports (1 to 9 layers; gains of 0.5 to 1.5, or
+one deviation of 0.006 to 1 for all matrices), 1000 drawn sets of magnitudes of 1 to 5 layers, and 72 of 43 layers with
 spreads up to 1.65 and a trend over depth of up to 4.5. No published checkpoint was at hand.
 
 ## Not caught
