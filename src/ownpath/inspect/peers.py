@@ -80,7 +80,8 @@ class _Member:
 class _Rule:
     """factors: how far each of a member's logs may be from its peers'. peers: those in words.
 
-    most: how far it may be however wide the spread. is_upward: a member that is smaller is never odd. is_smooth: nor is one that is near the layers around it.
+    most: how far it may be however wide the spread. is_upward: a member that is smaller is never odd. is_smooth: nor is
+    one that is near the layers around it.
     """
 
     factors: tuple[float, ...]
