@@ -7,8 +7,8 @@ from ownpath.checkpoint.problems import REMEDIES
 from ownpath.finding import Finding, failed, warned
 from ownpath.inspect.inspection import Contents, Inspection
 from ownpath.inspect.memory import Memory
-from ownpath.inspect.input_scales import missing_input_scales
 from ownpath.inspect.module_rows import bytes_by_format, module_rows, num_parameters
+from ownpath.plan.input_scales import missing_input_scales
 from ownpath.plan.show import align
 
 MAX_LINES = 8
@@ -42,7 +42,9 @@ def inspection_dict(inspection: Inspection) -> dict[str, object]:
         "seconds": round(inspection.seconds, 3),
     }
     end, release = inspection.end_tokens, inspection.release
-    common["end_tokens"] = None if end is None else {str(token_id): list(files) for token_id, files in end.sources.items()}
+    common["end_tokens"] = (
+        None if end is None else {str(token_id): list(files) for token_id, files in end.sources.items()}
+    )
     common["release"] = None if release is None else asdict(release)
     return common | (_contents_dict(inspection, contents) if contents else {}) | {"problems": problems}
 
