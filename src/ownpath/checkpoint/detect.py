@@ -78,8 +78,8 @@ def _has_weight(index: CheckpointIndex, module: ModuleSpec, encoding: Encoding) 
 def _distance(index: CheckpointIndex, module: ModuleSpec, encoding: Encoding) -> tuple[int, int]:
     """Returns how much a module's tensors differ from an encoding's, and how many are missing.
 
-    A name or dtype tells more than a shape, which another config.json may explain: they count 2 and 1, and a format
-    that cannot have the module's width counts 3.
+    A tensor that is missing or left over, or a wrong dtype, tells more than a shape, which another config.json may
+    explain: they count 2 and 1. A format that cannot have the module's width counts 3.
     """
     num_missing, difference = 0, 0 if _fits_width(module, encoding) else 3
     for part in encoding.without_input_scale.parts:
@@ -88,7 +88,12 @@ def _distance(index: CheckpointIndex, module: ModuleSpec, encoding: Encoding) ->
             num_missing += 1
         else:
             difference += 2 * (info.dtype not in part.dtypes) + (info.shape != part.shape(*module.shape))
-    return difference + 2 * num_missing, num_missing
+    own = {part.suffix for part in encoding.parts}
+    num_left = sum(
+        ending not in own and needless_reason(f"{module.name}.{ending}") is None
+        for ending in index.endings.get(module.name, ())
+    )
+    return difference + 2 * (num_missing + num_left), num_missing
 
 
 def _fits_width(module: ModuleSpec, encoding: Encoding) -> bool:
