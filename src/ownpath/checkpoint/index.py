@@ -13,7 +13,8 @@ from ownpath.checkpoint.header import MAX_PROBLEMS, MAX_TENSORS, HeaderBudget, r
 from ownpath.checkpoint.needless import may_stay_unread
 from ownpath.checkpoint.problems import make_problem
 from ownpath.checkpoint.spelling import plainly_spelled
-from ownpath.checkpoint.tensor_info import Source, TensorInfo
+from ownpath.checkpoint.tensor_info import Source
+from ownpath.checkpoint.tensor_info import TensorInfo as TensorInfo
 from ownpath.checkpoint.transformers_names import native_name, native_tensors
 from ownpath.checkpoint.writer import INDEX_NAME
 from ownpath.files import FileError, is_present, read_json_object, shorten
