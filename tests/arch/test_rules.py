@@ -18,6 +18,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = (
     ("formats", "official", "ops", "versions", "finding", "files"),
     ("config",),
+    ("end_tokens",),
     ("qtensor",),
     ("numerics",),
     ("kernels",),
