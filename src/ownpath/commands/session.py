@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ownpath.chat.end_tokens import FIELD, GENERATION_CONFIG, EndTokens, read_end_tokens
+from ownpath.end_tokens import FIELD, GENERATION_CONFIG, EndTokens, read_end_tokens
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.engine.engine import Engine

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ownpath.chat.effort import Release, find_release
-from ownpath.chat.end_tokens import EndTokens, read_end_tokens
+from ownpath.end_tokens import EndTokens, read_end_tokens
 from ownpath.checkpoint.drafts import Draft, carried_draft, requested_draft
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex, Scan, scan_checkpoint
@@ -19,7 +19,7 @@ from ownpath.inspect.expert_tables import table_problems
 from ownpath.inspect.magnitudes import read_magnitudes
 from ownpath.inspect.memory import KINDS, Memory, memory_needed
 from ownpath.inspect.metadata import config_problems, format_problems, tokenizer_problems
-from ownpath.inspect.peers import Comparison, compare_magnitudes
+from ownpath.inspect.peers import MagnitudeReport, compare_magnitudes
 from ownpath.inspect.scalars import Coverage, GateUp, Scalar, calibration, gate_up, out_of_band, read_scalars
 from ownpath.inspect.spans import wide_scales
 from ownpath.plan.census import Census, StoredModule, take_census
@@ -36,7 +36,7 @@ class Contents:
     blocks: BlockReport
     calibration: dict[str, Coverage]
     gate_up: GateUp
-    magnitudes: Comparison
+    magnitudes: MagnitudeReport
     memory: tuple[Memory, ...]
     scalars: tuple[Scalar, ...] = ()
 

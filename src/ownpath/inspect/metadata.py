@@ -4,7 +4,7 @@ import re
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
-from ownpath.chat.end_tokens import FIELD, GENERATION_CONFIG, read_end_tokens
+from ownpath.end_tokens import FIELD, GENERATION_CONFIG, read_end_tokens
 from ownpath.chat.markers import BOS, EOS
 from ownpath.chat.tokenizer import Tokenizer, TokenizerError
 from ownpath.checkpoint.index import CheckpointIndex

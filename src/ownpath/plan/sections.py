@@ -55,7 +55,7 @@ class Said:
 
 
 class QuantSection:
-    """What one file says. prefix: what stands before a field's name. fields: the section. expert_dtype: of the whole
+    """The statements of one file. prefix: what stands before a field's name. fields: the section. expert_dtype: of the whole
     file, where it lies outside the section."""
 
     def __init__(self, prefix: str, fields: Mapping[str, object], expert_dtype: object = None) -> None:

@@ -59,7 +59,7 @@ def odd(folder: Path) -> set[str]:
 
 
 def of_tiny(name: str, factor: float) -> set[str]:
-    """What is odd in the embedded model, if the values of one weight were ``factor`` times what they are."""
+    """Names what is odd in the embedded model, if the values of one weight were ``factor`` times what they are."""
     found = TINY | {name: scaled(TINY[name], factor)}
     return {problem.where for problem in compare_magnitudes(found.values(), EPS).problems}
 

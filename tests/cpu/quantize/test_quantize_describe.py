@@ -1,4 +1,4 @@
-"""What a result says of itself: the tensors that it holds, and no contradiction that `ownpath inspect` would find."""
+"""A result describes itself: the tensors that it holds, and no contradiction that `ownpath inspect` would find."""
 
 import json
 from fnmatch import fnmatchcase
