@@ -10,6 +10,7 @@ from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.needless import needless_reason
 from ownpath.checkpoint.schema import ENCODINGS, Encoding, ModuleSpec, PartSpec
+from ownpath.checkpoint.spelling import BYTE_SCALES, BYTES
 from ownpath.checkpoint.tensor_info import TensorInfo
 
 
@@ -87,7 +88,8 @@ def _distance(index: CheckpointIndex, module: ModuleSpec, encoding: Encoding) ->
         if info is None:
             num_missing += 1
         else:
-            difference += 2 * (info.dtype not in part.dtypes) + (info.shape != part.shape(*module.shape))
+            is_dtype = info.dtype in part.dtypes or (info.dtype in BYTES and bool(BYTE_SCALES & set(part.dtypes)))
+            difference += 2 * (not is_dtype) + (info.shape != part.shape(*module.shape))
     own = {part.suffix for part in encoding.parts}
     num_left = sum(
         ending not in own and needless_reason(f"{module.name}.{ending}") is None
@@ -120,10 +122,11 @@ def _part_fault(index: CheckpointIndex, module: ModuleSpec, encoding: Encoding, 
     if info is None:
         message = f"{index.folder}: tensor {key!r} is missing ({encoding.name} stores it)"
         return StorageFault("missing-tensor", key, message)
-    if info.dtype not in part.dtypes:
+    is_spelling = part.role == "scale" and info.dtype in BYTES and BYTE_SCALES & set(part.dtypes)
+    if info.dtype not in part.dtypes and not is_spelling:
         return StorageFault("wrong-dtype", key, f"tensor {info}: {encoding.name} stores {' or '.join(part.dtypes)}")
     expected = part.shape(*module.shape)
-    if info.shape != expected:
+    if info.shape != expected or is_spelling:  # bytes in this shape would have been read as the scales that they are
         message = f"tensor {info}: a weight {list(module.shape)} needs shape {list(expected)}"
         return StorageFault("wrong-shape", key, message)
     return None
