@@ -243,6 +243,6 @@ def test_the_command_says_what_became_of_the_weights(tmp_path: Path, capsys: pyt
     assert main(["quantize", str(tmp_path / "source"), str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "120 weights are NVFP4" in printed
-    assert "100.0000% without loss" in printed
+    assert "100.0000 % of them without loss" in printed
     assert main(["quantize", str(tmp_path / "source"), str(tmp_path / "out")]) == 2
     assert "never overwritten" in capsys.readouterr().err
