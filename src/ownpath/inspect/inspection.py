@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ownpath.chat.effort import Release, find_release
-from ownpath.end_tokens import EndTokens, read_end_tokens
 from ownpath.checkpoint.drafts import Draft, carried_draft, requested_draft
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex, Scan, scan_checkpoint
 from ownpath.checkpoint.problems import make_problem
 from ownpath.config import ConfigError, ModelConfig
+from ownpath.end_tokens import EndTokens, read_end_tokens
 from ownpath.files import FileError
 from ownpath.finding import Finding, failed
 from ownpath.inspect.blocks import SAMPLE_BYTES, BlockReport, read_blocks

@@ -4,13 +4,13 @@ import re
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
-from ownpath.end_tokens import FIELD, GENERATION_CONFIG, read_end_tokens
 from ownpath.chat.markers import BOS, EOS
 from ownpath.chat.tokenizer import Tokenizer, TokenizerError
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.needless import needless_reason
 from ownpath.checkpoint.problems import make_problem
 from ownpath.config import CSA_RATIO, ConfigError, ModelConfig
+from ownpath.end_tokens import FIELD, GENERATION_CONFIG, read_end_tokens
 from ownpath.files import FileError, is_present, read_json_object
 from ownpath.finding import Finding
 from ownpath.plan.census import StoredModule
