@@ -1,4 +1,4 @@
-"""What other exporters store is read for what it means: the same weights give the same bits, whatever their form."""
+"""The same weights give the same bits, in whatever form an exporter stores them."""
 
 from collections.abc import Callable
 from pathlib import Path
