@@ -82,7 +82,8 @@ def test_what_the_exports_write_is_confirmed(layout: str, claims: dict[str, Any]
             "modelopt-experts-only",
             {"quantization_config": COMPRESSED},
             "quantization_config.quant_method is 'compressed-tensors', but no tensor is stored as "
-            "compressed-tensors-nvfp4 or compressed-tensors-fp8-block",
+            "compressed-tensors-nvfp4 or compressed-tensors-fp8-block or compressed-tensors-mxfp4 or "
+            "compressed-tensors-mxfp8",
         ),
         (
             "bf16",
