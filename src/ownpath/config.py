@@ -336,7 +336,9 @@ def _check_semantics(config: ModelConfig, fields: dict[str, object], source: str
     )
     for field, holds, problem in checks:
         if not holds:
-            raise ConfigError(f"{source}: {field} = {getattr(config, field)} {problem}")
+            value = getattr(config, field)
+            shown = max(value) if isinstance(value, tuple) else value
+            raise ConfigError(f"{source}: {field} = {shown} {problem}")
 
 
 class _Reader:
