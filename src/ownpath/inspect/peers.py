@@ -69,7 +69,7 @@ class MagnitudeReport:
 
 @dataclass(frozen=True)
 class _Member:
-    """The values that are compared of one tensor, or of a group of them. logs: of the RMS, and of the largest magnitude."""
+    """The compared values of one tensor, or of a group of them. logs: of the RMS, and of the largest magnitude."""
 
     name: str
     logs: tuple[float, ...]

@@ -55,8 +55,10 @@ class Said:
 
 
 class QuantSection:
-    """The statements of one file. prefix: what stands before a field's name. fields: the section. expert_dtype: of the whole
-    file, where it lies outside the section."""
+    """The statements of one file. prefix: what stands before a field's name. fields: the section.
+
+    expert_dtype: of the whole file, where it lies outside the section.
+    """
 
     def __init__(self, prefix: str, fields: Mapping[str, object], expert_dtype: object = None) -> None:
         self._prefix = prefix
