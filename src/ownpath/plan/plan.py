@@ -300,7 +300,7 @@ class _Planner:
     def require_references(self, ops: Iterable[OpSpec]) -> None:
         """Checks that each name given for the reference is one of an operation. Errors: PlanError."""
         unknown = set(self.demands.reference)
-        for spec in ops:
+        for spec in ops if unknown else ():
             unknown -= {name for name in unknown if _is_named(spec, name)}
         for name in sorted(unknown):
             raise PlanError(f"--reference {name}: no operation or module of this model has this name; the first column "
