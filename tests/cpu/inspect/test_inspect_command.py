@@ -27,7 +27,7 @@ COMMON_KEYS = {
 }
 FOUND_KEYS = {
     *("shape", "num_parameters", "bytes_by_format", "modules", "not_read", "block_scales", "lossless_casts"),
-    *("calibration", "gate_up", "magnitudes", "memory"),
+    *("calibration", "gate_up", "magnitudes", "memory", "absent", "missing_input_scales"),
 }
 
 
@@ -70,7 +70,7 @@ def test_the_memory_is_what_a_loaded_model_takes(folder: Path) -> None:
 
 
 def test_problems_have_an_exit_code_a_line_and_a_remedy(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    keys = [f"layers.1.ffn.experts.{e}.{w}.input_scale" for e in range(8) for w in ("w1", "w2")]
+    keys = [f"layers.1.ffn.experts.{e}.{w}.weight_scale_2" for e in range(8) for w in ("w1", "w2")]
     change_tensors(folder, lambda tensors: [tensors.pop(key) for key in keys])
     assert main(["inspect", str(folder)]) == 1
     out = capsys.readouterr().out

@@ -132,7 +132,7 @@ def test_a_draft_that_cannot_be_read_is_one_problem(
     capsys.readouterr()
     assert main(["inspect", str(tmp_path), "--draft"]) == 1
     out = capsys.readouterr().out
-    assert "\n1 problems:\n  [draft] " in out
+    assert "\n1 problem:\n  [draft] " in out
     assert f"    remedy: {REMEDIES['draft']}\n" in out
     assert problems(tmp_path) == {("draft", "mtp")}
     assert "memory on CPU: " in out

@@ -265,7 +265,7 @@ def test_every_end_token_counts_and_has_its_source(
     assert not failed(inspection.problems)
     differs = theirs is not None and ours != theirs
     assert [p.id for p in inspection.problems] == ["end-tokens"] * differs
-    assert f"answers end at token {'1 (config.json' if expected else ''}" in inspection_text(inspection)
+    assert f"answers end at token: {'1 (config.json' if expected else ''}" in inspection_text(inspection)
 
 
 @pytest.mark.parametrize("value", ["stop", [], [1, "2"], 1.5, True, {"id": 1}, [[1]]])
