@@ -6,11 +6,12 @@ Exit code: 0 nothing is wrong, 1 problems, 2 config.json or the tensors cannot b
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ownpath.commands.arguments import add_list_argument, add_model_argument
 from ownpath.commands.listings import problems_of_inspect
+from ownpath.terminal.console import show, write_data
+from ownpath.terminal.progress import Progress
 
 if TYPE_CHECKING:
     from ownpath.commands.arguments import Subparsers
@@ -28,19 +29,18 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the inspection. Errors: ValueError when there is no such folder."""
-    from ownpath.inspect.inspection import inspect_folder
-    from ownpath.inspect.report import inspection_dict, inspection_text
-    from ownpath.loading import default_model_dir
+    """Prints the inspection."""
+    with Progress("inspecting"):
+        from ownpath.inspect.inspection import inspect_folder
+        from ownpath.inspect.report import inspection_dict, inspection_page
+        from ownpath.loading import default_model_dir
 
-    folder = default_model_dir() if args.model is None else Path(args.model)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such model folder")
-    inspection = inspect_folder(folder, read_all_scales=args.all_scales, with_draft=args.draft)
+        folder = args.model or default_model_dir()
+        inspection = inspect_folder(folder, read_all_scales=args.all_scales, with_draft=args.draft)
     if args.json:
-        print(json.dumps(inspection_dict(inspection), indent=1))
+        write_data(json.dumps(inspection_dict(inspection), indent=1))
     else:
-        print(inspection_text(inspection))
+        show(*inspection_page(inspection))
     if inspection.contents is None:
         return 2
     return 1 if inspection.problems else 0

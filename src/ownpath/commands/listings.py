@@ -1,9 +1,10 @@
 """Texts of ``--list``: the tables that the code itself uses, so that no page of the documentation repeats them."""
 
 import json
-import textwrap
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
+
+from ownpath.terminal.console import wrapped
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from ownpath.kernels.spec import KernelSpec
     from ownpath.server.fields import Neutral
 
-_WIDTH = 120
 _EXAMPLE = (256, 512)
 
 
@@ -87,7 +87,7 @@ def fields_of_server() -> str:
         parts += [f"/v1/{name}, honoured:", _entries(_honoured_fields(model)), ""]
         parts += [f"/v1/{name}, refused with 400 unless the value is one of these (null: not sent):"]
         parts += [_refusal(neutral), ""]
-    parts += ["of a message, honoured:", textwrap.indent(", ".join(ChatMessage.model_fields), "  "), ""]
+    parts += ["of a message, honoured:", wrapped(", ".join(ChatMessage.model_fields), "  "), ""]
     parts += ["of a message, refused likewise:", _refusal(fields.MESSAGE), ""]
     parts += ["of stream_options, refused likewise:", _refusal(fields.STREAM_OPTIONS), ""]
     parts += ["empty_content:", _entries((reason.value, meaning) for reason, meaning in MEANING.items()), ""]
@@ -121,7 +121,7 @@ def _range(field: "FieldInfo") -> str:
 
 def _refusal(neutral: "Neutral") -> str:
     shown = (f"{name} {' or '.join(map(json.dumps, values)) or 'null'}" for name, values in neutral.items())
-    return textwrap.indent(textwrap.fill(", ".join(shown), _WIDTH - 2), "  ")
+    return wrapped(", ".join(shown), "  ")
 
 
 def signatures_of_diff() -> str:
@@ -137,5 +137,5 @@ def _entries(entries: Iterable[tuple[str, ...]]) -> str:
     for name, *said in entries:
         lines.append(name)
         for text in said:
-            lines += textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="    ")
+            lines.append(wrapped(text, "  ", "    "))
     return "\n".join(lines)

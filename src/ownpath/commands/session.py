@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,9 @@ from ownpath.config import EngineConfig, ModelConfig
 from ownpath.engine.engine import Engine
 from ownpath.loading import default_model_dir, device_caps, leave_a_core, load_model
 from ownpath.model.model import Model
-from ownpath.startup import LoadingBar, warm_up
+from ownpath.startup import warm_up
+from ownpath.terminal.console import tell
+from ownpath.terminal.progress import Progress
 from ownpath.trace import Ledger
 
 
@@ -45,22 +46,17 @@ def load_for(args: argparse.Namespace, max_num_seqs: int = EngineConfig.max_num_
 
     max_num_seqs: sequences that its caches have room for. Errors: ValueError naming the file or field.
     """
-    folder = default_model_dir() if args.model is None else Path(args.model)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such model folder")
-    device_caps(args.device)  # says what is wrong with the device's name before torch does
+    folder = args.model or default_model_dir()
+    device_caps(args.device)  # says that a device is not there before torch does
     leave_a_core()
     tokenizer = Tokenizer.from_folder(folder)
     config = EngineConfig.for_device(args.device, args.max_model_len)
     config = replace(config, is_batch_invariant=args.batch_invariant, official=args.numerics)
     config = replace(config, max_num_seqs=max_num_seqs)
-    bar = LoadingBar()
-    try:
-        model = load_model(folder, config, bar)
-    finally:
-        bar.end()
-    for line in model.contradictions:
-        print(f"warning: {line}; the tensors are believed", file=sys.stderr)
+    with Progress("loading", in_bytes=True) as show_loaded:
+        model = load_model(folder, config, show_loaded)
+    for contradiction in model.contradictions:
+        tell("warning", f": {contradiction}; the tensors are believed")
     if model.config.eos_token_id != tokenizer.eos_id:
         ids = f"eos_token_id {model.config.eos_token_id}, but the tokenizer's EOS is {tokenizer.eos_id}"
         raise ValueError(f"{folder}: config.json says {ids}")

@@ -3,15 +3,18 @@
 from collections import Counter
 from dataclasses import asdict
 
+from rich.console import RenderableType
+
 from ownpath.checkpoint.problems import REMEDIES
 from ownpath.inspect.inspection import Contents, Inspection
 from ownpath.inspect.memory import Memory
 from ownpath.inspect.module_rows import bytes_by_format, module_rows, num_parameters
-from ownpath.plan.show import align
+from ownpath.terminal.page import Listing, fact, line
+from ownpath.terminal.text import counted, size_text
 
 MAX_LINES = 8
 """Lines shown for one kind of problem; the rest is counted. ``--json`` has them all."""
-MAX_WIDTH = 400
+_NUMBERS = frozenset({4, 5})
 _SHAPE = (
     ("num_hidden_layers", "layers"),
     ("hidden_size", "hidden"),
@@ -63,76 +66,71 @@ def _contents_dict(inspection: Inspection, contents: Contents) -> dict[str, obje
     }
 
 
-def inspection_text(inspection: Inspection) -> str:
+def inspection_page(inspection: Inspection) -> list[RenderableType]:
     """Returns a page: the checkpoint, how it is stored, what it takes to run, and what is wrong with it."""
     index, contents = inspection.index, inspection.contents
-    num_files = len({info.file for info in index.tensors.values()})
+    files = counted(len({info.file for info in index.tensors.values()}), "file")
     total = sum(info.num_bytes for info in index.tensors.values())
-    lines = [f"{inspection.folder}: {len(index.tensors)} tensors, {_size(total)} in {num_files} files"]
+    tensors = counted(len(index.tensors), "tensor")
+    parts: list[RenderableType] = [fact(str(inspection.folder), f"{tensors}, {size_text(total)} in {files}")]
     if contents is not None:
-        lines += _contents_lines(inspection, contents)
-    lines += ["", *_problem_lines(inspection), f"read in {inspection.seconds:.1f} s"]
-    return "\n".join(printable(line) for line in lines)
+        parts += _contents_parts(inspection, contents)
+    return [*parts, line(""), *_problem_parts(inspection), line(f"read in {inspection.seconds:.1f} s", style="dim")]
 
 
-def _contents_lines(inspection: Inspection, contents: Contents) -> list[str]:
+def _contents_parts(inspection: Inspection, contents: Contents) -> list[RenderableType]:
     index, census = inspection.index, contents.census
     shape = ", ".join(f"{label} {getattr(contents.config, field)}" for field, label in _SHAPE)
-    sizes = ", ".join(f"{name} {_size(size)}" for name, size in bytes_by_format(census, index).items())
-    lines = [f"shape: {shape}", f"parameters: {num_parameters(census, index):,}", f"bytes: {sizes}", ""]
-    table: list[tuple[str, ...]] = [("module", "stored as", "format", "shape", "modules", "bytes")]
+    sizes = ", ".join(f"{name} {size_text(size)}" for name, size in bytes_by_format(census, index).items())
+    parts: list[RenderableType] = [fact("shape", shape), fact("parameters", f"{num_parameters(census, index):,}")]
+    parts += [fact("bytes", sizes), line("")]
+    rows = []
     for row in module_rows(census, index):
-        cells = (f"{row.shape[0]} x {row.shape[1]}", str(row.num_modules), _size(row.num_bytes))
-        table.append((row.modules, row.encoding, row.format, *cells))
-    lines += align(table)
+        cells = (f"{row.shape[0]} x {row.shape[1]}", str(row.num_modules), size_text(row.num_bytes))
+        rows.append((row.modules, row.encoding, row.format, *cells))
+    parts.append(Listing(("module", "stored as", "format", "shape", "modules", "bytes"), rows, to_right=_NUMBERS))
     for reason, count in Counter(census.ignored.values()).items():
-        lines.append(f"not read: {count} tensors ({reason})")
-    return [*lines, "", *_scale_lines(inspection, contents), *(_memory_line(memory) for memory in contents.memory)]
+        parts.append(fact("not read", f"{counted(count, 'tensor')} ({reason})"))
+    told = [*_scale_facts(inspection, contents), *map(_memory_fact, contents.memory)]
+    return [*parts, line(""), *(fact(label, text) for label, text in told)]
 
 
-def _scale_lines(inspection: Inspection, contents: Contents) -> list[str]:
+def _scale_facts(inspection: Inspection, contents: Contents) -> list[tuple[str, str]]:
     blocks = contents.blocks
-    which = "all" if inspection.are_all_scales_read else "a sample: the first 4 KiB of every module's"
-    found = f"{blocks.num_zero} zero, {blocks.num_saturated} at the largest number"
-    lines = [f"block scales: {blocks.num_blocks:,} of {blocks.num_modules} modules ({which}); {found}"]
+    which = "all of them" if inspection.are_all_scales_read else "a sample: the first 4 KiB of every module's"
+    found = f"{blocks.num_zero:,} zero, {blocks.num_saturated:,} at the largest number"
+    modules = counted(blocks.num_modules, "module")
+    told = [("block scales", f"{blocks.num_blocks:,} of {modules} ({which}); {found}")]
     if blocks.cast_slots:
-        casts = len(blocks.lossless_casts)
-        lines.append(f"cast from MXFP4 without loss: {casts} of {len(blocks.cast_slots)} NVFP4 operands")
+        operands = counted(len(blocks.cast_slots), "NVFP4 operand")
+        told.append(("cast from MXFP4 without loss", f"{len(blocks.lossless_casts)} of {operands}"))
     if contents.gate_up.num_pairs:
         pairs = contents.gate_up
-        lines.append(f"gate and up share a global scale: {pairs.num_equal} of {pairs.num_pairs} experts")
+        experts = counted(pairs.num_pairs, "expert")
+        told.append(("gate and up share a global scale", f"{pairs.num_equal} of {experts}"))
     for projection, coverage in contents.calibration.items():
-        counts = f"{coverage.num_own} experts have their own, {coverage.num_shared} share the maximum"
-        lines.append(f"input_scale of {projection}: {counts}")
-    return lines
+        own = counted(coverage.num_own, "expert has its own", "experts have their own")
+        shared = counted(coverage.num_shared, "has", "have")
+        told.append((f"input_scale of {projection}", f"{own}, {shared} the maximum of their layer"))
+    return told
 
 
-def _memory_line(memory: Memory) -> str:
+def _memory_fact(memory: Memory) -> tuple[str, str]:
+    label = f"memory on {memory.device}"
     if memory.refusal is not None:
-        return f"memory on {memory.device}: cannot run ({memory.refusal})"
-    cache = f"{_size(memory.cache_bytes)} for each sequence of {memory.num_tokens} tokens"
-    return f"memory on {memory.device}: {_size(memory.weights_bytes)} of weights, {cache} ({memory.activations})"
+        return label, f"cannot run ({memory.refusal})"
+    cache = f"{size_text(memory.cache_bytes)} for each sequence of {counted(memory.num_tokens, 'token')}"
+    return label, f"{size_text(memory.weights_bytes)} of weights, {cache} ({memory.activations})"
 
 
-def _problem_lines(inspection: Inspection) -> list[str]:
+def _problem_parts(inspection: Inspection) -> list[RenderableType]:
     if not inspection.problems:
-        return ["no problems found"]
-    lines = [f"{len(inspection.problems)} problems:"]
+        return [line("no problems found", style="green")]
+    parts: list[RenderableType] = [line(f"{counted(len(inspection.problems), 'problem')}:", style="bold red")]
     for check, count in Counter(problem.id for problem in inspection.problems).items():
         messages = [problem.message for problem in inspection.problems if problem.id == check]
-        lines += [f"  [{check}] {message}" for message in messages[:MAX_LINES]]
-        lines += [f"  [{check}] and {count - MAX_LINES} more (--json lists them)"] if count > MAX_LINES else []
-        lines.append(f"    remedy: {REMEDIES[check]}")
-    return lines
-
-
-def _size(num_bytes: int) -> str:
-    if num_bytes < 2**20:
-        return f"{num_bytes / 2**10:.1f} KiB"
-    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes < 2**30 else f"{num_bytes / 2**30:.2f} GiB"
-
-
-def printable(line: str) -> str:
-    """Escapes what a terminal would act on, since names come from files, and cuts a line that is too long."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
-    return text if len(text) <= MAX_WIDTH else f"{text[:MAX_WIDTH]}…"
+        parts += [line(f"[{check}] {message}", indent=2) for message in messages[:MAX_LINES]]
+        if count > MAX_LINES:
+            parts.append(line(f"[{check}] and {count - MAX_LINES:,} more (--json lists them)", indent=2))
+        parts.append(fact("remedy", REMEDIES[check], indent=4))
+    return parts

@@ -2,12 +2,16 @@
 
 from types import MappingProxyType
 
+STAGE_NAMES = ("file", "environment", "load", "kernels", "layers", "ledger")
+"""The stages, in the order in which they run."""
+SHARE_OF_BOUND = frozenset({"K01", "K04", "K06", "K07", "K08", "K09", "V01"})
+"""Checks whose number is an error over what rounding may cause: 1 is the most that is allowed."""
 TITLES = MappingProxyType(
     {
         "F01": "files are whole; index and shards agree",
         "F02": "every tensor that config.json asks for, and no other",
         "F03": "dtypes and shapes are an encoding's",
-        "F04": "each module's format: the tensors agree with what the files claim",
+        "F04": "each module's format: tensors agree with the files' claims",
         "F05": "global scales are multipliers, near their layer's",
         "F06": "gate and up of an expert share a global scale",
         "F07": "block scales are numbers; no expert is far from the others",

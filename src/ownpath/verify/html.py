@@ -9,9 +9,9 @@ from html import escape
 
 from ownpath.bench.record import device_name
 from ownpath.finding import Finding, failed
-from ownpath.inspect.report import printable
 from ownpath.plan.plan import Plan
 from ownpath.plan.show import companion_rows, plan_rows
+from ownpath.terminal.text import printable
 from ownpath.verify import report
 from ownpath.verify.checks import TITLES
 from ownpath.verify.layers.measure import ROW_FACTOR, Measurement

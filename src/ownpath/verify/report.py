@@ -4,19 +4,21 @@ import hashlib
 import json
 import math
 import re
-import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import RenderableType
+
 from ownpath.bench.record import device_name
 from ownpath.checkpoint.header import MAX_HEADER_BYTES
 from ownpath.finding import Finding, Verdict, failed
-from ownpath.inspect.report import printable
 from ownpath.plan.plan import Plan
-from ownpath.plan.show import align, plan_dict
-from ownpath.verify.checks import TITLES
+from ownpath.plan.show import plan_dict
+from ownpath.terminal.page import Listing, fact, facts, line
+from ownpath.terminal.text import counted, duration_text
+from ownpath.verify.checks import SHARE_OF_BOUND, TITLES
 from ownpath.verify.layers.measure import Measurement
 from ownpath.verify.run import StageResult, Verification
 from ownpath.verify.subject import Selection
@@ -162,34 +164,32 @@ def _named(fields: dict[str, object]) -> dict[str, object]:
     return fields | strange
 
 
-def report_text(result: Verification) -> str:
-    """Formats verdict, first bad and worst layer, kernels; failures with remedies; then every check in a line."""
+def report_page(result: Verification) -> list[RenderableType]:
+    """Returns verdict, first bad and worst layer, kernels; failures with remedies; then every check in a line."""
     job, findings = result.job, result.findings
     worst, plan = worst_layer(findings), plan_of(result)
-    lines = [f"{job.folder.resolve().name} on {device_name(job.engine.device)}: {verdict_of(result).upper()}"]
-    lines += [f"unreadable       {result.unreadable}"] if result.unreadable else []
-    lines += [f"findings         {counts_text(findings)} in {seconds_of(result):.1f} s"]
-    lines += [f"first bad layer  {first_bad_layer(findings) or 'none'}"]
-    lines += [f"worst layer      {worst_text(worst[1])}"] if worst else []
-    lines += _kernel_lines(plan) if plan else []
-    lines += [f"limited to       {limit}" for limit in limits_of(result.job.selection)]
-    lines += [f"stage {stage.name}: not run: {stage.skipped}" for stage in result.stages if stage.skipped]
-    lines += ["", *_failure_lines(findings), *_check_lines(result)]
-    return "\n".join(printable(line) for line in lines)
+    rows = [("unreadable", result.unreadable)] if result.unreadable else []
+    rows.append(("checks", f"{counts_text(findings)} ({duration_text(seconds_of(result))})"))
+    rows.append(("first bad layer", first_bad_layer(findings) or "none"))
+    rows += [("largest error", worst_text(worst[1]))] if worst else []
+    rows += [("kernels", ", ".join(f"{n} x {kernel}" for kernel, n in kernels_of(plan).items()))] if plan else []
+    rows += [("limited to", limit) for limit in limits_of(job.selection)]
+    rows += [("not run", f"stage {stage.name}: {stage.skipped}") for stage in result.stages if stage.skipped]
+    where = f"{job.folder.resolve().name} on {device_name(job.engine.device)}: "
+    return [
+        line(where, verdict_of(result).upper()),
+        facts(rows),
+        line(""),
+        *_failure_parts(findings),
+        Listing(("", "check", "what holds", "found"), [(*row[:3], row[4]) for row in check_rows(result)], num_lead=3),
+    ]
 
 
 _WORDS = {Verdict.FAIL: "failed", Verdict.PASS: "passed", Verdict.SKIPPED: "skipped"}
 
 
-def _kernel_lines(plan: Plan) -> list[str]:
-    """Formats how many of the plan's slots each kernel runs."""
-    told = ", ".join(f"{count}_x_{kernel}" for kernel, count in kernels_of(plan).items())
-    lines = textwrap.wrap(told, 110, initial_indent=f"{'kernels':17}", subsequent_indent=" " * 17)
-    return [line.replace("_x_", " x ") for line in lines]
-
-
 def counts_text(findings: Iterable[Finding]) -> str:
-    """Formats how many findings have which verdict."""
+    """Formats how many findings have which verdict; a skipped check had nothing to look at."""
     counts = _counts(findings)
     return ", ".join(f"{counts[verdict]} {word}" for verdict, word in _WORDS.items())
 
@@ -198,29 +198,41 @@ def limits_of(selection: Selection) -> list[str]:
     """Lists what was left out on request; empty where nothing was."""
     limits = []
     if selection.layer_ids is not None:
-        limits.append(f"layers {', '.join(map(str, sorted(selection.layer_ids)))}")
+        layers = "layer" if len(selection.layer_ids) == 1 else "layers"
+        limits.append(f"{layers} {', '.join(map(str, sorted(selection.layer_ids)))}")
     if selection.num_experts is not None:
-        limits.append(f"{selection.num_experts} experts a layer, drawn with seed {selection.seed}")
+        limits.append(f"{counted(selection.num_experts, 'expert')} a layer, drawn with seed {selection.seed}")
     return limits
 
 
 def worst_text(finding: Finding) -> str:
     """Formats place, check, number and limit of a finding."""
-    allowed = f", allowed {finding.allowed}" if finding.allowed else ""
-    return f"{finding.where}: {finding.id} {finding.number:.3g}{allowed}"
+    number = math.nan if finding.number is None else finding.number
+    if finding.id in SHARE_OF_BOUND:
+        return f"{finding.where}: {share_text(number)} of what rounding may cause ({finding.id})"
+    allowed = f", allowed: {finding.allowed}" if finding.allowed else ""
+    return f"{finding.where}: {number:.3g}{allowed} ({finding.id})"
 
 
-def _failure_lines(findings: Iterable[Finding]) -> list[str]:
+def share_text(share: float) -> str:
+    """Formats a share of what is allowed: as a percentage, or how many times it was exceeded."""
+    if not math.isfinite(share):
+        return f"{share} times"
+    return f"{100 * share:.2g} %" if share <= 1 else f"{share:.3g} times"
+
+
+def _failure_parts(findings: Iterable[Finding]) -> list[RenderableType]:
     """Groups failures by check: the places, then what to do, once for each remedy."""
-    lines = []
+    parts: list[RenderableType] = []
     for check in failed_checks(findings):
         for finding in check.shown:
             kernel = f" [{finding.kernel}]" if finding.kernel else ""
             allowed = f"; allowed: {finding.allowed}" if finding.allowed else ""
-            lines.append(f"FAIL {check.id} {finding.where}{kernel}: {finding.message}{allowed}")
-        lines += [f"FAIL {check.id} and {check.num_more} more (--json lists them)"] if check.num_more else []
-        lines += [f"     remedy: {remedy}" for remedy in check.remedies]
-    return [*lines, ""] if lines else []
+            parts.append(line("FAIL", f" {check.id} {finding.where}{kernel}: {finding.message}{allowed}"))
+        if check.num_more:
+            parts.append(line("FAIL", f" {check.id} and {check.num_more:,} more (--json lists them)"))
+        parts += [fact("remedy", remedy, indent=5) for remedy in check.remedies]
+    return [*parts, line("")] if parts else []
 
 
 @dataclass(frozen=True)
@@ -262,18 +274,16 @@ def check_rows(result: Verification) -> list[tuple[str, ...]]:
     return rows
 
 
-def _check_lines(result: Verification) -> list[str]:
-    rows = check_rows(result)
-    return align([CHECK_HEADINGS, *rows]) if rows else []
-
-
 def _outcome(found: list[Finding]) -> str:
-    """Formats one finding (or one reason to skip) by its message, several by counts of verdicts."""
+    """Formats one finding (or one reason to skip) by its message, several by counts of verdicts and, where their number
+    is a share of what is allowed, the largest."""
     messages = dict.fromkeys(finding.message for finding in found)
     counts = _counts(found)
     if len(messages) == 1 and found[0].verdict is not Verdict.FAIL:
         return found[0].message
-    return ", ".join(f"{counts[verdict]} {word}" for verdict, word in _WORDS.items() if counts[verdict])
+    told = ", ".join(f"{counts[verdict]} {word}" for verdict, word in _WORDS.items() if counts[verdict])
+    shares = [f.number for f in found if f.id in SHARE_OF_BOUND and f.number is not None]
+    return f"{told}; at most {share_text(max(shares, key=_rank))} of what rounding may cause" if shares else told
 
 
 def _by_id(findings: Iterable[Finding]) -> dict[str, list[Finding]]:

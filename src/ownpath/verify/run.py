@@ -13,6 +13,7 @@ from ownpath.config import ConfigError, EngineConfig
 from ownpath.finding import Finding, Verdict, failed
 from ownpath.plan.plan import PlanError
 from ownpath.plan.show import plan_dict
+from ownpath.terminal.progress import Progress
 from ownpath.verify.environment_stage import environment_stage
 from ownpath.verify.file_stage import file_stage
 from ownpath.verify.kernel_stage import kernel_stage
@@ -20,7 +21,7 @@ from ownpath.verify.layer_stage import layer_stage
 from ownpath.verify.layers.measure import Measurement
 from ownpath.verify.ledger_check import check_ledger
 from ownpath.verify.load_stage import load_stage
-from ownpath.verify.progress import StageLine, StageProgress
+from ownpath.verify.progress import StageProgress
 from ownpath.verify.subject import Selection, Subject
 
 
@@ -130,24 +131,23 @@ def _stops(result: StageResult) -> bool:
 
 def _run(name: str, job: VerifyJob) -> StageResult:
     """Runs one stage to its end, or as far as it comes."""
-    line, start = StageLine(name), time.perf_counter()
+    start = time.perf_counter()
     findings: list[Finding] = []
     measurements: list[Measurement] = []
     skipped = ""
     try:
-        for found in STAGES[name](job, line):
-            if isinstance(found, Measurement):
-                measurements.append(found)
-            else:
-                findings.append(found)
+        with Progress(f"checking: {name}") as progress:
+            for found in STAGES[name](job, progress):
+                if isinstance(found, Measurement):
+                    measurements.append(found)
+                else:
+                    findings.append(found)
     except (ConfigError, CheckpointError, PlanError) as error:
         skipped = f"there is no plan: {error}"
     except RuntimeError as error:  # a device or driver that gave up: earlier findings are kept
         first = str(error).partition("\n")[0]
         remedy = "run this stage alone; if the device is out of memory, on fewer layers (--layers)"
         findings.append(Finding("RUN", f"stage {name}", Verdict.FAIL, f"did not end: {first}", remedy=remedy))
-    finally:
-        line.end()
     seconds = time.perf_counter() - start
     return StageResult(name, tuple(findings), seconds, skipped, tuple(measurements))
 

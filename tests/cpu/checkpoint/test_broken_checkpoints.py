@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import random_checkpoint
+from support.pages import plan_text
 
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.schema import MODELOPT_NVFP4
@@ -16,7 +17,6 @@ from ownpath.checkpoint.writer import INDEX_NAME, write_checkpoint
 from ownpath.config import ConfigError, EngineConfig
 from ownpath.loading import load_model, plan_model
 from ownpath.numerics import quantize_nvfp4
-from ownpath.plan.show import plan_text
 
 Tensors = dict[str, torch.Tensor]
 EXPERT = "layers.1.ffn.experts.3.w2"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.checkpoints import random_checkpoint
+from support.pages import plan_text
 
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
@@ -18,7 +19,6 @@ from ownpath.formats import FP8_BLOCK, MXFP4
 from ownpath.loading import load_model, plan_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.numerics import dequantize
-from ownpath.plan.show import plan_text
 from ownpath.qtensor import QuantTensor
 from ownpath.runners.make import make_runners
 from ownpath.weights.load import load_weights

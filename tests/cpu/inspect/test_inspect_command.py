@@ -34,7 +34,7 @@ def test_the_embedded_model_is_clean(capsys: pytest.CaptureFixture[str]) -> None
     assert "\nno problems found\n" in out
     assert re.search(r"^layers\.\{0-3\}\.ffn\.experts\.\{0-7\}\.w1 +modelopt-nvfp4 +NVFP4 +256 x 256 +32 ", out, re.M)
     assert main(["inspect", "--all-scales"]) == 0
-    assert "(all)" in capsys.readouterr().out
+    assert "(all of them)" in capsys.readouterr().out
 
 
 def test_the_json_of_the_embedded_model(capsys: pytest.CaptureFixture[str]) -> None:

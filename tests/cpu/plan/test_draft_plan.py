@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.broken import change_tensors
 from support.checkpoints import SMALL, Tensors, random_checkpoint
+from support.pages import plan_text
 
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
@@ -16,7 +17,7 @@ from ownpath.cli import main
 from ownpath.config import ConfigError, EngineConfig, ModelConfig
 from ownpath.loading import load_model, lossless_casts, plan_model
 from ownpath.model.batch import ForwardBatch
-from ownpath.plan.show import plan_dict, plan_text
+from ownpath.plan.show import plan_dict
 from ownpath.weights.load import load_weights
 
 DRAFTING = EngineConfig(max_model_len=64, loads_draft=True)

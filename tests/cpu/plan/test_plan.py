@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import LAYOUTS, SMALL, random_checkpoint
+from support.pages import plan_text
 
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.schema import ENCODINGS, MODELOPT_NVFP4, NATIVE_FP8, PLAIN_BF16
@@ -25,7 +26,7 @@ from ownpath.ops import OpKind
 from ownpath.plan.opspec import model_ops
 from ownpath.plan.plan import PlanError, make_plan
 from ownpath.plan.select import Caps, Choice, Refusal, select
-from ownpath.plan.show import plan_rows, plan_text
+from ownpath.plan.show import plan_rows
 
 CPU = Caps("cpu", "CPU")
 
@@ -188,6 +189,8 @@ def test_the_command_prints_and_names_what_is_wrong(tmp_path: Path, capsys: pyte
     entries = json.loads(capsys.readouterr().out)["ops"]
     assert {entry["slot"] for entry in entries} == {op.slot for op in model_ops(ModelConfig.from_dict(SMALL))}
     assert main(["plan", str(tmp_path / "absent")]) == 2
+    assert f"'{tmp_path / 'absent'}': no such model folder" in capsys.readouterr().err
+    assert main(["plan", str(tmp_path)]) == 2
     assert "config.json: no such file" in capsys.readouterr().err
     assert main(["plan", str(tmp_path / "model"), "--device", "tpu"]) == 2
     assert "device 'tpu'" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from support.checkpoints import random_checkpoint
 from support.layer_faults import FAULTS
+from support.pages import verification_text
 
 from ownpath.cli import main
 from ownpath.config import EngineConfig
@@ -19,7 +20,7 @@ from ownpath.verify.layer import LoadedLayer, load_layer
 from ownpath.verify.layers.measure import ROW_FACTOR, Measurement
 from ownpath.verify.layers.teacher_forcing import ORDER
 from ownpath.verify.plots import BOTTOM, LEFT, MAX_DECADES, RIGHT, TOP, Axis, Decades, Line, Point, small_plot
-from ownpath.verify.report import report_dict, report_text
+from ownpath.verify.report import report_dict
 from ownpath.verify.run import StageResult, Verification, VerifyJob, verify
 from ownpath.verify.subject import Selection, Subject
 
@@ -148,7 +149,7 @@ def test_it_asks_for_nothing(result: Verification) -> None:
 
 
 def test_it_says_what_the_other_forms_say(result: Verification) -> None:
-    page, text, programs = Page(report_html(result)), report_text(result), report_dict(result)
+    page, text, programs = Page(report_html(result)), verification_text(result), report_dict(result)
     facts = dict(row for row in page.rows() if len(row) == 2)
     assert f"findings         {facts['findings']}" in text
     assert facts["findings"].startswith(f"{programs['counts']['fail']} failed, {programs['counts']['pass']} passed")

@@ -8,7 +8,7 @@ from ownpath.verify.layers.measure import ROW_FACTOR, Measurement
 from ownpath.verify.layers.single_layer import SingleLayer
 from ownpath.verify.layers.teacher_forcing import ORDER, LayerComparison
 
-_WITHIN = f"1 time its budget over all rows, {ROW_FACTOR:g} times in one row, and finite"
+_WITHIN = f"an error of 1 budget over all rows and of {ROW_FACTOR:g} budgets in a single one, and finite values"
 _PLACES = {
     "attn.q": "the rotation of queries: theta of this kind of layer, YaRN, which channels",
     "attn.kv": "the rotation of the window's keys, or what they are rounded to",
