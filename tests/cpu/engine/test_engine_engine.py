@@ -81,11 +81,11 @@ def test_what_is_submitted_together_starts_together() -> None:
     model = random_model()
     with running(model) as engine:
         for _ in range(30):
-            asked = [Asked([3], SamplingParams(1)) for _ in range(4)]
+            asked = [Asked([3], SamplingParams(1)) for _ in range(3)]
             engine.submit([one.request for one in asked])
             for one in asked:
                 one.all()
-    assert model.step_sizes == [[1, 1, 1, 1]] * 30
+    assert model.step_sizes == [[1, 1, 1]] * 30
 
 
 def test_eos_ends_with_stop_and_is_reported() -> None:
@@ -298,7 +298,7 @@ def test_an_aborted_request_frees_its_place_and_hears_nothing_more(index: int) -
 def test_the_queue_is_bounded_and_submission_is_all_or_nothing() -> None:
     model = Gated()
     with running(model, max_num_seqs=2, max_num_queued=1) as engine:
-        asked = [Asked([3], SamplingParams(1)) for _ in range(4)]
+        asked = [Asked([3], SamplingParams(1)) for _ in range(3)]
         with pytest.raises(EngineOverloaded):
             engine.submit([one.request for one in asked])
         assert engine.num_open == 0
