@@ -117,6 +117,11 @@ class Engine:
             request.sink(StepOutput(finish_reason=FinishReason.ERROR, error=_STOPPED))
 
     @property
+    def has_died(self) -> bool:
+        """True if the thread has ended although nobody asked it to."""
+        return not self._thread.is_alive() and not self._stopping
+
+    @property
     def num_open(self) -> int:
         """Requests submitted and not yet finished or aborted."""
         return len(self._open)

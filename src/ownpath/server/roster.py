@@ -12,6 +12,9 @@ class OpenConnection(Protocol):
     def drop(self) -> None:
         """Closes it at once, whatever is still to be written."""
 
+    def check(self, now: float) -> None:
+        """Ends it if it takes too long. now: the event loop's time."""
+
 
 class Roster:
     """Counts connections, and keeps those that wait for their client in the order in which they began to.

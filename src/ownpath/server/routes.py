@@ -1,6 +1,6 @@
 """The endpoints."""
 
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from starlette.requests import Request
@@ -11,9 +11,10 @@ from ownpath.chat.parse import AnswerParser
 from ownpath.chat.tokenizer import MissingMarkerError, Tokenizer
 from ownpath.engine.engine import Engine
 from ownpath.server import chat, completions
-from ownpath.server.body import Limits, read_json_object
-from ownpath.server.errors import ApiError, shorten
+from ownpath.server.body import BodyReader
+from ownpath.server.errors import ApiError, shorten, unavailable
 from ownpath.server.generation import Generation
+from ownpath.server.json_text import to_json
 from ownpath.server.metrics import MEDIA_TYPE, Metrics
 from ownpath.server.prompts import chat_prompt, completion_prompts, missing_marker
 from ownpath.server.protocol import (
@@ -23,6 +24,7 @@ from ownpath.server.protocol import (
     read_completion_request,
 )
 from ownpath.server.sse import EventStream, JsonObject, until_disconnect
+from ownpath.server.vitals import Vitals
 
 
 @dataclass(frozen=True)
@@ -31,24 +33,30 @@ class Api:
 
     created: when the model was loaded, in seconds since 1970.
     release: the release whose ``reasoning_effort`` words the model knows; a key of ``effort.RELEASES``.
+    request_timeout_s: from a request's prompt to the end of its answer.
     """
 
     engine: Engine
     tokenizer: Tokenizer
     model_id: str
     created: int
-    limits: Limits
+    bodies: BodyReader
     release: str
     metrics: Metrics
+    vitals: Vitals
+    request_timeout_s: float
 
     async def health(self, request: Request) -> Response:
         """``GET /health``: whether requests can still be run."""
-        alive = self.engine.is_alive
-        return JSONResponse({"status": "ok" if alive else "the engine has stopped"}, 200 if alive else 503)
+        return _status(self.vitals.health())
+
+    async def ready(self, request: Request) -> Response:
+        """``GET /ready``: whether requests should be sent here: the model passed its self-test, no end is near."""
+        return _status(self.vitals.readiness())
 
     async def prometheus(self, request: Request) -> Response:
-        """``GET /metrics``: counters since the start."""
-        return Response(self.metrics.render(), media_type=MEDIA_TYPE)
+        """``GET /metrics``: counters and durations since the start."""
+        return Response(self.metrics.render(self.engine.load()), media_type=MEDIA_TYPE)
 
     async def models(self, request: Request) -> Response:
         """``GET /v1/models``"""
@@ -61,27 +69,29 @@ class Api:
 
     async def chat_completions(self, request: Request) -> Response:
         """``POST /v1/chat/completions``"""
-        asked = read_chat_request(await read_json_object(request, self.limits))
+        self._refuse_while_ending()
+        asked = await self.bodies.read(request, read_chat_request)
         self._check_model(asked.model)
         max_model_len = self.engine.config.max_model_len
         answer = self._chat_answer(asked)
         prompt = await chat_prompt(asked, self.tokenizer, max_model_len, self.release)
-        generation = Generation(self.engine, [prompt], [answer], self.metrics)
+        generation = Generation(self.engine, [prompt], [answer], self.metrics, self.request_timeout_s)
         generation.submit(chat.sampling_params(asked, prompt, max_model_len))
         chunks = chat.chat_chunks(asked, generation, self.tokenizer, self.model_id)
-        return await self._answer(request, asked, generation, chunks, chat.fold_chat)
+        return await self._answer(request, asked, generation, chunks, chat.ChatFold())
 
     async def completions(self, request: Request) -> Response:
         """``POST /v1/completions``"""
-        asked = read_completion_request(await read_json_object(request, self.limits))
+        self._refuse_while_ending()
+        asked = await self.bodies.read(request, read_completion_request)
         self._check_model(asked.model)
         max_model_len = self.engine.config.max_model_len
-        prompts = await completion_prompts(asked, self.tokenizer, max_model_len, self.limits.max_prompts)
+        prompts = await completion_prompts(asked, self.tokenizer, max_model_len, self.bodies.limits.max_prompts)
         answers = [Answer(self.tokenizer, asked.stop) for _ in prompts]
-        generation = Generation(self.engine, prompts, answers, self.metrics)
+        generation = Generation(self.engine, prompts, answers, self.metrics, self.request_timeout_s)
         generation.submit(completions.sampling_params(asked, prompts, max_model_len))
         chunks = completions.completion_chunks(asked, generation, self.tokenizer, self.model_id)
-        return await self._answer(request, asked, generation, chunks, completions.fold_completion)
+        return await self._answer(request, asked, generation, chunks, completions.CompletionFold())
 
     async def _answer(
         self,
@@ -89,14 +99,15 @@ class Api:
         asked: ChatRequest | CompletionRequest,
         generation: Generation,
         chunks: AsyncIterator[JsonObject],
-        fold: Callable[[Iterable[JsonObject]], JsonObject],
+        fold: chat.ChatFold | completions.CompletionFold,
     ) -> Response:
         """Answers with the chunks as a stream, or folded; either way the generation ends when the client goes."""
         if asked.stream:
             wants_usage = asked.stream_options is not None and asked.stream_options.include_usage
             return EventStream(_stream_events(chunks, wants_usage), generation.close)
         try:
-            return JSONResponse(fold(await until_disconnect(request.receive, _collect(chunks))))
+            await until_disconnect(request.receive, _fold(chunks, fold))
+            return Response(await to_json(fold.whole()), media_type="application/json")
         finally:
             generation.close()
 
@@ -117,14 +128,24 @@ class Api:
             "max_model_len": self.engine.config.max_model_len,
         }
 
+    def _refuse_while_ending(self) -> None:
+        """Refuses new work while the server ends. Errors: ApiError 503."""
+        if self.vitals.is_draining:
+            raise unavailable("the server is shutting down")
+
     def _check_model(self, model_id: str | None) -> None:
         if model_id is not None and model_id != self.model_id:
             message = f"there is no model {shorten(model_id)} here; this server has {self.model_id!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
 
-async def _collect(events: AsyncIterator[JsonObject]) -> list[JsonObject]:
-    return [event async for event in events]
+def _status(problem: str | None) -> Response:
+    return JSONResponse({"status": problem or "ok"}, 200 if problem is None else 503)
+
+
+async def _fold(chunks: AsyncIterator[JsonObject], fold: chat.ChatFold | completions.CompletionFold) -> None:
+    async for chunk in chunks:
+        fold.add(chunk)
 
 
 async def _stream_events(events: AsyncIterator[JsonObject], wants_usage: bool) -> AsyncIterator[JsonObject]:

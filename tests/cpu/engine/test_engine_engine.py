@@ -298,7 +298,7 @@ def test_an_aborted_request_frees_its_place_and_hears_nothing_more(index: int) -
 def test_the_queue_is_bounded_and_submission_is_all_or_nothing() -> None:
     model = Gated()
     with running(model, max_num_seqs=2, max_num_queued=1) as engine:
-        asked = [Asked([3], SamplingParams(1)) for _ in range(3)]
+        asked = [Asked([3], SamplingParams(1)) for _ in range(4)]
         with pytest.raises(EngineOverloaded):
             engine.submit([one.request for one in asked])
         assert engine.num_open == 0
