@@ -5,12 +5,11 @@ import importlib
 import io
 import os
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from ownpath.terminal.console import start_log
-from ownpath.terminal.text import printable, printable_lines
+from ownpath.terminal.console import start_log, trace_text
+from ownpath.terminal.text import printable
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -92,8 +91,8 @@ def _run(argv: list[str]) -> int:
     except MemoryError:
         print("ownpath: there is not enough memory; `ownpath inspect` says how much the model takes", file=sys.stderr)
         return _USAGE_ERROR
-    except Exception:
-        print(printable_lines(traceback.format_exc()), end="", file=sys.stderr)
+    except Exception as error:
+        print(trace_text(error), file=sys.stderr)
         print("ownpath: this is a bug in ownpath; please report it with the lines above", file=sys.stderr)
         return _BUG
     return code

@@ -105,15 +105,22 @@ def _rendered(page: "tuple[RenderableType, ...]", width: int, *, has_colours: bo
     return "\n".join(text.rstrip() for text in file.getvalue().rstrip("\n").split("\n"))
 
 
+def trace_text(error: BaseException) -> str:
+    """Formats a traceback; the error's own message is one line of it."""
+    import traceback
+
+    parts = (part.rstrip("\n") for part in traceback.format_exception(error))
+    return "\n".join(printable_lines(part) if part.startswith("  File ") else printable(part) for part in parts)
+
+
 class SafeFormatter(logging.Formatter):
     """Formats a record of the log in one line, and its traceback in the lines below, with controls escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
         told = printable(record.getMessage())
-        import traceback
-
-        trace = "".join(traceback.format_exception(*record.exc_info)) if record.exc_info else ""
-        return "\n".join(filter(None, (f"{record.levelname.lower()}: {told}", printable_lines(trace.rstrip("\n")))))
+        error = record.exc_info[1] if record.exc_info else None
+        trace = "" if error is None else trace_text(error)
+        return "\n".join(filter(None, (f"{record.levelname.lower()}: {told}", trace)))
 
 
 def start_log() -> None:

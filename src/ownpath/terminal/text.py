@@ -4,7 +4,7 @@ import unicodedata
 
 _BIDI_CONTROLS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
-MAX_CHARS = 4000
+MAX_CHARS = 20_000
 """A name, field or message longer than this is cut: one of many megabytes would fill every screen."""
 
 

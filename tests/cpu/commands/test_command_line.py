@@ -30,7 +30,7 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"ownpath {version('ownpath')}\n"
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["plan", "--list"], ["plan"]])
+@pytest.mark.parametrize("argv", [["--help"], ["plan", "--list"]])
 def test_nobody_reads_the_output_and_nothing_is_said(argv: list[str]) -> None:
     """As `ownpath plan | head -1`, when head is gone: the code that shells give for SIGPIPE."""
     read, write = os.pipe()
@@ -40,6 +40,17 @@ def test_nobody_reads_the_output_and_nothing_is_said(argv: list[str]) -> None:
     finally:
         os.close(write)
     assert (done.returncode, done.stderr.replace("planning ...\n", "")) == (141, "")
+
+
+def test_nobody_reads_a_page_and_nothing_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as stdout:  # noqa: PTH123 (a number of a file)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(["plan"]) == 141
+    assert capsys.readouterr().err == ""
 
 
 def test_a_full_disk_is_said() -> None:
