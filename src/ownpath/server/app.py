@@ -16,9 +16,10 @@ from starlette.routing import Route
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.engine.engine import Engine
 from ownpath.server import errors
+from ownpath.server.access import AccessPolicy
 from ownpath.server.body import BodyReader, Limits
 from ownpath.server.debug import DebugPlan
-from ownpath.server.gate import AccessPolicy, HostGate, KeyGate
+from ownpath.server.gate import HostGate, KeyGate
 from ownpath.server.metrics import Metrics
 from ownpath.server.request_log import LogRequests, RequestLog
 from ownpath.server.routes import Api

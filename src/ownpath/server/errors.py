@@ -6,7 +6,6 @@ from starlette.responses import JSONResponse, Response
 
 _MAX_MESSAGE_CHARS = 400
 _RETRY_AFTER_S = "1"
-_KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
@@ -26,7 +25,8 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, object]:
         """Returns the JSON object that clients see."""
-        kind = "server_error" if self.status >= 500 else _KINDS.get(self.status, "invalid_request_error")
+        refusal = "rate_limit_error" if self.status == 429 else "invalid_request_error"
+        kind = "server_error" if self.status >= 500 else refusal
         message = str(self)
         if len(message) > _MAX_MESSAGE_CHARS:
             message = message[:_MAX_MESSAGE_CHARS] + "..."

@@ -3,7 +3,6 @@
 import hashlib
 import hmac
 from collections.abc import Collection
-from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -12,20 +11,6 @@ from ownpath.server.errors import ApiError, shorten
 
 PROBES = frozenset({"/health", "/ready"})
 """Paths that say nothing but whether the server works: supervisors ask them without a key, by the machine's address."""
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
-
-
-@dataclass(frozen=True, repr=False)
-class AccessPolicy:
-    """Who may send requests.
-
-    keys: API keys; none: everybody may. hosts: names that ``Host`` may have, ``*.example.com`` for all below one; none:
-    any. origins: web pages' origins that browsers may let read answers; none: no page's.
-    """
-
-    keys: tuple[str, ...] = ()
-    hosts: tuple[str, ...] = ()
-    origins: tuple[str, ...] = ()
 
 
 class HostGate:

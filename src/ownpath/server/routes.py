@@ -27,6 +27,9 @@ from ownpath.server.sse import EventStream, JsonObject, until_disconnect
 from ownpath.server.vitals import Vitals
 
 
+Fold = chat.ChatFold | completions.CompletionFold
+
+
 @dataclass(frozen=True)
 class Api:
     """The objects behind every endpoint.
@@ -99,7 +102,7 @@ class Api:
         asked: ChatRequest | CompletionRequest,
         generation: Generation,
         chunks: AsyncIterator[JsonObject],
-        fold: chat.ChatFold | completions.CompletionFold,
+        fold: Fold,
     ) -> Response:
         """Answers with the chunks as a stream, or folded; either way the generation ends when the client goes."""
         if asked.stream:
@@ -143,7 +146,7 @@ def _status(problem: str | None) -> Response:
     return JSONResponse({"status": problem or "ok"}, 200 if problem is None else 503)
 
 
-async def _fold(chunks: AsyncIterator[JsonObject], fold: chat.ChatFold | completions.CompletionFold) -> None:
+async def _fold(chunks: AsyncIterator[JsonObject], fold: Fold) -> None:
     async for chunk in chunks:
         fold.add(chunk)
 

@@ -82,7 +82,7 @@ class Server(uvicorn.Server):
         self._vitals.is_draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_s):
-                while self._vitals.engine.num_open:
+                while self._vitals.engine.num_open and not self.force_exit:
                     await asyncio.sleep(_LOOK_EVERY_S / 2)
         for acceptor in self._acceptors:
             acceptor.close()
@@ -130,13 +130,16 @@ def make_server(app: Starlette, vitals: Vitals, model_id: str, settings: ServerS
     return Server(config, model_id, vitals, settings)
 
 
-def run_server(server: Server, listener: socket.socket) -> int:
+def run_server(
+    app: Starlette, vitals: Vitals, listener: socket.socket, model_id: str, settings: ServerSettings | None = None
+) -> int:
     """Serves until SIGINT or SIGTERM; returns 0 after a clean end, 1 if it could not start (uvicorn has said why), and
     ``ENGINE_FAILED`` if the engine has stopped by itself."""
     # uvicorn raises the signal again after its shutdown, for the previous handler. Being asked to end is not a failure
     # here: without these, a clean end would look like a crash to the parent process.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
+    server = make_server(app, vitals, model_id, settings)
     share_port(listener)
     try:
         server.run(sockets=[listener])

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -19,9 +20,12 @@ from ownpath.chat.messages import Message
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.config import EngineConfig
 from ownpath.engine.engine import Engine
-from ownpath.server.app import create_app
+from ownpath.server.app import Rules, create_app
 from ownpath.server.body import Limits
-from ownpath.server.run import make_server
+from ownpath.server.connection import ConnectionLimits
+from ownpath.server.listen import take_port
+from ownpath.server.run import ServerSettings, make_server
+from ownpath.server.vitals import Vitals
 
 MODEL_ID = "tiny"
 VOCAB = NUM_TOKENS + 7
@@ -39,6 +43,7 @@ class Harness:
     engine: Engine
     model: Any
     tokenizer: Tokenizer
+    vitals: Vitals
 
     def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
         """One request in process."""
@@ -86,7 +91,8 @@ def error(response: httpx.Response, status: int) -> dict[str, Any]:
     body = response.json()
     assert list(body) == ["error"]
     assert list(body["error"]) == ["message", "type", "param", "code"]
-    assert body["error"]["type"] == ("invalid_request_error" if status < 500 else "server_error")
+    refusal = "rate_limit_error" if status == 429 else "invalid_request_error"
+    assert body["error"]["type"] == (refusal if status < 500 else "server_error")
     assert len(response.content) < 1500
     for leak in ("Traceback", ".py", "/home", "/root", "/tmp", "/usr", "0x"):
         assert leak not in body["error"]["message"]
@@ -112,6 +118,8 @@ def harness(
     device: str = "cpu",
     max_model_len: int = MAX_MODEL_LEN,
     release: str = "v4",
+    rules: Rules | None = None,
+    step_timeout_s: float = 60.0,
 ) -> Iterator[Harness]:
     """Default model: reproducible random logits that never end an answer by themselves."""
     model = model or FakeModel(random_rule(VOCAB), VOCAB, max_model_len)
@@ -119,7 +127,9 @@ def harness(
     engine = Engine(model, config, tokenizer.num_tokens, max_num_queued)
     engine.start()
     try:
-        yield Harness(create_app(engine, tokenizer, MODEL_ID, limits, release), engine, model, tokenizer)
+        vitals = Vitals(engine, step_timeout_s)
+        rules = rules or Rules(limits or Limits())
+        yield Harness(create_app(vitals, tokenizer, MODEL_ID, rules, release), engine, model, tokenizer, vitals)
     finally:
         engine.stop()
 
@@ -135,15 +145,19 @@ def saying(text: str, prompt_ids: list[int]) -> FakeModel:
 
 
 @contextlib.contextmanager
-def listening(served: Harness, drain_s: float = 0.5) -> Iterator[str]:
+def listening(
+    served: Harness, drain_s: float = 0.5, connections: ConnectionLimits | None = None, tls: ssl.SSLContext | None = None
+) -> Iterator[str]:
     """The application behind uvicorn on a free loopback port; yields its base URL."""
-    server = make_server(served.app, served.engine, "127.0.0.1", 0, MODEL_ID, drain_s)
-    thread = threading.Thread(target=server.run)
+    settings = ServerSettings(connections or ConnectionLimits(), tls, drain_s, farewell_s=0.5)
+    server = make_server(served.app, served.vitals, MODEL_ID, settings)
+    listener = take_port("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
         assert eventually(lambda: server.started or not thread.is_alive())
         assert server.started
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield f"http{'' if tls is None else 's'}://127.0.0.1:{server.addresses[0][1]}"
     finally:
         server.should_exit = True
         thread.join(WAIT_S)
