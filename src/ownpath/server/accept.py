@@ -19,9 +19,12 @@ _BURST = 64
 """Connections accepted before the event loop sees to other things."""
 _SPARE = 64
 """Connections beyond the limit while none waits for its client: for ``/health`` and to be told that there is no room."""
+_GRACE_S = 0.2
+"""A connection has at least so long to send its request: new ones wait to be accepted until the oldest has had it."""
 _OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _REST_S = 0.05
 _TELL_EVERY_S = 60.0
+_SEND_BUFFER_BYTES = 128 * 1024
 _OTHER_FILES = 256
 """Descriptors kept for everything that is not a connection."""
 _NO_ROOM = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
@@ -43,6 +46,8 @@ class Acceptor:
         self._loop = asyncio.get_running_loop()
         self._told_at = -_TELL_EVERY_S
         self._is_open = True
+        # Accepted, and waiting for room.
+        self._parked: tuple[socket.socket, str] | None = None
 
     def start(self) -> None:
         """Begins to listen and to accept."""
@@ -56,30 +61,48 @@ class Acceptor:
             self._is_open = False
             self._loop.remove_reader(self._listener)
             self._listener.close()
+            if self._parked is not None:
+                self._parked[0].close()
 
     def _accept(self) -> None:
         for _ in range(_BURST):
-            try:
-                accepted, address = self._listener.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno in _OUT_OF_RESOURCES:
-                    self._rest(error)
+            if self._parked is None:
+                try:
+                    self._parked = _accepted(self._listener)
+                except BlockingIOError:
                     return
-                continue  # the client went before it was accepted
-            self._take(accepted, site_of(str(address[0])))
+                except OSError as error:
+                    if error.errno in _OUT_OF_RESOURCES:
+                        self._rest(error)
+                        return
+                    continue  # the client went before it was accepted
+            pause_s = self._make_room(self._parked[1])
+            if pause_s > 0:
+                self._pause(pause_s)
+                return
+            self._take(*self._parked)
+            self._parked = None
+
+    def _make_room(self, site: str) -> float:
+        """Drops a connection if there are too many. Returns 0, or how long to wait until the oldest has had its time."""
+        is_site_full = self._roster.count_at(site) >= self._limits.max_per_site
+        if not is_site_full and len(self._roster) < self._limits.max_total:
+            return 0.0
+        where = site if is_site_full else None
+        since = self._roster.waits_since(where)
+        if since is None:
+            return 0.0
+        left_s = since + _GRACE_S - self._loop.time()
+        if left_s <= 0:
+            self._roster.drop_oldest(where)
+        return max(left_s, 0.0)
 
     def _take(self, accepted: socket.socket, site: str) -> None:
-        accepted.setblocking(False)
-        has_room = self._roster.count_at(site) < self._limits.max_per_site or self._roster.drop_oldest(site)
-        if len(self._roster) >= self._limits.max_total and not self._roster.drop_oldest():
-            has_room = has_room and len(self._roster) < self._limits.max_total + _SPARE
-        if not has_room:
+        if len(self._roster) >= self._limits.max_total + _SPARE:
             _refuse(accepted)
             return
         connection = self._new_connection()
-        self._roster.add(connection, site)
+        self._roster.add(connection, site, self._loop.time())
         handshake_s = self._limits.head_s if self._tls is not None else None
         opening = self._loop.connect_accepted_socket(
             lambda: connection, accepted, ssl=self._tls, ssl_handshake_timeout=handshake_s
@@ -101,12 +124,25 @@ class Acceptor:
         for _ in range(_BURST):
             if not self._roster.drop_oldest():
                 break
+        self._pause(_REST_S)
+
+    def _pause(self, seconds: float) -> None:
         self._loop.remove_reader(self._listener)
-        self._loop.call_later(_REST_S, self._resume)
+        self._loop.call_later(seconds, self._resume)
 
     def _resume(self) -> None:
         if self._is_open:
             self._loop.add_reader(self._listener, self._accept)
+            self._accept()
+
+
+def _accepted(listener: socket.socket) -> tuple[socket.socket, str]:
+    """Accepts one connection; returns it with its site. Errors: OSError."""
+    accepted, address = listener.accept()
+    accepted.setblocking(False)
+    # Else the system would keep up to 4 MiB for each client that does not read.
+    accepted.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+    return accepted, site_of(str(address[0]))
 
 
 def _refuse(accepted: socket.socket) -> None:

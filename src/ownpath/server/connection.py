@@ -88,7 +88,7 @@ class HttpConnection(H11Protocol):
         now = self.loop.time()
         has_rest = self.conn.their_state is h11.SEND_BODY or bool(self.conn.trailing_data[0])
         self._waits_since, self._head_since = now, now if has_rest else None
-        self._roster.wait(self)
+        self._roster.wait(self, now)
         super().on_response_complete()
         self._note_request()  # a pipelined one
 

@@ -167,9 +167,11 @@ class Generation:
     async def _next_output(self) -> tuple[int, StepOutput]:
         left_s = self._deadline - time.monotonic()
         try:
-            if left_s > 0 and not self._outputs.empty():
-                return self._outputs.get_nowait()
-            return await asyncio.wait_for(self._outputs.get(), max(left_s, 0))
+            if left_s <= 0:
+                raise TimeoutError
+            # Not wait_for: before Python 3.12 it may lose the cancellation that ends an abandoned answer.
+            async with asyncio.timeout(left_s):
+                return await self._outputs.get()
         except TimeoutError:
             message = f"the answer was not ready within {self._timeout_s:g} seconds"
             raise ApiError(504, message, code="deadline_exceeded") from None

@@ -26,8 +26,9 @@ class Roster:
     def __init__(self) -> None:
         self._sites: dict[OpenConnection, str] = {}
         self._counts: Counter[str] = Counter()
-        self._waiting: dict[OpenConnection, None] = {}
-        self._waiting_at: defaultdict[str, dict[OpenConnection, None]] = defaultdict(dict)
+        # The value: since when, in seconds of the caller's clock. The order is that of the values.
+        self._waiting: dict[OpenConnection, float] = {}
+        self._waiting_at: defaultdict[str, dict[OpenConnection, float]] = defaultdict(dict)
 
     def __len__(self) -> int:
         return len(self._sites)
@@ -39,11 +40,11 @@ class Roster:
         """Returns the number of connections from one site."""
         return self._counts[site]
 
-    def add(self, connection: OpenConnection, site: str) -> None:
+    def add(self, connection: OpenConnection, site: str, now: float) -> None:
         """Takes a new connection, which waits for its client."""
         self._sites[connection] = site
         self._counts[site] += 1
-        self.wait(connection)
+        self.wait(connection, now)
 
     def remove(self, connection: OpenConnection) -> None:
         """Forgets a connection; one that is forgotten already is fine."""
@@ -55,27 +56,33 @@ class Roster:
             del self._counts[site]
         self._unlist(connection, site)
 
-    def wait(self, connection: OpenConnection) -> None:
+    def wait(self, connection: OpenConnection, now: float) -> None:
         """Lists a connection as one that waits for its client from now on."""
         if connection in self._sites:
             site = self._sites[connection]
             self._unlist(connection, site)
-            self._waiting[connection] = self._waiting_at[site][connection] = None
+            self._waiting[connection] = self._waiting_at[site][connection] = now
 
     def work(self, connection: OpenConnection) -> None:
         """Notes that a whole request of this connection is there: it is not dropped for others any more."""
         if connection in self._sites:
             self._unlist(connection, self._sites[connection])
 
+    def waits_since(self, site: str | None = None) -> float | None:
+        """Returns since when the connection waits that has waited longest, at one site or anywhere; None: none waits."""
+        return next(iter(self._waiting_of(site).values()), None)
+
     def drop_oldest(self, site: str | None = None) -> bool:
         """Drops the connection that has waited longest, at one site or anywhere. Returns False if none waits."""
-        waiting = self._waiting if site is None else self._waiting_at.get(site, {})
-        oldest = next(iter(waiting), None)
+        oldest = next(iter(self._waiting_of(site)), None)
         if oldest is None:
             return False
         self.remove(oldest)
         oldest.drop()
         return True
+
+    def _waiting_of(self, site: str | None) -> dict[OpenConnection, float]:
+        return self._waiting if site is None else self._waiting_at.get(site, {})
 
     def _unlist(self, connection: OpenConnection, site: str) -> None:
         self._waiting.pop(connection, None)

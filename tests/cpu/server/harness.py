@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import torch
 from cpu.chat.small_tokenizer import NUM_TOKENS, small_tokenizer
 from cpu.engine.fake_model import FakeModel, random_rule, script_rule
 from starlette.applications import Starlette
@@ -20,6 +21,7 @@ from ownpath.chat.messages import Message
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.config import EngineConfig
 from ownpath.engine.engine import Engine
+from ownpath.model.batch import ForwardBatch
 from ownpath.server.app import Rules, create_app
 from ownpath.server.body import Limits
 from ownpath.server.connection import ConnectionLimits
@@ -77,6 +79,18 @@ class Harness:
     def settled(self) -> bool:
         """Waits until nothing is open any more."""
         return eventually(lambda: self.engine.num_open == 0)
+
+
+class Gated(FakeModel):
+    """Runs one step for each permit."""
+
+    def __init__(self) -> None:
+        super().__init__(random_rule(VOCAB), VOCAB, MAX_MODEL_LEN)
+        self.permits = threading.Semaphore(0)
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        assert self.permits.acquire(timeout=WAIT_S)
+        return super().forward(batch)
 
 
 def answer(response: httpx.Response) -> dict[str, Any]:

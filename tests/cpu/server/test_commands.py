@@ -200,7 +200,7 @@ def test_the_release_of_the_chat_format_is_an_option(
 
     def run_server(app: Any, *_: object) -> int:
         async def ask() -> httpx.Response:
-            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
                 fields = {"messages": [{"role": "user", "content": "a"}], "reasoning_effort": "huge"}
                 return await client.post("/v1/chat/completions", json=fields)
 

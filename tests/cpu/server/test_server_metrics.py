@@ -9,13 +9,13 @@ import pytest
 import torch
 from cpu.chat.small_tokenizer import FIRST_BYTE_ID, THINK_END_ID
 from cpu.engine.fake_model import EOS_ID, FakeModel, random_rule, script_rule
-from cpu.engine.test_engine_engine import Gated
 from cpu.server.harness import (
     HELLO,
     MAX_MODEL_LEN,
     TOKENIZER,
     VOCAB,
     WAIT_S,
+    Gated,
     Harness,
     chat_ids,
     error,
@@ -168,7 +168,7 @@ def test_logits_that_are_not_finite_end_their_request_and_are_counted(is_stream:
     with harness(poisoned()) as served:
         response = served.post(COMPLETIONS, prompt=[20, POISON_ID, 21], max_tokens=4, stream=is_stream)
         if is_stream:
-            assert '"code": "non_finite_logits"' in response.text
+            assert '"code":"non_finite_logits"' in response.text
             assert "[DONE]" not in response.text
         else:
             assert error(response, 500)["code"] == "non_finite_logits"
