@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from urllib.parse import urlsplit
 
 import httpx
@@ -219,7 +220,9 @@ def test_what_is_not_http_is_refused_in_openais_shape(hasty: tuple[Harness, str]
 def few_descriptors(num_left: int) -> Iterator[None]:
     """Leaves this process so many descriptors."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1 + num_left, hard))
+    taken = set(map(int, os.listdir("/proc/self/fd")))
+    free = (number for number in range(hard) if number not in taken)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next(islice(free, num_left, None)), hard))
     try:
         yield
     finally:
