@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ownpath.commands.arguments import Subparsers
     from ownpath.commands.session import Session
     from ownpath.server.debug import DebugPlan
+    from ownpath.server.policy import RequestPolicy
 
 ADMIN_KEY_VARIABLE = "OWNPATH_ADMIN_KEY"
 
@@ -24,7 +25,20 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     add_model_argument(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=_port, default=8000, help="port; 0 takes a free one (default: 8000)")
-    parser.add_argument("--served-model-name", metavar="NAME", help="default: the model folder's name")
+    parser.add_argument(
+        "--served-model-name",
+        action="append",
+        metavar="NAME",
+        help="a name of the model for clients; repeatable, answers to all of them (default: the model folder's name)",
+    )
+    parser.add_argument(
+        "--strict-fields",
+        action="store_true",
+        help="refuse fields that change no answer, instead of ignoring them",
+    )
+    parser.add_argument(
+        "--strict-limits", action="store_true", help="refuse a max_tokens beyond the context, instead of clamping it"
+    )
     parser.add_argument(
         "--chat-release",
         choices=RELEASES,
@@ -53,16 +67,25 @@ def run(args: argparse.Namespace) -> int:
     with open_session(args) as session:
         if not _is_served(session, args.allow_unverified):
             return 1
-        model_id = args.served_model_name or session.folder.resolve().name
+        model_id, policy = _names(args, session.folder.resolve().name)
         release = args.chat_release or release_of_folder(session.folder)
         debug = None if admin_key is None else _debug_plan(session, admin_key, model_id)
-        app = create_app(session.engine, session.tokenizer, model_id, release=release, debug=debug)
+        app = create_app(session.engine, session.tokenizer, model_id, release=release, debug=debug, policy=policy)
         code = run_server(app, session.engine, args.host, args.port, model_id)
         for runner, kernel, num_modules, num_calls in session.ledger.summary():
             print(f"ran: {num_modules} modules on {runner} ({kernel}), {num_calls} calls", file=sys.stderr)
         if session.lossless_casts:
             print(f"cast from MXFP4 without loss: {len(session.lossless_casts)} modules", file=sys.stderr)
         return code
+
+
+def _names(args: argparse.Namespace, folder: str) -> tuple[str, "RequestPolicy"]:
+    """Returns the first served name, and what becomes of requests; the path of the command line is a name as well."""
+    from ownpath.server.policy import RequestPolicy
+
+    first, *others = dict.fromkeys(args.served_model_name or [folder])
+    paths = () if args.model is None else (args.model, args.model.rstrip("/"))
+    return first, RequestPolicy(tuple(others), paths, args.strict_fields, args.strict_limits)
 
 
 def _admin_key(given: str | None) -> str | None:

@@ -13,7 +13,10 @@ from ownpath.engine.engine import Engine
 from ownpath.server import errors
 from ownpath.server.body import Limits
 from ownpath.server.debug import DebugPlan
+from ownpath.server.fingerprint import system_fingerprint
+from ownpath.server.labels import LabelLog
 from ownpath.server.metrics import Metrics
+from ownpath.server.policy import RequestPolicy
 from ownpath.server.routes import Api
 
 
@@ -24,13 +27,16 @@ def create_app(
     limits: Limits | None = None,
     release: str = "v4",
     debug: DebugPlan | None = None,
+    policy: RequestPolicy | None = None,
 ) -> Starlette:
     """Creates the application for one model. The engine must be started; the application stops it when it shuts down.
 
     release: the release whose ``reasoning_effort`` words the model knows; a key of ``effort.RELEASES``.
+    policy: what becomes of requests that ask for what is not there, and further names of the model.
     debug: the data behind ``/debug/plan``; without it there is no such path.
     """
-    api = Api(engine, tokenizer, model_id, int(time.time()), limits or Limits(), release, Metrics())
+    base = (engine, tokenizer, model_id, int(time.time()), limits or Limits(), release, Metrics())
+    api = Api(*base, policy or RequestPolicy(), system_fingerprint(engine.config), LabelLog())
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
