@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ownpath.chat.detokenize import Detokenizer, StopMatcher
 from ownpath.chat.parse import AnswerParser
-from ownpath.chat.parts import AnswerPart, Content, MalformedMarkup, Reasoning
+from ownpath.chat.parts import AnswerPart, CallInReasoning, Content, MalformedMarkup, Reasoning
 from ownpath.chat.tokenizer import Tokenizer
 
 
@@ -29,6 +29,11 @@ class Answer:
     def is_stopped(self) -> bool:
         """True once a stop string was completed; nothing is shown any more."""
         return self._matcher.matched is not None
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that was completed; None without one."""
+        return self._matcher.matched
 
     @property
     def asks_for_tools(self) -> bool:
@@ -73,7 +78,7 @@ class Answer:
             if isinstance(part, Content):
                 text = self._matcher.feed(part.text)
                 shown += [Content(text)] if text else []
-            elif isinstance(part, Reasoning | MalformedMarkup):
+            elif isinstance(part, Reasoning | MalformedMarkup | CallInReasoning):
                 shown.append(part)
             else:
                 shown += [*self._release(), part]

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ownpath.commands.arguments import Subparsers
     from ownpath.commands.session import Session
     from ownpath.server.debug import DebugPlan
+    from ownpath.server.policy import RequestPolicy
 
 
 def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
@@ -46,7 +47,21 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     parser.add_argument(
         "--port", type=whole_number(0, 65535), default=8000, help="port; 0 takes a free one (default: 8000)"
     )
-    parser.add_argument("--served-model-name", type=some_text, metavar="NAME", help="default: the model folder's name")
+    parser.add_argument(
+        "--served-model-name",
+        type=some_text,
+        action="append",
+        metavar="NAME",
+        help="a name of the model for clients; repeatable, answers to all of them (default: the model folder's name)",
+    )
+    parser.add_argument(
+        "--strict-fields",
+        action="store_true",
+        help="refuse fields that change no answer, instead of ignoring them",
+    )
+    parser.add_argument(
+        "--strict-limits", action="store_true", help="refuse a max_tokens beyond the context, instead of clamping it"
+    )
     parser.add_argument(
         "--chat-release",
         choices=RELEASES,
@@ -95,11 +110,11 @@ def _serve(args: argparse.Namespace, opened: _Opened) -> int:
         failed = _self_test(session, args.allow_unverified)
         if failed and not args.allow_unverified:
             return 1
-        model_id = args.served_model_name or session.folder.resolve().name
+        model_id, policy = _names(args, session.folder.resolve().name)
         release = args.chat_release or release_of_folder(session.folder)
         debug = None if opened.admin_key is None else _debug_plan(session, opened.admin_key, model_id)
         vitals = Vitals(session.engine, args.step_timeout, failed)
-        app = create_app(vitals, session.tokenizer, model_id, rules_of(args, opened.access), release, debug)
+        app = create_app(vitals, session.tokenizer, model_id, rules_of(args, opened.access), release, debug, policy)
         code = run_server(app, vitals, opened.listener, model_id, settings_of(args, opened.tls))
         if code == ENGINE_FAILED:
             _leave(code)
@@ -116,6 +131,15 @@ def _leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _names(args: argparse.Namespace, folder: str) -> tuple[str, "RequestPolicy"]:
+    """Returns the first served name, and what becomes of requests; the path of the command line is a name as well."""
+    from ownpath.server.policy import RequestPolicy
+
+    first, *others = dict.fromkeys(args.served_model_name or [folder])
+    paths = () if args.model is None else (args.model, args.model.rstrip("/"))
+    return first, RequestPolicy(tuple(others), paths, args.strict_fields, args.strict_limits)
 
 
 def _debug_plan(session: "Session", admin_key: str, model_id: str) -> "DebugPlan":

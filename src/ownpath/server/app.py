@@ -19,8 +19,11 @@ from ownpath.server import errors
 from ownpath.server.access import AccessPolicy
 from ownpath.server.body import BodyReader, Limits
 from ownpath.server.debug import DebugPlan
+from ownpath.server.fingerprint import system_fingerprint
 from ownpath.server.gate import HostGate, KeyGate
+from ownpath.server.labels import LabelLog
 from ownpath.server.metrics import Metrics
+from ownpath.server.policy import RequestPolicy
 from ownpath.server.request_log import LogRequests, RequestLog
 from ownpath.server.routes import Api
 from ownpath.server.vitals import Vitals
@@ -49,18 +52,20 @@ def create_app(
     rules: Rules | None = None,
     release: str = "v4",
     debug: DebugPlan | None = None,
+    policy: RequestPolicy | None = None,
 ) -> Starlette:
     """Creates the application for one model. The engine must be started; the application stops it when it shuts down.
 
     vitals: of the engine that answers.
     release: the release whose ``reasoning_effort`` words the model knows; a key of ``effort.RELEASES``.
+    policy: what becomes of requests that ask for what is not there, and further names of the model.
     debug: the data behind ``/debug/plan``; without it there is no such path.
     """
     rules = rules or Rules()
     bodies = BodyReader(rules.limits)
     metrics = Metrics()
-    created = int(time.time())
-    api = Api(vitals.engine, tokenizer, model_id, created, bodies, release, metrics, vitals, rules.timeout_s)
+    base = (vitals, tokenizer, model_id, int(time.time()), bodies, release, metrics, rules.timeout_s)
+    api = Api(*base, policy or RequestPolicy(), system_fingerprint(vitals.engine.config), LabelLog())
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

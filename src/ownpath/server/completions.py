@@ -8,22 +8,20 @@ from collections.abc import AsyncIterator, Sequence
 from ownpath.chat.detokenize import Detokenizer
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.engine.request import SamplingParams, ScoredToken
+from ownpath.server.fingerprint import AnswerSource
 from ownpath.server.generation import Delta, Generation
 from ownpath.server.prompts import Prompt
 from ownpath.server.protocol import CompletionRequest
 from ownpath.server.sse import JsonObject
 
-_DEFAULT_MAX_TOKENS = 16
 _INLINE_TOKENS = 64
 _LOGPROB_KEYS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
-def sampling_params(request: CompletionRequest, prompts: list[Prompt], max_model_len: int) -> SamplingParams:
-    """Builds the request's parameters. The default limit, unlike a given one, shrinks to what the context has left."""
-    room = min(max_model_len - len(prompt.ids) for prompt in prompts)
-    default = max(min(_DEFAULT_MAX_TOKENS, room), 1)
+def sampling_params(request: CompletionRequest, max_tokens: int) -> SamplingParams:
+    """Builds the parameters of one prompt. max_tokens: the limit once it is fitted to the context."""
     return SamplingParams(
-        max_tokens=default if request.max_tokens is None else request.max_tokens,
+        max_tokens=max_tokens,
         temperature=request.temperature,
         top_p=request.top_p,
         seed=request.seed,
@@ -33,14 +31,15 @@ def sampling_params(request: CompletionRequest, prompts: list[Prompt], max_model
 
 
 async def completion_chunks(
-    request: CompletionRequest, generation: Generation, tokenizer: Tokenizer, model_id: str
+    request: CompletionRequest, generation: Generation, tokenizer: Tokenizer, source: AnswerSource
 ) -> AsyncIterator[JsonObject]:
     """Yields the answer as ``text_completion`` objects; the last one has the usage and no choices."""
     head = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",
         "created": int(time.time()),
-        "model": model_id,
+        "model": source.model_id,
+        "system_fingerprint": source.fingerprint,
     }
     writers = [_ChoiceWriter(request, prompt, tokenizer) for prompt in generation.prompts]
     async for delta in generation.deltas():
@@ -85,8 +84,7 @@ def _extend(choice: JsonObject, part: JsonObject) -> None:
             choice["logprobs"][key] += part["logprobs"][key]
     if "token_ids" in part:
         choice["token_ids"] += part["token_ids"]
-    if "empty_content" in part:
-        choice["empty_content"] = part["empty_content"]
+    choice |= {name: part[name] for name in ("empty_content", "stop_reason") if name in part}
 
 
 class _ChoiceWriter:
@@ -106,6 +104,8 @@ class _ChoiceWriter:
             "logprobs": self._logprobs(delta),
             "finish_reason": delta.finish_reason,
         }
+        if delta.finish_reason is not None:
+            choice["stop_reason"] = delta.stop_reason
         if delta.empty_content is not None:
             choice["empty_content"] = delta.empty_content.value
         if self._request.return_token_ids:

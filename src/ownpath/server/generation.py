@@ -36,6 +36,7 @@ class Delta:
     prompt: the scored prompt, once, if it was asked for.
     finish_reason: "stop", "length" or "tool_calls" with the last delta of the choice.
     empty_content: with it, why the whole choice had no content; None if it had, or if no token was asked for.
+    stop_reason: with it, the stop string that ended the choice; None for any other end.
     """
 
     index: int
@@ -45,6 +46,7 @@ class Delta:
     prompt: tuple[ScoredToken, ...]
     finish_reason: str | None
     empty_content: EmptyContent | None = None
+    stop_reason: str | None = None
 
     @property
     def text(self) -> str:
@@ -59,7 +61,7 @@ class _ChoiceStream:
         self._index, self._answer, self._metrics = index, answer, metrics
         self._begun = self._last_token = time.monotonic()
         self._watch = ContentWatch(answer)
-        self.num_tokens = 0
+        self.num_tokens = self.num_reasoning_tokens = 0
         self.is_finished = False
 
     def feed(self, output: StepOutput) -> Delta:
@@ -78,6 +80,7 @@ class _ChoiceStream:
         # The token that ends the answer (EOS) is a marker, not text.
         if output.token is not None and output.finish_reason is not FinishReason.STOP:
             parts += self._answer.feed(output.token.token_id)
+            self.num_reasoning_tokens += self._answer.is_reasoning
         reason = output.finish_reason.value if output.finish_reason else None
         if self._answer.is_stopped:
             reason = FinishReason.STOP.value
@@ -92,7 +95,8 @@ class _ChoiceStream:
             empty = self._empty_content(output)
             self._metrics.count_finished(reason, empty)
             self._metrics.request_latency.observe(time.monotonic() - self._begun)
-        return Delta(self._index, tuple(parts), output.token, offset, output.prompt, reason, empty)
+        stopped_by = self._answer.stop_string
+        return Delta(self._index, tuple(parts), output.token, offset, output.prompt, reason, empty, stopped_by)
 
     def _time_token(self) -> None:
         now = time.monotonic()
@@ -131,15 +135,18 @@ class Generation:
         self._requests: list[Request] = []
         self._outputs: asyncio.Queue[tuple[int, StepOutput]] = asyncio.Queue()
 
-    def submit(self, params: SamplingParams) -> None:
-        """Submits all prompts to the engine. Errors: ApiError 400 (does not fit), 429 (no room) or 503 (stopped)."""
+    def submit(self, params: Sequence[SamplingParams]) -> None:
+        """Submits all prompts to the engine, each with its parameters.
+
+        Errors: ApiError 400 (does not fit), 429 (no room) or 503 (stopped).
+        """
         loop = asyncio.get_running_loop()
 
         def request(index: int, prompt: Prompt) -> Request:
             def sink(output: StepOutput) -> None:
                 loop.call_soon_threadsafe(self._outputs.put_nowait, (index, output))
 
-            return Request(prompt.ids, params, sink)
+            return Request(prompt.ids, params[index], sink)
 
         requests = [request(index, prompt) for index, prompt in enumerate(self.prompts)]
         try:
@@ -183,6 +190,11 @@ class Generation:
                 self._engine.abort(request)
                 choice.abandon()
         self._requests = []
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Tokens of reasoning so far, without the marker that closes it."""
+        return sum(choice.num_reasoning_tokens for choice in self._choices)
 
     def usage(self) -> dict[str, int]:
         """Counts tokens so far. EOS and the tokens of a stop string count: they were generated."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ownpath.chat.detokenize import Detokenizer
 from ownpath.chat.effort import RELEASES
 from ownpath.chat.encode import Setting, encode_messages
+from ownpath.chat.levels import LEVEL_OF_WORD, level_for
 from ownpath.chat.messages import ChatFormatError
 from ownpath.chat.tokenizer import MissingMarkerError, Tokenizer, TokenizerError
 from ownpath.server.errors import ApiError, bad_request, shorten
@@ -45,16 +46,21 @@ async def chat_prompt(request: ChatRequest, tokenizer: Tokenizer, max_model_len:
     return Prompt(ids)
 
 
+def effort_level(request: ChatRequest, release: str) -> str | None:
+    """Returns the level of effort that runs; None without thinking. Errors: ApiError 400 for a word that is none."""
+    if request.effort not in (None, "none", *LEVEL_OF_WORD):
+        known = ", ".join(("none", *LEVEL_OF_WORD))
+        text = f"reasoning_effort: {shorten(request.effort)} is not a level: {known}"
+        raise bad_request(text, "reasoning_effort", "unsupported_value")
+    return level_for(request.effort, release) if request.thinks else None
+
+
 def _setting(request: ChatRequest, release: str) -> Setting:
     """Reads the options of the conversation. Errors: ApiError 400."""
-    texts: dict[str | None, str] = {None: "", "none": ""}
-    texts.update(RELEASES[release])
-    if request.effort not in texts:
-        known = ", ".join(("none", *RELEASES[release]))
-        text = f"reasoning_effort: {shorten(request.effort)} is not known to this model's release ({release}): {known}"
-        raise bad_request(text, "reasoning_effort", "unsupported_value")
+    level = effort_level(request, release)
+    text = "" if level is None else RELEASES[release][level]
     schema = None if request.response_format is None else request.response_format.schema_for_model()
-    return Setting(request.thinks, texts[request.effort], request.functions, schema)
+    return Setting(request.thinks, text, request.functions, schema)
 
 
 async def completion_prompts(

@@ -186,7 +186,7 @@ def test_logits_that_are_not_finite_end_their_request_and_are_counted(is_stream:
 def test_every_prompt_of_a_request_is_counted() -> None:
     """One prompt fails, which fails the whole request: nobody waits for the other one."""
     with harness(poisoned()) as served:
-        served.complete(prompt=[[20, 21], [22, 23]], max_tokens=3)
+        served.complete(prompt=[[20, 21], [22, 23]], max_tokens=3, seed=1)
         assert counters(served) == {"requests length": 2, "generation_tokens": 6}
         error(served.post(COMPLETIONS, prompt=[[20, POISON_ID], [22, 23]], max_tokens=200), 500)
         found = counters(served)
