@@ -4,6 +4,7 @@ loop."""
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ownpath.chat.detokenize import Detokenizer
 from ownpath.chat.effort import RELEASES
@@ -13,6 +14,8 @@ from ownpath.chat.messages import ChatFormatError
 from ownpath.chat.tokenizer import MissingMarkerError, Tokenizer, TokenizerError
 from ownpath.server.errors import ApiError, bad_request, shorten
 from ownpath.server.protocol import ChatRequest, CompletionRequest
+
+Result = TypeVar("Result")
 
 # Tokenising this much takes a millisecond or two; longer texts would hold up other requests.
 _INLINE_CHARS = 4096
@@ -36,7 +39,8 @@ class Prompt:
 async def chat_prompt(request: ChatRequest, tokenizer: Tokenizer, max_model_len: int, release: str) -> Prompt:
     """Encodes the conversation in the model's format. Errors: ApiError 400."""
     try:
-        segments = encode_messages([message.as_message() for message in request.messages], _setting(request, release))
+        messages = [message.as_message() for message in request.messages]
+        segments = await _beside(lambda: encode_messages(messages, _setting(request, release)), _size_of(request))
     except ChatFormatError as error:
         raise bad_request(str(error), "messages") from None
     num_chars = sum(len(segment) for segment in segments if isinstance(segment, str))
@@ -76,6 +80,7 @@ async def completion_prompts(
         else:
             prompts.append(_ids_prompt(given, tokenizer))
         _check_length(len(prompts[-1].ids), max_model_len, "prompt")
+        await asyncio.sleep(0)  # other requests have their turn between two prompts of one body
     return prompts
 
 
@@ -88,19 +93,29 @@ async def _text_prompt(text: str, tokenizer: Tokenizer, max_model_len: int) -> P
 
 
 def _ids_prompt(ids: list[int], tokenizer: Tokenizer) -> Prompt:
-    for token_id in ids:
-        if token_id >= tokenizer.num_tokens:
-            raise bad_request(f"prompt: token id {token_id} is not below {tokenizer.num_tokens}", "prompt")
+    if max(ids) >= tokenizer.num_tokens:
+        raise bad_request(f"prompt: token id {max(ids)} is not below {tokenizer.num_tokens}", "prompt")
     return Prompt(ids)
 
 
 async def _tokenise(encode: Callable[[], list[int]], num_chars: int, param: str) -> list[int]:
     try:
-        return encode() if num_chars <= _INLINE_CHARS else await asyncio.to_thread(encode)
+        return await _beside(encode, num_chars)
     except MissingMarkerError as error:
         raise missing_marker(error) from None
     except TokenizerError as error:
         raise bad_request(f"{param}: {error}", param) from None
+
+
+async def _beside(work: Callable[[], Result], num_chars: int) -> Result:
+    """Returns the work's result; work on a long text is done off the event loop."""
+    return work() if num_chars <= _INLINE_CHARS else await asyncio.to_thread(work)
+
+
+def _size_of(request: ChatRequest) -> int:
+    """Returns about how long a request's texts are together; each tool counts as a text."""
+    texts = (len(message.content or "") + len(message.reasoning_content) for message in request.messages)
+    return sum(texts) + 100 * (len(request.messages) + len(request.tools))
 
 
 def missing_marker(error: MissingMarkerError) -> ApiError:

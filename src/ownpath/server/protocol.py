@@ -2,7 +2,7 @@
 
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, FailFast, Field, ValidationError
 
 from ownpath.chat.levels import LEVEL_OF_WORD
 from ownpath.engine.limits import MAX_TEMPERATURE, MAX_TOP_LOGPROBS, SEED_LIMIT
@@ -18,6 +18,7 @@ from ownpath.server.conversation import (
     ToolChoice,
     Tools,
 )
+from ownpath.server.counts import check_counts
 from ownpath.server.errors import ApiError, bad_request
 from ownpath.server.fields import FieldTable
 from ownpath.server.history import plain_messages
@@ -94,7 +95,7 @@ class _GenerationRequest(Strict):
 class ChatRequest(_GenerationRequest):
     """``POST /v1/chat/completions``."""
 
-    messages: list[ChatMessage] = Field(
+    messages: Annotated[list[ChatMessage], FailFast()] = Field(
         min_length=1, description=f"roles {', '.join(ROLES)}; ends with user, developer or tool"
     )
     max_tokens: int | None = Field(None, ge=-1, description=f"{_EXCESS}; left out: -1")
@@ -186,6 +187,7 @@ _TOOL = FieldTable(Tool.model_fields.keys(), {}, fields.TOOL_LABELS)
 def read_chat_request(body: dict[str, object], labels: Labels | None = None) -> ChatRequest:
     """Validates a chat request, and notes its labels. Errors: ApiError 400 naming the field."""
     labels = labels or Labels()
+    check_counts(body)
     body = _known_fields(body, _CHAT, labels)
     body = body | {"messages": plain_messages(body.get("messages"), labels)} if "messages" in body else body
     tools = body.get("tools")
