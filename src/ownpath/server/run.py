@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -141,6 +142,9 @@ def run_server(
         signal.signal(number, lambda *_: None)
     server = make_server(app, vitals, model_id, settings)
     share_port(listener)
+    # What is there now stays: a search for garbage among it would stop every answer for a moment, again and again.
+    gc.collect()
+    gc.freeze()
     try:
         server.run(sockets=[listener])
     except SystemExit:
