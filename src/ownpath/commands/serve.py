@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Opened(NamedTuple):
-    """What is settled before the model is loaded: the port, who may use it, and the admin key."""
+    """Settled before the model is loaded: the port, who may use it, and the admin key."""
 
     listener: socket.socket
     access: AccessPolicy
@@ -138,7 +138,7 @@ def _names(args: argparse.Namespace, folder: str) -> tuple[str, "RequestPolicy"]
     from ownpath.server.policy import RequestPolicy
 
     first, *others = dict.fromkeys(args.served_model_name or [folder])
-    paths = () if args.model is None else (args.model, args.model.rstrip("/"))
+    paths = () if args.model is None else (str(args.model), f"{args.model}/")
     return first, RequestPolicy(tuple(others), paths, args.strict_fields, args.strict_limits)
 
 

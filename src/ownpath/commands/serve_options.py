@@ -23,8 +23,8 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
         "--api-key-file",
         type=some_text,
         metavar="FILE",
-        help=f"API keys, one a line; more in ${API_KEYS_VARIABLE}, between commas. With any, every path but /health and "
-        "/ready asks for one",
+        help=f"API keys, one a line; more in ${API_KEYS_VARIABLE}, between commas. With any, every path but /health "
+        "and /ready asks for one",
     )
     access.add_argument("--insecure", action="store_true", help="listen beyond this machine without any API key")
     access.add_argument(
@@ -33,8 +33,8 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="a name that clients may call the server by, or *.NAME; repeatable, * for all (default: loopback's names on "
-        "loopback without keys, else all)",
+        help="a name that clients may call the server by, or *.NAME; repeatable, * for all (default: loopback's names "
+        "on loopback without keys, else all)",
     )
     access.add_argument(
         "--allowed-origins",

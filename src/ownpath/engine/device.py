@@ -1,4 +1,4 @@
-"""Whether the device still computes after a step has failed on it."""
+"""Tells whether the device still computes after a step has failed on it."""
 
 import torch
 

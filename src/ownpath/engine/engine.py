@@ -84,7 +84,7 @@ class Engine:
         self.num_steps = 0
         """Steps begun so far."""
         self.failure: str | None = None
-        """Why the engine stopped by itself; None while it runs, and after ``stop``."""
+        """The reason why the engine stopped by itself; None while it runs, and after ``stop``."""
         self._thread = threading.Thread(target=self._run, name="ownpath-engine", daemon=True)
 
     # -- called from any thread
@@ -152,7 +152,10 @@ class Engine:
             )
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Takes all of these requests, or none; they are one party in the scheduler's turns. Errors: RequestError, EngineOverloaded, EngineStopped."""
+        """Takes all of these requests, or none; they are one party in the scheduler's turns.
+
+        Errors: RequestError, EngineOverloaded, EngineStopped.
+        """
         for request in requests:
             self.check(request)
         with self._lock:

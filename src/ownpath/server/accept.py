@@ -18,7 +18,7 @@ _BACKLOG = 2048
 _BURST = 64
 """Connections accepted before the event loop sees to other things."""
 _SPARE = 64
-"""Connections beyond the limit while none waits for its client: for ``/health`` and to be told that there is no room."""
+"""Connections beyond the limit while none waits for its client: for probes, and to be told that there is no room."""
 _GRACE_S = 0.2
 """A connection has at least so long to send its request: new ones wait to be accepted until the oldest has had it."""
 _OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -84,7 +84,8 @@ class Acceptor:
             self._parked = None
 
     def _make_room(self, site: str) -> float:
-        """Drops a connection if there are too many. Returns 0, or how long to wait until the oldest has had its time."""
+        """Drops a connection if there are too many. Returns 0, or the seconds until the oldest has had its
+        time."""
         is_site_full = self._roster.count_at(site) >= self._limits.max_per_site
         if not is_site_full and len(self._roster) < self._limits.max_total:
             return 0.0
@@ -165,6 +166,8 @@ def fit_to_descriptors(limits: ConnectionLimits) -> ConnectionLimits:
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return limits
     max_total = max(soft - _SPARE - _OTHER_FILES, soft // 2, 1)
-    logger.warning("%d connections at a time instead of %d: the process may open no more files", max_total, limits.max_total)
+    logger.warning(
+        "%d connections at a time instead of %d: the process may open no more files", max_total, limits.max_total
+    )
     per_site = max(limits.max_per_site * max_total // limits.max_total, 1)
     return replace(limits, max_total=max_total, max_per_site=per_site)

@@ -1,4 +1,4 @@
-"""Who may send requests, and from where: API keys, names of the server, addresses it listens on. Imports nothing
+"""API keys, names of the server, addresses it listens on: who may send requests, and from where. Imports nothing
 heavy."""
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ _MAX_KEY_FILE_BYTES = 2**20
 
 @dataclass(frozen=True, repr=False)
 class AccessPolicy:
-    """Who may send requests.
+    """Decides who may send requests.
 
     keys: API keys; none: everybody may. hosts: names that ``Host`` may have, ``*.example.com`` for all below one; none:
     any. origins: web pages' origins that browsers may let read answers; none: no page's.
@@ -32,7 +32,7 @@ def api_keys(file: Path | None, environment: Mapping[str, str]) -> tuple[str, ..
     Errors: ValueError naming the place, without the key, for one that is short or that no header can carry, and for a
     file without keys; OSError.
     """
-    keys = {}
+    keys: dict[str, None] = {}
     if file is not None:
         for number, line in enumerate(_lines_of(file), start=1):
             if line.strip() and not line.lstrip().startswith("#"):

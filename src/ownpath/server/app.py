@@ -14,7 +14,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ownpath.chat.tokenizer import Tokenizer
-from ownpath.engine.engine import Engine
 from ownpath.server import errors
 from ownpath.server.access import AccessPolicy
 from ownpath.server.body import BodyReader, Limits
@@ -30,17 +29,18 @@ from ownpath.server.vitals import Vitals
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 _DEBUG_PATH = "/debug/plan"
+_LIMITS, _OPEN = Limits(), AccessPolicy()
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What holds for every request.
+    """Rules that hold for every request.
 
     limits: on its body. access: who may send it. timeout_s: from its prompt to the end of its answer.
     """
 
-    limits: Limits = Limits()
-    access: AccessPolicy = AccessPolicy()
+    limits: Limits = _LIMITS
+    access: AccessPolicy = _OPEN
     log_requests: LogRequests = LogRequests.OFF
     timeout_s: float = 3600.0
 

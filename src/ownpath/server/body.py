@@ -16,6 +16,7 @@ INLINE_BYTES = 64 * 1024
 """A larger body is parsed and checked off the event loop, which goes on with other answers."""
 
 Asked = TypeVar("Asked")
+_SHAPE = JsonLimits()
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Limits:
     max_body_bytes: int = 4 * 2**20
     max_held_bytes: int = 128 * 2**20
     body_timeout_s: float = 30.0
-    shape: JsonLimits = JsonLimits()
+    shape: JsonLimits = _SHAPE
     max_prompts: int = 64
 
 

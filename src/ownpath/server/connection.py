@@ -20,7 +20,7 @@ _TIMED_OUT = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: 
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """How many connections there may be, and how long they may take.
+    """Bounds on how many connections there may be, and on how long they may take.
 
     max_total, max_per_site: beyond them the one that has waited longest for its client is closed, not the newest.
     head_s: from the first moment, or from a request's first byte, to the end of its headers.
@@ -110,7 +110,7 @@ class HttpConnection(H11Protocol):
             return
         response = bad_request("this is not a valid HTTP request", code="invalid_http").response()
         head = h11.Response(status_code=400, headers=[*response.raw_headers, (b"connection", b"close")])
-        for event in (head, h11.Data(data=response.body), h11.EndOfMessage()):
+        for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 

@@ -1,4 +1,4 @@
-"""How many messages, tools and parts a chat request may have: checked before anything else looks at them."""
+"""Bounds on the messages, tools and parts of a chat request, checked before anything else looks at them."""
 
 from ownpath.server.errors import bad_request
 

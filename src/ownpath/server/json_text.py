@@ -1,4 +1,4 @@
-"""Writes answers as JSON. A large one is written off the event loop, in pieces, so that other answers go on meanwhile."""
+"""Writes answers as JSON. A large one is written off the event loop, in pieces: other answers go on meanwhile."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""What the server counts and times, in Prometheus' text format. Only the event loop touches it: no lock is needed."""
+"""Counts and durations of the server, in Prometheus' text format. Only the event loop touches it: no lock is needed."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping

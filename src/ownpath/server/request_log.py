@@ -1,4 +1,4 @@
-"""What is noted of every request: its id, its status in the metrics, and a line in the log, without what it says."""
+"""Notes of every request its id, its status in the metrics, and a line in the log, without what it says."""
 
 import logging
 import re
@@ -20,7 +20,7 @@ _MAX_LOGGED_BYTES = 4000
 
 
 class LogRequests(Enum):
-    """What the log tells of a request: nothing, that it was there, or also what it said."""
+    """The log tells nothing of a request, that it was there, or also what it said."""
 
     OFF = "off"
     ACCESS = "access"

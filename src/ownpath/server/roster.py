@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class OpenConnection(Protocol):
-    """What the roster asks of a connection."""
+    """A connection as the roster sees it."""
 
     def drop(self) -> None:
         """Closes it at once, whatever is still to be written."""
@@ -69,7 +69,7 @@ class Roster:
             self._unlist(connection, self._sites[connection])
 
     def waits_since(self, site: str | None = None) -> float | None:
-        """Returns since when the connection waits that has waited longest, at one site or anywhere; None: none waits."""
+        """Returns since when the one waits that has waited longest, at one site or anywhere; None if none waits."""
         return next(iter(self._waiting_of(site).values()), None)
 
     def drop_oldest(self, site: str | None = None) -> bool:

@@ -31,7 +31,6 @@ from ownpath.server.protocol import (
 from ownpath.server.sse import EventStream, JsonObject, until_disconnect
 from ownpath.server.vitals import Vitals
 
-
 Fold = chat.ChatFold | completions.CompletionFold
 
 
@@ -124,7 +123,9 @@ class Api:
         generation.submit([chat.sampling_params(asked, max_tokens)])
         chunks = chat.chat_chunks(asked, generation, self.tokenizer, source, level)
         headers = self._headers(labels, adjustments)
-        return await self._answer(request, asked, generation, Telling(chunks, chat.ChatFold(), chat.chat_usage, headers))
+        return await self._answer(
+            request, asked, generation, Telling(chunks, chat.ChatFold(), chat.chat_usage, headers)
+        )
 
     async def completions(self, request: Request) -> Response:
         """``POST /v1/completions``"""

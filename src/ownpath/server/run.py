@@ -1,4 +1,4 @@
-"""Runs the application in uvicorn: its own accept layer, one line at the start, a clean end, and an end after a fault."""
+"""Runs the application in uvicorn: an accept layer of our own, one line at the start, a clean end, one after a fault."""
 
 import asyncio
 import contextlib
@@ -26,19 +26,20 @@ logger = logging.getLogger(__name__)
 ENGINE_FAILED = 75
 """Exit code after the engine has stopped by itself (EX_TEMPFAIL: started again, it may work)."""
 _LOOK_EVERY_S = 0.1
+_CONNECTIONS = ConnectionLimits()
 # After the engine has stopped, answers still have to be written out.
 _WRITE_OUT_S = 5
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """How the server listens and ends.
+    """Settings of how the server listens and ends.
 
     drain_s: how long answers may go on after a signal; then the engine stops, which ends them.
     farewell_s: from a fault of the engine to the end of the process, for ``/health`` to tell it.
     """
 
-    connections: ConnectionLimits = ConnectionLimits()
+    connections: ConnectionLimits = _CONNECTIONS
     tls: ssl.SSLContext | None = None
     drain_s: float = 5.0
     farewell_s: float = 2.0

@@ -1,11 +1,11 @@
-"""Whether this process can serve: what ``/health`` and ``/ready`` say, and why the server ends itself."""
+"""The state of the process that ``/health`` and ``/ready`` tell, and for which the server ends itself."""
 
 from dataclasses import dataclass
 
 from ownpath.engine.engine import Engine
 
 _MOST_SEEN_S = 1.0
-"""A look counts at most this long, however long ago the last one was: a process that was stopped itself did not hang."""
+"""A look counts at most this long, however long ago the last one was: a process that was stopped did not hang."""
 
 
 @dataclass

@@ -160,7 +160,10 @@ def saying(text: str, prompt_ids: list[int]) -> FakeModel:
 
 @contextlib.contextmanager
 def listening(
-    served: Harness, drain_s: float = 0.5, connections: ConnectionLimits | None = None, tls: ssl.SSLContext | None = None
+    served: Harness,
+    drain_s: float = 0.5,
+    connections: ConnectionLimits | None = None,
+    tls: ssl.SSLContext | None = None,
 ) -> Iterator[str]:
     """The application behind uvicorn on a free loopback port; yields its base URL."""
     settings = ServerSettings(connections or ConnectionLimits(), tls, drain_s, farewell_s=0.5)

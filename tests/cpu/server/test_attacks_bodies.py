@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -106,8 +107,7 @@ class Watch:
 
 
 def resident_mb() -> float:
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * 4096 / 1e6
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * 4096 / 1e6
 
 
 @contextmanager
@@ -117,7 +117,9 @@ def another_stream(url: str) -> Iterator[Watch]:
 
     def follow() -> None:
         while not stop.is_set():
-            with connect(url, post(COMPLETIONS, b'{"prompt": "hello", "stream": true, "max_tokens": 3000}')) as connection:
+            with connect(
+                url, post(COMPLETIONS, b'{"prompt": "hello", "stream": true, "max_tokens": 3000}')
+            ) as connection:
                 assert connection.recv(65536)
                 begun.set()
                 last = time.monotonic()
@@ -267,7 +269,11 @@ async def written(value: object) -> bytes:
 def test_large_answers_are_written_as_small_ones() -> None:
     import asyncio
 
-    heavy = {"a": list(range(5000)), "b": [{"c": ["x\u00e9\u2028", None, True, 1.5]}] * 3, "d": {"e": [[n] * 3 for n in range(999)]}}
+    heavy = {
+        "a": list(range(5000)),
+        "b": [{"c": ["x\u00e9\u2028", None, True, 1.5]}] * 3,
+        "d": {"e": [[n] * 3 for n in range(999)]},
+    }
     for value in (heavy, {"choices": [heavy] * 3}, [], {}, {"a": {}}, list(range(1001)), [[], {}] * 700):
         text = asyncio.run(written(value))
         assert text == json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
@@ -284,7 +290,9 @@ def test_a_scored_prompt_stalls_nobody(ticking: tuple[Harness, str]) -> None:
         begin = time.monotonic()
         with connect(url, post(COMPLETIONS, body, b"Connection: close")) as connection:
             answer = received(connection)
-    print(f"scored: {time.monotonic() - begin:.1f} s, {len(answer) / 1e6:.0f} MB, stall {watch.longest_gap_s * 1000:.0f} ms")
+    print(
+        f"scored: {time.monotonic() - begin:.1f} s, {len(answer) / 1e6:.0f} MB, stall {watch.longest_gap_s * 1000:.0f} ms"
+    )
     assert answer.startswith(b"HTTP/1.1 200 ")
     choices = json.loads(answer.partition(b"\r\n\r\n")[2])["choices"]
     assert [len(choice["logprobs"]["tokens"]) for choice in choices] == [SCORED_TOKENS] * 4
@@ -294,7 +302,9 @@ def test_a_scored_prompt_stalls_nobody(ticking: tuple[Harness, str]) -> None:
 def test_many_prompts_of_one_body_do_not_hold_up_another_client() -> None:
     """The body's 60 prompts would run for 200 steps each; who comes then needs a few steps, and has them at once."""
     with harness(Ticking(256)) as served, listening(served) as url, ThreadPoolExecutor(1) as pool:
-        many = pool.submit(httpx.post, url + COMPLETIONS, json={"prompt": ["hello"] * 60, "max_tokens": 200}, timeout=60)
+        many = pool.submit(
+            httpx.post, url + COMPLETIONS, json={"prompt": ["hello"] * 60, "max_tokens": 200}, timeout=60
+        )
         assert eventually(lambda: served.engine.num_open == 60)
         begin = time.monotonic()
         answer = httpx.post(url + COMPLETIONS, json={"prompt": "hello", "max_tokens": 5}, timeout=WAIT_S)

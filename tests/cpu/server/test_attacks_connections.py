@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
@@ -220,7 +221,7 @@ def test_what_is_not_http_is_refused_in_openais_shape(hasty: tuple[Harness, str]
 def few_descriptors(num_left: int) -> Iterator[None]:
     """Leaves this process so many descriptors."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    taken = set(map(int, os.listdir("/proc/self/fd")))
+    taken = {int(entry.name) for entry in Path("/proc/self/fd").iterdir()}
     free = (number for number in range(hard) if number not in taken)
     resource.setrlimit(resource.RLIMIT_NOFILE, (next(islice(free, num_left, None)), hard))
     try:
