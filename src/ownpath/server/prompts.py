@@ -15,7 +15,7 @@ from ownpath.chat.tokenizer import MissingMarkerError, Tokenizer, TokenizerError
 from ownpath.server.errors import ApiError, bad_request, shorten
 from ownpath.server.protocol import ChatRequest, CompletionRequest
 
-Work = TypeVar("Work")
+Encoded = TypeVar("Encoded")
 
 # Tokenising this much takes a millisecond or two; longer texts would hold up other requests.
 _INLINE_CHARS = 4096
@@ -107,7 +107,7 @@ async def _tokenise(encode: Callable[[], list[int]], num_chars: int, param: str)
         raise bad_request(f"{param}: {error}", param) from None
 
 
-async def _beside(work: Callable[[], Work], num_chars: int) -> Work:
+async def _beside(work: Callable[[], Encoded], num_chars: int) -> Encoded:
     """Returns the work's result; work on a long text is done off the event loop."""
     return work() if num_chars <= _INLINE_CHARS else await asyncio.to_thread(work)
 

@@ -1,4 +1,4 @@
-"""Runs the application in uvicorn: an accept layer of our own, one line at the start, a clean end, one after a fault."""
+"""Runs the application in uvicorn: its own accept layer, one line at the start, a clean end, one after a fault."""
 
 import asyncio
 import contextlib

@@ -44,6 +44,8 @@ def filled(head: str, unit: str, tail: str) -> bytes:
     return begin + one * ((MAX_BYTES - len(begin) - len(end)) // len(one)) + end
 
 
+TOOL = '{"messages":[],"tools":[{"type":"function","function":{"name":"a","parameters":{"e":['
+SCHEMA = '{"messages":[],"response_format":{"type":"json_schema","json_schema":{"schema":{"e":['
 MESSAGE = '{"role":"user","content":"a"},'
 BODIES: dict[str, tuple[str, bytes]] = {
     "empty messages": (CHAT, filled('{"messages":[', "{},", "{}]}")),
@@ -53,8 +55,8 @@ BODIES: dict[str, tuple[str, bytes]] = {
     "parts": (CHAT, filled('{"messages":[{"role":"user","content":[', '{"type":"text","text":"a"},', "1]}]}")),
     "calls": (CHAT, filled('{"messages":[{"role":"assistant","tool_calls":[', '{"id":"a","function":{}},', "1]}]}")),
     "tools": (CHAT, filled('{"messages":[],"tools":[', '{"type":"function","function":{"name":"a"}},', "1]}")),
-    "a tool": (CHAT, filled('{"messages":[],"tools":[{"type":"function","function":{"name":"a","parameters":{"e":[', '"abc",', '1]}}}]}')),
-    "a schema": (CHAT, filled('{"messages":[],"response_format":{"type":"json_schema","json_schema":{"schema":{"e":[', '"a",', "1]}}}}")),
+    "a tool": (CHAT, filled(TOOL, '"abc",', "1]}}}]}")),
+    "a schema": (CHAT, filled(SCHEMA, '"a",', "1]}}}}")),
     "many fields": (CHAT, b'{"response_format":{' + b",".join(b'"%x":1' % n for n in range(420_000)) + b"}}"),
     "a long text": (CHAT, filled('{"messages":[{"role":"user","content":"', "word ", '"}]}')),
     "a text of commas": (CHAT, filled('{"messages":[{"role":"user","content":"', ',[{:\\"', '"}]}')),
@@ -290,9 +292,8 @@ def test_a_scored_prompt_stalls_nobody(ticking: tuple[Harness, str]) -> None:
         begin = time.monotonic()
         with connect(url, post(COMPLETIONS, body, b"Connection: close")) as connection:
             answer = received(connection)
-    print(
-        f"scored: {time.monotonic() - begin:.1f} s, {len(answer) / 1e6:.0f} MB, stall {watch.longest_gap_s * 1000:.0f} ms"
-    )
+    seconds = time.monotonic() - begin
+    print(f"scored: {seconds:.1f} s, {len(answer) / 1e6:.0f} MB, stall {watch.longest_gap_s * 1000:.0f} ms")
     assert answer.startswith(b"HTTP/1.1 200 ")
     choices = json.loads(answer.partition(b"\r\n\r\n")[2])["choices"]
     assert [len(choice["logprobs"]["tokens"]) for choice in choices] == [SCORED_TOKENS] * 4
