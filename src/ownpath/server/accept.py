@@ -14,7 +14,7 @@ from ownpath.server.roster import Roster, site_of
 
 logger = logging.getLogger(__name__)
 
-_BACKLOG = 2048
+_BACKLOG = 4096
 _BURST = 64
 """Connections accepted before the event loop sees to other things."""
 _SPARE = 64

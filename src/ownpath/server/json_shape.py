@@ -1,5 +1,6 @@
 """The shape of a JSON text, counted before it is parsed: how many values, objects, names and strings it would make."""
 
+from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 
 _BLOCK_BYTES = 64 * 1024
@@ -27,11 +28,17 @@ def check_shape(data: bytes | bytearray, limits: JsonLimits) -> None:
     """
     most = astuple(limits)
     # Without looking at strings the counts are upper bounds, which most bodies keep.
-    if all(count <= limit for count, limit in zip(_counts(data, data.count(b'"')), most, strict=True)):
+    if _exceeded(_counts(data, data.count(b'"')), most) is None:
         return
-    for what, count, limit in zip(_WHAT, _counts_outside_strings(data), most, strict=True):
-        if count > limit:
-            raise ValueError(f"the body has more than {limit} {what}")
+    for counts in _counts_outside_strings(data):
+        index = _exceeded(counts, most)
+        if index is not None:
+            raise ValueError(f"the body has more than {most[index]} {_WHAT[index]}")
+
+
+def _exceeded(counts: tuple[int, ...], most: tuple[int, ...]) -> int | None:
+    """Returns which count is above its limit; None if none is."""
+    return next((n for n, (count, limit) in enumerate(zip(counts, most, strict=True)) if count > limit), None)
 
 
 def _counts(data: bytes | bytearray, num_quotes: int) -> tuple[int, int, int, int]:
@@ -40,7 +47,8 @@ def _counts(data: bytes | bytearray, num_quotes: int) -> tuple[int, int, int, in
     return data.count(b",") + containers, containers, data.count(b":"), num_quotes // 2
 
 
-def _counts_outside_strings(data: bytes | bytearray) -> tuple[int, int, int, int]:
+def _counts_outside_strings(data: bytes | bytearray) -> Iterator[tuple[int, int, int, int]]:
+    """Yields the counts up to the end of each block."""
     # Without escapes every quotation mark opens or closes a string.
     data = data.replace(rb"\\", b"").replace(rb"\"", b"")
     values, containers, names, num_quotes = 0, 0, 0, 0
@@ -49,4 +57,4 @@ def _counts_outside_strings(data: bytes | bytearray) -> tuple[int, int, int, int
         counts = _counts(b"".join(pieces[num_quotes % 2 :: 2]), 0)
         num_quotes += len(pieces) - 1
         values, containers, names = values + counts[0], containers + counts[1], names + counts[2]
-    return values, containers, names, num_quotes // 2
+        yield values, containers, names, num_quotes // 2
