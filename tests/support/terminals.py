@@ -14,5 +14,5 @@ class Terminal(io.StringIO):
         return True
 
     def page(self) -> str:
-        """What was written, without colours."""
+        """Returns what was written, without colours."""
         return SGR.sub("", self.getvalue())

@@ -81,6 +81,19 @@ def add_plan_arguments(parser: argparse.ArgumentParser, *, any_gpu: bool = False
         help="round nowhere but in the kernels, or where DeepSeek's published code does (default: plain); steps: "
         + ", ".join(Step),
     )
+    add_reference_argument(parser)
+
+
+def add_reference_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--reference``, repeatable; ``args.reference`` is a list of names."""
+    parser.add_argument(
+        "--reference",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="have the torch reference compute this module, or all of layers.3, from what is stored: slow, and right "
+        "where a kernel's form of the weight would not be; repeatable",
+    )
 
 
 def _numerics(text: str) -> frozenset[Step]:

@@ -6,7 +6,6 @@ Any server in OpenAI's shape. Exit code: 0 they agree, 1 they differ, 2 the serv
 import argparse
 import json
 import os
-import secrets
 from typing import TYPE_CHECKING
 
 from ownpath.commands.arguments import (
@@ -67,6 +66,8 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the difference. Errors: CannotAsk and others (all ValueError) for what the user can cause."""
+    import secrets
+
     from ownpath.diff.client import Client
 
     client = Client.of_url(args.against, args.timeout, _api_key(args.api_key_env))

@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
         folder = args.model or default_model_dir()
         wanted = {"batch_invariant": args.batch_invariant, "official": args.numerics, "loads_draft": args.draft}
+        wanted["reference"] = frozenset(args.reference)
         plan = plan_model(folder, args.device, **wanted)
         casts = lossless_casts(plan, folder) if args.scales else None
     if args.json:

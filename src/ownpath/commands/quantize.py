@@ -46,9 +46,9 @@ def run(args: argparse.Namespace) -> int:
         from ownpath.calibration import calibrate
         from ownpath.quantize.run import Options, quantize_checkpoint, require_free
         from ownpath.quantize.steps import QuantizeScope
-        from ownpath.terminal.page import facts, line
+        from ownpath.terminal.page import fact, facts
 
-    require_free(args.target)
+    require_free(args.source, args.target)
     scope, scales = QuantizeScope(args.scope), {}
     if args.calibrate is not None:
         text = _text(args.calibrate)
@@ -62,14 +62,17 @@ def run(args: argparse.Namespace) -> int:
             lambda done, total, num_bytes: progress(done, total, f"shards, {size_text(num_bytes)} written"),
         )
     counts = report.counts
-    weights, shards = counted(report.num_converted, "weight"), counted(report.num_shards, "shard")
-    rows = [("written", f"{shards}, {size_text(report.num_bytes)}"), ("NVFP4 now", weights)]
+    weights, shards = counted(report.num_converted, "weight is", "weights are"), counted(report.num_shards, "shard")
+    rows: list[tuple[str, str]] = []
     if counts.num_cast:
         share = 100 * (1 - counts.num_rounded / counts.num_cast)
         rows.append(("cast from MXFP4", f"{counted(counts.num_cast, 'block')}, {share:.4f} % of them without loss"))
     if counts.num_quantized:
         rows.append(("quantised from their values", counted(counts.num_quantized, "weight")))
-    show(line(str(args.target)), facts(rows))
+    if report.redone:
+        rows.append(("made again, changed since an earlier run", ", ".join(report.redone)))
+    rows += [("not copied", f"{one.name}: {one.left_out}") for one in report.left_out]
+    show(fact(str(args.target), f"{weights} NVFP4, {size_text(report.num_bytes)} in {shards}"), facts(rows))
     return 0
 
 

@@ -6,9 +6,10 @@ import os
 import socket
 import ssl
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from ownpath.chat.effort import RELEASES, release_of_folder
+from ownpath.chat.effort import RELEASES, Release, find_release
 from ownpath.commands.arguments import (
     add_engine_arguments,
     add_list_argument,
@@ -27,12 +28,13 @@ from ownpath.commands.serve_options import (
 )
 from ownpath.server.access import AccessPolicy
 from ownpath.server.admin_key import ADMIN_KEY_VARIABLE, admin_key
-from ownpath.server.listen import take_port
 from ownpath.terminal.console import tell, tell_page
 from ownpath.terminal.progress import Progress
 from ownpath.terminal.text import counted
 
 if TYPE_CHECKING:
+    import socket
+
     from ownpath.commands.arguments import Subparsers
     from ownpath.commands.session import Session
     from ownpath.server.debug import DebugPlan
@@ -63,9 +65,9 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
         "--strict-limits", action="store_true", help="refuse a max_tokens beyond the context, instead of clamping it"
     )
     parser.add_argument(
-        "--chat-release",
+        "--release",
         choices=RELEASES,
-        help="whose words for reasoning_effort it knows (default: told by the folder)",
+        help="whose words for reasoning_effort it knows (default: told by the folder, or guessed)",
     )
     parser.add_argument(
         "--admin-key",
@@ -83,6 +85,8 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Serves until SIGINT or SIGTERM; returns 1 if the self-test fails, 75 if the engine stops by itself. Errors:
     ValueError for what the user can cause."""
+    from ownpath.server.listen import take_port
+
     key, tls = admin_key(args.admin_key, os.environ), tls_of(args)
     with take_port(args.host, args.port) as listener:
         access = access_of(args, listener)
@@ -111,8 +115,9 @@ def _serve(args: argparse.Namespace, opened: _Opened) -> int:
         if failed and not args.allow_unverified:
             return 1
         model_id, policy = _names(args, session.folder.resolve().name)
-        release = args.chat_release or release_of_folder(session.folder)
-        debug = None if opened.admin_key is None else _debug_plan(session, opened.admin_key, model_id)
+        release = find_release(session.folder, args.release)
+        tell(f"release {release}")
+        debug = None if opened.admin_key is None else _debug_plan(session, opened.admin_key, model_id, release)
         vitals = Vitals(session.engine, args.step_timeout, failed)
         app = create_app(vitals, session.tokenizer, model_id, rules_of(args, opened.access), release, debug, policy)
         code = run_server(app, vitals, opened.listener, model_id, settings_of(args, opened.tls))
@@ -142,7 +147,7 @@ def _names(args: argparse.Namespace, folder: str) -> tuple[str, "RequestPolicy"]
     return first, RequestPolicy(tuple(others), paths, args.strict_fields, args.strict_limits)
 
 
-def _debug_plan(session: "Session", admin_key: str, model_id: str) -> "DebugPlan":
+def _debug_plan(session: "Session", admin_key: str, model_id: str, release: Release) -> "DebugPlan":
     """Builds the data of ``/debug/plan``. The plan is made from the headers again; it is the one that was loaded."""
     from ownpath.loading import planned
     from ownpath.plan.show import plan_dict
@@ -152,7 +157,8 @@ def _debug_plan(session: "Session", admin_key: str, model_id: str) -> "DebugPlan
 
     plan, _ = planned(session.folder, session.engine.config)
     device = {"type": plan.caps.device_type, "name": plan.caps.name, "sm": plan.caps.sm}
-    facts = {"model": model_id, "versions": versions(), "device": device, "plan": plan_dict(plan)}
+    facts: dict[str, object] = {"model": model_id, "versions": versions(), "device": device, "plan": plan_dict(plan)}
+    facts["release"] = asdict(release)
     return DebugPlan(admin_key, facts, session.ledger, Limits())
 
 

@@ -79,7 +79,10 @@ def run(args: argparse.Namespace) -> int:
     device_caps(args.device)  # says that a device is not there before torch does
     leave_a_core()
     engine = replace(
-        EngineConfig.for_device(args.device), is_batch_invariant=args.batch_invariant, official=args.numerics
+        EngineConfig.for_device(args.device),
+        is_batch_invariant=args.batch_invariant,
+        official=args.numerics,
+        reference=frozenset(args.reference),
     )
     written = None if args.ledger is None else read_plan_file(args.ledger)
     job = VerifyJob(folder, engine, Selection(args.layers, args.experts, args.seed), args.source, args.work, written)

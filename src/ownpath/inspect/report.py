@@ -6,6 +6,8 @@ from dataclasses import asdict
 from rich.console import RenderableType
 
 from ownpath.checkpoint.problems import REMEDIES
+from ownpath.finding import Finding, failed, warned
+from ownpath.inspect.input_scales import missing_input_scales
 from ownpath.inspect.inspection import Contents, Inspection
 from ownpath.inspect.memory import Memory
 from ownpath.inspect.module_rows import bytes_by_format, module_rows, num_parameters
@@ -31,7 +33,8 @@ def inspection_dict(inspection: Inspection) -> dict[str, object]:
     """Returns the inspection for programs; the keys are documented in docs/inspect.md."""
     index, contents = inspection.index, inspection.contents
     problems = [
-        {"check": p.id, "where": p.where, "problem": p.message, "remedy": p.remedy} for p in inspection.problems
+        {"check": p.id, "severity": p.verdict.value.lower(), "where": p.where, "problem": p.message, "remedy": p.remedy}
+        for p in inspection.problems
     ]
     common: dict[str, object] = {
         "folder": str(inspection.folder),
@@ -41,6 +44,11 @@ def inspection_dict(inspection: Inspection) -> dict[str, object]:
         "num_bytes": sum(info.num_bytes for info in index.tensors.values()),
         "seconds": round(inspection.seconds, 3),
     }
+    end, release = inspection.end_tokens, inspection.release
+    common["end_tokens"] = (
+        None if end is None else {str(token_id): list(files) for token_id, files in end.sources.items()}
+    )
+    common["release"] = None if release is None else asdict(release)
     return common | (_contents_dict(inspection, contents) if contents else {}) | {"problems": problems}
 
 
@@ -62,6 +70,13 @@ def _contents_dict(inspection: Inspection, contents: Contents) -> dict[str, obje
         "lossless_casts": list(blocks.lossless_casts),
         "calibration": {name: asdict(coverage) for name, coverage in contents.calibration.items()},
         "gate_up": asdict(contents.gate_up),
+        "missing_input_scales": asdict(missing_input_scales(census.modules)),
+        "absent": dict(index.absent),
+        "magnitudes": {
+            "num_tensors": contents.magnitudes.num_tensors,
+            "num_values": contents.magnitudes.num_values,
+            "farthest": contents.magnitudes.farthest,
+        },
         "memory": [asdict(memory) for memory in contents.memory],
     }
 
@@ -75,6 +90,11 @@ def inspection_page(inspection: Inspection) -> list[RenderableType]:
     parts: list[RenderableType] = [fact(str(inspection.folder), f"{tensors}, {size_text(total)} in {files}")]
     if contents is not None:
         parts += _contents_parts(inspection, contents)
+    if inspection.end_tokens is not None:
+        ends = (f"{token_id} ({' and '.join(files)})" for token_id, files in inspection.end_tokens.sources.items())
+        parts.append(fact("answers end at token", " or ".join(ends)))
+    if inspection.release is not None:
+        parts.append(fact("release of the chat format", str(inspection.release)))
     return [*parts, line(""), *_problem_parts(inspection), line(f"read in {inspection.seconds:.1f} s", style="dim")]
 
 
@@ -91,6 +111,9 @@ def _contents_parts(inspection: Inspection, contents: Contents) -> list[Renderab
     parts.append(Listing(("module", "stored as", "format", "shape", "modules", "bytes"), rows, to_right=_NUMBERS))
     for reason, count in Counter(census.ignored.values()).items():
         parts.append(fact("not read", f"{counted(count, 'tensor')} ({reason})"))
+    for shard, count in Counter(index.absent.values()).items():
+        told_of = f"{counted(count, 'tensor')} that the index lists in {shard!r}; nothing but a draft needs them"
+        parts.append(fact("not there", told_of))
     told = [*_scale_facts(inspection, contents), *map(_memory_fact, contents.memory)]
     return [*parts, line(""), *(fact(label, text) for label, text in told)]
 
@@ -108,10 +131,18 @@ def _scale_facts(inspection: Inspection, contents: Contents) -> list[tuple[str, 
         pairs = contents.gate_up
         experts = counted(pairs.num_pairs, "expert")
         told.append(("gate and up share a global scale", f"{pairs.num_equal} of {experts}"))
+    missing = missing_input_scales(contents.census.modules)
+    if missing.num_modules:
+        modules, kernels = counted(missing.num_modules, "NVFP4 module"), ", ".join(missing.needed_by)
+        told.append(("no input scale", f"{modules}; kernels that would need it: {kernels}"))
     for projection, coverage in contents.calibration.items():
         own = counted(coverage.num_own, "expert has its own", "experts have their own")
         shared = counted(coverage.num_shared, "has", "have")
         told.append((f"input_scale of {projection}", f"{own}, {shared} the maximum of their layer"))
+    seen = contents.magnitudes
+    tensors = counted(seen.num_tensors, "tensor")
+    sampled = f"{seen.num_values:,} values of {tensors} (rows spread over each)"
+    told.append(("magnitudes", f"{sampled}; matrices within {seen.farthest:.3g} times their peers'"))
     return told
 
 
@@ -124,11 +155,21 @@ def _memory_fact(memory: Memory) -> tuple[str, str]:
 
 
 def _problem_parts(inspection: Inspection) -> list[RenderableType]:
-    if not inspection.problems:
-        return [line("no problems found", style="green")]
-    parts: list[RenderableType] = [line(f"{counted(len(inspection.problems), 'problem')}:", style="bold red")]
-    for check, count in Counter(problem.id for problem in inspection.problems).items():
-        messages = [problem.message for problem in inspection.problems if problem.id == check]
+    """Lists the problems, by kind, then the warnings."""
+    problems, warnings = failed(inspection.problems), warned(inspection.problems)
+    if problems:
+        parts = [line(f"{counted(len(problems), 'problem')}:", style="bold red"), *_by_kind(problems)]
+    else:
+        parts = [line("no problems found", style="green")]
+    if warnings:
+        parts += [line(f"{counted(len(warnings), 'warning')}:", style="bold yellow"), *_by_kind(warnings)]
+    return parts
+
+
+def _by_kind(problems: list[Finding]) -> list[RenderableType]:
+    parts: list[RenderableType] = []
+    for check, count in Counter(problem.id for problem in problems).items():
+        messages = [problem.message for problem in problems if problem.id == check]
         parts += [line(f"[{check}] {message}", indent=2) for message in messages[:MAX_LINES]]
         if count > MAX_LINES:
             parts.append(line(f"[{check}] and {count - MAX_LINES:,} more (--json lists them)", indent=2))

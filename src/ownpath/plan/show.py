@@ -75,11 +75,16 @@ def plan_page(plan: Plan, lossless_casts: Iterable[str] | None = None) -> list[R
     reasons |= {row.cells[1]: row.why for row in companions}
     parts += [fact(kernel, why, indent=2) for kernel, why in reasons.items()]
     parts += _passed_over_parts(plan)
-    stored = counted(len(plan.params), "tensor")
-    parts.append(fact("used as stored", f"{stored} (embedding, norms, hyper-connections, sinks, tables)"))
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in Counter(plan.stored_dtypes.values()).items())
+    what = "embedding, norms, hyper-connections, sinks, tables"
+    parts.append(fact("used as stored", f"{counted(len(plan.params), 'tensor')} ({what}): {dtypes}"))
     parts.append(fact("draft", _draft_line(plan.draft)))
     for reason, count in Counter(plan.ignored.values()).items():
         parts.append(fact("not read", f"{counted(count, 'tensor')} ({reason})"))
+    if plan.unread_inputs:
+        scales = counted(len(plan.unread_inputs), "scale of inputs", "scales of inputs")
+        parts.append(fact("not read", f"{scales} (no planned kernel quantises those inputs)"))
+    parts += [fact("note", told) for told in plan.notes]
     if lossless_casts is not None:
         parts.append(fact("cast from MXFP4 without loss", ", ".join(lossless_casts) or "none"))
     return [*parts, *(line("warning", f": {told}; the tensors are believed") for told in plan.contradictions)]
@@ -123,7 +128,9 @@ def plan_dict(plan: Plan) -> dict[str, object]:
             "modules": modules,
         }
         ops.append(entry | cells | {"why": op.choice.why, "passed_over": list(op.choice.passed_over)})
-    params = [{"key": param.key, "shape": list(param.shape)} for param in plan.params]
+    params = [
+        {"key": param.key, "shape": list(param.shape), "stored": plan.stored_dtypes[param.key]} for param in plan.params
+    ]
     plan_level = {
         "device": plan.caps.name,
         "activations": plan.demands.activations,
@@ -135,7 +142,9 @@ def plan_dict(plan: Plan) -> dict[str, object]:
         "companions": [_companion_entry(op) for op in plan.companions],
         "params": params,
         "ignored": dict(plan.ignored),
+        "num_unread_input_scales": len(plan.unread_inputs),
         "contradictions": list(plan.contradictions),
+        "notes": list(plan.notes),
         "draft": {"kind": str(plan.draft.kind), "num_modules": plan.draft.num_modules},
     }
 

@@ -61,7 +61,7 @@ def self_test(engine: Engine, tokenizer: Tokenizer, window: int, golden: Golden 
     """
     start = time.perf_counter()
     evidence = run_probes(engine, tokenizer, window, golden)
-    special_ids = {i for i in range(tokenizer.num_tokens) if tokenizer.is_hidden(i)} | {engine.eos_token_id}
+    special_ids = {i for i in range(tokenizer.num_tokens) if tokenizer.is_hidden(i)} | engine.end_token_ids
     known = None
     if golden is not None and evidence.golden is not None:
         known = _is_answered(evidence.golden, golden, tokenizer, special_ids)

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from ownpath.chat.effort import DEFAULT, Release
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.server import errors
 from ownpath.server.access import AccessPolicy
@@ -50,21 +51,30 @@ def create_app(
     tokenizer: Tokenizer,
     model_id: str,
     rules: Rules | None = None,
-    release: str = "v4",
+    release: Release | None = None,
     debug: DebugPlan | None = None,
     policy: RequestPolicy | None = None,
 ) -> Starlette:
     """Creates the application for one model. The engine must be started; the application stops it when it shuts down.
 
     vitals: of the engine that answers.
-    release: the release whose ``reasoning_effort`` words the model knows; a key of ``effort.RELEASES``.
+    release: the release whose ``reasoning_effort`` words the model knows; ``None``: the first.
     policy: what becomes of requests that ask for what is not there, and further names of the model.
     debug: the data behind ``/debug/plan``; without it there is no such path.
     """
     rules = rules or Rules()
     bodies = BodyReader(rules.limits)
     metrics = Metrics()
-    base = (vitals, tokenizer, model_id, int(time.time()), bodies, release, metrics, rules.timeout_s)
+    base = (
+        vitals,
+        tokenizer,
+        model_id,
+        int(time.time()),
+        bodies,
+        release or Release(DEFAULT, "default"),
+        metrics,
+        rules.timeout_s,
+    )
     api = Api(*base, policy or RequestPolicy(), system_fingerprint(vitals.engine.config), LabelLog())
 
     @contextlib.asynccontextmanager

@@ -19,7 +19,8 @@ SCHEMA = 1
 
 @dataclass(repr=False)
 class DebugPlan:
-    """facts: what does not change while the model is served: ``model``, ``versions``, ``device`` and ``plan``.
+    """facts: what does not change while the model is served: ``model``, ``release``, ``versions``, ``device``
+        and ``plan``.
 
     records: records of calls since an admin turned them on; ``None`` while they are off.
     """

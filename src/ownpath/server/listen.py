@@ -10,6 +10,10 @@ _REASONS = {
 }
 
 
+Address = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
+"""As ``getaddrinfo`` gives it."""
+
+
 class CannotListen(ValueError):
     """The address cannot be taken; the message names the options."""
 
@@ -44,7 +48,7 @@ def share_port(listener: socket.socket) -> None:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
 
 
-def _bound(listener: socket.socket, address: object, *, is_shared: bool) -> socket.socket:
+def _bound(listener: socket.socket, address: Address, *, is_shared: bool) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, is_shared)
         listener.bind(address)

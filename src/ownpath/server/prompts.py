@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ownpath.chat.detokenize import Detokenizer
-from ownpath.chat.effort import RELEASES
+from ownpath.chat.effort import RELEASES, Release
 from ownpath.chat.encode import Setting, encode_messages
 from ownpath.chat.levels import LEVEL_OF_WORD, level_for
 from ownpath.chat.messages import ChatFormatError
@@ -36,7 +36,7 @@ class Prompt:
         return "".join(detokenizer.feed(token_id) for token_id in self.ids)
 
 
-async def chat_prompt(request: ChatRequest, tokenizer: Tokenizer, max_model_len: int, release: str) -> Prompt:
+async def chat_prompt(request: ChatRequest, tokenizer: Tokenizer, max_model_len: int, release: Release) -> Prompt:
     """Encodes the conversation in the model's format. Errors: ApiError 400."""
     try:
         messages = [message.as_message() for message in request.messages]
@@ -50,19 +50,19 @@ async def chat_prompt(request: ChatRequest, tokenizer: Tokenizer, max_model_len:
     return Prompt(ids)
 
 
-def effort_level(request: ChatRequest, release: str) -> str | None:
+def effort_level(request: ChatRequest, release: Release) -> str | None:
     """Returns the level of effort that runs; None without thinking. Errors: ApiError 400 for a word that is none."""
     if request.effort not in (None, "none", *LEVEL_OF_WORD):
         known = ", ".join(("none", *LEVEL_OF_WORD))
         text = f"reasoning_effort: {shorten(request.effort)} is not a level: {known}"
         raise bad_request(text, "reasoning_effort", "unsupported_value")
-    return level_for(request.effort, release) if request.thinks else None
+    return level_for(request.effort, release.name) if request.thinks else None
 
 
-def _setting(request: ChatRequest, release: str) -> Setting:
+def _setting(request: ChatRequest, release: Release) -> Setting:
     """Reads the options of the conversation. Errors: ApiError 400."""
     level = effort_level(request, release)
-    text = "" if level is None else RELEASES[release][level]
+    text = "" if level is None else RELEASES[release.name][level]
     schema = None if request.response_format is None else request.response_format.schema_for_model()
     return Setting(request.thinks, text, request.functions, schema)
 

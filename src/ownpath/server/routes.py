@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ownpath.chat.answer import Answer
+from ownpath.chat.effort import Release
 from ownpath.chat.parse import AnswerParser
 from ownpath.chat.tokenizer import MissingMarkerError, Tokenizer
 from ownpath.engine.engine import Engine
@@ -64,7 +65,7 @@ class Api:
     """The objects behind every endpoint.
 
     model_id: the first served name. created: when the model was loaded, in seconds since 1970.
-    release: the release whose ``reasoning_effort`` words the model knows; a key of ``effort.RELEASES``.
+    release: the release whose ``reasoning_effort`` words the model knows.
     request_timeout_s: from a request's prompt to the end of its answer.
     """
 
@@ -73,7 +74,7 @@ class Api:
     model_id: str
     created: int
     bodies: BodyReader
-    release: str
+    release: Release
     metrics: Metrics
     request_timeout_s: float
     policy: RequestPolicy

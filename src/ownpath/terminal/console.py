@@ -96,10 +96,16 @@ def _write(stream: TextIO, page: "tuple[RenderableType, ...]") -> None:
 def _rendered(page: "tuple[RenderableType, ...]", width: int, *, has_colours: bool) -> str:
     from rich.console import Console
 
-    system = "standard" if has_colours else None
     file = io.StringIO()
-    console = Console(file=file, width=width, color_system=system, force_terminal=has_colours, markup=False,
-                      highlight=False, emoji=False)  # fmt: skip
+    console = Console(
+        file=file,
+        width=width,
+        color_system="standard" if has_colours else None,
+        force_terminal=has_colours,
+        markup=False,
+        highlight=False,
+        emoji=False,
+    )
     for part in page:
         console.print(part)
     return "\n".join(text.rstrip() for text in file.getvalue().rstrip("\n").split("\n"))

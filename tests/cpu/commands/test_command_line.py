@@ -1,10 +1,11 @@
-"""What the command line is expected to do around a command: lists, ends quietly, escapes what it repeats."""
+"""Around a command: the list of them, quiet ends, and escapes in what is repeated."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,6 @@ def test_bare_ownpath_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    from importlib.metadata import version
-
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"ownpath {version('ownpath')}\n"
 

@@ -1,8 +1,9 @@
 """A wrong value is refused at once: before torch is imported, with exit code 2 and a line that names the option."""
 
+import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ REFUSALS: tuple[tuple[str, str], ...] = (
     ("serve --port 80_80", "--port"),
     ("serve --host no.such.host.invalid", "--host"),
     ("serve --host 192.0.2.1 --port 0", "no such address"),
-    ("serve --chat-release v3", "--chat-release"),
+    ("serve --release v3", "--release"),
     ("serve --admin-key short", "admin key"),
     ("serve --max-model-len 0", "--max-model-len"),
     ("generate hello --max-tokens -5", "--max-tokens"),
@@ -74,8 +75,6 @@ for arguments in json.loads(sys.argv[1]):
 
 
 def test_every_refusal_names_the_option_before_anything_heavy_is_imported() -> None:
-    import json
-
     arguments = json.dumps([argument for argument, _ in REFUSALS])
     done = subprocess.run([sys.executable, "-c", SCRIPT, arguments], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -115,11 +114,9 @@ def test_what_is_no_folder_is_told_as_what_it_is(tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["serve", "--help"], ["plan", "--device", "tpu"]])
-def test_help_and_refusals_take_no_second(argv: list[str]) -> None:
-    """0.1 s on an idle machine; the best of three, since this one may be busy."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "ownpath", *argv], capture_output=True, check=False, timeout=60)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 1.0, times
+def test_help_and_refusals_take_no_third_of_a_second(argv: list[str]) -> None:
+    """0.1 s of one core; of the processor's time, since the machine may be busy with other tests."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "ownpath", *argv], capture_output=True, check=False, timeout=60)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3

@@ -16,6 +16,7 @@ from cpu.chat.small_tokenizer import NUM_TOKENS, small_tokenizer
 from cpu.engine.fake_model import FakeModel, random_rule, script_rule
 from starlette.applications import Starlette
 
+from ownpath.chat.effort import Release
 from ownpath.chat.encode import encode_messages
 from ownpath.chat.messages import Message
 from ownpath.chat.tokenizer import Tokenizer
@@ -143,7 +144,9 @@ def harness(
     try:
         vitals = Vitals(engine, step_timeout_s)
         rules = rules or Rules(limits or Limits())
-        yield Harness(create_app(vitals, tokenizer, MODEL_ID, rules, release), engine, model, tokenizer, vitals)
+        yield Harness(
+            create_app(vitals, tokenizer, MODEL_ID, rules, Release(release, "test")), engine, model, tokenizer, vitals
+        )
     finally:
         engine.stop()
 

@@ -53,7 +53,7 @@ def test_a_failed_file_stage_stops_the_others_unless_asked(folder: Path, capsys:
     assert "first bad layer  layers.2" in out
     assert f"FAIL F07 {key}: " in out
     assert "     remedy: export again" in out
-    assert "stage load: not run: the file stage failed" in out
+    assert "not run          stage load: the file stage failed" in out
     assert main([*argv, "--keep-going"]) == 1
     assert f"FAIL L01 {key}: not loaded" in capsys.readouterr().out
 
