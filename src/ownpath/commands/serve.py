@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     with open_session(args) as session:
         if not _is_served(session, args.allow_unverified):
             return 1
-        model_id, policy = _names(args, session.folder.resolve().name)
+        model_id, policy = served_names(args, session.folder.resolve().name)
         release = args.chat_release or release_of_folder(session.folder)
         debug = None if admin_key is None else _debug_plan(session, admin_key, model_id)
         app = create_app(session.engine, session.tokenizer, model_id, release=release, debug=debug, policy=policy)
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         return code
 
 
-def _names(args: argparse.Namespace, folder: str) -> tuple[str, "RequestPolicy"]:
+def served_names(args: argparse.Namespace, folder: str) -> tuple[str, "RequestPolicy"]:
     """Returns the first served name, and what becomes of requests; the path of the command line is a name as well."""
     from ownpath.server.policy import RequestPolicy
 

@@ -58,7 +58,7 @@ async def chat_chunks(
         opening["prompt_token_ids"] = generation.prompts[0].ids
     yield opening
     async for delta in generation.deltas():
-        choice = _choice(_message_delta(delta.parts), delta.finish_reason)
+        choice = _choice(message_delta(delta.parts), delta.finish_reason)
         for part in delta.parts:
             if isinstance(part, MalformedMarkup):
                 choice["malformed"] = part.reason
@@ -104,7 +104,7 @@ def fold_chat(chunks: Iterable[JsonObject]) -> JsonObject:
     return answer | {"object": "chat.completion", "choices": [choice]}
 
 
-def _message_delta(parts: Sequence[AnswerPart]) -> JsonObject:
+def message_delta(parts: Sequence[AnswerPart]) -> JsonObject:
     """Returns what one step adds to the message, in the shape of a streamed delta."""
     delta: JsonObject = {}
     calls: dict[int, JsonObject] = {}

@@ -21,6 +21,7 @@ from ownpath.config import EngineConfig
 from ownpath.engine.engine import Engine
 from ownpath.server.app import create_app
 from ownpath.server.body import Limits
+from ownpath.server.policy import RequestPolicy
 from ownpath.server.run import make_server
 
 MODEL_ID = "tiny"
@@ -112,6 +113,7 @@ def harness(
     device: str = "cpu",
     max_model_len: int = MAX_MODEL_LEN,
     release: str = "v4",
+    policy: RequestPolicy | None = None,
 ) -> Iterator[Harness]:
     """Default model: reproducible random logits that never end an answer by themselves."""
     model = model or FakeModel(random_rule(VOCAB), VOCAB, max_model_len)
@@ -119,7 +121,8 @@ def harness(
     engine = Engine(model, config, tokenizer.num_tokens, max_num_queued)
     engine.start()
     try:
-        yield Harness(create_app(engine, tokenizer, MODEL_ID, limits, release), engine, model, tokenizer)
+        app = create_app(engine, tokenizer, MODEL_ID, limits, release, policy=policy)
+        yield Harness(app, engine, model, tokenizer)
     finally:
         engine.stop()
 

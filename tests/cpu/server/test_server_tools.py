@@ -99,10 +99,10 @@ def test_efforts_are_those_of_the_release(reader: Harness, served: Harness) -> N
         f"{BOS}Reasoning Effort: Beyond maximum"
     )
     assert prompt_of(served, reasoning_effort="high") == f"{BOS}{thinking}"
-    for running, known in ((reader, "none, low, high, max"), (served, "none, high, max")):
-        found = error(running.post(PATH, messages=HELLO, reasoning_effort="medium"), 400)
-        assert found["param"] == "reasoning_effort"
-        assert found["message"].endswith(known)
+    assert prompt_of(served, reasoning_effort="low") == f"{BOS}{thinking}", "the first release has no low"
+    found = error(reader.post(PATH, messages=HELLO, reasoning_effort="extreme"), 400)
+    assert found["param"] == "reasoning_effort"
+    assert found["message"].endswith("none, minimal, low, medium, high, xhigh, max, ultra")
 
 
 def test_wanted_formats_are_asked_for(reader: Harness) -> None:
@@ -145,13 +145,6 @@ def test_a_conversation_with_tools_is_read(reader: Harness) -> None:
     ("message", "match"),
     [
         ({"role": "tool", "tool_call_id": "x", "content": "1"}, "messages[1]: tool_call_id 'x' names no call"),
-        (
-            {
-                "role": "assistant",
-                "tool_calls": [{"id": "a", "function": {"name": "now", "arguments": "{"}}],
-            },
-            "arguments of the call of 'now' are not JSON",
-        ),
     ],
 )
 def test_what_the_format_cannot_write_is_refused(reader: Harness, message: dict[str, Any], match: str) -> None:
