@@ -23,7 +23,7 @@ from ownpath.server.sse import JsonObject
 _REASONING = ("reasoning_content", "reasoning")
 """DeepSeek's name for the reasoning, and vLLM's: clients read one or the other."""
 _MARKS = ("malformed", "call_in_reasoning", "empty_content", "stop_reason")
-"""What a choice says once, with the chunk that brings it."""
+"""The marks of a choice: each is said once, with the chunk that brings it."""
 
 
 def sampling_params(request: ChatRequest, max_tokens: int) -> SamplingParams:

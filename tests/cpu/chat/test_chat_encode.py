@@ -147,7 +147,7 @@ HALF_PAIR = r'{"a": "\ud800"}'
 
 
 def written(arguments: str) -> str:
-    """What a call with these arguments is written as, between its tags."""
+    """Returns how a call with these arguments is written, between its tags."""
     call = ToolCall("f", arguments, "a")
     segments = encode_messages([Message("user", "a"), Message("assistant", "", tool_calls=(call,))])
     opening, end = '<｜DSML｜invoke name="f">\n', "\n</｜DSML｜invoke>"

@@ -1,4 +1,4 @@
-"""What the server does differently than asked is named: ignored labels, clamped limits, mapped efforts, other names."""
+"""Whatever the server does differently than asked is named: ignored labels, clamped limits, mapped efforts, names."""
 
 import argparse
 import logging

@@ -28,7 +28,7 @@ OPENED = f"{USER}hello{ASSISTANT}{THINK_END}"
 
 
 def text_of(messages: list[dict[str, Any]], **fields: Any) -> str:
-    """What the model reads of a conversation."""
+    """Returns the text that the model reads."""
     request = read_chat_request({"messages": messages} | fields)
     prompt = asyncio.run(chat_prompt(request, TOKENIZER, 10**6, "v4"))
     return b"".join(TOKENIZER.token_bytes(i) for i in prompt.ids).decode()
