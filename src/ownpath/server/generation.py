@@ -82,7 +82,7 @@ class _ChoiceStream:
             parts += self._answer.feed(output.token.token_id)
             self.num_reasoning_tokens += was_reasoning and self._answer.is_reasoning
         reason = output.finish_reason.value if output.finish_reason else None
-        if self._answer.is_stopped:
+        if self._answer.is_stopped or self._answer.has_all_calls:
             reason = FinishReason.STOP.value
         elif reason is not None:
             parts += self._answer.finish()

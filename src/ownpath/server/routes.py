@@ -142,7 +142,7 @@ class Api:
         """Makes the parser for the parts that the request allows. Errors: ApiError 400."""
         parser = AnswerParser(asked.thinks, offers_tools=bool(asked.functions))
         try:
-            return Answer(self.tokenizer, asked.stop, parser)
+            return Answer(self.tokenizer, asked.stop, parser, None if asked.parallel_tool_calls else 1)
         except MissingMarkerError as error:
             raise missing_marker(error) from None
 

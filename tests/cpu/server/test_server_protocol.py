@@ -244,7 +244,7 @@ def tool(**function: Any) -> list[dict[str, Any]]:
         ({"tools": "f"}, "tools"),
         ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
-        ({"tools": [TOOL], "parallel_tool_calls": False}, "parallel_tool_calls"),
+        ({"tools": [TOOL], "parallel_tool_calls": 0}, "parallel_tool_calls"),
         ({"thinking": {"type": "auto"}}, "thinking.type"),
         ({"thinking": {"type": "enabled", "typo": 5}}, "thinking.typo"),
         ({"tools": [TOOL | {"typo": 1}]}, "tools.0.typo"),

@@ -233,6 +233,27 @@ def test_stop_strings_are_about_the_content() -> None:
         assert served.settled()
 
 
+def test_one_call_alone_ends_the_answer() -> None:
+    """What clients ask for with ``parallel_tool_calls: false``; the second call is not even generated."""
+    fields: dict[str, Any] = {"tools": [WEATHER, NOW], "parallel_tool_calls": False}
+    with answering("Let me look." + CALLS, **fields) as (served, request):
+        answer = served.chat(**request, return_token_ids=True)
+        (choice,) = answer["choices"]
+        assert choice["finish_reason"] == "tool_calls"
+        assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["weather"]
+        assert choice["message"]["content"] == "Let me look."
+        assert "malformed" not in choice
+        whole = TOKENIZER.encode_segments(segments_of("Let me look." + CALLS.split('\n<｜DSML｜invoke name="now')[0]))
+        assert choice["token_ids"] == whole
+        told = folded(served.stream(PATH, **request))
+        assert [call["name"] for call in told["tool_calls"]] == ["weather"]
+        exact = served.chat(**request, max_tokens=len(whole))["choices"][0]
+        assert (exact["finish_reason"], exact.get("malformed")) == ("tool_calls", None)
+        cut = served.chat(**request, max_tokens=len(whole) - 1)["choices"][0]
+        assert (cut["finish_reason"], cut["malformed"]) == ("length", "the answer ends inside the tool calls")
+        assert served.settled()
+
+
 def test_malformed_calls_are_content_and_marked() -> None:
     broken = CALLS.replace("[3]", "[3")
     with answering("So:" + broken, tools=[WEATHER]) as (served, request):
