@@ -134,7 +134,8 @@ class ChatRequest(_GenerationRequest):
     @property
     def effort(self) -> str | None:
         """The word for the reasoning effort, "none" included; None without one."""
-        return self.reasoning_effort or self.chat_template_kwargs.reasoning_effort
+        options = self.chat_template_kwargs
+        return options.reasoning_effort if self.reasoning_effort is None else self.reasoning_effort
 
     @property
     def wanted_tokens(self) -> tuple[str, int]:

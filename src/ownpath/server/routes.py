@@ -157,7 +157,7 @@ class Api:
 
     def _source(self, asked: ChatRequest | CompletionRequest) -> AnswerSource:
         """Returns who answers, under the name that was asked for. Errors: ApiError 404."""
-        return AnswerSource(self._called(asked.model or self.model_id), self.fingerprint)
+        return AnswerSource(self._called(self.model_id if asked.model is None else asked.model), self.fingerprint)
 
     def _called(self, name: str) -> str:
         if name not in (self.model_id, *self.policy.aliases, *self.policy.paths):

@@ -100,8 +100,9 @@ def test_efforts_are_those_of_the_release(reader: Harness, served: Harness) -> N
     )
     assert prompt_of(served, reasoning_effort="high") == f"{BOS}{thinking}"
     assert prompt_of(served, reasoning_effort="low") == f"{BOS}{thinking}", "the first release has no low"
-    found = error(reader.post(PATH, messages=HELLO, reasoning_effort="extreme"), 400)
-    assert found["param"] == "reasoning_effort"
+    for word in ("extreme", "", "High"):
+        found = error(reader.post(PATH, messages=HELLO, reasoning_effort=word), 400)
+        assert found["param"] == "reasoning_effort"
     assert found["message"].endswith("none, minimal, low, medium, high, xhigh, max, ultra")
 
 
