@@ -10,7 +10,7 @@ LOCKED := $(PIP) --no-deps --require-hashes --requirement
 ON_A_DEVICE := tests/gpu tests/cpu/verify/test_oracle_block.py $(addprefix tests/cpu/,model numerics kernels checkpoint \
 	engine selftest test_startup.py test_launches.py test_full_layer.py)
 
-.PHONY: demo test lint type interpret aot test-gpu sanitize bench size lock
+.PHONY: demo test lint type interpret aot test-clients test-gpu sanitize bench size lock
 
 demo: $(VENV)/.base
 	$(BIN)/python tools/demo.py
@@ -32,6 +32,14 @@ interpret: $(VENV)/.dev
 
 aot: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/aot
+
+# Public clients against a real server, in environments of their own: they need no torch, and not all agree on an openai.
+test-clients: $(VENV)/.base
+	for set in frameworks llama-index; do \
+		$(PYTHON) -m venv $(VENV)-$$set && \
+		$(VENV)-$$set/bin/python -m pip install --quiet --no-deps --requirement tests/clients/$$set.txt && \
+		OWNPATH_PYTHON=$(abspath $(BIN))/python $(VENV)-$$set/bin/python -m pytest -rs --confcutdir tests/clients tests/clients \
+		|| exit 1; done
 
 # On a machine with a CUDA device, with the interpreter that has torch there: make test-gpu PYTHON=python3
 # Kernels are compiled first, on all cores. Where pytest-xdist is installed, PYTEST_ARGS="-n 14" runs the tests on 14.

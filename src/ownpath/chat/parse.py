@@ -48,9 +48,14 @@ class AnswerParser:
         self._is_marked = self._is_malformed = False
 
     @property
+    def num_whole_calls(self) -> int:
+        """Calls that were read to their end."""
+        return self._num_ended + (0 if self._calls is None else self._calls.num_ended)
+
+    @property
     def asks_for_tools(self) -> bool:
         """True if there is a tool call and every one is whole."""
-        return 0 < self._num_started == self._num_ended
+        return 0 < self._num_started == self.num_whole_calls
 
     @property
     def is_reasoning(self) -> bool:

@@ -114,7 +114,7 @@ def _serve(args: argparse.Namespace, opened: _Opened) -> int:
         failed = _self_test(session, args.allow_unverified)
         if failed and not args.allow_unverified:
             return 1
-        model_id, policy = _names(args, session.folder.resolve().name)
+        model_id, policy = served_names(args, session.folder.resolve().name)
         release = find_release(session.folder, args.release)
         tell(f"release {release}")
         debug = None if opened.admin_key is None else _debug_plan(session, opened.admin_key, model_id, release)
@@ -138,7 +138,7 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _names(args: argparse.Namespace, folder: str) -> tuple[str, "RequestPolicy"]:
+def served_names(args: argparse.Namespace, folder: str) -> tuple[str, "RequestPolicy"]:
     """Returns the first served name, and what becomes of requests; the path of the command line is a name as well."""
     from ownpath.server.policy import RequestPolicy
 

@@ -23,7 +23,7 @@ from ownpath.server.sse import JsonObject
 _REASONING = ("reasoning_content", "reasoning")
 """DeepSeek's name for the reasoning, and vLLM's: clients read one or the other."""
 _MARKS = ("malformed", "call_in_reasoning", "empty_content", "stop_reason")
-"""What a choice says once, with the chunk that brings it."""
+"""The marks of a choice: each is said once, with the chunk that brings it."""
 
 
 def sampling_params(request: ChatRequest, max_tokens: int) -> SamplingParams:
@@ -58,7 +58,7 @@ async def chat_chunks(
         opening["prompt_token_ids"] = generation.prompts[0].ids
     yield opening
     async for delta in generation.deltas():
-        choice = _choice(_message_delta(delta.parts), delta.finish_reason)
+        choice = _choice(message_delta(delta.parts), delta.finish_reason)
         for part in delta.parts:
             if isinstance(part, MalformedMarkup):
                 choice["malformed"] = part.reason
@@ -132,7 +132,7 @@ def _called(head: JsonObject, pieces: list[str]) -> JsonObject:
     return {"id": head["id"], "type": head["type"], "function": function}
 
 
-def _message_delta(parts: Sequence[AnswerPart]) -> JsonObject:
+def message_delta(parts: Sequence[AnswerPart]) -> JsonObject:
     """Returns what one step adds to the message, in the shape of a streamed delta."""
     delta: JsonObject = {}
     calls: dict[int, JsonObject] = {}

@@ -1,4 +1,4 @@
-"""What becomes of every field that a client may send: the fields that are honoured are those of the request types.
+"""Every field that a client may send, and its treatment: the fields that are honoured are those of the request types.
 
 - A label (an id, a hint for a cache, metadata) lets no known server change the answer. It is accepted, named in a
   header of the answer and once in the log; with ``--strict-fields`` it is refused.
@@ -15,35 +15,20 @@ from dataclasses import dataclass
 Neutral = dict[str, tuple[object, ...]]
 """Field that is not implemented -> the values that ask for nothing."""
 
-LABELS: dict[str, str] = {
-    "user": "a name of the caller",
-    "user_id": "likewise",
-    "safety_identifier": "likewise",
-    "metadata": "for the caller's own lists",
-    "tags": "likewise",
-    "store": "whether the provider keeps the answer; nothing is kept here",
-    "service_tier": "a class of service; there is one",
-    "priority": "a place in the queue; there is one queue",
-    "prompt_cache_key": "a hint for a cache of prompts",
-    "prompt_cache_retention": "likewise",
-    "prompt_cache_options": "likewise",
-    "cache_control": "likewise",
-    "cache_prompt": "likewise",
-    "cache_salt": "likewise",
-    "id_slot": "likewise",
-    "prediction": "a guess at the answer, to be faster",
-    "usage": "a provider's switch for usage, which is always told",
-    "request_id": "an id of the caller's",
-    "rid": "likewise",
-    "session_id": "likewise",
-    "conversation_id": "likewise",
-    "thread_id": "likewise",
-    "run_id": "likewise",
-    "trace_id": "likewise",
-    "trace": "likewise",
-    "client_metadata": "likewise",
+LABEL_KINDS: dict[str, tuple[str, ...]] = {
+    "names of the caller": ("user", "user_id", "safety_identifier"),
+    "for the caller's own lists": ("metadata", "client_metadata", "tags", "trace"),
+    "ids of the caller's": (
+        *("request_id", "rid", "session_id", "conversation_id", "thread_id", "run_id", "trace_id"),
+    ),
+    "hints for caches": (
+        *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "cache_control", "cache_prompt"),
+        *("cache_salt", "id_slot"),
+    ),
+    "what is the same for everyone here": ("store", "service_tier", "priority", "usage"),
+    "a guess at the answer, to be faster": ("prediction",),
 }
-"""Label of a request -> what it is for."""
+LABELS = tuple(name for names in LABEL_KINDS.values() for name in names)
 
 _COMMON: Neutral = {
     "n": (1,),
@@ -133,7 +118,7 @@ TOOL_LABELS = ("cache_control",)
 
 @dataclass(frozen=True)
 class FieldTable:
-    """What becomes of the fields of one kind of object. labels: None where every other field is one."""
+    """The fields of one kind of object. labels: None where every other field is one."""
 
     honoured: Collection[str]
     neutral: Neutral

@@ -9,7 +9,7 @@ from ownpath.versions import versions
 
 @dataclasses.dataclass(frozen=True)
 class AnswerSource:
-    """Who answers: the name of the model as the client calls it, and the fingerprint of what computes."""
+    """The name of the model as the client calls it, and the fingerprint of what computes."""
 
     model_id: str
     fingerprint: str

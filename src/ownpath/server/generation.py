@@ -79,10 +79,11 @@ class _ChoiceStream:
             self._time_token()
         # The token that ends the answer (EOS) is a marker, not text.
         if output.token is not None and output.finish_reason is not FinishReason.STOP:
+            was_reasoning = self._answer.is_reasoning
             parts += self._answer.feed(output.token.token_id)
-            self.num_reasoning_tokens += self._answer.is_reasoning
+            self.num_reasoning_tokens += was_reasoning and self._answer.is_reasoning
         reason = output.finish_reason.value if output.finish_reason else None
-        if self._answer.is_stopped:
+        if self._answer.is_stopped or self._answer.has_all_calls:
             reason = FinishReason.STOP.value
         elif reason is not None:
             parts += self._answer.finish()
@@ -193,7 +194,7 @@ class Generation:
 
     @property
     def num_reasoning_tokens(self) -> int:
-        """Tokens of reasoning so far, without the marker that closes it."""
+        """Tokens of reasoning so far, without the markers around it and without calls in it."""
         return sum(choice.num_reasoning_tokens for choice in self._choices)
 
     def usage(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What the operator of a server decided about requests."""
+"""Decisions of the operator of a server about requests."""
 
 from dataclasses import dataclass
 

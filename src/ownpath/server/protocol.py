@@ -112,7 +112,7 @@ class ChatRequest(_GenerationRequest):
     tool_choice: ToolChoice = Field(
         "auto", description='auto or none; "required" and a named function are refused: a call cannot be promised'
     )
-    parallel_tool_calls: bool = Field(True, description="false is accepted only without tools")
+    parallel_tool_calls: bool = Field(True, description="false: the answer ends with its first whole call")
     thinking: Thinking | None = Field(None, description="whether the answer opens with reasoning; left out: no")
     reasoning_effort: str | None = Field(
         None,
@@ -134,7 +134,8 @@ class ChatRequest(_GenerationRequest):
     @property
     def effort(self) -> str | None:
         """The word for the reasoning effort, "none" included; None without one."""
-        return self.reasoning_effort or self.chat_template_kwargs.reasoning_effort
+        options = self.chat_template_kwargs
+        return options.reasoning_effort if self.reasoning_effort is None else self.reasoning_effort
 
     @property
     def wanted_tokens(self) -> tuple[str, int]:
@@ -216,9 +217,6 @@ def _check_chat(request: ChatRequest) -> None:
     _check_thinking(request)
     if request.response_format is not None:
         request.response_format.check()
-    if request.functions and not request.parallel_tool_calls:
-        text = "parallel_tool_calls: false cannot be promised: the model may call several tools"
-        raise bad_request(text, "parallel_tool_calls", "unsupported_value")
     if request.top_logprobs and not request.logprobs:
         raise bad_request("top_logprobs: needs logprobs to be true", "top_logprobs")
     if 0 in (request.max_tokens, request.max_completion_tokens):

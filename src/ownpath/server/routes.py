@@ -166,7 +166,7 @@ class Api:
         """Makes the parser for the parts that the request allows. Errors: ApiError 400."""
         parser = AnswerParser(asked.thinks, offers_tools=bool(asked.functions))
         try:
-            return Answer(self.tokenizer, asked.stop, parser)
+            return Answer(self.tokenizer, asked.stop, parser, None if asked.parallel_tool_calls else 1)
         except MissingMarkerError as error:
             raise missing_marker(error) from None
 
@@ -186,7 +186,7 @@ class Api:
 
     def _source(self, asked: ChatRequest | CompletionRequest) -> AnswerSource:
         """Returns who answers, under the name that was asked for. Errors: ApiError 404."""
-        return AnswerSource(self._called(asked.model or self.model_id), self.fingerprint)
+        return AnswerSource(self._called(self.model_id if asked.model is None else asked.model), self.fingerprint)
 
     def _called(self, name: str) -> str:
         if name not in (self.model_id, *self.policy.aliases, *self.policy.paths):

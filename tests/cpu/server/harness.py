@@ -27,6 +27,7 @@ from ownpath.server.app import Rules, create_app
 from ownpath.server.body import Limits
 from ownpath.server.connection import ConnectionLimits
 from ownpath.server.listen import take_port
+from ownpath.server.policy import RequestPolicy
 from ownpath.server.run import ServerSettings, make_server
 from ownpath.server.vitals import Vitals
 
@@ -135,6 +136,7 @@ def harness(
     release: str = "v4",
     rules: Rules | None = None,
     step_timeout_s: float = 60.0,
+    policy: RequestPolicy | None = None,
 ) -> Iterator[Harness]:
     """Default model: reproducible random logits that never end an answer by themselves."""
     model = model or FakeModel(random_rule(VOCAB), VOCAB, max_model_len)
@@ -144,9 +146,8 @@ def harness(
     try:
         vitals = Vitals(engine, step_timeout_s)
         rules = rules or Rules(limits or Limits())
-        yield Harness(
-            create_app(vitals, tokenizer, MODEL_ID, rules, Release(release, "test")), engine, model, tokenizer, vitals
-        )
+        app = create_app(vitals, tokenizer, MODEL_ID, rules, Release(release, "test"), policy=policy)
+        yield Harness(app, engine, model, tokenizer, vitals)
     finally:
         engine.stop()
 
