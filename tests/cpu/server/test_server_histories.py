@@ -14,7 +14,7 @@ from cpu.server.harness import HELLO, TOKENIZER, VOCAB, Harness, error, harness
 from ownpath.chat.answer import Answer
 from ownpath.chat.markers import ASSISTANT, BOS, EOS, THINK_END, THINK_START, USER, segments_of
 from ownpath.chat.parse import AnswerParser
-from ownpath.server.chat import fold_chat, message_delta
+from ownpath.server.chat import ChatFold, message_delta
 from ownpath.server.fields import MESSAGE
 from ownpath.server.labels import IGNORED_HEADER, Labels
 from ownpath.server.policy import RequestPolicy
@@ -212,7 +212,10 @@ def answered(ids: list[int], thinks: bool, is_streamed: bool) -> dict[str, Any]:
     deltas = [message_delta(answer.feed(token_id)) for token_id in ids] + [message_delta(answer.finish())]
     if not is_streamed:
         chunks = [{"choices": [{"delta": it, "logprobs": None, "finish_reason": None}]} for it in deltas]
-        message: dict[str, Any] = fold_chat(chunks)["choices"][0]["message"]
+        fold = ChatFold()
+        for chunk in chunks:
+            fold.add(chunk)
+        message: dict[str, Any] = fold.whole()["choices"][0]["message"]
         return message
     message = {"role": "assistant", "content": "", "reasoning": "", "reasoning_content": "", "tool_calls": []}
     for delta in deltas:
