@@ -216,7 +216,7 @@ def test_serve_takes_the_key(spelled: str, tmp_path: Path) -> None:
         url = next(found[1] for line in lines if (found := re.search(r"(http://127\.0\.0\.1:\d+)/v1", line)))
         assert httpx.get(url + PATH).status_code == 401
         body = httpx.get(url + PATH, headers=AS_ADMIN, timeout=30).json()
-        assert list(body) == ["schema", "recording", "ran", "model", "versions", "device", "plan"]
+        assert list(body) == ["schema", "recording", "ran", "model", "versions", "device", "plan", "release"]
         assert body["model"] == "v4"
         assert body["versions"]["torch"] == torch.__version__
         assert body["device"] == {"type": "cpu", "name": "CPU", "sm": None}

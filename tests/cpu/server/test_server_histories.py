@@ -12,6 +12,7 @@ from cpu.engine.fake_model import FakeModel, random_rule
 from cpu.server.harness import HELLO, TOKENIZER, VOCAB, Harness, error, harness
 
 from ownpath.chat.answer import Answer
+from ownpath.chat.effort import Release
 from ownpath.chat.markers import ASSISTANT, BOS, EOS, THINK_END, THINK_START, USER, segments_of
 from ownpath.chat.parse import AnswerParser
 from ownpath.server.chat import ChatFold, message_delta
@@ -30,7 +31,7 @@ OPENED = f"{USER}hello{ASSISTANT}{THINK_END}"
 def text_of(messages: list[dict[str, Any]], **fields: Any) -> str:
     """Returns the text that the model reads."""
     request = read_chat_request({"messages": messages} | fields)
-    prompt = asyncio.run(chat_prompt(request, TOKENIZER, 10**6, "v4"))
+    prompt = asyncio.run(chat_prompt(request, TOKENIZER, 10**6, Release("v4", "test")))
     return b"".join(TOKENIZER.token_bytes(i) for i in prompt.ids).decode()
 
 
@@ -251,7 +252,7 @@ def test_what_ownpath_answered_can_be_sent_back(said: str, thinks: bool) -> None
 def test_a_coding_agents_request_is_read_whole() -> None:
     labels = Labels()
     request = read_chat_request(dict(AGENT), labels)
-    prompt = asyncio.run(chat_prompt(request, TOKENIZER, 10**6, "0731"))
+    prompt = asyncio.run(chat_prompt(request, TOKENIZER, 10**6, Release("0731", "test")))
     text = b"".join(TOKENIZER.token_bytes(i) for i in prompt.ids).decode()
     assert list(labels.names) == [
         *("user", "store", "prompt_cache_key", "metadata", "service_tier"),
