@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import uvicorn
 from starlette.applications import Starlette
-from uvicorn.config import STARTUP_FAILURE
 
 from ownpath.server.accept import Acceptor, fit_to_descriptors
 from ownpath.server.connection import ConnectionLimits, HttpConnection
@@ -65,7 +64,7 @@ class Server(uvicorn.Server):
         """Begins to accept on the sockets, which are bound and do not listen yet."""
         await self.lifespan.startup()
         if self.lifespan.should_exit:
-            sys.exit(STARTUP_FAILURE)
+            sys.exit(1)
         self.servers = []  # uvicorn's own, which would accept without limits
         for listener in sockets or []:
             host, port = listener.getsockname()[:2]
