@@ -170,7 +170,7 @@ def listening(
     tls: ssl.SSLContext | None = None,
 ) -> Iterator[str]:
     """The application behind uvicorn on a free loopback port; yields its base URL."""
-    settings = ServerSettings(connections or ConnectionLimits(), tls, drain_s, farewell_s=0.5)
+    settings = ServerSettings(connections or ConnectionLimits(), tls, drain_s, farewell_s=WAIT_S)
     server = make_server(served.app, served.vitals, MODEL_ID, settings)
     listener = take_port("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, args=([listener],))
