@@ -55,7 +55,7 @@ def weather() -> Weather:
 
 
 def refusal(error: BaseException) -> str:
-    """What the server said, wherever the client keeps it."""
+    """Returns the words of the server, wherever the client keeps them."""
     return f"{error} {getattr(error, 'body', '')}"
 
 

@@ -210,7 +210,7 @@ def test_a_port_in_use_is_an_error(folder: Path) -> None:
 def test_the_release_of_the_chat_format_is_an_option(
     options: list[str], level: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which level runs for a word depends on the release: the first has no low."""
+    """The level that runs for a word depends on the release: the first has no low."""
     told = []
 
     def run_server(app: Any, *_: object) -> int:
