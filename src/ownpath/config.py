@@ -1,6 +1,7 @@
 """The model's and the engine's configuration: frozen, parsed once from ``config.json``, never mutated."""
 
 import json
+import reprlib
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -79,6 +80,7 @@ class ModelConfig:
 
     compress_ratios: one entry per backbone layer: 0 sliding window only, 4 CSA, 128 HCA.
     num_hash_layers: the first layers whose experts are looked up by token id.
+    eos_token_id: every token that ends an answer, from an integer or a list.
     num_nextn_predict_layers: MTP draft modules behind the backbone, 0 where the field is absent.
     claims: every field as written. What it states about formats decides nothing; the plan compares it with the tensors.
     """
@@ -113,7 +115,7 @@ class ModelConfig:
     yarn: Yarn | None
     max_position_embeddings: int
     bos_token_id: int
-    eos_token_id: int
+    eos_token_id: tuple[int, ...]
     num_nextn_predict_layers: int = 0
     claims: Mapping[str, object] = dataclass_field(default_factory=dict, compare=False, repr=False)
 
@@ -185,7 +187,7 @@ class ModelConfig:
             yarn=read.yarn(),
             max_position_embeddings=read.integer("max_position_embeddings"),
             bos_token_id=read.integer("bos_token_id", minimum=0),
-            eos_token_id=read.integer("eos_token_id", minimum=0),
+            eos_token_id=read.token_ids("eos_token_id"),
             num_nextn_predict_layers=read.count("num_nextn_predict_layers"),
             claims=MappingProxyType(fields),
         )
@@ -223,6 +225,7 @@ class EngineConfig:
     is_batch_invariant: ask for kernels whose result for a row does not depend on the other rows of the step.
     official: steps to be computed as DeepSeek's published code does; all others are plain.
     loads_draft: load the MTP modules too. The engine does not draft; callers of the model may.
+    reference: names of slots or modules that torch computes from the stored form, whatever kernels there are.
     parallel: this process's rank among those that run one model together.
     """
 
@@ -235,6 +238,7 @@ class EngineConfig:
     official: frozenset[Step] = PLAIN
     loads_draft: bool = False
     parallel: Parallel = ONE_RANK
+    reference: frozenset[str] = frozenset()
 
     @classmethod
     def for_device(cls, device: str, max_model_len: int = 4096) -> "EngineConfig":
@@ -248,6 +252,15 @@ def unread_fields(fields: Mapping[str, object]) -> tuple[str, ...]:
     own = {field.name for field in dataclass_fields(ModelConfig)} - {"yarn", "claims"}
     spelled = {"rope_scaling", "layer_types", "mlp_layer_types", "rope_parameters", "architectures", "model_type"}
     return tuple(name for name in fields if name not in own | spelled | set(_REQUIRED))
+
+
+def token_ids(value: object, where: str) -> tuple[int, ...]:
+    """Returns a token id, or a list of them, as a tuple, each once. Errors: ConfigError naming ``where``."""
+    listed = value if isinstance(value, list) else [value]
+    found = [item for item in listed if type(item) is int and abs(item) < 2**31]
+    if not found or len(found) < len(listed):
+        raise ConfigError(f"{where} must be a token id or a list of token ids, found {reprlib.repr(value)}")
+    return tuple(dict.fromkeys(found))
 
 
 def _refuse_other_architectures(fields: dict[str, object], source: str) -> None:
@@ -320,7 +333,7 @@ def _check_semantics(config: ModelConfig, fields: dict[str, object], source: str
         ),
         ("num_hash_layers", config.num_hash_layers <= config.num_hidden_layers, "exceeds num_hidden_layers"),
         ("bos_token_id", config.bos_token_id < config.vocab_size, "is outside the vocabulary"),
-        ("eos_token_id", config.eos_token_id < config.vocab_size, "is outside the vocabulary"),
+        ("eos_token_id", max(config.eos_token_id) < config.vocab_size, "is outside the vocabulary"),
         ("n_shared_experts", config.n_shared_experts == 1, "must be 1"),
     )
     for field, holds, problem in checks:
@@ -338,6 +351,12 @@ class _Reader:
         if field not in self.fields:
             raise ConfigError(f"{self.source}: field {field!r} is missing")
         return self.fields[field]
+
+    def token_ids(self, field: str) -> tuple[int, ...]:
+        found = token_ids(self._get(field), f"{self.source}: {field}")
+        if min(found) < 0:
+            raise ConfigError(f"{self.source}: {field} must be at least 0, found {min(found)}")
+        return found
 
     def integer(self, field: str, minimum: int = 1) -> int:
         value = self._get(field)

@@ -16,7 +16,7 @@ PACKAGE = Path(ownpath.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = (
-    ("formats", "official", "ops", "versions", "finding"),
+    ("formats", "official", "ops", "versions", "finding", "files", "terminal"),
     ("config",),
     ("qtensor",),
     ("numerics",),

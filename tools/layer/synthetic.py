@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
+from ownpath.checkpoint.dtypes import TORCH_DTYPES
 from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
 from ownpath.checkpoint.names import model_params
 from ownpath.checkpoint.schema import MODELOPT_NVFP4, NATIVE_FP8, PLAIN_BF16, Encoding, ParamSpec
 from ownpath.config import ModelConfig
 from ownpath.plan.opspec import model_ops
 from ownpath.plan.plan import Plan
-from ownpath.weights.operands import STORAGE, Destination, OperandBuffers, make_operand
+from ownpath.weights.operands import Destination, OperandBuffers, make_operand
 
 COMMON: dict[str, Any] = {
     "model_type": "deepseek_v4",
@@ -182,4 +183,4 @@ class Values:
             noise *= spec.shape[-1] ** -0.5
         elif not spec.key.endswith("embed.weight"):
             noise = 0.3 * noise + float(spec.key.endswith("_scale"))
-        return noise.to(STORAGE[spec.dtypes[0]])
+        return noise.to(TORCH_DTYPES[spec.dtypes[0]])

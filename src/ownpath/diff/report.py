@@ -6,14 +6,18 @@ from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any
 
+from rich.console import RenderableType
+
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.diff.compare import PositionComparison
 from ownpath.diff.server import RemoteServer
 from ownpath.diff.survey import Difference
 from ownpath.finding import Finding, Verdict
+from ownpath.terminal.page import facts, line
+from ownpath.terminal.text import counted
 
 _WORDS = MappingProxyType({Verdict.PASS: "ok", Verdict.FAIL: "found", Verdict.SKIPPED: "not asked"})
-_UNKNOWN = "found       no signature: the server reads, caches and batches alike, and computes something else"
+_UNKNOWN = "no known cause: the server reads, caches and batches alike, and computes something else"
 
 
 def numbers(difference: Difference) -> dict[str, float | int | None]:
@@ -53,28 +57,40 @@ def first_divergence(difference: Difference) -> tuple[int, PositionComparison] |
     return None
 
 
-def difference_text(difference: Difference, server: RemoteServer, tokenizer: Tokenizer, name: str) -> str:
-    """Formats the verdict, the diagnosis, then the numbers."""
-    n = numbers(difference)
-    asked = server.request_form
+def difference_page(
+    difference: Difference, server: RemoteServer, tokenizer: Tokenizer, name: str
+) -> list[RenderableType]:
+    """Returns the verdict, the diagnosis, then the numbers."""
+    verdict = "AGREE" if difference.agrees else "DIFFER"
+    rows = [("found", f"{c.id}: {_shown(c.number)} ({c.message}; bound {c.limit:.3g})") for c in difference.found]
+    rows += [("remedy", c.remedy) for c in difference.found[:1]]
+    rows += [] if difference.agrees or difference.found else [("found", _UNKNOWN)]
+    rows += _number_rows(difference, server, tokenizer)
+    rows += [("not asked", f"{c.id}: {c.message}") for c in difference.checks if c.verdict is Verdict.SKIPPED]
+    return [line(f"{name} against {server.client.root}: ", verdict), facts(rows)]
+
+
+def _number_rows(difference: Difference, server: RemoteServer, tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    n, asked = numbers(difference), server.request_form
     sent = "token ids" if asked.sends_ids else "text"
-    lines = [
-        f"{name} against {server.client.root}: {'AGREE' if difference.agrees else 'DIFFER'}",
-        *(f"found       {c.id}: {_shown(c.number)} ({c.message}; bound {c.limit:.3g})" for c in difference.found),
-        *(f"remedy      {c.remedy}" for c in difference.found[:1]),
-        *([] if difference.agrees or difference.found else [_UNKNOWN]),
-        f"asked       {server.form} log-probs at {asked.path}, {sent} sent, {asked.num_top} likeliest tokens",
-        f"positions   {n['num_positions']} of {len(difference.comparisons)} prompts, {n['num_divergent']} diverge",
-        f"first       {_first(difference, tokenizer)}",
-        f"log-probs   mean |ours - theirs| {_shown(n['mean_delta'])}, max {_shown(n['max_delta'])} nats"
-        f" (bound {difference.tolerance:g})",
-        f"likeliest   the same token at {n['num_same_likeliest']} of {n['num_ranked']}",
-        f"KL          at least {_shown(n['mean_kl_at_least'])} in the mean, {_shown(n['max_kl_at_least'])} at most;"
-        f" their list leaves out {_shown(n['mean_outside'])} of the probability",
-        f"looked for  {_pass_line(difference)}: none",
+    prompts = counted(len(difference.comparisons), "prompt")
+    return [
+        ("asked", f"{server.form} log-probs at {asked.path}, {sent} sent, {asked.num_top} likeliest tokens"),
+        ("positions", f"{n['num_positions']} of {prompts}, {n['num_divergent']} differ by more than the bound"),
+        ("first", _first(difference, tokenizer)),
+        (
+            "log-probs",
+            f"mean |ours - theirs| {_shown(n['mean_delta'])}, max {_shown(n['max_delta'])} nats"
+            f" (bound {difference.tolerance:g})",
+        ),
+        ("likeliest", f"the same token at {n['num_same_likeliest']} of {n['num_ranked']} positions"),
+        (
+            "KL",
+            f"at least {_shown(n['mean_kl_at_least'])} in the mean, {_shown(n['max_kl_at_least'])} at most;"
+            f" their list leaves out {_shown(n['mean_outside'])} of the probability",
+        ),
+        ("looked for", f"{_pass_line(difference)}: none"),
     ]
-    lines += [f"not asked   {c.id}: {c.message}" for c in difference.checks if c.verdict is Verdict.SKIPPED]
-    return "\n".join(lines)
 
 
 def difference_dict(difference: Difference, server: RemoteServer, name: str, seed: int) -> dict[str, object]:
@@ -111,7 +127,7 @@ def _finite(value: Any) -> Any:
 def _first(difference: Difference, tokenizer: Tokenizer) -> str:
     first = first_divergence(difference)
     if first is None:
-        return "no position diverges"
+        return "no position differs by more than the bound"
     prompt_idx, position = first
     token = f"token {position.token_id} {tokenizer.token_text(position.token_id)!r}"
     values = f"ours {_shown(position.ours)}, theirs {_shown(position.theirs)}"

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 
 from ownpath.chat.parts import (
     AnswerPart,
@@ -83,25 +83,53 @@ def chat_usage(generation: Generation) -> JsonObject:
     return {**generation.usage(), "completion_tokens_details": details}
 
 
-def fold_chat(chunks: Iterable[JsonObject]) -> JsonObject:
-    """Folds the chunks of one answer into the ``chat.completion`` object."""
-    answer: JsonObject = {}
-    message: JsonObject = {"role": "assistant", "content": "", "refusal": None} | dict.fromkeys(_REASONING)
-    choice: JsonObject = {"index": 0, "message": message, "logprobs": None, "finish_reason": None}
-    for chunk in chunks:
-        answer |= chunk
+class ChatFold:
+    """Folds the chunks of one answer into the ``chat.completion`` object. Each chunk costs the same, however many."""
+
+    def __init__(self) -> None:
+        self._answer: JsonObject = {}
+        self._choice: JsonObject = {"index": 0, "message": {}, "logprobs": None, "finish_reason": None}
+        # Pieces of text, joined at the end: adding to a string copies it.
+        self._texts: dict[str, list[str]] = {"content": []}
+        self._calls: list[tuple[JsonObject, list[str]]] = []
+
+    def add(self, chunk: JsonObject) -> None:
+        """Takes the next chunk."""
+        self._answer |= chunk
+        choice = self._choice
         for part in chunk["choices"]:
-            _extend_message(message, part["delta"])
+            self._add_delta(part["delta"])
             choice["finish_reason"] = part["finish_reason"] or choice["finish_reason"]
             if part["logprobs"] is not None:
                 choice["logprobs"] = choice["logprobs"] or {"content": [], "refusal": None}
                 choice["logprobs"]["content"] += part["logprobs"]["content"]
             if "token_ids" in part:
-                choice["token_ids"] = choice.get("token_ids", []) + part["token_ids"]
+                choice.setdefault("token_ids", []).extend(part["token_ids"])
             choice |= {name: part[name] for name in _MARKS if name in part}
-    if "tool_calls" in message and not message["content"]:
-        message["content"] = None
-    return answer | {"object": "chat.completion", "choices": [choice]}
+
+    def whole(self) -> JsonObject:
+        """Returns the answer."""
+        message: JsonObject = {"role": "assistant", "content": "", "refusal": None} | dict.fromkeys(_REASONING)
+        message |= {name: "".join(pieces) for name, pieces in self._texts.items()}
+        if self._calls:
+            message["tool_calls"] = [_called(head, pieces) for head, pieces in self._calls]
+            message["content"] = message["content"] or None
+        self._choice["message"] = message
+        return self._answer | {"object": "chat.completion", "choices": [self._choice]}
+
+    def _add_delta(self, delta: JsonObject) -> None:
+        for name in ("content", *_REASONING):
+            if name in delta:
+                self._texts.setdefault(name, []).append(delta[name])
+        for call in delta.get("tool_calls", []):
+            if "id" in call:
+                self._calls.append((call, []))
+            self._calls[call["index"]][1].append(call["function"]["arguments"])
+
+
+def _called(head: JsonObject, pieces: list[str]) -> JsonObject:
+    function = head["function"] | {"arguments": "".join(pieces)}
+    return {"id": head["id"], "type": head["type"], "function": function}
 
 
 def message_delta(parts: Sequence[AnswerPart]) -> JsonObject:
@@ -122,18 +150,6 @@ def message_delta(parts: Sequence[AnswerPart]) -> JsonObject:
             call = calls.setdefault(part.index, {"index": part.index, "function": {"arguments": ""}})
             call["function"]["arguments"] += part.text
     return delta | ({"tool_calls": list(calls.values())} if calls else {})
-
-
-def _extend_message(message: JsonObject, delta: JsonObject) -> None:
-    for name in ("content", *_REASONING):
-        if name in delta:
-            message[name] = (message[name] or "") + delta[name]
-    for call in delta.get("tool_calls", []):
-        if "id" in call:
-            head = {"id": call["id"], "type": call["type"], "function": dict(call["function"])}
-            message.setdefault("tool_calls", []).append(head)
-        else:
-            message["tool_calls"][call["index"]]["function"]["arguments"] += call["function"]["arguments"]
 
 
 def _choice(delta: JsonObject, finish_reason: str | None = None) -> JsonObject:

@@ -1,8 +1,9 @@
 """``/v1/completions``: one generator of chunks over all prompts; the answer in one piece is those chunks folded."""
 
+import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 
 from ownpath.chat.detokenize import Detokenizer
 from ownpath.chat.tokenizer import Tokenizer
@@ -13,6 +14,7 @@ from ownpath.server.prompts import Prompt
 from ownpath.server.protocol import CompletionRequest
 from ownpath.server.sse import JsonObject
 
+_INLINE_TOKENS = 64
 _LOGPROB_KEYS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
@@ -41,28 +43,41 @@ async def completion_chunks(
     }
     writers = [_ChoiceWriter(request, prompt, tokenizer) for prompt in generation.prompts]
     async for delta in generation.deltas():
-        choice = writers[delta.index].write(delta)
+        write = writers[delta.index].write
+        # A scored prompt is written off the event loop: up to 21 names for each of its tokens.
+        choice = write(delta) if len(delta.prompt) <= _INLINE_TOKENS else await asyncio.to_thread(write, delta)
         if choice is not None:
             yield {**head, "choices": [choice]}
     yield {**head, "choices": [], "usage": generation.usage()}
 
 
-def fold_completion(chunks: Iterable[JsonObject]) -> JsonObject:
-    """Folds the chunks of one answer into one ``text_completion`` object with every choice whole."""
-    answer: JsonObject = {}
-    choices: dict[int, JsonObject] = {}
-    for chunk in chunks:
-        answer |= chunk
+class CompletionFold:
+    """Folds the chunks of one answer into one ``text_completion`` object with every choice whole. Each chunk costs the
+    same, however many."""
+
+    def __init__(self) -> None:
+        self._answer: JsonObject = {}
+        self._choices: dict[int, JsonObject] = {}
+        # Pieces of each choice's text, joined at the end: adding to a string copies it.
+        self._texts: dict[int, list[str]] = {}
+
+    def add(self, chunk: JsonObject) -> None:
+        """Takes the next chunk."""
+        self._answer |= chunk
         for part in chunk["choices"]:
-            if part["index"] not in choices:
-                choices[part["index"]] = part
+            self._texts.setdefault(part["index"], []).append(part["text"])
+            if part["index"] not in self._choices:
+                self._choices[part["index"]] = part
             else:
-                _extend(choices[part["index"]], part)
-    return answer | {"choices": [choices[index] for index in sorted(choices)]}
+                _extend(self._choices[part["index"]], part)
+
+    def whole(self) -> JsonObject:
+        """Returns the answer."""
+        choices = [self._choices[index] | {"text": "".join(self._texts[index])} for index in sorted(self._choices)]
+        return self._answer | {"choices": choices}
 
 
 def _extend(choice: JsonObject, part: JsonObject) -> None:
-    choice["text"] += part["text"]
     choice["finish_reason"] = part["finish_reason"]
     if part["logprobs"] is not None:
         for key in _LOGPROB_KEYS:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
 from ownpath.chat.dsml import write_json
 from ownpath.chat.messages import Message, ToolCall
@@ -20,9 +20,22 @@ _NOT_STRICT = (
 
 
 class Strict(BaseModel):
-    """Strict types (no "1" for 1, no true for 1), finite numbers, no unnamed fields."""
+    """Strict types (no "1" for 1, no true for 1), finite numbers, no unnamed fields.
+
+    The number of errors that one request can have is bounded by the fields named here, whatever it sends: of an
+    object's unnamed fields one is an error, and lists end at their first wrong entry.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_one_unnamed(cls, value: object) -> object:
+        named = {field.alias or name for name, field in cls.model_fields.items()}
+        if not isinstance(value, dict) or value.keys() <= named:
+            return value
+        unnamed = next(name for name in value if name not in named)
+        return {name: item for name, item in value.items() if name in named or name is unnamed}
 
 
 def _arguments(value: object) -> str:
@@ -56,7 +69,7 @@ class ChatMessage(Strict):
     reasoning_content: str = ""
     reasoning: str = ""
     refusal: str = ""
-    tool_calls: list[CallInMessage] = []
+    tool_calls: Annotated[list[CallInMessage], FailFast()] = []
     tool_call_id: str | None = None
 
     def check(self, param: str) -> None:
@@ -127,7 +140,7 @@ def _tools(tools: list[Tool]) -> list[Tool]:
     return tools
 
 
-Tools = Annotated[list[Tool], AfterValidator(_tools)]
+Tools = Annotated[list[Tool], FailFast(), AfterValidator(_tools)]
 
 
 def _tool_choice(value: object) -> str:

@@ -2,10 +2,10 @@
 
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, FailFast, Field, ValidationError
 
 from ownpath.chat.levels import LEVEL_OF_WORD
-from ownpath.engine.request import MAX_TEMPERATURE, MAX_TOP_LOGPROBS
+from ownpath.engine.limits import MAX_TEMPERATURE, MAX_TOP_LOGPROBS, SEED_LIMIT
 from ownpath.server import fields
 from ownpath.server.conversation import (
     ROLES,
@@ -18,6 +18,7 @@ from ownpath.server.conversation import (
     ToolChoice,
     Tools,
 )
+from ownpath.server.counts import check_counts
 from ownpath.server.errors import ApiError, bad_request
 from ownpath.server.fields import FieldTable
 from ownpath.server.history import plain_messages
@@ -27,7 +28,6 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 _DEFAULT_MAX_TOKENS = 16
 _MAX_INT = 2**31 - 1
-_SEED_LIMIT = 2**63
 
 
 def _stops(value: object) -> list[str]:
@@ -75,7 +75,7 @@ class _GenerationRequest(Strict):
     temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE, description="0 takes the likeliest token")
     top_p: float = Field(1.0, gt=0, le=1, description="samples from the fewest tokens that reach this probability")
     seed: int | None = Field(
-        None, ge=-_SEED_LIMIT, lt=_SEED_LIMIT, description="the same seed, prompt and parameters draw the same numbers"
+        None, ge=-SEED_LIMIT, lt=SEED_LIMIT, description="the same seed, prompt and parameters draw the same numbers"
     )
     stop: Annotated[list[str], BeforeValidator(_stops)] = Field(
         default_factory=list,
@@ -95,7 +95,7 @@ class _GenerationRequest(Strict):
 class ChatRequest(_GenerationRequest):
     """``POST /v1/chat/completions``."""
 
-    messages: list[ChatMessage] = Field(
+    messages: Annotated[list[ChatMessage], FailFast()] = Field(
         min_length=1, description=f"roles {', '.join(ROLES)}; ends with user, developer or tool"
     )
     max_tokens: int | None = Field(None, ge=-1, description=f"{_EXCESS}; left out: -1")
@@ -188,6 +188,7 @@ _TOOL = FieldTable(Tool.model_fields.keys(), {}, fields.TOOL_LABELS)
 def read_chat_request(body: dict[str, object], labels: Labels | None = None) -> ChatRequest:
     """Validates a chat request, and notes its labels. Errors: ApiError 400 naming the field."""
     labels = labels or Labels()
+    check_counts(body)
     body = _known_fields(body, _CHAT, labels)
     body = body | {"messages": plain_messages(body.get("messages"), labels)} if "messages" in body else body
     tools = body.get("tools")

@@ -1,21 +1,23 @@
 """The endpoints."""
 
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ownpath.chat.answer import Answer
+from ownpath.chat.effort import Release
 from ownpath.chat.parse import AnswerParser
 from ownpath.chat.tokenizer import MissingMarkerError, Tokenizer
 from ownpath.engine.engine import Engine
 from ownpath.server import chat, completions
-from ownpath.server.body import Limits, read_json_object
-from ownpath.server.errors import ApiError, shorten
+from ownpath.server.body import BodyReader
+from ownpath.server.errors import ApiError, shorten, unavailable
 from ownpath.server.excess import Adjustments
 from ownpath.server.fingerprint import AnswerSource
 from ownpath.server.generation import Generation
+from ownpath.server.json_text import to_json
 from ownpath.server.labels import LabelLog, Labels
 from ownpath.server.metrics import MEDIA_TYPE, Metrics
 from ownpath.server.policy import RequestPolicy
@@ -28,6 +30,9 @@ from ownpath.server.protocol import (
     read_completion_request,
 )
 from ownpath.server.sse import EventStream, JsonObject, until_disconnect
+from ownpath.server.vitals import Vitals
+
+Fold = chat.ChatFold | completions.CompletionFold
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Telling:
     """An answer on its way: its chunks, how they fold into one object, how usage is counted, and its headers."""
 
     chunks: AsyncIterator[JsonObject]
-    fold: Callable[[Iterable[JsonObject]], JsonObject]
+    fold: Fold
     usage: Callable[[Generation], JsonObject]
     headers: dict[str, str]
 
@@ -49,34 +54,49 @@ class Telling:
             usage = event.get("usage") or (self.usage(generation) if is_continuous else None)
             yield {**event, "usage": usage} if wants_usage else event
 
+    async def fold_all(self) -> None:
+        """Folds the chunks as they come."""
+        async for chunk in self.chunks:
+            self.fold.add(chunk)
+
 
 @dataclass(frozen=True)
 class Api:
     """The objects behind every endpoint.
 
     model_id: the first served name. created: when the model was loaded, in seconds since 1970.
-    release: the release whose ``reasoning_effort`` words the model knows; a key of ``effort.RELEASES``.
+    release: the release whose ``reasoning_effort`` words the model knows.
+    request_timeout_s: from a request's prompt to the end of its answer.
     """
 
-    engine: Engine
+    vitals: Vitals
     tokenizer: Tokenizer
     model_id: str
     created: int
-    limits: Limits
-    release: str
+    bodies: BodyReader
+    release: Release
     metrics: Metrics
+    request_timeout_s: float
     policy: RequestPolicy
     fingerprint: str
     label_log: LabelLog
 
+    @property
+    def engine(self) -> Engine:
+        """The engine that answers."""
+        return self.vitals.engine
+
     async def health(self, request: Request) -> Response:
         """``GET /health``: whether requests can still be run."""
-        alive = self.engine.is_alive
-        return JSONResponse({"status": "ok" if alive else "the engine has stopped"}, 200 if alive else 503)
+        return _status(self.vitals.health())
+
+    async def ready(self, request: Request) -> Response:
+        """``GET /ready``: whether requests should be sent here: the model passed its self-test, no end is near."""
+        return _status(self.vitals.readiness())
 
     async def prometheus(self, request: Request) -> Response:
-        """``GET /metrics``: counters since the start."""
-        return Response(self.metrics.render(), media_type=MEDIA_TYPE)
+        """``GET /metrics``: counters and durations since the start."""
+        return Response(self.metrics.render(self.engine.load()), media_type=MEDIA_TYPE)
 
     async def models(self, request: Request) -> Response:
         """``GET /v1/models``"""
@@ -89,8 +109,9 @@ class Api:
 
     async def chat_completions(self, request: Request) -> Response:
         """``POST /v1/chat/completions``"""
+        self._refuse_while_ending()
         labels, adjustments = Labels(self.policy.refuses_labels), Adjustments(self.policy.refuses_excess)
-        asked = read_chat_request(await read_json_object(request, self.limits), labels)
+        asked = await self.bodies.read(request, lambda body: read_chat_request(body, labels))
         source = self._source(asked)
         max_model_len = self.engine.config.max_model_len
         answer = self._chat_answer(asked)
@@ -99,25 +120,28 @@ class Api:
         if asked.effort not in (None, "none", level):
             adjustments.values["reasoning_effort"] = level
         (max_tokens,) = adjustments.fit(*asked.wanted_tokens, [prompt], max_model_len)
-        generation = Generation(self.engine, [prompt], [answer], self.metrics)
+        generation = Generation(self.engine, [prompt], [answer], self.metrics, self.request_timeout_s)
         generation.submit([chat.sampling_params(asked, max_tokens)])
         chunks = chat.chat_chunks(asked, generation, self.tokenizer, source, level)
         headers = self._headers(labels, adjustments)
-        return await self._answer(request, asked, generation, Telling(chunks, chat.fold_chat, chat.chat_usage, headers))
+        return await self._answer(
+            request, asked, generation, Telling(chunks, chat.ChatFold(), chat.chat_usage, headers)
+        )
 
     async def completions(self, request: Request) -> Response:
         """``POST /v1/completions``"""
+        self._refuse_while_ending()
         labels, adjustments = Labels(self.policy.refuses_labels), Adjustments(self.policy.refuses_excess)
-        asked = read_completion_request(await read_json_object(request, self.limits), labels)
+        asked = await self.bodies.read(request, lambda body: read_completion_request(body, labels))
         source = self._source(asked)
         max_model_len = self.engine.config.max_model_len
-        prompts = await completion_prompts(asked, self.tokenizer, max_model_len, self.limits.max_prompts)
+        prompts = await completion_prompts(asked, self.tokenizer, max_model_len, self.bodies.limits.max_prompts)
         answers = [Answer(self.tokenizer, asked.stop) for _ in prompts]
         limits = adjustments.fit(*asked.wanted_tokens, prompts, max_model_len)
-        generation = Generation(self.engine, prompts, answers, self.metrics)
+        generation = Generation(self.engine, prompts, answers, self.metrics, self.request_timeout_s)
         generation.submit([completions.sampling_params(asked, max_tokens) for max_tokens in limits])
         chunks = completions.completion_chunks(asked, generation, self.tokenizer, source)
-        told = Telling(chunks, completions.fold_completion, Generation.usage, self._headers(labels, adjustments))
+        told = Telling(chunks, completions.CompletionFold(), Generation.usage, self._headers(labels, adjustments))
         return await self._answer(request, asked, generation, told)
 
     async def _answer(
@@ -128,8 +152,8 @@ class Api:
             events = telling.events(asked.stream_options, generation)
             return EventStream(events, generation.close, telling.headers)
         try:
-            whole = telling.fold(await until_disconnect(request.receive, _collect(telling.chunks)))
-            return JSONResponse(whole, headers=telling.headers)
+            await until_disconnect(request.receive, telling.fold_all())
+            return Response(await to_json(telling.fold.whole()), headers=telling.headers, media_type="application/json")
         finally:
             generation.close()
 
@@ -155,6 +179,11 @@ class Api:
             "max_model_len": self.engine.config.max_model_len,
         }
 
+    def _refuse_while_ending(self) -> None:
+        """Refuses new work while the server ends. Errors: ApiError 503."""
+        if self.vitals.is_draining:
+            raise unavailable("the server is shutting down")
+
     def _source(self, asked: ChatRequest | CompletionRequest) -> AnswerSource:
         """Returns who answers, under the name that was asked for. Errors: ApiError 404."""
         return AnswerSource(self._called(self.model_id if asked.model is None else asked.model), self.fingerprint)
@@ -166,5 +195,5 @@ class Api:
         return name
 
 
-async def _collect(events: AsyncIterator[JsonObject]) -> list[JsonObject]:
-    return [event async for event in events]
+def _status(problem: str | None) -> Response:
+    return JSONResponse({"status": problem or "ok"}, 200 if problem is None else 503)

@@ -17,6 +17,9 @@ _DTYPES = {
     "F16": torch.float16,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
 }
 """Safetensors dtypes that are read as numbers; all others are bytes."""
 

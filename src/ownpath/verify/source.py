@@ -17,7 +17,7 @@ from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.schema import Encoding
 from ownpath.config import ModelConfig
 from ownpath.finding import Finding, Verdict
-from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4
+from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, MXFP8, NVFP4
 from ownpath.oracle.weights import StoredWeights
 from ownpath.plan.census import StoredModule, take_census
 from ownpath.verify.file_tensors import FileTensors
@@ -64,7 +64,7 @@ class ExpertSource:
         if fmt in (BF16, FP32):
             return size * (2.0**-9 if fmt is BF16 else 2.0**-25)
         scales = self._scales(name, matrix.shape, encoding)
-        if fmt is FP8_BLOCK:  # three bits of mantissa, and steps of 2^-9 below 2^-6
+        if fmt in (FP8_BLOCK, MXFP8):  # three bits of mantissa, and steps of 2^-9 below 2^-6
             return torch.maximum(size * 2.0**-4, scales * 2.0**-10)
         assert fmt in (NVFP4, MXFP4), fmt
         units = torch.where(scales > 0, size / scales, 0.0)

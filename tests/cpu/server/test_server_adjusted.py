@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import unittest.mock
 from collections.abc import Iterator
 from typing import Any
 
@@ -172,7 +173,9 @@ def test_the_model_has_several_names() -> None:
 def serve_arguments(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_parser(parser.add_subparsers())
-    return parser.parse_args(["serve", *arguments])
+    # The folder need not be there: what is asked is how its path becomes a name.
+    with unittest.mock.patch("os.path.isdir", return_value=True):
+        return parser.parse_args(["serve", *arguments])
 
 
 def test_the_request_that_started_this_project() -> None:
@@ -193,7 +196,7 @@ def test_the_request_that_started_this_project() -> None:
     ("arguments", "first", "policy"),
     [
         ([], "folder", RequestPolicy()),
-        (["m/x/"], "folder", RequestPolicy((), ("m/x/", "m/x"))),
+        (["m/x/"], "folder", RequestPolicy((), ("m/x", "m/x/"))),
         (["--served-model-name", "a"], "a", RequestPolicy()),
         (
             ["--served-model-name", "a", "--served-model-name", "b", "--strict-fields"],

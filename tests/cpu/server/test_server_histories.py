@@ -12,9 +12,10 @@ from cpu.engine.fake_model import FakeModel, random_rule
 from cpu.server.harness import HELLO, TOKENIZER, VOCAB, Harness, error, harness
 
 from ownpath.chat.answer import Answer
+from ownpath.chat.effort import Release
 from ownpath.chat.markers import ASSISTANT, BOS, EOS, THINK_END, THINK_START, USER, segments_of
 from ownpath.chat.parse import AnswerParser
-from ownpath.server.chat import fold_chat, message_delta
+from ownpath.server.chat import ChatFold, message_delta
 from ownpath.server.fields import MESSAGE
 from ownpath.server.labels import IGNORED_HEADER, Labels
 from ownpath.server.policy import RequestPolicy
@@ -30,7 +31,7 @@ OPENED = f"{USER}hello{ASSISTANT}{THINK_END}"
 def text_of(messages: list[dict[str, Any]], **fields: Any) -> str:
     """Returns the text that the model reads."""
     request = read_chat_request({"messages": messages} | fields)
-    prompt = asyncio.run(chat_prompt(request, TOKENIZER, 10**6, "v4"))
+    prompt = asyncio.run(chat_prompt(request, TOKENIZER, 10**6, Release("v4", "test")))
     return b"".join(TOKENIZER.token_bytes(i) for i in prompt.ids).decode()
 
 
@@ -212,7 +213,10 @@ def answered(ids: list[int], thinks: bool, is_streamed: bool) -> dict[str, Any]:
     deltas = [message_delta(answer.feed(token_id)) for token_id in ids] + [message_delta(answer.finish())]
     if not is_streamed:
         chunks = [{"choices": [{"delta": it, "logprobs": None, "finish_reason": None}]} for it in deltas]
-        message: dict[str, Any] = fold_chat(chunks)["choices"][0]["message"]
+        fold = ChatFold()
+        for chunk in chunks:
+            fold.add(chunk)
+        message: dict[str, Any] = fold.whole()["choices"][0]["message"]
         return message
     message = {"role": "assistant", "content": "", "reasoning": "", "reasoning_content": "", "tool_calls": []}
     for delta in deltas:
@@ -248,7 +252,7 @@ def test_what_ownpath_answered_can_be_sent_back(said: str, thinks: bool) -> None
 def test_a_coding_agents_request_is_read_whole() -> None:
     labels = Labels()
     request = read_chat_request(dict(AGENT), labels)
-    prompt = asyncio.run(chat_prompt(request, TOKENIZER, 10**6, "0731"))
+    prompt = asyncio.run(chat_prompt(request, TOKENIZER, 10**6, Release("0731", "test")))
     text = b"".join(TOKENIZER.token_bytes(i) for i in prompt.ids).decode()
     assert list(labels.names) == [
         *("user", "store", "prompt_cache_key", "metadata", "service_tier"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from ownpath.conformance.bounds import NO_DEVIATION, Deviation
 from ownpath.finding import Finding, Verdict
 
-NEAR_FLOAT64 = "1 time what rounding allows"
+NEAR_FLOAT64 = "at most what rounding may cause"
 
 
 @dataclass
