@@ -43,7 +43,8 @@ def problems_of_inspect() -> str:
 def _part(part: "PartSpec") -> str:
     meaning = f"1 / {part.role}" if part.is_divisor else part.role
     needed = ", needed where the kernel quantises its input" if part.role == "input_scale" else ""
-    return f"{part.suffix}: {' or '.join(part.dtypes)} {[1] if part.is_divisor else list(part.shape(*_EXAMPLE))}, {meaning}{needed}"
+    shape = [1] if part.is_divisor else list(part.shape(*_EXAMPLE))
+    return f"{part.suffix}: {' or '.join(part.dtypes)} {shape}, {meaning}{needed}"
 
 
 def kernels_of_plan() -> str:
