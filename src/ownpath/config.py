@@ -1,6 +1,5 @@
 """The model's and the engine's configuration: frozen, parsed once from ``config.json``, never mutated."""
 
-import json
 import reprlib
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from types import MappingProxyType
 
 import torch
 
+from ownpath.files import FileError, MissingFileError, read_json_object, shorten
 from ownpath.official import PLAIN, Step
 
 SLIDING, CSA_RATIO, HCA_RATIO = 0, 4, 128
@@ -140,13 +140,11 @@ class ModelConfig:
     def from_file(cls, path: Path) -> "ModelConfig":
         """Reads ``config.json``. Errors: ConfigError naming the file and the field."""
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: no such file; a model folder needs a config.json") from None
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: not readable as JSON ({error})") from None
-        if not isinstance(fields, dict):
-            raise ConfigError(f"{path}: expected a JSON object, found {type(fields).__name__}")
+            fields = read_json_object(path)
+        except MissingFileError as error:
+            raise ConfigError(f"{error}; a model folder needs a config.json") from None
+        except FileError as error:
+            raise ConfigError(str(error)) from None
         return cls.from_dict(fields, source=str(path))
 
     @classmethod
@@ -269,7 +267,7 @@ def _refuse_other_architectures(fields: dict[str, object], source: str) -> None:
     model_type = fields.get("model_type")
     if model_type == _MODEL_TYPE or (model_type is None and _ARCHITECTURE in architectures):
         return
-    found = f"model_type {model_type!r}, architectures {architectures!r}"
+    found = f"model_type {shorten(model_type)}, architectures {shorten(architectures)}"
     what = _describe_model(model_type, architectures)
     raise ConfigError(f"{source}: {found}: ownpath runs {_ARCHITECTURE} only. {what}.")
 
@@ -300,7 +298,7 @@ def _published_fields(fields: dict[str, object], source: str) -> dict[str, objec
         ropes = fields["rope_parameters"]
         compress = ropes.get("compress") if isinstance(ropes, dict) else None
         if not isinstance(compress, dict):
-            raise ConfigError(f"{source}: rope_parameters must have an object 'compress', found {ropes!r}")
+            raise ConfigError(f"{source}: rope_parameters must have an object 'compress', found {shorten(ropes)}")
         published["rope_scaling"] = None if compress.get("rope_type") == "default" else compress
     return published
 
@@ -308,7 +306,7 @@ def _published_fields(fields: dict[str, object], source: str) -> dict[str, objec
 def _listed(fields: dict[str, object], field: str, source: str) -> list[str]:
     value = fields[field]
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ConfigError(f"{source}: {field} must be a list of names, found {value!r}")
+        raise ConfigError(f"{source}: {field} must be a list of names, found {shorten(value)}")
     return value
 
 
@@ -316,7 +314,7 @@ def _check_semantics(config: ModelConfig, fields: dict[str, object], source: str
     """Refuses values that would make the forward mean something else than this code computes."""
     for field, allowed in _REQUIRED.items():
         if field in fields and fields[field] not in allowed:
-            raise ConfigError(f"{source}: {field} is {fields[field]!r}; DeepSeek-V4 defines {allowed[0]!r}")
+            raise ConfigError(f"{source}: {field} is {shorten(fields[field])}; DeepSeek-V4 defines {allowed[0]!r}")
     checks = (
         ("o_groups", config.num_attention_heads % config.o_groups == 0, "must divide num_attention_heads"),
         ("qk_rope_head_dim", config.qk_rope_head_dim % 2 == 0, "must be even"),
@@ -338,7 +336,9 @@ def _check_semantics(config: ModelConfig, fields: dict[str, object], source: str
     )
     for field, holds, problem in checks:
         if not holds:
-            raise ConfigError(f"{source}: {field} = {getattr(config, field)} {problem}")
+            value = getattr(config, field)
+            shown = max(value) if isinstance(value, tuple) else value
+            raise ConfigError(f"{source}: {field} = {shown} {problem}")
 
 
 class _Reader:
@@ -361,7 +361,7 @@ class _Reader:
     def integer(self, field: str, minimum: int = 1) -> int:
         value = self._get(field)
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value < 2**31:
-            raise ConfigError(f"{self.source}: {field} must be an integer >= {minimum}, found {value!r}")
+            raise ConfigError(f"{self.source}: {field} must be an integer >= {minimum}, found {shorten(value)}")
         return value
 
     def count(self, field: str) -> int:
@@ -371,7 +371,7 @@ class _Reader:
     def number(self, field: str) -> float:
         value = self._get(field)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-            raise ConfigError(f"{self.source}: {field} must be a positive finite number, found {value!r}")
+            raise ConfigError(f"{self.source}: {field} must be a positive finite number, found {shorten(value)}")
         return float(value)
 
     def compress_ratios(self, num_layers: int) -> tuple[int, ...]:
@@ -381,7 +381,7 @@ class _Reader:
             raise ConfigError(f"{self.source}: compress_ratios must list at least {num_layers} entries")
         for layer_idx, ratio in enumerate(ratios[:num_layers]):
             if type(ratio) is not int or ratio not in (SLIDING, CSA_RATIO, HCA_RATIO):
-                raise ConfigError(f"{self.source}: compress_ratios[{layer_idx}] is {ratio!r}; known: 0, 4, 128")
+                raise ConfigError(f"{self.source}: compress_ratios[{layer_idx}] is {shorten(ratio)}; known: 0, 4, 128")
         return tuple(ratios[:num_layers])
 
     def yarn(self) -> Yarn | None:
@@ -390,7 +390,7 @@ class _Reader:
             return None
         kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
         if not isinstance(scaling, dict) or kind != "yarn":
-            raise ConfigError(f"{self.source}: rope_scaling must be null or of type 'yarn', found {scaling!r}")
+            raise ConfigError(f"{self.source}: rope_scaling must be null or of type 'yarn', found {shorten(scaling)}")
         read = _Reader(scaling, f"{self.source}: rope_scaling")
         original = read.integer("original_max_position_embeddings")
         return Yarn(read.number("factor"), read.number("beta_fast"), read.number("beta_slow"), original)

@@ -5,8 +5,10 @@ it is read ends at the limit, and JSON that could fill the memory is refused bef
 """
 
 import errno
+import gc
 import json
 import os
+import re
 import reprlib
 import secrets
 import stat
@@ -16,10 +18,13 @@ from pathlib import Path
 
 MAX_FILE_BYTES = 64 * 2**20
 """Limit of a file that is read whole. The largest honest ones are tokenizers and indexes of some 30 MB."""
-MAX_JSON_VALUES = 5_000_000
+MAX_JSON_VALUES = 4_000_000
 """Limit of the commas and opening brackets of a JSON text, which bound its values: a header has 8 for each tensor."""
+MAX_JSON_KEYS = 2_000_000
+"""Limit of the colons of a JSON text, which bound its keys: a header has 4 for each tensor."""
 MAX_JSON_DEPTH = 64
 _CHUNK_BYTES = 2**20
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -28,7 +33,7 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
 )
 
-Pairs = list[tuple[str, object]]
+JsonPairs = list[tuple[str, object]]
 
 
 class FileError(ValueError):
@@ -56,15 +61,15 @@ def open_descriptor(path: Path, *, follow_links: bool = True) -> int:
     """Does what ``open_regular`` does, for a caller that closes the descriptor later."""
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY | (0 if follow_links else os.O_NOFOLLOW)
     try:
-        _require_regular(path, os.stat(path, follow_symlinks=follow_links))  # some devices act when they are opened
+        _require_regular(path, path.stat(follow_symlinks=follow_links))  # some devices act when they are opened
         descriptor = os.open(path, flags)
     except FileNotFoundError:
-        what = "is a link to a file that does not exist" if os.path.islink(path) else "no such file"
+        what = "is a link to a file that does not exist" if path.is_symlink() else "no such file"
         raise MissingFileError(f"{path}: {what}") from None
-    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte, or ours
-        raise (
-            error if isinstance(error, FileError) else FileError(f"{path}: cannot be read ({_reason(error)})")
-        ) from None
+    except FileError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        raise FileError(f"{path}: cannot be read ({_reason(error)})") from None
     try:
         _require_regular(path, os.fstat(descriptor))
     except FileError:
@@ -83,12 +88,15 @@ def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
-def is_there(path: Path) -> bool:
-    """Returns True for anything of this name, also a link to nothing."""
+def is_present(path: Path) -> bool:
+    """Returns True for anything of this name, also a link to nothing, or a folder that keeps it from being seen."""
     try:
-        return os.path.lexists(path)
-    except ValueError:  # a name with a zero byte
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name with a zero byte
         return False
+    except OSError:  # reading it will say why
+        return True
+    return True
 
 
 def read_bytes(path: Path, max_bytes: int = MAX_FILE_BYTES, *, follow_links: bool = True) -> bytes:
@@ -134,8 +142,10 @@ def parse_json(data: bytes, source: str, on_twice: Callable[[str], None] | None 
     num_values = sum(map(data.count, (b",", b"[", b"{")))
     if num_values > MAX_JSON_VALUES:
         raise FileError(f"{source}: JSON of {num_values} values; at most {MAX_JSON_VALUES} are read")
+    if data.count(b":") > MAX_JSON_KEYS:
+        raise FileError(f"{source}: JSON of {data.count(b':')} keys; at most {MAX_JSON_KEYS} are read")
 
-    def unique(pairs: Pairs) -> dict[str, object]:
+    def unique(pairs: JsonPairs) -> dict[str, object]:
         content = dict(pairs)
         if len(content) != len(pairs):
             for key in sorted(_repeated(pairs)):
@@ -145,9 +155,14 @@ def parse_json(data: bytes, source: str, on_twice: Callable[[str], None] | None 
         return content
 
     try:
-        content = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=_refuse_constant)
+        with _uncollected():
+            content = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=_refuse_constant)
+        if _SURROGATE.search(data):
+            json.dumps(content, ensure_ascii=False).encode("utf-8")
     except FileError:
         raise
+    except UnicodeEncodeError:
+        raise FileError(f"{source}: not JSON: a text holds half of a surrogate pair") from None
     except UnicodeDecodeError as error:
         raise FileError(f"{source}: not JSON: not UTF-8 ({error.reason} at byte {error.start})") from None
     except ValueError as error:
@@ -162,11 +177,23 @@ def parse_json(data: bytes, source: str, on_twice: Callable[[str], None] | None 
     return content
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Looks for no garbage meanwhile: millions of new values that are none take half of the time otherwise."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def _refuse_constant(name: str) -> object:
     raise ValueError(f"it holds {name}, which is no JSON")
 
 
-def _repeated(pairs: Pairs) -> set[str]:
+def _repeated(pairs: JsonPairs) -> set[str]:
     seen: set[str] = set()
     return {key for key, _ in pairs if key in seen or seen.add(key)}  # type: ignore[func-returns-value]
 
@@ -212,13 +239,13 @@ def create_file(path: Path, scratch: Path | None = None, *, mode: int = 0o666) -
         os.fsync(descriptor)
         os.close(descriptor)
         descriptor = -1
-        os.replace(beside, path)
+        beside.replace(path)
         sync_folder(path.parent)
     except BaseException as error:
         if descriptor != -1:
             os.close(descriptor)
         with suppress(OSError):
-            os.unlink(beside)
+            beside.unlink()
         if isinstance(error, OSError):
             raise FileError(f"{path}: cannot be written ({_reason(error)})") from None
         raise

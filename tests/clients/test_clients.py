@@ -1,6 +1,7 @@
 """Public clients against a real server, at their defaults; with the setting that turns ``strict`` off where tools need
 it. A client that is not installed is skipped, by name."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def weather() -> Weather:
 
 
 def refusal(error: BaseException) -> str:
-    """What the server said, wherever the client keeps it."""
+    """Returns the words of the server, wherever the client keeps them."""
     return f"{error} {getattr(error, 'body', '')}"
 
 
@@ -255,6 +256,15 @@ class TestPydanticAI:
         assert "degrees" in agent.run_sync(WEATHER).output
         assert weather.cities == ["Rome"]
 
+    def test_output_in_json_by_the_setting_that_the_refusal_names(self, model: Any) -> None:
+        pydantic_ai = pytest.importorskip("pydantic_ai")
+        city = pytest.importorskip("pydantic").create_model("City", capital=(str, ...))
+        agent = pydantic_ai.Agent(
+            model(), output_type=pydantic_ai.PromptedOutput(city), model_settings={"temperature": 0}
+        )
+        with contextlib.suppress(pydantic_ai.UnexpectedModelBehavior):  # the model is small: its JSON may not be one
+            agent.run_sync(QUESTION)
+
 
 class TestOpenAIAgents:
     @pytest.fixture
@@ -280,3 +290,11 @@ class TestOpenAIAgents:
             run(WEATHER, tools=[agents.function_tool(weather.function())])
         assert "degrees" in run(WEATHER, tools=[agents.function_tool(weather.function(), strict_mode=False)])
         assert weather.cities == ["Rome"]
+
+    def test_output_in_json_by_the_setting_that_the_refusal_names(self, run: Any) -> None:
+        agents = pytest.importorskip("agents")
+        city = pytest.importorskip("pydantic").create_model("City", capital=(str, ...))
+        with pytest.raises(Exception, match="strict_json_schema=False"):
+            run(QUESTION, output_type=city)
+        with contextlib.suppress(agents.ModelBehaviorError):  # the model is small: its JSON may not be one
+            run(QUESTION, output_type=agents.AgentOutputSchema(city, strict_json_schema=False))

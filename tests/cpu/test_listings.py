@@ -40,7 +40,7 @@ def test_inspect_lists_every_problem_and_encoding(capsys: pytest.CaptureFixture[
     assert FOUND_WHEN.keys() == REMEDIES.keys()
     assert set(REMEDIES) | {f"{it.name} ({it.format})" for it in ENCODINGS} <= set(names(out))
     assert "  weight_global_scale: F32 or BF16 or F16 [1], 1 / global_scale\n" in out
-    assert "  scale: F8_E8M0 or F32 [2, 4], scale\n" in out
+    assert "  scale: F8_E8M0 or F32 or BF16 or F16 [2, 4], scale\n" in out
 
 
 def test_plan_lists_every_kernel_and_step(capsys: pytest.CaptureFixture[str]) -> None:

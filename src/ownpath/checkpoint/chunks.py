@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ownpath.checkpoint.index import TensorInfo
 from ownpath.checkpoint.positioned import PositionedReader
+from ownpath.checkpoint.tensor_info import TensorInfo
 
 Bytes = NDArray[np.uint8]
 

@@ -10,6 +10,7 @@ from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.needless import needless_reason
 from ownpath.checkpoint.schema import ENCODINGS, Encoding, ModuleSpec, PartSpec
+from ownpath.checkpoint.spelling import BYTE_SCALES, BYTES
 from ownpath.checkpoint.tensor_info import TensorInfo
 
 
@@ -75,17 +76,26 @@ def _has_weight(index: CheckpointIndex, module: ModuleSpec, encoding: Encoding) 
     return info is not None and info.dtype in weight.dtypes
 
 
-def _distance(index: CheckpointIndex, module: ModuleSpec, encoding: Encoding) -> tuple[bool, int, int]:
-    """Returns whether the format cannot have the module's width, the number of differences (missing parts, wrong
-    dtypes, wrong shapes), and of missing parts alone."""
-    num_missing = num_unlike = 0
+def _distance(index: CheckpointIndex, module: ModuleSpec, encoding: Encoding) -> tuple[int, int]:
+    """Returns how much a module's tensors differ from an encoding's, and how many are missing.
+
+    A tensor that is missing or left over, or a wrong dtype, tells more than a shape, which another config.json may
+    explain: they count 2 and 1. A format that cannot have the module's width counts 3.
+    """
+    num_missing, difference = 0, 0 if _fits_width(module, encoding) else 3
     for part in encoding.without_input_scale.parts:
         info = index.tensors.get(f"{module.name}.{part.suffix}")
         if info is None:
             num_missing += 1
         else:
-            num_unlike += (info.dtype not in part.dtypes) + (info.shape != part.shape(*module.shape))
-    return not _fits_width(module, encoding), num_missing + num_unlike, num_missing
+            is_dtype = info.dtype in part.dtypes or (info.dtype in BYTES and bool(BYTE_SCALES & set(part.dtypes)))
+            difference += 2 * (not is_dtype) + (info.shape != part.shape(*module.shape))
+    own = {part.suffix for part in encoding.parts}
+    num_left = sum(
+        ending not in own and needless_reason(f"{module.name}.{ending}") is None
+        for ending in index.endings.get(module.name, ())
+    )
+    return difference + 2 * (num_missing + num_left), num_missing
 
 
 def _fits_width(module: ModuleSpec, encoding: Encoding) -> bool:
@@ -112,10 +122,11 @@ def _part_fault(index: CheckpointIndex, module: ModuleSpec, encoding: Encoding, 
     if info is None:
         message = f"{index.folder}: tensor {key!r} is missing ({encoding.name} stores it)"
         return StorageFault("missing-tensor", key, message)
-    if info.dtype not in part.dtypes:
+    is_spelling = part.role == "scale" and info.dtype in BYTES and BYTE_SCALES & set(part.dtypes)
+    if info.dtype not in part.dtypes and not is_spelling:
         return StorageFault("wrong-dtype", key, f"tensor {info}: {encoding.name} stores {' or '.join(part.dtypes)}")
     expected = part.shape(*module.shape)
-    if info.shape != expected:
+    if info.shape != expected or is_spelling:  # bytes in this shape would have been read as the scales that they are
         message = f"tensor {info}: a weight {list(module.shape)} needs shape {list(expected)}"
         return StorageFault("wrong-shape", key, message)
     return None

@@ -19,7 +19,7 @@ from ownpath.finding import Finding
 
 MAX_HEADER_BYTES = 64 * 2**20
 """Limit of the headers of one checkpoint together. The format allows 100,000,000 bytes for one; V4-Pro's take 40 MB."""
-MAX_TENSORS = 500_000
+MAX_TENSORS = 400_000
 """Limit of the tensors of one checkpoint. V4-Pro has 290,000: 61 layers x 384 experts x 3 matrices x 4 tensors."""
 MAX_NAME_CHARS = 512
 MAX_PROBLEMS = 1000
@@ -87,6 +87,7 @@ def read_header(path: Path, budget: HeaderBudget | None = None) -> Header:
         limit = f"a checkpoint may have {MAX_TENSORS}, and {budget.num_tensors} are left"
         return problems.header("header-bomb", f"its header names {len(content)} tensors; {limit}")
     budget.num_tensors -= len(content)
+    del text
     entries = _entries(content, 8 + length, problems)
     if not problems.found:
         _check_tiling(entries, 8 + length, num_bytes, problems)
@@ -143,8 +144,10 @@ def _parse(text: bytes, problems: _Problems) -> tuple[dict[str, object], dict[st
 
 
 def _entries(content: dict[str, object], data_start: int, problems: _Problems) -> list[HeaderEntry]:
-    entries = []
-    for name, fields in content.items():
+    """Takes each entry out of ``content``, whose memory is freed meanwhile."""
+    entries: list[HeaderEntry] = []
+    while content:
+        name, fields = content.popitem()
         detail = f"has a name of {len(name)} characters" if len(name) > MAX_NAME_CHARS else _entry_fault(fields)
         if detail is not None or not isinstance(fields, dict):
             problems.add("shard", f"tensor {shorten(name)} {detail}")
@@ -152,6 +155,7 @@ def _entries(content: dict[str, object], data_start: int, problems: _Problems) -
         start, stop = fields["data_offsets"]
         dtype, shape = sys.intern(fields["dtype"]), tuple(fields["shape"])
         entries.append(HeaderEntry(name, dtype, shape, data_start + start, data_start + stop))
+    entries.reverse()
     return entries
 
 

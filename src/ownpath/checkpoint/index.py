@@ -13,10 +13,11 @@ from ownpath.checkpoint.header import MAX_PROBLEMS, MAX_TENSORS, HeaderBudget, r
 from ownpath.checkpoint.needless import may_stay_unread
 from ownpath.checkpoint.problems import make_problem
 from ownpath.checkpoint.spelling import plainly_spelled
-from ownpath.checkpoint.tensor_info import Source, TensorInfo
+from ownpath.checkpoint.tensor_info import Source
+from ownpath.checkpoint.tensor_info import TensorInfo as TensorInfo
 from ownpath.checkpoint.transformers_names import native_name, native_tensors
 from ownpath.checkpoint.writer import INDEX_NAME
-from ownpath.files import FileError, is_there, read_json_object, shorten
+from ownpath.files import FileError, is_present, read_json_object, shorten
 from ownpath.finding import Finding
 
 SINGLE_NAME = "model.safetensors"
@@ -83,12 +84,14 @@ def scan_checkpoint(folder: Path) -> Scan:
     """Reads the headers of a checkpoint folder and collects every problem; nothing raises."""
     scanner = _Scanner(folder)
     index_path = folder / INDEX_NAME
-    if is_there(index_path):
+    if is_present(index_path):
         scanner.read_index(index_path)
-    elif is_there(folder / SINGLE_NAME):
+    elif is_present(folder / SINGLE_NAME):
         scanner.read_single(folder / SINGLE_NAME)
     else:
         scanner.add("folder", folder.name, f"{folder}: found neither {INDEX_NAME} nor {SINGLE_NAME}")
+    if not scanner.tensors and not scanner.problems:
+        scanner.add("folder", folder.name, f"{folder}: its shards hold no tensors")
     scanner.rename()
     tensors = MappingProxyType(plainly_spelled(scanner.tensors))
     index = CheckpointIndex(folder, tensors, MappingProxyType(scanner.absent))
@@ -136,9 +139,8 @@ class _Scanner:
     def found(self) -> tuple[Finding, ...]:
         """Returns the problems, and for each kind the number of those that are too many to list."""
         more = ((check, count - MAX_PROBLEMS) for check, count in self._num_found.items() if count > MAX_PROBLEMS)
-        told = [
-            make_problem(kind, self.folder.name, f"{self.folder}: {n} more problems of this kind") for kind, n in more
-        ]
+        words = "more problems of this kind, which are not listed"
+        told = [make_problem(check, self.folder.name, f"{self.folder}: {count} {words}") for check, count in more]
         return (*self.problems, *told)
 
     def read_single(self, path: Path) -> None:

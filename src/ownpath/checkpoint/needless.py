@@ -9,6 +9,7 @@ from dataclasses import dataclass
 DRAFT_KEY = re.compile(r"mtp\.(\d+)\.(.+)")
 """The name of a drafter's tensor."""
 
+
 @dataclass(frozen=True)
 class NeedlessKind:
     """Tensors of one kind. example: the name of one."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ownpath.checkpoint.errors import CheckpointError
-from ownpath.checkpoint.index import TensorInfo
+from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.files import FileError, open_descriptor
 
 MAX_READ_BYTES = 2**30

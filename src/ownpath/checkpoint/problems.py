@@ -40,7 +40,7 @@ REMEDIES = MappingProxyType(
         "saturated-block-scale": "export again: the global scale is too small for the blocks",
         "gate-up-scale": "export again with one global scale for w1 and w3; other engines apply w1's to both",
         "expert-outlier": "compare this expert with the source: training does not set one so far from the others",
-        "weight-magnitude": "compare this weight's scales with the source: training does not set one so far from its peers",
+        "weight-magnitude": "compare its scales with the source: training sets no weight so far from its peers",
         "uncalibrated-expert": "calibrate with text that reaches every expert, or give it its layer's maximum",
         "router-bias": "export again: this layer lost its router bias, and chooses experts that training did not mean",
         "expert-ids": "download the shard again, or check n_routed_experts in config.json",
@@ -66,7 +66,7 @@ FOUND_WHEN = MappingProxyType(
         "truncated-shard": "a shard ends before its last tensor does",
         "over-long-shard": "a shard goes on after its last tensor",
         "overlapping-tensors": "two tensors claim the same bytes",
-        "header-bomb": "a header claims more than the format's limit of 100,000,000 bytes; it is not read",
+        "header-bomb": "a header is beyond a checkpoint's limits, 64 MiB and 400,000 tensors; it is not read",
         "duplicated-tensor": "a name occurs twice, in a header, in the index or in two shards",
         "unlisted-tensor": "a shard holds a tensor that the index does not list",
         "missing-tensor": "config.json asks for a tensor, or an encoding for a part, that is not there",
@@ -84,17 +84,17 @@ FOUND_WHEN = MappingProxyType(
         "they contradict each other",
         "scalar-scale": "a global scale is zero, negative, infinite, NaN or no normal float32",
         "reciprocal-scale": "a scale is on the wrong side of 1: a divisor (2688 / amax) for a multiplier, or reversed",
-        "out-of-band-scale": "an expert's scale is a factor of 1000 from its layer's median, or an input scale no normal "
-        "float32; whether the values are wrong is told by weight-magnitude",
+        "out-of-band-scale": "an expert's scale is a factor of 1000 from its layer's median, or an input scale is no "
+        "normal float32; whether the values are wrong is told by weight-magnitude",
         "input-scale": "an input scale is zero, negative, infinite, NaN, or on the wrong side of 1",
         "block-scale": "a block scale is NaN, infinite or negative",
-        "zero-block-scale": "more than an eighth of the block scales read are zero over codes that are not, or all are zero",
+        "zero-block-scale": "of the block scales read all are zero, or over an eighth are over codes that are not",
         "vanished-blocks": "some block scales are zero over codes that are not",
         "saturated-block-scale": "more than an eighth of the block scales read are 448 (E8M0: any is 2^127)",
         "gate-up-scale": "w1 and w3 of an expert have different global scales",
         "expert-outlier": "verify: an expert's largest block is far from those of its layer's others",
-        "weight-magnitude": "sampled rows of a weight, decoded, are far larger or smaller than the same weight's in other "
-        "layers, the layer's other experts', or any model's (how far: docs/mutations.md)",
+        "weight-magnitude": "sampled rows of a weight, decoded, are far larger or smaller than the same weight's in "
+        "other layers, the layer's other experts', or any model's (how far: docs/mutations.md)",
         "uncalibrated-expert": "verify: an input_scale is exactly 1, a default and no measurement",
         "router-bias": "verify: a router's bias holds NaN, or is the same for all experts where other layers' are not",
         "expert-ids": "a hash layer's table names an expert that is not there",
@@ -104,7 +104,7 @@ FOUND_WHEN = MappingProxyType(
         "marker": "verify: a marker of the chat format is not one token",
         "round-trip": "verify: a text does not come back from its tokens",
         "prompt": "verify: a golden prompt is not encoded as the format says",
-        "tokenizer": "the tokenizer is missing or unreadable, has ids beyond the embedding, or an EOS that ends nothing",
+        "tokenizer": "the tokenizer is missing, unreadable, has ids beyond the embedding, or an EOS that ends nothing",
     }
 )
 """Check -> the condition that reports it. ``ownpath inspect --list`` prints it with the remedy."""

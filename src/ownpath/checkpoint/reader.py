@@ -1,6 +1,6 @@
 """Reads tensors by position, whole or in slices of rows, so that extra memory stays bounded."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -10,8 +10,9 @@ import torch
 from ownpath.checkpoint.dtypes import TORCH_DTYPES
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.header import read_header
-from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
+from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.positioned import PositionedReader
+from ownpath.checkpoint.tensor_info import TensorInfo
 
 MAX_SLICE_BYTES = 64 * 2**20
 
@@ -86,17 +87,22 @@ class TensorReader:
         shape = (stop - start, *info.shape[1:]) if info.shape else ()
         row_bytes = info.num_bytes // info.shape[0] if info.shape and info.shape[0] else info.num_bytes
         data = torch.empty(row_bytes * (stop - start), dtype=torch.uint8)
-        self._shards.read(info, row_bytes * start, memoryview(data.numpy()))
+        self._shards.read(info, row_bytes * start, data.numpy().data)
         return data.view(dtype).view(shape)
 
 
-def read_file(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Reads all metadata and tensors of one safetensors file. Errors: CheckpointError naming the file or tensor."""
+def read_file(
+    path: Path, is_wanted: Callable[[dict[str, str]], bool] = lambda _: True
+) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Reads all metadata and tensors of one safetensors file; no tensors where its metadata are not wanted.
+
+    Errors: CheckpointError naming the file or tensor.
+    """
     header = read_header(path)
     if header.problems:
         raise CheckpointError(header.problems[0].message)
-    infos = {
-        entry.name: TensorInfo(entry.name, entry.dtype, entry.shape, path, entry.start) for entry in header.entries
-    }
+    if not is_wanted(header.metadata):
+        return header.metadata, {}
+    infos = {one.name: TensorInfo(one.name, one.dtype, one.shape, path, one.start) for one in header.entries}
     with TensorReader(CheckpointIndex(path.parent, MappingProxyType(infos))) as read:
         return header.metadata, {name: read(name) for name in infos}

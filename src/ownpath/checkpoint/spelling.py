@@ -21,7 +21,10 @@ from ownpath.checkpoint.tensor_info import TensorInfo
 _CODES = ("weight_packed", "weight")
 _BLOCK_SCALES = frozenset({"scale", "weight_scale"})
 _SCALARS = frozenset({"weight_scale_2", "weight_global_scale", "input_scale", "input_global_scale"})
-_BYTES = frozenset({"U8", "I8"})
+BYTES = frozenset({"U8", "I8"})
+"""Dtypes that are only names for bytes."""
+BYTE_SCALES = frozenset({"F8_E4M3", "F8_E8M0"})
+"""Dtypes of block scales that bytes may be."""
 _VECTOR = re.compile(r"(?:.*[._])?norm\.weight|.*\.attn_sink|.*hc_(?:attn|ffn|head)_(?:base|scale)|.*\.gate\.bias")
 
 Grid = tuple[str, tuple[int, int]]
@@ -58,14 +61,14 @@ def _block_scale(info: TensorInfo, weight: TensorInfo | None) -> tuple[str, tupl
     if weight is not None and len(weight.shape) == 2:
         for dtype, grid in _grids(weight):
             if prod(info.shape) == prod(grid) and _is_in_order(info.shape, grid):
-                return (dtype if info.dtype in _BYTES else info.dtype), grid
+                return (dtype if info.dtype in BYTES else info.dtype), grid
     return info.dtype, info.shape
 
 
 def _grids(weight: TensorInfo) -> Iterator[Grid]:
     """Yields the grids of scales that a weight's dtype can have."""
     rows, columns = weight.shape
-    if weight.dtype in _BYTES or weight.dtype == "F4":
+    if weight.dtype in BYTES or weight.dtype == "F4":
         columns *= 1 if weight.dtype == "F4" else 2
         yield "F8_E4M3", (rows, columns // 16)
         yield "F8_E8M0", (rows, columns // 32)

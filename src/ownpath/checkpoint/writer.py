@@ -50,7 +50,8 @@ def write_shard(
     text += b" " * (-len(text) % _HEADER_ALIGNMENT)
     digest = hashlib.sha256()
     with create_file(path) as write:
-        for part in (len(text).to_bytes(8, "little"), text, *(map(_bytes_of, map(tensors.__getitem__, order)))):
+        parts: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text]
+        for part in (*parts, *(_bytes_of(tensors[name]) for name in order)):
             digest.update(part)
             write(part)
     return Fingerprint(8 + len(text) + end, digest.hexdigest())
@@ -58,11 +59,11 @@ def write_shard(
 
 def fingerprint_of(path: Path) -> Fingerprint:
     """Reads a file, not through a link, and returns its fingerprint. Errors: FileError naming it."""
-    digest, num_bytes, buffer = hashlib.sha256(), 0, bytearray(_READ_BYTES)
+    digest, num_bytes, buffer = hashlib.sha256(), 0, memoryview(bytearray(_READ_BYTES))
     with open_regular(path, follow_links=False) as descriptor:
         try:
             while count := os.readv(descriptor, [buffer]):
-                digest.update(memoryview(buffer)[:count])
+                digest.update(buffer[:count])
                 num_bytes += count
         except OSError as error:
             raise FileError(f"{path}: cannot be read ({error.strerror})") from None
@@ -70,7 +71,7 @@ def fingerprint_of(path: Path) -> Fingerprint:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int) -> None:

@@ -43,7 +43,8 @@ def problems_of_inspect() -> str:
 def _part(part: "PartSpec") -> str:
     meaning = f"1 / {part.role}" if part.is_divisor else part.role
     needed = ", needed where the kernel quantises its input" if part.role == "input_scale" else ""
-    return f"{part.suffix}: {' or '.join(part.dtypes)} {[1] if part.is_divisor else list(part.shape(*_EXAMPLE))}, {meaning}{needed}"
+    shape = [1] if part.is_divisor else list(part.shape(*_EXAMPLE))
+    return f"{part.suffix}: {' or '.join(part.dtypes)} {shape}, {meaning}{needed}"
 
 
 def kernels_of_plan() -> str:
@@ -81,7 +82,7 @@ def fields_of_server() -> str:
     """Lists every request field of both endpoints, reasons for empty content, and the checks of the self-test."""
     from ownpath.selftest.checks import all_checks
     from ownpath.server import fields
-    from ownpath.server.conversation import ChatMessage, TemplateOptions
+    from ownpath.server.conversation import CalledFunction, CallInMessage, ChatMessage, TemplateOptions
     from ownpath.server.empty_content import MEANING
     from ownpath.server.protocol import ChatRequest, CompletionRequest, StreamOptions
 
@@ -100,6 +101,11 @@ def fields_of_server() -> str:
         "",
     ]
     parts += ["of a message, honoured:", _words(ChatMessage.model_fields), ""]
+    parts += [
+        "of a call in a message, honoured:",
+        _words([*CallInMessage.model_fields, *CalledFunction.model_fields]),
+        "",
+    ]
     parts += ["of a message, refused likewise; every other is a label, in its parts and calls too:"]
     parts += [_refusal(fields.MESSAGE), ""]
     parts += _nested_fields("stream_options", StreamOptions, fields.STREAM_OPTIONS)

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from ownpath.checkpoint.dtypes import FLOATS, TORCH_DTYPES
-from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
+from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.problems import make_problem
+from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.finding import Finding
 from ownpath.formats import MXFP4, NVFP4
 from ownpath.inspect.scalars import Scalar

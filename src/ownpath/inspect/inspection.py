@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ownpath.chat.effort import Release, find_release
-from ownpath.chat.end_tokens import EndTokens, read_end_tokens
 from ownpath.checkpoint.drafts import Draft, carried_draft, requested_draft
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex, Scan, scan_checkpoint
 from ownpath.checkpoint.problems import make_problem
 from ownpath.config import ConfigError, ModelConfig
+from ownpath.end_tokens import EndTokens, read_end_tokens
 from ownpath.files import FileError
 from ownpath.finding import Finding, failed
 from ownpath.inspect.blocks import SAMPLE_BYTES, BlockReport, read_blocks
 from ownpath.inspect.expert_tables import table_problems
 from ownpath.inspect.magnitudes import read_magnitudes
 from ownpath.inspect.memory import KINDS, Memory, memory_needed
-from ownpath.inspect.metadata import config_problems, file_problem, format_problems, tokenizer_problems
-from ownpath.inspect.peers import Comparison, compare_magnitudes
+from ownpath.inspect.metadata import config_problems, format_problems, tokenizer_problems
+from ownpath.inspect.peers import MagnitudeReport, compare_magnitudes
 from ownpath.inspect.scalars import Coverage, GateUp, Scalar, calibration, gate_up, out_of_band, read_scalars
 from ownpath.inspect.spans import wide_scales
 from ownpath.plan.census import Census, StoredModule, take_census
@@ -36,7 +36,7 @@ class Contents:
     blocks: BlockReport
     calibration: dict[str, Coverage]
     gate_up: GateUp
-    magnitudes: Comparison
+    magnitudes: MagnitudeReport
     memory: tuple[Memory, ...]
     scalars: tuple[Scalar, ...] = ()
 
@@ -113,13 +113,9 @@ def _release(folder: Path) -> Release | None:
 
 def _config(folder: Path, problems: list[Finding]) -> ModelConfig | None:
     path = folder / "config.json"
-    problem = file_problem(path, "config")
-    if problem is not None:
-        problems.append(problem)
-        return None
     try:
         return ModelConfig.from_file(path)
-    except (ConfigError, OSError) as error:
+    except ConfigError as error:
         problems.append(make_problem("config", "config.json", str(error)))
         return None
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
+from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.schema import ParamSpec
+from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.finding import Finding
 from ownpath.formats import FP32, Format
 from ownpath.inspect.scalars import Scalar
@@ -51,7 +52,7 @@ class Magnitude:
 
 
 @dataclass(frozen=True)
-class _Row:
+class _SampledRow:
     """One row to decode: its codes, its block scales and the multiplier of its matrix."""
 
     name: str
@@ -62,7 +63,7 @@ class _Row:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What the rows of one batch share."""
+        """The facts that the rows of one batch share."""
         scale = () if self.scale is None else (self.scale.info.dtype, self.scale.length)
         return self.format, self.codes.info.dtype, self.codes.length, scale
 
@@ -92,7 +93,7 @@ def read_magnitudes(
     return tuple(_sum_up(name, widths.get(name, 1), found) for name, found in sums.items())
 
 
-def _module_rows(stored: StoredModule, multipliers: dict[str, float], index: CheckpointIndex) -> Iterator[_Row]:
+def _module_rows(stored: StoredModule, multipliers: dict[str, float], index: CheckpointIndex) -> Iterator[_SampledRow]:
     name, fmt = stored.spec.name, stored.encoding.format
     if fmt.has_global_scale and name not in multipliers:
         return
@@ -100,15 +101,15 @@ def _module_rows(stored: StoredModule, multipliers: dict[str, float], index: Che
     scale = None if fmt.block is None else stored.info(index, "scale")
     for row in _spread(stored.spec.shape[0], EXPERT_ROWS if ".ffn.experts." in name else ROWS):
         scale_row = None if scale is None or fmt.block is None else _range(scale, row // fmt.block[0])
-        yield _Row(name, fmt, _range(codes, row), scale_row, multipliers.get(name, 1.0))
+        yield _SampledRow(name, fmt, _range(codes, row), scale_row, multipliers.get(name, 1.0))
 
 
-def _param_rows(info: TensorInfo) -> Iterator[_Row]:
+def _param_rows(info: TensorInfo) -> Iterator[_SampledRow]:
     rows = _spread(info.shape[0], ROWS) if len(info.shape) > 1 else ()
     for row in rows:
-        yield _Row(info.name, FP32, _range(info, row), None, 1.0)
+        yield _SampledRow(info.name, FP32, _range(info, row), None, 1.0)
     if len(info.shape) == 1:
-        yield _Row(info.name, FP32, ByteRange(info, 0, info.num_bytes), None, 1.0)
+        yield _SampledRow(info.name, FP32, ByteRange(info, 0, info.num_bytes), None, 1.0)
 
 
 def _spread(num_rows: int, wanted: int) -> list[int]:
@@ -124,14 +125,14 @@ def _range(info: TensorInfo, row: int) -> ByteRange:
 
 
 def _measured(
-    rows: Sequence[_Row], broken: frozenset[Path], problems: list[Finding]
+    rows: Sequence[_SampledRow], broken: frozenset[Path], problems: list[Finding]
 ) -> Iterator[tuple[str, float, float, int]]:
     """Yields each row's module, sum of squares, largest magnitude and width."""
     wanted = {
         (part.info.name, part.offset): part for row in rows for part in (row.codes, row.scale) if part is not None
     }
     data = {(part.info.name, part.offset): found for part, found in read_ranges(wanted.values(), broken, problems)}
-    kinds: dict[tuple[object, ...], list[_Row]] = defaultdict(list)
+    kinds: dict[tuple[object, ...], list[_SampledRow]] = defaultdict(list)
     for row in rows:
         if all((part.info.name, part.offset) in data for part in (row.codes, row.scale) if part is not None):
             kinds[row.kind].append(row)
@@ -144,7 +145,7 @@ def _measured(
                 yield row.name, square, top, values.shape[1]
 
 
-def _decoded(rows: Sequence[_Row], data: dict[tuple[str, int], bytes]) -> Tensor:
+def _decoded(rows: Sequence[_SampledRow], data: dict[tuple[str, int], bytes]) -> Tensor:
     """Decodes rows of one kind as a stack of matrices of one row each: float32 [rows, K]."""
     codes = _tensor([row.codes for row in rows], data)
     if rows[0].scale is None:

@@ -1,36 +1,26 @@
 """Compares config.json, hf_quant_config.json and the tokenizer with the tensors."""
 
-import json
 import re
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
-from ownpath.chat.end_tokens import FIELD, GENERATION_CONFIG, read_end_tokens
 from ownpath.chat.markers import BOS, EOS
 from ownpath.chat.tokenizer import Tokenizer, TokenizerError
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.needless import needless_reason
 from ownpath.checkpoint.problems import make_problem
 from ownpath.config import CSA_RATIO, ConfigError, ModelConfig
+from ownpath.end_tokens import FIELD, GENERATION_CONFIG, read_end_tokens
+from ownpath.files import FileError, is_present, read_json_object
 from ownpath.finding import Finding
 from ownpath.plan.census import StoredModule
 from ownpath.plan.claims import differing_sections, section_contradictions
 from ownpath.plan.plan import claimed_formats
 from ownpath.plan.sections import QuantSection
 
-MAX_JSON_BYTES = 256 * 2**20
-"""Largest size of a JSON file beside the weights; the largest honest one is a tokenizer of a few dozen MB."""
-
 QUANT_CONFIG = "hf_quant_config.json"
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"ffn\.experts\.(\d+)\.")
-
-
-def file_problem(path: Path, check: str) -> Finding | None:
-    """Returns why a JSON file beside the weights cannot be opened safely; ``None``: it can, or it is not there."""
-    if path.exists() and (not path.is_file() or path.stat().st_size > MAX_JSON_BYTES):
-        return make_problem(check, path.name, f"{path}: not a regular file of at most {MAX_JSON_BYTES} bytes")
-    return None
 
 
 def config_problems(config: ModelConfig, index: CheckpointIndex) -> Iterator[Finding]:
@@ -84,29 +74,20 @@ def format_problems(folder: Path, config: ModelConfig, modules: tuple[StoredModu
 
 def json_object(path: Path, check: str) -> Generator[Finding, None, dict[str, object]]:
     """Yields what is wrong with the file, as ``check``; returns its object, empty where there is none to read."""
-    problem = file_problem(path, check)
-    content: object = {}
-    if problem is not None:
-        yield problem
-    elif path.exists():
+    if is_present(path):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError, OSError) as error:
-            yield make_problem(check, path.name, f"{path}: not readable as JSON ({error})")
-    return content if isinstance(content, dict) else {}
+            return read_json_object(path)
+        except FileError as error:
+            yield make_problem(check, path.name, str(error))
+    return {}
 
 
 def tokenizer_problems(folder: Path, config: ModelConfig) -> Iterator[Finding]:
     """Compares the tokenizer with the embedding's rows and config.json's ids."""
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        problem = file_problem(folder / name, "tokenizer")
-        if problem is not None:
-            yield problem
-            return
     try:
         tokenizer = Tokenizer.from_folder(folder)
         bos_id = tokenizer.special_id(BOS)
-    except (TokenizerError, OSError) as error:
+    except TokenizerError as error:
         yield make_problem("tokenizer", "tokenizer.json", str(error))
         return
     path = folder / "tokenizer.json"

@@ -55,7 +55,7 @@ _LAYER = re.compile(r"(layers|mtp)\.\d+\.(.+)")
 
 
 @dataclass(frozen=True)
-class Comparison:
+class MagnitudeReport:
     """The outcome of comparing ``num_tensors`` by ``num_values`` sampled values.
 
     farthest: the largest factor between the RMS of a matrix and the median of its peers, either way.
@@ -69,7 +69,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class _Member:
-    """What is compared of one tensor, or of a group of them. logs: of the RMS, and of the largest magnitude."""
+    """The compared values of one tensor, or of a group of them. logs: of the RMS, and of the largest magnitude."""
 
     name: str
     logs: tuple[float, ...]
@@ -80,7 +80,8 @@ class _Member:
 class _Rule:
     """factors: how far each of a member's logs may be from its peers'. peers: those in words.
 
-    most: how far it may be however wide the spread. is_upward: a member that is smaller is never odd. is_smooth: nor is one that is near the layers around it.
+    most: how far it may be however wide the spread. is_upward: a member that is smaller is never odd. is_smooth: nor is
+    one that is near the layers around it.
     """
 
     factors: tuple[float, ...]
@@ -91,8 +92,8 @@ class _Rule:
 
 
 @dataclass(frozen=True)
-class _Deviation:
-    """How far one member is from its peers, and how far it may be; both are logarithms."""
+class _PeerDistance:
+    """The distance of one member from its peers, and the largest that it may be; both are logarithms."""
 
     member: _Member
     measure: str
@@ -116,7 +117,7 @@ _KINDS = _Rule((KIND_FACTOR,), "the other kinds of matrices, all times sqrt(K)")
 _NORM_KINDS = _Rule((NORM_KIND_FACTOR,), "the other kinds of norms")
 
 
-def compare_magnitudes(magnitudes: Iterable[Magnitude], rms_norm_eps: float) -> Comparison:
+def compare_magnitudes(magnitudes: Iterable[Magnitude], rms_norm_eps: float) -> MagnitudeReport:
     """Compares each tensor with its peers. rms_norm_eps: the model's; an embedding smaller than that is lost in it."""
     listed = list(magnitudes)
     sound = [found for found in listed if math.isfinite(found.rms)]
@@ -137,7 +138,7 @@ def compare_magnitudes(magnitudes: Iterable[Magnitude], rms_norm_eps: float) -> 
     problems += _embedding_problems(sound, rms_norm_eps)
     of_matrices = [each for each in found if each.rule in (_EXPERTS, _MATRICES) and each.measure == "RMS"]
     farthest = max((abs(deviation.value) for deviation in of_matrices), default=0.0)
-    return Comparison(len(listed), sum(each.num_values for each in listed), math.exp(farthest), tuple(problems))
+    return MagnitudeReport(len(listed), sum(each.num_values for each in listed), math.exp(farthest), tuple(problems))
 
 
 def _by_rule(magnitudes: Iterable[Magnitude]) -> dict[_Rule, list[_Member]]:
@@ -203,7 +204,7 @@ def _kinds(groups: _Groups, odd: set[_Member]) -> list[_Member]:
     return kinds
 
 
-def _deviations(groups: _Groups, rule: _Rule, usual_gain: float) -> Iterator[_Deviation]:
+def _deviations(groups: _Groups, rule: _Rule, usual_gain: float) -> Iterator[_PeerDistance]:
     """Yields how far each member is from its peers; a group of one has none.
 
     groups: members in the order of their layers. usual_gain: of two that differ, the one further from it is odd.
@@ -221,7 +222,7 @@ def _deviations(groups: _Groups, rule: _Rule, usual_gain: float) -> Iterator[_De
             for place, member in enumerate(members):
                 around = _neighbours(values, place) if rule.is_smooth else 0.0
                 nearer = min(values[place], values[place] - around, key=abs)
-                yield _Deviation(member, _MEASURES[measure], nearer, limit, rule)
+                yield _PeerDistance(member, _MEASURES[measure], nearer, limit, rule)
         if measure == 0:
             limit = _limit(max(factor, PAIR_FACTOR), tail * math.sqrt(2) * pooled, rule.most)
             yield from (_of_pair(members, limit, rule, usual_gain) for members in pairs)
@@ -233,11 +234,11 @@ def _neighbours(values: Sequence[float], place: int) -> float:
     return median([*values[start:place], *values[place + 1 : start + 5]])
 
 
-def _of_pair(pair: Sequence[_Member], limit: float, rule: _Rule, usual_gain: float) -> _Deviation:
+def _of_pair(pair: Sequence[_Member], limit: float, rule: _Rule, usual_gain: float) -> _PeerDistance:
     near, far = sorted(pair, key=lambda member: abs(member.gain - usual_gain))
     if rule.is_upward:
         near, far = sorted(pair, key=lambda member: member.logs[0])
-    return _Deviation(far, _MEASURES[0], far.logs[0] - near.logs[0], limit, rule)
+    return _PeerDistance(far, _MEASURES[0], far.logs[0] - near.logs[0], limit, rule)
 
 
 def _centred(values: Sequence[float]) -> list[float]:
@@ -254,7 +255,7 @@ def _limit(factor: float, spread: float, most: float) -> float:
     return max(math.log(factor), min(spread, math.log(most)))
 
 
-def _problems(found: Iterable[_Deviation]) -> Iterator[Finding]:
+def _problems(found: Iterable[_PeerDistance]) -> Iterator[Finding]:
     """Yields a problem for each odd member, by the first measure that shows it."""
     told: set[str] = set()
     for deviation in found:

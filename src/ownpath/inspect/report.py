@@ -7,10 +7,10 @@ from rich.console import RenderableType
 
 from ownpath.checkpoint.problems import REMEDIES
 from ownpath.finding import Finding, failed, warned
-from ownpath.inspect.input_scales import missing_input_scales
 from ownpath.inspect.inspection import Contents, Inspection
 from ownpath.inspect.memory import Memory
 from ownpath.inspect.module_rows import bytes_by_format, module_rows, num_parameters
+from ownpath.plan.input_scales import missing_input_scales
 from ownpath.terminal.page import Listing, fact, line
 from ownpath.terminal.text import counted, size_text
 

@@ -1,13 +1,14 @@
 """Reads the few bytes an inspection needs, in the order they lie on disk, and never past a tensor's end."""
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from ownpath.checkpoint.index import TensorInfo
+from ownpath.checkpoint.errors import CheckpointError
+from ownpath.checkpoint.positioned import PositionedReader
 from ownpath.checkpoint.problems import make_problem
+from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.finding import Finding
 
 
@@ -36,25 +37,18 @@ def read_ranges(
     ranges: Iterable[ByteRange], broken: frozenset[Path], problems: list[Finding]
 ) -> Iterator[tuple[ByteRange, bytes]]:
     """Yields the bytes of each range; for shards that are ``broken`` or cannot be read, as ``read_values``."""
+    shards = PositionedReader()
     readable = [(str(r.info.file), r.info.start + r.offset, r) for r in ranges if r.info.file not in broken]
     readable.sort(key=lambda placed: placed[:2])
-    for _, group in groupby(readable, key=lambda placed: placed[0]):
-        parts = [part for _, _, part in group]
-        file = parts[0].info.file
-        try:
-            with file.open("rb", buffering=0) as shard:
+    try:
+        for _, group in groupby(readable, key=lambda placed: placed[0]):
+            parts = [part for _, _, part in group]
+            try:
                 for part in parts:
-                    yield part, _read(shard.fileno(), part)
-        except OSError as error:
-            problems.append(make_problem("shard", file.name, f"{file}: {error}"))
-
-
-def _read(descriptor: int, part: ByteRange) -> bytes:
-    start, length = part.info.start + part.offset, part.length
-    data = os.pread(descriptor, length, start)
-    while len(data) < length:  # one call returns at most 2 GiB
-        more = os.pread(descriptor, length - len(data), start + len(data))
-        if not more:
-            raise OSError(f"{part.info}: the file ends inside it")
-        data += more
-    return data
+                    data = bytearray(part.length)
+                    shards.read(part.info, part.offset, memoryview(data))
+                    yield part, bytes(data)
+            except CheckpointError as error:
+                problems.append(make_problem("shard", parts[0].info.file.name, str(error)))
+    finally:
+        shards.close()

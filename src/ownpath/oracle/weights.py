@@ -40,10 +40,10 @@ class StoredWeights:
 
     def matrix(self, module: str, encoding: Encoding) -> Tensor:
         """Decodes the matrix of ``module`` with all its scales: [N, K]."""
-        blocks_NK, global_scale = self.scaled(module, encoding)
+        blocks_NK, global_scale = self.factors(module, encoding)
         return blocks_NK if global_scale is None else blocks_NK * global_scale.to(self.dtype)
 
-    def scaled(self, module: str, encoding: Encoding) -> tuple[Tensor, Tensor | None]:
+    def factors(self, module: str, encoding: Encoding) -> tuple[Tensor, Tensor | None]:
         """Returns codes times block scales [N, K], exact, and the global scale as a multiplier, float32 [] (NVFP4
         alone)."""
         raw, stored = self._read(encoding.key(module, "qdata")), encoding.format

@@ -11,10 +11,11 @@ from types import MappingProxyType
 from ownpath.checkpoint.detect import examine, tensors_of
 from ownpath.checkpoint.drafts import Draft
 from ownpath.checkpoint.errors import CheckpointError
-from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
+from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.names import draft_params, model_params
 from ownpath.checkpoint.problems import make_problem
 from ownpath.checkpoint.schema import Encoding, ModuleSpec, ParamSpec, check_param
+from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.config import ModelConfig
 from ownpath.finding import Finding
 from ownpath.plan.opspec import draft_ops, model_ops

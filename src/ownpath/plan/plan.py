@@ -122,7 +122,7 @@ class Plan:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the plan assumes of values that it has not read, and what it does without."""
+        """Assumptions about values that the plan has not read, and tensors that it does without."""
         converted = [op.spec.slot for op in self.ops if op.choice.kernel.converts_scales]
         notes = []
         if converted:

@@ -55,8 +55,10 @@ class Said:
 
 
 class QuantSection:
-    """What one file says. prefix: what stands before a field's name. fields: the section. expert_dtype: of the whole
-    file, where it lies outside the section."""
+    """The statements of one file. prefix: what stands before a field's name. fields: the section.
+
+    expert_dtype: of the whole file, where it lies outside the section.
+    """
 
     def __init__(self, prefix: str, fields: Mapping[str, object], expert_dtype: object = None) -> None:
         self._prefix = prefix
@@ -93,7 +95,8 @@ class QuantSection:
             if isinstance(algorithm, str) and algorithm in ALGORITHMS:
                 yield Said(f"{self._prefix}quantized_layers says {algorithm}", ALGORITHMS[algorithm])
         elif excluded is not None:
-            formats = _PLAIN if self._is_compressed or (not self._is_modelopt and self._method == "fp8") else _NOT_NVFP4
+            is_of_fp8 = self._method == "fp8" and not self._is_modelopt
+            formats = _PLAIN if self._is_compressed or is_of_fp8 else _NOT_NVFP4
             yield Said(f"{self._prefix}{excluded[0]} has {excluded[1]!r}", formats)
         elif self._layers and not (_EXPERT.fullmatch(name) and self._known("moe_quant_algo", ALGORITHMS)):
             yield Said(f"{self._prefix}quantized_layers lists others only", _NOT_NVFP4)
@@ -116,8 +119,10 @@ class QuantSection:
                 yield Said(f"{self._prefix}config_groups.{group} has the target {target!r}", formats)
 
     def _of_method(self, name: str, is_expert: bool) -> Iterator[Said]:
-        """Yields what "fp8" says: projections in FP8 blocks, experts in FP8 blocks or MXFP4. ModelOpt leaves the word in
-        the section that it adds its own fields to, where it concerns what those do not name."""
+        """Yields what "fp8" says: projections in FP8 blocks, experts in FP8 blocks or MXFP4.
+
+        ModelOpt leaves the word beside its own fields, where it concerns what those do not name.
+        """
         if self._method == "fp8" and not self._is_modelopt:
             text = f"{self._prefix}quant_method is 'fp8'"
             if is_expert:

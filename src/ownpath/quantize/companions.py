@@ -38,9 +38,9 @@ class Companion:
 
 def find_companions(source: Path) -> list[Companion]:
     """Lists what lies beside the weights, without weights, files that the run writes itself, and hidden files."""
-    found = []
-    for name in sorted(os.listdir(source)):
-        path = source / name
+    found: list[Companion] = []
+    for path in sorted(source.iterdir()):
+        name = path.name
         if name == ENCODING:
             found += _within_encoding(source, path)
         elif not name.startswith(".") and path.suffix != ".safetensors" and name not in WRITTEN:
@@ -63,20 +63,17 @@ def copy_companions(source: Path, target: Path, scratch: Path) -> list[Companion
 
 def _within_encoding(source: Path, folder: Path, depth: int = 1) -> Iterator[Companion]:
     """Lists the files below a folder, down to a limited depth and number."""
+    name = folder.relative_to(source).as_posix()
     if folder.is_symlink() or not folder.is_dir():
-        yield Companion(
-            folder.relative_to(source).as_posix(), "a folder is meant, and links to folders are not followed"
-        )
+        yield Companion(name, "no folder, or a link, which is not followed")
         return
-    names = sorted(os.listdir(folder))
-    if depth > MAX_DEPTH or len(names) > MAX_FILES:
-        limit = f"folders deeper than {MAX_DEPTH} or of more than {MAX_FILES} files are not copied"
-        yield Companion(folder.relative_to(source).as_posix(), limit)
+    paths = sorted(folder.iterdir())
+    if depth > MAX_DEPTH or len(paths) > MAX_FILES:
+        yield Companion(name, f"deeper than {MAX_DEPTH} folders, or of more than {MAX_FILES} files")
         return
-    for name in names:
-        path = folder / name
+    for path in paths:
         if path.is_dir():
-            if name != "__pycache__":
+            if path.name != "__pycache__":
                 yield from _within_encoding(source, path, depth + 1)
         else:
             yield Companion(path.relative_to(source).as_posix(), _fault(source, path))

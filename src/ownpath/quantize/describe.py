@@ -25,8 +25,10 @@ _LAYER = re.compile(r"(layers|mtp)\.\d+\.")
 
 @dataclass(frozen=True)
 class Described:
-    """What a result holds. nvfp4: names of its NVFP4 modules, converted here or before. ignored: patterns that match
-    the others that scope or source leave as they are, and none of those."""
+    """The contents of a result. nvfp4: names of its NVFP4 modules, converted here or before.
+
+    ignored: patterns that match the others that scope or source leave as they are, and none of those.
+    """
 
     nvfp4: tuple[str, ...]
     ignored: tuple[str, ...]

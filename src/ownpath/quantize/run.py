@@ -20,11 +20,11 @@ from ownpath.checkpoint.reader import TensorReader
 from ownpath.checkpoint.schema import MODELOPT_NVFP4
 from ownpath.checkpoint.writer import INDEX_NAME
 from ownpath.config import ModelConfig
-from ownpath.files import is_there, read_json_object, write_json
+from ownpath.files import is_present, read_json_object, write_json
 from ownpath.quantize.companions import CONFIG, QUANT_CONFIG, Companion, copy_companions, find_companions
 from ownpath.quantize.convert import Counts, step_tensors
 from ownpath.quantize.describe import Described, config_fields, describe, quant_config_fields
-from ownpath.quantize.staging import Shard, Staging, is_unfinished
+from ownpath.quantize.staging import Shard, UnfinishedRun, is_unfinished
 from ownpath.quantize.steps import Carry, Convert, QuantizeScope, WriteStep, plan_shards, plan_steps
 
 VERSION = 2
@@ -73,7 +73,7 @@ def quantize_checkpoint(
     shards = plan_shards(steps, options.max_shard_bytes)
     plan = _plan(index, options)
     finals = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
-    staging = Staging(target, plan)
+    staging = UnfinishedRun(target, plan)
     try:
         done: list[Shard] = []
         for number, shard in enumerate(shards):
@@ -96,16 +96,19 @@ def quantize_checkpoint(
 
 
 def require_free(source: Path, target: Path) -> None:
-    """Refuses a target that is the source, lies in it, or holds a file that the run would write. Errors: CheckpointError."""
+    """Refuses a target that is the source, lies in it, or holds a file that the run would write.
+
+    Errors: CheckpointError.
+    """
     if target.is_symlink():
         raise CheckpointError(f"{target}: is a link; give the folder itself, nothing is written through a link")
-    if is_there(target) and not target.is_dir():
+    if is_present(target) and not target.is_dir():
         raise CheckpointError(f"{target}: is there and no folder")
     there, home = Path(os.path.realpath(target)), Path(os.path.realpath(source))
     if there == home or not is_unfinished(target):
         companions = [one.name for one in find_companions(source)] if source.is_dir() else []
         for name in (INDEX_NAME, CONFIG, QUANT_CONFIG, SINGLE_NAME, *companions):
-            if is_there(target / name):
+            if is_present(target / name):
                 raise CheckpointError(f"{target / name} exists; a checkpoint is never overwritten")
         for path in sorted(target.glob("*.safetensors")):
             raise CheckpointError(f"{path} exists; a checkpoint is never overwritten")
@@ -140,7 +143,7 @@ def _names(steps: Sequence[WriteStep]) -> list[str]:
 
 
 def _make_shard(
-    staging: Staging, number: int, steps: Sequence[WriteStep], index: CheckpointIndex, options: Options
+    staging: UnfinishedRun, number: int, steps: Sequence[WriteStep], index: CheckpointIndex, options: Options
 ) -> Shard:
     tensors: dict[str, torch.Tensor] = {}
     counts = Counts()
@@ -152,7 +155,7 @@ def _make_shard(
     return staging.write_shard(number, tensors, counts)
 
 
-def _finish(source: Path, staging: Staging, shards: Mapping[str, Shard], contents: Described) -> list[Companion]:
+def _finish(source: Path, staging: UnfinishedRun, shards: Mapping[str, Shard], contents: Described) -> list[Companion]:
     """Writes everything beside the shards, the index last. Returns the companions that were left out."""
     target, scratch = staging.target, staging.folder
     left_out = copy_companions(source, target, scratch)

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from ownpath.checkpoint.errors import CheckpointError
-from ownpath.checkpoint.writer import Fingerprint, fingerprint_of, write_shard
-from ownpath.files import FileError, is_there, read_json_object, sync_folder, write_json
+from ownpath.checkpoint.writer import fingerprint_of, write_shard
+from ownpath.files import FileError, is_present, read_json_object, sync_folder, write_json
 from ownpath.quantize.convert import Counts
 
 STAGING, PLAN = ".quantizing", "plan.json"
@@ -31,7 +31,7 @@ class Shard:
     counts: Counts
 
 
-class Staging:
+class UnfinishedRun:
     """The folder ``.quantizing`` of one target, held by one run at a time.
 
     redone: final names of shards that an earlier run had finished and that are no longer what it wrote.
@@ -47,7 +47,7 @@ class Staging:
         self._descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             self._hold()
-            if not is_there(self.folder / PLAN):
+            if not is_present(self.folder / PLAN):
                 write_json(self.folder / PLAN, dict(plan))
             elif _read(self.folder / PLAN) != plan:
                 raise CheckpointError(
@@ -74,11 +74,11 @@ class Staging:
 
         names: of the tensors that it must hold.
         """
-        if not is_there(self._note(number)):
+        if not is_present(self._note(number)):
             return None
         try:
             fields = _read(self._note(number))
-            shard, written = _shard_of(fields), Fingerprint(fields["num_bytes"], fields["sha256"])
+            shard, written = _shard_of(fields), (fields["num_bytes"], fields["sha256"])
             is_ours = fields["run"] == self._run and list(shard.tensors) == list(names)
             if is_ours and fingerprint_of(self._place(number, final)) == written:
                 return shard
@@ -98,8 +98,8 @@ class Staging:
     def release(self, finals: Sequence[str]) -> None:
         """Gives the shards, which are all finished, their names in the target."""
         for number, final in enumerate(finals):
-            if is_there(self._shard(number)):
-                os.replace(self._shard(number), self.target / final)
+            if is_present(self._shard(number)):
+                self._shard(number).replace(self.target / final)
         sync_folder(self.target)
 
     def remove(self) -> None:
@@ -116,19 +116,19 @@ class Staging:
 
     def _place(self, number: int, final: str) -> Path:
         """Returns where a finished shard is: here, or already in the target."""
-        return self._shard(number) if is_there(self._shard(number)) else self.target / final
+        return self._shard(number) if is_present(self._shard(number)) else self.target / final
 
 
 def is_unfinished(target: Path) -> bool:
     """Returns True if the target holds a run that can go on."""
-    return not (target / STAGING).is_symlink() and is_there(target / STAGING / PLAN)
+    return not (target / STAGING).is_symlink() and is_present(target / STAGING / PLAN)
 
 
 def _make_real_folder(path: Path) -> None:
     """Makes a folder that is missing. Errors: CheckpointError for a link or anything else of that name."""
     if path.is_symlink():
         raise CheckpointError(f"{path}: is a link; give the folder itself, nothing is written through a link")
-    if is_there(path) and not path.is_dir():
+    if is_present(path) and not path.is_dir():
         raise CheckpointError(f"{path}: is there and no folder")
     if not path.is_dir():
         path.mkdir(parents=True)

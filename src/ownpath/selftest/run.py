@@ -11,6 +11,7 @@ from ownpath.chat.messages import Message
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.engine.engine import Engine
 from ownpath.engine.request import FinishReason
+from ownpath.files import read_bytes
 from ownpath.finding import Finding, Verdict, failed
 from ownpath.loading import default_model_dir
 from ownpath.selftest.checks import ModelFacts, judge
@@ -43,11 +44,11 @@ def known_question(folder: Path, tokenizer: Tokenizer) -> Golden | None:
     """Returns the question that the embedded model (or a copy of it) can answer; None for any other model.
 
     The weights are what is tested, so a model is recognised by its config and its vocabulary.
-    Errors: OSError.
+    Errors: FileError naming the file.
     """
     embedded = default_model_dir()
     names = ("config.json", "tokenizer.json")
-    if any((folder / name).read_bytes() != (embedded / name).read_bytes() for name in names):
+    if any(read_bytes(folder / name) != read_bytes(embedded / name) for name in names):
         return None
     ids = tokenizer.encode_segments(encode_messages([Message("user", KNOWN_QUESTION)]))
     return Golden(tuple(ids), KNOWN_ANSWER)

@@ -4,7 +4,6 @@ It needs no kernel and no engine: headers, scalars, tables, every block scale of
 weight, the tokenizer.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from ownpath.chat.tokenizer import Tokenizer, TokenizerError
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.problems import make_problem
 from ownpath.config import ConfigError, unread_fields
+from ownpath.files import read_json_object
 from ownpath.finding import Finding, Verdict
 from ownpath.inspect.experts import expert_outliers, expert_spread, uncalibrated_experts
 from ownpath.inspect.inspection import Contents, Inspection, inspect_folder
@@ -120,7 +120,7 @@ def gather(inspection: Inspection) -> FileEvidence:
         problems += bias_problems(biases)
         problems += list(repeated_ids(params, index, broken, problems))
         problems += generation_problems(folder, contents.config)
-        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        fields = read_json_object(folder / "config.json")
         unread = tuple(name for name in unread_fields(fields) if name not in COMPARED_FIELDS)
     tokenizer = _tokenizer(folder, problems)
     problems += token_problems(tokenizer) if tokenizer is not None else ()
@@ -133,7 +133,7 @@ def _tokenizer(folder: Path, problems: list[Finding]) -> Tokenizer | None:
         return None
     try:
         return Tokenizer.from_folder(folder)
-    except (TokenizerError, OSError) as error:
+    except TokenizerError as error:
         problems.append(make_problem("tokenizer", "tokenizer.json", str(error)))
         return None
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ from rich.console import RenderableType
 
 from ownpath.bench.record import device_name
 from ownpath.checkpoint.header import MAX_HEADER_BYTES
+from ownpath.files import FileError, open_regular, read_bytes
 from ownpath.finding import Finding, Verdict, failed, warned
 from ownpath.plan.plan import Plan
 from ownpath.plan.show import plan_dict
@@ -39,15 +41,23 @@ def checkpoint_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted((folder / "config.json", *folder.glob("*.safetensors"))):
         if path.is_file():
-            data = path.read_bytes() if path.suffix == ".json" else _header(path)
+            data = _digested(path)
             digest.update(f"{path.name} {len(data)}\n".encode() + data)
     return digest.hexdigest()
 
 
+def _digested(path: Path) -> bytes:
+    """Returns config.json or a shard's header; nothing where it cannot be read, which the stages told."""
+    try:
+        return read_bytes(path) if path.suffix == ".json" else _header(path)
+    except (FileError, OSError):
+        return b""
+
+
 def _header(path: Path) -> bytes:
-    with path.open("rb") as shard:
-        length = shard.read(8)
-        return length + shard.read(min(int.from_bytes(length, "little"), MAX_HEADER_BYTES))
+    with open_regular(path) as shard:
+        length = os.pread(shard, 8, 0)
+        return length + os.pread(shard, min(int.from_bytes(length, "little"), MAX_HEADER_BYTES), 8)
 
 
 def plan_digest(plan: Plan) -> str:

@@ -14,8 +14,8 @@ import torch
 from ownpath.checkpoint.chunks import Bytes, FileChunk, Piece
 from ownpath.checkpoint.dtypes import FLOATS, TORCH_DTYPES
 from ownpath.checkpoint.errors import CheckpointError
-from ownpath.checkpoint.index import TensorInfo
 from ownpath.checkpoint.scales import scale_fault
+from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.weights.readers import Staging
 from ownpath.weights.targets import CopyTargets
 

@@ -9,8 +9,9 @@ import torch
 
 from ownpath.checkpoint.chunks import Bytes
 from ownpath.checkpoint.dtypes import TORCH_DTYPES
-from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
+from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.schema import PartSpec
+from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.weights.operands import Destination
 
 

@@ -1,4 +1,4 @@
-"""What needs no reading is told and not fatal; every other tensor that nothing reads still is."""
+"""Needless tensors are told and not fatal; every other tensor that nothing reads still is."""
 
 import json
 from pathlib import Path

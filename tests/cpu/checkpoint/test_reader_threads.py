@@ -17,7 +17,8 @@ from support.checkpoints import LAYOUTS, random_checkpoint
 
 from ownpath.checkpoint.chunks import ChunkReader, FileChunk, file_chunks
 from ownpath.checkpoint.errors import CheckpointError
-from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
+from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.loading import plan_model
 from ownpath.weights import load as load_module
 from ownpath.weights.load import LoadedWeights, load_weights

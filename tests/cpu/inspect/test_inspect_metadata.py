@@ -8,11 +8,11 @@ import pytest
 from cpu.chat.small_tokenizer import tokenizer_spec
 from cpu.server.model_folder import VOCAB
 from support.checkpoints import random_checkpoint
+from support.pages import inspection_text
 
 from ownpath.cli import main
 from ownpath.finding import Verdict, failed
 from ownpath.inspect.inspection import inspect_folder
-from support.pages import inspection_text
 
 
 def change_config(folder: Path, **changes: Any) -> None:
@@ -182,7 +182,7 @@ STALE = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "
 
 
 def test_the_two_config_files_are_held_against_each_other(folder: Path) -> None:
-    """config.json kept the section of the FP8 release; ModelOpt's own file is right. One FP8 module confirms nothing."""
+    """config.json kept the section of the FP8 release; ModelOpt's file is right. One FP8 module confirms nothing."""
     write_quant_config(
         folder, {"quantized_layers": {f"layers.{n}.ffn.experts": {"quant_algo": "NVFP4"} for n in range(5)}}
     )

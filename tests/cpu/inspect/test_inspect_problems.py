@@ -84,7 +84,7 @@ def test_a_wrong_shape_or_dtype(key: str, value: torch.Tensor, check: str, folde
 def test_both_wrong_parts_of_one_module(folder: Path) -> None:
     def change(tensors: Tensors) -> None:
         del tensors[f"{EXPERT}.weight_scale_2"]
-        tensors[f"{EXPERT}.weight_scale"] = torch.zeros(3, 3, dtype=torch.uint8)
+        tensors[f"{EXPERT}.weight_scale"] = torch.zeros(3, 3, dtype=torch.int16)
 
     change_tensors(folder, change)
     assert found(folder) == {

@@ -1,9 +1,9 @@
 """The plan: decided from headers alone, per tensor, with a reason; a refusal names what is lacking."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from support.checkpoints import LAYOUTS, SMALL, random_checkpoint
 from support.pages import plan_text
 
 from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.checkpoint.positioned import PositionedReader
 from ownpath.checkpoint.schema import ENCODINGS, MODELOPT_NVFP4, NATIVE_FP8, PLAIN_BF16
 from ownpath.checkpoint.writer import INDEX_NAME
 from ownpath.cli import main
@@ -51,35 +52,18 @@ def test_the_plan_moves_no_weight_byte(tmp_path: Path, monkeypatch: pytest.Monke
     shards = sorted(tmp_path.glob("*.safetensors"))
     expected = {path: 8 + int.from_bytes(path.read_bytes()[:8], "little") for path in shards}
     num_read: Counter[Path] = Counter()
-    real = Path.open
+    real = os.pread
 
-    class Counted:
-        def __init__(self, path: Path, file: Any) -> None:
-            self.path, self.file = path, file
-
-        def __enter__(self) -> "Counted":
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            self.file.close()
-
-        def fileno(self) -> int:
-            return int(self.file.fileno())
-
-        def read(self, num_bytes: int) -> bytes:
-            data: bytes = self.file.read(num_bytes)
-            num_read[self.path] += len(data)
-            return data
-
-    def counted(path: Path, *args: Any, **kwargs: Any) -> Any:
-        file = real(path, *args, **kwargs)
-        return Counted(path, file) if path.suffix == ".safetensors" else file
+    def counted(descriptor: int, num_bytes: int, position: int) -> bytes:
+        data = real(descriptor, num_bytes, position)
+        num_read[Path(f"/proc/self/fd/{descriptor}").readlink()] += len(data)
+        return data
 
     def no_other_way(*_: object, **__: object) -> None:
         raise AssertionError("a shard was opened for its tensors")
 
-    monkeypatch.setattr(Path, "open", counted)
-    monkeypatch.setattr("ownpath.checkpoint.reader.safe_open", no_other_way)
+    monkeypatch.setattr(os, "pread", counted)
+    monkeypatch.setattr(PositionedReader, "fill", no_other_way)
     assert plan_model(tmp_path, "cpu").ops
     assert num_read == expected
 

@@ -124,6 +124,34 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, capsys: pytest.
     assert "eos_token_id 1, but the tokenizer's EOS is 0" in failing(capsys, "generate", str(folder), "a")
 
 
+def test_an_answer_ends_at_any_end_token_of_any_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The third token of an answer becomes an end token, by generation_config.json or by a list in config.json."""
+    folder = write_model_folder(tmp_path)
+    asked = ["generate", str(folder), "a", "--max-tokens", "6", "--token-ids"]
+    assert main(asked) == 0
+    ids = [int(line) for line in capsys.readouterr().out.split()]
+    stop = ids[: ids.index(ids[2]) + 1]
+    generation, config = folder / "generation_config.json", folder / "config.json"
+    generation.write_text(json.dumps({"eos_token_id": [ids[2], 10**6]}))
+    assert main(asked) == 0
+    captured = capsys.readouterr()
+    assert [int(line) for line in captured.out.split()] == stop
+    assert "generation_config.json: eos_token_id has 1000000, which is no token of this model" in captured.err
+    generation.unlink()
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": [1, ids[2]]}))
+    assert main(asked) == 0
+    assert [int(line) for line in capsys.readouterr().out.split()] == stop
+
+
+@pytest.mark.parametrize("text", ['{"eos_token_id": "stop"}', '{"eos_token_id": [1, null]}', "{"])
+def test_end_tokens_that_cannot_be_read_are_an_error(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_model_folder(tmp_path)
+    (folder / "generation_config.json").write_text(text)
+    assert "generation_config.json" in failing(capsys, "generate", str(folder), "a")
+
+
 @pytest.mark.parametrize(
     "args",
     [
@@ -195,7 +223,7 @@ def test_a_port_in_use_is_an_error(folder: Path) -> None:
 def test_the_release_of_the_chat_format_is_an_option(
     options: list[str], level: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which level runs for a word depends on the release: the first has no low."""
+    """The level that runs for a word depends on the release: the first has no low."""
     told = []
 
     def run_server(app: Any, *_: object) -> int:
@@ -242,8 +270,10 @@ def test_only_allow_unverified_serves_it_and_says_so(
     monkeypatch.setattr(Model, "forward", not_finite)
     assert main(["serve", str(folder), "--max-model-len", "256", "--allow-unverified"]) == 0
     warning = "warning: served unverified: the self-test failed S03-finite (--allow-unverified)"
-    told = capsys.readouterr().err.splitlines()
-    assert [line for line in told if not line.startswith(("ran: ", "release "))] == [warning]
+    told = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("ran: ")]
+    assert told[0] == warning
+    assert told[1].startswith("release v4, guessed by the absence of ")
+    assert len(told) == 2
 
 
 def test_a_model_that_passes_is_served_with_its_release_alone(

@@ -235,7 +235,7 @@ def test_stop_strings_are_about_the_content() -> None:
 
 
 def test_one_call_alone_ends_the_answer() -> None:
-    """What clients ask for with ``parallel_tool_calls: false``; the second call is not even generated."""
+    """Asked for with ``parallel_tool_calls: false``; the second call is not even generated."""
     fields: dict[str, Any] = {"tools": [WEATHER, NOW], "parallel_tool_calls": False}
     with answering("Let me look." + CALLS, **fields) as (served, request):
         answer = served.chat(**request, return_token_ids=True)

@@ -1,4 +1,4 @@
-"""Scales that are valid and wrong: one global scale, the block scales of a matrix, a layer's experts, a plain tensor."""
+"""Scales that are valid and wrong: a global scale, a matrix's block scales, a layer's experts, a plain tensor."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What is right here and wrong elsewhere, or used by others only: told as a warning, and nothing fails."""
+"""Corruptions that are right here and wrong elsewhere, or used by others only: told as a warning, and nothing fails."""
 
 import torch
 
