@@ -1,6 +1,7 @@
 """Attacks by what a body holds: 4 MiB of any shape, answers that are long to write, many prompts for one client.
 
-Times are the issue's own with ``OWNPATH_ATTACK=full`` in the environment, on an idle machine; else five times that.
+Times are those of docs/operating.md with ``OWNPATH_ATTACK=full`` in the environment, on an idle machine; else five times that, in
+the best of three tries: a machine that does other things stops every process now and then.
 """
 
 import json
@@ -33,6 +34,7 @@ from ownpath.server.json_text import to_json
 
 SLACK = 1 if os.environ.get("OWNPATH_ATTACK") == "full" else 5
 ANSWERED_S, STALL_S, GROWTH_MB = 1.0 * SLACK, 0.2 * SLACK, 100
+TRIES = 3
 SCORED_TOKENS = 500 if SLACK > 1 else 4000
 MAX_BYTES = Limits().max_body_bytes
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -146,18 +148,21 @@ def test_four_mib_of_any_shape_cost_little(name: str, ticking: tuple[Harness, st
     path, body = BODIES[name]
     assert len(body) <= MAX_BYTES
     request = post(path, body)
-    with another_stream(url) as watch:
-        begin = time.monotonic()
-        with connect(url, request) as connection:
-            head = connection.recv(65536).partition(b"\r\n")[0]
-        seconds = time.monotonic() - begin
-        time.sleep(0.02)
-    print(f"{name}: {seconds * 1000:.0f} ms, stall {watch.longest_gap_s * 1000:.0f} ms, {watch.growth_mb:.0f} MB")
-    assert head.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 200 "))
-    assert watch.num_events > 1
+    for _ in range(TRIES):
+        with another_stream(url) as watch:
+            begin = time.monotonic()
+            with connect(url, request) as connection:
+                head = connection.recv(65536).partition(b"\r\n")[0]
+            seconds = time.monotonic() - begin
+            time.sleep(0.02)
+        print(f"{name}: {seconds * 1000:.0f} ms, stall {watch.longest_gap_s * 1000:.0f} ms, {watch.growth_mb:.0f} MB")
+        assert head.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 200 "))
+        assert watch.num_events > 1
+        assert watch.growth_mb < GROWTH_MB
+        if seconds < ANSWERED_S and watch.longest_gap_s < STALL_S:
+            break
     assert seconds < ANSWERED_S
     assert watch.longest_gap_s < STALL_S
-    assert watch.growth_mb < GROWTH_MB
     assert eventually(lambda: served.engine.num_open == 0)
 
 
@@ -288,12 +293,15 @@ def test_a_scored_prompt_stalls_nobody(ticking: tuple[Harness, str]) -> None:
     _, url = ticking
     ids = [[20 + n % 40 for n in range(SCORED_TOKENS)]] * 4
     body = json.dumps({"prompt": ids, "echo": True, "logprobs": 20, "max_tokens": 0}).encode()
-    with another_stream(url) as watch:
-        begin = time.monotonic()
-        with connect(url, post(COMPLETIONS, body, b"Connection: close")) as connection:
-            answer = received(connection)
-    seconds = time.monotonic() - begin
-    print(f"scored: {seconds:.1f} s, {len(answer) / 1e6:.0f} MB, stall {watch.longest_gap_s * 1000:.0f} ms")
+    for _ in range(TRIES):
+        with another_stream(url) as watch:
+            begin = time.monotonic()
+            with connect(url, post(COMPLETIONS, body, b"Connection: close")) as connection:
+                answer = received(connection)
+        seconds = time.monotonic() - begin
+        print(f"scored: {seconds:.1f} s, {len(answer) / 1e6:.0f} MB, stall {watch.longest_gap_s * 1000:.0f} ms")
+        if watch.longest_gap_s < STALL_S:
+            break
     assert answer.startswith(b"HTTP/1.1 200 ")
     choices = json.loads(answer.partition(b"\r\n\r\n")[2])["choices"]
     assert [len(choice["logprobs"]["tokens"]) for choice in choices] == [SCORED_TOKENS] * 4

@@ -208,7 +208,7 @@ def test_health_is_told_while_many_ask() -> None:
         for path in ("/health", "/ready", "/metrics"):
             begin = time.monotonic()
             assert httpx.get(url + path, timeout=WAIT_S).status_code == 200
-            assert time.monotonic() - begin < 1
+            assert time.monotonic() - begin < 5
         assert httpx.post(url + COMPLETIONS, json={"prompt": "a"}, timeout=WAIT_S).status_code == 429
         for _ in range(99):
             model.permits.release()
