@@ -1,7 +1,7 @@
 """Attacks by what a body holds: 4 MiB of any shape, answers that are long to write, many prompts for one client.
 
-Times are those of docs/operating.md with ``OWNPATH_ATTACK=full`` in the environment, on an idle machine; else five times that, in
-the best of three tries: a machine that does other things stops every process now and then.
+The limits are a second to an answer and 0.2 without a token for others with ``OWNPATH_ATTACK=full`` in the environment,
+on an idle machine; else five times that, in the best of three tries: a busy machine stops every process now and then.
 """
 
 import json
