@@ -2,13 +2,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Exactly these files, whatever the index offers. torch is not among them: each machine has its own build of it.
+LOCKED := $(PIP) --no-deps --require-hashes --requirement
 
 # The tests that run something on a device; the others do the same on any machine.
 ON_A_DEVICE := tests/gpu tests/cpu/verify/test_oracle_block.py $(addprefix tests/cpu/,model numerics kernels checkpoint \
 	engine selftest test_startup.py test_launches.py test_full_layer.py)
 
-.PHONY: demo test lint type interpret aot test-gpu sanitize bench size
+.PHONY: demo test lint type interpret aot test-clients test-gpu sanitize bench size lock
 
 demo: $(VENV)/.base
 	$(BIN)/python tools/demo.py
@@ -31,6 +33,14 @@ interpret: $(VENV)/.dev
 aot: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/aot
 
+# Public clients against a real server, in environments of their own: they need no torch, and not all agree on an openai.
+test-clients: $(VENV)/.base
+	for set in frameworks llama-index; do \
+		$(PYTHON) -m venv $(VENV)-$$set && \
+		$(VENV)-$$set/bin/python -m pip install --quiet --no-deps --requirement tests/clients/$$set.txt && \
+		OWNPATH_PYTHON=$(abspath $(BIN))/python $(VENV)-$$set/bin/python -m pytest -rs --confcutdir tests/clients tests/clients \
+		|| exit 1; done
+
 # On a machine with a CUDA device, with the interpreter that has torch there: make test-gpu PYTHON=python3
 # Kernels are compiled first, on all cores. Where pytest-xdist is installed, PYTEST_ARGS="-n 14" runs the tests on 14.
 test-gpu:
@@ -49,12 +59,23 @@ size: $(VENV)/.dev
 	$(BIN)/python tools/size.py
 
 # torch first, alone: whatever depends on it must not choose another build.
-$(VENV)/.base: pyproject.toml constraints.txt
+$(VENV)/.base: pyproject.toml constraints.txt requirements.lock
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch
-	$(PIP) --editable .
+	$(PIP) --constraint constraints.txt torch
+	$(LOCKED) requirements.lock
+	$(PIP) --no-deps --editable .
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.base
-	$(PIP) --editable '.[dev]'
+$(VENV)/.dev: $(VENV)/.base requirements-dev.lock
+	$(LOCKED) requirements-dev.lock
 	touch $@
+
+# Writes both lock files anew, from pyproject.toml and constraints.txt; needs uv. The public torch asks for a newer
+# Triton than the one whose interpreter the tests use, and brings libraries that belong to its build.
+OF_TORCH := torch cuda-toolkit $(addprefix nvidia-,cublas cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile \
+	curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx)
+LOCK := uv pip compile --quiet --generate-hashes --constraint constraints.txt --override tools/lock_overrides.txt \
+	--python-version 3.11 --no-header --no-annotate $(addprefix --no-emit-package ,$(OF_TORCH)) pyproject.toml
+lock:
+	$(LOCK) --no-emit-package triton --output-file requirements.lock
+	$(LOCK) --extra dev --output-file requirements-dev.lock

@@ -6,11 +6,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
+
+from ownpath.loading import default_model_dir
 
 WAIT_S = 120
 
@@ -30,8 +33,16 @@ CAPITAL = tool("get_capital", "Get the capital of a country.", country="string")
 
 
 @pytest.fixture(scope="module")
-def url(device: torch.device) -> Iterator[str]:
-    command = [sys.executable, "-m", "ownpath", "serve", "--port", "0", "--device", str(device)]
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model at a path of its own, as people mount models."""
+    folder = tmp_path_factory.mktemp("root") / "model"
+    folder.symlink_to(default_model_dir(), target_is_directory=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(device: torch.device, model: Path) -> Iterator[str]:
+    command = [sys.executable, "-m", "ownpath", "serve", str(model), "--port", "0", "--device", str(device)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
@@ -54,6 +65,18 @@ def ask(url: str, content: str, **fields: Any) -> dict[str, Any]:
     assert "malformed" not in choice
     found: dict[str, Any] = choice
     return found
+
+
+def test_the_request_that_started_this_project(url: str, model: Path) -> None:
+    """The model is named by the path that ``serve`` was given; the name of its folder works as well."""
+    for name in (str(model), "tiny-v4"):
+        body = {"model": name, "prompt": "The capital of France is", "stream": True, "max_tokens": 10, "temperature": 0}
+        with httpx.stream("POST", f"{url}/completions", json=body, timeout=WAIT_S) as response:
+            assert response.status_code == 200
+            events = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+        assert events.pop() == "[DONE]"
+        text = "".join(choice["text"] for event in events for choice in json.loads(event)["choices"])
+        assert text.startswith(" Paris")
 
 
 def called(choice: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

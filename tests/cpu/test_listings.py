@@ -55,8 +55,8 @@ def test_serve_lists_every_field_reason_and_check(capsys: pytest.CaptureFixture[
     honoured = ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()
     assert honoured | {reason.value for reason in EmptyContent} | SELFTEST_REMEDIES.keys() <= set(names(out))
     words = out.replace(",", " ").split()
-    for neutral in (fields.CHAT, fields.COMPLETION, fields.MESSAGE, fields.STREAM_OPTIONS):
-        assert neutral.keys() <= set(words)
+    for listed_names in (fields.CHAT, fields.COMPLETION, fields.MESSAGE, fields.STREAM_OPTIONS, fields.LABELS):
+        assert set(listed_names) <= set(words)
     assert "  0 takes the likeliest token (>= 0, <= 2, default 1.0)\n" in out
 
 

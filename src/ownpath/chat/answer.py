@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ownpath.chat.detokenize import Detokenizer, StopMatcher
 from ownpath.chat.parse import AnswerParser
-from ownpath.chat.parts import AnswerPart, Content, MalformedMarkup, Reasoning
+from ownpath.chat.parts import AnswerPart, CallInReasoning, Content, MalformedMarkup, Reasoning
 from ownpath.chat.tokenizer import Tokenizer
 
 
@@ -13,22 +13,40 @@ class Answer:
 
     Stop strings are searched in the content only, not in reasoning or tool calls.
 
+    max_calls: the answer is over with this many whole calls; None: with as many as the model writes.
     num_chars: characters generated so far, shown or held back.
     Errors: MissingMarkerError when the vocabulary lacks a marker that the parser needs.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], parser: AnswerParser | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stops: Sequence[str],
+        parser: AnswerParser | None = None,
+        max_calls: int | None = None,
+    ) -> None:
         self._detokenizer = Detokenizer(tokenizer)
         self._matcher = StopMatcher(stops)
         self._parser = parser or AnswerParser()
         self._markers = {tokenizer.special_id(marker): marker for marker in self._parser.markers}
         self._thinks = self._parser.is_reasoning
+        self._max_calls = max_calls
         self.num_chars = 0
+
+    @property
+    def has_all_calls(self) -> bool:
+        """True once there are as many whole calls as there may be."""
+        return self._max_calls is not None and self._parser.num_whole_calls >= self._max_calls
 
     @property
     def is_stopped(self) -> bool:
         """True once a stop string was completed; nothing is shown any more."""
         return self._matcher.matched is not None
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that was completed; None without one."""
+        return self._matcher.matched
 
     @property
     def asks_for_tools(self) -> bool:
@@ -73,7 +91,7 @@ class Answer:
             if isinstance(part, Content):
                 text = self._matcher.feed(part.text)
                 shown += [Content(text)] if text else []
-            elif isinstance(part, Reasoning | MalformedMarkup):
+            elif isinstance(part, Reasoning | MalformedMarkup | CallInReasoning):
                 shown.append(part)
             else:
                 shown += [*self._release(), part]

@@ -7,9 +7,10 @@
     </｜DSML｜invoke>
     </｜DSML｜tool_calls>
 
-``｜DSML｜`` is one token. There is no escape for a quotation mark in a name.
+``｜DSML｜`` is one token. There is no escape for a quotation mark in a name; in an earlier call it is written as it is.
+Arguments that are no JSON object are one parameter named ``arguments``: the text itself where it is no JSON.
 
-Source: the format's public description, ``encoding/README.md`` in the DeepSeek-V4 model repositories.
+Source: the format's public description and reference encoder, ``encoding/`` in the DeepSeek-V4 model repositories.
 """
 
 import json
@@ -65,12 +66,11 @@ def offer_tools(functions: Sequence[Mapping[str, object]]) -> list[Segment]:
 
 
 def write_calls(calls: Sequence[ToolCall]) -> list[Segment]:
-    """Writes the block of calls that follows an answer's content. Errors: ChatFormatError."""
+    """Writes the block of calls that follows an answer's content."""
     segments = segments_of("\n\n<｜DSML｜tool_calls>\n")
     for call in calls:
-        _check_name(call.name)
         segments += [*segments_of('<｜DSML｜invoke name="'), call.name, '">\n']
-        parameters = [_write_parameter(name, value) for name, value in _arguments(call).items()]
+        parameters = [_write_parameter(name, value) for name, value in _parameters(call.arguments).items()]
         for index, parameter in enumerate(parameters):
             segments += [*(["\n"] if index else []), *parameter]
         segments += segments_of("\n</｜DSML｜invoke>\n")
@@ -78,23 +78,16 @@ def write_calls(calls: Sequence[ToolCall]) -> list[Segment]:
 
 
 def _write_parameter(name: str, value: object) -> list[Segment]:
-    _check_name(name)
     opening = f'" string="{"true" if isinstance(value, str) else "false"}">'
     text = value if isinstance(value, str) else write_json(value)
     return [*segments_of('<｜DSML｜parameter name="'), name, opening, text, *segments_of("</｜DSML｜parameter>")]
 
 
-def _arguments(call: ToolCall) -> dict[str, object]:
+def _parameters(arguments: str) -> dict[str, object]:
+    """Reads the arguments of an earlier call, which may be broken: then they are one parameter."""
     try:
-        arguments = json.loads(call.arguments)
-        write_json(arguments)  # NaN and Infinity are Python's, not JSON's
-    except (ValueError, RecursionError) as error:
-        raise ChatFormatError(f"the arguments of the call of {call.name!r} are not JSON ({error})") from None
-    if not isinstance(arguments, dict):
-        raise ChatFormatError(f"the arguments of the call of {call.name!r} must be a JSON object")
-    return arguments
-
-
-def _check_name(name: str) -> None:
-    if '"' in name:
-        raise ChatFormatError(f"the format cannot write the name {name!r}: it holds a quotation mark")
+        value = json.loads(arguments)
+        write_json(value).encode()  # NaN and Infinity are Python's, not JSON's; half a surrogate pair is no text
+    except (ValueError, RecursionError):
+        return {"arguments": arguments}
+    return value if isinstance(value, dict) else {"arguments": value}

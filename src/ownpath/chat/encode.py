@@ -7,7 +7,7 @@ The format has no separators of its own. A conversation is one string:
 ``</think>`` straight after ``<｜Assistant｜>`` says "answer without thinking"; ``<think>`` there opens a
 reasoning block. Tools and the wanted format of the answer are described behind the system text. The result is a list
 of segments, not a string: a marker that the format puts there is a ``Special``, everything that a person wrote is
-text and stays text, even when it spells a marker.
+text and stays text, even when it spells a marker. A developer's message is written like a user's, in a turn of its own.
 
 Source: the format's public description and reference encoder, ``encoding/`` in the DeepSeek-V4 model
     repositories.
@@ -60,13 +60,13 @@ PLAIN = Setting()
 def encode_messages(messages: Sequence[Message], setting: Setting = PLAIN) -> list[Segment]:
     """Encodes a conversation as segments, ending where the next turn is to be written.
 
-    A last user turn is followed by the opening of the assistant's answer: ``</think>``, or ``<think>`` with
-    ``thinking``. Reasoning is written only for answers after the last user turn; that of earlier answers is
-    dropped, unless tools are on offer.
+    A last user's or developer's turn is followed by the opening of the assistant's answer: ``</think>``, or ``<think>``
+    with ``thinking``. Reasoning is written only for answers after the last of these turns; that of earlier answers is
+    dropped, unless tools are on offer. Unlike the reference encoder, it keeps earlier messages of a developer then.
     Errors: ChatFormatError for what the format has no way to write, naming the message or the call.
     """
     turns = _with_requests(merge_turns(messages), setting)
-    last_user_idx = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=-1)
+    last_user_idx = max((i for i, turn in enumerate(turns) if turn.role in ("user", "developer")), default=-1)
     segments: list[Segment] = [Special(BOS), setting.effort_text if setting.thinking else ""]
     for index, turn in enumerate(turns):
         next_role = turns[index + 1].role if index + 1 < len(turns) else None

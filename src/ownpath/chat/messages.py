@@ -9,7 +9,7 @@ class ChatFormatError(ValueError):
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A tool call of an answer. arguments: the text of a JSON object. call_id: the id that its result refers to."""
+    """A tool call of an answer. arguments: text, a JSON object unless it broke. call_id: what its result refers to."""
 
     name: str
     arguments: str
@@ -20,7 +20,7 @@ class ToolCall:
 class Message:
     """One message.
 
-    role: system, user, assistant, tool or latest_reminder.
+    role: system, developer, user, assistant, tool or latest_reminder.
     reasoning: the thinking part of an assistant's answer, without its delimiters.
     tool_call_id: of a tool's result, the call that it answers.
     task: a short job for the model about this message: "title" behind an answer, the other ones behind a user's message

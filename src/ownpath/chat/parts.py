@@ -35,9 +35,14 @@ class ToolCallArguments:
 
 @dataclass(frozen=True)
 class MalformedMarkup:
-    """The markup broke here, for this reason; everything after it is content."""
+    """The markup broke here, for this reason; what was not understood is content, or reasoning inside of it."""
 
     reason: str
 
 
-AnswerPart = Reasoning | Content | ToolCallStart | ToolCallArguments | MalformedMarkup
+@dataclass(frozen=True)
+class CallInReasoning:
+    """The call that follows was written before the reasoning was closed."""
+
+
+AnswerPart = Reasoning | Content | ToolCallStart | ToolCallArguments | MalformedMarkup | CallInReasoning

@@ -27,14 +27,16 @@ class _Broken(Exception):
 class CallsReader:
     """Reads one block.
 
+    num_before: calls of earlier blocks; the indices of this one's go on from there.
     rest: text behind the block once it has ended; None before.
     broken: why the markup could not be read; None while it can. ``unread`` is then what to show instead.
     """
 
-    def __init__(self, opening: str) -> None:
+    def __init__(self, opening: str, num_before: int = 0) -> None:
         self.rest: str | None = None
         self.broken: str | None = None
         self.num_started = self.num_ended = 0
+        self._num_before = num_before
         # Everything fed since the last whole call, in case the next one breaks.
         self._raw = [opening]
         self._parts: list[AnswerPart] = []
@@ -52,6 +54,11 @@ class CallsReader:
     def unread(self) -> str:
         """The text fed since the last whole call, or since the block's opening."""
         return "".join(self._raw)
+
+    @property
+    def is_in_value(self) -> bool:
+        """True while a parameter's value is read, to which any other marker belongs."""
+        return self._state in (self._value, self._value_tag)
 
     def feed(self, text: str) -> list[AnswerPart]:
         """Takes a piece of text and returns the parts that it adds."""
@@ -121,7 +128,7 @@ class CallsReader:
         if match is None:
             raise _Broken("a call's opening tag cannot be read")
         self._names = set()
-        self._parts.append(ToolCallStart(self.num_started, match[1]))
+        self._parts.append(ToolCallStart(self._num_before + self.num_started, match[1]))
         self.num_started += 1
         self._enter(self._between_parameters)
 
@@ -202,7 +209,7 @@ class CallsReader:
         self._enter(self._between_parameters)
 
     def _emit(self, text: str) -> None:
-        self._parts.append(ToolCallArguments(self.num_started - 1, text))
+        self._parts.append(ToolCallArguments(self._num_before + self.num_started - 1, text))
 
 
 def _expect(condition: bool, reason: str) -> None:

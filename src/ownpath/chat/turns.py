@@ -1,16 +1,17 @@
 """Merges messages into the turns of the format: tools have no turn of their own, their results are part of a user's.
 
 Messages of users and tools in a row are one user turn, joined by blank lines; the results of several calls stand in the
-order of the calls, whatever order they came in.
+order of the calls, whatever order they came in. A developer's message is a turn of its own, written like a user's.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 from ownpath.chat.markers import TASKS
 from ownpath.chat.messages import ChatFormatError, Message
 
-ROLES = ("system", "user", "assistant", "tool", "latest_reminder")
+ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
 
 # The separator between several pieces of content inside one user turn.
 PART_SEPARATOR = "\n\n"
@@ -18,20 +19,21 @@ PART_SEPARATOR = "\n\n"
 
 @dataclass(frozen=True)
 class _Part:
-    """A piece of a user turn. call_idx: for a tool result, the index of its call; None for text."""
+    """A piece of a user turn. call_idx: for a tool result, the place of its call among all calls; None for text."""
 
     text: str
     call_idx: int | None = None
 
 
 def merge_turns(messages: Sequence[Message]) -> list[Message]:
-    """Returns the turns of a conversation; their roles are system, user, assistant and latest_reminder.
+    """Returns the turns of a conversation; their roles are system, developer, user, assistant and latest_reminder.
 
     Errors: ChatFormatError naming the message.
     """
     turns: list[Message] = []
     parts: list[_Part] = []
     calls: dict[str, int] = {}
+    places = count()
     for index, message in enumerate(messages):
         _check(index, messages)
         if message.role in ("user", "tool"):
@@ -40,8 +42,8 @@ def merge_turns(messages: Sequence[Message]) -> list[Message]:
                 turns.append(replace(message, role="user", content=_join(parts)))
                 parts = []
             continue
-        if message.role == "assistant":
-            calls = {call.call_id: place for place, call in enumerate(message.tool_calls)}
+        for call in message.tool_calls:
+            calls[call.call_id] = next(places)
         turns.append(message)
     return turns
 
@@ -50,7 +52,7 @@ def _part(index: int, message: Message, calls: dict[str, int]) -> _Part:
     if message.role == "user":
         return _Part(message.content)
     if message.tool_call_id not in calls:
-        text = f"messages[{index}]: tool_call_id {message.tool_call_id!r} names no call of the answer before it"
+        text = f"messages[{index}]: tool_call_id {message.tool_call_id!r} names no call of an earlier answer"
         raise ChatFormatError(text)
     return _Part(f"<tool_result>{message.content}</tool_result>", calls[message.tool_call_id])
 
@@ -67,7 +69,7 @@ def _check(index: int, messages: Sequence[Message]) -> None:
     following = messages[index + 1].role if index + 1 < len(messages) else None
     if message.role not in ROLES:
         raise ChatFormatError(f"messages[{index}]: role {message.role!r} is not supported")
-    if message.role in ("user", "tool") and following == "latest_reminder":
+    if message.role in ("user", "developer", "tool") and following == "latest_reminder":
         raise ChatFormatError(f"messages[{index + 1}]: a latest_reminder stands before a user's message, not after it")
     if message.tool_calls and message.role != "assistant":
         raise ChatFormatError(f"messages[{index}]: only an assistant's message can have tool_calls")

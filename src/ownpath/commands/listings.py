@@ -82,9 +82,9 @@ def fields_of_server() -> str:
     """Lists every request field of both endpoints, reasons for empty content, and the checks of the self-test."""
     from ownpath.selftest.checks import all_checks
     from ownpath.server import fields
-    from ownpath.server.conversation import ChatMessage
+    from ownpath.server.conversation import CalledFunction, CallInMessage, ChatMessage, TemplateOptions
     from ownpath.server.empty_content import MEANING
-    from ownpath.server.protocol import ChatRequest, CompletionRequest
+    from ownpath.server.protocol import ChatRequest, CompletionRequest, StreamOptions
 
     parts = []
     endpoints = (("chat/completions", ChatRequest, fields.CHAT), ("completions", CompletionRequest, fields.COMPLETION))
@@ -92,13 +92,33 @@ def fields_of_server() -> str:
         parts += [f"/v1/{name}, honoured:", _entries(_honoured_fields(model)), ""]
         parts += [f"/v1/{name}, refused with 400 unless the value is one of these (null: not sent):"]
         parts += [_refusal(neutral), ""]
-    parts += ["of a message, honoured:", wrapped(", ".join(ChatMessage.model_fields), "  "), ""]
-    parts += ["of a message, refused likewise:", _refusal(fields.MESSAGE), ""]
-    parts += ["of stream_options, refused likewise:", _refusal(fields.STREAM_OPTIONS), ""]
+    parts += ["of both, labels: accepted, ignored and named in a header (--strict-fields refuses them):"]
+    parts += [_words([f"{kind}: {', '.join(names)}"]) for kind, names in fields.LABEL_KINDS.items()]
+    parts += [
+        "",
+        "of thinking and of a tool, labels likewise:",
+        _words(fields.THINKING_LABELS + fields.TOOL_LABELS),
+        "",
+    ]
+    parts += ["of a message, honoured:", _words(ChatMessage.model_fields), ""]
+    parts += [
+        "of a call in a message, honoured:",
+        _words([*CallInMessage.model_fields, *CalledFunction.model_fields]),
+        "",
+    ]
+    parts += ["of a message, refused likewise; every other is a label, in its parts and calls too:"]
+    parts += [_refusal(fields.MESSAGE), ""]
+    parts += _nested_fields("stream_options", StreamOptions, fields.STREAM_OPTIONS)
+    parts += _nested_fields("chat_template_kwargs", TemplateOptions, fields.TEMPLATE)
     parts += ["empty_content:", _entries((reason.value, meaning) for reason, meaning in MEANING.items()), ""]
     parts += ["self-test:"]
     parts += [_entries((it.id, f"{it.message}: {it.allowed}", f"remedy: {it.remedy}") for it in all_checks())]
     return "\n".join(parts)
+
+
+def _nested_fields(name: str, model: type["BaseModel"], neutral: "Neutral") -> list[str]:
+    honoured = [f"of {name}, honoured:", _words(model.model_fields), ""]
+    return [*honoured, f"of {name}, refused likewise:", _refusal(neutral), ""]
 
 
 def _honoured_fields(model: type["BaseModel"]) -> Iterator[tuple[str, ...]]:
@@ -122,6 +142,10 @@ def _range(field: "FieldInfo") -> str:
     if isinstance(field.default, bool | float | str):
         facts.append(f"default {json.dumps(field.default)}")
     return f" ({', '.join(facts)})" if facts else ""
+
+
+def _words(names: Iterable[str]) -> str:
+    return wrapped(", ".join(names), "  ")
 
 
 def _refusal(neutral: "Neutral") -> str:

@@ -4,6 +4,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from ownpath.cache.pools import SequenceCache
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.engine.batch import LogitsShare, build_batch
+from ownpath.engine.device import device_problem
 from ownpath.engine.request import FinishReason, Request, RequestError, ScoredToken, StepOutput
 from ownpath.engine.sampler import (
     NON_FINITE,
@@ -39,6 +41,15 @@ class LanguageModel(Protocol):
     def new_cache(self) -> SequenceCache: ...
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """num_running, num_waiting: requests. cache_use: share of the caches' tokens that running requests fill."""
+
+    num_running: int
+    num_waiting: int
+    cache_use: float
 
 
 class EngineOverloaded(RuntimeError):
@@ -77,6 +88,11 @@ class Engine:
         self._lock = threading.Lock()
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._stopping = False
+        self._is_stepping = False
+        self.num_steps = 0
+        """Steps begun so far."""
+        self.failure: str | None = None
+        """The reason why the engine stopped by itself; None while it runs, and after ``stop``."""
         self._thread = threading.Thread(target=self._run, name="ownpath-engine", daemon=True)
 
     # -- called from any thread
@@ -90,17 +106,44 @@ class Engine:
         with self._lock:
             self._stopping = True
         self._inbox.put(lambda: None)
-        if self._thread.is_alive():
+        if self._thread.is_alive() and self.failure is None:
             self._thread.join(timeout_s)
 
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive() and not self._stopping
 
+    def give_up(self, failure: str) -> None:
+        """Ends every open request with an error, now, even if the thread hangs in a step; nothing runs any more."""
+        with self._lock:
+            self._stopping = True
+            self.failure = self.failure or failure
+            abandoned = list(self._open)
+            self._open.clear()
+        self._inbox.put(lambda: None)
+        for request in abandoned:
+            request.sink(StepOutput(finish_reason=FinishReason.ERROR, error=_STOPPED))
+
+    @property
+    def has_died(self) -> bool:
+        """True if the thread has ended although nobody asked it to."""
+        return not self._thread.is_alive() and not self._stopping
+
     @property
     def num_open(self) -> int:
         """Requests submitted and not yet finished or aborted."""
         return len(self._open)
+
+    @property
+    def is_stepping(self) -> bool:
+        """True while a step runs."""
+        return self._is_stepping
+
+    def load(self) -> EngineLoad:
+        """Returns how busy the engine is; a snapshot, which the next step changes."""
+        running = list(self._scheduler.running)
+        room = self.config.max_num_seqs * self.config.max_model_len
+        return EngineLoad(len(running), self._scheduler.num_waiting, sum(r.num_computed for r in running) / room)
 
     def check(self, request: Request) -> None:
         """Checks that the request could run here. Errors: RequestError with the numbers."""
@@ -117,7 +160,10 @@ class Engine:
             )
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Takes all of these requests, or none. Errors: RequestError, EngineOverloaded, EngineStopped."""
+        """Takes all of these requests, or none; they are one party in the scheduler's turns.
+
+        Errors: RequestError, EngineOverloaded, EngineStopped.
+        """
         for request in requests:
             self.check(request)
         with self._lock:
@@ -139,8 +185,15 @@ class Engine:
     def _run(self) -> None:
         try:
             while self._take_messages():
+                self._is_stepping = True
+                self.num_steps += 1
                 self._step_or_fail()
+                self._is_stepping = False
+        except BaseException:
+            logger.exception("the engine's thread failed")
+            self.failure = self.failure or "the engine's thread failed"
         finally:
+            self._is_stepping = False
             with self._lock:
                 self._stopping = True
                 abandoned = list(self._open)
@@ -148,8 +201,7 @@ class Engine:
                 self._fail(request, _STOPPED)
 
     def _add(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            self._scheduler.add(request)
+        self._scheduler.add(*requests)
 
     def _take_messages(self) -> bool:
         """Handles messages from other threads; sleeps while there is nothing to do. Returns False to stop."""
@@ -173,6 +225,15 @@ class Engine:
             logger.exception("a step of %d sequences failed", len(chunks))
             for chunk in chunks:
                 self._fail(chunk.request, _STEP_FAILED)
+            self._stop_if_device_is_lost()
+
+    def _stop_if_device_is_lost(self) -> None:
+        """Ends the engine if the device computes nothing any more: CUDA's sticky errors fail every later call."""
+        problem = device_problem(self.config.device)
+        if problem is not None:
+            logger.error("the device is lost: %s", problem)
+            self.failure = "the device computes nothing any more"
+            self._stopping = True
 
     def _prepare(self, request: Request) -> bool:
         """Gives a newly admitted request its cache and random stream. Returns False, and ends the request, if it gets
@@ -185,6 +246,7 @@ class Engine:
         except Exception:
             logger.exception("no cache for a request of %d tokens", request.num_tokens)
             self._fail(request, "there is no memory for this request")
+            self._stop_if_device_is_lost()
             return False
         return True
 

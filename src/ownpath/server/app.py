@@ -1,68 +1,135 @@
-"""The ASGI application: its paths, its error responses, and the end of the engine."""
+"""The ASGI application: its paths, what every request passes on its way to them, and its error responses."""
 
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 
 from ownpath.chat.effort import DEFAULT, Release
 from ownpath.chat.tokenizer import Tokenizer
-from ownpath.engine.engine import Engine
 from ownpath.server import errors
-from ownpath.server.body import Limits
+from ownpath.server.access import AccessPolicy
+from ownpath.server.body import BodyReader, Limits
 from ownpath.server.debug import DebugPlan
+from ownpath.server.fingerprint import system_fingerprint
+from ownpath.server.gate import HostGate, KeyGate
+from ownpath.server.labels import LabelLog
 from ownpath.server.metrics import Metrics
+from ownpath.server.policy import RequestPolicy
+from ownpath.server.request_log import LogRequests, RequestLog
 from ownpath.server.routes import Api
+from ownpath.server.vitals import Vitals
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+_DEBUG_PATH = "/debug/plan"
+_LIMITS, _OPEN = Limits(), AccessPolicy()
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Rules that hold for every request.
+
+    limits: on its body. access: who may send it. timeout_s: from its prompt to the end of its answer.
+    """
+
+    limits: Limits = _LIMITS
+    access: AccessPolicy = _OPEN
+    log_requests: LogRequests = LogRequests.OFF
+    timeout_s: float = 3600.0
 
 
 def create_app(
-    engine: Engine,
+    vitals: Vitals,
     tokenizer: Tokenizer,
     model_id: str,
-    limits: Limits | None = None,
+    rules: Rules | None = None,
     release: Release | None = None,
     debug: DebugPlan | None = None,
+    policy: RequestPolicy | None = None,
 ) -> Starlette:
     """Creates the application for one model. The engine must be started; the application stops it when it shuts down.
 
+    vitals: of the engine that answers.
     release: the release whose ``reasoning_effort`` words the model knows; ``None``: the first.
+    policy: what becomes of requests that ask for what is not there, and further names of the model.
     debug: the data behind ``/debug/plan``; without it there is no such path.
     """
-    api = Api(
-        engine,
+    rules = rules or Rules()
+    bodies = BodyReader(rules.limits)
+    metrics = Metrics()
+    base = (
+        vitals,
         tokenizer,
         model_id,
         int(time.time()),
-        limits or Limits(),
+        bodies,
         release or Release(DEFAULT, "default"),
-        Metrics(),
+        metrics,
+        rules.timeout_s,
     )
+    api = Api(*base, policy or RequestPolicy(), system_fingerprint(vitals.engine.config), LabelLog())
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
-        engine.stop()
+        vitals.engine.stop()
+        bodies.close()
 
     routes = [
-        Route("/health", api.health),
-        Route("/metrics", api.prometheus),
-        Route("/v1/models", api.models),
-        Route("/v1/models/{model_id:path}", api.model),
-        Route("/v1/completions", api.completions, methods=["POST"]),
-        Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
+        Route(path, endpoint, methods=[method])
+        for path, methods in _endpoints(api, debug).items()
+        for method, endpoint in methods.items()
     ]
-    if debug is not None:
-        routes += [Route("/debug/plan", debug.show), Route("/debug/plan", debug.record, methods=["POST"])]
     handlers = {
         errors.ApiError: errors.on_api_error,
         errors.ClientGone: errors.on_client_gone,
         HTTPException: errors.on_http_error,
-        Exception: errors.on_unexpected_error,
     }
-    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+    layers = _layers(rules, metrics, own_key_paths=frozenset() if debug is None else frozenset({_DEBUG_PATH}))
+    app = Starlette(routes=routes, middleware=layers, exception_handlers=handlers, lifespan=lifespan)
     # A redirect would be built from the client's own Host header, and POST clients do not follow it anyway.
     app.router.redirect_slashes = False
     return app
+
+
+def _endpoints(api: Api, debug: DebugPlan | None) -> dict[str, Mapping[str, Endpoint]]:
+    """Returns each path with its methods."""
+    paths: dict[str, Mapping[str, Endpoint]] = {
+        "/health": {"GET": api.health},
+        "/ready": {"GET": api.ready},
+        "/metrics": {"GET": api.prometheus},
+        "/v1/models": {"GET": api.models},
+        "/v1/models/{model_id:path}": {"GET": api.model},
+        "/v1/completions": {"POST": api.completions},
+        "/v1/chat/completions": {"POST": api.chat_completions},
+    }
+    return paths if debug is None else paths | {_DEBUG_PATH: {"GET": debug.show, "POST": debug.record}}
+
+
+def _layers(rules: Rules, metrics: Metrics, own_key_paths: frozenset[str]) -> list[Middleware]:
+    """Returns what a request passes, in order. A browser's preflight request carries no key: CORS comes before keys."""
+    access = rules.access
+    layers = [Middleware(RequestLog, metrics=metrics, tells=rules.log_requests)]
+    if access.hosts:
+        layers.append(Middleware(HostGate, hosts=access.hosts))
+    if access.origins:
+        layers.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=access.origins,
+                allow_methods=("GET", "POST"),
+                allow_headers=("Authorization", "Content-Type", "X-Request-Id"),
+                expose_headers=("X-Request-Id", "Retry-After"),
+            )
+        )
+    if access.keys:
+        layers.append(Middleware(KeyGate, keys=access.keys, own_key_paths=own_key_paths))
+    return layers

@@ -2,21 +2,32 @@
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 
-from ownpath.chat.parts import AnswerPart, Content, MalformedMarkup, Reasoning, ToolCallArguments, ToolCallStart
+from ownpath.chat.parts import (
+    AnswerPart,
+    CallInReasoning,
+    Content,
+    MalformedMarkup,
+    Reasoning,
+    ToolCallArguments,
+    ToolCallStart,
+)
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.engine.request import SamplingParams, ScoredToken
+from ownpath.server.fingerprint import AnswerSource
 from ownpath.server.generation import Generation
-from ownpath.server.prompts import Prompt
 from ownpath.server.protocol import ChatRequest
 from ownpath.server.sse import JsonObject
 
+_REASONING = ("reasoning_content", "reasoning")
+"""DeepSeek's name for the reasoning, and vLLM's: clients read one or the other."""
+_MARKS = ("malformed", "call_in_reasoning", "empty_content", "stop_reason")
+"""The marks of a choice: each is said once, with the chunk that brings it."""
 
-def sampling_params(request: ChatRequest, prompt: Prompt, max_model_len: int) -> SamplingParams:
-    """Builds the request's parameters; without a limit of its own the answer may fill the context."""
-    room = max(max_model_len - len(prompt.ids), 1)
-    max_tokens = request.max_completion_tokens or request.max_tokens or room
+
+def sampling_params(request: ChatRequest, max_tokens: int) -> SamplingParams:
+    """Builds the request's parameters. max_tokens: the limit once it is fitted to the context."""
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=request.temperature,
@@ -27,24 +38,34 @@ def sampling_params(request: ChatRequest, prompt: Prompt, max_model_len: int) ->
 
 
 async def chat_chunks(
-    request: ChatRequest, generation: Generation, tokenizer: Tokenizer, model_id: str
+    request: ChatRequest, generation: Generation, tokenizer: Tokenizer, source: AnswerSource, level: str | None
 ) -> AsyncIterator[JsonObject]:
-    """Yields the answer as ``chat.completion.chunk`` objects; the last one has the usage and no choices."""
+    """Yields the answer as ``chat.completion.chunk`` objects; the last one has the usage and no choices.
+
+    level: of the reasoning effort; None without thinking.
+    """
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion.chunk",
         "created": int(time.time()),
-        "model": model_id,
+        "model": source.model_id,
+        "system_fingerprint": source.fingerprint,
     }
     opening: JsonObject = {**head, "choices": [_choice({"role": "assistant", "content": ""})]}
+    if level is not None:
+        opening["reasoning_effort"] = level
     if request.return_token_ids:
         opening["prompt_token_ids"] = generation.prompts[0].ids
     yield opening
     async for delta in generation.deltas():
-        choice = _choice(_message_delta(delta.parts), delta.finish_reason)
+        choice = _choice(message_delta(delta.parts), delta.finish_reason)
         for part in delta.parts:
             if isinstance(part, MalformedMarkup):
                 choice["malformed"] = part.reason
+            elif isinstance(part, CallInReasoning):
+                choice["call_in_reasoning"] = True
+        if delta.finish_reason is not None:
+            choice["stop_reason"] = delta.stop_reason
         if delta.empty_content is not None:
             choice["empty_content"] = delta.empty_content.value
         if request.logprobs and delta.token is not None:
@@ -53,31 +74,65 @@ async def chat_chunks(
             choice["token_ids"] = [delta.token.token_id]
         if choice != _choice({}):
             yield {**head, "choices": [choice]}
-    yield {**head, "choices": [], "usage": generation.usage()}
+    yield {**head, "choices": [], "usage": chat_usage(generation)}
 
 
-def fold_chat(chunks: Iterable[JsonObject]) -> JsonObject:
-    """Folds the chunks of one answer into the ``chat.completion`` object."""
-    answer: JsonObject = {}
-    message: JsonObject = {"role": "assistant", "content": "", "refusal": None}
-    choice: JsonObject = {"index": 0, "message": message, "logprobs": None, "finish_reason": None}
-    for chunk in chunks:
-        answer |= chunk
+def chat_usage(generation: Generation) -> JsonObject:
+    """Counts tokens so far, and how many of them were reasoning."""
+    details = {"reasoning_tokens": generation.num_reasoning_tokens}
+    return {**generation.usage(), "completion_tokens_details": details}
+
+
+class ChatFold:
+    """Folds the chunks of one answer into the ``chat.completion`` object. Each chunk costs the same, however many."""
+
+    def __init__(self) -> None:
+        self._answer: JsonObject = {}
+        self._choice: JsonObject = {"index": 0, "message": {}, "logprobs": None, "finish_reason": None}
+        # Pieces of text, joined at the end: adding to a string copies it.
+        self._texts: dict[str, list[str]] = {"content": []}
+        self._calls: list[tuple[JsonObject, list[str]]] = []
+
+    def add(self, chunk: JsonObject) -> None:
+        """Takes the next chunk."""
+        self._answer |= chunk
+        choice = self._choice
         for part in chunk["choices"]:
-            _extend_message(message, part["delta"])
+            self._add_delta(part["delta"])
             choice["finish_reason"] = part["finish_reason"] or choice["finish_reason"]
             if part["logprobs"] is not None:
                 choice["logprobs"] = choice["logprobs"] or {"content": [], "refusal": None}
                 choice["logprobs"]["content"] += part["logprobs"]["content"]
             if "token_ids" in part:
-                choice["token_ids"] = choice.get("token_ids", []) + part["token_ids"]
-            choice |= {name: part[name] for name in ("malformed", "empty_content") if name in part}
-    if "tool_calls" in message and not message["content"]:
-        message["content"] = None
-    return answer | {"object": "chat.completion", "choices": [choice]}
+                choice.setdefault("token_ids", []).extend(part["token_ids"])
+            choice |= {name: part[name] for name in _MARKS if name in part}
+
+    def whole(self) -> JsonObject:
+        """Returns the answer."""
+        message: JsonObject = {"role": "assistant", "content": "", "refusal": None} | dict.fromkeys(_REASONING)
+        message |= {name: "".join(pieces) for name, pieces in self._texts.items()}
+        if self._calls:
+            message["tool_calls"] = [_called(head, pieces) for head, pieces in self._calls]
+            message["content"] = message["content"] or None
+        self._choice["message"] = message
+        return self._answer | {"object": "chat.completion", "choices": [self._choice]}
+
+    def _add_delta(self, delta: JsonObject) -> None:
+        for name in ("content", *_REASONING):
+            if name in delta:
+                self._texts.setdefault(name, []).append(delta[name])
+        for call in delta.get("tool_calls", []):
+            if "id" in call:
+                self._calls.append((call, []))
+            self._calls[call["index"]][1].append(call["function"]["arguments"])
 
 
-def _message_delta(parts: Sequence[AnswerPart]) -> JsonObject:
+def _called(head: JsonObject, pieces: list[str]) -> JsonObject:
+    function = head["function"] | {"arguments": "".join(pieces)}
+    return {"id": head["id"], "type": head["type"], "function": function}
+
+
+def message_delta(parts: Sequence[AnswerPart]) -> JsonObject:
     """Returns what one step adds to the message, in the shape of a streamed delta."""
     delta: JsonObject = {}
     calls: dict[int, JsonObject] = {}
@@ -85,7 +140,8 @@ def _message_delta(parts: Sequence[AnswerPart]) -> JsonObject:
         if isinstance(part, Content):
             delta["content"] = delta.get("content", "") + part.text
         elif isinstance(part, Reasoning):
-            delta["reasoning_content"] = delta.get("reasoning_content", "") + part.text
+            for name in _REASONING:
+                delta[name] = delta.get(name, "") + part.text
         elif isinstance(part, ToolCallStart):
             function = {"name": part.name, "arguments": ""}
             head = {"index": part.index, "id": f"call_{uuid.uuid4().hex}", "type": "function"}
@@ -94,18 +150,6 @@ def _message_delta(parts: Sequence[AnswerPart]) -> JsonObject:
             call = calls.setdefault(part.index, {"index": part.index, "function": {"arguments": ""}})
             call["function"]["arguments"] += part.text
     return delta | ({"tool_calls": list(calls.values())} if calls else {})
-
-
-def _extend_message(message: JsonObject, delta: JsonObject) -> None:
-    for name in ("content", "reasoning_content"):
-        if name in delta:
-            message[name] = message.get(name, "") + delta[name]
-    for call in delta.get("tool_calls", []):
-        if "id" in call:
-            head = {"id": call["id"], "type": call["type"], "function": dict(call["function"])}
-            message.setdefault("tool_calls", []).append(head)
-        else:
-            message["tool_calls"][call["index"]]["function"]["arguments"] += call["function"]["arguments"]
 
 
 def _choice(delta: JsonObject, finish_reason: str | None = None) -> JsonObject:

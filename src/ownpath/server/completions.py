@@ -1,27 +1,27 @@
 """``/v1/completions``: one generator of chunks over all prompts; the answer in one piece is those chunks folded."""
 
+import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 
 from ownpath.chat.detokenize import Detokenizer
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.engine.request import SamplingParams, ScoredToken
+from ownpath.server.fingerprint import AnswerSource
 from ownpath.server.generation import Delta, Generation
 from ownpath.server.prompts import Prompt
 from ownpath.server.protocol import CompletionRequest
 from ownpath.server.sse import JsonObject
 
-_DEFAULT_MAX_TOKENS = 16
+_INLINE_TOKENS = 64
 _LOGPROB_KEYS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
-def sampling_params(request: CompletionRequest, prompts: list[Prompt], max_model_len: int) -> SamplingParams:
-    """Builds the request's parameters. The default limit, unlike a given one, shrinks to what the context has left."""
-    room = min(max_model_len - len(prompt.ids) for prompt in prompts)
-    default = max(min(_DEFAULT_MAX_TOKENS, room), 1)
+def sampling_params(request: CompletionRequest, max_tokens: int) -> SamplingParams:
+    """Builds the parameters of one prompt. max_tokens: the limit once it is fitted to the context."""
     return SamplingParams(
-        max_tokens=default if request.max_tokens is None else request.max_tokens,
+        max_tokens=max_tokens,
         temperature=request.temperature,
         top_p=request.top_p,
         seed=request.seed,
@@ -31,47 +31,60 @@ def sampling_params(request: CompletionRequest, prompts: list[Prompt], max_model
 
 
 async def completion_chunks(
-    request: CompletionRequest, generation: Generation, tokenizer: Tokenizer, model_id: str
+    request: CompletionRequest, generation: Generation, tokenizer: Tokenizer, source: AnswerSource
 ) -> AsyncIterator[JsonObject]:
     """Yields the answer as ``text_completion`` objects; the last one has the usage and no choices."""
     head = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",
         "created": int(time.time()),
-        "model": model_id,
+        "model": source.model_id,
+        "system_fingerprint": source.fingerprint,
     }
     writers = [_ChoiceWriter(request, prompt, tokenizer) for prompt in generation.prompts]
     async for delta in generation.deltas():
-        choice = writers[delta.index].write(delta)
+        write = writers[delta.index].write
+        # A scored prompt is written off the event loop: up to 21 names for each of its tokens.
+        choice = write(delta) if len(delta.prompt) <= _INLINE_TOKENS else await asyncio.to_thread(write, delta)
         if choice is not None:
             yield {**head, "choices": [choice]}
     yield {**head, "choices": [], "usage": generation.usage()}
 
 
-def fold_completion(chunks: Iterable[JsonObject]) -> JsonObject:
-    """Folds the chunks of one answer into one ``text_completion`` object with every choice whole."""
-    answer: JsonObject = {}
-    choices: dict[int, JsonObject] = {}
-    for chunk in chunks:
-        answer |= chunk
+class CompletionFold:
+    """Folds the chunks of one answer into one ``text_completion`` object with every choice whole. Each chunk costs the
+    same, however many."""
+
+    def __init__(self) -> None:
+        self._answer: JsonObject = {}
+        self._choices: dict[int, JsonObject] = {}
+        # Pieces of each choice's text, joined at the end: adding to a string copies it.
+        self._texts: dict[int, list[str]] = {}
+
+    def add(self, chunk: JsonObject) -> None:
+        """Takes the next chunk."""
+        self._answer |= chunk
         for part in chunk["choices"]:
-            if part["index"] not in choices:
-                choices[part["index"]] = part
+            self._texts.setdefault(part["index"], []).append(part["text"])
+            if part["index"] not in self._choices:
+                self._choices[part["index"]] = part
             else:
-                _extend(choices[part["index"]], part)
-    return answer | {"choices": [choices[index] for index in sorted(choices)]}
+                _extend(self._choices[part["index"]], part)
+
+    def whole(self) -> JsonObject:
+        """Returns the answer."""
+        choices = [self._choices[index] | {"text": "".join(self._texts[index])} for index in sorted(self._choices)]
+        return self._answer | {"choices": choices}
 
 
 def _extend(choice: JsonObject, part: JsonObject) -> None:
-    choice["text"] += part["text"]
     choice["finish_reason"] = part["finish_reason"]
     if part["logprobs"] is not None:
         for key in _LOGPROB_KEYS:
             choice["logprobs"][key] += part["logprobs"][key]
     if "token_ids" in part:
         choice["token_ids"] += part["token_ids"]
-    if "empty_content" in part:
-        choice["empty_content"] = part["empty_content"]
+    choice |= {name: part[name] for name in ("empty_content", "stop_reason") if name in part}
 
 
 class _ChoiceWriter:
@@ -91,6 +104,8 @@ class _ChoiceWriter:
             "logprobs": self._logprobs(delta),
             "finish_reason": delta.finish_reason,
         }
+        if delta.finish_reason is not None:
+            choice["stop_reason"] = delta.stop_reason
         if delta.empty_content is not None:
             choice["empty_content"] = delta.empty_content.value
         if self._request.return_token_ids:

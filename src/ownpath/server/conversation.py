@@ -2,50 +2,52 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
+from ownpath.chat.dsml import write_json
 from ownpath.chat.messages import Message, ToolCall
 from ownpath.server.errors import bad_request, shorten
 
-ROLES = ("system", "user", "assistant", "tool", "latest_reminder")
+ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
+_SPEECHLESS_ROLES = ("assistant", "tool")
+"""They may have nothing to say: an answer of calls alone, a tool without a result."""
+
+_NOT_STRICT = (
+    "strict: true cannot be promised, nothing binds the model to the parameters yet; send false. It is turned off by "
+    "strict=False (LangChain's bind_tools), strict_mode=False (OpenAI Agents SDK's function_tool), "
+    "OpenAIModelProfile(openai_supports_strict_tool_definition=False) (pydantic-ai)"
+)
 
 
 class Strict(BaseModel):
-    """Strict types (no "1" for 1, no true for 1), finite numbers, no unnamed fields."""
+    """Strict types (no "1" for 1, no true for 1), finite numbers, no unnamed fields.
+
+    The number of errors that one request can have is bounded by the fields named here, whatever it sends: of an
+    object's unnamed fields one is an error, and lists end at their first wrong entry.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
-
-def _content(value: object) -> str:
-    """Returns text; text parts are joined as the format joins the parts of a turn."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not value:
-        raise ValueError("must be a string or a non-empty list of text parts")
-    for index, part in enumerate(value):
-        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise ValueError(f"part {index} must be an object with a type")
-        if part["type"] != "text":
-            raise ValueError(f"part {index} is of type {shorten(part['type'])}; only text is supported yet")
-        if not isinstance(part.get("text"), str) or len(part) != 2:
-            raise ValueError(f"part {index} must have exactly the fields type and text")
-    return "\n\n".join(part["text"] for part in value)
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_one_unnamed(cls, value: object) -> object:
+        named = {field.alias or name for name, field in cls.model_fields.items()}
+        if not isinstance(value, dict) or value.keys() <= named:
+            return value
+        unnamed = next(name for name in value if name not in named)
+        return {name: item for name, item in value.items() if name in named or name is unnamed}
 
 
-def _name(value: str) -> str:
-    if not value or '"' in value:
-        raise ValueError("must be a name, without quotation marks")
-    return value
-
-
-Name = Annotated[str, AfterValidator(_name)]
+def _arguments(value: object) -> str:
+    """Returns the text of arguments, which some clients send as the value that it spells."""
+    return value if isinstance(value, str) else write_json(value)
 
 
 class CalledFunction(Strict):
-    """The function that an earlier answer called. arguments: the text of a JSON object, as in that answer."""
+    """The function that an earlier answer called. arguments: as in that answer, broken or not; left out: null."""
 
-    name: Name
-    arguments: str
+    name: str
+    arguments: Annotated[str, BeforeValidator(_arguments)] = "null"
 
 
 class CallInMessage(Strict):
@@ -57,12 +59,17 @@ class CallInMessage(Strict):
 
 
 class ChatMessage(Strict):
-    """One message of the conversation; a list of text parts has become one text."""
+    """One message of the conversation; ``history`` has made one text of its parts.
+
+    reasoning: another name of reasoning_content. refusal: what an assistant said instead of content.
+    """
 
     role: str
-    content: Annotated[str, BeforeValidator(_content)] | None = None
+    content: str | None = None
     reasoning_content: str = ""
-    tool_calls: list[CallInMessage] = []
+    reasoning: str = ""
+    refusal: str = ""
+    tool_calls: Annotated[list[CallInMessage], FailFast()] = []
     tool_call_id: str | None = None
 
     def check(self, param: str) -> None:
@@ -71,22 +78,35 @@ class ChatMessage(Strict):
             raise bad_request(
                 f"{param}role: {shorten(self.role)} is not supported yet", f"{param}role", "unsupported_value"
             )
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+        if self.content is None and self.role not in _SPEECHLESS_ROLES:
             raise bad_request(f"{param}content: Field required", f"{param}content")
         if self.role == "tool" and self.tool_call_id is None:
             raise bad_request(f"{param}tool_call_id: Field required", f"{param}tool_call_id")
-        misplaced = {
-            "tool_call_id": self.role != "tool" and self.tool_call_id is not None,
-            "tool_calls": self.role != "assistant" and bool(self.tool_calls),
-            "reasoning_content": self.role != "assistant" and self.reasoning_content != "",
-        }
+        misplaced = {"tool_call_id": self.role != "tool" and self.tool_call_id is not None}
+        if self.role != "assistant":
+            own = ("tool_calls", "reasoning_content", "reasoning", "refusal")
+            misplaced |= {name: bool(getattr(self, name)) for name in own}
         for name in (name for name, is_given in misplaced.items() if is_given):
             raise bad_request(f"{param}{name}: a message of role {self.role!r} has none", f"{param}{name}")
+        if self.reasoning and self.reasoning_content not in ("", self.reasoning):
+            text = f"{param}reasoning: it contradicts reasoning_content, whose other name it is"
+            raise bad_request(text, f"{param}reasoning")
 
     def as_message(self) -> Message:
         """Converts the message for the encoder."""
         calls = tuple(ToolCall(call.function.name, call.function.arguments, call.id) for call in self.tool_calls)
-        return Message(self.role, self.content or "", self.reasoning_content, calls, self.tool_call_id or "")
+        content = "\n\n".join(text for text in (self.content, self.refusal) if text)
+        reasoning = self.reasoning_content or self.reasoning
+        return Message(self.role, content, reasoning, calls, self.tool_call_id or "")
+
+
+def _name(value: str) -> str:
+    if not value or '"' in value:
+        raise ValueError("must be a name, without quotation marks")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_name)]
 
 
 def _function(value: object) -> dict[str, object]:
@@ -101,7 +121,7 @@ def _function(value: object) -> dict[str, object]:
         if not isinstance(item, types[key]):
             raise ValueError(f"{key} is of the wrong type")
     if function.get("strict"):
-        raise ValueError("strict cannot be promised: the model is told about the parameters, not bound to them")
+        raise ValueError(_NOT_STRICT)
     _name(function.get("name", ""))
     return function
 
@@ -120,12 +140,15 @@ def _tools(tools: list[Tool]) -> list[Tool]:
     return tools
 
 
-Tools = Annotated[list[Tool], AfterValidator(_tools)]
+Tools = Annotated[list[Tool], FailFast(), AfterValidator(_tools)]
 
 
 def _tool_choice(value: object) -> str:
     if value not in ("none", "auto"):
-        raise ValueError("only 'none' and 'auto' are supported yet: a call can be asked for, not promised")
+        raise ValueError(
+            "only 'none' and 'auto' are supported yet: a call can be asked for, not promised. Send 'auto'; for "
+            "output in JSON, response_format (LangChain: method='json_mode', pydantic-ai: PromptedOutput)"
+        )
     return str(value)
 
 
@@ -146,13 +169,23 @@ class TemplateOptions(Strict):
     reasoning_effort: str | None = None
 
 
+def _not_strict_schema(value: bool | None) -> bool | None:
+    if value:
+        raise ValueError(
+            "true cannot be promised, nothing binds the answer to the schema yet; send false. It is turned off by "
+            "AgentOutputSchema(..., strict_json_schema=False) (OpenAI Agents SDK), method='json_mode' (LangChain), "
+            "PromptedOutput (pydantic-ai), and by create instead of parse (OpenAI SDK)"
+        )
+    return value
+
+
 class JsonSchema(Strict):
     """A schema for the answer. name: a label for the client's own use."""
 
     name: str | None = None
     # The name "schema" is taken by the base class.
     value: dict[str, object] = Field(alias="schema")
-    strict: Literal[False] | None = None
+    strict: Annotated[bool | None, AfterValidator(_not_strict_schema)] = None
 
 
 class ResponseFormat(Strict):

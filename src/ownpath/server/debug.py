@@ -1,7 +1,6 @@
 """``/debug/plan``: shows the plan and the calls so far to holders of the admin key."""
 
 import asyncio
-import hashlib
 import hmac
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,8 +8,9 @@ from dataclasses import dataclass
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ownpath.server.body import Limits, read_json_object
+from ownpath.server.body import BodyReader, Limits
 from ownpath.server.errors import ApiError, bad_request
+from ownpath.server.gate import bearer_token, digest
 from ownpath.trace import Ledger, Record, Records
 
 SCHEMA = 1
@@ -40,7 +40,7 @@ class DebugPlan:
     async def record(self, request: Request) -> Response:
         """``POST /debug/plan``: {"recording": true} starts to record calls, false stops and drops the records."""
         self._check_admin(request)
-        asked = await read_json_object(request, self.limits)
+        asked = await BodyReader(self.limits).read(request, dict)
         if set(asked) != {"recording"} or not isinstance(asked["recording"], bool):
             raise bad_request('the body must be {"recording": true} or {"recording": false}', param="recording")
         if self.records is None and asked["recording"]:
@@ -53,12 +53,12 @@ class DebugPlan:
 
     def _check_admin(self, request: Request) -> None:
         """Checks the admin key. Errors: ApiError 401 without a bearer token, 403 with another than the admin's."""
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not token.strip():
+        token = bearer_token(request.headers.get("authorization", ""))
+        if not token:
             message = "this path wants the admin key, as Authorization: Bearer KEY"
             raise ApiError(401, message, code="no_admin_key", headers={"WWW-Authenticate": "Bearer"})
         # Digests have one length, so that the comparison does not reveal the key's length either.
-        if not hmac.compare_digest(_digest(token.strip()), _digest(self.admin_key)):
+        if not hmac.compare_digest(digest(token), digest(self.admin_key)):
             raise ApiError(403, "this key is not the admin's", code="wrong_admin_key")
 
     def _answer(self) -> Response:
@@ -89,7 +89,3 @@ def _form(record: Record) -> dict[str, object]:
         "results": list(record.results),
         "calls": record.num_calls,
     }
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()

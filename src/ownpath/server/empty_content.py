@@ -25,7 +25,7 @@ class EmptyContent(Enum):
 MEANING = MappingProxyType(
     {
         EmptyContent.TOOL_CALLS: "the answer is tool calls",
-        EmptyContent.TOOL_PARSE_FAILED: "the markup of calls broke, and nothing was left to show (see malformed)",
+        EmptyContent.TOOL_PARSE_FAILED: "the markup of calls broke, and nothing of it became content (see malformed)",
         EmptyContent.STOP_STRING: "a stop string was complete before anything could be shown",
         EmptyContent.REASONING_EXHAUSTED: "a limit ended the answer inside its reasoning: raise max_tokens",
         EmptyContent.REASONING_NOT_CLOSED: "the model ended inside its reasoning",

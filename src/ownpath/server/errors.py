@@ -1,12 +1,8 @@
 """Errors in OpenAI's shape. Their texts name the field or the limit, never a path, an address or a traceback."""
 
-import logging
-
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-
-logger = logging.getLogger(__name__)
 
 _MAX_MESSAGE_CHARS = 400
 _RETRY_AFTER_S = "1"
@@ -29,7 +25,8 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, object]:
         """Returns the JSON object that clients see."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        refusal = "rate_limit_error" if self.status == 429 else "invalid_request_error"
+        kind = "server_error" if self.status >= 500 else refusal
         message = str(self)
         if len(message) > _MAX_MESSAGE_CHARS:
             message = message[:_MAX_MESSAGE_CHARS] + "..."
@@ -49,8 +46,13 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 
 
 def overloaded(message: str) -> ApiError:
-    """Makes a 503: there is no room now; it tells the client when to come back."""
-    return ApiError(503, message, code="overloaded", headers={"Retry-After": _RETRY_AFTER_S})
+    """Makes a 429: there is no room now; it tells the client when to come back."""
+    return ApiError(429, message, code="overloaded", headers={"Retry-After": _RETRY_AFTER_S})
+
+
+def unavailable(message: str) -> ApiError:
+    """Makes a 503: this server runs no more requests; another one may, and this one when it is back."""
+    return ApiError(503, message, code="unavailable", headers={"Retry-After": _RETRY_AFTER_S, "Connection": "close"})
 
 
 def shorten(value: object, limit: int = 60) -> str:
@@ -76,9 +78,3 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 async def on_client_gone(request: Request, error: Exception) -> Response:
     """Answers with 499, as other servers log it; nobody reads it."""
     return Response(status_code=499)
-
-
-async def on_unexpected_error(request: Request, error: Exception) -> Response:
-    """Answers with 500: a bug of ours. The traceback goes to the log (uvicorn writes it), never to the client."""
-    logger.error("unexpected %s while answering", type(error).__name__)
-    return ApiError(500, "the server failed while answering this request").response()

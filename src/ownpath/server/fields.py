@@ -1,11 +1,34 @@
-"""The fields that clients send and this server does not implement, with the values that ask for nothing.
+"""Every field that a client may send, and its treatment: the fields that are honoured are those of the request types.
 
-Clients send many fields at their defaults. A default asks for what happens anyway, so it is accepted; any
-other value would change the answer, so it is refused by name. ``null`` is always "not sent". A field in no
-table is refused too.
+- A label (an id, a hint for a cache, metadata) lets no known server change the answer. It is accepted, named in a
+  header of the answer and once in the log; with ``--strict-fields`` it is refused.
+- A field that would change the answer and is not implemented is refused by name, except with a value that asks for
+  what happens anyway: clients send many fields at their defaults.
+- Any other field is refused too, except in messages: clients keep fields of their own there.
+
+``null`` is always "not sent".
 """
 
+from collections.abc import Collection
+from dataclasses import dataclass
+
 Neutral = dict[str, tuple[object, ...]]
+"""Field that is not implemented -> the values that ask for nothing."""
+
+LABEL_KINDS: dict[str, tuple[str, ...]] = {
+    "names of the caller": ("user", "user_id", "safety_identifier"),
+    "for the caller's own lists": ("metadata", "client_metadata", "tags", "trace"),
+    "ids of the caller's": (
+        *("request_id", "rid", "session_id", "conversation_id", "thread_id", "run_id", "trace_id"),
+    ),
+    "hints for caches": (
+        *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "cache_control", "cache_prompt"),
+        *("cache_salt", "id_slot"),
+    ),
+    "what is the same for everyone here": ("store", "service_tier", "priority", "usage"),
+    "a guess at the answer, to be faster": ("prediction",),
+}
+LABELS = tuple(name for names in LABEL_KINDS.values() for name in names)
 
 _COMMON: Neutral = {
     "n": (1,),
@@ -14,9 +37,10 @@ _COMMON: Neutral = {
     "frequency_penalty": (0,),
     "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
+    "logit_bias": ({}, []),
     "top_k": (0, -1),
     "min_p": (0,),
+    "typical_p": (1,),
     "min_tokens": (0,),
     "ignore_eos": (False,),
     "stop_token_ids": ([],),
@@ -25,7 +49,9 @@ _COMMON: Neutral = {
     "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
+    "detokenize": (True,),
     "prompt_logprobs": (),
+    "return_tokens_as_token_ids": (False,),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "guided_json": (),
@@ -33,29 +59,32 @@ _COMMON: Neutral = {
     "guided_choice": (),
     "guided_grammar": (),
     "structured_outputs": (),
-    "priority": (0,),
-    "cache_salt": (),
+    "logits_processors": ([],),
+    "vllm_xargs": ({},),
+    "kv_transfer_params": (),
+    "lora_path": (),
+    "return_hidden_states": (False,),
 }
 
 CHAT: Neutral = _COMMON | {
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "reasoning": (),
+    "reasoning": ({},),
+    "include_reasoning": (True,),
+    "separate_reasoning": (True,),
+    "stream_reasoning": (True,),
+    "thinking_token_budget": (),
     "chat_template": (),
     "add_generation_prompt": (True,),
+    "add_special_tokens": (False,),
     "continue_final_message": (False,),
     "documents": ([],),
+    "mm_processor_kwargs": ({},),
     "echo": (False,),
     "modalities": (["text"],),
     "audio": (),
-    "prediction": (),
-    "verbosity": (),
+    "verbosity": ("medium",),
     "web_search_options": (),
-    "store": (False,),
-    "metadata": ({},),
-    "service_tier": ("auto", "default"),
-    "prompt_cache_key": (),
-    "safety_identifier": (),
 }
 
 COMPLETION: Neutral = _COMMON | {
@@ -66,15 +95,38 @@ COMPLETION: Neutral = _COMMON | {
 }
 
 MESSAGE: Neutral = {
-    "name": (),
     "function_call": (),
-    "refusal": (),
     "audio": (),
-    "annotations": ([],),
-    "reasoning": ("",),
+    "images": ([],),
+    "prefix": (False,),
+    "partial": (False,),
+    "wo_eos": (False,),
+    "task": (),
+    "tools": ([],),
+    "response_format": (),
+    "content_blocks": ([],),
 }
+"""Fields that would change what a message says. Any other is a label."""
 
-STREAM_OPTIONS: Neutral = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
+STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,)}
+TEMPLATE: Neutral = {"drop_thinking": (True,)}
+
+THINKING_LABELS = ("budget_tokens",)
+"""DeepSeek's own API takes no notice of it."""
+TOOL_LABELS = ("cache_control",)
+
+
+@dataclass(frozen=True)
+class FieldTable:
+    """The fields of one kind of object. labels: None where every other field is one."""
+
+    honoured: Collection[str]
+    neutral: Neutral
+    labels: Collection[str] | None = ()
+
+    def is_label(self, name: str) -> bool:
+        """True for a field that is neither honoured nor would change the answer."""
+        return self.labels is None or name in self.labels
 
 
 def asks_for_something(value: object, neutral: tuple[object, ...]) -> bool:

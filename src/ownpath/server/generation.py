@@ -5,6 +5,7 @@ Its ``deltas`` are the only source of both the streamed and the folded answer.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from ownpath.engine.request import (
     StepOutput,
 )
 from ownpath.server.empty_content import ContentWatch, EmptyContent
-from ownpath.server.errors import ApiError, bad_request, overloaded
+from ownpath.server.errors import ApiError, bad_request, overloaded, unavailable
 from ownpath.server.metrics import Metrics
 from ownpath.server.prompts import Prompt
 
@@ -35,6 +36,7 @@ class Delta:
     prompt: the scored prompt, once, if it was asked for.
     finish_reason: "stop", "length" or "tool_calls" with the last delta of the choice.
     empty_content: with it, why the whole choice had no content; None if it had, or if no token was asked for.
+    stop_reason: with it, the stop string that ended the choice; None for any other end.
     """
 
     index: int
@@ -44,6 +46,7 @@ class Delta:
     prompt: tuple[ScoredToken, ...]
     finish_reason: str | None
     empty_content: EmptyContent | None = None
+    stop_reason: str | None = None
 
     @property
     def text(self) -> str:
@@ -56,8 +59,9 @@ class _ChoiceStream:
 
     def __init__(self, index: int, answer: Answer, metrics: Metrics) -> None:
         self._index, self._answer, self._metrics = index, answer, metrics
+        self._begun = self._last_token = time.monotonic()
         self._watch = ContentWatch(answer)
-        self.num_tokens = 0
+        self.num_tokens = self.num_reasoning_tokens = 0
         self.is_finished = False
 
     def feed(self, output: StepOutput) -> Delta:
@@ -72,13 +76,14 @@ class _ChoiceStream:
         offset = self._answer.num_chars
         parts: list[AnswerPart] = []
         if output.token is not None:
-            self.num_tokens += 1
-            self._metrics.count_token()
+            self._time_token()
         # The token that ends the answer (EOS) is a marker, not text.
         if output.token is not None and output.finish_reason is not FinishReason.STOP:
+            was_reasoning = self._answer.is_reasoning
             parts += self._answer.feed(output.token.token_id)
+            self.num_reasoning_tokens += was_reasoning and self._answer.is_reasoning
         reason = output.finish_reason.value if output.finish_reason else None
-        if self._answer.is_stopped:
+        if self._answer.is_stopped or self._answer.has_all_calls:
             reason = FinishReason.STOP.value
         elif reason is not None:
             parts += self._answer.finish()
@@ -90,7 +95,17 @@ class _ChoiceStream:
             self.is_finished = True
             empty = self._empty_content(output)
             self._metrics.count_finished(reason, empty)
-        return Delta(self._index, tuple(parts), output.token, offset, output.prompt, reason, empty)
+            self._metrics.request_latency.observe(time.monotonic() - self._begun)
+        stopped_by = self._answer.stop_string
+        return Delta(self._index, tuple(parts), output.token, offset, output.prompt, reason, empty, stopped_by)
+
+    def _time_token(self) -> None:
+        now = time.monotonic()
+        since_last, self._last_token = now - self._last_token, now
+        times = self._metrics.time_per_output_token if self.num_tokens else self._metrics.time_to_first_token
+        times.observe(since_last)
+        self.num_tokens += 1
+        self._metrics.count_token()
 
     def _empty_content(self, output: StepOutput) -> EmptyContent | None:
         if self.num_tokens == 0:
@@ -107,45 +122,67 @@ class _ChoiceStream:
 class Generation:
     """Submitted requests and their answers. ``close`` must be called; more than once is fine.
 
-    answers: one per prompt, to parse its output.
+    answers: one per prompt, to parse its output. timeout_s: from now to the end of the last answer (504).
     """
 
-    def __init__(self, engine: Engine, prompts: list[Prompt], answers: Sequence[Answer], metrics: Metrics) -> None:
+    def __init__(
+        self, engine: Engine, prompts: list[Prompt], answers: Sequence[Answer], metrics: Metrics, timeout_s: float
+    ) -> None:
         self.prompts = prompts
+        self._metrics, self._timeout_s = metrics, timeout_s
+        self._deadline = time.monotonic() + timeout_s
         self._engine = engine
         self._choices = [_ChoiceStream(index, answer, metrics) for index, answer in enumerate(answers)]
         self._requests: list[Request] = []
         self._outputs: asyncio.Queue[tuple[int, StepOutput]] = asyncio.Queue()
 
-    def submit(self, params: SamplingParams) -> None:
-        """Submits all prompts to the engine. Errors: ApiError 400 (does not fit) or 503 (no room, or stopped)."""
+    def submit(self, params: Sequence[SamplingParams]) -> None:
+        """Submits all prompts to the engine, each with its parameters.
+
+        Errors: ApiError 400 (does not fit), 429 (no room) or 503 (stopped).
+        """
         loop = asyncio.get_running_loop()
 
         def request(index: int, prompt: Prompt) -> Request:
             def sink(output: StepOutput) -> None:
                 loop.call_soon_threadsafe(self._outputs.put_nowait, (index, output))
 
-            return Request(prompt.ids, params, sink)
+            return Request(prompt.ids, params[index], sink)
 
         requests = [request(index, prompt) for index, prompt in enumerate(self.prompts)]
         try:
             self._engine.submit(requests)
         except RequestError as error:
             raise bad_request(str(error), code="context_length_exceeded") from None
-        except (EngineOverloaded, EngineStopped) as error:
+        except EngineOverloaded as error:
             raise overloaded(str(error)) from None
+        except EngineStopped as error:
+            raise unavailable(str(error)) from None
         self._requests = requests
+        self._metrics.count_prompt(sum(len(prompt.ids) for prompt in self.prompts))
 
     async def deltas(self) -> AsyncIterator[Delta]:
-        """Yields everything that is generated, as it comes; choices interleave. Errors: ApiError 500."""
+        """Yields everything that is generated, as it comes; choices interleave. Errors: ApiError 500 or 504."""
         while not all(choice.is_finished for choice in self._choices):
-            index, output = await self._outputs.get()
+            index, output = await self._next_output()
             if self._choices[index].is_finished:
                 continue
             delta = self._choices[index].feed(output)
             if self._choices[index].is_finished and output.finish_reason is None:
                 self._engine.abort(self._requests[index])
             yield delta
+
+    async def _next_output(self) -> tuple[int, StepOutput]:
+        left_s = self._deadline - time.monotonic()
+        try:
+            if left_s <= 0:
+                raise TimeoutError
+            # Not wait_for: before Python 3.12 it may lose the cancellation that ends an abandoned answer.
+            async with asyncio.timeout(left_s):
+                return await self._outputs.get()
+        except TimeoutError:
+            message = f"the answer was not ready within {self._timeout_s:g} seconds"
+            raise ApiError(504, message, code="deadline_exceeded") from None
 
     def close(self) -> None:
         """Aborts the requests that still run."""
@@ -154,6 +191,11 @@ class Generation:
                 self._engine.abort(request)
                 choice.abandon()
         self._requests = []
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Tokens of reasoning so far, without the markers around it and without calls in it."""
+        return sum(choice.num_reasoning_tokens for choice in self._choices)
 
     def usage(self) -> dict[str, int]:
         """Counts tokens so far. EOS and the tokens of a stop string count: they were generated."""

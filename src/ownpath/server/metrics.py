@@ -1,27 +1,69 @@
-"""Counters since the start, in Prometheus' text format. Only the event loop touches them: no lock is needed."""
+"""Counts and durations of the server, in Prometheus' text format. Only the event loop touches it: no lock is needed."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+from starlette.types import Scope
+
+from ownpath.engine.engine import EngineLoad
 from ownpath.server.empty_content import EmptyContent
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FINISH_REASONS = ("stop", "length", "tool_calls", "error", "abandoned")
 """``abandoned``: nobody waited for the rest, or another prompt of the same request failed."""
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
+"""Upper bounds of the histograms' buckets, from one decoded token to the longest answer."""
+_PATHS = frozenset(
+    {"/health", "/ready", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions", "/debug/plan"}
+)
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+class Histogram:
+    """Counts durations by upper bound."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(SECONDS) + 1)
+        self._sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Counts one duration."""
+        index = next((n for n, bound in enumerate(SECONDS) if seconds <= bound), len(SECONDS))
+        self._counts[index] += 1
+        self._sum += seconds
+
+    def lines(self, name: str, text: str) -> Iterable[str]:
+        """Returns the series: each bucket counts what is at most its bound."""
+        yield from _head(name, text, "histogram")
+        total = 0
+        for bound, count in zip((*(f"{bound:g}" for bound in SECONDS), "+Inf"), self._counts, strict=True):
+            total += count
+            yield f'ownpath_{name}_bucket{{le="{bound}"}} {total}'
+        yield f"ownpath_{name}_sum {self._sum:.6f}"
+        yield f"ownpath_{name}_count {total}"
 
 
 class Metrics:
-    """Counts answers and tokens, per prompt (a completions request may have several)."""
+    """Counts answers and tokens, per prompt (a completions request may have several), and HTTP answers."""
 
     def __init__(self) -> None:
         self._finished: Counter[str] = Counter()
         self._empty: Counter[str] = Counter()
+        self._http: Counter[tuple[str, str, str]] = Counter()
         self._num_corrupted = 0
         self._num_tokens = 0
+        self._num_prompt_tokens = 0
+        self.time_to_first_token = Histogram()
+        self.time_per_output_token = Histogram()
+        self.request_latency = Histogram()
 
     def count_token(self) -> None:
         """Counts one generated token."""
         self._num_tokens += 1
+
+    def count_prompt(self, num_tokens: int) -> None:
+        """Counts the tokens of a prompt that the engine has taken."""
+        self._num_prompt_tokens += num_tokens
 
     def count_finished(self, reason: str, empty: EmptyContent | None = None) -> None:
         """Counts an ended answer; ``empty`` says why it has no content."""
@@ -34,27 +76,46 @@ class Metrics:
         """Counts an answer that ended because of logits that are not finite; it is counted as finished too."""
         self._num_corrupted += 1
 
-    def render(self) -> str:
-        """Renders the page. Every series is there from the start, so that its first event is a step from 0."""
+    def count_http(self, scope: Scope, status: int | None) -> None:
+        """Counts an HTTP answer; 499 without a status: the client went. What clients may name is counted as other."""
+        path = scope["path"] if scope["path"] in _PATHS else "other"
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self._http[path, method, str(status or 499)] += 1
+
+    def render(self, load: EngineLoad) -> str:
+        """Renders the page. Every series without a status is there from the start, so that its first event is a step
+        from 0."""
         finished = {reason: self._finished[reason] for reason in FINISH_REASONS}
         empty = {reason.value: self._empty[reason.value] for reason in EmptyContent}
         lines = [
-            *_label_lines("requests", "Prompts whose answer ended, by why.", "finish_reason", finished),
-            *_plain("corrupted_requests", "Prompts whose logits were not finite.", self._num_corrupted),
-            *_label_lines("empty_contents", "Answers without content, by why.", "reason", empty),
-            *_plain("generated_tokens", "Tokens generated.", self._num_tokens),
+            *_plain("num_requests_running", "Prompts that run now.", load.num_running, "gauge"),
+            *_plain("num_requests_waiting", "Prompts that wait to run.", load.num_waiting, "gauge"),
+            *_plain("kv_cache_usage_perc", "Share of the caches in use; 1 is all.", round(load.cache_use, 6), "gauge"),
+            *_label_lines("requests_total", "Prompts whose answer ended, by why.", "finish_reason", finished),
+            *_plain("corrupted_requests_total", "Prompts whose logits were not finite.", self._num_corrupted),
+            *_label_lines("empty_contents_total", "Answers without content, by why.", "reason", empty),
+            *_plain("prompt_tokens_total", "Tokens of prompts taken.", self._num_prompt_tokens),
+            *_plain("generation_tokens_total", "Tokens generated.", self._num_tokens),
+            *self.time_to_first_token.lines("time_to_first_token_seconds", "From arrival to the first token."),
+            *self.time_per_output_token.lines("time_per_output_token_seconds", "Between two tokens of an answer."),
+            *self.request_latency.lines("e2e_request_latency_seconds", "From arrival to the end of the answer."),
+            *_head("http_requests_total", "HTTP answers.", "counter"),
+            *(
+                f'ownpath_http_requests_total{{handler="{path}",method="{method}",status="{status}"}} {count}'
+                for (path, method, status), count in sorted(self._http.items())
+            ),
         ]
         return "\n".join(lines) + "\n"
 
 
-def _head(name: str, text: str) -> list[str]:
-    return [f"# HELP ownpath_{name}_total {text}", f"# TYPE ownpath_{name}_total counter"]
+def _head(name: str, text: str, kind: str) -> list[str]:
+    return [f"# HELP ownpath_{name} {text}", f"# TYPE ownpath_{name} {kind}"]
 
 
-def _plain(name: str, text: str, value: int) -> list[str]:
-    return [*_head(name, text), f"ownpath_{name}_total {value}"]
+def _plain(name: str, text: str, value: float, kind: str = "counter") -> list[str]:
+    return [*_head(name, text, kind), f"ownpath_{name} {value}"]
 
 
 def _label_lines(name: str, text: str, label: str, values: Mapping[str, int]) -> list[str]:
-    series = [f'ownpath_{name}_total{{{label}="{key}"}} {value}' for key, value in values.items()]
-    return [*_head(name, text), *series]
+    series = [f'ownpath_{name}{{{label}="{key}"}} {value}' for key, value in values.items()]
+    return [*_head(name, text, "counter"), *series]

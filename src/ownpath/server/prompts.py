@@ -4,14 +4,18 @@ loop."""
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ownpath.chat.detokenize import Detokenizer
 from ownpath.chat.effort import RELEASES, Release
 from ownpath.chat.encode import Setting, encode_messages
+from ownpath.chat.levels import LEVEL_OF_WORD, level_for
 from ownpath.chat.messages import ChatFormatError
 from ownpath.chat.tokenizer import MissingMarkerError, Tokenizer, TokenizerError
 from ownpath.server.errors import ApiError, bad_request, shorten
 from ownpath.server.protocol import ChatRequest, CompletionRequest
+
+Encoded = TypeVar("Encoded")
 
 # Tokenising this much takes a millisecond or two; longer texts would hold up other requests.
 _INLINE_CHARS = 4096
@@ -35,7 +39,8 @@ class Prompt:
 async def chat_prompt(request: ChatRequest, tokenizer: Tokenizer, max_model_len: int, release: Release) -> Prompt:
     """Encodes the conversation in the model's format. Errors: ApiError 400."""
     try:
-        segments = encode_messages([message.as_message() for message in request.messages], _setting(request, release))
+        messages = [message.as_message() for message in request.messages]
+        segments = await _beside(lambda: encode_messages(messages, _setting(request, release)), _size_of(request))
     except ChatFormatError as error:
         raise bad_request(str(error), "messages") from None
     num_chars = sum(len(segment) for segment in segments if isinstance(segment, str))
@@ -45,16 +50,21 @@ async def chat_prompt(request: ChatRequest, tokenizer: Tokenizer, max_model_len:
     return Prompt(ids)
 
 
+def effort_level(request: ChatRequest, release: Release) -> str | None:
+    """Returns the level of effort that runs; None without thinking. Errors: ApiError 400 for a word that is none."""
+    if request.effort not in (None, "none", *LEVEL_OF_WORD):
+        known = ", ".join(("none", *LEVEL_OF_WORD))
+        text = f"reasoning_effort: {shorten(request.effort)} is not a level: {known}"
+        raise bad_request(text, "reasoning_effort", "unsupported_value")
+    return level_for(request.effort, release.name) if request.thinks else None
+
+
 def _setting(request: ChatRequest, release: Release) -> Setting:
     """Reads the options of the conversation. Errors: ApiError 400."""
-    texts: dict[str | None, str] = {None: "", "none": ""}
-    texts.update(RELEASES[release.name])
-    if request.effort not in texts:
-        known = ", ".join(("none", *RELEASES[release.name]))
-        text = f"reasoning_effort: {shorten(request.effort)} is not known to this model's release ({release}): {known}"
-        raise bad_request(text, "reasoning_effort", "unsupported_value")
+    level = effort_level(request, release)
+    text = "" if level is None else RELEASES[release.name][level]
     schema = None if request.response_format is None else request.response_format.schema_for_model()
-    return Setting(request.thinks, texts[request.effort], request.functions, schema)
+    return Setting(request.thinks, text, request.functions, schema)
 
 
 async def completion_prompts(
@@ -70,6 +80,7 @@ async def completion_prompts(
         else:
             prompts.append(_ids_prompt(given, tokenizer))
         _check_length(len(prompts[-1].ids), max_model_len, "prompt")
+        await asyncio.sleep(0)  # other requests have their turn between two prompts of one body
     return prompts
 
 
@@ -82,19 +93,29 @@ async def _text_prompt(text: str, tokenizer: Tokenizer, max_model_len: int) -> P
 
 
 def _ids_prompt(ids: list[int], tokenizer: Tokenizer) -> Prompt:
-    for token_id in ids:
-        if token_id >= tokenizer.num_tokens:
-            raise bad_request(f"prompt: token id {token_id} is not below {tokenizer.num_tokens}", "prompt")
+    if max(ids) >= tokenizer.num_tokens:
+        raise bad_request(f"prompt: token id {max(ids)} is not below {tokenizer.num_tokens}", "prompt")
     return Prompt(ids)
 
 
 async def _tokenise(encode: Callable[[], list[int]], num_chars: int, param: str) -> list[int]:
     try:
-        return encode() if num_chars <= _INLINE_CHARS else await asyncio.to_thread(encode)
+        return await _beside(encode, num_chars)
     except MissingMarkerError as error:
         raise missing_marker(error) from None
     except TokenizerError as error:
         raise bad_request(f"{param}: {error}", param) from None
+
+
+async def _beside(work: Callable[[], Encoded], num_chars: int) -> Encoded:
+    """Returns the work's result; work on a long text is done off the event loop."""
+    return work() if num_chars <= _INLINE_CHARS else await asyncio.to_thread(work)
+
+
+def _size_of(request: ChatRequest) -> int:
+    """Returns about how long a request's texts are together; each tool counts as a text."""
+    texts = (len(message.content or "") + len(message.reasoning_content) for message in request.messages)
+    return sum(texts) + 100 * (len(request.messages) + len(request.tools))
 
 
 def missing_marker(error: MissingMarkerError) -> ApiError:

@@ -2,8 +2,9 @@
 
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, FailFast, Field, ValidationError
 
+from ownpath.chat.levels import LEVEL_OF_WORD
 from ownpath.engine.limits import MAX_TEMPERATURE, MAX_TOP_LOGPROBS, SEED_LIMIT
 from ownpath.server import fields
 from ownpath.server.conversation import (
@@ -13,13 +14,19 @@ from ownpath.server.conversation import (
     Strict,
     TemplateOptions,
     Thinking,
+    Tool,
     ToolChoice,
     Tools,
 )
-from ownpath.server.errors import ApiError, bad_request, shorten
+from ownpath.server.counts import check_counts
+from ownpath.server.errors import ApiError, bad_request
+from ownpath.server.fields import FieldTable
+from ownpath.server.history import plain_messages
+from ownpath.server.labels import Labels
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
+_DEFAULT_MAX_TOKENS = 16
 _MAX_INT = 2**31 - 1
 
 
@@ -53,16 +60,18 @@ def _is_token_ids(value: list[object]) -> bool:
 
 
 class StreamOptions(Strict):
-    """Options of a stream."""
+    """Options of a stream. continuous_usage_stats: each chunk tells the usage so far; needs include_usage."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+_EXCESS = "clamped to what max_model_len leaves (--strict-limits refuses it); -1: as much as fits"
 
 
 class _GenerationRequest(Strict):
-    model: str | None = Field(None, description="the served name; another name is 404")
-    max_tokens: int | None = Field(
-        None, ge=0, le=_MAX_INT, description="must fit max_model_len with the prompt; left out: 16. 0 needs echo"
-    )
+    model: str | None = Field(None, description="a served name, or the path given to serve; another name is 404")
+    max_tokens: int | None = Field(None, ge=-1, description=f"{_EXCESS}; left out: {_DEFAULT_MAX_TOKENS}. 0 needs echo")
     temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE, description="0 takes the likeliest token")
     top_p: float = Field(1.0, gt=0, le=1, description="samples from the fewest tokens that reach this probability")
     seed: int | None = Field(
@@ -74,23 +83,24 @@ class _GenerationRequest(Strict):
     )
     stream: bool = Field(False, description="server-sent events, then [DONE]")
     stream_options: StreamOptions | None = Field(
-        None, description="include_usage: a last event with usage and no choices; needs stream"
+        None,
+        description="include_usage: a last event with usage and no choices; needs stream. continuous_usage_stats: the "
+        "usage so far in each event",
     )
     return_token_ids: bool = Field(
         False, description="adds prompt_token_ids and token_ids to the answer (ownpath's own)"
     )
-    user: str | None = Field(None, description="a label of the caller; changes nothing")
 
 
 class ChatRequest(_GenerationRequest):
     """``POST /v1/chat/completions``."""
 
-    messages: list[ChatMessage] = Field(min_length=1, description=f"roles {', '.join(ROLES)}; ends with user or tool")
-    max_tokens: int | None = Field(
-        None, ge=1, le=_MAX_INT, description="must fit max_model_len with the prompt; left out: all the room there is"
+    messages: Annotated[list[ChatMessage], FailFast()] = Field(
+        min_length=1, description=f"roles {', '.join(ROLES)}; ends with user, developer or tool"
     )
+    max_tokens: int | None = Field(None, ge=-1, description=f"{_EXCESS}; left out: -1")
     max_completion_tokens: int | None = Field(
-        None, ge=1, le=_MAX_INT, description="the newer name of max_tokens; both may be sent if they agree"
+        None, ge=-1, description="the newer name of max_tokens; both may be sent if they agree"
     )
     logprobs: bool = Field(False, description="one entry for each generated token")
     top_logprobs: int | None = Field(
@@ -102,10 +112,12 @@ class ChatRequest(_GenerationRequest):
     tool_choice: ToolChoice = Field(
         "auto", description='auto or none; "required" and a named function are refused: a call cannot be promised'
     )
-    parallel_tool_calls: bool = Field(True, description="false is accepted only without tools")
+    parallel_tool_calls: bool = Field(True, description="false: the answer ends with its first whole call")
     thinking: Thinking | None = Field(None, description="whether the answer opens with reasoning; left out: no")
     reasoning_effort: str | None = Field(
-        None, description='"none" (no thinking) or a word of the model\'s release, which turns thinking on'
+        None,
+        description=f'"none" (no thinking), or {", ".join(LEVEL_OF_WORD)}, which turn thinking on; the answer says '
+        "which level ran",
     )
     chat_template_kwargs: TemplateOptions = Field(
         TemplateOptions(), description="thinking, enable_thinking, reasoning_effort; must not contradict the others"
@@ -122,7 +134,15 @@ class ChatRequest(_GenerationRequest):
     @property
     def effort(self) -> str | None:
         """The word for the reasoning effort, "none" included; None without one."""
-        return self.reasoning_effort or self.chat_template_kwargs.reasoning_effort
+        options = self.chat_template_kwargs
+        return options.reasoning_effort if self.reasoning_effort is None else self.reasoning_effort
+
+    @property
+    def wanted_tokens(self) -> tuple[str, int]:
+        """The limit on the answer's tokens and the field that gives it; -1 asks for as many as fit."""
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return "max_tokens", -1 if self.max_tokens is None else self.max_tokens
 
     @property
     def thinks(self) -> bool:
@@ -149,28 +169,39 @@ class CompletionRequest(_GenerationRequest):
     )
     echo: bool = Field(False, description="the text begins with the prompt")
 
+    @property
+    def wanted_tokens(self) -> tuple[str | None, int]:
+        """The limit on each answer's tokens and the field that gives it, None for the default."""
+        return (None, _DEFAULT_MAX_TOKENS) if self.max_tokens is None else ("max_tokens", self.max_tokens)
 
-def read_chat_request(body: dict[str, object]) -> ChatRequest:
-    """Validates a chat request. Errors: ApiError 400 naming the field."""
-    body = _known_fields(body, fields.CHAT, ChatRequest)
-    body = _known_nested(body)
-    messages = body.get("messages")
-    if isinstance(messages, list):
-        body["messages"] = [
-            _known_fields(message, fields.MESSAGE, ChatMessage, f"messages.{index}.")
-            if isinstance(message, dict)
-            else message
-            for index, message in enumerate(messages)
-        ]
+
+_CHAT = FieldTable(ChatRequest.model_fields.keys(), fields.CHAT, fields.LABELS)
+_COMPLETION = FieldTable(CompletionRequest.model_fields.keys(), fields.COMPLETION, fields.LABELS)
+_NESTED = {
+    "stream_options": FieldTable(StreamOptions.model_fields.keys(), fields.STREAM_OPTIONS),
+    "thinking": FieldTable(Thinking.model_fields.keys(), {}, fields.THINKING_LABELS),
+    "chat_template_kwargs": FieldTable(TemplateOptions.model_fields.keys(), fields.TEMPLATE),
+}
+_TOOL = FieldTable(Tool.model_fields.keys(), {}, fields.TOOL_LABELS)
+
+
+def read_chat_request(body: dict[str, object], labels: Labels | None = None) -> ChatRequest:
+    """Validates a chat request, and notes its labels. Errors: ApiError 400 naming the field."""
+    labels = labels or Labels()
+    check_counts(body)
+    body = _known_fields(body, _CHAT, labels)
+    body = body | {"messages": plain_messages(body.get("messages"), labels)} if "messages" in body else body
+    tools = body.get("tools")
+    if isinstance(tools, list):
+        body = body | {"tools": [_known_tool(tool, index, labels) for index, tool in enumerate(tools)]}
     request = _validate(ChatRequest, body)
     _check_chat(request)
     return request
 
 
-def read_completion_request(body: dict[str, object]) -> CompletionRequest:
-    """Validates a completions request. Errors: ApiError 400 naming the field."""
-    body = _known_nested(_known_fields(body, fields.COMPLETION, CompletionRequest))
-    request = _validate(CompletionRequest, body)
+def read_completion_request(body: dict[str, object], labels: Labels | None = None) -> CompletionRequest:
+    """Validates a completions request, and notes its labels. Errors: ApiError 400 naming the field."""
+    request = _validate(CompletionRequest, _known_fields(body, _COMPLETION, labels or Labels()))
     _check_stream_options(request)
     if request.max_tokens == 0 and not request.echo:
         raise bad_request("max_tokens: 0 generates nothing; it needs echo", "max_tokens")
@@ -181,16 +212,16 @@ def _check_chat(request: ChatRequest) -> None:
     _check_stream_options(request)
     for index, message in enumerate(request.messages):
         message.check(f"messages.{index}.")
-    if request.messages[-1].role not in ("user", "tool"):
-        raise bad_request("messages: the last message must be the user's or a tool's", "messages")
+    if request.messages[-1].role not in ("user", "developer", "tool"):
+        raise bad_request("messages: the last message must be the user's, a developer's or a tool's", "messages")
     _check_thinking(request)
     if request.response_format is not None:
         request.response_format.check()
-    if request.functions and not request.parallel_tool_calls:
-        text = "parallel_tool_calls: false cannot be promised: the model may call several tools"
-        raise bad_request(text, "parallel_tool_calls", "unsupported_value")
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise bad_request("top_logprobs: needs logprobs to be true", "top_logprobs")
+    if 0 in (request.max_tokens, request.max_completion_tokens):
+        name = "max_tokens" if request.max_tokens == 0 else "max_completion_tokens"
+        raise bad_request(f"{name}: 0 generates nothing; an answer needs 1 or more, or -1", name, "invalid_value")
     given = (request.max_tokens, request.max_completion_tokens)
     if None not in given and given[0] != given[1]:
         raise bad_request("max_tokens and max_completion_tokens contradict each other", "max_tokens")
@@ -207,32 +238,31 @@ def _check_thinking(request: ChatRequest) -> None:
 def _check_stream_options(request: _GenerationRequest) -> None:
     if request.stream_options is not None and not request.stream:
         raise bad_request("stream_options: needs stream to be true", "stream_options")
+    options = request.stream_options
+    if options is not None and options.continuous_usage_stats and not options.include_usage:
+        param = "stream_options.continuous_usage_stats"
+        raise bad_request(f"{param}: needs include_usage to be true", param)
 
 
-def _known_nested(body: dict[str, object]) -> dict[str, object]:
-    options = body.get("stream_options")
-    if not isinstance(options, dict):
-        return body
-    return body | {"stream_options": _known_fields(options, fields.STREAM_OPTIONS, StreamOptions, "stream_options.")}
+def _known_fields(body: dict[str, object], table: FieldTable, labels: Labels) -> dict[str, object]:
+    """Keeps the fields that are implemented, of the request and of the objects in it."""
+    kept = labels.keep_fields(body, table)
+    for name, nested in _NESTED.items():
+        value = kept.get(name)
+        if isinstance(value, dict):
+            kept[name] = labels.keep_fields(value, nested, f"{name}.", f"{name}.")
+    return kept
 
 
-def _known_fields(
-    body: dict[str, object], unsupported: fields.Neutral, model: type[BaseModel], prefix: str = ""
-) -> dict[str, object]:
-    """Keeps the fields that are implemented; drops neutral values of the others, refuses everything else."""
-    known = {}
-    for name, value in body.items():
-        if value is None:
-            continue
-        if name in model.model_fields:
-            known[name] = value
-        elif name not in unsupported:
-            param = prefix + name
-            raise bad_request(f"unknown field {shorten(param)}", param[:100], "unknown_parameter")
-        elif fields.asks_for_something(value, unsupported[name]):
-            param = prefix + name
-            raise bad_request(f"{param} is not supported yet", param, "unsupported_parameter")
-    return known
+def _known_tool(tool: object, index: int, labels: Labels) -> object:
+    if not isinstance(tool, dict):
+        return tool
+    kept = labels.keep_fields(tool, _TOOL, f"tools.{index}.", "tools.")
+    function = kept.get("function")
+    if isinstance(function, dict):
+        own = FieldTable(function.keys() - set(fields.TOOL_LABELS), {}, fields.TOOL_LABELS)
+        kept["function"] = labels.keep_fields(function, own, f"tools.{index}.function.", "tools.function.")
+    return kept
 
 
 RequestModel = TypeVar("RequestModel", bound=BaseModel)

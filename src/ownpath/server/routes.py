@@ -1,6 +1,6 @@
 """The endpoints."""
 
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from starlette.requests import Request
@@ -12,125 +12,188 @@ from ownpath.chat.parse import AnswerParser
 from ownpath.chat.tokenizer import MissingMarkerError, Tokenizer
 from ownpath.engine.engine import Engine
 from ownpath.server import chat, completions
-from ownpath.server.body import Limits, read_json_object
-from ownpath.server.errors import ApiError, shorten
+from ownpath.server.body import BodyReader
+from ownpath.server.errors import ApiError, shorten, unavailable
+from ownpath.server.excess import Adjustments
+from ownpath.server.fingerprint import AnswerSource
 from ownpath.server.generation import Generation
+from ownpath.server.json_text import to_json
+from ownpath.server.labels import LabelLog, Labels
 from ownpath.server.metrics import MEDIA_TYPE, Metrics
-from ownpath.server.prompts import chat_prompt, completion_prompts, missing_marker
+from ownpath.server.policy import RequestPolicy
+from ownpath.server.prompts import chat_prompt, completion_prompts, effort_level, missing_marker
 from ownpath.server.protocol import (
     ChatRequest,
     CompletionRequest,
+    StreamOptions,
     read_chat_request,
     read_completion_request,
 )
 from ownpath.server.sse import EventStream, JsonObject, until_disconnect
+from ownpath.server.vitals import Vitals
+
+Fold = chat.ChatFold | completions.CompletionFold
+
+
+@dataclass(frozen=True)
+class Telling:
+    """An answer on its way: its chunks, how they fold into one object, how usage is counted, and its headers."""
+
+    chunks: AsyncIterator[JsonObject]
+    fold: Fold
+    usage: Callable[[Generation], JsonObject]
+    headers: dict[str, str]
+
+    async def events(self, options: StreamOptions | None, generation: Generation) -> AsyncIterator[JsonObject]:
+        """Yields the chunks as clients expect them: usage only if asked for; in each chunk, or null but in the last."""
+        wants_usage = options is not None and options.include_usage
+        is_continuous = options is not None and options.continuous_usage_stats
+        async for event in self.chunks:
+            if not wants_usage and not event["choices"]:
+                continue
+            usage = event.get("usage") or (self.usage(generation) if is_continuous else None)
+            yield {**event, "usage": usage} if wants_usage else event
+
+    async def fold_all(self) -> None:
+        """Folds the chunks as they come."""
+        async for chunk in self.chunks:
+            self.fold.add(chunk)
 
 
 @dataclass(frozen=True)
 class Api:
     """The objects behind every endpoint.
 
-    created: when the model was loaded, in seconds since 1970.
+    model_id: the first served name. created: when the model was loaded, in seconds since 1970.
     release: the release whose ``reasoning_effort`` words the model knows.
+    request_timeout_s: from a request's prompt to the end of its answer.
     """
 
-    engine: Engine
+    vitals: Vitals
     tokenizer: Tokenizer
     model_id: str
     created: int
-    limits: Limits
+    bodies: BodyReader
     release: Release
     metrics: Metrics
+    request_timeout_s: float
+    policy: RequestPolicy
+    fingerprint: str
+    label_log: LabelLog
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that answers."""
+        return self.vitals.engine
 
     async def health(self, request: Request) -> Response:
         """``GET /health``: whether requests can still be run."""
-        alive = self.engine.is_alive
-        return JSONResponse({"status": "ok" if alive else "the engine has stopped"}, 200 if alive else 503)
+        return _status(self.vitals.health())
+
+    async def ready(self, request: Request) -> Response:
+        """``GET /ready``: whether requests should be sent here: the model passed its self-test, no end is near."""
+        return _status(self.vitals.readiness())
 
     async def prometheus(self, request: Request) -> Response:
-        """``GET /metrics``: counters since the start."""
-        return Response(self.metrics.render(), media_type=MEDIA_TYPE)
+        """``GET /metrics``: counters and durations since the start."""
+        return Response(self.metrics.render(self.engine.load()), media_type=MEDIA_TYPE)
 
     async def models(self, request: Request) -> Response:
         """``GET /v1/models``"""
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        served = (self.model_id, *self.policy.aliases)
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in served]})
 
     async def model(self, request: Request) -> Response:
         """``GET /v1/models/{id}``"""
-        self._check_model(request.path_params["model_id"])
-        return JSONResponse(self._model())
+        return JSONResponse(self._model(self._called(request.path_params["model_id"])))
 
     async def chat_completions(self, request: Request) -> Response:
         """``POST /v1/chat/completions``"""
-        asked = read_chat_request(await read_json_object(request, self.limits))
-        self._check_model(asked.model)
+        self._refuse_while_ending()
+        labels, adjustments = Labels(self.policy.refuses_labels), Adjustments(self.policy.refuses_excess)
+        asked = await self.bodies.read(request, lambda body: read_chat_request(body, labels))
+        source = self._source(asked)
         max_model_len = self.engine.config.max_model_len
         answer = self._chat_answer(asked)
         prompt = await chat_prompt(asked, self.tokenizer, max_model_len, self.release)
-        generation = Generation(self.engine, [prompt], [answer], self.metrics)
-        generation.submit(chat.sampling_params(asked, prompt, max_model_len))
-        chunks = chat.chat_chunks(asked, generation, self.tokenizer, self.model_id)
-        return await self._answer(request, asked, generation, chunks, chat.fold_chat)
+        level = effort_level(asked, self.release)
+        if asked.effort not in (None, "none", level):
+            adjustments.values["reasoning_effort"] = level
+        (max_tokens,) = adjustments.fit(*asked.wanted_tokens, [prompt], max_model_len)
+        generation = Generation(self.engine, [prompt], [answer], self.metrics, self.request_timeout_s)
+        generation.submit([chat.sampling_params(asked, max_tokens)])
+        chunks = chat.chat_chunks(asked, generation, self.tokenizer, source, level)
+        headers = self._headers(labels, adjustments)
+        return await self._answer(
+            request, asked, generation, Telling(chunks, chat.ChatFold(), chat.chat_usage, headers)
+        )
 
     async def completions(self, request: Request) -> Response:
         """``POST /v1/completions``"""
-        asked = read_completion_request(await read_json_object(request, self.limits))
-        self._check_model(asked.model)
+        self._refuse_while_ending()
+        labels, adjustments = Labels(self.policy.refuses_labels), Adjustments(self.policy.refuses_excess)
+        asked = await self.bodies.read(request, lambda body: read_completion_request(body, labels))
+        source = self._source(asked)
         max_model_len = self.engine.config.max_model_len
-        prompts = await completion_prompts(asked, self.tokenizer, max_model_len, self.limits.max_prompts)
+        prompts = await completion_prompts(asked, self.tokenizer, max_model_len, self.bodies.limits.max_prompts)
         answers = [Answer(self.tokenizer, asked.stop) for _ in prompts]
-        generation = Generation(self.engine, prompts, answers, self.metrics)
-        generation.submit(completions.sampling_params(asked, prompts, max_model_len))
-        chunks = completions.completion_chunks(asked, generation, self.tokenizer, self.model_id)
-        return await self._answer(request, asked, generation, chunks, completions.fold_completion)
+        limits = adjustments.fit(*asked.wanted_tokens, prompts, max_model_len)
+        generation = Generation(self.engine, prompts, answers, self.metrics, self.request_timeout_s)
+        generation.submit([completions.sampling_params(asked, max_tokens) for max_tokens in limits])
+        chunks = completions.completion_chunks(asked, generation, self.tokenizer, source)
+        told = Telling(chunks, completions.CompletionFold(), Generation.usage, self._headers(labels, adjustments))
+        return await self._answer(request, asked, generation, told)
 
     async def _answer(
-        self,
-        request: Request,
-        asked: ChatRequest | CompletionRequest,
-        generation: Generation,
-        chunks: AsyncIterator[JsonObject],
-        fold: Callable[[Iterable[JsonObject]], JsonObject],
+        self, request: Request, asked: ChatRequest | CompletionRequest, generation: Generation, telling: Telling
     ) -> Response:
         """Answers with the chunks as a stream, or folded; either way the generation ends when the client goes."""
         if asked.stream:
-            wants_usage = asked.stream_options is not None and asked.stream_options.include_usage
-            return EventStream(_stream_events(chunks, wants_usage), generation.close)
+            events = telling.events(asked.stream_options, generation)
+            return EventStream(events, generation.close, telling.headers)
         try:
-            return JSONResponse(fold(await until_disconnect(request.receive, _collect(chunks))))
+            await until_disconnect(request.receive, telling.fold_all())
+            return Response(await to_json(telling.fold.whole()), headers=telling.headers, media_type="application/json")
         finally:
             generation.close()
+
+    def _headers(self, labels: Labels, adjustments: Adjustments) -> dict[str, str]:
+        """Returns the headers that say what was done differently, and logs the labels that are new."""
+        self.label_log.tell(labels.names)
+        return labels.headers() | adjustments.headers()
 
     def _chat_answer(self, asked: ChatRequest) -> Answer:
         """Makes the parser for the parts that the request allows. Errors: ApiError 400."""
         parser = AnswerParser(asked.thinks, offers_tools=bool(asked.functions))
         try:
-            return Answer(self.tokenizer, asked.stop, parser)
+            return Answer(self.tokenizer, asked.stop, parser, None if asked.parallel_tool_calls else 1)
         except MissingMarkerError as error:
             raise missing_marker(error) from None
 
-    def _model(self) -> JsonObject:
+    def _model(self, name: str) -> JsonObject:
         return {
-            "id": self.model_id,
+            "id": name,
             "object": "model",
             "created": self.created,
             "owned_by": "ownpath",
             "max_model_len": self.engine.config.max_model_len,
         }
 
-    def _check_model(self, model_id: str | None) -> None:
-        if model_id is not None and model_id != self.model_id:
-            message = f"there is no model {shorten(model_id)} here; this server has {self.model_id!r}"
+    def _refuse_while_ending(self) -> None:
+        """Refuses new work while the server ends. Errors: ApiError 503."""
+        if self.vitals.is_draining:
+            raise unavailable("the server is shutting down")
+
+    def _source(self, asked: ChatRequest | CompletionRequest) -> AnswerSource:
+        """Returns who answers, under the name that was asked for. Errors: ApiError 404."""
+        return AnswerSource(self._called(self.model_id if asked.model is None else asked.model), self.fingerprint)
+
+    def _called(self, name: str) -> str:
+        if name not in (self.model_id, *self.policy.aliases, *self.policy.paths):
+            message = f"there is no model {shorten(name)} here; this server has {self.model_id!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
+        return name
 
 
-async def _collect(events: AsyncIterator[JsonObject]) -> list[JsonObject]:
-    return [event async for event in events]
-
-
-async def _stream_events(events: AsyncIterator[JsonObject], wants_usage: bool) -> AsyncIterator[JsonObject]:
-    """Yields the chunks as clients expect them: usage only if asked for, and then a null in every other chunk."""
-    async for event in events:
-        if not wants_usage and not event["choices"]:
-            continue
-        yield {**event, "usage": event.get("usage")} if wants_usage else event
+def _status(problem: str | None) -> Response:
+    return JSONResponse({"status": problem or "ok"}, 200 if problem is None else 503)

@@ -1,14 +1,14 @@
 """Streamed answers, and their end when the client disconnects."""
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ownpath.server.errors import ApiError, ClientGone
+from ownpath.server.json_text import to_json
 
 Result = TypeVar("Result")
 
@@ -44,8 +44,10 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[JsonObject], on_end: Callable[[], None]) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    def __init__(
+        self, events: AsyncIterator[JsonObject], on_end: Callable[[], None], headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
         del self.headers["content-length"]
         self._events, self._on_end = events, on_end
 
@@ -61,12 +63,12 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             async for event in self._events:
-                await _send_data(send, json.dumps(event, ensure_ascii=False, separators=(",", ":")))
-            await _send_data(send, "[DONE]")
+                await _send_data(send, await to_json(event))
+            await _send_data(send, b"[DONE]")
         except ApiError as error:
-            await _send_data(send, json.dumps(error.body(), ensure_ascii=False))
+            await _send_data(send, await to_json(error.body()))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _send_data(send: Send, data: str) -> None:
-    await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+async def _send_data(send: Send, data: bytes) -> None:
+    await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})

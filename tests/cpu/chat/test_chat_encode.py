@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ownpath.chat.effort import RELEASES, find_release
 from ownpath.chat.encode import Setting, encode_messages
+from ownpath.chat.levels import LEVEL_OF_WORD, level_for
 from ownpath.chat.markers import BOS, EOS, SPECIALS, Segment, Special
 from ownpath.chat.messages import ChatFormatError, Message, ToolCall
 from ownpath.chat.tokenizer import Tokenizer
@@ -72,7 +73,7 @@ def test_prompt_ids_are_those_of_the_published_tokenizer() -> None:
     assert tokenizer.encode_segments(segments) == case["ids"]
 
 
-@pytest.mark.parametrize("role", ["developer", "", "User", "function"])
+@pytest.mark.parametrize("role", ["Developer", "", "User", "function"])
 def test_other_roles_are_refused_by_position(role: str) -> None:
     with pytest.raises(ChatFormatError, match=r"messages\[1\]"):
         encode_messages([Message("user", "a"), Message(role, "b")])
@@ -126,11 +127,8 @@ CALLS = (ToolCall("f", "{}", "a"), ToolCall("g", "{}", "b"))
     [
         ([Message("tool", "x")], "names no call"),
         ([Message("assistant", "", tool_calls=CALLS), Message("tool", "x", tool_call_id="c")], "'c' names no call"),
-        (
-            [Message("assistant", "", tool_calls=CALLS), Message("assistant", "x"), Message("tool", "x", "", (), "a")],
-            "names no call",
-        ),
         ([Message("latest_reminder", "x")], "before a user's message"),
+        ([Message("developer", "x"), Message("latest_reminder", "x")], "before a user's message"),
         ([Message("user", "x", tool_calls=CALLS)], "only an assistant's"),
         ([Message("user", "x", task="sing")], "'sing' is none of action"),
         ([Message("user", "x", task="title")], "role 'assistant'"),
@@ -144,21 +142,113 @@ def test_messages_in_the_wrong_place_are_refused_by_position(wrong: list[Message
         encode_messages([Message("user", "a"), *wrong])
 
 
+DEEP = '{"a": ' + "[" * 100_000
+HALF_PAIR = r'{"a": "\ud800"}'
+
+
+def written(arguments: str) -> str:
+    """Returns how a call with these arguments is written, between its tags."""
+    call = ToolCall("f", arguments, "a")
+    segments = encode_messages([Message("user", "a"), Message("assistant", "", tool_calls=(call,))])
+    opening, end = '<｜DSML｜invoke name="f">\n', "\n</｜DSML｜invoke>"
+    return spelled(segments).split(opening)[1].split(end)[0]
+
+
+def parameter(kind: str, value: str, name: str = "arguments") -> str:
+    return f'<｜DSML｜parameter name="{name}" string="{kind}">{value}</｜DSML｜parameter>'
+
+
 @pytest.mark.parametrize(
-    ("call", "match"),
+    "text", ['{"city": "Ro', "", " ", "{", '{"a": NaN}', '{"a": 1e999}', DEEP, HALF_PAIR, "not JSON"]
+)
+def test_arguments_that_are_no_json_are_one_parameter_as_they_are(text: str) -> None:
+    """The reference encoder's rule for what it cannot parse."""
+    assert written(text) == parameter("true", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "value"),
     [
-        (ToolCall("f", "not JSON"), "'f' are not JSON"),
-        (ToolCall("f", '{"a": NaN}'), "'f' are not JSON"),
-        (ToolCall("f", '{"a": 1e999}'), "'f' are not JSON"),
-        (ToolCall("f", '{"a": ' + "[" * 100_000), "'f' are not JSON"),
-        (ToolCall("f", "[]"), "must be a JSON object"),
-        (ToolCall('f"', "{}"), "quotation mark"),
-        (ToolCall("f", r'{"a\"b": 1}'), "quotation mark"),
+        ("[]", "false", "[]"),
+        ('[1,"é"]', "false", '[1, "é"]'),
+        ("null", "false", "null"),
+        ("1", "false", "1"),
+        ("true", "false", "true"),
+        ('"Rome"', "true", "Rome"),
     ],
 )
-def test_calls_that_cannot_be_written_are_refused(call: ToolCall, match: str) -> None:
-    with pytest.raises(ChatFormatError, match=match):
-        encode_messages([Message("user", "a"), Message("assistant", "", tool_calls=(call,))])
+def test_arguments_that_are_no_object_are_one_parameter(text: str, kind: str, value: str) -> None:
+    assert written(text) == parameter(kind, value)
+
+
+def test_a_quotation_mark_in_an_earlier_call_is_written_as_it_is() -> None:
+    assert written(r'{"a\"b": 1}') == parameter("false", "1", 'a"b')
+    call = ToolCall('f"', "{}", "a")
+    segments = encode_messages([Message("user", "a"), Message("assistant", "", tool_calls=(call,))])
+    assert '<｜DSML｜invoke name="f"">' in spelled(segments)
+
+
+def test_broken_arguments_open_no_tag() -> None:
+    """They are text, whatever they spell."""
+    calls = (ToolCall("f", "</｜DSML｜parameter></｜DSML｜invoke>", "a"),)
+    segments = encode_messages([Message("user", "a"), Message("assistant", "", tool_calls=calls)])
+    plain = encode_messages([Message("user", "a"), Message("assistant", "", tool_calls=(ToolCall("f", "x", "a"),))])
+    assert [s for s in segments if isinstance(s, Special)] == [s for s in plain if isinstance(s, Special)]
+
+
+def test_results_may_answer_any_earlier_call() -> None:
+    """Some clients send one answer for each call; the reference encoder does not mind."""
+    f, g = ToolCall("f", "{}", "a"), ToolCall("g", "{}", "b")
+    messages = [
+        Message("user", "U"),
+        Message("assistant", "", tool_calls=(f,)),
+        Message("assistant", "", tool_calls=(g,)),
+        Message("tool", "2", tool_call_id="b"),
+        Message("tool", "1", tool_call_id="a"),
+    ]
+    results = "<｜User｜><tool_result>1</tool_result>\n\n<tool_result>2</tool_result><｜Assistant｜></think>"
+    assert spelled(encode_messages(messages)).endswith(results)
+
+
+def test_an_id_used_again_means_the_newest_call() -> None:
+    messages = [
+        Message("user", "U"),
+        Message("assistant", "", tool_calls=(ToolCall("f", "{}", "a"),)),
+        Message("tool", "0", tool_call_id="a"),
+        Message("assistant", "", tool_calls=(ToolCall("f", "{}", "b"), ToolCall("f", "{}", "a"))),
+        Message("tool", "2", tool_call_id="a"),
+        Message("tool", "1", tool_call_id="b"),
+    ]
+    assert "<tool_result>1</tool_result>\n\n<tool_result>2</tool_result>" in spelled(encode_messages(messages))
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_a_developer_has_a_turn_of_his_own(thinking: bool) -> None:
+    """Written by hand from the reference encoder's rule; it also ends the reach of reasoning, as a user's turn does."""
+    opening = "<think>" if thinking else "</think>"
+    messages = [Message("developer", "D"), Message("user", "U"), Message("user", "V")]
+    prompt = spelled(encode_messages(messages, Setting(thinking)))
+    assert prompt == f"{BOS}<｜User｜>D<｜User｜>U\n\nV<｜Assistant｜>{opening}"
+    messages = [Message("user", "U"), Message("assistant", "A", "R"), Message("developer", "D")]
+    prompt = spelled(encode_messages(messages, Setting(thinking)))
+    assert prompt == f"{BOS}<｜User｜>U<｜Assistant｜></think>A{EOS}<｜User｜>D<｜Assistant｜>{opening}"
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_every_word_runs_a_level_of_the_release(release: str) -> None:
+    """The table of DeepSeek's API; the first release has no low, and high is next to it."""
+    low = "high" if release == "v4" else "low"
+    words = {
+        "minimal": low,
+        "low": low,
+        "medium": "high",
+        "high": "high",
+        "xhigh": "high",
+        "max": "max",
+        "ultra": "max",
+    }
+    assert {word: level_for(word, release) for word in LEVEL_OF_WORD} == words
+    assert RELEASES[release][level_for(None, release)] == ""
 
 
 @pytest.mark.parametrize("marker", SPECIALS)
@@ -183,7 +273,7 @@ TEXTS = st.sampled_from(["", "x", EOS, "<｜DSML｜tool_calls>", "</think>"])
 MESSAGES = st.lists(
     st.builds(
         Message,
-        st.sampled_from(["system", "user", "assistant", "tool", "latest_reminder"]),
+        st.sampled_from(["system", "developer", "user", "assistant", "tool", "latest_reminder"]),
         TEXTS,
         TEXTS,
         st.lists(st.builds(ToolCall, TEXTS, st.just('{"a": 1}'), st.sampled_from("ab")), max_size=2).map(tuple),

@@ -4,7 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
@@ -18,7 +18,15 @@ from ownpath.chat.encode import Setting, encode_messages
 from ownpath.chat.markers import DSML, EOS, THINK_END, Segment, Special, join_text, segments_of
 from ownpath.chat.messages import Message, ToolCall
 from ownpath.chat.parse import AnswerParser
-from ownpath.chat.parts import AnswerPart, Content, MalformedMarkup, Reasoning, ToolCallArguments, ToolCallStart
+from ownpath.chat.parts import (
+    AnswerPart,
+    CallInReasoning,
+    Content,
+    MalformedMarkup,
+    Reasoning,
+    ToolCallArguments,
+    ToolCallStart,
+)
 
 
 @dataclass
@@ -30,6 +38,7 @@ class Read:
     calls: list[list[str]] = field(default_factory=list)
     malformed: str = ""
     asks_for_tools: bool = False
+    is_early: bool = False
 
     def add(self, part: AnswerPart) -> None:
         match part:
@@ -46,6 +55,9 @@ class Read:
             case MalformedMarkup(reason):
                 assert self.malformed == "", "an answer breaks once"
                 self.malformed = reason
+            case CallInReasoning():
+                assert not self.is_early, "an answer is marked once"
+                self.is_early = True
 
 
 def read(events: Sequence[Segment], thinks: bool = False, offers_tools: bool = True) -> Read:
@@ -218,6 +230,63 @@ def test_what_breaks_is_content_and_marked(name: str) -> None:
 def test_reasoning_ends_at_its_marker(text: str, expected: Read) -> None:
     assert read(segments_of(text), thinks=True) == expected
     assert read(characters(segments_of(text)), thinks=True) == expected
+
+
+EARLY: dict[str, tuple[str, Read]] = {
+    "nothing behind it": ("R" + block(F), Read("R", "", [["f", "{}"]], "", True, True)),
+    "nothing before it": (block(G), Read("", "", [["g", '{"a": 1}']], "", True, True)),
+    "more reasoning": ("R" + block(F) + "\nS</think>A", Read("R\nS", "A", [["f", "{}"]], "", True, True)),
+    "two blocks": ("R" + block(F) + "S" + block(G), Read("RS", "", [["f", "{}"], ["g", '{"a": 1}']], "", True, True)),
+    "a block on either side": (
+        "R" + block(F) + "</think>A" + block(G),
+        Read("R", "A", [["f", "{}"], ["g", '{"a": 1}']], "", True, True),
+    ),
+    "no end of the block": (
+        ("R" + block(F)).removesuffix("</｜DSML｜tool_calls>"),
+        Read("R\n", "", [["f", "{}"]], "ends inside", True, True),
+    ),
+    "the end of reasoning inside the block": (
+        "R" + OPENED + "</think>A",
+        Read("R" + OPENED, "A", [["f", ""]], "ends inside", False, True),
+    ),
+    "the end of reasoning inside a value": (
+        "R" + block(invoke("f", parameter("a", "true", "x</think>y"))),
+        Read("R", "", [["f", '{"a": "x</think>y"}']], "", True, True),
+    ),
+    "a call that breaks": (
+        "R" + block(F + '<｜DSML｜invoke name="g">x') + "S</think>A" + block(F),
+        Read(
+            'R\n<｜DSML｜invoke name="g">x</｜DSML｜tool_calls>S',
+            "A",
+            [["f", "{}"], ["g", ""], ["f", "{}"]],
+            "between the tags",
+            False,
+            True,
+        ),
+    ),
+    "markup that is only mentioned": (
+        "I write <｜DSML｜invoke> in <｜DSML｜tool_calls>.</think>A",
+        Read("I write <｜DSML｜invoke> in <｜DSML｜tool_calls>.", "A"),
+    ),
+    "a half tag at the end": ("R\n\n<", Read("R\n\n<")),
+    "a block that has only begun": ("R\n\n<｜DSML｜tool_calls>\n", Read("R\n\n<｜DSML｜tool_calls>\n")),
+}
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_calls_in_open_reasoning_are_calls(name: str) -> None:
+    """And nothing that was written is lost: what is no call stays where it was."""
+    text, expected = EARLY[name]
+    found = read(segments_of(text), thinks=True)
+    assert expected.malformed in found.malformed
+    assert bool(expected.malformed) == bool(found.malformed)
+    assert replace(found, malformed=expected.malformed) == expected
+    assert read(characters(segments_of(text)), thinks=True) == found
+
+
+def test_without_tools_markup_in_reasoning_is_reasoning() -> None:
+    text = "R" + block(F)
+    assert read(segments_of(text), thinks=True, offers_tools=False) == Read(text)
 
 
 def test_markers_that_nobody_asked_for_are_content() -> None:
@@ -409,6 +478,9 @@ def num_steps(events: Sequence[Segment], thinks: bool) -> int:
 
 GROWING: dict[str, Any] = {
     "reasoning": lambda n: "x" * n,
+    "mentions of markup": lambda n: "<｜DSML｜tool_calls>x" * n,
+    "calls in reasoning": lambda n: block(F) * (n // 6),
+    "half tags in reasoning": lambda n: "<" * n,
     "line breaks": lambda n: "</think>" + "\n" * n,
     "openings": lambda n: "</think>" + "<" * n,
     "a value": lambda n: "</think>" + OPENED + '<｜DSML｜parameter name="a" string="true">' + "x" * n,

@@ -81,11 +81,11 @@ def test_what_is_submitted_together_starts_together() -> None:
     model = random_model()
     with running(model) as engine:
         for _ in range(30):
-            asked = [Asked([3], SamplingParams(1)) for _ in range(4)]
+            asked = [Asked([3], SamplingParams(1)) for _ in range(3)]
             engine.submit([one.request for one in asked])
             for one in asked:
                 one.all()
-    assert model.step_sizes == [[1, 1, 1, 1]] * 30
+    assert model.step_sizes == [[1, 1, 1]] * 30
 
 
 def test_eos_ends_with_stop_and_is_reported() -> None:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ownpath.engine.request import Request, SamplingParams
-from ownpath.engine.scheduler import ScheduledChunk, Scheduler
+from ownpath.engine.scheduler import ScheduledChunk, Scheduler, share_tokens
 
 
 def make_request(num_prompt: int, max_tokens: int = 4) -> Request:
@@ -31,12 +31,57 @@ def test_the_worked_example() -> None:
     a, b, c = make_request(6), make_request(3), make_request(1)
     for request in (a, b, c):
         scheduler.add(request)
-    assert run_step(scheduler) == [(a, 4)]
     assert run_step(scheduler) == [(a, 2), (b, 2)]
+    assert run_step(scheduler) == [(a, 3), (b, 1)]
+    assert run_step(scheduler) == [(b, 1), (a, 1)]
     assert run_step(scheduler) == [(a, 1), (b, 1)]
     assert run_step(scheduler) == [(a, 1), (b, 1)]
-    assert run_step(scheduler) == [(a, 1), (b, 1)]
-    assert run_step(scheduler) == [(b, 1), (c, 1)], "a has its four tokens; c takes its place at once"
+    assert run_step(scheduler) == [(a, 1), (c, 1)], "b has its four tokens; c takes its place at once"
+
+
+def test_a_party_leaves_a_sequence_to_others() -> None:
+    """A body of many prompts, and one prompt that comes while they run: it begins at once."""
+    scheduler = Scheduler(max_num_seqs=8, max_prefill_tokens=64)
+    many = [make_request(4, max_tokens=1000) for _ in range(20)]
+    scheduler.add(*many)
+    assert [request for request, _ in run_step(scheduler)] == many[:6]
+    assert scheduler.num_waiting == 14
+    one = make_request(4)
+    scheduler.add(one)
+    assert (one, 4) in run_step(scheduler)
+    assert many[6] not in scheduler.running
+
+
+def test_a_free_sequence_goes_to_the_party_with_the_fewest() -> None:
+    scheduler = Scheduler(max_num_seqs=4, max_prefill_tokens=64)
+    many = [make_request(1, max_tokens=2 + n) for n in range(8)]
+    scheduler.add(*many)
+    run_step(scheduler)
+    scheduler.add(*(others := [make_request(1, max_tokens=100) for _ in range(3)]))
+    for _ in range(4):
+        run_step(scheduler)
+    assert [request for request in scheduler.running if request in others] == others[:2]
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
+    scheduler = Scheduler(max_num_seqs=4, max_prefill_tokens=64)
+    long, short = make_request(10_000), make_request(30)
+    scheduler.add(long)
+    run_step(scheduler)
+    scheduler.add(short)
+    assert run_step(scheduler) == [(long, 34), (short, 30)]
+    assert not short.is_prefilling
+
+
+@given(st.integers(1, 100), st.lists(st.integers(1, 60), max_size=8))
+def test_the_prefill_limit_is_shared_whole_and_fairly(limit: int, wanted: list[int]) -> None:
+    shares = share_tokens(limit, wanted)
+    assert sum(shares) == min(limit, sum(wanted))
+    assert all(0 <= share <= want for share, want in zip(shares, wanted, strict=True))
+    if wanted:
+        assert shares[0] >= min(wanted[0], limit // 2)
+    least = limit // 2 // max(len(wanted) - 1, 1)
+    assert all(share >= min(want, least) for share, want in zip(shares[1:], wanted[1:], strict=True))
 
 
 def test_decoding_never_waits_for_a_newcomer() -> None:

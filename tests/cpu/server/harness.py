@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import torch
 from cpu.chat.small_tokenizer import NUM_TOKENS, small_tokenizer
 from cpu.engine.fake_model import FakeModel, random_rule, script_rule
 from starlette.applications import Starlette
@@ -20,10 +22,14 @@ from ownpath.chat.messages import Message
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.config import EngineConfig
 from ownpath.engine.engine import Engine
-from ownpath.server.app import create_app
+from ownpath.model.batch import ForwardBatch
+from ownpath.server.app import Rules, create_app
 from ownpath.server.body import Limits
+from ownpath.server.connection import ConnectionLimits
 from ownpath.server.listen import take_port
-from ownpath.server.run import make_server
+from ownpath.server.policy import RequestPolicy
+from ownpath.server.run import ServerSettings, make_server
+from ownpath.server.vitals import Vitals
 
 MODEL_ID = "tiny"
 VOCAB = NUM_TOKENS + 7
@@ -41,6 +47,7 @@ class Harness:
     engine: Engine
     model: Any
     tokenizer: Tokenizer
+    vitals: Vitals
 
     def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
         """One request in process."""
@@ -76,6 +83,18 @@ class Harness:
         return eventually(lambda: self.engine.num_open == 0)
 
 
+class Gated(FakeModel):
+    """Runs one step for each permit."""
+
+    def __init__(self) -> None:
+        super().__init__(random_rule(VOCAB), VOCAB, MAX_MODEL_LEN)
+        self.permits = threading.Semaphore(0)
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        assert self.permits.acquire(timeout=WAIT_S)
+        return super().forward(batch)
+
+
 def answer(response: httpx.Response) -> dict[str, Any]:
     assert response.status_code == 200, response.text
     body: dict[str, Any] = response.json()
@@ -88,7 +107,8 @@ def error(response: httpx.Response, status: int) -> dict[str, Any]:
     body = response.json()
     assert list(body) == ["error"]
     assert list(body["error"]) == ["message", "type", "param", "code"]
-    assert body["error"]["type"] == ("invalid_request_error" if status < 500 else "server_error")
+    refusal = "rate_limit_error" if status == 429 else "invalid_request_error"
+    assert body["error"]["type"] == (refusal if status < 500 else "server_error")
     assert len(response.content) < 1500
     for leak in ("Traceback", ".py", "/home", "/root", "/tmp", "/usr", "0x"):
         assert leak not in body["error"]["message"]
@@ -114,6 +134,9 @@ def harness(
     device: str = "cpu",
     max_model_len: int = MAX_MODEL_LEN,
     release: str = "v4",
+    rules: Rules | None = None,
+    step_timeout_s: float = 60.0,
+    policy: RequestPolicy | None = None,
 ) -> Iterator[Harness]:
     """Default model: reproducible random logits that never end an answer by themselves."""
     model = model or FakeModel(random_rule(VOCAB), VOCAB, max_model_len)
@@ -121,9 +144,10 @@ def harness(
     engine = Engine(model, config, tokenizer.num_tokens, max_num_queued)
     engine.start()
     try:
-        yield Harness(
-            create_app(engine, tokenizer, MODEL_ID, limits, Release(release, "test")), engine, model, tokenizer
-        )
+        vitals = Vitals(engine, step_timeout_s)
+        rules = rules or Rules(limits or Limits())
+        app = create_app(vitals, tokenizer, MODEL_ID, rules, Release(release, "test"), policy=policy)
+        yield Harness(app, engine, model, tokenizer, vitals)
     finally:
         engine.stop()
 
@@ -139,15 +163,22 @@ def saying(text: str, prompt_ids: list[int]) -> FakeModel:
 
 
 @contextlib.contextmanager
-def listening(served: Harness, drain_s: float = 0.5) -> Iterator[str]:
+def listening(
+    served: Harness,
+    drain_s: float = 0.5,
+    connections: ConnectionLimits | None = None,
+    tls: ssl.SSLContext | None = None,
+) -> Iterator[str]:
     """The application behind uvicorn on a free loopback port; yields its base URL."""
-    server = make_server(served.app, served.engine, MODEL_ID, drain_s)
-    thread = threading.Thread(target=server.run, args=([take_port("127.0.0.1", 0)],))
+    settings = ServerSettings(connections or ConnectionLimits(), tls, drain_s, farewell_s=WAIT_S)
+    server = make_server(served.app, served.vitals, MODEL_ID, settings)
+    listener = take_port("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
         assert eventually(lambda: server.started or not thread.is_alive())
         assert server.started
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield f"http{'' if tls is None else 's'}://127.0.0.1:{server.addresses[0][1]}"
     finally:
         server.should_exit = True
         thread.join(WAIT_S)

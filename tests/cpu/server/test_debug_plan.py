@@ -28,6 +28,7 @@ from ownpath.server.admin_key import require_admin_key
 from ownpath.server.app import create_app
 from ownpath.server.body import Limits
 from ownpath.server.debug import DebugPlan
+from ownpath.server.vitals import Vitals
 from ownpath.trace import Ledger
 
 KEY = "a-key-that-nobody-guesses"
@@ -52,10 +53,11 @@ def opened(ledger: Ledger) -> Iterator[Harness]:
     with harness() as served:
         debug = DebugPlan(KEY, FACTS, ledger, Limits())
         yield Harness(
-            create_app(served.engine, served.tokenizer, MODEL_ID, debug=debug),
+            create_app(served.vitals, served.tokenizer, MODEL_ID, debug=debug),
             served.engine,
             served.model,
             served.tokenizer,
+            served.vitals,
         )
 
 
@@ -187,7 +189,8 @@ def test_a_real_model_tells_its_own_plan(tmp_path: Path) -> None:
     engine.start()
     try:
         debug = DebugPlan(KEY, FACTS | {"plan": plan_dict(plan)}, model.ledger, Limits())
-        served = Harness(create_app(engine, tokenizer, "v4", debug=debug), engine, model, tokenizer)
+        vitals = Vitals(engine)
+        served = Harness(create_app(vitals, tokenizer, "v4", debug=debug), engine, model, tokenizer, vitals)
         served.chat(messages=HELLO, max_tokens=2)
         body = answer(served.ask("GET", PATH, headers=AS_ADMIN))
         assert {entry["slot"]: (entry["runner"], entry["kernel"]) for entry in body["ran"]} == plan.slots
@@ -213,7 +216,7 @@ def test_serve_takes_the_key(spelled: str, tmp_path: Path) -> None:
         url = next(found[1] for line in lines if (found := re.search(r"(http://127\.0\.0\.1:\d+)/v1", line)))
         assert httpx.get(url + PATH).status_code == 401
         body = httpx.get(url + PATH, headers=AS_ADMIN, timeout=30).json()
-        assert list(body) == ["schema", "recording", "ran", "model", "versions", "device", "plan"]
+        assert list(body) == ["schema", "recording", "ran", "model", "versions", "device", "plan", "release"]
         assert body["model"] == "v4"
         assert body["versions"]["torch"] == torch.__version__
         assert body["device"] == {"type": "cpu", "name": "CPU", "sm": None}

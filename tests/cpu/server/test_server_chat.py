@@ -39,6 +39,7 @@ def test_an_answer_has_openais_shape(served: Harness) -> None:
         "prompt_tokens": num_prompt,
         "completion_tokens": 5,
         "total_tokens": num_prompt + 5,
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
     history = chat_ids("hello")
     for token_id in ids:
@@ -48,8 +49,9 @@ def test_an_answer_has_openais_shape(served: Harness) -> None:
     assert choice["message"]["role"] == "assistant"
     data = b"".join(TOKENIZER.token_bytes(i) for i in ids if not TOKENIZER.is_hidden(i))
     assert data.decode("utf-8", "replace").startswith(choice["message"]["content"])
-    assert set(answer) == {"id", "object", "created", "model", "choices", "usage", "prompt_token_ids"}
-    assert set(choice) == {"index", "message", "logprobs", "finish_reason", "token_ids"}
+    own = {"system_fingerprint", "prompt_token_ids"}
+    assert set(answer) == {"id", "object", "created", "model", "choices", "usage"} | own
+    assert set(choice) == {"index", "message", "logprobs", "finish_reason", "stop_reason", "token_ids"}
 
 
 def test_token_ids_come_only_on_request(served: Harness) -> None:
@@ -208,16 +210,14 @@ def test_without_a_limit_the_answer_fills_the_context(served: Harness) -> None:
     assert answer["choices"][0]["finish_reason"] == "length"
 
 
-def test_what_does_not_fit_is_refused_with_the_numbers(served: Harness) -> None:
-    num_prompt = len(chat_ids("hello"))
-    found = error(served.post(PATH, messages=HELLO, max_tokens=MAX_MODEL_LEN), 400)
-    assert found["code"] == "context_length_exceeded"
-    assert f"{num_prompt} prompt tokens and {MAX_MODEL_LEN} tokens" in found["message"]
+def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(served: Harness) -> None:
     long = [{"role": "user", "content": "x" * MAX_MODEL_LEN}]
     found = error(served.post(PATH, messages=long), 400)
+    assert found["code"] == "context_length_exceeded"
     assert f"{MAX_MODEL_LEN + 4} prompt tokens exceed the maximum context of {MAX_MODEL_LEN}" in found["message"]
     full = [{"role": "user", "content": "x" * (MAX_MODEL_LEN - 4)}]
-    assert str(MAX_MODEL_LEN) in error(served.post(PATH, messages=full), 400)["message"]
+    for limit in ({}, {"max_tokens": 5}, {"max_tokens": -1}):
+        assert str(MAX_MODEL_LEN) in error(served.post(PATH, messages=full, **limit), 400)["message"]
     assert (
         served.chat(messages=[{"role": "user", "content": "x" * (MAX_MODEL_LEN - 5)}])["usage"]["completion_tokens"]
         == 1

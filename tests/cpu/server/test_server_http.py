@@ -30,7 +30,7 @@ def test_health_follows_the_engine() -> None:
         assert own.ask("GET", "/health").status_code == 200
         own.engine.stop()
         assert own.ask("GET", "/health").status_code == 503
-        assert error(own.post(PATHS[0], messages=HELLO), 503)["code"] == "overloaded"
+        assert error(own.post(PATHS[0], messages=HELLO), 503)["code"] == "unavailable"
 
 
 def test_models(served: Harness) -> None:
@@ -148,7 +148,7 @@ def test_a_full_queue_says_when_to_come_back() -> None:
     """Three prompts are one request: all are taken or none."""
     with harness(max_num_queued=0) as own:
         response = own.post(PATHS[1], prompt=["a"] * 9)
-        assert error(response, 503)["code"] == "overloaded"
+        assert error(response, 429)["code"] == "overloaded"
         assert int(response.headers["retry-after"]) >= 1
         assert own.engine.num_open == 0
         assert len(own.complete(prompt=["a"] * 8)["choices"]) == 8

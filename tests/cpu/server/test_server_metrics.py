@@ -1,6 +1,7 @@
 """``/metrics``, and the reason that every empty content carries."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -8,7 +9,19 @@ import pytest
 import torch
 from cpu.chat.small_tokenizer import FIRST_BYTE_ID, THINK_END_ID
 from cpu.engine.fake_model import EOS_ID, FakeModel, random_rule, script_rule
-from cpu.server.harness import HELLO, MAX_MODEL_LEN, TOKENIZER, VOCAB, Harness, error, harness
+from cpu.server.harness import (
+    HELLO,
+    MAX_MODEL_LEN,
+    TOKENIZER,
+    VOCAB,
+    WAIT_S,
+    Gated,
+    Harness,
+    chat_ids,
+    error,
+    eventually,
+    harness,
+)
 
 from ownpath.server.empty_content import EmptyContent
 
@@ -17,27 +30,45 @@ USER_ID = 2
 ROOM_FOR_TOOLS = 2048
 THINKING = {"thinking": {"type": "enabled"}}
 TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
-SERIES = re.compile(r'ownpath_(\w+)_total(?:\{\w+="(\w+)"\})? (\d+)')
+COUNTED = ("requests", "corrupted_requests", "empty_contents", "generation_tokens")
 
 
 def counters(served: Harness) -> dict[str, int]:
-    """The page's series that are not 0; checks its form."""
+    """The page's counters of answers and generated tokens that are not 0; checks its form."""
+    found = {}
+    for series, value in page(served).items():
+        name, label = re.fullmatch(r'ownpath_(\w+)_total(?:\{\w+="(\w+)"\})?|.*', series).groups()  # type: ignore[union-attr]
+        if name in COUNTED:
+            found[f"{name} {label}" if label else name] = int(value)
+    assert {f"empty_contents {reason.value}" for reason in EmptyContent} <= set(found)
+    return {name: value for name, value in found.items() if value}
+
+
+def page(served: Harness) -> dict[str, float]:
+    """The page's series and their values; checks that each is declared with its type before it comes."""
     response = served.ask("GET", "/metrics")
     assert response.status_code == 200
     assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     assert response.text.endswith("\n")
-    found, declared = {}, set()
+    found, declared, helped = {}, {}, set()
     for line in response.text.splitlines():
-        if line.startswith("#"):
-            kind, name, text = re.fullmatch(r"# (HELP|TYPE) ownpath_(\w+)_total (.+)", line).groups()  # type: ignore[union-attr]
-            assert kind == "HELP" or text == "counter"
-            declared.add((kind, name))
+        if line.startswith("# HELP "):
+            helped.add(line.split()[2])
+        elif line.startswith("# TYPE "):
+            _, _, name, kind = line.split()
+            declared[name] = kind
         else:
-            name, label, value = SERIES.fullmatch(line).groups()  # type: ignore[union-attr]
-            assert {("HELP", name), ("TYPE", name)} <= declared
-            found[f"{name} {label}" if label else name] = int(value)
-    assert {f"empty_contents {reason.value}" for reason in EmptyContent} <= set(found)
-    return {name: value for name, value in found.items() if value}
+            series, value = line.rsplit(" ", 1)
+            family = series.partition("{")[0]
+            if family not in declared:
+                family = re.sub("_(bucket|sum|count)$", "", family)
+                assert declared[family] == "histogram"
+            assert declared[family] in ("counter", "gauge", "histogram")
+            assert (declared[family] == "counter") == family.endswith("_total")
+            assert family in helped
+            assert series not in found
+            found[series] = float(value)
+    return found
 
 
 def writing(ids: list[int], prompt_ids: list[int]) -> AbstractContextManager[Harness]:
@@ -115,7 +146,7 @@ def test_content_has_no_reason(served: Harness) -> None:
     assert "empty_content" not in scored, "nothing was to be generated"
     after = counters(served)
     assert after["requests length"] == before.get("requests length", 0) + 2
-    assert after["generated_tokens"] == before.get("generated_tokens", 0) + 5
+    assert after["generation_tokens"] == before.get("generation_tokens", 0) + 5
     assert not any(name.startswith("empty_contents") for name in after)
 
 
@@ -137,7 +168,7 @@ def test_logits_that_are_not_finite_end_their_request_and_are_counted(is_stream:
     with harness(poisoned()) as served:
         response = served.post(COMPLETIONS, prompt=[20, POISON_ID, 21], max_tokens=4, stream=is_stream)
         if is_stream:
-            assert '"code": "non_finite_logits"' in response.text
+            assert '"code":"non_finite_logits"' in response.text
             assert "[DONE]" not in response.text
         else:
             assert error(response, 500)["code"] == "non_finite_logits"
@@ -147,7 +178,7 @@ def test_logits_that_are_not_finite_end_their_request_and_are_counted(is_stream:
             "requests error": 1,
             "corrupted_requests": 1,
             "requests length": 1,
-            "generated_tokens": 4,
+            "generation_tokens": 4,
         }
         assert served.settled()
 
@@ -155,8 +186,8 @@ def test_logits_that_are_not_finite_end_their_request_and_are_counted(is_stream:
 def test_every_prompt_of_a_request_is_counted() -> None:
     """One prompt fails, which fails the whole request: nobody waits for the other one."""
     with harness(poisoned()) as served:
-        served.complete(prompt=[[20, 21], [22, 23]], max_tokens=3)
-        assert counters(served) == {"requests length": 2, "generated_tokens": 6}
+        served.complete(prompt=[[20, 21], [22, 23]], max_tokens=3, seed=1)
+        assert counters(served) == {"requests length": 2, "generation_tokens": 6}
         error(served.post(COMPLETIONS, prompt=[[20, POISON_ID], [22, 23]], max_tokens=200), 500)
         found = counters(served)
         assert (found["requests error"], found["requests abandoned"]) == (1, 1)
@@ -167,4 +198,46 @@ def test_eos_is_a_generated_token() -> None:
     with writing(ids_of("a"), [20, 21]) as served:
         answer = served.complete(prompt=[20, 21], return_token_ids=True)
         assert answer["choices"][0]["token_ids"] == [*ids_of("a"), EOS_ID]
-        assert counters(served) == {"requests stop": 1, "generated_tokens": 2}
+        assert counters(served) == {"requests stop": 1, "generation_tokens": 2}
+
+
+def test_durations_and_http_answers_have_the_fields_names(served: Harness) -> None:
+    """vLLM's names, behind ownpath's prefix."""
+    before = page(served)
+    served.chat(max_tokens=5)
+    error(served.post(COMPLETIONS), 400)
+    error(served.ask("GET", "/nothing/" + "x" * 1000), 404)
+    after = page(served)
+    assert "x" * 100 not in "".join(after)
+
+    def grown(series: str) -> float:
+        return after[f"ownpath_{series}"] - before.get(f"ownpath_{series}", 0)
+
+    for name, count in (("time_to_first_token", 1), ("time_per_output_token", 4), ("e2e_request_latency", 1)):
+        assert grown(f"{name}_seconds_count") == count
+        assert grown(f'{name}_seconds_bucket{{le="+Inf"}}') == count
+        assert grown(f"{name}_seconds_sum") >= 0
+        buckets = [value for series, value in after.items() if series.startswith(f"ownpath_{name}_seconds_bucket")]
+        assert buckets == sorted(buckets)
+    assert grown("prompt_tokens_total") == len(chat_ids("hello"))
+    answered = 'http_requests_total{{handler="{}",method="{}",status="{}"}}'
+    assert grown(answered.format(CHAT, "POST", 200)) == 1
+    assert grown(answered.format(COMPLETIONS, "POST", 400)) == 1
+    assert grown(answered.format("other", "GET", 404)) == 1
+
+
+def test_gauges_follow_what_runs() -> None:
+    model = Gated()
+    with harness(model) as served, ThreadPoolExecutor(1) as pool:
+        assert (page(served)["ownpath_num_requests_running"], page(served)["ownpath_kv_cache_usage_perc"]) == (0, 0)
+        pending = pool.submit(served.complete, prompt=[[20, 21, 22]] * 10, max_tokens=2)
+        try:
+            model.permits.release()
+            assert eventually(lambda: page(served)["ownpath_num_requests_running"] == 6)
+            assert page(served)["ownpath_num_requests_waiting"] == 4
+            assert eventually(lambda: page(served)["ownpath_kv_cache_usage_perc"] == round(18 / (8 * 256), 6))
+        finally:
+            for _ in range(100):
+                model.permits.release()
+        pending.result(WAIT_S)
+        assert eventually(lambda: page(served)["ownpath_num_requests_running"] == 0)

@@ -1,0 +1,60 @@
+"""The shape of a JSON text, counted before it is parsed: how many values, objects, names and strings it would make."""
+
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+
+_BLOCK_BYTES = 64 * 1024
+_WHAT = ("values", "objects and lists", "field names", "strings")
+
+
+@dataclass(frozen=True)
+class JsonLimits:
+    """Most values of a body, by what they cost: an empty list takes 20 times the memory of its two characters.
+
+    max_values: all together (the token ids of a prompt). max_containers: objects and lists. max_names: of fields.
+    max_strings: names included.
+    """
+
+    max_values: int = 2**20
+    max_containers: int = 2**15
+    max_names: int = 2**16
+    max_strings: int = 2**17
+
+
+def check_shape(data: bytes | bytearray, limits: JsonLimits) -> None:
+    """Refuses a text that would make too many values. Takes a few milliseconds a MiB, in many short pieces.
+
+    Errors: ValueError naming the limit.
+    """
+    most = astuple(limits)
+    # Without looking at strings the counts are upper bounds, which most bodies keep.
+    if _exceeded(_counts(data, data.count(b'"')), most) is None:
+        return
+    for counts in _counts_outside_strings(data):
+        index = _exceeded(counts, most)
+        if index is not None:
+            raise ValueError(f"the body has more than {most[index]} {_WHAT[index]}")
+
+
+def _exceeded(counts: tuple[int, ...], most: tuple[int, ...]) -> int | None:
+    """Returns which count is above its limit; None if none is."""
+    return next((n for n, (count, limit) in enumerate(zip(counts, most, strict=True)) if count > limit), None)
+
+
+def _counts(data: bytes | bytearray, num_quotes: int) -> tuple[int, int, int, int]:
+    """Returns the numbers of values, containers, names and strings, if no string holds any punctuation."""
+    containers = data.count(b"{") + data.count(b"[")
+    return data.count(b",") + containers, containers, data.count(b":"), num_quotes // 2
+
+
+def _counts_outside_strings(data: bytes | bytearray) -> Iterator[tuple[int, int, int, int]]:
+    """Yields the counts up to the end of each block."""
+    # Without escapes every quotation mark opens or closes a string.
+    data = data.replace(rb"\\", b"").replace(rb"\"", b"")
+    values, containers, names, num_quotes = 0, 0, 0, 0
+    for start in range(0, len(data), _BLOCK_BYTES):
+        pieces = data[start : start + _BLOCK_BYTES].split(b'"')
+        counts = _counts(b"".join(pieces[num_quotes % 2 :: 2]), 0)
+        num_quotes += len(pieces) - 1
+        values, containers, names = values + counts[0], containers + counts[1], names + counts[2]
+        yield values, containers, names, num_quotes // 2
