@@ -143,8 +143,8 @@ def served_names(args: argparse.Namespace, folder: str) -> tuple[str, "RequestPo
     from ownpath.server.policy import RequestPolicy
 
     first, *others = dict.fromkeys(args.served_model_name or [folder])
-    paths = () if args.model is None else (str(args.model), f"{args.model}/")
-    return first, RequestPolicy(tuple(others), paths, args.strict_fields, args.strict_limits)
+    path = None if args.model is None else str(args.model)
+    return first, RequestPolicy(tuple(others), path, args.strict_fields, args.strict_limits)
 
 
 def _debug_plan(session: "Session", admin_key: str, model_id: str, release: Release) -> "DebugPlan":

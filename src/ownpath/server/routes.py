@@ -189,7 +189,7 @@ class Api:
         return AnswerSource(self._called(self.model_id if asked.model is None else asked.model), self.fingerprint)
 
     def _called(self, name: str) -> str:
-        if name not in (self.model_id, *self.policy.aliases, *self.policy.paths):
+        if name not in (self.model_id, *self.policy.aliases) and not self.policy.is_path(name):
             message = f"there is no model {shorten(name)} here; this server has {self.model_id!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
         return name

@@ -158,12 +158,13 @@ def test_a_level_is_said_only_of_thinking(served: Harness) -> None:
 
 
 def test_the_model_has_several_names() -> None:
-    policy = RequestPolicy(("second",), ("/model", "/model/"))
+    policy = RequestPolicy(("second",), "/model")
     with harness(policy=policy) as running:
         for name in (MODEL_ID, "second", "/model", "/model/"):
             assert running.chat(model=name, max_tokens=1)["model"] == name
             assert running.complete(model=name, max_tokens=1)["model"] == name
             assert running.ask("GET", f"/v1/models/{name}").json()["id"] == name
+        assert running.chat(model="/./model", max_tokens=1)["model"] == "/./model", "a path has many spellings"
         listed = running.ask("GET", "/v1/models").json()["data"]
         assert [model["id"] for model in listed] == [MODEL_ID, "second"], "where the files lie is not told"
         for name in ("model", "third", "/mode", "/model/x", ""):
@@ -196,17 +197,17 @@ def test_the_request_that_started_this_project() -> None:
     ("arguments", "first", "policy"),
     [
         ([], "folder", RequestPolicy()),
-        (["m/x/"], "folder", RequestPolicy((), ("m/x", "m/x/"))),
+        (["m/x/"], "folder", RequestPolicy((), "m/x")),
         (["--served-model-name", "a"], "a", RequestPolicy()),
         (
             ["--served-model-name", "a", "--served-model-name", "b", "--strict-fields"],
             "a",
-            RequestPolicy(("b",), (), True),
+            RequestPolicy(("b",), None, True),
         ),
         (
             ["--served-model-name", "a", "--served-model-name", "a", "--strict-limits"],
             "a",
-            RequestPolicy((), (), False, True),
+            RequestPolicy((), None, False, True),
         ),
     ],
 )
