@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ownpath import files
-from ownpath.chat.effort import release_of_folder
+from ownpath.chat.effort import find_release
 from ownpath.chat.tokenizer import Tokenizer, TokenizerError
 from ownpath.checkpoint.writer import INDEX_NAME, write_checkpoint
 from ownpath.cli import main
@@ -169,7 +169,7 @@ def test_the_other_files_beside_the_weights_are_read_the_same_way(model: Path) -
     (model / "encoding").mkdir()
     pipe(model / "encoding" / "encoding_dsv4.py")
     with pytest.raises(FileError, match=r"encoding_dsv4\.py.*pipe"):
-        release_of_folder(model)
+        find_release(model)
     pipe(model / "x.safetensors")
     assert checkpoint_digest(model)
 

@@ -40,6 +40,11 @@ def stored_in(folder: Path) -> Tensors:
     return {key: value for shard in folder.glob("*.safetensors") for key, value in load_file(shard).items()}
 
 
+def is_input_scale(key: str) -> bool:
+    """What no kernel of a CPU reads, because activations are not quantised there."""
+    return key.endswith((".input_scale", ".input_global_scale"))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("read_options", READINGS[1:4], ids=ids[1:4])
 def test_every_slot_holds_the_stored_bits(layout: str, read_options: ReadOptions, tmp_path: Path) -> None:
@@ -59,7 +64,7 @@ def test_every_slot_holds_the_stored_bits(layout: str, read_options: ReadOptions
             assert torch.equal(slot.target.view(torch.uint8), value.view(torch.uint8)), slot.key
     for key, value in loaded.params.items():
         assert torch.equal(value, stored[key]), key
-    assert len(slots) + len(loaded.params) == len(stored)
+    assert len(slots) + len(loaded.params) == sum(not is_input_scale(key) for key in stored)
 
 
 def test_token_tables_of_32_bits_are_widened(tmp_path: Path) -> None:
@@ -85,7 +90,7 @@ def spoil(key: str, *where: int, bits: int) -> Callable[[Tensors], None]:
 FAULTS: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "block scale": (spoil(SCALE, 63, 2, bits=0xFF), rf"'{SCALE}' .*block scale \[63, 2\] is NaN or negative"),
     "multiplier": (lambda t: t.update({f"{WEIGHT}.weight_scale_2": torch.tensor(torch.nan)}), "finite and positive"),
-    "divisor": (lambda t: t.update({f"{WEIGHT}.input_scale": torch.tensor(2.0)}), "a divisor by its size"),
+    "divisor": (lambda t: t.update({f"{WEIGHT}.weight_scale_2": torch.tensor(2.0)}), "a divisor by its size"),
     "E8M0": (spoil("layers.1.attn.indexer.wq_b.scale", 1, 0, bits=0xFF), r"wq_b.scale' .*block scale \[1, 0\] is NaN"),
     "E4M3": (spoil("layers.1.attn.indexer.wq_b.weight", 100, 3, bits=0x7F), "wq_b.weight' .*NaN or infinity"),
     "-E4M3": (spoil("layers.1.attn.indexer.wq_b.weight", 0, 0, bits=0xFF), "wq_b.weight' .*NaN or infinity"),
@@ -198,7 +203,8 @@ def test_chunks_hold_each_byte_once_in_the_order_of_the_files(tmp_path: Path) ->
 
 def test_progress_counts_up_to_every_byte_in_the_callers_thread(tmp_path: Path) -> None:
     random_checkpoint(tmp_path)
-    total = sum(info.num_bytes for info in CheckpointIndex.open(tmp_path).tensors.values())
+    infos = CheckpointIndex.open(tmp_path).tensors.items()
+    total = sum(info.num_bytes for key, info in infos if not is_input_scale(key))
     for read_options in READINGS:
         seen: list[tuple[int, int]] = []
         here = threading.get_ident()

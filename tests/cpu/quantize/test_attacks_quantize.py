@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from cpu.quantize.sources import store_mxfp4, write_source
 
-from ownpath.chat.effort import release_of_folder
+from ownpath.chat.effort import find_release
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.writer import INDEX_NAME
@@ -296,7 +296,7 @@ def test_a_hub_caches_links_are_its_own(source: Path, made: Path, tmp_path: Path
 
 
 def test_what_tells_the_release_is_kept(source: Path, made: Path) -> None:
-    assert release_of_folder(source) == release_of_folder(made / "whole") == "0731"
+    assert find_release(source).name == find_release(made / "whole").name == "0731"
     assert (made / "whole" / "encoding" / "tests" / "golden.json").read_text() == "{}"
 
 

@@ -15,7 +15,7 @@ from ownpath.cli import main
 NAME = "x\x1b]52;c;cGF5bG9hZA==\x07\x1b[2J[red]y[/red]\r\n\u202e\x9b1m"
 ESCAPED = r"x\x1b]52;c;cGF5bG9hZA==\x07\x1b[2J[red]y[/red]\r\n\u202e\x9b1m"
 DRAWN = re.compile(r"\x1b\[(\?25[lh]|2K|1A)|\r")
-"""What a progress bar does to its own line."""
+"""The controls with which a progress bar redraws its own line."""
 
 
 @pytest.fixture
