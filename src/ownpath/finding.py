@@ -10,10 +10,15 @@ from typing import Any
 
 
 class Verdict(Enum):
-    """A check's outcome. ``SKIPPED``: there was nothing to check."""
+    """A check's outcome.
+
+    FAIL: the answer here would be wrong or incomplete. WARN: what is wrong changes no answer here; other engines, which
+    the message names, are wrong with it. SKIPPED: there was nothing to check.
+    """
 
     PASS = "pass"
     FAIL = "FAIL"
+    WARN = "warning"
     SKIPPED = "skipped"
 
 
@@ -56,6 +61,11 @@ class Finding:
 def failed(findings: Iterable[Finding]) -> list[Finding]:
     """Returns the findings that failed, in their order."""
     return [finding for finding in findings if finding.verdict is Verdict.FAIL]
+
+
+def warned(findings: Iterable[Finding]) -> list[Finding]:
+    """Returns the findings that are warnings, in their order."""
+    return [finding for finding in findings if finding.verdict is Verdict.WARN]
 
 
 def finding_fields(finding: Finding) -> dict[str, object]:
