@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ownpath.commands.arguments import add_engine_arguments, add_list_argument, add_model_argument, positive_int
-from ownpath.commands.listings import signatures_of_diff
+from ownpath.commands.listings import checks_of_diff
 
 if TYPE_CHECKING:
     from ownpath.commands.arguments import Subparsers
@@ -30,13 +30,17 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
         "--together", type=positive_int, default=2, metavar="N", help="requests a prompt, all at once (default: 2)"
     )
     parser.add_argument(
-        "--tolerance", type=_nats, default=0.25, metavar="NATS", help="log-probs may be this far apart (default: 0.25)"
+        "--tolerance",
+        type=_nats,
+        default=0.25,
+        metavar="NATS",
+        help="a position further away diverges; all budgets grow with it (default: 0.25)",
     )
     parser.add_argument("--timeout", type=_seconds, default=60.0, metavar="S", help="for one answer (default: 60)")
     parser.add_argument("--seed", type=int, help="of the numbers that open our prompts (default: another each time)")
     parser.add_argument("--json", action="store_true", help="one object, for programs")
     add_engine_arguments(parser)
-    add_list_argument(parser, signatures_of_diff, "what it looks for")
+    add_list_argument(parser, checks_of_diff, "what it looks for")
     return parser
 
 

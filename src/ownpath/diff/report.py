@@ -10,38 +10,34 @@ from ownpath.chat.tokenizer import Tokenizer
 from ownpath.diff.compare import PositionComparison
 from ownpath.diff.server import RemoteServer
 from ownpath.diff.survey import Difference
-from ownpath.finding import Finding, Verdict
+from ownpath.finding import Finding, Verdict, warned
 
-_WORDS = MappingProxyType({Verdict.PASS: "ok", Verdict.FAIL: "found", Verdict.SKIPPED: "not asked"})
-_UNKNOWN = "found       no signature: the server reads, caches and batches alike, and computes something else"
+_WORDS = MappingProxyType(
+    {Verdict.PASS: "ok", Verdict.FAIL: "found", Verdict.WARN: "noted", Verdict.SKIPPED: "not asked"}
+)
 
 
 def numbers(difference: Difference) -> dict[str, float | int | None]:
     """Averages and counts over positions. Units: nats; None where nothing was given."""
     positions = [p for comparison in difference.comparisons for p in comparison.positions]
-    deltas = [abs(p.ours - p.theirs) for p in positions if p.theirs is not None]
     ranked = [p for p in positions if p.gap is not None]
-    kls = [p.kl for p in positions if p.kl is not None]
+    outside = [p.outside for p in positions if p.outside is not None and math.isfinite(p.outside)]
+    it = difference.distribution
     return {
         "num_positions": len(positions),
+        "num_compared": it.num_compared,
         "num_divergent": difference.num_divergent,
-        "mean_delta": _mean(deltas),
-        "max_delta": _max(deltas),
+        "mean_delta": it.mean_delta,
+        "median_delta": it.median_delta,
+        "max_delta": it.max_delta,
+        "share_far": it.share_far,
         "num_ranked": len(ranked),
         "num_same_likeliest": sum(p.gap == 0 for p in ranked),
-        "mean_kl_at_least": _mean(kls),
-        "max_kl_at_least": _max(kls),
-        "mean_outside": _mean([p.outside for p in positions if p.outside is not None]),
+        "mean_kl_at_least": it.mean_kl,
+        "median_kl_at_least": it.median_kl,
+        "max_kl_at_least": it.max_kl,
+        "mean_outside": math.fsum(outside) / len(outside) if outside else None,
     }
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None
-
-
-def _max(values: Sequence[float]) -> float | None:
-    """Returns the maximum; NaN if there is one."""
-    return math.nan if any(map(math.isnan, values)) else max(values, default=None)
 
 
 def first_divergence(difference: Difference) -> tuple[int, PositionComparison] | None:
@@ -53,38 +49,53 @@ def first_divergence(difference: Difference) -> tuple[int, PositionComparison] |
     return None
 
 
-def difference_text(difference: Difference, server: RemoteServer, tokenizer: Tokenizer, name: str) -> str:
-    """Formats the verdict, the diagnosis, then the numbers."""
+def difference_text(
+    difference: Difference, server: RemoteServer, tokenizer: Tokenizer, name: str, suspects: Sequence[str] = ()
+) -> str:
+    """Formats the verdict, each finding with its evidence and remedy, then the numbers.
+
+    suspects: traits of the checkpoint that other engines are known to compute wrongly.
+    """
     n = numbers(difference)
     asked = server.request_form
     sent = "token ids" if asked.sends_ids else "text"
-    lines = [
-        f"{name} against {server.client.root}: {'AGREE' if difference.agrees else 'DIFFER'}",
-        *(f"found       {c.id}: {_shown(c.number)} ({c.message}; bound {c.limit:.3g})" for c in difference.found),
-        *(f"remedy      {c.remedy}" for c in difference.found[:1]),
-        *([] if difference.agrees or difference.found else [_UNKNOWN]),
+    lines = [f"{name} against {server.client.root}: {'AGREE' if difference.agrees else 'DIFFER'}"]
+    for check in difference.found:
+        lines += [f"found       {_evidence(check)}", f"  remedy    {check.remedy}"]
+        lines += [f"  suspect   {it}" for it in suspects if check.id == "computes-otherwise"]
+    for check in warned(difference.checks):
+        lines += [f"noted       {check.id}: {check.message}", f"  remedy    {check.remedy}"]
+    lines += [
         f"asked       {server.form} log-probs at {asked.path}, {sent} sent, {asked.num_top} likeliest tokens",
-        f"positions   {n['num_positions']} of {len(difference.comparisons)} prompts, {n['num_divergent']} diverge",
+        f"positions   {n['num_positions']} of {len(difference.comparisons)} prompts, {n['num_divergent']} diverge"
+        f" ({_share(n['share_far'])} by more than {difference.tolerance:g} nats)",
         f"first       {_first(difference, tokenizer)}",
-        f"log-probs   mean |ours - theirs| {_shown(n['mean_delta'])}, max {_shown(n['max_delta'])} nats"
-        f" (bound {difference.tolerance:g})",
+        f"log-probs   |ours - theirs| {_shown(n['mean_delta'])} in the mean, {_shown(n['median_delta'])} the median,"
+        f" {_shown(n['max_delta'])} at most (nats)",
         f"likeliest   the same token at {n['num_same_likeliest']} of {n['num_ranked']}",
-        f"KL          at least {_shown(n['mean_kl_at_least'])} in the mean, {_shown(n['max_kl_at_least'])} at most;"
-        f" their list leaves out {_shown(n['mean_outside'])} of the probability",
-        f"looked for  {_pass_line(difference)}: none",
+        f"KL          at least {_shown(n['mean_kl_at_least'])} in the mean, {_shown(n['median_kl_at_least'])} the"
+        f" median, {_shown(n['max_kl_at_least'])} at most; their list leaves out {_shown(n['mean_outside'])} of the"
+        " probability",
     ]
+    lines += [f"ok          {_evidence(check)}" for check in difference.checks if check.verdict is Verdict.PASS]
     lines += [f"not asked   {c.id}: {c.message}" for c in difference.checks if c.verdict is Verdict.SKIPPED]
     return "\n".join(lines)
 
 
-def difference_dict(difference: Difference, server: RemoteServer, name: str, seed: int) -> dict[str, object]:
-    """Returns the same for programs. What is not finite is written as a string: JSON has no word for it."""
+def difference_dict(
+    difference: Difference, server: RemoteServer, name: str, seed: int, suspects: Sequence[str] = ()
+) -> dict[str, object]:
+    """Returns the same for programs, with every position. What is not finite is written as a string: JSON has no word
+    for it."""
     first = first_divergence(difference)
     whole = {
         "model": name,
         "url": server.client.root,
         "agrees": difference.agrees,
         "diagnosis": difference.found[0].id if difference.found else None,
+        "found": [check.id for check in difference.found],
+        "noted": [check.id for check in warned(difference.checks)],
+        "suspects": list(suspects),
         "form": server.form,
         "path": server.request_form.path,
         "sends_ids": server.request_form.sends_ids,
@@ -92,9 +103,19 @@ def difference_dict(difference: Difference, server: RemoteServer, name: str, see
         "refused": list(server.notes),
         "seed": seed,
         "tolerance": difference.tolerance,
+        "num_rounds": difference.num_rounds,
         "numbers": numbers(difference),
         "first_divergence": None if first is None else {"prompt_idx": first[0], **asdict(first[1])},
         "checks": [_check_dict(check) for check in difference.checks],
+        "positions": [
+            {
+                "prompt_idx": comparison.prompt_idx,
+                **asdict(position),
+                "diverges": position.diverges(difference.tolerance),
+            }
+            for comparison in difference.comparisons
+            for position in comparison.positions
+        ],
     }
     finite: dict[str, object] = _finite(whole)
     return finite
@@ -118,8 +139,8 @@ def _first(difference: Difference, tokenizer: Tokenizer) -> str:
     return f"prompt {prompt_idx}, position {position.idx}, {token}: {values}"
 
 
-def _pass_line(difference: Difference) -> str:
-    return ", ".join(check.id for check in difference.checks if check.verdict is Verdict.PASS) or "nothing"
+def _evidence(check: Finding) -> str:
+    return f"{check.id}: {_shown(check.number)} (bound {_shown(check.limit)}): {check.message}"
 
 
 def _check_dict(check: Finding) -> dict[str, object]:
@@ -131,6 +152,10 @@ def _check_dict(check: Finding) -> dict[str, object]:
         "says": check.message,
         "remedy": check.remedy,
     }
+
+
+def _share(value: float | None) -> str:
+    return "none" if value is None else f"{value:.1%}"
 
 
 def _shown(value: float | None) -> str:

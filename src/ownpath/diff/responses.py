@@ -37,6 +37,8 @@ class SequenceReading:
     ids: the sequence, as far as its ids are known; scored[n] is of ids[start + n].
     unnamed: the positions from the first token whose id is not known.
     is_stopped: the answer ended by itself, not at its limit.
+    refusal: the server's words where it could not write these log-probs as JSON; then none has a value.
+    is_blank: such an answer shows no text either.
     """
 
     ids: tuple[int, ...]
@@ -44,6 +46,8 @@ class SequenceReading:
     scored: tuple[ScoredPosition, ...]
     unnamed: tuple[ScoredPosition, ...] = ()
     is_stopped: bool = False
+    refusal: str = ""
+    is_blank: bool = False
 
     @property
     def all_rows(self) -> tuple[ScoredPosition, ...]:
@@ -148,13 +152,30 @@ def read_generated(answer: Json, prompt_ids: Sequence[int], names: TokenNames) -
     return SequenceReading((*prompt_ids, *ids), len(prompt_ids), known, unnamed, is_stopped)
 
 
+def read_plain(answer: Json, prompt_ids: Sequence[int], names: TokenNames, refusal: str) -> SequenceReading:
+    """Reads an answer to a request without log-probs, after one with them was refused. Errors: Unreadable."""
+    choice = choice_of(answer)
+    told = _ids(choice.get("token_ids"), names) or ()
+    message = choice.get("message")
+    text = _text(message.get("content") if isinstance(message, dict) else choice.get("text"))
+    rows = tuple(ScoredPosition(token_id, None, {}) for token_id in told)
+    is_stopped = choice.get("finish_reason") == "stop"
+    return SequenceReading((*prompt_ids, *told), len(prompt_ids), rows, (), is_stopped, refusal, not text.strip())
+
+
+def refused_reading(prompt_ids: Sequence[int], refusal: str) -> SequenceReading:
+    """Returns a prompt's reading without a single value: its log-probs were refused."""
+    return SequenceReading(
+        tuple(prompt_ids), 1, tuple(ScoredPosition(i, None, {}) for i in prompt_ids[1:]), refusal=refusal
+    )
+
+
 def read_chat(answer: Json, names: TokenNames) -> ChatReading:
     """Reads an answer of the chat endpoint. Errors: Unreadable."""
     choice = choice_of(answer)
     message = choice.get("message")
     if not isinstance(message, dict):
         raise Unreadable("choices.0.message: there is none")
-    usage = answer.get("usage")
     ids = _ids(choice.get("token_ids"), names)
     entries = _field(choice.get("logprobs"), "content")
     if ids is None and isinstance(entries, list):
@@ -162,8 +183,8 @@ def read_chat(answer: Json, names: TokenNames) -> ChatReading:
         ids = _ids(found, names)
     return ChatReading(
         read_prompt_ids(answer, names),
-        _count(_field(usage, "prompt_tokens")),
-        _count(_field(usage, "completion_tokens")),
+        read_prompt_count(answer),
+        _count(_field(answer.get("usage"), "completion_tokens")),
         ids,
         _text(message.get("content")),
         _text(message.get("reasoning_content")) or _text(message.get("reasoning")),
@@ -175,6 +196,11 @@ def read_chat(answer: Json, names: TokenNames) -> ChatReading:
 def read_prompt_ids(answer: Json, names: TokenNames) -> tuple[int, ...] | None:
     """Returns the prompt's ids as the server read it, if it reports them."""
     return _ids(answer.get("prompt_token_ids", choice_of(answer).get("prompt_token_ids")), names)
+
+
+def read_prompt_count(answer: Json) -> int | None:
+    """Returns the number of the prompt's tokens, if the server counts them."""
+    return _count(_field(answer.get("usage"), "prompt_tokens"))
 
 
 def _read_logprobs(choice: Json, names: TokenNames) -> list[ScoredPosition]:

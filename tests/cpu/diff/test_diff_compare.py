@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from ownpath.diff.compare import PositionComparison, answer_divergence, compare, kl_at_least
+from ownpath.diff.compare import PositionComparison, answer_distances, compare, distribution_of, kl_at_least
 from ownpath.diff.responses import ScoredPosition, SequenceReading
 
 P = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
@@ -74,24 +74,36 @@ def reading(*rows: tuple[int, float, dict[int, float]]) -> SequenceReading:
     return SequenceReading((9, *(row[0] for row in rows)), 1, scored)
 
 
-def test_answers_part_where_they_are_farthest_or_where_tokens_differ() -> None:
+def test_answers_are_apart_by_their_own_tokens_alone() -> None:
     a = reading((1, -1.0, {1: -1.0, 2: -1.5}), (2, -2.0, {2: -2.0, 3: -2.25}), (4, -3.0, {}))
-    same = answer_divergence(a, a)
-    assert same is not None
-    assert same.far == 0
-    moved = answer_divergence(a, reading((1, -1.0, {1: -1.0, 2: -1.5}), (2, -2.5, {2: -2.5, 3: -2.25}), (4, -3.0, {})))
-    assert moved is not None
-    assert (moved.idx, moved.far) == (2, 0.5)
-    turned = answer_divergence(a, reading((1, -1.0, {1: -1.0}), (3, -2.2, {}), (1, -9.0, {})))
-    assert turned is not None
-    assert (turned.idx, turned.far) == (2, 0.125)  # half of what they were apart; what follows has another context
-    strange = answer_divergence(a, reading((1, -1.0, {}), (8, -2.0, {})))
-    assert strange is not None
-    assert strange.far == math.inf
-    ended = answer_divergence(a, reading((1, -1.0, {})))
-    assert ended is not None
-    assert ended.far == math.inf
-    lost = answer_divergence(a, reading((1, math.nan, {}), (2, -2.0, {}), (4, -3.0, {})))
-    assert lost is not None
-    assert not lost.far <= 0.25
-    assert answer_divergence(reading(), reading()) is None
+    assert answer_distances(a, a) == [0, 0, 0]
+    moved = reading((1, -1.0, {1: -1.0, 2: -9.0}), (2, -2.5, {2: -2.5, 3: -2.25}), (4, -3.0, {}))
+    assert answer_distances(a, moved) == [0, 0.5, 0], "the rest of a list says nothing"
+    turned = reading((1, -1.0, {1: -1.0}), (3, -2.2, {}), (1, -9.0, {}))
+    assert answer_distances(a, turned) == [0, 0.125], "half of what they were apart; what follows has another context"
+    alone = reading((1, math.log(0.8), {1: math.log(0.8)}))
+    assert answer_distances(alone, a) == [abs(math.log(0.8) + 1)]
+    assert answer_distances(alone, reading((3, -1.0, {}))) == pytest.approx([math.log(4) / 2]), "outside is 0.2"
+    many = reading((1, -1.5, {n: -1.5 - n for n in range(5)}))
+    assert answer_distances(many, reading((8, -1.0, {}))) == [math.inf], "rounding makes no such token the likeliest"
+    lost = answer_distances(a, reading((1, math.nan, {}), (2, -2.0, {}), (4, -3.0, {})))
+    assert lost[0] == math.inf
+    assert answer_distances(reading(), reading()) == []
+
+
+def test_an_answer_that_ends_earlier_is_as_far_as_the_other_wished_to_go_on() -> None:
+    even, sure = (reading((1, -1.0, {}), (2, math.log(p), {})) for p in (0.5, 0.75))
+    short = reading((1, -1.0, {}))
+    assert answer_distances(even, short) == pytest.approx([0, 0], abs=EPS)
+    assert answer_distances(short, sure) == pytest.approx([0, math.log(3) / 2], abs=EPS)
+    assert answer_distances(short, reading((1, -1.0, {}), (2, 0.0, {})))[1] == math.inf
+
+
+def test_a_distribution_leaves_out_what_is_not_finite() -> None:
+    rows = [(-1.0, 0.5), (-1.25, 0.125), (-3.0, 4.0), (math.nan, math.nan), (None, None)]
+    positions = [PositionComparison(n, 0, -1.0, theirs, 0.0, kl) for n, (theirs, kl) in enumerate(rows)]
+    it = distribution_of(positions, 0.25)
+    assert (it.num_compared, it.mean_delta, it.median_delta, it.max_delta) == (3, 0.75, 0.25, 2.0)
+    assert it.share_far == pytest.approx(1 / 3)
+    assert (it.median_kl, it.max_kl) == (0.5, 4.0)
+    assert distribution_of([], 0.25).mean_delta is None
