@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ownpath.commands.arguments import add_engine_arguments, add_list_argument, add_model_argument, positive_int
@@ -64,14 +65,25 @@ def run(args: argparse.Namespace) -> int:
     server = open_server(client, TokenNames(loaded.tokenizer), probe, args.served_model_name or listed)
     effort = SurveySize(args.max_tokens, args.together, args.tolerance)
     difference = survey(server, LocalModel(loaded.model, loaded.tokenizer), prompts, effort)
+    suspects = _suspects(loaded.folder) if any(it.id == "computes-otherwise" for it in difference.found) else ()
     name = loaded.folder.resolve().name
     if args.json:
-        print(json.dumps(difference_dict(difference, server, name, seed), indent=1))
+        print(json.dumps(difference_dict(difference, server, name, seed, suspects), indent=1))
     else:
-        print(difference_text(difference, server, loaded.tokenizer, name))
+        print(difference_text(difference, server, loaded.tokenizer, name, suspects))
     if not server.request_form.sends_ids:
         print("warning: the server takes no token ids; text was sent", file=sys.stderr)
     return 0 if difference.agrees else 1
+
+
+def _suspects(folder: Path) -> tuple[str, ...]:
+    """Reads the checkpoint's scalars for what other engines compute wrongly."""
+    from ownpath.diff.suspects import joined_scales
+    from ownpath.inspect.inspection import inspect_folder
+
+    contents = inspect_folder(folder).contents
+    scalars = () if contents is None else contents.scalars
+    return joined_scales({it.module: it.value for it in scalars if it.role == "global_scale"})
 
 
 def _api_key(variable: str | None) -> str | None:

@@ -12,7 +12,7 @@ from statistics import median_high
 import torch
 
 from ownpath.diff.modes import ids_apart
-from ownpath.diff.observations import Conversation, Observations, limit_for
+from ownpath.diff.observations import Conversation, Observations, widening
 from ownpath.diff.responses import ScoredPosition, SequenceReading
 from ownpath.finding import Finding, Verdict
 
@@ -42,7 +42,7 @@ class Check:
     id: str
     found_when: str
     remedy: str
-    judge: Callable[[Observations], Evidence]
+    judge: "Judge"
 
     def finding(self, seen: Observations) -> Finding:
         """Judges: FAIL where it is found, WARN where it is only worth saying, SKIPPED without a number."""
@@ -58,8 +58,15 @@ CHECKS: list[Check] = []
 """Causes before what follows from them."""
 
 
-def _check(id: str, found_when: str, remedy: str) -> Callable[[Callable[[Observations], Evidence]], None]:
-    return lambda judge: CHECKS.append(Check(id, found_when, remedy, judge))
+Judge = Callable[[Observations], Evidence]
+
+
+def _check(id: str, found_when: str, remedy: str) -> Callable[[Judge], Judge]:
+    def enter(judge: Judge) -> Judge:
+        CHECKS.append(Check(id, found_when, remedy, judge))
+        return judge
+
+    return enter
 
 
 def all_checks(seen: Observations) -> tuple[Finding, ...]:
@@ -148,7 +155,7 @@ def _judge_text_tokens(seen: Observations) -> Evidence:
     " memory that is read before it is written",
 )
 def _judge_unrepeatable(seen: Observations) -> Evidence:
-    says = "nats in the mean of an answer, between two alone to a known prompt, the worst of them"
+    says = "nats of an answer, between two alone to a known prompt, the worst of them"
     return _least_of_rounds([[far for far in it.alone if far is not None] for it in seen.rounds], max, seen, says)
 
 
@@ -158,7 +165,9 @@ def _judge_unrepeatable(seen: Observations) -> Evidence:
     "switch the prefix cache off and ask again; sliding-window rings must not be shared between requests",
 )
 def _judge_cold_cached(seen: Observations) -> Evidence:
-    says = "nats in the mean of an answer, between the first and the same again, reached by half of the prompts"
+    says = "nats of an answer, between the first and the same again, reached by half of the prompts"
+    if _judge_unrepeatable(seen).is_found:
+        return Evidence(None, seen.tolerance, "answers to a known prompt differ already, without any cache")
     rounds = [it.cold(seen.tolerance) for it in seen.rounds if it.is_cold]
     return _least_of_rounds(rounds, median_high, seen, says)
 
@@ -170,7 +179,7 @@ def _judge_cold_cached(seen: Observations) -> Evidence:
 )
 def _judge_batch_dependent(seen: Observations) -> Evidence:
     num_together = sum(map(len, seen.rounds[0].together))
-    says = f"nats in the mean of an answer, between alone and among {num_together} at once, the worst of them"
+    says = f"nats of an answer, between alone and among {num_together} at once, the worst of them"
     return _least_of_rounds([it.company(seen.tolerance) for it in seen.rounds], max, seen, says)
 
 
@@ -184,13 +193,13 @@ def _judge_computes_otherwise(seen: Observations) -> Evidence:
     it, tolerance = seen.distribution, seen.tolerance
     if it.mean_delta is None or it.share_far is None:
         return Evidence(None, 1.0, "no finite log-probs of tokens that are known")
+    wide = widening(it.num_compared)
     budgets = [
-        (it.mean_delta, limit_for(tolerance / 2, it.num_compared), "mean |ours - theirs| {:.3g} nats (budget {:.3g})"),
-        (it.share_far, limit_for(SHARE_FAR, it.num_compared), f"{{:.1%}} beyond {tolerance:g} nats ({{:.0%}})"),
+        (it.mean_delta, wide * tolerance / 2, "mean |ours - theirs| {:.3g} nats (budget {:.3g})"),
+        (it.share_far, wide * SHARE_FAR, f"{{:.1%}} beyond {tolerance:g} nats ({{:.0%}})"),
     ]
-    if it.median_kl is not None:
-        kl_limit = limit_for(tolerance**2 / 50, it.num_compared)
-        budgets.append((it.median_kl, kl_limit, "median KL at least {:.2g} ({:.2g})"))
+    if it.median_kl is not None:  # quadratic in nats
+        budgets.append((it.median_kl, wide**2 * tolerance**2 / 50, "median KL at least {:.2g} ({:.2g})"))
     says = ", ".join(text.format(value, limit) for value, limit, text in budgets)
     worst = max(value / limit if limit else math.inf * bool(value) for value, limit, _ in budgets)
     return Evidence(worst, 1.0, says + "; this many times a budget at most", worst > 1.0)

@@ -132,26 +132,42 @@ def distribution_of(positions: Iterable[PositionComparison], tolerance: float) -
     )
 
 
-def answer_distances(first: SequenceReading, second: SequenceReading) -> list[float]:
-    """Returns how far apart two answers to one request are, token by token, up to the token in which they differ.
+@dataclass(frozen=True)
+class AnswerDistance:
+    """The distance of two answers to one request, in nats. same: of each token that both have, up to the one in which
+    they part. parting: of that one; None where they do not part. NaN counts as infinity."""
+
+    same: tuple[float, ...]
+    parting: float | None
+
+    @property
+    def nats(self) -> float | None:
+        """What parts them, or what moves half of the tokens; a few that moved are rounding's, where it turned a
+        router's choice. None without log-probs."""
+        known = [statistics.median(self.same)] if self.same else []
+        return max(known + ([] if self.parting is None else [self.parting]), default=None)
+
+
+def answer_distance(first: SequenceReading, second: SequenceReading) -> AnswerDistance:
+    """Measures how far apart two answers to one request are.
 
     Only the tokens that were generated count, never the rest of a list: the log-prob of an unlikely token moves by
     nats when logits are rounded otherwise. A token that the other answer does not have counts by how far the first
     answer preferred its own to it, halved, since each of the two log-probs may have moved, and infinitely where it is
     not among the 5 likeliest: rounding does not make such a token the likeliest. In shorter lists, the probability
-    outside bounds the preference. An answer that ends earlier counts by how far the other preferred to go on. Positions without
-    log-probs say nothing. Units: nats, NaN as infinity.
+    outside bounds the preference. An answer that ends earlier counts by how far the other preferred to go on.
+    Positions without log-probs say nothing.
     """
-    distances = []
+    same: list[float] = []
     for a, b in zip(first.all_rows, second.all_rows, strict=False):
-        is_same = a.token_id == b.token_id
-        far = _apart(a.logprob, b.logprob) if is_same else _preference(a, b)
-        distances += [] if far is None else [far]
-        if not is_same:
-            return distances
+        if a.token_id != b.token_id:
+            return AnswerDistance(tuple(same), _preference(a, b))
+        far = _apart(a.logprob, b.logprob)
+        same += [] if far is None else [far]
     longer = max(first.all_rows, second.all_rows, key=len)
     more = longer[min(len(first.all_rows), len(second.all_rows)) :]
-    return [*distances, _will_to_go_on(more[0].logprob)] if more and more[0].logprob is not None else distances
+    goes_on = _will_to_go_on(more[0].logprob) if more and more[0].logprob is not None else None
+    return AnswerDistance(tuple(same), goes_on)
 
 
 def _will_to_go_on(logprob: float) -> float:
@@ -174,6 +190,7 @@ def _preference(a: ScoredPosition, b: ScoredPosition) -> float | None:
     other = a.top.get(b.token_id) if b.token_id is not None else None
     if other is None:
         outside = 1.0 - sum(map(math.exp, a.top.values()))
-        other = -math.inf if len(a.top) >= _MANY_LISTED or outside <= 0 else math.log(outside)
+        is_far = len(a.top) >= _MANY_LISTED or not outside > 0
+        other = -math.inf if is_far else min(math.log(outside), a.logprob)
     far = _apart(a.logprob, other)
     return None if far is None else far / 2

@@ -4,11 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import fmean
 
 import torch
 
-from ownpath.diff.compare import Distribution, PositionComparison, PromptComparison, answer_distances, distribution_of
+from ownpath.diff.compare import Distribution, PositionComparison, PromptComparison, answer_distance, distribution_of
 from ownpath.diff.modes import ChatMode, ModeMatch
 from ownpath.diff.responses import ChatReading, SequenceReading
 
@@ -31,31 +30,29 @@ class Round:
 
     @cached_property
     def alone(self) -> list[float | None]:
-        """For each prompt, the mean distance of two answers that only chance or others' requests can have told apart;
+        """For each prompt, the distance of two answers that only chance or others' requests can have told apart;
         None without log-probs."""
-        return [_mean_distance(*pair) for pair in zip(self.again, self.once_more, strict=True)]
+        return [answer_distance(*pair).nats for pair in zip(self.again, self.once_more, strict=True)]
 
     def cold(self, tolerance: float) -> list[float]:
-        """Returns, for each prompt whose later answers are alike within ``tolerance``, the mean distance of the first
-        from the nearer of them."""
-        found = []
-        for n in self._repeatable(tolerance):
-            far = [_mean_distance(self.first[n], later[n]) for later in (self.again, self.once_more)]
-            found.append(min(it for it in far if it is not None) if any(it is not None for it in far) else 0.0)
-        return found
+        """Returns, for each prompt, the distance of the first answer from the nearer of the later ones; 0 where those
+        are not alike within ``tolerance``. Empty where none are."""
+        repeatable = self._repeatable(tolerance)
+        return (
+            [self._cold_distance(n) if n in repeatable else 0.0 for n in range(len(self.first))] if repeatable else []
+        )
+
+    def _cold_distance(self, n: int) -> float:
+        far = [answer_distance(self.first[n], later[n]).nats for later in (self.again, self.once_more)]
+        return min((it for it in far if it is not None), default=0.0)
 
     def company(self, tolerance: float) -> list[float]:
-        """Returns, for each answer among others to such a prompt, its mean distance from the answer alone."""
+        """Returns, for each answer among others to such a prompt, its distance from the answer alone."""
         pairs = ((self.again[n], other) for n in self._repeatable(tolerance) for other in self.together[n])
-        return [far for far in (_mean_distance(*pair) for pair in pairs) if far is not None]
+        return [far for far in (answer_distance(*pair).nats for pair in pairs) if far is not None]
 
     def _repeatable(self, tolerance: float) -> list[int]:
         return [n for n, far in enumerate(self.alone) if far is not None and far <= tolerance]
-
-
-def _mean_distance(first: SequenceReading, second: SequenceReading) -> float | None:
-    distances = answer_distances(first, second)
-    return fmean(distances) if distances else None
 
 
 @dataclass(frozen=True)
@@ -113,10 +110,10 @@ class Observations:
         return [reading.refusal for reading in (*self.scored, *self.generated) if reading.refusal]
 
 
-def limit_for(limit: float, num_positions: int) -> float:
-    """Widens a limit that holds for ``FULL_SURVEY`` positions or more to a mean over fewer: as 1/sqrt of their
-    number."""
-    return limit * math.sqrt(max(1.0, FULL_SURVEY / max(num_positions, 1)))
-
-
 FULL_SURVEY = 160
+
+
+def widening(num_positions: int) -> float:
+    """Returns the factor by which a mean over few positions may be further away than one over ``FULL_SURVEY``: the
+    spread of a mean grows as 1/sqrt of their number."""
+    return math.sqrt(max(1.0, FULL_SURVEY / max(num_positions, 1)))

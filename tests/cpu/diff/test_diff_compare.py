@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from ownpath.diff.compare import PositionComparison, answer_distances, compare, distribution_of, kl_at_least
+from ownpath.diff.compare import PositionComparison, answer_distance, compare, distribution_of, kl_at_least
 from ownpath.diff.responses import ScoredPosition, SequenceReading
 
 P = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
@@ -74,29 +74,45 @@ def reading(*rows: tuple[int, float, dict[int, float]]) -> SequenceReading:
     return SequenceReading((9, *(row[0] for row in rows)), 1, scored)
 
 
+def apart(first: SequenceReading, second: SequenceReading) -> tuple[list[float], float | None]:
+    it = answer_distance(first, second)
+    return list(it.same), it.parting
+
+
 def test_answers_are_apart_by_their_own_tokens_alone() -> None:
     a = reading((1, -1.0, {1: -1.0, 2: -1.5}), (2, -2.0, {2: -2.0, 3: -2.25}), (4, -3.0, {}))
-    assert answer_distances(a, a) == [0, 0, 0]
+    assert apart(a, a) == ([0, 0, 0], None)
     moved = reading((1, -1.0, {1: -1.0, 2: -9.0}), (2, -2.5, {2: -2.5, 3: -2.25}), (4, -3.0, {}))
-    assert answer_distances(a, moved) == [0, 0.5, 0], "the rest of a list says nothing"
+    assert apart(a, moved) == ([0, 0.5, 0], None), "the rest of a list says nothing"
     turned = reading((1, -1.0, {1: -1.0}), (3, -2.2, {}), (1, -9.0, {}))
-    assert answer_distances(a, turned) == [0, 0.125], "half of what they were apart; what follows has another context"
+    assert apart(a, turned) == ([0], 0.125), "half of what they were apart; what follows has another context"
     alone = reading((1, math.log(0.8), {1: math.log(0.8)}))
-    assert answer_distances(alone, a) == [abs(math.log(0.8) + 1)]
-    assert answer_distances(alone, reading((3, -1.0, {}))) == pytest.approx([math.log(4) / 2]), "outside is 0.2"
+    assert apart(alone, reading((3, -1.0, {})))[1] == pytest.approx(math.log(4) / 2), "outside is 0.2"
     many = reading((1, -1.5, {n: -1.5 - n for n in range(5)}))
-    assert answer_distances(many, reading((8, -1.0, {}))) == [math.inf], "rounding makes no such token the likeliest"
-    lost = answer_distances(a, reading((1, math.nan, {}), (2, -2.0, {}), (4, -3.0, {})))
-    assert lost[0] == math.inf
-    assert answer_distances(reading(), reading()) == []
+    assert apart(many, reading((8, -1.0, {}))) == ([], math.inf), "rounding makes no such token the likeliest"
+    lost = apart(a, reading((1, math.nan, {}), (2, -2.0, {}), (4, -3.0, {})))
+    assert lost[0][0] == math.inf
+    assert answer_distance(reading(), reading()).nats is None
+
+
+def test_a_few_tokens_that_moved_are_no_distance_and_a_parting_is_one() -> None:
+    a = reading(*((1, -1.0, {1: -1.0, 2: -1.5}) for _ in range(5)))
+    moved = reading(*((1, -1.0 + far, {}) for far in (0, 0, 4.0, -4.0, 0)))
+    assert answer_distance(a, moved).nats == 0
+    assert answer_distance(a, reading(*((1, -1.5, {}) for _ in range(5)))).nats == 0.5
+    assert answer_distance(a, reading(*a_row_each(1, 1, 1, 2))).nats == 0.25
+
+
+def a_row_each(*token_ids: int) -> list[tuple[int, float, dict[int, float]]]:
+    return [(token_id, -1.0, {}) for token_id in token_ids]
 
 
 def test_an_answer_that_ends_earlier_is_as_far_as_the_other_wished_to_go_on() -> None:
     even, sure = (reading((1, -1.0, {}), (2, math.log(p), {})) for p in (0.5, 0.75))
     short = reading((1, -1.0, {}))
-    assert answer_distances(even, short) == pytest.approx([0, 0], abs=EPS)
-    assert answer_distances(short, sure) == pytest.approx([0, math.log(3) / 2], abs=EPS)
-    assert answer_distances(short, reading((1, -1.0, {}), (2, 0.0, {})))[1] == math.inf
+    assert apart(even, short)[1] == pytest.approx(0, abs=EPS)
+    assert apart(short, sure)[1] == pytest.approx(math.log(3) / 2, abs=EPS)
+    assert apart(short, reading((1, -1.0, {}), (2, 0.0, {}))) == ([0], math.inf)
 
 
 def test_a_distribution_leaves_out_what_is_not_finite() -> None:

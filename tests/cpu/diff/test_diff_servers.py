@@ -1,7 +1,6 @@
 """``ownpath diff`` against servers of other makes, intact and broken, each around a real model."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
