@@ -190,7 +190,8 @@ def _preference(a: ScoredPosition, b: ScoredPosition) -> float | None:
     other = a.top.get(b.token_id) if b.token_id is not None else None
     if other is None:
         outside = 1.0 - sum(map(math.exp, a.top.values()))
-        is_far = len(a.top) >= _MANY_LISTED or not outside > 0
-        other = -math.inf if is_far else min(math.log(outside), a.logprob)
+        is_known = b.token_id is not None or a.is_whole  # else it may be one of the list that has no name
+        is_unlikely = is_known and len(a.top) + a.num_unnamed >= _MANY_LISTED
+        other = -math.inf if is_unlikely or not outside > 0 else min(math.log(outside), a.logprob)
     far = _apart(a.logprob, other)
     return None if far is None else far / 2

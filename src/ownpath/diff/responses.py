@@ -21,13 +21,17 @@ class ScoredPosition:
     """One position.
 
     token_id: None where its name is no token's. logprob: None where the server gave none.
-    top: the tokens it lists, by id. is_whole: every listed name is a token's.
+    top: the tokens it lists, by id. num_unnamed: entries of the list whose name is no token's.
     """
 
     token_id: int | None
     logprob: float | None
     top: Mapping[int, float]
-    is_whole: bool = True
+    num_unnamed: int = 0
+
+    @property
+    def is_whole(self) -> bool:
+        return self.num_unnamed == 0
 
 
 @dataclass(frozen=True)
@@ -217,22 +221,22 @@ def _read_logprobs(choice: Json, names: TokenNames) -> list[ScoredPosition]:
     lists = tops if isinstance(tops, list) and len(tops) == len(tokens) else [None] * len(tokens)
     rows = []
     for token, value, listed in zip(tokens, values, lists, strict=True):
-        top, is_whole = _top([(names.id_of(name), number) for name, number in (listed or {}).items()])
-        rows.append(ScoredPosition(names.id_of(token), _number(value), top, is_whole))
+        top, num_unnamed = _top([(names.id_of(name), number) for name, number in (listed or {}).items()])
+        rows.append(ScoredPosition(names.id_of(token), _number(value), top, num_unnamed))
     return rows
 
 
 def _of_entry(entry: Json, names: TokenNames) -> ScoredPosition:
     listed = [item for item in entry.get("top_logprobs") or [] if isinstance(item, dict)]
-    top, is_whole = _top([(names.of_entry(item), item.get("logprob")) for item in listed])
-    return ScoredPosition(names.of_entry(entry), _number(entry.get("logprob")), top, is_whole)
+    top, num_unnamed = _top([(names.of_entry(item), item.get("logprob")) for item in listed])
+    return ScoredPosition(names.of_entry(entry), _number(entry.get("logprob")), top, num_unnamed)
 
 
-def _top(pairs: Sequence[tuple[int | None, object]]) -> tuple[dict[int, float], bool]:
-    """Returns a list by id, and whether every entry has one."""
+def _top(pairs: Sequence[tuple[int | None, object]]) -> tuple[dict[int, float], int]:
+    """Returns a list by id, and how many entries have none."""
     numbers = [(token_id, _number(value)) for token_id, value in pairs]
     top = {token_id: p for token_id, p in numbers if token_id is not None and p is not None}
-    return top, len(top) == len(pairs)
+    return top, len(pairs) - len(top)
 
 
 def _ids(value: object, names: TokenNames) -> tuple[int, ...] | None:

@@ -65,7 +65,8 @@ FORMS = {
 }
 
 
-# Half of this vocabulary is bytes that are no character: such servers write all of them as one name.
+# Half of this vocabulary is bytes that are no character: such servers give them a name that is no token's, or one for
+# all.
 NAMES_ONLY = (Dialect.OPENAI, Dialect.TEXT_ONLY)
 
 
@@ -133,9 +134,11 @@ def test_a_broken_server_is_diagnosed(
         assert len(found) == 1, "these break one thing only"
 
 
-def test_the_first_divergence_is_named(model: Model, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_first_divergence_is_named(
+    model: Model, rows: Rows, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Logits four times as large: log-probs from the model itself say where it shows first."""
-    with other_server(model, TOKENIZER, Dialect.VLLM, Fault.TOO_SURE) as other:
+    with other_server(model, TOKENIZER, Dialect.VLLM, Fault.TOO_SURE, rows) as other:
         _, report = diff(capsys, folder, other.url)
         scored = [body for _, _, body in other.asked if body is not None and "prompt_logprobs" in body]
         sent = scored[1]["prompt"]  # the first found out that the server has them
@@ -151,9 +154,12 @@ def test_the_first_divergence_is_named(model: Model, folder: Path, capsys: pytes
     pytest.fail("the fault shows nowhere")
 
 
-def test_people_read_the_verdict_first(model: Model, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with other_server(model, TOKENIZER, Dialect.VLLM, Fault.STALE_CACHE) as other:
-        assert main(["diff", str(folder), "--against", other.url + "/v1/", "--max-tokens", "4"]) == 1
+def test_people_read_the_verdict_first(
+    model: Model, rows: Rows, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ["--max-tokens", "5", "--seed", "1"]
+    with other_server(model, TOKENIZER, Dialect.VLLM, Fault.STALE_CACHE, rows) as other:
+        assert main(["diff", str(folder), "--against", other.url + "/v1/", *short]) == 1
         lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{folder.name} against {other.url}: DIFFER"
     assert lines[1].startswith("found       cold-cached: ")
@@ -204,9 +210,11 @@ def test_the_api_key_goes_by_environment(
     assert "sesame" not in captured.out + captured.err
 
 
-def test_json_has_no_words_that_json_lacks(model: Model, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with other_server(model, TOKENIZER, Dialect.VLLM, Fault.NAN) as other:
-        main(["diff", str(folder), "--against", other.url, "--json", "--max-tokens", "2"])
+def test_json_has_no_words_that_json_lacks(
+    model: Model, rows: Rows, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with other_server(model, TOKENIZER, Dialect.VLLM, Fault.NAN, rows) as other:
+        main(["diff", str(folder), "--against", other.url, "--json", "--max-tokens", "2", "--seed", "1"])
 
     def refuse(word: str) -> float:
         raise AssertionError(word)
