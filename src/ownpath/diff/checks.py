@@ -227,7 +227,7 @@ def _judge_prompt_template(seen: Observations) -> Evidence:
 def _judge_default_mode(seen: Observations) -> Evidence:
     default = next((it for it in seen.conversations if not it.wish), None)
     if default is None or default.mode is None:
-        return Evidence(None, 0, "the server does not tell how it opens an answer")
+        return Evidence(None, 0, "the server does not tell how it opens an answer, or in no mode of the model")
     if not default.mode.thinks:
         return Evidence(0, 0, "without a wish, the server answers without thinking, as the model here does")
     obeyed = next((it.wish for it in seen.conversations if it.mode is not None and not it.mode.thinks), None)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from ownpath.chat.tokenizer import Tokenizer
 from ownpath.cli import main
 from ownpath.commands import session
 from ownpath.config import EngineConfig
+from ownpath.diff.local_model import LocalModel
+from ownpath.diff.responses import SequenceReading
 from ownpath.loading import default_model_dir, load_model
 from ownpath.model.model import Model
 from ownpath.official import Step
@@ -69,9 +72,34 @@ def ours() -> Model:
     return load_model(TINY, EngineConfig("cpu", max_model_len=512, max_num_seqs=1))
 
 
+@pytest.fixture(scope="module")
+def computed() -> dict[object, Any]:
+    """What our model and each peer computed once: every case asks for the same."""
+    return {}
+
+
 @pytest.fixture(autouse=True)
-def _load_once(monkeypatch: pytest.MonkeyPatch, ours: Model) -> None:
+def _compute_once(monkeypatch: pytest.MonkeyPatch, ours: Model, computed: dict[object, Any]) -> None:
+    compute = LocalModel.logprobs
+
+    def logprobs(local: LocalModel, reading: SequenceReading) -> torch.Tensor:
+        key = (reading.ids, reading.start, len(reading.scored))
+        if key not in computed:
+            computed[key] = compute(local, reading)
+        rows: torch.Tensor = computed[key]
+        return rows
+
     monkeypatch.setattr(session, "load_model", lambda *_: ours)
+    monkeypatch.setattr(LocalModel, "logprobs", logprobs)
+
+
+Serve = Callable[..., Vllm]
+
+
+@pytest.fixture
+def serve(peers: dict[str, Model | None], tokenizer: Tokenizer, computed: dict[object, Any]) -> Serve:
+    """A vLLM of one of the peers, which keeps its answers from case to case."""
+    return lambda peer, **options: Vllm(peers[peer], tokenizer, answers=computed.setdefault(peer, {}), **options)
 
 
 def diff(capsys: pytest.CaptureFixture[str], vllm: Vllm, *options: str) -> tuple[int, dict[str, Any]]:
@@ -140,12 +168,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_vllm_is_called_what_it_is(
-    name: str, peers: dict[str, Model | None], tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_vllm_is_called_what_it_is(name: str, serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     case = CASES[name]
-    vllm = Vllm(peers[case.peer], tokenizer, case.thinks, case.parser, case.is_chatml)
-    code, report = diff(capsys, vllm)
+    code, report = diff(capsys, serve(case.peer, thinks=case.thinks, parser=case.parser, is_chatml=case.is_chatml))
     assert (report["found"], report["noted"]) == (list(case.found), list(case.noted))
     assert (code, report["agrees"]) == ((1, False) if case.found else (0, True))
     assert report["diagnosis"] == (case.found[0] if case.found else None)
@@ -158,11 +183,9 @@ def test_a_vllm_is_called_what_it_is(
     assert joined == ("computes-otherwise" in case.found)
 
 
-def test_a_server_of_nan_is_asked_again_without_log_probs(
-    tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with running(Vllm(None, tokenizer)) as url:
-        assert main(["diff", "--against", url, "--max-tokens", "4", "--max-model-len", "512"]) == 1
+def test_a_server_of_nan_is_asked_again_without_log_probs(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    with running(serve("nan")) as url:
+        assert main(["diff", "--against", url, "--max-tokens", "4", "--max-model-len", "512", "--seed", "1"]) == 1
     out = capsys.readouterr().out
     assert "found       non-finite: " in out
     assert "Out of range float values are not JSON compliant" in out
@@ -171,10 +194,48 @@ def test_a_server_of_nan_is_asked_again_without_log_probs(
     )
 
 
-def test_default_mode_says_how_to_switch_it_off(
-    peers: dict[str, Model | None], tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _, report = diff(capsys, Vllm(peers["intact"], tokenizer))
+def test_default_mode_says_how_to_switch_it_off(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    _, report = diff(capsys, serve("intact"))
     says = next(check["says"] for check in report["checks"] if check["id"] == "default-mode")
     assert says.startswith("without a wish, its mode is thinking with effort max of v4")
     assert '{"chat_template_kwargs": {"thinking": false, "enable_thinking": false}}' in says
+
+
+OTHERS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
+    "DeepSeek's field": ({"obeys": "thinking"}, [], ["default-mode"]),
+    "OpenAI's field, others refused": ({"obeys": "reasoning_effort", "is_strict": True}, [], ["default-mode"]),
+    "no field": ({"obeys": ""}, [], ["default-mode"]),
+    "only a number of tokens": ({"tells_ids": False}, [], ["default-mode"]),
+    "only a number, swallowed": (
+        {"tells_ids": False, "thinks": False, "parser": "deepseek_r1"},
+        ["reasoning-swallowed"],
+        [],
+    ),
+    "only a chat": ({"has_completions": False}, [], ["default-mode"]),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_servers_like_vllm_are_understood_too(name: str, serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    options, found, noted = OTHERS[name]
+    _, report = diff(capsys, serve("intact", **options))
+    assert (report["found"], report["noted"]) == (found, noted)
+    verdicts = {check["id"]: check["verdict"] for check in report["checks"]}
+    assert verdicts["prompt-template"] == "ok"
+    assert verdicts["reasoning-swallowed"] == ("found" if found else "ok")
+
+
+def test_nan_is_known_by_a_failure_where_log_probs_are_asked(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    """A server that cannot write NaN and says nothing of it: 500 with log-probs, 200 without."""
+    code, report = diff(capsys, serve("nan", thinks=False, nan_status=500))
+    assert (code, report["found"]) == (1, ["non-finite", "all-special"])
+
+
+def test_nan_after_one_prompt_leaves_the_others_compared(
+    serve: Serve, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (kettle,) = tokenizer.encode_raw(" kettle")[:1]
+    code, report = diff(capsys, serve("rope", thinks=False, nan_id=kettle))
+    assert (code, report["found"]) == (1, ["non-finite", "computes-otherwise"])
+    numbers = report["numbers"]
+    assert 0 < numbers["num_compared"] < numbers["num_positions"]

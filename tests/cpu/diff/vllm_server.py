@@ -30,6 +30,10 @@ class Vllm:
 
     parser: deepseek_v4 or deepseek_r1, which takes everything before ``</think>`` for reasoning.
     is_chatml: with a Jinja template that is not the model's.
+
+    Beyond vLLM, servers that are like it: obeys: the field by which it is told not to think; it refuses the others if
+    is_strict. tells_ids: the tokens of prompts. has_completions: or only a chat. nan_status: of the refusal to write
+    NaN. nan_id: a token in whose presence logits are NaN.
     """
 
     model: Model | None
@@ -37,13 +41,21 @@ class Vllm:
     thinks: bool = True
     parser: str = "deepseek_v4"
     is_chatml: bool = False
+    obeys: str = "chat_template_kwargs"
+    is_strict: bool = False
+    tells_ids: bool = True
+    has_completions: bool = True
+    nan_status: int = 400
+    nan_id: int | None = None
     answers: dict[tuple[tuple[int, ...], int], tuple[list[int], torch.Tensor]] = field(default_factory=dict)
 
     def respond(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        if path not in (CHAT, "/v1/completions"):
+        if path not in (CHAT, "/v1/completions") or (path != CHAT and not self.has_completions):
             return 404, {"detail": "Not Found"}
+        if self.is_strict and {"chat_template_kwargs", "thinking", "reasoning_effort"} & body.keys() - {self.obeys}:
+            return 400, {"error": {"message": "unknown field", "type": "BadRequestError", "param": None, "code": 400}}
         prompt_ids = self.conversation(body) if path == CHAT else self.sent_ids(body["prompt"])
-        if self.model is None:
+        if self.model is None or self.nan_id in prompt_ids:
             return self.without_numbers(path, body, prompt_ids)
         ids, rows_TV = self.answer(prompt_ids, body["max_tokens"])
         made = ids[len(prompt_ids) :]
@@ -58,8 +70,10 @@ class Vllm:
         texts = [message["content"] for message in body["messages"]]
         if self.is_chatml:
             return tuple(self.tokenizer.encode_raw("".join(f"<|im_start|>user\n{it}<|im_end|>\n" for it in texts)))
-        wish = body.get("chat_template_kwargs", {})
-        thinks = wish.get("thinking", wish.get("enable_thinking", self.thinks))
+        wish = body.get(self.obeys)
+        thinks = self.thinks and wish not in ("none", {"type": "disabled"})
+        if isinstance(wish, dict):
+            thinks = wish.get("thinking", wish.get("enable_thinking", thinks))
         setting = Setting(thinks, RELEASES["v4"]["max"] if thinks else "")
         messages = [Message("user", text) for text in texts]
         return tuple(self.tokenizer.encode_segments(encode_messages(messages, setting)))
@@ -121,15 +135,12 @@ class Vllm:
         if body.get("return_token_ids"):
             choice["token_ids"] = made
         if body.get("logprobs"):
-            after = rows_TV[len(prompt_ids) - 1 :]
-            entries = [
-                {"token": f"token_id:{i}", "logprob": float(row[i]), "bytes": [], "top_logprobs": []}
-                for i, row in zip(made, after, strict=True)
-            ]
-            choice["logprobs"] = {"content": entries}
+            after = zip(made, rows_TV[len(prompt_ids) - 1 :], strict=True)
+            choice["logprobs"] = {"content": [entry(row, i, body.get("top_logprobs", 0)) for i, row in after]}
         answer["choices"][0] |= choice
         answer["choices"][0]["message"] |= {"content": content or None, "reasoning": reasoning or None}
-        answer["prompt_token_ids"] = list(prompt_ids) if body.get("return_token_ids") else None
+        tells = body.get("return_token_ids") and self.tells_ids
+        answer["prompt_token_ids"] = list(prompt_ids) if tells else None
         answer["usage"] |= {"prompt_tokens": len(prompt_ids), "completion_tokens": len(made)}
         return answer
 
@@ -138,7 +149,7 @@ class Vllm:
     ) -> tuple[int, dict[str, Any]]:
         """Logits are NaN: refused wherever log-probs are asked for, else token 0 for ever."""
         if body.get("logprobs") or "prompt_logprobs" in body:
-            return 400, RECORDED["nan_logprobs"]["body"]
+            return self.nan_status, RECORDED["nan_logprobs"]["body"] if self.nan_status == 400 else {"error": "failed"}
         answer = copy.deepcopy(RECORDED["nan_chat" if path == CHAT else "nan_plain"]["body"])
         answer["choices"][0]["token_ids"] = [0] * body["max_tokens"]
         if path != CHAT:
@@ -158,6 +169,16 @@ def listed(row_V: torch.Tensor, token_id: int, num: int) -> dict[int, float]:
     """The likeliest tokens, and the token itself."""
     top = row_V.topk(num)
     return dict(zip(top.indices.tolist(), top.values.tolist(), strict=True)) | {token_id: float(row_V[token_id])}
+
+
+def entry(row_V: torch.Tensor, token_id: int, num: int) -> dict[str, Any]:
+    """One of a chat's ``logprobs``, with ``return_tokens_as_token_ids``."""
+    top = row_V.topk(num)
+    named = [
+        {"token": f"token_id:{i}", "logprob": value, "bytes": []}
+        for i, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    ]
+    return {"token": f"token_id:{token_id}", "logprob": float(row_V[token_id]), "bytes": [], "top_logprobs": named}
 
 
 def split(made: list[int], end: int) -> tuple[list[int], list[int]]:
