@@ -97,8 +97,8 @@ def kl_at_least(ours_V: torch.Tensor, ids: Sequence[int], theirs: Sequence[float
 
 
 @dataclass(frozen=True)
-class Distribution:
-    """The differences over all positions. Units: nats; None where nothing finite was given.
+class Distances:
+    """Summary of the differences over all positions. Units: nats; None where nothing finite was given.
 
     num_compared: positions whose two log-probs are finite. share_far: of these, the part beyond the tolerance.
     median_kl: over the positions with a finite list. The mean of KL is no measure: one position at which rounding
@@ -115,12 +115,12 @@ class Distribution:
     max_kl: float | None
 
 
-def distribution_of(positions: Iterable[PositionComparison], tolerance: float) -> Distribution:
+def distances_of(positions: Iterable[PositionComparison], tolerance: float) -> Distances:
     """Summarises positions; those without finite log-probs are left out."""
     compared = [p for p in positions if p.far is not None]
     far = [p.far for p in compared if p.far is not None]
     kl = [p.kl for p in compared if p.kl is not None and math.isfinite(p.kl)]
-    return Distribution(
+    return Distances(
         len(far),
         statistics.fmean(far) if far else None,
         statistics.median(far) if far else None,
@@ -142,8 +142,8 @@ class AnswerDistance:
 
     @property
     def nats(self) -> float | None:
-        """What parts them, or what moves half of the tokens; a few that moved are rounding's, where it turned a
-        router's choice. None without log-probs."""
+        """The distance at which they part, or by which half of the tokens moved; a few that moved are rounding's, where
+        it turned a router's choice. None without log-probs."""
         known = [statistics.median(self.same)] if self.same else []
         return max(known + ([] if self.parting is None else [self.parting]), default=None)
 

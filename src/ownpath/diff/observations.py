@@ -7,7 +7,7 @@ from functools import cached_property
 
 import torch
 
-from ownpath.diff.compare import Distribution, PositionComparison, PromptComparison, answer_distance, distribution_of
+from ownpath.diff.compare import Distances, PositionComparison, PromptComparison, answer_distance, distances_of
 from ownpath.diff.modes import ChatMode, ModeMatch
 from ownpath.diff.responses import ChatReading, SequenceReading
 
@@ -15,7 +15,7 @@ Readings = tuple[SequenceReading, ...]
 
 
 @dataclass(frozen=True)
-class Round:
+class AskRound:
     """The same requests in turn; prompt n's answers are at index n of each tuple.
 
     first: alone, the first time. again, once_more: alone, with the prompt known to the server. together: at once with
@@ -82,7 +82,7 @@ class Observations:
     text_ids: a prompt as the server reads its text and as we do, where text was sent; None where it does not tell.
     """
 
-    rounds: tuple[Round, ...]
+    rounds: tuple[AskRound, ...]
     generated_rows: tuple[torch.Tensor, ...]
     scored: Readings
     scored_rows: tuple[torch.Tensor, ...]
@@ -101,8 +101,8 @@ class Observations:
         return [position for comparison in self.comparisons for position in comparison.positions]
 
     @cached_property
-    def distribution(self) -> Distribution:
-        return distribution_of(self.positions, self.tolerance)
+    def distances(self) -> Distances:
+        return distances_of(self.positions, self.tolerance)
 
     @property
     def refusals(self) -> list[str]:

@@ -22,7 +22,7 @@ def numbers(difference: Difference) -> dict[str, float | int | None]:
     positions = [p for comparison in difference.comparisons for p in comparison.positions]
     ranked = [p for p in positions if p.gap is not None]
     outside = [p.outside for p in positions if p.outside is not None and math.isfinite(p.outside)]
-    it = difference.distribution
+    it = difference.distances
     return {
         "num_positions": len(positions),
         "num_compared": it.num_compared,

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 
 from ownpath.diff.checks import all_checks
 from ownpath.diff.client import CannotAsk
-from ownpath.diff.compare import TOLERANCE_NATS, Distribution, PromptComparison, compare
+from ownpath.diff.compare import TOLERANCE_NATS, Distances, PromptComparison, compare
 from ownpath.diff.local_model import LocalModel
 from ownpath.diff.modes import WISHES, ModeMatch, match_count, match_ids
-from ownpath.diff.observations import Conversation, Observations, Readings, Round
+from ownpath.diff.observations import AskRound, Conversation, Observations, Readings
 from ownpath.diff.prompts import PromptSet, SurveyPrompt
 from ownpath.diff.responses import ChatReading
 from ownpath.diff.server import CHAT, RemoteServer
@@ -38,7 +38,7 @@ class Difference:
     """The result of a survey. checks: every check's finding. num_rounds: 2 where a suspicion was asked again."""
 
     comparisons: tuple[PromptComparison, ...]
-    distribution: Distribution
+    distances: Distances
     checks: tuple[Finding, ...]
     tolerance: float
     num_rounds: int
@@ -70,7 +70,7 @@ def survey(server: RemoteServer, ours: LocalModel, prompts: PromptSet, effort: S
         fresh = prompts.spare or asked
         seen = replace(seen, rounds=(*seen.rounds, _ask_round(server, fresh, effort, is_cold=bool(prompts.spare))))
         checks = all_checks(seen)
-    return Difference(seen.comparisons, seen.distribution, checks, effort.tolerance, len(seen.rounds))
+    return Difference(seen.comparisons, seen.distances, checks, effort.tolerance, len(seen.rounds))
 
 
 def _observe(
@@ -100,9 +100,9 @@ def _observe(
     )
 
 
-def _ask_round(server: RemoteServer, prompts: Sequence[SurveyPrompt], effort: SurveySize, is_cold: bool) -> Round:
+def _ask_round(server: RemoteServer, prompts: Sequence[SurveyPrompt], effort: SurveySize, is_cold: bool) -> AskRound:
     first, again, once_more = (tuple(server.generate(p, effort.max_tokens) for p in prompts) for _ in range(3))
-    return Round(first, again, once_more, _ask_together(server, prompts, effort), is_cold)
+    return AskRound(first, again, once_more, _ask_together(server, prompts, effort), is_cold)
 
 
 def _ask_together(server: RemoteServer, prompts: Sequence[SurveyPrompt], effort: SurveySize) -> tuple[Readings, ...]:
@@ -125,7 +125,9 @@ def _ask_conversations(
         try:
             asked.append(_ask_conversation(server, ours, prompt, effort.max_tokens, wish))
         except CannotAsk:
-            continue  # no chat, or not this field; the report says "not asked" for what needs it
+            if not wish:
+                return ()  # no chat; the report says "not asked" for what needs it
+            continue  # not this field
         mode = asked[-1].mode
         if mode is not None and not mode.thinks:
             break

@@ -14,9 +14,9 @@ from cpu.chat.small_tokenizer import small_tokenizer
 from ownpath.chat.effort import RELEASES
 from ownpath.diff.checks import CHECKS
 from ownpath.diff.client import Refused
-from ownpath.diff.compare import PositionComparison, PromptComparison, distribution_of
+from ownpath.diff.compare import PositionComparison, PromptComparison, distances_of
 from ownpath.diff.modes import ChatMode, ModeMatch, match_count, match_ids, modes_of
-from ownpath.diff.observations import Conversation, Observations, Round
+from ownpath.diff.observations import AskRound, Conversation, Observations
 from ownpath.diff.responses import ChatReading, ScoredPosition, SequenceReading
 from ownpath.diff.suspects import joined_scales
 from ownpath.finding import Finding, Verdict
@@ -50,7 +50,7 @@ def test_twenty_seeds_of_a_healthy_vllm_give_no_alarm_and_every_seed_of_a_fault_
         assert {it.verdict for it in found} == {expected}, name
     # Each budget lies between: none is carried by another.
     healthy, faulty = (
-        [distribution_of(measured(line).positions, 0.25) for line in MEASURED if (line["server"] == "healthy") is side]
+        [distances_of(measured(line).positions, 0.25) for line in MEASURED if (line["server"] == "healthy") is side]
         for side in (True, False)
     )
     for value, budget in (
@@ -103,15 +103,15 @@ SAME, OTHER = answer(), other_answer()
 
 def round_of(
     first: SequenceReading, again: SequenceReading, once_more: SequenceReading, *others: SequenceReading
-) -> Round:
+) -> AskRound:
     whole = ((it,) * NUM_PROMPTS for it in (first, again, once_more))
-    return Round(*whole, (others or (again,),) * NUM_PROMPTS, True)
+    return AskRound(*whole, (others or (again,),) * NUM_PROMPTS, True)
 
 
 BETWEEN = ("unrepeatable", "cold-cached", "batch-dependent")
 
 
-def found_between(*rounds: Round) -> list[str]:
+def found_between(*rounds: AskRound) -> list[str]:
     seen = replace(NOTHING, rounds=rounds)
     return [check_id for check_id in BETWEEN if verdict(check_id, seen).verdict is Verdict.FAIL]
 
@@ -153,17 +153,17 @@ def test_others_traffic_is_noise_and_not_a_cache() -> None:
             for _ in range(NUM_PROMPTS)
         ]
         first, again, once_more, a, b = map(tuple, zip(*readings, strict=True))
-        assert found_between(Round(first, again, once_more, tuple(zip(a, b, strict=True)), True)) == []
+        assert found_between(AskRound(first, again, once_more, tuple(zip(a, b, strict=True)), True)) == []
 
 
 def test_a_batch_fault_under_others_traffic_is_no_cache_fault() -> None:
     """Three answers in ten go wrong by chance: in two rounds, that must not look like a prompt's first answer."""
     draw = random.Random(7)
 
-    def one_round() -> Round:
+    def one_round() -> AskRound:
         picked = [[OTHER if draw.random() < 0.3 else SAME for _ in range(5)] for _ in range(NUM_PROMPTS)]
         first, again, once_more, a, b = map(tuple, zip(*picked, strict=True))
-        return Round(first, again, once_more, tuple(zip(a, b, strict=True)), True)
+        return AskRound(first, again, once_more, tuple(zip(a, b, strict=True)), True)
 
     found = [found_between(one_round(), one_round()) for _ in range(300)]
     assert sum("cold-cached" in it for it in found) <= 0.06 * len(found)
@@ -223,9 +223,9 @@ def test_a_refusal_of_nan_is_known_by_its_words() -> None:
 def test_nothing_is_judged_of_nothing() -> None:
     for check in CHECKS:
         if check.id not in ("all-special",):
-            assert check.finding(replace(NOTHING, rounds=(Round((), (), (), (), True),))).verdict is Verdict.SKIPPED, (
-                check.id
-            )
+            assert (
+                check.finding(replace(NOTHING, rounds=(AskRound((), (), (), (), True),))).verdict is Verdict.SKIPPED
+            ), check.id
 
 
 def test_fused_halves_of_different_scale_are_a_suspect() -> None:

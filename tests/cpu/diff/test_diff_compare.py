@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from ownpath.diff.compare import PositionComparison, answer_distance, compare, distribution_of, kl_at_least
+from ownpath.diff.compare import PositionComparison, answer_distance, compare, distances_of, kl_at_least
 from ownpath.diff.responses import ScoredPosition, SequenceReading
 
 P = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
@@ -118,8 +118,8 @@ def test_an_answer_that_ends_earlier_is_as_far_as_the_other_wished_to_go_on() ->
 def test_a_distribution_leaves_out_what_is_not_finite() -> None:
     rows = [(-1.0, 0.5), (-1.25, 0.125), (-3.0, 4.0), (math.nan, math.nan), (None, None)]
     positions = [PositionComparison(n, 0, -1.0, theirs, 0.0, kl) for n, (theirs, kl) in enumerate(rows)]
-    it = distribution_of(positions, 0.25)
+    it = distances_of(positions, 0.25)
     assert (it.num_compared, it.mean_delta, it.median_delta, it.max_delta) == (3, 0.75, 0.25, 2.0)
     assert it.share_far == pytest.approx(1 / 3)
     assert (it.median_kl, it.max_kl) == (0.5, 4.0)
-    assert distribution_of([], 0.25).mean_delta is None
+    assert distances_of([], 0.25).mean_delta is None

@@ -74,7 +74,7 @@ def ours() -> Model:
 
 @pytest.fixture(scope="module")
 def computed() -> dict[object, Any]:
-    """What our model and each peer computed once: every case asks for the same."""
+    """Results of our model and of each peer, computed once: every case asks for the same."""
     return {}
 
 
@@ -142,7 +142,7 @@ def test_the_imitation_answers_what_vllm_answered(peers: dict[str, Model | None]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """How it is served, and what is to be said of it."""
+    """One way of serving, and the findings that it must have."""
 
     peer: str = "intact"
     thinks: bool = True
