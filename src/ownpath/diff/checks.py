@@ -201,7 +201,7 @@ def _judge_computes_otherwise(seen: Observations) -> Judged:
     if it.median_kl is not None:  # quadratic in nats
         budgets.append((it.median_kl, wide**2 * tolerance**2 / 50, "median KL at least {:.2g} ({:.2g})"))
     says = ", ".join(text.format(value, limit) for value, limit, text in budgets)
-    worst = max(value / limit if limit else math.inf * bool(value) for value, limit, _ in budgets)
+    worst = max(value / limit if limit else math.inf if value else 0.0 for value, limit, _ in budgets)
     return Judged(worst, 1.0, says + "; this many times a budget at most", worst > 1.0)
 
 

@@ -199,7 +199,7 @@ def read_chat(answer: Json, names: TokenNames) -> ChatReading:
 
 def read_prompt_ids(answer: Json, names: TokenNames) -> tuple[int, ...] | None:
     """Returns the prompt's ids as the server read it, if it reports them."""
-    return _ids(answer.get("prompt_token_ids", choice_of(answer).get("prompt_token_ids")), names)
+    return _ids(answer.get("prompt_token_ids") or choice_of(answer).get("prompt_token_ids"), names)
 
 
 def read_prompt_count(answer: Json) -> int | None:

@@ -81,6 +81,8 @@ def test_a_tolerance_moves_every_budget() -> None:
     assert verdict("computes-otherwise", replace(measured(line), tolerance=1.0)).verdict is Verdict.PASS
     line = next(line for line in MEASURED if line["server"] == "healthy")
     assert verdict("computes-otherwise", replace(measured(line), tolerance=0.0)).verdict is Verdict.FAIL
+    exact = measured({"delta": [0.0] * 9, "kl": [0.0] * 9})
+    assert verdict("computes-otherwise", replace(exact, tolerance=0.0)).verdict is Verdict.PASS
 
 
 # Answers: 16 tokens of log-prob -1; what distinguishes them is added to the log-probs.
