@@ -128,7 +128,7 @@ def checks_of_diff() -> str:
     """Lists every check of another server, causes before their consequences."""
     from ownpath.diff.checks import CHECKS
 
-    return _entries((it.id, f"found when {it.found_when}", f"remedy: {it.remedy}") for it in CHECKS)
+    return _entries((it.id, it.finds, f"remedy: {it.remedy}") for it in CHECKS)
 
 
 def _entries(entries: Iterable[tuple[str, ...]]) -> str:

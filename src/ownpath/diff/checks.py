@@ -37,10 +37,10 @@ class Judged:
 
 @dataclass(frozen=True)
 class Check:
-    """One check. found_when: what makes it find something. judge: pure."""
+    """One check. finds: what it looks for. judge: pure."""
 
     id: str
-    found_when: str
+    finds: str
     remedy: str
     judge: "Judge"
 
@@ -61,9 +61,9 @@ CHECKS: list[Check] = []
 Judge = Callable[[Observations], Judged]
 
 
-def _check(id: str, found_when: str, remedy: str) -> Callable[[Judge], Judge]:
+def _check(id: str, finds: str, remedy: str) -> Callable[[Judge], Judge]:
     def enter(judge: Judge) -> Judge:
-        CHECKS.append(Check(id, found_when, remedy, judge))
+        CHECKS.append(Check(id, finds, remedy, judge))
         return judge
 
     return enter
