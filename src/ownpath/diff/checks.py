@@ -19,6 +19,8 @@ from ownpath.finding import Finding, Verdict
 SAME_NATS = 2.0**-10
 """Log-probs closer than this are one log-prob: a BF16 logit between 16 and 32 that moves at all moves by 2**-3."""
 LONGEST_RUN = 4
+FEW = 16
+"""Fewer positions than this have no median of KL to speak of."""
 SHARE_FAR = 0.10
 """Part of the positions that may be further than the tolerance from ours."""
 
@@ -198,8 +200,8 @@ def _judge_computes_otherwise(seen: Observations) -> Judged:
         (it.mean_delta, wide * tolerance / 2, "mean |ours - theirs| {:.3g} nats (budget {:.3g})"),
         (it.share_far, wide * SHARE_FAR, f"{{:.1%}} beyond {tolerance:g} nats ({{:.0%}})"),
     ]
-    if it.median_kl is not None:  # quadratic in nats
-        budgets.append((it.median_kl, wide**2 * tolerance**2 / 50, "median KL at least {:.2g} ({:.2g})"))
+    if it.median_kl is not None and it.num_compared >= FEW:  # quadratic in nats
+        budgets.append((it.median_kl, wide * tolerance**2 / 50, "median KL at least {:.2g} ({:.2g})"))
     says = ", ".join(text.format(value, limit) for value, limit, text in budgets)
     worst = max(value / limit if limit else math.inf if value else 0.0 for value, limit, _ in budgets)
     return Judged(worst, 1.0, says + "; this many times a budget at most", worst > 1.0)
