@@ -239,3 +239,11 @@ def test_nan_after_one_prompt_leaves_the_others_compared(
     assert (code, report["found"]) == (1, ["non-finite", "computes-otherwise"])
     numbers = report["numbers"]
     assert 0 < numbers["num_compared"] < numbers["num_positions"]
+
+
+def test_greedy_answers_alone_tell_a_joined_scale(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    """Likely tokens move less than a prompt's; KL sees it."""
+    for peer, found in (("intact", []), ("fused", ["computes-otherwise"])):
+        _, report = diff(capsys, serve(peer, thinks=False, scores_prompts=False), "--max-tokens", "10")
+        assert (report["form"], report["found"]) == ("generated", found)
+        assert report["numbers"]["num_positions"] >= 30

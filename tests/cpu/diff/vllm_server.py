@@ -31,9 +31,9 @@ class Vllm:
     parser: deepseek_v4 or deepseek_r1, which takes everything before ``</think>`` for reasoning.
     is_chatml: with a Jinja template that is not the model's.
 
-    Beyond vLLM, servers that are like it: obeys: the field by which it is told not to think; it refuses the others if
-    is_strict. tells_ids: the tokens of prompts. has_completions: or only a chat. nan_status: of the refusal to write
-    NaN. nan_id: a token in whose presence logits are NaN.
+    Beyond vLLM, servers that are like it. obeys: the field by which it is told not to think; it refuses the others if
+    is_strict. tells_ids: the tokens of prompts. has_completions: or only a chat. scores_prompts: or ignores the wish.
+    nan_status: of the refusal to write NaN. nan_id: a token in whose presence logits are NaN.
     """
 
     model: Model | None
@@ -45,6 +45,7 @@ class Vllm:
     is_strict: bool = False
     tells_ids: bool = True
     has_completions: bool = True
+    scores_prompts: bool = True
     nan_status: int = 400
     nan_id: int | None = None
     answers: dict[tuple[tuple[int, ...], int], tuple[list[int], torch.Tensor]] = field(default_factory=dict)
@@ -114,7 +115,7 @@ class Vllm:
             },
             "prompt_logprobs": None,
         }
-        if "prompt_logprobs" in body:
+        if "prompt_logprobs" in body and self.scores_prompts:
             pairs = zip(prompt_ids[1:], rows_TV, strict=False)
             tops = [listed(row, token_id, body["prompt_logprobs"]) for token_id, row in pairs]
             entries = [{str(i): {"logprob": p, "rank": 1, "decoded_token": ""} for i, p in top.items()} for top in tops]
