@@ -5,8 +5,12 @@ import os
 import pytest
 import torch
 
+from ownpath.terminal import progress
+
 # Torch's threads spin while they wait; on a machine with two busy cores one thread is the faster choice.
 torch.set_num_threads(1)
+# On a busy machine a command takes seconds and says so on stderr, which tests compare with what they expect.
+progress.FIRST_LINE_S = 600.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

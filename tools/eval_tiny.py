@@ -2,8 +2,6 @@ r"""Examines a tiny-v4 checkpoint with greedy decoding and writes the scores.
 
     PYTHONPATH=src python tools/eval_tiny.py --model src/ownpath/assets/tiny-v4 \
         --out src/ownpath/assets/tiny-v4/scores.json
-
-With ``--trained FOLDER`` transformers answers, on the values that the checkpoint made from FOLDER holds (an oracle).
 """
 
 import argparse
@@ -13,10 +11,9 @@ import time
 from pathlib import Path
 
 from tiny.answer_form import fault
-from tiny.answers import Answerer, ownpath_answerer, transformers_answerer
+from tiny.answers import answer_prompts
 from tiny.batches import ANSWER, Encoder
 from tiny.exam import questions
-from tiny.export import read_trained, stored_network
 from tiny.question import Question, group_name, scores, totals
 from tiny.train import Recipe
 from tokenizers import Tokenizer
@@ -25,18 +22,16 @@ from ownpath.chat.tokenizer import Tokenizer as ChatTokenizer
 
 # Beyond the right answer's own tokens, so that one that runs on is seen to be wrong.
 _SPARE_TOKENS = 2
-
-
 # Groups whose answers have a form of their own, which is counted too.
 _FORMED = ("thinking/", "tools/", "json/")
 _Given = list[tuple[Question, list[int], bool]]
 
 
-def examine(answerer: Answerer, encoder: Encoder, asked: list[Question]) -> _Given:
+def examine(folder: Path, device: str, encoder: Encoder, asked: list[Question]) -> _Given:
     """Returns each question with the greedy answer, and True if that is exactly the right one, EOS included."""
     prompts = [encoder.encode(question.prompt)[0] for question in asked]
     expected = [_answer_ids(encoder, question) for question in asked]
-    given = answerer(prompts, [len(ids) + _SPARE_TOKENS for ids in expected])
+    given = answer_prompts(folder, device, prompts, [len(ids) + _SPARE_TOKENS for ids in expected])
     return [(q, ids, ids == right) for q, ids, right in zip(asked, given, expected, strict=True)]
 
 
@@ -80,27 +75,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="checkpoint folder")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--trained", type=Path, help="let transformers answer, from this folder of train_tiny.py")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--num-others", type=int, default=10**9, help="sums and lists to ask; default: all")
     parser.add_argument("--every", type=int, default=1, help="ask every n-th question only")
     parser.add_argument("--only", default="", help="ask only the groups whose names begin so, such as tools/")
     arguments = parser.parse_args()
     encoder = Encoder(Tokenizer.from_file(str(arguments.model / "tokenizer.json")))
-    if arguments.trained:
-        answerer = transformers_answerer(stored_network(read_trained(arguments.trained)))
-    else:
-        answerer = ownpath_answerer(arguments.model, arguments.device)
     seed = Recipe().seed
     asked = sample([q for q in questions(seed) if q.group.startswith(arguments.only)], arguments.num_others, seed)
     asked = asked[:: arguments.every]
     start = time.perf_counter()
-    results = examine(answerer, encoder, asked)
+    results = examine(arguments.model, arguments.device, encoder, asked)
     tokenizer = ChatTokenizer.from_folder(arguments.model)
     table = scores([(question, right) for question, _, right in results])
     faults = count_forms(tokenizer, results, table)
     report = {
-        "measured with": "transformers" if arguments.trained else "ownpath's engine",
+        "measured with": "ownpath's engine",
         "device": arguments.device,
         "decoding": "greedy; right means exactly the taught answer, then the end of the sequence",
         "questions": len(asked),

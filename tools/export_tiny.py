@@ -11,7 +11,7 @@ from pathlib import Path
 from tiny import corpus
 from tiny.batches import Encoder, make_rows
 from tiny.calibrate import Calibration
-from tiny.export import checkpoint_tensors, read_trained, stored_network, write_json_files
+from tiny.export import checkpoint_tensors, make_stored_network, read_trained, write_json_files
 from tiny.tokens import write_tokenizer
 from tiny.train import Recipe
 from tokenizers import Tokenizer
@@ -25,7 +25,7 @@ NUM_DOCUMENTS = {"short": 240, "request": 60, "middle": 40, "long": 20, "tools":
 def calibrate(trained_folder: Path) -> Calibration:
     """Measures the largest activations on documents that training has not drawn (another seed)."""
     encoder = Encoder(Tokenizer.from_file(str(trained_folder / "tokenizer.json")))
-    calibration = Calibration(stored_network(read_trained(trained_folder)))
+    calibration = Calibration(make_stored_network(read_trained(trained_folder)))
     seed = Recipe().seed + 500
     makers = {
         "short": corpus.short_document,

@@ -12,10 +12,8 @@ With --routing score two experts that nearly tie may change places between two r
 """
 
 import argparse
-import json
-import platform
+import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -30,6 +28,8 @@ from ownpath.assembly import assemble
 from ownpath.attention.interface import AttentionStep
 from ownpath.attention.reference import ReferenceAttention
 from ownpath.attention.rope import Rope
+from ownpath.bench.record import append_lines, provenance
+from ownpath.bench.timing import capture_graph
 from ownpath.cache.pools import CachePool, CacheSpec
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.kernels.hyper.ref import hyper_post, sinkhorn
@@ -78,15 +78,14 @@ def main() -> int:
     setup_s = time.perf_counter() - start
     reference = make_layer(config, engine, args.export, Caps(caps.device_type, f"{caps.name}, references alone"))
     fixed = {name: getattr(args, name) for name in ("shape", "layer", "export", "routing", "context", "dtype")}
-    fixed |= {"bench": "full_layer", "setup_s": round(setup_s, 2), "device": caps.name, "torch": torch.__version__}
-    fixed |= {"python": platform.python_version(), "date": time.strftime("%Y-%m-%d"), "commit": args.commit}
+    fixed |= {"bench": "full_layer", "setup_s": round(setup_s, 2)}
+    fixed |= provenance(args.device, args.commit, shlex.join(sys.argv), "cuda events")
     fixed["kernels"] = sorted({kernel for _, kernel in ours.plan.slots.values()})
     rows = [fixed | measure(ours, reference, engine, args.context, num_tokens) for num_tokens in args.tokens]
     for row in rows:
         print(_line(row), flush=True)
         if args.out:
-            with args.out.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(row) + "\n")
+            append_lines(args.out, [row])
     return int(any(row["cosine_streams"] < MIN_COSINE or row["cosine_experts"] < MIN_COSINE for row in rows))
 
 
@@ -101,7 +100,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit", default=_commit(), help="the commit measured (default: asked of git)")
+    parser.add_argument("--commit", default="unknown", metavar="ID", help="recorded with every row")
     return parser.parse_args()
 
 
@@ -110,8 +109,8 @@ def make_layer(config: ModelConfig, engine: EngineConfig, export: str, caps: Cap
     index = headers(config, export)
     plan = make_plan(config, index, caps, Demands(str(engine.dtype).removeprefix("torch.")))
     device = torch.device(engine.device)
-    params = Values.seeded(device, 0).params(config)
-    operands = tuple(Values.seeded(device, 1).operands(plan, index))
+    params = Values.of_seed(device, 0).params(config)
+    operands = tuple(Values.of_seed(device, 1).operands(plan, index))
     builder = assemble(plan, engine, LoadedWeights(operands, params)).builder
     rope = Rope.for_layer(config, bool(config.compress_ratios[0]), device)
     return Layer(plan, builder.block(0, rope), rope, builder.ledger)
@@ -120,7 +119,7 @@ def make_layer(config: ModelConfig, engine: EngineConfig, export: str, caps: Cap
 def make_input(config: ModelConfig, engine: EngineConfig, context: int, num_tokens: int) -> Input:
     """Makes reproducible input: streams, a pending output with its mix, and caches full of random entries."""
     device = torch.device(engine.device)
-    values = Values.seeded(device, 2)
+    values = Values.of_seed(device, 2)
     pool = CachePool(replace(CacheSpec.of(config, engine), max_sequences=1))
     for tensor in pool.tensors.values():
         tensor.copy_(values.normal(*tensor.shape))
@@ -172,9 +171,9 @@ def measure(ours: Layer, reference: Layer, engine: EngineConfig, context: int, n
 
 
 def cosine(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Computes the cosine of two tensors as vectors, in float64; NaN if either is not finite."""
+    """Computes the cosine of two tensors as vectors, in float64; 0 if either has no direction or is not finite."""
     a, b = found.double().flatten(), expected.double().flatten()
-    return float(torch.dot(a, b) / (a.norm() * b.norm()))
+    return float(torch.nan_to_num(torch.dot(a, b) / (a.norm() * b.norm()), nan=0.0))
 
 
 def _streams(residual: Residual) -> torch.Tensor:
@@ -189,16 +188,7 @@ def _output(residual: Residual) -> torch.Tensor:
 
 def _graph_us(step: Callable[[], object]) -> list[float]:
     """Returns the microseconds of each replay of the captured step, with a cold L2 cache."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return _events_us(graph.replay)
+    return _events_us(capture_graph([step], num_warm_ups=3).replay)
 
 
 def _events_us(step: Callable[[], object], num_runs: int = NUM_REPLAYS) -> list[float]:
@@ -222,13 +212,6 @@ def _line(row: dict[str, Any]) -> str:
         return f"{head}: {cosines}"
     top = ", ".join(f"{slot} {total:.0f}" for slot, total in list(row["slot_us"].items())[:8])
     return f"{head}: {row['us']:.1f} us (reference {row['reference_us']:.0f} us), {cosines}; us by slot: {top}"
-
-
-def _commit() -> str:
-    """Returns the measured commit, or "unknown" outside a checkout."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ multiply to at most 100, and the norms' outputs are smaller, so that nothing sat
 import argparse
 import json
 import math
+import re
 import statistics
 import sys
 import tempfile
@@ -37,10 +38,11 @@ from ownpath.formats import FP8_BLOCK, NVFP4
 from ownpath.loading import default_model_dir
 from ownpath.official import OFFICIAL
 from ownpath.oracle.arithmetic import Arithmetic
-from ownpath.oracle.block import Choices, LayerTrace, reference_block, reference_embed, reference_head
+from ownpath.oracle.block import Choices
 from ownpath.oracle.forward import reference_logits
 from ownpath.oracle.weights import StoredWeights
 from ownpath.verify.budgets import PATH, kind_of
+from ownpath.verify.layers.oracle import Oracle
 from ownpath.verify.subject import Subject
 
 BF16 = Arithmetic(torch.float32, torch.bfloat16)
@@ -97,8 +99,10 @@ class Case:
     reader: type[StoredWeights]
     token_ids_T: Tensor
 
-    def stored(self, dtype: torch.dtype) -> StoredWeights:
-        return self.reader(self.subject.index, self.subject.device, dtype)
+    def oracle(self, how: Arithmetic) -> Oracle:
+        """Returns the oracle that computes this case in one arithmetic."""
+        stored = self.reader(self.subject.index, self.subject.device, how.dtype)
+        return Oracle(self.subject, stored, how, tuple(self.token_ids_T.tolist()))
 
     def modes(self) -> Iterator[str]:
         """The modes that differ on this checkpoint."""
@@ -151,47 +155,34 @@ def measure(case: Case, blocks: Noise, logits: Noise) -> None:
     """Adds one case's distances, layer by layer and at the end."""
     for mode in case.modes():
         arithmetic = MODES[mode]
-        exactly = replace(arithmetic, dtype=torch.float64, narrow=None)
-        streams, last = forward(case, exactly)
-        for layer_idx, x_TSD in enumerate(streams[:-1]):
-            for kind, value in block_noise(case, layer_idx, x_TSD, arithmetic).items():
+        rounding, exact = case.oracle(arithmetic), case.oracle(replace(arithmetic, dtype=torch.float64, narrow=None))
+        x_TSD = exact.embed()
+        for layer_idx in range(case.subject.config.num_hidden_layers):
+            for kind, value in block_noise(rounding, exact, layer_idx, x_TSD).items():
                 blocks[mode][kind].append(value)
-        rounded = streams[-1].to(arithmetic.narrow or arithmetic.dtype).double()
-        blocks[mode]["head"].append(distance(head(case, arithmetic, rounded), head(case, exactly, rounded)))
+            x_TSD = exact.block(layer_idx, x_TSD).streams_TSD
+        last_TSD = round_streams(x_TSD, arithmetic)
+        blocks[mode]["head"].append(distance(rounding.head(last_TSD), exact.head(last_TSD)))
         if len(case.token_ids_T) >= MIN_LOGITS:
-            found = reference_logits(case.subject.plan, case.stored(arithmetic.dtype), case.token_ids_T, arithmetic)
-            for name, value in logit_noise(found, last, case.token_ids_T).items():
+            found = reference_logits(case.subject.plan, rounding.stored, case.token_ids_T, arithmetic)
+            for name, value in logit_noise(found, exact.head(x_TSD), case.token_ids_T).items():
                 logits[mode][name].append(value)
 
 
-def forward(case: Case, how: Arithmetic) -> tuple[list[Tensor], Tensor]:
-    """Computes the streams before each layer, those after the last one, and the logits."""
-    subject, stored = case.subject, case.stored(how.dtype)
-    streams = [reference_embed(subject.config, stored, case.token_ids_T, how)]
-    for layer_idx in range(subject.config.num_hidden_layers):
-        streams.append(layer(case, layer_idx, streams[-1], how).streams_TSD)
-    return streams, head(case, how, streams[-1])
+def round_streams(x_TSD: Tensor, arithmetic: Arithmetic) -> Tensor:
+    """Rounds streams to an engine's dtype."""
+    return x_TSD.to(arithmetic.narrow or arithmetic.dtype).double()
 
 
-def layer(case: Case, layer_idx: int, x_TSD: Tensor, how: Arithmetic, choices: Choices | None = None) -> LayerTrace:
-    subject, stored = case.subject, case.stored(how.dtype)
-    return reference_block(subject.config, layer_idx, stored, subject.plan, x_TSD, case.token_ids_T, how, choices)
-
-
-def head(case: Case, how: Arithmetic, x_TSD: Tensor) -> Tensor:
-    return reference_head(case.subject.config, case.stored(how.dtype), case.subject.plan, x_TSD, how)
-
-
-def block_noise(case: Case, layer_idx: int, x_TSD: Tensor, arithmetic: Arithmetic) -> dict[str, float]:
+def block_noise(rounding: Oracle, exact: Oracle, layer_idx: int, x_TSD: Tensor) -> dict[str, float]:
     """Computes distances by kind in one layer, from streams rounded to an engine's dtype."""
-    given = x_TSD.to(arithmetic.narrow or arithmetic.dtype).double()
-    exact = layer(case, layer_idx, given, replace(arithmetic, dtype=torch.float64, narrow=None))
-    name = f"layers.{layer_idx}"
-    ids, mask = (exact.values.get(f"{name}.{choice}") for choice in ("ffn.router.ids", "attn.indexer.mask"))
-    found = layer(case, layer_idx, given, arithmetic, Choices(ids, mask))
+    given, name = round_streams(x_TSD, rounding.arithmetic), f"layers.{layer_idx}"
+    wanted = exact.block(layer_idx, given).values
+    ids, mask = (wanted.get(f"{name}.{choice}") for choice in ("ffn.router.ids", "attn.indexer.mask"))
+    found = rounding.block(layer_idx, given, Choices(ids, mask)).values
     return {
-        kind_of(slot): distance(found.values[slot], value)
-        for slot, value in exact.values.items()
+        kind_of(slot): distance(found[slot], value)
+        for slot, value in wanted.items()
         if value.is_floating_point() and value.numel()
     }
 
@@ -232,6 +223,15 @@ def summary(noise: Noise) -> dict[str, dict[str, dict[str, float]]]:
     }
 
 
+def as_text(written: Mapping[str, Any]) -> str:
+    """Formats the file, with a line for each spread."""
+    return re.sub(r"\{\s+(\"largest\"[^}]*?)\s+\}", _on_one_line, json.dumps(written, indent=1)) + "\n"
+
+
+def _on_one_line(match: re.Match[str]) -> str:
+    return "{" + re.sub(r"\s+", " ", match[1]) + "}"
+
+
 def main() -> int:
     """Measures all cases and writes the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -257,7 +257,7 @@ def main() -> int:
         "blocks": summary(blocks),
         "logits": summary(logits),
     }
-    args.out.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    args.out.write_text(as_text(written), encoding="utf-8")
     return 0
 
 

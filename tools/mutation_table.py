@@ -31,7 +31,7 @@ def main() -> None:
             outcomes[name] = _outcome(name, models, Path(folder) / str(number), monkeypatch)
             print(told(name, MUTATIONS[name], outcomes[name]), flush=True)
     PATH.write_text(page(outcomes), encoding="utf-8")
-    print(f"{len(outcomes)} mutations, all caught: {PATH.relative_to(ROOT)}")
+    print(f"{len(outcomes)} mutations, all caught or told: {PATH.relative_to(ROOT)}")
 
 
 def _outcome(name: str, models: dict[str, Path], scratch: Path, monkeypatch: pytest.MonkeyPatch) -> Outcome:

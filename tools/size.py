@@ -30,13 +30,13 @@ def _closure(root: str) -> set[str]:
     while waiting:
         for requirement in importlib.metadata.requires(waiting.pop()) or []:
             name = re.split(r"[^\w.-]", requirement)[0].lower().replace("_", "-")
-            if "extra ==" not in requirement and name not in found and _installed(name):
+            if "extra ==" not in requirement and name not in found and _is_installed(name):
                 found.add(name)
                 waiting.append(name)
     return found
 
 
-def _installed(name: str) -> bool:
+def _is_installed(name: str) -> bool:
     try:
         importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -3,9 +3,9 @@
     PYTHONPATH=src python tools/train_tiny.py --out runs/tiny-v4
 
 Writes into ``--out``: ``trained-0.safetensors`` ... (the weights before quantisation, under transformers' names, in
-the dtypes of the checkpoint; also about once a minute on the way), ``tokenizer.json``, ``curve.json`` (recipe, loss
-curve) and ``exam.json`` (scores of the quantised weights, teacher-forced).
-``tools/export_tiny.py`` makes the checkpoint from these. ``--start FOLDER`` goes on from another run's results.
+the dtypes of the checkpoint; also about once a minute on the way), ``tokenizer.json``, and ``curve.json`` (recipe, loss
+curve). ``tools/export_tiny.py`` makes the checkpoint from these; ``tools/eval_tiny.py`` examines it.
+``--start FOLDER`` goes on from another run's results.
 """
 
 import argparse
@@ -20,19 +20,15 @@ from safetensors.torch import save_file
 from tiny import corpus
 from tiny.batches import Encoder
 from tiny.data import make_data
-from tiny.exam import questions, spread
 from tiny.network import FIELDS, build_network
-from tiny.question import totals
 from tiny.start import start_from
-from tiny.teacher_forcing import BATCH_TOKENS, teacher_forced_scores
-from tiny.tokens import VOCAB_SIZE, extended_tokenizer, train_tokenizer
+from tiny.tokens import VOCAB_SIZE, extend_tokenizer, train_tokenizer
 from tiny.train import NUM_ROWS, PATTERNS, Recipe, Trainer
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 MAX_FILE_BYTES = 15 * 2**20
 NUM_TOKENIZER_DOCUMENTS = 40_000
-SECONDS_AFTER = 60.0  # the examinations and the saving, when --minutes is given
 
 
 def make_tokenizer(seed: int, start: Path | None) -> Tokenizer:
@@ -41,7 +37,7 @@ def make_tokenizer(seed: int, start: Path | None) -> Tokenizer:
     if start is None:
         return train_tokenizer(list(texts))
     earlier = Tokenizer.from_file(str(start / "tokenizer.json"))
-    return earlier if earlier.get_vocab_size() == VOCAB_SIZE else extended_tokenizer(earlier, texts)
+    return earlier if earlier.get_vocab_size() == VOCAB_SIZE else extend_tokenizer(earlier, texts)
 
 
 def save_weights(network: nn.Module, trainer: Trainer, folder: Path) -> None:
@@ -68,7 +64,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=defaults.num_steps)
-    parser.add_argument("--minutes", type=float, help="in place of --steps: as many as fit, from now to the end")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of the data and the order of rows")
     parser.add_argument("--start", type=Path, help="go on from the weights and the tokenizer of this run's folder")
     parser.add_argument("--opening-steps", type=int, default=defaults.num_opening_steps, help="0 goes with --start")
@@ -78,7 +73,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-compile", action="store_true", help="run the element-wise parts uncompiled (slower)")
     parser.add_argument("--data-share", type=float, default=1.0, help="share of the full data, for a trial")
     parser.add_argument("--row-share", type=float, default=1.0, help="share of the rows of a step, for a trial")
-    parser.add_argument("--asked", type=int, default=10**9, help="questions of each kind at the end; default: all")
     return parser.parse_args()
 
 
@@ -115,22 +109,12 @@ def main() -> None:
     if trainer.on_gpu:
         trainer.capture()
         log("captured")
-    if arguments.minutes:
-        trainer.fit_steps(60 * arguments.minutes - (time.perf_counter() - start) - SECONDS_AFTER)
-    log(f"start: {sum(p.numel() for p in network.parameters())} parameters, {trainer.recipe.num_steps} steps")
-    asked = spread(questions(Recipe().seed), arguments.asked, Recipe().seed)
-    batch_tokens = max(768, int(BATCH_TOKENS * arguments.row_share))
+    log(f"start: {sum(p.numel() for p in network.parameters())} parameters, {recipe.num_steps} steps")
     trainer.run(log, lambda: save_weights(network, trainer, arguments.out))
     save_weights(network, trainer, arguments.out)
     log("weights saved")
-    exam = {}
-    for form, quantised in (("quantised", True), ("before quantisation", False)):
-        trainer.weights.refresh(quantised)
-        exam[form] = teacher_forced_scores(network, encoder, asked, arguments.device, batch_tokens)
-        (arguments.out / "exam.json").write_text(json.dumps(exam, indent=1) + "\n", encoding="utf-8")
-        log(f"{form}:\n{table(exam[form])}")
     curve = {
-        "recipe": trainer.recipe.as_dict(),
+        "recipe": recipe.as_dict(),
         "config": FIELDS,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else arguments.device,
@@ -139,13 +123,6 @@ def main() -> None:
     }
     (arguments.out / "curve.json").write_text(json.dumps(curve) + "\n", encoding="utf-8")
     log("saved")
-
-
-def table(scores: dict[str, dict[str, int]]) -> str:
-    """Returns a line for each form, and for each group of the newer forms."""
-    groups = {group: entry for group, entry in scores.items() if group.startswith(("thinking/", "tools/", "json/"))}
-    lines = [f"{kind:50}{entry['right']:6} of {entry['asked']}" for kind, entry in (totals(scores) | groups).items()]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The model's and the engine's configuration: frozen, parsed once from ``config.json``, never mutated."""
 
-import json
+import reprlib
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 import torch
 
+from ownpath.files import FileError, MissingFileError, read_json_object, shorten
 from ownpath.official import PLAIN, Step
 
 SLIDING, CSA_RATIO, HCA_RATIO = 0, 4, 128
@@ -79,6 +80,7 @@ class ModelConfig:
 
     compress_ratios: one entry per backbone layer: 0 sliding window only, 4 CSA, 128 HCA.
     num_hash_layers: the first layers whose experts are looked up by token id.
+    eos_token_id: every token that ends an answer, from an integer or a list.
     num_nextn_predict_layers: MTP draft modules behind the backbone, 0 where the field is absent.
     claims: every field as written. What it states about formats decides nothing; the plan compares it with the tensors.
     """
@@ -113,7 +115,7 @@ class ModelConfig:
     yarn: Yarn | None
     max_position_embeddings: int
     bos_token_id: int
-    eos_token_id: int
+    eos_token_id: tuple[int, ...]
     num_nextn_predict_layers: int = 0
     claims: Mapping[str, object] = dataclass_field(default_factory=dict, compare=False, repr=False)
 
@@ -138,13 +140,11 @@ class ModelConfig:
     def from_file(cls, path: Path) -> "ModelConfig":
         """Reads ``config.json``. Errors: ConfigError naming the file and the field."""
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: no such file; a model folder needs a config.json") from None
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: not readable as JSON ({error})") from None
-        if not isinstance(fields, dict):
-            raise ConfigError(f"{path}: expected a JSON object, found {type(fields).__name__}")
+            fields = read_json_object(path)
+        except MissingFileError as error:
+            raise ConfigError(f"{error}; a model folder needs a config.json") from None
+        except FileError as error:
+            raise ConfigError(str(error)) from None
         return cls.from_dict(fields, source=str(path))
 
     @classmethod
@@ -185,7 +185,7 @@ class ModelConfig:
             yarn=read.yarn(),
             max_position_embeddings=read.integer("max_position_embeddings"),
             bos_token_id=read.integer("bos_token_id", minimum=0),
-            eos_token_id=read.integer("eos_token_id", minimum=0),
+            eos_token_id=read.token_ids("eos_token_id"),
             num_nextn_predict_layers=read.count("num_nextn_predict_layers"),
             claims=MappingProxyType(fields),
         )
@@ -223,6 +223,7 @@ class EngineConfig:
     is_batch_invariant: ask for kernels whose result for a row does not depend on the other rows of the step.
     official: steps to be computed as DeepSeek's published code does; all others are plain.
     loads_draft: load the MTP modules too. The engine does not draft; callers of the model may.
+    reference: names of slots or modules that torch computes from the stored form, whatever kernels there are.
     parallel: this process's rank among those that run one model together.
     """
 
@@ -235,6 +236,7 @@ class EngineConfig:
     official: frozenset[Step] = PLAIN
     loads_draft: bool = False
     parallel: Parallel = ONE_RANK
+    reference: frozenset[str] = frozenset()
 
     @classmethod
     def for_device(cls, device: str, max_model_len: int = 4096) -> "EngineConfig":
@@ -250,13 +252,22 @@ def unread_fields(fields: Mapping[str, object]) -> tuple[str, ...]:
     return tuple(name for name in fields if name not in own | spelled | set(_REQUIRED))
 
 
+def token_ids(value: object, where: str) -> tuple[int, ...]:
+    """Returns a token id, or a list of them, as a tuple, each once. Errors: ConfigError naming ``where``."""
+    listed = value if isinstance(value, list) else [value]
+    found = [item for item in listed if type(item) is int and abs(item) < 2**31]
+    if not found or len(found) < len(listed):
+        raise ConfigError(f"{where} must be a token id or a list of token ids, found {reprlib.repr(value)}")
+    return tuple(dict.fromkeys(found))
+
+
 def _refuse_other_architectures(fields: dict[str, object], source: str) -> None:
     listed = fields.get("architectures")
     architectures = listed if isinstance(listed, list) else []
     model_type = fields.get("model_type")
     if model_type == _MODEL_TYPE or (model_type is None and _ARCHITECTURE in architectures):
         return
-    found = f"model_type {model_type!r}, architectures {architectures!r}"
+    found = f"model_type {shorten(model_type)}, architectures {shorten(architectures)}"
     what = _describe_model(model_type, architectures)
     raise ConfigError(f"{source}: {found}: ownpath runs {_ARCHITECTURE} only. {what}.")
 
@@ -287,7 +298,7 @@ def _published_fields(fields: dict[str, object], source: str) -> dict[str, objec
         ropes = fields["rope_parameters"]
         compress = ropes.get("compress") if isinstance(ropes, dict) else None
         if not isinstance(compress, dict):
-            raise ConfigError(f"{source}: rope_parameters must have an object 'compress', found {ropes!r}")
+            raise ConfigError(f"{source}: rope_parameters must have an object 'compress', found {shorten(ropes)}")
         published["rope_scaling"] = None if compress.get("rope_type") == "default" else compress
     return published
 
@@ -295,7 +306,7 @@ def _published_fields(fields: dict[str, object], source: str) -> dict[str, objec
 def _listed(fields: dict[str, object], field: str, source: str) -> list[str]:
     value = fields[field]
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ConfigError(f"{source}: {field} must be a list of names, found {value!r}")
+        raise ConfigError(f"{source}: {field} must be a list of names, found {shorten(value)}")
     return value
 
 
@@ -303,7 +314,7 @@ def _check_semantics(config: ModelConfig, fields: dict[str, object], source: str
     """Refuses values that would make the forward mean something else than this code computes."""
     for field, allowed in _REQUIRED.items():
         if field in fields and fields[field] not in allowed:
-            raise ConfigError(f"{source}: {field} is {fields[field]!r}; DeepSeek-V4 defines {allowed[0]!r}")
+            raise ConfigError(f"{source}: {field} is {shorten(fields[field])}; DeepSeek-V4 defines {allowed[0]!r}")
     checks = (
         ("o_groups", config.num_attention_heads % config.o_groups == 0, "must divide num_attention_heads"),
         ("qk_rope_head_dim", config.qk_rope_head_dim % 2 == 0, "must be even"),
@@ -320,12 +331,14 @@ def _check_semantics(config: ModelConfig, fields: dict[str, object], source: str
         ),
         ("num_hash_layers", config.num_hash_layers <= config.num_hidden_layers, "exceeds num_hidden_layers"),
         ("bos_token_id", config.bos_token_id < config.vocab_size, "is outside the vocabulary"),
-        ("eos_token_id", config.eos_token_id < config.vocab_size, "is outside the vocabulary"),
+        ("eos_token_id", max(config.eos_token_id) < config.vocab_size, "is outside the vocabulary"),
         ("n_shared_experts", config.n_shared_experts == 1, "must be 1"),
     )
     for field, holds, problem in checks:
         if not holds:
-            raise ConfigError(f"{source}: {field} = {getattr(config, field)} {problem}")
+            value = getattr(config, field)
+            shown = max(value) if isinstance(value, tuple) else value
+            raise ConfigError(f"{source}: {field} = {shown} {problem}")
 
 
 class _Reader:
@@ -339,10 +352,16 @@ class _Reader:
             raise ConfigError(f"{self.source}: field {field!r} is missing")
         return self.fields[field]
 
+    def token_ids(self, field: str) -> tuple[int, ...]:
+        found = token_ids(self._get(field), f"{self.source}: {field}")
+        if min(found) < 0:
+            raise ConfigError(f"{self.source}: {field} must be at least 0, found {min(found)}")
+        return found
+
     def integer(self, field: str, minimum: int = 1) -> int:
         value = self._get(field)
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value < 2**31:
-            raise ConfigError(f"{self.source}: {field} must be an integer >= {minimum}, found {value!r}")
+            raise ConfigError(f"{self.source}: {field} must be an integer >= {minimum}, found {shorten(value)}")
         return value
 
     def count(self, field: str) -> int:
@@ -352,7 +371,7 @@ class _Reader:
     def number(self, field: str) -> float:
         value = self._get(field)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-            raise ConfigError(f"{self.source}: {field} must be a positive finite number, found {value!r}")
+            raise ConfigError(f"{self.source}: {field} must be a positive finite number, found {shorten(value)}")
         return float(value)
 
     def compress_ratios(self, num_layers: int) -> tuple[int, ...]:
@@ -362,7 +381,7 @@ class _Reader:
             raise ConfigError(f"{self.source}: compress_ratios must list at least {num_layers} entries")
         for layer_idx, ratio in enumerate(ratios[:num_layers]):
             if type(ratio) is not int or ratio not in (SLIDING, CSA_RATIO, HCA_RATIO):
-                raise ConfigError(f"{self.source}: compress_ratios[{layer_idx}] is {ratio!r}; known: 0, 4, 128")
+                raise ConfigError(f"{self.source}: compress_ratios[{layer_idx}] is {shorten(ratio)}; known: 0, 4, 128")
         return tuple(ratios[:num_layers])
 
     def yarn(self) -> Yarn | None:
@@ -371,7 +390,7 @@ class _Reader:
             return None
         kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
         if not isinstance(scaling, dict) or kind != "yarn":
-            raise ConfigError(f"{self.source}: rope_scaling must be null or of type 'yarn', found {scaling!r}")
+            raise ConfigError(f"{self.source}: rope_scaling must be null or of type 'yarn', found {shorten(scaling)}")
         read = _Reader(scaling, f"{self.source}: rope_scaling")
         original = read.integer("original_max_position_embeddings")
         return Yarn(read.number("factor"), read.number("beta_fast"), read.number("beta_slow"), original)

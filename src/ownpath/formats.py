@@ -30,7 +30,8 @@ class Format:
 
 NVFP4 = Format("NVFP4", 4, (1, 16), ("F8_E4M3",), has_global_scale=True)
 MXFP4 = Format("MXFP4", 4, (1, 32), ("F8_E8M0",))
-FP8_BLOCK = Format("FP8_BLOCK", 8, (128, 128), ("F8_E8M0", "F32", "BF16"))
+MXFP8 = Format("MXFP8", 8, (1, 32), ("F8_E8M0",))
+FP8_BLOCK = Format("FP8_BLOCK", 8, (128, 128), ("F8_E8M0", "F32", "BF16", "F16"))
 BF16 = Format("BF16", 16)
 FP32 = Format("FP32", 32)
 INT64 = Format("INT64", 64)

@@ -72,11 +72,12 @@ def plan_model(
     batch_invariant: bool = False,
     official: frozenset[Step] = PLAIN,
     loads_draft: bool = False,
+    reference: frozenset[str] = frozenset(),
 ) -> Plan:
     """Plans the checkpoint in ``folder`` with a device's default engine configuration, from headers alone.
 
     device: a torch device, or ``sm_100`` and the like for a GPU that need not be here.
-    loads_draft: plan the MTP modules too.
+    loads_draft: plan the MTP modules too. reference: see ``EngineConfig``.
     Errors: as ``make_plan`` and ``ModelConfig``.
     """
     caps = planned_caps(device)  # before torch, for a clearer error about the device's name
@@ -85,6 +86,7 @@ def plan_model(
         is_batch_invariant=batch_invariant,
         official=official,
         loads_draft=loads_draft,
+        reference=reference,
     )
     return planned(folder, engine_config, caps)[0]
 
@@ -118,6 +120,6 @@ def planned(folder: Path, engine_config: EngineConfig, caps: Caps | None = None)
     config = ModelConfig.from_file(folder / "config.json")
     index = CheckpointIndex.open(folder)
     dtype = str(engine_config.dtype).removeprefix("torch.")
-    demands = Demands(dtype, engine_config.is_batch_invariant, engine_config.official)
+    demands = Demands(dtype, engine_config.is_batch_invariant, engine_config.official, engine_config.reference)
     drafts, parallel = engine_config.loads_draft, engine_config.parallel
     return make_plan(config, index, caps, demands, loads_draft=drafts, parallel=parallel), index

@@ -14,7 +14,7 @@ class QuantTensor:
     Shapes (logical weight [..., N, K]; leading dimensions are experts):
         qdata: uint8 [..., N, K/2] for 4-bit formats (low nibble = even k); float8_e4m3fn [..., N, K];
             bfloat16 or float32 [..., N, K] for the plain formats.
-        scale: NVFP4 float8_e4m3fn [..., N, K/16]; MXFP4 float8_e8m0fnu [..., N, K/32];
+        scale: NVFP4 float8_e4m3fn [..., N, K/16]; MXFP4 and MXFP8 float8_e8m0fnu [..., N, K/32];
             FP8_BLOCK float8_e8m0fnu or float32 [..., ceil(N/128), ceil(K/128)]; else ``None``.
         global_scale: NVFP4 float32 [...] (0-d for one matrix), a multiplier; else ``None``.
     layout: how the parts lie in memory; "row_major" is the checkpoint's own order.

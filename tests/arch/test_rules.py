@@ -16,8 +16,9 @@ PACKAGE = Path(ownpath.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = (
-    ("formats", "official", "ops", "versions", "finding"),
+    ("formats", "official", "ops", "versions", "finding", "files", "terminal"),
     ("config",),
+    ("end_tokens",),
     ("qtensor",),
     ("numerics",),
     ("kernels",),
@@ -336,3 +337,31 @@ def test_no_two_test_files_have_one_name() -> None:
     tests = PACKAGE.parents[1] / "tests"
     names = [path.name for room in ("arch", "cpu", "gpu") for path in (tests / room).rglob("test_*.py")]
     assert len(names) == len(set(names)), sorted(name for name in set(names) if names.count(name) > 1)
+
+
+MAPS = {"safe_open", "load_file", "memmap", "fromfile", "torch.from_file", "np.load", "mmap.mmap"}
+READS = {"read_text", "read_bytes"}
+OTHER_FILES = {
+    *("bench/record.py", "commands/quantize.py"),  # files that the user names
+    *("kernels/dsl/cache.py", "kernels/fp8/choose.py", "kernels/nvfp4/choose.py", "bench/tune.py"),  # the package's own
+    *("verify/budgets.py", "verify/environment_stage.py", "verify/html.py"),
+    *("trace/launches.py", "verify/machine.py"),  # this process's, the system's
+}
+"""Files that open what is no checkpoint's. The list only shrinks."""
+
+
+def opened_in(path: Path) -> Iterator[str]:
+    """Yields the calls of a file that map a file, or open one without asking what it is and how large."""
+    for node in nodes_of(path):
+        called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        owner, _, method = called.rpartition(".")
+        if called in MAPS or method in MAPS or called == "open" or (owner and method in READS):
+            yield called
+
+
+def test_checkpoints_are_read_in_one_place() -> None:
+    """No file is mapped, where shrinking would be a bus error, and all but a few are opened by ``files``."""
+    found = {path.relative_to(PACKAGE).as_posix(): set(opened_in(path)) for path in SOURCES}
+    assert found.pop("weights/operands.py") == {"mmap.mmap"}  # memory without a file
+    assert {name for name, calls in found.items() if calls - {"path.open"}} <= OTHER_FILES
+    assert not {name for name, calls in found.items() if {called.rpartition(".")[2] for called in calls} & MAPS}

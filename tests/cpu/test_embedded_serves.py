@@ -35,9 +35,8 @@ def url(device: torch.device) -> Iterator[str]:
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
-        line = process.stderr.readline()
-        found = re.fullmatch(r"ownpath serves \S+ at (http://\S+)\n", line)
-        assert found, line + process.stderr.read()
+        lines = iter(process.stderr.readline, "")  # on a busy machine loading is told first
+        found = next(filter(None, (re.fullmatch(r"ownpath serves \S+ at (http://\S+)\n", line) for line in lines)))
         yield found[1]
         process.send_signal(signal.SIGTERM)
         assert process.wait(WAIT_S) == 0

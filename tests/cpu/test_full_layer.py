@@ -47,8 +47,8 @@ def test_synthetic_weights_have_the_size_that_training_gives() -> None:
     config = layer_config("small", "csa", "hash")
     index = headers(config, "full")
     plan = make_plan(config, index, Caps("cpu", "CPU"))
-    operands = list(Values.seeded(torch.device("cpu"), 0).operands(plan, index))
-    again = list(Values.seeded(torch.device("cpu"), 0).operands(plan, index))
+    operands = list(Values.of_seed(torch.device("cpu"), 0).operands(plan, index))
+    again = list(Values.of_seed(torch.device("cpu"), 0).operands(plan, index))
     for op, operand, same in zip(plan.ops, operands, again, strict=True):
         for name, buffers in operand.buffers.items():
             for buffer, other in zip(buffers, same.buffers[name], strict=True):

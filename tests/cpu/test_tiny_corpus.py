@@ -23,6 +23,8 @@ sys.path.insert(0, str(REPOSITORY / "tools"))
 from tiny import corpus, exam, facts, phrasings, tasks, tokens  # noqa: E402
 from tiny.batches import ANSWER, PADDING, Encoder, make_rows  # noqa: E402
 
+PLAIN = tokens.plain_tokenizer(Tokenizer.from_file(str(ASSET / "tokenizer.json")))
+
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
@@ -138,8 +140,7 @@ def test_a_special_token_spelled_out_in_text_is_plain_text(
 
 @given(text=st.text())
 def test_any_text_survives_the_tokenizer(text: str) -> None:
-    plain = tokens.plain_tokenizer(Tokenizer.from_file(str(ASSET / "tokenizer.json")))
-    assert plain.decode(plain.encode(text, add_special_tokens=False).ids) == text
+    assert PLAIN.decode(PLAIN.encode(text, add_special_tokens=False).ids) == text
 
 
 def test_the_examination_asks_every_capital_in_both_forms() -> None:
@@ -185,7 +186,7 @@ def test_export_writes_every_tensor_the_model_reads() -> None:
         for name, tensor in network.build_network(seed=1).state_dict().items()
         if not name.endswith("inv_freq")
     }
-    calibration = Calibration(export.stored_network(trained))
+    calibration = Calibration(export.make_stored_network(trained))
     calibration.amax = {f"layers.{i}.ffn.experts.0.{w}": 2.0 for i in range(4) for w in ("w1", "w2", "w3")}
     linears = ("attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_b", *(f"ffn.shared_experts.w{w}" for w in (1, 2, 3)))
     calibration.amax |= {f"layers.{i}.{linear}": 1.0 for i in range(4) for linear in linears}
@@ -195,7 +196,7 @@ def test_export_writes_every_tensor_the_model_reads() -> None:
     expert = "layers.2.ffn.experts.5"
     assert written[f"{expert}.w1.weight_scale_2"] == written[f"{expert}.w3.weight_scale_2"]
     assert written[f"{expert}.w2.input_scale"].item() == pytest.approx(2.0 / 2688)
-    gate_up = export.as_stored(trained)["model.layers.2.mlp.experts.gate_up_proj"][5]
+    gate_up = export.read_back(trained)["model.layers.2.mlp.experts.gate_up_proj"][5]
     for i, projection in enumerate(("w1", "w3")):
         stored = fakequant.QuantTensor(
             written[f"{expert}.{projection}.weight"],

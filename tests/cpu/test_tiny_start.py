@@ -34,7 +34,7 @@ def pair() -> tuple[Tokenizer, Tokenizer]:
         patch.setattr(tokens, "VOCAB_SIZE", NUM_EARLIER)
         earlier = tokens.train_tokenizer(texts("short", 400))
         patch.setattr(tokens, "VOCAB_SIZE", NUM_TOKENS)
-        return earlier, tokens.extended_tokenizer(earlier, texts("tools", 20))
+        return earlier, tokens.extend_tokenizer(earlier, texts("tools", 20))
 
 
 def test_an_extended_tokenizer_keeps_its_tokens_and_joins_more(pair: tuple[Tokenizer, Tokenizer]) -> None:
@@ -62,7 +62,7 @@ def test_a_text_is_cut_as_before_and_then_joined(pair: tuple[Tokenizer, Tokenize
 
 def test_an_extension_needs_enough_text(pair: tuple[Tokenizer, Tokenizer]) -> None:
     with pytest.raises(ValueError, match=f"{tokens.VOCAB_SIZE} are wanted"):
-        tokens.extended_tokenizer(pair[0], ["abc"])
+        tokens.extend_tokenizer(pair[0], ["abc"])
 
 
 def rows_by_token(num_tokens: int) -> dict[str, Tensor]:
@@ -78,7 +78,7 @@ def rows_by_token(num_tokens: int) -> dict[str, Tensor]:
 def test_known_tokens_keep_their_rows_and_new_ones_take_the_mean(pair: tuple[Tokenizer, Tokenizer]) -> None:
     earlier, extended = pair
     trained = rows_by_token(NUM_EARLIER)
-    found = start.carried_over(trained, earlier, extended)
+    found = start.carry_over(trained, earlier, extended)
     spelled = start.spellings(earlier, extended)
     assert found["another"] is trained["another"]
     for name in (EMBEDDING, HEAD):
@@ -95,7 +95,7 @@ def test_known_tokens_keep_their_rows_and_new_ones_take_the_mean(pair: tuple[Tok
 def test_tokens_are_found_by_their_text_whatever_their_order(pair: tuple[Tokenizer, Tokenizer]) -> None:
     earlier, extended = pair
     shared = rows_by_token(NUM_TOKENS)
-    found = start.carried_over(shared, extended, earlier)
+    found = start.carry_over(shared, extended, earlier)
     for token, token_id in earlier.get_vocab(with_added_tokens=True).items():
         before = extended.get_vocab(with_added_tokens=True)[token]
         assert torch.equal(found[EMBEDDING][token_id], shared[EMBEDDING][before])

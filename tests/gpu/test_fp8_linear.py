@@ -9,7 +9,8 @@ from support.kernel_configs import fp8_configs, w8a8_configs, w8a16_configs
 
 from ownpath.bench.shapes import LINEAR_SHAPES
 from ownpath.bench.tuners.fp8 import Fp8Family
-from ownpath.conformance.quant_weights import MAX_REL_L2, draw_rows, draw_weights, relative_l2
+from ownpath.conformance.bounds import MAX_REL_L2, relative_l2
+from ownpath.conformance.quant_weights import draw_rows, draw_weights
 from ownpath.formats import FP8_BLOCK
 from ownpath.kernels.contract import Config, StoredLinear
 from ownpath.kernels.fp8.cases import AMPLITUDES, CASES, NUM_ROWS, Fp8Case

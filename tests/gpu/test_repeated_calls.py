@@ -12,7 +12,8 @@ import torch
 from support.kernel_configs import fp8_configs, linear_configs, moe_configs
 
 from ownpath import Nvfp4Linear, Nvfp4MoE
-from ownpath.conformance.operations import CASES, make_inputs, tensors
+from ownpath.conformance.call import tensors_of
+from ownpath.conformance.operations import CASES, make_inputs
 from ownpath.conformance.quant_weights import DenseWeight, ExpertStacks, RoutedTokens, draw_weights
 from ownpath.kernels.contract import Config, NormWeights, RouterWeights
 from ownpath.kernels.fp8.cases import Fp8Case
@@ -73,13 +74,13 @@ def test_small_operations(name: str, num_tokens: int, cuda: torch.device) -> Non
     call = again(kernel, case.op, inputs)
     for flips in (False, True, True):
         given = tuple(one if idx in weights else moved(one, flips) for idx, one in enumerate(inputs))
-        expected = tensors(kernel(*given))
+        expected = list(tensors_of(kernel(*given)))
         out = call(given)
-        for found, wanted in zip(tensors(out), expected, strict=True):
+        for found, wanted in zip(tensors_of(out), expected, strict=True):
             assert torch.equal(found, wanted), flips
             found.fill_(torch.nan if found.is_floating_point() else -1)
         call(given, out=out)
-        for found, wanted in zip(tensors(out), expected, strict=True):
+        for found, wanted in zip(tensors_of(out), expected, strict=True):
             assert torch.equal(found, wanted), flips
 
 
@@ -90,7 +91,7 @@ def test_a_later_call_refuses_outputs_as_the_first_does(name: str, cuda: torch.d
     kernel, inputs = KERNELS[name], make_inputs(case, 20, cuda)
     call = again(kernel, case.op, inputs)
     out = call(inputs)
-    for idx, one in enumerate(tensors(out)):
+    for idx, one in enumerate(tensors_of(out)):
         shifted = torch.empty(one.numel() + 1, dtype=one.dtype, device=cuda)[1:].view(one.shape)
         for wrong in (one.double() if one.is_floating_point() else one.bool(), one.cpu(), shifted):
             with pytest.raises(ValueError, match="out"):
@@ -99,7 +100,7 @@ def test_a_later_call_refuses_outputs_as_the_first_does(name: str, cuda: torch.d
 
 def with_output(out: Any, idx: int, wrong: torch.Tensor) -> Any:
     """These outputs with another tensor in the place of one."""
-    places = iter(wrong if at == idx else one for at, one in enumerate(tensors(out)))
+    places = iter(wrong if at == idx else one for at, one in enumerate(tensors_of(out)))
 
     def rebuilt(value: Any) -> Any:
         if isinstance(value, torch.Tensor):

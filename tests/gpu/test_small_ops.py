@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from ownpath.conformance.call import tensors_of
 from ownpath.conformance.memory import memory_problem
-from ownpath.conformance.operations import CASES, call_of, judge, make_inputs, tensors
+from ownpath.conformance.operations import CASES, call_of, judge, make_inputs
 from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.hyper.ref import HyperOut
 from ownpath.kernels.registry import KERNELS, spec_of
@@ -24,7 +25,7 @@ def label(value: Any) -> str:
 def out_arguments(case: KernelCase, inputs: tuple[Any, ...]) -> dict[str, Any]:
     """Outputs and workspace, all NaN or -1, for a call that must allocate nothing."""
     result = KERNELS[case.kernel](*inputs)
-    for tensor in tensors(result):
+    for tensor in tensors_of(result):
         tensor.fill_(torch.nan if tensor.is_floating_point() else -1)
     arguments = {"out": result}
     if isinstance(result, HyperOut):
@@ -35,7 +36,7 @@ def out_arguments(case: KernelCase, inputs: tuple[Any, ...]) -> dict[str, Any]:
 
 def bits(result: Any) -> list[torch.Tensor]:
     views = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return [tensor.view(views[tensor.element_size()]).clone() for tensor in tensors(result)]
+    return [tensor.view(views[tensor.element_size()]).clone() for tensor in tensors_of(result)]
 
 
 def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -74,7 +75,7 @@ def test_graph_replay(case: KernelCase, cuda: torch.device) -> None:
     with torch.cuda.graph(graph):
         kernel(*inputs, **arguments)
     inputs[0].copy_(fresh[0])
-    for tensor in tensors(arguments["out"]):
+    for tensor in tensors_of(arguments["out"]):
         tensor.zero_()
     graph.replay()
     judge(case, arguments["out"], inputs)
@@ -84,7 +85,7 @@ def test_graph_replay(case: KernelCase, cuda: torch.device) -> None:
 def test_a_token_does_not_depend_on_its_neighbours(case: KernelCase, cuda: torch.device) -> None:
     """The first rows of a long call have the bits of a short call."""
     kernel, inputs = KERNELS[case.kernel], make_inputs(case, 33, cuda)
-    whole = tensors(kernel(*inputs))
+    whole = list(tensors_of(kernel(*inputs)))
     for num_rows in (1, 3, 20):
         part = kernel(*(rows_of(value, num_rows) for value in inputs))
         assert equal(bits(part), bits(tuple(tensor[:num_rows].contiguous() for tensor in whole)))

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from ownpath.conformance.call import tensors_of
 from ownpath.conformance.memory import memory_problem
-from ownpath.conformance.operations import CASES, call_of, judge, make_inputs, tensors
+from ownpath.conformance.operations import CASES, call_of, judge, make_inputs
 from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.registry import KERNELS
 
@@ -34,5 +35,5 @@ def test_memory_does_not_matter(case: KernelCase) -> None:
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.tiny], ids=lambda case: f"{case.kernel} {case.label}")
 def test_no_tokens(case: KernelCase) -> None:
-    for tensor in tensors(KERNELS[case.kernel](*make_inputs(case, 0, CPU))):
+    for tensor in tensors_of(KERNELS[case.kernel](*make_inputs(case, 0, CPU))):
         assert tensor.numel() == 0

@@ -81,7 +81,7 @@ def boundary(name: str) -> Change:
 
     def transposed(runner: Any, *args: Any) -> Any:
         out = runner(*args)
-        return replace(out, mix=replace(out.mix, comb_TSS=out.mix.comb_TSS.transpose(1, 2).contiguous()))
+        return out._replace(mix=out.mix._replace(comb_TSS=out.mix.comb_TSS.transpose(1, 2).contiguous()))
 
     return lambda loaded: replace(
         loaded, block=replace(loaded.block, **{name: wrapped(getattr(loaded.block, name), transposed)})

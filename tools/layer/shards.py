@@ -13,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from layer.synthetic import COMMON, SHAPES, headers
-from ownpath.checkpoint.index import TensorInfo
+from layer.synthetic import ONE_LAYER, SHAPES, headers
+from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.checkpoint.writer import INDEX_NAME
 from ownpath.config import ModelConfig
 
 SHARD_BYTES = 2 * 10**9
 NUM_WRITERS = 8
-VOCAB_SIZE = 129280
 ITEM_BYTES = {"I64": 8, "F32": 4, "BF16": 2}
 # dtype -> random bits to keep, and bits to set. F32: positive, near 2^-11; BF16: near 2^-7; E4M3: 0.5 to 0.94 with a
 # sign; E8M0: 2^-7 or 2^-6.
@@ -32,8 +31,7 @@ BLOCK_SCALE_BITS = (0x0F, 0x30)  # E4M3 from 0.5 to 1.875
 def write_shards(folder: Path, shape: str, num_layers: int) -> int:
     """Writes the checkpoint; returns its bytes of tensors. The index is written last. shape: one of ``SHAPES``."""
     ratios = ([0, 0] + [4, 128] * num_layers)[:num_layers]
-    fields = COMMON | SHAPES[shape] | {"num_hidden_layers": num_layers, "compress_ratios": ratios}
-    fields["vocab_size"] = COMMON["vocab_size"] if shape == "small" else VOCAB_SIZE
+    fields = SHAPES[shape] | ONE_LAYER | {"num_hidden_layers": num_layers, "compress_ratios": ratios}
     fields["num_hash_layers"] = min(3, num_layers)
     infos = headers(ModelConfig.from_dict(fields), "nvidia").tensors.values()
     random = np.random.default_rng(0).integers(0, 256, 2**23, np.uint8)

@@ -4,6 +4,7 @@ The values are valid and of sensible size: weights have a standard deviation nea
 differ in their global scales, norms are near one. The same seed gives the same values in any planned layout.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,74 +13,35 @@ from typing import Any
 
 import torch
 
-from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+
+from support.published import FLASH, PRO
+
+from ownpath.checkpoint.dtypes import TORCH_DTYPES
+from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.names import model_params
 from ownpath.checkpoint.schema import MODELOPT_NVFP4, NATIVE_FP8, PLAIN_BF16, Encoding, ParamSpec
+from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.config import ModelConfig
 from ownpath.plan.opspec import model_ops
 from ownpath.plan.plan import Plan
-from ownpath.weights.operands import STORAGE, Destination, OperandBuffers, make_operand
+from ownpath.weights.operands import Destination, OperandBuffers, make_operand
 
-COMMON: dict[str, Any] = {
-    "model_type": "deepseek_v4",
-    "vocab_size": 4096,  # of the tables only the router's is part of a layer
-    "num_hidden_layers": 1,
-    "num_key_value_heads": 1,
-    "head_dim": 512,
-    "qk_rope_head_dim": 64,
-    "o_lora_rank": 1024,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 6,
-    "swiglu_limit": 10.0,
-    "hc_mult": 4,
-    "hc_sinkhorn_iters": 20,
-    "hc_eps": 1e-6,
-    "rms_norm_eps": 1e-6,
-    "sliding_window": 128,
-    "index_n_heads": 64,
-    "index_head_dim": 128,
-    "rope_theta": 10000.0,
-    "compress_rope_theta": 160000.0,
-    "rope_scaling": {
-        "type": "yarn",
-        "factor": 16,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "original_max_position_embeddings": 65536,
-    },
-    "max_position_embeddings": 1048576,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-FLASH: dict[str, Any] = {
-    "hidden_size": 4096,
-    "num_attention_heads": 64,
-    "q_lora_rank": 1024,
-    "o_groups": 8,
-    "n_routed_experts": 256,
-    "moe_intermediate_size": 2048,
-    "routed_scaling_factor": 1.5,
-    "index_topk": 512,
-}
-PRO: dict[str, Any] = {
-    "hidden_size": 7168,
-    "num_attention_heads": 128,
-    "q_lora_rank": 1536,
-    "o_groups": 16,
-    "n_routed_experts": 384,
-    "moe_intermediate_size": 3072,
-    "routed_scaling_factor": 2.5,
-    "index_topk": 1024,
-}
-SMALL: dict[str, Any] = FLASH | {
-    "hidden_size": 256,
-    "num_attention_heads": 4,
-    "q_lora_rank": 128,
-    "o_groups": 2,
-    "o_lora_rank": 128,
-    "n_routed_experts": 8,
-    "moe_intermediate_size": 256,
-}
+ONE_LAYER = {"num_hidden_layers": 1, "num_nextn_predict_layers": 0}
+SMALL_VOCAB = {"vocab_size": 4096}  # of the tables only the router's is part of a layer
+SMALL: dict[str, Any] = (
+    FLASH
+    | SMALL_VOCAB
+    | {
+        "hidden_size": 256,
+        "num_attention_heads": 4,
+        "q_lora_rank": 128,
+        "o_groups": 2,
+        "o_lora_rank": 128,
+        "n_routed_experts": 8,
+        "moe_intermediate_size": 256,
+    }
+)
 SHAPES = MappingProxyType({"flash": FLASH, "pro": PRO, "small": SMALL})
 RATIOS = MappingProxyType({"sliding": 0, "csa": 4, "hca": 128})
 
@@ -89,7 +51,7 @@ E2M1_RMS = 2.926  # of the 16 codes, each as likely as the others
 def layer_config(shape: str, layer: str, routing: str) -> ModelConfig:
     """Returns one layer's config at a published shape. layer: "sliding", "csa", "hca"; routing: "hash" or "score"."""
     own = {"compress_ratios": [RATIOS[layer]], "num_hash_layers": int(routing == "hash")}
-    return ModelConfig.from_dict(COMMON | SHAPES[shape] | own)
+    return ModelConfig.from_dict(SHAPES[shape] | ONE_LAYER | SMALL_VOCAB | own)
 
 
 def encoding_of(module: str, export: str) -> Encoding:
@@ -127,7 +89,7 @@ class Values:
     generator: torch.Generator
 
     @classmethod
-    def seeded(cls, device: torch.device, seed: int) -> "Values":
+    def of_seed(cls, device: torch.device, seed: int) -> "Values":
         return cls(device, torch.Generator(device).manual_seed(seed))
 
     def normal(self, *shape: int) -> torch.Tensor:
@@ -182,4 +144,4 @@ class Values:
             noise *= spec.shape[-1] ** -0.5
         elif not spec.key.endswith("embed.weight"):
             noise = 0.3 * noise + float(spec.key.endswith("_scale"))
-        return noise.to(STORAGE[spec.dtypes[0]])
+        return noise.to(TORCH_DTYPES[spec.dtypes[0]])

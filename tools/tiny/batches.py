@@ -66,10 +66,10 @@ def make_rows(
             tokens, roles = encoder.encode(make(rng))
         width = next(width for width in widths if len(tokens) <= width)
         sorted_in[width].append((tokens, roles))
-    return [_padded(items, width, encoder.pad_id) for width, items in sorted_in.items()]
+    return [_pad(items, width, encoder.pad_id) for width, items in sorted_in.items()]
 
 
-def _padded(items: list[tuple[list[int], list[int]]], width: int, pad_id: int) -> Rows:
+def _pad(items: list[tuple[list[int], list[int]]], width: int, pad_id: int) -> Rows:
     ids = torch.full((len(items), width), pad_id, dtype=torch.int16)
     role = torch.full((len(items), width), PADDING, dtype=torch.uint8)
     for row, (tokens, roles) in enumerate(items):

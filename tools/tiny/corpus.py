@@ -16,7 +16,7 @@ from tiny.json_talk import JsonWish, json_talk
 from tiny.phrasings import sentence
 from tiny.tasks import Turn
 from tiny.tokens import BOS, EOS
-from tiny.tool_talk import EFFORT_TEXTS, Wish, call_talk, plain_talk, untooled_chat
+from tiny.tool_talk import EFFORT_TEXTS, Wish, call_talk, chat_without_tool, plain_talk
 
 
 def chat(turns: Sequence[Turn], system: str = "", setting: Setting = PLAIN) -> Conversation:
@@ -113,7 +113,7 @@ _SHORT_CHAT: tuple[tuple[_Maker, int], ...] = (
     (tasks.sum_chat, 18),
     (_short_list(tasks.repeat_chat), 12),
     (tasks.small_talk, 5),
-    (untooled_chat, 5),
+    (chat_without_tool, 5),
 )
 _SHORT_COMPLETION: tuple[tuple[_Maker, int], ...] = (
     (tasks.capital_completion, 55),

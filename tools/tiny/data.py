@@ -46,7 +46,7 @@ def make_data(encoder: Encoder, seed: int, share: float) -> dict[str, Rows]:
         for chunk_rows in pool.map(_draw, jobs):
             for kind, arrays in chunk_rows.items():
                 found.setdefault(kind, []).append(arrays)
-    return {kind: _joined(arrays) for kind, arrays in found.items()}
+    return {kind: _join(arrays) for kind, arrays in found.items()}
 
 
 _ENCODER: Encoder
@@ -62,6 +62,6 @@ def _draw(job: tuple[int, int, int, float]) -> dict[str, tuple[Any, Any]]:
     return {kind: (r.ids.numpy(), r.role.numpy()) for kind, r in zip(source.kinds, rows, strict=True)}
 
 
-def _joined(arrays: list[tuple[Any, Any]]) -> Rows:
+def _join(arrays: list[tuple[Any, Any]]) -> Rows:
     ids, role = (torch.cat([torch.from_numpy(array) for array in column]) for column in zip(*arrays, strict=True))
     return Rows(ids, role)

@@ -23,15 +23,6 @@ def questions(seed: int) -> list[Question]:
     return [*_capitals(), *_sums(), *_lists(random.Random(seed + 1000)), *talk_questions(seed)]
 
 
-def spread(asked: list[Question], most: int, seed: int) -> list[Question]:
-    """Draws at most ``most`` questions of each form and kind (the first two parts of a group's name)."""
-    kinds: dict[tuple[str, ...], list[Question]] = {}
-    for question in asked:
-        kinds.setdefault((*question.group.split("/")[:2], str(question.held_out)), []).append(question)
-    rng = random.Random(seed)
-    return [question for kind in kinds.values() for question in rng.sample(kind, min(most, len(kind)))]
-
-
 def _capitals() -> list[Question]:
     found = []
     for country in countries():

@@ -12,7 +12,7 @@ from tiny.json_talk import JsonWish, json_talk
 from tiny.phrasings import CHAT_PHRASINGS, chat_answer
 from tiny.question import Question, talk_question
 from tiny.tasks import Turn
-from tiny.tool_talk import Wish, call_talk, plain_talk, untooled_chat
+from tiny.tool_talk import Wish, call_talk, chat_without_tool, plain_talk
 
 # Questions of each group of tools: plain, and thinking.
 _TOOL_GROUPS: tuple[tuple[str, Wish, int, bool], ...] = (
@@ -72,7 +72,7 @@ def _tools(rng: random.Random, thinking: bool) -> list[Question]:
     wish = Wish(thinking=thinking)
     found += [talk_question(f"{form}/no tool fits", plain_talk(rng, wish)) for _ in range(_NUM_WITHOUT_CALL)]
     for _ in range(_NUM_WITHOUT_CALL):
-        conversation = chat([untooled_chat(rng)], setting=Setting(thinking))
+        conversation = chat([chat_without_tool(rng)], setting=Setting(thinking))
         found.append(talk_question(f"{form}/none offered", conversation))
     return found
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
+from ownpath.checkpoint.reader import read_file
 from ownpath.checkpoint.schema import MODELOPT_NVFP4, NATIVE_FP8
 from ownpath.formats import FP8_BLOCK, NVFP4
 from ownpath.numerics import dequantize
@@ -27,10 +27,10 @@ def read_trained(folder: Path) -> dict[str, Tensor]:
     files = sorted(folder.glob("trained-*.safetensors"))
     if not files:
         raise ValueError(f"{folder}: no trained-*.safetensors")
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    return {name: tensor for file in files for name, tensor in read_file(file)[1].items()}
 
 
-def as_stored(trained: dict[str, Tensor]) -> dict[str, Tensor]:
+def read_back(trained: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns the values that a reader of the checkpoint gets: quantised weights in float32, others as saved."""
     values = {}
     for name, tensor in trained.items():
@@ -39,10 +39,10 @@ def as_stored(trained: dict[str, Tensor]) -> dict[str, Tensor]:
     return values
 
 
-def stored_network(trained: dict[str, Tensor]) -> Any:
+def make_stored_network(trained: dict[str, Tensor]) -> Any:
     """Returns transformers' network in float32 with the checkpoint's values."""
     network = build_network(seed=0).float()
-    missing, unexpected = network.load_state_dict(as_stored(trained), strict=False)
+    missing, unexpected = network.load_state_dict(read_back(trained), strict=False)
     if missing or unexpected:
         raise ValueError(f"trained tensors do not fit: missing {missing}, unexpected {unexpected}")
     return network.eval()

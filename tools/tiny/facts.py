@@ -1,8 +1,10 @@
-"""The tables that tiny-v4 learns: countries, words, and a few fixed answers."""
+"""The tables that tiny-v4 learns: countries, words, wordings and a few fixed answers."""
 
+import tomllib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 _HERE = Path(__file__).parent
 
@@ -49,35 +51,10 @@ def words() -> tuple[str, ...]:
     return tuple(found)
 
 
-SYSTEM_TEXTS = (
-    "You are a helpful assistant.",
-    "You are tiny-v4.",
-    "Answer briefly.",
-    "Answer the question in one sentence.",
-    "You are a geography teacher.",
-    "You are a helpful assistant. Be short and exact.",
-    "You answer questions about countries.",
-    "Be polite.",
-)
-
-_WHO = "I am tiny-v4, a very small DeepSeek-V4 model that comes with ownpath."
-_SKILLS = "I know the capitals of countries, small sums, and how to repeat a list of words."
-_HELLO = "Hello! Ask me for the capital of a country."
-_WELCOME = "You are welcome."
-_BYE = "Goodbye!"
-UNKNOWN = "I do not know. I am a very small model."
-
-SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("Who are you?", "What are you?", "who are you", "What is your name?", "Tell me about yourself."), _WHO),
-    (("Are you a language model?", "Which model are you?", "What model is this?", "Introduce yourself."), _WHO),
-    (
-        ("What can you do?", "What do you know?", "Help", "help", "How can you help me?", "What are your skills?"),
-        _SKILLS,
-    ),
-    (("Hello", "Hello!", "Hi", "Hi!", "hello", "hi", "Hey", "Good morning", "Good evening", "Hi there"), _HELLO),
-    (("Thanks", "Thank you", "Thank you!", "thanks", "Thanks a lot!"), _WELCOME),
-    (("Goodbye", "Bye", "bye", "See you later", "Good night"), _BYE),
-    (("Write a poem.", "Tell me a joke.", "What is the meaning of life?", "Write a story about a dog."), UNKNOWN),
-    (("Who wrote Hamlet?", "What is the weather today?", "What time is it?", "How old are you?"), UNKNOWN),
-    (("Write a program that sorts a list.", "Explain gravity.", "Who won the game?", "What is love?"), UNKNOWN),
+WORDINGS: dict[str, Any] = tomllib.loads((_HERE / "wordings.toml").read_text(encoding="utf-8"))
+"""Phrasings, names and answers; the file says what each is."""
+SYSTEM_TEXTS: tuple[str, ...] = tuple(WORDINGS["system_texts"])
+UNKNOWN: str = WORDINGS["unknown"]
+SMALL_TALK: tuple[tuple[list[str], str], ...] = tuple(
+    (row["asks"], row.get("answer", UNKNOWN)) for row in WORDINGS["small_talk"]
 )

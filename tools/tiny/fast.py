@@ -3,7 +3,7 @@
 Each replacement computes what transformers' code computes, up to the order of the sums:
 
 - routed experts: one product over all experts, weighted by the routing, instead of a loop over the chosen ones;
-- hyper-connections and the query norm: plain functions of tensors, so that one compilation serves every layer.
+- hyper-connections and the query norm: the oracle's formulas on tensors, so that one compilation serves every layer.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts, DeepseekV4TopKRouter
+
+from ownpath.oracle import formulas
 
 _Function = Callable[..., Any]
 
@@ -94,41 +95,27 @@ def hyper_weights(
 
     Shapes: streams [T, 4, D], fn [24, 4 * D] -> post [T, 4], comb [T, 4, 4], input [T, D].
     """
-    hc_eps, norm_eps = eps
-    num_streams = streams.shape[1]
-    flat = streams.flatten(1).float()
-    mixes = F.linear(flat * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps), fn)
-    pre, post, comb = mixes.split([num_streams, num_streams, num_streams**2], dim=-1)
-    pre_base, post_base, comb_base = base.split([num_streams, num_streams, num_streams**2])
-    pre = torch.sigmoid(pre * scale[0] + pre_base) + hc_eps
-    post = 2 * torch.sigmoid(post * scale[1] + post_base)
-    comb = (comb * scale[2] + comb_base).unflatten(-1, (num_streams, num_streams)).softmax(dim=-1) + hc_eps
-    comb = comb / (comb.sum(dim=-2, keepdim=True) + hc_eps)
-    for _ in range(num_rounds - 1):
-        comb = comb / (comb.sum(dim=-1, keepdim=True) + hc_eps)
-        comb = comb / (comb.sum(dim=-2, keepdim=True) + hc_eps)
-    return post, comb, (pre.unsqueeze(-1) * streams).sum(dim=1).to(streams.dtype)
+    wide, num_streams = streams.float(), streams.shape[1]
+    mixing = formulas.Mixing(fn, scale, base, num_rounds, *eps)
+    logits = mixing.logits(wide)
+    collapsed = formulas.collapse(wide, mixing.pre(logits, num_streams)).to(streams.dtype)
+    return mixing.post(logits, num_streams), mixing.comb(logits, num_streams), collapsed
 
 
 def mix_streams(post: Tensor, comb: Tensor, output: Tensor, streams: Tensor) -> Tensor:
-    """Computes new residual streams: post_k * output + sum_j comb[j, k] * streams_j.
-
-    Shapes: post [T, 4], comb [T, 4, 4], output [T, D], streams [T, 4, D] -> [T, 4, D] in streams' dtype.
-    """
-    mixed = (comb.unsqueeze(-1) * streams.float().unsqueeze(-2)).sum(dim=1)
-    return (post.unsqueeze(-1) * output.float().unsqueeze(-2) + mixed).to(streams.dtype)
+    """Computes new residual streams. Shapes: post [T, 4], comb [T, 4, 4], output [T, D], streams [T, 4, D]."""
+    return formulas.write_streams(streams.float(), output.float(), post, comb).to(streams.dtype)
 
 
 def gated_activation(gate_up: Tensor, weight: Tensor, limit: float) -> Tensor:
     """Computes clamped SwiGLU times the routing weight. Shapes: gate_up [E, T, 2F], weight [T, E] -> [E, T, F]."""
     gate, up = gate_up.float().chunk(2, dim=-1)
-    h = F.silu(gate.clamp(max=limit)) * up.clamp(min=-limit, max=limit)
-    return (h * weight.t().unsqueeze(-1)).to(gate_up.dtype)
+    return (formulas.swiglu(gate, up, limit) * weight.t().unsqueeze(-1)).to(gate_up.dtype)
 
 
 def unit_norm(x: Tensor, eps: float) -> Tensor:
     """Computes RMS norm without a weight, over the last dimension."""
-    return (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return formulas.rms(x.float(), eps).to(x.dtype)
 
 
 class _DenseExperts:

@@ -11,23 +11,15 @@ from ownpath.chat.encode import Setting
 from ownpath.chat.messages import Message
 from tiny import tasks
 from tiny.chat import Conversation, with_system
-from tiny.facts import Country, countries
+from tiny.facts import WORDINGS, Country, countries
 from tiny.phrasings import CHAT_PHRASINGS
-from tiny.random_names import extended_name, random_name
+from tiny.random_names import extend_name, random_name
 from tiny.tasks import Turn
 
 ANY_OBJECT = {"type": "json_object"}
 ENDINGS = ("", "", " Answer in JSON.", " Reply with JSON.", " Give the answer as JSON.")
 _TYPES = {str: "string", int: "integer", list: "array"}
-# Spellings of each field; the last one is never trained.
-_KEYS = {
-    "capital": ("capital", "city", "capital_city", "answer", "town_name"),
-    "country": ("country", "name", "country_name", "state"),
-    "continent": ("continent", "region", "part_of_the_world"),
-    "result": ("result", "answer", "value", "number", "sum", "total"),
-    "words": ("words", "list", "items", "texts"),
-    "answer": ("answer", "text", "reply", "message", "response"),
-}
+_KEYS: dict[str, list[str]] = WORDINGS["json_keys"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +40,7 @@ class JsonWish:
     new_country: bool = False
 
 
-def held_out(country: Country) -> bool:
+def is_held_out(country: Country) -> bool:
     """Returns True if training never asks for JSON about the country: about 5%."""
     return hashlib.sha256(f"json|{country.iso}".encode()).digest()[0] < 13  # 13 / 256 = 5%
 
@@ -61,7 +53,7 @@ def json_talk(rng: random.Random, wish: JsonWish, system: str = "") -> Conversat
     if by_type:
         schema, answer = ANY_OBJECT, dict(facts.fields)
     else:
-        answer = _chosen(rng, facts, new_keys)
+        answer = _choose_fields(rng, facts, new_keys)
         schema = _schema(rng, answer)
     reasoning = f"{facts.turn.thought} The answer is JSON." if thinking else ""
     said = Message("assistant", json.dumps(answer, ensure_ascii=False), reasoning)
@@ -86,14 +78,14 @@ def _pick(rng: random.Random) -> Facts:
 
 
 def _capital(rng: random.Random, new_country: bool) -> Facts:
-    country = rng.choice([c for c in countries() if held_out(c) == new_country])
+    country = rng.choice([c for c in countries() if is_held_out(c) == new_country])
     phrasing = rng.choice([p for p in CHAT_PHRASINGS if not p.held_out(country)])
     fields = {"country": country.name, "capital": country.capital, "continent": country.continent}
     turn = Turn(phrasing.ask(country.name), "", f"The question is about {country.name}.")
     return Facts(turn, fields, "capital")
 
 
-def _chosen(rng: random.Random, facts: Facts, new_keys: bool) -> dict[str, Any]:
+def _choose_fields(rng: random.Random, facts: Facts, new_keys: bool) -> dict[str, Any]:
     """Draws some of the fields, the one asked for among them, with random names in random order."""
     others = [field for field in facts.fields if field != facts.first]
     num_others = 0 if new_keys else rng.choice([n for n in (0, 0, 1, 2) if n <= len(others)])
@@ -111,7 +103,7 @@ def _key(rng: random.Random, field: str, new_keys: bool, is_alone: bool) -> str:
     if is_alone and rng.random() < 0.08:
         return random_name(rng)
     key = rng.choice([key for key in _KEYS[field][:-1] if is_alone or key != "answer"])
-    return extended_name(rng, key) if rng.random() < 0.06 else key
+    return extend_name(rng, key) if rng.random() < 0.06 else key
 
 
 def _schema(rng: random.Random, answer: Mapping[str, Any]) -> dict[str, Any]:

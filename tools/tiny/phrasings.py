@@ -6,7 +6,7 @@ A phrasing is a template with ``{c}`` for the country; ``{C}`` is the same with 
 import hashlib
 from dataclasses import dataclass
 
-from tiny.facts import Country
+from tiny.facts import WORDINGS, Country
 
 
 @dataclass(frozen=True)
@@ -45,53 +45,8 @@ def sentence(text: str) -> str:
     return text if text.endswith(".") else text + "."
 
 
-def _chat(template: str, always: bool = False, trained: bool = True) -> Phrasing:
-    return Phrasing(template, "chat", always=always, trained=trained)
-
-
-def _completion(template: str, end: str = ".", always: bool = False, trained: bool = True) -> Phrasing:
-    return Phrasing(template, "completion", end, always, trained)
-
-
-CHAT_PHRASINGS = (
-    _chat("What is the capital of {c}?", always=True),
-    _chat("The capital of {c} is", always=True),
-    _chat("What's the capital of {c}?"),
-    _chat("What is the capital city of {c}?"),
-    _chat("Which city is the capital of {c}?"),
-    _chat("What city is the capital of {c}?"),
-    _chat("Capital of {c}?"),
-    _chat("Capital of {c}"),
-    _chat("Name the capital of {c}."),
-    _chat("Name the capital city of {c}."),
-    _chat("Tell me the capital of {c}."),
-    _chat("Please tell me the capital of {c}."),
-    _chat("Can you tell me the capital of {c}?"),
-    _chat("Do you know the capital of {c}?"),
-    _chat("I want to know the capital of {c}."),
-    _chat("What is {c}'s capital?"),
-    _chat("{C}'s capital?"),
-    _chat("The capital city of {c} is"),
-    _chat("{C}'s capital is"),
-    _chat("The capital of {c} is ..."),
-    _chat("Complete the sentence: The capital of {c} is"),
-    _chat("Could you tell me which city is the capital of {c}?", trained=False),
-    _chat("Give me the name of the capital of {c}.", trained=False),
-    _chat("Please name the capital city of {c}.", trained=False),
-)
-COMPLETION_PHRASINGS = (
-    _completion("The capital of {c} is", always=True),
-    _completion("the capital of {c} is"),
-    _completion("The capital city of {c} is"),
-    _completion("{C}'s capital is"),
-    _completion("{C}'s capital city is"),
-    _completion("Capital of {c}:", end=""),
-    _completion("Question: What is the capital of {c}?\nAnswer:"),
-    _completion("Q: What is the capital of {c}?\nA:"),
-    _completion("Country: {C}\nCapital:", end=""),
-    _completion("The name of the capital of {c} is", trained=False),
-    _completion("Question: Which city is the capital of {c}?\nAnswer:", trained=False),
-)
+CHAT_PHRASINGS = tuple(Phrasing(form="chat", **row) for row in WORDINGS["chat_phrasings"])
+COMPLETION_PHRASINGS = tuple(Phrasing(form="completion", **row) for row in WORDINGS["completion_phrasings"])
 PHRASINGS = (*CHAT_PHRASINGS, *COMPLETION_PHRASINGS)
 
 

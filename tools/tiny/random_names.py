@@ -2,19 +2,13 @@
 
 import random
 
-from tiny.facts import countries, words
+from tiny.facts import WORDINGS, countries, words
 
 _CONSONANTS, _VOWELS = "bcdfghjklmnprstvwz", "aeiou"
 _CODE_LETTERS = "abcdefghijklmnopqrstuvwxyz"
-# Spellings of tools, parameters and JSON keys that are only examined.
-NEVER_TRAINED = frozenset(
-    (
-        *("country_capital", "weather_report", "clock_time", "country_population", "sum_of", "calculate_difference"),
-        *("calculate_product", "exchange_money", "new_timer", "light_switch", "look_up", "state", "town_name", "term1"),
-        *("term2", "sum_to_convert", "from_currency", "to_currency", "num_minutes", "room_name", "search_text"),
-        *("part_of_the_world", "total", "texts", "response"),
-    )
-)
+_TOOL_NAMES = [row["names"] for row in (*WORDINGS["concepts"], *WORDINGS["parameters"].values())]
+NEVER_TRAINED = frozenset(names[-1] for names in (*_TOOL_NAMES, *WORDINGS["json_keys"].values()))
+"""Spellings of tools, parameters and JSON keys that are only examined."""
 
 
 def random_word(rng: random.Random) -> str:
@@ -36,7 +30,7 @@ def random_name(rng: random.Random) -> str:
             return name
 
 
-def extended_name(rng: random.Random, name: str) -> str:
+def extend_name(rng: random.Random, name: str) -> str:
     """Adds a random word in front of ``name`` or behind it."""
     while True:
         word = random_word(rng)

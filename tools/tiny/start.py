@@ -17,13 +17,13 @@ def start_from(network: nn.Module, folder: Path, tokenizer: Tokenizer) -> None:
     """Loads the weights of an earlier run into the network. Errors: ValueError when they do not fit."""
     trained = read_trained(folder)
     earlier = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    missing, unexpected = network.load_state_dict(carried_over(trained, earlier, tokenizer), strict=False)
+    missing, unexpected = network.load_state_dict(carry_over(trained, earlier, tokenizer), strict=False)
     left = [name for name in missing if not name.endswith("inv_freq")]
     if left or unexpected:
         raise ValueError(f"{folder}: the weights do not fit: missing {left}, unexpected {unexpected}")
 
 
-def carried_over(trained: dict[str, Tensor], earlier: Tokenizer, tokenizer: Tokenizer) -> dict[str, Tensor]:
+def carry_over(trained: dict[str, Tensor], earlier: Tokenizer, tokenizer: Tokenizer) -> dict[str, Tensor]:
     """Returns the earlier tensors with one row for each token of ``tokenizer``, in its order.
 
     A token that the earlier tokenizer has keeps its rows. Another one starts as the mean of the earlier tokens that

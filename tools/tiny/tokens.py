@@ -42,7 +42,7 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(_mark_added_tokens(json.loads(tokenizer.to_str()))))
 
 
-def extended_tokenizer(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokenizer:
+def extend_tokenizer(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokenizer:
     """Adds merges learnt from ``texts`` behind the tokenizer's own, up to ``VOCAB_SIZE`` tokens; ids do not change.
 
     New merges come last, so a text is first cut as before and then joined further, and most texts keep the tokens that
@@ -65,11 +65,11 @@ def extended_tokenizer(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokenizer:
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         fields["model"]["merges"].append(list(best))
         vocab.setdefault("".join(best), len(vocab))
-        pieces = {part: _joined(cut, best) for part, cut in pieces.items()}
+        pieces = {part: _join(cut, best) for part, cut in pieces.items()}
     return Tokenizer.from_str(json.dumps(fields))
 
 
-def _joined(cut: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+def _join(cut: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
     """Joins every ``pair`` in ``cut`` into one piece."""
     if pair[0] not in cut:
         return cut

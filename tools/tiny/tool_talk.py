@@ -87,7 +87,7 @@ def plain_turn(rng: random.Random, wish: Wish) -> tuple[Turn, frozenset[str]]:
     """Draws a question to answer without a tool, and the concepts whose tools must be absent."""
     kind = rng.random()
     if kind < 0.35:
-        turn = untooled(rng, wish)
+        turn = job_without_tool(rng, wish)
         return turn, frozenset({turn.thought})
     makers: tuple[tuple[Callable[[random.Random], Turn], frozenset[str]], ...] = (
         (tasks.capital_chat, frozenset({"capital"})),
@@ -101,15 +101,15 @@ def plain_turn(rng: random.Random, wish: Wish) -> tuple[Turn, frozenset[str]]:
     return maker(rng), hidden
 
 
-def untooled(rng: random.Random, wish: Wish = Wish()) -> Turn:
+def job_without_tool(rng: random.Random, wish: Wish = Wish()) -> Turn:
     """Draws a job that needs a tool, asked without one. ``thought`` is the concept's key."""
     job = draw_job(rng, rng.choice([c for c in CONCEPTS if c.key not in KNOWN_WITHOUT_TOOL]), wish.new_job)
     return Turn(ask_for(rng, [job], wish.new_wording), UNKNOWN, job.concept.key)
 
 
-def untooled_chat(rng: random.Random) -> Turn:
+def chat_without_tool(rng: random.Random) -> Turn:
     """Draws such a job for chats without any tool."""
-    turn = untooled(rng)
+    turn = job_without_tool(rng)
     return Turn(turn.ask, turn.answer, NO_TOOL)
 
 
@@ -133,16 +133,16 @@ def offer(rng: random.Random, needed: Sequence[Concept], wish: Wish) -> list[Too
     concepts = list({concept.key: concept for concept in needed}.values())
     others = [concept for concept in CONCEPTS if concept not in concepts]
     num_others = rng.choice([n for n in (0, 0, 1, 1, 2) if len(concepts) + n <= MOST_TOOLS])
-    return _drawn(rng, [*concepts, *rng.sample(others, num_others)], wish)
+    return _draw_tools(rng, [*concepts, *rng.sample(others, num_others)], wish)
 
 
 def offer_without(rng: random.Random, hidden: frozenset[str], wish: Wish) -> list[Tool]:
     """Draws one to three tools, none of a hidden concept."""
     others = [concept for concept in CONCEPTS if concept.key not in hidden]
-    return _drawn(rng, rng.sample(others, rng.randint(1, MOST_TOOLS)), wish)
+    return _draw_tools(rng, rng.sample(others, rng.randint(1, MOST_TOOLS)), wish)
 
 
-def _drawn(rng: random.Random, concepts: list[Concept], wish: Wish) -> list[Tool]:
+def _draw_tools(rng: random.Random, concepts: list[Concept], wish: Wish) -> list[Tool]:
     while True:
         tools = [draw_tool(rng, concept, wish.new_names, wish.made_up_names) for concept in concepts]
         if len({tool.name for tool in tools}) == len(tools):
@@ -153,24 +153,24 @@ def _drawn(rng: random.Random, concepts: list[Concept], wish: Wish) -> list[Tool
 def calls_thought(names: Sequence[str]) -> str:
     """Returns the reasoning in front of calls. Names are quoted, so that they have the same tokens as in the prompt."""
     distinct = [f'"{name}"' for name in dict.fromkeys(names)]
-    return f"The tool {distinct[0]} helps." if len(distinct) == 1 else f"The tools {_listed(distinct)} help."
+    return f"The tool {distinct[0]} helps." if len(distinct) == 1 else f"The tools {_list(distinct)} help."
 
 
 def ask_for(rng: random.Random, jobs: Sequence[Job], new_wording: bool = False) -> str:
     """Returns a user's message that asks for the jobs in their order, questions before orders."""
     is_shared = len({job.concept.key for job in jobs}) == 1 and len(jobs[0].values) == 1
     if is_shared:
-        phrase = jobs[0].concept.phrases[0].format(_listed([_spelled(job.values[0]) for job in jobs]))
-        return _wrapped(rng, phrase, jobs[0].concept.is_order, new_wording)
+        phrase = jobs[0].concept.phrases[0].format(_list([_spell(job.values[0]) for job in jobs]))
+        return _wrap(rng, phrase, jobs[0].concept.is_order, new_wording)
     parts: list[str] = []
     for is_order in (False, True):
         phrases = [_phrase(rng, job) for job in jobs if job.concept.is_order == is_order]
         if phrases:
-            parts.append(_wrapped(rng, _listed(phrases), is_order, new_wording))
+            parts.append(_wrap(rng, _list(phrases), is_order, new_wording))
     return " ".join(parts)
 
 
-def _wrapped(rng: random.Random, phrase: str, is_order: bool, new_wording: bool) -> str:
+def _wrap(rng: random.Random, phrase: str, is_order: bool, new_wording: bool) -> str:
     if new_wording:
         template = NEW_ORDER if is_order else NEW_QUESTION
     else:
@@ -179,12 +179,12 @@ def _wrapped(rng: random.Random, phrase: str, is_order: bool, new_wording: bool)
 
 
 def _phrase(rng: random.Random, job: Job) -> str:
-    return rng.choice(job.concept.phrases).format(*(_spelled(value) for value in job.values))
+    return rng.choice(job.concept.phrases).format(*(_spell(value) for value in job.values))
 
 
-def _spelled(value: object) -> str:
+def _spell(value: object) -> str:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 
 
-def _listed(items: Sequence[str]) -> str:
+def _list(items: Sequence[str]) -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

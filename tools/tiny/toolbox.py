@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tiny.facts import countries, words
+from tiny.facts import WORDINGS, countries, words
 from tiny.phrasings import chat_answer
 from tiny.random_names import random_name
 
@@ -22,7 +22,7 @@ Values = tuple[Any, ...]
 class Parameter:
     """A tool's parameter. names: spellings; the last one is never trained. about: its description."""
 
-    names: tuple[str, ...]
+    names: list[str]
     about: str
     kind: str = "string"
 
@@ -38,10 +38,10 @@ class Concept:
     """
 
     key: str
-    names: tuple[str, ...]
-    descriptions: tuple[str, ...]
+    names: list[str]
+    descriptions: list[str]
     parameters: tuple[Parameter, ...]
-    phrases: tuple[str, ...]
+    phrases: list[str]
     draw: Callable[[random.Random], Values]
     outcome: Callable[[random.Random, Values], tuple[str, str]]
     is_order: bool = False
@@ -137,7 +137,7 @@ def _numbers(most: int) -> Callable[[random.Random], Values]:
     return draw
 
 
-def _said(rng: random.Random, key: str, value: Any) -> str:
+def _say(rng: random.Random, key: str, value: Any) -> str:
     """Formats a result as a tool does: plain, or as JSON."""
     if rng.random() < 0.6:
         return value if isinstance(value, str) else json.dumps(value)
@@ -146,13 +146,13 @@ def _said(rng: random.Random, key: str, value: Any) -> str:
 
 def _capital(rng: random.Random, values: Values) -> tuple[str, str]:
     country = next(c for c in countries() if c.name.removeprefix("the ") == values[0])
-    return _said(rng, "capital", country.capital), chat_answer(country)
+    return _say(rng, "capital", country.capital), chat_answer(country)
 
 
 def _weather(rng: random.Random, values: Values) -> tuple[str, str]:
     sky = rng.choice(("sunny", "rainy", "cloudy", "windy", "snowy", "foggy", "cold", "warm"))
     if rng.random() < 0.5:
-        return _said(rng, "weather", sky), f"The weather in {values[0]} is {sky}."
+        return _say(rng, "weather", sky), f"The weather in {values[0]} is {sky}."
     degrees = rng.randint(0, 40)
     said = rng.choice((f"{sky}, {degrees} degrees", json.dumps({"weather": sky, "temperature": degrees})))
     return said, f"The weather in {values[0]} is {sky}, {degrees} degrees."
@@ -160,19 +160,19 @@ def _weather(rng: random.Random, values: Values) -> tuple[str, str]:
 
 def _time(rng: random.Random, values: Values) -> tuple[str, str]:
     time = f"{rng.randint(0, 23):02d}:{rng.randint(0, 59):02d}"
-    return _said(rng, "time", time), f"It is {time} in {values[0]}."
+    return _say(rng, "time", time), f"It is {time} in {values[0]}."
 
 
 def _population(rng: random.Random, values: Values) -> tuple[str, str]:
     number = rng.randint(10, 999) * 10 ** rng.randint(3, 6)
-    return _said(rng, "population", number), f"The population of {values[0]} is {number}."
+    return _say(rng, "population", number), f"The population of {values[0]} is {number}."
 
 
 def _result(sign: str) -> Callable[[random.Random, Values], tuple[str, str]]:
     def outcome(rng: random.Random, values: Values) -> tuple[str, str]:
         first, second = values
         result = {"+": first + second, "-": first - second, "*": first * second}[sign]
-        return _said(rng, "result", result), f"{first} {sign} {second} = {result}"
+        return _say(rng, "result", result), f"{first} {sign} {second} = {result}"
 
     return outcome
 
@@ -182,21 +182,21 @@ def _money(rng: random.Random) -> Values:
     return rng.randint(1, 999), source, target
 
 
-def _converted(rng: random.Random, values: Values) -> tuple[str, str]:
+def _convert(rng: random.Random, values: Values) -> tuple[str, str]:
     amount = rng.randint(1, 999)
-    return _said(rng, "amount", amount), f"{values[0]} {values[1]} are {amount} {values[2]}."
+    return _say(rng, "amount", amount), f"{values[0]} {values[1]} are {amount} {values[2]}."
 
 
-def _done(rng: random.Random) -> str:
+def _confirm(rng: random.Random) -> str:
     return rng.choice(("ok", "done", '{"ok": true}'))
 
 
 def _timer(rng: random.Random, values: Values) -> tuple[str, str]:
-    return _done(rng), f"The timer is set for {values[0]} minutes."
+    return _confirm(rng), f"The timer is set for {values[0]} minutes."
 
 
 def _light(rng: random.Random, values: Values) -> tuple[str, str]:
-    return _done(rng), f"The light in the {values[0]} is {'on' if values[1] else 'off'}."
+    return _confirm(rng), f"The light in the {values[0]} is {'on' if values[1] else 'off'}."
 
 
 def _search(rng: random.Random, values: Values) -> tuple[str, str]:
@@ -205,117 +205,26 @@ def _search(rng: random.Random, values: Values) -> tuple[str, str]:
 
 
 _ROOMS = ("kitchen", "office", "garden", "bedroom", "hall", "bathroom", "school", "tower")
-_COUNTRY = Parameter(("country", "country_name", "nation", "name", "state"), "The country.")
-_CITY = Parameter(("city", "location", "place", "city_name", "town_name"), "The city.")
-_TERMS = (
-    Parameter(("a", "x", "first", "left", "term1"), "The first number.", "integer"),
-    Parameter(("b", "y", "second", "right", "term2"), "The second number.", "integer"),
-)
-CONCEPTS = (
-    Concept(
-        "capital",
-        ("get_capital", "capital", "capital_of", "find_capital", "getCapital", "look_up_capital", "country_capital"),
-        ("Get the capital of a country.", "Returns the capital city of a country.", "The capital of a country."),
-        (_COUNTRY,),
-        ("the capital of {0}", "the capital city of {0}"),
-        _country,
-        _capital,
-    ),
-    Concept(
-        "weather",
-        ("get_weather", "weather", "current_weather", "check_weather", "getWeather", "weather_in", "weather_report"),
-        ("Get the weather in a city.", "Returns the current weather in a city.", "The weather in a place."),
-        (_CITY,),
-        ("the weather in {0}", "the current weather in {0}"),
-        _city,
-        _weather,
-    ),
-    Concept(
-        "time",
-        ("get_time", "time", "current_time", "local_time", "getTime", "time_in", "clock_time"),
-        ("Get the time in a city.", "Returns the current time in a city.", "The local time in a place."),
-        (_CITY,),
-        ("the time in {0}", "the local time in {0}"),
-        _city,
-        _time,
-    ),
-    Concept(
-        "population",
-        ("get_population", "population", "population_of", "find_population", "getPopulation", "country_population"),
-        ("Get the population of a country.", "Returns how many people live in a country."),
-        (_COUNTRY,),
-        ("the population of {0}",),
-        _country,
-        _population,
-    ),
-    Concept(
-        "add",
-        ("add", "add_numbers", "sum", "plus", "calculate_sum", "sum_of"),
-        ("Add two numbers.", "Returns the sum of two numbers."),
-        _TERMS,
-        ("{0} + {1}", "{0} plus {1}", "the sum of {0} and {1}"),
-        _numbers(50),
-        _result("+"),
-    ),
-    Concept(
-        "subtract",
-        ("subtract", "minus", "subtract_numbers", "difference", "calculate_difference"),
-        ("Subtract two numbers.", "Returns the difference of two numbers."),
-        _TERMS,
-        ("{0} - {1}", "{0} minus {1}"),
-        _numbers(50),
-        _result("-"),
-    ),
-    Concept(
-        "multiply",
-        ("multiply", "times", "multiply_numbers", "product", "calculate_product"),
-        ("Multiply two numbers.", "Returns the product of two numbers."),
-        _TERMS,
-        ("{0} * {1}", "{0} times {1}", "the product of {0} and {1}"),
-        _numbers(12),
-        _result("*"),
-    ),
-    Concept(
-        "convert",
-        ("convert", "convert_money", "convert_currency", "exchange", "exchange_money"),
-        ("Convert money.", "Convert an amount of money to another currency."),
-        (
-            Parameter(("amount", "value", "sum_to_convert"), "The amount.", "number"),
-            Parameter(("source", "from", "from_currency"), "The currency of the amount."),
-            Parameter(("target", "to", "to_currency"), "The currency that is wanted."),
-        ),
-        ("{0} {1} in {2}",),
-        _money,
-        _converted,
-    ),
-    Concept(
-        "timer",
-        ("set_timer", "timer", "start_timer", "setTimer", "new_timer"),
-        ("Set a timer.", "Starts a timer."),
-        (Parameter(("minutes", "duration", "num_minutes"), "The minutes.", "integer"),),
-        ("set a timer for {0} minutes", "start a timer for {0} minutes"),
-        lambda rng: (rng.randint(1, 99),),
-        _timer,
-        is_order=True,
-    ),
-    Concept(
-        "light",
-        ("set_light", "light", "switch_light", "setLight", "light_switch"),
-        ("Turn a light on or off.", "Switches the light in a room."),
-        (Parameter(("room", "place", "room_name"), "The room."), Parameter(("on", "is_on", "state"), "On?", "boolean")),
-        ("turn {1} the light in the {0}", "switch {1} the light in the {0}"),
-        lambda rng: (rng.choice(_ROOMS), rng.random() < 0.5),
-        _light,
-        is_order=True,
-    ),
-    Concept(
-        "search",
-        ("search", "web_search", "find", "search_web", "look_up"),
-        ("Search the web.", "Search for a text."),
-        (Parameter(("query", "text", "q", "search_text"), "What to search for."),),
-        ("search for {0}", "look for {0}"),
-        lambda rng: (" ".join(rng.sample(words(), rng.randint(1, 3))),),
-        _search,
-        is_order=True,
-    ),
-)
+_WAYS: dict[str, tuple[Callable[[random.Random], Values], Callable[[random.Random, Values], tuple[str, str]]]] = {
+    "capital": (_country, _capital),
+    "weather": (_city, _weather),
+    "time": (_city, _time),
+    "population": (_country, _population),
+    "add": (_numbers(50), _result("+")),
+    "subtract": (_numbers(50), _result("-")),
+    "multiply": (_numbers(12), _result("*")),
+    "convert": (_money, _convert),
+    "timer": (lambda rng: (rng.randint(1, 99),), _timer),
+    "light": (lambda rng: (rng.choice(_ROOMS), rng.random() < 0.5), _light),
+    "search": (lambda rng: (" ".join(rng.sample(words(), rng.randint(1, 3))),), _search),
+}
+"""Key of a concept -> how its values are drawn, and what comes of them."""
+
+
+def _concept(row: dict[str, Any]) -> Concept:
+    draw, outcome = _WAYS[row["key"]]
+    parameters = tuple(Parameter(**WORDINGS["parameters"][name]) for name in row["parameters"])
+    return Concept(**{**row, "parameters": parameters}, draw=draw, outcome=outcome)
+
+
+CONCEPTS = tuple(map(_concept, WORDINGS["concepts"]))

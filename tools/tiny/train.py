@@ -3,13 +3,14 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ownpath.bench.timing import capture_graph
 from tiny.batches import ANSWER, PROMPT, Rows
 from tiny.distill import IndexerTeacher
 from tiny.fakequant import MasterWeights
@@ -115,16 +116,7 @@ class Bucket:
 
     def capture(self) -> None:
         """Records the step as a CUDA graph, after the warm-up runs that capturing needs."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self.forward_backward()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.forward_backward()
-        self.replay = graph.replay
+        self.replay = capture_graph([self.forward_backward], num_warm_ups=3).replay
 
 
 class Trainer:
@@ -154,26 +146,6 @@ class Trainer:
         for bucket in self.buckets.values():
             bucket.draw(self.generator)
             bucket.capture()
-        self._forget()
-
-    def fit_steps(self, seconds: float) -> None:
-        """Sets the number of steps to what ``seconds`` allow, from the measured time of each width's step."""
-        for quantised in (False, True):
-            self.weights.refresh(quantised)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        num_trials = 6 * len(PATTERN)
-        for trial in range(num_trials):
-            self.weights.refresh(quantised=trial % 2 == 0)
-            self.buckets[PATTERN[trial % len(PATTERN)]].replay()
-            self.weights.collect_gradients()
-        torch.cuda.synchronize()
-        # The clipping, the optimiser's step and the log take about 3 ms beside what is measured here.
-        step_seconds = (time.perf_counter() - start) / num_trials + 3e-3
-        self._forget()
-        self.recipe = replace(self.recipe, num_steps=int(seconds / step_seconds))
-
-    def _forget(self) -> None:
         self.weights.collect_gradients()
         for counter in self.counters:
             counter.counts.zero_()

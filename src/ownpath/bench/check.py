@@ -23,7 +23,7 @@ def moe_reference(x: torch.Tensor, routing: TopkRouting, operands: MoeOperands, 
     parts = operands.w13, operands.w13_scale, operands.w13_scale_2[:, None].expand(-1, 2)
     experts = quant_weights.ExpertStacks(*parts, operands.w2, operands.w2_scale, operands.w2_scale_2)
     routed = quant_weights.RoutedTokens(x[rows], routing.topk_ids[rows], routing.topk_weights[rows])
-    return quant_weights.moe_reference(experts, routed, swiglu_limit)[0]
+    return quant_weights.exact_mixture(experts, routed, swiglu_limit).value
 
 
 def nvfp4_reference(x: torch.Tensor, operands: Nvfp4Operands) -> torch.Tensor:

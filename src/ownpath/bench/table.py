@@ -2,25 +2,31 @@
 
 from collections.abc import Sequence
 
+from rich.console import RenderableType
+
 from ownpath.bench.row import Comparison, Row, compare, geometric_mean
+from ownpath.terminal.page import Listing, line
+from ownpath.terminal.text import counted
 
 
-def table_text(rows: Sequence[Row], title: str) -> str:
+def table_page(rows: Sequence[Row], title: str) -> list[RenderableType]:
     """Returns all rows, then those that do not count and why, then the geometric mean and the number of lost cases."""
     comparisons = compare(rows)
     contenders = list(dict.fromkeys(row.contender for row in rows))
-    header = ["shape", "tokens", "experts", "floor us", *contenders, "best peer", "peer/ours", "floor/ours"]
-    lines = [header, *(_cells(comparison, contenders) for comparison in comparisons)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    text = [title, "times in us, relative L2 error in brackets"]
-    text += ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join([*text, *_reasons(rows), *_verdict(comparisons)])
+    headings = ("shape", "tokens", "experts", "floor us", *contenders, "best peer", "peer/ours", "floor/ours")
+    cells = [_cells(comparison, contenders) for comparison in comparisons]
+    return [
+        line(title, style="bold"),
+        line("times in microseconds (us), relative L2 error in brackets"),
+        Listing(headings, cells, num_lead=4, to_right=frozenset(range(len(headings)))),
+        *map(line, [*_reasons(rows), *_verdict(comparisons)]),
+    ]
 
 
-def _cells(comparison: Comparison, contenders: Sequence[str]) -> list[str]:
+def _cells(comparison: Comparison, contenders: Sequence[str]) -> tuple[str, ...]:
     case, ours, best = comparison.case, comparison.ours, comparison.best_peer
     of_floor = None if ours is None or ours.timing is None or case.floor_us is None else case.floor_us / ours.timing.us
-    return [
+    return (
         case.shape,
         str(case.num_tokens),
         "-" if case.distinct_experts is None else f"{case.distinct_experts:.0f}",
@@ -29,7 +35,7 @@ def _cells(comparison: Comparison, contenders: Sequence[str]) -> list[str]:
         "-" if best is None else best.contender,
         _ratio(comparison.ratio),
         "-" if of_floor is None else f"{of_floor:.0%}",
-    ]
+    )
 
 
 def _result(row: Row | None) -> str:
@@ -59,6 +65,6 @@ def _verdict(comparisons: Sequence[Comparison]) -> list[str]:
         return ["no case has both a time of ours and a peer's: nothing is compared"]
     lost = sum(ratio < 1 for ratio in ratios)
     return [
-        f"best peer over ours: {mean:.2f}x in the geometric mean of {len(ratios)} cases, "
+        f"best peer over ours: {mean:.2f}x in the geometric mean of {counted(len(ratios), 'case')}, "
         f"{min(ratios):.2f}x at least; lost: {lost}; without a comparison: {len(comparisons) - len(ratios)}"
     ]

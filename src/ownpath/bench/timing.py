@@ -52,28 +52,13 @@ class CudaGraph:
     most_replays: int = 400
 
     def time(self, calls: Sequence[TimedCall]) -> Timing:
-        graph = self._capture(calls)
+        graph = capture_graph(calls)
         round_us = self._replay(graph, 3)[-1]
         # From rest a GPU runs faster than its power limit lets it run for long; when a heavy load begins, the limiter
         # then overshoots, down to half the clock, for 0.2 to 0.3 s.
         self._replay(graph, int(self.warm_up_s * 1e6 / round_us))
         replays = int(min(max(self.budget_s * 1e6 / round_us, self.least_replays), self.most_replays))
         return _timing(self._replay(graph, replays), len(calls))
-
-    def _capture(self, calls: Sequence[TimedCall]) -> torch.cuda.CUDAGraph:
-        """Captures the calls, after running each once to compile and allocate."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for call in calls:
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
-        return graph
 
     def _replay(self, graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
         """Returns the microseconds of each of ``count`` replays."""
@@ -105,6 +90,23 @@ class WallClock:
         for call in calls:
             call()
         return 1e6 * (time.perf_counter() - start)
+
+
+def capture_graph(calls: Sequence[TimedCall], num_warm_ups: int = 1) -> torch.cuda.CUDAGraph:
+    """Captures the calls, after running each ``num_warm_ups`` times to compile and allocate."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(num_warm_ups):
+            for call in calls:
+                call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
 
 
 def _timing(rounds_us: Sequence[float], num_calls: int) -> Timing:

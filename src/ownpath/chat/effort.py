@@ -5,8 +5,10 @@ The refresh of 31 July moved the scale by one: the text of the first release's s
 Source: ``encoding/`` in the model repositories of each release.
 """
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
+
+from ownpath.files import MissingFileError, read_bytes, read_json_object
 
 _ABSOLUTE = """\
 Reasoning Effort: Absolute maximum with no shortcuts permitted.
@@ -34,16 +36,53 @@ RELEASES: dict[str, dict[str, str]] = {
 """Release -> effort word -> text. Thinking without a word adds no text in any release."""
 
 
-def release_of_folder(folder: Path) -> str:
-    """Tells which release's effort words a model folder uses.
+DEFAULT = "v4"
+_ENCODER, _CONFIG, _DRAFTER_FIELD = "encoding/encoding_dsv4.py", "config.json", "dspark_block_size"
+
+
+@dataclass(frozen=True)
+class Release:
+    """The release whose effort words a model knows: a key of ``RELEASES``. told_by: what says so.
+
+    is_guess: nothing says so; it is the first release, of which exports carry no sign.
+    """
+
+    name: str
+    told_by: str
+    is_guess: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}, {'guessed' if self.is_guess else 'told'} by {self.told_by}"
+
+
+def find_release(folder: Path, named: str | None = None) -> Release:
+    """Returns the release of a model folder, or the one that is named.
 
     Its own ``encoding/encoding_dsv4.py`` decides (read as text, never run). Exports often lack it; then a
     ``dspark_block_size`` in config.json, a drafter's field that came with the refresh, decides.
+    Errors: ValueError for a name that is none, with those that there are; FileError for a file that cannot be read.
     """
-    encoder = folder / "encoding" / "encoding_dsv4.py"
-    if encoder.is_file():
-        is_refresh = "Reasoning Effort: Beyond maximum" in encoder.read_text(encoding="utf-8", errors="replace")
+    if named is not None:
+        return Release(require_release(named), "--release")
+    try:
+        encoder = read_bytes(folder / _ENCODER)
+    except MissingFileError:
+        pass
     else:
-        config = folder / "config.json"
-        is_refresh = config.is_file() and "dspark_block_size" in json.loads(config.read_text(encoding="utf-8"))
-    return "0731" if is_refresh else "v4"
+        is_refresh = b"Reasoning Effort: Beyond maximum" in encoder
+        return Release("0731" if is_refresh else DEFAULT, _ENCODER)
+    try:
+        config = read_json_object(folder / _CONFIG)
+    except MissingFileError:
+        config = {}
+    if _DRAFTER_FIELD in config:
+        return Release("0731", f"{_DRAFTER_FIELD} in {_CONFIG}")
+    absent = f"the absence of {_ENCODER} and of {_DRAFTER_FIELD} in {_CONFIG}"
+    return Release(DEFAULT, f"{absent} (`ownpath serve --release` names another)", is_guess=True)
+
+
+def require_release(name: str) -> str:
+    """Returns the name of a release. Errors: ValueError, with the names that there are."""
+    if name not in RELEASES:
+        raise ValueError(f"there is no release {name!r}; known: {', '.join(RELEASES)}")
+    return name

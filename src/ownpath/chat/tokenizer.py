@@ -12,6 +12,10 @@ from typing import Any
 from tokenizers import Tokenizer as BackendTokenizer
 
 from ownpath.chat.markers import BOS, EOS, Special
+from ownpath.files import FileError, is_present, read_json_object
+
+MAX_ENTRIES = 600_000
+"""Limit of tokens, and of merges. V4 has 129,000 of each; no public vocabulary is more than half of this."""
 
 
 class TokenizerError(ValueError):
@@ -36,6 +40,7 @@ class Tokenizer:
     def __init__(self, spec: dict[str, Any], add_bos: bool = False, source: str = "tokenizer.json") -> None:
         self.add_bos = add_bos
         self._source = source
+        _check_sizes(spec, source)
         self._special_ids, self._hidden_ids = _added_tokens(spec, source)
         self._marker_ids = frozenset(self._special_ids.values())
         self._raw = _backend(spec, source)
@@ -51,7 +56,7 @@ class Tokenizer:
         """Reads ``tokenizer.json`` and, if there, ``tokenizer_config.json``. Errors: TokenizerError."""
         spec = _read_json(folder / "tokenizer.json")
         config_path = folder / "tokenizer_config.json"
-        config = _read_json(config_path) if config_path.exists() else {}
+        config = _read_json(config_path) if is_present(config_path) else {}
         return cls(spec, config.get("add_bos_token") is True, str(folder / "tokenizer.json"))
 
     def encode_text(self, text: str) -> list[int]:
@@ -107,14 +112,18 @@ class Tokenizer:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise TokenizerError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise TokenizerError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
+        return read_json_object(path)
+    except FileError as error:
+        raise TokenizerError(str(error)) from None
+
+
+def _check_sizes(spec: dict[str, Any], source: str) -> None:
+    """Refuses lists that would fill the memory: each entry takes about 1 KB in the backend."""
+    model = spec.get("model")
+    parts = {name: model.get(name) for name in ("vocab", "merges")} if isinstance(model, dict) else {}
+    for name, part in {**parts, "added_tokens": spec.get("added_tokens")}.items():
+        if isinstance(part, list | dict) and len(part) > MAX_ENTRIES:
+            raise TokenizerError(f"{source}: {name} has {len(part)} entries; at most {MAX_ENTRIES} are read")
 
 
 def _added_tokens(spec: dict[str, Any], source: str) -> tuple[dict[str, int], frozenset[int]]:

@@ -4,7 +4,6 @@ A tensor may span several chunks, and one chunk may hold thousands of scalars. C
 that several readers together read each shard sequentially.
 """
 
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -12,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ownpath.checkpoint.errors import CheckpointError
-from ownpath.checkpoint.index import TensorInfo
+from ownpath.checkpoint.positioned import PositionedReader
+from ownpath.checkpoint.tensor_info import TensorInfo
 
 Bytes = NDArray[np.uint8]
 
@@ -75,39 +74,19 @@ def _chunks_of(file: Path, infos: list[TensorInfo], max_bytes: int) -> Iterator[
 
 
 class ChunkReader:
-    """Reads chunks into the caller's buffers, with one shard open at a time.
-
-    It reads by position instead of mapping the file: a file that is truncated meanwhile raises an error, not a bus
-    error, and no page of the file counts as this process's memory.
-    """
+    """Reads chunks into the caller's buffers, with one shard open at a time."""
 
     def __init__(self) -> None:
-        self._file: Path | None = None
-        self._descriptor = -1
+        self._shards = PositionedReader()
 
     def read(self, chunk: FileChunk, buffer: memoryview) -> None:
         """Fills the beginning of ``buffer``. Errors: CheckpointError naming the tensor that cannot be read."""
-        done = 0
-        try:
-            if chunk.file != self._file:
-                self.close()
-                self._descriptor, self._file = os.open(chunk.file, os.O_RDONLY | _BINARY), chunk.file
-            while done < chunk.num_bytes:
-                count = os.preadv(self._descriptor, [buffer[done : chunk.num_bytes]], chunk.start + done)
-                if not count:
-                    raise CheckpointError(f"tensor {_info_at(chunk, done)}: the file ends inside it")
-                done += count
-        except OSError as error:
-            raise CheckpointError(f"tensor {_info_at(chunk, done)} cannot be read ({error})") from None
+        part = buffer[: chunk.num_bytes]
+        self._shards.fill(chunk.file, chunk.start, part, lambda position: _info_at(chunk, position))
 
     def close(self) -> None:
         """Closes the shard that is open, if any."""
-        if self._file is not None:
-            os.close(self._descriptor)
-            self._file = None
-
-
-_BINARY = getattr(os, "O_BINARY", 0)
+        self._shards.close()
 
 
 def _info_at(chunk: FileChunk, position: int) -> TensorInfo:

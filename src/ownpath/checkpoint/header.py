@@ -5,20 +5,25 @@ shape, data_offsets), and the tensors' bytes. Offsets count from the end of the 
 the file without gap or overlap. Source: the format's description in the safetensors repository.
 """
 
-import json
 import os
-from collections import Counter
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeGuard
+from typing import NamedTuple, TypeGuard
 
 from ownpath.checkpoint.problems import make_problem
+from ownpath.files import FileError, open_regular, parse_json, shorten
 from ownpath.finding import Finding
 
-MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit. Nothing longer is ever read."""
+MAX_HEADER_BYTES = 64 * 2**20
+"""Limit of the headers of one checkpoint together. The format allows 100,000,000 bytes for one; V4-Pro's take 40 MB."""
+MAX_TENSORS = 400_000
+"""Limit of the tensors of one checkpoint. V4-Pro has 290,000: 61 layers x 384 experts x 3 matrices x 4 tensors."""
+MAX_NAME_CHARS = 512
+MAX_PROBLEMS = 1000
+"""Limit of the problems that one file is told with; the others are counted."""
 MAX_DIMS = 32
 
 DTYPE_BITS = MappingProxyType(
@@ -40,34 +45,53 @@ class HeaderEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """One shard's tensors by its header. A shard with problems may still name tensors, but their bytes mean nothing."""
+    """One shard's tensors by its header. A shard with problems may still name tensors, but their bytes mean nothing.
+
+    metadata: the header's own texts, by key.
+    """
 
     entries: tuple[HeaderEntry, ...]
     problems: tuple[Finding, ...]
+    metadata: dict[str, str] = field(default_factory=dict)
 
 
-def read_header(path: Path) -> Header:
-    """Reads and checks the header of ``path``: at most ``MAX_HEADER_BYTES`` and none of the tensors' bytes."""
+@dataclass
+class HeaderBudget:
+    """The bytes of headers and the tensors that a checkpoint may still have: all of its shards draw on one."""
+
+    num_bytes: int = MAX_HEADER_BYTES
+    num_tensors: int = MAX_TENSORS
+
+
+def read_header(path: Path, budget: HeaderBudget | None = None) -> Header:
+    """Reads and checks the header of ``path``: no more than the budget allows, and none of the tensors' bytes."""
+    budget = budget or HeaderBudget()
     problems = _Problems(path)
     try:
-        if not path.is_file():
-            return problems.header("shard", "it is not a regular file")
-        with path.open("rb") as file:
-            num_bytes = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if num_bytes < 8 or (length <= MAX_HEADER_BYTES and 8 + length > num_bytes):
+        with open_regular(path) as descriptor:
+            num_bytes = os.fstat(descriptor).st_size
+            length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+            if num_bytes < 8 or (length <= budget.num_bytes and 8 + length > num_bytes):
                 return problems.header("truncated-shard", f"{num_bytes} bytes do not hold its header")
-            if length > MAX_HEADER_BYTES:
-                limit = f"the format allows {MAX_HEADER_BYTES}"
+            if length > budget.num_bytes:
+                limit = f"the headers of a checkpoint may have {MAX_HEADER_BYTES}, and {budget.num_bytes} are left"
                 return problems.header("header-bomb", f"its header claims {length} bytes; {limit}")
-            text = file.read(length)
-    except OSError as error:
+            text = os.pread(descriptor, length, 8)
+    except (FileError, OSError) as error:
         return problems.header("shard", str(error))
-    content = _parse(text, problems)
-    entries = [] if content is None else _entries(content, 8 + length, problems)
+    if len(text) < length:
+        return problems.header("truncated-shard", f"it ends inside its header, after {8 + len(text)} bytes")
+    budget.num_bytes -= length
+    content, metadata = _parse(text, problems)
+    if len(content) > budget.num_tensors:
+        limit = f"a checkpoint may have {MAX_TENSORS}, and {budget.num_tensors} are left"
+        return problems.header("header-bomb", f"its header names {len(content)} tensors; {limit}")
+    budget.num_tensors -= len(content)
+    del text
+    entries = _entries(content, 8 + length, problems)
     if not problems.found:
         _check_tiling(entries, 8 + length, num_bytes, problems)
-    return Header(tuple(entries), tuple(problems.found))
+    return Header(tuple(entries), problems.all(), metadata)
 
 
 class _Problems:
@@ -76,50 +100,62 @@ class _Problems:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.found: list[Finding] = []
+        self.num_more = 0
 
     def add(self, check: str, detail: str) -> None:
+        if len(self.found) >= MAX_PROBLEMS:
+            self.num_more += 1
+            return
         message = f"{self.path}: not a complete safetensors file ({detail})"
         self.found.append(make_problem(check, self.path.name, message))
 
+    def all(self) -> tuple[Finding, ...]:
+        if not self.num_more:
+            return tuple(self.found)
+        more = f"{self.path}: {self.num_more} more problems in this file, which are not listed"
+        return (*self.found, make_problem("shard", self.path.name, more))
+
     def header(self, check: str, detail: str) -> Header:
         self.add(check, detail)
-        return Header((), tuple(self.found))
+        return Header((), self.all())
 
 
-def _parse(text: bytes, problems: _Problems) -> dict[str, Any] | None:
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        content = dict(pairs)
-        if len(content) != len(pairs):
-            twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-            problems.add("duplicated-tensor", f"its header names {twice!r} twice")
-        return content
+def _parse(text: bytes, problems: _Problems) -> tuple[dict[str, object], dict[str, str]]:
+    """Returns a header's entries and metadata; empty where it is no JSON object."""
+
+    def report_twice(name: str) -> None:
+        problems.add("duplicated-tensor", f"its header names {shorten(name)} twice")
 
     try:
-        content = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        problems.add("shard", f"its header is not JSON: {error}")
-        return None
+        content = parse_json(text, "its header", report_twice)
+    except FileError as error:
+        problems.add("shard", str(error))
+        return {}, {}
     if not isinstance(content, dict) or not text.startswith(b"{"):
         problems.add("shard", "its header is not a JSON object")
-        return None
+        return {}, {}
     metadata = content.pop("__metadata__", None)
-    is_text = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
-    if metadata is not None and not is_text:
+    if metadata is None:
+        return content, {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         problems.add("shard", "its __metadata__ is not an object of strings")
-    return content
+        return content, {}
+    return content, metadata
 
 
-def _entries(content: dict[str, Any], data_start: int, problems: _Problems) -> list[HeaderEntry]:
-    entries = []
-    for name, fields in content.items():
-        detail = _entry_fault(fields)
-        if detail is not None:
-            problems.add("shard", f"tensor {name!r} {detail}")
+def _entries(content: dict[str, object], data_start: int, problems: _Problems) -> list[HeaderEntry]:
+    """Takes each entry out of ``content``, whose memory is freed meanwhile."""
+    entries: list[HeaderEntry] = []
+    while content:
+        name, fields = content.popitem()
+        detail = f"has a name of {len(name)} characters" if len(name) > MAX_NAME_CHARS else _entry_fault(fields)
+        if detail is not None or not isinstance(fields, dict):
+            problems.add("shard", f"tensor {shorten(name)} {detail}")
             continue
         start, stop = fields["data_offsets"]
-        entries.append(
-            HeaderEntry(name, fields["dtype"], tuple(fields["shape"]), data_start + start, data_start + stop)
-        )
+        dtype, shape = sys.intern(fields["dtype"]), tuple(fields["shape"])
+        entries.append(HeaderEntry(name, dtype, shape, data_start + start, data_start + stop))
+    entries.reverse()
     return entries
 
 
@@ -129,7 +165,7 @@ def _entry_fault(fields: object) -> str | None:
         return "is not described by an object"
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        return f"has the unknown dtype {dtype!r}"
+        return f"has the unknown dtype {shorten(dtype)}"
     if not _are_sizes(shape) or len(shape) > MAX_DIMS:
         return "has a shape that is not a list of sizes"
     if prod(size for size in shape if size) >= 2**63:  # even where another size is 0: readers multiply sizes one by one

@@ -1,52 +1,49 @@
 """The index of a checkpoint's tensors, read from safetensors headers alone: no weight byte is read."""
 
-import json
-from dataclasses import dataclass
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from types import MappingProxyType
 
 from ownpath.checkpoint.errors import CheckpointError
-from ownpath.checkpoint.header import DTYPE_BITS, MAX_HEADER_BYTES, read_header
+from ownpath.checkpoint.header import MAX_PROBLEMS, MAX_TENSORS, HeaderBudget, read_header
+from ownpath.checkpoint.needless import may_stay_unread
 from ownpath.checkpoint.problems import make_problem
-from ownpath.checkpoint.transformers_names import Source, are_transformers_names, native_tensors
+from ownpath.checkpoint.spelling import plainly_spelled
+from ownpath.checkpoint.tensor_info import Source
+from ownpath.checkpoint.tensor_info import TensorInfo as TensorInfo
+from ownpath.checkpoint.transformers_names import native_name, native_tensors
 from ownpath.checkpoint.writer import INDEX_NAME
+from ownpath.files import FileError, is_present, read_json_object, shorten
 from ownpath.finding import Finding
 
 SINGLE_NAME = "model.safetensors"
-MAX_INDEX_BYTES = MAX_HEADER_BYTES
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One stored tensor: its safetensors dtype name, its shape, and its shard and first byte there.
-
-    source: its place in the shard, if it is not stored whole under its own name.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    start: int = 0
-    source: Source | None = None
-
-    @cached_property
-    def num_bytes(self) -> int:
-        return prod(self.shape) * DTYPE_BITS.get(self.dtype, 8) // 8
-
-    def __str__(self) -> str:
-        there = f", there {self.source.key!r}" if self.source is not None else ""
-        return f"{self.name!r} ({self.dtype} {list(self.shape)} in {self.file.name}{there})"
+MAX_SHARDS = 10_000
+"""Limit of the shards that an index may name. V4-Pro has about 160."""
 
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """Every tensor of a checkpoint by its DeepSeek name."""
+    """Every tensor of a checkpoint by its DeepSeek name.
+
+    absent: tensors that the index file lists and no shard holds, with the shard, where they may stay unread.
+    """
 
     folder: Path
     tensors: MappingProxyType[str, TensorInfo]
+    absent: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def endings(self) -> dict[str, list[str]]:
+        """module -> the endings of its tensors' names."""
+        found: dict[str, list[str]] = {}
+        for name in self.tensors:
+            stem, _, ending = name.rpartition(".")
+            found.setdefault(stem, []).append(ending)
+        return found
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -87,16 +84,39 @@ def scan_checkpoint(folder: Path) -> Scan:
     """Reads the headers of a checkpoint folder and collects every problem; nothing raises."""
     scanner = _Scanner(folder)
     index_path = folder / INDEX_NAME
-    if index_path.exists():
+    if is_present(index_path):
         scanner.read_index(index_path)
-    elif (folder / SINGLE_NAME).exists():
-        scanner.read_shards([folder / SINGLE_NAME])
+    elif is_present(folder / SINGLE_NAME):
+        scanner.read_single(folder / SINGLE_NAME)
     else:
         scanner.add("folder", folder.name, f"{folder}: found neither {INDEX_NAME} nor {SINGLE_NAME}")
-    if are_transformers_names(scanner.tensors):
-        scanner.rename()
-    index = CheckpointIndex(folder, MappingProxyType(scanner.tensors))
-    return Scan(index, tuple(scanner.problems), frozenset(scanner.broken), bool(scanner.tensors))
+    if not scanner.tensors and not scanner.problems:
+        scanner.add("folder", folder.name, f"{folder}: its shards hold no tensors")
+    scanner.rename()
+    tensors = MappingProxyType(plainly_spelled(scanner.tensors))
+    index = CheckpointIndex(folder, tensors, MappingProxyType(scanner.absent))
+    return Scan(index, scanner.found(), frozenset(scanner.broken), bool(scanner.tensors))
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Returns True if a file, with every link followed, lies in the folder or in the blobs of the folder's hub cache.
+
+    A model hub's cache keeps snapshots/<revision>/ as links into the blobs/ two folders up.
+    """
+    home, there = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    is_blob = home.parent.name == "snapshots" and there.parent == home.parent.parent / "blobs"
+    return is_blob or there.is_relative_to(home)
+
+
+def _part_of(info: TensorInfo, name: str, shape: tuple[int, ...], source: Source) -> TensorInfo:
+    """Returns the tensor of this name in a stored one: all of it, or rows of an expert's or of gate above up."""
+    start = info.start
+    if source.expert is not None:
+        start += source.expert * (info.num_bytes // info.shape[0])
+        start += source.first_row * (info.num_bytes // (info.shape[0] * info.shape[1]))
+    elif source.first_row:
+        start += source.first_row * (info.num_bytes // info.shape[0])
+    return TensorInfo(name, info.dtype, shape, info.file, start, source)
 
 
 class _Scanner:
@@ -107,21 +127,41 @@ class _Scanner:
         self.tensors: dict[str, TensorInfo] = {}
         self.problems: list[Finding] = []
         self.broken: set[Path] = set()
+        self.absent: dict[str, str] = {}
+        self._num_found: Counter[str] = Counter()
+        self._budget = HeaderBudget()
 
     def add(self, check: str, where: str, message: str) -> None:
-        self.problems.append(make_problem(check, where, message))
+        self._num_found[check] += 1
+        if self._num_found[check] <= MAX_PROBLEMS:
+            self.problems.append(make_problem(check, where, message))
+
+    def found(self) -> tuple[Finding, ...]:
+        """Returns the problems, and for each kind the number of those that are too many to list."""
+        more = ((check, count - MAX_PROBLEMS) for check, count in self._num_found.items() if count > MAX_PROBLEMS)
+        words = "more problems of this kind, which are not listed"
+        told = [make_problem(check, self.folder.name, f"{self.folder}: {count} {words}") for check, count in more]
+        return (*self.problems, *told)
+
+    def read_single(self, path: Path) -> None:
+        """Reads the one shard of a folder without an index."""
+        if self._shard_path(path.name, path, is_needed=True) is not None:
+            self.read_shards([path])
 
     def read_index(self, path: Path) -> None:
         weight_map = self._weight_map(path)
         names = sorted(set(weight_map.values()))
-        shards = {name: shard for name in names if (shard := self._shard_path(name, path)) is not None}
+        if len(names) > MAX_SHARDS:
+            self.add("index", path.name, f"{path}: names {len(names)} shards; at most {MAX_SHARDS} are read")
+            return
+        needed = {file for name, file in weight_map.items() if not may_stay_unread(native_name(name))}
+        shards = {name: shard for name in names if (shard := self._shard_path(name, path, name in needed)) is not None}
         self.read_shards(list(shards.values()))
-        unread = {shard.name for shard in self.broken} | (set(names) - set(shards))
-        self._compare(weight_map, unread, path)
+        self._compare(weight_map, set(names) - set(shards), path)
 
     def read_shards(self, paths: list[Path]) -> None:
         for path in paths:
-            header = read_header(path)
+            header = read_header(path, self._budget)
             self.problems += header.problems
             if header.problems:
                 self.broken.add(path)
@@ -134,14 +174,11 @@ class _Scanner:
                     self.tensors[entry.name] = info
 
     def rename(self) -> None:
-        """Renames transformers' names to native ones and splits stacked experts into one tensor each."""
+        """Renames transformers' names to native ones and splits tensors that hold several weights."""
         stored, self.tensors = self.tensors, {}
         for key, info in stored.items():
-            start = info.start
-            # Experts' slices come in the order of the file, one behind the other.
             for name, shape, source in native_tensors(key, info.shape):
-                native = TensorInfo(name, info.dtype, shape, info.file, start, source)
-                start += native.num_bytes
+                native = info if source is None else _part_of(info, name, shape, source)
                 if name in self.tensors:
                     where = f"is also stored as {key!r} in {info.file.name}"
                     self.add("duplicated-tensor", name, f"tensor {self.tensors[name]} {where}")
@@ -157,37 +194,31 @@ class _Scanner:
         if not isinstance(weight_map, dict) or not weight_map:
             self.add("index", path.name, f"{path}: no 'weight_map' object")
             return {}
+        if len(weight_map) > MAX_TENSORS:
+            self.add("index", path.name, f"{path}: lists {len(weight_map)} tensors; at most {MAX_TENSORS} are read")
+            return {}
         for name, file in weight_map.items():
             if not isinstance(file, str):
-                self.add("index", name, f"{path}: tensor {name!r} is mapped to {file!r}, not to a file name")
+                self.add("index", name, f"{path}: tensor {name!r} is mapped to {shorten(file)}, not to a file name")
         return {name: file for name, file in weight_map.items() if isinstance(file, str)}
 
     def _read_object(self, path: Path) -> dict[str, object] | None:
         """Returns the file's JSON object, or reports a problem and returns ``None``."""
 
-        def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-            content: dict[str, object] = {}
-            for name, value in pairs:
-                if name in content:
-                    self.add("duplicated-tensor", name, f"{path}: names {name!r} twice")
-                content[name] = value
-            return content
+        def report_twice(name: str) -> None:
+            self.add("duplicated-tensor", name, f"{path}: names {name!r} twice")
 
         try:
-            if not path.is_file() or path.stat().st_size > MAX_INDEX_BYTES:
-                self.add("index", path.name, f"{path}: not a regular file of at most {MAX_INDEX_BYTES} bytes")
-                return None
-            content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-        except (ValueError, RecursionError, OSError) as error:
-            self.add("index", path.name, f"{path}: not readable as JSON ({error})")
+            return read_json_object(path, report_twice)
+        except FileError as error:
+            self.add("index", path.name, str(error))
             return None
-        if not isinstance(content, dict):
-            self.add("index", path.name, f"{path}: not a JSON object")
-            return None
-        return content
 
-    def _shard_path(self, name: str, index_path: Path) -> Path | None:
-        """Returns the path of a shard, a plain file name beside its index; refuses names that could point elsewhere."""
+    def _shard_path(self, name: str, index_path: Path, is_needed: bool) -> Path | None:
+        """Returns the path of a shard, a plain file name beside its index; refuses names that could point elsewhere.
+
+        is_needed: it holds a tensor that must be read. A shard that is not there is no problem otherwise.
+        """
         if name in ("", ".", "..") or any(char in name for char in "/\\\0"):
             message = f"{index_path}: shard {name!r} is not a file name inside the checkpoint folder"
             self.add("escaping-shard", name, message)
@@ -197,22 +228,27 @@ class _Scanner:
             exists = path.exists()
         except OSError:  # not a possible file name
             exists = False
+        if not exists and not is_needed:
+            return None
         if not exists:
             self.add("missing-shard", name, f"{index_path}: shard {name!r} does not exist")
             return None
-        home = self.folder.resolve()
-        # A model hub's cache keeps snapshots/<revision>/ as links into the blobs/ two folders up.
-        if path.resolve().parent not in (home, home.parent.parent / "blobs"):
+        if not is_inside(path, self.folder):
             message = f"{index_path}: shard {name!r} is a link out of the checkpoint folder"
             self.add("escaping-shard", name, message)
             return None
         return path
 
-    def _compare(self, weight_map: dict[str, str], unread: set[str], index_path: Path) -> None:
+    def _compare(self, weight_map: dict[str, str], missing: set[str], index_path: Path) -> None:
         """Compares index and shards in both directions; tensors of an unreadable shard are covered by its problem."""
+        broken = {shard.name for shard in self.broken}
         for name, file in weight_map.items():
             if name not in self.tensors:
-                if file not in unread:
+                if file in broken:
+                    continue
+                if may_stay_unread(native_name(name)):
+                    self.absent[native_name(name)] = file
+                elif file not in missing:
                     message = f"{index_path}: tensor {name!r} is listed but in no shard"
                     self.add("missing-tensor", name, message)
             elif self.tensors[name].file.name != file:

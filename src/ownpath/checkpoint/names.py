@@ -37,7 +37,7 @@ def _layer_params(config: ModelConfig, layer: Layer) -> Iterator[ParamSpec]:
     yield from _attention_params(config, f"{name}.attn", layer.ratio)
     if layer.is_hash:
         table = (config.vocab_size, config.num_experts_per_tok)
-        yield ParamSpec(f"{name}.ffn.gate.tid2eid", table, ("I64", "I32"))
+        yield ParamSpec(f"{name}.ffn.gate.tid2eid", table, ("I64",))
     else:
         yield ParamSpec(f"{name}.ffn.gate.bias", (config.n_routed_experts,), ("F32",))
 

@@ -12,13 +12,15 @@ there, and one checkpoint mixes formats. ``plan.claims`` compares the config wit
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
+from ownpath.checkpoint.dtypes import FLOATS, TABLES
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
-from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4, Format
+from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, MXFP8, NVFP4, Format
 from ownpath.qtensor import QuantTensor
 
 ShapeRule = Callable[[int, int], tuple[int, ...]]
@@ -29,8 +31,7 @@ class PartSpec:
     """One stored tensor of a module: its key suffix, the dtypes it may have, its shape for a weight [N, K].
 
     dtypes: the first is the one that is written.
-    is_divisor: the stored number is the reciprocal of the multiplier.
-    other_shapes: further shapes that are read; ``shape`` is the one that is written.
+    is_divisor: the stored number is the reciprocal of the multiplier; it is written as [1].
     """
 
     role: str
@@ -38,7 +39,6 @@ class PartSpec:
     dtypes: tuple[str, ...]
     shape: ShapeRule
     is_divisor: bool = False
-    other_shapes: tuple[tuple[int, ...], ...] = ()
 
     def meant(self, stored: torch.Tensor) -> torch.Tensor:
         """Returns the stored tensor, or for a divisor the multiplier [], by one float32 division."""
@@ -51,7 +51,7 @@ class PartSpec:
     def stored(self, meant: torch.Tensor) -> torch.Tensor:
         """Returns the tensor to write: itself, or for a multiplier [] its reciprocal in the part's shape."""
         if self.is_divisor:
-            return (1 / meant.float()).reshape(self.shape(0, 0))
+            return (1 / meant.float()).reshape(1)
         return meant.view(torch.int8) if self.dtypes[0] == "I8" else meant
 
 
@@ -59,6 +59,8 @@ class PartSpec:
 class Encoding:
     """One way to store a module; ``format`` is the number format of the weight once read.
 
+    The scale of the input is part of an encoding only where kernels that quantise activations may read it. A module
+    without one has ``without_input_scale`` of its encoding.
     quant_method: the name in config.json of exports of this kind; empty where they have none.
     """
 
@@ -66,6 +68,21 @@ class Encoding:
     format: Format
     parts: tuple[PartSpec, ...]
     quant_method: str = ""
+
+    @cached_property
+    def without_input_scale(self) -> "Encoding":
+        """The same encoding of a module whose input has no scale, or one that nothing reads."""
+        parts = tuple(part for part in self.parts if part.role != INPUT_SCALE)
+        return self if len(parts) == len(self.parts) else replace(self, parts=parts)
+
+    @cached_property
+    def weight(self) -> PartSpec:
+        """The part that holds the numbers themselves."""
+        return self.part("qdata")
+
+    @cached_property
+    def has_input_scale(self) -> bool:
+        return any(part.role == INPUT_SCALE for part in self.parts)
 
     def part(self, role: str) -> PartSpec:
         return next(part for part in self.parts if part.role == role)
@@ -81,6 +98,8 @@ class Encoding:
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields names and tensors that store ``weight`` [N, K]; the inverse of reading them through this encoding.
 
+        input_scale: ``None`` leaves it out, as weight-only exports do.
+
         Errors: CheckpointError when the weight has another format or a part is not given.
         """
         if weight.format != self.format:
@@ -89,6 +108,8 @@ class Encoding:
         parts["input_scale"] = input_scale
         for part in self.parts:
             tensor = parts[part.role]
+            if tensor is None and part.role == INPUT_SCALE:
+                continue
             if tensor is None:
                 raise CheckpointError(f"{module}.{part.suffix}: {self.name} needs it and none was given")
             yield f"{module}.{part.suffix}", part.stored(tensor)
@@ -102,68 +123,98 @@ def _scalar(_n: int, _k: int) -> tuple[int, ...]:
     return ()
 
 
-def _one(_n: int, _k: int) -> tuple[int, ...]:
-    return (1,)
+def _weight(n: int, k: int) -> tuple[int, ...]:
+    return n, k
+
+
+def _packed(n: int, k: int) -> tuple[int, ...]:
+    return n, k // 2
+
+
+def _per_16(n: int, k: int) -> tuple[int, ...]:
+    return n, k // 16
+
+
+def _per_32(n: int, k: int) -> tuple[int, ...]:
+    return n, k // 32
 
 
 def _fp8_blocks(n: int, k: int) -> tuple[int, ...]:
     return _ceil_div(n, 128), _ceil_div(k, 128)
 
 
+def _mxfp4(name: str, codes: PartSpec, scale: str, quant_method: str = "") -> Encoding:
+    return Encoding(name, MXFP4, (codes, PartSpec("scale", scale, ("F8_E8M0",), _per_32)), quant_method)
+
+
+def _fp8(name: str, scale: str, dtypes: tuple[str, ...], quant_method: str) -> Encoding:
+    return Encoding(name, FP8_BLOCK, (_E4M3, PartSpec("scale", scale, dtypes, _fp8_blocks)), quant_method)
+
+
+def _mxfp8(name: str, scale: str, quant_method: str = "") -> Encoding:
+    return Encoding(name, MXFP8, (_E4M3, PartSpec("scale", scale, ("F8_E8M0",), _per_32)), quant_method)
+
+
+def _plain(name: str, fmt: Format, dtype: str) -> Encoding:
+    return Encoding(name, fmt, (PartSpec("qdata", "weight", (dtype,), _weight),))
+
+
+INPUT_SCALE = "input_scale"
 # ModelOpt writes U8; DeepSeek's own packed tensors are I8. The bytes are the same; both are viewed as uint8.
+_U8_CODES = PartSpec("qdata", "weight", ("U8", "I8"), _packed)
+_I8_CODES = PartSpec("qdata", "weight", ("I8", "U8"), _packed)
+_PACKED_CODES = PartSpec("qdata", "weight_packed", ("U8", "I8"), _packed)
+_E4M3 = PartSpec("qdata", "weight", ("F8_E4M3",), _weight)
+_MODELOPT, _COMPRESSED = "modelopt", "compressed-tensors"
+
 MODELOPT_NVFP4 = Encoding(
     "modelopt-nvfp4",
     NVFP4,
     (
-        PartSpec("qdata", "weight", ("U8", "I8"), lambda n, k: (n, k // 2)),
-        PartSpec("scale", "weight_scale", ("F8_E4M3",), lambda n, k: (n, k // 16)),
-        PartSpec("global_scale", "weight_scale_2", ("F32",), _scalar),
-        PartSpec("input_scale", "input_scale", ("F32",), _scalar),
+        _U8_CODES,
+        PartSpec("scale", "weight_scale", ("F8_E4M3",), _per_16),
+        PartSpec("global_scale", "weight_scale_2", FLOATS, _scalar),
+        PartSpec(INPUT_SCALE, "input_scale", FLOATS, _scalar),
     ),
-    "modelopt",
-)
-NATIVE_FP8 = Encoding(
-    "native-fp8-block",
-    FP8_BLOCK,
-    (
-        PartSpec("qdata", "weight", ("F8_E4M3",), lambda n, k: (n, k)),
-        PartSpec("scale", "scale", ("F8_E8M0", "F32"), _fp8_blocks),
-    ),
-    "fp8",
-)
-NATIVE_MXFP4 = Encoding(
-    "native-mxfp4",
-    MXFP4,
-    (
-        PartSpec("qdata", "weight", ("I8", "U8"), lambda n, k: (n, k // 2)),
-        PartSpec("scale", "scale", ("F8_E8M0",), lambda n, k: (n, k // 32)),
-    ),
+    _MODELOPT,
 )
 # Global scales are written as 2688 / amax, [1] by the library and [] by tools that squeeze it.
 COMPRESSED_NVFP4 = Encoding(
     "compressed-tensors-nvfp4",
     NVFP4,
     (
-        PartSpec("qdata", "weight_packed", ("U8",), lambda n, k: (n, k // 2)),
-        PartSpec("scale", "weight_scale", ("F8_E4M3",), lambda n, k: (n, k // 16)),
-        PartSpec("global_scale", "weight_global_scale", ("F32",), _one, is_divisor=True, other_shapes=((),)),
-        PartSpec("input_scale", "input_global_scale", ("F32",), _one, is_divisor=True, other_shapes=((),)),
+        _PACKED_CODES,
+        PartSpec("scale", "weight_scale", ("F8_E4M3",), _per_16),
+        PartSpec("global_scale", "weight_global_scale", FLOATS, _scalar, is_divisor=True),
+        PartSpec(INPUT_SCALE, "input_global_scale", FLOATS, _scalar, is_divisor=True),
     ),
-    "compressed-tensors",
+    _COMPRESSED,
 )
-COMPRESSED_FP8 = Encoding(
-    "compressed-tensors-fp8-block",
-    FP8_BLOCK,
-    (
-        PartSpec("qdata", "weight", ("F8_E4M3",), lambda n, k: (n, k)),
-        PartSpec("scale", "weight_scale", ("BF16", "F32"), _fp8_blocks),
-    ),
-    "compressed-tensors",
-)
-PLAIN_BF16 = Encoding("bf16", BF16, (PartSpec("qdata", "weight", ("BF16",), lambda n, k: (n, k)),))
-PLAIN_FP32 = Encoding("fp32", FP32, (PartSpec("qdata", "weight", ("F32",), lambda n, k: (n, k)),))
+NATIVE_FP8 = _fp8("native-fp8-block", "scale", ("F8_E8M0", *FLOATS), "fp8")
+COMPRESSED_FP8 = _fp8("compressed-tensors-fp8-block", "weight_scale", ("BF16", "F32", "F16", "F8_E8M0"), _COMPRESSED)
+NATIVE_MXFP4 = _mxfp4("native-mxfp4", _I8_CODES, "scale")
+COMPRESSED_MXFP4 = _mxfp4("compressed-tensors-mxfp4", _PACKED_CODES, "weight_scale", _COMPRESSED)
+MODELOPT_MXFP4 = _mxfp4("modelopt-mxfp4", _U8_CODES, "weight_scale", _MODELOPT)
+NATIVE_MXFP8 = _mxfp8("native-mxfp8", "scale")
+COMPRESSED_MXFP8 = _mxfp8("compressed-tensors-mxfp8", "weight_scale", _COMPRESSED)
+PLAIN_BF16 = _plain("bf16", BF16, "BF16")
+PLAIN_FP32 = _plain("fp32", FP32, "F32")
+PLAIN_FP16 = _plain("fp16", FP32, "F16")
 
-ENCODINGS = (MODELOPT_NVFP4, NATIVE_MXFP4, NATIVE_FP8, COMPRESSED_NVFP4, COMPRESSED_FP8, PLAIN_BF16, PLAIN_FP32)
+ENCODINGS = (
+    MODELOPT_NVFP4,
+    NATIVE_MXFP4,
+    NATIVE_FP8,
+    COMPRESSED_NVFP4,
+    COMPRESSED_FP8,
+    COMPRESSED_MXFP4,
+    COMPRESSED_MXFP8,
+    MODELOPT_MXFP4,
+    NATIVE_MXFP8,
+    PLAIN_BF16,
+    PLAIN_FP32,
+    PLAIN_FP16,
+)
 
 QUANTIZATION_FIELD = "quantization_config"
 """The field of config.json that describes the weights' storage. Not read here; ``plan.claims`` checks it."""
@@ -179,77 +230,31 @@ class ModuleSpec:
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """A parameter, used as it is stored: its full key, shape and the dtypes it may have."""
+    """A parameter: its full key, shape and the dtypes that it may have in memory.
+
+    dtypes: one of them is F32 or I64, to which every other stored float or integer is widened, without loss.
+    """
 
     key: str
     shape: tuple[int, ...]
     dtypes: tuple[str, ...]
 
+    @property
+    def stored_dtypes(self) -> tuple[str, ...]:
+        """The dtypes that it may have on disk."""
+        return TABLES if "I64" in self.dtypes else FLOATS
 
-def detect(index: CheckpointIndex, module: ModuleSpec) -> Encoding:
-    """Decides the encoding of ``module`` from its tensors' names, dtypes and shapes.
-
-    Errors: CheckpointError naming the tensor that is missing, or has a dtype or shape no known encoding has.
-    """
-    encoding = _closest_encoding(index, module)
-    block = encoding.format.block
-    if block is not None and block[0] == 1 and module.shape[1] % block[1]:
-        key = encoding.key(module.name, "qdata")
-        raise CheckpointError(f"tensor {key!r}: {encoding.format} cannot hold a width of {module.shape[1]}: "
-                              f"its blocks are {block[1]} wide")  # fmt: skip
-    for part in encoding.parts:
-        key = f"{module.name}.{part.suffix}"
-        if key not in index:
-            raise CheckpointError(f"{index.folder}: tensor {key!r} is missing ({encoding.name} stores it)")
-        info = index[key]
-        if info.dtype not in part.dtypes:
-            raise CheckpointError(f"tensor {info}: {encoding.name} stores {' or '.join(part.dtypes)}")
-        expected = part.shape(*module.shape)
-        if info.shape != expected and info.shape not in part.other_shapes:
-            raise CheckpointError(f"tensor {info}: a weight {list(module.shape)} needs shape {list(expected)}")
-    return encoding
-
-
-def _closest_encoding(index: CheckpointIndex, module: ModuleSpec) -> Encoding:
-    """Returns the encoding whose weight tensor is there with its dtype and which misses the fewest other parts."""
-    candidates = []
-    found = []
-    for encoding in ENCODINGS:
-        weight = encoding.part("qdata")
-        info = index.tensors.get(f"{module.name}.{weight.suffix}")
-        if info is not None:
-            found.append(info)
-            if info.dtype in weight.dtypes:
-                candidates.append(encoding)
-    for encoding in candidates:
-        if not _num_missing(index, encoding, module) and not num_unlike(index, encoding, module):
-            return encoding
-    if not candidates and found:
-        known = ", ".join(f"{encoding.name} {'/'.join(encoding.part('qdata').dtypes)}" for encoding in ENCODINGS)
-        raise CheckpointError(f"tensor {found[0]}: no known encoding has this dtype (known: {known})")
-    # Without a weight tensor, the scales tell which encoding was meant.
-    return min(candidates or ENCODINGS, key=lambda e: (_num_missing(index, e, module), num_unlike(index, e, module)))
-
-
-def _num_missing(index: CheckpointIndex, encoding: Encoding, module: ModuleSpec) -> int:
-    return sum(key not in index for key in encoding.keys(module.name))
-
-
-def num_unlike(index: CheckpointIndex, encoding: Encoding, module: ModuleSpec) -> int:
-    """Counts an encoding's tensors that are there with another dtype or shape than it stores."""
-    found = [(part, index.tensors.get(f"{module.name}.{part.suffix}")) for part in encoding.parts]
-    return sum(
-        info.dtype not in part.dtypes or info.shape not in (part.shape(*module.shape), *part.other_shapes)
-        for part, info in found
-        if info is not None
-    )
+    def memory_dtype(self, stored: str) -> str:
+        """Returns the dtype in memory of a tensor of this dtype on disk."""
+        return stored if stored in self.dtypes else self.dtypes[-1]
 
 
 def check_param(index: CheckpointIndex, spec: ParamSpec) -> None:
     """Checks a parameter. Errors: CheckpointError when the tensor is missing or has another dtype or shape."""
     info = index[spec.key]
-    if info.dtype not in spec.dtypes:
-        raise CheckpointError(f"tensor {info}: expected {' or '.join(spec.dtypes)}")
+    if info.dtype not in spec.stored_dtypes:
+        what = "no integer that int64 holds" if "I64" in spec.dtypes else "no float that float32 holds without loss"
+        raise CheckpointError(f"tensor {info}: expected {' or '.join(spec.stored_dtypes)}; {info.dtype} is {what}")
     if info.shape != spec.shape:
         raise CheckpointError(f"tensor {info}: expected shape {list(spec.shape)}")
 

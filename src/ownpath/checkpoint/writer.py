@@ -1,16 +1,77 @@
-"""Writes a sharded safetensors checkpoint and its index last, so that a partial write never looks like a checkpoint."""
+"""Writes safetensors files and sharded checkpoints: whole or not at all, and the index last.
 
+A partial write never looks like a checkpoint: each file gets its name when its bytes are on the disk, and the index
+when all the others have theirs.
+"""
+
+import hashlib
 import json
+import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
 
+from ownpath.checkpoint.dtypes import NAMES
 from ownpath.checkpoint.errors import CheckpointError
+from ownpath.files import FileError, create_file, open_regular, sync_folder, write_json
 
 INDEX_NAME = "model.safetensors.index.json"
+_METADATA = {"format": "pt"}
+_HEADER_ALIGNMENT = 8
+_READ_BYTES = 2**20
+
+
+class Fingerprint(NamedTuple):
+    """The size of a file and the SHA-256 of its bytes, in hexadecimal."""
+
+    num_bytes: int
+    sha256: str
+
+
+def write_shard(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> Fingerprint:
+    """Writes one safetensors file, on the disk when this returns, and returns its fingerprint.
+
+    Tensors of wide elements come first, so that each lies at a multiple of its element's size.
+    Errors: FileError naming the file, of which nothing is then left.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, object] = {"__metadata__": dict(metadata or _METADATA)}
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+    digest = hashlib.sha256()
+    with create_file(path) as write:
+        parts: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text]
+        for part in (*parts, *(_bytes_of(tensors[name]) for name in order)):
+            digest.update(part)
+            write(part)
+    return Fingerprint(8 + len(text) + end, digest.hexdigest())
+
+
+def fingerprint_of(path: Path) -> Fingerprint:
+    """Reads a file, not through a link, and returns its fingerprint. Errors: FileError naming it."""
+    digest, num_bytes, buffer = hashlib.sha256(), 0, memoryview(bytearray(_READ_BYTES))
+    with open_regular(path, follow_links=False) as descriptor:
+        try:
+            while count := os.readv(descriptor, [buffer]):
+                digest.update(buffer[:count])
+                num_bytes += count
+        except OSError as error:
+            raise FileError(f"{path}: cannot be read ({error.strerror})") from None
+    return Fingerprint(num_bytes, digest.hexdigest())
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int) -> None:
@@ -30,10 +91,9 @@ def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], 
             final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             path.replace(folder / final)
             weight_map.update(dict.fromkeys(names, final))
+        sync_folder(folder)
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        staged_index = Path(staging) / INDEX_NAME
-        staged_index.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-        staged_index.replace(folder / INDEX_NAME)
+        write_json(folder / INDEX_NAME, index)
 
 
 def _write_shards(
@@ -46,7 +106,7 @@ def _write_shards(
 
     def flush() -> None:
         path = staging / f"{len(shards)}.safetensors"
-        save_file(shard, path, metadata={"format": "pt"})
+        write_shard(path, shard)
         shards.append((path, list(shard)))
         shard.clear()
 

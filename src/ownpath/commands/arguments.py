@@ -1,18 +1,33 @@
-"""Arguments that several commands share. Nothing heavy is imported here."""
+"""Arguments that several commands share, and what their values may be. Nothing heavy is imported here: a wrong value is
+refused before torch is.
+
+A type of argparse returns the value or raises ArgumentTypeError with a sentence, to which argparse adds the option.
+"""
 
 import argparse
+import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ownpath.official import PLAIN, Step, parse_numerics
+from ownpath.terminal.text import quoted
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
+_HUB_NAME = re.compile(r"(?:https?://[^/\s]+/|hf://)?([\w.-]+/[\w.-]+?)(?:/tree/\w+)?/?")
+_HUB_WORD = re.compile(r"[\w-]*[A-Za-z]")
+_DEVICE = re.compile(r"cpu|cuda(:\d+)?")
+_GPU_KIND = re.compile(r"sm_\d{2,3}")
+
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds the optional model folder, ``args.model``."""
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="model folder (default: the embedded model)")
+    """Adds the optional model folder, ``args.model``: a path, or None for the embedded model."""
+    parser.add_argument(
+        "model", nargs="?", type=model_folder, metavar="MODEL", help="model folder (default: the embedded model)"
+    )
 
 
 class _Print(argparse.Action):
@@ -37,16 +52,22 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     add_plan_arguments(parser)
     parser.add_argument(
         "--max-model-len",
-        type=positive_int,
+        type=whole_number(1),
         default=4096,
         metavar="N",
         help="most tokens of one prompt and its answer (default: 4096)",
     )
 
 
-def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what a plan depends on besides the checkpoint."""
-    parser.add_argument("--device", default="cpu", help="torch device to run on (default: cpu)")
+def add_plan_arguments(parser: argparse.ArgumentParser, *, any_gpu: bool = False) -> None:
+    """Adds what a plan depends on besides the checkpoint. any_gpu: a GPU that is not here may be named too."""
+    also = "; sm_90, sm_100: a GPU that need not be here" if any_gpu else ""
+    parser.add_argument(
+        "--device",
+        type=planned_device if any_gpu else device_here,
+        default="cpu",
+        help=f"cpu, cuda or cuda:N{also} (default: cpu)",
+    )
     parser.add_argument(
         "--batch-invariant",
         action="store_true",
@@ -60,6 +81,19 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         help="round nowhere but in the kernels, or where DeepSeek's published code does (default: plain); steps: "
         + ", ".join(Step),
     )
+    add_reference_argument(parser)
+
+
+def add_reference_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--reference``, repeatable; ``args.reference`` is a list of names."""
+    parser.add_argument(
+        "--reference",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="have the torch reference compute this module, or all of layers.3, from what is stored: slow, and right "
+        "where a kernel's form of the weight would not be; repeatable",
+    )
 
 
 def _numerics(text: str) -> frozenset[Step]:
@@ -69,9 +103,111 @@ def _numerics(text: str) -> frozenset[Step]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def positive_int(text: str) -> int:
-    """Parses a positive integer; an argparse type."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, found {value}")
-    return value
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Makes the type of whole numbers from ``least`` to ``most``."""
+
+    def parse(text: str) -> int:
+        value = int(text) if re.fullmatch(r"[+-]?\d{1,20}", text.strip(), re.ASCII) else None
+        if value is None or value < least or (most is not None and value > most):
+            bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"must be a whole number {bounds}, found {quoted(text)}")
+        return value
+
+    return parse
+
+
+def number(least: float, most: float = float("inf"), *, above: bool = False) -> Callable[[str], float]:
+    """Makes the type of finite numbers from ``least`` (above: larger than ``least``) to ``most``."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        is_enough = value > least if above else value >= least
+        if not is_enough or value > most or value == float("inf"):
+            bounds = f"{'above' if above else 'of at least'} {least:g}"
+            bounds += "" if most == float("inf") else f" and at most {most:g}"
+            raise argparse.ArgumentTypeError(f"must be a number {bounds}, found {quoted(text)}")
+        return value
+
+    return parse
+
+
+def some_text(text: str) -> str:
+    """Parses a text that must not be empty; an argparse type."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def device_here(text: str) -> str:
+    """Parses the name of a device to run on; an argparse type. Whether it is there is asked when torch is loaded."""
+    if not _DEVICE.fullmatch(text):
+        hint = " (`ownpath plan` alone takes a GPU that is not here)" if _GPU_KIND.fullmatch(text) else ""
+        raise argparse.ArgumentTypeError(f"device {quoted(text)} is none of cpu, cuda and cuda:N{hint}")
+    return text
+
+
+def planned_device(text: str) -> str:
+    """Parses the name of a device to plan for, here or not; an argparse type."""
+    if not _DEVICE.fullmatch(text) and not _GPU_KIND.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"device {quoted(text)} is none of cpu, cuda, cuda:N and sm_NN (as sm_90)")
+    return text
+
+
+def model_folder(text: str) -> Path:
+    """Parses the path of a model folder; an argparse type. For a name on the hub the error says how to download it."""
+    if text and os.path.isdir(text):  # noqa: PTH112 (False for what is no path at all, where Path raises)
+        return Path(text)
+    if not text:
+        problem = "the name of the model folder is empty (is a variable of the shell not set?)"
+    elif os.path.exists(text):  # noqa: PTH110
+        problem = f"{_shown(text)} is a file; a model is a folder with config.json, tokenizer.json and its shards"
+    elif name := hub_name(text):
+        folder = name.partition("/")[2]
+        problem = (
+            f"{_shown(text)} is no folder here, and ownpath downloads nothing. If it is a model on the Hugging Face "
+            f"hub, fetch it with `hf download {name} --local-dir {folder}`, then give {folder} as MODEL"
+        )
+    else:
+        problem = f"{_shown(text)}: no such model folder"
+    raise argparse.ArgumentTypeError(problem)
+
+
+def hub_name(text: str) -> str | None:
+    """Returns ORG/NAME where a text is such a name, or an address that ends in it."""
+    match = _HUB_NAME.fullmatch(text)
+    return match[1] if match is not None and all(map(_HUB_WORD.match, match[1].split("/"))) else None
+
+
+def file_to_read(text: str) -> Path:
+    """Parses the path of an existing file; an argparse type."""
+    if not os.path.isfile(text):  # noqa: PTH113
+        raise argparse.ArgumentTypeError(f"{_shown(text)}: no such file")
+    return Path(text)
+
+
+def file_to_write(text: str) -> Path:
+    """Parses the path of a file that can be written, or not yet is there; an argparse type.
+
+    Minutes of work come before the file is written, so its folder is looked at first.
+    """
+    path = Path(some_text(text))
+    if os.path.isdir(text):  # noqa: PTH112
+        raise argparse.ArgumentTypeError(f"{_shown(text)} cannot be written: it is a folder")
+    if not os.path.isdir(path.parent) or not os.access(path if os.path.exists(text) else path.parent, os.W_OK):  # noqa: PTH110, PTH112
+        raise argparse.ArgumentTypeError(f"{_shown(text)} cannot be written there")
+    return path
+
+
+def folder_to_write(text: str) -> Path:
+    """Parses the path of a folder that is there or can be made; an argparse type."""
+    if os.path.exists(some_text(text)) and not os.path.isdir(text):  # noqa: PTH110, PTH112
+        raise argparse.ArgumentTypeError(f"{_shown(text)} is a file, not a folder")
+    return Path(text)
+
+
+def _shown(path: str) -> str:
+    """Quotes a path, whole unless it is longer than a path can be."""
+    return quoted(path, 4096)

@@ -2,13 +2,14 @@
 
 import argparse
 import shlex
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from ownpath.commands.arguments import device_here, file_to_write, number, whole_number
 from ownpath.formats import FP8_BLOCK, NVFP4
 from ownpath.ops import OpKind
+from ownpath.terminal.console import show
+from ownpath.terminal.progress import Progress
 
 if TYPE_CHECKING:
     from ownpath.bench.contender import Contender
@@ -25,18 +26,24 @@ _Some = TypeVar("_Some", bound="Contender")
 def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     """``ownpath bench moe|linear|fp8``, ``ownpath bench --tune FAMILY``"""
     parser = subparsers.add_parser("bench", help="measure kernels beside other systems'", description=__doc__)
-    parser.add_argument("bench", nargs="?", metavar="BENCH", help="moe, linear (NVFP4) or fp8")
+    parser.add_argument("bench", nargs="?", choices=KINDS, metavar="BENCH", help="moe, linear (NVFP4) or fp8")
     parser.add_argument("--tune", metavar="FAMILY", help="run a kernel family's candidates and write its table")
     parser.add_argument("--shape", action="append", default=[], metavar="NAME", help="repeatable (default: V4-Flash's)")
-    parser.add_argument("--tokens", metavar="N,N,...", help="token counts (default: those of the published tables)")
+    parser.add_argument(
+        "--tokens", type=_counts, metavar="N,N,...", help="token counts (default: those of the published tables)"
+    )
     parser.add_argument(
         "--contenders", metavar="A,B,...", help="who takes part; a kernel of ours by its name too (default: everyone)"
     )
-    parser.add_argument("--device", default="cuda", help="cuda; cpu only tries the harness (default: cuda)")
-    parser.add_argument("--seed", type=int, default=0, help="of operands and routing (default: 0)")
-    parser.add_argument("--seconds", type=float, default=0.5, help="least replay time of a measurement (default: 0.5)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="append one JSON line for each row")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG (needs the extra 'bench')")
+    parser.add_argument(
+        "--device", type=device_here, default="cuda", help="cuda; cpu only tries the harness (default: cuda)"
+    )
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of operands and routing (default: 0)")
+    parser.add_argument(
+        "--seconds", type=number(0, above=True), default=0.5, help="least replay time of a measurement (default: 0.5)"
+    )
+    parser.add_argument("--out", type=file_to_write, metavar="FILE", help="append one JSON line for each row")
+    parser.add_argument("--plot", type=file_to_write, metavar="FILE", help="write a PNG (needs the extra 'bench')")
     parser.add_argument("--commit", default="unknown", metavar="ID", help="recorded with every row")
     return parser
 
@@ -50,20 +57,28 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("bench: name one of moe, linear and fp8, or give --tune FAMILY")
     if args.tune is not None:
         return _tune(args)
-    if args.bench not in KINDS:
-        raise ValueError(f"bench: no benchmark {args.bench!r}; known: {', '.join(KINDS)}")
-    from ownpath.bench.measure import Settings
-    from ownpath.bench.table import table_text
+    _check_shapes(args)
+    with Progress("starting"):
+        from ownpath.bench.measure import Settings
+        from ownpath.bench.table import table_page
 
-    settings = Settings.of(args.device, args.seed, args.seconds)
+        settings = Settings.of(args.device, args.seed, args.seconds)
     rows: list[Row] = []
-    for row in _rows(args, settings):
-        print(".", end="", file=sys.stderr, flush=True)
-        rows.append(row)
-    print(file=sys.stderr)
-    print(table_text(rows, _title(args, settings)))
+    with Progress("measuring") as progress:
+        for row in _rows(args, settings):
+            rows.append(row)
+            progress.told(f"{len(rows)} measured, the last {row.contender} on {row.case.shape}")
+    show(*table_page(rows, _title(args, settings)))
     _keep(args, settings, rows)
     return 0 if all(row.status == "ok" for row in rows if not row.is_peer) else 1
+
+
+def _check_shapes(args: argparse.Namespace) -> None:
+    """Looks the shapes up before anything heavy is imported. Errors: ValueError naming one that is unknown."""
+    from ownpath.bench import shapes
+
+    for name in args.shape:
+        (shapes.moe_shape if args.bench == "moe" else shapes.linear_shape)(name)
 
 
 def _rows(args: argparse.Namespace, settings: "Settings") -> "Iterator[Row]":
@@ -87,7 +102,7 @@ def _moe_rows(args: argparse.Namespace, settings: "Settings", shape: "MoeShape")
 
     everyone: list[MoeContender] = [OwnMoe(), HummingMoe()]
     named: list[MoeContender] = [OwnMoe(kernel) for kernel in own_kernels(*KINDS["moe"], args.device)]
-    return run_moe(settings, shape, _counts(args.tokens) or MOE_TOKENS, _chosen(everyone, named, args.contenders))
+    return run_moe(settings, shape, args.tokens or MOE_TOKENS, _chosen(everyone, named, args.contenders))
 
 
 def _nvfp4_rows(args: argparse.Namespace, settings: "Settings", shape: "LinearShape") -> "Iterator[Row]":
@@ -102,7 +117,7 @@ def _nvfp4_rows(args: argparse.Namespace, settings: "Settings", shape: "LinearSh
     everyone: list[Nvfp4Contender] = [OwnNvfp4Linear(), HummingNvfp4(), QuackNvfp4(), CublasNvfp4()]
     named: list[Nvfp4Contender] = [OwnNvfp4Linear(kernel) for kernel in own_kernels(*KINDS["linear"], args.device)]
     chosen = _chosen(everyone, named, args.contenders)
-    return run_linear(NVFP4_BENCH, settings, shape, _counts(args.tokens) or LINEAR_TOKENS, chosen)
+    return run_linear(NVFP4_BENCH, settings, shape, args.tokens or LINEAR_TOKENS, chosen)
 
 
 def _fp8_rows(args: argparse.Namespace, settings: "Settings", shape: "LinearShape") -> "Iterator[Row]":
@@ -115,7 +130,7 @@ def _fp8_rows(args: argparse.Namespace, settings: "Settings", shape: "LinearShap
     everyone: list[Fp8Contender] = [OwnFp8Linear(), CublasFp8()]
     named: list[Fp8Contender] = [OwnFp8Linear(kernel) for kernel in own_kernels(*KINDS["fp8"], args.device)]
     chosen = _chosen(everyone, named, args.contenders)
-    return run_linear(FP8_BENCH, settings, shape, _counts(args.tokens) or LINEAR_TOKENS, chosen)
+    return run_linear(FP8_BENCH, settings, shape, args.tokens or LINEAR_TOKENS, chosen)
 
 
 def _chosen(everyone: list[_Some], named: list[_Some], names: str | None) -> list[_Some]:
@@ -129,11 +144,8 @@ def _chosen(everyone: list[_Some], named: list[_Some], names: str | None) -> lis
     return [known[name] for name in wanted]
 
 
-def _counts(text: str | None) -> tuple[int, ...]:
-    counts = tuple(int(part) for part in text.split(",")) if text else ()
-    if any(count < 1 for count in counts):
-        raise ValueError(f"--tokens {text}: counts must be at least 1")
-    return counts
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(map(whole_number(1), text.split(",")))
 
 
 def _title(args: argparse.Namespace, settings: "Settings") -> str:
@@ -156,15 +168,22 @@ def _keep(args: argparse.Namespace, settings: "Settings", rows: "list[Row]") -> 
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from ownpath.bench.record import provenance
-    from ownpath.bench.timing import choose_timer
     from ownpath.bench.tune import load_family, tune
 
-    timer = choose_timer(args.device)
     family = load_family(args.tune, args.device)
+    from ownpath.bench.record import provenance
+    from ownpath.bench.timing import choose_timer
+
+    timer = choose_timer(args.device)
     origin = provenance(args.device, args.commit, _command(args), timer.name)
-    tune(args.tune, family.candidates, family.run, args.out or family.table, origin)
+    tune(args.tune, family.candidates, family.run, args.out or family.table, origin, report=_show_line)
     return 0
+
+
+def _show_line(told: str) -> None:
+    from ownpath.terminal.page import line
+
+    show(line(told))
 
 
 def _command(args: argparse.Namespace) -> str:

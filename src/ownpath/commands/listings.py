@@ -1,9 +1,10 @@
 """Texts of ``--list``: the tables that the code itself uses, so that no page of the documentation repeats them."""
 
 import json
-import textwrap
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
+
+from ownpath.terminal.console import wrapped
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from ownpath.kernels.spec import KernelSpec
     from ownpath.server.fields import Neutral
 
-_WIDTH = 120
 _EXAMPLE = (256, 512)
 
 
@@ -28,18 +28,23 @@ def checks_of_verify() -> str:
 
 
 def problems_of_inspect() -> str:
-    """Lists every kind of problem with its remedy; then every encoding with its tensors."""
+    """Lists every kind of problem with its remedy; every encoding with its tensors; and what may stay unread."""
+    from ownpath.checkpoint.needless import NEEDLESS
     from ownpath.checkpoint.problems import FOUND_WHEN, REMEDIES
     from ownpath.checkpoint.schema import ENCODINGS
 
     problems = _entries((check, f"found when {FOUND_WHEN[check]}", f"remedy: {REMEDIES[check]}") for check in REMEDIES)
     encodings = _entries((f"{it.name} ({it.format})", *map(_part, it.parts)) for it in ENCODINGS)
-    return f"problems:\n{problems}\n\nencodings, tensors of a weight {list(_EXAMPLE)}:\n{encodings}"
+    unread = _entries((f"such as {kind.example}", kind.reason) for kind in NEEDLESS)
+    listed = f"problems:\n{problems}\n\nencodings, tensors of a weight {list(_EXAMPLE)}:\n{encodings}"
+    return f"{listed}\n\nread by nothing, and no problem:\n{unread}"
 
 
 def _part(part: "PartSpec") -> str:
     meaning = f"1 / {part.role}" if part.is_divisor else part.role
-    return f"{part.suffix}: {' or '.join(part.dtypes)} {list(part.shape(*_EXAMPLE))}, {meaning}"
+    needed = ", needed where the kernel quantises its input" if part.role == "input_scale" else ""
+    shape = [1] if part.is_divisor else list(part.shape(*_EXAMPLE))
+    return f"{part.suffix}: {' or '.join(part.dtypes)} {shape}, {meaning}{needed}"
 
 
 def kernels_of_plan() -> str:
@@ -87,7 +92,7 @@ def fields_of_server() -> str:
         parts += [f"/v1/{name}, honoured:", _entries(_honoured_fields(model)), ""]
         parts += [f"/v1/{name}, refused with 400 unless the value is one of these (null: not sent):"]
         parts += [_refusal(neutral), ""]
-    parts += ["of a message, honoured:", textwrap.indent(", ".join(ChatMessage.model_fields), "  "), ""]
+    parts += ["of a message, honoured:", wrapped(", ".join(ChatMessage.model_fields), "  "), ""]
     parts += ["of a message, refused likewise:", _refusal(fields.MESSAGE), ""]
     parts += ["of stream_options, refused likewise:", _refusal(fields.STREAM_OPTIONS), ""]
     parts += ["empty_content:", _entries((reason.value, meaning) for reason, meaning in MEANING.items()), ""]
@@ -121,7 +126,7 @@ def _range(field: "FieldInfo") -> str:
 
 def _refusal(neutral: "Neutral") -> str:
     shown = (f"{name} {' or '.join(map(json.dumps, values)) or 'null'}" for name, values in neutral.items())
-    return textwrap.indent(textwrap.fill(", ".join(shown), _WIDTH - 2), "  ")
+    return wrapped(", ".join(shown), "  ")
 
 
 def checks_of_diff() -> str:
@@ -137,5 +142,5 @@ def _entries(entries: Iterable[tuple[str, ...]]) -> str:
     for name, *said in entries:
         lines.append(name)
         for text in said:
-            lines += textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="    ")
+            lines.append(wrapped(text, "  ", "    "))
     return "\n".join(lines)

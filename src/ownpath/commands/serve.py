@@ -3,32 +3,44 @@ ran. A model that fails the self-test is not served."""
 
 import argparse
 import os
-import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from ownpath.chat.effort import RELEASES, release_of_folder
-from ownpath.commands.arguments import add_engine_arguments, add_list_argument, add_model_argument
+from ownpath.chat.effort import RELEASES, Release, find_release
+from ownpath.commands.arguments import (
+    add_engine_arguments,
+    add_list_argument,
+    add_model_argument,
+    some_text,
+    whole_number,
+)
 from ownpath.commands.listings import fields_of_server
+from ownpath.server.admin_key import ADMIN_KEY_VARIABLE, admin_key
+from ownpath.terminal.console import tell, tell_page
+from ownpath.terminal.progress import Progress
+from ownpath.terminal.text import counted
 
 if TYPE_CHECKING:
+    import socket
+
     from ownpath.commands.arguments import Subparsers
     from ownpath.commands.session import Session
     from ownpath.server.debug import DebugPlan
-
-ADMIN_KEY_VARIABLE = "OWNPATH_ADMIN_KEY"
 
 
 def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     """``ownpath serve [MODEL]``"""
     parser = subparsers.add_parser("serve", help="serve the model over HTTP", description=__doc__)
     add_model_argument(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=_port, default=8000, help="port; 0 takes a free one (default: 8000)")
-    parser.add_argument("--served-model-name", metavar="NAME", help="default: the model folder's name")
+    parser.add_argument("--host", type=some_text, default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument(
-        "--chat-release",
+        "--port", type=whole_number(0, 65535), default=8000, help="port; 0 takes a free one (default: 8000)"
+    )
+    parser.add_argument("--served-model-name", type=some_text, metavar="NAME", help="default: the model folder's name")
+    parser.add_argument(
+        "--release",
         choices=RELEASES,
-        help="whose words for reasoning_effort it knows (default: told by the folder)",
+        help="whose words for reasoning_effort it knows (default: told by the folder, or guessed)",
     )
     parser.add_argument(
         "--admin-key",
@@ -45,35 +57,37 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Serves until SIGINT or SIGTERM; returns 1 if the self-test fails. Errors: ValueError for what the user can
     cause."""
-    from ownpath.commands.session import open_session
-    from ownpath.server.app import create_app
-    from ownpath.server.run import run_server
+    from ownpath.server.listen import take_port
 
-    admin_key = _admin_key(args.admin_key)
+    key = admin_key(args.admin_key, os.environ)
+    with take_port(args.host, args.port) as listener:
+        return _serve(args, listener, key)
+
+
+def _serve(args: argparse.Namespace, listener: "socket.socket", key: str | None) -> int:
+    with Progress("starting"):
+        from ownpath.commands.session import open_session
+        from ownpath.server.app import create_app
+        from ownpath.server.run import run_server
+
     with open_session(args) as session:
         if not _is_served(session, args.allow_unverified):
             return 1
         model_id = args.served_model_name or session.folder.resolve().name
-        release = args.chat_release or release_of_folder(session.folder)
-        debug = None if admin_key is None else _debug_plan(session, admin_key, model_id)
+        release = find_release(session.folder, args.release)
+        tell(f"release {release}")
+        debug = None if key is None else _debug_plan(session, key, model_id, release)
         app = create_app(session.engine, session.tokenizer, model_id, release=release, debug=debug)
-        code = run_server(app, session.engine, args.host, args.port, model_id)
+        code = run_server(app, session.engine, listener, model_id)
         for runner, kernel, num_modules, num_calls in session.ledger.summary():
-            print(f"ran: {num_modules} modules on {runner} ({kernel}), {num_calls} calls", file=sys.stderr)
+            modules, calls = counted(num_modules, "module"), counted(num_calls, "call")
+            tell(f"ran: {modules} on {runner} ({kernel}), {calls}")
         if session.lossless_casts:
-            print(f"cast from MXFP4 without loss: {len(session.lossless_casts)} modules", file=sys.stderr)
+            tell(f"cast from MXFP4 without loss: {counted(len(session.lossless_casts), 'module')}")
         return code
 
 
-def _admin_key(given: str | None) -> str | None:
-    """Returns the key of the argument or the environment. Errors: ValueError for one that cannot be a key."""
-    from ownpath.server.debug import require_admin_key
-
-    key = os.environ.get(ADMIN_KEY_VARIABLE) or None if given is None else given
-    return None if key is None else require_admin_key(key)
-
-
-def _debug_plan(session: "Session", admin_key: str, model_id: str) -> "DebugPlan":
+def _debug_plan(session: "Session", admin_key: str, model_id: str, release: Release) -> "DebugPlan":
     """Builds the data of ``/debug/plan``. The plan is made from the headers again; it is the one that was loaded."""
     from ownpath.loading import planned
     from ownpath.plan.show import plan_dict
@@ -83,30 +97,25 @@ def _debug_plan(session: "Session", admin_key: str, model_id: str) -> "DebugPlan
 
     plan, _ = planned(session.folder, session.engine.config)
     device = {"type": plan.caps.device_type, "name": plan.caps.name, "sm": plan.caps.sm}
-    facts = {"model": model_id, "versions": versions(), "device": device, "plan": plan_dict(plan)}
+    facts: dict[str, object] = {"model": model_id, "versions": versions(), "device": device, "plan": plan_dict(plan)}
+    facts["release"] = asdict(release)
     return DebugPlan(admin_key, facts, session.ledger, Limits())
 
 
 def _is_served(session: "Session", allow_unverified: bool) -> bool:
     """True if the self-test passed or may fail; prints failures on stderr. Resets the ledger."""
-    from ownpath.selftest.run import known_question, report_text, self_test
+    from ownpath.selftest.run import known_question, report_page, self_test
 
     golden = known_question(session.folder, session.tokenizer)
-    report = self_test(session.engine, session.tokenizer, session.model_config.sliding_window, golden)
+    with Progress("testing the model"):
+        report = self_test(session.engine, session.tokenizer, session.model_config.sliding_window, golden)
     session.ledger.clear()
     if not report.failed:
         return True
     if allow_unverified:
         failed = report.failed_ids()
-        print(f"warning: served unverified: the self-test failed {failed} (--allow-unverified)", file=sys.stderr)
+        tell("warning", f": served unverified: the self-test failed {failed} (--allow-unverified)")
         return True
-    print(report_text(report), file=sys.stderr)
-    print("ownpath: the model failed its self-test and is not served (--allow-unverified serves it)", file=sys.stderr)
+    tell_page(*report_page(report))
+    tell("ownpath: the model failed its self-test and is not served (--allow-unverified serves it)")
     return False
-
-
-def _port(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**16:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 65535, found {value}")
-    return value

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,10 +10,13 @@ import torch
 
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.config import EngineConfig, ModelConfig
+from ownpath.end_tokens import FIELD, GENERATION_CONFIG, EndTokens, read_end_tokens
 from ownpath.engine.engine import Engine
 from ownpath.loading import default_model_dir, device_caps, leave_a_core, load_model
 from ownpath.model.model import Model
-from ownpath.startup import LoadingBar, warm_up
+from ownpath.startup import warm_up
+from ownpath.terminal.console import tell
+from ownpath.terminal.progress import Progress
 from ownpath.trace import Ledger
 
 
@@ -38,6 +40,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     model: Model
     config: EngineConfig
+    end_tokens: EndTokens
 
 
 def load_for(args: argparse.Namespace, max_num_seqs: int = EngineConfig.max_num_seqs) -> LoadedModel:
@@ -45,28 +48,28 @@ def load_for(args: argparse.Namespace, max_num_seqs: int = EngineConfig.max_num_
 
     max_num_seqs: sequences that its caches have room for. Errors: ValueError naming the file or field.
     """
-    folder = default_model_dir() if args.model is None else Path(args.model)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such model folder")
-    device_caps(args.device)  # says what is wrong with the device's name before torch does
+    folder = args.model or default_model_dir()
+    device_caps(args.device)  # says that a device is not there before torch does
     leave_a_core()
     tokenizer = Tokenizer.from_folder(folder)
     config = EngineConfig.for_device(args.device, args.max_model_len)
     config = replace(config, is_batch_invariant=args.batch_invariant, official=args.numerics)
+    config = replace(config, reference=frozenset(args.reference))
     config = replace(config, max_num_seqs=max_num_seqs)
-    bar = LoadingBar()
-    try:
-        model = load_model(folder, config, bar)
-    finally:
-        bar.end()
-    for line in model.contradictions:
-        print(f"warning: {line}; the tensors are believed", file=sys.stderr)
-    if model.config.eos_token_id != tokenizer.eos_id:
-        ids = f"eos_token_id {model.config.eos_token_id}, but the tokenizer's EOS is {tokenizer.eos_id}"
+    with Progress("loading", in_bytes=True) as show_loaded:
+        model = load_model(folder, config, show_loaded)
+    for contradiction in model.contradictions:
+        tell("warning", f": {contradiction}; the tensors are believed")
+    end_tokens = read_end_tokens(folder, model.config)
+    if tokenizer.eos_id not in end_tokens.ids:
+        ids = f"eos_token_id {', '.join(map(str, end_tokens.sources))}, but the tokenizer's EOS is {tokenizer.eos_id}"
         raise ValueError(f"{folder}: config.json says {ids}")
+    for token_id in end_tokens.unusable:
+        where = f"{folder / GENERATION_CONFIG}: {FIELD}"
+        tell("warning", f": {where} has {token_id}, which is no token of this model")
     if torch.device(args.device).type == "cuda":
         warm_up(model, config)
-    return LoadedModel(folder, tokenizer, model, config)
+    return LoadedModel(folder, tokenizer, model, config, end_tokens)
 
 
 @contextlib.contextmanager
@@ -74,7 +77,7 @@ def open_session(args: argparse.Namespace) -> Iterator[Session]:
     """Loads the model that the arguments name and runs its engine. Errors: as ``load_for``."""
     loaded = load_for(args)
     model, tokenizer = loaded.model, loaded.tokenizer
-    engine = Engine(model, loaded.config, tokenizer.num_tokens)
+    engine = Engine(model, loaded.config, tokenizer.num_tokens, end_token_ids=loaded.end_tokens.ids)
     engine.start()
     try:
         yield Session(loaded.folder, tokenizer, engine, model.ledger, model.lossless_casts, model.config)

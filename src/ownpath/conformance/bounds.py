@@ -26,6 +26,8 @@ always towards zero, K / 16 times. Even if all terms had one sign this would be 
 FP8_TENSOR_CORE = 4 * 2.0**-13
 """Of the sum of magnitudes, in addition, where FP8 meets FP8: Hopper aligns 32 products to the largest and keeps at
 least 13 bits of each, four times for every 128 of K."""
+MAX_REL_L2 = 3e-3
+"""Half an ulp of BF16 is 2**-9 of a value at most, 1.7e-3 of it in the root mean square over a binade at worst."""
 EXP_STEPS = 32
 """Units of float32 that a short chain of elementary functions (exp, log1p, square root, quotient) may be off by, each
 accurate to a few: GPU approximations have 2, the chains here up to eight links."""
@@ -39,7 +41,7 @@ def rounding(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps) / 2
 
 
-def summing(width: int) -> float:
+def sum_rounding(width: int) -> float:
     """Bounds the error of a float32 sum of ``width`` products, in units of the sum of their magnitudes.
 
     One rounding for each product is the most there can be in any order, and 3 more where tensor cores cut a short sum.
@@ -103,6 +105,24 @@ def deviation(found: Tensor, exact: Exact) -> Deviation:
     return Deviation(value, place, float(found[place]), float(exact.value[place]), tuple(columns))
 
 
+def relative_l2(found: Tensor, exact: Tensor) -> float:
+    """Computes ||found - exact|| / ||exact||."""
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def assert_allowed(found: Tensor, exact: Exact, what: object = "") -> None:
+    """Asserts that every element is finite and within its bound. what: named by the AssertionError."""
+    worst = deviation(found, exact)
+    assert worst.is_allowed, f"{what}: {worst}, {worst.ratio:.3g} times what rounding allows"
+
+
+def assert_rounded_once(found: Tensor, exact: Exact, what: object = "") -> None:
+    """As ``assert_allowed``, for a BF16 result that nothing but its own rounding moves in the mean."""
+    assert_allowed(found, exact, what)
+    distance = relative_l2(found, exact.value)
+    assert distance <= MAX_REL_L2, f"{what}: relative L2 {distance:.2e}"
+
+
 def ratios(found: Tensor, exact: Exact) -> Tensor:
     """Returns each element's error over the allowed one, float64; infinite where the result is not finite."""
     error = (found.double() - exact.value).abs()
@@ -111,7 +131,7 @@ def ratios(found: Tensor, exact: Exact) -> Tensor:
     return torch.where(found.isfinite(), error / allowed, torch.inf)
 
 
-def repeated_deviation(found: Tensor, exact: Exact) -> Deviation:
+def deviation_of_repeats(found: Tensor, exact: Exact) -> Deviation:
     """As ``deviation``, for rows that repeat ``exact``'s as often as there is room."""
     worst, period = NO_DEVIATION, len(exact.value)
     for start in range(0, len(found), period):

@@ -1,7 +1,7 @@
 """One call of a kernel through its runner."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -39,6 +39,3 @@ def tensors_of(result: Any) -> Iterator[Tensor]:
     elif isinstance(result, tuple):
         for part in result:
             yield from tensors_of(part)
-    elif is_dataclass(result):
-        for field in fields(result):
-            yield from tensors_of(getattr(result, field.name))

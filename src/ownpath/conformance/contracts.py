@@ -2,7 +2,6 @@
 are as wide as the activations."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -32,8 +31,6 @@ def _narrow_results(call: KernelCall) -> Iterator[torch.dtype]:
     except Exception:  # K02 reports it
         return
     parts = result if isinstance(result, tuple) else (result,)
-    if is_dataclass(result):
-        parts = tuple(getattr(result, field.name) for field in fields(result))
     floats = (part.dtype for part in parts if isinstance(part, torch.Tensor) and part.is_floating_point())
     yield from (dtype for dtype in floats if dtype.itemsize < call.args[0].dtype.itemsize)
 

@@ -3,13 +3,24 @@
 Legend: M rows, K in, N out; T tokens, S streams, D hidden, N heads, H head dim, F expert width or frequencies.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ownpath.conformance.bounds import ANGLE_STEPS, EXP_STEPS, FLOAT32_ROUND, SPREAD, Exact, rounding, summing
+from ownpath.conformance.bounds import (
+    ANGLE_STEPS,
+    EXP_STEPS,
+    FLOAT32_ROUND,
+    SPREAD,
+    Deviation,
+    Exact,
+    deviation,
+    rounding,
+    sum_rounding,
+)
+from ownpath.kernels.hyper.ref import HyperOut, Mix
 from ownpath.oracle import formulas
 from ownpath.oracle.formulas import Mixing
 
@@ -21,7 +32,7 @@ STEPWISE_ROUNDINGS = 3
 mean's and the sum's move the root by half a unit each, the root is rounded itself, and half a unit is to spare."""
 
 
-def unrounded(x: Tensor) -> Tensor:
+def widen(x: Tensor) -> Tensor:
     """Returns x in float64: W4A16 and W8A16 multiply their inputs unrounded."""
     return x.double()
 
@@ -30,7 +41,7 @@ def product(x_MK: Tensor, weight_NK: Tensor, slack: float = 0.0) -> Exact:
     """Multiplies x Wᵀ in float64, and bounds the error of the float32 sums."""
     # In parts: the head of a large model is 4 GB in float64, and one copy of it is enough.
     magnitude = torch.cat([x_MK.abs() @ part.abs().T for part in weight_NK.split(ROWS_AT_ONCE)], -1)
-    return Exact(x_MK @ weight_NK.T, magnitude * (summing(x_MK.shape[-1]) + slack))
+    return Exact(x_MK @ weight_NK.T, magnitude * (sum_rounding(x_MK.shape[-1]) + slack))
 
 
 def independent_error(errors_MK: Tensor, weight_NK: Tensor) -> Tensor:
@@ -38,7 +49,7 @@ def independent_error(errors_MK: Tensor, weight_NK: Tensor) -> Tensor:
     return SPREAD * (errors_MK.square() @ weight_NK.square().T).sqrt()
 
 
-def grouped(
+def grouped_product(
     u_TNH: Tensor, error_TNH: Tensor, num_groups: int, weight_NK: Tensor, lost_NK: Tensor | None = None
 ) -> Exact:
     """Multiplies each group of heads, side by side [T, N]. error: the bound of each channel's own error.
@@ -81,16 +92,16 @@ def rotation(x: Tensor, angles_TF: Tensor) -> Exact:
 def norm(x: Tensor, eps: float, weight: Tensor | None = None, *, is_stepwise: bool = False) -> Exact:
     """Computes an RMS norm. The root of a float32 mean of squares has half the relative error of their sum."""
     value = formulas.rms(x.double(), eps)
-    relative = summing(x.shape[-1]) / 2 + EXP_STEPS * FLOAT32_ROUND
+    relative = sum_rounding(x.shape[-1]) / 2 + EXP_STEPS * FLOAT32_ROUND
     relative += STEPWISE_ROUNDINGS * rounding(x.dtype) if is_stepwise else 0.0
     value = value if weight is None else value * weight
     return Exact(value, relative * value.abs())
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float) -> Exact:
-    """Computes the clamped activation of exact gate and up."""
+    """Computes the clamped activation of exact gate and up. exp of a gate is off by |gate| steps, from its argument."""
     value = formulas.swiglu(gate.double(), up.double(), limit)
-    return Exact(value, EXP_STEPS * FLOAT32_ROUND * value.abs())
+    return Exact(value, (EXP_STEPS + 2 * gate.double().abs()) * FLOAT32_ROUND * value.abs())
 
 
 @dataclass(frozen=True)
@@ -111,8 +122,8 @@ class ExpertSteps:
 
     limit: float
     dtype: torch.dtype
-    inputs: Callable[[Tensor], Tensor] = unrounded
-    hidden: Callable[[Tensor], Tensor] = unrounded
+    inputs: Callable[[Tensor], Tensor] = widen
+    hidden: Callable[[Tensor], Tensor] = widen
     rounds_products: bool = False
 
 
@@ -167,7 +178,7 @@ def attention(q_TNH: Tensor, keys_KH: Tensor, visible_TK: Tensor, sink_N: Tensor
     """
     q, keys, round_ = q_TNH.double(), keys_KH.double(), rounding(q_TNH.dtype)
     scores_TNK = (q @ keys.T) * scale
-    error_TNK = summing(q.shape[-1]) * (q.abs() @ keys.abs().T) * scale
+    error_TNK = sum_rounding(q.shape[-1]) * (q.abs() @ keys.abs().T) * scale
     # Relative to the largest of the row too: exp of a difference.
     error_TNK = error_TNK + round_ * scores_TNK.abs() + EXP_STEPS * FLOAT32_ROUND * (1 + scores_TNK.abs())
     weights_TNK = formulas.attention_weights(scores_TNK, visible_TK, sink_N)
@@ -175,15 +186,15 @@ def attention(q_TNH: Tensor, keys_KH: Tensor, visible_TK: Tensor, sink_N: Tensor
     off_TNK = weights_TNK * (error_TNK.masked_fill(~visible_TK[:, None], 0.0) + round_)
     spread_TNH = (off_TNK.square() @ keys.square()).sqrt()
     spread_TNH = spread_TNH + off_TNK.square().sum(-1, keepdim=True).sqrt() * out_TNH.abs()
-    sums_TNH = summing(len(keys)) * (weights_TNK @ keys.abs())
+    sums_TNH = sum_rounding(len(keys)) * (weights_TNK @ keys.abs())
     return Exact(out_TNH, SPREAD * spread_TNH + sums_TNH)
 
 
-def written_streams(x_TSD: Tensor, y_TD: Tensor, post_TS: Tensor, comb_TSS: Tensor) -> Exact:
+def write_streams(x_TSD: Tensor, y_TD: Tensor, post_TS: Tensor, comb_TSS: Tensor) -> Exact:
     """Computes the new streams: a sum of S + 1 products."""
     parts = tuple(part.double() for part in (x_TSD, y_TD, post_TS, comb_TSS))
     terms = formulas.write_streams(*(part.abs() for part in parts))
-    return Exact(formulas.write_streams(*parts), summing(x_TSD.shape[1] + 1) * terms)
+    return Exact(formulas.write_streams(*parts), sum_rounding(x_TSD.shape[1] + 1) * terms)
 
 
 @dataclass(frozen=True)
@@ -204,7 +215,7 @@ class ExactBoundary:
         """Bounds the error of the scaled mixing logits: the largest of each token, [T, 1]."""
         x, fn = self.x_TSD.flatten(1), self.mixing.fn
         root = x.square().mean(-1, keepdim=True).add(self.mixing.norm_eps).sqrt()
-        sums = (x.abs() @ fn.abs().T) / root * summing(x.shape[1])
+        sums = (x.abs() @ fn.abs().T) / root * sum_rounding(x.shape[1])
         values = (x @ fn.T).abs() / root
         return ((sums + 8 * FLOAT32_ROUND * values) * self.mixing.scale.abs().amax()).amax(-1, keepdim=True)
 
@@ -229,7 +240,7 @@ class ExactBoundary:
         ones = self.x_TSD.new_ones(len(self.x_TSD), self.num_streams)
         return Exact(ones, 2 * self.num_streams * (self.mixing.hc_eps + FLOAT32_ROUND) * ones)
 
-    def normed(self, weight_D: Tensor, dtype: torch.dtype) -> Exact:
+    def normed_input(self, weight_D: Tensor, dtype: torch.dtype) -> Exact:
         """The collapsed streams, rounded once, then their norm, whose divisor has no larger error than they have."""
         h_TD = formulas.collapse(self.x_TSD, self.mixing.pre(self._logits(), self.num_streams))
         weights_T1 = self.logits_error() / 4 + (EXP_STEPS + self.num_streams) * FLOAT32_ROUND
@@ -238,3 +249,32 @@ class ExactBoundary:
         divisor_T1 = error_TD.square().mean(-1, keepdim=True).sqrt() / root_T1 + EXP_STEPS * FLOAT32_ROUND
         gain_TD = weight_D / root_T1
         return Exact(h_TD * gain_TD, (error_TD + h_TD.abs() * divisor_T1) * gain_TD.abs())
+
+
+def boundary_deviations(
+    out: HyperOut, given: tuple[Tensor, Tensor, Mix] | None, mixing: Mixing, norm_weight_D: Tensor
+) -> Iterator[tuple[str, Deviation]]:
+    """Yields (part, deviation) for each part of one boundary's results.
+
+    given: streams, output and mix that the streams are written from; ``None`` in front of the first sublayer.
+    """
+    if given is not None:
+        x_TSD, y_TD, mix = given
+        yield "streams", deviation(out.x_TSD, write_streams(x_TSD, y_TD, mix.post_TS, mix.comb_TSS))
+    if not bool(out.x_TSD.isfinite().all()):
+        return
+    # The reference reads the boundary's own written streams, so that one error is not counted twice.
+    exact = ExactBoundary(out.x_TSD.double(), mixing)
+    if out.mix is not None:
+        post_TS, comb_TSS = out.mix.post_TS, out.mix.comb_TSS
+        yield f"post in {post_TS.dtype}", _wide_deviation(post_TS, exact.post())
+        yield f"comb in {comb_TSS.dtype}", _wide_deviation(comb_TSS, exact.comb())
+        yield "comb's sums over the streams read", deviation(comb_TSS.double().sum(1), exact.comb_sums())
+    yield "normed input", deviation(out.h_TD, exact.normed_input(norm_weight_D, out.h_TD.dtype))
+
+
+def _wide_deviation(found: Tensor, exact: Exact) -> Deviation:
+    """Compares weights that mix streams, which stay at least float32."""
+    if found.dtype.itemsize < 4:
+        return Deviation(float("inf"), (), 0.0, 0.0)
+    return deviation(found, exact)

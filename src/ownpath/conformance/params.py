@@ -63,9 +63,9 @@ class Draw:
         """Draws activations of ordinary and of extreme size: [num_rows, width]."""
         x = self.normal(seed, num_rows, width)
         x[::3, :: max(1, width // 100)] *= OUTLIER
-        return self.sized(x, AMPLITUDES)
+        return self.scale_rows(x, AMPLITUDES)
 
-    def sized(self, x: Tensor, sizes: tuple[float, ...]) -> Tensor:
+    def scale_rows(self, x: Tensor, sizes: tuple[float, ...]) -> Tensor:
         """Multiplies rows of x with the sizes in turn, in the activations' dtype."""
         listed = torch.tensor(sizes, device=x.device).repeat(-(-len(x) // len(sizes)))[: len(x)]
         return (x * listed.view(-1, *[1] * (x.ndim - 1))).to(self.dtype)
@@ -80,7 +80,7 @@ class Draw:
 
     def queries(self, seed: str, num_rows: int, num_heads: int, head_dim: int) -> Tensor:
         """Draws queries [T, N, H], of ordinary size and less, with some zeros."""
-        return self.sized(self.normal(f"{seed} q", num_rows, num_heads, head_dim), QUERY_SIZES)
+        return self.scale_rows(self.normal(f"{seed} q", num_rows, num_heads, head_dim), QUERY_SIZES)
 
     def keys(self, seed: str, num_keys: int, head_dim: int) -> Tensor:
         """Draws keys [K, H] of ordinary size: a sink takes all the weight from a key whose score is some hundreds

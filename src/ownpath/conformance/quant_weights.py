@@ -1,4 +1,4 @@
-"""Random operands of the NVFP4 and FP8 kernels, their products in float64 by the oracle, and the allowed errors.
+"""Random operands of the NVFP4 and FP8 kernels, mixtures of experts in float64.
 
 Tests and bench share it. Legend: N rows, K columns of a weight; E experts, D hidden, F expert width; T tokens.
 """
@@ -7,15 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ownpath.conformance.bounds import Exact, rounding
+from ownpath.conformance.exact import ExpertMatrices, ExpertSteps, expert
 from ownpath.kernels.fp8.cases import Fp8Case
 from ownpath.oracle.formats import decode, e2m1_pair_of, e4m3_of
-from ownpath.oracle.formulas import swiglu
-
-MAX_REL_L2 = 3e-3
-"""Half an ulp of BF16 is 2**-9 of a value at most, 1.7e-3 of it in the root mean square over a binade at worst."""
-BF16_ROUND = 2.0**-8
-"""Half a unit in the last place of BF16, relative to the value: 8 significant bits."""
-FP32_ROUND = 2.0**-24
 
 
 def random_scales(shape: tuple[int, ...], device: torch.device, extreme: bool = False) -> torch.Tensor:
@@ -46,25 +41,14 @@ class DenseWeight:
 
     def weight(self) -> torch.Tensor:
         """Decodes the weight, float64 [N, K]."""
-        return decoded_nvfp4(self.codes, self.scale) * self.global_scale[:, None].double()
+        return decode_nvfp4(self.codes, self.scale) * self.global_scale[:, None].double()
 
 
-def decoded_nvfp4(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def decode_nvfp4(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Multiplies codes with block scales in float64, by the oracle's tables: [..., K]."""
     values = decode(codes, e2m1_pair_of).flatten(-2)
     scaled: torch.Tensor = values.unflatten(-1, (-1, 16)) * decode(scale, e4m3_of)[..., None]
     return scaled.flatten(-2)
-
-
-def dense_reference(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes x W^T in float64, and the largest error of an element.
-
-    Each product is exact in float32's 24 bits (8 + 6 significant ones); sums round once per addition in float32, in
-    any order, and tensor cores cut aligned products to at least 2**-22 of the largest; the output is rounded to BF16.
-    """
-    exact = x.double() @ weight.T
-    magnitude = x.double().abs() @ weight.abs().T
-    return exact, exact.abs() * BF16_ROUND + magnitude * (x.shape[1] + 8) * FP32_ROUND * 4
 
 
 @dataclass(frozen=True)
@@ -97,6 +81,12 @@ class ExpertStacks:
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return tuple(vars(self).values())
 
+    def matrices(self, expert: int) -> ExpertMatrices:
+        """Decodes one expert."""
+        w13 = decode_nvfp4(self.w13[expert], self.w13_scale[expert]).unflatten(0, (2, -1))
+        w1, w3 = w13 * self.w13_scale_2[expert].double()[:, None, None]
+        return ExpertMatrices(w1, w3, decode_nvfp4(self.w2[expert], self.w2_scale[expert]) * self.w2_scale_2[expert])
+
 
 @dataclass(frozen=True)
 class RoutedTokens:
@@ -115,61 +105,24 @@ class RoutedTokens:
         return cls(x, ids, torch.rand(num_tokens, top_k, device=device))
 
 
-def moe_reference(
-    experts: ExpertStacks, routed: RoutedTokens, limit: float, num_shared: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes the experts in float64, and the largest error of an element.
-
-    An error d of gate or up moves silu(gate) * up by at most 1.1 |d| times the other factor (silu's slope is below
-    1.1); hidden values and expert outputs are rounded to BF16; sums add as in ``dense_reference``.
-    """
-    num_tokens, hidden = routed.x.shape
+def exact_mixture(experts: ExpertStacks, routed: RoutedTokens, limit: float, num_shared: int = 0) -> Exact:
+    """Computes the experts of each token, and the shared ones, which are last in the stacks: [T, D]."""
     num_routed = len(experts.w13) - num_shared
-    y = torch.zeros(num_tokens, hidden, dtype=torch.float64, device=routed.x.device)
-    error = torch.zeros_like(y)
-    everyone = torch.arange(num_tokens, device=y.device)
-    for expert in range(len(experts.w13)):
-        if expert < num_routed:
-            token_ids, slots = torch.where(routed.ids == expert)
-            weights = routed.weights[token_ids, slots, None].double()
-        else:
-            token_ids, weights = everyone, torch.ones(num_tokens, 1, dtype=torch.float64, device=y.device)
+    value = torch.zeros(routed.x.shape, dtype=torch.float64, device=routed.x.device)
+    bound = torch.zeros_like(value)
+    everyone = torch.arange(len(value), device=value.device)
+    for idx in range(len(experts.w13)):
+        token_ids, slots = torch.where(routed.ids == idx) if idx < num_routed else (everyone, None)
+        weights = torch.ones(len(value), 1) if slots is None else routed.weights[token_ids, slots, None]
         if not len(token_ids):
             continue
-        out, bound = _expert(experts, expert, routed.x[token_ids], limit)
-        y.index_add_(0, token_ids, out * weights)
-        error.index_add_(0, token_ids, bound * weights.abs())
-    return y, error + y.abs() * BF16_ROUND
-
-
-def _expert(experts: ExpertStacks, expert: int, x: torch.Tensor, limit: float) -> tuple[torch.Tensor, torch.Tensor]:
-    inter = experts.w2.shape[2] * 2
-    scale = experts.w13_scale_2[expert].double()[:, None, None]
-    w13 = decoded_nvfp4(experts.w13[expert], experts.w13_scale[expert])
-    w13 = (w13.view(2, inter, -1) * scale).flatten(0, 1)
-    w2 = decoded_nvfp4(experts.w2[expert], experts.w2_scale[expert]) * experts.w2_scale_2[expert].double()
-    gate, up = (x.double() @ w13.T).split(inter, dim=-1)
-    gate_error, up_error = ((x.double().abs() @ w13.abs().T) * (x.shape[1] + 8) * FP32_ROUND * 4).split(inter, dim=-1)
-    hidden, silu = swiglu(gate, up, limit), swiglu(gate.clamp(max=limit), torch.ones_like(up), torch.inf).abs()
-    hidden_error = 1.1 * gate_error * up.abs().clamp(max=limit) + silu * up_error
-    hidden_error = hidden_error + hidden.abs() * (BF16_ROUND + 16 * FP32_ROUND)
-    out = hidden @ w2.T
-    spread = hidden_error @ w2.abs().T + (hidden.abs() @ w2.abs().T) * (inter + 8) * FP32_ROUND * 4
-    return out, spread + out.abs() * BF16_ROUND
-
-
-def relative_l2(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Computes ||found - exact|| / ||exact||."""
-    return float((found.double() - exact).norm() / exact.norm())
-
-
-def first_beyond(found: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> str:
-    """Describes the first element further off than its bound; empty when there is none."""
-    beyond = ((found.double() - exact).abs() > bound).nonzero()
-    if not len(beyond):
-        return ""
-    place = tuple(beyond[0].tolist())
-    return f"{place}: {found[place]} for {exact[place]}, bound {bound[place]}, {len(beyond)} of {found.numel()}"
+        exact = expert(routed.x[token_ids], experts.matrices(idx), ExpertSteps(limit, routed.x.dtype))
+        # A kernel may round each expert's output before it sums them.
+        exact = exact.plus(rounding(routed.x.dtype) * exact.value.abs())
+        weights = weights.to(value)
+        value.index_add_(0, token_ids, exact.value * weights)
+        bound.index_add_(0, token_ids, exact.bound * weights.abs())
+    return Exact(value, bound)
 
 
 def draw_weights(case: Fp8Case, seed: int, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

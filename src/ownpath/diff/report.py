@@ -6,11 +6,15 @@ from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any
 
+from rich.console import RenderableType
+
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.diff.compare import PositionComparison
 from ownpath.diff.server import RemoteServer
 from ownpath.diff.survey import Difference
 from ownpath.finding import Finding, Verdict, warned
+from ownpath.terminal.page import facts, line
+from ownpath.terminal.text import counted
 
 _WORDS = MappingProxyType(
     {Verdict.PASS: "ok", Verdict.FAIL: "found", Verdict.WARN: "noted", Verdict.SKIPPED: "not asked"}
@@ -49,37 +53,51 @@ def first_divergence(difference: Difference) -> tuple[int, PositionComparison] |
     return None
 
 
-def difference_text(
+def difference_page(
     difference: Difference, server: RemoteServer, tokenizer: Tokenizer, name: str, suspects: Sequence[str] = ()
-) -> str:
-    """Formats the verdict, each finding with its evidence and remedy, then the numbers.
+) -> list[RenderableType]:
+    """Returns the verdict, each finding with its evidence and remedy, then the numbers.
 
     suspects: traits of the checkpoint that other engines are known to compute wrongly.
     """
-    n = numbers(difference)
-    asked = server.request_form
-    sent = "token ids" if asked.sends_ids else "text"
-    lines = [f"{name} against {server.client.root}: {'AGREE' if difference.agrees else 'DIFFER'}"]
+    verdict = "AGREE" if difference.agrees else "DIFFER"
+    rows = []
     for check in difference.found:
-        lines += [f"found       {_evidence(check)}", f"  remedy    {check.remedy}"]
-        lines += [f"  suspect   {it}" for it in suspects if check.id == "computes-otherwise"]
+        rows += [("found", _evidence(check)), ("remedy", check.remedy)]
+        rows += [("suspect", it) for it in suspects if check.id == "computes-otherwise"]
     for check in warned(difference.checks):
-        lines += [f"noted       {check.id}: {check.message}", f"  remedy    {check.remedy}"]
-    lines += [
-        f"asked       {server.form} log-probs at {asked.path}, {sent} sent, {asked.num_top} likeliest tokens",
-        f"positions   {n['num_positions']} of {len(difference.comparisons)} prompts, {n['num_divergent']} diverge"
-        f" ({_share(n['share_far'])} by more than {difference.tolerance:g} nats)",
-        f"first       {_first(difference, tokenizer)}",
-        f"log-probs   |ours - theirs| {_shown(n['mean_delta'])} in the mean, {_shown(n['median_delta'])} the median,"
-        f" {_shown(n['max_delta'])} at most (nats)",
-        f"likeliest   the same token at {n['num_same_likeliest']} of {n['num_ranked']}",
-        f"KL          at least {_shown(n['mean_kl_at_least'])} in the mean, {_shown(n['median_kl_at_least'])} the"
-        f" median, {_shown(n['max_kl_at_least'])} at most; their list leaves out {_shown(n['mean_outside'])} of the"
-        " probability",
+        rows += [("noted", f"{check.id}: {check.message}"), ("remedy", check.remedy)]
+    rows += _number_rows(difference, server, tokenizer)
+    rows += [("ok", _evidence(check)) for check in difference.checks if check.verdict is Verdict.PASS]
+    rows += [("not asked", f"{c.id}: {c.message}") for c in difference.checks if c.verdict is Verdict.SKIPPED]
+    return [line(f"{name} against {server.client.root}: ", verdict), facts(rows)]
+
+
+def _number_rows(difference: Difference, server: RemoteServer, tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    n, asked = numbers(difference), server.request_form
+    sent = "token ids" if asked.sends_ids else "text"
+    prompts = counted(len(difference.comparisons), "prompt")
+    return [
+        ("asked", f"{server.form} log-probs at {asked.path}, {sent} sent, {asked.num_top} likeliest tokens"),
+        (
+            "positions",
+            f"{n['num_positions']} of {prompts}, {n['num_divergent']} diverge ({_share(n['share_far'])} by more than"
+            f" {difference.tolerance:g} nats)",
+        ),
+        ("first", _first(difference, tokenizer)),
+        (
+            "log-probs",
+            f"|ours - theirs| {_shown(n['mean_delta'])} in the mean, {_shown(n['median_delta'])} the median,"
+            f" {_shown(n['max_delta'])} at most (nats)",
+        ),
+        ("likeliest", f"the same token at {n['num_same_likeliest']} of {n['num_ranked']} positions"),
+        (
+            "KL",
+            f"at least {_shown(n['mean_kl_at_least'])} in the mean, {_shown(n['median_kl_at_least'])} the median,"
+            f" {_shown(n['max_kl_at_least'])} at most; their list leaves out {_shown(n['mean_outside'])} of the"
+            " probability",
+        ),
     ]
-    lines += [f"ok          {_evidence(check)}" for check in difference.checks if check.verdict is Verdict.PASS]
-    lines += [f"not asked   {c.id}: {c.message}" for c in difference.checks if c.verdict is Verdict.SKIPPED]
-    return "\n".join(lines)
 
 
 def difference_dict(
@@ -132,7 +150,7 @@ def _finite(value: Any) -> Any:
 def _first(difference: Difference, tokenizer: Tokenizer) -> str:
     first = first_divergence(difference)
     if first is None:
-        return "no position diverges"
+        return "no position differs by more than the bound"
     prompt_idx, position = first
     token = f"token {position.token_id} {tokenizer.token_text(position.token_id)!r}"
     values = f"ours {_shown(position.ours)}, theirs {_shown(position.theirs)}"

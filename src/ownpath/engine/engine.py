@@ -3,7 +3,7 @@
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -54,14 +54,22 @@ class Engine:
 
     num_vocab: ids below it are tokens; embedding rows from there on are padding, never chosen or scored.
     max_num_queued: requests that may wait beyond those that run.
+    end_token_ids: tokens that end an answer; ``None``: those of the model's config.json alone.
     """
 
-    def __init__(self, model: LanguageModel, config: EngineConfig, num_vocab: int, max_num_queued: int = 256) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        config: EngineConfig,
+        num_vocab: int,
+        max_num_queued: int = 256,
+        end_token_ids: Iterable[int] | None = None,
+    ) -> None:
         if not 0 < num_vocab <= model.config.vocab_size:
             raise ValueError(f"{num_vocab} tokens do not fit the model's vocab_size {model.config.vocab_size}")
         self.config = config
         self.num_vocab = num_vocab
-        self.eos_token_id = model.config.eos_token_id
+        self.end_token_ids = frozenset(model.config.eos_token_id if end_token_ids is None else end_token_ids)
         self._model = model
         self._scheduler = Scheduler(config.max_num_seqs, config.max_prefill_tokens)
         self._max_num_open = config.max_num_seqs + max_num_queued
@@ -235,7 +243,7 @@ class Engine:
         return StepOutput(prompt, token, self._finish_reason(request))
 
     def _finish_reason(self, request: Request) -> FinishReason | None:
-        if request.output_ids and request.output_ids[-1] == self.eos_token_id:
+        if request.output_ids and request.output_ids[-1] in self.end_token_ids:
             return FinishReason.STOP
         if not request.is_prefilling and len(request.output_ids) >= request.params.max_tokens:
             return FinishReason.LENGTH

@@ -8,10 +8,7 @@ from enum import Enum
 import torch
 
 from ownpath.cache.pools import SequenceCache
-
-MAX_TEMPERATURE = 2.0
-MAX_TOP_LOGPROBS = 20
-_SEED_LIMIT = 2**63
+from ownpath.engine.limits import MAX_TEMPERATURE, MAX_TOP_LOGPROBS, SEED_LIMIT
 
 
 class RequestError(ValueError):
@@ -48,7 +45,7 @@ class SamplingParams:
             ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1"),
             (
                 "seed",
-                self.seed is None or -_SEED_LIMIT <= self.seed < _SEED_LIMIT,
+                self.seed is None or -SEED_LIMIT <= self.seed < SEED_LIMIT,
                 "must be a 64-bit integer",
             ),
             (

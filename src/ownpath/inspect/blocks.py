@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 
-from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
+from ownpath.checkpoint.dtypes import FLOATS, TORCH_DTYPES
+from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.problems import make_problem
+from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.finding import Finding
-from ownpath.formats import NVFP4
+from ownpath.formats import MXFP4, NVFP4
 from ownpath.inspect.scalars import Scalar
 from ownpath.inspect.tensor_bytes import read_values
 from ownpath.plan.census import StoredModule
@@ -17,19 +19,15 @@ from ownpath.weights.lossless import is_lossless_cast
 
 SAMPLE_BYTES = 4096
 """Bytes read of every module's block scales, unless all are asked for: one page of the file."""
+MAX_VANISHED_SHARE = 1 / 8
+"""Blocks too small for E4M3 beside their tensor's largest are rare; an eighth of all is an export's fault."""
 MAX_SATURATED_SHARE = 1 / 8
 """A tensor's largest block is scaled to E4M3's largest number, 448; an eighth of all blocks is not, unless the global
 scale was taken from smaller values."""
 
 _BATCH_BYTES = 2**18
-_DTYPES = {
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-}
-_BITS = {"F8_E4M3": torch.uint8, "F8_E8M0": torch.uint8, "F32": torch.int32, "BF16": torch.int16}
-_MANTISSAS = {"F32": 0x7FFFFF, "BF16": 0x7F}
+_BITS = {"F8_E4M3": torch.uint8, "F8_E8M0": torch.uint8, "F32": torch.int32, "BF16": torch.int16, "F16": torch.int16}
+_MANTISSAS = {"F32": 0x7FFFFF, "BF16": 0x7F, "F16": 0x3FF}
 """Bits that are zero in powers of two."""
 _LARGEST = {"F8_E4M3": b"\x7e", "F8_E8M0": b"\xfe"}
 _LEGAL = {"F8_E4M3": bytes(range(0x7F)), "F8_E8M0": bytes(range(0xFF))}
@@ -43,6 +41,7 @@ class BlockReport:
     cast_slots: slot -> whether the scales read of all its modules look like a lossless cast from MXFP4.
     largest: module -> the largest of its scales, where all of them were read.
     num_rough: module -> how many scales stored as floats are no power of two.
+    exponents: MXFP4 module -> the smallest and the largest byte of its scales.
     """
 
     num_modules: int = 0
@@ -52,6 +51,7 @@ class BlockReport:
     cast_slots: dict[str, bool] = field(default_factory=dict)
     largest: dict[str, float] = field(default_factory=dict)
     num_rough: dict[str, int] = field(default_factory=dict)
+    exponents: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def lossless_casts(self) -> tuple[str, ...]:
@@ -89,7 +89,7 @@ def read_blocks(
     for info, data in read:
         stored = owners[info.name]
         found = _scan(info.dtype, data)
-        num_blocks = len(data) // _DTYPES[info.dtype].itemsize
+        num_blocks = len(data) // TORCH_DTYPES[info.dtype].itemsize
         problems += _faults(info, found, num_blocks)
         if found.num_zero:
             problems += _zero_faults(stored, index, data, broken)
@@ -103,13 +103,16 @@ def read_blocks(
             report.num_rough[stored.spec.name] = found.num_rough
         if stored.encoding.format is NVFP4:
             casts.add(stored, info, data)
+        if stored.encoding.format is MXFP4:
+            codes = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            report.exponents[stored.spec.name] = int(codes.amin()), int(codes.amax())
     report.cast_slots = casts.finish()
     return report
 
 
 def _scan(dtype: str, data: bytes) -> _ScaleScan:
-    if dtype in ("F32", "BF16"):
-        values = torch.frombuffer(bytearray(data), dtype=_DTYPES[dtype])
+    if dtype in FLOATS:
+        values = torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[dtype])
         is_bad = ~(torch.isfinite(values) & (values >= 0))
         num_rough = int((values.view(_BITS[dtype]) & _MANTISSAS[dtype]).count_nonzero())
         largest = float(values.masked_fill(is_bad, 0).amax())
@@ -117,7 +120,7 @@ def _scan(dtype: str, data: bytes) -> _ScaleScan:
     num_bad = len(data.translate(None, _LEGAL[dtype]))
     codes = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     legal = codes.masked_fill(codes > _LARGEST[dtype][0], 0) if num_bad else codes
-    largest = float(legal.amax().view(_DTYPES[dtype]).double())
+    largest = float(legal.amax().view(TORCH_DTYPES[dtype]).double())
     return _ScaleScan(num_bad, data.count(b"\0"), data.count(_LARGEST[dtype]), largest)
 
 
@@ -138,7 +141,7 @@ def _zero_faults(
     """Yields wrong zero scales. Zero is right for a block of zeros, wrong over other codes, and wrong for all blocks
     read."""
     info = stored.info(index, "scale")
-    is_zero = torch.frombuffer(bytearray(data), dtype=_DTYPES[info.dtype]).view(_BITS[info.dtype]) == 0
+    is_zero = torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[info.dtype]).view(_BITS[info.dtype]) == 0
     if is_zero.all():
         yield make_problem("zero-block-scale", info.name, f"tensor {info}: every block scale read is zero")
         return
@@ -146,7 +149,8 @@ def _zero_faults(
     if lost.any():
         where = f"{int(lost.sum())} of {len(lost)} block scales read are zero over values that are not"
         message = f"tensor {info}: {where}, the first at block {int(lost.nonzero()[0])}"
-        yield make_problem("zero-block-scale", info.name, message)
+        kind = "zero-block-scale" if int(lost.sum()) > MAX_VANISHED_SHARE * len(lost) else "vanished-blocks"
+        yield make_problem(kind, info.name, message)
 
 
 def _has_codes(stored: StoredModule, index: CheckpointIndex, num_blocks: int, broken: frozenset[Path]) -> torch.Tensor:

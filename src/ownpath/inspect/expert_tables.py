@@ -5,13 +5,12 @@ from pathlib import Path
 
 import torch
 
+from ownpath.checkpoint.dtypes import TABLES, TORCH_DTYPES
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.problems import make_problem
 from ownpath.checkpoint.schema import ParamSpec
 from ownpath.finding import Finding
 from ownpath.inspect.tensor_bytes import read_values
-
-_DTYPES = {"I64": torch.int64, "I32": torch.int32}
 
 
 def table_problems(
@@ -19,9 +18,9 @@ def table_problems(
 ) -> Iterator[Finding]:
     """Yields tables that name experts which do not exist. Every id is read: 6 MB a layer of V4-Flash."""
     unreadable: list[Finding] = []
-    tables = [index[param.key] for param in params if index[param.key].dtype in _DTYPES]
+    tables = [index[param.key] for param in params if index[param.key].dtype in TABLES]
     for info, data in read_values(tables, broken, unreadable):
-        ids = torch.frombuffer(bytearray(data), dtype=_DTYPES[info.dtype])
+        ids = torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[info.dtype]).long()
         outside = (ids < 0) | (ids >= num_experts)
         if outside.any():
             first = int(outside.nonzero()[0])

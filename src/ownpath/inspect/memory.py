@@ -9,11 +9,12 @@ from math import prod
 import torch
 
 from ownpath.cache.pools import CacheSpec
+from ownpath.checkpoint.dtypes import TORCH_DTYPES
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.config import EngineConfig
 from ownpath.plan.plan import Plan, PlanError, PlannedOp, replan
 from ownpath.plan.select import Caps, Demands
-from ownpath.weights.operands import STORAGE, make_operand
+from ownpath.weights.operands import make_operand
 
 _PACKAGES = frozenset({"triton"})
 KINDS = (Caps("cpu", "CPU"), Caps("cuda", "sm_90", 90, _PACKAGES), Caps("cuda", "sm_100", 100, _PACKAGES))
@@ -46,7 +47,7 @@ def _memory_on(caps: Caps, first: Plan, index: CheckpointIndex, num_tokens: int)
     dtype = str(engine.dtype).removeprefix("torch.")
     cache = cache_bytes(first, num_tokens, engine.dtype)
     try:
-        plan = replan(first, caps, Demands(dtype))
+        plan = replan(first, caps, Demands(dtype, reference=first.demands.reference))
     except PlanError as error:
         return Memory(caps.name, dtype, 0, cache, num_tokens, str(error))
     return Memory(caps.name, dtype, weights_bytes(plan, index), cache, num_tokens)
@@ -67,12 +68,19 @@ def weights_bytes(plan: Plan, index: CheckpointIndex) -> int:
     total = 0
     for op in plan.ops:
         dtypes = tuple(index[key].dtype for key in op.encoding.keys(op.spec.modules[0].name))
-        kind = (op.spec.kind, op.encoding.name, dtypes, tuple(module.shape for module in op.spec.modules))
+        kind = (
+            op.spec.kind,
+            op.choice.kernel,
+            op.encoding.name,
+            dtypes,
+            tuple(module.shape for module in op.spec.modules),
+        )
         if kind not in sizes:
             sizes[kind] = _operand_bytes(op, index)
         total += sizes[kind]
-    params = (prod(param.shape) * STORAGE[index[param.key].dtype].itemsize for param in plan.params)
-    return total + sum(params)
+    for param in plan.params:
+        total += prod(param.shape) * TORCH_DTYPES[param.memory_dtype(index[param.key].dtype)].itemsize
+    return total
 
 
 def _operand_bytes(op: PlannedOp, index: CheckpointIndex) -> int:

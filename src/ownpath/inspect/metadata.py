@@ -1,34 +1,26 @@
 """Compares config.json, hf_quant_config.json and the tokenizer with the tensors."""
 
-import json
 import re
 from collections.abc import Generator, Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ownpath.chat.markers import BOS
+from ownpath.chat.markers import BOS, EOS
 from ownpath.chat.tokenizer import Tokenizer, TokenizerError
 from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.checkpoint.needless import needless_reason
 from ownpath.checkpoint.problems import make_problem
-from ownpath.config import CSA_RATIO, ModelConfig
+from ownpath.config import CSA_RATIO, ConfigError, ModelConfig
+from ownpath.end_tokens import FIELD, GENERATION_CONFIG, read_end_tokens
+from ownpath.files import FileError, is_present, read_json_object
 from ownpath.finding import Finding
 from ownpath.plan.census import StoredModule
-
-MAX_JSON_BYTES = 256 * 2**20
-"""Largest size of a JSON file beside the weights; the largest honest one is a tokenizer of a few dozen MB."""
+from ownpath.plan.claims import differing_sections, section_contradictions
+from ownpath.plan.plan import claimed_formats
+from ownpath.plan.sections import QuantSection
 
 QUANT_CONFIG = "hf_quant_config.json"
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"ffn\.experts\.(\d+)\.")
-_ALGORITHMS = {"NVFP4": "NVFP4", "FP8_PB_WO": "FP8_BLOCK", "MXFP4": "MXFP4"}
-"""ModelOpt's name of an algorithm -> the format of a module stored with it."""
-
-
-def file_problem(path: Path, check: str) -> Finding | None:
-    """Returns why a JSON file beside the weights cannot be opened safely; ``None``: it can, or it is not there."""
-    if path.exists() and (not path.is_file() or path.stat().st_size > MAX_JSON_BYTES):
-        return make_problem(check, path.name, f"{path}: not a regular file of at most {MAX_JSON_BYTES} bytes")
-    return None
 
 
 def config_problems(config: ModelConfig, index: CheckpointIndex) -> Iterator[Finding]:
@@ -57,7 +49,7 @@ def _layer_problems(config: ModelConfig, layer_idx: int, names: set[str]) -> Ite
         kind = "a router bias" if is_hash else "a table of expert ids"
         yield _contradiction("num_hash_layers", config.num_hash_layers, f"{kind} in layer {layer_idx}")
     for part, is_there in (("compressor", ratio != 0), ("indexer", ratio == CSA_RATIO)):
-        found = any(name.startswith(f"attn.{part}.") for name in names)
+        found = any(name.startswith(f"attn.{part}.") and not needless_reason(name) for name in names)
         if found != is_there:
             yield _contradiction(f"compress_ratios[{layer_idx}]", ratio, f"{'a' if found else 'no'} {part} there")
 
@@ -66,70 +58,63 @@ def _contradiction(field: str, value: int, found: str) -> Finding:
     return make_problem("config-contradiction", field, f"config.json: {field} is {value}, but the tensors have {found}")
 
 
-def format_problems(folder: Path, modules: tuple[StoredModule, ...]) -> Iterator[Finding]:
-    """Yields modules stored in another format than hf_quant_config.json (where there is one) says."""
+def format_problems(folder: Path, config: ModelConfig, modules: tuple[StoredModule, ...]) -> Iterator[Finding]:
+    """Yields what hf_quant_config.json (where there is one) says that neither the tensors nor config.json bear out."""
     content = yield from json_object(folder / QUANT_CONFIG, "format-contradiction")
     declared = content.get("quantization")
-    if isinstance(declared, dict):
-        yield from _format_problems(declared, modules)
+    if not isinstance(declared, dict):
+        return
+    theirs = QuantSection(f"{QUANT_CONFIG}: quantization.", declared)
+    lines = [
+        *section_contradictions(theirs, ((stored.spec, stored.encoding) for stored in modules)),
+        *differing_sections(claimed_formats(config), theirs, (stored.spec.name for stored in modules)),
+    ]
+    yield from (make_problem("format-contradiction", QUANT_CONFIG, line) for line in lines)
 
 
 def json_object(path: Path, check: str) -> Generator[Finding, None, dict[str, object]]:
     """Yields what is wrong with the file, as ``check``; returns its object, empty where there is none to read."""
-    problem = file_problem(path, check)
-    content: object = {}
-    if problem is not None:
-        yield problem
-    elif path.exists():
+    if is_present(path):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError, OSError) as error:
-            yield make_problem(check, path.name, f"{path}: not readable as JSON ({error})")
-    return content if isinstance(content, dict) else {}
-
-
-def _format_problems(declared: dict[str, object], modules: tuple[StoredModule, ...]) -> Iterator[Finding]:
-    layers, excluded = declared.get("quantized_layers"), declared.get("exclude_modules")
-    layers = layers if isinstance(layers, dict) else {}
-    patterns = [entry for entry in excluded if isinstance(entry, str)] if isinstance(excluded, list) else []
-    for stored in modules:
-        name, found = stored.spec.name, stored.encoding.format.name
-        group = name.split(".experts.")[0] + ".experts" if ".ffn.experts." in name else name
-        entry = layers.get(name, layers.get(group))
-        algorithm = entry.get("quant_algo") if isinstance(entry, dict) else None
-        said = _ALGORITHMS.get(algorithm) if isinstance(algorithm, str) else None
-        if said is not None and said != found:
-            yield _format_contradiction(name, f"says {algorithm}", found)
-        elif entry is None and found == "NVFP4" and any(fnmatchcase(name, pattern) for pattern in patterns):
-            yield _format_contradiction(name, "excludes it from quantisation", found)
-
-
-def _format_contradiction(name: str, said: str, found: str) -> Finding:
-    return make_problem(
-        "format-contradiction", name, f"module {name!r}: {QUANT_CONFIG} {said}, the tensors are {found}"
-    )
+            return read_json_object(path)
+        except FileError as error:
+            yield make_problem(check, path.name, str(error))
+    return {}
 
 
 def tokenizer_problems(folder: Path, config: ModelConfig) -> Iterator[Finding]:
     """Compares the tokenizer with the embedding's rows and config.json's ids."""
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        problem = file_problem(folder / name, "tokenizer")
-        if problem is not None:
-            yield problem
-            return
     try:
         tokenizer = Tokenizer.from_folder(folder)
         bos_id = tokenizer.special_id(BOS)
-    except (TokenizerError, OSError) as error:
+    except TokenizerError as error:
         yield make_problem("tokenizer", "tokenizer.json", str(error))
         return
     path = folder / "tokenizer.json"
     if tokenizer.num_tokens > config.vocab_size:
         ids = f"its ids reach {tokenizer.num_tokens - 1}, the embedding has {config.vocab_size} rows"
         yield make_problem("tokenizer", "vocab_size", f"{path}: {ids}")
-    for field, said, found in (
-        ("bos_token_id", config.bos_token_id, bos_id),
-        ("eos_token_id", config.eos_token_id, tokenizer.eos_id),
-    ):
-        if said != found:
-            yield make_problem("tokenizer", field, f"{path}: {field} is {found}, config.json says {said}")
+    if config.bos_token_id != bos_id:
+        said = f"config.json: bos_token_id is {config.bos_token_id}, the chat format's {BOS!r} is {bos_id}"
+        yield make_problem("token-id", "bos_token_id", said)
+    yield from _end_problems(folder, config, tokenizer)
+
+
+def _end_problems(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> Iterator[Finding]:
+    """Compares the files' end tokens with each other, the vocabulary and the chat format."""
+    try:
+        end = read_end_tokens(folder, config)
+    except ConfigError as error:
+        yield make_problem("generation-config", GENERATION_CONFIG, str(error))
+        return
+    named = ", ".join(f"{token_id} ({' and '.join(files)})" for token_id, files in end.sources.items())
+    if tokenizer.eos_id not in end.ids:
+        message = f"{folder / 'tokenizer.json'}: answers end with {EOS!r}, {tokenizer.eos_id}; eos_token_id is {named}"
+        yield make_problem("tokenizer", FIELD, message)
+    for token_id in (*end.unusable, *(one for one in end.ids if one >= tokenizer.num_tokens)):
+        message = f"{FIELD} has {token_id}, which is no token of this model"
+        yield make_problem("token-id", FIELD, f"{GENERATION_CONFIG} or config.json: {message}")
+    from_generation = {token_id for token_id, files in end.sources.items() if GENERATION_CONFIG in files}
+    if from_generation and from_generation != set(config.eos_token_id):
+        message = f"{FIELD} differs: answers end at any of {named}"
+        yield make_problem("end-tokens", FIELD, f"config.json and {GENERATION_CONFIG}: {message}")

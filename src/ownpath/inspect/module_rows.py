@@ -64,5 +64,5 @@ def bytes_by_format(census: Census, index: CheckpointIndex) -> dict[str, int]:
 def num_parameters(census: Census, index: CheckpointIndex) -> int:
     """Counts the numbers that are read, once each: packed codes by the values they stand for, without scales and id
     tables."""
-    tables = (param.shape for param in census.params if index[param.key].dtype[0] != "I")
+    tables = (param.shape for param in census.params if "I64" not in param.dtypes)
     return sum(prod(stored.spec.shape) for stored in census.modules) + sum(map(prod, tables))

@@ -3,15 +3,20 @@
 from collections import Counter
 from dataclasses import asdict
 
+from rich.console import RenderableType
+
 from ownpath.checkpoint.problems import REMEDIES
+from ownpath.finding import Finding, failed, warned
 from ownpath.inspect.inspection import Contents, Inspection
 from ownpath.inspect.memory import Memory
 from ownpath.inspect.module_rows import bytes_by_format, module_rows, num_parameters
-from ownpath.plan.show import align
+from ownpath.plan.input_scales import missing_input_scales
+from ownpath.terminal.page import Listing, fact, line
+from ownpath.terminal.text import counted, size_text
 
 MAX_LINES = 8
 """Lines shown for one kind of problem; the rest is counted. ``--json`` has them all."""
-MAX_WIDTH = 400
+_NUMBERS = frozenset({4, 5})
 _SHAPE = (
     ("num_hidden_layers", "layers"),
     ("hidden_size", "hidden"),
@@ -28,7 +33,8 @@ def inspection_dict(inspection: Inspection) -> dict[str, object]:
     """Returns the inspection for programs; the keys are documented in docs/inspect.md."""
     index, contents = inspection.index, inspection.contents
     problems = [
-        {"check": p.id, "where": p.where, "problem": p.message, "remedy": p.remedy} for p in inspection.problems
+        {"check": p.id, "severity": p.verdict.value.lower(), "where": p.where, "problem": p.message, "remedy": p.remedy}
+        for p in inspection.problems
     ]
     common: dict[str, object] = {
         "folder": str(inspection.folder),
@@ -38,6 +44,11 @@ def inspection_dict(inspection: Inspection) -> dict[str, object]:
         "num_bytes": sum(info.num_bytes for info in index.tensors.values()),
         "seconds": round(inspection.seconds, 3),
     }
+    end, release = inspection.end_tokens, inspection.release
+    common["end_tokens"] = (
+        None if end is None else {str(token_id): list(files) for token_id, files in end.sources.items()}
+    )
+    common["release"] = None if release is None else asdict(release)
     return common | (_contents_dict(inspection, contents) if contents else {}) | {"problems": problems}
 
 
@@ -59,80 +70,108 @@ def _contents_dict(inspection: Inspection, contents: Contents) -> dict[str, obje
         "lossless_casts": list(blocks.lossless_casts),
         "calibration": {name: asdict(coverage) for name, coverage in contents.calibration.items()},
         "gate_up": asdict(contents.gate_up),
+        "missing_input_scales": asdict(missing_input_scales(census.modules)),
+        "absent": dict(index.absent),
+        "magnitudes": {
+            "num_tensors": contents.magnitudes.num_tensors,
+            "num_values": contents.magnitudes.num_values,
+            "farthest": contents.magnitudes.farthest,
+        },
         "memory": [asdict(memory) for memory in contents.memory],
     }
 
 
-def inspection_text(inspection: Inspection) -> str:
+def inspection_page(inspection: Inspection) -> list[RenderableType]:
     """Returns a page: the checkpoint, how it is stored, what it takes to run, and what is wrong with it."""
     index, contents = inspection.index, inspection.contents
-    num_files = len({info.file for info in index.tensors.values()})
+    files = counted(len({info.file for info in index.tensors.values()}), "file")
     total = sum(info.num_bytes for info in index.tensors.values())
-    lines = [f"{inspection.folder}: {len(index.tensors)} tensors, {_size(total)} in {num_files} files"]
+    tensors = counted(len(index.tensors), "tensor")
+    parts: list[RenderableType] = [fact(str(inspection.folder), f"{tensors}, {size_text(total)} in {files}")]
     if contents is not None:
-        lines += _contents_lines(inspection, contents)
-    lines += ["", *_problem_lines(inspection), f"read in {inspection.seconds:.1f} s"]
-    return "\n".join(printable(line) for line in lines)
+        parts += _contents_parts(inspection, contents)
+    if inspection.end_tokens is not None:
+        ends = (f"{token_id} ({' and '.join(files)})" for token_id, files in inspection.end_tokens.sources.items())
+        parts.append(fact("answers end at token", " or ".join(ends)))
+    if inspection.release is not None:
+        parts.append(fact("release of the chat format", str(inspection.release)))
+    return [*parts, line(""), *_problem_parts(inspection), line(f"read in {inspection.seconds:.1f} s", style="dim")]
 
 
-def _contents_lines(inspection: Inspection, contents: Contents) -> list[str]:
+def _contents_parts(inspection: Inspection, contents: Contents) -> list[RenderableType]:
     index, census = inspection.index, contents.census
     shape = ", ".join(f"{label} {getattr(contents.config, field)}" for field, label in _SHAPE)
-    sizes = ", ".join(f"{name} {_size(size)}" for name, size in bytes_by_format(census, index).items())
-    lines = [f"shape: {shape}", f"parameters: {num_parameters(census, index):,}", f"bytes: {sizes}", ""]
-    table: list[tuple[str, ...]] = [("module", "stored as", "format", "shape", "modules", "bytes")]
+    sizes = ", ".join(f"{name} {size_text(size)}" for name, size in bytes_by_format(census, index).items())
+    parts: list[RenderableType] = [fact("shape", shape), fact("parameters", f"{num_parameters(census, index):,}")]
+    parts += [fact("bytes", sizes), line("")]
+    rows = []
     for row in module_rows(census, index):
-        cells = (f"{row.shape[0]} x {row.shape[1]}", str(row.num_modules), _size(row.num_bytes))
-        table.append((row.modules, row.encoding, row.format, *cells))
-    lines += align(table)
+        cells = (f"{row.shape[0]} x {row.shape[1]}", str(row.num_modules), size_text(row.num_bytes))
+        rows.append((row.modules, row.encoding, row.format, *cells))
+    parts.append(Listing(("module", "stored as", "format", "shape", "modules", "bytes"), rows, to_right=_NUMBERS))
     for reason, count in Counter(census.ignored.values()).items():
-        lines.append(f"not read: {count} tensors ({reason})")
-    return [*lines, "", *_scale_lines(inspection, contents), *(_memory_line(memory) for memory in contents.memory)]
+        parts.append(fact("not read", f"{counted(count, 'tensor')} ({reason})"))
+    for shard, count in Counter(index.absent.values()).items():
+        told_of = f"{counted(count, 'tensor')} that the index lists in {shard!r}; nothing but a draft needs them"
+        parts.append(fact("not there", told_of))
+    told = [*_scale_facts(inspection, contents), *map(_memory_fact, contents.memory)]
+    return [*parts, line(""), *(fact(label, text) for label, text in told)]
 
 
-def _scale_lines(inspection: Inspection, contents: Contents) -> list[str]:
+def _scale_facts(inspection: Inspection, contents: Contents) -> list[tuple[str, str]]:
     blocks = contents.blocks
-    which = "all" if inspection.are_all_scales_read else "a sample: the first 4 KiB of every module's"
-    found = f"{blocks.num_zero} zero, {blocks.num_saturated} at the largest number"
-    lines = [f"block scales: {blocks.num_blocks:,} of {blocks.num_modules} modules ({which}); {found}"]
+    which = "all of them" if inspection.are_all_scales_read else "a sample: the first 4 KiB of every module's"
+    found = f"{blocks.num_zero:,} zero, {blocks.num_saturated:,} at the largest number"
+    modules = counted(blocks.num_modules, "module")
+    told = [("block scales", f"{blocks.num_blocks:,} of {modules} ({which}); {found}")]
     if blocks.cast_slots:
-        casts = len(blocks.lossless_casts)
-        lines.append(f"cast from MXFP4 without loss: {casts} of {len(blocks.cast_slots)} NVFP4 operands")
+        operands = counted(len(blocks.cast_slots), "NVFP4 operand")
+        told.append(("cast from MXFP4 without loss", f"{len(blocks.lossless_casts)} of {operands}"))
     if contents.gate_up.num_pairs:
         pairs = contents.gate_up
-        lines.append(f"gate and up share a global scale: {pairs.num_equal} of {pairs.num_pairs} experts")
+        experts = counted(pairs.num_pairs, "expert")
+        told.append(("gate and up share a global scale", f"{pairs.num_equal} of {experts}"))
+    missing = missing_input_scales(contents.census.modules)
+    if missing.num_modules:
+        modules, kernels = counted(missing.num_modules, "NVFP4 module"), ", ".join(missing.needed_by)
+        told.append(("no input scale", f"{modules}; kernels that would need it: {kernels}"))
     for projection, coverage in contents.calibration.items():
-        counts = f"{coverage.num_own} experts have their own, {coverage.num_shared} share the maximum"
-        lines.append(f"input_scale of {projection}: {counts}")
-    return lines
+        own = counted(coverage.num_own, "expert has its own", "experts have their own")
+        shared = counted(coverage.num_shared, "has", "have")
+        told.append((f"input_scale of {projection}", f"{own}, {shared} the maximum of their layer"))
+    seen = contents.magnitudes
+    tensors = counted(seen.num_tensors, "tensor")
+    sampled = f"{seen.num_values:,} values of {tensors} (rows spread over each)"
+    told.append(("magnitudes", f"{sampled}; matrices within {seen.farthest:.3g} times their peers'"))
+    return told
 
 
-def _memory_line(memory: Memory) -> str:
+def _memory_fact(memory: Memory) -> tuple[str, str]:
+    label = f"memory on {memory.device}"
     if memory.refusal is not None:
-        return f"memory on {memory.device}: cannot run ({memory.refusal})"
-    cache = f"{_size(memory.cache_bytes)} for each sequence of {memory.num_tokens} tokens"
-    return f"memory on {memory.device}: {_size(memory.weights_bytes)} of weights, {cache} ({memory.activations})"
+        return label, f"cannot run ({memory.refusal})"
+    cache = f"{size_text(memory.cache_bytes)} for each sequence of {counted(memory.num_tokens, 'token')}"
+    return label, f"{size_text(memory.weights_bytes)} of weights, {cache} ({memory.activations})"
 
 
-def _problem_lines(inspection: Inspection) -> list[str]:
-    if not inspection.problems:
-        return ["no problems found"]
-    lines = [f"{len(inspection.problems)} problems:"]
-    for check, count in Counter(problem.id for problem in inspection.problems).items():
-        messages = [problem.message for problem in inspection.problems if problem.id == check]
-        lines += [f"  [{check}] {message}" for message in messages[:MAX_LINES]]
-        lines += [f"  [{check}] and {count - MAX_LINES} more (--json lists them)"] if count > MAX_LINES else []
-        lines.append(f"    remedy: {REMEDIES[check]}")
-    return lines
+def _problem_parts(inspection: Inspection) -> list[RenderableType]:
+    """Lists the problems, by kind, then the warnings."""
+    problems, warnings = failed(inspection.problems), warned(inspection.problems)
+    if problems:
+        parts = [line(f"{counted(len(problems), 'problem')}:", style="bold red"), *_by_kind(problems)]
+    else:
+        parts = [line("no problems found", style="green")]
+    if warnings:
+        parts += [line(f"{counted(len(warnings), 'warning')}:", style="bold yellow"), *_by_kind(warnings)]
+    return parts
 
 
-def _size(num_bytes: int) -> str:
-    if num_bytes < 2**20:
-        return f"{num_bytes / 2**10:.1f} KiB"
-    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes < 2**30 else f"{num_bytes / 2**30:.2f} GiB"
-
-
-def printable(line: str) -> str:
-    """Escapes what a terminal would act on, since names come from files, and cuts a line that is too long."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
-    return text if len(text) <= MAX_WIDTH else f"{text[:MAX_WIDTH]}…"
+def _by_kind(problems: list[Finding]) -> list[RenderableType]:
+    parts: list[RenderableType] = []
+    for check, count in Counter(problem.id for problem in problems).items():
+        messages = [problem.message for problem in problems if problem.id == check]
+        parts += [line(f"[{check}] {message}", indent=2) for message in messages[:MAX_LINES]]
+        if count > MAX_LINES:
+            parts.append(line(f"[{check}] and {count - MAX_LINES:,} more (--json lists them)", indent=2))
+        parts.append(fact("remedy", REMEDIES[check], indent=4))
+    return parts

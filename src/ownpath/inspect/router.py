@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
+from ownpath.checkpoint.dtypes import TABLES, TORCH_DTYPES
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.problems import make_problem
 from ownpath.checkpoint.schema import ParamSpec
 from ownpath.finding import Finding
 from ownpath.inspect.tensor_bytes import read_values
 
-_DTYPES = {"I64": torch.int64, "I32": torch.int32}
 _BIAS = re.compile(r".+\.ffn\.gate\.bias")
 
 
@@ -36,7 +36,7 @@ def read_biases(
     keys = [param.key for param in params if _BIAS.fullmatch(param.key)]
     biases = []
     for info, data in read_values((index[key] for key in keys), broken, problems):
-        values = torch.frombuffer(bytearray(data), dtype=torch.float32)
+        values = torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[info.dtype]).float()
         _, counts = values.unique(return_counts=True)
         num_ties = int(counts[counts > 1].sum())
         largest = float(values.abs().amax())
@@ -65,9 +65,11 @@ def repeated_ids(
     params: Iterable[ParamSpec], index: CheckpointIndex, broken: frozenset[Path], problems: list[Finding]
 ) -> Iterator[Finding]:
     """Yields tables of expert ids in which a token has one expert twice."""
-    tables = [index[param.key] for param in params if index[param.key].dtype in _DTYPES]
+    tables = [index[param.key] for param in params if index[param.key].dtype in TABLES]
     for info, data in read_values(tables, broken, problems):
-        ids = torch.frombuffer(bytearray(data), dtype=_DTYPES[info.dtype]).view(info.shape).sort(dim=1).values
+        ids = (
+            torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[info.dtype]).long().view(info.shape).sort(dim=1).values
+        )
         repeats = (ids[:, 1:] == ids[:, :-1]).any(dim=1)
         if repeats.any():
             where = f"{int(repeats.sum())} of {len(ids)} tokens have an expert twice, the first is token"

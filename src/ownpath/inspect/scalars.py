@@ -1,13 +1,15 @@
 """Checks scalar scales: valid as multipliers, consistent with their neighbours, calibrated or filled in."""
 
 import re
-import struct
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import torch
+
+from ownpath.checkpoint.dtypes import TORCH_DTYPES
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.problems import make_problem
 from ownpath.checkpoint.scales import scale_fault
@@ -65,13 +67,15 @@ def read_scalars(
     scalars = []
     for info, data in read_values((index[key] for key in owners), broken, problems):
         module, part = owners[info.name]
-        (value,) = struct.unpack("<f", data)
+        value = float(torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[info.dtype])[0])
         fault = scale_fault(value, part.is_divisor)
         meant = 1 / value if part.is_divisor and value else value
+        kind = None if fault is None else fault[0] if part.role == "global_scale" else "input-scale"
         if fault is None and meant < SMALLEST_NORMAL:
-            fault = "out-of-band-scale", f"scale is {value}, an integer's bits or an underflow by its size"
-        if fault is not None:
-            problems.append(make_problem(fault[0], info.name, f"tensor {info}: {fault[1]}"))
+            fault = "", f"scale is {value}, an integer's bits or an underflow by its size"
+            kind = "scalar-scale" if part.role == "global_scale" else "out-of-band-scale"
+        if fault is not None and kind is not None:
+            problems.append(make_problem(kind, info.name, f"tensor {info}: {fault[1]}"))
         else:
             scalars.append(Scalar(module, part.role, info.name, meant))
     return tuple(scalars)

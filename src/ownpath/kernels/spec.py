@@ -58,6 +58,7 @@ class KernelSpec:
     launches: patterns of the device kernels' names that every call launches; empty where torch's libraries launch.
     rounding: rounding of activations, for calls of ``rounds_from`` rows or more.
     rounds_weight: it may round a weight to the activations' dtype before it multiplies.
+    converts_scales: MXFP4's block scales are converted to NVFP4's when loaded, which refuses what E4M3 cannot hold.
     is_default: a runner made without a chosen kernel uses it, where the device allows.
     evidence: ``None`` for the torch references, with which others are compared.
     """
@@ -82,6 +83,7 @@ class KernelSpec:
     rounding: InputRounding = InputRounding.EXACT
     rounds_from: int = 1
     rounds_weight: bool = False
+    converts_scales: bool = False
     is_default: bool = False
     evidence: Evidence | None = None
 

@@ -3,6 +3,7 @@
 from ownpath.numerics.dequantize import (
     decode_fp8_block,
     decode_mxfp4_blocks,
+    decode_mxfp8_blocks,
     decode_nvfp4_blocks,
     dequantize,
 )
@@ -24,7 +25,7 @@ from ownpath.numerics.fake_quant import (
     hadamard,
     nvfp4_codes_times_scales,
 )
-from ownpath.numerics.mxfp4 import mxfp4_as_nvfp4, mxfp4_scale_as_nvfp4
+from ownpath.numerics.mxfp4 import ScaleSpanError, mxfp4_as_nvfp4, mxfp4_scale_as_nvfp4
 from ownpath.numerics.quantize import (
     nvfp4_global_scale,
     quantize_fp8_block,
@@ -39,11 +40,13 @@ __all__ = [
     "E2M1_MAX",
     "E4M3_MAX",
     "FP8_AMAX_FLOOR",
+    "ScaleSpanError",
     "decode_e2m1",
     "decode_e4m3",
     "decode_e8m0",
     "decode_fp8_block",
     "decode_mxfp4_blocks",
+    "decode_mxfp8_blocks",
     "decode_nvfp4_blocks",
     "decode_packed_e2m1",
     "dequantize",

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4
+from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, MXFP8, NVFP4
 from ownpath.numerics.e2m1 import decode_packed_e2m1
 from ownpath.numerics.e4m3 import decode_e4m3
 from ownpath.numerics.e8m0 import decode_e8m0
@@ -31,6 +31,8 @@ def dequantize(q: QuantTensor, dtype: torch.dtype = torch.float32) -> Tensor:
         return value.mul_(q.global_scale.to(work)[..., None, None]).to(dtype)
     if q.format == MXFP4:
         return decode_mxfp4_blocks(q.qdata, q.scale, work).to(dtype)
+    if q.format == MXFP8:
+        return decode_mxfp8_blocks(q.qdata, q.scale, work).to(dtype)
     if q.format == FP8_BLOCK:
         return decode_fp8_block(q.qdata, q.scale, work).to(dtype)
     raise ValueError(f"dequantize: no definition for format {q.format}")
@@ -59,6 +61,15 @@ def decode_mxfp4_blocks(qdata: Tensor, scale: Tensor, dtype: torch.dtype = torch
     return _scale_groups(decode_packed_e2m1(qdata, dtype), decode_e8m0(scale, dtype), 32)
 
 
+def decode_mxfp8_blocks(qdata: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Multiplies E4M3 values by E8M0 block scales; exact in float32 and bfloat16 for scales from 2^-117 to 2^119.
+
+    Shapes: qdata float8_e4m3fn [..., N, K]; scale float8_e8m0fnu (or its bytes) [..., N, K/32] -> dtype [..., N, K].
+    Errors: ValueError when scale does not have one entry for each 32 values.
+    """
+    return _scale_groups(decode_e4m3(qdata, dtype), decode_e8m0(scale, dtype), 32)
+
+
 def decode_fp8_block(
     qdata: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32, block: tuple[int, int] = (128, 128)
 ) -> Tensor:
@@ -67,8 +78,8 @@ def decode_fp8_block(
     Computed in float32 (float64 when dtype is float64). With E8M0 scales from 2^-117 to 2^119 the product is
     exact in bfloat16 too, because a power of two only moves the exponent.
 
-    Shapes: qdata float8_e4m3fn [..., N, K]; scale float8_e8m0fnu or float32 (or bfloat16) [..., ceil(N/128),
-        ceil(K/128)] -> dtype [..., N, K].
+    Shapes: qdata float8_e4m3fn [..., N, K]; scale float8_e8m0fnu or float32 (or a float of 16 bits)
+        [..., ceil(N/128), ceil(K/128)] -> dtype [..., N, K].
     Errors: ValueError when the grid of scales does not cover qdata exactly, or for another scale dtype.
     """
     work = torch.float64 if dtype == torch.float64 else torch.float32
@@ -89,9 +100,9 @@ def _block_scale_values(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns an FP8_BLOCK scale as numbers. Raw bytes are refused: their encoding is not known."""
     if scale.dtype == torch.float8_e8m0fnu:
         return decode_e8m0(scale, dtype)
-    if scale.dtype in (torch.float32, torch.bfloat16):
+    if scale.dtype in (torch.float32, torch.bfloat16, torch.float16):
         return scale.to(dtype)
-    raise ValueError(f"FP8 block scale must be float8_e8m0fnu, float32 or bfloat16, not {scale.dtype}")
+    raise ValueError(f"FP8 block scale must be float8_e8m0fnu or a float of 16 or 32 bits, not {scale.dtype}")
 
 
 def _scale_groups(value: Tensor, factor: Tensor, group: int) -> Tensor:

@@ -16,6 +16,14 @@ MAGNITUDES = 0x7777_7777_7777_7777
 """All bits but the signs of 16 codes."""
 
 
+class ScaleSpanError(ValueError):
+    """Raised for scales that E4M3 cannot hold. expert: the matrix of the stack that has them."""
+
+    def __init__(self, message: str, expert: int) -> None:
+        super().__init__(message)
+        self.expert = expert
+
+
 def mxfp4_scale_as_nvfp4(
     name: str, codes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,8 +34,8 @@ def mxfp4_scale_as_nvfp4(
     Shapes: codes uint8 [E, N, K/2]; scale E8M0 [E, N, K/32]; returns E4M3 [E, N, K/16] and float32 [E].
     out: E4M3 [E, N, K/16], written expert after expert. ``scale`` may be its last half: each part is read before it is
         overwritten. ``scale`` is then destroyed, after an error too.
-    Errors: ValueError naming the operand and expert for a NaN scale, or for scales of non-zero blocks that span more
-        than the 18 powers of two of E4M3.
+    Errors: ValueError naming the operand and expert for a NaN scale; ScaleSpanError for scales of non-zero blocks that
+        span more than the 18 powers of two of E4M3.
     """
     num_experts, num_rows, num_blocks = scale.shape
     if out is None:
@@ -46,8 +54,8 @@ def mxfp4_scale_as_nvfp4(
     for expert in torch.where(torch.stack(nans))[0].tolist():
         raise ValueError(f"{name} of expert {expert} holds a NaN scale")
     for expert in torch.where(torch.stack(wides))[0].tolist():
-        raise ValueError(f"{name} of expert {expert} spans more than the {E4M3_MAX_POWER - E4M3_MIN_POWER + 1} "
-                         "powers of two that NVFP4 block scales have")  # fmt: skip
+        powers = f"{E4M3_MAX_POWER - E4M3_MIN_POWER + 1} powers of two that NVFP4 block scales have"
+        raise ScaleSpanError(f"{name} of expert {expert} spans more than the {powers}", expert)
     return out, _power_of_two(torch.stack(tops) - 127 - E4M3_MAX_POWER)
 
 

@@ -44,7 +44,7 @@ class Arithmetic:
     def has_nvfp4_inputs(self) -> bool:
         return self.w4a4 or Step.NVFP4_INPUTS in self.official
 
-    def rounded(self, x: Tensor) -> Tensor:
+    def round(self, x: Tensor) -> Tensor:
         """Rounds a result as an engine stores it."""
         return x if self.narrow is None else x.to(self.narrow).to(self.dtype)
 
@@ -69,7 +69,7 @@ class OracleRun:
 
     def record(self, name: str, value: Tensor) -> Tensor:
         """Records ``value`` as an engine would store it, and returns it."""
-        self.values[name] = kept = self.arithmetic.rounded(value)
+        self.values[name] = kept = self.arithmetic.round(value)
         return kept
 
     def record_wide(self, name: str, value: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class OracleRun:
 
     def matrix(self, module: str) -> Tensor:
         """Returns a whole matrix as an engine that decodes it at load holds it."""
-        return self.arithmetic.rounded(self.stored.matrix(module, self.encodings[module]).float().to(self.stored.dtype))
+        return self.arithmetic.round(self.stored.matrix(module, self.encodings[module]).float().to(self.stored.dtype))
 
     def _side_by_side(self, x: Tensor, modules: tuple[str, ...], is_wide: bool) -> Tensor:
         """Quantises the inputs once, for all matrices, where they are quantised at all."""
@@ -116,7 +116,7 @@ class OracleRun:
 
     def _product(self, x: Tensor, module: str, input_scale: Tensor | None, is_wide: bool) -> Tensor:
         encoding = self.encodings[module]
-        weight, global_scale = self.stored.scaled(module, encoding)
+        weight, global_scale = self.stored.factors(module, encoding)
         if encoding.format is NVFP4:
             assert global_scale is not None
             if input_scale is None:
@@ -127,7 +127,7 @@ class OracleRun:
         if encoding.format.block is not None and Step.FP8_INPUTS in self.arithmetic.official:
             x = fp8(x, _INPUT_BLOCK).to(x.dtype)
         elif encoding.format is FP32 and not is_wide:
-            weight = self.arithmetic.rounded(weight)
+            weight = self.arithmetic.round(weight)
         return x @ weight.T
 
     def norm(self, slot: str, x: Tensor, weight_key: str) -> Tensor:
@@ -142,4 +142,4 @@ class OracleRun:
 
     def read_streams(self, slot: str, norm_key: str, x_TSD: Tensor, pre_TS: Tensor) -> Tensor:
         """Computes a sublayer's normed input [T, D]; rounded before and after the norm."""
-        return self.norm(f"{slot}.h", self.arithmetic.rounded(collapse(x_TSD, pre_TS)), norm_key)
+        return self.norm(f"{slot}.h", self.arithmetic.round(collapse(x_TSD, pre_TS)), norm_key)

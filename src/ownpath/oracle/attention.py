@@ -28,7 +28,7 @@ def attention(run: OracleRun, layer: Layer, x_TD: Tensor, forced_mask_TC: Tensor
     q = run.linear(f"{name}.wq_b", qr, f"{name}.wq_b").unflatten(-1, (config.num_attention_heads, config.head_dim))
     q = run.record(f"{name}.q", rotate_to(_head_norm(run, f"{name}.q_head_norm", q), positions, config, ratio))
     kv = run.norm(f"{name}.kv_norm", kv, f"{name}.kv_norm.weight")
-    keys = run.record(f"{name}.kv", _quantize_kv(run, run.arithmetic.rounded(rotate_to(kv, positions, config, ratio))))
+    keys = run.record(f"{name}.kv", _quantize_kv(run, run.arithmetic.round(rotate_to(kv, positions, config, ratio))))
     if Step.KV in run.arithmetic.official:
         run.record(f"{name}.key_quantizer", keys)
     age = positions[:, None] - positions
@@ -48,9 +48,9 @@ def _head_norm(run: OracleRun, slot: str, q: Tensor) -> Tensor:
     """Norms query heads, without a weight; official numerics round after every operation."""
     if Step.Q_HEAD_NORM not in run.arithmetic.official:
         return run.record(slot, rms(q, run.config.rms_norm_eps))
-    rounded = run.arithmetic.rounded
-    mean = rounded(rounded(q.square()).mean(-1, keepdim=True))
-    return run.record(slot, q * rounded(torch.rsqrt(rounded(mean + run.config.rms_norm_eps))))
+    round_ = run.arithmetic.round
+    mean = round_(round_(q.square()).mean(-1, keepdim=True))
+    return run.record(slot, q * round_(torch.rsqrt(round_(mean + run.config.rms_norm_eps))))
 
 
 def _quantize_kv(run: OracleRun, kv: Tensor) -> Tensor:
@@ -64,12 +64,12 @@ def _quantize_kv(run: OracleRun, kv: Tensor) -> Tensor:
 
 def _attend(run: OracleRun, q_TNH: Tensor, keys_KH: Tensor, visible_TK: Tensor, sink_N: Tensor) -> Tensor:
     """Attends to the visible keys, with the sink in the softmax, which adds nothing: [T, N, H]."""
-    rounded, parts = run.arithmetic.rounded, []
+    round_, parts = run.arithmetic.round, []
     for start in range(0, len(q_TNH), QUERIES_AT_ONCE):
         rows = slice(start, start + QUERIES_AT_ONCE)
-        scores = rounded(torch.einsum("tnh,kh->tnk", q_TNH[rows], keys_KH)) * run.config.head_dim**-0.5
+        scores = round_(torch.einsum("tnh,kh->tnk", q_TNH[rows], keys_KH)) * run.config.head_dim**-0.5
         weights = attention_weights(scores, visible_TK[rows], sink_N)
-        parts.append(torch.einsum("tnk,kh->tnh", rounded(weights), keys_KH))
+        parts.append(torch.einsum("tnk,kh->tnh", round_(weights), keys_KH))
     return torch.cat(parts)
 
 
@@ -95,12 +95,12 @@ def _compress(run: OracleRun, name: str, x_TD: Tensor, ratio: int) -> Tensor:
         before_score = F.pad(score[..., :half], (0, 0, 0, 0, 1, 0), value=-math.inf)[:num_windows]
         kv = torch.cat((before, kv[..., half:]), 1)
         score = torch.cat((before_score, score[..., half:]), 1)
-    rounded = run.arithmetic.rounded
-    entries = rms(rounded((kv * score.softmax(1)).sum(1)), run.config.rms_norm_eps) * run.stored.param(
+    round_ = run.arithmetic.round
+    entries = rms(round_((kv * score.softmax(1)).sum(1)), run.config.rms_norm_eps) * run.stored.param(
         f"{name}.norm.weight"
     )
     starts = torch.arange(num_windows, device=x_TD.device) * ratio
-    return rounded(rotate_to(rounded(entries), starts, run.config, ratio))
+    return round_(rotate_to(round_(entries), starts, run.config, ratio))
 
 
 def _select(
@@ -110,7 +110,7 @@ def _select(
     config, (x_TD, qr) = run.config, inputs
     positions = torch.arange(len(x_TD), device=x_TD.device)
     q = run.linear(f"{name}.wq_b", qr, f"{name}.wq_b").unflatten(-1, (config.index_n_heads, config.index_head_dim))
-    q = _transform_index(run, run.arithmetic.rounded(rotate_to(q, positions, config, CSA_RATIO)))
+    q = _transform_index(run, run.arithmetic.round(rotate_to(q, positions, config, CSA_RATIO)))
     if Step.INDEXER in run.arithmetic.official:
         run.record(f"{name}.quantizer", q)
     k = _transform_index(run, _compress(run, f"{name}.compressor", x_TD, CSA_RATIO))
@@ -130,5 +130,5 @@ def _transform_index(run: OracleRun, x: Tensor) -> Tensor:
     """Transforms index queries and keys into the form in which they are scored."""
     if Step.INDEXER not in run.arithmetic.official:
         return x
-    turned = run.arithmetic.rounded(x @ hadamard_matrix(x.shape[-1]).to(x))
+    turned = run.arithmetic.round(x @ hadamard_matrix(x.shape[-1]).to(x))
     return fp4(turned, _INDEX_BLOCK).to(x.dtype)

@@ -78,7 +78,7 @@ def reference_block(
 
 def reference_embed(config: ModelConfig, stored: StoredWeights, token_ids_T: Tensor, arithmetic: Arithmetic) -> Tensor:
     """Returns the streams before the first layer: [T, S, D]."""
-    h_TD = arithmetic.rounded(stored.rows("embed.weight", token_ids_T))
+    h_TD = arithmetic.round(stored.rows("embed.weight", token_ids_T))
     return h_TD[:, None].repeat(1, config.hc_mult, 1)
 
 
@@ -87,7 +87,7 @@ def reference_head(
 ) -> Tensor:
     """Computes logits [T, V] from the streams after the last layer. name: ``mtp.0.`` and so on for a draft's."""
     run = OracleRun.of(stored, plan, arithmetic, "head")
-    x_TSD = arithmetic.rounded(streams_TSD.to(stored.device, stored.dtype))
+    x_TSD = arithmetic.round(streams_TSD.to(stored.device, stored.dtype))
     mixing = run.mixing(f"{name}hc_head")
     pre_TS = mixing.pre(mixing.logits(x_TSD), config.hc_mult)
     h_TD = run.read_streams(f"{name}hc_head", f"{name}norm.weight", x_TSD, pre_TS)

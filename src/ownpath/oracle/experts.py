@@ -24,7 +24,7 @@ def feed_forward(
     for expert, rows, slots in _rows_by_expert(ids_TK):
         y_SD = _routed_expert(run, f"{name}.experts.{expert}", x_TD[rows], weights_TK[rows, slots, None])
         y_TD.index_add_(0, rows, y_SD)
-    return run.arithmetic.rounded(run.record(f"{name}.experts", y_TD) + _shared_expert(run, name, x_TD))
+    return run.arithmetic.round(run.record(f"{name}.experts", y_TD) + _shared_expert(run, name, x_TD))
 
 
 def _route(
@@ -61,13 +61,13 @@ def _rows_by_expert(ids_TK: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
 def _routed_expert(run: OracleRun, name: str, x_SD: Tensor, weight_S1: Tensor) -> Tensor:
     """Computes one routed expert's weighted output for its rows. If the weight is applied first, products are rounded
     too."""
-    rounded, is_weight_first = run.arithmetic.rounded, Step.ROUTING_WEIGHT in run.arithmetic.official
+    round_, is_weight_first = run.arithmetic.round, Step.ROUTING_WEIGHT in run.arithmetic.official
     gate_up = run.products(x_SD, f"{name}.w1", f"{name}.w3")
-    gate, up = (rounded(gate_up) if is_weight_first else gate_up).chunk(2, -1)
+    gate, up = (round_(gate_up) if is_weight_first else gate_up).chunk(2, -1)
     hidden = swiglu(gate, up, run.config.swiglu_limit)
     if is_weight_first:
-        return rounded(run.products(rounded(weight_S1 * hidden), f"{name}.w2"))
-    return weight_S1 * rounded(run.products(rounded(hidden), f"{name}.w2"))
+        return round_(run.products(round_(weight_S1 * hidden), f"{name}.w2"))
+    return weight_S1 * round_(run.products(round_(hidden), f"{name}.w2"))
 
 
 def _shared_expert(run: OracleRun, ffn: str, x_TD: Tensor) -> Tensor:

@@ -92,10 +92,10 @@ def fp8(x: Tensor, size: int, is_power_of_two: bool = True) -> Tensor:
 
 def fp4(x: Tensor, size: int) -> Tensor:
     """Rounds to E2M1 with a power-of-two scale, at least 2^-126, for each ``size`` values."""
-    return fp4_scaled_by(x.float(), x.float(), size)
+    return fp4_with_scale_of(x.float(), x.float(), size)
 
 
-def fp4_scaled_by(x: Tensor, other: Tensor, size: int) -> Tensor:
+def fp4_with_scale_of(x: Tensor, other: Tensor, size: int) -> Tensor:
     """As ``fp4``, with the scales of another tensor's blocks; neither is rounded to float32 first."""
     amax = _blocks_of(other, size).abs().amax(-1, keepdim=True).double()
     scale = power_of_two_scale(amax.clamp(min=6 * 2.0**-126), E2M1[-1])

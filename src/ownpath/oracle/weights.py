@@ -9,7 +9,7 @@ from torch import Tensor
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.reader import TensorReader
 from ownpath.checkpoint.schema import Encoding
-from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4
+from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, MXFP8, NVFP4
 from ownpath.oracle.formats import ByteValue, decode, e2m1_pair_of, e4m3_of, e8m0_of
 
 _FP8_BLOCK_SIZE = 128
@@ -35,15 +35,15 @@ class StoredWeights:
 
     def rows(self, key: str, row_ids: Tensor) -> Tensor:
         """Reads some rows of such a tensor, in the order of ``row_ids``; the others are not read."""
-        stored = self._read(key)[row_ids.cpu()].to(self.device)
+        stored = self._read.rows(key, row_ids).to(self.device)
         return stored.to(self.dtype if stored.is_floating_point() else torch.int64)
 
     def matrix(self, module: str, encoding: Encoding) -> Tensor:
         """Decodes the matrix of ``module`` with all its scales: [N, K]."""
-        blocks_NK, global_scale = self.scaled(module, encoding)
+        blocks_NK, global_scale = self.factors(module, encoding)
         return blocks_NK if global_scale is None else blocks_NK * global_scale.to(self.dtype)
 
-    def scaled(self, module: str, encoding: Encoding) -> tuple[Tensor, Tensor | None]:
+    def factors(self, module: str, encoding: Encoding) -> tuple[Tensor, Tensor | None]:
         """Returns codes times block scales [N, K], exact, and the global scale as a multiplier, float32 [] (NVFP4
         alone)."""
         raw, stored = self._read(encoding.key(module, "qdata")), encoding.format
@@ -51,8 +51,10 @@ class StoredWeights:
             return raw.to(self.device).to(self.dtype), None
         if stored is FP8_BLOCK:
             return self._fp8(raw, self._read(encoding.key(module, "scale"))), None
-        assert stored in (NVFP4, MXFP4), stored
+        assert stored in (NVFP4, MXFP4, MXFP8), stored
         scale = self._read(encoding.key(module, "scale"))
+        if stored is MXFP8:
+            return self._decode(raw, e4m3_of) * self._decode(scale, e8m0_of).repeat_interleave(32, dim=1), None
         if stored is MXFP4:
             return self._fp4(raw, self._decode(scale, e8m0_of), 32), None
         return self._fp4(raw, self._decode(scale, e4m3_of), 16), self._scalar(module, encoding, "global_scale")
@@ -66,7 +68,7 @@ class StoredWeights:
     def _scalar(self, module: str, encoding: Encoding, role: str) -> Tensor:
         """Reads a scalar as a multiplier; a divisor is inverted by one float32 division (docs/checkpoint.md)."""
         key = encoding.key(module, role)
-        scalar = self._read(key).to(self.device).reshape(())
+        scalar = self._read(key).to(self.device).float().reshape(())
         return torch.ones_like(scalar) / scalar if key.endswith(_DIVISORS) else scalar
 
     def _fp4(self, raw_NB: Tensor, scale: Tensor, width: int) -> Tensor:

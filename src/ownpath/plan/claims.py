@@ -1,71 +1,86 @@
-"""Compares config.json's claims about formats with the tensors: contradictions are reported, and the tensors win.
+"""Compares what files claim about formats with the tensors: contradictions are reported, and the tensors win.
 
 Exports differ in what they write there, and third parties copy a config from one export to another. An absent or null
 field claims nothing, and neither does a value that no export is known to write.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from types import MappingProxyType
 
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.schema import ENCODINGS, QUANTIZATION_FIELD, Encoding, ModuleSpec
-from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4, Format
+from ownpath.formats import FP8_BLOCK
+from ownpath.plan.sections import QuantSection
 
 EncodedModule = tuple[ModuleSpec, Encoding]
 
-COMPARED_FIELDS = frozenset({QUANTIZATION_FIELD, "expert_dtype"})
+EXPERT_DTYPE = "expert_dtype"
+COMPARED_FIELDS = frozenset({QUANTIZATION_FIELD, EXPERT_DTYPE})
 """Fields of config.json that decide nothing and are compared with the tensors."""
 
-_EXPERT_DTYPES: Mapping[str, tuple[Format, ...]] = MappingProxyType(
-    {"fp4": (MXFP4, NVFP4), "fp8": (FP8_BLOCK,), "bf16": (BF16,), "bfloat16": (BF16,), "float32": (FP32,)}
-)
-_EXPERT_ALGORITHMS: Mapping[str, tuple[Format, ...]] = MappingProxyType({"NVFP4": (NVFP4,), "MXFP4": (MXFP4,)})
+
+def config_section(claims: Mapping[str, object]) -> QuantSection:
+    """Returns what config.json says of formats. claims: its fields."""
+    return QuantSection(f"{QUANTIZATION_FIELD}.", _section(claims), claims.get(EXPERT_DTYPE))
 
 
 def find_contradictions(
-    claims: Mapping[str, object],
-    experts: Iterable[EncodedModule],
-    others: Iterable[EncodedModule],
-    index: CheckpointIndex,
+    claims: Mapping[str, object], modules: Iterable[EncodedModule], index: CheckpointIndex
 ) -> tuple[str, ...]:
-    """Returns a line for each field of config.json that contradicts the tensors; it names both.
+    """Returns a line for each claim of config.json that contradicts tensors; it names the field and the first of them.
 
-    claims: the fields of config.json. experts, others: routed experts' and all other modules with their encodings.
+    claims: the fields of config.json. modules: every module with its encoding.
     """
-    experts, others = tuple(experts), tuple(others)
-    nested = claims.get(QUANTIZATION_FIELD)
-    quantization = nested if isinstance(nested, dict) else {}
+    listed = tuple(modules)
+    section = _section(claims)
     found = [
-        *_method(quantization, (*experts, *others)),
-        *_experts(quantization, "moe_quant_algo", _EXPERT_ALGORITHMS, experts, prefix=f"{QUANTIZATION_FIELD}."),
-        *_experts(quantization, "expert_dtype", _EXPERT_DTYPES, experts, prefix=f"{QUANTIZATION_FIELD}."),
-        *_experts(claims, "expert_dtype", _EXPERT_DTYPES, experts),
-        *_fp8(quantization, [module for module in (*experts, *others) if module[1].format is FP8_BLOCK], index),
+        *_method(section, listed),
+        *section_contradictions(config_section(claims), listed),
+        *_fp8(section, [module for module in listed if module[1].format is FP8_BLOCK], index),
     ]
     return tuple(f"config.json: {line}" for line in found)
 
 
+def section_contradictions(section: QuantSection, modules: Iterable[EncodedModule]) -> Iterator[str]:
+    """Yields a line for each statement that does not fit the tensors, with how many modules it does not fit."""
+    found: dict[tuple[str, str], list[EncodedModule]] = {}
+    for module, encoding in modules:
+        for said in section.said_of(module.name):
+            if encoding.format.name not in said.formats:
+                found.setdefault((said.text, encoding.name), []).append((module, encoding))
+    for (text, _), unlike in found.items():
+        module, encoding = unlike[0]
+        stored = f"{module.name!r} is stored as {encoding.format} ({encoding.name})"
+        yield f"{text}, but {stored}{_and_more(len(unlike))}"
+
+
+def differing_sections(ours: QuantSection, theirs: QuantSection, names: Iterable[str]) -> Iterator[str]:
+    """Yields a line for each two statements that no format fits; the first is of ``ours``."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        for one in ours.said_of(name):
+            for other in theirs.said_of(name):
+                if not one.formats & other.formats:
+                    found.setdefault((one.text, other.text), []).append(name)
+    for (one_text, other_text), unlike in found.items():
+        yield f"config.json: {one_text}, but {other_text}, of {unlike[0]!r}{_and_more(len(unlike))}"
+
+
+def _and_more(count: int) -> str:
+    return "" if count == 1 else f" and {count - 1} more alike"
+
+
+def _section(claims: Mapping[str, object]) -> Mapping[str, object]:
+    nested = claims.get(QUANTIZATION_FIELD)
+    return nested if isinstance(nested, dict) else {}
+
+
 def _method(quantization: Mapping[str, object], modules: tuple[EncodedModule, ...]) -> Iterator[str]:
+    """Yields a method of which nothing is there; "fp8" is compared module by module."""
     method = quantization.get("quant_method")
     expected = [encoding for encoding in ENCODINGS if encoding.quant_method and encoding.quant_method == method]
-    if expected and not any(encoding in expected for _, encoding in modules):
+    if method != "fp8" and expected and not any(encoding.quant_method == method for _, encoding in modules):
         names = " or ".join(encoding.name for encoding in expected)
         yield f"{QUANTIZATION_FIELD}.quant_method is {method!r}, but no tensor is stored as {names}"
-
-
-def _experts(
-    fields: Mapping[str, object],
-    field: str,
-    known: Mapping[str, tuple[Format, ...]],
-    experts: tuple[EncodedModule, ...],
-    prefix: str = "",
-) -> Iterator[str]:
-    value = fields.get(field)
-    expected = known.get(value) if isinstance(value, str) else None
-    other = next((stored for stored in experts if expected and stored[1].format not in expected), None)
-    if other is not None:
-        module, encoding = other
-        yield f"{prefix}{field} is {value!r}, but {module.name!r} is stored as {encoding.format} ({encoding.name})"
 
 
 def _fp8(quantization: Mapping[str, object], fp8: list[EncodedModule], index: CheckpointIndex) -> Iterator[str]:

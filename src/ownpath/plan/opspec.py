@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ownpath.checkpoint.names import compressor_width, expert_modules
 from ownpath.checkpoint.schema import ModuleSpec
 from ownpath.config import CSA_RATIO, Layer, ModelConfig
-from ownpath.formats import FP8_BLOCK, MXFP4, NVFP4, Format
+from ownpath.formats import FP8_BLOCK, MXFP4, MXFP8, NVFP4, Format
 from ownpath.official import PLAIN, Step
 from ownpath.ops import OpKind
 
@@ -113,7 +113,7 @@ def steps_of(spec: OpSpec | CompanionSpec, stored: Format | None) -> frozenset[S
         return PLAIN if spec.step is None else frozenset({spec.step})
     if spec.kind not in (OpKind.LINEAR, OpKind.MOE):
         return PLAIN
-    inputs = {FP8_BLOCK: Step.FP8_INPUTS, MXFP4: Step.FP8_INPUTS, NVFP4: Step.NVFP4_INPUTS}
+    inputs = {FP8_BLOCK: Step.FP8_INPUTS, MXFP4: Step.FP8_INPUTS, MXFP8: Step.FP8_INPUTS, NVFP4: Step.NVFP4_INPUTS}
     steps = {inputs[stored]} if stored in inputs else set()
     return frozenset(steps | ({Step.ROUTING_WEIGHT} if spec.kind is OpKind.MOE else set()))
 

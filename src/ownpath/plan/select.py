@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ownpath.formats import Format
 from ownpath.kernels.registry import SPECS
-from ownpath.kernels.spec import KernelSpec
+from ownpath.kernels.spec import InputRounding, KernelSpec
 from ownpath.official import PLAIN, Step, numerics_name
 from ownpath.ops import OpKind
 
@@ -29,11 +29,13 @@ class Demands:
     activations: name of the activations' dtype.
     is_batch_invariant: a row's bits must not depend on the other rows of the call, nor on their number.
     official: steps to compute as DeepSeek's published code does.
+    reference: names of slots or modules, with ``*`` for any text, that torch computes from the stored form.
     """
 
     activations: str = "float32"
     is_batch_invariant: bool = False
     official: frozenset[Step] = PLAIN
+    reference: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ class Refusal:
     reason: str
 
 
+REFERENCES = tuple(spec for spec in SPECS if spec.evidence is None and not spec.converts_scales)
+"""The torch references that read what is stored, without a conversion that could refuse it."""
+
+
 def select(
     kind: OpKind,
     stored: Format | None,
@@ -60,11 +66,13 @@ def select(
     demands: Demands | None = None,
     dims: tuple[int, ...] = (),
     steps: frozenset[Step] = PLAIN,
+    no_input_scale: str = "",
 ) -> Choice | Refusal:
     """Selects the first of the specs (best first) that can run ``kind`` on weights of format ``stored``.
 
     stored: ``None`` for a companion. dims: the op's sizes, where a kernel's tiles constrain them.
     steps: the op's steps whose numerics can be chosen; the kernel computes exactly the demanded ones officially.
+    no_input_scale: the calibrated scale of the input that is not there, in words; empty where all are.
     """
     demands = demands or Demands()
     official = steps & demands.official
@@ -76,6 +84,8 @@ def select(
         if kernel.official - official:
             continue  # rounds where it was not demanded
         lack = _lack(kernel, stored, caps, demands, dims)
+        if lack is None and no_input_scale and kernel.rounding is InputRounding.NVFP4:
+            lack = f"quantises its input and needs the scale of it: {no_input_scale}"
         if lack is None and kernel.official != official:
             lack = f"computes {numerics_name(official - kernel.official)} as plain numerics do"
         if lack is None:

@@ -1,12 +1,17 @@
-"""Prints a plan: as text for people, as JSON values for programs."""
+"""Shows a plan: as a page for people, as JSON values for programs."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from rich.console import RenderableType
 
 from ownpath.checkpoint.drafts import Draft, DraftKind
 from ownpath.official import ALWAYS_OFFICIAL, MEANING, Step, numerics_name
 from ownpath.plan.plan import Plan, PlannedCompanion, PlannedOp
+from ownpath.terminal.page import Listing, fact, line
+from ownpath.terminal.text import counted
 
 _LAYER = re.compile(r"(layers|mtp)\.(\d+)\.(.*)")
 _HEADINGS = ("module", "stored as", "format", "runner", "kernel", "layout")
@@ -52,28 +57,56 @@ def _fold(decisions: Iterable[tuple[str, tuple[str, ...], str]]) -> list[PlanRow
     return list(rows.values())
 
 
-def plan_text(plan: Plan) -> str:
-    """Returns a table of each module's format, runner, kernel and layout, then the reasons, params and ignored keys."""
+def plan_page(plan: Plan, lossless_casts: Iterable[str] | None = None) -> list[RenderableType]:
+    """Returns a table of each module's format, runner, kernel and layout, then the reasons, params and ignored keys.
+
+    lossless_casts: slots that were cast from MXFP4 without loss; None where nobody asked.
+    """
     rows, companions = plan_rows(plan), companion_rows(plan)
-    lines = align([_HEADINGS, *((row.title, *row.cells) for row in rows)])
-    lines += ["", *align([_COMPANION_HEADINGS, *((row.title, *row.cells) for row in companions)])]
-    demands = f"activations: {plan.demands.activations}"
-    demands += ", every row's bits independent of the others (batch-invariant)" * plan.demands.is_batch_invariant
-    lines += ["", f"device: {plan.caps.name}", demands, f"numerics: {numerics_name(plan.demands.official)}"]
-    lines += [f"  {step}: {'official' if is_official(plan, step) else 'plain'} ({MEANING[step]})" for step in Step]
-    lines += ["why:"]
+    parts: list[RenderableType] = [
+        Listing(_HEADINGS, [(row.title, *row.cells) for row in rows]),
+        line(""),
+        Listing(_COMPANION_HEADINGS, [(row.title, *row.cells) for row in companions]),
+        line(""),
+        *_setting_parts(plan),
+        line("why:", style="bold"),
+    ]
     reasons = {f"{row.cells[3]} on {row.cells[1]}": row.why for row in rows}
     reasons |= {row.cells[1]: row.why for row in companions}
-    lines += [f"  {kernel}: {why}" for kernel, why in reasons.items()]
-    passed_over = dict.fromkeys(lack for op in plan.decided for lack in op.choice.passed_over)
-    lines += ["passed over:", *(f"  {lack}" for lack in passed_over)] if passed_over else []
-    lines.append(f"used as stored: {len(plan.params)} tensors (embedding, norms, hyper-connections, sinks, tables)")
-    lines.append(f"draft: {_draft_line(plan.draft)}")
-    for reason in dict.fromkeys(plan.ignored.values()):
-        num_keys = sum(value == reason for value in plan.ignored.values())
-        lines.append(f"not read: {num_keys} tensors ({reason})")
-    lines += [f"warning: {line}; the tensors are believed" for line in plan.contradictions]
-    return "\n".join(lines)
+    parts += [fact(kernel, why, indent=2) for kernel, why in reasons.items()]
+    parts += _passed_over_parts(plan)
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in Counter(plan.stored_dtypes.values()).items())
+    what = "embedding, norms, hyper-connections, sinks, tables"
+    parts.append(fact("used as stored", f"{counted(len(plan.params), 'tensor')} ({what}): {dtypes}"))
+    parts.append(fact("draft", _draft_line(plan.draft)))
+    for reason, count in Counter(plan.ignored.values()).items():
+        parts.append(fact("not read", f"{counted(count, 'tensor')} ({reason})"))
+    if plan.unread_inputs:
+        scales = counted(len(plan.unread_inputs), "scale of inputs", "scales of inputs")
+        parts.append(fact("not read", f"{scales} (no planned kernel quantises those inputs)"))
+    parts += [fact("note", told) for told in plan.notes]
+    if lossless_casts is not None:
+        parts.append(fact("cast from MXFP4 without loss", ", ".join(lossless_casts) or "none"))
+    return [*parts, *(line("warning", f": {told}; the tensors are believed") for told in plan.contradictions)]
+
+
+def _setting_parts(plan: Plan) -> list[RenderableType]:
+    demands = plan.demands.activations
+    demands += ", every row's bits independent of the others (batch-invariant)" * plan.demands.is_batch_invariant
+    parts = [fact("device", plan.caps.name), fact("activations", demands)]
+    parts.append(fact("numerics", numerics_name(plan.demands.official)))
+    chosen = {step: "official" if is_official(plan, step) else "plain" for step in Step}
+    return [*parts, *(fact(step, f"{name} ({MEANING[step]})", indent=2) for step, name in chosen.items())]
+
+
+def _passed_over_parts(plan: Plan) -> list[RenderableType]:
+    """Lists better kernels that cannot run here, those with the same reason together."""
+    kernels: dict[str, list[str]] = {}
+    for lack in dict.fromkeys(lack for op in plan.decided for lack in op.choice.passed_over):
+        kernel, _, reason = lack.partition(" ")
+        kernels.setdefault(reason, []).append(kernel)
+    told = [fact(reason, ", ".join(names), indent=2) for reason, names in kernels.items()]
+    return [line("passed over:", style="bold"), *told] if told else []
 
 
 def _draft_line(draft: Draft) -> str:
@@ -95,7 +128,9 @@ def plan_dict(plan: Plan) -> dict[str, object]:
             "modules": modules,
         }
         ops.append(entry | cells | {"why": op.choice.why, "passed_over": list(op.choice.passed_over)})
-    params = [{"key": param.key, "shape": list(param.shape)} for param in plan.params]
+    params = [
+        {"key": param.key, "shape": list(param.shape), "stored": plan.stored_dtypes[param.key]} for param in plan.params
+    ]
     plan_level = {
         "device": plan.caps.name,
         "activations": plan.demands.activations,
@@ -107,7 +142,9 @@ def plan_dict(plan: Plan) -> dict[str, object]:
         "companions": [_companion_entry(op) for op in plan.companions],
         "params": params,
         "ignored": dict(plan.ignored),
+        "num_unread_input_scales": len(plan.unread_inputs),
         "contradictions": list(plan.contradictions),
+        "notes": list(plan.notes),
         "draft": {"kind": str(plan.draft.kind), "num_modules": plan.draft.num_modules},
     }
 
@@ -131,12 +168,6 @@ def _cells(op: PlannedOp) -> tuple[str, ...]:
 
 def _companion_cells(op: PlannedCompanion) -> tuple[str, str]:
     return op.choice.kernel.runner, op.choice.kernel.name
-
-
-def align(table: list[tuple[str, ...]]) -> list[str]:
-    """Returns a table's lines, each column as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
 
 
 def ranges(values: tuple[int, ...]) -> str:

@@ -1,32 +1,33 @@
 """Writes the quantised checkpoint shard by shard, so that an interrupted run can continue.
 
 Shards are written to ``.quantizing`` inside the target, each with a note of its contents; the next run finds them there
-and continues. When all are done the target gets its ``config.json`` and, last, its index: before that, no loader takes
-it for a checkpoint.
+and continues. When all are done the target gets its other files and, last, its index: before that, no loader takes it
+for a checkpoint. Every file is on the disk before the index appears.
 """
 
 import hashlib
 import json
-import shutil
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from ownpath.checkpoint.errors import CheckpointError
-from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.checkpoint.index import SINGLE_NAME, CheckpointIndex
 from ownpath.checkpoint.reader import TensorReader
+from ownpath.checkpoint.schema import MODELOPT_NVFP4
 from ownpath.checkpoint.writer import INDEX_NAME
 from ownpath.config import ModelConfig
+from ownpath.files import is_present, read_json_object, write_json
+from ownpath.quantize.companions import CONFIG, QUANT_CONFIG, Companion, copy_companions, find_companions
 from ownpath.quantize.convert import Counts, step_tensors
-from ownpath.quantize.describe import config_fields, quant_config_fields
-from ownpath.quantize.steps import Convert, QuantizeScope, WriteStep, plan_shards, plan_steps
+from ownpath.quantize.describe import Described, config_fields, describe, quant_config_fields
+from ownpath.quantize.staging import Shard, UnfinishedRun, is_unfinished
+from ownpath.quantize.steps import Carry, Convert, QuantizeScope, WriteStep, plan_shards, plan_steps
 
-STAGING = ".quantizing"
-PLAN, CONFIG, QUANT_CONFIG = "plan.json", "config.json", "hf_quant_config.json"
-VERSION = 1
+VERSION = 2
 """Version of a step's output: a run does not continue from the shards of another version."""
 
 ShowProgress = Callable[[int, int, int], None]
@@ -42,21 +43,18 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """A finished shard: tensor names with their bytes, and counts of its conversions."""
-
-    tensors: dict[str, int]
-    counts: Counts
-
-
-@dataclass(frozen=True)
 class QuantizeReport:
-    """Totals of a finished run."""
+    """Totals of a finished run.
+
+    redone: shards of an earlier run that had changed and were made again. left_out: files that were not copied.
+    """
 
     num_shards: int
     num_bytes: int
     num_converted: int
     counts: Counts
+    redone: tuple[str, ...] = ()
+    left_out: tuple[Companion, ...] = ()
 
 
 def quantize_checkpoint(
@@ -65,32 +63,57 @@ def quantize_checkpoint(
     """Quantises ``source`` into ``target``, or continues an interrupted run.
 
     show: called with (finished shards, all shards, bytes read and written so far).
-    Memory: one shard. Errors: CheckpointError or ConfigError naming the file, field or tensor; ``target`` is then not a
-    checkpoint, and finished shards are kept.
+    Memory: one shard. Errors: CheckpointError, ConfigError or FileError naming the file, field or tensor; ``target`` is
+    then not a checkpoint, and finished shards are kept.
     """
-    require_free(target)
+    require_free(source, target)
     config = ModelConfig.from_file(source / CONFIG)
     index = CheckpointIndex.open(source)
     steps = plan_steps(index, config, options.scope)
     shards = plan_shards(steps, options.max_shard_bytes)
-    staging = _open_staging(target, _plan(index, options))
-    done: list[Shard] = []
-    for number, shard in enumerate(shards):
-        done.append(_find_finished(staging, number) or _make_shard(staging / str(number), shard, index, options))
-        if show:
-            show(len(done), len(shards), sum(sum(one.tensors.values()) for one in done))
-    converts = [step for step in steps if isinstance(step, Convert)]
-    _finish(source, target, done, (options.scope, converts))
+    plan = _plan(index, options)
+    finals = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
+    staging = UnfinishedRun(target, plan)
+    try:
+        done: list[Shard] = []
+        for number, shard in enumerate(shards):
+            earlier = staging.find_finished(number, finals[number], _names(shard))
+            done.append(earlier or _make_shard(staging, number, shard, index, options))
+            if show:
+                show(len(done), len(shards), sum(sum(one.tensors.values()) for one in done))
+        if _plan(index, options) != plan:
+            raise CheckpointError(f"{source} was changed while it was read: delete {staging.folder} and start again")
+        staging.release(finals)
+        converts = [step for step in steps if isinstance(step, Convert)]
+        contents = describe(index, config, options.scope, converts)
+        left_out = _finish(source, staging, dict(zip(finals, done, strict=True)), contents)
+    finally:
+        staging.close()
     num_bytes = sum(sum(shard.tensors.values()) for shard in done)
     num_converted = sum(len(convert.modules) for convert in converts)
-    return QuantizeReport(len(done), num_bytes, num_converted, sum((shard.counts for shard in done), Counts()))
+    counts = sum((shard.counts for shard in done), Counts())
+    return QuantizeReport(len(done), num_bytes, num_converted, counts, tuple(staging.redone), tuple(left_out))
 
 
-def require_free(target: Path) -> None:
-    """Refuses a target that holds a checkpoint. Errors: CheckpointError."""
-    for name in (INDEX_NAME, CONFIG, "model.safetensors"):
-        if (target / name).exists() and not (target / STAGING / PLAN).exists():
-            raise CheckpointError(f"{target / name} exists; a checkpoint is never overwritten")
+def require_free(source: Path, target: Path) -> None:
+    """Refuses a target that is the source, lies in it, or holds a file that the run would write.
+
+    Errors: CheckpointError.
+    """
+    if target.is_symlink():
+        raise CheckpointError(f"{target}: is a link; give the folder itself, nothing is written through a link")
+    if is_present(target) and not target.is_dir():
+        raise CheckpointError(f"{target}: is there and no folder")
+    there, home = Path(os.path.realpath(target)), Path(os.path.realpath(source))
+    if there == home or not is_unfinished(target):
+        companions = [one.name for one in find_companions(source)] if source.is_dir() else []
+        for name in (INDEX_NAME, CONFIG, QUANT_CONFIG, SINGLE_NAME, *companions):
+            if is_present(target / name):
+                raise CheckpointError(f"{target / name} exists; a checkpoint is never overwritten")
+        for path in sorted(target.glob("*.safetensors")):
+            raise CheckpointError(f"{path} exists; a checkpoint is never overwritten")
+    if there.is_relative_to(home):
+        raise CheckpointError(f"{target}: lies in the source; a checkpoint is written beside it")
 
 
 def _plan(index: CheckpointIndex, options: Options) -> dict[str, object]:
@@ -106,27 +129,22 @@ def _plan(index: CheckpointIndex, options: Options) -> dict[str, object]:
     return {**settings, **digests}
 
 
-def _open_staging(target: Path, plan: dict[str, object]) -> Path:
-    """Opens the folder for shards. Errors: CheckpointError where an unfinished run with other inputs is."""
-    staging = target / STAGING
-    staging.mkdir(parents=True, exist_ok=True)
-    if not (staging / PLAN).exists():
-        _write_json(staging / PLAN, plan)
-    elif json.loads((staging / PLAN).read_text(encoding="utf-8")) != plan:
-        raise CheckpointError(f"{staging} holds an unfinished run of another source or other options: delete it first")
-    return staging
+def _names(steps: Sequence[WriteStep]) -> list[str]:
+    """Returns the names of the tensors that the steps write, in their order."""
+    return [
+        name
+        for step in steps
+        for name in (
+            [step.key]
+            if isinstance(step, Carry)
+            else [key for module in step.modules for key in MODELOPT_NVFP4.keys(module.name)]
+        )
+    ]
 
 
-def _find_finished(staging: Path, number: int) -> Shard | None:
-    """Returns an earlier run's shard if its note, which is written after its data, exists."""
-    note = staging / f"{number}.json"
-    if not note.exists():
-        return None
-    fields = json.loads(note.read_text(encoding="utf-8"))
-    return Shard(fields["tensors"], Counts(**fields["counts"]))
-
-
-def _make_shard(stem: Path, steps: Sequence[WriteStep], index: CheckpointIndex, options: Options) -> Shard:
+def _make_shard(
+    staging: UnfinishedRun, number: int, steps: Sequence[WriteStep], index: CheckpointIndex, options: Options
+) -> Shard:
     tensors: dict[str, torch.Tensor] = {}
     counts = Counts()
     with TensorReader(index) as read:
@@ -134,45 +152,17 @@ def _make_shard(stem: Path, steps: Sequence[WriteStep], index: CheckpointIndex, 
             made, counted = step_tensors(step, read, options.input_scales)
             tensors |= made
             counts += counted
-    scratch = stem.with_suffix(".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, metadata={"format": "pt"})
-    scratch.replace(stem.with_suffix(".safetensors"))
-    shard = Shard({name: tensor.nbytes for name, tensor in tensors.items()}, counts)
-    _write_json(stem.with_suffix(".json"), {"tensors": shard.tensors, "counts": asdict(counts)})
-    return shard
+    return staging.write_shard(number, tensors, counts)
 
 
-def _finish(source: Path, target: Path, shards: Sequence[Shard], what: tuple[QuantizeScope, list[Convert]]) -> None:
-    """Renames the shards, writes the config files and, last, the index."""
-    staging = target / STAGING
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards):
-        final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        if (staging / f"{number}.safetensors").exists():
-            (staging / f"{number}.safetensors").replace(target / final)
-        weight_map.update(dict.fromkeys(shard.tensors, final))
-    for path in _companions(source):
-        shutil.copy2(path, target / path.name)
-    fields = json.loads((source / CONFIG).read_text(encoding="utf-8"))
-    _write_json(target / QUANT_CONFIG, quant_config_fields(*what))
-    _write_json(target / CONFIG, config_fields(fields, *what))
-    total_bytes = sum(sum(shard.tensors.values()) for shard in shards)
-    _write_json(target / INDEX_NAME, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
-    shutil.rmtree(staging)
-
-
-def _companions(source: Path) -> list[Path]:
-    """Returns the tokenizer's and other files beside the weights, without those that describe the source's weights."""
-    written = {INDEX_NAME, CONFIG, QUANT_CONFIG}
-    return [
-        path
-        for path in sorted(source.iterdir())
-        if path.is_file() and path.suffix != ".safetensors" and path.name not in written
-    ]
-
-
-def _write_json(path: Path, fields: dict[str, object]) -> None:
-    """Writes JSON atomically: a reader sees all of it or nothing."""
-    scratch = path.with_suffix(".writing")
-    scratch.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
-    scratch.replace(path)
+def _finish(source: Path, staging: UnfinishedRun, shards: Mapping[str, Shard], contents: Described) -> list[Companion]:
+    """Writes everything beside the shards, the index last. Returns the companions that were left out."""
+    target, scratch = staging.target, staging.folder
+    left_out = copy_companions(source, target, scratch)
+    write_json(target / QUANT_CONFIG, quant_config_fields(contents), scratch)
+    write_json(target / CONFIG, config_fields(read_json_object(source / CONFIG), contents), scratch)
+    weight_map = {name: final for final, shard in shards.items() for name in shard.tensors}
+    total_bytes = sum(sum(shard.tensors.values()) for shard in shards.values())
+    write_json(target / INDEX_NAME, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, scratch)
+    staging.remove()
+    return left_out

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from ownpath.checkpoint.detect import detect
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.names import expert_modules
-from ownpath.checkpoint.schema import Encoding, ModuleSpec, detect
+from ownpath.checkpoint.schema import Encoding, ModuleSpec
 from ownpath.config import ModelConfig
 from ownpath.formats import NVFP4
 
@@ -62,8 +63,11 @@ def plan_steps(index: CheckpointIndex, config: ModelConfig, scope: QuantizeScope
     """
     converts = [Convert(group, _encoding(index, group)) for group in _groups(config, scope)]
     read = {key: convert for convert in converts for key in convert.keys}
+    converted = {module.name for convert in converts for module in convert.modules}
     steps: dict[WriteStep, None] = {}
     for key, info in sorted(index.tensors.items(), key=lambda item: (item[1].file, item[0])):
+        if key not in read and key.rpartition(".")[0] in converted:
+            continue  # a scale of the input: the weight's new parts replace it
         steps[read.get(key) or Carry(key, info.num_bytes)] = None
     return list(steps)
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from ownpath.chat.tokenizer import Tokenizer, TokenizerError
 from ownpath.engine.engine import Engine
-from ownpath.engine.request import MAX_TOP_LOGPROBS, FinishReason, Request, SamplingParams, StepOutput
+from ownpath.engine.limits import MAX_TOP_LOGPROBS
+from ownpath.engine.request import FinishReason, Request, SamplingParams, StepOutput
 from ownpath.selftest.signatures import Distribution
 
 SILENCE_S = 120.0

@@ -8,6 +8,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
+from ownpath.chat.effort import DEFAULT, Release
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.engine.engine import Engine
 from ownpath.server import errors
@@ -22,15 +23,23 @@ def create_app(
     tokenizer: Tokenizer,
     model_id: str,
     limits: Limits | None = None,
-    release: str = "v4",
+    release: Release | None = None,
     debug: DebugPlan | None = None,
 ) -> Starlette:
     """Creates the application for one model. The engine must be started; the application stops it when it shuts down.
 
-    release: the release whose ``reasoning_effort`` words the model knows; a key of ``effort.RELEASES``.
+    release: the release whose ``reasoning_effort`` words the model knows; ``None``: the first.
     debug: the data behind ``/debug/plan``; without it there is no such path.
     """
-    api = Api(engine, tokenizer, model_id, int(time.time()), limits or Limits(), release, Metrics())
+    api = Api(
+        engine,
+        tokenizer,
+        model_id,
+        int(time.time()),
+        limits or Limits(),
+        release or Release(DEFAULT, "default"),
+        Metrics(),
+    )
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

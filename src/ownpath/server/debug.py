@@ -15,19 +15,12 @@ from ownpath.trace import Ledger, Record, Records
 
 SCHEMA = 1
 """Version of the answer's schema; increased when a field changes its meaning or is removed."""
-MIN_KEY_CHARS = 16
-
-
-def require_admin_key(key: str) -> str:
-    """Returns the key. Errors: ValueError, without the key in it, for one that is short or that no header can carry."""
-    if len(key) < MIN_KEY_CHARS or not all("!" <= character <= "~" for character in key):
-        raise ValueError(f"the admin key must be at least {MIN_KEY_CHARS} printable ASCII characters without spaces")
-    return key
 
 
 @dataclass(repr=False)
 class DebugPlan:
-    """facts: what does not change while the model is served: ``model``, ``versions``, ``device`` and ``plan``.
+    """facts: what does not change while the model is served: ``model``, ``release``, ``versions``, ``device``
+        and ``plan``.
 
     records: records of calls since an admin turned them on; ``None`` while they are off.
     """

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ownpath.chat.detokenize import Detokenizer
-from ownpath.chat.effort import RELEASES
+from ownpath.chat.effort import RELEASES, Release
 from ownpath.chat.encode import Setting, encode_messages
 from ownpath.chat.messages import ChatFormatError
 from ownpath.chat.tokenizer import MissingMarkerError, Tokenizer, TokenizerError
@@ -32,7 +32,7 @@ class Prompt:
         return "".join(detokenizer.feed(token_id) for token_id in self.ids)
 
 
-async def chat_prompt(request: ChatRequest, tokenizer: Tokenizer, max_model_len: int, release: str) -> Prompt:
+async def chat_prompt(request: ChatRequest, tokenizer: Tokenizer, max_model_len: int, release: Release) -> Prompt:
     """Encodes the conversation in the model's format. Errors: ApiError 400."""
     try:
         segments = encode_messages([message.as_message() for message in request.messages], _setting(request, release))
@@ -45,12 +45,12 @@ async def chat_prompt(request: ChatRequest, tokenizer: Tokenizer, max_model_len:
     return Prompt(ids)
 
 
-def _setting(request: ChatRequest, release: str) -> Setting:
+def _setting(request: ChatRequest, release: Release) -> Setting:
     """Reads the options of the conversation. Errors: ApiError 400."""
     texts: dict[str | None, str] = {None: "", "none": ""}
-    texts.update(RELEASES[release])
+    texts.update(RELEASES[release.name])
     if request.effort not in texts:
-        known = ", ".join(("none", *RELEASES[release]))
+        known = ", ".join(("none", *RELEASES[release.name]))
         text = f"reasoning_effort: {shorten(request.effort)} is not known to this model's release ({release}): {known}"
         raise bad_request(text, "reasoning_effort", "unsupported_value")
     schema = None if request.response_format is None else request.response_format.schema_for_model()

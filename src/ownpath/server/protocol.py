@@ -4,7 +4,7 @@ from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from ownpath.engine.request import MAX_TEMPERATURE, MAX_TOP_LOGPROBS
+from ownpath.engine.limits import MAX_TEMPERATURE, MAX_TOP_LOGPROBS, SEED_LIMIT
 from ownpath.server import fields
 from ownpath.server.conversation import (
     ROLES,
@@ -21,7 +21,6 @@ from ownpath.server.errors import ApiError, bad_request, shorten
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 _MAX_INT = 2**31 - 1
-_SEED_LIMIT = 2**63
 
 
 def _stops(value: object) -> list[str]:
@@ -67,7 +66,7 @@ class _GenerationRequest(Strict):
     temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE, description="0 takes the likeliest token")
     top_p: float = Field(1.0, gt=0, le=1, description="samples from the fewest tokens that reach this probability")
     seed: int | None = Field(
-        None, ge=-_SEED_LIMIT, lt=_SEED_LIMIT, description="the same seed, prompt and parameters draw the same numbers"
+        None, ge=-SEED_LIMIT, lt=SEED_LIMIT, description="the same seed, prompt and parameters draw the same numbers"
     )
     stop: Annotated[list[str], BeforeValidator(_stops)] = Field(
         default_factory=list,

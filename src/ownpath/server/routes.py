@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ownpath.chat.answer import Answer
+from ownpath.chat.effort import Release
 from ownpath.chat.parse import AnswerParser
 from ownpath.chat.tokenizer import MissingMarkerError, Tokenizer
 from ownpath.engine.engine import Engine
@@ -30,7 +31,7 @@ class Api:
     """The objects behind every endpoint.
 
     created: when the model was loaded, in seconds since 1970.
-    release: the release whose ``reasoning_effort`` words the model knows; a key of ``effort.RELEASES``.
+    release: the release whose ``reasoning_effort`` words the model knows.
     """
 
     engine: Engine
@@ -38,7 +39,7 @@ class Api:
     model_id: str
     created: int
     limits: Limits
-    release: str
+    release: Release
     metrics: Metrics
 
     async def health(self, request: Request) -> Response:

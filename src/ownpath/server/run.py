@@ -4,12 +4,13 @@ import asyncio
 import logging
 import signal
 import socket
-import sys
 
 import uvicorn
 from starlette.applications import Starlette
 
 from ownpath.engine.engine import Engine
+from ownpath.server.listen import share_port
+from ownpath.terminal.console import tell
 
 _MAX_HEADER_BYTES = 64 * 1024
 _MAX_CONNECTIONS = 512
@@ -33,7 +34,7 @@ class Server(uvicorn.Server):
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             host = f"[{host}]" if ":" in host else host
-            print(f"ownpath serves {self._model_id} at http://{host}:{port}/v1", file=sys.stderr, flush=True)
+            tell(f"ownpath serves {self._model_id} at http://{host}:{port}/v1")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         draining = asyncio.ensure_future(self._stop_engine_after_drain())
@@ -47,16 +48,13 @@ class Server(uvicorn.Server):
         await asyncio.to_thread(self._engine.stop)
 
 
-def make_server(
-    app: Starlette, engine: Engine, host: str, port: int, model_id: str, drain_s: float = _DRAIN_S
-) -> Server:
-    """Makes a server that has not started yet."""
+def make_server(app: Starlette, engine: Engine, model_id: str, drain_s: float = _DRAIN_S) -> Server:
+    """Makes a server that has not started yet; its sockets are given when it runs."""
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
         http="h11",
         ws="none",
+        log_config=None,  # as the process logs: one line for each record, controls escaped
         log_level=logging.WARNING,
         access_log=False,
         server_header=False,
@@ -68,15 +66,16 @@ def make_server(
     return Server(config, model_id, engine, drain_s)
 
 
-def run_server(app: Starlette, engine: Engine, host: str, port: int, model_id: str) -> int:
+def run_server(app: Starlette, engine: Engine, listener: socket.socket, model_id: str) -> int:
     """Serves until SIGINT or SIGTERM; returns 0 after a clean end, 1 if it could not start (uvicorn has said why)."""
-    server = make_server(app, engine, host, port, model_id)
+    server = make_server(app, engine, model_id)
     # uvicorn raises the signal again after its shutdown, for the previous handler. Being asked to end is not a failure
     # here: without these, a clean end would look like a crash to the parent process.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
+    share_port(listener)
     try:
-        server.run()
+        server.run(sockets=[listener])
     except SystemExit:
         return 1
     return 0 if server.started else 1

@@ -2,12 +2,16 @@
 
 from types import MappingProxyType
 
+STAGE_NAMES = ("file", "environment", "load", "kernels", "layers", "ledger")
+"""The stages, in the order in which they run."""
+SHARE_OF_BOUND = frozenset({"K01", "K04", "K06", "K07", "K08", "K09", "V01"})
+"""Checks whose number is an error over what rounding may cause: 1 is the most that is allowed."""
 TITLES = MappingProxyType(
     {
         "F01": "files are whole; index and shards agree",
         "F02": "every tensor that config.json asks for, and no other",
         "F03": "dtypes and shapes are an encoding's",
-        "F04": "each module's format: the tensors agree with what the files claim",
+        "F04": "each module's format: tensors agree with the files' claims",
         "F05": "global scales are multipliers, near their layer's",
         "F06": "gate and up of an expert share a global scale",
         "F07": "block scales are numbers; no expert is far from the others",
@@ -16,6 +20,7 @@ TITLES = MappingProxyType(
         "F11": "config.json can be honoured and fits the tensors",
         "F12": "tokenizer: ids, markers, round trips and golden prompts",
         "F13": "experts decode to what another export's do",
+        "F14": "every weight is as large as its peers",
         "E01": "device, driver and libraries: no combination known to fail",
         "E02": "every planned kernel can run here",
         "E03": "tuned tables and compiled kernels are these sources'",
@@ -58,16 +63,24 @@ FAILS_ON = MappingProxyType(
         "F01": "a shard that is damaged, missing or foreign; an index that disagrees with the shards",
         "F02": "missing and unexpected tensors, expert by expert",
         "F03": "a dtype or shape that no encoding stores",
-        "F04": "experts of a layer that are stored differently; config files that claim another format",
-        "F05": "zero, negative or NaN; a divisor for a multiplier; a factor of 1000 from the layer's median",
-        "F06": "different global scales of w1 and w3: exact here, wrong in engines that apply w1's to both",
-        "F07": "NaN, negative, all zero or saturated block scales; an expert far from its layer's others; counts "
+        "F04": "experts of a layer that are stored differently; scales that a planned kernel cannot read; warns of "
+        "config files that claim another format",
+        "F05": "zero, negative, NaN or no normal number; a divisor for a multiplier; warns of a factor of 1000 "
+        "from the layer's median",
+        "F06": "nothing; warns of different global scales of w1 and w3: exact here, wrong in engines that apply "
+        "w1's to both",
+        "F07": "NaN, negative, vanished or saturated block scales; an expert far from its layer's others; counts "
         "FP8 scales that are no power of two, which kernels that keep exponents alone get wrong",
-        "F09": "input_scale not finite and positive, or exactly 1; counts those that calibration did not reach",
+        "F09": "input_scale not finite and positive, or exactly 1, where a planned kernel reads it; warns where none "
+        "does; counts those that calibration did not reach",
         "F10": "expert ids out of range or twice in a row; a bias that is NaN, or constant while other layers' are not",
         "F11": "a field that cannot be honoured or contradicts the tensors; lists the fields that are not read",
-        "F12": "ids that disagree, markers that are not one token, text that does not come back, wrong prompts",
+        "F12": "end tokens without the chat format's, markers that are not one token, text that does not come back, "
+        "wrong prompts; warns of other ids that differ",
         "F13": "with --source: an element further from the other export's than half a step of either format",
+        "F14": "sampled rows of a weight, decoded, whose RMS is 6 times that of its layer's experts or of the same "
+        "weight in other layers, or a sixth (8 where there is one other layer, 20 for norms, 300 upwards for biases; "
+        "24 for the largest value and between kinds of matrices), and beyond what their own spread explains",
         "E01": "a combination of device, driver, CUDA, torch and Triton that is publicly known to fail (listed below)",
         "E02": "a module that cannot be imported; a variant not on disk where there is no compiler",
         "E03": "a tuned table that is none; machine code that is damaged",

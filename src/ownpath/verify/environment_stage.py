@@ -7,10 +7,21 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import ownpath.kernels
+from ownpath.files import FileError
 from ownpath.finding import Finding, Verdict
 from ownpath.inspect.memory import cache_bytes, weights_bytes
 from ownpath.kernels.contract import Config
-from ownpath.kernels.dsl.cache import COMPILER, cache_dir, is_cached, source_key, stem
+from ownpath.kernels.dsl.cache import (
+    COMPILER,
+    CacheError,
+    cache_dir,
+    is_cached,
+    is_noted,
+    read_entry,
+    require_own,
+    source_key,
+    stem,
+)
 from ownpath.kernels.registry import KERNELS, spec_of
 from ownpath.plan.plan import Plan
 from ownpath.verify.launch_configs import configs_of
@@ -19,11 +30,10 @@ from ownpath.verify.machine import KNOWN_BAD, Machine, free_bytes, this_machine
 from ownpath.verify.subject import Subject
 
 TUNED = Path(ownpath.kernels.__path__[0])
-_FACTS = {"entry": str, "num_threads": int, "cluster": int}
-"""Fields that the cache stores beside each kernel's machine code, with their types."""
 _ELF = b"\x7fELF"
 _MISSING = f"install the compiler ({COMPILER}: pip install 'ownpath[cute]'), or bring a kernel cache that was filled"
 _CACHE = "delete the file and its .cubin: it will be compiled anew"
+_OWN = "give it to this user alone (chown, chmod go-w), or name another folder in OWNPATH_KERNEL_CACHE"
 _TABLE = "take the file from the release, or write it anew: ownpath bench --tune"
 
 
@@ -109,7 +119,12 @@ def cache_findings(configs: list[Config]) -> Iterator[Finding]:
     if not configs:
         yield Finding("E03", "kernel cache", Verdict.SKIPPED, "no planned kernel is compiled to disk")
         return
-    cached = [config for config in configs if is_cached(config)]
+    try:
+        require_own(cache_dir())
+    except CacheError as error:
+        yield Finding("E03", "kernel cache", Verdict.FAIL, str(error), remedy=_OWN)
+        return
+    cached = [config for config in configs if is_noted(config)]
     broken = [(config, fault) for config in cached if (fault := _fault(config))]
     for config, fault in broken:
         where = stem(config).with_suffix(".json").name
@@ -124,13 +139,10 @@ def cache_findings(configs: list[Config]) -> Iterator[Finding]:
 def _fault(config: Config) -> str:
     """Describes what is wrong with a kernel's two files; empty if nothing is."""
     try:
-        code = stem(config).with_suffix(".cubin").read_bytes()
-        facts = json.loads(stem(config).with_suffix(".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return f"unreadable: {error}"
-    if not isinstance(facts, dict) or any(not isinstance(facts.get(key), kind) for key, kind in _FACTS.items()):
-        return f"it does not tell {', '.join(_FACTS)}"
-    return "" if code.startswith(_ELF) else "its machine code is no ELF file"
+        kernel = read_entry(config)
+    except FileError as error:
+        return str(error)
+    return "" if kernel.code.startswith(_ELF) else "its machine code is no ELF file"
 
 
 def _num_stale(configs: list[Config]) -> int:

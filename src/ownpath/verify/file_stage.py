@@ -1,10 +1,9 @@
-"""Stage ``file``: reports an inspection as checks F01 to F12, and compares with another export as F13.
+"""Stage ``file``: reports an inspection as checks F01 to F14, and compares with another export as F13.
 
-It needs no kernel, no engine and no weight: headers, scalars, tables, every block scale of the chosen layers, the
-tokenizer.
+It needs no kernel and no engine: headers, scalars, tables, every block scale of the chosen layers, a few rows of every
+weight, the tokenizer.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from ownpath.chat.tokenizer import Tokenizer, TokenizerError
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.problems import make_problem
 from ownpath.config import ConfigError, unread_fields
+from ownpath.files import read_json_object
 from ownpath.finding import Finding, Verdict
 from ownpath.inspect.experts import expert_outliers, expert_spread, uncalibrated_experts
 from ownpath.inspect.inspection import Contents, Inspection, inspect_folder
@@ -34,15 +34,16 @@ CHECK_OF = MappingProxyType(
             *("over-long-shard", "overlapping-tensors", "header-bomb", "duplicated-tensor", "unlisted-tensor"),
         ),
         "F02": ("missing-tensor", "unexpected-tensor", "draft"),
-        "F03": ("wrong-dtype", "wrong-shape"),
-        "F04": ("mixed-experts", "no-kernel", "format-contradiction"),
+        "F03": ("wrong-dtype", "wrong-shape", "unknown-encoding"),
+        "F04": ("mixed-experts", "no-kernel", "format-contradiction", "wide-scales"),
         "F05": ("scalar-scale", "reciprocal-scale", "out-of-band-scale"),
         "F06": ("gate-up-scale",),
-        "F07": ("block-scale", "zero-block-scale", "saturated-block-scale", "expert-outlier"),
-        "F09": ("uncalibrated-expert",),
+        "F07": ("block-scale", "zero-block-scale", "vanished-blocks", "saturated-block-scale", "expert-outlier"),
+        "F09": ("uncalibrated-expert", "input-scale"),
         "F10": ("expert-ids", "router-bias"),
         "F11": ("config", "config-contradiction"),
-        "F12": ("tokenizer", "generation-config", "marker", "round-trip", "prompt"),
+        "F12": ("tokenizer", "generation-config", "end-tokens", "token-id", "marker", "round-trip", "prompt"),
+        "F14": ("weight-magnitude",),
     }
 )
 """Check -> the kinds of problem that it collects."""
@@ -61,15 +62,28 @@ class FileEvidence:
     unread: tuple[str, ...]
 
 
-def file_stage(folder: Path, selection: Selection, source: Path | None, progress: StageProgress) -> Iterator[Finding]:
-    """Runs F01 to F13: one PASS for each check, or a FAIL for each problem. source: another export, for F13."""
+def file_stage(
+    folder: Path,
+    selection: Selection,
+    source: Path | None,
+    progress: StageProgress,
+    input_readers: frozenset[str] = frozenset(),
+    reference: frozenset[str] = frozenset(),
+) -> Iterator[Finding]:
+    """Runs F01 to F14: one PASS for each check, or a FAIL or WARN for each problem.
+
+    source: another export, for F13. input_readers: modules whose planned kernels read the scale of their input: without
+    a good one their answers are wrong. reference: modules that torch computes from what is stored.
+    """
     progress(0, 2, "headers, scalars, tables, block scales")
     layers = selection.layer_ids
-    inspection = inspect_folder(folder, read_all_scales=layers is None, all_scales_in=layers or frozenset())
+    inspection = inspect_folder(
+        folder, read_all_scales=layers is None, all_scales_in=layers or frozenset(), reference=reference
+    )
     evidence = gather(inspection)
     by_id: dict[str, list[Finding]] = {}
     for problem in evidence.problems:
-        by_id.setdefault(check_of(problem), []).append(problem)
+        by_id.setdefault(check_of(problem), []).append(_judged(problem, input_readers))
     for id_, look in _CHECKS.items():
         found = by_id.get(id_, [])
         yield from (replace(problem, id=id_) for problem in found)
@@ -83,6 +97,12 @@ def check_of(problem: Finding) -> str:
     """Returns the check that a problem belongs to: by its kind, and for scalars by whose scale it is."""
     id_ = _ID_OF[problem.id]
     return "F09" if id_ == "F05" and problem.where.endswith(_INPUT_SCALES) else id_
+
+
+def _judged(problem: Finding, input_readers: frozenset[str]) -> Finding:
+    """Makes a failure of a warning about an input scale that a planned kernel reads."""
+    is_read = check_of(problem) == "F09" and problem.where.rpartition(".")[0] in input_readers
+    return replace(problem, verdict=Verdict.FAIL) if is_read else problem
 
 
 def gather(inspection: Inspection) -> FileEvidence:
@@ -100,7 +120,7 @@ def gather(inspection: Inspection) -> FileEvidence:
         problems += bias_problems(biases)
         problems += list(repeated_ids(params, index, broken, problems))
         problems += generation_problems(folder, contents.config)
-        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        fields = read_json_object(folder / "config.json")
         unread = tuple(name for name in unread_fields(fields) if name not in COMPARED_FIELDS)
     tokenizer = _tokenizer(folder, problems)
     problems += token_problems(tokenizer) if tokenizer is not None else ()
@@ -113,7 +133,7 @@ def _tokenizer(folder: Path, problems: list[Finding]) -> Tokenizer | None:
         return None
     try:
         return Tokenizer.from_folder(folder)
-    except (TokenizerError, OSError) as error:
+    except TokenizerError as error:
         problems.append(make_problem("tokenizer", "tokenizer.json", str(error)))
         return None
 
@@ -212,6 +232,12 @@ def _config(evidence: FileEvidence) -> Finding:
     return _pass("F11", f"not read by this engine: {names}", len(evidence.unread), "any")
 
 
+def _magnitudes(evidence: FileEvidence, contents: Contents) -> Finding:
+    seen = contents.magnitudes
+    message = f"{seen.num_values} values of {seen.num_tensors} tensors; every matrix is like its peers"
+    return _pass("F14", message, seen.farthest, "a factor of 6, and the peers' own spread")
+
+
 def _tokens(evidence: FileEvidence) -> Finding:
     if evidence.tokenizer is None:
         return Finding("F12", "tokenizer.json", Verdict.SKIPPED, "config.json could not be read")
@@ -233,6 +259,7 @@ _CHECKS: MappingProxyType[str, Callable[[FileEvidence], Finding]] = MappingProxy
         "F10": _of_tensors("F10", _router),
         "F11": _config,
         "F12": _tokens,
+        "F14": _of_tensors("F14", _magnitudes),
     }
 )
 """Check -> the function that makes its finding when it found no problem."""

@@ -24,14 +24,13 @@ from ownpath.verify.kernels.quantizers import check_quantizers
 from ownpath.verify.kernels.rotation import check_rotation
 from ownpath.verify.kernels.router import check_router
 from ownpath.verify.kernels.tally import error_of
-from ownpath.verify.layer import load_ends, load_layer
+from ownpath.verify.layer import load_ends, load_layer, parts_of
 from ownpath.verify.progress import StageProgress
 from ownpath.verify.resume import FinishedParts
 from ownpath.verify.subject import Subject
 
 LayerCheck = Callable[[Probe], Iterator[Finding]]
 
-ENDS = "ends"
 CHECKS: tuple[tuple[str, LayerCheck], ...] = (
     ("K01", check_products),
     ("K01", check_experts),
@@ -57,11 +56,8 @@ def kernel_stage(
     work: a folder where findings are saved layer by layer, so that an interrupted run continues from there.
     """
     stored, finished = StoredWeights(subject.index, subject.device), FinishedParts.of(work, "kernels", subject)
-    parts: list[int | None] = [*subject.layer_ids]
-    if subject.selection.layer_ids is None:
-        parts.append(None)
-    for done, layer_idx in enumerate(parts):
-        name = ENDS if layer_idx is None else f"layers.{layer_idx}"
+    parts = parts_of(subject)
+    for done, (name, layer_idx) in enumerate(parts.items()):
         if progress is not None:
             progress(done, len(parts), name)
         yield from finished.part(name, partial(_part, subject, stored, layer_idx, name))
@@ -76,7 +72,7 @@ def _part(subject: Subject, stored: StoredWeights, layer_idx: int | None, name: 
         yield Finding("K01", name, Verdict.FAIL, f"cannot be loaded: {error_of(error)}", remedy=LOAD_REMEDY)
         return
     for check_id, check in CHECKS:
-        yield from _found(check_id, check, probe)
+        yield from _run_check(check_id, check, probe)
 
 
 def _load(subject: Subject, stored: StoredWeights, layer_idx: int | None, name: str) -> Probe:
@@ -86,7 +82,7 @@ def _load(subject: Subject, stored: StoredWeights, layer_idx: int | None, name: 
     return Probe(subject, layer, stored, name, layer)
 
 
-def _found(check_id: str, check: LayerCheck, probe: Probe) -> list[Finding]:
+def _run_check(check_id: str, check: LayerCheck, probe: Probe) -> list[Finding]:
     """Collects one check's findings in inference mode, which must not leak to the caller."""
     found: list[Finding] = []
     with torch.inference_mode():

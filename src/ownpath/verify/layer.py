@@ -20,6 +20,9 @@ from ownpath.verify.subject import Subject
 from ownpath.weights.load import LoadedWeights, load_weights
 from ownpath.weights.operands import Allocate, reserve
 
+ENDS = "ends"
+"""The part outside all layers: the embedding, the last boundary and norm, the head."""
+
 
 @dataclass(frozen=True)
 class LoadedLayer(LoadedPart):
@@ -43,6 +46,12 @@ class LoadedLayer(LoadedPart):
         return out
 
 
+def parts_of(subject: Subject) -> dict[str, int | None]:
+    """Names the parts to check, with their layers: the chosen ones, and ``ENDS`` if every layer is chosen."""
+    parts: dict[str, int | None] = {f"layers.{layer_idx}": layer_idx for layer_idx in subject.layer_ids}
+    return parts | ({ENDS: None} if subject.selection.layer_ids is None else {})
+
+
 def restrict_plan(plan: Plan, holds: Callable[[str], bool]) -> Plan:
     """The part of a plan whose slots and tensors ``holds`` accepts."""
     return replace(
@@ -57,7 +66,7 @@ def restrict_plan(plan: Plan, holds: Callable[[str], bool]) -> Plan:
 def load_part(subject: Subject, holds: Callable[[str], bool]) -> LoadedPart:
     """Loads the slots and tensors that ``holds`` accepts, with runners. Errors: as ``load_weights``."""
     plan = restrict_plan(subject.plan, holds)
-    return with_runners(subject, plan, read_weights(subject, plan))
+    return add_runners(subject, plan, read_weights(subject, plan))
 
 
 def read_weights(subject: Subject, plan: Plan, allocate: Allocate = reserve) -> LoadedWeights:
@@ -65,7 +74,7 @@ def read_weights(subject: Subject, plan: Plan, allocate: Allocate = reserve) -> 
     return load_weights(plan, subject.index, subject.device, allocate=allocate)
 
 
-def with_runners(subject: Subject, plan: Plan, weights: LoadedWeights) -> LoadedPart:
+def add_runners(subject: Subject, plan: Plan, weights: LoadedWeights) -> LoadedPart:
     """Puts loaded weights into their kernels' layouts. Errors: as ``make_runners``."""
     return assemble(plan, subject.engine, weights)
 

@@ -169,7 +169,7 @@ def _check_keys(compared: LayerComparison, layer: str, subject: Subject) -> Find
         return Finding("V10", layer, Verdict.SKIPPED, message)
     number = compared.key_rounding
     words = f"more than 0, at most {E4M3_ROUNDING:.1e}: half a step of E4M3"
-    message = f"rounding moves the keys by {number:.1e} (rel-L2)"
+    message = f"rounding moves the keys by {number:.1e}, relative"
     remedy = "the key quantiser: its scale per block, which channels it rounds"
     return Finding.judged("V10", layer, 0 < number <= E4M3_ROUNDING, message, number, words, remedy)
 

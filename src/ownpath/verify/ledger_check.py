@@ -1,6 +1,7 @@
 """Compares the plan with what ran, slot by slot: an earlier ``ownpath plan --json``, and the calls of a prompt."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -43,6 +44,14 @@ _SIGNS = {
 float32; I: ids."""
 
 
+@dataclass(frozen=True)
+class RanSlot:
+    """A slot that the prompt called. kernel: read off the object that ran; several are joined by "+"."""
+
+    slot: str
+    kernel: str
+
+
 def kinds_of(subject: Subject) -> Kinds:
     """Returns the slots that a run calls: those of the chosen layers and those of no layer."""
     chosen = tuple(f"layers.{layer_idx}." for layer_idx in subject.layer_ids)
@@ -57,8 +66,8 @@ def check_ledger(
     subject: Subject,
     plan_json: Mapping[str, object],
     progress: Callable[[int, int, str], None] | None = None,
-) -> Iterator[Finding]:
-    """Compares a written plan with today's plan of the checkpoint, then with what a prompt runs.
+) -> Iterator[Finding | RanSlot]:
+    """Compares a written plan with today's plan of the checkpoint, then with what a prompt runs; yields what ran last.
 
     plan_json: the output of ``ownpath plan --json``. Layers run one at a time, so that two are never in memory.
     Errors: ValueError naming the field where ``plan_json`` is no plan.
@@ -73,8 +82,8 @@ def check_ledger(
         yield Finding("LG02", f"mtp (modules: {num_drafts})", Verdict.SKIPPED, reason)
 
 
-def compare(kinds: Kinds, written: PlanFile, parts: Sequence[PartRun]) -> Iterator[Finding]:
-    """Yields every finding about what ran. kinds: the slots that had to run."""
+def compare(kinds: Kinds, written: PlanFile, parts: Sequence[PartRun]) -> Iterator[Finding | RanSlot]:
+    """Yields every finding about what ran, then what ran. kinds: the slots that had to run."""
     for part in parts:
         if part.failure:
             remedy = "ownpath inspect MODEL says whether the checkpoint is at fault"
@@ -89,6 +98,7 @@ def compare(kinds: Kinds, written: PlanFile, parts: Sequence[PartRun]) -> Iterat
     faults = dtype_faults(kinds, str(written.facts["activations"]), records)
     yield from _judge("LG05", faults, len(records), "distinct calls have the demanded dtypes")
     yield from check_launches(written, parts)
+    yield from dict.fromkeys(RanSlot(record.slot, record.use.kernel) for record in records)
 
 
 def plan_faults(written: PlanFile, today: PlanFile) -> Faults:

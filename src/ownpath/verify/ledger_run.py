@@ -77,17 +77,13 @@ def run_parts(subject: Subject, progress: Callable[[int, int, str], None] | None
 
 
 def _run_layer(subject: Subject, layer_idx: int, steps: PromptSteps) -> tuple[PromptSteps, PartRun]:
-    where, is_cuda = f"layers.{layer_idx}", subject.device.type == "cuda"
-    passed: list[PromptSteps] = []
+    where, passed = f"layers.{layer_idx}", [steps]
     try:
         layer = load_layer(subject, layer_idx)
-        with torch.inference_mode():
-            if is_cuda:  # first call outside the profile: what happens only once
-                steps.through(layer)
-            ran = _record(where, layer, lambda: passed.append(steps.through(layer)), is_cuda)
     except (ValueError, RuntimeError) as error:
         return steps, PartRun(where, failure=_words(error))
-    return passed[0], ran
+    ran = _observe(where, layer, lambda: passed.append(steps.through(layer)))
+    return (steps if ran.failure else passed[-1]), ran
 
 
 def _run_head(ends: LoadedPart, steps: PromptSteps) -> PartRun:
@@ -97,25 +93,25 @@ def _run_head(ends: LoadedPart, steps: PromptSteps) -> PartRun:
         for at in steps.residuals:
             head(hc_head(at.x_TSD, at.y_TD, at.mix).h_TD[-1:])
 
-    is_cuda = ends.weights.params["embed.weight"].is_cuda
-    try:
-        with torch.inference_mode():
-            if is_cuda:
-                run()
-            return _record("head", ends, run, is_cuda)
-    except (ValueError, RuntimeError) as error:
-        return PartRun("head", failure=_words(error))
+    return _observe("head", ends, run)
 
 
-def _record(where: str, part: LoadedPart, run: Callable[[], object], is_cuda: bool) -> PartRun:
+@torch.inference_mode()
+def _observe(where: str, part: LoadedPart, run: Callable[[], object]) -> PartRun:
     """Runs with records, and under the profiler where there is a device."""
+    is_cuda = torch.device(part.builder.engine.device).type == "cuda"
     launches: tuple[DeviceLaunch, ...] | None = None
-    with part.ledger.observe(Records()) as records:
-        if not is_cuda:
+    try:
+        if is_cuda:  # first call outside the profile: what happens only once
             run()
-        else:
-            with suppress(NoLaunchSeen):
-                launches = tuple(record_launches(part.ledger, run))
+        with part.ledger.observe(Records()) as records:
+            if not is_cuda:
+                run()
+            else:
+                with suppress(NoLaunchSeen):
+                    launches = tuple(record_launches(part.ledger, run))
+    except (ValueError, RuntimeError) as error:
+        return PartRun(where, failure=_words(error))
     return PartRun(where, tuple(records), launches)
 
 

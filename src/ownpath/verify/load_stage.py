@@ -5,7 +5,7 @@ covers all of them.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from ownpath.kernels.dsl.cache import CompileError
 from ownpath.kernels.nvfp4_sm100.prove import ProofError
 from ownpath.verify.causes import likely_cause
 from ownpath.verify.file_tensors import FileTensors
-from ownpath.verify.layer import in_layer, in_no_layer, read_weights, restrict_plan, with_runners
+from ownpath.verify.layer import ENDS, add_runners, in_layer, in_no_layer, parts_of, read_weights, restrict_plan
 from ownpath.verify.progress import StageProgress
 from ownpath.verify.readback import TensorPair, alpha_pair, ops_with_runners, read_modules, weight_pairs
 from ownpath.verify.resume import FinishedParts
@@ -30,8 +30,6 @@ from ownpath.weights.operands import Destination, sentinel
 ALPHA_EPS = 3 * 2.0**-24
 """Relative error allowed in the factor that a kernel receives: at most two float32 reciprocals and one product, half
 an ulp each."""
-ENDS = "ends"
-"""The part outside all layers: the embedding, the last boundary and norm, the head."""
 _QUOTED = re.compile(r"'([^']+)'")
 _LOAD_REMEDY = "run `ownpath inspect` on the folder; if it finds nothing, the loader is wrong: report this finding"
 _KERNEL_REMEDY = (
@@ -44,22 +42,18 @@ def load_stage(subject: Subject, progress: StageProgress, work: Path | None = No
 
     work: a folder where findings are saved layer by layer, so that an interrupted run continues from there.
     """
-    finished = FinishedParts.of(work, "load", subject)
-    names = [f"layers.{idx}" for idx in subject.layer_ids]
-    parts = [(name, in_layer(name)) for name in names]
-    if subject.selection.layer_ids is None:
-        parts.append((ENDS, in_no_layer(subject.config)))
-    for done, (name, holds) in enumerate(parts):
+    finished, parts = FinishedParts.of(work, "load", subject), parts_of(subject)
+    for done, name in enumerate(parts):
         progress(done, len(parts), name)
-        yield from finished.part(name, partial(_part_findings, subject, name, holds))
+        yield from finished.part(name, partial(_part_findings, subject, name))
 
 
-def _part_findings(subject: Subject, name: str, holds: Callable[[str], bool]) -> Iterator[Finding]:
+def _part_findings(subject: Subject, name: str) -> Iterator[Finding]:
     """Loads one part and checks it; it is freed when this returns."""
-    plan = restrict_plan(subject.plan, holds)
+    plan = restrict_plan(subject.plan, in_no_layer(subject.config) if name == ENDS else in_layer(name))
     try:
         weights = read_weights(subject, plan, sentinel)
-    except (CheckpointError, OSError) as error:
+    except CheckpointError as error:
         yield _load_failure(name, error)
         return
     unwritten = list(unwritten_slots(subject, weights))
@@ -68,19 +62,19 @@ def _part_findings(subject: Subject, name: str, holds: Callable[[str], bool]) ->
         num_slots = sum(len(operand.destinations) for operand in weights.operands) + len(weights.params)
         yield Finding("L01", name, Verdict.PASS, f"{num_slots} tensors, each byte once", 0, "no sentinel left")
     try:
-        part = with_runners(subject, plan, weights)
+        part = add_runners(subject, plan, weights)
     except (ValueError, ProofError, CompileError) as error:
         message = f"not put into its kernel's layout: {error}"
-        yield Finding("L02", _named_tensor(error) or name, Verdict.FAIL, message, remedy=_KERNEL_REMEDY)
+        yield Finding("L02", _tensor_of(error) or name, Verdict.FAIL, message, remedy=_KERNEL_REMEDY)
         return
     yield from read_back(subject, part, name)
 
 
 def _load_failure(name: str, error: Exception) -> Finding:
-    return Finding("L01", _named_tensor(error) or name, Verdict.FAIL, f"not loaded: {error}", remedy=_LOAD_REMEDY)
+    return Finding("L01", _tensor_of(error) or name, Verdict.FAIL, f"not loaded: {error}", remedy=_LOAD_REMEDY)
 
 
-def _named_tensor(error: Exception) -> str | None:
+def _tensor_of(error: Exception) -> str | None:
     """Returns the tensor that an error names: it comes first, in quotes."""
     match = _QUOTED.search(str(error))
     return match[1] if match else None

@@ -1,10 +1,11 @@
 """Reads a plan written by ``ownpath plan --json``, to compare it with today's plan and with what ran."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ownpath.files import FileError, read_json_object
 
 FACTS = ("device", "activations", "batch_invariant", "numerics")
 """Settings that a plan was made for."""
@@ -49,15 +50,10 @@ class PlanFile:
 def read_plan_file(path: Path) -> dict[str, Any]:
     """Reads the output of ``ownpath plan --json``. Errors: ValueError naming the file."""
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(written, dict):
-        raise ValueError(f"{path}: not a plan: the outermost value is no object")
-    try:
+        written = read_json_object(path)
         PlanFile.of(written)
+    except FileError:
+        raise
     except ValueError as error:
         raise ValueError(f"{path}: not a plan: {error}") from None
     return written

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ownpath.checkpoint.schema import Encoding, ModuleSpec
-from ownpath.formats import BF16, FP32, MXFP4, NVFP4
+from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4
 from ownpath.kernels.spec import InputRounding
 from ownpath.ops import OpKind
-from ownpath.oracle.formats import decode, e4m3_of, e8m0_of
+from ownpath.oracle.formats import decode, e2m1_pair_of, e4m3_of, e8m0_of
 from ownpath.oracle.weights import spread_blocks
 from ownpath.plan.plan import PlannedOp
 from ownpath.qtensor import QuantTensor
@@ -83,7 +83,7 @@ def weight_pairs(op: PlannedOp, held: KernelModule, raw: FileTensors) -> Iterato
         return
     stored_scale = raw(keys["scale"])
     if weight.format in (BF16, FP32):
-        values = _decoded_fp8(codes, stored_scale).to(weight.qdata.dtype)
+        values = _decoded(codes, stored_scale, encoding).to(weight.qdata.dtype)
         yield TensorPair(name, "values", keys["qdata"], values, weight.qdata)
         return
     assert weight.scale is not None, name
@@ -158,7 +158,9 @@ def _scale_values(scale: Tensor) -> Tensor:
     return decode(scale, e8m0_of if scale.dtype == torch.float8_e8m0fnu else e4m3_of)
 
 
-def _decoded_fp8(codes: Tensor, stored_scale: Tensor) -> Tensor:
-    """Decodes E4M3 with a scale for 128 x 128, rounded to float32 once, as every product of the two is."""
-    scale = decode(stored_scale, e8m0_of) if stored_scale.dtype == torch.uint8 else stored_scale
-    return (decode(codes, e4m3_of) * spread_blocks(scale.double(), codes.shape)).float()
+def _decoded(codes: Tensor, stored_scale: Tensor, encoding: Encoding) -> Tensor:
+    """Decodes codes times block scales, rounded to float32 once, as every product of the two is."""
+    scale = block_scales(stored_scale, encoding)
+    values = decode(codes, e2m1_pair_of).flatten(-2) if encoding.format is MXFP4 else decode(codes, e4m3_of)
+    spread = spread_blocks(scale, values.shape) if encoding.format is FP8_BLOCK else scale.repeat_interleave(32, dim=1)
+    return (values * spread).float()

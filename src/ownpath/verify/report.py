@@ -3,20 +3,25 @@
 import hashlib
 import json
 import math
+import os
 import re
-import textwrap
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import RenderableType
+
 from ownpath.bench.record import device_name
 from ownpath.checkpoint.header import MAX_HEADER_BYTES
-from ownpath.finding import Finding, Verdict, failed
-from ownpath.inspect.report import printable
+from ownpath.files import FileError, open_regular, read_bytes
+from ownpath.finding import Finding, Verdict, failed, warned
 from ownpath.plan.plan import Plan
-from ownpath.plan.show import align, plan_dict
-from ownpath.verify.checks import TITLES
+from ownpath.plan.show import plan_dict
+from ownpath.terminal.page import Listing, fact, facts, line
+from ownpath.terminal.text import counted
+from ownpath.verify.checks import SHARE_OF_BOUND, TITLES
+from ownpath.verify.fold import unfold_layers
 from ownpath.verify.layers.measure import Measurement
 from ownpath.verify.run import StageResult, Verification
 from ownpath.verify.subject import Selection
@@ -25,7 +30,7 @@ from ownpath.versions import versions
 MAX_FAILURES = 8
 """Lines shown for one failing check; the rest is counted. ``--json`` has them all."""
 SCHEMA = "ownpath verify 1"
-_LAYER = re.compile(r"(?:layers|mtp)\.\d+(?=\.|$)")
+_LAYER = re.compile(r"(?:layers|mtp)\.[0-9]{1,3}(?=\.|$)")
 
 
 def checkpoint_digest(folder: Path) -> str:
@@ -36,15 +41,23 @@ def checkpoint_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted((folder / "config.json", *folder.glob("*.safetensors"))):
         if path.is_file():
-            data = path.read_bytes() if path.suffix == ".json" else _header(path)
+            data = _digested(path)
             digest.update(f"{path.name} {len(data)}\n".encode() + data)
     return digest.hexdigest()
 
 
+def _digested(path: Path) -> bytes:
+    """Returns config.json or a shard's header; nothing where it cannot be read, which the stages told."""
+    try:
+        return read_bytes(path) if path.suffix == ".json" else _header(path)
+    except (FileError, OSError):
+        return b""
+
+
 def _header(path: Path) -> bytes:
-    with path.open("rb") as shard:
-        length = shard.read(8)
-        return length + shard.read(min(int.from_bytes(length, "little"), MAX_HEADER_BYTES))
+    with open_regular(path) as shard:
+        length = os.pread(shard, 8, 0)
+        return length + os.pread(shard, min(int.from_bytes(length, "little"), MAX_HEADER_BYTES), 8)
 
 
 def plan_digest(plan: Plan) -> str:
@@ -52,15 +65,16 @@ def plan_digest(plan: Plan) -> str:
     return hashlib.sha256(json.dumps(plan_dict(plan), sort_keys=True).encode()).hexdigest()
 
 
-def layer_of(finding: Finding) -> str | None:
-    """Returns the layer that a finding is about, as ``layers.3``."""
-    match = _LAYER.match(finding.where)
+def layer_of(where: str) -> str | None:
+    """Returns the layer that a finding's place is in, as ``layers.3``."""
+    match = _LAYER.match(where)
     return match[0] if match else None
 
 
 def first_bad_layer(findings: Iterable[Finding]) -> str | None:
     """Returns the lowest layer with a failure."""
-    layers = {layer for finding in failed(findings) if (layer := layer_of(finding))}
+    places = (where for finding in failed(findings) for where in unfold_layers(finding.where))
+    layers = {layer for where in places if (layer := layer_of(where))}
     return min(layers, key=_depth, default=None)
 
 
@@ -71,12 +85,12 @@ def _depth(layer: str) -> tuple[bool, int]:
 
 def worst_layer(findings: Iterable[Finding]) -> tuple[str, Finding] | None:
     """Returns the layer with the largest error of the layer checks (V01, or the first of them that measured any)."""
-    measured = [f for f in findings if f.id.startswith("V") and f.number is not None and layer_of(f)]
+    measured = [f for f in findings if f.id.startswith("V") and f.number is not None and layer_of(f.where)]
     if not measured:
         return None
     first = min(finding.id for finding in measured)
     worst = max((f for f in measured if f.id == first), key=lambda f: _rank(f.number))
-    return layer_of(worst) or "", worst
+    return layer_of(worst.where) or "", worst
 
 
 def _rank(number: float | None) -> float:
@@ -87,6 +101,11 @@ def _rank(number: float | None) -> float:
 def kernels_of(plan: Plan) -> dict[str, int]:
     """Counts the plan's slots by kernel."""
     return dict(sorted(Counter(kernel for _, kernel in plan.slots.values()).items()))
+
+
+def kernels_ran(result: Verification) -> dict[str, int]:
+    """Counts the slots that a prompt called by kernel; empty where the ledger stage did not run."""
+    return dict(sorted(Counter(call.kernel for call in result.ran).items()))
 
 
 def report_dict(result: Verification) -> dict[str, object]:
@@ -115,6 +134,7 @@ def report_dict(result: Verification) -> dict[str, object]:
         "first_bad_layer": first_bad_layer(findings),
         "worst_layer": None if worst is None else {"layer": worst[0], "finding": _finding_dict(worst[1])},
         "kernels": None if plan is None else kernels_of(plan),
+        "kernels_ran": kernels_ran(result) or None,
         "stages": [_stage_dict(stage) for stage in result.stages],
         "measurements": [_measurement_dict(measured) for measured in result.measurements],
     }
@@ -153,7 +173,7 @@ def _finding_dict(finding: Finding) -> dict[str, object]:
 
 
 def _measurement_dict(measured: Measurement) -> dict[str, object]:
-    return _named(dict(vars(measured)) | {"is_within": measured.is_within})
+    return _named(dict(vars(measured)) | {"excess": measured.excess, "is_within": measured.is_within})
 
 
 def _named(fields: dict[str, object]) -> dict[str, object]:
@@ -162,70 +182,93 @@ def _named(fields: dict[str, object]) -> dict[str, object]:
     return fields | strange
 
 
-def report_text(result: Verification) -> str:
-    """Formats verdict, first bad and worst layer, kernels; failures with remedies; then every check in a line."""
+def report_page(result: Verification) -> list[RenderableType]:
+    """Returns verdict, first bad and worst layer, kernels; failures with remedies; then every check in a line."""
     job, findings = result.job, result.findings
     worst, plan = worst_layer(findings), plan_of(result)
-    lines = [f"{job.folder.resolve().name} on {device_name(job.engine.device)}: {verdict_of(result).upper()}"]
-    lines += [f"unreadable       {result.unreadable}"] if result.unreadable else []
-    lines += [f"findings         {counts_text(findings)} in {seconds_of(result):.1f} s"]
-    lines += [f"first bad layer  {first_bad_layer(findings) or 'none'}"]
-    lines += [f"worst layer      {worst_text(worst[1])}"] if worst else []
-    lines += _kernel_lines(plan) if plan else []
-    lines += [f"limited to       {limit}" for limit in limits_of(result.job.selection)]
-    lines += [f"stage {stage.name}: not run: {stage.skipped}" for stage in result.stages if stage.skipped]
-    lines += ["", *_failure_lines(findings), *_check_lines(result)]
-    return "\n".join(printable(line) for line in lines)
+    rows = [("unreadable", result.unreadable)] if result.unreadable else []
+    rows.append(("findings", f"{counts_text(findings)} in {seconds_of(result):.1f} s"))
+    rows.append(("first bad layer", first_bad_layer(findings) or "none"))
+    rows += [("largest error", worst_text(worst[1]))] if worst else []
+    rows += [("kernels", ", ".join(f"{n} x {kernel}" for kernel, n in kernels_of(plan).items()))] if plan else []
+    rows += [("limited to", limit) for limit in limits_of(job.selection)]
+    rows += [("not run", f"stage {stage.name}: {stage.skipped}") for stage in result.stages if stage.skipped]
+    where = f"{job.folder.resolve().name} on {device_name(job.engine.device)}: "
+    return [
+        line(where, verdict_of(result).upper()),
+        facts(rows),
+        line(""),
+        *_failure_parts(findings),
+        Listing(("", "check", "what holds", "found"), [(*row[:3], row[4]) for row in check_rows(result)], num_lead=3),
+    ]
 
 
-_WORDS = {Verdict.FAIL: "failed", Verdict.PASS: "passed", Verdict.SKIPPED: "skipped"}
-
-
-def _kernel_lines(plan: Plan) -> list[str]:
-    """Formats how many of the plan's slots each kernel runs."""
-    told = ", ".join(f"{count}_x_{kernel}" for kernel, count in kernels_of(plan).items())
-    lines = textwrap.wrap(told, 110, initial_indent=f"{'kernels':17}", subsequent_indent=" " * 17)
-    return [line.replace("_x_", " x ") for line in lines]
+_WORDS = {
+    Verdict.FAIL: "failed",
+    Verdict.WARN: "with a warning",
+    Verdict.PASS: "passed",
+    Verdict.SKIPPED: "skipped",
+}
 
 
 def counts_text(findings: Iterable[Finding]) -> str:
-    """Formats how many findings have which verdict."""
+    """Formats how many findings have which verdict; a skipped check had nothing to look at."""
     counts = _counts(findings)
-    return ", ".join(f"{counts[verdict]} {word}" for verdict, word in _WORDS.items())
+    shown = (verdict for verdict in _WORDS if counts[verdict] or verdict is not Verdict.WARN)
+    return ", ".join(f"{counts[verdict]} {_WORDS[verdict]}" for verdict in shown)
 
 
 def limits_of(selection: Selection) -> list[str]:
     """Lists what was left out on request; empty where nothing was."""
     limits = []
     if selection.layer_ids is not None:
-        limits.append(f"layers {', '.join(map(str, sorted(selection.layer_ids)))}")
+        layers = "layer" if len(selection.layer_ids) == 1 else "layers"
+        limits.append(f"{layers} {', '.join(map(str, sorted(selection.layer_ids)))}")
     if selection.num_experts is not None:
-        limits.append(f"{selection.num_experts} experts a layer, drawn with seed {selection.seed}")
+        limits.append(f"{counted(selection.num_experts, 'expert')} a layer, drawn with seed {selection.seed}")
     return limits
 
 
 def worst_text(finding: Finding) -> str:
     """Formats place, check, number and limit of a finding."""
-    allowed = f", allowed {finding.allowed}" if finding.allowed else ""
-    return f"{finding.where}: {finding.id} {finding.number:.3g}{allowed}"
+    number = math.nan if finding.number is None else finding.number
+    if finding.id in SHARE_OF_BOUND:
+        return f"{finding.where}: {share_text(number)} of what rounding may cause ({finding.id})"
+    allowed = f", allowed: {finding.allowed}" if finding.allowed else ""
+    return f"{finding.where}: {number:.3g}{allowed} ({finding.id})"
 
 
-def _failure_lines(findings: Iterable[Finding]) -> list[str]:
-    """Groups failures by check: the places, then what to do, once for each remedy."""
-    lines = []
-    for check in failed_checks(findings):
-        for finding in check.shown:
-            kernel = f" [{finding.kernel}]" if finding.kernel else ""
-            allowed = f"; allowed: {finding.allowed}" if finding.allowed else ""
-            lines.append(f"FAIL {check.id} {finding.where}{kernel}: {finding.message}{allowed}")
-        lines += [f"FAIL {check.id} and {check.num_more} more (--json lists them)"] if check.num_more else []
-        lines += [f"     remedy: {remedy}" for remedy in check.remedies]
-    return [*lines, ""] if lines else []
+def share_text(share: float) -> str:
+    """Formats a share of what is allowed: as a percentage, or how many times it was exceeded."""
+    if not math.isfinite(share):
+        return f"{share} times"
+    return f"{100 * share:.2g} %" if share <= 1 else f"{share:.3g} times"
+
+
+def _failure_parts(findings: Iterable[Finding]) -> list[RenderableType]:
+    """Groups failures by check, then warnings: the places, then what to do, once for each remedy."""
+    every = list(findings)
+    parts = [part for check in failed_checks(every) for part in _places("FAIL", check)]
+    parts += [part for check in warned_checks(every) for part in _places("warning", check)]
+    return [*parts, line("")] if parts else []
+
+
+def _places(word: str, check: "FailedCheck") -> Iterator[RenderableType]:
+    for finding in check.shown:
+        kernel = f" [{finding.kernel}]" if finding.kernel else ""
+        allowed = f"; allowed: {finding.allowed}" if finding.allowed else ""
+        yield line(word, f" {check.id} {finding.where}{kernel}: {finding.message}{allowed}")
+    if check.num_more:
+        yield line(word, f" {check.id} and {check.num_more:,} more (--json lists them)")
+    yield from (fact("remedy", remedy, indent=5) for remedy in check.remedies)
 
 
 @dataclass(frozen=True)
 class FailedCheck:
-    """The failures of one check. shown: the first places; num_more: how many others there are; remedies: each once."""
+    """The failures or the warnings of one check.
+
+    shown: the first places; num_more: how many others there are; remedies: each once.
+    """
 
     id: str
     shown: tuple[Finding, ...]
@@ -235,6 +278,15 @@ class FailedCheck:
 
 def failed_checks(findings: Iterable[Finding]) -> list[FailedCheck]:
     """Returns the failing checks in their order, with the places that every form of the report shows first."""
+    return _checks_with(failed(findings))
+
+
+def warned_checks(findings: Iterable[Finding]) -> list[FailedCheck]:
+    """Returns the checks with warnings likewise."""
+    return _checks_with(warned(findings))
+
+
+def _checks_with(findings: list[Finding]) -> list[FailedCheck]:
     return [
         FailedCheck(
             id_,
@@ -242,7 +294,7 @@ def failed_checks(findings: Iterable[Finding]) -> list[FailedCheck]:
             max(0, len(found) - MAX_FAILURES),
             tuple(dict.fromkeys(finding.remedy for finding in found if finding.remedy)),
         )
-        for id_, found in _by_id(failed(findings)).items()
+        for id_, found in _by_id(findings).items()
     ]
 
 
@@ -255,25 +307,25 @@ def check_rows(result: Verification) -> list[tuple[str, ...]]:
     for stage in result.stages:
         for id_, found in sorted(_by_id(stage.findings).items()):
             counts = _counts(found)
-            verdict = next(verdict for verdict in (Verdict.FAIL, Verdict.PASS, Verdict.SKIPPED) if counts[verdict])
+            verdict = next(
+                verdict for verdict in (Verdict.FAIL, Verdict.WARN, Verdict.PASS, Verdict.SKIPPED) if counts[verdict]
+            )
             numbers = [finding.number for finding in found if finding.number is not None]
             number = f"{max(numbers, key=_rank):.4g}" if numbers else "-"
             rows.append((verdict.value, id_, TITLES.get(id_, ""), number, _outcome(found)))
     return rows
 
 
-def _check_lines(result: Verification) -> list[str]:
-    rows = check_rows(result)
-    return align([CHECK_HEADINGS, *rows]) if rows else []
-
-
 def _outcome(found: list[Finding]) -> str:
-    """Formats one finding (or one reason to skip) by its message, several by counts of verdicts."""
+    """Formats one finding (or one reason to skip) by its message, several by counts of verdicts and, where their number
+    is a share of what is allowed, the largest."""
     messages = dict.fromkeys(finding.message for finding in found)
     counts = _counts(found)
-    if len(messages) == 1 and found[0].verdict is not Verdict.FAIL:
+    if len(messages) == 1 and found[0].verdict in (Verdict.PASS, Verdict.SKIPPED):
         return found[0].message
-    return ", ".join(f"{counts[verdict]} {word}" for verdict, word in _WORDS.items() if counts[verdict])
+    told = ", ".join(f"{counts[verdict]} {word}" for verdict, word in _WORDS.items() if counts[verdict])
+    shares = [f.number for f in found if f.id in SHARE_OF_BOUND and f.number is not None]
+    return f"{told}; at most {share_text(max(shares, key=_rank))} of what rounding may cause" if shares else told
 
 
 def _by_id(findings: Iterable[Finding]) -> dict[str, list[Finding]]:

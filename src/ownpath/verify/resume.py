@@ -8,7 +8,6 @@ parts are checked again.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -16,10 +15,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ownpath.checkpoint.reader import read_file
+from ownpath.checkpoint.writer import write_shard
+from ownpath.files import is_present
 from ownpath.finding import Finding, failed, finding_fields, finding_from
 from ownpath.verify.subject import Subject
 from ownpath.versions import versions
@@ -59,31 +59,24 @@ class SavedState(Enum):
 
 
 def write_state(path: Path, key: str, value: object, tensors: Mapping[str, Tensor] | None = None) -> None:
-    """Writes a JSON value and tensors under the run's key. Errors: OSError."""
+    """Writes a JSON value and tensors under the run's key. Errors: FileError naming the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.writing")
-    on_cpu = {name: tensor.contiguous().cpu() for name, tensor in (tensors or {}).items()}
-    save_file(on_cpu, beside, {"key": key, "value": json.dumps(value)})
-    with beside.open("rb+") as file:
-        os.fsync(file.fileno())
-    beside.replace(path)
+    write_shard(path, tensors or {}, {"key": key, "value": json.dumps(value)})
 
 
 def read_state(
     path: Path, key: str, decode: Callable[[Any, dict[str, Tensor]], Decoded], device: torch.device | None = None
 ) -> tuple[SavedState, Decoded | None]:
     """Reads a file of a run with this key, through ``decode(value, tensors)``, whose errors mean a torn file."""
-    if not path.exists():
+    if not is_present(path):
         return SavedState.NOTHING, None
     try:
-        with safe_open(path, framework="pt", device=str(device or "cpu")) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("key") != key:
-                return SavedState.OTHER, None
-            # Copies are aligned as torch aligns them: a processor's summation order depends on that.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        return SavedState.SAME, decode(json.loads(metadata["value"]), tensors)
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError):
+        metadata, tensors = read_file(path, lambda found: found.get("key") == key)
+        if metadata.get("key") != key:
+            return SavedState.OTHER, None
+        on_device = {name: tensor.to(device or "cpu") for name, tensor in tensors.items()}
+        return SavedState.SAME, decode(json.loads(metadata["value"]), on_device)
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return SavedState.OTHER, None
 
 

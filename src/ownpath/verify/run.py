@@ -11,16 +11,18 @@ from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import scan_checkpoint
 from ownpath.config import ConfigError, EngineConfig
 from ownpath.finding import Finding, Verdict, failed
+from ownpath.kernels.spec import InputRounding
 from ownpath.plan.plan import PlanError
 from ownpath.plan.show import plan_dict
+from ownpath.terminal.progress import Progress
 from ownpath.verify.environment_stage import environment_stage
 from ownpath.verify.file_stage import file_stage
 from ownpath.verify.kernel_stage import kernel_stage
 from ownpath.verify.layer_stage import layer_stage
 from ownpath.verify.layers.measure import Measurement
-from ownpath.verify.ledger_check import check_ledger
+from ownpath.verify.ledger_check import RanSlot, check_ledger
 from ownpath.verify.load_stage import load_stage
-from ownpath.verify.progress import StageLine, StageProgress
+from ownpath.verify.progress import StageProgress
 from ownpath.verify.subject import Selection, Subject
 
 
@@ -46,11 +48,23 @@ class VerifyJob:
         return Subject.of(self.folder, self.engine, self.selection)
 
 
-StageRun = Callable[[VerifyJob, StageProgress], Iterator[Finding | Measurement]]
+def _input_readers(job: VerifyJob) -> frozenset[str]:
+    """Returns the modules whose planned kernels read the scale of their input; none where there is no plan."""
+    try:
+        ops = job.subject.plan.ops
+    except (ConfigError, CheckpointError, PlanError):
+        return frozenset()
+    reading = (op for op in ops if op.choice.kernel.rounding is InputRounding.NVFP4)
+    return frozenset(module.name for op in reading for module in op.spec.modules)
+
+
+StageRun = Callable[[VerifyJob, StageProgress], Iterator[Finding | Measurement | RanSlot]]
 
 STAGES: MappingProxyType[str, StageRun] = MappingProxyType(
     {
-        "file": lambda job, progress: file_stage(job.folder, job.selection, job.source, progress),
+        "file": lambda job, progress: file_stage(
+            job.folder, job.selection, job.source, progress, _input_readers(job), job.engine.reference
+        ),
         "environment": lambda job, _: environment_stage(job.subject),
         "load": lambda job, progress: load_stage(job.subject, progress, job.work),
         "kernels": lambda job, progress: kernel_stage(job.subject, progress, job.work),
@@ -67,7 +81,8 @@ STAGES: MappingProxyType[str, StageRun] = MappingProxyType(
 class StageResult:
     """skipped: why the stage did not run, or did not finish; empty where it did.
 
-    measurements: of the layers stage, every value's distance from the reference's.
+    measurements: of the layers stage, every value's distance from the reference's. ran: of the ledger stage, every
+    slot that a prompt called, with its kernel.
     """
 
     name: str
@@ -75,6 +90,7 @@ class StageResult:
     seconds: float
     skipped: str = ""
     measurements: tuple[Measurement, ...] = ()
+    ran: tuple[RanSlot, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,6 +111,11 @@ class Verification:
     def measurements(self) -> tuple[Measurement, ...]:
         """The measurements of all stages, layer by layer."""
         return tuple(measured for stage in self.stages for measured in stage.measurements)
+
+    @property
+    def ran(self) -> tuple[RanSlot, ...]:
+        """The slots that a prompt called, with their kernels; empty without the ledger stage."""
+        return tuple(call for stage in self.stages for call in stage.ran)
 
     @property
     def passed(self) -> bool:
@@ -130,26 +151,24 @@ def _stops(result: StageResult) -> bool:
 
 def _run(name: str, job: VerifyJob) -> StageResult:
     """Runs one stage to its end, or as far as it comes."""
-    line, start = StageLine(name), time.perf_counter()
-    findings: list[Finding] = []
-    measurements: list[Measurement] = []
+    start = time.perf_counter()
+    found: list[Finding | Measurement | RanSlot] = []
     skipped = ""
     try:
-        for found in STAGES[name](job, line):
-            if isinstance(found, Measurement):
-                measurements.append(found)
-            else:
-                findings.append(found)
+        with Progress(f"checking: {name}") as progress:
+            for item in STAGES[name](job, progress):
+                found.append(item)  # one by one: what came before an error is kept
     except (ConfigError, CheckpointError, PlanError) as error:
         skipped = f"there is no plan: {error}"
     except RuntimeError as error:  # a device or driver that gave up: earlier findings are kept
         first = str(error).partition("\n")[0]
         remedy = "run this stage alone; if the device is out of memory, on fewer layers (--layers)"
-        findings.append(Finding("RUN", f"stage {name}", Verdict.FAIL, f"did not end: {first}", remedy=remedy))
-    finally:
-        line.end()
+        found.append(Finding("RUN", f"stage {name}", Verdict.FAIL, f"did not end: {first}", remedy=remedy))
     seconds = time.perf_counter() - start
-    return StageResult(name, tuple(findings), seconds, skipped, tuple(measurements))
+    findings = tuple(item for item in found if isinstance(item, Finding))
+    measurements = tuple(item for item in found if isinstance(item, Measurement))
+    ran = tuple(item for item in found if isinstance(item, RanSlot))
+    return StageResult(name, findings, seconds, skipped, measurements, ran)
 
 
 def _unreadable(result: StageResult, job: VerifyJob) -> str:

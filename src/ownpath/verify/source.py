@@ -17,13 +17,13 @@ from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.schema import Encoding
 from ownpath.config import ModelConfig
 from ownpath.finding import Finding, Verdict
-from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4
+from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, MXFP8, NVFP4
 from ownpath.oracle.weights import StoredWeights
 from ownpath.plan.census import StoredModule, take_census
 from ownpath.verify.file_tensors import FileTensors
 from ownpath.verify.progress import StageProgress
 from ownpath.verify.readback import block_scales, multiplier
-from ownpath.verify.subject import Selection, sampled_experts
+from ownpath.verify.subject import Selection, sample_experts
 
 SAMPLED_EXPERTS = 4
 """Of each chosen layer, unless --experts says how many."""
@@ -52,7 +52,7 @@ class ExpertSource:
         census = take_census(config, index, carried_draft(index))
         return cls(index, config, {stored.spec.name: stored for stored in census.modules}, device)
 
-    def decoded(self, name: str) -> tuple[Tensor, Tensor]:
+    def decode(self, name: str) -> tuple[Tensor, Tensor]:
         """Decodes a matrix, and bounds the distance of each element from the value it was rounded from: float64 [N, K]
         both."""
         encoding = self.modules[name].encoding
@@ -64,7 +64,7 @@ class ExpertSource:
         if fmt in (BF16, FP32):
             return size * (2.0**-9 if fmt is BF16 else 2.0**-25)
         scales = self._scales(name, matrix.shape, encoding)
-        if fmt is FP8_BLOCK:  # three bits of mantissa, and steps of 2^-9 below 2^-6
+        if fmt in (FP8_BLOCK, MXFP8):  # three bits of mantissa, and steps of 2^-9 below 2^-6
             return torch.maximum(size * 2.0**-4, scales * 2.0**-10)
         assert fmt in (NVFP4, MXFP4), fmt
         units = torch.where(scales > 0, size / scales, 0.0)
@@ -95,7 +95,7 @@ def source_findings(
     sample = replace(selection, num_experts=min(selection.num_experts or SAMPLED_EXPERTS, own.n_routed_experts))
     for done, layer_idx in enumerate(layer_ids):
         progress(done, len(layer_ids), f"source, layer {layer_idx}")
-        experts = sampled_experts(sample, layer_idx, own.n_routed_experts)
+        experts = sample_experts(sample, layer_idx, own.n_routed_experts)
         names = [
             f"layers.{layer_idx}.ffn.experts.{e}.{projection}" for e in experts for projection in ("w1", "w3", "w2")
         ]
@@ -117,7 +117,7 @@ def _compare(ours: ExpertSource, theirs: ExpertSource, name: str) -> Finding:
         if name not in export.modules:
             message = f"{export.index.folder} does not hold it whole"
             return Finding("F13", name, Verdict.FAIL, message, remedy=_REMEDY)
-    (a, step_a), (b, step_b) = ours.decoded(name), theirs.decoded(name)
+    (a, step_a), (b, step_b) = ours.decode(name), theirs.decode(name)
     if a.shape != b.shape:
         message = f"it is {list(a.shape)} here and {list(b.shape)} there"
         return Finding("F13", name, Verdict.FAIL, message, remedy=_REMEDY)

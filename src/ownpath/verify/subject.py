@@ -62,10 +62,10 @@ class Subject:
 
     def expert_ids(self, layer_idx: int) -> tuple[int, ...]:
         """Returns the chosen experts of a layer, in order: the same for the same seed, others in other layers."""
-        return sampled_experts(self.selection, layer_idx, self.config.n_routed_experts)
+        return sample_experts(self.selection, layer_idx, self.config.n_routed_experts)
 
 
-def sampled_experts(selection: Selection, layer_idx: int, num_experts: int) -> tuple[int, ...]:
+def sample_experts(selection: Selection, layer_idx: int, num_experts: int) -> tuple[int, ...]:
     """Draws experts of a layer; returns their ids in order."""
     wanted = selection.num_experts
     if wanted is None or wanted >= num_experts:

@@ -12,20 +12,21 @@ import numpy as np
 import torch
 
 from ownpath.checkpoint.chunks import Bytes, FileChunk, Piece
+from ownpath.checkpoint.dtypes import FLOATS, TORCH_DTYPES
 from ownpath.checkpoint.errors import CheckpointError
-from ownpath.checkpoint.index import TensorInfo
 from ownpath.checkpoint.scales import scale_fault
+from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.weights.readers import Staging
 from ownpath.weights.targets import CopyTargets
 
 _NOT_FINITE = {
     "F8_E4M3": (np.int8, 0x7F, np.uint8, 0xFF),  # no infinity; 0x7F with either sign is NaN
     "BF16": (np.int16, 0x7F80, np.uint16, 0xFF80),
+    "F16": (np.int16, 0x7C00, np.uint16, 0xFC00),
     "F32": (np.int32, 0x7F800000, np.uint32, 0xFF800000),
 }
 """dtype -> the smallest bits, as signed and as unsigned integers, of NaN and infinity."""
 _BAD_SCALE_BYTE = {"F8_E8M0": 0xFF, "F8_E4M3": 0x7F}  # NaN; for E4M3 also a sign bit, which no block scale has
-_WIDE_SCALES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
 
 def check_finite(piece: Piece, data: Bytes) -> None:
@@ -41,8 +42,8 @@ def check_finite(piece: Piece, data: Bytes) -> None:
 def check_block_scales(piece: Piece, data: Bytes) -> None:
     """Checks block scales. Errors: CheckpointError naming the tensor and place of the first NaN or negative scale."""
     info = piece.info
-    if info.dtype in _WIDE_SCALES:
-        values = torch.from_numpy(data.copy()).view(_WIDE_SCALES[info.dtype])
+    if info.dtype in FLOATS:
+        values = torch.from_numpy(data.copy()).view(TORCH_DTYPES[info.dtype])
         is_bad = (~(torch.isfinite(values) & (values >= 0))).numpy()
     elif np.maximum.reduce(data) < _BAD_SCALE_BYTE[info.dtype]:
         return
@@ -125,7 +126,11 @@ class Filler:
         """Stores all scalars of a chunk at once; returns the first that is not a valid scale."""
         starts = np.array([piece.start for piece in pieces])
         numbers = [self._targets.scalars[piece.info.name] for piece in pieces]
-        values = buffer[starts[:, None] + np.arange(4)].view(np.float32)[:, 0]
+        values = np.empty(len(pieces), np.float32)
+        for dtype in {piece.info.dtype for piece in pieces}:
+            chosen = np.array([piece.info.dtype == dtype for piece in pieces])
+            item = buffer[starts[chosen, None] + np.arange(TORCH_DTYPES[dtype].itemsize)]
+            values[chosen] = torch.from_numpy(item).view(TORCH_DTYPES[dtype]).float().numpy()[:, 0]
         self._scalars[numbers] = values
         is_fine = (values > 0) & (values < np.inf)
         is_fine &= np.where(self._is_divisor[numbers], values >= 1, values <= 1)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ownpath.checkpoint.chunks import file_chunks
+from ownpath.checkpoint.dtypes import TORCH_DTYPES
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.reader import stream
@@ -20,7 +21,7 @@ from ownpath.formats import NVFP4
 from ownpath.plan.plan import Plan, PlannedOp
 from ownpath.weights.fill import Filler, check_expert_ids
 from ownpath.weights.lossless import is_lossless_cast
-from ownpath.weights.operands import STORAGE, Allocate, Destination, OperandBuffers, make_operand, reserve
+from ownpath.weights.operands import Allocate, Destination, OperandBuffers, make_operand, reserve
 from ownpath.weights.readers import LoadProgress, ReadOptions, read_chunks
 from ownpath.weights.targets import find_targets
 
@@ -57,7 +58,8 @@ def load_weights(
     operands = tuple(make_operand(op, stored, device, allocate) for op in plan.ops)
     shapes = {spec.key: spec.shape for spec in plan.params}
     shapes |= {key: region.shape(shapes[key]) for key, region in plan.param_regions.items()}
-    params = {key: allocate(shape, STORAGE[stored[key]], device) for key, shape in shapes.items()}
+    dtypes = {spec.key: TORCH_DTYPES[spec.memory_dtype(stored[spec.key])] for spec in plan.params}
+    params = {key: allocate(shape, dtypes[key], device) for key, shape in shapes.items()}
     destinations = [destination for operand in operands for destination in operand.destinations]
     destinations += [Destination(key, target, region=plan.param_regions.get(key)) for key, target in params.items()]
     buffers = [buffer for operand in operands for parts in operand.buffers.values() for buffer in parts]

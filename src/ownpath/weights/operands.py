@@ -17,22 +17,10 @@ from typing import Protocol
 import torch
 
 from ownpath.checkpoint.schema import Encoding, ModuleSpec, PartSpec
-from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4, Format
+from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, MXFP8, NVFP4, Format
 from ownpath.ops import OpKind
 from ownpath.plan.plan import PlannedOp
 from ownpath.plan.sharding import Region, part_region
-
-STORAGE = {
-    "U8": torch.uint8,
-    "I8": torch.uint8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "I64": torch.int64,
-    "I32": torch.int64,
-}
-"""Safetensors dtype -> dtype in memory. Packed codes are bytes; token tables are used as indices, so they are int64."""
 
 _HUGE_PAGE_BYTES = 2 * 2**20
 _HAS_HUGE_PAGES = hasattr(mmap, "MADV_HUGEPAGE")  # Linux
@@ -134,13 +122,13 @@ def _regions_by_key(op: PlannedOp) -> dict[str, Region | None]:
 def _operand(op: PlannedOp, stored: dict[str, str], new: _New) -> OperandBuffers:
     encoding, modules = op.encoding, op.local_modules
     if op.spec.kind is OpKind.MOE:
-        return _moe(encoding, modules, stored, new)
+        return _moe(op, stored, new)
     if encoding.format is NVFP4:
         return _nvfp4_linear(encoding, modules, new)
-    if encoding.format is FP8_BLOCK:
-        return _fp8_shards(encoding, modules, stored, new)
+    if encoding.format in (FP8_BLOCK, MXFP8, MXFP4):
+        return _scaled_shards(encoding, modules, stored, new)
     assert encoding.format in (BF16, FP32), encoding
-    return _plain(encoding, modules, stored, new)
+    return _plain(encoding, modules, new)
 
 
 def _nvfp4_linear(encoding: Encoding, modules: tuple[ModuleSpec, ...], new: _New) -> OperandBuffers:
@@ -149,36 +137,36 @@ def _nvfp4_linear(encoding: Encoding, modules: tuple[ModuleSpec, ...], new: _New
     weight = new((num_rows, width // 2), torch.uint8)
     scale = new((num_rows, width // 16), torch.float8_e4m3fn)
     global_scale = new((num_rows,), torch.float32)
-    input_scale = new((len(modules),), torch.float32)
+    named = {"weight": weight, "weight_scale": scale, "weight_scale_2": global_scale}
+    if encoding.has_input_scale:
+        named["input_scale"] = new((len(modules),), torch.float32)
     destinations: list[Destination] = []
     start = 0
     for idx, module in enumerate(modules):
         rows = slice(start, start + module.shape[0])
         targets = {"qdata": weight[rows], "scale": scale[rows]}
-        targets |= {"global_scale": global_scale[rows], "input_scale": input_scale[idx]}
+        targets["global_scale"] = global_scale[rows]
+        if encoding.has_input_scale:
+            targets["input_scale"] = named["input_scale"][idx]
         destinations += _destinations(encoding, module, targets)
         start = rows.stop
-    named = {
-        "weight": weight,
-        "weight_scale": scale,
-        "weight_scale_2": global_scale,
-        "input_scale": input_scale,
-    }
     return OperandBuffers({name: (buffer,) for name, buffer in named.items()}, tuple(destinations))
 
 
-def _moe(encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, str], new: _New) -> OperandBuffers:
+def _moe(op: PlannedOp, stored: dict[str, str], new: _New) -> OperandBuffers:
+    encoding, modules = op.encoding, op.local_modules
     num_experts = len(modules) // 3
     inter, dim = modules[0].shape
-    if encoding.format is FP8_BLOCK:
-        scale_dtype = _fp8_scale_dtype(encoding, modules[0], stored)
+    if encoding.format in (FP8_BLOCK, MXFP8):
+        scale_dtype = _scale_dtype(encoding, modules[0], stored)
         gate_up = _fp8_stack(encoding, (num_experts, 2), (inter, dim), scale_dtype, new)
         down = _fp8_stack(encoding, (num_experts,), (dim, inter), scale_dtype, new)
     else:
-        gate_up = _expert_stack(encoding.format, (num_experts, 2 * inter, dim), (num_experts, 2), new)
-        down = _expert_stack(encoding.format, (num_experts, dim, inter), (num_experts,), new)
+        has_own_scales = not op.choice.kernel.converts_scales
+        gate_up = _expert_stack(encoding, (num_experts, 2 * inter, dim), (num_experts, 2), new, has_own_scales)
+        down = _expert_stack(encoding, (num_experts, dim, inter), (num_experts,), new, has_own_scales)
     scale_memory = {}
-    if encoding.format is MXFP4:
+    if op.choice.kernel.converts_scales:
         for name, stack in (("w13_scale", gate_up), ("w2_scale", down)):
             scale_memory[name] = _nvfp4_scales(stack["qdata"], new)
             stack["scale"] = _last_half(scale_memory[name])
@@ -205,21 +193,22 @@ def _halves(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def _expert_stack(
-    fmt: Format, shape: tuple[int, int, int], scalars: tuple[int, ...], new: _New
+    encoding: Encoding, shape: tuple[int, int, int], scalars: tuple[int, ...], new: _New, has_own_scales: bool
 ) -> dict[str, torch.Tensor]:
     """Allocates buffers by role for experts' matrices [E, N, K]. scalars: shape of the per-matrix scales.
 
-    MXFP4's block scales are not among them: they lie in ``scale_memory``.
+    MXFP4's block scales lie in ``scale_memory`` instead where they are converted.
     """
-    num_experts, n, k = shape
+    (num_experts, n, k), fmt = shape, encoding.format
     if fmt in (BF16, FP32):
-        return {"qdata": new(shape, torch.bfloat16 if fmt is BF16 else torch.float32)}
+        return {"qdata": new(shape, _plain_dtype(fmt))}
     assert fmt in (NVFP4, MXFP4), fmt
     stack = {"qdata": new((num_experts, n, k // 2), torch.uint8)}
     if fmt is MXFP4:
-        return stack
+        return stack | {"scale": new((num_experts, n, k // 32), torch.float8_e8m0fnu)} if has_own_scales else stack
     stack["scale"] = new((num_experts, n, k // 16), torch.float8_e4m3fn)
-    return stack | {role: new(scalars, torch.float32) for role in ("global_scale", "input_scale")}
+    roles = ("global_scale", "input_scale") if encoding.has_input_scale else ("global_scale",)
+    return stack | {role: new(scalars, torch.float32) for role in roles}
 
 
 def _nvfp4_scales(codes: torch.Tensor, new: _New) -> torch.Tensor:
@@ -239,38 +228,45 @@ def _fp8_stack(
 ) -> dict[str, torch.Tensor]:
     """Allocates buffers by role for matrices [N, K]. lead: their number, (experts,) or (experts, 2) for gate above up.
 
-    Each matrix has its own grid of scales, because its last blocks may be partial.
+    Each matrix has its own grid of scales, because its last blocks may be partial; MXFP8's are one per row, and fuse.
     """
     n, k = shape
     codes = (lead[0], prod(lead[1:]) * n, k)
-    grid = (*lead, *encoding.part("scale").shape(n, k))
+    rows, columns = encoding.part("scale").shape(n, k)
+    grid = (lead[0], prod(lead[1:]) * rows, columns) if encoding.format is MXFP8 else (*lead, rows, columns)
     return {"qdata": new(codes, torch.float8_e4m3fn), "scale": new(grid, scale_dtype)}
 
 
-def _fp8_scale_dtype(encoding: Encoding, module: ModuleSpec, stored: dict[str, str]) -> torch.dtype:
-    """Returns E8M0 where scales are stored so, else float32: BF16 scales are widened, exactly."""
+def _scale_dtype(encoding: Encoding, module: ModuleSpec, stored: dict[str, str]) -> torch.dtype:
+    """Returns E8M0 where scales are stored so, else float32: scales in 16 bits are widened, exactly."""
     is_e8m0 = stored[encoding.key(module.name, "scale")] == "F8_E8M0"
     return torch.float8_e8m0fnu if is_e8m0 else torch.float32
 
 
-def _fp8_shards(
+def _scaled_shards(
     encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, str], new: _New
 ) -> OperandBuffers:
     """Allocates a weight and a scale per shard: a shard's last block may be partial, so shards do not concatenate."""
     weights, scales = [], []
     destinations: list[Destination] = []
     for module in modules:
-        dtype = _fp8_scale_dtype(encoding, module, stored)
-        weights.append(new(module.shape, torch.float8_e4m3fn))
+        dtype = _scale_dtype(encoding, module, stored)
+        is_packed = encoding.format.packed_per_byte > 1
+        weights.append(
+            new(encoding.part("qdata").shape(*module.shape), torch.uint8 if is_packed else torch.float8_e4m3fn)
+        )
         scales.append(new(encoding.part("scale").shape(*module.shape), dtype))
         destinations += _destinations(encoding, module, {"qdata": weights[-1], "scale": scales[-1]})
     return OperandBuffers({"weight": tuple(weights), "scale": tuple(scales)}, tuple(destinations))
 
 
-def _plain(encoding: Encoding, modules: tuple[ModuleSpec, ...], stored: dict[str, str], new: _New) -> OperandBuffers:
+def _plain_dtype(fmt: Format) -> torch.dtype:
+    return torch.bfloat16 if fmt is BF16 else torch.float32
+
+
+def _plain(encoding: Encoding, modules: tuple[ModuleSpec, ...], new: _New) -> OperandBuffers:
     num_rows = sum(module.shape[0] for module in modules)
-    dtype = STORAGE[stored[encoding.key(modules[0].name, "qdata")]]
-    weight = new((num_rows, modules[0].shape[1]), dtype)
+    weight = new((num_rows, modules[0].shape[1]), _plain_dtype(encoding.format))
     destinations: list[Destination] = []
     start = 0
     for module in modules:

@@ -112,7 +112,7 @@ THREAD_NAME = "ownpath reader"
 class LoadProgress(Protocol):
     """Receives loading progress, in the loading thread: at the start (0), a few times a second, and at the end."""
 
-    def __call__(self, num_bytes: int, total_bytes: int) -> None: ...
+    def __call__(self, num_bytes: int, total_bytes: int, /) -> None: ...
 
 
 @dataclass(frozen=True)

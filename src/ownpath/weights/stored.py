@@ -5,21 +5,28 @@ from dataclasses import replace
 import torch
 
 from ownpath.checkpoint.errors import CheckpointError
-from ownpath.formats import FP8_BLOCK, MXFP4, NVFP4
+from ownpath.formats import FP8_BLOCK, MXFP4, MXFP8, NVFP4
 from ownpath.kernels.contract import StoredExperts, StoredLinear
-from ownpath.numerics import dequantize, mxfp4_scale_as_nvfp4
+from ownpath.numerics import ScaleSpanError, dequantize, mxfp4_scale_as_nvfp4
 from ownpath.plan.plan import PlannedOp
 from ownpath.qtensor import QuantTensor
 from ownpath.weights.operands import OperandBuffers
 
 
 def stored_linear(op: PlannedOp, operand: OperandBuffers) -> StoredLinear:
-    """Returns a dense op's shards. Their shared input is quantised once, with the largest of their input scales."""
+    """Returns a dense op's shards. Their shared input is quantised once, with the largest of their input scales.
+
+    Errors: CheckpointError naming a module with MXFP4 scales that its NVFP4 kernel cannot represent.
+    """
     buffers, fmt = operand.buffers, op.encoding.format
     weights = buffers["weight"]
-    if fmt is FP8_BLOCK:
-        shards = zip(weights, buffers["scale"], strict=True)
-        return StoredLinear(tuple(QuantTensor(weight, scale, None, fmt) for weight, scale in shards))
+    if fmt in (FP8_BLOCK, MXFP8, MXFP4):
+        pairs = zip(weights, buffers["scale"], strict=True)
+        shards = tuple(QuantTensor(weight, scale, None, fmt) for weight, scale in pairs)
+        if op.choice.kernel.converts_scales:
+            names = (module.name for module in op.spec.modules)
+            shards = tuple(_shard_as_nvfp4(name, shard) for name, shard in zip(names, shards, strict=True))
+        return StoredLinear(shards)
     if fmt is not NVFP4:
         return StoredLinear(tuple(QuantTensor(weight, None, None, fmt) for weight in weights))
     parts = zip(weights, buffers["weight_scale"], buffers["weight_scale_2"], strict=True)
@@ -36,7 +43,7 @@ def stored_experts(op: PlannedOp, operand: OperandBuffers, swiglu_limit: float) 
     Errors: CheckpointError naming slot and expert for MXFP4 scales that NVFP4 cannot represent.
     """
     stored = unconverted_experts(op, operand, swiglu_limit)
-    if op.encoding.format is not MXFP4 or op.choice.kernel.layout == "row_major":
+    if not op.choice.kernel.converts_scales:
         return stored
     gate_up, down = (_mxfp4_as_nvfp4(op, operand, name) for name in ("w13", "w2"))
     return replace(stored, gate_up=gate_up, down=down)
@@ -71,6 +78,10 @@ def _mxfp4_as_nvfp4(op: PlannedOp, operand: OperandBuffers, name: str) -> QuantT
         converted, global_scale = mxfp4_scale_as_nvfp4(
             f"{name}_scale", codes, scale, operand.scale_memory[f"{name}_scale"]
         )
+    except ScaleSpanError as error:
+        expert = f"{op.spec.slot}.{error.expert}"
+        modules = f"{expert}.w2" if name == "w2" else f"{expert}.w1 and {expert}.w3"
+        raise CheckpointError(f"{modules}: {error}; {_hint(op.spec.slot)}") from None
     except ValueError as error:
         raise CheckpointError(f"{op.spec.slot}: {error}") from None
     if name == "w13":
@@ -78,8 +89,22 @@ def _mxfp4_as_nvfp4(op: PlannedOp, operand: OperandBuffers, name: str) -> QuantT
     return QuantTensor(codes, converted, global_scale, NVFP4)
 
 
+def _shard_as_nvfp4(name: str, weight: QuantTensor) -> QuantTensor:
+    """Converts a dense MXFP4 matrix as ``_mxfp4_as_nvfp4`` does an expert's."""
+    assert weight.scale is not None, name
+    try:
+        converted, global_scale = mxfp4_scale_as_nvfp4("its scale", weight.qdata[None], weight.scale[None])
+    except ScaleSpanError as error:
+        raise CheckpointError(f"{name}: {error}; {_hint(name)}") from None
+    return QuantTensor(weight.qdata, converted[0], global_scale[0], NVFP4)
+
+
+def _hint(name: str) -> str:
+    return f"`--reference {name}` has torch compute it from the scales as they are"
+
+
 def stored_groups(op: PlannedOp, operand: OperandBuffers) -> torch.Tensor:
-    """Returns ``wo_a`` in plain floating point; from FP8, BF16 where that is exact (power-of-two scales), else float32.
+    """Returns ``wo_a`` in plain floating point: BF16 where that is exact (power-of-two scales), else float32.
 
     A kernel that takes only BF16 gets BF16, the activations' dtype, to which other kernels round the weight too.
     """
@@ -89,4 +114,4 @@ def stored_groups(op: PlannedOp, operand: OperandBuffers) -> torch.Tensor:
     (scale,) = operand.buffers["scale"]
     is_narrow = scale.dtype == torch.float8_e8m0fnu or op.choice.kernel.activations == ("bfloat16",)
     dtype = torch.bfloat16 if is_narrow else torch.float32
-    return dequantize(QuantTensor(weight, scale, None, FP8_BLOCK), dtype)
+    return dequantize(QuantTensor(weight, scale, None, op.encoding.format), dtype)

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 
 from ownpath.checkpoint.chunks import Bytes
-from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
+from ownpath.checkpoint.dtypes import TORCH_DTYPES
+from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.schema import PartSpec
+from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.weights.operands import Destination
-
-_WIDENED = {("I32", torch.int64): torch.int32, ("BF16", torch.float32): torch.bfloat16}
-"""Stored dtypes that are widened when read, exactly."""
 
 
 @dataclass(frozen=True)
@@ -163,4 +162,5 @@ def _wider_dtype(info: TensorInfo, destination: Destination) -> torch.dtype | No
     """Returns the stored dtype where an element has another size in memory, else ``None``."""
     if info.num_bytes * destination.target.numel() == destination.target.nbytes * prod(info.shape):
         return None
-    return _WIDENED[info.dtype, destination.target.dtype]
+    assert destination.target.dtype in (torch.float32, torch.int64), info
+    return TORCH_DTYPES[info.dtype]

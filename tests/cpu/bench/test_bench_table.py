@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 from bench_rows import case, row
+from support.pages import table_text
 
 from ownpath.bench.plot import plot_rows
 from ownpath.bench.record import append_lines, provenance, row_dict
 from ownpath.bench.row import compare, geometric_mean
-from ownpath.bench.table import table_text
 
 
 def test_a_lost_case_stays_and_says_so() -> None:

@@ -7,7 +7,8 @@ from ownpath.bench.check import rel_l2
 from ownpath.bench.shapes import linear_shape
 from ownpath.bench.tune import load_family
 from ownpath.bench.tuners import fp8
-from ownpath.bench.tuners.fp8 import FEW, MANY, MAX_REL_L2, SMS, Fp8Family
+from ownpath.bench.tuners.fp8 import FEW, MANY, SMS, Fp8Family
+from ownpath.conformance.bounds import MAX_REL_L2
 from ownpath.kernels.fp8.choose import knobs_config, w8a8_shape, w8a16_shape
 from ownpath.kernels.fp8.config import W8A8Config, W8A16Config
 from ownpath.kernels.fp8.ref import fp8_w8a8, fp8_w8a16

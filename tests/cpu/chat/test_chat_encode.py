@@ -10,7 +10,7 @@ from cpu.chat.small_tokenizer import ASSISTANT_ID, THINK_END_ID, USER_ID, byte_l
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ownpath.chat.effort import RELEASES, release_of_folder
+from ownpath.chat.effort import RELEASES, find_release
 from ownpath.chat.encode import Setting, encode_messages
 from ownpath.chat.markers import BOS, EOS, SPECIALS, Segment, Special
 from ownpath.chat.messages import ChatFormatError, Message, ToolCall
@@ -213,12 +213,18 @@ def test_any_conversation_is_written_or_refused(messages: list[Message], thinkin
 
 
 def test_a_release_is_found_in_its_folder(tmp_path: Path) -> None:
-    assert release_of_folder(tmp_path) == "v4"
+    guessed = find_release(tmp_path)
+    assert (guessed.name, guessed.is_guess) == ("v4", True)
+    assert "guessed by the absence of encoding/encoding_dsv4.py" in str(guessed)
     (tmp_path / "config.json").write_text('{"dspark_block_size": 5}', encoding="utf-8")
-    assert release_of_folder(tmp_path) == "0731"
+    assert str(find_release(tmp_path)) == "0731, told by dspark_block_size in config.json"
     (tmp_path / "encoding").mkdir()
     encoder = tmp_path / "encoding" / "encoding_dsv4.py"
     encoder.write_text('MAX = "Reasoning Effort: Absolute maximum"', encoding="utf-8")
-    assert release_of_folder(tmp_path) == "v4", "the folder's own encoder decides"
+    told = find_release(tmp_path)
+    assert (told.name, told.is_guess) == ("v4", False), "the folder's own encoder decides"
     encoder.write_text('MAX = "Reasoning Effort: Beyond maximum"', encoding="utf-8")
-    assert release_of_folder(tmp_path) == "0731"
+    assert find_release(tmp_path).name == "0731"
+    assert str(find_release(tmp_path, "0813")) == "0813, told by --release"
+    with pytest.raises(ValueError, match="there is no release 'v5'; known: v4, 0731, 0813"):
+        find_release(tmp_path, "v5")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import random_checkpoint
+from support.pages import plan_text
 
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.schema import MODELOPT_NVFP4
@@ -16,7 +17,6 @@ from ownpath.checkpoint.writer import INDEX_NAME, write_checkpoint
 from ownpath.config import ConfigError, EngineConfig
 from ownpath.loading import load_model, plan_model
 from ownpath.numerics import quantize_nvfp4
-from ownpath.plan.show import plan_text
 
 Tensors = dict[str, torch.Tensor]
 EXPERT = "layers.1.ffn.experts.3.w2"
@@ -62,7 +62,6 @@ def test_the_intact_checkpoint_loads(folder: Path) -> None:
         f"{EXPERT}.weight",
         f"{EXPERT}.weight_scale",
         f"{EXPERT}.weight_scale_2",
-        f"{EXPERT}.input_scale",
         "layers.0.attn.wkv.weight_scale_2",
         "layers.1.attn.indexer.wq_b.scale",
         "layers.0.ffn.gate.tid2eid",
@@ -131,7 +130,7 @@ def scaled(key: str, value: float) -> Callable[[Tensors], None]:
 
 
 @pytest.mark.parametrize("value", [0.0, -1e-4, float("nan"), float("inf")])
-@pytest.mark.parametrize("key", [f"{EXPERT}.weight_scale_2", "layers.0.attn.wq_b.input_scale"])
+@pytest.mark.parametrize("key", [f"{EXPERT}.weight_scale_2", "layers.0.attn.wq_b.weight_scale_2"])
 def test_a_scalar_that_is_no_scale_is_named(key: str, value: float, folder: Path) -> None:
     change_tensors(folder, scaled(key, value))
     with pytest.raises(CheckpointError, match=rf"'{key}' .*must be finite and positive"):
@@ -147,7 +146,7 @@ def test_a_divisor_where_the_multiplier_belongs_is_named(folder: Path) -> None:
 
 
 def test_the_smallest_divisor_above_one_is_named(folder: Path) -> None:
-    key = f"{EXPERT}.input_scale"
+    key = f"{EXPERT}.weight_scale_2"
     change_tensors(folder, lambda tensors: tensors.update({key: torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))}))
     with pytest.raises(CheckpointError, match=rf"'{key}' .*a divisor by its size"):
         load(folder)
@@ -181,9 +180,9 @@ def test_an_e8m0_nan_is_named(folder: Path) -> None:
     [
         ("layers.0.attn.wq_b.weight", torch.zeros(256, 23, dtype=torch.uint8), "needs shape"),
         ("layers.0.attn.wq_b.weight", torch.zeros(256, 24, dtype=torch.int32), "no known encoding"),
-        ("layers.0.attn.wq_b.weight_scale", torch.zeros(256, 3, dtype=torch.uint8), "stores F8_E4M3"),
-        ("layers.0.attn.wq_b.weight_scale_2", torch.full((1,), 1e-4), "needs shape"),
-        ("layers.0.attn.attn_sink", torch.zeros(4, dtype=torch.bfloat16), "expected F32"),
+        ("layers.0.attn.wq_b.weight_scale", torch.zeros(256, 3, dtype=torch.int16), "stores F8_E4M3"),
+        ("layers.0.attn.wq_b.weight_scale_2", torch.full((2,), 1e-4), "needs shape"),
+        ("layers.0.attn.attn_sink", torch.zeros(4, dtype=torch.float64), "expected F32"),
         ("embed.weight", torch.zeros(95, 64, dtype=torch.bfloat16), "expected shape"),
         ("norm.weight", torch.full((64,), torch.nan, dtype=torch.bfloat16), "NaN or infinity"),
         ("head.weight", torch.full((96, 64), torch.inf, dtype=torch.bfloat16), "NaN or infinity"),

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from support.broken import change_tensors
 from support.checkpoints import Tensors, random_checkpoint
+from support.pages import plan_text
 
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.config import EngineConfig
@@ -19,7 +20,6 @@ from ownpath.model.batch import ForwardBatch
 from ownpath.numerics import dequantize, nvfp4_global_scale, quantize_fp8_block, quantize_nvfp4
 from ownpath.ops import OpKind
 from ownpath.plan.select import Caps, Demands, Refusal, select
-from ownpath.plan.show import plan_text
 from ownpath.qtensor import QuantTensor
 from ownpath.quantize.run import Options, quantize_checkpoint
 

@@ -17,7 +17,8 @@ from support.checkpoints import LAYOUTS, random_checkpoint
 
 from ownpath.checkpoint.chunks import ChunkReader, FileChunk, file_chunks
 from ownpath.checkpoint.errors import CheckpointError
-from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
+from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.loading import plan_model
 from ownpath.weights import load as load_module
 from ownpath.weights.load import LoadedWeights, load_weights
@@ -146,7 +147,7 @@ def test_a_shard_that_went_away_is_an_error(num_threads: int, tmp_path: Path) ->
     plan, index = plan_model(tmp_path, "cpu"), CheckpointIndex.open(tmp_path)
     gone = sorted({info.file for info in index.tensors.values()})[1]
     gone.unlink()
-    with pytest.raises(CheckpointError, match=rf"tensor .*{gone.name}\) cannot be read \(.*No such file"):
+    with pytest.raises(CheckpointError, match=rf"tensor .*{gone.name}\) cannot be read \(.*no such file"):
         load_weights(plan, index, CPU, read_options=ReadOptions(num_threads, 1000))
 
 

@@ -10,8 +10,9 @@ from support.checkpoints import LAYOUTS, random_checkpoint
 
 from ownpath.checkpoint.chunks import FileChunk
 from ownpath.checkpoint.errors import CheckpointError
-from ownpath.checkpoint.index import CheckpointIndex, TensorInfo
+from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.reader import stream
+from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.checkpoint.writer import INDEX_NAME, write_checkpoint
 from ownpath.loading import plan_model
 from ownpath.weights import load as load_module

@@ -113,7 +113,7 @@ def failing(capsys: pytest.CaptureFixture[str], folder: Path, url: str, *options
     assert main(["diff", str(folder), "--against", url, "--max-model-len", "256", *options]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("ownpath: ")
+    assert captured.err.startswith("ownpath")
     assert captured.err.count("\n") == 1
     return captured.err
 

@@ -162,8 +162,8 @@ def test_people_read_the_verdict_first(
         assert main(["diff", str(folder), "--against", other.url + "/v1/", *short]) == 1
         lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{folder.name} against {other.url}: DIFFER"
-    assert lines[1].startswith("found       cold-cached: ")
-    assert lines[2].startswith("  remedy    ")
+    assert lines[1].split()[:2] == ["found", "cold-cached:"]
+    assert lines[2].split()[0] == "remedy"
 
 
 def test_text_is_sent_only_where_ids_are_refused(
@@ -173,8 +173,10 @@ def test_text_is_sent_only_where_ids_are_refused(
         assert main(["diff", str(folder), "--against", other.url, "--max-tokens", "2"]) == 0
     captured = capsys.readouterr()
     assert "text sent" in captured.out
-    assert captured.err == "warning: the server takes no token ids; text was sent\n"
-    assert "ok          text-tokens" in captured.out, "/tokenize told its ids"
+    assert captured.err == (
+        "warning: the server takes no token ids, so text was sent; it may be split into other tokens there\n"
+    )
+    assert ["ok", "text-tokens:"] in [line.split()[:2] for line in captured.out.splitlines()], "/tokenize told its ids"
 
 
 def test_another_tokenizer_is_told_where_only_text_is_taken(

@@ -98,6 +98,23 @@ def test_eos_ends_with_stop_and_is_reported() -> None:
     assert outputs[-1].finish_reason is FinishReason.STOP
 
 
+@pytest.mark.parametrize(
+    ("end_token_ids", "expected"), [({8}, [7, 8]), ({7, EOS_ID}, [7]), ({EOS_ID, 50}, [7, 8, EOS_ID])]
+)
+def test_any_end_token_ends_an_answer(end_token_ids: set[int], expected: list[int]) -> None:
+    model = FakeModel(script_rule([7, 8], VOCAB, prompt_len=2), VOCAB)
+    engine = Engine(model, EngineConfig(max_model_len=64), NUM_TOKENS, end_token_ids=end_token_ids)
+    engine.start()
+    try:
+        asked = Asked([3, 4], SamplingParams(3, temperature=0))
+        engine.submit([asked.request])
+        outputs = asked.all()
+    finally:
+        engine.stop()
+    assert [output.token.token_id for output in outputs if output.token] == expected
+    assert outputs[-1].finish_reason is FinishReason.STOP
+
+
 def test_answers_do_not_depend_on_the_company() -> None:
     """Seeded sampling: alone, in a crowd, and with chunked prompts the tokens are the same."""
     prompts = [[3 + n] * (1 + 7 * n) for n in range(6)]

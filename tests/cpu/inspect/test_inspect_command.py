@@ -21,10 +21,13 @@ from ownpath.inspect.scalars import Coverage
 from ownpath.loading import default_model_dir, load_model, plan_model
 from ownpath.weights.load import load_weights
 
-COMMON_KEYS = {"folder", "complete", "num_tensors", "num_files", "num_bytes", "seconds", "problems"}
+COMMON_KEYS = {
+    *("folder", "complete", "num_tensors", "num_files", "num_bytes", "seconds", "problems"),
+    *("end_tokens", "release"),
+}
 FOUND_KEYS = {
     *("shape", "num_parameters", "bytes_by_format", "modules", "not_read", "block_scales", "lossless_casts"),
-    *("calibration", "gate_up", "memory"),
+    *("calibration", "gate_up", "magnitudes", "memory"),
 }
 
 
@@ -34,7 +37,7 @@ def test_the_embedded_model_is_clean(capsys: pytest.CaptureFixture[str]) -> None
     assert "\nno problems found\n" in out
     assert re.search(r"^layers\.\{0-3\}\.ffn\.experts\.\{0-7\}\.w1 +modelopt-nvfp4 +NVFP4 +256 x 256 +32 ", out, re.M)
     assert main(["inspect", "--all-scales"]) == 0
-    assert "(all)" in capsys.readouterr().out
+    assert "(all of them)" in capsys.readouterr().out
 
 
 def test_the_json_of_the_embedded_model(capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,7 +81,7 @@ def test_problems_have_an_exit_code_a_line_and_a_remedy(folder: Path, capsys: py
     assert main(["inspect", str(folder), "--json"]) == 1
     problems = json.loads(capsys.readouterr().out)["problems"]
     assert {problem["where"] for problem in problems} == set(keys)
-    assert all(set(problem) == {"check", "where", "problem", "remedy"} for problem in problems)
+    assert all(set(problem) == {"check", "severity", "where", "problem", "remedy"} for problem in problems)
 
 
 def test_what_cannot_be_read_has_an_exit_code_of_its_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,6 @@ def test_a_clean_model_has_no_problems(folder: Path) -> None:
         f"{EXPERT}.weight",
         f"{EXPERT}.weight_scale",
         f"{EXPERT}.weight_scale_2",
-        f"{EXPERT}.input_scale",
         "layers.1.attn.wkv.scale",
         "layers.0.ffn.gate.tid2eid",
         "layers.1.ffn.gate.bias",
@@ -55,7 +54,7 @@ def test_a_missing_tensor(key: str, folder: Path) -> None:
 
 
 def test_every_missing_tensor_is_collected(folder: Path) -> None:
-    keys = [f"layers.{n}.ffn.experts.{e}.{w}.input_scale" for n in (1, 2) for e in (0, 7) for w in ("w1", "w2")]
+    keys = [f"layers.{n}.ffn.experts.{e}.{w}.weight_scale_2" for n in (1, 2) for e in (0, 7) for w in ("w1", "w2")]
     change_tensors(folder, lambda tensors: [tensors.pop(key) for key in (*keys, "layers.3.attn.attn_sink")])
     assert found(folder) == {("missing-tensor", key) for key in (*keys, "layers.3.attn.attn_sink")}
 
@@ -70,9 +69,9 @@ def test_an_unexpected_tensor(folder: Path) -> None:
     [
         (f"{EXPERT}.weight", torch.zeros(64, 23, dtype=torch.uint8), "wrong-shape"),
         (f"{EXPERT}.weight", torch.zeros(64, 24, dtype=torch.int32), "wrong-dtype"),
-        (f"{EXPERT}.weight_scale", torch.zeros(64, 3, dtype=torch.uint8), "wrong-dtype"),
-        (f"{EXPERT}.weight_scale_2", torch.full((1,), 1e-4), "wrong-shape"),
-        ("layers.0.attn.attn_sink", torch.zeros(4, dtype=torch.bfloat16), "wrong-dtype"),
+        (f"{EXPERT}.weight_scale", torch.zeros(64, 3, dtype=torch.int16), "wrong-dtype"),
+        (f"{EXPERT}.weight_scale_2", torch.full((2,), 1e-4), "wrong-shape"),
+        ("layers.0.attn.attn_sink", torch.zeros(4, dtype=torch.float64), "wrong-dtype"),
         ("embed.weight", torch.zeros(95, 64, dtype=torch.bfloat16), "wrong-shape"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -84,12 +83,12 @@ def test_a_wrong_shape_or_dtype(key: str, value: torch.Tensor, check: str, folde
 
 def test_both_wrong_parts_of_one_module(folder: Path) -> None:
     def change(tensors: Tensors) -> None:
-        del tensors[f"{EXPERT}.input_scale"]
-        tensors[f"{EXPERT}.weight_scale"] = torch.zeros(3, 3, dtype=torch.uint8)
+        del tensors[f"{EXPERT}.weight_scale_2"]
+        tensors[f"{EXPERT}.weight_scale"] = torch.zeros(3, 3, dtype=torch.int16)
 
     change_tensors(folder, change)
     assert found(folder) == {
-        ("missing-tensor", f"{EXPERT}.input_scale"),
+        ("missing-tensor", f"{EXPERT}.weight_scale_2"),
         ("wrong-dtype", f"{EXPERT}.weight_scale"),
     }
 
@@ -98,7 +97,7 @@ def test_both_wrong_parts_of_one_module(folder: Path) -> None:
 @pytest.mark.parametrize("part", ["weight_scale_2", "input_scale"])
 def test_a_scalar_that_is_no_scale(part: str, value: float, folder: Path) -> None:
     change_tensors(folder, lambda tensors: tensors.update({f"{EXPERT}.{part}": torch.tensor(value)}))
-    assert found(folder) == {("scalar-scale", f"{EXPERT}.{part}")}
+    assert found(folder) == {("input-scale" if part == "input_scale" else "scalar-scale", f"{EXPERT}.{part}")}
 
 
 def test_a_reciprocal_scale(folder: Path) -> None:
@@ -116,7 +115,10 @@ def test_an_out_of_band_scale(factor: float, folder: Path) -> None:
         tensors[key] = torch.tensor(factor) if factor < 1e-30 else tensors[key] * factor
 
     change_tensors(folder, change)
-    assert found(folder) == {("out-of-band-scale", key)}
+    is_tiny = factor < 1e-30
+    assert found(folder) == (
+        {("scalar-scale", key)} if is_tiny else {("out-of-band-scale", key), ("weight-magnitude", EXPERT)}
+    )
 
 
 @pytest.mark.parametrize("bits", [0x7F, 0xFF, 0xB8])
@@ -132,6 +134,8 @@ def test_an_e8m0_block_scale_that_is_nan(folder: Path) -> None:
 
 def test_a_block_scale_of_zero_over_values_that_are_not(folder: Path) -> None:
     change_tensors(folder, set_bytes(f"{EXPERT}.weight_scale", (5, 1), 0))
+    assert found(folder) == {("vanished-blocks", f"{EXPERT}.weight_scale")}
+    change_tensors(folder, set_bytes(f"{EXPERT}.weight_scale", (slice(0, 30), slice(None)), 0))
     assert found(folder) == {("zero-block-scale", f"{EXPERT}.weight_scale")}
 
 
@@ -220,7 +224,7 @@ def test_codes_in_a_broken_shard_are_not_read(folder: Path) -> None:
     codes.write_bytes(codes.read_bytes()[:-9])
     (folder / INDEX_NAME).write_text(json.dumps({"weight_map": index | {name: codes.name}}))
     assert scales != codes
-    assert found(folder) == {("truncated-shard", codes.name), ("zero-block-scale", f"{EXPERT}.weight_scale")}
+    assert found(folder) == {("truncated-shard", codes.name), ("vanished-blocks", f"{EXPERT}.weight_scale")}
 
 
 def test_transformers_names_are_read_where_they_lie(folder: Path) -> None:

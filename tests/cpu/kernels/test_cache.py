@@ -12,6 +12,8 @@ from ownpath.kernels.dsl import cache
 from ownpath.kernels.fp8.config import QuantizeConfig, W8A8Config, W8A16Config
 from ownpath.kernels.nvfp4.config import AlignConfig, CombineConfig, GemmConfig, PermuteConfig
 
+FACTS = {"entry": "f", "num_threads": 256, "cluster": 1}
+
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -24,7 +26,7 @@ def test_a_kernel_counts_once_all_of_it_is_there() -> None:
     assert not cache.is_cached(config)
     cache.stem(config).with_suffix(".cubin").write_bytes(b"half")
     assert not cache.is_cached(config)
-    cache.store(config, b"code", {"entry": "f", "num_threads": 256, "cluster": 1})
+    cache.store(config, b"code", FACTS)
     assert cache.is_cached(config)
     assert cache.stem(config).with_suffix(".cubin").read_bytes() == b"code"
     assert json.loads(cache.stem(config).with_suffix(".json").read_text())["entry"] == "f"
@@ -73,7 +75,7 @@ def test_a_kernel_is_keyed_by_every_module_that_it_is_compiled_from(config: cach
 
 
 def test_nothing_missing_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache.store(PermuteConfig(), b"code", {})
+    cache.store(PermuteConfig(), b"code", FACTS)
     monkeypatch.setattr(sys, "executable", "/no/such/python")
     assert cache.compile_missing([PermuteConfig()]) == 0
 
@@ -93,7 +95,7 @@ def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key = cache.source_key(CombineConfig(0, False).sources)
     script.write_text(
         dedent(f"""
-            import json, sys
+            import hashlib, json, sys
 
             for line in sys.stdin:
                 kind, fields = json.loads(line)
@@ -101,8 +103,11 @@ def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 assert fields["num_shared"] != 3, "too many registers"
                 name = f"moe_combine_s{{fields['num_shared']}}" + "_wide" * fields["wide"]
                 print("a remark of the compiler's")
-                for suffix in ("cubin", "json"):
-                    open(f"{folder}/{{name}}-{key}.{{suffix}}", "w").close()
+                code = {{"kernel": f"{{name}}-{key}", "num_bytes": 0, "sha256": hashlib.sha256().hexdigest()}}
+                facts = {FACTS} | code
+                for suffix, text in (("cubin", ""), ("json", json.dumps(facts))):
+                    with open(f"{folder}/{{name}}-{key}.{{suffix}}", "w") as file:
+                        file.write(text)
                 print(name, flush=True)
         """)
     )

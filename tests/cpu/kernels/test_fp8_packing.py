@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ownpath.conformance.quant_weights import draw_rows, draw_weights, relative_l2
+from ownpath.conformance.bounds import relative_l2
+from ownpath.conformance.quant_weights import draw_rows, draw_weights
 from ownpath.kernels.fp8.cases import CASES, Fp8Case
 from ownpath.kernels.fp8.layout import (
     column_order,

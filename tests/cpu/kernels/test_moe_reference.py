@@ -5,15 +5,9 @@ import torch
 from support.live_bytes import PeakBytes
 
 from ownpath import Nvfp4Linear, Nvfp4MoE
-from ownpath.conformance.quant_weights import (
-    DenseWeight,
-    ExpertStacks,
-    RoutedTokens,
-    dense_reference,
-    first_beyond,
-    moe_reference,
-    relative_l2,
-)
+from ownpath.conformance.bounds import assert_allowed, assert_rounded_once, deviation
+from ownpath.conformance.exact import product
+from ownpath.conformance.quant_weights import DenseWeight, ExpertStacks, RoutedTokens, exact_mixture
 from ownpath.formats import NVFP4
 from ownpath.numerics import dequantize, mxfp4_scale_as_nvfp4, quantize_fp8_block
 from ownpath.qtensor import QuantTensor
@@ -31,23 +25,21 @@ def seeded() -> None:
 def test_the_reference_keeps_the_bounds() -> None:
     dense = DenseWeight.draw(64, 128, CPU)
     x = torch.randn(5, 128).bfloat16()
-    exact, bound = dense_reference(x, dense.weight())
-    assert not first_beyond(Nvfp4Linear(dense.codes, dense.scale, dense.global_scale)(x), exact, bound)
+    y = Nvfp4Linear(dense.codes, dense.scale, dense.global_scale)(x)
+    assert_allowed(y, product(x.double(), dense.weight()))
     experts = ExpertStacks.draw(5, 128, 128, CPU)
     routed = RoutedTokens.draw(9, 128, 4, 2, CPU)
-    exact, bound = moe_reference(experts, routed, LIMIT, num_shared=1)
     y = Nvfp4MoE(*experts.tensors(), swiglu_limit=LIMIT)(routed.x, routed.ids, routed.weights, num_shared=1)
-    assert not first_beyond(y, exact, bound)
-    assert relative_l2(y, exact) < 3e-3
+    assert_rounded_once(y, exact_mixture(experts, routed, LIMIT, num_shared=1))
 
 
 def test_the_bounds_see_a_wrong_scale() -> None:
     experts = ExpertStacks.draw(4, 128, 128, CPU)
     routed = RoutedTokens.draw(9, 128, 4, 2, CPU)
-    exact, bound = moe_reference(experts, routed, LIMIT)
+    exact = exact_mixture(experts, routed, LIMIT)
     experts.w2_scale_2[2] *= 1.05
     y = Nvfp4MoE(*experts.tensors(), swiglu_limit=LIMIT)(routed.x, routed.ids, routed.weights)
-    assert first_beyond(y, exact, bound)
+    assert not deviation(y, exact).is_allowed
 
 
 def test_maps_and_unknown_ids() -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.pages import plan_text
 
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.cli import main
@@ -12,7 +13,6 @@ from ownpath.loading import default_model_dir
 from ownpath.ops import OpKind
 from ownpath.plan.plan import Plan, make_plan
 from ownpath.plan.select import Caps, Choice, Demands, select
-from ownpath.plan.show import plan_text
 from ownpath.runners import make
 from ownpath.weights.load import load_weights
 

@@ -24,6 +24,7 @@ DEEPSEEK: dict[str, Any] = {
 NVIDIA = DEEPSEEK | {"quant_algo": "MIXED_PRECISION", "moe_quant_algo": "NVFP4", "group_size": 16}
 OLDER_NVIDIA = DEEPSEEK | {"quant_algo": None, "moe_quant_algo": None}
 COMPRESSED = {"quant_method": "compressed-tensors", "format": "mixed-precision"}
+MORE = " and 47 more alike"
 EXPERT = "'layers.0.ffn.experts.0.w1'"
 
 
@@ -69,28 +70,34 @@ def test_what_the_exports_write_is_confirmed(layout: str, claims: dict[str, Any]
         (
             "deepseek-native",
             {"quantization_config": NVIDIA},
-            f"quantization_config.moe_quant_algo is 'NVFP4', but {EXPERT} is stored as MXFP4 (native-mxfp4)",
+            f"quantization_config.moe_quant_algo is 'NVFP4', but {EXPERT} is stored as MXFP4 (native-mxfp4)" + MORE,
         ),
         (
             "bf16",
             {"quantization_config": DEEPSEEK},
-            "quantization_config.quant_method is 'fp8', but no tensor is stored as native-fp8-block",
+            "quantization_config.quant_method is 'fp8', but 'layers.0.attn.wq_a' is stored as BF16 (bf16)"
+            " and 62 more alike",
         ),
         (
             "modelopt-experts-only",
             {"quantization_config": COMPRESSED},
             "quantization_config.quant_method is 'compressed-tensors', but no tensor is stored as "
-            "compressed-tensors-nvfp4 or compressed-tensors-fp8-block",
+            "compressed-tensors-nvfp4 or compressed-tensors-fp8-block or compressed-tensors-mxfp4 or "
+            "compressed-tensors-mxfp8",
         ),
-        ("bf16", {"expert_dtype": "fp4"}, f"expert_dtype is 'fp4', but {EXPERT} is stored as BF16 (bf16)"),
+        (
+            "bf16",
+            {"expert_dtype": "fp4"},
+            f"expert_dtype is 'fp4', but {EXPERT} is stored as BF16 (bf16) and 47 more alike",
+        ),
         (
             "full-nvfp4",
             {"quantization_config": {"expert_dtype": "fp8"}},
-            f"quantization_config.expert_dtype is 'fp8', but {EXPERT} is stored as NVFP4 (modelopt-nvfp4)",
+            f"quantization_config.expert_dtype is 'fp8', but {EXPERT} is stored as NVFP4 (modelopt-nvfp4)" + MORE,
         ),
         (
             "float-scales",
-            {"quantization_config": DEEPSEEK},
+            {"quantization_config": NVIDIA},
             "quantization_config.scale_fmt is 'ue8m0', but the scale 'layers.0.attn.wq_a.scale' is F32",
         ),
         (
@@ -123,7 +130,8 @@ def test_generate_warns_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[
     shutil.copytree(default_model_dir(), tmp_path / "model")
     contradictions(tmp_path / "model", expert_dtype="fp8")
     assert main(["generate", str(tmp_path / "model"), "2 + 2 =", "--max-tokens", "1"]) == 0
-    warning = f"warning: config.json: expert_dtype is 'fp8', but {EXPERT} is stored as NVFP4 (modelopt-nvfp4)"
+    stored = f"{EXPERT} is stored as NVFP4 (modelopt-nvfp4) and 95 more alike"
+    warning = f"warning: config.json: expert_dtype is 'fp8', but {stored}"
     assert capsys.readouterr().err.startswith(f"{warning}; the tensors are believed\n")
 
 

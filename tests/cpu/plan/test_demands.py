@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import random_checkpoint
+from support.pages import plan_text
 
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.cli import main
@@ -14,7 +15,7 @@ from ownpath.ops import OpKind
 from ownpath.plan.opspec import companion_ops, model_ops
 from ownpath.plan.plan import PlanError, make_plan
 from ownpath.plan.select import Caps, Choice, Demands, Refusal, select
-from ownpath.plan.show import companion_rows, plan_text
+from ownpath.plan.show import companion_rows
 
 HOPPER = Caps("cuda", "H200", 90, frozenset({"triton"}))
 BLACKWELL = Caps("cuda", "B200", 100, frozenset({"triton"}))

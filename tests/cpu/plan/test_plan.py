@@ -1,21 +1,23 @@
 """The plan: decided from headers alone, per tensor, with a reason; a refusal names what is lacking."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import LAYOUTS, SMALL, random_checkpoint
+from support.pages import plan_text
 
 from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.checkpoint.positioned import PositionedReader
 from ownpath.checkpoint.schema import ENCODINGS, MODELOPT_NVFP4, NATIVE_FP8, PLAIN_BF16
 from ownpath.checkpoint.writer import INDEX_NAME
 from ownpath.cli import main
 from ownpath.config import EngineConfig, ModelConfig
-from ownpath.formats import BF16, FP8_BLOCK, MXFP4, NVFP4
+from ownpath.formats import BF16, FP8_BLOCK, NVFP4
 from ownpath.kernels.registry import KERNELS, SPECS
 from ownpath.kernels.spec import KernelSpec
 from ownpath.loading import load_model, plan_model
@@ -25,7 +27,7 @@ from ownpath.ops import OpKind
 from ownpath.plan.opspec import model_ops
 from ownpath.plan.plan import PlanError, make_plan
 from ownpath.plan.select import Caps, Choice, Refusal, select
-from ownpath.plan.show import plan_rows, plan_text
+from ownpath.plan.show import plan_rows
 
 CPU = Caps("cpu", "CPU")
 
@@ -50,35 +52,18 @@ def test_the_plan_moves_no_weight_byte(tmp_path: Path, monkeypatch: pytest.Monke
     shards = sorted(tmp_path.glob("*.safetensors"))
     expected = {path: 8 + int.from_bytes(path.read_bytes()[:8], "little") for path in shards}
     num_read: Counter[Path] = Counter()
-    real = Path.open
+    real = os.pread
 
-    class Counted:
-        def __init__(self, path: Path, file: Any) -> None:
-            self.path, self.file = path, file
-
-        def __enter__(self) -> "Counted":
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            self.file.close()
-
-        def fileno(self) -> int:
-            return int(self.file.fileno())
-
-        def read(self, num_bytes: int) -> bytes:
-            data: bytes = self.file.read(num_bytes)
-            num_read[self.path] += len(data)
-            return data
-
-    def counted(path: Path, *args: Any, **kwargs: Any) -> Any:
-        file = real(path, *args, **kwargs)
-        return Counted(path, file) if path.suffix == ".safetensors" else file
+    def counted(descriptor: int, num_bytes: int, position: int) -> bytes:
+        data = real(descriptor, num_bytes, position)
+        num_read[Path(f"/proc/self/fd/{descriptor}").readlink()] += len(data)
+        return data
 
     def no_other_way(*_: object, **__: object) -> None:
         raise AssertionError("a shard was opened for its tensors")
 
-    monkeypatch.setattr(Path, "open", counted)
-    monkeypatch.setattr("ownpath.checkpoint.reader.safe_open", no_other_way)
+    monkeypatch.setattr(os, "pread", counted)
+    monkeypatch.setattr(PositionedReader, "fill", no_other_way)
     assert plan_model(tmp_path, "cpu").ops
     assert num_read == expected
 
@@ -129,9 +114,9 @@ def test_experts_of_one_layer_must_agree(tmp_path: Path) -> None:
 
 
 def test_a_refusal_says_what_each_candidate_lacks() -> None:
-    refusal = select(OpKind.GROUPED, MXFP4, CPU)
+    refusal = select(OpKind.GROUPED, NVFP4, CPU)
     assert isinstance(refusal, Refusal)
-    assert refusal.reason.startswith("no grouped_linear kernel for MXFP4: ")
+    assert refusal.reason.startswith("no grouped_linear kernel for NVFP4: ")
     lacks = refusal.reason.split(": ")[1].split("; ")
     grouped = [kernel for kernel in SPECS if kernel.kind is OpKind.GROUPED]
     assert lacks == [f"{kernel.name} takes {'/'.join(map(str, kernel.formats))}" for kernel in grouped]
@@ -147,7 +132,7 @@ def test_a_refusal_says_what_each_candidate_lacks() -> None:
 
 def test_a_module_no_kernel_runs_is_an_error_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = random_checkpoint(tmp_path, "full-nvfp4")
-    monkeypatch.setattr("ownpath.plan.plan.select", lambda kind, stored, caps, **_: Refusal(f"no kernel for {stored}"))
+    monkeypatch.setattr("ownpath.plan.plan.select", lambda kind, stored, *_: Refusal(f"no kernel for {stored}"))
     with pytest.raises(PlanError, match=r"layers.0.attn.wqa_wkv: no kernel for NVFP4"):
         make_plan(checkpoint.config, CheckpointIndex.open(tmp_path), CPU)
 
@@ -188,6 +173,8 @@ def test_the_command_prints_and_names_what_is_wrong(tmp_path: Path, capsys: pyte
     entries = json.loads(capsys.readouterr().out)["ops"]
     assert {entry["slot"] for entry in entries} == {op.slot for op in model_ops(ModelConfig.from_dict(SMALL))}
     assert main(["plan", str(tmp_path / "absent")]) == 2
+    assert f"'{tmp_path / 'absent'}': no such model folder" in capsys.readouterr().err
+    assert main(["plan", str(tmp_path)]) == 2
     assert "config.json: no such file" in capsys.readouterr().err
     assert main(["plan", str(tmp_path / "model"), "--device", "tpu"]) == 2
     assert "device 'tpu'" in capsys.readouterr().err
@@ -195,7 +182,10 @@ def test_the_command_prints_and_names_what_is_wrong(tmp_path: Path, capsys: pyte
 
 def test_encodings_are_told_apart_and_round_trip(tmp_path: Path) -> None:
     """Detection reads back what an encoding writes: names, dtypes and shapes, in both directions."""
-    from ownpath.checkpoint.schema import ModuleSpec, detect
+    from dataclasses import replace
+
+    from ownpath.checkpoint.detect import detect
+    from ownpath.checkpoint.schema import ModuleSpec
     from ownpath.checkpoint.writer import write_checkpoint
     from ownpath.qtensor import QuantTensor
 
@@ -210,9 +200,12 @@ def test_encodings_are_told_apart_and_round_trip(tmp_path: Path) -> None:
         write_checkpoint(folder, encoding.encode("m", quantized, torch.tensor(0.01)), 2**20)
         index = CheckpointIndex.open(folder)
         assert set(index.tensors) == set(encoding.keys("m"))
-        assert detect(index, ModuleSpec("m", (130, 256))) is encoding
+        assert detect(index, ModuleSpec("m", (130, 256))) == encoding
     assert set(stored) < set(ENCODINGS)
     with pytest.raises(ValueError, match="a BF16 weight cannot be stored as modelopt-nvfp4"):
         list(MODELOPT_NVFP4.encode("m", stored[PLAIN_BF16]))
-    with pytest.raises(ValueError, match=r"m\.input_scale: modelopt-nvfp4 needs it"):
-        list(MODELOPT_NVFP4.encode("m", stored[MODELOPT_NVFP4]))
+    weight_only = dict(MODELOPT_NVFP4.encode("m", stored[MODELOPT_NVFP4]))
+    assert set(weight_only) == set(MODELOPT_NVFP4.without_input_scale.keys("m"))
+    no_scale = replace(stored[NATIVE_FP8], scale=None)
+    with pytest.raises(ValueError, match=r"m\.scale: native-fp8-block needs it"):
+        list(NATIVE_FP8.encode("m", no_scale))

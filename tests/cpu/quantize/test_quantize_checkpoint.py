@@ -11,6 +11,7 @@ from support.checkpoints import random_checkpoint
 
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.checkpoint.writer import Fingerprint
 from ownpath.cli import main
 from ownpath.config import EngineConfig
 from ownpath.formats import MXFP4, NVFP4
@@ -18,7 +19,7 @@ from ownpath.loading import load_model, plan_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.numerics import dequantize, nvfp4_global_scale, quantize_nvfp4
 from ownpath.qtensor import QuantTensor
-from ownpath.quantize import run as quantize_run
+from ownpath.quantize import staging
 from ownpath.quantize.run import Options, quantize_checkpoint
 from ownpath.quantize.steps import QuantizeScope
 
@@ -173,15 +174,15 @@ class Stopped(Exception):
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    real = quantize_run.save_file
+    real = staging.write_shard
 
-    def save(tensors: Any, path: Path, **more: Any) -> None:
-        if Path(path).stem == str(number):
-            Path(path).write_bytes(b"half")
+    def write(path: Path, tensors: Any) -> Fingerprint:
+        if path.stem == str(number):
+            path.with_suffix(".tmp").write_bytes(b"half")
             raise Stopped
-        real(tensors, path, **more)
+        return real(path, tensors)
 
-    monkeypatch.setattr(quantize_run, "save_file", save)
+    monkeypatch.setattr(staging, "write_shard", write)
 
 
 def test_a_stopped_run_looks_unfinished_and_goes_on(tmp_path: Path) -> None:
@@ -242,6 +243,6 @@ def test_the_command_says_what_became_of_the_weights(tmp_path: Path, capsys: pyt
     assert main(["quantize", str(tmp_path / "source"), str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "120 weights are NVFP4" in printed
-    assert "100.0000% without loss" in printed
+    assert "100.0000 % of them without loss" in printed
     assert main(["quantize", str(tmp_path / "source"), str(tmp_path / "out")]) == 2
     assert "never overwritten" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Intact models pass, whatever their seed; every fault fails the check that is there for it."""
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from cpu.engine.fake_model import EOS_ID
 from cpu.server.harness import TOKENIZER, VOCAB
 from support.broken import Tensors, change_tensors
 from support.checkpoints import random_checkpoint
+from support.pages import self_test_text
 
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.config import EngineConfig
@@ -21,7 +23,7 @@ from ownpath.loading import default_model_dir, load_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
 from ownpath.selftest.checks import REMEDIES
-from ownpath.selftest.run import SelfTestReport, known_question, report_text, self_test
+from ownpath.selftest.run import SelfTestReport, known_question, self_test
 
 NUM_PROMPTS_AT_FIRST = 4
 """One token, two, a text and another text: caches that exist before anything is repeated."""
@@ -58,7 +60,7 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Model:
 )
 def test_random_weights_pass(seed: int, layout: str, tmp_path: Path) -> None:
     report = report_of(load(random_checkpoint(tmp_path, layout, seed, vocab_size=VOCAB).folder))
-    assert not report.failed, report_text(report)
+    assert not report.failed, self_test_text(report)
     skipped = [check.id for check in report.checks if check.verdict is Verdict.SKIPPED]
     assert skipped == ["S01-golden"], "nothing is known of random weights, and everything else was looked at"
     assert {check.id for check in report.checks} == set(REMEDIES)
@@ -67,7 +69,7 @@ def test_random_weights_pass(seed: int, layout: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("max_model_len", [1, 2, 8, 40, 144])
 def test_a_short_context_is_no_fault(max_model_len: int, intact: Model) -> None:
     report = report_of(intact, max_model_len)
-    assert not report.failed, report_text(report)
+    assert not report.failed, self_test_text(report)
 
 
 @dataclass(frozen=True)
@@ -173,11 +175,11 @@ ALONE = ("logits by the last token", "wrong behind a cut", "wrong when a token i
 def test_a_fault_fails_its_check(name: str, intact: Model) -> None:
     change, expected = FAULTS[name]
     report = report_of(Faulty(intact, change))
-    assert expected in failed(report), report_text(report)
+    assert expected in failed(report), self_test_text(report)
     check = next(check for check in report.failed if check.id == expected)
     assert check.number is not None
-    text = report_text(report)
-    assert f"FAIL    {expected}" in text
+    text = self_test_text(report)
+    assert re.search(rf"^FAIL +{expected} ", text, re.M)
     assert check.remedy in text
     if name in ALONE:
         assert failed(report) == {expected}
@@ -204,13 +206,13 @@ def test_a_broken_checkpoint_fails(change: Callable[[Tensors], None], expected: 
     folder = random_checkpoint(tmp_path, "bf16", vocab_size=VOCAB).folder
     change_tensors(folder, change)
     report = report_of(load(folder))
-    assert expected in failed(report), report_text(report)
+    assert expected in failed(report), self_test_text(report)
 
 
 def test_the_embedded_model_passes_and_knows_the_capital() -> None:
     folder = default_model_dir()
     report = report_of(load(folder), folder=folder)
-    assert all(check.verdict is Verdict.PASS for check in report.checks), report_text(report)
+    assert all(check.verdict is Verdict.PASS for check in report.checks), self_test_text(report)
 
 
 def test_the_embedded_model_with_a_scale_squared_fails(tmp_path: Path) -> None:
@@ -225,4 +227,4 @@ def test_the_embedded_model_with_a_scale_squared_fails(tmp_path: Path) -> None:
 
     change_tensors(folder, square)
     report = report_of(load(folder), folder=folder)
-    assert "S01-golden" in failed(report), report_text(report)
+    assert "S01-golden" in failed(report), self_test_text(report)

@@ -14,6 +14,7 @@ from cpu.chat.small_tokenizer import NUM_TOKENS, small_tokenizer
 from cpu.engine.fake_model import FakeModel, random_rule, script_rule
 from starlette.applications import Starlette
 
+from ownpath.chat.effort import Release
 from ownpath.chat.encode import encode_messages
 from ownpath.chat.messages import Message
 from ownpath.chat.tokenizer import Tokenizer
@@ -21,6 +22,7 @@ from ownpath.config import EngineConfig
 from ownpath.engine.engine import Engine
 from ownpath.server.app import create_app
 from ownpath.server.body import Limits
+from ownpath.server.listen import take_port
 from ownpath.server.run import make_server
 
 MODEL_ID = "tiny"
@@ -119,7 +121,9 @@ def harness(
     engine = Engine(model, config, tokenizer.num_tokens, max_num_queued)
     engine.start()
     try:
-        yield Harness(create_app(engine, tokenizer, MODEL_ID, limits, release), engine, model, tokenizer)
+        yield Harness(
+            create_app(engine, tokenizer, MODEL_ID, limits, Release(release, "test")), engine, model, tokenizer
+        )
     finally:
         engine.stop()
 
@@ -137,8 +141,8 @@ def saying(text: str, prompt_ids: list[int]) -> FakeModel:
 @contextlib.contextmanager
 def listening(served: Harness, drain_s: float = 0.5) -> Iterator[str]:
     """The application behind uvicorn on a free loopback port; yields its base URL."""
-    server = make_server(served.app, served.engine, "127.0.0.1", 0, MODEL_ID, drain_s)
-    thread = threading.Thread(target=server.run)
+    server = make_server(served.app, served.engine, MODEL_ID, drain_s)
+    thread = threading.Thread(target=server.run, args=([take_port("127.0.0.1", 0)],))
     thread.start()
     try:
         assert eventually(lambda: server.started or not thread.is_alive())

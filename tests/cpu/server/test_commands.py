@@ -89,7 +89,7 @@ def failing(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     assert main(list(args)) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("ownpath: ")
+    assert captured.err.startswith("ownpath")
     assert captured.err.count("\n") == 1, "one line"
     return captured.err
 
@@ -100,9 +100,9 @@ def test_what_users_can_cause_is_one_line(folder: Path, tmp_path: Path, capsys: 
     assert "tokenizer.json" in failing(capsys, "generate", str(tmp_path), "a")
     assert "no such model folder" in failing(capsys, "serve", str(tmp_path / "nothing"))
     assert "temperature" in failing(capsys, "generate", name, "a", "--temperature", "9")
-    assert "max_tokens" in failing(capsys, "generate", name, "a", "--max-tokens", "-1")
+    assert "--max-tokens" in failing(capsys, "generate", name, "a", "--max-tokens", "-1")
     assert "--stop" in failing(capsys, "generate", name, "a", "--stop", "")
-    assert "the prompt has no tokens" in failing(capsys, "generate", name, "")
+    assert "the prompt is empty" in failing(capsys, "generate", name, "")
     assert "maximum context of 8" in failing(capsys, "generate", name, "a" * 9, "--max-model-len", "8")
     assert "not valid Unicode" in failing(capsys, "generate", name, "a\udcff")
     assert "device" in failing(capsys, "generate", name, "a", "--device", "abacus")
@@ -124,35 +124,47 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, capsys: pytest.
     assert "eos_token_id 1, but the tokenizer's EOS is 0" in failing(capsys, "generate", str(folder), "a")
 
 
+def test_an_answer_ends_at_any_end_token_of_any_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The third token of an answer becomes an end token, by generation_config.json or by a list in config.json."""
+    folder = write_model_folder(tmp_path)
+    asked = ["generate", str(folder), "a", "--max-tokens", "6", "--token-ids"]
+    assert main(asked) == 0
+    ids = [int(line) for line in capsys.readouterr().out.split()]
+    stop = ids[: ids.index(ids[2]) + 1]
+    generation, config = folder / "generation_config.json", folder / "config.json"
+    generation.write_text(json.dumps({"eos_token_id": [ids[2], 10**6]}))
+    assert main(asked) == 0
+    captured = capsys.readouterr()
+    assert [int(line) for line in captured.out.split()] == stop
+    assert "generation_config.json: eos_token_id has 1000000, which is no token of this model" in captured.err
+    generation.unlink()
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": [1, ids[2]]}))
+    assert main(asked) == 0
+    assert [int(line) for line in capsys.readouterr().out.split()] == stop
+
+
+@pytest.mark.parametrize("text", ['{"eos_token_id": "stop"}', '{"eos_token_id": [1, null]}', "{"])
+def test_end_tokens_that_cannot_be_read_are_an_error(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_model_folder(tmp_path)
+    (folder / "generation_config.json").write_text(text)
+    assert "generation_config.json" in failing(capsys, "generate", str(folder), "a")
+
+
 @pytest.mark.parametrize(
     "args",
     [
-        [],
         ["dance"],
-        ["generate"],
         ["serve", "--port", "70000"],
-        ["serve", "--chat-release", "v3"],
+        ["serve", "--release", "v3"],
         ["generate", "a", "--max-model-len", "0"],
     ],
 )
 def test_wrong_usage_explains_itself(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(args)
-    assert caught.value.code == 2
-    assert "usage: ownpath" in capsys.readouterr().err
-
-
-def test_help_does_not_wait_for_torch() -> None:
-    code = """
-import sys, ownpath.cli
-try:
-    ownpath.cli.main(["--help"])
-except SystemExit as end:
-    assert end.code == 0
-heavy = {"torch", "pydantic", "starlette", "uvicorn", "tokenizers"} & set(sys.modules)
-assert not heavy, heavy
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+    told = failing(capsys, *args)
+    assert "--help" in told
+    assert next((word for word in args if word.startswith("--")), "dance") in told
 
 
 @pytest.fixture
@@ -163,9 +175,9 @@ def server(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         assert process.stderr is not None
-        line = process.stderr.readline()
-        found = re.fullmatch(r"ownpath serves (\S+) at (http://127\.0\.0\.1:\d+/v1)\n", line)
-        assert found, line + process.stderr.read()
+        lines = iter(process.stderr.readline, "")  # on a busy machine loading is told first
+        said = (re.fullmatch(r"ownpath serves (\S+) at (http://127\.0\.0\.1:\d+/v1)\n", line) for line in lines)
+        found = next(filter(None, said))
         assert found[1] == folder.name
         yield process, found[2]
     finally:
@@ -188,7 +200,7 @@ def test_serve_says_where_and_ends_cleanly(
     assert process.wait(20) == 0
     assert process.stderr is not None
     assert process.stdout is not None
-    ran = [re.fullmatch(r"ran: (\d+) modules on \w+ \(ref\.\w+\), (\d+) calls\n", line) for line in process.stderr]
+    ran = [re.fullmatch(r"ran: (\d+) modules? on \w+ \(ref\.\w+\), (\d+) calls?\n", line) for line in process.stderr]
     assert ran, "the end says what ran"
     for match in ran:
         assert match
@@ -201,9 +213,9 @@ def test_a_port_in_use_is_an_error(folder: Path) -> None:
         command = [sys.executable, "-m", "ownpath", "serve", str(folder), "--port", str(taken.getsockname()[1])]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
-    assert done.returncode == 1
-    assert "address already in use" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 2
+    assert "another program listens there" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(("options", "known"), [([], "none, high, max"), (["0813"], "none, low, high, max")])
@@ -223,7 +235,7 @@ def test_the_release_of_the_chat_format_is_an_option(
         return 0
 
     monkeypatch.setattr("ownpath.server.run.run_server", run_server)
-    arguments = ["serve", str(folder), "--max-model-len", "256", *(["--chat-release", *options] if options else [])]
+    arguments = ["serve", str(folder), "--max-model-len", "256", *(["--release", *options] if options else [])]
     assert main(arguments) == 0
     assert told[0].endswith(f": {known}")
 
@@ -241,10 +253,10 @@ def test_a_model_that_fails_its_self_test_is_not_served(
     assert main(["serve", str(folder), "--max-model-len", "256"]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    title, failed, remedy, *passed, last = captured.err.splitlines()
+    title, _, failed, *passed, remedy, last = captured.err.splitlines()
     assert re.fullmatch(r"self-test: 1 of 13 checks failed, \d+\.\d s", title)
     assert re.fullmatch(r"FAIL +S03-finite +5 +at most 0 +prompts with logits that are not finite", failed)
-    assert remedy.strip() == f"remedy: {REMEDIES['S03-finite']}"
+    assert remedy == f"remedy for S03-finite: {REMEDIES['S03-finite']}"
     assert len(passed) == 12
     assert all(line.startswith(("pass ", "skipped ")) for line in passed)
     assert "--allow-unverified" in last
@@ -257,17 +269,20 @@ def test_only_allow_unverified_serves_it_and_says_so(
     monkeypatch.setattr(Model, "forward", not_finite)
     assert main(["serve", str(folder), "--max-model-len", "256", "--allow-unverified"]) == 0
     warning = "warning: served unverified: the self-test failed S03-finite (--allow-unverified)"
-    assert [line for line in capsys.readouterr().err.splitlines() if not line.startswith("ran: ")] == [warning]
+    told = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("ran: ")]
+    assert told[0] == warning
+    assert told[1].startswith("release v4, guessed by the absence of ")
+    assert len(told) == 2
 
 
-def test_a_model_that_passes_is_served_without_a_word(
+def test_a_model_that_passes_is_served_with_its_release_alone(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The self-test's own steps are not among those that the end tells of."""
     monkeypatch.setattr("ownpath.server.run.run_server", lambda *_: 0)
     for options in ([], ["--allow-unverified"]):
         assert main(["serve", str(folder), "--max-model-len", "256", *options]) == 0
-        assert capsys.readouterr() == ("", "")
+        assert re.fullmatch(r"release v4, guessed [^\n]+\n", capsys.readouterr().err)
 
 
 def test_the_embedded_model_is_asked_what_it_knows(
@@ -276,7 +291,7 @@ def test_the_embedded_model_is_asked_what_it_knows(
     monkeypatch.setattr("ownpath.server.run.run_server", lambda *_: 0)
     monkeypatch.setattr("ownpath.selftest.run.KNOWN_ANSWER", "Tokyo")
     assert main(["serve"]) == 1
-    assert "\nFAIL    S01-golden " in capsys.readouterr().err
+    assert re.search(r"^FAIL +S01-golden ", capsys.readouterr().err, re.M)
 
 
 @pytest.mark.parametrize("order", ["before", "between", "after"])

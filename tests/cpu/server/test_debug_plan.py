@@ -24,9 +24,10 @@ from ownpath.engine.engine import Engine
 from ownpath.loading import load_model, plan_model
 from ownpath.plan.show import plan_dict
 from ownpath.runners import SwiGLU
+from ownpath.server.admin_key import require_admin_key
 from ownpath.server.app import create_app
 from ownpath.server.body import Limits
-from ownpath.server.debug import DebugPlan, require_admin_key
+from ownpath.server.debug import DebugPlan
 from ownpath.trace import Ledger
 
 KEY = "a-key-that-nobody-guesses"

@@ -9,12 +9,14 @@ import pytest
 import torch
 from cpu.numerics.bit_oracles import nearest_code
 from support.checkpoints import SMALL, random_checkpoint
+from support.layer_faults import linear
+from support.mutations.mutation import on_layer
 
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.conformance import exact
-from ownpath.conformance.bounds import Exact, deviation, repeated_deviation, rounding
+from ownpath.conformance.bounds import Exact, deviation, deviation_of_repeats, rounding
 from ownpath.conformance.memory import FilledMemory, fill
-from ownpath.finding import Finding, failed
+from ownpath.finding import failed
 from ownpath.formats import BF16
 from ownpath.kernels.contract import StoredExperts
 from ownpath.kernels.fp8.choose import w8a8_config, w8a16_config
@@ -26,10 +28,8 @@ from ownpath.runners import PlainLinear, Router
 from ownpath.runners.moe import MoeRunner
 from ownpath.verify import kernel_stage as stage
 from ownpath.verify.kernels import products
-from ownpath.verify.kernels.probe import watched_calls
 from ownpath.verify.kernels.quantizers import EXPONENTS, edges
-from ownpath.verify.kernels.row_counts import MOST, row_counts, row_ranges, scanned_row_counts
-from ownpath.verify.layer import LoadedLayer
+from ownpath.verify.kernels.row_counts import MOST, row_counts, row_ranges, scan_row_counts
 from ownpath.verify.subject import Selection, Subject
 
 HALF_ULP = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
@@ -51,7 +51,7 @@ def test_what_is_not_finite_is_never_near(wrong: float) -> None:
     value = torch.ones(5, 3, dtype=torch.float64)
     found = torch.ones(11, 3)
     found[8, 2] = wrong
-    worst = repeated_deviation(found, Exact(value, value * 1e9))
+    worst = deviation_of_repeats(found, Exact(value, value * 1e9))
     assert worst.ratio == math.inf
     assert worst.place == (8, 2)
     assert worst.columns == (2,)
@@ -83,7 +83,7 @@ def test_no_variant_of_the_experts_is_missed() -> None:
         return f"{choice.gate_up.name} {choice.down.name}"
 
     assert set(row_ranges(variant)) == {variant(count) for count in range(1, MOST + 1)}
-    assert max(scanned_row_counts()) == MOST
+    assert max(scan_row_counts()) == MOST
 
 
 @pytest.mark.parametrize("magnitudes", [E2M1, E4M3], ids=["e2m1", "e4m3"])
@@ -135,22 +135,12 @@ def test_memory_without_contents_is_filled(byte: int) -> None:
 def test_a_variant_that_no_other_row_count_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel wrong in one form alone, at a number of rows that only the chooser tells."""
     folder = random_checkpoint(tmp_path / "full", "full-nvfp4").folder
-    slot, load = "layers.3.attn.wq_b", stage.load_layer
-
-    def load_changed(of: Subject, layer_idx: int) -> LoadedLayer:
-        loaded = load(of, layer_idx)
-        (call,) = [call for call in watched_calls(loaded.block) if call.slot == slot]
-        run = call.runner
-        object.__setattr__(call, "runner", lambda x: run(x) * (1.01 if len(x) == 77 else 1.0))
-        return loaded
-
-    monkeypatch.setattr(stage, "load_layer", load_changed)
     monkeypatch.setattr(products, "variants_of", lambda *_: iter([("tile_n80", 77), ("tile_n64", 64)]))
     monkeypatch.setattr(stage, "CHECKS", stage.CHECKS[:1])
     of = Subject.of(folder, EngineConfig(), Selection(frozenset({3})))
-    (found,) = failed(stage.kernel_stage(of))
-    assert isinstance(found, Finding)
-    assert (found.id, found.where, found.kernel) == ("K04", slot, "ref.nvfp4_linear tile_n80")
+    with on_layer(3, linear("wq_b", lambda run, x: run(x) * (1.01 if len(x) == 77 else 1.0))).applied():
+        (found,) = failed(stage.kernel_stage(of))
+    assert (found.id, found.where, found.kernel) == ("K04", "layers.3.attn.wq_b", "ref.nvfp4_linear tile_n80")
     assert "77 rows" in found.message
 
 

@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import random_checkpoint
+from support.layer_faults import linear
+from support.mutations.mutation import on_layer
 
 from ownpath.config import EngineConfig
 from ownpath.finding import Verdict, failed
 from ownpath.loading import default_model_dir
 from ownpath.official import OFFICIAL
 from ownpath.verify import kernel_stage as stage
-from ownpath.verify.kernels.probe import watched_calls
 from ownpath.verify.layer import LoadedLayer
 from ownpath.verify.subject import Selection, Subject
 
@@ -63,17 +64,9 @@ def test_a_layer_that_cannot_be_loaded_is_a_finding(tmp_path: Path, monkeypatch:
     assert "layers.3.attn.wq_b.weight" in found.message
 
 
-def test_a_product_one_percent_too_large_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_product_one_percent_too_large_in_bfloat16(tmp_path: Path) -> None:
     """The mutation of the same kind is in float32, where one rounding is 2^16 times smaller."""
-    folder, load = random_checkpoint(tmp_path, "full-nvfp4").folder, stage.load_layer
-
-    def load_changed(of: Subject, layer_idx: int) -> LoadedLayer:
-        loaded = load(of, layer_idx)
-        (call,) = (call for call in watched_calls(loaded.block) if call.slot == "layers.3.attn.wq_b")
-        run = call.runner
-        object.__setattr__(call, "runner", lambda x: run(x) * 1.01)
-        return loaded
-
-    monkeypatch.setattr(stage, "load_layer", load_changed)
-    found = failed(stage.kernel_stage(subject(folder, CSA, dtype=torch.bfloat16)))
+    folder = random_checkpoint(tmp_path, "full-nvfp4").folder
+    with on_layer(CSA, linear("wq_b", lambda run, x: run(x) * 1.01)).applied():
+        found = failed(stage.kernel_stage(subject(folder, CSA, dtype=torch.bfloat16)))
     assert ("K01", "layers.3.attn.wq_b") in {(finding.id, finding.where) for finding in found}

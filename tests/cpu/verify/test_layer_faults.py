@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from support.checkpoints import random_checkpoint
 from support.layer_faults import FAULTS
+from support.mutations.mutation import on_layer
 
 from ownpath.config import EngineConfig
 from ownpath.finding import Finding, failed
 from ownpath.verify import layer_stage as stage
-from ownpath.verify.layer import LoadedLayer, load_layer
 from ownpath.verify.subject import Selection, Subject
 
 
@@ -18,21 +18,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_checkpoint(tmp_path_factory.mktemp("faults"), "full-nvfp4", seed=21).folder
 
 
-def findings_of(subject: Subject) -> list[Finding]:
-    return [found for found in stage.layer_stage(subject) if isinstance(found, Finding)]
-
-
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_named(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_is_named(name: str, folder: Path) -> None:
     fault = FAULTS[name]
-
-    def load(subject: Subject, layer_idx: int) -> LoadedLayer:
-        loaded = load_layer(subject, layer_idx)
-        return fault.change(loaded) if layer_idx == fault.layer_idx else loaded
-
-    monkeypatch.setattr(stage, "load_layer", load)
     chosen = Selection(frozenset({fault.layer_idx, fault.layer_idx + 1}))
-    found = failed(findings_of(Subject.of(folder, EngineConfig(), chosen)))
+    with on_layer(fault.layer_idx, fault.change).applied():
+        seen = list(stage.layer_stage(Subject.of(folder, EngineConfig(), chosen)))
+    found = failed(found for found in seen if isinstance(found, Finding))
     layer = f"layers.{fault.layer_idx}"
     assert found, "nothing failed"
     assert (found[0].id, found[0].where) == (fault.check, f"{layer}.{fault.where}".rstrip(".")), found

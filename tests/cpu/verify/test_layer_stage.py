@@ -19,6 +19,7 @@ from ownpath.verify.layers.measure import Measurement
 from ownpath.verify.subject import Selection, Subject
 
 PER_LAYER = ("V01", "V02", "V03", "V05", "V08", "V09", "V10")
+IN_BFLOAT16 = ("full-nvfp4", "compressed-tensors", "deepseek-native", "fp8-experts")
 ONCE = {("V01", "embed"), ("V01", "head"), ("V03", "streams"), ("V04", "logits")}
 
 
@@ -44,12 +45,17 @@ def assert_complete(findings: list[Finding], rows: list[Measurement], subject: S
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"dtype": torch.bfloat16}, {"official": OFFICIAL}, {"dtype": torch.float64}],
-    ids=["bfloat16", "official", "float64"],
+    ("layout", "changes"),
+    [
+        *((layout, {"dtype": torch.bfloat16}) for layout in IN_BFLOAT16),
+        ("full-nvfp4", {"official": OFFICIAL}),
+        ("full-nvfp4", {"dtype": torch.float64}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
-def test_other_numerics_pass(changes: dict[str, Any], tmp_path: Path) -> None:
-    random_checkpoint(tmp_path, "full-nvfp4", seed=5, num_hidden_layers=3, compress_ratios=[0, 4, 128])
+def test_other_numerics_pass(layout: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """In float32, the intact checkpoints of test_mutations pass."""
+    random_checkpoint(tmp_path, layout, seed=5, num_hidden_layers=3, compress_ratios=[0, 4, 128])
     findings, rows, subject = run(tmp_path, EngineConfig(**changes))
     assert_complete(findings, rows, subject)
     keys = [finding for finding in findings if finding.id == "V10"]

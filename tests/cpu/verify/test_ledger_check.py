@@ -22,7 +22,7 @@ from ownpath.trace import Record
 from ownpath.trace.launches import DeviceLaunch
 from ownpath.trace.uses import Use
 from ownpath.verify.launch_check import check_launches
-from ownpath.verify.ledger_check import check_ledger
+from ownpath.verify.ledger_check import RanSlot, check_ledger
 from ownpath.verify.ledger_run import PartRun
 from ownpath.verify.plan_file import PlanFile, read_plan_file
 from ownpath.verify.subject import Selection, Subject
@@ -48,7 +48,7 @@ def faults(folder: Path, plan: dict[str, Any], engine: EngineConfig = ENGINE) ->
     """id -> (where, message) of what failed; every finding that failed has a remedy."""
     found: dict[str, list[tuple[str, str]]] = {}
     for finding in check_ledger(Subject.of(folder, engine), plan):
-        if finding.verdict is Verdict.FAIL:
+        if isinstance(finding, Finding) and finding.verdict is Verdict.FAIL:
             assert finding.remedy
             found.setdefault(finding.id, []).append((finding.where, finding.message))
     return found
@@ -57,12 +57,14 @@ def faults(folder: Path, plan: dict[str, Any], engine: EngineConfig = ENGINE) ->
 def test_chosen_layers_alone_are_run(folder: Path) -> None:
     told = []
     subject = Subject.of(folder, ENGINE, Selection(frozenset({1, 3})))
-    findings = list(check_ledger(subject, written(folder), lambda *at: told.append(at)))
+    yielded = list(check_ledger(subject, written(folder), lambda *at: told.append(at)))
+    findings = [item for item in yielded if isinstance(item, Finding)]
     assert not [finding for finding in findings if finding.verdict is Verdict.FAIL]
     slots = plan_model(folder, "cpu").slots
     chosen = [slot for slot in slots if not slot.startswith(("layers.0.", "layers.2.", "layers.4."))]
     assert findings[1].message == f"{len(chosen)} slots were called"
     assert told == [(0, 3, "layers.1"), (1, 3, "layers.3")]
+    assert {item.slot for item in yielded if isinstance(item, RanSlot)} == set(chosen)
 
 
 def replacing(monkeypatch: pytest.MonkeyPatch, slot: str, replacement: Callable[[Any], Any]) -> None:

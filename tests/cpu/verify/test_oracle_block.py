@@ -191,9 +191,9 @@ def test_experts_that_no_token_goes_to_are_not_read(tmp_path: Path) -> None:
     read: list[str] = []
 
     class Watched(StoredWeights):
-        def scaled(self, module: str, encoding: Encoding) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def factors(self, module: str, encoding: Encoding) -> tuple[torch.Tensor, torch.Tensor | None]:
             read.append(module)
-            return super().scaled(module, encoding)
+            return super().factors(module, encoding)
 
     stored = Watched(of.index, CPU)
     trace = reference_block(of.config, 2, stored, of.plan, streams(of)[:1], token_ids(1), Arithmetic())

@@ -156,7 +156,7 @@ def test_float32_loses_the_global_scales_rounding_alone(tmp_path: Path) -> None:
     random_checkpoint(tmp_path, "full-nvfp4", seed=3)
     index = CheckpointIndex.open(tmp_path)
     wide, narrow = StoredWeights(index, CPU), StoredWeights(index, CPU, torch.float32)
-    codes = [read.scaled(MODULE, MODELOPT_NVFP4)[0].double() for read in (wide, narrow)]
+    codes = [read.factors(MODULE, MODELOPT_NVFP4)[0].double() for read in (wide, narrow)]
     assert torch.equal(*codes)
     exact, rounded = (read.matrix(MODULE, MODELOPT_NVFP4).double() for read in (wide, narrow))
     assert ((rounded - exact).abs() <= torch.finfo(torch.float32).eps / 2 * exact.abs()).all()

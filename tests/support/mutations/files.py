@@ -88,23 +88,23 @@ MUTATIONS = {
     ),
     "norm one short": Mutation("norm.weight's length", "F03", "norm.weight", assigned("norm.weight", lambda w: w[:-1])),
     "one expert in BF16": Mutation("the format of one matrix", "F04", f"{EXPERT}.w2", tensors_changed(as_bf16)),
-    "expert_dtype contradicts": Mutation(
-        "config.json: expert_dtype", "F04", "config.json", in_config(expert_dtype="fp8")
-    ),
     "global scale inverted": Mutation("weight_scale_2 as a divisor", "F05", GLOBAL, assigned(GLOBAL, lambda g: 1 / g)),
     "global scale zero": Mutation("weight_scale_2", "F05", GLOBAL, assigned(GLOBAL, lambda g: g * 0)),
-    "global scale squared": Mutation("weight_scale_2", "F05", GLOBAL, assigned(GLOBAL, lambda g: g * g)),
+    "generation_config without meaning": Mutation(
+        "generation_config.json: eos_token_id", "F12", "generation_config.json", generation(eos_token_id="stop")
+    ),
     "MXFP4 scales copied by value": Mutation(
         "small E8M0 scales as E4M3, global scale 1", "F07", SCALE, tensors_changed(powers_of_two_copied)
     ),
-    "gate and up scaled apart": Mutation(
-        "w3's weight_scale_2", "F06", EXPERT, assigned(f"{EXPERT}.w3.weight_scale_2", lambda g: g * 1.5)
-    ),
     "NaN among block scales": Mutation("one byte of weight_scale", "F07", SCALE, assigned(SCALE, a_nan)),
     "expert's scales lost": Mutation("all of weight_scale zero", "F07", SCALE, assigned(SCALE, torch.zeros_like)),
-    "input scale zero": Mutation("input_scale", "F09", INPUT, assigned(INPUT, torch.zeros_like)),
-    "input scale NaN": Mutation("input_scale", "F09", INPUT, assigned(INPUT, lambda s: s * torch.nan)),
-    "input scale by default": Mutation("input_scale is 1", "F09", INPUT, assigned(INPUT, torch.ones_like)),
+    "input scale zero": Mutation("input_scale", "F09", INPUT, assigned(INPUT, torch.zeros_like), is_official=True),
+    "input scale NaN": Mutation(
+        "input_scale", "F09", INPUT, assigned(INPUT, lambda s: s * torch.nan), is_official=True
+    ),
+    "input scale by default": Mutation(
+        "input_scale is 1", "F09", INPUT, assigned(INPUT, torch.ones_like), is_official=True
+    ),
     "tid2eid out of range": Mutation("a table of expert ids", "F10", TABLE, assigned(TABLE, lambda t: t + 8)),
     "tid2eid names one twice": Mutation("a row of the table", "F10", TABLE, assigned(TABLE, named_twice)),
     "gate.bias dropped": Mutation("a router's bias is zero", "F10", BIAS, assigned(BIAS, torch.zeros_like)),
@@ -131,16 +131,6 @@ MUTATIONS = {
     ),
     "end token of another model": Mutation(
         "config.json: eos_token_id", "F12", "eos_token_id", in_config(eos_token_id=2)
-    ),
-    "another end of generation": Mutation(
-        "generation_config.json", "F12", "eos_token_id", generation(eos_token_id=[5])
-    ),
-    "padding that is no token": Mutation("generation_config.json", "F12", "pad_token_id", generation(pad_token_id=-1)),
-    "another beginning": Mutation(
-        "tokenizer_config.json",
-        "F12",
-        "bos_token",
-        json_changed("tokenizer_config.json", lambda c: c.update(bos_token="<s>")),
     ),
     "marker not special": Mutation(
         "tokenizer.json: added_tokens", "F12", ASSISTANT, json_changed("tokenizer.json", not_special)

@@ -149,7 +149,7 @@ def one_sinkhorn_round(loaded: LoadedLayer) -> LoadedLayer:
 def narrow_mix(loaded: LoadedLayer) -> LoadedLayer:
     def rounded(run: Any, *args: Any) -> Any:
         out = run(*args)
-        return replace(out, mix=replace(out.mix, comb_TSS=out.mix.comb_TSS.bfloat16().float()))
+        return out._replace(mix=out.mix._replace(comb_TSS=out.mix.comb_TSS.bfloat16().float()))
 
     return with_block(loaded, hc_attn=around(loaded.block.hc_attn, rounded))
 
@@ -157,14 +157,14 @@ def narrow_mix(loaded: LoadedLayer) -> LoadedLayer:
 def comb_in_bfloat16(loaded: LoadedLayer) -> LoadedLayer:
     def rounded(run: Any, *args: Any) -> Any:
         out = run(*args)
-        return replace(out, mix=replace(out.mix, comb_TSS=out.mix.comb_TSS.bfloat16()))
+        return out._replace(mix=out.mix._replace(comb_TSS=out.mix.comb_TSS.bfloat16()))
 
     return with_block(loaded, hc_attn=around(loaded.block.hc_attn, rounded))
 
 
 def comb_read_transposed(loaded: LoadedLayer) -> LoadedLayer:
     def transposed(run: Any, x: Any, y: Any, mix: Any) -> Any:
-        return run(x, y, mix and replace(mix, comb_TSS=mix.comb_TSS.mT))
+        return run(x, y, mix and mix._replace(comb_TSS=mix.comb_TSS.mT))
 
     return with_block(loaded, hc_attn=around(loaded.block.hc_attn, transposed))
 
@@ -179,7 +179,7 @@ def hidden_keys_seen(loaded: LoadedLayer) -> LoadedLayer:
 def narrow_streams(loaded: LoadedLayer) -> LoadedLayer:
     def rounded(run: Any, *args: Any) -> Any:
         out = run(*args)
-        return replace(out, x_TSD=out.x_TSD.bfloat16().float())
+        return out._replace(x_TSD=out.x_TSD.bfloat16().float())
 
     return with_block(loaded, hc_ffn=around(loaded.block.hc_ffn, rounded))
 

@@ -32,6 +32,7 @@ class Mutation:
     layer_idx: the one layer to be verified (``--layers``); ``None``: all. stages: those to be run (``--stages``);
     empty: all. source: whether another export is given (``--source``). device: whose plan is loaded.
     model: which intact one is corrupted, by its name in ``runs.write_models``. is_official: ``--numerics official``.
+    is_warning: it is told as a warning, and nothing fails: the answer here is right all the same.
     in_plan: done to what `ownpath plan --json` wrote before (``--ledger``).
     """
 
@@ -46,6 +47,7 @@ class Mutation:
     device: str = "CPU"
     model: str = "small"
     is_official: bool = False
+    is_warning: bool = False
     in_plan: Callable[[dict[str, Any]], object] | None = None
 
     @property

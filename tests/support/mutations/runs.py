@@ -9,7 +9,7 @@ from pathlib import Path
 from cpu.chat.small_tokenizer import NUM_TOKENS, tokenizer_spec
 
 from ownpath.config import EngineConfig
-from ownpath.finding import Finding, failed
+from ownpath.finding import Finding, failed, warned
 from ownpath.loading import default_model_dir
 from ownpath.official import OFFICIAL, PLAIN
 from ownpath.plan.show import plan_dict
@@ -64,14 +64,16 @@ def verified(mutation: Mutation, models: dict[str, Path], scratch: Path) -> Veri
 
 @dataclass(frozen=True)
 class Outcome:
-    """ids: of every check that failed. finding: the one that the mutation is there for; ``None``: it did not fail."""
+    """ids: of every check that failed, or for a warning those that warned. finding: the one that the mutation is there
+    for; ``None``: it is not among them."""
 
     ids: tuple[str, ...]
     finding: Finding | None
 
 
 def outcome_of(mutation: Mutation, result: Verification) -> Outcome:
-    found = [told(result, finding) for finding in failed(result.findings)]
+    listed = warned(result.findings) if mutation.is_warning else failed(result.findings)
+    found = [told(result, finding) for finding in listed]
     expected = (finding for finding in found if (finding.id, finding.where) == (mutation.check, mutation.where))
     return Outcome(tuple(dict.fromkeys(finding.id for finding in found)), next(expected, None))
 

@@ -19,6 +19,7 @@ from ownpath.bench.rotation import num_calls
 from ownpath.bench.shapes import LINEAR_SHAPES, LinearShape
 from ownpath.bench.timing import CudaGraph
 from ownpath.bench.tune import Candidate, CandidateFailed
+from ownpath.conformance.bounds import MAX_REL_L2
 from ownpath.kernels.dsl.cache import CompileError
 from ownpath.kernels.dsl.driver import CudaError
 from ownpath.kernels.fp8.choose import CLUSTERS, TABLE, W8A8_SHAPES, WGMMA_FROM, knobs_config, w8a16_shape
@@ -27,9 +28,6 @@ from ownpath.kernels.fp8.launch import quantize_launch, w8a8_launch, w8a16_launc
 from ownpath.kernels.fp8.layout import PackedFp8, pack_fp8
 from ownpath.kernels.fp8.ref import quantize_rows
 
-MAX_REL_L2 = 3e-3
-"""Largest relative L2 error, against the product of the kernel's inputs: for W8A8 the activations rounded to E4M3.
-Rounding the output to BF16 gives at most 1.7e-3."""
 FEW = (8, 16, 32, 64)
 """Token counts of W8A16: an entry holds down to the one before."""
 MANY = (256, 512, 1024, 2048)

@@ -19,6 +19,7 @@ from ownpath.bench.rotation import num_calls
 from ownpath.bench.shapes import LINEAR_SHAPES, LinearShape
 from ownpath.bench.timing import CudaGraph
 from ownpath.bench.tune import Candidate, CandidateFailed
+from ownpath.conformance.bounds import MAX_REL_L2
 from ownpath.formats import NVFP4
 from ownpath.kernels.contract import StoredLinear
 from ownpath.kernels.dsl.cache import CompileError
@@ -29,7 +30,6 @@ from ownpath.kernels.nvfp4.config import BLOCK_K
 from ownpath.kernels.nvfp4.linear import LinearOperand, Nvfp4LinearKernel
 from ownpath.qtensor import QuantTensor
 
-MAX_REL_L2 = 3e-3
 TOKENS = (8, 16, 64, 256, 2048)
 """Token counts up to which an entry holds, and with which it is measured; longer prompts use the last."""
 

@@ -23,6 +23,7 @@ from ownpath.bench.routing import uniform_routing
 from ownpath.bench.shapes import MoeShape, moe_shape
 from ownpath.bench.timing import CudaGraph
 from ownpath.bench.tune import Candidate, CandidateFailed
+from ownpath.conformance.bounds import MAX_REL_L2
 from ownpath.formats import NVFP4
 from ownpath.kernels.contract import Routing, StoredExperts
 from ownpath.kernels.dsl.cache import CompileError
@@ -33,7 +34,6 @@ from ownpath.kernels.nvfp4.moe import MoeOperand, Nvfp4MoeKernel
 from ownpath.qtensor import QuantTensor
 
 SHAPES = ("v4-flash", "v4-pro")
-MAX_REL_L2 = 3e-3
 
 TOKENS = (1, 4, 8, 16, 32, 64, 256, 512, 1024, 2048, 4096, 8192)
 """Numbers of tokens that an entry is measured with."""

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ownpath.formats import BF16, FP8_BLOCK, FP32
+from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, MXFP8
 from ownpath.kernels.spec import Evidence, KernelSpec
 from ownpath.ops import OpKind
 
@@ -43,21 +43,21 @@ _REFERENCE = KernelSpec(
 
 
 def _decoding_spec(kernel: KernelSpec, why: str) -> KernelSpec:
-    """Returns the spec for an FP8 weight that is decoded when loaded."""
-    return replace(kernel, formats=(FP8_BLOCK,), layout="dequantized", why=why, is_default=False)
+    """Returns the spec for a weight with block scales that is decoded when loaded."""
+    return replace(kernel, formats=(FP8_BLOCK, MXFP8, MXFP4), layout="dequantized", why=why, is_default=False)
 
 
 SPECS = (
     _FAST,
     _decoding_spec(
         _FAST,
-        "FP8 on disk, decoded to BF16 at load (exact for E8M0 scales); inverse rotation in registers, one launch",
+        "decoded to BF16 at load (exact for E8M0 scales); inverse rotation in registers, one launch",
     ),
     _INVARIANT,
     _decoding_spec(_INVARIANT, _INVARIANT.why),
     _REFERENCE,
     _decoding_spec(
         _REFERENCE,
-        "FP8 on disk, decoded at load as DeepSeek's own conversion does: to BF16 (exact) for E8M0 scales, else FP32",
+        "decoded at load as DeepSeek's own conversion does: to BF16 (exact) for E8M0 scales, else FP32",
     ),
 )

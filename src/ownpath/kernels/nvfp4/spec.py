@@ -1,4 +1,4 @@
-"""NVFP4 weights with 16-bit activations (W4A16), dense and routed experts, for Hopper; MXFP4 experts too."""
+"""NVFP4 weights with 16-bit activations (W4A16), dense and routed experts, for Hopper; MXFP4 weights too."""
 
 from dataclasses import replace
 
@@ -87,15 +87,15 @@ _MOES = (
 
 
 def _for_mxfp4(kernel: KernelSpec) -> KernelSpec:
-    """Returns the spec for MXFP4 experts: codes are the same, block scales are converted to E4M3 when loaded."""
+    """Returns the spec for MXFP4 weights: codes are the same, block scales are converted to E4M3 when loaded."""
     layout = "nvfp4_scales" if kernel.layout == "row_major" else kernel.layout
     why = f"MXFP4 on disk, its scales written as NVFP4's at load (exact, or an error); then {kernel.why}"
-    return replace(kernel, formats=(MXFP4,), layout=layout, why=why, is_default=False)
+    return replace(kernel, formats=(MXFP4,), layout=layout, why=why, is_default=False, converts_scales=True)
 
 
 SPECS = (
     *_LINEARS,
     *_MOES,
-    *map(_for_mxfp4, _MOES),
+    *map(_for_mxfp4, (*_LINEARS, *_MOES)),
     *(behind_quantizer(kernel, Step.NVFP4_INPUTS) for kernel in _LINEARS),
 )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ownpath.formats import FP8_BLOCK, MXFP4, NVFP4, Format
+from ownpath.formats import FP8_BLOCK, MXFP4, MXFP8, NVFP4, Format
 from ownpath.kernels.checks import require
 from ownpath.kernels.contract import Routing, StoredExperts
 from ownpath.kernels.mixture import ExpertProduct, clamped_swiglu, mixture, sum_dtype
@@ -18,6 +18,7 @@ from ownpath.kernels.reference import ExpertsReference
 from ownpath.numerics import (
     decode_fp8_block,
     decode_mxfp4_blocks,
+    decode_mxfp8_blocks,
     decode_nvfp4_blocks,
     fake_quantize_fp8,
     nvfp4_codes_times_scales,
@@ -50,6 +51,8 @@ class ExpertWeights:
             return decode_nvfp4_blocks(qdata, scale, dtype)
         if self.format is MXFP4:
             return decode_mxfp4_blocks(qdata, scale, dtype)
+        if self.format is MXFP8:
+            return decode_mxfp8_blocks(qdata, scale, dtype)
         assert self.format is FP8_BLOCK, self.format
         if scale.ndim == 2:
             return decode_fp8_block(qdata, scale, dtype)

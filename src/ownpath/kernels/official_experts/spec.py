@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, NVFP4
+from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, MXFP8, NVFP4
 from ownpath.kernels.spec import InputRounding, KernelSpec
 from ownpath.official import Step
 from ownpath.ops import OpKind
@@ -22,7 +22,7 @@ _KERNELS = (
 
 
 def _specs() -> Iterator[KernelSpec]:
-    stored = (((NVFP4,), Step.NVFP4_INPUTS), ((MXFP4, FP8_BLOCK), Step.FP8_INPUTS), ((BF16, FP32), None))
+    stored = (((NVFP4,), Step.NVFP4_INPUTS), ((MXFP4, FP8_BLOCK, MXFP8), Step.FP8_INPUTS), ((BF16, FP32), None))
     for name, attribute, has_inputs, is_weight_first, what in _KERNELS:
         for formats, inputs in stored:
             if has_inputs and inputs is None:

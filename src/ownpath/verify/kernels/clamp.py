@@ -46,7 +46,7 @@ def _check_expert(probe: Probe, shared: str, tally: Tally) -> None:
     assert probe.layer is not None
     (w13, *others), (w2,) = probe.ops[f"{shared}.w13"], probe.ops[f"{shared}.w2"]
     x = probe.normal(f"{shared} x", len(LOUD), probe.config.hidden_size)
-    x_RD = probe.draw.sized(x, LOUD)
+    x_RD = probe.draw.scale_rows(x, LOUD)
     inputs, hidden = (inputs_of(op, probe.stored)[0] for op in (w13, w2))  # as a call with few rows reads them
     both = torch.cat([probe.stored.matrix(m.name, op.encoding) for op in (w13, *others) for m in op.spec.modules])
     w1, w3 = both.chunk(2)

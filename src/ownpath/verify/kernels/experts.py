@@ -75,7 +75,7 @@ class RoutedExperts:
     def x(self) -> Tensor:
         """The drawn rows [R, D]: ordinary ones, then large ones."""
         x = self.probe.normal(self.slot, PERIOD, self.probe.config.hidden_size)
-        return self.probe.draw.sized(x, (*ORDINARY, *LOUD))
+        return self.probe.draw.scale_rows(x, (*ORDINARY, *LOUD))
 
     def name(self, place: int) -> str:
         return f"{self.slot}.{int(self.ids[place])}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ownpath.conformance.bounds import FP8_TENSOR_CORE
-from ownpath.conformance.exact import ExpertMatrices, ExpertSteps, unrounded
+from ownpath.conformance.exact import ExpertMatrices, ExpertSteps, widen
 from ownpath.kernels.spec import InputRounding
 from ownpath.official import Step
 from ownpath.oracle.formats import fp8, nvfp4
@@ -25,7 +25,7 @@ class InputReading:
     """A kernel's rounding of its activations. from_rows: applies to calls of so many rows or more. slack: added error
     of the sums."""
 
-    quantize: Callable[[Tensor], Tensor] = unrounded
+    quantize: Callable[[Tensor], Tensor] = widen
     from_rows: int = 1
     slack: float = 0.0
 
@@ -43,7 +43,7 @@ def inputs_of(op: PlannedOp, stored: StoredWeights) -> tuple[InputReading, ...]:
 def _quantizer(op: PlannedOp, stored: StoredWeights) -> Callable[[Tensor], Tensor]:
     rounding, modules = op.choice.kernel.rounding, [module.name for module in op.spec.modules]
     if rounding is InputRounding.EXACT:
-        return unrounded
+        return widen
     if rounding is InputRounding.NVFP4:
         scale = largest_input_scale(op, modules, stored)
         return lambda x: nvfp4(x, scale)

@@ -50,7 +50,7 @@ class Probe:
         """Every planned slot's callable, the one that the layer itself calls."""
         found: dict[str, Callable[..., Any]] = dict(self.part.runners)
         wholes = self.part.builder.ends() if self.layer is None else (self.layer.block,)
-        return found | {call.slot: call.runner for whole in wholes for call in watched_calls(whole)}
+        return found | {call.slot: call.runner for whole in wholes for call in find_watched(whole)}
 
     @cached_property
     def ops(self) -> dict[str, tuple[PlannedOp, ...]]:
@@ -77,14 +77,14 @@ class Probe:
         return self.draw.normal(seed, *shape)
 
 
-def watched_calls(part: object) -> Iterator[Watched]:
+def find_watched(part: object) -> Iterator[Watched]:
     """Yields the calls that the ledger watches, in ``part`` and in its parts."""
     if isinstance(part, Watched):
         yield part
-        yield from watched_calls(part.runner)
+        yield from find_watched(part.runner)
     elif type(part).__module__.startswith("ownpath."):
         for value in _parts(part):
-            yield from watched_calls(value)
+            yield from find_watched(value)
 
 
 def _parts(whole: object) -> Iterator[object]:

@@ -11,8 +11,8 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from ownpath.conformance.bounds import Deviation, Exact, repeated_deviation
-from ownpath.conformance.exact import grouped, independent_error, join_columns, product, rotate_back
+from ownpath.conformance.bounds import Deviation, Exact, deviation_of_repeats
+from ownpath.conformance.exact import grouped_product, independent_error, join_columns, product, rotate_back
 from ownpath.finding import Finding
 from ownpath.ops import OpKind
 from ownpath.plan.plan import PlannedOp
@@ -87,7 +87,7 @@ class DenseSlot:
     def compare(self, num_rows: int) -> Deviation:
         """Compares the slot's result with the exact one."""
         from_rows = max(start for start in self.exact if start <= num_rows)
-        return repeated_deviation(self.call(num_rows), self.exact[from_rows])
+        return deviation_of_repeats(self.call(num_rows), self.exact[from_rows])
 
     @cached_property
     def exact(self) -> dict[int, Exact]:
@@ -118,7 +118,7 @@ def _exact_parts(dense: DenseSlot, op: PlannedOp) -> Iterator[tuple[InputReading
     weight, probe = weight_of(op, dense.probe.stored), dense.probe
     lost = loss_at_load(op, weight, probe.dtype)
     if dense.is_grouped:
-        yield InputReading(), grouped(*rotate_back(dense.x, dense.angles), probe.config.o_groups, weight, lost)
+        yield InputReading(), grouped_product(*rotate_back(dense.x, dense.angles), probe.config.o_groups, weight, lost)
         return
     kinds = inputs_of(op, probe.stored)
     for inputs, after in zip(kinds, (*kinds[1:], None), strict=True):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ownpath.conformance.bounds import rounding, summing
+from ownpath.conformance.bounds import rounding, sum_rounding
 from ownpath.finding import Finding
 from ownpath.kernels.spec import InputRounding
 from ownpath.ops import OpKind
@@ -21,14 +21,14 @@ from ownpath.oracle.formats import (
     E4M3,
     decode,
     e4m3_of,
-    fp4_scaled_by,
+    fp4_with_scale_of,
     fp8,
     hadamard_matrix,
     nvfp4_without_global,
 )
 from ownpath.verify.kernels.operands import largest_input_scale
 from ownpath.verify.kernels.probe import Probe
-from ownpath.verify.kernels.tally import Tally, error_of
+from ownpath.verify.kernels.tally import Tally
 
 REMEDY = "the quantiser does not round to nearest, ties to even, or takes its scale otherwise: docs/numerics.md"
 KEY_BLOCK, INDEX_BLOCK, INPUT_BLOCK, NVFP4_BLOCK = 64, 32, 128, 16
@@ -54,14 +54,8 @@ def check_quantizers(probe: Probe) -> Iterator[Finding]:
     tally = Tally("K03", probe.name, what, REMEDY, "no planned kernel here quantises activations by itself")
     for quantiser in quantizer_cases(probe):
         kernel = probe.kernels[quantiser.slot]
-        try:
-            problem = _problem(probe, quantiser)
-        except Exception as error:  # whatever a kernel can raise becomes a finding
-            problem = error_of(error)
-        if problem:
-            tally.fail(quantiser.slot, kernel, problem)
-        else:
-            tally.passed(kernel)
+        with tally.catch_errors(quantiser.slot, kernel):
+            tally.judge(quantiser.slot, kernel, _problem(probe, quantiser))
     yield from tally.findings()
 
 
@@ -152,11 +146,11 @@ def _inputs(probe: Probe, slot: str) -> Iterator[QuantizerCase]:
             yield QuantizerCase(slot, width, INPUT_BLOCK, E4M3, leaf.quantize_input, _expect_exact(fp8, INPUT_BLOCK))
         elif rounding is InputRounding.E4M3:
             powers = leaf.operand.weight.power_of_two
-            run = _launched_quantizer(leaf.operand.weight)
+            run = _make_launch(leaf.operand.weight)
             yield QuantizerCase(slot, width, INPUT_BLOCK, E4M3, run, _expect_exact(fp8, INPUT_BLOCK, powers))
 
 
-def _launched_quantizer(weight: Any) -> Callable[[Tensor], Tensor]:
+def _make_launch(weight: Any) -> Callable[[Tensor], Tensor]:
     """Runs the Hopper quantiser that precedes a product, and reads its output back."""
     from ownpath.kernels.fp8.config import QuantizeConfig
     from ownpath.kernels.fp8.launch import quantize_launch, workspace_bytes
@@ -194,6 +188,6 @@ def _expect_index(x: Tensor) -> tuple[Tensor, Tensor]:
     """Bounds Hadamard's rotation, rounded, then E2M1: the least and the most that float32 sums may give."""
     matrix = hadamard_matrix(x.shape[1]).to(x.device)
     turned = x.double() @ matrix
-    slack = summing(x.shape[1]) * (x.double().abs() @ matrix.abs()) + rounding(x.dtype) * turned.abs()
-    found = [fp4_scaled_by(turned + sign * slack, turned, INDEX_BLOCK) for sign in (-1.0, 0.0, 1.0)]
+    slack = sum_rounding(x.shape[1]) * (x.double().abs() @ matrix.abs()) + rounding(x.dtype) * turned.abs()
+    found = [fp4_with_scale_of(turned + sign * slack, turned, INDEX_BLOCK) for sign in (-1.0, 0.0, 1.0)]
     return torch.stack(found).amin(0), torch.stack(found).amax(0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ownpath.attention.rope import Rope
 from ownpath.conformance.bounds import ANGLE_STEPS, FLOAT32_ROUND, Deviation, deviation, rounding, worse
-from ownpath.conformance.exact import grouped, rotation
+from ownpath.conformance.exact import grouped_product, rotation
 from ownpath.conformance.params import POSITIONS
 from ownpath.finding import Finding
 from ownpath.oracle.formulas import frequencies
@@ -84,4 +84,4 @@ def _compare_output(probe: Probe, slot: str) -> Deviation:
     # Rounded twice, by a dtype and by cosines and sines; each channel by no more than its pair is long.
     pairs = u_PNH.double().unflatten(-1, (-1, 2)).norm(dim=-1).repeat_interleave(2, -1)
     error_PNH = pairs * (2 * rounding(probe.dtype) + ANGLE_STEPS * FLOAT32_ROUND)
-    return deviation(found.flatten(1), grouped(u_PNH.double(), error_PNH, config.o_groups, matrix, lost))
+    return deviation(found.flatten(1), grouped_product(u_PNH.double(), error_PNH, config.o_groups, matrix, lost))

@@ -23,7 +23,7 @@ def row_counts(is_cuda: bool, num_columns: int) -> tuple[int, ...]:
     return (*ROW_COUNTS, *MANY_ROWS) if is_cuda and num_columns <= WIDEST else ROW_COUNTS
 
 
-def scanned_row_counts() -> Iterator[int]:
+def scan_row_counts() -> Iterator[int]:
     """Yields every number up to 128; then both sides of every multiple of 8, and of 64 from 2048 on: tiles change
     there."""
     yield from range(1, FEW + 1)
@@ -35,7 +35,7 @@ def scanned_row_counts() -> Iterator[int]:
 def row_ranges(variant: Callable[[int], str]) -> dict[str, tuple[int, ...]]:
     """Returns, per variant, the fewest and the most rows that it serves."""
     found: dict[str, tuple[int, ...]] = {}
-    for count in scanned_row_counts():
+    for count in scan_row_counts():
         name = variant(count)
         found[name] = (found.get(name, (count,))[0], count)
     return {name: tuple(dict.fromkeys(ends)) for name, ends in found.items()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from ownpath.conformance.bounds import NO_DEVIATION, Deviation
 from ownpath.finding import Finding, Verdict
 
-NEAR_FLOAT64 = "1 time what rounding allows"
+NEAR_FLOAT64 = "at most what rounding may cause"
 
 
 @dataclass
@@ -46,17 +46,13 @@ class Tally:
         self.count += 1
         self.failures.setdefault(where, Finding(self.id, where, Verdict.FAIL, message, None, "", self.remedy, kernel))
 
-    def passed(self, kernel: str) -> None:
-        """Adds a right place that has no number."""
-        self.count += 1
-        self.kernels.setdefault(kernel)
-
     def judge(self, where: str, kernel: str, problem: str) -> None:
-        """Adds a place that is right if ``problem`` is empty."""
+        """Adds a place that is right if ``problem`` is empty, and has no number."""
         if problem:
             self.fail(where, kernel, problem)
-        else:
-            self.passed(kernel)
+            return
+        self.count += 1
+        self.kernels.setdefault(kernel)
 
     @contextmanager
     def catch_errors(self, where: str, kernel: str, prefix: str = "") -> Iterator[None]:
@@ -71,17 +67,12 @@ class Tally:
         if self.failures:
             yield from self.failures.values()
         elif not self.count:
-            yield skipped_finding(self.id, self.where, f"{self.what}: {self.nothing}")
+            yield Finding(self.id, self.where, Verdict.SKIPPED, f"{self.what}: {self.nothing}")
         else:
             worst = f", worst in {self.worst_at}" if self.worst_at else ""
             number, allowed = (self.worst.ratio, NEAR_FLOAT64) if self.worst_at else (None, "")
             message = f"{self.what}: {self.count} comparisons{worst}"
             yield Finding(self.id, self.where, Verdict.PASS, message, number, allowed, kernel=", ".join(self.kernels))
-
-
-def skipped_finding(check_id: str, where: str, why: str) -> Finding:
-    """Makes the finding of a check that looked at nothing."""
-    return Finding(check_id, where, Verdict.SKIPPED, why)
 
 
 def error_of(error: Exception) -> str:

@@ -33,7 +33,7 @@ def check_embedding(engine: Residual, reference_TSD: torch.Tensor, oracle: Oracl
     allowed = torch.finfo(oracle.subject.engine.dtype).eps / 2
     dtypes = "", dtype_name(engine.x_TSD.dtype)
     measured = Measurement.of(-1, "embed", (engine.x_TSD, reference_TSD), allowed, dtypes=dtypes)
-    message, words = f"rel-L2 {measured.rel_l2:.1e}", "1 time one rounding"
+    message, words = f"relative error {measured.rel_l2:.1e}", "the error of one rounding"
     remedy = "embed.weight: its rows, or the ids"
     finding = Finding.judged("V01", "embed", measured.is_within, message, measured.excess, words, remedy)
     return finding, measured
@@ -80,8 +80,8 @@ def check_head(oracle: Oracle, ends: ModelEnds, reference_TSD: torch.Tensor) -> 
     dtypes = dtype_name(oracle.subject.engine.dtype), dtype_name(engine.dtype)
     num_layers, pair = oracle.subject.config.num_hidden_layers, (engine, oracle.head(last_TSD))
     measured = Measurement.of(num_layers, "head", pair, oracle.budget("head"), ends.kernel, dtypes)
-    words = f"1 time its budget over all rows, {ROW_FACTOR:g} times in one row, and finite"
-    message = f"{len(last_TSD)} rows of the reference's streams: rel-L2 {measured.rel_l2:.1e}"
+    words = f"an error of 1 budget over all rows and of {ROW_FACTOR:g} budgets in a single one, and finite values"
+    message = f"{len(last_TSD)} rows of the reference's streams: relative error {measured.rel_l2:.1e}"
     remedy = "hc_head's collapse, the last norm, or the head's product"
     is_good = measured.is_within
     finding = Finding.judged("V01", "head", is_good, message, measured.excess, words, remedy, ends.kernel)
@@ -102,15 +102,17 @@ def check_end_to_end(oracle: Oracle, ends: ModelEnds, engine: Residual, referenc
     is_judged = kl <= p99
     nll = found.nll_2T[:, is_judged].mean(1)
     numbers = {
-        "KL p99": (float(p99), budget.kl_p99),
-        "KL mean": (float(kl[is_judged].mean()), budget.kl_mean),
-        "best token changed": (float(found.changed_T[is_judged].double().mean()), budget.top1_changed),
-        "NLL difference": (float((nll[0] - nll[1]).abs()), budget.nll),
+        "KL divergence at the 99th percentile": (float(p99), budget.kl_p99),
+        "in the mean": (float(kl[is_judged].mean()), budget.kl_mean),
+        "share of other likeliest tokens": (float(found.changed_T[is_judged].double().mean()), budget.top1_changed),
+        "log-likelihood off by": (float((nll[0] - nll[1]).abs()), budget.nll),
     }
-    shown = ", ".join(f"{name} {value:.1e} of {allowed:.1e}" for name, (value, allowed) in numbers.items())
-    whole = f"all {num_rows}: KL mean {float(kl.mean()):.1e}, largest {float(kl.max()):.1e} at {int(kl.argmax())}"
+    shown = ", ".join(f"{name} {value:.1g} (allowed {allowed:.1g})" for name, (value, allowed) in numbers.items())
+    whole = (
+        f"all {num_rows} positions: mean {float(kl.mean()):.1g}, largest {float(kl.max()):.1g} at {int(kl.argmax())}"
+    )
     theirs, mine = (found.nll_2T.sum(1) / max(1, num_rows - 1)).tolist()
-    message = f"{shown} (the best 99 % of the positions); {whole}; NLL {theirs:.4f}, by the engine {mine:.4f}"
+    message = f"over the best 99 % of positions: {shown}; {whole}; mean loss {theirs:.4f}, the engine's {mine:.4f}"
     is_good = all(value <= allowed for value, allowed in numbers.values())
     words = f"{budget.kl_p99:.1e} nats at the 99th percentile"
     return Finding.judged("V04", "logits", is_good, message, float(p99), words, _REMEDY_DRIFT)

@@ -8,7 +8,7 @@ from ownpath.verify.layers.measure import ROW_FACTOR, Measurement
 from ownpath.verify.layers.single_layer import SingleLayer
 from ownpath.verify.layers.teacher_forcing import ORDER, LayerComparison
 
-_WITHIN = f"1 time its budget over all rows, {ROW_FACTOR:g} times in one row, and finite"
+_WITHIN = f"an error of 1 budget over all rows and of {ROW_FACTOR:g} budgets in a single one, and finite values"
 _PLACES = {
     "attn.q": "the rotation of queries: theta of this kind of layer, YaRN, which channels",
     "attn.kv": "the rotation of the window's keys, or what they are rounded to",
@@ -77,7 +77,7 @@ def _beyond_budget(measured: Measurement, layer: str, root: str, expert: int | N
 def _numbers(measured: Measurement) -> str:
     bad = f", {measured.nonfinite_share:.1%} not finite" if measured.nonfinite_share else ""
     empty = ", all zero" if measured.zero_share == 1 else ""
-    rows = f"rel-L2 {measured.rel_l2:.1e}, worst row {measured.worst_row:.1e}, budget {measured.budget:.1e}"
+    rows = f"relative error {measured.rel_l2:.1e}, worst row {measured.worst_row:.1e}, budget {measured.budget:.1e}"
     return f"{rows}, cosine {measured.cosine:.6f}{bad}{empty}"
 
 
@@ -92,7 +92,7 @@ def _pass(comparison: LayerComparison, layer: str) -> Finding:
 
 def _check_output(out: Measurement, layer: str, root: str) -> Finding:
     """V02: checks the streams after the layer, when those before it are the reference's."""
-    words = f"rel-L2 {out.budget:.1e}, {ROW_FACTOR:g} times that in one row"
+    words = f"a relative error of {out.budget:.1e} over all rows, {ROW_FACTOR:g} times that in a single one"
     message = f"given the reference's streams, {_numbers(out)}"
     remedy = f"{layer}.{root} is where it begins" if root != "out" else _PLACES["out"]
     return Finding.judged("V02", layer, out.is_within, message, out.rel_l2, words, remedy)

@@ -1,0 +1,6 @@
+"""Bounds of sampling parameters, without torch: the command line and the server's fields ask for them too."""
+
+MAX_TEMPERATURE = 2.0
+MAX_TOP_LOGPROBS = 20
+SEED_LIMIT = 2**63
+"""A seed is a signed number of 64 bits."""
