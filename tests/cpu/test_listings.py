@@ -5,7 +5,7 @@ import pytest
 from ownpath.checkpoint.problems import FOUND_WHEN, REMEDIES
 from ownpath.checkpoint.schema import ENCODINGS
 from ownpath.cli import main
-from ownpath.diff.signatures import SIGNATURES
+from ownpath.diff.checks import CHECKS
 from ownpath.kernels.registry import SPECS
 from ownpath.official import Step
 from ownpath.selftest.checks import REMEDIES as SELFTEST_REMEDIES
@@ -60,5 +60,5 @@ def test_serve_lists_every_field_reason_and_check(capsys: pytest.CaptureFixture[
     assert "  0 takes the likeliest token (>= 0, <= 2, default 1.0)\n" in out
 
 
-def test_diff_lists_every_signature_without_a_server(capsys: pytest.CaptureFixture[str]) -> None:
-    assert names(listed("diff", capsys)) == [it.__name__.replace("_", "-") for it in SIGNATURES]
+def test_diff_lists_every_check_without_a_server(capsys: pytest.CaptureFixture[str]) -> None:
+    assert names(listed("diff", capsys)) == [it.id for it in CHECKS]

@@ -6,6 +6,7 @@ Any server in OpenAI's shape. Exit code: 0 they agree, 1 they differ, 2 the serv
 import argparse
 import json
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ownpath.commands.arguments import (
@@ -16,7 +17,7 @@ from ownpath.commands.arguments import (
     some_text,
     whole_number,
 )
-from ownpath.commands.listings import signatures_of_diff
+from ownpath.commands.listings import checks_of_diff
 from ownpath.terminal.console import show, tell, write_data
 from ownpath.terminal.progress import Progress
 from ownpath.terminal.text import quoted
@@ -48,7 +49,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
         type=number(0),
         default=0.25,
         metavar="NATS",
-        help="log-probs may be this far apart (default: 0.25)",
+        help="a position further away diverges; all budgets grow with it (default: 0.25)",
     )
     parser.add_argument(
         "--timeout", type=number(0, above=True), default=60.0, metavar="S", help="for one answer (default: 60)"
@@ -60,7 +61,7 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="one object, for programs")
     add_engine_arguments(parser)
-    add_list_argument(parser, signatures_of_diff, "what it looks for")
+    add_list_argument(parser, checks_of_diff, "what it looks for")
     return parser
 
 
@@ -91,14 +92,25 @@ def run(args: argparse.Namespace) -> int:
     effort = SurveySize(args.max_tokens, args.together, args.tolerance)
     with Progress("comparing"):
         difference = survey(server, LocalModel(loaded.model, loaded.tokenizer), prompts, effort)
+        suspects = _suspects(loaded.folder) if any(it.id == "computes-otherwise" for it in difference.found) else ()
     name = loaded.folder.resolve().name
     if args.json:
-        write_data(json.dumps(difference_dict(difference, server, name, seed), indent=1))
+        write_data(json.dumps(difference_dict(difference, server, name, seed, suspects), indent=1))
     else:
-        show(*difference_page(difference, server, loaded.tokenizer, name))
+        show(*difference_page(difference, server, loaded.tokenizer, name, suspects))
     if not server.request_form.sends_ids:
         tell("warning", ": the server takes no token ids, so text was sent; it may be split into other tokens there")
     return 0 if difference.agrees else 1
+
+
+def _suspects(folder: Path) -> tuple[str, ...]:
+    """Reads the checkpoint's scalars for what other engines compute wrongly."""
+    from ownpath.diff.suspects import joined_scales
+    from ownpath.inspect.inspection import inspect_folder
+
+    contents = inspect_folder(folder).contents
+    scalars = () if contents is None else contents.scalars
+    return joined_scales({it.module: it.value for it in scalars if it.role == "global_scale"})
 
 
 def _api_key(variable: str | None) -> str | None:

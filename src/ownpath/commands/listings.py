@@ -153,11 +153,11 @@ def _refusal(neutral: "Neutral") -> str:
     return wrapped(", ".join(shown), "  ")
 
 
-def signatures_of_diff() -> str:
-    """Lists every signature of a broken server, causes before their consequences."""
-    from ownpath.diff.signatures import SIGNATURES
+def checks_of_diff() -> str:
+    """Lists every check of another server, causes before their consequences."""
+    from ownpath.diff.checks import CHECKS
 
-    return _entries((it.__name__.replace("_", "-"), (it.__doc__ or "").strip()) for it in SIGNATURES)
+    return _entries((it.id, it.finds, f"remedy: {it.remedy}") for it in CHECKS)
 
 
 def _entries(entries: Iterable[tuple[str, ...]]) -> str:

@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 
 _MAX_BYTES = 256 * 2**20
 _SHOWN_CHARS = 200
+_NOT_FINITE = ("out of range float values", "not json compliant", "nan is not", "infinity is not", "non-finite float")
+"""From Python's json (vLLM, TensorRT-LLM), orjson and JavaScript-like writers, in lower case."""
 
 
 class CannotAsk(ValueError):
@@ -22,6 +24,12 @@ class Refused(CannotAsk):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+    @property
+    def is_not_finite(self) -> bool:
+        """True if its words are those of a JSON writer that met NaN or an infinity."""
+        words = str(self).lower()
+        return any(phrase in words for phrase in _NOT_FINITE)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

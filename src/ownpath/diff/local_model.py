@@ -1,11 +1,13 @@
 """Computes our own log-probs of the same token ids, and knows which tokens our tokenizer calls special."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from ownpath.chat.markers import THINK_END, THINK_START
 from ownpath.chat.tokenizer import Tokenizer
-from ownpath.diff.responses import SequenceReading
+from ownpath.diff.responses import ScoredPosition, SequenceReading
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
 
@@ -37,3 +39,15 @@ class LocalModel:
 
     def is_special(self, token_id: int | None) -> bool:
         return token_id is not None and self.tokenizer.is_hidden(token_id)
+
+    def likelihood(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> float:
+        """Returns the log-prob of ``ids`` after a prompt, in nats. Errors: as ``logprobs``."""
+        blanks = tuple(ScoredPosition(i, None, {}) for i in ids)
+        rows_PV = self.logprobs(SequenceReading((*prompt_ids, *ids), len(prompt_ids), blanks))
+        return float(rows_PV.gather(1, torch.tensor(ids).unsqueeze(1)).sum())
+
+    def shown_text(self, ids: Sequence[int]) -> str:
+        """Returns the text of generated tokens as a server would show it: no markers, no unfinished character."""
+        hidden = {self.tokenizer.special_id(THINK_START), self.tokenizer.special_id(THINK_END)}
+        shown = (i for i in ids if i not in hidden and not self.tokenizer.is_hidden(i))
+        return b"".join(map(self.tokenizer.token_bytes, shown)).decode("utf-8", "ignore")

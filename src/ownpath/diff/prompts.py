@@ -5,9 +5,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ownpath.chat.encode import encode_messages
-from ownpath.chat.messages import Message
 from ownpath.chat.tokenizer import Tokenizer
+from ownpath.diff.modes import ChatMode, modes_of
 
 _SENTENCES = (
     "The capital of France is Paris, and the capital of Italy is Rome. The capital of Spain is",
@@ -19,19 +18,30 @@ _SENTENCES = (
 
 @dataclass(frozen=True)
 class SurveyPrompt:
-    """One text; ids: its tokens; chat_ids: those of the conversation that opens with it, in this model's format."""
+    """One text; ids: its tokens; modes: the conversation that opens with it, in every mode of this model's format."""
 
     text: str
     ids: tuple[int, ...]
-    chat_ids: tuple[int, ...]
+    modes: tuple[ChatMode, ...]
 
 
-def make_prompts(tokenizer: Tokenizer, seed: int, texts: Sequence[str] = ()) -> list[SurveyPrompt]:
-    """Returns the given texts, or ours after a number from ``seed``. Errors: ValueError for a text of fewer than 2
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts of a survey. spare: as many again that no cache knows, to confirm a suspicion; none where the user
+    chose the prompts."""
+
+    prompts: tuple[SurveyPrompt, ...]
+    spare: tuple[SurveyPrompt, ...] = ()
+
+
+def make_prompts(tokenizer: Tokenizer, seed: int, texts: Sequence[str] = ()) -> PromptSet:
+    """Returns the given texts, or ours after numbers from ``seed``. Errors: ValueError for a text of fewer than 2
     tokens."""
+    if texts:
+        return PromptSet(tuple(_prompt(tokenizer, text) for text in texts))
     draw = random.Random(seed)
-    chosen = texts or [f"{draw.randrange(10**7, 10**8)}. {sentence}" for sentence in _SENTENCES]
-    return [_prompt(tokenizer, text) for text in chosen]
+    drawn = [tuple(_prompt(tokenizer, f"{draw.randrange(10**7, 10**8)}. {it}") for it in _SENTENCES) for _ in range(2)]
+    return PromptSet(drawn[0], drawn[1])
 
 
 def probe_prompt(tokenizer: Tokenizer) -> SurveyPrompt:
@@ -43,5 +53,4 @@ def _prompt(tokenizer: Tokenizer, text: str) -> SurveyPrompt:
     ids = tokenizer.encode_raw(text)
     if len(ids) < 2:
         raise ValueError(f"--prompt {text!r}: at least 2 tokens are needed, found {len(ids)}")
-    chat_ids = tokenizer.encode_segments(encode_messages([Message("user", text)]))
-    return SurveyPrompt(text, tuple(ids), tuple(chat_ids))
+    return SurveyPrompt(text, tuple(ids), modes_of(tokenizer, text))

@@ -12,40 +12,36 @@ from ownpath.chat.tokenizer import Tokenizer
 from ownpath.diff.compare import PositionComparison
 from ownpath.diff.server import RemoteServer
 from ownpath.diff.survey import Difference
-from ownpath.finding import Finding, Verdict
+from ownpath.finding import Finding, Verdict, warned
 from ownpath.terminal.page import facts, line
 from ownpath.terminal.text import counted
 
-_WORDS = MappingProxyType({Verdict.PASS: "ok", Verdict.FAIL: "found", Verdict.SKIPPED: "not asked"})
-_UNKNOWN = "no known cause: the server reads, caches and batches alike, and computes something else"
+_WORDS = MappingProxyType(
+    {Verdict.PASS: "ok", Verdict.FAIL: "found", Verdict.WARN: "noted", Verdict.SKIPPED: "not asked"}
+)
 
 
 def numbers(difference: Difference) -> dict[str, float | int | None]:
     """Averages and counts over positions. Units: nats; None where nothing was given."""
     positions = [p for comparison in difference.comparisons for p in comparison.positions]
-    deltas = [abs(p.ours - p.theirs) for p in positions if p.theirs is not None]
     ranked = [p for p in positions if p.gap is not None]
-    kls = [p.kl for p in positions if p.kl is not None]
+    outside = [p.outside for p in positions if p.outside is not None and math.isfinite(p.outside)]
+    it = difference.distances
     return {
         "num_positions": len(positions),
+        "num_compared": it.num_compared,
         "num_divergent": difference.num_divergent,
-        "mean_delta": _mean(deltas),
-        "max_delta": _max(deltas),
+        "mean_delta": it.mean_delta,
+        "median_delta": it.median_delta,
+        "max_delta": it.max_delta,
+        "share_far": it.share_far,
         "num_ranked": len(ranked),
         "num_same_likeliest": sum(p.gap == 0 for p in ranked),
-        "mean_kl_at_least": _mean(kls),
-        "max_kl_at_least": _max(kls),
-        "mean_outside": _mean([p.outside for p in positions if p.outside is not None]),
+        "mean_kl_at_least": it.mean_kl,
+        "median_kl_at_least": it.median_kl,
+        "max_kl_at_least": it.max_kl,
+        "mean_outside": math.fsum(outside) / len(outside) if outside else None,
     }
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None
-
-
-def _max(values: Sequence[float]) -> float | None:
-    """Returns the maximum; NaN if there is one."""
-    return math.nan if any(map(math.isnan, values)) else max(values, default=None)
 
 
 def first_divergence(difference: Difference) -> tuple[int, PositionComparison] | None:
@@ -58,14 +54,21 @@ def first_divergence(difference: Difference) -> tuple[int, PositionComparison] |
 
 
 def difference_page(
-    difference: Difference, server: RemoteServer, tokenizer: Tokenizer, name: str
+    difference: Difference, server: RemoteServer, tokenizer: Tokenizer, name: str, suspects: Sequence[str] = ()
 ) -> list[RenderableType]:
-    """Returns the verdict, the diagnosis, then the numbers."""
+    """Returns the verdict, each finding with its evidence and remedy, then the numbers.
+
+    suspects: traits of the checkpoint that other engines are known to compute wrongly.
+    """
     verdict = "AGREE" if difference.agrees else "DIFFER"
-    rows = [("found", f"{c.id}: {_shown(c.number)} ({c.message}; bound {c.limit:.3g})") for c in difference.found]
-    rows += [("remedy", c.remedy) for c in difference.found[:1]]
-    rows += [] if difference.agrees or difference.found else [("found", _UNKNOWN)]
+    rows = []
+    for check in difference.found:
+        rows += [("found", _evidence(check)), ("remedy", check.remedy)]
+        rows += [("suspect", it) for it in suspects if check.id == "computes-otherwise"]
+    for check in warned(difference.checks):
+        rows += [("noted", f"{check.id}: {check.message}"), ("remedy", check.remedy)]
     rows += _number_rows(difference, server, tokenizer)
+    rows += [("ok", _evidence(check)) for check in difference.checks if check.verdict is Verdict.PASS]
     rows += [("not asked", f"{c.id}: {c.message}") for c in difference.checks if c.verdict is Verdict.SKIPPED]
     return [line(f"{name} against {server.client.root}: ", verdict), facts(rows)]
 
@@ -76,31 +79,41 @@ def _number_rows(difference: Difference, server: RemoteServer, tokenizer: Tokeni
     prompts = counted(len(difference.comparisons), "prompt")
     return [
         ("asked", f"{server.form} log-probs at {asked.path}, {sent} sent, {asked.num_top} likeliest tokens"),
-        ("positions", f"{n['num_positions']} of {prompts}, {n['num_divergent']} differ by more than the bound"),
+        (
+            "positions",
+            f"{n['num_positions']} of {prompts}, {n['num_divergent']} diverge ({_share(n['share_far'])} by more than"
+            f" {difference.tolerance:g} nats)",
+        ),
         ("first", _first(difference, tokenizer)),
         (
             "log-probs",
-            f"mean |ours - theirs| {_shown(n['mean_delta'])}, max {_shown(n['max_delta'])} nats"
-            f" (bound {difference.tolerance:g})",
+            f"|ours - theirs| {_shown(n['mean_delta'])} in the mean, {_shown(n['median_delta'])} the median,"
+            f" {_shown(n['max_delta'])} at most (nats)",
         ),
         ("likeliest", f"the same token at {n['num_same_likeliest']} of {n['num_ranked']} positions"),
         (
             "KL",
-            f"at least {_shown(n['mean_kl_at_least'])} in the mean, {_shown(n['max_kl_at_least'])} at most;"
-            f" their list leaves out {_shown(n['mean_outside'])} of the probability",
+            f"at least {_shown(n['mean_kl_at_least'])} in the mean, {_shown(n['median_kl_at_least'])} the median,"
+            f" {_shown(n['max_kl_at_least'])} at most; their list leaves out {_shown(n['mean_outside'])} of the"
+            " probability",
         ),
-        ("looked for", f"{_pass_line(difference)}: none"),
     ]
 
 
-def difference_dict(difference: Difference, server: RemoteServer, name: str, seed: int) -> dict[str, object]:
-    """Returns the same for programs. What is not finite is written as a string: JSON has no word for it."""
+def difference_dict(
+    difference: Difference, server: RemoteServer, name: str, seed: int, suspects: Sequence[str] = ()
+) -> dict[str, object]:
+    """Returns the same for programs, with every position. What is not finite is written as a string: JSON has no word
+    for it."""
     first = first_divergence(difference)
     whole = {
         "model": name,
         "url": server.client.root,
         "agrees": difference.agrees,
         "diagnosis": difference.found[0].id if difference.found else None,
+        "found": [check.id for check in difference.found],
+        "noted": [check.id for check in warned(difference.checks)],
+        "suspects": list(suspects),
         "form": server.form,
         "path": server.request_form.path,
         "sends_ids": server.request_form.sends_ids,
@@ -108,9 +121,19 @@ def difference_dict(difference: Difference, server: RemoteServer, name: str, see
         "refused": list(server.notes),
         "seed": seed,
         "tolerance": difference.tolerance,
+        "num_rounds": difference.num_rounds,
         "numbers": numbers(difference),
         "first_divergence": None if first is None else {"prompt_idx": first[0], **asdict(first[1])},
         "checks": [_check_dict(check) for check in difference.checks],
+        "positions": [
+            {
+                "prompt_idx": comparison.prompt_idx,
+                **asdict(position),
+                "diverges": position.diverges(difference.tolerance),
+            }
+            for comparison in difference.comparisons
+            for position in comparison.positions
+        ],
     }
     finite: dict[str, object] = _finite(whole)
     return finite
@@ -134,8 +157,8 @@ def _first(difference: Difference, tokenizer: Tokenizer) -> str:
     return f"prompt {prompt_idx}, position {position.idx}, {token}: {values}"
 
 
-def _pass_line(difference: Difference) -> str:
-    return ", ".join(check.id for check in difference.checks if check.verdict is Verdict.PASS) or "nothing"
+def _evidence(check: Finding) -> str:
+    return f"{check.id}: {_shown(check.number)} (bound {_shown(check.limit)}): {check.message}"
 
 
 def _check_dict(check: Finding) -> dict[str, object]:
@@ -147,6 +170,10 @@ def _check_dict(check: Finding) -> dict[str, object]:
         "says": check.message,
         "remedy": check.remedy,
     }
+
+
+def _share(value: float | None) -> str:
+    return "none" if value is None else f"{value:.1%}"
 
 
 def _shown(value: float | None) -> str:

@@ -21,13 +21,17 @@ class ScoredPosition:
     """One position.
 
     token_id: None where its name is no token's. logprob: None where the server gave none.
-    top: the tokens it lists, by id. is_whole: every listed name is a token's.
+    top: the tokens it lists, by id. num_unnamed: entries of the list whose name is no token's.
     """
 
     token_id: int | None
     logprob: float | None
     top: Mapping[int, float]
-    is_whole: bool = True
+    num_unnamed: int = 0
+
+    @property
+    def is_whole(self) -> bool:
+        return self.num_unnamed == 0
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class SequenceReading:
     ids: the sequence, as far as its ids are known; scored[n] is of ids[start + n].
     unnamed: the positions from the first token whose id is not known.
     is_stopped: the answer ended by itself, not at its limit.
+    refusal: the server's words where it could not write these log-probs as JSON; then none has a value.
+    is_blank: such an answer shows no text either.
     """
 
     ids: tuple[int, ...]
@@ -44,6 +50,8 @@ class SequenceReading:
     scored: tuple[ScoredPosition, ...]
     unnamed: tuple[ScoredPosition, ...] = ()
     is_stopped: bool = False
+    refusal: str = ""
+    is_blank: bool = False
 
     @property
     def all_rows(self) -> tuple[ScoredPosition, ...]:
@@ -148,13 +156,30 @@ def read_generated(answer: Json, prompt_ids: Sequence[int], names: TokenNames) -
     return SequenceReading((*prompt_ids, *ids), len(prompt_ids), known, unnamed, is_stopped)
 
 
+def read_plain(answer: Json, prompt_ids: Sequence[int], names: TokenNames, refusal: str) -> SequenceReading:
+    """Reads an answer to a request without log-probs, after one with them was refused. Errors: Unreadable."""
+    choice = choice_of(answer)
+    told = _ids(choice.get("token_ids"), names) or ()
+    message = choice.get("message")
+    text = _text(message.get("content") if isinstance(message, dict) else choice.get("text"))
+    rows = tuple(ScoredPosition(token_id, None, {}) for token_id in told)
+    is_stopped = choice.get("finish_reason") == "stop"
+    return SequenceReading((*prompt_ids, *told), len(prompt_ids), rows, (), is_stopped, refusal, not text.strip())
+
+
+def refused_reading(prompt_ids: Sequence[int], refusal: str) -> SequenceReading:
+    """Returns a prompt's reading without a single value: its log-probs were refused."""
+    return SequenceReading(
+        tuple(prompt_ids), 1, tuple(ScoredPosition(i, None, {}) for i in prompt_ids[1:]), refusal=refusal
+    )
+
+
 def read_chat(answer: Json, names: TokenNames) -> ChatReading:
     """Reads an answer of the chat endpoint. Errors: Unreadable."""
     choice = choice_of(answer)
     message = choice.get("message")
     if not isinstance(message, dict):
         raise Unreadable("choices.0.message: there is none")
-    usage = answer.get("usage")
     ids = _ids(choice.get("token_ids"), names)
     entries = _field(choice.get("logprobs"), "content")
     if ids is None and isinstance(entries, list):
@@ -162,8 +187,8 @@ def read_chat(answer: Json, names: TokenNames) -> ChatReading:
         ids = _ids(found, names)
     return ChatReading(
         read_prompt_ids(answer, names),
-        _count(_field(usage, "prompt_tokens")),
-        _count(_field(usage, "completion_tokens")),
+        read_prompt_count(answer),
+        _count(_field(answer.get("usage"), "completion_tokens")),
         ids,
         _text(message.get("content")),
         _text(message.get("reasoning_content")) or _text(message.get("reasoning")),
@@ -174,7 +199,12 @@ def read_chat(answer: Json, names: TokenNames) -> ChatReading:
 
 def read_prompt_ids(answer: Json, names: TokenNames) -> tuple[int, ...] | None:
     """Returns the prompt's ids as the server read it, if it reports them."""
-    return _ids(answer.get("prompt_token_ids", choice_of(answer).get("prompt_token_ids")), names)
+    return _ids(answer.get("prompt_token_ids") or choice_of(answer).get("prompt_token_ids"), names)
+
+
+def read_prompt_count(answer: Json) -> int | None:
+    """Returns the number of the prompt's tokens, if the server counts them."""
+    return _count(_field(answer.get("usage"), "prompt_tokens"))
 
 
 def _read_logprobs(choice: Json, names: TokenNames) -> list[ScoredPosition]:
@@ -191,22 +221,22 @@ def _read_logprobs(choice: Json, names: TokenNames) -> list[ScoredPosition]:
     lists = tops if isinstance(tops, list) and len(tops) == len(tokens) else [None] * len(tokens)
     rows = []
     for token, value, listed in zip(tokens, values, lists, strict=True):
-        top, is_whole = _top([(names.id_of(name), number) for name, number in (listed or {}).items()])
-        rows.append(ScoredPosition(names.id_of(token), _number(value), top, is_whole))
+        top, num_unnamed = _top([(names.id_of(name), number) for name, number in (listed or {}).items()])
+        rows.append(ScoredPosition(names.id_of(token), _number(value), top, num_unnamed))
     return rows
 
 
 def _of_entry(entry: Json, names: TokenNames) -> ScoredPosition:
     listed = [item for item in entry.get("top_logprobs") or [] if isinstance(item, dict)]
-    top, is_whole = _top([(names.of_entry(item), item.get("logprob")) for item in listed])
-    return ScoredPosition(names.of_entry(entry), _number(entry.get("logprob")), top, is_whole)
+    top, num_unnamed = _top([(names.of_entry(item), item.get("logprob")) for item in listed])
+    return ScoredPosition(names.of_entry(entry), _number(entry.get("logprob")), top, num_unnamed)
 
 
-def _top(pairs: Sequence[tuple[int | None, object]]) -> tuple[dict[int, float], bool]:
-    """Returns a list by id, and whether every entry has one."""
+def _top(pairs: Sequence[tuple[int | None, object]]) -> tuple[dict[int, float], int]:
+    """Returns a list by id, and how many entries have none."""
     numbers = [(token_id, _number(value)) for token_id, value in pairs]
     top = {token_id: p for token_id, p in numbers if token_id is not None and p is not None}
-    return top, len(top) == len(pairs)
+    return top, len(pairs) - len(top)
 
 
 def _ids(value: object, names: TokenNames) -> tuple[int, ...] | None:

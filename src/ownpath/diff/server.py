@@ -10,6 +10,7 @@ from functools import partial
 from typing import TypeVar
 
 from ownpath.diff.client import CannotAsk, Client, Refused
+from ownpath.diff.modes import WISHES, match_count
 from ownpath.diff.prompts import SurveyPrompt
 from ownpath.diff.responses import (
     ChatReading,
@@ -19,8 +20,11 @@ from ownpath.diff.responses import (
     read_chat,
     read_echo,
     read_generated,
+    read_plain,
+    read_prompt_count,
     read_prompt_ids,
     read_prompt_logprobs,
+    refused_reading,
 )
 
 COMPLETIONS, CHAT, TOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize"
@@ -42,21 +46,27 @@ class NotOffered(CannotAsk):
 class RequestForm:
     """The form of request for generated tokens that one server accepts: what its refusals left.
 
-    extras: fields that make it report token ids. sends_ids: the prompt goes as ids, not as text.
+    extras: fields that make it report token ids. sends_ids: the prompt goes as ids, not as text. wish: fields that ask
+    a chat not to think.
     """
 
     path: str
     sends_ids: bool
     num_top: int
     extras: Mapping[str, object]
+    wish: Mapping[str, object] = field(default_factory=dict)
 
     def body(self, prompt: SurveyPrompt, max_tokens: int) -> dict[str, object]:
-        """Builds the request for one greedy answer."""
+        """Builds the request for one greedy answer with log-probs."""
+        num_top = {"logprobs": True, "top_logprobs": self.num_top} if self.path == CHAT else {"logprobs": self.num_top}
+        return self.plain_body(prompt, max_tokens) | num_top
+
+    def plain_body(self, prompt: SurveyPrompt, max_tokens: int) -> dict[str, object]:
+        """Builds the same request without log-probs."""
         common = {"max_tokens": max_tokens, **_GREEDY, **self.extras}
         if self.path == CHAT:
-            return _messages(prompt) | common | {"logprobs": True, "top_logprobs": self.num_top}
-        sent = list(prompt.ids) if self.sends_ids else prompt.text
-        return {"prompt": sent, "logprobs": self.num_top, **common}
+            return {**_messages(prompt), **common, **self.wish}
+        return {"prompt": list(prompt.ids) if self.sends_ids else prompt.text, **common}
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,7 @@ class RemoteServer:
     """A server and the form of request that it accepts.
 
     model: its name in requests; None sends none. form: ``prompt_logprobs``, ``echo`` or ``generated``.
+    is_failing: it answers, and fails (status 500 and above) as soon as any log-prob is asked.
     notes: what it refused on the way, for people.
     """
 
@@ -72,43 +83,57 @@ class RemoteServer:
     model: str | None
     request_form: RequestForm
     form: str = "generated"
+    is_failing: bool = False
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     def generate(self, prompt: SurveyPrompt, max_tokens: int) -> SequenceReading:
-        """Generates one greedy answer, scored. Errors: CannotAsk."""
-        answer = self._post(self.request_form.path, self.request_form.body(prompt, max_tokens))
-        return self._read(
-            self.request_form.path, lambda: read_generated(answer, self._prompt_ids(prompt, answer), self.names)
-        )
+        """Generates one greedy answer, scored. Where the server cannot write its log-probs as JSON, the same is asked
+        without them. Errors: CannotAsk."""
+        form = self.request_form
+        try:
+            answer = self._post(form.path, form.body(prompt, max_tokens))
+        except Refused as error:
+            if not self._lacks_values(error):
+                raise
+            return self.generate_plain(prompt, max_tokens, str(error))
+        return self._read(form.path, lambda: read_generated(answer, self._prompt_ids(prompt, answer), self.names))
+
+    def generate_plain(self, prompt: SurveyPrompt, max_tokens: int, refusal: str) -> SequenceReading:
+        """Generates one greedy answer without log-probs, which were refused with these words. Errors: CannotAsk."""
+        form = self.request_form
+        answer = self._post(form.path, form.plain_body(prompt, max_tokens))
+        return self._read(form.path, lambda: read_plain(answer, self._prompt_ids(prompt, answer), self.names, refusal))
 
     def score(self, prompt: SurveyPrompt) -> SequenceReading:
         """Scores the prompt's own tokens, in the form offered. Errors: CannotAsk."""
-        body = self.request_form.body(prompt, 1)
-        if self.form == "echo":
-            answer = self._post(COMPLETIONS, body | {"echo": True})
-            return self._read(COMPLETIONS, lambda: read_echo(answer, self._prompt_ids(prompt, answer), self.names))
-        answer = self._post(COMPLETIONS, body | {"prompt_logprobs": self.request_form.num_top})
-        return self._read(
-            COMPLETIONS, lambda: read_prompt_logprobs(answer, self._prompt_ids(prompt, answer), self.names)
-        )
+        read = read_echo if self.form == "echo" else read_prompt_logprobs
+        asked = {"echo": True} if self.form == "echo" else {"prompt_logprobs": self.request_form.num_top}
+        try:
+            answer = self._post(COMPLETIONS, self.request_form.body(prompt, 1) | asked)
+        except Refused as error:
+            if not self._lacks_values(error):
+                raise
+            return refused_reading(prompt.ids, str(error))
+        return self._read(COMPLETIONS, lambda: read(answer, self._prompt_ids(prompt, answer), self.names))
 
-    def chat(self, prompt: SurveyPrompt, max_tokens: int) -> ChatReading:
-        """Sends the prompt as a user's message. Errors: CannotAsk."""
+    def chat(self, prompt: SurveyPrompt, max_tokens: int, wish: Mapping[str, object]) -> ChatReading:
+        """Sends the prompt as a user's message, with the fields of a wish. Errors: CannotAsk."""
         wishes = [{**extras, **asked} for asked in ({"logprobs": True}, {}) for extras in _EXTRAS]
         refused: Refused | None = None
-        for wish in wishes:
+        for fields in wishes:
             try:
-                answer = self._post(CHAT, _messages(prompt) | {"max_tokens": max_tokens, **_GREEDY, **wish})
+                answer = self._post(CHAT, _messages(prompt) | {"max_tokens": max_tokens, **_GREEDY, **fields, **wish})
             except Refused as error:
                 refused = error
                 continue
-            return self._read(CHAT, partial(read_chat, answer, self.names))
+            chat = self._read(CHAT, partial(read_chat, answer, self.names))
+            return chat if chat.prompt_ids is not None else replace(chat, prompt_ids=self._chat_ids(prompt, wish))
         assert refused is not None
         raise refused
 
-    def chat_prompt_ids(self, prompt: SurveyPrompt) -> tuple[int, ...] | None:
+    def _chat_ids(self, prompt: SurveyPrompt, wish: Mapping[str, object]) -> tuple[int, ...] | None:
         """Returns the conversation's tokens by ``/tokenize``, where a server has one that knows messages."""
-        return self._tokenize(_messages(prompt))
+        return self._tokenize({**_messages(prompt), **wish})
 
     def text_ids(self, prompt: SurveyPrompt) -> tuple[int, ...] | None:
         """Returns the text's tokens by ``/tokenize``, in the request form of vLLM and SGLang or in llama.cpp's."""
@@ -126,8 +151,16 @@ class RemoteServer:
         """Returns the ids that the server read: those sent; for text, those it reports, else those of our tokenizer."""
         if self.request_form.path == COMPLETIONS and self.request_form.sends_ids:
             return prompt.ids
-        own = prompt.chat_ids if self.request_form.path == CHAT else prompt.ids
-        return read_prompt_ids(answer, self.names) or own
+        told = read_prompt_ids(answer, self.names)
+        if told is not None or self.request_form.path != CHAT:
+            return told or prompt.ids
+        count = read_prompt_count(answer)
+        fitting = match_count(count, prompt.modes).candidates if count is not None else ()
+        return (fitting or prompt.modes)[0].ids
+
+    def _lacks_values(self, error: Refused) -> bool:
+        """True if a request was refused because its log-probs cannot be written, not because of its form."""
+        return error.is_not_finite or (self.is_failing and error.status >= 500)
 
     def _post(self, path: str, body: dict[str, object]) -> dict[str, object]:
         return self.client.post(path, body if self.model is None else {"model": self.model, **body})
@@ -146,6 +179,7 @@ def open_server(client: Client, names: TokenNames, prompt: SurveyPrompt, model: 
     """
     notes: list[str] = []
     absent: set[str] = set()
+    broken: RemoteServer | None = None
     for request_form in _request_forms():
         if request_form.path in absent:
             continue
@@ -155,10 +189,22 @@ def open_server(client: Client, names: TokenNames, prompt: SurveyPrompt, model: 
         except (Refused, NotOffered) as error:
             if isinstance(error, Refused) and error.status == 404:
                 absent.add(request_form.path)
+            if isinstance(error, Refused) and error.status >= 500 and broken is None:
+                broken = server
             notes.append(str(error))
             continue
         return _best_form(replace(server, notes=tuple(notes)), prompt)
+    if broken is not None and _answers_plainly(broken, prompt):
+        return replace(broken, is_failing=True, notes=tuple(notes))
     raise CannotAsk(f"{client.root} offers no log-probs: " + "; ".join(dict.fromkeys(notes[-3:])))
+
+
+def _answers_plainly(server: RemoteServer, prompt: SurveyPrompt) -> bool:
+    try:
+        server.generate_plain(prompt, 1, "")
+    except CannotAsk:
+        return False
+    return True
 
 
 def _best_form(server: RemoteServer, prompt: SurveyPrompt) -> RemoteServer:
@@ -179,7 +225,8 @@ def _request_forms() -> Iterator[RequestForm]:
     for path, sends_ids in ((COMPLETIONS, True), (COMPLETIONS, False), (CHAT, False)):
         for num_top in _NUMS_TOP:
             for extras in _EXTRAS:
-                yield RequestForm(path, sends_ids, num_top, extras)
+                for wish in (*WISHES, {}) if path == CHAT else ({},):
+                    yield RequestForm(path, sends_ids, num_top, extras, wish)
 
 
 def _messages(prompt: SurveyPrompt) -> dict[str, object]:

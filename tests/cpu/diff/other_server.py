@@ -18,7 +18,7 @@ from ownpath.chat.tokenizer import Tokenizer
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
 
-OVERLAP_S = 0.05
+OVERLAP_S = 0.02
 
 
 class Dialect(Enum):
@@ -119,8 +119,11 @@ class Other:
         return list(zip(ids.tolist(), values.tolist(), strict=True))
 
     def name(self, token_id: int) -> str:
-        """As most servers do it: bytes that are no whole character become U+FFFD."""
-        return self.tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+        """As most servers do it: bytes that are no whole character become U+FFFD. OpenAI's spell them."""
+        raw = self.tokenizer.token_bytes(token_id)
+        text = raw.decode("utf-8", "replace")
+        is_spelt = self.dialect is Dialect.OPENAI and "\ufffd" in text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw) if is_spelt else text
 
     def in_lists(
         self, ids: tuple[int, ...], rows: torch.Tensor, first: int, num_top: int, by_id: bool

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from ownpath.diff.compare import PositionComparison, answer_divergence, compare, kl_at_least
+from ownpath.diff.compare import PositionComparison, answer_distance, compare, distances_of, kl_at_least
 from ownpath.diff.responses import ScoredPosition, SequenceReading
 
 P = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
@@ -74,24 +74,52 @@ def reading(*rows: tuple[int, float, dict[int, float]]) -> SequenceReading:
     return SequenceReading((9, *(row[0] for row in rows)), 1, scored)
 
 
-def test_answers_part_where_they_are_farthest_or_where_tokens_differ() -> None:
+def apart(first: SequenceReading, second: SequenceReading) -> tuple[list[float], float | None]:
+    it = answer_distance(first, second)
+    return list(it.same), it.parting
+
+
+def test_answers_are_apart_by_their_own_tokens_alone() -> None:
     a = reading((1, -1.0, {1: -1.0, 2: -1.5}), (2, -2.0, {2: -2.0, 3: -2.25}), (4, -3.0, {}))
-    same = answer_divergence(a, a)
-    assert same is not None
-    assert same.far == 0
-    moved = answer_divergence(a, reading((1, -1.0, {1: -1.0, 2: -1.5}), (2, -2.5, {2: -2.5, 3: -2.25}), (4, -3.0, {})))
-    assert moved is not None
-    assert (moved.idx, moved.far) == (2, 0.5)
-    turned = answer_divergence(a, reading((1, -1.0, {1: -1.0}), (3, -2.2, {}), (1, -9.0, {})))
-    assert turned is not None
-    assert (turned.idx, turned.far) == (2, 0.125)  # half of what they were apart; what follows has another context
-    strange = answer_divergence(a, reading((1, -1.0, {}), (8, -2.0, {})))
-    assert strange is not None
-    assert strange.far == math.inf
-    ended = answer_divergence(a, reading((1, -1.0, {})))
-    assert ended is not None
-    assert ended.far == math.inf
-    lost = answer_divergence(a, reading((1, math.nan, {}), (2, -2.0, {}), (4, -3.0, {})))
-    assert lost is not None
-    assert not lost.far <= 0.25
-    assert answer_divergence(reading(), reading()) is None
+    assert apart(a, a) == ([0, 0, 0], None)
+    moved = reading((1, -1.0, {1: -1.0, 2: -9.0}), (2, -2.5, {2: -2.5, 3: -2.25}), (4, -3.0, {}))
+    assert apart(a, moved) == ([0, 0.5, 0], None), "the rest of a list says nothing"
+    turned = reading((1, -1.0, {1: -1.0}), (3, -2.2, {}), (1, -9.0, {}))
+    assert apart(a, turned) == ([0], 0.125), "half of what they were apart; what follows has another context"
+    alone = reading((1, math.log(0.8), {1: math.log(0.8)}))
+    assert apart(alone, reading((3, -1.0, {})))[1] == pytest.approx(math.log(4) / 2), "outside is 0.2"
+    many = reading((1, -1.5, {n: -1.5 - n for n in range(5)}))
+    assert apart(many, reading((8, -1.0, {}))) == ([], math.inf), "rounding makes no such token the likeliest"
+    lost = apart(a, reading((1, math.nan, {}), (2, -2.0, {}), (4, -3.0, {})))
+    assert lost[0][0] == math.inf
+    assert answer_distance(reading(), reading()).nats is None
+
+
+def test_a_few_tokens_that_moved_are_no_distance_and_a_parting_is_one() -> None:
+    a = reading(*((1, -1.0, {1: -1.0, 2: -1.5}) for _ in range(5)))
+    moved = reading(*((1, -1.0 + far, {}) for far in (0, 0, 4.0, -4.0, 0)))
+    assert answer_distance(a, moved).nats == 0
+    assert answer_distance(a, reading(*((1, -1.5, {}) for _ in range(5)))).nats == 0.5
+    assert answer_distance(a, reading(*a_row_each(1, 1, 1, 2))).nats == 0.25
+
+
+def a_row_each(*token_ids: int) -> list[tuple[int, float, dict[int, float]]]:
+    return [(token_id, -1.0, {}) for token_id in token_ids]
+
+
+def test_an_answer_that_ends_earlier_is_as_far_as_the_other_wished_to_go_on() -> None:
+    even, sure = (reading((1, -1.0, {}), (2, math.log(p), {})) for p in (0.5, 0.75))
+    short = reading((1, -1.0, {}))
+    assert apart(even, short)[1] == pytest.approx(0, abs=EPS)
+    assert apart(short, sure)[1] == pytest.approx(math.log(3) / 2, abs=EPS)
+    assert apart(short, reading((1, -1.0, {}), (2, 0.0, {}))) == ([0], math.inf)
+
+
+def test_a_distribution_leaves_out_what_is_not_finite() -> None:
+    rows = [(-1.0, 0.5), (-1.25, 0.125), (-3.0, 4.0), (math.nan, math.nan), (None, None)]
+    positions = [PositionComparison(n, 0, -1.0, theirs, 0.0, kl) for n, (theirs, kl) in enumerate(rows)]
+    it = distances_of(positions, 0.25)
+    assert (it.num_compared, it.mean_delta, it.median_delta, it.max_delta) == (3, 0.75, 0.25, 2.0)
+    assert it.share_far == pytest.approx(1 / 3)
+    assert (it.median_kl, it.max_kl) == (0.5, 4.0)
+    assert distances_of([], 0.25).mean_delta is None

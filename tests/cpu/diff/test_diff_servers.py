@@ -1,7 +1,6 @@
 """``ownpath diff`` against servers of other makes, intact and broken, each around a real model."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,8 @@ FORMS = {
 }
 
 
-# Half of this vocabulary is bytes that are no character: such servers write all of them as one name.
+# Half of this vocabulary is bytes that are no character: such servers give them a name that is no token's, or one for
+# all.
 NAMES_ONLY = (Dialect.OPENAI, Dialect.TEXT_ONLY)
 
 
@@ -112,7 +112,7 @@ DIAGNOSES = {
     Fault.STALE_CACHE: "cold-cached",
     Fault.BATCH: "batch-dependent",
     Fault.NAN: "non-finite",
-    Fault.TOO_SURE: None,
+    Fault.TOO_SURE: "computes-otherwise",
 }
 
 
@@ -121,6 +121,8 @@ DIAGNOSES = {
 def test_a_broken_server_is_diagnosed(
     fault: Fault, dialect: Dialect, model: Model, rows: Rows, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if (fault, dialect) == (Fault.ALL_REASONING, Dialect.OPENAI):
+        pytest.skip("it tells a length that two modes have, and names of bytes that are no token's")
     with other_server(model, TOKENIZER, dialect, fault, rows) as other:
         code, report = diff(capsys, folder, other.url)
     assert code == 1
@@ -129,12 +131,14 @@ def test_a_broken_server_is_diagnosed(
     found = [check for check in report["checks"] if check["verdict"] == "found"]
     assert all(check["remedy"] and check["number"] is not None for check in found)
     if fault in (Fault.TEMPLATE, Fault.SWALLOWED, Fault.ALL_REASONING, Fault.STALE_CACHE, Fault.BATCH, Fault.TOO_SURE):
-        assert len(found) == (fault is not Fault.TOO_SURE), "these break one thing only"
+        assert len(found) == 1, "these break one thing only"
 
 
-def test_the_first_divergence_is_named(model: Model, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_first_divergence_is_named(
+    model: Model, rows: Rows, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Logits four times as large: log-probs from the model itself say where it shows first."""
-    with other_server(model, TOKENIZER, Dialect.VLLM, Fault.TOO_SURE) as other:
+    with other_server(model, TOKENIZER, Dialect.VLLM, Fault.TOO_SURE, rows) as other:
         _, report = diff(capsys, folder, other.url)
         scored = [body for _, _, body in other.asked if body is not None and "prompt_logprobs" in body]
         sent = scored[1]["prompt"]  # the first found out that the server has them
@@ -150,13 +154,16 @@ def test_the_first_divergence_is_named(model: Model, folder: Path, capsys: pytes
     pytest.fail("the fault shows nowhere")
 
 
-def test_people_read_the_verdict_first(model: Model, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with other_server(model, TOKENIZER, Dialect.VLLM, Fault.STALE_CACHE) as other:
-        assert main(["diff", str(folder), "--against", other.url + "/v1/", "--max-tokens", "4"]) == 1
+def test_people_read_the_verdict_first(
+    model: Model, rows: Rows, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ["--max-tokens", "5", "--seed", "1"]
+    with other_server(model, TOKENIZER, Dialect.VLLM, Fault.STALE_CACHE, rows) as other:
+        assert main(["diff", str(folder), "--against", other.url + "/v1/", *short]) == 1
         lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{folder.name} against {other.url}: DIFFER"
-    assert lines[1].startswith("found       cold-cached: ")
-    assert lines[2].startswith("remedy      ")
+    assert lines[1].split()[:2] == ["found", "cold-cached:"]
+    assert lines[2].split()[0] == "remedy"
 
 
 def test_text_is_sent_only_where_ids_are_refused(
@@ -169,7 +176,7 @@ def test_text_is_sent_only_where_ids_are_refused(
     assert captured.err == (
         "warning: the server takes no token ids, so text was sent; it may be split into other tokens there\n"
     )
-    assert "text-tokens" in captured.out.split("looked for")[1], "/tokenize told its ids"
+    assert ["ok", "text-tokens:"] in [line.split()[:2] for line in captured.out.splitlines()], "/tokenize told its ids"
 
 
 def test_another_tokenizer_is_told_where_only_text_is_taken(
@@ -205,16 +212,19 @@ def test_the_api_key_goes_by_environment(
     assert "sesame" not in captured.out + captured.err
 
 
-def test_json_has_no_words_that_json_lacks(model: Model, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with other_server(model, TOKENIZER, Dialect.VLLM, Fault.NAN) as other:
-        main(["diff", str(folder), "--against", other.url, "--json", "--max-tokens", "2"])
+def test_json_has_no_words_that_json_lacks(
+    model: Model, rows: Rows, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with other_server(model, TOKENIZER, Dialect.VLLM, Fault.NAN, rows) as other:
+        main(["diff", str(folder), "--against", other.url, "--json", "--max-tokens", "2", "--seed", "1"])
 
     def refuse(word: str) -> float:
         raise AssertionError(word)
 
     report = json.loads(capsys.readouterr().out, parse_constant=refuse)
     assert report["checks"][0]["number"] >= report["numbers"]["num_positions"]
-    assert math.isnan(float(report["numbers"]["max_delta"]))
+    assert report["numbers"]["max_delta"] is None
+    assert report["positions"][0]["theirs"] == "nan"
 
 
 def test_a_fresh_seed_each_time(model: Model, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
