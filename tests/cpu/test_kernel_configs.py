@@ -133,7 +133,7 @@ class Run:
 
 def test_what_was_not_named_is_listed_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OWNPATH_KERNEL_CACHE", str(tmp_path))
-    cache.store(PermuteConfig(), b"code", {})
+    cache.store(PermuteConfig(), b"code", {"entry": "name", "num_threads": 128, "cluster": 1})
     module = ModuleType("test_named")
     module.kernel_configs = lambda: [PermuteConfig()]
     run = Run([], SimpleNamespace(collectonly=False, compile_only=False), [SimpleNamespace(module=module)])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
+from ownpath.checkpoint.names import BESIDE_WEIGHTS
 from ownpath.checkpoint.needless import needless_reason
 from ownpath.checkpoint.schema import ENCODINGS, Encoding, ModuleSpec, PartSpec
 from ownpath.checkpoint.spelling import BYTE_SCALES, BYTES
@@ -137,6 +138,7 @@ def _unknown_layout(index: CheckpointIndex, module: ModuleSpec, nearest: Encodin
     found = tensors_of(index, module.name)
     known = {part.suffix for encoding in ENCODINGS for part in encoding.parts}
     weights = [info for info in found if info.name.rpartition(".")[2] in ("weight_packed", "weight")]
+    known |= BESIDE_WEIGHTS
     others = [info for info in found if info.name.rpartition(".")[2] not in known and not needless_reason(info.name)]
     if weights and not any(_has_weight(index, module, encoding) for encoding in ENCODINGS):
         known_dtypes = dict.fromkeys(dtype for encoding in ENCODINGS for dtype in encoding.part("qdata").dtypes)

@@ -7,6 +7,9 @@ from ownpath.config import CSA_RATIO, Layer, ModelConfig
 
 NORM_DTYPES = ("BF16", "F32")
 
+BESIDE_WEIGHTS = frozenset({"tid2eid", "bias"})
+"""Endings of a router's parameters, which stand beside its weight and are no part of how it is stored."""
+
 
 def model_params(config: ModelConfig) -> Iterator[ParamSpec]:
     """Yields the backbone's parameters: embedding, norms, hyper-connections, sinks, router bias and tables."""

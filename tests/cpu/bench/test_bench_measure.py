@@ -179,7 +179,7 @@ def test_the_command_prints_a_table_that_is_a_cpus(capsys: pytest.CaptureFixture
     [
         ([], "name one of moe, linear and fp8"),
         (["moe", "--tune", "moe"], "name one of moe, linear and fp8"),
-        (["attention"], "no benchmark 'attention'"),
+        (["attention"], "BENCH: invalid choice: 'attention'"),
         (["moe", "--device", "cpu", "--shape", "v5"], "no MoE shape 'v5'"),
         (["moe", "--device", "cpu", "--shape", "tiny", "--tokens", "0"], "at least 1"),
         (["moe", "--device", "cpu", "--shape", "tiny", "--contenders", "marlin"], "marlin not among ownpath, humming"),

@@ -41,7 +41,7 @@ def stored_in(folder: Path) -> Tensors:
 
 
 def is_input_scale(key: str) -> bool:
-    """What no kernel of a CPU reads, because activations are not quantised there."""
+    """Of a scale that no kernel of a CPU reads, because activations are not quantised there."""
     return key.endswith((".input_scale", ".input_global_scale"))
 
 

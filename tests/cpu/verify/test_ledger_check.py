@@ -146,7 +146,7 @@ def test_a_layer_that_cannot_be_loaded_is_named_and_the_others_run(tmp_path: Pat
     ("text", "message"),
     [
         ("{", "not JSON"),
-        ("[]", "the outermost value is no object"),
+        ("[]", "expected a JSON object, found list"),
         ("{}", "device is missing"),
         ('{"device": "CPU", "activations": "float32", "batch_invariant": false, "numerics": {}}', "ops is missing"),
     ],
@@ -156,7 +156,7 @@ def test_what_is_no_plan_is_refused(text: str, message: str, tmp_path: Path) -> 
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=rf"before\.json: .*{message}"):
         read_plan_file(path)
-    with pytest.raises(ValueError, match=r"absent\.json: No such file"):
+    with pytest.raises(ValueError, match=r"absent\.json: no such file"):
         read_plan_file(tmp_path / "absent.json")
 
 

@@ -150,7 +150,7 @@ def test_float32_is_as_near_as_its_roundings(layout: str, tmp_path: Path, device
 
 
 def test_w4a4_is_what_official_numerics_do_to_nvfp4_inputs(tmp_path: Path) -> None:
-    of = subject(tmp_path, "full-nvfp4")
+    of = subject(tmp_path, "full-nvfp4", frozenset({Step.NVFP4_INPUTS}))  # a plan without it holds no input scales
     plain = block(of, 2, streams(of)).streams_TSD
     w4a4 = block(of, 2, streams(of), w4a4=True).streams_TSD
     assert torch.equal(w4a4, block(of, 2, streams(of), official=frozenset({Step.NVFP4_INPUTS})).streams_TSD)

@@ -133,7 +133,7 @@ def test_what_runs_is_held_against_a_plan_of_before(
     assert "FAIL LG01 layers.1.attn.wq_b" in capsys.readouterr().out
     path.write_text("[]")
     assert main(argv) == 2
-    assert "not a plan" in capsys.readouterr().err
+    assert "before.json: expected a JSON object, found list" in capsys.readouterr().err
 
 
 def test_the_digest_tells_exports_apart(folder: Path) -> None:

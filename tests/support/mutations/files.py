@@ -82,7 +82,9 @@ MUTATIONS = {
     "matrix missing": Mutation(
         "an expert's w3.weight", "F02", f"{EXPERT}.w3.weight", tensors_changed(lambda t: t.pop(f"{EXPERT}.w3.weight"))
     ),
-    "input scale missing": Mutation("an expert's input_scale", "F02", INPUT, tensors_changed(lambda t: t.pop(INPUT))),
+    "input scale missing": Mutation(
+        "an expert's input_scale", "F02", INPUT, tensors_changed(lambda t: t.pop(INPUT)), is_official=True
+    ),
     "stray tensor": Mutation(
         "a tensor that no module has", "F02", "stray", tensors_changed(lambda t: t.update(stray=torch.zeros(1)))
     ),

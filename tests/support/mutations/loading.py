@@ -123,7 +123,7 @@ MUTATIONS = {
         "w2", "L01", matrix(6, "w2", "weight_scale"), unwritten(matrix(6, "w2", "weight_scale"))
     ),
     "an input scale unwritten": at_load(
-        "w1", "L01", matrix(0, "w1", "input_scale"), unwritten(matrix(0, "w1", "input_scale"))
+        "w1", "L01", matrix(0, "w1", "input_scale"), unwritten(matrix(0, "w1", "input_scale")), is_official=True
     ),
     "expert zeroed": slot("w2's codes", "L02", matrix(6, "w2"), zeros, f"{EXPERTS}.6.w2"),
     "experts shifted by one": at_load("w2 of all experts", "L02", f"{EXPERTS}.4.w2", experts_shifted("w2")),

@@ -42,5 +42,6 @@ def _linear(x_MK: Tensor, operand: StoredLinear) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-MX_LINEAR = LinearReference(_linear)
-MX_MOE = ExpertsReference(mx_moe)
+MXFP4_LINEAR, MXFP8_LINEAR = LinearReference(_linear), LinearReference(_linear)
+MXFP4_MOE, MXFP8_MOE = ExpertsReference(mx_moe), ExpertsReference(mx_moe)
+"""One for each format, because records tell kernels apart by what runs them."""

@@ -14,13 +14,15 @@ _NOT_FAST = {
 def _linear(fmt: Format) -> KernelSpec:
     name = fmt.name.lower()
     why = f"decoded exactly, float32 sums; {_NOT_FAST[fmt]}"
-    return KernelSpec(f"ref.{name}_linear", OpKind.LINEAR, (fmt,), "MxLinear", "row_major", why, "mx.ref:MX_LINEAR")
+    return KernelSpec(
+        f"ref.{name}_linear", OpKind.LINEAR, (fmt,), "MxLinear", "row_major", why, f"mx.ref:{fmt.name}_LINEAR"
+    )
 
 
 def _moe(fmt: Format) -> KernelSpec:
     name = fmt.name.lower()
     why = f"each expert decoded exactly when it is hit, float32 sums and combine; {_NOT_FAST[fmt]}"
-    return KernelSpec(f"ref.{name}_moe", OpKind.MOE, (fmt,), "MxMoE", "row_major", why, "mx.ref:MX_MOE")
+    return KernelSpec(f"ref.{name}_moe", OpKind.MOE, (fmt,), "MxMoE", "row_major", why, f"mx.ref:{fmt.name}_MOE")
 
 
 SPECS = (
