@@ -42,6 +42,14 @@ class PlanError(ValueError):
     """Raised when no kernel can run an op of this checkpoint on this device; the message names both."""
 
 
+class MissingInputScaleError(PlanError):
+    """Raised when every kernel for these numerics needs a scale of the input. where: the tensor that is not there."""
+
+    def __init__(self, message: str, where: str) -> None:
+        super().__init__(message)
+        self.where = where
+
+
 class MixedExpertsError(CheckpointError):
     """Raised when a layer's experts are stored differently. where: the module or tensor unlike the first."""
 
@@ -272,7 +280,10 @@ class _Planner:
         named = next(encoding for encoding in ENCODINGS if encoding.name == encodings[0].name)
         key = named.key(without, "input_scale") if named.has_input_scale else without
         state = f"tensor {self.index[key]} is no scalar" if key in self.index else f"tensor {key!r} is missing"
-        return self.decided(spec, encodings[0].without_input_scale, state)
+        try:
+            return self.decided(spec, encodings[0].without_input_scale, state)
+        except PlanError as error:
+            raise MissingInputScaleError(str(error), key) from None
 
     def companions(self, loads_draft: bool) -> tuple[PlannedCompanion, ...]:
         config = self.config

@@ -4,7 +4,7 @@ It needs no kernel and no engine: headers, scalars, tables, every block scale of
 weight, the tokenizer.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -69,11 +69,13 @@ def file_stage(
     progress: StageProgress,
     input_readers: frozenset[str] = frozenset(),
     reference: frozenset[str] = frozenset(),
+    missing: Iterable[Finding] = (),
 ) -> Iterator[Finding]:
     """Runs F01 to F14: one PASS for each check, or a FAIL or WARN for each problem.
 
     source: another export, for F13. input_readers: modules whose planned kernels read the scale of their input: without
-    a good one their answers are wrong. reference: modules that torch computes from what is stored.
+    a good one their answers are wrong. reference: modules that torch computes from what is stored. missing: what only
+    a plan could tell to be missing.
     """
     progress(0, 2, "headers, scalars, tables, block scales")
     layers = selection.layer_ids
@@ -82,7 +84,7 @@ def file_stage(
     )
     evidence = gather(inspection)
     by_id: dict[str, list[Finding]] = {}
-    for problem in evidence.problems:
+    for problem in (*evidence.problems, *missing):
         by_id.setdefault(check_of(problem), []).append(_judged(problem, input_readers))
     for id_, look in _CHECKS.items():
         found = by_id.get(id_, [])

@@ -9,10 +9,11 @@ from types import MappingProxyType
 
 from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import scan_checkpoint
+from ownpath.checkpoint.problems import make_problem
 from ownpath.config import ConfigError, EngineConfig
 from ownpath.finding import Finding, Verdict, failed
 from ownpath.kernels.spec import InputRounding
-from ownpath.plan.plan import PlanError
+from ownpath.plan.plan import MissingInputScaleError, PlanError
 from ownpath.plan.show import plan_dict
 from ownpath.terminal.progress import Progress
 from ownpath.verify.environment_stage import environment_stage
@@ -48,12 +49,23 @@ class VerifyJob:
         return Subject.of(self.folder, self.engine, self.selection)
 
 
-def _input_readers(job: VerifyJob) -> frozenset[str]:
-    """Returns the modules whose planned kernels read the scale of their input; none where there is no plan."""
+def _run_file_stage(job: VerifyJob, progress: StageProgress) -> Iterator[Finding]:
+    """Runs the file stage. What only the plan misses, a scale that its numerics need, is one of its findings."""
+    missing = list[Finding]()
+    readers = frozenset[str]()
     try:
-        ops = job.subject.plan.ops
+        readers = _input_readers(job)
+    except MissingInputScaleError as error:
+        found = f"tensor {error.where!r} is missing, and no kernel for these numerics can do without"
+        missing.append(make_problem("missing-tensor", error.where, found))
     except (ConfigError, CheckpointError, PlanError):
-        return frozenset()
+        pass  # the stages after this one say so
+    yield from file_stage(job.folder, job.selection, job.source, progress, readers, job.engine.reference, missing)
+
+
+def _input_readers(job: VerifyJob) -> frozenset[str]:
+    """Returns the modules whose planned kernels read the scale of their input. Errors: as ``VerifyJob.subject``."""
+    ops = job.subject.plan.ops
     reading = (op for op in ops if op.choice.kernel.rounding is InputRounding.NVFP4)
     return frozenset(module.name for op in reading for module in op.spec.modules)
 
@@ -62,9 +74,7 @@ StageRun = Callable[[VerifyJob, StageProgress], Iterator[Finding | Measurement |
 
 STAGES: MappingProxyType[str, StageRun] = MappingProxyType(
     {
-        "file": lambda job, progress: file_stage(
-            job.folder, job.selection, job.source, progress, _input_readers(job), job.engine.reference
-        ),
+        "file": _run_file_stage,
         "environment": lambda job, _: environment_stage(job.subject),
         "load": lambda job, progress: load_stage(job.subject, progress, job.work),
         "kernels": lambda job, progress: kernel_stage(job.subject, progress, job.work),
