@@ -7,8 +7,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCKED := $(PIP) --no-deps --require-hashes --requirement
 
 # The tests that run something on a device; the others do the same on any machine.
-ON_A_DEVICE := tests/gpu tests/cpu/verify/test_oracle_block.py $(addprefix tests/cpu/,model numerics kernels checkpoint \
-	engine selftest test_startup.py test_launches.py test_full_layer.py)
+ON_A_DEVICE := tests/gpu tests/cpu/verify/test_oracle_block.py $(addprefix tests/cpu/,model numerics kernels \
+	checkpoint/test_reader_writer.py engine selftest test_startup.py test_launches.py test_full_layer.py)
 
 .PHONY: demo test lint type interpret aot test-clients test-gpu sanitize bench size lock
 

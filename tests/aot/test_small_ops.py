@@ -6,7 +6,7 @@ from support.triton_aot import Compiled, compile_launch, recorded_launches
 
 from ownpath.conformance.operations import CASES, make_inputs
 from ownpath.kernels.grouped import launch as grouped
-from ownpath.kernels.hyper import launch as hyper
+from ownpath.kernels.hyper import checks as hyper
 from ownpath.kernels.norms import launch as norms
 from ownpath.kernels.registry import KERNELS
 from ownpath.kernels.router import launch as router
