@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -74,9 +75,15 @@ def test_closed_streams_and_narrow_encodings_are_no_error() -> None:
 def test_an_interrupt_is_quiet() -> None:
     """Here while the prompt is read from a pipe that stays open."""
     process = subprocess.Popen(
-        [*OWNPATH, "generate"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*OWNPATH, "generate"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts what runs in its background with interrupts ignored, and tests may run there.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
-    time.sleep(0.5)
+    time.sleep(1.5)
     process.send_signal(signal.SIGINT)
     out, told = process.communicate(timeout=60)
     assert (process.returncode, out, told) == (130, "", "")
