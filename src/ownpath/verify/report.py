@@ -19,7 +19,7 @@ from ownpath.finding import Finding, Verdict, failed, warned
 from ownpath.plan.plan import Plan
 from ownpath.plan.show import plan_dict
 from ownpath.terminal.page import Listing, fact, facts, line
-from ownpath.terminal.text import counted
+from ownpath.terminal.text import counted, listed
 from ownpath.verify.checks import SHARE_OF_BOUND, TITLES
 from ownpath.verify.fold import unfold_layers
 from ownpath.verify.layers.measure import Measurement
@@ -192,7 +192,7 @@ def report_page(result: Verification) -> list[RenderableType]:
     rows += [("largest error", worst_text(worst[1]))] if worst else []
     rows += [("kernels", ", ".join(f"{n} x {kernel}" for kernel, n in kernels_of(plan).items()))] if plan else []
     rows += [("limited to", limit) for limit in limits_of(job.selection)]
-    rows += [("not run", f"stage {stage.name}: {stage.skipped}") for stage in result.stages if stage.skipped]
+    rows += [("not run", told) for told in _skipped_stages(result.stages)]
     where = f"{job.folder.resolve().name} on {device_name(job.engine.device)}: "
     return [
         line(where, verdict_of(result).upper()),
@@ -201,6 +201,15 @@ def report_page(result: Verification) -> list[RenderableType]:
         *_failure_parts(findings),
         Listing(("", "check", "what holds", "found"), [(*row[:3], row[4]) for row in check_rows(result)], num_lead=3),
     ]
+
+
+def _skipped_stages(stages: Iterable[StageResult]) -> list[str]:
+    """Says each reason once, with all the stages that it kept from running."""
+    names: dict[str, list[str]] = {}
+    for stage in stages:
+        if stage.skipped:
+            names.setdefault(stage.skipped, []).append(stage.name)
+    return [f"{'stage' if len(those) == 1 else 'stages'} {listed(those)}: {why}" for why, those in names.items()]
 
 
 _WORDS = {

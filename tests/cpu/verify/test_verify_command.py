@@ -56,6 +56,8 @@ def test_a_failed_file_stage_stops_the_others_unless_asked(folder: Path, capsys:
     assert "not run          stage load: the file stage failed" in out
     assert main([*argv, "--keep-going"]) == 1
     assert f"FAIL L01 {key}: not loaded" in capsys.readouterr().out
+    assert main([*argv[:-1], "file,load,layers"]) == 1
+    assert "not run          stages load and layers: the file stage failed" in capsys.readouterr().out
 
 
 def test_a_stage_runs_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
