@@ -1,100 +1,24 @@
-"""Reading answers: by hand from the format's rules, whatever the pieces, and in linear time."""
+"""Reading answers: by hand from the format's rules, and whatever the pieces."""
 
 import json
 import re
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from types import FrameType
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.answer_parts import OPENED, F, G, Read, block, characters, invoke, parameter, read
 
-import ownpath.chat.parse
-import ownpath.chat.tool_calls
 from ownpath.chat.encode import Setting, encode_messages
-from ownpath.chat.markers import DSML, EOS, THINK_END, Segment, Special, join_text, segments_of
+from ownpath.chat.markers import DSML, EOS, THINK_END, Segment, Special, segments_of
 from ownpath.chat.messages import Message, ToolCall
 from ownpath.chat.parse import AnswerParser
 from ownpath.chat.parts import (
-    AnswerPart,
-    CallInReasoning,
     Content,
-    MalformedMarkup,
-    Reasoning,
     ToolCallArguments,
     ToolCallStart,
 )
-
-
-@dataclass
-class Read:
-    """All of an answer."""
-
-    reasoning: str = ""
-    content: str = ""
-    calls: list[list[str]] = field(default_factory=list)
-    malformed: str = ""
-    asks_for_tools: bool = False
-    is_early: bool = False
-
-    def add(self, part: AnswerPart) -> None:
-        match part:
-            case Reasoning(text):
-                self.reasoning += text
-            case Content(text):
-                self.content += text
-            case ToolCallStart(index, name):
-                assert index == len(self.calls), "calls are numbered in order"
-                self.calls.append([name, ""])
-            case ToolCallArguments(index, text):
-                assert index == len(self.calls) - 1, "only the newest call grows"
-                self.calls[index][1] += text
-            case MalformedMarkup(reason):
-                assert self.malformed == "", "an answer breaks once"
-                self.malformed = reason
-            case CallInReasoning():
-                assert not self.is_early, "an answer is marked once"
-                self.is_early = True
-
-
-def read(events: Sequence[Segment], thinks: bool = False, offers_tools: bool = True) -> Read:
-    parser = AnswerParser(thinks, offers_tools)
-    found = Read()
-    for event in [*events, None]:
-        if event is None:
-            parts = parser.finish()
-        elif isinstance(event, str):
-            parts = parser.feed(event)
-        else:
-            is_marker = event.text in parser.markers
-            parts = parser.feed_marker(event.text) if is_marker else parser.feed(event.text)
-        for part in parts:
-            found.add(part)
-    found.asks_for_tools = parser.asks_for_tools
-    return found
-
-
-def characters(events: Sequence[Segment]) -> list[Segment]:
-    return [piece for event in events for piece in (event if isinstance(event, str) else [event])]
-
-
-def block(calls: str) -> str:
-    return f"\n\n<｜DSML｜tool_calls>\n{calls}</｜DSML｜tool_calls>"
-
-
-def parameter(name: str, kind: str, value: str) -> str:
-    return f'<｜DSML｜parameter name="{name}" string="{kind}">{value}</｜DSML｜parameter>\n'
-
-
-def invoke(name: str, *parameters: str) -> str:
-    return f'<｜DSML｜invoke name="{name}">\n{"".join(parameters)}</｜DSML｜invoke>\n'
-
-
-F, G = invoke("f"), invoke("g", parameter("a", "false", "1"))
-OPENED = '\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="f">\n'
 
 WELL_FORMED: dict[str, tuple[str, Read]] = {
     "text": ("Hi.", Read(content="Hi.")),
@@ -442,67 +366,3 @@ def test_what_is_written_is_read_back(
     assert [(name, json.loads(arguments)) for name, arguments in found.calls] == calls
     assert found.malformed == ""
     assert found.asks_for_tools == bool(calls)
-
-
-READERS = {ownpath.chat.parse.__file__, ownpath.chat.tool_calls.__file__}
-
-
-def num_steps(events: Sequence[Segment], thinks: bool) -> int:
-    """Lines that the reader runs, each with the characters of all texts within its reach.
-
-    A text that grows with the answer and is looked at again and again would make this quadratic.
-    """
-    count = 0
-
-    def characters_at(frame: FrameType) -> int:
-        reader = frame.f_locals.get("self")
-        values = [*frame.f_locals.values(), *(vars(reader).values() if reader is not None else ())]
-        return sum(len(value) for value in values if isinstance(value, str))
-
-    def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        nonlocal count
-        if frame.f_code.co_filename not in READERS:
-            return None
-        if event == "line":
-            count += 1 + characters_at(frame)
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        read(events, thinks)
-    finally:
-        sys.settrace(before)
-    return count
-
-
-GROWING: dict[str, Any] = {
-    "reasoning": lambda n: "x" * n,
-    "mentions of markup": lambda n: "<｜DSML｜tool_calls>x" * n,
-    "calls in reasoning": lambda n: block(F) * (n // 6),
-    "half tags in reasoning": lambda n: "<" * n,
-    "line breaks": lambda n: "</think>" + "\n" * n,
-    "openings": lambda n: "</think>" + "<" * n,
-    "a value": lambda n: "</think>" + OPENED + '<｜DSML｜parameter name="a" string="true">' + "x" * n,
-    "a value of half ends": lambda n: "</think>" + OPENED + '<｜DSML｜parameter name="a" string="true">' + "</" * n,
-    "a value of markers": lambda n: (
-        "</think>" + OPENED + '<｜DSML｜parameter name="a" string="true">' + "</｜DSML｜p" * n
-    ),
-    "a list": lambda n: "</think>" + block(invoke("f", parameter("a", "false", "[" + "1," * n + "1]"))),
-    "a gap": lambda n: "</think>" + OPENED + " " * n,
-    "a tag": lambda n: "</think>" + OPENED + "<｜DSML｜" + "p" * n,
-    "calls": lambda n: "</think>" + block(G * n),
-    "parameters": lambda n: "</think>" + block(invoke("f", *(parameter(str(i), "true", "x") for i in range(n)))),
-    "behind the block": lambda n: "</think>" + block(F) + " " * n + "x" * n,
-    "broken": lambda n: "</think>" + block("x") + "<｜DSML｜" * n,
-}
-
-
-@pytest.mark.parametrize("name", GROWING)
-@pytest.mark.parametrize("is_cut", [False, True])
-def test_time_grows_linearly(name: str, is_cut: bool) -> None:
-    """Four times the answer is at most four times the steps, and what the two ends cost."""
-    small, large = (join_text(segments_of(GROWING[name](n))) for n in (60, 240))
-    if is_cut:
-        small, large = characters(small), characters(large)
-    assert num_steps(large, True) <= 4.2 * num_steps(small, True)
