@@ -31,3 +31,12 @@ def pytest_configure(config: pytest.Config) -> None:
         from support.kernel_configs import CompiledAhead
 
         config.pluginmanager.register(CompiledAhead(config, torch.cuda.get_device_capability(device)))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On a device, leaves out tests that do not take ``device``: they would repeat, on its host, what CPU tests did."""
+    if config.getoption("--device") == "cpu":
+        return
+    repeated = [item for item in items if "device" not in getattr(item, "fixturenames", ())]
+    config.hook.pytest_deselected(items=repeated)
+    items[:] = [item for item in items if item not in set(repeated)]
