@@ -224,6 +224,7 @@ class EngineConfig:
     official: steps to be computed as DeepSeek's published code does; all others are plain.
     loads_draft: load the MTP modules too. The engine does not draft; callers of the model may.
     reference: names of slots or modules that torch computes from the stored form, whatever kernels there are.
+    graphs: capture decode steps as CUDA graphs; without, they run eagerly, with the same bits.
     parallel: this process's rank among those that run one model together.
     """
 
@@ -237,6 +238,7 @@ class EngineConfig:
     loads_draft: bool = False
     parallel: Parallel = ONE_RANK
     reference: frozenset[str] = frozenset()
+    graphs: bool = True
 
     @classmethod
     def for_device(cls, device: str, max_model_len: int = 4096) -> "EngineConfig":

@@ -13,6 +13,7 @@ from ownpath.kernels.hyper.launch import new_out, num_workspace_floats
 from ownpath.kernels.hyper.ref import HyperOut, HyperWeights, Mix
 from ownpath.kernels.norms.launch import RMS_NORM as rms_norm
 from ownpath.kernels.router.launch import ROUTER as router
+from ownpath.kernels.router.ref import router as reference
 from ownpath.kernels.swiglu.launch import SWIGLU as swiglu
 
 CPU = torch.device("cpu")
@@ -118,8 +119,21 @@ def test_ids_can_be_int32() -> None:
 
 def test_unknown_token_ids_stay_inside_the_table() -> None:
     table = torch.randint(0, 8, (10, 2))
-    ids_TK, _ = router(torch.zeros(2, 8), 2, 1.0, None, torch.tensor([-1, 10]), table)
+    ids_TK, _ = router(torch.zeros(2, 8), 2, 1.0, None, torch.tensor([10, 1 << 40]), table)
     assert ids_TK.tolist() == [[0, 0]] * 2
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_padded_rows_go_to_no_expert(by_token: bool) -> None:
+    table = torch.randint(0, 8, (10, 2)) if by_token else None
+    bias_E = None if by_token else torch.zeros(8)
+    logits_TE = torch.randn(3, 8)
+    token_ids_T = torch.tensor([4, -1, 7])
+    ids_TK, weights_TK = router(logits_TE, 2, 1.0, bias_E, token_ids_T, table)
+    expected, weights = reference(logits_TE, 2, 1.0, bias_E, token_ids_T, table)
+    assert torch.equal(ids_TK, expected)
+    assert ids_TK[1].tolist() == [-1, -1]
+    assert weights_TK[1].tolist() == weights[1].tolist() == [0.0, 0.0]
 
 
 def test_rms_norm() -> None:

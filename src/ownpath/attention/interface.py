@@ -7,16 +7,33 @@ rows of one sequence still reads a ring's oldest rows while it attends.
 Legend: T rows of the step, N heads, H head dim, I index heads, P compressor width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from ownpath.attention.compress import Compressor
+from ownpath.attention.rope import Rotation
 from ownpath.attention.select import EntrySelector
-from ownpath.cache.tables import StepTables
+from ownpath.cache.pools import LayerCache
+from ownpath.cache.tables import DecodeTables, StepTables
 from ownpath.runners import SharedKeyAttention
+
+
+class Products(NamedTuple):
+    """A layer's products with a step's rows, as the projections leave them: neither normed nor rotated.
+
+    q_TNH, kv_TH; compressor_rows, indexer_rows: (kv, score) rows [T, 2P], at least float32; index_q_TIH;
+    index_weights_TI, without scales. ``None`` where the layer has no such product.
+    """
+
+    q_TNH: torch.Tensor
+    kv_TH: torch.Tensor
+    compressor_rows: torch.Tensor | None = None
+    indexer_rows: torch.Tensor | None = None
+    index_q_TIH: torch.Tensor | None = None
+    index_weights_TI: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -65,8 +82,25 @@ class AttentionStep(Protocol):
         """Stores the step's keys and raw compressor rows in the rings, for later steps."""
 
 
+@dataclass(frozen=True)
+class DecodeStep:
+    """What all layers of a decode step share.
+
+    entries_at: by compress ratio, the rotation of the entry that each row would end: at the first token of its window.
+    undone: the rotation that attention's output is left with, which is none.
+    """
+
+    tables: DecodeTables
+    entries_at: Mapping[int, Rotation]
+    undone: Rotation
+
+    def caches(self, layer_idx: int) -> LayerCache:
+        """Returns a layer's share of the pool."""
+        return self.tables.pool.layers[layer_idx]
+
+
 class AttentionBackend(Protocol):
     """The attention of all layers of a model. Lasting state is in the pool, a step's state in the step."""
 
-    def prepare(self, tables: StepTables) -> AttentionStep:
+    def prepare(self, tables: StepTables) -> AttentionStep | DecodeStep:
         """Computes what all layers of a step share: once, before the first layer, outside of a captured graph."""

@@ -29,6 +29,20 @@ class Writes:
 
 
 @dataclass(frozen=True)
+class DecodeTables:
+    """The arrays of a decode step, in which every request has one row; all int32, on the pool's device.
+
+    positions_T [T]: each row's position in its sequence; slots_T [T]; blocks_TB [T, B]: block tables, which bound the
+    context at 256 * B tokens. A padded row has slot ``NOBODY``, position 0 and a table of ``NOBODY``.
+    """
+
+    pool: CachePool
+    positions_T: torch.Tensor
+    slots_T: torch.Tensor
+    blocks_TB: torch.Tensor
+
+
+@dataclass(frozen=True)
 class StepTables:
     """The arrays of one step: on the pool's device for kernels, on the host for Python code.
 
@@ -51,6 +65,16 @@ class StepTables:
     def rows(self) -> tuple[slice, ...]:
         """The rows of each request."""
         return tuple(slice(*pair) for pair in zip((0, *self.row_ends), self.row_ends, strict=False))
+
+    @cached_property
+    def decode(self) -> DecodeTables | None:
+        """The arrays of a decode step; ``None`` if a request has several rows. Block tables are cut to the blocks that
+        the step needs."""
+        if len(self.slots) != self.row_ends[-1]:
+            return None
+        needed = max(self.starts) // BLOCK_TOKENS + 1
+        arrays = (self.positions_T, self.slots_R, self.blocks_RB[:, :needed])
+        return DecodeTables(self.pool, *(array.to(torch.int32).contiguous() for array in arrays))
 
     def extend(self) -> None:
         """Adds the step's rows to the token counts of their sequences."""

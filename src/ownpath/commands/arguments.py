@@ -57,6 +57,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="most tokens of one prompt and its answer (default: 4096)",
     )
+    parser.add_argument(
+        "--no-graphs",
+        action="store_true",
+        help="run decode steps eagerly on a GPU, without CUDA graphs; the bits are the same",
+    )
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser, *, any_gpu: bool = False) -> None:

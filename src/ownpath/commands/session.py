@@ -11,6 +11,7 @@ import torch
 from ownpath.chat.tokenizer import Tokenizer
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.end_tokens import FIELD, GENERATION_CONFIG, EndTokens, read_end_tokens
+from ownpath.engine.decoder import make_decoder
 from ownpath.engine.engine import Engine
 from ownpath.loading import default_model_dir, device_caps, leave_a_core, load_model
 from ownpath.model.model import Model
@@ -54,7 +55,7 @@ def load_for(args: argparse.Namespace, max_num_seqs: int = EngineConfig.max_num_
     tokenizer = Tokenizer.from_folder(folder)
     config = EngineConfig.for_device(args.device, args.max_model_len)
     config = replace(config, is_batch_invariant=args.batch_invariant, official=args.numerics)
-    config = replace(config, reference=frozenset(args.reference))
+    config = replace(config, reference=frozenset(args.reference), graphs=not args.no_graphs)
     config = replace(config, max_num_seqs=max_num_seqs)
     with Progress("loading", in_bytes=True) as show_loaded:
         model = load_model(folder, config, show_loaded)
@@ -77,7 +78,9 @@ def open_session(args: argparse.Namespace) -> Iterator[Session]:
     """Loads the model that the arguments name and runs its engine. Errors: as ``load_for``."""
     loaded = load_for(args)
     model, tokenizer = loaded.model, loaded.tokenizer
-    engine = Engine(model, loaded.config, tokenizer.num_tokens, end_token_ids=loaded.end_tokens.ids)
+    decoder = make_decoder(model, loaded.config, tokenizer.num_tokens)
+    end_token_ids = loaded.end_tokens.ids
+    engine = Engine(model, loaded.config, tokenizer.num_tokens, end_token_ids=end_token_ids, decoder=decoder)
     engine.start()
     try:
         yield Session(loaded.folder, tokenizer, engine, model.ledger, model.lossless_casts, model.config)

@@ -28,17 +28,13 @@ class LogitsShare:
 
 def build_batch(chunks: Sequence[ScheduledChunk], device: torch.device | str) -> tuple[ForwardBatch, list[LogitsShare]]:
     """Builds the forward of a step. The request of every chunk must have its cache already."""
-    parts = []
-    for chunk in chunks:
-        assert chunk.request.cache is not None
-        parts.append((chunk.request.next_ids(chunk.num_tokens), chunk.request.cache))
+    parts = [(chunk.request.next_ids(chunk.num_tokens), chunk.request.caches) for chunk in chunks]
     batch = ForwardBatch.of(parts, device)
     shares: list[LogitsShare] = []
     logits_ids: list[int] = []
     for chunk, rows in zip(chunks, batch.tables.rows, strict=True):
         scored_ids = _scored_ids(chunk)
-        samples = chunk.reaches_end and chunk.request.params.max_tokens > 0
-        ends_prompt = chunk.reaches_end and chunk.request.is_prefilling
+        samples, ends_prompt = _samples(chunk), _ends_prompt(chunk)
         start = len(logits_ids)
         logits_ids += range(rows.start, rows.start + len(scored_ids))
         sample_row = len(logits_ids) if samples else None
@@ -46,6 +42,22 @@ def build_batch(chunks: Sequence[ScheduledChunk], device: torch.device | str) ->
         shares.append(LogitsShare(chunk, start, scored_ids, sample_row, ends_prompt))
     wanted = torch.tensor(logits_ids, dtype=torch.int64, device=device)
     return replace(batch, logits_ids=wanted), shares
+
+
+def decode_shares(chunks: Sequence[ScheduledChunk]) -> list[LogitsShare]:
+    """Assigns the logits of a step in which each chunk has one row, which may score a prompt token and sample."""
+    return [
+        LogitsShare(chunk, row, _scored_ids(chunk), row if _samples(chunk) else None, _ends_prompt(chunk))
+        for row, chunk in enumerate(chunks)
+    ]
+
+
+def _samples(chunk: ScheduledChunk) -> bool:
+    return chunk.reaches_end and chunk.request.params.max_tokens > 0
+
+
+def _ends_prompt(chunk: ScheduledChunk) -> bool:
+    return chunk.reaches_end and chunk.request.is_prefilling
 
 
 def _scored_ids(chunk: ScheduledChunk) -> tuple[int, ...]:

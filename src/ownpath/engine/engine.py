@@ -11,7 +11,8 @@ import torch
 
 from ownpath.cache.pools import SequenceCache
 from ownpath.config import EngineConfig, ModelConfig
-from ownpath.engine.batch import LogitsShare, build_batch
+from ownpath.engine.batch import LogitsShare, build_batch, decode_shares
+from ownpath.engine.decoder import Decoder, DecodeRow
 from ownpath.engine.device import device_problem
 from ownpath.engine.request import FinishReason, Request, RequestError, ScoredToken, StepOutput
 from ownpath.engine.sampler import (
@@ -66,6 +67,7 @@ class Engine:
     num_vocab: ids below it are tokens; embedding rows from there on are padding, never chosen or scored.
     max_num_queued: requests that may wait beyond those that run.
     end_token_ids: tokens that end an answer; ``None``: those of the model's config.json alone.
+    decoder: runs the steps in which every request has one row; ``None``: the model's ``forward`` runs all steps.
     """
 
     def __init__(
@@ -75,13 +77,14 @@ class Engine:
         num_vocab: int,
         max_num_queued: int = 256,
         end_token_ids: Iterable[int] | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
         if not 0 < num_vocab <= model.config.vocab_size:
             raise ValueError(f"{num_vocab} tokens do not fit the model's vocab_size {model.config.vocab_size}")
         self.config = config
         self.num_vocab = num_vocab
         self.end_token_ids = frozenset(model.config.eos_token_id if end_token_ids is None else end_token_ids)
-        self._model = model
+        self._model, self._decoder = model, decoder
         self._scheduler = Scheduler(config.max_num_seqs, config.max_prefill_tokens)
         self._max_num_open = config.max_num_seqs + max_num_queued
         self._open: set[Request] = set()
@@ -252,11 +255,25 @@ class Engine:
 
     def step(self, chunks: list[ScheduledChunk]) -> None:
         """Runs the scheduled chunks: one forward, one token for each sequence that is due one."""
-        batch, shares = build_batch(chunks, self.config.device)
-        logits_RV = self._model.forward(batch)[:, : self.num_vocab]
-        sampled = self._sample(logits_RV, shares)
+        if self._decoder is not None and all(chunk.num_tokens == 1 for chunk in chunks):
+            logits_RV, shares, sampled = self._decode(self._decoder, chunks)
+        else:
+            batch, shares = build_batch(chunks, self.config.device)
+            logits_RV = self._model.forward(batch)[:, : self.num_vocab]
+            sampled = self._sample(logits_RV, shares)
         for share, token_id in zip(shares, sampled, strict=True):
             self._report(share, token_id, logits_RV)
+
+    def _decode(
+        self, decoder: Decoder, chunks: Sequence[ScheduledChunk]
+    ) -> tuple[torch.Tensor, list[LogitsShare], list[int | None]]:
+        """Runs a decode step. Its greedy tokens are chosen on the device; others are drawn from the logits."""
+        rows = [DecodeRow(chunk.request.caches, chunk.request.next_ids(1)[0]) for chunk in chunks]
+        logits_RV, greedy = decoder.step(rows)
+        shares = decode_shares(chunks)
+        if all(chunk.request.params.greedy for chunk in chunks):
+            return logits_RV, shares, greedy
+        return logits_RV, shares, self._sample(logits_RV, shares)
 
     def _sample(self, logits_RV: torch.Tensor, shares: list[LogitsShare]) -> list[int | None]:
         """Samples the next token of every share; None where none is due or none can be chosen."""

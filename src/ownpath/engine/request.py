@@ -120,6 +120,12 @@ class Request:
     scored_prompt: list[ScoredToken] = field(default_factory=list)
 
     @property
+    def caches(self) -> SequenceCache:
+        """The cache, which a request has once it runs."""
+        assert self.cache is not None
+        return self.cache
+
+    @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.output_ids)
 

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 
 import torch
 
-from ownpath.attention.interface import AttentionBackend, AttentionLayer, AttentionStep, Projected
+from ownpath.attention.decode import DecodeLayer
+from ownpath.attention.interface import (
+    AttentionBackend,
+    AttentionLayer,
+    AttentionStep,
+    DecodeStep,
+    Products,
+    Projected,
+)
 from ownpath.attention.rope import Rotation
 from ownpath.config import ModelConfig
 from ownpath.model.indexer import Indexer
@@ -43,6 +51,7 @@ class Attention:
 
     q_head_norm: the norm of each query head, without a weight. quantize_kv: rounds keys to the cache's format; the
     identity without one. compressor: hidden -> raw rows [T, 2P], at least float32. core: (rows, step) -> [T, N, H].
+    decode: what takes the place of norms, rotations and ``core`` in a decode step.
     """
 
     config: ModelConfig
@@ -57,32 +66,44 @@ class Attention:
     compressor: Linear | None
     indexer: Indexer | None
     core: Callable[[Projected, AttentionStep], torch.Tensor]
+    decode: DecodeLayer | None
     backend: AttentionBackend
     tap_q: Tap
     tap_kv: Tap
 
-    def __call__(self, x_TD: torch.Tensor, rotation: Rotation, step: AttentionStep) -> torch.Tensor:
+    def __call__(self, x_TD: torch.Tensor, rotation: Rotation, step: AttentionStep | DecodeStep) -> torch.Tensor:
         """Maps x [T, D] -> [T, D]. step: prepared by the backend from the tables of these rows."""
-        o_TNH = self.core(self._project(x_TD, rotation), step)
-        return self.wo_b(self.wo_a(o_TNH, rotation.angles).flatten(1))
+        rows = self._multiply(x_TD)
+        if isinstance(step, DecodeStep):
+            assert self.decode is not None, "no decode step is planned"
+            o_TNH, left = self.decode(rows, rotation, step), step.undone
+        else:
+            o_TNH, left = self.core(self._project(rows, rotation), step), rotation
+        return self.wo_b(self.wo_a(o_TNH, left.angles).flatten(1))
 
-    def _project(self, x_TD: torch.Tensor, rotation: Rotation) -> Projected:
+    def _multiply(self, x_TD: torch.Tensor) -> Products:
+        """Computes every product in front of attention."""
         config = self.config
-        qr, kv = self.wqa_wkv(x_TD).split((config.q_lora_rank, config.head_dim), dim=-1)
+        qr, kv_TH = self.wqa_wkv(x_TD).split((config.q_lora_rank, config.head_dim), dim=-1)
         qr_TR = self.q_norm(qr)
         q_TNH = self.wq_b(qr_TR).unflatten(-1, (config.num_attention_heads, config.head_dim))
-        q_TNH = self.tap_q(rotation.apply(self.q_head_norm(q_TNH)))
-        kv_TH = self.tap_kv(self.quantize_kv(rotation.apply(self.kv_norm(kv))))
         if self.compressor is None:
-            return Projected(q_TNH, kv_TH)
+            return Products(q_TNH, kv_TH)
         rows = self.compressor(x_TD)
-        if self.indexer is None:
-            return Projected(q_TNH, kv_TH, rows)
-        return Projected(
-            q_TNH,
-            kv_TH,
-            rows,
-            self.indexer.compressor(x_TD),
-            self.indexer.queries(qr_TR, rotation),
-            self.indexer.head_weights(x_TD),
+        return (
+            Products(q_TNH, kv_TH, rows)
+            if self.indexer is None
+            else Products(q_TNH, kv_TH, rows, self.indexer.compressor(x_TD), *self.indexer.multiply(x_TD, qr_TR))
         )
+
+    def _project(self, rows: Products, rotation: Rotation) -> Projected:
+        """Norms and rotates, and rounds keys to their cache's format."""
+        q_TNH = self.tap_q(rotation.apply(self.q_head_norm(rows.q_TNH)))
+        kv_TH = self.tap_kv(self.quantize_kv(rotation.apply(self.kv_norm(rows.kv_TH))))
+        if self.indexer is None:
+            return Projected(q_TNH, kv_TH, rows.compressor_rows)
+        assert rows.index_q_TIH is not None
+        assert rows.index_weights_TI is not None
+        index_q_TIH = self.indexer.queries(rows.index_q_TIH, rotation)
+        weights_TI = self.indexer.head_weights(rows.index_weights_TI)
+        return Projected(q_TNH, kv_TH, rows.compressor_rows, rows.indexer_rows, index_q_TIH, weights_TI)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ownpath.attention.interface import AttentionStep
+from ownpath.attention.interface import AttentionStep, DecodeStep
 from ownpath.attention.rope import Rotation
 from ownpath.cache.tables import StepTables
 from ownpath.model.attention import Attention
@@ -54,12 +54,12 @@ class Block:
     hc_ffn: HyperBoundary
     ffn: MoE
 
-    def prepare(self, tables: StepTables) -> AttentionStep:
+    def prepare(self, tables: StepTables) -> AttentionStep | DecodeStep:
         """Prepares a step for this layer's attention, which serves all layers of the model."""
         return self.attn.backend.prepare(tables)
 
     def __call__(
-        self, residual: Residual, rotation: Rotation, token_ids_T: torch.Tensor, step: AttentionStep
+        self, residual: Residual, rotation: Rotation, token_ids_T: torch.Tensor, step: AttentionStep | DecodeStep
     ) -> Residual:
         """Runs the layer. step: prepared from the tables of these rows."""
         at = self.hc_attn(residual.x_TSD, residual.y_TD, residual.mix)

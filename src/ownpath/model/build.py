@@ -7,12 +7,16 @@ from typing import Any
 import torch
 
 from ownpath.attention.compress import Compressor
-from ownpath.attention.interface import AttentionLayer
+from ownpath.attention.decode import DecodeLayer, PagedAttention
+from ownpath.attention.interface import AttentionBackend, AttentionLayer
 from ownpath.attention.reference import ReferenceAttention
 from ownpath.attention.rope import Rope
 from ownpath.attention.select import EntrySelector
 from ownpath.cache.pools import CacheSpec
 from ownpath.config import CSA_RATIO, EngineConfig, Layer, ModelConfig
+from ownpath.kernels.attend.types import AttendWeights
+from ownpath.kernels.contract import NormWeights
+from ownpath.kernels.entries.types import CompressorWeights, EntriesWeights
 from ownpath.model.attention import Attention, AttentionCore
 from ownpath.model.block import Block
 from ownpath.model.indexer import Indexer
@@ -21,17 +25,21 @@ from ownpath.model.moe import MoE
 from ownpath.model.mtp import Mtp
 from ownpath.model.taps import tap_names
 from ownpath.runners import (
+    CacheWriter,
     HyperBoundary,
     HyperWeights,
     IndexQuantizer,
+    IndexScorer,
     KeyQuantizer,
     Linear,
+    PagedSoftmax,
     RMSNorm,
     Router,
     Runner,
     SharedKeyAttention,
     SwiGLU,
     SwigluMlp,
+    TopEntries,
 )
 from ownpath.runners.runner import KernelOrName
 from ownpath.trace import Ledger, Tap
@@ -71,6 +79,7 @@ class Builder:
             head=head,
             sliding_rope=sliding,
             compress_rope=compress,
+            paged=self._paged(compress),
             cache_spec=CacheSpec.of(config, self.engine),
             ledger=self.ledger,
             drafts=tuple(self._drafts(sliding, compress)) if self.engine.loads_draft else (),
@@ -151,10 +160,51 @@ class Builder:
             compressor=self._runner(f"{attn}.compressor.wkv_wgate") if layer.ratio else None,
             indexer=self._indexer(layer) if is_csa else None,
             core=self.ledger.watch(f"{attn}.core", self._core(layer_idx, compress_rope, quantize_kv)),
-            backend=ReferenceAttention(self.config.sliding_window),
+            decode=self._decode(layer_idx),
+            backend=self._backend(compress_rope),
             tap_q=self._tap(layer, "attn.q"),
             tap_kv=self._tap(layer, "attn.kv"),
         )
+
+    def _backend(self, compress_rope: Rope) -> AttentionBackend:
+        """Returns the backend of every step; without a plan for decode steps that is the reference."""
+        return self._paged(compress_rope) or ReferenceAttention(self.config.sliding_window)
+
+    def _paged(self, compress_rope: Rope) -> PagedAttention | None:
+        planned = [spec for slot, spec in self.specs.items() if slot.endswith(".attn.attend")]
+        if not planned:
+            return None
+        return PagedAttention(ReferenceAttention(self.config.sliding_window), compress_rope)
+
+    def _decode(self, layer_idx: int) -> DecodeLayer | None:
+        """Builds a layer's line of a decode step; ``None`` where none is planned."""
+        layer = self._layers[layer_idx]
+        attn, config = f"{layer.name}.attn", self.config
+        if f"{attn}.attend" not in self.specs:
+            return None
+        norm = NormWeights(self.params[f"{attn}.kv_norm.weight"], config.rms_norm_eps)
+        main = self._compressor_weights(f"{attn}.compressor", layer.ratio) if layer.ratio else None
+        is_csa = layer.ratio == CSA_RATIO
+        index = self._compressor_weights(f"{attn}.indexer.compressor", layer.ratio) if is_csa else None
+        sink_N, num_rotary = self.params[f"{attn}.attn_sink"], config.qk_rope_head_dim
+        weights = AttendWeights(sink_N, config.softmax_scale, config.rms_norm_eps, num_rotary)
+
+        def watch(name: str, make: Callable[..., Runner], *args: object) -> Any:
+            slot = f"{attn}.{name}"
+            return self.ledger.watch(slot, make(*args, kernel=self.specs[slot]))
+
+        return DecodeLayer(
+            layer_idx,
+            layer.ratio,
+            write=watch("entries", CacheWriter, EntriesWeights(norm, main, index)),
+            attend=watch("attend", PagedSoftmax, weights),
+            score=watch("scores", IndexScorer) if is_csa else None,
+            select=watch("select", TopEntries, config.index_topk) if is_csa else None,
+        )
+
+    def _compressor_weights(self, name: str, ratio: int) -> CompressorWeights:
+        norm = NormWeights(self.params[f"{name}.norm.weight"], self.config.rms_norm_eps)
+        return CompressorWeights(ratio, self.params[f"{name}.ape"], norm)
 
     def _core(self, layer_idx: int, rope: Rope, quantize_kv: Quantizer) -> AttentionCore:
         layer = self._layers[layer_idx]

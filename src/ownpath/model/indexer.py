@@ -30,13 +30,20 @@ class Indexer:
     tap_q: Tap
     tap_weights: Tap
 
-    def queries(self, qr_TR: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-        """Projects and rotates index queries: [T, I, H]."""
+    def multiply(self, x_TD: torch.Tensor, qr_TR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Projects index queries [T, I, H] and head weights [T, I]."""
         q_TIH: torch.Tensor = self.wq_b(qr_TR).unflatten(-1, (self.num_heads, self.head_dim))
+        return q_TIH, self.weights_proj(x_TD)
+
+    def queries(self, q_TIH: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+        """Rotates index queries and rounds them to the index keys' format."""
         return self.tap_q(self.quantize_index(rotation.apply(q_TIH)))
 
-    def head_weights(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """Projects head weights w [T, I], with both softmax scales folded in."""
-        weights_TI = self.weights_proj(x_TD)
+    def head_weights(self, weights_TI: torch.Tensor) -> torch.Tensor:
+        """Scales head weights by both softmax scales, in at least float32."""
+        return self.tap_weights(weights_TI.to(wide_dtype(weights_TI.dtype)) * self.weight_scale)
+
+    @property
+    def weight_scale(self) -> float:
         scale: float = self.head_dim**-0.5 * self.num_heads**-0.5
-        return self.tap_weights(weights_TI.to(wide_dtype(weights_TI.dtype)) * scale)
+        return scale

@@ -5,8 +5,11 @@ from functools import cached_property
 
 import torch
 
+from ownpath.attention.decode import PagedAttention
+from ownpath.attention.interface import AttentionStep, DecodeStep
 from ownpath.attention.rope import Rope
 from ownpath.cache.pools import CachePool, CacheSpec, SequenceCache
+from ownpath.cache.tables import DecodeTables
 from ownpath.config import ModelConfig
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Block, Hidden, Residual
@@ -31,6 +34,7 @@ class Model:
     head: Linear
     sliding_rope: Rope
     compress_rope: Rope
+    paged: PagedAttention | None
     cache_spec: CacheSpec
     ledger: Ledger
     drafts: tuple[Mtp, ...] = ()
@@ -52,8 +56,21 @@ class Model:
 
         Extends every sequence's caches by its rows.
         """
-        wanted = self._backbone(batch).rows(batch.logits_ids)
+        wanted = self._extend(batch).rows(batch.logits_ids)
         return self.head(self.hc_head(wanted.x_TSD, wanted.y_TD, wanted.mix).h_TD)
+
+    @torch.inference_mode()
+    def decode(self, token_ids_T: torch.Tensor, tables: DecodeTables) -> torch.Tensor:
+        """Runs a decode step from arrays on the device alone and returns every row's logits [T, vocab].
+
+        The same kernels as ``forward`` of one token for each sequence, but the token counts of sequences are the
+        caller's to keep. Reads nothing back from the device, so it can be captured in a graph. A negative token id
+        marks a padded row, which goes to no expert.
+        """
+        assert self.paged is not None, "no decode step is planned"
+        step = self.paged.prepare_decode(tables)
+        residual = self._backbone(token_ids_T, tables.positions_T, step)
+        return self.head(self.hc_head(residual.x_TSD, residual.y_TD, residual.mix).h_TD)
 
     @torch.inference_mode()
     def hidden(self, batch: ForwardBatch) -> Hidden:
@@ -61,7 +78,7 @@ class Model:
 
         ``logits`` of it equal those of ``forward`` up to the order of sums.
         """
-        residual = self._backbone(batch)
+        residual = self._extend(batch)
         at = self.hc_head(residual.x_TSD, residual.y_TD, residual.mix)
         return Hidden(at.x_TSD, at.h_TD)
 
@@ -71,12 +88,18 @@ class Model:
         head)."""
         return self.head(hidden.h_TD[ids_R])
 
-    def _backbone(self, batch: ForwardBatch) -> Residual:
-        h_TD = self.embed_VD[batch.token_ids_T].to(self.cache_spec.dtype)
-        residual = Residual.of_embedding(h_TD, self.config.hc_mult)
-        sliding, compress = self.sliding_rope.at(batch.positions_T), self.compress_rope.at(batch.positions_T)
-        step = self.blocks[0].prepare(batch.tables)
-        for block, ratio in zip(self.blocks, self.config.compress_ratios, strict=True):
-            residual = block(residual, compress if ratio else sliding, batch.token_ids_T, step)
+    def _extend(self, batch: ForwardBatch) -> Residual:
+        """Runs the backbone on a batch and counts its tokens in."""
+        residual = self._backbone(batch.token_ids_T, batch.positions_T, self.blocks[0].prepare(batch.tables))
         batch.tables.extend()
+        return residual
+
+    def _backbone(
+        self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: AttentionStep | DecodeStep
+    ) -> Residual:
+        h_TD = self.embed_VD[token_ids_T.clamp(min=0)].to(self.cache_spec.dtype)
+        residual = Residual.of_embedding(h_TD, self.config.hc_mult)
+        sliding, compress = self.sliding_rope.at(positions_T), self.compress_rope.at(positions_T)
+        for block, ratio in zip(self.blocks, self.config.compress_ratios, strict=True):
+            residual = block(residual, compress if ratio else sliding, token_ids_T, step)
         return residual

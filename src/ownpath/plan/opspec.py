@@ -10,6 +10,9 @@ from ownpath.formats import FP8_BLOCK, MXFP4, MXFP8, NVFP4, Format
 from ownpath.official import PLAIN, Step
 from ownpath.ops import OpKind
 
+DECODE_WINDOW = 128
+"""Keys of a window, which the kernels of decode steps are made for."""
+
 
 @dataclass(frozen=True)
 class OpSpec:
@@ -105,6 +108,26 @@ def official_ops(config: ModelConfig, layer: Layer, official: frozenset[Step]) -
     if Step.INDEXER in official and layer.ratio == CSA_RATIO:
         index_dims = (config.index_head_dim,)
         yield CompanionSpec(f"{attn}.indexer.quantizer", OpKind.INDEX_QUANTIZER, index_dims, Step.INDEXER)
+
+
+ATTENTION_STEPS = frozenset({Step.KV, Step.INDEXER, Step.Q_HEAD_NORM})
+"""Steps of the published code that the kernels of decode steps do not compute."""
+
+
+def decode_ops(config: ModelConfig, layer: Layer, official: frozenset[Step]) -> Iterator[CompanionSpec]:
+    """Yields what takes the place of norms, rotations and ``attn.core`` in a step of one row for each request.
+
+    Nothing with official numerics of attention, or another window than V4's: then every step runs on ``attn.core``.
+    """
+    if official & ATTENTION_STEPS or config.sliding_window != DECODE_WINDOW:
+        return
+    attn = f"{layer.name}.attn"
+    yield CompanionSpec(f"{attn}.entries", OpKind.ENTRIES, (config.head_dim, config.qk_rope_head_dim))
+    if layer.ratio == CSA_RATIO:
+        index_dims = config.index_head_dim, config.qk_rope_head_dim
+        yield CompanionSpec(f"{attn}.scores", OpKind.INDEX_SCORES, index_dims)
+        yield CompanionSpec(f"{attn}.select", OpKind.SELECT, (config.index_topk,))
+    yield CompanionSpec(f"{attn}.attend", OpKind.ATTEND, (config.head_dim, config.qk_rope_head_dim))
 
 
 def steps_of(spec: OpSpec | CompanionSpec, stored: Format | None) -> frozenset[Step]:

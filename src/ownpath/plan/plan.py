@@ -27,6 +27,7 @@ from ownpath.plan.opspec import (
     CompanionSpec,
     OpSpec,
     companion_ops,
+    decode_ops,
     draft_companions,
     draft_ops,
     model_ops,
@@ -290,6 +291,7 @@ class _Planner:
         specs = [*companion_ops(config), *(draft_companions(config) if loads_draft else ())]
         for layer in (*config.backbone_layers(), *(config.draft_layers() if loads_draft else ())):
             specs += official_ops(config, layer, self.demands.official)
+            specs += decode_ops(config, layer, self.demands.official)
         return tuple(PlannedCompanion(spec, self._choice(spec, None)) for spec in specs)
 
     def _require_one_scale_dtype(self, spec: OpSpec, encoding: Encoding) -> None:

@@ -11,6 +11,7 @@ from ownpath.runners.companions import (
     SharedKeyAttention,
     SwiGLU,
 )
+from ownpath.runners.decode import CacheWriter, IndexScorer, PagedSoftmax, TopEntries
 from ownpath.runners.linear import (
     ConcatLinear,
     Fp8Linear,
@@ -27,6 +28,7 @@ from ownpath.runners.moe import Fp8MoE, Nvfp4MoE, Nvfp4MoEW4A4, PlainMoE
 from ownpath.runners.runner import KernelRunner, Runner
 
 __all__ = [
+    "CacheWriter",
     "ConcatLinear",
     "Fp8Linear",
     "Fp8MoE",
@@ -34,6 +36,7 @@ __all__ = [
     "HyperBoundary",
     "HyperWeights",
     "IndexQuantizer",
+    "IndexScorer",
     "KernelRunner",
     "KeyQuantizer",
     "Linear",
@@ -42,6 +45,7 @@ __all__ = [
     "Nvfp4LinearW4A4",
     "Nvfp4MoE",
     "Nvfp4MoEW4A4",
+    "PagedSoftmax",
     "PlainLinear",
     "PlainMoE",
     "QuantizedLinear",
@@ -51,5 +55,6 @@ __all__ = [
     "SharedKeyAttention",
     "SwiGLU",
     "SwigluMlp",
+    "TopEntries",
     "WideLinear",
 ]

@@ -1,7 +1,8 @@
 """The ledger: counts the calls of each planned slot, records what runs there, and holds the observers."""
 
 from collections import Counter
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 from ownpath.trace.observers import AnyObserver, Observers, SlotCallable, Tap, Watched
@@ -34,6 +35,19 @@ class Ledger:
     def observe(self, observer: AnyObserver) -> AbstractContextManager[AnyObserver]:
         """Attaches an observer for a ``with`` block."""
         return self.observers.during(observer)
+
+    @contextmanager
+    def counting_apart(self) -> Iterator[Counter[str]]:
+        """Counts the calls of a ``with`` block, such as a step that is captured, in the counter that it yields."""
+        before, made = self.calls.copy(), Counter[str]()
+        yield made
+        made.update(self.calls - before)
+        self.calls.clear()
+        self.calls.update(before)
+
+    def add(self, calls: Mapping[str, int]) -> None:
+        """Counts the calls of a captured step that was replayed."""
+        self.calls.update(calls)
 
     def clear(self) -> None:
         """Clears counts and records. Observers stay attached."""

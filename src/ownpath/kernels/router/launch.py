@@ -58,14 +58,16 @@ def router_kernel(
     K_PAD: tl.constexpr,
     E_PAD: tl.constexpr,
     BY_TOKEN: tl.constexpr,
+    HAS_TOKENS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Chooses one token's experts and their weights."""
     t = tl.program_id(0).to(tl.int64)
     e, k = tl.arange(0, E_PAD), tl.arange(0, K_PAD)
     row = logits_ptr + t * num_experts
-    if BY_TOKEN:
+    if HAS_TOKENS:
         token = tl.load(token_ids_ptr + t)
+    if BY_TOKEN:
         known = (token >= 0) & (token < vocab_size)
         chosen = tl.load(table_ptr + token * K + k, mask=(k < K) & known, other=0).to(tl.int32)
     else:
@@ -84,6 +86,9 @@ def router_kernel(
     inside = (k < K) & (chosen >= 0) & (chosen < num_experts)
     scores = tl.where(inside, _score(tl.load(row + chosen, mask=inside, other=0.0)), 0.0)
     weights = scores / tl.sum(scores, axis=0) * factor
+    if HAS_TOKENS:
+        chosen = tl.where(token < 0, -1, chosen)
+        weights = tl.where(token < 0, 0.0, weights)
     tl.store(ids_ptr + t * K + k, chosen.to(ids_ptr.dtype.element_ty), mask=k < K)
     tl.store(weights_ptr + t * K + k, weights, mask=k < K)
 
@@ -138,7 +143,8 @@ class TritonRouter:
     """Expert ids [T, K] and weights [T, K] that sum to ``routed_scaling_factor``; scores are sqrt(softplus(logits)).
 
     Either ``bias_E`` shifts the scores for the selection (never the weights; the lower id wins an exact tie), or
-    ``tid2eid_VK`` names the experts of each token id (token 0's row for an id outside the vocabulary).
+    ``tid2eid_VK`` names the experts of each token id (token 0's row for an id beyond the vocabulary). A negative token
+    id marks a padded row: its expert ids are -1 and its weights 0.
     """
 
     def prepare(self, weights: RouterWeights) -> RouterOperand:
@@ -163,12 +169,12 @@ class TritonRouter:
         *,
         out: RouterOut | None = None,
     ) -> RouterOut:
-        """Chooses experts. Shapes: logits float32 [T, E]; token ids [T], read where a table names experts by token;
+        """Chooses experts. Shapes: logits float32 [T, E]; token ids [T], needed where a table names experts by token;
             out: ids int64 or int32 [T, K], weights float32 [T, K].
 
         Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
         """
-        ids = None if operand.weights.tid2eid_VK is None else token_ids_T
+        ids = token_ids_T
         dtype, aligned = (None, True) if ids is None else (ids.dtype, not ids.data_ptr() % 16)
         written = torch.int64 if out is None else out[0].dtype
         key = logits_TE.shape, dtype, aligned, written, logits_TE.get_device()
@@ -220,15 +226,14 @@ def _first(
     check_rank("logits_TE", logits_TE, 2, INTERPRETED)
     check("logits_TE", logits_TE, (torch.float32,), tuple(logits_TE.shape), logits_TE.device)
     num_tokens, k = logits_TE.shape[0], weights.num_experts_per_tok
-    ids = None if weights.tid2eid_VK is None else token_ids_T
-    if ids is not None:
-        _check_token_ids(ids, num_tokens, logits_TE.device)
+    if token_ids_T is not None:
+        _check_token_ids(token_ids_T, num_tokens, logits_TE.device)
     if out is None:
         out = logits_TE.new_empty(num_tokens, k, dtype=torch.int64), logits_TE.new_empty(num_tokens, k)
     else:
         _check_out(out, logits_TE, weights)
     _check_choice(logits_TE, weights, token_ids_T)
-    first = _first_launch(logits_TE, ids, weights, out) if num_tokens else None
+    first = _first_launch(logits_TE, token_ids_T, weights, out) if num_tokens else None
     if first is not None:
         made = (EmptyOutput(one.shape, one.dtype, one.get_device()) for one in out)
         operand.launches.add(key, RouterCall(first, *made))
@@ -263,6 +268,7 @@ def _first_launch(
             "K_PAD": triton.next_power_of_2(k),
             "E_PAD": triton.next_power_of_2(num_experts),
             "BY_TOKEN": table is not None,
+            "HAS_TOKENS": token_ids_T is not None,
             "PDL": pdl,
             "num_warps": 1 if num_experts <= 1024 else 4,
             "launch_pdl": pdl,

@@ -22,12 +22,13 @@ def router(
     """Chooses ids [T, K] and weights [T, K] that sum to ``routed_scaling_factor``; scores are sqrt(softplus(logits)).
 
     Either ``bias_E`` shifts the scores for the selection (never the weights; the lower id wins an exact tie), or
-    ``tid2eid_VK`` names the experts of each token id.
+    ``tid2eid_VK`` names the experts of each token id. A negative token id marks a padded row: its expert ids are -1 and
+    its weights 0.
     """
     scores_TE = F.softplus(logits_TE).sqrt()
     if tid2eid_VK is not None:
         assert token_ids_T is not None
-        ids_TK = tid2eid_VK[token_ids_T]
+        ids_TK = tid2eid_VK[token_ids_T.clamp(min=0)]
     else:
         assert bias_E is not None
         # A stable sort: the lower expert id wins an exact tie, on every device.
@@ -35,6 +36,9 @@ def router(
         ids_TK = ranked_TE[:, :num_experts_per_tok]
     weights_TK = scores_TE.gather(1, ids_TK)
     weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True) * routed_scaling_factor
+    if token_ids_T is not None:
+        is_padded_T1 = (token_ids_T < 0)[:, None]
+        ids_TK, weights_TK = ids_TK.masked_fill(is_padded_T1, -1), weights_TK.masked_fill(is_padded_T1, 0.0)
     return (ids_TK, weights_TK) if out is None else (out[0].copy_(ids_TK), out[1].copy_(weights_TK))
 
 

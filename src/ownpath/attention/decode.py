@@ -1,0 +1,97 @@
+"""Attention of a decode step, in which every request has one row: a straight line of kernels over the pool.
+
+    entries -> scores -> select -> attend
+
+Each takes all rows of the step at once, with positions, slots and block tables as arrays on the device. Nothing depends
+on host values except the number of rows and the length of the block tables, so that a step can be captured in a graph
+and replayed for other requests. Any other step goes to the torch reference, over the same pool.
+
+Legend: T rows of the step, N heads, H head dim, I index heads, P compressor width, F rotary frequencies.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ownpath.attention.interface import AttentionStep, DecodeStep, Products
+from ownpath.attention.reference import ReferenceAttention
+from ownpath.attention.rope import Rope, Rotation
+from ownpath.cache.layout import BLOCK_TOKENS
+from ownpath.cache.pools import LayerCache
+from ownpath.cache.tables import DecodeTables, StepTables
+from ownpath.kernels.attend.types import AttendRows, DecodeKeys
+from ownpath.kernels.entries.types import DecodeRows, EntryAngles, LayerPools, RawRows
+from ownpath.kernels.scores.types import IndexQuery, PagedRows
+
+
+@dataclass(frozen=True)
+class DecodeLayer:
+    """The line of one layer: runners, or what watches them. ratio: its compress ratio, 0 for none.
+
+    score, select: ``None`` where the layer attends to all its entries, or has none.
+    """
+
+    layer_idx: int
+    ratio: int
+    write: Callable[[RawRows, EntryAngles, DecodeRows, LayerPools], None]
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, DecodeKeys, AttendRows], torch.Tensor]
+    score: Callable[[IndexQuery, torch.Tensor, PagedRows], torch.Tensor] | None = None
+    select: Callable[[torch.Tensor, PagedRows], Sequence[torch.Tensor]] | None = None
+
+    def __call__(self, rows: Products, rotation: Rotation, step: DecodeStep) -> torch.Tensor:
+        """Writes the step's keys, rows and entries to the caches, then attends: [T, N, H], its rotation undone."""
+        tables, caches = step.tables, step.tables.pool.layers[self.layer_idx]
+        first = step.entries_at[self.ratio].angles if self.ratio else (None, None)
+        raw = RawRows(rows.kv_TH, rows.compressor_rows, rows.indexer_rows)
+        places = DecodeRows(tables.positions_T, tables.slots_T, tables.blocks_TB)
+        self.write(raw, EntryAngles(*rotation.angles, *first), places, _pools(caches))
+        found = AttendRows(*places, *self._select(rows, rotation, caches, tables))
+        return self.attend(rows.q_TNH, *rotation.angles, _keys(caches, self.ratio), found)
+
+    def _select(
+        self, rows: Products, rotation: Rotation, caches: LayerCache, tables: DecodeTables
+    ) -> Sequence[torch.Tensor | None]:
+        """Returns the rows of the pool that each row attends to, and their number; nothing where it attends to all."""
+        if self.score is None or self.select is None or caches.indexer is None:
+            return None, None
+        assert rows.index_q_TIH is not None
+        assert rows.index_weights_TI is not None
+        paged = PagedRows(tables.positions_T, tables.blocks_TB)
+        query = IndexQuery(rows.index_q_TIH, rows.index_weights_TI, *rotation.angles)
+        return self.select(self.score(query, caches.indexer.entries, paged), paged)[:2]
+
+
+def _pools(caches: LayerCache) -> LayerPools:
+    main, index = caches.compressor, caches.indexer
+    of_main = (None, None) if main is None else (main.state, main.entries)
+    of_index = (None, None) if index is None else (index.state, index.entries)
+    return LayerPools(caches.window, *of_main, *of_index)
+
+
+def _keys(caches: LayerCache, ratio: int) -> DecodeKeys:
+    if caches.compressor is None:
+        return DecodeKeys(caches.window)
+    return DecodeKeys(caches.window, caches.compressor.entries, BLOCK_TOKENS // ratio, ratio)
+
+
+@dataclass(frozen=True)
+class PagedAttention:
+    """The backend of loaded models: decode steps on the line of kernels, all others on the reference.
+
+    compress_rope: the frequencies of compressing layers.
+    """
+
+    reference: ReferenceAttention
+    compress_rope: Rope
+
+    def prepare(self, tables: StepTables) -> AttentionStep | DecodeStep:
+        """Prepares a step: for decoding, if every request has one row, as both the kernels and this ring of keys have
+        it."""
+        return self.reference.prepare(tables) if tables.decode is None else self.prepare_decode(tables.decode)
+
+    def prepare_decode(self, tables: DecodeTables) -> DecodeStep:
+        """Prepares a decode step. Reads nothing back from the device."""
+        first_T = {ratio: (tables.positions_T + 1 - ratio).clamp(min=0) for ratio in tables.pool.layout.ratios}
+        entries_at = {ratio: self.compress_rope.at(at_T) for ratio, at_T in first_T.items()}
+        return DecodeStep(tables, entries_at, self.compress_rope.at(torch.zeros_like(tables.positions_T)))

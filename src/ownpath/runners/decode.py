@@ -1,0 +1,85 @@
+"""Runners of a decode step's attention: cache writes, index scores, selection and attention over the pool.
+
+They take the arguments of their kernels, whose types are in the families' ``types.py``.
+"""
+
+import torch
+
+from ownpath.kernels.attend.types import AttendKernel, AttendRows, AttendWeights, DecodeKeys
+from ownpath.kernels.entries.types import DecodeRows, EntriesKernel, EntriesWeights, EntryAngles, LayerPools, RawRows
+from ownpath.kernels.registry import KERNELS
+from ownpath.kernels.scores.types import EntryPages, IndexQuery, IndexScoresKernel, PagedRows
+from ownpath.kernels.select.types import SelectKernel, SelectWeights
+from ownpath.runners.runner import KernelOrName, KernelRunner, chosen_spec
+
+
+class CacheWriter(KernelRunner):
+    """Writes a step's keys, raw rows and finished entries to one layer's caches."""
+
+    def __init__(self, weights: EntriesWeights, *, kernel: KernelOrName = "ref.entries") -> None:
+        self.spec = chosen_spec(kernel)
+        self.kernel: EntriesKernel[object] = KERNELS[self.spec.name]
+        self.operand = self.kernel.prepare(weights)
+
+    def variant(self, raw: RawRows, *_: object) -> str | None:
+        """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
+        return self.kernel.variant(raw, self.operand)
+
+    def __call__(self, raw: RawRows, angles: EntryAngles, rows: DecodeRows, pools: LayerPools) -> None:
+        """Writes in place. Errors: ValueError naming an argument that the kernel refuses."""
+        self.kernel.run(raw, angles, rows, pools, self.operand)
+
+
+class IndexScorer(KernelRunner):
+    """Scores the entries that each row sees by the lightning indexer: float32 [T, C]."""
+
+    def __init__(self, *, kernel: KernelOrName = "ref.index_scores") -> None:
+        self.spec = chosen_spec(kernel)
+        self.kernel: IndexScoresKernel[object] = KERNELS[self.spec.name]
+        self.operand = self.kernel.prepare(EntryPages())
+
+    def variant(self, query: IndexQuery, *_: object) -> str | None:
+        """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
+        return self.kernel.variant(query, self.operand)
+
+    def __call__(self, query: IndexQuery, keys: torch.Tensor, rows: PagedRows) -> torch.Tensor:
+        """Computes scores. Errors: ValueError naming an argument that the kernel refuses."""
+        return self.kernel.run(query, keys, rows, self.operand)
+
+
+class TopEntries(KernelRunner):
+    """Selects each row's best-scored entries: their rows in the pool, ascending, and their number."""
+
+    def __init__(self, topk: int, *, kernel: KernelOrName = "ref.select") -> None:
+        self.spec = chosen_spec(kernel)
+        self.kernel: SelectKernel[object] = KERNELS[self.spec.name]
+        self.operand = self.kernel.prepare(SelectWeights(topk))
+
+    def variant(self, scores_TC: torch.Tensor, *_: object) -> str | None:
+        """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
+        return self.kernel.variant(scores_TC, self.operand)
+
+    def __call__(self, scores_TC: torch.Tensor, rows: PagedRows) -> tuple[torch.Tensor, ...]:
+        """Selects. Errors: ValueError naming an argument that the kernel refuses."""
+        return self.kernel.run(scores_TC, rows, self.operand)
+
+
+class PagedSoftmax(KernelRunner):
+    """Attention of raw queries over window and entries in the pool, its rotation undone: [T, N, H]."""
+
+    def __init__(self, weights: AttendWeights, *, kernel: KernelOrName = "ref.attend") -> None:
+        self.spec = chosen_spec(kernel)
+        self.kernel: AttendKernel[object] = KERNELS[self.spec.name]
+        self.operand = self.kernel.prepare(weights)
+
+    def variant(
+        self, q_TNH: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor, keys: DecodeKeys, rows: AttendRows
+    ) -> str | None:
+        """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
+        return self.kernel.variant(q_TNH, keys, rows, self.operand)
+
+    def __call__(
+        self, q_TNH: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor, keys: DecodeKeys, rows: AttendRows
+    ) -> torch.Tensor:
+        """Attends. Errors: ValueError naming an argument that the kernel refuses."""
+        return self.kernel.run(q_TNH, cos_TF, sin_TF, keys, rows, self.operand)

@@ -1,0 +1,135 @@
+"""The decoder: rows that stay on the device from step to step, buckets and padding, beside the model's ``forward``."""
+
+import queue
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from support.checkpoints import random_checkpoint
+
+from ownpath.cache.tables import DecodeTables
+from ownpath.config import EngineConfig
+from ownpath.engine.decoder import PADDED, Decoder, DecodeRow
+from ownpath.engine.engine import Engine
+from ownpath.engine.request import FinishReason, Request, SamplingParams, StepOutput
+from ownpath.loading import load_model
+from ownpath.model.batch import ForwardBatch
+from ownpath.model.model import Model
+
+VOCAB, MAX_ROWS = 96, 5
+WAIT_S = 60
+
+
+@pytest.fixture(scope="module")
+def config(device: torch.device) -> EngineConfig:
+    return EngineConfig(
+        device=str(device), dtype=torch.float64, max_model_len=512, max_num_seqs=MAX_ROWS, max_prefill_tokens=64
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, config: EngineConfig) -> Model:
+    folder = tmp_path_factory.mktemp("decoder")
+    random_checkpoint(folder, "full-nvfp4", seed=21)
+    return load_model(folder, config)
+
+
+def answers(model: Model, config: EngineConfig, decoder: Decoder | None) -> list[list[int]]:
+    """Greedy and drawn answers of more requests than rows, of many lengths, so that rows come and go."""
+    engine = Engine(model, config, VOCAB, end_token_ids=(), decoder=decoder)
+    engine.start()
+    outputs: list[queue.SimpleQueue[StepOutput]] = []
+    for idx in range(9):
+        heard: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
+        params = SamplingParams(3 + 5 * idx % 17, temperature=0.0 if idx % 3 else 0.8, seed=idx)
+        engine.submit([Request([1 + idx, *range(2, 3 + 11 * idx)], params, heard.put)])
+        outputs.append(heard)
+    found = [tokens_of(heard) for heard in outputs]
+    engine.stop()
+    return found
+
+
+def tokens_of(heard: "queue.SimpleQueue[StepOutput]") -> list[int]:
+    tokens: list[int] = []
+    while True:
+        output = heard.get(timeout=WAIT_S)
+        assert output.finish_reason is not FinishReason.ERROR, output.error
+        tokens += [output.token.token_id] if output.token else []
+        if output.finish_reason is not None:
+            return tokens
+
+
+def test_answers_are_those_of_forward(model: Model, config: EngineConfig) -> None:
+    assert answers(model, config, Decoder(model, MAX_ROWS, VOCAB)) == answers(model, config, None)
+
+
+@dataclass
+class Told:
+    """A model that notes what each decode step was given."""
+
+    inner: Model
+    steps: list[tuple[list[int], list[int]]] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
+
+    def decode(self, token_ids_T: torch.Tensor, tables: DecodeTables) -> torch.Tensor:
+        self.steps.append((token_ids_T.tolist(), tables.positions_T.tolist()))
+        return self.inner.decode(token_ids_T, tables)
+
+
+def started(model: Model, lengths: Sequence[int]) -> list[DecodeRow]:
+    rows = []
+    for count in lengths:
+        cache = model.new_cache()
+        model.forward(ForwardBatch.of([([3] * count, cache)], model.cache_spec.device))
+        rows.append(DecodeRow(cache, 4))
+    return rows
+
+
+def test_the_next_step_of_the_same_rows_uploads_nothing(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder(model, MAX_ROWS, VOCAB)
+    rows = started(model, (2, 9))
+    uploads: list[int] = []
+    upload = decoder._rows.upload
+    monkeypatch.setattr(decoder._rows, "upload", lambda rows: (uploads.append(len(rows)), upload(rows)))
+    for _ in range(3):
+        tokens = decoder.step(rows).token_ids
+        rows = [DecodeRow(row.cache, token) for row, token in zip(rows, tokens, strict=True) if token is not None]
+    assert uploads == [2]
+    decoder.step([DecodeRow(rows[0].cache, 7), rows[1]])  # another token than the device chose
+    decoder.step(rows[1:])  # the first row left
+    assert uploads == [2, 2, 1]
+    for row in rows:
+        row.cache.release()
+
+
+def test_rows_up_to_the_bucket_are_padded(model: Model) -> None:
+    told = Told(model)
+    decoder = Decoder(told, 16, VOCAB)  # type: ignore[arg-type]
+    rows = started(model, (1, 2, 3, 4, 5))
+    decoder.buckets = (2, 8)
+    decoder.step(rows)
+    tokens, positions = told.steps[0]
+    assert tokens == [4] * 5 + [PADDED] * 3
+    assert positions == [1, 2, 3, 4, 5, 0, 0, 0]
+    decoder.step([DecodeRow(row.cache, 4) for row in rows])
+    assert told.steps[1][1] == [2, 3, 4, 5, 6, 0, 0, 0]
+    for row in rows:
+        row.cache.release()
+
+
+def test_a_logit_that_is_not_finite_is_told_for_its_row_alone(model: Model) -> None:
+    @dataclass
+    class Broken(Told):
+        def decode(self, token_ids_T: torch.Tensor, tables: DecodeTables) -> torch.Tensor:
+            logits_TV = super().decode(token_ids_T, tables).clone()
+            logits_TV[1, 5] = torch.nan
+            return logits_TV
+
+    rows = started(model, (4, 5, 6))
+    chosen = Decoder(Broken(model), MAX_ROWS, VOCAB).step(rows).token_ids  # type: ignore[arg-type]
+    assert [token is None for token in chosen] == [False, True, False]
+    for row in rows:
+        row.cache.release()
