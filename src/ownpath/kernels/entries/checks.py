@@ -1,0 +1,121 @@
+"""Checks of the operands before a launch: a wrong tensor raises a ValueError that names it."""
+
+from collections.abc import Iterator
+
+import torch
+
+from ownpath.kernels.checks import VECTOR_BYTES, check, check_alignment, check_rank
+from ownpath.kernels.contract import NormWeights
+from ownpath.kernels.entries.types import (
+    CompressorWeights,
+    DecodeRows,
+    EntriesWeights,
+    EntryAngles,
+    KeyRounding,
+    LayerPools,
+    RawRows,
+)
+
+MAX_ROWS = 1024
+"""Rows of a step: one counter of each is in the operand."""
+MAX_HEAD_DIM = 512
+FLOATS = (torch.float32, torch.bfloat16)
+FP8_BLOCK, FP4_BLOCK = 64, 32
+CompressorCall = tuple[str, CompressorWeights, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+"""A compressor's name, its weights, the step's raw rows, its state and its entries."""
+
+
+def check_call(
+    raw: RawRows, angles: EntryAngles, rows: DecodeRows, pools: LayerPools, weights: EntriesWeights, on_cpu: bool
+) -> None:
+    """Checks all operands. Errors: ValueError naming the first that does not fit."""
+    check_rank("kv_TH", raw.kv_TH, 2, on_cpu)
+    (num_rows, head_dim), device = raw.kv_TH.shape, raw.kv_TH.device
+    if num_rows > MAX_ROWS:
+        raise ValueError(f"a step may have {MAX_ROWS} rows, found {num_rows}")
+    _check_width("kv_TH", head_dim, angles, weights.keys)
+    _check_rows("kv_TH", raw.kv_TH, torch.bfloat16, (num_rows, head_dim), device)
+    _check_norm("kv_norm", weights.kv_norm, head_dim, device)
+    check("positions_T", rows.positions_T, (torch.int32,), (num_rows,), device)
+    check("slots_T", rows.slots_T, (torch.int32,), (num_rows,), device)
+    check("blocks_TB", rows.blocks_TB, (torch.int32,), (num_rows, *rows.blocks_TB.shape[1:2]), device)
+    _check_angles(angles, num_rows, device, has_first=weights.main is not None)
+    _check_pool("window", pools.window, torch.bfloat16, (weights.window, head_dim), device)
+    if weights.main is None and weights.index is not None:
+        raise ValueError("an index compressor needs a main compressor")
+    for call in _compressors(raw, pools, weights):
+        _check_compressor(call, num_rows, device)
+    if weights.main is not None and weights.main.head_dim != head_dim:
+        raise ValueError(f"the main compressor has entries of {weights.main.head_dim} channels, keys have {head_dim}")
+    if weights.main is not None and weights.index is not None:
+        _check_width("index entries", weights.index.head_dim, angles, weights.index_keys)
+        if weights.index.ratio != weights.main.ratio:
+            raise ValueError(f"the compressors' ratios differ: {weights.main.ratio} and {weights.index.ratio}")
+
+
+def _compressors(raw: RawRows, pools: LayerPools, weights: EntriesWeights) -> Iterator[CompressorCall]:
+    if weights.main is not None:
+        yield "main", weights.main, raw.main_TP2, pools.main_state, pools.main_entries
+    if weights.index is not None:
+        yield "index", weights.index, raw.index_TP2, pools.index_state, pools.index_entries
+
+
+def _check_compressor(call: CompressorCall, num_rows: int, device: torch.device) -> None:
+    name, weights, raw, state, entries = call
+    width = weights.num_windows * weights.head_dim
+    if raw is None or state is None or entries is None:
+        raise ValueError(f"the {name} compressor needs its raw rows, state and entries")
+    if not 0 < weights.ratio <= 128 or weights.ratio & (weights.ratio - 1):
+        raise ValueError(f"ratio must be a power of two up to 128, found {weights.ratio}")
+    _check_rows(f"{name}_TP2", raw, torch.float32, (num_rows, 2 * width), device)
+    check(f"{name} ape_LP", weights.ape_LP, (torch.float32,), (weights.ratio, width), device)
+    _check_norm(f"{name} norm", weights.norm, weights.head_dim, device)
+    _check_pool(f"{name}_state", state, torch.float32, (weights.num_rows, 2 * width), device)
+    _check_pool(f"{name}_entries", entries, torch.bfloat16, (weights.per_block, weights.head_dim), device)
+
+
+def _check_width(name: str, width: int, angles: EntryAngles, rounding: KeyRounding) -> None:
+    num_rotary = 2 * angles.cos_TF.shape[-1]
+    if width & (width - 1) or not 0 < num_rotary <= width <= MAX_HEAD_DIM:
+        raise ValueError(f"{name}: {width} channels, must be a power of two from {num_rotary} to {MAX_HEAD_DIM}")
+    if rounding is KeyRounding.FP8 and (width % FP8_BLOCK or num_rotary % FP8_BLOCK):
+        raise ValueError(f"{name}: {width} channels, {num_rotary} rotary: FP8 takes multiples of {FP8_BLOCK}")
+    if rounding is KeyRounding.FP4 and width % FP4_BLOCK:
+        raise ValueError(f"{name}: {width} channels: FP4 takes multiples of {FP4_BLOCK}")
+
+
+def _check_rows(
+    name: str, rows: torch.Tensor, dtype: torch.dtype, shape: tuple[int, int], device: torch.device
+) -> None:
+    """Checks rows that may be slices of wider ones."""
+    if rows.dtype is not dtype or rows.shape != shape or rows.device != device:
+        found = f"{rows.dtype} {list(rows.shape)} on {rows.device}"
+        raise ValueError(f"{name} must be {dtype} {list(shape)} on {device}, found {found}")
+    pitch = rows.stride(0) * rows.element_size()
+    if rows.stride(1) != 1 or (len(rows) > 1 and pitch % VECTOR_BYTES):
+        raise ValueError(f"{name} must have contiguous rows at multiples of 16 bytes, found {list(rows.stride())}")
+    check_alignment(name, rows)
+
+
+def _check_pool(
+    name: str, pool: torch.Tensor, dtype: torch.dtype, page: tuple[int, int], device: torch.device
+) -> None:
+    """Checks that a pool consists of whole pages. page: its rows and channels."""
+    if pool.ndim != 2 or not len(pool) or len(pool) % page[0]:
+        raise ValueError(f"{name} must consist of pages of {page[0]} rows, found {list(pool.shape)}")
+    check(name, pool, (dtype,), (len(pool), page[1]), device)
+
+
+def _check_norm(name: str, norm: NormWeights, width: int, device: torch.device) -> None:
+    if norm.weight_D is None:
+        raise ValueError(f"{name} must have a weight")
+    check(name, norm.weight_D, FLOATS, (width,), device)
+
+
+def _check_angles(angles: EntryAngles, num_rows: int, device: torch.device, has_first: bool) -> None:
+    shape = (num_rows, angles.cos_TF.shape[-1])
+    for name, tensor in zip(angles._fields, angles, strict=True):
+        if tensor is not None:
+            check(name, tensor, (torch.float32,), shape, device)
+        elif has_first:
+            raise ValueError(f"{name} is needed in a layer with a compressor")

@@ -1,0 +1,126 @@
+"""Arguments of the cache writes of a decode step.
+
+A step has one row for each request; several rows of one request in a step are not supported. A padded row has position
+0, slot 0 and blocks of zeros, so that it writes where nobody reads.
+
+Legend: T rows, H head dim, P compressor width (2H where windows overlap, else H), L ratio, F rotary pairs, B blocks.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from ownpath.kernels.contract import Kernel, NormWeights, Operand
+
+BLOCK_TOKENS = 256
+"""Tokens of a block of the paged caches: a block holds ``BLOCK_TOKENS // ratio`` entries."""
+OVERLAPPING_RATIO = 4
+"""The ratio whose entries average two windows."""
+
+
+class KeyRounding(StrEnum):
+    """The rounding of keys before they are written; the pools hold the rounded values."""
+
+    NONE = "none"
+    FP8 = "fp8"
+    """E4M3 with a power-of-two scale per 64 channels; rotary channels as they are."""
+    FP4 = "fp4"
+    """Multiplied by the Hadamard matrix, then E2M1 with a power-of-two scale per 32 channels."""
+
+
+@dataclass(frozen=True)
+class CompressorWeights:
+    """One compressor. ape: float32 [L, P], added to the scores by place in the window. norm: of its entries."""
+
+    ratio: int
+    ape_LP: Tensor
+    norm: NormWeights
+
+    @property
+    def num_windows(self) -> int:
+        """Windows that an entry averages."""
+        return 2 if self.ratio == OVERLAPPING_RATIO else 1
+
+    @property
+    def num_rows(self) -> int:
+        """Raw rows that an entry averages, and the rows of one slot of the state's ring."""
+        return self.num_windows * self.ratio
+
+    @property
+    def head_dim(self) -> int:
+        return self.ape_LP.shape[1] // self.num_windows
+
+    @property
+    def per_block(self) -> int:
+        """Entries of a block."""
+        return BLOCK_TOKENS // self.ratio
+
+
+@dataclass(frozen=True)
+class EntriesWeights:
+    """One layer's weights. main, index: its compressors, ``None`` where it has none.
+
+    window: rows of one slot of the ring of keys. keys: the rounding of keys and main entries; index_keys: of index
+    entries.
+    """
+
+    kv_norm: NormWeights
+    main: CompressorWeights | None = None
+    index: CompressorWeights | None = None
+    window: int = 128
+    keys: KeyRounding = KeyRounding.NONE
+    index_keys: KeyRounding = KeyRounding.NONE
+
+
+class RawRows(NamedTuple):
+    """A layer's projections of a step's rows: key before its norm [T, H], raw (kv, score) rows [T, 2P]."""
+
+    kv_TH: Tensor
+    main_TP2: Tensor | None = None
+    index_TP2: Tensor | None = None
+
+
+class EntryAngles(NamedTuple):
+    """cos and sin float32 [T, F] of the layer's frequencies: at each row's position, and at ``position + 1 - ratio``,
+    the first position of the window that ends there. The latter are ``None`` in layers without a compressor."""
+
+    cos_TF: Tensor
+    sin_TF: Tensor
+    first_cos_TF: Tensor | None = None
+    first_sin_TF: Tensor | None = None
+
+
+class DecodeRows(NamedTuple):
+    """int32: each row's position and slot [T], and its block table [T, B]."""
+
+    positions_T: Tensor
+    slots_T: Tensor
+    blocks_TB: Tensor
+
+
+class LayerPools(NamedTuple):
+    """One layer's pools: keys [slots * window, H]; for each compressor its state [slots * rows, 2P], at least float32,
+    and its entries [blocks * per_block, H]."""
+
+    window: Tensor
+    main_state: Tensor | None = None
+    main_entries: Tensor | None = None
+    index_state: Tensor | None = None
+    index_entries: Tensor | None = None
+
+
+class EntriesKernel(Kernel[Operand], Protocol[Operand]):
+    """The cache writes of one layer, in place."""
+
+    def prepare(self, weights: EntriesWeights) -> Operand:
+        """Makes the operand. Calls on one operand must not overlap."""
+
+    def variant(self, raw: RawRows, operand: Operand) -> str | None:
+        """Returns the name of the variant that a call launches; ``None`` for a kernel without variants."""
+
+    def run(
+        self, raw: RawRows, angles: EntryAngles, rows: DecodeRows, pools: LayerPools, operand: Operand
+    ) -> None:
+        """Writes keys, raw rows and the entries whose windows end. Errors: ValueError naming the operand."""
