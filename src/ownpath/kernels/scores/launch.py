@@ -1,0 +1,248 @@
+"""The indexer's scores on Hopper: one launch over paged keys.
+
+How it works. A row's programs share its blocks of 64 keys: program g takes blocks g, g + G, and so on, so that a short
+row uses few programs and a long one all of them. A program rotates its row's queries once and keeps them in shared
+memory; each block's keys, 16 KiB in one piece, are the other operand of a tensor-core product whose 64 x heads results
+are clamped, weighted and summed in registers.
+
+Roofline. 256 bytes a key, read once. Limits. bfloat16 keys of 128 channels, 64 to a block; up to 128 heads, padded to
+16; one row per request. Sums have one order for any grid, so a score's bits do not depend on anything but its row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+
+import torch
+import triton
+import triton.language as tl
+
+from ownpath.kernels.checks import check, check_alignment, check_rank
+from ownpath.kernels.contract import Config
+from ownpath.kernels.dsl.driver import current_stream
+from ownpath.kernels.dsl.triton import TritonCall, launch
+from ownpath.kernels.empty import EmptyOutput
+from ownpath.kernels.launch_cache import LaunchCache
+from ownpath.kernels.scores.types import INDEX_DIM, ROTARY_DIM, EntryPages, IndexQuery, PagedRows
+from ownpath.kernels.variants import variant_name
+
+INTERPRETED = triton.knobs.runtime.interpret
+MAX_HEADS = 128
+NUM_PROGRAMS = 528
+"""Programs of a step, about four for each of an H200's SMs: enough keys are then on their way."""
+NUM_STAGES = 3
+PER_BLOCK = 64
+
+
+@triton.jit
+def _rotated_queries(q_ptr, cos_ptr, sin_ptr, num_heads, I_PAD: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr):
+    """Loads one row's queries [I_PAD, DIM] and rotates their last 2 * HALF channels in pairs, rounding once."""
+    i, c, f = tl.arange(0, I_PAD)[:, None], tl.arange(0, 2 * HALF)[None, :], tl.arange(0, HALF)
+    plain = tl.load(q_ptr + i * DIM + c, mask=i < num_heads, other=0.0)
+    rotary = tl.load(q_ptr + i * DIM + 2 * HALF + c, mask=i < num_heads, other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(rotary, (I_PAD, HALF, 2)))
+    cos, sin = tl.load(cos_ptr + f)[None, :], tl.load(sin_ptr + f)[None, :]
+    turned = tl.join(even * cos - odd * sin, even * sin + odd * cos).to(tl.bfloat16)
+    halves = tl.join(plain, tl.reshape(turned, (I_PAD, 2 * HALF)))
+    return tl.reshape(tl.permute(halves, (0, 2, 1)), (I_PAD, DIM))
+
+
+@triton.jit
+def index_scores_kernel(
+    q_ptr,
+    weights_ptr,
+    cos_ptr,
+    sin_ptr,
+    keys_ptr,
+    positions_ptr,
+    blocks_ptr,
+    out_ptr,
+    q_pitch,
+    weights_pitch,
+    num_heads,
+    table_blocks,
+    scale,
+    RATIO: tl.constexpr,
+    I_PAD: tl.constexpr,
+    DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Scores the visible keys of a row's blocks g, g + G, ..."""
+    tl.static_assert(DIM == 4 * HALF, "half of the channels are rotated")
+    first, step, t = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    table = blocks_ptr + t * table_blocks
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    visible = tl.minimum((tl.load(positions_ptr + t) + 1) // RATIO, table_blocks * ROWS)
+    block = tl.load(table + first)
+    if first * ROWS < visible:
+        q = _rotated_queries(
+            q_ptr + t * q_pitch, cos_ptr + t * HALF, sin_ptr + t * HALF, num_heads, I_PAD, DIM, HALF
+        )
+        q_across = tl.trans(q)
+        i, r = tl.arange(0, I_PAD), tl.arange(0, ROWS)
+        weights = tl.load(weights_ptr + t * weights_pitch + i, mask=i < num_heads, other=0.0).to(tl.float32) * scale
+        offsets = r[:, None] * DIM + tl.arange(0, DIM)[None, :]
+        scores_ptr = out_ptr + t * table_blocks * ROWS
+        for number in tl.range(first, tl.cdiv(visible, ROWS), step, num_stages=STAGES):
+            keys = tl.load(keys_ptr + block.to(tl.int64) * (ROWS * DIM) + offsets)
+            block = tl.load(table + tl.minimum(number + step, table_blocks - 1))
+            products = tl.dot(keys, q_across)
+            # A NaN passes: the plain maximum would make it 0.
+            products = tl.maximum(products, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            scores = tl.sum(products * weights[None, :], axis=1)
+            c = number * ROWS + r
+            tl.store(scores_ptr + c, scores, mask=c < visible)
+
+
+ScoresCallKey = tuple[torch.Size, int, torch.dtype, int, torch.Size, int]
+"""Shape and pitch of q, dtype and pitch of the weights, shape of the block table, device."""
+
+
+@dataclass(frozen=True)
+class ScoresOperand:
+    """launches: by ``ScoresCallKey``, for inputs that have passed every check."""
+
+    pages: EntryPages
+    launches: LaunchCache[ScoresCallKey, tuple[TritonCall, EmptyOutput]] = field(
+        default_factory=LaunchCache, compare=False
+    )
+    lock: Lock = field(default_factory=Lock, compare=False)
+
+
+class TritonIndexScores:
+    """Scores [T, C]: sum over heads of weight * relu(rotated query . key), for the entries that each row sees."""
+
+    def prepare(self, weights: EntryPages) -> ScoresOperand:
+        """Makes the operand. Errors: ValueError for blocks of another number of entries than 64."""
+        if weights.per_block != PER_BLOCK:
+            raise ValueError(f"per_block is {weights.per_block}; this kernel reads blocks of {PER_BLOCK} keys")
+        return ScoresOperand(weights)
+
+    def configs(self, operand: ScoresOperand) -> Sequence[Config]:
+        """Returns nothing: Triton compiles at the first call."""
+        return ()
+
+    def variant(self, query: IndexQuery, operand: ScoresOperand) -> str:
+        """Returns the variant's name, which depends on the number of heads."""
+        return variant_name("index_scores_bf16", heads=padded_heads(query.q_TIH.shape[1]))
+
+    def run(
+        self,
+        query: IndexQuery,
+        keys: torch.Tensor,
+        rows: PagedRows,
+        operand: ScoresOperand,
+        *,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Computes scores float32 [T, B * 64]; what follows a row's visible entries is not written.
+
+        Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
+        """
+        check_query(query, rows)
+        device, width = query.q_TIH.device, rows.blocks_TB.shape[1] * PER_BLOCK
+        check("keys", keys, (torch.bfloat16,), (len(keys), INDEX_DIM), device)
+        if out is not None:
+            check("out", out, (torch.float32,), (len(query.q_TIH), width), device)
+        q, weights = query.q_TIH, query.weights_TI
+        key = q.shape, q.stride(0), weights.dtype, weights.stride(0), rows.blocks_TB.shape, q.get_device()
+        prepared = operand.launches.get(key)
+        if prepared is None:
+            out = torch.empty(len(q), width, device=device) if out is None else out
+            call = _first_launch(query, keys, rows, operand.pages, out)
+            if call is not None:
+                operand.launches.add(key, (call, EmptyOutput(out.shape, out.dtype, key[5])))
+            return out
+        call, empty = prepared
+        out = empty.new() if out is None else out
+        with operand.lock:
+            addresses = (tensor.data_ptr() for tensor in (*query, keys, *rows, out))
+            call.start(current_stream(key[5]), *addresses)
+        return out
+
+    def __call__(
+        self,
+        query: IndexQuery,
+        keys: torch.Tensor,
+        rows: PagedRows,
+        pages: EntryPages = EntryPages(),
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Computes ``run`` with the signature of the twin."""
+        return self.run(query, keys, rows, self.prepare(pages), out=out)
+
+
+def padded_heads(num_heads: int) -> int:
+    """Returns the number of heads that the product is computed for."""
+    return max(16, triton.next_power_of_2(num_heads))
+
+
+def num_programs(num_rows: int, num_blocks: int) -> int:
+    """Returns the programs of each row: at most one a block, and at least one."""
+    return min(num_blocks, max(1, triton.cdiv(NUM_PROGRAMS, num_rows)))
+
+
+def check_rows(rows: PagedRows, num_rows: int, device: torch.device) -> None:
+    """Checks positions and block tables. Errors: ValueError naming the operand."""
+    check("positions_T", rows.positions_T, (torch.int32,), (num_rows,), device)
+    if rows.blocks_TB.ndim != 2 or not rows.blocks_TB.shape[1]:
+        raise ValueError(f"blocks_TB must be [rows, blocks], found shape {list(rows.blocks_TB.shape)}")
+    check("blocks_TB", rows.blocks_TB, (torch.int32,), (num_rows, rows.blocks_TB.shape[1]), device)
+
+
+def check_query(query: IndexQuery, rows: PagedRows) -> None:
+    """Checks a step's operands. Errors: ValueError naming the operand."""
+    q, weights, cos, sin = query
+    check_rank("q_TIH", q, 3, INTERPRETED)
+    num_rows, num_heads, dim = q.shape
+    if dim != INDEX_DIM or not 0 < num_heads <= MAX_HEADS or q.dtype is not torch.bfloat16:
+        raise ValueError(f"q_TIH must be bfloat16 [rows, 1 to {MAX_HEADS}, {INDEX_DIM}], found {list(q.shape)}")
+    if q.stride()[1:] != (INDEX_DIM, 1) or q.stride(0) % 8:
+        raise ValueError(f"q_TIH must have dense heads, rows at multiples of 8 elements, found strides {q.stride()}")
+    check_alignment("q_TIH", q)
+    if weights.dtype not in (torch.bfloat16, torch.float32) or weights.shape != (num_rows, num_heads):
+        raise ValueError(f"weights_TI must be bfloat16 or float32 {[num_rows, num_heads]}, found {list(weights.shape)}")
+    if weights.device != q.device or weights.stride(1) != 1 and num_heads > 1:
+        raise ValueError(f"weights_TI must have dense rows on {q.device}, found strides {weights.stride()}")
+    check_alignment("weights_TI", weights)
+    check("cos_TF", cos, (torch.float32,), (num_rows, ROTARY_DIM // 2), q.device)
+    check("sin_TF", sin, (torch.float32,), (num_rows, ROTARY_DIM // 2), q.device)
+    check_rows(rows, num_rows, q.device)
+
+
+def _first_launch(
+    query: IndexQuery, keys: torch.Tensor, rows: PagedRows, pages: EntryPages, out: torch.Tensor
+) -> TritonCall | None:
+    """Launches through Triton, which compiles; ``None`` where there are no rows, or where Triton interprets."""
+    num_rows, num_heads, dim = query.q_TIH.shape
+    if not num_rows:
+        return None
+    table_blocks, pdl = rows.blocks_TB.shape[1], not INTERPRETED
+    pitches = query.q_TIH.stride(0), query.weights_TI.stride(0)
+    return launch(
+        index_scores_kernel,
+        (num_programs(num_rows, table_blocks), num_rows),
+        (*query, keys, *rows, out, *pitches, num_heads, table_blocks, dim**-0.5 * num_heads**-0.5),
+        {
+            "RATIO": pages.ratio,
+            "I_PAD": padded_heads(num_heads),
+            "DIM": INDEX_DIM,
+            "HALF": ROTARY_DIM // 2,
+            "ROWS": PER_BLOCK,
+            "STAGES": NUM_STAGES,
+            "PDL": pdl,
+            "num_warps": 4,
+            "launch_pdl": pdl,
+            # Products of a rotation are rounded one by one, as torch does: the same queries, bit for bit.
+            "enable_fp_fusion": False,
+        },
+        moving=range(8),
+    )
+
+
+INDEX_SCORES = TritonIndexScores()

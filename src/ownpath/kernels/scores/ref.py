@@ -1,0 +1,81 @@
+"""Torch reference of the indexer's scores over paged keys.
+
+Legend: T rows, I index heads, H index head dim, B blocks of a table, C = B * per_block entries.
+"""
+
+import torch
+
+from ownpath.kernels.reference import Reference, filled
+from ownpath.kernels.scores.types import EntryPages, IndexQuery, PagedRows
+from ownpath.numerics import rotate_pairs, wide_dtype
+
+
+def entry_rows(blocks_TB: torch.Tensor, per_block: int) -> torch.Tensor:
+    """Returns the pool's row of every entry of every table, int64 [T, C]."""
+    return (blocks_TB.long()[..., None] * per_block + torch.arange(per_block, device=blocks_TB.device)).flatten(1)
+
+
+def visible_entries(rows: PagedRows, pages: EntryPages) -> torch.Tensor:
+    """Returns which entries each row sees: bool [T, C]."""
+    entries_C = torch.arange(rows.blocks_TB.shape[1] * pages.per_block, device=rows.blocks_TB.device)
+    return entries_C < ((rows.positions_T + 1) // pages.ratio)[:, None]
+
+
+def index_scores(
+    query: IndexQuery,
+    keys: torch.Tensor,
+    rows: PagedRows,
+    pages: EntryPages = EntryPages(),
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Computes scores [T, C]; 0 for entries that a row does not see.
+
+    Queries are rotated in at least float32 and rounded to their dtype; weights are scaled by H^-1/2 * I^-1/2. Sums have
+    the wider dtype of queries and weights, float32 or more.
+    """
+    q_TIH = rotate_pairs(query.q_TIH, query.cos_TF, query.sin_TF)
+    wide = torch.promote_types(wide_dtype(q_TIH.dtype), query.weights_TI.dtype)
+    num_heads, dim = q_TIH.shape[1:]
+    weights_TI = query.weights_TI.to(wide) * (dim**-0.5 * num_heads**-0.5)
+    visible_TC = visible_entries(rows, pages)
+    keys_TCH = keys[entry_rows(rows.blocks_TB, pages.per_block)].to(wide)
+    products_TIC = torch.relu(q_TIH.to(wide) @ keys_TCH.transpose(1, 2))
+    scores_TC = (products_TIC * weights_TI.unsqueeze(-1)).sum(1)
+    return filled(out, scores_TC.masked_fill(~visible_TC, 0))
+
+
+class IndexScoresReference(Reference):
+    """``index_scores`` as a kernel. The operand is the layout of the entries."""
+
+    def prepare(self, weights: EntryPages) -> EntryPages:
+        """Returns the layout unchanged."""
+        return weights
+
+    def variant(self, query: IndexQuery, operand: EntryPages) -> None:
+        """Returns ``None``: the kernel has no variants."""
+
+    def run(
+        self,
+        query: IndexQuery,
+        keys: torch.Tensor,
+        rows: PagedRows,
+        operand: EntryPages,
+        *,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Computes scores [T, C], at least float32."""
+        return index_scores(query, keys, rows, operand, out)
+
+    def __call__(
+        self,
+        query: IndexQuery,
+        keys: torch.Tensor,
+        rows: PagedRows,
+        pages: EntryPages = EntryPages(),
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Computes scores [T, C]."""
+        return index_scores(query, keys, rows, pages, out)
+
+
+INDEX_SCORES = IndexScoresReference()
