@@ -36,3 +36,8 @@ class OpKind(StrEnum):
     """Attention of decode rows over window and selected entries, in the pool's memory."""
     SAMPLE = "sample"
     """The next token from a row of logits."""
+
+    @property
+    def is_decode(self) -> bool:
+        """True for what only a decode step runs, in place of norms, rotations and ``ATTENTION``."""
+        return self in (OpKind.ENTRIES, OpKind.INDEX_SCORES, OpKind.SELECT, OpKind.ATTEND)

@@ -20,7 +20,8 @@ from ownpath.attention.rope import Rope, Rotation
 from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.cache.pools import LayerCache
 from ownpath.cache.tables import DecodeTables, StepTables
-from ownpath.kernels.attend.types import AttendRows, DecodeKeys
+from ownpath.kernels.attend.types import DecodeKeys
+from ownpath.kernels.attend.types import DecodeRows as AttendRows
 from ownpath.kernels.entries.types import DecodeRows, EntryAngles, LayerPools, RawRows
 from ownpath.kernels.scores.types import IndexQuery, PagedRows
 

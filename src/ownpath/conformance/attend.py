@@ -173,9 +173,7 @@ def exact_attention(inputs: AttendInputs) -> Exact:
     return Exact(turned, bound)
 
 
-def _exact_row(
-    q_NH: torch.Tensor, keys_KH: torch.Tensor, weights: AttendWeights
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _exact_row(q_NH: torch.Tensor, keys_KH: torch.Tensor, weights: AttendWeights) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the exact sums [N, H] and their bounds.
 
     A query's channel may round to a BF16 neighbour where the sum of squares is in another order: two do, at worst.

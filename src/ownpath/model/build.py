@@ -25,7 +25,7 @@ from ownpath.model.moe import MoE
 from ownpath.model.mtp import Mtp
 from ownpath.model.taps import tap_names
 from ownpath.runners import (
-    CacheWriter,
+    CacheEntries,
     HyperBoundary,
     HyperWeights,
     IndexQuantizer,
@@ -171,7 +171,7 @@ class Builder:
         return self._paged(compress_rope) or ReferenceAttention(self.config.sliding_window)
 
     def _paged(self, compress_rope: Rope) -> PagedAttention | None:
-        planned = [spec for slot, spec in self.specs.items() if slot.endswith(".attn.attend")]
+        planned = [spec for slot, spec in self.specs.items() if slot.endswith(".decode.attend")]
         if not planned:
             return None
         return PagedAttention(ReferenceAttention(self.config.sliding_window), compress_rope)
@@ -180,7 +180,7 @@ class Builder:
         """Builds a layer's line of a decode step; ``None`` where none is planned."""
         layer = self._layers[layer_idx]
         attn, config = f"{layer.name}.attn", self.config
-        if f"{attn}.attend" not in self.specs:
+        if f"{attn}.decode.attend" not in self.specs:
             return None
         norm = NormWeights(self.params[f"{attn}.kv_norm.weight"], config.rms_norm_eps)
         main = self._compressor_weights(f"{attn}.compressor", layer.ratio) if layer.ratio else None
@@ -190,13 +190,13 @@ class Builder:
         weights = AttendWeights(sink_N, config.softmax_scale, config.rms_norm_eps, num_rotary)
 
         def watch(name: str, make: Callable[..., Runner], *args: object) -> Any:
-            slot = f"{attn}.{name}"
+            slot = f"{attn}.decode.{name}"
             return self.ledger.watch(slot, make(*args, kernel=self.specs[slot]))
 
         return DecodeLayer(
             layer_idx,
             layer.ratio,
-            write=watch("entries", CacheWriter, EntriesWeights(norm, main, index)),
+            write=watch("entries", CacheEntries, EntriesWeights(norm, main, index)),
             attend=watch("attend", PagedSoftmax, weights),
             score=watch("scores", IndexScorer) if is_csa else None,
             select=watch("select", TopEntries, config.index_topk) if is_csa else None,

@@ -121,7 +121,7 @@ def decode_ops(config: ModelConfig, layer: Layer, official: frozenset[Step]) -> 
     """
     if official & ATTENTION_STEPS or config.sliding_window != DECODE_WINDOW:
         return
-    attn = f"{layer.name}.attn"
+    attn = f"{layer.name}.attn.decode"
     yield CompanionSpec(f"{attn}.entries", OpKind.ENTRIES, (config.head_dim, config.qk_rope_head_dim))
     if layer.ratio == CSA_RATIO:
         index_dims = config.index_head_dim, config.qk_rope_head_dim

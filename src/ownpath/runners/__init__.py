@@ -11,7 +11,7 @@ from ownpath.runners.companions import (
     SharedKeyAttention,
     SwiGLU,
 )
-from ownpath.runners.decode import CacheWriter, IndexScorer, PagedSoftmax, TopEntries
+from ownpath.runners.decode import CacheEntries, IndexScorer, PagedSoftmax, TopEntries
 from ownpath.runners.linear import (
     ConcatLinear,
     Fp8Linear,
@@ -28,7 +28,7 @@ from ownpath.runners.moe import Fp8MoE, Nvfp4MoE, Nvfp4MoEW4A4, PlainMoE
 from ownpath.runners.runner import KernelRunner, Runner
 
 __all__ = [
-    "CacheWriter",
+    "CacheEntries",
     "ConcatLinear",
     "Fp8Linear",
     "Fp8MoE",

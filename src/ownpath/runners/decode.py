@@ -5,7 +5,8 @@ They take the arguments of their kernels, whose types are in the families' ``typ
 
 import torch
 
-from ownpath.kernels.attend.types import AttendKernel, AttendRows, AttendWeights, DecodeKeys
+from ownpath.kernels.attend.types import AttendKernel, AttendWeights, DecodeKeys
+from ownpath.kernels.attend.types import DecodeRows as AttendRows
 from ownpath.kernels.entries.types import DecodeRows, EntriesKernel, EntriesWeights, EntryAngles, LayerPools, RawRows
 from ownpath.kernels.registry import KERNELS
 from ownpath.kernels.scores.types import EntryPages, IndexQuery, IndexScoresKernel, PagedRows
@@ -13,7 +14,7 @@ from ownpath.kernels.select.types import SelectKernel, SelectWeights
 from ownpath.runners.runner import KernelOrName, KernelRunner, chosen_spec
 
 
-class CacheWriter(KernelRunner):
+class CacheEntries(KernelRunner):
     """Writes a step's keys, raw rows and finished entries to one layer's caches."""
 
     def __init__(self, weights: EntriesWeights, *, kernel: KernelOrName = "ref.entries") -> None:

@@ -6,12 +6,15 @@ This way a checkpoint larger than memory can be verified; callers must drop a la
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
 from ownpath.assembly import LoadedPart, assemble
+from ownpath.attention.decode import PagedAttention
 from ownpath.attention.rope import Rope
 from ownpath.cache.pools import CachePool, CacheSpec
+from ownpath.cache.tables import StepTables
 from ownpath.config import ModelConfig
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Block, Residual
@@ -37,6 +40,11 @@ class LoadedLayer(LoadedPart):
         spec = CacheSpec.of(self.plan.config, self.builder.engine)
         spec = replace(spec, max_tokens=max_tokens, max_sequences=max_sequences, layer_ids=frozenset({self.layer_idx}))
         return CachePool(spec)
+
+    def reference_step(self, tables: StepTables) -> Any:
+        """Prepares a step on the reference, also where each request has one row."""
+        backend = self.block.attn.backend
+        return (backend.reference if isinstance(backend, PagedAttention) else backend).prepare(tables)
 
     def step(self, residual: Residual, batch: ForwardBatch) -> Residual:
         """Runs the layer on one step's rows and extends their sequences' caches."""

@@ -39,6 +39,10 @@ _SIGNS = {
     OpKind.ATTENTION: ("AA", "A"),
     OpKind.KEY_QUANTIZER: ("A", "A"),
     OpKind.INDEX_QUANTIZER: ("A", "A"),
+    OpKind.ENTRIES: ("A", ""),
+    OpKind.INDEX_SCORES: ("A", "W"),
+    OpKind.SELECT: ("W", "II"),
+    OpKind.ATTEND: ("AWW", "A"),
 }
 """The dtypes of a call's first arguments and results, a letter each. A: the activations'; W: that, but at least
 float32; I: ids."""

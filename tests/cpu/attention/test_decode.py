@@ -124,4 +124,4 @@ def test_official_numerics_of_attention_stay_on_the_reference(
     cache = model.new_cache()
     for _ in range(2):
         model.forward(ForwardBatch.of([([7], cache)], device))
-    assert not [slot for slot in model.ledger.calls if slot.endswith(("attn.attend", "attn.entries"))]
+    assert not [slot for slot in model.ledger.calls if slot.endswith(("attn.decode.attend", "attn.decode.entries"))]

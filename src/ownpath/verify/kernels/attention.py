@@ -104,7 +104,7 @@ def _check_window(probe: Probe, slot: str, core: Any) -> Deviations:
     for size in chunks(window, num_tokens):
         rows = slice(cache.num_tokens, cache.num_tokens + size)
         tables = StepTables.of([cache], [size])
-        found.append(core(Projected(q_tNH[rows], kv_tH[rows]), probe.layer.block.prepare(tables)))
+        found.append(core(Projected(q_tNH[rows], kv_tH[rows]), probe.layer.reference_step(tables)))
         tables.extend()
     age = torch.arange(num_tokens, device=probe.device)[:, None] - torch.arange(num_tokens, device=probe.device)
     worst = deviation(torch.cat(found), _exact(probe, slot, q_tNH, kv_tH, (age >= 0) & (age < window)))
@@ -136,7 +136,7 @@ def _check_ring(probe: Probe, slot: str, core: AttentionCore) -> Deviations:
         size = min(size, num_tokens - cache.num_tokens)
         new_tH = kv_tH[cache.num_tokens : cache.num_tokens + size]
         tables = StepTables.of([cache], [size])
-        probe.layer.block.prepare(tables).write_rows(core.layer, Projected(new_tH, new_tH))
+        probe.layer.reference_step(tables).write_rows(core.layer, Projected(new_tH, new_tH))
         tables.extend()
         last = torch.arange(max(0, cache.num_tokens - window), cache.num_tokens, device=probe.device)
         wrong += int((cache.window(core.layer.layer_idx)[last % window] != kv_tH[last]).any(-1).sum())

@@ -1,4 +1,4 @@
-"""Makes a call of every planned slot, with arguments of the kind that serving passes."""
+"""Makes a call of every planned slot that a prompt runs too, with arguments of the kind that serving passes."""
 
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ def calls(probe: Probe, num_rows: int) -> Iterator[KernelCall]:
     for planned in {op.spec.slot: op for op in probe.part.plan.decided}.values():
         spec = planned.spec
         run = probe.slots.get(spec.slot)
-        if run is None:
+        if run is None or spec.kind.is_decode:
             continue
         if spec.kind is OpKind.ATTENTION:
             if not isinstance(run, AttentionCore):

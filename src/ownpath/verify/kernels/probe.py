@@ -91,4 +91,4 @@ def _parts(whole: object) -> Iterator[object]:
     if is_dataclass(whole):
         yield from (getattr(whole, field.name) for field in fields(whole))
     else:
-        yield from vars(whole).values()
+        yield from getattr(whole, "__dict__", {}).values()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from ownpath.ops import OpKind
 from ownpath.trace.observers import CallArguments, Observer, Watched
+from ownpath.verify.layers.decode_values import decode_values
 from ownpath.verify.layers.measure import dtype_name
 
 _RESULTS: Mapping[OpKind, Callable[[Any], dict[str, torch.Tensor]]] = {
@@ -37,6 +38,10 @@ class Activations(Observer):
 
     def after(self, call: Watched, args: CallArguments, result: Any) -> None:
         slot, kind = call.slot, self.kinds[call.slot]
+        if kind.is_decode:
+            for name, value in decode_values(slot, kind, args, result):
+                self._parts[name].append(value)
+            return
         found = _RESULTS[kind](result) if kind in _RESULTS else {"": result}
         for suffix, value in found.items():
             self._parts[f"{slot}{suffix}"].append(value)

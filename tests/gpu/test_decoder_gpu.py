@@ -1,0 +1,155 @@
+"""Captured decode steps on a device: the bits of eager ones, the same kernels, and nobody else's memory."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from support.kernel_configs import model_configs
+
+from ownpath.cache.pools import CachePool
+from ownpath.config import EngineConfig
+from ownpath.engine.decoder import Decoder, DecodeRow
+from ownpath.kernels.dsl.cache import Config
+from ownpath.loading import default_model_dir, load_model
+from ownpath.model.batch import ForwardBatch
+from ownpath.model.model import Model
+from ownpath.trace.launches import record_launches
+
+pytestmark = [pytest.mark.gpu, pytest.mark.sm90]
+
+MAX_ROWS = 8
+PROMPTS = (3, 130, 259, 511, 70)
+NUM_STEPS = 12
+
+
+def kernel_configs() -> Iterator[Config]:
+    """Those of the embedded model."""
+    return model_configs(default_model_dir())
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["default", "batch-invariant"])
+def model(cuda: torch.device, request: pytest.FixtureRequest) -> Model:
+    engine = EngineConfig(
+        str(cuda), torch.bfloat16, max_model_len=1024, max_num_seqs=2 * MAX_ROWS, is_batch_invariant=request.param
+    )
+    return load_model(default_model_dir(), engine)
+
+
+def captured(model: Model) -> Decoder:
+    decoder = Decoder(model, MAX_ROWS, model.config.vocab_size)
+    with torch.inference_mode():
+        decoder.capture(lambda *_: None)
+    return decoder
+
+
+def eager(model: Model) -> Decoder:
+    return Decoder(model, MAX_ROWS, model.config.vocab_size)
+
+
+def started(model: Model, lengths: Sequence[int]) -> list[DecodeRow]:
+    rows = []
+    for count in lengths:
+        cache = model.new_cache()
+        model.forward(ForwardBatch.of([(list(range(5, 5 + count)), cache)], model.cache_spec.device))
+        rows.append(DecodeRow(cache, 9))
+    return rows
+
+
+@torch.inference_mode()
+def decode(decoder: Decoder, rows: list[DecodeRow]) -> list[torch.Tensor]:
+    """The logits of greedy steps; gives the rows' caches back."""
+    logits = []
+    for _ in range(NUM_STEPS):
+        found = decoder.step(rows)
+        logits.append(found.logits_TV.clone())
+        assert None not in found.token_ids
+        rows = [DecodeRow(row.cache, token or 0) for row, token in zip(rows, found.token_ids, strict=True)]
+    for row in rows:
+        row.cache.release()
+    return logits
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 5])
+def test_a_graph_has_the_bits_of_an_eager_step(model: Model, num_rows: int) -> None:
+    graphs = captured(model)
+    found = decode(graphs, started(model, PROMPTS[:num_rows]))
+    expected = decode(eager(model), started(model, PROMPTS[:num_rows]))
+    assert graphs.num_replays == NUM_STEPS
+    for at, pair in enumerate(zip(found, expected, strict=True)):
+        assert torch.equal(*pair), f"step {at}"
+
+
+def test_graphs_serve_other_rows_than_they_were_captured_with(model: Model) -> None:
+    """One graph, other slots, blocks and lengths every time."""
+    graphs = captured(model)
+    for lengths in ((3, 130), (257, 4), (511, 512)):
+        found = decode(graphs, started(model, lengths))
+        expected = decode(eager(model), started(model, lengths))
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True)), lengths
+
+
+def test_a_step_close_to_the_reference(model: Model) -> None:
+    """The line of kernels beside torch's attention over the same caches: their roundings, no more."""
+    rows = started(model, PROMPTS)
+    found = eager(model).step(rows).logits_TV
+    for row in rows:
+        row.cache.release()
+    expected = []
+    for count in PROMPTS:
+        cache = model.new_cache()
+        batch = ForwardBatch.of([([*range(5, 5 + count), 9], cache)], model.cache_spec.device)
+        expected.append(model.forward(batch)[0])
+        cache.release()
+    wanted = torch.stack(expected)
+    # Two orders of BF16 roundings through four layers; a wrong key or angle moves logits by several tenths.
+    errors = (found - wanted).norm(dim=1) / wanted.norm(dim=1)
+    assert errors.max() < 0.05, errors.tolist()
+
+
+def test_memory_that_a_row_does_not_own_is_never_read(model: Model) -> None:
+    expected = decode(eager(model), started(model, PROMPTS))
+    pool: CachePool = model.caches
+    for tensor in pool.tensors.values():
+        tensor.fill_(torch.nan)
+    found = decode(captured(model), started(model, PROMPTS))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_padded_rows_and_neighbours_change_no_bit_of_an_invariant_plan(model: Model) -> None:
+    if not _is_invariant(model):
+        pytest.skip("an ordinary plan may sum in another order")
+    together = decode(captured(model), started(model, PROMPTS))
+    for row, count in enumerate(PROMPTS):
+        alone = decode(captured(model), started(model, (count,)))
+        assert all(torch.equal(one[0], all_rows[row]) for one, all_rows in zip(alone, together, strict=True)), count
+
+
+def _is_invariant(model: Model) -> bool:
+    return any(kernel.endswith("_invariant") for _, kernel in model.ledger.kernels.values())
+
+
+def test_replays_are_counted_like_eager_steps(model: Model) -> None:
+    graphs = captured(model)
+    rows = started(model, (20, 30))
+    model.ledger.clear()
+    graphs.step(rows)
+    replayed = Counter(model.ledger.calls)
+    model.ledger.clear()
+    eager(model).step([DecodeRow(row.cache, 7) for row in rows])
+    assert replayed == model.ledger.calls
+    assert "layers.1.attn.decode.attend" in replayed
+
+
+def test_the_device_ran_the_kernels_of_the_plan(model: Model) -> None:
+    """CUPTI sees in a replay what an eager step launched, one by one."""
+    graphs = captured(model)
+    rows = started(model, (20, 30))
+    once = eager(model)
+    once.step(rows)
+    launched = record_launches(model.ledger, lambda: once._run(2))
+    replayed = record_launches(model.ledger, lambda: graphs._graphs[2].graph.replay())
+    names = Counter(launch.kernel for launch in launched)
+    assert Counter(launch.kernel for launch in replayed) == names
+    slots = {launch.slot for launch in launched}
+    assert {"layers.1.attn.decode.entries", "layers.1.attn.decode.scores", "layers.1.attn.decode.select", "layers.1.attn.decode.attend"} <= slots
