@@ -34,6 +34,7 @@ from ownpath.kernels.variants import variant_name
 INTERPRETED = triton.knobs.runtime.interpret
 LOG2E = 1.4426950408889634
 HEAD_DIM, TILE, RING_TILES = 512, 64, 2
+WARPS, MOST_SPLITS = 8, 128
 PROGRAMS = 132
 """Programs that run at once on an H200."""
 INVARIANT_TILES = 4
@@ -44,7 +45,6 @@ class AttendForm(NamedTuple):
     """The form of a call. heads: of a program. splits: of the keys. chunk: tiles of a split, 0 for equal shares."""
 
     heads: int
-    warps: int
     stages: int
     splits: int
     chunk: int
@@ -63,8 +63,8 @@ def choose_form(num_rows: int, num_heads: int, tiles: int, is_fp8: bool) -> Atte
     """Chooses the form from the number of rows and the longest row's tiles, never from positions."""
     heads = 16 if num_heads <= 16 or num_rows * triton.cdiv(num_heads, 64) <= 8 else 64
     programs = num_rows * triton.cdiv(num_heads, heads)
-    splits = 1 if tiles == RING_TILES else min(tiles, max(1, PROGRAMS // programs))
-    return AttendForm(heads, *_pipeline(heads, is_fp8), splits, 0)
+    splits = 1 if tiles == RING_TILES else min(tiles, MOST_SPLITS, max(1, PROGRAMS // programs))
+    return AttendForm(heads, _stages(tiles, is_fp8), splits, 0)
 
 
 def invariant_form(num_heads: int, keys: DecodeKeys, tiles: int) -> AttendForm:
@@ -73,12 +73,12 @@ def invariant_form(num_heads: int, keys: DecodeKeys, tiles: int) -> AttendForm:
     heads = 16 if num_heads <= 16 else 64
     least = 2 if keys.ratio == 128 else 1
     splits = max(least, triton.cdiv(tiles, INVARIANT_TILES))
-    return AttendForm(heads, *_pipeline(heads, keys.is_fp8), splits, INVARIANT_TILES)
+    return AttendForm(heads, _stages(tiles, keys.is_fp8), splits, INVARIANT_TILES)
 
 
-def _pipeline(heads: int, is_fp8: bool) -> tuple[int, int]:
-    """Returns warps and stages."""
-    return (4 if heads == 16 else 8), (2 if is_fp8 else 3)
+def _stages(tiles: int, is_fp8: bool) -> int:
+    """Returns the pipeline's stages: rows of BF16 entries are looked up one stage ahead."""
+    return 2 if is_fp8 or tiles == RING_TILES else 3
 
 
 Described = tuple[torch.Size, torch.dtype]
@@ -282,7 +282,7 @@ def _launch_attend(
     q_TNH, pdl = arguments.q_TNH, not INTERPRETED
     num_rows, num_heads, _ = q_TNH.shape
     widths = arguments.blocks_TB.shape[1], 0 if keys.ratio != 4 else arguments.selected_TK.shape[1]
-    scalars = (*q_TNH.stride()[:2], *widths, num_heads, weights.softmax_scale * LOG2E, weights.eps)
+    scalars = (*q_TNH.stride()[:2], *widths, num_heads, form.splits, form.chunk, weights.softmax_scale * LOG2E, weights.eps)
     return launch(
         attend_kernel,
         (triton.cdiv(num_heads, form.heads), form.splits, num_rows),
@@ -292,11 +292,10 @@ def _launch_attend(
             "RATIO": keys.ratio,
             "PER_BLOCK": keys.per_block,
             "FP8": keys.is_fp8,
-            "SPLITS": form.splits,
-            "CHUNK": form.chunk,
+            "IS_SPLIT": form.splits > 1,
             "STAGES": form.stages,
             "PDL": pdl,
-            "num_warps": form.warps,
+            "num_warps": WARPS,
             "launch_pdl": pdl,
         },
         moving=(*range(10), 11, 12, 13),
@@ -315,12 +314,9 @@ def _launch_merge(
     return launch(
         merge_splits_kernel,
         (num_heads, num_rows),
-        (*places, weights.sink_N, *tensors, num_heads),
+        (*places, weights.sink_N, *tensors, num_heads, form.splits, form.chunk),
         {
             "RATIO": keys.ratio,
-            "SPLITS": form.splits,
-            "SPLITS_PAD": triton.next_power_of_2(form.splits),
-            "CHUNK": form.chunk,
             "PDL": pdl,
             "num_warps": 4,
             "launch_pdl": pdl,

@@ -15,6 +15,7 @@ TILE = tl.constexpr(64)
 KEY_DATA = tl.constexpr(576)
 KEY_ALL = tl.constexpr(584)
 BITS_2_120 = tl.constexpr(0x7B80)  # 2^120 in BF16
+MOST_SPLITS = tl.constexpr(128)
 LISTED = tl.constexpr(4)
 
 
@@ -33,12 +34,9 @@ def _row_tiles(position, num_selected_ptr, t, RATIO: tl.constexpr):
 
 
 @triton.jit
-def _share(num_tiles, SPLITS: tl.constexpr, CHUNK: tl.constexpr):
-    """Returns the tiles of a split: a fixed number, or an equal share of the row's."""
-    if CHUNK > 0:
-        return CHUNK
-    else:
-        return tl.cdiv(num_tiles, SPLITS)
+def _share(num_tiles, splits, chunk):
+    """Returns the tiles of a split: ``chunk``, or an equal share of the row's where that is 0."""
+    return tl.where(chunk > 0, chunk, tl.cdiv(num_tiles, splits))
 
 
 @triton.jit
@@ -101,7 +99,7 @@ def _load_page_keys(at, scale_at, valid, START: tl.constexpr):
     return tl.reshape(value, (at.shape[0], HALF))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "num_listed", "num_heads", "splits", "chunk"])
 def attend_kernel(
     q_ptr,
     cos_ptr,
@@ -122,14 +120,15 @@ def attend_kernel(
     num_blocks,
     num_listed,
     num_heads,
+    splits,
+    chunk,
     score_scale,
     eps,
     N: tl.constexpr,
     RATIO: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     FP8: tl.constexpr,
-    SPLITS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -144,7 +143,7 @@ def attend_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     position = tl.load(positions_ptr + t)
     num_window, num_entries, window_tiles, num_tiles = _row_tiles(position, num_selected_ptr, t, RATIO)
-    share = _share(num_tiles, SPLITS, CHUNK)
+    share = _share(num_tiles, splits, chunk)
     first, last = s * share, tl.minimum(s * share + share, num_tiles)
     if first >= num_tiles:
         return
@@ -203,14 +202,14 @@ def attend_kernel(
 
     inside = n < num_heads
     c, mask = tl.arange(0, HALF), inside[:, None]
-    if SPLITS == 1:
+    if not IS_SPLIT:
         sink = tl.load(sink_ptr + n, mask=inside, other=0.0) * LOG2E
         factor = (1.0 / (total + tl.exp2(sink - largest)))[:, None]
         at_out = out_ptr + (t.to(tl.int64) * num_heads + n)[:, None] * HEAD_DIM + c[None, :]
         tl.store(at_out, (o0 * factor).to(tl.bfloat16), mask=mask)
         tl.store(at_out + HALF, _rotated(o1 * factor, cos_row, sin_row, -1.0).to(tl.bfloat16), mask=mask)
     else:
-        split = (t.to(tl.int64) * SPLITS + s) * num_heads + n
+        split = (t.to(tl.int64) * splits + s) * num_heads + n
         at_sums = sums_ptr + split[:, None] * HEAD_DIM + c[None, :]
         tl.store(at_sums, o0, mask=mask)
         tl.store(at_sums + HALF, o1, mask=mask)
@@ -218,7 +217,7 @@ def attend_kernel(
         tl.store(stats_ptr + 2 * split + 1, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_heads", "splits", "chunk"])
 def merge_splits_kernel(
     cos_ptr,
     sin_ptr,
@@ -229,10 +228,9 @@ def merge_splits_kernel(
     stats_ptr,
     out_ptr,
     num_heads,
+    splits,
+    chunk,
     RATIO: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLITS_PAD: tl.constexpr,
-    CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Merges the splits of one head of one row: weighs their sums, divides, rotates back, rounds."""
@@ -242,9 +240,9 @@ def merge_splits_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     position = tl.load(positions_ptr + t)
     _, _, _, num_tiles = _row_tiles(position, num_selected_ptr, t, RATIO)
-    used = tl.cdiv(num_tiles, _share(num_tiles, SPLITS, CHUNK))
-    s = tl.arange(0, SPLITS_PAD)
-    first = t.to(tl.int64) * SPLITS * num_heads + n
+    used = tl.cdiv(num_tiles, _share(num_tiles, splits, chunk))
+    s = tl.arange(0, MOST_SPLITS)
+    first = t.to(tl.int64) * splits * num_heads + n
     split = first + s * num_heads
     largest = tl.load(stats_ptr + 2 * split, mask=s < used, other=float("-inf"))
     total = tl.load(stats_ptr + 2 * split + 1, mask=s < used, other=0.0)
