@@ -9,19 +9,23 @@ import sys
 import tempfile
 from typing import Any
 
+from ownpath.kernels.attend.config_sm90 import AttendCombineConfig, AttendConfig
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.cache import ARCH, COMPILER, store
 from ownpath.kernels.fp8.config import QuantizeConfig, W8A8Config, W8A16Config
 from ownpath.kernels.nvfp4.config import COPY_THREADS, AlignConfig, CombineConfig, GemmConfig, PermuteConfig
 
 FP8 = (W8A16Config, W8A8Config, QuantizeConfig)
-CONFIGS = {cls.__name__: cls for cls in (GemmConfig, AlignConfig, PermuteConfig, CombineConfig, *FP8)}
+ATTEND = (AttendConfig, AttendCombineConfig)
+CONFIGS = {cls.__name__: cls for cls in (GemmConfig, AlignConfig, PermuteConfig, CombineConfig, *FP8, *ATTEND)}
 
 
 def compiled(config: Config) -> tuple[Any, int, int]:
     """Returns the DSL's compiled function, threads per CTA and CTAs per cluster."""
     if isinstance(config, FP8):
         return compiled_fp8(config), config.num_threads, config.cluster
+    if isinstance(config, ATTEND):
+        return compiled_attend(config), config.num_threads, config.cluster
     from ownpath.kernels.nvfp4 import gemm_sm90, moe_sm90
 
     if isinstance(config, GemmConfig):
@@ -43,6 +47,15 @@ def compiled_fp8(config: W8A16Config | W8A8Config | QuantizeConfig) -> Any:
     if isinstance(config, W8A8Config):
         return w8a8_sm90.compile_w8a8(config)
     return quantize_sm90.compile_quantize(config)
+
+
+def compiled_attend(config: AttendConfig | AttendCombineConfig) -> Any:
+    """Returns the DSL's compiled function of an attention kernel."""
+    from ownpath.kernels.attend import attend_sm90, combine_sm90
+
+    if isinstance(config, AttendConfig):
+        return attend_sm90.compile_attend(config)
+    return combine_sm90.compile_combine()
 
 
 def build(config: Config) -> None:

@@ -1,0 +1,141 @@
+"""PTX instructions of the attention kernels, as typed functions."""
+
+from cutlass import Float32, Int32, Int64, Uint32
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import T, dsl_user_op
+
+from ownpath.kernels.dsl.ptx import Site, Value, asm
+
+Words = tuple[Value, ...]
+"""Four words: 16 bytes."""
+
+
+@dsl_user_op
+def load_word(address: Value, *, loc: Site = None, ip: Site = None) -> Int32:
+    """Loads 4 bytes of global memory at an aligned byte address."""
+    operands = [Int64(address).ir_value(loc=loc, ip=ip)]
+    return Int32(asm("ld.global.b32 $0, [$1];", "=r,l", T.i32(), operands, False, loc, ip))
+
+
+@dsl_user_op
+def load_float(address: Value, *, loc: Site = None, ip: Site = None) -> Float32:
+    """Loads one float32 of global memory at an aligned byte address."""
+    operands = [Int64(address).ir_value(loc=loc, ip=ip)]
+    return Float32(asm("ld.global.f32 $0, [$1];", "=f,l", T.f32(), operands, False, loc, ip))
+
+
+@dsl_user_op
+def load_words_or_zero(address: Value, inside: Value, *, loc: Site = None, ip: Site = None) -> Words:
+    """Loads 16 bytes of global memory, or returns zeros where ``inside`` is 0: nothing is read then."""
+    struct = llvm.StructType.get_literal([T.i32()] * 4)
+    text = (
+        "{ .reg .pred p; setp.ne.s32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
+        "@p ld.global.v4.b32 {$0, $1, $2, $3}, [$4]; }"
+    )
+    operands = [Int64(address).ir_value(loc=loc, ip=ip), Int32(inside).ir_value(loc=loc, ip=ip)]
+    loaded = asm(text, "=&r,=&r,=&r,=&r,l,r", struct, operands, False, loc, ip)
+    return tuple(Uint32(llvm.extractvalue(T.i32(), loaded, [idx], loc=loc, ip=ip)) for idx in range(4))
+
+
+@dsl_user_op
+def store_words2(address: Value, low: Value, high: Value, *, loc: Site = None, ip: Site = None) -> None:
+    """Stores 8 bytes to global memory at an aligned byte address."""
+    operands = [Int64(address).ir_value(loc=loc, ip=ip)] + [Uint32(v).ir_value(loc=loc, ip=ip) for v in (low, high)]
+    asm("st.global.v2.b32 [$0], {$1, $2};", "l,r,r", None, operands, False, loc, ip)
+
+
+@dsl_user_op
+def copy16(dst: Value, src: Value, num_bytes: Value, *, loc: Site = None, ip: Site = None) -> None:
+    """Copies 16 bytes from global to shared memory without waiting; only ``num_bytes`` are read, the rest is zero."""
+    operands = [
+        Int32(dst).ir_value(loc=loc, ip=ip),
+        Int64(src).ir_value(loc=loc, ip=ip),
+        Int32(num_bytes).ir_value(loc=loc, ip=ip),
+    ]
+    asm("cp.async.cg.shared.global.L2::256B [$0], [$1], 16, $2;", "r,l,r", None, operands, False, loc, ip)
+
+
+@dsl_user_op
+def arrive_after_copies(barrier: Value, *, loc: Site = None, ip: Site = None) -> None:
+    """Arrives at a barrier once all copies that this thread has started are done."""
+    operands = [barrier.toint().ir_value(loc=loc, ip=ip)]
+    asm("cp.async.mbarrier.arrive.noinc.shared.b64 [$0];", "r", None, operands, False, loc, ip)
+
+
+@dsl_user_op
+def store_shared_words(address: Value, words: Words, *, loc: Site = None, ip: Site = None) -> None:
+    """Stores 16 bytes to shared memory at a byte address."""
+    operands = [Int32(address).ir_value(loc=loc, ip=ip)] + [Uint32(v).ir_value(loc=loc, ip=ip) for v in words]
+    asm("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", None, operands, False, loc, ip)
+
+
+@dsl_user_op
+def store_shared_word(address: Value, word: Value, *, loc: Site = None, ip: Site = None) -> None:
+    """Stores 4 bytes to shared memory at a byte address."""
+    operands = [Int32(address).ir_value(loc=loc, ip=ip), Uint32(word).ir_value(loc=loc, ip=ip)]
+    asm("st.shared.b32 [$0], $1;", "r,r", None, operands, False, loc, ip)
+
+
+@dsl_user_op
+def store_shared_float(address: Value, value: Value, *, loc: Site = None, ip: Site = None) -> None:
+    """Stores one float32 to shared memory at a byte address."""
+    operands = [Int32(address).ir_value(loc=loc, ip=ip), Float32(value).ir_value(loc=loc, ip=ip)]
+    asm("st.shared.f32 [$0], $1;", "r,f", None, operands, False, loc, ip)
+
+
+@dsl_user_op
+def load_shared_float(address: Value, *, loc: Site = None, ip: Site = None) -> Float32:
+    """Loads one float32 of shared memory at a byte address."""
+    operands = [Int32(address).ir_value(loc=loc, ip=ip)]
+    return Float32(asm("ld.shared.f32 $0, [$1];", "=f,r", T.f32(), operands, False, loc, ip))
+
+
+@dsl_user_op
+def fence_async(*, loc: Site = None, ip: Site = None) -> None:
+    """Makes shared memory that was written by stores or copies visible to the tensor cores."""
+    asm("fence.proxy.async.shared::cta;", "", None, [], False, loc, ip)
+
+
+@dsl_user_op
+def barrier_sync(barrier_id: Value, num_threads: int, *, loc: Site = None, ip: Site = None) -> None:
+    """Waits at a named barrier for all ``num_threads`` threads, of which some may only arrive."""
+    operands = [Int32(barrier_id).ir_value(loc=loc, ip=ip)]
+    asm(f"bar.sync $0, {num_threads};", "r", None, operands, False, loc, ip)
+
+
+@dsl_user_op
+def barrier_arrive(barrier_id: Value, num_threads: int, *, loc: Site = None, ip: Site = None) -> None:
+    """Arrives at a named barrier and does not wait."""
+    operands = [Int32(barrier_id).ir_value(loc=loc, ip=ip)]
+    asm(f"bar.arrive $0, {num_threads};", "r", None, operands, False, loc, ip)
+
+
+@dsl_user_op
+def fma(a: Value, b: Value, c: Value, *, loc: Site = None, ip: Site = None) -> Float32:
+    """Computes a * b + c with one rounding."""
+    operands = [Float32(v).ir_value(loc=loc, ip=ip) for v in (a, b, c)]
+    return Float32(asm("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", T.f32(), operands, True, loc, ip))
+
+
+@dsl_user_op
+def rsqrt(x: Value, *, loc: Site = None, ip: Site = None) -> Float32:
+    """Computes 1 / sqrt(x) within 2 ulp."""
+    operands = [Float32(x).ir_value(loc=loc, ip=ip)]
+    return Float32(asm("rsqrt.approx.f32 $0, $1;", "=f,f", T.f32(), operands, True, loc, ip))
+
+
+@dsl_user_op
+def minus_infinity_from(value: Value, idx: Value, end: Value, *, loc: Site = None, ip: Site = None) -> Float32:
+    """Returns ``value`` where idx < end, else minus infinity."""
+    text = "{ .reg .pred p; setp.lt.s32 p, $2, $3; selp.f32 $0, $1, 0fFF800000, p; }"
+    operands = [Float32(value).ir_value(loc=loc, ip=ip)] + [Int32(v).ir_value(loc=loc, ip=ip) for v in (idx, end)]
+    return Float32(asm(text, "=f,f,r,r", T.f32(), operands, True, loc, ip))
+
+
+@dsl_user_op
+def pick(condition: Value, word: Value, otherwise: Value, *, loc: Site = None, ip: Site = None) -> Uint32:
+    """Returns ``word`` where the condition is not 0."""
+    text = "{ .reg .pred p; setp.ne.s32 p, $1, 0; selp.b32 $0, $2, $3, p; }"
+    operands = [Int32(condition).ir_value(loc=loc, ip=ip)]
+    operands += [Uint32(v).ir_value(loc=loc, ip=ip) for v in (word, otherwise)]
+    return Uint32(asm(text, "=r,r,r,r", T.i32(), operands, True, loc, ip))
