@@ -97,9 +97,7 @@ def _check_rows(
     check_alignment(name, rows)
 
 
-def _check_pool(
-    name: str, pool: torch.Tensor, dtype: torch.dtype, page: tuple[int, int], device: torch.device
-) -> None:
+def _check_pool(name: str, pool: torch.Tensor, dtype: torch.dtype, page: tuple[int, int], device: torch.device) -> None:
     """Checks that a pool consists of whole pages. page: its rows and channels."""
     if pool.ndim != 2 or not len(pool) or len(pool) % page[0]:
         raise ValueError(f"{name} must consist of pages of {page[0]} rows, found {list(pool.shape)}")

@@ -75,7 +75,9 @@ class TritonEntries:
         Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment.
         """
         tensors = (*raw, *angles, *rows, *pools)
-        key = tuple([None if one is None else (one.shape, one.stride(), one.dtype, one.get_device()) for one in tensors])
+        key = tuple(
+            [None if one is None else (one.shape, one.stride(), one.dtype, one.get_device()) for one in tensors]
+        )
         call = operand.launches.get(key)
         # An absent tensor is not read: any address serves.
         addresses = [0 if one is None else one.data_ptr() for one in tensors]

@@ -120,7 +120,5 @@ class EntriesKernel(Kernel[Operand], Protocol[Operand]):
     def variant(self, raw: RawRows, operand: Operand) -> str | None:
         """Returns the name of the variant that a call launches; ``None`` for a kernel without variants."""
 
-    def run(
-        self, raw: RawRows, angles: EntryAngles, rows: DecodeRows, pools: LayerPools, operand: Operand
-    ) -> None:
+    def run(self, raw: RawRows, angles: EntryAngles, rows: DecodeRows, pools: LayerPools, operand: Operand) -> None:
         """Writes keys, raw rows and the entries whose windows end. Errors: ValueError naming the operand."""

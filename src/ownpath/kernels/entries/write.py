@@ -144,6 +144,48 @@ def _pool(
 
 
 @triton.jit
+def _write_entry(
+    raw_ptr,
+    ring_ptr,
+    ape_ptr,
+    weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    out_ptr,
+    arrivals_ptr,
+    p,
+    role,
+    eps,
+    H: tl.constexpr,
+    LOG_H: tl.constexpr,
+    F: tl.constexpr,
+    RATIO: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    SLICE: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROUNDING: tl.constexpr,
+):
+    """Averages an entry and writes it to out. Of several parts each leaves its slices there, and the last to arrive
+    finishes the entry and clears the counter."""
+    if SLICE == H:
+        pooled = _pool(raw_ptr, ring_ptr, ape_ptr, p, tl.arange(0, H), H, RATIO, WINDOWS).to(tl.bfloat16)
+        _write_key(pooled, weight_ptr, cos_ptr, sin_ptr, out_ptr, eps, H, LOG_H, F, ROUNDING)
+    else:
+        for turn in range(H // SLICE // PARTS):
+            c = (turn * PARTS + role) * SLICE + tl.arange(0, SLICE)
+            piece = _pool(raw_ptr, ring_ptr, ape_ptr, p, c, H, RATIO, WINDOWS)
+            tl.store(out_ptr + c, piece.to(tl.bfloat16))
+        # All threads' slices are written before one thread announces them.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu")
+        if arrived == PARTS - 1:
+            # Other programs wrote it: not from this one's cache.
+            whole = tl.load(out_ptr + tl.arange(0, H), cache_modifier=".cg")
+            tl.store(arrivals_ptr, 0)
+            _write_key(whole, weight_ptr, cos_ptr, sin_ptr, out_ptr, eps, H, LOG_H, F, ROUNDING)
+
+
+@triton.jit
 def entries_kernel(
     kv_ptr,
     main_ptr,
@@ -217,7 +259,7 @@ def entries_kernel(
                 tl.store(index_state_ptr + row * (2 * WINDOWS * HI) + n, index)
         key_ptr = window_ptr + (slot * WINDOW + p % WINDOW) * H
         _write_key(key, kv_weight_ptr, cos_ptr + t * F, sin_ptr + t * F, key_ptr, kv_eps, H, LOG_H, F, KEYS)
-    elif RATIO > 0:
+    elif RATIO > 0:  # noqa: SIM102 (decided at compile time: there is no ratio to divide by)
         if (p + 1) % RATIO == 0:
             entry = p // RATIO
             number = entry // PER_BLOCK
@@ -229,24 +271,49 @@ def entries_kernel(
                 raw = main_ptr + t * main_stride
                 ring = main_state_ptr + slot * (ROWS * 2 * WINDOWS * H)
                 out = main_entries_ptr + row * H
-                if SLICE == H:
-                    x = _pool(raw, ring, main_ape_ptr, p, tl.arange(0, H), H, RATIO, WINDOWS).to(tl.bfloat16)
-                    _write_key(x, main_weight_ptr, cos_at, sin_at, out, main_eps, H, LOG_H, F, KEYS)
-                else:
-                    for part in range(role, H // SLICE, PARTS):
-                        c = part * SLICE + tl.arange(0, SLICE)
-                        x = _pool(raw, ring, main_ape_ptr, p, c, H, RATIO, WINDOWS)
-                        tl.store(out + c, x.to(tl.bfloat16))
-                    # All threads' slices are written before one thread announces them.
-                    tl.debug_barrier()
-                    arrived = tl.atomic_add(arrivals_ptr + t, 1, sem="acq_rel", scope="gpu")
-                    if arrived == PARTS - 1:
-                        x = tl.load(out + tl.arange(0, H), cache_modifier=".cg")
-                        tl.store(arrivals_ptr + t, 0)
-                        _write_key(x, main_weight_ptr, cos_at, sin_at, out, main_eps, H, LOG_H, F, KEYS)
+                _write_entry(
+                    raw,
+                    ring,
+                    main_ape_ptr,
+                    main_weight_ptr,
+                    cos_at,
+                    sin_at,
+                    out,
+                    arrivals_ptr + t,
+                    p,
+                    role,
+                    main_eps,
+                    H,
+                    LOG_H,
+                    F,
+                    RATIO,
+                    WINDOWS,
+                    SLICE,
+                    PARTS,
+                    KEYS,
+                )
             elif HAS_INDEX:
                 raw = index_ptr + t * index_stride
                 ring = index_state_ptr + slot * (ROWS * 2 * WINDOWS * HI)
-                x = _pool(raw, ring, index_ape_ptr, p, tl.arange(0, HI), HI, RATIO, WINDOWS).to(tl.bfloat16)
                 out = index_entries_ptr + row * HI
-                _write_key(x, index_weight_ptr, cos_at, sin_at, out, index_eps, HI, LOG_HI, F, INDEX_KEYS)
+                _write_entry(
+                    raw,
+                    ring,
+                    index_ape_ptr,
+                    index_weight_ptr,
+                    cos_at,
+                    sin_at,
+                    out,
+                    arrivals_ptr,
+                    p,
+                    0,
+                    index_eps,
+                    HI,
+                    LOG_HI,
+                    F,
+                    RATIO,
+                    WINDOWS,
+                    HI,
+                    1,
+                    INDEX_KEYS,
+                )

@@ -1,0 +1,274 @@
+"""Steps that write to caches, at the shapes of ``kernels/entries/cases.py``, and the judging of what they wrote.
+
+What a step must not read is NaN: rows of rings that no token of the sequence has written, and those that the step
+replaces. What it must not write has to keep its bits.
+
+Legend: T rows, E rows that end a window, L raw rows of an entry, H head dim, P compressor width, F rotary pairs.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ownpath.conformance.bounds import EXP_STEPS, FLOAT32_ROUND, Exact, assert_rounded_once, rounding, sum_rounding
+from ownpath.kernels.cases import KernelCase
+from ownpath.kernels.contract import NormWeights
+from ownpath.kernels.entries.types import (
+    CompressorWeights,
+    DecodeRows,
+    EntriesWeights,
+    EntryAngles,
+    LayerPools,
+    RawRows,
+)
+from ownpath.oracle import formulas
+
+EPS = 1e-6
+Arguments = tuple[RawRows, EntryAngles, DecodeRows, LayerPools, EntriesWeights]
+
+
+class CompressorPools(NamedTuple):
+    """What a step gives to one compressor, and what it has."""
+
+    name: str
+    weights: CompressorWeights
+    raw_TP2: Tensor
+    state: Tensor
+    entries: Tensor
+
+
+@dataclass(frozen=True)
+class WritingStep:
+    """The arguments of one layer's writes."""
+
+    raw: RawRows
+    angles: EntryAngles
+    rows: DecodeRows
+    pools: LayerPools
+    weights: EntriesWeights
+
+    @property
+    def arguments(self) -> Arguments:
+        return self.raw, self.angles, self.rows, self.pools, self.weights
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows.positions_T)
+
+    @property
+    def compressors(self) -> tuple[CompressorPools, ...]:
+        """The layer's compressors, the main one first."""
+        raw, pools, weights = self.raw, self.pools, self.weights
+        found = []
+        for name, one, *tensors in (
+            ("main", weights.main, raw.main_TP2, pools.main_state, pools.main_entries),
+            ("index", weights.index, raw.index_TP2, pools.index_state, pools.index_entries),
+        ):
+            if one is not None:
+                raw_TP2, state, entries = tensors
+                assert raw_TP2 is not None
+                assert state is not None
+                assert entries is not None
+                found.append(CompressorPools(name, one, raw_TP2, state, entries))
+        return tuple(found)
+
+    def copy(self) -> "WritingStep":
+        """Returns the same step on a copy of the pools."""
+        return replace(self, pools=LayerPools(*(None if one is None else one.clone() for one in self.pools)))
+
+    def first(self, count: int) -> "WritingStep":
+        """Returns the step of the first rows alone, on a copy of the pools."""
+        raw = RawRows(*(None if one is None else one[:count] for one in self.raw))
+        angles = EntryAngles(*(None if one is None else one[:count] for one in self.angles))
+        return replace(self.copy(), raw=raw, angles=angles, rows=DecodeRows(*(one[:count] for one in self.rows)))
+
+
+def draw_step(
+    case: KernelCase, num_rows: int, device: torch.device, seed: int = 0, positions: list[int] | None = None
+) -> WritingStep:
+    """Draws a step. By default the first row ends the first window, the second is padded, half of the others end one.
+
+    positions: of the rows, instead; all of them are real.
+    """
+    head_dim, num_pairs, ratio, index_dim, num_blocks = case.sizes
+    g = torch.Generator(device).manual_seed(seed)
+    weights = _draw_weights(g, head_dim, ratio, index_dim)
+    rows = _draw_rows(g, num_rows, num_blocks, max(ratio, 1), positions)
+    raw_kv = _normal(g, num_rows, 2 * head_dim).bfloat16()[:, head_dim:]
+    main_state, index_state = (_draw_state(g, rows, one) for one in (weights.main, weights.index))
+    raw = RawRows(raw_kv, _draw_raw(g, num_rows, weights.main), _draw_raw(g, num_rows, weights.index))
+    at, first = (_angles(rows.positions_T + shift, num_pairs) for shift in (0, 1 - ratio))
+    angles = EntryAngles(*at, *first) if ratio else EntryAngles(*at)
+    window = raw_kv.new_full(((num_rows + 1) * weights.window, head_dim), torch.nan)
+    entries = [
+        None if one is None else window.new_full(((num_rows * num_blocks + 1) * one.per_block, one.head_dim), torch.nan)
+        for one in (weights.main, weights.index)
+    ]
+    return WritingStep(raw, angles, rows, LayerPools(window, main_state, entries[0], index_state, entries[1]), weights)
+
+
+def _normal(g: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=g, device=g.device)
+
+
+def _draw_weights(g: torch.Generator, head_dim: int, ratio: int, index_dim: int) -> EntriesWeights:
+    def norm(width: int) -> NormWeights:
+        return NormWeights((1 + 0.1 * _normal(g, width)).bfloat16(), EPS)
+
+    def compressor(width: int) -> CompressorWeights | None:
+        num_windows = 2 if ratio == 4 else 1
+        return CompressorWeights(ratio, _normal(g, ratio, num_windows * width), norm(width)) if width else None
+
+    return EntriesWeights(norm(head_dim), compressor(head_dim if ratio else 0), compressor(index_dim))
+
+
+def _draw_rows(
+    g: torch.Generator, num_rows: int, num_blocks: int, ratio: int, positions: list[int] | None
+) -> DecodeRows:
+    def order(count: int) -> Tensor:
+        return 1 + torch.randperm(count, generator=g, device=g.device)
+
+    slots_T, blocks_TB = order(num_rows), order(num_rows * num_blocks).view(num_rows, num_blocks)
+    if positions is None:
+        drawn = torch.randint(0, 256 * num_blocks, (num_rows,), generator=g, device=g.device)
+        drawn[::2] = drawn[::2] // ratio * ratio + ratio - 1
+        drawn[0] = ratio - 1
+        if num_rows > 1:
+            drawn[1], slots_T[1], blocks_TB[1] = 0, 0, 0
+    else:
+        drawn = torch.tensor(positions, device=g.device)
+    return DecodeRows(drawn.int(), slots_T.int(), blocks_TB.int())
+
+
+def _draw_raw(g: torch.Generator, num_rows: int, weights: CompressorWeights | None) -> Tensor | None:
+    """Draws raw rows as a slice of wider ones; scores over several magnitudes."""
+    if weights is None:
+        return None
+    width = weights.num_windows * weights.head_dim
+    raw = _normal(g, num_rows, 4 * width)[:, 2 * width :]
+    raw[:, width:] *= 3.0
+    return raw
+
+
+def _draw_state(g: torch.Generator, rows: DecodeRows, weights: CompressorWeights | None) -> Tensor | None:
+    """Draws the ring's rows that tokens before the step have written and entries may read; all others are NaN."""
+    if weights is None:
+        return None
+    num_rows, width = weights.num_rows, 2 * weights.num_windows * weights.head_dim
+    state = torch.full(((len(rows.slots_T) + 1) * num_rows, width), torch.nan, device=g.device)
+    age = torch.arange(1, num_rows, device=g.device)
+    position = rows.positions_T[:, None] - age
+    written = (rows.slots_T[:, None] * num_rows + position % num_rows)[position >= 0].long()
+    state[written] = _normal(g, len(written), width)
+    return state
+
+
+def _angles(positions_T: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]:
+    freqs = 10000.0 ** (-torch.arange(num_pairs, device=positions_T.device) / num_pairs)
+    angles_TF = positions_T[:, None].float() * freqs
+    return angles_TF.cos(), angles_TF.sin()
+
+
+def judge_step(before: WritingStep, after: WritingStep) -> None:
+    """Judges what a step wrote, keys without a rounding to fewer bits. Errors: AssertionError naming the pool."""
+    weights, rows = before.weights, before.rows
+    ring_T = _ring_rows(rows, weights.window)
+    _judge_untouched("window", before.pools.window, after.pools.window, ring_T)
+    raw_TH = before.raw.kv_TH.double()
+    angles = before.angles.cos_TF, before.angles.sin_TF
+    exact = exact_key(Exact(raw_TH, torch.zeros_like(raw_TH)), weights.kv_norm, angles)
+    assert_rounded_once(after.pools.window[ring_T], exact, "window")
+    for old, new in zip(before.compressors, after.compressors, strict=True):
+        _judge_compressor(before, old, new)
+
+
+def _judge_compressor(before: WritingStep, old: CompressorPools, new: CompressorPools) -> None:
+    name, weights, raw = old.name, old.weights, old.raw_TP2
+    ring_T = _ring_rows(before.rows, weights.num_rows)
+    _judge_untouched(f"{name} state", old.state, new.state, ring_T)
+    assert torch.equal(new.state[ring_T], raw), f"{name} state"
+    ends_E = ((before.rows.positions_T + 1) % weights.ratio == 0).nonzero()[:, 0]
+    ending = DecodeRows(*(one[ends_E].long() for one in before.rows))
+    entry_E = _entry_rows(ending, weights)
+    _judge_untouched(f"{name} entries", old.entries, new.entries, entry_E)
+    if not len(ends_E):
+        return
+    cos_TF, sin_TF = before.angles.first_cos_TF, before.angles.first_sin_TF
+    assert cos_TF is not None
+    assert sin_TF is not None
+    exact = exact_key(
+        exact_pool(raw[ends_E], ending, old.state, weights), weights.norm, (cos_TF[ends_E], sin_TF[ends_E])
+    )
+    assert_rounded_once(new.entries[entry_E], exact, f"{name} entries")
+
+
+def _judge_untouched(name: str, before: Tensor, after: Tensor, written: Tensor) -> None:
+    kept = torch.ones(len(before), dtype=torch.bool, device=before.device)
+    kept[written] = False
+    as_integers = torch.int16 if before.dtype.itemsize == 2 else torch.int32
+    same = torch.equal(before.view(as_integers)[kept], after.view(as_integers)[kept])
+    assert same, f"{name}: a row changed that the step does not write"
+
+
+def _ring_rows(rows: DecodeRows, num_rows: int) -> Tensor:
+    return rows.slots_T.long() * num_rows + rows.positions_T.long() % num_rows
+
+
+def _entry_rows(ending: DecodeRows, weights: CompressorWeights) -> Tensor:
+    entry_E = ending.positions_T // weights.ratio
+    block_E = ending.blocks_TB.gather(1, (entry_E // weights.per_block)[:, None])[:, 0]
+    return block_E * weights.per_block + entry_E % weights.per_block
+
+
+def exact_pool(raw_EP2: Tensor, ending: DecodeRows, state: Tensor, weights: CompressorWeights) -> Exact:
+    """Averages each entry's rows, one entry after the other, and bounds the error after a rounding to bfloat16.
+
+    A score's error d changes its gate by a factor of exp(d), the sum of gates by no more.
+    """
+    values, bounds = [], []
+    for number in range(len(raw_EP2)):
+        kv_LH, score_LH = _entry_inputs(raw_EP2[number], number, ending, state, weights)
+        gate_LH = score_LH.softmax(dim=0)
+        value = (gate_LH * kv_LH).sum(0)
+        error = (EXP_STEPS + 4 * score_LH.abs().amax(0)) * FLOAT32_ROUND + 2 * sum_rounding(len(kv_LH))
+        bounds.append((gate_LH * kv_LH.abs()).sum(0) * error + rounding(torch.bfloat16) * value.abs())
+        values.append(value)
+    return Exact(torch.stack(values), torch.stack(bounds))
+
+
+def _entry_inputs(
+    raw_P2: Tensor, number: int, ending: DecodeRows, state: Tensor, weights: CompressorWeights
+) -> tuple[Tensor, Tensor]:
+    """Reads the (kv, score) rows of one entry in float64, position by position: [L, H] each."""
+    end, slot = int(ending.positions_T[number]), int(ending.slots_T[number])
+    width, head_dim = weights.ape_LP.shape[1], weights.head_dim
+    found = []
+    for position in range(max(0, end + 1 - weights.num_rows), end + 1):
+        row = raw_P2 if position == end else state[slot * weights.num_rows + position % weights.num_rows]
+        is_own_window = position > end - weights.ratio
+        start = head_dim if is_own_window and weights.num_windows > 1 else 0
+        score = row[width:].double() + weights.ape_LP[position % weights.ratio].double()
+        found.append((row[start : start + head_dim].double(), score[start : start + head_dim]))
+    kv, score = zip(*found, strict=True)
+    return torch.stack(kv), torch.stack(score)
+
+
+def exact_key(x_TH: Exact, norm: NormWeights, angles: tuple[Tensor, Tensor]) -> Exact:
+    """Norms and rotates, each rounded once to bfloat16; the last rounding is not in the bound."""
+    assert norm.weight_D is not None
+    root_T1 = x_TH.value.square().mean(-1, keepdim=True).add(norm.eps).sqrt()
+    gain_TH = norm.weight_D.double() / root_T1
+    normed_TH = x_TH.value * gain_TH
+    relative_T1 = x_TH.bound.square().mean(-1, keepdim=True).sqrt() / root_T1
+    relative_T1 = relative_T1 + EXP_STEPS * FLOAT32_ROUND + sum_rounding(normed_TH.shape[1]) / 2
+    error_TH = x_TH.bound * gain_TH.abs() + normed_TH.abs() * relative_T1
+    error_TH = error_TH + rounding(torch.bfloat16) * normed_TH.abs()
+    cos_TF, sin_TF = (one.double() for one in angles)
+    turned = formulas.rotate(normed_TH, cos_TF, sin_TF)
+    # Turning a pair moves a channel's error by no more than the length of the pair's errors; three float32 operations.
+    num_rotary = 2 * cos_TF.shape[1]
+    pair_TF = error_TH[:, -num_rotary:].unflatten(-1, (-1, 2)).norm(dim=-1)
+    error_TH = torch.cat((error_TH[:, :-num_rotary], pair_TF.repeat_interleave(2, -1)), -1)
+    return Exact(turned, error_TH + 4 * FLOAT32_ROUND * normed_TH.abs().amax(-1, keepdim=True))
