@@ -61,10 +61,10 @@ def _threshold(keys, least, best, num, K: tl.constexpr):
     low, high = tl.where(num > K, least, ABSENT), tl.where(num > K, best, ABSENT)
     above = tl.where(num > K, 0, K)  # keys above ``high``
     while low < high:
-        width = high.to(tl.int64) - low
-        step = tl.maximum((width * 11) >> 5, 1)
-        first = (low + step).to(tl.int32)
-        second = (low + tl.maximum(width - step, 1)).to(tl.int32)
+        width = (high - low).to(tl.uint32, bitcast=True)  # the difference of two int32 may need 32 bits
+        step = tl.maximum((width >> 2) + (width >> 4) + (width >> 5), 1).to(tl.int32, bitcast=True)
+        first = low + step
+        second = tl.maximum(high - step, low + 1)
         counts = tl.sum((keys >= first).to(tl.int32) + ((keys >= second).to(tl.int32) << 16), axis=0)
         of_first, of_second = counts & 0xFFFF, counts >> 16
         # From here on, ``low`` has at least K keys at or above it, and ``high`` fewer than K above it.
@@ -78,44 +78,90 @@ def _threshold(keys, least, best, num, K: tl.constexpr):
 
 
 @triton.jit
-def _places(keys, threshold, room):
-    """Returns which keys are selected, and the place of each among them: all above the threshold, the first equals."""
+def _places(keys, threshold, room, before):
+    """Returns which keys are selected, and the place of each among them: all above the threshold, the first equals.
+
+    before: counts of the keys that precede these, above the threshold and, shifted by 16 bits, equal to it.
+    """
     is_above, is_equal = keys > threshold, keys == threshold
     ones = is_above.to(tl.int32) + (is_equal.to(tl.int32) << 16)
-    before = tl.cumsum(ones, axis=0) - ones
+    before += tl.cumsum(ones, axis=0) - ones
     equals_before = before >> 16
     chosen = is_above | (is_equal & (equals_before < room))
     return chosen, (before & 0xFFFF) + tl.minimum(equals_before, room)
 
 
 @triton.jit
-def _select_scores(
-    scores_ptr, table_ptr, rows_ptr, keys_ptr, start, num, keeps_keys, K: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr
-):
-    """Selects among the scores of entries [start, start + num). Returns 1 if one of them is not finite, else 0."""
-    i = tl.arange(0, SIZE)
-    is_there, entry = i < num, start + i
-    scores = tl.load(scores_ptr + entry, mask=is_there, other=0.0)
-    rows = tl.load(table_ptr + entry // ROWS, mask=is_there, other=0) * ROWS + entry % ROWS
-    keys = _ordered_keys(scores, is_there)
-    least, best = tl.min(tl.where(is_there, keys, LARGEST), axis=0), tl.max(keys, axis=0)
-    threshold, room = _threshold(keys, least, best, num, K)
-    chosen, places = _places(keys, threshold, room)
-    tl.store(rows_ptr + places, rows, mask=chosen)
-    tl.store(keys_ptr + places, keys, mask=chosen & keeps_keys)
-    return ((num > 0) & ((least <= LEAST_INFINITE) | (best >= BEST_INFINITE))).to(tl.int32)
+def _count(keys, threshold):
+    """Counts keys above the threshold and, shifted by 16 bits, equal to it."""
+    return tl.sum((keys > threshold).to(tl.int32) + ((keys == threshold).to(tl.int32) << 16), axis=0)
 
 
 @triton.jit
-def _select_kept(kept_keys_ptr, kept_rows_ptr, rows_ptr, num, K: tl.constexpr, SIZE: tl.constexpr):
+def _pool_rows(table_ptr, entry, is_there, ROWS: tl.constexpr):
+    """Looks up the pool's rows of entries."""
+    return tl.load(table_ptr + entry // ROWS, mask=is_there, other=0) * ROWS + entry % ROWS
+
+
+@triton.jit
+def _search(keys, is_there, num, K: tl.constexpr):
+    """Returns what ``_threshold`` does, and 1 if a key is that of a number that is not finite."""
+    least, best = tl.min(tl.where(is_there, keys, LARGEST), axis=0), tl.max(keys, axis=0)
+    threshold, room = _threshold(keys, least, best, num, K)
+    return threshold, room, ((num > 0) & ((least <= LEAST_INFINITE) | (best >= BEST_INFINITE))).to(tl.int32)
+
+
+@triton.jit
+def _select_small(scores, rows, rows_ptr, keys_ptr, num, K: tl.constexpr, SIZE: tl.constexpr, KEEPS: tl.constexpr):
+    """Selects among the first ``num`` scores, whose rows of the pool are known. Returns the flag of ``_search``."""
+    is_there = tl.arange(0, SIZE) < num
+    keys = _ordered_keys(scores, is_there)
+    threshold, room, flag = _search(keys, is_there, num, K)
+    chosen, places = _places(keys, threshold, room, 0)
+    tl.store(rows_ptr + places, rows, mask=chosen)
+    if KEEPS:
+        tl.store(keys_ptr + places, keys, mask=chosen)
+    return flag
+
+
+@triton.jit
+def _select_large(
+    scores_ptr, table_ptr, rows_ptr, keys_ptr, start, num,
+    K: tl.constexpr, SIZE: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr, KEEPS: tl.constexpr,
+):  # fmt: skip
+    """Selects among the scores of entries [start, start + num). Returns the flag of ``_search``.
+
+    Places are computed in pieces, so that registers suffice.
+    """
+    i = tl.arange(0, SIZE)
+    keys = _ordered_keys(tl.load(scores_ptr + start + i, mask=i < num, other=0.0), i < num)
+    threshold, room, flag = _search(keys, i < num, num, K)
+    before = 0
+    for offset in range(0, num, PIECE):
+        p = offset + tl.arange(0, PIECE)
+        part = _ordered_keys(tl.load(scores_ptr + start + p, mask=p < num, other=0.0), p < num)
+        chosen, places = _places(part, threshold, room, before)
+        tl.store(rows_ptr + places, _pool_rows(table_ptr, start + p, chosen, ROWS), mask=chosen)
+        if KEEPS:
+            tl.store(keys_ptr + places, part, mask=chosen)
+        before += _count(part, threshold)
+    return flag
+
+
+@triton.jit
+def _select_kept(keys_ptr, kept_rows_ptr, rows_ptr, num, K: tl.constexpr, SIZE: tl.constexpr, PIECE: tl.constexpr):
     """Selects among what the chunks of a row have kept, in the order of the entries."""
     i = tl.arange(0, SIZE)
-    keys = tl.load(kept_keys_ptr + i, mask=i < num, other=ABSENT, cache_modifier=".cg")
-    rows = tl.load(kept_rows_ptr + i, mask=i < num, other=0, cache_modifier=".cg")
-    least, best = tl.min(tl.where(i < num, keys, LARGEST), axis=0), tl.max(keys, axis=0)
-    threshold, room = _threshold(keys, least, best, num, K)
-    chosen, places = _places(keys, threshold, room)
-    tl.store(rows_ptr + places, rows, mask=chosen)
+    keys = tl.load(keys_ptr + i, mask=i < num, other=ABSENT, cache_modifier=".cg")
+    threshold, room, _ = _search(keys, i < num, num, K)
+    before = 0
+    for offset in range(0, num, PIECE):
+        p = offset + tl.arange(0, PIECE)
+        part = tl.load(keys_ptr + p, mask=p < num, other=ABSENT, cache_modifier=".cg")
+        chosen, places = _places(part, threshold, room, before)
+        rows = tl.load(kept_rows_ptr + p, mask=chosen, other=0, cache_modifier=".cg")
+        tl.store(rows_ptr + places, rows, mask=chosen)
+        before += _count(part, threshold)
 
 
 @triton.jit
@@ -147,6 +193,7 @@ def select_kernel(
     CHUNKS_PAD: tl.constexpr,
     KEPT: tl.constexpr,
     HEADER: tl.constexpr,
+    PIECE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Selects within one chunk of a row; the row's last program also selects among what its chunks have kept.
@@ -157,32 +204,37 @@ def select_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    visible = tl.minimum((tl.load(positions_ptr + t) + 1) // RATIO, table_blocks * ROWS)
+    num_columns = table_blocks * ROWS
+    scores_ptr, blocks_ptr, selected = scores_ptr + t * num_columns, blocks_ptr + t * table_blocks, rows_ptr + t * K
+    position = tl.load(positions_ptr + t)
+    start = chunk * SIZE
+    # On their way before the row's length is known.
+    entry = start + tl.arange(0, SMALL)
+    small = tl.load(scores_ptr + entry, mask=entry < num_columns, other=0.0)
+    small_rows = _pool_rows(blocks_ptr, entry, entry < num_columns, ROWS)
+    visible = tl.minimum((position + 1) // RATIO, num_columns)
     num_chunks = tl.maximum(tl.cdiv(visible, SIZE), 1)
     if chunk < num_chunks:
-        scores, table, selected = scores_ptr + t * table_blocks * ROWS, blocks_ptr + t * table_blocks, rows_ptr + t * K
         counter = workspace_ptr + t * (HEADER + 2 * CHUNKS * K)
         kept_keys = counter + HEADER
         kept_rows = kept_keys + CHUNKS * K
-        is_split = num_chunks > 1
-        start = chunk * SIZE
-        num = tl.minimum(visible - start, SIZE)
-        goal = selected
+        is_split, num = num_chunks > 1, tl.minimum(visible - start, SIZE)
+        goal, goal_keys = selected, kept_keys + chunk * K
         if CHUNKS > 1 and is_split:
             goal = kept_rows + chunk * K
         if SIZE > SMALL and num > SMALL:
-            flag = _select_scores(scores, table, goal, kept_keys + chunk * K, start, num, is_split, K, SIZE, ROWS)
+            flag = _select_large(scores_ptr, blocks_ptr, goal, goal_keys, start, num, K, SIZE, PIECE, ROWS, CHUNKS > 1)
         else:
-            flag = _select_scores(scores, table, goal, kept_keys + chunk * K, start, num, is_split, K, SMALL, ROWS)
+            flag = _select_small(small, small_rows, goal, goal_keys, num, K, SMALL, CHUNKS > 1)
         if CHUNKS > 1 and is_split:
             tl.store(counter + 1 + chunk, flag)
             tl.debug_barrier()  # the counter tells the row's other programs of everything above
             if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_chunks - 1:
                 num_kept = (num_chunks - 1) * K + tl.minimum(visible - (num_chunks - 1) * SIZE, K)
                 if KEPT > SIZE and num_kept > SIZE:
-                    _select_kept(kept_keys, kept_rows, selected, num_kept, K, KEPT)
+                    _select_kept(kept_keys, kept_rows, selected, num_kept, K, KEPT, PIECE)
                 else:
-                    _select_kept(kept_keys, kept_rows, selected, num_kept, K, min(SIZE, KEPT))
+                    _select_kept(kept_keys, kept_rows, selected, num_kept, K, min(SIZE, KEPT), PIECE)
                 c = tl.arange(0, CHUNKS_PAD)
                 flags = tl.load(counter + 1 + c, mask=c < num_chunks, other=0, cache_modifier=".cg")
                 _finish_row(selected, num_ptr + t, flags_ptr + t, visible, tl.max(flags, axis=0), K, K_PAD)
@@ -205,7 +257,7 @@ class ChunkPlan(NamedTuple):
 
     @property
     def num_warps(self) -> int:
-        return 8 if max(self.size, self.kept) <= 4096 else 16
+        return 4 if max(self.size, self.kept) <= 4096 else 8
 
 
 def plan_chunks(num_scores: int, topk: int) -> ChunkPlan:
@@ -374,6 +426,7 @@ def _first(
             "CHUNKS_PAD": triton.next_power_of_2(plan.count),
             "KEPT": triton.next_power_of_2(max(plan.kept, 1)),
             "HEADER": plan.header,
+            "PIECE": SMALL_SIZE,
             "PDL": pdl,
             "num_warps": plan.num_warps,
             "launch_pdl": pdl,
