@@ -44,11 +44,11 @@ def build_batch(chunks: Sequence[ScheduledChunk], device: torch.device | str) ->
     return replace(batch, logits_ids=wanted), shares
 
 
-def decode_shares(chunks: Sequence[ScheduledChunk]) -> list[LogitsShare]:
-    """Assigns the logits of a step in which each chunk has one row, which may score a prompt token and sample."""
+def decode_shares(rows: Sequence[tuple[int, ScheduledChunk]]) -> list[LogitsShare]:
+    """Assigns rows of logits to chunks of one token each; a row may score a prompt token and sample."""
     return [
         LogitsShare(chunk, row, _scored_ids(chunk), row if _samples(chunk) else None, _ends_prompt(chunk))
-        for row, chunk in enumerate(chunks)
+        for row, chunk in rows
     ]
 
 

@@ -4,7 +4,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -14,7 +14,14 @@ from ownpath.config import EngineConfig, ModelConfig
 from ownpath.engine.batch import LogitsShare, build_batch, decode_shares
 from ownpath.engine.decoder import Decoder, DecodeRow
 from ownpath.engine.device import device_problem
-from ownpath.engine.request import FinishReason, Request, RequestError, ScoredToken, StepOutput
+from ownpath.engine.request import (
+    FinishReason,
+    Request,
+    RequestError,
+    ScoredToken,
+    StepOutput,
+    plain_output,
+)
 from ownpath.engine.sampler import (
     NON_FINITE,
     NonFiniteLogits,
@@ -256,24 +263,43 @@ class Engine:
     def step(self, chunks: list[ScheduledChunk]) -> None:
         """Runs the scheduled chunks: one forward, one token for each sequence that is due one."""
         if self._decoder is not None and all(chunk.num_tokens == 1 for chunk in chunks):
-            logits_RV, shares, sampled = self._decode(self._decoder, chunks)
-        else:
-            batch, shares = build_batch(chunks, self.config.device)
-            logits_RV = self._model.forward(batch)[:, : self.num_vocab]
-            sampled = self._sample(logits_RV, shares)
+            self._decode(self._decoder, chunks)
+            return
+        batch, shares = build_batch(chunks, self.config.device)
+        logits_RV = self._model.forward(batch)[:, : self.num_vocab]
+        sampled = self._sample(logits_RV, shares)
         for share, token_id in zip(shares, sampled, strict=True):
             self._report(share, token_id, logits_RV)
 
-    def _decode(
-        self, decoder: Decoder, chunks: Sequence[ScheduledChunk]
-    ) -> tuple[torch.Tensor, list[LogitsShare], list[int | None]]:
-        """Runs a decode step. Its greedy tokens are chosen on the device; others are drawn from the logits."""
-        rows = [DecodeRow(chunk.request.caches, chunk.request.next_ids(1)[0]) for chunk in chunks]
-        logits_RV, greedy = decoder.step(rows)
-        shares = decode_shares(chunks)
-        if all(chunk.request.params.greedy for chunk in chunks):
-            return logits_RV, shares, greedy
-        return logits_RV, shares, self._sample(logits_RV, shares)
+    def _decode(self, decoder: Decoder, chunks: Sequence[ScheduledChunk]) -> None:
+        """Runs a decode step. Its greedy tokens are chosen on the device; others are drawn from the logits.
+
+        Most rows only extend an answer by a greedy token, and are reported without a look at their logits.
+        """
+        requests = [chunk.request for chunk in chunks]
+        logits_RV, greedy = decoder.step([DecodeRow(request.caches, request.next_ids(1)[0]) for request in requests])
+        others = []
+        for row, (request, token_id) in enumerate(zip(requests, greedy, strict=True)):
+            if token_id is None or request.is_prefilling or not request.params.is_plain:
+                others.append(row)
+            else:
+                self._extend(request, token_id)
+        if others:
+            shares = decode_shares([(row, chunks[row]) for row in others])
+            sampled = self._sample(logits_RV, shares)
+            for share, token_id in zip(shares, sampled, strict=True):
+                self._report(share, token_id, logits_RV)
+
+    def _extend(self, request: Request, token_id: int) -> None:
+        """Reports one more token of an answer."""
+        request.output_ids.append(token_id)
+        request.num_computed += 1
+        finish_reason = self._finish_reason(request)
+        output = plain_output(token_id)
+        if finish_reason is not None:
+            output = replace(output, finish_reason=finish_reason)
+            self._close(request)
+        self._deliver(request, output)
 
     def _sample(self, logits_RV: torch.Tensor, shares: list[LogitsShare]) -> list[int | None]:
         """Samples the next token of every share; None where none is due or none can be chosen."""

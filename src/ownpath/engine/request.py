@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import lru_cache
 
 import torch
 
@@ -63,6 +64,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def is_plain(self) -> bool:
+        """True if the likeliest tokens alone are wanted, without log-probabilities."""
+        return self.temperature == 0 and self.num_logprobs is None and self.max_tokens > 0
+
 
 class FinishReason(Enum):
     """The reason why generation ended. EOS ends with ``STOP``, a reached limit with ``LENGTH``."""
@@ -97,6 +103,12 @@ class StepOutput:
     finish_reason: FinishReason | None = None
     error: str | None = None
     is_non_finite: bool = False
+
+
+@lru_cache(maxsize=2**16)
+def plain_output(token_id: int) -> StepOutput:
+    """Returns the report of one more token, without log-probabilities."""
+    return StepOutput(token=ScoredToken(token_id))
 
 
 OutputSink = Callable[[StepOutput], None]
