@@ -352,9 +352,7 @@ class Attend:
         return cute.make_tensor(cute.recast_ptr(memory.keys, layout.inner, BFloat16), layout.outer)
 
     @cute.jit
-    def multiply_left(
-        self, inputs: Inputs, results: Results, share: Share, memory: Memory, thread: Thread
-    ) -> None:
+    def multiply_left(self, inputs: Inputs, results: Results, share: Share, memory: Memory, thread: Thread) -> None:
         """Scores, softmax, and the left half of the values."""
         major = OperandMajorMode
         qk = make_trivial_tiled_mma(BFloat16, BFloat16, major.K, major.K, Float32, (1, 1, 1), (TILE_HEADS, TILE_KEYS))
@@ -396,9 +394,7 @@ class Attend:
         self.store(sums, inputs, results, share, memory, thread, 0)
 
     @cute.jit
-    def multiply_right(
-        self, inputs: Inputs, results: Results, share: Share, memory: Memory, thread: Thread
-    ) -> None:
+    def multiply_right(self, inputs: Inputs, results: Results, share: Share, memory: Memory, thread: Thread) -> None:
         """The right half of the values, with the weights that the other warpgroup hands over."""
         major = OperandMajorMode
         pv = make_trivial_tiled_mma(BFloat16, BFloat16, major.K, major.MN, Float32, (1, 1, 1), (TILE_HEADS, HALF))
@@ -414,9 +410,7 @@ class Attend:
             buffer = i & 1
             attend_ptx.barrier_sync(P_FULL + buffer, CONSUMERS)
             for half in cutlass.range_constexpr(2):
-                factor = attend_ptx.load_shared_float(
-                    memory.lines.toint() + buffer * LINE_BYTES + (row + 8 * half) * 4
-                )
+                factor = attend_ptx.load_shared_float(memory.lines.toint() + buffer * LINE_BYTES + (row + 8 * half) * 4)
                 self.shrink(sums, half, factor)
             stage = buffer * 2 + 1
             cute.arch.mbarrier_wait(memory.pipeline.full + stage, (i >> 1) & 1)
@@ -512,9 +506,7 @@ class Attend:
             offset = -(largest * scale)
             total = stats[2 * half + 1] * factor
             for j in cutlass.range_constexpr(TILE_KEYS // 8):
-                low, high = [
-                    ptx.exp2(attend_ptx.fma(row_scores[2 * j + odd], scale, offset)) for odd in range(2)
-                ]
+                low, high = [ptx.exp2(attend_ptx.fma(row_scores[2 * j + odd], scale, offset)) for odd in range(2)]
                 total = total + (low + high)
                 words[4 * (j // 2) + 2 * (j % 2) + half] = ptx.pack_bf16x2(low, high)
             stats[2 * half] = largest

@@ -80,16 +80,16 @@ class Combine:
             total = total + cute.arch.shuffle_sync_bfly(total, 1 << bit)
         inverse = ptx.reciprocal(total + ptx.exp2(sink_power - largest))
         merged = self.merge(sums.toint() + (first * HEAD_DIM + thread * 4) * 4, num_heads, num_splits, weights)
-        x = [value * inverse for value in merged]
+        x = []
         pair = thread * 2 - (HEAD_DIM - NUM_ROTARY) // 2
-        if pair >= 0:
-            place = (Int64(row) * (NUM_ROTARY // 2) + pair) * 4
-            for at in cutlass.range_constexpr(0, 4, 2):
+        place = (Int64(row) * (NUM_ROTARY // 2) + pair) * 4
+        for at in cutlass.range_constexpr(0, 4, 2):
+            c, s = Float32(1.0), Float32(0.0)
+            if pair >= 0:
                 c = attend_ptx.load_float(cos.toint() + place + at * 2)
                 s = attend_ptx.load_float(sin.toint() + place + at * 2)
-                x0, x1 = x[at], x[at + 1]
-                x[at] = attend_ptx.fma(x0, c, x1 * s)
-                x[at + 1] = attend_ptx.fma(x1, c, -(x0 * s))
+            x0, x1 = merged[at] * inverse, merged[at + 1] * inverse
+            x += [attend_ptx.fma(x0, c, x1 * s), attend_ptx.fma(x1, c, -(x0 * s))]
         address = out.toint() + ((Int64(row) * num_heads + head) * HEAD_DIM + thread * 4) * 2
         attend_ptx.store_words2(address, ptx.pack_bf16x2(x[0], x[1]), ptx.pack_bf16x2(x[2], x[3]))
 

@@ -9,8 +9,12 @@ NUM_THREADS = 3 * WG
 COMBINE_THREADS = HEAD_DIM // 4
 MAX_SPLITS = 64
 """The combine kernel has two splits' statistics in a lane."""
-REGISTERS = (72, 208, 232)
-"""Registers of the threads that load, that multiply, and that compute the softmax too: 512 together."""
+REGISTERS = (64, 208, 232)
+"""Registers of the threads that load, that multiply, and that compute the softmax too.
+
+Together they may have 504, three times the 168 that a launch gives to each of 384 threads: a warpgroup that asks for
+more than the others leave waits for ever.
+"""
 MAX_SMEM = 232448
 BLOCK_TOKENS = 256
 
