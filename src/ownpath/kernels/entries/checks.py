@@ -43,14 +43,14 @@ def check_call(
     _check_pool("window", pools.window, torch.bfloat16, (weights.window, head_dim), device)
     if weights.main is None and weights.index is not None:
         raise ValueError("an index compressor needs a main compressor")
+    if weights.main is not None and weights.index is not None and weights.index.ratio != weights.main.ratio:
+        raise ValueError(f"the compressors' ratios differ: {weights.main.ratio} and {weights.index.ratio}")
     for call in _compressors(raw, pools, weights):
         _check_compressor(call, num_rows, device)
     if weights.main is not None and weights.main.head_dim != head_dim:
         raise ValueError(f"the main compressor has entries of {weights.main.head_dim} channels, keys have {head_dim}")
-    if weights.main is not None and weights.index is not None:
+    if weights.index is not None:
         _check_width("index entries", weights.index.head_dim, angles, weights.index_keys)
-        if weights.index.ratio != weights.main.ratio:
-            raise ValueError(f"the compressors' ratios differ: {weights.main.ratio} and {weights.index.ratio}")
 
 
 def _compressors(raw: RawRows, pools: LayerPools, weights: EntriesWeights) -> Iterator[CompressorCall]:
