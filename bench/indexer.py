@@ -1,0 +1,134 @@
+"""Times the indexer's scores and their selection on a CUDA device: ``python bench/indexer.py --out lines.jsonl``.
+
+Each row is T requests of one context. Every result is checked against the torch twin before it is timed. A graph holds
+one call for each of several operand sets; scores read another part of a pool larger than the L2 cache in every call,
+select reads scores that may be in the cache, as those of the launch before it are. The median replay counts.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from small_ops import COLD_BYTES, READ_CEILING_GBPS, machine, replay_us
+
+from ownpath.conformance.indexer import judge_scores, judge_selected
+from ownpath.kernels.registry import KERNELS
+from ownpath.kernels.scores.types import EntryPages, IndexQuery, PagedRows
+from ownpath.kernels.select.types import SelectWeights
+
+SCORES, SELECT = "triton.index_scores", "triton.select"
+CONTEXTS, ROWS = (8192, 131072), (1, 8, 32, 128)
+SHAPES = {"flash": (64, 512), "pro": (64, 1024), "embedded": (4, 128)}
+"""Index heads and entries selected."""
+MOST_SETS = 64
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Index keys bfloat16 [blocks * 64, 128] on the device."""
+
+    keys: torch.Tensor
+    generator: torch.Generator
+
+    @classmethod
+    def of(cls, num_blocks: int) -> "Pool":
+        """Draws keys."""
+        generator = torch.Generator("cuda").manual_seed(0)
+        keys = torch.empty(num_blocks * 64, 128, dtype=torch.bfloat16, device="cuda").normal_(generator=generator)
+        return cls(keys, generator)
+
+    def rows(self, num_rows: int, context: int) -> PagedRows:
+        """Draws block tables of requests that have ``context`` tokens."""
+        width, num_blocks = context // 256, len(self.keys) // 64
+        picked = torch.randint(1, num_blocks, (num_rows, width), generator=self.generator, device="cuda")
+        positions_T = torch.full((num_rows,), context - 1, dtype=torch.int32, device="cuda")
+        return PagedRows(positions_T, picked.int())
+
+    def query(self, num_rows: int, num_heads: int) -> IndexQuery:
+        """Draws raw queries, head weights and angles."""
+        normal = partial(torch.randn, generator=self.generator, device="cuda")
+        angles_TF = normal(num_rows, 32) * 100
+        q_TIH = normal(num_rows, num_heads, 128).bfloat16()
+        return IndexQuery(q_TIH, normal(num_rows, num_heads), angles_TF.cos(), angles_TF.sin())
+
+
+def scores_calls(pool: Pool, num_rows: int, context: int, num_heads: int) -> list[Callable[[], object]]:
+    """Returns calls on different blocks, of which the first is checked. Errors: AssertionError."""
+    kernel, pages = KERNELS[SCORES], EntryPages()
+    operand, calls = kernel.prepare(pages), []
+    for number in range(num_sets(64 * num_rows * context)):
+        query, rows = pool.query(num_rows, num_heads), pool.rows(num_rows, context)
+        out = torch.full((num_rows, context // 4), torch.nan, device="cuda")
+        calls.append(partial(kernel.run, query, pool.keys, rows, operand, out=out))
+        if not number:
+            judge_scores(calls[0]()[:2], IndexQuery(*(part[:2] for part in query)), pool.keys, first_rows(rows, 2))
+    return calls
+
+
+def select_calls(pool: Pool, num_rows: int, context: int, topk: int) -> list[Callable[[], object]]:
+    """Returns calls on different scores, of which the first is checked. Errors: AssertionError."""
+    kernel, weights = KERNELS[SELECT], SelectWeights(topk)
+    operand, calls = kernel.prepare(weights), []
+    workspace = kernel.workspace(operand, num_rows, context // 256, torch.device("cuda"))
+    for number in range(min(num_sets(num_rows * context), 16)):
+        scores_TC = torch.randn(num_rows, context // 4, generator=pool.generator, device="cuda")
+        rows = pool.rows(num_rows, context)
+        out = kernel.run(scores_TC, rows, operand, workspace=workspace)
+        calls.append(partial(kernel.run, scores_TC, rows, operand, out=out, workspace=workspace))
+        if not number:
+            judge_selected(out, scores_TC, rows, topk)
+    return calls
+
+
+def first_rows(rows: PagedRows, count: int) -> PagedRows:
+    """Returns the first rows of a step."""
+    return PagedRows(rows.positions_T[:count], rows.blocks_TB[:count])
+
+
+def num_sets(moved_bytes: int) -> int:
+    """Returns the number of operand sets that together exceed the L2 cache."""
+    return int(min(max(2 * COLD_BYTES / moved_bytes, 2), MOST_SETS))
+
+
+def rows_of(pool: Pool, shape: str) -> Iterator[dict[str, Any]]:
+    """Yields the table's rows of one model's shapes."""
+    num_heads, topk = SHAPES[shape]
+    for context in CONTEXTS:
+        for num_rows in ROWS:
+            calls = {
+                SCORES: (scores_calls(pool, num_rows, context, num_heads), 65 * num_rows * context),
+                SELECT: (select_calls(pool, num_rows, context, topk), num_rows * (context + 8 * topk)),
+            }
+            for op, (timed, moved) in calls.items():
+                us = replay_us(timed)
+                gbps = moved / us / 1e3
+                row = {"op": op, "shape": shape, "context": context, "rows": num_rows, "us": round(us, 2)}
+                yield row | {"gbps": round(gbps, 1), "of_read_ceiling": round(gbps / READ_CEILING_GBPS, 3)}
+
+
+def main() -> None:
+    """Prints the table and appends JSON lines."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="JSON lines are appended here")
+    parser.add_argument("--commit", default="", help="recorded with every line")
+    options = parser.parse_args()
+    facts = {**machine(), "commit": options.commit}
+    print(*(f"{key}={value}" for key, value in facts.items()))
+    print(f"{'op':22}{'shape':10}{'context':>8}{'T':>5}{'us':>9}{'GB/s':>8}{'of 4.41':>9}", flush=True)
+    pool = Pool.of(65536)
+    for shape in SHAPES:
+        for row in rows_of(pool, shape):
+            place = f"{row['op']:22}{row['shape']:10}{row['context']:8}{row['rows']:5}"
+            print(f"{place}{row['us']:9.2f}{row['gbps']:8.0f}{row['of_read_ceiling']:9.2f}", flush=True)
+            if options.out:
+                with options.out.open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps({**row, **facts}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

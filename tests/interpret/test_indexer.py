@@ -1,0 +1,186 @@
+"""The indexer's scores and their selection, interpreted, against float64 and a stable sort."""
+
+from typing import Any
+
+import pytest
+import torch
+from support.indexer_cases import PAGES, SCORES, hide_unseen, make_keys, make_query, make_rows, unset
+
+from ownpath.conformance.indexer import judge_scores, judge_selected
+from ownpath.kernels.registry import KERNELS
+from ownpath.kernels.scores import launch as scores_launch
+from ownpath.kernels.scores.ref import visible_entries
+from ownpath.kernels.scores.types import EntryPages, IndexQuery, PagedRows
+from ownpath.kernels.select.launch import plan_chunks
+from ownpath.kernels.select.types import Selected, SelectWeights
+
+CPU = torch.device("cpu")
+SCORE, SELECT = KERNELS["triton.index_scores"], KERNELS["triton.select"]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("num_heads", [1, 4, 64])
+@pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16])
+def test_scores(num_heads: int, weights_dtype: torch.dtype) -> None:
+    """Right wherever a row sees an entry, nothing written elsewhere, and no read of memory that is not the row's."""
+    g = generator(num_heads)
+    rows = make_rows((0, 700, 2, 3, 258, 511), 4, 12, g)
+    query, keys = make_query(6, num_heads, weights_dtype, g), make_keys(rows, 12, g)
+    out = SCORE(query, keys, rows, out=torch.full((6, 256), torch.nan))
+    judge_scores(out, query, keys, rows)
+    assert out[~visible_entries(rows, PAGES)].isnan().all()
+
+
+def test_scores_do_not_depend_on_the_grid_or_the_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = generator()
+    rows = make_rows((1000, 1300), 6, 12, g)
+    query, keys = make_query(2, 4, torch.float32, g), make_keys(rows, 12, g)
+    whole = SCORE(query, keys, rows)
+    monkeypatch.setattr(scores_launch, "NUM_PROGRAMS", 2)
+    strided = SCORE(query, keys, rows)
+    alone = SCORE(IndexQuery(*(part[1:].clone() for part in query)), keys, PagedRows(*(part[1:].clone() for part in rows)))
+    visible_TC = visible_entries(rows, PAGES)
+    assert torch.equal(whole[visible_TC], strided[visible_TC])
+    assert torch.equal(whole[1, visible_TC[1]], alone[0, visible_TC[1]])
+
+
+@pytest.mark.parametrize("place", ["key", "query", "weight"])
+def test_nan_stays_visible(place: str) -> None:
+    """A NaN of a row's own operands is in its scores: of one entry, or of all."""
+    g = generator()
+    rows = make_rows((300,), 2, 4, g)
+    query, keys = make_query(1, 4, torch.float32, g), make_keys(rows, 4, g)
+    at = rows.blocks_TB[0, 0] * 64 + 7
+    {"key": keys[at], "query": query.q_TIH[0, 2], "weight": query.weights_TI[0]}[place][3] = torch.nan
+    seen = SCORE(query, keys, rows)[0, :75].isnan()
+    assert seen.nonzero().flatten().tolist() == ([7] if place == "key" else list(range(75)))
+
+
+SIZES = {
+    "embedded": (128, 9, (0, 2, 3, 511, 515, 1023, 2303, 1999)),
+    "all of them": (512, 8, (0, 2047, 2043, 2046, 259, 3, 1500, 1024)),
+    "8k": (512, 32, (8191, 2051, 2055, 8190, 4096, 0, 8000, 5001)),
+    "odd": (100, 5, (399, 403, 407, 1279, 0, 640, 641, 3)),
+    "two pieces": (512, 64, (16383, 8195, 0, 12345)),
+}
+"""topk, blocks of a table, positions."""
+
+
+@pytest.mark.parametrize("scores", SCORES)
+@pytest.mark.parametrize("size", SIZES)
+def test_select(size: str, scores: str) -> None:
+    topk, width, positions = SIZES[size]
+    g = generator()
+    rows = make_rows(positions, width, 8 * width + 8, g)
+    scores_TC = hide_unseen(SCORES[scores](len(positions), width * 64, g), rows)
+    found = SELECT(scores_TC, rows, topk, out=unset(len(positions), topk, CPU))
+    judge_selected(found, scores_TC, rows, topk)
+
+
+@pytest.mark.parametrize("scores", ["ties", "non-finite"])
+def test_select_of_cut_rows(scores: str) -> None:
+    """Chunks and their last program: rows of one chunk, of several, a chunk of fewer than ``topk``; used twice."""
+    topk, width, positions = 512, 160, (0, 16383, 16387, 17000, 40000)
+    assert plan_chunks(width * 64, topk).count == 3
+    g = generator()
+    rows, operand = make_rows(positions, width, 600, g), SELECT.prepare(SelectWeights(topk))
+    workspace = SELECT.workspace(operand, len(positions) + 1, width, CPU)
+    for seed in range(2):  # the workspace is left ready
+        scores_TC = hide_unseen(SCORES[scores](len(positions), width * 64, generator(seed)), rows)
+        found = SELECT.run(scores_TC, rows, operand, out=unset(len(positions), topk, CPU), workspace=workspace)
+        judge_selected(found, scores_TC, rows, topk)
+        assert not workspace[:, 0].any()
+
+
+@pytest.mark.parametrize(("width", "topk"), [(4096, 1024), (4096, 512), (4096, 128), (512, 1024), (512, 512)])
+def test_what_chunks_keep_fits_into_one_program(width: int, topk: int) -> None:
+    plan = plan_chunks(width * 64, topk)
+    assert plan.count * plan.size >= width * 64
+    assert topk <= plan.size
+    assert plan.count * topk <= plan.kept <= 16384
+    assert plan.count < plan.header
+
+
+def test_every_score_decides() -> None:
+    """A permutation of distinct scores selects the permuted entries: no place is favoured but at ties."""
+    g = generator()
+    rows = make_rows((4095,), 16, 17, g)
+    order = torch.randperm(1024, generator=g)
+    scores_TC = torch.empty(1, 1024)
+    scores_TC[0, order] = torch.arange(1024.0)
+    found = SELECT(scores_TC, rows, 128)
+    places = {int(rows.blocks_TB[0, entry // 64]) * 64 + entry % 64 for entry in order[-128:].tolist()}
+    assert {*found.rows_TK[0].tolist()} == places
+
+
+def test_no_rows() -> None:
+    rows = PagedRows(torch.zeros(0, dtype=torch.int32), torch.zeros(0, 4, dtype=torch.int32))
+    query = make_query(0, 4, torch.float32, generator())
+    scores_TC = SCORE(query, torch.zeros(64, 128).bfloat16(), rows)
+    assert scores_TC.shape == (0, 256)
+    assert SELECT(scores_TC, rows, 128).rows_TK.shape == (0, 128)
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [
+        ("q_TIH", lambda part: part.float()),
+        ("q_TIH", lambda part: part[..., :64]),
+        ("q_TIH", lambda part: part.transpose(0, 1)),
+        ("weights_TI", lambda part: part.half()),
+        ("weights_TI", lambda part: part[:, :-1]),
+        ("cos_TF", lambda part: part[:, :16]),
+        ("sin_TF", lambda part: part.double()),
+    ],
+)
+def test_wrong_queries_are_refused(field: str, wrong: Any) -> None:
+    g = generator()
+    rows = make_rows((300, 5), 2, 4, g)
+    query = make_query(2, 4, torch.float32, g)
+    with pytest.raises(ValueError, match=field):
+        SCORE(query._replace(**{field: wrong(getattr(query, field))}), torch.zeros(256, 128).bfloat16(), rows)
+
+
+def test_wrong_keys_rows_and_layouts_are_refused() -> None:
+    g = generator()
+    rows, query = make_rows((300, 5), 2, 4, g), make_query(2, 4, torch.float32, g)
+    keys = torch.zeros(256, 128).bfloat16()
+    for name, given in {
+        "keys": (query, keys.float(), rows),
+        "positions_T": (query, keys, rows._replace(positions_T=rows.positions_T.long())),
+        "blocks_TB": (query, keys, rows._replace(blocks_TB=rows.blocks_TB[:1])),
+    }.items():
+        with pytest.raises(ValueError, match=name):
+            SCORE(*given)
+    with pytest.raises(ValueError, match="out"):
+        SCORE(query, keys, rows, out=torch.zeros(2, 64))
+    with pytest.raises(ValueError, match="per_block"):
+        SCORE.prepare(EntryPages(2, 128))
+
+
+def test_wrong_selections_are_refused() -> None:
+    rows = make_rows((300, 5), 160, 4, generator())
+    scores_TC, operand = torch.zeros(2, 160 * 64), SELECT.prepare(SelectWeights(512))
+    with pytest.raises(ValueError, match="scores_TC"):
+        SELECT.run(scores_TC[:, :64].contiguous(), rows, operand)
+    with pytest.raises(ValueError, match="scores_TC"):
+        SELECT.run(scores_TC.double(), rows, operand)
+    with pytest.raises(ValueError, match="workspace"):
+        SELECT.run(scores_TC, rows, operand, workspace=SELECT.workspace(operand, 1, 160, CPU))
+    with pytest.raises(ValueError, match=r"out\.num_T"):
+        SELECT.run(scores_TC, rows, operand, out=unset(2, 512, CPU)._replace(num_T=torch.zeros(3, dtype=torch.int32)))
+    for topk in (0, 1025):
+        with pytest.raises(ValueError, match="topk"):
+            SELECT.prepare(SelectWeights(topk))
+    with pytest.raises(ValueError, match="cannot select"):
+        plan_chunks(64 * 16385, 1024)
+
+
+def test_outputs_are_returned() -> None:
+    rows = make_rows((300, 5), 2, 4, generator())
+    out = unset(2, 128, CPU)
+    assert SELECT(torch.zeros(2, 128), rows, 128, out=out) is out
+    assert isinstance(SELECT(torch.zeros(2, 128), rows, 128), Selected)

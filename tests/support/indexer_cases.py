@@ -1,0 +1,98 @@
+"""Decode rows for the indexer's kernels: random block tables over a pool whose other memory is NaN, and hard scores."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ownpath.kernels.scores.ref import entry_rows, visible_entries
+from ownpath.kernels.scores.types import EntryPages, IndexQuery, PagedRows
+from ownpath.kernels.select.types import Selected
+
+PAGES = EntryPages()
+
+
+def make_rows(positions: Sequence[int], width: int, num_blocks: int, g: torch.Generator) -> PagedRows:
+    """Rows whose blocks are distinct, block 0 where a row needs none; position 0 pads the step."""
+    order = torch.randperm(num_blocks - 1, generator=g, device=g.device) + 1
+    blocks_TB = torch.zeros(len(positions), width, dtype=torch.int32, device=g.device)
+    taken = 0
+    for row, position in enumerate(positions):
+        count = position // 256 + 1 if position else 0
+        blocks_TB[row, :count] = order[taken : taken + count]
+        taken += count
+    return PagedRows(torch.tensor(positions, dtype=torch.int32, device=g.device), blocks_TB)
+
+
+def make_query(num_rows: int, num_heads: int, weights_dtype: torch.dtype, g: torch.Generator) -> IndexQuery:
+    """Raw queries and weights as slices of wider rows, and angles of far positions."""
+    q = torch.randn(num_rows, 3 * num_heads * 128, generator=g, device=g.device).bfloat16()
+    weights = torch.randn(num_rows, 40 + num_heads, generator=g, device=g.device).to(weights_dtype)
+    angles_TF = torch.rand(num_rows, 32, generator=g, device=g.device) * 1e5
+    q_TIH = q[:, num_heads * 128 : 2 * num_heads * 128].unflatten(1, (num_heads, 128))
+    return IndexQuery(q_TIH, weights[:, 40:], angles_TF.cos(), angles_TF.sin())
+
+
+def make_keys(rows: PagedRows, num_blocks: int, g: torch.Generator) -> torch.Tensor:
+    """A pool that holds what the rows see, and NaN everywhere else."""
+    keys = torch.full((num_blocks * 64, 128), torch.nan, device=g.device)
+    seen = entry_rows(rows.blocks_TB, 64)[visible_entries(rows, PAGES)]
+    keys[seen] = torch.randn(len(seen), 128, generator=g, device=g.device)
+    return keys.bfloat16()
+
+
+def hide_unseen(scores_TC: torch.Tensor, rows: PagedRows) -> torch.Tensor:
+    """Puts NaN where a row sees no entry."""
+    return scores_TC.masked_fill(~visible_entries(rows, PAGES), torch.nan)
+
+
+def _normal(num_rows: int, width: int, g: torch.Generator) -> torch.Tensor:
+    return torch.randn(num_rows, width, generator=g, device=g.device)
+
+
+def _ties(num_rows: int, width: int, g: torch.Generator) -> torch.Tensor:
+    return (_normal(num_rows, width, g) * 2).round() / 2
+
+
+def _zeros(num_rows: int, width: int, g: torch.Generator) -> torch.Tensor:
+    return torch.where(_normal(num_rows, width, g) < 0, -0.0, 0.0)
+
+
+def _equal(num_rows: int, width: int, g: torch.Generator) -> torch.Tensor:
+    return _normal(num_rows, 1, g).expand(-1, width).contiguous()
+
+
+def _ordered(num_rows: int, width: int, g: torch.Generator) -> torch.Tensor:
+    return _normal(num_rows, width, g).sort(1).values
+
+
+def _extreme(num_rows: int, width: int, g: torch.Generator) -> torch.Tensor:
+    """Every magnitude of both signs, subnormal numbers and the largest included."""
+    bits = torch.randint(-(2**31), 2**31, (num_rows, width), generator=g, device=g.device)
+    scores = bits.to(torch.int32).view(torch.float32)
+    return torch.where(scores.isfinite(), scores, 1.0)
+
+
+def _non_finite(num_rows: int, width: int, g: torch.Generator) -> torch.Tensor:
+    scores = _normal(num_rows, width, g)
+    scores[0::4, ::5] = torch.nan
+    scores[1::4, 2] = torch.inf
+    scores[2::4, ::3] = -torch.inf
+    scores[-1] = torch.nan
+    return scores
+
+
+SCORES: dict[str, Callable[[int, int, torch.Generator], torch.Tensor]] = {
+    "normal": _normal,
+    "ties": _ties,
+    "zeros": _zeros,
+    "equal": _equal,
+    "ordered": _ordered,
+    "extreme": _extreme,
+    "non-finite": _non_finite,
+}
+
+
+def unset(num_rows: int, topk: int, device: torch.device) -> Selected:
+    """Outputs that hold what no kernel writes."""
+    shapes = (num_rows, topk), (num_rows,), (num_rows,)
+    return Selected(*(torch.full(shape, -7, dtype=torch.int32, device=device) for shape in shapes))
