@@ -11,10 +11,10 @@ from ownpath.runners.companions import (
     SharedKeyAttention,
     SwiGLU,
 )
+from ownpath.runners.grouped import Fp8GroupedLinear, GroupedLinear, GroupedRunner
 from ownpath.runners.linear import (
     ConcatLinear,
     Fp8Linear,
-    GroupedLinear,
     Linear,
     Nvfp4Linear,
     Nvfp4LinearW4A4,
@@ -28,9 +28,11 @@ from ownpath.runners.runner import KernelRunner, Runner
 
 __all__ = [
     "ConcatLinear",
+    "Fp8GroupedLinear",
     "Fp8Linear",
     "Fp8MoE",
     "GroupedLinear",
+    "GroupedRunner",
     "HyperBoundary",
     "HyperWeights",
     "IndexQuantizer",
