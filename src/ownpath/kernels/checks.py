@@ -69,10 +69,15 @@ def require_input(x: torch.Tensor, in_features: int, operand: torch.Tensor) -> N
     """Checks that activations fit the operand: last dimension, float dtype, same device. Errors: ValueError."""
     if x.shape[-1] != in_features:
         raise ValueError(f"x has {x.shape[-1]} features, the weight takes {in_features}")
+    require_activations(x, operand.device)
+
+
+def require_activations(x: torch.Tensor, device: torch.device) -> None:
+    """Checks that activations are floating point, on the operand's device. Errors: ValueError."""
     if not x.is_floating_point():
         raise ValueError(f"x must be floating point, found {x.dtype}")
-    if x.device != operand.device:
-        raise ValueError(f"x is on {x.device}, the weight on {operand.device}")
+    if x.device != device:
+        raise ValueError(f"x is on {x.device}, the weight on {device}")
 
 
 def require_routing(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:

@@ -13,8 +13,10 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
+from ownpath.formats import BF16, FP8_BLOCK, FP32
 from ownpath.qtensor import QuantTensor
 
 
@@ -42,6 +44,31 @@ class StoredLinear:
     def shape(self) -> tuple[int, int]:
         """[N, K] of all shards."""
         return sum(shard.shape[0] for shard in self.shards), self.shards[0].shape[1]
+
+
+@dataclass(frozen=True)
+class StoredGroups:
+    """A stored matrix per group: one above the other, [G * R, I]."""
+
+    matrix: QuantTensor
+    num_groups: int
+
+    @classmethod
+    def of_plain(cls, weight_GRI: Tensor) -> "StoredGroups":
+        """Makes it of plain matrices, bfloat16 or float32."""
+        fmt = BF16 if weight_GRI.dtype == torch.bfloat16 else FP32
+        return cls(QuantTensor(weight_GRI.flatten(0, 1), None, None, fmt), len(weight_GRI))
+
+    @classmethod
+    def of_fp8(cls, weight_GRI: Tensor, scale: Tensor) -> "StoredGroups":
+        """Makes it of E4M3 matrices and the grid of scales [ceil(G * R / 128), ceil(I / 128)]."""
+        return cls(QuantTensor(weight_GRI.flatten(0, 1), scale, None, FP8_BLOCK), len(weight_GRI))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[G, R, I]."""
+        num_rows, width = self.matrix.shape
+        return self.num_groups, num_rows // self.num_groups, width
 
 
 @dataclass(frozen=True)
@@ -130,8 +157,17 @@ class LinearKernel(MatrixKernel[Operand], Protocol[Operand]):
         """Computes y in at least float32, with unrounded sums. Errors: ValueError if the kernel has no such output."""
 
 
-class GroupedKernel(MatrixKernel[Operand], Protocol[Operand]):
+class GroupedKernel(Kernel[Operand], Protocol[Operand]):
     """y[t, g] = W[g] u[t, g], where u is attention's output with its rotation undone."""
+
+    def prepare(self, stored: StoredGroups) -> Operand:
+        """See ``LinearKernel``."""
+
+    def restore(self, operand: Operand) -> tuple[QuantTensor, ...]:
+        """Reads the matrix of all groups' rows back from the operand."""
+
+    def planned_configs(self, stored: StoredGroups) -> Sequence[Config]:
+        """See ``LinearKernel``."""
 
     def variant(self, o_TNH: Tensor, operand: Operand) -> str | None:
         """See ``LinearKernel``."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ownpath.kernels.checks import require_input, require_routing
-from ownpath.kernels.contract import Config, FusedExpert, Routing, StoredExperts, StoredLinear
+from ownpath.kernels.contract import Config, FusedExpert, Routing, StoredExperts, StoredGroups, StoredLinear
 from ownpath.qtensor import QuantTensor
 
 
@@ -16,7 +16,7 @@ class Reference:
         """Returns nothing: no kernel is compiled to disk."""
         return ()
 
-    def planned_configs(self, stored: StoredLinear | StoredExperts) -> Sequence[Config]:
+    def planned_configs(self, stored: StoredLinear | StoredGroups | StoredExperts) -> Sequence[Config]:
         """Returns nothing: no kernel is compiled to disk."""
         return ()
 

@@ -22,7 +22,7 @@ from ownpath.attention.interface import (
 from ownpath.attention.rope import Rotation
 from ownpath.config import ModelConfig
 from ownpath.model.indexer import Indexer
-from ownpath.runners import GroupedLinear, KernelRunner, Linear, RMSNorm, Runner
+from ownpath.runners import GroupedRunner, KernelRunner, Linear, RMSNorm, Runner
 from ownpath.trace import Tap
 
 
@@ -57,7 +57,7 @@ class Attention:
     config: ModelConfig
     wqa_wkv: Linear
     wq_b: Linear
-    wo_a: GroupedLinear
+    wo_a: GroupedRunner
     wo_b: Linear
     q_norm: RMSNorm
     kv_norm: RMSNorm

@@ -12,10 +12,10 @@ from ownpath.runners.companions import (
     SwiGLU,
 )
 from ownpath.runners.decode import CacheEntries, IndexScorer, PagedSoftmax, TopEntries
+from ownpath.runners.grouped import Fp8GroupedLinear, GroupedLinear, GroupedRunner
 from ownpath.runners.linear import (
     ConcatLinear,
     Fp8Linear,
-    GroupedLinear,
     Linear,
     Nvfp4Linear,
     Nvfp4LinearW4A4,
@@ -30,9 +30,11 @@ from ownpath.runners.runner import KernelRunner, Runner
 __all__ = [
     "CacheEntries",
     "ConcatLinear",
+    "Fp8GroupedLinear",
     "Fp8Linear",
     "Fp8MoE",
     "GroupedLinear",
+    "GroupedRunner",
     "HyperBoundary",
     "HyperWeights",
     "IndexQuantizer",

@@ -6,9 +6,8 @@ from typing import Protocol
 import torch
 
 from ownpath.formats import BF16, FP8_BLOCK, FP32, NVFP4, Format
-from ownpath.kernels.checks import require, require_input
-from ownpath.kernels.contract import Config, GroupedKernel, LinearKernel, StoredLinear
-from ownpath.kernels.grouped.ref import grouped_linear
+from ownpath.kernels.checks import require
+from ownpath.kernels.contract import Config, LinearKernel, StoredLinear
 from ownpath.kernels.registry import KERNELS
 from ownpath.numerics import fake_quantize_fp8, nvfp4_codes_times_scales
 from ownpath.ops import OpKind
@@ -284,65 +283,3 @@ class ConcatLinear(Runner):
     def wide(self, x: torch.Tensor) -> torch.Tensor:
         """Computes y in at least float32."""
         return torch.cat([linear.wide(x) for linear in self.linears], dim=-1)
-
-
-class GroupedLinear(KernelRunner):
-    """y[..., g] = W[g] x[..., g]: ``wo_a``, one matrix per group of heads, plain floating point.
-
-    Shapes: weight bfloat16 or float32 [G*R, I], groups one after the other; y [..., G, R]. x is [..., G, I]; or, with
-        a rotation, attention's output [T, N, H], whose rotation is undone before the product.
-    Errors: ValueError for a wrong dtype or shape.
-    """
-
-    def __init__(self, weight: torch.Tensor, num_groups: int, *, kernel: KernelOrName = "ref.grouped_linear") -> None:
-        require("weight", weight, (torch.bfloat16, torch.float32), (len(weight), weight.shape[1]))
-        if len(weight) % num_groups:
-            raise ValueError(f"weight has {len(weight)} rows, not a multiple of {num_groups} groups")
-        self.spec = chosen_spec(kernel)
-        self.weight_GRI = weight.unflatten(0, (num_groups, -1))
-        self.num_groups, self.out_features, self.in_features = self.weight_GRI.shape
-        self.kernel: GroupedKernel[object] = KERNELS[self.spec.name]
-        self.operand = self.kernel.prepare(self.weight_GRI)
-        self.handle = HANDLES.new(self)
-
-    def stored(self) -> tuple[QuantTensor, ...]:
-        """Returns the operand's rows of all groups."""
-        return self.kernel.restore(self.operand)
-
-    def padding(self) -> None:
-        """Returns ``None``: the layout has no padding."""
-
-    def variant(self, o_TNH: torch.Tensor, *_: object) -> str | None:
-        """Returns the names of the variants that a call with this input launches; ``None`` without variants."""
-        return self.kernel.variant(o_TNH, self.operand)
-
-    def new_out(self, o_TNH: torch.Tensor) -> torch.Tensor:
-        """Allocates y [T, G, R]."""
-        return o_TNH.new_empty((o_TNH.shape[0], self.num_groups, self.out_features))
-
-    def run(
-        self, o_TNH: torch.Tensor, cos_TA: torch.Tensor, sin_TA: torch.Tensor, *, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Undoes the rotation and multiplies. Errors: ValueError for heads that do not fit."""
-        width = self.num_groups * self.in_features
-        if o_TNH.ndim != 3 or o_TNH.shape[1] * o_TNH.shape[2] != width:
-            raise ValueError(f"heads must be [T, N, H] with N * H = {width}, found {list(o_TNH.shape)}")
-        if o_TNH.device != self.weight_GRI.device or not o_TNH.is_floating_point():
-            require_input(o_TNH, o_TNH.shape[-1], self.weight_GRI)
-        return self.kernel.run(o_TNH, cos_TA, sin_TA, self.operand, out=out)
-
-    def __call__(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-        """Multiplies, and with a rotation undoes it first, in the planned kernel.
-
-        rotation: (cos, sin) float32 [T, A] of each row's angles.
-        """
-        if rotation is not None:
-            if torch.compiler.is_compiling():
-                y_TGR: torch.Tensor = torch.ops.ownpath.grouped_linear(x, *rotation, self.handle)
-                return y_TGR
-            return self.run(x, *rotation)
-        require_input(x, self.in_features, self.weight_GRI)
-        if x.shape[-2] != self.num_groups:
-            raise ValueError(f"x has {x.shape[-2]} groups, the weight {self.num_groups}")
-        y = grouped_linear(x.flatten(0, -3), self.weight_GRI)
-        return y.reshape(*x.shape[:-1], self.out_features)

@@ -6,7 +6,8 @@ from ownpath.config import ModelConfig
 from ownpath.kernels.contract import Config
 from ownpath.ops import OpKind
 from ownpath.plan.plan import Plan, PlannedOp
-from ownpath.runners.linear import ConcatLinear, GroupedLinear, LinearRunner, QuantizedLinear, WideLinear
+from ownpath.runners.grouped import GroupedRunner
+from ownpath.runners.linear import ConcatLinear, LinearRunner, QuantizedLinear, WideLinear
 from ownpath.runners.moe import MoeRunner
 from ownpath.runners.runner import Runner
 from ownpath.weights.operands import OperandBuffers
@@ -19,13 +20,13 @@ def make_runners(plan: Plan, operands: Iterable[OperandBuffers]) -> dict[str, Ru
     A runner whose kernel has its own layout repacks the operand's buffers in place, one expert at a time, so that two
     copies never exist.
     """
-    parts: dict[str, list[LinearRunner | WideLinear | GroupedLinear | MoeRunner]] = {}
+    parts: dict[str, list[LinearRunner | WideLinear | GroupedRunner | MoeRunner]] = {}
     for op, operand in zip(plan.ops, operands, strict=True):
         parts.setdefault(op.spec.slot, []).append(make_runner(op, operand, plan.config))
     return {slot: found[0] if len(found) == 1 else _side_by_side(found) for slot, found in parts.items()}
 
 
-def _side_by_side(found: list[LinearRunner | WideLinear | GroupedLinear | MoeRunner]) -> ConcatLinear:
+def _side_by_side(found: list[LinearRunner | WideLinear | GroupedRunner | MoeRunner]) -> ConcatLinear:
     linears = [part for part in found if isinstance(part, LinearRunner | WideLinear)]
     assert len(linears) == len(found), "only linears share a slot"
     return ConcatLinear(linears)
@@ -33,13 +34,13 @@ def _side_by_side(found: list[LinearRunner | WideLinear | GroupedLinear | MoeRun
 
 def make_runner(
     op: PlannedOp, operand: OperandBuffers, config: ModelConfig
-) -> LinearRunner | WideLinear | GroupedLinear | MoeRunner:
+) -> LinearRunner | WideLinear | GroupedRunner | MoeRunner:
     """Makes the planned runner of one op."""
     spec = op.choice.kernel
     if op.spec.kind is OpKind.MOE:
         return MoeRunner(spec, stored_experts(op, operand, config.swiglu_limit))
     if op.spec.kind is OpKind.GROUPED:
-        return GroupedLinear(stored_groups(op, operand), config.o_groups, kernel=spec)
+        return GroupedRunner(spec, stored_groups(op, operand, config.o_groups))
     linear = (QuantizedLinear if spec.official else LinearRunner)(spec, stored_linear(op, operand))
     return WideLinear(linear) if op.spec.is_wide else linear
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
         SharedKeyAttention,
         SwiGLU,
     )
-    from ownpath.runners.linear import GroupedLinear, LinearRunner
+    from ownpath.runners.grouped import GroupedRunner
+    from ownpath.runners.linear import LinearRunner
     from ownpath.runners.moe import MoeRunner
 
 Returned = TypeVar("Returned")
@@ -73,7 +74,7 @@ def experts(
     return runner.run(x, topk_ids, topk_weights, num_shared=num_shared, expert_map=expert_map)
 
 
-def grouped_linear(o: Tensor, cos: Tensor, sin: Tensor, runner: "GroupedLinear") -> Tensor:
+def grouped_linear(o: Tensor, cos: Tensor, sin: Tensor, runner: "GroupedRunner") -> Tensor:
     """Computes y [T, G, R]."""
     return runner.run(o, cos, sin)
 
@@ -130,7 +131,7 @@ def _fake_experts(
     return x.new_empty(x.shape)
 
 
-def _fake_grouped(o: Tensor, cos: Tensor, sin: Tensor, runner: "GroupedLinear") -> Tensor:
+def _fake_grouped(o: Tensor, cos: Tensor, sin: Tensor, runner: "GroupedRunner") -> Tensor:
     return runner.new_out(o)
 
 

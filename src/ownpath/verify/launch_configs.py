@@ -10,7 +10,7 @@ from ownpath.kernels.registry import KERNELS
 from ownpath.ops import OpKind
 from ownpath.plan.plan import Plan, PlannedOp
 from ownpath.weights.operands import make_operand
-from ownpath.weights.stored import stored_linear, unconverted_experts
+from ownpath.weights.stored import stored_groups, stored_linear, unconverted_experts
 
 _META = torch.device("meta")
 
@@ -22,7 +22,7 @@ def configs_of(plan: Plan, index: CheckpointIndex) -> dict[str, list[Config]]:
     for op in plan.ops:
         name = op.choice.kernel.name
         shape = (name, tuple(module.shape for module in op.spec.modules))
-        if shape in seen or op.spec.kind is OpKind.GROUPED:
+        if shape in seen:
             continue
         seen.add(shape)
         configs = _configs(op, plan, index)
@@ -38,6 +38,9 @@ def _configs(op: PlannedOp, plan: Plan, index: CheckpointIndex) -> Sequence[Conf
     if op.spec.kind is OpKind.MOE:
         configs: Sequence[Config] = kernel.planned_configs(unconverted_experts(op, operand, plan.config.swiglu_limit))
         return configs
+    if op.spec.kind is OpKind.GROUPED:
+        groups: Sequence[Config] = kernel.planned_configs(stored_groups(op, operand, plan.config.o_groups))
+        return groups
     planned: Sequence[Config] = kernel.planned_configs(stored_linear(op, operand))
     return planned
 

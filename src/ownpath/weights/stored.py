@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 
 from ownpath.checkpoint.errors import CheckpointError
-from ownpath.formats import FP8_BLOCK, MXFP4, MXFP8, NVFP4
-from ownpath.kernels.contract import StoredExperts, StoredLinear
+from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, MXFP8, NVFP4
+from ownpath.kernels.contract import StoredExperts, StoredGroups, StoredLinear
 from ownpath.numerics import ScaleSpanError, dequantize, mxfp4_scale_as_nvfp4
 from ownpath.plan.plan import PlannedOp
 from ownpath.qtensor import QuantTensor
@@ -103,15 +103,19 @@ def _hint(name: str) -> str:
     return f"`--reference {name}` has torch compute it from the scales as they are"
 
 
-def stored_groups(op: PlannedOp, operand: OperandBuffers) -> torch.Tensor:
-    """Returns ``wo_a`` in plain floating point: BF16 where that is exact (power-of-two scales), else float32.
+def stored_groups(op: PlannedOp, operand: OperandBuffers, num_groups: int) -> StoredGroups:
+    """Returns ``wo_a`` as stored; or, for a kernel that takes decoded weights, in plain floating point.
 
-    A kernel that takes only BF16 gets BF16, the activations' dtype, to which other kernels round the weight too.
+    That is BF16 where it is exact (power-of-two scales), else float32. A kernel that takes only BF16 gets BF16, the
+    activations' dtype, to which other kernels round the weight too.
     """
     (weight,) = operand.buffers["weight"]
+    scale = operand.buffers["scale"][0] if "scale" in operand.buffers else None
+    matrix = QuantTensor(weight, scale, None, op.encoding.format)
     if op.choice.kernel.layout != "dequantized":
-        return weight
-    (scale,) = operand.buffers["scale"]
+        return StoredGroups(matrix, num_groups)
+    assert scale is not None
     is_narrow = scale.dtype == torch.float8_e8m0fnu or op.choice.kernel.activations == ("bfloat16",)
-    dtype = torch.bfloat16 if is_narrow else torch.float32
-    return dequantize(QuantTensor(weight, scale, None, op.encoding.format), dtype)
+    fmt = BF16 if is_narrow else FP32
+    decoded = dequantize(matrix, torch.bfloat16 if is_narrow else torch.float32)
+    return StoredGroups(QuantTensor(decoded, None, None, fmt), num_groups)

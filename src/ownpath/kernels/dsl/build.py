@@ -13,9 +13,10 @@ from ownpath.kernels.attend.config_sm90 import AttendCombineConfig, AttendConfig
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.cache import ARCH, COMPILER, store
 from ownpath.kernels.fp8.config import QuantizeConfig, W8A8Config, W8A16Config
+from ownpath.kernels.grouped.config import GroupedFp8Config
 from ownpath.kernels.nvfp4.config import COPY_THREADS, AlignConfig, CombineConfig, GemmConfig, PermuteConfig
 
-FP8 = (W8A16Config, W8A8Config, QuantizeConfig)
+FP8 = (W8A16Config, W8A8Config, QuantizeConfig, GroupedFp8Config)
 ATTEND = (AttendConfig, AttendCombineConfig)
 CONFIGS = {cls.__name__: cls for cls in (GemmConfig, AlignConfig, PermuteConfig, CombineConfig, *FP8, *ATTEND)}
 
@@ -41,7 +42,10 @@ def compiled(config: Config) -> tuple[Any, int, int]:
 def compiled_fp8(config: W8A16Config | W8A8Config | QuantizeConfig) -> Any:
     """Returns the DSL's compiled function of an FP8 kernel."""
     from ownpath.kernels.fp8 import quantize_sm90, w8a8_sm90, w8a16_sm90
+    from ownpath.kernels.grouped import fp8_sm90
 
+    if isinstance(config, GroupedFp8Config):
+        return fp8_sm90.compile_grouped(config)
     if isinstance(config, W8A16Config):
         return w8a16_sm90.compile_w8a16(config)
     if isinstance(config, W8A8Config):

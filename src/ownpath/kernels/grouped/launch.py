@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ownpath.formats import BF16
 from ownpath.kernels.checks import check, check_rank
-from ownpath.kernels.contract import Config
+from ownpath.kernels.contract import Config, StoredGroups
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
 from ownpath.kernels.empty import EmptyOutput
@@ -167,9 +167,9 @@ class GroupedLinearKernel:
     def __init__(self, is_batch_invariant: bool) -> None:
         self.is_batch_invariant = is_batch_invariant
 
-    def prepare(self, weight_GRI: torch.Tensor) -> GroupedOperand:
-        """Makes the operand of a bfloat16 weight [G, R, I]. The first call raises for a weight that does not fit."""
-        return GroupedOperand(weight_GRI)
+    def prepare(self, stored: StoredGroups) -> GroupedOperand:
+        """Makes the operand of bfloat16 matrices. The first call raises for a weight that does not fit."""
+        return GroupedOperand(stored.matrix.qdata.unflatten(0, (stored.num_groups, -1)))
 
     def restore(self, operand: GroupedOperand) -> tuple[QuantTensor, ...]:
         """Returns the rows of all groups."""
@@ -177,6 +177,10 @@ class GroupedLinearKernel:
 
     def configs(self, operand: GroupedOperand) -> Sequence[Config]:
         """Returns nothing: Triton compiles at the first call."""
+        return ()
+
+    def planned_configs(self, stored: StoredGroups) -> Sequence[Config]:
+        """Returns nothing, as ``configs``."""
         return ()
 
     def variant(self, o_TNH: torch.Tensor, operand: GroupedOperand) -> str:
@@ -260,7 +264,7 @@ class GroupedLinearKernel:
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Computes ``run`` with the signature of the twin."""
-        return self.run(o_TNH, cos_TA, sin_TA, self.prepare(weight_GRI), out=out)
+        return self.run(o_TNH, cos_TA, sin_TA, GroupedOperand(weight_GRI), out=out)
 
 
 def _first_launch(tensors: tuple[torch.Tensor, ...], tiles: GroupedTiles) -> TritonCall | None:

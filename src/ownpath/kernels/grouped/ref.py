@@ -7,8 +7,10 @@ per group, R outputs per group.
 import torch
 
 from ownpath.formats import BF16, FP32
+from ownpath.kernels.contract import StoredGroups
 from ownpath.kernels.mixture import sum_dtype
 from ownpath.kernels.reference import Reference
+from ownpath.numerics import decode_fp8_block
 from ownpath.qtensor import QuantTensor
 
 
@@ -44,12 +46,31 @@ def rope_grouped_linear(
     return y_TGR if out is None else out.copy_(y_TGR)
 
 
+def rope_grouped_linear_fp8(
+    o_TNH: torch.Tensor,
+    cos_TA: torch.Tensor,
+    sin_TA: torch.Tensor,
+    weight_GRI: torch.Tensor,
+    scale: torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Computes ``rope_grouped_linear`` for E4M3 matrices with a scale per 128 x 128, decoded in the dtype of sums.
+
+    scale: E8M0 or float32 [ceil(G * R / 128), ceil(I / 128)].
+    """
+    dtype = sum_dtype(o_TNH)
+    u_TGI = rope_inverse(o_TNH, cos_TA, sin_TA).flatten(1).unflatten(-1, (len(weight_GRI), -1))
+    decoded = decode_fp8_block(weight_GRI.flatten(0, 1), scale, dtype).unflatten(0, weight_GRI.shape[:2])
+    y_TGR = grouped_linear(u_TGI.to(dtype), decoded).to(o_TNH.dtype)
+    return y_TGR if out is None else out.copy_(y_TGR)
+
+
 class GroupedLinearReference(Reference):
     """``rope_grouped_linear`` as a kernel. The operand is the weight, bfloat16 or float32 [G, R, I]."""
 
-    def prepare(self, weight_GRI: torch.Tensor) -> torch.Tensor:
-        """Returns the weight unchanged."""
-        return weight_GRI
+    def prepare(self, stored: StoredGroups) -> torch.Tensor:
+        """Returns the matrices unchanged."""
+        return stored.matrix.qdata.unflatten(0, (stored.num_groups, -1))
 
     def restore(self, operand: torch.Tensor) -> tuple[QuantTensor, ...]:
         """Returns the rows of all groups."""

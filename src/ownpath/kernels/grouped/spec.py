@@ -29,6 +29,28 @@ _INVARIANT = replace(
     entry="grouped.launch:GROUPED_LINEAR_INVARIANT",
     is_batch_invariant=True,
 )
+_FP8 = KernelSpec(
+    "cute.grouped_linear_fp8_sm90",
+    OpKind.GROUPED,
+    (FP8_BLOCK,),
+    "Fp8GroupedLinear",
+    "blocks_64x128",
+    "W8A16 as stored: exact decode, float32 sums, scale per 128 x 128; inverse rotation in shared memory, one launch",
+    "grouped.fp8_launch:GROUPED_FP8",
+    min_sm=90,
+    end_sm=100,
+    dim_multiple=128,
+    activations=("bfloat16",),
+    launches=(r"groupedfp8_sm90",),
+    evidence=Evidence("grouped.ref:rope_grouped_linear_fp8", "tests/gpu/test_small_ops.py", "python bench/small_ops.py"),
+)
+_FP8_INVARIANT = replace(
+    _FP8,
+    name="cute.grouped_linear_fp8_sm90_invariant",
+    why="as cute.grouped_linear_fp8_sm90, with one order of sums for every number of tokens",
+    entry="grouped.fp8_launch:GROUPED_FP8_INVARIANT",
+    is_batch_invariant=True,
+)
 _REFERENCE = KernelSpec(
     "ref.grouped_linear",
     OpKind.GROUPED,
@@ -48,6 +70,8 @@ def _decoding_spec(kernel: KernelSpec, why: str) -> KernelSpec:
 
 
 SPECS = (
+    _FP8,
+    _FP8_INVARIANT,
     _FAST,
     _decoding_spec(
         _FAST,
