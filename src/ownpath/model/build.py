@@ -29,17 +29,17 @@ from ownpath.runners import (
     HyperBoundary,
     HyperWeights,
     IndexQuantizer,
-    IndexScorer,
+    IndexScores,
     KeyQuantizer,
     Linear,
     PagedSoftmax,
     RMSNorm,
     Router,
     Runner,
+    Select,
     SharedKeyAttention,
     SwiGLU,
     SwigluMlp,
-    TopEntries,
 )
 from ownpath.runners.runner import KernelOrName
 from ownpath.trace import Ledger, Tap
@@ -198,8 +198,8 @@ class Builder:
             layer.ratio,
             write=watch("entries", CacheEntries, EntriesWeights(norm, main, index)),
             attend=watch("attend", PagedSoftmax, weights),
-            score=watch("scores", IndexScorer) if is_csa else None,
-            select=watch("select", TopEntries, config.index_topk) if is_csa else None,
+            score=watch("scores", IndexScores) if is_csa else None,
+            select=watch("select", Select, config.index_topk) if is_csa else None,
         )
 
     def _compressor_weights(self, name: str, ratio: int) -> CompressorWeights:

@@ -11,7 +11,7 @@ from ownpath.runners.companions import (
     SharedKeyAttention,
     SwiGLU,
 )
-from ownpath.runners.decode import CacheEntries, IndexScorer, PagedSoftmax, TopEntries
+from ownpath.runners.decode import CacheEntries, IndexScores, PagedSoftmax, Select
 from ownpath.runners.grouped import Fp8GroupedLinear, GroupedLinear, GroupedRunner
 from ownpath.runners.linear import (
     ConcatLinear,
@@ -38,7 +38,7 @@ __all__ = [
     "HyperBoundary",
     "HyperWeights",
     "IndexQuantizer",
-    "IndexScorer",
+    "IndexScores",
     "KernelRunner",
     "KeyQuantizer",
     "Linear",
@@ -54,9 +54,9 @@ __all__ = [
     "RMSNorm",
     "Router",
     "Runner",
+    "Select",
     "SharedKeyAttention",
     "SwiGLU",
     "SwigluMlp",
-    "TopEntries",
     "WideLinear",
 ]

@@ -31,7 +31,7 @@ class CacheEntries(KernelRunner):
         self.kernel.run(raw, angles, rows, pools, self.operand)
 
 
-class IndexScorer(KernelRunner):
+class IndexScores(KernelRunner):
     """Scores the entries that each row sees by the lightning indexer: float32 [T, C]."""
 
     def __init__(self, *, kernel: KernelOrName = "ref.index_scores") -> None:
@@ -48,7 +48,7 @@ class IndexScorer(KernelRunner):
         return self.kernel.run(query, keys, rows, self.operand)
 
 
-class TopEntries(KernelRunner):
+class Select(KernelRunner):
     """Selects each row's best-scored entries: their rows in the pool, ascending, and their number."""
 
     def __init__(self, topk: int, *, kernel: KernelOrName = "ref.select") -> None:

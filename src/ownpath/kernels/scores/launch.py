@@ -207,7 +207,7 @@ def check_query(query: IndexQuery, rows: PagedRows) -> None:
     check_alignment("q_TIH", q)
     if weights.dtype not in (torch.bfloat16, torch.float32) or weights.shape != (num_rows, num_heads):
         raise ValueError(f"weights_TI must be bfloat16 or float32 {[num_rows, num_heads]}, found {list(weights.shape)}")
-    if weights.device != q.device or weights.stride(1) != 1 and num_heads > 1:
+    if weights.device != q.device or (weights.stride(1) != 1 and num_heads > 1):
         raise ValueError(f"weights_TI must have dense rows on {q.device}, found strides {weights.stride()}")
     check_alignment("weights_TI", weights)
     check("cos_TF", cos, (torch.float32,), (num_rows, ROTARY_DIM // 2), q.device)
