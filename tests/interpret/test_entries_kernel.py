@@ -42,7 +42,7 @@ def test_every_residue(residue: int) -> None:
 
 
 def test_parts_of_several_slices() -> None:
-    """Where a step has many rows, fewer programs share an entry, and each has several slices of it."""
+    """Fewer programs share an entry of a step with many rows, and each has several slices of it."""
     case = next(case for case in CASES if case.tiny and case.label == "hca")
     step = draw_step(case, 17, CPU, positions=[127, 383, *range(15)])
     written = step.copy()

@@ -43,7 +43,7 @@ Arguments = tuple[RawRows, EntryAngles, DecodeRows, LayerPools, EntriesWeights]
 
 
 class CompressorPools(NamedTuple):
-    """What a step gives to one compressor, and what it has."""
+    """One compressor: a step's raw rows for it, and its pools."""
 
     name: str
     weights: CompressorWeights
@@ -89,12 +89,18 @@ class WritingStep:
 
     def copy(self) -> "WritingStep":
         """Returns the same step on a copy of the pools."""
-        return replace(self, pools=LayerPools(*(None if one is None else one.clone() for one in self.pools)))
+        window, *others = self.pools
+        return replace(
+            self, pools=LayerPools(window.clone(), *(None if one is None else one.clone() for one in others))
+        )
 
     def first(self, count: int) -> "WritingStep":
         """Returns the step of the first rows alone, on a copy of the pools."""
-        raw = RawRows(*(None if one is None else one[:count] for one in self.raw))
-        angles = EntryAngles(*(None if one is None else one[:count] for one in self.angles))
+        kv_TH, *raw_rows = self.raw
+        raw = RawRows(kv_TH[:count], *(None if one is None else one[:count] for one in raw_rows))
+        cos_TF, sin_TF, *others = self.angles
+        first = (None if one is None else one[:count] for one in others)
+        angles = EntryAngles(cos_TF[:count], sin_TF[:count], *first)
         return replace(self.copy(), raw=raw, angles=angles, rows=DecodeRows(*(one[:count] for one in self.rows)))
 
 
@@ -271,8 +277,7 @@ def _entry_inputs(
         start = head_dim if is_own_window and weights.num_windows > 1 else 0
         score = row[width:].double() + weights.ape_LP[position % weights.ratio].double()
         found.append((row[start : start + head_dim].double(), score[start : start + head_dim]))
-    kv, score = zip(*found, strict=True)
-    return torch.stack(kv), torch.stack(score)
+    return torch.stack([kv for kv, _ in found]), torch.stack([score for _, score in found])
 
 
 def exact_key(x_TH: Exact, norm: NormWeights, angles: tuple[Tensor, Tensor]) -> Exact:
