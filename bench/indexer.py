@@ -18,7 +18,7 @@ from small_ops import COLD_BYTES, READ_CEILING_GBPS, machine, replay_us
 
 from ownpath.conformance.indexer import judge_scores, judge_selected
 from ownpath.kernels.registry import KERNELS
-from ownpath.kernels.scores.types import EntryPages, IndexQuery, PagedRows
+from ownpath.kernels.scores.types import CSA_PAGES, IndexQuery, PagedRows
 from ownpath.kernels.select.types import SelectWeights
 
 SCORES, SELECT = "triton.index_scores", "triton.select"
@@ -59,8 +59,8 @@ class Pool:
 
 def scores_calls(pool: Pool, num_rows: int, context: int, num_heads: int) -> list[Callable[[], object]]:
     """Returns calls on different blocks, of which the first is checked. Errors: AssertionError."""
-    kernel, pages = KERNELS[SCORES], EntryPages()
-    operand, calls = kernel.prepare(pages), []
+    kernel = KERNELS[SCORES]
+    operand, calls = kernel.prepare(CSA_PAGES), []
     for number in range(num_sets(64 * num_rows * context)):
         query, rows = pool.query(num_rows, num_heads), pool.rows(num_rows, context)
         out = torch.full((num_rows, context // 4), torch.nan, device="cuda")

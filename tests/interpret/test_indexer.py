@@ -41,7 +41,9 @@ def test_scores_do_not_depend_on_the_grid_or_the_neighbours(monkeypatch: pytest.
     whole = SCORE(query, keys, rows)
     monkeypatch.setattr(scores_launch, "NUM_PROGRAMS", 2)
     strided = SCORE(query, keys, rows)
-    alone = SCORE(IndexQuery(*(part[1:].clone() for part in query)), keys, PagedRows(*(part[1:].clone() for part in rows)))
+    alone = SCORE(
+        IndexQuery(*(part[1:].clone() for part in query)), keys, PagedRows(*(part[1:].clone() for part in rows))
+    )
     visible_TC = visible_entries(rows, PAGES)
     assert torch.equal(whole[visible_TC], strided[visible_TC])
     assert torch.equal(whole[1, visible_TC[1]], alone[0, visible_TC[1]])

@@ -5,10 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ownpath.kernels.scores.ref import entry_rows, visible_entries
-from ownpath.kernels.scores.types import EntryPages, IndexQuery, PagedRows
+from ownpath.kernels.scores.types import CSA_PAGES as PAGES
+from ownpath.kernels.scores.types import IndexQuery, PagedRows
 from ownpath.kernels.select.types import Selected
-
-PAGES = EntryPages()
 
 
 def make_rows(positions: Sequence[int], width: int, num_blocks: int, g: torch.Generator) -> PagedRows:

@@ -7,7 +7,7 @@ import torch
 
 from ownpath.conformance.bounds import FLOAT32_ROUND, Exact, assert_allowed, sum_rounding
 from ownpath.kernels.scores.ref import entry_rows, index_scores, visible_entries
-from ownpath.kernels.scores.types import EntryPages, IndexQuery, PagedRows
+from ownpath.kernels.scores.types import CSA_PAGES, EntryPages, IndexQuery, PagedRows
 from ownpath.kernels.select.ref import select
 from ownpath.kernels.select.types import Selected
 from ownpath.numerics import rotate_pairs
@@ -16,7 +16,7 @@ WEIGHT_ROUNDINGS = 4
 """Of a head's share: the scale's, the scaled weight's, the product's, and one to spare."""
 
 
-def exact_scores(query: IndexQuery, keys: torch.Tensor, rows: PagedRows, pages: EntryPages = EntryPages()) -> Exact:
+def exact_scores(query: IndexQuery, keys: torch.Tensor, rows: PagedRows, pages: EntryPages = CSA_PAGES) -> Exact:
     """Computes scores [T, C] in float64 from the queries that the kernel must use, rounded once, and bounds the error.
 
     A head's product has the error of a float32 sum of 128 products, which relu does not increase. The sum over heads
@@ -34,7 +34,7 @@ def exact_scores(query: IndexQuery, keys: torch.Tensor, rows: PagedRows, pages: 
 
 
 def judge_scores(
-    found_TC: torch.Tensor, query: IndexQuery, keys: torch.Tensor, rows: PagedRows, pages: EntryPages = EntryPages()
+    found_TC: torch.Tensor, query: IndexQuery, keys: torch.Tensor, rows: PagedRows, pages: EntryPages = CSA_PAGES
 ) -> None:
     """Judges the scores of the entries that each row sees. Errors: AssertionError."""
     visible_TC, exact = visible_entries(rows, pages), exact_scores(query, keys, rows, pages)
@@ -43,7 +43,7 @@ def judge_scores(
 
 
 def judge_selected(
-    found: Selected, scores_TC: torch.Tensor, rows: PagedRows, topk: int, pages: EntryPages = EntryPages()
+    found: Selected, scores_TC: torch.Tensor, rows: PagedRows, topk: int, pages: EntryPages = CSA_PAGES
 ) -> None:
     """Judges a selection: it is exact. Errors: AssertionError that names the field and the row."""
     for name, part, wanted in zip(Selected._fields, found, select(scores_TC, rows, topk, pages), strict=True):

@@ -23,7 +23,7 @@ from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
 from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.launch_cache import LaunchCache
-from ownpath.kernels.scores.types import INDEX_DIM, ROTARY_DIM, EntryPages, IndexQuery, PagedRows
+from ownpath.kernels.scores.types import CSA_PAGES, INDEX_DIM, ROTARY_DIM, EntryPages, IndexQuery, PagedRows
 from ownpath.kernels.variants import variant_name
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -80,9 +80,7 @@ def index_scores_kernel(
     visible = tl.minimum((tl.load(positions_ptr + t) + 1) // RATIO, table_blocks * ROWS)
     block = tl.load(table + first)
     if first * ROWS < visible:
-        q = _rotated_queries(
-            q_ptr + t * q_pitch, cos_ptr + t * HALF, sin_ptr + t * HALF, num_heads, I_PAD, DIM, HALF
-        )
+        q = _rotated_queries(q_ptr + t * q_pitch, cos_ptr + t * HALF, sin_ptr + t * HALF, num_heads, I_PAD, DIM, HALF)
         q_across = tl.trans(q)
         i, r = tl.arange(0, I_PAD), tl.arange(0, ROWS)
         weights = tl.load(weights_ptr + t * weights_pitch + i, mask=i < num_heads, other=0.0).to(tl.float32) * scale
@@ -170,7 +168,7 @@ class TritonIndexScores:
         query: IndexQuery,
         keys: torch.Tensor,
         rows: PagedRows,
-        pages: EntryPages = EntryPages(),
+        pages: EntryPages = CSA_PAGES,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Computes ``run`` with the signature of the twin."""

@@ -6,7 +6,7 @@ Legend: T rows, I index heads, H index head dim, B blocks of a table, C = B * pe
 import torch
 
 from ownpath.kernels.reference import Reference, filled
-from ownpath.kernels.scores.types import EntryPages, IndexQuery, PagedRows
+from ownpath.kernels.scores.types import CSA_PAGES, EntryPages, IndexQuery, PagedRows
 from ownpath.numerics import rotate_pairs, wide_dtype
 
 
@@ -25,7 +25,7 @@ def index_scores(
     query: IndexQuery,
     keys: torch.Tensor,
     rows: PagedRows,
-    pages: EntryPages = EntryPages(),
+    pages: EntryPages = CSA_PAGES,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Computes scores [T, C]; 0 for entries that a row does not see.
@@ -71,7 +71,7 @@ class IndexScoresReference(Reference):
         query: IndexQuery,
         keys: torch.Tensor,
         rows: PagedRows,
-        pages: EntryPages = EntryPages(),
+        pages: EntryPages = CSA_PAGES,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Computes scores [T, C]."""

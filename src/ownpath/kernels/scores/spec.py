@@ -10,7 +10,7 @@ SPECS = (
         (),
         "IndexScores",
         "paged_bf16",
-        "queries rotated once a program; 64 keys by all heads on tensor cores, clamped, weighted and summed in registers",
+        "queries rotated once a program; 64 keys by all heads on tensor cores, weighted sums in registers",
         "scores.launch:INDEX_SCORES",
         min_sm=90,
         activations=("bfloat16",),

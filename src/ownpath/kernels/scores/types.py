@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from ownpath.kernels.contract import Config, Kernel, Operand
+from ownpath.kernels.contract import Kernel, Operand
 
 INDEX_DIM, ROTARY_DIM = 128, 64
 """Channels of an index key, and how many of them, at the end, are rotated."""
@@ -31,8 +31,11 @@ class EntryPages(NamedTuple):
     sees the entries below (p + 1) // ratio.
     """
 
-    per_block: int = 64
-    ratio: int = 4
+    per_block: int
+    ratio: int
+
+
+CSA_PAGES = EntryPages(per_block=64, ratio=4)
 
 
 class IndexQuery(NamedTuple):
@@ -70,6 +73,3 @@ class IndexScoresKernel(Kernel[Operand], Protocol[Operand]):
 
         What follows a row's visible entries is undefined. Errors: ValueError naming the operand.
         """
-
-
-__all__ = ["Config", "EntryPages", "IndexQuery", "IndexScoresKernel", "PagedRows"]

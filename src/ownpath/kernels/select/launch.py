@@ -6,8 +6,8 @@ ends the search; usually after 10 to 12 passes. One prefix sum then gives each s
 threshold, and of its equals the first ones. A long row is cut into chunks, one program each; the program that finishes
 last selects among the chunks' best, which lie in the order of the entries, so that ties are decided as in one piece.
 
-Roofline. 4 bytes a score; at decode sizes the time is the latency of the passes. Limits. K up to 1024, tables of at most
-1,048,576 tokens; one row per request. The result is exact, so a row's bits depend on nothing else.
+Roofline. 4 bytes a score; at decode sizes the time is the latency of the passes. Limits. K up to 1024, tables of at
+most 1,048,576 tokens; one row per request. The result is exact, so a row's bits depend on nothing else.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,8 @@ from ownpath.kernels.dsl.triton import TritonCall, launch
 from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.scores.launch import check_rows
-from ownpath.kernels.scores.types import EntryPages, PagedRows
+from ownpath.kernels.scores.types import CSA_PAGES, EntryPages, PagedRows
+from ownpath.kernels.select.search import pool_rows, select_kept, select_large, select_small
 from ownpath.kernels.select.types import Selected, SelectWeights
 from ownpath.kernels.variants import variant_name
 
@@ -35,133 +36,6 @@ MAX_TOPK = 1024
 LEAST_SIZE, SMALL_SIZE = 128, 2048
 CHUNKS = (4096, 8192, 16384)
 """Scores of a chunk, and the most that the last program of a row selects among. Counts of two pivots share 32 bits."""
-ABSENT = tl.constexpr(-(2**31))
-"""The key of what is not there, below all others."""
-LARGEST = tl.constexpr(2**31 - 1)
-BEST_INFINITE, LEAST_INFINITE = tl.constexpr(0x7F800000), tl.constexpr(-(0x7F800000) - 1)
-"""The keys of infinity and of minus infinity."""
-
-
-@triton.jit
-def _ordered_keys(scores, is_there):
-    """Converts scores to integers of the same order. -0 becomes +0, NaN minus infinity."""
-    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
-    keys = tl.where(bits < 0, bits ^ LARGEST, bits)
-    keys = tl.where(scores != scores, LEAST_INFINITE, keys)
-    return tl.where(is_there, keys, ABSENT)
-
-
-@triton.jit
-def _threshold(keys, least, best, num, K: tl.constexpr):
-    """Searches the K-th best of ``num`` keys between the least and the best.
-
-    Returns the threshold and how many keys equal to it are selected, at most. The latter may exceed their number. All
-    keys are above the threshold where there are no more than K.
-    """
-    low, high = tl.where(num > K, least, ABSENT), tl.where(num > K, best, ABSENT)
-    above = tl.where(num > K, 0, K)  # keys above ``high``
-    while low < high:
-        width = (high - low).to(tl.uint32, bitcast=True)  # the difference of two int32 may need 32 bits
-        step = tl.maximum((width >> 2) + (width >> 4) + (width >> 5), 1).to(tl.int32, bitcast=True)
-        first = low + step
-        second = tl.maximum(high - step, low + 1)
-        counts = tl.sum((keys >= first).to(tl.int32) + ((keys >= second).to(tl.int32) << 16), axis=0)
-        of_first, of_second = counts & 0xFFFF, counts >> 16
-        # From here on, ``low`` has at least K keys at or above it, and ``high`` fewer than K above it.
-        between = (of_first >= K) & (of_second < K)
-        below = of_first < K
-        found = (of_first == K) | (of_second == K)
-        low = tl.where(of_second >= K, second, tl.where(between, first, low))
-        high = tl.where(found, low, tl.where(below, first - 1, tl.where(between, second - 1, high)))
-        above = tl.where(found, above, tl.where(below, of_first, tl.where(between, of_second, above)))
-    return low, K - above
-
-
-@triton.jit
-def _places(keys, threshold, room, before):
-    """Returns which keys are selected, and the place of each among them: all above the threshold, the first equals.
-
-    before: counts of the keys that precede these, above the threshold and, shifted by 16 bits, equal to it.
-    """
-    is_above, is_equal = keys > threshold, keys == threshold
-    ones = is_above.to(tl.int32) + (is_equal.to(tl.int32) << 16)
-    before += tl.cumsum(ones, axis=0) - ones
-    equals_before = before >> 16
-    chosen = is_above | (is_equal & (equals_before < room))
-    return chosen, (before & 0xFFFF) + tl.minimum(equals_before, room)
-
-
-@triton.jit
-def _count(keys, threshold):
-    """Counts keys above the threshold and, shifted by 16 bits, equal to it."""
-    return tl.sum((keys > threshold).to(tl.int32) + ((keys == threshold).to(tl.int32) << 16), axis=0)
-
-
-@triton.jit
-def _pool_rows(table_ptr, entry, is_there, ROWS: tl.constexpr):
-    """Looks up the pool's rows of entries."""
-    return tl.load(table_ptr + entry // ROWS, mask=is_there, other=0) * ROWS + entry % ROWS
-
-
-@triton.jit
-def _search(keys, is_there, num, K: tl.constexpr):
-    """Returns what ``_threshold`` does, and 1 if a key is that of a number that is not finite."""
-    least, best = tl.min(tl.where(is_there, keys, LARGEST), axis=0), tl.max(keys, axis=0)
-    threshold, room = _threshold(keys, least, best, num, K)
-    return threshold, room, ((num > 0) & ((least <= LEAST_INFINITE) | (best >= BEST_INFINITE))).to(tl.int32)
-
-
-@triton.jit
-def _select_small(scores, rows, rows_ptr, keys_ptr, num, K: tl.constexpr, SIZE: tl.constexpr, KEEPS: tl.constexpr):
-    """Selects among the first ``num`` scores, whose rows of the pool are known. Returns the flag of ``_search``."""
-    is_there = tl.arange(0, SIZE) < num
-    keys = _ordered_keys(scores, is_there)
-    threshold, room, flag = _search(keys, is_there, num, K)
-    chosen, places = _places(keys, threshold, room, 0)
-    tl.store(rows_ptr + places, rows, mask=chosen)
-    if KEEPS:
-        tl.store(keys_ptr + places, keys, mask=chosen)
-    return flag
-
-
-@triton.jit
-def _select_large(
-    scores_ptr, table_ptr, rows_ptr, keys_ptr, start, num,
-    K: tl.constexpr, SIZE: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr, KEEPS: tl.constexpr,
-):  # fmt: skip
-    """Selects among the scores of entries [start, start + num). Returns the flag of ``_search``.
-
-    Places are computed in pieces, so that registers suffice.
-    """
-    i = tl.arange(0, SIZE)
-    keys = _ordered_keys(tl.load(scores_ptr + start + i, mask=i < num, other=0.0), i < num)
-    threshold, room, flag = _search(keys, i < num, num, K)
-    before = 0
-    for offset in range(0, num, PIECE):
-        p = offset + tl.arange(0, PIECE)
-        part = _ordered_keys(tl.load(scores_ptr + start + p, mask=p < num, other=0.0), p < num)
-        chosen, places = _places(part, threshold, room, before)
-        tl.store(rows_ptr + places, _pool_rows(table_ptr, start + p, chosen, ROWS), mask=chosen)
-        if KEEPS:
-            tl.store(keys_ptr + places, part, mask=chosen)
-        before += _count(part, threshold)
-    return flag
-
-
-@triton.jit
-def _select_kept(keys_ptr, kept_rows_ptr, rows_ptr, num, K: tl.constexpr, SIZE: tl.constexpr, PIECE: tl.constexpr):
-    """Selects among what the chunks of a row have kept, in the order of the entries."""
-    i = tl.arange(0, SIZE)
-    keys = tl.load(keys_ptr + i, mask=i < num, other=ABSENT, cache_modifier=".cg")
-    threshold, room, _ = _search(keys, i < num, num, K)
-    before = 0
-    for offset in range(0, num, PIECE):
-        p = offset + tl.arange(0, PIECE)
-        part = tl.load(keys_ptr + p, mask=p < num, other=ABSENT, cache_modifier=".cg")
-        chosen, places = _places(part, threshold, room, before)
-        rows = tl.load(kept_rows_ptr + p, mask=chosen, other=0, cache_modifier=".cg")
-        tl.store(rows_ptr + places, rows, mask=chosen)
-        before += _count(part, threshold)
 
 
 @triton.jit
@@ -211,7 +85,7 @@ def select_kernel(
     # On their way before the row's length is known.
     entry = start + tl.arange(0, SMALL)
     small = tl.load(scores_ptr + entry, mask=entry < num_columns, other=0.0)
-    small_rows = _pool_rows(blocks_ptr, entry, entry < num_columns, ROWS)
+    small_rows = pool_rows(blocks_ptr, entry, entry < num_columns, ROWS)
     visible = tl.minimum((position + 1) // RATIO, num_columns)
     num_chunks = tl.maximum(tl.cdiv(visible, SIZE), 1)
     if chunk < num_chunks:
@@ -223,18 +97,18 @@ def select_kernel(
         if CHUNKS > 1 and is_split:
             goal = kept_rows + chunk * K
         if SIZE > SMALL and num > SMALL:
-            flag = _select_large(scores_ptr, blocks_ptr, goal, goal_keys, start, num, K, SIZE, PIECE, ROWS, CHUNKS > 1)
+            flag = select_large(scores_ptr, blocks_ptr, goal, goal_keys, start, num, K, SIZE, PIECE, ROWS, CHUNKS > 1)
         else:
-            flag = _select_small(small, small_rows, goal, goal_keys, num, K, SMALL, CHUNKS > 1)
+            flag = select_small(small, small_rows, goal, goal_keys, num, K, SMALL, CHUNKS > 1)
         if CHUNKS > 1 and is_split:
             tl.store(counter + 1 + chunk, flag)
             tl.debug_barrier()  # the counter tells the row's other programs of everything above
             if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_chunks - 1:
                 num_kept = (num_chunks - 1) * K + tl.minimum(visible - (num_chunks - 1) * SIZE, K)
                 if KEPT > SIZE and num_kept > SIZE:
-                    _select_kept(kept_keys, kept_rows, selected, num_kept, K, KEPT, PIECE)
+                    select_kept(kept_keys, kept_rows, selected, num_kept, K, KEPT, PIECE)
                 else:
-                    _select_kept(kept_keys, kept_rows, selected, num_kept, K, min(SIZE, KEPT), PIECE)
+                    select_kept(kept_keys, kept_rows, selected, num_kept, K, min(SIZE, KEPT), PIECE)
                 c = tl.arange(0, CHUNKS_PAD)
                 flags = tl.load(counter + 1 + c, mask=c < num_chunks, other=0, cache_modifier=".cg")
                 _finish_row(selected, num_ptr + t, flags_ptr + t, visible, tl.max(flags, axis=0), K, K_PAD)
@@ -244,7 +118,7 @@ def select_kernel(
 
 
 class ChunkPlan(NamedTuple):
-    """How a row is cut: ``count`` chunks of ``size`` scores; ``kept``: the most that their best are, in all.
+    """The cut of a row: ``count`` chunks of ``size`` scores; ``kept``: the most that their best are, in all.
 
     record: integers of a row's workspace, of which ``header`` are its counter and flags.
     """
@@ -374,7 +248,7 @@ class TritonSelect:
         scores_TC: torch.Tensor,
         rows: PagedRows,
         topk: int,
-        pages: EntryPages = EntryPages(),
+        pages: EntryPages = CSA_PAGES,
         out: Selected | None = None,
     ) -> Selected:
         """Computes ``run`` with the signature of the twin."""

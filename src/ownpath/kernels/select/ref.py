@@ -7,7 +7,7 @@ import torch
 
 from ownpath.kernels.reference import Reference
 from ownpath.kernels.scores.ref import entry_rows, visible_entries
-from ownpath.kernels.scores.types import EntryPages, PagedRows
+from ownpath.kernels.scores.types import CSA_PAGES, EntryPages, PagedRows
 from ownpath.kernels.select.types import Selected, SelectWeights
 
 
@@ -15,7 +15,7 @@ def select(
     scores_TC: torch.Tensor,
     rows: PagedRows,
     topk: int,
-    pages: EntryPages = EntryPages(),
+    pages: EntryPages = CSA_PAGES,
     out: Selected | None = None,
 ) -> Selected:
     """Selects each row's ``topk`` visible entries with the best scores, the lower index at ties.
@@ -68,7 +68,7 @@ class SelectReference(Reference):
         scores_TC: torch.Tensor,
         rows: PagedRows,
         topk: int,
-        pages: EntryPages = EntryPages(),
+        pages: EntryPages = CSA_PAGES,
         out: Selected | None = None,
     ) -> Selected:
         """Selects entries of each row."""

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ownpath.kernels.contract import Kernel, Operand
-from ownpath.kernels.scores.types import EntryPages, PagedRows
+from ownpath.kernels.scores.types import CSA_PAGES, EntryPages, PagedRows
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class SelectWeights:
     """topk: the most entries that a row attends to. pages: the layout of the entries."""
 
     topk: int
-    pages: EntryPages = EntryPages()
+    pages: EntryPages = CSA_PAGES
 
 
 class Selected(NamedTuple):
@@ -41,9 +41,7 @@ class SelectKernel(Kernel[Operand], Protocol[Operand]):
     def variant(self, scores_TC: torch.Tensor, operand: Operand) -> str | None:
         """See ``LinearKernel``."""
 
-    def workspace(
-        self, operand: Operand, num_rows: int, num_blocks: int, device: torch.device
-    ) -> torch.Tensor | None:
+    def workspace(self, operand: Operand, num_rows: int, num_blocks: int, device: torch.device) -> torch.Tensor | None:
         """Allocates zeroed scratch for calls of up to ``num_rows`` rows with tables of ``num_blocks``; ``None`` if the
         kernel needs none. Calls leave it ready for the next one. One call at a time may use it."""
 

@@ -1,0 +1,135 @@
+"""The search for the k-th best score, on the device, in the registers of one program.
+
+Scores become integers of the same order. Two pivots a pass cut the range between the least and the best to a third.
+"""
+
+import triton
+import triton.language as tl
+
+ABSENT = tl.constexpr(-(2**31))
+"""The key of what is not there, below all others."""
+LARGEST = tl.constexpr(2**31 - 1)
+BEST_INFINITE, LEAST_INFINITE = tl.constexpr(0x7F800000), tl.constexpr(-(0x7F800000) - 1)
+"""The keys of infinity and of minus infinity."""
+
+
+@triton.jit
+def _ordered_keys(scores, is_there):
+    """Converts scores to integers of the same order. -0 becomes +0, NaN minus infinity."""
+    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
+    keys = tl.where(bits < 0, bits ^ LARGEST, bits)
+    keys = tl.where(scores != scores, LEAST_INFINITE, keys)
+    return tl.where(is_there, keys, ABSENT)
+
+
+@triton.jit
+def _threshold(keys, least, best, num, K: tl.constexpr):
+    """Searches the K-th best of ``num`` keys between the least and the best.
+
+    Returns the threshold and how many keys equal to it are selected, at most. The latter may exceed their number. All
+    keys are above the threshold where there are no more than K.
+    """
+    low, high = tl.where(num > K, least, ABSENT), tl.where(num > K, best, ABSENT)
+    above = tl.where(num > K, 0, K)  # keys above ``high``
+    while low < high:
+        width = (high - low).to(tl.uint32, bitcast=True)  # the difference of two int32 may need 32 bits
+        step = tl.maximum((width >> 2) + (width >> 4) + (width >> 5), 1).to(tl.int32, bitcast=True)
+        first = low + step
+        second = tl.maximum(high - step, low + 1)
+        counts = tl.sum((keys >= first).to(tl.int32) + ((keys >= second).to(tl.int32) << 16), axis=0)
+        of_first, of_second = counts & 0xFFFF, counts >> 16
+        # From here on, ``low`` has at least K keys at or above it, and ``high`` fewer than K above it.
+        between = (of_first >= K) & (of_second < K)
+        below = of_first < K
+        found = (of_first == K) | (of_second == K)
+        low = tl.where(of_second >= K, second, tl.where(between, first, low))
+        high = tl.where(found, low, tl.where(below, first - 1, tl.where(between, second - 1, high)))
+        above = tl.where(found, above, tl.where(below, of_first, tl.where(between, of_second, above)))
+    return low, K - above
+
+
+@triton.jit
+def _places(keys, threshold, room, before):
+    """Returns which keys are selected, and the place of each among them: all above the threshold, the first equals.
+
+    before: counts of the keys that precede these, above the threshold and, shifted by 16 bits, equal to it.
+    """
+    is_above, is_equal = keys > threshold, keys == threshold
+    ones = is_above.to(tl.int32) + (is_equal.to(tl.int32) << 16)
+    before += tl.cumsum(ones, axis=0) - ones
+    equals_before = before >> 16
+    chosen = is_above | (is_equal & (equals_before < room))
+    return chosen, (before & 0xFFFF) + tl.minimum(equals_before, room)
+
+
+@triton.jit
+def _count(keys, threshold):
+    """Counts keys above the threshold and, shifted by 16 bits, equal to it."""
+    return tl.sum((keys > threshold).to(tl.int32) + ((keys == threshold).to(tl.int32) << 16), axis=0)
+
+
+@triton.jit
+def pool_rows(table_ptr, entry, is_there, ROWS: tl.constexpr):
+    """Looks up the pool's rows of entries."""
+    return tl.load(table_ptr + entry // ROWS, mask=is_there, other=0) * ROWS + entry % ROWS
+
+
+@triton.jit
+def _search(keys, is_there, num, K: tl.constexpr):
+    """Returns what ``_threshold`` does, and 1 if a key is that of a number that is not finite."""
+    least, best = tl.min(tl.where(is_there, keys, LARGEST), axis=0), tl.max(keys, axis=0)
+    threshold, room = _threshold(keys, least, best, num, K)
+    return threshold, room, ((num > 0) & ((least <= LEAST_INFINITE) | (best >= BEST_INFINITE))).to(tl.int32)
+
+
+@triton.jit
+def select_small(scores, rows, rows_ptr, keys_ptr, num, K: tl.constexpr, SIZE: tl.constexpr, KEEPS: tl.constexpr):
+    """Selects among the first ``num`` scores, whose rows of the pool are known. Returns the flag of ``_search``."""
+    is_there = tl.arange(0, SIZE) < num
+    keys = _ordered_keys(scores, is_there)
+    threshold, room, flag = _search(keys, is_there, num, K)
+    chosen, places = _places(keys, threshold, room, 0)
+    tl.store(rows_ptr + places, rows, mask=chosen)
+    if KEEPS:
+        tl.store(keys_ptr + places, keys, mask=chosen)
+    return flag
+
+
+@triton.jit
+def select_large(
+    scores_ptr, table_ptr, rows_ptr, keys_ptr, start, num,
+    K: tl.constexpr, SIZE: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr, KEEPS: tl.constexpr,
+):  # fmt: skip
+    """Selects among the scores of entries [start, start + num). Returns the flag of ``_search``.
+
+    Places are computed in pieces, so that registers suffice.
+    """
+    i = tl.arange(0, SIZE)
+    keys = _ordered_keys(tl.load(scores_ptr + start + i, mask=i < num, other=0.0), i < num)
+    threshold, room, flag = _search(keys, i < num, num, K)
+    before = 0
+    for offset in range(0, num, PIECE):
+        p = offset + tl.arange(0, PIECE)
+        part = _ordered_keys(tl.load(scores_ptr + start + p, mask=p < num, other=0.0), p < num)
+        chosen, places = _places(part, threshold, room, before)
+        tl.store(rows_ptr + places, pool_rows(table_ptr, start + p, chosen, ROWS), mask=chosen)
+        if KEEPS:
+            tl.store(keys_ptr + places, part, mask=chosen)
+        before += _count(part, threshold)
+    return flag
+
+
+@triton.jit
+def select_kept(keys_ptr, kept_rows_ptr, rows_ptr, num, K: tl.constexpr, SIZE: tl.constexpr, PIECE: tl.constexpr):
+    """Selects among what the chunks of a row have kept, in the order of the entries."""
+    i = tl.arange(0, SIZE)
+    keys = tl.load(keys_ptr + i, mask=i < num, other=ABSENT, cache_modifier=".cg")
+    threshold, room, _ = _search(keys, i < num, num, K)
+    before = 0
+    for offset in range(0, num, PIECE):
+        p = offset + tl.arange(0, PIECE)
+        part = tl.load(keys_ptr + p, mask=p < num, other=ABSENT, cache_modifier=".cg")
+        chosen, places = _places(part, threshold, room, before)
+        rows = tl.load(kept_rows_ptr + p, mask=chosen, other=0, cache_modifier=".cg")
+        tl.store(rows_ptr + places, rows, mask=chosen)
+        before += _count(part, threshold)

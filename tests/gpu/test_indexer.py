@@ -1,0 +1,117 @@
+"""The indexer's scores and their selection on the device: values, repetition, graphs, invariance."""
+
+import pytest
+import torch
+from support.indexer_cases import PAGES, SCORES, hide_unseen, make_keys, make_query, make_rows, unset
+
+from ownpath.conformance.indexer import judge_scores, judge_selected
+from ownpath.kernels.registry import KERNELS
+from ownpath.kernels.scores.ref import visible_entries
+from ownpath.kernels.scores.types import IndexQuery, PagedRows
+from ownpath.kernels.select.types import SelectWeights
+
+pytestmark = pytest.mark.gpu
+
+SCORE, SELECT = KERNELS["triton.index_scores"], KERNELS["triton.select"]
+POSITIONS = (0, 2, 3, 258, 511, 700, 8191, 16387)
+WIDTH, NUM_BLOCKS = 72, 160
+
+
+def generator(cuda: torch.device, seed: int = 0) -> torch.Generator:
+    return torch.Generator(cuda).manual_seed(seed)
+
+
+@pytest.mark.parametrize("num_heads", [1, 4, 64, 128])
+@pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16])
+def test_scores(num_heads: int, weights_dtype: torch.dtype, cuda: torch.device) -> None:
+    g = generator(cuda, num_heads)
+    rows = make_rows(POSITIONS, WIDTH, NUM_BLOCKS, g)
+    query, keys = make_query(len(POSITIONS), num_heads, weights_dtype, g), make_keys(rows, NUM_BLOCKS, g)
+    operand, visible_TC = SCORE.prepare(PAGES), visible_entries(rows, PAGES)
+    found = []
+    for _ in range(3):
+        out = torch.full((len(POSITIONS), WIDTH * 64), torch.nan, device=cuda)
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        SCORE.run(query, keys, rows, operand, out=out)
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+        judge_scores(out, query, keys, rows)
+        assert out[~visible_TC].isnan().all()
+        found.append(out[visible_TC])
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_scores_of_a_row_do_not_depend_on_its_neighbours(cuda: torch.device) -> None:
+    g = generator(cuda)
+    rows = make_rows(POSITIONS, WIDTH, NUM_BLOCKS, g)
+    query, keys = make_query(len(POSITIONS), 64, torch.float32, g), make_keys(rows, NUM_BLOCKS, g)
+    whole = SCORE(query, keys, rows)
+    for row in (5, 7):
+        part = slice(row, row + 1)
+        alone = SCORE(
+            IndexQuery(*(one[part].clone() for one in query)), keys, PagedRows(*(one[part].clone() for one in rows))
+        )
+        seen = visible_entries(rows, PAGES)[row]
+        assert torch.equal(alone[0, seen], whole[row, seen])
+
+
+def test_nan_stays_visible(cuda: torch.device) -> None:
+    g = generator(cuda)
+    rows = make_rows((8191,), 32, 40, g)
+    query, keys = make_query(1, 64, torch.float32, g), make_keys(rows, 40, g)
+    keys[rows.blocks_TB[0, 3] * 64 + 9, 100] = torch.nan
+    scores_TC = SCORE(query, keys, rows)
+    assert scores_TC[0].isnan().nonzero().flatten().tolist() == [3 * 64 + 9]
+    assert SELECT(scores_TC, rows, 512).non_finite_T.tolist() == [1]
+
+
+@pytest.mark.parametrize("scores", SCORES)
+@pytest.mark.parametrize(
+    ("topk", "width"), [(128, 12), (100, 5), (512, 32), (512, 64), (512, 512), (1024, 512), (512, 4096), (1024, 4096)]
+)
+def test_select(topk: int, width: int, scores: str, cuda: torch.device) -> None:
+    """Right, every element written, the same again, and the workspace ready for the next call."""
+    g = generator(cuda)
+    longest = width * 256 - 1
+    positions = (longest, 0, 3, longest // 2, 4 * topk + 2, 4 * topk + 3, longest // 3, longest - 4)
+    positions = tuple(min(position, longest) for position in positions)
+    rows = make_rows(positions, width, 8 * width + 8, g)
+    operand = SELECT.prepare(SelectWeights(topk))
+    workspace = SELECT.workspace(operand, len(positions) + 1, width, cuda)
+    for seed in range(3):
+        scores_TC = hide_unseen(SCORES[scores](len(positions), width * 64, generator(cuda, seed)), rows)
+        out = unset(len(positions), topk, cuda)
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        SELECT.run(scores_TC, rows, operand, out=out, workspace=workspace)
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+        judge_selected(out, scores_TC, rows, topk)
+        assert workspace is None or not workspace[:, 0].any()
+
+
+@pytest.mark.parametrize("width", [32, 512])
+def test_a_graph_follows_its_inputs(width: int, cuda: torch.device) -> None:
+    """Scores and select captured together, replayed for other positions, tables and queries."""
+    g = generator(cuda)
+    longest = width * 256 - 1
+    first, second = (
+        make_rows(positions, width, 2 * width + 8, g) for positions in ((longest, 0, 900), (700, longest, 0))
+    )
+    query, other = (make_query(3, 64, torch.float32, g) for _ in range(2))
+    keys = torch.randn((2 * width + 8) * 64, 128, generator=g, device=cuda).bfloat16()
+    scored, selected = SCORE.prepare(PAGES), SELECT.prepare(SelectWeights(512))
+    scores_TC, out = torch.full((3, width * 64), torch.nan, device=cuda), unset(3, 512, cuda)
+    workspace = SELECT.workspace(selected, 3, width, cuda)
+
+    def step() -> None:
+        SCORE.run(query, keys, first, scored, out=scores_TC)
+        SELECT.run(scores_TC, first, selected, out=out, workspace=workspace)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for kept, new in zip((*first, *query), (*second, *other), strict=True):
+        kept.copy_(new)
+    graph.replay()
+    judge_scores(scores_TC, query, keys, first)
+    judge_selected(out, scores_TC, first, 512)
