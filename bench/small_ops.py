@@ -17,18 +17,24 @@ from typing import Any
 import torch
 import triton
 
-from ownpath.conformance.bounds import deviation
-from ownpath.conformance.exact import product
+from ownpath.conformance.bounds import assert_rounded_once, deviation
+from ownpath.conformance.exact import grouped_product, product, rotate_back
 from ownpath.conformance.operations import CASES, judge, make_inputs, num_bytes
+from ownpath.conformance.quant_weights import draw_rows, draw_weights
 from ownpath.kernels.cases import KernelCase
+from ownpath.kernels.fp8.cases import Fp8Case
+from ownpath.kernels.grouped.cases import FP8_CASES, GroupedFp8Case
 from ownpath.kernels.hyper.ref import HyperOut
 from ownpath.kernels.plain.cases import CASES as PRODUCTS
 from ownpath.kernels.plain.cases import PlainCase
 from ownpath.kernels.registry import KERNELS
+from ownpath.numerics import decode_fp8_block
+from ownpath.runners import Fp8GroupedLinear
 
 READ_CEILING_GBPS = 4410.0
 """A read-only reduction on one H200, measured."""
 COLD_BYTES = 120e6
+GROUPED_FP8_KERNELS = ("cute.grouped_linear_fp8_sm90", "cute.grouped_linear_fp8_sm90_invariant")
 PRODUCT_KERNELS = ("torch.plain_linear", "triton.plain_linear_invariant")
 Call = Callable[[], object]
 
@@ -104,6 +110,36 @@ def product_inputs(case: PlainCase, num_tokens: int, out_dtype: torch.dtype, see
     return x.bfloat16(), (weight * case.width**-0.5).bfloat16(), out_dtype
 
 
+def measure_grouped_fp8(name: str, case: GroupedFp8Case, num_tokens: int) -> dict[str, Any]:
+    """Measures one row of ``wo_a`` with FP8 weights. Errors: AssertionError when the kernel is wrong."""
+    num_groups, num_heads, head_dim, _, num_rows = case.sizes
+    width = num_heads * head_dim
+    moved_bytes = num_groups * (num_rows * width + 2 * num_tokens * (width + num_rows))
+    sets = [grouped_fp8_inputs(case, num_tokens, seed) for seed in range(num_sets(moved_bytes))]
+    calls = []
+    for (weight, scale), inputs in sets:
+        runner = Fp8GroupedLinear(weight, scale, num_groups, kernel=name)
+        out = runner.run(*inputs)
+        calls.append(partial(runner.run, *inputs, out=out))
+    (weight, scale), (o_TNH, *angles) = sets[0]
+    matrix = decode_fp8_block(weight, scale, torch.float64)
+    exact = grouped_product(*rotate_back(o_TNH, (angles[0], angles[1])), num_groups, matrix)
+    assert_rounded_once(calls[0]().flatten(1), exact, name)
+    row = {"op": name.partition(".")[2], "shape": case.label, "tokens": num_tokens}
+    return row | times(calls, moved_bytes)
+
+
+def grouped_fp8_inputs(case: GroupedFp8Case, num_tokens: int, seed: int) -> tuple[Any, ...]:
+    """Makes (weight, scale) and (o, cos, sin)."""
+    num_groups, num_heads, head_dim, rotary_dim, num_rows = case.sizes
+    width, device = num_heads * head_dim, torch.device("cuda")
+    shards = Fp8Case(case.label, (num_groups * num_rows,), width, case.scales)
+    (weight,), (scale,) = draw_weights(shards, seed, device)
+    o = draw_rows(num_tokens, num_groups * width, 1.0, device).view(num_tokens, -1, head_dim)
+    angles = torch.arange(num_tokens, device=device)[:, None] * torch.rand(rotary_dim // 2, device=device)
+    return (weight, scale), (o, angles.cos(), angles.sin())
+
+
 def times(calls: list[Call], moved_bytes: int) -> dict[str, Any]:
     """Returns the columns of the kernel's times."""
     us = replay_us(calls)
@@ -157,6 +193,10 @@ def rows(max_tokens: int) -> Iterator[dict[str, Any]]:
     for case in (case for case in CASES if case.bench):
         for num_tokens in (t for t in case.tokens if t <= max_tokens):
             yield measure(case, num_tokens, with_torch=num_tokens in (1, 64, 4096))
+    for grouped_case in (case for case in FP8_CASES if case.bench):
+        for name in GROUPED_FP8_KERNELS:
+            for num_tokens in (t for t in grouped_case.tokens if t <= max_tokens):
+                yield measure_grouped_fp8(name, grouped_case, num_tokens)
     for product_case in PRODUCTS:
         for name in PRODUCT_KERNELS:
             for num_tokens in (t for t in product_case.tokens if t <= max_tokens):

@@ -11,6 +11,7 @@ import triton.backends.nvidia.compiler as nvidia  # for the disassembler it carr
 from ownpath.kernels.dsl.cache import compile_missing, stem
 from ownpath.kernels.fp8.choose import w8a8_config, w8a8_configs, w8a16_config, w8a16_configs
 from ownpath.kernels.fp8.config import CTA_SMEM, MAX_SMEM, Fp8Config, QuantizeConfig, W8A8Config, W8A16Config
+from ownpath.kernels.grouped.choose import choices
 
 SMS = 132
 # Row blocks, K blocks, scales folded, ragged: V4-Flash's shapes, float32 scales, uneven shards, the smallest.
@@ -24,6 +25,8 @@ def configs() -> list[Fp8Config]:
     for weight in WEIGHTS:
         found += [*w8a16_configs(weight, SMS, None, False), *w8a16_configs(weight, SMS, None, True)]
         found += w8a8_configs(weight)
+    for folded in (True, False):
+        found += [*choices((32, folded), False), *choices((32, folded), True)]
     return list({config.name: config for config in found}.values())
 
 
@@ -69,6 +72,8 @@ def test_it_fits_without_spilling(config: Fp8Config, cache: Path, monkeypatch: p
         (w8a16_config(8, WEIGHTS[1], SMS, is_batch_invariant=True), "HMMA.16816.F32.BF16"),
         (w8a16_config(64, WEIGHTS[5], SMS), "HGMMA.64x64x16.F32.BF16"),
         (w8a8_config(2048, WEIGHTS[1], SMS), "QGMMA.64x128x32.F32.E4M3.E4M3"),
+        (choices((32, True), False)[0], "HMMA.16816.F32.BF16"),
+        (choices((32, True), False)[-1], "HGMMA.64x128x16.F32.BF16"),
     ],
     ids=lambda value: getattr(value, "name", value),
 )

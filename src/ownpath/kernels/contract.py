@@ -13,10 +13,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
-from ownpath.formats import BF16, FP8_BLOCK, FP32
 from ownpath.qtensor import QuantTensor
 
 
@@ -52,17 +50,6 @@ class StoredGroups:
 
     matrix: QuantTensor
     num_groups: int
-
-    @classmethod
-    def of_plain(cls, weight_GRI: Tensor) -> "StoredGroups":
-        """Makes it of plain matrices, bfloat16 or float32."""
-        fmt = BF16 if weight_GRI.dtype == torch.bfloat16 else FP32
-        return cls(QuantTensor(weight_GRI.flatten(0, 1), None, None, fmt), len(weight_GRI))
-
-    @classmethod
-    def of_fp8(cls, weight_GRI: Tensor, scale: Tensor) -> "StoredGroups":
-        """Makes it of E4M3 matrices and the grid of scales [ceil(G * R / 128), ceil(I / 128)]."""
-        return cls(QuantTensor(weight_GRI.flatten(0, 1), scale, None, FP8_BLOCK), len(weight_GRI))
 
     @property
     def shape(self) -> tuple[int, int, int]:

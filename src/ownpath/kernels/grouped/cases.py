@@ -1,6 +1,6 @@
 """Test and bench sizes: groups, heads per group, head dim, rotary channels, rows."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ownpath.kernels.cases import KernelCase
 
@@ -23,3 +23,26 @@ _CASES = (
 )
 
 CASES = (*_CASES, *(replace(case, tokens=case.tokens[:3], kernel="triton.grouped_linear_invariant") for case in _CASES))
+
+
+@dataclass(frozen=True)
+class GroupedFp8Case:
+    """Sizes as above, the kind of scales as ``Fp8Case``, and numbers of rows. bench: timed, too."""
+
+    label: str
+    sizes: tuple[int, int, int, int, int]
+    scales: str
+    tokens: tuple[int, ...]
+    bench: bool = False
+
+
+FP8_CASES = (
+    GroupedFp8Case("tiny", (2, 2, 512, 64, 128), "e8m0", (1, 5, 17, 64)),
+    GroupedFp8Case("short heads", (3, 4, 128, 32, 256), "float32", (1, 8, 33, 128, 129)),
+    GroupedFp8Case("wide scales", (2, 2, 256, 64, 128), "e8m0-wide", (1, 16, 65)),
+    GroupedFp8Case("flash, float32 scales", (8, 8, 512, 64, 1024), "float32", (1, 17, 64, 130)),
+    GroupedFp8Case(
+        "flash", (8, 8, 512, 64, 1024), "e8m0", (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 255, 1024), bench=True
+    ),
+    GroupedFp8Case("pro", (16, 8, 512, 64, 1024), "e8m0", (1, 8, 32, 128), bench=True),
+)

@@ -16,7 +16,8 @@ from ownpath.kernels.dsl.driver import Argument, Boxes, Launch, Pointers, curren
 from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.fp8.config import CHUNK_K, MAX_K_BLOCKS
 from ownpath.kernels.fp8.layout import PackedFp8, pack_fp8, restore_fp8
-from ownpath.kernels.grouped.config import MAX_ANGLES, ROWS, GroupedFp8Config, GroupKey, choices, choose
+from ownpath.kernels.grouped.choose import WeightSizes, choices, choose
+from ownpath.kernels.grouped.config import MAX_ANGLES, GroupedFp8Config
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.qtensor import QuantTensor
 
@@ -42,10 +43,9 @@ class GroupedFp8Operand:
         return self.weight.out_features // self.num_groups
 
     @property
-    def key(self) -> GroupKey:
+    def sizes(self) -> WeightSizes:
         """The properties that decide the kernels."""
-        weight = self.weight
-        return self.num_groups, self.rows // ROWS, weight.num_k_blocks, weight.folded
+        return self.weight.num_k_blocks, self.weight.folded
 
 
 class GroupedFp8Launch:
@@ -90,8 +90,8 @@ class GroupedFp8Kernel:
         assert matrix.scale is not None
         if num_rows % BLOCK or width % BLOCK or width > MAX_WIDTH:
             raise ValueError(
-                f"weight has {num_groups} groups of {num_rows} x {width}; the Hopper kernel takes multiples of {BLOCK}, "
-                f"up to {MAX_WIDTH} columns"
+                f"weight has {num_groups} groups of {num_rows} x {width}; the Hopper kernel takes multiples of "
+                f"{BLOCK}, up to {MAX_WIDTH} columns"
             )
         packed = pack_fp8([matrix.qdata], [matrix.scale])
         # Kernels read weights before they wait for their predecessor, so packing must be complete.
@@ -108,18 +108,18 @@ class GroupedFp8Kernel:
 
     def configs(self, operand: GroupedFp8Operand) -> Sequence[GroupedFp8Config]:
         """Returns the configurations of every kernel that a call may launch."""
-        return choices(operand.key, self.is_batch_invariant)
+        return choices(operand.sizes, self.is_batch_invariant)
 
     def planned_configs(self, stored: StoredGroups) -> Sequence[GroupedFp8Config]:
         """Returns ``configs``, assuming that E8M0 scales fold into the decode, as those from 2^-100 to 2^7 do."""
-        num_groups, num_rows, width = stored.shape
+        _, _, width = stored.shape
         assert stored.matrix.scale is not None
         folded = stored.matrix.scale.dtype == torch.float8_e8m0fnu
-        return choices((num_groups, num_rows // ROWS, width // BLOCK, folded), self.is_batch_invariant)
+        return choices((width // BLOCK, folded), self.is_batch_invariant)
 
     def variant(self, o_TNH: Tensor, operand: GroupedFp8Operand) -> str:
         """Returns the name of the kernel that a call with this input launches."""
-        return choose(len(o_TNH), operand.key, self.is_batch_invariant).name
+        return choose(len(o_TNH), operand.sizes, self.is_batch_invariant).name
 
     def run(
         self, o_TNH: Tensor, cos_TA: Tensor, sin_TA: Tensor, operand: GroupedFp8Operand, *, out: Tensor | None = None
@@ -158,22 +158,9 @@ class GroupedFp8Kernel:
         return out
 
     def _prepare(self, o_TNH: Tensor, cos_TA: Tensor, operand: GroupedFp8Operand) -> GroupedFp8Launch:
-        config = choose(len(o_TNH), operand.key, self.is_batch_invariant)
+        config = choose(len(o_TNH), operand.sizes, self.is_batch_invariant)
         launch = GroupedFp8Launch(config, operand, o_TNH, cos_TA.shape[1])
         return operand.launches.add((o_TNH.shape, cos_TA.shape, self.is_batch_invariant), launch)
-
-    def __call__(
-        self,
-        o_TNH: Tensor,
-        cos_TA: Tensor,
-        sin_TA: Tensor,
-        weight_GRI: Tensor,
-        scale: Tensor,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """Computes ``run`` with the signature of the twin."""
-        operand = self.prepare(StoredGroups.of_fp8(weight_GRI, scale))
-        return self.run(o_TNH, cos_TA, sin_TA, operand, out=out)
 
 
 def _check_inputs(o_TNH: Tensor, cos_TA: Tensor, sin_TA: Tensor, operand: GroupedFp8Operand) -> None:

@@ -145,9 +145,7 @@ class GroupedW8A16(W8A16):
             self.consume(tile, operands, Output(out, row_table, num_tokens, ld_out, num_row_blocks))
 
     @cute.jit
-    def load_groups(
-        self, descriptor: Int64, stages: Stages, tile: CtaTile, heads: Heads, num_k_blocks: Int32
-    ) -> None:
+    def load_groups(self, descriptor: Int64, stages: Stages, tile: CtaTile, heads: Heads, num_k_blocks: Int32) -> None:
         """Loads each stage's tokens as two boxes. The box at the end of a head lands where it is rotated; for the
         others, this thread arrives in the place of those who rotate. One thread."""
         cfg = self.cfg

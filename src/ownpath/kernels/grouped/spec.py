@@ -42,7 +42,9 @@ _FP8 = KernelSpec(
     dim_multiple=128,
     activations=("bfloat16",),
     launches=(r"groupedfp8_sm90",),
-    evidence=Evidence("grouped.ref:rope_grouped_linear_fp8", "tests/gpu/test_small_ops.py", "python bench/small_ops.py"),
+    evidence=Evidence(
+        "grouped.ref:rope_grouped_linear_fp8", "tests/gpu/test_grouped_fp8.py", "python bench/small_ops.py"
+    ),
 )
 _FP8_INVARIANT = replace(
     _FP8,

@@ -1,0 +1,59 @@
+"""Chooses the kernel of the grouped product with FP8 weights, by token count."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ownpath.kernels.fp8.config import CTA_SMEM, MAX_K_BLOCKS, w8a16_stages
+from ownpath.kernels.grouped.config import GroupedFp8Config
+
+WeightSizes = tuple[int, bool]
+"""The properties of a weight that decide its kernels: K blocks, folded."""
+
+
+@dataclass(frozen=True)
+class GroupedShape:
+    """The shape of a kernel before the number of stages: see ``W8A16Config``."""
+
+    num_m64: int
+    num_n: int
+    cluster_k: int
+    per_sm: int
+    consumers: int
+    wgmma: bool = False
+
+    def config(self, folded: bool) -> GroupedFp8Config:
+        """Returns the kernel with as many stages as fit."""
+        stages = w8a16_stages(self.num_m64, self.num_n, CTA_SMEM[self.per_sm])
+        return GroupedFp8Config(
+            self.num_m64, self.num_n, stages, self.cluster_k, folded, False, self.per_sm, self.consumers, self.wgmma
+        )
+
+
+FEW = tuple(GroupedShape(1, num_n, 4, 4, 1) for num_n in (8, 16))
+MANY = (GroupedShape(1, 32, 4, 3, 1, True), GroupedShape(1, 64, 4, 3, 1, True), GroupedShape(2, 128, 2, 1, 2, True))
+INVARIANT = tuple(GroupedShape(1, num_n, 4, 4, 1) for num_n in (8, 16))
+"""Shapes by tokens of a tile, ascending. The invariant kernel's have one order of sums: only their width differs."""
+
+
+@lru_cache(maxsize=4096)
+def choose(num_tokens: int, sizes: WeightSizes, is_batch_invariant: bool = False) -> GroupedFp8Config:
+    """Chooses the kernel for a token count. Tuned on an H200 with V4-Flash's eight groups of 1024 x 4096."""
+    shapes = INVARIANT if is_batch_invariant else (*FEW, *MANY)
+    shape = next((shape for shape in shapes if num_tokens <= shape.num_n), shapes[-1])
+    return fit(shape, sizes)
+
+
+def fit(shape: GroupedShape, sizes: WeightSizes) -> GroupedFp8Config:
+    """Returns the kernel of a shape, with a cluster that shares the weight's K blocks."""
+    num_k_blocks, folded = sizes
+    cluster_k = min(shape.cluster_k, num_k_blocks)
+    while -(-num_k_blocks // cluster_k) > MAX_K_BLOCKS:
+        cluster_k *= 2
+    fitted = GroupedShape(shape.num_m64, shape.num_n, cluster_k, shape.per_sm, shape.consumers, shape.wgmma)
+    return fitted.config(folded)
+
+
+def choices(sizes: WeightSizes, is_batch_invariant: bool) -> list[GroupedFp8Config]:
+    """Returns every result of ``choose`` for any number of tokens."""
+    shapes = INVARIANT if is_batch_invariant else (*FEW, *MANY)
+    return [fit(shape, sizes) for shape in shapes]
