@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ownpath.kernels.nvfp4.config import BLOCK_K, FEW_SCHEDULE, FusedConfig, GemmConfig
+from ownpath.kernels.nvfp4.config import BLOCK_K, FEW_PAIRS, FusedConfig, GemmConfig
 
 TUNED = Path(__file__).parent / "tuned"
 BLOCK_ROWS = 64
@@ -87,7 +87,7 @@ def _fused(gate_up: GemmConfig, down: GemmConfig) -> FusedConfig | None:
     if shape != (down.num_m64, down.warpgroups_m) or not gate_up.gather:
         return None
     config = FusedConfig(*shape, gate_up.n_sizes, 1, gate_up.depth, gate_up.group, gate_up.per_sm)
-    stages = (gate_up.max_smem_bytes - 4 * FEW_SCHEDULE) // (gate_up.stage_bytes + 16)
+    stages = (gate_up.max_smem_bytes - 4 * (4 + 6 * FEW_PAIRS)) // (gate_up.stage_bytes + 16)
     return replace(config, num_stages=min(gate_up.num_stages, stages))
 
 

@@ -9,10 +9,8 @@ UNSCALE = 2.0**19
 WG = 128
 ALIGN_THREADS = 1024
 COPY_THREADS = 256
-FEW_PAIRS = 32
-FEW_INDEX = 4 + 4 * FEW_PAIRS
-FEW_SCHEDULE = FEW_INDEX + 2 * FEW_PAIRS
-"""Pairs that a warp sorts, the offset of the index in their schedule, and its length."""
+FEW_PAIRS = 64
+"""Most pairs that the fused kernel sorts itself."""
 MAX_SHARED_BYTES = 232448
 DSL_SOURCES = ("dsl/pipeline.py", "dsl/warpgroup.py", "dsl/ptx.py", "dsl/build.py")
 
@@ -205,9 +203,9 @@ class FusedConfig:
     """Both products of routed experts in one launch, for few tokens to an expert.
 
     num_m64, warpgroups_m, n_sizes, num_stages, depth, group, per_sm: as ``GemmConfig``, for both products.
-    aligns: every CTA sorts the pairs itself, at most 32, and the last warp to finish some features of ``down`` sums
-    them; otherwise ``Align`` has sorted the pairs, and ``Combine`` sums. wide_ids, mapped, num_shared: as
-    ``AlignConfig``, for a kernel that aligns.
+    max_pairs: 32 or 64 pairs that every CTA sorts itself, and the last warp to finish some features of ``down`` sums
+    them; 0: ``Align`` has sorted the pairs, and ``Combine`` sums. wide_ids, mapped, num_shared: as ``AlignConfig``, for
+    a kernel that sorts.
     """
 
     num_m64: int
@@ -217,7 +215,7 @@ class FusedConfig:
     depth: int = 2
     group: int = 1
     per_sm: int = 1
-    aligns: bool = False
+    max_pairs: int = 0
     wide_ids: bool = False
     mapped: bool = False
     num_shared: int = 0
@@ -246,7 +244,7 @@ class FusedConfig:
     @property
     def schedule_bytes(self) -> int:
         """Shared memory of the schedule, where the kernel makes it."""
-        return 4 * FEW_SCHEDULE if self.aligns else 0
+        return 4 * (4 + 6 * self.max_pairs) if self.max_pairs else 0
 
     @property
     def num_threads(self) -> int:
@@ -260,7 +258,7 @@ class FusedConfig:
     def name(self) -> str:
         sizes = "_".join(map(str, self.n_sizes))
         shape = f"r{self.num_m64}m{self.warpgroups_m}s{self.num_stages}d{self.depth}g{self.group}p{self.per_sm}"
-        aligns = f"_{self.align.name}" if self.aligns else ""
+        aligns = f"_{self.align.name}_{self.max_pairs}" if self.max_pairs else ""
         return f"nvfp4_moe_fused_{shape}_n{sizes}{aligns}"
 
 

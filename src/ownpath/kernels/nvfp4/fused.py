@@ -1,6 +1,6 @@
 """The prepared launches of a call whose two products run as one kernel; see ``fused_sm90``.
 
-Up to 32 (token, slot) pairs that kernel is the call. With more, ``Align`` runs before it and ``Combine`` behind.
+Up to 64 (token, slot) pairs that kernel is the call. With more, ``Align`` runs before it and ``Combine`` behind.
 """
 
 from ctypes import c_float, c_int
@@ -29,18 +29,17 @@ def most_tiles(pairs: int, num_experts: int, tile_rows: int) -> int:
 
 
 def call_config(config: FusedConfig, aligning: AlignConfig, pairs: int) -> FusedConfig:
-    """Returns the kernel for a call: up to 32 pairs, the one that sorts them itself."""
+    """Returns the kernel for a call: up to 64 pairs, one that sorts them itself."""
     if pairs > FEW_PAIRS:
         return config
-    return replace(
-        config, aligns=True, wide_ids=aligning.wide_ids, mapped=aligning.mapped, num_shared=aligning.num_shared
-    )
+    ids = {"wide_ids": aligning.wide_ids, "mapped": aligning.mapped, "num_shared": aligning.num_shared}
+    return replace(config, max_pairs=32 if pairs <= 32 else FEW_PAIRS, **ids)
 
 
 def call_configs(config: FusedConfig, aligning: AlignConfig, pairs: int) -> list[Config]:
     """Returns all kernels that a call launches."""
     one = call_config(config, aligning, pairs)
-    return [one] if one.aligns else [aligning, one, CombineConfig(aligning.num_shared, True)]
+    return [one] if one.max_pairs else [aligning, one, CombineConfig(aligning.num_shared, True)]
 
 
 class FusedLaunches:
@@ -67,10 +66,10 @@ class FusedLaunches:
         self._sizes, self._operand = sizes, operand
         self._arguments = (hidden, rows, schedule, ids, expert_map, weights, out)
         self._grid = self._num_ctas(tiles)
-        self._counters = operand.counters.data_ptr() if self._config.aligns else 0
+        self._counters = operand.counters.data_ptr() if self._config.max_pairs else 0
         self._before: list[Launch] = []
         self._behind: list[Launch] = []
-        if not self._config.aligns:
+        if not self._config.max_pairs:
             tiling = (tile_rows, 4 + 4 * tiles)
             self._before = [align(aligning, sizes, tiling, (ids, expert_map, schedule), device_index)]
             combining = CombineConfig(aligning.num_shared, True)

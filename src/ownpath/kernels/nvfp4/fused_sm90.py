@@ -21,16 +21,7 @@ from cutlass.cute.nvgpu import cpasync
 
 from ownpath.kernels.dsl import ptx
 from ownpath.kernels.dsl.pipeline import Stages
-from ownpath.kernels.nvfp4.config import (
-    BLOCK_K,
-    CHUNK_K,
-    FEW_INDEX,
-    FEW_PAIRS,
-    FEW_SCHEDULE,
-    WG,
-    FusedConfig,
-    GemmConfig,
-)
+from ownpath.kernels.nvfp4.config import BLOCK_K, CHUNK_K, FEW_PAIRS, WG, FusedConfig, GemmConfig
 from ownpath.kernels.nvfp4.epilogue_sm90 import Epilogue
 from ownpath.kernels.nvfp4.gemm_sm90 import Gemm, PartialSums
 from ownpath.kernels.nvfp4.handover import announce, await_rows, is_last, pass_on
@@ -165,22 +156,22 @@ class Fused:
         warp_group = cute.arch.make_warp_uniform(thread // WG)
         stages, _ = self.first.allocate()
         plan, counters = Schedule(schedule), schedule
-        if cutlass.const_expr(cfg.aligns):
-            plan = Schedule(cute.arch.alloc_smem(Int32, FEW_SCHEDULE, 16))
+        if cutlass.const_expr(cfg.max_pairs):
+            plan = Schedule(cute.arch.alloc_smem(Int32, cfg.schedule_bytes // 4, 16))
         if thread == 0:
             cpasync.prefetch_descriptor(tma_x)
             cpasync.prefetch_descriptor(tma_hidden)
             stages.pipeline.init(3, 4 * self.first.num_consumers)
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
-        if cutlass.const_expr(cfg.aligns):
+        if cutlass.const_expr(cfg.max_pairs):
             if thread < 32:
                 slots = top_k + cfg.num_shared
                 pairs = Pairs(
                     cfg.align, ids, expert_map, top_k, num_ids, num_experts, slots, num_tokens * slots,
-                    Int32(cfg.n_sizes[-1]), Int32(FEW_INDEX),
+                    Int32(cfg.n_sizes[-1]), Int32(4 + 4 * cfg.max_pairs),
                 )  # fmt: skip
-                Align(cfg.align).align_few(pairs, plan, thread)
+                self.align(pairs, plan, thread)
         cute.arch.sync_threads()
         before = self.scheduler(cfg.gate_up, plan, cta, grid, 2 * inter, width)
         after = self.scheduler(cfg.down, plan, cta, grid, width, inter)
@@ -207,10 +198,19 @@ class Fused:
                 Epilogue(cfg.down, global_2, rows, width, swiglu_limit),
             )
             sums = Sums(plan, rows, weights, out, num_tokens, top_k, width)
-            if cutlass.const_expr(cfg.aligns):
+            if cutlass.const_expr(cfg.max_pairs):
                 if before.num_tiles == 0:
                     self.store_zeros(sums, cta * (WG * self.first.num_consumers) + thread, grid)
             self.multiply(stages, (before, after), turns, epilogues, (thread, warp_group), counters, sums)
+
+    @cute.jit
+    def align(self, pairs: Pairs, plan: Schedule, lane: Int32) -> None:
+        """Sorts the pairs. One warp."""
+        aligning = Align(self.cfg.align)
+        if cutlass.const_expr(self.cfg.max_pairs > 32):
+            aligning.align_two(pairs, plan, lane)
+        else:
+            aligning.align_few(pairs, plan, lane)
 
     def scheduler(
         self, config: GemmConfig, plan: Schedule, worker: Int32, num_workers: Int32, num_rows: Int32, num_cols: Int32
@@ -236,7 +236,7 @@ class Fused:
 
     def counter(self, counters: cute.Pointer, scheduler: TileScheduler, n_tile: Int32) -> cute.Pointer:
         """Returns the counter of a tile's finished hidden rows."""
-        return counters + n_tile if self.cfg.aligns else scheduler.schedule.counter(n_tile)
+        return counters + n_tile if self.cfg.max_pairs else scheduler.schedule.counter(n_tile)
 
     @cute.jit
     def load_weights(
@@ -277,7 +277,7 @@ class Fused:
             counter, num_rows = self.counter(counters, after, tile.n_tile), self.second.rows_before(after)
             await_rows(counter, num_rows)
             ring = self.second.load_token_tile(maps[1], lane, ring, stages, after, tile)
-            if cutlass.const_expr(self.cfg.aligns):
+            if cutlass.const_expr(self.cfg.max_pairs):
                 if lane == 0:
                     pass_on(counter, num_rows, after.m_per_worker)
 
@@ -305,7 +305,7 @@ class Fused:
             tile = after.tile(turns.tile(turn))
             self.second.multiply_tile(tile, stages, after.k_iters, step, partial, epilogues[1], thread)
             step += after.k_iters
-            if cutlass.const_expr(self.cfg.aligns):
+            if cutlass.const_expr(self.cfg.max_pairs):
                 self.finish(tile, thread, counters + FEW_PAIRS, after.num_n_tiles, sums)
 
     @cute.jit
@@ -317,26 +317,34 @@ class Fused:
         lane, warp = thread[0] % 32, thread[0] % WG // 32
         block = (tile.m_tile * config.warpgroups_m + thread[1]) * config.num_m64
         if is_last(counters + (block // config.num_m64 * 4 + warp), lane, num_n_tiles) == 1:
-            for r in cutlass.range_constexpr(config.num_m64):
-                for unit in cutlass.range(lane, 8 * sums.num_tokens, 32, unroll=1):
-                    self.sum_pair(sums, unit // 8, (block + r) * 64 + warp * 16 + unit % 8 * 2)
+            features = 16 * config.num_m64
+            for unit in cutlass.range(lane, features // 4 * sums.num_tokens, 32, unroll=1):
+                within = unit % (features // 4) * 4
+                self.sum_four(sums, unit // (features // 4), (block + within // 16) * 64 + warp * 16 + within % 16)
 
     @cute.jit
-    def sum_pair(self, sums: Sums, token: Int32, feature: Int32) -> None:
-        """Sums two features of a token over its slots, in their order."""
+    def sum_four(self, sums: Sums, token: Int32, feature: Int32) -> None:
+        """Sums four features of a token over its slots, in their order."""
         slots = sums.top_k + self.cfg.num_shared
         place = sums.schedule.sorted_rows(sums.num_tokens, slots)
-        low, high = Float32(0.0), Float32(0.0)
-        for slot in cutlass.range(slots, unroll=8):
-            row = element(place, token * slots + slot)[0]
-            weight = Float32(1.0)
-            if slot < sums.top_k:
-                weight = element(sums.weights, token * sums.top_k + slot)[0]
-            values = ptx.load_global_vec2(sums.rows.toint() + (Int64(cutlass.max(row, 0)) * sums.width + feature) * 4)
-            first, second = weight * values[0], weight * values[1]
-            low = low + (first if row >= 0 else Float32(0.0))
-            high = high + (second if row >= 0 else Float32(0.0))
-        ptx.store_global(sums.out.toint() + (Int64(token) * sums.width + feature) * 2, ptx.pack_bf16x2(low, high))
+        total = cute.make_rmem_tensor(cute.make_layout(4), Float32)
+        total.fill(0.0)
+        for start in cutlass.range(0, slots, 8, unroll=1):
+            # Eight slots' loads are in flight; those of slots and rows that are not there are not used.
+            for turn in cutlass.range_constexpr(8):
+                slot, row, weight = start + turn, Int32(-1), Float32(1.0)
+                if slot < slots:
+                    row = element(place, token * slots + slot)[0]
+                if slot < sums.top_k:
+                    weight = element(sums.weights, token * sums.top_k + slot)[0]
+                from_ = sums.rows.toint() + (Int64(cutlass.max(row, 0)) * sums.width + feature) * 4
+                values = [ptx.as_float(word) for word in ptx.load_global_vec4(from_)]
+                for idx in cutlass.range_constexpr(4):
+                    term = weight * values[idx]
+                    total[idx] = total[idx] + (term if row >= 0 else Float32(0.0))
+        target = sums.out.toint() + (Int64(token) * sums.width + feature) * 2
+        ptx.store_global(target, ptx.pack_bf16x2(total[0], total[1]))
+        ptx.store_global(target + 4, ptx.pack_bf16x2(total[2], total[3]))
 
     @cute.jit
     def store_zeros(self, sums: Sums, worker: Int32, num_ctas: Int32) -> None:

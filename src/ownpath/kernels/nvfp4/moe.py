@@ -40,6 +40,7 @@ from ownpath.qtensor import QuantTensor
 DIM_MULTIPLE = 128
 MAX_EXPERTS = ALIGN_THREADS - 1
 ALIGN_CTAS = 8
+PAIRS_PER_ALIGN_WARP = 32
 PAIRS_PER_ALIGN_CTA = 4096
 """With more pairs, a cluster sorts them: one CTA takes 12 us for 6144."""
 PART_BYTES = 256
@@ -73,7 +74,7 @@ class MoeOperand:
 def align_config(wide_ids: bool, mapped: bool, num_shared: int, pairs: int) -> AlignConfig:
     """Returns the kernel for one warp, one CTA or a cluster, by the number of (token, slot) pairs."""
     ctas = ALIGN_CTAS if pairs > PAIRS_PER_ALIGN_CTA else 1
-    return AlignConfig(wide_ids, mapped, num_shared, ctas, few=pairs <= FEW_PAIRS)
+    return AlignConfig(wide_ids, mapped, num_shared, ctas, few=pairs <= PAIRS_PER_ALIGN_WARP)
 
 
 class _MoeLaunches:
