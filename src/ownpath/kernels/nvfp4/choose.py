@@ -78,16 +78,17 @@ def _moe_choice(knobs: tuple[tuple[str, int], ...], hidden: int, inter: int, wid
     sizes = tuple(size for size in (read.get(f"n{idx}") for idx in range(8)) if size)
     gate_up = _fit_config(read, sizes, 2 * inter // BLOCK_ROWS, swiglu=True, gather=bool(read["gather"]))
     down = _fit_config(read, sizes, hidden // BLOCK_ROWS, wide=wide)
-    return MoeChoice(gate_up, down, _fused(gate_up, down) if read.get("fused") and wide else None)
+    fused = _fused(gate_up, down, read["fused"] == 2) if read.get("fused") and wide else None
+    return MoeChoice(gate_up, down, fused)
 
 
-def _fused(gate_up: GemmConfig, down: GemmConfig) -> FusedConfig | None:
+def _fused(gate_up: GemmConfig, down: GemmConfig, dynamic: bool) -> FusedConfig | None:
     """Returns the kernel that runs both products, where they have the same tile."""
     shape = gate_up.num_m64, gate_up.warpgroups_m
     if shape != (down.num_m64, down.warpgroups_m) or not gate_up.gather:
         return None
-    config = FusedConfig(*shape, gate_up.n_sizes, 1, gate_up.depth, gate_up.group, gate_up.per_sm)
-    stages = (gate_up.max_smem_bytes - 4 * (4 + 6 * FEW_PAIRS)) // (gate_up.stage_bytes + 16)
+    config = FusedConfig(*shape, gate_up.n_sizes, 1, gate_up.depth, gate_up.group, gate_up.per_sm, dynamic=dynamic)
+    stages = (gate_up.max_smem_bytes - 4 * (4 + 6 * FEW_PAIRS) - 64) // (gate_up.stage_bytes + 16)
     return replace(config, num_stages=min(gate_up.num_stages, stages))
 
 

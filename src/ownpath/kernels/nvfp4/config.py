@@ -205,7 +205,7 @@ class FusedConfig:
     num_m64, warpgroups_m, n_sizes, num_stages, depth, group, per_sm: as ``GemmConfig``, for both products.
     max_pairs: 32 or 64 pairs that every CTA sorts itself, and the last warp to finish some features of ``down`` sums
     them; 0: ``Align`` has sorted the pairs, and ``Combine`` sums. wide_ids, mapped, num_shared: as ``AlignConfig``, for
-    a kernel that sorts.
+    a kernel that sorts. dynamic: CTAs draw their tiles one by one instead of taking fixed ones.
     """
 
     num_m64: int
@@ -219,6 +219,7 @@ class FusedConfig:
     wide_ids: bool = False
     mapped: bool = False
     num_shared: int = 0
+    dynamic: bool = False
 
     def __post_init__(self) -> None:
         if self.gate_up.smem_bytes + self.schedule_bytes > self.gate_up.max_smem_bytes:
@@ -257,7 +258,7 @@ class FusedConfig:
     @property
     def name(self) -> str:
         sizes = "_".join(map(str, self.n_sizes))
-        shape = f"r{self.num_m64}m{self.warpgroups_m}s{self.num_stages}d{self.depth}g{self.group}p{self.per_sm}"
+        shape = f"r{self.num_m64}m{self.warpgroups_m}s{self.num_stages}d{self.depth}g{self.group}p{self.per_sm}" + "y" * self.dynamic
         aligns = f"_{self.align.name}_{self.max_pairs}" if self.max_pairs else ""
         return f"nvfp4_moe_fused_{shape}_n{sizes}{aligns}"
 

@@ -97,6 +97,7 @@ class FusedLaunches:
             maps[1].argument,
             *weights,
             *self._arguments,
+            pointer(operand.counters[-1:]),
             *map(c_int, counts),
             c_float(operand.swiglu_limit),
         )

@@ -24,7 +24,7 @@ from ownpath.kernels.dsl.pipeline import Stages
 from ownpath.kernels.nvfp4.config import BLOCK_K, CHUNK_K, FEW_PAIRS, WG, FusedConfig, GemmConfig
 from ownpath.kernels.nvfp4.epilogue_sm90 import Epilogue
 from ownpath.kernels.nvfp4.gemm_sm90 import Gemm, PartialSums
-from ownpath.kernels.nvfp4.handover import announce, await_rows, is_last, pass_on
+from ownpath.kernels.nvfp4.handover import announce, await_rows, draw, is_last, pass_on
 from ownpath.kernels.nvfp4.moe_sm90 import Align, Pairs
 from ownpath.kernels.nvfp4.schedule import Schedule, element
 from ownpath.kernels.nvfp4.tile_sm90 import Tile, TileScheduler
@@ -81,6 +81,41 @@ class Sums:
     width: Int32
 
 
+@dataclass(frozen=True)
+class Slots:
+    """The numbers of the tiles that a CTA draws, from the warp that draws to the others.
+
+    Nobody is more than a ring of stages behind the warp that draws, and a tile is longer than that: with four slots, one
+    is read by all before it is written again.
+    """
+
+    numbers: cute.Pointer
+    full: cute.Pointer
+
+    @classmethod
+    def allocate(cls) -> "Slots":
+        """Allocates shared memory."""
+        return cls(cute.arch.alloc_smem(Int32, NUM_SLOTS, 16), cute.arch.alloc_smem(Int64, NUM_SLOTS, 8))
+
+    def init(self) -> None:
+        """Initialises the barriers, in one thread."""
+        for slot in range(NUM_SLOTS):
+            cute.arch.mbarrier_init(self.full + slot, 1)
+
+    def write(self, turn: Int32, number: Int32) -> None:
+        """Writes the number of a turn's tile. One thread."""
+        element(self.numbers, turn % NUM_SLOTS)[0] = number
+        cute.arch.mbarrier_arrive(self.full + turn % NUM_SLOTS)
+
+    def read(self, turn: Int32) -> Int32:
+        """Waits for the number of a turn's tile and returns it."""
+        cute.arch.mbarrier_wait(self.full + turn % NUM_SLOTS, turn // NUM_SLOTS % 2)
+        return cute.arch.make_warp_uniform(element(self.numbers, turn % NUM_SLOTS)[0])
+
+
+NUM_SLOTS = 4
+
+
 class Fused:
     """Builds the kernel of one ``FusedConfig``."""
 
@@ -102,6 +137,7 @@ class Fused:
         expert_map: cute.Pointer,
         weights: cute.Pointer,
         out: cute.Pointer,
+        tickets: cute.Pointer,
         sizes: tuple[Int32, ...],
         swiglu_limit: Float32,
         grid: Int32,
@@ -114,7 +150,8 @@ class Fused:
             tokens = cute.make_tensor(source, cute.make_layout((sizes[0], sizes[1]), stride=(sizes[1], 1)))
             atoms.append(cpasync.make_tiled_tma_atom(op, tokens, box, (8, CHUNK_K))[0])
         self.kernel(
-            atoms[0], atoms[1], *w13, *w2, hidden, rows, schedule, ids, expert_map, weights, out, *sizes, swiglu_limit
+            atoms[0], atoms[1], *w13, *w2, hidden, rows, schedule, ids, expert_map, weights, out, tickets,
+            *sizes, swiglu_limit,
         ).launch(
             grid=[grid, 1, 1],
             block=[self.cfg.num_threads, 1, 1],
@@ -140,6 +177,7 @@ class Fused:
         expert_map: cute.Pointer,
         weights: cute.Pointer,
         out: cute.Pointer,
+        tickets: cute.Pointer,
         num_tokens: Int32,
         width: Int32,
         inter: Int32,
@@ -158,24 +196,29 @@ class Fused:
         plan, counters = Schedule(schedule), schedule
         if cutlass.const_expr(cfg.max_pairs):
             plan = Schedule(cute.arch.alloc_smem(Int32, cfg.schedule_bytes // 4, 16))
+        slots = Slots.allocate() if cfg.dynamic else None
         if thread == 0:
             cpasync.prefetch_descriptor(tma_x)
             cpasync.prefetch_descriptor(tma_hidden)
+            if cutlass.const_expr(slots is not None):
+                slots.init()
             stages.pipeline.init(3, 4 * self.first.num_consumers)
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
         if cutlass.const_expr(cfg.max_pairs):
             if thread < 32:
-                slots = top_k + cfg.num_shared
+                per_token = top_k + cfg.num_shared
                 pairs = Pairs(
-                    cfg.align, ids, expert_map, top_k, num_ids, num_experts, slots, num_tokens * slots,
+                    cfg.align, ids, expert_map, top_k, num_ids, num_experts, per_token, num_tokens * per_token,
                     Int32(cfg.n_sizes[-1]), Int32(4 + 4 * cfg.max_pairs),
                 )  # fmt: skip
                 self.align(pairs, plan, thread)
         cute.arch.sync_threads()
         before = self.scheduler(cfg.gate_up, plan, cta, grid, 2 * inter, width)
         after = self.scheduler(cfg.down, plan, cta, grid, width, inter)
-        turns = share_out(cta, grid, before.num_tiles, after.num_tiles, (width + inter // 2) // inter)
+        turns = None
+        if cutlass.const_expr(not cfg.dynamic):
+            turns = share_out(cta, grid, before.num_tiles, after.num_tiles, (width + inter // 2) // inter)
         if warp_group == self.first.num_consumers:
             if cutlass.const_expr(cfg.gate_up.consumer_registers):
                 cute.arch.setmaxregister_decrease(cfg.gate_up.producer_registers)
@@ -186,10 +229,17 @@ class Fused:
                     if warp == 1:
                         source_13, source_2, target = scales_13, scales_2, stages.scales
                         num_bytes = cfg.gate_up.scale_bytes
-                    self.load_weights((source_13, source_2), target, Int32(num_bytes), stages, (before, after), turns)
+                    sources, both = (source_13, source_2), (before, after)
+                    if cutlass.const_expr(slots is None):
+                        self.load_weights(sources, target, Int32(num_bytes), stages, both, turns)
+                    else:
+                        self.load_drawn(sources, target, Int32(num_bytes), stages, both, slots, warp, tickets)
             elif warp == 2:
                 maps = ptx.descriptor_address(tma_x), ptx.descriptor_address(tma_hidden)
-                self.load_tokens(maps, thread % 32, stages, (before, after), turns, counters)
+                if cutlass.const_expr(slots is None):
+                    self.load_tokens(maps, thread % 32, stages, (before, after), turns, counters)
+                else:
+                    self.load_drawn_tokens(maps, thread % 32, stages, (before, after), slots, counters)
         else:
             if cutlass.const_expr(cfg.gate_up.consumer_registers):
                 cute.arch.setmaxregister_increase(cfg.gate_up.consumer_registers)
@@ -201,7 +251,119 @@ class Fused:
             if cutlass.const_expr(cfg.max_pairs):
                 if before.num_tiles == 0:
                     self.store_zeros(sums, cta * (WG * self.first.num_consumers) + thread, grid)
-            self.multiply(stages, (before, after), turns, epilogues, (thread, warp_group), counters, sums)
+            if cutlass.const_expr(slots is None):
+                self.multiply(stages, (before, after), turns, epilogues, (thread, warp_group), counters, sums)
+            else:
+                self.multiply_drawn(stages, (before, after), slots, epilogues, (thread, warp_group), counters, sums)
+
+    @cute.jit
+    def load_drawn(
+        self,
+        sources: tuple[cute.Pointer, cute.Pointer],
+        target: cute.Pointer,
+        num_bytes: Int32,
+        stages: Stages,
+        schedulers: tuple[TileScheduler, TileScheduler],
+        slots: Slots,
+        warp: Int32,
+        tickets: cute.Pointer,
+    ) -> None:
+        """Loads the codes (or the scales) of the tiles that this CTA draws; the warp of the codes draws them."""
+        before, after = schedulers
+        total = before.num_tiles + after.num_tiles
+        num_draws = cutlass.max(total, before.num_workers)
+        ring, idx, turn = stages.pipeline.producer(), before.worker, Int32(0)
+        drawn = Int32(0)
+        if warp == 0:
+            slots.write(turn, idx)
+            if idx >= total:
+                drawn = draw(tickets, num_draws)
+        # A tile is drawn as late as may be: when all but a ring's worth of the last one is on its way.
+        split = cutlass.max(before.k_iters - self.cfg.num_stages, 0)
+        while idx < before.num_tiles:
+            tile = before.tile(idx)
+            ring = self.first.load_weight_tile(sources[0], target, num_bytes, ring, before, tile, (Int32(0), split))
+            if warp == 0:
+                drawn = draw(tickets, num_draws)
+            span = split, before.k_iters
+            ring = self.first.load_weight_tile(sources[0], target, num_bytes, ring, before, tile, span)
+            turn += 1
+            if warp == 0:
+                slots.write(turn, drawn + before.num_workers)
+            idx = slots.read(turn)
+        split = cutlass.max(after.k_iters - self.cfg.num_stages, 0)
+        while idx < total:
+            tile = after.tile(idx - before.num_tiles)
+            ring = self.second.load_weight_tile(sources[1], target, num_bytes, ring, after, tile, (Int32(0), split))
+            if warp == 0:
+                drawn = draw(tickets, num_draws)
+            span = split, after.k_iters
+            ring = self.second.load_weight_tile(sources[1], target, num_bytes, ring, after, tile, span)
+            turn += 1
+            if warp == 0:
+                slots.write(turn, drawn + before.num_workers)
+            idx = slots.read(turn)
+
+    @cute.jit
+    def load_drawn_tokens(
+        self,
+        maps: tuple[Int64, Int64],
+        lane: Int32,
+        stages: Stages,
+        schedulers: tuple[TileScheduler, TileScheduler],
+        slots: Slots,
+        counters: cute.Pointer,
+    ) -> None:
+        """Loads the tokens of the tiles that this CTA draws. One warp."""
+        before, after = schedulers
+        ring, turn = stages.pipeline.producer(), Int32(0)
+        idx = slots.read(turn)
+        while idx < before.num_tiles:
+            ring = self.first.load_token_tile(maps[0], lane, ring, stages, before, before.tile(idx))
+            turn += 1
+            idx = slots.read(turn)
+        while idx < before.num_tiles + after.num_tiles:
+            tile = after.tile(idx - before.num_tiles)
+            counter, num_rows = self.counter(counters, after, tile.n_tile), self.second.rows_before(after)
+            await_rows(counter, num_rows)
+            ring = self.second.load_token_tile(maps[1], lane, ring, stages, after, tile)
+            if cutlass.const_expr(self.cfg.max_pairs):
+                if lane == 0:
+                    pass_on(counter, num_rows, after.m_per_worker)
+            turn += 1
+            idx = slots.read(turn)
+
+    @cute.jit
+    def multiply_drawn(
+        self,
+        stages: Stages,
+        schedulers: tuple[TileScheduler, TileScheduler],
+        slots: Slots,
+        epilogues: tuple[Epilogue, Epilogue],
+        thread: tuple[Int32, Int32],
+        counters: cute.Pointer,
+        sums: Sums,
+    ) -> None:
+        """Multiplies a warpgroup's part of the tiles that this CTA draws."""
+        before, after = schedulers
+        step, turn, config = Int32(0), Int32(0), self.cfg.gate_up
+        partial = PartialSums(stages.weights, Int32(0), Int32(0))
+        idx = slots.read(turn)
+        while idx < before.num_tiles:
+            tile = before.tile(idx)
+            self.first.multiply_tile(tile, stages, before.k_iters, step, partial, epilogues[0], thread)
+            announce(self.counter(counters, before, tile.n_tile), thread[0], 16 * config.num_m64)
+            step += before.k_iters
+            turn += 1
+            idx = slots.read(turn)
+        while idx < before.num_tiles + after.num_tiles:
+            tile = after.tile(idx - before.num_tiles)
+            self.second.multiply_tile(tile, stages, after.k_iters, step, partial, epilogues[1], thread)
+            step += after.k_iters
+            if cutlass.const_expr(self.cfg.max_pairs):
+                self.finish(tile, thread, counters + FEW_PAIRS, after.num_n_tiles, sums)
+            turn += 1
+            idx = slots.read(turn)
 
     @cute.jit
     def align(self, pairs: Pairs, plan: Schedule, lane: Int32) -> None:
@@ -367,5 +529,5 @@ def compile_fused(config: FusedConfig) -> Any:
     return cute.compile(
         Fused(config), pointer(BFloat16), pointer(BFloat16), weight, weight,
         pointer(BFloat16, 4), pointer(Float32, 4), pointer(Int32), ids, pointer(Int32, 4), pointer(Float32, 4),
-        pointer(BFloat16), (wide, wide, wide, wide, wide, wide), Float32(0.0), Int32(1),
+        pointer(BFloat16), pointer(Int32, 4), (wide, wide, wide, wide, wide, wide), Float32(0.0), Int32(1),
     )  # fmt: skip

@@ -223,14 +223,19 @@ class Gemm:
         ring: Producer,
         scheduler: TileScheduler,
         tile: Tile,
+        span: tuple[Int32, Int32] | None = None,
     ) -> Producer:
-        """Loads the codes (or the scales) of one tile; returns where the ring stands then."""
+        """Loads the codes (or the scales) of one tile, or of its stages in ``span``; returns where the ring stands."""
         cfg = self.cfg
         m64, k_blocks = cfg.m64_per_tile, cfg.warpgroups_k
         m_tile = (tile.expert * scheduler.m_per_worker + tile.m_group) * cfg.cluster_m + scheduler.rank_m
         first = Int64(m_tile * m64) * scheduler.k_units
         start = source.toint() + (first + scheduler.rank * scheduler.k_iters * k_blocks) * num_bytes
-        for _ in cutlass.range(scheduler.k_iters, unroll=1):
+        num_stages = scheduler.k_iters
+        if cutlass.const_expr(span is not None):
+            start += Int64(span[0]) * (k_blocks * num_bytes)
+            num_stages = span[1] - span[0]
+        for _ in cutlass.range(num_stages, unroll=1):
             ring.acquire()
             ring.commit(m64 * k_blocks * num_bytes)
             place = target.toint() + ring.slot * (m64 * k_blocks) * num_bytes

@@ -72,6 +72,12 @@ def await_rows(counter: cute.Pointer, num_rows: Int32) -> None:
 
 
 @cute.jit
+def draw(counter: cute.Pointer, num_draws: Int32) -> Int32:
+    """Draws the next of ``num_draws`` numbers; the counter is zero again after the last."""
+    return _count_around(counter.toint(), num_draws - 1)
+
+
+@cute.jit
 def pass_on(counter: cute.Pointer, num_rows: Int32, num_tiles: Int32) -> None:
     """Counts a tile of the second product that has seen its ``num_rows`` rows; the last of ``num_tiles`` sets the
     counter to zero for the next call. Called by one thread."""

@@ -187,7 +187,7 @@ class Nvfp4MoeKernel:
                 pack_weight_(codes[expert], scale[expert], placed)
         both = w2[2][:, None].expand(-1, 2).contiguous()
         gate_up_scale = w13[2].contiguous()
-        counters = torch.zeros(FEW_PAIRS + hidden // 16, dtype=torch.int32, device=both.device)
+        counters = torch.zeros(FEW_PAIRS + hidden // 16 + 1, dtype=torch.int32, device=both.device)
         # Kernels read weights before they wait for their predecessor: what wrote them must be over by then.
         torch.cuda.synchronize(both.device)
         return MoeOperand(
