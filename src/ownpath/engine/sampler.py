@@ -47,17 +47,18 @@ def choose_tokens(logits_SV: torch.Tensor, rows: Sequence[SampleRow]) -> list[in
         likeliest: list[int] = logits_SV.argmax(dim=-1).tolist()
         return [token if finite else None for token, finite in zip(likeliest, finite_rows(logits_SV), strict=True)]
     chosen = torch.empty(2, len(rows), dtype=torch.int64, device=logits_SV.device)
-    _kernel(logits_SV.device).run(logits_SV.float(), _sample_rows(rows, logits_SV.device), out=Sampled(*chosen, None))
+    kernel, operand = _kernel(logits_SV.device)
+    kernel.run(logits_SV.float(), _sample_rows(rows, logits_SV.device), operand, out=Sampled(*chosen, None))
     return [None if fault else token for token, fault in zip(*chosen.tolist(), strict=True)]
 
 
 @lru_cache(maxsize=16)
-def _kernel(device: torch.device) -> SampleKernel:
-    """Returns the sampler of a device."""
+def _kernel(device: torch.device) -> "tuple[SampleKernel[object], object]":
+    """Returns the sampler of a device and its operand; all steps run on one stream."""
     choice = select(OpKind.SAMPLE, None, device_caps(str(device)))
     assert isinstance(choice, Choice)
-    kernel: SampleKernel = KERNELS[choice.kernel.name]
-    return kernel
+    kernel: SampleKernel[object] = KERNELS[choice.kernel.name]
+    return kernel, kernel.prepare()
 
 
 def _sample_rows(rows: Sequence[SampleRow], device: torch.device) -> SampleRows:

@@ -259,10 +259,15 @@ def sample(logits_TV: torch.Tensor, rows: SampleRows, out: Sampled | None = None
 class SampleReference(Reference):
     """``sample`` as a kernel."""
 
-    def variant(self, logits_TV: torch.Tensor, rows: SampleRows) -> None:
+    def prepare(self) -> None:
+        """Returns nothing: calls share nothing."""
+
+    def variant(self, logits_TV: torch.Tensor, rows: SampleRows, operand: None) -> None:
         """Returns ``None``: the kernel has no variants."""
 
-    def run(self, logits_TV: torch.Tensor, rows: SampleRows, *, out: Sampled | None = None) -> Sampled:
+    def run(
+        self, logits_TV: torch.Tensor, rows: SampleRows, operand: None, *, out: Sampled | None = None
+    ) -> Sampled:
         """Computes ``sample``."""
         return sample(logits_TV, rows, out)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from ownpath.kernels.contract import Kernel
+from ownpath.kernels.contract import Kernel, Operand
 
 LEAST_TEMPERATURE = 1e-30
 """A row of a lower temperature takes the likeliest token: its inverse would not be a float32."""
@@ -85,13 +85,16 @@ class Sampled(NamedTuple):
     logprob_T: Tensor | None = None
 
 
-class SampleKernel(Kernel[object], Protocol):
+class SampleKernel(Kernel[Operand], Protocol[Operand]):
     """One token for each row of logits."""
 
-    def variant(self, logits_TV: Tensor, rows: SampleRows) -> str | None:
+    def prepare(self) -> Operand:
+        """Makes the operand: what calls that follow each other on one stream share."""
+
+    def variant(self, logits_TV: Tensor, rows: SampleRows, operand: Operand) -> str | None:
         """Returns the name of the variant that a call launches; ``None`` for a kernel without variants."""
 
-    def run(self, logits_TV: Tensor, rows: SampleRows, *, out: Sampled | None = None) -> Sampled:
+    def run(self, logits_TV: Tensor, rows: SampleRows, operand: Operand, *, out: Sampled | None = None) -> Sampled:
         """Chooses tokens. Shapes: logits_TV float32 [T, V], rows any number of elements apart; V tokens, no padding.
 
         Errors: ValueError naming what is wrong with the logits, the rows or out.
