@@ -93,8 +93,9 @@ def bias_places(block, biased, BLOCK: tl.constexpr, BIAS: tl.constexpr):
 def load_logits(row_ptr, ids, num_vocab, how, places, PENALTIES: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr):
     """Returns raw logits, and logits after penalties, then bias, then the mask; -infinity outside the vocabulary.
 
-    how: pointer of counts, whether they are read, presence, frequency, repetition, pointers of biased ids, of their
-    values, and of the mask. places: of the block's biased tokens, first and end.
+    how: pointer of counts, whether they are read, presence, frequency, factors for positive and other logits of seen
+    tokens, pointers of biased ids, of their values, and of the mask. places: of the block's biased tokens, first and
+    end.
     """
     inside = ids < num_vocab
     raw = tl.load(row_ptr + ids, mask=inside, other=float("-inf"))
@@ -102,27 +103,27 @@ def load_logits(row_ptr, ids, num_vocab, how, places, PENALTIES: tl.constexpr, B
     if PENALTIES:
         entry = tl.load(how[0] + ids, mask=inside & how[1], other=0)
         count = entry & COUNT_BITS
-        factor = tl.where(x > 0, (1.0 / how[4]).to(tl.float32), how[4].to(tl.float32))
-        x = tl.where(entry != 0, x * factor, x)
+        x = tl.where(entry != 0, x * tl.where(x > 0, how[4], how[5]), x)
         x = x - how[3] * count.to(tl.float32)
         x = tl.where(count > 0, x - how[2], x)
     if BIAS:
         for place in range(places[0], places[1]):
-            x = tl.where(ids == tl.load(how[5] + place), x + tl.load(how[6] + place), x)
+            x = tl.where(ids == tl.load(how[6] + place), x + tl.load(how[7] + place), x)
     if PENALTIES or BIAS:
         x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
     if MASK:
-        word = tl.load(how[7] + ids // 32, mask=inside, other=0)
+        word = tl.load(how[8] + ids // 32, mask=inside, other=0)
         x = tl.where((word >> (ids % 32)) & 1 != 0, x, float("-inf"))
     return raw, tl.where(inside, x, float("-inf"))
 
 
 @triton.jit
 def _may_win(x, words, rate, bound):
-    """Says which tokens may score at least ``bound``: noise is at most -ln(v). Margins cover every rounding."""
+    """Says which tokens may score at least ``bound``. Noise is at most -ln(v); margins cover every rounding."""
     scaled = x * rate
-    above = scaled + tl.abs(scaled) * 1e-6 - tl.log(_uniform(words)) + 1e-3
-    return (x > float("-inf")) & ~(above < bound)
+    # v <= exp(scaled - bound), times 2^32.
+    most = tl.exp(scaled + tl.abs(scaled) * 1e-6 - bound + 22.182)
+    return (x > float("-inf")) & ~(words.to(tl.float32) > most)
 
 
 @triton.jit
@@ -186,9 +187,8 @@ def arrive(counter_ptr):
 
 
 @triton.jit
-def meet(counter_ptr, target, SPLITS: tl.constexpr):
+def meet(counter_ptr, target):
     """Publishes what this program has stored and waits for the others of its row, which all run at once."""
     seen = arrive(counter_ptr) + 1
-    if SPLITS > 1:
-        while seen < target:
-            seen = tl.atomic_add(counter_ptr, 0, sem="acq_rel", scope="gpu")
+    while seen < target:
+        seen = tl.atomic_add(counter_ptr, 0, sem="acq_rel", scope="gpu")

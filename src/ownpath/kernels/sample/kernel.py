@@ -25,7 +25,8 @@ from ownpath.kernels.sample.device import (
     weights,
 )
 
-NUM_REALS, NUM_WHOLES = 5, 8
+MAX_SPLITS, NUM_REALS, NUM_WHOLES = 128, 5, 8
+MOST, NUM_R, NUM_W = tl.constexpr(MAX_SPLITS), tl.constexpr(NUM_REALS), tl.constexpr(NUM_WHOLES)
 BEST, BEST_X, MAX_X, RAW_MAX, RAW_SUM = (tl.constexpr(field) for field in range(NUM_REALS))
 BEST_ID, MAX_ID, BAD, COUNT, MASS, COUNT_MIDDLE, MASS_MIDDLE, TOTAL = (
     tl.constexpr(field) for field in range(NUM_WHOLES)
@@ -33,52 +34,58 @@ BEST_ID, MAX_ID, BAD, COUNT, MASS, COUNT_MIDDLE, MASS_MIDDLE, TOTAL = (
 
 
 @triton.jit
-def _partials(ptr, FIELD: tl.constexpr, SPLITS: tl.constexpr):
-    # Others wrote them during this launch: past the first-level cache.
-    return tl.load(ptr + FIELD * SPLITS + tl.arange(0, SPLITS), cache_modifier=".cg")
+def _partials(ptr, FIELD: tl.constexpr, splits, other):
+    """Loads one field of all programs of the row, past the first-level cache: they wrote it during this launch."""
+    split = tl.arange(0, MOST)
+    return tl.load(ptr + FIELD * MOST + split, mask=split < splits, other=other, cache_modifier=".cg")
 
 
 @triton.jit
-def _put(ptr, FIELD: tl.constexpr, split, value, SPLITS: tl.constexpr):
-    tl.store(ptr + FIELD * SPLITS + split, value.to(ptr.dtype.element_ty))
+def _total(ptr, FIELD: tl.constexpr, splits):
+    return tl.sum(_partials(ptr, FIELD, splits, 0), axis=0)
 
 
 @triton.jit
-def _race_winner(reals_ptr, wholes_ptr, SPLITS: tl.constexpr):
+def _put(ptr, FIELD: tl.constexpr, split, value):
+    tl.store(ptr + FIELD * MOST + split, value.to(ptr.dtype.element_ty))
+
+
+@triton.jit
+def _race_winner(reals_ptr, wholes_ptr, splits):
     """Returns the best score's id and logit among all programs of the row."""
-    scores = _partials(reals_ptr, BEST, SPLITS)
-    ids = _partials(wholes_ptr, BEST_ID, SPLITS).to(tl.int32)
-    found = _partials(reals_ptr, BEST_X, SPLITS).to(tl.float32)
+    scores = _partials(reals_ptr, BEST, splits, float("-inf"))
+    ids = _partials(wholes_ptr, BEST_ID, splits, NO_TOKEN).to(tl.int32)
+    found = _partials(reals_ptr, BEST_X, splits, float("-inf")).to(tl.float32)
     least = tl.full((), float("-inf"), tl.float64)
     best, id, x = better_of(scores, ids, found, least, NO_TOKEN, float("-inf"))
     return id, x
 
 
 @triton.jit
-def _likeliest(reals_ptr, wholes_ptr, SPLITS: tl.constexpr):
+def _likeliest(reals_ptr, wholes_ptr, splits):
     """Returns the row's largest logit and its first token, and the row's fault."""
-    tops = _partials(reals_ptr, MAX_X, SPLITS)
+    tops = _partials(reals_ptr, MAX_X, splits, float("-inf"))
     top = tl.max(tops, axis=0)
-    id = tl.min(tl.where(tops == top, _partials(wholes_ptr, MAX_ID, SPLITS), NO_TOKEN), axis=0).to(tl.int32)
-    bad = tl.max(_partials(wholes_ptr, BAD, SPLITS), axis=0)
+    id = tl.min(tl.where(tops == top, _partials(wholes_ptr, MAX_ID, splits, NO_TOKEN), NO_TOKEN), axis=0).to(tl.int32)
+    bad = tl.max(_partials(wholes_ptr, BAD, splits, 0), axis=0)
     fault = tl.where(bad > 0, 1, tl.where(top == float("-inf"), 2, 0))
     return top.to(tl.float32), id, fault.to(tl.int32)
 
 
 @triton.jit
-def _finish(outs, t, row_ptr, token, fault, reals_ptr, SPLITS: tl.constexpr, LOGPROB: tl.constexpr):
+def _finish(outs, t, row_ptr, token, fault, reals_ptr, splits, LOGPROB: tl.constexpr):
     token = tl.where(fault != 0, 0, token)
     tl.store(outs[0] + t, token.to(outs[0].dtype.element_ty))
     tl.store(outs[1] + t, fault.to(outs[1].dtype.element_ty))
     if LOGPROB:
-        tops = _partials(reals_ptr, RAW_MAX, SPLITS)
+        tops = _partials(reals_ptr, RAW_MAX, splits, float("-inf"))
         top = tl.max(tops, axis=0)
-        scaled = _partials(reals_ptr, RAW_SUM, SPLITS) * tl.exp((tops - top).to(tl.float32)).to(tl.float64)
+        scaled = _partials(reals_ptr, RAW_SUM, splits, 0.0) * tl.exp((tops - top).to(tl.float32)).to(tl.float64)
         total = tl.sum(scaled, axis=0).to(tl.float32)
         tl.store(outs[2] + t, tl.load(row_ptr + token) - top.to(tl.float32) - tl.log(total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "splits"])
 def sample_kernel(
     logits_ptr,
     temperature_ptr,
@@ -106,8 +113,8 @@ def sample_kernel(
     num_vocab,
     num_rows,
     num_places,
+    splits,
     PLACES: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     FILTERS: tl.constexpr,
     PENALTIES: tl.constexpr,
@@ -116,28 +123,29 @@ def sample_kernel(
     LOGPROB: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Chooses one row's token. Program (split, row) has blocks split, split + SPLITS, ... of 4 * BLOCK tokens."""
+    """Chooses one row's token. Program (split, row) has blocks split, split + splits, ... of 4 * BLOCK tokens."""
     split, t = tl.program_id(0), tl.program_id(1)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     row_ptr = logits_ptr + t.to(tl.int64) * pitch
     arrived_ptr, left_ptr = counters_ptr + t, counters_ptr + num_rows + t
-    reals_ptr += t * (5 * SPLITS)
-    wholes_ptr += t * (8 * SPLITS)
+    reals_ptr += t * (NUM_R * MOST)
+    wholes_ptr += t * (NUM_W * MOST)
     num_blocks = tl.cdiv(num_vocab, 4 * BLOCK)
     temperature, seed, index = tl.load(temperature_ptr + t), tl.load(seed_ptr + t), tl.load(index_ptr + t)
     draws = temperature >= 1e-30
     rate = 1.0 / tl.where(draws, temperature, 1.0).to(tl.float64)
     outs = (token_ptr, fault_ptr, logprob_ptr)
 
-    presence, frequency, repetition, punishes = 0.0, 0.0, rate, draws
+    presence, frequency, shrinks, grows, punishes = 0.0, 0.0, 1.0, 1.0, draws
     if PENALTIES:
         table = tl.load(table_ptr + t)
         punishes = table >= 0
         tables_ptr += tl.maximum(table, 0).to(tl.int64) * num_vocab
         presence, frequency = tl.load(presence_ptr + t), tl.load(frequency_ptr + t)
-        repetition = tl.load(repetition_ptr + t).to(tl.float64)
+        grows = tl.load(repetition_ptr + t)
+        shrinks = (1.0 / grows.to(tl.float64)).to(tl.float32)
     biased = index
     if BIAS:
         places = tl.arange(0, PLACES)
@@ -146,7 +154,8 @@ def sample_kernel(
         biased = tl.load(bias_ids_ptr + places, mask=places < tl.load(bias_counts_ptr + t), other=NO_TOKEN)
     if MASK:
         mask_ptr += t.to(tl.int64) * tl.cdiv(num_vocab, 32)
-    how = (tables_ptr, punishes, presence, frequency, repetition, bias_ids_ptr, bias_values_ptr, mask_ptr)
+    seen = (tables_ptr, punishes, presence, frequency, shrinks, grows)
+    how = seen + (bias_ids_ptr, bias_values_ptr, mask_ptr)  # noqa: RUF005 - Triton knows no starred tuples
 
     top_k, top_p, min_p, tests = 0, 1.0, 0.0, t < 0
     if FILTERS:
@@ -161,7 +170,7 @@ def sample_kernel(
     top_ids = tl.full((BLOCK,), NO_TOKEN, tl.int32)
     raw_tops = tl.full((BLOCK,), -LARGEST, tl.float32)
     raw_sums = tl.zeros((BLOCK,), tl.float32)
-    for block in range(split, num_blocks, SPLITS):
+    for block in range(split, num_blocks, splits):
         held = bias_places(block, biased, BLOCK, BIAS)
         x0, x1, x2, x3 = tops, tops, tops, tops
         for word in tl.static_range(4):
@@ -186,32 +195,32 @@ def sample_kernel(
         if draws:
             best, best_id, best_x = race(x0, x1, x2, x3, block, seed, index, rate, best, best_id, best_x, BLOCK)
     top = tl.max(tops, axis=0)
-    _put(reals_ptr, MAX_X, split, top, SPLITS)
-    _put(wholes_ptr, MAX_ID, split, tl.min(tl.where(tops == top, top_ids, NO_TOKEN), axis=0), SPLITS)
-    _put(wholes_ptr, BAD, split, tl.max(is_bad, axis=0), SPLITS)
-    _put(reals_ptr, BEST, split, best, SPLITS)
-    _put(wholes_ptr, BEST_ID, split, best_id, SPLITS)
-    _put(reals_ptr, BEST_X, split, best_x, SPLITS)
+    _put(reals_ptr, MAX_X, split, top)
+    _put(wholes_ptr, MAX_ID, split, tl.min(tl.where(tops == top, top_ids, NO_TOKEN), axis=0))
+    _put(wholes_ptr, BAD, split, tl.max(is_bad, axis=0))
+    _put(reals_ptr, BEST, split, best)
+    _put(wholes_ptr, BEST_ID, split, best_id)
+    _put(reals_ptr, BEST_X, split, best_x)
     if LOGPROB:
         raw_top = tl.max(raw_tops, axis=0)
-        _put(reals_ptr, RAW_MAX, split, raw_top, SPLITS)
-        _put(reals_ptr, RAW_SUM, split, tl.sum(raw_sums * tl.exp(raw_tops - raw_top), axis=0), SPLITS)
+        _put(reals_ptr, RAW_MAX, split, raw_top)
+        _put(reals_ptr, RAW_SUM, split, tl.sum(raw_sums * tl.exp(raw_tops - raw_top), axis=0))
 
     if not tests:
-        if arrive(arrived_ptr) == SPLITS - 1:
-            top_x, token, fault = _likeliest(reals_ptr, wholes_ptr, SPLITS)
+        if arrive(arrived_ptr) == splits - 1:
+            top_x, token, fault = _likeliest(reals_ptr, wholes_ptr, splits)
             if draws:
-                token, found = _race_winner(reals_ptr, wholes_ptr, SPLITS)
-            _finish(outs, t, row_ptr, token, fault, reals_ptr, SPLITS, LOGPROB)
+                token, found = _race_winner(reals_ptr, wholes_ptr, splits)
+            _finish(outs, t, row_ptr, token, fault, reals_ptr, splits, LOGPROB)
             tl.store(arrived_ptr, 0)
 
     # A row with filters: test the winner, and draw again before it if it is out.
     if FILTERS:
         if tests:
-            goal = tl.full((), SPLITS, tl.int32)
-            meet(arrived_ptr, goal, SPLITS)
-            top_x, top_id, fault = _likeliest(reals_ptr, wholes_ptr, SPLITS)
-            token, token_x = _race_winner(reals_ptr, wholes_ptr, SPLITS)
+            goal = splits
+            meet(arrived_ptr, goal)
+            top_x, top_id, fault = _likeliest(reals_ptr, wholes_ptr, splits)
+            token, token_x = _race_winner(reals_ptr, wholes_ptr, splits)
             rate32 = rate.to(tl.float32)
             least = tl.where(min_p > 0.0, least_exponent_of(tl.maximum(min_p, 1e-30)), float("-inf"))
             low_x = top_x
@@ -221,7 +230,7 @@ def sample_kernel(
                 count, count_middle = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
                 mass, mass_middle = tl.zeros((BLOCK,), tl.int64), tl.zeros((BLOCK,), tl.int64)
                 total = tl.zeros((BLOCK,), tl.int64)
-                for block in range(split, num_blocks, SPLITS):
+                for block in range(split, num_blocks, splits):
                     held = bias_places(block, biased, BLOCK, BIAS)
                     for word in tl.static_range(4):
                         ids = token_ids(block, word, BLOCK)
@@ -234,21 +243,21 @@ def sample_kernel(
                             total += weight
                             mass += tl.where(before, weight, 0)
                             mass_middle += tl.where(above, weight, 0)
-                _put(wholes_ptr, COUNT, split, tl.sum(count, axis=0), SPLITS)
-                _put(wholes_ptr, COUNT_MIDDLE, split, tl.sum(count_middle, axis=0), SPLITS)
-                _put(wholes_ptr, MASS, split, tl.sum(mass, axis=0), SPLITS)
-                _put(wholes_ptr, MASS_MIDDLE, split, tl.sum(mass_middle, axis=0), SPLITS)
-                _put(wholes_ptr, TOTAL, split, tl.sum(total, axis=0), SPLITS)
-                goal += SPLITS
-                meet(arrived_ptr, goal, SPLITS)
-                limit = tl.sum(_partials(wholes_ptr, TOTAL, SPLITS), axis=0).to(tl.float64) * top_p.to(tl.float64)
-                num_before = tl.sum(_partials(wholes_ptr, COUNT, SPLITS), axis=0)
-                weight_before = tl.sum(_partials(wholes_ptr, MASS, SPLITS), axis=0).to(tl.float64)
+                _put(wholes_ptr, COUNT, split, tl.sum(count, axis=0))
+                _put(wholes_ptr, COUNT_MIDDLE, split, tl.sum(count_middle, axis=0))
+                _put(wholes_ptr, MASS, split, tl.sum(mass, axis=0))
+                _put(wholes_ptr, MASS_MIDDLE, split, tl.sum(mass_middle, axis=0))
+                _put(wholes_ptr, TOTAL, split, tl.sum(total, axis=0))
+                goal += splits
+                meet(arrived_ptr, goal)
+                limit = _total(wholes_ptr, TOTAL, splits).to(tl.float64) * top_p.to(tl.float64)
+                num_before = _total(wholes_ptr, COUNT, splits)
+                weight_before = _total(wholes_ptr, MASS, splits).to(tl.float64)
                 keeps = (top_k <= 0) | (num_before < top_k)
                 keeps = keeps & ((top_p >= 1.0) | (weight_before < limit))
                 keeps = keeps & ((token_x - top_x) * rate32 >= least)
-                num_above = tl.sum(_partials(wholes_ptr, COUNT_MIDDLE, SPLITS), axis=0)
-                weight_above = tl.sum(_partials(wholes_ptr, MASS_MIDDLE, SPLITS), axis=0).to(tl.float64)
+                num_above = _total(wholes_ptr, COUNT_MIDDLE, splits)
+                weight_above = _total(wholes_ptr, MASS_MIDDLE, splits).to(tl.float64)
                 is_low = (top_k <= 0) | (num_above < top_k)
                 is_low = is_low & ((top_p >= 1.0) | (weight_above < limit))
                 is_low = is_low & ((middle - top_x) * rate32 >= least)
@@ -260,7 +269,7 @@ def sample_kernel(
                     low_x = tl.where(is_low, middle, low_x)
                     best = tl.full((), float("-inf"), tl.float64)
                     best_id, best_x = tl.full((), NO_TOKEN, tl.int32), tl.full((), float("-inf"), tl.float32)
-                    for block in range(split, num_blocks, SPLITS):
+                    for block in range(split, num_blocks, splits):
                         held = bias_places(block, biased, BLOCK, BIAS)
                         x0, x1, x2, x3 = tops, tops, tops, tops
                         for word in tl.static_range(4):
@@ -278,14 +287,14 @@ def sample_kernel(
                         best, best_id, best_x = race(
                             x0, x1, x2, x3, block, seed, index, rate, best, best_id, best_x, BLOCK
                         )
-                    _put(reals_ptr, BEST, split, best, SPLITS)
-                    _put(wholes_ptr, BEST_ID, split, best_id, SPLITS)
-                    _put(reals_ptr, BEST_X, split, best_x, SPLITS)
-                    goal += SPLITS
-                    meet(arrived_ptr, goal, SPLITS)
-                    token, token_x = _race_winner(reals_ptr, wholes_ptr, SPLITS)
+                    _put(reals_ptr, BEST, split, best)
+                    _put(wholes_ptr, BEST_ID, split, best_id)
+                    _put(reals_ptr, BEST_X, split, best_x)
+                    goal += splits
+                    meet(arrived_ptr, goal)
+                    token, token_x = _race_winner(reals_ptr, wholes_ptr, splits)
             if split == 0:
-                _finish(outs, t, row_ptr, token, fault, reals_ptr, SPLITS, LOGPROB)
-            if arrive(left_ptr) == SPLITS - 1:
+                _finish(outs, t, row_ptr, token, fault, reals_ptr, splits, LOGPROB)
+            if arrive(left_ptr) == splits - 1:
                 tl.store(arrived_ptr, 0)
                 tl.store(left_ptr, 0)

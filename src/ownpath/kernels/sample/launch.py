@@ -5,7 +5,7 @@ At few rows a row is shared by up to 128 programs; then the time is launch laten
 cache. At many rows noise decides: 40 instructions a token to bound it, 110 where it is computed.
 
 Limits. float32 logits, up to 2^24 tokens, rows any number of elements apart; one token per row. Programs that share a
-row with filters wait for each other, so there are never more of them than multiprocessors. Calls with one operand must
+row with filters wait for each other, so there are never more of them than the device holds at once. Calls with one operand must
 follow each other on one stream: they share counters. A row's token never depends on the other rows.
 """
 
@@ -22,17 +22,19 @@ from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream, num_sms
 from ownpath.kernels.dsl.triton import TritonCall, launch
 from ownpath.kernels.launch_cache import LaunchCache
-from ownpath.kernels.sample.kernel import NUM_REALS, NUM_WHOLES, sample_kernel
+from ownpath.kernels.sample.kernel import MAX_SPLITS, NUM_REALS, NUM_WHOLES, sample_kernel
 from ownpath.kernels.sample.types import Sampled, SampleRows
 from ownpath.kernels.variants import variant_name
 
 INTERPRETED = triton.knobs.runtime.interpret
 MAX_VOCAB = 1 << 24
+BLOCK, PROGRAMS_PER_SM, MAX_REGISTERS = 256, 4, 128
+"""Programs of four warps: with so many registers a thread, a multiprocessor holds four at once."""
 NUM_POINTERS = 22
 
 
 class SampleShape(NamedTuple):
-    """splits: programs that share a row, a power of two. block: counters of a program's step, each for four tokens."""
+    """splits: programs that share a row, at most 128. block: counters of a program's step, each for four tokens."""
 
     splits: int
     block: int
@@ -50,9 +52,8 @@ class SampleScratch(NamedTuple):
 def choose_shape(num_rows: int, num_vocab: int, num_programs: int) -> SampleShape:
     """Chooses how rows are shared, for a device that runs ``num_programs`` at once."""
     share = max(num_programs // max(num_rows, 1), 1)
-    block, num_warps = (256, 4) if share >= 64 or num_vocab <= 4096 else (1024, 16)
-    num_blocks = -(-num_vocab // (4 * block))
-    return SampleShape(1 << (min(share, num_blocks).bit_length() - 1), block, num_warps)
+    num_blocks = -(-num_vocab // (4 * BLOCK))
+    return SampleShape(min(share, num_blocks, MAX_SPLITS), BLOCK, 4)
 
 
 @dataclass(frozen=True)
@@ -60,17 +61,17 @@ class SampleOperand:
     """Prepared launches, by everything that a compiled call fixes, and scratch, which captured graphs refer to."""
 
     launches: LaunchCache[tuple[object, ...], TritonCall] = field(default_factory=LaunchCache, compare=False)
-    scratch: dict[tuple[object, ...], SampleScratch] = field(default_factory=dict, compare=False)
+    scratch: dict[tuple[int, torch.device], SampleScratch] = field(default_factory=dict, compare=False)
     lock: Lock = field(default_factory=Lock, compare=False)
 
-    def scratch_for(self, num_rows: int, splits: int, device: torch.device) -> SampleScratch:
+    def scratch_for(self, num_rows: int, device: torch.device) -> SampleScratch:
         """Returns the scratch of calls of this size; made once and kept."""
-        key = num_rows, splits, device
+        key = num_rows, device
         if key not in self.scratch:
             self.scratch[key] = SampleScratch(
                 torch.zeros(2, num_rows, dtype=torch.int32, device=device),
-                torch.empty(num_rows, NUM_REALS, splits, dtype=torch.float64, device=device),
-                torch.empty(num_rows, NUM_WHOLES, splits, dtype=torch.int64, device=device),
+                torch.empty(num_rows, NUM_REALS, MAX_SPLITS, dtype=torch.float64, device=device),
+                torch.empty(num_rows, NUM_WHOLES, MAX_SPLITS, dtype=torch.int64, device=device),
             )
         return self.scratch[key]
 
@@ -108,6 +109,7 @@ class TritonSample:
         self, logits_TV: torch.Tensor, rows: SampleRows, operand: SampleOperand, *, out: Sampled | None = None
     ) -> Sampled:
         """Computes ``ref.sample``. See ``SampleKernel``."""
+        check_rank("logits_TV", logits_TV, 2, INTERPRETED)
         num_rows, num_vocab = logits_TV.shape
         if out is None:
             pair = logits_TV.new_empty(2, num_rows, dtype=torch.int64)
@@ -127,7 +129,7 @@ class TritonSample:
             if call is not None:
                 call.start(current_stream(logits_TV.get_device()), *(tensor.data_ptr() for tensor in tensors))
                 return out
-            scratch = operand.scratch_for(num_rows, shape.splits, logits_TV.device)
+            scratch = operand.scratch_for(num_rows, logits_TV.device)
             made = _first_launch((*tensors, *scratch), rows, out, shape, logits_TV.stride(0))
             if made is not None:
                 operand.launches.add(key, made)
@@ -136,7 +138,7 @@ class TritonSample:
     def _shape_for(self, logits_TV: torch.Tensor) -> SampleShape:
         if self._shape is not None:
             return self._shape
-        num_programs = 1 if INTERPRETED else num_sms(logits_TV.get_device())
+        num_programs = 1 if INTERPRETED else PROGRAMS_PER_SM * num_sms(logits_TV.get_device())
         return choose_shape(*logits_TV.shape, num_programs)
 
 
@@ -162,14 +164,14 @@ def _first_launch(
     return launch(
         sample_kernel,
         (shape.splits, num_rows),
-        (*tensors, pitch, num_vocab, num_rows, places),
+        (*tensors, pitch, num_vocab, num_rows, places, shape.splits),
         {
             "PLACES": triton.next_power_of_2(max(places, 1)),
-            "SPLITS": shape.splits,
             "BLOCK": shape.block,
             **_options(rows, out),
             "PDL": pdl,
             "num_warps": shape.num_warps,
+            "maxnreg": MAX_REGISTERS,
             "enable_fp_fusion": False,
             "launch_pdl": pdl,
         },
@@ -195,7 +197,6 @@ def _vectors(rows: SampleRows, out: Sampled) -> Iterator[tuple[str, torch.Tensor
 
 
 def _check(logits_TV: torch.Tensor, rows: SampleRows, out: Sampled) -> None:
-    check_rank("logits_TV", logits_TV, 2, INTERPRETED)
     (num_rows, num_vocab), device = logits_TV.shape, logits_TV.device
     if logits_TV.dtype is not torch.float32 or (num_vocab > 1 and logits_TV.stride(1) != 1):
         raise ValueError("logits_TV must be float32 with contiguous rows")
@@ -210,7 +211,7 @@ def _check(logits_TV: torch.Tensor, rows: SampleRows, out: Sampled) -> None:
         tables = rows.penalties.tables_RV
         check("tables_RV", tables, (torch.int32,), (tables.shape[0], num_vocab), device)
     if rows.bias is not None:
-        places = rows.bias.ids_TK.shape[-1]
+        places = rows.bias.ids_TK.shape[1]
         check("ids_TK", rows.bias.ids_TK, (torch.int32,), (num_rows, places), device)
         check("values_TK", rows.bias.values_TK, (torch.float32,), (num_rows, places), device)
     if rows.mask_TW is not None:
