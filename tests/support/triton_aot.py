@@ -30,6 +30,7 @@ TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
+    torch.float64: "fp64",
 }
 DIVISIBLE = [["tt.divisibility", 16]]
 

@@ -27,8 +27,6 @@ from ownpath.engine.sampler import (
     NonFiniteLogits,
     SampleRow,
     choose_tokens,
-    finite_rows,
-    new_generator,
     score_tokens,
 )
 from ownpath.engine.scheduler import ScheduledChunk, Scheduler
@@ -246,13 +244,11 @@ class Engine:
             self._stopping = True
 
     def _prepare(self, request: Request) -> bool:
-        """Gives a newly admitted request its cache and random stream. Returns False, and ends the request, if it gets
-        none."""
+        """Gives a newly admitted request its cache. Returns False, and ends the request, if it gets none."""
         if request.cache is not None:
             return True
         try:
             request.cache = self._model.new_cache()
-            request.generator = new_generator(request.params)
         except Exception:
             logger.exception("no cache for a request of %d tokens", request.num_tokens)
             self._fail(request, "there is no memory for this request")
@@ -303,12 +299,11 @@ class Engine:
 
     def _sample(self, logits_RV: torch.Tensor, shares: list[LogitsShare]) -> list[int | None]:
         """Samples the next token of every share; None where none is due or none can be chosen."""
-        finite = finite_rows(logits_RV)
-        due = {n: s.sample_row for n, s in enumerate(shares) if s.sample_row is not None and finite[s.sample_row]}
+        due = {n: share.sample_row for n, share in enumerate(shares) if share.sample_row is not None}
         sampled: list[int | None] = [None] * len(shares)
         if due:
             requests = [shares[n].chunk.request for n in due]
-            rows = [SampleRow(request.params, request.generator) for request in requests]
+            rows = [SampleRow(one.params, one.seed, len(one.output_ids)) for one in requests]
             for n, token_id in zip(due, choose_tokens(logits_RV[list(due.values())], rows), strict=True):
                 sampled[n] = token_id
         return sampled

@@ -1,12 +1,11 @@
 """One request: its parameters, its progress, and its reports."""
 
 import math
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
-
-import torch
 
 from ownpath.cache.pools import SequenceCache
 from ownpath.engine.limits import MAX_TEMPERATURE, MAX_TOP_LOGPROBS, SEED_LIMIT
@@ -118,6 +117,7 @@ OutputSink = Callable[[StepOutput], None]
 class Request:
     """A request's state, owned by the engine's thread after submission.
 
+    seed: the parameters' own or a fresh one; with the number of tokens drawn it decides the next draw.
     num_computed: tokens of ``prompt_ids + output_ids`` that the cache already holds.
     sink: called with every output, from the engine's thread; must not block.
     """
@@ -128,8 +128,12 @@ class Request:
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     cache: SequenceCache | None = None
-    generator: torch.Generator | None = None
+    seed: int = field(init=False)
     scored_prompt: list[ScoredToken] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        fresh = secrets.randbelow(2 * SEED_LIMIT) - SEED_LIMIT
+        self.seed = fresh if self.params.seed is None else self.params.seed
 
     @property
     def caches(self) -> SequenceCache:

@@ -5,10 +5,16 @@ Shapes: V = vocabulary of the tokenizer, S = rows that sample.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from ownpath.engine.request import SamplingParams, ScoredToken
+from ownpath.kernels.registry import KERNELS
+from ownpath.kernels.sample.types import FilterRows, Sampled, SampleKernel, SampleRows
+from ownpath.loading import device_caps
+from ownpath.ops import OpKind
+from ownpath.plan.select import Choice, select
 
 NON_FINITE = "the model produced a logit that is not finite"
 
@@ -19,22 +25,11 @@ class NonFiniteLogits(RuntimeError):
 
 @dataclass(frozen=True)
 class SampleRow:
-    """The parameters that turn one row of logits into a token."""
+    """What turns one row of logits into a token. seed: the request's own; index: number of tokens already drawn."""
 
     params: SamplingParams
-    generator: torch.Generator | None
-
-
-def new_generator(params: SamplingParams) -> torch.Generator | None:
-    """Creates the request's own random stream; None when it needs none. It lives on the CPU, so devices agree."""
-    if params.greedy:
-        return None
-    generator = torch.Generator(device="cpu")
-    if params.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(params.seed)
-    return generator
+    seed: int
+    index: int
 
 
 def finite_rows(logits_RV: torch.Tensor) -> list[bool]:
@@ -43,40 +38,43 @@ def finite_rows(logits_RV: torch.Tensor) -> list[bool]:
     return finite
 
 
-def choose_tokens(logits_SV: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
-    """Chooses one token id per row.
+def choose_tokens(logits_SV: torch.Tensor, rows: Sequence[SampleRow]) -> list[int | None]:
+    """Chooses one token id per row; ``None`` for a row with a logit that is not finite.
 
-    Shapes: logits_SV float32 [S, V], finite, cut to the tokenizer's vocabulary, so that every id is a token.
+    Shapes: logits_SV float32 [S, V], cut to the tokenizer's vocabulary, so that every id is a token.
     """
-    chosen: list[int] = logits_SV.argmax(dim=-1).tolist()
-    drawing = [index for index, row in enumerate(rows) if not row.params.greedy]
-    if drawing:
-        drawn = _draw(logits_SV[drawing], [rows[index] for index in drawing])
-        for index, token_id in zip(drawing, drawn, strict=True):
-            chosen[index] = token_id
-    return chosen
+    if logits_SV.device.type == "cpu" and all(row.params.greedy for row in rows):
+        likeliest: list[int] = logits_SV.argmax(dim=-1).tolist()
+        return [token if finite else None for token, finite in zip(likeliest, finite_rows(logits_SV), strict=True)]
+    chosen = torch.empty(2, len(rows), dtype=torch.int64, device=logits_SV.device)
+    kernel, operand = _kernel(logits_SV.device)
+    kernel.run(logits_SV.float(), _sample_rows(rows, logits_SV.device), operand, out=Sampled(*chosen, None))
+    return [None if fault else token for token, fault in zip(*chosen.tolist(), strict=True)]
 
 
-def _draw(logits_SV: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
-    """Samples within the nucleus by inverse CDF: one uniform number per row, from that row's own generator."""
+@lru_cache(maxsize=16)
+def _kernel(device: torch.device) -> "tuple[SampleKernel[object], object]":
+    """Returns the sampler of a device and its operand; all steps run on one stream."""
+    choice = select(OpKind.SAMPLE, None, device_caps(str(device)))
+    assert isinstance(choice, Choice)
+    kernel: SampleKernel[object] = KERNELS[choice.kernel.name]
+    return kernel, kernel.prepare()
 
-    def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits_SV.device).unsqueeze(-1)
 
-    # Subtracting the maximum first keeps a tiny temperature from overflowing: the best entry is exactly 0.
-    shifted_SV = logits_SV.double() - logits_SV.double().amax(dim=-1, keepdim=True)
-    probs_SV = torch.softmax(shifted_SV / column([row.params.temperature for row in rows]), dim=-1)
-    sorted_SV, ids_SV = probs_SV.sort(dim=-1, descending=True, stable=True)
-    # A token is in the nucleus while those before it have not reached top_p; the best one always is.
-    before_SV = sorted_SV.cumsum(dim=-1) - sorted_SV
-    kept_SV = sorted_SV.masked_fill(before_SV >= column([row.params.top_p for row in rows]), 0.0)
-    cdf_SV = kept_SV.cumsum(dim=-1)
-    uniform_S1 = column([float(torch.rand((), dtype=torch.float64, generator=row.generator)) for row in rows])
-    picks_S1 = torch.searchsorted(cdf_SV, uniform_S1 * cdf_SV[:, -1:], right=True)
-    # uniform < 1, but its product may round up to the total: stay on the last kept token.
-    last_S1 = (kept_SV > 0).sum(dim=-1, keepdim=True) - 1
-    token_ids: list[int] = ids_SV.gather(-1, picks_S1.minimum(last_S1)).squeeze(-1).tolist()
-    return token_ids
+def _sample_rows(rows: Sequence[SampleRow], device: torch.device) -> SampleRows:
+    def column(values: list[float], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    filters = None
+    if any(row.params.top_p < 1 for row in rows):
+        top_p_S = column([row.params.top_p for row in rows], torch.float32)
+        filters = FilterRows(torch.zeros_like(top_p_S, dtype=torch.int32), top_p_S, torch.zeros_like(top_p_S))
+    return SampleRows(
+        column([row.params.temperature for row in rows], torch.float32),
+        column([row.seed for row in rows], torch.int64),
+        column([row.index for row in rows], torch.int32),
+        filters,
+    )
 
 
 def score_tokens(logits_RV: torch.Tensor, token_ids: Sequence[int], num_top: int) -> list[ScoredToken]:

@@ -1,41 +1,48 @@
 """Choosing and scoring tokens."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ownpath.engine.request import RequestError, SamplingParams
+from ownpath.engine.request import Request, RequestError, SamplingParams
 from ownpath.engine.sampler import (
     NonFiniteLogits,
     SampleRow,
     choose_tokens,
     finite_rows,
-    new_generator,
     score_tokens,
 )
 
 
 def row(temperature: float = 1.0, top_p: float = 1.0, seed: int | None = 0) -> SampleRow:
+    """The first draw of a request with these parameters."""
     params = SamplingParams(8, temperature=temperature, top_p=top_p, seed=seed)
-    return SampleRow(params, new_generator(params))
+    return SampleRow(params, Request([0], params, lambda output: None).seed, 0)
 
 
-def test_greedy_takes_the_likeliest_and_needs_no_random_numbers(device: torch.device) -> None:
-    logits = torch.tensor([[0.0, 2.0, 1.0], [5.0, 2.0, 1.0]], device=device)
+def successive(first: SampleRow, count: int) -> list[SampleRow]:
+    """A request's rows, draw after draw."""
+    return [replace(first, index=index) for index in range(count)]
+
+
+def test_greedy_takes_the_likeliest(device: torch.device) -> None:
+    """The first of the likeliest, alone and beside a row that draws."""
+    logits = torch.tensor([[0.0, 2.0, 2.0], [5.0, 2.0, 1.0], [0.0, 0.0, 90.0]], device=device)
     greedy = row(temperature=0)
-    assert greedy.generator is None
-    assert choose_tokens(logits, [greedy, greedy]) == [1, 0]
+    assert choose_tokens(logits, [greedy] * 3) == [1, 0, 2]
+    assert choose_tokens(logits, [greedy, greedy, row()]) == [1, 0, 2]
 
 
 def test_frequencies_follow_the_softmax_of_the_scaled_logits(device: torch.device) -> None:
     """20,000 draws; each count is binomial, so 5 standard deviations fail once in about a million runs per token."""
     logits, temperature, num_draws = torch.tensor([0.0, 1.0, -1.0, 0.5], device=device), 0.7, 20_000
-    sampler = row(temperature)
     counts = torch.zeros(4)
-    for token_id in choose_tokens(logits.expand(num_draws, 4), [sampler] * num_draws):
+    for token_id in choose_tokens(logits.repeat(num_draws, 1), successive(row(temperature), num_draws)):
+        assert token_id is not None
         counts[token_id] += 1
     weights = [math.exp(float(value) / temperature) for value in logits]
     for token_id, weight in enumerate(weights):
@@ -46,14 +53,14 @@ def test_frequencies_follow_the_softmax_of_the_scaled_logits(device: torch.devic
 
 @pytest.mark.parametrize(
     ("top_p", "allowed"),
-    [(1.0, {0, 1, 2, 3}), (0.95, {0, 1, 2}), (0.7, {0, 1}), (0.5, {0}), (0.51, {0, 1}), (1e-9, {0})],
+    [(1.0, {0, 1, 2, 3}), (0.949, {0, 1, 2}), (0.7, {0, 1}), (0.499, {0}), (0.501, {0, 1}), (1e-50, {0})],
 )
 def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(
     top_p: float, allowed: set[int], device: torch.device
 ) -> None:
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64, device=device).log()
-    sampler = row(top_p=top_p)
-    assert set(choose_tokens(logits.expand(2000, 4), [sampler] * 2000)) == allowed
+    """Edges are kept off by a thousandth: logits are float32, so that 0.5 is not exactly half."""
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05], device=device).log()
+    assert set(choose_tokens(logits.repeat(2000, 1), successive(row(top_p=top_p), 2000))) == allowed
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-9, 1e-3])
@@ -70,23 +77,20 @@ def test_a_row_does_not_depend_on_its_neighbours(
     logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(seed)).to(device)
     rows = [row(temperature, top_p, seed + n) for n in range(4)] + [row(temperature=0)]
     together = choose_tokens(logits, rows)
-    rows = [row(temperature, top_p, seed + n) for n in range(4)] + [row(temperature=0)]
     alone = [choose_tokens(logits[n : n + 1], [rows[n]])[0] for n in range(5)]
     assert together == alone
-    assert all(0 <= token_id < 300 for token_id in together)
+    assert all(token_id is not None and 0 <= token_id < 300 for token_id in together)
 
 
 def test_seeds() -> None:
-    logits = torch.zeros(1, 1000)
-
-    def draws(seed: int | None) -> list[int]:
-        sampler = row(seed=seed)
-        return [choose_tokens(logits, [sampler])[0] for _ in range(8)]
+    def draws(seed: int | None) -> list[int | None]:
+        return choose_tokens(torch.zeros(8, 1000), successive(row(seed=seed), 8))
 
     assert draws(7) == draws(7)
     assert draws(7) != draws(8)
     assert draws(None) != draws(None)
     assert draws(-(2**63)) != draws(2**63 - 1)
+    assert len(set(draws(7))) > 1, "each draw has numbers of its own"
 
 
 def test_scores_are_the_models_own_log_probabilities(device: torch.device) -> None:
@@ -109,6 +113,8 @@ def test_rows_that_are_not_finite_are_seen(bad: float) -> None:
     logits = torch.zeros(3, 4)
     logits[1, 2] = bad
     assert finite_rows(logits) == [True, False, True]
+    assert choose_tokens(logits, [row(temperature=0)] * 3) == [0, None, 0]
+    assert [token is None for token in choose_tokens(logits, [row()] * 3)] == [False, True, False]
     with pytest.raises(NonFiniteLogits):
         score_tokens(logits, [0, 0, 0], 0)
     with pytest.raises(NonFiniteLogits):

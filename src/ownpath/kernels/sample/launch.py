@@ -1,0 +1,221 @@
+"""The sampler on Hopper: chooses every row's token in one launch.
+
+Roofline. 4 * T * V bytes once for greedy rows and rows without filters, twice and a little for rows with filters.
+At few rows a row is shared by up to 128 programs; then the time is launch latency and two trips to the second-level
+cache. At many rows noise decides: 40 instructions a token to bound it, 110 where it is computed.
+
+Limits. float32 logits, up to 2^24 tokens, rows any number of elements apart; one token per row. Programs that share a
+row with filters wait for each other, so there are never more of them than the device holds at once. Calls with one operand must
+follow each other on one stream: they share counters. A row's token never depends on the other rows.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import NamedTuple
+
+import torch
+import triton
+
+from ownpath.kernels.checks import check, check_rank
+from ownpath.kernels.contract import Config
+from ownpath.kernels.dsl.driver import current_stream, num_sms
+from ownpath.kernels.dsl.triton import TritonCall, launch
+from ownpath.kernels.launch_cache import LaunchCache
+from ownpath.kernels.sample.kernel import MAX_SPLITS, NUM_REALS, NUM_WHOLES, sample_kernel
+from ownpath.kernels.sample.types import Sampled, SampleRows
+from ownpath.kernels.variants import variant_name
+
+INTERPRETED = triton.knobs.runtime.interpret
+MAX_VOCAB = 1 << 24
+BLOCK, PROGRAMS_PER_SM, MAX_REGISTERS = 256, 4, 128
+"""Programs of four warps: with so many registers a thread, a multiprocessor holds four at once."""
+NUM_POINTERS = 22
+
+
+class SampleShape(NamedTuple):
+    """splits: programs that share a row, at most 128. block: counters of a program's step, each for four tokens."""
+
+    splits: int
+    block: int
+    num_warps: int
+
+
+class SampleScratch(NamedTuple):
+    """What programs of a row exchange. counters int32 [2, T], zero between calls; reals float64, wholes int64."""
+
+    counters: torch.Tensor
+    reals: torch.Tensor
+    wholes: torch.Tensor
+
+
+def choose_shape(num_rows: int, num_vocab: int, num_programs: int) -> SampleShape:
+    """Chooses how rows are shared, for a device that runs ``num_programs`` at once."""
+    share = max(num_programs // max(num_rows, 1), 1)
+    num_blocks = -(-num_vocab // (4 * BLOCK))
+    return SampleShape(min(share, num_blocks, MAX_SPLITS), BLOCK, 4)
+
+
+@dataclass(frozen=True)
+class SampleOperand:
+    """Prepared launches, by everything that a compiled call fixes, and scratch, which captured graphs refer to."""
+
+    launches: LaunchCache[tuple[object, ...], TritonCall] = field(default_factory=LaunchCache, compare=False)
+    scratch: dict[tuple[int, torch.device], SampleScratch] = field(default_factory=dict, compare=False)
+    lock: Lock = field(default_factory=Lock, compare=False)
+
+    def scratch_for(self, num_rows: int, device: torch.device) -> SampleScratch:
+        """Returns the scratch of calls of this size; made once and kept."""
+        key = num_rows, device
+        if key not in self.scratch:
+            self.scratch[key] = SampleScratch(
+                torch.zeros(2, num_rows, dtype=torch.int32, device=device),
+                torch.empty(num_rows, NUM_REALS, MAX_SPLITS, dtype=torch.float64, device=device),
+                torch.empty(num_rows, NUM_WHOLES, MAX_SPLITS, dtype=torch.int64, device=device),
+            )
+        return self.scratch[key]
+
+
+def _options(rows: SampleRows, out: Sampled) -> dict[str, bool]:
+    return {
+        "FILTERS": rows.filters is not None,
+        "PENALTIES": rows.penalties is not None,
+        "BIAS": rows.bias is not None,
+        "MASK": rows.mask_TW is not None,
+        "LOGPROB": out.logprob_T is not None,
+    }
+
+
+class TritonSample:
+    """The next token of each row. ``shape``: how rows are shared; chosen by their number if it is not given."""
+
+    def __init__(self, shape: SampleShape | None = None) -> None:
+        self._shape = shape
+
+    def prepare(self) -> SampleOperand:
+        """Makes the operand: launches and scratch of one stream of calls."""
+        return SampleOperand()
+
+    def configs(self, operand: SampleOperand) -> Sequence[Config]:
+        """Returns nothing: Triton compiles at the first call."""
+        return ()
+
+    def variant(self, logits_TV: torch.Tensor, rows: SampleRows, operand: SampleOperand) -> str:
+        """Returns the variant's name: how rows are shared. Neither logits nor rows are read."""
+        shape = self._shape_for(logits_TV)
+        return variant_name("sample", splits=shape.splits, block=shape.block)
+
+    def run(
+        self, logits_TV: torch.Tensor, rows: SampleRows, operand: SampleOperand, *, out: Sampled | None = None
+    ) -> Sampled:
+        """Computes ``ref.sample``. See ``SampleKernel``."""
+        check_rank("logits_TV", logits_TV, 2, INTERPRETED)
+        num_rows, num_vocab = logits_TV.shape
+        if out is None:
+            pair = logits_TV.new_empty(2, num_rows, dtype=torch.int64)
+            out = Sampled(pair[0], pair[1], None)
+        tensors = _tensors(logits_TV, rows, out)
+        _check(logits_TV, rows, out)
+        if not num_rows:
+            return out
+        shape = self._shape_for(logits_TV)
+        places = 0 if rows.bias is None else rows.bias.ids_TK.shape[1]
+        key = (
+            *(num_rows, num_vocab, logits_TV.stride(0), logits_TV.data_ptr() % 16, logits_TV.get_device()),
+            *(shape, places, out.token_T.dtype, *_options(rows, out).values()),
+        )
+        with operand.lock:
+            call = operand.launches.get(key)
+            if call is not None:
+                call.start(current_stream(logits_TV.get_device()), *(tensor.data_ptr() for tensor in tensors))
+                return out
+            scratch = operand.scratch_for(num_rows, logits_TV.device)
+            made = _first_launch((*tensors, *scratch), rows, out, shape, logits_TV.stride(0))
+            if made is not None:
+                operand.launches.add(key, made)
+        return out
+
+    def _shape_for(self, logits_TV: torch.Tensor) -> SampleShape:
+        if self._shape is not None:
+            return self._shape
+        num_programs = 1 if INTERPRETED else PROGRAMS_PER_SM * num_sms(logits_TV.get_device())
+        return choose_shape(*logits_TV.shape, num_programs)
+
+
+def _tensors(logits_TV: torch.Tensor, rows: SampleRows, out: Sampled) -> tuple[torch.Tensor, ...]:
+    """Returns the kernel's tensors in order; an absent one is replaced by one that is not read."""
+    unread = rows.temperature_T
+    return (
+        *(logits_TV, rows.temperature_T, rows.seed_T, rows.index_T),
+        *((unread,) * 3 if rows.filters is None else rows.filters),
+        *((unread,) * 5 if rows.penalties is None else rows.penalties),
+        *((unread,) * 3 if rows.bias is None else rows.bias),
+        unread if rows.mask_TW is None else rows.mask_TW,
+        *(out.token_T, out.fault_T, unread if out.logprob_T is None else out.logprob_T),
+    )
+
+
+def _first_launch(
+    tensors: tuple[torch.Tensor, ...], rows: SampleRows, out: Sampled, shape: SampleShape, pitch: int
+) -> TritonCall | None:
+    num_rows, num_vocab = tensors[0].shape
+    places, pdl = 0 if rows.bias is None else rows.bias.ids_TK.shape[1], not INTERPRETED
+    assert len(tensors) == NUM_POINTERS
+    return launch(
+        sample_kernel,
+        (shape.splits, num_rows),
+        (*tensors, pitch, num_vocab, num_rows, places, shape.splits),
+        {
+            "PLACES": triton.next_power_of_2(max(places, 1)),
+            "BLOCK": shape.block,
+            **_options(rows, out),
+            "PDL": pdl,
+            "num_warps": shape.num_warps,
+            "maxnreg": MAX_REGISTERS,
+            "enable_fp_fusion": False,
+            "launch_pdl": pdl,
+        },
+        moving=range(NUM_POINTERS - 3),
+    )
+
+
+def _vectors(rows: SampleRows, out: Sampled) -> Iterator[tuple[str, torch.Tensor, tuple[torch.dtype, ...]]]:
+    """Yields what has one element per row, with the dtypes that it may have."""
+    floats, ints = (torch.float32,), (torch.int32,)
+    yield from (("temperature_T", rows.temperature_T, floats), ("seed_T", rows.seed_T, (torch.int64,)))
+    yield "index_T", rows.index_T, ints
+    if rows.filters is not None:
+        yield from zip(rows.filters._fields, rows.filters, (ints, floats, floats), strict=True)
+    if rows.penalties is not None:
+        yield from zip(rows.penalties._fields[1:], rows.penalties[1:], (ints, floats, floats, floats), strict=True)
+    if rows.bias is not None:
+        yield "counts_T", rows.bias.counts_T, ints
+    yield "out.token_T", out.token_T, (torch.int64, torch.int32)
+    yield "out.fault_T", out.fault_T, (out.token_T.dtype,)
+    if out.logprob_T is not None:
+        yield "out.logprob_T", out.logprob_T, floats
+
+
+def _check(logits_TV: torch.Tensor, rows: SampleRows, out: Sampled) -> None:
+    (num_rows, num_vocab), device = logits_TV.shape, logits_TV.device
+    if logits_TV.dtype is not torch.float32 or (num_vocab > 1 and logits_TV.stride(1) != 1):
+        raise ValueError("logits_TV must be float32 with contiguous rows")
+    if not 0 < num_vocab <= MAX_VOCAB:
+        raise ValueError(f"logits_TV must have 1 to {MAX_VOCAB} tokens, found {num_vocab}")
+    for name, tensor, dtypes in _vectors(rows, out):
+        is_sound = tensor.dtype in dtypes and tensor.shape == (num_rows,) and tensor.device == device
+        if not is_sound or not tensor.is_contiguous():
+            kind = " or ".join(map(str, dtypes))
+            raise ValueError(f"{name} must be {kind} [{num_rows}], contiguous on {device}")
+    if rows.penalties is not None:
+        tables = rows.penalties.tables_RV
+        check("tables_RV", tables, (torch.int32,), (tables.shape[0], num_vocab), device)
+    if rows.bias is not None:
+        places = rows.bias.ids_TK.shape[1]
+        check("ids_TK", rows.bias.ids_TK, (torch.int32,), (num_rows, places), device)
+        check("values_TK", rows.bias.values_TK, (torch.float32,), (num_rows, places), device)
+    if rows.mask_TW is not None:
+        check("mask_TW", rows.mask_TW, (torch.int32,), (num_rows, -(-num_vocab // 32)), device)
+
+
+SAMPLE = TritonSample()

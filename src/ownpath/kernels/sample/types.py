@@ -1,0 +1,101 @@
+"""Arguments and results of the sampler.
+
+Legend: T rows of logits, V tokens of the vocabulary, K places for biased tokens, R tables of counts.
+"""
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from ownpath.kernels.contract import Kernel, Operand
+
+LEAST_TEMPERATURE = 1e-30
+"""A row of a lower temperature takes the likeliest token: its inverse would not be a float32."""
+IN_PROMPT = 1 << 30
+"""Bit of a token's entry in a table of counts: it is in the prompt. The bits below count it in the answer."""
+FAULT_NON_FINITE, FAULT_NOTHING_ALLOWED = 1, 2
+"""A row without a choice: a logit that is NaN or infinite; a mask without a token."""
+
+
+class FilterRows(NamedTuple):
+    """What a row's draw leaves out. Each filter looks at the whole distribution after temperature; all must agree.
+
+    Shapes: top_k_T int32 [T]: keep the k likeliest, 0 keeps all. top_p_T float32 [T]: keep the likeliest that together
+        reach this probability, 1 keeps all. min_p_T float32 [T]: keep what has this share of the best one's
+        probability, 0 keeps all. Of equal logits the lower id counts as likelier.
+        The likeliest token is always kept.
+    """
+
+    top_k_T: Tensor
+    top_p_T: Tensor
+    min_p_T: Tensor
+
+
+class PenaltyRows(NamedTuple):
+    """Penalties on tokens that a row has seen.
+
+    Shapes: tables_RV int32 [R, V]: an entry is how often the answer has the token, plus ``IN_PROMPT``. table_T int32
+        [T]: the row's table, -1 for a row without penalties. presence_T, frequency_T, repetition_T float32 [T].
+    """
+
+    tables_RV: Tensor
+    table_T: Tensor
+    presence_T: Tensor
+    frequency_T: Tensor
+    repetition_T: Tensor
+
+
+class BiasRows(NamedTuple):
+    """Values added to the logits of some tokens.
+
+    Shapes: ids_TK int32 [T, K], ascending, each once; values_TK float32 [T, K], finite; counts_T int32 [T]: how many
+        of a row's K places are used.
+    """
+
+    ids_TK: Tensor
+    values_TK: Tensor
+    counts_T: Tensor
+
+
+class SampleRows(NamedTuple):
+    """The parameters of each row. What is ``None`` costs nothing.
+
+    Shapes: temperature_T float32 [T], 0 for the likeliest token; seed_T int64 [T]; index_T int32 [T]: how many tokens
+        the answer already has. mask_TW int32 [T, ceil(V / 32)]: bit i of word w allows token 32 w + i.
+    """
+
+    temperature_T: Tensor
+    seed_T: Tensor
+    index_T: Tensor
+    filters: FilterRows | None = None
+    penalties: PenaltyRows | None = None
+    bias: BiasRows | None = None
+    mask_TW: Tensor | None = None
+
+
+class Sampled(NamedTuple):
+    """What was chosen.
+
+    Shapes: token_T int64 or int32 [T], 0 in a row with a fault. fault_T of the same dtype, 0 for none. logprob_T float32
+        [T], of the token by the raw logits, before temperature and filters; ``None``: not computed.
+    """
+
+    token_T: Tensor
+    fault_T: Tensor
+    logprob_T: Tensor | None = None
+
+
+class SampleKernel(Kernel[Operand], Protocol[Operand]):
+    """One token for each row of logits."""
+
+    def prepare(self) -> Operand:
+        """Makes the operand: what calls that follow each other on one stream share."""
+
+    def variant(self, logits_TV: Tensor, rows: SampleRows, operand: Operand) -> str | None:
+        """Returns the name of the variant that a call launches; ``None`` for a kernel without variants."""
+
+    def run(self, logits_TV: Tensor, rows: SampleRows, operand: Operand, *, out: Sampled | None = None) -> Sampled:
+        """Chooses tokens. Shapes: logits_TV float32 [T, V], rows any number of elements apart; V tokens, no padding.
+
+        Errors: ValueError naming what is wrong with the logits, the rows or out.
+        """

@@ -1,0 +1,130 @@
+"""The sampler's kernel, interpreted, against its twin: the same tokens, faults and log-probabilities."""
+
+import math
+
+import pytest
+import torch
+from support.sampling import filters, mixed_rows, plain_rows
+
+from ownpath.kernels.sample.launch import SAMPLE, SampleShape, TritonSample, choose_shape
+from ownpath.kernels.sample.ref import sample
+from ownpath.kernels.sample.types import Sampled, SampleRows
+
+
+def outputs(num_rows: int) -> Sampled:
+    token, fault = torch.full((2, num_rows), -7)
+    return Sampled(token, fault, torch.full((num_rows,), math.nan))
+
+
+def compare(logits: torch.Tensor, rows: SampleRows, kernel: TritonSample = SAMPLE) -> Sampled:
+    """Runs both; log-probabilities are sums of up to 5000 terms in float32."""
+    found, wanted = outputs(len(logits)), outputs(len(logits))
+    kernel.run(logits, rows, kernel.prepare(), out=found)
+    sample(logits, rows, wanted)
+    assert torch.equal(found.token_T, wanted.token_T)
+    assert torch.equal(found.fault_T, wanted.fault_T)
+    assert found.logprob_T is not None
+    assert wanted.logprob_T is not None
+    sound = wanted.fault_T == 0
+    assert torch.allclose(found.logprob_T[sound], wanted.logprob_T[sound], rtol=0, atol=32 * 2**-20)
+    return found
+
+
+@pytest.mark.parametrize(("num_vocab", "spread"), [(1, 1.0), (37, 2.0), (2100, 3.0)])
+def test_every_parameter(num_vocab: int, spread: float) -> None:
+    """Ties are planted: logits on a grid of eighths."""
+    g = torch.Generator().manual_seed(num_vocab)
+    num_rows = 6
+    logits = (torch.randn(num_rows, num_vocab, generator=g) * spread * 8).round() / 8
+    compare(logits, mixed_rows(num_rows, num_vocab, g))
+
+
+def test_programs_share_a_row() -> None:
+    """Without filters the last program finishes, so that rows can be shared where one runs after the other; with pads
+    behind the vocabulary, and the largest logits in every program's share."""
+    logits = torch.full((5, 3200), math.nan)[:, :3100]
+    logits[:] = torch.randn(5, 3100, generator=torch.Generator().manual_seed(2))
+    logits[0, [900, 1100, 3099]] = logits[1, 3099] = logits[2, 0] = 60.0
+    rows = plain_rows(5)._replace(temperature_T=torch.tensor([0.0, 1.0, 1e-3, 1.5, 0.0]))
+    found = compare(logits, rows, TritonSample(SampleShape(3, 256, 4)))
+    assert found.token_T[:3].tolist() == [900, 3099, 0]
+
+
+@pytest.mark.parametrize(("top_k", "top_p", "min_p"), [(40, 1.0, 0.0), (0, 0.03, 0.0), (0, 1.0, 0.9)])
+def test_rounds_on_a_flat_row(top_k: int, top_p: float, min_p: float) -> None:
+    """The first winner is out nearly always: several rounds follow."""
+    logits = torch.randn(2, 1100, generator=torch.Generator().manual_seed(top_k)) * 0.3
+    compare(logits, plain_rows(2)._replace(filters=filters(2, top_k, top_p, min_p)))
+
+
+@pytest.mark.parametrize("with_filters", [False, True])
+def test_faults(with_filters: bool) -> None:
+    """Rows with a fault end, and change no neighbour."""
+    logits = torch.randn(5, 70, generator=torch.Generator().manual_seed(0))
+    for row, bad in enumerate((math.nan, math.inf, -math.inf)):
+        logits[row, 69 - row] = bad
+    mask = torch.full((5, 3), -1, dtype=torch.int32)
+    mask[3] = torch.tensor([0, 0, -(2**31)], dtype=torch.int32)
+    rows = plain_rows(5)._replace(mask_TW=mask, filters=filters(5, 3, 0.5) if with_filters else None)
+    assert compare(logits, rows).fault_T.tolist() == [1, 1, 1, 2, 0]
+
+
+def test_nothing_is_left_behind() -> None:
+    """Counters are zero after a call, so that a captured graph can be replayed."""
+    kernel, rows = TritonSample(), plain_rows(2)._replace(filters=filters(2, 2))
+    operand = kernel.prepare()
+    for _ in range(2):
+        kernel.run(torch.randn(2, 50), rows, operand, out=outputs(2))
+        assert not operand.scratch_for(2, torch.device("cpu")).counters.any()
+
+
+def replaced(rows: SampleRows, name: str, value: torch.Tensor) -> SampleRows:
+    """Rows with one tensor of their filters, penalties or bias, or their own, replaced."""
+    for part in ("filters", "penalties", "bias"):
+        held = getattr(rows, part)
+        if name in held._fields:
+            return rows._replace(**{part: held._replace(**{name: value})})
+    return rows._replace(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature_T", torch.zeros(3)),
+        ("temperature_T", torch.zeros(2, dtype=torch.float64)),
+        ("seed_T", torch.zeros(2, dtype=torch.int32)),
+        ("index_T", torch.zeros(4, dtype=torch.int32)[::2]),
+        ("top_k_T", torch.zeros(2)),
+        ("top_p_T", torch.zeros(1)),
+        ("tables_RV", torch.zeros(2, 9, dtype=torch.int32)),
+        ("presence_T", torch.zeros(2, dtype=torch.bfloat16)),
+        ("ids_TK", torch.zeros(2, 9, dtype=torch.int64)),
+        ("values_TK", torch.zeros(2, 8)),
+        ("counts_T", torch.zeros(2)),
+        ("mask_TW", torch.zeros(2, 3, dtype=torch.int32)),
+    ],
+)
+def test_wrong_rows_are_refused_by_name(name: str, value: torch.Tensor) -> None:
+    rows = replaced(mixed_rows(2, 10, torch.Generator().manual_seed(0)), name, value)
+    with pytest.raises(ValueError, match=name):
+        SAMPLE.run(torch.zeros(2, 10), rows, SAMPLE.prepare())
+
+
+@pytest.mark.parametrize("logits", [torch.zeros(2, 10).double(), torch.zeros(2, 20)[:, ::2], torch.zeros(10)])
+def test_wrong_logits_are_refused(logits: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="logits_TV"):
+        SAMPLE.run(logits, plain_rows(2), SAMPLE.prepare())
+
+
+def test_how_rows_are_shared() -> None:
+    """Never more programs than the device holds at once, beyond one a row; none without a block."""
+    for num_rows in range(1, 300):
+        for num_vocab in (1, 1024, 2560, 129280):
+            shape = choose_shape(num_rows, num_vocab, 528)
+            assert shape.splits == 1 or shape.splits * num_rows <= 528
+            assert (shape.splits - 1) * 4 * shape.block < num_vocab
+            assert 1 <= shape.splits <= 128
+
+
+def test_no_rows() -> None:
+    assert SAMPLE.run(torch.zeros(0, 5), plain_rows(0), SAMPLE.prepare()).token_T.shape == (0,)
