@@ -44,12 +44,9 @@ def build_batch(chunks: Sequence[ScheduledChunk], device: torch.device | str) ->
     return replace(batch, logits_ids=wanted), shares
 
 
-def decode_shares(rows: Sequence[tuple[int, ScheduledChunk]]) -> list[LogitsShare]:
-    """Assigns rows of logits to chunks of one token each; a row may score a prompt token and sample."""
-    return [
-        LogitsShare(chunk, row, _scored_ids(chunk), row if _samples(chunk) else None, _ends_prompt(chunk))
-        for row, chunk in rows
-    ]
+def decode_share(row: int, chunk: ScheduledChunk) -> LogitsShare:
+    """Assigns a row of logits to a chunk of one token; the row may score a prompt token and sample."""
+    return LogitsShare(chunk, row, _scored_ids(chunk), row if _samples(chunk) else None, _ends_prompt(chunk))
 
 
 def _samples(chunk: ScheduledChunk) -> bool:

@@ -21,11 +21,16 @@ from ownpath.cache.layout import NOBODY
 from ownpath.cache.pools import CachePool, SequenceCache
 from ownpath.cache.tables import DecodeTables
 from ownpath.config import EngineConfig
+from ownpath.engine.request import SamplingParams
+from ownpath.engine.sampler import SampleRow, sampler_of
+from ownpath.kernels.sample.types import FilterRows, Sampled, SampleRows
 from ownpath.terminal.progress import Progress
 from ownpath.trace import Ledger
 
 PADDED = -1
 """The token id of a padded row."""
+GREEDY = SampleRow(SamplingParams(1, temperature=0.0), seed=0, index=0)
+"""Takes the likeliest token."""
 BUCKETS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
 
@@ -42,50 +47,100 @@ class DecodingModel(Protocol):
 
 
 class DecodeRow(NamedTuple):
-    """One request's share of a step: its cache, and the token at the position where the cache ends."""
+    """One request's share of a step: its cache, the token at the position where the cache ends, and how the next one
+    is drawn."""
 
     cache: SequenceCache
     token_id: int
+    sample: SampleRow = GREEDY
 
 
 class Decoded(NamedTuple):
-    """A step's results. logits_TV: valid until the next step. token_ids: the likeliest token of each row; ``None``
-    where a logit is not finite."""
+    """A step's results. logits_TV: valid until the next step. token_ids: the token drawn for each row; ``None`` where a
+    logit is not finite."""
 
     logits_TV: torch.Tensor
     token_ids: list[int | None]
 
 
 class _RowArrays:
-    """The rows' arrays in one buffer of int32: tokens [R], positions [R], slots [R], block tables [R, B].
+    """The rows' arrays in one buffer of int32, so that ``upload`` is one transfer: seeds (two words a row), tokens,
+    positions, slots, numbers of drawn tokens, temperatures, top_p [R]; block tables [R, B]."""
 
-    ``upload`` copies the host's values to the device in one transfer.
-    """
+    WORDS = 8
 
     def __init__(self, num_rows: int, num_blocks: int, device: torch.device) -> None:
         self.num_rows, self.num_blocks = num_rows, num_blocks
-        size = num_rows * (3 + num_blocks)
+        size = num_rows * (self.WORDS + num_blocks)
         self._host = torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._device = torch.zeros(size, dtype=torch.int32, device=device)
-        self._values = self._host.numpy()
-
-    def tokens(self, count: int) -> torch.Tensor:
-        return self._device[:count]
+        self._values = _Columns.of(self._host, num_rows)
+        self.columns = _Columns.of(self._device, num_rows)
 
     def tables(self, pool: CachePool, count: int) -> DecodeTables:
         """Returns the step's tables of the first ``count`` rows, as views."""
-        positions, slots, blocks = (self._device[idx * self.num_rows :] for idx in (1, 2, 3))
-        return DecodeTables(pool, positions[:count], slots[:count], blocks.view(self.num_rows, -1)[:count])
+        columns = self.columns
+        return DecodeTables(pool, columns.positions[:count], columns.slots[:count], columns.blocks[:count])
+
+    def sample_rows(self, count: int) -> SampleRows:
+        """Returns the parameters of the first ``count`` rows, as views."""
+        columns = self.columns
+        filters = FilterRows(columns.top_k[:count], columns.top_p[:count], columns.min_p[:count])
+        return SampleRows(columns.temperatures[:count], columns.seeds[:count], columns.drawn[:count], filters)
 
     def upload(self, rows: Sequence[DecodeRow]) -> None:
         """Writes these rows, and pads the others."""
-        count, all_rows = len(rows), self.num_rows
-        tokens, positions, slots = self._values[: 3 * all_rows].reshape(3, all_rows)
-        blocks = self._values[3 * all_rows :].reshape(all_rows, self.num_blocks)
-        tokens[count:], positions[count:], slots[count:], blocks[count:] = PADDED, 0, NOBODY, NOBODY
-        for idx, (cache, token_id) in enumerate(rows):
-            tokens[idx], positions[idx], slots[idx], blocks[idx] = token_id, cache.num_tokens, cache.slot, cache.blocks
+        count, values = len(rows), self._values
+        values.tokens[count:], values.positions[count:], values.slots[count:] = PADDED, 0, NOBODY
+        values.blocks[count:], values.temperatures[count:], values.top_p[count:] = NOBODY, 0.0, 1.0
+        if rows:
+            caches, tokens, samples = zip(*rows, strict=True)
+            values.tokens[:count] = torch.tensor(tokens, dtype=torch.int32)
+            values.positions[:count] = torch.tensor([cache.num_tokens for cache in caches], dtype=torch.int32)
+            values.slots[:count] = torch.tensor([cache.slot for cache in caches], dtype=torch.int32)
+            values.blocks[:count] = torch.tensor([cache.blocks for cache in caches], dtype=torch.int32)
+            values.seeds[:count] = torch.tensor([sample.seed for sample in samples])
+            values.drawn[:count] = torch.tensor([sample.index for sample in samples], dtype=torch.int32)
+            values.temperatures[:count] = torch.tensor([sample.params.temperature for sample in samples])
+            values.top_p[:count] = torch.tensor([sample.params.top_p for sample in samples])
         self._device.copy_(self._host, non_blocking=True)
+
+
+class _Columns(NamedTuple):
+    """Views of the buffer of ``_RowArrays``. top_k, min_p: zeros, for filters that no request sets yet."""
+
+    seeds: torch.Tensor
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    drawn: torch.Tensor
+    temperatures: torch.Tensor
+    top_p: torch.Tensor
+    blocks: torch.Tensor
+    top_k: torch.Tensor
+    min_p: torch.Tensor
+
+    @classmethod
+    def of(cls, buffer: torch.Tensor, num_rows: int) -> "_Columns":
+        heads = buffer[: _RowArrays.WORDS * num_rows].view(_RowArrays.WORDS, num_rows)
+        top_k = torch.zeros(num_rows, dtype=torch.int32, device=buffer.device)
+        return cls(
+            heads[:2].flatten().view(torch.int64),
+            *heads[2:6],
+            *heads[6:8].view(torch.float32),
+            buffer[_RowArrays.WORDS * num_rows :].view(num_rows, -1),
+            top_k,
+            top_k.view(torch.float32),
+        )
+
+
+_Draw = tuple[int, int, SamplingParams]
+_Resident = tuple[int, int, int, _Draw | None]
+"""What the device's row holds: slot, position, token; number of drawn tokens, seed and parameters, if they matter."""
+
+
+def _draw_of(sample: SampleRow) -> _Draw | None:
+    return None if sample.params.greedy else (sample.index, sample.seed, sample.params)
 
 
 @dataclass(frozen=True)
@@ -105,9 +160,10 @@ class Decoder:
         self.pool, device = model.caches, model.caches.spec.device
         self.buckets = (*(size for size in BUCKETS if size < max_rows), max_rows)
         self._rows = _RowArrays(max_rows, self.pool.blocks_per_sequence, device)
+        self._sampler, self._sampler_operand = sampler_of(device)
         self._chosen = torch.zeros(2, max_rows, dtype=torch.int32, device=device)
         self._read = torch.zeros(2, max_rows, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._resident: list[tuple[int, int, int]] = []
+        self._resident: list[_Resident] = []
         self._graphs: dict[int, _Captured] = {}
         self.num_replays = 0
         """Steps that a graph ran."""
@@ -135,7 +191,7 @@ class Decoder:
     def step(self, rows: Sequence[DecodeRow]) -> Decoded:
         """Runs a step of at least one row and extends the rows' caches by one token."""
         count = next(size for size in self.buckets if size >= len(rows))
-        wanted = [(cache.slot, cache.num_tokens, token_id) for cache, token_id in rows]
+        wanted = [(row.cache.slot, row.cache.num_tokens, row.token_id, _draw_of(row.sample)) for row in rows]
         if wanted != self._resident:
             self._rows.upload(rows)
         captured = self._graphs.get(count)
@@ -146,25 +202,28 @@ class Decoder:
             logits_TV, self.num_replays = captured.logits_TV, self.num_replays + 1
             self._model.ledger.add(captured.calls)
         self._read.copy_(self._chosen, non_blocking=True)
-        for cache, _ in rows:
-            cache.num_tokens += 1
+        for row in rows:
+            row.cache.num_tokens += 1
         if self._read.is_pinned():
             torch.cuda.current_stream(self.pool.spec.device).synchronize()
-        tokens, finite = self._read[:, : len(rows)].tolist()
-        self._resident = [(slot, at + 1, token) for (slot, at, _), token in zip(wanted, tokens, strict=True)]
-        chosen = [token if is_finite else None for token, is_finite in zip(tokens, finite, strict=True)]
+        tokens, faults = self._read[:, : len(rows)].tolist()
+        self._resident = [
+            (slot, at + 1, token, draw and (draw[0] + 1, *draw[1:]))
+            for (slot, at, _, draw), token in zip(wanted, tokens, strict=True)
+        ]
+        chosen = [None if fault else token for token, fault in zip(tokens, faults, strict=True)]
         return Decoded(logits_TV[: len(rows)], chosen)
 
     def _run(self, count: int) -> torch.Tensor:
-        """Runs the model on the first ``count`` rows, chooses tokens, and makes the rows ready for the next step."""
-        tokens_T, tables = self._rows.tokens(count), self._rows.tables(self.pool, count)
+        """Runs the model on the first ``count`` rows, draws tokens, and makes the rows ready for the next step."""
+        tokens_T, tables = self._rows.columns.tokens[:count], self._rows.tables(self.pool, count)
         logits_TV = self._model.decode(tokens_T, tables)[:, : self._num_vocab]
-        best_T = logits_TV.argmax(dim=-1)
-        self._chosen[0, :count] = best_T
-        self._chosen[1, :count] = logits_TV.isfinite().all(dim=-1)
+        found = Sampled(self._chosen[0, :count], self._chosen[1, :count])
+        self._sampler.run(logits_TV.float(), self._rows.sample_rows(count), self._sampler_operand, out=found)
         is_row_T = tokens_T >= 0
         tables.positions_T.add_(is_row_T)
-        tokens_T.copy_(torch.where(is_row_T, best_T, PADDED))
+        self._rows.columns.drawn[:count].add_(1)
+        tokens_T.copy_(torch.where(is_row_T, found.token_T, PADDED))
         return logits_TV
 
 

@@ -11,7 +11,7 @@ import torch
 
 from ownpath.cache.pools import SequenceCache
 from ownpath.config import EngineConfig, ModelConfig
-from ownpath.engine.batch import LogitsShare, build_batch, decode_shares
+from ownpath.engine.batch import LogitsShare, build_batch, decode_share
 from ownpath.engine.decoder import Decoder, DecodeRow
 from ownpath.engine.device import device_problem
 from ownpath.engine.request import (
@@ -25,8 +25,8 @@ from ownpath.engine.request import (
 from ownpath.engine.sampler import (
     NON_FINITE,
     NonFiniteLogits,
-    SampleRow,
     choose_tokens,
+    sample_row,
     score_tokens,
 )
 from ownpath.engine.scheduler import ScheduledChunk, Scheduler
@@ -268,23 +268,20 @@ class Engine:
             self._report(share, token_id, logits_RV)
 
     def _decode(self, decoder: Decoder, chunks: Sequence[ScheduledChunk]) -> None:
-        """Runs a decode step. Its greedy tokens are chosen on the device; others are drawn from the logits.
+        """Runs a decode step, which chooses its tokens on the device.
 
-        Most rows only extend an answer by a greedy token, and are reported without a look at their logits.
+        Most rows only extend an answer by a token, and are reported without a look at their logits.
         """
         requests = [chunk.request for chunk in chunks]
-        logits_RV, greedy = decoder.step([DecodeRow(request.caches, request.next_ids(1)[0]) for request in requests])
-        others = []
-        for row, (request, token_id) in enumerate(zip(requests, greedy, strict=True)):
-            if token_id is None or request.is_prefilling or not request.params.is_plain:
-                others.append(row)
-            else:
+        logits_RV, drawn = decoder.step(
+            [DecodeRow(one.caches, one.next_ids(1)[0], sample_row(one)) for one in requests]
+        )
+        for row, (request, token_id) in enumerate(zip(requests, drawn, strict=True)):
+            if token_id is not None and not request.is_prefilling and request.params.is_plain:
                 self._extend(request, token_id)
-        if others:
-            shares = decode_shares([(row, chunks[row]) for row in others])
-            sampled = self._sample(logits_RV, shares)
-            for share, token_id in zip(shares, sampled, strict=True):
-                self._report(share, token_id, logits_RV)
+            else:
+                share = decode_share(row, chunks[row])
+                self._report(share, None if share.sample_row is None else token_id, logits_RV)
 
     def _extend(self, request: Request, token_id: int) -> None:
         """Reports one more token of an answer."""
@@ -303,7 +300,7 @@ class Engine:
         sampled: list[int | None] = [None] * len(shares)
         if due:
             requests = [shares[n].chunk.request for n in due]
-            rows = [SampleRow(one.params, one.seed, len(one.output_ids)) for one in requests]
+            rows = [sample_row(one) for one in requests]
             for n, token_id in zip(due, choose_tokens(logits_RV[list(due.values())], rows), strict=True):
                 sampled[n] = token_id
         return sampled

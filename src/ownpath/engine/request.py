@@ -65,8 +65,8 @@ class SamplingParams:
 
     @property
     def is_plain(self) -> bool:
-        """True if the likeliest tokens alone are wanted, without log-probabilities."""
-        return self.temperature == 0 and self.num_logprobs is None and self.max_tokens > 0
+        """True if tokens alone are wanted, without log-probabilities."""
+        return self.num_logprobs is None and self.max_tokens > 0
 
 
 class FinishReason(Enum):

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from ownpath.engine.request import SamplingParams, ScoredToken
+from ownpath.engine.request import Request, SamplingParams, ScoredToken
 from ownpath.kernels.registry import KERNELS
 from ownpath.kernels.sample.types import FilterRows, Sampled, SampleKernel, SampleRows
 from ownpath.loading import device_caps
@@ -32,6 +32,11 @@ class SampleRow:
     index: int
 
 
+def sample_row(request: Request) -> SampleRow:
+    """Returns how a request draws its next token."""
+    return SampleRow(request.params, request.seed, len(request.output_ids))
+
+
 def finite_rows(logits_RV: torch.Tensor) -> list[bool]:
     """Tells for each row whether all its logits are finite, so that a token can be chosen."""
     finite: list[bool] = torch.isfinite(logits_RV).all(dim=-1).tolist()
@@ -47,13 +52,13 @@ def choose_tokens(logits_SV: torch.Tensor, rows: Sequence[SampleRow]) -> list[in
         likeliest: list[int] = logits_SV.argmax(dim=-1).tolist()
         return [token if finite else None for token, finite in zip(likeliest, finite_rows(logits_SV), strict=True)]
     chosen = torch.empty(2, len(rows), dtype=torch.int64, device=logits_SV.device)
-    kernel, operand = _kernel(logits_SV.device)
+    kernel, operand = sampler_of(logits_SV.device)
     kernel.run(logits_SV.float(), _sample_rows(rows, logits_SV.device), operand, out=Sampled(*chosen, None))
     return [None if fault else token for token, fault in zip(*chosen.tolist(), strict=True)]
 
 
 @lru_cache(maxsize=16)
-def _kernel(device: torch.device) -> "tuple[SampleKernel[object], object]":
+def sampler_of(device: torch.device) -> "tuple[SampleKernel[object], object]":
     """Returns the sampler of a device and its operand; all steps run on one stream."""
     choice = select(OpKind.SAMPLE, None, device_caps(str(device)))
     assert isinstance(choice, Choice)

@@ -9,7 +9,7 @@ from ownpath.kernels.attend.types import AttendKernel, AttendWeights, DecodeKeys
 from ownpath.kernels.attend.types import DecodeRows as AttendRows
 from ownpath.kernels.entries.types import DecodeRows, EntriesKernel, EntriesWeights, EntryAngles, LayerPools, RawRows
 from ownpath.kernels.registry import KERNELS
-from ownpath.kernels.scores.types import EntryPages, IndexQuery, IndexScoresKernel, PagedRows
+from ownpath.kernels.scores.types import CSA_PAGES, IndexQuery, IndexScoresKernel, PagedRows
 from ownpath.kernels.select.types import SelectKernel, SelectWeights
 from ownpath.runners.runner import KernelOrName, KernelRunner, chosen_spec
 
@@ -37,7 +37,7 @@ class IndexScores(KernelRunner):
     def __init__(self, *, kernel: KernelOrName = "ref.index_scores") -> None:
         self.spec = chosen_spec(kernel)
         self.kernel: IndexScoresKernel[object] = KERNELS[self.spec.name]
-        self.operand = self.kernel.prepare(EntryPages())
+        self.operand = self.kernel.prepare(CSA_PAGES)
 
     def variant(self, query: IndexQuery, *_: object) -> str | None:
         """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""

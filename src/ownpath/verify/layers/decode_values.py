@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ownpath.kernels.scores.ref import entry_rows, visible_entries
-from ownpath.kernels.scores.types import EntryPages, IndexQuery, PagedRows
+from ownpath.kernels.scores.types import CSA_PAGES, IndexQuery, PagedRows
 from ownpath.numerics import rotate_pairs, wide_dtype
 from ownpath.ops import OpKind
 from ownpath.trace.observers import CallArguments
@@ -33,7 +33,7 @@ def decode_values(slot: str, kind: OpKind, args: CallArguments, result: Any) -> 
 
 def _masks(rows: PagedRows, selected_TK: torch.Tensor, count_T: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yields the entries that each row attends to: bool [1, visible entries]."""
-    pages = EntryPages()
+    pages = CSA_PAGES
     places_TC, visible_T = entry_rows(rows.blocks_TB, pages.per_block), visible_entries(rows, pages).sum(dim=1)
     for places_C, chosen_K, count, visible in zip(places_TC, selected_TK, count_T, visible_T, strict=True):
         yield torch.isin(places_C[: int(visible)], chosen_K[: int(count)].to(places_C.dtype))[None]
