@@ -19,8 +19,9 @@ import triton
 from ownpath.bench.timing import capture_graph
 from ownpath.conformance.entries import draw_step, judge_step
 from ownpath.kernels.cases import KernelCase
+from ownpath.kernels.entries.angles import Frequencies, step_angles
 from ownpath.kernels.entries.cases import CASES
-from ownpath.kernels.entries.head import STEP_ANGLES, Frequencies, step_angles
+from ownpath.kernels.entries.head import STEP_ANGLES
 from ownpath.kernels.registry import KERNELS
 
 KERNEL, TWIN = "triton.entries", "ref.entries"

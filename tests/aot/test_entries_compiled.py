@@ -8,8 +8,9 @@ from support.triton_aot import Compiled, compile_launch, recorded_launches
 
 from ownpath.conformance.entries import draw_step
 from ownpath.kernels.entries import checks, head
+from ownpath.kernels.entries.angles import Frequencies
 from ownpath.kernels.entries.cases import CASES
-from ownpath.kernels.entries.head import STEP_ANGLES, Frequencies
+from ownpath.kernels.entries.head import STEP_ANGLES
 from ownpath.kernels.entries.launch import ENTRIES
 from ownpath.kernels.entries.types import KeyRounding
 

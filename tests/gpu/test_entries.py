@@ -8,8 +8,9 @@ import torch
 
 from ownpath.conformance.entries import WritingStep, draw_step, judge_rounded, judge_step
 from ownpath.kernels.cases import KernelCase
+from ownpath.kernels.entries.angles import Frequencies, step_angles
 from ownpath.kernels.entries.cases import CASES
-from ownpath.kernels.entries.head import STEP_ANGLES, Frequencies, step_angles
+from ownpath.kernels.entries.head import STEP_ANGLES
 from ownpath.kernels.entries.types import KeyRounding
 from ownpath.kernels.registry import KERNELS
 

@@ -16,13 +16,13 @@ import torch
 
 from ownpath.attention.interface import AttentionStep, DecodeStep, Products
 from ownpath.attention.reference import ReferenceAttention
-from ownpath.attention.rope import Rope, Rotation
+from ownpath.attention.rope import Rotation
 from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.cache.pools import LayerCache
 from ownpath.cache.tables import DecodeTables, StepTables
 from ownpath.kernels.attend.types import DecodeKeys
 from ownpath.kernels.attend.types import DecodeRows as AttendRows
-from ownpath.kernels.entries.types import DecodeRows, EntryAngles, LayerPools, RawRows
+from ownpath.kernels.entries.types import DecodeRows, EntryAngles, LayerPools, RawRows, StepAngles
 from ownpath.kernels.scores.types import IndexQuery, PagedRows
 
 
@@ -40,18 +40,18 @@ class DecodeLayer:
     score: Callable[[IndexQuery, torch.Tensor, PagedRows], torch.Tensor] | None = None
     select: Callable[[torch.Tensor, PagedRows], Sequence[torch.Tensor]] | None = None
 
-    def __call__(self, rows: Products, rotation: Rotation, step: DecodeStep) -> torch.Tensor:
+    def __call__(self, rows: Products, step: DecodeStep) -> torch.Tensor:
         """Writes the step's keys, rows and entries to the caches, then attends: [T, N, H], its rotation undone."""
         tables, caches = step.tables, step.tables.pool.layers[self.layer_idx]
-        first = step.entries_at[self.ratio].angles if self.ratio else (None, None)
+        angles = step.angles.of(self.ratio)
         raw = RawRows(rows.kv_TH, rows.compressor_rows, rows.indexer_rows)
         places = DecodeRows(tables.positions_T, tables.slots_T, tables.blocks_TB)
-        self.write(raw, EntryAngles(*rotation.angles, *first), places, _pools(caches))
-        found = AttendRows(*places, *self._select(rows, rotation, caches, tables))
-        return self.attend(rows.q_TNH, *rotation.angles, _keys(caches, self.ratio), found)
+        self.write(raw, angles, places, _pools(caches))
+        found = AttendRows(*places, *self._select(rows, angles, caches, tables))
+        return self.attend(rows.q_TNH, angles.cos_TF, angles.sin_TF, _keys(caches, self.ratio), found)
 
     def _select(
-        self, rows: Products, rotation: Rotation, caches: LayerCache, tables: DecodeTables
+        self, rows: Products, angles: EntryAngles, caches: LayerCache, tables: DecodeTables
     ) -> Sequence[torch.Tensor | None]:
         """Returns the rows of the pool that each row attends to, and their number; nothing where it attends to all."""
         if self.score is None or self.select is None or caches.indexer is None:
@@ -59,7 +59,7 @@ class DecodeLayer:
         assert rows.index_q_TIH is not None
         assert rows.index_weights_TI is not None
         paged = PagedRows(tables.positions_T, tables.blocks_TB)
-        query = IndexQuery(rows.index_q_TIH, rows.index_weights_TI, *rotation.angles)
+        query = IndexQuery(rows.index_q_TIH, rows.index_weights_TI, angles.cos_TF, angles.sin_TF)
         return self.select(self.score(query, caches.indexer.entries, paged), paged)[:2]
 
 
@@ -80,11 +80,13 @@ def _keys(caches: LayerCache, ratio: int) -> DecodeKeys:
 class PagedAttention:
     """The backend of loaded models: decode steps on the line of kernels, all others on the reference.
 
-    compress_rope: the frequencies of compressing layers.
+    step_angles: positions int32 [T] -> the angles of a decode step. no_rotation: cos and sin of no rotation, for as
+    many rows as the engine's steps have.
     """
 
     reference: ReferenceAttention
-    compress_rope: Rope
+    step_angles: Callable[[torch.Tensor], StepAngles]
+    no_rotation: Rotation
 
     def prepare(self, tables: StepTables) -> AttentionStep | DecodeStep:
         """Prepares a step: for decoding, if every request has one row, as both the kernels and this ring of keys have
@@ -93,6 +95,8 @@ class PagedAttention:
 
     def prepare_decode(self, tables: DecodeTables) -> DecodeStep:
         """Prepares a decode step. Reads nothing back from the device."""
-        first_T = {ratio: (tables.positions_T + 1 - ratio).clamp(min=0) for ratio in tables.pool.layout.ratios}
-        entries_at = {ratio: self.compress_rope.at(at_T) for ratio, at_T in first_T.items()}
-        return DecodeStep(tables, entries_at, self.compress_rope.at(torch.zeros_like(tables.positions_T)))
+        num_rows, none_TF = len(tables.positions_T), self.no_rotation.cos_TF
+        undone = self.no_rotation.rows(0, num_rows)
+        if num_rows > len(none_TF):
+            undone = Rotation.none(num_rows, none_TF.shape[1], none_TF.device)
+        return DecodeStep(tables, self.step_angles(tables.positions_T), undone)

@@ -7,7 +7,7 @@ rows of one sequence still reads a ring's oldest rows while it attends.
 Legend: T rows of the step, N heads, H head dim, I index heads, P compressor width.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -18,6 +18,7 @@ from ownpath.attention.rope import Rotation
 from ownpath.attention.select import EntrySelector
 from ownpath.cache.pools import LayerCache
 from ownpath.cache.tables import DecodeTables, StepTables
+from ownpath.kernels.entries.types import StepAngles
 from ownpath.runners import SharedKeyAttention
 
 
@@ -86,13 +87,19 @@ class AttentionStep(Protocol):
 class DecodeStep:
     """What all layers of a decode step share.
 
-    entries_at: by compress ratio, the rotation of the entry that each row would end: at the first token of its window.
-    undone: the rotation that attention's output is left with, which is none.
+    angles: of each row's position, and of the first token of the windows that end at it. undone: the rotation that
+    attention's output is left with, which is none.
     """
 
     tables: DecodeTables
-    entries_at: Mapping[int, Rotation]
+    angles: StepAngles
     undone: Rotation
+
+    @property
+    def rotations(self) -> tuple[Rotation, Rotation]:
+        """The rotation of each row, in sliding-window and in compressing layers."""
+        sliding, compress = self.angles.sliding, self.angles.csa
+        return Rotation(sliding.cos_TF, sliding.sin_TF), Rotation(compress.cos_TF, compress.sin_TF)
 
     def caches(self, layer_idx: int) -> LayerCache:
         """Returns a layer's share of the pool."""

@@ -76,7 +76,7 @@ class Attention:
         rows = self._multiply(x_TD)
         if isinstance(step, DecodeStep):
             assert self.decode is not None, "no decode step is planned"
-            o_TNH, left = self.decode(rows, rotation, step), step.undone
+            o_TNH, left = self.decode(rows, step), step.undone
         else:
             o_TNH, left = self.core(self._project(rows, rotation), step), rotation
         return self.wo_b(self.wo_a(o_TNH, left.angles).flatten(1))

@@ -2,20 +2,22 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
 from ownpath.attention.compress import Compressor
 from ownpath.attention.decode import DecodeLayer, PagedAttention
-from ownpath.attention.interface import AttentionBackend, AttentionLayer
+from ownpath.attention.interface import AttentionLayer
 from ownpath.attention.reference import ReferenceAttention
-from ownpath.attention.rope import Rope
+from ownpath.attention.rope import Rope, Rotation
 from ownpath.attention.select import EntrySelector
 from ownpath.cache.pools import CacheSpec
 from ownpath.config import CSA_RATIO, EngineConfig, Layer, ModelConfig
 from ownpath.kernels.attend.types import AttendWeights
 from ownpath.kernels.contract import NormWeights
+from ownpath.kernels.entries.angles import Frequencies, step_angles
 from ownpath.kernels.entries.types import CompressorWeights, EntriesWeights
 from ownpath.model.attention import Attention, AttentionCore
 from ownpath.model.block import Block
@@ -41,7 +43,7 @@ from ownpath.runners import (
     SwiGLU,
     SwigluMlp,
 )
-from ownpath.runners.runner import KernelOrName
+from ownpath.runners.runner import KernelOrName, chosen_spec
 from ownpath.trace import Ledger, Tap
 
 Runners = dict[str, Runner]
@@ -79,7 +81,7 @@ class Builder:
             head=head,
             sliding_rope=sliding,
             compress_rope=compress,
-            paged=self._paged(compress),
+            paged=self._paged,
             cache_spec=CacheSpec.of(config, self.engine),
             ledger=self.ledger,
             drafts=tuple(self._drafts(sliding, compress)) if self.engine.loads_draft else (),
@@ -161,20 +163,27 @@ class Builder:
             indexer=self._indexer(layer) if is_csa else None,
             core=self.ledger.watch(f"{attn}.core", self._core(layer_idx, compress_rope, quantize_kv)),
             decode=self._decode(layer_idx),
-            backend=self._backend(compress_rope),
+            backend=self._paged or ReferenceAttention(self.config.sliding_window),
             tap_q=self._tap(layer, "attn.q"),
             tap_kv=self._tap(layer, "attn.kv"),
         )
 
-    def _backend(self, compress_rope: Rope) -> AttentionBackend:
-        """Returns the backend of every step; without a plan for decode steps that is the reference."""
-        return self._paged(compress_rope) or ReferenceAttention(self.config.sliding_window)
-
-    def _paged(self, compress_rope: Rope) -> PagedAttention | None:
-        planned = [spec for slot, spec in self.specs.items() if slot.endswith(".decode.attend")]
-        if not planned:
+    @cached_property
+    def _paged(self) -> PagedAttention | None:
+        """The backend of all layers if decode steps are planned."""
+        writes = [spec for slot, spec in self.specs.items() if slot.endswith(".decode.entries")]
+        if not writes:
             return None
-        return PagedAttention(ReferenceAttention(self.config.sliding_window), compress_rope)
+        config, device = self.config, torch.device(self.engine.device)
+        ropes = (Rope.for_layer(config, compressing, device) for compressing in (False, True))
+        frequencies = Frequencies(*(rope.freqs_F for rope in ropes))
+        angles = partial(step_angles, frequencies=frequencies)
+        if not chosen_spec(writes[0]).is_torch:
+            from ownpath.kernels.entries.head import STEP_ANGLES  # needs Triton
+
+            angles = partial(STEP_ANGLES.run, operand=STEP_ANGLES.prepare(frequencies))
+        no_rotation = Rotation.none(self.engine.max_num_seqs, len(frequencies.compress_F), device)
+        return PagedAttention(ReferenceAttention(config.sliding_window), angles, no_rotation)
 
     def _decode(self, layer_idx: int) -> DecodeLayer | None:
         """Builds a layer's line of a decode step; ``None`` where none is planned."""

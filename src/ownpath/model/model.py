@@ -99,7 +99,10 @@ class Model:
     ) -> Residual:
         h_TD = self.embed_VD[token_ids_T.clamp(min=0)].to(self.cache_spec.dtype)
         residual = Residual.of_embedding(h_TD, self.config.hc_mult)
-        sliding, compress = self.sliding_rope.at(positions_T), self.compress_rope.at(positions_T)
+        if isinstance(step, DecodeStep):
+            sliding, compress = step.rotations
+        else:
+            sliding, compress = self.sliding_rope.at(positions_T), self.compress_rope.at(positions_T)
         for block, ratio in zip(self.blocks, self.config.compress_ratios, strict=True):
             residual = block(residual, compress if ratio else sliding, token_ids_T, step)
         return residual

@@ -8,7 +8,6 @@ Legend: T rows, F rotary pairs.
 
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import NamedTuple
 
 import torch
 import triton
@@ -18,29 +17,14 @@ from torch import Tensor
 from ownpath.kernels.checks import check, check_rank
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
-from ownpath.kernels.entries.types import OVERLAPPING_RATIO, EntryAngles
+from ownpath.kernels.entries.angles import Frequencies, views_of
+from ownpath.kernels.entries.types import LONG_RATIO, OVERLAPPING_RATIO, StepAngles
 from ownpath.kernels.launch_cache import LaunchCache
 
 INTERPRETED = triton.knobs.runtime.interpret
-LONG_RATIO = 128
 KINDS = 8
 """Tables of a step: cos and sin of the two frequency tables at a row's position, then of the compressing one at the
 first position of the windows of 4 and of 128 tokens that end there."""
-
-
-class StepAngles(NamedTuple):
-    """The angles of a step's rows, by kind of layer."""
-
-    sliding: EntryAngles
-    csa: EntryAngles
-    hca: EntryAngles
-
-
-class Frequencies(NamedTuple):
-    """Radians per position, float32 [F]: of sliding and of compressing layers."""
-
-    sliding_F: Tensor
-    compress_F: Tensor
 
 
 @triton.jit
@@ -134,30 +118,6 @@ def _start(positions_T: Tensor, operand: HeadOperand, out: Tensor) -> None:
     )
     if first is not None:
         operand.launches.add(key, first)
-
-
-def views_of(tables_KTF: Tensor) -> StepAngles:
-    """Returns the tables by kind of layer."""
-    sliding_cos, sliding_sin, cos, sin, short_cos, short_sin, long_cos, long_sin = tables_KTF.unbind()
-    return StepAngles(
-        EntryAngles(sliding_cos, sliding_sin),
-        EntryAngles(cos, sin, short_cos, short_sin),
-        EntryAngles(cos, sin, long_cos, long_sin),
-    )
-
-
-def step_angles(positions_T: Tensor, frequencies: Frequencies) -> StepAngles:
-    """Computes the same in torch, the twin of the kernel."""
-
-    def tables(freqs_F: Tensor, shift: int) -> list[Tensor]:
-        angles_TF = (positions_T + shift)[:, None].to(torch.float32) * freqs_F
-        return [angles_TF.cos(), angles_TF.sin()]
-
-    compress_F = frequencies.compress_F
-    found = tables(frequencies.sliding_F, 0)
-    for shift in (0, 1 - OVERLAPPING_RATIO, 1 - LONG_RATIO):
-        found += tables(compress_F, shift)
-    return views_of(torch.stack(found))
 
 
 STEP_ANGLES = TritonStepAngles()

@@ -18,6 +18,8 @@ BLOCK_TOKENS = 256
 """Tokens of a block of the paged caches: a block holds ``BLOCK_TOKENS // ratio`` entries."""
 OVERLAPPING_RATIO = 4
 """The ratio whose entries average two windows."""
+LONG_RATIO = 128
+"""The ratio of layers that attend to all their entries."""
 
 
 class KeyRounding(StrEnum):
@@ -98,6 +100,18 @@ class DecodeRows(NamedTuple):
     positions_T: Tensor
     slots_T: Tensor
     blocks_TB: Tensor
+
+
+class StepAngles(NamedTuple):
+    """The angles of a step's rows, by kind of layer."""
+
+    sliding: EntryAngles
+    csa: EntryAngles
+    hca: EntryAngles
+
+    def of(self, ratio: int) -> EntryAngles:
+        """Returns the angles of layers of a compress ratio, 0 for none."""
+        return {0: self.sliding, OVERLAPPING_RATIO: self.csa, LONG_RATIO: self.hca}[ratio]
 
 
 class LayerPools(NamedTuple):
