@@ -55,8 +55,8 @@ def most_tiles(keys: DecodeKeys, rows: DecodeRows) -> int:
     if keys.ratio == 0:
         return RING_TILES
     if rows.selected_TK is not None:
-        return RING_TILES + triton.cdiv(rows.selected_TK.shape[1], TILE)
-    return RING_TILES + triton.cdiv(rows.blocks_TB.shape[1] * keys.per_block, TILE)
+        return RING_TILES + -(-rows.selected_TK.shape[1] // TILE)
+    return RING_TILES + -(-rows.blocks_TB.shape[1] * keys.per_block // TILE)
 
 
 def choose_form(num_rows: int, num_heads: int, tiles: int, is_fp8: bool) -> AttendForm:
@@ -81,8 +81,7 @@ def _stages(tiles: int, is_fp8: bool) -> int:
     return 2 if is_fp8 or tiles == RING_TILES else 3
 
 
-Described = tuple[torch.Size, torch.dtype]
-AttendCallKey = tuple[torch.Size, tuple[int, ...], int, int, tuple[Described | None, ...]]
+AttendCallKey = tuple[torch.Size, tuple[int, ...], int, int, tuple[tuple[torch.Size, torch.dtype], ...]]
 """Shape, strides and device of q, the ratio, shapes and dtypes of the other tensors."""
 
 
@@ -282,7 +281,15 @@ def _launch_attend(
     q_TNH, pdl = arguments.q_TNH, not INTERPRETED
     num_rows, num_heads, _ = q_TNH.shape
     widths = arguments.blocks_TB.shape[1], 0 if keys.ratio != 4 else arguments.selected_TK.shape[1]
-    scalars = (*q_TNH.stride()[:2], *widths, num_heads, form.splits, form.chunk, weights.softmax_scale * LOG2E, weights.eps)
+    scalars = (
+        *q_TNH.stride()[:2],
+        *widths,
+        num_heads,
+        form.splits,
+        form.chunk,
+        weights.softmax_scale * LOG2E,
+        weights.eps,
+    )
     return launch(
         attend_kernel,
         (triton.cdiv(num_heads, form.heads), form.splits, num_rows),

@@ -21,7 +21,7 @@ LISTED = tl.constexpr(4)
 
 @triton.jit
 def _row_tiles(position, num_selected_ptr, t, RATIO: tl.constexpr):
-    """Returns the row's window keys, its entries, the tiles of the window, and all tiles. A tile has one kind of key."""
+    """Returns the keys of the window, the entries, the tiles of the window, and all tiles. Tiles are not mixed."""
     num_window = tl.minimum(position + 1, RING)
     if RATIO == 0:
         num_entries = 0
