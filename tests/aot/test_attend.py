@@ -17,6 +17,7 @@ CASES = (
     AttendCase("16 heads, split, fp8", 4, 128, 9000, fp8=True),
     AttendCase("64 heads", 64, 0, 300),
     AttendCase("64 heads, split", 64, 4, 700, 512),
+    AttendCase("64 heads, fp8", 64, 0, 300, fp8=True),
     AttendCase("64 heads, split, fp8", 64, 128, 70000, fp8=True),
 )
 
@@ -63,7 +64,7 @@ def test_64_heads_spill_nothing_between_products(compiled: list[Compiled]) -> No
 
 def test_decoding_spills_little(compiled: list[Compiled]) -> None:
     for one in kinds(compiled, N=64, FP8=True):
-        assert one.stack_bytes <= 256
+        assert one.stack_bytes <= 320
 
 
 def test_products_use_the_tensor_cores(compiled: list[Compiled]) -> None:
@@ -77,6 +78,7 @@ def test_keys_come_by_asynchronous_copies(compiled: list[Compiled]) -> None:
     """16 bytes at a time; a row's place is read a tile before the row."""
     for one in kinds(compiled):
         assert re.search(r"cp\.async\.cg\.shared\.global \[.*\], \[.*\], 0x10", one.ptx)
+        assert not re.search(r"cp\.async\.ca\.shared\.global \[.*\], \[.*\], 0x8", one.ptx)
 
 
 def test_launches_overlap_with_their_neighbours(compiled: list[Compiled]) -> None:

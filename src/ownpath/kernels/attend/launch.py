@@ -22,7 +22,7 @@ import triton
 
 from ownpath.kernels.attend.checks import check_call, check_out, check_workspace
 from ownpath.kernels.attend.triton_attend import attend_kernel, merge_splits_kernel
-from ownpath.kernels.attend.types import AttendWeights, DecodeKeys, DecodeRows
+from ownpath.kernels.attend.types import WINDOW_ROWS, AttendWeights, DecodeKeys, DecodeRows
 from ownpath.kernels.checks import VECTOR_BYTES
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
@@ -61,7 +61,8 @@ def most_tiles(keys: DecodeKeys, rows: DecodeRows) -> int:
 
 def choose_form(num_rows: int, num_heads: int, tiles: int, is_fp8: bool) -> AttendForm:
     """Chooses the form from the number of rows and the longest row's tiles, never from positions."""
-    heads = 16 if num_heads <= 16 or num_rows * triton.cdiv(num_heads, 64) <= 8 else 64
+    few = 32 if tiles == RING_TILES else 8
+    heads = 16 if num_heads <= 16 or num_rows * triton.cdiv(num_heads, 64) <= few else 64
     programs = num_rows * triton.cdiv(num_heads, heads)
     splits = 1 if tiles == RING_TILES else min(tiles, MOST_SPLITS, max(1, PROGRAMS // programs))
     return AttendForm(heads, _stages(tiles, is_fp8), splits, 0)
@@ -297,7 +298,7 @@ def _launch_attend(
         {
             "N": form.heads,
             "RATIO": keys.ratio,
-            "PER_BLOCK": keys.per_block,
+            "BLOCK_BITS": (keys.per_block or WINDOW_ROWS).bit_length() - 1,
             "FP8": keys.is_fp8,
             "IS_SPLIT": form.splits > 1,
             "STAGES": form.stages,

@@ -11,6 +11,7 @@ HEAD_DIM = tl.constexpr(512)
 HALF = tl.constexpr(256)
 ROTARY = tl.constexpr(64)
 RING = tl.constexpr(128)
+RING_BITS = tl.constexpr(7)
 TILE = tl.constexpr(64)
 KEY_DATA = tl.constexpr(576)
 KEY_ALL = tl.constexpr(584)
@@ -126,7 +127,7 @@ def attend_kernel(
     eps,
     N: tl.constexpr,
     RATIO: tl.constexpr,
-    PER_BLOCK: tl.constexpr,
+    BLOCK_BITS: tl.constexpr,
     FP8: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
@@ -134,7 +135,7 @@ def attend_kernel(
 ):
     """Attends with N heads of row t to the keys of split s; writes the result, or sums and (largest, sum) of the split.
 
-    score_scale: softmax scale times log2(e).
+    score_scale: softmax scale times log2(e). BLOCK_BITS: log2 of a page's entries.
     """
     n = tl.program_id(0) * N + tl.arange(0, N)
     s, t = tl.program_id(1), tl.program_id(2)
@@ -168,21 +169,18 @@ def attend_kernel(
             listed = tl.load(selected_ptr + t * num_listed + j, mask=valid & (i >= window_tiles), other=0)
             row = tl.where(in_window, row, listed)
         elif RATIO > 0:
-            block = tl.load(blocks_ptr + t * num_blocks + j // PER_BLOCK, mask=valid & (i >= window_tiles), other=0)
-            row = tl.where(in_window, row, block * PER_BLOCK + j % PER_BLOCK)
+            block = tl.load(blocks_ptr + t * num_blocks + (j >> BLOCK_BITS), mask=valid & (i >= window_tiles), other=0)
+            row = tl.where(in_window, row, (block << BLOCK_BITS) + (j & ((1 << BLOCK_BITS) - 1)))
         pool = window_ptr
         if RATIO > 0:
             pool = tl.where(in_window, window_ptr, entries_ptr)
         if FP8:
-            if RATIO > 0:
-                page = tl.where(in_window, row // RING, row // PER_BLOCK)
-                keys = tl.where(in_window, RING, PER_BLOCK)
-            else:
-                page, keys = row // RING, RING
-            place = row - page * keys
-            start = page.to(tl.int64) * (keys * KEY_ALL)
+            page = row >> tl.where(in_window, RING_BITS, BLOCK_BITS)
+            place = row & tl.where(in_window, RING - 1, (1 << BLOCK_BITS) - 1)
+            start = page.to(tl.int64) * tl.where(in_window, RING * KEY_ALL, KEY_ALL << BLOCK_BITS)
+            scales = start + tl.where(in_window, RING * KEY_DATA, KEY_DATA << BLOCK_BITS)
             at = pool + (start + place * KEY_DATA)
-            scale_at = pool + (start + keys * KEY_DATA + place * (KEY_ALL - KEY_DATA))
+            scale_at = pool + (scales + place * (KEY_ALL - KEY_DATA))
             k0 = _load_page_keys(at, scale_at, valid, 0)
             k1 = _load_page_keys(at, scale_at, valid, HALF)
         else:
