@@ -23,7 +23,7 @@ import triton
 from ownpath.kernels.attend.checks import check_call, check_out, check_workspace
 from ownpath.kernels.attend.triton_attend import attend_kernel, merge_splits_kernel
 from ownpath.kernels.attend.types import WINDOW_ROWS, AttendWeights, DecodeKeys, DecodeRows
-from ownpath.kernels.checks import VECTOR_BYTES
+from ownpath.kernels.checks import VECTOR_BYTES, is_dense
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
@@ -82,21 +82,22 @@ def _stages(tiles: int, is_fp8: bool) -> int:
     return 2 if is_fp8 or tiles == RING_TILES else 3
 
 
-AttendCallKey = tuple[torch.Size, tuple[int, ...], int, int, tuple[tuple[torch.Size, torch.dtype], ...]]
-"""Shape, strides and device of q, the ratio, shapes and dtypes of the other tensors."""
+AttendCallKey = tuple[tuple[int, ...], int, int, int, tuple[torch.Size | torch.dtype, ...]]
+"""Strides and device of q, device of the pools, the ratio, shape and dtype of each tensor."""
 
 
 @dataclass(frozen=True)
 class AttendCall:
     """The prepared launches of one form of call.
 
-    merge: ``None`` without splits. stats_bytes: where the statistics start in the workspace.
+    merge, workspace: ``None`` without splits. num_floats: of the workspace. stats_bytes: where its statistics start.
     """
 
     attend: TritonCall
     merge: TritonCall | None
     out: EmptyOutput
     workspace: EmptyOutput | None
+    num_floats: int
     stats_bytes: int
 
 
@@ -135,15 +136,15 @@ class _Arguments(NamedTuple):
 
     def key(self, ratio: int) -> AttendCallKey:
         """Returns the key of the prepared call."""
-        others = tuple((tensor.shape, tensor.dtype) for tensor in self[1:])
-        return self.q_TNH.shape, self.q_TNH.stride(), self.q_TNH.get_device(), ratio, others
+        described = tuple([part for tensor in self for part in (tensor.shape, tensor.dtype)])
+        return self.q_TNH.stride(), self.q_TNH.get_device(), self.window.get_device(), ratio, described
 
-    def are_dense(self) -> bool:
-        """Returns True if all are aligned, and contiguous but for q."""
-        together = 0
-        for tensor in self:
-            together |= tensor.data_ptr()
-        return not together % VECTOR_BYTES and all(tensor.is_contiguous() for tensor in self[1:])
+    def addresses(self) -> list[int] | None:
+        """Returns their addresses; ``None`` if one is not aligned, or one but q not contiguous."""
+        found, together = [tensor.data_ptr() for tensor in self], 0
+        for address in found:
+            together |= address
+        return None if together % VECTOR_BYTES or not all([one.is_contiguous() for one in self[1:]]) else found
 
 
 class TritonAttend:
@@ -202,24 +203,23 @@ class TritonAttend:
         """
         arguments = _Arguments.of(q_TNH, cos_TF, sin_TF, keys, rows)
         key = arguments.key(keys.ratio)
-        call = operand.launches.get(key)
-        if call is None or not arguments.are_dense():
+        call, addresses = operand.launches.get(key), arguments.addresses()
+        if call is None or addresses is None:
             return self._first(arguments, (keys, rows), operand, out, workspace)
         if out is None:
             out = call.out.new()
-        else:
+        elif out.shape != q_TNH.shape or not is_dense(out, torch.bfloat16) or out.get_device() != key[1]:
             check_out(out, q_TNH)
         if call.merge is None or call.workspace is None:
             scratch = operand.weights.sink_N.data_ptr()
         else:
             if workspace is None:
                 workspace = call.workspace.new()
-            else:
-                check_workspace(workspace, self._num_floats(q_TNH, keys, rows), q_TNH.device)
+            elif len(workspace) < call.num_floats or not is_dense(workspace, torch.float32):
+                check_workspace(workspace, call.num_floats, q_TNH.device)
             scratch = workspace.data_ptr()
         stats = scratch + call.stats_bytes
-        addresses = [tensor.data_ptr() for tensor in arguments]
-        stream = current_stream(key[2])
+        stream = current_stream(key[1])
         with operand.lock:
             call.attend.start(stream, *addresses, out.data_ptr(), scratch, stats)
             if call.merge is not None:
@@ -267,7 +267,7 @@ class TritonAttend:
             device = q_TNH.get_device()
             empty = EmptyOutput((num_floats,), torch.float32, device) if num_floats else None
             made = EmptyOutput(q_TNH.shape, q_TNH.dtype, device)
-            call = AttendCall(attend, merge, made, empty, 4 * num_sums)
+            call = AttendCall(attend, merge, made, empty, num_floats, 4 * num_sums)
             operand.launches.add(arguments.key(keys.ratio), call)
         return out
 
