@@ -105,6 +105,19 @@ def test_padded_rows_are_nobodys() -> None:
         assert torch.equal(padded[t], alone[t])
 
 
+@pytest.mark.parametrize("label", ["embedded CSA bf16", "embedded HCA bf16"])
+def test_counts_beyond_lists_and_tables_stay_inside(label: str) -> None:
+    """A row that ran on past its end, or a count that is not one, reads no list or table of others."""
+    inputs = make_attend_inputs(TINY[label], 4, CPU)
+    whole = run_poisoned(ATTEND, inputs)
+    rows = map_rows(lambda part: torch.where(part == 2**30, 0, part), inputs.rows)
+    if rows.num_selected_T is not None:
+        rows.num_selected_T[3] = 2**20
+    else:
+        rows.positions_T[3] = 2**30
+    assert torch.equal(run_poisoned(ATTEND, replace(inputs, rows=rows))[:3], whole[:3])
+
+
 def test_every_fp8_code_is_read_exactly() -> None:
     """With one key and no sink the result is that key: all codes, subnormal ones too, under scales of all sizes."""
     num_rows, per_row = 8, 448

@@ -50,13 +50,16 @@ class AttendForm(NamedTuple):
     chunk: int
 
 
+def most_entries(keys: DecodeKeys, rows: DecodeRows) -> int:
+    """Returns how many entries of a row its list, or else its table, has room for."""
+    if rows.selected_TK is not None:
+        return rows.selected_TK.shape[1]
+    return rows.blocks_TB.shape[1] * keys.per_block
+
+
 def most_tiles(keys: DecodeKeys, rows: DecodeRows) -> int:
     """Returns the tiles of the longest row that the arrays allow."""
-    if keys.ratio == 0:
-        return RING_TILES
-    if rows.selected_TK is not None:
-        return RING_TILES + -(-rows.selected_TK.shape[1] // TILE)
-    return RING_TILES + -(-rows.blocks_TB.shape[1] * keys.per_block // TILE)
+    return RING_TILES + -(-most_entries(keys, rows) // TILE)
 
 
 def choose_form(num_rows: int, num_heads: int, tiles: int, is_fp8: bool) -> AttendForm:
@@ -144,7 +147,7 @@ class _Arguments(NamedTuple):
         found, together = [tensor.data_ptr() for tensor in self], 0
         for address in found:
             together |= address
-        return None if together % VECTOR_BYTES or not all([one.is_contiguous() for one in self[1:]]) else found
+        return None if together % VECTOR_BYTES or not all(one.is_contiguous() for one in self[1:]) else found
 
 
 class TritonAttend:
@@ -261,8 +264,9 @@ class TritonAttend:
         check_workspace(workspace, num_floats, q_TNH.device)
         form, num_sums = self.form(q_TNH, keys, rows), num_floats // (HEAD_DIM + 2) * HEAD_DIM
         sums, stats = (workspace, workspace[num_sums:]) if num_floats else (weights.sink_N, weights.sink_N)
-        attend = _launch_attend(arguments, keys, form, weights, (out, sums, stats))
-        merge = _launch_merge(arguments, keys, form, weights, (sums, stats, out)) if num_floats else None
+        sizes = most_entries(keys, rows), q_TNH.shape[1], form.splits, form.chunk
+        attend = _launch_attend(arguments, keys, (form, sizes), weights, (out, sums, stats))
+        merge = _launch_merge(arguments, keys.ratio, sizes, weights, (sums, stats, out)) if num_floats else None
         if attend is not None:
             device = q_TNH.get_device()
             empty = EmptyOutput((num_floats,), torch.float32, device) if num_floats else None
@@ -272,25 +276,21 @@ class TritonAttend:
         return out
 
 
+Sizes = tuple[int, int, int, int]
+"""Most entries, heads, splits, and tiles of a split."""
+
+
 def _launch_attend(
     arguments: _Arguments,
     keys: DecodeKeys,
-    form: AttendForm,
+    chosen: tuple[AttendForm, Sizes],
     weights: AttendWeights,
     written: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> TritonCall | None:
-    q_TNH, pdl = arguments.q_TNH, not INTERPRETED
+    q_TNH, (form, sizes), pdl = arguments.q_TNH, chosen, not INTERPRETED
     num_rows, num_heads, _ = q_TNH.shape
-    widths = arguments.blocks_TB.shape[1], 0 if keys.ratio != 4 else arguments.selected_TK.shape[1]
-    scalars = (
-        *q_TNH.stride()[:2],
-        *widths,
-        num_heads,
-        form.splits,
-        form.chunk,
-        weights.softmax_scale * LOG2E,
-        weights.eps,
-    )
+    widths = arguments.blocks_TB.shape[1], arguments.selected_TK.shape[-1]
+    scalars = (*q_TNH.stride()[:2], *widths, *sizes, weights.softmax_scale * LOG2E, weights.eps)
     return launch(
         attend_kernel,
         (triton.cdiv(num_heads, form.heads), form.splits, num_rows),
@@ -312,8 +312,8 @@ def _launch_attend(
 
 def _launch_merge(
     arguments: _Arguments,
-    keys: DecodeKeys,
-    form: AttendForm,
+    ratio: int,
+    sizes: Sizes,
     weights: AttendWeights,
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> TritonCall | None:
@@ -322,13 +322,8 @@ def _launch_merge(
     return launch(
         merge_splits_kernel,
         (num_heads, num_rows),
-        (*places, weights.sink_N, *tensors, num_heads, form.splits, form.chunk),
-        {
-            "RATIO": keys.ratio,
-            "PDL": pdl,
-            "num_warps": 4,
-            "launch_pdl": pdl,
-        },
+        (*places, weights.sink_N, *tensors, *sizes),
+        {"RATIO": ratio, "PDL": pdl, "num_warps": 4, "launch_pdl": pdl},
         moving=(0, 1, 2, 3, 5, 6, 7),
     )
 

@@ -21,15 +21,15 @@ LISTED = tl.constexpr(4)
 
 
 @triton.jit
-def _row_tiles(position, num_selected_ptr, t, RATIO: tl.constexpr):
+def _row_tiles(position, num_selected_ptr, most_entries, t, RATIO: tl.constexpr):
     """Returns the keys of the window, the entries, the tiles of the window, and all tiles. Tiles are not mixed."""
     num_window = tl.minimum(position + 1, RING)
     if RATIO == 0:
         num_entries = 0
     elif RATIO == LISTED:
-        num_entries = tl.load(num_selected_ptr + t)
+        num_entries = tl.minimum(tl.load(num_selected_ptr + t), most_entries)
     else:
-        num_entries = (position + 1) // RATIO
+        num_entries = tl.minimum((position + 1) // RATIO, most_entries)
     window_tiles = tl.cdiv(num_window, TILE)
     return num_window, num_entries, window_tiles, window_tiles + tl.cdiv(num_entries, TILE)
 
@@ -100,7 +100,7 @@ def _load_page_keys(at, scale_at, valid, START: tl.constexpr):
     return tl.reshape(value, (at.shape[0], HALF))
 
 
-@triton.jit(do_not_specialize=["num_blocks", "num_listed", "num_heads", "splits", "chunk"])
+@triton.jit(do_not_specialize=["num_blocks", "num_listed", "most_entries", "num_heads", "splits", "chunk"])
 def attend_kernel(
     q_ptr,
     cos_ptr,
@@ -120,6 +120,7 @@ def attend_kernel(
     head_stride,
     num_blocks,
     num_listed,
+    most_entries,
     num_heads,
     splits,
     chunk,
@@ -136,6 +137,7 @@ def attend_kernel(
     """Attends with N heads of row t to the keys of split s; writes the result, or sums and (largest, sum) of the split.
 
     score_scale: softmax scale times log2(e). BLOCK_BITS: log2 of a page's entries.
+    most_entries: that lists or tables have room for.
     """
     n = tl.program_id(0) * N + tl.arange(0, N)
     s, t = tl.program_id(1), tl.program_id(2)
@@ -143,7 +145,7 @@ def attend_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     position = tl.load(positions_ptr + t)
-    num_window, num_entries, window_tiles, num_tiles = _row_tiles(position, num_selected_ptr, t, RATIO)
+    num_window, num_entries, window_tiles, num_tiles = _row_tiles(position, num_selected_ptr, most_entries, t, RATIO)
     share = _share(num_tiles, splits, chunk)
     first, last = s * share, tl.minimum(s * share + share, num_tiles)
     if first >= num_tiles:
@@ -215,7 +217,7 @@ def attend_kernel(
         tl.store(stats_ptr + 2 * split + 1, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_heads", "splits", "chunk"])
+@triton.jit(do_not_specialize=["most_entries", "num_heads", "splits", "chunk"])
 def merge_splits_kernel(
     cos_ptr,
     sin_ptr,
@@ -225,6 +227,7 @@ def merge_splits_kernel(
     sums_ptr,
     stats_ptr,
     out_ptr,
+    most_entries,
     num_heads,
     splits,
     chunk,
@@ -237,7 +240,7 @@ def merge_splits_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     position = tl.load(positions_ptr + t)
-    _, _, _, num_tiles = _row_tiles(position, num_selected_ptr, t, RATIO)
+    _, _, _, num_tiles = _row_tiles(position, num_selected_ptr, most_entries, t, RATIO)
     used = tl.cdiv(num_tiles, _share(num_tiles, splits, chunk))
     s = tl.arange(0, MOST_SPLITS)
     first = t.to(tl.int64) * splits * num_heads + n
