@@ -6,6 +6,7 @@ their ends, with rows that do not exist.
 Legend: T rows, N heads, H head dim, K keys of a row, B blocks of a table.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,6 +37,13 @@ MAX_REL_L2 = 5e-3
 2.4e-3, and as much again for rows that are short or whose queries were rounded to a neighbour."""
 
 
+def map_rows(change: Callable[[torch.Tensor], torch.Tensor], rows: DecodeRows) -> DecodeRows:
+    """Returns the rows with copies of the changed arrays."""
+    positions_T, slots_T, blocks_TB = (change(part).clone() for part in rows[:3])
+    selection = (None if part is None else change(part).clone() for part in rows[3:])
+    return DecodeRows(positions_T, slots_T, blocks_TB, *selection)
+
+
 @dataclass(frozen=True)
 class AttendInputs:
     """The arguments of a call."""
@@ -56,16 +64,24 @@ class AttendInputs:
 
     def first(self, count: int) -> "AttendInputs":
         """Returns the first rows of the call; the pools stay."""
-        rows = DecodeRows(*(None if part is None else part[:count].contiguous() for part in self.rows))
-        angles = (angle[:count].contiguous() for angle in (self.cos_TF, self.sin_TF))
-        return replace(self, q_TNH=self.q_TNH[:count], cos_TF=next(angles), sin_TF=next(angles), rows=rows)
+        return self.part(slice(count))
+
+    def part(self, part: slice) -> "AttendInputs":
+        """Returns some of the rows, with queries and lists in memory of their own."""
+        q, cos, sin = (of_all[part].clone() for of_all in (self.q_TNH, self.cos_TF, self.sin_TF))
+        return replace(self, q_TNH=q, cos_TF=cos, sin_TF=sin, rows=map_rows(lambda of_all: of_all[part], self.rows))
 
 
-def make_attend_inputs(case: AttendCase, num_rows: int, device: torch.device, seed: int = 0) -> AttendInputs:
-    """Draws the operands of a case: queries of several magnitudes, keys of unit variance, all in poisoned memory."""
+def make_attend_inputs(
+    case: AttendCase, num_rows: int, device: torch.device, seed: int = 0, positions: torch.Tensor | None = None
+) -> AttendInputs:
+    """Draws the operands of a case: queries of several magnitudes, keys of unit variance, all in poisoned memory.
+
+    positions: int64 [T] below the case's context; by default those of the case.
+    """
     g = torch.Generator(device).manual_seed(seed)
     host = torch.Generator().manual_seed(seed)
-    positions_T = _positions(case, num_rows, host)
+    positions_T = _positions(case, num_rows, host) if positions is None else positions
     slots_T = 1 + torch.randperm(num_rows, generator=host)
     blocks_TB, num_blocks = _blocks(positions_T, case.context, host)
     per_block = BLOCK_TOKENS // case.ratio if case.ratio else 0

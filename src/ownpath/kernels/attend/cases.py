@@ -41,10 +41,10 @@ def _tiny(label: str, num_heads: int, ratio: int, context: int, topk: int, num_r
 
 CASES = (
     *_tiny("embedded SWA", 4, 0, 300, 0, 9),
-    *_tiny("embedded CSA", 4, 4, 700, 128, 5),
-    *_tiny("embedded HCA", 4, 128, 2000, 0, 5),
-    *_tiny("flash CSA", 64, 4, 1200, 192, 3),
-    *_tiny("flash HCA", 64, 128, 20000, 0, 2),
+    *_tiny("embedded CSA", 4, 4, 700, 128, 4),
+    *_tiny("embedded HCA", 4, 128, 9000, 0, 4),
+    *_tiny("flash CSA", 64, 4, 700, 128, 2),
+    *_tiny("flash HCA", 64, 128, 9000, 0, 1),
     *_tiny("pro SWA", 128, 0, 300, 0, 2),
     *_bench("flash SWA", 64, 0, 8192),
     *_bench("flash CSA 8k", 64, 4, 8192, 512),

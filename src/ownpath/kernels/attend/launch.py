@@ -22,8 +22,8 @@ import triton
 
 from ownpath.kernels.attend.checks import check_call, check_out, check_workspace
 from ownpath.kernels.attend.triton_attend import attend_kernel, merge_splits_kernel
-from ownpath.kernels.attend.types import AttendWeights, DecodeKeys, DecodeRows
-from ownpath.kernels.checks import VECTOR_BYTES
+from ownpath.kernels.attend.types import WINDOW_ROWS, AttendWeights, DecodeKeys, DecodeRows
+from ownpath.kernels.checks import VECTOR_BYTES, is_dense
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
@@ -50,18 +50,22 @@ class AttendForm(NamedTuple):
     chunk: int
 
 
+def most_entries(keys: DecodeKeys, rows: DecodeRows) -> int:
+    """Returns how many entries of a row its list, or else its table, has room for."""
+    if rows.selected_TK is not None:
+        return rows.selected_TK.shape[1]
+    return rows.blocks_TB.shape[1] * keys.per_block
+
+
 def most_tiles(keys: DecodeKeys, rows: DecodeRows) -> int:
     """Returns the tiles of the longest row that the arrays allow."""
-    if keys.ratio == 0:
-        return RING_TILES
-    if rows.selected_TK is not None:
-        return RING_TILES + triton.cdiv(rows.selected_TK.shape[1], TILE)
-    return RING_TILES + triton.cdiv(rows.blocks_TB.shape[1] * keys.per_block, TILE)
+    return RING_TILES + -(-most_entries(keys, rows) // TILE)
 
 
 def choose_form(num_rows: int, num_heads: int, tiles: int, is_fp8: bool) -> AttendForm:
     """Chooses the form from the number of rows and the longest row's tiles, never from positions."""
-    heads = 16 if num_heads <= 16 or num_rows * triton.cdiv(num_heads, 64) <= 8 else 64
+    few = 32 if tiles == RING_TILES else 8
+    heads = 16 if num_heads <= 16 or num_rows * triton.cdiv(num_heads, 64) <= few else 64
     programs = num_rows * triton.cdiv(num_heads, heads)
     splits = 1 if tiles == RING_TILES else min(tiles, MOST_SPLITS, max(1, PROGRAMS // programs))
     return AttendForm(heads, _stages(tiles, is_fp8), splits, 0)
@@ -81,22 +85,22 @@ def _stages(tiles: int, is_fp8: bool) -> int:
     return 2 if is_fp8 or tiles == RING_TILES else 3
 
 
-Described = tuple[torch.Size, torch.dtype]
-AttendCallKey = tuple[torch.Size, tuple[int, ...], int, int, tuple[Described | None, ...]]
-"""Shape, strides and device of q, the ratio, shapes and dtypes of the other tensors."""
+AttendCallKey = tuple[tuple[int, ...], int, int, int, tuple[torch.Size | torch.dtype, ...]]
+"""Strides and device of q, device of the pools, the ratio, shape and dtype of each tensor."""
 
 
 @dataclass(frozen=True)
 class AttendCall:
     """The prepared launches of one form of call.
 
-    merge: ``None`` without splits. stats_bytes: where the statistics start in the workspace.
+    merge, workspace: ``None`` without splits. num_floats: of the workspace. stats_bytes: where its statistics start.
     """
 
     attend: TritonCall
     merge: TritonCall | None
     out: EmptyOutput
     workspace: EmptyOutput | None
+    num_floats: int
     stats_bytes: int
 
 
@@ -135,15 +139,15 @@ class _Arguments(NamedTuple):
 
     def key(self, ratio: int) -> AttendCallKey:
         """Returns the key of the prepared call."""
-        others = tuple((tensor.shape, tensor.dtype) for tensor in self[1:])
-        return self.q_TNH.shape, self.q_TNH.stride(), self.q_TNH.get_device(), ratio, others
+        described = tuple([part for tensor in self for part in (tensor.shape, tensor.dtype)])
+        return self.q_TNH.stride(), self.q_TNH.get_device(), self.window.get_device(), ratio, described
 
-    def are_dense(self) -> bool:
-        """Returns True if all are aligned, and contiguous but for q."""
-        together = 0
-        for tensor in self:
-            together |= tensor.data_ptr()
-        return not together % VECTOR_BYTES and all(tensor.is_contiguous() for tensor in self[1:])
+    def addresses(self) -> list[int] | None:
+        """Returns their addresses; ``None`` if one is not aligned, or one but q not contiguous."""
+        found, together = [tensor.data_ptr() for tensor in self], 0
+        for address in found:
+            together |= address
+        return None if together % VECTOR_BYTES or not all(one.is_contiguous() for one in self[1:]) else found
 
 
 class TritonAttend:
@@ -202,24 +206,23 @@ class TritonAttend:
         """
         arguments = _Arguments.of(q_TNH, cos_TF, sin_TF, keys, rows)
         key = arguments.key(keys.ratio)
-        call = operand.launches.get(key)
-        if call is None or not arguments.are_dense():
+        call, addresses = operand.launches.get(key), arguments.addresses()
+        if call is None or addresses is None:
             return self._first(arguments, (keys, rows), operand, out, workspace)
         if out is None:
             out = call.out.new()
-        else:
+        elif out.shape != q_TNH.shape or not is_dense(out, torch.bfloat16) or out.get_device() != key[1]:
             check_out(out, q_TNH)
         if call.merge is None or call.workspace is None:
             scratch = operand.weights.sink_N.data_ptr()
         else:
             if workspace is None:
                 workspace = call.workspace.new()
-            else:
-                check_workspace(workspace, self._num_floats(q_TNH, keys, rows), q_TNH.device)
+            elif len(workspace) < call.num_floats or not is_dense(workspace, torch.float32):
+                check_workspace(workspace, call.num_floats, q_TNH.device)
             scratch = workspace.data_ptr()
         stats = scratch + call.stats_bytes
-        addresses = [tensor.data_ptr() for tensor in arguments]
-        stream = current_stream(key[2])
+        stream = current_stream(key[1])
         with operand.lock:
             call.attend.start(stream, *addresses, out.data_ptr(), scratch, stats)
             if call.merge is not None:
@@ -261,28 +264,33 @@ class TritonAttend:
         check_workspace(workspace, num_floats, q_TNH.device)
         form, num_sums = self.form(q_TNH, keys, rows), num_floats // (HEAD_DIM + 2) * HEAD_DIM
         sums, stats = (workspace, workspace[num_sums:]) if num_floats else (weights.sink_N, weights.sink_N)
-        attend = _launch_attend(arguments, keys, form, weights, (out, sums, stats))
-        merge = _launch_merge(arguments, keys, form, weights, (sums, stats, out)) if num_floats else None
+        sizes = most_entries(keys, rows), q_TNH.shape[1], form.splits, form.chunk
+        attend = _launch_attend(arguments, keys, (form, sizes), weights, (out, sums, stats))
+        merge = _launch_merge(arguments, keys.ratio, sizes, weights, (sums, stats, out)) if num_floats else None
         if attend is not None:
             device = q_TNH.get_device()
             empty = EmptyOutput((num_floats,), torch.float32, device) if num_floats else None
             made = EmptyOutput(q_TNH.shape, q_TNH.dtype, device)
-            call = AttendCall(attend, merge, made, empty, 4 * num_sums)
+            call = AttendCall(attend, merge, made, empty, num_floats, 4 * num_sums)
             operand.launches.add(arguments.key(keys.ratio), call)
         return out
+
+
+Sizes = tuple[int, int, int, int]
+"""Most entries, heads, splits, and tiles of a split."""
 
 
 def _launch_attend(
     arguments: _Arguments,
     keys: DecodeKeys,
-    form: AttendForm,
+    chosen: tuple[AttendForm, Sizes],
     weights: AttendWeights,
     written: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> TritonCall | None:
-    q_TNH, pdl = arguments.q_TNH, not INTERPRETED
+    q_TNH, (form, sizes), pdl = arguments.q_TNH, chosen, not INTERPRETED
     num_rows, num_heads, _ = q_TNH.shape
-    widths = arguments.blocks_TB.shape[1], 0 if keys.ratio != 4 else arguments.selected_TK.shape[1]
-    scalars = (*q_TNH.stride()[:2], *widths, num_heads, form.splits, form.chunk, weights.softmax_scale * LOG2E, weights.eps)
+    widths = arguments.blocks_TB.shape[1], arguments.selected_TK.shape[-1]
+    scalars = (*q_TNH.stride()[:2], *widths, *sizes, weights.softmax_scale * LOG2E, weights.eps)
     return launch(
         attend_kernel,
         (triton.cdiv(num_heads, form.heads), form.splits, num_rows),
@@ -290,7 +298,7 @@ def _launch_attend(
         {
             "N": form.heads,
             "RATIO": keys.ratio,
-            "PER_BLOCK": keys.per_block,
+            "BLOCK_BITS": (keys.per_block or WINDOW_ROWS).bit_length() - 1,
             "FP8": keys.is_fp8,
             "IS_SPLIT": form.splits > 1,
             "STAGES": form.stages,
@@ -304,8 +312,8 @@ def _launch_attend(
 
 def _launch_merge(
     arguments: _Arguments,
-    keys: DecodeKeys,
-    form: AttendForm,
+    ratio: int,
+    sizes: Sizes,
     weights: AttendWeights,
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> TritonCall | None:
@@ -314,13 +322,8 @@ def _launch_merge(
     return launch(
         merge_splits_kernel,
         (num_heads, num_rows),
-        (*places, weights.sink_N, *tensors, num_heads, form.splits, form.chunk),
-        {
-            "RATIO": keys.ratio,
-            "PDL": pdl,
-            "num_warps": 4,
-            "launch_pdl": pdl,
-        },
+        (*places, weights.sink_N, *tensors, *sizes),
+        {"RATIO": ratio, "PDL": pdl, "num_warps": 4, "launch_pdl": pdl},
         moving=(0, 1, 2, 3, 5, 6, 7),
     )
 

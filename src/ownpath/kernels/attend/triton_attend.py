@@ -11,6 +11,7 @@ HEAD_DIM = tl.constexpr(512)
 HALF = tl.constexpr(256)
 ROTARY = tl.constexpr(64)
 RING = tl.constexpr(128)
+RING_BITS = tl.constexpr(7)
 TILE = tl.constexpr(64)
 KEY_DATA = tl.constexpr(576)
 KEY_ALL = tl.constexpr(584)
@@ -20,15 +21,15 @@ LISTED = tl.constexpr(4)
 
 
 @triton.jit
-def _row_tiles(position, num_selected_ptr, t, RATIO: tl.constexpr):
-    """Returns the row's window keys, its entries, the tiles of the window, and all tiles. A tile has one kind of key."""
+def _row_tiles(position, num_selected_ptr, most_entries, t, RATIO: tl.constexpr):
+    """Returns the keys of the window, the entries, the tiles of the window, and all tiles. Tiles are not mixed."""
     num_window = tl.minimum(position + 1, RING)
     if RATIO == 0:
         num_entries = 0
     elif RATIO == LISTED:
-        num_entries = tl.load(num_selected_ptr + t)
+        num_entries = tl.minimum(tl.load(num_selected_ptr + t), most_entries)
     else:
-        num_entries = (position + 1) // RATIO
+        num_entries = tl.minimum((position + 1) // RATIO, most_entries)
     window_tiles = tl.cdiv(num_window, TILE)
     return num_window, num_entries, window_tiles, window_tiles + tl.cdiv(num_entries, TILE)
 
@@ -99,7 +100,7 @@ def _load_page_keys(at, scale_at, valid, START: tl.constexpr):
     return tl.reshape(value, (at.shape[0], HALF))
 
 
-@triton.jit(do_not_specialize=["num_blocks", "num_listed", "num_heads", "splits", "chunk"])
+@triton.jit(do_not_specialize=["num_blocks", "num_listed", "most_entries", "num_heads", "splits", "chunk"])
 def attend_kernel(
     q_ptr,
     cos_ptr,
@@ -119,6 +120,7 @@ def attend_kernel(
     head_stride,
     num_blocks,
     num_listed,
+    most_entries,
     num_heads,
     splits,
     chunk,
@@ -126,7 +128,7 @@ def attend_kernel(
     eps,
     N: tl.constexpr,
     RATIO: tl.constexpr,
-    PER_BLOCK: tl.constexpr,
+    BLOCK_BITS: tl.constexpr,
     FP8: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
@@ -134,7 +136,8 @@ def attend_kernel(
 ):
     """Attends with N heads of row t to the keys of split s; writes the result, or sums and (largest, sum) of the split.
 
-    score_scale: softmax scale times log2(e).
+    score_scale: softmax scale times log2(e). BLOCK_BITS: log2 of a page's entries.
+    most_entries: that lists or tables have room for.
     """
     n = tl.program_id(0) * N + tl.arange(0, N)
     s, t = tl.program_id(1), tl.program_id(2)
@@ -142,7 +145,7 @@ def attend_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     position = tl.load(positions_ptr + t)
-    num_window, num_entries, window_tiles, num_tiles = _row_tiles(position, num_selected_ptr, t, RATIO)
+    num_window, num_entries, window_tiles, num_tiles = _row_tiles(position, num_selected_ptr, most_entries, t, RATIO)
     share = _share(num_tiles, splits, chunk)
     first, last = s * share, tl.minimum(s * share + share, num_tiles)
     if first >= num_tiles:
@@ -168,21 +171,18 @@ def attend_kernel(
             listed = tl.load(selected_ptr + t * num_listed + j, mask=valid & (i >= window_tiles), other=0)
             row = tl.where(in_window, row, listed)
         elif RATIO > 0:
-            block = tl.load(blocks_ptr + t * num_blocks + j // PER_BLOCK, mask=valid & (i >= window_tiles), other=0)
-            row = tl.where(in_window, row, block * PER_BLOCK + j % PER_BLOCK)
+            block = tl.load(blocks_ptr + t * num_blocks + (j >> BLOCK_BITS), mask=valid & (i >= window_tiles), other=0)
+            row = tl.where(in_window, row, (block << BLOCK_BITS) + (j & ((1 << BLOCK_BITS) - 1)))
         pool = window_ptr
         if RATIO > 0:
             pool = tl.where(in_window, window_ptr, entries_ptr)
         if FP8:
-            if RATIO > 0:
-                page = tl.where(in_window, row // RING, row // PER_BLOCK)
-                keys = tl.where(in_window, RING, PER_BLOCK)
-            else:
-                page, keys = row // RING, RING
-            place = row - page * keys
-            start = page.to(tl.int64) * (keys * KEY_ALL)
+            page = row >> tl.where(in_window, RING_BITS, BLOCK_BITS)
+            place = row & tl.where(in_window, RING - 1, (1 << BLOCK_BITS) - 1)
+            start = page.to(tl.int64) * tl.where(in_window, RING * KEY_ALL, KEY_ALL << BLOCK_BITS)
+            scales = start + tl.where(in_window, RING * KEY_DATA, KEY_DATA << BLOCK_BITS)
             at = pool + (start + place * KEY_DATA)
-            scale_at = pool + (start + keys * KEY_DATA + place * (KEY_ALL - KEY_DATA))
+            scale_at = pool + (scales + place * (KEY_ALL - KEY_DATA))
             k0 = _load_page_keys(at, scale_at, valid, 0)
             k1 = _load_page_keys(at, scale_at, valid, HALF)
         else:
@@ -217,7 +217,7 @@ def attend_kernel(
         tl.store(stats_ptr + 2 * split + 1, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_heads", "splits", "chunk"])
+@triton.jit(do_not_specialize=["most_entries", "num_heads", "splits", "chunk"])
 def merge_splits_kernel(
     cos_ptr,
     sin_ptr,
@@ -227,6 +227,7 @@ def merge_splits_kernel(
     sums_ptr,
     stats_ptr,
     out_ptr,
+    most_entries,
     num_heads,
     splits,
     chunk,
@@ -239,7 +240,7 @@ def merge_splits_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     position = tl.load(positions_ptr + t)
-    _, _, _, num_tiles = _row_tiles(position, num_selected_ptr, t, RATIO)
+    _, _, _, num_tiles = _row_tiles(position, num_selected_ptr, most_entries, t, RATIO)
     used = tl.cdiv(num_tiles, _share(num_tiles, splits, chunk))
     s = tl.arange(0, MOST_SPLITS)
     first = t.to(tl.int64) * splits * num_heads + n
