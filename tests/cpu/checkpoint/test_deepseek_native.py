@@ -92,13 +92,14 @@ def test_hopper_runs_it_on_the_nvfp4_kernel(tmp_path: Path) -> None:
 
 
 WO_A = "layers.1.attn.wo_a"
+WIDER = {"hidden_size": 128, "moe_intermediate_size": 128}
 
 
 @pytest.mark.parametrize(
     ("layout", "sizes", "demands", "kernel"),
     [
         ("deepseek-native", {}, {}, "cute.grouped_linear_fp8_sm90"),
-        ("deepseek-native", {}, {"is_batch_invariant": True}, "cute.grouped_linear_fp8_sm90_invariant"),
+        ("deepseek-native", WIDER, {"is_batch_invariant": True}, "cute.grouped_linear_fp8_sm90_invariant"),
         ("deepseek-native", {"o_lora_rank": 64}, {}, "triton.grouped_linear"),
         ("deepseek-native", {"head_dim": 192}, {}, "triton.grouped_linear"),
         ("full-nvfp4", {}, {}, "triton.grouped_linear"),
