@@ -70,7 +70,7 @@ class GroupedLinearReference(Reference):
 
     def prepare(self, stored: StoredGroups) -> torch.Tensor:
         """Returns the matrices unchanged."""
-        return stored.matrix.qdata.unflatten(0, (stored.num_groups, -1))
+        return stored.matrix.qdata.view(stored.shape)
 
     def restore(self, operand: torch.Tensor) -> tuple[QuantTensor, ...]:
         """Returns the rows of all groups."""
