@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.checkpoints import random_checkpoint
+from support.hopper_layouts import subject_on
 from support.pages import plan_text
 
 from ownpath.checkpoint.detect import detect
@@ -22,6 +23,7 @@ from ownpath.model.batch import ForwardBatch
 from ownpath.numerics import dequantize
 from ownpath.qtensor import QuantTensor
 from ownpath.runners.make import make_runners
+from ownpath.verify.launch_configs import configs_of
 from ownpath.weights.load import load_weights
 
 Tensors = dict[str, torch.Tensor]
@@ -87,6 +89,40 @@ def test_hopper_runs_it_on_the_nvfp4_kernel(tmp_path: Path) -> None:
     assert (choice.kernel.name, choice.kernel.layout) == ("cute.nvfp4_moe", "packed_64x128")
     (choice,) = {op.choice for op in plan_model(tmp_path, "sm_100").ops if op.label == "layers.1.ffn.experts"}
     assert choice.kernel.name == "ref.nvfp4_moe", "W4A4 would need an input_scale, and the release has none"
+
+
+WO_A = "layers.1.attn.wo_a"
+WIDER = {"hidden_size": 128, "moe_intermediate_size": 128}
+
+
+@pytest.mark.parametrize(
+    ("layout", "sizes", "demands", "kernel"),
+    [
+        ("deepseek-native", {}, {}, "cute.grouped_linear_fp8_sm90"),
+        ("deepseek-native", WIDER, {"is_batch_invariant": True}, "cute.grouped_linear_fp8_sm90_invariant"),
+        ("deepseek-native", {"o_lora_rank": 64}, {}, "triton.grouped_linear"),
+        ("deepseek-native", {"head_dim": 192}, {}, "triton.grouped_linear"),
+        ("full-nvfp4", {}, {}, "triton.grouped_linear"),
+    ],
+    ids=["fp8", "invariant", "few rows", "short heads", "bf16"],
+)
+def test_hopper_multiplies_wo_a_as_it_is_stored(
+    layout: str,
+    sizes: dict[str, int],
+    demands: dict[str, bool],
+    kernel: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In FP8 where the file has FP8 and 128 divides its sizes; otherwise decoded to BF16, or BF16 as it is."""
+    monkeypatch.setattr("ownpath.kernels.fp8.linear.num_sms", lambda _: 132)
+    random_checkpoint(tmp_path, layout, **SMALLER, **{"head_dim": 128, "o_lora_rank": 128, **sizes})
+    subject = subject_on(tmp_path, "sm_90", **demands)
+    (choice,) = {op.choice for op in subject.plan.ops if op.label == WO_A}
+    assert choice.kernel.name == kernel
+    assert (choice.kernel.layout == "dequantized") == (layout == "deepseek-native" and kernel.startswith("triton"))
+    named = configs_of(subject.plan, subject.index)
+    assert (kernel in named) == kernel.startswith("cute"), "compiled ahead"
 
 
 def lossless_cast(tensors: Tensors) -> Tensors:

@@ -46,6 +46,21 @@ def test_other_exports_pass_in_hoppers_layouts(layout: str, width: int, tmp_path
     assert not failed(findings(subject))
 
 
+@pytest.mark.usefixtures("on_cpu")
+def test_wo_a_in_fp8_stays_as_it_is_stored(tmp_path: Path) -> None:
+    """It is packed, not decoded, and each of its bits is read back."""
+    sizes = {"head_dim": 128, "o_lora_rank": 128}
+    subject = subject_on(random_checkpoint(tmp_path, "deepseek-native", **sizes).folder, "sm_90")
+    part = loaded(subject)
+    runner = part.runners["layers.1.attn.wo_a"]
+    assert runner.spec.name == "cute.grouped_linear_fp8_sm90"
+    assert runner.operand.weight.blocks.numel() == 2 * 128 * 2 * 128, "a byte for each weight"
+    assert not faults(subject, part)
+    runner.operand.weight.blocks.view(-1)[12345] ^= 1
+    (found,) = faults(subject, part)
+    assert (found.id, found.where, found.number) == ("L02", "layers.1.attn.wo_a", 1)
+
+
 def loaded(subject: Subject, layer_idx: int = 1) -> LoadedPart:
     return load_part(subject, in_layer(f"layers.{layer_idx}"))
 

@@ -60,8 +60,8 @@ def rope_grouped_linear_fp8(
     """
     dtype = sum_dtype(o_TNH)
     u_TGI = rope_inverse(o_TNH, cos_TA, sin_TA).flatten(1).unflatten(-1, (len(weight_GRI), -1))
-    decoded = decode_fp8_block(weight_GRI.flatten(0, 1), scale, dtype).unflatten(0, weight_GRI.shape[:2])
-    y_TGR = grouped_linear(u_TGI.to(dtype), decoded).to(o_TNH.dtype)
+    decoded = decode_fp8_block(weight_GRI.flatten(0, 1), scale, dtype).view(weight_GRI.shape)
+    y_TGR: torch.Tensor = grouped_linear(u_TGI.to(dtype), decoded).to(o_TNH.dtype)
     return y_TGR if out is None else out.copy_(y_TGR)
 
 
@@ -70,7 +70,7 @@ class GroupedLinearReference(Reference):
 
     def prepare(self, stored: StoredGroups) -> torch.Tensor:
         """Returns the matrices unchanged."""
-        return stored.matrix.qdata.unflatten(0, (stored.num_groups, -1))
+        return stored.matrix.qdata.view(stored.shape)
 
     def restore(self, operand: torch.Tensor) -> tuple[QuantTensor, ...]:
         """Returns the rows of all groups."""
