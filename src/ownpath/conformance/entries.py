@@ -336,7 +336,8 @@ def read_index_pages(pages: Tensor, num_rows: int) -> Tensor:
     width = pages.shape[1] // num_rows - 4
     data, tail = pages.split((num_rows * width, num_rows * 4), dim=1)
     scales = tail.contiguous().view(torch.float32).reshape(-1, 1)
-    return (decode_e4m3(data.reshape(-1, width)) * scales).bfloat16()
+    keys: Tensor = decode_e4m3(data.reshape(-1, width)) * scales
+    return keys.bfloat16()
 
 
 def judge_rounded(plain: WritingStep, rounded: WritingStep) -> None:

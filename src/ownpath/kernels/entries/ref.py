@@ -111,7 +111,7 @@ def _entry_rows(ending: RowPlaces, weights: CompressorWeights) -> Tensor:
 
 @dataclass(frozen=True)
 class _Form:
-    """How a pool holds keys. num_rows: of a slot or block; angles: of the step."""
+    """The form of keys in a pool. num_rows: of a slot or block; angles: of the step."""
 
     rounding: KeyRounding
     num_rows: int
