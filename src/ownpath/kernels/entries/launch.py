@@ -68,10 +68,9 @@ class TritonEntries:
         return ()
 
     def variant(self, raw: RawRows, operand: EntriesOperand) -> str:
-        """Returns the variant's name, which depends on the layer and on the number of rows."""
+        """Returns the variant's name, which depends on the layer alone."""
         main = operand.weights.main
-        ratio = 0 if main is None else main.ratio
-        return variant_name("entries", ratio=ratio, parts=num_parts(len(raw.kv_TH), operand.weights))
+        return variant_name("entries", ratio=0 if main is None else main.ratio)
 
     def run(
         self, raw: RawRows, angles: EntryAngles, rows: RowPlaces, pools: LayerPools, operand: EntriesOperand
