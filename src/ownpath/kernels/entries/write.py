@@ -82,12 +82,18 @@ def _round_fp4(x, H: tl.constexpr, LOG_H: tl.constexpr):
 
 
 @triton.jit
-def _rotate(x, cos_ptr, sin_ptr, H: tl.constexpr, F: tl.constexpr):
-    """Rotates the last 2F channels of float32 [H] in pairs; F floats of cos and sin at the pointers."""
+def _load_turn(cos_ptr, sin_ptr, H: tl.constexpr, F: tl.constexpr):
+    """Loads cos and sin [H / 2] of the pairs of a key; 1 and 0 for those that are not rotated."""
     pair = tl.arange(0, H // 2)
     turned = pair >= H // 2 - F
     cos = tl.load(cos_ptr + pair - (H // 2 - F), mask=turned, other=1.0)
-    sin = tl.load(sin_ptr + pair - (H // 2 - F), mask=turned, other=0.0)
+    return cos, tl.load(sin_ptr + pair - (H // 2 - F), mask=turned, other=0.0)
+
+
+@triton.jit
+def _rotate(x, cos, sin, H: tl.constexpr, F: tl.constexpr):
+    """Rotates the last 2F channels of float32 [H] in pairs."""
+    turned = tl.arange(0, H // 2) >= H // 2 - F
     even, odd = tl.split(tl.reshape(x, (H // 2, 2)))
     new_even = tl.where(turned, even * cos - odd * sin, even)
     new_odd = tl.where(turned, even * sin + odd * cos, odd)
@@ -128,9 +134,9 @@ def _store_index_page(x, page_ptr, row, H: tl.constexpr, R: tl.constexpr):
 @triton.jit
 def _write_key(
     x,
-    weight_ptr,
-    cos_ptr,
-    sin_ptr,
+    weight,
+    cos,
+    sin,
     pool_ptr,
     page,
     row,
@@ -145,9 +151,8 @@ def _write_key(
     """Norms, rotates and rounds one key [H], to bfloat16 after each, and writes it to its row of a page of R keys."""
     h = tl.arange(0, H)
     x = x.to(tl.float32)
-    x = x * tl.rsqrt(tl.sum(x * x, axis=0) / H + eps)
-    x = x * tl.load(weight_ptr + h).to(tl.float32)
-    x = _rotate(x.to(tl.bfloat16).to(tl.float32), cos_ptr, sin_ptr, H, F).to(tl.bfloat16).to(tl.float32)
+    x = x * tl.rsqrt(tl.sum(x * x, axis=0) / H + eps) * weight.to(tl.float32)
+    x = _rotate(x.to(tl.bfloat16).to(tl.float32), cos, sin, H, F).to(tl.bfloat16).to(tl.float32)
     if ROUNDING == "fp4":
         x = _round_fp4(x, H, LOG_H)
     if FORM == KEY_PAGES:
@@ -225,9 +230,12 @@ def _write_entry(
 ):
     """Averages an entry and writes it to its row of a page of R. Of several parts each leaves its slices in pooled; the
     last to arrive finishes the entry and clears the counter."""
+    # Loads that depend on nothing go first, so that no sum waits for them.
+    weight = tl.load(weight_ptr + tl.arange(0, H))
+    cos, sin = _load_turn(cos_ptr, sin_ptr, H, F)
     if SLICE == H:
         pooled = _pool(raw_ptr, ring_ptr, ape_ptr, p, tl.arange(0, H), H, RATIO, WINDOWS).to(tl.bfloat16)
-        _write_key(pooled, weight_ptr, cos_ptr, sin_ptr, pool_ptr, page, row, eps, H, LOG_H, F, R, FORM, ROUNDING)
+        _write_key(pooled, weight, cos, sin, pool_ptr, page, row, eps, H, LOG_H, F, R, FORM, ROUNDING)
     else:
         for turn in range(H // SLICE // PARTS):
             c = (turn * PARTS + role) * SLICE + tl.arange(0, SLICE)
@@ -240,7 +248,7 @@ def _write_entry(
             # Other programs wrote it: not from this one's cache.
             whole = tl.load(pooled_ptr + tl.arange(0, H), cache_modifier=".cg")
             tl.store(arrivals_ptr, 0)
-            _write_key(whole, weight_ptr, cos_ptr, sin_ptr, pool_ptr, page, row, eps, H, LOG_H, F, R, FORM, ROUNDING)
+            _write_key(whole, weight, cos, sin, pool_ptr, page, row, eps, H, LOG_H, F, R, FORM, ROUNDING)
 
 
 @triton.jit
@@ -306,6 +314,8 @@ def entries_kernel(
     if role == tl.num_programs(0) - 1:
         h = tl.arange(0, H)
         key = tl.load(kv_ptr + t * kv_stride + h)
+        weight = tl.load(kv_weight_ptr + h)
+        cos, sin = _load_turn(cos_ptr + t * F, sin_ptr + t * F, H, F)
         if RATIO > 0:
             m = tl.arange(0, 2 * WINDOWS * H)
             main = tl.load(main_ptr + t * main_stride + m)
@@ -317,10 +327,8 @@ def entries_kernel(
             tl.store(main_state_ptr + at * (2 * WINDOWS * H) + m, main)
             if HAS_INDEX:
                 tl.store(index_state_ptr + at * (2 * WINDOWS * HI) + n, index)
-        cos_at, sin_at, ring_row = cos_ptr + t * F, sin_ptr + t * F, p % WINDOW
-        _write_key(
-            key, kv_weight_ptr, cos_at, sin_at, window_ptr, slot, ring_row, kv_eps, H, LOG_H, F, WINDOW, FORM, KEYS
-        )
+        ring_row = p % WINDOW
+        _write_key(key, weight, cos, sin, window_ptr, slot, ring_row, kv_eps, H, LOG_H, F, WINDOW, FORM, KEYS)
     elif RATIO > 0:  # noqa: SIM102 (decided at compile time: there is no ratio to divide by)
         if (p + 1) % RATIO == 0:
             entry = p // RATIO
