@@ -166,7 +166,7 @@ def _write_key(
 
 
 @triton.jit
-def _pool(
+def _load_rows(
     raw_ptr,
     ring_ptr,
     ape_ptr,
@@ -176,7 +176,7 @@ def _pool(
     RATIO: tl.constexpr,
     WINDOWS: tl.constexpr,
 ):
-    """Averages the raw rows of the entry that ends at p, gated, in the channels c of a slice.
+    """Loads the raw rows of the entry that ends at p, in the channels c of a slice: kv and biased scores [rows, c].
 
     The row of p itself comes from the step, the older ones from the slot's ring; this launch replaces the ring's row
     of p - RATIO * WINDOWS, which is not among them. Rows before position 0 do not exist.
@@ -185,18 +185,21 @@ def _pool(
     P: tl.constexpr = H * WINDOWS
     i = tl.arange(0, ROWS)
     age = ROWS - 1 - i
-    is_old = (age > 0) & (age <= p)
+    exists = (age <= p)[:, None]
     row = (p - age + ROWS) % ROWS
     # Where windows overlap, the window before gives its first half of the channels, the own one its second.
     column = (i // RATIO)[:, None] * H + c[None, :]
-    at = ring_ptr + row[:, None] * (2 * P) + column
-    kv = tl.load(at, mask=is_old[:, None], other=0.0)
-    score = tl.load(at + P, mask=is_old[:, None], other=float("-inf"))
-    own_ptr = raw_ptr + (WINDOWS - 1) * H + c
-    is_own = (age == 0)[:, None]
-    kv = tl.where(is_own, tl.load(own_ptr)[None, :], kv)
-    score = tl.where(is_own, tl.load(own_ptr + P)[None, :], score)
+    # One load for both places: a second one would wait for the first.
+    at = tl.where((age == 0)[:, None], raw_ptr + column, ring_ptr + row[:, None] * (2 * P) + column)
+    kv = tl.load(at, mask=exists, other=0.0)
+    score = tl.load(at + P, mask=exists, other=float("-inf"))
     score += tl.load(ape_ptr + (i % RATIO)[:, None] * P + column)
+    return kv, score
+
+
+@triton.jit
+def _average(kv, score):
+    """Averages the rows of each channel, gated by the softmax of their scores."""
     gate = tl.exp(score - tl.max(score, axis=0)[None, :])
     return tl.sum(kv * gate, axis=0) / tl.sum(gate, axis=0)
 
@@ -230,23 +233,27 @@ def _write_entry(
 ):
     """Averages an entry and writes it to its row of a page of R. Of several parts each leaves its slices in pooled; the
     last to arrive finishes the entry and clears the counter."""
-    # Loads that depend on nothing go first, so that no sum waits for them.
-    weight = tl.load(weight_ptr + tl.arange(0, H))
-    cos, sin = _load_turn(cos_ptr, sin_ptr, H, F)
+    h = tl.arange(0, H)
     if SLICE == H:
-        pooled = _pool(raw_ptr, ring_ptr, ape_ptr, p, tl.arange(0, H), H, RATIO, WINDOWS).to(tl.bfloat16)
+        # All loads are in flight before the first sum waits for one.
+        kv, score = _load_rows(raw_ptr, ring_ptr, ape_ptr, p, h, H, RATIO, WINDOWS)
+        weight = tl.load(weight_ptr + h)
+        cos, sin = _load_turn(cos_ptr, sin_ptr, H, F)
+        pooled = _average(kv, score).to(tl.bfloat16)
         _write_key(pooled, weight, cos, sin, pool_ptr, page, row, eps, H, LOG_H, F, R, FORM, ROUNDING)
     else:
+        weight = tl.load(weight_ptr + h)
+        cos, sin = _load_turn(cos_ptr, sin_ptr, H, F)
         for turn in range(H // SLICE // PARTS):
             c = (turn * PARTS + role) * SLICE + tl.arange(0, SLICE)
-            piece = _pool(raw_ptr, ring_ptr, ape_ptr, p, c, H, RATIO, WINDOWS)
-            tl.store(pooled_ptr + c, piece.to(tl.bfloat16))
+            kv, score = _load_rows(raw_ptr, ring_ptr, ape_ptr, p, c, H, RATIO, WINDOWS)
+            tl.store(pooled_ptr + c, _average(kv, score).to(tl.bfloat16))
         # All threads' slices are written before one thread announces them.
         tl.debug_barrier()
         arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu")
         if arrived == PARTS - 1:
             # Other programs wrote it: not from this one's cache.
-            whole = tl.load(pooled_ptr + tl.arange(0, H), cache_modifier=".cg")
+            whole = tl.load(pooled_ptr + h, cache_modifier=".cg")
             tl.store(arrivals_ptr, 0)
             _write_key(whole, weight, cos, sin, pool_ptr, page, row, eps, H, LOG_H, F, R, FORM, ROUNDING)
 
