@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.triton_aot import Compiled, compile_launch, recorded_launches
 
-from ownpath.conformance.entries import draw_step
+from ownpath.conformance.entries import draw_step, with_pages
 from ownpath.kernels.entries import checks, head
 from ownpath.kernels.entries.angles import Frequencies
 from ownpath.kernels.entries.cases import CASES
@@ -21,7 +21,7 @@ PROGRAMS_PER_SM = 3
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
-    """Every distinct launch: of each kind of layer, at few and many rows, in both formats; and the angles of a step."""
+    """Every distinct launch: of each kind of layer, at few and many rows, rounded and in pages; and a step's angles."""
     with pytest.MonkeyPatch.context() as patch, recorded_launches() as launches:
         for module in (checks, head):
             patch.setattr(module, "check_rank", lambda name, tensor, rank, runs_on_cpu: None)  # refuses what is on CPU
@@ -31,6 +31,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
                 fewer = replace(step.weights, keys=KeyRounding.FP8, index_keys=KeyRounding.FP4)
                 ENTRIES(*step.arguments)
                 ENTRIES(*step.arguments[:4], fewer)
+                ENTRIES(*with_pages(step).arguments[:4], fewer)
         positions_T = torch.zeros(2, dtype=torch.int32)
         STEP_ANGLES.run(positions_T, STEP_ANGLES.prepare(Frequencies(torch.ones(32), torch.ones(32))))
     folder = tmp_path_factory.mktemp("cubins")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from ownpath.conformance.entries import WritingStep, draw_step, judge_rounded, judge_step
+from ownpath.conformance.entries import WritingStep, draw_step, judge_rounded, judge_step, with_pages
 from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.entries.angles import Frequencies, step_angles
 from ownpath.kernels.entries.cases import CASES
@@ -90,7 +90,17 @@ def test_roundings_to_fewer_bits(case: KernelCase, cuda: torch.device) -> None:
     plain, rounded = step.copy(), step.copy()
     KERNELS[KERNEL](*plain.arguments)
     KERNELS[KERNEL](*rounded.arguments[:4], fewer)
-    judge_rounded(plain, rounded)
+    judge_rounded(plain, replace(rounded, weights=fewer))
+
+
+@pytest.mark.parametrize("case", BENCH, ids=label)
+@pytest.mark.parametrize("index_keys", [KeyRounding.NONE, KeyRounding.FP4])
+def test_pages(case: KernelCase, index_keys: KeyRounding, cuda: torch.device) -> None:
+    step = draw_step(case, 33, cuda)
+    paged = replace(with_pages(step), weights=replace(step.weights, index_keys=index_keys))
+    KERNELS[KERNEL](*step.arguments)
+    KERNELS[KERNEL](*paged.arguments)
+    judge_rounded(step, paged)
 
 
 def test_angles_have_the_bits_of_torch(cuda: torch.device) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ownpath.conformance.entries import WritingStep, draw_step, judge_rounded, judge_step
+from ownpath.conformance.entries import WritingStep, draw_step, judge_rounded, judge_step, with_pages
 from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.entries.angles import Frequencies, step_angles
 from ownpath.kernels.entries.cases import CASES
@@ -67,7 +67,7 @@ def test_a_prepared_operand_serves_every_step() -> None:
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     for case in (CSA, HCA):
-        step = draw_step(case, 20, CPU)
+        step = draw_step(case, 6, CPU)
         whole, part = step.copy(), step.first(3)
         ENTRIES(*whole.arguments)
         ENTRIES(*part.arguments)
@@ -84,18 +84,42 @@ def bits(pool: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("label", ["csa", "hca narrow"])
 def test_roundings_to_fewer_bits(name: str, label: str) -> None:
-    """Ordinary keys, tiny and huge ones, exact zeros, and rows that are not finite."""
     case = next(case for case in CASES if case.tiny and case.label == label)
-    step = draw_step(case, 10, CPU)
-    sizes = torch.tensor([1.0, 2.0**-14, 2.0**10, 0.0, 1.0, 1.0, 1.0, 2.0**-20, 1.0, torch.inf])
+    step = step_of_many_sizes(case)
+    rounded = step.copy()
+    rounded = replace(rounded, weights=replace(step.weights, keys=KeyRounding.FP8, index_keys=KeyRounding.FP4))
+    KERNELS[name](*step.arguments)
+    KERNELS[name](*rounded.arguments)
+    judge_rounded(step, rounded)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("index_keys", [KeyRounding.NONE, KeyRounding.FP4])
+def test_pages(name: str, index_keys: KeyRounding) -> None:
+    """Reading FP8 pages gives the rounded keys, whose FP4 is exact in them; what is not written keeps its bytes."""
+    step = step_of_many_sizes(next(case for case in CASES if case.tiny and case.label == "csa"))
+    paged = with_pages(step.copy())
+    paged = replace(paged, weights=replace(step.weights, index_keys=index_keys))
+    KERNELS[name](*step.arguments)
+    KERNELS[name](*paged.arguments)
+    judge_rounded(step, paged)
+
+
+def test_pages_of_shared_entries() -> None:
+    step = draw_step(next(case for case in CASES if case.tiny and case.label == "hca"), 2, CPU, positions=[127, 383])
+    paged = with_pages(step.copy())
+    ENTRIES(*step.arguments)
+    ENTRIES(*paged.arguments)
+    judge_rounded(step, paged)
+
+
+def step_of_many_sizes(case: KernelCase) -> WritingStep:
+    """Ordinary keys, tiny and huge ones, exact zeros, and rows that are not finite."""
+    step = draw_step(case, 6, CPU)
+    sizes = torch.tensor([1.0, 2.0**-14, 2.0**10, 0.0, 2.0**-20, torch.inf])
     raw = step.raw._replace(kv_TH=(step.raw.kv_TH * sizes[:, None]).bfloat16())
     norm = replace(step.weights.kv_norm, eps=1e-12)
-    step = replace(step, raw=raw, weights=replace(step.weights, kv_norm=norm))
-    plain, rounded = step.copy(), step.copy()
-    fewer = replace(step.weights, keys=KeyRounding.FP8, index_keys=KeyRounding.FP4)
-    KERNELS[name](*plain.arguments)
-    KERNELS[name](*replace(rounded, weights=fewer).arguments)
-    judge_rounded(plain, rounded)
+    return replace(step, raw=raw, weights=replace(step.weights, kv_norm=norm))
 
 
 def test_no_rows() -> None:

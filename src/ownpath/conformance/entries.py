@@ -7,6 +7,7 @@ Legend: T rows, E rows that end a window, L raw rows of an entry, H head dim, P 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -28,18 +29,22 @@ from ownpath.kernels.cases import KernelCase
 from ownpath.kernels.contract import NormWeights
 from ownpath.kernels.entries.types import (
     CompressorWeights,
-    DecodeRows,
     EntriesWeights,
     EntryAngles,
+    KeyRounding,
     LayerPools,
     RawRows,
+    RowPlaces,
 )
+from ownpath.numerics import decode_e4m3, decode_e8m0, fake_quantize_fp8
 from ownpath.oracle import formulas
 
 EPS = 1e-6
+KEY_BYTES = 584
+"""Of a key in FP8 pages."""
 KEY_ROUNDINGS = 2
 """Of a key: after its norm and after its rotation. An entry is rounded before them too."""
-Arguments = tuple[RawRows, EntryAngles, DecodeRows, LayerPools, EntriesWeights]
+Arguments = tuple[RawRows, EntryAngles, RowPlaces, LayerPools, EntriesWeights]
 
 
 class CompressorPools(NamedTuple):
@@ -58,7 +63,7 @@ class WritingStep:
 
     raw: RawRows
     angles: EntryAngles
-    rows: DecodeRows
+    rows: RowPlaces
     pools: LayerPools
     weights: EntriesWeights
 
@@ -101,7 +106,7 @@ class WritingStep:
         cos_TF, sin_TF, *others = self.angles
         first = (None if one is None else one[:count] for one in others)
         angles = EntryAngles(cos_TF[:count], sin_TF[:count], *first)
-        return replace(self.copy(), raw=raw, angles=angles, rows=DecodeRows(*(one[:count] for one in self.rows)))
+        return replace(self.copy(), raw=raw, angles=angles, rows=RowPlaces(*(one[:count] for one in self.rows)))
 
 
 def draw_step(
@@ -145,7 +150,7 @@ def _draw_weights(g: torch.Generator, head_dim: int, ratio: int, index_dim: int)
 
 def _draw_rows(
     g: torch.Generator, num_rows: int, num_blocks: int, ratio: int, positions: list[int] | None
-) -> DecodeRows:
+) -> RowPlaces:
     def order(count: int) -> Tensor:
         return 1 + torch.randperm(count, generator=g, device=g.device)
 
@@ -158,7 +163,7 @@ def _draw_rows(
             drawn[1], slots_T[1], blocks_TB[1] = 0, 0, 0
     else:
         drawn = torch.tensor(positions, device=g.device)
-    return DecodeRows(drawn.int(), slots_T.int(), blocks_TB.int())
+    return RowPlaces(drawn.int(), slots_T.int(), blocks_TB.int())
 
 
 def _draw_raw(g: torch.Generator, num_rows: int, weights: CompressorWeights | None) -> Tensor | None:
@@ -171,7 +176,7 @@ def _draw_raw(g: torch.Generator, num_rows: int, weights: CompressorWeights | No
     return raw
 
 
-def _draw_state(g: torch.Generator, rows: DecodeRows, weights: CompressorWeights | None) -> Tensor | None:
+def _draw_state(g: torch.Generator, rows: RowPlaces, weights: CompressorWeights | None) -> Tensor | None:
     """Draws the ring's rows that tokens before the step have written and entries may read; all others are NaN."""
     if weights is None:
         return None
@@ -209,7 +214,7 @@ def _judge_compressor(before: WritingStep, old: CompressorPools, new: Compressor
     _judge_untouched(f"{name} state", old.state, new.state, ring_T)
     assert torch.equal(new.state[ring_T], raw), f"{name} state"
     ends_E = ((before.rows.positions_T + 1) % weights.ratio == 0).nonzero()[:, 0]
-    ending = DecodeRows(*(one[ends_E].long() for one in before.rows))
+    ending = RowPlaces(*(one[ends_E].long() for one in before.rows))
     entry_E = _entry_rows(ending, weights)
     _judge_untouched(f"{name} entries", old.entries, new.entries, entry_E)
     if not len(ends_E):
@@ -238,17 +243,17 @@ def _judge_untouched(name: str, before: Tensor, after: Tensor, written: Tensor) 
     assert same, f"{name}: a row changed that the step does not write"
 
 
-def _ring_rows(rows: DecodeRows, num_rows: int) -> Tensor:
+def _ring_rows(rows: RowPlaces, num_rows: int) -> Tensor:
     return rows.slots_T.long() * num_rows + rows.positions_T.long() % num_rows
 
 
-def _entry_rows(ending: DecodeRows, weights: CompressorWeights) -> Tensor:
+def _entry_rows(ending: RowPlaces, weights: CompressorWeights) -> Tensor:
     entry_E = ending.positions_T // weights.ratio
     block_E = ending.blocks_TB.gather(1, (entry_E // weights.per_block)[:, None])[:, 0]
     return block_E * weights.per_block + entry_E % weights.per_block
 
 
-def exact_pool(raw_EP2: Tensor, ending: DecodeRows, state: Tensor, weights: CompressorWeights) -> Exact:
+def exact_pool(raw_EP2: Tensor, ending: RowPlaces, state: Tensor, weights: CompressorWeights) -> Exact:
     """Averages each entry's rows, one entry after the other, and bounds the error after a rounding to bfloat16.
 
     A score's error d changes its gate by a factor of exp(d), the sum of gates by no more.
@@ -265,7 +270,7 @@ def exact_pool(raw_EP2: Tensor, ending: DecodeRows, state: Tensor, weights: Comp
 
 
 def _entry_inputs(
-    raw_P2: Tensor, number: int, ending: DecodeRows, state: Tensor, weights: CompressorWeights
+    raw_P2: Tensor, number: int, ending: RowPlaces, state: Tensor, weights: CompressorWeights
 ) -> tuple[Tensor, Tensor]:
     """Reads the (kv, score) rows of one entry in float64, position by position: [L, H] each."""
     end, slot = int(ending.positions_T[number]), int(ending.slots_T[number])
@@ -299,23 +304,73 @@ def exact_key(x_TH: Exact, norm: NormWeights, angles: tuple[Tensor, Tensor]) -> 
     return Exact(turned, error_TH + 4 * FLOAT32_ROUND * normed_TH.abs().amax(-1, keepdim=True))
 
 
+def with_pages(step: WritingStep) -> WritingStep:
+    """Returns the same step on FP8 pages, all of whose bytes are 255: NaN in every format."""
+    pools, weights = step.pools, step.weights
+
+    def pages(values: Tensor | None, num_rows: int, key_bytes: int) -> Tensor | None:
+        if values is None:
+            return None
+        shape = len(values) // num_rows, num_rows * key_bytes
+        return torch.full(shape, 255, dtype=torch.uint8, device=values.device)
+
+    per_block = 1 if weights.main is None else weights.main.per_block
+    index_bytes = 0 if weights.index is None else weights.index.head_dim + 4
+    window, main = pages(pools.window, weights.window, KEY_BYTES), pages(pools.main_entries, per_block, KEY_BYTES)
+    assert window is not None
+    index = pages(pools.index_entries, per_block, index_bytes)
+    return replace(step, pools=pools._replace(window=window, main_entries=main, index_entries=index))
+
+
+def read_key_pages(pages: Tensor, num_rows: int) -> Tensor:
+    """Decodes FP8 pages of ``num_rows`` keys each to bfloat16 [pages * num_rows, 512], which is exact."""
+    data, tail = pages.split((num_rows * (KEY_BYTES - 8), num_rows * 8), dim=1)
+    codes, rotary = data.reshape(-1, KEY_BYTES - 8).split((448, 128), dim=1)
+    scales = decode_e8m0(tail.reshape(-1, 8)[:, :7].contiguous())
+    plain = decode_e4m3(codes.contiguous()).unflatten(1, (7, 64)) * scales[..., None]
+    return torch.cat((plain.flatten(1).bfloat16(), rotary.contiguous().view(torch.bfloat16)), 1)
+
+
+def read_index_pages(pages: Tensor, num_rows: int) -> Tensor:
+    """Decodes FP8 pages of ``num_rows`` index keys each to bfloat16 [pages * num_rows, H], which is exact."""
+    width = pages.shape[1] // num_rows - 4
+    data, tail = pages.split((num_rows * width, num_rows * 4), dim=1)
+    scales = tail.contiguous().view(torch.float32).reshape(-1, 1)
+    keys: Tensor = decode_e4m3(data.reshape(-1, width)) * scales
+    return keys.bfloat16()
+
+
 def judge_rounded(plain: WritingStep, rounded: WritingStep) -> None:
     """Judges keys that a step rounded to fewer bits: those of the plain step, rounded by definition, bit for bit.
 
     Errors: AssertionError naming the pool.
     """
-    num_rotary = 2 * plain.angles.cos_TF.shape[1]
+    num_rotary, weights = 2 * plain.angles.cos_TF.shape[1], rounded.weights
+    found, before = rounded.pools, plain.pools
+    window, main, index = found.window, found.main_entries, found.index_entries
+    rounds_keys = weights.keys is KeyRounding.FP8 or found.has_key_pages
+    per_block = 1 if weights.main is None else weights.main.per_block
+    if found.has_key_pages:
+        window = read_key_pages(window, weights.window)
+        main = None if main is None else read_key_pages(main, per_block)
+    if found.has_index_pages and index is not None:
+        index = read_index_pages(index, per_block)
 
     def round_keys(keys: Tensor) -> Tensor:
-        return fp8_keys(keys, num_rotary)
+        return fp8_keys(keys, num_rotary) if rounds_keys else keys
 
-    of_pools = (
-        ("window", plain.pools.window, rounded.pools.window, round_keys),
-        ("main entries", plain.pools.main_entries, rounded.pools.main_entries, round_keys),
-        ("index entries", plain.pools.index_entries, rounded.pools.index_entries, fp4_index),
-    )
-    for name, before, after, round_ in of_pools:
-        if before is not None and after is not None:
-            written = ~before.isnan().any(1)
-            assert torch.equal(round_(before[written]).view(torch.int16), after[written].view(torch.int16)), name
-            assert bool(after[~written].isnan().any(1).all()), name
+    def round_index(keys: Tensor) -> Tensor:
+        keys = fp4_index(keys) if weights.index_keys is KeyRounding.FP4 else keys
+        return fake_quantize_fp8(keys, keys.shape[1]) if found.has_index_pages else keys
+
+    _judge_values("window", before.window, window, round_keys)
+    _judge_values("main entries", before.main_entries, main, round_keys)
+    _judge_values("index entries", before.index_entries, index, round_index)
+
+
+def _judge_values(name: str, plain: Tensor | None, found: Tensor | None, round_: Callable[[Tensor], Tensor]) -> None:
+    if plain is None or found is None:
+        return
+    written = ~plain.isnan().any(1)
+    assert torch.equal(round_(plain[written]).view(torch.int16), found[written].view(torch.int16)), name
+    assert bool(found[~written].isnan().any(1).all()), name

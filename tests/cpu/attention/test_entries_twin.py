@@ -23,11 +23,11 @@ from ownpath.kernels.contract import NormWeights
 from ownpath.kernels.entries.ref import write_entries
 from ownpath.kernels.entries.types import (
     CompressorWeights,
-    DecodeRows,
     EntriesWeights,
     EntryAngles,
     LayerPools,
     RawRows,
+    RowPlaces,
 )
 from ownpath.runners import RMSNorm, SharedKeyAttention
 
@@ -113,7 +113,7 @@ def twin_step(layer: Layer, pool: CachePool, tables: StepTables, rows: list[Sequ
     write_entries(
         RawRows(kv, main if has_main else None, index if has_index else None),
         EntryAngles(*at.angles, *first.angles),
-        DecodeRows(tables.positions_T.int(), tables.slots_R.int(), tables.blocks_RB.int()),
+        RowPlaces(tables.positions_T.int(), tables.slots_R.int(), tables.blocks_RB.int()),
         LayerPools(found.window, *two(found.compressor), *two(found.indexer)),
         layer.weights,
     )

@@ -8,25 +8,27 @@ from ownpath.kernels.checks import VECTOR_BYTES, check, check_alignment, check_r
 from ownpath.kernels.contract import NormWeights
 from ownpath.kernels.entries.types import (
     CompressorWeights,
-    DecodeRows,
     EntriesWeights,
     EntryAngles,
     KeyRounding,
     LayerPools,
     RawRows,
+    RowPlaces,
 )
 
-MAX_ROWS = 1024
-"""Rows of a step: one counter of each is in the operand."""
+MAX_ROWS = 256
+"""Rows of a step: the operand has a counter, and scratch, for each."""
 MAX_HEAD_DIM = 512
 FLOATS = (torch.float32, torch.bfloat16)
 FP8_BLOCK, FP4_BLOCK = 64, 32
+KEY_EXTRA, INDEX_EXTRA = 72, 4
+"""Bytes of a key in FP8 pages beyond one for each channel: 64 for the BF16 channels and 8 of scales; one scale."""
 CompressorCall = tuple[str, CompressorWeights, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 """A compressor's name, its weights, the step's raw rows, its state and its entries."""
 
 
 def check_call(
-    raw: RawRows, angles: EntryAngles, rows: DecodeRows, pools: LayerPools, weights: EntriesWeights, on_cpu: bool
+    raw: RawRows, angles: EntryAngles, rows: RowPlaces, pools: LayerPools, weights: EntriesWeights, on_cpu: bool
 ) -> None:
     """Checks all operands. Errors: ValueError naming the first that does not fit."""
     check_rank("kv_TH", raw.kv_TH, 2, on_cpu)
@@ -41,6 +43,11 @@ def check_call(
     check("blocks_TB", rows.blocks_TB, (torch.int32,), (num_rows, *rows.blocks_TB.shape[1:2]), device)
     _check_angles(angles, num_rows, device, has_first=weights.main is not None)
     _check_pool("window", pools.window, torch.bfloat16, (weights.window, head_dim), device)
+    if pools.has_key_pages and (head_dim, angles.cos_TF.shape[-1]) != (512, 32):
+        raise ValueError(f"FP8 pages hold keys of 512 channels, 64 of them rotary, found {head_dim}")
+    entries = pools.main_entries
+    if entries is not None and entries.itemsize != pools.window.itemsize:
+        raise ValueError(f"main_entries must have the window's form, found {entries.dtype} and {pools.window.dtype}")
     if weights.main is None and weights.index is not None:
         raise ValueError("an index compressor needs a main compressor")
     if weights.main is not None and weights.index is not None and weights.index.ratio != weights.main.ratio:
@@ -98,10 +105,18 @@ def _check_rows(
 
 
 def _check_pool(name: str, pool: torch.Tensor, dtype: torch.dtype, page: tuple[int, int], device: torch.device) -> None:
-    """Checks that a pool consists of whole pages. page: its rows and channels."""
-    if pool.ndim != 2 or not len(pool) or len(pool) % page[0]:
-        raise ValueError(f"{name} must consist of pages of {page[0]} rows, found {list(pool.shape)}")
-    check(name, pool, (dtype,), (len(pool), page[1]), device)
+    """Checks that a pool consists of whole pages. page: its rows and channels.
+
+    A pool of bfloat16 may have FP8 pages instead, of rows as the main or the index entries have them.
+    """
+    num_rows, width = page
+    if dtype is torch.bfloat16 and pool.dtype is torch.uint8:
+        num_bytes = width + INDEX_EXTRA if name == "index_entries" else width + KEY_EXTRA
+        check(name, pool, (torch.uint8,), (len(pool), num_rows * num_bytes), device)
+        return
+    if pool.ndim != 2 or not len(pool) or len(pool) % num_rows:
+        raise ValueError(f"{name} must consist of pages of {num_rows} rows, found {list(pool.shape)}")
+    check(name, pool, (dtype,), (len(pool), width), device)
 
 
 def _check_norm(name: str, norm: NormWeights, width: int, device: torch.device) -> None:

@@ -7,7 +7,7 @@ loads in flight at once; the one that arrives last norms it. A program never rea
 writes: the row of the position itself comes from the step, and what it replaces is too old to be read.
 
 Roofline. Launch latency: under 30 KB a row, and 768 KB where a window of 128 ends. Limits. One row for each request,
-bfloat16 keys and float32 raw rows, head dims a power of two up to 512, ratios a power of two up to 128, 1024 rows. A
+bfloat16 keys and float32 raw rows, head dims a power of two up to 512, ratios a power of two up to 128, 256 rows. A
 row's bits never depend on the other rows of a step. Fusion of products and sums is off: rotations have torch's bits.
 """
 
@@ -23,8 +23,8 @@ from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
 from ownpath.kernels.entries.checks import MAX_ROWS, check_call
-from ownpath.kernels.entries.types import DecodeRows, EntriesWeights, EntryAngles, LayerPools, RawRows
-from ownpath.kernels.entries.write import entries_kernel
+from ownpath.kernels.entries.types import EntriesWeights, EntryAngles, LayerPools, RawRows, RowPlaces
+from ownpath.kernels.entries.write import INDEX_PAGES, KEY_PAGES, VALUES, entries_kernel
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.variants import variant_name
 
@@ -39,9 +39,11 @@ EntriesCallKey = tuple[object, ...]
 
 @dataclass(frozen=True)
 class EntriesOperand:
-    """arrivals: int32 zeros, one for each row of a step. launches: for calls that have passed every check."""
+    """pooled: bfloat16 scratch [rows, H] for entries that several programs share; arrivals: int32 [rows], zeros between
+    calls. launches: for calls that have passed every check."""
 
     weights: EntriesWeights
+    pooled: torch.Tensor
     arrivals: torch.Tensor
     launches: LaunchCache[EntriesCallKey, TritonCall] = field(default_factory=LaunchCache, compare=False)
     lock: Lock = field(default_factory=Lock, compare=False)
@@ -55,20 +57,23 @@ class TritonEntries:
         weight_D = weights.kv_norm.weight_D
         if weight_D is None:
             raise ValueError("kv_norm must have a weight")
-        return EntriesOperand(weights, torch.zeros(MAX_ROWS, dtype=torch.int32, device=weight_D.device))
+        device = weight_D.device
+        pooled = torch.empty(
+            MAX_ROWS if num_slices(weights) > 1 else 1, len(weight_D), dtype=torch.bfloat16, device=device
+        )
+        return EntriesOperand(weights, pooled, torch.zeros(MAX_ROWS, dtype=torch.int32, device=device))
 
     def configs(self, operand: EntriesOperand) -> Sequence[Config]:
         """Returns nothing: Triton compiles at the first call."""
         return ()
 
     def variant(self, raw: RawRows, operand: EntriesOperand) -> str:
-        """Returns the variant's name, which depends on the layer and on the number of rows."""
+        """Returns the variant's name, which depends on the layer alone."""
         main = operand.weights.main
-        ratio = 0 if main is None else main.ratio
-        return variant_name("entries", ratio=ratio, parts=num_parts(len(raw.kv_TH), operand.weights))
+        return variant_name("entries", ratio=0 if main is None else main.ratio)
 
     def run(
-        self, raw: RawRows, angles: EntryAngles, rows: DecodeRows, pools: LayerPools, operand: EntriesOperand
+        self, raw: RawRows, angles: EntryAngles, rows: RowPlaces, pools: LayerPools, operand: EntriesOperand
     ) -> None:
         """Writes to the pools. Shapes: see the arguments' types; raw rows may be slices of wider ones.
 
@@ -88,7 +93,7 @@ class TritonEntries:
             call.start(current_stream(raw.kv_TH.get_device()), *addresses)
 
     def __call__(
-        self, raw: RawRows, angles: EntryAngles, rows: DecodeRows, pools: LayerPools, weights: EntriesWeights
+        self, raw: RawRows, angles: EntryAngles, rows: RowPlaces, pools: LayerPools, weights: EntriesWeights
     ) -> None:
         """Writes to the pools, with the signature of the twin."""
         self.run(raw, angles, rows, pools, self.prepare(weights))
@@ -110,7 +115,7 @@ def num_parts(num_rows: int, weights: EntriesWeights) -> int:
 def _first(
     raw: RawRows,
     angles: EntryAngles,
-    rows: DecodeRows,
+    rows: RowPlaces,
     pools: LayerPools,
     operand: EntriesOperand,
     key: EntriesCallKey,
@@ -127,7 +132,7 @@ def _first(
         entries_kernel,
         (parts + (weights.index is not None) + 1, num_rows),
         (*tensors, *_fixed(operand), *strides, rows.blocks_TB.shape[1], *_epsilons(weights)),
-        _constants(angles, weights, parts),
+        _constants(angles, weights, pools, parts),
         moving=range(len(tensors)),
     )
     if call is not None:
@@ -142,7 +147,7 @@ def _fixed(operand: EntriesOperand) -> tuple[torch.Tensor, ...]:
     for compressor in (weights.main, weights.index):
         pair = (kv, kv) if compressor is None else (compressor.norm.weight_D, compressor.ape_LP)
         found += [kv if one is None else one for one in pair]
-    return (*found, operand.arrivals)
+    return (*found, operand.pooled, operand.arrivals)
 
 
 def _epsilons(weights: EntriesWeights) -> tuple[float, float, float]:
@@ -150,7 +155,7 @@ def _epsilons(weights: EntriesWeights) -> tuple[float, float, float]:
     return weights.kv_norm.eps, main, index
 
 
-def _constants(angles: EntryAngles, weights: EntriesWeights, parts: int) -> dict[str, Any]:
+def _constants(angles: EntryAngles, weights: EntriesWeights, pools: LayerPools, parts: int) -> dict[str, Any]:
     """Returns the kernel's constants and launch options."""
     main, index, pdl = weights.main, weights.index, not INTERPRETED
     kv = weights.kv_norm.weight_D
@@ -169,7 +174,9 @@ def _constants(angles: EntryAngles, weights: EntriesWeights, parts: int) -> dict
         "HAS_INDEX": index is not None,
         "SLICE": head_dim // max(1, num_slices(weights)),
         "PARTS": parts,
+        "FORM": KEY_PAGES.value if pools.has_key_pages else VALUES.value,
         "KEYS": str(weights.keys),
+        "INDEX_FORM": INDEX_PAGES.value if pools.has_index_pages else VALUES.value,
         "INDEX_KEYS": str(weights.index_keys),
         "PDL": pdl,
         "num_warps": NUM_WARPS,

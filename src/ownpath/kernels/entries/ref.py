@@ -3,26 +3,38 @@
 Legend: T rows, E rows that end a window, L raw rows of an entry, H head dim, P compressor width.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ownpath.kernels.cache_formats.ref import fp4_index, fp8_keys
+from ownpath.kernels.cache_formats.ref import KV_BLOCK, fp4_index, fp8_keys
 from ownpath.kernels.entries.types import (
     CompressorWeights,
-    DecodeRows,
     EntriesWeights,
     EntryAngles,
     KeyRounding,
     LayerPools,
     RawRows,
+    RowPlaces,
 )
 from ownpath.kernels.norms.ref import rms_norm
 from ownpath.kernels.reference import Reference
-from ownpath.numerics import rotate_pairs
+from ownpath.numerics import (
+    E4M3_MAX,
+    FP8_AMAX_FLOOR,
+    decode_e8m0,
+    encode_e4m3,
+    encode_e8m0_ceil,
+    rotate_pairs,
+)
+
+PLAIN = 448
+"""Channels of a key in FP8 pages that are E4M3; the 64 after them are BF16."""
 
 
 def write_entries(
-    raw: RawRows, angles: EntryAngles, rows: DecodeRows, pools: LayerPools, weights: EntriesWeights
+    raw: RawRows, angles: EntryAngles, rows: RowPlaces, pools: LayerPools, weights: EntriesWeights
 ) -> None:
     """Writes a step's keys, raw rows and finished entries to the pools, in place. One row for each request.
 
@@ -30,30 +42,30 @@ def write_entries(
     (of two windows where they overlap), gated by a softmax over them in every channel; then as a key.
     """
     if weights.main is not None:
-        _compress(raw.main_TP2, angles, rows, (pools.main_state, pools.main_entries), weights.main, weights.keys)
+        form = _Form(weights.keys, weights.main.per_block, angles)
+        _compress(raw.main_TP2, rows, (pools.main_state, pools.main_entries), weights.main, form)
     if weights.index is not None:
-        pair = pools.index_state, pools.index_entries
-        _compress(raw.index_TP2, angles, rows, pair, weights.index, weights.index_keys)
-    key_TH = rms_norm(raw.kv_TH.to(pools.window.dtype), weights.kv_norm.weight_D, weights.kv_norm.eps)
-    key_TH = _round(rotate_pairs(key_TH, angles.cos_TF, angles.sin_TF), weights.keys, angles)
-    pools.window[_ring_rows(rows, weights.window)] = key_TH
+        form = _Form(weights.index_keys, weights.index.per_block, angles, is_index=True)
+        _compress(raw.index_TP2, rows, (pools.index_state, pools.index_entries), weights.index, form)
+    key_TH = rms_norm(raw.kv_TH, weights.kv_norm.weight_D, weights.kv_norm.eps)
+    key_TH = rotate_pairs(key_TH, angles.cos_TF, angles.sin_TF)
+    _store(pools.window, _ring_rows(rows, weights.window), key_TH, _Form(weights.keys, weights.window, angles))
 
 
-def _ring_rows(rows: DecodeRows, num_rows: int) -> Tensor:
+def _ring_rows(rows: RowPlaces, num_rows: int) -> Tensor:
     return rows.slots_T.long() * num_rows + rows.positions_T.long() % num_rows
 
 
 def _compress(
     raw_TP2: Tensor | None,
-    angles: EntryAngles,
-    rows: DecodeRows,
+    rows: RowPlaces,
     state_and_entries: tuple[Tensor | None, Tensor | None],
     weights: CompressorWeights,
-    rounding: KeyRounding,
+    form: "_Form",
 ) -> None:
     """Pools what ends, from older rows of the ring and the step's own; then writes the step's raw rows."""
     state, entries = state_and_entries
-    cos_TF, sin_TF = angles.first_cos_TF, angles.first_sin_TF
+    cos_TF, sin_TF = form.angles.first_cos_TF, form.angles.first_sin_TF
     assert raw_TP2 is not None
     assert state is not None
     assert entries is not None
@@ -61,15 +73,15 @@ def _compress(
     assert sin_TF is not None
     ends_E = ((rows.positions_T + 1) % weights.ratio == 0).nonzero()[:, 0]
     if len(ends_E):
-        ending = DecodeRows(*(tensor[ends_E].long() for tensor in rows))
-        pooled_EH = _pool(raw_TP2[ends_E], ending, state, weights).to(entries.dtype)
+        ending = RowPlaces(*(tensor[ends_E].long() for tensor in rows))
+        pooled_EH = _pool(raw_TP2[ends_E], ending, state, weights).to(form.values_dtype(entries))
         normed_EH = rms_norm(pooled_EH, weights.norm.weight_D, weights.norm.eps)
         turned_EH = rotate_pairs(normed_EH, cos_TF[ends_E], sin_TF[ends_E])
-        entries[_entry_rows(ending, weights)] = _round(turned_EH, rounding, angles)
+        _store(entries, _entry_rows(ending, weights), turned_EH, form)
     state[_ring_rows(rows, weights.num_rows)] = raw_TP2.to(state.dtype)
 
 
-def _pool(raw_EP2: Tensor, ending: DecodeRows, state: Tensor, weights: CompressorWeights) -> Tensor:
+def _pool(raw_EP2: Tensor, ending: RowPlaces, state: Tensor, weights: CompressorWeights) -> Tensor:
     """Averages the rows of each entry [E, H]; the newest is the step's own, those before position 0 do not exist."""
     num_rows, ratio = weights.num_rows, weights.ratio
     age_L = torch.arange(num_rows - 1, -1, -1, device=state.device)
@@ -91,16 +103,64 @@ def _halves(rows_ELP: Tensor, ratio: int) -> Tensor:
     return torch.cat((rows_ELP[:, :ratio, :head_dim], rows_ELP[:, ratio:, head_dim:]), dim=1)
 
 
-def _entry_rows(ending: DecodeRows, weights: CompressorWeights) -> Tensor:
+def _entry_rows(ending: RowPlaces, weights: CompressorWeights) -> Tensor:
     entry_E = ending.positions_T // weights.ratio
     block_E = ending.blocks_TB.gather(1, (entry_E // weights.per_block)[:, None])[:, 0]
     return block_E * weights.per_block + entry_E % weights.per_block
 
 
-def _round(keys: Tensor, rounding: KeyRounding, angles: EntryAngles) -> Tensor:
-    if rounding is KeyRounding.FP8:
-        return fp8_keys(keys, 2 * angles.cos_TF.shape[-1])
-    return fp4_index(keys) if rounding is KeyRounding.FP4 else keys
+@dataclass(frozen=True)
+class _Form:
+    """The form of keys in a pool. num_rows: of a slot or block; angles: of the step."""
+
+    rounding: KeyRounding
+    num_rows: int
+    angles: EntryAngles
+    is_index: bool = False
+
+    def values_dtype(self, pool: Tensor) -> torch.dtype:
+        """The dtype that keys are rounded to before they are encoded."""
+        return torch.bfloat16 if pool.dtype is torch.uint8 else pool.dtype
+
+    def rounded(self, keys: Tensor) -> Tensor:
+        """Rounds keys to fewer bits, in their dtype."""
+        if self.rounding is KeyRounding.FP8:
+            return fp8_keys(keys, 2 * self.angles.cos_TF.shape[-1])
+        return fp4_index(keys) if self.rounding is KeyRounding.FP4 else keys
+
+
+def _store(pool: Tensor, rows_E: Tensor, keys_EH: Tensor, form: _Form) -> None:
+    """Writes keys to rows of a pool of values, or encodes them into FP8 pages."""
+    if pool.dtype is not torch.uint8:
+        pool[rows_E] = form.rounded(keys_EH)
+        return
+    codes, scales = encode_index_keys(form.rounded(keys_EH)) if form.is_index else encode_keys(keys_EH)
+    page_E, row_E = rows_E // form.num_rows, rows_E % form.num_rows
+    data, tail = pool.split((form.num_rows * codes.shape[1], form.num_rows * scales.shape[1]), dim=1)
+    data.unflatten(1, (form.num_rows, -1))[page_E, row_E] = codes
+    tail.unflatten(1, (form.num_rows, -1))[page_E, row_E] = scales
+
+
+def encode_keys(keys_EH: Tensor) -> tuple[Tensor, Tensor]:
+    """Encodes keys of 512 channels for FP8 pages: codes and rotary channels uint8 [E, 576], scales and pad [E, 8].
+
+    A block of 64 channels has the scale of ``fp8_keys``; E8M0 255 where a channel is not finite.
+    """
+    plain, rotary = keys_EH[:, :PLAIN].float().unflatten(1, (-1, KV_BLOCK)), keys_EH[:, PLAIN:].bfloat16()
+    scales = encode_e8m0_ceil(plain.abs().amax(-1).clamp(min=FP8_AMAX_FLOOR), E4M3_MAX)
+    codes = encode_e4m3(plain / decode_e8m0(scales)[..., None]).flatten(1)
+    tail = torch.nn.functional.pad(scales.view(torch.uint8), (0, 1))
+    return torch.cat((codes.view(torch.uint8), rotary.contiguous().view(torch.uint8)), 1), tail
+
+
+def encode_index_keys(keys_EH: Tensor) -> tuple[Tensor, Tensor]:
+    """Encodes index keys for FP8 pages: E4M3 as uint8 [E, H], and a power-of-two float32 scale as uint8 [E, 4].
+
+    Exact for keys rounded to E2M1, unless the scales of a key's blocks span more than 2^14.
+    """
+    wide = keys_EH.float()
+    scales_E1 = decode_e8m0(encode_e8m0_ceil(wide.abs().amax(-1, keepdim=True), E4M3_MAX))
+    return encode_e4m3(wide / scales_E1).view(torch.uint8), scales_E1.view(torch.uint8)
 
 
 class EntriesReference(Reference):
@@ -114,13 +174,13 @@ class EntriesReference(Reference):
         """Returns ``None``: the kernel has no variants."""
 
     def run(
-        self, raw: RawRows, angles: EntryAngles, rows: DecodeRows, pools: LayerPools, operand: EntriesWeights
+        self, raw: RawRows, angles: EntryAngles, rows: RowPlaces, pools: LayerPools, operand: EntriesWeights
     ) -> None:
         """Writes to the pools."""
         write_entries(raw, angles, rows, pools, operand)
 
     def __call__(
-        self, raw: RawRows, angles: EntryAngles, rows: DecodeRows, pools: LayerPools, weights: EntriesWeights
+        self, raw: RawRows, angles: EntryAngles, rows: RowPlaces, pools: LayerPools, weights: EntriesWeights
     ) -> None:
         """Writes to the pools."""
         write_entries(raw, angles, rows, pools, weights)

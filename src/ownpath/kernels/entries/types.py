@@ -23,7 +23,7 @@ LONG_RATIO = 128
 
 
 class KeyRounding(StrEnum):
-    """The rounding of keys before they are written; the pools hold the rounded values."""
+    """The rounding of keys before they are written. A pool of bfloat16 holds the rounded values."""
 
     NONE = "none"
     FP8 = "fp8"
@@ -94,7 +94,7 @@ class EntryAngles(NamedTuple):
     first_sin_TF: Tensor | None = None
 
 
-class DecodeRows(NamedTuple):
+class RowPlaces(NamedTuple):
     """int32: each row's position and slot [T], and its block table [T, B]."""
 
     positions_T: Tensor
@@ -116,13 +116,29 @@ class StepAngles(NamedTuple):
 
 class LayerPools(NamedTuple):
     """One layer's pools: keys [slots * window, H]; for each compressor its state [slots * rows, 2P], at least float32,
-    and its entries [blocks * per_block, H]."""
+    and its entries [blocks * per_block, H].
+
+    Instead, window and main entries, both or neither, may be FP8 pages uint8 [slots or blocks, R * 584] of R keys: R *
+    576 bytes, of each key 448 E4M3 and 64 BF16 channels; then R * 8 bytes, of each key 7 E8M0 scales of 64 channels
+    and a pad byte. Index entries may be FP8 pages uint8 [blocks, R * (H + 4)]: R * H bytes of E4M3, then a float32
+    scale of each key, a power of two. Keys in pages are rounded as the pages need; a rounding to FP4 comes before.
+    """
 
     window: Tensor
     main_state: Tensor | None = None
     main_entries: Tensor | None = None
     index_state: Tensor | None = None
     index_entries: Tensor | None = None
+
+    @property
+    def has_key_pages(self) -> bool:
+        """True if window and main entries are FP8 pages."""
+        return self.window.itemsize == 1
+
+    @property
+    def has_index_pages(self) -> bool:
+        """True if index entries are FP8 pages."""
+        return self.index_entries is not None and self.index_entries.itemsize == 1
 
 
 class EntriesKernel(Kernel[Operand], Protocol[Operand]):
@@ -134,5 +150,5 @@ class EntriesKernel(Kernel[Operand], Protocol[Operand]):
     def variant(self, raw: RawRows, operand: Operand) -> str | None:
         """Returns the name of the variant that a call launches; ``None`` for a kernel without variants."""
 
-    def run(self, raw: RawRows, angles: EntryAngles, rows: DecodeRows, pools: LayerPools, operand: Operand) -> None:
+    def run(self, raw: RawRows, angles: EntryAngles, rows: RowPlaces, pools: LayerPools, operand: Operand) -> None:
         """Writes keys, raw rows and the entries whose windows end. Errors: ValueError naming the operand."""

@@ -7,32 +7,48 @@ F rotary pairs, RATIO tokens of an entry, WINDOWS windows that it averages.
 import triton
 import triton.language as tl
 
+VALUES = tl.constexpr(0)
+"""A pool of bfloat16 rows."""
+KEY_PAGES = tl.constexpr(1)
+"""Pages of R keys: R * 576 bytes, of each key 448 E4M3 and 64 BF16; then R * 8 bytes, 7 E8M0 of each and a pad."""
+INDEX_PAGES = tl.constexpr(2)
+"""Pages of R keys: R * H bytes of E4M3; then a float32 scale of each."""
+
 
 @triton.jit
 def _power_of_two(amax, LARGEST_BITS: tl.constexpr):
-    """Returns the smallest power of two s, at least 2^-126, with amax <= s * largest, and 1 / s; NaN unless finite.
+    """Returns the smallest power of two s, at least 2^-126, with amax <= s * largest: its E8M0 byte (255: not finite),
+    itself (NaN then), and 1 / s.
 
     LARGEST_BITS: of the largest value of the format, as a float32.
     """
-    bits = amax.to(tl.int32, bitcast=True)
+    bits = amax.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # a NaN may have a sign
     exponent = (bits >> 23) - (LARGEST_BITS >> 23) + 127
     exponent += ((bits & 0x7FFFFF) > (LARGEST_BITS & 0x7FFFFF)).to(tl.int32)
     exponent = tl.where(bits == 0, 127, tl.maximum(exponent, 1))
-    is_finite = bits < 0x7F800000
-    scale = tl.where(is_finite, (exponent << 23).to(tl.float32, bitcast=True), float("nan"))
     # 254 - exponent is 0 for 2^127, which no finite amax reaches.
-    return scale, ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    reciprocal = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    byte = tl.where(bits < 0x7F800000, exponent, 255)
+    return byte, tl.where(byte == 255, float("nan"), (exponent << 23).to(tl.float32, bitcast=True)), reciprocal
+
+
+@triton.jit
+def _largest(blocks):
+    """Returns the largest magnitude of each row; NaN where a row has one, which a maximum may pass over."""
+    return tl.max(tl.abs(blocks), axis=1) + tl.sum(blocks * 0.0, axis=1)
+
+
+@triton.jit
+def _floored(amax):
+    """Returns at least 1e-4, the floor of DeepSeek's FP8 quantiser; NaN stays NaN."""
+    return tl.where(amax < 1e-4, 1e-4, amax)
 
 
 @triton.jit
 def _round_fp8(x, H: tl.constexpr, F: tl.constexpr):
     """Rounds all but the last 2F channels to E4M3 in blocks of 64 and reads them back: float32 [H]."""
     blocks = tl.reshape(x, (H // 64, 64))
-    amax = tl.max(tl.abs(blocks), axis=1)
-    # A maximum may pass over a NaN; a sum does not, and zero times an infinity is one.
-    poison = tl.sum(blocks * 0.0, axis=1)
-    scale, reciprocal = _power_of_two(tl.maximum(amax, 1e-4), 0x43E00000)
-    scale += poison
+    _, scale, reciprocal = _power_of_two(_floored(_largest(blocks)), 0x43E00000)
     rounded = (blocks * reciprocal[:, None]).to(tl.float8e4nv).to(tl.float32) * scale[:, None]
     is_plain = tl.arange(0, H // 64) < (H - 2 * F) // 64
     return tl.reshape(tl.where(is_plain[:, None], rounded, blocks), (H,))
@@ -53,11 +69,8 @@ def _round_fp4(x, H: tl.constexpr, LOG_H: tl.constexpr):
     """Turns by the Hadamard matrix, rounds to E2M1 in blocks of 32 and reads back: float32 [H]."""
     turned = _hadamard(x, H, LOG_H) * (H**-0.5)
     blocks = tl.reshape(turned.to(tl.bfloat16).to(tl.float32), (H // 32, 32))
-    size = tl.abs(blocks)
-    poison = tl.sum(blocks * 0.0, axis=1)
-    scale, reciprocal = _power_of_two(tl.max(size, axis=1), 0x40C00000)
-    scale += poison
-    size = size * reciprocal[:, None]
+    _, scale, reciprocal = _power_of_two(_largest(blocks), 0x40C00000)
+    size = tl.abs(blocks) * reciprocal[:, None]
     # One step per midpoint; a tie goes to the even code.
     halves = (size > 0.25).to(tl.float32) + (size >= 0.75).to(tl.float32)
     halves += (size > 1.25).to(tl.float32) + (size >= 1.75).to(tl.float32)
@@ -69,12 +82,18 @@ def _round_fp4(x, H: tl.constexpr, LOG_H: tl.constexpr):
 
 
 @triton.jit
-def _rotate(x, cos_ptr, sin_ptr, H: tl.constexpr, F: tl.constexpr):
-    """Rotates the last 2F channels of float32 [H] in pairs; F floats of cos and sin at the pointers."""
+def _load_turn(cos_ptr, sin_ptr, H: tl.constexpr, F: tl.constexpr):
+    """Loads cos and sin [H / 2] of the pairs of a key; 1 and 0 for those that are not rotated."""
     pair = tl.arange(0, H // 2)
     turned = pair >= H // 2 - F
     cos = tl.load(cos_ptr + pair - (H // 2 - F), mask=turned, other=1.0)
-    sin = tl.load(sin_ptr + pair - (H // 2 - F), mask=turned, other=0.0)
+    return cos, tl.load(sin_ptr + pair - (H // 2 - F), mask=turned, other=0.0)
+
+
+@triton.jit
+def _rotate(x, cos, sin, H: tl.constexpr, F: tl.constexpr):
+    """Rotates the last 2F channels of float32 [H] in pairs."""
+    turned = tl.arange(0, H // 2) >= H // 2 - F
     even, odd = tl.split(tl.reshape(x, (H // 2, 2)))
     new_even = tl.where(turned, even * cos - odd * sin, even)
     new_odd = tl.where(turned, even * sin + odd * cos, odd)
@@ -82,33 +101,72 @@ def _rotate(x, cos_ptr, sin_ptr, H: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
+def _store_key_page(x, page_ptr, row, H: tl.constexpr, F: tl.constexpr, R: tl.constexpr):
+    """Writes a key to its row of a page of R keys: blocks of 64 channels in E4M3 with a power-of-two scale, the last
+    2F channels in bfloat16."""
+    PLAIN: tl.constexpr = H - 2 * F
+    WIDTH: tl.constexpr = PLAIN + 4 * F
+    b, j = tl.arange(0, H // 64), tl.arange(0, 64)
+    blocks = tl.reshape(x, (H // 64, 64))
+    byte, _, reciprocal = _power_of_two(_floored(_largest(blocks)), 0x43E00000)
+    codes = (blocks * reciprocal[:, None]).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    is_plain = b < PLAIN // 64
+    channel = b[:, None] * 64 + j[None, :]
+    key_ptr = page_ptr + row * WIDTH
+    tl.store(key_ptr + channel, codes, mask=is_plain[:, None])
+    rotary_ptr = (key_ptr + PLAIN).to(tl.pointer_type(tl.bfloat16), bitcast=True)
+    tl.store(rotary_ptr + (channel - PLAIN), blocks.to(tl.bfloat16), mask=~is_plain[:, None])
+    tl.store(page_ptr + R * WIDTH + row * 8 + b, tl.where(is_plain, byte, 0).to(tl.uint8))
+
+
+@triton.jit
+def _store_index_page(x, page_ptr, row, H: tl.constexpr, R: tl.constexpr):
+    """Writes an index key to its row of a page of R keys: E4M3 with one power-of-two scale. Exact for a key that was
+    rounded to E2M1, unless the scales of its blocks span more than 2^14."""
+    h = tl.arange(0, H)
+    _, scale, reciprocal = _power_of_two(_largest(x[None, :]), 0x43E00000)
+    codes = (x[None, :] * reciprocal[:, None]).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    tl.store(page_ptr + row * H + h[None, :], codes)
+    scale_ptr = (page_ptr + R * H).to(tl.pointer_type(tl.float32), bitcast=True)
+    tl.store(scale_ptr + row + tl.arange(0, 1), scale)
+
+
+@triton.jit
 def _write_key(
     x,
-    weight_ptr,
-    cos_ptr,
-    sin_ptr,
-    key_ptr,
+    weight,
+    cos,
+    sin,
+    pool_ptr,
+    page,
+    row,
     eps,
     H: tl.constexpr,
     LOG_H: tl.constexpr,
     F: tl.constexpr,
+    R: tl.constexpr,
+    FORM: tl.constexpr,
     ROUNDING: tl.constexpr,
 ):
-    """Norms, rotates, rounds and writes one key [H], rounded to bfloat16 after each."""
+    """Norms, rotates and rounds one key [H], to bfloat16 after each, and writes it to its row of a page of R keys."""
     h = tl.arange(0, H)
     x = x.to(tl.float32)
-    x = x * tl.rsqrt(tl.sum(x * x, axis=0) / H + eps)
-    x = x * tl.load(weight_ptr + h).to(tl.float32)
-    x = _rotate(x.to(tl.bfloat16).to(tl.float32), cos_ptr, sin_ptr, H, F)
-    if ROUNDING == "fp8":
-        x = _round_fp8(x.to(tl.bfloat16).to(tl.float32), H, F)
+    x = x * tl.rsqrt(tl.sum(x * x, axis=0) / H + eps) * weight.to(tl.float32)
+    x = _rotate(x.to(tl.bfloat16).to(tl.float32), cos, sin, H, F).to(tl.bfloat16).to(tl.float32)
     if ROUNDING == "fp4":
-        x = _round_fp4(x.to(tl.bfloat16).to(tl.float32), H, LOG_H)
-    tl.store(key_ptr + h, x.to(tl.bfloat16))
+        x = _round_fp4(x, H, LOG_H)
+    if FORM == KEY_PAGES:
+        _store_key_page(x, pool_ptr + page * (R * (H + 2 * F + 8)), row, H, F, R)
+    elif FORM == INDEX_PAGES:
+        _store_index_page(x, pool_ptr + page * (R * (H + 4)), row, H, R)
+    else:
+        if ROUNDING == "fp8":
+            x = _round_fp8(x, H, F)
+        tl.store(pool_ptr + (page * R + row) * H + h, x.to(tl.bfloat16))
 
 
 @triton.jit
-def _pool(
+def _load_rows(
     raw_ptr,
     ring_ptr,
     ape_ptr,
@@ -118,7 +176,7 @@ def _pool(
     RATIO: tl.constexpr,
     WINDOWS: tl.constexpr,
 ):
-    """Averages the raw rows of the entry that ends at p, gated, in the channels c of a slice.
+    """Loads the raw rows of the entry that ends at p, in the channels c of a slice: kv and biased scores [rows, c].
 
     The row of p itself comes from the step, the older ones from the slot's ring; this launch replaces the ring's row
     of p - RATIO * WINDOWS, which is not among them. Rows before position 0 do not exist.
@@ -127,18 +185,21 @@ def _pool(
     P: tl.constexpr = H * WINDOWS
     i = tl.arange(0, ROWS)
     age = ROWS - 1 - i
-    is_old = (age > 0) & (age <= p)
+    exists = (age <= p)[:, None]
     row = (p - age + ROWS) % ROWS
     # Where windows overlap, the window before gives its first half of the channels, the own one its second.
     column = (i // RATIO)[:, None] * H + c[None, :]
-    at = ring_ptr + row[:, None] * (2 * P) + column
-    kv = tl.load(at, mask=is_old[:, None], other=0.0)
-    score = tl.load(at + P, mask=is_old[:, None], other=float("-inf"))
-    own_ptr = raw_ptr + (WINDOWS - 1) * H + c
-    is_own = (age == 0)[:, None]
-    kv = tl.where(is_own, tl.load(own_ptr)[None, :], kv)
-    score = tl.where(is_own, tl.load(own_ptr + P)[None, :], score)
+    # One load for both places: a second one would wait for the first.
+    at = tl.where((age == 0)[:, None], raw_ptr + column, ring_ptr + row[:, None] * (2 * P) + column)
+    kv = tl.load(at, mask=exists, other=0.0)
+    score = tl.load(at + P, mask=exists, other=float("-inf"))
     score += tl.load(ape_ptr + (i % RATIO)[:, None] * P + column)
+    return kv, score
+
+
+@triton.jit
+def _average(kv, score):
+    """Averages the rows of each channel, gated by the softmax of their scores."""
     gate = tl.exp(score - tl.max(score, axis=0)[None, :])
     return tl.sum(kv * gate, axis=0) / tl.sum(gate, axis=0)
 
@@ -151,9 +212,12 @@ def _write_entry(
     weight_ptr,
     cos_ptr,
     sin_ptr,
-    out_ptr,
+    pool_ptr,
+    pooled_ptr,
     arrivals_ptr,
     p,
+    page,
+    row,
     role,
     eps,
     H: tl.constexpr,
@@ -163,26 +227,35 @@ def _write_entry(
     WINDOWS: tl.constexpr,
     SLICE: tl.constexpr,
     PARTS: tl.constexpr,
+    R: tl.constexpr,
+    FORM: tl.constexpr,
     ROUNDING: tl.constexpr,
 ):
-    """Averages an entry and writes it to out. Of several parts each leaves its slices there, and the last to arrive
-    finishes the entry and clears the counter."""
+    """Averages an entry and writes it to its row of a page of R. Of several parts each leaves its slices in pooled; the
+    last to arrive finishes the entry and clears the counter."""
+    h = tl.arange(0, H)
     if SLICE == H:
-        pooled = _pool(raw_ptr, ring_ptr, ape_ptr, p, tl.arange(0, H), H, RATIO, WINDOWS).to(tl.bfloat16)
-        _write_key(pooled, weight_ptr, cos_ptr, sin_ptr, out_ptr, eps, H, LOG_H, F, ROUNDING)
+        # All loads are in flight before the first sum waits for one.
+        kv, score = _load_rows(raw_ptr, ring_ptr, ape_ptr, p, h, H, RATIO, WINDOWS)
+        weight = tl.load(weight_ptr + h)
+        cos, sin = _load_turn(cos_ptr, sin_ptr, H, F)
+        pooled = _average(kv, score).to(tl.bfloat16)
+        _write_key(pooled, weight, cos, sin, pool_ptr, page, row, eps, H, LOG_H, F, R, FORM, ROUNDING)
     else:
+        weight = tl.load(weight_ptr + h)
+        cos, sin = _load_turn(cos_ptr, sin_ptr, H, F)
         for turn in range(H // SLICE // PARTS):
             c = (turn * PARTS + role) * SLICE + tl.arange(0, SLICE)
-            piece = _pool(raw_ptr, ring_ptr, ape_ptr, p, c, H, RATIO, WINDOWS)
-            tl.store(out_ptr + c, piece.to(tl.bfloat16))
+            kv, score = _load_rows(raw_ptr, ring_ptr, ape_ptr, p, c, H, RATIO, WINDOWS)
+            tl.store(pooled_ptr + c, _average(kv, score).to(tl.bfloat16))
         # All threads' slices are written before one thread announces them.
         tl.debug_barrier()
         arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu")
         if arrived == PARTS - 1:
             # Other programs wrote it: not from this one's cache.
-            whole = tl.load(out_ptr + tl.arange(0, H), cache_modifier=".cg")
+            whole = tl.load(pooled_ptr + h, cache_modifier=".cg")
             tl.store(arrivals_ptr, 0)
-            _write_key(whole, weight_ptr, cos_ptr, sin_ptr, out_ptr, eps, H, LOG_H, F, ROUNDING)
+            _write_key(whole, weight, cos, sin, pool_ptr, page, row, eps, H, LOG_H, F, R, FORM, ROUNDING)
 
 
 @triton.jit
@@ -207,6 +280,7 @@ def entries_kernel(
     main_ape_ptr,
     index_weight_ptr,
     index_ape_ptr,
+    pooled_ptr,
     arrivals_ptr,
     kv_stride,
     main_stride,
@@ -227,14 +301,15 @@ def entries_kernel(
     HAS_INDEX: tl.constexpr,
     SLICE: tl.constexpr,
     PARTS: tl.constexpr,
+    FORM: tl.constexpr,
     KEYS: tl.constexpr,
+    INDEX_FORM: tl.constexpr,
     INDEX_KEYS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Plays one of a row's roles: PARTS parts of its main entry, its index entry, and last its key and raw rows.
 
-    RATIO is 0 in a layer without compressors. Several parts leave their pooled slices in the entry's row; the one that
-    arrives last finishes it.
+    RATIO is 0 in a layer without compressors.
     """
     role, t = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if PDL:
@@ -246,6 +321,8 @@ def entries_kernel(
     if role == tl.num_programs(0) - 1:
         h = tl.arange(0, H)
         key = tl.load(kv_ptr + t * kv_stride + h)
+        weight = tl.load(kv_weight_ptr + h)
+        cos, sin = _load_turn(cos_ptr + t * F, sin_ptr + t * F, H, F)
         if RATIO > 0:
             m = tl.arange(0, 2 * WINDOWS * H)
             main = tl.load(main_ptr + t * main_stride + m)
@@ -253,67 +330,36 @@ def entries_kernel(
             n = tl.arange(0, 2 * WINDOWS * HI)
             index = tl.load(index_ptr + t * index_stride + n)
         if RATIO > 0:
-            row = slot * ROWS + p % ROWS
-            tl.store(main_state_ptr + row * (2 * WINDOWS * H) + m, main)
+            at = slot * ROWS + p % ROWS
+            tl.store(main_state_ptr + at * (2 * WINDOWS * H) + m, main)
             if HAS_INDEX:
-                tl.store(index_state_ptr + row * (2 * WINDOWS * HI) + n, index)
-        key_ptr = window_ptr + (slot * WINDOW + p % WINDOW) * H
-        _write_key(key, kv_weight_ptr, cos_ptr + t * F, sin_ptr + t * F, key_ptr, kv_eps, H, LOG_H, F, KEYS)
+                tl.store(index_state_ptr + at * (2 * WINDOWS * HI) + n, index)
+        ring_row = p % WINDOW
+        _write_key(key, weight, cos, sin, window_ptr, slot, ring_row, kv_eps, H, LOG_H, F, WINDOW, FORM, KEYS)
     elif RATIO > 0:  # noqa: SIM102 (decided at compile time: there is no ratio to divide by)
         if (p + 1) % RATIO == 0:
             entry = p // RATIO
-            number = entry // PER_BLOCK
+            number, row = entry // PER_BLOCK, entry % PER_BLOCK
             # A row's table holds all its blocks; beyond it is nobody's block.
             block = tl.load(blocks_ptr + t * num_blocks + number, mask=number < num_blocks, other=0).to(tl.int64)
-            row = block * PER_BLOCK + entry % PER_BLOCK
-            cos_at, sin_at = first_cos_ptr + t * F, first_sin_ptr + t * F
+            cos_first, sin_first = first_cos_ptr + t * F, first_sin_ptr + t * F
             if role < PARTS:
                 raw = main_ptr + t * main_stride
                 ring = main_state_ptr + slot * (ROWS * 2 * WINDOWS * H)
-                out = main_entries_ptr + row * H
+                # fmt: off
                 _write_entry(
-                    raw,
-                    ring,
-                    main_ape_ptr,
-                    main_weight_ptr,
-                    cos_at,
-                    sin_at,
-                    out,
-                    arrivals_ptr + t,
-                    p,
-                    role,
-                    main_eps,
-                    H,
-                    LOG_H,
-                    F,
-                    RATIO,
-                    WINDOWS,
-                    SLICE,
-                    PARTS,
-                    KEYS,
+                    raw, ring, main_ape_ptr, main_weight_ptr, cos_first, sin_first,
+                    main_entries_ptr, pooled_ptr + t * H, arrivals_ptr + t, p, block, row, role, main_eps,
+                    H, LOG_H, F, RATIO, WINDOWS, SLICE, PARTS, PER_BLOCK, FORM, KEYS,
                 )
+                # fmt: on
             elif HAS_INDEX:
                 raw = index_ptr + t * index_stride
                 ring = index_state_ptr + slot * (ROWS * 2 * WINDOWS * HI)
-                out = index_entries_ptr + row * HI
+                # fmt: off
                 _write_entry(
-                    raw,
-                    ring,
-                    index_ape_ptr,
-                    index_weight_ptr,
-                    cos_at,
-                    sin_at,
-                    out,
-                    arrivals_ptr,
-                    p,
-                    0,
-                    index_eps,
-                    HI,
-                    LOG_HI,
-                    F,
-                    RATIO,
-                    WINDOWS,
-                    HI,
-                    1,
-                    INDEX_KEYS,
+                    raw, ring, index_ape_ptr, index_weight_ptr, cos_first, sin_first,
+                    index_entries_ptr, pooled_ptr, arrivals_ptr, p, block, row, role, index_eps,
+                    HI, LOG_HI, F, RATIO, WINDOWS, HI, 1, PER_BLOCK, INDEX_FORM, INDEX_KEYS,
                 )
+                # fmt: on
