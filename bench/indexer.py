@@ -7,14 +7,14 @@ select reads scores that may be in the cache, as those of the launch before it a
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from small_ops import COLD_BYTES, READ_CEILING_GBPS, machine, replay_us
+from small_ops import COLD_BYTES, READ_CEILING_GBPS, Call, machine, replay_us
 
 from ownpath.conformance.indexer import judge_scores, judge_selected
 from ownpath.kernels.registry import KERNELS
@@ -57,23 +57,24 @@ class Pool:
         return IndexQuery(q_TIH, normal(num_rows, num_heads), angles_TF.cos(), angles_TF.sin())
 
 
-def scores_calls(pool: Pool, num_rows: int, context: int, num_heads: int) -> list[Callable[[], object]]:
+def scores_calls(pool: Pool, num_rows: int, context: int, num_heads: int) -> list[Call]:
     """Returns calls on different blocks, of which the first is checked. Errors: AssertionError."""
     kernel = KERNELS[SCORES]
-    operand, calls = kernel.prepare(CSA_PAGES), []
+    operand, calls = kernel.prepare(CSA_PAGES), list[Call]()
     for number in range(num_sets(64 * num_rows * context)):
         query, rows = pool.query(num_rows, num_heads), pool.rows(num_rows, context)
         out = torch.full((num_rows, context // 4), torch.nan, device="cuda")
         calls.append(partial(kernel.run, query, pool.keys, rows, operand, out=out))
         if not number:
-            judge_scores(calls[0]()[:2], IndexQuery(*(part[:2] for part in query)), pool.keys, first_rows(rows, 2))
+            calls[0]()
+            judge_scores(out[:2], IndexQuery(*(part[:2] for part in query)), pool.keys, first_rows(rows, 2))
     return calls
 
 
-def select_calls(pool: Pool, num_rows: int, context: int, topk: int) -> list[Callable[[], object]]:
+def select_calls(pool: Pool, num_rows: int, context: int, topk: int) -> list[Call]:
     """Returns calls on different scores, of which the first is checked. Errors: AssertionError."""
     kernel, weights = KERNELS[SELECT], SelectWeights(topk)
-    operand, calls = kernel.prepare(weights), []
+    operand, calls = kernel.prepare(weights), list[Call]()
     workspace = kernel.workspace(operand, num_rows, context // 256, torch.device("cuda"))
     for number in range(min(num_sets(num_rows * context), 16)):
         scores_TC = torch.randn(num_rows, context // 4, generator=pool.generator, device="cuda")

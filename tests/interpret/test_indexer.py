@@ -86,7 +86,7 @@ def test_select(size: str, scores: str) -> None:
 def test_select_of_cut_rows(scores: str) -> None:
     """Chunks and their last program: rows of one chunk, of several, a chunk of fewer than ``topk``; used twice."""
     topk, width, positions = 512, 160, (0, 16383, 16387, 17000, 40000)
-    assert plan_chunks(width * 64, topk).count == 3
+    assert plan_chunks(width * 64, topk).num_chunks == 3
     g = generator()
     rows, operand = make_rows(positions, width, 600, g), SELECT.prepare(SelectWeights(topk))
     workspace = SELECT.workspace(operand, len(positions) + 1, width, CPU)
@@ -100,10 +100,10 @@ def test_select_of_cut_rows(scores: str) -> None:
 @pytest.mark.parametrize(("width", "topk"), [(4096, 1024), (4096, 512), (4096, 128), (512, 1024), (512, 512)])
 def test_what_chunks_keep_fits_into_one_program(width: int, topk: int) -> None:
     plan = plan_chunks(width * 64, topk)
-    assert plan.count * plan.size >= width * 64
+    assert plan.num_chunks * plan.size >= width * 64
     assert topk <= plan.size
-    assert plan.count * topk <= plan.kept <= 16384
-    assert plan.count < plan.header
+    assert plan.num_chunks * topk <= plan.kept <= 16384
+    assert plan.num_chunks < plan.header
 
 
 def test_every_score_decides() -> None:

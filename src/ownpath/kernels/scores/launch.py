@@ -48,6 +48,15 @@ def _rotated_queries(q_ptr, cos_ptr, sin_ptr, num_heads, I_PAD: tl.constexpr, DI
 
 
 @triton.jit
+def _fetch_ahead(keys_ptr, DIM: tl.constexpr, ROWS: tl.constexpr):
+    """Asks for a block of keys, to be in the L2 cache when it is copied."""
+    lines = keys_ptr + tl.arange(0, ROWS * DIM // 64) * 64  # 128 bytes each
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def index_scores_kernel(
     q_ptr,
     weights_ptr,
@@ -80,6 +89,8 @@ def index_scores_kernel(
     visible = tl.minimum((tl.load(positions_ptr + t) + 1) // RATIO, table_blocks * ROWS)
     block = tl.load(table + first)
     if first * ROWS < visible:
+        if PDL:
+            _fetch_ahead(keys_ptr + block.to(tl.int64) * (ROWS * DIM), DIM, ROWS)  # while queries come and are rotated
         q = _rotated_queries(q_ptr + t * q_pitch, cos_ptr + t * HALF, sin_ptr + t * HALF, num_heads, I_PAD, DIM, HALF)
         q_across = tl.trans(q)
         i, r = tl.arange(0, I_PAD), tl.arange(0, ROWS)
@@ -177,12 +188,14 @@ class TritonIndexScores:
 
 def padded_heads(num_heads: int) -> int:
     """Returns the number of heads that the product is computed for."""
-    return max(16, triton.next_power_of_2(num_heads))
+    padded: int = max(16, triton.next_power_of_2(num_heads))
+    return padded
 
 
 def num_programs(num_rows: int, num_blocks: int) -> int:
     """Returns the programs of each row: at most one a block, and at least one."""
-    return min(num_blocks, max(1, triton.cdiv(NUM_PROGRAMS, num_rows)))
+    share: int = triton.cdiv(NUM_PROGRAMS, max(num_rows, 1))
+    return min(num_blocks, share)
 
 
 def check_rows(rows: PagedRows, num_rows: int, device: torch.device) -> None:
