@@ -6,7 +6,7 @@ memory; each block's keys, 16 KiB in one piece, are the other operand of a tenso
 are clamped, weighted and summed in registers.
 
 Roofline. 256 bytes a key, read once. Limits. bfloat16 keys of 128 channels, 64 to a block; up to 128 heads, padded to
-16; one row per request. Sums have one order for any grid, so a score's bits do not depend on anything but its row.
+16. Sums have one order for any grid, so a score's bits do not depend on anything but its row.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Arguments of the indexer's scores and of the selection by them.
 
-Legend: T rows of a decode step, one per request; B blocks of a block table; I index heads, H index head dim.
+Legend: T rows of a step; B blocks of a block table; I index heads, H index head dim.
 """
 
 from typing import NamedTuple, Protocol

@@ -7,7 +7,7 @@ threshold, and of its equals the first ones. A long row is cut into chunks, one 
 last selects among the chunks' best, which lie in the order of the entries, so that ties are decided as in one piece.
 
 Roofline. 4 bytes a score; at decode sizes the time is the latency of the passes. Limits. K up to 1024, tables of at
-most 1,048,576 tokens; one row per request. The result is exact, so a row's bits depend on nothing else.
+most 1,048,576 tokens. The result is exact, so a row's bits depend on nothing else.
 """
 
 from collections.abc import Sequence
