@@ -42,7 +42,7 @@ NUM_PROGRAMS = 528
 NUM_STAGES = 3
 PER_BLOCK = 64
 QUERY_FACTOR, FP8_FACTOR = tl.constexpr(2.0**96), 2.0**24
-"""Powers of two that make up for 2^-120: of queries, whose products with keys then are normal numbers, and of weights."""
+"""Powers of two that make up for 2^-120: of queries, so that their products with keys are normal, and of weights."""
 
 
 @triton.jit
@@ -68,34 +68,42 @@ def _fetch_ahead(keys_ptr, LINES: tl.constexpr, LINE: tl.constexpr):
 
 
 @triton.jit
-def _widen_codes(codes, ASSEMBLES: tl.constexpr):
-    """Converts E4M3 codes to bfloat16 numbers of 2^-120 times their value, exactly: exponent and mantissa move by bits.
+def _widen_byte(words, BYTE: tl.constexpr, PICK: tl.constexpr, ASSEMBLES: tl.constexpr):
+    """Converts one E4M3 code of each word to a bfloat16 number of 2^-120 times its value, exactly.
 
-    The code of NaN becomes 480 * 2^-120.
+    Exponent and mantissa move by bits; the code of NaN becomes 480 * 2^-120. PICK: the permutation that puts this byte
+    of two words into the upper bytes of two halves.
     """
-    if ASSEMBLES:  # four codes in three instructions a pair and one
+    if ASSEMBLES:
         return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 low, high, low_bits, high_bits;
-            prmt.b32 low, $2, 0, 0x1404;
-            prmt.b32 high, $2, 0, 0x3424;
-            shr.u32 low_bits, low, 4;
-            shr.u32 high_bits, high, 4;
-            and.b32 low_bits, low_bits, 0x07F007F0;
-            and.b32 high_bits, high_bits, 0x07F007F0;
-            lop3.b32 $0, low, 0x80008000, low_bits, 0xEA;
-            lop3.b32 $1, high, 0x80008000, high_bits, 0xEA;
-            }
-            """,
-            "=r,=r,r",
-            [codes],
+            "{ .reg .b32 pair, bits; prmt.b32 pair, $1, $2, " + PICK + "; shr.u32 bits, pair, 4;"
+            " and.b32 bits, bits, 0x07F007F0; lop3.b32 $0, pair, 0x80008000, bits, 0xEA; }",
+            "=r,r,r",
+            [words],
             dtype=tl.bfloat16,
             is_pure=True,
-            pack=4,
+            pack=2,
         )
-    wide = codes.to(tl.uint16)
-    return (((wide & 0x80) << 8) | ((wide & 0x7F) << 4)).to(tl.bfloat16, bitcast=True)
+    code = words >> (8 * BYTE)
+    return (((code & 0x80) << 8) | ((code & 0x7F) << 4)).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _split_channels(q, I_PAD: tl.constexpr, QUARTER: tl.constexpr):
+    """Returns a query's channels 4j, 4j + 1, 4j + 2 and 4j + 3 [QUARTER, I_PAD] each, times ``QUERY_FACTOR``."""
+    even, odd = tl.split(tl.reshape((q.to(tl.float32) * QUERY_FACTOR).to(tl.bfloat16), (I_PAD, QUARTER, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return tl.trans(first), tl.trans(second), tl.trans(third), tl.trans(fourth)
+
+
+@triton.jit
+def _multiply_codes(words, first, second, third, fourth, ASSEMBLES: tl.constexpr):
+    """Multiplies FP8 keys, four channels to a word, by what ``_split_channels`` returns."""
+    products = tl.dot(_widen_byte(words, 0, "0x4000", ASSEMBLES), first)
+    products = tl.dot(_widen_byte(words, 1, "0x5010", ASSEMBLES), second, products)
+    products = tl.dot(_widen_byte(words, 2, "0x6020", ASSEMBLES), third, products)
+    return tl.dot(_widen_byte(words, 3, "0x7030", ASSEMBLES), fourth, products)
 
 
 @triton.jit
@@ -118,12 +126,14 @@ def index_scores_kernel(
     DIM: tl.constexpr,
     HALF: tl.constexpr,
     ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
     PAGE: tl.constexpr,
+    LINE: tl.constexpr,
     IS_FP8: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Scores the visible keys of a row's blocks g, g + G, ..."""
+    """Scores the visible keys of a row's blocks g, g + G, ... FP8 pages are read as words of four codes."""
     tl.static_assert(DIM == 4 * HALF, "half of the channels are rotated")
     first, step, t = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
     table = blocks_ptr + t * table_blocks
@@ -134,26 +144,25 @@ def index_scores_kernel(
     block = tl.load(table + first)
     if first * ROWS < visible:
         if PDL:  # while queries come and are rotated
-            if IS_FP8:
-                _fetch_ahead(keys_ptr + block.to(tl.int64) * PAGE, ROWS * DIM // 128, 128)
-            else:
-                _fetch_ahead(keys_ptr + block.to(tl.int64) * PAGE, ROWS * DIM // 64, 64)
+            _fetch_ahead(keys_ptr + block.to(tl.int64) * PAGE, ROWS * WIDTH // LINE, LINE)
         q = _rotated_queries(q_ptr + t * q_pitch, cos_ptr + t * HALF, sin_ptr + t * HALF, num_heads, I_PAD, DIM, HALF)
         if IS_FP8:
-            q = (q.to(tl.float32) * QUERY_FACTOR).to(tl.bfloat16)
-        q_across = tl.trans(q)
+            first_q, second_q, third_q, fourth_q = _split_channels(q, I_PAD, DIM // 4)
+        else:
+            q_across = tl.trans(q)
         i, r = tl.arange(0, I_PAD), tl.arange(0, ROWS)
         weights = tl.load(weights_ptr + t * weights_pitch + i, mask=i < num_heads, other=0.0).to(tl.float32) * scale
-        offsets = r[:, None] * DIM + tl.arange(0, DIM)[None, :]
+        offsets = r[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         scores_ptr = out_ptr + t * table_blocks * ROWS
         for number in tl.range(first, tl.cdiv(visible, ROWS), step, num_stages=STAGES):
             page = keys_ptr + block.to(tl.int64) * PAGE
             keys = tl.load(page + offsets)
             if IS_FP8:
-                key_scales = tl.load((page + ROWS * DIM).to(tl.pointer_type(tl.float32)) + r)
-                keys = _widen_codes(keys, PDL)
+                key_scales = tl.load((page + ROWS * WIDTH).to(tl.pointer_type(tl.float32)) + r)
+                products = _multiply_codes(keys, first_q, second_q, third_q, fourth_q, PDL)
+            else:
+                products = tl.dot(keys, q_across)
             block = tl.load(table + tl.minimum(number + step, table_blocks - 1))
-            products = tl.dot(keys, q_across)
             # A NaN passes: the plain maximum would make it 0.
             products = tl.maximum(products, 0.0, propagate_nan=tl.PropagateNan.ALL)
             scores = tl.sum(products * weights[None, :], axis=1)
@@ -302,14 +311,16 @@ def _first_launch(
     return launch(
         index_scores_kernel,
         (num_programs(num_rows, table_blocks), num_rows),
-        (*query, keys, *rows, out, *pitches, num_heads, table_blocks, scale),
+        (*query, keys.view(torch.int32) if is_fp8 else keys, *rows, out, *pitches, num_heads, table_blocks, scale),
         {
             "RATIO": pages.ratio,
             "I_PAD": padded_heads(num_heads),
             "DIM": INDEX_DIM,
             "HALF": ROTARY_DIM // 2,
             "ROWS": PER_BLOCK,
-            "PAGE": PER_BLOCK * (FP8_KEY_BYTES if is_fp8 else INDEX_DIM),
+            "WIDTH": INDEX_DIM // 4 if is_fp8 else INDEX_DIM,
+            "PAGE": PER_BLOCK * (FP8_KEY_BYTES // 4 if is_fp8 else INDEX_DIM),
+            "LINE": 32 if is_fp8 else 64,  # elements of 128 bytes
             "IS_FP8": is_fp8,
             "STAGES": NUM_STAGES + (2 if is_fp8 else 0),
             "PDL": pdl,
