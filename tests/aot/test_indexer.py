@@ -20,7 +20,7 @@ def rows_of(width: int) -> PagedRows:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
     """Every distinct launch of these shapes, compiled for sm_90."""
-    keys, angles_TF = torch.zeros(64, 128).bfloat16(), torch.zeros(2, 32)
+    pools, angles_TF = (torch.zeros(64, 128).bfloat16(), torch.zeros(1, 8448, dtype=torch.uint8)), torch.zeros(2, 32)
     with pytest.MonkeyPatch.context() as patch, recorded_launches() as launches:
         for module in (scores, select):
             patch.setattr(module, "check_rank", lambda name, tensor, rank, runs_on_cpu: None)  # refuses what is on CPU
@@ -28,7 +28,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
             query = IndexQuery(
                 torch.zeros(2, num_heads, 128).bfloat16(), torch.zeros(2, num_heads), angles_TF, angles_TF
             )
-            scores.INDEX_SCORES(query, keys, rows_of(32))
+            for keys in pools:
+                scores.INDEX_SCORES(query, keys, rows_of(32))
         for width, topk in TABLES:
             select.SELECT(torch.zeros(2, 64 * width), rows_of(width), topk)
     folder = tmp_path_factory.mktemp("cubins")
@@ -37,7 +38,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
 
 def test_every_kernel_is_there(compiled: list[Compiled]) -> None:
     names = [one.launch.name for one in compiled]
-    assert names.count("index_scores_kernel") == 2
+    assert names.count("index_scores_kernel") == 4
     assert names.count("select_kernel") == len(TABLES)
 
 

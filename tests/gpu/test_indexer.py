@@ -1,8 +1,10 @@
 """The indexer's scores and their selection on the device: values, repetition, graphs, invariance."""
 
+from typing import Any
+
 import pytest
 import torch
-from support.indexer_cases import PAGES, SCORES, hide_unseen, make_keys, make_query, make_rows, unset
+from support.indexer_cases import PAGES, SCORES, hide_unseen, make_keys, make_pages, make_query, make_rows, unset
 
 from ownpath.conformance.indexer import judge_scores, judge_selected
 from ownpath.kernels.registry import KERNELS
@@ -23,10 +25,11 @@ def generator(cuda: torch.device, seed: int = 0) -> torch.Generator:
 
 @pytest.mark.parametrize("num_heads", [1, 4, 64, 128])
 @pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16])
-def test_scores(num_heads: int, weights_dtype: torch.dtype, cuda: torch.device) -> None:
+@pytest.mark.parametrize("make_pool", [make_keys, make_pages])
+def test_scores(num_heads: int, weights_dtype: torch.dtype, make_pool: Any, cuda: torch.device) -> None:
     g = generator(cuda, num_heads)
     rows = make_rows(POSITIONS, WIDTH, NUM_BLOCKS, g)
-    query, keys = make_query(len(POSITIONS), num_heads, weights_dtype, g), make_keys(rows, NUM_BLOCKS, g)
+    query, keys = make_query(len(POSITIONS), num_heads, weights_dtype, g), make_pool(rows, NUM_BLOCKS, g)
     operand, visible_TC = SCORE.prepare(PAGES), visible_entries(rows, PAGES)
     found = []
     for _ in range(3):

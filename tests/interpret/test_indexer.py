@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.indexer_cases import PAGES, SCORES, hide_unseen, make_keys, make_query, make_rows, unset
+from support.indexer_cases import PAGES, SCORES, hide_unseen, make_keys, make_pages, make_query, make_rows, unset
 
 from ownpath.conformance.indexer import judge_scores, judge_selected
 from ownpath.kernels.registry import KERNELS
 from ownpath.kernels.scores import launch as scores_launch
-from ownpath.kernels.scores.ref import visible_entries
+from ownpath.kernels.scores.ref import index_scores, visible_entries
 from ownpath.kernels.scores.types import EntryPages, IndexQuery, PagedRows
 from ownpath.kernels.select.launch import plan_chunks
 from ownpath.kernels.select.types import Selected, SelectWeights
@@ -24,14 +24,25 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @pytest.mark.parametrize("num_heads", [1, 4, 64])
 @pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16])
-def test_scores(num_heads: int, weights_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("make_pool", [make_keys, make_pages])
+def test_scores(num_heads: int, weights_dtype: torch.dtype, make_pool: Any) -> None:
     """Right wherever a row sees an entry, nothing written elsewhere, and no read of memory that is not the row's."""
     g = generator(num_heads)
     rows = make_rows((0, 700, 2, 3, 258, 511), 4, 12, g)
-    query, keys = make_query(6, num_heads, weights_dtype, g), make_keys(rows, 12, g)
+    query, keys = make_query(6, num_heads, weights_dtype, g), make_pool(rows, 12, g)
     out = SCORE(query, keys, rows, out=torch.full((6, 256), torch.nan))
     judge_scores(out, query, keys, rows)
     assert out[~visible_entries(rows, PAGES)].isnan().all()
+
+
+def test_a_twin_reads_both_forms_of_keys() -> None:
+    """Codes and scales that bfloat16 holds exactly give the same scores as rows and as pages."""
+    g = generator()
+    rows = make_rows((700, 3), 3, 6, g)
+    query, pages = make_query(2, 4, torch.float32, g), make_pages(rows, 6, g)
+    codes, scales = pages[:, :8192].contiguous().view(torch.float8_e4m3fn), pages[:, 8192:].contiguous()
+    keys = codes.float().view(-1, 128) * scales.view(torch.float32).view(-1, 1)
+    assert torch.equal(index_scores(query, pages, rows), index_scores(query, keys.bfloat16(), rows))
 
 
 def test_scores_do_not_depend_on_the_grid_or_the_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +97,7 @@ def test_select(size: str, scores: str) -> None:
 def test_select_of_cut_rows(scores: str) -> None:
     """Chunks and their last program: rows of one chunk, of several, a chunk of fewer than ``topk``; used twice."""
     topk, width, positions = 512, 160, (0, 16383, 16387, 17000, 40000)
-    assert plan_chunks(width * 64, topk).count == 3
+    assert plan_chunks(width * 64, topk).num_chunks == 3
     g = generator()
     rows, operand = make_rows(positions, width, 600, g), SELECT.prepare(SelectWeights(topk))
     workspace = SELECT.workspace(operand, len(positions) + 1, width, CPU)
@@ -100,10 +111,10 @@ def test_select_of_cut_rows(scores: str) -> None:
 @pytest.mark.parametrize(("width", "topk"), [(4096, 1024), (4096, 512), (4096, 128), (512, 1024), (512, 512)])
 def test_what_chunks_keep_fits_into_one_program(width: int, topk: int) -> None:
     plan = plan_chunks(width * 64, topk)
-    assert plan.count * plan.size >= width * 64
+    assert plan.num_chunks * plan.size >= width * 64
     assert topk <= plan.size
-    assert plan.count * topk <= plan.kept <= 16384
-    assert plan.count < plan.header
+    assert plan.num_chunks * topk <= plan.kept <= 16384
+    assert plan.num_chunks < plan.header
 
 
 def test_every_score_decides() -> None:
@@ -152,6 +163,7 @@ def test_wrong_keys_rows_and_layouts_are_refused() -> None:
     keys = torch.zeros(256, 128).bfloat16()
     for name, given in {
         "keys": (query, keys.float(), rows),
+        "keys must have shape": (query, keys.view(torch.uint8), rows),
         "positions_T": (query, keys, rows._replace(positions_T=rows.positions_T.long())),
         "blocks_TB": (query, keys, rows._replace(blocks_TB=rows.blocks_TB[:1])),
     }.items():

@@ -39,6 +39,18 @@ def make_keys(rows: PagedRows, num_blocks: int, g: torch.Generator) -> torch.Ten
     return keys.bfloat16()
 
 
+def make_pages(rows: PagedRows, num_blocks: int, g: torch.Generator) -> torch.Tensor:
+    """The same as FP8 pages: any code but NaN's, scales of several magnitudes."""
+    codes = torch.randint(0, 256, (num_blocks * 64, 128), generator=g, device=g.device, dtype=torch.uint8)
+    codes[codes & 127 == 127] = 0x80
+    scales = 2.0 ** torch.randint(-9, 5, (num_blocks * 64, 1), generator=g, device=g.device)
+    unseen = torch.ones(num_blocks * 64, dtype=torch.bool, device=g.device)
+    unseen[entry_rows(rows.blocks_TB, 64)[visible_entries(rows, PAGES)]] = False
+    codes[unseen], scales[unseen] = 0x7F, torch.nan
+    parts = codes.view(num_blocks, -1), scales.float().view(num_blocks, -1).view(torch.uint8)
+    return torch.cat(parts, dim=1)
+
+
 def hide_unseen(scores_TC: torch.Tensor, rows: PagedRows) -> torch.Tensor:
     """Puts NaN where a row sees no entry."""
     return scores_TC.masked_fill(~visible_entries(rows, PAGES), torch.nan)

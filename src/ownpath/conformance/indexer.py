@@ -6,7 +6,7 @@ Legend: T rows, I index heads, C entries of a table, K entries selected.
 import torch
 
 from ownpath.conformance.bounds import FLOAT32_ROUND, Exact, assert_allowed, sum_rounding
-from ownpath.kernels.scores.ref import entry_rows, index_scores, visible_entries
+from ownpath.kernels.scores.ref import index_scores, keys_of_rows, visible_entries
 from ownpath.kernels.scores.types import CSA_PAGES, EntryPages, IndexQuery, PagedRows
 from ownpath.kernels.select.ref import select
 from ownpath.kernels.select.types import Selected
@@ -26,7 +26,7 @@ def exact_scores(query: IndexQuery, keys: torch.Tensor, rows: PagedRows, pages: 
     q_TIH = rotate_pairs(query.q_TIH, query.cos_TF, query.sin_TF).double()
     num_heads, dim = q_TIH.shape[1:]
     weights_TI1 = wide.weights_TI.abs()[..., None] * (dim**-0.5 * num_heads**-0.5)
-    keys_THC = keys[entry_rows(rows.blocks_TB, pages.per_block)].double().transpose(1, 2)
+    keys_THC = keys_of_rows(keys, rows.blocks_TB, pages.per_block, torch.float64).transpose(1, 2)
     shares_TC = (torch.relu(q_TIH @ keys_THC) * weights_TI1).sum(1)
     magnitude_TC = (q_TIH.abs() @ keys_THC.abs() * weights_TI1).sum(1)
     heads = sum_rounding(num_heads) + WEIGHT_ROUNDINGS * FLOAT32_ROUND

@@ -5,8 +5,9 @@ row uses few programs and a long one all of them. A program rotates its row's qu
 memory; each block's keys, 16 KiB in one piece, are the other operand of a tensor-core product whose 64 x heads results
 are clamped, weighted and summed in registers.
 
-Roofline. 256 bytes a key, read once. Limits. bfloat16 keys of 128 channels, 64 to a block; up to 128 heads, padded to
-16; one row per request. Sums have one order for any grid, so a score's bits do not depend on anything but its row.
+Roofline. 256 bytes a key (bfloat16) or 132 (FP8), read once. Limits. Keys of 128 channels, 64 to a block; up to 128
+heads, padded to 16. FP8 codes become bfloat16 in registers, exactly; a key's scale multiplies its sum over heads, and a
+NaN is seen in its scale alone. Sums have one order for any grid: a score's bits depend on its row and key alone.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,15 @@ from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
 from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.launch_cache import LaunchCache
-from ownpath.kernels.scores.types import CSA_PAGES, INDEX_DIM, ROTARY_DIM, EntryPages, IndexQuery, PagedRows
+from ownpath.kernels.scores.types import (
+    CSA_PAGES,
+    FP8_KEY_BYTES,
+    INDEX_DIM,
+    ROTARY_DIM,
+    EntryPages,
+    IndexQuery,
+    PagedRows,
+)
 from ownpath.kernels.variants import variant_name
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -32,6 +41,8 @@ NUM_PROGRAMS = 528
 """Programs of a step, about four for each of an H200's SMs: enough keys are then on their way."""
 NUM_STAGES = 3
 PER_BLOCK = 64
+QUERY_FACTOR, FP8_FACTOR = tl.constexpr(2.0**96), 2.0**24
+"""Powers of two that make up for 2^-120: of queries, so that their products with keys are normal, and of weights."""
 
 
 @triton.jit
@@ -45,6 +56,54 @@ def _rotated_queries(q_ptr, cos_ptr, sin_ptr, num_heads, I_PAD: tl.constexpr, DI
     turned = tl.join(even * cos - odd * sin, even * sin + odd * cos).to(tl.bfloat16)
     halves = tl.join(plain, tl.reshape(turned, (I_PAD, 2 * HALF)))
     return tl.reshape(tl.permute(halves, (0, 2, 1)), (I_PAD, DIM))
+
+
+@triton.jit
+def _fetch_ahead(keys_ptr, LINES: tl.constexpr, LINE: tl.constexpr):
+    """Asks for a block of keys, to be in the L2 cache when it is copied. LINE: elements of 128 bytes."""
+    lines = keys_ptr + tl.arange(0, LINES) * LINE
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _widen_byte(words, BYTE: tl.constexpr, PICK: tl.constexpr, ASSEMBLES: tl.constexpr):
+    """Converts one E4M3 code of each word to a bfloat16 number of 2^-120 times its value, exactly.
+
+    Exponent and mantissa move by bits; the code of NaN becomes 480 * 2^-120. PICK: the permutation that puts this byte
+    of two words into the upper bytes of two halves.
+    """
+    if ASSEMBLES:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 pair, bits; prmt.b32 pair, $1, $2, " + PICK + "; shr.u32 bits, pair, 4;"
+            " and.b32 bits, bits, 0x07F007F0; lop3.b32 $0, pair, 0x80008000, bits, 0xEA; }",
+            "=r,r,r",
+            [words],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    code = words >> (8 * BYTE)
+    return (((code & 0x80) << 8) | ((code & 0x7F) << 4)).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _split_channels(q, I_PAD: tl.constexpr, QUARTER: tl.constexpr):
+    """Returns a query's channels 4j, 4j + 1, 4j + 2 and 4j + 3 [QUARTER, I_PAD] each, times ``QUERY_FACTOR``."""
+    even, odd = tl.split(tl.reshape((q.to(tl.float32) * QUERY_FACTOR).to(tl.bfloat16), (I_PAD, QUARTER, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return tl.trans(first), tl.trans(second), tl.trans(third), tl.trans(fourth)
+
+
+@triton.jit
+def _multiply_codes(words, first, second, third, fourth, ASSEMBLES: tl.constexpr):
+    """Multiplies FP8 keys, four channels to a word, by what ``_split_channels`` returns."""
+    products = tl.dot(_widen_byte(words, 0, "0x4000", ASSEMBLES), first)
+    products = tl.dot(_widen_byte(words, 1, "0x5010", ASSEMBLES), second, products)
+    products = tl.dot(_widen_byte(words, 2, "0x6020", ASSEMBLES), third, products)
+    return tl.dot(_widen_byte(words, 3, "0x7030", ASSEMBLES), fourth, products)
 
 
 @triton.jit
@@ -67,10 +126,14 @@ def index_scores_kernel(
     DIM: tl.constexpr,
     HALF: tl.constexpr,
     ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PAGE: tl.constexpr,
+    LINE: tl.constexpr,
+    IS_FP8: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Scores the visible keys of a row's blocks g, g + G, ..."""
+    """Scores the visible keys of a row's blocks g, g + G, ... FP8 pages are read as words of four codes."""
     tl.static_assert(DIM == 4 * HALF, "half of the channels are rotated")
     first, step, t = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
     table = blocks_ptr + t * table_blocks
@@ -80,25 +143,37 @@ def index_scores_kernel(
     visible = tl.minimum((tl.load(positions_ptr + t) + 1) // RATIO, table_blocks * ROWS)
     block = tl.load(table + first)
     if first * ROWS < visible:
+        if PDL:  # while queries come and are rotated
+            _fetch_ahead(keys_ptr + block.to(tl.int64) * PAGE, ROWS * WIDTH // LINE, LINE)
         q = _rotated_queries(q_ptr + t * q_pitch, cos_ptr + t * HALF, sin_ptr + t * HALF, num_heads, I_PAD, DIM, HALF)
-        q_across = tl.trans(q)
+        if IS_FP8:
+            first_q, second_q, third_q, fourth_q = _split_channels(q, I_PAD, DIM // 4)
+        else:
+            q_across = tl.trans(q)
         i, r = tl.arange(0, I_PAD), tl.arange(0, ROWS)
         weights = tl.load(weights_ptr + t * weights_pitch + i, mask=i < num_heads, other=0.0).to(tl.float32) * scale
-        offsets = r[:, None] * DIM + tl.arange(0, DIM)[None, :]
+        offsets = r[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         scores_ptr = out_ptr + t * table_blocks * ROWS
         for number in tl.range(first, tl.cdiv(visible, ROWS), step, num_stages=STAGES):
-            keys = tl.load(keys_ptr + block.to(tl.int64) * (ROWS * DIM) + offsets)
+            page = keys_ptr + block.to(tl.int64) * PAGE
+            keys = tl.load(page + offsets)
+            if IS_FP8:
+                key_scales = tl.load((page + ROWS * WIDTH).to(tl.pointer_type(tl.float32)) + r)
+                products = _multiply_codes(keys, first_q, second_q, third_q, fourth_q, PDL)
+            else:
+                products = tl.dot(keys, q_across)
             block = tl.load(table + tl.minimum(number + step, table_blocks - 1))
-            products = tl.dot(keys, q_across)
             # A NaN passes: the plain maximum would make it 0.
             products = tl.maximum(products, 0.0, propagate_nan=tl.PropagateNan.ALL)
             scores = tl.sum(products * weights[None, :], axis=1)
+            if IS_FP8:
+                scores *= key_scales  # of no sign, so that relu may come first
             c = number * ROWS + r
             tl.store(scores_ptr + c, scores, mask=c < visible)
 
 
-ScoresCallKey = tuple[torch.Size, int, torch.dtype, int, torch.Size, int]
-"""Shape and pitch of q, dtype and pitch of the weights, shape of the block table, device."""
+ScoresCallKey = tuple[torch.Size, int, torch.dtype, int, torch.dtype, torch.Size, int]
+"""Shape and pitch of q, dtype and pitch of the weights, dtype of the keys, shape of the block table, device."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +202,7 @@ class TritonIndexScores:
 
     def variant(self, query: IndexQuery, operand: ScoresOperand) -> str:
         """Returns the variant's name, which depends on the number of heads."""
-        return variant_name("index_scores_bf16", heads=padded_heads(query.q_TIH.shape[1]))
+        return variant_name("index_scores", heads=padded_heads(query.q_TIH.shape[1]))
 
     def run(
         self,
@@ -144,23 +219,23 @@ class TritonIndexScores:
         """
         check_query(query, rows)
         device, width = query.q_TIH.device, rows.blocks_TB.shape[1] * PER_BLOCK
-        check("keys", keys, (torch.bfloat16,), (len(keys), INDEX_DIM), device)
+        check_keys(keys, device)
         if out is not None:
             check("out", out, (torch.float32,), (len(query.q_TIH), width), device)
         q, weights = query.q_TIH, query.weights_TI
-        key = q.shape, q.stride(0), weights.dtype, weights.stride(0), rows.blocks_TB.shape, q.get_device()
+        key = q.shape, q.stride(0), weights.dtype, weights.stride(0), keys.dtype, rows.blocks_TB.shape, q.get_device()
         prepared = operand.launches.get(key)
         if prepared is None:
             out = torch.empty(len(q), width, device=device) if out is None else out
             call = _first_launch(query, keys, rows, operand.pages, out)
             if call is not None:
-                operand.launches.add(key, (call, EmptyOutput(out.shape, out.dtype, key[5])))
+                operand.launches.add(key, (call, EmptyOutput(out.shape, out.dtype, key[6])))
             return out
         call, empty = prepared
         out = empty.new() if out is None else out
         with operand.lock:
             addresses = (tensor.data_ptr() for tensor in (*query, keys, *rows, out))
-            call.start(current_stream(key[5]), *addresses)
+            call.start(current_stream(key[6]), *addresses)
         return out
 
     def __call__(
@@ -177,12 +252,14 @@ class TritonIndexScores:
 
 def padded_heads(num_heads: int) -> int:
     """Returns the number of heads that the product is computed for."""
-    return max(16, triton.next_power_of_2(num_heads))
+    padded: int = max(16, triton.next_power_of_2(num_heads))
+    return padded
 
 
 def num_programs(num_rows: int, num_blocks: int) -> int:
     """Returns the programs of each row: at most one a block, and at least one."""
-    return min(num_blocks, max(1, triton.cdiv(NUM_PROGRAMS, num_rows)))
+    share: int = triton.cdiv(NUM_PROGRAMS, max(num_rows, 1))
+    return min(num_blocks, share)
 
 
 def check_rows(rows: PagedRows, num_rows: int, device: torch.device) -> None:
@@ -191,6 +268,14 @@ def check_rows(rows: PagedRows, num_rows: int, device: torch.device) -> None:
     if rows.blocks_TB.ndim != 2 or not rows.blocks_TB.shape[1]:
         raise ValueError(f"blocks_TB must be [rows, blocks], found shape {list(rows.blocks_TB.shape)}")
     check("blocks_TB", rows.blocks_TB, (torch.int32,), (num_rows, rows.blocks_TB.shape[1]), device)
+
+
+def check_keys(keys: torch.Tensor, device: torch.device) -> None:
+    """Checks a pool of keys: bfloat16 rows or FP8 pages. Errors: ValueError naming it."""
+    if keys.dtype is torch.uint8:
+        check("keys", keys, (torch.uint8,), (len(keys), PER_BLOCK * FP8_KEY_BYTES), device)
+    else:
+        check("keys", keys, (torch.bfloat16,), (len(keys), INDEX_DIM), device)
 
 
 def check_query(query: IndexQuery, rows: PagedRows) -> None:
@@ -220,19 +305,24 @@ def _first_launch(
     num_rows, num_heads, dim = query.q_TIH.shape
     if not num_rows:
         return None
-    table_blocks, pdl = rows.blocks_TB.shape[1], not INTERPRETED
+    table_blocks, pdl, is_fp8 = rows.blocks_TB.shape[1], not INTERPRETED, keys.dtype is torch.uint8
     pitches = query.q_TIH.stride(0), query.weights_TI.stride(0)
+    scale = dim**-0.5 * num_heads**-0.5 * (FP8_FACTOR if is_fp8 else 1.0)
     return launch(
         index_scores_kernel,
         (num_programs(num_rows, table_blocks), num_rows),
-        (*query, keys, *rows, out, *pitches, num_heads, table_blocks, dim**-0.5 * num_heads**-0.5),
+        (*query, keys.view(torch.int32) if is_fp8 else keys, *rows, out, *pitches, num_heads, table_blocks, scale),
         {
             "RATIO": pages.ratio,
             "I_PAD": padded_heads(num_heads),
             "DIM": INDEX_DIM,
             "HALF": ROTARY_DIM // 2,
             "ROWS": PER_BLOCK,
-            "STAGES": NUM_STAGES,
+            "WIDTH": INDEX_DIM // 4 if is_fp8 else INDEX_DIM,
+            "PAGE": PER_BLOCK * (FP8_KEY_BYTES // 4 if is_fp8 else INDEX_DIM),
+            "LINE": 32 if is_fp8 else 64,  # elements of 128 bytes
+            "IS_FP8": is_fp8,
+            "STAGES": NUM_STAGES + (2 if is_fp8 else 0),
             "PDL": pdl,
             "num_warps": 4,
             "launch_pdl": pdl,

@@ -6,7 +6,7 @@ Legend: T rows, I index heads, H index head dim, B blocks of a table, C = B * pe
 import torch
 
 from ownpath.kernels.reference import Reference, filled
-from ownpath.kernels.scores.types import CSA_PAGES, EntryPages, IndexQuery, PagedRows
+from ownpath.kernels.scores.types import CSA_PAGES, INDEX_DIM, EntryPages, IndexQuery, PagedRows
 from ownpath.numerics import rotate_pairs, wide_dtype
 
 
@@ -19,6 +19,15 @@ def visible_entries(rows: PagedRows, pages: EntryPages) -> torch.Tensor:
     """Returns which entries each row sees: bool [T, C]."""
     entries_C = torch.arange(rows.blocks_TB.shape[1] * pages.per_block, device=rows.blocks_TB.device)
     return entries_C < ((rows.positions_T + 1) // pages.ratio)[:, None]
+
+
+def keys_of_rows(keys: torch.Tensor, blocks_TB: torch.Tensor, per_block: int, dtype: torch.dtype) -> torch.Tensor:
+    """Returns the keys of every table [T, C, H] in a dtype, from a pool as ``IndexScoresKernel.run`` describes it."""
+    if keys.dtype is not torch.uint8:
+        return keys[entry_rows(blocks_TB, per_block)].to(dtype)
+    codes, scales = keys[blocks_TB.long()].split((per_block * INDEX_DIM, per_block * 4), dim=-1)
+    decoded = codes.contiguous().view(torch.float8_e4m3fn).to(dtype).unflatten(-1, (per_block, INDEX_DIM))
+    return (decoded * scales.contiguous().view(torch.float32).to(dtype)[..., None]).flatten(1, 2)
 
 
 def index_scores(
@@ -38,7 +47,7 @@ def index_scores(
     num_heads, dim = q_TIH.shape[1:]
     weights_TI = query.weights_TI.to(wide) * (dim**-0.5 * num_heads**-0.5)
     visible_TC = visible_entries(rows, pages)
-    keys_TCH = keys[entry_rows(rows.blocks_TB, pages.per_block)].to(wide)
+    keys_TCH = keys_of_rows(keys, rows.blocks_TB, pages.per_block, wide)
     products_TIC = torch.relu(q_TIH.to(wide) @ keys_TCH.transpose(1, 2))
     scores_TC = (products_TIC * weights_TI.unsqueeze(-1)).sum(1)
     return filled(out, scores_TC.masked_fill(~visible_TC, 0))

@@ -1,6 +1,6 @@
 """Arguments of the indexer's scores and of the selection by them.
 
-Legend: T rows of a decode step, one per request; B blocks of a block table; I index heads, H index head dim.
+Legend: T rows of a step; B blocks of a block table; I index heads, H index head dim.
 """
 
 from typing import NamedTuple, Protocol
@@ -11,6 +11,8 @@ from ownpath.kernels.contract import Kernel, Operand
 
 INDEX_DIM, ROTARY_DIM = 128, 64
 """Channels of an index key, and how many of them, at the end, are rotated."""
+FP8_KEY_BYTES = INDEX_DIM + 4
+"""Bytes of a key in an FP8 page: E4M3 codes and a float32 scale."""
 
 
 class PagedRows(NamedTuple):
@@ -69,7 +71,10 @@ class IndexScoresKernel(Kernel[Operand], Protocol[Operand]):
         *,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Computes float32 [T, B * per_block] from the pool's keys bfloat16 [blocks * per_block, H].
+        """Computes float32 [T, B * per_block] from the pool's keys.
+
+        keys: bfloat16 [blocks * per_block, H], or FP8 pages uint8 [blocks, per_block * (H + 4)]. A page is the E4M3
+        codes of its keys, then their float32 scales, which are not negative.
 
         What follows a row's visible entries is undefined. Errors: ValueError naming the operand.
         """

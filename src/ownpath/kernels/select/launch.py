@@ -7,7 +7,7 @@ threshold, and of its equals the first ones. A long row is cut into chunks, one 
 last selects among the chunks' best, which lie in the order of the entries, so that ties are decided as in one piece.
 
 Roofline. 4 bytes a score; at decode sizes the time is the latency of the passes. Limits. K up to 1024, tables of at
-most 1,048,576 tokens; one row per request. The result is exact, so a row's bits depend on nothing else.
+most 1,048,576 tokens. The result is exact, so a row's bits depend on nothing else.
 """
 
 from collections.abc import Sequence
@@ -118,13 +118,13 @@ def select_kernel(
 
 
 class ChunkPlan(NamedTuple):
-    """The cut of a row: ``count`` chunks of ``size`` scores; ``kept``: the most that their best are, in all.
+    """The cut of a row: ``num_chunks`` chunks of ``size`` scores; ``kept``: the most that their best are, in all.
 
     record: integers of a row's workspace, of which ``header`` are its counter and flags.
     """
 
     size: int
-    count: int
+    num_chunks: int
     kept: int
     header: int
     record: int
@@ -140,17 +140,18 @@ def plan_chunks(num_scores: int, topk: int) -> ChunkPlan:
     Errors: ValueError for rows longer than the chunks' best fit into one program.
     """
     plans = [_plan(size, triton.cdiv(num_scores, size), topk) for size in CHUNKS]
-    fitting = [plan for plan in plans if plan.count == 1 or plan.kept <= CHUNKS[-1]]
+    fitting = [plan for plan in plans if plan.num_chunks == 1 or plan.kept <= CHUNKS[-1]]
     if not fitting:
         raise ValueError(f"cannot select {topk} of rows of {num_scores} scores")
-    if fitting[0].count == 1:
+    if fitting[0].num_chunks == 1:
         return _plan(max(LEAST_SIZE, triton.next_power_of_2(num_scores)), 1, topk)
     return min(fitting, key=lambda plan: plan.size + plan.kept)
 
 
-def _plan(size: int, count: int, topk: int) -> ChunkPlan:
-    header = 16 * triton.cdiv(1 + count, 16)
-    return ChunkPlan(size, count, count * topk if count > 1 else 0, header, header + 2 * count * topk)
+def _plan(size: int, num_chunks: int, topk: int) -> ChunkPlan:
+    header = 16 * triton.cdiv(1 + num_chunks, 16)
+    kept = num_chunks * topk if num_chunks > 1 else 0
+    return ChunkPlan(size, num_chunks, kept, header, header + 2 * num_chunks * topk)
 
 
 SelectCallKey = tuple[torch.Size, int]
@@ -196,14 +197,14 @@ class TritonSelect:
     def variant(self, scores_TC: torch.Tensor, operand: SelectOperand) -> str:
         """Returns the variant's name, which depends on the longest possible row and ``topk``."""
         plan = plan_chunks(scores_TC.shape[1], operand.topk)
-        return variant_name("select", k=operand.topk, size=plan.size, chunks=plan.count)
+        return variant_name("select", k=operand.topk, size=plan.size, chunks=plan.num_chunks)
 
     def workspace(
         self, operand: SelectOperand, num_rows: int, num_blocks: int, device: torch.device
     ) -> torch.Tensor | None:
         """Allocates zeroed scratch int32 [num_rows, record]; ``None`` where no row is cut."""
         plan = plan_chunks(num_blocks * operand.pages.per_block, operand.topk)
-        if plan.count == 1:
+        if plan.num_chunks == 1:
             return None
         return torch.zeros(num_rows, plan.record, dtype=torch.int32, device=device)
 
@@ -228,7 +229,7 @@ class TritonSelect:
         plan = plan_chunks(width, operand.topk)
         if workspace is not None:
             _check_workspace(workspace, num_rows, plan, device)
-        elif plan.count > 1:
+        elif plan.num_chunks > 1:
             workspace = self.workspace(operand, num_rows, rows.blocks_TB.shape[1], device)
         if out is not None:
             _check_selected(out, num_rows, operand.topk, device)
@@ -287,7 +288,7 @@ def _first(
     scratch = out.rows_TK if workspace is None else workspace
     call = launch(
         select_kernel,
-        (plan.count, num_rows),
+        (plan.num_chunks, num_rows),
         (scores_TC, *rows, *out, scratch, rows.blocks_TB.shape[1]),
         {
             "RATIO": pages.ratio,
@@ -296,8 +297,8 @@ def _first(
             "K_PAD": triton.next_power_of_2(topk),
             "SMALL": min(SMALL_SIZE, plan.size),
             "SIZE": plan.size,
-            "CHUNKS": plan.count,
-            "CHUNKS_PAD": triton.next_power_of_2(plan.count),
+            "CHUNKS": plan.num_chunks,
+            "CHUNKS_PAD": triton.next_power_of_2(plan.num_chunks),
             "KEPT": triton.next_power_of_2(max(plan.kept, 1)),
             "HEADER": plan.header,
             "PIECE": SMALL_SIZE,

@@ -1,6 +1,6 @@
 """Arguments of the selection of entries by their scores.
 
-Legend: T rows of a decode step, one per request; C columns of the scores, K entries that a row attends to at most.
+Legend: T rows of a step; C columns of the scores, K entries that a row attends to at most.
 """
 
 from dataclasses import dataclass
