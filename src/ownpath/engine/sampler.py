@@ -48,7 +48,9 @@ def choose_tokens(logits_SV: torch.Tensor, rows: Sequence[SampleRow]) -> list[in
         return [token if finite else None for token, finite in zip(likeliest, finite_rows(logits_SV), strict=True)]
     chosen = torch.empty(2, len(rows), dtype=torch.int64, device=logits_SV.device)
     kernel, operand = _kernel(logits_SV.device)
-    kernel.run(logits_SV.float(), _sample_rows(rows, logits_SV.device), operand, out=Sampled(*chosen, None))
+    kernel.run(
+        logits_SV.float(), _sample_rows(rows, logits_SV.device), operand, out=Sampled(chosen[0], chosen[1], None)
+    )
     return [None if fault else token for token, fault in zip(*chosen.tolist(), strict=True)]
 
 

@@ -85,8 +85,7 @@ def bias_places(block, biased, BLOCK: tl.constexpr, BIAS: tl.constexpr):
     if BIAS:
         first = tl.sum((biased < block * (4 * BLOCK)).to(tl.int32), axis=0)
         return first, tl.sum((biased < (block + 1) * (4 * BLOCK)).to(tl.int32), axis=0)
-    else:
-        return 0, 0
+    return 0, 0
 
 
 @triton.jit

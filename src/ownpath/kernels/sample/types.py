@@ -76,8 +76,8 @@ class SampleRows(NamedTuple):
 class Sampled(NamedTuple):
     """What was chosen.
 
-    Shapes: token_T int64 or int32 [T], 0 in a row with a fault. fault_T of the same dtype, 0 for none. logprob_T float32
-        [T], of the token by the raw logits, before temperature and filters; ``None``: not computed.
+    Shapes: token_T int64 or int32 [T], 0 in a row with a fault. fault_T of the same dtype, 0 for none. logprob_T
+        float32 [T], of the token by the raw logits, before temperature and filters; ``None``: not computed.
     """
 
     token_T: Tensor
