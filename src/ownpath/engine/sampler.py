@@ -25,7 +25,7 @@ class NonFiniteLogits(RuntimeError):
 
 @dataclass(frozen=True)
 class SampleRow:
-    """What turns one row of logits into a token. seed: the request's own; index: number of tokens already drawn."""
+    """The parameters that turn one row of logits into a token. seed: the request's own; index: number of tokens already drawn."""
 
     params: SamplingParams
     seed: int
