@@ -137,7 +137,7 @@ def chi_square_limit(degrees: int) -> float:
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.8), (2.0, 0.5)])
 def test_draws_follow_the_filtered_softmax(temperature: float, top_p: float) -> None:
-    """Chi-square of 20,000 draws over at most 100 tokens; a right sampler fails with one fixed seed set in a million."""
+    """Chi-square of 20,000 draws over at most 100 tokens: one set of seeds in a million fails a right sampler."""
     logits = torch.randn(100, generator=torch.Generator().manual_seed(8)) * 0.7
     kept = sorted(kept_ids(logits.tolist(), temperature, 0, top_p, 0.0))
     num_draws = 20_000

@@ -57,7 +57,7 @@ def _race_winner(reals_ptr, wholes_ptr, splits):
     ids = _partials(wholes_ptr, BEST_ID, splits, NO_TOKEN).to(tl.int32)
     found = _partials(reals_ptr, BEST_X, splits, float("-inf")).to(tl.float32)
     least = tl.full((), float("-inf"), tl.float64)
-    best, id, x = better_of(scores, ids, found, least, NO_TOKEN, float("-inf"))
+    _best, id, x = better_of(scores, ids, found, least, NO_TOKEN, float("-inf"))
     return id, x
 
 
@@ -157,7 +157,7 @@ def sample_kernel(
     seen = (tables_ptr, punishes, presence, frequency, shrinks, grows)
     how = seen + (bias_ids_ptr, bias_values_ptr, mask_ptr)  # noqa: RUF005 - Triton knows no starred tuples
 
-    top_k, top_p, min_p, tests = 0, 1.0, 0.0, t < 0
+    top_k, top_p, min_p, tests = 0, temperature, temperature, t < 0
     if FILTERS:
         top_k, top_p, min_p = tl.load(top_k_ptr + t), tl.load(top_p_ptr + t), tl.load(min_p_ptr + t)
         tests = draws & ((top_k > 0) | (top_p < 1.0) | (min_p > 0.0))
@@ -206,20 +206,20 @@ def sample_kernel(
         _put(reals_ptr, RAW_MAX, split, raw_top)
         _put(reals_ptr, RAW_SUM, split, tl.sum(raw_sums * tl.exp(raw_tops - raw_top), axis=0))
 
-    if not tests:
+    if not tests:  # noqa: SIM102 - Triton's "and" evaluates both sides
         if arrive(arrived_ptr) == splits - 1:
             top_x, token, fault = _likeliest(reals_ptr, wholes_ptr, splits)
             if draws:
-                token, found = _race_winner(reals_ptr, wholes_ptr, splits)
+                token, _x = _race_winner(reals_ptr, wholes_ptr, splits)
             _finish(outs, t, row_ptr, token, fault, reals_ptr, splits, LOGPROB)
             tl.store(arrived_ptr, 0)
 
     # A row with filters: test the winner, and draw again before it if it is out.
-    if FILTERS:
+    if FILTERS:  # noqa: SIM102 - decided at compile time
         if tests:
             goal = splits
             meet(arrived_ptr, goal)
-            top_x, top_id, fault = _likeliest(reals_ptr, wholes_ptr, splits)
+            top_x, _top_id, fault = _likeliest(reals_ptr, wholes_ptr, splits)
             token, token_x = _race_winner(reals_ptr, wholes_ptr, splits)
             rate32 = rate.to(tl.float32)
             least = tl.where(min_p > 0.0, least_exponent_of(tl.maximum(min_p, 1e-30)), float("-inf"))

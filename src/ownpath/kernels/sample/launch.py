@@ -2,11 +2,11 @@
 
 Roofline. 4 * T * V bytes once for greedy rows and rows without filters, twice and a little for rows with filters.
 At few rows a row is shared by up to 128 programs; then the time is launch latency and two trips to the second-level
-cache. At many rows noise decides: 40 instructions a token to bound it, 110 where it is computed.
+cache. At many rows noise decides: about 40 instructions a token to bound it, 110 where it is computed.
 
 Limits. float32 logits, up to 2^24 tokens, rows any number of elements apart; one token per row. Programs that share a
-row with filters wait for each other, so there are never more of them than the device holds at once. Calls with one operand must
-follow each other on one stream: they share counters. A row's token never depends on the other rows.
+row with filters wait for each other, so there are never more of them than the device holds at once. Calls with one
+operand must follow each other on one stream: they share counters. A row's token never depends on the other rows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,7 +42,7 @@ class SampleShape(NamedTuple):
 
 
 class SampleScratch(NamedTuple):
-    """What programs of a row exchange. counters int32 [2, T], zero between calls; reals float64, wholes int64."""
+    """Numbers that programs of a row exchange. counters int32 [2, T], zero between calls; reals float64, wholes int64."""
 
     counters: torch.Tensor
     reals: torch.Tensor
@@ -139,7 +139,7 @@ class TritonSample:
         if self._shape is not None:
             return self._shape
         num_programs = 1 if INTERPRETED else PROGRAMS_PER_SM * num_sms(logits_TV.get_device())
-        return choose_shape(*logits_TV.shape, num_programs)
+        return choose_shape(len(logits_TV), logits_TV.shape[1], num_programs)
 
 
 def _tensors(logits_TV: torch.Tensor, rows: SampleRows, out: Sampled) -> tuple[torch.Tensor, ...]:

@@ -101,7 +101,8 @@ def words_of(seed_T: torch.Tensor, index_T: torch.Tensor, num_vocab: int) -> tor
         return philox_words(seed_T, index_T, num_vocab)[0]
     num_chunks = -(-num_vocab // CHUNK)
     words = philox_words(seed_T, index_T, num_chunks * LANES).unflatten(-1, (num_chunks, LANES))
-    return words.permute(1, 2, 0, 3).reshape(len(seed_T), -1)[:, :num_vocab]
+    words_TV: torch.Tensor = words.permute(1, 2, 0, 3).reshape(len(seed_T), -1)[:, :num_vocab]
+    return words_TV
 
 
 def adjusted(logits_TV: torch.Tensor, rows: SampleRows) -> torch.Tensor:
@@ -112,7 +113,8 @@ def adjusted(logits_TV: torch.Tensor, rows: SampleRows) -> torch.Tensor:
     x_TV = (x_TV if rows.bias is None else _biased(x_TV, rows.bias)).clamp(-LARGEST, LARGEST)
     if rows.mask_TW is None:
         return x_TV
-    bits = (rows.mask_TW.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=x_TV.device)) & 1
+    places = torch.arange(32, dtype=torch.int32, device=x_TV.device)
+    bits = torch.bitwise_right_shift(rows.mask_TW.unsqueeze(-1), places) & 1
     return x_TV.masked_fill(bits.flatten(1)[:, : x_TV.shape[1]] == 0, float("-inf"))
 
 
@@ -265,9 +267,7 @@ class SampleReference(Reference):
     def variant(self, logits_TV: torch.Tensor, rows: SampleRows, operand: None) -> None:
         """Returns ``None``: the kernel has no variants."""
 
-    def run(
-        self, logits_TV: torch.Tensor, rows: SampleRows, operand: None, *, out: Sampled | None = None
-    ) -> Sampled:
+    def run(self, logits_TV: torch.Tensor, rows: SampleRows, operand: None, *, out: Sampled | None = None) -> Sampled:
         """Computes ``sample``."""
         return sample(logits_TV, rows, out)
 

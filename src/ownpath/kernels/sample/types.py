@@ -18,7 +18,7 @@ FAULT_NON_FINITE, FAULT_NOTHING_ALLOWED = 1, 2
 
 
 class FilterRows(NamedTuple):
-    """What a row's draw leaves out. Each filter looks at the whole distribution after temperature; all must agree.
+    """Limits of a row's draw. Each filter looks at the whole distribution after temperature; all must agree.
 
     Shapes: top_k_T int32 [T]: keep the k likeliest, 0 keeps all. top_p_T float32 [T]: keep the likeliest that together
         reach this probability, 1 keeps all. min_p_T float32 [T]: keep what has this share of the best one's
@@ -74,10 +74,10 @@ class SampleRows(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """What was chosen.
+    """Chosen tokens.
 
-    Shapes: token_T int64 or int32 [T], 0 in a row with a fault. fault_T of the same dtype, 0 for none. logprob_T float32
-        [T], of the token by the raw logits, before temperature and filters; ``None``: not computed.
+    Shapes: token_T int64 or int32 [T], 0 in a row with a fault. fault_T of the same dtype, 0 for none. logprob_T
+        float32 [T], of the token by the raw logits, before temperature and filters; ``None``: not computed.
     """
 
     token_T: Tensor
