@@ -20,9 +20,8 @@ from ownpath.attention.rope import Rotation
 from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.cache.pools import LayerCache
 from ownpath.cache.tables import DecodeTables, StepTables
-from ownpath.kernels.attend.types import DecodeKeys
-from ownpath.kernels.attend.types import DecodeRows as AttendRows
-from ownpath.kernels.entries.types import DecodeRows, EntryAngles, LayerPools, RawRows, StepAngles
+from ownpath.kernels.attend.types import DecodeKeys, DecodeRows
+from ownpath.kernels.entries.types import EntryAngles, LayerPools, RawRows, RowPlaces, StepAngles
 from ownpath.kernels.scores.types import IndexQuery, PagedRows
 
 
@@ -35,8 +34,8 @@ class DecodeLayer:
 
     layer_idx: int
     ratio: int
-    write: Callable[[RawRows, EntryAngles, DecodeRows, LayerPools], None]
-    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, DecodeKeys, AttendRows], torch.Tensor]
+    write: Callable[[RawRows, EntryAngles, RowPlaces, LayerPools], None]
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, DecodeKeys, DecodeRows], torch.Tensor]
     score: Callable[[IndexQuery, torch.Tensor, PagedRows], torch.Tensor] | None = None
     select: Callable[[torch.Tensor, PagedRows], Sequence[torch.Tensor]] | None = None
 
@@ -45,9 +44,9 @@ class DecodeLayer:
         tables, caches = step.tables, step.tables.pool.layers[self.layer_idx]
         angles = step.angles.of(self.ratio)
         raw = RawRows(rows.kv_TH, rows.compressor_rows, rows.indexer_rows)
-        places = DecodeRows(tables.positions_T, tables.slots_T, tables.blocks_TB)
+        places = RowPlaces(tables.positions_T, tables.slots_T, tables.blocks_TB)
         self.write(raw, angles, places, _pools(caches))
-        found = AttendRows(*places, *self._select(rows, angles, caches, tables))
+        found = DecodeRows(*places, *self._select(rows, angles, caches, tables))
         return self.attend(rows.q_TNH, angles.cos_TF, angles.sin_TF, _keys(caches, self.ratio), found)
 
     def _select(

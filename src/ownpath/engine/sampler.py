@@ -25,7 +25,8 @@ class NonFiniteLogits(RuntimeError):
 
 @dataclass(frozen=True)
 class SampleRow:
-    """The parameters that turn one row of logits into a token. seed: the request's own; index: number of tokens already drawn."""
+    """The parameters that turn one row of logits into a token. seed: the request's own; index: the number of tokens
+    already drawn."""
 
     params: SamplingParams
     seed: int
@@ -53,9 +54,6 @@ def choose_tokens(logits_SV: torch.Tensor, rows: Sequence[SampleRow]) -> list[in
         return [token if finite else None for token, finite in zip(likeliest, finite_rows(logits_SV), strict=True)]
     chosen = torch.empty(2, len(rows), dtype=torch.int64, device=logits_SV.device)
     kernel, operand = sampler_of(logits_SV.device)
-    kernel.run(logits_SV.float(), _sample_rows(rows, logits_SV.device), operand, out=Sampled(*chosen, None))
-
-    kernel, operand = _kernel(logits_SV.device)
     kernel.run(
         logits_SV.float(), _sample_rows(rows, logits_SV.device), operand, out=Sampled(chosen[0], chosen[1], None)
     )

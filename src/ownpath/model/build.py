@@ -28,13 +28,13 @@ from ownpath.model.mtp import Mtp
 from ownpath.model.taps import tap_names
 from ownpath.runners import (
     CacheEntries,
+    DecodeAttention,
     HyperBoundary,
     HyperWeights,
     IndexQuantizer,
     IndexScores,
     KeyQuantizer,
     Linear,
-    PagedSoftmax,
     RMSNorm,
     Router,
     Runner,
@@ -206,7 +206,7 @@ class Builder:
             layer_idx,
             layer.ratio,
             write=watch("entries", CacheEntries, EntriesWeights(norm, main, index)),
-            attend=watch("attend", PagedSoftmax, weights),
+            attend=watch("attend", DecodeAttention, weights),
             score=watch("scores", IndexScores) if is_csa else None,
             select=watch("select", Select, config.index_topk) if is_csa else None,
         )

@@ -11,7 +11,7 @@ from ownpath.runners.companions import (
     SharedKeyAttention,
     SwiGLU,
 )
-from ownpath.runners.decode import CacheEntries, IndexScores, PagedSoftmax, Select
+from ownpath.runners.decode import CacheEntries, DecodeAttention, IndexScores, Select
 from ownpath.runners.grouped import Fp8GroupedLinear, GroupedLinear, GroupedRunner
 from ownpath.runners.linear import (
     ConcatLinear,
@@ -30,6 +30,7 @@ from ownpath.runners.runner import KernelRunner, Runner
 __all__ = [
     "CacheEntries",
     "ConcatLinear",
+    "DecodeAttention",
     "Fp8GroupedLinear",
     "Fp8Linear",
     "Fp8MoE",
@@ -47,7 +48,6 @@ __all__ = [
     "Nvfp4LinearW4A4",
     "Nvfp4MoE",
     "Nvfp4MoEW4A4",
-    "PagedSoftmax",
     "PlainLinear",
     "PlainMoE",
     "QuantizedLinear",

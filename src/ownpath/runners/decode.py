@@ -5,9 +5,8 @@ They take the arguments of their kernels, whose types are in the families' ``typ
 
 import torch
 
-from ownpath.kernels.attend.types import AttendKernel, AttendWeights, DecodeKeys
-from ownpath.kernels.attend.types import DecodeRows as AttendRows
-from ownpath.kernels.entries.types import DecodeRows, EntriesKernel, EntriesWeights, EntryAngles, LayerPools, RawRows
+from ownpath.kernels.attend.types import AttendKernel, AttendWeights, DecodeKeys, DecodeRows
+from ownpath.kernels.entries.types import EntriesKernel, EntriesWeights, EntryAngles, LayerPools, RawRows, RowPlaces
 from ownpath.kernels.registry import KERNELS
 from ownpath.kernels.scores.types import CSA_PAGES, IndexQuery, IndexScoresKernel, PagedRows
 from ownpath.kernels.select.types import SelectKernel, SelectWeights
@@ -26,7 +25,7 @@ class CacheEntries(KernelRunner):
         """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
         return self.kernel.variant(raw, self.operand)
 
-    def __call__(self, raw: RawRows, angles: EntryAngles, rows: DecodeRows, pools: LayerPools) -> None:
+    def __call__(self, raw: RawRows, angles: EntryAngles, rows: RowPlaces, pools: LayerPools) -> None:
         """Writes in place. Errors: ValueError naming an argument that the kernel refuses."""
         self.kernel.run(raw, angles, rows, pools, self.operand)
 
@@ -65,7 +64,7 @@ class Select(KernelRunner):
         return self.kernel.run(scores_TC, rows, self.operand)
 
 
-class PagedSoftmax(KernelRunner):
+class DecodeAttention(KernelRunner):
     """Attention of raw queries over window and entries in the pool, its rotation undone: [T, N, H]."""
 
     def __init__(self, weights: AttendWeights, *, kernel: KernelOrName = "ref.attend") -> None:
@@ -74,13 +73,13 @@ class PagedSoftmax(KernelRunner):
         self.operand = self.kernel.prepare(weights)
 
     def variant(
-        self, q_TNH: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor, keys: DecodeKeys, rows: AttendRows
+        self, q_TNH: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor, keys: DecodeKeys, rows: DecodeRows
     ) -> str | None:
         """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
         return self.kernel.variant(q_TNH, keys, rows, self.operand)
 
     def __call__(
-        self, q_TNH: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor, keys: DecodeKeys, rows: AttendRows
+        self, q_TNH: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor, keys: DecodeKeys, rows: DecodeRows
     ) -> torch.Tensor:
         """Attends. Errors: ValueError naming an argument that the kernel refuses."""
         return self.kernel.run(q_TNH, cos_TF, sin_TF, keys, rows, self.operand)

@@ -29,9 +29,9 @@ class GroupedShape:
         )
 
 
-FEW = tuple(GroupedShape(1, num_n, 4, 4, 1) for num_n in (8, 16))
-MANY = (GroupedShape(1, 32, 4, 3, 1, True), GroupedShape(1, 64, 4, 3, 1, True), GroupedShape(2, 128, 2, 1, 2, True))
-INVARIANT = tuple(GroupedShape(1, num_n, 4, 4, 1) for num_n in (8, 16))
+FEW = tuple(GroupedShape(1, num_n, 2, 2, 1) for num_n in (8, 16))
+MANY = (GroupedShape(2, 32, 2, 1, 2, True), GroupedShape(2, 64, 2, 1, 2, True), GroupedShape(4, 64, 2, 1, 4, True))
+INVARIANT = tuple(GroupedShape(1, num_n, 2, 2, 1) for num_n in (8, 16))
 """Shapes by tokens of a tile, ascending. The invariant kernel's have one order of sums: only their width differs."""
 
 
