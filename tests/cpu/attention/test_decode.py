@@ -1,6 +1,6 @@
 """Decode steps over the pool: the line of kernels' twins against the reference, one request or several.
 
-``test_incremental`` proves that token by token equals one shot. Here: what a row does not own is never read, a block may
+``test_incremental`` proves that token by token equals one shot. Here: what a row does not own is never read, blocks may
 lie anywhere, and padded rows change nothing.
 """
 
