@@ -20,9 +20,17 @@ from ownpath.attention.rope import Rotation
 from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.cache.pools import LayerCache
 from ownpath.cache.tables import DecodeTables, StepTables
-from ownpath.kernels.attend.types import DecodeKeys, DecodeRows
-from ownpath.kernels.entries.types import EntryAngles, LayerPools, RawRows, RowPlaces, StepAngles
-from ownpath.kernels.scores.types import IndexQuery, PagedRows
+from ownpath.runners.decode import (
+    DecodeKeys,
+    DecodeRows,
+    EntryAngles,
+    IndexQuery,
+    LayerPools,
+    PagedRows,
+    RawRows,
+    RowPlaces,
+    StepAngles,
+)
 
 
 @dataclass(frozen=True)

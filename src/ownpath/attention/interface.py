@@ -18,8 +18,8 @@ from ownpath.attention.rope import Rotation
 from ownpath.attention.select import EntrySelector
 from ownpath.cache.pools import LayerCache
 from ownpath.cache.tables import DecodeTables, StepTables
-from ownpath.kernels.entries.types import StepAngles
 from ownpath.runners import SharedKeyAttention
+from ownpath.runners.decode import StepAngles
 
 
 class Products(NamedTuple):
@@ -107,7 +107,13 @@ class DecodeStep:
 
 
 class AttentionBackend(Protocol):
-    """The attention of all layers of a model. Lasting state is in the pool, a step's state in the step."""
+    """The attention of all layers of a model. Lasting state is in the pool, a step's state in the step.
+
+    reference: the backend that runs any step in torch; itself where it is that.
+    """
+
+    @property
+    def reference(self) -> "AttentionBackend": ...
 
     def prepare(self, tables: StepTables) -> AttentionStep | DecodeStep:
         """Computes what all layers of a step share: once, before the first layer, outside of a captured graph."""

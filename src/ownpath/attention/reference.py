@@ -116,6 +116,11 @@ class ReferenceAttention:
 
     sliding_window: int
 
+    @property
+    def reference(self) -> "ReferenceAttention":
+        """This backend: it is its own reference."""
+        return self
+
     def prepare(self, tables: StepTables) -> ReferenceStep:
         """Lists the rows of the pool that each request reads, and the keys that its queries see."""
         return ReferenceStep(tables, tuple(self._request(tables, number) for number in range(len(tables.slots))))

@@ -13,7 +13,7 @@ Legend: R rows of the largest bucket, B blocks of a table, V vocabulary.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -123,15 +123,12 @@ class _Columns(NamedTuple):
     @classmethod
     def of(cls, buffer: torch.Tensor, num_rows: int) -> "_Columns":
         heads = buffer[: _RowArrays.WORDS * num_rows].view(_RowArrays.WORDS, num_rows)
+        seeds, (temperatures, top_p) = heads[:2].flatten().view(torch.int64), heads[6:8].view(torch.float32)
+        tokens, positions, slots, drawn = heads[2:6]
+        blocks = buffer[_RowArrays.WORDS * num_rows :].view(num_rows, -1)
         top_k = torch.zeros(num_rows, dtype=torch.int32, device=buffer.device)
-        return cls(
-            heads[:2].flatten().view(torch.int64),
-            *heads[2:6],
-            *heads[6:8].view(torch.float32),
-            buffer[_RowArrays.WORDS * num_rows :].view(num_rows, -1),
-            top_k,
-            top_k.view(torch.float32),
-        )
+        min_p = top_k.view(torch.float32)
+        return cls(seeds, tokens, positions, slots, drawn, temperatures, top_p, blocks, top_k, min_p)
 
 
 _Draw = tuple[int, int, SamplingParams]
@@ -179,7 +176,7 @@ class Decoder:
             progress(done, len(self.buckets), f"{count} rows")
             self._graphs[count] = self._capture(count, memory)
 
-    def _capture(self, count: int, memory: tuple[int, int]) -> _Captured:
+    def _capture(self, count: int, memory: Any) -> _Captured:
         with self._model.ledger.counting_apart():
             self._run(count)
         torch.cuda.synchronize(self.pool.spec.device)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,10 +15,6 @@ from ownpath.attention.rope import Rope, Rotation
 from ownpath.attention.select import EntrySelector
 from ownpath.cache.pools import CacheSpec
 from ownpath.config import CSA_RATIO, EngineConfig, Layer, ModelConfig
-from ownpath.kernels.attend.types import AttendWeights
-from ownpath.kernels.contract import NormWeights
-from ownpath.kernels.entries.angles import Frequencies, step_angles
-from ownpath.kernels.entries.types import CompressorWeights, EntriesWeights
 from ownpath.model.attention import Attention, AttentionCore
 from ownpath.model.block import Block
 from ownpath.model.indexer import Indexer
@@ -43,7 +39,15 @@ from ownpath.runners import (
     SwiGLU,
     SwigluMlp,
 )
-from ownpath.runners.runner import KernelOrName, chosen_spec
+from ownpath.runners.decode import (
+    AttendWeights,
+    CompressorWeights,
+    EntriesWeights,
+    Frequencies,
+    NormWeights,
+    angles_of_steps,
+)
+from ownpath.runners.runner import KernelOrName
 from ownpath.trace import Ledger, Tap
 
 Runners = dict[str, Runner]
@@ -177,11 +181,7 @@ class Builder:
         config, device = self.config, torch.device(self.engine.device)
         ropes = (Rope.for_layer(config, compressing, device) for compressing in (False, True))
         frequencies = Frequencies(*(rope.freqs_F for rope in ropes))
-        angles = partial(step_angles, frequencies=frequencies)
-        if not chosen_spec(writes[0]).is_torch:
-            from ownpath.kernels.entries.head import STEP_ANGLES  # needs Triton
-
-            angles = partial(STEP_ANGLES.run, operand=STEP_ANGLES.prepare(frequencies))
+        angles = angles_of_steps(frequencies, writes[0])
         no_rotation = Rotation.none(self.engine.max_num_seqs, len(frequencies.compress_F), device)
         return PagedAttention(ReferenceAttention(config.sliding_window), angles, no_rotation)
 

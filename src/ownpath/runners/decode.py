@@ -3,14 +3,60 @@
 They take the arguments of their kernels, whose types are in the families' ``types.py``.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from ownpath.kernels.attend.types import AttendKernel, AttendWeights, DecodeKeys, DecodeRows
-from ownpath.kernels.entries.types import EntriesKernel, EntriesWeights, EntryAngles, LayerPools, RawRows, RowPlaces
+from ownpath.kernels.contract import NormWeights
+from ownpath.kernels.entries.angles import Frequencies, step_angles
+from ownpath.kernels.entries.types import (
+    CompressorWeights,
+    EntriesKernel,
+    EntriesWeights,
+    EntryAngles,
+    LayerPools,
+    RawRows,
+    RowPlaces,
+    StepAngles,
+)
 from ownpath.kernels.registry import KERNELS
 from ownpath.kernels.scores.types import CSA_PAGES, IndexQuery, IndexScoresKernel, PagedRows
 from ownpath.kernels.select.types import SelectKernel, SelectWeights
 from ownpath.runners.runner import KernelOrName, KernelRunner, chosen_spec
+
+__all__ = [
+    "AttendWeights",
+    "CacheEntries",
+    "CompressorWeights",
+    "DecodeAttention",
+    "DecodeKeys",
+    "DecodeRows",
+    "EntriesWeights",
+    "EntryAngles",
+    "Frequencies",
+    "IndexQuery",
+    "IndexScores",
+    "LayerPools",
+    "NormWeights",
+    "PagedRows",
+    "RawRows",
+    "RowPlaces",
+    "Select",
+    "StepAngles",
+    "angles_of_steps",
+]
+
+
+def angles_of_steps(frequencies: Frequencies, kernel: KernelOrName) -> Callable[[torch.Tensor], StepAngles]:
+    """Returns the function that computes the angles of a step's positions, int32 [T]: in one launch where ``kernel``,
+    which writes the caches' entries, is one of Triton's, else in torch."""
+    if chosen_spec(kernel).is_torch:
+        return partial(step_angles, frequencies=frequencies)
+    from ownpath.kernels.entries.head import STEP_ANGLES  # needs Triton
+
+    return partial(STEP_ANGLES.run, operand=STEP_ANGLES.prepare(frequencies))
 
 
 class CacheEntries(KernelRunner):

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from ownpath.assembly import LoadedPart, assemble
-from ownpath.attention.decode import PagedAttention
 from ownpath.attention.rope import Rope
 from ownpath.cache.pools import CachePool, CacheSpec
 from ownpath.cache.tables import StepTables
@@ -43,8 +42,7 @@ class LoadedLayer(LoadedPart):
 
     def reference_step(self, tables: StepTables) -> Any:
         """Prepares a step on the reference, also where each request has one row."""
-        backend = self.block.attn.backend
-        return (backend.reference if isinstance(backend, PagedAttention) else backend).prepare(tables)
+        return self.block.attn.backend.reference.prepare(tables)
 
     def step(self, residual: Residual, batch: ForwardBatch) -> Residual:
         """Runs the layer on one step's rows and extends their sequences' caches."""

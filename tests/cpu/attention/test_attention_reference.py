@@ -36,6 +36,10 @@ class Told:
     inner: ReferenceAttention
     notes: list[Any]
 
+    @property
+    def reference(self) -> ReferenceAttention:
+        return self.inner
+
     def prepare(self, tables: StepTables) -> AttentionStep:
         self.notes.append("prepare")
         return ToldStep(self.inner.prepare(tables), self.notes)
