@@ -258,7 +258,10 @@ class FusedConfig:
     @property
     def name(self) -> str:
         sizes = "_".join(map(str, self.n_sizes))
-        shape = f"r{self.num_m64}m{self.warpgroups_m}s{self.num_stages}d{self.depth}g{self.group}p{self.per_sm}" + "y" * self.dynamic
+        shape = (
+            f"r{self.num_m64}m{self.warpgroups_m}s{self.num_stages}d{self.depth}g{self.group}p{self.per_sm}"
+            + "y" * self.dynamic
+        )
         aligns = f"_{self.align.name}_{self.max_pairs}" if self.max_pairs else ""
         return f"nvfp4_moe_fused_{shape}_n{sizes}{aligns}"
 

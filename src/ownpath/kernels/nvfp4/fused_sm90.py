@@ -150,8 +150,20 @@ class Fused:
             tokens = cute.make_tensor(source, cute.make_layout((sizes[0], sizes[1]), stride=(sizes[1], 1)))
             atoms.append(cpasync.make_tiled_tma_atom(op, tokens, box, (8, CHUNK_K))[0])
         self.kernel(
-            atoms[0], atoms[1], *w13, *w2, hidden, rows, schedule, ids, expert_map, weights, out, tickets,
-            *sizes, swiglu_limit,
+            atoms[0],
+            atoms[1],
+            *w13,
+            *w2,
+            hidden,
+            rows,
+            schedule,
+            ids,
+            expert_map,
+            weights,
+            out,
+            tickets,
+            *sizes,
+            swiglu_limit,
         ).launch(
             grid=[grid, 1, 1],
             block=[self.cfg.num_threads, 1, 1],

@@ -59,7 +59,9 @@ class MoeOperand:
     num_experts: int
     swiglu_limit: float
     counters: torch.Tensor
-    launches: "LaunchCache[MoeCallKey, _MoeLaunches | FusedLaunches]" = field(default_factory=LaunchCache, compare=False)
+    launches: "LaunchCache[MoeCallKey, _MoeLaunches | FusedLaunches]" = field(
+        default_factory=LaunchCache, compare=False
+    )
     lock: Lock = field(default_factory=Lock, compare=False)
 
     @property
