@@ -186,13 +186,9 @@ MUTATIONS = {
     "decode: wrong slot read": given("another row's ring", "attend", SLIDING, slots_T=next_row),
     "decode: wrong slot written": given("another row's rings", "write", HCA, slots_T=next_row),
     "decode: another row's selection": given("the entries to attend to", "attend", selected_TK=next_row),
-    "decode: window one too short": called(
-        "the oldest key", "attend", patched("gather_keys", without_oldest), SLIDING
-    ),
+    "decode: window one too short": called("the oldest key", "attend", patched("gather_keys", without_oldest), SLIDING),
     "decode: window one too long": called("an unwritten key", "attend", patched("gather_keys", with_one_more), SLIDING),
-    "decode: incomplete windows seen": called(
-        "HCA's entries", "attend", patched("entry_rows", one_entry_early), HCA
-    ),
+    "decode: incomplete windows seen": called("HCA's entries", "attend", patched("entry_rows", one_entry_early), HCA),
     "decode: sink dropped": in_line("the softmax's sum", "attend", without_sink, SLIDING),
     "decode: query norm left out": called("raw queries", "attend", patched("rms_norm", without_norm), SLIDING),
     "decode: no inverse rotation": called("attention's output", "attend", without_inverse),
