@@ -31,7 +31,7 @@ LAYER = (
 OF_MTP = LAYER | {"e_proj", "h_proj", "enorm", "hnorm", "hc_head"}
 OF_DECODE = {"attn.decode.entries", "attn.decode.attend"}
 NOT_OF_DECODE = {"attn.kv_norm", "attn.q_head_norm", "attn.core"}
-"""What a step of one row for each sequence runs on kernels of its own, and what they take the place of."""
+"""Kernels of steps that have one row for each sequence, and those whose place they take."""
 
 
 @pytest.fixture
