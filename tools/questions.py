@@ -79,7 +79,7 @@ QUESTIONS = (
         "Which is the first layer whose output is wrong?",
         "Every layer is fed with the reference's input, so that one wrong layer hides no other (V01, V02).",
         ("ownpath verify --stages layers",),
-        keep=("first bad", "worst layer", " V01 ", " V02 ", " V04 "),
+        keep=("first bad", "largest error", " V01 ", " V02 ", " V04 "),
     ),
 )
 
