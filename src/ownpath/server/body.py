@@ -27,14 +27,12 @@ class Limits:
     max_held_bytes: of the bodies that are being read or parsed, all together, where a body is larger than 64 KiB (429).
     body_timeout_s: time to send the body (408).
     shape: most values of a body (400).
-    max_prompts: prompts in one completions request.
     """
 
     max_body_bytes: int = 4 * 2**20
     max_held_bytes: int = 128 * 2**20
     body_timeout_s: float = 30.0
     shape: JsonLimits = _SHAPE
-    max_prompts: int = 64
 
 
 @dataclass

@@ -67,12 +67,8 @@ def _setting(request: ChatRequest, release: Release) -> Setting:
     return Setting(request.thinks, text, request.functions, schema)
 
 
-async def completion_prompts(
-    request: CompletionRequest, tokenizer: Tokenizer, max_model_len: int, max_prompts: int
-) -> list[Prompt]:
+async def completion_prompts(request: CompletionRequest, tokenizer: Tokenizer, max_model_len: int) -> list[Prompt]:
     """Encodes every prompt of the request; raw text may contain special tokens. Errors: ApiError 400."""
-    if len(request.prompt) > max_prompts:
-        raise bad_request(f"prompt: {len(request.prompt)} prompts; at most {max_prompts} are allowed", "prompt")
     prompts = []
     for given in request.prompt:
         if isinstance(given, str):

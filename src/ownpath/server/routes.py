@@ -135,7 +135,7 @@ class Api:
         asked = await self.bodies.read(request, lambda body: read_completion_request(body, labels))
         source = self._source(asked)
         max_model_len = self.engine.config.max_model_len
-        prompts = await completion_prompts(asked, self.tokenizer, max_model_len, self.bodies.limits.max_prompts)
+        prompts = await completion_prompts(asked, self.tokenizer, max_model_len)
         answers = [Answer(self.tokenizer, asked.stop) for _ in prompts]
         limits = adjustments.fit(*asked.wanted_tokens, prompts, max_model_len)
         generation = Generation(self.engine, prompts, answers, self.metrics, self.request_timeout_s)

@@ -20,15 +20,12 @@ import torch
 from cpu.engine.fake_model import FakeModel, random_rule
 from cpu.server.harness import HELLO, VOCAB, WAIT_S, Gated, Harness, error, eventually, harness, listening
 from cpu.server.sockets import connect, post, received
-from pydantic import ValidationError
 
 from ownpath.model.batch import ForwardBatch
-from ownpath.server import protocol
 from ownpath.server.body import Limits
 from ownpath.server.chat import ChatFold
 from ownpath.server.completions import CompletionFold
 from ownpath.server.counts import MAX_MESSAGES, MAX_TOOLS
-from ownpath.server.errors import ApiError
 from ownpath.server.json_shape import JsonLimits, check_shape
 from ownpath.server.json_text import to_json
 
@@ -164,29 +161,6 @@ def test_four_mib_of_any_shape_cost_little(name: str, ticking: tuple[Harness, st
     assert seconds < ANSWERED_S
     assert watch.longest_gap_s < STALL_S
     assert eventually(lambda: served.engine.num_open == 0)
-
-
-@pytest.mark.parametrize("model", [protocol.ChatRequest, protocol.CompletionRequest])
-def test_few_validation_errors_are_built(model: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lists end at their first wrong entry, objects at their first unnamed field."""
-    seen: list[int] = []
-    first_error = protocol._first_error
-
-    def counting(found: ValidationError) -> ApiError:
-        seen.append(found.error_count())
-        return first_error(found)
-
-    monkeypatch.setattr(protocol, "_first_error", counting)
-    wrong: dict[str, object] = {
-        "messages": [{"role": n} for n in range(5000)],
-        "tools": [{"type": n} for n in range(1000)],
-        "prompt": [[1.5]] * 5000,
-        "response_format": {str(n): n for n in range(5000)},
-    }
-    body = {name: value for name, value in wrong.items() if name in model.model_fields}
-    with pytest.raises(ApiError):
-        protocol._validate(model, body)
-    assert max(seen) <= 10
 
 
 def test_counts_are_refused_by_name(served: Harness) -> None:
