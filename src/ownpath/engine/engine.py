@@ -150,9 +150,9 @@ class Engine:
         num_prompt, limit = len(request.prompt_ids), self.config.max_model_len
         if num_prompt == 0:
             raise RequestError("the prompt has no tokens")
-        bad_ids = [i for i in request.prompt_ids if not 0 <= i < self.num_vocab]
-        if bad_ids:
-            raise RequestError(f"token id {bad_ids[0]} is outside the vocabulary of {self.num_vocab} tokens")
+        for token_id in (min(request.prompt_ids), max(request.prompt_ids)):
+            if not 0 <= token_id < self.num_vocab:
+                raise RequestError(f"token id {token_id} is outside the vocabulary of {self.num_vocab} tokens")
         if num_prompt + request.params.max_tokens > limit:
             raise RequestError(
                 f"{num_prompt} prompt tokens and {request.params.max_tokens} tokens to generate exceed the "

@@ -1,6 +1,9 @@
 """Bounds on the messages, tools, parts and prompts of a request, checked before anything else looks at them."""
 
+from collections.abc import Iterable
+
 from ownpath.server.errors import bad_request
+from ownpath.server.json_shape import CONVERSATION, check_shape
 
 MAX_MESSAGES = 8192
 MAX_TOOLS = 1024
@@ -21,6 +24,15 @@ def check_counts(body: dict[str, object]) -> None:
         if isinstance(message, dict):
             for name in ("content", "tool_calls"):
                 _check(f"messages.{index}.{name}", message.get(name), MAX_PARTS)
+
+
+def check_arguments(arguments: Iterable[str]) -> None:
+    """Refuses arguments of earlier calls that would make too many values, all together: they are read as JSON once
+    more. Errors: ApiError 400."""
+    try:
+        check_shape([text.encode() for text in arguments], CONVERSATION)
+    except ValueError as error:
+        raise bad_request(f"messages: the arguments of their calls have {error}", "messages", "invalid_value") from None
 
 
 def _check(param: str, value: object, limit: int) -> None:

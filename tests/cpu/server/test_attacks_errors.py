@@ -47,7 +47,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "every field but the messages": ("chat", {name: Wrong() for name in EVERY_FIELD["chat"] if name != "messages"}),
     "messages without anything": ("chat", {"messages": [{}] * 5000}),
     "messages of numbers": ("chat", {"messages": list(range(5000))}),
-    "messages of wrong fields": ("chat", {"messages": [{"role": 1, "reasoning": 1, "refusal": 1, "tool_call_id": 1}] * 99}),
+    "messages of wrong fields": ("chat", {"messages": [{"role": 1, "reasoning": 1, "refusal": 1}] * 99}),
     "messages with wrong calls": ("chat", {"messages": [{"tool_calls": [CALL] * 999}] * 30}),
     "calls without anything": ("chat", {"messages": [{"role": "assistant", "tool_calls": [{}] * 999}]}),
     "tools": ("chat", {"messages": [USER], "tools": [{"type": n} for n in range(1000)]}),

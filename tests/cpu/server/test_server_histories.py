@@ -19,7 +19,7 @@ from ownpath.server.chat import ChatFold, message_delta
 from ownpath.server.fields import MESSAGE
 from ownpath.server.labels import IGNORED_HEADER, Labels
 from ownpath.server.policy import RequestPolicy
-from ownpath.server.prompts import chat_prompt
+from ownpath.server.prompts import chat_prompt, chat_segments
 from ownpath.server.protocol import read_chat_request
 
 PATH = "/v1/chat/completions"
@@ -31,7 +31,7 @@ OPENED = f"{USER}hello{ASSISTANT}{THINK_END}"
 def text_of(messages: list[dict[str, Any]], **fields: Any) -> str:
     """Returns the text that the model reads."""
     request = read_chat_request({"messages": messages} | fields)
-    prompt = asyncio.run(chat_prompt(request, TOKENIZER, 10**6, Release("v4", "test")))
+    prompt = asyncio.run(chat_prompt(chat_segments(request, Release("v4", "test")), TOKENIZER, 10**6))
     return b"".join(TOKENIZER.token_bytes(i) for i in prompt.ids).decode()
 
 
@@ -252,7 +252,7 @@ def test_what_ownpath_answered_can_be_sent_back(said: str, thinks: bool) -> None
 def test_a_coding_agents_request_is_read_whole() -> None:
     labels = Labels()
     request = read_chat_request(dict(AGENT), labels)
-    prompt = asyncio.run(chat_prompt(request, TOKENIZER, 10**6, Release("0731", "test")))
+    prompt = asyncio.run(chat_prompt(chat_segments(request, Release("0731", "test")), TOKENIZER, 10**6))
     text = b"".join(TOKENIZER.token_bytes(i) for i in prompt.ids).decode()
     assert list(labels.names) == [
         *("user", "store", "prompt_cache_key", "metadata", "service_tier"),
