@@ -5,7 +5,7 @@ from dataclasses import astuple, dataclass
 
 _BLOCK_BYTES = 64 * 1024
 _WHAT = ("values", "objects and lists", "field names", "strings")
-_NOTHING = (0, 0, 0, 0)
+_NOTHING: tuple[int, ...] = (0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
