@@ -86,9 +86,9 @@ class CalledFunction(Strict):
 
 
 class CallInMessage(Strict):
-    """A tool call of an earlier answer."""
+    """A tool call of an earlier answer. id: left out, no result can name the call."""
 
-    id: str
+    id: str = ""
     type: Literal["function"] = "function"
     function: CalledFunction
 

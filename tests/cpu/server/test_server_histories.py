@@ -16,6 +16,7 @@ from ownpath.chat.effort import Release
 from ownpath.chat.markers import ASSISTANT, BOS, EOS, THINK_END, THINK_START, USER, segments_of
 from ownpath.chat.parse import AnswerParser
 from ownpath.server.chat import ChatFold, message_delta
+from ownpath.server.errors import ApiError
 from ownpath.server.fields import MESSAGE
 from ownpath.server.labels import IGNORED_HEADER, Labels
 from ownpath.server.policy import RequestPolicy
@@ -53,6 +54,22 @@ def written(parameters: str) -> str:
 
 def parameter(name: str, kind: str, value: str) -> str:
     return f'<｜DSML｜parameter name="{name}" string="{kind}">{value}</｜DSML｜parameter>'
+
+
+def test_a_call_without_an_id_is_read_and_no_result_can_name_it() -> None:
+    for nameless in ({}, {"id": None}, {"id": ""}):
+        one = {name: value for name, value in call().items() if name != "id"} | nameless
+        history = [*HELLO, {"role": "assistant", "tool_calls": [one]}, *HELLO]
+        assert '<｜DSML｜invoke name="f">' in text_of(history)
+        with pytest.raises(ApiError, match="tool_call_id"):
+            text_of([*history[:2], {"role": "tool", "tool_call_id": "c", "content": "r"}])
+
+
+def test_strings_among_the_parts_of_content_are_text() -> None:
+    parts = ["one", {"type": "text", "text": "two"}, "three"]
+    assert text_of([{"role": "user", "content": parts}]) == text_of(
+        [{"role": "user", "content": "one\n\ntwo\n\nthree"}]
+    )
 
 
 @pytest.mark.parametrize(
