@@ -19,6 +19,9 @@ from collections.abc import Mapping, Sequence
 from ownpath.chat.markers import Segment, segments_of
 from ownpath.chat.messages import ChatFormatError, ToolCall
 
+MAX_DIGITS = 640
+"""Digits of a whole number that is read as one; arguments with a longer one are text."""
+
 _OFFER = segments_of("""\
 ## Tools
 
@@ -88,11 +91,18 @@ def _parameters(arguments: str) -> list[tuple[str, str, str]]:
     They may be broken: then they are one parameter.
     """
     try:
-        value = json.loads(arguments)
+        value = json.loads(arguments, parse_int=_whole_number)
         named = value if isinstance(value, dict) else {"arguments": value}
         return [_parameter(name, item) for name, item in named.items()]
     except (ValueError, RecursionError):
         return [("arguments", "true", arguments)]
+
+
+def _whole_number(digits: str) -> int:
+    """Reads a number. Errors: ValueError for one of very many digits, whose reading costs their square."""
+    if len(digits.removeprefix("-")) > MAX_DIGITS:
+        raise ValueError
+    return int(digits)
 
 
 def _parameter(name: str, value: object) -> tuple[str, str, str]:

@@ -10,7 +10,7 @@ from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
 from ownpath.server.errors import ApiError, ClientGone, bad_request, overloaded
-from ownpath.server.json_shape import JsonLimits, check_shape
+from ownpath.server.json_shape import JsonLimits, check_numbers, check_shape
 
 INLINE_BYTES = 64 * 1024
 """A larger body is parsed and checked off the event loop, which goes on with other answers."""
@@ -141,6 +141,7 @@ def _parse(data: bytearray, shape: JsonLimits) -> dict[str, object]:
     """Parses a whole body. Errors: ApiError 400."""
     try:
         check_shape([data], shape)
+        check_numbers(data)
     except ValueError as error:
         raise bad_request(f"the body has {error}", code="invalid_json") from None
     try:

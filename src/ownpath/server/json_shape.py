@@ -1,9 +1,13 @@
 """The shape of a JSON text, counted before it is parsed: how many values, objects, names and strings it would make."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 
+from ownpath.chat.dsml import MAX_DIGITS
+
 _BLOCK_BYTES = 64 * 1024
+_LONG_NUMBER = re.compile(rb"[\s\[:,-][0-9]{%d}" % (MAX_DIGITS + 1))
 _WHAT = ("values", "objects and lists", "field names", "strings")
 _NOTHING: tuple[int, ...] = (0, 0, 0, 0)
 
@@ -44,6 +48,23 @@ def check_shape(texts: Sequence[bytes | bytearray], limits: JsonLimits) -> None:
             if index is not None:
                 raise ValueError(f"more than {most[index]} {_WHAT[index]}")
         before = _sums((before, counts))
+
+
+def check_numbers(data: bytes | bytearray) -> None:
+    """Refuses a text with a whole number of very many digits, whose reading and writing costs their square.
+
+    data: of a shape that was checked. Errors: ValueError naming the limit.
+    """
+    if _has_long_number(data):
+        without_escapes = data.replace(rb"\\", b"").replace(rb"\"", b"")
+        if _has_long_number(b'"'.join(without_escapes.split(b'"')[::2])):
+            raise ValueError(f"a whole number of more than {MAX_DIGITS} digits")
+
+
+def _has_long_number(data: bytes | bytearray) -> bool:
+    """Tells whether digits stand where a number could begin; looks at a block at a time."""
+    starts = range(0, len(data), _BLOCK_BYTES)
+    return any(_LONG_NUMBER.search(data, start, start + _BLOCK_BYTES + MAX_DIGITS + 2) for start in starts)
 
 
 def _sums(counts: Iterable[tuple[int, ...]]) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ownpath.server.body import Limits
 from ownpath.server.chat import ChatFold
 from ownpath.server.completions import CompletionFold
 from ownpath.server.counts import MAX_MESSAGES, MAX_TOOLS
-from ownpath.server.json_shape import JsonLimits, check_shape
+from ownpath.server.json_shape import JsonLimits, check_numbers, check_shape
 from ownpath.server.json_text import to_json
 
 IS_FULL = os.environ.get("OWNPATH_ATTACK") == "full"
@@ -61,6 +61,8 @@ BODIES: dict[str, tuple[str, bytes]] = {
     "a tool": (CHAT, filled(TOOL, '"abc",', "1]}}}]}")),
     "a schema": (CHAT, filled(SCHEMA, '"a",', "1]}}}}")),
     "numbers in a schema": (CHAT, filled(SCHEMA, "1,", "1]}}}}")),
+    "digits in a schema": (CHAT, filled(SCHEMA, "9" * 4200 + ",", "1]}}}}")),
+    "digits below the limit": (CHAT, filled(SCHEMA, "9" * 640 + ",", "1]}}}}")),
     "arguments": (CHAT, filled(CALLS, ARGUMENTS + ",", ARGUMENTS + CALLED)),
     "an argument": (CHAT, filled(CALLS + ARGUMENTS[:-5], "1,", '1]"}}' + CALLED)),
     "calls": (CHAT, filled(CALLS, CALL + ",", CALL + CALLED)),
@@ -133,10 +135,12 @@ def another_stream(url: str) -> Iterator[Watch]:
                 assert connection.recv(65536)
                 begun.set()
                 last = time.monotonic()
-                while not stop.is_set() and connection.recv(65536):
+                while not stop.is_set() and (piece := connection.recv(65536)):
                     now = time.monotonic()
                     watch.see(now - last)
                     last = now
+                    if b"[DONE]" in piece:
+                        break
 
     thread = threading.Thread(target=follow)
     thread.start()
@@ -217,6 +221,19 @@ def test_the_shape_of_a_text_is_counted_exactly(text: str) -> None:
                 check_shape([text.encode()], JsonLimits(**(exact | {name: count - 1})))
     with pytest.raises(ValueError, match="more than 1 values"):
         check_shape([b"[1", b",2]"], JsonLimits(max_values=1))
+
+
+@pytest.mark.parametrize("text", ["[{}]", '{{"a":{}}}', '{{"a": -{}}}', '["{}\\"",\n{}]', '[" x",{}, "a"]'])
+def test_whole_numbers_have_few_digits(text: str) -> None:
+    """Wherever a number stands, and whatever stands in strings; fractions cost no square."""
+    for digits, is_long in (("7" * 640, False), ("7" * 641, True), ("7" * 200_000, True), ("0." + "7" * 9000, False)):
+        data = text.format(digits, digits).encode()
+        with pytest.raises(ValueError, match="640 digits") if is_long else nullcontext():
+            check_numbers(data)
+    check_numbers(json.dumps({"a": [",:[ " + "7" * 9000, '\\",' + "7" * 9000]}).encode())
+    check_numbers((" " * 65_000 + "7" * 640).encode())
+    with pytest.raises(ValueError, match="640 digits"):
+        check_numbers((" " * 65_000 + "7" * 641).encode())
 
 
 def everything(value: Any) -> Iterator[Any]:

@@ -81,6 +81,8 @@ def test_strings_among_the_parts_of_content_are_text() -> None:
         ("null", parameter("arguments", "false", "null")),
         (None, parameter("arguments", "false", "null")),
         ([1, "é"], parameter("arguments", "false", '[1, "é"]')),
+        ('{"a": ' + "7" * 640 + "}", parameter("a", "false", "7" * 640)),
+        ('{"a": ' + "7" * 642 + "}", parameter("arguments", "true", '{"a": ' + "7" * 642 + "}")),
         (5, parameter("arguments", "false", "5")),
         (True, parameter("arguments", "false", "true")),
         ({"city": "Rome", "days": 3}, parameter("city", "true", "Rome") + "\n" + parameter("days", "false", "3")),
