@@ -42,7 +42,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def served_by(cert: Path | None, key: Path | None) -> ssl.SSLContext | None:
-    """What the command makes of its two options."""
+    """The context that the command makes of its two options."""
     return tls_of(argparse.Namespace(tls_cert=cert and str(cert), tls_key=key and str(key)))
 
 
