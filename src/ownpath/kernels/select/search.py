@@ -14,7 +14,7 @@ BEST_INFINITE, LEAST_INFINITE = tl.constexpr(0x7F800000), tl.constexpr(-(0x7F800
 
 
 @triton.jit
-def _ordered_keys(scores, is_there):
+def ordered_keys(scores, is_there):
     """Converts scores to integers of the same order. -0 becomes +0, NaN minus infinity."""
     bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
     keys = tl.where(bits < 0, bits ^ LARGEST, bits)
@@ -49,87 +49,36 @@ def _threshold(keys, least, best, num, K: tl.constexpr):
 
 
 @triton.jit
-def _places(keys, threshold, room, before):
-    """Returns which keys are selected, and the place of each among them: all above the threshold, the first equals.
-
-    before: counts of the keys that precede these, above the threshold and, shifted by 16 bits, equal to it.
-    """
+def _places(keys, threshold, room):
+    """Returns which keys are selected, and the place of each among them: all above the threshold, the first equals."""
     is_above, is_equal = keys > threshold, keys == threshold
     ones = is_above.to(tl.int32) + (is_equal.to(tl.int32) << 16)
-    before += tl.cumsum(ones, axis=0) - ones
+    before = tl.cumsum(ones, axis=0) - ones
     equals_before = before >> 16
     chosen = is_above | (is_equal & (equals_before < room))
     return chosen, (before & 0xFFFF) + tl.minimum(equals_before, room)
 
 
 @triton.jit
-def _count(keys, threshold):
-    """Counts keys above the threshold and, shifted by 16 bits, equal to it."""
-    return tl.sum((keys > threshold).to(tl.int32) + ((keys == threshold).to(tl.int32) << 16), axis=0)
+def select_keys(keys, rows, num, rows_ptr, keys_ptr, K: tl.constexpr, SIZE: tl.constexpr, KEEPS: tl.constexpr):
+    """Selects the K best of the first ``num`` keys and stores their rows, in order; with KEEPS, the keys as well.
 
-
-@triton.jit
-def pool_rows(table_ptr, entry, is_there, ROWS: tl.constexpr):
-    """Looks up the pool's rows of entries."""
-    return tl.load(table_ptr + entry // ROWS, mask=is_there, other=0) * ROWS + entry % ROWS
-
-
-@triton.jit
-def _search(keys, is_there, num, K: tl.constexpr):
-    """Returns what ``_threshold`` does, and 1 if a key is that of a number that is not finite."""
+    Returns 1 if a key is that of a number that is not finite, else 0.
+    """
+    is_there = tl.arange(0, SIZE) < num
     least, best = tl.min(tl.where(is_there, keys, LARGEST), axis=0), tl.max(keys, axis=0)
     threshold, room = _threshold(keys, least, best, num, K)
-    return threshold, room, ((num > 0) & ((least <= LEAST_INFINITE) | (best >= BEST_INFINITE))).to(tl.int32)
-
-
-@triton.jit
-def select_small(scores, rows, rows_ptr, keys_ptr, num, K: tl.constexpr, SIZE: tl.constexpr, KEEPS: tl.constexpr):
-    """Selects among the first ``num`` scores, whose rows of the pool are known. Returns the flag of ``_search``."""
-    is_there = tl.arange(0, SIZE) < num
-    keys = _ordered_keys(scores, is_there)
-    threshold, room, flag = _search(keys, is_there, num, K)
-    chosen, places = _places(keys, threshold, room, 0)
+    chosen, places = _places(keys, threshold, room)
     tl.store(rows_ptr + places, rows, mask=chosen)
     if KEEPS:
         tl.store(keys_ptr + places, keys, mask=chosen)
-    return flag
+    return ((num > 0) & ((least <= LEAST_INFINITE) | (best >= BEST_INFINITE))).to(tl.int32)
 
 
 @triton.jit
-def select_large(
-    scores_ptr, table_ptr, rows_ptr, keys_ptr, start, num,
-    K: tl.constexpr, SIZE: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr, KEEPS: tl.constexpr,
-):  # fmt: skip
-    """Selects among the scores of entries [start, start + num). Returns the flag of ``_search``.
-
-    Places are computed in pieces, so that registers suffice.
-    """
-    i = tl.arange(0, SIZE)
-    keys = _ordered_keys(tl.load(scores_ptr + start + i, mask=i < num, other=0.0), i < num)
-    threshold, room, flag = _search(keys, i < num, num, K)
-    before = 0
-    for offset in range(0, num, PIECE):
-        p = offset + tl.arange(0, PIECE)
-        part = _ordered_keys(tl.load(scores_ptr + start + p, mask=p < num, other=0.0), p < num)
-        chosen, places = _places(part, threshold, room, before)
-        tl.store(rows_ptr + places, pool_rows(table_ptr, start + p, chosen, ROWS), mask=chosen)
-        if KEEPS:
-            tl.store(keys_ptr + places, part, mask=chosen)
-        before += _count(part, threshold)
-    return flag
-
-
-@triton.jit
-def select_kept(keys_ptr, kept_rows_ptr, rows_ptr, num, K: tl.constexpr, SIZE: tl.constexpr, PIECE: tl.constexpr):
-    """Selects among what the chunks of a row have kept, in the order of the entries."""
+def select_kept(keys_ptr, rows_ptr, num, goal_rows_ptr, goal_keys_ptr, K: tl.constexpr, SIZE: tl.constexpr):
+    """Selects the K best of what other programs have kept, ``num`` keys and rows in the order of the entries."""
     i = tl.arange(0, SIZE)
     keys = tl.load(keys_ptr + i, mask=i < num, other=ABSENT, cache_modifier=".cg")
-    threshold, room, _ = _search(keys, i < num, num, K)
-    before = 0
-    for offset in range(0, num, PIECE):
-        p = offset + tl.arange(0, PIECE)
-        part = tl.load(keys_ptr + p, mask=p < num, other=ABSENT, cache_modifier=".cg")
-        chosen, places = _places(part, threshold, room, before)
-        rows = tl.load(kept_rows_ptr + p, mask=chosen, other=0, cache_modifier=".cg")
-        tl.store(rows_ptr + places, rows, mask=chosen)
-        before += _count(part, threshold)
+    rows = tl.load(rows_ptr + i, mask=i < num, other=0, cache_modifier=".cg")
+    select_keys(keys, rows, num, goal_rows_ptr, goal_keys_ptr, K, SIZE, True)
