@@ -2,7 +2,7 @@
 
 How it works. A row's scores, as integers of the same order, stay in the registers of one program. The threshold, the
 k-th best key, is searched between the least and the best: two pivots a pass cut the range to a third, and a count of k
-ends the search; usually after 10 to 12 passes. One prefix sum then gives each selected entry its place: all above the
+ends the search, usually after 7 to 9 passes. One prefix sum then gives each selected entry its place: all above the
 threshold, and of its equals the first ones. A long row is a tree: its leaves are pieces of the row, one program each,
 and the program that finishes last of a node's children selects among what they have kept. That lies in the order of the
 entries, so that ties are decided as in one piece.
