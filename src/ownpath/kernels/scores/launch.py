@@ -37,8 +37,8 @@ from ownpath.kernels.variants import variant_name
 
 INTERPRETED = triton.knobs.runtime.interpret
 MAX_HEADS = 128
-NUM_PROGRAMS = 528
-"""Programs of a step, about four for each of an H200's SMs: enough keys are then on their way."""
+NUM_PROGRAMS = 396
+"""Programs of a step: three for each of an H200's SMs, as many as its shared memory holds at a time."""
 NUM_STAGES = 3
 PER_BLOCK = 64
 QUERY_FACTOR, FP8_FACTOR = tl.constexpr(2.0**96), 2.0**24
@@ -257,9 +257,10 @@ def padded_heads(num_heads: int) -> int:
 
 
 def num_programs(num_rows: int, num_blocks: int) -> int:
-    """Returns the programs of each row: at most one a block, and at least one."""
-    share: int = triton.cdiv(NUM_PROGRAMS, max(num_rows, 1))
-    return min(num_blocks, share)
+    """Returns the programs of each row: all at work at once, with equal numbers of blocks in the longest row."""
+    most = max(1, NUM_PROGRAMS // max(num_rows, 1))
+    programs: int = triton.cdiv(num_blocks, triton.cdiv(num_blocks, most))
+    return programs
 
 
 def check_rows(rows: PagedRows, num_rows: int, device: torch.device) -> None:

@@ -12,13 +12,15 @@ from ownpath.numerics import rotate_pairs, wide_dtype
 
 def entry_rows(blocks_TB: torch.Tensor, per_block: int) -> torch.Tensor:
     """Returns the pool's row of every entry of every table, int64 [T, C]."""
-    return (blocks_TB.long()[..., None] * per_block + torch.arange(per_block, device=blocks_TB.device)).flatten(1)
+    within = torch.arange(per_block, device=blocks_TB.device)
+    return (blocks_TB.long()[..., None] * per_block + within).flatten(1)
 
 
 def visible_entries(rows: PagedRows, pages: EntryPages) -> torch.Tensor:
     """Returns which entries each row sees: bool [T, C]."""
     entries_C = torch.arange(rows.blocks_TB.shape[1] * pages.per_block, device=rows.blocks_TB.device)
-    return entries_C < ((rows.positions_T + 1) // pages.ratio)[:, None]
+    counts_T: torch.Tensor = (rows.positions_T + 1) // pages.ratio
+    return entries_C < counts_T[:, None]
 
 
 def keys_of_rows(keys: torch.Tensor, blocks_TB: torch.Tensor, per_block: int, dtype: torch.dtype) -> torch.Tensor:
@@ -27,7 +29,8 @@ def keys_of_rows(keys: torch.Tensor, blocks_TB: torch.Tensor, per_block: int, dt
         return keys[entry_rows(blocks_TB, per_block)].to(dtype)
     codes, scales = keys[blocks_TB.long()].split((per_block * INDEX_DIM, per_block * 4), dim=-1)
     decoded = codes.contiguous().view(torch.float8_e4m3fn).to(dtype).unflatten(-1, (per_block, INDEX_DIM))
-    return (decoded * scales.contiguous().view(torch.float32).to(dtype)[..., None]).flatten(1, 2)
+    scaled: torch.Tensor = decoded * scales.contiguous().view(torch.float32).to(dtype)[..., None]
+    return scaled.flatten(1, 2)
 
 
 def index_scores(
