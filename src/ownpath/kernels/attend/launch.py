@@ -20,10 +20,10 @@ from typing import NamedTuple
 import torch
 import triton
 
+from ownpath.kernels.attend.arguments import AttendArguments, AttendCallKey
 from ownpath.kernels.attend.checks import check_call, check_out, check_workspace
 from ownpath.kernels.attend.triton_attend import attend_kernel, merge_splits_kernel
 from ownpath.kernels.attend.types import WINDOW_ROWS, AttendWeights, DecodeKeys, DecodeRows
-from ownpath.kernels.checks import VECTOR_BYTES
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
@@ -82,10 +82,6 @@ def _stages(tiles: int, is_fp8: bool) -> int:
     return 2 if is_fp8 or tiles == RING_TILES else 3
 
 
-AttendCallKey = tuple[torch.Size, tuple[int, ...], int, int, tuple[tuple[torch.Size, torch.dtype], ...]]
-"""Shape, strides and device of q, the ratio, shapes and dtypes of the other tensors."""
-
-
 @dataclass(frozen=True)
 class AttendCall:
     """The prepared launches of one form of call.
@@ -107,43 +103,6 @@ class AttendOperand:
     weights: AttendWeights
     launches: LaunchCache[AttendCallKey, AttendCall] = field(default_factory=LaunchCache, compare=False)
     lock: Lock = field(default_factory=Lock, compare=False)
-
-
-class _Arguments(NamedTuple):
-    """The tensors of a call. An absent one is replaced by one that is not read."""
-
-    q_TNH: torch.Tensor
-    cos_TF: torch.Tensor
-    sin_TF: torch.Tensor
-    window: torch.Tensor
-    entries: torch.Tensor
-    positions_T: torch.Tensor
-    slots_T: torch.Tensor
-    blocks_TB: torch.Tensor
-    selected_TK: torch.Tensor
-    num_selected_T: torch.Tensor
-
-    @classmethod
-    def of(
-        cls, q_TNH: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor, keys: DecodeKeys, rows: DecodeRows
-    ) -> "_Arguments":
-        entries = keys.window if keys.entries is None else keys.entries
-        selected = rows.positions_T if rows.selected_TK is None else rows.selected_TK
-        counts = rows.positions_T if rows.num_selected_T is None else rows.num_selected_T
-        places = rows.positions_T, rows.slots_T, rows.blocks_TB
-        return cls(q_TNH, cos_TF, sin_TF, keys.window, entries, *places, selected, counts)
-
-    def key(self, ratio: int) -> AttendCallKey:
-        """Returns the key of the prepared call."""
-        others = tuple((tensor.shape, tensor.dtype) for tensor in self[1:])
-        return self.q_TNH.shape, self.q_TNH.stride(), self.q_TNH.get_device(), ratio, others
-
-    def are_dense(self) -> bool:
-        """Returns True if all are aligned, and contiguous but for q."""
-        together = 0
-        for tensor in self:
-            together |= tensor.data_ptr()
-        return not together % VECTOR_BYTES and all(tensor.is_contiguous() for tensor in self[1:])
 
 
 class TritonAttend:
@@ -200,7 +159,7 @@ class TritonAttend:
 
         Errors: ValueError naming the argument for a wrong shape, dtype, device, stride or alignment.
         """
-        arguments = _Arguments.of(q_TNH, cos_TF, sin_TF, keys, rows)
+        arguments = AttendArguments.of(q_TNH, cos_TF, sin_TF, keys, rows)
         key = arguments.key(keys.ratio)
         call = operand.launches.get(key)
         if call is None or not arguments.are_dense():
@@ -241,7 +200,7 @@ class TritonAttend:
 
     def _first(
         self,
-        arguments: _Arguments,
+        arguments: AttendArguments,
         given: tuple[DecodeKeys, DecodeRows],
         operand: AttendOperand,
         out: torch.Tensor | None,
@@ -273,7 +232,7 @@ class TritonAttend:
 
 
 def _launch_attend(
-    arguments: _Arguments,
+    arguments: AttendArguments,
     keys: DecodeKeys,
     form: AttendForm,
     weights: AttendWeights,
@@ -311,7 +270,7 @@ def _launch_attend(
 
 
 def _launch_merge(
-    arguments: _Arguments,
+    arguments: AttendArguments,
     keys: DecodeKeys,
     form: AttendForm,
     weights: AttendWeights,
