@@ -42,8 +42,8 @@ from ownpath.kernels.attend.multiply_sm90 import AttendProducts
 from ownpath.kernels.attend.parts_sm90 import (
     CONSUMERS,
     MINUS_INFINITY,
-    Inputs,
-    Results,
+    AttendReads,
+    AttendWrites,
 )
 from ownpath.kernels.dsl import ptx
 from ownpath.kernels.dsl.warpgroup import Thread
@@ -113,11 +113,11 @@ class Attend(AttendLoads, AttendProducts):
         eps: Float32,
     ) -> None:
         """Loads keys, or multiplies, by warpgroup. scale: of the scores."""
-        inputs = Inputs(
+        inputs = AttendReads(
             q, cos, sin, window, entries, positions, slots, table, counts, sink,
             num_heads, q_row, q_head, width, scale, eps,
         )  # fmt: skip
-        results = Results(out, sums, stats)
+        results = AttendWrites(out, sums, stats)
         thread, _, _ = cute.arch.thread_idx()
         warp_group = cute.arch.make_warp_uniform(thread // WG)
         memory = self.allocate()

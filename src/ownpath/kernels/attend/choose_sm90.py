@@ -1,4 +1,4 @@
-"""How many CTAs share a row's keys on Hopper, and how their sums are merged. Importable without the DSL."""
+"""Chooses how many CTAs share a row's keys on Hopper, and who merges their sums. Importable without the DSL."""
 
 from typing import NamedTuple
 

@@ -19,10 +19,10 @@ from ownpath.kernels.attend.parts_sm90 import (
     Q_READY,
     STAGE_BYTES,
     WINDOW,
+    AttendMemory,
     AttendParts,
-    Inputs,
-    Memory,
-    Share,
+    AttendReads,
+    AttendShare,
 )
 from ownpath.kernels.dsl import ptx
 
@@ -31,7 +31,7 @@ class AttendLoads(AttendParts):
     """Fills shared memory."""
 
     @cute.jit
-    def key_row(self, inputs: Inputs, share: Share, key: Int32) -> Int32:
+    def key_row(self, inputs: AttendReads, share: AttendShare, key: Int32) -> Int32:
         """Returns a key's row of the entries; -1 - row for one of the window, whose first stands for missing keys."""
         cfg = self.cfg
         row = Int32(-1)
@@ -49,7 +49,7 @@ class AttendLoads(AttendParts):
         return row
 
     @cute.jit
-    def key_address(self, inputs: Inputs, share: Share, key: Int32) -> Int64:
+    def key_address(self, inputs: AttendReads, share: AttendShare, key: Int32) -> Int64:
         """Returns the address of a BF16 key."""
         row = self.key_row(inputs, share, key)
         address = inputs.window.toint() + (Int64(share.slot) * WINDOW - 1 - row) * (HEAD_DIM * 2)
@@ -59,7 +59,7 @@ class AttendLoads(AttendParts):
         return address
 
     @cute.jit
-    def page_address(self, inputs: Inputs, share: Share, key: Int32) -> tuple[Int64, Int64]:
+    def page_address(self, inputs: AttendReads, share: AttendShare, key: Int32) -> tuple[Int64, Int64]:
         """Returns the addresses of a key in FP8 pages, and of its scales."""
         row = self.key_row(inputs, share, key)
         place = -1 - row
@@ -74,7 +74,7 @@ class AttendLoads(AttendParts):
         return page + place * KEY_DATA, scales + place * (KEY_BYTES - KEY_DATA)
 
     @cute.jit
-    def load_keys(self, inputs: Inputs, share: Share, memory: Memory, idx: Int32) -> None:
+    def load_keys(self, inputs: AttendReads, share: AttendShare, memory: AttendMemory, idx: Int32) -> None:
         """Gathers the keys of every tile, the left half of the channels first. A warp has 16 keys, one to a copy."""
         warp, lane = idx // 32, idx % 32
         # Lane l copies 16-byte unit l of a half: unit l % 8 of chunk l // 8, exchanged within a line by the key.
@@ -99,7 +99,7 @@ class AttendLoads(AttendParts):
             mine = self.key_address(inputs, share, key0 + TILE_KEYS + lane % 16)
 
     @cute.jit
-    def load_pages(self, inputs: Inputs, share: Share, memory: Memory, idx: Int32) -> None:
+    def load_pages(self, inputs: AttendReads, share: AttendShare, memory: AttendMemory, idx: Int32) -> None:
         """Gathers the keys of every tile from FP8 pages. A warp has 16 keys, two to a copy.
 
         A thread copies 16 codes to where the first half of their BF16 values belongs, and decodes them once they are
@@ -134,15 +134,18 @@ class AttendLoads(AttendParts):
                 attend_ptx.prefetch(address + (lane // 16 * 384 + line * 96))
 
     @cute.jit
-    def load_scales(self, share: Share, key: Int32, place: Int64) -> tuple[Uint32, Uint32]:
+    def load_scales(self, share: AttendShare, key: Int32, place: Int64) -> tuple[Uint32, Uint32]:
         """Loads the 7 scales of a key; zeros for one that is not there."""
         inside = Int32(0)
         if key < share.num_keys:
             inside = Int32(1)
-        return attend_ptx.load_words2_or_zero(place, inside)
+        low, high = attend_ptx.load_words2_or_zero(place, inside)
+        return low, high
 
     @cute.jit
-    def start_pages(self, share: Share, memory: Memory, warp: Int32, lane: Int32, i: Int32, mine: Int64) -> None:
+    def start_pages(
+        self, share: AttendShare, memory: AttendMemory, warp: Int32, lane: Int32, i: Int32, mine: Int64
+    ) -> None:
         """Starts the copies of tile i, if there is one: a group for each half of the channels."""
         unit = lane % 16
         base = memory.keys.toint() + unit // 4 * CHUNK_BYTES + warp * (16 * 128)
@@ -170,7 +173,7 @@ class AttendLoads(AttendParts):
 
     @cute.jit
     def decode_half(
-        self, memory: Memory, warp: Int32, lane: Int32, stage: Int32, word: Uint32, half: cutlass.Constexpr
+        self, memory: AttendMemory, warp: Int32, lane: Int32, stage: Int32, word: Uint32, half: cutlass.Constexpr
     ) -> None:
         """Decodes what this thread copied to a stage, and hands the stage over. word: four scales of a key."""
         unit = lane % 16
@@ -189,7 +192,7 @@ class AttendLoads(AttendParts):
         cute.arch.mbarrier_arrive(memory.pipeline.full + stage)
 
     @cute.jit
-    def load_queries(self, inputs: Inputs, share: Share, memory: Memory, thread: Int32) -> None:
+    def load_queries(self, inputs: AttendReads, share: AttendShare, memory: AttendMemory, thread: Int32) -> None:
         """Norms and rotates the queries into shared memory: a head to a warp, 8 heads one after the other."""
         warp, lane = thread // 32, thread % 32
         head0 = share.head0 + warp * 8

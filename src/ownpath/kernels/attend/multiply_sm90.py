@@ -1,5 +1,7 @@
 """Products and softmax of the attention kernel."""
 
+from dataclasses import dataclass
+
 import cutlass
 from cutlass import BFloat16, Float32, Int32, Uint32, cute
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
@@ -20,20 +22,30 @@ from ownpath.kernels.attend.parts_sm90 import (
     P_EMPTY,
     P_FULL,
     SUMS_READY,
-    Inputs,
-    Memory,
-    Results,
-    Share,
+    AttendMemory,
+    AttendReads,
+    AttendShare,
+    AttendWrites,
 )
 from ownpath.kernels.attend.result_sm90 import AttendResults
 from ownpath.kernels.dsl import ptx
 from ownpath.kernels.dsl.warpgroup import Thread, shared_operand, wgmma
 
 
-class AttendProducts(AttendResults):
-    """What the two multiplying warpgroups do."""
+@dataclass(frozen=True)
+class AttendRegisters:
+    """A thread's part of a tile's scores and weights, and of the row's sums and statistics."""
 
-    def values_operand(self, memory: Memory) -> cute.Tensor:
+    scores: cute.Tensor
+    weights: cute.Tensor
+    sums: cute.Tensor
+    stats: cute.Tensor
+
+
+class AttendProducts(AttendResults):
+    """The work of the two multiplying warpgroups."""
+
+    def values_operand(self, memory: AttendMemory) -> cute.Tensor:
         """Makes the keys' stages as values, [256 channels, 64 keys, stages]: channels are contiguous."""
         outer = cute.make_layout(
             ((CHUNK, HALF // CHUNK), (8, TILE_KEYS // 8), 4),
@@ -43,7 +55,9 @@ class AttendProducts(AttendResults):
         return cute.make_tensor(cute.recast_ptr(memory.keys, layout.inner, BFloat16), layout.outer)
 
     @cute.jit
-    def multiply_left(self, inputs: Inputs, results: Results, share: Share, memory: Memory, thread: Thread) -> None:
+    def multiply_left(
+        self, inputs: AttendReads, results: AttendWrites, share: AttendShare, memory: AttendMemory, thread: Thread
+    ) -> None:
         """Scores, softmax, and the left half of the values."""
         major = OperandMajorMode
         qk = make_trivial_tiled_mma(BFloat16, BFloat16, major.K, major.K, Float32, (1, 1, 1), (TILE_HEADS, TILE_KEYS))
@@ -65,11 +79,12 @@ class AttendProducts(AttendResults):
         sums = cute.make_rmem_tensor(thr_pv.partition_shape_C((TILE_HEADS, HALF)), Float32)
         sums.fill(0.0)
         stats = self.initial_stats(inputs, share, thread)
+        registers = AttendRegisters(scores, weights, sums, stats)
         self.issue_scores(qk, q, k, scores, memory, Int32(0))
         warpgroup.wait_group(0)
         last = share.num_tiles - 1
         for i in cutlass.range(last, unroll=1):
-            self.soften(scores, weights, sums, stats, inputs.scale * LOG2_E, memory, thread, i, None)
+            self.soften(registers, inputs.scale * LOG2_E, memory, thread, i, None)
             warpgroup.fence()
             self.issue_values(pv, weights, values, sums, (i & 1) * 2)
             self.issue_scores(qk, q, k, scores, memory, i + 1)
@@ -77,7 +92,7 @@ class AttendProducts(AttendResults):
             self.release(memory, (i & 1) * 2, thread)
             warpgroup.wait_group(0)
         limit = share.num_keys - (share.first_tile + last) * TILE_KEYS
-        self.soften(scores, weights, sums, stats, inputs.scale * LOG2_E, memory, thread, last, limit)
+        self.soften(registers, inputs.scale * LOG2_E, memory, thread, last, limit)
         warpgroup.fence()
         self.issue_values(pv, weights, values, sums, (last & 1) * 2)
         self.finish_stats(stats, inputs, results, share, memory, thread)
@@ -85,7 +100,9 @@ class AttendProducts(AttendResults):
         self.finish(sums, inputs, results, share, memory, thread, 0)
 
     @cute.jit
-    def multiply_right(self, inputs: Inputs, results: Results, share: Share, memory: Memory, thread: Thread) -> None:
+    def multiply_right(
+        self, inputs: AttendReads, results: AttendWrites, share: AttendShare, memory: AttendMemory, thread: Thread
+    ) -> None:
         """The right half of the values, with the weights that the other warpgroup hands over."""
         major = OperandMajorMode
         pv = make_trivial_tiled_mma(BFloat16, BFloat16, major.K, major.MN, Float32, (1, 1, 1), (TILE_HEADS, HALF))
@@ -119,7 +136,7 @@ class AttendProducts(AttendResults):
 
     @cute.jit
     def issue_scores(
-        self, qk: cute.TiledMma, q: cute.Tensor, k: cute.Tensor, scores: cute.Tensor, memory: Memory, i: Int32
+        self, qk: cute.TiledMma, q: cute.Tensor, k: cute.Tensor, scores: cute.Tensor, memory: AttendMemory, i: Int32
     ) -> None:
         """Starts queries times the keys of tile i, each half as it arrives: two groups of instructions."""
         for half in cutlass.range_constexpr(2):
@@ -146,12 +163,9 @@ class AttendProducts(AttendResults):
     @cute.jit
     def soften(
         self,
-        scores: cute.Tensor,
-        weights: cute.Tensor,
-        sums: cute.Tensor,
-        stats: cute.Tensor,
+        registers: AttendRegisters,
         scale: Float32,
-        memory: Memory,
+        memory: AttendMemory,
         thread: Thread,
         i: Int32,
         limit: Int32 | None,
@@ -160,7 +174,8 @@ class AttendProducts(AttendResults):
 
         scale: turns scores into powers of two. limit: the tile's number of keys, where it may have fewer than 64.
         """
-        words = cute.recast_tensor(weights, Uint32)
+        scores, sums, stats = registers.scores, registers.sums, registers.stats
+        words = cute.recast_tensor(registers.weights, Uint32)
         factors = []
         for half in cutlass.range_constexpr(2):
             old = stats[2 * half]
@@ -210,6 +225,6 @@ class AttendProducts(AttendResults):
                 at = 4 * j + 2 * half + odd
                 sums[at] = sums[at] * factor
 
-    def release(self, memory: Memory, stage: Int32, thread: Thread) -> None:
+    def release(self, memory: AttendMemory, stage: Int32, thread: Thread) -> None:
         """Releases a stage, which this warpgroup was the last to read."""
         memory.pipeline.consumer().release(stage, thread.idx)

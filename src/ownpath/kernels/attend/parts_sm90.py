@@ -1,4 +1,4 @@
-"""What the parts of the attention kernel share: its arguments, a CTA's memory and its place."""
+"""The parts of the attention kernel have in common: its arguments, a CTA's memory and its place."""
 
 from dataclasses import dataclass
 
@@ -32,7 +32,7 @@ MINUS_INFINITY = float("-inf")
 
 
 @dataclass(frozen=True)
-class Inputs:
+class AttendReads:
     """The kernel's arguments. q_row, q_head: elements from row to row and from head to head of q. table: the
     rows' blocks or selected rows, ``width`` to a row."""
 
@@ -55,8 +55,8 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Results:
-    """What the kernel writes: the result, or sums [row, split, head, 512] and statistics [row, split, head, 2]."""
+class AttendWrites:
+    """The addresses of the results: o, or sums [row, split, head, 512] and statistics [row, split, head, 2]."""
 
     out: cute.Pointer
     sums: cute.Pointer
@@ -64,7 +64,7 @@ class Results:
 
 
 @dataclass(frozen=True)
-class Memory:
+class AttendMemory:
     """A CTA's shared memory. lines: float32 [4, 64], factors of each buffer of weights, then what the sums are divided
     by, or the largest scores and the sums of weights."""
 
@@ -76,7 +76,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Share:
+class AttendShare:
     """A CTA's place: a row, 64 heads from ``head0`` on, and ``num_tiles`` tiles from ``first_tile`` on of the row's
     ``num_keys`` keys, of which ``num_window`` are the window's."""
 
@@ -97,16 +97,16 @@ class AttendParts:
     def __init__(self, config: AttendConfig) -> None:
         self.cfg = config
 
-    def allocate(self) -> Memory:
+    def allocate(self) -> AttendMemory:
         """Allocates all of a CTA's shared memory."""
         q = cute.arch.alloc_smem(BFloat16, TILE_HEADS * HEAD_DIM, 1024)
         keys = cute.arch.alloc_smem(BFloat16, 4 * TILE_KEYS * HALF, 1024)
         p = cute.arch.alloc_smem(BFloat16, 2 * TILE_HEADS * TILE_KEYS, 1024)
         lines = cute.arch.alloc_smem(Float32, 4 * TILE_HEADS, 16)
-        return Memory(q, keys, p, lines, Pipeline.allocate(4))
+        return AttendMemory(q, keys, p, lines, Pipeline.allocate(4))
 
     @cute.jit
-    def share(self, inputs: Inputs) -> Share:
+    def share(self, inputs: AttendReads) -> AttendShare:
         """Returns this CTA's share."""
         cfg = self.cfg
         split, group, row = cute.arch.block_idx()
@@ -127,4 +127,4 @@ class AttendParts:
             each = (tiles + num_splits - 1) // num_splits
             first = cutlass.min(split * each, tiles)
             num_tiles = cutlass.min(each, tiles - first)
-        return Share(row, group * TILE_HEADS, split, num_splits, slot, num_window, num_keys, first, num_tiles)
+        return AttendShare(row, group * TILE_HEADS, split, num_splits, slot, num_window, num_keys, first, num_tiles)

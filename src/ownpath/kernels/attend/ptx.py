@@ -6,7 +6,7 @@ from cutlass.cutlass_dsl import T, dsl_user_op
 
 from ownpath.kernels.dsl.ptx import Site, Value, asm
 
-Words = tuple[Value, ...]
+FourWords = tuple[Value, ...]
 """Four words: 16 bytes."""
 
 
@@ -25,7 +25,7 @@ def load_float(address: Value, *, loc: Site = None, ip: Site = None) -> Float32:
 
 
 @dsl_user_op
-def load_words_or_zero(address: Value, inside: Value, *, loc: Site = None, ip: Site = None) -> Words:
+def load_words_or_zero(address: Value, inside: Value, *, loc: Site = None, ip: Site = None) -> FourWords:
     """Loads 16 bytes of global memory, or returns zeros where ``inside`` is 0: nothing is read then."""
     struct = llvm.StructType.get_literal([T.i32()] * 4)
     text = (
@@ -63,7 +63,7 @@ def arrive_after_copies(barrier: Value, *, loc: Site = None, ip: Site = None) ->
 
 
 @dsl_user_op
-def store_shared_words(address: Value, words: Words, *, loc: Site = None, ip: Site = None) -> None:
+def store_shared_words(address: Value, words: FourWords, *, loc: Site = None, ip: Site = None) -> None:
     """Stores 16 bytes to shared memory at a byte address."""
     operands = [Int32(address).ir_value(loc=loc, ip=ip)] + [Uint32(v).ir_value(loc=loc, ip=ip) for v in words]
     asm("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", None, operands, False, loc, ip)
@@ -142,7 +142,7 @@ def pick(condition: Value, word: Value, otherwise: Value, *, loc: Site = None, i
 
 
 @dsl_user_op
-def load_words2_or_zero(address: Value, inside: Value, *, loc: Site = None, ip: Site = None) -> Words:
+def load_words2_or_zero(address: Value, inside: Value, *, loc: Site = None, ip: Site = None) -> FourWords:
     """Loads 8 bytes of global memory, or returns zeros where ``inside`` is 0: nothing is read then."""
     struct = llvm.StructType.get_literal([T.i32()] * 2)
     text = "{ .reg .pred p; setp.ne.s32 p, $3, 0; mov.b32 $0, 0; mov.b32 $1, 0; @p ld.global.v2.b32 {$0, $1}, [$2]; }"

@@ -1,4 +1,4 @@
-"""Results of the attention kernel: written, left to ``combine_sm90``, or merged by a cluster."""
+"""AttendWrites of the attention kernel: written, left to ``combine_sm90``, or merged by a cluster."""
 
 import cutlass
 from cutlass import Float32, Int32, Int64, Uint32, cute
@@ -17,11 +17,11 @@ from ownpath.kernels.attend.parts_sm90 import (
     LOG2_E,
     MINUS_INFINITY,
     SUMS_READY,
+    AttendMemory,
     AttendParts,
-    Inputs,
-    Memory,
-    Results,
-    Share,
+    AttendReads,
+    AttendShare,
+    AttendWrites,
 )
 from ownpath.kernels.dsl import ptx
 from ownpath.kernels.dsl.warpgroup import Thread
@@ -31,7 +31,7 @@ class AttendResults(AttendParts):
     """Takes sums and statistics from registers."""
 
     @cute.jit
-    def initial_stats(self, inputs: Inputs, share: Share, thread: Thread) -> cute.Tensor:
+    def initial_stats(self, inputs: AttendReads, share: AttendShare, thread: Thread) -> cute.Tensor:
         """Returns this thread's (largest score, sum of weights) for rows g and g + 8.
 
         The whole row's CTA starts as if the sink had been a score: weight 1 in one of a row's four threads.
@@ -50,7 +50,13 @@ class AttendResults(AttendParts):
 
     @cute.jit
     def finish_stats(
-        self, stats: cute.Tensor, inputs: Inputs, results: Results, share: Share, memory: Memory, thread: Thread
+        self,
+        stats: cute.Tensor,
+        inputs: AttendReads,
+        results: AttendWrites,
+        share: AttendShare,
+        memory: AttendMemory,
+        thread: Thread,
     ) -> None:
         """Adds up the four threads of each row; hands over what sums are divided by, or writes the statistics."""
         for half in cutlass.range_constexpr(2):
@@ -75,7 +81,13 @@ class AttendResults(AttendParts):
 
     @cute.jit
     def write_stats(
-        self, results: Results, share: Share, inputs: Inputs, row: Int32, largest: Float32, total: Float32
+        self,
+        results: AttendWrites,
+        share: AttendShare,
+        inputs: AttendReads,
+        row: Int32,
+        largest: Float32,
+        total: Float32,
     ) -> None:
         """Writes a head's largest score, as a power of two, and its sum of weights."""
         head = share.head0 + row
@@ -84,14 +96,14 @@ class AttendResults(AttendParts):
             ptx.store_global_vec2(results.stats.toint() + line * 8, (largest, total))
 
     @cute.jit
-    def keep_stats(self, memory: Memory, row: Int32, largest: Float32, total: Float32) -> None:
+    def keep_stats(self, memory: AttendMemory, row: Int32, largest: Float32, total: Float32) -> None:
         """Keeps a head's largest score, as a power of two, and its sum of weights in shared memory."""
         place = memory.lines.toint() + 2 * LINE_BYTES + row * 4
         attend_ptx.store_shared_float(place, largest)
         attend_ptx.store_shared_float(place + LINE_BYTES, total)
 
     @cute.jit
-    def keep_sums(self, sums: cute.Tensor, memory: Memory, thread: Thread, side: cutlass.Constexpr) -> None:
+    def keep_sums(self, sums: cute.Tensor, memory: AttendMemory, thread: Thread, side: cutlass.Constexpr) -> None:
         """Keeps a side's sums [64, 512] in shared memory instead of the keys, 16-byte units exchanged by the row."""
         attend_ptx.barrier_sync(KEYS_READ, CONSUMERS)
         unit = (thread.pair // 2) ^ thread.row
@@ -103,7 +115,9 @@ class AttendResults(AttendParts):
                 attend_ptx.store_shared_pair(address, sums[4 * j + 2 * half], sums[4 * j + 2 * half + 1])
 
     @cute.jit
-    def merge(self, inputs: Inputs, results: Results, share: Share, memory: Memory, thread: Int32) -> None:
+    def merge(
+        self, inputs: AttendReads, results: AttendWrites, share: AttendShare, memory: AttendMemory, thread: Int32
+    ) -> None:
         """Merges a cluster's sums and writes the result: a head to a warp, every num_splits-th to this CTA."""
         warp, lane = thread // 32, thread % 32
         first, step = share.split + share.num_splits * warp, share.num_splits * (CONSUMERS // 32)
@@ -114,7 +128,13 @@ class AttendResults(AttendParts):
 
     @cute.jit
     def merge_head(
-        self, inputs: Inputs, results: Results, share: Share, memory: Memory, row: Int32, lane: Int32
+        self,
+        inputs: AttendReads,
+        results: AttendWrites,
+        share: AttendShare,
+        memory: AttendMemory,
+        row: Int32,
+        lane: Int32,
     ) -> None:
         """Merges one head: the splits' weights from their statistics, a split to a lane, then 16 channels a lane."""
         head = share.head0 + row
@@ -170,10 +190,10 @@ class AttendResults(AttendParts):
     def finish(
         self,
         sums: cute.Tensor,
-        inputs: Inputs,
-        results: Results,
-        share: Share,
-        memory: Memory,
+        inputs: AttendReads,
+        results: AttendWrites,
+        share: AttendShare,
+        memory: AttendMemory,
         thread: Thread,
         side: int,
     ) -> None:
@@ -187,10 +207,10 @@ class AttendResults(AttendParts):
     def store(
         self,
         sums: cute.Tensor,
-        inputs: Inputs,
-        results: Results,
-        share: Share,
-        memory: Memory,
+        inputs: AttendReads,
+        results: AttendWrites,
+        share: AttendShare,
+        memory: AttendMemory,
         thread: Thread,
         side: int,
     ) -> None:
@@ -225,7 +245,7 @@ class AttendResults(AttendParts):
                     if head < inputs.num_heads:
                         attend_ptx.store_words2(results.out.toint() + (line + 8 * j) * 2, low, high)
 
-    def rotate_back(self, sums: cute.Tensor, inputs: Inputs, share: Share, thread: Thread) -> None:
+    def rotate_back(self, sums: cute.Tensor, inputs: AttendReads, share: AttendShare, thread: Thread) -> None:
         """Rotates the last 64 channels by the negative angles."""
         for j in range((HALF - NUM_ROTARY) // 8, HALF // 8):
             pair = Int64(share.row) * (NUM_ROTARY // 2) + (4 * j - (HALF - NUM_ROTARY) // 2) + thread.pair
