@@ -162,7 +162,7 @@ def test_a_call_of_experts_names_both_products(num_tokens: int) -> None:
     w13, w2 = PackedWeight(empty, empty, empty, 4096, 4096), PackedWeight(empty, empty, empty, 4096, 2048)
     ids = torch.empty(num_tokens, 6, dtype=torch.int64, device="meta")
     choice = choose_moe(6 * num_tokens, 256, 4096, 2048, False)
-    named = nvfp4_moe.variant(ids, Routing(ids, empty), MoeOperand(w13, w2, 256, 7.0))
+    named = nvfp4_moe.variant(ids, Routing(ids, empty), MoeOperand(w13, w2, 256, 7.0, counters=empty))
     assert named.split() == [choice.gate_up.name, choice.down.name]
 
 

@@ -32,8 +32,13 @@ def call_config(config: FusedConfig, aligning: AlignConfig, pairs: int) -> Fused
     """Returns the kernel for a call: up to 64 pairs, one that sorts them itself."""
     if pairs > FEW_PAIRS:
         return config
-    ids = {"wide_ids": aligning.wide_ids, "mapped": aligning.mapped, "num_shared": aligning.num_shared}
-    return replace(config, max_pairs=32 if pairs <= 32 else FEW_PAIRS, **ids)
+    return replace(
+        config,
+        max_pairs=32 if pairs <= 32 else FEW_PAIRS,
+        wide_ids=aligning.wide_ids,
+        mapped=aligning.mapped,
+        num_shared=aligning.num_shared,
+    )
 
 
 def call_configs(config: FusedConfig, aligning: AlignConfig, pairs: int) -> list[Config]:

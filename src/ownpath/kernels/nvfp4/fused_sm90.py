@@ -2,9 +2,9 @@
 
 How it works. Weights depend on nothing but the experts' ids, so that the copies of down's first tile follow those of
 gate_up's last without a gap: memory stays busy while the hidden rows are finished, announced and read back. A CTA that
-has one tile less of gate_up begins with two of down, which are half as long. Up to 32 (token, slot) pairs every CTA sorts
-the pairs itself, in one warp, and the last warp to finish 16 features of down sums them over the slots, in their order:
-the call is one launch. With more pairs ``Align`` comes before and ``Combine`` behind.
+has one tile less of gate_up begins with two of down, which are half as long. Up to 64 (token, slot) pairs every CTA
+sorts the pairs itself, in one warp, and the last warp to finish 16 features of down sums them over the slots, in their
+order: the call is one launch. With more pairs ``Align`` comes before and ``Combine`` behind.
 
 All CTAs are resident at once (the grid is no larger), so that waiting for another CTA's rows always ends. The counters
 of a kernel that aligns belong to the experts and are zero between calls: calls of one operand must not overlap.
@@ -70,7 +70,7 @@ def share_out(worker: Int32, num_workers: Int32, num_before: Int32, num_tiles: I
 
 @dataclass(frozen=True)
 class Sums:
-    """What the last warp of some features needs to sum them. rows: float32 [P, width]; out: bfloat16 [T, width]."""
+    """The operands of the sums over a token's slots. rows: float32 [P, width]; out: bfloat16 [T, width]."""
 
     schedule: Schedule
     rows: cute.Pointer
@@ -82,18 +82,18 @@ class Sums:
 
 
 @dataclass(frozen=True)
-class Slots:
+class DrawnTiles:
     """The numbers of the tiles that a CTA draws, from the warp that draws to the others.
 
-    Nobody is more than a ring of stages behind the warp that draws, and a tile is longer than that: with four slots, one
-    is read by all before it is written again.
+    Nobody is more than a ring of stages behind the warp that draws. A ring is shorter than three tiles, which ``choose``
+    sees to, so that each of the four slots is read by all before it is written again.
     """
 
     numbers: cute.Pointer
     full: cute.Pointer
 
     @classmethod
-    def allocate(cls) -> "Slots":
+    def allocate(cls) -> "DrawnTiles":
         """Allocates shared memory."""
         return cls(cute.arch.alloc_smem(Int32, NUM_SLOTS, 16), cute.arch.alloc_smem(Int64, NUM_SLOTS, 8))
 
@@ -150,8 +150,20 @@ class Fused:
             tokens = cute.make_tensor(source, cute.make_layout((sizes[0], sizes[1]), stride=(sizes[1], 1)))
             atoms.append(cpasync.make_tiled_tma_atom(op, tokens, box, (8, CHUNK_K))[0])
         self.kernel(
-            atoms[0], atoms[1], *w13, *w2, hidden, rows, schedule, ids, expert_map, weights, out, tickets,
-            *sizes, swiglu_limit,
+            atoms[0],
+            atoms[1],
+            *w13,
+            *w2,
+            hidden,
+            rows,
+            schedule,
+            ids,
+            expert_map,
+            weights,
+            out,
+            tickets,
+            *sizes,
+            swiglu_limit,
         ).launch(
             grid=[grid, 1, 1],
             block=[self.cfg.num_threads, 1, 1],
@@ -196,12 +208,10 @@ class Fused:
         plan, counters = Schedule(schedule), schedule
         if cutlass.const_expr(cfg.max_pairs):
             plan = Schedule(cute.arch.alloc_smem(Int32, cfg.schedule_bytes // 4, 16))
-        slots = Slots.allocate() if cfg.dynamic else None
+        slots = self.allocate_drawn(thread) if cfg.dynamic else None
         if thread == 0:
             cpasync.prefetch_descriptor(tma_x)
             cpasync.prefetch_descriptor(tma_hidden)
-            if cutlass.const_expr(slots is not None):
-                slots.init()
             stages.pipeline.init(3, 4 * self.first.num_consumers)
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
@@ -257,6 +267,14 @@ class Fused:
                 self.multiply_drawn(stages, (before, after), slots, epilogues, (thread, warp_group), counters, sums)
 
     @cute.jit
+    def allocate_drawn(self, thread: Int32) -> DrawnTiles:
+        """Allocates the drawn tiles' numbers; every thread may use them after the CTA's next barrier."""
+        slots = DrawnTiles.allocate()
+        if thread == 0:
+            slots.init()
+        return slots
+
+    @cute.jit
     def load_drawn(
         self,
         sources: tuple[cute.Pointer, cute.Pointer],
@@ -264,7 +282,7 @@ class Fused:
         num_bytes: Int32,
         stages: Stages,
         schedulers: tuple[TileScheduler, TileScheduler],
-        slots: Slots,
+        slots: DrawnTiles,
         warp: Int32,
         tickets: cute.Pointer,
     ) -> None:
@@ -311,7 +329,7 @@ class Fused:
         lane: Int32,
         stages: Stages,
         schedulers: tuple[TileScheduler, TileScheduler],
-        slots: Slots,
+        slots: DrawnTiles,
         counters: cute.Pointer,
     ) -> None:
         """Loads the tokens of the tiles that this CTA draws. One warp."""
@@ -338,7 +356,7 @@ class Fused:
         self,
         stages: Stages,
         schedulers: tuple[TileScheduler, TileScheduler],
-        slots: Slots,
+        slots: DrawnTiles,
         epilogues: tuple[Epilogue, Epilogue],
         thread: tuple[Int32, Int32],
         counters: cute.Pointer,

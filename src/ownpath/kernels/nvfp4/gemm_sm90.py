@@ -223,7 +223,7 @@ class Gemm:
         ring: Producer,
         scheduler: TileScheduler,
         tile: Tile,
-        span: tuple[Int32, Int32] | None = None,
+        span: tuple[Int32, ...] = (),
     ) -> Producer:
         """Loads the codes (or the scales) of one tile, or of its stages in ``span``; returns where the ring stands."""
         cfg = self.cfg
@@ -232,7 +232,7 @@ class Gemm:
         first = Int64(m_tile * m64) * scheduler.k_units
         start = source.toint() + (first + scheduler.rank * scheduler.k_iters * k_blocks) * num_bytes
         num_stages = scheduler.k_iters
-        if cutlass.const_expr(span is not None):
+        if cutlass.const_expr(len(span) == 2):
             start += Int64(span[0]) * (k_blocks * num_bytes)
             num_stages = span[1] - span[0]
         for _ in cutlass.range(num_stages, unroll=1):
