@@ -180,7 +180,8 @@ def exact_attention(inputs: AttendInputs) -> Exact:
     value, bound = torch.empty_like(q_TNH), torch.empty_like(q_TNH)
     for t, q_NH in enumerate(q_TNH):
         keys_KH = gather_keys(inputs.keys, inputs.rows, t, torch.float64)
-        value[t], bound[t] = _exact_row(q_NH, keys_KH, inputs.weights)
+        sink_N, scale = inputs.weights.sink_N.double(), inputs.weights.softmax_scale
+        value[t], bound[t] = exact_row(q_NH, keys_KH, sink_N, scale)
     cos, sin = inputs.cos_TF.double(), inputs.sin_TF.double()
     turned = rotate_pairs(value, cos, -sin)
     # Both channels of a pair may be off, by as much as either: |cos| + |sin| is below 1.5.
@@ -189,20 +190,30 @@ def exact_attention(inputs: AttendInputs) -> Exact:
     return Exact(turned, bound)
 
 
-def _exact_row(q_NH: torch.Tensor, keys_KH: torch.Tensor, weights: AttendWeights) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the exact sums [N, H] and their bounds.
+def exact_row(
+    q_NH: torch.Tensor,
+    keys_KH: torch.Tensor,
+    sink_N: torch.Tensor,
+    scale: float,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    error_NH: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns one row's exact sums [N, H] and their bounds. All in float64; dtype: of queries and weights.
 
-    A query's channel may round to a BF16 neighbour where the sum of squares is in another order: two do, at worst.
-    Scores are float32 sums of H products. Weights are rounded to BF16 before the sum over values, each by itself.
+    A query's channel may round to a neighbour where the sum of squares is in another order: two do, at worst. Beyond
+    that it may be off by ``error_NH``. Scores are float32 sums of H products. Weights are rounded before the sum over
+    values, each by itself.
     """
-    scale, unit = weights.softmax_scale, rounding(torch.bfloat16)
+    unit, width = rounding(dtype), q_NH.shape[1]
     scores_NK = q_NH @ keys_KH.T * scale
-    sinks = weights.sink_N.double()[:, None]
-    p_NK = torch.cat((scores_NK, sinks), dim=1).softmax(dim=1)[:, :-1]
+    p_NK = torch.cat((scores_NK, sink_N[:, None]), dim=1).softmax(dim=1)[:, :-1]
     o_NH = p_NK @ keys_KH
     largest_N1, magnitude_NK = q_NH.abs().amax(1, keepdim=True), q_NH.abs() @ keys_KH.abs().T
     shift_NK = 4 * unit * scale * largest_N1 * keys_KH.abs().amax(1)
-    shift_NK = shift_NK + scale * magnitude_NK * sum_rounding(HEAD_DIM)
+    if error_NH is not None:
+        shift_NK = shift_NK + scale * error_NH @ keys_KH.abs().T
+    shift_NK = shift_NK + scale * magnitude_NK * sum_rounding(width)
     shift_NK = shift_NK + (EXP_STEPS + scores_NK.abs()) * FLOAT32_ROUND
     spread = SPREAD * unit * (p_NK.square() @ keys_KH.square()).sqrt()
     moved = (p_NK * shift_NK) @ keys_KH.abs() + (p_NK * shift_NK).sum(1, keepdim=True) * o_NH.abs()

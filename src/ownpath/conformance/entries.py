@@ -253,8 +253,14 @@ def _entry_rows(ending: RowPlaces, weights: CompressorWeights) -> Tensor:
     return block_E * weights.per_block + entry_E % weights.per_block
 
 
-def exact_pool(raw_EP2: Tensor, ending: RowPlaces, state: Tensor, weights: CompressorWeights) -> Exact:
-    """Averages each entry's rows, one entry after the other, and bounds the error after a rounding to bfloat16.
+def exact_pool(
+    raw_EP2: Tensor,
+    ending: RowPlaces,
+    state: Tensor,
+    weights: CompressorWeights,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Exact:
+    """Averages each entry's rows, one entry after the other, and bounds the error after a rounding to ``dtype``.
 
     A score's error d changes its gate by a factor of exp(d), the sum of gates by no more.
     """
@@ -264,7 +270,7 @@ def exact_pool(raw_EP2: Tensor, ending: RowPlaces, state: Tensor, weights: Compr
         gate_LH = score_LH.softmax(dim=0)
         value = (gate_LH * kv_LH).sum(0)
         error = (EXP_STEPS + 4 * score_LH.abs().amax(0)) * FLOAT32_ROUND + 2 * sum_rounding(len(kv_LH))
-        bounds.append((gate_LH * kv_LH.abs()).sum(0) * error + rounding(torch.bfloat16) * value.abs())
+        bounds.append((gate_LH * kv_LH.abs()).sum(0) * error + rounding(dtype) * value.abs())
         values.append(value)
     return Exact(torch.stack(values), torch.stack(bounds))
 
@@ -285,8 +291,10 @@ def _entry_inputs(
     return torch.stack([kv for kv, _ in found]), torch.stack([score for _, score in found])
 
 
-def exact_key(x_TH: Exact, norm: NormWeights, angles: tuple[Tensor, Tensor]) -> Exact:
-    """Norms and rotates, each rounded once to bfloat16; the last rounding is not in the bound."""
+def exact_key(
+    x_TH: Exact, norm: NormWeights, angles: tuple[Tensor, Tensor], dtype: torch.dtype = torch.bfloat16
+) -> Exact:
+    """Norms and rotates, each rounded once to ``dtype``; the last rounding is not in the bound."""
     assert norm.weight_D is not None
     root_T1 = x_TH.value.square().mean(-1, keepdim=True).add(norm.eps).sqrt()
     gain_TH = norm.weight_D.double() / root_T1
@@ -294,7 +302,7 @@ def exact_key(x_TH: Exact, norm: NormWeights, angles: tuple[Tensor, Tensor]) -> 
     relative_T1 = x_TH.bound.square().mean(-1, keepdim=True).sqrt() / root_T1
     relative_T1 = relative_T1 + EXP_STEPS * FLOAT32_ROUND + sum_rounding(normed_TH.shape[1]) / 2
     error_TH = x_TH.bound * gain_TH.abs() + normed_TH.abs() * relative_T1
-    error_TH = error_TH + rounding(torch.bfloat16) * normed_TH.abs()
+    error_TH = error_TH + rounding(dtype) * normed_TH.abs()
     cos_TF, sin_TF = (one.double() for one in angles)
     turned = formulas.rotate(normed_TH, cos_TF, sin_TF)
     # Turning a pair moves a channel's error by no more than the length of the pair's errors; three float32 operations.

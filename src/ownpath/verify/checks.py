@@ -4,7 +4,7 @@ from types import MappingProxyType
 
 STAGE_NAMES = ("file", "environment", "load", "kernels", "layers", "ledger")
 """The stages, in the order in which they run."""
-SHARE_OF_BOUND = frozenset({"K01", "K04", "K06", "K07", "K08", "K09", "V01"})
+SHARE_OF_BOUND = frozenset({"K01", "K04", "K06", "K07", "K08", "K09", "K11", "V01"})
 """Checks whose number is an error over what rounding may cause: 1 is the most that is allowed."""
 TITLES = MappingProxyType(
     {
@@ -39,6 +39,7 @@ TITLES = MappingProxyType(
         "K08": "hyper-connections: mixing weights sum to 1",
         "K09": "attention: empty rows, window edges, sink",
         "K10": "contracts: dtypes, strides and layouts of every call",
+        "K11": "decode steps: entries, index scores, selection, attention",
         "V01": "values of each layer, slot by slot, within their budgets",
         "V02": "what leaves each layer, fed with the reference's input",
         "V03": "magnitudes across the depth",
@@ -99,6 +100,8 @@ FAILS_ON = MappingProxyType(
         "K08": "as K01; columns of comb that do not sum to 1; mixing weights narrower than float32",
         "K09": "as K01, at window edges and round the ring; a bit that hidden keys change",
         "K10": "a wrong call that is not refused; a result narrower than the activations",
+        "K11": "as K01, over caches full of NaN but for each row's own; a row written that is not the step's; a selected "
+        "entry that is not the next best",
         "V01": "a value beyond its budget over all rows, or 8 budgets in one; choices that the scores do not explain",
         "V02": "the streams behind a layer beyond their budget",
         "V03": "the largest magnitude of a value more than 8 budgets from the oracle's",

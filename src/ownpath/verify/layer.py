@@ -44,6 +44,11 @@ class LoadedLayer(LoadedPart):
         """Prepares a step on the reference, also where each request has one row."""
         return self.block.attn.backend.reference.prepare(tables)
 
+    def decode_step(self, tables: StepTables) -> Any:
+        """Prepares a step for the kernels of decode steps; ``None`` where none are planned."""
+        attn = self.block.attn
+        return None if attn.decode is None or attn.backend.reference is attn.backend else attn.backend.prepare(tables)
+
     def step(self, residual: Residual, batch: ForwardBatch) -> Residual:
         """Runs the layer on one step's rows and extends their sequences' caches."""
         rotation, tables = self.rope.at(batch.positions_T), batch.tables
