@@ -227,16 +227,27 @@ class FusedConfig:
 
     @property
     def gate_up(self) -> GemmConfig:
-        return self._product(swiglu=True)
+        return self._product(is_first=True)
 
     @property
     def down(self) -> GemmConfig:
-        return self._product(wide=True)
+        return self._product(is_first=False)
 
-    def _product(self, **flags: bool) -> GemmConfig:
-        tile = self.num_m64, self.warpgroups_m, 1, self.n_sizes, self.num_stages
-        knobs = {"depth": self.depth, "group": self.group, "per_sm": self.per_sm}
-        return GemmConfig(*tile, **knobs, grouped=True, gather=True, **flags)
+    def _product(self, is_first: bool) -> GemmConfig:
+        return GemmConfig(
+            self.num_m64,
+            self.warpgroups_m,
+            1,
+            self.n_sizes,
+            self.num_stages,
+            grouped=True,
+            swiglu=is_first,
+            gather=True,
+            depth=self.depth,
+            group=self.group,
+            wide=not is_first,
+            per_sm=self.per_sm,
+        )
 
     @property
     def align(self) -> AlignConfig:
@@ -258,12 +269,10 @@ class FusedConfig:
     @property
     def name(self) -> str:
         sizes = "_".join(map(str, self.n_sizes))
-        shape = (
-            f"r{self.num_m64}m{self.warpgroups_m}s{self.num_stages}d{self.depth}g{self.group}p{self.per_sm}"
-            + "y" * self.dynamic
-        )
+        shape = f"r{self.num_m64}m{self.warpgroups_m}s{self.num_stages}d{self.depth}g{self.group}p{self.per_sm}"
+        drawn = "y" if self.dynamic else ""
         aligns = f"_{self.align.name}_{self.max_pairs}" if self.max_pairs else ""
-        return f"nvfp4_moe_fused_{shape}_n{sizes}{aligns}"
+        return f"nvfp4_moe_fused_{shape}{drawn}_n{sizes}{aligns}"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ A call's scratch is one buffer: schedule, then (for long prompts) the rows in th
 [P, D], then the hidden rows, bfloat16 [P, F], then the experts' outputs, float32 or bfloat16 [P, D].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from threading import Lock
 
@@ -28,10 +28,11 @@ from ownpath.kernels.nvfp4.config import (
     FEW_PAIRS,
     AlignConfig,
     CombineConfig,
+    FusedConfig,
     GemmConfig,
     PermuteConfig,
 )
-from ownpath.kernels.nvfp4.fused import FusedLaunches
+from ownpath.kernels.nvfp4.fused import FusedLaunches, call_config, call_configs
 from ownpath.kernels.nvfp4.launch import GemmLaunch, MoeSizes, PackedWeight, Tiling, align, box, combine, permute
 from ownpath.kernels.nvfp4.layout import check_scales, gate_up_rows, pack_weight_, plain_rows, unpack_weight
 from ownpath.kernels.nvfp4.linear import require_packable, require_rows
@@ -59,7 +60,7 @@ class MoeOperand:
     num_experts: int
     swiglu_limit: float
     counters: torch.Tensor
-    launches: "LaunchCache[MoeCallKey, _MoeLaunches | FusedLaunches]" = field(
+    launches: LaunchCache[MoeCallKey, "_MoeLaunches | FusedLaunches"] = field(
         default_factory=LaunchCache, compare=False
     )
     lock: Lock = field(default_factory=Lock, compare=False)
@@ -144,6 +145,16 @@ class _MoeLaunches:
         self._combine.start(stream)
 
 
+def _fused_configs(config: FusedConfig) -> Iterator[Config]:
+    """Yields the kernels of calls without shared experts or a map: with few pairs, up to 64, and more."""
+    for pairs in (1, FEW_PAIRS, FEW_PAIRS + 1):
+        for wide_ids in (False, True):
+            yield from call_configs(config, align_config(wide_ids, False, 0, pairs), pairs)
+
+
+MoeLaunches = _MoeLaunches | FusedLaunches
+
+
 def _sizes(key: MoeCallKey, operand: MoeOperand) -> MoeSizes:
     num_tokens, num_choices, num_shared, map_length = key[:4]
     num_ids = map_length if map_length >= 0 else operand.num_experts - num_shared
@@ -212,8 +223,12 @@ class Nvfp4MoeKernel:
 
     def variant(self, x: torch.Tensor, routing: Routing, operand: MoeOperand) -> str:
         """Returns the names of the products that a call with these arguments launches."""
-        choice = self.choose(routing.ids.numel() + len(x) * routing.num_shared, operand)
-        return f"{choice.gate_up.name} {choice.down.name}"
+        pairs = routing.ids.numel() + len(x) * routing.num_shared
+        choice = self.choose(pairs, operand)
+        if choice.fused is None:
+            return f"{choice.gate_up.name} {choice.down.name}"
+        mapped, wide_ids = routing.expert_map is not None, routing.ids.dtype is torch.int64
+        return call_config(choice.fused, align_config(wide_ids, mapped, routing.num_shared, pairs), pairs).name
 
     def configs(self, operand: MoeOperand) -> list[Config]:
         """Returns the configurations of every kernel that a call without shared experts or a map may launch."""
@@ -232,7 +247,7 @@ class Nvfp4MoeKernel:
         for _, knobs in moe_table(hidden, inter):
             for wide in (True,) if self.is_batch_invariant else (False, True):
                 choice = moe_choice(knobs, hidden, inter, wide)
-                found += [choice.gate_up, choice.down]
+                found += [choice.gate_up, choice.down] if choice.fused is None else _fused_configs(choice.fused)
         return list(dict.fromkeys(found))
 
     def workspace(self, operand: MoeOperand, num_tokens: int, num_slots: int) -> torch.Tensor:
@@ -284,7 +299,7 @@ class Nvfp4MoeKernel:
             call.start(x.data_ptr(), routing, workspace.data_ptr(), out.data_ptr(), stream)
         return out
 
-    def _new_call(self, key: MoeCallKey, operand: MoeOperand) -> _MoeLaunches | FusedLaunches:
+    def _new_call(self, key: MoeCallKey, operand: MoeOperand) -> MoeLaunches:
         num_tokens, num_choices, num_shared, map_length, wide_ids, pitch = key
         if not 0 <= num_shared < operand.num_experts:
             raise ValueError(f"num_shared is {num_shared}, there are {operand.num_experts} experts")
