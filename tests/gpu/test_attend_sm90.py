@@ -1,5 +1,6 @@
 """Hopper's decode attention on the device: values of every way to share keys, graphs, what a row's bits depend on."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +11,18 @@ from ownpath.conformance.attend import AttendInputs, judge_attend, make_attend_i
 from ownpath.conformance.call import KernelCall
 from ownpath.conformance.memory import memory_problem
 from ownpath.kernels.attend.cases import CASES, AttendCase
-from ownpath.kernels.attend.choose_sm90 import WHOLE, AttendPlan
+from ownpath.kernels.attend.choose_sm90 import WHOLE, AttendPlan, reachable_configs
 from ownpath.kernels.attend.launch_sm90 import CUTE_ATTEND, CUTE_ATTEND_INVARIANT, CuteAttend
 from ownpath.kernels.attend.types import DecodeKeys, DecodeRows
+from ownpath.kernels.dsl.cache import Config
 from ownpath.ops import OpKind
+
+
+def kernel_configs() -> Iterator[Config]:
+    """Those of every way to share keys."""
+    for is_invariant in (False, True):
+        yield from reachable_configs(is_invariant)
+
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="compiled for sm_90a"

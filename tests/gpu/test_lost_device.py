@@ -2,13 +2,24 @@
 
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from support.kernel_configs import model_configs
 from support.lost_device import FAULTS, LOST, command, end_of_server
 
+from ownpath.kernels.dsl.cache import Config
+from ownpath.loading import default_model_dir
+
 pytestmark = pytest.mark.gpu
+
+
+def kernel_configs() -> Iterator[Config]:
+    """Those of the embedded model."""
+    return model_configs(default_model_dir())
+
 
 STOPPED = f"the engine has stopped: {LOST}"
 ENGINE_FAILED = 75

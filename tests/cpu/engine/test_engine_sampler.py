@@ -109,7 +109,7 @@ def test_a_warm_up_runs_every_variant_that_a_step_may_run(monkeypatch: pytest.Mo
             return super().run(logits_TV, rows, operand, out=out)
 
     recorder = Recorder()
-    monkeypatch.setattr("ownpath.engine.sampler._kernel", lambda device: (recorder, None))
+    monkeypatch.setattr("ownpath.engine.sampler.sampler_of", lambda device: (recorder, None))
     warm_up_sampler("cpu", 50)
     assert recorder.had_filters == [False, True]
 
