@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 from ownpath.kernels.attend.config_sm90 import (
-    MAX_CLUSTER,
     MAX_SPLITS,
     TILE_HEADS,
     TILE_KEYS,
@@ -14,8 +13,10 @@ from ownpath.kernels.attend.types import WINDOW_ROWS, DecodeKeys, DecodeRows
 
 SELECTED_BLOCK = 64
 """Entries of a block where a row's come as a list of rows."""
-MOST_TILES_MERGED = 3
-"""A cluster's CTAs may have this many tiles each; with more, more CTAs write partial sums."""
+MOST_SPLIT_PROGRAMS, SPLIT_CTAS = 16, 72
+"""Up to so many CTAs without splits, keys are split among CTAs that write partial sums: so many in all."""
+MOST_MERGED = 3
+"""CTAs of a cluster that merges its sums."""
 INVARIANT_SPLITS = {0: 1, 4: 2, 128: 2}
 """Compress ratio -> CTAs that share a row's keys, whatever the call."""
 
@@ -49,17 +50,19 @@ def most_tiles(keys: DecodeKeys, rows: DecodeRows) -> int:
 
 
 def choose_plan(num_rows: int, num_heads: int, tiles: int, num_sms: int) -> AttendPlan:
-    """Chooses from the number of rows and the longest row's tiles, never from positions: as many CTAs as run at once.
+    """Chooses from the number of rows and the longest row's tiles, never from positions, as measured on an H200.
 
+    With few rows a second launch merges the sums of up to ``SPLIT_CTAS`` CTAs; more only wait for each other. With many
+    rows a cluster of two or three merges its own. Two tiles are soonest done by one CTA.
     tiles: of the longest row that the arrays allow.
     """
-    wanted = min(tiles, num_sms // (num_rows * -(-num_heads // TILE_HEADS)))
-    if wanted < 2:
+    programs = num_rows * -(-num_heads // TILE_HEADS)
+    if tiles <= WINDOW_ROWS // TILE_KEYS:
         return WHOLE
-    clustered = _even(tiles, min(wanted, MAX_CLUSTER))
-    if clustered == _even(tiles, wanted) or -(-tiles // clustered) <= MOST_TILES_MERGED:
-        return AttendPlan(clustered, True)
-    return AttendPlan(_even(tiles, min(wanted, MAX_SPLITS)), False)
+    if programs <= MOST_SPLIT_PROGRAMS:
+        return AttendPlan(_even(tiles, min(SPLIT_CTAS // programs, MAX_SPLITS)), False)
+    wanted = min(MOST_MERGED, num_sms // programs)
+    return WHOLE if wanted < 2 or tiles < 2 * wanted else AttendPlan(wanted, True)
 
 
 def _even(tiles: int, splits: int) -> int:
@@ -85,5 +88,5 @@ def reachable_configs(is_invariant: bool) -> tuple[AttendConfig | AttendCombineC
             if is_invariant:
                 found.append(merged if INVARIANT_SPLITS[ratio] > 1 else whole)
             else:
-                found += [whole, merged] if ratio == 0 else [whole, merged, split]
+                found += [whole] if ratio == 0 else [whole, merged, split]
     return tuple(found) if is_invariant else (*found, AttendCombineConfig())
