@@ -35,6 +35,18 @@ def test_scores(num_heads: int, weights_dtype: torch.dtype, make_pool: Any) -> N
     assert out[~visible_entries(rows, PAGES)].isnan().all()
 
 
+@pytest.mark.parametrize("kernel", ["triton.index_scores_fp4", "ref.index_scores_fp4", "ref.index_scores"])
+@pytest.mark.parametrize("make_pool", [make_keys, make_pages])
+def test_other_scores(kernel: str, make_pool: Any) -> None:
+    """FP4 queries as official numerics rounds them, bit for bit, and the twins."""
+    g = generator()
+    rows = make_rows((700, 3, 0), 3, 6, g)
+    query, pool = make_query(3, 4, torch.float32, g), make_pool(rows, 6, g)
+    query.q_TIH[0, 1, :64] = 0
+    query.q_TIH[0, 2] *= 2.0**-60
+    judge_scores(KERNELS[kernel](query, pool, rows), query, pool, rows, is_fp4="fp4" in kernel)
+
+
 def test_a_twin_reads_both_forms_of_keys() -> None:
     """Codes and scales that bfloat16 holds exactly give the same scores as rows and as pages."""
     g = generator()
