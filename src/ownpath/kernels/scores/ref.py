@@ -73,7 +73,8 @@ def _scores(
     keys_TCH = keys_of_rows(keys, rows.blocks_TB, pages.per_block, wide)
     products_TIC = torch.relu(q_TIH.to(wide) @ keys_TCH.transpose(1, 2))
     scores_TC = (products_TIC * weights_TI.unsqueeze(-1)).sum(1)
-    return scores_TC.masked_fill(~visible_TC, 0)
+    masked_TC: torch.Tensor = scores_TC.masked_fill(~visible_TC, 0)
+    return masked_TC
 
 
 class IndexScoresReference(Reference):
