@@ -45,6 +45,16 @@ def test_scores(num_heads: int, weights_dtype: torch.dtype, make_pool: Any, cuda
     assert torch.equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("num_heads", [4, 64])
+@pytest.mark.parametrize("make_pool", [make_keys, make_pages])
+def test_scores_of_fp4_queries(num_heads: int, make_pool: Any, cuda: torch.device) -> None:
+    """Queries are rounded as official numerics rounds them: one that falls to the other side would be seen."""
+    g = generator(cuda, num_heads)
+    rows = make_rows(POSITIONS, WIDTH, NUM_BLOCKS, g)
+    query, pool = make_query(len(POSITIONS), num_heads, torch.float32, g), make_pool(rows, NUM_BLOCKS, g)
+    judge_scores(KERNELS["triton.index_scores_fp4"](query, pool, rows), query, pool, rows, is_fp4=True)
+
+
 def test_scores_of_a_row_do_not_depend_on_its_neighbours(cuda: torch.device) -> None:
     g = generator(cuda)
     rows = make_rows(POSITIONS, WIDTH, NUM_BLOCKS, g)

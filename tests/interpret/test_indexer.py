@@ -35,6 +35,18 @@ def test_scores(num_heads: int, weights_dtype: torch.dtype, make_pool: Any) -> N
     assert out[~visible_entries(rows, PAGES)].isnan().all()
 
 
+@pytest.mark.parametrize("kernel", ["triton.index_scores_fp4", "ref.index_scores_fp4", "ref.index_scores"])
+@pytest.mark.parametrize("make_pool", [make_keys, make_pages])
+def test_other_scores(kernel: str, make_pool: Any) -> None:
+    """FP4 queries as official numerics rounds them, bit for bit, and the twins."""
+    g = generator()
+    rows = make_rows((700, 3, 0), 3, 6, g)
+    query, pool = make_query(3, 4, torch.float32, g), make_pool(rows, 6, g)
+    query.q_TIH[0, 1, :64] = 0
+    query.q_TIH[0, 2] *= 2.0**-60
+    judge_scores(KERNELS[kernel](query, pool, rows), query, pool, rows, is_fp4="fp4" in kernel)
+
+
 def test_a_twin_reads_both_forms_of_keys() -> None:
     """Codes and scales that bfloat16 holds exactly give the same scores as rows and as pages."""
     g = generator()
@@ -73,11 +85,11 @@ def test_nan_stays_visible(place: str) -> None:
 
 
 SIZES = {
-    "embedded": (128, 9, (0, 2, 3, 511, 515, 1023, 2303, 1999)),
+    "embedded": (128, 9, (0, 3, 511, 515, 2303)),
     "all of them": (512, 8, (0, 2047, 2043, 2046, 259, 3, 1500, 1024)),
-    "8k": (512, 32, (8191, 2051, 2055, 8190, 4096, 0, 8000, 5001)),
-    "odd": (100, 5, (399, 403, 407, 1279, 0, 640, 641, 3)),
-    "16k": (512, 64, (16383, 8195, 0, 12345)),
+    "8k": (512, 32, (8191, 2047, 2051, 5001)),
+    "odd": (100, 5, (399, 403, 1279, 641)),
+    "16k": (512, 64, (16383, 8195)),
 }
 """topk, blocks of a table, positions."""
 
@@ -102,7 +114,7 @@ def test_select_of_long_rows(topk: int, scores: str) -> None:
     g = generator()
     rows, operand = make_rows(positions, width, 600, g), SELECT.prepare(SelectWeights(topk))
     workspace = SELECT.workspace(operand, len(positions) + 1, width, CPU)
-    for seed in range(2):
+    for seed in range(2 if scores == "equal" else 1):  # the workspace is left ready
         scores_TC = hide_unseen(SCORES[scores](len(positions), width * 64, generator(seed)), rows)
         found = SELECT.run(scores_TC, rows, operand, out=unset(len(positions), topk, CPU), workspace=workspace)
         judge_selected(found, scores_TC, rows, topk)
