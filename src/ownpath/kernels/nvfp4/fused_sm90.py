@@ -85,8 +85,8 @@ class Sums:
 class DrawnTiles:
     """The numbers of the tiles that a CTA draws, from the warp that draws to the others.
 
-    Nobody is more than a ring of stages behind the warp that draws. A ring is shorter than three tiles, which ``choose``
-    sees to, so that each of the four slots is read by all before it is written again.
+    Nobody is more than a ring of stages behind the warp that draws. A ring is shorter than three tiles: ``choose`` sees
+    to it. So each of the four slots is read by all before it is written again.
     """
 
     numbers: cute.Pointer

@@ -2,7 +2,8 @@
 
     align -> (permute, for long prompts) -> gate_up with SwiGLU -> down -> combine
 
-See ``moe_sm90`` for the schedule they share and ``gemm_sm90`` for the products. A token's bits depend neither on the
+Where the table says so, both products are one kernel, and a call of few pairs is one launch: see ``fused``. See
+``moe_sm90`` for the schedule that all share and ``gemm_sm90`` for the products. A token's bits depend neither on the
 other tokens nor on their number, with one exception: up to 4096 (token, slot) pairs the experts' outputs are summed
 before they are rounded to BF16; the invariant kernel always does so.
 
