@@ -12,11 +12,13 @@ from ownpath.verify.layer import LoadedLayer
 
 @torch.inference_mode()
 def engine_slots(layer: LoadedLayer, x_TSD: torch.Tensor, token_ids_T: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Runs the engine's layer; returns every slot's result, and ``out``, by the oracle's names."""
+    """Runs the engine's layer on the reference of attention, also where there is one token, which is no decode step
+    then. Returns every slot's result, and ``out``, by the oracle's names."""
     cache = layer.new_pool(len(token_ids_T), max_sequences=1).new_sequence()
     batch = ForwardBatch.of([(token_ids_T.tolist(), cache)], x_TSD.device)
     with layer.ledger.observe(Results()) as results:
-        after = layer.step(Residual(x_TSD), batch)
+        rotation, step = layer.rope.at(batch.positions_T), layer.reference_step(batch.tables)
+        after = layer.block(Residual(x_TSD), rotation, batch.token_ids_T, step)
     out = layer.block.hc_attn(after.x_TSD, after.y_TD, after.mix)
     return results.found | {f"layers.{layer.layer_idx}.out": out.x_TSD}
 

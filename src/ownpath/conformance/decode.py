@@ -95,7 +95,7 @@ def exact_written(x: Exact, norm: NormWeights, angles: ExactAngles, dtype: torch
 def exact_index_scores(
     q_IH: Tensor, weights_I: Tensor, keys_CH: Tensor, angles: ExactAngles, dtype: torch.dtype
 ) -> Exact:
-    """Computes one row's scores [C] from raw queries and head weights; angles: of this row.
+    """Computes one row's scores [1, C] from raw queries and head weights; angles: of this row.
 
     Turned channels are rounded to ``dtype``: independent errors, which the sum over heads and channels spreads.
     """
@@ -112,7 +112,7 @@ def exact_index_scores(
     certain_IC = magnitude_IC * steps + moved_IH @ keys_CH.abs().T
     spread_IC = rounded_IH.square() @ keys_CH.square().T
     bound = (certain_IC * weights_I1.abs()).sum(0) + SPREAD * (spread_IC * weights_I1.square()).sum(0).sqrt()
-    return Exact(value, bound)
+    return Exact(value[None], bound[None])
 
 
 def best_entries(scores: list[float], topk: int) -> list[int]:

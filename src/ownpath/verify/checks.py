@@ -100,8 +100,8 @@ FAILS_ON = MappingProxyType(
         "K08": "as K01; columns of comb that do not sum to 1; mixing weights narrower than float32",
         "K09": "as K01, at window edges and round the ring; a bit that hidden keys change",
         "K10": "a wrong call that is not refused; a result narrower than the activations",
-        "K11": "as K01, over caches full of NaN but for each row's own; a row written that is not the step's; a selected "
-        "entry that is not the next best",
+        "K11": "as K01, over caches full of NaN but for each row's own; a written row that is not the step's; a "
+        "selected entry that is not the next best",
         "V01": "a value beyond its budget over all rows, or 8 budgets in one; choices that the scores do not explain",
         "V02": "the streams behind a layer beyond their budget",
         "V03": "the largest magnitude of a value more than 8 budgets from the oracle's",

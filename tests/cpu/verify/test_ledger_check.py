@@ -16,7 +16,9 @@ from ownpath import assembly
 from ownpath.config import EngineConfig
 from ownpath.finding import Finding, Verdict
 from ownpath.kernels.nvfp4.ref import NVFP4_LINEAR
+from ownpath.kernels.select.ref import SELECT
 from ownpath.loading import plan_model
+from ownpath.model import build
 from ownpath.plan.show import plan_dict
 from ownpath.trace import Record
 from ownpath.trace.launches import DeviceLaunch
@@ -92,6 +94,31 @@ def test_a_kernel_that_was_swapped_inside_its_runner_is_named(folder: Path, monk
     assert found["LG04"] == [(SLOT, "planned row_major, the kernel that ran reads unknown")]
 
 
+def test_a_swapped_kernel_of_decode_steps_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def swapped(runner: Any) -> Any:
+        runner.kernel = copy.copy(SELECT)
+        return runner
+
+    make = build.Select
+    monkeypatch.setattr(build, "Select", lambda *args, **given: swapped(make(*args, **given)))
+    found = faults(folder, written(folder))
+    assert set(found) == {"LG03"}
+    [(where, message)] = found["LG03"]
+    assert where == "layers.{1,3}.attn.decode.select"
+    assert message.startswith("planned Select (ref.select), ran Select (unregistered ")
+
+
+def test_decode_slots_are_run_by_the_token_behind_the_prompt(folder: Path) -> None:
+    chosen = Subject.of(folder, ENGINE, Selection(frozenset({3})))
+    ran = {item.slot: item.kernel for item in check_ledger(chosen, written(folder)) if isinstance(item, RanSlot)}
+    assert {slot: kernel for slot, kernel in ran.items() if ".3.attn.decode." in slot} == {
+        "layers.3.attn.decode.entries": "ref.entries",
+        "layers.3.attn.decode.scores": "ref.index_scores",
+        "layers.3.attn.decode.select": "ref.select",
+        "layers.3.attn.decode.attend": "ref.attend",
+    }
+
+
 def test_an_engine_of_another_dtype_is_named(folder: Path) -> None:
     found = faults(folder, written(folder), dataclasses.replace(ENGINE, dtype=torch.bfloat16))
     assert found["LG01"] == [("activations", "'float32' in the file, 'bfloat16' here")]
@@ -100,6 +127,9 @@ def test_an_engine_of_another_dtype_is_named(folder: Path) -> None:
     assert wide, "the gate's input is as wide as the activations"
     results = {where for where, message in found["LG05"] if message.startswith("result")}
     assert "layers.{0-4}.ffn.gate" not in results, "and its result float32 whatever they are"
+    decode = {where.rpartition(".")[2] for where, _ in found["LG05"] if ".decode." in where}
+    assert decode == {"entries", "scores", "attend"}, "the selection's scores are float32 as well"
+    assert "attend" in {where.rpartition(".")[2] for where in results}
 
 
 def test_a_companion_that_the_file_lacks_is_named(folder: Path) -> None:
@@ -177,6 +207,7 @@ def test_a_damaged_plan_is_refused(damage: Callable[[dict[str, Any]], Any], mess
 
 
 LINEAR, NORM, PLAIN = "layers.0.attn.wq_b", "layers.0.attn.q_norm", "layers.0.ffn.gate"
+ATTEND = "layers.0.attn.decode.attend"
 ON_HOPPER = {
     "device": "NVIDIA H200",
     "activations": "bfloat16",
@@ -186,16 +217,19 @@ ON_HOPPER = {
         {"slot": slot, "encoding": "x", "runner": "x", "kernel": kernel, "layout": "x", "shape": [1, 1]}
         for slot, kernel in ((LINEAR, "cute.nvfp4_linear"), (PLAIN, "torch.plain_linear"))
     ],
-    "companions": [{"slot": NORM, "runner": "RMSNorm", "kernel": "triton.rms_norm", "dims": [1]}],
+    "companions": [
+        {"slot": NORM, "runner": "RMSNorm", "kernel": "triton.rms_norm", "dims": [1]},
+        {"slot": ATTEND, "runner": "DecodeAttention", "kernel": "triton.attend", "dims": [1]},
+    ],
 }
 GEMM = "kernel_cutlass_kernel_ownpathkernelscutegemm_sm90Gemm_object_at__0"
 CUBLAS = "nvjet_tst_64x8_64x16_4x1_v_bz_TNT"
 ADD = "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::BFloat16>>(int)"
-INTACT = [(LINEAR, GEMM), (PLAIN, CUBLAS), (NORM, "rms_norm_kernel"), (None, ADD)]
+INTACT = [(LINEAR, GEMM), (PLAIN, CUBLAS), (NORM, "rms_norm_kernel"), (ATTEND, "attend_kernel"), (None, ADD)]
 
 
 def launched(*launches: tuple[str | None, str]) -> list[Finding]:
-    records = [Record(slot, Use("", "", ""), "", (), (), 1) for slot in (LINEAR, PLAIN, NORM)]
+    records = [Record(slot, Use("", "", ""), "", (), (), 1) for slot in (LINEAR, PLAIN, NORM, ATTEND)]
     seen = tuple(DeviceLaunch(slot, kernel, 0.0, 1.0) for slot, kernel in launches)
     return list(check_launches(PlanFile.of(ON_HOPPER), [PartRun("layers.0", tuple(records), seen)]))
 
@@ -217,10 +251,12 @@ def test_launches_as_planned_pass() -> None:
         (INTACT[1:], LINEAR, "planned cute.nvfp4_linear, but the device ran nothing named gemm_sm90"),
         ([INTACT[0], *INTACT[2:]], PLAIN, "planned torch.plain_linear, but the device ran nothing"),
         (
-            [*INTACT[:2], (NORM, ADD)],
+            [*INTACT[:2], (NORM, ADD), *INTACT[3:]],
             NORM,
             "planned triton.rms_norm, but the device ran nothing named rms_norm_kernel",
         ),
+        (INTACT[:3], ATTEND, "planned triton.attend, but the device ran nothing named attend_kernel"),
+        ([*INTACT, (ATTEND, CUBLAS)], ATTEND, f"planned triton.attend, but a product that is not ours ran: {CUBLAS}"),
     ],
 )
 def test_launches_that_differ_are_named(launches: list[tuple[str | None, str]], where: str, message: str) -> None:

@@ -41,9 +41,19 @@ SAYS = {
     "another kernel in the plan's file": "kernel cute.nvfp4_linear in the file, ref.nvfp4_linear here",
     "a slot lost from the plan's file": "planned here, not in the file",
     "runner that refuses nothing": "integer activations: not refused",
+    "decode: window one too short": "the row at position 1",
+    "decode: window one too long": "the row at position 0",
+    "decode: ring overwritten one early": "main state, row ",
+    "decode: entry one block off": "main entries, row ",
+    "decode: another theta": "window, row ",
+    "decode: ties broken upwards": "is to be next",
+    "decode: selection one short": "attends to 47 entries where 48 are to be selected",
 }
 """Words of the message that name the cause."""
-OF_A_LAYER = ("L01", "L02", "L04", "K01", "K02", "K03", "K07", "K10", "V01", "V02", "V03", "V05", "V08", "V09", "V10")
+OF_A_LAYER = (
+    *("L01", "L02", "L04", "K01", "K02", "K03", "K07", "K10", "K11"),
+    *("V01", "V02", "V03", "V05", "V08", "V09", "V10"),
+)
 """Checks that say something of each layer by its name."""
 
 
@@ -100,6 +110,8 @@ def assert_no_alarm(result: Verification) -> None:
     rows = result.measurements
     compared = {f"layers.{row.layer_idx}.{row.slot}" for row in rows} | {"hc_head", "head"}
     for slot in plan.slots:
+        if ".decode." in slot:
+            continue  # V05's steps run through them; K11 looks at each
         assert any(name == slot or name.startswith(f"{slot}.") for name in compared), f"{slot} was not compared"
     assert all(0 < row.budget < 1 and row.is_within for row in rows)
 

@@ -169,21 +169,23 @@ class _Trial:
         yield "window", self.window, own, exact_written(_raw(products.kv_TH[ids]), norm, self.angles(ids), dtype)
         for one, raw_TP2 in zip(self.compressors, (products.compressor_rows, products.indexer_rows), strict=False):
             assert raw_TP2 is not None
-            weights, cache = one.weights, one.cache
-            newest = [self._newest(place, weights.num_rows) for _, place in self.rows]
-            ends = [t for t, place in self.rows if place.ends_window(weights.ratio)]
-            rows = [
-                self.places[t].entry_rows(weights.ratio, self.places[t].num_visible(weights.ratio))[-1] for t in ends
-            ]
-            listed = ([self.places[t].position for t in ends], [self.places[t].slot for t in ends])
-            ending = RowPlaces(*(torch.tensor(part) for part in listed), torch.empty(0))
-            if ends:
-                pooled = exact_pool(raw_TP2[ends], ending, cache.state, weights, dtype)
-                first = self.angles(ends, 1 - weights.ratio)
-                yield f"{one.name} entries", cache.entries, rows, exact_written(pooled, weights.norm, first, dtype)
-            else:
-                yield f"{one.name} entries", cache.entries, [], _raw(cache.entries[:0])
-            yield f"{one.name} state", cache.state, newest, _raw(raw_TP2[ids])
+            yield self._entries(one, raw_TP2)
+            newest = [self._newest(place, one.weights.num_rows) for _, place in self.rows]
+            yield f"{one.name} state", one.cache.state, newest, _raw(raw_TP2[ids])
+
+    def _entries(self, one: _Compressor, raw_TP2: Tensor) -> tuple[str, Tensor, list[int], Exact]:
+        """As ``_expected``, of a compressor's entries."""
+        weights, pool, dtype = one.weights, one.cache.entries, self.probe.dtype
+        ending = [(t, place) for t, place in self.rows if place.ends_window(weights.ratio)]
+        if not ending:
+            return f"{one.name} entries", pool, [], _raw(pool[:0])
+        ids = [t for t, _ in ending]
+        rows = [place.entry_rows(weights.ratio, place.num_visible(weights.ratio))[-1] for _, place in ending]
+        listed = zip(*((place.position, place.slot, place.blocks) for _, place in ending), strict=True)
+        places = RowPlaces(*(torch.tensor(part) for part in listed))
+        pooled = exact_pool(raw_TP2[ids], places, one.cache.state, weights, dtype)
+        written = exact_written(pooled, weights.norm, self.angles(ids, 1 - weights.ratio), dtype)
+        return f"{one.name} entries", pool, rows, written
 
     def _newest(self, place: RowPlace, num_rows: int) -> int:
         (row,) = place.ring_rows(num_rows, first=place.position, last=place.position)
@@ -224,7 +226,7 @@ class _Trial:
                 found_TC = run(*args)
                 for t, place in self.rows:
                     exact = self._exact_scores(t, place)
-                    worst = deviation(found_TC[t, : len(exact.value)], exact)
+                    worst = deviation(found_TC[t : t + 1, : exact.value.shape[1]], exact)
                     message = f"the row at position {place.position}: {worst}"
                     self.tally.add(self.slot("scores"), kernel, worst, message)
             return self._drawn_scores()

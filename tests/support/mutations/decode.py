@@ -1,0 +1,215 @@
+"""Loaded layers whose kernels of decode steps are wrong, or get or leave something in the wrong place."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from ownpath.kernels.attend import ref as attend_ref
+from ownpath.kernels.attend.types import WINDOW_ROWS, DecodeKeys, DecodeRows
+from ownpath.kernels.entries.types import EntryAngles, LayerPools, RawRows, RowPlaces
+from ownpath.numerics import rotate_pairs
+from ownpath.runners.decode import StepAngles
+from ownpath.verify.layer import LoadedLayer
+from support.layer_faults import in_operand, with_attn
+from support.mutations.mutation import Mutation, around, on_layer
+
+SLIDING, CSA, HCA = 0, 1, 2
+KERNEL = {"write": "entries", "score": "scores", "select": "select", "attend": "attend"}
+"""Part of the line -> its slot."""
+Change = Callable[[LoadedLayer], LoadedLayer]
+
+
+def line_of(loaded: LoadedLayer) -> Any:
+    return loaded.block.attn.decode
+
+
+def called(what: str, part: str, call: Callable[..., Any], layer_idx: int = CSA) -> Mutation:
+    """A kernel of the line that is called by ``call(runner, *args)``."""
+
+    def change(loaded: LoadedLayer) -> LoadedLayer:
+        line = line_of(loaded)
+        return with_attn(loaded, decode=replace(line, **{part: around(getattr(line, part), call)}))
+
+    return in_line(what, part, change, layer_idx)
+
+
+def in_line(what: str, part: str, change: Change, layer_idx: int = CSA) -> Mutation:
+    where = f"layers.{layer_idx}.attn.decode.{KERNEL[part]}"
+    return Mutation(what, "K11", where, None, on_layer(layer_idx, change), layer_idx, ("kernels",))
+
+
+def given(what: str, part: str, layer_idx: int = CSA, **parts: Callable[[Any], Any]) -> Mutation:
+    """Some fields of the rows' places exchanged, which are the third argument of ``write``, the last of others."""
+
+    def call(run: Any, *args: Any) -> Any:
+        at = 2 if part == "write" else len(args) - 1
+        changed = {name: change(getattr(args[at], name)) for name, change in parts.items()}
+        return run(*args[:at], args[at]._replace(**changed), *args[at + 1 :])
+
+    return called(what, part, call, layer_idx)
+
+
+def patched(name: str, make: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Calls the twin of attention with another function of its module."""
+
+    def call(run: Any, *args: Any) -> Any:
+        with mock.patch.object(attend_ref, name, make(getattr(attend_ref, name))):
+            return run(*args)
+
+    return call
+
+
+def next_row(x: torch.Tensor) -> torch.Tensor:
+    return x.roll(1, dims=0)
+
+
+def next_block(blocks_TB: torch.Tensor) -> torch.Tensor:
+    return blocks_TB.roll(1, dims=1)
+
+
+def without_oldest(right: Any) -> Any:
+    """The window without the key of position p - 127."""
+
+    def gather(keys: DecodeKeys, rows: DecodeRows, t: int, dtype: torch.dtype) -> torch.Tensor:
+        found: torch.Tensor = right(keys, rows, t, dtype)
+        position = int(rows.positions_T[t])
+        if position + 1 < WINDOW_ROWS:
+            return found
+        oldest = (position + 1) % WINDOW_ROWS
+        return torch.cat((found[:oldest], found[oldest + 1 :]))
+
+    return gather
+
+
+def with_one_more(right: Any) -> Any:
+    """The window with the row that the next token will fill, where the ring is not full."""
+
+    def gather(keys: DecodeKeys, rows: DecodeRows, t: int, dtype: torch.dtype) -> torch.Tensor:
+        found: torch.Tensor = right(keys, rows, t, dtype)
+        position, slot = int(rows.positions_T[t]), int(rows.slots_T[t])
+        if position + 1 >= WINDOW_ROWS:
+            return found
+        return torch.cat((found, keys.window[slot * WINDOW_ROWS + position + 1][None].to(dtype)))
+
+    return gather
+
+
+def one_entry_early(right: Any) -> Any:
+    """The entry of a window that is not complete is seen."""
+    return lambda keys, rows, t: right(keys, rows._replace(positions_T=rows.positions_T + keys.ratio - 1), t)
+
+
+def without_norm(right: Any) -> Any:
+    return lambda x, weight, eps: x
+
+
+def state_one_early(run: Any, raw: RawRows, angles: EntryAngles, rows: RowPlaces, pools: LayerPools) -> None:
+    """The raw row of position p goes where that of p + 1 belongs: over the oldest one that is still needed."""
+    state, num_rows = pools.main_state, run.operand.main.num_rows
+    assert state is not None
+    before = state.clone()
+    run(raw, angles, rows, pools)
+    state.copy_(before)
+    state[rows.slots_T.long() * num_rows + (rows.positions_T.long() + 1) % num_rows] = raw.main_TP2
+
+
+def turned_at_the_end(run: Any, raw: Any, angles: EntryAngles, *others: Any) -> None:
+    """Entries turned at their window's last position instead of its first."""
+    run(raw, EntryAngles(angles.cos_TF, angles.sin_TF, angles.cos_TF, angles.sin_TF), *others)
+
+
+def without_inverse(run: Any, q: Any, cos_TF: torch.Tensor, sin_TF: torch.Tensor, *others: Any) -> torch.Tensor:
+    return rotate_pairs(run(q, cos_TF, sin_TF, *others), cos_TF, sin_TF)
+
+
+def unscaled(run: Any, query: Any, *others: Any) -> Any:
+    num_heads, width = query.q_TIH.shape[1:]
+    return run(query._replace(weights_TI=query.weights_TI * (num_heads * width) ** 0.5), *others)
+
+
+def unturned(run: Any, query: Any, *others: Any) -> Any:
+    cos_TF = torch.ones_like(query.cos_TF)
+    return run(query._replace(cos_TF=cos_TF, sin_TF=torch.zeros_like(cos_TF)), *others)
+
+
+def ties_upwards(run: Any, scores_TC: torch.Tensor, *others: Any) -> Any:
+    """Scores are whole numbers here: a thousandth for each entry decides between equal ones alone."""
+    return run(scores_TC + 1e-3 * torch.arange(scores_TC.shape[1]) / scores_TC.shape[1], *others)
+
+
+def nan_unflagged(run: Any, *args: Any) -> Any:
+    found = run(*args)
+    return found._replace(non_finite_T=torch.zeros_like(found.non_finite_T))
+
+
+def fewer_entries(loaded: LoadedLayer) -> LoadedLayer:
+    select = line_of(loaded).select.runner
+    in_operand(select, topk=select.operand.topk - 1)
+    return loaded
+
+
+def without_sink(loaded: LoadedLayer) -> LoadedLayer:
+    attend = line_of(loaded).attend.runner
+    in_operand(attend, sink_N=torch.full_like(attend.operand.sink_N, -torch.inf))
+    return loaded
+
+
+def without_ape(loaded: LoadedLayer) -> LoadedLayer:
+    write = line_of(loaded).write.runner
+    main = write.operand.main
+    in_operand(write, main=replace(main, ape_LP=torch.zeros_like(main.ape_LP)))
+    return loaded
+
+
+def sliding_angles(loaded: LoadedLayer) -> LoadedLayer:
+    """Angles of sliding layers in a compressing one."""
+    backend: Any = loaded.block.attn.backend
+    right = backend.step_angles
+
+    def angles(positions_T: torch.Tensor) -> StepAngles:
+        found: StepAngles = right(positions_T)
+        cos_TF, sin_TF = found.sliding[:2]
+        return found._replace(csa=found.csa._replace(cos_TF=cos_TF, sin_TF=sin_TF))
+
+    return with_attn(loaded, backend=replace(backend, step_angles=angles))
+
+
+def on_reference(loaded: LoadedLayer) -> LoadedLayer:
+    return with_attn(loaded, backend=loaded.block.attn.backend.reference)
+
+
+MUTATIONS = {
+    "decode: stale block table": given("another row's table", "attend", HCA, blocks_TB=next_row),
+    "decode: wrong slot read": given("another row's ring", "attend", SLIDING, slots_T=next_row),
+    "decode: wrong slot written": given("another row's rings", "write", HCA, slots_T=next_row),
+    "decode: another row's selection": given("the entries to attend to", "attend", selected_TK=next_row),
+    "decode: window one too short": called("the oldest key", "attend", patched("gather_keys", without_oldest), SLIDING),
+    "decode: window one too long": called("an unwritten key", "attend", patched("gather_keys", with_one_more), SLIDING),
+    "decode: incomplete windows seen": called("HCA's entries", "attend", patched("entry_rows", one_entry_early), HCA),
+    "decode: sink dropped": in_line("the softmax's sum", "attend", without_sink, SLIDING),
+    "decode: query norm left out": called("raw queries", "attend", patched("rms_norm", without_norm), SLIDING),
+    "decode: no inverse rotation": called("attention's output", "attend", without_inverse),
+    "decode: ring overwritten one early": called("the main state's newest row", "write", state_one_early),
+    "decode: entry one block off": given("block tables", "write", blocks_TB=next_block),
+    "decode: entry without ape": in_line("the main compressor's scores", "write", without_ape),
+    "decode: entries turned at the wrong end": called("entries' positions", "write", turned_at_the_end),
+    "decode: another theta": in_line("keys' rotation", "write", sliding_angles),
+    "decode: head weights unscaled": called("index scores", "score", unscaled),
+    "decode: index queries not turned": called("index scores", "score", unturned),
+    "decode: index keys of another row": given("its table", "score", blocks_TB=next_row),
+    "decode: ties broken upwards": called("equal scores", "select", ties_upwards),
+    "decode: selection one short": in_line("index_topk", "select", fewer_entries),
+    "decode: NaN scores not flagged": called("non_finite", "select", nan_unflagged),
+    "decode: left to the reference": Mutation(
+        "no kernel of decode steps runs",
+        "LG02",
+        "layers.1.attn.decode.entries",
+        None,
+        on_layer(CSA, on_reference),
+        CSA,
+        ("ledger",),
+    ),
+}
