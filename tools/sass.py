@@ -24,8 +24,7 @@ from ownpath.kernels.dsl.cache import compile_missing, stem
 from ownpath.kernels.fp8.choose import fp8_table, w8a8_configs, w8a16_configs
 from ownpath.kernels.fp8.config import QuantizeConfig, W8A8Config, W8A16Config, w8a8_stages, w8a16_stages
 from ownpath.kernels.nvfp4.choose import choose_linear, fit, linear_config, linear_table, moe_choice, moe_table
-from ownpath.kernels.nvfp4.config import FEW_PAIRS, AlignConfig, CombineConfig, GemmConfig, PermuteConfig
-from ownpath.kernels.nvfp4.fused import call_configs
+from ownpath.kernels.nvfp4.config import AlignConfig, CombineConfig, GemmConfig, PermuteConfig
 
 SMS = 132
 EXPERTS = ((4096, 2048), (7168, 3072), (256, 128))
@@ -43,9 +42,6 @@ def moe_kernels() -> Iterator[Config]:
             for wide in (False, True):
                 choice = moe_choice(knobs, hidden, inter, wide)
                 yield from (choice.gate_up, choice.down)
-                if choice.fused is not None:
-                    for pairs in (1, FEW_PAIRS, FEW_PAIRS + 1):
-                        yield from call_configs(choice.fused, AlignConfig(False, False, 0), pairs)
     for num_shared in (0, 1):
         for mapped in (False, True):
             for wide_ids in (False, True):

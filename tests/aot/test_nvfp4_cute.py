@@ -14,14 +14,7 @@ import triton.backends.nvidia.compiler as nvidia  # for the disassembler it carr
 
 from ownpath.kernels.dsl.cache import compile_missing, stem
 from ownpath.kernels.nvfp4.choose import choose_linear, moe_choice, moe_table
-from ownpath.kernels.nvfp4.config import (
-    MAX_SHARED_BYTES,
-    AlignConfig,
-    CombineConfig,
-    FusedConfig,
-    GemmConfig,
-    PermuteConfig,
-)
+from ownpath.kernels.nvfp4.config import MAX_SHARED_BYTES, AlignConfig, CombineConfig, GemmConfig, PermuteConfig
 
 
 def gemms() -> list[GemmConfig]:
@@ -44,20 +37,13 @@ HELPERS = (
 )
 
 
-FUSED = (
-    FusedConfig(1, 1, (8,), 10, group=4, per_sm=3),
-    FusedConfig(2, 1, (8,), 4, group=4, per_sm=4, max_pairs=64, mapped=True, num_shared=1, dynamic=True),
-)
-"""One launch behind ``Align``, with fixed tiles; and one that sorts and sums, with tiles drawn one by one."""
-
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All kernels, compiled once into a cache of their own."""
     folder = tmp_path_factory.mktemp("kernels")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OWNPATH_KERNEL_CACHE", str(folder))
-        compile_missing([*gemms(), *HELPERS, *FUSED])
+        compile_missing([*gemms(), *HELPERS])
     return folder
 
 
@@ -74,7 +60,7 @@ def binary(cache: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixture
     return str(stem(request.getfixturevalue("config")).with_suffix(".cubin"))
 
 
-@pytest.mark.parametrize("config", [*gemms(), *HELPERS, *FUSED], ids=lambda config: config.name)
+@pytest.mark.parametrize("config", [*gemms(), *HELPERS], ids=lambda config: config.name)
 def test_it_fits_without_spilling(config: GemmConfig, binary: str) -> None:
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", tool("cuobjdump", "-res-usage", binary))
     assert found
@@ -83,23 +69,17 @@ def test_it_fits_without_spilling(config: GemmConfig, binary: str) -> None:
     assert stack <= 8
     assert "LDL" not in tool("nvdisasm", "-c", binary)
     assert shared <= MAX_SHARED_BYTES
-    if isinstance(config, GemmConfig | FusedConfig):
-        assert registers * config.num_threads * config.per_sm <= 65536
-        # Each CTA of an SM takes 1 KiB more than it asks for.
-        assert (shared + 1024) * config.per_sm <= MAX_SHARED_BYTES + 1024
+    if isinstance(config, GemmConfig):
+        assert registers * config.num_threads <= 65536
 
 
-@pytest.mark.parametrize("config", [*gemms(), *FUSED], ids=lambda config: config.name)
-def test_decoding_overlaps_with_the_tensor_cores(config: GemmConfig | FusedConfig, binary: str) -> None:
+@pytest.mark.parametrize("config", gemms(), ids=lambda config: config.name)
+def test_decoding_overlaps_with_the_tensor_cores(config: GemmConfig, binary: str) -> None:
     code = tool("nvdisasm", "-c", binary)
     products = len(re.findall(r"HGMMA\.64x\d+x16\.F32\.BF16 R\d+, R\d+", code))
-    loops = [config.gate_up, config.down] if isinstance(config, FusedConfig) else [config]
-    wanted = sum(len(one.n_sizes) * one.num_m64 * one.num_steps for one in loops)
-    assert products == wanted, "weights come from registers"
+    assert products == len(config.n_sizes) * config.num_m64 * config.num_steps, "weights come from registers"
     full_waits = code.count("WARPGROUP.DEPBAR.LE gsb0, 0x0")
-    assert full_waits == sum(len(one.n_sizes) for one in loops), (
-        "one at the end of a tile; more: the assembler has serialised them"
-    )
+    assert full_waits == len(config.n_sizes), "one at the end of a tile; more: the assembler has serialised them"
     assert "F2F." not in code, "codes and scales are decoded by bits, not by conversions"
 
 

@@ -1,25 +1,17 @@
 """``Nvfp4MoE`` on Hopper against float64: token counts, routings, amplitudes, clamps, maps; bits; refusals."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterator
 
 import pytest
 import torch
 from support.kernel_configs import moe_configs
 
 from ownpath import Nvfp4MoE
-from ownpath.bench.tuners.moe import FEW, FUSED
 from ownpath.conformance.bounds import MAX_REL_L2, Exact, assert_allowed, assert_rounded_once, relative_l2, rounding
 from ownpath.conformance.quant_weights import ExpertStacks, RoutedTokens, exact_mixture, random_codes
 from ownpath.kernels.cases import KernelCase
-from ownpath.kernels.contract import Config, Routing
-from ownpath.kernels.launch_cache import LaunchCache
+from ownpath.kernels.contract import Config
 from ownpath.kernels.nvfp4.cases import CASES
-from ownpath.kernels.nvfp4.choose import MoeChoice, moe_choice
-from ownpath.kernels.nvfp4.config import CombineConfig
-from ownpath.kernels.nvfp4.fused import call_configs
-from ownpath.kernels.nvfp4.moe import MoeOperand, Nvfp4MoeKernel, align_config
 from ownpath.numerics import decode_mxfp4_blocks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sm90]
@@ -31,11 +23,6 @@ FULL_COUNTS = (1, 8, 100, 700)
 SKEWED_COUNTS = (1, 40, 700, 6144)
 SHARED_COUNTS = (1, 30, 900)
 PARTS = (1, 9, 130, 1100)
-FUSED_DIMS = (16, 512, 512)
-FUSED_COUNTS = (1, 3, 8, 10, 11, 64)
-"""With six slots a token: at most 32 pairs, at most 64, and more, which are three kernels."""
-FUSED_FLAGS = ((False, True, 0), (True, False, 1))
-"""Wide ids, mapped, shared experts: for the first candidates only."""
 
 
 def kernel_configs() -> Iterator[Config]:
@@ -53,56 +40,6 @@ def kernel_configs() -> Iterator[Config]:
     yield from moe_configs((9, 512, 256), [4 * count for count in SHARED_COUNTS], num_shared=1)
     yield from moe_configs((4, 512, 256), [77 * 3], mapped=True)
     yield from moe_configs((16, 512, 256), [4 * count for count in (*PARTS, 3000)], is_invariant=True)
-    yield from fused_configs()
-
-
-def fused_configs() -> Iterator[Config]:
-    """Those of the candidates that run both products at once, and of one that does not."""
-    _, *dims = FUSED_DIMS
-    apart = moe_choice(FEW[0], *dims, wide=True)
-    yield from (apart.gate_up, apart.down)
-    tried = [(knobs, (False, False, 0)) for knobs in FUSED] + [
-        (knobs, flags) for knobs in FUSED[:2] for flags in FUSED_FLAGS
-    ]
-    for knobs, flags in tried:
-        fused = moe_choice(knobs, *dims, wide=True).fused
-        assert fused is not None, knobs
-        for pairs in ((6 + flags[2]) * count for count in FUSED_COUNTS):
-            aligning = align_config(*flags, pairs)
-            yield from (*call_configs(fused, aligning, pairs), aligning, CombineConfig(flags[2], True))
-
-
-def chosen(
-    knobs: Mapping[str, object], pairs: int, num_experts: int, hidden: int, inter: int, is_invariant: bool
-) -> MoeChoice:
-    """Returns a candidate's kernels, for any call."""
-    return moe_choice(knobs, hidden, inter, wide=True)
-
-
-class BothWays:
-    """Experts that run as a candidate and as two products, on the same packed weights."""
-
-    def __init__(self, knobs: Mapping[str, object], operand: MoeOperand) -> None:
-        self.counters = operand.counters
-        self._ways = [
-            (Nvfp4MoeKernel(False, partial(chosen, one)), replace(operand, launches=LaunchCache()))
-            for one in (FEW[0], knobs)
-        ]
-
-    def check(self, routed: RoutedTokens, num_shared: int = 0, expert_map: torch.Tensor | None = None) -> None:
-        """Asserts that both have the same bits, on repeated calls too."""
-        routing = Routing(routed.ids, routed.weights, num_shared, expert_map)
-        (apart, one), (fused, other) = self._ways
-        workspace = apart.workspace(one, len(routed.x), routed.ids.shape[1] + num_shared)
-        found = []
-        for kernel, operand in ((apart, one), *[(fused, other)] * 3):
-            out = torch.empty_like(routed.x)
-            poison(workspace, out)
-            found.append(kernel.run(routed.x, routing, operand, out=out, workspace=workspace))
-        assert found[0].isfinite().all()
-        for y in found[1:]:
-            assert torch.equal(found[0], y)
-        assert not self.counters.any()
 
 
 def runner(experts: ExpertStacks, name: str = "cute.nvfp4_moe", limit: float = LIMIT) -> Nvfp4MoE:
@@ -161,41 +98,6 @@ def test_skewed_routings(num_tokens: int, cuda: torch.device) -> None:
     half = torch.where(torch.rand(drawn.ids.shape, device=cuda) < 0.5, one, drawn.ids)
     for ids in (one, half, drawn.ids.clamp(max=3)):
         check(moe, experts, RoutedTokens(drawn.x, ids, drawn.weights))
-
-
-@pytest.fixture(scope="module")
-def fused_experts(cuda: torch.device) -> MoeOperand:
-    moe = runner(ExpertStacks.draw(*FUSED_DIMS, cuda))
-    assert isinstance(moe.operand, MoeOperand)
-    return moe.operand
-
-
-@pytest.mark.parametrize("knobs", FUSED, ids=lambda knobs: "-".join(map(str, knobs.values())))
-def test_both_products_in_one_launch_have_the_same_bits(
-    knobs: Mapping[str, object], fused_experts: MoeOperand, cuda: torch.device
-) -> None:
-    ways = BothWays(knobs, fused_experts)
-    for num_tokens in FUSED_COUNTS:
-        drawn = RoutedTokens.draw(num_tokens, 512, 16, 6, cuda)
-        one, none = torch.full_like(drawn.ids, 11), torch.full_like(drawn.ids, -1)
-        some = torch.rand(drawn.ids.shape, device=cuda)
-        skewed, missing = torch.where(some < 0.5, one, drawn.ids), torch.where(some < 0.3, none, drawn.ids)
-        missing[-1, -1] = 1 << 30
-        for ids in (drawn.ids, one, skewed, missing, none):
-            ways.check(RoutedTokens(drawn.x, ids, drawn.weights))
-
-
-@pytest.mark.parametrize("knobs", FUSED[:2], ids=["shared out", "drawn"])
-def test_one_launch_knows_maps_wide_ids_and_shared_experts(
-    knobs: Mapping[str, object], fused_experts: MoeOperand, cuda: torch.device
-) -> None:
-    ways, expert_map = BothWays(knobs, fused_experts), torch.full((24,), -1, dtype=torch.int32, device=cuda)
-    expert_map[4:20] = torch.randperm(16, dtype=torch.int32, device=cuda)
-    for num_tokens in FUSED_COUNTS:
-        drawn = RoutedTokens.draw(num_tokens, 512, 24, 6, cuda)
-        ways.check(drawn, expert_map=expert_map)
-        fewer = RoutedTokens.draw(num_tokens, 512, 15, 6, cuda)
-        ways.check(RoutedTokens(fewer.x, fewer.ids.long(), fewer.weights), num_shared=1)
 
 
 @pytest.mark.parametrize("amplitude", [1e-4, 1e-2, 1e2, 1e4])

@@ -25,7 +25,6 @@ from ownpath.kernels.fp8.launch import weight_key
 from ownpath.kernels.fp8.layout import PackedFp8, pack_fp8
 from ownpath.kernels.nvfp4.choose import choose_linear, choose_moe
 from ownpath.kernels.nvfp4.config import CombineConfig, PermuteConfig
-from ownpath.kernels.nvfp4.fused import call_configs
 from ownpath.kernels.nvfp4.moe import align_config
 from ownpath.plan.plan import Plan
 from ownpath.verify.launch_configs import configs_of
@@ -53,11 +52,7 @@ def moe_configs(
     """Of ``Nvfp4MoE``. dims: experts held, hidden, width. pairs: numbers of (token, slot) pairs, shared slots too."""
     for count in pairs:
         choice = choose_moe(count, *dims, is_invariant)
-        aligning = align_config(wide_ids, mapped, num_shared, count)
-        if choice.fused is not None:
-            yield from call_configs(choice.fused, aligning, count)
-            continue
-        yield aligning
+        yield align_config(wide_ids, mapped, num_shared, count)
         yield choice.gate_up
         yield choice.down
         yield CombineConfig(num_shared, choice.is_wide)

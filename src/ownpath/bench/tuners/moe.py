@@ -3,8 +3,7 @@
 A candidate names a tile: ``num_m64`` 64-row blocks for each of ``warpgroups_m`` warpgroups, token counts ``n0``,
 ``n1``, ... for which there is code, ``stages`` of shared memory, ``depth`` buffers of ``group`` k16 steps, ``gather``
 for rows that are looked up instead of copied first, ``box`` token rows of one copy,
-``cluster_m`` CTAs that share tokens, ``per_sm`` CTAs on an SM; ``fused`` is 1 where one kernel runs both products, 2
-where its CTAs draw their tiles one by one.
+``cluster_m`` CTAs that share tokens, ``per_sm`` CTAs on an SM.
 """
 
 import itertools
@@ -67,19 +66,6 @@ FEW = (
     _tile(2, 4, (8,), 5, group=4, gather=1),
     _tile(2, 4, (8,), 5, group=2),
 )
-FUSED = tuple(
-    tile | {"fused": fused}
-    for tile in (
-        _tile(1, 1, (8,), 10, group=4, gather=1, per_sm=3),
-        _tile(1, 2, (8,), 8, group=4, gather=1, per_sm=2),
-        _tile(2, 1, (8,), 5, group=4, gather=1, per_sm=3),
-        _tile(2, 1, (8,), 4, group=4, gather=1, per_sm=4),
-        _tile(2, 2, (8,), 5, group=2, gather=1, per_sm=2),
-        _tile(2, 4, (8,), 5, group=2, gather=1),
-        _tile(2, 4, (8,), 5, group=4, gather=1),
-    )
-    for fused in (1, 2)
-)
 SOME = (
     _tile(2, 4, (8, 16, 32), 4),
     _tile(2, 4, (16, 32), 4),
@@ -131,7 +117,7 @@ def cases(shape: MoeShape) -> dict[str, int]:
 
 def candidates(pairs_per_expert: float) -> tuple[dict[str, int], ...]:
     """Returns the candidates for this number of rows per expert."""
-    lists = ((FEW, 0, 2.2), (FUSED, 0, 2.2), (SOME, 2.2, 40), (MIDDLE, 20, 80), (MANY, 60, math.inf))
+    lists = ((FEW, 0, 2.2), (SOME, 2.2, 40), (MIDDLE, 20, 80), (MANY, 60, math.inf))
     return tuple(one for tried, least, most in lists if least <= pairs_per_expert < most for one in tried)
 
 

@@ -2,8 +2,7 @@
 
     align -> (permute, for long prompts) -> gate_up with SwiGLU -> down -> combine
 
-Where the table says so, both products are one kernel, and a call of few pairs is one launch: see ``fused``. See
-``moe_sm90`` for the schedule that all share and ``gemm_sm90`` for the products. A token's bits depend neither on the
+See ``moe_sm90`` for the schedule they share and ``gemm_sm90`` for the products. A token's bits depend neither on the
 other tokens nor on their number, with one exception: up to 4096 (token, slot) pairs the experts' outputs are summed
 before they are rounded to BF16; the invariant kernel always does so.
 
@@ -11,7 +10,7 @@ A call's scratch is one buffer: schedule, then (for long prompts) the rows in th
 [P, D], then the hidden rows, bfloat16 [P, F], then the experts' outputs, float32 or bfloat16 [P, D].
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Lock
 
@@ -24,16 +23,7 @@ from ownpath.kernels.dsl.driver import Boxes, Pointers, current_stream, num_sms
 from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.nvfp4.choose import WIDE_PAIRS, MoeChoice, choose_moe, moe_choice, moe_table
-from ownpath.kernels.nvfp4.config import (
-    ALIGN_THREADS,
-    FEW_PAIRS,
-    AlignConfig,
-    CombineConfig,
-    FusedConfig,
-    GemmConfig,
-    PermuteConfig,
-)
-from ownpath.kernels.nvfp4.fused import FusedLaunches, call_config, call_configs
+from ownpath.kernels.nvfp4.config import ALIGN_THREADS, AlignConfig, CombineConfig, GemmConfig, PermuteConfig
 from ownpath.kernels.nvfp4.launch import GemmLaunch, MoeSizes, PackedWeight, Tiling, align, box, combine, permute
 from ownpath.kernels.nvfp4.layout import check_scales, gate_up_rows, pack_weight_, plain_rows, unpack_weight
 from ownpath.kernels.nvfp4.linear import require_packable, require_rows
@@ -54,16 +44,13 @@ MoeCallKey = tuple[int, int, int, int, bool, int]
 
 @dataclass(frozen=True)
 class MoeOperand:
-    """Packed experts. launches: by ``MoeCallKey``. counters: int32, zero between calls, of the kernel that aligns."""
+    """Packed experts. launches: by ``MoeCallKey``."""
 
     w13: PackedWeight
     w2: PackedWeight
     num_experts: int
     swiglu_limit: float
-    counters: torch.Tensor
-    launches: LaunchCache[MoeCallKey, "_MoeLaunches | FusedLaunches"] = field(
-        default_factory=LaunchCache, compare=False
-    )
+    launches: "LaunchCache[MoeCallKey, _MoeLaunches]" = field(default_factory=LaunchCache, compare=False)
     lock: Lock = field(default_factory=Lock, compare=False)
 
     @property
@@ -88,8 +75,11 @@ class _MoeLaunches:
     """
 
     def __init__(self, choice: MoeChoice, key: MoeCallKey, operand: MoeOperand) -> None:
-        num_tokens, _, num_shared, map_length, wide_ids, x_pitch = key
-        sizes = _sizes(key, operand)
+        num_tokens, num_choices, num_shared, map_length, wide_ids, x_pitch = key
+        num_ids = map_length if map_length >= 0 else operand.num_experts - num_shared
+        sizes = MoeSizes(
+            num_tokens, num_choices, num_choices + num_shared, num_ids, operand.num_experts, operand.hidden
+        )
         pairs, device_index = sizes.pairs, operand.w13.device_index
         tiles = min(operand.num_experts, pairs) + pairs // choice.tile_rows + 1
         self.sorted_at = _align(4 * (4 + 4 * tiles + 2 * pairs + 4))
@@ -146,22 +136,6 @@ class _MoeLaunches:
         self._combine.start(stream)
 
 
-def _fused_configs(config: FusedConfig) -> Iterator[Config]:
-    """Yields the kernels of calls without shared experts or a map: with few pairs, up to 64, and more."""
-    for pairs in (1, FEW_PAIRS, FEW_PAIRS + 1):
-        for wide_ids in (False, True):
-            yield from call_configs(config, align_config(wide_ids, False, 0, pairs), pairs)
-
-
-MoeLaunches = _MoeLaunches | FusedLaunches
-
-
-def _sizes(key: MoeCallKey, operand: MoeOperand) -> MoeSizes:
-    num_tokens, num_choices, num_shared, map_length = key[:4]
-    num_ids = map_length if map_length >= 0 else operand.num_experts - num_shared
-    return MoeSizes(num_tokens, num_choices, num_choices + num_shared, num_ids, operand.num_experts, operand.hidden)
-
-
 def _tiling(config: GemmConfig, operand: MoeOperand, tiles: int) -> Tiling:
     """Returns the tiling of gate_up (the product with SwiGLU) or down, for at most ``tiles`` tiles of tokens."""
     weight, pitch = (operand.w13, operand.inter) if config.swiglu else (operand.w2, operand.hidden)
@@ -201,7 +175,6 @@ class Nvfp4MoeKernel:
                 pack_weight_(codes[expert], scale[expert], placed)
         both = w2[2][:, None].expand(-1, 2).contiguous()
         gate_up_scale = w13[2].contiguous()
-        counters = torch.zeros(FEW_PAIRS + hidden // 16 + 1, dtype=torch.int32, device=both.device)
         # Kernels read weights before they wait for their predecessor: what wrote them must be over by then.
         torch.cuda.synchronize(both.device)
         return MoeOperand(
@@ -209,7 +182,6 @@ class Nvfp4MoeKernel:
             PackedWeight(w2[0], w2[1], both, hidden, inter),
             num_experts,
             stored.swiglu_limit,
-            counters,
         )
 
     def restore(self, operand: MoeOperand, expert: int) -> FusedExpert:
@@ -224,12 +196,8 @@ class Nvfp4MoeKernel:
 
     def variant(self, x: torch.Tensor, routing: Routing, operand: MoeOperand) -> str:
         """Returns the names of the products that a call with these arguments launches."""
-        pairs = routing.ids.numel() + len(x) * routing.num_shared
-        choice = self.choose(pairs, operand)
-        if choice.fused is None:
-            return f"{choice.gate_up.name} {choice.down.name}"
-        mapped, wide_ids = routing.expert_map is not None, routing.ids.dtype is torch.int64
-        return call_config(choice.fused, align_config(wide_ids, mapped, routing.num_shared, pairs), pairs).name
+        choice = self.choose(routing.ids.numel() + len(x) * routing.num_shared, operand)
+        return f"{choice.gate_up.name} {choice.down.name}"
 
     def configs(self, operand: MoeOperand) -> list[Config]:
         """Returns the configurations of every kernel that a call without shared experts or a map may launch."""
@@ -248,7 +216,7 @@ class Nvfp4MoeKernel:
         for _, knobs in moe_table(hidden, inter):
             for wide in (True,) if self.is_batch_invariant else (False, True):
                 choice = moe_choice(knobs, hidden, inter, wide)
-                found += [choice.gate_up, choice.down] if choice.fused is None else _fused_configs(choice.fused)
+                found += [choice.gate_up, choice.down]
         return list(dict.fromkeys(found))
 
     def workspace(self, operand: MoeOperand, num_tokens: int, num_slots: int) -> torch.Tensor:
@@ -300,16 +268,11 @@ class Nvfp4MoeKernel:
             call.start(x.data_ptr(), routing, workspace.data_ptr(), out.data_ptr(), stream)
         return out
 
-    def _new_call(self, key: MoeCallKey, operand: MoeOperand) -> MoeLaunches:
-        num_tokens, num_choices, num_shared, map_length, wide_ids, pitch = key
+    def _new_call(self, key: MoeCallKey, operand: MoeOperand) -> _MoeLaunches:
+        num_tokens, num_choices, num_shared = key[:3]
         if not 0 <= num_shared < operand.num_experts:
             raise ValueError(f"num_shared is {num_shared}, there are {operand.num_experts} experts")
-        choice = self.choose(num_tokens * (num_choices + num_shared), operand)
-        if choice.fused is None:
-            return _MoeLaunches(choice, key, operand)
-        sizes = _sizes(key, operand)
-        aligning = align_config(wide_ids, map_length >= 0, num_shared, sizes.pairs)
-        return FusedLaunches(choice.fused, aligning, sizes, operand, pitch)
+        return _MoeLaunches(self.choose(num_tokens * (num_choices + num_shared), operand), key, operand)
 
 
 def _stack(name: str, side: QuantTensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
