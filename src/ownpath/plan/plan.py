@@ -17,7 +17,7 @@ from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.names import draft_params, model_params
 from ownpath.checkpoint.schema import ENCODINGS, Encoding, ModuleSpec, ParamSpec, check_census, check_param
-from ownpath.config import ONE_RANK, ModelConfig, Parallel
+from ownpath.config import ONE_RANK, Layer, ModelConfig, Parallel
 from ownpath.formats import BF16, FP32, NVFP4, Format
 from ownpath.kernels.registry import SPECS
 from ownpath.kernels.spec import InputRounding
@@ -288,11 +288,16 @@ class _Planner:
 
     def companions(self, loads_draft: bool) -> tuple[PlannedCompanion, ...]:
         config = self.config
-        specs = [*companion_ops(config), *(draft_companions(config) if loads_draft else ())]
-        for layer in (*config.backbone_layers(), *(config.draft_layers() if loads_draft else ())):
-            specs += official_ops(config, layer, self.demands.official)
-            specs += decode_ops(config, layer, self.demands.official)
+        specs = [*companion_ops(config), *self._of_layers(config.backbone_layers())]
+        if loads_draft:
+            specs += [*draft_companions(config), *self._of_layers(config.draft_layers())]
         return tuple(PlannedCompanion(spec, self._choice(spec, None)) for spec in specs)
+
+    def _of_layers(self, layers: Iterable[Layer]) -> Iterator[CompanionSpec]:
+        """Yields the companions that depend on numerics."""
+        for layer in layers:
+            yield from official_ops(self.config, layer, self.demands.official)
+            yield from decode_ops(self.config, layer, self.demands.official)
 
     def _require_one_scale_dtype(self, spec: OpSpec, encoding: Encoding) -> None:
         """Checks that a layer's scales share one dtype, as their buffer does. Errors: MixedExpertsError naming one."""

@@ -1,5 +1,6 @@
 """The engine's demands on kernels are an input of the plan: batch invariance, activations, sizes, packages."""
 
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,13 @@ from support.pages import plan_text
 
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.cli import main
+from ownpath.config import ModelConfig
 from ownpath.formats import BF16, NVFP4
 from ownpath.kernels.registry import SPECS
 from ownpath.kernels.spec import KernelSpec
+from ownpath.official import PLAIN as PLAIN_NUMERICS
 from ownpath.ops import OpKind
-from ownpath.plan.opspec import companion_ops, model_ops
+from ownpath.plan.opspec import CompanionSpec, companion_ops, decode_ops, model_ops
 from ownpath.plan.plan import PlanError, make_plan
 from ownpath.plan.select import Caps, Choice, Demands, Refusal, select
 from ownpath.plan.show import companion_rows
@@ -68,14 +71,22 @@ def test_batch_invariance_is_an_input() -> None:
     assert chosen(fast, same, is_batch_invariant=True) == Choice(same, "why", ("fast is not batch-invariant",))
 
 
+def all_companions(config: ModelConfig) -> list[CompanionSpec]:
+    """Those of every step, then those of decode steps, layer by layer."""
+    decode = (decode_ops(config, layer, PLAIN_NUMERICS) for layer in config.backbone_layers())
+    return [*companion_ops(config), *chain.from_iterable(decode)]
+
+
 def test_every_companion_is_planned_with_a_reason(tmp_path: Path) -> None:
     checkpoint = random_checkpoint(tmp_path)
     plan = make_plan(checkpoint.config, CheckpointIndex.open(tmp_path), HOPPER, Demands("bfloat16"))
-    assert [op.spec for op in plan.companions] == list(companion_ops(checkpoint.config))
+    assert [op.spec for op in plan.companions] == all_companions(checkpoint.config)
     assert all(op.choice.why for op in plan.companions)
     kernels = {op.spec.slot: op.choice.kernel.name for op in plan.companions}
     assert kernels["layers.0.hc_attn"] == kernels["hc_head"] == "triton.hyper_boundary"
     assert kernels["layers.4.ffn.router"] == "triton.router"
+    assert kernels["layers.0.attn.decode.entries"] == "triton.entries"
+    assert "layers.0.attn.decode.select" not in kernels, "a sliding layer selects nothing"
     boundaries = [slot for slot, kernel in kernels.items() if kernel == "triton.hyper_boundary"]
     assert len(boundaries) == 2 * checkpoint.config.num_hidden_layers + 1
     rows = companion_rows(plan)
@@ -88,7 +99,7 @@ def test_every_companion_is_planned_with_a_reason(tmp_path: Path) -> None:
 def test_slots_are_unique_and_the_plan_names_each(tmp_path: Path) -> None:
     checkpoint = random_checkpoint(tmp_path)
     plan = make_plan(checkpoint.config, CheckpointIndex.open(tmp_path), HOPPER)
-    slots = [op.slot for op in model_ops(checkpoint.config)] + [op.slot for op in companion_ops(checkpoint.config)]
+    slots = [op.slot for op in (*model_ops(checkpoint.config), *all_companions(checkpoint.config))]
     assert len(set(slots)) == len(slots)
     assert set(plan.slots) == set(slots)
     assert plan.slots["head"] == ("PlainLinear", "torch.plain_linear")

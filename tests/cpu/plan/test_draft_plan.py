@@ -29,6 +29,9 @@ LAYER = (
 )
 """The slots of a layer without compressed entries."""
 OF_MTP = LAYER | {"e_proj", "h_proj", "enorm", "hnorm", "hc_head"}
+OF_DECODE = {"attn.decode.entries", "attn.decode.attend"}
+NOT_OF_DECODE = {"attn.kv_norm", "attn.q_head_norm", "attn.core"}
+"""Kernels of steps that have one row for each sequence, and those whose place they take."""
 
 
 @pytest.fixture
@@ -58,7 +61,7 @@ def test_the_backbones_plan_is_part_of_the_drafting_one(folder: Path) -> None:
     without, planned = plan_model(folder, "cpu"), plan_model(folder, "cpu", loads_draft=True)
     assert planned.ops[: len(without.ops)] == without.ops
     assert planned.companions[: len(without.companions)] == without.companions
-    assert set(planned.slots) - set(without.slots) == {f"mtp.0.{name}" for name in OF_MTP}
+    assert set(planned.slots) - set(without.slots) == {f"mtp.0.{name}" for name in OF_MTP | OF_DECODE}
     keys = {key for key in CheckpointIndex.open(folder).tensors if key.startswith("mtp.")}
     assert set(without.ignored) == keys
     assert not planned.ignored
@@ -74,15 +77,19 @@ def test_what_runs_is_what_was_planned(draft: str, tmp_path: Path, device: torch
     model = load_model(
         tmp_path, EngineConfig(str(device), EngineConfig.for_device(str(device)).dtype, 64, loads_draft=True)
     )
-    batch = ForwardBatch.of([([5, 6, 7, 8], model.new_cache())], device)
-    hidden = model.hidden(batch)
-    backbone = dict(model.ledger.calls)
-    assert not [slot for slot in backbone if slot.startswith("mtp.")]
-    model.logits(model.drafts[0].hidden(hidden, torch.tensor([6, 7, 8, 9], device=device), batch), batch.logits_ids)
+    cache = model.new_cache()
+    for token_ids, slots in (([5, 6, 7, 8], OF_MTP), ([9], OF_MTP - NOT_OF_DECODE | OF_DECODE)):
+        before = dict(model.ledger.calls)
+        batch = ForwardBatch.of([(token_ids, cache)], device)
+        hidden = model.hidden(batch)
+        backbone = dict(model.ledger.calls)
+        assert all(backbone[slot] == before.get(slot, 0) for slot in backbone if slot.startswith("mtp."))
+        next_ids_T = torch.tensor([token_id + 1 for token_id in token_ids], device=device)
+        model.logits(model.drafts[0].hidden(hidden, next_ids_T, batch), batch.logits_ids)
+        added = {slot: calls - backbone.get(slot, 0) for slot, calls in model.ledger.calls.items()}
+        ran = {slot: calls for slot, calls in added.items() if calls}
+        assert ran == {"head": 1, **{f"mtp.0.{name}": 1 for name in slots}}
     assert {slot: model.ledger.kernels[slot] for slot in model.ledger.calls} == plan.slots
-    added = {slot: calls - backbone.get(slot, 0) for slot, calls in model.ledger.calls.items()}
-    ran = {slot: calls for slot, calls in added.items() if calls}
-    assert ran == {"head": 1, **{f"mtp.0.{name}": 1 for name in OF_MTP}}
 
 
 def test_every_byte_of_the_draft_is_read_as_it_is_stored(folder: Path, tmp_path: Path) -> None:

@@ -146,11 +146,14 @@ def test_every_catalogued_kernel_is_registered() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_runs_is_what_was_planned(layout: str, tmp_path: Path, device: torch.device) -> None:
-    """After one step the ledger holds every slot of the plan, under the plan's runner and kernel, and no other."""
+    """After a prompt and a token the ledger holds every slot of the plan, under its runner and kernel, and no
+    other."""
     random_checkpoint(tmp_path, layout)
     plan = plan_model(tmp_path, str(device))
     model = load_model(tmp_path, EngineConfig.for_device(str(device), max_model_len=64))
-    model.forward(ForwardBatch.of([([5, 6, 7, 8, 9], model.new_cache())], device))
+    cache = model.new_cache()
+    for token_ids in ([5, 6, 7, 8, 9], [10]):
+        model.forward(ForwardBatch.of([(token_ids, cache)], device))
     planned = {op.spec.slot: (op.choice.kernel.runner, op.choice.kernel.name) for op in plan.decided}
     assert {slot: model.ledger.kernels[slot] for slot in model.ledger.calls} == planned
     assert sum(modules for _, _, modules, _ in model.ledger.summary()) == len(planned)
