@@ -93,8 +93,7 @@ def test_every_product_of_the_experts_table_is_named(
     ]
     calls += [(num_experts, 6, *dims, tests.FULL_COUNTS, "cute.nvfp4_moe") for num_experts, *dims in tests.FULL]
     for num_experts, top_k, hidden, inter, counts, name in calls:
-        sides = weight(2 * inter, hidden), weight(hidden, inter)
-        operand = MoeOperand(*sides, num_experts, tests.LIMIT, counters=torch.empty(0, device=META))
+        operand = MoeOperand(weight(2 * inter, hidden), weight(hidden, inter), num_experts, tests.LIMIT)
         for num_tokens in counts:
             x, ids = torch.empty(num_tokens, hidden, device=META), torch.empty(num_tokens, top_k, device=META)
             launched = KERNELS[name].variant(x, Routing(ids, ids), operand)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ownpath.kernels.nvfp4.choose import SMS, choose_linear, choose_moe, moe_choice
+from ownpath.kernels.nvfp4.choose import SMS, choose_linear, choose_moe
 from ownpath.kernels.nvfp4.config import MAX_SHARED_BYTES, GemmConfig
 
 SHAPES = ((1536, 4096), (32768, 1024), (4096, 8192), (4096, 4096), (4096, 2048), (64, 128), (192, 384), (640, 256))
@@ -57,22 +57,3 @@ def test_a_kernel_that_does_not_fit_is_refused() -> None:
         GemmConfig(2, 2, 1, (128,), 9)
     with pytest.raises(ValueError, match="along K"):
         GemmConfig(1, 2, 2, (8,), 2)
-
-
-@pytest.mark.parametrize(("hidden", "inter", "is_drawn"), [(4096, 2048, True), (512, 512, True), (4096, 256, False)])
-def test_tiles_are_drawn_where_three_are_longer_than_the_ring(hidden: int, inter: int, is_drawn: bool) -> None:
-    """A tile of down has a stage for each 128 columns; of 256 columns, a ring of ten stages holds five."""
-    knobs = {"num_m64": 1, "warpgroups_m": 1, "n0": 8, "stages": 10, "depth": 2, "group": 4, "gather": 1, "per_sm": 3}
-    fused = moe_choice({**knobs, "fused": 2}, hidden, inter, wide=True).fused
-    assert fused is not None
-    assert fused.num_stages == 10
-    assert fused.dynamic == is_drawn
-    apart = moe_choice(knobs, hidden, inter, wide=True)
-    assert apart.fused is None
-
-
-@pytest.mark.parametrize("knobs", [{"gather": 0}, {"num_m64": 2, "warpgroups_m": 4}], ids=["sorted", "two tiles"])
-def test_products_of_different_tiles_stay_apart(knobs: dict[str, int]) -> None:
-    """A hidden size of 640 has no tiles of eight blocks, so that down takes smaller ones than gate_up."""
-    given = {"num_m64": 1, "warpgroups_m": 2, "n0": 8, "stages": 4, "depth": 2, "group": 4, "gather": 1, "per_sm": 1}
-    assert moe_choice(given | knobs | {"fused": 1}, 640, 512, wide=True).fused is None
