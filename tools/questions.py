@@ -69,16 +69,17 @@ QUESTIONS = (
     ),
     Question(
         "Is the sparse attention right on this device?",
-        "Window edges, sink and hidden keys on the real weights (K09), rotations to a million positions (K07); then "
-        "every layer on a text, with the entries it picks (V01), cut in every way (V05), beside others (V09).",
+        "Window edges, sink and hidden keys on the real weights (K09), rotations to a million positions (K07), each "
+        "kernel of decode steps over poisoned caches (K11); then every layer on a text, with the entries it picks "
+        "(V01), cut in every way (V05), beside others (V09).",
         ("ownpath verify --stages kernels,layers",),
-        keep=(" K07 ", " K09 ", " V01 ", " V05 ", " V09 "),
+        keep=(" K07 ", " K09 ", " K11 ", " V01 ", " V05 ", " V09 "),
     ),
     Question(
         "Which is the first layer whose output is wrong?",
         "Every layer is fed with the reference's input, so that one wrong layer hides no other (V01, V02).",
         ("ownpath verify --stages layers",),
-        keep=("first bad", "worst layer", " V01 ", " V02 ", " V04 "),
+        keep=("first bad", "largest error", " V01 ", " V02 ", " V04 "),
     ),
 )
 

@@ -1,0 +1,95 @@
+"""K11 beside what test_mutations runs: in bfloat16, where there is nothing to check, and how small a fault it sees."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.mutations import decode
+from support.mutations.mutation import Mutation
+from support.mutations.runs import write_model
+
+from ownpath.config import EngineConfig
+from ownpath.conformance.decode import best_entries
+from ownpath.finding import Finding, Verdict, failed
+from ownpath.official import PLAIN, Step
+from ownpath.verify import kernel_stage as stage
+from ownpath.verify.kernels.decode import check_decode
+from ownpath.verify.subject import Selection, Subject
+
+SLOT = "layers.1.attn.decode"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("decode") / "model")
+
+
+@pytest.fixture(autouse=True)
+def only_this_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "CHECKS", (("K11", check_decode),))
+
+
+def checked(folder: Path, layer_idx: int, official: frozenset[Step] = PLAIN) -> list[Finding]:
+    engine = EngineConfig(dtype=torch.bfloat16, official=official)
+    return list(stage.kernel_stage(Subject.of(folder, engine, Selection(frozenset({layer_idx})))))
+
+
+def caught(folder: Path, mutation: Mutation) -> list[Finding]:
+    with mutation.interference.applied():
+        return failed(checked(folder, 1))
+
+
+@pytest.mark.parametrize("layer_idx", [decode.SLIDING, decode.CSA, decode.HCA])
+def test_a_right_layer_passes_in_bfloat16(layer_idx: int, folder: Path) -> None:
+    [finding] = checked(folder, layer_idx)
+    assert (finding.where, finding.verdict) == (f"layers.{layer_idx}", Verdict.PASS)
+    assert finding.number is not None
+    assert 0.1 < finding.number <= 1, "a rounding to bfloat16 comes near to what is allowed"
+
+
+def test_layers_without_such_kernels_are_skipped(folder: Path) -> None:
+    [finding] = checked(folder, decode.CSA, frozenset({Step.KV}))
+    assert finding.verdict is Verdict.SKIPPED
+    assert "no kernels of decode steps are planned" in finding.message
+
+
+def larger(run: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    return 1.02 * run(*args)
+
+
+@pytest.mark.parametrize(("part", "slot"), [("score", "scores"), ("attend", "attend")])
+def test_two_percent_are_seen_in_bfloat16(part: str, slot: str, folder: Path) -> None:
+    [finding] = caught(folder, decode.called("the result", part, larger))
+    assert finding.where == f"{SLOT}.{slot}"
+    assert "the row at position " in finding.message
+
+
+def test_a_row_written_beside_the_steps_is_named(folder: Path) -> None:
+    """The ring's row of the token before the newest one is written once more, with what another row has."""
+
+    def call(run: Any, raw: Any, angles: Any, rows: Any, pools: Any) -> None:
+        run(raw, angles, rows, pools)
+        if len(rows.slots_T) > 2:  # the row at position 4, not the step of one row
+            pools.window[128 * int(rows.slots_T[2]) + 3] = pools.window[128 * int(rows.slots_T[2]) + 4]
+
+    [finding] = caught(folder, decode.called("a key", "write", call))
+    assert finding.where == f"{SLOT}.entries"
+    assert finding.message == "window: row 387 changed, which no row of the step writes"
+
+
+def test_a_kernel_that_raises_is_named_and_the_others_are_judged(folder: Path) -> None:
+    def raises(run: Any, *args: Any) -> None:
+        raise RuntimeError("no kernel image is available")
+
+    found = {finding.where: finding.message for finding in caught(folder, decode.called("a key", "score", raises))}
+    assert found == {f"{SLOT}.scores": "RuntimeError: no kernel image is available"}
+
+
+def test_best_entries() -> None:
+    nan = float("nan")
+    assert best_entries([1.0, nan, 3.0, 1.0, -2.0, 1.0], 3) == [0, 2, 3]
+    assert best_entries([nan, -1.0, nan], 2) == [0, 1], "NaN is below all, the lower of two first"
+    assert best_entries([0.0, -0.0, 0.0], 1) == [0]
+    assert best_entries([], 4) == []
