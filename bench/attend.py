@@ -20,7 +20,7 @@ from ownpath.conformance.attend import AttendInputs, judge_attend, make_attend_i
 from ownpath.kernels.attend.cases import CASES, AttendCase
 from ownpath.kernels.registry import KERNELS
 
-NAMES = ("triton.attend", "triton.attend_invariant")
+NAMES = ("cute.attend", "cute.attend_invariant", "triton.attend", "triton.attend_invariant")
 WINDOW, HEAD_DIM = 128, 512
 COLD_BYTES, MOST_ROWS = 120e6, 384
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import product, starmap
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ownpath.kernels.registry import KERNELS
 from ownpath.kernels.scores.types import CSA_PAGES, IndexQuery, PagedRows
 from ownpath.kernels.select.types import SelectWeights
 
-SCORES, SELECT = "triton.index_scores", "triton.select"
+SCORES, OFFICIAL, SELECT = "triton.index_scores", "triton.index_scores_fp4", "triton.select"
 KEY_BYTES = {"bf16": 256, "fp8": 132}
 CONTEXTS, ROWS = (8192, 131072), (1, 8, 32, 128)
 HEADS, TOPKS = (64, 4), (512, 1024, 128)
@@ -65,9 +65,9 @@ class Pool:
         return IndexQuery(q_TIH, normal(num_rows, num_heads), angles_TF.cos(), angles_TF.sin())
 
 
-def scores_calls(pool: Pool, num_rows: int, context: int, num_heads: int) -> list[Call]:
+def scores_calls(pool: Pool, num_rows: int, context: int, num_heads: int, op: str = SCORES) -> list[Call]:
     """Returns calls on different blocks, of which the first is checked. Errors: AssertionError."""
-    kernel = KERNELS[SCORES]
+    kernel = KERNELS[op]
     operand, calls = kernel.prepare(CSA_PAGES), list[Call]()
     for number in range(num_sets(64 * num_rows * context)):
         query, rows = pool.query(num_rows, num_heads), pool.rows(num_rows, context)
@@ -75,7 +75,13 @@ def scores_calls(pool: Pool, num_rows: int, context: int, num_heads: int) -> lis
         calls.append(partial(kernel.run, query, pool.keys, rows, operand, out=out))
         if not number:
             calls[0]()
-            judge_scores(out[:2], IndexQuery(*(part[:2] for part in query)), pool.keys, first_rows(rows, 2))
+            judge_scores(
+                out[:2],
+                IndexQuery(*(part[:2] for part in query)),
+                pool.keys,
+                first_rows(rows, 2),
+                is_fp4=op == OFFICIAL,
+            )
     return calls
 
 
@@ -112,14 +118,14 @@ def timed(op: str, form: str, num_rows: int, context: int, calls: list[Call], mo
     return row | {"gbps": round(gbps, 1), "of_read_ceiling": round(gbps / READ_CEILING_GBPS, 3)}
 
 
-def rows_of_scores(num_heads: int) -> Iterator[dict[str, Any]]:
+def rows_of_scores(op: str, num_heads: int) -> Iterator[dict[str, Any]]:
     """Yields the rows of the scores, by form of the keys."""
     for form, key_bytes in KEY_BYTES.items():
         pool = Pool.of(65536, form)
         for context, num_rows in product(CONTEXTS, ROWS):
-            calls = scores_calls(pool, num_rows, context, num_heads)
+            calls = scores_calls(pool, num_rows, context, num_heads, op)
             moved_bytes = num_rows * context // 4 * (key_bytes + 4)
-            yield timed(SCORES, f"{form} {num_heads} heads", num_rows, context, calls, moved_bytes)
+            yield timed(op, f"{form} {num_heads} heads", num_rows, context, calls, moved_bytes)
 
 
 def rows_of_select(topk: int) -> Iterator[dict[str, Any]]:
@@ -138,10 +144,10 @@ def main() -> None:
     options = parser.parse_args()
     facts = {**machine(), "commit": options.commit}
     print(*(f"{key}={value}" for key, value in facts.items()))
-    print(f"{'op':22}{'form':16}{'context':>8}{'T':>5}{'us':>9}{'GB/s':>8}{'of 4.41':>9}", flush=True)
-    for table in (*map(rows_of_scores, HEADS), *map(rows_of_select, TOPKS)):
+    print(f"{'op':26}{'form':16}{'context':>8}{'T':>5}{'us':>9}{'GB/s':>8}{'of 4.41':>9}", flush=True)
+    for table in (*starmap(rows_of_scores, product((SCORES, OFFICIAL), HEADS)), *map(rows_of_select, TOPKS)):
         for row in table:
-            place = f"{row['op']:22}{row['form']:16}{row['context']:8}{row['rows']:5}"
+            place = f"{row['op']:26}{row['form']:16}{row['context']:8}{row['rows']:5}"
             print(f"{place}{row['us']:9.2f}{row['gbps']:8.0f}{row['of_read_ceiling']:9.2f}", flush=True)
             if options.out:
                 with options.out.open("a", encoding="utf-8") as lines:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 from ownpath.bench.timing import CudaGraph
 from ownpath.kernels.registry import KERNELS
@@ -95,20 +96,28 @@ def measure(kind: tuple[str, float, int, float, float, float], num_rows: int, se
 def main() -> None:
     """Prints and writes all rows."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON lines are appended here")
+    parser.add_argument("--commit", default="", help="recorded with every line")
     parser.add_argument("--tokens", default="1,8,32,128")
     parser.add_argument("--seconds", type=float, default=0.1)
     args = parser.parse_args()
     torch.manual_seed(0)
     rows = [measure(kind, num_rows, args.seconds) for kind in KINDS for num_rows in map(int, args.tokens.split(","))]
-    device = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    facts = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": str(torch.version.cuda),
+        "commit": args.commit,
+    }
     for row in rows:
         print(
             f"{row['rows']:34s} {row['tokens']:4d} rows {row['us']:8.1f} us   floor {row['floor_us']:6.1f}   "
             f"torch {row['torch_us']:8.1f}"
         )
     if args.out:
-        args.out.write_text("".join(json.dumps(row | device) + "\n" for row in rows), encoding="utf-8")
+        with args.out.open("a", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(row | facts) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

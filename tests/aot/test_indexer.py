@@ -29,7 +29,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
                 torch.zeros(2, num_heads, 128).bfloat16(), torch.zeros(2, num_heads), angles_TF, angles_TF
             )
             for keys in pools:
-                scores.INDEX_SCORES(query, keys, rows_of(32))
+                for kernel in (scores.INDEX_SCORES, scores.INDEX_SCORES_FP4):
+                    kernel(query, keys, rows_of(32))
         for width, topk in TABLES:
             select.SELECT(torch.zeros(2, 64 * width), rows_of(width), topk)
     folder = tmp_path_factory.mktemp("cubins")
@@ -38,7 +39,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
 
 def test_every_kernel_is_there(compiled: list[Compiled]) -> None:
     names = [one.launch.name for one in compiled]
-    assert names.count("index_scores_kernel") == 4
+    assert names.count("index_scores_kernel") == 8
     assert names.count("select_kernel") == len(TABLES)
 
 

@@ -5,11 +5,15 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+import triton
 from support.kernel_configs import model_configs
 
 from ownpath.cache.pools import CachePool
 from ownpath.config import EngineConfig
 from ownpath.engine.decoder import Decoder, DecodeRow
+from ownpath.engine.request import SamplingParams
+from ownpath.engine.sampler import SampleRow
+from ownpath.kernels.dsl import cache
 from ownpath.kernels.dsl.cache import Config
 from ownpath.loading import default_model_dir, load_model
 from ownpath.model.batch import ForwardBatch
@@ -153,3 +157,21 @@ def test_the_device_ran_the_kernels_of_the_plan(model: Model) -> None:
     assert Counter(launch.kernel for launch in replayed) == names
     slots = {launch.slot for launch in launched}
     assert {f"layers.1.attn.decode.{name}" for name in ("entries", "scores", "select", "attend")} <= slots
+
+
+def test_no_step_compiles_after_the_capture(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of rows, and however tokens are drawn: what a served step needs is compiled by then."""
+    graphs = captured(model)
+    compiled: list[object] = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **told: compiled.append(told["fn"]))
+    monkeypatch.setattr(cache, "compile_missing", lambda configs, *_: compiled.extend(configs))
+    params = SamplingParams(9, temperature=0.8, top_p=0.7)
+    for count in range(1, MAX_ROWS + 1):
+        rows = started(model, [3 + idx for idx in range(count)])
+        compiled.clear()  # prompts are another kind of step
+        drawn = [DecodeRow(row.cache, 5, SampleRow(params, seed=idx, index=0)) for idx, row in enumerate(rows)]
+        assert None not in graphs.step(drawn).token_ids
+        for row in rows:
+            row.cache.release()
+        assert compiled == [], count
+    assert graphs.num_replays == MAX_ROWS

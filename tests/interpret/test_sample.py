@@ -34,7 +34,7 @@ def compare(logits: torch.Tensor, rows: SampleRows, kernel: TritonSample = SAMPL
 def test_every_parameter(num_vocab: int, spread: float) -> None:
     """Ties are planted: logits on a grid of eighths."""
     g = torch.Generator().manual_seed(num_vocab)
-    num_rows = 6
+    num_rows = 4
     logits = (torch.randn(num_rows, num_vocab, generator=g) * spread * 8).round() / 8
     compare(logits, mixed_rows(num_rows, num_vocab, g))
 
@@ -53,8 +53,8 @@ def test_programs_share_a_row() -> None:
 @pytest.mark.parametrize(("top_k", "top_p", "min_p"), [(40, 1.0, 0.0), (0, 0.03, 0.0), (0, 1.0, 0.9)])
 def test_rounds_on_a_flat_row(top_k: int, top_p: float, min_p: float) -> None:
     """The first winner is out nearly always: several rounds follow."""
-    logits = torch.randn(2, 1100, generator=torch.Generator().manual_seed(top_k)) * 0.3
-    compare(logits, plain_rows(2)._replace(filters=filters(2, top_k, top_p, min_p)))
+    logits = torch.randn(1, 1100, generator=torch.Generator().manual_seed(top_k)) * 0.3
+    compare(logits, plain_rows(1)._replace(filters=filters(1, top_k, top_p, min_p)))
 
 
 @pytest.mark.parametrize("with_filters", [False, True])

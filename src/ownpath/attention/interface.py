@@ -85,7 +85,7 @@ class AttentionStep(Protocol):
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """What all layers of a decode step share.
+    """The part of a decode step that all layers share.
 
     angles: of each row's position, and of the first token of the windows that end at it. undone: the rotation that
     attention's output is left with, which is none.

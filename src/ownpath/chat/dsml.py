@@ -19,6 +19,9 @@ from collections.abc import Mapping, Sequence
 from ownpath.chat.markers import Segment, segments_of
 from ownpath.chat.messages import ChatFormatError, ToolCall
 
+MAX_DIGITS = 640
+"""Digits of a whole number that is read as one; arguments with a longer one are text."""
+
 _OFFER = segments_of("""\
 ## Tools
 
@@ -49,6 +52,11 @@ Otherwise, output directly after </think> with tool calls or final response.
 _OFFER_END = "\n\nYou MUST strictly follow the above defined tool name and parameter schemas to invoke tool calls.\n"
 
 
+_CALLS, _CALLS_END = segments_of("\n\n<｜DSML｜tool_calls>\n"), segments_of("</｜DSML｜tool_calls>")
+_INVOKE, _INVOKE_END = segments_of('<｜DSML｜invoke name="'), segments_of("\n</｜DSML｜invoke>\n")
+_PARAMETER, _PARAMETER_END = segments_of('<｜DSML｜parameter name="'), segments_of("</｜DSML｜parameter>")
+
+
 def write_json(value: object) -> str:
     """Writes a value as JSON in the format's style: on one line, non-ASCII characters unescaped.
 
@@ -67,27 +75,39 @@ def offer_tools(functions: Sequence[Mapping[str, object]]) -> list[Segment]:
 
 def write_calls(calls: Sequence[ToolCall]) -> list[Segment]:
     """Writes the block of calls that follows an answer's content."""
-    segments = segments_of("\n\n<｜DSML｜tool_calls>\n")
+    segments = list(_CALLS)
     for call in calls:
-        segments += [*segments_of('<｜DSML｜invoke name="'), call.name, '">\n']
-        parameters = [_write_parameter(name, value) for name, value in _parameters(call.arguments).items()]
-        for index, parameter in enumerate(parameters):
-            segments += [*(["\n"] if index else []), *parameter]
-        segments += segments_of("\n</｜DSML｜invoke>\n")
-    return segments + segments_of("</｜DSML｜tool_calls>")
+        segments += [*_INVOKE, call.name, '">\n']
+        parameters = _parameters(call.arguments)
+        for index, (name, kind, text) in enumerate(parameters):
+            segments += [*(["\n"] if index else []), *_PARAMETER, name, f'" string="{kind}">', text, *_PARAMETER_END]
+        segments += _INVOKE_END
+    return segments + _CALLS_END
 
 
-def _write_parameter(name: str, value: object) -> list[Segment]:
-    opening = f'" string="{"true" if isinstance(value, str) else "false"}">'
-    text = value if isinstance(value, str) else write_json(value)
-    return [*segments_of('<｜DSML｜parameter name="'), name, opening, text, *segments_of("</｜DSML｜parameter>")]
+def _parameters(arguments: str) -> list[tuple[str, str, str]]:
+    """Reads the arguments of an earlier call: for each the name, whether it is a string, and the text to write.
 
-
-def _parameters(arguments: str) -> dict[str, object]:
-    """Reads the arguments of an earlier call, which may be broken: then they are one parameter."""
+    They may be broken: then they are one parameter.
+    """
     try:
-        value = json.loads(arguments)
-        write_json(value).encode()  # NaN and Infinity are Python's, not JSON's; half a surrogate pair is no text
+        value = json.loads(arguments, parse_int=_whole_number)
+        named = value if isinstance(value, dict) else {"arguments": value}
+        return [_parameter(name, item) for name, item in named.items()]
     except (ValueError, RecursionError):
-        return {"arguments": arguments}
-    return value if isinstance(value, dict) else {"arguments": value}
+        return [("arguments", "true", arguments)]
+
+
+def _whole_number(digits: str) -> int:
+    """Reads a number. Errors: ValueError for one of very many digits, whose reading costs their square."""
+    if len(digits.removeprefix("-")) > MAX_DIGITS:
+        raise ValueError
+    return int(digits)
+
+
+def _parameter(name: str, value: object) -> tuple[str, str, str]:
+    """Writes one parameter. Errors: ValueError for NaN and Infinity, which are Python's and not JSON's, and for half a
+    surrogate pair, which is no text."""
+    kind, text = ("true", value) if isinstance(value, str) else ("false", write_json(value))
+    f"{name}{text}".encode()
+    return name, kind, text

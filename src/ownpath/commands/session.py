@@ -13,6 +13,7 @@ from ownpath.config import EngineConfig, ModelConfig
 from ownpath.end_tokens import FIELD, GENERATION_CONFIG, EndTokens, read_end_tokens
 from ownpath.engine.decoder import make_decoder
 from ownpath.engine.engine import Engine
+from ownpath.engine.sampler import warm_up_sampler
 from ownpath.loading import default_model_dir, device_caps, leave_a_core, load_model
 from ownpath.model.model import Model
 from ownpath.startup import warm_up
@@ -70,6 +71,7 @@ def load_for(args: argparse.Namespace, max_num_seqs: int = EngineConfig.max_num_
         tell("warning", f": {where} has {token_id}, which is no token of this model")
     if torch.device(args.device).type == "cuda":
         warm_up(model, config)
+        warm_up_sampler(args.device, tokenizer.num_tokens)
     return LoadedModel(folder, tokenizer, model, config, end_tokens)
 
 

@@ -55,7 +55,7 @@ class DecodeRow(NamedTuple):
     sample: SampleRow = GREEDY
 
 
-class Decoded(NamedTuple):
+class StepTokens(NamedTuple):
     """A step's results. logits_TV: valid until the next step. token_ids: the token drawn for each row; ``None`` where a
     logit is not finite."""
 
@@ -131,12 +131,12 @@ class _Columns(NamedTuple):
         return cls(seeds, tokens, positions, slots, drawn, temperatures, top_p, blocks, top_k, min_p)
 
 
-_Draw = tuple[int, int, SamplingParams]
-_Resident = tuple[int, int, int, _Draw | None]
-"""What the device's row holds: slot, position, token; number of drawn tokens, seed and parameters, if they matter."""
+_DrawState = tuple[int, int, SamplingParams]
+_Resident = tuple[int, int, int, _DrawState | None]
+"""A row as the device holds it: slot, position, token; number of drawn tokens, seed and parameters, if they matter."""
 
 
-def _draw_of(sample: SampleRow) -> _Draw | None:
+def _draw_of(sample: SampleRow) -> _DrawState | None:
     return None if sample.params.greedy else (sample.index, sample.seed, sample.params)
 
 
@@ -185,7 +185,7 @@ class Decoder:
             logits_TV = self._run(count)
         return _Captured(graph, logits_TV, calls)
 
-    def step(self, rows: Sequence[DecodeRow]) -> Decoded:
+    def step(self, rows: Sequence[DecodeRow]) -> StepTokens:
         """Runs a step of at least one row and extends the rows' caches by one token."""
         count = next(size for size in self.buckets if size >= len(rows))
         wanted = [(row.cache.slot, row.cache.num_tokens, row.token_id, _draw_of(row.sample)) for row in rows]
@@ -209,7 +209,7 @@ class Decoder:
             for (slot, at, _, draw), token in zip(wanted, tokens, strict=True)
         ]
         chosen = [None if fault else token for token, fault in zip(tokens, faults, strict=True)]
-        return Decoded(logits_TV[: len(rows)], chosen)
+        return StepTokens(logits_TV[: len(rows)], chosen)
 
     def _run(self, count: int) -> torch.Tensor:
         """Runs the model on the first ``count`` rows, draws tokens, and makes the rows ready for the next step."""

@@ -130,7 +130,7 @@ class Engine:
             self._open.clear()
         self._inbox.put(lambda: None)
         for request in abandoned:
-            request.sink(StepOutput(finish_reason=FinishReason.ERROR, error=_STOPPED))
+            request.sink(StepOutput(finish_reason=FinishReason.ERROR, error=self._why_stopped()))
 
     @property
     def has_died(self) -> bool:
@@ -158,9 +158,9 @@ class Engine:
         num_prompt, limit = len(request.prompt_ids), self.config.max_model_len
         if num_prompt == 0:
             raise RequestError("the prompt has no tokens")
-        bad_ids = [i for i in request.prompt_ids if not 0 <= i < self.num_vocab]
-        if bad_ids:
-            raise RequestError(f"token id {bad_ids[0]} is outside the vocabulary of {self.num_vocab} tokens")
+        for token_id in (min(request.prompt_ids), max(request.prompt_ids)):
+            if not 0 <= token_id < self.num_vocab:
+                raise RequestError(f"token id {token_id} is outside the vocabulary of {self.num_vocab} tokens")
         if num_prompt + request.params.max_tokens > limit:
             raise RequestError(
                 f"{num_prompt} prompt tokens and {request.params.max_tokens} tokens to generate exceed the "
@@ -176,7 +176,7 @@ class Engine:
             self.check(request)
         with self._lock:
             if self._stopping or not self._thread.is_alive():
-                raise EngineStopped(_STOPPED)
+                raise EngineStopped(self._why_stopped())
             if len(self._open) + len(requests) > self._max_num_open:
                 raise EngineOverloaded(f"{len(self._open)} of at most {self._max_num_open} requests are open")
             self._open.update(requests)
@@ -206,7 +206,7 @@ class Engine:
                 self._stopping = True
                 abandoned = list(self._open)
             for request in abandoned:
-                self._fail(request, _STOPPED)
+                self._fail(request, self._why_stopped())
 
     def _add(self, requests: Sequence[Request]) -> None:
         self._scheduler.add(*requests)
@@ -231,9 +231,9 @@ class Engine:
                 self.step(chunks)
         except Exception:
             logger.exception("a step of %d sequences failed", len(chunks))
-            for chunk in chunks:
-                self._fail(chunk.request, _STEP_FAILED)
             self._stop_if_device_is_lost()
+            for chunk in chunks:
+                self._fail(chunk.request, _STEP_FAILED if self.failure is None else self._why_stopped())
 
     def _stop_if_device_is_lost(self) -> None:
         """Ends the engine if the device computes nothing any more: CUDA's sticky errors fail every later call."""
@@ -243,6 +243,9 @@ class Engine:
             self.failure = "the device computes nothing any more"
             self._stopping = True
 
+    def _why_stopped(self) -> str:
+        return _STOPPED if self.failure is None else f"{_STOPPED}: {self.failure}"
+
     def _prepare(self, request: Request) -> bool:
         """Gives a newly admitted request its cache. Returns False, and ends the request, if it gets none."""
         if request.cache is not None:
@@ -251,8 +254,8 @@ class Engine:
             request.cache = self._model.new_cache()
         except Exception:
             logger.exception("no cache for a request of %d tokens", request.num_tokens)
-            self._fail(request, "there is no memory for this request")
             self._stop_if_device_is_lost()
+            self._fail(request, "there is no memory for this request" if self.failure is None else self._why_stopped())
             return False
         return True
 

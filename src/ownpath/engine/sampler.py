@@ -25,8 +25,10 @@ class NonFiniteLogits(RuntimeError):
 
 @dataclass(frozen=True)
 class SampleRow:
-    """The parameters that turn one row of logits into a token. seed: the request's own; index: the number of tokens
-    already drawn."""
+    """The parameters that turn one row of logits into a token.
+
+    seed: the request's own. index: number of tokens that it has already drawn.
+    """
 
     params: SamplingParams
     seed: int
@@ -58,6 +60,13 @@ def choose_tokens(logits_SV: torch.Tensor, rows: Sequence[SampleRow]) -> list[in
         logits_SV.float(), _sample_rows(rows, logits_SV.device), operand, out=Sampled(chosen[0], chosen[1], None)
     )
     return [None if fault else token for token, fault in zip(*chosen.tolist(), strict=True)]
+
+
+def warm_up_sampler(device: torch.device | str, num_vocab: int) -> None:
+    """Draws from made-up logits with and without filters, so that no later step compiles anything."""
+    logits_SV = torch.zeros(2, num_vocab, device=device)
+    for top_p in (1.0, 0.5):
+        choose_tokens(logits_SV, [SampleRow(SamplingParams(1, top_p=top_p), seed, 0) for seed in range(2)])
 
 
 @lru_cache(maxsize=16)

@@ -10,13 +10,12 @@ from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
 from ownpath.server.errors import ApiError, ClientGone, bad_request, overloaded
-from ownpath.server.json_shape import JsonLimits, check_shape
+from ownpath.server.json_shape import JsonLimits, check_numbers, check_shape
 
 INLINE_BYTES = 64 * 1024
 """A larger body is parsed and checked off the event loop, which goes on with other answers."""
 
 Asked = TypeVar("Asked")
-_SHAPE = JsonLimits()
 
 
 @dataclass(frozen=True)
@@ -26,15 +25,11 @@ class Limits:
     max_body_bytes: larger bodies are refused with 413, without being read to their end.
     max_held_bytes: of the bodies that are being read or parsed, all together, where a body is larger than 64 KiB (429).
     body_timeout_s: time to send the body (408).
-    shape: most values of a body (400).
-    max_prompts: prompts in one completions request.
     """
 
     max_body_bytes: int = 4 * 2**20
     max_held_bytes: int = 128 * 2**20
     body_timeout_s: float = 30.0
-    shape: JsonLimits = _SHAPE
-    max_prompts: int = 64
 
 
 @dataclass
@@ -49,9 +44,12 @@ class BodyReader:
     _readings: dict["_Reading", None] = field(default_factory=dict)
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "ownpath-bodies"))
 
-    async def read(self, request: Request, read_fields: Callable[[dict[str, object]], Asked]) -> Asked:
+    async def read(
+        self, request: Request, shape: JsonLimits, read_fields: Callable[[dict[str, object]], Asked]
+    ) -> Asked:
         """Reads the body as a JSON object and returns what ``read_fields`` makes of it.
 
+        shape: the most values that it may hold (400).
         Errors: ApiError 400, 408, 413, 415 or 429, and those of ``read_fields``; ClientGone.
         """
         # Browsers send other content types across sites without a preflight request; this one needs one.
@@ -63,10 +61,10 @@ class BodyReader:
         try:
             await self._read(request, reading)
             if len(reading.data) <= INLINE_BYTES:
-                return read_fields(self._parse(reading.data))
+                return read_fields(_parse(reading.data, shape))
             self._readings.pop(reading, None)  # whole: it makes no room for others any more
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._thread, lambda: read_fields(self._parse(reading.data)))
+            return await loop.run_in_executor(self._thread, lambda: read_fields(_parse(reading.data, shape)))
         finally:
             self._readings.pop(reading, None)
             self._num_held -= reading.num_held
@@ -74,17 +72,6 @@ class BodyReader:
     def close(self) -> None:
         """Ends the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
-
-    def _parse(self, data: bytearray) -> dict[str, object]:
-        try:
-            check_shape(data, self.limits.shape)
-            # Refuses NaN and Infinity, invalid UTF-8, lone surrogates, and nesting beyond 200 levels.
-            value = from_json(data, allow_inf_nan=False)
-        except ValueError as error:
-            raise bad_request(f"the body is not valid JSON: {error}", code="invalid_json") from None
-        if not isinstance(value, dict):
-            raise bad_request("the body must be a JSON object", code="invalid_json")
-        return value
 
     async def _read(self, request: Request, reading: "_Reading") -> None:
         limits = self.limits
@@ -148,3 +135,20 @@ def _held(limits: Limits) -> ApiError:
 def _too_large(limits: Limits) -> ApiError:
     message = f"the body is larger than {limits.max_body_bytes} bytes"
     return ApiError(413, message, headers={"Connection": "close"})
+
+
+def _parse(data: bytearray, shape: JsonLimits) -> dict[str, object]:
+    """Parses a whole body. Errors: ApiError 400."""
+    try:
+        check_shape([data], shape)
+        check_numbers(data)
+    except ValueError as error:
+        raise bad_request(f"the body has {error}", code="invalid_json") from None
+    try:
+        # Refuses NaN and Infinity, invalid UTF-8, lone surrogates, and nesting beyond 200 levels.
+        value = from_json(data, allow_inf_nan=False)
+    except ValueError as error:
+        raise bad_request(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise bad_request("the body must be a JSON object", code="invalid_json")
+    return value

@@ -1,6 +1,7 @@
 """``/v1/completions``: one generator of chunks over all prompts; the answer in one piece is those chunks folded."""
 
 import asyncio
+import functools
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -41,7 +42,7 @@ async def completion_chunks(
         "model": source.model_id,
         "system_fingerprint": source.fingerprint,
     }
-    writers = [_ChoiceWriter(request, prompt, tokenizer) for prompt in generation.prompts]
+    writers = [await _writer(request, prompt, tokenizer) for prompt in generation.prompts]
     async for delta in generation.deltas():
         write = writers[delta.index].write
         # A scored prompt is written off the event loop: up to 21 names for each of its tokens.
@@ -49,6 +50,13 @@ async def completion_chunks(
         if choice is not None:
             yield {**head, "choices": [choice]}
     yield {**head, "choices": [], "usage": generation.usage()}
+
+
+async def _writer(request: CompletionRequest, prompt: Prompt, tokenizer: Tokenizer) -> "_ChoiceWriter":
+    """Makes a choice's writer; the text that ``echo`` repeats of many token ids is written off the event loop."""
+    is_long = request.echo and prompt.text is None and len(prompt.ids) > _INLINE_TOKENS
+    make = functools.partial(_ChoiceWriter, request, prompt, tokenizer)
+    return await asyncio.to_thread(make) if is_long else make()
 
 
 class CompletionFold:

@@ -1,8 +1,20 @@
 """The parts of a chat request that shape the prompt: messages, tools, reasoning, and the answer's format."""
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from ownpath.chat.dsml import write_json
 from ownpath.chat.messages import Message, ToolCall
@@ -19,11 +31,19 @@ _NOT_STRICT = (
 )
 
 
+@dataclass
+class FirstFailure:
+    """The context of one validation. is_found: a field was wrong, so that the others need no look any more."""
+
+    is_found: bool = False
+
+
 class Strict(BaseModel):
     """Strict types (no "1" for 1, no true for 1), finite numbers, no unnamed fields.
 
-    The number of errors that one request can have is bounded by the fields named here, whatever it sends: of an
-    object's unnamed fields one is an error, and lists end at their first wrong entry.
+    With a FirstFailure as context, fields after the first wrong one are not looked at, at whatever depth. The errors of
+    a request are then that one, and for each object around it one unnamed field and the required fields that are left
+    out: fewer than ten, whatever it sends.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
@@ -36,6 +56,21 @@ class Strict(BaseModel):
             return value
         unnamed = next(name for name in value if name not in named)
         return {name: item for name, item in value.items() if name in named or name is unnamed}
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _look_until_one_is_wrong(
+        cls, value: object, look: ValidatorFunctionWrapHandler, info: ValidationInfo[FirstFailure | None]
+    ) -> object:
+        if info.context is None:
+            return look(value)
+        if info.context.is_found:
+            return value
+        try:
+            return look(value)
+        except ValueError:
+            info.context.is_found = True
+            raise
 
 
 def _arguments(value: object) -> str:
@@ -51,9 +86,9 @@ class CalledFunction(Strict):
 
 
 class CallInMessage(Strict):
-    """A tool call of an earlier answer."""
+    """A tool call of an earlier answer. id: left out, no result can name the call."""
 
-    id: str
+    id: str = ""
     type: Literal["function"] = "function"
     function: CalledFunction
 

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from ownpath.server.body import BodyReader, Limits
 from ownpath.server.errors import ApiError, bad_request
 from ownpath.server.gate import bearer_token, digest
+from ownpath.server.json_shape import CONVERSATION
 from ownpath.trace import Ledger, Record, Records
 
 SCHEMA = 1
@@ -40,7 +41,7 @@ class DebugPlan:
     async def record(self, request: Request) -> Response:
         """``POST /debug/plan``: {"recording": true} starts to record calls, false stops and drops the records."""
         self._check_admin(request)
-        asked = await BodyReader(self.limits).read(request, dict)
+        asked = await BodyReader(self.limits).read(request, CONVERSATION, dict)
         if set(asked) != {"recording"} or not isinstance(asked["recording"], bool):
             raise bad_request('the body must be {"recording": true} or {"recording": false}', param="recording")
         if self.records is None and asked["recording"]:

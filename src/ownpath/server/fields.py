@@ -130,5 +130,10 @@ class FieldTable:
 
 
 def asks_for_something(value: object, neutral: tuple[object, ...]) -> bool:
-    """True if a value differs from every neutral one. ``true`` is not 1 and ``false`` is not 0."""
+    """True if a value differs from every neutral one.
+
+    ``true`` is not 1 and ``false`` is not 0. What is null in an object is not sent.
+    """
+    if isinstance(value, dict):
+        value = {name: item for name, item in value.items() if item is not None}
     return not any(isinstance(value, bool) == isinstance(other, bool) and value == other for other in neutral)

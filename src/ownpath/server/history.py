@@ -54,7 +54,7 @@ def _call(call: dict[str, object], place: str, labels: Labels) -> dict[str, obje
 
 
 def _text(content: object, place: str, labels: Labels) -> str:
-    """Returns the text of content: a string, a list of text parts, or nothing."""
+    """Returns the text of content: a string, a list of text parts and strings, or nothing."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -65,6 +65,8 @@ def _text(content: object, place: str, labels: Labels) -> str:
 
 
 def _part_text(part: object, index: int, place: str, labels: Labels) -> str:
+    if isinstance(part, str):
+        return part
     problem = _problem_of_part(part)
     if problem is not None:
         raise bad_request(f"{place}content: part {index} {problem}", f"{place}content", "invalid_value")
@@ -76,7 +78,7 @@ def _part_text(part: object, index: int, place: str, labels: Labels) -> str:
 
 def _problem_of_part(part: object) -> str | None:
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-        return "must be an object with a type"
+        return "must be a string or an object with a type"
     kind = part["type"]
     if kind not in TEXT_PARTS:
         return f"is of type {shorten(kind)}; only text is supported yet"

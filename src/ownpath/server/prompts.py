@@ -2,20 +2,19 @@
 loop."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from ownpath.chat.detokenize import Detokenizer
 from ownpath.chat.effort import RELEASES, Release
 from ownpath.chat.encode import Setting, encode_messages
 from ownpath.chat.levels import LEVEL_OF_WORD, level_for
+from ownpath.chat.markers import Segment
 from ownpath.chat.messages import ChatFormatError
 from ownpath.chat.tokenizer import MissingMarkerError, Tokenizer, TokenizerError
+from ownpath.server.counts import check_arguments
 from ownpath.server.errors import ApiError, bad_request, shorten
 from ownpath.server.protocol import ChatRequest, CompletionRequest
-
-Encoded = TypeVar("Encoded")
 
 # Tokenising this much takes a millisecond or two; longer texts would hold up other requests.
 _INLINE_CHARS = 4096
@@ -36,15 +35,24 @@ class Prompt:
         return "".join(detokenizer.feed(token_id) for token_id in self.ids)
 
 
-async def chat_prompt(request: ChatRequest, tokenizer: Tokenizer, max_model_len: int, release: Release) -> Prompt:
-    """Encodes the conversation in the model's format. Errors: ApiError 400."""
+def chat_segments(request: ChatRequest, release: Release) -> list[Segment]:
+    """Writes the conversation in the model's format. Its work grows with the body, so it belongs where that is read.
+
+    Errors: ApiError 400.
+    """
+    check_arguments(call.function.arguments for message in request.messages for call in message.tool_calls)
     try:
-        messages = [message.as_message() for message in request.messages]
-        segments = await _beside(lambda: encode_messages(messages, _setting(request, release)), _size_of(request))
+        return encode_messages([message.as_message() for message in request.messages], _setting(request, release))
     except ChatFormatError as error:
         raise bad_request(str(error), "messages") from None
+
+
+async def chat_prompt(segments: Sequence[Segment], tokenizer: Tokenizer, max_model_len: int) -> Prompt:
+    """Turns a conversation's segments into tokens. Errors: ApiError 400."""
     num_chars = sum(len(segment) for segment in segments if isinstance(segment, str))
     _refuse_hopeless(num_chars, tokenizer, max_model_len, "messages")
+    if len(segments) > max_model_len:  # each is a token or more
+        raise _too_long(f"at least {len(segments)}", max_model_len, "messages")
     ids = await _tokenise(lambda: tokenizer.encode_segments(segments), num_chars, "messages")
     _check_length(len(ids), max_model_len, "messages")
     return Prompt(ids)
@@ -67,19 +75,14 @@ def _setting(request: ChatRequest, release: Release) -> Setting:
     return Setting(request.thinks, text, request.functions, schema)
 
 
-async def completion_prompts(
-    request: CompletionRequest, tokenizer: Tokenizer, max_model_len: int, max_prompts: int
-) -> list[Prompt]:
+async def completion_prompts(request: CompletionRequest, tokenizer: Tokenizer, max_model_len: int) -> list[Prompt]:
     """Encodes every prompt of the request; raw text may contain special tokens. Errors: ApiError 400."""
-    if len(request.prompt) > max_prompts:
-        raise bad_request(f"prompt: {len(request.prompt)} prompts; at most {max_prompts} are allowed", "prompt")
     prompts = []
     for given in request.prompt:
         if isinstance(given, str):
             prompts.append(await _text_prompt(given, tokenizer, max_model_len))
         else:
-            prompts.append(_ids_prompt(given, tokenizer))
-        _check_length(len(prompts[-1].ids), max_model_len, "prompt")
+            prompts.append(_ids_prompt(given, tokenizer, max_model_len))
         await asyncio.sleep(0)  # other requests have their turn between two prompts of one body
     return prompts
 
@@ -89,33 +92,25 @@ async def _text_prompt(text: str, tokenizer: Tokenizer, max_model_len: int) -> P
     ids = await _tokenise(lambda: tokenizer.encode_raw(text), len(text), "prompt")
     if not ids:
         raise bad_request("prompt: an empty text has no tokens to continue", "prompt")
+    _check_length(len(ids), max_model_len, "prompt")
     return Prompt(ids, text)
 
 
-def _ids_prompt(ids: list[int], tokenizer: Tokenizer) -> Prompt:
+def _ids_prompt(ids: list[int], tokenizer: Tokenizer, max_model_len: int) -> Prompt:
+    _check_length(len(ids), max_model_len, "prompt")
     if max(ids) >= tokenizer.num_tokens:
         raise bad_request(f"prompt: token id {max(ids)} is not below {tokenizer.num_tokens}", "prompt")
     return Prompt(ids)
 
 
 async def _tokenise(encode: Callable[[], list[int]], num_chars: int, param: str) -> list[int]:
+    """Returns the tokens of a text; those of a long one are found off the event loop. Errors: ApiError 400."""
     try:
-        return await _beside(encode, num_chars)
+        return encode() if num_chars <= _INLINE_CHARS else await asyncio.to_thread(encode)
     except MissingMarkerError as error:
         raise missing_marker(error) from None
     except TokenizerError as error:
         raise bad_request(f"{param}: {error}", param) from None
-
-
-async def _beside(work: Callable[[], Encoded], num_chars: int) -> Encoded:
-    """Returns the work's result; work on a long text is done off the event loop."""
-    return work() if num_chars <= _INLINE_CHARS else await asyncio.to_thread(work)
-
-
-def _size_of(request: ChatRequest) -> int:
-    """Returns about how long a request's texts are together; each tool counts as a text."""
-    texts = (len(message.content or "") + len(message.reasoning_content) for message in request.messages)
-    return sum(texts) + 100 * (len(request.messages) + len(request.tools))
 
 
 def missing_marker(error: MissingMarkerError) -> ApiError:

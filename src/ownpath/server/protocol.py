@@ -2,7 +2,7 @@
 
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, FailFast, Field, ValidationError
+from pydantic import BeforeValidator, FailFast, Field, PlainValidator, ValidationError
 
 from ownpath.chat.levels import LEVEL_OF_WORD
 from ownpath.engine.limits import MAX_TEMPERATURE, MAX_TOP_LOGPROBS, SEED_LIMIT
@@ -10,6 +10,7 @@ from ownpath.server import fields
 from ownpath.server.conversation import (
     ROLES,
     ChatMessage,
+    FirstFailure,
     ResponseFormat,
     Strict,
     TemplateOptions,
@@ -161,7 +162,7 @@ class ChatRequest(_GenerationRequest):
 class CompletionRequest(_GenerationRequest):
     """``POST /v1/completions``. ``prompt`` holds texts or lists of token ids."""
 
-    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)] = Field(
+    prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompts)] = Field(
         description="a text, a list of texts, token ids, or a list of such lists; each prompt is a choice"
     )
     logprobs: int | None = Field(
@@ -201,6 +202,7 @@ def read_chat_request(body: dict[str, object], labels: Labels | None = None) -> 
 
 def read_completion_request(body: dict[str, object], labels: Labels | None = None) -> CompletionRequest:
     """Validates a completions request, and notes its labels. Errors: ApiError 400 naming the field."""
+    check_counts(body)
     request = _validate(CompletionRequest, _known_fields(body, _COMPLETION, labels or Labels()))
     _check_stream_options(request)
     if request.max_tokens == 0 and not request.echo:
@@ -265,12 +267,12 @@ def _known_tool(tool: object, index: int, labels: Labels) -> object:
     return kept
 
 
-RequestModel = TypeVar("RequestModel", bound=BaseModel)
+RequestModel = TypeVar("RequestModel", bound=Strict)
 
 
 def _validate(model: type[RequestModel], body: dict[str, object]) -> RequestModel:
     try:
-        return model.model_validate(body)
+        return model.model_validate(body, context=FirstFailure())
     except ValidationError as error:
         raise _first_error(error) from None
 

@@ -8,6 +8,7 @@ from starlette.responses import JSONResponse, Response
 
 from ownpath.chat.answer import Answer
 from ownpath.chat.effort import Release
+from ownpath.chat.markers import Segment
 from ownpath.chat.parse import AnswerParser
 from ownpath.chat.tokenizer import MissingMarkerError, Tokenizer
 from ownpath.engine.engine import Engine
@@ -17,11 +18,12 @@ from ownpath.server.errors import ApiError, shorten, unavailable
 from ownpath.server.excess import Adjustments
 from ownpath.server.fingerprint import AnswerSource
 from ownpath.server.generation import Generation
+from ownpath.server.json_shape import CONVERSATION, PROMPTS
 from ownpath.server.json_text import to_json
 from ownpath.server.labels import LabelLog, Labels
 from ownpath.server.metrics import MEDIA_TYPE, Metrics
 from ownpath.server.policy import RequestPolicy
-from ownpath.server.prompts import chat_prompt, completion_prompts, effort_level, missing_marker
+from ownpath.server.prompts import chat_prompt, chat_segments, completion_prompts, effort_level, missing_marker
 from ownpath.server.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -111,11 +113,16 @@ class Api:
         """``POST /v1/chat/completions``"""
         self._refuse_while_ending()
         labels, adjustments = Labels(self.policy.refuses_labels), Adjustments(self.policy.refuses_excess)
-        asked = await self.bodies.read(request, lambda body: read_chat_request(body, labels))
+
+        def read(body: dict[str, object]) -> tuple[ChatRequest, list[Segment]]:
+            asked = read_chat_request(body, labels)
+            return asked, chat_segments(asked, self.release)
+
+        asked, segments = await self.bodies.read(request, CONVERSATION, read)
         source = self._source(asked)
         max_model_len = self.engine.config.max_model_len
         answer = self._chat_answer(asked)
-        prompt = await chat_prompt(asked, self.tokenizer, max_model_len, self.release)
+        prompt = await chat_prompt(segments, self.tokenizer, max_model_len)
         level = effort_level(asked, self.release)
         if asked.effort not in (None, "none", level):
             adjustments.values["reasoning_effort"] = level
@@ -132,10 +139,10 @@ class Api:
         """``POST /v1/completions``"""
         self._refuse_while_ending()
         labels, adjustments = Labels(self.policy.refuses_labels), Adjustments(self.policy.refuses_excess)
-        asked = await self.bodies.read(request, lambda body: read_completion_request(body, labels))
+        asked = await self.bodies.read(request, PROMPTS, lambda body: read_completion_request(body, labels))
         source = self._source(asked)
         max_model_len = self.engine.config.max_model_len
-        prompts = await completion_prompts(asked, self.tokenizer, max_model_len, self.bodies.limits.max_prompts)
+        prompts = await completion_prompts(asked, self.tokenizer, max_model_len)
         answers = [Answer(self.tokenizer, asked.stop) for _ in prompts]
         limits = adjustments.fit(*asked.wanted_tokens, prompts, max_model_len)
         generation = Generation(self.engine, prompts, answers, self.metrics, self.request_timeout_s)

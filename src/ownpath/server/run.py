@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 ENGINE_FAILED = 75
 """Exit code after the engine has stopped by itself (EX_TEMPFAIL: started again, it may work)."""
 _LOOK_EVERY_S = 0.1
+SWITCH_S = 0.0001
+"""Time a thread waits before it asks another one for Python's lock."""
 _CONNECTIONS = ConnectionLimits()
 # After the engine has stopped, answers still have to be written out.
 _WRITE_OUT_S = 5
@@ -145,8 +147,9 @@ def run_server(
     # What is there now stays: a search for garbage among it would stop every answer for a moment, again and again.
     gc.collect()
     gc.freeze()
-    # Threads that parse large bodies let the event loop go on after a millisecond instead of five.
-    sys.setswitchinterval(0.001)
+    # Torch gives Python's lock back in each operation, and a step has hundreds: beside a thread that parses a large
+    # body each of them waits for the lock as long as this, five milliseconds by default.
+    sys.setswitchinterval(SWITCH_S)
     try:
         server.run(sockets=[listener])
     except SystemExit:

@@ -15,7 +15,10 @@ from ownpath.engine.sampler import (
     choose_tokens,
     finite_rows,
     score_tokens,
+    warm_up_sampler,
 )
+from ownpath.kernels.sample.ref import SampleReference
+from ownpath.kernels.sample.types import Sampled, SampleRows
 
 
 def row(temperature: float = 1.0, top_p: float = 1.0, seed: int | None = 0) -> SampleRow:
@@ -91,6 +94,24 @@ def test_seeds() -> None:
     assert draws(None) != draws(None)
     assert draws(-(2**63)) != draws(2**63 - 1)
     assert len(set(draws(7))) > 1, "each draw has numbers of its own"
+
+
+def test_a_warm_up_runs_every_variant_that_a_step_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Recorder(SampleReference):
+        def __init__(self) -> None:
+            self.had_filters: list[bool] = []
+
+        def run(
+            self, logits_TV: torch.Tensor, rows: SampleRows, operand: None, *, out: Sampled | None = None
+        ) -> Sampled:
+            self.had_filters.append(rows.filters is not None)
+            assert rows.penalties is rows.bias is rows.mask_TW is None
+            return super().run(logits_TV, rows, operand, out=out)
+
+    recorder = Recorder()
+    monkeypatch.setattr("ownpath.engine.sampler.sampler_of", lambda device: (recorder, None))
+    warm_up_sampler("cpu", 50)
+    assert recorder.had_filters == [False, True]
 
 
 def test_scores_are_the_models_own_log_probabilities(device: torch.device) -> None:

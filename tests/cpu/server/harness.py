@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from ownpath.server.body import Limits
 from ownpath.server.connection import ConnectionLimits
 from ownpath.server.listen import take_port
 from ownpath.server.policy import RequestPolicy
-from ownpath.server.run import ServerSettings, make_server
+from ownpath.server.run import SWITCH_S, ServerSettings, make_server
 from ownpath.server.vitals import Vitals
 
 MODEL_ID = "tiny"
@@ -170,6 +171,8 @@ def listening(
     tls: ssl.SSLContext | None = None,
 ) -> Iterator[str]:
     """The application behind uvicorn on a free loopback port; yields its base URL."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_S)  # as run_server does
     settings = ServerSettings(connections or ConnectionLimits(), tls, drain_s, farewell_s=WAIT_S)
     server = make_server(served.app, served.vitals, MODEL_ID, settings)
     listener = take_port("127.0.0.1", 0)
@@ -182,4 +185,5 @@ def listening(
     finally:
         server.should_exit = True
         thread.join(WAIT_S)
+        sys.setswitchinterval(before)
         assert not thread.is_alive()

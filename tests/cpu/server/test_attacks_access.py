@@ -1,28 +1,22 @@
-"""Attacks on access: keys, names, origins, addresses, TLS; and the notes of a request."""
+"""Attacks on access: keys, names, origins, addresses; and the notes of a request."""
 
-import contextlib
 import hmac
 import json
 import logging
 import os
 import re
 import socket
-import ssl
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-from cpu.server.harness import HELLO, WAIT_S, Gated, Harness, error, harness, listening
-from cpu.server.sockets import connect, crowd
+from cpu.server.harness import HELLO, Gated, Harness, error, harness
 
 from ownpath.cli import main
 from ownpath.server import gate
 from ownpath.server.access import LOOPBACK_NAMES, AccessPolicy, access_policy, api_keys, is_loopback
 from ownpath.server.app import Rules
-from ownpath.server.connection import ConnectionLimits
 from ownpath.server.json_log import JsonFormatter
 from ownpath.server.request_log import LogRequests
 from ownpath.terminal.console import SafeFormatter
@@ -190,35 +184,6 @@ def test_pages_of_other_origins_read_nothing_unless_asked_for(keyed: Harness, na
     answer = keyed.ask("GET", "/v1/models", headers=bearer(KEYS[0]) | {"Origin": "https://app.example"})
     assert answer.headers["access-control-allow-origin"] == "https://app.example"
     assert "access-control-allow-credentials" not in answer.headers
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("tls")
-    cert, key = folder / "cert.pem", folder / "key.pem"
-    kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1"]
-    name = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-    command = ["openssl", "req", "-x509", *kind, *name, "-out", str(cert), "-keyout", str(key)]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except FileNotFoundError:
-        pytest.skip("openssl is not installed")
-    return cert, key
-
-
-def test_https_is_served_and_handshakes_that_idle_shut_nobody_out(certificate: tuple[Path, Path]) -> None:
-    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    server.load_cert_chain(*certificate)
-    client = ssl.create_default_context(cafile=str(certificate[0]))
-    limits = ConnectionLimits(max_total=12, max_per_site=8, head_s=5)
-    with harness() as served, listening(served, connections=limits, tls=server) as url, crowd(url, 20, b"\x16\x03\x01"):
-        begin = time.monotonic()
-        assert httpx.get(url + "/v1/models", verify=client, timeout=WAIT_S).status_code == 200
-        assert time.monotonic() - begin < 4
-        with connect(url, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n") as plain:
-            plain.settimeout(WAIT_S)
-            with contextlib.suppress(ConnectionError):
-                assert not plain.recv(100).startswith(b"HTTP")
 
 
 @pytest.mark.parametrize("is_stream", [False, True])

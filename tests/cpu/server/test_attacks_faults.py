@@ -16,6 +16,7 @@ import torch
 from cpu.engine.fake_model import FakeModel, random_rule
 from cpu.server.harness import HELLO, MAX_MODEL_LEN, VOCAB, WAIT_S, Gated, error, eventually, harness, listening
 from cpu.server.model_folder import write_model_folder
+from support.lost_device import LOST, PRETENDED, command, end_of_server
 
 from ownpath.engine.device import device_problem
 from ownpath.model.batch import ForwardBatch
@@ -82,6 +83,28 @@ def test_a_device_that_is_lost_is_told_and_one_that_still_computes_goes_on(
         assert eventually(lambda: served.engine.is_alive == (problem is None))
         assert served.vitals.health() == (problem and "the device computes nothing any more")
         assert error(served.post(COMPLETIONS, prompt="hello"), 500 if problem is None else 503)
+
+
+def test_a_lost_device_ends_the_process(tmp_path: Path) -> None:
+    """Steps fail and so does the check of the device: open answers name it, ``/health`` tells it, the process ends."""
+    folder = write_model_folder(tmp_path / "v4")
+    ending = end_of_server("pretended", tmp_path / "lose", [str(folder)])
+    assert ending.streams == [f"the engine has stopped: {LOST}"] * 2
+    assert ending.health == (503, LOST)
+    assert ending.exit_code == ENGINE_FAILED
+    assert f"the device is lost: {PRETENDED}" in ending.log
+    assert "exit code 75" in ending.log
+
+
+def test_requests_of_a_lost_device_are_told(tmp_path: Path) -> None:
+    """In the engine alone, and whoever asks it afterwards."""
+    done = subprocess.run(
+        command("pretended", tmp_path / "lose", "engine", "cpu"), capture_output=True, text=True, check=True
+    )
+    stopped = f"the engine has stopped: {LOST}"
+    found = json.loads(done.stdout)
+    assert found == {"errors": [stopped] * 2, "failure": LOST, "is_alive": False, "refusal": stopped}
+    assert f"the device is lost: {PRETENDED}" in done.stderr, "as the log tells it"
 
 
 def test_a_processor_is_never_lost() -> None:

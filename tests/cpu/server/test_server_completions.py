@@ -155,7 +155,7 @@ def test_stop_and_eos() -> None:
         (["a", ""], "an empty text has no tokens"),
         ([TOKENIZER.num_tokens], f"token id {TOKENIZER.num_tokens} is not below {TOKENIZER.num_tokens}"),
         ([[5], [2**31 - 1]], "is not below"),
-        (["a"] * 65, "65 prompts; at most 64"),
+        (["a"] * 65, "65 entries; at most 64"),
         ([5] * (MAX_MODEL_LEN + 1), f"{MAX_MODEL_LEN + 1} prompt tokens exceed"),
         ("x" * (MAX_MODEL_LEN + 1), f"{MAX_MODEL_LEN + 1} prompt tokens exceed"),
     ],

@@ -16,10 +16,11 @@ from ownpath.chat.effort import Release
 from ownpath.chat.markers import ASSISTANT, BOS, EOS, THINK_END, THINK_START, USER, segments_of
 from ownpath.chat.parse import AnswerParser
 from ownpath.server.chat import ChatFold, message_delta
+from ownpath.server.errors import ApiError
 from ownpath.server.fields import MESSAGE
 from ownpath.server.labels import IGNORED_HEADER, Labels
 from ownpath.server.policy import RequestPolicy
-from ownpath.server.prompts import chat_prompt
+from ownpath.server.prompts import chat_prompt, chat_segments
 from ownpath.server.protocol import read_chat_request
 
 PATH = "/v1/chat/completions"
@@ -31,7 +32,7 @@ OPENED = f"{USER}hello{ASSISTANT}{THINK_END}"
 def text_of(messages: list[dict[str, Any]], **fields: Any) -> str:
     """Returns the text that the model reads."""
     request = read_chat_request({"messages": messages} | fields)
-    prompt = asyncio.run(chat_prompt(request, TOKENIZER, 10**6, Release("v4", "test")))
+    prompt = asyncio.run(chat_prompt(chat_segments(request, Release("v4", "test")), TOKENIZER, 10**6))
     return b"".join(TOKENIZER.token_bytes(i) for i in prompt.ids).decode()
 
 
@@ -55,6 +56,22 @@ def parameter(name: str, kind: str, value: str) -> str:
     return f'<｜DSML｜parameter name="{name}" string="{kind}">{value}</｜DSML｜parameter>'
 
 
+def test_a_call_without_an_id_is_read_and_no_result_can_name_it() -> None:
+    for nameless in ({}, {"id": None}, {"id": ""}):
+        one = {name: value for name, value in call().items() if name != "id"} | nameless
+        history = [*HELLO, {"role": "assistant", "tool_calls": [one]}, *HELLO]
+        assert '<｜DSML｜invoke name="f">' in text_of(history)
+        with pytest.raises(ApiError, match="tool_call_id"):
+            text_of([*history[:2], {"role": "tool", "tool_call_id": "c", "content": "r"}])
+
+
+def test_strings_among_the_parts_of_content_are_text() -> None:
+    parts = ["one", {"type": "text", "text": "two"}, "three"]
+    assert text_of([{"role": "user", "content": parts}]) == text_of(
+        [{"role": "user", "content": "one\n\ntwo\n\nthree"}]
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "parameters"),
     [
@@ -64,6 +81,8 @@ def parameter(name: str, kind: str, value: str) -> str:
         ("null", parameter("arguments", "false", "null")),
         (None, parameter("arguments", "false", "null")),
         ([1, "é"], parameter("arguments", "false", '[1, "é"]')),
+        ('{"a": ' + "7" * 640 + "}", parameter("a", "false", "7" * 640)),
+        ('{"a": ' + "7" * 642 + "}", parameter("arguments", "true", '{"a": ' + "7" * 642 + "}")),
         (5, parameter("arguments", "false", "5")),
         (True, parameter("arguments", "false", "true")),
         ({"city": "Rome", "days": 3}, parameter("city", "true", "Rome") + "\n" + parameter("days", "false", "3")),
@@ -252,7 +271,7 @@ def test_what_ownpath_answered_can_be_sent_back(said: str, thinks: bool) -> None
 def test_a_coding_agents_request_is_read_whole() -> None:
     labels = Labels()
     request = read_chat_request(dict(AGENT), labels)
-    prompt = asyncio.run(chat_prompt(request, TOKENIZER, 10**6, Release("0731", "test")))
+    prompt = asyncio.run(chat_prompt(chat_segments(request, Release("0731", "test")), TOKENIZER, 10**6))
     text = b"".join(TOKENIZER.token_bytes(i) for i in prompt.ids).decode()
     assert list(labels.names) == [
         *("user", "store", "prompt_cache_key", "metadata", "service_tier"),

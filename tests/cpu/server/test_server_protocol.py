@@ -51,6 +51,11 @@ def test_defaults_of_what_is_not_supported_are_accepted(read: Any, base: Any, na
     assert read(base | {name: value}) == read(dict(base))
 
 
+def test_an_object_of_nulls_asks_for_nothing() -> None:
+    nulls = {"reasoning": {"effort": None, "summary": None}, "logit_bias": {"5": None}, "vllm_xargs": {"a": None}}
+    assert read_chat_request(CHAT | nulls) == read_chat_request(dict(CHAT))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -129,7 +134,7 @@ def test_the_four_forms_of_a_prompt(prompt: Any, prompts: Any) -> None:
         ([{"role": "user", "content": {"type": "text", "text": "a"}}], "messages.0.content"),
         ([{"role": "user", "content": [{"text": "a"}]}], "messages.0.content"),
         ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "messages.0.content"),
-        ([{"role": "user", "content": ["a"]}], "messages.0.content"),
+        ([{"role": "user", "content": ["a", 5]}], "messages.0.content"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "messages.0.content"),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages.0.content"),
         ([{"role": "tool", "content": "a"}], "messages.0.tool_call_id"),
@@ -137,7 +142,7 @@ def test_the_four_forms_of_a_prompt(prompt: Any, prompts: Any) -> None:
         ([{"role": 5, "content": "a"}], "messages.0.role"),
         ([{"role": "user", "content": "a", "prefix": True}], "messages.0.prefix"),
         ([{"role": "user", "content": "a", "images": ["x"]}], "messages.0.images"),
-        ([{"role": "assistant", "content": "a", "tool_calls": [{}]}, *HELLO], "messages.0.tool_calls.0.id"),
+        ([{"role": "assistant", "content": "a", "tool_calls": [{}]}, *HELLO], "messages.0.tool_calls.0.function"),
         ([{"role": "assistant", "tool_calls": [{"id": "c"}]}, *HELLO], "messages.0.tool_calls.0.function"),
         ([{"role": "assistant", "tool_calls": CALL}, *HELLO], "messages.0.tool_calls"),
         ([{"role": "assistant", "function_call": {"name": "f", "arguments": ""}}, *HELLO], "messages.0.function_call"),

@@ -20,7 +20,7 @@ LOG2_E = 1.4426950408889634
 MINUS_INFINITY = float("-inf")
 
 
-class Combine:
+class AttendCombine:
     """Builds the kernel."""
 
     @cute.jit
@@ -126,6 +126,6 @@ def compile_combine() -> Any:
 
     count = Int32(1)
     return cute.compile(
-        Combine(), pointer(Float32, 16), pointer(Float32, 8), pointer(Float32, 4), pointer(Float32, 16),
+        AttendCombine(), pointer(Float32, 16), pointer(Float32, 8), pointer(Float32, 4), pointer(Float32, 16),
         pointer(Float32, 16), pointer(BFloat16, 16), count, count, count,
     )  # fmt: skip

@@ -16,6 +16,9 @@ Together they may have 504, three times the 168 that a launch gives to each of 3
 more than the others leave waits for ever.
 """
 MAX_SMEM = 232448
+KEY_BYTES, KEY_DATA, NUM_CODES = 584, 576, 448
+"""Of a key in an FP8 page: all, without its scales, and codes; 64 BF16 values follow the codes."""
+MAX_CLUSTER = 8
 BLOCK_TOKENS = 256
 
 _SHARED_SOURCES = (
@@ -30,27 +33,37 @@ class AttendConfig:
 
     per_block: entries of a block of 256 tokens; 0 without entries. selected: a row's entries come as a list of rows;
     otherwise they are the first ones of its block table. split: CTAs share a row's keys and write partial sums.
+    merges: the CTAs of a cluster, whose size comes with the launch, share a row's keys and merge their sums. fp8: keys
+    lie in FP8 pages.
     Errors: ValueError naming the field.
     """
 
     per_block: int = 0
     selected: bool = False
     split: bool = False
+    merges: bool = False
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         if self.per_block < 0 or self.per_block & (self.per_block - 1) or self.per_block > BLOCK_TOKENS:
             raise ValueError(f"per_block={self.per_block}: 0 or a power of two up to {BLOCK_TOKENS}")
         if self.selected and not self.per_block:
             raise ValueError("selected=True: without entries there is nothing to select")
+        if self.split and self.merges:
+            raise ValueError("split=True: the sums are merged in the cluster, or written")
 
     @property
     def name(self) -> str:
         entries = f"_{'select' if self.selected else 'table'}{self.per_block}" if self.per_block else ""
-        return f"attend_bf16{entries}{'_split' if self.split else ''}"
+        how = "_split" if self.split else "_cluster" if self.merges else ""
+        return f"attend_{'fp8' if self.fp8 else 'bf16'}{entries}{how}"
 
     @property
     def sources(self) -> tuple[str, ...]:
-        return ("attend/attend_sm90.py", *_SHARED_SOURCES)
+        return (
+            *(f"attend/{name}_sm90.py" for name in ("attend", "parts", "load", "multiply", "result")),
+            *_SHARED_SOURCES,
+        )
 
     @property
     def num_threads(self) -> int:
@@ -80,15 +93,3 @@ class AttendCombineConfig:
     @property
     def cluster(self) -> int:
         return 1
-
-
-def num_splits(num_rows: int, num_groups: int, max_keys: int, num_sms: int) -> int:
-    """Returns the number of CTAs that share a row's keys: as many as fill the SMs once, at most one for each tile.
-
-    num_groups: of 64 heads. max_keys: most keys a row of the call's tables can have. Two tiles are not worth merging.
-    """
-    tiles = -(-max_keys // TILE_KEYS)
-    if tiles <= 2:
-        return 1
-    wanted = max(1, min(tiles, MAX_SPLITS, num_sms // (num_rows * num_groups)))
-    return -(-tiles // -(-tiles // wanted))

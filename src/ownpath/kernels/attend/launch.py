@@ -20,10 +20,10 @@ from typing import NamedTuple
 import torch
 import triton
 
+from ownpath.kernels.attend.arguments import AttendArguments, AttendCallKey
 from ownpath.kernels.attend.checks import check_call, check_out, check_workspace
 from ownpath.kernels.attend.triton_attend import attend_kernel, merge_splits_kernel
 from ownpath.kernels.attend.types import WINDOW_ROWS, AttendWeights, DecodeKeys, DecodeRows
-from ownpath.kernels.checks import VECTOR_BYTES, is_dense
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
@@ -50,16 +50,13 @@ class AttendForm(NamedTuple):
     chunk: int
 
 
-def most_entries(keys: DecodeKeys, rows: DecodeRows) -> int:
-    """Returns how many entries of a row its list, or else its table, has room for."""
-    if rows.selected_TK is not None:
-        return rows.selected_TK.shape[1]
-    return rows.blocks_TB.shape[1] * keys.per_block
-
-
 def most_tiles(keys: DecodeKeys, rows: DecodeRows) -> int:
     """Returns the tiles of the longest row that the arrays allow."""
-    return RING_TILES + -(-most_entries(keys, rows) // TILE)
+    if keys.ratio == 0:
+        return RING_TILES
+    if rows.selected_TK is not None:
+        return RING_TILES + -(-rows.selected_TK.shape[1] // TILE)
+    return RING_TILES + -(-rows.blocks_TB.shape[1] * keys.per_block // TILE)
 
 
 def choose_form(num_rows: int, num_heads: int, tiles: int, is_fp8: bool) -> AttendForm:
@@ -85,22 +82,17 @@ def _stages(tiles: int, is_fp8: bool) -> int:
     return 2 if is_fp8 or tiles == RING_TILES else 3
 
 
-AttendCallKey = tuple[tuple[int, ...], int, int, int, tuple[torch.Size | torch.dtype, ...]]
-"""Strides and device of q, device of the pools, the ratio, shape and dtype of each tensor."""
-
-
 @dataclass(frozen=True)
 class AttendCall:
     """The prepared launches of one form of call.
 
-    merge, workspace: ``None`` without splits. num_floats: of the workspace. stats_bytes: where its statistics start.
+    merge: ``None`` without splits. stats_bytes: where the statistics start in the workspace.
     """
 
     attend: TritonCall
     merge: TritonCall | None
     out: EmptyOutput
     workspace: EmptyOutput | None
-    num_floats: int
     stats_bytes: int
 
 
@@ -111,43 +103,6 @@ class AttendOperand:
     weights: AttendWeights
     launches: LaunchCache[AttendCallKey, AttendCall] = field(default_factory=LaunchCache, compare=False)
     lock: Lock = field(default_factory=Lock, compare=False)
-
-
-class _Arguments(NamedTuple):
-    """The tensors of a call. An absent one is replaced by one that is not read."""
-
-    q_TNH: torch.Tensor
-    cos_TF: torch.Tensor
-    sin_TF: torch.Tensor
-    window: torch.Tensor
-    entries: torch.Tensor
-    positions_T: torch.Tensor
-    slots_T: torch.Tensor
-    blocks_TB: torch.Tensor
-    selected_TK: torch.Tensor
-    num_selected_T: torch.Tensor
-
-    @classmethod
-    def of(
-        cls, q_TNH: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor, keys: DecodeKeys, rows: DecodeRows
-    ) -> "_Arguments":
-        entries = keys.window if keys.entries is None else keys.entries
-        selected = rows.positions_T if rows.selected_TK is None else rows.selected_TK
-        counts = rows.positions_T if rows.num_selected_T is None else rows.num_selected_T
-        places = rows.positions_T, rows.slots_T, rows.blocks_TB
-        return cls(q_TNH, cos_TF, sin_TF, keys.window, entries, *places, selected, counts)
-
-    def key(self, ratio: int) -> AttendCallKey:
-        """Returns the key of the prepared call."""
-        described = tuple([part for tensor in self for part in (tensor.shape, tensor.dtype)])
-        return self.q_TNH.stride(), self.q_TNH.get_device(), self.window.get_device(), ratio, described
-
-    def addresses(self) -> list[int] | None:
-        """Returns their addresses; ``None`` if one is not aligned, or one but q not contiguous."""
-        found, together = [tensor.data_ptr() for tensor in self], 0
-        for address in found:
-            together |= address
-        return None if together % VECTOR_BYTES or not all(one.is_contiguous() for one in self[1:]) else found
 
 
 class TritonAttend:
@@ -204,25 +159,26 @@ class TritonAttend:
 
         Errors: ValueError naming the argument for a wrong shape, dtype, device, stride or alignment.
         """
-        arguments = _Arguments.of(q_TNH, cos_TF, sin_TF, keys, rows)
+        arguments = AttendArguments.of(q_TNH, cos_TF, sin_TF, keys, rows)
         key = arguments.key(keys.ratio)
-        call, addresses = operand.launches.get(key), arguments.addresses()
-        if call is None or addresses is None:
+        call = operand.launches.get(key)
+        if call is None or not arguments.are_dense():
             return self._first(arguments, (keys, rows), operand, out, workspace)
         if out is None:
             out = call.out.new()
-        elif out.shape != q_TNH.shape or not is_dense(out, torch.bfloat16) or out.get_device() != key[1]:
+        else:
             check_out(out, q_TNH)
         if call.merge is None or call.workspace is None:
             scratch = operand.weights.sink_N.data_ptr()
         else:
             if workspace is None:
                 workspace = call.workspace.new()
-            elif len(workspace) < call.num_floats or not is_dense(workspace, torch.float32):
-                check_workspace(workspace, call.num_floats, q_TNH.device)
+            else:
+                check_workspace(workspace, self._num_floats(q_TNH, keys, rows), q_TNH.device)
             scratch = workspace.data_ptr()
         stats = scratch + call.stats_bytes
-        stream = current_stream(key[1])
+        addresses = [tensor.data_ptr() for tensor in arguments]
+        stream = current_stream(key[2])
         with operand.lock:
             call.attend.start(stream, *addresses, out.data_ptr(), scratch, stats)
             if call.merge is not None:
@@ -244,7 +200,7 @@ class TritonAttend:
 
     def _first(
         self,
-        arguments: _Arguments,
+        arguments: AttendArguments,
         given: tuple[DecodeKeys, DecodeRows],
         operand: AttendOperand,
         out: torch.Tensor | None,
@@ -264,33 +220,36 @@ class TritonAttend:
         check_workspace(workspace, num_floats, q_TNH.device)
         form, num_sums = self.form(q_TNH, keys, rows), num_floats // (HEAD_DIM + 2) * HEAD_DIM
         sums, stats = (workspace, workspace[num_sums:]) if num_floats else (weights.sink_N, weights.sink_N)
-        sizes = most_entries(keys, rows), q_TNH.shape[1], form.splits, form.chunk
-        attend = _launch_attend(arguments, keys, (form, sizes), weights, (out, sums, stats))
-        merge = _launch_merge(arguments, keys.ratio, sizes, weights, (sums, stats, out)) if num_floats else None
+        attend = _launch_attend(arguments, keys, form, weights, (out, sums, stats))
+        merge = _launch_merge(arguments, keys, form, weights, (sums, stats, out)) if num_floats else None
         if attend is not None:
             device = q_TNH.get_device()
             empty = EmptyOutput((num_floats,), torch.float32, device) if num_floats else None
             made = EmptyOutput(q_TNH.shape, q_TNH.dtype, device)
-            call = AttendCall(attend, merge, made, empty, num_floats, 4 * num_sums)
+            call = AttendCall(attend, merge, made, empty, 4 * num_sums)
             operand.launches.add(arguments.key(keys.ratio), call)
         return out
 
 
-Sizes = tuple[int, int, int, int]
-"""Most entries, heads, splits, and tiles of a split."""
-
-
 def _launch_attend(
-    arguments: _Arguments,
+    arguments: AttendArguments,
     keys: DecodeKeys,
-    chosen: tuple[AttendForm, Sizes],
+    form: AttendForm,
     weights: AttendWeights,
     written: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> TritonCall | None:
-    q_TNH, (form, sizes), pdl = arguments.q_TNH, chosen, not INTERPRETED
+    q_TNH, pdl = arguments.q_TNH, not INTERPRETED
     num_rows, num_heads, _ = q_TNH.shape
-    widths = arguments.blocks_TB.shape[1], arguments.selected_TK.shape[-1]
-    scalars = (*q_TNH.stride()[:2], *widths, *sizes, weights.softmax_scale * LOG2E, weights.eps)
+    widths = arguments.blocks_TB.shape[1], 0 if keys.ratio != 4 else arguments.selected_TK.shape[1]
+    scalars = (
+        *q_TNH.stride()[:2],
+        *widths,
+        num_heads,
+        form.splits,
+        form.chunk,
+        weights.softmax_scale * LOG2E,
+        weights.eps,
+    )
     return launch(
         attend_kernel,
         (triton.cdiv(num_heads, form.heads), form.splits, num_rows),
@@ -311,9 +270,9 @@ def _launch_attend(
 
 
 def _launch_merge(
-    arguments: _Arguments,
-    ratio: int,
-    sizes: Sizes,
+    arguments: AttendArguments,
+    keys: DecodeKeys,
+    form: AttendForm,
     weights: AttendWeights,
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> TritonCall | None:
@@ -322,8 +281,13 @@ def _launch_merge(
     return launch(
         merge_splits_kernel,
         (num_heads, num_rows),
-        (*places, weights.sink_N, *tensors, *sizes),
-        {"RATIO": ratio, "PDL": pdl, "num_warps": 4, "launch_pdl": pdl},
+        (*places, weights.sink_N, *tensors, num_heads, form.splits, form.chunk),
+        {
+            "RATIO": keys.ratio,
+            "PDL": pdl,
+            "num_warps": 4,
+            "launch_pdl": pdl,
+        },
         moving=(0, 1, 2, 3, 5, 6, 7),
     )
 

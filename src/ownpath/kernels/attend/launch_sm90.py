@@ -1,79 +1,71 @@
-"""Decode attention on Hopper in the CuTe DSL: one launch where a CTA takes a row's keys alone, two where several do.
+"""Decode attention on Hopper in the CuTe DSL: one launch where a row's keys stay in a CTA or a cluster, else two.
 
 ``attend_sm90`` and ``combine_sm90`` tell how the kernels work. The number of CTAs that share a row's keys depends on T
-and the longest context that the arrays allow, never on positions, so a call can be captured. A call's bits depend on
-that number alone.
+and the longest context that the arrays allow, never on positions, so a call can be captured; in the invariant kernel on
+the ratio alone. A row's bits depend on that number and the row.
 
-Roofline. Bytes: 1024 a key. Limits. sm_90a; bfloat16 pools; H = 512 with 64 rotary channels; one row of a request.
+Roofline. Bytes: 1024 a key, 584 in FP8 pages. Limits. sm_90a; H = 512 with 64 rotary channels; up to 128 heads; one row
+of a request in a call. Positions, slots and block tables must not be written by launches that may start early.
 """
 
+from collections.abc import Sequence
 from ctypes import c_float, c_int
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Lock
-from typing import NamedTuple
 
 from torch import Tensor, float32
 
-from ownpath.kernels.attend.config_sm90 import (
-    HEAD_DIM,
-    TILE_HEADS,
-    AttendCombineConfig,
-    AttendConfig,
-    num_splits,
-)
-from ownpath.kernels.attend.types import WINDOW_ROWS, AttendWeights, DecodeKeys, DecodeRows
+from ownpath.kernels.attend.arguments import AttendArguments, AttendCallKey
+from ownpath.kernels.attend.checks import check_call, check_out, check_workspace
+from ownpath.kernels.attend.choose_sm90 import AttendPlan, choose_plan, invariant_plan, most_tiles, reachable_configs
+from ownpath.kernels.attend.config_sm90 import HEAD_DIM, TILE_HEADS, AttendCombineConfig
+from ownpath.kernels.attend.types import AttendWeights, DecodeKeys, DecodeRows
+from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.cache import load
 from ownpath.kernels.dsl.driver import Launch, Pointers, current_stream, num_sms
+from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.launch_cache import LaunchCache
+from ownpath.kernels.variants import variant_name
 
 
-class AttendForm(NamedTuple):
-    """The sizes that a prepared call is for. width: blocks or selected rows of a row's table."""
+class CuteAttendCall:
+    """Prepared launches for one form of call: kernels, grids and arguments are in place, addresses come with each.
 
-    num_rows: int
-    num_heads: int
-    q_strides: tuple[int, int]
-    per_block: int
-    width: int
-    selected: bool
-    splits: int
-    device_index: int
+    out, workspace: what the call allocates if it is not given; ``None`` where no partial sums are written.
+    """
 
-
-class AttendCall:
-    """Prepared launches for one form: kernels, grids and arguments are in place, addresses come with each call."""
-
-    def __init__(self, form: AttendForm, weights: AttendWeights) -> None:
+    def __init__(self, arguments: AttendArguments, keys: DecodeKeys, plan: AttendPlan, weights: AttendWeights) -> None:
+        q_TNH = arguments.q_TNH
+        (num_rows, num_heads, _), device = q_TNH.shape, q_TNH.get_device()
+        self.num_floats = num_floats(q_TNH, plan)
+        self.out = EmptyOutput(q_TNH.shape, q_TNH.dtype, device)
+        self.workspace = EmptyOutput((self.num_floats,), float32, device) if self.num_floats else None
         self._pointers = Pointers(13)
-        self._sums = 4 * form.num_rows * form.splits * form.num_heads * HEAD_DIM
+        self._sums_bytes = 4 * plan.splits * num_rows * num_heads * HEAD_DIM
         self._sink = weights.sink_N.data_ptr()
-        arguments = self._pointers.arguments
-        config = AttendConfig(form.per_block, form.selected, form.splits > 1)
-        groups = -(-form.num_heads // TILE_HEADS)
-        sizes = (c_int(form.num_heads), *map(c_int, form.q_strides), c_int(form.width))
+        self._is_selected = keys.ratio == 4
+        addresses = self._pointers.arguments
+        function = load(plan.config(keys), device)
+        if plan.merges:
+            function = replace(function, cluster=plan.splits)
+        width = (arguments.selected_TK if self._is_selected else arguments.blocks_TB).shape[1]
+        sizes = (c_int(num_heads), *map(c_int, q_TNH.stride()[:2]), c_int(width))
         reals = (c_float(weights.softmax_scale), c_float(weights.eps))
-        grid = (groups, form.splits, form.num_rows)
-        self._launches = [Launch(load(config, form.device_index), grid, (*arguments, *sizes, *reals))]
-        if form.splits > 1:
-            _, cos, sin, _, _, _, _, _, _, sink, out, sums, stats = arguments
-            combine = load(AttendCombineConfig(), form.device_index)
-            args = (sums, stats, sink, cos, sin, out, c_int(form.splits))
-            self._launches.append(Launch(combine, (form.num_heads, form.num_rows, 1), args))
+        grid = (plan.splits, -(-num_heads // TILE_HEADS), num_rows)
+        self._launches = [Launch(function, grid, (*addresses, *sizes, *reals))]
+        if self.num_floats:
+            _, cos, sin, _, _, _, _, _, _, sink, out, sums, stats = addresses
+            args = (sums, stats, sink, cos, sin, out, c_int(plan.splits))
+            self._launches.append(Launch(load(AttendCombineConfig(), device), (num_heads, num_rows, 1), args))
 
-    def start(
-        self, q: Tensor, angles: tuple[Tensor, Tensor], keys: DecodeKeys, rows: DecodeRows, out: Tensor,
-        workspace: int, stream: int,
-    ) -> None:  # fmt: skip
-        """Launches with the given tensors. workspace: address of the partial sums and statistics."""
-        cos, sin = angles
-        window = keys.window.data_ptr()
-        entries = window if keys.entries is None else keys.entries.data_ptr()
-        table = rows.blocks_TB if rows.selected_TK is None else rows.selected_TK
-        counts = rows.positions_T if rows.num_selected_T is None else rows.num_selected_T
+    def start(self, arguments: AttendArguments, out: Tensor, workspace: int, stream: int) -> None:
+        """Launches with these tensors. workspace: address of the partial sums and statistics."""
+        q, cos, sin, window, entries, positions, slots, blocks, selected, counts = arguments
+        table = selected if self._is_selected else blocks
         self._pointers.set(
-            q.data_ptr(), cos.data_ptr(), sin.data_ptr(), window, entries, rows.positions_T.data_ptr(),
-            rows.slots_T.data_ptr(), table.data_ptr(), counts.data_ptr(), self._sink, out.data_ptr(),
-            workspace, workspace + self._sums,
+            q.data_ptr(), cos.data_ptr(), sin.data_ptr(), window.data_ptr(), entries.data_ptr(), positions.data_ptr(),
+            slots.data_ptr(), table.data_ptr(), counts.data_ptr(), self._sink, out.data_ptr(),
+            workspace, workspace + self._sums_bytes,
         )  # fmt: skip
         for launch in self._launches:
             launch.start(stream)
@@ -81,42 +73,49 @@ class AttendCall:
 
 @dataclass(frozen=True)
 class CuteAttendOperand:
-    """The weights and the calls that were prepared with them."""
+    """calls: by ``AttendCallKey``, for arguments that have passed every check."""
 
     weights: AttendWeights
-    calls: LaunchCache[AttendForm, AttendCall] = field(default_factory=LaunchCache)
-    lock: Lock = field(default_factory=Lock)
+    calls: LaunchCache[AttendCallKey, CuteAttendCall] = field(default_factory=LaunchCache, compare=False)
+    lock: Lock = field(default_factory=Lock, compare=False)
 
 
-def form_of(q_TNH: Tensor, keys: DecodeKeys, rows: DecodeRows) -> AttendForm:
-    """Returns the form of a call."""
+def num_floats(q_TNH: Tensor, plan: AttendPlan) -> int:
+    """Returns the length of the workspace: sums and statistics of each split, unless a cluster merges them."""
     num_rows, num_heads, _ = q_TNH.shape
-    row, head, _ = q_TNH.stride()
-    selected = rows.selected_TK is not None
-    table = rows.blocks_TB if rows.selected_TK is None else rows.selected_TK
-    width = table.shape[1]
-    most = WINDOW_ROWS
-    if keys.entries is not None:
-        most += width if selected else width * keys.per_block
-    device_index = q_TNH.get_device()
-    splits = num_splits(num_rows, -(-num_heads // TILE_HEADS), most, num_sms(device_index))
-    per_block = 0 if keys.entries is None else keys.per_block
-    return AttendForm(num_rows, num_heads, (row, head), per_block, width, selected, splits, device_index)
+    return 0 if plan.merges or plan.splits == 1 else plan.splits * num_rows * num_heads * (HEAD_DIM + 2)
 
 
 class CuteAttend:
-    """The kernel object. docs/kernels.md compares it with the Triton form."""
+    """Attention of decode rows over window and entries. is_invariant: a row's bits do not depend on the others."""
+
+    def __init__(self, is_invariant: bool) -> None:
+        self._is_invariant = is_invariant
 
     def prepare(self, weights: AttendWeights) -> CuteAttendOperand:
-        """Makes the operand."""
+        """Makes the operand. The first call raises for weights that do not fit."""
         return CuteAttendOperand(weights)
 
+    def configs(self, operand: CuteAttendOperand) -> Sequence[Config]:
+        """Returns the kernels for every ratio and format: an operand does not know its layer's."""
+        return reachable_configs(self._is_invariant)
+
+    def plan(self, q_TNH: Tensor, keys: DecodeKeys, rows: DecodeRows) -> AttendPlan:
+        """Returns how a call's keys are shared, which depends on shapes alone."""
+        if self._is_invariant:
+            return invariant_plan(keys.ratio)
+        num_rows, num_heads, _ = q_TNH.shape
+        return choose_plan(max(num_rows, 1), num_heads, most_tiles(keys, rows), num_sms(q_TNH.get_device()))
+
+    def variant(self, q_TNH: Tensor, keys: DecodeKeys, rows: DecodeRows, operand: CuteAttendOperand) -> str:
+        """Returns the variant's name."""
+        plan = self.plan(q_TNH, keys, rows)
+        return variant_name(plan.config(keys).name, splits=plan.splits)
+
     def workspace(self, q_TNH: Tensor, keys: DecodeKeys, rows: DecodeRows, operand: CuteAttendOperand) -> Tensor | None:
-        """Allocates the partial sums and statistics of a call's splits; ``None`` if there is one."""
-        form = form_of(q_TNH, keys, rows)
-        if form.splits == 1:
-            return None
-        return q_TNH.new_empty(form.splits * form.num_rows * form.num_heads * (HEAD_DIM + 2), dtype=float32)
+        """Allocates float32 scratch for calls of this form; ``None`` if no partial sums are written."""
+        length = num_floats(q_TNH, self.plan(q_TNH, keys, rows))
+        return q_TNH.new_empty(length, dtype=float32) if length else None
 
     def run(
         self,
@@ -130,14 +129,49 @@ class CuteAttend:
         out: Tensor | None = None,
         workspace: Tensor | None = None,
     ) -> Tensor:
-        """Computes o [T, N, H] bfloat16."""
-        form = form_of(q_TNH, keys, rows)
+        """Computes o [T, N, H] bfloat16, contiguous. q: its rows and heads at multiples of 16 bytes.
+
+        Errors: ValueError naming the argument for a wrong shape, dtype, device, stride or alignment.
+        """
+        arguments = AttendArguments.of(q_TNH, cos_TF, sin_TF, keys, rows)
+        key = arguments.key(keys.ratio)
+        call = operand.calls.get(key)
+        if call is None or not arguments.are_dense():
+            check_call(q_TNH, (cos_TF, sin_TF), keys, rows, operand.weights, runs_on_cpu=False)
+            if not len(q_TNH):
+                return q_TNH.new_empty(q_TNH.shape) if out is None else out
         with operand.lock:
-            call = operand.calls.get(form) or operand.calls.add(form, AttendCall(form, operand.weights))
+            if call is None:
+                plan = self.plan(q_TNH, keys, rows)
+                call = operand.calls.add(key, CuteAttendCall(arguments, keys, plan, operand.weights))
             if out is None:
-                out = q_TNH.new_empty(q_TNH.shape)
-            if form.splits > 1 and workspace is None:
-                workspace = self.workspace(q_TNH, keys, rows, operand)
-            place = 0 if workspace is None else workspace.data_ptr()
-            call.start(q_TNH, (cos_TF, sin_TF), keys, rows, out, place, current_stream(form.device_index))
+                out = call.out.new()
+            else:
+                check_out(out, q_TNH)
+            scratch = 0
+            if call.workspace is not None:
+                if workspace is None:
+                    workspace = call.workspace.new()
+                else:
+                    check_workspace(workspace, call.num_floats, q_TNH.device)
+                scratch = workspace.data_ptr()
+            call.start(arguments, out, scratch, current_stream(key[2]))
         return out
+
+    def __call__(
+        self,
+        q_TNH: Tensor,
+        cos_TF: Tensor,
+        sin_TF: Tensor,
+        keys: DecodeKeys,
+        rows: DecodeRows,
+        weights: AttendWeights,
+    ) -> Tensor:
+        """Computes ``run`` with the signature of the twin."""
+        return self.run(q_TNH, cos_TF, sin_TF, keys, rows, self.prepare(weights))
+
+
+CUTE_ATTEND = CuteAttend(is_invariant=False)
+"""Decode attention; splits depend on the number of rows and the longest context."""
+CUTE_ATTEND_INVARIANT = CuteAttend(is_invariant=True)
+"""Decode attention; splits depend on the ratio alone."""

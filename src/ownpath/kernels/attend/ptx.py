@@ -6,7 +6,7 @@ from cutlass.cutlass_dsl import T, dsl_user_op
 
 from ownpath.kernels.dsl.ptx import Site, Value, asm
 
-Words = tuple[Value, ...]
+FourWords = tuple[Value, ...]
 """Four words: 16 bytes."""
 
 
@@ -25,7 +25,7 @@ def load_float(address: Value, *, loc: Site = None, ip: Site = None) -> Float32:
 
 
 @dsl_user_op
-def load_words_or_zero(address: Value, inside: Value, *, loc: Site = None, ip: Site = None) -> Words:
+def load_words_or_zero(address: Value, inside: Value, *, loc: Site = None, ip: Site = None) -> FourWords:
     """Loads 16 bytes of global memory, or returns zeros where ``inside`` is 0: nothing is read then."""
     struct = llvm.StructType.get_literal([T.i32()] * 4)
     text = (
@@ -63,7 +63,7 @@ def arrive_after_copies(barrier: Value, *, loc: Site = None, ip: Site = None) ->
 
 
 @dsl_user_op
-def store_shared_words(address: Value, words: Words, *, loc: Site = None, ip: Site = None) -> None:
+def store_shared_words(address: Value, words: FourWords, *, loc: Site = None, ip: Site = None) -> None:
     """Stores 16 bytes to shared memory at a byte address."""
     operands = [Int32(address).ir_value(loc=loc, ip=ip)] + [Uint32(v).ir_value(loc=loc, ip=ip) for v in words]
     asm("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", None, operands, False, loc, ip)
@@ -139,3 +139,70 @@ def pick(condition: Value, word: Value, otherwise: Value, *, loc: Site = None, i
     operands = [Int32(condition).ir_value(loc=loc, ip=ip)]
     operands += [Uint32(v).ir_value(loc=loc, ip=ip) for v in (word, otherwise)]
     return Uint32(asm(text, "=r,r,r,r", T.i32(), operands, True, loc, ip))
+
+
+@dsl_user_op
+def load_words2_or_zero(address: Value, inside: Value, *, loc: Site = None, ip: Site = None) -> FourWords:
+    """Loads 8 bytes of global memory, or returns zeros where ``inside`` is 0: nothing is read then."""
+    struct = llvm.StructType.get_literal([T.i32()] * 2)
+    text = "{ .reg .pred p; setp.ne.s32 p, $3, 0; mov.b32 $0, 0; mov.b32 $1, 0; @p ld.global.v2.b32 {$0, $1}, [$2]; }"
+    operands = [Int64(address).ir_value(loc=loc, ip=ip), Int32(inside).ir_value(loc=loc, ip=ip)]
+    loaded = asm(text, "=&r,=&r,l,r", struct, operands, False, loc, ip)
+    return tuple(Uint32(llvm.extractvalue(T.i32(), loaded, [idx], loc=loc, ip=ip)) for idx in range(2))
+
+
+@dsl_user_op
+def prefetch(address: Value, *, loc: Site = None, ip: Site = None) -> None:
+    """Fetches a line of global memory into L2."""
+    asm("prefetch.global.L2 [$0];", "l", None, [Int64(address).ir_value(loc=loc, ip=ip)], False, loc, ip)
+
+
+@dsl_user_op
+def scale_pair(word: Value, idx: Value, *, loc: Site = None, ip: Site = None) -> Uint32:
+    """Returns E8M0 scale ``idx`` of four as BF16, twice; 2^-127 is a subnormal number."""
+    text = (
+        "{ .reg .b32 shift, scale; shl.b32 shift, $2, 3; shr.u32 scale, $1, shift; and.b32 scale, scale, 255; "
+        "shl.b32 scale, scale, 7; max.u32 scale, scale, 64; prmt.b32 $0, scale, scale, 0x1010; }"
+    )
+    operands = [Uint32(word).ir_value(loc=loc, ip=ip), Int32(idx).ir_value(loc=loc, ip=ip)]
+    return Uint32(asm(text, "=r,r,r", T.i32(), operands, True, loc, ip))
+
+
+@dsl_user_op
+def decode_pair(codes: Value, is_high: bool, factor: Value, *, loc: Site = None, ip: Site = None) -> Uint32:
+    """Decodes two of four E4M3 codes and multiplies them by BF16 factors, exactly where the result is BF16.
+
+    A code's bits, moved by 4, are a BF16 value of 2^-120 of the code's.
+    """
+    text = (
+        f"{{ .reg .b32 sign, bits, up; prmt.b32 sign, $1, 0, {0x3424 if is_high else 0x1404:#x}; "
+        "shr.u32 bits, sign, 4; and.b32 bits, bits, 0x07F007F0; and.b32 sign, sign, 0x80008000; "
+        "or.b32 bits, bits, sign; mov.b32 up, 0x7B807B80; mul.rn.bf16x2 bits, bits, up; "
+        "mul.rn.bf16x2 $0, bits, $2; }"
+    )
+    operands = [Uint32(codes).ir_value(loc=loc, ip=ip), Uint32(factor).ir_value(loc=loc, ip=ip)]
+    return Uint32(asm(text, "=r,r,r", T.i32(), operands, True, loc, ip))
+
+
+@dsl_user_op
+def store_shared_pair(address: Value, first: Value, second: Value, *, loc: Site = None, ip: Site = None) -> None:
+    """Stores two float32 to shared memory at a byte address."""
+    operands = [Int32(address).ir_value(loc=loc, ip=ip)]
+    operands += [Float32(v).ir_value(loc=loc, ip=ip) for v in (first, second)]
+    asm("st.shared.v2.f32 [$0], {$1, $2};", "r,f,f", None, operands, False, loc, ip)
+
+
+@dsl_user_op
+def load_cluster_or_zero(
+    address: Value, rank: Value, inside: Value, *, loc: Site = None, ip: Site = None
+) -> list[Float32]:
+    """Loads four float32 at a shared-memory byte address of the cluster's CTA ``rank``, or returns zeros."""
+    struct = llvm.StructType.get_literal([T.f32()] * 4)
+    text = (
+        "{ .reg .pred p; .reg .b32 remote; setp.ne.s32 p, $6, 0; mapa.shared::cluster.u32 remote, $4, $5; "
+        "mov.f32 $0, 0f00000000; mov.f32 $1, 0f00000000; mov.f32 $2, 0f00000000; mov.f32 $3, 0f00000000; "
+        "@p ld.shared::cluster.v4.f32 {$0, $1, $2, $3}, [remote]; }"
+    )
+    operands = [Int32(v).ir_value(loc=loc, ip=ip) for v in (address, rank, inside)]
+    loaded = asm(text, "=&f,=&f,=&f,=&f,r,r,r", struct, operands, False, loc, ip)
+    return [Float32(llvm.extractvalue(T.f32(), loaded, [idx], loc=loc, ip=ip)) for idx in range(4)]

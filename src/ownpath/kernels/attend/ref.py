@@ -1,4 +1,4 @@
-"""Torch reference of decode attention over the caches, in any floating dtype: row by row, each from its own keys.
+"""Torch reference of decode attention over the caches, in any floating dtype: all rows at once, each from its own keys.
 
 Pools may have the dtype of the queries, bfloat16 or FP8 pages; a row's memory is gathered, nothing else is read.
 
@@ -69,18 +69,54 @@ def attend(
     """
     q_TNH = rotate_pairs(rms_norm(q_TNH, None, weights.eps), cos_TF, sin_TF)
     wide = wide_dtype(q_TNH.dtype)
-    sums_TNH = q_TNH.new_empty(q_TNH.shape, dtype=wide)
-    for t, q_NH in enumerate(q_TNH):
-        sums_TNH[t] = _attend_row(q_NH, gather_keys(keys, rows, t, q_TNH.dtype), weights, wide)
-    return rotate_pairs(sums_TNH, cos_TF, -sin_TF).to(q_TNH.dtype)
+    groups = _groups_of_keys(keys, rows, wide)
+    scores = [
+        (q_TNH.to(wide) @ keys_TKH.transpose(1, 2) * weights.softmax_scale).masked_fill(
+            ~visible_TK[:, None], -torch.inf
+        )
+        for keys_TKH, visible_TK in groups
+    ]
+    largest_TN1 = torch.stack([one.amax(dim=2) for one in scores]).amax(dim=0)[..., None]
+    sums_TN1 = (weights.sink_N.to(wide)[:, None] - largest_TN1).exp()
+    o_TNH = torch.zeros_like(q_TNH, dtype=wide)
+    for scores_TNK, (keys_TKH, _) in zip(scores, groups, strict=True):
+        weights_TNK = (scores_TNK - largest_TN1).exp()
+        sums_TN1 = sums_TN1 + weights_TNK.sum(dim=2, keepdim=True)
+        o_TNH = o_TNH + weights_TNK.to(q_TNH.dtype).to(wide) @ keys_TKH
+    return rotate_pairs(o_TNH / sums_TN1, cos_TF, -sin_TF).to(q_TNH.dtype)
 
 
-def _attend_row(q_NH: torch.Tensor, keys_KH: torch.Tensor, weights: AttendWeights, wide: torch.dtype) -> torch.Tensor:
-    scores_NK = q_NH.to(wide) @ keys_KH.to(wide).T * weights.softmax_scale
-    largest_N1 = scores_NK.amax(dim=1, keepdim=True)
-    weights_NK = (scores_NK - largest_N1).exp()
-    sum_N1 = weights_NK.sum(dim=1, keepdim=True) + (weights.sink_N.to(wide)[:, None] - largest_N1).exp()
-    return weights_NK.to(q_NH.dtype).to(wide) @ keys_KH.to(wide) / sum_N1
+def _groups_of_keys(keys: DecodeKeys, rows: DecodeRows, wide: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Returns the window's keys of all rows [T, K, H] and which are visible [T, K], then the entries'.
+
+    What is not visible repeats the row's newest key, or its first entry, or is zero: memory that a row does not own is
+    not used.
+    """
+    longest = min(int(rows.positions_T.max()) + 1, WINDOW_ROWS)
+    ring, positions_T1 = torch.arange(longest, device=keys.window.device), rows.positions_T.long()[:, None]
+    visible_TK = ring <= positions_T1
+    place_TK = rows.slots_T.long()[:, None] * WINDOW_ROWS + torch.where(visible_TK, ring, positions_T1 % WINDOW_ROWS)
+    found = [(_take(keys.window, place_TK, WINDOW_ROWS, wide), visible_TK)]
+    if keys.entries is not None:
+        place_TK, visible_TK = _entries_of_all(keys, rows)
+        if place_TK.shape[1]:
+            keys_TKH = _take(keys.entries, place_TK, keys.per_block, wide)
+            has_none_T = ~visible_TK[:, 0]
+            keys_TKH = keys_TKH.masked_fill(has_none_T[:, None, None], 0.0) if has_none_T.any() else keys_TKH
+            found.append((keys_TKH, visible_TK))
+    return found
+
+
+def _entries_of_all(keys: DecodeKeys, rows: DecodeRows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the rows of ``entries`` that each row attends to, as many as the longest has, and which are there."""
+    entries = torch.arange(rows.blocks_TB.shape[1] * keys.per_block, device=rows.blocks_TB.device)
+    place_TK = rows.blocks_TB.long()[:, entries // keys.per_block] * keys.per_block + entries % keys.per_block
+    count_T = (rows.positions_T + 1) // keys.ratio
+    if rows.selected_TK is not None and rows.num_selected_T is not None:
+        place_TK, count_T = rows.selected_TK.long(), rows.num_selected_T
+    place_TK = place_TK[:, : int(count_T.max())]
+    visible_TK = torch.arange(place_TK.shape[1], device=place_TK.device) < count_T[:, None]
+    return torch.where(visible_TK, place_TK, place_TK[:, :1] * (count_T > 0)[:, None]), visible_TK
 
 
 class AttendReference(Reference):

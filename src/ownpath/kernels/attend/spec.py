@@ -4,8 +4,38 @@ from ownpath.kernels.spec import Evidence, KernelSpec
 from ownpath.ops import OpKind
 
 _EVIDENCE = Evidence("attend.ref:attend", "tests/gpu/test_attend.py", "python bench/attend.py")
+_CUTE_EVIDENCE = Evidence("attend.ref:attend", "tests/gpu/test_attend_sm90.py", "python bench/attend.py")
 
 SPECS = (
+    KernelSpec(
+        "cute.attend",
+        OpKind.ATTEND,
+        (),
+        "DecodeAttention",
+        "paged",
+        "64 heads a CTA: a warpgroup gathers keys, two multiply; few rows are shared by clusters that merge on chip",
+        "attend.launch_sm90:CUTE_ATTEND",
+        min_sm=90,
+        end_sm=100,
+        activations=("bfloat16",),
+        launches=(r"attend_sm90",),
+        evidence=_CUTE_EVIDENCE,
+    ),
+    KernelSpec(
+        "cute.attend_invariant",
+        OpKind.ATTEND,
+        (),
+        "DecodeAttention",
+        "paged",
+        "as cute.attend, by clusters whose size depends on the ratio alone",
+        "attend.launch_sm90:CUTE_ATTEND_INVARIANT",
+        min_sm=90,
+        end_sm=100,
+        activations=("bfloat16",),
+        is_batch_invariant=True,
+        launches=(r"attend_sm90",),
+        evidence=_CUTE_EVIDENCE,
+    ),
     KernelSpec(
         "triton.attend",
         OpKind.ATTEND,

@@ -14,18 +14,11 @@ from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.cache import ARCH, COMPILER, store
 from ownpath.kernels.fp8.config import QuantizeConfig, W8A8Config, W8A16Config
 from ownpath.kernels.grouped.config import GroupedFp8Config
-from ownpath.kernels.nvfp4.config import (
-    COPY_THREADS,
-    AlignConfig,
-    CombineConfig,
-    FusedConfig,
-    GemmConfig,
-    PermuteConfig,
-)
+from ownpath.kernels.nvfp4.config import COPY_THREADS, AlignConfig, CombineConfig, GemmConfig, PermuteConfig
 
 FP8 = (W8A16Config, W8A8Config, QuantizeConfig, GroupedFp8Config)
 ATTEND = (AttendConfig, AttendCombineConfig)
-NVFP4 = (GemmConfig, FusedConfig, AlignConfig, PermuteConfig, CombineConfig)
+NVFP4 = (GemmConfig, AlignConfig, PermuteConfig, CombineConfig)
 CONFIGS = {cls.__name__: cls for cls in (*NVFP4, *FP8, *ATTEND)}
 
 
@@ -35,12 +28,10 @@ def compiled(config: Config) -> tuple[Any, int, int]:
         return compiled_fp8(config), config.num_threads, config.cluster
     if isinstance(config, ATTEND):
         return compiled_attend(config), config.num_threads, config.cluster
-    from ownpath.kernels.nvfp4 import fused_sm90, gemm_sm90, moe_sm90
+    from ownpath.kernels.nvfp4 import gemm_sm90, moe_sm90
 
     if isinstance(config, GemmConfig):
         return gemm_sm90.compile_gemm(config), config.num_threads, config.cluster
-    if isinstance(config, FusedConfig):
-        return fused_sm90.compile_fused(config), config.num_threads, 1
     if isinstance(config, AlignConfig):
         return moe_sm90.compile_align(config), config.num_threads, config.num_ctas
     if isinstance(config, CombineConfig):

@@ -293,16 +293,6 @@ def store_global_vec2(address: Value, pair: Value, *, loc: Site = None, ip: Site
 
 
 @dsl_user_op
-def load_global_vec2(address: Value, *, loc: Site = None, ip: Site = None) -> tuple[Float32, Float32]:
-    """Loads two float32 of global memory at an aligned byte address."""
-    struct = llvm.StructType.get_literal([T.f32()] * 2)
-    operands = [Int64(address).ir_value(loc=loc, ip=ip)]
-    loaded = asm("ld.global.v2.f32 {$0, $1}, [$2];", "=f,=f,l", struct, operands, False, loc, ip)
-    low, high = (Float32(llvm.extractvalue(T.f32(), loaded, [idx], loc=loc, ip=ip)) for idx in range(2))
-    return low, high
-
-
-@dsl_user_op
 def as_float(word: Value, *, loc: Site = None, ip: Site = None) -> Float32:
     """Reinterprets the bits as float32."""
     operands = [Uint32(word).ir_value(loc=loc, ip=ip)]

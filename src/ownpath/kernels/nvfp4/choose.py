@@ -7,12 +7,12 @@ and matrix; ``ownpath bench --tune`` writes them. Nothing is measured while serv
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ownpath.kernels.nvfp4.config import BLOCK_K, FEW_PAIRS, FusedConfig, GemmConfig
+from ownpath.kernels.nvfp4.config import BLOCK_K, GemmConfig
 
 TUNED = Path(__file__).parent / "tuned"
 BLOCK_ROWS = 64
@@ -24,11 +24,10 @@ over 5% of the time, so they are rounded to BF16."""
 
 @dataclass(frozen=True)
 class MoeChoice:
-    """The kernels of one call's two products. fused: the one that runs both, where the table says so."""
+    """The kernels of one call's two products."""
 
     gate_up: GemmConfig
     down: GemmConfig
-    fused: FusedConfig | None = None
 
     @property
     def tile_rows(self) -> int:
@@ -78,18 +77,7 @@ def _moe_choice(knobs: tuple[tuple[str, int], ...], hidden: int, inter: int, wid
     sizes = tuple(size for size in (read.get(f"n{idx}") for idx in range(8)) if size)
     gate_up = _fit_config(read, sizes, 2 * inter // BLOCK_ROWS, swiglu=True, gather=bool(read["gather"]))
     down = _fit_config(read, sizes, hidden // BLOCK_ROWS, wide=wide)
-    fused = _fused(gate_up, down, read["fused"] == 2) if read.get("fused") and wide else None
-    return MoeChoice(gate_up, down, fused)
-
-
-def _fused(gate_up: GemmConfig, down: GemmConfig, dynamic: bool) -> FusedConfig | None:
-    """Returns the kernel that runs both products, where they have the same tile."""
-    shape = gate_up.num_m64, gate_up.warpgroups_m
-    if shape != (down.num_m64, down.warpgroups_m) or not gate_up.gather:
-        return None
-    config = FusedConfig(*shape, gate_up.n_sizes, 1, gate_up.depth, gate_up.group, gate_up.per_sm, dynamic=dynamic)
-    stages = (gate_up.max_smem_bytes - 4 * (4 + 6 * FEW_PAIRS) - 64) // (gate_up.stage_bytes + 16)
-    return replace(config, num_stages=min(gate_up.num_stages, stages))
+    return MoeChoice(gate_up, down)
 
 
 def moe_choice(knobs: Mapping[str, object], hidden: int, inter: int, wide: bool) -> MoeChoice:

@@ -9,8 +9,6 @@ UNSCALE = 2.0**19
 WG = 128
 ALIGN_THREADS = 1024
 COPY_THREADS = 256
-FEW_PAIRS = 64
-"""Most pairs that the fused kernel sorts itself."""
 MAX_SHARED_BYTES = 232448
 DSL_SOURCES = ("dsl/pipeline.py", "dsl/warpgroup.py", "dsl/ptx.py", "dsl/build.py")
 
@@ -196,74 +194,6 @@ class AlignConfig:
     def name(self) -> str:
         ids = ("i64" if self.wide_ids else "i32") + ("_mapped" if self.mapped else "")
         return f"moe_align{'_few' if self.few else ''}_{ids}_s{self.num_shared}c{self.num_ctas}"
-
-
-@dataclass(frozen=True)
-class FusedConfig:
-    """Both products of routed experts in one launch, for few tokens to an expert.
-
-    num_m64, warpgroups_m, n_sizes, num_stages, depth, group, per_sm: as ``GemmConfig``, for both products.
-    max_pairs: 32 or 64 pairs that every CTA sorts itself, and the last warp to finish some features of ``down`` sums
-    them; 0: ``Align`` has sorted the pairs, and ``Combine`` sums. wide_ids, mapped, num_shared: as ``AlignConfig``, for
-    a kernel that sorts. dynamic: CTAs draw their tiles one by one instead of taking fixed ones.
-    """
-
-    num_m64: int
-    warpgroups_m: int
-    n_sizes: tuple[int, ...]
-    num_stages: int
-    depth: int = 2
-    group: int = 1
-    per_sm: int = 1
-    max_pairs: int = 0
-    wide_ids: bool = False
-    mapped: bool = False
-    num_shared: int = 0
-    dynamic: bool = False
-
-    def __post_init__(self) -> None:
-        if self.gate_up.smem_bytes + self.schedule_bytes > self.gate_up.max_smem_bytes:
-            raise ValueError(f"{self.name} needs more than {self.gate_up.max_smem_bytes} bytes of shared memory")
-
-    @property
-    def gate_up(self) -> GemmConfig:
-        return self._product(swiglu=True)
-
-    @property
-    def down(self) -> GemmConfig:
-        return self._product(wide=True)
-
-    def _product(self, **flags: bool) -> GemmConfig:
-        tile = self.num_m64, self.warpgroups_m, 1, self.n_sizes, self.num_stages
-        knobs = {"depth": self.depth, "group": self.group, "per_sm": self.per_sm}
-        return GemmConfig(*tile, **knobs, grouped=True, gather=True, **flags)
-
-    @property
-    def align(self) -> AlignConfig:
-        return AlignConfig(self.wide_ids, self.mapped, self.num_shared, few=True)
-
-    @property
-    def schedule_bytes(self) -> int:
-        """Shared memory of the schedule, where the kernel makes it."""
-        return 4 * (4 + 6 * self.max_pairs) if self.max_pairs else 0
-
-    @property
-    def num_threads(self) -> int:
-        return self.gate_up.num_threads
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return ("nvfp4/fused_sm90.py", "nvfp4/moe_sm90.py", *self.gate_up.sources)
-
-    @property
-    def name(self) -> str:
-        sizes = "_".join(map(str, self.n_sizes))
-        shape = (
-            f"r{self.num_m64}m{self.warpgroups_m}s{self.num_stages}d{self.depth}g{self.group}p{self.per_sm}"
-            + "y" * self.dynamic
-        )
-        aligns = f"_{self.align.name}_{self.max_pairs}" if self.max_pairs else ""
-        return f"nvfp4_moe_fused_{shape}_n{sizes}{aligns}"
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from ownpath.kernels.dsl import ptx
-from ownpath.kernels.dsl.pipeline import Consumer, Pipeline, Producer, Stages
+from ownpath.kernels.dsl.pipeline import Consumer, Pipeline, Stages
 from ownpath.kernels.dsl.warpgroup import Operands, Thread, decoded_mma, shared_operand, wgmma
 from ownpath.kernels.nvfp4.config import BLOCK_K, CHUNK_K, WG, GemmConfig
 from ownpath.kernels.nvfp4.epilogue_sm90 import Epilogue
@@ -210,43 +210,26 @@ class Gemm:
 
         It does not wait for the previous kernel, because weights do not depend on it.
         """
-        ring = pipeline.producer()
-        for idx in cutlass.range(scheduler.worker, scheduler.num_tiles, scheduler.num_workers, unroll=1):
-            ring = self.load_weight_tile(source, target, num_bytes, ring, scheduler, scheduler.tile(idx))
-
-    @cute.jit
-    def load_weight_tile(
-        self,
-        source: cute.Pointer,
-        target: cute.Pointer,
-        num_bytes: Int32,
-        ring: Producer,
-        scheduler: TileScheduler,
-        tile: Tile,
-        span: tuple[Int32, Int32] | None = None,
-    ) -> Producer:
-        """Loads the codes (or the scales) of one tile, or of its stages in ``span``; returns where the ring stands."""
         cfg = self.cfg
         m64, k_blocks = cfg.m64_per_tile, cfg.warpgroups_k
-        m_tile = (tile.expert * scheduler.m_per_worker + tile.m_group) * cfg.cluster_m + scheduler.rank_m
-        first = Int64(m_tile * m64) * scheduler.k_units
-        start = source.toint() + (first + scheduler.rank * scheduler.k_iters * k_blocks) * num_bytes
-        num_stages = scheduler.k_iters
-        if cutlass.const_expr(span is not None):
-            start += Int64(span[0]) * (k_blocks * num_bytes)
-            num_stages = span[1] - span[0]
-        for _ in cutlass.range(num_stages, unroll=1):
-            ring.acquire()
-            ring.commit(m64 * k_blocks * num_bytes)
-            place = target.toint() + ring.slot * (m64 * k_blocks) * num_bytes
-            for r in cutlass.range_constexpr(m64):
-                block = start + Int64(r * scheduler.k_units * num_bytes)
-                ptx.load_bulk(
-                    place + r * k_blocks * num_bytes, block, k_blocks * num_bytes, ring.full, not cfg.reuses_weights
-                )
-            start += k_blocks * num_bytes
-            ring.advance()
-        return ring
+        ring = pipeline.producer()
+        for idx in cutlass.range(scheduler.worker, scheduler.num_tiles, scheduler.num_workers, unroll=1):
+            tile = scheduler.tile(idx)
+            m_tile = (tile.expert * scheduler.m_per_worker + tile.m_group) * cfg.cluster_m + scheduler.rank_m
+            first = Int64(m_tile * m64) * scheduler.k_units
+            start = source.toint() + (first + scheduler.rank * scheduler.k_iters * k_blocks) * num_bytes
+            for _ in cutlass.range(scheduler.k_iters, unroll=1):
+                ring.acquire()
+                ring.commit(m64 * k_blocks * num_bytes)
+                place = target.toint() + ring.slot * (m64 * k_blocks) * num_bytes
+                for r in cutlass.range_constexpr(m64):
+                    block = start + Int64(r * scheduler.k_units * num_bytes)
+                    ptx.load_bulk(
+                        place + r * k_blocks * num_bytes, block, k_blocks * num_bytes, ring.full,
+                        not cfg.reuses_weights,
+                    )  # fmt: skip
+                start += k_blocks * num_bytes
+                ring.advance()
 
     @cute.jit
     def load_tokens(self, descriptor: Int64, lane: Int32, stages: Stages, scheduler: TileScheduler) -> None:
@@ -259,48 +242,35 @@ class Gemm:
         for idx in cutlass.range(scheduler.worker, scheduler.num_tiles, scheduler.num_workers, unroll=1):
             tile = scheduler.tile(idx)
             if cutlass.const_expr(cfg.follows):
-                await_rows(scheduler.schedule.counter(tile.n_tile), self.rows_before(scheduler))
-            ring = self.load_token_tile(descriptor, lane, ring, stages, scheduler, tile)
-
-    def rows_before(self, scheduler: TileScheduler) -> Int32:
-        """Returns the weight rows of the product before, gate and up: two for each of this product's columns."""
-        return 2 * CHUNK_K * self.num_chunks * scheduler.k_iters
-
-    @cute.jit
-    def load_token_tile(
-        self, descriptor: Int64, lane: Int32, ring: Producer, stages: Stages, scheduler: TileScheduler, tile: Tile
-    ) -> Producer:
-        """Loads the tokens of one tile; returns where the ring stands then."""
-        cfg = self.cfg
-        boxes = (tile.rows + cfg.box_rows - 1) // cfg.box_rows
-        places = cute.make_rmem_tensor(cute.make_layout((self.max_n + 31) // 32), Int32)
-        if cutlass.const_expr(cfg.gather):
-            for turn in cutlass.range_constexpr((self.max_n + 31) // 32):
-                places[turn] = Int32(0)
-                if lane + 32 * turn < tile.rows:
-                    places[turn] = tile.row0 + lane + 32 * turn
-                    if cutlass.const_expr(not cfg.follows):
-                        places[turn] = element(scheduler.schedule.tokens(), tile.row0 + lane + 32 * turn)[0]
-        for k in cutlass.range(scheduler.k_iters, unroll=1):
-            ring.acquire()
-            if lane == 0:
-                ring.commit(boxes * (cfg.box_rows * CHUNK_K * 2 * self.num_chunks))
-            for chunk in cutlass.range_constexpr(self.num_chunks):
-                column = ((scheduler.rank * scheduler.k_iters + k) * self.num_chunks + chunk) * CHUNK_K
-                start = stages.tokens + (ring.slot * self.num_chunks + chunk) * (self.max_n * CHUNK_K)
-                if cutlass.const_expr(cfg.gather):
-                    for turn in cutlass.range_constexpr((self.max_n + 31) // 32):
-                        row = lane + 32 * turn
-                        if row < tile.rows:
-                            ptx.load_box(start + row * CHUNK_K, descriptor, column, places[turn], ring.full)
-                else:
-                    # The CTAs of a cluster take turns, each loading for all of them.
-                    for box in cutlass.range(scheduler.rank_m, boxes, cfg.cluster_m, unroll=1):
-                        row = box * cfg.box_rows
-                        place = start + row * CHUNK_K
-                        ptx.load_box(place, descriptor, column, tile.row0 + row, ring.full, cfg.cluster_m)
-            ring.advance()
-        return ring
+                # Gate and up rows: two for each of this product's columns.
+                await_rows(scheduler.schedule.counter(tile.n_tile), 2 * CHUNK_K * self.num_chunks * scheduler.k_iters)
+            boxes = (tile.rows + cfg.box_rows - 1) // cfg.box_rows
+            places = cute.make_rmem_tensor(cute.make_layout((self.max_n + 31) // 32), Int32)
+            if cutlass.const_expr(cfg.gather):
+                tokens = scheduler.schedule.tokens()
+                for turn in cutlass.range_constexpr((self.max_n + 31) // 32):
+                    places[turn] = Int32(0)
+                    if lane + 32 * turn < tile.rows:
+                        places[turn] = element(tokens, tile.row0 + lane + 32 * turn)[0]
+            for k in cutlass.range(scheduler.k_iters, unroll=1):
+                ring.acquire()
+                if lane == 0:
+                    ring.commit(boxes * (cfg.box_rows * CHUNK_K * 2 * self.num_chunks))
+                for chunk in cutlass.range_constexpr(self.num_chunks):
+                    column = ((scheduler.rank * scheduler.k_iters + k) * self.num_chunks + chunk) * CHUNK_K
+                    start = stages.tokens + (ring.slot * self.num_chunks + chunk) * (self.max_n * CHUNK_K)
+                    if cutlass.const_expr(cfg.gather):
+                        for turn in cutlass.range_constexpr((self.max_n + 31) // 32):
+                            row = lane + 32 * turn
+                            if row < tile.rows:
+                                ptx.load_box(start + row * CHUNK_K, descriptor, column, places[turn], ring.full)
+                    else:
+                        # The CTAs of a cluster take turns, each loading for all of them.
+                        for box in cutlass.range(scheduler.rank_m, boxes, cfg.cluster_m, unroll=1):
+                            row = box * cfg.box_rows
+                            place = start + row * CHUNK_K
+                            ptx.load_box(place, descriptor, column, tile.row0 + row, ring.full, cfg.cluster_m)
+                ring.advance()
 
     @cute.jit
     def multiply(
@@ -317,33 +287,17 @@ class Gemm:
         step, turn = Int32(0), Int32(0)
         for idx in cutlass.range(scheduler.worker, scheduler.num_tiles, scheduler.num_workers, unroll=1):
             tile = scheduler.tile(idx)
-            partial = PartialSums(partial_sums, turn, scheduler.rank)
-            self.multiply_tile(tile, stages, scheduler.k_iters, step, partial, epilogue, (thread, warp_group))
+            for size_idx in cutlass.range_constexpr(len(cfg.n_sizes)):
+                below = cfg.n_sizes[size_idx - 1] if size_idx else 0
+                if tile.rows > below and tile.rows <= cfg.n_sizes[size_idx]:
+                    place = Thread(thread % WG, warp_group // cfg.warpgroups_k, warp_group % cfg.warpgroups_k)
+                    ring, operands = stages.pipeline.consumer_at(step), Operands(place, stages, scheduler.k_iters)
+                    partial = PartialSums(partial_sums, turn, scheduler.rank)
+                    self.consume(cfg.n_sizes[size_idx], tile, ring, operands, partial, epilogue)
             if cutlass.const_expr(cfg.hands_over):
                 announce(scheduler.schedule.counter(tile.n_tile), thread, 16 * cfg.num_m64 // cfg.warpgroups_k)
             step += scheduler.k_iters
             turn = turn ^ 1
-
-    @cute.jit
-    def multiply_tile(
-        self,
-        tile: Tile,
-        stages: Stages,
-        k_iters: Int32,
-        step: Int32,
-        partial: PartialSums,
-        epilogue: Epilogue,
-        thread: tuple[Int32, Int32],
-    ) -> None:
-        """Multiplies a warpgroup's part of one tile. thread: of the CTA, and its warpgroup."""
-        cfg = self.cfg
-        idx, warp_group = thread
-        for size_idx in cutlass.range_constexpr(len(cfg.n_sizes)):
-            below = cfg.n_sizes[size_idx - 1] if size_idx else 0
-            if tile.rows > below and tile.rows <= cfg.n_sizes[size_idx]:
-                place = Thread(idx % WG, warp_group // cfg.warpgroups_k, warp_group % cfg.warpgroups_k)
-                ring, operands = stages.pipeline.consumer_at(step), Operands(place, stages, k_iters)
-                self.consume(cfg.n_sizes[size_idx], tile, ring, operands, partial, epilogue)
 
     @cute.jit
     def consume(

@@ -32,28 +32,6 @@ def _order_copies(*, loc: Site = None, ip: Site = None) -> None:
     asm("fence.proxy.async.global;", "", None, [], False, loc, ip)
 
 
-@dsl_user_op
-def _add(address: Value, amount: Value, *, loc: Site = None, ip: Site = None) -> Int32:
-    """Adds to a counter and returns what it was; orders nothing."""
-    operands = [Int64(address).ir_value(loc=loc, ip=ip), Int32(amount).ir_value(loc=loc, ip=ip)]
-    return Int32(asm("atom.relaxed.gpu.global.add.u32 $0, [$1], $2;", "=r,l,r", T.i32(), operands, False, loc, ip))
-
-
-@dsl_user_op
-def _store_relaxed(address: Value, value: Value, *, loc: Site = None, ip: Site = None) -> None:
-    """Sets a counter; orders nothing."""
-    operands = [Int64(address).ir_value(loc=loc, ip=ip), Int32(value).ir_value(loc=loc, ip=ip)]
-    asm("st.relaxed.gpu.global.u32 [$0], $1;", "l,r", None, operands, False, loc, ip)
-
-
-@dsl_user_op
-def _count_around(address: Value, last: Value, *, loc: Site = None, ip: Site = None) -> Int32:
-    """Counts one up, from ``last`` back to 0, and returns what it was: after all that this thread has seen written,
-    and before all of its later reads."""
-    operands = [Int64(address).ir_value(loc=loc, ip=ip), Int32(last).ir_value(loc=loc, ip=ip)]
-    return Int32(asm("atom.acq_rel.gpu.global.inc.u32 $0, [$1], $2;", "=r,l,r", T.i32(), operands, False, loc, ip))
-
-
 @cute.jit
 def announce(counter: cute.Pointer, lane: Int32, num_rows: int) -> None:
     """Adds a warp's finished rows to a tile's counter (int32). Called by every lane once its share is stored."""
@@ -69,31 +47,3 @@ def await_rows(counter: cute.Pointer, num_rows: Int32) -> None:
     while written < num_rows:
         written = _load_acquire(counter.toint())
     _order_copies()
-
-
-@cute.jit
-def draw(counter: cute.Pointer, num_draws: Int32) -> Int32:
-    """Draws the next of ``num_draws`` numbers; the counter is zero again after the last."""
-    return _count_around(counter.toint(), num_draws - 1)
-
-
-@cute.jit
-def pass_on(counter: cute.Pointer, num_rows: Int32, num_tiles: Int32) -> None:
-    """Counts a tile of the second product that has seen its ``num_rows`` rows; the last of ``num_tiles`` sets the
-    counter to zero for the next call. Called by one thread."""
-    passed = _add(counter.toint(), Int32(1))
-    if passed == num_rows + num_tiles - 1:
-        _store_relaxed(counter.toint(), Int32(0))
-
-
-@cute.jit
-def is_last(counter: cute.Pointer, lane: Int32, num_warps: Int32) -> Int32:
-    """Counts a warp that has stored its share; returns 1 in the last of ``num_warps``, which sees what the others
-    stored. Called by every lane. The counter is zero again afterwards."""
-    cute.arch.sync_warp()
-    passed = Int32(0)
-    if lane % 32 == 0:
-        passed = _count_around(counter.toint(), num_warps - 1)
-    passed = cute.arch.shuffle_sync(passed, 0)
-    cute.arch.sync_warp()
-    return Int32(1) if passed == num_warps - 1 else Int32(0)

@@ -23,15 +23,7 @@ from ownpath.kernels.dsl.driver import Boxes, Pointers, current_stream, num_sms
 from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.nvfp4.choose import WIDE_PAIRS, MoeChoice, choose_moe, moe_choice, moe_table
-from ownpath.kernels.nvfp4.config import (
-    ALIGN_THREADS,
-    FEW_PAIRS,
-    AlignConfig,
-    CombineConfig,
-    GemmConfig,
-    PermuteConfig,
-)
-from ownpath.kernels.nvfp4.fused import FusedLaunches
+from ownpath.kernels.nvfp4.config import ALIGN_THREADS, AlignConfig, CombineConfig, GemmConfig, PermuteConfig
 from ownpath.kernels.nvfp4.launch import GemmLaunch, MoeSizes, PackedWeight, Tiling, align, box, combine, permute
 from ownpath.kernels.nvfp4.layout import check_scales, gate_up_rows, pack_weight_, plain_rows, unpack_weight
 from ownpath.kernels.nvfp4.linear import require_packable, require_rows
@@ -52,16 +44,13 @@ MoeCallKey = tuple[int, int, int, int, bool, int]
 
 @dataclass(frozen=True)
 class MoeOperand:
-    """Packed experts. launches: by ``MoeCallKey``. counters: int32, zero between calls, of the kernel that aligns."""
+    """Packed experts. launches: by ``MoeCallKey``."""
 
     w13: PackedWeight
     w2: PackedWeight
     num_experts: int
     swiglu_limit: float
-    counters: torch.Tensor
-    launches: "LaunchCache[MoeCallKey, _MoeLaunches | FusedLaunches]" = field(
-        default_factory=LaunchCache, compare=False
-    )
+    launches: "LaunchCache[MoeCallKey, _MoeLaunches]" = field(default_factory=LaunchCache, compare=False)
     lock: Lock = field(default_factory=Lock, compare=False)
 
     @property
@@ -86,8 +75,11 @@ class _MoeLaunches:
     """
 
     def __init__(self, choice: MoeChoice, key: MoeCallKey, operand: MoeOperand) -> None:
-        num_tokens, _, num_shared, map_length, wide_ids, x_pitch = key
-        sizes = _sizes(key, operand)
+        num_tokens, num_choices, num_shared, map_length, wide_ids, x_pitch = key
+        num_ids = map_length if map_length >= 0 else operand.num_experts - num_shared
+        sizes = MoeSizes(
+            num_tokens, num_choices, num_choices + num_shared, num_ids, operand.num_experts, operand.hidden
+        )
         pairs, device_index = sizes.pairs, operand.w13.device_index
         tiles = min(operand.num_experts, pairs) + pairs // choice.tile_rows + 1
         self.sorted_at = _align(4 * (4 + 4 * tiles + 2 * pairs + 4))
@@ -144,12 +136,6 @@ class _MoeLaunches:
         self._combine.start(stream)
 
 
-def _sizes(key: MoeCallKey, operand: MoeOperand) -> MoeSizes:
-    num_tokens, num_choices, num_shared, map_length = key[:4]
-    num_ids = map_length if map_length >= 0 else operand.num_experts - num_shared
-    return MoeSizes(num_tokens, num_choices, num_choices + num_shared, num_ids, operand.num_experts, operand.hidden)
-
-
 def _tiling(config: GemmConfig, operand: MoeOperand, tiles: int) -> Tiling:
     """Returns the tiling of gate_up (the product with SwiGLU) or down, for at most ``tiles`` tiles of tokens."""
     weight, pitch = (operand.w13, operand.inter) if config.swiglu else (operand.w2, operand.hidden)
@@ -189,7 +175,6 @@ class Nvfp4MoeKernel:
                 pack_weight_(codes[expert], scale[expert], placed)
         both = w2[2][:, None].expand(-1, 2).contiguous()
         gate_up_scale = w13[2].contiguous()
-        counters = torch.zeros(FEW_PAIRS + hidden // 16 + 1, dtype=torch.int32, device=both.device)
         # Kernels read weights before they wait for their predecessor: what wrote them must be over by then.
         torch.cuda.synchronize(both.device)
         return MoeOperand(
@@ -197,7 +182,6 @@ class Nvfp4MoeKernel:
             PackedWeight(w2[0], w2[1], both, hidden, inter),
             num_experts,
             stored.swiglu_limit,
-            counters,
         )
 
     def restore(self, operand: MoeOperand, expert: int) -> FusedExpert:
@@ -284,16 +268,11 @@ class Nvfp4MoeKernel:
             call.start(x.data_ptr(), routing, workspace.data_ptr(), out.data_ptr(), stream)
         return out
 
-    def _new_call(self, key: MoeCallKey, operand: MoeOperand) -> _MoeLaunches | FusedLaunches:
-        num_tokens, num_choices, num_shared, map_length, wide_ids, pitch = key
+    def _new_call(self, key: MoeCallKey, operand: MoeOperand) -> _MoeLaunches:
+        num_tokens, num_choices, num_shared = key[:3]
         if not 0 <= num_shared < operand.num_experts:
             raise ValueError(f"num_shared is {num_shared}, there are {operand.num_experts} experts")
-        choice = self.choose(num_tokens * (num_choices + num_shared), operand)
-        if choice.fused is None:
-            return _MoeLaunches(choice, key, operand)
-        sizes = _sizes(key, operand)
-        aligning = align_config(wide_ids, map_length >= 0, num_shared, sizes.pairs)
-        return FusedLaunches(choice.fused, aligning, sizes, operand, pitch)
+        return _MoeLaunches(self.choose(num_tokens * (num_choices + num_shared), operand), key, operand)
 
 
 def _stack(name: str, side: QuantTensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

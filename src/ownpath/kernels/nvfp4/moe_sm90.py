@@ -101,20 +101,6 @@ def warp_sum(value: Int32, lane: Int32) -> Int32:
     return running
 
 
-FULL = 0xFFFFFFFF
-"""All lanes of a warp."""
-
-
-def popcount(mask: Int32) -> Int32:
-    """Returns the number of bits."""
-    return Int32(cute.arch.popc(mask))
-
-
-def lowest(mask: Int32) -> Int32:
-    """Returns the place of the lowest bit of a mask that has one."""
-    return popcount((mask & -mask) - 1)
-
-
 class Align:
     """Counts, places and tiles the (token, slot) pairs of one call."""
 
@@ -251,56 +237,6 @@ class Align:
             schedule.write(pairs.index_offset + pairs.total + lane, row)
         if lane == 31:
             schedule.write_head(share.tile_start + share.tiles, pairs.index_offset)
-
-    @cute.jit
-    def align_two(self, pairs: Pairs, schedule: Schedule, lane: Int32) -> None:
-        """Sorts at most 64 pairs as ``align_few`` does 32: one warp, two pairs per lane, 32 apart."""
-        first, second = Int32(-1), Int32(-1)
-        if lane < pairs.total:
-            first = pairs.expert(lane)
-        if lane + 32 < pairs.total:
-            second = pairs.expert(lane + 32)
-        below = (Int32(1) << lane) - 1
-        same, same_later = Int32(cute.arch.match_sync(FULL, first)), Int32(cute.arch.match_sync(FULL, second))
-        # Of the lane's first pair among the second ones, and of its second among the first ones.
-        later, before = Int32(0), Int32(0)
-        for other in cutlass.range_constexpr(32):
-            if cute.arch.shuffle_sync(second, other) == first:
-                later = later | (Int32(1) << other)
-            if cute.arch.shuffle_sync(first, other) == second:
-                before = before | (Int32(1) << other)
-        rank, rank_later = popcount(same & below), popcount(before) + popcount(same_later & below)
-        count, count_later = Int32(0), Int32(0)
-        if first >= 0 and rank == 0:
-            count = popcount(same) + popcount(later)
-        if second >= 0 and rank_later == 0:
-            count_later = popcount(same_later)
-        tiles, tiles_later = pairs.num_tiles(count), pairs.num_tiles(count_later)
-        rows_end, tiles_end = warp_sum(count, lane), warp_sum(tiles, lane)
-        num_rows, num_tiles = cute.arch.shuffle_sync(rows_end, 31), cute.arch.shuffle_sync(tiles_end, 31)
-        share = Share(first, count, tiles, rows_end - count, tiles_end - tiles)
-        later_end = num_tiles + warp_sum(tiles_later, lane)
-        row_later = num_rows + warp_sum(count_later, lane) - count_later
-        share_later = Share(second, count_later, tiles_later, row_later, later_end - tiles_later)
-        share.write_tiles(schedule, Int32(0), 1)
-        share_later.write_tiles(schedule, Int32(0), 1)
-        if lane == 31:
-            schedule.write_head(later_end, pairs.index_offset)
-        start = cute.arch.shuffle_sync(share.row_start, lowest(same))
-        self.place(pairs, schedule, lane, first, start + rank)
-        start_before = cute.arch.shuffle_sync(share.row_start, lowest(before) if before != 0 else Int32(0))
-        start_later = cute.arch.shuffle_sync(share_later.row_start, lowest(same_later))
-        self.place(pairs, schedule, lane + 32, second, (start_before if before != 0 else start_later) + rank_later)
-
-    @cute.jit
-    def place(self, pairs: Pairs, schedule: Schedule, idx: Int32, expert: Int32, row: Int32) -> None:
-        """Writes where a pair is, if there is one with this number and it has an expert."""
-        if idx < pairs.total:
-            found = Int32(-1)
-            if expert >= 0:
-                found = row
-                schedule.write(pairs.index_offset + row, idx // pairs.slots)
-            schedule.write(pairs.index_offset + pairs.total + idx, found)
 
     @cute.jit
     def prefix(self, value: Int32, thread: Int32, partial: cute.Pointer) -> Int32:

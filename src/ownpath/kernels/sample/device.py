@@ -89,15 +89,21 @@ def bias_places(block, biased, BLOCK: tl.constexpr, BIAS: tl.constexpr):
 
 
 @triton.jit
-def load_logits(row_ptr, ids, num_vocab, how, places, PENALTIES: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr):
-    """Returns raw logits, and logits after penalties, then bias, then the mask; -infinity outside the vocabulary.
+def load_raw(row_ptr, block, WORD: tl.constexpr, num_vocab, BLOCK: tl.constexpr):
+    """Loads the logits of the tokens with word ``WORD``; -infinity outside the vocabulary."""
+    ids = token_ids(block, WORD, BLOCK)
+    return tl.load(row_ptr + ids, mask=ids < num_vocab, other=float("-inf"))
+
+
+@triton.jit
+def adjusted(raw, ids, num_vocab, how, places, PENALTIES: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr):
+    """Returns logits after penalties, then bias, then the mask; -infinity outside the vocabulary.
 
     how: pointer of counts, whether they are read, presence, frequency, factors for positive and other logits of seen
     tokens, pointers of biased ids, of their values, and of the mask. places: of the block's biased tokens, first and
     end.
     """
     inside = ids < num_vocab
-    raw = tl.load(row_ptr + ids, mask=inside, other=float("-inf"))
     x = raw
     if PENALTIES:
         entry = tl.load(how[0] + ids, mask=inside & how[1], other=0)
@@ -113,7 +119,7 @@ def load_logits(row_ptr, ids, num_vocab, how, places, PENALTIES: tl.constexpr, B
     if MASK:
         word = tl.load(how[8] + ids // 32, mask=inside, other=0)
         x = tl.where((word >> (ids % 32)) & 1 != 0, x, float("-inf"))
-    return raw, tl.where(inside, x, float("-inf"))
+    return tl.where(inside, x, float("-inf"))
 
 
 @triton.jit

@@ -13,11 +13,12 @@ import triton.language as tl
 from ownpath.kernels.sample.device import (
     LARGEST,
     NO_TOKEN,
+    adjusted,
     arrive,
     better_of,
     bias_places,
     least_exponent_of,
-    load_logits,
+    load_raw,
     meet,
     race,
     ranks_before,
@@ -129,6 +130,11 @@ def sample_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     row_ptr = logits_ptr + t.to(tl.int64) * pitch
+    # Logits are asked for a block ahead of their use, the first before anything else.
+    next0 = load_raw(row_ptr, split, 0, num_vocab, BLOCK)
+    next1 = load_raw(row_ptr, split, 1, num_vocab, BLOCK)
+    next2 = load_raw(row_ptr, split, 2, num_vocab, BLOCK)
+    next3 = load_raw(row_ptr, split, 3, num_vocab, BLOCK)
     arrived_ptr, left_ptr = counters_ptr + t, counters_ptr + num_rows + t
     reals_ptr += t * (NUM_R * MOST)
     wholes_ptr += t * (NUM_W * MOST)
@@ -172,10 +178,21 @@ def sample_kernel(
     raw_sums = tl.zeros((BLOCK,), tl.float32)
     for block in range(split, num_blocks, splits):
         held = bias_places(block, biased, BLOCK, BIAS)
-        x0, x1, x2, x3 = tops, tops, tops, tops
+        x0, x1, x2, x3 = next0, next1, next2, next3
+        next0 = load_raw(row_ptr, block + splits, 0, num_vocab, BLOCK)
+        next1 = load_raw(row_ptr, block + splits, 1, num_vocab, BLOCK)
+        next2 = load_raw(row_ptr, block + splits, 2, num_vocab, BLOCK)
+        next3 = load_raw(row_ptr, block + splits, 3, num_vocab, BLOCK)
         for word in tl.static_range(4):
             ids = token_ids(block, word, BLOCK)
-            raw, x = load_logits(row_ptr, ids, num_vocab, how, held, PENALTIES, BIAS, MASK)
+            raw = x0
+            if word == 1:
+                raw = x1
+            elif word == 2:
+                raw = x2
+            elif word == 3:
+                raw = x3
+            x = adjusted(raw, ids, num_vocab, how, held, PENALTIES, BIAS, MASK)
             is_bad |= ((ids < num_vocab) & ~(tl.abs(raw) <= LARGEST)).to(tl.int32)
             above = x > tops
             top_ids = tl.where(above, ids, top_ids)
@@ -234,7 +251,8 @@ def sample_kernel(
                     held = bias_places(block, biased, BLOCK, BIAS)
                     for word in tl.static_range(4):
                         ids = token_ids(block, word, BLOCK)
-                        raw, x = load_logits(row_ptr, ids, num_vocab, how, held, PENALTIES, BIAS, MASK)
+                        raw = load_raw(row_ptr, block, word, num_vocab, BLOCK)
+                        x = adjusted(raw, ids, num_vocab, how, held, PENALTIES, BIAS, MASK)
                         before, above = ranks_before(x, ids, token_x, token), x > middle
                         count += before.to(tl.int32)
                         count_middle += above.to(tl.int32)
@@ -274,7 +292,8 @@ def sample_kernel(
                         x0, x1, x2, x3 = tops, tops, tops, tops
                         for word in tl.static_range(4):
                             ids = token_ids(block, word, BLOCK)
-                            raw, x = load_logits(row_ptr, ids, num_vocab, how, held, PENALTIES, BIAS, MASK)
+                            raw = load_raw(row_ptr, block, word, num_vocab, BLOCK)
+                            x = adjusted(raw, ids, num_vocab, how, held, PENALTIES, BIAS, MASK)
                             x = tl.where(ranks_before(x, ids, end_x, end_id), x, float("-inf"))
                             if word == 0:
                                 x0 = x

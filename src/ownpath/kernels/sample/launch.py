@@ -42,7 +42,7 @@ class SampleShape(NamedTuple):
 
 
 class SampleScratch(NamedTuple):
-    """Numbers that programs of a row exchange. counters int32 [2, T], zero between calls; reals float64, wholes int64."""
+    """Numbers that a row's programs exchange: counters int32 [2, T], 0 between calls; reals float64; wholes int64."""
 
     counters: torch.Tensor
     reals: torch.Tensor

@@ -7,7 +7,8 @@ are clamped, weighted and summed in registers.
 
 Roofline. 256 bytes a key (bfloat16) or 132 (FP8), read once. Limits. Keys of 128 channels, 64 to a block; up to 128
 heads, padded to 16. FP8 codes become bfloat16 in registers, exactly; a key's scale multiplies its sum over heads, and a
-NaN is seen in its scale alone. Sums have one order for any grid: a score's bits depend on its row and key alone.
+NaN is seen in its scale alone. Under official numerics queries are rotated by Hadamard and rounded to FP4, as the keys
+are stored. Sums have one order for any grid: a score's bits depend on its row and key alone.
 """
 
 from collections.abc import Sequence
@@ -37,10 +38,11 @@ from ownpath.kernels.variants import variant_name
 
 INTERPRETED = triton.knobs.runtime.interpret
 MAX_HEADS = 128
-NUM_PROGRAMS = 528
-"""Programs of a step, about four for each of an H200's SMs: enough keys are then on their way."""
+NUM_PROGRAMS = 396
+"""Programs of a step: three for each of an H200's SMs, as many as its shared memory holds at a time."""
 NUM_STAGES = 3
 PER_BLOCK = 64
+INVERSE_ROOT = tl.constexpr(INDEX_DIM**-0.5)
 QUERY_FACTOR, FP8_FACTOR = tl.constexpr(2.0**96), 2.0**24
 """Powers of two that make up for 2^-120: of queries, so that their products with keys are normal, and of weights."""
 
@@ -56,6 +58,37 @@ def _rotated_queries(q_ptr, cos_ptr, sin_ptr, num_heads, I_PAD: tl.constexpr, DI
     turned = tl.join(even * cos - odd * sin, even * sin + odd * cos).to(tl.bfloat16)
     halves = tl.join(plain, tl.reshape(turned, (I_PAD, 2 * HALF)))
     return tl.reshape(tl.permute(halves, (0, 2, 1)), (I_PAD, DIM))
+
+
+@triton.jit
+def _hadamard(q, I_PAD: tl.constexpr, DIM: tl.constexpr):
+    """Multiplies by the Hadamard matrix over sqrt(DIM), rounded once; the sums of ``numerics.hadamard``, in its order.
+
+    Each stage adds and subtracts neighbours and puts sums before differences, so that the next one's are neighbours.
+    """
+    y = q.to(tl.float32)
+    for _ in tl.static_range(7):
+        even, odd = tl.split(tl.reshape(y, (I_PAD, DIM // 2, 2)))
+        y = tl.reshape(tl.permute(tl.join(even + odd, even - odd), (0, 2, 1)), (I_PAD, DIM))
+    return (y * INVERSE_ROOT).to(tl.bfloat16)
+
+
+@triton.jit
+def _round_to_fp4(q, I_PAD: tl.constexpr, DIM: tl.constexpr):
+    """Rounds to E2M1 with a power-of-two scale per 32 channels, and reads back: ``numerics.fake_quantize_fp4``."""
+    x = tl.reshape(q.to(tl.float32), (I_PAD, DIM // 32, 32))
+    largest = tl.max(tl.abs(x), axis=2)
+    bits = largest.to(tl.int32, bitcast=True)
+    # 2^ceil(log2(largest / 6)); 6 is 1.5 * 2^2.
+    byte = tl.maximum((bits >> 23) - 2 + ((bits & 0x7FFFFF) > 0x400000).to(tl.int32), 1)
+    byte = tl.where(largest == 0.0, 127, byte)
+    scale = (byte << 23).to(tl.float32, bitcast=True)[:, :, None]
+    a = tl.abs(x) * ((254 - byte) << 23).to(tl.float32, bitcast=True)[:, :, None]
+    upper = tl.where(a > 5.0, 6.0, tl.where(a >= 3.5, 4.0, tl.where(a > 2.5, 3.0, 2.0)))
+    lower = tl.where(a > 1.25, 1.5, tl.where(a >= 0.75, 1.0, tl.where(a > 0.25, 0.5, 0.0)))
+    size = tl.where(a >= 1.75, upper, lower) * scale
+    rounded = tl.where(a <= 6.0, tl.where(x < 0, -size, size), float("nan"))  # what is not finite stays visible
+    return tl.reshape(rounded, (I_PAD, DIM)).to(tl.bfloat16)
 
 
 @triton.jit
@@ -130,11 +163,12 @@ def index_scores_kernel(
     PAGE: tl.constexpr,
     LINE: tl.constexpr,
     IS_FP8: tl.constexpr,
+    ROUNDS: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Scores the visible keys of a row's blocks g, g + G, ... FP8 pages are read as words of four codes."""
-    tl.static_assert(DIM == 4 * HALF, "half of the channels are rotated")
+    tl.static_assert(DIM == 128 and HALF == 32, "128 channels, the second half rotated")
     first, step, t = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
     table = blocks_ptr + t * table_blocks
     if PDL:
@@ -146,6 +180,8 @@ def index_scores_kernel(
         if PDL:  # while queries come and are rotated
             _fetch_ahead(keys_ptr + block.to(tl.int64) * PAGE, ROWS * WIDTH // LINE, LINE)
         q = _rotated_queries(q_ptr + t * q_pitch, cos_ptr + t * HALF, sin_ptr + t * HALF, num_heads, I_PAD, DIM, HALF)
+        if ROUNDS:
+            q = _round_to_fp4(_hadamard(q, I_PAD, DIM), I_PAD, DIM)
         if IS_FP8:
             first_q, second_q, third_q, fourth_q = _split_channels(q, I_PAD, DIM // 4)
         else:
@@ -188,7 +224,13 @@ class ScoresOperand:
 
 
 class TritonIndexScores:
-    """Scores [T, C]: sum over heads of weight * relu(rotated query . key), for the entries that each row sees."""
+    """Scores [T, C]: sum over heads of weight * relu(rotated query . key), for the entries that each row sees.
+
+    rounds_queries: to FP4 behind a Hadamard rotation, as the keys are stored under official numerics.
+    """
+
+    def __init__(self, rounds_queries: bool) -> None:
+        self._rounds_queries = rounds_queries
 
     def prepare(self, weights: EntryPages) -> ScoresOperand:
         """Makes the operand. Errors: ValueError for blocks of another number of entries than 64."""
@@ -202,7 +244,8 @@ class TritonIndexScores:
 
     def variant(self, query: IndexQuery, operand: ScoresOperand) -> str:
         """Returns the variant's name, which depends on the number of heads."""
-        return variant_name("index_scores", heads=padded_heads(query.q_TIH.shape[1]))
+        name = "index_scores_fp4" if self._rounds_queries else "index_scores"
+        return variant_name(name, heads=padded_heads(query.q_TIH.shape[1]))
 
     def run(
         self,
@@ -227,7 +270,7 @@ class TritonIndexScores:
         prepared = operand.launches.get(key)
         if prepared is None:
             out = torch.empty(len(q), width, device=device) if out is None else out
-            call = _first_launch(query, keys, rows, operand.pages, out)
+            call = _first_launch(query, keys, rows, out, operand.pages.ratio, self._rounds_queries)
             if call is not None:
                 operand.launches.add(key, (call, EmptyOutput(out.shape, out.dtype, key[6])))
             return out
@@ -257,9 +300,10 @@ def padded_heads(num_heads: int) -> int:
 
 
 def num_programs(num_rows: int, num_blocks: int) -> int:
-    """Returns the programs of each row: at most one a block, and at least one."""
-    share: int = triton.cdiv(NUM_PROGRAMS, max(num_rows, 1))
-    return min(num_blocks, share)
+    """Returns the programs of each row: all at work at once, with equal numbers of blocks in the longest row."""
+    most = max(1, NUM_PROGRAMS // max(num_rows, 1))
+    programs: int = triton.cdiv(num_blocks, triton.cdiv(num_blocks, most))
+    return programs
 
 
 def check_rows(rows: PagedRows, num_rows: int, device: torch.device) -> None:
@@ -299,7 +343,7 @@ def check_query(query: IndexQuery, rows: PagedRows) -> None:
 
 
 def _first_launch(
-    query: IndexQuery, keys: torch.Tensor, rows: PagedRows, pages: EntryPages, out: torch.Tensor
+    query: IndexQuery, keys: torch.Tensor, rows: PagedRows, out: torch.Tensor, ratio: int, rounds_queries: bool
 ) -> TritonCall | None:
     """Launches through Triton, which compiles; ``None`` where there are no rows, or where Triton interprets."""
     num_rows, num_heads, dim = query.q_TIH.shape
@@ -313,7 +357,7 @@ def _first_launch(
         (num_programs(num_rows, table_blocks), num_rows),
         (*query, keys.view(torch.int32) if is_fp8 else keys, *rows, out, *pitches, num_heads, table_blocks, scale),
         {
-            "RATIO": pages.ratio,
+            "RATIO": ratio,
             "I_PAD": padded_heads(num_heads),
             "DIM": INDEX_DIM,
             "HALF": ROTARY_DIM // 2,
@@ -322,6 +366,7 @@ def _first_launch(
             "PAGE": PER_BLOCK * (FP8_KEY_BYTES // 4 if is_fp8 else INDEX_DIM),
             "LINE": 32 if is_fp8 else 64,  # elements of 128 bytes
             "IS_FP8": is_fp8,
+            "ROUNDS": rounds_queries,
             "STAGES": NUM_STAGES + (2 if is_fp8 else 0),
             "PDL": pdl,
             "num_warps": 4,
@@ -333,4 +378,5 @@ def _first_launch(
     )
 
 
-INDEX_SCORES = TritonIndexScores()
+INDEX_SCORES = TritonIndexScores(rounds_queries=False)
+INDEX_SCORES_FP4 = TritonIndexScores(rounds_queries=True)

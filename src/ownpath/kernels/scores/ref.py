@@ -3,8 +3,11 @@
 Legend: T rows, I index heads, H index head dim, B blocks of a table, C = B * per_block entries.
 """
 
+from collections.abc import Callable
+
 import torch
 
+from ownpath.kernels.cache_formats.ref import fp4_index
 from ownpath.kernels.reference import Reference, filled
 from ownpath.kernels.scores.types import CSA_PAGES, INDEX_DIM, EntryPages, IndexQuery, PagedRows
 from ownpath.numerics import rotate_pairs, wide_dtype
@@ -12,13 +15,15 @@ from ownpath.numerics import rotate_pairs, wide_dtype
 
 def entry_rows(blocks_TB: torch.Tensor, per_block: int) -> torch.Tensor:
     """Returns the pool's row of every entry of every table, int64 [T, C]."""
-    return (blocks_TB.long()[..., None] * per_block + torch.arange(per_block, device=blocks_TB.device)).flatten(1)
+    within = torch.arange(per_block, device=blocks_TB.device)
+    return (blocks_TB.long()[..., None] * per_block + within).flatten(1)
 
 
 def visible_entries(rows: PagedRows, pages: EntryPages) -> torch.Tensor:
     """Returns which entries each row sees: bool [T, C]."""
     entries_C = torch.arange(rows.blocks_TB.shape[1] * pages.per_block, device=rows.blocks_TB.device)
-    return entries_C < ((rows.positions_T + 1) // pages.ratio)[:, None]
+    counts_T: torch.Tensor = (rows.positions_T + 1) // pages.ratio
+    return entries_C < counts_T[:, None]
 
 
 def keys_of_rows(keys: torch.Tensor, blocks_TB: torch.Tensor, per_block: int, dtype: torch.dtype) -> torch.Tensor:
@@ -27,7 +32,8 @@ def keys_of_rows(keys: torch.Tensor, blocks_TB: torch.Tensor, per_block: int, dt
         return keys[entry_rows(blocks_TB, per_block)].to(dtype)
     codes, scales = keys[blocks_TB.long()].split((per_block * INDEX_DIM, per_block * 4), dim=-1)
     decoded = codes.contiguous().view(torch.float8_e4m3fn).to(dtype).unflatten(-1, (per_block, INDEX_DIM))
-    return (decoded * scales.contiguous().view(torch.float32).to(dtype)[..., None]).flatten(1, 2)
+    scaled: torch.Tensor = decoded * scales.contiguous().view(torch.float32).to(dtype)[..., None]
+    return scaled.flatten(1, 2)
 
 
 def index_scores(
@@ -42,7 +48,24 @@ def index_scores(
     Queries are rotated in at least float32 and rounded to their dtype; weights are scaled by H^-1/2 * I^-1/2. Sums have
     the wider dtype of queries and weights, float32 or more.
     """
-    q_TIH = rotate_pairs(query.q_TIH, query.cos_TF, query.sin_TF)
+    return filled(out, _scores(rotate_pairs(query.q_TIH, query.cos_TF, query.sin_TF), query, keys, rows, pages))
+
+
+def index_scores_fp4(
+    query: IndexQuery,
+    keys: torch.Tensor,
+    rows: PagedRows,
+    pages: EntryPages = CSA_PAGES,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Computes ``index_scores`` of rotated queries that ``cache_formats.ref.fp4_index`` has rounded, as it has keys."""
+    q_TIH = fp4_index(rotate_pairs(query.q_TIH, query.cos_TF, query.sin_TF))
+    return filled(out, _scores(q_TIH, query, keys, rows, pages))
+
+
+def _scores(
+    q_TIH: torch.Tensor, query: IndexQuery, keys: torch.Tensor, rows: PagedRows, pages: EntryPages
+) -> torch.Tensor:
     wide = torch.promote_types(wide_dtype(q_TIH.dtype), query.weights_TI.dtype)
     num_heads, dim = q_TIH.shape[1:]
     weights_TI = query.weights_TI.to(wide) * (dim**-0.5 * num_heads**-0.5)
@@ -50,11 +73,15 @@ def index_scores(
     keys_TCH = keys_of_rows(keys, rows.blocks_TB, pages.per_block, wide)
     products_TIC = torch.relu(q_TIH.to(wide) @ keys_TCH.transpose(1, 2))
     scores_TC = (products_TIC * weights_TI.unsqueeze(-1)).sum(1)
-    return filled(out, scores_TC.masked_fill(~visible_TC, 0))
+    masked_TC: torch.Tensor = scores_TC.masked_fill(~visible_TC, 0)
+    return masked_TC
 
 
 class IndexScoresReference(Reference):
-    """``index_scores`` as a kernel. The operand is the layout of the entries."""
+    """A function of this module as a kernel. The operand is the layout of the entries."""
+
+    def __init__(self, scores: Callable[[IndexQuery, torch.Tensor, PagedRows, EntryPages], torch.Tensor]) -> None:
+        self._scores = scores
 
     def prepare(self, weights: EntryPages) -> EntryPages:
         """Returns the layout unchanged."""
@@ -73,7 +100,7 @@ class IndexScoresReference(Reference):
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Computes scores [T, C], at least float32."""
-        return index_scores(query, keys, rows, operand, out)
+        return filled(out, self._scores(query, keys, rows, operand))
 
     def __call__(
         self,
@@ -84,7 +111,8 @@ class IndexScoresReference(Reference):
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Computes scores [T, C]."""
-        return index_scores(query, keys, rows, pages, out)
+        return filled(out, self._scores(query, keys, rows, pages))
 
 
-INDEX_SCORES = IndexScoresReference()
+INDEX_SCORES = IndexScoresReference(index_scores)
+INDEX_SCORES_FP4 = IndexScoresReference(index_scores_fp4)

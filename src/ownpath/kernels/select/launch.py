@@ -2,9 +2,10 @@
 
 How it works. A row's scores, as integers of the same order, stay in the registers of one program. The threshold, the
 k-th best key, is searched between the least and the best: two pivots a pass cut the range to a third, and a count of k
-ends the search; usually after 10 to 12 passes. One prefix sum then gives each selected entry its place: all above the
-threshold, and of its equals the first ones. A long row is cut into chunks, one program each; the program that finishes
-last selects among the chunks' best, which lie in the order of the entries, so that ties are decided as in one piece.
+ends the search, usually after 7 to 9 passes. One prefix sum then gives each selected entry its place: all above the
+threshold, and of its equals the first ones. A long row is a tree: its leaves are pieces of the row, one program each,
+and the program that finishes last of a node's children selects among what they have kept. That lies in the order of the
+entries, so that ties are decided as in one piece.
 
 Roofline. 4 bytes a score; at decode sizes the time is the latency of the passes. Limits. K up to 1024, tables of at
 most 1,048,576 tokens. The result is exact, so a row's bits depend on nothing else.
@@ -27,15 +28,16 @@ from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.scores.launch import check_rows
 from ownpath.kernels.scores.types import CSA_PAGES, EntryPages, PagedRows
-from ownpath.kernels.select.search import pool_rows, select_kept, select_large, select_small
+from ownpath.kernels.select.search import ordered_keys, select_kept, select_keys
 from ownpath.kernels.select.types import Selected, SelectWeights
 from ownpath.kernels.variants import variant_name
 
 INTERPRETED = triton.knobs.runtime.interpret
 MAX_TOPK = 1024
-LEAST_SIZE, SMALL_SIZE = 128, 2048
-CHUNKS = (4096, 8192, 16384)
-"""Scores of a chunk, and the most that the last program of a row selects among. Counts of two pivots share 32 bits."""
+LEAST_SIZE, NUM_WARPS = 128, 4
+LEAF_SIZES = (2048, 4096)
+"""Scores of a program, up to half as many and up to a quarter as many of which are selected."""
+MAX_SCORES = 1 << 18
 
 
 @triton.jit
@@ -45,6 +47,41 @@ def _finish_row(rows_ptr, num_ptr, flag_ptr, visible, flag, K: tl.constexpr, K_P
     tl.store(rows_ptr + k, tl.zeros((K_PAD,), tl.int32), mask=(k >= visible) & (k < K))
     tl.store(num_ptr, tl.minimum(visible, K))
     tl.store(flag_ptr, flag)
+
+
+@triton.jit
+def _climb(
+    state, kept_keys, kept_rows, selected, node, num_nodes, visible,
+    K: tl.constexpr, SIZE: tl.constexpr, FAN: tl.constexpr,
+):  # fmt: skip
+    """Selects at each node whose last child this program is. Returns 1 if it has selected at the root, else 0."""
+    first, counter = 0, 1  # of the level: its first node, and the counters of its nodes' parents
+    last_kept = tl.minimum(visible - (num_nodes - 1) * SIZE, K)  # by the level's last node; all others keep K
+    climbs, is_root = 1, 0
+    while climbs != 0:
+        parent, parents = node // FAN, tl.cdiv(num_nodes, FAN)
+        children = tl.minimum(num_nodes - parent * FAN, FAN)
+        tl.debug_barrier()  # the counter tells the other children's programs of everything above
+        arrived = tl.atomic_add(state + counter + parent, 1, sem="acq_rel", scope="gpu")
+        climbs = 0
+        if arrived == children - 1:
+            tl.store(state + counter + parent, 0)
+            last_children = num_nodes - (parents - 1) * FAN
+            last_kept += (last_children - 1) * K
+            num = tl.where(parent == parents - 1, last_kept, FAN * K)
+            place = (first + num_nodes + parent) * K
+            goal = kept_rows + place
+            if parents == 1:
+                goal = selected
+            child = (first + parent * FAN) * K
+            select_kept(kept_keys + child, kept_rows + child, num, goal, kept_keys + place, K, SIZE)
+            last_kept = tl.minimum(last_kept, K)
+            first += num_nodes
+            counter += parents
+            node, num_nodes = parent, parents
+            is_root = (parents == 1).to(tl.int32)
+            climbs = 1 - is_root
+    return is_root
 
 
 @triton.jit
@@ -61,97 +98,80 @@ def select_kernel(
     ROWS: tl.constexpr,
     K: tl.constexpr,
     K_PAD: tl.constexpr,
-    SMALL: tl.constexpr,
     SIZE: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    CHUNKS_PAD: tl.constexpr,
-    KEPT: tl.constexpr,
+    FAN: tl.constexpr,
+    LEAVES: tl.constexpr,
+    NODES: tl.constexpr,
     HEADER: tl.constexpr,
-    PIECE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Selects within one chunk of a row; the row's last program also selects among what its chunks have kept.
+    """Selects among one leaf's scores; the program that finishes last of FAN selects among what they have kept.
 
-    A row's workspace: a counter, a flag for each chunk, HEADER integers in all, then keys and rows [CHUNKS, K] each.
+    A row's workspace: its flag and a counter for each node that has children, HEADER integers in all, then keys
+    [NODES, K] and rows [NODES, K] that leaves and inner nodes have kept, level by level.
     """
-    chunk, t = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    leaf, t = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     num_columns = table_blocks * ROWS
     scores_ptr, blocks_ptr, selected = scores_ptr + t * num_columns, blocks_ptr + t * table_blocks, rows_ptr + t * K
     position = tl.load(positions_ptr + t)
-    start = chunk * SIZE
     # On their way before the row's length is known.
-    entry = start + tl.arange(0, SMALL)
-    small = tl.load(scores_ptr + entry, mask=entry < num_columns, other=0.0)
-    small_rows = pool_rows(blocks_ptr, entry, entry < num_columns, ROWS)
+    i = tl.arange(0, SIZE)
+    entry = leaf * SIZE + i
+    scores = tl.load(scores_ptr + entry, mask=entry < num_columns, other=0.0)
+    rows = tl.load(blocks_ptr + entry // ROWS, mask=entry < num_columns, other=0) * ROWS + entry % ROWS
     visible = tl.minimum((position + 1) // RATIO, num_columns)
-    num_chunks = tl.maximum(tl.cdiv(visible, SIZE), 1)
-    if chunk < num_chunks:
-        counter = workspace_ptr + t * (HEADER + 2 * CHUNKS * K)
-        kept_keys = counter + HEADER
-        kept_rows = kept_keys + CHUNKS * K
-        is_split, num = num_chunks > 1, tl.minimum(visible - start, SIZE)
-        goal, goal_keys = selected, kept_keys + chunk * K
-        if CHUNKS > 1 and is_split:
-            goal = kept_rows + chunk * K
-        if SIZE > SMALL and num > SMALL:
-            flag = select_large(scores_ptr, blocks_ptr, goal, goal_keys, start, num, K, SIZE, PIECE, ROWS, CHUNKS > 1)
-        else:
-            flag = select_small(small, small_rows, goal, goal_keys, num, K, SMALL, CHUNKS > 1)
-        if CHUNKS > 1 and is_split:
-            tl.store(counter + 1 + chunk, flag)
-            tl.debug_barrier()  # the counter tells the row's other programs of everything above
-            if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_chunks - 1:
-                num_kept = (num_chunks - 1) * K + tl.minimum(visible - (num_chunks - 1) * SIZE, K)
-                if KEPT > SIZE and num_kept > SIZE:
-                    select_kept(kept_keys, kept_rows, selected, num_kept, K, KEPT, PIECE)
-                else:
-                    select_kept(kept_keys, kept_rows, selected, num_kept, K, min(SIZE, KEPT), PIECE)
-                c = tl.arange(0, CHUNKS_PAD)
-                flags = tl.load(counter + 1 + c, mask=c < num_chunks, other=0, cache_modifier=".cg")
-                _finish_row(selected, num_ptr + t, flags_ptr + t, visible, tl.max(flags, axis=0), K, K_PAD)
-                tl.store(counter, 0)
+    num_leaves = tl.maximum(tl.cdiv(visible, SIZE), 1)
+    if leaf < num_leaves:
+        num, goal = tl.minimum(visible - leaf * SIZE, SIZE), selected
+        state = workspace_ptr + t * (HEADER + 2 * NODES * K)
+        kept_keys = state + HEADER
+        kept_rows = kept_keys + NODES * K
+        if LEAVES > 1 and num_leaves > 1:
+            goal = kept_rows + leaf * K
+        keys = ordered_keys(scores, i < num)
+        flag = select_keys(keys, rows, num, goal, kept_keys + leaf * K, K, SIZE, LEAVES > 1)
+        if LEAVES > 1 and num_leaves > 1:
+            if flag != 0:
+                tl.atomic_max(state, flag, sem="relaxed")
+            if _climb(state, kept_keys, kept_rows, selected, leaf, num_leaves, visible, K, SIZE, FAN) != 0:
+                flag = tl.load(state, cache_modifier=".cg")
+                tl.store(state, 0)
+                _finish_row(selected, num_ptr + t, flags_ptr + t, visible, flag, K, K_PAD)
         else:
             _finish_row(selected, num_ptr + t, flags_ptr + t, visible, flag, K, K_PAD)
 
 
-class ChunkPlan(NamedTuple):
-    """The cut of a row: ``num_chunks`` chunks of ``size`` scores; ``kept``: the most that their best are, in all.
+class SelectTree(NamedTuple):
+    """The tree of a row's programs. size: most scores or kept keys of a node. fan: most children of one.
 
-    record: integers of a row's workspace, of which ``header`` are its counter and flags.
+    leaves: of the longest row; nodes: all in all. record: integers of a row's workspace, of which ``header`` are its
+    flag and counters.
     """
 
     size: int
-    num_chunks: int
-    kept: int
+    fan: int
+    leaves: int
+    nodes: int
     header: int
     record: int
 
-    @property
-    def num_warps(self) -> int:
-        return 4 if max(self.size, self.kept) <= 4096 else 8
 
-
-def plan_chunks(num_scores: int, topk: int) -> ChunkPlan:
-    """Chooses the chunks of rows of up to ``num_scores``: the least work in sequence.
-
-    Errors: ValueError for rows longer than the chunks' best fit into one program.
-    """
-    plans = [_plan(size, triton.cdiv(num_scores, size), topk) for size in CHUNKS]
-    fitting = [plan for plan in plans if plan.num_chunks == 1 or plan.kept <= CHUNKS[-1]]
-    if not fitting:
-        raise ValueError(f"cannot select {topk} of rows of {num_scores} scores")
-    if fitting[0].num_chunks == 1:
-        return _plan(max(LEAST_SIZE, triton.next_power_of_2(num_scores)), 1, topk)
-    return min(fitting, key=lambda plan: plan.size + plan.kept)
-
-
-def _plan(size: int, num_chunks: int, topk: int) -> ChunkPlan:
-    header = 16 * triton.cdiv(1 + num_chunks, 16)
-    kept = num_chunks * topk if num_chunks > 1 else 0
-    return ChunkPlan(size, num_chunks, kept, header, header + 2 * num_chunks * topk)
+def plan_tree(num_scores: int, topk: int) -> SelectTree:
+    """Plans the tree of rows of up to ``num_scores``. Errors: ValueError for rows that are too long."""
+    if num_scores > MAX_SCORES:
+        raise ValueError(f"cannot select of rows of {num_scores} scores; the most are {MAX_SCORES}")
+    if num_scores <= LEAF_SIZES[-1]:
+        return SelectTree(max(LEAST_SIZE, triton.next_power_of_2(num_scores)), 1, 1, 0, 0, 0)
+    size = next(size for size in LEAF_SIZES if topk * 4 <= size)
+    fan, leaves = size // topk, triton.cdiv(num_scores, size)
+    levels = [leaves]
+    while levels[-1] > 1:
+        levels.append(triton.cdiv(levels[-1], fan))
+    header = 16 * triton.cdiv(1 + sum(levels[1:]), 16)
+    return SelectTree(size, fan, leaves, sum(levels), header, header + 2 * sum(levels) * topk)
 
 
 SelectCallKey = tuple[torch.Size, int]
@@ -162,6 +182,7 @@ SelectCallKey = tuple[torch.Size, int]
 class SelectCall:
     """The prepared launch of one size, and its outputs."""
 
+    tree: SelectTree
     launch: TritonCall
     outputs: tuple[EmptyOutput, EmptyOutput, EmptyOutput]
 
@@ -196,17 +217,17 @@ class TritonSelect:
 
     def variant(self, scores_TC: torch.Tensor, operand: SelectOperand) -> str:
         """Returns the variant's name, which depends on the longest possible row and ``topk``."""
-        plan = plan_chunks(scores_TC.shape[1], operand.topk)
-        return variant_name("select", k=operand.topk, size=plan.size, chunks=plan.num_chunks)
+        tree = plan_tree(scores_TC.shape[1], operand.topk)
+        return variant_name("select", k=operand.topk, size=tree.size, leaves=tree.leaves)
 
     def workspace(
         self, operand: SelectOperand, num_rows: int, num_blocks: int, device: torch.device
     ) -> torch.Tensor | None:
-        """Allocates zeroed scratch int32 [num_rows, record]; ``None`` where no row is cut."""
-        plan = plan_chunks(num_blocks * operand.pages.per_block, operand.topk)
-        if plan.num_chunks == 1:
+        """Allocates zeroed scratch int32 [num_rows, record]; ``None`` where no row has more than one program."""
+        tree = plan_tree(num_blocks * operand.pages.per_block, operand.topk)
+        if tree.leaves == 1:
             return None
-        return torch.zeros(num_rows, plan.record, dtype=torch.int32, device=device)
+        return torch.zeros(num_rows, tree.record, dtype=torch.int32, device=device)
 
     def run(
         self,
@@ -226,17 +247,17 @@ class TritonSelect:
         check_rows(rows, num_rows, device)
         width = rows.blocks_TB.shape[1] * operand.pages.per_block
         check("scores_TC", scores_TC, (torch.float32,), (num_rows, width), device)
-        plan = plan_chunks(width, operand.topk)
-        if workspace is not None:
-            _check_workspace(workspace, num_rows, plan, device)
-        elif plan.num_chunks > 1:
-            workspace = self.workspace(operand, num_rows, rows.blocks_TB.shape[1], device)
         if out is not None:
             _check_selected(out, num_rows, operand.topk, device)
         key = rows.blocks_TB.shape, scores_TC.get_device()
         prepared = operand.launches.get(key)
+        tree = plan_tree(width, operand.topk) if prepared is None else prepared.tree
+        if workspace is not None:
+            _check_workspace(workspace, num_rows, tree, device)
+        elif tree.leaves > 1:
+            workspace = self.workspace(operand, num_rows, rows.blocks_TB.shape[1], device)
         if prepared is None:
-            return _first(scores_TC, rows, operand, plan, out or _new_selected(scores_TC, operand.topk), workspace)
+            return _first(scores_TC, rows, operand, tree, out or _new_selected(scores_TC, operand.topk), workspace)
         out = Selected(*(empty.new() for empty in prepared.outputs)) if out is None else out
         addresses = [tensor.data_ptr() for tensor in (scores_TC, *rows, *out)]
         with operand.lock:
@@ -256,10 +277,10 @@ class TritonSelect:
         return self.run(scores_TC, rows, self.prepare(SelectWeights(topk, pages)), out=out)
 
 
-def _check_workspace(workspace: torch.Tensor, num_rows: int, plan: ChunkPlan, device: torch.device) -> None:
+def _check_workspace(workspace: torch.Tensor, num_rows: int, tree: SelectTree, device: torch.device) -> None:
     if len(workspace) < num_rows:
         raise ValueError(f"workspace is for {len(workspace)} rows, found {num_rows}")
-    check("workspace", workspace, (torch.int32,), (len(workspace), plan.record), device)
+    check("workspace", workspace, (torch.int32,), (len(workspace), tree.record), device)
 
 
 def _check_selected(out: Selected, num_rows: int, topk: int, device: torch.device) -> None:
@@ -277,7 +298,7 @@ def _first(
     scores_TC: torch.Tensor,
     rows: PagedRows,
     operand: SelectOperand,
-    plan: ChunkPlan,
+    tree: SelectTree,
     out: Selected,
     workspace: torch.Tensor | None,
 ) -> Selected:
@@ -288,29 +309,28 @@ def _first(
     scratch = out.rows_TK if workspace is None else workspace
     call = launch(
         select_kernel,
-        (plan.num_chunks, num_rows),
+        (tree.leaves, num_rows),
         (scores_TC, *rows, *out, scratch, rows.blocks_TB.shape[1]),
         {
             "RATIO": pages.ratio,
             "ROWS": pages.per_block,
             "K": topk,
             "K_PAD": triton.next_power_of_2(topk),
-            "SMALL": min(SMALL_SIZE, plan.size),
-            "SIZE": plan.size,
-            "CHUNKS": plan.num_chunks,
-            "CHUNKS_PAD": triton.next_power_of_2(plan.num_chunks),
-            "KEPT": triton.next_power_of_2(max(plan.kept, 1)),
-            "HEADER": plan.header,
-            "PIECE": SMALL_SIZE,
+            "SIZE": tree.size,
+            "FAN": tree.fan,
+            "LEAVES": tree.leaves,
+            "NODES": tree.nodes,
+            "HEADER": tree.header,
             "PDL": pdl,
-            "num_warps": plan.num_warps,
+            "num_warps": NUM_WARPS,
             "launch_pdl": pdl,
         },
         moving=range(7),
     )
     if call is not None:
         first, second, third = (EmptyOutput(part.shape, part.dtype, part.get_device()) for part in out)
-        operand.launches.add((rows.blocks_TB.shape, scores_TC.get_device()), SelectCall(call, (first, second, third)))
+        key = rows.blocks_TB.shape, scores_TC.get_device()
+        operand.launches.add(key, SelectCall(tree, call, (first, second, third)))
     return out
 
 

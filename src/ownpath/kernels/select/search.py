@@ -1,6 +1,7 @@
 """The search for the k-th best score, on the device, in the registers of one program.
 
-Scores become integers of the same order. Two pivots a pass cut the range between the least and the best to a third.
+Scores become integers of the same order. Two pivots a pass cut the range between the least and the best to a third: 7
+to 9 passes for distinct scores of one magnitude, up to 16 with outliers, up to 25 where the k-th score is tied.
 """
 
 import triton
@@ -12,14 +13,46 @@ LARGEST = tl.constexpr(2**31 - 1)
 BEST_INFINITE, LEAST_INFINITE = tl.constexpr(0x7F800000), tl.constexpr(-(0x7F800000) - 1)
 """The keys of infinity and of minus infinity."""
 
+VALUE_PASSES = tl.constexpr(4)
+"""Passes that cut the range of values: three fewer in all where scores have one magnitude, four more at outliers."""
+
 
 @triton.jit
-def _ordered_keys(scores, is_there):
+def _key(value):
+    """Converts a float32 to an integer of the same order."""
+    bits = value.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ LARGEST, bits)
+
+
+@triton.jit
+def _value(key):
+    """Undoes ``_key``."""
+    return tl.where(key < 0, key ^ LARGEST, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def ordered_keys(scores, is_there):
     """Converts scores to integers of the same order. -0 becomes +0, NaN minus infinity."""
-    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
-    keys = tl.where(bits < 0, bits ^ LARGEST, bits)
+    keys = _key(tl.where(scores == 0.0, 0.0, scores))
     keys = tl.where(scores != scores, LEAST_INFINITE, keys)
     return tl.where(is_there, keys, ABSENT)
+
+
+@triton.jit
+def _pivots(low, high, passes):
+    """Returns two keys, low < first <= second <= high, at about a third and two thirds of the range.
+
+    First of the range of values, which scores of one magnitude fill evenly; then of that of keys, which ends in any
+    case: magnitudes apart are not far apart there. Infinite ends give any keys, which are then put into their place.
+    """
+    third = _value(high) * 0.34 - _value(low) * 0.34
+    step = (high - low).to(tl.uint32, bitcast=True)  # the difference of two int32 may need 32 bits
+    step = tl.maximum((step >> 2) + (step >> 4) + (step >> 5), 1).to(tl.int32, bitcast=True)
+    is_early = passes < VALUE_PASSES
+    first = tl.where(is_early, _key(_value(low) + third), low + step)
+    second = tl.where(is_early, _key(_value(high) - third), high - step)
+    first = tl.minimum(tl.maximum(first, low + 1), high)
+    return first, tl.minimum(tl.maximum(second, first), high)
 
 
 @triton.jit
@@ -30,12 +63,9 @@ def _threshold(keys, least, best, num, K: tl.constexpr):
     keys are above the threshold where there are no more than K.
     """
     low, high = tl.where(num > K, least, ABSENT), tl.where(num > K, best, ABSENT)
-    above = tl.where(num > K, 0, K)  # keys above ``high``
+    above, passes = tl.where(num > K, 0, K), 0  # keys above ``high``
     while low < high:
-        width = (high - low).to(tl.uint32, bitcast=True)  # the difference of two int32 may need 32 bits
-        step = tl.maximum((width >> 2) + (width >> 4) + (width >> 5), 1).to(tl.int32, bitcast=True)
-        first = low + step
-        second = tl.maximum(high - step, low + 1)
+        first, second = _pivots(low, high, passes)
         counts = tl.sum((keys >= first).to(tl.int32) + ((keys >= second).to(tl.int32) << 16), axis=0)
         of_first, of_second = counts & 0xFFFF, counts >> 16
         # From here on, ``low`` has at least K keys at or above it, and ``high`` fewer than K above it.
@@ -45,91 +75,41 @@ def _threshold(keys, least, best, num, K: tl.constexpr):
         low = tl.where(of_second >= K, second, tl.where(between, first, low))
         high = tl.where(found, low, tl.where(below, first - 1, tl.where(between, second - 1, high)))
         above = tl.where(found, above, tl.where(below, of_first, tl.where(between, of_second, above)))
+        passes += 1
     return low, K - above
 
 
 @triton.jit
-def _places(keys, threshold, room, before):
-    """Returns which keys are selected, and the place of each among them: all above the threshold, the first equals.
-
-    before: counts of the keys that precede these, above the threshold and, shifted by 16 bits, equal to it.
-    """
+def _places(keys, threshold, room):
+    """Returns which keys are selected, and the place of each among them: all above the threshold, the first equals."""
     is_above, is_equal = keys > threshold, keys == threshold
     ones = is_above.to(tl.int32) + (is_equal.to(tl.int32) << 16)
-    before += tl.cumsum(ones, axis=0) - ones
+    before = tl.cumsum(ones, axis=0) - ones
     equals_before = before >> 16
     chosen = is_above | (is_equal & (equals_before < room))
     return chosen, (before & 0xFFFF) + tl.minimum(equals_before, room)
 
 
 @triton.jit
-def _count(keys, threshold):
-    """Counts keys above the threshold and, shifted by 16 bits, equal to it."""
-    return tl.sum((keys > threshold).to(tl.int32) + ((keys == threshold).to(tl.int32) << 16), axis=0)
+def select_keys(keys, rows, num, rows_ptr, keys_ptr, K: tl.constexpr, SIZE: tl.constexpr, KEEPS: tl.constexpr):
+    """Selects the K best of the first ``num`` keys and stores their rows, in order; with KEEPS, the keys as well.
 
-
-@triton.jit
-def pool_rows(table_ptr, entry, is_there, ROWS: tl.constexpr):
-    """Looks up the pool's rows of entries."""
-    return tl.load(table_ptr + entry // ROWS, mask=is_there, other=0) * ROWS + entry % ROWS
-
-
-@triton.jit
-def _search(keys, is_there, num, K: tl.constexpr):
-    """Returns what ``_threshold`` does, and 1 if a key is that of a number that is not finite."""
+    Returns 1 if a key is that of a number that is not finite, else 0.
+    """
+    is_there = tl.arange(0, SIZE) < num
     least, best = tl.min(tl.where(is_there, keys, LARGEST), axis=0), tl.max(keys, axis=0)
     threshold, room = _threshold(keys, least, best, num, K)
-    return threshold, room, ((num > 0) & ((least <= LEAST_INFINITE) | (best >= BEST_INFINITE))).to(tl.int32)
-
-
-@triton.jit
-def select_small(scores, rows, rows_ptr, keys_ptr, num, K: tl.constexpr, SIZE: tl.constexpr, KEEPS: tl.constexpr):
-    """Selects among the first ``num`` scores, whose rows of the pool are known. Returns the flag of ``_search``."""
-    is_there = tl.arange(0, SIZE) < num
-    keys = _ordered_keys(scores, is_there)
-    threshold, room, flag = _search(keys, is_there, num, K)
-    chosen, places = _places(keys, threshold, room, 0)
+    chosen, places = _places(keys, threshold, room)
     tl.store(rows_ptr + places, rows, mask=chosen)
     if KEEPS:
         tl.store(keys_ptr + places, keys, mask=chosen)
-    return flag
+    return ((num > 0) & ((least <= LEAST_INFINITE) | (best >= BEST_INFINITE))).to(tl.int32)
 
 
 @triton.jit
-def select_large(
-    scores_ptr, table_ptr, rows_ptr, keys_ptr, start, num,
-    K: tl.constexpr, SIZE: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr, KEEPS: tl.constexpr,
-):  # fmt: skip
-    """Selects among the scores of entries [start, start + num). Returns the flag of ``_search``.
-
-    Places are computed in pieces, so that registers suffice.
-    """
-    i = tl.arange(0, SIZE)
-    keys = _ordered_keys(tl.load(scores_ptr + start + i, mask=i < num, other=0.0), i < num)
-    threshold, room, flag = _search(keys, i < num, num, K)
-    before = 0
-    for offset in range(0, num, PIECE):
-        p = offset + tl.arange(0, PIECE)
-        part = _ordered_keys(tl.load(scores_ptr + start + p, mask=p < num, other=0.0), p < num)
-        chosen, places = _places(part, threshold, room, before)
-        tl.store(rows_ptr + places, pool_rows(table_ptr, start + p, chosen, ROWS), mask=chosen)
-        if KEEPS:
-            tl.store(keys_ptr + places, part, mask=chosen)
-        before += _count(part, threshold)
-    return flag
-
-
-@triton.jit
-def select_kept(keys_ptr, kept_rows_ptr, rows_ptr, num, K: tl.constexpr, SIZE: tl.constexpr, PIECE: tl.constexpr):
-    """Selects among what the chunks of a row have kept, in the order of the entries."""
+def select_kept(keys_ptr, rows_ptr, num, goal_rows_ptr, goal_keys_ptr, K: tl.constexpr, SIZE: tl.constexpr):
+    """Selects the K best of what other programs have kept, ``num`` keys and rows in the order of the entries."""
     i = tl.arange(0, SIZE)
     keys = tl.load(keys_ptr + i, mask=i < num, other=ABSENT, cache_modifier=".cg")
-    threshold, room, _ = _search(keys, i < num, num, K)
-    before = 0
-    for offset in range(0, num, PIECE):
-        p = offset + tl.arange(0, PIECE)
-        part = tl.load(keys_ptr + p, mask=p < num, other=ABSENT, cache_modifier=".cg")
-        chosen, places = _places(part, threshold, room, before)
-        rows = tl.load(kept_rows_ptr + p, mask=chosen, other=0, cache_modifier=".cg")
-        tl.store(rows_ptr + places, rows, mask=chosen)
-        before += _count(part, threshold)
+    rows = tl.load(rows_ptr + i, mask=i < num, other=0, cache_modifier=".cg")
+    select_keys(keys, rows, num, goal_rows_ptr, goal_keys_ptr, K, SIZE, True)

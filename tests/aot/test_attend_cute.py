@@ -1,0 +1,82 @@
+"""Hopper's decode attention compiled without a GPU: it fits an SM, spills next to nothing, and multiplies as meant."""
+
+import re
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import triton.backends.nvidia.compiler as nvidia  # for the disassembler it carries
+
+from ownpath.kernels.attend.choose_sm90 import reachable_configs
+from ownpath.kernels.attend.config_sm90 import MAX_SMEM, REGISTERS, AttendCombineConfig, AttendConfig
+from ownpath.kernels.dsl.cache import compile_missing, stem
+
+CONFIGS = (AttendConfig(64, selected=True, split=True, fp8=True), AttendConfig(2, merges=True), AttendCombineConfig())
+ATTEND = [config for config in CONFIGS if isinstance(config, AttendConfig)]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """These kernels, compiled once into a cache of their own."""
+    folder = tmp_path_factory.mktemp("kernels")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OWNPATH_KERNEL_CACHE", str(folder))
+        compile_missing(CONFIGS)
+    return folder
+
+
+@lru_cache(maxsize=16)
+def disassembled(option: str, binary: Path) -> str:
+    """Returns the toolkit's output for a kernel, cached."""
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    return subprocess.run([str(tool), option, str(binary)], capture_output=True, text=True, check=True).stdout
+
+
+def cuobjdump(option: str, cache: Path, config: AttendConfig | AttendCombineConfig, patch: pytest.MonkeyPatch) -> str:
+    patch.setenv("OWNPATH_KERNEL_CACHE", str(cache))
+    return disassembled(option, stem(config).with_suffix(".cubin"))
+
+
+def test_calls_launch_what_is_listed() -> None:
+    assert set(CONFIGS) <= set(reachable_configs(is_invariant=False))
+    assert set(reachable_configs(is_invariant=True)) <= set(reachable_configs(is_invariant=False))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
+def test_it_fits_an_sm(
+    config: AttendConfig | AttendCombineConfig, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = cuobjdump("-res-usage", cache, config, monkeypatch)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
+    assert found, usage
+    registers, stack, shared = map(int, found.groups())
+    # A few words that no loop over keys uses.
+    assert stack <= 32
+    assert shared <= MAX_SMEM
+    assert registers * config.num_threads <= 65536
+
+
+def test_warpgroups_ask_for_no_more_registers_than_a_cta_has() -> None:
+    """A launch gives each thread of three warpgroups 168; one that asks for more than others leave waits for ever."""
+    assert sum(REGISTERS) <= 3 * 168
+
+
+@pytest.mark.parametrize("config", ATTEND, ids=lambda config: config.name)
+def test_products_stay_asynchronous(config: AttendConfig, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 instructions a tile for scores, 4 + 4 for values; scores and values of neighbouring tiles are in flight at
+    once, and a stage is released when the older ones are done."""
+    sass = cuobjdump("-sass", cache, config, monkeypatch)
+    assert len(re.findall(r"HGMMA\.64x64x16\.F32\.BF16", sass)) == 2 * 32
+    assert len(re.findall(r"HGMMA\.64x256x16\.F32\.BF16", sass)) == 3 * 4
+    assert "WARPGROUP.DEPBAR.LE gsb0, 0x2" in sass
+    products = sass[sass.index("HGMMA") : sass.rindex("HGMMA")]
+    assert len(re.findall(r"\bSTL\b", products)) == 0
+
+
+@pytest.mark.parametrize("config", ATTEND, ids=lambda config: config.name)
+def test_keys_come_by_asynchronous_copies(config: AttendConfig, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sass = cuobjdump("-sass", cache, config, monkeypatch)
+    assert re.search(r"LDGSTS\.E\.\S*BYPASS\S*128", sass)
+    assert ("HMUL2.BF16" in sass) == config.fp8
+    assert ("UCGABAR" in sass) == config.merges
