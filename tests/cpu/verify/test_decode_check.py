@@ -55,6 +55,12 @@ def test_layers_without_such_kernels_are_skipped(folder: Path) -> None:
     assert "no kernels of decode steps are planned" in finding.message
 
 
+def test_attention_of_the_mutations_is_right_but_for_its_keys(folder: Path) -> None:
+    subject = Subject.of(folder, EngineConfig(), Selection(frozenset({decode.HCA})))
+    with decode.called("nothing", "attend", decode.attending(), decode.HCA).interference.applied():
+        assert not failed(stage.kernel_stage(subject))
+
+
 def larger(run: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
     return 1.02 * run(*args)
 

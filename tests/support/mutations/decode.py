@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import torch
 
-from ownpath.kernels.attend import ref as attend_ref
+from ownpath.kernels.attend.ref import gather_keys
 from ownpath.kernels.attend.types import WINDOW_ROWS, DecodeKeys, DecodeRows
 from ownpath.kernels.entries.types import EntryAngles, LayerPools, RawRows, RowPlaces
+from ownpath.kernels.norms.ref import rms_norm
 from ownpath.numerics import rotate_pairs
 from ownpath.runners.decode import StepAngles
 from ownpath.verify.layer import LoadedLayer
@@ -20,6 +20,7 @@ SLIDING, CSA, HCA = 0, 1, 2
 KERNEL = {"write": "entries", "score": "scores", "select": "select", "attend": "attend"}
 """Part of the line -> its slot."""
 Change = Callable[[LoadedLayer], LoadedLayer]
+KeysOf = Callable[[DecodeKeys, DecodeRows, int, torch.dtype], torch.Tensor]
 
 
 def line_of(loaded: LoadedLayer) -> Any:
@@ -52,12 +53,19 @@ def given(what: str, part: str, layer_idx: int = CSA, **parts: Callable[[Any], A
     return called(what, part, call, layer_idx)
 
 
-def patched(name: str, make: Callable[[Any], Any]) -> Callable[..., Any]:
-    """Calls the twin of attention with another function of its module."""
+def attending(keys_of: KeysOf = gather_keys, *, is_normed: bool = True) -> Callable[..., torch.Tensor]:
+    """Attention in a few lines, right but for the keys that ``keys_of`` gives it."""
 
-    def call(run: Any, *args: Any) -> Any:
-        with mock.patch.object(attend_ref, name, make(getattr(attend_ref, name))):
-            return run(*args)
+    def call(
+        run: Any, q_TNH: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor, keys: DecodeKeys, rows: DecodeRows
+    ) -> torch.Tensor:
+        weights, out = run.operand, torch.empty_like(q_TNH)
+        turned_TNH = rotate_pairs(rms_norm(q_TNH, None, weights.eps) if is_normed else q_TNH, cos_TF, sin_TF)
+        for t, q_NH in enumerate(turned_TNH):
+            keys_KH = keys_of(keys, rows, t, q_TNH.dtype)
+            scores_NK = torch.cat((q_NH @ keys_KH.T * weights.softmax_scale, weights.sink_N[:, None]), dim=1)
+            out[t] = scores_NK.softmax(dim=1)[:, :-1] @ keys_KH
+        return rotate_pairs(out, cos_TF, -sin_TF)
 
     return call
 
@@ -70,40 +78,26 @@ def next_block(blocks_TB: torch.Tensor) -> torch.Tensor:
     return blocks_TB.roll(1, dims=1)
 
 
-def without_oldest(right: Any) -> Any:
+def without_oldest(keys: DecodeKeys, rows: DecodeRows, t: int, dtype: torch.dtype) -> torch.Tensor:
     """The window without the key of position p - 127."""
-
-    def gather(keys: DecodeKeys, rows: DecodeRows, t: int, dtype: torch.dtype) -> torch.Tensor:
-        found: torch.Tensor = right(keys, rows, t, dtype)
-        position = int(rows.positions_T[t])
-        if position + 1 < WINDOW_ROWS:
-            return found
-        oldest = (position + 1) % WINDOW_ROWS
-        return torch.cat((found[:oldest], found[oldest + 1 :]))
-
-    return gather
+    found, position = gather_keys(keys, rows, t, dtype), int(rows.positions_T[t])
+    oldest = (position + 1) % WINDOW_ROWS
+    return found if position + 1 < WINDOW_ROWS else torch.cat((found[:oldest], found[oldest + 1 :]))
 
 
-def with_one_more(right: Any) -> Any:
+def with_one_more(keys: DecodeKeys, rows: DecodeRows, t: int, dtype: torch.dtype) -> torch.Tensor:
     """The window with the row that the next token will fill, where the ring is not full."""
-
-    def gather(keys: DecodeKeys, rows: DecodeRows, t: int, dtype: torch.dtype) -> torch.Tensor:
-        found: torch.Tensor = right(keys, rows, t, dtype)
-        position, slot = int(rows.positions_T[t]), int(rows.slots_T[t])
-        if position + 1 >= WINDOW_ROWS:
-            return found
-        return torch.cat((found, keys.window[slot * WINDOW_ROWS + position + 1][None].to(dtype)))
-
-    return gather
+    found, position, slot = gather_keys(keys, rows, t, dtype), int(rows.positions_T[t]), int(rows.slots_T[t])
+    if position + 1 >= WINDOW_ROWS:
+        return found
+    return torch.cat((found, keys.window[slot * WINDOW_ROWS + position + 1][None].to(dtype)))
 
 
-def one_entry_early(right: Any) -> Any:
-    """The entry of a window that is not complete is seen."""
-    return lambda keys, rows, t: right(keys, rows._replace(positions_T=rows.positions_T + keys.ratio - 1), t)
-
-
-def without_norm(right: Any) -> Any:
-    return lambda x, weight, eps: x
+def one_entry_early(keys: DecodeKeys, rows: DecodeRows, t: int, dtype: torch.dtype) -> torch.Tensor:
+    """The keys with an entry whose window is not complete."""
+    window = gather_keys(DecodeKeys(keys.window), rows, t, dtype)
+    later = rows._replace(positions_T=rows.positions_T + keys.ratio - 1)
+    return torch.cat((window, gather_keys(keys, later, t, dtype)[WINDOW_ROWS:]))
 
 
 def state_one_early(run: Any, raw: RawRows, angles: EntryAngles, rows: RowPlaces, pools: LayerPools) -> None:
@@ -186,11 +180,11 @@ MUTATIONS = {
     "decode: wrong slot read": given("another row's ring", "attend", SLIDING, slots_T=next_row),
     "decode: wrong slot written": given("another row's rings", "write", HCA, slots_T=next_row),
     "decode: another row's selection": given("the entries to attend to", "attend", selected_TK=next_row),
-    "decode: window one too short": called("the oldest key", "attend", patched("gather_keys", without_oldest), SLIDING),
-    "decode: window one too long": called("an unwritten key", "attend", patched("gather_keys", with_one_more), SLIDING),
-    "decode: incomplete windows seen": called("HCA's entries", "attend", patched("entry_rows", one_entry_early), HCA),
+    "decode: window one too short": called("the oldest key", "attend", attending(without_oldest), SLIDING),
+    "decode: window one too long": called("an unwritten key", "attend", attending(with_one_more), SLIDING),
+    "decode: incomplete windows seen": called("HCA's entries", "attend", attending(one_entry_early), HCA),
     "decode: sink dropped": in_line("the softmax's sum", "attend", without_sink, SLIDING),
-    "decode: query norm left out": called("raw queries", "attend", patched("rms_norm", without_norm), SLIDING),
+    "decode: query norm left out": called("raw queries", "attend", attending(is_normed=False), SLIDING),
     "decode: no inverse rotation": called("attention's output", "attend", without_inverse),
     "decode: ring overwritten one early": called("the main state's newest row", "write", state_one_early),
     "decode: entry one block off": given("block tables", "write", blocks_TB=next_block),
