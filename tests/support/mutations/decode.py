@@ -73,33 +73,31 @@ def next_block(blocks_TB: torch.Tensor) -> torch.Tensor:
 def without_oldest(right: Any) -> Any:
     """The window without the key of position p - 127."""
 
-    def gather(keys: DecodeKeys, rows: DecodeRows, t: int, dtype: torch.dtype) -> torch.Tensor:
-        found: torch.Tensor = right(keys, rows, t, dtype)
-        position = int(rows.positions_T[t])
-        if position + 1 < WINDOW_ROWS:
-            return found
-        oldest = (position + 1) % WINDOW_ROWS
-        return torch.cat((found[:oldest], found[oldest + 1 :]))
+    def groups(keys: DecodeKeys, rows: DecodeRows, wide: torch.dtype) -> Any:
+        (window, visible_TK), *others = right(keys, rows, wide)
+        positions_T1 = rows.positions_T[:, None]
+        is_oldest_TK = torch.arange(visible_TK.shape[1], device=visible_TK.device) == (positions_T1 + 1) % WINDOW_ROWS
+        return [(window, visible_TK & ~(is_oldest_TK & (positions_T1 + 1 >= WINDOW_ROWS))), *others]
 
-    return gather
+    return groups
 
 
 def with_one_more(right: Any) -> Any:
     """The window with the row that the next token will fill, where the ring is not full."""
 
-    def gather(keys: DecodeKeys, rows: DecodeRows, t: int, dtype: torch.dtype) -> torch.Tensor:
-        found: torch.Tensor = right(keys, rows, t, dtype)
-        position, slot = int(rows.positions_T[t]), int(rows.slots_T[t])
-        if position + 1 >= WINDOW_ROWS:
-            return found
-        return torch.cat((found, keys.window[slot * WINDOW_ROWS + position + 1][None].to(dtype)))
+    def groups(keys: DecodeKeys, rows: DecodeRows, wide: torch.dtype) -> Any:
+        (window, visible_TK), *others = right(keys, rows, wide)
+        ring = torch.arange(visible_TK.shape[1], device=visible_TK.device)
+        unwritten_TK = keys.window[rows.slots_T.long()[:, None] * WINDOW_ROWS + ring].to(wide)
+        is_next_TK = ring == rows.positions_T[:, None] + 1
+        return [(torch.where(is_next_TK[..., None], unwritten_TK, window), visible_TK | is_next_TK), *others]
 
-    return gather
+    return groups
 
 
 def one_entry_early(right: Any) -> Any:
     """The entry of a window that is not complete is seen."""
-    return lambda keys, rows, t: right(keys, rows._replace(positions_T=rows.positions_T + keys.ratio - 1), t)
+    return lambda keys, rows: right(keys, rows._replace(positions_T=rows.positions_T + keys.ratio - 1))
 
 
 def without_norm(right: Any) -> Any:
@@ -186,9 +184,15 @@ MUTATIONS = {
     "decode: wrong slot read": given("another row's ring", "attend", SLIDING, slots_T=next_row),
     "decode: wrong slot written": given("another row's rings", "write", HCA, slots_T=next_row),
     "decode: another row's selection": given("the entries to attend to", "attend", selected_TK=next_row),
-    "decode: window one too short": called("the oldest key", "attend", patched("gather_keys", without_oldest), SLIDING),
-    "decode: window one too long": called("an unwritten key", "attend", patched("gather_keys", with_one_more), SLIDING),
-    "decode: incomplete windows seen": called("HCA's entries", "attend", patched("entry_rows", one_entry_early), HCA),
+    "decode: window one too short": called(
+        "the oldest key", "attend", patched("_groups_of_keys", without_oldest), SLIDING
+    ),
+    "decode: window one too long": called(
+        "an unwritten key", "attend", patched("_groups_of_keys", with_one_more), SLIDING
+    ),
+    "decode: incomplete windows seen": called(
+        "HCA's entries", "attend", patched("_entries_of_all", one_entry_early), HCA
+    ),
     "decode: sink dropped": in_line("the softmax's sum", "attend", without_sink, SLIDING),
     "decode: query norm left out": called("raw queries", "attend", patched("rms_norm", without_norm), SLIDING),
     "decode: no inverse rotation": called("attention's output", "attend", without_inverse),
