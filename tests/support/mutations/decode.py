@@ -62,6 +62,11 @@ def patched(name: str, make: Callable[[Any], Any]) -> Callable[..., Any]:
     return call
 
 
+def in_keys(what: str, make: Callable[[Any], Any], layer_idx: int, name: str = "_groups_of_keys") -> Mutation:
+    """Other keys than those that a row attends to."""
+    return called(what, "attend", patched(name, make), layer_idx)
+
+
 def next_row(x: torch.Tensor) -> torch.Tensor:
     return x.roll(1, dims=0)
 
