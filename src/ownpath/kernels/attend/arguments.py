@@ -40,9 +40,9 @@ class AttendArguments(NamedTuple):
         others = tuple((tensor.shape, tensor.dtype) for tensor in self[1:])
         return self.q_TNH.shape, self.q_TNH.stride(), self.q_TNH.get_device(), ratio, others
 
-    def are_dense(self) -> bool:
-        """Returns True if all are aligned, and contiguous but for q."""
-        together = 0
-        for tensor in self:
-            together |= tensor.data_ptr()
-        return not together % VECTOR_BYTES and all(tensor.is_contiguous() for tensor in self[1:])
+    def addresses(self) -> list[int] | None:
+        """Returns their addresses; ``None`` if one is not aligned, or one but q not contiguous."""
+        found, together = [tensor.data_ptr() for tensor in self], 0
+        for address in found:
+            together |= address
+        return None if together % VECTOR_BYTES or not all(tensor.is_contiguous() for tensor in self[1:]) else found

@@ -24,6 +24,7 @@ from ownpath.kernels.attend.arguments import AttendArguments, AttendCallKey
 from ownpath.kernels.attend.checks import check_call, check_out, check_workspace
 from ownpath.kernels.attend.triton_attend import attend_kernel, merge_splits_kernel
 from ownpath.kernels.attend.types import WINDOW_ROWS, AttendWeights, DecodeKeys, DecodeRows
+from ownpath.kernels.checks import is_dense
 from ownpath.kernels.contract import Config
 from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
@@ -50,13 +51,16 @@ class AttendForm(NamedTuple):
     chunk: int
 
 
+def most_entries(keys: DecodeKeys, rows: DecodeRows) -> int:
+    """Returns how many entries of a row its list, or else its table, has room for."""
+    if rows.selected_TK is not None:
+        return rows.selected_TK.shape[1]
+    return rows.blocks_TB.shape[1] * keys.per_block
+
+
 def most_tiles(keys: DecodeKeys, rows: DecodeRows) -> int:
     """Returns the tiles of the longest row that the arrays allow."""
-    if keys.ratio == 0:
-        return RING_TILES
-    if rows.selected_TK is not None:
-        return RING_TILES + -(-rows.selected_TK.shape[1] // TILE)
-    return RING_TILES + -(-rows.blocks_TB.shape[1] * keys.per_block // TILE)
+    return RING_TILES + -(-most_entries(keys, rows) // TILE)
 
 
 def choose_form(num_rows: int, num_heads: int, tiles: int, is_fp8: bool) -> AttendForm:
@@ -86,13 +90,14 @@ def _stages(tiles: int, is_fp8: bool) -> int:
 class AttendCall:
     """The prepared launches of one form of call.
 
-    merge: ``None`` without splits. stats_bytes: where the statistics start in the workspace.
+    merge, workspace: ``None`` without splits. num_floats: of the workspace. stats_bytes: where its statistics start.
     """
 
     attend: TritonCall
     merge: TritonCall | None
     out: EmptyOutput
     workspace: EmptyOutput | None
+    num_floats: int
     stats_bytes: int
 
 
@@ -161,23 +166,22 @@ class TritonAttend:
         """
         arguments = AttendArguments.of(q_TNH, cos_TF, sin_TF, keys, rows)
         key = arguments.key(keys.ratio)
-        call = operand.launches.get(key)
-        if call is None or not arguments.are_dense():
+        call, addresses = operand.launches.get(key), arguments.addresses()
+        if call is None or addresses is None:
             return self._first(arguments, (keys, rows), operand, out, workspace)
         if out is None:
             out = call.out.new()
-        else:
+        elif out.shape != q_TNH.shape or not is_dense(out, torch.bfloat16) or out.get_device() != key[2]:
             check_out(out, q_TNH)
         if call.merge is None or call.workspace is None:
             scratch = operand.weights.sink_N.data_ptr()
         else:
             if workspace is None:
                 workspace = call.workspace.new()
-            else:
-                check_workspace(workspace, self._num_floats(q_TNH, keys, rows), q_TNH.device)
+            elif len(workspace) < call.num_floats or not is_dense(workspace, torch.float32):
+                check_workspace(workspace, call.num_floats, q_TNH.device)
             scratch = workspace.data_ptr()
         stats = scratch + call.stats_bytes
-        addresses = [tensor.data_ptr() for tensor in arguments]
         stream = current_stream(key[2])
         with operand.lock:
             call.attend.start(stream, *addresses, out.data_ptr(), scratch, stats)
@@ -220,36 +224,33 @@ class TritonAttend:
         check_workspace(workspace, num_floats, q_TNH.device)
         form, num_sums = self.form(q_TNH, keys, rows), num_floats // (HEAD_DIM + 2) * HEAD_DIM
         sums, stats = (workspace, workspace[num_sums:]) if num_floats else (weights.sink_N, weights.sink_N)
-        attend = _launch_attend(arguments, keys, form, weights, (out, sums, stats))
-        merge = _launch_merge(arguments, keys, form, weights, (sums, stats, out)) if num_floats else None
+        sizes = most_entries(keys, rows), q_TNH.shape[1], form.splits, form.chunk
+        attend = _launch_attend(arguments, keys, (form, sizes), weights, (out, sums, stats))
+        merge = _launch_merge(arguments, keys.ratio, sizes, weights, (sums, stats, out)) if num_floats else None
         if attend is not None:
             device = q_TNH.get_device()
             empty = EmptyOutput((num_floats,), torch.float32, device) if num_floats else None
             made = EmptyOutput(q_TNH.shape, q_TNH.dtype, device)
-            call = AttendCall(attend, merge, made, empty, 4 * num_sums)
+            call = AttendCall(attend, merge, made, empty, num_floats, 4 * num_sums)
             operand.launches.add(arguments.key(keys.ratio), call)
         return out
+
+
+Sizes = tuple[int, int, int, int]
+"""Most entries, heads, splits, and tiles of a split."""
 
 
 def _launch_attend(
     arguments: AttendArguments,
     keys: DecodeKeys,
-    form: AttendForm,
+    chosen: tuple[AttendForm, Sizes],
     weights: AttendWeights,
     written: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> TritonCall | None:
-    q_TNH, pdl = arguments.q_TNH, not INTERPRETED
+    q_TNH, (form, sizes), pdl = arguments.q_TNH, chosen, not INTERPRETED
     num_rows, num_heads, _ = q_TNH.shape
-    widths = arguments.blocks_TB.shape[1], 0 if keys.ratio != 4 else arguments.selected_TK.shape[1]
-    scalars = (
-        *q_TNH.stride()[:2],
-        *widths,
-        num_heads,
-        form.splits,
-        form.chunk,
-        weights.softmax_scale * LOG2E,
-        weights.eps,
-    )
+    widths = arguments.blocks_TB.shape[1], arguments.selected_TK.shape[-1]
+    scalars = (*q_TNH.stride()[:2], *widths, *sizes, weights.softmax_scale * LOG2E, weights.eps)
     return launch(
         attend_kernel,
         (triton.cdiv(num_heads, form.heads), form.splits, num_rows),
@@ -271,8 +272,8 @@ def _launch_attend(
 
 def _launch_merge(
     arguments: AttendArguments,
-    keys: DecodeKeys,
-    form: AttendForm,
+    ratio: int,
+    sizes: Sizes,
     weights: AttendWeights,
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> TritonCall | None:
@@ -281,13 +282,8 @@ def _launch_merge(
     return launch(
         merge_splits_kernel,
         (num_heads, num_rows),
-        (*places, weights.sink_N, *tensors, num_heads, form.splits, form.chunk),
-        {
-            "RATIO": keys.ratio,
-            "PDL": pdl,
-            "num_warps": 4,
-            "launch_pdl": pdl,
-        },
+        (*places, weights.sink_N, *tensors, *sizes),
+        {"RATIO": ratio, "PDL": pdl, "num_warps": 4, "launch_pdl": pdl},
         moving=(0, 1, 2, 3, 5, 6, 7),
     )
 

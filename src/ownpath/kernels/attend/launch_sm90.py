@@ -136,7 +136,7 @@ class CuteAttend:
         arguments = AttendArguments.of(q_TNH, cos_TF, sin_TF, keys, rows)
         key = arguments.key(keys.ratio)
         call = operand.calls.get(key)
-        if call is None or not arguments.are_dense():
+        if call is None or arguments.addresses() is None:
             check_call(q_TNH, (cos_TF, sin_TF), keys, rows, operand.weights, runs_on_cpu=False)
             if not len(q_TNH):
                 return q_TNH.new_empty(q_TNH.shape) if out is None else out
