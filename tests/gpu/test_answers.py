@@ -110,7 +110,7 @@ def test_generate_prints_the_same_on_both_devices(cuda: torch.device) -> None:
     ]
     assert found[0].stdout
     assert found[0].stdout == found[1].stdout
-    progress = ("starting", "loading", "compiling", "warming up")  # told after two seconds
+    progress = ("starting", "loading", "compiling", "warming up", "capturing")  # told after two seconds
     assert not [line for line in found[1].stderr.splitlines() if not line.startswith(progress)]
 
 

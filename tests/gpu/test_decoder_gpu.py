@@ -153,8 +153,9 @@ def test_the_device_ran_the_kernels_of_the_plan(model: Model) -> None:
     once.step(rows)
     launched = record_launches(model.ledger, lambda: once._run(2))
     replayed = record_launches(model.ledger, lambda: graphs._graphs[2].graph.replay())
-    names = Counter(launch.kernel for launch in launched)
-    assert Counter(launch.kernel for launch in replayed) == names
+    # A copy is a transfer to an eager step and a kernel to a graph.
+    names = Counter(launch.kernel for launch in replayed if not launch.kernel.startswith("memcpy"))
+    assert names == Counter(launch.kernel for launch in launched)
     slots = {launch.slot for launch in launched}
     assert {f"layers.1.attn.decode.{name}" for name in ("entries", "scores", "select", "attend")} <= slots
 

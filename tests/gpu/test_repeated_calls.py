@@ -15,10 +15,12 @@ from ownpath import Nvfp4Linear, Nvfp4MoE
 from ownpath.conformance.call import tensors_of
 from ownpath.conformance.operations import CASES, make_inputs
 from ownpath.conformance.quant_weights import DenseWeight, ExpertStacks, RoutedTokens, draw_weights
-from ownpath.kernels.contract import Config, NormWeights, RouterWeights
+from ownpath.formats import BF16
+from ownpath.kernels.contract import Config, NormWeights, RouterWeights, StoredGroups
 from ownpath.kernels.fp8.cases import Fp8Case
 from ownpath.kernels.hyper.ref import Mix
 from ownpath.kernels.registry import KERNELS
+from ownpath.qtensor import QuantTensor
 from ownpath.runners import Fp8Linear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sm90]
@@ -46,7 +48,9 @@ def again(kernel: Any, op: str, inputs: tuple[Any, ...]) -> Callable[..., Any]:
         operand = kernel.prepare(inputs[1])
         return lambda given, **places: kernel.run(given[0], operand, **places)
     if op == "grouped_linear":
-        operand = kernel.prepare(inputs[3])
+        weight_GRI = inputs[3]
+        stored = StoredGroups(QuantTensor(weight_GRI.flatten(0, 1), None, None, BF16), len(weight_GRI))
+        operand = kernel.prepare(stored)
         return lambda given, **places: kernel.run(*given[:3], operand, **places)
     if op == "hyper_boundary":
         operand = kernel.prepare(inputs[3])

@@ -107,7 +107,7 @@ def score(logit: float) -> float:
 def test_router_selects_with_the_bias_and_weighs_without_it(device: torch.device) -> None:
     logits = [0.5, 2.0, -1.0, 1.0]
     ids, weights = router(4, [0.0, -5.0, 4.0, 0.0], None, device)(
-        torch.tensor([logits], device=device), torch.tensor([0])
+        torch.tensor([logits], device=device), torch.tensor([0], device=device)
     )
     assert ids.tolist() == [[2, 3]]
     total = score(-1.0) + score(1.0)
@@ -117,7 +117,7 @@ def test_router_selects_with_the_bias_and_weighs_without_it(device: torch.device
 
 def test_router_ties_go_to_the_lower_expert(device: torch.device) -> None:
     ids, weights = router(6, [0.0] * 6, None, device)(
-        torch.zeros(3, 6, device=device), torch.zeros(3, dtype=torch.int64)
+        torch.zeros(3, 6, device=device), torch.zeros(3, dtype=torch.int64, device=device)
     )
     assert ids.tolist() == [[0, 1]] * 3
     assert torch.isfinite(weights).all()

@@ -18,6 +18,8 @@ def _triton(official: frozenset[Step], rounding: str) -> KernelSpec:
         f"{_WHY}; {rounding}",
         "entries.launch:ENTRIES",
         min_sm=90,
+        dim_multiple=64,
+        first_dim=512,
         activations=("bfloat16",),
         is_batch_invariant=True,
         packages=("triton",),

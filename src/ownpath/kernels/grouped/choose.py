@@ -30,7 +30,7 @@ class GroupedShape:
 
 
 FEW = tuple(GroupedShape(1, num_n, 2, 2, 1) for num_n in (8, 16))
-MANY = (GroupedShape(2, 32, 2, 1, 2, True), GroupedShape(2, 64, 2, 1, 2, True), GroupedShape(4, 64, 2, 1, 4, True))
+MANY = (GroupedShape(2, 32, 2, 1, 2, True), GroupedShape(2, 64, 2, 1, 2, True), GroupedShape(2, 128, 2, 1, 2, True))
 INVARIANT = tuple(GroupedShape(1, num_n, 2, 2, 1) for num_n in (8, 16))
 """Shapes by tokens of a tile, ascending. The invariant kernel's have one order of sums: only their width differs."""
 

@@ -13,6 +13,7 @@ SPECS = (
         "exact: the threshold is searched in registers, one prefix sum orders what is above; long rows in chunks",
         "select.launch:SELECT",
         min_sm=90,
+        activations=("bfloat16",),
         is_batch_invariant=True,
         packages=("triton",),
         launches=(r"\bselect_kernel\b",),
