@@ -23,7 +23,9 @@ from ownpath.cache.tables import DecodeTables
 from ownpath.config import EngineConfig
 from ownpath.engine.request import SamplingParams
 from ownpath.engine.sampler import SampleRow, sampler_of
+from ownpath.kernels.registry import spec_of
 from ownpath.kernels.sample.types import FilterRows, Sampled, SampleRows
+from ownpath.terminal.console import tell
 from ownpath.terminal.progress import Progress
 from ownpath.trace import Ledger
 
@@ -42,6 +44,9 @@ class DecodingModel(Protocol):
 
     @property
     def ledger(self) -> Ledger: ...
+
+    @property
+    def decodes(self) -> bool: ...
 
     def decode(self, token_ids_T: torch.Tensor, tables: DecodeTables) -> torch.Tensor: ...
 
@@ -224,12 +229,27 @@ class Decoder:
         return logits_TV
 
 
+def no_graph_of(ledger: Ledger) -> str | None:
+    """Returns the first planned slot that no graph can hold, in words; ``None`` if there is none."""
+    for slot, (_, kernels) in ledger.kernels.items():
+        held = [name for name in kernels.split("+") if spec_of(name).reads_host]
+        if held:
+            return f"{slot} runs on {held[0]}, which waits for values on the host"
+    return None
+
+
 def make_decoder(model: DecodingModel, engine: EngineConfig, num_vocab: int) -> Decoder | None:
-    """Makes the decoder of a model on a GPU and captures its graphs, if the engine wants them. ``None`` on a CPU."""
-    if torch.device(engine.device).type != "cuda":
+    """Makes the decoder of a model on a GPU and captures its graphs, if the engine wants them.
+
+    ``None`` on a CPU, and where no decode step is planned. Says why there are no graphs where a kernel rules them out.
+    """
+    if torch.device(engine.device).type != "cuda" or not model.decodes:
         return None
     decoder = Decoder(model, engine.max_num_seqs, num_vocab)
-    if engine.graphs:
+    without = no_graph_of(model.ledger)
+    if engine.graphs and without is not None:
+        tell("decode steps run without graphs", f": {without}")
+    elif engine.graphs:
         with Progress("capturing graphs") as progress, torch.inference_mode():
             decoder.capture(progress)
     return decoder

@@ -92,6 +92,12 @@ class KernelSpec:
         """True if torch and its libraries compute it, not a kernel of this package."""
         return not self.launches
 
+    @property
+    def reads_host(self) -> bool:
+        """True if a call waits for values on the host, so that no graph can hold it: torch's experts ask which experts
+        were chosen, torch's decode steps how long rows are."""
+        return self.is_torch and self.kind in (OpKind.MOE, OpKind.ENTRIES, OpKind.SELECT, OpKind.ATTEND)
+
 
 _QUANTIZER_WHY = {
     Step.FP8_INPUTS: "input in E4M3 with a power-of-two scale per 1 x 128",

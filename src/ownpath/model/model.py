@@ -41,6 +41,11 @@ class Model:
     lossless_casts: tuple[str, ...] = ()
     contradictions: tuple[str, ...] = ()
 
+    @property
+    def decodes(self) -> bool:
+        """True if ``decode`` is planned: not with official numerics of attention."""
+        return self.paged is not None
+
     @cached_property
     def caches(self) -> CachePool:
         """The memory of all sequences' caches, allocated when the first sequence asks for its own."""

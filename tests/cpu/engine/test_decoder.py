@@ -10,12 +10,13 @@ from support.checkpoints import random_checkpoint
 
 from ownpath.cache.tables import DecodeTables
 from ownpath.config import EngineConfig
-from ownpath.engine.decoder import PADDED, Decoder, DecodeRow
+from ownpath.engine.decoder import PADDED, Decoder, DecodeRow, make_decoder, no_graph_of
 from ownpath.engine.engine import Engine
 from ownpath.engine.request import FinishReason, Request, SamplingParams, StepOutput
 from ownpath.loading import load_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
+from ownpath.trace import Ledger
 
 VOCAB, MAX_ROWS = 96, 5
 WAIT_S = 60
@@ -118,6 +119,22 @@ def test_rows_up_to_the_bucket_are_padded(model: Model) -> None:
     assert told.steps[1][1] == [2, 3, 4, 5, 6, 0, 0, 0]
     for row in rows:
         row.cache.release()
+
+
+def test_torch_experts_and_twins_are_in_no_graph(model: Model) -> None:
+    assert no_graph_of(model.ledger) == (
+        "layers.0.ffn.experts runs on ref.nvfp4_moe, which waits for values on the host"
+    )
+    kept = {slot: names for slot, names in model.ledger.kernels.items() if "experts" not in slot}
+    told = no_graph_of(Ledger(kept))
+    assert told is not None
+    assert "attn.decode." in told
+    assert no_graph_of(Ledger({slot: names for slot, names in kept.items() if "decode" not in slot})) is None
+
+
+def test_a_cpu_has_no_decoder(model: Model, config: EngineConfig) -> None:
+    if torch.device(config.device).type == "cpu":
+        assert make_decoder(model, config, VOCAB) is None
 
 
 def test_a_logit_that_is_not_finite_is_told_for_its_row_alone(model: Model) -> None:
