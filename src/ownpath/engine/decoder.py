@@ -137,12 +137,15 @@ class _Columns(NamedTuple):
 
 
 _DrawState = tuple[int, int, SamplingParams]
-_Resident = tuple[int, int, int, _DrawState | None]
-"""A row as the device holds it: slot, position, token; number of drawn tokens, seed and parameters, if they matter."""
+_Resident = tuple[int, tuple[int, ...], int, int, _DrawState | None]
+"""A row as the device holds it: slot, blocks, position, token; number of drawn tokens, seed and parameters, if they
+matter."""
 
 
-def _draw_of(sample: SampleRow) -> _DrawState | None:
-    return None if sample.params.greedy else (sample.index, sample.seed, sample.params)
+def _state_of(row: DecodeRow) -> _Resident:
+    cache, sample = row.cache, row.sample
+    draw = None if sample.params.greedy else (sample.index, sample.seed, sample.params)
+    return cache.slot, cache.blocks, cache.num_tokens, row.token_id, draw
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,7 @@ class Decoder:
         self._sampler, self._sampler_operand = sampler_of(device)
         self._chosen = torch.zeros(2, max_rows, dtype=torch.int32, device=device)
         self._read = torch.zeros(2, max_rows, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._padded = torch.tensor(PADDED, dtype=torch.int32, device=device)
         self._resident: list[_Resident] = []
         self._graphs: dict[int, _Captured] = {}
         self.num_replays = 0
@@ -193,9 +197,10 @@ class Decoder:
     def step(self, rows: Sequence[DecodeRow]) -> StepTokens:
         """Runs a step of at least one row and extends the rows' caches by one token."""
         count = next(size for size in self.buckets if size >= len(rows))
-        wanted = [(row.cache.slot, row.cache.num_tokens, row.token_id, _draw_of(row.sample)) for row in rows]
+        wanted = [_state_of(row) for row in rows]
         if wanted != self._resident:
             self._rows.upload(rows)
+        self._resident = []  # until the step has ended: one that fails leaves rows that nobody knows
         captured = self._graphs.get(count)
         if captured is None:
             logits_TV = self._run(count)
@@ -210,8 +215,8 @@ class Decoder:
             torch.cuda.current_stream(self.pool.spec.device).synchronize()
         tokens, faults = self._read[:, : len(rows)].tolist()
         self._resident = [
-            (slot, at + 1, token, draw and (draw[0] + 1, *draw[1:]))
-            for (slot, at, _, draw), token in zip(wanted, tokens, strict=True)
+            (slot, blocks, at + 1, token, draw and (draw[0] + 1, *draw[1:]))
+            for (slot, blocks, at, _, draw), token in zip(wanted, tokens, strict=True)
         ]
         chosen = [None if fault else token for token, fault in zip(tokens, faults, strict=True)]
         return StepTokens(logits_TV[: len(rows)], chosen)
@@ -225,7 +230,7 @@ class Decoder:
         is_row_T = tokens_T >= 0
         tables.positions_T.add_(is_row_T)
         self._rows.columns.drawn[:count].add_(1)
-        tokens_T.copy_(torch.where(is_row_T, found.token_T, PADDED))
+        torch.where(is_row_T, found.token_T, self._padded, out=tokens_T)
         return logits_TV
 
 

@@ -106,6 +106,28 @@ def test_the_next_step_of_the_same_rows_uploads_nothing(model: Model, monkeypatc
         row.cache.release()
 
 
+def test_a_new_sequence_in_an_old_slot_brings_its_own_blocks(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same slot, position and token as the row on the device, other blocks: a stale table reads nobody's memory."""
+    decoder = Decoder(model, MAX_ROWS, VOCAB)
+    (row,) = started(model, (6,))
+    token = decoder.step([row]).token_ids[0]
+    assert token is not None
+    row.cache.release()
+    free = model.caches.slots._free_blocks
+    free.insert(0, free.pop())
+    (other,) = started(model, (7,))
+    assert (other.cache.slot, other.cache.num_tokens) == (row.cache.slot, row.cache.num_tokens)
+    assert other.cache.blocks != row.cache.blocks
+    tables: list[list[int]] = []
+    decode = model.decode
+    monkeypatch.setattr(
+        type(model), "decode", lambda _, ids, given: (tables.append(given.blocks_TB[0].tolist()), decode(ids, given))[1]
+    )
+    decoder.step([DecodeRow(other.cache, token)])
+    assert tables == [list(other.cache.blocks)]
+    other.cache.release()
+
+
 def test_rows_up_to_the_bucket_are_padded(model: Model) -> None:
     told = Told(model)
     decoder = Decoder(told, 16, VOCAB)  # type: ignore[arg-type]
