@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         from ownpath.engine.request import Request, SamplingParams
 
     params = SamplingParams(args.max_tokens, args.temperature, args.top_p, args.seed)
-    with open_session(args) as session:
+    with open_session(args, max_num_seqs=1) as session:
         outputs: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
         request = Request(_prompt_ids(session, prompt, is_chat=args.chat), params, outputs.put)
         session.engine.submit([request])

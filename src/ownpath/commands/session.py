@@ -76,9 +76,12 @@ def load_for(args: argparse.Namespace, max_num_seqs: int = EngineConfig.max_num_
 
 
 @contextlib.contextmanager
-def open_session(args: argparse.Namespace) -> Iterator[Session]:
-    """Loads the model that the arguments name and runs its engine. Errors: as ``load_for``."""
-    loaded = load_for(args)
+def open_session(args: argparse.Namespace, max_num_seqs: int = EngineConfig.max_num_seqs) -> Iterator[Session]:
+    """Loads the model that the arguments name and runs its engine, for so many requests at a time.
+
+    Errors: as ``load_for``.
+    """
+    loaded = load_for(args, max_num_seqs)
     model, tokenizer = loaded.model, loaded.tokenizer
     decoder = make_decoder(model, loaded.config, tokenizer.num_tokens)
     end_token_ids = loaded.end_tokens.ids
