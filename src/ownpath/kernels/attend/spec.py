@@ -13,7 +13,7 @@ SPECS = (
         (),
         "DecodeAttention",
         "paged",
-        "64 heads a CTA: a warpgroup gathers keys, two multiply; few rows are shared by clusters that merge on chip",
+        "64 heads a CTA: a warpgroup gathers keys, two multiply; the keys of few rows are split among CTAs",
         "attend.launch_sm90:CUTE_ATTEND",
         min_sm=90,
         end_sm=100,
