@@ -7,6 +7,7 @@ byte is read, decides the layout that weights are loaded into, and nothing overr
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
@@ -294,10 +295,20 @@ class _Planner:
         return tuple(PlannedCompanion(spec, self._choice(spec, None)) for spec in specs)
 
     def _of_layers(self, layers: Iterable[Layer]) -> Iterator[CompanionSpec]:
-        """Yields the companions that depend on numerics."""
+        """Yields the companions that depend on numerics.
+
+        Nothing for decode steps if no kernel runs one of their operations as demanded: then all steps are of one kind.
+        """
         for layer in layers:
             yield from official_ops(self.config, layer, self.demands.official)
-            yield from decode_ops(self.config, layer, self.demands.official)
+            yield from decode_ops(self.config, layer, self.demands.official) if self._can_decode else ()
+
+    @cached_property
+    def _can_decode(self) -> bool:
+        layers = self.config.backbone_layers()
+        specs = chain.from_iterable(decode_ops(self.config, layer, self.demands.official) for layer in layers)
+        choices = (select(spec.kind, None, self.caps, SPECS, self.demands, spec.dims) for spec in specs)
+        return not any(isinstance(choice, Refusal) for choice in choices)
 
     def _require_one_scale_dtype(self, spec: OpSpec, encoding: Encoding) -> None:
         """Checks that a layer's scales share one dtype, as their buffer does. Errors: MixedExpertsError naming one."""

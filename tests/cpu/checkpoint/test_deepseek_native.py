@@ -123,6 +123,8 @@ def test_hopper_multiplies_wo_a_as_it_is_stored(
     assert (choice.kernel.layout == "dequantized") == (layout == "deepseek-native" and kernel.startswith("triton"))
     named = configs_of(subject.plan, subject.index)
     assert (kernel in named) == kernel.startswith("cute"), "compiled ahead"
+    decodes = any(".decode." in slot for slot in subject.plan.slots)
+    assert decodes == (not demands), "torch's twins are not invariant: then every step stays on the reference"
 
 
 def lossless_cast(tensors: Tensors) -> Tensors:

@@ -79,9 +79,8 @@ SPECS = (
         (),
         "DecodeAttention",
         "paged",
-        "torch, row by row",
+        "torch, all rows at once",
         "attend.ref:ATTEND",
-        is_batch_invariant=True,
         is_default=True,
     ),
 )
