@@ -70,20 +70,19 @@ def attend(
     q_TNH = rotate_pairs(rms_norm(q_TNH, None, weights.eps), cos_TF, sin_TF)
     wide = wide_dtype(q_TNH.dtype)
     groups = _groups_of_keys(keys, rows, wide)
-    scores = [
-        (q_TNH.to(wide) @ keys_TKH.transpose(1, 2) * weights.softmax_scale).masked_fill(
-            ~visible_TK[:, None], -torch.inf
-        )
-        for keys_TKH, visible_TK in groups
-    ]
-    largest_TN1 = torch.stack([one.amax(dim=2) for one in scores]).amax(dim=0)[..., None]
-    sums_TN1 = (weights.sink_N.to(wide)[:, None] - largest_TN1).exp()
-    o_TNH = torch.zeros_like(q_TNH, dtype=wide)
-    for scores_TNK, (keys_TKH, _) in zip(scores, groups, strict=True):
-        weights_TNK = (scores_TNK - largest_TN1).exp()
-        sums_TN1 = sums_TN1 + weights_TNK.sum(dim=2, keepdim=True)
-        o_TNH = o_TNH + weights_TNK.to(q_TNH.dtype).to(wide) @ keys_TKH
-    return rotate_pairs(o_TNH / sums_TN1, cos_TF, -sin_TF).to(q_TNH.dtype)
+    scaled_TNH = q_TNH.to(wide) * weights.softmax_scale
+    scores_TNK = torch.cat([_scores(scaled_TNH, *group) for group in groups], dim=2)
+    largest_TN1 = scores_TNK.amax(dim=2, keepdim=True)
+    weights_TNK = (scores_TNK - largest_TN1).exp()
+    sums_TN1 = weights_TNK.sum(dim=2, keepdim=True) + (weights.sink_N.to(wide)[:, None] - largest_TN1).exp()
+    parts = weights_TNK.to(q_TNH.dtype).to(wide).split([keys_TKH.shape[1] for keys_TKH, _ in groups], dim=2)
+    o_TNH = sum(part_TNK @ keys_TKH for part_TNK, (keys_TKH, _) in zip(parts, groups, strict=True)) / sums_TN1
+    return rotate_pairs(o_TNH, cos_TF, -sin_TF).to(q_TNH.dtype)
+
+
+def _scores(scaled_TNH: torch.Tensor, keys_TKH: torch.Tensor, visible_TK: torch.Tensor) -> torch.Tensor:
+    scores_TNK = scaled_TNH @ keys_TKH.transpose(1, 2)
+    return scores_TNK if visible_TK.all() else scores_TNK.masked_fill(~visible_TK[:, None], -torch.inf)
 
 
 def _groups_of_keys(keys: DecodeKeys, rows: DecodeRows, wide: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:

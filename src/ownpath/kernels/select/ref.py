@@ -24,10 +24,12 @@ def select(
     """
     visible_TC = visible_entries(rows, pages)
     nan_TC = scores_TC.isnan()
-    # A stable sort, not topk: entries of equal scores keep their order, and what is not visible comes last.
-    ranked_TC = scores_TC.masked_fill(nan_TC | ~visible_TC, -torch.inf)
-    best_TK = ranked_TC.sort(dim=-1, descending=True, stable=True).indices[:, :topk]
-    chosen_TC = torch.zeros_like(visible_TC).scatter_(-1, best_TK, True) & visible_TC
+    chosen_TC = visible_TC
+    if scores_TC.shape[1] > topk:
+        # A stable sort, not topk: entries of equal scores keep their order, and what is not visible comes last.
+        ranked_TC = scores_TC.masked_fill(nan_TC | ~visible_TC, -torch.inf)
+        best_TK = ranked_TC.sort(dim=-1, descending=True, stable=True).indices[:, :topk]
+        chosen_TC = torch.zeros_like(visible_TC).scatter_(-1, best_TK, True) & visible_TC
     rows_TK = torch.zeros(len(scores_TC), topk, dtype=torch.int32, device=scores_TC.device)
     places_TC = chosen_TC.cumsum(1) - 1
     of_row, entry = chosen_TC.nonzero(as_tuple=True)
