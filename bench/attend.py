@@ -6,7 +6,6 @@ call. ``keys_GBps`` counts the keys, ``tflops`` the products of the real heads.
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
+from ownpath.bench.record import append_lines, provenance
 from ownpath.conformance.attend import AttendInputs, judge_attend, make_attend_inputs
 from ownpath.kernels.attend.cases import CASES, AttendCase
 from ownpath.kernels.registry import KERNELS
@@ -106,22 +105,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON lines are appended here")
     parser.add_argument("--commit", default="", help="recorded with every line")
     options = parser.parse_args()
-    facts = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": str(torch.version.cuda),
-        "commit": options.commit,
-    }
-    print(*(f"{key}={value}" for key, value in facts.items()))
+    facts = provenance("cuda", options.commit, "python bench/attend.py", "cuda graph replay")
+    print(facts["device"], facts["versions"])
     print(f"{'op':26}{'shape':22}{'T':>5}{'us':>9}{'GB/s':>8}{'TFLOP/s':>9}  variant", flush=True)
     for case in (case for case in CASES if case.bench):
         for row in rows_of(case):
             numbers = f"{row['us']:9.2f}{row['keys_GBps']:8.0f}{row['tflops']:9.1f}"
             print(f"{row['op']:26}{row['shape']:22}{row['rows']:5}{numbers}  {row['variant']}", flush=True)
             if options.out:
-                with options.out.open("a", encoding="utf-8") as lines:
-                    lines.write(json.dumps({**row, **facts}) + "\n")
+                append_lines(options.out, [row | facts])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ window ends, and one where all do: 1 of 4 steps of a sequence in a CSA layer, 1 
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
+from ownpath.bench.record import append_lines, provenance
 from ownpath.bench.timing import capture_graph
 from ownpath.conformance.entries import draw_step, judge_step
 from ownpath.kernels.cases import KernelCase
@@ -126,22 +125,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON lines are appended here")
     parser.add_argument("--commit", default="", help="recorded with every line")
     options = parser.parse_args()
-    facts = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": str(torch.version.cuda),
-        "commit": options.commit,
-    }
-    print(*(f"{key}={value}" for key, value in facts.items()))
+    facts = provenance("cuda", options.commit, "python bench/entries.py", "cuda graph replay")
+    print(facts["device"], facts["versions"])
     print(f"{'op':10}{'shape':8}{'windows end':>12}{'T':>6}{'us':>9}{'warm':>9}{'floor':>9}{'torch':>9}", flush=True)
     for row in rows():
         numbers = f"{row['us']:9.2f}{row['warm_us']:9.2f}{row['floor_us']:9.2f}{row['torch_us']:9.1f}"
         ends = "all" if row["ends"] else "none"
         print(f"{row['op']:10}{row['shape']:8}{ends:>12}{row['tokens']:6}{numbers}", flush=True)
         if options.out:
-            with options.out.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps({**row, **facts}) + "\n")
+            append_lines(options.out, [row | facts])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ select reads scores that may be in the cache, as those of the launch before it a
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small_ops import COLD_BYTES, READ_CEILING_GBPS, Call, machine, replay_us
+from small_ops import COLD_BYTES, READ_CEILING_GBPS, Call, replay_us
 
+from ownpath.bench.record import append_lines, provenance
 from ownpath.conformance.indexer import judge_scores, judge_selected
 from ownpath.kernels.registry import KERNELS
 from ownpath.kernels.scores.types import CSA_PAGES, IndexQuery, PagedRows
@@ -142,16 +142,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON lines are appended here")
     parser.add_argument("--commit", default="", help="recorded with every line")
     options = parser.parse_args()
-    facts = {**machine(), "commit": options.commit}
-    print(*(f"{key}={value}" for key, value in facts.items()))
+    facts = provenance("cuda", options.commit, "python bench/indexer.py", "cuda graph replay")
+    print(facts["device"], facts["versions"])
     print(f"{'op':26}{'form':16}{'context':>8}{'T':>5}{'us':>9}{'GB/s':>8}{'of 4.41':>9}", flush=True)
     for table in (*starmap(rows_of_scores, product((SCORES, OFFICIAL), HEADS)), *map(rows_of_select, TOPKS)):
         for row in table:
             place = f"{row['op']:26}{row['form']:16}{row['context']:8}{row['rows']:5}"
             print(f"{place}{row['us']:9.2f}{row['gbps']:8.0f}{row['of_read_ceiling']:9.2f}", flush=True)
             if options.out:
-                with options.out.open("a", encoding="utf-8") as lines:
-                    lines.write(json.dumps({**row, **facts}) + "\n")
+                append_lines(options.out, [row | facts])
 
 
 if __name__ == "__main__":

@@ -7,15 +7,14 @@ the measured read ceiling; ``torch_us`` is ``argmax`` for greedy rows, and for o
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
+from ownpath.bench.record import append_lines, provenance
 from ownpath.bench.timing import CudaGraph
 from ownpath.kernels.registry import KERNELS
 from ownpath.kernels.sample.ref import sample
@@ -103,21 +102,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     rows = [measure(kind, num_rows, args.seconds) for kind in KINDS for num_rows in map(int, args.tokens.split(","))]
-    facts = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": str(torch.version.cuda),
-        "commit": args.commit,
-    }
+    facts = provenance("cuda", args.commit, "python bench/sample.py", "cuda graph replay")
     for row in rows:
         print(
             f"{row['rows']:34s} {row['tokens']:4d} rows {row['us']:8.1f} us   floor {row['floor_us']:6.1f}   "
             f"torch {row['torch_us']:8.1f}"
         )
     if args.out:
-        with args.out.open("a", encoding="utf-8") as lines:
-            lines.writelines(json.dumps(row | facts) + "\n" for row in rows)
+        append_lines(args.out, [row | facts for row in rows])
 
 
 if __name__ == "__main__":

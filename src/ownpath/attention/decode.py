@@ -96,8 +96,7 @@ class PagedAttention:
     no_rotation: Rotation
 
     def prepare(self, tables: StepTables) -> AttentionStep | DecodeStep:
-        """Prepares a step: for decoding, if every request has one row, as both the kernels and this ring of keys have
-        it."""
+        """Prepares a step: a decode step if every request has one row, which is what kernels and rings are made for."""
         return self.reference.prepare(tables) if tables.decode is None else self.prepare_decode(tables.decode)
 
     def prepare_decode(self, tables: DecodeTables) -> DecodeStep:

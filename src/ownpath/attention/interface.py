@@ -16,7 +16,6 @@ import torch
 from ownpath.attention.compress import Compressor
 from ownpath.attention.rope import Rotation
 from ownpath.attention.select import EntrySelector
-from ownpath.cache.pools import LayerCache
 from ownpath.cache.tables import DecodeTables, StepTables
 from ownpath.runners import SharedKeyAttention
 from ownpath.runners.decode import StepAngles
@@ -100,10 +99,6 @@ class DecodeStep:
         """The rotation of each row, in sliding-window and in compressing layers."""
         sliding, compress = self.angles.sliding, self.angles.csa
         return Rotation(sliding.cos_TF, sliding.sin_TF), Rotation(compress.cos_TF, compress.sin_TF)
-
-    def caches(self, layer_idx: int) -> LayerCache:
-        """Returns a layer's share of the pool."""
-        return self.tables.pool.layers[layer_idx]
 
 
 class AttentionBackend(Protocol):

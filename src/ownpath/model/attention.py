@@ -90,11 +90,9 @@ class Attention:
         if self.compressor is None:
             return Products(q_TNH, kv_TH)
         rows = self.compressor(x_TD)
-        return (
-            Products(q_TNH, kv_TH, rows)
-            if self.indexer is None
-            else Products(q_TNH, kv_TH, rows, self.indexer.compressor(x_TD), *self.indexer.multiply(x_TD, qr_TR))
-        )
+        if self.indexer is None:
+            return Products(q_TNH, kv_TH, rows)
+        return Products(q_TNH, kv_TH, rows, self.indexer.compressor(x_TD), *self.indexer.multiply(x_TD, qr_TR))
 
     def _project(self, rows: Products, rotation: Rotation) -> Projected:
         """Norms and rotates, and rounds keys to their cache's format."""

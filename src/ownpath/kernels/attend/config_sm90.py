@@ -18,7 +18,6 @@ more than the others leave waits for ever.
 MAX_SMEM = 232448
 KEY_BYTES, KEY_DATA, NUM_CODES = 584, 576, 448
 """Of a key in an FP8 page: all, without its scales, and codes; 64 BF16 values follow the codes."""
-MAX_CLUSTER = 8
 BLOCK_TOKENS = 256
 
 _SHARED_SOURCES = (
