@@ -23,6 +23,7 @@ from ownpath.cache.tables import DecodeTables
 from ownpath.config import EngineConfig
 from ownpath.engine.request import SamplingParams
 from ownpath.engine.sampler import SampleRow, sampler_of
+from ownpath.kernels.checks import VECTOR_BYTES
 from ownpath.kernels.registry import spec_of
 from ownpath.kernels.sample.types import FilterRows, Sampled, SampleRows
 from ownpath.terminal.console import tell
@@ -68,14 +69,21 @@ class StepTokens(NamedTuple):
     token_ids: list[int | None]
 
 
+def aligned_rows(num_rows: int) -> int:
+    """Returns the least number of 4-byte rows, at least ``num_rows``, after which the next array may begin for the
+    kernels' widest loads."""
+    per_vector = VECTOR_BYTES // 4
+    return -(-num_rows // per_vector) * per_vector
+
+
 class _RowArrays:
     """The rows' arrays in one buffer of int32, so that ``upload`` is one transfer: seeds (two words a row), tokens,
     positions, slots, numbers of drawn tokens, temperatures, top_p [R]; block tables [R, B]."""
 
     WORDS = 8
 
-    def __init__(self, num_rows: int, num_blocks: int, device: torch.device) -> None:
-        self.num_rows, self.num_blocks = num_rows, num_blocks
+    def __init__(self, max_rows: int, num_blocks: int, device: torch.device) -> None:
+        num_rows = aligned_rows(max_rows)
         size = num_rows * (self.WORDS + num_blocks)
         self._host = torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._device = torch.zeros(size, dtype=torch.int32, device=device)
@@ -166,8 +174,8 @@ class Decoder:
         self.buckets = (*(size for size in BUCKETS if size < max_rows), max_rows)
         self._rows = _RowArrays(max_rows, self.pool.blocks_per_sequence, device)
         self._sampler, self._sampler_operand = sampler_of(device)
-        self._chosen = torch.zeros(2, max_rows, dtype=torch.int32, device=device)
-        self._read = torch.zeros(2, max_rows, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._chosen = torch.zeros(2, aligned_rows(max_rows), dtype=torch.int32, device=device)
+        self._read = torch.zeros(self._chosen.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._padded = torch.tensor(PADDED, dtype=torch.int32, device=device)
         self._resident: list[_Resident] = []
         self._graphs: dict[int, _Captured] = {}

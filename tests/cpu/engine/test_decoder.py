@@ -13,6 +13,7 @@ from ownpath.config import EngineConfig
 from ownpath.engine.decoder import PADDED, Decoder, DecodeRow, make_decoder, no_graph_of
 from ownpath.engine.engine import Engine
 from ownpath.engine.request import FinishReason, Request, SamplingParams, StepOutput
+from ownpath.kernels.checks import VECTOR_BYTES
 from ownpath.loading import load_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
@@ -172,3 +173,13 @@ def test_a_logit_that_is_not_finite_is_told_for_its_row_alone(model: Model) -> N
     assert [token is None for token in chosen] == [False, True, False]
     for row in rows:
         row.cache.release()
+
+
+def test_kernels_can_read_every_array(model: Model) -> None:
+    """Whatever the number of rows: ``generate`` has one, and its arrays once began where no vector load may."""
+    for max_rows in range(1, 14):
+        decoder = Decoder(model, max_rows, model.config.vocab_size)
+        tables, sampled = decoder._rows.tables(model.caches, 1), decoder._rows.sample_rows(1)
+        arrays = [tables.positions_T, tables.slots_T, tables.blocks_TB, *sampled[:3], *sampled.filters[:3]]
+        arrays += [decoder._rows.columns.tokens, *decoder._chosen]
+        assert not [array.data_ptr() % VECTOR_BYTES for array in arrays if array.data_ptr() % VECTOR_BYTES]
