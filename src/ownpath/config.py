@@ -12,6 +12,7 @@ from types import MappingProxyType
 import torch
 
 from ownpath.files import FileError, MissingFileError, read_json_object, shorten
+from ownpath.formats import CacheFormat
 from ownpath.official import PLAIN, Step
 
 SLIDING, CSA_RATIO, HCA_RATIO = 0, 4, 128
@@ -216,7 +217,7 @@ class EngineConfig:
     """The engine's settings: device, activation dtype, limits and numerics.
 
     device: a torch device name.
-    dtype: dtype of activations and caches. Sums, norms, softmax and router scores are at least float32 in any case.
+    dtype: dtype of activations, and of caches in BF16. Sums, norms, softmax and router scores are at least float32 in any case.
     max_model_len: tokens (prompt + answer) that one sequence may reach; caches are allocated for it once.
     max_num_seqs: sequences that run together.
     max_prefill_tokens: prompt tokens that one step may process, over all sequences.
@@ -224,6 +225,7 @@ class EngineConfig:
     official: steps to be computed as DeepSeek's published code does; all others are plain.
     loads_draft: load the MTP modules too. The engine does not draft; callers of the model may.
     reference: names of slots or modules that torch computes from the stored form, whatever kernels there are.
+    cache_format: the format of keys in the caches.
     graphs: capture decode steps as CUDA graphs; without, they run eagerly, with the same bits.
     parallel: this process's rank among those that run one model together.
     """
@@ -239,6 +241,7 @@ class EngineConfig:
     parallel: Parallel = ONE_RANK
     reference: frozenset[str] = frozenset()
     graphs: bool = True
+    cache_format: CacheFormat = CacheFormat.BF16
 
     @classmethod
     def for_device(cls, device: str, max_model_len: int = 4096) -> "EngineConfig":

@@ -10,6 +10,7 @@ from ownpath.attention.interface import AttentionLayer, Projected
 from ownpath.attention.reference import ReferenceAttention, ReferenceStep, RequestEntries, RequestRows
 from ownpath.attention.rope import Rope
 from ownpath.attention.select import EntrySelector
+from ownpath.cache.keys import StoredKeys
 from ownpath.cache.pools import EntryCache
 from ownpath.cache.tables import StepTables
 from ownpath.model.attention import AttentionCore
@@ -200,7 +201,7 @@ class EarlyStep(ReferenceStep):
 class StaleStep(ReferenceStep):
     """Reads the window's oldest cached key in the place of the newest."""
 
-    def _window_keys(self, window: torch.Tensor, rows: Projected, request: RequestRows) -> torch.Tensor:
+    def _window_keys(self, window: StoredKeys, rows: Projected, request: RequestRows) -> torch.Tensor:
         keys = super()._window_keys(window, rows, request)
         if len(request.window_rows) > 1:
             keys[len(request.window_rows) - 1] = keys[0]

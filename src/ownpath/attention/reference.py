@@ -8,12 +8,13 @@ Legend: T rows of the step, t of one request, N heads, H head dim, K keys (windo
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ownpath.attention.compress import Compressor
 from ownpath.attention.interface import AttentionLayer, Projected
+from ownpath.cache.keys import StoredKeys
 from ownpath.cache.layout import BLOCK_TOKENS, first_row, windows_per_entry
 from ownpath.cache.pools import EntryCache
 from ownpath.cache.tables import StepTables
@@ -62,12 +63,14 @@ class ReferenceStep:
 
     def attend(self, layer: AttentionLayer, rows: Projected) -> torch.Tensor:
         """Attends from each request's queries to its own keys: [T, N, H]."""
+        window = self.tables.pool.layers[layer.layer_idx].keys
+        rows = replace(rows, kv_TH=window.rounded(rows.kv_TH))  # as later steps will read them
         return torch.cat([self._attend(layer, rows, request) for request in self.requests])
 
     def write_rows(self, layer: AttentionLayer, rows: Projected) -> None:
         """Writes all requests' rows at once; no two go to the same place."""
         caches, writes = self.tables.pool.layers[layer.layer_idx], self.tables.writes
-        caches.window[writes.window_T] = rows.kv_TH
+        caches.keys.write(writes.window_T, rows.kv_TH)
         for cache, raw in ((caches.compressor, rows.compressor_rows), (caches.indexer, rows.indexer_rows)):
             if cache is not None and raw is not None:
                 cache.state[writes.state_T[cache.ratio]] = raw
@@ -80,22 +83,22 @@ class ReferenceStep:
             entries = request.entries[compressor.ratio]
             if entries.windows:
                 known = torch.cat((cache.state[entries.state_rows], raw[request.rows]))
-                finished = compressor.entries(known, entries.windows, cache.entries.dtype)
-                cache.entries[entries.entry_rows[entries.windows.start :]] = finished
+                finished = compressor.entries(known, entries.windows, cache.keys.dtype)
+                cache.keys.write(entries.entry_rows[entries.windows.start :], finished)
 
     def _attend(self, layer: AttentionLayer, rows: Projected, request: RequestRows) -> torch.Tensor:
         caches = self.tables.pool.layers[layer.layer_idx]
-        keys_KH, visible_tK = self._window_keys(caches.window, rows, request), request.visible_tK
+        keys_KH, visible_tK = self._window_keys(caches.keys, rows, request), request.visible_tK
         if caches.compressor is not None and layer.compressor is not None:
             entries = request.entries[layer.compressor.ratio]
             visible_tC = self._select(layer, rows, request.rows, caches.indexer, entries)
-            keys_KH = torch.cat((keys_KH, caches.compressor.entries[entries.entry_rows]))
+            keys_KH = torch.cat((keys_KH, caches.compressor.keys.read(entries.entry_rows)))
             visible_tK = torch.cat((visible_tK, visible_tC), dim=1)
         return layer.softmax(rows.q_TNH[request.rows], keys_KH, visible_tK)
 
-    def _window_keys(self, window: torch.Tensor, rows: Projected, request: RequestRows) -> torch.Tensor:
+    def _window_keys(self, window: StoredKeys, rows: Projected, request: RequestRows) -> torch.Tensor:
         """Returns the keys before and among the new tokens that the queries may see."""
-        return torch.cat((window[request.window_rows], rows.kv_TH[request.rows]))
+        return torch.cat((window.read(request.window_rows), rows.kv_TH[request.rows]))
 
     def _select(
         self, layer: AttentionLayer, rows: Projected, of: slice, index: EntryCache | None, entries: RequestEntries
@@ -105,7 +108,7 @@ class ReferenceStep:
             return entries.visible_tC
         assert rows.index_q_TIH is not None
         assert rows.index_weights_TI is not None
-        keys_CH = index.entries[entries.entry_rows]
+        keys_CH = index.keys.read(entries.entry_rows)
         q_tIH, weights_tI = rows.index_q_TIH[of], rows.index_weights_TI[of]
         return layer.tap_mask(layer.selector.select(q_tIH, weights_tI, keys_CH, entries.visible_tC))
 

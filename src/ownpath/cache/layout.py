@@ -15,10 +15,11 @@ token 300's key, in slot 2 with a window of 128, is row 2 * 128 + 44 = 300.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from ownpath.config import CSA_RATIO, ModelConfig
+from ownpath.formats import FP8_INDEX_BYTES, FP8_KEY_BYTES, CacheFormat
 
 BLOCK_TOKENS = 256
 """Tokens of a block: a multiple of every compress ratio."""
@@ -56,7 +57,7 @@ class CacheTensor:
     """One tensor of a group.
 
     num_rows: rows of one slot, or of one block of a paged group. width: elements of a row. ratio: tokens per entry, 0
-    for a window.
+    for a window. page_bytes: bytes of a row where the rows of a slot or block are one FP8 page; 0 where each is values.
     """
 
     group: CacheGroup
@@ -65,10 +66,15 @@ class CacheTensor:
     num_rows: int
     width: int
     ratio: int = 0
+    page_bytes: int = 0
 
     def num_sequence_rows(self, num_tokens: int) -> int:
         """Returns how many rows a sequence of ``num_tokens`` can fill."""
         return num_tokens // self.ratio if self.group.is_paged else self.num_rows
+
+    def row_bytes(self, itemsize: int, state_itemsize: int) -> int:
+        """Returns the bytes of a row, for values of ``itemsize`` and states of ``state_itemsize``."""
+        return self.page_bytes or self.width * (state_itemsize if self.group.is_wide else itemsize)
 
 
 @dataclass(frozen=True)
@@ -78,9 +84,12 @@ class CacheLayout:
     members: tuple[CacheTensor, ...]
 
     @classmethod
-    def of(cls, config: ModelConfig, ratios: Sequence[int]) -> "CacheLayout":
+    def of(
+        cls, config: ModelConfig, ratios: Sequence[int], cache_format: CacheFormat = CacheFormat.BF16
+    ) -> "CacheLayout":
         """Lists the tensors of a model's layers. ratios: one for each layer, as in ``compress_ratios``."""
-        return cls(tuple(member for idx, ratio in enumerate(ratios) for member in _of_layer(config, idx, ratio)))
+        members = (member for idx, ratio in enumerate(ratios) for member in _of_layer(config, idx, ratio))
+        return cls(tuple(map(_in_pages, members) if cache_format is CacheFormat.FP8 else members))
 
     def of_layers(self, layer_ids: frozenset[int]) -> "CacheLayout":
         """Keeps the tensors of some layers."""
@@ -99,7 +108,7 @@ class CacheLayout:
     def num_bytes(self, num_tokens: int, itemsize: int, state_itemsize: int) -> int:
         """Returns the bytes of the rows that one sequence of ``num_tokens`` can fill."""
         return sum(
-            member.num_sequence_rows(num_tokens) * member.width * (state_itemsize if member.group.is_wide else itemsize)
+            member.num_sequence_rows(num_tokens) * member.row_bytes(itemsize, state_itemsize)
             for member in self.members
         )
 
@@ -118,6 +127,13 @@ def _compressed_tensors(layer_idx: int, part: EntryKind, ratio: int, head_dim: i
     num_windows = windows_per_entry(ratio)
     yield CacheTensor(STATE, layer_idx, part, num_windows * ratio, 2 * num_windows * head_dim, ratio)
     yield CacheTensor(ENTRIES, layer_idx, part, BLOCK_TOKENS // ratio, head_dim, ratio)
+
+
+def _in_pages(member: CacheTensor) -> CacheTensor:
+    """Puts keys into FP8 pages; states stay as they are."""
+    if member.group.is_wide:
+        return member
+    return replace(member, page_bytes=FP8_KEY_BYTES if member.part is EntryKind.MAIN else FP8_INDEX_BYTES)
 
 
 def windows_per_entry(ratio: int) -> int:

@@ -11,9 +11,22 @@ from math import prod
 import numpy as np
 import torch
 
-from ownpath.cache.layout import ENTRIES, NOBODY, STATE, WINDOW, CacheLayout, CacheTensor, EntryKind, num_blocks
+from ownpath.cache.keys import StoredKeys
+from ownpath.cache.layout import (
+    BLOCK_TOKENS,
+    ENTRIES,
+    NOBODY,
+    STATE,
+    WINDOW,
+    CacheLayout,
+    CacheTensor,
+    EntryKind,
+    entry_row,
+    num_blocks,
+)
 from ownpath.cache.slots import Owned, Slots
 from ownpath.config import SLIDING, EngineConfig, ModelConfig
+from ownpath.formats import CacheFormat
 
 
 @dataclass(frozen=True)
@@ -21,7 +34,8 @@ class CacheSpec:
     """Sizes, dtype and device of the caches' memory.
 
     max_tokens: the most tokens of one sequence. max_sequences: the most sequences at a time. num_drafts: loaded MTP
-    modules; each has a window of its own. layer_ids: the layers to allocate for; ``None``: all.
+    modules; each has a window of its own. layer_ids: the layers to allocate for; ``None``: all. dtype: of keys that are
+    read, and of the memory in BF16. cache_format: of keys.
     """
 
     config: ModelConfig
@@ -31,12 +45,14 @@ class CacheSpec:
     num_drafts: int = 0
     max_sequences: int = 1
     layer_ids: frozenset[int] | None = None
+    cache_format: CacheFormat = CacheFormat.BF16
 
     @classmethod
     def of(cls, config: ModelConfig, engine: EngineConfig) -> "CacheSpec":
         num_drafts = config.num_nextn_predict_layers if engine.loads_draft else 0
         device = torch.device(engine.device)
-        return cls(config, engine.max_model_len, engine.dtype, device, num_drafts, engine.max_num_seqs)
+        sizes = num_drafts, engine.max_num_seqs
+        return cls(config, engine.max_model_len, engine.dtype, device, *sizes, cache_format=engine.cache_format)
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -46,7 +62,8 @@ class CacheSpec:
     @property
     def layout(self) -> CacheLayout:
         """The tensors of the layers to allocate for: the backbone's, then the drafts'."""
-        layout = CacheLayout.of(self.config, (*self.config.compress_ratios, *[SLIDING] * self.num_drafts))
+        ratios = (*self.config.compress_ratios, *[SLIDING] * self.num_drafts)
+        layout = CacheLayout.of(self.config, ratios, self.cache_format)
         return layout if self.layer_ids is None else layout.of_layers(self.layer_ids)
 
     @property
@@ -57,21 +74,31 @@ class CacheSpec:
 
 @dataclass(frozen=True)
 class EntryCache:
-    """Compressed entries [blocks * entries per block, H] of one layer or its indexer, and its compressor's raw (kv,
-    score) rows [slots * rows per slot, 2P]."""
+    """Compressed entries of one layer or its indexer, blocks * entries per block, and its compressor's raw (kv, score)
+    rows [slots * rows per slot, 2P]."""
 
     ratio: int
-    entries: torch.Tensor
+    keys: StoredKeys
     state: torch.Tensor
+
+    @property
+    def entries(self) -> torch.Tensor:
+        """The entries' memory, as kernels take it."""
+        return self.keys.memory
 
 
 @dataclass(frozen=True)
 class LayerCache:
-    """One layer's share of the pool, for all sequences. window: keys [slots * rows per slot, H]."""
+    """One layer's share of the pool, for all sequences. keys: the window's, slots * rows per slot."""
 
-    window: torch.Tensor
+    keys: StoredKeys
     compressor: EntryCache | None
     indexer: EntryCache | None
+
+    @property
+    def window(self) -> torch.Tensor:
+        """The window's memory, as kernels take it."""
+        return self.keys.memory
 
 
 class CachePool:
@@ -95,9 +122,11 @@ class CachePool:
     def _allocate(self, member: CacheTensor) -> torch.Tensor:
         spec, group = self.spec, member.group
         count = 1 + (self.slots.num_blocks if group.is_paged else self.slots.num_slots)
-        dtype = spec.state_dtype if group.is_wide else spec.dtype
+        shape, dtype = (count * member.num_rows, member.width), spec.state_dtype if group.is_wide else spec.dtype
+        if member.page_bytes:
+            shape, dtype = (count, member.num_rows * member.page_bytes), torch.uint8
         with torch.inference_mode(False):  # written by steps in that mode and by others
-            return _zeros((count * member.num_rows, member.width), dtype, spec.device)
+            return _zeros(shape, dtype, spec.device)
 
     def _layer(self, layer_idx: int) -> LayerCache:
         found = {(m.group, m.part): m for m in self.layout.members if m.layer_idx == layer_idx}
@@ -106,10 +135,13 @@ class CachePool:
             member = found.get((ENTRIES, part))
             if member is None:
                 return None
-            return EntryCache(member.ratio, self.tensors[member], self.tensors[found[STATE, part]])
+            return EntryCache(member.ratio, self._keys(member), self.tensors[found[STATE, part]])
 
-        window = self.tensors[found[WINDOW, EntryKind.MAIN]]
+        window = self._keys(found[WINDOW, EntryKind.MAIN])
         return LayerCache(window, compressed(EntryKind.MAIN), compressed(EntryKind.INDEX))
+
+    def _keys(self, member: CacheTensor) -> StoredKeys:
+        return StoredKeys.of(member, self.tensors[member], self.spec.dtype)
 
 
 def _zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -153,24 +185,24 @@ class SequenceCache:
         return self.pool.spec.sequence_bytes
 
     def views(self) -> Iterator[torch.Tensor]:
-        """Yields all memory of this sequence, as views [rows, width]."""
+        """Yields all memory of this sequence, as views: [rows, width], or [1, bytes of an FP8 page]."""
         for member, tensor in self.pool.tensors.items():
             for number in self.blocks if member.group.is_paged else (self.slot,):
                 assert number != NOBODY
-                yield tensor[number * member.num_rows : (number + 1) * member.num_rows]
+                num_rows = 1 if member.page_bytes else member.num_rows
+                yield tensor[number * num_rows : (number + 1) * num_rows]
 
     def entries(self, layer_idx: int, part: EntryKind = EntryKind.MAIN) -> torch.Tensor | None:
-        """Copies the finished entries of a layer, or its index keys, in order: [C, H]. None where the layer has
-        none."""
+        """Reads the finished entries of a layer, or its index keys, in order: [C, H]. None where the layer has none."""
         layer = self.pool.layers[layer_idx]
         cache = layer.compressor if part is EntryKind.MAIN else layer.indexer
         if cache is None:
             return None
-        blocks = torch.tensor(self.blocks, device=cache.entries.device)
-        by_block: torch.Tensor = cache.entries.unflatten(0, (1 + self.pool.slots.num_blocks, -1))
-        return by_block[blocks].flatten(0, 1)[: self.num_tokens // cache.ratio]
+        per_block, count = BLOCK_TOKENS // cache.ratio, self.num_tokens // cache.ratio
+        rows = [entry_row(self.blocks, entry, per_block) for entry in range(count)]
+        return cache.keys.read(torch.tensor(rows, dtype=torch.int64, device=cache.entries.device))
 
     def window(self, layer_idx: int) -> torch.Tensor:
-        """Returns a view of a layer's ring of keys [sliding_window, H]: row p % sliding_window holds position p."""
-        num_rows = self.pool.spec.config.sliding_window
-        return self.pool.layers[layer_idx].window[self.slot * num_rows : (self.slot + 1) * num_rows]
+        """Reads a layer's ring of keys [sliding_window, H]: row p % sliding_window holds position p."""
+        keys, num_rows = self.pool.layers[layer_idx].keys, self.pool.spec.config.sliding_window
+        return keys.read(self.slot * num_rows + torch.arange(num_rows, device=keys.memory.device))

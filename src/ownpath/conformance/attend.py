@@ -22,12 +22,14 @@ from ownpath.conformance.bounds import (
     sum_rounding,
 )
 from ownpath.kernels.attend.cases import AttendCase
-from ownpath.kernels.attend.ref import PLAIN, SCALE_BLOCK, entry_rows, gather_keys
+from ownpath.kernels.attend.ref import entry_rows, gather_keys
 from ownpath.kernels.attend.types import WINDOW_ROWS, AttendWeights, DecodeKeys, DecodeRows
 from ownpath.kernels.norms.ref import rms_norm
 from ownpath.numerics import E4M3_MAX, decode_e8m0, encode_e4m3, encode_e8m0_ceil, rotate_pairs
 
 HEAD_DIM, NUM_PAIRS, BLOCK_TOKENS = 512, 32, 256
+PLAIN, SCALE_BLOCK = 448, 64
+"""Channels of an FP8 key that are E4M3, and that share a scale."""
 NOT_A_ROW = 2**30
 """Fills lists and tables behind their ends: a row far outside of every pool."""
 TELLING_POSITIONS = (0, 3, 62, 63, 64, 126, 127, 128, 191, 255, 256, 259, 511)

@@ -26,6 +26,7 @@ from ownpath.numerics.fake_quant import (
     nvfp4_codes_times_scales,
 )
 from ownpath.numerics.mxfp4 import ScaleSpanError, mxfp4_as_nvfp4, mxfp4_scale_as_nvfp4
+from ownpath.numerics.pages import INDEX_PAGES, KEY_PAGES, PageForm
 from ownpath.numerics.quantize import (
     nvfp4_global_scale,
     quantize_fp8_block,
@@ -40,6 +41,9 @@ __all__ = [
     "E2M1_MAX",
     "E4M3_MAX",
     "FP8_AMAX_FLOOR",
+    "INDEX_PAGES",
+    "KEY_PAGES",
+    "PageForm",
     "ScaleSpanError",
     "decode_e2m1",
     "decode_e4m3",

@@ -10,32 +10,22 @@ import torch
 from ownpath.kernels.attend.types import KEY_BYTES, WINDOW_ROWS, AttendWeights, DecodeKeys, DecodeRows
 from ownpath.kernels.norms.ref import rms_norm
 from ownpath.kernels.reference import Reference, filled
-from ownpath.numerics import decode_e4m3, decode_e8m0, rotate_pairs, wide_dtype
-
-PLAIN, ROTARY, SCALE_BLOCK = 448, 64, 64
-"""Channels of an FP8 key that are E4M3, that are BF16, and that share a scale."""
+from ownpath.numerics import KEY_PAGES, rotate_pairs, wide_dtype
 
 
 def decode_pages(pages: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Decodes FP8 pages uint8 [P, R * 584] to keys [P * R, 512]; exact in bfloat16 and wider."""
-    num_pages, num_keys = len(pages), pages.shape[1] // KEY_BYTES
-    width = PLAIN + 2 * ROTARY
-    data = pages[:, : num_keys * width].reshape(-1, width)
-    raw_scales = pages[:, num_keys * width :].reshape(num_pages * num_keys, 8)[:, : PLAIN // SCALE_BLOCK]
-    scales = decode_e8m0(raw_scales.contiguous().view(torch.float8_e8m0fnu), torch.float64)
-    codes = decode_e4m3(data[:, :PLAIN].contiguous().view(torch.float8_e4m3fn), torch.float64)
-    plain = (codes.unflatten(1, (-1, SCALE_BLOCK)) * scales[:, :, None]).flatten(1)
-    rotary = data[:, PLAIN:].contiguous().view(torch.bfloat16)
-    return torch.cat((plain.to(dtype), rotary.to(dtype)), dim=1)
+    num_rows = len(pages) * (pages.shape[1] // KEY_BYTES)
+    return KEY_PAGES.read(pages, torch.arange(num_rows, device=pages.device), dtype)
 
 
 def gather_keys(keys: DecodeKeys, rows: DecodeRows, t: int, dtype: torch.dtype) -> torch.Tensor:
     """Returns the keys of row t [K, H]: its ring's, in the ring's order, then its entries."""
     position, slot = int(rows.positions_T[t]), int(rows.slots_T[t])
     ring = slot * WINDOW_ROWS + torch.arange(min(position + 1, WINDOW_ROWS), device=keys.window.device)
-    found = [_take(keys.window, ring, WINDOW_ROWS, dtype)]
+    found = [_take(keys.window, ring, dtype)]
     if keys.entries is not None:
-        found.append(_take(keys.entries, entry_rows(keys, rows, t), keys.per_block, dtype))
+        found.append(_take(keys.entries, entry_rows(keys, rows, t), dtype))
     return torch.cat(found)
 
 
@@ -47,12 +37,9 @@ def entry_rows(keys: DecodeKeys, rows: DecodeRows, t: int) -> torch.Tensor:
     return rows.blocks_TB[t, entries // keys.per_block].long() * keys.per_block + entries % keys.per_block
 
 
-def _take(pool: torch.Tensor, rows_K: torch.Tensor, num_page_keys: int, dtype: torch.dtype) -> torch.Tensor:
-    """Reads rows of a pool, of FP8 pages by decoding the pages they are in."""
-    if pool.dtype is not torch.uint8:
-        return pool[rows_K].to(dtype)
-    pages, inverse = torch.unique(rows_K // num_page_keys, return_inverse=True)
-    return decode_pages(pool[pages], dtype)[inverse * num_page_keys + rows_K % num_page_keys]
+def _take(pool: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Reads rows of a pool of values or of FP8 pages."""
+    return KEY_PAGES.read(pool, rows, dtype) if pool.dtype is torch.uint8 else pool[rows].to(dtype)
 
 
 def attend(
@@ -95,11 +82,11 @@ def _groups_of_keys(keys: DecodeKeys, rows: DecodeRows, wide: torch.dtype) -> li
     ring, positions_T1 = torch.arange(longest, device=keys.window.device), rows.positions_T.long()[:, None]
     visible_TK = ring <= positions_T1
     place_TK = rows.slots_T.long()[:, None] * WINDOW_ROWS + torch.where(visible_TK, ring, positions_T1 % WINDOW_ROWS)
-    found = [(_take(keys.window, place_TK, WINDOW_ROWS, wide), visible_TK)]
+    found = [(_take(keys.window, place_TK, wide), visible_TK)]
     if keys.entries is not None:
         place_TK, visible_TK = _entries_of_all(keys, rows)
         if place_TK.shape[1]:
-            keys_TKH = _take(keys.entries, place_TK, keys.per_block, wide)
+            keys_TKH = _take(keys.entries, place_TK, wide)
             has_none_T = ~visible_TK[:, 0]
             keys_TKH = keys_TKH.masked_fill(has_none_T[:, None, None], 0.0) if has_none_T.any() else keys_TKH
             found.append((keys_TKH, visible_TK))

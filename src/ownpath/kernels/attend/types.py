@@ -11,12 +11,13 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from ownpath.formats import FP8_KEY_BYTES
 from ownpath.kernels.contract import Kernel, Operand
 
 WINDOW_ROWS = 128
 """Rows of a slot's ring: the keys of positions max(0, p - 127) to p, position p in row p % 128."""
-KEY_BYTES = 584
-"""Bytes of a key in an FP8 page: 448 E4M3, 64 BF16, 7 E8M0 and a pad byte."""
+KEY_BYTES = FP8_KEY_BYTES
+"""Bytes of a key in an FP8 page."""
 
 
 @dataclass(frozen=True)

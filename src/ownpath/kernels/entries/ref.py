@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ownpath.kernels.cache_formats.ref import KV_BLOCK, fp4_index, fp8_keys
+from ownpath.kernels.cache_formats.ref import fp4_index, fp8_keys
 from ownpath.kernels.entries.types import (
     CompressorWeights,
     EntriesWeights,
@@ -20,17 +20,7 @@ from ownpath.kernels.entries.types import (
 )
 from ownpath.kernels.norms.ref import rms_norm
 from ownpath.kernels.reference import Reference
-from ownpath.numerics import (
-    E4M3_MAX,
-    FP8_AMAX_FLOOR,
-    decode_e8m0,
-    encode_e4m3,
-    encode_e8m0_ceil,
-    rotate_pairs,
-)
-
-PLAIN = 448
-"""Channels of a key in FP8 pages that are E4M3; the 64 after them are BF16."""
+from ownpath.numerics import INDEX_PAGES, KEY_PAGES, rotate_pairs
 
 
 def write_entries(
@@ -41,15 +31,16 @@ def write_entries(
     A key is normed, rotated and rounded, each to the pool's dtype. An entry is the average of its window's raw rows
     (of two windows where they overlap), gated by a softmax over them in every channel; then as a key.
     """
+    dtype = raw.kv_TH.dtype
     if weights.main is not None:
-        form = _Form(weights.keys, weights.main.per_block, angles)
+        form = _Form(weights.keys, angles, dtype)
         _compress(raw.main_TP2, rows, (pools.main_state, pools.main_entries), weights.main, form)
     if weights.index is not None:
-        form = _Form(weights.index_keys, weights.index.per_block, angles, is_index=True)
+        form = _Form(weights.index_keys, angles, dtype, is_index=True)
         _compress(raw.index_TP2, rows, (pools.index_state, pools.index_entries), weights.index, form)
     key_TH = rms_norm(raw.kv_TH, weights.kv_norm.weight_D, weights.kv_norm.eps)
     key_TH = rotate_pairs(key_TH, angles.cos_TF, angles.sin_TF)
-    _store(pools.window, _ring_rows(rows, weights.window), key_TH, _Form(weights.keys, weights.window, angles))
+    _store(pools.window, _ring_rows(rows, weights.window), key_TH, _Form(weights.keys, angles, dtype))
 
 
 def _ring_rows(rows: RowPlaces, num_rows: int) -> Tensor:
@@ -74,7 +65,7 @@ def _compress(
     ends_E = ((rows.positions_T + 1) % weights.ratio == 0).nonzero()[:, 0]
     if len(ends_E):
         ending = RowPlaces(*(tensor[ends_E].long() for tensor in rows))
-        pooled_EH = _pool(raw_TP2[ends_E], ending, state, weights).to(form.values_dtype(entries))
+        pooled_EH = _pool(raw_TP2[ends_E], ending, state, weights).to(form.dtype)
         normed_EH = rms_norm(pooled_EH, weights.norm.weight_D, weights.norm.eps)
         turned_EH = rotate_pairs(normed_EH, cos_TF[ends_E], sin_TF[ends_E])
         _store(entries, _entry_rows(ending, weights), turned_EH, form)
@@ -111,16 +102,12 @@ def _entry_rows(ending: RowPlaces, weights: CompressorWeights) -> Tensor:
 
 @dataclass(frozen=True)
 class _Form:
-    """The form of keys in a pool. num_rows: of a slot or block; angles: of the step."""
+    """The form of keys in a pool. angles: of the step; dtype: of keys before they are rounded to fewer bits."""
 
     rounding: KeyRounding
-    num_rows: int
     angles: EntryAngles
+    dtype: torch.dtype
     is_index: bool = False
-
-    def values_dtype(self, pool: Tensor) -> torch.dtype:
-        """The dtype that keys are rounded to before they are encoded."""
-        return torch.bfloat16 if pool.dtype is torch.uint8 else pool.dtype
 
     def rounded(self, keys: Tensor) -> Tensor:
         """Rounds keys to fewer bits, in their dtype."""
@@ -134,33 +121,10 @@ def _store(pool: Tensor, rows_E: Tensor, keys_EH: Tensor, form: _Form) -> None:
     if pool.dtype is not torch.uint8:
         pool[rows_E] = form.rounded(keys_EH)
         return
-    codes, scales = encode_index_keys(form.rounded(keys_EH)) if form.is_index else encode_keys(keys_EH)
-    page_E, row_E = rows_E // form.num_rows, rows_E % form.num_rows
-    data, tail = pool.split((form.num_rows * codes.shape[1], form.num_rows * scales.shape[1]), dim=1)
-    data.unflatten(1, (form.num_rows, -1))[page_E, row_E] = codes
-    tail.unflatten(1, (form.num_rows, -1))[page_E, row_E] = scales
-
-
-def encode_keys(keys_EH: Tensor) -> tuple[Tensor, Tensor]:
-    """Encodes keys of 512 channels for FP8 pages: codes and rotary channels uint8 [E, 576], scales and pad [E, 8].
-
-    A block of 64 channels has the scale of ``fp8_keys``; E8M0 255 where a channel is not finite.
-    """
-    plain, rotary = keys_EH[:, :PLAIN].float().unflatten(1, (-1, KV_BLOCK)), keys_EH[:, PLAIN:].bfloat16()
-    scales = encode_e8m0_ceil(plain.abs().amax(-1).clamp(min=FP8_AMAX_FLOOR), E4M3_MAX)
-    codes = encode_e4m3(plain / decode_e8m0(scales)[..., None]).flatten(1)
-    tail = torch.nn.functional.pad(scales.view(torch.uint8), (0, 1))
-    return torch.cat((codes.view(torch.uint8), rotary.contiguous().view(torch.uint8)), 1), tail
-
-
-def encode_index_keys(keys_EH: Tensor) -> tuple[Tensor, Tensor]:
-    """Encodes index keys for FP8 pages: E4M3 as uint8 [E, H], and a power-of-two float32 scale as uint8 [E, 4].
-
-    Exact for keys rounded to E2M1, unless the scales of a key's blocks span more than 2^14.
-    """
-    wide = keys_EH.float()
-    scales_E1 = decode_e8m0(encode_e8m0_ceil(wide.abs().amax(-1, keepdim=True), E4M3_MAX))
-    return encode_e4m3(wide / scales_E1).view(torch.uint8), scales_E1.view(torch.uint8)
+    if form.is_index:
+        INDEX_PAGES.write(pool, rows_E, form.rounded(keys_EH))
+    else:
+        KEY_PAGES.write(pool, rows_E, keys_EH)
 
 
 class EntriesReference(Reference):

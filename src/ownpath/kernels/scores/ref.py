@@ -9,8 +9,8 @@ import torch
 
 from ownpath.kernels.cache_formats.ref import fp4_index
 from ownpath.kernels.reference import Reference, filled
-from ownpath.kernels.scores.types import CSA_PAGES, INDEX_DIM, EntryPages, IndexQuery, PagedRows
-from ownpath.numerics import rotate_pairs, wide_dtype
+from ownpath.kernels.scores.types import CSA_PAGES, EntryPages, IndexQuery, PagedRows
+from ownpath.numerics import INDEX_PAGES, rotate_pairs, wide_dtype
 
 
 def entry_rows(blocks_TB: torch.Tensor, per_block: int) -> torch.Tensor:
@@ -28,12 +28,8 @@ def visible_entries(rows: PagedRows, pages: EntryPages) -> torch.Tensor:
 
 def keys_of_rows(keys: torch.Tensor, blocks_TB: torch.Tensor, per_block: int, dtype: torch.dtype) -> torch.Tensor:
     """Returns the keys of every table [T, C, H] in a dtype, from a pool as ``IndexScoresKernel.run`` describes it."""
-    if keys.dtype is not torch.uint8:
-        return keys[entry_rows(blocks_TB, per_block)].to(dtype)
-    codes, scales = keys[blocks_TB.long()].split((per_block * INDEX_DIM, per_block * 4), dim=-1)
-    decoded = codes.contiguous().view(torch.float8_e4m3fn).to(dtype).unflatten(-1, (per_block, INDEX_DIM))
-    scaled: torch.Tensor = decoded * scales.contiguous().view(torch.float32).to(dtype)[..., None]
-    return scaled.flatten(1, 2)
+    rows_TC = entry_rows(blocks_TB, per_block)
+    return INDEX_PAGES.read(keys, rows_TC, dtype) if keys.dtype is torch.uint8 else keys[rows_TC].to(dtype)
 
 
 def index_scores(
