@@ -12,6 +12,7 @@ import torch
 from ownpath.assembly import load_part
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.config import EngineConfig, ModelConfig
+from ownpath.formats import CacheFormat
 from ownpath.model.model import Model
 from ownpath.official import PLAIN, Step
 from ownpath.plan.plan import Plan, make_plan
@@ -73,11 +74,12 @@ def plan_model(
     official: frozenset[Step] = PLAIN,
     loads_draft: bool = False,
     reference: frozenset[str] = frozenset(),
+    cache_format: CacheFormat = CacheFormat.BF16,
 ) -> Plan:
     """Plans the checkpoint in ``folder`` with a device's default engine configuration, from headers alone.
 
     device: a torch device, or ``sm_100`` and the like for a GPU that need not be here.
-    loads_draft: plan the MTP modules too. reference: see ``EngineConfig``.
+    loads_draft: plan the MTP modules too. reference, cache_format: see ``EngineConfig``.
     Errors: as ``make_plan`` and ``ModelConfig``.
     """
     caps = planned_caps(device)  # before torch, for a clearer error about the device's name
@@ -87,6 +89,7 @@ def plan_model(
         official=official,
         loads_draft=loads_draft,
         reference=reference,
+        cache_format=cache_format,
     )
     return planned(folder, engine_config, caps)[0]
 
@@ -120,6 +123,7 @@ def planned(folder: Path, engine_config: EngineConfig, caps: Caps | None = None)
     config = ModelConfig.from_file(folder / "config.json")
     index = CheckpointIndex.open(folder)
     dtype = str(engine_config.dtype).removeprefix("torch.")
-    demands = Demands(dtype, engine_config.is_batch_invariant, engine_config.official, engine_config.reference)
+    asked = engine_config.official, engine_config.reference, engine_config.cache_format
+    demands = Demands(dtype, engine_config.is_batch_invariant, *asked)
     drafts, parallel = engine_config.loads_draft, engine_config.parallel
     return make_plan(config, index, caps, demands, loads_draft=drafts, parallel=parallel), index

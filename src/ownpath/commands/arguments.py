@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ownpath.formats import CacheFormat
 from ownpath.official import PLAIN, Step, parse_numerics
 from ownpath.terminal.text import quoted
 
@@ -86,6 +87,14 @@ def add_plan_arguments(parser: argparse.ArgumentParser, *, any_gpu: bool = False
         help="round nowhere but in the kernels, or where DeepSeek's published code does (default: plain); steps: "
         + ", ".join(Step),
     )
+    parser.add_argument(
+        "--cache-format",
+        type=_cache_format,
+        metavar="bf16|fp8",
+        default=CacheFormat.BF16,
+        help="format of keys in the caches: bf16, the activations' dtype, or fp8, the pages of DeepSeek's published "
+        "caches, about half the memory (default: bf16)",
+    )
     add_reference_argument(parser)
 
 
@@ -99,6 +108,12 @@ def add_reference_argument(parser: argparse.ArgumentParser) -> None:
         help="have the torch reference compute this module, or all of layers.3, from what is stored: slow, and right "
         "where a kernel's form of the weight would not be; repeatable",
     )
+
+
+def _cache_format(text: str) -> CacheFormat:
+    if text not in tuple(CacheFormat):
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is none of {', '.join(CacheFormat)}")
+    return CacheFormat(text)
 
 
 def _numerics(text: str) -> frozenset[Step]:

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
         folder = args.model or default_model_dir()
         wanted = {"batch_invariant": args.batch_invariant, "official": args.numerics, "loads_draft": args.draft}
-        wanted["reference"] = frozenset(args.reference)
+        wanted |= {"reference": frozenset(args.reference), "cache_format": args.cache_format}
         plan = plan_model(folder, args.device, **wanted)
         casts = lossless_casts(plan, folder) if args.scales else None
     if args.json:

@@ -57,6 +57,7 @@ def load_for(args: argparse.Namespace, max_num_seqs: int = EngineConfig.max_num_
     config = EngineConfig.for_device(args.device, args.max_model_len)
     config = replace(config, is_batch_invariant=args.batch_invariant, official=args.numerics)
     config = replace(config, reference=frozenset(args.reference), graphs=not args.no_graphs)
+    config = replace(config, cache_format=args.cache_format)
     config = replace(config, max_num_seqs=max_num_seqs)
     with Progress("loading", in_bytes=True) as show_loaded:
         model = load_model(folder, config, show_loaded)

@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         is_batch_invariant=args.batch_invariant,
         official=args.numerics,
         reference=frozenset(args.reference),
+        cache_format=args.cache_format,
     )
     written = None if args.ledger is None else read_plan_file(args.ledger)
     job = VerifyJob(folder, engine, Selection(args.layers, args.experts, args.seed), args.source, args.work, written)

@@ -22,6 +22,7 @@ from ownpath.model.model import Model
 from ownpath.model.moe import MoE
 from ownpath.model.mtp import Mtp
 from ownpath.model.taps import tap_names
+from ownpath.official import Step
 from ownpath.runners import (
     CacheEntries,
     DecodeAttention,
@@ -44,10 +45,11 @@ from ownpath.runners.decode import (
     CompressorWeights,
     EntriesWeights,
     Frequencies,
+    KeyRounding,
     NormWeights,
     angles_of_steps,
 )
-from ownpath.runners.runner import KernelOrName
+from ownpath.runners.runner import KernelOrName, chosen_spec
 from ownpath.trace import Ledger, Tap
 
 Runners = dict[str, Runner]
@@ -196,7 +198,12 @@ class Builder:
         is_csa = layer.ratio == CSA_RATIO
         index = self._compressor_weights(f"{attn}.indexer.compressor", layer.ratio) if is_csa else None
         sink_N, num_rotary = self.params[f"{attn}.attn_sink"], config.qk_rope_head_dim
-        weights = AttendWeights(sink_N, config.softmax_scale, config.rms_norm_eps, num_rotary)
+        steps = {name: self._steps(f"{attn}.decode.{name}") for name in ("entries", "attend")}
+        keys = KeyRounding.FP8 if Step.KV in steps["entries"] else KeyRounding.NONE
+        index_keys = KeyRounding.FP4 if Step.INDEXER in steps["entries"] else KeyRounding.NONE
+        written = EntriesWeights(norm, main, index, keys=keys, index_keys=index_keys)
+        is_stepwise = Step.Q_HEAD_NORM in steps["attend"]
+        weights = AttendWeights(sink_N, config.softmax_scale, config.rms_norm_eps, num_rotary, is_stepwise)
 
         def watch(name: str, make: Callable[..., Runner], *args: object) -> Any:
             slot = f"{attn}.decode.{name}"
@@ -205,11 +212,15 @@ class Builder:
         return DecodeLayer(
             layer_idx,
             layer.ratio,
-            write=watch("entries", CacheEntries, EntriesWeights(norm, main, index)),
+            write=watch("entries", CacheEntries, written),
             attend=watch("attend", DecodeAttention, weights),
             score=watch("scores", IndexScores) if is_csa else None,
             select=watch("select", Select, config.index_topk) if is_csa else None,
         )
+
+    def _steps(self, slot: str) -> frozenset[Step]:
+        """Returns the steps that a companion's kernel computes as the published code does."""
+        return chosen_spec(self.specs[slot]).official
 
     def _compressor_weights(self, name: str, ratio: int) -> CompressorWeights:
         norm = NormWeights(self.params[f"{name}.norm.weight"], self.config.rms_norm_eps)

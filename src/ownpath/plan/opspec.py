@@ -12,6 +12,7 @@ from ownpath.ops import OpKind
 
 DECODE_WINDOW = 128
 """Keys of a window, which the kernels of decode steps are made for."""
+INDEXER, Q_HEAD_NORM = frozenset({Step.INDEXER}), frozenset({Step.Q_HEAD_NORM})
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,13 @@ class OpSpec:
 class CompanionSpec:
     """A companion to plan. ``dims``: the sizes that a kernel for it depends on.
 
-    step: its step of the published code, if that rounds differently.
+    steps: its steps of the published code, where that rounds differently.
     """
 
     slot: str
     kind: OpKind
     dims: tuple[int, ...]
-    step: Step | None = None
+    steps: frozenset[Step] = PLAIN
 
 
 def model_ops(config: ModelConfig) -> Iterator[OpSpec]:
@@ -92,7 +93,7 @@ def _layer_companions(config: ModelConfig, layer: str) -> Iterator[CompanionSpec
     yield CompanionSpec(f"{layer}.hc_attn", OpKind.HYPER, boundary)
     yield CompanionSpec(f"{layer}.attn.q_norm", OpKind.NORM, (config.q_lora_rank,))
     yield CompanionSpec(f"{layer}.attn.kv_norm", OpKind.NORM, (config.head_dim,))
-    yield CompanionSpec(f"{layer}.attn.q_head_norm", OpKind.NORM, (config.head_dim,), Step.Q_HEAD_NORM)
+    yield CompanionSpec(f"{layer}.attn.q_head_norm", OpKind.NORM, (config.head_dim,), Q_HEAD_NORM)
     yield CompanionSpec(f"{layer}.attn.core", OpKind.ATTENTION, (config.num_attention_heads, config.head_dim))
     yield CompanionSpec(f"{layer}.hc_ffn", OpKind.HYPER, boundary)
     yield CompanionSpec(f"{layer}.ffn.router", OpKind.ROUTER, (config.n_routed_experts, config.num_experts_per_tok))
@@ -104,36 +105,29 @@ def official_ops(config: ModelConfig, layer: Layer, official: frozenset[Step]) -
     attn = f"{layer.name}.attn"
     if Step.KV in official:
         key_dims = (config.head_dim, config.qk_rope_head_dim)
-        yield CompanionSpec(f"{attn}.key_quantizer", OpKind.KEY_QUANTIZER, key_dims, Step.KV)
+        yield CompanionSpec(f"{attn}.key_quantizer", OpKind.KEY_QUANTIZER, key_dims, frozenset({Step.KV}))
     if Step.INDEXER in official and layer.ratio == CSA_RATIO:
         index_dims = (config.index_head_dim,)
-        yield CompanionSpec(f"{attn}.indexer.quantizer", OpKind.INDEX_QUANTIZER, index_dims, Step.INDEXER)
+        yield CompanionSpec(f"{attn}.indexer.quantizer", OpKind.INDEX_QUANTIZER, index_dims, INDEXER)
 
 
-ATTENTION_STEPS = frozenset({Step.KV, Step.INDEXER, Step.Q_HEAD_NORM})
-"""Steps of the published code that the kernels of decode steps do not compute."""
-
-
-def decode_ops(config: ModelConfig, layer: Layer, official: frozenset[Step]) -> Iterator[CompanionSpec]:
-    """Yields what takes the place of norms, rotations and ``attn.core`` in a step of one row for each request.
-
-    Nothing with official numerics of attention, or another window than V4's: then every step runs on ``attn.core``.
-    """
-    if official & ATTENTION_STEPS or config.sliding_window != DECODE_WINDOW:
-        return
-    attn = f"{layer.name}.attn.decode"
-    yield CompanionSpec(f"{attn}.entries", OpKind.ENTRIES, (config.head_dim, config.qk_rope_head_dim))
-    if layer.ratio == CSA_RATIO:
+def decode_ops(config: ModelConfig, layer: Layer) -> Iterator[CompanionSpec]:
+    """Yields what takes the place of norms, rotations and ``attn.core`` in a step of one row for each request."""
+    attn, key_dims = f"{layer.name}.attn.decode", (config.head_dim, config.qk_rope_head_dim)
+    is_csa = layer.ratio == CSA_RATIO
+    writes = frozenset({Step.KV, Step.INDEXER} if is_csa else {Step.KV})
+    yield CompanionSpec(f"{attn}.entries", OpKind.ENTRIES, key_dims, writes)
+    if is_csa:
         index_dims = config.index_head_dim, config.qk_rope_head_dim
-        yield CompanionSpec(f"{attn}.scores", OpKind.INDEX_SCORES, index_dims)
+        yield CompanionSpec(f"{attn}.scores", OpKind.INDEX_SCORES, index_dims, INDEXER)
         yield CompanionSpec(f"{attn}.select", OpKind.SELECT, (config.index_topk,))
-    yield CompanionSpec(f"{attn}.attend", OpKind.ATTEND, (config.head_dim, config.qk_rope_head_dim))
+    yield CompanionSpec(f"{attn}.attend", OpKind.ATTEND, key_dims, Q_HEAD_NORM)
 
 
 def steps_of(spec: OpSpec | CompanionSpec, stored: Format | None) -> frozenset[Step]:
     """Returns an operation's steps whose numerics can be chosen, given the format of its weights."""
     if isinstance(spec, CompanionSpec):
-        return PLAIN if spec.step is None else frozenset({spec.step})
+        return spec.steps
     if spec.kind not in (OpKind.LINEAR, OpKind.MOE):
         return PLAIN
     inputs = {FP8_BLOCK: Step.FP8_INPUTS, MXFP4: Step.FP8_INPUTS, MXFP8: Step.FP8_INPUTS, NVFP4: Step.NVFP4_INPUTS}

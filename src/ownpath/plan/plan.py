@@ -23,8 +23,10 @@ from ownpath.formats import BF16, FP32, NVFP4, Format
 from ownpath.kernels.registry import SPECS
 from ownpath.kernels.spec import InputRounding
 from ownpath.ops import OpKind
+from ownpath.plan.caches import PlannedCache, cache_lack, plan_caches
 from ownpath.plan.claims import config_section, find_contradictions
 from ownpath.plan.opspec import (
+    DECODE_WINDOW,
     CompanionSpec,
     OpSpec,
     companion_ops,
@@ -112,6 +114,7 @@ class Plan:
     absent: drafts' and needless tensors that the index lists and no shard holds, with the shard.
     stored_dtypes: parameter -> its dtype on disk.
     unread_inputs: scales of inputs that no planned kernel reads.
+    caches: the formats of keys. no_decode: why decode steps run on ``attn.core`` too; empty where they have kernels.
     parallel: the plan's rank. param_regions: the regions of parameters that this rank has in part, by key.
     """
 
@@ -129,6 +132,8 @@ class Plan:
     absent: Mapping[str, str] = field(default_factory=dict)
     stored_dtypes: Mapping[str, str] = field(default_factory=dict)
     unread_inputs: tuple[str, ...] = ()
+    caches: tuple[PlannedCache, ...] = ()
+    no_decode: str = ""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -186,6 +191,7 @@ def make_plan(
     require_supported(parallel)
     demands = demands or Demands()
     planner = _Planner(config, index, caps, demands, parallel)
+    planner.require_cache_format()
     backbone = tuple(chain.from_iterable(planner.op(spec) for spec in model_ops(config)))
     ops, params = backbone, tuple(model_params(config))
     draft = requested_draft(config, index) if loads_draft else carried_draft(index)
@@ -224,6 +230,8 @@ def make_plan(
         index.absent,
         stored_dtypes,
         unread_inputs,
+        planner.caches,
+        planner.no_decode,
     )
 
 
@@ -248,9 +256,11 @@ def replan(plan: Plan, caps: Caps, demands: Demands) -> Plan:
     """Plans the same checkpoint for another device without reading its index again. Errors: PlanError."""
     no_index = CheckpointIndex(Path(), MappingProxyType({}))
     planner = _Planner(plan.config, no_index, caps, demands, plan.parallel)
+    planner.require_cache_format()
     ops = tuple(planner.decided(op.spec, op.stored, op.no_input_scale) for op in plan.ops)
     companions = planner.companions(loads_draft=plan.draft.num_modules > 0)
-    return replace(plan, caps=caps, demands=demands, ops=ops, companions=companions)
+    decided = replace(plan, caps=caps, demands=demands, ops=ops, companions=companions)
+    return replace(decided, caches=planner.caches, no_decode=planner.no_decode)
 
 
 @dataclass(frozen=True)
@@ -301,14 +311,30 @@ class _Planner:
         """
         for layer in layers:
             yield from official_ops(self.config, layer, self.demands.official)
-            yield from decode_ops(self.config, layer, self.demands.official) if self._can_decode else ()
+            yield from () if self.no_decode else decode_ops(self.config, layer)
 
     @cached_property
-    def _can_decode(self) -> bool:
-        layers = self.config.backbone_layers()
-        specs = chain.from_iterable(decode_ops(self.config, layer, self.demands.official) for layer in layers)
-        choices = (select(spec.kind, None, self.caps, SPECS, self.demands, spec.dims) for spec in specs)
-        return not any(isinstance(choice, Refusal) for choice in choices)
+    def no_decode(self) -> str:
+        """Why decode steps have no kernels of their own; empty if they have."""
+        if self.config.sliding_window != DECODE_WINDOW:
+            return f"made for windows of {DECODE_WINDOW} keys, not {self.config.sliding_window}"
+        specs = chain.from_iterable(decode_ops(self.config, layer) for layer in self.config.backbone_layers())
+        for spec in specs:
+            steps = steps_of(spec, None)
+            choice = select(spec.kind, None, self.caps, SPECS, self.demands, spec.dims, steps)
+            if isinstance(choice, Refusal):
+                return f"{spec.slot}: {choice.reason}"
+        return ""
+
+    @property
+    def caches(self) -> tuple[PlannedCache, ...]:
+        return plan_caches(self.config, self.demands)
+
+    def require_cache_format(self) -> None:
+        """Checks that the caches can have the format that is asked for. Errors: PlanError naming the option."""
+        lack = cache_lack(self.config, self.demands)
+        if lack:
+            raise PlanError(f"--cache-format {self.demands.cache_format}: {lack}")
 
     def _require_one_scale_dtype(self, spec: OpSpec, encoding: Encoding) -> None:
         """Checks that a layer's scales share one dtype, as their buffer does. Errors: MixedExpertsError naming one."""

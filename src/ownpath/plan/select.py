@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ownpath.formats import Format
+from ownpath.formats import CacheFormat, Format
 from ownpath.kernels.registry import SPECS
 from ownpath.kernels.spec import InputRounding, KernelSpec
 from ownpath.official import PLAIN, Step, numerics_name
@@ -30,12 +30,14 @@ class Demands:
     is_batch_invariant: a row's bits must not depend on the other rows of the call, nor on their number.
     official: steps to compute as DeepSeek's published code does.
     reference: names of slots or modules, with ``*`` for any text, that torch computes from the stored form.
+    cache_format: the format of keys in the caches.
     """
 
     activations: str = "float32"
     is_batch_invariant: bool = False
     official: frozenset[Step] = PLAIN
     reference: frozenset[str] = frozenset()
+    cache_format: CacheFormat = CacheFormat.BF16
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from rich.console import RenderableType
 
 from ownpath.checkpoint.drafts import Draft, DraftKind
 from ownpath.official import ALWAYS_OFFICIAL, MEANING, Step, numerics_name
+from ownpath.plan.caches import PlannedCache
 from ownpath.plan.plan import Plan, PlannedCompanion, PlannedOp
 from ownpath.terminal.page import Listing, fact, line
 from ownpath.terminal.text import counted
@@ -16,6 +17,7 @@ from ownpath.terminal.text import counted
 _LAYER = re.compile(r"(layers|mtp)\.(\d+)\.(.*)")
 _HEADINGS = ("module", "stored as", "format", "runner", "kernel", "layout")
 _COMPANION_HEADINGS = ("between them", "runner", "kernel")
+_CACHE_HEADINGS = ("in the caches", "format", "stored as", "bytes a key", "why")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ def plan_page(plan: Plan, lossless_casts: Iterable[str] | None = None) -> list[R
         line(""),
         Listing(_COMPANION_HEADINGS, [(row.title, *row.cells) for row in companions]),
         line(""),
+        Listing(_CACHE_HEADINGS, [_cache_cells(cache) for cache in plan.caches]),
+        line(""),
         *_setting_parts(plan),
         line("why:", style="bold"),
     ]
@@ -94,6 +98,7 @@ def _setting_parts(plan: Plan) -> list[RenderableType]:
     demands = plan.demands.activations
     demands += ", every row's bits independent of the others (batch-invariant)" * plan.demands.is_batch_invariant
     parts = [fact("device", plan.caps.name), fact("activations", demands)]
+    parts.append(fact("decode steps", _decode_line(plan)))
     parts.append(fact("numerics", numerics_name(plan.demands.official)))
     chosen = {step: "official" if is_official(plan, step) else "plain" for step in Step}
     return [*parts, *(fact(step, f"{name} ({MEANING[step]})", indent=2) for step, name in chosen.items())]
@@ -107,6 +112,10 @@ def _passed_over_parts(plan: Plan) -> list[RenderableType]:
         kernels.setdefault(reason, []).append(kernel)
     told = [fact(reason, ", ".join(names), indent=2) for reason, names in kernels.items()]
     return [line("passed over:", style="bold"), *told] if told else []
+
+
+def _decode_line(plan: Plan) -> str:
+    return f"on attn.core, as prompts: {plan.no_decode}" if plan.no_decode else "on kernels of their own, attn.decode"
 
 
 def _draft_line(draft: Draft) -> str:
@@ -136,6 +145,8 @@ def plan_dict(plan: Plan) -> dict[str, object]:
         "activations": plan.demands.activations,
         "batch_invariant": plan.demands.is_batch_invariant,
         "numerics": {step: "official" if is_official(plan, step) else "plain" for step in Step},
+        "caches": [asdict(cache) for cache in plan.caches],
+        "decode_steps": _decode_line(plan),
     }
     return plan_level | {
         "ops": ops,
@@ -164,6 +175,10 @@ def _companion_entry(op: PlannedCompanion) -> dict[str, object]:
 def _cells(op: PlannedOp) -> tuple[str, ...]:
     kernel = op.choice.kernel
     return (op.encoding.name, str(op.encoding.format), kernel.runner, kernel.name, kernel.layout)
+
+
+def _cache_cells(cache: PlannedCache) -> tuple[str, ...]:
+    return cache.keys, str(cache.format), cache.stored, str(cache.key_bytes), cache.why
 
 
 def _companion_cells(op: PlannedCompanion) -> tuple[str, str]:

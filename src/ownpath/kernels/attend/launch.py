@@ -262,6 +262,7 @@ def _launch_attend(
             "FP8": keys.is_fp8,
             "IS_SPLIT": form.splits > 1,
             "STAGES": form.stages,
+            "STEPWISE": weights.is_stepwise,
             "PDL": pdl,
             "num_warps": WARPS,
             "launch_pdl": pdl,

@@ -93,7 +93,10 @@ class CuteAttend:
         self._is_invariant = is_invariant
 
     def prepare(self, weights: AttendWeights) -> CuteAttendOperand:
-        """Makes the operand. The first call raises for weights that do not fit."""
+        """Makes the operand. The first call raises for weights that do not fit. Errors: ValueError for a norm that
+        rounds after every operation."""
+        if weights.is_stepwise:
+            raise ValueError("is_stepwise: this kernel's norm of queries rounds once")
         return CuteAttendOperand(weights)
 
     def configs(self, operand: CuteAttendOperand) -> Sequence[Config]:

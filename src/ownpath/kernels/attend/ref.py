@@ -8,7 +8,7 @@ Legend: T rows, N heads, H head dim, K keys of a row, R keys of a page.
 import torch
 
 from ownpath.kernels.attend.types import KEY_BYTES, WINDOW_ROWS, AttendWeights, DecodeKeys, DecodeRows
-from ownpath.kernels.norms.ref import rms_norm
+from ownpath.kernels.norms.ref import rms_norm, rms_norm_stepwise
 from ownpath.kernels.reference import Reference, filled
 from ownpath.numerics import KEY_PAGES, rotate_pairs, wide_dtype
 
@@ -54,7 +54,8 @@ def attend(
 
     Weights are rounded before they are divided by their sum, relative to the row's largest score.
     """
-    q_TNH = rotate_pairs(rms_norm(q_TNH, None, weights.eps), cos_TF, sin_TF)
+    norm = rms_norm_stepwise if weights.is_stepwise else rms_norm
+    q_TNH = rotate_pairs(norm(q_TNH, None, weights.eps), cos_TF, sin_TF)
     wide = wide_dtype(q_TNH.dtype)
     groups = _groups_of_keys(keys, rows, wide)
     scaled_TNH = q_TNH.to(wide) * weights.softmax_scale

@@ -53,6 +53,18 @@ def _sum_squares(x):
 
 
 @triton.jit
+def _norm_factor(x0, x1, eps, STEPWISE: tl.constexpr):
+    """Returns 1 / sqrt(mean(x²) + eps), float32. STEPWISE: squares, mean, sum and root each rounded to BF16."""
+    if STEPWISE:
+        w0, w1 = x0.to(tl.float32), x1.to(tl.float32)
+        squares = tl.sum((w0 * w0).to(tl.bfloat16).to(tl.float32), axis=1)
+        squares += tl.sum((w1 * w1).to(tl.bfloat16).to(tl.float32), axis=1)
+        mean = (squares / HEAD_DIM).to(tl.bfloat16).to(tl.float32)
+        return tl.rsqrt((mean + eps).to(tl.bfloat16).to(tl.float32)).to(tl.bfloat16).to(tl.float32)
+    return tl.rsqrt((_sum_squares(x0) + _sum_squares(x1)) / HEAD_DIM + eps)
+
+
+@triton.jit
 def _normed(x, factor):
     return (x.to(tl.float32) * factor[:, None]).to(tl.bfloat16)
 
@@ -132,6 +144,7 @@ def attend_kernel(
     FP8: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
+    STEPWISE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Attends with N heads of row t to the keys of split s; writes the result, or sums and (largest, sum) of the split.
@@ -155,7 +168,7 @@ def attend_kernel(
     cos_row, sin_row = cos_ptr + t * (ROTARY // 2), sin_ptr + t * (ROTARY // 2)
     x0 = _load_q(q_row, n, num_heads, head_stride, 0)
     x1 = _load_q(q_row, n, num_heads, head_stride, HALF)
-    factor = tl.rsqrt((_sum_squares(x0) + _sum_squares(x1)) / HEAD_DIM + eps)
+    factor = _norm_factor(x0, x1, eps, STEPWISE)
     q0 = _normed(x0, factor)
     q1 = _rotated(_normed(x1, factor).to(tl.float32), cos_row, sin_row, 1.0).to(tl.bfloat16)
 

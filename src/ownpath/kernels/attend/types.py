@@ -25,13 +25,15 @@ class AttendWeights:
     """sink float32 [N]: a learned logit for each head, part of the softmax's sum and of nothing else.
 
     softmax_scale: of the scores. eps: added to the mean square of a head's query. num_rotary: rotary channels, the
-    last ones of a head, in pairs (2i, 2i + 1).
+    last ones of a head, in pairs (2i, 2i + 1). is_stepwise: the norm of queries rounds after every operation, as
+    DeepSeek's published code does.
     """
 
     sink_N: Tensor
     softmax_scale: float
     eps: float
     num_rotary: int = 64
+    is_stepwise: bool = False
 
 
 class DecodeKeys(NamedTuple):

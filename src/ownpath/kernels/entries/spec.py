@@ -45,7 +45,7 @@ def _reference(official: frozenset[Step], rounding: str) -> KernelSpec:
 
 
 _ROUNDINGS = (
-    (frozenset[Step](), "keys in bfloat16"),
+    (frozenset[Step](), "keys rounded by their caches alone"),
     (frozenset({Step.KV}), "keys rounded to FP8"),
     (frozenset({Step.INDEXER}), "index keys rounded to FP4"),
     (frozenset({Step.KV, Step.INDEXER}), "keys rounded to FP8, index keys to FP4"),

@@ -38,14 +38,14 @@ def check_norms(probe: Probe) -> Iterator[Finding]:
 def _input(probe: Probe, planned: PlannedCompanion, num_rows: int) -> Tensor:
     """Draws [T, D], or heads [T, N, D]; the last row is zeros."""
     slot, (width,) = planned.spec.slot, planned.spec.dims
-    num_heads = probe.config.num_attention_heads if planned.spec.step is Step.Q_HEAD_NORM else 1
+    num_heads = probe.config.num_attention_heads if Step.Q_HEAD_NORM in planned.spec.steps else 1
     x = probe.draw.rows(slot, num_rows * num_heads, width)
     x[-1] = 0
     return x if num_heads == 1 else x.view(num_rows, num_heads, width)
 
 
 def _exact(probe: Probe, planned: PlannedCompanion, x: Tensor) -> Exact:
-    step, eps = planned.spec.step, probe.config.rms_norm_eps
-    if step is Step.Q_HEAD_NORM:
-        return norm(x, eps, is_stepwise=step in planned.choice.kernel.official)
+    eps = probe.config.rms_norm_eps
+    if Step.Q_HEAD_NORM in planned.spec.steps:
+        return norm(x, eps, is_stepwise=Step.Q_HEAD_NORM in planned.choice.kernel.official)
     return norm(x, eps, probe.stored.param(f"{planned.spec.slot}.weight"))
