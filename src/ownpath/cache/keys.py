@@ -30,6 +30,11 @@ class StoredKeys:
     def of(cls, member: CacheTensor, memory: Tensor, dtype: torch.dtype) -> "StoredKeys":
         return cls(memory, dtype, _FORMS[member.part] if member.page_bytes else None)
 
+    @property
+    def width(self) -> int:
+        """Channels of a key."""
+        return self.memory.shape[1] if self.pages is None else self.pages.num_channels
+
     def read(self, rows: Tensor) -> Tensor:
         """Reads rows, int64 [...], and no others: [..., H]."""
         return self.memory[rows] if self.pages is None else self.pages.read(self.memory, rows, self.dtype)
@@ -40,6 +45,10 @@ class StoredKeys:
             self.memory[rows_E] = keys_EH
         else:
             self.pages.write(self.memory, rows_E, keys_EH)
+
+    def bytes_of_rows(self) -> Tensor:
+        """Returns the bytes of every row, uint8 [rows, bytes]."""
+        return self.memory.view(torch.uint8) if self.pages is None else self.pages.bytes_of_rows(self.memory)
 
     def rounded(self, keys_EH: Tensor) -> Tensor:
         """Returns what ``read`` returns of keys once they are written."""

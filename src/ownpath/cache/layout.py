@@ -25,6 +25,8 @@ BLOCK_TOKENS = 256
 """Tokens of a block: a multiple of every compress ratio."""
 NOBODY = 0
 """The slot, and the block, that no sequence owns: writes that are to be dropped go there."""
+NAN_BYTE = 255
+"""A cache full of this byte is full of NaN, in BF16 and float32 as in FP8 pages, codes and scales."""
 
 
 @dataclass(frozen=True)

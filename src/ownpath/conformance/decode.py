@@ -23,6 +23,7 @@ from ownpath.conformance.bounds import (
     rounding,
     sum_rounding,
 )
+from ownpath.conformance.cached import fp4_of
 from ownpath.conformance.entries import exact_key
 from ownpath.kernels.contract import NormWeights
 from ownpath.oracle import formulas
@@ -93,11 +94,18 @@ def exact_written(x: Exact, norm: NormWeights, angles: ExactAngles, dtype: torch
 
 
 def exact_index_scores(
-    q_IH: Tensor, weights_I: Tensor, keys_CH: Tensor, angles: ExactAngles, dtype: torch.dtype
+    q_IH: Tensor,
+    weights_I: Tensor,
+    keys_CH: Tensor,
+    angles: ExactAngles,
+    dtype: torch.dtype,
+    *,
+    is_official: bool = False,
 ) -> Exact:
     """Computes one row's scores [1, C] from raw queries and head weights; angles: of this row.
 
     Turned channels are rounded to ``dtype``: independent errors, which the sum over heads and channels spreads.
+    is_official: queries are rounded to FP4 behind a Hadamard rotation.
     """
     num_heads, width = q_IH.shape
     num_rotary = 2 * angles.cos_TF.shape[1]
@@ -105,6 +113,9 @@ def exact_index_scores(
     moved_IH, q_IH = angles.moved(q_1IH)[0], q_1IH[0]
     rounded_IH = torch.zeros_like(q_IH)
     rounded_IH[:, -num_rotary:] = rounding(dtype) * q_IH[:, -num_rotary:].abs()
+    if is_official:
+        codes = fp4_of(Exact(q_IH, moved_IH + rounded_IH), dtype)
+        q_IH, moved_IH, rounded_IH = codes.value, codes.bound, torch.zeros_like(q_IH)
     weights_I1 = weights_I.double()[:, None] * width**-0.5 * num_heads**-0.5
     value = (torch.relu(q_IH @ keys_CH.T) * weights_I1).sum(0)
     magnitude_IC = q_IH.abs() @ keys_CH.abs().T
@@ -127,12 +138,29 @@ def best_entries(scores: list[float], topk: int) -> list[int]:
 
 @dataclass(frozen=True)
 class AttendOperands:
-    """sink float64 [N]; the softmax's scale; eps of the queries' norm; dtype of the activations."""
+    """sink float64 [N]; the softmax's scale; eps of the queries' norm; dtype of the activations. is_stepwise: the
+    norm rounds after every operation."""
 
     sink_N: Tensor
     scale: float
     eps: float
     dtype: torch.dtype
+    is_stepwise: bool = False
+
+    def normed(self, q_NH: Tensor) -> tuple[Tensor, float]:
+        """Norms queries in float64, rounded where the operation rounds, and bounds the relative error that is left.
+
+        Stepwise, a mean and a root at the edge of two numbers may be either.
+        """
+        relative = sum_rounding(q_NH.shape[1]) / 2 + EXP_STEPS * FLOAT32_ROUND
+        if not self.is_stepwise:
+            return self._round(formulas.rms(q_NH.double(), self.eps)), relative
+        mean_N1 = self._round(self._round(q_NH.double().square()).mean(-1, keepdim=True))
+        factor_N1 = self._round(torch.rsqrt(self._round(mean_N1 + self.eps)))
+        return self._round(q_NH.double() * factor_N1), relative + 4 * rounding(self.dtype)
+
+    def _round(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype).double()
 
 
 def exact_decode_row(q_NH: Tensor, keys_KH: Tensor, angles: ExactAngles, operands: AttendOperands) -> Exact:
@@ -141,9 +169,8 @@ def exact_decode_row(q_NH: Tensor, keys_KH: Tensor, angles: ExactAngles, operand
     Queries are rounded where the operation rounds them, so that every kernel has the same ones but for neighbours.
     """
     dtype = operands.dtype
-    normed_NH = formulas.rms(q_NH.double(), operands.eps).to(dtype).double()
+    normed_NH, relative = operands.normed(q_NH)
     turned_1NH = formulas.rotate(normed_NH[None], *angles.pair).to(dtype).double()
-    relative = sum_rounding(q_NH.shape[1]) / 2 + EXP_STEPS * FLOAT32_ROUND
     error_NH = (angles.moved(turned_1NH) + relative * turned_1NH.abs())[0]
     value_NH, bound_NH = exact_row(
         turned_1NH[0], keys_KH, operands.sink_N, operands.scale, dtype=dtype, error_NH=error_NH

@@ -26,12 +26,13 @@ PLAIN = FP8_KEY_DIM - FP8_KEY_ROTARY
 
 @dataclass(frozen=True)
 class PageForm:
-    """One form of pages. num_code_bytes, num_scale_bytes: of a key.
+    """One form of pages. num_channels, num_code_bytes, num_scale_bytes: of a key.
 
     encode: keys [E, H] -> codes uint8 [E, num_code_bytes] and scales uint8 [E, num_scale_bytes]. decode: the inverse,
     in a dtype.
     """
 
+    num_channels: int
     num_code_bytes: int
     num_scale_bytes: int
     encode: Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -50,6 +51,13 @@ class PageForm:
         """Encodes keys into rows of pages."""
         codes, scales, page_E, row_E = self._split(pages, rows_E)
         codes[page_E, row_E], scales[page_E, row_E] = self.encode(keys_EH)
+
+    def bytes_of_rows(self, pages: Tensor) -> Tensor:
+        """Returns the bytes of every key, uint8 [P * R, key_bytes]."""
+        num_keys = pages.shape[1] // self.key_bytes
+        codes, scales = pages.split((num_keys * self.num_code_bytes, num_keys * self.num_scale_bytes), dim=1)
+        per_key = (codes.reshape(-1, self.num_code_bytes), scales.reshape(-1, self.num_scale_bytes))
+        return torch.cat(per_key, 1)
 
     def rounded(self, keys_EH: Tensor) -> Tensor:
         """Returns what would be read of keys once they were written, in their dtype."""
@@ -92,7 +100,8 @@ def encode_index_keys(keys_EH: Tensor) -> tuple[Tensor, Tensor]:
     """
     wide = keys_EH.float()
     scales_E1 = decode_e8m0(encode_e8m0_ceil(wide.abs().amax(-1, keepdim=True), E4M3_MAX))
-    return encode_e4m3(wide / scales_E1).view(torch.uint8), scales_E1.view(torch.uint8)
+    codes, own = encode_e4m3(wide / scales_E1), scales_E1.clone(memory_format=torch.contiguous_format)
+    return codes.view(torch.uint8), own.view(torch.uint8)
 
 
 def decode_index_keys(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -101,5 +110,5 @@ def decode_index_keys(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
     return (decode_e4m3(codes.contiguous(), wide) * scales.contiguous().view(torch.float32).to(wide)).to(dtype)
 
 
-KEY_PAGES = PageForm(PLAIN + 2 * FP8_KEY_ROTARY, PLAIN // KEY_BLOCK + 1, encode_keys, decode_keys)
-INDEX_PAGES = PageForm(FP8_INDEX_DIM, 4, encode_index_keys, decode_index_keys)
+KEY_PAGES = PageForm(FP8_KEY_DIM, PLAIN + 2 * FP8_KEY_ROTARY, PLAIN // KEY_BLOCK + 1, encode_keys, decode_keys)
+INDEX_PAGES = PageForm(FP8_INDEX_DIM, FP8_INDEX_DIM, 4, encode_index_keys, decode_index_keys)

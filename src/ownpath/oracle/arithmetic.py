@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ownpath.checkpoint.schema import Encoding
 from ownpath.config import ModelConfig
-from ownpath.formats import FP8_BLOCK, FP32, NVFP4
+from ownpath.formats import FP8_BLOCK, FP32, NVFP4, CacheFormat
 from ownpath.official import PLAIN, Step
 from ownpath.oracle.formats import fp8, nvfp4_without_global
 from ownpath.oracle.formulas import Mixing, collapse, rms
@@ -29,7 +29,7 @@ class Arithmetic:
 
     narrow: the dtype that results are rounded to. official: steps that round as published. w4a4: inputs of NVFP4
     weights are rounded to NVFP4. w8a8: inputs of FP8 linears (experts and ``wo_a`` are none) are rounded to E4M3 as the
-    engine's W8A8 kernels do.
+    engine's W8A8 kernels do. cache_format: of keys, which rounds them.
 
     float32 on CUDA means IEEE float32: torch's default. With TF32 products allowed, it would be another reference.
     """
@@ -39,6 +39,7 @@ class Arithmetic:
     w4a4: bool = False
     official: frozenset[Step] = PLAIN
     w8a8: bool = False
+    cache_format: CacheFormat = CacheFormat.BF16
 
     @property
     def has_nvfp4_inputs(self) -> bool:

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ownpath.config import CSA_RATIO, Layer
+from ownpath.formats import CacheFormat
 from ownpath.official import Step
 from ownpath.oracle.arithmetic import OracleRun
-from ownpath.oracle.formats import fp4, fp8, hadamard_matrix
+from ownpath.oracle.formats import E4M3, fp4, fp8, hadamard_matrix, nearest, power_of_two_scale
 from ownpath.oracle.formulas import QUERIES_AT_ONCE, attention_weights, index_scores, rms, rotate_to, top_indices
 
 _KV_BLOCK, _INDEX_BLOCK = 64, 32
@@ -31,10 +32,11 @@ def attention(run: OracleRun, layer: Layer, x_TD: Tensor, forced_mask_TC: Tensor
     keys = run.record(f"{name}.kv", _quantize_kv(run, run.arithmetic.round(rotate_to(kv, positions, config, ratio))))
     if Step.KV in run.arithmetic.official:
         run.record(f"{name}.key_quantizer", keys)
+    keys = _in_cache(run, keys)
     age = positions[:, None] - positions
     visible = (age >= 0) & (age < config.sliding_window)
     if ratio:
-        entries = _quantize_kv(run, _compress(run, f"{name}.compressor", x_TD, ratio))
+        entries = _in_cache(run, _quantize_kv(run, _compress(run, f"{name}.compressor", x_TD, ratio)))
         keys = torch.cat((keys, run.record(f"{name}.entries", entries)))
         seen = torch.arange(len(entries), device=x_TD.device) < ((positions + 1) // ratio)[:, None]
         if ratio == CSA_RATIO:
@@ -60,6 +62,23 @@ def _quantize_kv(run: OracleRun, kv: Tensor) -> Tensor:
     num_rotary = run.config.qk_rope_head_dim
     plain, rotary = kv.split((kv.shape[-1] - num_rotary, num_rotary), -1)
     return torch.cat((fp8(plain, _KV_BLOCK).to(kv.dtype), rotary), -1)
+
+
+def _in_cache(run: OracleRun, keys: Tensor) -> Tensor:
+    """Rounds keys as the caches hold them: in FP8 pages rotary channels are BF16, all others E4M3."""
+    if run.arithmetic.cache_format is CacheFormat.BF16:
+        return keys
+    num_rotary = run.config.qk_rope_head_dim
+    plain, rotary = keys.split((keys.shape[-1] - num_rotary, num_rotary), -1)
+    return torch.cat((fp8(plain, _KV_BLOCK).to(keys.dtype), rotary.bfloat16().to(keys.dtype)), -1)
+
+
+def _in_index_cache(run: OracleRun, keys: Tensor) -> Tensor:
+    """As ``_in_cache``, for index keys: E4M3 with one scale for each key."""
+    if run.arithmetic.cache_format is CacheFormat.BF16:
+        return keys
+    scale = power_of_two_scale(keys.float().abs().amax(-1, keepdim=True).clamp(min=E4M3[-1] * 2.0**-126), E4M3[-1])
+    return (nearest(keys.float().double() / scale, E4M3) * scale).to(keys.dtype)
 
 
 def _attend(run: OracleRun, q_TNH: Tensor, keys_KH: Tensor, visible_TK: Tensor, sink_N: Tensor) -> Tensor:
@@ -113,7 +132,7 @@ def _select(
     q = _transform_index(run, run.arithmetic.round(rotate_to(q, positions, config, CSA_RATIO)))
     if Step.INDEXER in run.arithmetic.official:
         run.record(f"{name}.quantizer", q)
-    k = _transform_index(run, _compress(run, f"{name}.compressor", x_TD, CSA_RATIO))
+    k = _in_index_cache(run, _transform_index(run, _compress(run, f"{name}.compressor", x_TD, CSA_RATIO)))
     weights = run.linear(f"{name}.weights_proj", x_TD, f"{name}.weights_proj")
     weights = weights * (config.index_head_dim * config.index_n_heads) ** -0.5
     scores = run.record_wide(f"{name}.scores", index_scores(q, k, weights).masked_fill(~seen_TC, -math.inf))

@@ -12,6 +12,7 @@ import torch
 
 from ownpath.finding import Finding, Verdict
 from ownpath.model.block import Residual
+from ownpath.formats import CacheFormat
 from ownpath.official import Step
 from ownpath.verify.layer import load_layer
 from ownpath.verify.layers import end_to_end
@@ -165,7 +166,10 @@ def _layer(oracle: Oracle, state: State, layer_idx: int) -> tuple[LayerCompariso
 def _check_keys(compared: LayerComparison, layer: str, subject: Subject) -> Finding:
     """V10: checks that keys are in FP8 under official numerics only, each block of 64 with a scale of its own."""
     if compared.key_rounding is None:
-        message = f"keys are kept in {dtype_name(subject.engine.dtype)} ({Step.KV} is plain)"
+        kept = f"kept in {dtype_name(subject.engine.dtype)}"
+        if subject.engine.cache_format is CacheFormat.FP8:
+            kept = "rounded by the caches' FP8 pages alone, which K11 checks"
+        message = f"keys are {kept} ({Step.KV} is plain)"
         return Finding("V10", layer, Verdict.SKIPPED, message)
     number = compared.key_rounding
     words = f"more than 0, at most {E4M3_ROUNDING:.1e}: half a step of E4M3"

@@ -7,7 +7,7 @@ from typing import Any
 
 from ownpath.files import FileError, read_json_object
 
-FACTS = ("device", "activations", "batch_invariant", "numerics")
+FACTS = ("device", "activations", "batch_invariant", "numerics", "caches")
 """Settings that a plan was made for."""
 _OP_FIELDS = ("encoding", "runner", "kernel", "layout")
 _COMPANION_FIELDS = ("runner", "kernel")

@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import RenderableType
@@ -123,6 +123,7 @@ def report_dict(result: Verification) -> dict[str, object]:
         "plan_digest": None if plan is None else plan_digest(plan),
         "device": device_name(job.engine.device),
         "dtype": str(job.engine.dtype).removeprefix("torch."),
+        "caches": None if plan is None else [asdict(cache) for cache in plan.caches],
         "versions": versions(),
         "selection": {
             "layers": None if layers is None else sorted(layers),
@@ -138,6 +139,14 @@ def report_dict(result: Verification) -> dict[str, object]:
         "stages": [_stage_dict(stage) for stage in result.stages],
         "measurements": [_measurement_dict(measured) for measured in result.measurements],
     }
+
+
+def caches_text(plan: Plan) -> str:
+    """Names the formats of the caches, those of one format together."""
+    kinds: dict[str, list[str]] = {}
+    for cache in plan.caches:
+        kinds.setdefault(f"{cache.format} ({cache.stored})", []).append(cache.keys)
+    return "; ".join(f"{listed(names)}: {form}" for form, names in kinds.items())
 
 
 def plan_of(result: Verification) -> Plan | None:
@@ -191,6 +200,7 @@ def report_page(result: Verification) -> list[RenderableType]:
     rows.append(("first bad layer", first_bad_layer(findings) or "none"))
     rows += [("largest error", worst_text(worst[1]))] if worst else []
     rows += [("kernels", ", ".join(f"{n} x {kernel}" for kernel, n in kernels_of(plan).items()))] if plan else []
+    rows += [("caches", caches_text(plan))] if plan else []
     rows += [("limited to", limit) for limit in limits_of(job.selection)]
     rows += [("not run", told) for told in _skipped_stages(result.stages)]
     where = f"{job.folder.resolve().name} on {device_name(job.engine.device)}: "

@@ -7,14 +7,16 @@ Legend: T rows, P compressor width, C entries of a table, K entries selected.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ownpath.cache.keys import StoredKeys
 from ownpath.cache.layout import BLOCK_TOKENS
 from ownpath.conformance.bounds import Exact, deviation
+from ownpath.conformance.cached import CachedKeys
 from ownpath.conformance.decode import (
     AttendOperands,
     RowPlace,
@@ -26,8 +28,10 @@ from ownpath.conformance.decode import (
 from ownpath.conformance.entries import exact_pool
 from ownpath.conformance.memory import FILLS, FilledMemory
 from ownpath.finding import Finding
+from ownpath.formats import CacheFormat
 from ownpath.kernels.contract import NormWeights
 from ownpath.kernels.entries.types import RowPlaces
+from ownpath.official import Step
 from ownpath.verify.kernels.decode_step import PoisonedStep, StoredCompressor
 from ownpath.verify.kernels.probe import Probe
 from ownpath.verify.kernels.tally import Tally
@@ -61,7 +65,7 @@ class _Write:
     """The part of one pool that a step writes. places: of the rows that write; rows: those of the pool."""
 
     name: str
-    pool: Tensor
+    pool: StoredKeys
     num_nobodys: int
     places: list[RowPlace]
     rows: list[int]
@@ -90,13 +94,13 @@ class _Trial:
 
         def call(*args: Any) -> None:
             writes = list(self._writes())
-            before = [write.pool.clone() for write in writes]
+            before = [write.pool.memory.clone() for write in writes]
             with self.tally.catch_errors(*self.slot("entries")):
                 run(*args)
             for write, old in zip(writes, before, strict=True):
                 self._judge_write(write, old)
-                write.pool.copy_(old)
-                write.pool[write.rows] = write.exact.value.to(write.pool.dtype)
+                write.pool.memory.copy_(old)
+                write.pool.write(self._ids(write.rows), write.exact.value.to(write.pool.dtype))
 
         return call
 
@@ -106,35 +110,48 @@ class _Trial:
         window, products = self.probe.config.sliding_window, step.products
         norm = NormWeights(self.probe.stored.param(f"{attn}.kv_norm.weight"), self.probe.config.rms_norm_eps)
         exact = exact_written(_given(products.kv_TH[ids]), norm, step.angles(ids), self.probe.dtype)
+        exact = self._cached(Step.KV).of(exact)
         yield _Write("window", step.window, window, places, _newest(places, window), exact)
         for one, raw_TP2 in zip(step.compressors, (products.compressor_rows, products.indexer_rows), strict=False):
             assert raw_TP2 is not None
             num_rows = one.weights.num_rows
             rows, exact = _newest(places, num_rows), _given(raw_TP2[ids])
             yield self._entries(one, raw_TP2)
-            yield _Write(f"{one.name} state", one.cache.state, num_rows, places, rows, exact)
+            yield _Write(f"{one.name} state", one.state, num_rows, places, rows, exact)
 
     def _entries(self, one: StoredCompressor, raw_TP2: Tensor) -> _Write:
-        step, weights, dtype, pool = self.step, one.weights, self.probe.dtype, one.cache.entries
+        step, weights, dtype, pool = self.step, one.weights, self.probe.dtype, one.cache.keys
         ids, places = [t for t, _ in step.ending], [place for _, place in step.ending]
-        exact = _given(pool[:0])
+        exact = _given(raw_TP2[:0, : pool.width])
         if ids:
             listed = zip(*((place.position, place.slot, place.blocks) for place in places), strict=True)
             ending = RowPlaces(*(torch.tensor(part) for part in listed))
             pooled = exact_pool(raw_TP2[ids], ending, one.cache.state, weights, dtype)
             exact = exact_written(pooled, weights.norm, step.angles(ids, 1 - weights.ratio), dtype)
+            exact = self._cached(Step.KV if one is step.compressors[0] else Step.INDEXER).of(exact)
         rows = [step.visible(place)[-1] for place in places]
         return _Write(f"{one.name} entries", pool, weights.per_block, places, rows, exact)
 
+    def _cached(self, step: Step) -> CachedKeys:
+        """Returns the form of keys, or index keys, in the caches."""
+        engine, is_index = self.probe.subject.engine, step is Step.INDEXER
+        num_rotary = 0 if is_index else self.probe.config.qk_rope_head_dim
+        in_pages = engine.cache_format is CacheFormat.FP8
+        return CachedKeys(self.probe.dtype, num_rotary, step in engine.official, in_pages)
+
+    def _ids(self, rows: list[int]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int64, device=self.probe.device)
+
     def _judge_write(self, write: _Write, before: Tensor) -> None:
         """Padded rows may write to nobody's slot and block."""
-        changed = (before.view(torch.uint8) != write.pool.view(torch.uint8)).any(1)
+        old = replace(write.pool, memory=before).bytes_of_rows()
+        changed = (old != write.pool.bytes_of_rows()).any(1)
         changed[write.rows] = False
         changed[: write.num_nobodys] = False
         others = changed.nonzero().flatten().tolist()
         problem = f"{write.name}: row {others[0]} changed, which no row of the step writes" if others else ""
         self.tally.judge(*self.slot("entries"), problem)
-        worst = deviation(write.pool[write.rows], write.exact)
+        worst = deviation(write.pool.read(self._ids(write.rows)), write.exact)
         at = ""
         if worst.place:
             at = f", row {write.rows[worst.place[0]]}, of position {write.places[worst.place[0]].position}"
@@ -158,9 +175,10 @@ class _Trial:
         index, products = self.step.compressors[1], self.step.products
         assert products.index_q_TIH is not None
         assert products.index_weights_TI is not None
-        keys_CH = index.cache.entries[self.step.visible(place)].double()
+        keys_CH = index.cache.keys.read(self._ids(self.step.visible(place))).double()
         q_IH, weights_I = products.index_q_TIH[t], products.index_weights_TI[t]
-        return exact_index_scores(q_IH, weights_I, keys_CH, self.step.angles([t]), self.probe.dtype)
+        angles, is_official = self.step.angles([t]), Step.INDEXER in self.probe.subject.engine.official
+        return exact_index_scores(q_IH, weights_I, keys_CH, angles, self.probe.dtype, is_official=is_official)
 
     def _draw_scores(self) -> Tensor:
         """Draws few different scores, so that many are equal, and some NaN; NaN too behind what a row sees."""
@@ -219,11 +237,14 @@ class _Trial:
     def _exact_attention(self, t: int, place: RowPlace) -> Exact:
         step, config = self.step, self.probe.config
         window = config.sliding_window
-        keys = [step.window[place.ring_rows(window, first=place.position + 1 - window, last=place.position)]]
+        ring = place.ring_rows(window, first=place.position + 1 - window, last=place.position)
+        keys = [step.window.read(self._ids(ring))]
         if step.compressors:
-            keys.append(step.compressors[0].cache.entries[self.selected[t] if self.selected else step.visible(place)])
+            rows = self.selected[t] if self.selected else step.visible(place)
+            keys.append(step.compressors[0].cache.keys.read(self._ids(rows)))
         sink_N = self.probe.stored.param(f"{self.probe.name}.attn.attn_sink")
-        operands = AttendOperands(sink_N, config.softmax_scale, config.rms_norm_eps, self.probe.dtype)
+        is_stepwise = Step.Q_HEAD_NORM in self.probe.subject.engine.official
+        operands = AttendOperands(sink_N, config.softmax_scale, config.rms_norm_eps, self.probe.dtype, is_stepwise)
         return exact_decode_row(step.products.q_TNH[t], torch.cat(keys).double(), step.angles([t]), operands)
 
 

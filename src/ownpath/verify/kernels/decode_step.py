@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from ownpath.attention.interface import Products
-from ownpath.cache.layout import NOBODY
+from ownpath.cache.keys import StoredKeys
+from ownpath.cache.layout import NAN_BYTE, NOBODY
 from ownpath.cache.pools import CachePool, EntryCache
 from ownpath.cache.tables import StepTables
 from ownpath.conformance.decode import ExactAngles, RowPlace
 from ownpath.kernels.contract import NormWeights
 from ownpath.kernels.entries.types import CompressorWeights
 from ownpath.verify.kernels.probe import Probe
-
 
 @dataclass(frozen=True)
 class StoredCompressor:
@@ -28,6 +28,11 @@ class StoredCompressor:
     name: str
     weights: CompressorWeights
     cache: EntryCache
+
+    @property
+    def state(self) -> StoredKeys:
+        """The raw rows of the state's ring."""
+        return StoredKeys(self.cache.state, self.cache.state.dtype)
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class PoisonedStep:
         assert layer is not None
         pool = layer.new_pool(max(positions) + 1, len(positions))
         for tensor in pool.tensors.values():
-            tensor.fill_(torch.nan)
+            tensor.view(torch.uint8).fill_(NAN_BYTE)
         tables = _scattered(pool, positions, is_padded)
         step = layer.decode_step(tables)
         if step is None:
@@ -71,10 +76,10 @@ class PoisonedStep:
         return self.compressors[0].weights.ratio if self.compressors else 0
 
     @property
-    def window(self) -> Tensor:
+    def window(self) -> StoredKeys:
         """The pool's keys of the layer's window."""
         assert self.probe.layer is not None
-        return self.pool.layers[self.probe.layer.layer_idx].window
+        return self.pool.layers[self.probe.layer.layer_idx].keys
 
     @cached_property
     def rows(self) -> tuple[tuple[int, RowPlace], ...]:
@@ -111,11 +116,12 @@ class PoisonedStep:
             for one in self.compressors:
                 ratio, num_rows = one.weights.ratio, one.weights.num_rows
                 rows = place.ring_rows(num_rows, first=last + 2 - num_rows, last=last)
-                self._draw(one.cache.state, rows, f"{one.name} state {t}")
-                self._draw(one.cache.entries, place.entry_rows(ratio, place.position // ratio), f"{one.name} {t}")
+                self._draw(one.state, rows, f"{one.name} state {t}")
+                self._draw(one.cache.keys, place.entry_rows(ratio, place.position // ratio), f"{one.name} {t}")
 
-    def _draw(self, pool: Tensor, rows: list[int], seed: str) -> None:
-        pool[rows] = self.probe.normal(f"decode {seed}", len(rows), pool.shape[1]).to(pool.dtype)
+    def _draw(self, pool: StoredKeys, rows: list[int], seed: str) -> None:
+        drawn = self.probe.normal(f"decode {seed}", len(rows), pool.width).to(pool.dtype)
+        pool.write(torch.tensor(rows, dtype=torch.int64, device=drawn.device), drawn)
 
 
 def _scattered(pool: CachePool, positions: Sequence[int], is_padded: bool) -> StepTables:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ownpath.cache.layout import NAN_BYTE
 from ownpath.cache.pools import SequenceCache
 from ownpath.finding import Finding
 from ownpath.model.block import Residual
@@ -91,7 +92,7 @@ class Batching:
         """V08: the chunks once more, in a reused process and in caches full of NaN, bit by bit."""
         cache = self.single.new_cache()
         for memory in cache.views():
-            memory.fill_(torch.nan)
+            memory.view(torch.uint8).fill_(NAN_BYTE)
         again = self.in_steps(self._chunk_sizes(), cache).out_TSD
         differs_T = ((again != chunks.out_TSD) & ~(again.isnan() & chunks.out_TSD.isnan())).flatten(1).any(1)
         num_differing = int(differs_T.sum())

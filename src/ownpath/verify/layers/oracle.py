@@ -5,6 +5,7 @@ from functools import cached_property
 
 import torch
 
+from ownpath.formats import CacheFormat
 from ownpath.kernels.spec import InputRounding
 from ownpath.official import ALWAYS_OFFICIAL, Step
 from ownpath.oracle.arithmetic import Arithmetic
@@ -35,7 +36,7 @@ class Oracle:
         rounding = {kernel.rounding for kernel in own if num_rows >= kernel.rounds_from}
         is_w4a4 = InputRounding.NVFP4 in rounding
         is_w8a8 = InputRounding.E4M3 in rounding and Step.FP8_INPUTS not in official
-        arithmetic = Arithmetic(dtype, official=official, w4a4=is_w4a4, w8a8=is_w8a8)
+        arithmetic = Arithmetic(dtype, None, is_w4a4, official, is_w8a8, subject.engine.cache_format)
         return cls(subject, StoredWeights(subject.index, subject.device, dtype), arithmetic, token_ids)
 
     @cached_property
@@ -68,9 +69,10 @@ class Oracle:
     @property
     def _mode(self) -> tuple[torch.dtype, bool, bool, bool]:
         """dtype, and whether inputs of NVFP4 weights and of FP8 weights are rounded, and whether numerics are
-        official."""
+        official, or keys in FP8, which is a part of it."""
         engine, how = self.subject.engine, self.arithmetic
-        return engine.dtype, how.w4a4, how.w8a8, bool(engine.official - ALWAYS_OFFICIAL)
+        has_codes = bool(engine.official - ALWAYS_OFFICIAL) or how.cache_format is CacheFormat.FP8
+        return engine.dtype, how.w4a4, how.w8a8, has_codes
 
     def of_few_rows(self) -> "Oracle | None":
         """Returns an oracle for steps of few rows, where the engine computes those otherwise: without W8A8. Else
