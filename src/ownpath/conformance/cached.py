@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ownpath.conformance.bounds import FLOAT32_ROUND, SPREAD, Exact, rounding
-from ownpath.oracle.formats import E2M1, E4M3, hadamard_matrix, nearest, power_of_two_scale
+from ownpath.formats import CacheFormat
+from ownpath.oracle.formats import E2M1, E4M3, fp8, hadamard_matrix, nearest, power_of_two_scale
 
 KEY_BLOCK, INDEX_BLOCK = 64, 32
 LEAST_KEY_AMAX, LEAST_INDEX_AMAX = 1e-4, 6 * 2.0**-126
@@ -53,6 +54,14 @@ class CachedKeys:
     def _index_keys(self, x: Exact) -> Exact:
         x = fp4_of(x, self.dtype) if self.is_official else x
         return in_blocks(x, x.value.shape[-1], E4M3, LEAST_INDEX_AMAX) if self.in_pages else x
+
+
+def kept(keys_TH: Tensor, num_rotary: int, cache_format: CacheFormat) -> Tensor:
+    """Returns what the caches keep of keys [T, H], bit by bit, in their dtype."""
+    if cache_format is CacheFormat.BF16:
+        return keys_TH
+    plain, rotary = keys_TH[:, :-num_rotary], keys_TH[:, -num_rotary:]
+    return torch.cat((fp8(plain, KEY_BLOCK).to(keys_TH.dtype), rotary.bfloat16().to(keys_TH.dtype)), 1)
 
 
 def fp4_of(x: Exact, dtype: torch.dtype) -> Exact:

@@ -9,58 +9,98 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ownpath.cache.layout import NAN_BYTE
 from ownpath.cache.pools import CachePool
-from ownpath.config import EngineConfig, ModelConfig
+from ownpath.config import EngineConfig
 from ownpath.formats import CacheFormat
 from ownpath.loading import default_model_dir, load_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
+from ownpath.numerics import INDEX_PAGES, KEY_PAGES, fake_quantize_fp4, fake_quantize_fp8, hadamard
 from ownpath.official import PLAIN, Step
 
-MAX_TOKENS = 300
-PROMPT, NUM_STEPS = 250, 12
-"""The steps pass the ends of windows of 4 and of 128 tokens, and of a block of 256."""
+MAX_TOKENS = 560
+CHUNKS = (200, 325, *[1] * 12)
+"""The steps pass the ends of windows of 4 tokens, with more entries than the 128 that are selected; the chunks those
+of 128 tokens and of a block of 256."""
 FLOAT64_TOLERANCE = 1e-9
 """As in ``test_decode``."""
 ATTENTION = frozenset({Step.KV, Step.INDEXER, Step.Q_HEAD_NORM})
 
 
-def load(cache_format: CacheFormat, official: frozenset[Step], dtype: torch.dtype = torch.float64) -> Model:
-    engine = EngineConfig(dtype=dtype, max_model_len=MAX_TOKENS, max_num_seqs=2)
-    return load_model(default_model_dir(), replace(engine, cache_format=cache_format, official=official))
+@pytest.fixture(scope="module", params=[PLAIN, ATTENTION], ids=["plain", "official"])
+def model(request: pytest.FixtureRequest) -> Model:
+    engine = EngineConfig(dtype=torch.float64, max_model_len=MAX_TOKENS, max_num_seqs=2, official=request.param)
+    return load_model(default_model_dir(), engine)
 
 
-def token_ids(count: int) -> list[int]:
-    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(3)).tolist()
+def new_pool(model: Model, cache_format: CacheFormat) -> CachePool:
+    """A pool full of NaN."""
+    pool = CachePool(replace(model.cache_spec, cache_format=cache_format))
+    for tensor in pool.tensors.values():
+        tensor.view(torch.uint8).fill_(NAN_BYTE)
+    return pool
 
 
-def in_chunks(model: Model, pool: CachePool, chunks: list[int]) -> torch.Tensor:
+def in_chunks(model: Model, pool: CachePool, chunks: tuple[int, ...]) -> torch.Tensor:
     """The logits of all rows of one sequence, cut into chunks."""
-    ids, cache, device = token_ids(sum(chunks)), pool.new_sequence(), pool.spec.device
-    logits = []
+    ids = torch.randint(0, 256, (sum(chunks),), generator=torch.Generator().manual_seed(3)).tolist()
+    cache, device, logits = pool.new_sequence(), pool.spec.device, []
     for size in chunks:
         batch = ForwardBatch.of([(ids[cache.num_tokens : cache.num_tokens + size], cache)], device, all_logits=True)
         logits.append(model.forward(batch))
     return torch.cat(logits)
 
 
-def poisoned(model: Model) -> CachePool:
-    """A pool all of whose bytes are 255: NaN in E4M3, E8M0, BF16 and float32."""
-    pool = CachePool(model.cache_spec)
-    for tensor in pool.tensors.values():
-        tensor.view(torch.uint8).fill_(255)
-    return pool
-
-
-@pytest.mark.parametrize("official", [PLAIN, ATTENTION], ids=["plain", "official"])
 @pytest.mark.parametrize("cache_format", list(CacheFormat))
-def test_chunks_and_decode_steps_equal_one_shot(cache_format: CacheFormat, official: frozenset[Step]) -> None:
-    model = load(cache_format, official)
-    total = PROMPT + NUM_STEPS
-    whole = in_chunks(model, CachePool(model.cache_spec), [total])
-    found = in_chunks(model, poisoned(model), [100, PROMPT - 100, *[1] * NUM_STEPS])
-    assert model.decodes
-    assert {slot for slot in model.ledger.calls if slot.endswith("attn.decode.attend")}
+def test_chunks_and_decode_steps_equal_one_shot(model: Model, cache_format: CacheFormat) -> None:
+    before = sum(count for slot, count in decode_calls(model).items())
+    whole = in_chunks(model, new_pool(model, cache_format), (sum(CHUNKS),))
+    found = in_chunks(model, new_pool(model, cache_format), CHUNKS)
+    assert sum(decode_calls(model).values()) == before + 12 * len(model.blocks)
     assert bool(found.isfinite().all())
-    print((found-whole).abs().max())
     assert (found - whole).abs().max() < FLOAT64_TOLERANCE
+
+
+def decode_calls(model: Model) -> dict[str, int]:
+    return {slot: sum(uses.values()) for slot, uses in model.ledger.calls.items() if slot.endswith("decode.attend")}
+
+
+def keys_of_steps() -> torch.Tensor:
+    """Keys of several magnitudes, some of them zeros, as activations in BF16."""
+    g = torch.Generator().manual_seed(5)
+    keys = torch.randn(64, 512, generator=g) * 10 ** (4 * torch.rand(64, 1, generator=g) - 2)
+    keys[0], keys[1, :64] = 0, 0
+    return keys.bfloat16()
+
+
+def test_pages_keep_what_official_numerics_round_to() -> None:
+    keys, rows = keys_of_steps(), torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    official = torch.cat((fake_quantize_fp8(keys[:, :448], 64), keys[:, 448:]), 1)
+    pages = torch.full((2, 32 * 584), NAN_BYTE, dtype=torch.uint8)
+    KEY_PAGES.write(pages, rows, official)
+    assert torch.equal(KEY_PAGES.read(pages, rows, torch.bfloat16), official)
+    assert torch.equal(KEY_PAGES.rounded(keys), official), "pages round as the step kv does"
+    assert torch.equal(KEY_PAGES.rounded(official), official)
+
+
+@pytest.mark.parametrize("count", [1, 64])
+def test_index_pages_keep_fp4_exactly(count: int) -> None:
+    keys = fake_quantize_fp4(hadamard(keys_of_steps()[:count, :128]), 32)
+    pages, rows = torch.full((1, 64 * 132), NAN_BYTE, dtype=torch.uint8), torch.arange(count)
+    INDEX_PAGES.write(pages, rows, keys)
+    assert torch.equal(INDEX_PAGES.read(pages, rows, torch.bfloat16), keys)
+    assert bool(INDEX_PAGES.read(pages, torch.arange(count, 64), torch.float64).isnan().all())
+
+
+def test_a_page_is_laid_out_as_published() -> None:
+    """One key of ones times its row, byte by byte: codes, rotary channels, then all scales."""
+    pages = torch.full((2, 2 * 584), NAN_BYTE, dtype=torch.uint8)
+    KEY_PAGES.write(pages, torch.tensor([3]), torch.full((1, 512), 1.5))
+    page = pages[1]
+    one_and_a_half = 0x7C  # 1.5 = 384 * 2^-8: exponent 15, mantissa 4
+    assert page[576 : 576 + 448].tolist() == [one_and_a_half] * 448
+    assert page[576 + 448 : 1152].view(torch.bfloat16).tolist() == [1.5] * 64
+    assert page[1160:1167].tolist() == [127 - 8] * 7, "2^-8 is the smallest power of two with 1.5 <= 448 * it"
+    assert bool((pages[0] == NAN_BYTE).all()), "no other page is written"
+    assert bool((page[:576] == NAN_BYTE).all()), "nor another key"

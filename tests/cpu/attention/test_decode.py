@@ -116,12 +116,13 @@ def test_padded_rows_change_nothing(model: Model) -> None:
     assert (padded[:count] - alone).abs().max() < FLOAT64_TOLERANCE
 
 
-def test_official_numerics_of_attention_stay_on_the_reference(
+def test_official_numerics_of_attention_have_the_line_too(
     tmp_path_factory: pytest.TempPathFactory, device: torch.device
 ) -> None:
-    model = load(tmp_path_factory, device, official=frozenset({Step.KV}))
-    assert model.paged is None
-    cache = model.new_cache()
-    for _ in range(2):
-        model.forward(ForwardBatch.of([([7], cache)], device))
-    assert not [slot for slot in model.ledger.calls if slot.endswith(("attn.decode.attend", "attn.decode.entries"))]
+    official = load(tmp_path_factory, device, official=frozenset({Step.KV, Step.INDEXER, Step.Q_HEAD_NORM}))
+    found = decode(official, CachePool(official.cache_spec))
+    assert {slot for slot in official.ledger.calls if slot.endswith("attn.decode.attend")}
+    for row, count in enumerate(PROMPTS):
+        token_ids = ids(count, row) + [ids(len(PROMPTS), 100 + step)[row] for step in range(len(found))]
+        batch = ForwardBatch.of([(token_ids, official.new_cache())], device, all_logits=True)
+        assert (official.forward(batch)[-len(found) :] - found[:, row]).abs().max() < FLOAT64_TOLERANCE

@@ -114,8 +114,9 @@ def test_chunks_compute_what_one_step_computes(folders: dict[str, Path]) -> None
 def test_every_planned_step_runs(layout: str, folders: dict[str, Path]) -> None:
     """The ledger counts each planned operation, those of official numerics included."""
     model = load_model(folders[layout], EngineConfig(dtype=torch.bfloat16, official=OFFICIAL))
-    found = model.forward(ForwardBatch.of([(token_ids(40), model.new_cache())], "cpu"))
-    assert torch.isfinite(found).all()
+    cache = model.new_cache()
+    for ids in (token_ids(40), token_ids(1)):  # a prompt, and a decode step
+        assert torch.isfinite(model.forward(ForwardBatch.of([(ids, cache)], "cpu"))).all()
     assert set(model.ledger.calls) == set(plan_model(folders[layout], "cpu", official=OFFICIAL).slots)
 
 

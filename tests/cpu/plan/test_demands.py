@@ -73,7 +73,7 @@ def test_batch_invariance_is_an_input() -> None:
 
 def all_companions(config: ModelConfig) -> list[CompanionSpec]:
     """Those of every step, then those of decode steps, layer by layer."""
-    decode = (decode_ops(config, layer, PLAIN_NUMERICS) for layer in config.backbone_layers())
+    decode = (decode_ops(config, layer) for layer in config.backbone_layers())
     return [*companion_ops(config), *chain.from_iterable(decode)]
 
 

@@ -13,12 +13,15 @@ from support.mutations.runs import write_model
 from ownpath.config import EngineConfig
 from ownpath.conformance.decode import best_entries
 from ownpath.finding import Finding, Verdict, failed
+from ownpath.formats import CacheFormat
+from ownpath.loading import default_model_dir
 from ownpath.official import PLAIN, Step
 from ownpath.verify import kernel_stage as stage
 from ownpath.verify.kernels.decode import check_decode
 from ownpath.verify.subject import Selection, Subject
 
 SLOT = "layers.1.attn.decode"
+ATTENTION = frozenset({Step.KV, Step.INDEXER, Step.Q_HEAD_NORM})
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +34,13 @@ def only_this_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "CHECKS", (("K11", check_decode),))
 
 
-def checked(folder: Path, layer_idx: int, official: frozenset[Step] = PLAIN) -> list[Finding]:
-    engine = EngineConfig(dtype=torch.bfloat16, official=official)
+def checked(
+    folder: Path,
+    layer_idx: int,
+    official: frozenset[Step] = PLAIN,
+    cache_format: CacheFormat = CacheFormat.BF16,
+) -> list[Finding]:
+    engine = EngineConfig(dtype=torch.bfloat16, official=official, cache_format=cache_format)
     return list(stage.kernel_stage(Subject.of(folder, engine, Selection(frozenset({layer_idx})))))
 
 
@@ -49,8 +57,32 @@ def test_a_right_layer_passes_in_bfloat16(layer_idx: int, folder: Path) -> None:
     assert 0.1 < finding.number <= 1, "a rounding to bfloat16 comes near to what is allowed"
 
 
-def test_layers_without_such_kernels_are_skipped(folder: Path) -> None:
-    [finding] = checked(folder, decode.CSA, frozenset({Step.KV}))
+@pytest.mark.parametrize("official", [PLAIN, ATTENTION], ids=["plain", "official"])
+@pytest.mark.parametrize("cache_format", list(CacheFormat))
+@pytest.mark.parametrize("layer_idx", [decode.SLIDING, decode.CSA, decode.HCA])
+def test_formats_and_numerics_are_checked_to_the_code(
+    layer_idx: int, cache_format: CacheFormat, official: frozenset[Step]
+) -> None:
+    [finding] = checked(default_model_dir(), layer_idx, official, cache_format)
+    assert (finding.where, finding.verdict) == (f"layers.{layer_idx}", Verdict.PASS), finding.message
+
+
+def rounded_down(run: Callable[..., None], raw: Any, angles: Any, rows: Any, pools: Any) -> None:
+    """Codes of the window's pages one step towards zero."""
+    run(raw, angles, rows, pools)
+    codes = pools.window[:, : 128 * 576].unflatten(1, (128, 576))[:, :, :448]
+    codes[(codes & 0x7F) > 0] -= 1
+
+
+def test_a_code_beside_the_nearest_is_seen() -> None:
+    mutation = decode.on_pages("codes", "write", rounded_down)
+    with mutation.interference.applied():
+        findings = failed(checked(default_model_dir(), decode.CSA, cache_format=CacheFormat.FP8))
+    assert {finding.where for finding in findings} == {f"{SLOT}.entries"}
+
+
+def test_layers_without_such_kernels_are_skipped(tmp_path: Path) -> None:
+    [finding] = checked(write_model(tmp_path / "model", sliding_window=64), decode.CSA)
     assert finding.verdict is Verdict.SKIPPED
     assert "no kernels of decode steps are planned" in finding.message
 

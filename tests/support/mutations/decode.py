@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
+from ownpath.formats import CacheFormat
 from ownpath.kernels.attend.ref import gather_keys
 from ownpath.kernels.attend.types import WINDOW_ROWS, DecodeKeys, DecodeRows
 from ownpath.kernels.entries.types import EntryAngles, LayerPools, RawRows, RowPlaces
 from ownpath.kernels.norms.ref import rms_norm
-from ownpath.numerics import rotate_pairs
+from ownpath.numerics import INDEX_PAGES, KEY_PAGES, PageForm, rotate_pairs
 from ownpath.runners.decode import StepAngles
 from ownpath.verify.layer import LoadedLayer
 from support.layer_faults import in_operand, with_attn
@@ -175,6 +176,32 @@ def on_reference(loaded: LoadedLayer) -> LoadedLayer:
     return with_attn(loaded, backend=loaded.block.attn.backend.reference)
 
 
+def scales_moved(pages: torch.Tensor, form: PageForm) -> torch.Tensor:
+    """FP8 pages whose plane of scales starts a key's scales too late."""
+    num_codes = pages.shape[1] // form.key_bytes * form.num_code_bytes
+    codes, scales = pages[:, :num_codes], pages[:, num_codes:]
+    return torch.cat((codes, scales.roll(form.num_scale_bytes, dims=1)), 1)
+
+
+def scales_read_late(run: Any, q: Any, cos: Any, sin: Any, keys: DecodeKeys, rows: DecodeRows) -> torch.Tensor:
+    return run(q, cos, sin, keys._replace(entries=scales_moved(keys.entries, KEY_PAGES)), rows)
+
+
+def index_scales_read_late(run: Any, query: Any, keys: torch.Tensor, rows: Any) -> torch.Tensor:
+    return run(query, scales_moved(keys, INDEX_PAGES), rows)
+
+
+def scales_written_late(run: Any, raw: Any, angles: Any, rows: Any, pools: LayerPools) -> None:
+    """The window's scales go a key too far."""
+    run(raw, angles, rows, pools)
+    pools.window.copy_(scales_moved(pools.window, KEY_PAGES))
+
+
+def on_pages(what: str, part: str, call: Callable[..., Any]) -> Mutation:
+    """``called`` on the embedded model, whose keys fit FP8 pages."""
+    return replace(called(what, part, call), model="embedded", cache_format=CacheFormat.FP8)
+
+
 MUTATIONS = {
     "decode: stale block table": given("another row's table", "attend", HCA, blocks_TB=next_row),
     "decode: wrong slot read": given("another row's ring", "attend", SLIDING, slots_T=next_row),
@@ -197,6 +224,9 @@ MUTATIONS = {
     "decode: ties broken upwards": called("equal scores", "select", ties_upwards),
     "decode: selection one short": in_line("index_topk", "select", fewer_entries),
     "decode: NaN scores not flagged": called("non_finite", "select", nan_unflagged),
+    "decode: scales of FP8 pages read late": on_pages("the plane of scales", "attend", scales_read_late),
+    "decode: scales of FP8 index keys read late": on_pages("the plane of scales", "score", index_scales_read_late),
+    "decode: scales of FP8 pages written late": on_pages("the plane of scales", "write", scales_written_late),
     "decode: left to the reference": Mutation(
         "no kernel of decode steps runs",
         "LG02",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ownpath.assembly import LoadedPart
+from ownpath.formats import CacheFormat
 from ownpath.verify.layer import LoadedLayer
 from ownpath.weights.load import LoadedWeights
 from support.broken import Tensors, change_tensors
@@ -33,6 +34,7 @@ class Mutation:
     empty: all. source: whether another export is given (``--source``). device: whose plan is loaded.
     model: which intact one is corrupted, by its name in ``runs.write_models``. is_official: ``--numerics official``.
     is_warning: it is told as a warning, and nothing fails: the answer here is right all the same.
+    cache_format: of keys (``--cache-format``).
     in_plan: done to what `ownpath plan --json` wrote before (``--ledger``).
     """
 
@@ -49,6 +51,7 @@ class Mutation:
     is_official: bool = False
     is_warning: bool = False
     in_plan: Callable[[dict[str, Any]], object] | None = None
+    cache_format: CacheFormat = CacheFormat.BF16
 
     @property
     def options(self) -> str:
@@ -57,6 +60,7 @@ class Mutation:
         options += [f"--stages {','.join(self.stages)}"] if self.stages else []
         options += ["--source DIR"] if self.source else []
         options += ["--numerics official"] if self.is_official else []
+        options += [f"--cache-format {self.cache_format}"] if self.cache_format is not CacheFormat.BF16 else []
         options += ["--ledger PLAN"] if self.in_plan is not None else []
         return " ".join(options)
 

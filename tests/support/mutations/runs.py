@@ -49,7 +49,8 @@ def verified(mutation: Mutation, models: dict[str, Path], scratch: Path) -> Veri
         folder = Path(shutil.copytree(intact, scratch / "model"))
         mutation.on_disk(folder)
     layer_ids = None if mutation.layer_idx is None else frozenset({mutation.layer_idx})
-    engine = EngineConfig(official=OFFICIAL if mutation.is_official else PLAIN)
+    official = OFFICIAL if mutation.is_official else PLAIN
+    engine = EngineConfig(official=official, cache_format=mutation.cache_format)
     job = VerifyJob(folder, engine, Selection(layer_ids))
     job.source = models["source"] if mutation.source else None
     if mutation.in_plan is not None:

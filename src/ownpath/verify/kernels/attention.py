@@ -15,6 +15,7 @@ from ownpath.cache.pools import CachePool, CacheSpec
 from ownpath.cache.tables import StepTables
 from ownpath.config import SLIDING
 from ownpath.conformance.bounds import Deviation, Exact, deviation
+from ownpath.conformance.cached import kept
 from ownpath.conformance.exact import attention
 from ownpath.conformance.params import NUM_KEYS
 from ownpath.finding import Finding
@@ -107,7 +108,8 @@ def _check_window(probe: Probe, slot: str, core: Any) -> Deviations:
         found.append(core(Projected(q_tNH[rows], kv_tH[rows]), probe.layer.reference_step(tables)))
         tables.extend()
     age = torch.arange(num_tokens, device=probe.device)[:, None] - torch.arange(num_tokens, device=probe.device)
-    worst = deviation(torch.cat(found), _exact(probe, slot, q_tNH, kv_tH, (age >= 0) & (age < window)))
+    exact = _exact(probe, slot, q_tNH, _kept(probe, kv_tH), (age >= 0) & (age < window))
+    worst = deviation(torch.cat(found), exact)
     where = f"token {worst.place[0]}: {worst}" if worst.place else ""
     yield worst, where
 
@@ -119,6 +121,10 @@ def chunks(window: int, num_tokens: int) -> Iterator[int]:
     yield num_tokens - sum(sizes)
 
 
+def _kept(probe: Probe, keys_TH: Tensor) -> Tensor:
+    return kept(keys_TH, probe.config.qk_rope_head_dim, probe.subject.engine.cache_format)
+
+
 def _pool(probe: Probe, num_tokens: int) -> CachePool:
     """Makes the caches of one sequence, with no room beyond what is needed."""
     spec = CacheSpec.of(probe.config, probe.subject.engine)
@@ -126,11 +132,12 @@ def _pool(probe: Probe, num_tokens: int) -> CachePool:
 
 
 def _check_ring(probe: Probe, slot: str, core: AttentionCore) -> Deviations:
-    """Checks that written rows come back bit by bit, anywhere in the ring, after chunks of every size."""
+    """Checks that written rows come back bit by bit, as the caches keep them, anywhere in the ring, after chunks of every size."""
     assert probe.layer is not None
     config = probe.config
     window, num_tokens = config.sliding_window, 3 * config.sliding_window + 5
     kv_tH = _keys(probe, slot, num_tokens)
+    kept_tH = _kept(probe, kv_tH)
     cache, wrong = _pool(probe, num_tokens).new_sequence(), 0
     for size in (1, window - 1, 1, window, 2, window // 2, window + 1):
         size = min(size, num_tokens - cache.num_tokens)
@@ -139,5 +146,5 @@ def _check_ring(probe: Probe, slot: str, core: AttentionCore) -> Deviations:
         probe.layer.reference_step(tables).write_rows(core.layer, Projected(new_tH, new_tH))
         tables.extend()
         last = torch.arange(max(0, cache.num_tokens - window), cache.num_tokens, device=probe.device)
-        wrong += int((cache.window(core.layer.layer_idx)[last % window] != kv_tH[last]).any(-1).sum())
+        wrong += int((cache.window(core.layer.layer_idx)[last % window] != kept_tH[last]).any(-1).sum())
     yield Deviation(float("inf") if wrong else 0.0), f"{wrong} rows are not what was written"
