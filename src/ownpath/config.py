@@ -217,7 +217,7 @@ class EngineConfig:
     """The engine's settings: device, activation dtype, limits and numerics.
 
     device: a torch device name.
-    dtype: dtype of activations, and of caches in BF16. Sums, norms, softmax and router scores are at least float32 in any case.
+    dtype: of activations, and of caches in BF16. Sums, norms, softmax and router scores are at least float32 in any case.
     max_model_len: tokens (prompt + answer) that one sequence may reach; caches are allocated for it once.
     max_num_seqs: sequences that run together.
     max_prefill_tokens: prompt tokens that one step may process, over all sequences.
@@ -324,11 +324,7 @@ def _check_semantics(config: ModelConfig, fields: dict[str, object], source: str
         ("o_groups", config.num_attention_heads % config.o_groups == 0, "must divide num_attention_heads"),
         ("qk_rope_head_dim", config.qk_rope_head_dim % 2 == 0, "must be even"),
         ("qk_rope_head_dim", config.qk_rope_head_dim <= config.head_dim, "must not exceed head_dim"),
-        (
-            "qk_rope_head_dim",
-            config.qk_rope_head_dim <= config.index_head_dim,
-            "must not exceed index_head_dim",
-        ),
+        ("qk_rope_head_dim", config.qk_rope_head_dim <= config.index_head_dim, "must not exceed index_head_dim"),
         (
             "num_experts_per_tok",
             config.num_experts_per_tok <= config.n_routed_experts,

@@ -110,9 +110,13 @@ class CacheLayout:
     def num_bytes(self, num_tokens: int, itemsize: int, state_itemsize: int) -> int:
         """Returns the bytes of the rows that one sequence of ``num_tokens`` can fill."""
         return sum(
-            member.num_sequence_rows(num_tokens) * member.row_bytes(itemsize, state_itemsize)
-            for member in self.members
+            member.num_sequence_rows(num_tokens) * member.row_bytes(itemsize, state_itemsize) for member in self.members
         )
+
+    def unit_bytes(self, itemsize: int, state_itemsize: int, *, is_paged: bool) -> int:
+        """Returns the bytes of one block of the paged tensors, or of one slot of the others."""
+        members = (member for member in self.members if member.group.is_paged == is_paged)
+        return sum(member.num_rows * member.row_bytes(itemsize, state_itemsize) for member in members)
 
 
 def _of_layer(config: ModelConfig, layer_idx: int, ratio: int) -> Iterator[CacheTensor]:

@@ -71,6 +71,19 @@ class CacheSpec:
         """Bytes that one sequence of ``max_tokens`` fills."""
         return self.layout.num_bytes(self.max_tokens, self.dtype.itemsize, self.state_dtype.itemsize)
 
+    @property
+    def token_bytes(self) -> float:
+        """Bytes that the entries of one more token fill, in all layers."""
+        return self._unit_bytes(is_paged=True) / BLOCK_TOKENS
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a sequence's windows and states, whatever its length."""
+        return self._unit_bytes(is_paged=False)
+
+    def _unit_bytes(self, *, is_paged: bool) -> int:
+        return self.layout.unit_bytes(self.dtype.itemsize, self.state_dtype.itemsize, is_paged=is_paged)
+
 
 @dataclass(frozen=True)
 class EntryCache:

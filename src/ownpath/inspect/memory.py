@@ -12,6 +12,8 @@ from ownpath.cache.pools import CacheSpec
 from ownpath.checkpoint.dtypes import TORCH_DTYPES
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.config import EngineConfig
+from ownpath.formats import CacheFormat
+from ownpath.plan.caches import cache_lack
 from ownpath.plan.plan import Plan, PlanError, PlannedOp, replan
 from ownpath.plan.select import Caps, Demands
 from ownpath.weights.operands import make_operand
@@ -22,8 +24,22 @@ KINDS = (Caps("cpu", "CPU"), Caps("cuda", "sm_90", 90, _PACKAGES), Caps("cuda", 
 
 
 @dataclass(frozen=True)
+class CacheMemory:
+    """The caches in one format. token_bytes: of one more token. request_bytes: of windows and states, at any length.
+
+    refusal: why the model's keys do not fit the format.
+    """
+
+    format: CacheFormat
+    token_bytes: float = 0.0
+    request_bytes: int = 0
+    refusal: str = ""
+
+
+@dataclass(frozen=True)
 class Memory:
-    """weights_bytes: all operands and tables. cache_bytes: one sequence of ``num_tokens``. refusal: why it cannot run.
+    """weights_bytes: all operands and tables. cache_bytes: one sequence of ``num_tokens``, in BF16. refusal: why it
+    cannot run. caches: by format.
 
     Step buffers and the allocator's own share come on top.
     """
@@ -34,6 +50,7 @@ class Memory:
     cache_bytes: int
     num_tokens: int
     refusal: str | None = None
+    caches: tuple[CacheMemory, ...] = ()
 
 
 def memory_needed(plan: Plan, index: CheckpointIndex) -> tuple[Memory, ...]:
@@ -46,17 +63,30 @@ def _memory_on(caps: Caps, first: Plan, index: CheckpointIndex, num_tokens: int)
     engine = EngineConfig.for_device(caps.device_type, num_tokens)
     dtype = str(engine.dtype).removeprefix("torch.")
     cache = cache_bytes(first, num_tokens, engine.dtype)
+    caches = tuple(_cache_memory(first, engine.dtype, cache_format) for cache_format in CacheFormat)
     try:
         plan = replan(first, caps, Demands(dtype, reference=first.demands.reference))
     except PlanError as error:
-        return Memory(caps.name, dtype, 0, cache, num_tokens, str(error))
-    return Memory(caps.name, dtype, weights_bytes(plan, index), cache, num_tokens)
+        return Memory(caps.name, dtype, 0, cache, num_tokens, str(error), caches)
+    return Memory(caps.name, dtype, weights_bytes(plan, index), cache, num_tokens, None, caches)
 
 
-def cache_bytes(plan: Plan, num_tokens: int, dtype: torch.dtype) -> int:
-    """Returns the bytes of the caches of one sequence of ``num_tokens``, with keys in ``dtype``."""
-    spec = CacheSpec(plan.config, num_tokens, dtype, torch.device("meta"), plan.draft.num_modules)
-    return spec.sequence_bytes
+def cache_bytes(plan: Plan, num_tokens: int, dtype: torch.dtype, cache_format: CacheFormat = CacheFormat.BF16) -> int:
+    """Returns the bytes of the caches of one sequence of ``num_tokens``; in BF16, keys have ``dtype``."""
+    return _spec(plan, num_tokens, dtype, cache_format).sequence_bytes
+
+
+def _cache_memory(plan: Plan, dtype: torch.dtype, cache_format: CacheFormat) -> CacheMemory:
+    lack = cache_lack(plan.config, Demands(cache_format=cache_format))
+    if lack:
+        return CacheMemory(cache_format, refusal=lack)
+    spec = _spec(plan, 0, dtype, cache_format)
+    return CacheMemory(cache_format, spec.token_bytes, spec.slot_bytes)
+
+
+def _spec(plan: Plan, num_tokens: int, dtype: torch.dtype, cache_format: CacheFormat) -> CacheSpec:
+    meta, num_drafts = torch.device("meta"), plan.draft.num_modules
+    return CacheSpec(plan.config, num_tokens, dtype, meta, num_drafts, cache_format=cache_format)
 
 
 def weights_bytes(plan: Plan, index: CheckpointIndex) -> int:

@@ -8,7 +8,7 @@ from rich.console import RenderableType
 from ownpath.checkpoint.problems import REMEDIES
 from ownpath.finding import Finding, failed, warned
 from ownpath.inspect.inspection import Contents, Inspection
-from ownpath.inspect.memory import Memory
+from ownpath.inspect.memory import CacheMemory, Memory
 from ownpath.inspect.module_rows import bytes_by_format, module_rows, num_parameters
 from ownpath.plan.input_scales import missing_input_scales
 from ownpath.terminal.page import Listing, fact, line
@@ -151,7 +151,14 @@ def _memory_fact(memory: Memory) -> tuple[str, str]:
     if memory.refusal is not None:
         return label, f"cannot run ({memory.refusal})"
     cache = f"{size_text(memory.cache_bytes)} for each sequence of {counted(memory.num_tokens, 'token')}"
-    return label, f"{size_text(memory.weights_bytes)} of weights, {cache} ({memory.activations})"
+    caches = "; ".join(map(_cache_text, memory.caches))
+    return label, f"{size_text(memory.weights_bytes)} of weights, {cache} ({memory.activations}). Caches: {caches}"
+
+
+def _cache_text(cache: CacheMemory) -> str:
+    if cache.refusal:
+        return f"{cache.format}: cannot be ({cache.refusal})"
+    return f"{cache.format}: {cache.token_bytes:,.0f} bytes a token and {size_text(cache.request_bytes)} a request"
 
 
 def _problem_parts(inspection: Inspection) -> list[RenderableType]:

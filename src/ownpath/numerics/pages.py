@@ -45,7 +45,8 @@ class PageForm:
     def read(self, pages: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Decodes the keys of some rows, int64 [...], of pages uint8 [P, R * key_bytes]: [..., H]. Reads no others."""
         codes, scales, page, row = self._split(pages, rows.reshape(-1))
-        return self.decode(codes[page, row], scales[page, row], dtype).unflatten(0, rows.shape)
+        keys: Tensor = self.decode(codes[page, row], scales[page, row], dtype).unflatten(0, rows.shape)
+        return keys
 
     def write(self, pages: Tensor, rows_E: Tensor, keys_EH: Tensor) -> None:
         """Encodes keys into rows of pages."""

@@ -315,7 +315,7 @@ class _Planner:
 
     @cached_property
     def no_decode(self) -> str:
-        """Why decode steps have no kernels of their own; empty if they have."""
+        """The reason that decode steps have no kernels of their own; empty if they have."""
         if self.config.sliding_window != DECODE_WINDOW:
             return f"made for windows of {DECODE_WINDOW} keys, not {self.config.sliding_window}"
         specs = chain.from_iterable(decode_ops(self.config, layer) for layer in self.config.backbone_layers())

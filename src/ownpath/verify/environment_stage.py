@@ -165,7 +165,8 @@ def memory_findings(subject: Subject, free: int | None) -> Iterator[Finding]:
         remedy = "free memory on the device, or verify on another (--device)"
         yield Finding("E04", "two layers", verdict, message, needed, f"<= {free} bytes", remedy)
         num_tokens = min(subject.engine.max_model_len, config.max_position_embeddings)
-        whole = weights_bytes(plan, index) + cache_bytes(plan, num_tokens, subject.engine.dtype)
+        caches = cache_bytes(plan, num_tokens, subject.engine.dtype, subject.engine.cache_format)
+        whole = weights_bytes(plan, index) + caches
         message = f"{_gib(whole)} with the caches of one sequence of {num_tokens} tokens, {_gib(free)} are free"
         if whole <= free:
             yield Finding("E04", "whole model", Verdict.PASS, message, whole, f"<= {free} bytes")

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from ownpath.finding import Finding, Verdict
-from ownpath.model.block import Residual
 from ownpath.formats import CacheFormat
+from ownpath.model.block import Residual
 from ownpath.official import Step
 from ownpath.verify.layer import load_layer
 from ownpath.verify.layers import end_to_end

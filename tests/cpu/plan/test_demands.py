@@ -13,7 +13,6 @@ from ownpath.config import ModelConfig
 from ownpath.formats import BF16, NVFP4
 from ownpath.kernels.registry import SPECS
 from ownpath.kernels.spec import KernelSpec
-from ownpath.official import PLAIN as PLAIN_NUMERICS
 from ownpath.ops import OpKind
 from ownpath.plan.opspec import CompanionSpec, companion_ops, decode_ops, model_ops
 from ownpath.plan.plan import PlanError, make_plan

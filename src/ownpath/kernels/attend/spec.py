@@ -38,7 +38,9 @@ def _reference(official: frozenset[Step]) -> KernelSpec:
         (),
         "DecodeAttention",
         "paged",
-        "torch, all rows at once; queries normed with every operation rounded" if official else "torch, all rows at once",
+        "torch, all rows at once; queries normed with every operation rounded"
+        if official
+        else "torch, all rows at once",
         "attend.ref:ATTEND",
         official=official,
         is_default=not official,
@@ -81,7 +83,10 @@ SPECS = (
         launches=(r"attend_sm90",),
         evidence=_CUTE_EVIDENCE,
     ),
-    *(_triton("triton.attend", "attend.launch:ATTEND", _SPLIT, o, is_batch_invariant=False) for o in (_PLAIN, _STEPWISE)),
+    *(
+        _triton("triton.attend", "attend.launch:ATTEND", _SPLIT, o, is_batch_invariant=False)
+        for o in (_PLAIN, _STEPWISE)
+    ),
     *(
         _triton("triton.attend_invariant", "attend.launch:ATTEND_INVARIANT", _FIXED, o, is_batch_invariant=True)
         for o in (_PLAIN, _STEPWISE)

@@ -132,7 +132,8 @@ def _pool(probe: Probe, num_tokens: int) -> CachePool:
 
 
 def _check_ring(probe: Probe, slot: str, core: AttentionCore) -> Deviations:
-    """Checks that written rows come back bit by bit, as the caches keep them, anywhere in the ring, after chunks of every size."""
+    """Checks that rows come back as the caches keep them, bit by bit, anywhere in the ring, after chunks of every
+    size."""
     assert probe.layer is not None
     config = probe.config
     window, num_tokens = config.sliding_window, 3 * config.sliding_window + 5

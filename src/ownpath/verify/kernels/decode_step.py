@@ -21,6 +21,7 @@ from ownpath.kernels.contract import NormWeights
 from ownpath.kernels.entries.types import CompressorWeights
 from ownpath.verify.kernels.probe import Probe
 
+
 @dataclass(frozen=True)
 class StoredCompressor:
     """One compressor's stored weights and its caches. name: its part of the caches."""
