@@ -217,7 +217,7 @@ class EngineConfig:
     """The engine's settings: device, activation dtype, limits and numerics.
 
     device: a torch device name.
-    dtype: of activations, and of caches in BF16. Sums, norms, softmax and router scores are at least float32 in any case.
+    dtype: of activations, and of caches in BF16. Sums, norms, softmax and router scores are at least float32 anyway.
     max_model_len: tokens (prompt + answer) that one sequence may reach; caches are allocated for it once.
     max_num_seqs: sequences that run together.
     max_prefill_tokens: prompt tokens that one step may process, over all sequences.

@@ -11,7 +11,7 @@ from ownpath.conformance.call import KernelCall
 from ownpath.conformance.memory import memory_problem
 from ownpath.kernels.attend.cases import CASES, AttendCase
 from ownpath.kernels.attend.launch import ATTEND, ATTEND_INVARIANT, TritonAttend
-from ownpath.kernels.attend.ref import decode_pages
+from ownpath.kernels.attend.ref import attend, decode_pages
 from ownpath.kernels.attend.types import AttendWeights, DecodeKeys, DecodeRows
 from ownpath.ops import OpKind
 
@@ -51,6 +51,17 @@ def test_few_rows_of_64_heads_are_split_by_heads() -> None:
     inputs = make_attend_inputs(TINY["flash CSA bf16"], 1, CPU)
     assert ATTEND.form(inputs.q_TNH, inputs.keys, inputs.rows).heads == 16
     judge_attend(run_poisoned(ATTEND, inputs), inputs)
+
+
+@pytest.mark.parametrize("label", ["embedded CSA bf16", "embedded CSA fp8"])
+def test_official_norm_of_queries(label: str) -> None:
+    """Every operation of the norm rounds: bit by bit what torch does on bfloat16, but for the order of a sum."""
+    inputs = make_attend_inputs(TINY[label], 5, CPU)
+    stepwise = replace(inputs, weights=replace(inputs.weights, is_stepwise=True))
+    found = run_poisoned(ATTEND, stepwise)
+    judge_attend(found, stepwise)
+    apart = [(found - attend(*one.arguments)).norm() for one in (stepwise, inputs)]
+    assert apart[0] < 0.7 * apart[1], "it is nearer to its own twin"
 
 
 @pytest.mark.parametrize("case", [CSA, HCA], ids=lambda case: case.label)

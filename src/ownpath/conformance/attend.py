@@ -24,7 +24,7 @@ from ownpath.conformance.bounds import (
 from ownpath.kernels.attend.cases import AttendCase
 from ownpath.kernels.attend.ref import entry_rows, gather_keys
 from ownpath.kernels.attend.types import WINDOW_ROWS, AttendWeights, DecodeKeys, DecodeRows
-from ownpath.kernels.norms.ref import rms_norm
+from ownpath.kernels.norms.ref import rms_norm, rms_norm_stepwise
 from ownpath.numerics import E4M3_MAX, decode_e8m0, encode_e4m3, encode_e8m0_ceil, rotate_pairs
 
 HEAD_DIM, NUM_PAIRS, BLOCK_TOKENS = 512, 32, 256
@@ -177,13 +177,16 @@ def write_pages(pages: torch.Tensor, rows_K: torch.Tensor, keys_KH: torch.Tensor
 
 def exact_attention(inputs: AttendInputs) -> Exact:
     """Computes o in float64 from queries rounded as the operation says, with the error that rounding may cause."""
-    q_TNH = rms_norm(inputs.q_TNH, None, inputs.weights.eps)
+    is_stepwise = inputs.weights.is_stepwise
+    q_TNH = (rms_norm_stepwise if is_stepwise else rms_norm)(inputs.q_TNH, None, inputs.weights.eps)
     q_TNH = rotate_pairs(q_TNH, inputs.cos_TF, inputs.sin_TF).double()
     value, bound = torch.empty_like(q_TNH), torch.empty_like(q_TNH)
     for t, q_NH in enumerate(q_TNH):
         keys_KH = gather_keys(inputs.keys, inputs.rows, t, torch.float64)
         sink_N, scale = inputs.weights.sink_N.double(), inputs.weights.softmax_scale
-        value[t], bound[t] = exact_row(q_NH, keys_KH, sink_N, scale)
+        # Stepwise, a mean or a root at the edge of two numbers may be either.
+        error_NH = 2 * rounding(torch.bfloat16) * q_NH.abs() if is_stepwise else None
+        value[t], bound[t] = exact_row(q_NH, keys_KH, sink_N, scale, error_NH=error_NH)
     cos, sin = inputs.cos_TF.double(), inputs.sin_TF.double()
     turned = rotate_pairs(value, cos, -sin)
     # Both channels of a pair may be off, by as much as either: |cos| + |sin| is below 1.5.

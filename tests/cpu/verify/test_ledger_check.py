@@ -121,7 +121,8 @@ def test_decode_slots_are_run_by_the_token_behind_the_prompt(folder: Path) -> No
 
 def test_an_engine_of_another_dtype_is_named(folder: Path) -> None:
     found = faults(folder, written(folder), dataclasses.replace(ENGINE, dtype=torch.bfloat16))
-    assert found["LG01"] == [("activations", "'float32' in the file, 'bfloat16' here")]
+    assert found["LG01"][0] == ("activations", "'float32' in the file, 'bfloat16' here")
+    assert [where for where, _ in found["LG01"]] == ["activations", "caches"], "whose dtype is the activations'"
     assert ("layers.{0-4}.attn.wq_b", "argument 0 must be float32, is bfloat16") in found["LG05"]
     wide = [where for where, _ in found["LG05"] if where.endswith("ffn.gate")]
     assert wide, "the gate's input is as wide as the activations"
@@ -178,7 +179,7 @@ def test_a_layer_that_cannot_be_loaded_is_named_and_the_others_run(tmp_path: Pat
         ("{", "not JSON"),
         ("[]", "expected a JSON object, found list"),
         ("{}", "device is missing"),
-        ('{"device": "CPU", "activations": "float32", "batch_invariant": false, "numerics": {}}', "ops is missing"),
+        (json.dumps({"device": "CPU", "activations": "", "batch_invariant": False, "numerics": {}, "caches": []}), "ops is"),
     ],
 )
 def test_what_is_no_plan_is_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -212,6 +213,7 @@ ON_HOPPER = {
     "device": "NVIDIA H200",
     "activations": "bfloat16",
     "batch_invariant": False,
+    "caches": [],
     "numerics": {},
     "ops": [
         {"slot": slot, "encoding": "x", "runner": "x", "kernel": kernel, "layout": "x", "shape": [1, 1]}

@@ -23,12 +23,14 @@ def rms_norm(
 
 
 def rms_norm_stepwise(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
-    """Computes x * rsqrt(mean(x²) + eps), every operation rounded to the dtype of x, as torch does on such tensors.
+    """Computes x * rsqrt(mean(x²) + eps), every operation rounded to the dtype of x, as torch does on a GPU.
 
-    There is no weight: the published code normalises query heads without one.
+    On a CPU torch's own root of a few bfloat16 numbers is rounded twice. There is no weight: the published code
+    normalises query heads without one.
     """
     assert weight is None
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    inside = x.square().mean(-1, keepdim=True) + eps
+    return x * torch.rsqrt(inside.to(sum_dtype(x))).to(x.dtype)
 
 
 class RmsNormReference(Reference):
