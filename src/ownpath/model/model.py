@@ -43,7 +43,7 @@ class Model:
 
     @property
     def decodes(self) -> bool:
-        """True if ``decode`` is planned: not with official numerics of attention."""
+        """True if ``decode`` is planned."""
         return self.paged is not None
 
     @cached_property

@@ -16,15 +16,16 @@ from ownpath.cache.layout import (
     ring_row,
 )
 from ownpath.config import CSA_RATIO, HCA_RATIO, SLIDING, ModelConfig
+from ownpath.formats import CacheFormat
 
 FLASH = (SLIDING, SLIDING, *[CSA_RATIO, HCA_RATIO] * 20, CSA_RATIO)
 """V4-Flash: 2 sliding layers, 21 CSA, 20 HCA."""
 PRO = (HCA_RATIO, *[CSA_RATIO, HCA_RATIO] * 30)
 
 
-def layout(ratios: tuple[int, ...]) -> CacheLayout:
+def layout(ratios: tuple[int, ...], cache_format: CacheFormat = CacheFormat.BF16) -> CacheLayout:
     sizes = {"head_dim": 512, "index_head_dim": 128, "sliding_window": 128}
-    return CacheLayout.of(ModelConfig.from_dict(SMALL | sizes), ratios)
+    return CacheLayout.of(ModelConfig.from_dict(SMALL | sizes), ratios, cache_format)
 
 
 @pytest.mark.parametrize(("ratios", "per_token"), [(FLASH, 6880), (PRO, 9848)], ids=["flash", "pro"])
@@ -38,6 +39,22 @@ def test_bytes_of_a_slot() -> None:
     """43 windows of 128 keys in BF16; float32 states of 21 CSA layers (8 rows of 2048 and of 512), 20 HCA (128)."""
     expected = 43 * 128 * 1024 + 4 * (21 * 8 * (2048 + 512) + 20 * 128 * 1024)
     assert layout(FLASH).num_bytes(0, itemsize=2, state_itemsize=4) == expected
+
+
+@pytest.mark.parametrize(
+    ("ratios", "per_block"),
+    [(FLASH, 21 * 64 * (584 + 132) + 20 * 2 * 584), (PRO, 30 * 64 * (584 + 132) + 31 * 2 * 584)],
+    ids=["flash", "pro"],
+)
+def test_fp8_pages_of_the_published_models(ratios: tuple[int, ...], per_block: int) -> None:
+    """A block of 256 tokens: 64 entries and index keys of each CSA layer, 2 entries of each HCA layer."""
+    found = layout(ratios, CacheFormat.FP8)
+    assert found.unit_bytes(2, 4, is_paged=True) == per_block
+    assert found.num_bytes(4096, 2, 4) - found.num_bytes(0, 2, 4) == 16 * per_block
+    plain = layout(ratios)
+    assert 0.55 < per_block / plain.unit_bytes(2, 4, is_paged=True) < 0.57
+    slots = plain.unit_bytes(2, 4, is_paged=False) - found.unit_bytes(2, 4, is_paged=False)
+    assert slots == len(ratios) * 128 * (1024 - 584), "states are float32 in either format"
 
 
 def test_members_of_each_kind_of_layer() -> None:

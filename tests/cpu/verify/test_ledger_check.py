@@ -179,7 +179,10 @@ def test_a_layer_that_cannot_be_loaded_is_named_and_the_others_run(tmp_path: Pat
         ("{", "not JSON"),
         ("[]", "expected a JSON object, found list"),
         ("{}", "device is missing"),
-        (json.dumps({"device": "CPU", "activations": "", "batch_invariant": False, "numerics": {}, "caches": []}), "ops is"),
+        (
+            json.dumps({"device": "CPU", "activations": "", "batch_invariant": False, "numerics": {}, "caches": []}),
+            "ops is",
+        ),
     ],
 )
 def test_what_is_no_plan_is_refused(text: str, message: str, tmp_path: Path) -> None:
