@@ -1,6 +1,7 @@
 """Decode attention compiles for sm_90 as its launcher launches it: nothing spills where keys are read. Nothing runs."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,6 +31,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
         for case in CASES:
             kernel = ATTEND if case.num_heads == 4 else ATTEND_INVARIANT
             kernel(*make_attend_inputs(case, 2, torch.device("cpu")).arguments)
+        official = make_attend_inputs(CASES[0], 2, torch.device("cpu"))
+        ATTEND(*replace(official, weights=replace(official.weights, is_stepwise=True)).arguments)
     folder = tmp_path_factory.mktemp("cubins")
     return [compile_launch(launch, 90, folder) for launch in launches]
 
@@ -42,8 +45,9 @@ def kinds(compiled: list[Compiled], **wanted: object) -> list[Compiled]:
 
 def test_every_form_is_there(compiled: list[Compiled]) -> None:
     """One compilation serves every number of rows, heads, blocks, selected entries and splits."""
-    assert len(kinds(compiled)) == len(CASES)
-    assert len(compiled) == len(CASES) + 2  # and one merge for each ratio that splits
+    assert len(kinds(compiled, STEPWISE=False)) == len(CASES)
+    assert len(kinds(compiled, STEPWISE=True)) == 1
+    assert len(compiled) == len(CASES) + 1 + 2  # and one merge for each ratio that splits
 
 
 def test_shared_memory_fits(compiled: list[Compiled]) -> None:

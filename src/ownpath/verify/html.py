@@ -53,6 +53,8 @@ def _facts(result: Verification) -> Html:
     rows.append(("checks", f"{report.counts_text(findings)} in {report.seconds_of(result):.1f} s"))
     rows += [("limited to", limit) for limit in report.limits_of(result.job.selection)]
     rows.append(_kernels(result))
+    plan = report.plan_of(result)
+    rows += [("caches", report.caches_text(plan))] if plan else []
     rows.append(("first bad layer", report.first_bad_layer(findings) or "none"))
     rows += [("largest error", report.worst_text(worst[1]))] if worst else []
     return render("dl", *(join(render("dt", name), render("dd", told)) for name, told in rows), class_="facts")
