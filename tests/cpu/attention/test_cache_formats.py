@@ -95,7 +95,7 @@ def test_pages_keep_what_official_numerics_round_to() -> None:
     assert torch.equal(KEY_PAGES.rounded(official), official)
 
 
-@pytest.mark.parametrize("count", [1, 64])
+@pytest.mark.parametrize("count", [0, 1, 64])
 def test_index_pages_keep_fp4_exactly(count: int) -> None:
     keys = fake_quantize_fp4(hadamard(keys_of_steps()[:count, :128]), 32)
     pages, rows = torch.full((1, 64 * 132), NAN_BYTE, dtype=torch.uint8), torch.arange(count)
