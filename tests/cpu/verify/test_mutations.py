@@ -10,10 +10,14 @@ from support.mutations.runs import outcome_of, verified, write_model, write_mode
 from support.mutations.table import rows, unseen_names
 from support.mutations.unseen import MUTATIONS as UNSEEN
 
+from ownpath.config import EngineConfig
 from ownpath.finding import Finding, Verdict, failed, warned
+from ownpath.formats import CacheFormat
 from ownpath.loading import default_model_dir
 from ownpath.verify.checks import TITLES
+from ownpath.verify.report import report_dict
 from ownpath.verify.run import STAGES, Verification, VerifyJob, verify
+from ownpath.verify.subject import Selection
 
 EXPERTS = "layers.1.ffn.experts"
 SAYS = {
@@ -129,6 +133,19 @@ def test_intact_checkpoints_raise_no_alarm(seed: int, layout: str, tmp_path: Pat
     assert_no_alarm(result)
     if layout == "full-nvfp4":
         assert {f.id for f in of_stage(result, "file") if f.verdict is Verdict.SKIPPED} == {"F13"}
+
+
+def test_fp8_caches_raise_no_alarm() -> None:
+    """Of a CSA layer, which has all kinds of keys; test_decode_check has the other layers' decode steps."""
+    job = VerifyJob(default_model_dir(), EngineConfig(cache_format=CacheFormat.FP8), Selection(frozenset({1}), 1))
+    result = verify(job, ("kernels", "layers"))
+    assert result.passed, failed(result.findings)
+    caches = report_dict(result)["caches"]
+    assert [(cache["keys"], cache["format"]) for cache in caches] == [  # type: ignore[attr-defined]
+        ("window keys", "fp8"),
+        ("compressed entries", "fp8"),
+        ("index keys", "fp8"),
+    ]
 
 
 def test_the_embedded_model_raises_no_alarm() -> None:

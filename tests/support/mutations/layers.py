@@ -10,6 +10,7 @@ from ownpath.attention.interface import AttentionLayer, Projected
 from ownpath.attention.reference import ReferenceAttention, ReferenceStep
 from ownpath.attention.rope import Rope, Rotation
 from ownpath.attention.select import EntrySelector
+from ownpath.formats import CacheFormat
 from ownpath.runners import SwigluMlp
 from ownpath.verify.layer import LoadedLayer
 from support.layer_faults import FAULTS, in_operand, with_attn, with_core, with_step
@@ -247,6 +248,18 @@ class UnkeptStep(ReferenceStep):
             window.copy_(before)
 
 
+class UnroundedStep(ReferenceStep):
+    """A step attends to its own keys as they are computed, not as the caches keep them."""
+
+    def attend(self, layer: AttentionLayer, rows: Projected) -> torch.Tensor:
+        return torch.cat([self._attend(layer, rows, request) for request in self.requests])
+
+
+def on_pages(mutation: Mutation) -> Mutation:
+    """The same on the embedded model, whose keys fit FP8 pages."""
+    return replace(mutation, model="embedded", cache_format=CacheFormat.FP8, stages=("kernels",))
+
+
 MUTATIONS = {
     "another theta in a CSA layer": known("wrong theta in a CSA layer", "its rotation", "K07", "attn rotation"),
     "another theta in a sliding layer": known("wrong theta in a sliding layer", "its rotation", "K07", "attn rotation"),
@@ -300,6 +313,9 @@ MUTATIONS = {
     ),
     "stale key row": known("a stale row in the window's cache", "the ring's newest row", "K09", "attn.core"),
     "decoded keys not kept": changed("the ring, in steps of one token", "V05", LAYER, with_step(UnkeptStep)),
+    "prompt's keys not rounded to FP8": on_pages(
+        changed("a step's own keys", "K09", "layers.1.attn.core", with_step(UnroundedStep))
+    ),
     "unwritten cache rows take part": known("unwritten cache rows take part", "the window's buffer", "V08", ""),
     "sequences of a step mixed up": known("sequences of a step mixed up", "later sequences' queries", "V09", ""),
 }
