@@ -51,8 +51,8 @@ class Attention:
     """One layer's attention. wqa_wkv: fused [R + H, D]; wo_a: one [rank, N/G*H] matrix per group.
 
     queries: low-rank query -> heads [T, N*H], and in CSA layers index heads. x_products: hidden -> in layers that
-    compress, at least float32: the compressor's raw rows [T, 2P], and in CSA layers those of the index keys' and the
-    index weights [T, I]. q_head_norm: the norm of each query head, without a weight. quantize_kv: rounds keys to the
+    compress, at least float32: the compressor's raw rows [T, 2P], and in CSA layers index weights [T, I] and the raw
+    rows of index keys. q_head_norm: the norm of each query head, without a weight. quantize_kv: rounds keys to the
     cache's format; the identity without one. core: (rows, step) -> [T, N, H]. decode: what takes the place of norms,
     rotations and ``core`` in a decode step.
     """
@@ -94,7 +94,7 @@ class Attention:
         rows = [] if self.x_products is None else self.x_products(x_TD)
         if self.indexer is None:
             return Products(q_TNH, kv_TH, *rows)
-        compressor_rows, indexer_rows, index_weights_TI = rows
+        compressor_rows, index_weights_TI, indexer_rows = rows
         index_q_TIH = index_q[0].unflatten(-1, (config.index_n_heads, config.index_head_dim))
         return Products(q_TNH, kv_TH, compressor_rows, indexer_rows, index_q_TIH, index_weights_TI)
 

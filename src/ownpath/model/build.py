@@ -185,9 +185,8 @@ class Builder:
         config, indexer = self.config, f"{attn}.indexer"
         widths = {f"{attn}.compressor.wkv_wgate": 2 * compressor_width(ratio, config.head_dim)}
         if ratio == CSA_RATIO:
-            index_width = 2 * compressor_width(ratio, config.index_head_dim)
-            widths[f"{indexer}.compressor.wkv_wgate"] = index_width
             widths[f"{indexer}.weights_proj"] = config.index_n_heads
+            widths[f"{indexer}.compressor.wkv_wgate"] = 2 * compressor_width(ratio, config.index_head_dim)
         return JointProducts.of(f"{attn}.x_products", widths, self.runners, self._runner)
 
     @cached_property

@@ -176,9 +176,9 @@ def _attention_ops(config: ModelConfig, attn: str, ratio: int) -> Iterator[OpSpe
         indexer, num_heads = f"{attn}.indexer", config.index_n_heads
         index_dim = num_heads * config.index_head_dim
         yield _linear(f"{indexer}.wq_b", (f"{indexer}.wq_b", index_dim, rank), joins=of_qr)
-        yield _compressor_op(f"{indexer}.compressor", compressor_width(ratio, config.index_head_dim), dim, of_x)
         weights = f"{indexer}.weights_proj"
         yield _linear(weights, (weights, num_heads, dim), is_wide=True, joins=of_x)
+        yield _compressor_op(f"{indexer}.compressor", compressor_width(ratio, config.index_head_dim), dim, of_x)
     group_dim = heads_dim // config.o_groups
     wo_a = ModuleSpec(f"{attn}.wo_a", (out_rank, group_dim))
     yield OpSpec(f"{attn}.wo_a", OpKind.GROUPED, (wo_a,), inner_dims=(config.o_lora_rank, config.head_dim))
