@@ -13,8 +13,8 @@ from ownpath.attention.interface import AttentionLayer
 from ownpath.attention.reference import ReferenceAttention
 from ownpath.attention.rope import Rope, Rotation
 from ownpath.attention.select import EntrySelector
+from ownpath.cache.layout import windows_per_entry
 from ownpath.cache.pools import CacheSpec
-from ownpath.checkpoint.names import compressor_width
 from ownpath.config import CSA_RATIO, EngineConfig, Layer, ModelConfig
 from ownpath.model.attention import Attention, AttentionCore
 from ownpath.model.block import Block
@@ -183,10 +183,11 @@ class Builder:
 
     def _x_products(self, attn: str, ratio: int) -> JointProducts:
         config, indexer = self.config, f"{attn}.indexer"
-        widths = {f"{attn}.compressor.wkv_wgate": 2 * compressor_width(ratio, config.head_dim)}
+        rows_of_head = 2 * windows_per_entry(ratio)
+        widths = {f"{attn}.compressor.wkv_wgate": rows_of_head * config.head_dim}
         if ratio == CSA_RATIO:
             widths[f"{indexer}.weights_proj"] = config.index_n_heads
-            widths[f"{indexer}.compressor.wkv_wgate"] = 2 * compressor_width(ratio, config.index_head_dim)
+            widths[f"{indexer}.compressor.wkv_wgate"] = rows_of_head * config.index_head_dim
         return JointProducts.of(f"{attn}.x_products", widths, self.runners, self._runner)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What the lightning indexer does to its projections, from which a CSA layer's compressed entries are scored.
+"""The lightning indexer's projections on the way to attention, from which a CSA layer's compressed entries are scored.
 
 Legend: T tokens, I index heads, H index head dim.
 """

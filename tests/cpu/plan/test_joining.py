@@ -160,7 +160,7 @@ def test_the_reference_may_be_asked_for_by_any_of_its_names() -> None:
 
 
 def test_a_plan_names_the_modules_of_what_it_joins() -> None:
-    """Which kernel ran for ``indexer.weights_proj`` can be read off the page."""
+    """The kernel that ran for ``indexer.weights_proj`` can be read off the page."""
     text = plan_text(plan_of(FLASH | THREE_LAYERS))
     (line,) = (line for line in text.splitlines() if "weights_proj" in line)
     assert line.split()[0] == "layers.1.attn.x_products:"
