@@ -59,7 +59,8 @@ def test_it_is_a_full_nvfp4_export_of_every_layer_type() -> None:
     assert (config.head_dim, config.qk_rope_head_dim, config.hc_mult) == (512, 64, 4)
     for op in plan.ops:
         leaf = op.spec.slot.rsplit(".", 1)[-1]
-        in_attention = ".attn." in op.spec.slot and "compressor" not in op.spec.slot and "indexer" not in op.spec.slot
+        is_small = any(part in op.spec.slot for part in ("compressor", "indexer", "x_products"))
+        in_attention = ".attn." in op.spec.slot and not is_small
         if op.spec.kind is OpKind.MOE or ".shared_experts." in op.spec.slot or (in_attention and leaf != "wo_a"):
             assert op.encoding.format is NVFP4, op.label
         elif op.spec.slot.endswith("indexer.wq_b"):

@@ -123,6 +123,14 @@ def test_graph_is_eager(name: str, case: AttendCase, cuda: torch.device) -> None
     assert torch.equal(out, wanted)
 
 
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("case", MIXED, ids=label)
+def test_queries_may_lie_in_wider_rows(name: str, case: AttendCase, cuda: torch.device) -> None:
+    """As in a product that has the index queries behind them: the same bits."""
+    inputs = make_attend_inputs(case, 7, cuda)
+    assert torch.equal(run(ALL[name], inputs.sliced()), run(ALL[name], inputs))
+
+
 @pytest.mark.parametrize("case", MIXED, ids=label)
 def test_a_row_does_not_depend_on_its_neighbours(case: AttendCase, cuda: torch.device) -> None:
     """Nor on their number, nor on the width of the tables, where the kernel is invariant."""

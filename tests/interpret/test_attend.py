@@ -11,6 +11,7 @@ from ownpath.conformance.call import KernelCall
 from ownpath.conformance.memory import memory_problem
 from ownpath.kernels.attend.cases import CASES, AttendCase
 from ownpath.kernels.attend.launch import ATTEND, ATTEND_INVARIANT, TritonAttend
+from ownpath.kernels.attend.ref import ATTEND as TWIN
 from ownpath.kernels.attend.ref import attend, decode_pages
 from ownpath.kernels.attend.types import AttendWeights, DecodeKeys, DecodeRows
 from ownpath.ops import OpKind
@@ -102,6 +103,15 @@ def moved(inputs: AttendInputs) -> AttendInputs:
         shifted = rows.selected_TK + 7 * keys.per_block
         rows = rows._replace(selected_TK=torch.where(rows.selected_TK < 2**30, shifted, rows.selected_TK))
     return replace(inputs, keys=keys._replace(entries=entries.flatten(0, 1)), rows=rows)
+
+
+@pytest.mark.parametrize("kernel", [ATTEND, ATTEND_INVARIANT, TWIN], ids=["free", "invariant", "twin"])
+def test_queries_may_lie_in_wider_rows(kernel: Any) -> None:
+    """As in a product that has the index queries behind them."""
+    inputs = make_attend_inputs(CSA, 3, CPU)
+    operand = kernel.prepare(inputs.weights)
+    wide, dense = (kernel.run(*of.arguments[:5], operand) for of in (inputs.sliced(), inputs))
+    assert torch.equal(wide, dense)
 
 
 def test_padded_rows_are_nobodys() -> None:

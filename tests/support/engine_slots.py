@@ -1,5 +1,6 @@
 """One layer of the engine, run alone on given streams, with every slot's result on record."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ def engine_slots(layer: LoadedLayer, x_TSD: torch.Tensor, token_ids_T: torch.Ten
     then. Returns every slot's result, and ``out``, by the oracle's names."""
     cache = layer.new_pool(len(token_ids_T), max_sequences=1).new_sequence()
     batch = ForwardBatch.of([(token_ids_T.tolist(), cache)], x_TSD.device)
-    with layer.ledger.observe(Results()) as results:
+    columns = {op.spec.slot: op.spec.columns for op in layer.plan.ops}
+    with layer.ledger.observe(Results(columns)) as results:
         rotation, step = layer.rope.at(batch.positions_T), layer.reference_step(batch.tables)
         after = layer.block(Residual(x_TSD), rotation, batch.token_ids_T, step)
     out = layer.block.hc_attn(after.x_TSD, after.y_TD, after.mix)
@@ -24,9 +26,10 @@ def engine_slots(layer: LoadedLayer, x_TSD: torch.Tensor, token_ids_T: torch.Ten
 
 
 class Results(Observer):
-    """Copies of what slots returned, each called once."""
+    """Copies of what slots returned, each called once. columns: of the products that a slot joins, by their names."""
 
-    def __init__(self) -> None:
+    def __init__(self, columns: Mapping[str, Mapping[str, slice]]) -> None:
+        self.columns = columns
         self.found: dict[str, torch.Tensor] = {}
 
     def after(self, call: Watched, args: CallArguments, result: Any) -> None:
@@ -37,4 +40,5 @@ class Results(Observer):
             self.found |= {f"{slot}.ids": result[0].clone(), f"{slot}.weights": result[1].clone()}
         else:
             assert slot not in self.found, "called once"
-            self.found[slot] = result.clone()
+            parts = self.columns.get(slot) or {slot: slice(None)}
+            self.found |= {name: result[..., own].clone() for name, own in parts.items()}

@@ -64,7 +64,38 @@ def wrapped(watched: Any, change: Callable[..., Any]) -> Watched:
 
 def linear(name: str, change: Callable[..., Any]) -> Change:
     """A fault of one of attention's runners."""
-    return lambda loaded: with_attn(loaded, **{name: wrapped(getattr(loaded.block.attn, name), change)})
+    return lambda loaded: with_product(loaded, name, lambda watched: wrapped(watched, change))
+
+
+def with_product(loaded: LoadedLayer, name: str, change: Callable[[Any], Any]) -> LoadedLayer:
+    """One of attention's products changed: a field of it, or one of those that share an input."""
+    attn: Any = loaded.block.attn
+    if hasattr(attn, name):
+        return with_attn(loaded, **{name: change(getattr(attn, name))})
+    slot = f"layers.{loaded.layer_idx}.attn.{name}"
+    for field in ("queries", "x_products"):
+        joint: Any = getattr(attn, field)
+        linears = () if joint is None else tuple(_with_part(loaded, one, slot, change) for one in joint.linears)
+        if joint is not None and any(new is not old for new, old in zip(linears, joint.linears, strict=True)):
+            return with_attn(loaded, **{field: replace(joint, linears=linears)})
+    raise AssertionError(f"{slot} is no product")
+
+
+def _with_part(loaded: LoadedLayer, watched: Any, slot: str, change: Callable[[Any], Any]) -> Any:
+    """A slot changed if it is this one, or in the columns that are this one's."""
+    if watched.slot == slot:
+        return change(watched)
+    columns = loaded.plan.ops_of(watched.slot)[0].spec.columns.get(slot)
+    if columns is None:
+        return watched
+    own = change(replace(watched, slot=slot, runner=lambda x: watched.runner(x)[..., columns])).runner
+
+    def changed(_: Any, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = watched.runner(x).clone()
+        y[..., columns] = own(x)
+        return y
+
+    return wrapped(watched, changed)
 
 
 def in_ffn(name: str, change: Callable[..., Any]) -> Change:

@@ -44,8 +44,10 @@ LINEAR_SHAPES = (
     LinearShape("gate_up", 4096, 4096),
     LinearShape("down", 4096, 2048),
     LinearShape("tiny", 256, 128),
+    LinearShape("queries", 40960, 1024),
 )
-"""DeepSeek-V4-Flash's dense matrices, gate_up and down being the shared expert's; tiny is for trying the harness."""
+"""DeepSeek-V4-Flash's dense matrices, gate_up and down being the shared expert's; tiny is for trying the harness, and
+queries, a CSA layer's ``wq_b`` and index ``wq_b``, are measured if they are named."""
 
 MOE_TOKENS = (1, 4, 8, 16, 64, 256, 1024, 4096, 8192)
 LINEAR_TOKENS = (1, 16, 64, 256, 2048)

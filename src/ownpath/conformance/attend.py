@@ -67,6 +67,13 @@ class AttendInputs:
         """Returns the first rows of the call; the pools stay."""
         return self.part(slice(count))
 
+    def sliced(self) -> "AttendInputs":
+        """Returns the same call with queries that are slices of wider rows, full of NaN besides."""
+        wide = self.q_TNH.new_full((len(self.q_TNH), self.q_TNH[0].numel() + 8192), torch.nan)
+        q_TNH = wide[:, : self.q_TNH[0].numel()].unflatten(1, self.q_TNH.shape[1:])
+        q_TNH.copy_(self.q_TNH)
+        return replace(self, q_TNH=q_TNH)
+
     def part(self, part: slice) -> "AttendInputs":
         """Returns some of the rows, with queries and lists in memory of their own."""
         q, cos, sin = (of_all[part].clone() for of_all in (self.q_TNH, self.cos_TF, self.sin_TF))

@@ -67,10 +67,11 @@ def router_inputs(case: KernelCase, num_tokens: int, g: torch.Generator) -> Inpu
 
 
 def norm_inputs(case: KernelCase, num_tokens: int, g: torch.Generator) -> Inputs:
-    """Draws rows of several magnitudes, as a slice of a wider tensor or as heads without a weight."""
+    """Draws rows of several magnitudes, or heads without a weight, as slices of wider rows."""
     dim, num_heads, pitch = case.sizes
     if num_heads:
-        return (_normal(g, num_tokens, num_heads, dim) * 3).bfloat16(), None, 1e-6
+        rows = (_normal(g, num_tokens, max(pitch, num_heads * dim)) * 3).bfloat16()
+        return rows[:, : num_heads * dim].unflatten(1, (num_heads, dim)), None, 1e-6
     x = (_normal(g, num_tokens, pitch) * 10 ** (4 * _uniform(g, num_tokens, 1) - 2)).bfloat16()
     return x[:, :dim], (1 + 0.1 * _normal(g, dim)).bfloat16(), 1e-6
 

@@ -22,6 +22,7 @@ from ownpath.attention.interface import (
 from ownpath.attention.rope import Rotation
 from ownpath.config import ModelConfig
 from ownpath.model.indexer import Indexer
+from ownpath.model.joint import JointProducts
 from ownpath.runners import GroupedRunner, KernelRunner, Linear, RMSNorm, Runner
 from ownpath.trace import Tap
 
@@ -49,21 +50,23 @@ class AttentionCore(Runner):
 class Attention:
     """One layer's attention. wqa_wkv: fused [R + H, D]; wo_a: one [rank, N/G*H] matrix per group.
 
-    q_head_norm: the norm of each query head, without a weight. quantize_kv: rounds keys to the cache's format; the
-    identity without one. compressor: hidden -> raw rows [T, 2P], at least float32. core: (rows, step) -> [T, N, H].
-    decode: what takes the place of norms, rotations and ``core`` in a decode step.
+    queries: low-rank query -> heads [T, N*H], and in CSA layers index heads. x_products: hidden -> in layers that
+    compress, at least float32: the compressor's raw rows [T, 2P], and in CSA layers index weights [T, I] and the raw
+    rows of index keys. q_head_norm: the norm of each query head, without a weight. quantize_kv: rounds keys to the
+    cache's format; the identity without one. core: (rows, step) -> [T, N, H]. decode: what takes the place of norms,
+    rotations and ``core`` in a decode step.
     """
 
     config: ModelConfig
     wqa_wkv: Linear
-    wq_b: Linear
+    queries: JointProducts
+    x_products: JointProducts | None
     wo_a: GroupedRunner
     wo_b: Linear
     q_norm: RMSNorm
     kv_norm: RMSNorm
     q_head_norm: RMSNorm
     quantize_kv: Callable[[torch.Tensor], torch.Tensor]
-    compressor: Linear | None
     indexer: Indexer | None
     core: Callable[[Projected, AttentionStep], torch.Tensor]
     decode: DecodeLayer | None
@@ -86,13 +89,14 @@ class Attention:
         config = self.config
         qr, kv_TH = self.wqa_wkv(x_TD).split((config.q_lora_rank, config.head_dim), dim=-1)
         qr_TR = self.q_norm(qr)
-        q_TNH = self.wq_b(qr_TR).unflatten(-1, (config.num_attention_heads, config.head_dim))
-        if self.compressor is None:
-            return Products(q_TNH, kv_TH)
-        rows = self.compressor(x_TD)
+        q, *index_q = self.queries(qr_TR)
+        q_TNH = q.unflatten(-1, (config.num_attention_heads, config.head_dim))
+        rows = [] if self.x_products is None else self.x_products(x_TD)
         if self.indexer is None:
-            return Products(q_TNH, kv_TH, rows)
-        return Products(q_TNH, kv_TH, rows, self.indexer.compressor(x_TD), *self.indexer.multiply(x_TD, qr_TR))
+            return Products(q_TNH, kv_TH, *rows)
+        compressor_rows, index_weights_TI, indexer_rows = rows
+        index_q_TIH = index_q[0].unflatten(-1, (config.index_n_heads, config.index_head_dim))
+        return Products(q_TNH, kv_TH, compressor_rows, indexer_rows, index_q_TIH, index_weights_TI)
 
     def _project(self, rows: Products, rotation: Rotation) -> Projected:
         """Norms and rotates, and rounds keys to their cache's format."""

@@ -13,11 +13,13 @@ from ownpath.attention.interface import AttentionLayer
 from ownpath.attention.reference import ReferenceAttention
 from ownpath.attention.rope import Rope, Rotation
 from ownpath.attention.select import EntrySelector
+from ownpath.cache.layout import windows_per_entry
 from ownpath.cache.pools import CacheSpec
 from ownpath.config import CSA_RATIO, EngineConfig, Layer, ModelConfig
 from ownpath.model.attention import Attention, AttentionCore
 from ownpath.model.block import Block
 from ownpath.model.indexer import Indexer
+from ownpath.model.joint import JointProducts
 from ownpath.model.model import Model
 from ownpath.model.moe import MoE
 from ownpath.model.mtp import Mtp
@@ -158,14 +160,14 @@ class Builder:
         return Attention(
             config=self.config,
             wqa_wkv=self._runner(f"{attn}.wqa_wkv"),
-            wq_b=self._runner(f"{attn}.wq_b"),
+            queries=self._queries(attn, is_csa),
+            x_products=self._x_products(attn, layer.ratio) if layer.ratio else None,
             wo_a=self._runner(f"{attn}.wo_a"),
             wo_b=self._runner(f"{attn}.wo_b"),
             q_norm=self._norm(f"{attn}.q_norm", self.params[f"{attn}.q_norm.weight"]),
             kv_norm=self._norm(f"{attn}.kv_norm", self.params[f"{attn}.kv_norm.weight"]),
             q_head_norm=self._norm(f"{attn}.q_head_norm", None),
             quantize_kv=self._watch(f"{attn}.key_quantizer", quantize_kv),
-            compressor=self._runner(f"{attn}.compressor.wkv_wgate") if layer.ratio else None,
             indexer=self._indexer(layer) if is_csa else None,
             core=self.ledger.watch(f"{attn}.core", self._core(layer_idx, compress_rope, quantize_kv)),
             decode=self._decode(layer_idx),
@@ -173,6 +175,22 @@ class Builder:
             tap_q=self._tap(layer, "attn.q"),
             tap_kv=self._tap(layer, "attn.kv"),
         )
+
+    def _queries(self, attn: str, is_csa: bool) -> JointProducts:
+        config = self.config
+        widths = {f"{attn}.wq_b": config.num_attention_heads * config.head_dim}
+        if is_csa:
+            widths[f"{attn}.indexer.wq_b"] = config.index_n_heads * config.index_head_dim
+        return JointProducts.of(f"{attn}.queries", widths, self.runners, self._runner)
+
+    def _x_products(self, attn: str, ratio: int) -> JointProducts:
+        config, indexer = self.config, f"{attn}.indexer"
+        rows_of_head = 2 * windows_per_entry(ratio)
+        widths = {f"{attn}.compressor.wkv_wgate": rows_of_head * config.head_dim}
+        if ratio == CSA_RATIO:
+            widths[f"{indexer}.weights_proj"] = config.index_n_heads
+            widths[f"{indexer}.compressor.wkv_wgate"] = rows_of_head * config.index_head_dim
+        return JointProducts.of(f"{attn}.x_products", widths, self.runners, self._runner)
 
     @cached_property
     def _paged(self) -> PagedAttention | None:
@@ -268,9 +286,6 @@ class Builder:
         name = f"{layer.name}.attn.indexer"
         slot = f"{name}.quantizer"
         return Indexer(
-            wq_b=self._runner(f"{name}.wq_b"),
-            weights_proj=self._runner(f"{name}.weights_proj"),
-            compressor=self._runner(f"{name}.compressor.wkv_wgate"),
             num_heads=self.config.index_n_heads,
             head_dim=self.config.index_head_dim,
             quantize_index=self._watch(slot, self._index_quantizer(slot)),

@@ -133,7 +133,7 @@ def _select(
     if Step.INDEXER in run.arithmetic.official:
         run.record(f"{name}.quantizer", q)
     k = _in_index_cache(run, _transform_index(run, _compress(run, f"{name}.compressor", x_TD, CSA_RATIO)))
-    weights = run.linear(f"{name}.weights_proj", x_TD, f"{name}.weights_proj")
+    weights = run.wide_linear(f"{name}.weights_proj", x_TD, f"{name}.weights_proj")
     weights = weights * (config.index_head_dim * config.index_n_heads) ** -0.5
     scores = run.record_wide(f"{name}.scores", index_scores(q, k, weights).masked_fill(~seen_TC, -math.inf))
     if forced_mask_TC is not None:

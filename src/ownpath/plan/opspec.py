@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from ownpath.checkpoint.names import compressor_width, expert_modules
 from ownpath.checkpoint.schema import ModuleSpec
@@ -19,8 +20,10 @@ INDEXER, Q_HEAD_NORM = frozenset({Step.INDEXER}), frozenset({Step.Q_HEAD_NORM})
 class OpSpec:
     """A product to plan. ``slot``: the name the model calls it by; ``modules``: its weights.
 
-    is_wide: the result is at least float32 (router, compressor and vocabulary logits).
+    is_wide: the result is at least float32 (router, compressors, index weights and vocabulary logits).
     inner_dims: sizes inside the matrix that a kernel's tiles must divide too.
+    joins: the slot in which it is one product with others of the same input, where ``plan.joining`` allows; or empty.
+    parts: of such a slot, the products that it joins.
     """
 
     slot: str
@@ -28,6 +31,14 @@ class OpSpec:
     modules: tuple[ModuleSpec, ...]
     is_wide: bool = False
     inner_dims: tuple[int, ...] = ()
+    joins: str = ""
+    parts: tuple["OpSpec", ...] = ()
+
+    @property
+    def columns(self) -> dict[str, slice]:
+        """The columns of the result that are each part's, by its slot; empty where it has no parts."""
+        ends = accumulate((part.shape[0] for part in self.parts), initial=0)
+        return {part.slot: slice(*span) for part, span in zip(self.parts, pairwise(ends), strict=True)}
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -135,8 +146,9 @@ def steps_of(spec: OpSpec | CompanionSpec, stored: Format | None) -> frozenset[S
     return frozenset(steps | ({Step.ROUTING_WEIGHT} if spec.kind is OpKind.MOE else set()))
 
 
-def _linear(slot: str, *modules: tuple[str, int, int], is_wide: bool = False) -> OpSpec:
-    return OpSpec(slot, OpKind.LINEAR, tuple(ModuleSpec(name, (n, k)) for name, n, k in modules), is_wide)
+def _linear(slot: str, *modules: tuple[str, int, int], is_wide: bool = False, joins: str = "") -> OpSpec:
+    specs = tuple(ModuleSpec(name, (n, k)) for name, n, k in modules)
+    return OpSpec(slot, OpKind.LINEAR, specs, is_wide, joins=joins)
 
 
 def _layer_ops(config: ModelConfig, layer: Layer) -> Iterator[OpSpec]:
@@ -148,24 +160,28 @@ def _attention_ops(config: ModelConfig, attn: str, ratio: int) -> Iterator[OpSpe
     dim, rank = config.hidden_size, config.q_lora_rank
     heads_dim = config.num_attention_heads * config.head_dim
     out_rank = config.o_groups * config.o_lora_rank
+    # Where all are products of x alone, or of the low-rank query, they may be one.
+    of_x, of_qr = (f"{attn}.x_products", f"{attn}.queries") if ratio == CSA_RATIO else ("", "")
     yield _linear(f"{attn}.wqa_wkv", (f"{attn}.wq_a", rank, dim), (f"{attn}.wkv", config.head_dim, dim))
-    yield _linear(f"{attn}.wq_b", (f"{attn}.wq_b", heads_dim, rank))
+    yield _linear(f"{attn}.wq_b", (f"{attn}.wq_b", heads_dim, rank), joins=of_qr)
     if ratio:
-        yield _compressor_op(f"{attn}.compressor", compressor_width(ratio, config.head_dim), dim)
+        yield _compressor_op(f"{attn}.compressor", compressor_width(ratio, config.head_dim), dim, of_x)
     if ratio == CSA_RATIO:
-        index_dim = config.index_n_heads * config.index_head_dim
-        yield _linear(f"{attn}.indexer.wq_b", (f"{attn}.indexer.wq_b", index_dim, rank))
-        yield _linear(f"{attn}.indexer.weights_proj", (f"{attn}.indexer.weights_proj", config.index_n_heads, dim))
-        width = compressor_width(ratio, config.index_head_dim)
-        yield _compressor_op(f"{attn}.indexer.compressor", width, dim)
+        indexer, num_heads = f"{attn}.indexer", config.index_n_heads
+        index_dim = num_heads * config.index_head_dim
+        yield _linear(f"{indexer}.wq_b", (f"{indexer}.wq_b", index_dim, rank), joins=of_qr)
+        weights = f"{indexer}.weights_proj"
+        yield _linear(weights, (weights, num_heads, dim), is_wide=True, joins=of_x)
+        yield _compressor_op(f"{indexer}.compressor", compressor_width(ratio, config.index_head_dim), dim, of_x)
     group_dim = heads_dim // config.o_groups
     wo_a = ModuleSpec(f"{attn}.wo_a", (out_rank, group_dim))
     yield OpSpec(f"{attn}.wo_a", OpKind.GROUPED, (wo_a,), inner_dims=(config.o_lora_rank, config.head_dim))
     yield _linear(f"{attn}.wo_b", (f"{attn}.wo_b", dim, out_rank))
 
 
-def _compressor_op(name: str, width: int, dim: int) -> OpSpec:
-    return _linear(f"{name}.wkv_wgate", (f"{name}.wkv", width, dim), (f"{name}.wgate", width, dim), is_wide=True)
+def _compressor_op(name: str, width: int, dim: int, joins: str) -> OpSpec:
+    shards = (f"{name}.wkv", width, dim), (f"{name}.wgate", width, dim)
+    return _linear(f"{name}.wkv_wgate", *shards, is_wide=True, joins=joins)
 
 
 def _ffn_ops(config: ModelConfig, layer: str) -> Iterator[OpSpec]:

@@ -4,7 +4,7 @@ Companions (boundaries, norms, router, SwiGLU, attention) are planned the same w
 byte is read, decides the layout that weights are loaded into, and nothing overrides it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -25,6 +25,7 @@ from ownpath.kernels.spec import InputRounding
 from ownpath.ops import OpKind
 from ownpath.plan.caches import PlannedCache, cache_lack, plan_caches
 from ownpath.plan.claims import config_section, find_contradictions
+from ownpath.plan.joining import can_join, join
 from ownpath.plan.opspec import (
     DECODE_WINDOW,
     CompanionSpec,
@@ -192,12 +193,12 @@ def make_plan(
     demands = demands or Demands()
     planner = _Planner(config, index, caps, demands, parallel)
     planner.require_cache_format()
-    backbone = tuple(chain.from_iterable(planner.op(spec) for spec in model_ops(config)))
+    backbone = tuple(planner.ops(model_ops(config)))
     ops, params = backbone, tuple(model_params(config))
     draft = requested_draft(config, index) if loads_draft else carried_draft(index)
     planner.require_references(chain(model_ops(config), draft_ops(config)))
     if loads_draft:
-        ops += tuple(chain.from_iterable(planner.op(spec) for spec in draft_ops(config)))
+        ops += tuple(planner.ops(draft_ops(config)))
         params += tuple(draft_params(config))
     # After the products: a module that config.json counts and the checkpoint lacks has raised by now.
     companions = planner.companions(loads_draft)
@@ -271,8 +272,26 @@ class _Planner:
     demands: Demands
     parallel: Parallel
 
-    def op(self, spec: OpSpec) -> list[PlannedOp]:
-        """Plans one op; a fused linear whose shards are stored differently becomes one op per shard."""
+    def ops(self, specs: Iterable[OpSpec]) -> Iterator[PlannedOp]:
+        """Plans every op, then joins those that may be one."""
+        groups: dict[str | int, list[PlannedOp]] = {}
+        for number, op in enumerate(chain.from_iterable(self._apart(spec) for spec in specs)):
+            groups.setdefault(op.spec.joins or number, []).append(op)
+        for group in groups.values():
+            joined = self._joined(group)
+            yield from group if joined is None else [joined]
+
+    def _joined(self, ops: Sequence[PlannedOp]) -> PlannedOp | None:
+        """Plans ops of one input as one; ``None`` where they differ in storage or kernel, or ``can_join`` objects."""
+        first, specs = ops[0], [op.spec for op in ops]
+        are_alike = all((op.stored, op.choice.kernel) == (first.stored, first.choice.kernel) for op in ops)
+        if not are_alike or not can_join(specs, first.stored, first.choice.kernel, self.index):
+            return None
+        joined = self.decided(join(specs), first.stored, first.no_input_scale)
+        return joined if joined.choice.kernel == first.choice.kernel else None
+
+    def _apart(self, spec: OpSpec) -> list[PlannedOp]:
+        """Plans one op by itself; a fused linear whose shards are stored differently becomes one op per shard."""
         encodings = [detect(self.index, module) for module in spec.modules]
         if len({encoding.name for encoding in encodings}) == 1:
             if spec.kind is OpKind.MOE:
@@ -384,7 +403,8 @@ class _Planner:
 
 def _is_named(spec: OpSpec, name: str) -> bool:
     """Returns True if a name means an operation: its slot, a module of it, or one of what they lie in."""
-    owners = (spec.slot, *(module.name for module in spec.modules))
+    slots = (spec.slot, spec.joins, *(part.slot for part in spec.parts))
+    owners = [owner for owner in (*slots, *(module.name for module in spec.modules)) if owner]
     if name in owners or any(owner.startswith(f"{name}.") for owner in owners):
         return True
     return "*" in name and any(fnmatchcase(owner, name) for owner in owners)

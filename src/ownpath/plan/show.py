@@ -9,6 +9,7 @@ from rich.console import RenderableType
 
 from ownpath.checkpoint.drafts import Draft, DraftKind
 from ownpath.official import ALWAYS_OFFICIAL, MEANING, Step, numerics_name
+from ownpath.ops import OpKind
 from ownpath.plan.caches import PlannedCache
 from ownpath.plan.plan import Plan, PlannedCompanion, PlannedOp
 from ownpath.terminal.page import Listing, fact, line
@@ -48,6 +49,17 @@ def companion_rows(plan: Plan) -> list[PlanRow]:
     return _fold((op.spec.slot, _companion_cells(op), op.choice.why) for op in plan.companions)
 
 
+def _fused_rows(plan: Plan) -> list[PlanRow]:
+    """Returns a row for each product of several modules; its cell names them, within their layer."""
+    fused = [op for op in plan.ops if len(op.spec.modules) > 1 and op.spec.kind is OpKind.LINEAR]
+    return _fold((op.label, (", ".join(_in_layer(module.name) for module in op.spec.modules),), "") for op in fused)
+
+
+def _in_layer(name: str) -> str:
+    match = _LAYER.fullmatch(name)
+    return match[3] if match else name
+
+
 def _fold(decisions: Iterable[tuple[str, tuple[str, ...], str]]) -> list[PlanRow]:
     rows: dict[tuple[str, str, tuple[str, ...]], PlanRow] = {}
     for label, cells, why in decisions:
@@ -67,6 +79,9 @@ def plan_page(plan: Plan, lossless_casts: Iterable[str] | None = None) -> list[R
     rows, companions = plan_rows(plan), companion_rows(plan)
     parts: list[RenderableType] = [
         Listing(_HEADINGS, [(row.title, *row.cells) for row in rows]),
+        line(""),
+        line("one product of several modules:", style="bold"),
+        *(fact(row.title, row.cells[0], indent=2) for row in _fused_rows(plan)),
         line(""),
         Listing(_COMPANION_HEADINGS, [(row.title, *row.cells) for row in companions]),
         line(""),

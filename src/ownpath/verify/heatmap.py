@@ -21,7 +21,7 @@ COLUMNS: MappingProxyType[Column, tuple[str, ...]] = MappingProxyType(
         ("attention", "hc"): ("hc_attn", "attn_norm"),
         ("attention", "q"): ("attn.wq", "attn.q"),
         ("attention", "kv"): ("attn.wkv", "attn.kv", "attn.key_quantizer"),
-        ("attention", "compr."): ("attn.compressor", "attn.entries"),
+        ("attention", "compr."): ("attn.compressor", "attn.x_products", "attn.entries"),
         ("attention", "index"): ("attn.indexer",),
         ("attention", "core"): ("attn",),
         ("attention", "out"): ("attn.wo",),

@@ -145,6 +145,18 @@ def test_index_quantisation() -> None:
     assert kept["official"] < kept["vllm"] < 1
 
 
+def test_index_weights() -> None:
+    """Published: a BF16 product, scaled in BF16. vLLM: a BF16 product. transformers and ours: sums of float32."""
+    q, k, w, _ = index_data()
+    q, k = fp4_index(q), fp4_index(k)
+    exact = index_scores(q, k, w)
+    published, vllm = (index_scores(q, k, rounded) for rounded in (bf16(bf16(w * 90) / 90), bf16(w * 90).double() / 90))
+    sizes = {"official": difference(published, exact), "vllm": difference(vllm, exact)}
+    kept = (chosen(published) & chosen(exact)).sum().item() / (512 * TOKENS)
+    report("index weights", **sizes, choices_lost=1 - kept)
+    assert 0 < sizes["vllm"] <= sizes["official"] <= 2 * BF16 * 64**0.5, "heads of both signs cancel"
+
+
 def test_index_scores_sums() -> None:
     """Published: BF16 scores, weights and sums of heads. vLLM, transformers and ours, official or not: float32."""
     q, k, w, _ = index_data()

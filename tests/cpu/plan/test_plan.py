@@ -40,9 +40,11 @@ def test_every_module_has_its_format_runner_and_kernel(tmp_path: Path) -> None:
     assert decided["layers.1.attn.indexer.wq_b"] == (FP8_BLOCK, "Fp8Linear")
     assert decided["layers.4.attn.wo_a"] == (BF16, "GroupedLinear")
     assert decided["layers.2.attn.compressor.wkv_wgate"] == (BF16, "PlainLinear")
+    assert decided["layers.1.attn.x_products"] == (BF16, "PlainLinear")
     assert decided["layers.3.ffn.experts"] == (NVFP4, "Nvfp4MoE")
     assert decided["head"] == (BF16, "PlainLinear")
-    assert [op.spec for op in plan.ops] == list(model_ops(plan.config))
+    planned = [part for op in plan.ops for part in op.spec.parts or (op.spec,)]
+    assert sorted(planned, key=lambda op: op.slot) == sorted(model_ops(plan.config), key=lambda op: op.slot)
     assert all(op.choice.why for op in plan.ops)
 
 
@@ -166,7 +168,7 @@ def test_text_folds_equal_layers_and_keeps_every_module(tmp_path: Path) -> None:
     assert sum(max(1, len(row.layers)) for row in rows) == len(plan.ops)
     text = plan_text(plan)
     assert "layers.{0-4}.ffn.experts " in text
-    assert "layers.{1,3}.attn.indexer.wq_b " in text
+    assert "layers.{1,3}.attn.queries " in text
     assert "ref.nvfp4_moe on NVFP4: W4A16 per expert" in text
 
 
@@ -174,7 +176,8 @@ def test_the_command_prints_and_names_what_is_wrong(tmp_path: Path, capsys: pyte
     random_checkpoint(tmp_path / "model", "full-nvfp4")
     assert main(["plan", str(tmp_path / "model"), "--json"]) == 0
     entries = json.loads(capsys.readouterr().out)["ops"]
-    assert {entry["slot"] for entry in entries} == {op.slot for op in model_ops(ModelConfig.from_dict(SMALL))}
+    modules = {module for entry in entries for module in entry["modules"]}
+    assert modules == {module.name for op in model_ops(ModelConfig.from_dict(SMALL)) for module in op.modules}
     assert main(["plan", str(tmp_path / "absent")]) == 2
     assert f"'{tmp_path / 'absent'}': no such model folder" in capsys.readouterr().err
     assert main(["plan", str(tmp_path)]) == 2

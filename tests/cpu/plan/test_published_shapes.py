@@ -173,6 +173,7 @@ def test_the_published_draft_runs_on_the_backbones_kernels(fields: dict[str, Any
     plan = make_plan(config, index, hopper, Demands("bfloat16"), loads_draft=True)
     assert not plan.ignored
     kernels = {op.spec.slot: op.choice.kernel.name for op in plan.decided}
+    kernels |= {part.slot: op.choice.kernel.name for op in plan.ops for part in op.spec.parts}
     last = f"layers.{config.num_hidden_layers - 1}"
     own = {"e_proj": "attn.wq_b", "h_proj": "attn.wq_b", "enorm": "attn.q_norm", "hnorm": "attn.q_norm"}
     for slot in [slot.removeprefix("mtp.0.") for slot in kernels if slot.startswith("mtp.0.")]:

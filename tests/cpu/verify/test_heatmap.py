@@ -38,6 +38,8 @@ def map_of(*found: Finding | Measurement) -> dict[str, dict[tuple[str, str], Cel
         ("attn.wqa_wkv", ("attention", "q")),
         ("attn.wkv.weight", ("attention", "kv")),
         ("attn.compressor.ape", ("attention", "compr.")),
+        ("attn.x_products", ("attention", "compr.")),
+        ("attn.queries", ("attention", "q")),
         ("attn.indexer.compressor.wkv_wgate", ("attention", "index")),
         ("attn.attn_sink", ("attention", "core")),
         ("attn", ("attention", "core")),

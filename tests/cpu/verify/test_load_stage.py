@@ -135,7 +135,7 @@ def test_the_three_forms_of_an_fp8_scale_must_agree(tmp_path: Path) -> None:
     sizes = {"hidden_size": 128, "moe_intermediate_size": 128}
     subject = subject_on(random_checkpoint(tmp_path, "deepseek-native", **sizes).folder, "sm_90")
     part = loaded(subject)
-    part.runners["layers.1.attn.wq_b"].operand.weight.scales[0, 0, 1] += 1
+    part.runners["layers.1.attn.queries"].operand.weight.scales[0, 0, 1] += 1
     (found,) = faults(subject, part)
     assert (found.id, found.where, found.number) == ("L02", "layers.1.attn.wq_b", 1)
 

@@ -128,11 +128,11 @@ def test_what_runs_is_held_against_a_plan_of_before(
     argv = ["verify", str(folder), "--stages", "ledger", "--layers", "1", "--ledger", str(path)]
     assert main(argv) == 0
     assert "LG03" in capsys.readouterr().out
-    changed = next(op for op in written["ops"] if op["slot"] == "layers.1.attn.wq_b")
+    changed = next(op for op in written["ops"] if op["slot"] == "layers.1.attn.queries")
     changed["kernel"] = "cute.fp8_linear_sm90"
     path.write_text(json.dumps(written))
     assert main(argv) == 1
-    assert "FAIL LG01 layers.1.attn.wq_b" in capsys.readouterr().out
+    assert "FAIL LG01 layers.1.attn.queries" in capsys.readouterr().out
     path.write_text("[]")
     assert main(argv) == 2
     assert "before.json: expected a JSON object, found list" in capsys.readouterr().err

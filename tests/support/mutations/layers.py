@@ -13,7 +13,7 @@ from ownpath.attention.select import EntrySelector
 from ownpath.formats import CacheFormat
 from ownpath.runners import SwigluMlp
 from ownpath.verify.layer import LoadedLayer
-from support.layer_faults import FAULTS, in_operand, with_attn, with_core, with_step
+from support.layer_faults import FAULTS, in_operand, with_attn, with_core, with_product, with_step
 from support.mutations.mutation import LAYERS, LOAD_AND_KERNELS, Mutation, around, on_layer
 
 LAYER = "layers.1"
@@ -231,10 +231,12 @@ def without_relu(
 
 def overlap_reversed(loaded: LoadedLayer) -> LoadedLayer:
     """The halves of each token's channels exchanged: this window's serve the next one's entry."""
-    swapped = around(
-        loaded.block.attn.compressor, lambda run, x: run(x).unflatten(-1, (4, -1))[..., [1, 0, 3, 2], :].flatten(-2)
-    )
-    return with_attn(loaded, compressor=swapped)
+
+    def swapped(run: Any, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = run(x).unflatten(-1, (4, -1))[..., [1, 0, 3, 2], :].flatten(-2)
+        return y
+
+    return with_product(loaded, "compressor.wkv_wgate", lambda watched: around(watched, swapped))
 
 
 class UnkeptStep(ReferenceStep):

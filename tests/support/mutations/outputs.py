@@ -9,7 +9,7 @@ import torch
 from ownpath.assembly import LoadedPart
 from ownpath.runners import PlainLinear
 from ownpath.verify.layer import LoadedLayer
-from support.layer_faults import with_attn
+from support.layer_faults import with_product
 from support.mutations.interference import Interference
 from support.mutations.mutation import LOAD_AND_KERNELS, Mutation, around, on_layer, on_part
 
@@ -19,7 +19,7 @@ KERNELS = ("kernels",)
 
 
 def attn(name: str, call: Callable[..., Any]) -> Interference:
-    return on_layer(1, lambda loaded: with_attn(loaded, **{name: around(getattr(loaded.block.attn, name), call)}))
+    return on_layer(1, lambda loaded: with_product(loaded, name, lambda watched: around(watched, call)))
 
 
 def experts(call: Callable[..., Any]) -> Interference:
@@ -43,7 +43,7 @@ def stale_input() -> Callable[..., Any]:
 
 
 def with_stale_input(loaded: LoadedLayer) -> LoadedLayer:
-    return with_attn(loaded, wq_b=around(loaded.block.attn.wq_b, stale_input()))
+    return with_product(loaded, "wq_b", lambda watched: around(watched, stale_input()))
 
 
 def last_row_unwritten(run: Any, x: torch.Tensor) -> torch.Tensor:

@@ -63,7 +63,7 @@ def few(shape: LinearShape, tokens: int) -> list[Candidate]:
             groups = -(-blocks // num_m64)
             # One CTA per SM leaves nothing to cover a second wave with.
             waves_fit = per_sm > 1 or groups <= FITTING[cluster_k]
-            num_ctas_fits = 2 * SMS // 3 <= groups * cluster_k <= (2 * SMS if cluster_k > 1 else 4 * SMS)
+            num_ctas_fits = 2 * SMS // 3 <= groups * cluster_k <= (2 * SMS if cluster_k > 1 else 5 * SMS)
             if waves_fit and num_ctas_fits and cluster_k <= k_blocks:
                 found.append(_tile(tile, tokens, cluster_k))
     return [knobs for idx, knobs in enumerate(found) if knobs not in found[:idx]]

@@ -168,5 +168,5 @@ def _draw_products(probe: Probe, num_rows: int, compressors: tuple[StoredCompres
     if len(raw) < 2:
         return Products(q_TNH, kv_TH, *raw)
     index_q_TIH = normal("index q", config.index_n_heads, config.index_head_dim).to(dtype)
-    index_weights_TI = normal("head weights", config.index_n_heads).to(dtype)
+    index_weights_TI = normal("head weights", config.index_n_heads).to(raw[1].dtype)
     return Products(q_TNH, kv_TH, raw[0], raw[1], index_q_TIH, index_weights_TI)

@@ -82,6 +82,9 @@ def find_watched(part: object) -> Iterator[Watched]:
     if isinstance(part, Watched):
         yield part
         yield from find_watched(part.runner)
+    elif isinstance(part, tuple):
+        for value in part:
+            yield from find_watched(value)
     elif type(part).__module__.startswith("ownpath."):
         for value in _parts(part):
             yield from find_watched(value)

@@ -98,19 +98,22 @@ class DenseSlot:
         return {start: join_columns([_latest(part, start) for part in parts]) for start in starts}
 
     def place(self, found: Deviation) -> tuple[str, str]:
-        """Returns (where, message) of a wrong result: the module, if all wrong outputs are one module's."""
-        names = [module.name for op in self.ops for module in op.spec.modules]
-        ends = list(accumulate((module.shape[0] for op in self.ops for module in op.spec.modules), initial=0))
-        wrong = {
-            name: [column - start for column in found.columns if start <= column < end]
-            for name, (start, end) in zip(names, pairwise(ends), strict=True)
-        }
-        hit = {name: rows for name, rows in wrong.items() if rows}
-        if len(hit) != 1:
-            return self.slot, str(found)
-        ((name, rows),) = hit.items()
-        size = ends[names.index(name) + 1] - ends[names.index(name)]
-        return name, f"{len(rows)} of {size} outputs are wrong, the first is {rows[0]}: {found}"
+        """Returns (where, message) of a wrong result: the module, if all wrong outputs are one module's, or one of the
+        products that the slot joins."""
+        modules = [(module.name, module.shape[0]) for op in self.ops for module in op.spec.modules]
+        parts = [(part.slot, part.shape[0]) for op in self.ops for part in op.spec.parts]
+        return _owner(modules, found) or _owner(parts, found) or (self.slot, str(found))
+
+
+def _owner(sizes: list[tuple[str, int]], found: Deviation) -> tuple[str, str] | None:
+    """Returns the one of those side by side, by name and number of outputs, that has all wrong outputs."""
+    ends = accumulate((size for _, size in sizes), initial=0)
+    hit = []
+    for (name, size), (start, end) in zip(sizes, pairwise(ends), strict=True):
+        rows = [column - start for column in found.columns if start <= column < end]
+        if rows:
+            hit.append((name, f"{len(rows)} of {size} outputs are wrong, the first is {rows[0]}: {found}"))
+    return hit[0] if len(hit) == 1 else None
 
 
 def _exact_parts(dense: DenseSlot, op: PlannedOp) -> Iterator[tuple[InputReading, Exact]]:

@@ -1,7 +1,8 @@
 """Records the values of one layer of the engine, under the reference's names.
 
 A slot's result goes under the slot's name: a boundary's streams and normed input under ``<slot>.x`` and ``.h``, the
-router's under ``.ids`` and ``.weights``. Values between slots come from the model's taps (``model.taps``).
+router's under ``.ids`` and ``.weights``. Of a slot that joins products, each goes under the name that it has apart.
+Values between slots come from the model's taps (``model.taps``).
 """
 
 from collections import defaultdict
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ownpath.ops import OpKind
+from ownpath.plan.opspec import CompanionSpec, OpSpec
 from ownpath.trace.observers import CallArguments, Observer, Watched
 from ownpath.verify.layers.decode_values import decode_values
 from ownpath.verify.layers.measure import dtype_name
@@ -28,22 +30,26 @@ _MASK = ".indexer.mask"
 class Activations(Observer):
     """All rows of a layer's values in one or more steps.
 
-    kinds: each slot's operation. dtypes: of a slot's first input and of its output.
+    specs: each slot's operation. dtypes: of a slot's first input and of its output.
     """
 
-    def __init__(self, kinds: Mapping[str, OpKind]) -> None:
-        self.kinds = kinds
+    def __init__(self, specs: Mapping[str, OpSpec | CompanionSpec]) -> None:
+        self.specs = specs
         self.dtypes: dict[str, tuple[str, str]] = {}
         self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def after(self, call: Watched, args: CallArguments, result: Any) -> None:
-        slot, kind = call.slot, self.kinds[call.slot]
+        slot, spec = call.slot, self.specs[call.slot]
+        kind = spec.kind
         if kind.is_decode:
             for name, value in decode_values(slot, kind, args, result):
                 self._parts[name].append(value)
             return
         found = _RESULTS[kind](result) if kind in _RESULTS else {"": result}
-        for suffix, value in found.items():
+        columns = spec.columns if isinstance(spec, OpSpec) else {}
+        for part, of_part in columns.items():
+            self._parts[part].append(found[""][..., of_part])
+        for suffix, value in found.items() if not columns else ():
             self._parts[f"{slot}{suffix}"].append(value)
         taken = args[0].q_TNH if kind is OpKind.ATTENTION else args[0]
         self.dtypes[slot] = dtype_name(taken.dtype), dtype_name(list(found.values())[-1].dtype)
@@ -64,7 +70,7 @@ class Activations(Observer):
 
     def of_sequence(self, idx: int, rows: slice) -> "Activations":
         """Returns one sequence's share of a single step."""
-        share = Activations(self.kinds)
+        share = Activations(self.specs)
         for name, found in self._parts.items():
             share._parts[name] = [found[idx] if name.endswith(_MASK) else found[0][rows]]
         return share

@@ -60,7 +60,7 @@ class Batching:
 
     def in_steps(self, sizes: list[int], cache: SequenceCache) -> SequenceRun:
         """Reads the text's first tokens in steps of these sizes."""
-        seen, parts, start = Activations(self.single.kinds), [], 0
+        seen, parts, start = Activations(self.single.specs), [], 0
         for size in sizes:
             residual = self.single.step([self._chunk(start, start + size, cache)], seen)
             parts.append(self.single.streams(residual))
@@ -120,7 +120,7 @@ class Batching:
     def _in_one_step(self, parts: list[tuple[int, int]]) -> list[SequenceRun]:
         """Runs stretches of the text as sequences of one step; returns those from its start, which alone can be
         judged."""
-        seen = Activations(self.single.kinds)
+        seen = Activations(self.single.specs)
         chunks = [self._chunk(start, stop, self.single.new_cache()) for start, stop in parts]
         out_TSD = self.single.streams(self.single.step(chunks, seen))
         runs, first = [], 0

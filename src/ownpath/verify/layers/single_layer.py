@@ -12,7 +12,7 @@ from ownpath.cache.pools import CachePool, SequenceCache
 from ownpath.config import Layer
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.block import Residual
-from ownpath.ops import OpKind
+from ownpath.plan.opspec import CompanionSpec, OpSpec
 from ownpath.verify.layer import LoadedLayer
 from ownpath.verify.layers.activations import Activations
 
@@ -49,15 +49,21 @@ class SingleLayer:
         return tuple(self.loaded.plan.config.backbone_layers())[self.layer_idx]
 
     @cached_property
-    def kinds(self) -> dict[str, OpKind]:
-        """The kind of operation of each slot."""
-        return {planned.spec.slot: planned.spec.kind for planned in self.loaded.plan.decided}
+    def specs(self) -> dict[str, OpSpec | CompanionSpec]:
+        """The operation of each slot; of one that several share, the last."""
+        return {planned.spec.slot: planned.spec for planned in self.loaded.plan.decided}
+
+    @cached_property
+    def _joined(self) -> dict[str, str]:
+        """The slot of each product that is joined with others, by the name that it has apart."""
+        return {part.slot: op.spec.slot for op in self.loaded.plan.ops for part in op.spec.parts}
 
     def slot_of(self, name: str) -> str:
         """Returns the slot that computes a value, empty for values between slots; both boundaries run the same
         kernel."""
         slots, layer = self.loaded.ledger.kernels, self.layer.name
         name = f"{layer}.hc_attn" if name == f"{layer}.out" else name
+        name = self._joined.get(name, name)
         return next((slot for slot in (name, name.rpartition(".")[0]) if slot in slots), "")
 
     def new_cache(self) -> SequenceCache:

@@ -75,7 +75,7 @@ class LayerComparison:
 def compare_layer(single: SingleLayer, oracle: Oracle, streams_TSD: torch.Tensor) -> LayerComparison:
     """Runs one layer of the engine and the reference on the reference's streams [T, S, D] of the whole text."""
     layer = single.layer
-    run, cache = Activations(single.kinds), single.new_cache()
+    run, cache = Activations(single.specs), single.new_cache()
     entering = Residual(streams_TSD.to(oracle.subject.engine.dtype))
     residual = single.step([SequenceRows(oracle.token_ids, entering, cache)], run)
     values = run.values() | single.entries(cache)
