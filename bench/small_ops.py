@@ -92,9 +92,10 @@ def measure_product(name: str, case: PlainCase, num_tokens: int, with_torch: boo
     moved_bytes = 2 * (case.num_rows + num_tokens) * case.width + size * num_tokens * case.num_rows
     sets = [product_inputs(case, num_tokens, out_dtype, seed) for seed in range(num_sets(moved_bytes))]
     runners = [(PlainLinear(weight, kernel=name), x) for x, weight, _ in sets]
-    calls = [partial(runner.run_wide if case.is_wide else runner.run, x) for runner, x in runners]
-    x, weight, _ = sets[0]
-    found = deviation(calls[0](), product(x.double(), weight.double()))
+    calls: list[Call] = [partial(runner.run_wide if case.is_wide else runner.run, x) for runner, x in runners]
+    (runner, _), (x, weight, _) = runners[0], sets[0]
+    y = runner.run_wide(x) if case.is_wide else runner.run(x)
+    found = deviation(y, product(x.double(), weight.double()))
     assert found.is_allowed, f"{name}: {found}"
     row = {"op": name, "shape": case.label, "tokens": num_tokens}
     row |= times(calls, moved_bytes)

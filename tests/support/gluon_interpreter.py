@@ -1,8 +1,9 @@
 """Interprets Gluon kernels on the CPU, for tests only.
 
 Triton 3.6 interprets its own language alone. A Gluon function computes what the same Triton function without layouts
-would: layouts say which lane holds an element, never what it is. ``install`` puts a package in Gluon's place whose
-functions drop layouts and call Triton's (a kernel's constants are ``tl.constexpr``, the name that is recognised). What layouts do wrong, only a device shows.
+would: layouts say which lane holds an element, never what it is. ``install`` puts functions in Gluon's place that drop
+layouts and call Triton's. What layouts do wrong, only a device shows. A kernel's constants must be ``tl.constexpr``,
+the name that the interpreter recognises.
 """
 
 from collections.abc import Callable

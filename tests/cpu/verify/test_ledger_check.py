@@ -234,7 +234,7 @@ INTACT = [(LINEAR, GEMM), (PLAIN, CUBLAS), (NORM, "rms_norm_kernel"), (ATTEND, "
 
 
 def launched(*launches: tuple[str | None, str], few: tuple[str, ...] = ()) -> list[Finding]:
-    """The findings about these launches. few: the recorded variants of the slot with few rows; without, it never ran."""
+    """The findings about these launches. few: recorded variants of the slot with few rows, which else never ran."""
     slots = [*((slot, "") for slot in (LINEAR, PLAIN, NORM, ATTEND)), *((FEW, variant) for variant in few)]
     records = [Record(slot, Use("", "", ""), variant, (), (), 1) for slot, variant in slots]
     seen = tuple(DeviceLaunch(slot, kernel, 0.0, 1.0) for slot, kernel in launches)

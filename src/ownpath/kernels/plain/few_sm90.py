@@ -74,14 +74,14 @@ def plain_linear_few_kernel(
     K = width * 8
     w_k += w_warp * (STEP * CHUNKS)
     x_k += x_warp * (STEP * CHUNKS)
-    # Lanes without a row of their own read another's, in the same load, and their results are not stored.
+    # What lies behind the last row or token reads the last one again, in the same load, and is not stored.
     n = gl.minimum(gl.program_id(0) * LIVE + row, num_rows - 1)
     w_at = w_ptr + n.to(gl.int64) * K + w_k
     x_at = x_ptr + gl.minimum(t, num_tokens - 1).to(gl.int64) * (x_pitch * 8) + x_k
     is_live = row < LIVE
     ws = ()
     for c in gl.static_range(AHEAD):
-        ws += (_load(w_at + c * STEP, is_live, K - c * STEP - w_k, LIVE < ROWS, UNEVEN),)
+        ws += (_load(w_at + c * STEP, is_live, K - c * STEP - w_k, LIVE < ROWS, UNEVEN),)  # type: ignore[assignment]
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -97,7 +97,7 @@ def plain_linear_few_kernel(
             odd = mma_v2(left, right, odd)
         if c + AHEAD < CHUNKS:
             later = (c + AHEAD) * STEP
-            ws += (_load(w_at + later, is_live, K - later - w_k, LIVE < ROWS, UNEVEN),)
+            ws += (_load(w_at + later, is_live, K - later - w_k, LIVE < ROWS, UNEVEN),)  # type: ignore[assignment]
     y = gl.sum(even + odd, axis=0)
     OUT: tl.constexpr = gl.SliceLayout(0, SUMS)
     if WEIGHT_FIRST:
