@@ -1,4 +1,4 @@
-"""Which tile serves which call of the products with few rows of x."""
+"""The choice of a tile for a call of the products with few rows of x."""
 
 from itertools import pairwise
 
