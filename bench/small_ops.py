@@ -29,13 +29,13 @@ from ownpath.kernels.plain.cases import CASES as PRODUCTS
 from ownpath.kernels.plain.cases import PlainCase
 from ownpath.kernels.registry import KERNELS
 from ownpath.numerics import decode_fp8_block
-from ownpath.runners import Fp8GroupedLinear
+from ownpath.runners import Fp8GroupedLinear, PlainLinear
 
 READ_CEILING_GBPS = 4410.0
 """A read-only reduction on one H200, measured."""
 COLD_BYTES = 120e6
 GROUPED_FP8_KERNELS = ("cute.grouped_linear_fp8_sm90", "cute.grouped_linear_fp8_sm90_invariant")
-PRODUCT_KERNELS = ("torch.plain_linear", "triton.plain_linear_invariant")
+PRODUCT_KERNELS = ("triton.plain_linear_few", "torch.plain_linear", "triton.plain_linear_invariant")
 Call = Callable[[], object]
 
 
@@ -91,11 +91,14 @@ def measure_product(name: str, case: PlainCase, num_tokens: int, with_torch: boo
     size = out_dtype.itemsize
     moved_bytes = 2 * (case.num_rows + num_tokens) * case.width + size * num_tokens * case.num_rows
     sets = [product_inputs(case, num_tokens, out_dtype, seed) for seed in range(num_sets(moved_bytes))]
-    kernel, (x, weight, _) = KERNELS[name], sets[0]
-    found = deviation(kernel(*sets[0]), product(x.double(), weight.double()))
+    runners = [(PlainLinear(weight, kernel=name), x) for x, weight, _ in sets]
+    calls: list[Call] = [partial(runner.run_wide if case.is_wide else runner.run, x) for runner, x in runners]
+    (runner, _), (x, weight, _) = runners[0], sets[0]
+    y = runner.run_wide(x) if case.is_wide else runner.run(x)
+    found = deviation(y, product(x.double(), weight.double()))
     assert found.is_allowed, f"{name}: {found}"
     row = {"op": name, "shape": case.label, "tokens": num_tokens}
-    row |= times([partial(kernel, *inputs) for inputs in sets], moved_bytes)
+    row |= times(calls, moved_bytes)
     if with_torch:
         row["torch_us"] = twin_us(KERNELS["ref.plain_linear"], sets)
     return row

@@ -254,7 +254,7 @@ def is_entry_point(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     All of Triton's functions, which take no structs; of the CuTe DSL's the kernel, and the call that compiles it.
     """
     decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
-    if any(name.startswith(("triton.jit", "cute.kernel")) for name in decorators):
+    if any(name.startswith(("triton.jit", "gluon.jit", "cute.kernel")) for name in decorators):
         return True
     return "cute.jit" in decorators and node.name == "__call__"
 

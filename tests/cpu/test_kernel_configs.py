@@ -30,6 +30,7 @@ NONE = {
     "test_entries",
     "test_indexer",
     "test_loading",
+    "test_plain_few",
     "test_plain_linear",
     "test_sample_gpu",
     "test_small_ops",

@@ -11,7 +11,7 @@ from ownpath.kernels.registry import KERNELS
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("name", ["torch.plain_linear", "triton.plain_linear_invariant"])
+@pytest.mark.parametrize("name", ["torch.plain_linear", "triton.plain_linear_few", "triton.plain_linear_invariant"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 def test_against_float64(name: str, case: PlainCase, cuda: torch.device) -> None:
     generator = torch.Generator(cuda).manual_seed(0)

@@ -7,6 +7,7 @@ if "triton" in sys.modules:
     raise RuntimeError("triton was imported before interpretation was asked for: run tests/interpret by itself")
 os.environ["TRITON_INTERPRET"] = "1"
 
-from support import triton_interpreter
+from support import gluon_interpreter, triton_interpreter
 
 triton_interpreter.install()
+gluon_interpreter.install()

@@ -19,6 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -85,7 +86,8 @@ def compile_launch(launch: Launch, sm: int, folder: Path) -> Compiled:
     """The launch compiled for ``sm``; the cubin is left in ``folder``."""
     names = [name for name, _ in launch.signature]
     attrs = {(names.index(name),): DIVISIBLE for name in launch.divisible}
-    source = ASTSource(launch.kernel, dict(launch.signature), constexprs=dict(launch.constants), attrs=attrs)
+    source_of = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    source = source_of(launch.kernel, dict(launch.signature), constexprs=dict(launch.constants), attrs=attrs)
     built = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=dict(launch.options))
     cubin = folder / f"{launch.name}.{sm}.{sum(1 for _ in folder.iterdir())}.cubin"
     cubin.write_bytes(built.asm["cubin"])

@@ -51,11 +51,13 @@ class KernelSpec:
     dim_multiple: every dimension of its operand must be a multiple of it.
     first_dim: the required first dimension; ``dim_multiple`` then applies to the others.
     dim_power_of_two: every dimension must be a power of two.
+    max_dim: the largest dimension it takes.
     activations: dtypes it takes; empty for any.
     is_batch_invariant: a row's bits do not depend on the other rows of the call, nor on their number.
     packages: packages that must be importable.
     official: steps that it computes as DeepSeek's published code does.
     launches: patterns of the device kernels' names that every call launches; empty where torch's libraries launch.
+    leaves_to_library: it passes calls on to torch's libraries; the variant of such a call is ``LIBRARY_VARIANT``.
     rounding: rounding of activations, for calls of ``rounds_from`` rows or more.
     rounds_weight: it may round a weight to the activations' dtype before it multiplies.
     converts_scales: MXFP4's block scales are converted to NVFP4's when loaded, which refuses what E4M3 cannot hold.
@@ -75,11 +77,13 @@ class KernelSpec:
     dim_multiple: int = 1
     first_dim: int | None = None
     dim_power_of_two: bool = False
+    max_dim: int | None = None
     activations: tuple[str, ...] = ()
     is_batch_invariant: bool = False
     packages: tuple[str, ...] = ()
     official: frozenset[Step] = PLAIN
     launches: tuple[str, ...] = ()
+    leaves_to_library: bool = False
     rounding: InputRounding = InputRounding.EXACT
     rounds_from: int = 1
     rounds_weight: bool = False

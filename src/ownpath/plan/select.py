@@ -119,6 +119,8 @@ def _lack(kernel: KernelSpec, stored: Format | None, caps: Caps, demands: Demand
     uneven = [size for size in dims[kernel.first_dim is not None :] if size % kernel.dim_multiple]
     if uneven:
         return f"needs dimensions that are multiples of {kernel.dim_multiple}, not {uneven[0]}"
+    if kernel.max_dim is not None and dims and max(dims) > kernel.max_dim:
+        return f"takes dimensions up to {kernel.max_dim}, not {max(dims)}"
     if kernel.dim_power_of_two and any(size & (size - 1) for size in dims):
         return f"needs powers of two, not {next(size for size in dims if size & (size - 1))}"
     return None

@@ -1,7 +1,8 @@
 """Compares the kernels that the device really ran, as the profiler names them, with the plan.
 
 A planned kernel of ours must appear under the name of its own code, in its own slot. A product that is not ours may run
-only in a slot whose planned kernel is torch's, and none outside all slots.
+only in a slot whose planned kernel is torch's, or passed a recorded call on to torch's libraries, and none outside all
+slots.
 """
 
 import re
@@ -10,6 +11,8 @@ from collections.abc import Iterator, Sequence
 
 from ownpath.finding import Finding, Verdict
 from ownpath.kernels.registry import SPECS
+from ownpath.kernels.spec import KernelSpec
+from ownpath.kernels.variants import LIBRARY_VARIANT
 from ownpath.trace.launches import DeviceLaunch
 from ownpath.verify.fold import fold_layers
 from ownpath.verify.ledger_run import PartRun
@@ -42,27 +45,42 @@ def launch_faults(written: PlanFile, part: PartRun) -> list[tuple[str, str]]:
     for launch in part.launches or ():
         by_slot[launch.slot].append(launch)
     faults = [("outside every slot", f"a product ran: {name}") for name in _products(by_slot[None])]
-    for slot in dict.fromkeys(record.slot for record in part.records):
+    variants: dict[str, list[str]] = defaultdict(list)
+    for record in part.records:
+        variants[record.slot].append(record.variant)
+    for slot, recorded in variants.items():
         planned = written.slots.get(slot)
-        faults += [] if planned is None else _slot_faults(slot, planned.kernel, by_slot[slot])
+        faults += [] if planned is None else _slot_faults(slot, planned.kernel, recorded, by_slot[slot])
     return faults
 
 
-def _slot_faults(slot: str, planned: str, launches: Sequence[DeviceLaunch]) -> list[tuple[str, str]]:
+def _slot_faults(
+    slot: str, planned: str, variants: Sequence[str], launches: Sequence[DeviceLaunch]
+) -> list[tuple[str, str]]:
     kernels = planned.split("+")
     names = [launch.kernel for launch in launches]
     specs = [_SPECS[kernel] for kernel in kernels if kernel in _SPECS]
-    wanted = [pattern for spec in specs for pattern in spec.launches]
+    wanted = [pattern for spec in specs if _launches_itself(spec, variants) for pattern in spec.launches]
     missing = [pattern for pattern in wanted if not any(re.search(pattern, name) for name in names)]
     plain = [pattern.replace(r"\b", "") for pattern in missing]
     faults = [(slot, f"planned {planned}, but the device ran nothing named {pattern}") for pattern in plain]
-    if not any(spec.is_torch for spec in specs):
+    if not any(spec.is_torch or _asks_library(spec, variants) for spec in specs):
         faults += [
             (slot, f"planned {planned}, but a product that is not ours ran: {name}") for name in _others(launches)
         ]
     elif not names:
         faults.append((slot, f"planned {planned}, but the device ran nothing"))
     return faults
+
+
+def _launches_itself(spec: KernelSpec, variants: Sequence[str]) -> bool:
+    """Returns False if every recorded call was passed on to torch's libraries."""
+    return not spec.leaves_to_library or any(set(variant.split("+")) != {LIBRARY_VARIANT} for variant in variants)
+
+
+def _asks_library(spec: KernelSpec, variants: Sequence[str]) -> bool:
+    """Returns True if a recorded call was passed on to torch's libraries."""
+    return spec.leaves_to_library and any(LIBRARY_VARIANT in variant.split("+") for variant in variants)
 
 
 def _products(launches: Sequence[DeviceLaunch]) -> list[str]:

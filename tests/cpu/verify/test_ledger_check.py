@@ -211,6 +211,7 @@ def test_a_damaged_plan_is_refused(damage: Callable[[dict[str, Any]], Any], mess
 
 
 LINEAR, NORM, PLAIN = "layers.0.attn.wq_b", "layers.0.attn.q_norm", "layers.0.ffn.gate"
+FEW = "layers.0.attn.compressor"
 ATTEND = "layers.0.attn.decode.attend"
 ON_HOPPER = {
     "device": "NVIDIA H200",
@@ -220,7 +221,11 @@ ON_HOPPER = {
     "numerics": {},
     "ops": [
         {"slot": slot, "encoding": "x", "runner": "x", "kernel": kernel, "layout": "x", "shape": [1, 1]}
-        for slot, kernel in ((LINEAR, "cute.nvfp4_linear"), (PLAIN, "torch.plain_linear"))
+        for slot, kernel in (
+            (LINEAR, "cute.nvfp4_linear"),
+            (PLAIN, "torch.plain_linear"),
+            (FEW, "triton.plain_linear_few"),
+        )
     ],
     "companions": [
         {"slot": NORM, "runner": "RMSNorm", "kernel": "triton.rms_norm", "dims": [1]},
@@ -233,8 +238,10 @@ ADD = "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor
 INTACT = [(LINEAR, GEMM), (PLAIN, CUBLAS), (NORM, "rms_norm_kernel"), (ATTEND, "attend_kernel"), (None, ADD)]
 
 
-def launched(*launches: tuple[str | None, str]) -> list[Finding]:
-    records = [Record(slot, Use("", "", ""), "", (), (), 1) for slot in (LINEAR, PLAIN, NORM, ATTEND)]
+def launched(*launches: tuple[str | None, str], few: tuple[str, ...] = ()) -> list[Finding]:
+    """The findings about these launches. few: recorded variants of the slot with few rows, which else never ran."""
+    slots = [*((slot, "") for slot in (LINEAR, PLAIN, NORM, ATTEND)), *((FEW, variant) for variant in few)]
+    records = [Record(slot, Use("", "", ""), variant, (), (), 1) for slot, variant in slots]
     seen = tuple(DeviceLaunch(slot, kernel, 0.0, 1.0) for slot, kernel in launches)
     return list(check_launches(PlanFile.of(ON_HOPPER), [PartRun("layers.0", tuple(records), seen)]))
 
@@ -267,3 +274,33 @@ def test_launches_as_planned_pass() -> None:
 def test_launches_that_differ_are_named(launches: list[tuple[str | None, str]], where: str, message: str) -> None:
     [finding] = launched(*launches)
     assert (finding.verdict, finding.where, finding.message) == (Verdict.FAIL, where, message)
+
+
+TILE, FEW_KERNEL = "plain_linear_few_rows16", "plain_linear_few_kernel"
+
+
+@pytest.mark.parametrize(
+    ("variants", "kernels"),
+    [((TILE,), (FEW_KERNEL,)), (("library",), (CUBLAS,)), ((TILE, "library"), (FEW_KERNEL, CUBLAS))],
+)
+def test_calls_that_a_kernel_leaves_to_a_library_are_planned(
+    variants: tuple[str, ...], kernels: tuple[str, ...]
+) -> None:
+    [finding] = launched(*INTACT, *((FEW, kernel) for kernel in kernels), few=variants)
+    assert finding.verdict is Verdict.PASS
+
+
+@pytest.mark.parametrize(
+    ("variants", "kernels", "message"),
+    [
+        ((TILE,), (FEW_KERNEL, CUBLAS), f"but a product that is not ours ran: {CUBLAS}"),
+        ((TILE, "library"), (CUBLAS,), f"but the device ran nothing named {FEW_KERNEL}"),
+        (("library",), (), "but the device ran nothing"),
+    ],
+)
+def test_a_library_runs_only_the_calls_that_are_left_to_it(
+    variants: tuple[str, ...], kernels: tuple[str, ...], message: str
+) -> None:
+    [finding] = launched(*INTACT, *((FEW, kernel) for kernel in kernels), few=variants)
+    assert (finding.verdict, finding.where) == (Verdict.FAIL, FEW)
+    assert finding.message == f"planned triton.plain_linear_few, {message}"

@@ -13,7 +13,7 @@ from ownpath.kernels.plain.operand import PlainKernel
 
 def plain_linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     """Computes y = x Wᵀ in ``out_dtype``, never narrower than x. Shapes: x [..., K]; weight [N, K]; y [..., N]."""
-    if x_MK.dtype == weight_NK.dtype == torch.bfloat16 and out_dtype == torch.float32:
+    if x_MK.is_cuda and x_MK.dtype == weight_NK.dtype == torch.bfloat16 and out_dtype == torch.float32:
         y = torch.mm(x_MK.flatten(0, -2), weight_NK.T, out_dtype=out_dtype)
         return y.view(*x_MK.shape[:-1], len(weight_NK))
     return F.linear(x_MK.to(out_dtype), weight_NK.to(out_dtype))

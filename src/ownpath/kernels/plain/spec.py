@@ -1,10 +1,27 @@
-"""Weights stored unquantised: dense products by cuBLAS or a batch-invariant kernel, experts by the torch reference."""
+"""Weights stored unquantised: dense products by two kernels or cuBLAS, experts by the torch reference."""
 
 from ownpath.formats import BF16, FP32
 from ownpath.kernels.spec import Evidence, KernelSpec
 from ownpath.ops import OpKind
 
 SPECS = (
+    KernelSpec(
+        "triton.plain_linear_few",
+        OpKind.LINEAR,
+        (BF16,),
+        "PlainLinear",
+        "row_major",
+        "few rows of x: weights straight into the tensor cores' registers, loaded ahead; cuBLAS for more rows",
+        "plain.few:PLAIN_LINEAR",
+        min_sm=90,
+        end_sm=100,
+        max_dim=16384,
+        activations=("bfloat16",),
+        packages=("triton",),
+        launches=(r"\bplain_linear_few_kernel\b",),
+        leaves_to_library=True,
+        evidence=Evidence("plain.ref:plain_linear", "tests/gpu/test_plain_linear.py", "python bench/small_ops.py"),
+    ),
     KernelSpec(
         "torch.plain_linear",
         OpKind.LINEAR,

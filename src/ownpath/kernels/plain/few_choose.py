@@ -1,0 +1,70 @@
+"""Tiles of products with few rows of x, by the sizes of a call; measured on an H200."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+STEP = 32
+"""Columns that a warp multiplies at a time: 8 a lane, which is 16 bytes."""
+MAX_CHUNKS = 64
+"""Steps of one warp, which are unrolled."""
+
+
+@dataclass(frozen=True)
+class FewTile:
+    """Sizes of a program.
+
+    live: rows of W that it owns. rows: those of the tensor core's tile. tokens: rows of x, padded. warps: slices of K.
+    ahead: steps of weights that a warp holds in registers. is_weight_first: W is the left operand, whose tile has 16
+    rows; else x is.
+    """
+
+    live: int
+    rows: int
+    tokens: int
+    warps: int
+    ahead: int
+    is_weight_first: bool = True
+
+    def warps_for(self, width: int) -> int:
+        """Returns the warps of a program, a power of two: no more than there are steps."""
+        steps = -(-width // STEP)
+        return min(self.warps, 1 << (steps - 1).bit_length())
+
+    def chunks_for(self, width: int) -> int:
+        """Returns the steps of each warp."""
+        return -(-width // (STEP * self.warps_for(width)))
+
+    def constants(self, width: int) -> dict[str, int | bool]:
+        """Returns the kernel's constants for a weight of ``width`` columns."""
+        warps, chunks = self.warps_for(width), self.chunks_for(width)
+        return {
+            "LIVE": self.live,
+            "ROWS": self.rows,
+            "TOKENS": self.tokens,
+            "WARPS": warps,
+            "STEP": STEP,
+            "CHUNKS": chunks,
+            "AHEAD": min(self.ahead, chunks),
+            "WEIGHT_FIRST": self.is_weight_first,
+            "UNEVEN": warps * chunks * STEP != width,
+        }
+
+
+TILES: tuple[tuple[int, int, FewTile], ...] = (
+    (8, 320, FewTile(2, 16, 8, 16, 8)),
+    (8, 1280, FewTile(8, 16, 8, 16, 8)),
+    (8, 8192, FewTile(16, 16, 8, 8, 8)),
+    (16, 320, FewTile(4, 16, 16, 16, 8)),
+    (16, 1280, FewTile(8, 16, 16, 16, 8)),
+    (16, 8192, FewTile(16, 16, 16, 8, 8)),
+)
+"""(Most rows of x, most rows of W, tile): the first that holds both serves a call. What none holds, cuBLAS computes."""
+
+
+@lru_cache(maxsize=1024)
+def choose_tile(num_tokens: int, num_rows: int, width: int) -> FewTile | None:
+    """Chooses the tile of a call; ``None`` where cuBLAS is as fast, or K too long."""
+    for most_tokens, most_rows, tile in TILES:
+        if num_tokens <= most_tokens and num_rows <= most_rows and tile.chunks_for(width) <= MAX_CHUNKS:
+            return tile
+    return None
