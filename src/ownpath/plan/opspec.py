@@ -130,6 +130,12 @@ def decode_ops(config: ModelConfig, layer: Layer, official: frozenset[Step]) -> 
     yield CompanionSpec(f"{attn}.attend", OpKind.ATTEND, (config.head_dim, config.qk_rope_head_dim))
 
 
+def route_op(config: ModelConfig, layer: Layer) -> CompanionSpec:
+    """Returns what takes the place of gate and router in a decode step, where the gate is stored unquantised."""
+    sizes = config.n_routed_experts, config.hidden_size, config.num_experts_per_tok
+    return CompanionSpec(f"{layer.name}.ffn.decode.route", OpKind.ROUTE, sizes)
+
+
 def steps_of(spec: OpSpec | CompanionSpec, stored: Format | None) -> frozenset[Step]:
     """Returns an operation's steps whose numerics can be chosen, given the format of its weights."""
     if isinstance(spec, CompanionSpec):

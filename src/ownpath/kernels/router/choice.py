@@ -62,7 +62,8 @@ def write_choice(
 ):  # fmt: skip
     """Writes each token's experts and weights, whose sum is ``factor``; a padded row gets expert -1 and weight 0."""
     k = tl.arange(0, K_PAD)[None, :]
-    weights = scores / tl.sum(scores, axis=1)[:, None] * factor
+    total = tl.where(in_t, tl.sum(scores, axis=1), 1.0)
+    weights = scores / total[:, None] * factor
     if HAS_TOKENS:
         is_padded = (token < 0)[:, None]
         chosen = tl.where(is_padded, -1, chosen)

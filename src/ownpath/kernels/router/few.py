@@ -32,7 +32,7 @@ def _choose(
     SPLITS: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, E_PAD: tl.constexpr,
     BY_TOKEN: tl.constexpr, HAS_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Adds a group's parts and chooses. The parts come from other processors: first-level caches may hold older ones."""
+    """Adds a group's parts and chooses. Other processors wrote them: a first-level cache may hold older ones."""
     if BY_TOKEN:
         inside = in_t[:, None] & (tl.arange(0, K_PAD) < K)[None, :] & (named >= 0) & (named < num_experts)
         logits = tl.zeros(named.shape, dtype=tl.float32)

@@ -39,7 +39,7 @@ class Activations(Observer):
     def after(self, call: Watched, args: CallArguments, result: Any) -> None:
         slot, kind = call.slot, self.kinds[call.slot]
         if kind.is_decode:
-            for name, value in decode_values(slot, kind, args, result):
+            for name, value in decode_values(call, kind, args, result):
                 self._parts[name].append(value)
             return
         found = _RESULTS[kind](result) if kind in _RESULTS else {"": result}
