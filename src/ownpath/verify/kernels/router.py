@@ -45,6 +45,7 @@ def _problems(probe: Probe, slot: str) -> Iterator[tuple[str, str]]:
     router = probe.slots[slot]
     for num_rows in FEW_ROWS if slot.endswith(".decode.route") else (ROWS,):
         yield f"the layer's own gate, {num_rows} rows", _own_gate(probe, slot, num_rows)
+    yield "padded rows", _padded_rows(probe, slot)
     if not isinstance(router, Router | Route):
         return
     for case, logits_TE in cases(probe):
@@ -106,6 +107,16 @@ def _own_gate(probe: Probe, slot: str, num_rows: int) -> str:
     token_ids_T = _token_ids(probe, num_rows)
     logits = product(x_TD.double(), weight_of(op, probe.stored))
     return ExpectedChoice(logits, _rule(probe, slot, token_ids_T)).problem(*probe.slots[slot](x_TD, token_ids_T))
+
+
+def _padded_rows(probe: Probe, slot: str) -> str:
+    """Runs some rows without a token, which go to no expert."""
+    x_TD = probe.normal(f"{slot} padded", 7, probe.config.hidden_size).to(probe.dtype)
+    token_ids_T = _token_ids(probe, len(x_TD))
+    token_ids_T[2::2] = -1
+    ids_TK, weights_TK = probe.slots[slot](x_TD, token_ids_T)
+    is_inert = bool((ids_TK[2::2] == -1).all()) and not bool(weights_TK[2::2].any())
+    return "" if is_inert else "a row without a token has experts"
 
 
 def _gate_of(slot: str) -> str:

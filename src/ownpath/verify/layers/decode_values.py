@@ -6,7 +6,7 @@ Legend: T rows, one for each sequence; C entries of a row's table, K selected ro
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -28,9 +28,9 @@ def decode_values(call: Watched, kind: OpKind, args: CallArguments, result: Any)
         wide = wide_dtype(query.weights_TI.dtype)
         yield f"{indexer}.q", rotate_pairs(query.q_TIH, query.cos_TF, query.sin_TF)
         yield f"{indexer}.weights", query.weights_TI.to(wide) * (dim**-0.5 * num_heads**-0.5)
-    elif isinstance(call.runner, Route):
-        ffn = slot.removesuffix(".decode.route")
-        yield f"{ffn}.gate", call.runner.logits(args[0])
+    elif kind is OpKind.ROUTE:
+        ffn, route = slot.removesuffix(".decode.route"), cast(Route, call.runner)
+        yield f"{ffn}.gate", route.logits(args[0])
         yield f"{ffn}.router.ids", result[0]
         yield f"{ffn}.router.weights", result[1]
     elif kind is OpKind.SELECT:
