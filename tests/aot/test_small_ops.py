@@ -1,7 +1,5 @@
 """The small operations compile for sm_90 as their launchers launch them: nothing spills. Nothing is run."""
 
-import re
-
 import pytest
 import torch
 from support.triton_aot import Compiled, compile_launch, recorded_launches
@@ -89,9 +87,9 @@ def test_products_use_the_tensor_cores(compiled: list[Compiled]) -> None:
 
 
 def test_the_gates_weights_are_read_before_the_input_is_there(compiled: list[Compiled]) -> None:
-    """They are the largest reads in front of the wait, and only the input and the logits' parts follow it."""
+    """In loads of 16 bytes, as many as a program's tile of bfloat16 weights takes, in front of the wait."""
     for one in compiled:
         if one.launch.name in ("route_few", "route_some"):
-            before, after = one.ptx.split("griddepcontrol.wait")
-            assert "w_ptr" not in after
-            assert re.search(r"ld\.global\S*\.v4\.b32", before)
+            sizes, threads = dict(one.launch.constants), 32 * int(dict(one.launch.options)["num_warps"])
+            before, _ = one.ptx.split("griddepcontrol.wait")
+            assert before.count(".v4.b32") >= 2 * sizes["EXPERTS"] * sizes["WIDTH"] / (16 * threads)

@@ -67,7 +67,7 @@ def test_counters_are_zero_behind_a_call() -> None:
         found = ROUTE.run(x_TD, token_ids_T[:num_tokens], operand)
         expected = ROUTE(x_TD, gate(), scored(), token_ids_T[:num_tokens])
         assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
-        assert not operand.counters[0].any()
+        assert not operand.counters.any()
 
 
 @pytest.mark.parametrize("width", [8, 256, 4096, 7168, 16384])

@@ -8,7 +8,7 @@ import torch
 from ownpath.attention.interface import AttentionStep, DecodeStep
 from ownpath.runners import SwigluMlp
 
-RouterCall = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+ChooseExperts = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """(x [T, D], token ids [T]) -> expert ids and weights [T, K]."""
 
 
@@ -23,10 +23,10 @@ class MoE:
     decode_router: computes what ``router`` does, in decode steps of up to ``decode_rows`` rows.
     """
 
-    router: RouterCall
+    router: ChooseExperts
     experts: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     shared_experts: SwigluMlp
-    decode_router: RouterCall | None = None
+    decode_router: ChooseExperts | None = None
     decode_rows: int = 0
 
     def __call__(

@@ -63,28 +63,25 @@ RouteKey = tuple[torch.Size, torch.dtype, torch.dtype | None, bool, torch.dtype,
 
 
 class RouteCall(NamedTuple):
-    """The prepared launch of one size, its outputs and the parts of its logits."""
+    """The prepared launch of one size, and its outputs."""
 
     launch: TritonCall
     ids: EmptyOutput
     weights: EmptyOutput
-    parts: EmptyOutput
 
 
 @dataclass(frozen=True)
 class RouteOperand:
-    """counters: int32, 0 between calls, made on the device of the first call. launches: by ``RouteKey``."""
+    """Weights, and the memory through which a call's programs exchange their results; captured graphs refer to it.
+
+    counters: int32, a group's programs that have finished, 0 between calls. parts: float32. launches: by ``RouteKey``.
+    """
 
     weights: RouteWeights
-    counters: list[torch.Tensor] = field(default_factory=list, compare=False)
+    counters: torch.Tensor
+    parts: torch.Tensor
     launches: LaunchCache[RouteKey, RouteCall] = field(default_factory=LaunchCache, compare=False)
     lock: Lock = field(default_factory=Lock, compare=False)
-
-    def counters_on(self, device: torch.device) -> torch.Tensor:
-        """Returns the counters, which captured graphs refer to; made once and kept."""
-        if not self.counters:
-            self.counters.append(torch.zeros(MAX_ROWS, dtype=torch.int32, device=device))
-        return self.counters[0]
 
 
 class TritonRoute:
@@ -100,7 +97,10 @@ class TritonRoute:
 
     def prepare(self, weights: RouteWeights) -> RouteOperand:
         """Makes the operand."""
-        return RouteOperand(weights)
+        (num_experts, width), device = weights.gate_ED.shape, weights.gate_ED.device
+        splits = max(triton.cdiv(width, self._tiles_of(num_tokens, width, True).width) for num_tokens in (1, MAX_ROWS))
+        counters = torch.zeros(MAX_ROWS, dtype=torch.int32, device=device)
+        return RouteOperand(weights, counters, torch.empty(splits * MAX_ROWS * num_experts, device=device))
 
     def configs(self, operand: RouteOperand) -> Sequence[Config]:
         """Returns nothing: Triton compiles at the first call."""
@@ -137,12 +137,10 @@ class TritonRoute:
             out = call.ids.new(), call.weights.new()
         else:
             check_out(out, x_TD, operand.weights.router)
-        parts = call.parts.new()
         with operand.lock:
             chosen = out[0].data_ptr()
             read = chosen if ids is None else ids.data_ptr()
-            addresses = x_TD.data_ptr(), read, chosen, out[1].data_ptr(), parts.data_ptr()
-            call.launch.start(current_stream(key[5]), *addresses)
+            call.launch.start(current_stream(key[5]), x_TD.data_ptr(), read, chosen, out[1].data_ptr())
         return out
 
     def __call__(
@@ -157,10 +155,11 @@ class TritonRoute:
         return self.run(x_TD, token_ids_T, self.prepare(RouteWeights(gate_ED, weights)), out=out)
 
     def _tiles_for(self, x_TD: torch.Tensor, operand: RouteOperand) -> RouteTiles:
-        if self._tiles is not None:
-            return self._tiles
         is_narrow = x_TD.dtype == operand.weights.gate_ED.dtype == torch.bfloat16
-        return choose_tiles(len(x_TD), x_TD.shape[1], is_narrow)
+        return self._tiles_of(len(x_TD), x_TD.shape[1], is_narrow)
+
+    def _tiles_of(self, num_tokens: int, width: int, is_narrow: bool) -> RouteTiles:
+        return choose_tiles(num_tokens, width, is_narrow) if self._tiles is None else self._tiles
 
     def _first(
         self,
@@ -180,34 +179,30 @@ class TritonRoute:
             check_out(out, x_TD, weights.router)
         if not num_tokens:
             return out
-        tiles, num_experts = self._tiles_for(x_TD, operand), len(weights.gate_ED)
-        splits = triton.cdiv(x_TD.shape[1], tiles.width)
-        parts = x_TD.new_empty(splits, num_tokens, num_experts, dtype=torch.float32)
-        tensors = x_TD, token_ids_T, *out, parts
-        made = _first_launch(tensors, operand, tiles)
+        made = _first_launch((x_TD, token_ids_T, *out), operand, self._tiles_for(x_TD, operand))
         if made is not None:
-            outputs = (EmptyOutput(one.shape, one.dtype, one.get_device()) for one in (*out, parts))
+            outputs = (EmptyOutput(one.shape, one.dtype, one.get_device()) for one in out)
             operand.launches.add(key, RouteCall(made, *outputs))
         return out
 
 
 def _first_launch(
-    tensors: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor],
+    tensors: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor],
     operand: RouteOperand,
     tiles: RouteTiles,
 ) -> TritonCall | None:
-    x_TD, token_ids_T, ids, weights_TK, parts = tensors
+    x_TD, token_ids_T, ids, weights_TK = tensors
     gate_ED, router = operand.weights.gate_ED, operand.weights.router
     (num_tokens, width), num_experts, pdl = x_TD.shape, len(gate_ED), not INTERPRETED
     bias_E, table, k = router.bias_E, router.tid2eid_VK, router.num_experts_per_tok
     absent = gate_ED if bias_E is None else bias_E, ids if token_ids_T is None else token_ids_T
-    given = x_TD, gate_ED, *absent, ids if table is None else table, ids, weights_TK, parts
+    given = x_TD, gate_ED, *absent, ids if table is None else table, ids, weights_TK, operand.parts, operand.counters
     scalars = num_tokens, num_experts, width, 0 if table is None else len(table)
-    splits = len(parts)
+    splits = triton.cdiv(width, tiles.width)
     return launch(
         route_some if tiles.slices else route_few,
         (triton.cdiv(num_experts, tiles.experts) * splits, triton.cdiv(num_tokens, tiles.group)),
-        (*given, operand.counters_on(x_TD.device), router.routed_scaling_factor, *scalars),
+        (*given, router.routed_scaling_factor, *scalars),
         {
             "EXPERTS": tiles.experts,
             "WIDTH": tiles.width,
@@ -223,7 +218,7 @@ def _first_launch(
             "num_warps": tiles.num_warps,
             "launch_pdl": pdl,
         },
-        moving=(0, 3, 5, 6, 7),
+        moving=(0, 3, 5, 6),
     )
 
 

@@ -15,7 +15,7 @@ from ownpath.conformance.bounds import Exact
 from ownpath.conformance.exact import product
 from ownpath.conformance.router import ExpectedChoice, RouterRule
 from ownpath.finding import Finding
-from ownpath.model.moe import RouterCall
+from ownpath.model.moe import ChooseExperts
 from ownpath.ops import OpKind
 from ownpath.runners import Route, Router, RouteWeights
 from ownpath.verify.kernels.operands import weight_of
@@ -87,7 +87,7 @@ def _run_router(probe: Probe, slot: str, router: Router | Route, logits_TE: Tens
     return ExpectedChoice(exact, rule).problem(*result)
 
 
-def _of_logits(router: Router | Route, bias_E: Tensor | None, num_experts: int) -> RouterCall:
+def _of_logits(router: Router | Route, bias_E: Tensor | None, num_experts: int) -> ChooseExperts:
     """Returns the router as a function of logits, with this bias where one is given."""
     if isinstance(router, Router):
         if bias_E is not None:
