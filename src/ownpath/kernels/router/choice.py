@@ -20,31 +20,47 @@ def score(logits):
 
 
 @triton.jit
-def _better(ranked, expert, scores, other_ranked, other_expert, other_scores):
-    wins = (ranked > other_ranked) | ((ranked == other_ranked) & (expert < other_expert))
-    best = tl.where(wins, ranked, other_ranked)
-    return best, tl.where(wins, expert, other_expert), tl.where(wins, scores, other_scores)
+def experts_of(E_PAD: tl.constexpr):
+    """Returns expert ids [1, H, E / H], 128 in a row: of a tile [T, H, E / H], a warp then has whole tokens."""
+    WIDTH: tl.constexpr = 128 if E_PAD > 128 else E_PAD
+    return tl.arange(0, E_PAD // WIDTH)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
 
 
 @triton.jit
-def best_experts(logits, bias, num_experts, K: tl.constexpr, K_PAD: tl.constexpr):
-    """Chooses the experts with the largest scores plus bias, the lower id at a tie. Returns ids and scores [T, K_PAD].
+def _largest(keys):
+    """Returns the largest key of each token [T, 1, 1]."""
+    return tl.max(tl.max(keys, axis=1, keep_dims=True), axis=2, keep_dims=True)
 
-    Shapes: logits [T, E]; bias [E]. Scores beyond the K-th are 0.
+
+@triton.jit
+def write_best(
+    ids_ptr, weights_ptr, logits, bias, expert, token, t, in_t, num_experts, factor,
+    K: tl.constexpr, HAS_TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Chooses the experts with the largest scores plus bias, the lower id at a tie, and writes them in this order.
+
+    Shapes: logits, bias, expert [T, H, E / H]; token ids, t and in_t [T, 1, 1]. Ranks are compared as integers of the
+    same order, which a warp reduces in one instruction; nothing leaves the tile, so that warps do not wait for each
+    other.
     """
-    k = tl.arange(0, K_PAD)[None, :]
+    LEAST: tl.constexpr = -(2**31)
     scores = score(logits)
-    expert = tl.broadcast_to(tl.arange(0, logits.shape[1])[None, :], logits.shape)
-    left = tl.where(expert < num_experts, scores + bias[None, :], float("-inf"))
-    chosen = tl.zeros((logits.shape[0], K_PAD), dtype=tl.int32)
-    found = tl.zeros((logits.shape[0], K_PAD), dtype=tl.float32)
+    bits = (scores + bias).to(tl.int32, bitcast=True)
+    keys = tl.where(expert < num_experts, bits ^ ((bits >> 31) & 0x7FFFFFFF), LEAST)
+    place = tl.full(keys.shape, -1, tl.int32)
     for round_idx in tl.static_range(K):
-        _, best, its_score = tl.reduce((left, expert, scores), 1, _better)
-        best = tl.minimum(best, num_experts - 1)
-        chosen = tl.where(k == round_idx, best[:, None], chosen)
-        found = tl.where(k == round_idx, its_score[:, None], found)
-        left = tl.where(expert == best[:, None], float("-inf"), left)
-    return chosen, found
+        top = _largest(keys)
+        best = -_largest(tl.where(keys == top, -expert, LEAST))
+        place = tl.where(expert == best, round_idx, place)
+        keys = tl.where(expert == best, LEAST, keys)
+    chosen = tl.where(place >= 0, scores, 0.0)
+    weights = chosen / tl.sum(tl.sum(chosen, axis=1, keep_dims=True), axis=2, keep_dims=True) * factor
+    if HAS_TOKENS:
+        expert = tl.where(token < 0, -1, expert)
+        weights = tl.where(token < 0, 0.0, weights)
+    at, inside = t * K + place, in_t & (place >= 0)
+    tl.store(ids_ptr + at, expert.to(ids_ptr.dtype.element_ty), mask=inside)
+    tl.store(weights_ptr + at, weights, mask=inside)
 
 
 @triton.jit
@@ -56,18 +72,22 @@ def table_experts(table_ptr, token, in_t, vocab_size, K: tl.constexpr, K_PAD: tl
 
 
 @triton.jit
-def write_choice(
-    ids_ptr, weights_ptr, chosen, scores, token, t, in_t, factor,
+def write_named(
+    ids_ptr, weights_ptr, named, logits, inside, token, t, in_t, factor,
     K: tl.constexpr, K_PAD: tl.constexpr, HAS_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Writes each token's experts and weights, whose sum is ``factor``; a padded row gets expert -1 and weight 0."""
+    """Writes the experts that a table names, and their weights. inside: where there is an expert of this id.
+
+    Shapes: named, logits, inside [T, K_PAD]; token ids, t and in_t [T].
+    """
     k = tl.arange(0, K_PAD)[None, :]
+    scores = tl.where(inside, score(logits), 0.0)
     total = tl.where(in_t, tl.sum(scores, axis=1), 1.0)
     weights = scores / total[:, None] * factor
     if HAS_TOKENS:
         is_padded = (token < 0)[:, None]
-        chosen = tl.where(is_padded, -1, chosen)
+        named = tl.where(is_padded, -1, named)
         weights = tl.where(is_padded, 0.0, weights)
-    at, inside = t[:, None] * K + k, in_t[:, None] & (k < K)
-    tl.store(ids_ptr + at, chosen.to(ids_ptr.dtype.element_ty), mask=inside)
-    tl.store(weights_ptr + at, weights, mask=inside)
+    at, is_chosen = t[:, None] * K + k, in_t[:, None] & (k < K)
+    tl.store(ids_ptr + at, named.to(ids_ptr.dtype.element_ty), mask=is_chosen)
+    tl.store(weights_ptr + at, weights, mask=is_chosen)

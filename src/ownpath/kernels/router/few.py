@@ -7,7 +7,7 @@ to finish chooses for all of its tokens. D hidden, n expert, t token; parts: log
 import triton
 import triton.language as tl
 
-from ownpath.kernels.router.choice import best_experts, score, table_experts, write_choice
+from ownpath.kernels.router.choice import experts_of, table_experts, write_best, write_named
 
 
 @triton.jit
@@ -27,6 +27,13 @@ def _tokens(token_ids_ptr, t, in_t, HAS_TOKENS: tl.constexpr):
 
 
 @triton.jit
+def _bias(bias_ptr, in_t, num_experts, E_PAD: tl.constexpr):
+    """Loads the bias for each token of a group [T, H, E / H], as its logits will lie."""
+    expert = experts_of(E_PAD)
+    return tl.load(bias_ptr + expert, mask=in_t[:, None, None] & (expert < num_experts), other=0.0)
+
+
+@triton.jit
 def _choose(
     parts_ptr, bias, named, token, ids_ptr, weights_ptr, factor, t, in_t, num_tokens, num_experts,
     SPLITS: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, E_PAD: tl.constexpr,
@@ -39,16 +46,18 @@ def _choose(
         for split in tl.static_range(SPLITS):
             at = (split * num_tokens + t)[:, None] * num_experts + named
             logits += tl.load(parts_ptr + at, mask=inside, other=0.0, cache_modifier=".cg")
-        chosen, scores = named, tl.where(inside, score(logits), 0.0)
+        write_named(ids_ptr, weights_ptr, named, logits, inside, token, t, in_t, factor, K, K_PAD, HAS_TOKENS)
     else:
-        e = tl.arange(0, E_PAD)[None, :]
-        inside = in_t[:, None] & (e < num_experts)
-        logits = tl.zeros((t.shape[0], E_PAD), dtype=tl.float32)
+        expert = tl.broadcast_to(experts_of(E_PAD), bias.shape)
+        token, t, in_t = token[:, None, None], t[:, None, None], in_t[:, None, None]
+        inside = in_t & (expert < num_experts)
+        logits = tl.zeros(bias.shape, dtype=tl.float32)
         for split in tl.static_range(SPLITS):
-            at = (split * num_tokens + t)[:, None] * num_experts + e
+            at = (split * num_tokens + t) * num_experts + expert
             logits += tl.load(parts_ptr + at, mask=inside, other=0.0, cache_modifier=".cg")
-        chosen, scores = best_experts(logits, bias, num_experts, K, K_PAD)
-    write_choice(ids_ptr, weights_ptr, chosen, scores, token, t, in_t, factor, K, K_PAD, HAS_TOKENS)
+        write_best(
+            ids_ptr, weights_ptr, logits, bias, expert, token, t, in_t, num_experts, factor, K, HAS_TOKENS
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -69,14 +78,14 @@ def route_few(
     in_n, in_d = n < num_experts, d < D
     w = tl.load(w_ptr + n[:, None].to(tl.int64) * D + d[None, :], mask=in_n[:, None] & in_d[None, :], other=0.0)
     first = group.to(tl.int64) * GROUP
-    t, e = first + tl.arange(0, GROUP), tl.arange(0, E_PAD)
+    t = first + tl.arange(0, GROUP)
     in_t = t < num_tokens
     token = _tokens(token_ids_ptr, t, in_t, HAS_TOKENS)
     bias, named = 0.0, 0
     if BY_TOKEN:
         named = table_experts(table_ptr, token, in_t, vocab_size, K, K_PAD)
     else:
-        bias = tl.load(bias_ptr + e, mask=e < num_experts, other=0.0)
+        bias = _bias(bias_ptr, in_t, num_experts, E_PAD)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -111,14 +120,14 @@ def route_some(
     k = slice_at + tl.arange(0, STEP)[None, :, None]
     in_w = in_n[None, None, :] & (k < D)
     w = tl.load(w_ptr + n[None, None, :].to(tl.int64) * D + k, mask=in_w, other=0.0)
-    t, e = group.to(tl.int64) * GROUP + tl.arange(0, GROUP), tl.arange(0, E_PAD)
+    t = group.to(tl.int64) * GROUP + tl.arange(0, GROUP)
     in_t = t < num_tokens
     token = _tokens(token_ids_ptr, t, in_t, HAS_TOKENS)
     bias, named = 0.0, 0
     if BY_TOKEN:
         named = table_experts(table_ptr, token, in_t, vocab_size, K, K_PAD)
     else:
-        bias = tl.load(bias_ptr + e, mask=e < num_experts, other=0.0)
+        bias = _bias(bias_ptr, in_t, num_experts, E_PAD)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

@@ -22,7 +22,7 @@ from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
 from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.launch_cache import LaunchCache
-from ownpath.kernels.router.choice import best_experts, score, table_experts, write_choice
+from ownpath.kernels.router.choice import experts_of, table_experts, write_best, write_named
 from ownpath.kernels.variants import variant_name
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -49,7 +49,7 @@ def router_kernel(
 ):
     """Chooses one token's experts and their weights."""
     t = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    e, in_t = tl.arange(0, E_PAD), t >= 0
+    expert, in_t = experts_of(E_PAD), t >= 0
     row = logits_ptr + t[:, None] * num_experts
     token = t
     if HAS_TOKENS:
@@ -57,17 +57,20 @@ def router_kernel(
     if BY_TOKEN:
         chosen = table_experts(table_ptr, token, in_t, vocab_size, K, K_PAD)
     else:
-        bias = tl.load(bias_ptr + e, mask=e < num_experts, other=0.0)
+        bias = tl.load(bias_ptr + expert, mask=expert < num_experts, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if BY_TOKEN:
         inside = (tl.arange(0, K_PAD) < K)[None, :] & (chosen >= 0) & (chosen < num_experts)
-        scores = tl.where(inside, score(tl.load(row + chosen, mask=inside, other=0.0)), 0.0)
+        logits = tl.load(row + chosen, mask=inside, other=0.0)
+        write_named(ids_ptr, weights_ptr, chosen, logits, inside, token, t, in_t, factor, K, K_PAD, HAS_TOKENS)
     else:
-        logits = tl.load(row + e[None, :], mask=(e < num_experts)[None, :], other=0.0)
-        chosen, scores = best_experts(logits, bias, num_experts, K, K_PAD)
-    write_choice(ids_ptr, weights_ptr, chosen, scores, token, t, in_t, factor, K, K_PAD, HAS_TOKENS)
+        token, t, in_t = token[:, None, None], t[:, None, None], in_t[:, None, None]
+        logits = tl.load(logits_ptr + t * num_experts + expert, mask=expert < num_experts, other=0.0)
+        write_best(
+            ids_ptr, weights_ptr, logits, bias, expert, token, t, in_t, num_experts, factor, K, HAS_TOKENS
+        )  # fmt: skip
 
 
 def check_choice(
