@@ -51,11 +51,10 @@ class RouteTiles(NamedTuple):
 
 def choose_tiles(num_tokens: int, width: int, is_narrow: bool) -> RouteTiles:
     """Chooses tiles by tokens and columns. is_narrow: input and weights are bfloat16."""
-    whole = int(triton.next_power_of_2(width))
+    tile = min(int(triton.next_power_of_2(width)), 1024)
     if num_tokens < MIN_DOT_TOKENS or not is_narrow:
-        return RouteTiles(2, whole, 1, 0, 8)
-    tile = min(whole, 1024)
-    return RouteTiles(8, tile, 8 if num_tokens <= 8 else 16, min(8, max(tile // 16, 1)), 8)
+        return RouteTiles(2 if num_tokens == 1 or not is_narrow else 4, tile, 1, 0, 1)
+    return RouteTiles(8, tile, 8, min(8, max(tile // 16, 1)), 8)
 
 
 RouteKey = tuple[torch.Size, torch.dtype, torch.dtype | None, bool, torch.dtype, int]
