@@ -24,7 +24,7 @@ from ownpath.bench.record import provenance
 from ownpath.bench.routing import uniform_routing
 from ownpath.bench.shapes import LINEAR_SHAPES, moe_shape
 from ownpath.conformance.operations import CASES, make_inputs
-from ownpath.kernels.contract import NormWeights, RouterWeights
+from ownpath.kernels.contract import NormWeights, RouterWeights, RouteWeights
 from ownpath.kernels.dsl.cache import is_cached, load
 from ownpath.kernels.registry import KERNELS
 from ownpath.runners import Fp8Linear
@@ -115,7 +115,7 @@ def companion_calls() -> Iterator[tuple[str, Callable[[], object]]]:
         name = case.kernel.partition(".")[2]
         kernel, inputs = KERNELS[case.kernel], make_inputs(case, 4, torch.device("cuda"))
         yield f"{name}, accepted", bound(kernel, case.op, inputs)
-        if case.op in ("hyper_boundary", "router", "grouped_linear"):
+        if case.op in ("hyper_boundary", "router", "route", "grouped_linear"):
             yield f"{name}, outputs given", with_outputs(kernel, case.op, inputs)
 
 
@@ -125,6 +125,8 @@ def bound(kernel: Any, op: str, inputs: tuple[Any, ...]) -> partial[object]:
         logits, num_chosen, factor, bias, token_ids, table = inputs
         operand = kernel.prepare(RouterWeights(num_chosen, factor, bias, table))
         return partial(kernel.run, logits, token_ids, operand)
+    if op == "route":
+        return partial(kernel.run, inputs[0], inputs[3], kernel.prepare(RouteWeights(*inputs[1:3])))
     if op == "rms_norm":
         return partial(kernel.run, inputs[0], kernel.prepare(NormWeights(*inputs[1:])))
     *given, weights = inputs

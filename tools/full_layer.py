@@ -183,7 +183,8 @@ def _streams(residual: Residual) -> torch.Tensor:
 
 def _output(residual: Residual) -> torch.Tensor:
     assert residual.y_TD is not None
-    return residual.y_TD
+    assert residual.other_TD is not None
+    return residual.y_TD + residual.other_TD
 
 
 def _graph_us(step: Callable[[], object]) -> list[float]:

@@ -18,6 +18,8 @@ class OpKind(StrEnum):
     """RMS norm over the last dimension."""
     ROUTER = "router"
     """Expert ids and weights from the gate's logits."""
+    ROUTE = "route"
+    """Expert ids and weights from the router's input: a decode step's gate and router in one."""
     SWIGLU = "swiglu"
     """The clamped activation between two products."""
     ATTENTION = "attention"
@@ -39,5 +41,5 @@ class OpKind(StrEnum):
 
     @property
     def is_decode(self) -> bool:
-        """True for what only a decode step runs, in place of norms, rotations and ``ATTENTION``."""
-        return self in (OpKind.ENTRIES, OpKind.INDEX_SCORES, OpKind.SELECT, OpKind.ATTEND)
+        """True for what only a decode step runs: in place of norms, rotations and ``ATTENTION``, of gate and router."""
+        return self in (OpKind.ENTRIES, OpKind.INDEX_SCORES, OpKind.SELECT, OpKind.ATTEND, OpKind.ROUTE)

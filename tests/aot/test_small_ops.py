@@ -10,15 +10,20 @@ from ownpath.kernels.hyper import checks as hyper
 from ownpath.kernels.norms import launch as norms
 from ownpath.kernels.registry import KERNELS
 from ownpath.kernels.router import launch as router
+from ownpath.kernels.router import route
 from ownpath.kernels.swiglu import launch as swiglu
 
 SHARED_BYTES = 232448  # what one program may use on sm_90
 SHAPES = {
     ("hyper_boundary", "flash"): (1, 64, 300),
+    ("hyper_boundary", "flash two parts"): (1, 33),
     ("hyper_boundary", "flash last"): (1,),
     ("hyper_boundary", "pro"): (1,),
     ("router", "flash"): (1,),
     ("router", "by token"): (1,),
+    ("route", "flash"): (1, 8, 33),
+    ("route", "flash by token"): (1, 8),
+    ("route", "pro"): (1, 32),
     ("rms_norm", "hidden"): (1,),
     ("rms_norm", "heads, no weight"): (33,),
     ("swiglu", "flash shared"): (1,),
@@ -31,7 +36,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
     """Every distinct launch of these shapes, compiled for sm_90."""
     cases = {(case.op, case.label): case for case in CASES if not case.kernel.endswith("_invariant")}
     with pytest.MonkeyPatch.context() as patch, recorded_launches() as launches:
-        for module in (grouped, hyper, router, norms, swiglu):
+        for module in (grouped, hyper, router, route, norms, swiglu):
             patch.setattr(module, "check_rank", lambda name, tensor, rank, runs_on_cpu: None)  # refuses what is on CPU
         for key, counts in SHAPES.items():
             for num_tokens in counts:
@@ -47,6 +52,8 @@ def test_every_kernel_is_there(compiled: list[Compiled]) -> None:
         "spread_many",
         "collapse",
         "router_kernel",
+        "route_few",
+        "route_some",
         "rms_norm_kernel",
         "swiglu_kernel",
         "rope_grouped_kernel",
@@ -75,5 +82,14 @@ def test_products_use_the_tensor_cores(compiled: list[Compiled]) -> None:
         if one.launch.name == "rope_grouped_kernel":
             assert "wgmma.mma_async" in one.ptx
             assert "cp.async.bulk.tensor" in one.ptx
-        if one.launch.name == "spread_many":
+        if one.launch.name in ("spread_many", "route_some"):
             assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in one.ptx
+
+
+def test_the_gates_weights_are_read_before_the_input_is_there(compiled: list[Compiled]) -> None:
+    """In loads of 16 bytes, as many as a program's tile of bfloat16 weights takes, in front of the wait."""
+    for one in compiled:
+        if one.launch.name in ("route_few", "route_some"):
+            sizes, threads = dict(one.launch.constants), 32 * int(dict(one.launch.options)["num_warps"])
+            before, _ = one.ptx.split("griddepcontrol.wait")
+            assert before.count(".v4.b32") >= 2 * sizes["EXPERTS"] * sizes["WIDTH"] / (16 * threads)

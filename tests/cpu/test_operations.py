@@ -113,11 +113,11 @@ def boundaries(dtype: torch.dtype) -> list[Case]:
         )
         for num_mix, num_scales in ((24, 3), (S, 1))
     )
-    spread = (x, y, mix.post_TS, mix.comb_TSS)
+    other, spread = normal(T, D, dtype=dtype), (x, y, mix.post_TS, mix.comb_TSS)
     return [
-        Case("hyper_boundary", inner, (x, None, None, None), (x, None, None)),
-        Case("hyper_boundary", inner, spread, (x, y, mix)),
-        Case("hyper_boundary", last, spread, (x, y, mix)),
+        Case("hyper_boundary", inner, (x, None, None, None, None), (x, None, None)),
+        Case("hyper_boundary", inner, (*spread, None), (x, y, mix)),
+        Case("hyper_boundary", last, (*spread, other), (x, y, mix, other)),
     ]
 
 

@@ -158,6 +158,8 @@ def test_the_device_ran_the_kernels_of_the_plan(model: Model) -> None:
     assert names == Counter(launch.kernel for launch in launched)
     slots = {launch.slot for launch in launched}
     assert {f"layers.1.attn.decode.{name}" for name in ("entries", "scores", "select", "attend")} <= slots
+    assert ("layers.1.ffn.decode.route" in slots) is not _is_invariant(model)
+    assert ("layers.1.ffn.router" in slots) is _is_invariant(model)
 
 
 def test_no_step_compiles_after_the_capture(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

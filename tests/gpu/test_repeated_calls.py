@@ -16,7 +16,7 @@ from ownpath.conformance.call import tensors_of
 from ownpath.conformance.operations import CASES, make_inputs
 from ownpath.conformance.quant_weights import DenseWeight, ExpertStacks, RoutedTokens, draw_weights
 from ownpath.formats import BF16
-from ownpath.kernels.contract import Config, NormWeights, RouterWeights, StoredGroups
+from ownpath.kernels.contract import Config, NormWeights, RouterWeights, RouteWeights, StoredGroups
 from ownpath.kernels.fp8.cases import Fp8Case
 from ownpath.kernels.hyper.ref import Mix
 from ownpath.kernels.registry import KERNELS
@@ -54,7 +54,10 @@ def again(kernel: Any, op: str, inputs: tuple[Any, ...]) -> Callable[..., Any]:
         return lambda given, **places: kernel.run(*given[:3], operand, **places)
     if op == "hyper_boundary":
         operand = kernel.prepare(inputs[3])
-        return lambda given, **places: kernel.run(*given[:3], operand, **places)
+        return lambda given, **places: kernel.run(*given[:3], operand, *given[4:], **places)
+    if op == "route":
+        operand = kernel.prepare(RouteWeights(*inputs[1:3]))
+        return lambda given, **places: kernel.run(given[0], given[3], operand, **places)
     _, num_chosen, factor, bias, _, table = inputs
     operand = kernel.prepare(RouterWeights(num_chosen, factor, bias, table))
     return lambda given, **places: kernel.run(given[0], given[4], operand, **places)
@@ -74,7 +77,9 @@ def moved(value: Any, flips: bool) -> Any:
 def test_small_operations(name: str, num_tokens: int, cuda: torch.device) -> None:
     case = FIRST[name]
     kernel, inputs = KERNELS[name], make_inputs(case, num_tokens, cuda)
-    weights = {"rms_norm": (1, 2), "swiglu": (1,), "grouped_linear": (3,), "hyper_boundary": (3,)}.get(case.op, (3, 5))
+    weights = {"rms_norm": (1, 2), "swiglu": (1,), "grouped_linear": (3,), "hyper_boundary": (3,), "route": (1, 2)}.get(
+        case.op, (3, 5)
+    )
     call = again(kernel, case.op, inputs)
     for flips in (False, True, True):
         given = tuple(one if idx in weights else moved(one, flips) for idx, one in enumerate(inputs))

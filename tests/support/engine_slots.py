@@ -21,7 +21,7 @@ def engine_slots(layer: LoadedLayer, x_TSD: torch.Tensor, token_ids_T: torch.Ten
     with layer.ledger.observe(Results(columns)) as results:
         rotation, step = layer.rope.at(batch.positions_T), layer.reference_step(batch.tables)
         after = layer.block(Residual(x_TSD), rotation, batch.token_ids_T, step)
-    out = layer.block.hc_attn(after.x_TSD, after.y_TD, after.mix)
+    out = after.enter(layer.block.hc_attn)
     return results.found | {f"layers.{layer.layer_idx}.out": out.x_TSD}
 
 

@@ -94,6 +94,8 @@ def _hyper(call: KernelCall) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "an output without its mix", (x_TSD, y_TD, None)
     yield "a stream too few", (x_TSD[:, :-1].contiguous(), y_TD, mix)
     yield "an output of another width", (x_TSD, y_TD[:, :-1].contiguous(), mix)
+    yield "a second part of another width", (x_TSD, y_TD, mix, y_TD[:, :-1].contiguous())
+    yield "a second part of no output", (x_TSD, None, None, y_TD)
 
 
 def _norm(call: KernelCall) -> Iterator[tuple[str, tuple[Any, ...]]]:

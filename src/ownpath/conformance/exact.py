@@ -251,15 +251,20 @@ class ExactBoundary:
         return Exact(h_TD * gain_TD, (error_TD + h_TD.abs() * divisor_T1) * gain_TD.abs())
 
 
+BoundaryGiven = tuple[Tensor, Tensor, Mix] | tuple[Tensor, Tensor, Mix, Tensor]
+"""Streams, output and mix; of an output in two parts the second. Their sum is rounded once, to their dtype."""
+
+
 def boundary_deviations(
-    out: HyperOut, given: tuple[Tensor, Tensor, Mix] | None, mixing: Mixing, norm_weight_D: Tensor
+    out: HyperOut, given: "BoundaryGiven | None", mixing: Mixing, norm_weight_D: Tensor
 ) -> Iterator[tuple[str, Deviation]]:
     """Yields (part, deviation) for each part of one boundary's results.
 
-    given: streams, output and mix that the streams are written from; ``None`` in front of the first sublayer.
+    given: what the streams are written from; ``None`` in front of the first sublayer.
     """
     if given is not None:
-        x_TSD, y_TD, mix = given
+        x_TSD, y_TD, mix, *others = given
+        y_TD = sum(others, y_TD)
         yield "streams", deviation(out.x_TSD, write_streams(x_TSD, y_TD, mix.post_TS, mix.comb_TSS))
     if not bool(out.x_TSD.isfinite().all()):
         return

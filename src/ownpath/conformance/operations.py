@@ -22,9 +22,18 @@ from ownpath.conformance.bounds import (
     relative_l2,
 )
 from ownpath.conformance.call import KernelCall
-from ownpath.conformance.exact import ExactBoundary, boundary_deviations, grouped_product, norm, rotate_back, swiglu
+from ownpath.conformance.exact import (
+    ExactBoundary,
+    boundary_deviations,
+    grouped_product,
+    norm,
+    product,
+    rotate_back,
+    swiglu,
+)
 from ownpath.conformance.router import ExpectedChoice, RouterRule
 from ownpath.kernels.cases import KernelCase
+from ownpath.kernels.contract import RouterWeights
 from ownpath.kernels.hyper.ref import HyperOut, HyperWeights, Mix, sinkhorn
 from ownpath.kernels.registry import families
 from ownpath.ops import OpKind
@@ -42,17 +51,18 @@ def _normal(generator: torch.Generator, *shape: int) -> torch.Tensor:
 
 
 def hyper_inputs(case: KernelCase, num_tokens: int, g: torch.Generator) -> Inputs:
-    """Draws streams, output and mix of the sublayer before, and weights of the coming one."""
-    dim, num_mix, has_post = case.sizes
+    """Draws streams, output and mix of the sublayer before, weights of the coming one, and the output's second part."""
+    dim, num_mix, num_parts = case.sizes
     x_TSD = _normal(g, num_tokens, 4, dim).bfloat16()
     fn = _normal(g, num_mix, 4 * dim) * (4 * dim) ** -0.5
     scale = _uniform(g, 3 if num_mix == 24 else 1) + 0.5
     norm_weight = (1 + 0.1 * _normal(g, dim)).bfloat16()
     weights = HyperWeights(fn, _normal(g, num_mix), scale, norm_weight, 20, 1e-6, 1e-6, 1e-6)
-    if not has_post:
+    if not num_parts:
         return x_TSD, None, None, weights
     comb_TSS = sinkhorn(_normal(g, num_tokens, 4, 4), 20, 1e-6)
-    return x_TSD, _normal(g, num_tokens, dim).bfloat16(), Mix(2 * _uniform(g, num_tokens, 4), comb_TSS), weights
+    y_TD, *others = (_normal(g, num_tokens, dim).bfloat16() for _ in range(num_parts))
+    return x_TSD, y_TD, Mix(2 * _uniform(g, num_tokens, 4), comb_TSS), weights, *others
 
 
 def router_inputs(case: KernelCase, num_tokens: int, g: torch.Generator) -> Inputs:
@@ -64,6 +74,17 @@ def router_inputs(case: KernelCase, num_tokens: int, g: torch.Generator) -> Inpu
     table = _uniform(g, 1000, num_experts).argsort(dim=1)[:, :k].contiguous()
     token_ids_T = (_uniform(g, num_tokens) * 1000).long()
     return logits_TE, k, 2.5, None, token_ids_T, table
+
+
+def route_inputs(case: KernelCase, num_tokens: int, g: torch.Generator) -> Inputs:
+    """Draws the gate's input and matrix; half of the cases choose by token id, and some tokens are padding."""
+    num_experts, k, by_token, width = case.sizes
+    x_TD, gate_ED = _normal(g, num_tokens, width).bfloat16(), (_normal(g, num_experts, width) * width**-0.5).bfloat16()
+    table = _uniform(g, 1000, num_experts).argsort(dim=1)[:, :k].contiguous()
+    bias_E, token_ids_T = 0.3 * _normal(g, num_experts), (_uniform(g, num_tokens) * 1000).long()
+    token_ids_T[2::3] = -1
+    choice = (None, table) if by_token else (bias_E, None)
+    return x_TD, gate_ED, RouterWeights(k, 2.5, *choice), token_ids_T
 
 
 def norm_inputs(case: KernelCase, num_tokens: int, g: torch.Generator) -> Inputs:
@@ -96,9 +117,9 @@ def grouped_inputs(case: KernelCase, num_tokens: int, g: torch.Generator) -> Inp
 
 def judge_hyper(result: HyperOut, inputs: Inputs) -> None:
     """Judges streams; then everything else by the streams that were stored."""
-    x_TSD, y_TD, mix, weights = inputs
+    x_TSD, y_TD, mix, weights, *others = inputs
     mixing, num_streams = mixing_of(weights), x_TSD.shape[1]
-    given = None if mix is None else (x_TSD, y_TD, mix)
+    given = None if mix is None else (x_TSD, y_TD, mix, *others)
     for what, found in boundary_deviations(result, given, mixing, weights.norm_weight.double()):
         assert found.is_allowed, f"{what}: {found}"
     assert given is not None or torch.equal(result.x_TSD, x_TSD)
@@ -125,6 +146,18 @@ def judge_router(result: tuple[torch.Tensor, torch.Tensor], inputs: Inputs) -> N
     rule = RouterRule(k, factor, bias_E, None if table is None else table[token_ids_T])
     exact = Exact(logits_TE.double(), torch.zeros_like(logits_TE, dtype=torch.float64))
     problem = ExpectedChoice(exact, rule).problem(*result)
+    assert not problem, problem
+
+
+def judge_route(result: tuple[torch.Tensor, torch.Tensor], inputs: Inputs) -> None:
+    """Judges ids and weights by the scores of the exact logits. A padded row has expert -1 and weight 0."""
+    x_TD, gate_ED, (k, factor, bias_E, table), token_ids_T = *inputs[:2], vars(inputs[2]).values(), inputs[3]
+    real_R, (ids_TK, weights_TK) = token_ids_T >= 0, result
+    assert bool((ids_TK[~real_R] == -1).all())
+    assert not bool(weights_TK[~real_R].any())
+    exact = product(x_TD[real_R].double(), gate_ED.double())
+    rule = RouterRule(k, factor, bias_E, None if table is None else table[token_ids_T[real_R]])
+    problem = ExpectedChoice(exact, rule).problem(ids_TK[real_R], weights_TK[real_R])
     assert not problem, problem
 
 
@@ -160,8 +193,8 @@ class Operation:
 
 
 def _hyper_bytes(sizes: tuple[int, ...], num_tokens: int) -> int:
-    dim, num_mix, _ = sizes
-    return 16 * num_mix * dim + num_tokens * (2 * 4 * dim * 2 + 2 * dim * 2)
+    dim, num_mix, num_parts = sizes
+    return 16 * num_mix * dim + num_tokens * (2 * 4 * dim * 2 + max(num_parts + 1, 2) * dim * 2)
 
 
 def _grouped_bytes(sizes: tuple[int, ...], num_tokens: int) -> int:
@@ -170,10 +203,16 @@ def _grouped_bytes(sizes: tuple[int, ...], num_tokens: int) -> int:
     return 2 * num_groups * (num_rows * width + num_tokens * (width + num_rows))
 
 
+def _route_bytes(sizes: tuple[int, ...], num_tokens: int) -> int:
+    num_experts, k, _, width = sizes
+    return 2 * width * (num_experts + num_tokens) + 12 * num_tokens * k
+
+
 OPERATIONS = MappingProxyType(
     {
         "hyper_boundary": Operation(OpKind.HYPER, hyper_inputs, judge_hyper, _hyper_bytes),
         "router": Operation(OpKind.ROUTER, router_inputs, judge_router, lambda s, t: t * (4 * s[0] + 12 * s[1])),
+        "route": Operation(OpKind.ROUTE, route_inputs, judge_route, _route_bytes),
         "rms_norm": Operation(OpKind.NORM, norm_inputs, judge_norm, lambda s, t: 4 * t * s[0] * max(1, s[1])),
         "swiglu": Operation(OpKind.SWIGLU, swiglu_inputs, judge_swiglu, lambda s, t: 6 * t * s[0]),
         "grouped_linear": Operation(OpKind.GROUPED, grouped_inputs, judge_grouped, _grouped_bytes),

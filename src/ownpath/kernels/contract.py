@@ -233,6 +233,14 @@ class RouterWeights:
     tid2eid_VK: Tensor | None
 
 
+@dataclass(frozen=True)
+class RouteWeights:
+    """The gate's matrix bfloat16 or float32 [E, D], and what the router chooses by."""
+
+    gate_ED: Tensor
+    router: RouterWeights
+
+
 class NormKernel(Kernel[Operand], Protocol[Operand]):
     """y = weight * x / sqrt(mean(x²) + eps) over the last dimension, rounded once."""
 
@@ -257,6 +265,24 @@ class RouterKernel(Kernel[Operand], Protocol[Operand]):
 
     def run(
         self, logits_TE: Tensor, token_ids_T: Tensor, operand: Operand, *, out: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns ids int64 [T, K] and weights, at least float32 [T, K]. Errors: ValueError naming the operand."""
+
+
+class RouteKernel(Kernel[Operand], Protocol[Operand]):
+    """Expert ids and weights from the router's input: gate and router of few rows. max_rows: the most that it takes."""
+
+    @property
+    def max_rows(self) -> int: ...
+
+    def prepare(self, weights: RouteWeights) -> Operand:
+        """Makes the operand."""
+
+    def variant(self, x_TD: Tensor, operand: Operand) -> str | None:
+        """See ``LinearKernel``."""
+
+    def run(
+        self, x_TD: Tensor, token_ids_T: Tensor, operand: Operand, *, out: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Returns ids int64 [T, K] and weights, at least float32 [T, K]. Errors: ValueError naming the operand."""
 

@@ -9,7 +9,7 @@ from ownpath.attention.rope import Rotation
 from ownpath.cache.tables import StepTables
 from ownpath.model.attention import Attention
 from ownpath.model.moe import MoE
-from ownpath.runners import HyperBoundary, Mix
+from ownpath.runners import HyperBoundary, HyperOut, Mix
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,14 @@ class Residual:
     """The residual between two sublayers: S streams, and the last sublayer's output, which is still to be mixed into
     them.
 
-    x [T, S, D]; y [T, D] and its mix are ``None`` before the first sublayer.
+    x [T, S, D]; y [T, D] and its mix are ``None`` before the first sublayer. other [T, D]: the second part of an output
+    that is y + other.
     """
 
     x_TSD: torch.Tensor
     y_TD: torch.Tensor | None = None
     mix: Mix | None = None
+    other_TD: torch.Tensor | None = None
 
     @classmethod
     def of_embedding(cls, h_TD: torch.Tensor, num_streams: int) -> "Residual":
@@ -33,7 +35,12 @@ class Residual:
         """Selects the residual of some tokens."""
         assert self.y_TD is not None
         assert self.mix is not None
-        return Residual(self.x_TSD[ids_R], self.y_TD[ids_R], self.mix.rows(ids_R))
+        other_RD = None if self.other_TD is None else self.other_TD[ids_R]
+        return Residual(self.x_TSD[ids_R], self.y_TD[ids_R], self.mix.rows(ids_R), other_RD)
+
+    def enter(self, boundary: HyperBoundary) -> HyperOut:
+        """Passes the boundary behind the last sublayer."""
+        return boundary(self.x_TSD, self.y_TD, self.mix, self.other_TD)
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,8 @@ class Block:
         self, residual: Residual, rotation: Rotation, token_ids_T: torch.Tensor, step: AttentionStep | DecodeStep
     ) -> Residual:
         """Runs the layer. step: prepared from the tables of these rows."""
-        at = self.hc_attn(residual.x_TSD, residual.y_TD, residual.mix)
+        at = residual.enter(self.hc_attn)
         y_TD = self.attn(at.h_TD, rotation, step)
         at = self.hc_ffn(at.x_TSD, y_TD, at.mix)
-        return Residual(at.x_TSD, self.ffn(at.h_TD, token_ids_T), at.mix)
+        routed_TD, shared_TD = self.ffn(at.h_TD, token_ids_T, step)
+        return Residual(at.x_TSD, routed_TD, at.mix, shared_TD)

@@ -35,7 +35,10 @@ from ownpath.runners import (
     KeyQuantizer,
     Linear,
     RMSNorm,
+    Route,
     Router,
+    RouterWeights,
+    RouteWeights,
     Runner,
     Select,
     SharedKeyAttention,
@@ -51,6 +54,7 @@ from ownpath.runners.decode import (
     NormWeights,
     angles_of_steps,
 )
+from ownpath.runners.linear import LinearRunner
 from ownpath.runners.runner import KernelOrName, chosen_spec
 from ownpath.trace import Ledger, Tap
 
@@ -306,4 +310,18 @@ class Builder:
         limit = self.config.swiglu_limit
         activation = self.ledger.watch(f"{shared}.swiglu", SwiGLU(limit, kernel=self.specs[f"{shared}.swiglu"]))
         mlp = SwigluMlp(self._runner(f"{shared}.w13"), self._runner(f"{shared}.w2"), limit, activation=activation)
-        return MoE(self.ledger.watch(f"{ffn}.router", router), self._runner(f"{ffn}.experts"), mlp)
+        route, watch = self._route(ffn), self.ledger.watch
+        decode = (None, 0) if route is None else (watch(f"{ffn}.decode.route", route), route.max_rows)
+        return MoE(watch(f"{ffn}.router", router), self._runner(f"{ffn}.experts"), mlp, *decode)
+
+    def _route(self, ffn: str) -> Route | None:
+        """Builds gate and router of decode steps in one, on the gate's own matrix; ``None`` where it is not planned."""
+        slot, config = f"{ffn}.decode.route", self.config
+        if slot not in self.specs:
+            return None
+        (gate,) = self.runners[f"{ffn}.gate"].leaves
+        assert isinstance(gate, LinearRunner)
+        (matrix,) = gate.stored()
+        choice = self.params.get(f"{ffn}.gate.bias"), self.params.get(f"{ffn}.gate.tid2eid")
+        weights = RouterWeights(config.num_experts_per_tok, config.routed_scaling_factor, *choice)
+        return Route(RouteWeights(matrix.qdata, weights), kernel=self.specs[slot])

@@ -62,7 +62,7 @@ class Model:
         Extends every sequence's caches by its rows.
         """
         wanted = self._extend(batch).rows(batch.logits_ids)
-        return self.head(self.hc_head(wanted.x_TSD, wanted.y_TD, wanted.mix).h_TD)
+        return self.head(wanted.enter(self.hc_head).h_TD)
 
     @torch.inference_mode()
     def decode(self, token_ids_T: torch.Tensor, tables: DecodeTables) -> torch.Tensor:
@@ -75,7 +75,7 @@ class Model:
         assert self.paged is not None, "no decode step is planned"
         step = self.paged.prepare_decode(tables)
         residual = self._backbone(token_ids_T, tables.positions_T, step)
-        return self.head(self.hc_head(residual.x_TSD, residual.y_TD, residual.mix).h_TD)
+        return self.head(residual.enter(self.hc_head).h_TD)
 
     @torch.inference_mode()
     def hidden(self, batch: ForwardBatch) -> Hidden:
@@ -84,7 +84,7 @@ class Model:
         ``logits`` of it equal those of ``forward`` up to the order of sums.
         """
         residual = self._extend(batch)
-        at = self.hc_head(residual.x_TSD, residual.y_TD, residual.mix)
+        at = residual.enter(self.hc_head)
         return Hidden(at.x_TSD, at.h_TD)
 
     @torch.inference_mode()

@@ -50,5 +50,5 @@ class Mtp:
         residual = Residual(e_TD.unsqueeze(1) + h_TSD)
         step = self.block.prepare(batch.tables)
         residual = self.block(residual, self.rope.at(batch.positions_T), next_ids_T, step)
-        at = self.hc_head(residual.x_TSD, residual.y_TD, residual.mix)
+        at = residual.enter(self.hc_head)
         return Hidden(at.x_TSD, at.h_TD)

@@ -135,6 +135,12 @@ def decode_ops(config: ModelConfig, layer: Layer) -> Iterator[CompanionSpec]:
     yield CompanionSpec(f"{attn}.attend", OpKind.ATTEND, key_dims, Q_HEAD_NORM)
 
 
+def route_op(config: ModelConfig, layer: Layer) -> CompanionSpec:
+    """Returns what takes the place of gate and router in a decode step, where the gate is stored unquantised."""
+    sizes = config.n_routed_experts, config.hidden_size, config.num_experts_per_tok
+    return CompanionSpec(f"{layer.name}.ffn.decode.route", OpKind.ROUTE, sizes)
+
+
 def steps_of(spec: OpSpec | CompanionSpec, stored: Format | None) -> frozenset[Step]:
     """Returns an operation's steps whose numerics can be chosen, given the format of its weights."""
     if isinstance(spec, CompanionSpec):

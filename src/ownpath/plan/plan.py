@@ -36,6 +36,7 @@ from ownpath.plan.opspec import (
     draft_ops,
     model_ops,
     official_ops,
+    route_op,
     steps_of,
 )
 from ownpath.plan.sections import QuantSection
@@ -201,7 +202,7 @@ def make_plan(
         ops += tuple(planner.ops(draft_ops(config)))
         params += tuple(draft_params(config))
     # After the products: a module that config.json counts and the checkpoint lacks has raised by now.
-    companions = planner.companions(loads_draft)
+    companions = planner.companions(ops, loads_draft)
     for param in params:
         check_param(index, param)
     consumed = {param.key for param in params}
@@ -259,7 +260,7 @@ def replan(plan: Plan, caps: Caps, demands: Demands) -> Plan:
     planner = _Planner(plan.config, no_index, caps, demands, plan.parallel)
     planner.require_cache_format()
     ops = tuple(planner.decided(op.spec, op.stored, op.no_input_scale) for op in plan.ops)
-    companions = planner.companions(loads_draft=plan.draft.num_modules > 0)
+    companions = planner.companions(ops, loads_draft=plan.draft.num_modules > 0)
     decided = replace(plan, caps=caps, demands=demands, ops=ops, companions=companions)
     return replace(decided, caches=planner.caches, no_decode=planner.no_decode)
 
@@ -316,21 +317,33 @@ class _Planner:
         except PlanError as error:
             raise MissingInputScaleError(str(error), key) from None
 
-    def companions(self, loads_draft: bool) -> tuple[PlannedCompanion, ...]:
-        config = self.config
-        specs = [*companion_ops(config), *self._of_layers(config.backbone_layers())]
+    def companions(self, ops: Iterable[PlannedOp], loads_draft: bool) -> tuple[PlannedCompanion, ...]:
+        config, plain = self.config, self._plain_slots(ops)
+        specs = [*companion_ops(config), *self._of_layers(config.backbone_layers(), plain)]
         if loads_draft:
-            specs += [*draft_companions(config), *self._of_layers(config.draft_layers())]
+            specs += [*draft_companions(config), *self._of_layers(config.draft_layers(), plain)]
         return tuple(PlannedCompanion(spec, self._choice(spec, None)) for spec in specs)
 
-    def _of_layers(self, layers: Iterable[Layer]) -> Iterator[CompanionSpec]:
-        """Yields the companions that depend on numerics.
+    def _plain_slots(self, ops: Iterable[PlannedOp]) -> frozenset[str]:
+        """Returns the slots of products with unquantised weights that are not asked for by --reference."""
+        plain = (op.spec for op in ops if op.encoding.format in (BF16, FP32))
+        return frozenset(spec.slot for spec in plain if not any(_is_named(spec, at) for at in self.demands.reference))
+
+    def _of_layers(self, layers: Iterable[Layer], plain: frozenset[str]) -> Iterator[CompanionSpec]:
+        """Yields the companions that depend on numerics, or on the slots whose weights are unquantised.
 
         Nothing for decode steps if no kernel runs one of their operations as demanded: then all steps are of one kind.
         """
         for layer in layers:
             yield from official_ops(self.config, layer, self.demands.official)
-            yield from () if self.no_decode else decode_ops(self.config, layer)
+            if self.no_decode:
+                continue
+            yield from decode_ops(self.config, layer)
+            if f"{layer.name}.ffn.gate" in plain and self._can_route(route_op(self.config, layer)):
+                yield route_op(self.config, layer)
+
+    def _can_route(self, spec: CompanionSpec) -> bool:
+        return isinstance(select(spec.kind, None, self.caps, SPECS, self.demands, spec.dims), Choice)
 
     @cached_property
     def no_decode(self) -> str:

@@ -7,14 +7,35 @@ import torch
 
 from ownpath.kernels.attention.ref import AttentionReference, AttentionWeights
 from ownpath.kernels.cache_formats.ref import IndexQuantizerReference, KeyQuantizerReference
-from ownpath.kernels.contract import NormKernel, NormWeights, RouterKernel, RouterWeights, SwigluKernel
+from ownpath.kernels.contract import (
+    NormKernel,
+    NormWeights,
+    RouteKernel,
+    RouterKernel,
+    RouterWeights,
+    RouteWeights,
+    SwigluKernel,
+)
 from ownpath.kernels.hyper.ref import BoundaryKernel, HyperOut, HyperWeights, Mix
 from ownpath.kernels.registry import KERNELS
+from ownpath.kernels.router.ref import gate_logits
 from ownpath.runners.linear import Linear
 from ownpath.runners.ops import HANDLES
 from ownpath.runners.runner import KernelOrName, KernelRunner, chosen_spec
 
-__all__ = ["HyperBoundary", "HyperWeights", "Mix", "RMSNorm", "Router", "SharedKeyAttention", "SwiGLU"]
+__all__ = [
+    "HyperBoundary",
+    "HyperOut",
+    "HyperWeights",
+    "Mix",
+    "RMSNorm",
+    "Route",
+    "RouteWeights",
+    "Router",
+    "RouterWeights",
+    "SharedKeyAttention",
+    "SwiGLU",
+]
 
 
 class RMSNorm(KernelRunner):
@@ -44,8 +65,9 @@ class RMSNorm(KernelRunner):
 class HyperBoundary(KernelRunner):
     """The boundary between two sublayers: adds one's output to the streams and makes the other's normed input.
 
-    ``__call__``: streams x [T, S, D], output y [T, D] and its mix (both ``None`` before the first sublayer) -> new
-    streams, normed input of the coming sublayer [T, D], and its mix (``None`` after the last sublayer).
+    ``__call__``: streams x [T, S, D], output y [T, D] and its mix (both ``None`` before the first sublayer), and other
+    [T, D] where the output is y + other -> new streams, normed input of the coming sublayer [T, D], and its mix
+    (``None`` after the last sublayer).
     """
 
     def __init__(self, weights: HyperWeights, *, kernel: KernelOrName = "ref.hyper_boundary") -> None:
@@ -73,34 +95,46 @@ class HyperBoundary(KernelRunner):
         x_TSD: torch.Tensor,
         y_TD: torch.Tensor | None,
         mix: Mix | None,
+        other_TD: torch.Tensor | None = None,
         *,
         out: HyperOut | None = None,
         workspace: torch.Tensor | None = None,
     ) -> HyperOut:
         """Computes ``__call__`` directly, also while torch compiles."""
-        return self.kernel.run(x_TSD, y_TD, mix, self.operand, out=out, workspace=workspace)
+        return self.kernel.run(x_TSD, y_TD, mix, self.operand, other_TD, out=out, workspace=workspace)
 
     def run_flat(
-        self, x: torch.Tensor, y: torch.Tensor | None, post: torch.Tensor | None, comb: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor | None,
+        post: torch.Tensor | None,
+        comb: torch.Tensor | None,
+        other: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Computes ``run`` on tensors alone, for the torch operation: no result aliases an argument.
 
         A mix of ``None`` is returned as two tensors without elements.
         """
         mix = None if post is None or comb is None else Mix(post, comb)
-        found = self.run(x, y, mix)
+        found = self.run(x, y, mix, other)
         streams = found.x_TSD.clone() if found.x_TSD.data_ptr() == x.data_ptr() else found.x_TSD
         if found.mix is None:
             nothing = x.new_empty((len(x), 0), dtype=torch.promote_types(x.dtype, torch.float32))
             return streams, found.h_TD, nothing, nothing.new_empty((len(x), 0, 0))
         return streams, found.h_TD, found.mix.post_TS, found.mix.comb_TSS
 
-    def __call__(self, x_TSD: torch.Tensor, y_TD: torch.Tensor | None, mix: Mix | None) -> HyperOut:
+    def __call__(
+        self,
+        x_TSD: torch.Tensor,
+        y_TD: torch.Tensor | None,
+        mix: Mix | None,
+        other_TD: torch.Tensor | None = None,
+    ) -> HyperOut:
         if torch.compiler.is_compiling():
             post, comb = (None, None) if mix is None else (mix.post_TS, mix.comb_TSS)
-            streams, h, *new = torch.ops.ownpath.hyper_boundary(x_TSD, y_TD, post, comb, self.handle)
+            streams, h, *new = torch.ops.ownpath.hyper_boundary(x_TSD, y_TD, post, comb, other_TD, self.handle)
             return HyperOut(streams, h, Mix(*new) if self.makes_mix else None)
-        return self.kernel.run(x_TSD, y_TD, mix, self.operand)
+        return self.kernel.run(x_TSD, y_TD, mix, self.operand, other_TD)
 
 
 class Router(KernelRunner):
@@ -157,6 +191,32 @@ class Router(KernelRunner):
             ids, weights = torch.ops.ownpath.router(logits_TE, token_ids_T, self.handle)
             return ids, weights
         return self.kernel.run(logits_TE, token_ids_T, self.operand)
+
+
+class Route(KernelRunner):
+    """Gate and router of a decode step in one. gate: the gate's matrix [E, D], as stored; the others as ``Router``.
+
+    max_rows: the most rows of a call; steps of more rows run gate and router.
+    """
+
+    def __init__(self, weights: RouteWeights, *, kernel: KernelOrName = "ref.route") -> None:
+        self.spec, self.weights = chosen_spec(kernel), weights
+        self.kernel: RouteKernel[object] = KERNELS[self.spec.name]
+        self.operand, self.max_rows = self.kernel.prepare(weights), self.kernel.max_rows
+
+    def variant(self, x_TD: torch.Tensor, *_: object) -> str | None:
+        """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
+        return self.kernel.variant(x_TD, self.operand)
+
+    def logits(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Computes the gate's logits [T, E], which a call of the kernel does not show, as the reference does."""
+        return gate_logits(x_TD, self.weights.gate_ED)
+
+    def __call__(self, x_TD: torch.Tensor, token_ids_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns expert ids and weights as ``Router``. Errors: ValueError naming an input that the kernel refuses."""
+        if len(token_ids_T) != len(x_TD):
+            raise ValueError(f"token_ids_T has {len(token_ids_T)} ids for {len(x_TD)} rows of x")
+        return self.kernel.run(x_TD, token_ids_T, self.operand)
 
 
 class SwiGLU(KernelRunner):

@@ -95,10 +95,15 @@ def swiglu(gate_up: Tensor, runner: "SwiGLU") -> Tensor:
 
 
 def hyper_boundary(
-    x: Tensor, y: Tensor | None, post: Tensor | None, comb: Tensor | None, runner: "HyperBoundary"
+    x: Tensor,
+    y: Tensor | None,
+    post: Tensor | None,
+    comb: Tensor | None,
+    other: Tensor | None,
+    runner: "HyperBoundary",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes new streams, normed input, and the mix's post and comb; these are empty after the last sublayer."""
-    return runner.run_flat(x, y, post, comb)
+    return runner.run_flat(x, y, post, comb, other)
 
 
 def attention(q: Tensor, keys: Tensor, visible: Tensor, runner: "SharedKeyAttention") -> Tensor:
@@ -149,7 +154,12 @@ def _fake_swiglu(gate_up: Tensor, runner: "SwiGLU") -> Tensor:
 
 
 def _fake_boundary(
-    x: Tensor, y: Tensor | None, post: Tensor | None, comb: Tensor | None, runner: "HyperBoundary"
+    x: Tensor,
+    y: Tensor | None,
+    post: Tensor | None,
+    comb: Tensor | None,
+    other: Tensor | None,
+    runner: "HyperBoundary",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_tokens, s, dim = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -176,7 +186,7 @@ OPERATIONS = (
     ("router(Tensor logits, Tensor token_ids, int runner) -> (Tensor, Tensor)", router, _fake_router),
     ("swiglu(Tensor gate_up, int runner) -> Tensor", swiglu, _fake_swiglu),
     (
-        "hyper_boundary(Tensor x, Tensor? y, Tensor? post, Tensor? comb, int runner)"
+        "hyper_boundary(Tensor x, Tensor? y, Tensor? post, Tensor? comb, Tensor? other, int runner)"
         " -> (Tensor, Tensor, Tensor, Tensor)",
         hyper_boundary,
         _fake_boundary,

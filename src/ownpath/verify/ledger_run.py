@@ -91,7 +91,7 @@ def _run_head(ends: LoadedPart, steps: PromptSteps) -> PartRun:
 
     def run() -> None:
         for at in steps.residuals:
-            head(hc_head(at.x_TSD, at.y_TD, at.mix).h_TD[-1:])
+            head(at.enter(hc_head).h_TD[-1:])
 
     return _observe("head", ends, run)
 

@@ -1,5 +1,6 @@
 """The engine's demands on kernels are an input of the plan: batch invariance, activations, sizes, packages."""
 
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -11,12 +12,12 @@ from support.slots import slots_apart
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.cli import main
 from ownpath.config import ModelConfig
-from ownpath.formats import BF16, NVFP4
+from ownpath.formats import BF16, FP8_BLOCK, NVFP4
 from ownpath.kernels.registry import SPECS
 from ownpath.kernels.spec import KernelSpec
 from ownpath.ops import OpKind
-from ownpath.plan.opspec import CompanionSpec, companion_ops, decode_ops, model_ops
-from ownpath.plan.plan import PlanError, make_plan
+from ownpath.plan.opspec import CompanionSpec, companion_ops, decode_ops, model_ops, route_op
+from ownpath.plan.plan import PlanError, make_plan, replan
 from ownpath.plan.select import Caps, Choice, Demands, Refusal, select
 from ownpath.plan.show import companion_rows
 
@@ -73,7 +74,8 @@ def test_batch_invariance_is_an_input() -> None:
 
 def all_companions(config: ModelConfig) -> list[CompanionSpec]:
     """Those of every step, then those of decode steps, layer by layer."""
-    decode = (decode_ops(config, layer) for layer in config.backbone_layers())
+    layers = config.backbone_layers()
+    decode = ((*decode_ops(config, layer), route_op(config, layer)) for layer in layers)
     return [*companion_ops(config), *chain.from_iterable(decode)]
 
 
@@ -86,6 +88,7 @@ def test_every_companion_is_planned_with_a_reason(tmp_path: Path) -> None:
     assert kernels["layers.0.hc_attn"] == kernels["hc_head"] == "triton.hyper_boundary"
     assert kernels["layers.4.ffn.router"] == "triton.router"
     assert kernels["layers.0.attn.decode.entries"] == "ref.entries", "its head is not 512 wide"
+    assert kernels["layers.4.ffn.decode.route"] == "triton.route"
     assert "layers.0.attn.decode.select" not in kernels, "a sliding layer selects nothing"
     boundaries = [slot for slot, kernel in kernels.items() if kernel == "triton.hyper_boundary"]
     assert len(boundaries) == 2 * checkpoint.config.num_hidden_layers + 1
@@ -94,6 +97,25 @@ def test_every_companion_is_planned_with_a_reason(tmp_path: Path) -> None:
     text = plan_text(plan)
     assert "layers.{0-4}.ffn.router " in text
     assert "triton.router: a warp a token" in text
+
+
+def test_gate_and_router_stay_two_where_one_kernel_would_answer_otherwise(tmp_path: Path) -> None:
+    checkpoint, asked = random_checkpoint(tmp_path), Demands("bfloat16", reference=frozenset({"layers.1.ffn"}))
+    plan = make_plan(checkpoint.config, CheckpointIndex.open(tmp_path), HOPPER, asked)
+    routes = {op.spec.slot for op in plan.companions if op.spec.kind is OpKind.ROUTE}
+    assert routes == {f"layers.{layer_idx}.ffn.decode.route" for layer_idx in (0, 2, 3, 4)}
+    same = Demands("bfloat16", is_batch_invariant=True)
+    assert isinstance(select(OpKind.ROUTE, None, HOPPER, SPECS, same), Refusal), "its sums depend on the rows"
+
+
+def test_a_quantised_gate_has_no_kernel_in_common_with_the_router(tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(tmp_path)
+    plan = make_plan(checkpoint.config, CheckpointIndex.open(tmp_path), HOPPER, Demands("bfloat16"))
+    wide = next(op.stored for op in plan.ops if op.encoding.format is FP8_BLOCK or op.encoding.format is NVFP4)
+    ops = [replace(op, stored=wide) if op.spec.slot == "layers.2.ffn.gate" else op for op in plan.ops]
+    found = replan(replace(plan, ops=tuple(ops)), HOPPER, Demands("bfloat16"))
+    routes = {op.spec.slot for op in found.companions if op.spec.kind is OpKind.ROUTE}
+    assert routes == {f"layers.{layer_idx}.ffn.decode.route" for layer_idx in (0, 1, 3, 4)}
 
 
 def test_slots_are_unique_and_the_plan_names_each(tmp_path: Path) -> None:

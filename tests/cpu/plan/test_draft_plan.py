@@ -29,8 +29,8 @@ LAYER = (
 )
 """The slots of a layer without compressed entries."""
 OF_MTP = LAYER | {"e_proj", "h_proj", "enorm", "hnorm", "hc_head"}
-OF_DECODE = {"attn.decode.entries", "attn.decode.attend"}
-NOT_OF_DECODE = {"attn.kv_norm", "attn.q_head_norm", "attn.core"}
+OF_DECODE = {"attn.decode.entries", "attn.decode.attend", "ffn.decode.route"}
+NOT_OF_DECODE = {"attn.kv_norm", "attn.q_head_norm", "attn.core", "ffn.gate", "ffn.router"}
 """Kernels of steps that have one row for each sequence, and those whose place they take."""
 
 

@@ -129,7 +129,7 @@ def test_an_engine_of_another_dtype_is_named(folder: Path) -> None:
     results = {where for where, message in found["LG05"] if message.startswith("result")}
     assert "layers.{0-4}.ffn.gate" not in results, "and its result float32 whatever they are"
     decode = {where.rpartition(".")[2] for where, _ in found["LG05"] if ".decode." in where}
-    assert decode == {"entries", "scores", "attend"}, "the selection's scores are float32 as well"
+    assert decode == {"entries", "scores", "attend", "route"}, "the selection's scores are float32 as well"
     assert "attend" in {where.rpartition(".")[2] for where in results}
 
 

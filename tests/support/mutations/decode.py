@@ -43,6 +43,28 @@ def in_line(what: str, part: str, change: Change, layer_idx: int = CSA) -> Mutat
     return Mutation(what, "K11", where, None, on_layer(layer_idx, change), layer_idx, ("kernels",))
 
 
+def routed(what: str, call: Callable[..., Any]) -> Mutation:
+    """Gate and router of decode steps, called by ``call(runner, x, token_ids)``."""
+
+    def change(loaded: LoadedLayer) -> LoadedLayer:
+        ffn = loaded.block.ffn
+        changed = replace(ffn, decode_router=around(ffn.decode_router, call))
+        return replace(loaded, block=replace(loaded.block, ffn=changed))
+
+    where = f"layers.{CSA}.ffn.decode.route"
+    return Mutation(what, "K05", where, None, on_layer(CSA, change), CSA, ("kernels",))
+
+
+def biased_weights(run: Any, x_TD: torch.Tensor, token_ids_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights of scores with the bias, as those that choose."""
+    ids_TK, _ = run(x_TD, token_ids_T)
+    scores_TE = torch.nn.functional.softplus(run.logits(x_TD)).sqrt() + run.weights.router.bias_E
+    weights_TK = scores_TE.gather(1, ids_TK.clamp(min=0)).masked_fill(ids_TK < 0, 0.0)
+    return ids_TK, weights_TK / weights_TK.sum(1, keepdim=True).clamp(
+        min=1e-6
+    ) * run.weights.router.routed_scaling_factor
+
+
 def given(what: str, part: str, layer_idx: int = CSA, **parts: Callable[[Any], Any]) -> Mutation:
     """Some fields of the rows' places exchanged, which are the third argument of ``write``, the last of others."""
 
@@ -227,6 +249,9 @@ MUTATIONS = {
     "decode: scales of FP8 pages read late": on_pages("the plane of scales", "attend", scales_read_late),
     "decode: scales of FP8 index keys read late": on_pages("the plane of scales", "score", index_scales_read_late),
     "decode: scales of FP8 pages written late": on_pages("the plane of scales", "write", scales_written_late),
+    "decode: experts of another row": routed("the gate's input", lambda run, x, ids: run(x.roll(1, 0), ids)),
+    "decode: gate.bias in the weights": routed("the weights", biased_weights),
+    "decode: padded rows go to experts": routed("token ids", lambda run, x, ids: run(x, ids.clamp(min=0))),
     "decode: left to the reference": Mutation(
         "no kernel of decode steps runs",
         "LG02",

@@ -35,9 +35,20 @@ def _new_stream(x0, x1, x2, x3, y, post, comb, t, in_t, k, HAS_POST: tl.constexp
 
 
 @triton.jit
+def _output(y_ptr, other_ptr, at, inside, HAS_OTHER: tl.constexpr):
+    """Loads a sublayer's output; of two parts, their sum as it would be stored, rounded to bfloat16."""
+    y = tl.load(y_ptr + at, mask=inside, other=0.0)
+    if HAS_OTHER:
+        other = tl.load(other_ptr + at, mask=inside, other=0.0)
+        y = (y.to(tl.float32) + other.to(tl.float32)).to(tl.bfloat16)
+    return y
+
+
+@triton.jit
 def spread_few(
     x_ptr,
     y_ptr,
+    other_ptr,
     post_ptr,
     comb_ptr,
     fn_ptr,
@@ -47,6 +58,7 @@ def spread_few(
     D,
     num_slices,
     HAS_POST: tl.constexpr,
+    HAS_OTHER: tl.constexpr,
     NUM_MIX: tl.constexpr,
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -78,7 +90,7 @@ def spread_few(
         x3 = tl.load(x_ptr + at + 3 * D, mask=inside, other=0.0)
         y = x0
         if HAS_POST:
-            y = tl.load(y_ptr + t[:, None] * D + d[None, :], mask=inside, other=0.0)
+            y = _output(y_ptr, other_ptr, t[:, None] * D + d[None, :], inside, HAS_OTHER)
         n0 = _new_stream(x0, x1, x2, x3, y, post_ptr, comb_ptr, t, in_t, 0, HAS_POST)
         n1 = _new_stream(x0, x1, x2, x3, y, post_ptr, comb_ptr, t, in_t, 1, HAS_POST)
         n2 = _new_stream(x0, x1, x2, x3, y, post_ptr, comb_ptr, t, in_t, 2, HAS_POST)
@@ -113,6 +125,7 @@ def _add_products(acc, squares, n, fn):
 def spread_many(
     x_ptr,
     y_ptr,
+    other_ptr,
     post_ptr,
     comb_ptr,
     fn_ptr,
@@ -122,6 +135,7 @@ def spread_many(
     D,
     num_slices,
     HAS_POST: tl.constexpr,
+    HAS_OTHER: tl.constexpr,
     NUM_MIX: tl.constexpr,
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -134,6 +148,7 @@ def spread_many(
     x_ptr += first * (4 * D)
     new_ptr += first * (4 * D)
     y_ptr += first * D
+    other_ptr += first * D
     post_ptr += first * 4
     comb_ptr += first * 16
     part_ptr += (first * num_slices + tl.program_id(0)) * 32
@@ -157,7 +172,7 @@ def spread_many(
         x3 = tl.load(x_ptr + at + 3 * D, mask=inside, other=0.0)
         y = x0
         if HAS_POST:
-            y = tl.load(y_ptr + t[:, None] * D + d[None, :], mask=inside, other=0.0)
+            y = _output(y_ptr, other_ptr, t[:, None] * D + d[None, :], inside, HAS_OTHER)
         fn_at = fn_ptr + rows[:, None] * (4 * D) + d[None, :]
         for k in range(4):
             fn = tl.load(fn_at + k * D, mask=in_fn, other=0.0)

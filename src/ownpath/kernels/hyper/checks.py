@@ -29,8 +29,10 @@ def check_weights(weights: HyperWeights, dim: int, device: torch.device) -> None
     check("norm_weight", weights.norm_weight, (torch.bfloat16,), (dim,), device)
 
 
-def check_inputs(x_TSD: torch.Tensor, y_TD: torch.Tensor | None, mix: Mix | None) -> None:
-    """Checks streams, output and mix. Errors: ValueError naming the one that does not fit."""
+def check_inputs(
+    x_TSD: torch.Tensor, y_TD: torch.Tensor | None, mix: Mix | None, other_TD: torch.Tensor | None
+) -> None:
+    """Checks streams, output, its second part and mix. Errors: ValueError naming the one that does not fit."""
     check_rank("x_TSD", x_TSD, 3, INTERPRETED)
     num_tokens, s, dim = x_TSD.shape
     if s != NUM_STREAMS or dim % 8 or not 0 < dim <= 16384:
@@ -38,8 +40,11 @@ def check_inputs(x_TSD: torch.Tensor, y_TD: torch.Tensor | None, mix: Mix | None
     check("x_TSD", x_TSD, (torch.bfloat16,), (num_tokens, s, dim), x_TSD.device)
     if (y_TD is None) != (mix is None):
         raise ValueError("y_TD and mix come together: both after a sublayer, neither before the first one")
+    if other_TD is not None and y_TD is None:
+        raise ValueError("other_TD is the second part of an output, whose first part is y_TD")
     if y_TD is not None and mix is not None:
-        check("y_TD", y_TD, (torch.bfloat16,), (num_tokens, dim), x_TSD.device)
+        for name, part in (("y_TD", y_TD), ("other_TD", y_TD if other_TD is None else other_TD)):
+            check(name, part, (torch.bfloat16,), (num_tokens, dim), x_TSD.device)
         check_mix("mix", mix, num_tokens, x_TSD.device)
 
 

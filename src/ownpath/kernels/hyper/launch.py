@@ -26,6 +26,7 @@ summing differ in the last float32 bits, so a token's result may depend on how m
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import NamedTuple
 
 import torch
 import triton
@@ -100,7 +101,24 @@ def new_out(x_TSD: torch.Tensor, with_mix: bool) -> HyperOut:
 
 
 Shapes = tuple[torch.Size, torch.Size, torch.Size]
-BoundaryKey = tuple[torch.Size, bool, int]
+Addresses = tuple[int, int, int, int, int]
+"""Of x, y, the second part of the output, post and comb."""
+BoundaryKey = tuple[torch.Size, bool, bool, int]
+"""Shape of x, whether a sublayer came before, whether its output has two parts, device."""
+
+
+class BoundaryInputs(NamedTuple):
+    """The inputs of a call. y and mix: ``None`` before the first sublayer; other: the second part of its output."""
+
+    x_TSD: torch.Tensor
+    y_TD: torch.Tensor | None
+    mix: Mix | None
+    other_TD: torch.Tensor | None
+
+    @property
+    def key(self) -> BoundaryKey:
+        """Names the launches that fit."""
+        return self.x_TSD.shape, self.mix is not None, self.other_TD is not None, self.x_TSD.get_device()
 
 
 @dataclass(frozen=True)
@@ -127,8 +145,8 @@ class BoundaryCall:
         mix = Mix(self.post.new(), self.comb.new()) if self.makes_mix else None
         return HyperOut(self.streams.new(), self.hidden.new(), mix)
 
-    def start(self, given: tuple[int, int, int, int], out: HyperOut, workspace: int, stream: int) -> None:
-        """Launches both. given: addresses of x, y, post and comb; an absent one may be any address."""
+    def start(self, given: Addresses, out: HyperOut, workspace: int, stream: int) -> None:
+        """Launches both. given: an absent one may be any address."""
         streams, hidden, mix = out
         x = streams.data_ptr()
         self.spread.start(stream, *given, x, workspace)
@@ -138,7 +156,7 @@ class BoundaryCall:
 
 @dataclass(frozen=True)
 class HyperOperand:
-    """launches: by shape of x, whether a sublayer came before, and device, for inputs that have passed every check."""
+    """launches: for inputs that have passed every check."""
 
     weights: HyperWeights
     launches: LaunchCache[BoundaryKey, BoundaryCall] = field(default_factory=LaunchCache, compare=False)
@@ -147,20 +165,19 @@ class HyperOperand:
 
 @dataclass(frozen=True)
 class Tensors:
-    """The tensors that a boundary reads and writes. y and mix: ``None`` before the first sublayer."""
+    """The tensors that a boundary reads and writes."""
 
-    x_TSD: torch.Tensor
-    y_TD: torch.Tensor | None
-    mix: Mix | None
+    given: BoundaryInputs
     weights: HyperWeights
     out: HyperOut
     workspace: torch.Tensor
 
     def spread(self) -> tuple[torch.Tensor, ...]:
         """Returns the first launch's tensors; an absent input is replaced by a tensor that is not read."""
-        y, mix, unused = self.y_TD, self.mix, self.weights.base
+        (x, y, mix, other), unused = self.given, self.weights.base
         post, comb = (unused, unused) if mix is None else (mix.post_TS, mix.comb_TSS)
-        return self.x_TSD, self.x_TSD if y is None else y, post, comb, self.weights.fn, self.out.x_TSD, self.workspace
+        outputs = x if y is None else y, x if other is None else other
+        return x, *outputs, post, comb, self.weights.fn, self.out.x_TSD, self.workspace
 
     def collapse(self) -> tuple[torch.Tensor, ...]:
         """Returns the second launch's tensors."""
@@ -174,23 +191,24 @@ def _first_launches(tensors: Tensors, tiles: BoundaryTiles, num_floats: int) -> 
     spread, collapse = _launch_spread(tensors, tiles), _launch_collapse(tensors, tiles)
     if spread is None or collapse is None:
         return None
-    num_tokens, s, dim = tensors.x_TSD.shape
+    num_tokens, s, dim = tensors.out.x_TSD.shape
     shapes = torch.Size((num_tokens, dim)), torch.Size((num_tokens, s)), torch.Size((num_tokens, s, s))
-    makes_mix, device_index = len(tensors.weights.fn) == NUM_MIX, tensors.x_TSD.get_device()
-    streams, hidden = (EmptyOutput(one, torch.bfloat16, device_index) for one in (tensors.x_TSD.shape, shapes[0]))
+    makes_mix, device_index = len(tensors.weights.fn) == NUM_MIX, tensors.out.x_TSD.get_device()
+    streams, hidden = (EmptyOutput(one, torch.bfloat16, device_index) for one in (tensors.out.x_TSD.shape, shapes[0]))
     floats = (EmptyOutput(one, torch.float32, device_index) for one in (*shapes[1:], (num_floats,)))
     return BoundaryCall(spread, collapse, num_floats, makes_mix, shapes, streams, hidden, *floats)
 
 
 def _launch_spread(tensors: Tensors, tiles: BoundaryTiles) -> TritonCall | None:
-    num_tokens, _, dim = tensors.x_TSD.shape
+    num_tokens, _, dim = tensors.out.x_TSD.shape
     num_slices, pdl = triton.cdiv(dim, tiles.channels), not INTERPRETED
     return launch(
         spread_many if tiles.use_dot else spread_few,
         (num_slices, triton.cdiv(num_tokens, tiles.tokens)),
         (*tensors.spread(), num_tokens, dim, num_slices),
         {
-            "HAS_POST": tensors.mix is not None,
+            "HAS_POST": tensors.given.mix is not None,
+            "HAS_OTHER": tensors.given.other_TD is not None,
             "NUM_MIX": len(tensors.weights.fn),
             "TOKENS": tiles.tokens,
             "CHANNELS": tiles.channels,
@@ -199,12 +217,12 @@ def _launch_spread(tensors: Tensors, tiles: BoundaryTiles) -> TritonCall | None:
             "num_stages": tiles.num_stages,
             "launch_pdl": pdl,
         },
-        moving=(0, 1, 2, 3, 5, 6),
+        moving=(0, 1, 2, 3, 4, 6, 7),
     )
 
 
 def _launch_collapse(tensors: Tensors, tiles: BoundaryTiles) -> TritonCall | None:
-    num_tokens, _, dim = tensors.x_TSD.shape
+    num_tokens, _, dim = tensors.out.x_TSD.shape
     weights, block_d = tensors.weights, triton.next_power_of_2(dim)
     num_slices, sinkhorn_tokens = triton.cdiv(dim, tiles.channels), tiles.sinkhorn_tokens
     num_sinkhorn = 0 if tensors.out.mix is None else triton.cdiv(num_tokens, sinkhorn_tokens)
@@ -227,24 +245,14 @@ def _launch_collapse(tensors: Tensors, tiles: BoundaryTiles) -> TritonCall | Non
     )
 
 
-@dataclass(frozen=True)
-class BoundaryInputs:
-    """The inputs of a call."""
-
-    x_TSD: torch.Tensor
-    y_TD: torch.Tensor | None
-    mix: Mix | None
-
-
-def _given(
-    x_TSD: torch.Tensor, y_TD: torch.Tensor | None, mix: Mix | None, shapes: Shapes
-) -> tuple[int, int, int, int] | None:
-    """Returns the addresses of x, y, post and comb; ``None`` where one does not fit. shapes: of y, post, comb."""
+def _given(inputs: BoundaryInputs, shapes: Shapes) -> Addresses | None:
+    """Returns the inputs' addresses; ``None`` where one does not fit. shapes: of y, post, comb."""
+    x_TSD, y_TD, mix, other_TD = inputs
     x = x_TSD.data_ptr()
     if x_TSD.dtype is not torch.bfloat16 or not x_TSD.is_contiguous() or x & 15:
         return None
     if y_TD is None or mix is None:
-        return (x, x, x, x) if y_TD is None and mix is None else None
+        return (x, x, x, x, x) if y_TD is None and mix is None and other_TD is None else None
     post_TS, comb_TSS, device_index = mix.post_TS, mix.comb_TSS, x_TSD.get_device()
     y, post, comb = y_TD.data_ptr(), post_TS.data_ptr(), comb_TSS.data_ptr()
     fits = (
@@ -257,7 +265,11 @@ def _given(
         and device_index == y_TD.get_device() == post_TS.get_device() == comb_TSS.get_device()
         and not (y | post | comb) & 15
     )
-    return (x, y, post, comb) if fits else None
+    if other_TD is None:
+        return (x, y, y, post, comb) if fits else None
+    other = other_TD.data_ptr()
+    fits &= is_dense(other_TD, torch.bfloat16) and other_TD.shape == y_TD.shape
+    return (x, y, other, post, comb) if fits and other_TD.get_device() == device_index else None
 
 
 def _out_fits(out: HyperOut, shape: torch.Size, call: BoundaryCall, device_index: int) -> bool:
@@ -317,21 +329,21 @@ class HyperBoundaryKernel:
         y_TD: torch.Tensor | None,
         mix: Mix | None,
         operand: HyperOperand,
+        other_TD: torch.Tensor | None = None,
         *,
         out: HyperOut | None = None,
         workspace: torch.Tensor | None = None,
     ) -> HyperOut:
-        """Computes the boundary. Shapes: x bfloat16 [T, 4, D]; y bfloat16 [T, D]; workspace float32 [num_floats].
-
-            out.x_TSD may be x_TSD; otherwise outputs must not overlap inputs.
+        """Computes the boundary. Shapes: x bfloat16 [T, 4, D]; y and other bfloat16 [T, D]; workspace float32
+            [num_floats]. out.x_TSD may be x_TSD; otherwise outputs must not overlap inputs.
 
         Errors: ValueError naming the operand for a wrong shape, dtype, device, stride or alignment, before any launch.
         """
-        device_index = x_TSD.get_device()
-        call = operand.launches.get((x_TSD.shape, mix is not None, device_index))
-        given = None if call is None else _given(x_TSD, y_TD, mix, call.shapes)
+        device_index, inputs = x_TSD.get_device(), BoundaryInputs(x_TSD, y_TD, mix, other_TD)
+        call = operand.launches.get(inputs.key)
+        given = None if call is None else _given(inputs, call.shapes)
         if call is None or given is None:
-            return self._first(BoundaryInputs(x_TSD, y_TD, mix), operand, out, workspace)
+            return self._first(inputs, operand, out, workspace)
         if out is None:
             out = call.new_out()
         elif not _out_fits(out, x_TSD.shape, call, device_index):
@@ -345,11 +357,11 @@ class HyperBoundaryKernel:
         return out
 
     def _first(
-        self, inputs: "BoundaryInputs", operand: HyperOperand, out: HyperOut | None, workspace: torch.Tensor | None
+        self, inputs: BoundaryInputs, operand: HyperOperand, out: HyperOut | None, workspace: torch.Tensor | None
     ) -> HyperOut:
         """Checks everything, launches, and caches the launches of this size."""
-        x_TSD, y_TD, mix, weights = inputs.x_TSD, inputs.y_TD, inputs.mix, operand.weights
-        check_inputs(x_TSD, y_TD, mix)
+        x_TSD, weights = inputs.x_TSD, operand.weights
+        check_inputs(*inputs)
         num_tokens, _, dim = x_TSD.shape
         check_weights(weights, dim, x_TSD.device)
         with_mix, tiles = len(weights.fn) == NUM_MIX, choose_tiles(num_tokens, self.is_batch_invariant)
@@ -363,9 +375,9 @@ class HyperBoundaryKernel:
         else:
             check_workspace(workspace, num_floats, x_TSD.device)
         if num_tokens:
-            call = _first_launches(Tensors(x_TSD, y_TD, mix, weights, out, workspace), tiles, num_floats)
+            call = _first_launches(Tensors(inputs, weights, out, workspace), tiles, num_floats)
             if call is not None:
-                operand.launches.add((x_TSD.shape, mix is not None, x_TSD.get_device()), call)
+                operand.launches.add(inputs.key, call)
         return out
 
     def __call__(
@@ -374,11 +386,12 @@ class HyperBoundaryKernel:
         y_TD: torch.Tensor | None,
         mix: Mix | None,
         weights: HyperWeights,
+        other_TD: torch.Tensor | None = None,
         out: HyperOut | None = None,
         workspace: torch.Tensor | None = None,
     ) -> HyperOut:
         """Computes ``run`` with the signature of the twin."""
-        return self.run(x_TSD, y_TD, mix, self.prepare(weights), out=out, workspace=workspace)
+        return self.run(x_TSD, y_TD, mix, self.prepare(weights), other_TD, out=out, workspace=workspace)
 
 
 HYPER_BOUNDARY = HyperBoundaryKernel(is_batch_invariant=False)

@@ -78,11 +78,13 @@ class BoundaryKernel(Kernel[Operand], Protocol[Operand]):
         y_TD: torch.Tensor | None,
         mix: Mix | None,
         operand: Operand,
+        other_TD: torch.Tensor | None = None,
         *,
         out: HyperOut | None = None,
         workspace: torch.Tensor | None = None,
     ) -> HyperOut:
-        """Computes the boundary. Errors: ValueError naming an operand that the kernel refuses."""
+        """Computes the boundary. other: what is to be added to y. Errors: ValueError naming an operand that the kernel
+        refuses."""
 
 
 def sinkhorn(logits_TSS: torch.Tensor, num_iters: int, eps: float) -> torch.Tensor:
@@ -128,16 +130,21 @@ def hyper_boundary(
     y_TD: torch.Tensor | None,
     mix: Mix | None,
     weights: HyperWeights,
+    other_TD: torch.Tensor | None = None,
     out: HyperOut | None = None,
     workspace: torch.Tensor | None = None,
 ) -> HyperOut:
     """Computes post of the sublayer that made ``y_TD`` (none before the first), pre of the next one, and its norm.
 
     Rounded where the separate steps round, to the dtype of the streams: streams, collapsed input, normed input.
-    Shapes: x [T, S, D]; y [T, D]. ``workspace`` is for kernels that need one.
+    Shapes: x [T, S, D]; y [T, D]; other [T, D], the second part of the sublayer's output, which is first added to y and
+    rounded to its dtype. ``workspace`` is for kernels that need one.
     """
-    if y_TD is not None:
+    if y_TD is None:
+        assert other_TD is None
+    else:
         assert mix is not None
+        y_TD = y_TD if other_TD is None else y_TD + other_TD
         x_TSD = hyper_post(x_TSD, y_TD, mix)
     h_TD, new_mix = hyper_pre(x_TSD, weights)
     found = HyperOut(x_TSD, rms_norm(h_TD, weights.norm_weight, weights.norm_eps), new_mix)
@@ -171,12 +178,13 @@ class HyperBoundaryReference(Reference):
         y_TD: torch.Tensor | None,
         mix: Mix | None,
         operand: HyperWeights,
+        other_TD: torch.Tensor | None = None,
         *,
         out: HyperOut | None = None,
         workspace: torch.Tensor | None = None,
     ) -> HyperOut:
         """Computes new streams, the next sublayer's normed input, and its mix."""
-        return hyper_boundary(x_TSD, y_TD, mix, operand, out, workspace)
+        return hyper_boundary(x_TSD, y_TD, mix, operand, other_TD, out, workspace)
 
     def __call__(
         self,
@@ -184,11 +192,12 @@ class HyperBoundaryReference(Reference):
         y_TD: torch.Tensor | None,
         mix: Mix | None,
         weights: HyperWeights,
+        other_TD: torch.Tensor | None = None,
         out: HyperOut | None = None,
         workspace: torch.Tensor | None = None,
     ) -> HyperOut:
         """Computes ``hyper_boundary``."""
-        return hyper_boundary(x_TSD, y_TD, mix, weights, out, workspace)
+        return hyper_boundary(x_TSD, y_TD, mix, weights, other_TD, out, workspace)
 
 
 HYPER_BOUNDARY = HyperBoundaryReference()

@@ -22,25 +22,11 @@ from ownpath.kernels.dsl.driver import current_stream
 from ownpath.kernels.dsl.triton import TritonCall, launch
 from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.launch_cache import LaunchCache
+from ownpath.kernels.router.choice import experts_of, table_experts, write_best, write_named
 from ownpath.kernels.variants import variant_name
 
 INTERPRETED = triton.knobs.runtime.interpret
 MAX_EXPERTS, MAX_CHOSEN = 4096, 16
-
-
-@triton.jit
-def _score(logits):
-    """Computes sqrt(softplus(x)). softplus(x) = max(x, 0) + log1p(e), e = exp(-|x|) in (0, 1].
-
-    log1p(e) = 2 atanh(z), z = e / (2 + e) <= 1/3: an odd series whose first dropped term is below 3^-20 / 21 of z.
-    """
-    e = tl.exp(-tl.abs(logits))
-    z = e / (2.0 + e)
-    q = z * z
-    series = 1.0 / 15.0 + q * (1.0 / 17.0 + q * (1.0 / 19.0))
-    series = 1.0 / 9.0 + q * (1.0 / 11.0 + q * (1.0 / 13.0 + q * series))
-    series = 1.0 + q * (1.0 / 3.0 + q * (1.0 / 5.0 + q * (1.0 / 7.0 + q * series)))
-    return tl.sqrt(tl.maximum(logits, 0.0) + 2.0 * z * series)
 
 
 @triton.jit
@@ -62,40 +48,36 @@ def router_kernel(
     PDL: tl.constexpr,
 ):
     """Chooses one token's experts and their weights."""
-    t = tl.program_id(0).to(tl.int64)
-    e, k = tl.arange(0, E_PAD), tl.arange(0, K_PAD)
-    row = logits_ptr + t * num_experts
+    t = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    expert, in_t = experts_of(E_PAD), t >= 0
+    row = logits_ptr + t[:, None] * num_experts
+    token = t
     if HAS_TOKENS:
-        token = tl.load(token_ids_ptr + t)
+        token = tl.load(token_ids_ptr + t).to(tl.int64)
     if BY_TOKEN:
-        known = (token >= 0) & (token < vocab_size)
-        chosen = tl.load(table_ptr + token * K + k, mask=(k < K) & known, other=0).to(tl.int32)
+        chosen = table_experts(table_ptr, token, in_t, vocab_size, K, K_PAD)
     else:
-        bias = tl.load(bias_ptr + e, mask=e < num_experts, other=0.0)
+        bias = tl.load(bias_ptr + expert, mask=expert < num_experts, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    if not BY_TOKEN:
-        logits = tl.load(row + e, mask=e < num_experts, other=0.0)
-        left = tl.where(e < num_experts, _score(logits) + bias, float("-inf"))
-        chosen = tl.zeros((K_PAD,), dtype=tl.int32)
-        for round_idx in tl.static_range(K):
-            best = tl.minimum(tl.argmax(left, axis=0, tie_break_left=True), num_experts - 1)
-            chosen = tl.where(k == round_idx, best, chosen)
-            left = tl.where(e == best, float("-inf"), left)
-    inside = (k < K) & (chosen >= 0) & (chosen < num_experts)
-    scores = tl.where(inside, _score(tl.load(row + chosen, mask=inside, other=0.0)), 0.0)
-    weights = scores / tl.sum(scores, axis=0) * factor
-    if HAS_TOKENS:
-        chosen = tl.where(token < 0, -1, chosen)
-        weights = tl.where(token < 0, 0.0, weights)
-    tl.store(ids_ptr + t * K + k, chosen.to(ids_ptr.dtype.element_ty), mask=k < K)
-    tl.store(weights_ptr + t * K + k, weights, mask=k < K)
+    if BY_TOKEN:
+        inside = (tl.arange(0, K_PAD) < K)[None, :] & (chosen >= 0) & (chosen < num_experts)
+        logits = tl.load(row + chosen, mask=inside, other=0.0)
+        write_named(ids_ptr, weights_ptr, chosen, logits, inside, token, t, in_t, factor, K, K_PAD, HAS_TOKENS)
+    else:
+        token, t, in_t = token[:, None, None], t[:, None, None], in_t[:, None, None]
+        logits = tl.load(logits_ptr + t * num_experts + expert, mask=expert < num_experts, other=0.0)
+        write_best(
+            ids_ptr, weights_ptr, logits, bias, expert, token, t, in_t, num_experts, factor, K, HAS_TOKENS
+        )  # fmt: skip
 
 
-def _check_choice(logits_TE: torch.Tensor, weights: RouterWeights, token_ids_T: torch.Tensor | None) -> None:
-    num_experts, k, device = logits_TE.shape[1], weights.num_experts_per_tok, logits_TE.device
-    bias_E, tid2eid_VK = weights.bias_E, weights.tid2eid_VK
+def check_choice(
+    weights: RouterWeights, num_experts: int, token_ids_T: torch.Tensor | None, device: torch.device
+) -> None:
+    """Checks what experts are chosen by. Errors: ValueError naming what does not fit."""
+    k, bias_E, tid2eid_VK = weights.num_experts_per_tok, weights.bias_E, weights.tid2eid_VK
     if not 0 < k <= min(num_experts, MAX_CHOSEN) or num_experts > MAX_EXPERTS:
         raise ValueError(f"cannot choose {k} of {num_experts} experts: limits are {MAX_CHOSEN} and {MAX_EXPERTS}")
     if (bias_E is None) == (tid2eid_VK is None):
@@ -108,7 +90,8 @@ def _check_choice(logits_TE: torch.Tensor, weights: RouterWeights, token_ids_T: 
             raise ValueError("token_ids_T is needed to look experts up")
 
 
-def _check_token_ids(token_ids_T: torch.Tensor, num_tokens: int, device: torch.device) -> None:
+def check_token_ids(token_ids_T: torch.Tensor, num_tokens: int, device: torch.device) -> None:
+    """Checks token ids. Errors: ValueError for a wrong dtype, shape, stride or device."""
     # A step's ids are often a view into a longer row; scalar loads need only element alignment.
     if token_ids_T.dtype not in (torch.int64, torch.int32) or token_ids_T.shape != (num_tokens,):
         raise ValueError(f"token_ids_T must be int64 or int32 [{num_tokens}]")
@@ -182,11 +165,11 @@ class TritonRouter:
         if call is None or not is_dense(logits_TE, torch.float32):
             return _first(logits_TE, token_ids_T, operand, key, out)
         if ids is not None:
-            _check_token_ids(ids, logits_TE.shape[0], logits_TE.device)
+            check_token_ids(ids, logits_TE.shape[0], logits_TE.device)
         if out is None:
             out = call.ids.new(), call.weights.new()
         else:
-            _check_out(out, logits_TE, operand.weights)
+            check_out(out, logits_TE, operand.weights)
         with operand.lock:
             chosen = out[0].data_ptr()
             read = chosen if ids is None else ids.data_ptr()
@@ -208,8 +191,9 @@ class TritonRouter:
         return self.run(logits_TE, token_ids_T, self.prepare(weights), out=out)
 
 
-def _check_out(out: RouterOut, logits_TE: torch.Tensor, weights: RouterWeights) -> None:
-    shape, device = (logits_TE.shape[0], weights.num_experts_per_tok), logits_TE.device
+def check_out(out: RouterOut, rows: torch.Tensor, weights: RouterWeights) -> None:
+    """Checks given outputs for some rows. Errors: ValueError naming the one that does not fit."""
+    shape, device = (rows.shape[0], weights.num_experts_per_tok), rows.device
     check("out[0]", out[0], (torch.int64, torch.int32), shape, device)
     check("out[1]", out[1], (torch.float32,), shape, device)
 
@@ -227,12 +211,12 @@ def _first(
     check("logits_TE", logits_TE, (torch.float32,), tuple(logits_TE.shape), logits_TE.device)
     num_tokens, k = logits_TE.shape[0], weights.num_experts_per_tok
     if token_ids_T is not None:
-        _check_token_ids(token_ids_T, num_tokens, logits_TE.device)
+        check_token_ids(token_ids_T, num_tokens, logits_TE.device)
     if out is None:
         out = logits_TE.new_empty(num_tokens, k, dtype=torch.int64), logits_TE.new_empty(num_tokens, k)
     else:
-        _check_out(out, logits_TE, weights)
-    _check_choice(logits_TE, weights, token_ids_T)
+        check_out(out, logits_TE, weights)
+    check_choice(weights, logits_TE.shape[1], token_ids_T, logits_TE.device)
     first = _first_launch(logits_TE, token_ids_T, weights, out) if num_tokens else None
     if first is not None:
         made = (EmptyOutput(one.shape, one.dtype, one.get_device()) for one in out)

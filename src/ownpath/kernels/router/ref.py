@@ -1,12 +1,16 @@
-"""Torch reference of the router.
+"""Torch references of the router, and of gate and router in one.
 
-Legend: T tokens, E experts, K experts per token, V vocabulary.
+Legend: T tokens, D hidden, E experts, K experts per token, V vocabulary.
 """
+
+import sys
 
 import torch
 import torch.nn.functional as F
 
-from ownpath.kernels.contract import RouterWeights
+from ownpath.kernels.checks import require_input
+from ownpath.kernels.contract import RouterWeights, RouteWeights
+from ownpath.kernels.plain.ref import plain_linear
 from ownpath.kernels.reference import Reference
 
 
@@ -86,3 +90,59 @@ class RouterReference(Reference):
 
 
 ROUTER = RouterReference()
+
+
+def route(
+    x_TD: torch.Tensor,
+    gate_ED: torch.Tensor,
+    weights: RouterWeights,
+    token_ids_T: torch.Tensor | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes ``router`` of the gate's logits, x times its matrix, in at least float32."""
+    num_chosen, factor, bias_E, tid2eid_VK = vars(weights).values()
+    return router(gate_logits(x_TD, gate_ED), num_chosen, factor, bias_E, token_ids_T, tid2eid_VK, out)
+
+
+def gate_logits(x_TD: torch.Tensor, gate_ED: torch.Tensor) -> torch.Tensor:
+    """Computes the gate's logits [T, E], at least float32. Errors: ValueError for x that does not fit."""
+    require_input(x_TD, gate_ED.shape[1], gate_ED)
+    return plain_linear(x_TD, gate_ED, torch.promote_types(x_TD.dtype, torch.float32))
+
+
+class RouteReference(Reference):
+    """``route`` as a kernel. The operand is the weights."""
+
+    max_rows = sys.maxsize
+
+    def prepare(self, weights: RouteWeights) -> RouteWeights:
+        """Returns the weights unchanged."""
+        return weights
+
+    def variant(self, x_TD: torch.Tensor, operand: RouteWeights) -> None:
+        """Returns ``None``: the kernel has no variants."""
+
+    def run(
+        self,
+        x_TD: torch.Tensor,
+        token_ids_T: torch.Tensor | None,
+        operand: RouteWeights,
+        *,
+        out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns ids and weights [T, K]."""
+        return route(x_TD, operand.gate_ED, operand.router, token_ids_T, out)
+
+    def __call__(
+        self,
+        x_TD: torch.Tensor,
+        gate_ED: torch.Tensor,
+        weights: RouterWeights,
+        token_ids_T: torch.Tensor | None = None,
+        out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Computes ``route``."""
+        return route(x_TD, gate_ED, weights, token_ids_T, out)
+
+
+ROUTE = RouteReference()

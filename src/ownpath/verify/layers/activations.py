@@ -42,7 +42,7 @@ class Activations(Observer):
         slot, spec = call.slot, self.specs[call.slot]
         kind = spec.kind
         if kind.is_decode:
-            for name, value in decode_values(slot, kind, args, result):
+            for name, value in decode_values(call, kind, args, result):
                 self._parts[name].append(value)
             return
         found = _RESULTS[kind](result) if kind in _RESULTS else {"": result}

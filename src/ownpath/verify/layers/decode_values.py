@@ -1,12 +1,12 @@
-"""Values of a decode step under the names of the model's taps, from what its index kernels take and return.
+"""Values of a decode step under the names of the model's taps and slots, from what its kernels take and return.
 
-A decode step has no taps: norms, rotations and masks never exist as tensors outside its kernels.
+A decode step has no taps: norms, rotations, masks and the gate's logits never exist as tensors outside its kernels.
 
 Legend: T rows, one for each sequence; C entries of a row's table, K selected rows.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -14,11 +14,13 @@ from ownpath.kernels.scores.ref import entry_rows, visible_entries
 from ownpath.kernels.scores.types import CSA_PAGES, IndexQuery, PagedRows
 from ownpath.numerics import rotate_pairs, wide_dtype
 from ownpath.ops import OpKind
-from ownpath.trace.observers import CallArguments
+from ownpath.runners import Route
+from ownpath.trace.observers import CallArguments, Watched
 
 
-def decode_values(slot: str, kind: OpKind, args: CallArguments, result: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def decode_values(call: Watched, kind: OpKind, args: CallArguments, result: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (name, value) pairs of one call of a decode step; none for kernels that show no such value."""
+    slot = call.slot
     indexer = slot.replace(".decode.", ".indexer.").rpartition(".")[0]
     if kind is OpKind.INDEX_SCORES:
         query: IndexQuery = args[0]
@@ -26,6 +28,11 @@ def decode_values(slot: str, kind: OpKind, args: CallArguments, result: Any) -> 
         wide = wide_dtype(query.weights_TI.dtype)
         yield f"{indexer}.q", rotate_pairs(query.q_TIH, query.cos_TF, query.sin_TF)
         yield f"{indexer}.weights", query.weights_TI.to(wide) * (dim**-0.5 * num_heads**-0.5)
+    elif kind is OpKind.ROUTE:
+        ffn, route = slot.removesuffix(".decode.route"), cast(Route, call.runner)
+        yield f"{ffn}.gate", route.logits(args[0])
+        yield f"{ffn}.router.ids", result[0]
+        yield f"{ffn}.router.weights", result[1]
     elif kind is OpKind.SELECT:
         for mask_1C in _masks(args[1], result[0], result[1]):
             yield f"{indexer}.mask", mask_1C

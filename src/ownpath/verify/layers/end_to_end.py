@@ -57,7 +57,7 @@ class ModelEnds:
     @torch.inference_mode()
     def logits(self, residual: Residual) -> torch.Tensor:
         """Computes logits [T, V] of some rows."""
-        return self.head(self.hc_head(residual.x_TSD, residual.y_TD, residual.mix).h_TD)
+        return self.head(residual.enter(self.hc_head).h_TD)
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ class SingleLayer:
 
         It makes no difference which boundary's weights the kernel gets: they apply to what follows the streams.
         """
-        return self.loaded.block.hc_attn(residual.x_TSD, residual.y_TD, residual.mix).x_TSD
+        return residual.enter(self.loaded.block.hc_attn).x_TSD
 
 
 def join_residuals(residuals: Sequence[Residual]) -> Residual:

@@ -19,7 +19,7 @@ from ownpath.verify.subject import Subject
 
 FILE_NAME = "layers.safetensors"
 _FORMAT = 1
-_ENGINE = ("x", "y", "post", "comb")
+_ENGINE = ("x", "y", "post", "comb", "other")
 
 
 @dataclass
@@ -68,11 +68,12 @@ def _state(value: dict[str, Any], tensors: dict[str, torch.Tensor]) -> State:
 
 def _tensors_of(engine: Residual) -> dict[str, torch.Tensor]:
     mix = engine.mix
-    values = (engine.x_TSD, engine.y_TD, None if mix is None else mix.post_TS, None if mix is None else mix.comb_TSS)
+    mixes = (None, None) if mix is None else mix
+    values = (engine.x_TSD, engine.y_TD, *mixes, engine.other_TD)
     return {name: value for name, value in zip(_ENGINE, values, strict=True) if value is not None}
 
 
 def _residual(tensors: dict[str, torch.Tensor]) -> Residual:
     if "y" not in tensors:
         return Residual(tensors["x"])
-    return Residual(tensors["x"], tensors["y"], Mix(tensors["post"], tensors["comb"]))
+    return Residual(tensors["x"], tensors["y"], Mix(tensors["post"], tensors["comb"]), tensors.get("other"))
