@@ -34,7 +34,7 @@ def _new_stream(x0, x1, x2, x3, y, post, comb, t, in_t, k, HAS_POST: tl.constexp
         return tl.where(k < 2, tl.where(k == 0, x0, x1), tl.where(k == 2, x2, x3))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def spread_few(
     x_ptr,
     y_ptr,
@@ -109,7 +109,7 @@ def _add_products(acc, squares, n, fn):
     return acc, squares + wide * wide
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def spread_many(
     x_ptr,
     y_ptr,
@@ -279,7 +279,7 @@ def _sinkhorn(
     _store_row(comb_ptr + t * 16 + 12, c30, c31, c32, c33, in_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def collapse(
     new_ptr,
     part_ptr,
