@@ -54,7 +54,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
 @pytest.mark.parametrize("label", [("hyper_boundary", "tiny"), ("rms_norm", "odd"), ("grouped_linear", "tiny")])
 def test_a_start_compiles_what_prompts_of_any_length_launch(label: tuple[str, str]) -> None:
     """At the sizes that a start tries, and at no other: a length that 16 divides has no code of its own."""
-    tried = launches_of(warm_up_sizes(EngineConfig(max_prefill_tokens=300, max_num_seqs=16, max_model_len=512)), [label])
+    tried = launches_of(
+        warm_up_sizes(EngineConfig(max_prefill_tokens=300, max_num_seqs=16, max_model_len=512)), [label]
+    )
     asked = launches_of((3, 6, 9, 15, 17, 24, 33, 48, 63, 65, 100, 127, 129, 255, 257, 304, 311, 316), [label])
     assert not [(one.name, one.signature, one.divisible) for one in asked if one not in tried]
 

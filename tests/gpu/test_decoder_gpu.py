@@ -151,7 +151,7 @@ def test_the_device_ran_the_kernels_of_the_plan(model: Model) -> None:
     rows = started(model, (20, 30))
     once = eager(model)
     once.step(rows)
-    launched = record_launches(model.ledger, lambda: once._run(2))
+    launched = record_launches(model.ledger, lambda: once.run(2))
     replayed = record_launches(model.ledger, lambda: graphs._graphs[2].graph.replay())
     # A copy is a transfer to an eager step and a kernel to a graph.
     names = Counter(launch.kernel for launch in replayed if not launch.kernel.startswith("memcpy"))

@@ -217,11 +217,11 @@ class Decoder:
 
     def _capture(self, count: int, memory: Any) -> _Captured:
         with self._model.ledger.counting_apart():
-            self._run(count)
+            self.run(count)
         torch.cuda.synchronize(self.pool.spec.device)
         graph = torch.cuda.CUDAGraph()
         with self._model.ledger.counting_apart() as calls, torch.cuda.graph(graph, pool=memory):
-            logits_TV = self._run(count)
+            logits_TV = self.run(count)
         return _Captured(graph, logits_TV, self._model.ledger.captured(calls))
 
     def step(self, rows: Sequence[DecodeRow]) -> StepTokens:
@@ -231,13 +231,7 @@ class Decoder:
         if wanted != self._resident:
             self._rows.upload(rows)
         self._resident = []  # until the step has ended: one that fails leaves rows that nobody knows
-        captured = self._graphs.get(count)
-        if captured is None:
-            logits_TV = self._run(count)
-        else:
-            captured.graph.replay()
-            logits_TV, self.num_replays = captured.logits_TV, self.num_replays + 1
-            captured.calls.num_replays += 1
+        logits_TV = self.launch(count)
         self._read.copy_(self._chosen, non_blocking=True)
         for row in rows:
             row.cache.num_tokens += 1
@@ -251,8 +245,23 @@ class Decoder:
         chosen = [None if fault else token for token, fault in zip(tokens, faults, strict=True)]
         return StepTokens(logits_TV[: len(rows)], chosen)
 
-    def _run(self, count: int) -> torch.Tensor:
-        """Runs the model on the first ``count`` rows, draws tokens, and makes the rows ready for the next step."""
+    def upload(self, rows: Sequence[DecodeRow]) -> None:
+        """Uploads rows for ``launch`` and ``run``, whatever the device holds."""
+        self._resident = []
+        self._rows.upload(rows)
+
+    def launch(self, count: int) -> torch.Tensor:
+        """Replays the graph of a bucket, or runs it eagerly where there is none; returns the logits. Does not wait."""
+        captured = self._graphs.get(count)
+        if captured is None:
+            return self.run(count)
+        captured.graph.replay()
+        self.num_replays += 1
+        captured.calls.num_replays += 1
+        return captured.logits_TV
+
+    def run(self, count: int) -> torch.Tensor:
+        """Runs the first ``count`` rows eagerly: the model, a token for each, and the arrays for the next step."""
         tokens_T, tables = self._rows.columns.tokens[:count], self._rows.tables(self.pool, count)
         logits_TV = self._model.decode(tokens_T, tables)[:, : self._num_vocab]
         found = Sampled(self._chosen[0, :count], self._chosen[1, :count])

@@ -3,8 +3,8 @@
 from ownpath.kernels.spec import Evidence, KernelSpec
 from ownpath.ops import OpKind
 
-_EVIDENCE = Evidence("attend.ref:attend", "tests/gpu/test_attend.py", "python bench/attend.py")
-_CUTE_EVIDENCE = Evidence("attend.ref:attend", "tests/gpu/test_attend_sm90.py", "python bench/attend.py")
+_EVIDENCE = Evidence("attend.ref:attend", "tests/gpu/test_attend.py", "ownpath bench attend")
+_CUTE_EVIDENCE = Evidence("attend.ref:attend", "tests/gpu/test_attend_sm90.py", "ownpath bench attend")
 
 SPECS = (
     KernelSpec(
