@@ -11,6 +11,7 @@ import torch
 
 from ownpath.config import EngineConfig
 from ownpath.kernels.dsl.cache import compile_missing
+from ownpath.kernels.dsl.compilations import COMPILATIONS
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
 from ownpath.runners import Runner
@@ -33,6 +34,7 @@ def compile_kernels(runners: Iterable[Runner]) -> int:
 def warm_up(model: Model, engine: EngineConfig) -> None:
     """Runs a step of each of ``warm_up_sizes``, so that no later step compiles anything; then clears the ledger."""
     sizes = warm_up_sizes(engine)
+    COMPILATIONS.watch_triton()
     with Progress("warming up") as progress:
         for done, num_tokens in enumerate(sizes):
             progress(done, len(sizes), counted(num_tokens, "token"))
