@@ -1,4 +1,4 @@
-"""Runs the Hopper kernels once each on small shapes, for a checker of memory accesses to watch.
+"""Runs the Hopper kernels once each on small shapes, and steps of the embedded model, for a checker of memory accesses.
 
     compute-sanitizer --tool memcheck --error-exitcode 1 python3 tools/small_shapes.py
     compute-sanitizer --tool racecheck --error-exitcode 1 python3 tools/small_shapes.py
@@ -10,13 +10,22 @@ from collections.abc import Iterator
 
 import torch
 
+from ownpath.config import EngineConfig
+from ownpath.conformance.attend import make_attend_inputs
 from ownpath.conformance.quant_weights import DenseWeight, ExpertStacks, RoutedTokens, draw_rows, draw_weights
+from ownpath.engine.decoder import Decoder, DecodeRow
+from ownpath.kernels.attend.cases import CASES as ATTEND_CASES
 from ownpath.kernels.fp8.cases import Fp8Case
+from ownpath.kernels.registry import KERNELS
+from ownpath.loading import default_model_dir, load_model
+from ownpath.model.batch import ForwardBatch
 from ownpath.runners import Fp8Linear, Nvfp4Linear, Nvfp4MoE
 
 CUDA = torch.device("cuda")
 LINEAR_SHAPES = ((192, 384), (256, 512), (1536, 512))
 EXPERTS, HIDDEN, INTER, TOP_K = 6, 256, 128, 2
+PROMPTS = (3, 126, 255)
+"""Tokens of each row's prompt."""
 
 
 def linears() -> Iterator[tuple[str, torch.Tensor]]:
@@ -43,9 +52,31 @@ def fp8() -> Iterator[tuple[str, torch.Tensor]]:
         yield f"cute.fp8_linear_sm90 {num_tokens} tokens", linear(draw_rows(num_tokens, 512, 1.0, CUDA))
 
 
+def attention() -> Iterator[tuple[str, torch.Tensor]]:
+    """Tables and lists name rows far outside of the pools where a row's own have ended."""
+    for case in (case for case in ATTEND_CASES if case.tiny):
+        for name in ("cute.attend", "cute.attend_invariant", "triton.attend"):
+            for num_rows in (1, 9):
+                inputs = make_attend_inputs(case, num_rows, CUDA)
+                yield f"{name} {case.label} {num_rows} rows", KERNELS[name](*inputs.arguments)
+
+
+def decode_steps() -> Iterator[tuple[str, torch.Tensor]]:
+    """Steps of rows whose windows end, so that entries are written; three rows in a bucket of four."""
+    model = load_model(default_model_dir(), EngineConfig("cuda", torch.bfloat16, 1024, max_num_seqs=len(PROMPTS)))
+    caches = [model.new_cache() for _ in PROMPTS]
+    for cache, count in zip(caches, PROMPTS, strict=True):
+        model.forward(ForwardBatch.of([(list(range(5, 5 + count)), cache)], "cuda"))
+    decoder = Decoder(model, 4, model.config.vocab_size)
+    for step in range(2):
+        with torch.inference_mode():
+            found = decoder.step([DecodeRow(cache, 9) for cache in caches])
+        yield f"decode step {step} of {len(PROMPTS)} rows", found.logits_TV
+
+
 def main() -> None:
     torch.manual_seed(0)
-    for part in (linears, experts, fp8):
+    for part in (linears, experts, fp8, attention, decode_steps):
         for name, y in part():
             torch.cuda.synchronize()
             assert torch.isfinite(y).all(), name

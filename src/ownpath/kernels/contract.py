@@ -11,7 +11,7 @@ Legend: M rows, K in, N out; T tokens, D hidden, F expert width, E experts; G he
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeVar
+from typing import ClassVar, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -19,13 +19,26 @@ from ownpath.qtensor import QuantTensor
 
 
 class Config(Hashable, Protocol):
-    """The compile-time configuration of a kernel that is compiled to disk."""
+    """The compile-time configuration of a kernel that is compiled to disk: a dataclass of numbers, strings and tuples.
+
+    compiler: "module:function" below ``ownpath.kernels``; takes the configuration and returns the DSL's compiled
+    function. num_threads: of a CTA. cluster: CTAs of one. sources: paths of modules in ``kernels`` that it is compiled
+    from.
+    """
+
+    compiler: ClassVar[str]
 
     @property
     def name(self) -> str: ...
 
     @property
     def sources(self) -> tuple[str, ...]: ...
+
+    @property
+    def num_threads(self) -> int: ...
+
+    @property
+    def cluster(self) -> int: ...
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+import ownpath.runners.decode_ops  # noqa: F401, defines the operations that the runners call while torch compiles
 from ownpath.kernels.attend.types import AttendKernel, AttendWeights, DecodeKeys, DecodeRows
 from ownpath.kernels.contract import NormWeights
 from ownpath.kernels.entries.angles import Frequencies, step_angles
@@ -24,6 +25,7 @@ from ownpath.kernels.entries.types import (
 from ownpath.kernels.registry import KERNELS
 from ownpath.kernels.scores.types import CSA_PAGES, IndexQuery, IndexScoresKernel, PagedRows
 from ownpath.kernels.select.types import SelectKernel, SelectWeights
+from ownpath.runners.ops import HANDLES
 from ownpath.runners.runner import KernelOrName, KernelRunner, chosen_spec
 
 __all__ = [
@@ -66,13 +68,20 @@ class CacheEntries(KernelRunner):
         self.spec = chosen_spec(kernel)
         self.kernel: EntriesKernel[object] = KERNELS[self.spec.name]
         self.operand = self.kernel.prepare(weights)
+        self.handle = HANDLES.new(self)
 
     def variant(self, raw: RawRows, *_: object) -> str | None:
         """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
         return self.kernel.variant(raw, self.operand)
 
-    def __call__(self, raw: RawRows, angles: EntryAngles, rows: RowPlaces, pools: LayerPools) -> None:
+    def run(self, raw: RawRows, angles: EntryAngles, rows: RowPlaces, pools: LayerPools) -> None:
         """Writes in place. Errors: ValueError naming an argument that the kernel refuses."""
+        self.kernel.run(raw, angles, rows, pools, self.operand)
+
+    def __call__(self, raw: RawRows, angles: EntryAngles, rows: RowPlaces, pools: LayerPools) -> None:
+        if torch.compiler.is_compiling():
+            torch.ops.ownpath.cache_entries(*raw, *angles, *rows, *pools, self.handle)
+            return
         self.kernel.run(raw, angles, rows, pools, self.operand)
 
 
@@ -82,14 +91,22 @@ class IndexScores(KernelRunner):
     def __init__(self, *, kernel: KernelOrName = "ref.index_scores") -> None:
         self.spec = chosen_spec(kernel)
         self.kernel: IndexScoresKernel[object] = KERNELS[self.spec.name]
-        self.operand = self.kernel.prepare(CSA_PAGES)
+        self.pages = CSA_PAGES
+        self.operand = self.kernel.prepare(self.pages)
+        self.handle = HANDLES.new(self)
 
     def variant(self, query: IndexQuery, *_: object) -> str | None:
         """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
         return self.kernel.variant(query, self.operand)
 
-    def __call__(self, query: IndexQuery, keys: torch.Tensor, rows: PagedRows) -> torch.Tensor:
+    def run(self, query: IndexQuery, keys: torch.Tensor, rows: PagedRows) -> torch.Tensor:
         """Computes scores. Errors: ValueError naming an argument that the kernel refuses."""
+        return self.kernel.run(query, keys, rows, self.operand)
+
+    def __call__(self, query: IndexQuery, keys: torch.Tensor, rows: PagedRows) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            scores_TC: torch.Tensor = torch.ops.ownpath.index_scores(*query, keys, *rows, self.handle)
+            return scores_TC
         return self.kernel.run(query, keys, rows, self.operand)
 
 
@@ -99,14 +116,21 @@ class Select(KernelRunner):
     def __init__(self, topk: int, *, kernel: KernelOrName = "ref.select") -> None:
         self.spec = chosen_spec(kernel)
         self.kernel: SelectKernel[object] = KERNELS[self.spec.name]
-        self.operand = self.kernel.prepare(SelectWeights(topk))
+        self.topk, self.operand = topk, self.kernel.prepare(SelectWeights(topk))
+        self.handle = HANDLES.new(self)
 
     def variant(self, scores_TC: torch.Tensor, *_: object) -> str | None:
         """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
         return self.kernel.variant(scores_TC, self.operand)
 
-    def __call__(self, scores_TC: torch.Tensor, rows: PagedRows) -> tuple[torch.Tensor, ...]:
+    def run(self, scores_TC: torch.Tensor, rows: PagedRows) -> tuple[torch.Tensor, ...]:
         """Selects. Errors: ValueError naming an argument that the kernel refuses."""
+        return self.kernel.run(scores_TC, rows, self.operand)
+
+    def __call__(self, scores_TC: torch.Tensor, rows: PagedRows) -> tuple[torch.Tensor, ...]:
+        if torch.compiler.is_compiling():
+            found: tuple[torch.Tensor, ...] = torch.ops.ownpath.select(scores_TC, *rows, self.handle)
+            return found
         return self.kernel.run(scores_TC, rows, self.operand)
 
 
@@ -117,6 +141,7 @@ class DecodeAttention(KernelRunner):
         self.spec = chosen_spec(kernel)
         self.kernel: AttendKernel[object] = KERNELS[self.spec.name]
         self.operand = self.kernel.prepare(weights)
+        self.handle = HANDLES.new(self)
 
     def variant(
         self, q_TNH: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor, keys: DecodeKeys, rows: DecodeRows
@@ -124,8 +149,16 @@ class DecodeAttention(KernelRunner):
         """Returns the names of the variants that a call launches; ``None`` for a kernel without variants."""
         return self.kernel.variant(q_TNH, keys, rows, self.operand)
 
-    def __call__(
+    def run(
         self, q_TNH: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor, keys: DecodeKeys, rows: DecodeRows
     ) -> torch.Tensor:
         """Attends. Errors: ValueError naming an argument that the kernel refuses."""
+        return self.kernel.run(q_TNH, cos_TF, sin_TF, keys, rows, self.operand)
+
+    def __call__(
+        self, q_TNH: torch.Tensor, cos_TF: torch.Tensor, sin_TF: torch.Tensor, keys: DecodeKeys, rows: DecodeRows
+    ) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            o_TNH: torch.Tensor = torch.ops.ownpath.decode_attention(q_TNH, cos_TF, sin_TF, *keys, *rows, self.handle)
+            return o_TNH
         return self.kernel.run(q_TNH, cos_TF, sin_TF, keys, rows, self.operand)

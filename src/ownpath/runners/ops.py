@@ -198,18 +198,29 @@ def _by_handle(function: Callable[..., Returned]) -> Callable[..., Returned]:
     return call
 
 
-def _dense(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+def _dense(
+    function: Callable[..., Tensor | tuple[Tensor, ...] | None],
+) -> Callable[..., Tensor | tuple[Tensor, ...] | None]:
     """Wraps a function so that its results are contiguous as the fake ones are: a torch reference may return a view."""
 
-    def call(*args: object) -> Tensor | tuple[Tensor, ...]:
+    def call(*args: object) -> Tensor | tuple[Tensor, ...] | None:
         found = function(*args)
-        return found.contiguous() if isinstance(found, Tensor) else tuple(part.contiguous() for part in found)
+        if found is None or isinstance(found, Tensor):
+            return None if found is None else found.contiguous()
+        return tuple(part.contiguous() for part in found)
 
     return call
 
 
+def register(
+    schema: str, function: Callable[..., Tensor | tuple[Tensor, ...] | None], fake: Callable[..., object]
+) -> None:
+    """Defines an operation. function, fake: take the runner itself as their last argument, the schema its handle."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, _dense(_by_handle(function)), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ownpath::{name}", _by_handle(fake), lib=LIBRARY)
+
+
 for _schema, _function, _fake in OPERATIONS:
-    _name = _schema.partition("(")[0]
-    LIBRARY.define(_schema)
-    LIBRARY.impl(_name, _dense(_by_handle(_function)), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ownpath::{_name}", _by_handle(_fake), lib=LIBRARY)
+    register(_schema, _function, _fake)

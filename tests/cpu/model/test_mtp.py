@@ -131,11 +131,13 @@ def run_in_chunks(model: Model, token_ids: list[int], size: int) -> list[torch.T
 
 @pytest.mark.parametrize("size", [1, 3, 64, 127, 129])
 def test_chunks_equal_one_shot(size: int, model: Model) -> None:
-    token_ids = tokens(NUM_POSITIONS)
+    # On a device, which takes half a minute for all of them one by one, no more than pass the window's end.
+    num_positions = NUM_POSITIONS if size > 1 or model.cache_spec.device.type == "cpu" else 140
+    token_ids = tokens(num_positions)
     whole = run_in_chunks(model, token_ids, len(token_ids))
     assert len(whole) == 3
     for expected, found in zip(whole, run_in_chunks(model, token_ids, size), strict=True):
-        assert found.shape == (NUM_POSITIONS - 2, VOCAB_SIZE)
+        assert found.shape == (num_positions - 2, VOCAB_SIZE)
         assert (found - expected).abs().max() <= FLOAT64_TOLERANCE
 
 

@@ -13,7 +13,7 @@ import cutlass
 from cutlass import BFloat16, Float32, Int32, Int64, cute
 
 from ownpath.kernels.attend import ptx as attend_ptx
-from ownpath.kernels.attend.config_sm90 import COMBINE_THREADS, HEAD_DIM, NUM_ROTARY
+from ownpath.kernels.attend.config_sm90 import COMBINE_THREADS, HEAD_DIM, NUM_ROTARY, AttendCombineConfig
 from ownpath.kernels.dsl import ptx
 
 LOG2_E = 1.4426950408889634
@@ -117,7 +117,7 @@ class AttendCombine:
         return [merged[at] for at in range(4)]
 
 
-def compile_combine() -> Any:
+def compile_combine(_config: AttendCombineConfig) -> Any:
     """Compiles for sm_90a; no GPU is needed."""
     space = cute.AddressSpace.gmem
 

@@ -1,6 +1,7 @@
 """Compile-time configurations of the Hopper kernels of decode attention. Importable without the DSL."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 WG = 128
 HEAD_DIM, NUM_ROTARY = 512, 64
@@ -42,6 +43,7 @@ class AttendConfig:
     split: bool = False
     merges: bool = False
     fp8: bool = False
+    compiler: ClassVar[str] = "attend.attend_sm90:compile_attend"
 
     def __post_init__(self) -> None:
         if self.per_block < 0 or self.per_block & (self.per_block - 1) or self.per_block > BLOCK_TOKENS:
@@ -76,6 +78,8 @@ class AttendConfig:
 @dataclass(frozen=True)
 class AttendCombineConfig:
     """The kernel that merges the partial sums of a row's splits."""
+
+    compiler: ClassVar[str] = "attend.combine_sm90:compile_combine"
 
     @property
     def name(self) -> str:

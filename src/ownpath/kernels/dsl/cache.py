@@ -222,6 +222,11 @@ def _compile(queue: deque[Config], count: Callable[[str], None]) -> str:
     )
 
 
+def _path_of(kind: type) -> str:
+    """Returns "module:name" below ``ownpath.kernels``."""
+    return f"{kind.__module__.removeprefix('ownpath.kernels.')}:{kind.__qualname__}"
+
+
 def _feed(process: subprocess.Popen[str], queue: deque[Config], count: Callable[[str], None]) -> str:
     """Sends a process one kernel at a time until the queue is empty; returns the name of the one that failed."""
     requests, answers = process.stdin, process.stdout
@@ -231,7 +236,7 @@ def _feed(process: subprocess.Popen[str], queue: deque[Config], count: Callable[
         while True:
             config = queue.popleft()
             with suppress(BrokenPipeError):  # an ended process, which prints nothing
-                requests.write(json.dumps([type(config).__name__, vars(config)]) + "\n")
+                requests.write(json.dumps([_path_of(type(config)), vars(config)]) + "\n")
                 requests.flush()
                 if not queue:
                     requests.close()

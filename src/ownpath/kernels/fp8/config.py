@@ -1,6 +1,7 @@
 """Compile-time configurations of the FP8 kernels. Importable without the DSL."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ownpath.kernels.fp8.layout import ACT_BLOCK_BYTES, BLOCK_BYTES
 
@@ -62,6 +63,7 @@ class W8A16Config:
     per_sm: int = 1
     consumers: int = 2
     wgmma: bool = False
+    compiler: ClassVar[str] = "fp8.w8a16_sm90:compile_w8a16"
 
     def __post_init__(self) -> None:
         if (self.per_sm, self.consumers) not in W8A16_REGISTERS:
@@ -112,6 +114,7 @@ class W8A8Config:
     num_stages: int
     cluster_n: int = 2
     ragged: bool = False
+    compiler: ClassVar[str] = "fp8.w8a8_sm90:compile_w8a8"
 
     def __post_init__(self) -> None:
         if self.warpgroups not in W8A8_REGISTERS:
@@ -157,6 +160,7 @@ class QuantizeConfig:
     """power_of_two: activation scales are powers of two (``ue8m0``); otherwise any float32."""
 
     power_of_two: bool
+    compiler: ClassVar[str] = "fp8.quantize_sm90:compile_quantize"
 
     @property
     def name(self) -> str:

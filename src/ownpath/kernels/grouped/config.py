@@ -1,6 +1,7 @@
 """Compile-time configurations of the grouped product with FP8 weights. Importable without the DSL."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ownpath.kernels.fp8.config import W8A16Config
 
@@ -20,6 +21,8 @@ REGISTERS = {
 @dataclass(frozen=True)
 class GroupedFp8Config(W8A16Config):
     """The shape of one compiled kernel: as ``W8A16Config``, for groups of rows with inputs of their own."""
+
+    compiler: ClassVar[str] = "grouped.fp8_sm90:compile_grouped"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 BLOCK_K = 128
 CHUNK_K = 64
@@ -48,6 +49,7 @@ class GemmConfig:
     wide: bool = False
     per_sm: int = 1
     box: int = 64
+    compiler: ClassVar[str] = "nvfp4.gemm_sm90:compile_gemm"
 
     def __post_init__(self) -> None:
         if self.smem_bytes > self.max_smem_bytes:
@@ -181,10 +183,15 @@ class AlignConfig:
     num_shared: int
     num_ctas: int = 1
     few: bool = False
+    compiler: ClassVar[str] = "nvfp4.moe_sm90:compile_align"
 
     @property
     def num_threads(self) -> int:
         return 32 if self.few else ALIGN_THREADS
+
+    @property
+    def cluster(self) -> int:
+        return self.num_ctas
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -200,6 +207,8 @@ class AlignConfig:
 class PermuteConfig:
     """Copies token rows into the experts' order."""
 
+    compiler: ClassVar[str] = "nvfp4.moe_sm90:compile_permute"
+
     @property
     def sources(self) -> tuple[str, ...]:
         return ("nvfp4/moe_sm90.py", "nvfp4/schedule.py", "nvfp4/config.py", *DSL_SOURCES)
@@ -208,6 +217,14 @@ class PermuteConfig:
     def name(self) -> str:
         return "moe_permute"
 
+    @property
+    def num_threads(self) -> int:
+        return COPY_THREADS
+
+    @property
+    def cluster(self) -> int:
+        return 1
+
 
 @dataclass(frozen=True)
 class CombineConfig:
@@ -215,6 +232,7 @@ class CombineConfig:
 
     num_shared: int
     wide: bool
+    compiler: ClassVar[str] = "nvfp4.moe_sm90:compile_combine"
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -223,3 +241,11 @@ class CombineConfig:
     @property
     def name(self) -> str:
         return f"moe_combine_s{self.num_shared}{'_wide' if self.wide else ''}"
+
+    @property
+    def num_threads(self) -> int:
+        return COPY_THREADS
+
+    @property
+    def cluster(self) -> int:
+        return 1

@@ -16,7 +16,7 @@ import cutlass
 from cutlass import BFloat16, Float32, Int32, Int64, cute
 
 from ownpath.kernels.dsl import ptx
-from ownpath.kernels.nvfp4.config import ALIGN_THREADS, COPY_THREADS, AlignConfig, CombineConfig
+from ownpath.kernels.nvfp4.config import ALIGN_THREADS, COPY_THREADS, AlignConfig, CombineConfig, PermuteConfig
 from ownpath.kernels.nvfp4.schedule import Schedule, element
 
 
@@ -382,7 +382,7 @@ def compile_align(config: AlignConfig) -> Any:
     return cute.compile(Align(config), ids, _pointer(Int32), _pointer(Int32), *[one] * 6)
 
 
-def compile_permute() -> Any:
+def compile_permute(_config: PermuteConfig) -> Any:
     """Compiles for sm_90a; no GPU is needed."""
     tensors = (_pointer(BFloat16), _pointer(Int32), _pointer(BFloat16))
     return cute.compile(Permute(), *tensors, *[Int32(1)] * 4)

@@ -1,0 +1,104 @@
+"""Registers the calls of a decode step's runners as torch operations, as ``runners.ops`` does for the others.
+
+The arguments of their kernels are named tuples of tensors; an operation takes the tensors one by one, in that order.
+
+Legend: T rows, C columns of the scores, K entries that a row attends to at most.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ownpath.kernels.attend.types import DecodeKeys, DecodeRows
+from ownpath.kernels.entries.types import EntryAngles, LayerPools, RawRows, RowPlaces
+from ownpath.kernels.scores.types import IndexQuery, PagedRows
+from ownpath.numerics import wide_dtype
+from ownpath.runners.ops import register
+
+if TYPE_CHECKING:
+    from ownpath.runners.decode import IndexScores, Select
+
+NUM_RAW, NUM_ANGLES, NUM_PLACES = len(RawRows._fields), len(EntryAngles._fields), len(RowPlaces._fields)
+
+
+def cache_entries(*given: Any) -> None:
+    """Writes to the pools: the fields of ``RawRows``, ``EntryAngles``, ``RowPlaces`` and ``LayerPools``, the runner."""
+    *tensors, runner = given
+    raw, tensors = RawRows(*tensors[:NUM_RAW]), tensors[NUM_RAW:]
+    angles, tensors = EntryAngles(*tensors[:NUM_ANGLES]), tensors[NUM_ANGLES:]
+    runner.run(raw, angles, RowPlaces(*tensors[:NUM_PLACES]), LayerPools(*tensors[NUM_PLACES:]))
+
+
+def index_scores(
+    q: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, positions: Tensor, blocks: Tensor,
+    runner: "IndexScores",
+) -> Tensor:  # fmt: skip
+    """Computes scores [T, C], at least float32."""
+    return runner.run(IndexQuery(q, weights, cos, sin), keys, PagedRows(positions, blocks))
+
+
+def select(scores: Tensor, positions: Tensor, blocks: Tensor, runner: "Select") -> tuple[Tensor, ...]:
+    """Returns the rows of the pool [T, K], their number [T] and the flag of scores that are not finite [T]."""
+    return runner.run(scores, PagedRows(positions, blocks))
+
+
+def decode_attention(*given: Any) -> Tensor:
+    """Computes o [T, N, H]: q, cos, sin, the fields of ``DecodeKeys`` and of ``DecodeRows``, the runner."""
+    q, cos, sin, window, entries, per_block, ratio, *rows, runner = given
+    found: Tensor = runner.run(q, cos, sin, DecodeKeys(window, entries, per_block, ratio), DecodeRows(*rows))
+    return found
+
+
+def _fake_entries(*_: object) -> None:
+    """Nothing is returned."""
+
+
+def _fake_scores(
+    q: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, positions: Tensor, blocks: Tensor,
+    runner: "IndexScores",
+) -> Tensor:  # fmt: skip
+    dtype = torch.promote_types(wide_dtype(q.dtype), weights.dtype)
+    return q.new_empty((len(blocks), blocks.shape[1] * runner.pages.per_block), dtype=dtype)
+
+
+def _fake_select(scores: Tensor, positions: Tensor, blocks: Tensor, runner: "Select") -> tuple[Tensor, ...]:
+    shapes = (len(scores), runner.topk), (len(scores),), (len(scores),)
+    return tuple(scores.new_empty(shape, dtype=torch.int32) for shape in shapes)
+
+
+def _fake_attention(q: Tensor, *_: object) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+ROWS = "Tensor positions, Tensor slots, Tensor blocks"
+DECODE_OPERATIONS = (
+    (
+        "cache_entries(Tensor kv, Tensor? main, Tensor? index, Tensor cos, Tensor sin, Tensor? first_cos,"
+        f" Tensor? first_sin, {ROWS}, Tensor(a!) window, Tensor(b!)? state, Tensor(c!)? entries,"
+        " Tensor(d!)? index_state, Tensor(e!)? index_entries, int runner) -> ()",
+        cache_entries,
+        _fake_entries,
+    ),
+    (
+        "index_scores(Tensor q, Tensor weights, Tensor cos, Tensor sin, Tensor keys, Tensor positions, Tensor blocks,"
+        " int runner) -> Tensor",
+        index_scores,
+        _fake_scores,
+    ),
+    (
+        "select(Tensor scores, Tensor positions, Tensor blocks, int runner) -> (Tensor, Tensor, Tensor)",
+        select,
+        _fake_select,
+    ),
+    (
+        "decode_attention(Tensor q, Tensor cos, Tensor sin, Tensor window, Tensor? entries, int per_block, int ratio,"
+        f" {ROWS}, Tensor? selected, Tensor? num_selected, int runner) -> Tensor",
+        decode_attention,
+        _fake_attention,
+    ),
+)
+"""(schema, implementation, fake implementation). Both take the runner itself as their last argument."""
+
+for _schema, _function, _fake in DECODE_OPERATIONS:
+    register(_schema, _function, _fake)

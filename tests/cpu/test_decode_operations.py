@@ -1,0 +1,100 @@
+"""The operations of a decode step's runners, checked as ``test_operations`` checks the others."""
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from support.indexer_cases import make_keys, make_query, make_rows
+
+from ownpath.conformance.attend import make_attend_inputs
+from ownpath.conformance.entries import WritingStep, draw_step
+from ownpath.kernels.attend.cases import CASES as ATTEND_CASES
+from ownpath.kernels.entries.cases import CASES as ENTRIES_CASES
+from ownpath.runners import CacheEntries, DecodeAttention, IndexScores, Select
+from ownpath.runners.decode_ops import DECODE_OPERATIONS
+
+CPU = torch.device("cpu")
+NAMES = [schema.partition("(")[0] for schema, _, _ in DECODE_OPERATIONS]
+WRITING = [case for case in ENTRIES_CASES if case.tiny and "narrow" in case.label]
+ATTENDING = [case for case in ATTEND_CASES if case.tiny and case.num_heads == 4 and not case.fp8]
+
+Call = tuple[str, Any, tuple[Any, ...]]
+"""Operation, runner, arguments of the runner."""
+
+
+def flat(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns the arguments of the operation: the fields of named tuples one by one."""
+    parts = [tuple(one) if isinstance(one, tuple) else (one,) for one in arguments]
+    return tuple(part for group in parts for part in group)
+
+
+def indexing() -> Iterator[Call]:
+    g = torch.Generator().manual_seed(3)
+    rows = make_rows([700, 3, 0, 1023], 4, 12, g)
+    query, keys = make_query(4, 4, torch.bfloat16, g), make_keys(rows, 12, g)
+    yield "index_scores", IndexScores(), (query, keys, rows)
+    yield "select", Select(128), (torch.randn(4, 256, generator=g), rows)
+
+
+def attending() -> Iterator[Call]:
+    for case in ATTENDING:
+        inputs = make_attend_inputs(case, 3, CPU)
+        yield "decode_attention", DecodeAttention(inputs.weights), inputs.arguments[:5]
+
+
+def writing() -> Iterator[tuple[CacheEntries, WritingStep]]:
+    for case in WRITING:
+        step = draw_step(case, 5, CPU)
+        yield CacheEntries(step.weights), step
+
+
+def compiled(run: Any) -> Any:
+    torch.compiler.reset()
+    return torch.compile(lambda *args: run(*args), backend="aot_eager", fullgraph=True)
+
+
+def tensors_of(found: Any) -> list[torch.Tensor]:
+    return [found] if isinstance(found, torch.Tensor) else list(found)
+
+
+def opcheck(name: str, arguments: tuple[Any, ...]) -> None:
+    with torch.inference_mode(False):
+        outcomes = torch.library.opcheck(getattr(torch.ops.ownpath, name).default, arguments)
+    assert set(outcomes.values()) == {"SUCCESS"}
+
+
+def test_every_operation_has_a_case() -> None:
+    assert {name for name, _, _ in (*indexing(), *attending())} | {"cache_entries"} == set(NAMES)
+
+
+@pytest.mark.parametrize("call", [*indexing(), *attending()], ids=lambda call: call[0])
+def test_a_result_is_the_runners(call: Call) -> None:
+    """By opcheck's rules; and a compiled call in one graph gives the same bits."""
+    name, runner, arguments = call
+    opcheck(name, (*flat(arguments), runner.handle))
+    pairs = zip(tensors_of(compiled(runner)(*arguments)), tensors_of(runner(*arguments)), strict=True)
+    assert all(torch.equal(found.nan_to_num(), expected.nan_to_num()) for found, expected in pairs)
+
+
+@pytest.mark.parametrize(("runner", "step"), list(writing()), ids=[case.label for case in WRITING])
+def test_writes_are_the_runners(runner: CacheEntries, step: WritingStep) -> None:
+    """The pools are named in the schema as what the operation writes."""
+    opcheck("cache_entries", (*flat((step.raw, step.angles, step.rows, step.copy().pools)), runner.handle))
+    ours, theirs = step.copy(), step.copy()
+    runner(step.raw, step.angles, step.rows, ours.pools)
+    compiled(runner)(step.raw, step.angles, step.rows, theirs.pools)
+    for found, expected in zip(theirs.pools, ours.pools, strict=True):
+        if found is not None and expected is not None:
+            assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+    assert not torch.equal(ours.pools.window.nan_to_num(), step.pools.window.nan_to_num())
+
+
+def test_a_runner_that_is_gone_is_an_error() -> None:
+    name, runner, arguments = next(indexing())
+    handle = runner.handle
+    del runner
+    gc.collect()
+    with pytest.raises(ValueError, match=f"ownpath has no runner {handle}: it was dropped"):
+        getattr(torch.ops.ownpath, name)(*flat(arguments), handle)
