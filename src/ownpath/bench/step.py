@@ -31,7 +31,7 @@ from ownpath.loading import device_caps
 from ownpath.model.build import Builder
 from ownpath.model.model import Model
 from ownpath.ops import OpKind
-from ownpath.plan.plan import Plan, PlannedOp, make_plan
+from ownpath.plan.plan import PlannedOp, make_plan
 from ownpath.plan.select import Demands
 from ownpath.runners.make import make_runners
 from ownpath.startup import compile_kernels
@@ -61,23 +61,19 @@ def measured(asked: BenchRequest) -> Iterator[Row]:
 
 @dataclass(frozen=True)
 class StepModel:
-    """A model of random weights, with its plan and headers."""
+    """A model of random weights, and the headers of its checkpoint."""
 
     model: Model
-    plan: Plan
     index: CheckpointIndex
 
     @property
     def dense_bytes(self) -> int:
         """Bytes that every step reads: all weights but routed experts, the embedding and the routers' tables."""
-        experts = {key for op in self.plan.ops if op.spec.kind is OpKind.MOE for key in _keys(op)}
-        read = (info for key, info in self.index.tensors.items() if key not in experts)
-        return sum(info.num_bytes for info in read if not info.name.endswith(("embed.weight", "tid2eid")))
+        infos = self.index.tensors.values()
+        return sum(info.num_bytes for info in infos if not any(part in info.name for part in _NOT_DENSE))
 
 
-def _keys(op: PlannedOp) -> Iterator[str]:
-    for module in op.spec.modules:
-        yield from op.encoding.keys(module.name)
+_NOT_DENSE = (".ffn.experts.", "embed.weight", "tid2eid")
 
 
 def step_config(shape: str, options: StepOptions) -> ModelConfig:
@@ -105,7 +101,7 @@ def make_model(config: ModelConfig, engine: EngineConfig, export: str, num_sets:
             runners[op.spec.slot] = runners[f"layers.{_layer_of(op.spec.slot) % num_sets}.ffn.experts"]
     specs = {companion.spec.slot: companion.choice.kernel for companion in plan.companions}
     params = Values.of_seed(device, 0).params(config)
-    return StepModel(Builder(config, engine, runners, specs, params, Ledger(plan.slots)).model(), plan, index)
+    return StepModel(Builder(config, engine, runners, specs, params, Ledger(plan.slots)).model(), index)
 
 
 def _layer_of(slot: str) -> int:

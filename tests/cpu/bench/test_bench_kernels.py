@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from ownpath.bench import rotation
 from ownpath.bench.attend import bind
 from ownpath.bench.benches import BENCHES
 from ownpath.bench.contender import Missing
-from ownpath.bench.floor import NVFP4_BYTES_PER_PARAM, Work
+from ownpath.bench.floor import H200, NVFP4_BYTES_PER_PARAM, Work
 from ownpath.bench.kernel import Bound, FilledTimer, KernelProblem, NotApplicable, case_of, contenders_of, run_kernels
 from ownpath.bench.measure import Settings
 from ownpath.bench.peers.deepgemm import DeepGemm
@@ -22,8 +23,9 @@ from ownpath.bench.peers.topk import PersistentTopk, TorchTopk
 from ownpath.bench.request import BenchRequest, StepOptions, cases_of
 from ownpath.bench.row import Row, Timing
 from ownpath.bench.select import SelectInputs
-from ownpath.bench.step import StepBench, step_config, step_work
-from ownpath.bench.synthetic import Values
+from ownpath.bench.step import StepBench, StepModel, step_config, step_work
+from ownpath.bench.synthetic import Values, headers
+from ownpath.cache.pools import CachePool, CacheSpec
 from ownpath.cli import main
 from ownpath.kernels.attend.cases import CASES
 from ownpath.kernels.registry import SPECS
@@ -271,3 +273,14 @@ def test_the_command_writes_a_line_and_a_table_for_a_step(capsys: pytest.Capture
     record = json.loads((tmp_path / "rows.jsonl").read_text(encoding="utf-8"))
     assert (record["tokens"], record["layers"], record["context"]) == (2, 3, 130)
     assert record["command"].endswith("--seed 0 --seconds 0.0 --context 130 --layers 3 --expert-sets 1")
+
+
+def test_the_floor_of_v4_flashs_step_is_the_known_one() -> None:
+    """In milliseconds on an H200, as counted by hand from the checkpoint's sizes: 43 layers, uniform routing."""
+    config = step_config("flash", StepOptions())
+    index = headers(config, "nvidia")
+    pool = CachePool(CacheSpec(config, 1024, torch.bfloat16, torch.device("meta")))
+    made = StepModel(SimpleNamespace(config=config, caches=pool), index)  # type: ignore[arg-type]
+    for num_rows, ms in ((1, 2.6), (8, 7.9), (32, 20.6), (128, 35.7)):
+        distinct = 256 * (1 - (1 - 6 / 256) ** num_rows)
+        assert step_work(made, num_rows, 1024, distinct).floor_us(H200) / 1e3 == pytest.approx(ms, rel=0.02)
