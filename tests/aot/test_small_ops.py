@@ -51,13 +51,17 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
     return [compile_launch(launch, 90, folder) for launch in launches]
 
 
-@pytest.mark.parametrize("label", [("hyper_boundary", "tiny"), ("rms_norm", "odd"), ("grouped_linear", "tiny")])
-def test_a_start_compiles_what_prompts_of_any_length_launch(label: tuple[str, str]) -> None:
+SMALL_SHAPES = (("hyper_boundary", "tiny"), ("rms_norm", "odd"), ("grouped_linear", "tiny"))
+
+
+@pytest.mark.parametrize("largest", [100, 316, 2064])
+@pytest.mark.parametrize("shape", SMALL_SHAPES)
+def test_a_start_compiles_what_prompts_of_any_length_launch(shape: tuple[str, str], largest: int) -> None:
     """At the sizes that a start tries, and at no other: a length that 16 divides has no code of its own."""
-    tried = launches_of(
-        warm_up_sizes(EngineConfig(max_prefill_tokens=300, max_num_seqs=16, max_model_len=512)), [label]
-    )
-    asked = launches_of((3, 6, 9, 15, 17, 24, 33, 48, 63, 65, 100, 127, 129, 255, 257, 304, 311, 316), [label])
+    sizes = warm_up_sizes(EngineConfig(max_prefill_tokens=largest - 16, max_num_seqs=16, max_model_len=4096))
+    tried = launches_of(sizes, [shape])
+    lengths = (*range(2, 20), 24, 31, 33, 48, 63, 65, 100, 127, 129, 255, 256, 257, 304, 511, 513, 1000, 1024, 2000)
+    asked = launches_of([length for length in lengths if length <= largest], [shape])
     assert not [(one.name, one.signature, one.divisible) for one in asked if one not in tried]
 
 
