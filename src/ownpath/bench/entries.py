@@ -4,7 +4,7 @@ A window ends in 1 of 4 steps of a sequence in a CSA layer, in 1 of 128 in an HC
 evict each other: a fill of the L2 cache comes before each, and its time is subtracted.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -28,10 +28,10 @@ START = 640
 def measured(asked: BenchRequest) -> Iterator[Row]:
     """Measures case by case. There is no peer: others spread the same work over several launches."""
     contenders = contenders_of(asked, OpKind.ENTRIES, bind, [])
-    timer = cold_timer(asked.settings)
+    timer, dims = cold_timer(asked.settings)
     for case in cases_of(asked, CASES):
         for ends in (False, True) if case.sizes[2] else (False,):
-            yield from run_kernels(_problems(asked, case, ends), contenders, asked.settings, timer)
+            yield from run_kernels(_problems(asked, case, ends, dims), contenders, asked.settings, timer)
 
 
 def bind(kernel: EntriesKernel[object], spec: KernelSpec, sets: Sequence[WritingStep]) -> Bound:
@@ -51,10 +51,14 @@ def entries_work(case: KernelCase, num_rows: int, ends: bool) -> Work:
     return Work(num_rows * (row + entry) + (4 * ratio * width if ends else 0), 0)
 
 
-def _problems(asked: BenchRequest, case: KernelCase, ends: bool) -> Iterator[KernelProblem[WritingStep]]:
+def _problems(
+    asked: BenchRequest, case: KernelCase, ends: bool, dims: Mapping[str, int]
+) -> Iterator[KernelProblem[WritingStep]]:
     settings, device = asked.settings, torch.device(asked.settings.device)
     position = START + max(case.sizes[2], 1) - 1 if ends else START
     for num_rows in asked.tokens or case.tokens:
         sets = [draw_step(case, num_rows, device, settings.seed + n, [position] * num_rows) for n in range(NUM_SETS)]
         label = f"{case.label}, windows end" if ends else case.label
-        yield KernelProblem(case_of(settings, "entries", label, num_rows, entries_work(case, num_rows, ends)), sets)
+        yield KernelProblem(
+            case_of(settings, "entries", label, num_rows, entries_work(case, num_rows, ends), dims), sets
+        )

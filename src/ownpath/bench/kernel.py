@@ -4,8 +4,9 @@ A contender binds one call to each of several sets of inputs, which together exc
 result is judged before anything is timed.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -121,16 +122,24 @@ def _row(problem: KernelProblem[CallInputs], contender: KernelContender[CallInpu
     return Row(case, contender.name, contender.is_peer, "wrong" if wrong else "ok", wrong, timing)
 
 
-def case_of(settings: Settings, bench: str, shape: str, num_rows: int, work: Work) -> Case:
+def case_of(
+    settings: Settings,
+    bench: str,
+    shape: str,
+    num_rows: int,
+    work: Work,
+    dims: Mapping[str, int] = MappingProxyType({}),
+) -> Case:
     """Returns the case of a call, with its floor where the device's ceilings are known."""
     floor_us = None if settings.ceilings is None else work.floor_us(settings.ceilings)
-    return Case(bench, shape, {}, num_rows, work.num_bytes, work.num_flop, floor_us)
+    return Case(bench, shape, dims, num_rows, work.num_bytes, work.num_flop, floor_us)
 
 
-def cold_timer(settings: Settings) -> Timer:
-    """Returns the timer of calls that read too little to evict each other."""
-    on_gpu = torch.device(settings.device).type == "cuda"
-    return FilledTimer(settings.timer, settings.device) if on_gpu else settings.timer
+def cold_timer(settings: Settings) -> tuple[Timer, Mapping[str, int]]:
+    """Returns the timer of calls that read too little to evict each other, and what a case says of it."""
+    if torch.device(settings.device).type != "cuda":
+        return settings.timer, {}
+    return FilledTimer(settings.timer, settings.device), {"l2_fill_bytes": rotation.COLD_BYTES}
 
 
 @dataclass(frozen=True)
