@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 from layer.shards import write_shards
-from layer.synthetic import SHAPES
 
 from ownpath.bench.record import append_lines, provenance
+from ownpath.bench.synthetic import SHAPES
 from ownpath.config import EngineConfig
 from ownpath.finding import failed
 from ownpath.verify.run import STAGES, StageResult, VerifyJob, verify

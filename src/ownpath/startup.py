@@ -1,8 +1,8 @@
 """Compiles everything before the first request on CUDA, so that no step waits for a compiler.
 
-It compiles the kernels that the cache on disk lacks. Then it runs a few steps on scratch caches, with the numbers of
-tokens at which kernels change their tiles: this compiles what is compiled at its first call, and lets the libraries
-choose kernels and allocate memory.
+It compiles the kernels that the cache on disk lacks. Then it runs a few steps on scratch caches, which compiles what
+Triton compiles at a first call, and lets the libraries load and allocate. A step takes most of a second the first time,
+so there is one for each form that Triton's kernels have, and one of the largest size.
 """
 
 from collections.abc import Iterable
@@ -11,6 +11,7 @@ import torch
 
 from ownpath.config import EngineConfig
 from ownpath.kernels.dsl.cache import compile_missing
+from ownpath.kernels.dsl.compilations import COMPILATIONS
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
 from ownpath.runners import Runner
@@ -18,7 +19,8 @@ from ownpath.runners.make import compile_configs
 from ownpath.terminal.progress import Progress
 from ownpath.terminal.text import counted
 
-WARM_UP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+WARM_UP_TOKENS = (1, 2, 32, 64, 128)
+"""A number of tokens for each form but the last: 1, up to 16, 32, 64, 256. A test holds that there are no others."""
 
 
 def compile_kernels(runners: Iterable[Runner]) -> int:
@@ -33,6 +35,7 @@ def compile_kernels(runners: Iterable[Runner]) -> int:
 def warm_up(model: Model, engine: EngineConfig) -> None:
     """Runs a step of each of ``warm_up_sizes``, so that no later step compiles anything; then clears the ledger."""
     sizes = warm_up_sizes(engine)
+    COMPILATIONS.watch_triton()
     with Progress("warming up") as progress:
         for done, num_tokens in enumerate(sizes):
             progress(done, len(sizes), counted(num_tokens, "token"))
@@ -43,7 +46,7 @@ def warm_up(model: Model, engine: EngineConfig) -> None:
 
 
 def warm_up_sizes(engine: EngineConfig) -> list[int]:
-    """Returns the numbers of tokens to run: powers of two up to the largest step, and the largest step."""
+    """Returns the numbers of tokens to run: one for each form below the largest step, and the largest step."""
     largest = min(engine.max_prefill_tokens + engine.max_num_seqs, engine.max_model_len)
     return sorted({size for size in WARM_UP_TOKENS if size < largest} | {largest})
 

@@ -1,9 +1,13 @@
 """The small operations compile for sm_90 as their launchers launch them: nothing spills. Nothing is run."""
 
+from collections.abc import Iterable
+from itertools import product
+
 import pytest
 import torch
-from support.triton_aot import Compiled, compile_launch, recorded_launches
+from support.triton_aot import Compiled, Launch, compile_launch, recorded_launches
 
+from ownpath.config import EngineConfig
 from ownpath.conformance.operations import CASES, make_inputs
 from ownpath.kernels.grouped import launch as grouped
 from ownpath.kernels.hyper import checks as hyper
@@ -12,6 +16,7 @@ from ownpath.kernels.registry import KERNELS
 from ownpath.kernels.router import launch as router
 from ownpath.kernels.router import route
 from ownpath.kernels.swiglu import launch as swiglu
+from ownpath.startup import warm_up_sizes
 
 SHARED_BYTES = 232448  # what one program may use on sm_90
 SHAPES = {
@@ -31,19 +36,38 @@ SHAPES = {
 }
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
-    """Every distinct launch of these shapes, compiled for sm_90."""
+def launches_of(counts: Iterable[int], shapes: Iterable[tuple[str, str]]) -> list[Launch]:
+    """Returns every distinct launch of these shapes at these numbers of tokens."""
     cases = {(case.op, case.label): case for case in CASES if not case.kernel.endswith("_invariant")}
     with pytest.MonkeyPatch.context() as patch, recorded_launches() as launches:
         for module in (grouped, hyper, router, route, norms, swiglu):
             patch.setattr(module, "check_rank", lambda name, tensor, rank, runs_on_cpu: None)  # refuses what is on CPU
-        for key, counts in SHAPES.items():
-            for num_tokens in counts:
-                inputs = make_inputs(cases[key], num_tokens, torch.device("cpu"))
-                KERNELS[f"triton.{key[0]}"](*inputs)
+        for key, num_tokens in product(shapes, counts):
+            inputs = make_inputs(cases[key], num_tokens, torch.device("cpu"))
+            KERNELS[f"triton.{key[0]}"](*inputs)
+    return launches
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
+    """Every distinct launch of these shapes, compiled for sm_90."""
+    launches = [one for key, counts in SHAPES.items() for one in launches_of(counts, (key,))]
     folder = tmp_path_factory.mktemp("cubins")
     return [compile_launch(launch, 90, folder) for launch in launches]
+
+
+SMALL_SHAPES = (("hyper_boundary", "tiny"), ("rms_norm", "odd"), ("grouped_linear", "tiny"))
+
+
+@pytest.mark.parametrize("largest", [100, 316, 2064])
+@pytest.mark.parametrize("shape", SMALL_SHAPES)
+def test_a_start_compiles_what_prompts_of_any_length_launch(shape: tuple[str, str], largest: int) -> None:
+    """At the sizes that a start tries, and at no other: a length that 16 divides has no code of its own."""
+    sizes = warm_up_sizes(EngineConfig(max_prefill_tokens=largest - 16, max_num_seqs=16, max_model_len=4096))
+    tried = launches_of(sizes, [shape])
+    lengths = (*range(2, 20), 24, 31, 33, 48, 63, 65, 100, 127, 129, 255, 256, 257, 304, 511, 513, 1000, 1024, 2000)
+    asked = launches_of([length for length in lengths if length <= largest], [shape])
+    assert not [(one.name, one.signature, one.divisible) for one in asked if one not in tried]
 
 
 def test_every_kernel_is_there(compiled: list[Compiled]) -> None:

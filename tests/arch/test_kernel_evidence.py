@@ -9,6 +9,7 @@ from types import FunctionType
 
 import pytest
 
+from ownpath.bench.benches import BENCHES
 from ownpath.cli import main
 from ownpath.conformance.operations import CASES
 from ownpath.kernels.registry import SPECS
@@ -68,10 +69,11 @@ def _measures(command: str, spec: KernelSpec) -> bool:
         path = ROOT / what
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         return f'"{spec.name}"' in text or _has_case(text, spec, for_bench=True)
-    from ownpath.commands.bench import KINDS
-
-    taken = {(other.kind, stored) for other in SPECS if other.name == spec.name for stored in other.formats}
-    return KINDS.get(command.removeprefix("ownpath bench ")) in taken
+    bench = BENCHES.get(command.removeprefix("ownpath bench "))
+    same = [other for other in SPECS if other.name == spec.name]
+    return bench is not None and any(
+        other.kind is bench.kind and (bench.stored is None or bench.stored in other.formats) for other in same
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import full_layer  # noqa: E402
-from layer.synthetic import Values, headers, layer_config  # noqa: E402
 
+from ownpath.bench.synthetic import Values, headers, layer_config  # noqa: E402
 from ownpath.formats import NVFP4  # noqa: E402
 from ownpath.plan.plan import make_plan  # noqa: E402
 from ownpath.plan.select import Caps  # noqa: E402

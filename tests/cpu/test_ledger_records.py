@@ -247,3 +247,21 @@ def test_a_triton_kernel_names_the_tile_for_its_sizes(name: str) -> None:
     few, many = (variant_of(runner, arguments(num_tokens)) for num_tokens in (1, 3000))
     assert (few == many) == spec.is_batch_invariant
     assert re.fullmatch(r"[a-z0-9_]+", few)
+
+
+def test_a_replayed_step_counts_like_the_calls_that_were_captured() -> None:
+    ledger, x = Ledger({"a": ("SwiGLU", "ref.swiglu"), "b": ("SwiGLU", "ref.swiglu")}), torch.ones(1, 8)
+    calls: dict[str, Callable[..., Any]] = {slot: ledger.watch(slot, SwiGLU(8.0)) for slot in ("a", "b")}
+    with ledger.counting_apart() as made:
+        calls["a"](x)
+        calls["a"](x)
+        calls["b"](x)
+    captured = ledger.captured(made)
+    assert not ledger.calls
+    captured.num_replays += 3
+    calls["b"](x)
+    assert dict(ledger.calls) == {"a": 6, "b": 4}
+    ledger.clear()
+    assert not ledger.calls
+    captured.num_replays += 1
+    assert dict(ledger.calls) == {"a": 2, "b": 1}

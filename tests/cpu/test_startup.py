@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from support.checkpoints import random_checkpoint
 from support.terminals import Terminal
 
 from ownpath import startup
 from ownpath.config import EngineConfig
+from ownpath.kernels.dsl import cache
+from ownpath.kernels.dsl.compilations import COMPILATIONS, Compilations
 from ownpath.loading import default_model_dir, load_model
 from ownpath.runners import ConcatLinear, PlainLinear, WideLinear
 from ownpath.runners.make import compile_configs
@@ -72,11 +75,30 @@ def test_a_terminal_sees_the_embedded_model_load(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(
     ("max_prefill_tokens", "max_model_len", "expected"),
-    [(512, 4096, [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 528]), (512, 100, [1, 2, 4, 8, 16, 32, 64, 100])],
+    [(512, 4096, [1, 2, 32, 64, 128, 528]), (512, 100, [1, 2, 32, 64, 100])],
 )
 def test_steps_are_tried_up_to_the_largest(max_prefill_tokens: int, max_model_len: int, expected: list[int]) -> None:
     engine = EngineConfig(max_prefill_tokens=max_prefill_tokens, max_num_seqs=16, max_model_len=max_model_len)
     assert warm_up_sizes(engine) == expected
+
+
+def test_what_is_compiled_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours and Triton's; the hook of somebody else stays."""
+    counter = Compilations()
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", None)
+    counter.watch_triton()
+    hook = triton.knobs.runtime.jit_post_compile_hook
+    assert hook is not None
+    hook(key="k", repr="r", fn=None, compile={}, is_manual_warmup=False, already_compiled=False)
+    assert counter.count == 1
+    Compilations().watch_triton()
+    assert triton.knobs.runtime.jit_post_compile_hook == hook
+    before = COMPILATIONS.count
+    monkeypatch.setattr(cache, "is_cached", lambda config: False)
+    monkeypatch.setattr(cache, "require_own", lambda folder: None)
+    monkeypatch.setattr(cache, "_compile", lambda queue, count: queue.clear() or "")
+    cache.compile_missing([Config("a"), Config("b")])  # type: ignore[list-item]
+    assert COMPILATIONS.count == before + 2
 
 
 def test_a_warm_up_leaves_no_trace_in_the_ledger(tmp_path: Path, device: torch.device) -> None:

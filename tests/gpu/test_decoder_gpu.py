@@ -12,12 +12,14 @@ from ownpath.cache.pools import CachePool
 from ownpath.config import EngineConfig
 from ownpath.engine.decoder import Decoder, DecodeRow
 from ownpath.engine.request import SamplingParams
-from ownpath.engine.sampler import SampleRow
+from ownpath.engine.sampler import SampleRow, choose_tokens, warm_up_sampler
 from ownpath.kernels.dsl import cache
 from ownpath.kernels.dsl.cache import Config
+from ownpath.kernels.dsl.compilations import COMPILATIONS
 from ownpath.loading import default_model_dir, load_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.model.model import Model
+from ownpath.startup import warm_up
 from ownpath.trace.launches import record_launches
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sm90]
@@ -151,7 +153,7 @@ def test_the_device_ran_the_kernels_of_the_plan(model: Model) -> None:
     rows = started(model, (20, 30))
     once = eager(model)
     once.step(rows)
-    launched = record_launches(model.ledger, lambda: once._run(2))
+    launched = record_launches(model.ledger, lambda: once.run(2))
     replayed = record_launches(model.ledger, lambda: graphs._graphs[2].graph.replay())
     # A copy is a transfer to an eager step and a kernel to a graph.
     names = Counter(launch.kernel for launch in replayed if not launch.kernel.startswith("memcpy"))
@@ -178,3 +180,26 @@ def test_no_step_compiles_after_the_capture(model: Model, monkeypatch: pytest.Mo
             row.cache.release()
         assert compiled == [], count
     assert graphs.num_replays == MAX_ROWS
+
+
+def test_no_prompt_compiles_after_the_start(model: Model) -> None:
+    """Of any length, beside any number of others: what a served step launches was compiled by the sizes that a start
+    tries."""
+    engine = EngineConfig(model.cache_spec.device.type, torch.bfloat16, 1024, 2 * MAX_ROWS, max_prefill_tokens=512)
+    warm_up(model, engine)
+    warm_up_sampler(model.cache_spec.device, model.config.vocab_size)
+    before = COMPILATIONS.count
+    for lengths in ((1,), (3,), (17,), (20,), (48,), (100,), (257,), (300,), (500,), (3, 9, 70), (1, 1, 1), (200, 1)):
+        rows = started_together(model, lengths)
+        assert COMPILATIONS.count == before, lengths
+        for row in rows:
+            row.cache.release()
+
+
+def started_together(model: Model, lengths: Sequence[int]) -> list[DecodeRow]:
+    """Runs prompts in one step and draws their next tokens."""
+    parts = [(list(range(5, 5 + count)), model.new_cache()) for count in lengths]
+    with torch.inference_mode():
+        logits_RV = model.forward(ForwardBatch.of(parts, model.cache_spec.device))
+        choose_tokens(logits_RV[-len(parts) :], [SampleRow(SamplingParams(9, temperature=0.8), 1, 0)] * len(parts))
+    return [DecodeRow(cache, 9) for _, cache in parts]

@@ -11,8 +11,8 @@ from support.kernel_configs import plan_configs
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import full_layer
-from layer.synthetic import headers, layer_config
 
+from ownpath.bench.synthetic import headers, layer_config
 from ownpath.config import EngineConfig
 from ownpath.inspect.memory import KINDS
 from ownpath.kernels.dsl.cache import Config

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from layer.synthetic import ONE_LAYER, SHAPES, headers
+from ownpath.bench.synthetic import ONE_LAYER, SHAPES, headers
 from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.checkpoint.writer import INDEX_NAME
 from ownpath.config import ModelConfig

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -70,3 +70,20 @@ class Fp8Contender(Contender, Protocol):
 
     def prepare(self, operands: Fp8Operands, num_rows: Sequence[int]) -> LinearCall:
         """Repacks a copy of the operands and compiles for these row counts. Not timed."""
+
+
+_Some = TypeVar("_Some", bound=Contender)
+
+
+def chosen(everyone: Sequence[_Some], named: Sequence[_Some], names: str | None) -> list[_Some]:
+    """Selects contenders by name. named: those that take part only when asked for.
+
+    Errors: ValueError for a name that nobody has.
+    """
+    if names is None:
+        return list(everyone)
+    known = {contender.name: contender for contender in (*everyone, *named)}
+    wanted = names.split(",")
+    if unknown := [name for name in wanted if name not in known]:
+        raise ValueError(f"--contenders: {', '.join(unknown)} not among {', '.join(known)}")
+    return [known[name] for name in wanted]

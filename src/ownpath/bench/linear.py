@@ -8,13 +8,20 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from ownpath.bench.check import fp8_reference, nvfp4_reference
-from ownpath.bench.contender import Contender, LinearCall
+from ownpath.bench.contender import Contender, Fp8Contender, LinearCall, Nvfp4Contender, chosen
 from ownpath.bench.floor import Work, fp8_linear_work, nvfp4_linear_work
 from ownpath.bench.measure import Round, Settings, describe, measure, without_time
 from ownpath.bench.operands import Fp8Operands, Nvfp4Operands, random_activations, random_fp8, random_nvfp4
+from ownpath.bench.ours import OwnFp8Linear, OwnNvfp4Linear, own_kernels
+from ownpath.bench.peers.cublas import CublasFp8, CublasNvfp4
+from ownpath.bench.peers.humming import HummingNvfp4
+from ownpath.bench.peers.quack import QuackNvfp4
+from ownpath.bench.request import BenchRequest
 from ownpath.bench.rotation import num_calls
 from ownpath.bench.row import Case, Row
-from ownpath.bench.shapes import LinearShape
+from ownpath.bench.shapes import LINEAR_SHAPES, LINEAR_TOKENS, LinearShape, linear_shape
+from ownpath.formats import FP8_BLOCK, NVFP4
+from ownpath.ops import OpKind
 
 FormatOperands = TypeVar("FormatOperands")
 _FormatOperands_contra = TypeVar("_FormatOperands_contra", contravariant=True)
@@ -36,6 +43,29 @@ class LinearBench(Generic[FormatOperands]):
 
 NVFP4_BENCH: LinearBench[Nvfp4Operands] = LinearBench("linear", random_nvfp4, nvfp4_reference, nvfp4_linear_work)
 FP8_BENCH: LinearBench[Fp8Operands] = LinearBench("fp8", random_fp8, fp8_reference, fp8_linear_work)
+
+
+def measured_nvfp4(asked: BenchRequest) -> Iterator[Row]:
+    """Measures NVFP4 linears shape by shape."""
+    everyone: list[Nvfp4Contender] = [OwnNvfp4Linear(), HummingNvfp4(), QuackNvfp4(), CublasNvfp4()]
+    kernels = own_kernels(OpKind.LINEAR, NVFP4, asked.settings.device)
+    named: list[Nvfp4Contender] = [OwnNvfp4Linear(kernel) for kernel in kernels]
+    yield from _measured(NVFP4_BENCH, asked, chosen(everyone, named, asked.contenders))
+
+
+def measured_fp8(asked: BenchRequest) -> Iterator[Row]:
+    """Measures FP8 linears shape by shape."""
+    everyone: list[Fp8Contender] = [OwnFp8Linear(), CublasFp8()]
+    kernels = own_kernels(OpKind.LINEAR, FP8_BLOCK, asked.settings.device)
+    named: list[Fp8Contender] = [OwnFp8Linear(kernel) for kernel in kernels]
+    yield from _measured(FP8_BENCH, asked, chosen(everyone, named, asked.contenders))
+
+
+def _measured(
+    bench: LinearBench[FormatOperands], asked: BenchRequest, contenders: Sequence[_LinearContender[FormatOperands]]
+) -> Iterator[Row]:
+    for shape in [linear_shape(name) for name in asked.shapes] or LINEAR_SHAPES[:5]:
+        yield from run_linear(bench, asked.settings, shape, asked.tokens or LINEAR_TOKENS, contenders)
 
 
 def run_linear(

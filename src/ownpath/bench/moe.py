@@ -11,14 +11,29 @@ from functools import partial
 import torch
 
 from ownpath.bench.check import moe_reference
-from ownpath.bench.contender import SWIGLU_LIMIT, MoeCall, MoeContender
+from ownpath.bench.contender import SWIGLU_LIMIT, MoeCall, MoeContender, chosen
 from ownpath.bench.floor import moe_work
 from ownpath.bench.measure import Round, Settings, describe, measure, without_time
 from ownpath.bench.operands import MoeOperands, random_activations, random_moe
+from ownpath.bench.ours import OwnMoe, own_kernels
+from ownpath.bench.peers.humming import HummingMoe
+from ownpath.bench.request import BenchRequest
 from ownpath.bench.rotation import num_calls
 from ownpath.bench.routing import TopkRouting, uniform_routing
 from ownpath.bench.row import Case, Row
-from ownpath.bench.shapes import MoeShape
+from ownpath.bench.shapes import MOE_TOKENS, MoeShape, moe_shape
+from ownpath.formats import NVFP4
+from ownpath.ops import OpKind
+
+
+def measured(asked: BenchRequest) -> Iterator[Row]:
+    """Measures shape by shape, so that only one shape's weights are in memory."""
+    shapes = [moe_shape(name) for name in asked.shapes or ("v4-flash",)]
+    everyone: list[MoeContender] = [OwnMoe(), HummingMoe()]
+    named: list[MoeContender] = [OwnMoe(kernel) for kernel in own_kernels(OpKind.MOE, NVFP4, asked.settings.device)]
+    contenders = chosen(everyone, named, asked.contenders)
+    for shape in shapes:
+        yield from run_moe(asked.settings, shape, asked.tokens or MOE_TOKENS, contenders)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from ownpath.formats import Format
 from ownpath.kernels.registry import SPECS
 from ownpath.kernels.spec import InputRounding, KernelSpec
 from ownpath.loading import device_caps
+from ownpath.official import PLAIN
 from ownpath.ops import OpKind
 from ownpath.plan.select import Choice, Demands, select
 from ownpath.runners import Fp8Linear, Nvfp4Linear, Nvfp4LinearW4A4, Nvfp4MoE, Nvfp4MoEW4A4
@@ -52,10 +53,16 @@ class _OwnSystem:
         return self.kernel is not None and self.kernel.rounding is InputRounding.NVFP4
 
 
-def own_kernels(kind: OpKind, stored: Format, device: str) -> list[KernelSpec]:
-    """Returns the kernels of plain numerics that run on a device with bfloat16 activations, best first."""
-    caps, demands = device_caps(device), Demands("bfloat16")
-    return [spec for spec in SPECS if isinstance(select(kind, stored, caps, (spec,), demands), Choice)]
+def own_kernels(kind: OpKind, stored: Format | None, device: str) -> list[KernelSpec]:
+    """Returns the kernels that run on a device with bfloat16 activations, best first: of operations on weights those of
+    plain numerics, of the others all."""
+    caps = device_caps(device)
+
+    def runs(spec: KernelSpec) -> bool:
+        steps = PLAIN if stored is not None else spec.official
+        return isinstance(select(kind, stored, caps, (spec,), Demands("bfloat16", official=steps), steps=steps), Choice)
+
+    return [spec for spec in SPECS if runs(spec)]
 
 
 class OwnMoe(_OwnSystem):

@@ -50,6 +50,7 @@ def row_dict(row: Row, seed: int, origin: Mapping[str, object]) -> dict[str, obj
         "tb_per_s": row.tb_per_s,
         "tflop_per_s": row.tflop_per_s,
         "distinct_experts": case.distinct_experts,
+        **row.facts,
         "seed": seed,
         **origin,
     }

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Status = Literal["ok", "not installed", "not applicable", "failed", "wrong"]
@@ -38,7 +38,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """One contender in one case. ``reason``: why there is no time, or why it does not count."""
+    """One contender in one case. ``reason``: why there is no time, or why it does not count. facts: more that was
+    measured; units are in the keys."""
 
     case: Case
     contender: str
@@ -47,6 +48,7 @@ class Row:
     reason: str = ""
     timing: Timing | None = None
     rel_l2: float | None = None
+    facts: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def counts(self) -> bool:

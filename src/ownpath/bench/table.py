@@ -1,6 +1,6 @@
 """The table of results as text: a line for each case, with a reason in place of a missing time."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import RenderableType
 
@@ -19,7 +19,7 @@ def table_page(rows: Sequence[Row], title: str) -> list[RenderableType]:
         line(title, style="bold"),
         line("times in microseconds (us), relative L2 error in brackets"),
         Listing(headings, cells, num_lead=4, to_right=frozenset(range(len(headings)))),
-        *map(line, [*_reasons(rows), *_verdict(comparisons)]),
+        *map(line, [*_facts(rows), *_reasons(rows), *_verdict(comparisons)]),
     ]
 
 
@@ -51,6 +51,22 @@ def _ratio(ratio: float | None) -> str:
     if ratio is None:
         return "-"
     return f"{ratio:.2f}" + (" LOST" if ratio < 1 else "")
+
+
+def _facts(rows: Sequence[Row]) -> list[str]:
+    """Returns a line for each row with facts; of a list the least and the greatest."""
+
+    def told(value: object) -> str:
+        if isinstance(value, Mapping):
+            return ", ".join(f"{key} {one}" for key, one in value.items())
+        return f"{min(value)} to {max(value)}" if isinstance(value, list) else str(value)
+
+    return [
+        f"{row.contender}, {row.case.shape}, {row.case.num_tokens}: "
+        + "; ".join(f"{key} {told(value)}" for key, value in row.facts.items())
+        for row in rows
+        if row.facts
+    ]
 
 
 def _reasons(rows: Sequence[Row]) -> list[str]:

@@ -1,39 +1,50 @@
-"""Measure the runners beside other systems' kernels, or tune a kernel family's table."""
+"""Measure kernels beside other systems' kernels, or a whole decode step; or tune a kernel family's table."""
 
 import argparse
 import shlex
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ownpath.bench.benches import BENCHES
 from ownpath.commands.arguments import device_here, file_to_write, number, whole_number
-from ownpath.formats import FP8_BLOCK, NVFP4
-from ownpath.ops import OpKind
 from ownpath.terminal.console import show
 from ownpath.terminal.progress import Progress
 
 if TYPE_CHECKING:
-    from ownpath.bench.contender import Contender
     from ownpath.bench.measure import Settings
+    from ownpath.bench.request import BenchRequest
     from ownpath.bench.row import Row
-    from ownpath.bench.shapes import LinearShape, MoeShape
     from ownpath.commands.arguments import Subparsers
 
-KINDS = {"moe": (OpKind.MOE, NVFP4), "linear": (OpKind.LINEAR, NVFP4), "fp8": (OpKind.LINEAR, FP8_BLOCK)}
-"""Benchmark -> the operation and the weights' format: every registered kernel of these may take part by its name."""
-_Some = TypeVar("_Some", bound="Contender")
+_STEP_OPTIONS = ("context", "layers", "export", "expert_sets", "by_gate", "slots")
 
 
 def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
-    """``ownpath bench moe|linear|fp8``, ``ownpath bench --tune FAMILY``"""
+    """``ownpath bench moe|linear|...``, ``ownpath bench --tune FAMILY``"""
     parser = subparsers.add_parser("bench", help="measure kernels beside other systems'", description=__doc__)
-    parser.add_argument("bench", nargs="?", choices=KINDS, metavar="BENCH", help="moe, linear (NVFP4) or fp8")
+    told = "; ".join(f"{name}: {bench.about}" for name, bench in BENCHES.items())
+    parser.add_argument("bench", nargs="?", choices=BENCHES, metavar="BENCH", help=told)
     parser.add_argument("--tune", metavar="FAMILY", help="run a kernel family's candidates and write its table")
-    parser.add_argument("--shape", action="append", default=[], metavar="NAME", help="repeatable (default: V4-Flash's)")
+    parser.add_argument(
+        "--shape",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="repeatable; of cases with several words in their names, all that have these (default: V4-Flash's or all)",
+    )
     parser.add_argument(
         "--tokens", type=_counts, metavar="N,N,...", help="token counts (default: those of the published tables)"
     )
     parser.add_argument(
         "--contenders", metavar="A,B,...", help="who takes part; a kernel of ours by its name too (default: everyone)"
+    )
+    parser.add_argument(
+        "--library",
+        action="append",
+        default=[],
+        type=_library,
+        metavar="SYSTEM=FILE",
+        help="another system's library: flashmla=.../_flashmla_C.abi3.so, vllm=.../_C.abi3.so",
     )
     parser.add_argument(
         "--device", type=device_here, default="cuda", help="cuda; cpu only tries the harness (default: cuda)"
@@ -45,7 +56,26 @@ def add_parser(subparsers: "Subparsers") -> argparse.ArgumentParser:
     parser.add_argument("--out", type=file_to_write, metavar="FILE", help="append one JSON line for each row")
     parser.add_argument("--plot", type=file_to_write, metavar="FILE", help="write a PNG (needs the extra 'bench')")
     parser.add_argument("--commit", default="unknown", metavar="ID", help="recorded with every row")
+    _add_step_options(parser.add_argument_group("bench step"))
     return parser
+
+
+def _add_step_options(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument("--context", type=whole_number(1), metavar="N", help="tokens in each row's caches (1024)")
+    group.add_argument("--layers", type=whole_number(1), metavar="N", help="the first layers only (default: all)")
+    group.add_argument("--export", choices=("nvidia", "full"), help="dense weights: FP8 (nvidia) or NVFP4 (full)")
+    group.add_argument(
+        "--expert-sets", type=whole_number(1), metavar="N", help="sets of experts that the layers share (24)"
+    )
+    group.add_argument(
+        "--by-gate",
+        action="store_true",
+        default=None,
+        help="let the gate choose; with random weights rows then choose the same experts too often (default: uniform)",
+    )
+    group.add_argument(
+        "--slots", action="store_true", default=None, help="also the time of each kind of slot, by the profiler"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,98 +84,45 @@ def run(args: argparse.Namespace) -> int:
     Errors: ValueError for an unknown name or a device that is not there.
     """
     if (args.bench is None) == (args.tune is None):
-        raise ValueError("bench: name one of moe, linear and fp8, or give --tune FAMILY")
+        *names, last = BENCHES
+        raise ValueError(f"bench: name one of {', '.join(names)} and {last}, or give --tune FAMILY")
     if args.tune is not None:
         return _tune(args)
-    _check_shapes(args)
     with Progress("starting"):
-        from ownpath.bench.measure import Settings
+        asked = _asked(args)
+        measured = BENCHES[args.bench].load()
         from ownpath.bench.table import table_page
-
-        settings = Settings.of(args.device, args.seed, args.seconds)
     rows: list[Row] = []
     with Progress("measuring") as progress:
-        for row in _rows(args, settings):
+        for row in measured(asked):
             rows.append(row)
             progress.told(f"{len(rows)} measured, the last {row.contender} on {row.case.shape}")
-    show(*table_page(rows, _title(args, settings)))
-    _keep(args, settings, rows)
-    return 0 if all(row.status == "ok" for row in rows if not row.is_peer) else 1
+    show(*table_page(rows, _title(args, asked.settings)))
+    _keep(args, asked.settings, rows)
+    return 0 if all(row.status in ("ok", "not applicable") for row in rows if not row.is_peer) else 1
 
 
-def _check_shapes(args: argparse.Namespace) -> None:
-    """Looks the shapes up before anything heavy is imported. Errors: ValueError naming one that is unknown."""
-    from ownpath.bench import shapes
+def _asked(args: argparse.Namespace) -> "BenchRequest":
+    """Errors: ValueError for options of another bench."""
+    from ownpath.bench.measure import Settings
+    from ownpath.bench.request import BenchRequest, StepOptions
 
-    for name in args.shape:
-        (shapes.moe_shape if args.bench == "moe" else shapes.linear_shape)(name)
-
-
-def _rows(args: argparse.Namespace, settings: "Settings") -> "Iterator[Row]":
-    """Benchmarks shape by shape, so that only one shape's weights are in memory."""
-    from ownpath.bench import shapes
-
-    if args.bench == "moe":
-        for moe_shape in map(shapes.moe_shape, args.shape or ["v4-flash"]):
-            yield from _moe_rows(args, settings, moe_shape)
-        return
-    for shape in [shapes.linear_shape(name) for name in args.shape] or shapes.LINEAR_SHAPES[:5]:
-        yield from (_nvfp4_rows if args.bench == "linear" else _fp8_rows)(args, settings, shape)
-
-
-def _moe_rows(args: argparse.Namespace, settings: "Settings", shape: "MoeShape") -> "Iterator[Row]":
-    from ownpath.bench.contender import MoeContender
-    from ownpath.bench.moe import run_moe
-    from ownpath.bench.ours import OwnMoe, own_kernels
-    from ownpath.bench.peers.humming import HummingMoe
-    from ownpath.bench.shapes import MOE_TOKENS
-
-    everyone: list[MoeContender] = [OwnMoe(), HummingMoe()]
-    named: list[MoeContender] = [OwnMoe(kernel) for kernel in own_kernels(*KINDS["moe"], args.device)]
-    return run_moe(settings, shape, args.tokens or MOE_TOKENS, _chosen(everyone, named, args.contenders))
-
-
-def _nvfp4_rows(args: argparse.Namespace, settings: "Settings", shape: "LinearShape") -> "Iterator[Row]":
-    from ownpath.bench.contender import Nvfp4Contender
-    from ownpath.bench.linear import NVFP4_BENCH, run_linear
-    from ownpath.bench.ours import OwnNvfp4Linear, own_kernels
-    from ownpath.bench.peers.cublas import CublasNvfp4
-    from ownpath.bench.peers.humming import HummingNvfp4
-    from ownpath.bench.peers.quack import QuackNvfp4
-    from ownpath.bench.shapes import LINEAR_TOKENS
-
-    everyone: list[Nvfp4Contender] = [OwnNvfp4Linear(), HummingNvfp4(), QuackNvfp4(), CublasNvfp4()]
-    named: list[Nvfp4Contender] = [OwnNvfp4Linear(kernel) for kernel in own_kernels(*KINDS["linear"], args.device)]
-    chosen = _chosen(everyone, named, args.contenders)
-    return run_linear(NVFP4_BENCH, settings, shape, args.tokens or LINEAR_TOKENS, chosen)
-
-
-def _fp8_rows(args: argparse.Namespace, settings: "Settings", shape: "LinearShape") -> "Iterator[Row]":
-    from ownpath.bench.contender import Fp8Contender
-    from ownpath.bench.linear import FP8_BENCH, run_linear
-    from ownpath.bench.ours import OwnFp8Linear, own_kernels
-    from ownpath.bench.peers.cublas import CublasFp8
-    from ownpath.bench.shapes import LINEAR_TOKENS
-
-    everyone: list[Fp8Contender] = [OwnFp8Linear(), CublasFp8()]
-    named: list[Fp8Contender] = [OwnFp8Linear(kernel) for kernel in own_kernels(*KINDS["fp8"], args.device)]
-    chosen = _chosen(everyone, named, args.contenders)
-    return run_linear(FP8_BENCH, settings, shape, args.tokens or LINEAR_TOKENS, chosen)
-
-
-def _chosen(everyone: list[_Some], named: list[_Some], names: str | None) -> list[_Some]:
-    """Selects contenders by name. named: those that take part only when asked for."""
-    if names is None:
-        return everyone
-    known = {contender.name: contender for contender in (*everyone, *named)}
-    wanted = names.split(",")
-    if unknown := [name for name in wanted if name not in known]:
-        raise ValueError(f"--contenders: {', '.join(unknown)} not among {', '.join(known)}")
-    return [known[name] for name in wanted]
+    given = {name: value for name in _STEP_OPTIONS if (value := getattr(args, name)) is not None}
+    if given and args.bench != "step":
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')}: an option of bench step")
+    settings = Settings.of(args.device, args.seed, args.seconds)
+    return BenchRequest(settings, args.shape, args.tokens, args.contenders, dict(args.library), StepOptions(**given))
 
 
 def _counts(text: str) -> tuple[int, ...]:
     return tuple(map(whole_number(1), text.split(",")))
+
+
+def _library(text: str) -> tuple[str, Path]:
+    system, _, file = text.partition("=")
+    if not (system and file):
+        raise argparse.ArgumentTypeError(f"{text}: not SYSTEM=FILE")
+    return system, Path(file)
 
 
 def _title(args: argparse.Namespace, settings: "Settings") -> str:
@@ -187,11 +164,13 @@ def _show_line(told: str) -> None:
 
 
 def _command(args: argparse.Namespace) -> str:
-    """Returns the command line that reproduces the rows, without output paths."""
+    """Returns the command line that reproduces the rows, without paths."""
     words = ["ownpath", "bench", args.bench] if args.tune is None else ["ownpath", "bench", "--tune", args.tune]
     for shape in args.shape:
         words += ["--shape", shape]
-    for option in ("tokens", "contenders", "device", "seed", "seconds"):
-        if (value := getattr(args, option)) is not None:
-            words += [f"--{option}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    for option in ("tokens", "contenders", "device", "seed", "seconds", *_STEP_OPTIONS):
+        value = getattr(args, option)
+        if value is not None:
+            words.append(f"--{option.replace('_', '-')}")
+            words += [] if value is True else [",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     return shlex.join(words)

@@ -10,11 +10,11 @@ Without graphs the same step runs eagerly, in the same buckets, with the same bi
 Legend: R rows of the largest bucket, B blocks of a table, V vocabulary.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from ownpath.cache.layout import NOBODY
@@ -29,9 +29,12 @@ from ownpath.kernels.sample.types import FilterRows, Sampled, SampleRows
 from ownpath.terminal.console import tell
 from ownpath.terminal.progress import Progress
 from ownpath.trace import Ledger
+from ownpath.trace.ledger import CapturedCalls
 
 PADDED = -1
 """The token id of a padded row."""
+_PADDED_INTEGERS, _PADDED_FLOATS = np.array([[PADDED], [0], [NOBODY], [0]]), np.array([[0.0], [1.0]])
+"""A padded row's token, position, slot and number of drawn tokens; its temperature and top_p."""
 GREEDY = SampleRow(SamplingParams(1, temperature=0.0), seed=0, index=0)
 """Takes the likeliest token."""
 BUCKETS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
@@ -77,8 +80,12 @@ def aligned_rows(num_rows: int) -> int:
 
 
 class _RowArrays:
-    """The rows' arrays in one buffer of int32, so that ``upload`` is one transfer: seeds (two words a row), tokens,
-    positions, slots, numbers of drawn tokens, temperatures, top_p [R]; block tables [R, B]."""
+    """The rows' arrays in one buffer of int32: seeds (two words a row), tokens, positions, slots, numbers of drawn
+    tokens, temperatures, top_p [R]; block tables [R, B].
+
+    ``upload`` writes them in host memory and transfers them. It touches only block tables that change: with a context
+    of a million tokens a table has 4,096 words, and a request keeps it for life.
+    """
 
     WORDS = 8
 
@@ -87,7 +94,11 @@ class _RowArrays:
         size = num_rows * (self.WORDS + num_blocks)
         self._host = torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._device = torch.zeros(size, dtype=torch.int32, device=device)
-        self._values = _Columns.of(self._host, num_rows)
+        heads = self._host.numpy()[: self.WORDS * num_rows].reshape(self.WORDS, num_rows)
+        self._seeds = heads[:2].reshape(-1).view(np.int64)
+        self._integers, self._floats = heads[2:6], heads[6:].view(np.float32)
+        self._host_blocks = _Columns.of(self._host, num_rows).blocks
+        self._held: list[tuple[int, ...] | None] = [None] * num_rows
         self.columns = _Columns.of(self._device, num_rows)
 
     def tables(self, pool: CachePool, count: int) -> DecodeTables:
@@ -103,20 +114,31 @@ class _RowArrays:
 
     def upload(self, rows: Sequence[DecodeRow]) -> None:
         """Writes these rows, and pads the others."""
-        count, values = len(rows), self._values
-        values.tokens[count:], values.positions[count:], values.slots[count:] = PADDED, 0, NOBODY
-        values.blocks[count:], values.temperatures[count:], values.top_p[count:] = NOBODY, 0.0, 1.0
+        count = len(rows)
+        self._integers[:, count:], self._floats[:, count:] = _PADDED_INTEGERS, _PADDED_FLOATS
         if rows:
             caches, tokens, samples = zip(*rows, strict=True)
-            values.tokens[:count] = torch.tensor(tokens, dtype=torch.int32)
-            values.positions[:count] = torch.tensor([cache.num_tokens for cache in caches], dtype=torch.int32)
-            values.slots[:count] = torch.tensor([cache.slot for cache in caches], dtype=torch.int32)
-            values.blocks[:count] = torch.tensor([cache.blocks for cache in caches], dtype=torch.int32)
-            values.seeds[:count] = torch.tensor([sample.seed for sample in samples])
-            values.drawn[:count] = torch.tensor([sample.index for sample in samples], dtype=torch.int32)
-            values.temperatures[:count] = torch.tensor([sample.params.temperature for sample in samples])
-            values.top_p[:count] = torch.tensor([sample.params.top_p for sample in samples])
-        self._device.copy_(self._host, non_blocking=True)
+            positions, slots = [cache.num_tokens for cache in caches], [cache.slot for cache in caches]
+            self._integers[:, :count] = (tokens, positions, slots, [sample.index for sample in samples])
+            params = [sample.params for sample in samples]
+            self._floats[:, :count] = ([one.temperature for one in params], [one.top_p for one in params])
+            self._seeds[:count] = [sample.seed for sample in samples]
+        num_heads = self.WORDS * len(self._held)
+        self._device[:num_heads].copy_(self._host[:num_heads], non_blocking=True)
+        self._upload_blocks([row.cache.blocks for row in rows])
+
+    def _upload_blocks(self, tables: Sequence[tuple[int, ...]]) -> None:
+        """Transfers the rows' block tables from the first that changed to the last."""
+        wanted = [*tables, *[None] * (len(self._held) - len(tables))]
+        pairs = enumerate(zip(wanted, self._held, strict=True))
+        changed = [row for row, (new, old) in pairs if new is not old and new != old]
+        if not changed:
+            return
+        for row in changed:
+            self._host_blocks[row] = NOBODY if (table := wanted[row]) is None else torch.tensor(table)
+        self._held = wanted
+        some = slice(changed[0], changed[-1] + 1)
+        self.columns.blocks[some].copy_(self._host_blocks[some], non_blocking=True)
 
 
 class _Columns(NamedTuple):
@@ -162,7 +184,7 @@ class _Captured:
 
     graph: torch.cuda.CUDAGraph
     logits_TV: torch.Tensor
-    calls: Counter[str]
+    calls: CapturedCalls
 
 
 class Decoder:
@@ -195,12 +217,12 @@ class Decoder:
 
     def _capture(self, count: int, memory: Any) -> _Captured:
         with self._model.ledger.counting_apart():
-            self._run(count)
+            self.run(count)
         torch.cuda.synchronize(self.pool.spec.device)
         graph = torch.cuda.CUDAGraph()
         with self._model.ledger.counting_apart() as calls, torch.cuda.graph(graph, pool=memory):
-            logits_TV = self._run(count)
-        return _Captured(graph, logits_TV, calls)
+            logits_TV = self.run(count)
+        return _Captured(graph, logits_TV, self._model.ledger.captured(calls))
 
     def step(self, rows: Sequence[DecodeRow]) -> StepTokens:
         """Runs a step of at least one row and extends the rows' caches by one token."""
@@ -209,13 +231,7 @@ class Decoder:
         if wanted != self._resident:
             self._rows.upload(rows)
         self._resident = []  # until the step has ended: one that fails leaves rows that nobody knows
-        captured = self._graphs.get(count)
-        if captured is None:
-            logits_TV = self._run(count)
-        else:
-            captured.graph.replay()
-            logits_TV, self.num_replays = captured.logits_TV, self.num_replays + 1
-            self._model.ledger.add(captured.calls)
+        logits_TV = self.launch(count)
         self._read.copy_(self._chosen, non_blocking=True)
         for row in rows:
             row.cache.num_tokens += 1
@@ -229,8 +245,23 @@ class Decoder:
         chosen = [None if fault else token for token, fault in zip(tokens, faults, strict=True)]
         return StepTokens(logits_TV[: len(rows)], chosen)
 
-    def _run(self, count: int) -> torch.Tensor:
-        """Runs the model on the first ``count`` rows, draws tokens, and makes the rows ready for the next step."""
+    def upload(self, rows: Sequence[DecodeRow]) -> None:
+        """Uploads rows for ``launch`` and ``run``, whatever the device holds."""
+        self._resident = []
+        self._rows.upload(rows)
+
+    def launch(self, count: int) -> torch.Tensor:
+        """Replays the graph of a bucket, or runs it eagerly where there is none; returns the logits. Does not wait."""
+        captured = self._graphs.get(count)
+        if captured is None:
+            return self.run(count)
+        captured.graph.replay()
+        self.num_replays += 1
+        captured.calls.num_replays += 1
+        return captured.logits_TV
+
+    def run(self, count: int) -> torch.Tensor:
+        """Runs the first ``count`` rows eagerly: the model, a token for each, and the arrays for the next step."""
         tokens_T, tables = self._rows.columns.tokens[:count], self._rows.tables(self.pool, count)
         logits_TV = self._model.decode(tokens_T, tables)[:, : self._num_vocab]
         found = Sampled(self._chosen[0, :count], self._chosen[1, :count])

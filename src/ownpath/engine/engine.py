@@ -30,6 +30,7 @@ from ownpath.engine.sampler import (
     score_tokens,
 )
 from ownpath.engine.scheduler import ScheduledChunk, Scheduler
+from ownpath.kernels.dsl.compilations import COMPILATIONS
 from ownpath.model.batch import ForwardBatch
 
 logger = logging.getLogger(__name__)
@@ -51,11 +52,15 @@ class LanguageModel(Protocol):
 
 @dataclass(frozen=True)
 class EngineLoad:
-    """num_running, num_waiting: requests. cache_use: share of the caches' tokens that running requests fill."""
+    """num_running, num_waiting: requests. cache_use: share of the caches' tokens that running requests fill.
+
+    num_compiled: kernels that steps had to compile, or to take from Triton's cache, since the engine started.
+    """
 
     num_running: int
     num_waiting: int
     cache_use: float
+    num_compiled: int
 
 
 class EngineOverloaded(RuntimeError):
@@ -97,6 +102,7 @@ class Engine:
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._stopping = False
         self._is_stepping = False
+        self._num_compiled_before = COMPILATIONS.count
         self.num_steps = 0
         """Steps begun so far."""
         self.failure: str | None = None
@@ -107,6 +113,7 @@ class Engine:
 
     def start(self) -> None:
         """Starts the thread. Call once."""
+        self._num_compiled_before = COMPILATIONS.count
         self._thread.start()
 
     def stop(self, timeout_s: float = 10.0) -> None:
@@ -151,7 +158,9 @@ class Engine:
         """Returns how busy the engine is; a snapshot, which the next step changes."""
         running = list(self._scheduler.running)
         room = self.config.max_num_seqs * self.config.max_model_len
-        return EngineLoad(len(running), self._scheduler.num_waiting, sum(r.num_computed for r in running) / room)
+        use = sum(request.num_computed for request in running) / room
+        num_compiled = COMPILATIONS.count - self._num_compiled_before
+        return EngineLoad(len(running), self._scheduler.num_waiting, use, num_compiled)
 
     def check(self, request: Request) -> None:
         """Checks that the request could run here. Errors: RequestError with the numbers."""

@@ -54,7 +54,8 @@ def choose_tokens(logits_SV: torch.Tensor, rows: Sequence[SampleRow]) -> list[in
     if logits_SV.device.type == "cpu" and all(row.params.greedy for row in rows):
         likeliest: list[int] = logits_SV.argmax(dim=-1).tolist()
         return [token if finite else None for token, finite in zip(likeliest, finite_rows(logits_SV), strict=True)]
-    chosen = torch.empty(2, len(rows), dtype=torch.int64, device=logits_SV.device)
+    # An even number of rows, so that both begin at a multiple of 16 bytes: Triton compiles anew for another beginning.
+    chosen = torch.empty(2, len(rows) + len(rows) % 2, dtype=torch.int64, device=logits_SV.device)[:, : len(rows)]
     kernel, operand = sampler_of(logits_SV.device)
     kernel.run(
         logits_SV.float(), _sample_rows(rows, logits_SV.device), operand, out=Sampled(chosen[0], chosen[1], None)

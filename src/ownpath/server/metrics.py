@@ -91,6 +91,7 @@ class Metrics:
             *_plain("num_requests_running", "Prompts that run now.", load.num_running, "gauge"),
             *_plain("num_requests_waiting", "Prompts that wait to run.", load.num_waiting, "gauge"),
             *_plain("kv_cache_usage_perc", "Share of the caches in use; 1 is all.", round(load.cache_use, 6), "gauge"),
+            *_plain("kernels_compiled_total", "Kernels first needed after the start.", load.num_compiled),
             *_label_lines("requests_total", "Prompts whose answer ended, by why.", "finish_reason", finished),
             *_plain("corrupted_requests_total", "Prompts whose logits were not finite.", self._num_corrupted),
             *_label_lines("empty_contents_total", "Answers without content, by why.", "reason", empty),

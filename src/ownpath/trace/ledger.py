@@ -10,6 +10,14 @@ from ownpath.trace.uses import Use, use_of
 
 
 @dataclass
+class CapturedCalls:
+    """The calls of a captured step, and how often it was replayed: a thousand slots cost a replay one addition."""
+
+    calls: Mapping[str, int]
+    num_replays: int = 0
+
+
+@dataclass
 class Ledger:
     """Calls per slot, with the planned runner and kernel.
 
@@ -18,15 +26,24 @@ class Ledger:
     """
 
     kernels: dict[str, tuple[str, str]]
-    calls: Counter[str] = field(default_factory=Counter)
     uses: dict[str, Use] = field(default_factory=dict)
     observers: Observers = field(default_factory=Observers)
+    _made: Counter[str] = field(default_factory=Counter)
+    _captured: list["CapturedCalls"] = field(default_factory=list)
+
+    @property
+    def calls(self) -> Counter[str]:
+        """Returns the calls of each slot, those of replayed steps included."""
+        total = self._made.copy()
+        for captured in self._captured:
+            total.update({slot: count * captured.num_replays for slot, count in captured.calls.items()})
+        return +total
 
     def watch(self, slot: str, runner: SlotCallable) -> Watched:
         """Wraps a runner so that its calls are counted and observed; the slot must be planned."""
         assert slot in self.kernels, f"{slot} is not planned"
         self.uses[slot] = use_of(runner)
-        return Watched(slot, runner, self.calls, self.observers)
+        return Watched(slot, runner, self._made, self.observers)
 
     def tap(self, name: str) -> Tap:
         """Makes a tap: a named place in the forward whose value observers see."""
@@ -39,19 +56,22 @@ class Ledger:
     @contextmanager
     def counting_apart(self) -> Iterator[Counter[str]]:
         """Counts the calls of a ``with`` block, such as a step that is captured, in the counter that it yields."""
-        before, made = self.calls.copy(), Counter[str]()
+        before, made = self._made.copy(), Counter[str]()
         yield made
-        made.update(self.calls - before)
-        self.calls.clear()
-        self.calls.update(before)
+        made.update(self._made - before)
+        self._made.clear()
+        self._made.update(before)
 
-    def add(self, calls: Mapping[str, int]) -> None:
-        """Counts the calls of a captured step that was replayed."""
-        self.calls.update(calls)
+    def captured(self, calls: Mapping[str, int]) -> "CapturedCalls":
+        """Takes in the calls of a captured step, none of which has been made. Each replay counts them all at once."""
+        self._captured.append(CapturedCalls(calls))
+        return self._captured[-1]
 
     def clear(self) -> None:
         """Clears counts and records. Observers stay attached."""
-        self.calls.clear()
+        self._made.clear()
+        for captured in self._captured:
+            captured.num_replays = 0
         for observer in self.observers.attached:
             observer.clear()
 

@@ -177,10 +177,15 @@ def test_the_command_prints_a_table_that_is_a_cpus(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name one of moe, linear and fp8"),
-        (["moe", "--tune", "moe"], "name one of moe, linear and fp8"),
+        ([], "name one of moe, linear, fp8"),
+        (["moe", "--tune", "moe"], "name one of moe, linear, fp8"),
         (["attention"], "BENCH: invalid choice: 'attention'"),
         (["moe", "--device", "cpu", "--shape", "v5"], "no MoE shape 'v5'"),
+        (["attend", "--device", "cpu", "--shape", "flash v5"], "no case has the words of 'flash v5'"),
+        (["step", "--device", "cpu", "--shape", "v5"], "no model 'v5'; known: flash, pro, small"),
+        (["step", "--device", "cpu", "--contenders", "vllm"], "bench step has none but ownpath"),
+        (["moe", "--device", "cpu", "--context", "8"], "--context: an option of bench step"),
+        (["moe", "--device", "cpu", "--library", "vllm"], "vllm: not SYSTEM=FILE"),
         (["moe", "--device", "cpu", "--shape", "tiny", "--tokens", "0"], "at least 1"),
         (["moe", "--device", "cpu", "--shape", "tiny", "--contenders", "marlin"], "marlin not among ownpath, humming"),
         (["--tune", "no_such_family", "--device", "cpu"], "no kernel family 'no_such_family'"),

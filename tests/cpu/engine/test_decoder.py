@@ -13,6 +13,7 @@ from ownpath.config import EngineConfig
 from ownpath.engine.decoder import PADDED, Decoder, DecodeRow, make_decoder, no_graph_of
 from ownpath.engine.engine import Engine
 from ownpath.engine.request import FinishReason, Request, SamplingParams, StepOutput
+from ownpath.engine.sampler import SampleRow
 from ownpath.kernels.checks import VECTOR_BYTES
 from ownpath.loading import load_model
 from ownpath.model.batch import ForwardBatch
@@ -127,6 +128,32 @@ def test_a_new_sequence_in_an_old_slot_brings_its_own_blocks(model: Model, monke
     decoder.step([DecodeRow(other.cache, token)])
     assert tables == [list(other.cache.blocks)]
     other.cache.release()
+
+
+def test_an_upload_leaves_what_its_rows_say(model: Model) -> None:
+    """Rows come, go, move and change their parameters; nothing of an earlier upload stays."""
+    decoder, caches = Decoder(model, MAX_ROWS, VOCAB), [model.new_cache() for _ in range(MAX_ROWS)]
+    for cache in caches:
+        cache.num_tokens = 7 * cache.slot
+    for step, picked in enumerate([(0, 1, 2), (2, 0), (), (4,), (0, 1, 2, 3, 4), (4, 3, 2, 1), (4, 3, 2, 1)]):
+        params = SamplingParams(9, temperature=0.25 * step, top_p=0.25 * (step % 4) + 0.1)
+        rows = [DecodeRow(caches[n], 10 * step + n, SampleRow(params, 2**62 + n, step + n)) for n in picked]
+        decoder._rows.upload(rows)
+        columns, some = decoder._rows.columns, slice(len(rows))
+        assert columns.tokens[some].tolist() == [10 * step + n for n in picked]
+        assert columns.positions[some].tolist() == [7 * caches[n].slot for n in picked]
+        assert columns.slots[some].tolist() == [caches[n].slot for n in picked]
+        assert columns.seeds[some].tolist() == [2**62 + n for n in picked]
+        assert columns.drawn[some].tolist() == [step + n for n in picked]
+        assert columns.temperatures[some].tolist() == [0.25 * step] * len(rows)
+        assert torch.equal(columns.top_p[some], torch.tensor([params.top_p] * len(rows)))
+        assert columns.blocks[some].tolist() == [list(caches[n].blocks) for n in picked]
+        rest = slice(len(rows), None)
+        assert set(columns.tokens[rest].tolist()) == {PADDED}
+        for nothing in (columns.positions, columns.slots, columns.blocks, columns.temperatures):
+            assert not nothing[rest].any()
+    for cache in caches:
+        cache.release()
 
 
 def test_rows_up_to_the_bucket_are_padded(model: Model) -> None:

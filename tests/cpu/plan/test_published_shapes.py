@@ -11,8 +11,8 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
-from support.published import FLASH, PRO
 
+from ownpath.bench.published import FLASH, PRO
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.config import ModelConfig

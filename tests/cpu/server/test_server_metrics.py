@@ -23,6 +23,7 @@ from cpu.server.harness import (
     harness,
 )
 
+from ownpath.kernels.dsl.compilations import COMPILATIONS
 from ownpath.server.empty_content import EmptyContent
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -224,6 +225,13 @@ def test_durations_and_http_answers_have_the_fields_names(served: Harness) -> No
     assert grown(answered.format(CHAT, "POST", 200)) == 1
     assert grown(answered.format(COMPLETIONS, "POST", 400)) == 1
     assert grown(answered.format("other", "GET", 404)) == 1
+
+
+def test_kernels_compiled_after_the_start_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    with harness(Gated()) as served:
+        assert page(served)["ownpath_kernels_compiled_total"] == 0
+        monkeypatch.setattr(COMPILATIONS, "count", COMPILATIONS.count + 2)
+        assert page(served)["ownpath_kernels_compiled_total"] == 2
 
 
 def test_gauges_follow_what_runs() -> None:

@@ -4,8 +4,8 @@ from ownpath.kernels.spec import Evidence, KernelSpec
 from ownpath.official import Step
 from ownpath.ops import OpKind
 
-_EVIDENCE = Evidence("attend.ref:attend", "tests/gpu/test_attend.py", "python bench/attend.py")
-_CUTE_EVIDENCE = Evidence("attend.ref:attend", "tests/gpu/test_attend_sm90.py", "python bench/attend.py")
+_EVIDENCE = Evidence("attend.ref:attend", "tests/gpu/test_attend.py", "ownpath bench attend")
+_CUTE_EVIDENCE = Evidence("attend.ref:attend", "tests/gpu/test_attend_sm90.py", "ownpath bench attend")
 
 _PLAIN, _STEPWISE = frozenset[Step](), frozenset({Step.Q_HEAD_NORM})
 

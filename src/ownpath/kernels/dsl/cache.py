@@ -27,6 +27,7 @@ from threading import Lock
 
 from ownpath.files import FileError, is_present, open_regular, parse_json, write_file
 from ownpath.kernels.contract import Config
+from ownpath.kernels.dsl.compilations import COMPILATIONS
 from ownpath.kernels.dsl.driver import Binary, Function, load_function
 
 ARCH = "sm_90a"
@@ -200,6 +201,7 @@ def compile_missing(configs: Iterable[Config], progress: Callable[[int, int, str
         for failure in list(pool.map(lambda _: _compile(queue, count), range(workers))):
             if failure:
                 raise CompileError(failure)
+    COMPILATIONS.count += len(missing)
     return len(missing)
 
 

@@ -27,7 +27,7 @@ KINDS = 8
 first position of the windows of 4 and of 128 tokens that end there."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def step_angles_kernel(
     positions_ptr,
     sliding_ptr,

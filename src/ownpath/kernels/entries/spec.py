@@ -5,7 +5,7 @@ from ownpath.official import Step
 from ownpath.ops import OpKind
 
 _WHY = "one launch: norm, rotation and write of the key, raw rows to the rings, entries whose windows end"
-_EVIDENCE = Evidence("entries.ref:write_entries", "tests/gpu/test_entries.py", "python bench/entries.py")
+_EVIDENCE = Evidence("entries.ref:write_entries", "tests/gpu/test_entries.py", "ownpath bench entries")
 
 
 def _triton(official: frozenset[Step], rounding: str) -> KernelSpec:

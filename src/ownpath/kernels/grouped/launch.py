@@ -73,7 +73,7 @@ def _turn_back(u, cos, sin, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
     return tl.reshape(turned, (TOKENS, CHANNELS)).to(tl.bfloat16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def rope_grouped_kernel(
     o_desc,
     w_desc,

@@ -44,7 +44,7 @@ def _output(y_ptr, other_ptr, at, inside, HAS_OTHER: tl.constexpr):
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def spread_few(
     x_ptr,
     y_ptr,
@@ -121,7 +121,7 @@ def _add_products(acc, squares, n, fn):
     return acc, squares + wide * wide
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def spread_many(
     x_ptr,
     y_ptr,
@@ -294,7 +294,7 @@ def _sinkhorn(
     _store_row(comb_ptr + t * 16 + 12, c30, c31, c32, c33, in_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def collapse(
     new_ptr,
     part_ptr,

@@ -28,7 +28,7 @@ MAX_WIDTH = 16384
 FLOATS = (torch.bfloat16, torch.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "inner_rows"])
 def rms_norm_kernel(
     x_ptr,
     weight_ptr,
@@ -45,7 +45,8 @@ def rms_norm_kernel(
     PDL: tl.constexpr,
 ):
     """Normalises ROWS rows; row r starts at (r // inner_rows) * outer_stride + (r % inner_rows) * row_stride."""
-    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # 32 bits, in which a division is short
+    r = row.to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     inside = (r < num_rows)[:, None] & (d < D)[None, :]
     if HAS_WEIGHT:
@@ -53,7 +54,8 @@ def rms_norm_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    start = (r // inner_rows) * outer_stride + (r % inner_rows) * row_stride
+    outer, inner = row // inner_rows, row % inner_rows
+    start = outer.to(tl.int64) * outer_stride + inner.to(tl.int64) * row_stride
     x = tl.load(x_ptr + start[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
     y = x * tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
     if HAS_WEIGHT:

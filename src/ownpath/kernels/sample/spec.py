@@ -17,7 +17,7 @@ SPECS = (
         is_batch_invariant=True,
         packages=("triton",),
         launches=(r"\bsample_kernel\b",),
-        evidence=Evidence("sample.ref:sample", "tests/gpu/test_sample_gpu.py", "python bench/sample.py"),
+        evidence=Evidence("sample.ref:sample", "tests/gpu/test_sample_gpu.py", "ownpath bench sample"),
     ),
     KernelSpec(
         "ref.sample",

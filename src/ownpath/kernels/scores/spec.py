@@ -20,7 +20,7 @@ SPECS = (
         is_batch_invariant=True,
         packages=("triton",),
         launches=(r"\bindex_scores_kernel\b",),
-        evidence=Evidence("scores.ref:index_scores", "tests/gpu/test_indexer.py", "python bench/indexer.py"),
+        evidence=Evidence("scores.ref:index_scores", "tests/gpu/test_indexer.py", "ownpath bench scores"),
     ),
     KernelSpec(
         "triton.index_scores_fp4",
@@ -38,7 +38,7 @@ SPECS = (
         is_batch_invariant=True,
         packages=("triton",),
         launches=(r"\bindex_scores_kernel\b",),
-        evidence=Evidence("scores.ref:index_scores_fp4", "tests/gpu/test_indexer.py", "python bench/indexer.py"),
+        evidence=Evidence("scores.ref:index_scores_fp4", "tests/gpu/test_indexer.py", "ownpath bench scores"),
     ),
     KernelSpec(
         "ref.index_scores",

@@ -17,7 +17,7 @@ SPECS = (
         is_batch_invariant=True,
         packages=("triton",),
         launches=(r"\bselect_kernel\b",),
-        evidence=Evidence("select.ref:select", "tests/gpu/test_indexer.py", "python bench/indexer.py"),
+        evidence=Evidence("select.ref:select", "tests/gpu/test_indexer.py", "ownpath bench select"),
     ),
     KernelSpec(
         "ref.select",

@@ -4,7 +4,6 @@ The values are valid and of sensible size: weights have a standard deviation nea
 differ in their global scales, norms are near one. The same seed gives the same values in any planned layout.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-
-from support.published import FLASH, PRO
-
+from ownpath.bench.published import FLASH, PRO
 from ownpath.checkpoint.dtypes import TORCH_DTYPES
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.names import model_params
@@ -129,14 +125,19 @@ class Values:
         else:
             target.copy_(self.normal(*target.shape) * gain)
 
+    def table(self, num_tokens: int, top_k: int, num_experts: int) -> torch.Tensor:
+        """Draws distinct experts for each token id, uniformly: int64 [num_tokens, top_k]."""
+        order = torch.rand(num_tokens, num_experts, generator=self.generator, device=self.device)
+        return order.argsort(dim=1)[:, :top_k].contiguous()
+
     def params(self, config: ModelConfig) -> dict[str, torch.Tensor]:
         """Returns a layer's parameters."""
         return {spec.key: self._param(spec, config) for spec in model_params(config)}
 
     def _param(self, spec: ParamSpec, config: ModelConfig) -> torch.Tensor:
         if spec.key.endswith("tid2eid"):
-            order = torch.rand(spec.shape[0], config.n_routed_experts, generator=self.generator, device=self.device)
-            return order.argsort(dim=1)[:, : spec.shape[1]].contiguous()
+            num_tokens, top_k = spec.shape
+            return self.table(num_tokens, top_k, config.n_routed_experts)
         noise = self.normal(*spec.shape)
         if spec.key.endswith("norm.weight"):
             noise = 1 + 0.1 * noise

@@ -1,0 +1,75 @@
+"""The request of a bench, as a command line makes it."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from ownpath.bench.measure import Settings
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """Options of ``bench step`` alone. context: tokens that each row's caches hold. layers: the first ones only.
+
+    export: "nvidia" has FP8 outside the experts, "full" NVFP4. expert_sets: sets of experts that the layers share.
+    by_gate: experts are chosen by the gate of random weights, not uniformly. slots: time each kind of slot, too.
+    """
+
+    context: int = 1024
+    layers: int | None = None
+    export: str = "nvidia"
+    expert_sets: int = 24
+    by_gate: bool = False
+    slots: bool = False
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """shapes, tokens, contenders: empty or ``None`` for a bench's own. libraries: other systems' files, by system."""
+
+    settings: Settings
+    shapes: Sequence[str] = ()
+    tokens: tuple[int, ...] | None = None
+    contenders: str | None = None
+    libraries: Mapping[str, Path] = field(default_factory=dict)
+    step: StepOptions = field(default_factory=StepOptions)
+
+    def library(self, system: str) -> Path | None:
+        """Returns a system's library: as asked for, or by ``OWNPATH_BENCH_<SYSTEM>``; ``None`` if neither says."""
+        named = os.environ.get(f"OWNPATH_BENCH_{system.upper()}")
+        return self.libraries.get(system) or (Path(named) if named else None)
+
+
+class _Labelled(Protocol):
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def tiny(self) -> bool: ...
+
+    @property
+    def bench(self) -> bool: ...
+
+
+_LabelledCase = TypeVar("_LabelledCase", bound=_Labelled)
+
+
+def cases_of(asked: BenchRequest, cases: Sequence[_LabelledCase]) -> list[_LabelledCase]:
+    """Returns a family's cases whose labels have all words of a shape that is asked for; without shapes, the bench's.
+
+    The word "tiny" asks for those that a CPU can run. Errors: ValueError for a shape that no case has.
+    """
+    if not asked.shapes:
+        return [case for case in cases if case.bench]
+    found: list[_LabelledCase] = []
+    for shape in asked.shapes:
+        words = set(shape.split())
+        fitting = [case for case in cases if (case.tiny if "tiny" in words else case.bench)]
+        fitting = [case for case in fitting if words - {"tiny"} <= set(case.label.split())]
+        if not fitting:
+            known = dict.fromkeys(case.label for case in cases if case.bench)
+            raise ValueError(f"--shape: no case has the words of {shape!r}; known: {', '.join(known)}")
+        found += [case for case in fitting if case not in found]
+    return found

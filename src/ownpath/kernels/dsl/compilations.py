@@ -1,0 +1,25 @@
+"""Counts the kernels that are compiled in this process, or taken compiled from Triton's cache, at the first call that
+needs them. A server's steps should need none that its start did not."""
+
+from typing import Any
+
+import triton
+
+
+class Compilations:
+    """count: kernels so far."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def watch_triton(self) -> None:
+        """Counts Triton's from now on. A hook that somebody has set stays."""
+        if triton.knobs.runtime.jit_post_compile_hook is None:
+            triton.knobs.runtime.jit_post_compile_hook = self._count_one
+
+    def _count_one(self, **_: Any) -> None:
+        self.count += 1
+
+
+COMPILATIONS = Compilations()
+"""Compilers belong to the process, and so does their count."""

@@ -1,0 +1,120 @@
+"""Adapters of systems that are not here, called with their operations' meaning written anew in torch: that lists,
+lengths, pages and scales say what each system would read."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from ownpath.bench.kernel import NotApplicable
+from ownpath.bench.peers.deepgemm import DeepGemm
+from ownpath.bench.peers.flashmla import FlashMla
+from ownpath.bench.scores import ScoresInputs, draw_keys, draw_rows
+from ownpath.conformance.attend import AttendInputs, make_attend_inputs
+from ownpath.conformance.entries import read_key_pages
+from ownpath.kernels.attend.cases import AttendCase
+from ownpath.kernels.scores.types import IndexQuery
+
+CPU = torch.device("cpu")
+PLANS = torch.zeros(1, dtype=torch.int32)
+
+
+def attention(q, window, ring, length, sink, plan, splits, extra, extra_list, extra_length, value_dim, scale):
+    """Attends to the listed keys of FP8 pages; the plan is made where none is given."""
+    assert (plan is None) is (splits is None)
+    assert value_dim == 512
+    out = torch.empty_like(q)
+    for t in range(len(q)):
+        keys = read_key_pages(window.flatten(1), window.shape[1])[ring[t, 0, : length[t]]]
+        if extra is not None:
+            more = read_key_pages(extra.flatten(1), extra.shape[1])[extra_list[t, 0, : extra_length[t]]]
+            keys = torch.cat((keys, more))
+        scores = torch.cat((q[t, 0].float() @ keys.float().T * scale, sink[:, None]), dim=1)
+        out[t, 0] = (scores.softmax(dim=1)[:, :-1] @ keys.float()).to(q.dtype)
+    return out, torch.zeros(1), PLANS, PLANS.clone()
+
+
+@pytest.fixture
+def flashmla(monkeypatch: pytest.MonkeyPatch) -> Iterator[FlashMla]:
+    library = torch.library.Library("_flashmla_C", "FRAGMENT")
+    library.define(
+        "sparse_decode_fwd(Tensor q, Tensor kv, Tensor indices, Tensor? topk_length, Tensor? attn_sink, Tensor? plan, "
+        "Tensor? splits, Tensor? extra_kv, Tensor? extra_indices, Tensor? extra_length, int d_v, float sm_scale) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
+    )
+    library.impl("sparse_decode_fwd", attention, "CPU")
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    yield FlashMla(Path("_flashmla_C.abi3.so"))
+    library._destroy()
+
+
+def attend_inputs(ratio: int, *, fp8: bool = True, num_heads: int = 64) -> AttendInputs:
+    context = {0: 300, 4: 700, 128: 9000}[ratio]
+    return make_attend_inputs(AttendCase("case", num_heads, ratio, context, 512 if ratio == 4 else 0, fp8=fp8), 3, CPU)
+
+
+@pytest.mark.parametrize("ratio", [0, 4, 128])
+def test_flashmla_reads_the_keys_that_a_row_sees(flashmla: FlashMla, ratio: int) -> None:
+    sets = [attend_inputs(ratio)] * 2
+    bound = flashmla.bind(sets)
+    assert len(bound.calls) == 2
+    for call in bound.calls:
+        call()
+    bound.judge()
+
+
+def test_flashmlas_mistakes_are_found(flashmla: FlashMla) -> None:
+    inputs = attend_inputs(4)
+    bound = flashmla.bind([inputs])
+    inputs.weights.sink_N.add_(2.0)  # another operand than the result was computed from
+    with pytest.raises(AssertionError, match="relative L2"):
+        bound.judge()
+
+
+def test_flashmla_takes_neither_bf16_nor_few_heads(flashmla: FlashMla) -> None:
+    with pytest.raises(NotApplicable, match="FP8 keys only"):
+        flashmla.bind([attend_inputs(0, fp8=False)])
+    with pytest.raises(NotApplicable, match="64 or 128 heads"):
+        flashmla.bind([attend_inputs(0, num_heads=4)])
+
+
+def deep_gemm() -> ModuleType:
+    module = ModuleType("deep_gemm")
+
+    def scores(q, pages, weights, lengths, blocks, plan, width, *, clean_logits):
+        assert (q.dtype, weights.dtype, plan, clean_logits) == (torch.float8_e4m3fn, torch.float32, "plan", False)
+        num_keys, flat = pages.shape[1], pages.flatten(1)
+        codes = flat[:, : num_keys * 128].contiguous().view(torch.float8_e4m3fn).float().unflatten(1, (num_keys, 128))
+        scales = flat[:, num_keys * 128 :].contiguous().view(torch.float32)
+        keys = (codes * scales[..., None])[blocks.long()].flatten(1, 2)
+        products = torch.relu(q[:, 0].float() @ keys.transpose(1, 2))
+        assert lengths.tolist() == [width] * len(q)
+        return (products * weights[..., None]).sum(1)
+
+    vars(module).update(
+        get_num_sms=lambda: 132, get_paged_mqa_logits_metadata=lambda *_: "plan", fp8_paged_mqa_logits=scores
+    )
+    return module
+
+
+def scores_inputs(*, fp8: bool) -> ScoresInputs:
+    g = torch.Generator().manual_seed(0)
+    angles_TF = torch.randn(3, 32, generator=g)
+    heads = torch.randn(3, 8, 128, generator=g).bfloat16(), torch.randn(3, 8, generator=g)
+    query = IndexQuery(*heads, angles_TF.cos(), angles_TF.sin())
+    return ScoresInputs(query, draw_keys(9, fp8, g), draw_rows(3, 512, 9, g))
+
+
+def test_deepgemm_is_called_as_its_signature_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deep_gemm", deep_gemm())
+    inputs = scores_inputs(fp8=True)
+    bound = DeepGemm().bind([inputs])
+    bound.judge()
+    inputs.query.weights_TI.mul_(1.2)
+    with pytest.raises(AssertionError, match="relative L2"):
+        bound.judge()
+    with pytest.raises(NotApplicable, match="FP8 keys only"):
+        DeepGemm().bind([scores_inputs(fp8=False)])
