@@ -99,7 +99,7 @@ def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
             for line in sys.stdin:
                 kind, fields = json.loads(line)
-                assert kind == "CombineConfig"
+                assert kind == "nvfp4.config:CombineConfig"
                 assert fields["num_shared"] != 3, "too many registers"
                 name = f"moe_combine_s{{fields['num_shared']}}" + "_wide" * fields["wide"]
                 print("a remark of the compiler's")

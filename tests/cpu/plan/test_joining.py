@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from cpu.plan.test_published_shapes import fp8, model_headers, nvfp4
 from support.pages import plan_text
-from support.published import FLASH, PRO
 
+from ownpath.bench.published import FLASH, PRO
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.config import ModelConfig, Parallel
