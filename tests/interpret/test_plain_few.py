@@ -11,7 +11,7 @@ from ownpath.kernels.plain.few import PLAIN_LINEAR, FewOperand, launch_few
 from ownpath.kernels.plain.few_choose import TILES, FewTile
 from ownpath.qtensor import QuantTensor
 
-X_FIRST = FewTile(3, 8, 16, 4, 2, is_weight_first=False)
+X_FIRST = FewTile(3, 8, 16, 4, 2, 3, is_weight_first=False)
 SIZES = [(1, 64, 256), (3, 50, 136), (8, 17, 8), (2, 33, 520)]
 """Rows of x, rows of W, columns."""
 

@@ -14,8 +14,8 @@ class FewTile:
     """Sizes of a program.
 
     live: rows of W that it owns. rows: those of the tensor core's tile. tokens: rows of x, padded. warps: slices of K.
-    ahead: steps of weights that a warp holds in registers. is_weight_first: W is the left operand, whose tile has 16
-    rows; else x is.
+    ahead, x_ahead: steps of weights and of x that a warp asks for before it multiplies the first. is_weight_first: W is
+    the left operand, whose tile has 16 rows; else x is.
     """
 
     live: int
@@ -23,6 +23,7 @@ class FewTile:
     tokens: int
     warps: int
     ahead: int
+    x_ahead: int
     is_weight_first: bool = True
 
     def warps_for(self, width: int) -> int:
@@ -45,18 +46,19 @@ class FewTile:
             "STEP": STEP,
             "CHUNKS": chunks,
             "AHEAD": min(self.ahead, chunks),
+            "X_AHEAD": min(self.x_ahead, chunks),
             "WEIGHT_FIRST": self.is_weight_first,
             "UNEVEN": warps * chunks * STEP != width,
         }
 
 
 TILES: tuple[tuple[int, int, FewTile], ...] = (
-    (8, 320, FewTile(2, 16, 8, 16, 8)),
-    (8, 1280, FewTile(8, 16, 8, 16, 8)),
-    (8, 8192, FewTile(16, 16, 8, 8, 8)),
-    (16, 320, FewTile(4, 16, 16, 16, 8)),
-    (16, 1280, FewTile(8, 16, 16, 16, 8)),
-    (16, 8192, FewTile(16, 16, 16, 8, 8)),
+    (8, 320, FewTile(2, 16, 8, 16, 8, 8)),
+    (8, 1280, FewTile(8, 16, 8, 16, 8, 8)),
+    (8, 8192, FewTile(16, 16, 8, 8, 8, 8)),
+    (16, 320, FewTile(4, 16, 16, 16, 8, 8)),
+    (16, 1280, FewTile(8, 16, 16, 16, 8, 8)),
+    (16, 8192, FewTile(16, 16, 16, 8, 8, 8)),
 )
 """(Most rows of x, most rows of W, tile): the first that holds both serves a call. What none holds, cuBLAS computes."""
 

@@ -57,6 +57,7 @@ def plain_linear_few_kernel(
     STEP: tl.constexpr,
     CHUNKS: tl.constexpr,
     AHEAD: tl.constexpr,
+    X_AHEAD: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr,
     UNEVEN: tl.constexpr,
     PDL: tl.constexpr,
@@ -84,21 +85,31 @@ def plain_linear_few_kernel(
         ws += (_load(w_at + c * STEP, is_live, K - c * STEP - w_k, LIVE < ROWS, UNEVEN),)  # type: ignore[assignment]
     if PDL:
         tl.extra.cuda.gdc_wait()
+    xs = ()
+    for c in gl.static_range(X_AHEAD):
+        xs += (_load(x_at + c * STEP, x_k >= 0, K - c * STEP - x_k, False, UNEVEN),)  # type: ignore[assignment]
+    if PDL:
+        # Here, because the compiler moves no load behind it: all of these are on their way before the first product.
         tl.extra.cuda.gdc_launch_dependents()
-    even = gl.zeros([WARPS, ROWS, TOKENS] if WEIGHT_FIRST else [WARPS, TOKENS, ROWS], gl.float32, SUMS)
-    odd = even
+    # A sum waits for its last product: as many take turns as fit.
+    NUM_SUMS: tl.constexpr = max(1, min(4, 512 // (ROWS * TOKENS)))
+    zeros = gl.zeros([WARPS, ROWS, TOKENS] if WEIGHT_FIRST else [WARPS, TOKENS, ROWS], gl.float32, SUMS)
+    sums = (zeros,)
+    for _ in gl.static_range(1, NUM_SUMS):
+        sums += (zeros,)  # type: ignore[assignment]
     for c in gl.static_range(CHUNKS):
-        x = _load(x_at + c * STEP, x_k >= 0, K - c * STEP - x_k, False, UNEVEN)
-        left, right = (ws[c], x) if WEIGHT_FIRST else (x, ws[c])
-        # Two sums where they fit: one alone would wait for each product before the next.
-        if ROWS * TOKENS > 512 or c % 2 == 0:
-            even = mma_v2(left, right, even)
-        else:
-            odd = mma_v2(left, right, odd)
+        left, right = (ws[c], xs[c]) if WEIGHT_FIRST else (xs[c], ws[c])
+        sums += (mma_v2(left, right, sums[c]),)
+        if c + X_AHEAD < CHUNKS:
+            later = (c + X_AHEAD) * STEP
+            xs += (_load(x_at + later, x_k >= 0, K - later - x_k, False, UNEVEN),)  # type: ignore[assignment]
         if c + AHEAD < CHUNKS:
             later = (c + AHEAD) * STEP
             ws += (_load(w_at + later, is_live, K - later - w_k, LIVE < ROWS, UNEVEN),)  # type: ignore[assignment]
-    y = gl.sum(even + odd, axis=0)
+    total = sums[CHUNKS]
+    for c in gl.static_range(1, NUM_SUMS):
+        total += sums[CHUNKS + c]
+    y = gl.sum(total, axis=0)
     OUT: tl.constexpr = gl.SliceLayout(0, SUMS)
     if WEIGHT_FIRST:
         own = gl.arange(0, ROWS, gl.SliceLayout(1, OUT))[:, None]
