@@ -307,10 +307,9 @@ class _Planner:
         """
         for layer in layers:
             yield from official_ops(self.config, layer, self.demands.official)
-            if not self._can_decode:
-                continue
-            yield from decode_ops(self.config, layer, self.demands.official)
-            if f"{layer.name}.ffn.gate" in plain and self._can_route(route_op(self.config, layer)):
+            line = tuple(decode_ops(self.config, layer, self.demands.official)) if self._can_decode else ()
+            yield from line
+            if line and f"{layer.name}.ffn.gate" in plain and self._can_route(route_op(self.config, layer)):
                 yield route_op(self.config, layer)
 
     def _can_route(self, spec: CompanionSpec) -> bool:
