@@ -43,7 +43,7 @@ def check_router(probe: Probe) -> Iterator[Finding]:
 def _problems(probe: Probe, slot: str) -> Iterator[tuple[str, str]]:
     """Yields (case, what is wrong with it)."""
     router = probe.slots[slot]
-    for num_rows in FEW_ROWS if slot.endswith(".decode.route") else (ROWS,):
+    for num_rows in _row_counts(probe, slot):
         yield f"the layer's own gate, {num_rows} rows", _own_gate(probe, slot, num_rows)
     yield "padded rows", _padded_rows(probe, slot)
     if not isinstance(router, Router | Route):
@@ -73,6 +73,15 @@ def _spread(probe: Probe) -> Tensor:
     num_experts = probe.config.n_routed_experts
     values_E = torch.linspace(-4, 4, num_experts, device=probe.device)
     return values_E[probe.normal("order", ROWS, num_experts).argsort(-1)]
+
+
+def _row_counts(probe: Probe, slot: str) -> tuple[int, ...]:
+    """Returns the numbers of rows to run the slot with; a decode step's router takes few."""
+    if not slot.endswith(".decode.route"):
+        return (ROWS,)
+    assert probe.layer is not None
+    most = probe.layer.block.ffn.decode_rows
+    return tuple(num_rows for num_rows in FEW_ROWS if num_rows <= most)
 
 
 def _run_router(probe: Probe, slot: str, router: Router | Route, logits_TE: Tensor, bias_E: Tensor | None) -> str:
