@@ -4,8 +4,8 @@ Shapes: V = vocabulary of the tokenizer, S = rows that sample.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -23,8 +23,7 @@ class NonFiniteLogits(RuntimeError):
     """A row of logits that holds NaN or infinity: no token can be chosen from it."""
 
 
-@dataclass(frozen=True)
-class SampleRow:
+class SampleRow(NamedTuple):
     """The parameters that turn one row of logits into a token.
 
     seed: the request's own. index: number of tokens that it has already drawn.
