@@ -174,7 +174,7 @@ def test_no_step_compiles_after_the_capture(model: Model, monkeypatch: pytest.Mo
     for count in range(1, MAX_ROWS + 1):
         rows = started(model, [3 + idx for idx in range(count)])
         compiled.clear()  # prompts are another kind of step
-        drawn = [DecodeRow(row.cache, 5, SampleRow(params, seed=idx, index=0)) for idx, row in enumerate(rows)]
+        drawn = [DecodeRow(row.cache, 5, SampleRow(params, seed=idx, num_drawn=0)) for idx, row in enumerate(rows)]
         assert None not in graphs.step(drawn).token_ids
         for row in rows:
             row.cache.release()

@@ -35,7 +35,7 @@ PADDED = -1
 """The token id of a padded row."""
 _PADDED_INTEGERS, _PADDED_FLOATS = np.array([[PADDED], [0], [NOBODY], [0]]), np.array([[0.0], [1.0]])
 """A padded row's token, position, slot and number of drawn tokens; its temperature and top_p."""
-GREEDY = SampleRow(SamplingParams(1, temperature=0.0), seed=0, index=0)
+GREEDY = SampleRow(SamplingParams(1, temperature=0.0), seed=0, num_drawn=0)
 """Takes the likeliest token."""
 BUCKETS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
@@ -119,7 +119,7 @@ class _RowArrays:
         if rows:
             caches, tokens, samples = zip(*rows, strict=True)
             positions, slots = [cache.num_tokens for cache in caches], [cache.slot for cache in caches]
-            self._integers[:, :count] = (tokens, positions, slots, [sample.index for sample in samples])
+            self._integers[:, :count] = (tokens, positions, slots, [sample.num_drawn for sample in samples])
             params = [sample.params for sample in samples]
             self._floats[:, :count] = ([one.temperature for one in params], [one.top_p for one in params])
             self._seeds[:count] = [sample.seed for sample in samples]
@@ -174,7 +174,7 @@ matter."""
 
 def _state_of(row: DecodeRow) -> _Resident:
     cache, sample = row.cache, row.sample
-    draw = None if sample.params.greedy else (sample.index, sample.seed, sample.params)
+    draw = None if sample.params.greedy else (sample.num_drawn, sample.seed, sample.params)
     return cache.slot, cache.blocks, cache.num_tokens, row.token_id, draw
 
 

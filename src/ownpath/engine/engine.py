@@ -285,9 +285,7 @@ class Engine:
         Most rows only extend an answer by a token, and are reported without a look at their logits.
         """
         requests = [chunk.request for chunk in chunks]
-        logits_RV, drawn = decoder.step(
-            [DecodeRow(one.caches, one.next_ids(1)[0], sample_row(one)) for one in requests]
-        )
+        logits_RV, drawn = decoder.step([DecodeRow(one.caches, one.next_id, sample_row(one)) for one in requests])
         for row, (request, token_id) in enumerate(zip(requests, drawn, strict=True)):
             if token_id is not None and not request.is_prefilling and request.params.is_plain:
                 self._extend(request, token_id)

@@ -154,6 +154,12 @@ class Request:
     def is_prefilling(self) -> bool:
         return self.num_computed < len(self.prompt_ids)
 
+    @property
+    def next_id(self) -> int:
+        """The next token to run."""
+        num_prompt, at = len(self.prompt_ids), self.num_computed
+        return self.prompt_ids[at] if at < num_prompt else self.output_ids[at - num_prompt]
+
     def next_ids(self, num_tokens: int) -> list[int]:
         """Returns the next ``num_tokens`` tokens to run."""
         if self.is_prefilling:

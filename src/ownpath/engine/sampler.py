@@ -4,8 +4,8 @@ Shapes: V = vocabulary of the tokenizer, S = rows that sample.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -23,16 +23,15 @@ class NonFiniteLogits(RuntimeError):
     """A row of logits that holds NaN or infinity: no token can be chosen from it."""
 
 
-@dataclass(frozen=True)
-class SampleRow:
+class SampleRow(NamedTuple):
     """The parameters that turn one row of logits into a token.
 
-    seed: the request's own. index: number of tokens that it has already drawn.
+    seed: the request's own. num_drawn: tokens that it has drawn already.
     """
 
     params: SamplingParams
     seed: int
-    index: int
+    num_drawn: int
 
 
 def sample_row(request: Request) -> SampleRow:
@@ -90,7 +89,7 @@ def _sample_rows(rows: Sequence[SampleRow], device: torch.device) -> SampleRows:
     return SampleRows(
         column([row.params.temperature for row in rows], torch.float32),
         column([row.seed for row in rows], torch.int64),
-        column([row.index for row in rows], torch.int32),
+        column([row.num_drawn for row in rows], torch.int32),
         filters,
     )
 

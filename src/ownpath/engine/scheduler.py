@@ -24,13 +24,12 @@ party moves in every step, as far as there are tokens; and parties begin in the 
 
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ownpath.engine.request import Request
 
 
-@dataclass(frozen=True)
-class ScheduledChunk:
+class ScheduledChunk(NamedTuple):
     """A request's share of one step: its next ``num_tokens`` tokens."""
 
     request: Request
@@ -90,11 +89,13 @@ class Scheduler:
     def schedule(self) -> list[ScheduledChunk]:
         """Plans the next step. Its requests stay in ``running`` until they are removed."""
         self._admit()
-        chunks = [ScheduledChunk(request, 1) for request in self.running if not request.is_prefilling]
+        chunks: list[ScheduledChunk] = []
         unread: dict[int, list[Request]] = {}
         for request in self.running:
             if request.is_prefilling:
                 unread.setdefault(self._party_of[request], []).append(request)
+            else:
+                chunks.append(ScheduledChunk(request, 1))
         parties = [unread[party] for party in sorted(unread)]
         wanted = [sum(request.num_pending for request in party) for party in parties]
         for party, share in zip(parties, share_tokens(self._max_prefill_tokens, wanted), strict=True):
@@ -106,6 +107,8 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Gives free sequences to waiting parties."""
+        if not self._waiting:
+            return
         num_running = Counter(self._party_of[request] for request in self.running)
         while self._waiting and len(self.running) < self._max_num_seqs:
             party = min(self._waiting, key=lambda number: (num_running[number], number))

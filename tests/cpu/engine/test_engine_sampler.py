@@ -1,7 +1,6 @@
 """Choosing and scoring tokens."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -29,7 +28,7 @@ def row(temperature: float = 1.0, top_p: float = 1.0, seed: int | None = 0) -> S
 
 def successive(first: SampleRow, count: int) -> list[SampleRow]:
     """A request's rows, draw after draw."""
-    return [replace(first, index=index) for index in range(count)]
+    return [first._replace(num_drawn=index) for index in range(count)]
 
 
 def test_greedy_takes_the_likeliest(device: torch.device) -> None:
