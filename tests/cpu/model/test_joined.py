@@ -46,7 +46,11 @@ def logits_of(folder: Path, official: frozenset[Step], sizes: Iterable[int]) -> 
     return torch.cat(found), {slot for slot in ran if slot.endswith(SLOTS)}
 
 
-@pytest.mark.parametrize(("layout", "official", "expected"), MODES, ids=str)
+@pytest.mark.parametrize(
+    ("layout", "official", "expected"),
+    MODES,
+    ids=lambda value: value if isinstance(value, str) else "+".join(sorted(map(str, value))),
+)
 def test_joined_equals_apart(
     layout: str,
     official: frozenset[Step],
