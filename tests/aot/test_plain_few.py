@@ -5,13 +5,13 @@ import torch
 from support.triton_aot import Compiled, compile_launch, recorded_launches
 
 from ownpath.kernels.plain.few import launch_few
-from ownpath.kernels.plain.few_choose import TILES, FewTile, Tile
+from ownpath.kernels.plain.few_choose import TILES, FewTile, PlainTile
 
 REGISTERS = 65536  # of a streaming multiprocessor
 WIDTHS = (4096, 7168, 256)
 """V4-Flash's, V4-Pro's and the embedded model's hidden size."""
 
-Tiled = tuple[Tile, int, Compiled]
+Tiled = tuple[PlainTile, int, Compiled]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from ownpath.conformance.exact import product
 from ownpath.formats import BF16
 from ownpath.kernels.contract import StoredLinear
 from ownpath.kernels.plain.few import PLAIN_LINEAR, FewOperand, launch_few
-from ownpath.kernels.plain.few_choose import TILES, FewTile, Tile
+from ownpath.kernels.plain.few_choose import TILES, FewTile, PlainTile
 from ownpath.qtensor import QuantTensor
 
 X_FIRST = FewTile(3, 8, 16, 4, 2, 3, is_weight_first=False)
@@ -16,7 +16,7 @@ SIZES = [(1, 64, 256), (3, 50, 136), (8, 17, 8), (2, 33, 520)]
 """Rows of x, rows of W, columns."""
 
 
-def tiles() -> list[Tile]:
+def tiles() -> list[PlainTile]:
     return list(dict.fromkeys([*(tile for *_, tile in TILES), X_FIRST]))
 
 
@@ -33,7 +33,7 @@ def spaced_rows(num_rows: int, width: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("tile", tiles(), ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_every_tile_against_float64(tile: Tile, size: tuple[int, int, int]) -> None:
+def test_every_tile_against_float64(tile: PlainTile, size: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     num_rows, width = size[1:]
     num_tokens = min(size[0], tile.tokens)

@@ -93,23 +93,23 @@ class FewTile:
         }
 
 
-Tile = FewTile | FmaTile
-TILES: tuple[tuple[int, int, Tile], ...] = (
+PlainTile = FewTile | FmaTile
+TILES: tuple[tuple[int, int, PlainTile], ...] = (
     (1, 1280, FmaTile(2, 1, 4, 4096)),
-    (2, 1280, FmaTile(2, 2, 4, 4096)),
+    (2, 1280, FmaTile(2, 2, 8, 4096)),
     (8, 320, FewTile(4, 16, 8, 8, 16, 16)),
     (8, 1280, FewTile(8, 16, 8, 8, 16, 16)),
-    (8, 2112, FewTile(16, 16, 8, 8, 16, 16)),
+    (8, 2112, FewTile(16, 16, 8, 8, 16, 8)),
     (8, 8192, FewTile(10, 16, 8, 8, 8, 8)),
-    (16, 320, FewTile(4, 8, 16, 8, 16, 16, is_weight_first=False)),
-    (16, 1280, FewTile(8, 8, 16, 8, 16, 16, is_weight_first=False)),
+    (16, 320, FewTile(4, 8, 16, 8, 16, 8, is_weight_first=False)),
+    (16, 1280, FewTile(8, 8, 16, 8, 16, 8, is_weight_first=False)),
     (16, 8192, FewTile(16, 16, 16, 8, 8, 8)),
 )
 """(Most rows of x, most rows of W, tile): the first that holds both serves a call. What none holds, cuBLAS computes."""
 
 
 @lru_cache(maxsize=1024)
-def choose_tile(num_tokens: int, num_rows: int, width: int) -> Tile | None:
+def choose_tile(num_tokens: int, num_rows: int, width: int) -> PlainTile | None:
     """Chooses the tile of a call; ``None`` where cuBLAS is as fast, or K too long."""
     for most_tokens, most_rows, tile in TILES:
         if num_tokens <= most_tokens and num_rows <= most_rows and tile.takes(width):

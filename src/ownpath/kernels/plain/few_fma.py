@@ -34,16 +34,16 @@ def plain_linear_few_fma_kernel(
     ws, xs = (), ()
     for c in tl.static_range(CHUNKS):
         if UNEVEN:
-            ws += (tl.load(w_at + c * CHUNK, mask=k < K - c * CHUNK, other=0.0),)  # type: ignore[assignment]
+            ws += (tl.load(w_at + c * CHUNK, mask=k < K - c * CHUNK, other=0.0),)
         else:
-            ws += (tl.load(w_at + c * CHUNK),)  # type: ignore[assignment]
+            ws += (tl.load(w_at + c * CHUNK),)
     if PDL:
         tl.extra.cuda.gdc_wait()
     for c in tl.static_range(CHUNKS):
         if UNEVEN:
-            xs += (tl.load(x_at + c * CHUNK, mask=k < K - c * CHUNK, other=0.0),)  # type: ignore[assignment]
+            xs += (tl.load(x_at + c * CHUNK, mask=k < K - c * CHUNK, other=0.0),)
         else:
-            xs += (tl.load(x_at + c * CHUNK),)  # type: ignore[assignment]
+            xs += (tl.load(x_at + c * CHUNK),)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     products = ws[0].to(tl.float32) * xs[0].to(tl.float32)
