@@ -100,10 +100,10 @@ TILES: tuple[tuple[int, int, PlainTile], ...] = (
     (8, 320, FewTile(4, 16, 8, 8, 16, 16)),
     (8, 1280, FewTile(8, 16, 8, 8, 16, 16)),
     (8, 2112, FewTile(16, 16, 8, 8, 16, 8)),
-    (8, 8192, FewTile(10, 16, 8, 8, 8, 8)),
+    (8, 3072, FewTile(10, 16, 8, 8, 8, 8)),
     (16, 320, FewTile(4, 8, 16, 8, 16, 8, is_weight_first=False)),
     (16, 1280, FewTile(8, 8, 16, 8, 16, 8, is_weight_first=False)),
-    (16, 8192, FewTile(16, 16, 16, 8, 8, 8)),
+    (16, 3072, FewTile(8, 8, 16, 4, 16, 8, is_weight_first=False)),
 )
 """(Most rows of x, most rows of W, tile): the first that holds both serves a call. What none holds, cuBLAS computes."""
 
