@@ -5,13 +5,13 @@ import torch
 from support.triton_aot import Compiled, compile_launch, recorded_launches
 
 from ownpath.kernels.plain.few import launch_few
-from ownpath.kernels.plain.few_choose import TILES, FewTile
+from ownpath.kernels.plain.few_choose import TILES, FewTile, PlainTile
 
 REGISTERS = 65536  # of a streaming multiprocessor
 WIDTHS = (4096, 7168, 256)
 """V4-Flash's, V4-Pro's and the embedded model's hidden size."""
 
-Tiled = tuple[FewTile, int, Compiled]
+Tiled = tuple[PlainTile, int, Compiled]
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +36,30 @@ def test_nothing_spills_and_a_program_fits(compiled: list[Tiled]) -> None:
 def test_weights_are_loaded_before_the_kernel_waits(compiled: list[Tiled]) -> None:
     """All steps that a warp holds ahead, 16 bytes a lane; nothing but the sums passes through shared memory."""
     for tile, width, one in compiled:
+        if not isinstance(tile, FewTile):
+            continue
         before, _, after = one.sass().partition("ACQBULK")
-        halves = -(-min(tile.live, tile.rows) // 8)  # a load reads 8 rows
+        halves = -(-tile.live // 8)  # a load reads 8 rows
         ahead = min(tile.ahead, tile.chunks_for(width))
         assert before.count("LDG.E.128") == halves * ahead, (tile, width)
+        x_first, _, _ = after.partition("HMMA.16816.F32.BF16")
+        x_ahead = min(tile.x_ahead, tile.chunks_for(width))
+        assert x_first.count("LDG.E.128") >= max(1, tile.tokens // 8) * x_ahead, (tile, width)
         assert "HMMA.16816.F32.BF16" in after
         assert "LDSM" not in after
         sums = 4 * tile.warps_for(width) * tile.rows * tile.tokens
         assert one.shared_bytes <= sums, (tile, width)
+
+
+def test_all_weights_are_loaded_first_without_tensor_cores(compiled: list[Tiled]) -> None:
+    for tile, width, one in compiled:
+        if isinstance(tile, FewTile) or width < 4096:
+            continue
+        before, _, after = one.sass().partition("ACQBULK")
+        parts, threads = tile.constants(width), 32 * tile.warps
+        loads = parts["CHUNKS"] * max(1, tile.live * parts["CHUNK"] // (8 * threads))
+        assert before.count("LDG.E.128") == loads, (tile, width)
+        assert "FFMA" in after or "FMUL" in after
 
 
 def test_launches_overlap_with_their_neighbours(compiled: list[Tiled]) -> None:

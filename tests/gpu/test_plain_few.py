@@ -6,7 +6,7 @@ import torch
 from ownpath.conformance.bounds import deviation
 from ownpath.conformance.exact import product
 from ownpath.kernels.plain.few import PLAIN_LINEAR, launch_few
-from ownpath.kernels.plain.few_choose import TILES, FewTile
+from ownpath.kernels.plain.few_choose import TILES, PlainTile
 from ownpath.kernels.registry import KERNELS
 from ownpath.runners import PlainLinear
 
@@ -19,7 +19,7 @@ MOST = max(most_tokens for most_tokens, _, _ in TILES)
 
 @pytest.mark.parametrize("size", [(256, 4096), (100, 264), (8, 256), (33, 4104), (70, 7168)], ids=str)
 @pytest.mark.parametrize("tile", list(dict.fromkeys(tile for *_, tile in TILES)), ids=str)
-def test_every_tile_against_float64(tile: FewTile, size: tuple[int, int], cuda: torch.device) -> None:
+def test_every_tile_against_float64(tile: PlainTile, size: tuple[int, int], cuda: torch.device) -> None:
     """x lies in wider rows of NaN; nothing is written behind y."""
     num_rows, width = size
     weight = torch.randn(num_rows, width, device=cuda).bfloat16()

@@ -294,7 +294,7 @@ def test_calls_that_a_kernel_leaves_to_a_library_are_planned(
     ("variants", "kernels", "message"),
     [
         ((TILE,), (FEW_KERNEL, CUBLAS), f"but a product that is not ours ran: {CUBLAS}"),
-        ((TILE, "library"), (CUBLAS,), f"but the device ran nothing named {FEW_KERNEL}"),
+        ((TILE, "library"), (CUBLAS,), "but the device ran nothing named plain_linear_few(_fma)?_kernel"),
         (("library",), (), "but the device ran nothing"),
     ],
 )

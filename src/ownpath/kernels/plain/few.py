@@ -1,9 +1,10 @@
 """Products with BF16 weights for few rows of x on Hopper: gate, compressors, index weights.
 
-How it works. A program owns up to 32 rows of W over all of K, each of its warps a slice of K. It begins to load its
+How it works. A program owns up to 16 rows of W over all of K, each of its warps a slice of K. It begins to load its
 weights before it waits for the kernel in front of it (weights never change), then loads x straight from L2 and
-multiplies on the tensor cores; the warps' float32 sums are added in one order. No value passes through shared memory
-on its way to a product, and nothing is split between programs: no atomics, no workspace, one launch.
+multiplies on the tensor cores, or in the lanes at one or two rows; the warps' float32 sums are added in one order. No
+value passes through shared memory on its way to a product, and nothing is split between programs: no atomics, no
+workspace, one launch.
 
 Why it exists. cuBLAS needs two launches here, which do not overlap with their neighbours: 6 to 9 us for 0.5 to 17 MB.
 
@@ -29,7 +30,8 @@ from ownpath.kernels.dsl.triton import TritonCall, launch
 from ownpath.kernels.empty import EmptyOutput
 from ownpath.kernels.launch_cache import LaunchCache
 from ownpath.kernels.plain.cublas import PLAIN_LINEAR as LIBRARY
-from ownpath.kernels.plain.few_choose import FewTile, choose_tile
+from ownpath.kernels.plain.few_choose import FmaTile, PlainTile, choose_tile
+from ownpath.kernels.plain.few_fma import plain_linear_few_fma_kernel
 from ownpath.kernels.plain.few_sm90 import plain_linear_few_kernel
 from ownpath.kernels.plain.operand import PlainOperand
 from ownpath.kernels.variants import LIBRARY_VARIANT, variant_name
@@ -175,11 +177,11 @@ def _library(x: torch.Tensor, operand: FewOperand, dtype: torch.dtype, out: torc
     return y if out is None else out.copy_(y)
 
 
-def launch_few(x_TK: torch.Tensor, weight_NK: torch.Tensor, y_TN: torch.Tensor, tile: FewTile) -> TritonCall | None:
+def launch_few(x_TK: torch.Tensor, weight_NK: torch.Tensor, y_TN: torch.Tensor, tile: PlainTile) -> TritonCall | None:
     """Launches one product, and returns the prepared launch for another x and y of the same sizes."""
     num_tokens, (num_rows, width), pdl = len(x_TK), weight_NK.shape, not INTERPRETED
     return launch(
-        plain_linear_few_kernel,
+        plain_linear_few_fma_kernel if isinstance(tile, FmaTile) else plain_linear_few_kernel,
         (triton.cdiv(num_rows, tile.live),),
         (x_TK, weight_NK, y_TN, num_tokens, num_rows, x_TK.stride(0) // 8, width // 8),
         {**tile.constants(width), "PDL": pdl, "num_warps": tile.warps_for(width), "launch_pdl": pdl},
@@ -187,9 +189,9 @@ def launch_few(x_TK: torch.Tensor, weight_NK: torch.Tensor, y_TN: torch.Tensor, 
     )
 
 
-def tile_name(tile: FewTile) -> str:
+def tile_name(tile: PlainTile) -> str:
     """Returns the variant's name."""
-    return variant_name("plain_linear_few", rows=tile.live, tokens=tile.tokens, warps=tile.warps, ahead=tile.ahead)
+    return variant_name("plain_linear_few", **tile.sizes)
 
 
 PLAIN_LINEAR = FewPlainKernel()

@@ -82,12 +82,12 @@ def plain_linear_few_kernel(
     is_live = row < LIVE
     ws = ()
     for c in gl.static_range(AHEAD):
-        ws += (_load(w_at + c * STEP, is_live, K - c * STEP - w_k, LIVE < ROWS, UNEVEN),)  # type: ignore[assignment]
+        ws += (_load(w_at + c * STEP, is_live, K - c * STEP - w_k, LIVE < ROWS, UNEVEN),)
     if PDL:
         tl.extra.cuda.gdc_wait()
     xs = ()
     for c in gl.static_range(X_AHEAD):
-        xs += (_load(x_at + c * STEP, x_k >= 0, K - c * STEP - x_k, False, UNEVEN),)  # type: ignore[assignment]
+        xs += (_load(x_at + c * STEP, x_k >= 0, K - c * STEP - x_k, False, UNEVEN),)
     if PDL:
         # Here, because the compiler moves no load behind it: all of these are on their way before the first product.
         tl.extra.cuda.gdc_launch_dependents()
@@ -96,16 +96,16 @@ def plain_linear_few_kernel(
     zeros = gl.zeros([WARPS, ROWS, TOKENS] if WEIGHT_FIRST else [WARPS, TOKENS, ROWS], gl.float32, SUMS)
     sums = (zeros,)
     for _ in gl.static_range(1, NUM_SUMS):
-        sums += (zeros,)  # type: ignore[assignment]
+        sums += (zeros,)
     for c in gl.static_range(CHUNKS):
         left, right = (ws[c], xs[c]) if WEIGHT_FIRST else (xs[c], ws[c])
         sums += (mma_v2(left, right, sums[c]),)
         if c + X_AHEAD < CHUNKS:
             later = (c + X_AHEAD) * STEP
-            xs += (_load(x_at + later, x_k >= 0, K - later - x_k, False, UNEVEN),)  # type: ignore[assignment]
+            xs += (_load(x_at + later, x_k >= 0, K - later - x_k, False, UNEVEN),)
         if c + AHEAD < CHUNKS:
             later = (c + AHEAD) * STEP
-            ws += (_load(w_at + later, is_live, K - later - w_k, LIVE < ROWS, UNEVEN),)  # type: ignore[assignment]
+            ws += (_load(w_at + later, is_live, K - later - w_k, LIVE < ROWS, UNEVEN),)
     total = sums[CHUNKS]
     for c in gl.static_range(1, NUM_SUMS):
         total += sums[CHUNKS + c]

@@ -18,7 +18,7 @@ SPECS = (
         max_dim=16384,
         activations=("bfloat16",),
         packages=("triton",),
-        launches=(r"\bplain_linear_few_kernel\b",),
+        launches=(r"\bplain_linear_few(_fma)?_kernel\b",),
         leaves_to_library=True,
         evidence=Evidence("plain.ref:plain_linear", "tests/gpu/test_plain_linear.py", "python bench/small_ops.py"),
     ),
