@@ -297,6 +297,9 @@ FAULTS = {
     "transposed Sinkhorn before attention": Fault(boundary("hc_attn"), "V01", "hc_ffn.x"),
     "transposed Sinkhorn before the experts": Fault(boundary("hc_ffn"), "V01", "out"),
     "a product one percent too large": Fault(linear("wq_b", lambda run, x: 1.01 * run(x)), "V01", "attn.wq_b"),
+    "one of several joined products one percent too large": Fault(
+        linear("indexer.weights_proj", lambda run, x: 1.01 * run(x)), "V01", "attn.indexer.weights_proj"
+    ),
     "a NaN in the last row": Fault(linear("wo_b", one_nan_row), "V01", "attn.wo_b"),
     "the last row not written": Fault(linear("wo_b", one_wrong_row), "V01", "attn.wo_b"),
     "a kernel that raises": Fault(linear("wo_b", raises), "V01", ""),

@@ -19,6 +19,13 @@ from ownpath.verify.subject import Selection, Subject
 
 CSA = 3
 """A layer with everything."""
+PRODUCTS = [
+    ("full-nvfp4", "wq_b"),
+    ("deepseek-native", "wq_b"),
+    ("deepseek-native", "indexer.wq_b"),
+    ("full-nvfp4", "indexer.weights_proj"),
+    ("full-nvfp4", "indexer.compressor.wkv_wgate"),
+]
 
 
 def subject(folder: Path, layer_idx: int, **changes: Any) -> Subject:
@@ -64,9 +71,11 @@ def test_a_layer_that_cannot_be_loaded_is_a_finding(tmp_path: Path, monkeypatch:
     assert "layers.3.attn.wq_b.weight" in found.message
 
 
-def test_a_product_one_percent_too_large_in_bfloat16(tmp_path: Path) -> None:
-    """The mutation of the same kind is in float32, where one rounding is 2^16 times smaller."""
-    folder = random_checkpoint(tmp_path, "full-nvfp4").folder
-    with on_layer(CSA, linear("wq_b", lambda run, x: run(x) * 1.01)).applied():
+@pytest.mark.parametrize(("layout", "name"), PRODUCTS)
+def test_a_product_one_percent_too_large_in_bfloat16(layout: str, name: str, tmp_path: Path) -> None:
+    """The mutation of the same kind is in float32, where one rounding is 2^16 times smaller. Joined products are told
+    apart."""
+    folder = random_checkpoint(tmp_path, layout).folder
+    with on_layer(CSA, linear(name, lambda run, x: run(x) * 1.01)).applied():
         found = failed(stage.kernel_stage(subject(folder, CSA, dtype=torch.bfloat16)))
-    assert ("K01", "layers.3.attn.wq_b") in {(finding.id, finding.where) for finding in found}
+    assert ("K01", f"layers.3.attn.{name}") in {(finding.id, finding.where) for finding in found}
