@@ -158,18 +158,19 @@ class StepBench:
     def measured(self, counts: tuple[int, ...]) -> Iterator[Row]:
         """Captures a graph for each number of rows on a GPU, then times them."""
         self.decoder.buckets = tuple(sorted(counts))
-        with torch.inference_mode():
-            if self.is_on_gpu:
-                start = time.perf_counter()
+        if self.is_on_gpu:
+            start = time.perf_counter()
+            with torch.inference_mode():
                 self.decoder.capture(lambda *_: None)
-                self.setup["capture_s"] = round(time.perf_counter() - start, 1)
-            for count in counts:
-                yield self._row(count)
+            self.setup["capture_s"] = round(time.perf_counter() - start, 1)
+        for count in counts:
+            yield self._row(count)
 
     @property
     def is_on_gpu(self) -> bool:
         return torch.device(self.asked.settings.device).type == "cuda"
 
+    @torch.inference_mode()
     def _row(self, count: int) -> Row:
         options, experts = self.asked.step, self._count_experts(count)
         until = time.perf_counter() + (WARM_UP_S if self.is_on_gpu else 0)
