@@ -27,8 +27,9 @@ from ownpath.assembly import assemble
 from ownpath.attention.interface import AttentionStep
 from ownpath.attention.reference import ReferenceAttention
 from ownpath.attention.rope import Rope
+from ownpath.bench.published import SHAPES
 from ownpath.bench.record import append_lines, provenance
-from ownpath.bench.synthetic import RATIOS, SHAPES, Values, headers, layer_config
+from ownpath.bench.synthetic import RATIOS, Values, headers, layer_config
 from ownpath.bench.timing import capture_graph
 from ownpath.cache.pools import CachePool, CacheSpec
 from ownpath.config import EngineConfig, ModelConfig

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from layer.shards import write_shards
 
+from ownpath.bench.published import SHAPES
 from ownpath.bench.record import append_lines, provenance
-from ownpath.bench.synthetic import SHAPES
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.config import EngineConfig, ModelConfig
 from ownpath.loading import device_caps

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from layer.shards import write_shards
 
+from ownpath.bench.published import SHAPES
 from ownpath.bench.record import append_lines, provenance
-from ownpath.bench.synthetic import SHAPES
 from ownpath.config import EngineConfig
 from ownpath.finding import failed
 from ownpath.verify.run import STAGES, StageResult, VerifyJob, verify

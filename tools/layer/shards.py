@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ownpath.bench.synthetic import ONE_LAYER, SHAPES, headers
+from ownpath.bench.published import ONE_LAYER, SHAPES
+from ownpath.bench.synthetic import headers
 from ownpath.checkpoint.tensor_info import TensorInfo
 from ownpath.checkpoint.writer import INDEX_NAME
 from ownpath.config import ModelConfig

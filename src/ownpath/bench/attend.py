@@ -8,10 +8,11 @@ from functools import partial
 
 import torch
 
+from ownpath.bench.cases import cases_of
 from ownpath.bench.floor import Work
 from ownpath.bench.kernel import Bound, KernelProblem, case_of, contenders_of, run_kernels
 from ownpath.bench.peers.flashmla import FlashMla
-from ownpath.bench.request import BenchRequest, cases_of
+from ownpath.bench.request import BenchRequest
 from ownpath.bench.rotation import num_calls
 from ownpath.bench.row import Row
 from ownpath.conformance.attend import HEAD_DIM, AttendInputs, judge_attend, make_attend_inputs
@@ -28,7 +29,7 @@ JUDGED_ROWS = 16
 def measured(asked: BenchRequest) -> Iterator[Row]:
     """Measures case by case."""
     contenders = contenders_of(asked, OpKind.ATTEND, bind, [FlashMla(asked.library("flashmla"))])
-    for case in cases_of(asked, CASES):
+    for case in cases_of(asked.shapes, CASES):
         yield from run_kernels(_problems(asked, case), contenders, asked.settings, asked.settings.timer)
 
 

@@ -1,9 +1,13 @@
-"""The table of benches. A new one is a module and a line here; nothing is imported before it is asked for."""
+"""The table of benches. A new one is a module and a line here; it is imported only when it is asked for."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
+from ownpath.bench.cases import family_cases
+from ownpath.bench.published import model_shape
+from ownpath.bench.shapes import linear_shape, moe_shape
 from ownpath.formats import FP8_BLOCK, NVFP4, Format
 from ownpath.ops import OpKind
 
@@ -18,12 +22,14 @@ if TYPE_CHECKING:
 class Bench(NamedTuple):
     """A bench. place: ``module:function`` in ``ownpath.bench``, a ``Measured``; about: for the help.
 
+    find: looks up a shape by its name, without torch. Errors: ValueError for a name that is unknown.
     kind, stored: the operation, and the weights' format if they have one: every registered kernel of these may take
     part by its name. ``None``: a bench of more than one operation.
     """
 
     place: str
     about: str
+    find: Callable[[str], object]
     kind: OpKind | None = None
     stored: Format | None = None
 
@@ -35,13 +41,15 @@ class Bench(NamedTuple):
 
 
 BENCHES = {
-    "moe": Bench("moe:measured", "NVFP4 experts", OpKind.MOE, NVFP4),
-    "linear": Bench("linear:measured_nvfp4", "NVFP4 linears", OpKind.LINEAR, NVFP4),
-    "fp8": Bench("linear:measured_fp8", "FP8 linears", OpKind.LINEAR, FP8_BLOCK),
-    "attend": Bench("attend:measured", "decode attention", OpKind.ATTEND),
-    "scores": Bench("scores:measured", "the indexer's scores", OpKind.INDEX_SCORES),
-    "select": Bench("select:measured", "the selection by scores", OpKind.SELECT),
-    "entries": Bench("entries:measured", "a decode step's cache writes", OpKind.ENTRIES),
-    "sample": Bench("sample:measured", "the sampler", OpKind.SAMPLE),
-    "step": Bench("step:measured", "a decode step of a whole model of random weights"),
+    "moe": Bench("moe:measured", "NVFP4 experts", moe_shape, OpKind.MOE, NVFP4),
+    "linear": Bench("linear:measured_nvfp4", "NVFP4 linears", linear_shape, OpKind.LINEAR, NVFP4),
+    "fp8": Bench("linear:measured_fp8", "FP8 linears", linear_shape, OpKind.LINEAR, FP8_BLOCK),
+    "attend": Bench("attend:measured", "decode attention", partial(family_cases, "attend"), OpKind.ATTEND),
+    "scores": Bench("scores:measured", "the indexer's scores", partial(family_cases, "scores"), OpKind.INDEX_SCORES),
+    "select": Bench("select:measured", "the selection by scores", partial(family_cases, "select"), OpKind.SELECT),
+    "entries": Bench(
+        "entries:measured", "a decode step's cache writes", partial(family_cases, "entries"), OpKind.ENTRIES
+    ),
+    "sample": Bench("sample:measured", "the sampler", partial(family_cases, "sample"), OpKind.SAMPLE),
+    "step": Bench("step:measured", "a decode step of a whole model of random weights", model_shape),
 }

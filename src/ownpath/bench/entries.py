@@ -9,9 +9,10 @@ from functools import partial
 
 import torch
 
+from ownpath.bench.cases import cases_of
 from ownpath.bench.floor import Work
 from ownpath.bench.kernel import Bound, KernelProblem, case_of, cold_timer, contenders_of, run_kernels
-from ownpath.bench.request import BenchRequest, cases_of
+from ownpath.bench.request import BenchRequest
 from ownpath.bench.row import Row
 from ownpath.conformance.entries import WritingStep, draw_step, judge_step
 from ownpath.kernels.cases import KernelCase
@@ -29,7 +30,7 @@ def measured(asked: BenchRequest) -> Iterator[Row]:
     """Measures case by case. There is no peer: others spread the same work over several launches."""
     contenders = contenders_of(asked, OpKind.ENTRIES, bind, [])
     timer, dims = cold_timer(asked.settings)
-    for case in cases_of(asked, CASES):
+    for case in cases_of(asked.shapes, CASES):
         for ends in (False, True) if case.sizes[2] else (False,):
             yield from run_kernels(_problems(asked, case, ends, dims), contenders, asked.settings, timer)
 

@@ -1,5 +1,7 @@
-"""The fields of the published V4-Flash's and V4-Pro's config.json."""
+"""The fields of the published V4-Flash's and V4-Pro's config.json, and of a small model of the same kind."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 COMMON: dict[str, Any] = {
@@ -66,3 +68,26 @@ PRO = COMMON | {
     "index_topk": 1024,
     "compress_ratios": [128, 128, *[4, 128] * 29, 4, 0],
 }
+ONE_LAYER = {"num_hidden_layers": 1, "num_nextn_predict_layers": 0}
+SMALL_VOCAB = {"vocab_size": 4096}  # of the tables only the router's is part of a layer
+SMALL: dict[str, Any] = (
+    FLASH
+    | SMALL_VOCAB
+    | {
+        "hidden_size": 256,
+        "num_attention_heads": 4,
+        "q_lora_rank": 128,
+        "o_groups": 2,
+        "o_lora_rank": 128,
+        "n_routed_experts": 8,
+        "moe_intermediate_size": 256,
+    }
+)
+SHAPES = MappingProxyType({"flash": FLASH, "pro": PRO, "small": SMALL})
+
+
+def model_shape(name: str) -> Mapping[str, Any]:
+    """Returns a model's fields by name. Errors: ValueError for an unknown name."""
+    if name not in SHAPES:
+        raise ValueError(f"--shape: no model {name!r}; known: {', '.join(SHAPES)}")
+    return SHAPES[name]

@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 from ownpath.bench.measure import Settings
 
@@ -40,36 +39,3 @@ class BenchRequest:
         """Returns a system's library: as asked for, or by ``OWNPATH_BENCH_<SYSTEM>``; ``None`` if neither says."""
         named = os.environ.get(f"OWNPATH_BENCH_{system.upper()}")
         return self.libraries.get(system) or (Path(named) if named else None)
-
-
-class _Labelled(Protocol):
-    @property
-    def label(self) -> str: ...
-
-    @property
-    def tiny(self) -> bool: ...
-
-    @property
-    def bench(self) -> bool: ...
-
-
-_LabelledCase = TypeVar("_LabelledCase", bound=_Labelled)
-
-
-def cases_of(asked: BenchRequest, cases: Sequence[_LabelledCase]) -> list[_LabelledCase]:
-    """Returns a family's cases whose labels have all words of a shape that is asked for; without shapes, the bench's.
-
-    The word "tiny" asks for those that a CPU can run. Errors: ValueError for a shape that no case has.
-    """
-    if not asked.shapes:
-        return [case for case in cases if case.bench]
-    found: list[_LabelledCase] = []
-    for shape in asked.shapes:
-        words = set(shape.split())
-        fitting = [case for case in cases if (case.tiny if "tiny" in words else case.bench)]
-        fitting = [case for case in fitting if words - {"tiny"} <= set(case.label.split())]
-        if not fitting:
-            known = dict.fromkeys(case.label for case in cases if case.bench)
-            raise ValueError(f"--shape: no case has the words of {shape!r}; known: {', '.join(known)}")
-        found += [case for case in fitting if case not in found]
-    return found

@@ -6,10 +6,11 @@ from functools import partial
 
 import torch
 
+from ownpath.bench.cases import cases_of
 from ownpath.bench.floor import Work
 from ownpath.bench.kernel import Bound, KernelProblem, case_of, contenders_of, run_kernels
 from ownpath.bench.peers.sampling import TorchSampling
-from ownpath.bench.request import BenchRequest, cases_of
+from ownpath.bench.request import BenchRequest
 from ownpath.bench.rotation import num_calls
 from ownpath.bench.row import Row
 from ownpath.kernels.sample.cases import CASES, SampleCase
@@ -33,7 +34,7 @@ class SampleInputs:
 def measured(asked: BenchRequest) -> Iterator[Row]:
     """Measures case by case."""
     contenders = contenders_of(asked, OpKind.SAMPLE, bind, [TorchSampling()])
-    for case in cases_of(asked, CASES):
+    for case in cases_of(asked.shapes, CASES):
         yield from run_kernels(_problems(asked, case), contenders, asked.settings, asked.settings.timer)
 
 

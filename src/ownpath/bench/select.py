@@ -7,10 +7,11 @@ from functools import partial
 
 import torch
 
+from ownpath.bench.cases import cases_of
 from ownpath.bench.floor import Work
 from ownpath.bench.kernel import Bound, KernelContender, KernelProblem, case_of, contenders_of, run_kernels
 from ownpath.bench.peers.topk import PersistentTopk, TorchTopk
-from ownpath.bench.request import BenchRequest, cases_of
+from ownpath.bench.request import BenchRequest
 from ownpath.bench.rotation import num_calls
 from ownpath.bench.row import Row
 from ownpath.bench.scores import BLOCK_TOKENS, draw_rows
@@ -37,7 +38,7 @@ def measured(asked: BenchRequest) -> Iterator[Row]:
     """Measures case by case."""
     peers: list[KernelContender[SelectInputs]] = [PersistentTopk(asked.library("vllm")), TorchTopk()]
     contenders = contenders_of(asked, OpKind.SELECT, bind, peers)
-    for case in cases_of(asked, CASES):
+    for case in cases_of(asked.shapes, CASES):
         yield from run_kernels(_problems(asked, case), contenders, asked.settings, asked.settings.timer)
 
 

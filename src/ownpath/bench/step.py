@@ -19,9 +19,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ownpath.bench.floor import NVFP4_BYTES_PER_PARAM, Work
+from ownpath.bench.published import model_shape
 from ownpath.bench.request import BenchRequest, StepOptions
 from ownpath.bench.row import Case, Row, Timing
-from ownpath.bench.synthetic import SHAPES, Values, headers
+from ownpath.bench.synthetic import Values, headers
 from ownpath.cache.layout import CacheTensor, EntryKind
 from ownpath.cache.pools import CachePool, SequenceCache
 from ownpath.checkpoint.index import CheckpointIndex
@@ -53,8 +54,6 @@ def measured(asked: BenchRequest) -> Iterator[Row]:
     if asked.contenders not in (None, "ownpath"):
         raise ValueError("--contenders: bench step has none but ownpath")
     for shape in asked.shapes or ("flash",):
-        if shape not in SHAPES:
-            raise ValueError(f"--shape: no model {shape!r}; known: {', '.join(SHAPES)}")
         rows = asked.tokens or ROWS
         yield from StepBench.of(asked, shape, max(rows)).measured(rows)
 
@@ -78,7 +77,7 @@ _NOT_DENSE = (".ffn.experts.", "embed.weight", "tid2eid")
 
 def step_config(shape: str, options: StepOptions) -> ModelConfig:
     """Returns a published shape's config without drafts, cut to the asked layers."""
-    fields = SHAPES[shape] | {"num_nextn_predict_layers": 0}
+    fields = {**model_shape(shape), "num_nextn_predict_layers": 0}
     if options.layers is not None:
         ratios = fields["compress_ratios"][: options.layers]
         fields |= {"num_hidden_layers": options.layers, "compress_ratios": ratios}
@@ -159,18 +158,19 @@ class StepBench:
     def measured(self, counts: tuple[int, ...]) -> Iterator[Row]:
         """Captures a graph for each number of rows on a GPU, then times them."""
         self.decoder.buckets = tuple(sorted(counts))
-        with torch.inference_mode():
-            if self.is_on_gpu:
-                start = time.perf_counter()
+        if self.is_on_gpu:
+            start = time.perf_counter()
+            with torch.inference_mode():
                 self.decoder.capture(lambda *_: None)
-                self.setup["capture_s"] = round(time.perf_counter() - start, 1)
-            for count in counts:
-                yield self._row(count)
+            self.setup["capture_s"] = round(time.perf_counter() - start, 1)
+        for count in counts:
+            yield self._row(count)
 
     @property
     def is_on_gpu(self) -> bool:
         return torch.device(self.asked.settings.device).type == "cuda"
 
+    @torch.inference_mode()
     def _row(self, count: int) -> Row:
         options, experts = self.asked.step, self._count_experts(count)
         until = time.perf_counter() + (WARM_UP_S if self.is_on_gpu else 0)

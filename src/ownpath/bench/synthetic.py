@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 
-from ownpath.bench.published import FLASH, PRO
+from ownpath.bench.published import ONE_LAYER, SHAPES, SMALL_VOCAB
 from ownpath.checkpoint.dtypes import TORCH_DTYPES
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.names import model_params
@@ -23,22 +22,6 @@ from ownpath.plan.opspec import model_ops
 from ownpath.plan.plan import Plan
 from ownpath.weights.operands import Destination, OperandBuffers, make_operand
 
-ONE_LAYER = {"num_hidden_layers": 1, "num_nextn_predict_layers": 0}
-SMALL_VOCAB = {"vocab_size": 4096}  # of the tables only the router's is part of a layer
-SMALL: dict[str, Any] = (
-    FLASH
-    | SMALL_VOCAB
-    | {
-        "hidden_size": 256,
-        "num_attention_heads": 4,
-        "q_lora_rank": 128,
-        "o_groups": 2,
-        "o_lora_rank": 128,
-        "n_routed_experts": 8,
-        "moe_intermediate_size": 256,
-    }
-)
-SHAPES = MappingProxyType({"flash": FLASH, "pro": PRO, "small": SMALL})
 RATIOS = MappingProxyType({"sliding": 0, "csa": 4, "hca": 128})
 
 E2M1_RMS = 2.926  # of the 16 codes, each as likely as the others

@@ -88,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"bench: name one of {', '.join(names)} and {last}, or give --tune FAMILY")
     if args.tune is not None:
         return _tune(args)
+    _check_names(args)
     with Progress("starting"):
         asked = _asked(args)
         measured = BENCHES[args.bench].load()
@@ -102,14 +103,21 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(row.status in ("ok", "not applicable") for row in rows if not row.is_peer) else 1
 
 
+def _check_names(args: argparse.Namespace) -> None:
+    """Looks names up before anything heavy is imported. Errors: ValueError for a shape that is unknown, or an option of
+    another bench."""
+    for shape in args.shape:
+        BENCHES[args.bench].find(shape)
+    for name in _STEP_OPTIONS:
+        if getattr(args, name) is not None and args.bench != "step":
+            raise ValueError(f"--{name.replace('_', '-')}: an option of bench step")
+
+
 def _asked(args: argparse.Namespace) -> "BenchRequest":
-    """Errors: ValueError for options of another bench."""
     from ownpath.bench.measure import Settings
     from ownpath.bench.request import BenchRequest, StepOptions
 
     given = {name: value for name in _STEP_OPTIONS if (value := getattr(args, name)) is not None}
-    if given and args.bench != "step":
-        raise ValueError(f"--{next(iter(given)).replace('_', '-')}: an option of bench step")
     settings = Settings.of(args.device, args.seed, args.seconds)
     return BenchRequest(settings, args.shape, args.tokens, args.contenders, dict(args.library), StepOptions(**given))
 

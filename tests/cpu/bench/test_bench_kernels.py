@@ -13,6 +13,7 @@ import torch
 from ownpath.bench import rotation
 from ownpath.bench.attend import bind
 from ownpath.bench.benches import BENCHES
+from ownpath.bench.cases import cases_of
 from ownpath.bench.contender import Missing
 from ownpath.bench.floor import H200, NVFP4_BYTES_PER_PARAM, Work
 from ownpath.bench.kernel import Bound, FilledTimer, KernelProblem, NotApplicable, case_of, contenders_of, run_kernels
@@ -20,7 +21,7 @@ from ownpath.bench.measure import Settings
 from ownpath.bench.peers.deepgemm import DeepGemm
 from ownpath.bench.peers.flashmla import FlashMla
 from ownpath.bench.peers.topk import PersistentTopk, TorchTopk
-from ownpath.bench.request import BenchRequest, StepOptions, cases_of
+from ownpath.bench.request import BenchRequest, StepOptions
 from ownpath.bench.row import Row, Timing
 from ownpath.bench.select import SelectInputs
 from ownpath.bench.step import StepBench, StepModel, step_config, step_work
@@ -150,12 +151,12 @@ def test_a_twin_that_waits_for_the_device_is_in_no_graph() -> None:
 
 def test_shapes_are_words_of_a_case() -> None:
     def labels(*shapes: str) -> list[str]:
-        return [case.label for case in cases_of(BenchRequest(SETTINGS, shapes), CASES)]
+        return [case.label for case in cases_of(shapes, CASES)]
 
     assert labels("flash SWA fp8") == ["flash SWA fp8"]
     assert labels("pro fp8", "pro SWA") == ["pro SWA fp8", "pro CSA 8k fp8", "pro HCA 128k fp8", "pro SWA bf16"]
     assert labels() == [case.label for case in CASES if case.bench]
-    assert all(case.tiny for case in cases_of(BenchRequest(SETTINGS, ("tiny",)), CASES))
+    assert all(case.tiny for case in cases_of(["tiny"], CASES))
 
 
 def test_fills_are_not_counted() -> None:

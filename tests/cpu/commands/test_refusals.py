@@ -60,6 +60,10 @@ REFUSALS: tuple[tuple[str, str], ...] = (
     ("bench cooking", "BENCH"),
     ("bench", "moe"),
     ("bench moe --shape nothing", "--shape"),
+    ("bench attend --shape nothing", "--shape"),
+    ("bench step --shape nothing", "--shape"),
+    ("bench moe --context 8", "--context"),
+    ("bench moe --library vllm", "--library"),
     ("bench moe --tokens 1,0", "--tokens"),
     ("bench --tune nothing", "nothing"),
 )
