@@ -118,7 +118,7 @@ class ExpertCounter(Observer):
     found: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
 
     def after(self, call: Watched, args: CallArguments, result: object) -> None:
-        if call.slot.endswith(".ffn.router"):
+        if call.slot.endswith((".ffn.router", ".ffn.decode.route")):
             assert isinstance(result, tuple)
             ids = result[0].unique()
             self.found[_layer_of(call.slot)].append(int((ids >= 0).sum()))
