@@ -102,5 +102,7 @@ def test_what_does_not_fit_is_named() -> None:
         PLAIN_LINEAR.run(torch.zeros(2, 80).bfloat16(), operand)
     with pytest.raises(ValueError, match=r"out must have shape \[2, 24\]"):
         PLAIN_LINEAR.run(x, operand, out=torch.zeros(2, 32).bfloat16())
+    with pytest.raises(ValueError, match=r"out must have shape \[2, 24\]"):
+        PLAIN_LINEAR.run(x.float(), operand, out=torch.zeros(1, 2, 24))
     with pytest.raises(ValueError, match="out must be contiguous"):
         PLAIN_LINEAR.run(x, operand, out=torch.zeros(24, 2).bfloat16().T)

@@ -173,6 +173,9 @@ def _is_readable(x: torch.Tensor, weight_NK: torch.Tensor) -> bool:
 
 def _library(x: torch.Tensor, operand: FewOperand, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
     """Computes through torch's library."""
+    shape = (len(x), len(operand.plain.weight_NK))
+    if out is not None and out.shape != shape:
+        raise ValueError(f"out must have shape {list(shape)}, found {list(out.shape)}")
     y = LIBRARY(x, operand.plain.weight_NK, dtype if out is None else out.dtype)
     return y if out is None else out.copy_(y)
 
