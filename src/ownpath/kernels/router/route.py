@@ -7,8 +7,8 @@ kernel in front of this one has ended; what then remains is the input's way thro
 and the choice. From ``MIN_DOT_TOKENS`` tokens on, the products run on tensor cores.
 
 Roofline. 2 * E * D bytes, or 4 with float32 weights. At few tokens the time is latency.
-Limits. bfloat16 or float32 on either side, tokens up to ``MAX_ROWS``; beyond ``GOOD_ROWS`` a product and ``launch`` are faster.
-E up to 4096, K up to 16, D up to 16384. Calls with one operand must follow each other on one stream: they share
+Limits. bfloat16 or float32 on either side, tokens up to ``MAX_ROWS``; beyond ``GOOD_ROWS`` a product and ``launch`` are
+faster. E up to 4096, K up to 16, D up to 16384. Calls with one operand must follow each other on one stream: they share
 counters. Bits are the same on every repetition, but may depend on how many tokens run together.
 """
 
