@@ -270,7 +270,7 @@ class RouterKernel(Kernel[Operand], Protocol[Operand]):
 
 
 class RouteKernel(Kernel[Operand], Protocol[Operand]):
-    """Expert ids and weights from the router's input: gate and router of few rows. max_rows: the most that it takes."""
+    """Expert ids and weights from the router's input: gate and router of few rows. max_rows: the most it is for."""
 
     @property
     def max_rows(self) -> int: ...
