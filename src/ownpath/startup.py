@@ -19,8 +19,9 @@ from ownpath.runners.make import compile_configs
 from ownpath.terminal.progress import Progress
 from ownpath.terminal.text import counted
 
-WARM_UP_TOKENS = (1, 2, 32, 64, 128)
-"""A number of tokens for each form but the last: 1, up to 16, 32, 64, 256. A test holds that there are no others."""
+WARM_UP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
+"""A number of tokens for each form but the last: up to 1, 2, 4, 8, 16, 32, 64, 256. A test holds that there are no
+others."""
 
 
 def compile_kernels(runners: Iterable[Runner]) -> int:

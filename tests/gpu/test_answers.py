@@ -120,9 +120,11 @@ def test_serve_answers_and_says_which_kernels_ran(cuda: torch.device) -> None:
     )
     try:
         assert process.stderr is not None
-        line = process.stderr.readline()
-        url = re.fullmatch(r"ownpath serves \S+ at (http://\S+)\n", line)
-        assert url, line + process.stderr.read()
+        lines, url = [], None
+        while url is None and process.poll() is None:  # progress comes first
+            lines.append(process.stderr.readline())
+            url = re.fullmatch(r"ownpath serves \S+ at (http://\S+)\n", lines[-1])
+        assert url, "".join(lines) + process.stderr.read()
         body = {"messages": [{"role": "user", "content": "The capital of France is"}], "temperature": 0}
         answer = httpx.post(f"{url[1]}/chat/completions", json=body | {"model": "tiny-v4"}, timeout=120).json()
         assert "Paris" in answer["choices"][0]["message"]["content"]

@@ -188,6 +188,8 @@ def test_no_prompt_compiles_after_the_start(model: Model) -> None:
     engine = EngineConfig(model.cache_spec.device.type, torch.bfloat16, 1024, 2 * MAX_ROWS, max_prefill_tokens=512)
     warm_up(model, engine)
     warm_up_sampler(model.cache_spec.device, model.config.vocab_size)
+    with torch.inference_mode():
+        eager(model).warm_up(lambda *_: None)  # prompts of one token each are a decode step, too
     before = COMPILATIONS.count
     for lengths in ((1,), (3,), (17,), (20,), (48,), (100,), (257,), (300,), (500,), (3, 9, 70), (1, 1, 1), (200, 1)):
         rows = started_together(model, lengths)

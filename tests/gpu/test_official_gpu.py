@@ -27,11 +27,13 @@ def kernel_configs() -> Iterator[Config]:
 
 
 def next_token(device: str, prompt: list[int]) -> tuple[int, set[str]]:
-    """The likeliest token after the prompt, and the slots that ran."""
+    """The likeliest token after the prompt, and the slots that ran for it and for a decode step behind it."""
     config = replace(EngineConfig.for_device(device, 512), dtype=torch.bfloat16, official=OFFICIAL)
     model = load_model(default_model_dir(), config)
-    logits = model.forward(ForwardBatch.of([(prompt, model.new_cache())], device))
+    cache = model.new_cache()
+    logits = model.forward(ForwardBatch.of([(prompt, cache)], device))
     assert torch.isfinite(logits).all()
+    assert torch.isfinite(model.forward(ForwardBatch.of([([int(logits.argmax())], cache)], device))).all()
     return int(logits.argmax()), set(model.ledger.calls)
 
 

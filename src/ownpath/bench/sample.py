@@ -41,15 +41,17 @@ def measured(asked: BenchRequest) -> Iterator[Row]:
 def bind(kernel: SampleKernel[object], spec: KernelSpec, sets: Sequence[SampleInputs]) -> Bound:
     """Binds calls that share an operand and an output."""
     operand, first = kernel.prepare(), sets[0]
-    chosen = torch.full((2, len(first.logits_TV)), -1, dtype=torch.int64, device=first.logits_TV.device)
-    out = Sampled(chosen[0], chosen[1], None)
+    token_T, fault_T = (
+        torch.full((len(first.logits_TV),), -1, dtype=torch.int64, device=first.logits_TV.device) for _ in range(2)
+    )
+    out = Sampled(token_T, fault_T, None)
     calls = [partial(kernel.run, one.logits_TV, one.rows, operand, out=out) for one in sets]
 
     def judge() -> None:
         wanted = sample(first.logits_TV[:JUDGED_ROWS].cpu(), _first_on_cpu(first.rows))
-        wrong = (chosen[0, :JUDGED_ROWS].cpu() != wanted.token_T).nonzero().flatten().tolist()
+        wrong = (token_T[:JUDGED_ROWS].cpu() != wanted.token_T).nonzero().flatten().tolist()
         assert not wrong, f"another token in rows {wrong[:8]}"
-        assert not chosen[1].any(), "a fault"
+        assert not fault_T.any(), "a fault"
 
     return Bound(calls, judge)
 

@@ -215,6 +215,15 @@ class Decoder:
             progress(done, len(self.buckets), f"{count} rows")
             self._graphs[count] = self._capture(count, memory)
 
+    def warm_up(self, progress: Callable[[int, int, str], None]) -> None:
+        """Runs every bucket once, so that no later step compiles anything. Call once, before any step; not needed
+        where buckets are captured."""
+        self._rows.upload(())
+        for done, count in enumerate(self.buckets):
+            progress(done, len(self.buckets), f"{count} rows")
+            with self._model.ledger.counting_apart():
+                self.run(count)
+
     def _capture(self, count: int, memory: Any) -> _Captured:
         with self._model.ledger.counting_apart():
             self.run(count)
@@ -283,7 +292,7 @@ def no_graph_of(ledger: Ledger) -> str | None:
 
 
 def make_decoder(model: DecodingModel, engine: EngineConfig, num_vocab: int) -> Decoder | None:
-    """Makes the decoder of a model on a GPU and captures its graphs, if the engine wants them.
+    """Makes the decoder of a model on a GPU and captures its graphs if the engine wants them; else runs every bucket.
 
     ``None`` on a CPU, and where no decode step is planned. Says why there are no graphs where a kernel rules them out.
     """
@@ -293,7 +302,7 @@ def make_decoder(model: DecodingModel, engine: EngineConfig, num_vocab: int) -> 
     without = no_graph_of(model.ledger)
     if engine.graphs and without is not None:
         tell("decode steps run without graphs", f": {without}")
-    elif engine.graphs:
-        with Progress("capturing graphs") as progress, torch.inference_mode():
-            decoder.capture(progress)
+    captures = engine.graphs and without is None
+    with Progress("capturing graphs" if captures else "warming up decode steps") as progress, torch.inference_mode():
+        (decoder.capture if captures else decoder.warm_up)(progress)
     return decoder

@@ -146,7 +146,7 @@ def test_an_upload_leaves_what_its_rows_say(model: Model) -> None:
         assert columns.seeds[some].tolist() == [2**62 + n for n in picked]
         assert columns.drawn[some].tolist() == [step + n for n in picked]
         assert columns.temperatures[some].tolist() == [0.25 * step] * len(rows)
-        assert torch.equal(columns.top_p[some], torch.tensor([params.top_p] * len(rows)))
+        assert torch.equal(columns.top_p[some].cpu(), torch.tensor([params.top_p] * len(rows)))
         assert columns.blocks[some].tolist() == [list(caches[n].blocks) for n in picked]
         rest = slice(len(rows), None)
         assert set(columns.tokens[rest].tolist()) == {PADDED}

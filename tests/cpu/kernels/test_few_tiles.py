@@ -39,6 +39,7 @@ def test_what_the_table_does_not_hold_is_the_librarys() -> None:
     assert isinstance(tile, FewTile)
     assert choose_tile(most_tokens, most_rows, 4096) is not None
     assert choose_tile(most_tokens + 1, most_rows, 4096) is None
-    assert choose_tile(1, most_rows + 1, 4096) is None
+    assert choose_tile(most_tokens, most_rows + 1, 4096) is None
+    assert choose_tile(1, max(rows for _, rows, _ in TILES) + 1, 4096) is None
     assert choose_tile(most_tokens, most_rows, (MAX_CHUNKS + 1) * STEP * tile.warps) is None
     assert choose_tile(1, 129280, 4096) is None

@@ -95,15 +95,17 @@ class FewTile:
 
 PlainTile = FewTile | FmaTile
 TILES: tuple[tuple[int, int, PlainTile], ...] = (
-    (1, 1280, FmaTile(2, 1, 4, 4096)),
-    (2, 1280, FmaTile(2, 2, 8, 4096)),
+    (1, 320, FmaTile(2, 1, 8, 4096)),
+    (1, 1280, FmaTile(4, 1, 8, 4096)),
+    (1, 2112, FmaTile(8, 1, 8, 2048)),
+    (2, 320, FmaTile(2, 2, 8, 4096)),
+    (2, 1280, FmaTile(4, 2, 8, 2048)),
     (8, 320, FewTile(4, 16, 8, 8, 16, 16)),
     (8, 1280, FewTile(8, 16, 8, 8, 16, 16)),
-    (8, 2112, FewTile(16, 16, 8, 8, 16, 8)),
-    (8, 3072, FewTile(10, 16, 8, 8, 8, 8)),
+    (8, 2112, FewTile(16, 16, 8, 4, 8, 8)),
+    (8, 3072, FewTile(10, 16, 8, 4, 8, 8)),
     (16, 320, FewTile(4, 8, 16, 8, 16, 8, is_weight_first=False)),
-    (16, 1280, FewTile(8, 8, 16, 8, 16, 8, is_weight_first=False)),
-    (16, 3072, FewTile(8, 8, 16, 4, 16, 8, is_weight_first=False)),
+    (16, 2112, FewTile(8, 8, 16, 4, 16, 8, is_weight_first=False)),
 )
 """(Most rows of x, most rows of W, tile): the first that holds both serves a call. What none holds, cuBLAS computes."""
 

@@ -31,10 +31,10 @@ from ownpath.kernels.router.launch import INTERPRETED, RouterOut, check_choice, 
 from ownpath.kernels.variants import variant_name
 
 FLOATS = (torch.bfloat16, torch.float32)
-MAX_ROWS, GOOD_ROWS = 64, 16
-"""The most rows of a call, and up to how many it was faster than cuBLAS and the router on an H200."""
+MAX_ROWS, GOOD_ROWS = 64, 8
+"""The most rows of a call, and up to how many a decode step makes it: of more, two launches are much faster."""
 MAX_WIDTH = 16384
-MIN_DOT_TOKENS = 5
+MIN_DOT_TOKENS = 3
 
 
 class RouteTiles(NamedTuple):
@@ -54,8 +54,8 @@ def choose_tiles(num_tokens: int, width: int, is_narrow: bool) -> RouteTiles:
     """Chooses tiles by tokens and columns. is_narrow: input and weights are bfloat16."""
     tile = min(int(triton.next_power_of_2(width)), 1024)
     if num_tokens < MIN_DOT_TOKENS or not is_narrow:
-        return RouteTiles(2 if num_tokens == 1 or not is_narrow else 4, tile, 1, 0, 1)
-    return RouteTiles(8, tile, 8, min(8, max(tile // 16, 1)), 8)
+        return RouteTiles(4 if is_narrow and width <= 4096 else 2, tile, 1, 0, 1)
+    return RouteTiles(8, tile, 4, min(4, max(tile // 16, 1)), 4)
 
 
 RouteKey = tuple[torch.Size, torch.dtype, torch.dtype | None, bool, torch.dtype, int]
