@@ -28,6 +28,7 @@ SHAPES = {
     ("router", "by token"): (1,),
     ("route", "flash"): (1, 8, 33),
     ("route", "flash by token"): (1, 8),
+    ("route", "least"): (4,),
     ("route", "pro"): (1, 32),
     ("rms_norm", "hidden"): (1,),
     ("rms_norm", "heads, no weight"): (33,),

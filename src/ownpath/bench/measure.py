@@ -67,6 +67,12 @@ def without_time(case: Case, contender: Contender, status: Status, reason: str) 
 
 
 def describe(failure: Exception) -> str:
-    """Returns an exception as one line, class and message, and logs the traceback."""
+    """Returns an exception as one line, class and message, and logs the traceback.
+
+    The first of a chain: ending a capture that a failed call has spoilt raises an error of its own.
+    """
     logging.getLogger(__name__).warning("a contender failed", exc_info=failure)
-    return " ".join(f"{type(failure).__name__}: {failure}".split())[:400]
+    first: BaseException = failure
+    while first.__context__ is not None:
+        first = first.__context__
+    return " ".join(f"{type(first).__name__}: {first}".split())[:400]

@@ -33,7 +33,8 @@ from ownpath.trace.ledger import CapturedCalls
 
 PADDED = -1
 """The token id of a padded row."""
-_PADDED_INTEGERS, _PADDED_FLOATS = np.array([[PADDED], [0], [NOBODY], [0]]), np.array([[0.0], [1.0]])
+_PADDED_INTEGERS = np.array([[PADDED], [NOBODY], [0], [0], [0], [-1]])
+_PADDED_FLOATS = np.array([[0.0], [1.0]])
 """A padded row's token, position, slot and number of drawn tokens; its temperature and top_p."""
 GREEDY = SampleRow(SamplingParams(1, temperature=0.0), seed=0, num_drawn=0)
 """Takes the likeliest token."""
@@ -80,14 +81,15 @@ def aligned_rows(num_rows: int) -> int:
 
 
 class _RowArrays:
-    """The rows' arrays in one buffer of int32: seeds (two words a row), tokens, positions, slots, numbers of drawn
-    tokens, temperatures, top_p [R]; block tables [R, B].
+    """The rows' arrays in one buffer of int32: seeds (two words a row), tokens, slots, positions, numbers of drawn
+    tokens, steps (1 for a row, 0 where padded), pads (0 for a row, -1 where padded), temperatures, top_p [R]; block
+    tables [R, B].
 
     ``upload`` writes them in host memory and transfers them. It touches only block tables that change: with a context
     of a million tokens a table has 4,096 words, and a request keeps it for life.
     """
 
-    WORDS = 8
+    WORDS = 10
 
     def __init__(self, max_rows: int, num_blocks: int, device: torch.device) -> None:
         num_rows = aligned_rows(max_rows)
@@ -96,7 +98,7 @@ class _RowArrays:
         self._device = torch.zeros(size, dtype=torch.int32, device=device)
         heads = self._host.numpy()[: self.WORDS * num_rows].reshape(self.WORDS, num_rows)
         self._seeds = heads[:2].reshape(-1).view(np.int64)
-        self._integers, self._floats = heads[2:6], heads[6:].view(np.float32)
+        self._integers, self._floats = heads[2:8], heads[8:].view(np.float32)
         self._host_blocks = _Columns.of(self._host, num_rows).blocks
         self._held: list[tuple[int, ...] | None] = [None] * num_rows
         self.columns = _Columns.of(self._device, num_rows)
@@ -119,7 +121,8 @@ class _RowArrays:
         if rows:
             caches, tokens, samples = zip(*rows, strict=True)
             positions, slots = [cache.num_tokens for cache in caches], [cache.slot for cache in caches]
-            self._integers[:, :count] = (tokens, positions, slots, [sample.num_drawn for sample in samples])
+            drawn = [sample.num_drawn for sample in samples]
+            self._integers[:, :count] = (tokens, slots, positions, drawn, [1] * count, [0] * count)
             params = [sample.params for sample in samples]
             self._floats[:, :count] = ([one.temperature for one in params], [one.top_p for one in params])
             self._seeds[:count] = [sample.seed for sample in samples]
@@ -142,28 +145,35 @@ class _RowArrays:
 
 
 class _Columns(NamedTuple):
-    """Views of the buffer of ``_RowArrays``. top_k, min_p: zeros, for filters that no request sets yet."""
+    """Views of the buffer of ``_RowArrays``. top_k, min_p: zeros, for filters that no request sets yet. counts:
+    positions and drawn [2, R], which a step counts up by ``steps``."""
 
     seeds: torch.Tensor
     tokens: torch.Tensor
-    positions: torch.Tensor
     slots: torch.Tensor
+    positions: torch.Tensor
     drawn: torch.Tensor
+    steps: torch.Tensor
+    pads: torch.Tensor
     temperatures: torch.Tensor
     top_p: torch.Tensor
     blocks: torch.Tensor
     top_k: torch.Tensor
     min_p: torch.Tensor
+    counts: torch.Tensor
 
     @classmethod
     def of(cls, buffer: torch.Tensor, num_rows: int) -> "_Columns":
         heads = buffer[: _RowArrays.WORDS * num_rows].view(_RowArrays.WORDS, num_rows)
-        seeds, (temperatures, top_p) = heads[:2].flatten().view(torch.int64), heads[6:8].view(torch.float32)
-        tokens, positions, slots, drawn = heads[2:6]
+        seeds, (temperatures, top_p) = heads[:2].flatten().view(torch.int64), heads[8:].view(torch.float32)
+        tokens, slots, positions, drawn, steps, pads = heads[2:8]
         blocks = buffer[_RowArrays.WORDS * num_rows :].view(num_rows, -1)
         top_k = torch.zeros(num_rows, dtype=torch.int32, device=buffer.device)
         min_p = top_k.view(torch.float32)
-        return cls(seeds, tokens, positions, slots, drawn, temperatures, top_p, blocks, top_k, min_p)
+        counts = heads[4:6]
+        return cls(
+            seeds, tokens, slots, positions, drawn, steps, pads, temperatures, top_p, blocks, top_k, min_p, counts
+        )
 
 
 _DrawState = tuple[int, int, SamplingParams]
@@ -198,7 +208,6 @@ class Decoder:
         self._sampler, self._sampler_operand = sampler_of(device)
         self._chosen = torch.zeros(2, aligned_rows(max_rows), dtype=torch.int32, device=device)
         self._read = torch.zeros(self._chosen.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._padded = torch.tensor(PADDED, dtype=torch.int32, device=device)
         self._resident: list[_Resident] = []
         self._graphs: dict[int, _Captured] = {}
         self.num_replays = 0
@@ -275,10 +284,9 @@ class Decoder:
         logits_TV = self._model.decode(tokens_T, tables)[:, : self._num_vocab]
         found = Sampled(self._chosen[0, :count], self._chosen[1, :count])
         self._sampler.run(logits_TV.float(), self._rows.sample_rows(count), self._sampler_operand, out=found)
-        is_row_T = tokens_T >= 0
-        tables.positions_T.add_(is_row_T)
-        self._rows.columns.drawn[:count].add_(1)
-        torch.where(is_row_T, found.token_T, self._padded, out=tokens_T)
+        columns = self._rows.columns
+        columns.counts[:, :count].add_(columns.steps[:count])
+        torch.bitwise_or(found.token_T, columns.pads[:count], out=tokens_T)  # -1 where a row is padded
         return logits_TV
 
 

@@ -102,12 +102,14 @@ class Model:
     def _backbone(
         self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: AttentionStep | DecodeStep
     ) -> Residual:
-        h_TD = self.embed_VD[token_ids_T.clamp(min=0)].to(self.cache_spec.dtype)
-        residual = Residual.of_embedding(h_TD, self.config.hc_mult)
         if isinstance(step, DecodeStep):
             sliding, compress = step.rotations
+            token_ids_T = token_ids_T.int()  # as a decoder's are: kernels are compiled for one kind of ids
         else:
             sliding, compress = self.sliding_rope.at(positions_T), self.compress_rope.at(positions_T)
+        # Each stream begins as the embedding. A padded row, whose id is -1, begins as the last token's.
+        ids_TS = token_ids_T[:, None].expand(-1, self.config.hc_mult)
+        residual = Residual(self.embed_VD[ids_TS].to(self.cache_spec.dtype))
         for block, ratio in zip(self.blocks, self.config.compress_ratios, strict=True):
             residual = block(residual, compress if ratio else sliding, token_ids_T, step)
         return residual

@@ -12,6 +12,7 @@ CASES = (
     KernelCase("router", "by token", (256, 6, 1), (64, 1024), bench=True),
     KernelCase("route", "tiny", (8, 2, 0, 256), (1, 5), tiny=True),
     KernelCase("route", "tiny by token", (8, 2, 1, 256), (1, 5), tiny=True),
+    KernelCase("route", "least", (8, 2, 0, 8), (1, 4, 7), tiny=True),
     KernelCase("route", "odd", (20, 3, 0, 200), (2, 19), tiny=True),
     KernelCase("route", "odd by token", (20, 3, 1, 200), (2, 19), tiny=True),
     KernelCase("route", "flash", (256, 6, 0, 4096), (1, 2, 4, 5, 8, 17, 32, 64), bench=True),

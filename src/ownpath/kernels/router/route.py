@@ -52,7 +52,8 @@ class RouteTiles(NamedTuple):
 
 def choose_tiles(num_tokens: int, width: int, is_narrow: bool) -> RouteTiles:
     """Chooses tiles by tokens and columns. is_narrow: input and weights are bfloat16."""
-    tile = min(int(triton.next_power_of_2(width)), 1024)
+    # The tensor cores' least depth is 16; what lies behind the last column is zero.
+    tile = max(16, min(int(triton.next_power_of_2(width)), 1024))
     if num_tokens < MIN_DOT_TOKENS or not is_narrow:
         return RouteTiles(4 if is_narrow and width <= 4096 else 2, tile, 1, 0, 1)
     return RouteTiles(8, tile, 4, min(4, max(tile // 16, 1)), 4)
