@@ -114,7 +114,7 @@ def test_products_use_the_tensor_cores(compiled: list[Compiled]) -> None:
 def test_the_gates_weights_are_read_before_the_input_is_there(compiled: list[Compiled]) -> None:
     """In loads of 16 bytes, as many as a program's tile of bfloat16 weights takes, in front of the wait."""
     for one in compiled:
-        if one.launch.name in ("route_few", "route_some"):
+        if one.launch.name in ("route_few", "route_some") and dict(one.launch.constants)["WIDTH"] >= 1024:
             sizes, threads = dict(one.launch.constants), 32 * int(dict(one.launch.options)["num_warps"])
             before, _ = one.ptx.split("griddepcontrol.wait")
             assert before.count(".v4.b32") >= 2 * sizes["EXPERTS"] * sizes["WIDTH"] / (16 * threads)
