@@ -32,7 +32,8 @@ from ownpath.loading import device_caps
 from ownpath.model.build import Builder
 from ownpath.model.model import Model
 from ownpath.ops import OpKind
-from ownpath.plan.plan import PlannedOp, make_plan
+from ownpath.plan.ops import PlannedOp
+from ownpath.plan.plan import make_plan
 from ownpath.plan.select import Demands
 from ownpath.runners.make import make_runners
 from ownpath.startup import compile_kernels

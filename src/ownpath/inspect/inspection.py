@@ -23,7 +23,8 @@ from ownpath.inspect.peers import MagnitudeReport, compare_magnitudes
 from ownpath.inspect.scalars import Coverage, GateUp, Scalar, calibration, gate_up, out_of_band, read_scalars
 from ownpath.inspect.spans import wide_scales
 from ownpath.plan.census import Census, StoredModule, take_census
-from ownpath.plan.plan import MixedExpertsError, Plan, PlanError, make_plan
+from ownpath.plan.errors import MixedExpertsError, PlanError
+from ownpath.plan.plan import Plan, make_plan
 from ownpath.plan.select import Demands
 
 

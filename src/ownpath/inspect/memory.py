@@ -14,7 +14,9 @@ from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.config import EngineConfig
 from ownpath.formats import CacheFormat
 from ownpath.plan.caches import cache_lack
-from ownpath.plan.plan import Plan, PlanError, PlannedOp, replan
+from ownpath.plan.errors import PlanError
+from ownpath.plan.ops import PlannedOp
+from ownpath.plan.plan import Plan, replan
 from ownpath.plan.select import Caps, Demands
 from ownpath.weights.operands import make_operand
 

@@ -15,7 +15,8 @@ from ownpath.finding import Finding
 from ownpath.inspect.tensor_bytes import read_values
 from ownpath.numerics.mxfp4 import E4M3_MAX_POWER, E4M3_MIN_POWER
 from ownpath.ops import OpKind
-from ownpath.plan.plan import Plan, PlannedOp
+from ownpath.plan.ops import PlannedOp
+from ownpath.plan.plan import Plan
 
 POWERS = E4M3_MAX_POWER - E4M3_MIN_POWER + 1
 """Powers of two that the block scales of one matrix can have as NVFP4."""

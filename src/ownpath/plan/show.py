@@ -11,7 +11,8 @@ from ownpath.checkpoint.drafts import Draft, DraftKind
 from ownpath.official import ALWAYS_OFFICIAL, MEANING, Step, numerics_name
 from ownpath.ops import OpKind
 from ownpath.plan.caches import PlannedCache
-from ownpath.plan.plan import Plan, PlannedCompanion, PlannedOp
+from ownpath.plan.ops import PlannedCompanion, PlannedOp
+from ownpath.plan.plan import Plan
 from ownpath.terminal.page import Listing, fact, line
 from ownpath.terminal.text import counted
 

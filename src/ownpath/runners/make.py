@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from ownpath.config import ModelConfig
 from ownpath.kernels.contract import Config
 from ownpath.ops import OpKind
-from ownpath.plan.plan import Plan, PlannedOp
+from ownpath.plan.ops import PlannedOp
+from ownpath.plan.plan import Plan
 from ownpath.runners.grouped import GroupedRunner
 from ownpath.runners.linear import ConcatLinear, LinearRunner, QuantizedLinear, WideLinear
 from ownpath.runners.moe import MoeRunner

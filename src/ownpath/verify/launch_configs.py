@@ -8,7 +8,8 @@ from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.kernels.contract import Config
 from ownpath.kernels.registry import KERNELS
 from ownpath.ops import OpKind
-from ownpath.plan.plan import Plan, PlannedOp
+from ownpath.plan.ops import PlannedOp
+from ownpath.plan.plan import Plan
 from ownpath.weights.operands import make_operand
 from ownpath.weights.stored import stored_groups, stored_linear, unconverted_experts
 

@@ -20,7 +20,7 @@ from ownpath.kernels.spec import InputRounding
 from ownpath.ops import OpKind
 from ownpath.oracle.formats import decode, e2m1_pair_of, e4m3_of, e8m0_of
 from ownpath.oracle.weights import spread_blocks
-from ownpath.plan.plan import PlannedOp
+from ownpath.plan.ops import PlannedOp
 from ownpath.qtensor import QuantTensor
 from ownpath.runners import Runner
 from ownpath.verify.file_tensors import FileTensors

@@ -13,7 +13,7 @@ from ownpath.checkpoint.problems import make_problem
 from ownpath.config import ConfigError, EngineConfig
 from ownpath.finding import Finding, Verdict, failed
 from ownpath.kernels.spec import InputRounding
-from ownpath.plan.plan import MissingInputScaleError, PlanError
+from ownpath.plan.errors import MissingInputScaleError, PlanError
 from ownpath.plan.show import plan_dict
 from ownpath.terminal.progress import Progress
 from ownpath.verify.environment_stage import environment_stage

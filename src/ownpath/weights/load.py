@@ -18,7 +18,8 @@ from ownpath.checkpoint.errors import CheckpointError
 from ownpath.checkpoint.index import CheckpointIndex
 from ownpath.checkpoint.reader import stream
 from ownpath.formats import NVFP4
-from ownpath.plan.plan import Plan, PlannedOp
+from ownpath.plan.ops import PlannedOp
+from ownpath.plan.plan import Plan
 from ownpath.weights.fill import Filler, check_expert_ids
 from ownpath.weights.lossless import is_lossless_cast
 from ownpath.weights.operands import Allocate, Destination, OperandBuffers, make_operand, reserve

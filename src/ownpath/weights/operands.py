@@ -19,7 +19,7 @@ import torch
 from ownpath.checkpoint.schema import Encoding, ModuleSpec, PartSpec
 from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, MXFP8, NVFP4, Format
 from ownpath.ops import OpKind
-from ownpath.plan.plan import PlannedOp
+from ownpath.plan.ops import PlannedOp
 from ownpath.plan.sharding import Region, part_region
 
 _HUGE_PAGE_BYTES = 2 * 2**20

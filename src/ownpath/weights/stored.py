@@ -8,7 +8,7 @@ from ownpath.checkpoint.errors import CheckpointError
 from ownpath.formats import BF16, FP8_BLOCK, FP32, MXFP4, MXFP8, NVFP4
 from ownpath.kernels.contract import StoredExperts, StoredGroups, StoredLinear
 from ownpath.numerics import ScaleSpanError, dequantize, mxfp4_scale_as_nvfp4
-from ownpath.plan.plan import PlannedOp
+from ownpath.plan.ops import PlannedOp
 from ownpath.qtensor import QuantTensor
 from ownpath.weights.operands import OperandBuffers
 

@@ -26,7 +26,7 @@ from ownpath.inspect.inspection import inspect_folder
 from ownpath.loading import default_model_dir, load_model, plan_model
 from ownpath.numerics import decode_e8m0, dequantize
 from ownpath.official import Step
-from ownpath.plan.plan import PlanError
+from ownpath.plan.errors import PlanError
 from ownpath.qtensor import QuantTensor
 
 W2 = "layers.1.ffn.experts.3.w2"

@@ -17,7 +17,7 @@ from ownpath.official import OFFICIAL, PLAIN, Step
 from ownpath.oracle.arithmetic import Arithmetic
 from ownpath.oracle.forward import reference_draft_logits, reference_logits
 from ownpath.oracle.weights import StoredWeights
-from ownpath.plan.plan import PlanError
+from ownpath.plan.errors import PlanError
 from ownpath.verify.subject import Subject
 
 TOLERANCE = 2**16 * torch.finfo(torch.float64).eps

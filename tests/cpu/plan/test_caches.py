@@ -10,7 +10,8 @@ from ownpath.formats import CacheFormat
 from ownpath.loading import default_model_dir, plan_model
 from ownpath.official import OFFICIAL, PLAIN, Step
 from ownpath.plan.caches import ENTRIES, INDEX_KEYS, WINDOW_KEYS
-from ownpath.plan.plan import Plan, PlanError
+from ownpath.plan.errors import PlanError
+from ownpath.plan.plan import Plan
 from ownpath.plan.show import plan_dict
 
 PAGES = {"head_dim": 512, "qk_rope_head_dim": 64, "index_head_dim": 128}

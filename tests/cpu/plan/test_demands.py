@@ -16,8 +16,9 @@ from ownpath.formats import BF16, FP8_BLOCK, NVFP4
 from ownpath.kernels.registry import SPECS
 from ownpath.kernels.spec import KernelSpec
 from ownpath.ops import OpKind
+from ownpath.plan.errors import PlanError
 from ownpath.plan.opspec import CompanionSpec, companion_ops, decode_ops, model_ops, route_op
-from ownpath.plan.plan import PlanError, make_plan, replan
+from ownpath.plan.plan import make_plan, replan
 from ownpath.plan.select import Caps, Choice, Demands, Refusal, select
 from ownpath.plan.show import companion_rows
 

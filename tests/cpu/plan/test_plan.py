@@ -24,8 +24,9 @@ from ownpath.loading import load_model, plan_model
 from ownpath.model.batch import ForwardBatch
 from ownpath.numerics import quantize_fp8_block, quantize_nvfp4
 from ownpath.ops import OpKind
+from ownpath.plan.errors import PlanError
 from ownpath.plan.opspec import model_ops
-from ownpath.plan.plan import PlanError, make_plan
+from ownpath.plan.plan import make_plan
 from ownpath.plan.select import Caps, Choice, Refusal, select
 from ownpath.plan.show import plan_rows
 

@@ -23,7 +23,7 @@ from ownpath.formats import MXFP4
 from ownpath.inspect.inspection import inspect_folder
 from ownpath.loading import load_model, plan_model
 from ownpath.numerics import dequantize
-from ownpath.plan.plan import PlanError
+from ownpath.plan.errors import PlanError
 from ownpath.qtensor import QuantTensor
 
 SLOT = "layers.1.ffn.experts"

@@ -168,7 +168,7 @@ def test_a_device_that_gives_up_leaves_what_was_found(folder: Path, monkeypatch:
 def test_a_plan_that_cannot_be_made_fails_the_stages_that_need_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ownpath.plan.plan import PlanError
+    from ownpath.plan.errors import PlanError
 
     monkeypatch.setattr(run_module, "STAGES", {"load": stage_of(error=PlanError("head: no kernel"))})
     result = verify(VerifyJob(folder), ["load"])

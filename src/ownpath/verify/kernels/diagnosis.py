@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ownpath.conformance.exact import ExpertMatrices
 from ownpath.oracle.formulas import swiglu
-from ownpath.plan.plan import PlannedOp
+from ownpath.plan.ops import PlannedOp
 from ownpath.verify.kernels.operands import matrices_of, steps_of
 from ownpath.verify.kernels.probe import Probe
 

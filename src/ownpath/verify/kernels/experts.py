@@ -19,7 +19,7 @@ from ownpath.conformance.params import LOUD, ORDINARY
 from ownpath.finding import Finding
 from ownpath.official import Step
 from ownpath.ops import OpKind
-from ownpath.plan.plan import PlannedOp
+from ownpath.plan.ops import PlannedOp
 from ownpath.verify.kernels.diagnosis import explain
 from ownpath.verify.kernels.operands import matrices_of, steps_of
 from ownpath.verify.kernels.probe import Probe

@@ -12,7 +12,7 @@ from ownpath.conformance.exact import norm
 from ownpath.finding import Finding
 from ownpath.official import Step
 from ownpath.ops import OpKind
-from ownpath.plan.plan import PlannedCompanion
+from ownpath.plan.ops import PlannedCompanion
 from ownpath.verify.kernels.probe import Probe
 from ownpath.verify.kernels.tally import Tally
 

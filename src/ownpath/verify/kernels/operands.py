@@ -15,7 +15,7 @@ from ownpath.kernels.spec import InputRounding
 from ownpath.official import Step
 from ownpath.oracle.formats import fp8, nvfp4
 from ownpath.oracle.weights import StoredWeights
-from ownpath.plan.plan import PlannedOp
+from ownpath.plan.ops import PlannedOp
 
 INPUT_BLOCK = 128
 

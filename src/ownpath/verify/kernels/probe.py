@@ -13,7 +13,7 @@ from ownpath.config import ModelConfig
 from ownpath.conformance.params import Draw
 from ownpath.ops import OpKind
 from ownpath.oracle.weights import StoredWeights
-from ownpath.plan.plan import PlannedOp
+from ownpath.plan.ops import PlannedOp
 from ownpath.trace.observers import Watched
 from ownpath.verify.layer import LoadedLayer
 from ownpath.verify.subject import Subject

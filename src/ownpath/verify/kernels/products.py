@@ -15,7 +15,7 @@ from ownpath.conformance.bounds import Deviation, Exact, deviation_of_repeats
 from ownpath.conformance.exact import grouped_product, independent_error, join_columns, product, rotate_back
 from ownpath.finding import Finding
 from ownpath.ops import OpKind
-from ownpath.plan.plan import PlannedOp
+from ownpath.plan.ops import PlannedOp
 from ownpath.verify.kernels.operands import InputReading, inputs_of, loss_at_load, weight_of
 from ownpath.verify.kernels.probe import Probe
 from ownpath.verify.kernels.row_counts import placeholder, row_counts, variants_of

@@ -1,0 +1,55 @@
+"""A planned operation: what was decided for a product, or for a companion of products."""
+
+from dataclasses import dataclass
+
+from ownpath.checkpoint.schema import Encoding, ModuleSpec
+from ownpath.kernels.spec import InputRounding
+from ownpath.plan.opspec import (
+    CompanionSpec,
+    OpSpec,
+)
+from ownpath.plan.select import Choice
+from ownpath.plan.sharding import Region, local_module
+
+
+@dataclass(frozen=True)
+class PlannedOp:
+    """A product with its decision. All its modules have the same encoding.
+
+    stored: that encoding; ``encoding``: what is read of it.
+    regions: each module's region for this rank, ``None`` for all of it; empty where every module is whole.
+    no_input_scale: the scale of the input that is not there, in words.
+    """
+
+    spec: OpSpec
+    stored: Encoding
+    choice: Choice
+    regions: tuple[Region | None, ...] = ()
+    no_input_scale: str = ""
+
+    @property
+    def encoding(self) -> Encoding:
+        """The encoding, without the scale of the input where the kernel takes activations as they are."""
+        reads_input_scale = self.choice.kernel.rounding is InputRounding.NVFP4
+        return self.stored if reads_input_scale else self.stored.without_input_scale
+
+    @property
+    def local_modules(self) -> tuple[ModuleSpec, ...]:
+        """The modules with this rank's shapes."""
+        if not self.regions:
+            return self.spec.modules
+        return tuple(local_module(*pair) for pair in zip(self.spec.modules, self.regions, strict=True))
+
+    @property
+    def label(self) -> str:
+        """The slot, or the module where a slot is served by several ops."""
+        whole = len(self.spec.modules) > 1 or self.spec.modules[0].name == self.spec.slot
+        return self.spec.slot if whole else self.spec.modules[0].name
+
+
+@dataclass(frozen=True)
+class PlannedCompanion:
+    """A companion with its decision."""
+
+    spec: CompanionSpec
+    choice: Choice
