@@ -34,6 +34,8 @@ from ownpath.plan.sharding import regions_of
 
 @dataclass(frozen=True)
 class Planner:
+    """Plans the operations of one checkpoint's headers for one device. Errors: PlanError, CheckpointError."""
+
     config: ModelConfig
     index: CheckpointIndex
     caps: Caps
@@ -85,6 +87,7 @@ class Planner:
             raise MissingInputScaleError(str(error), key) from None
 
     def companions(self, ops: Iterable[PlannedOp], loads_draft: bool) -> tuple[PlannedCompanion, ...]:
+        """Plans what lies between the products ``ops``."""
         config, plain = self.config, self._plain_slots(ops)
         specs = [*companion_ops(config), *self._of_layers(config.backbone_layers(), plain)]
         if loads_draft:
@@ -127,6 +130,7 @@ class Planner:
 
     @property
     def caches(self) -> tuple[PlannedCache, ...]:
+        """The format of each kind of key in the caches."""
         return plan_caches(self.config, self.demands)
 
     def require_cache_format(self) -> None:
@@ -147,6 +151,7 @@ class Planner:
             raise MixedExpertsError(message, other.name)
 
     def decided(self, spec: OpSpec, encoding: Encoding, no_input_scale: str = "") -> PlannedOp:
+        """Plans one op of a known encoding. no_input_scale: the state of its input's scale, where it has none."""
         choice = self._choice(spec, encoding.format, no_input_scale)
         regions = regions_of(self.config, spec.modules, encoding, self.parallel)
         return PlannedOp(spec, encoding, choice, regions, no_input_scale)

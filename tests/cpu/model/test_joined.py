@@ -65,7 +65,7 @@ def test_joined_equals_apart(
     sizes = (2,) * PAIRS + (1,) * STEPS
     joined, ran = logits_of(tmp_path, official, sizes)
     assert ran == expected
-    monkeypatch.setattr("ownpath.plan.plan.can_join", lambda *_: False)
+    monkeypatch.setattr("ownpath.plan.planner.can_join", lambda *_: False)
     apart, ran = logits_of(tmp_path, official, sizes)
     assert not ran
     assert torch.equal(joined, apart)
@@ -75,7 +75,7 @@ def test_a_long_prompt_differs_by_the_order_of_sums_alone(tmp_path: Path, monkey
     """With many rows the library splits sums by the sizes of the whole product. Beyond the indexer's top-k."""
     random_checkpoint(tmp_path, "deepseek-native", seed=3)
     joined, _ = logits_of(tmp_path, PLAIN, (195, 1, 1))
-    monkeypatch.setattr("ownpath.plan.plan.can_join", lambda *_: False)
+    monkeypatch.setattr("ownpath.plan.planner.can_join", lambda *_: False)
     apart, _ = logits_of(tmp_path, PLAIN, (195, 1, 1))
     assert (joined - apart).abs().max() <= FLOAT64_TOLERANCE * apart.abs().max()
 

@@ -135,7 +135,7 @@ def test_a_refusal_says_what_each_candidate_lacks() -> None:
 
 def test_a_module_no_kernel_runs_is_an_error_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = random_checkpoint(tmp_path, "full-nvfp4")
-    monkeypatch.setattr("ownpath.plan.plan.select", lambda kind, stored, *_: Refusal(f"no kernel for {stored}"))
+    monkeypatch.setattr("ownpath.plan.planner.select", lambda kind, stored, *_: Refusal(f"no kernel for {stored}"))
     with pytest.raises(PlanError, match=r"layers.0.attn.wqa_wkv: no kernel for NVFP4"):
         make_plan(checkpoint.config, CheckpointIndex.open(tmp_path), CPU)
 
