@@ -91,6 +91,18 @@ def test_other_weights_follow_the_rule(key: WeightKey, entries: dict[str, dict[s
         assert choose(num_tokens, key, SMS) == rule(num_tokens, key, entries)
 
 
+def test_a_matrix_as_wide_with_some_more_rows_takes_the_tiles_for_few_tokens(
+    entries: dict[str, dict[str, Any]],
+) -> None:
+    entries.update(ENTRIES)
+    num_row_blocks, *others = TUNED
+    taller, twice = (num_row_blocks * 3 // 2, *others), (2 * num_row_blocks, *others)
+    for num_tokens in (1, 16, 64):
+        assert w8a16_config(num_tokens, taller, SMS) == w8a16_config(num_tokens, TUNED, SMS)
+        assert w8a16_config(num_tokens, twice, SMS) == rule(num_tokens, twice, entries)
+    assert w8a8_config(2048, taller, SMS) == rule(2048, taller, entries)
+
+
 def test_an_invariant_plan_never_reads_the_table(entries: dict[str, dict[str, Any]]) -> None:
     """Rows per CTA and the share of K decide the order of sums: they must not follow the number of rows."""
     before = [w8a16_config(count, TUNED, SMS, is_batch_invariant=True) for count in (1, 9, 17, 64, 4096)]

@@ -116,9 +116,19 @@ def w8a8_configs(key: WeightKey) -> list[W8A8Config]:
 
 
 def tuned(key: WeightKey) -> Tuned:
-    """Returns the table's entries for a weight."""
+    """Returns the table's entries for a weight; without any, the W8A16 entries of a matrix as wide with fewer rows.
+
+    Down to half as many: a CTA's share is the same, and more rows are more CTAs. Joined products have such weights.
+    """
     num_row_blocks, num_k_blocks, folded, ragged = key
-    return fp8_table().get((num_row_blocks, num_k_blocks), ()) if folded and not ragged else ()
+    if not folded or ragged:
+        return ()
+    table = fp8_table()
+    if (num_row_blocks, num_k_blocks) in table:
+        return table[num_row_blocks, num_k_blocks]
+    fewer = [rows for rows, width in table if width == num_k_blocks and num_row_blocks // 2 < rows < num_row_blocks]
+    entries = table[max(fewer), num_k_blocks] if fewer else ()
+    return tuple(entry for entry in entries if isinstance(entry[1], W8A16Config))
 
 
 @lru_cache(maxsize=1)
