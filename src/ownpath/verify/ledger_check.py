@@ -160,8 +160,11 @@ def layout_faults(written: PlanFile, records: Iterable[Record]) -> Faults:
 
 
 def dtype_faults(kinds: Kinds, activations: str, records: Iterable[Record]) -> Faults:
-    """Lists calls with other dtypes than a plan for these activations demands."""
-    faults = []
+    """Lists calls with other dtypes than a plan for these activations demands.
+
+    Where a single slot makes results of another dtype, it is told of that slot, not of those that then read them.
+    """
+    faults: dict[str, list[tuple[str, str, str]]] = {"argument": [], "result": []}
     for record in records:
         if record.slot not in kinds:
             continue
@@ -174,8 +177,11 @@ def dtype_faults(kinds: Kinds, activations: str, records: Iterable[Record]) -> F
             for idx, (sign, tensor) in enumerate(zip(signs, tensors, strict=False)):
                 wanted, found = _dtypes(sign, activations), tensor.partition("[")[0]
                 if found not in wanted:
-                    faults.append((record.slot, f"{what} {idx} must be {' or '.join(wanted)}, is {found}"))
-    return list(dict.fromkeys(faults))
+                    faults[what].append((record.slot, found, f"{what} {idx} must be {' or '.join(wanted)}, is {found}"))
+    is_single = len({slot for slot, _, _ in faults["result"]}) == 1
+    made = {found for _, found, _ in faults["result"]} if is_single else set()
+    told = faults["result"] + [fault for fault in faults["argument"] if fault[1] not in made]
+    return list(dict.fromkeys((slot, words) for slot, _, words in told))
 
 
 def _dtypes(sign: str, activations: str) -> tuple[str, ...]:
