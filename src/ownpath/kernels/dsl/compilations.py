@@ -1,9 +1,8 @@
 """Counts the kernels that are compiled in this process, or taken compiled from Triton's cache, at the first call that
 needs them. A server's steps should need none that its start did not."""
 
+from importlib.util import find_spec
 from typing import Any
-
-import triton
 
 
 class Compilations:
@@ -13,7 +12,11 @@ class Compilations:
         self.count = 0
 
     def watch_triton(self) -> None:
-        """Counts Triton's from now on. A hook that somebody has set stays."""
+        """Counts Triton's from now on, where it is installed. A hook that somebody has set stays."""
+        if find_spec("triton") is None:
+            return
+        import triton
+
         if triton.knobs.runtime.jit_post_compile_hook is None:
             triton.knobs.runtime.jit_post_compile_hook = self._count_one
 
