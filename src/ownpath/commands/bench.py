@@ -153,7 +153,7 @@ def _keep(args: argparse.Namespace, settings: "Settings", rows: "list[Row]") -> 
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from ownpath.bench.tune import load_family, tune
+    from ownpath.bench.tune import chosen_cases, load_family, tune
 
     family = load_family(args.tune, args.device)
     from ownpath.bench.record import provenance
@@ -161,7 +161,8 @@ def _tune(args: argparse.Namespace) -> int:
 
     timer = choose_timer(args.device)
     origin = provenance(args.device, args.commit, _command(args), timer.name)
-    tune(args.tune, family.candidates, family.run, args.out or family.table, origin, report=_show_line)
+    cases = chosen_cases(family.candidates, args.shape, args.tokens)
+    tune(args.tune, cases, family.run, args.out or family.table, origin, report=_show_line)
     return 0
 
 
