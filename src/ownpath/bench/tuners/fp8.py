@@ -62,8 +62,8 @@ def few(shape: LinearShape, tokens: int) -> list[Candidate]:
         num_m64, _, per_sm, _ = tile
         for cluster_k in (1, 2, 4, 8, *(UNEVEN if num_m64 == 4 else ())):
             groups = -(-blocks // num_m64)
-            # One CTA per SM leaves nothing to cover a second wave with.
-            waves_fit = per_sm > 1 or groups <= FITTING[cluster_k]
+            # One CTA per SM leaves nothing to cover a second wave with; tiles of 128 tokens hardly fit twice.
+            waves_fit = per_sm > 1 or tokens > 64 or groups <= FITTING[cluster_k]
             num_ctas_fits = 2 * SMS // 3 <= groups * cluster_k <= (2 * SMS if cluster_k > 1 else 5 * SMS)
             if waves_fit and num_ctas_fits and cluster_k <= k_blocks:
                 found.append(_tile(tile, tokens, cluster_k))
