@@ -107,14 +107,14 @@ class _Trial:
     def _writes(self) -> Iterator[_Write]:
         step, attn = self.step, f"{self.probe.name}.attn"
         ids, places = [t for t, _ in step.rows], [place for _, place in step.rows]
-        window, products = self.probe.config.sliding_window, step.products
+        window, products = step.pool.spec.window_rows, step.products
         norm = NormWeights(self.probe.stored.param(f"{attn}.kv_norm.weight"), self.probe.config.rms_norm_eps)
         exact = exact_written(_given(products.kv_TH[ids]), norm, step.angles(ids), self.probe.dtype)
         exact = self._cached(Step.KV).of(exact)
         yield _Write("window", step.window, window, places, _newest(places, window), exact)
         for one, raw_TP2 in zip(step.compressors, (products.compressor_rows, products.indexer_rows), strict=False):
             assert raw_TP2 is not None
-            num_rows = one.weights.num_rows
+            num_rows = step.pool.spec.state_rows(one.weights.ratio)
             rows, exact = _newest(places, num_rows), _given(raw_TP2[ids])
             yield self._entries(one, raw_TP2)
             yield _Write(f"{one.name} state", one.state, num_rows, places, rows, exact)
@@ -126,7 +126,8 @@ class _Trial:
         if ids:
             listed = zip(*((place.position, place.slot, place.blocks) for place in places), strict=True)
             ending = RowPlaces(*(torch.tensor(part) for part in listed))
-            pooled = exact_pool(raw_TP2[ids], ending, one.cache.state, weights, dtype)
+            spare = step.pool.spec.state_rows(weights.ratio) - weights.num_rows
+            pooled = exact_pool(raw_TP2[ids], ending, one.cache.state, weights, dtype, spare)
             exact = exact_written(pooled, weights.norm, step.angles(ids, 1 - weights.ratio), dtype)
             exact = self._cached(Step.KV if one is step.compressors[0] else Step.INDEXER).of(exact)
         rows = [step.visible(place)[-1] for place in places]
@@ -237,7 +238,7 @@ class _Trial:
     def _exact_attention(self, t: int, place: RowPlace) -> Exact:
         step, config = self.step, self.probe.config
         window = config.sliding_window
-        ring = place.ring_rows(window, first=place.position + 1 - window, last=place.position)
+        ring = place.ring_rows(step.pool.spec.window_rows, first=place.position + 1 - window, last=place.position)
         keys = [step.window.read(self._ids(ring))]
         if step.compressors:
             rows = self.selected[t] if self.selected else step.visible(place)

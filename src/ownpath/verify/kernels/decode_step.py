@@ -110,13 +110,14 @@ class PoisonedStep:
 
     def _fill(self) -> None:
         """Draws what earlier steps have left: keys of the window, raw rows, entries."""
-        window = self.probe.config.sliding_window
+        window, spec = self.probe.config.sliding_window, self.pool.spec
         for t, place in self.rows:
             last = place.position - 1
-            self._draw(self.window, place.ring_rows(window, first=last + 2 - window, last=last), f"window {t}")
+            seen = place.ring_rows(spec.window_rows, first=last + 2 - window, last=last)
+            self._draw(self.window, seen, f"window {t}")
             for one in self.compressors:
                 ratio, num_rows = one.weights.ratio, one.weights.num_rows
-                rows = place.ring_rows(num_rows, first=last + 2 - num_rows, last=last)
+                rows = place.ring_rows(spec.state_rows(ratio), first=last + 2 - num_rows, last=last)
                 self._draw(one.state, rows, f"{one.name} state {t}")
                 self._draw(one.cache.keys, place.entry_rows(ratio, place.position // ratio), f"{one.name} {t}")
 
