@@ -102,12 +102,17 @@ class WritingStep:
 
     def first(self, count: int) -> "WritingStep":
         """Returns the step of the first rows alone, on a copy of the pools."""
+        return self.copy().part(slice(count))
+
+    def part(self, part: slice) -> "WritingStep":
+        """Returns the step of some rows, on the same pools."""
         kv_TH, *raw_rows = self.raw
-        raw = RawRows(kv_TH[:count], *(None if one is None else one[:count] for one in raw_rows))
-        cos_TF, sin_TF, *others = self.angles
-        first = (None if one is None else one[:count] for one in others)
-        angles = EntryAngles(cos_TF[:count], sin_TF[:count], *first)
-        return replace(self.copy(), raw=raw, angles=angles, rows=RowPlaces(*(one[:count] for one in self.rows)))
+        raw = RawRows(kv_TH[part], *(None if one is None else one[part] for one in raw_rows))
+        cos_TF, sin_TF, *others = (None if one is None else one[part].clone() for one in self.angles)
+        assert cos_TF is not None
+        assert sin_TF is not None
+        angles = EntryAngles(cos_TF, sin_TF, *others)
+        return replace(self, raw=raw, angles=angles, rows=RowPlaces(*(one[part].clone() for one in self.rows)))
 
 
 def draw_step(
