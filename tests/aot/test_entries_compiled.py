@@ -21,8 +21,8 @@ PROGRAMS_PER_SM = 3
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
-    """Every distinct launch: of each kind of layer, at few and many rows, rounded and in pages, and with several rows of
-    a request; and a step's angles."""
+    """Every distinct launch: of each kind of layer, at few and many rows, rounded and in pages, with several rows of a
+    request; and a step's angles."""
     with pytest.MonkeyPatch.context() as patch, recorded_launches() as launches:
         for module in (checks, head):
             patch.setattr(module, "check_rank", lambda name, tensor, rank, runs_on_cpu: None)  # refuses what is on CPU

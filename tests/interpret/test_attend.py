@@ -70,9 +70,10 @@ def test_the_length_of_a_ring_changes_no_bit(kernel: Any, case: AttendCase) -> N
 
 def with_spare(inputs: AttendInputs) -> AttendInputs:
     """The same keys in rings that are longer by 8 rows of zeros."""
-    window, rows = StoredKeys(inputs.keys.window, torch.bfloat16, KEY_PAGES if inputs.keys.is_fp8 else None), inputs.rows
+    rows, is_fp8 = inputs.rows, inputs.keys.is_fp8
+    window = StoredKeys(inputs.keys.window, torch.bfloat16, KEY_PAGES if is_fp8 else None)
     count, age = len(rows.slots_T) + 1, torch.arange(128)
-    shape = (count, 136 * 584) if inputs.keys.is_fp8 else (count * 136, 512)
+    shape = (count, 136 * 584) if is_fp8 else (count * 136, 512)
     longer = replace(window, memory=window.memory.new_zeros(shape))
     position_TK = rows.positions_T[:, None] - age
     old, new = (rows.slots_T[:, None] * ring + position_TK % ring for ring in (128, 136))

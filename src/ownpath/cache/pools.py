@@ -37,8 +37,8 @@ class CacheSpec:
 
     max_tokens: the most tokens of one sequence. max_sequences: the most sequences at a time. num_drafts: loaded MTP
     modules; each has a window of its own. layer_ids: the layers to allocate for; ``None``: all. dtype: of keys that are
-    read, and of the memory in BF16. cache_format: of keys. rows_per_request: the most rows that a sequence may have in a
-    decode step, and one more than can be taken back (``SequenceCache.num_tokens``).
+    read, and of the memory in BF16. cache_format: of keys. rows_per_request: the most rows that a sequence may have in
+    a decode step, one more than can be taken back (``SequenceCache.num_tokens``).
     """
 
     config: ModelConfig

@@ -8,8 +8,8 @@ back and rounds.
 
 Roofline. A row's keys at 1024 or 584 bytes; from 64 heads on, 4 * N * H flops a key on the tensor cores of one SM for
 each split: splits fill the SMs while rows are few. Limits. H = 512 with 64 rotary channels, up to 128 heads, 1 + spare
-rows of a request in a call. Splits depend on T and the longest context alone, or in the invariant kernel on the row's own
-length alone.
+rows of a request in a call. Splits depend on T and the longest context alone, or in the invariant kernel on the row's
+own length alone.
 """
 
 from collections.abc import Sequence

@@ -5,7 +5,8 @@ and the longest context that the arrays allow, never on positions, so a call can
 the ratio alone. A row's bits depend on that number and the row.
 
 Roofline. Bytes: 1024 a key, 584 in FP8 pages. Limits. sm_90a; H = 512 with 64 rotary channels; up to 128 heads; 1 +
-spare rows of a request in a call. Positions, slots and block tables must not be written by launches that may start early.
+spare rows of a request in a call. Positions, slots and block tables must not be written by launches that may start
+early.
 """
 
 from collections.abc import Sequence

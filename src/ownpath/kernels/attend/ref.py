@@ -28,9 +28,7 @@ def gather_keys(keys: DecodeKeys, rows: DecodeRows, t: int, dtype: torch.dtype, 
     return torch.cat(found)
 
 
-def _window_places(
-    positions: torch.Tensor, slots: torch.Tensor, numbers: torch.Tensor, spare: int
-) -> torch.Tensor:
+def _window_places(positions: torch.Tensor, slots: torch.Tensor, numbers: torch.Tensor, spare: int) -> torch.Tensor:
     """Returns the rows of the pool that hold keys of a window: number j is of the position, among the last 128, that is
     j modulo 128. So the keys' order does not depend on the length of the ring."""
     ring = WINDOW_ROWS + spare

@@ -125,8 +125,8 @@ class StepAngles(NamedTuple):
 
 
 class LayerPools(NamedTuple):
-    """One layer's pools: keys [slots * window_rows, H]; for each compressor its state [slots * state_rows, 2P], at least
-    float32, and its entries [blocks * per_block, H].
+    """One layer's pools: keys [slots * window_rows, H]; for each compressor its state [slots * state_rows, 2P], float32
+    or wider, and its entries [blocks * per_block, H].
 
     Instead, window and main entries, both or neither, may be FP8 pages uint8 [slots or blocks, R * 584] of R keys: R *
     576 bytes, of each key 448 E4M3 and 64 BF16 channels; then R * 8 bytes, of each key 7 E8M0 scales of 64 channels
