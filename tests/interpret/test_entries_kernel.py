@@ -51,10 +51,11 @@ def test_every_residue(residue: int) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("group", [2, 4, 9])
 def test_several_rows_of_a_request(name: str, group: int) -> None:
-    """First, second and later windows end at each row of a step; rings are NaN where the step writes."""
+    """First, second and later windows end at each row of a step; rings are NaN where the step writes. Where the first
+    request's rows end, the second's begin: its windows reach back over them."""
     for case in (CSA, HCA):
-        for first in (0, 2, 126, 251):
-            step = draw_step(case, group + 1, CPU, first, [first] * group + [127], group)
+        for first in (0, 3, 126, 251):
+            step = draw_step(case, 2 * group, CPU, first, [first] * group + [first + group] * group, group)
             written = step.copy()
             KERNELS[name](*written.arguments)
             judge_step(step, written)
