@@ -25,7 +25,7 @@ from ownpath.conformance.decode import (
     exact_index_scores,
     exact_written,
 )
-from ownpath.conformance.entries import exact_pool
+from ownpath.conformance.exact_entries import exact_pool
 from ownpath.conformance.memory import FILLS, FilledMemory
 from ownpath.finding import Finding
 from ownpath.formats import CacheFormat
