@@ -39,8 +39,11 @@ def checked(
     layer_idx: int,
     official: frozenset[Step] = PLAIN,
     cache_format: CacheFormat = CacheFormat.BF16,
+    rows_per_request: int = 1,
 ) -> list[Finding]:
-    engine = EngineConfig(dtype=torch.bfloat16, official=official, cache_format=cache_format)
+    engine = EngineConfig(
+        dtype=torch.bfloat16, official=official, cache_format=cache_format, rows_per_request=rows_per_request
+    )
     return list(stage.kernel_stage(Subject.of(folder, engine, Selection(frozenset({layer_idx})))))
 
 
@@ -65,6 +68,13 @@ def test_formats_and_numerics_are_checked_to_the_code(
 ) -> None:
     [finding] = checked(default_model_dir(), layer_idx, official, cache_format)
     assert (finding.where, finding.verdict) == (f"layers.{layer_idx}", Verdict.PASS), finding.message
+
+
+@pytest.mark.parametrize("layer_idx", [decode.SLIDING, decode.CSA, decode.HCA])
+def test_rings_of_any_length_are_checked(layer_idx: int) -> None:
+    for cache_format in CacheFormat:
+        [finding] = checked(default_model_dir(), layer_idx, cache_format=cache_format, rows_per_request=4)
+        assert (finding.where, finding.verdict) == (f"layers.{layer_idx}", Verdict.PASS), finding.message
 
 
 def rounded_down(run: Callable[..., None], raw: Any, angles: Any, rows: Any, pools: Any) -> None:
