@@ -71,10 +71,39 @@ def test_formats_and_numerics_are_checked_to_the_code(
 
 
 @pytest.mark.parametrize("layer_idx", [decode.SLIDING, decode.CSA, decode.HCA])
-def test_rings_of_any_length_are_checked(layer_idx: int) -> None:
+def test_several_rows_of_a_request_are_checked(layer_idx: int) -> None:
     for cache_format in CacheFormat:
         [finding] = checked(default_model_dir(), layer_idx, cache_format=cache_format, rows_per_request=4)
         assert (finding.where, finding.verdict) == (f"layers.{layer_idx}", Verdict.PASS), finding.message
+
+
+def from_the_ring_alone(run: Any, raw: Any, angles: Any, rows: Any, pools: Any) -> None:
+    """Row after row, last ones first: an entry misses the rows before its own in the step."""
+    for t in reversed(range(len(rows.slots_T))):
+        part = slice(t, t + 1)
+        of_row = (
+            type(of_all)(*(None if one is None else one[part] for one in of_all)) for of_all in (raw, angles, rows)
+        )
+        run(*of_row, pools)
+
+
+def later_keys_seen(run: Any, q: Any, cos: Any, sin: Any, keys: Any, rows: Any) -> Any:
+    """Each row attends as the one behind it."""
+    return run(q, cos, sin, keys, rows._replace(positions_T=rows.positions_T.roll(-1, 0)))
+
+
+@pytest.mark.parametrize(
+    ("part", "call", "slot"),
+    [("write", from_the_ring_alone, "entries"), ("attend", later_keys_seen, "attend")],
+    ids=["entries", "attend"],
+)
+def test_faults_between_rows_of_a_request_are_seen(part: str, call: Any, slot: str, folder: Path) -> None:
+    mutation = decode.called("rows of a step", part, call, decode.HCA)
+    with mutation.interference.applied():
+        found = failed(checked(folder, decode.HCA, rows_per_request=4))
+    assert {finding.where for finding in found} == {f"layers.{decode.HCA}.attn.decode.{slot}"}
+    with decode.called("one row", "write", from_the_ring_alone, decode.HCA).interference.applied():
+        assert not failed(checked(folder, decode.HCA)), "with one row of a request that is no fault"
 
 
 def rounded_down(run: Callable[..., None], raw: Any, angles: Any, rows: Any, pools: Any) -> None:

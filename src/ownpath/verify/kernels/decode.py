@@ -46,14 +46,17 @@ REMEDY = "a kernel of decode steps is wrong, or reads or writes another place of
 
 
 def check_decode(probe: Probe) -> Iterator[Finding]:
-    """K11: checks every kernel of a layer's decode steps, rows of many requests together and one row alone."""
+    """K11: checks every kernel of a layer's decode steps: rows of many requests together, one row alone, and, where the
+    caches are made for it, several rows of each request."""
     if probe.layer is None:
         return
     what = "decode steps: entries, index scores, selection, attention"
     tally = Tally("K11", probe.name, what, REMEDY, "no kernels of decode steps are planned")
     beyond = 4 * probe.config.index_topk + 4 * 65 + 3  # ends a window, has more entries than are selected
-    for positions in ((*TELLING_POSITIONS, beyond, 0), (FAR_POSITION,)):
-        step = PoisonedStep.of(probe, positions, is_padded=len(positions) > 1)
+    most, telling = probe.subject.engine.rows_per_request, (*TELLING_POSITIONS, beyond)
+    several = [(telling, most)] if most > 1 else []
+    for positions, each in [((*telling, 0), 1), ((FAR_POSITION,), 1), *several]:
+        step = PoisonedStep.of(probe, positions, is_padded=len(positions) > 1 and each == 1, each=each)
         if step is not None:
             trial = _Trial(probe, tally, step)
             step.run(write=trial.write, score=trial.score, select=trial.select, attend=trial.attend)
@@ -126,8 +129,11 @@ class _Trial:
         if ids:
             listed = zip(*((place.position, place.slot, place.blocks) for place in places), strict=True)
             ending = RowPlaces(*(torch.tensor(part) for part in listed))
-            spare = step.pool.spec.state_rows(weights.ratio) - weights.num_rows
-            pooled = exact_pool(raw_TP2[ids], ending, one.cache.state, weights, dtype, spare)
+            ring = step.pool.spec.state_rows(weights.ratio)
+            state = one.cache.state.clone()
+            rows = [t for t, _ in step.rows]
+            state[_newest([place for _, place in step.rows], ring)] = raw_TP2[rows].to(state.dtype)
+            pooled = exact_pool(raw_TP2[ids], ending, state, weights, dtype, ring - weights.num_rows)
             exact = exact_written(pooled, weights.norm, step.angles(ids, 1 - weights.ratio), dtype)
             exact = self._cached(Step.KV if one is step.compressors[0] else Step.INDEXER).of(exact)
         rows = [step.visible(place)[-1] for place in places]
