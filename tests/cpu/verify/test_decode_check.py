@@ -73,7 +73,8 @@ def test_formats_and_numerics_are_checked_to_the_code(
 @pytest.mark.parametrize("layer_idx", [decode.SLIDING, decode.CSA, decode.HCA])
 def test_several_rows_of_a_request_are_checked(layer_idx: int) -> None:
     for cache_format in CacheFormat:
-        [finding] = checked(default_model_dir(), layer_idx, cache_format=cache_format, rows_per_request=4)
+        official = ATTENTION if cache_format is CacheFormat.FP8 else PLAIN
+        [finding] = checked(default_model_dir(), layer_idx, official, cache_format, rows_per_request=4)
         assert (finding.where, finding.verdict) == (f"layers.{layer_idx}", Verdict.PASS), finding.message
 
 
