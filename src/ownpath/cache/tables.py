@@ -78,8 +78,8 @@ class StepTables:
         needed = max(start + count - 1 for start, count in zip(self.starts, counts, strict=True)) // BLOCK_TOKENS + 1
         slots_T, blocks_TB = self.slots_R, self.blocks_RB[:, :needed]
         if max(counts) > 1:
-            repeats_R = torch.tensor(counts, device=slots_T.device)
-            slots_T, blocks_TB = (of_R.repeat_interleave(repeats_R, dim=0) for of_R in (slots_T, blocks_TB))
+            request_T = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(slots_T.device)
+            slots_T, blocks_TB = slots_T[request_T], blocks_TB[request_T]
         arrays = (self.positions_T, slots_T, blocks_TB)
         return DecodeTables(self.pool, *(array.to(torch.int32).contiguous() for array in arrays))
 
